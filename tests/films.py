@@ -1,5 +1,6 @@
 """Videos with sound."""
 
+import struct
 from fractions import Fraction
 
 import av
@@ -24,6 +25,60 @@ def write_film(path, *, rate=Fraction(24000, 1001), frames=24, sound=None, secon
             heard = av.AudioFrame.from_ndarray(audio, format="flt", layout="mono")
             heard.rate, heard.pts = 48000, 48000 * second
             file.mux(track.encode(heard))
+        file.mux(picture.encode(None))
+        file.mux(track.encode(None))
+    return path
+
+
+def write_edits(source, target, *edits):
+    """Copy an mp4 with its index in front, with other edits: (duration in ms, first tick of the media; -1: empty)."""
+    data = bytearray(source.read_bytes())
+    at = data.index(b"elst") - 4
+    (size,) = struct.unpack_from(">I", data, at)
+    rows = b"".join(struct.pack(">IiI", *edit, 1 << 16) for edit in edits)
+    data[at : at + size] = struct.pack(">I4sII", 16 + len(rows), b"elst", 0, len(edits)) + rows
+    growth = 16 + len(rows) - size
+    for box in (b"edts", b"trak", b"moov"):
+        start = data.index(box) - 4
+        (length,) = struct.unpack_from(">I", data, start)
+        struct.pack_into(">I", data, start, length + growth)
+    chunks = data.index(b"stco") + 8  # the media, whose offsets it lists, stands behind it
+    (count,) = struct.unpack_from(">I", data, chunks)
+    for start in range(chunks + 4, chunks + 4 + 4 * count, 4):
+        (offset,) = struct.unpack_from(">I", data, start)
+        struct.pack_into(">I", data, start, offset + growth)
+    target.write_bytes(data)
+    return target
+
+
+def write_plain(path, frames, *, codec="libx264", slots=None, pixels=None, options=None, rate=30):
+    """Write a silent video of 64 x 48 pixels; `slots`: numbers of the frames' time slots, `pixels`: of a frame."""
+    with av.open(str(path), "w", options=options or {}) as file:
+        stream = file.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.codec_context.gop_size = 64, 48, 30
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.codec_context.time_base = 1 / Fraction(rate)
+        for index in range(frames):
+            image = np.full((48, 64, 3), 2 * index % 256, np.uint8) if pixels is None else pixels(index)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = index if slots is None else slots[index], 1 / Fraction(rate)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return path
+
+
+def write_slow_sound(path, rate, *, size=2**20, frames=24, codec="pcm_u8"):
+    """Write a video of 24 frames a second with `size` bytes of PCM at `rate` samples a second, which last longer."""
+    with av.open(str(path), "w") as file:
+        picture = file.add_stream("mjpeg", rate=24)
+        picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
+        track = file.add_stream(codec, rate=rate, layout="mono")
+        for index in range(frames):
+            image = np.full((48, 64, 3), 8 * index % 256, np.uint8)
+            file.mux(picture.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        heard = av.AudioFrame.from_ndarray(np.full((1, size), 128, np.uint8), format="u8", layout="mono")
+        heard.rate, heard.pts = rate, 0
+        file.mux(track.encode(heard))
         file.mux(picture.encode(None))
         file.mux(track.encode(None))
     return path

@@ -51,7 +51,7 @@ def test_search_finds_without_a_server(site):
     with opened_page((site / "index.html").as_uri()) as page:
         page.click(".md-search__input")
         page.keyboard.type("smoothing")
-        page.wait_for_selector(".md-search-result__link[href*='video.html']", timeout=20_000)
+        page.wait_for_selector(".md-search-result__link[href*='video.html']", timeout=120_000)
         assert page.complaints == []
 
 

@@ -136,6 +136,7 @@ def test_the_traceback_is_that_of_the_rank_that_broke_though_another_ends_first(
 
 def test_a_rank_that_hangs_is_named_and_tells_where_it_stands(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(ranks, "_GRACE", 0.1)
+    monkeypatch.setattr(ranks, "_LAST_WORDS", 10.0)
     with pytest.raises(
         UserError, match="Rank 1 hung: the other ranks waited.*engine.rank_timeout.*resume=auto resumes"
     ):

@@ -55,7 +55,7 @@ def wandb_records(path):
 def wandb_run(folder):
     """Return the descriptions of the run in a folder, the rows of its history and its summary, as written."""
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
-    deadline = time.monotonic() + 60  # W&B's service may write the end of a file after the run is finished
+    deadline = time.monotonic() + 300  # W&B's service may write the end of a file after the run is finished
     while not all("exit" in kinds_of(path) for path in files) and time.monotonic() < deadline:
         time.sleep(0.05)
     records = [record for path in files for record in wandb_records(path)]
@@ -92,7 +92,7 @@ class MlflowServer:
         words = [sys.executable, "-c", SERVER, str(folder), str(self.port)]
         with (folder / "server.log").open("w") as log:
             self.process = subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
-        for _ in range(300):
+        for _ in range(1500):
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
                 return

@@ -28,7 +28,7 @@ from dinoseg.experiment.unread import warn_not_read, warn_of_modifiers
 from dinoseg.utils.cores import cores_here, count_cores, forget_share, limit_threads_to_share
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import SIGNALS, Interrupted, forward_signals, raised
-from dinoseg.utils.workers import end_with_parent, telling_killed_loaders, without_script
+from dinoseg.utils.workers import end_with_parent, without_script
 
 LAUNCH_KEYS = (
     "devices",
@@ -71,7 +71,7 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
     if "torch" not in sys.modules and cfg.mode.get("keeps_folder", True):
         announce(f"mode={cfg.choices.mode}: importing libraries")
     try:
-        with telling_killed_loaders(), _telling_lost_ranks():
+        with _telling_lost_ranks():
             return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
     finally:
         _leave_group()

@@ -131,7 +131,8 @@ def misplaced(words: Sequence[str], folders: Sequence[Path], error: Exception) -
             )
     if isinstance(error, OmegaConfBaseException):
         key = error.full_key or "A key"
-        return f"{key} has no usable value after {' '.join(words)}. Undo these overrides."
+        cause = (str(error).strip().splitlines() or ["no details"])[0]
+        return f"{key} has no usable value after {' '.join(words)} ({cause}). Undo these overrides."
     return ""
 
 

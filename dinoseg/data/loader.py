@@ -16,16 +16,18 @@ import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dinoseg.core.shapes import Batch, ClipBatch, Sample, SegmentationData
 from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.view import ClipView
 from dinoseg.data.enough_workers import FIRST, FROM_NONE, Workers, with_enough_workers
 from dinoseg.data.train_views import CLIP, ORDER, VIEW, TrainViews, make_rng
-from dinoseg.utils.errors import UserError
-from dinoseg.utils.interrupt import SIGNALS, block_signals
+from dinoseg.utils.errors import KilledProcess, UserError
+from dinoseg.utils.interrupt import SIGNALS, block_signals, hold_handlers
 from dinoseg.utils.wording import count_of
-from dinoseg.utils.workers import killed_loader, without_script
+from dinoseg.utils.workers import without_script
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -179,25 +181,18 @@ def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: Workers, *
 def _load_ahead(
     read: Callable[[K], V], keys: Iterable[K], workers: int, *, pin: bool = False
 ) -> Generator[V, None, None]:
-    with warnings.catch_warnings(), block_signals(*SIGNALS), without_script():
-        # more workers than cores is the user's choice, and pays off where reading waits for a disk
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        # fork, where it is the default, shares the parent's memory and starts in milliseconds; workers use neither
-        # CUDA nor a thread pool, which a fork would break
-        warnings.filterwarnings("ignore", ".* use of fork", DeprecationWarning)
-        iterator = iter(
-            DataLoader(
-                _Keyed(read),  # type: ignore[arg-type]
-                sampler=keys,
-                batch_size=None,
-                num_workers=workers,
-                collate_fn=_as_it_is,
-                pin_memory=pin and workers > 0 and torch.cuda.is_initialized(),  # models are placed before data is read
-                timeout=POLL if workers else 0,  # see `awaited`
-                worker_init_fn=_start_worker,
-                generator=torch.Generator(),  # otherwise the DataLoader advances the global RNG
-            )
-        )
+    loader: DataLoader = DataLoader(
+        _Keyed(read),  # type: ignore[arg-type]
+        sampler=keys,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin and workers > 0 and torch.cuda.is_initialized(),  # models are placed before data is read
+        timeout=POLL if workers else 0,  # see `awaited`
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # otherwise the DataLoader advances the global RNG
+    )
+    iterator: Any = WorkerIterator(loader) if workers else iter(loader)
     try:
         for number in itertools.count():
             try:
@@ -207,10 +202,33 @@ def _load_ahead(
             if isinstance(item, UserError):
                 raise item
             yield item
-    except (ConnectionError, EOFError) as error:  # the worker died while sending an item
-        raise killed_loader(error) from error
     finally:
-        del iterator  # the last reference: the workers end now, also when the caller stops early
+        if workers:
+            iterator.close()
+
+
+class WorkerIterator(_MultiProcessingDataLoaderIter):
+    """Iterator over a DataLoader with processes, which neither starting nor a killed process leaves half built.
+
+    torch's SIGCHLD handler would raise at any line of the program, also while another error is handled. It therefore
+    watches none of these processes: `awaited` notices within POLL seconds that one has ended.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._workers_status = [True] * loader.num_workers  # torch sets it last, and needs it if starting fails
+        signal_handling._set_SIGCHLD_handler()  # before the first process, so that it is held
+        with warnings.catch_warnings(), block_signals(*SIGNALS), hold_handlers(*_CHILD_ENDED), without_script():
+            # fork, where it is the default, shares the parent's memory and starts in milliseconds; workers use neither
+            # CUDA nor a thread pool, which a fork would break
+            warnings.filterwarnings("ignore", ".* use of fork", DeprecationWarning)
+            super().__init__(loader)
+            signal_handling._remove_worker_pids(id(self))
+            self._worker_pids_set = False
+
+    def close(self) -> None:
+        """End the processes; a signal waits until they have ended, or its error would be lost in a destructor."""
+        with block_signals(*SIGNALS):
+            self._shutdown_workers()
 
 
 def _start_worker(_: int) -> None:
@@ -238,7 +256,8 @@ def _as_it_is(item: V) -> V:
 
 log = logging.getLogger(__name__)
 
-POLL = 5.0  # seconds of a DataLoader's timeout, after which torch checks that its workers are alive
+POLL = 1.0  # seconds of a DataLoader's timeout, after which torch checks that its workers are alive
+_CHILD_ENDED = [] if sys.platform == "win32" else [signal.SIGCHLD]
 _PATIENCE, _RARER = 60.0, 5  # seconds before the first warning, and the factor between warnings
 
 
@@ -252,18 +271,23 @@ def awaited(iterator: Any, number: int, workers: int) -> Any:
 
     Raises:
         StopIteration: no item is left.
-        EOFError: the pinning thread has ended, which happens when an item is lost in transit.
+        KilledProcess: a loading process has ended, or the pinning thread, which happens when an item is lost in
+            transit.
     """
     start, patience = time.monotonic(), _PATIENCE
     while True:
         try:
             return next(iterator)
+        except (ConnectionError, EOFError) as error:  # the process died while it sent an item
+            raise _killed(error) from error
         except RuntimeError as error:
+            if str(error).startswith("DataLoader worker"):
+                raise _killed(error) from error
             if not str(error).startswith("DataLoader timed out"):
                 raise
             pinning = getattr(iterator, "_pin_memory_thread", None)
             if pinning is not None and not pinning.is_alive():  # torch does not check it on a timeout
-                raise EOFError("the thread that pins batches has stopped") from error
+                raise _killed("the thread that pins batches has stopped") from error
         if (waited := time.monotonic() - start) >= patience:
             patience = _RARER * waited
             process = number % workers  # workers take turns
@@ -273,3 +297,11 @@ def awaited(iterator: Any, number: int, workers: int) -> Any:
                 "processes: engine.workers=0.",
                 *(waited, number + 1, process + 1, workers, *2 * (iterator._workers[process].pid,)),
             )
+
+
+def _killed(reason: object) -> KilledProcess:
+    return KilledProcess(
+        f"A data-loading process was killed, most likely because memory ran out ({reason}). Free some, or use fewer "
+        "loading processes (engine.workers=1; 0: load in the main process), and run it again: resume a training with "
+        "resume=auto."
+    )

@@ -1,8 +1,9 @@
 """Frame-by-frame reader of video files and cameras."""
 
 import math
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,9 +12,23 @@ import numpy as np
 from dinoseg.data.video.decoder import MAX_PIXELS, REMEDY, Decoder
 from dinoseg.utils.errors import UserError
 
-_COUNTED_SUFFIXES = (".avi", ".mp4", ".mov", ".m4v")  # their headers hold the number of frames
 _SHORTEST_TICK = Fraction(1, 2**19)  # seconds; an mp4 frame may last 2**29 of them, about 17 minutes
 _RATE = Fraction(25)  # if the file states no rate, or an implausible one
+
+
+@dataclass(frozen=True)
+class EncodedSound:
+    """AAC sound of a video that another process encodes while its frames are read.
+
+    Args:
+        rate: samples per second.
+        layout: mono or stereo.
+        packets: (number of its first sample, bytes) of each packet that was received and not used yet.
+    """
+
+    rate: int
+    layout: str
+    packets: deque[tuple[int, bytes]] = field(default_factory=deque)
 
 
 @dataclass(frozen=True)
@@ -24,13 +39,13 @@ class VideoTraits:
         tick: unit of timestamps in seconds; all timestamps are multiples of it.
         aspect: pixel aspect ratio, width by height.
         colours: primaries, transfer and matrix, numbered as in H.273.
-        sound: the file that contains the sound, if any.
+        sound: the file that contains the sound, or the sound itself, if any.
     """
 
     tick: Fraction
     aspect: Fraction
     colours: tuple[int, int, int]
-    sound: Path | None
+    sound: Path | EncodedSound | None
 
 
 class VideoReader:
@@ -83,7 +98,6 @@ class VideoReader:
         Timestamps are exact multiples of `traits.tick`. If only rounding to the file's clock makes them uneven, they
         are corrected to the constant rate.
         """
-        end = Fraction(0)  # seconds from the file's start
         while self._waiting or self._decoder.advance():
             self._waiting = False
             frame, shown = self._decoder.rgb_image(), self._shown()
@@ -92,10 +106,9 @@ class VideoReader:
                     f"{self.path} changes its frame size from {self.size} to {frame.shape[:2]} (H, W) after "
                     f"{self.frames_read} frames. Cut it there, or re-encode it at one size."
                 )
-            end = (end if shown is None else shown) + 1 / self.rate
             self.frames_read += 1
             yield frame, shown
-        if self._ended_early(end):
+        if self._decoder.is_truncated():
             raise UserError(f"{self.path} ends early: {self.frames_read} of {self.count} frames read. {REMEDY}")
 
     def frame_name(self, position: int) -> str:
@@ -124,13 +137,6 @@ class VideoReader:
         time = self._decoder.time - self._decoder.start
         even = self._first + round((time - self._first) * self.rate) / self.rate
         return even if abs(time - even) <= self._decoder.time_base else time
-
-    def _ended_early(self, end: Fraction) -> bool:
-        if self.frames_read >= self.count - 1:
-            return False
-        # in other formats, `count` is duration times a possibly nominal rate, so the time must be short too
-        counted = self.path.suffix.lower() in _COUNTED_SUFFIXES
-        return counted or end < (self.count - Fraction(3, 2)) / self.rate
 
 
 def _common_tick(rate: Fraction, time_base: Fraction) -> Fraction:

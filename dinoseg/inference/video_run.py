@@ -105,8 +105,7 @@ def segment_video(
         classes = FrameClasses(
             by.predictor, skip=options.skip, smooth=options.smooth, probabilities=needs_probabilities
         )
-        cut = options.frames is not None
-        writer = stack.enter_context(VideoWriter(target, reader.rate, reader.size, like=reader.traits, cut=cut))
+        writer = stack.enter_context(VideoWriter(target, reader.rate, reader.size, like=reader.traits))
         total = min(filter(None, (reader.count, options.frames)), default=None)
         bar = stack.enter_context(Bar(total=total, unit="frame", desc=reader.path.name))
         frames: Iterable[_Frame] = islice(reader.timed(), options.frames)

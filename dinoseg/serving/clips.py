@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -13,8 +14,8 @@ from PIL import Image
 from dinoseg.data.video.decoder import FrameTooLarge
 from dinoseg.data.video.length import has_more_packets
 from dinoseg.inference.stream import run_pipeline
-from dinoseg.inference.video_file import VideoReader, VideoTraits
-from dinoseg.inference.video_writer import VideoWriter
+from dinoseg.inference.video_file import EncodedSound, VideoReader, VideoTraits
+from dinoseg.inference.video_writer import SoundReader, VideoWriter
 from dinoseg.serving.answers import MaskStyle, png
 from dinoseg.serving.jobs import UploadJob
 from dinoseg.serving.limits import MIB, ClipLimits, Refused
@@ -35,6 +36,7 @@ class ClipReader:
         path: of the clip.
         limits: of its length.
         max_pixels: of a frame.
+        sound: encode the sound as well, into `traits`.
     """
 
     size: tuple[int, int]  # (H, W); this and the next ones are set when the clip is opened
@@ -43,9 +45,15 @@ class ClipReader:
     fps: float
     traits: VideoTraits
 
-    def __init__(self, path: Path, limits: ClipLimits, max_pixels: int) -> None:
+    def __init__(self, path: Path, limits: ClipLimits, max_pixels: int, *, sound: bool = False) -> None:
         self.path, self.frames_read = path, 0
-        self._request = {"path": str(path), "max_pixels": max_pixels, "packets": int(_PACKETS * limits.max_seconds)}
+        packets = int(_PACKETS * limits.max_seconds)
+        self._request = {
+            "path": str(path),
+            "max_pixels": max_pixels,
+            "packets": packets,
+            "sound": sound * limits.max_seconds,
+        }
         self._child = Child(send_frames, _MORE + _BYTES_PER_PIXEL * max_pixels)
 
     def __enter__(self) -> "ClipReader":
@@ -63,7 +71,8 @@ class ClipReader:
             self._child.close()
             raise
         self.fps = float(self.rate)
-        self.traits = VideoTraits(tick, aspect, tuple(about["colours"]), self.path)
+        self._sound = EncodedSound(*about["sound"]) if about["sound"] else None
+        self.traits = VideoTraits(tick, aspect, tuple(about["colours"]), self._sound)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -82,6 +91,10 @@ class ClipReader:
             header, pixels = self._next()
             if "end" in header:
                 return
+            if "first" in header:
+                if self._sound is not None:
+                    self._sound.packets.append((header["first"], pixels))
+                continue
             time = None if header["time"] is None else Fraction(*header["time"])
             self.frames_read += 1
             yield np.frombuffer(pixels, np.uint8).reshape(*self.size, 3), time
@@ -106,7 +119,10 @@ class ClipReader:
 
 
 def send_frames(channel: Channel) -> None:
-    """Send the properties and then the frames of the clip that a message names, as fast as the receiver reads them."""
+    """Send the properties and then the frames of the clip that a message names, as fast as the receiver reads them.
+
+    Sound is encoded up to the end of each frame and sent before it: it never lasts longer than the frames.
+    """
     message = channel.receive()
     if message is None:
         return
@@ -115,12 +131,22 @@ def send_frames(channel: Channel) -> None:
     try:
         if has_more_packets(path, request["packets"]):
             raise UserError(f"{path} has more than {request['packets']} packets. Cut it, or re-encode it.")
-        with VideoReader(path, max_pixels=request["max_pixels"]) as reader:
+        with VideoReader(path, max_pixels=request["max_pixels"]) as reader, _sound_of(path, request) as sound:
             traits = reader.traits
             ratios = {"rate": reader.rate, "tick": traits.tick, "aspect": traits.aspect}
             known = {name: ratio.as_integer_ratio() for name, ratio in ratios.items()}
-            channel.send({"size": reader.size, "count": reader.count, "colours": traits.colours, **known})
+            heard = sound and (sound.rate, sound.layout)
+            channel.send(
+                {"size": reader.size, "count": reader.count, "colours": traits.colours, "sound": heard, **known}
+            )
+            packets = sound.packets() if sound else iter(())
+            waiting = next(packets, None)
+            end = Fraction(0)  # of the frame, in seconds
             for frame, time in reader.timed():
+                end = (end if time is None else time) + 1 / reader.rate
+                while waiting is not None and waiting[0] < min(end, request["sound"]):
+                    channel.send({"first": waiting[1].pts}, bytes(waiting[1]))
+                    waiting = next(packets, None)
                 shown = None if time is None else time.as_integer_ratio()
                 channel.send({"time": shown}, np.ascontiguousarray(frame).data.cast("B"))
         channel.send({"end": True})
@@ -130,6 +156,19 @@ def send_frames(channel: Channel) -> None:
         channel.send({"error": str(error)})
     except MemoryError:
         channel.send({"error": f"{path} needs more memory to decode than its frames require. Re-encode it."})
+
+
+@contextmanager
+def _sound_of(path: Path, request: dict[str, Any]) -> Iterator[SoundReader | None]:
+    """Open the sound of a clip, to be encoded; None if it has none, or none was requested."""
+    if not request["sound"]:
+        yield None
+        return
+    sound = SoundReader(path, copy=False)
+    try:
+        yield sound if sound.rate else None
+    finally:
+        sound.close()
 
 
 FRAME, OVERLAY, MASKS = "frame.png", "overlay.mp4", "masks.zip"
@@ -207,7 +246,7 @@ def make_overlay(
     """
     counts = np.zeros(256, np.int64)
     with (
-        _reader(job, path, limits, job.facts["width"] * job.facts["height"]) as reader,
+        _reader(job, path, limits, job.facts["width"] * job.facts["height"], sound=True) as reader,
         VideoWriter(job.folder / OVERLAY, reader.rate, reader.size, like=reader.traits) as writer,
         atomic_file(job.folder / MASKS) as part,
         zipfile.ZipFile(part, "w") as masks,  # uncompressed: PNGs are compressed already
@@ -240,9 +279,9 @@ def redraw(job: UploadJob, path: Path, limits: ClipLimits, style: MaskStyle) -> 
         make_overlay(job, path, limits, style, masks_of)
 
 
-def _reader(job: UploadJob, path: Path, limits: ClipLimits, max_pixels: int) -> ClipReader:
+def _reader(job: UploadJob, path: Path, limits: ClipLimits, max_pixels: int, *, sound: bool = False) -> ClipReader:
     """Return a clip's reader, which is killed when the job is cancelled."""
-    reader = ClipReader(path, limits, max_pixels)
+    reader = ClipReader(path, limits, max_pixels, sound=sound)
     job.interrupt = reader.kill
     if job.cancelled.is_set():
         reader.kill()

@@ -44,6 +44,10 @@ class UserError(Exception):
         return printable(super().__str__())
 
 
+class KilledProcess(UserError):
+    """Error that a process which worked for this one was killed."""
+
+
 @contextmanager
 def file_errors_as_user_errors(folder: Path) -> Iterator[None]:
     """Turn the system's errors about files and disks into messages; other errors pass unchanged.

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+from dinoseg.utils.errors import KilledProcess
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TWICE = 2.0  # seconds after which a signal is a second one: torchrun forwards those that the terminal sent to all
@@ -91,7 +94,7 @@ def deferred(notice: str) -> Iterator[Deferral]:
     with _handled(deferral.receive):
         try:
             yield deferral
-        except RuntimeError as error:
+        except (RuntimeError, KilledProcess) as error:
             if deferral.signal:
                 raise Interrupted(deferral.signal) from error
             raise
@@ -128,15 +131,46 @@ def forward_signals(processes: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def block_signals(*numbers: int) -> Iterator[None]:
-    """Block signals until the end of the block, also in processes that start in it, until these unblock them."""
-    if sys.platform == "win32":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    """Block signals until the end of the block, also in processes that start in it, until these unblock them.
+
+    A mask does not suffice: another thread may receive the signal, and Python runs its handler in the main thread.
+    """
+    with hold_handlers(*numbers):
+        if sys.platform == "win32":
+            yield
+            return
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def hold_handlers(*numbers: int) -> Iterator[None]:
+    """Call the Python handlers of signals at the end of the block instead of in it; in the main thread only."""
+    received: list[int] = []
+    is_holding = True
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if is_holding:
+            received.append(number)
+        else:  # a signal has interrupted the end of the block, before the former handler was back
+            former[number](number, frame)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in numbers if is_main}
+    former: dict[int, Any] = {number: each for number, each in handlers.items() if callable(each)}
     try:
+        for number in former:
+            signal.signal(number, handler)
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        is_holding = False
+        for number, each in former.items():
+            signal.signal(number, each)
+        for number in dict.fromkeys(received):
+            signal.raise_signal(number)
 
 
 @contextmanager

@@ -153,30 +153,6 @@ def _answer(work: Callable[[Any], Any], item: Any, sending: Connection) -> None:
         sending.send(error)
 
 
-@contextmanager
-def telling_killed_loaders() -> Iterator[None]:
-    """Turn torch's error about a killed loading process, wherever it is raised, into a message; other errors pass.
-
-    Raises:
-        UserError: if a loading process was killed; the message names it.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise killed_loader(error) from error
-
-
-def killed_loader(error: Exception) -> UserError:
-    """Return the error message for a killed loading process, which quotes `error`."""
-    return UserError(
-        f"A data-loading process was killed, most likely because memory ran out ({error}). Free some, or use fewer "
-        "loading processes (engine.workers=1; 0: load in the main process), and run it again: resume a training with "
-        "resume=auto."
-    )
-
-
 def _attempt(work: Callable[[T], R], catch: type[E] | tuple[type[E], ...], item: T) -> R | E:
     try:
         return work(item)

@@ -30,7 +30,7 @@ def start(folder, out, steps):
 def test_a_script_runs_once_and_gets_the_run(tmp_path):
     write_data(tmp_path / "data")
     process = start(tmp_path, "two", "trainer={'steps': 2}, engine={'devices': 2}")
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0 and out.count("begins") == 1 and "ends 2 3072" in out, err
     words = [sys.executable, "-m", "dinoseg", "mode=train", *SMALL, "engine.devices=2", "engine.precision=fp32"]
     subprocess.run([*words, "hydra.run.dir=typed"], cwd=tmp_path, capture_output=True, check=True)
@@ -49,7 +49,7 @@ def test_ctrl_c_stops_all_ranks_and_raises_in_the_script(tmp_path):
     while not last.exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode in (130, -signal.SIGINT) and "KeyboardInterrupt" in err, err
     assert "To resume, call dinoseg.Run(" in err and "ends" not in out
 
@@ -63,6 +63,6 @@ def test_sigterm_saves_and_ends_the_script(tmp_path):
     while not last.exists() and process.poll() is None:
         time.sleep(0.05)
     process.terminate()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == -signal.SIGTERM and "ends" not in out, err
     assert checkpoint.describe(last)["progress"]["step"] > 0

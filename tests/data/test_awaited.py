@@ -7,6 +7,7 @@ import pytest
 
 from dinoseg.data import loader
 from dinoseg.data.loader import load_in_order
+from dinoseg.utils.errors import UserError
 
 
 class Slow:
@@ -37,21 +38,37 @@ def test_it_is_told_once_and_then_rarely(monkeypatch, caplog):
     assert "py-spy dump --pid 77" in caplog.text and "engine.workers=0" in caplog.text
 
 
-def test_what_else_goes_wrong_is_no_wait():
-    with pytest.raises(RuntimeError, match="killed"):
-        loader.awaited(Slow(1, "DataLoader worker (pid 3) is killed"), 0, 2)
+@pytest.mark.parametrize("words", ["(pid 7) is killed by signal: Killed.", "(pid(s) 7) exited unexpectedly"])
+def test_killed_process_is_reported_with_its_remedy(words):
+    with pytest.raises(UserError, match=r"because memory ran out.* 7.*engine\.workers=1.*resume=auto"):
+        loader.awaited(Slow(1, f"DataLoader worker {words}"), 0, 2)
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="another"):
+        loader.awaited(Slow(1, "another"), 0, 2)
 
 
 def test_a_pinning_thread_that_has_ended_is_not_waited_for():
     slow = Slow(10**9)
     slow._pin_memory_thread = SimpleNamespace(is_alive=lambda: False)
-    with pytest.raises(EOFError, match="the thread that pins batches has stopped"):
+    with pytest.raises(UserError, match="the thread that pins batches has stopped"):
         loader.awaited(slow, 0, 2)
 
 
-def test_what_comes_late_comes_all_the_same(monkeypatch, caplog):
+def test_what_comes_late_comes_all_the_same(monkeypatch, caplog, tmp_path):
+    def read(key):
+        while key == 2 and not (tmp_path / "told").exists():
+            time.sleep(0.01)
+        return key
+
+    def release(record):
+        if "item 3 " in record.getMessage():
+            (tmp_path / "told").touch()
+        return True
+
     monkeypatch.setattr(loader, "POLL", 0.02)
     monkeypatch.setattr(loader, "_PATIENCE", 0.05)
-    items = load_in_order(lambda key: time.sleep(0.2 * (key == 2)) or key, range(4), 2)
-    assert list(items) == [0, 1, 2, 3]
+    monkeypatch.setattr(loader.log, "filters", [release])
+    assert list(load_in_order(read, range(4), 2)) == [0, 1, 2, 3]
     assert "item 3 of this epoch is due from loading process 1 of 2" in caplog.text

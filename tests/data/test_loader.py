@@ -1,3 +1,4 @@
+import errno
 import gc
 import itertools
 import multiprocessing
@@ -12,7 +13,9 @@ import pytest
 import torch
 from making import Pictures, train_batches
 from pretended_cuda import is_pinned, pretended_cuda
+from signals import signal_in_thread
 from torch.utils.data._utils.pin_memory import pin_memory as pin_memory_of
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dinoseg.core.shapes import ClipBatch
 from dinoseg.data import loader
@@ -20,7 +23,6 @@ from dinoseg.data.clips.view import ClipView
 from dinoseg.data.loader import clip_batches, eval_samples, load_in_order, stack_equal
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.workers import telling_killed_loaders
 
 AUGMENT = Augment((12, 10), scale=(0.7, 1.4), affine=Affine(15, 0.1, 5), flip=0.5, color=ColorJitter(0.2))
 SIZES = [(20 + i, 30 - i) for i in range(11)]
@@ -93,7 +95,7 @@ def test_global_chance_is_left_alone(workers):
 
 def children_after_a_moment(before):
     gc.collect()
-    for _ in range(100):
+    for _ in range(1200):
         if not (left := [each for each in multiprocessing.active_children() if each not in before]):
             return 0
         time.sleep(0.05)
@@ -109,7 +111,7 @@ def test_a_signal_to_all_processes_leaves_the_workers_to_the_first(number):
     assert len(take(batches, 20)) == 20
     for worker in multiprocessing.active_children():
         worker.terminate()
-        worker.join(20)
+        worker.join(120)
         assert worker.exitcode == 0
 
 
@@ -122,16 +124,85 @@ def test_a_worker_that_is_killed_while_it_sends_is_told():
         list(load_in_order(resetting, range(2), 1))
 
 
+def kill_worker(before):
+    """Kill the loading process that is not in `before`, and wait until it has ended; it stays unreaped."""
+    (worker,) = (each for each in multiprocessing.active_children() if each not in before)
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch raises wherever the signal finds
-def test_a_killed_worker_is_told():
-    batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=1)
+def test_killed_worker_is_reported_where_its_batch_is_due():
     before = multiprocessing.active_children()  # of other tests
+    batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=1)
     next(batches)
-    with pytest.raises(UserError, match="A data-loading process was killed"), telling_killed_loaders():
-        (worker,) = (each for each in multiprocessing.active_children() if each not in before)
-        os.kill(worker.pid, signal.SIGKILL)
+    kill_worker(before)
+    signal.raise_signal(signal.SIGCHLD)  # a handler must not raise in the middle of whatever this process does
+    with pytest.raises(UserError, match="A data-loading process was killed.*engine.workers=1.*resume=auto"):
         take(batches, 20)
+    assert children_after_a_moment(before) == 0
+
+
+@pytest.mark.slow
+def test_worker_killed_while_the_loader_is_built_is_reported(monkeypatch):
+    before = multiprocessing.active_children()
+    prefetch = _MultiProcessingDataLoaderIter._reset
+
+    def kill_and_prefetch(self, *arguments, **named):
+        kill_worker(before)
+        prefetch(self, *arguments, **named)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_reset", kill_and_prefetch)
+    with pytest.raises(UserError, match="A data-loading process was killed"):
+        take(train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=1), 1)
+
+
+@pytest.mark.slow
+def test_signal_waits_until_loading_processes_have_started(monkeypatch):
+    before = multiprocessing.active_children()
+    prefetch = _MultiProcessingDataLoaderIter._reset
+
+    def interrupt_and_prefetch(self, *arguments, **named):
+        signal_in_thread(signal.SIGINT)
+        prefetch(self, *arguments, **named)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_reset", interrupt_and_prefetch)
+    with pytest.raises(KeyboardInterrupt):
+        take(train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=2), 1)
+    assert children_after_a_moment(before) == 0
+
+
+@pytest.mark.slow
+def test_process_that_cannot_start_is_the_only_error(monkeypatch):
+    before = multiprocessing.active_children()
+    start = multiprocessing.Process.start
+
+    def start_first_only(self):
+        if len(multiprocessing.active_children()) > len(before):
+            raise OSError(errno.EAGAIN, "no more processes")
+        start(self)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", start_first_only)
+    with pytest.raises(OSError, match="no more processes"):
+        take(train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=2), 1)
+    assert children_after_a_moment(before) == 0
+
+
+@pytest.mark.slow
+def test_signal_waits_until_loading_processes_have_ended(monkeypatch):
+    end_workers = _MultiProcessingDataLoaderIter._shutdown_workers
+    ended = []
+
+    def interrupt_and_end(self):
+        if not self._shutdown:
+            signal_in_thread(signal.SIGINT)
+            end_workers(self)
+            ended.append(len(self._workers))
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_shutdown_workers", interrupt_and_end)
+    with pytest.raises(KeyboardInterrupt):
+        list(eval_samples(Pictures(SIZES), workers=2))
+    assert ended == [2]
 
 
 @pytest.mark.heavy
@@ -235,9 +306,16 @@ def test_training_batches_are_pinned_by_the_loader_where_cuda_is_used(monkeypatc
             self.items = (pin_memory_of(data[key]) if pin_memory else data[key] for key in sampler)
 
         def __iter__(self):
-            return self.items
+            return self
+
+        def __next__(self):
+            return next(self.items)
+
+        def close(self):
+            pass
 
     monkeypatch.setattr(loader, "DataLoader", Loader)
+    monkeypatch.setattr(loader, "WorkerIterator", iter)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
     with pretended_cuda() as waits:
         for workers in (2, "auto"):

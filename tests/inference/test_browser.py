@@ -41,8 +41,8 @@ def test_an_overlay_plays(served, tmp_path, sound):
             writer.write(frame, time)
     (tmp_path / "page.html").write_text("<link rel=icon href=data:,><video id=v src=out.mp4 muted></video>")
     with opened_page(f"{served}/page.html") as page:
-        page.wait_for_function("document.getElementById('v').readyState >= 2", timeout=20_000)
+        page.wait_for_function("document.getElementById('v').readyState >= 2", timeout=120_000)
         page.evaluate("document.getElementById('v').play()")
-        page.wait_for_function("document.getElementById('v').currentTime > 0.5", timeout=20_000)
+        page.wait_for_function("document.getElementById('v').currentTime > 0.5", timeout=120_000)
         state = page.evaluate("(v => [v.videoWidth, v.videoHeight, v.error, v.webkitAudioDecodedByteCount > 0])(v)")
         assert state == [64, 48, None, True] and page.complaints == []

@@ -1,7 +1,5 @@
 from itertools import permutations
-from time import perf_counter
 
-import cv2
 import numpy as np
 import pytest
 from official_davis import official_edge, official_pairs, official_statistics
@@ -146,45 +144,6 @@ def test_it_does_not_matter_how_many_masks_are_worked_on_together(monkeypatch, a
     expected = official_pairs(*maps, 7, 7)
     assert np.array_equal(pair_scores(*maps, 7, 7), expected)
     assert np.array_equal(object_scores(*maps, 7), expected.diagonal(axis1=1, axis2=2))
-
-
-def large_disc():
-    maps = np.zeros((2, 480, 854), np.uint8)
-    for ids, centre in zip(maps, ((427, 240), (432, 236)), strict=True):
-        cv2.circle(ids, centre, 230, 1, -1)
-    return maps
-
-
-def far_specks():
-    maps = np.zeros((2, 480, 854), np.uint8)
-    maps[0, 3:9, 3:9] = maps[0, 470:476, 840:846] = 1
-    maps[1, 5:9, 4:12] = maps[1, 471:477, 838:845] = 1
-    return maps
-
-
-def ten_in_noise():
-    return np.random.default_rng(0).integers(0, 11, (2, 480, 854), dtype=np.uint8)
-
-
-@pytest.mark.parametrize(("make", "count"), [(large_disc, 1), (far_specks, 1), (ten_in_noise, 10)])
-def test_the_hardest_frames_are_counted_several_times_faster_than_the_official_way(make, count):
-    maps = make()
-    ways = {
-        "official": lambda: [official_pairs(*(maps == label), 1, 1) for label in range(1, count + 1)],
-        "ours": lambda: object_scores(*maps, count),
-    }
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    best = dict.fromkeys(ways, np.inf)
-    try:
-        for _ in range(5):
-            for name, way in ways.items():
-                start = perf_counter()
-                way()
-                best[name] = min(best[name], perf_counter() - start)
-    finally:
-        cv2.setNumThreads(threads)
-    assert best["official"] > 2 * best["ours"], best  # 5 and more on an idle machine: benchmarks/scores.py
 
 
 @pytest.mark.parametrize("size", [(75, 100), (74, 100), (76, 100), (150, 200), (61, 80)])

@@ -62,7 +62,7 @@ def running(folder, trained_once):
         yield next(found[0] for line in server.stdout if (found := re.search(r"http://\S+", line)))
     finally:
         server.send_signal(signal.SIGTERM)
-        server.communicate(timeout=60)
+        server.communicate(timeout=300)
     assert server.returncode == 0
     assert not list((folder / "app").glob("*uploads*"))
 
@@ -147,7 +147,7 @@ def test_a_painted_object_is_followed_through_a_clip(scene):
             page.keyboard.press("ArrowRight")
         page.keyboard.press("Space")  # a second object, by the keyboard
         page.click("#follow")
-        page.wait_for_selector("#areas tr", timeout=60_000)
+        page.wait_for_selector("#areas tr", timeout=300_000)
         assert page.inner_text("#said") == "Done: 8 frames."
         assert [text.split()[:2] for text in page.locator("#areas tr").all_inner_texts()][1:] == [
             ["object", "1"],
@@ -167,7 +167,7 @@ def test_a_class_of_a_clip_can_be_switched_off(scene):
     with opened_page(address) as page:
         drop(page, folder / "clip.mp4")
         page.click("#every")
-        page.wait_for_selector("#areas tr", timeout=60_000)
+        page.wait_for_selector("#areas tr", timeout=300_000)
         assert page.is_disabled("#redraw")
         slide(page, "opacity", 100)
         for wanted in ("none", "all"):

@@ -216,12 +216,12 @@ def test_more_than_the_queue_holds_are_told_to_come_back():
 
     def held(images):
         inside.set()
-        gate.wait(10)
+        gate.wait(120)
 
     with client(held, queue=1) as ask:
         first = threading.Thread(target=ask.post, args=("/segment",), kwargs={"content": encoded(picture())})
         first.start()
-        inside.wait(10)
+        inside.wait(120)
         answer = ask.post("/segment", content=encoded(picture()))
         gate.set()
         first.join()
@@ -234,7 +234,7 @@ def test_pixels_that_are_held_are_bounded_and_let_go():
 
     def held(images):
         inside.release()
-        gate.wait(10)
+        gate.wait(120)
 
     with service(held, max_pixels=24, batch_size=1) as made:
         with TestClient(endpoint(made, Hosts.of("127.0.0.1")), base_url="http://localhost") as ask:
@@ -258,13 +258,13 @@ def test_the_model_sees_no_more_pixels_at_once_than_an_image_may_have():
     gate, seen = threading.Event(), []
 
     def held(images):
-        gate.wait(10)
+        gate.wait(120)
         seen.append(len(images))
 
     with service(held, max_pixels=48) as made:
         futures = [made.worker.submit(picture()) for _ in range(9)]
         gate.set()
-        assert [future.result(10).shape for future in futures] == [(4, 6)] * 9
+        assert [future.result(120).shape for future in futures] == [(4, 6)] * 9
     assert max(seen) == 2 and sum(seen) == 9
 
 
@@ -347,7 +347,7 @@ def test_a_client_that_hangs_up_has_its_work_dropped():
 
     def held(images):
         seen.append(len(images))
-        gate.wait(10)
+        gate.wait(120)
 
     async def hang_up(app, body):
         """Send a whole request, wait until the model is busy with another one, and go."""
@@ -373,7 +373,7 @@ def test_a_client_that_hangs_up_has_its_work_dropped():
             time.sleep(0.001)
         status = asyncio.run(hang_up(endpoint(made, Hosts.of("127.0.0.1", ["*"])), encoded(picture())))
         gate.set()
-        busy.result(10)
+        busy.result(120)
         assert status == 499 and made.in_hand == 0 and len(made.worker) == 0
         assert 'rule="hung_up"} 1' in made.metrics.text()
     assert seen == [1]  # of the other one alone

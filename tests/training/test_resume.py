@@ -100,7 +100,7 @@ def kill_at(where: Path, step: int, *arguments) -> Path:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         found = list((where / "outputs/base").glob("train_*/checkpoints/last.safetensors"))
         if found and checkpoint.read(found[0]).info["progress"]["step"] >= step:

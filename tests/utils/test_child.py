@@ -30,10 +30,10 @@ def test_modules_of_the_working_folder_are_not_imported(tmp_path, monkeypatch):
 
 
 def test_a_deadline_begins_once_the_process_is_ready(tmp_path, monkeypatch):
-    (tmp_path / "slow_to_import.py").write_text("import time\nfrom child_functions import echo\ntime.sleep(1.2)\n")
+    (tmp_path / "slow_to_import.py").write_text("import time\nfrom child_functions import echo\ntime.sleep(6)\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(echo, "__module__", "slow_to_import")
-    assert answered(Child(echo, MEMORY), seconds=1.0) == ({"number": 1}, b"bytes")
+    assert answered(Child(echo, MEMORY), seconds=5.0) == ({"number": 1}, b"bytes")
 
 
 def test_a_process_that_is_never_ready_is_killed(monkeypatch):

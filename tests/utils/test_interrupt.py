@@ -5,13 +5,14 @@ import signal
 
 import pytest
 from command_line import SMALL, call, write_data
+from signals import signal_in_thread
 
 from dinoseg.cli import own_keys
 from dinoseg.report.log import RunLog
 from dinoseg.training import checkpoint
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import interrupt
-from dinoseg.utils.interrupt import Interrupted, deferred, forward_signals, raised
+from dinoseg.utils.interrupt import Interrupted, block_signals, deferred, forward_signals, raised
 
 SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
@@ -152,3 +153,33 @@ def test_what_changes_nothing_is_left_at_once_and_only_that():
         assert stop.signal == signal.SIGTERM
     with pytest.raises(RuntimeError, match="a worker"), deferred(""):
         raise RuntimeError("a worker has died")
+
+
+@pytest.mark.parametrize("send", [signal.raise_signal, signal_in_thread])
+def test_blocked_signal_is_raised_after_the_block_only(send):
+    ended = []
+    with pytest.raises(Interrupted) as stop, raised(), block_signals(*interrupt.SIGNALS):
+        send(signal.SIGTERM)
+        ended.append("block")
+    assert ended == ["block"] and stop.value.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_blocked_signal_follows_the_error_of_the_block():
+    with pytest.raises(KeyboardInterrupt) as stop, block_signals(signal.SIGINT):
+        signal_in_thread(signal.SIGINT)
+        raise ValueError("of the block")
+    assert isinstance(stop.value.__context__, ValueError)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_blocked_signals_without_handler_stay_ignored():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with block_signals(signal.SIGTERM):
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)

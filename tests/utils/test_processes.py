@@ -9,12 +9,14 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from dinoseg.utils import workers as workers_module
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.workers import in_processes, run_in_process, telling_killed_loaders
+from dinoseg.utils.workers import in_processes, run_in_process
 
 run = functools.partial(in_processes, remedy="Do less.")
 started_with = []  # filled in processes by `note_start`
@@ -130,10 +132,29 @@ def test_little_is_done_ahead_and_nothing_after_the_end(tmp_path, in_order):
     assert nobody_is_left() and len(list(tmp_path.iterdir())) <= 3 + 2 * 4
 
 
-def test_what_waits_for_a_process_is_dropped_at_the_end(tmp_path):
+class CancellingPool(workers_module.ProcessPoolExecutor):
+    """Pool whose first task waits for the file `go`, which is there once waiting tasks are cancelled."""
+
+    go: Path
+
+    def submit(self, *arguments):
+        self.tasks = [*getattr(self, "tasks", []), super().submit(*arguments)]
+        return self.tasks[-1]
+
+    def shutdown(self, **named):
+        def release():
+            until(lambda: not any(task._state == "PENDING" for task in self.tasks))
+            self.go.touch()
+
+        threading.Thread(target=release).start()
+        super().shutdown(**named)
+
+
+def test_what_waits_for_a_process_is_dropped_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(CancellingPool, "go", tmp_path / "go", raising=False)
+    monkeypatch.setattr(workers_module, "ProcessPoolExecutor", CancellingPool)
     results = run(functools.partial(wait_for_go, folder=tmp_path), range(200), 2)
     assert next(results) == (0, 0)
-    threading.Timer(0.3, (tmp_path / "go").touch).start()  # while this one closes
     results.close()
     assert nobody_is_left() and not (tmp_path / "7").exists()
 
@@ -208,7 +229,7 @@ def test_no_process_outlives_a_killed_one(tmp_path, way):
         until(lambda: len(list(folder.iterdir())) > 5)
         assert len(living(process.pid)) >= 3
         process.send_signal(way)
-        assert process.wait(20) != 0
+        assert process.wait(120) != 0
         until(lambda: not living(process.pid))
         assert len(list(folder.iterdir())) < 1000
     finally:
@@ -219,11 +240,11 @@ def test_no_process_outlives_a_killed_one(tmp_path, way):
 def test_a_script_without_guard_is_told_why(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT.format(folder=str(tmp_path))).replace('__name__ == "__main__"', "True"))
-    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
     assert ended.returncode and "processes need `if __name__ == '__main__':` around" in ended.stderr
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -278,17 +299,6 @@ def test_a_process_of_its_own_answers_or_tells_how_it_ended(capfd):
     with pytest.raises(RuntimeError, match="see its traceback above"):
         run_in_process(answers, "broken")
     assert "ValueError: not foreseen" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("words", ["(pid 7) is killed by signal: Killed.", "(pid(s) 7) exited unexpectedly"])
-def test_a_killed_loader_is_told_with_its_remedy_and_other_errors_pass(words):
-    with (
-        pytest.raises(UserError, match=r"most likely because memory ran out.* 7.*engine\.workers=1.*resume=auto"),
-        telling_killed_loaders(),
-    ):
-        raise RuntimeError(f"DataLoader worker {words}")
-    with pytest.raises(RuntimeError, match="another"), telling_killed_loaders():
-        raise RuntimeError("another")
 
 
 def test_a_process_of_its_own_is_killed_at_its_time_limit():

@@ -5,6 +5,7 @@ import struct
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import cv2
 import numpy as np
 from av.buffer import Buffer
 from av.error import FFmpegError
+from av.index import IndexEntry
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 
@@ -28,6 +30,7 @@ _COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 _CLOCK = re.compile(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d+)?)")
 MAX_PIXELS = 2**27  # per frame: 16384 x 8192, more than any camera has, since a file of a kilobyte may claim any size
 _MAX_SILENT = 10_000  # packets without a frame: minutes that lack the initial key frame
+_UNCOUNTED = 1  # frames, or packets, that a whole file may lack: some writers count dropped frames
 REMEDY = "It is truncated, damaged or not a video: replace it, or re-encode it (ffmpeg -i IN OUT.mp4)."
 
 
@@ -38,11 +41,9 @@ class FrameTooLarge(UserError):
 class Decoder:
     """Open video. `advance` decodes the next frame, to which the other methods refer.
 
-    Damaged packets are skipped, and a truncated file ends early; callers detect this by counting frames.
+    Damaged packets are skipped, and a truncated file ends early: see `is_truncated`.
 
     - `rate`: frame rate by the container, 0 if unknown.
-    - `promised`: number of frames by the container, 0 if unknown. It may be off by one or two; without a frame count,
-      it is duration times rate.
     - `start`, `time_base`: start of the file's clock in seconds, and the length of its ticks.
 
     Args:
@@ -80,11 +81,13 @@ class Decoder:
         self._stream.codec_context.thread_count = threads
         self._reformatter, self._threads = VideoReformatter(), threads
         self._frame: av.VideoFrame
+        self._read = 0  # frames
+        self._end: int | None = None  # largest time of a packet in ticks, see `_time_of`
+        self._undecodable = 0  # packets
         self._frames = self._decoded()
         self.rate = self._stream.guessed_rate or Fraction(0)
         self.time_base = self._stream.time_base or Fraction(1, 1000)
         self.start = Fraction(self._container.start_time or 0, av.time_base)
-        self.promised = self._stream.frames or int(self._seconds() * self.fps + 0.5)
 
     @property
     def fps(self) -> float:
@@ -108,7 +111,69 @@ class Decoder:
         frame = next(self._frames, None)
         if frame is not None:
             self._frame = frame
+            self._read += 1
         return frame is not None
+
+    @cached_property
+    def promised(self) -> int:
+        """Number of frames by the container; 0 if unknown.
+
+        It may be off by one or two. Frames outside an edit list and empty time slots do not count. Without a frame
+        count, it is duration times rate.
+        """
+        counted = self._stream.frames
+        if not counted:
+            return int(self._seconds() * self.fps + 0.5)
+        entries = self._index
+        return sum(not entry.is_discard and entry.size > 0 for entry in entries) if entries else counted
+
+    def is_truncated(self) -> bool:
+        """Return whether a file that was read from its start to its end, and is still open, has lost frames.
+
+        The file is whole if it holds all promised frames. With fewer frames, it is whole if its last packet has the
+        announced time: decoders drop frames that refer to others before a cut.
+        """
+        if self._read >= max(1, self.promised - _UNCOUNTED):
+            return False
+        if self._stream.frames and self._undecodable > _UNCOUNTED:
+            return True
+        return self._read == 0 or self._end is None or self._end < self._announced_end()
+
+    def check_whole(self) -> None:
+        """Raise a UserError if `is_truncated`."""
+        if self.is_truncated():
+            raise UserError(
+                f"{self.path} is truncated: {self._read} frames read, {self.promised} promised. Replace it."
+            )
+
+    @cached_property
+    def _index(self) -> list[IndexEntry]:
+        """The container's index of all packets of the video, in decoding order; empty if it has none."""
+        entries = list(self._stream.index_entries)
+        # a truncated AVI file lacks its index, of which FFmpeg then makes the part that it has seen
+        if self._is_slotted and entries and entries[-1].timestamp < self._announced_end():
+            return []
+        return entries
+
+    @property
+    def _is_slotted(self) -> bool:
+        """Whether the container's frame count is a number of time slots of one tick, which may be empty."""
+        return self._container.format.name == "avi"
+
+    def _time_of(self, packet: av.Packet) -> int | None:
+        """Return a packet's time in ticks: of decoding, as an index states it, or of presentation, as a duration."""
+        return packet.dts if self._stream.frames else packet.pts
+
+    def _announced_end(self) -> float:
+        """Return the earliest time of the last packet of a whole file, in ticks, see `_time_of`."""
+        frame = 1 / (self.rate * self.time_base) if self.rate else Fraction(0)  # ticks
+        if self._is_slotted:
+            last = Fraction(self._stream.frames - 1)
+        elif self._stream.frames and self._index:
+            last = Fraction(self._index[-1].timestamp)
+        else:
+            last = (self.start + Fraction(self._seconds())) / self.time_base - frame
+        return float(last - _UNCOUNTED * frame - frame / 2)
 
     @property
     def time(self) -> Fraction | None:
@@ -192,12 +257,15 @@ class Decoder:
         silent = 0  # packets since the last frame
         try:
             for packet in self._container.demux(self._stream):
+                if (time := self._time_of(packet)) is not None:
+                    self._end = time if self._end is None else max(time, self._end)
                 silent += 1
                 if silent > _MAX_SILENT:
                     raise UserError(f"{self.path} has {_MAX_SILENT} packets in a row without a frame. {REMEDY}")
                 try:
                     frames = packet.decode()
                 except FFmpegError:
+                    self._undecodable += 1
                     continue
                 if frames:
                     silent = 0

@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # datasets of images do not need FFmpeg's libraries
     from dinoseg.data.video.decoder import Decoder
 
 log = logging.getLogger(__name__)
-_UNCOUNTED = 2  # frames that an intact video may have less than its header states: some writers count dropped ones
 _MAX_BYTES = 2**28  # of a stored index: more than 200 hours of 30 frames a second
 _WORTH_A_PROCESS = 64 * 2**20  # bytes of video; a process takes a second to start
 _known: dict[tuple[Path, int, int], "VideoIndex"] = {}
@@ -147,12 +146,9 @@ def _scan(path: Path) -> VideoIndex:
         while decoder.advance():
             times.append(time_of(decoder))
             sums.append(checksum(decoder.image()))
+        decoder.check_whole()
     finally:
         decoder.close()
-    # some containers store only a duration, so a video of varying rate may have fewer frames than computed from it
-    reached = round((times[-1] - times[0]) * decoder.fps / 1000) + 1 if times else 0
-    if not times or max(len(times), reached) < decoder.promised - _UNCOUNTED:
-        raise UserError(f"{path} is truncated: {len(times)} frames read, {decoder.promised} promised. Replace it.")
     return VideoIndex(np.array(times, dtype=np.float64), np.array(sums, dtype=np.uint32), decoder.fps)
 
 

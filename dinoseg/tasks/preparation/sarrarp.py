@@ -45,7 +45,6 @@ _LOCK = ".prepare.lock"  # in the root: one run at a time
 
 _MAX_RATIO = 100  # video and PNG hardly compress: a file that grows a hundredfold is no recording
 _RATIO_MATTERS = 100 * 2**20  # bytes below which a high ratio is harmless
-_UNCOUNTED = 2  # tolerated lack of frames compared with the header: some writers count dropped frames
 
 
 @dataclass(frozen=True)
@@ -262,8 +261,7 @@ def extract_frames(video: Path, folder: Path, *, step: int) -> int:
             if frames % step == 0 and not target.exists():
                 write_png(target, decoder.rgb_image())
             frames += 1
-    if frames == 0 or frames < decoder.promised - _UNCOUNTED:
-        raise UserError(f"{video} is truncated: {frames} frames read, {decoder.promised} promised. Replace it.")
+        decoder.check_whole()
     return frames
 
 

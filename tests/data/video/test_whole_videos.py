@@ -1,0 +1,126 @@
+"""Whole videos that hold fewer frames than their header counts are read; truncated ones are refused."""
+
+import numpy as np
+import pytest
+from films import write_edits, write_plain
+
+from dinoseg.data.video.access import VideoFrame, read_frame
+from dinoseg.data.video.decoder import Decoder
+from dinoseg.data.video.index import find_index
+from dinoseg.data.video.length import count_frames, promised_frames
+from dinoseg.inference.video_file import VideoReader
+from dinoseg.tasks.preparation.sarrarp import extract_frames
+from dinoseg.utils.errors import UserError
+
+TICK, DELAY = 512, 1024  # ticks of a frame of 30 fps in FFmpeg's mp4 files, and of the reordering of H.264
+GAPS = [index + 3 * (index // 7) for index in range(60)]  # 84 time slots
+
+
+FAST = {"movflags": "+faststart"}
+
+
+def noise(index):
+    return np.random.default_rng(index).integers(0, 256, (48, 64, 3), np.uint8)
+
+
+def write_cut(path, *edits):
+    """Write 100 frames of which an edit list shows a part; the index stands in front."""
+    whole = write_plain(path.with_name(f"whole_{path.name}"), 100, pixels=noise, options=FAST)
+    return write_edits(whole, path, *edits)
+
+
+WHOLE = {  # how to write a video, and its number of frames
+    "cut.mp4": (lambda path: write_cut(path, (1000, DELAY + 40 * TICK)), 30),
+    "cut.mov": (lambda path: write_cut(path, (1500, DELAY + 55 * TICK)), 45),
+    "delayed.mp4": (lambda path: write_cut(path, (500, -1), (1000, DELAY + 20 * TICK)), 30),
+    "two_parts.mp4": (lambda path: write_cut(path, (1000, DELAY), (1000, DELAY + 60 * TICK)), 60),
+    "repeated.mp4": (lambda path: write_cut(path, *[(1000, DELAY)] * 5), 150),
+    "gaps.avi": (lambda path: write_plain(path, 60, codec="mpeg4", slots=GAPS, pixels=noise), 60),
+    "gaps_h264.avi": (lambda path: write_plain(path, 60, slots=GAPS, pixels=noise), 60),
+    "gaps.mp4": (lambda path: write_plain(path, 60, slots=GAPS, pixels=noise, options=FAST), 60),
+    "plain.mp4": (lambda path: write_plain(path, 60, pixels=noise, options=FAST), 60),
+    "plain.ts": (lambda path: write_plain(path, 60), 60),
+    "plain.mkv": (lambda path: write_plain(path, 60), 60),
+}
+
+
+@pytest.fixture(params=WHOLE)
+def whole(request, tmp_path):
+    write, frames = WHOLE[request.param]
+    return write(tmp_path / request.param), frames
+
+
+def test_every_reader_accepts_a_whole_video(whole, tmp_path):
+    path, frames = whole
+    assert len(find_index(path, None)) == count_frames(path) == frames
+    assert extract_frames(path, tmp_path / "frames", step=60) == frames
+    with VideoReader(path) as reader:
+        assert sum(1 for _ in reader) == frames
+
+
+def test_announced_length_leaves_out_frames_that_are_not_shown(whole):
+    path, frames = whole
+    assert promised_frames(path) == frames
+    with VideoReader(path) as reader:
+        assert reader.count == frames
+
+
+def test_frames_of_a_cut_video_are_read_in_any_order(tmp_path):
+    path = write_cut(tmp_path / "cut.mp4", (2000, DELAY + 35 * TICK))
+    with VideoReader(path) as reader:
+        shown = list(reader)
+    for index in np.random.default_rng(0).permutation(len(shown)):
+        np.testing.assert_array_equal(read_frame(VideoFrame(path, int(index))), shown[index])
+
+
+def refuse_everywhere(path, tmp_path):
+    with pytest.raises(UserError, match=rf"{path.name} is truncated: \d+ frames read"):
+        find_index(path, None)
+    with pytest.raises(UserError, match=rf"{path.name} is truncated: \d+ frames read"):
+        extract_frames(path, tmp_path / "frames", step=60)
+    with VideoReader(path) as reader, pytest.raises(UserError, match=f"{path.name} ends early"):
+        list(reader)
+
+
+TRUNCATED = {  # shares of a file's bytes that do not hold the last frames shown
+    "cut.mp4": [0.45, 0.6],
+    "cut.mov": [0.6, 0.9],
+    "delayed.mp4": [0.3, 0.4],
+    "two_parts.mp4": [0.2, 0.8],
+    "repeated.mp4": [0.2],
+    "gaps.avi": [0.5, 0.9],
+    "gaps_h264.avi": [0.5, 0.9],
+    "gaps.mp4": [0.5, 0.9],
+    "plain.mp4": [0.5, 0.9],
+    "plain.mkv": [0.5, 0.9],
+}
+
+
+@pytest.mark.parametrize(("name", "share"), [(name, share) for name in TRUNCATED for share in TRUNCATED[name]])
+def test_every_reader_refuses_a_truncated_video(tmp_path, name, share):
+    write, _ = WHOLE[name]
+    data = write(tmp_path / name).read_bytes()
+    (tmp_path / f"lost_{name}").write_bytes(data[: int(share * len(data))])
+    refuse_everywhere(tmp_path / f"lost_{name}", tmp_path)
+
+
+def test_damage_within_a_counted_video_is_refused(tmp_path):
+    data = bytearray(write_plain(tmp_path / "whole.mp4", 100, pixels=noise).read_bytes())
+    start, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    middle = (start + end) // 2
+    data[middle : middle + (end - start) // 4] = bytes((end - start) // 4)
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    refuse_everywhere(tmp_path / "damaged.mp4", tmp_path)
+
+
+@pytest.mark.parametrize("lost", [1, 2, 6])
+def test_one_packet_less_than_counted_is_no_loss(tmp_path, lost):
+    path = write_plain(tmp_path / "v.avi", 30, codec="mjpeg")
+    data = bytearray(path.read_bytes())
+    length = data.index(b"strh") + 8 + 32  # number of time slots
+    data[length : length + 4] = (30 + lost).to_bytes(4, "little")
+    path.write_bytes(data)
+    with Decoder(path) as decoder:
+        while decoder.advance():
+            pass
+        assert decoder.is_truncated() == (lost > 1)
