@@ -295,8 +295,17 @@ class Segmenter(GuardedModule, Model):
             facts = complete(facts, source, self.model, info, TrainedSizes.from_info(info), delta=delta)
             info.pop("format", None)
             try:
-                options = {"delta": delta, "gated": gated, "unused": self._unused}
-                write_model(path, source, self.model, facts, info, **options, where="The model")
+                write_model(
+                    path,
+                    source,
+                    self.model,
+                    facts,
+                    info,
+                    delta=delta,
+                    gated=gated,
+                    unused=self._unused,
+                    where="The model",
+                )
             except UserError as error:
                 words = str(error)
                 for typed, given in _OF_A_CALL.items():
@@ -339,5 +348,6 @@ class Segmenter(GuardedModule, Model):
             raise UserError(f"Images are {images.dtype}. Give uint8, or floats in 0..1.")
         is_known = self._has_checked_levels and images.device.type != "cpu"
         if not (is_known or images.is_meta or torch.compiler.is_compiling()):
-            check_levels(*map(float, images.detach().aminmax()), "The batch of images")
+            least, most = images.detach().aminmax()
+            check_levels(float(least), float(most), "The batch of images")
             self._has_checked_levels = True
