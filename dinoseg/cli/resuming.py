@@ -22,6 +22,7 @@ from dinoseg.experiment.auto_resume import (
 from dinoseg.experiment.folder import RunLocation, enter, lock_within, release, remembered_folders
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.past_runs import (
+    compared_words,
     find_runs,
     last_checkpoint,
     plan_of,
@@ -48,7 +49,8 @@ def find_start(cfg: DictConfig, overrides: Sequence[Override], location: RunLoca
     plan = plan_of(config_description(ModelBuilder(cfg)))
     typed = {override.key_or_group.removeprefix("trainer."): override.value() for override in overrides}
     typed_length = {key: typed[key] for key in LENGTH if typed.get(key) is not None}
-    request = Request(plan, typed_length, scheduler_job(os.environ), location.in_sweep)
+    words = compared_words(str(override.input_line) for override in overrides)
+    request = Request(plan, typed_length, scheduler_job(os.environ), location.in_sweep, words)
     if location.is_given and not location.in_sweep:
         folder = location.folder
         enter(folder, seconds=PATIENCE, instead="choose another hydra.run.dir")
@@ -85,8 +87,9 @@ def _decide_among_runs(request: Request, location: RunLocation, cache_dir: Path)
     """Choose among the runs of a folder, and lock the chosen one."""
     runs = find_runs(location.root, () if location.in_sweep else remembered_folders(cache_dir))
     decision = decide(request, runs)
-    if decision.run is None and not location.in_sweep:
-        _print_note(f"no unfinished run of this recipe and length in {location.root}: starting a new run.")
+    if decision.run is None and (location.is_given or not location.in_sweep):
+        which = "run of this command" if location.in_sweep else "unfinished run of this recipe and length"
+        _print_note(f"no {which} in {location.root}: starting a new run.")
         for near_miss in find_near_misses(request, runs):
             _print_note(near_miss)
     return decision if decision.run is None else _lock_chosen(request, decision.run.folder)

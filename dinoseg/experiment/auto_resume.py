@@ -57,6 +57,7 @@ class PastRun:
         step: of its last checkpoint; None: it has none.
         end: step at which its training ended; None: it has not ended.
         is_evaluated: whether the final evaluation at `end` is written.
+        words: of the command that started it, without `resume`.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class PastRun:
     step: int | None = None
     end: int | None = None
     is_evaluated: bool = False
+    words: Collection[str] = frozenset()
 
     @property
     def has_ended(self) -> bool:
@@ -87,12 +89,14 @@ class Request:
         typed_length: keys of `LENGTH` on the command line.
         job: identifier of the scheduler job that runs the command, if any.
         in_sweep: whether the command is a job of a multirun.
+        words: of the command line, without `resume`.
     """
 
     plan: Plan
     typed_length: Mapping[str, Any]
     job: str | None = None
     in_sweep: bool = False
+    words: Collection[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,13 @@ class Start:
 def decide(request: Request, runs: Sequence[PastRun]) -> Decision:
     """Choose among all runs in the searched folder, newest first.
 
-    A job of a sweep takes the run of the same recipe, seed and length, finished or not. Any other command takes such a
-    run if the same scheduler job has started it, else the newest unfinished one outside sweeps.
+    A job of a sweep takes the run of the same recipe, seed, length and words, finished or not: cells may differ in keys
+    that no recipe holds, such as `trainer.patience`. Any other command takes a run of the same recipe and length if the
+    same scheduler job has started it, else the newest unfinished one outside sweeps.
     """
     equal = [run for run in runs if run.plan.equals(request.plan)]
     if request.in_sweep:
-        chosen = equal
+        chosen = [run for run in equal if run.words == request.words]
     else:
         own = [run for run in equal if request.job in run.jobs]
         chosen = own or [run for run in equal if run.step is not None and not run.in_sweep and not run.is_finished]
@@ -159,9 +164,17 @@ def decide_in_folder(request: Request, folder: Path, run: PastRun | None) -> Dec
 
 
 def find_near_misses(request: Request, runs: Sequence[PastRun]) -> list[str]:
-    """Return a text for each of the newest runs outside sweeps that a command almost resumes, with the reason."""
+    """Return a text for each of the newest runs that a command almost resumes, with the reason.
+
+    For a job of a sweep these are runs that differ in words only, for other commands runs outside sweeps.
+    """
     found = []
     for run in runs:
+        if request.in_sweep:
+            words = sorted({*run.words} ^ {*request.words})
+            if run.plan.equals(request.plan) and len(words) <= 2 * _MAX_DIFFERENCES:
+                found.append(f"not resumed: {run.folder} differs in {' '.join(words)}")
+            continue
         differences = [*_setting_differences(run.plan, request.plan), *_length_differences(run.plan, request.plan)]
         if run.in_sweep or run.step is None or len(differences) > _MAX_DIFFERENCES:
             continue

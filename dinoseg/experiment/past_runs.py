@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.experiment.auto_resume import LENGTH, PastRun, Plan
-from dinoseg.experiment.folder import LOG, ORIGIN
+from dinoseg.experiment.folder import LOG, ORIGIN, command_line
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.training import checkpoint
 from dinoseg.training.description import CHOSEN
@@ -69,6 +69,7 @@ def read_run(folder: Path) -> PastRun | None:
     known = {
         "jobs": frozenset(origin["job"] for origin in origins if origin["job"]),
         "in_sweep": any(origin["sweep"] for origin in origins),
+        "words": compared_words(command_line(folder)),
     }
     last = last_checkpoint(folder)
     if last.is_file():
@@ -77,6 +78,11 @@ def read_run(folder: Path) -> PastRun | None:
         return PastRun(folder, plan_of(info), **known, step=step, end=end["step"], is_evaluated=is_evaluated)
     plans = [origin["plan"] for origin in origins if origin["plan"]]
     return PastRun(folder, Plan(**plans[-1]), **known) if plans else None
+
+
+def compared_words(command: Iterable[str]) -> frozenset[str]:
+    """Return the words of a command that tell jobs of a sweep apart: all but `resume`."""
+    return frozenset(word for word in command if word.lstrip("+").partition("=")[0] != "resume")
 
 
 def find_runs(root: Path, others: Iterable[Path] = ()) -> list[PastRun]:

@@ -61,7 +61,7 @@ def merge(
         _take_option(option, cfg, merged, path)
     for value in (override for override in overrides if override.key_or_group not in (*CHOSEN, *USES)):
         _take_value(value, cfg, merged, path)
-    is_lifted = _lift_time_limit(merged, keys)
+    is_lifted = _lift_time_limit(cfg, merged, keys)
     merged = squared(merged)
     changed = _changes(before, merged, overrides) if tell else []
     if tell and is_lifted:
@@ -161,10 +161,11 @@ def _take_value(override: Override, cfg: DictConfig, merged: DictConfig, path: P
     OmegaConf.update(merged, name, decode_keys(override.value()))
 
 
-def _lift_time_limit(merged: DictConfig, keys: Sequence[str]) -> bool:
-    """Remove the time limit if the command line sets only a new length; return whether there was a limit."""
-    is_lifted = bool({"trainer.steps", "trainer.epochs"} & {*keys}) and "trainer.max_minutes" not in keys
-    is_lifted = is_lifted and merged.trainer.get("max_minutes") is not None
+def _lift_time_limit(cfg: DictConfig, merged: DictConfig, keys: Sequence[str]) -> bool:
+    """Remove the time limit if the command sets a length and no limit; return whether there was a limit."""
+    is_lifted = bool({"trainer.steps", "trainer.epochs"} & {*keys}) and merged.trainer.get("max_minutes") is not None
+    # a limit of the command's own config files stays: without it, the same command would not find its run again
+    is_lifted = is_lifted and "trainer.max_minutes" not in keys and cfg.trainer.get("max_minutes") is None
     if is_lifted:
         merged.trainer.max_minutes = None
     return is_lifted

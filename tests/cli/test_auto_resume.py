@@ -147,6 +147,16 @@ def test_newest_unfinished_run_of_equal_length_is_resumed(here, interrupt):
     assert step_of(run) == 3 and len(runs(here)) == 2
 
 
+def test_time_limit_of_a_config_file_outlives_resumes(here, interrupt):
+    (here / "own/local").mkdir(parents=True)
+    (here / "own/local/default.yaml").write_text("# @package _global_\ntrainer: {max_minutes: 30}\n")
+    for _ in range(3):
+        interrupt("--config-dir", "own", *AUTO, "trainer.steps=9")
+    (run,) = runs(here)
+    trainer = checkpoint.describe(run / "checkpoints/last.safetensors")["config"]["trainer"]
+    assert step_of(run) == 6 and trainer["max_minutes"] == 30
+
+
 def test_finished_run_is_left_alone(here):
     succeed(here, *AUTO)
     (run,) = runs(here)
@@ -169,7 +179,7 @@ def test_missing_evaluation_is_written_without_training(here, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(ImageTask, "evaluate", end)
         # patience ends the training early: the checkpoint alone does not tell that it has ended
-        early = ("trainer.steps=99", "trainer.val_every=1", "trainer.patience=0", "optim.optimizer.lr=1e-30")
+        early = ("trainer.steps=99", "trainer.val_every=1", "trainer.patience=1", "optim.optimizer.lr=1e-30")
         assert call(here, *words, *early).status == 9
     (run,) = runs(here)
     trained = step_of(run)
@@ -252,6 +262,18 @@ def test_sweep_resumes_by_recipe_and_seed(here, interrupt):
     assert files_of(folder / "0") == before and len(list(folder.glob("*/checkpoints"))) == 3
     rows = (folder / "jobs.csv").read_text().splitlines()
     assert len(rows) == 4 and str(folder / "0") in rows[1] + rows[2] + rows[3], again.err
+
+
+@pytest.mark.parametrize("swept", ["trainer.patience=2,5", "inference=whole,windows", "engine.precision=fp32,bf16"])
+def test_cells_of_one_recipe_share_no_run(here, interrupt, swept):
+    sweep = ("-m", *AUTO, "hydra.sweep.dir=sweep", swept)
+    interrupt(*sweep)
+    succeed(here, *sweep)
+    assert {path.parent.name for path in here.glob("sweep/*/checkpoints")} == {"0", "1"}
+    before = files_of(here / "sweep/1")
+    done = succeed(here, *sweep, "mode.pictures=1")  # near misses are named by the word that differs
+    assert done.err.count("mode.pictures") >= 2 and files_of(here / "sweep/1") == before
+    assert len(list(here.glob("sweep/*/checkpoints"))) == 4
 
 
 def test_sweep_without_folder_is_new_and_said_once(here, interrupt):

@@ -49,6 +49,9 @@ FINISHED = {**ENDED, "is_evaluated": True}
         (replace(REQUEST, job="7"), [run("new"), run("mine", plan=LONGER, jobs={"7"})], Action.RESUME, "new"),
         (replace(REQUEST, in_sweep=True), [run("2", OTHER), run("1", **FINISHED)], Action.NOTHING, "1"),
         (replace(REQUEST, in_sweep=True), [run("0", in_sweep=True)], Action.RESUME, "0"),
+        (replace(REQUEST, in_sweep=True, words={"a=2"}), [run("0", words={"a=1"})], Action.START, None),
+        (replace(REQUEST, in_sweep=True, words={"a=2"}), [run("1", words={"a=2"}, **ENDED)], Action.EVALUATE, "1"),
+        (replace(REQUEST, words={"a=2"}), [run("0", words={"a=1"})], Action.RESUME, "0"),
     ],
 )
 def test_decision_among_runs(request_, runs, action, chosen):
@@ -88,6 +91,13 @@ def test_near_misses_name_differing_keys_of_newest_runs():
     long, done = find_near_misses(REQUEST, runs)
     assert "long differs in trainer.steps (20 there, 10 here)" in long and "done is finished" in done
     assert len(find_near_misses(REQUEST, [run(str(number), LONGER) for number in range(9)])) == 3
+
+
+def test_near_misses_of_a_sweep_name_differing_words():
+    runs = [run("0", words={"a=1", "b"}), run("1", LONGER, words={"b"})]
+    assert find_near_misses(replace(REQUEST, in_sweep=True, words={"a=2", "b"}), runs) == [
+        "not resumed: 0 differs in a=1 a=2"
+    ]
 
 
 @pytest.mark.parametrize(
