@@ -191,7 +191,7 @@ def _enter_folder(
         cfg = recipe.cfg
     typed_recipe, new = cfg.choices.hparam, out_dir
     cfg, start = _find_run(_settle_length(cfg, overrides), overrides, location)
-    if start.action is Action.NOTHING:
+    if start.action is Action.NOTHING and start.folder is not None:
         from dinoseg.experiment.past_runs import read_result
 
         return JobStart(cfg, start.folder, read_result(start.folder))
@@ -208,7 +208,8 @@ def _enter_folder(
     drop_parts(run_folder)
     config_folder = write_config(cfg, run_folder, overrides)
     if start.plan is not None or location.in_sweep:
-        write_origin(config_folder, start.job, start.plan and vars(start.plan), in_sweep=location.in_sweep)
+        plan = None if start.plan is None else vars(start.plan)
+        write_origin(config_folder, start.job, plan, in_sweep=location.in_sweep)
     if location.is_given and not location.in_sweep and cfg.mode.get("resume_from") == "last":
         remember_folder(Path(cfg.cache_dir).expanduser(), run_folder)
     if recipe is not None and start.checkpoint is None:

@@ -169,7 +169,7 @@ def test_missing_evaluation_is_written_without_training(here, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(ImageTask, "evaluate", end)
         # patience ends the training early: the checkpoint alone does not tell that it has ended
-        early = ("trainer.steps=99", "trainer.val_every=1", "trainer.patience=0", "optim.optimizer.lr=1e-30")
+        early = ("trainer.steps=99", "trainer.val_every=1", "trainer.patience=1", "optim.optimizer.lr=1e-30")
         assert call(here, *words, *early).status == 9
     (run,) = runs(here)
     trained = step_of(run)
