@@ -21,6 +21,7 @@ from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.frozen_casts import cache_casts
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import scale_gradients
+from dinoseg.training.rank_messages import decode_message, encode_message
 from dinoseg.training.sharding import Lockstep, full_tensor, shard
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import NAMES, compute_dtype, has_tf32
@@ -334,11 +335,25 @@ class Engine:
         return means, norms.where(means.isfinite(), math.nan)
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """Return the values of all ranks in one list, in the order of the ranks."""
-        from accelerate.utils import gather_object
+        """Return the values of all ranks in one list, in the order of the ranks.
 
+        Args:
+            values: what `encode_message` accepts.
+        """
         self._join()
-        return gather_object(values)
+        if self.world_size == 1:
+            return values
+        own = torch.frombuffer(bytearray(encode_message(values)), dtype=torch.uint8).to(self.device)
+        sizes = self._gather_tensors(torch.tensor([len(own)], device=self.device))
+        padded = nn.functional.pad(own, (0, int(max(sizes)) - len(own)))
+        contents = [content[:size] for content, size in zip(self._gather_tensors(padded), sizes, strict=True)]
+        return [value for content in contents for value in decode_message(content.cpu().numpy().tobytes())]
+
+    def _gather_tensors(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all ranks, which have the same shape."""
+        tensors = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        torch.distributed.all_gather(tensors, tensor)
+        return tensors
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks; integers are summed exactly."""
@@ -346,11 +361,8 @@ class Engine:
         return self.accelerator.reduce(tensor, reduction="sum")
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on every rank."""
-        from accelerate.utils import broadcast_object_list
-
-        self._join()
-        return broadcast_object_list([value])[0]
+        """Return rank 0's value on every rank; `encode_message` has to accept it."""
+        return self.gather([value] if self.is_main else [])[0]
 
     def run_on_rank0(self, by: Callable[[], T]) -> T:
         """Call `by` on rank 0 only, and return its result on every rank."""
@@ -388,6 +400,30 @@ def _clipped(parameters: Sequence[Tensor], most: float, like: Tensor) -> Tensor:
     return norm.to(like.device).to(like.dtype)  # moved before it is cast: MPS has no float64
 
 
+def _open_store(timeout: timedelta) -> tuple[torch.distributed.Store, int, int]:
+    """Return the store in which ranks meet, this rank's number and the number of ranks.
+
+    Rank 0 hosts it: on the socket of `DINOSEG_STORE_SOCKET`, which `cli/ranks.py` opens for ranks of one machine, else
+    on all interfaces.
+    """
+    environment = os.environ
+    if "DINOSEG_STORE_SOCKET" not in environment:
+        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        return store, rank, world_size
+    world_size = int(environment["WORLD_SIZE"])
+    store = torch.distributed.TCPStore(
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        multi_tenant=True,
+        # a copy, which the store closes: a later engine of this process needs the socket again
+        master_listen_fd=os.dup(int(environment["DINOSEG_STORE_SOCKET"])),
+    )
+    return store, int(environment["RANK"]), world_size
+
+
 _ALIKE = r"(?s)Grad strides do not match bucket view strides.*grad\.sizes\(\) = \[(1,|\d+, \d+, 1, 1\])"
 
 
@@ -415,7 +451,7 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
     warnings.filterwarnings("ignore", _ALIKE)
     address, rank = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", os.environ.get("RANK")
     try:
-        store, number, ranks = next(distributed.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        store, number, ranks = _open_store(timedelta(seconds=seconds))
         patience = timedelta(seconds=at_work)
         store.set_timeout(patience)
         # torchrun reuses its store when it restarts ranks, with stale addresses of dead ranks
