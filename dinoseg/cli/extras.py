@@ -1,5 +1,6 @@
 """Launchers and sweepers that need optional packages."""
 
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,18 @@ _INSTALLED_BY = {
     },
     "hydra/sweeper": {"optuna": ".[optuna]"},
 }
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
 _LAUNCHER = re.compile(r"hydra_plugins\.\w+_launcher\.")  # modules of launchers, as Hydra's plug-ins are named
 
 
 def hush_schemas() -> None:
     """Suppress a Hydra 1.3 warning: it takes our launcher configs for schemas, as they share the plug-ins' names."""
     warnings.filterwarnings("ignore", "(?s).* is validated against ConfigStore schema")
+
+
+def enter_folder() -> None:
+    """Change to the folder in which a sweep was started; Ray calls it in each process of a job."""
+    os.chdir(os.environ["DINOSEG_FOLDER"])
 
 
 def check_intervals(arguments: Sequence[str]) -> None:
@@ -71,7 +78,8 @@ def _failed_launcher(arguments: Sequence[str], error: Exception) -> str:
     if plugin is None:
         return ""
     typed = [word for _, word in assignments(arguments) if word.startswith("hydra/launcher=")]
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = _COLOURS.sub("", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
     cause = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
     return (
         f"{typed[0] if typed else plugin} failed ({type(error).__name__}: {cause}). Check the keys of hydra.launcher, "
