@@ -96,6 +96,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from dinoseg.cli.launch import launch
     from dinoseg.config.job import job_config
     from dinoseg.config.plain import to_container
+    from dinoseg.experiment.folder import locate_runs
     from dinoseg.utils.errors import UserError
     from dinoseg.utils.interrupt import Interrupted, raised
 
@@ -104,7 +105,8 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     words = to_container(hydra_cfg.overrides)["task"]  # as typed: single access would resolve each `${...}`
     try:
         with raised():
-            return launch(composed, Path(hydra_cfg.runtime.output_dir), words)
+            out_dir = Path(hydra_cfg.runtime.output_dir)
+            return launch(composed, out_dir, words, locate_runs(hydra_cfg, out_dir))
     except UserError as error:
         message = str(error)
         _print_error(message)

@@ -46,7 +46,7 @@ def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):
     words = ("mode=train", *SMALL, *quiet, "resolution.crop=32", "data.on_error=stop")
     first, taken = (call(tmp_path, *words, "hydra.run.dir=run") for _ in range(2))
     assert first.status == taken.status == 0 and "another run" not in first.err, first.err
-    assert re.search(r"hydra.run.dir=\S*run holds another run: this one is written to \S*run_2\n", taken.err)
+    assert re.search(r"\S*run holds another run: this one is written to \S*run_2\n", taken.err)
     small = ("engine=cpu", "engine.workers=0", *quiet)
 
     def resumes_with(*words):
@@ -103,18 +103,19 @@ def second_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launch, "run_ranks", lambda *_: pytest.fail("a rank starts ranks"))
     monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: folder)
+    monkeypatch.setattr(launch, "_share_start", lambda cfg, start: start())
     mode = {"devices": 2, "resume_from": "last"}
     return OmegaConf.create({"mode": mode, "trainer": {}, "resume": None, "choices": {"hparam": "a"}})
 
 
-def test_a_rank_of_torchrun_starts_none_and_makes_no_folder(second_rank, tmp_path, monkeypatch):
-    new, old = tmp_path / "new", tmp_path / "old"
-    assert launch.launch(second_rank, new, []) == new
-    monkeypatch.setattr(launch, "_resumed", lambda cfg, *_: (cfg, old))
-    second_rank.resume = "auto"
-    launch.will_make(new)
-    new.mkdir()  # Hydra has
-    assert launch.launch(second_rank, new, []) == old and not list(tmp_path.iterdir())
+def test_other_ranks_use_config_and_folder_of_the_first(second_rank, tmp_path, monkeypatch):
+    mine, first = tmp_path / "mine", tmp_path / "first"
+    monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: (cfg.trainer, folder))
+    merged = OmegaConf.create({"trainer": {"ids": {1: 0}}})
+    monkeypatch.setattr(launch, "_share_start", lambda *_: launch.JobStart(merged, first))
+    launch.will_make(mine)
+    mine.mkdir()  # Hydra has
+    assert launch.launch(second_rank, mine, []) == ({"ids": {1: 0}}, first) and not list(tmp_path.iterdir())
 
 
 def test_a_rank_of_torchrun_keeps_to_its_share_of_the_processors(second_rank, tmp_path, monkeypatch):
@@ -128,7 +129,7 @@ def test_a_process_that_is_no_rank_keeps_the_threads_that_torch_gives_it(second_
     for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name)
     second_rank.mode.devices = 1
-    monkeypatch.setattr(launch, "_enter_folder", lambda cfg, folder, _: (cfg, folder))
+    monkeypatch.setattr(launch, "_enter_folder", lambda cfg, folder, *_: launch.JobStart(cfg, folder))
     monkeypatch.setattr(launch, "run_mode", lambda *_: os.environ.get("OMP_NUM_THREADS"))
     assert launch.launch(second_rank, tmp_path / "new", []) is None
 

@@ -33,6 +33,7 @@ from dinoseg.cli.words import as_text, parsed
 from dinoseg.config.job import job_config
 from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import lent_resolvers
+from dinoseg.experiment.folder import RunLocation, locate_runs
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
 
@@ -58,10 +59,10 @@ def compose(words: Sequence[str], *, config_dir: str | PathLike[str] | None = No
 
 
 class Job(NamedTuple):
-    """A composed command line: the whole config, the run folder and the words without those of Hydra itself."""
+    """A composed command line: the whole config, where it runs, and the words without those of Hydra itself."""
 
     cfg: DictConfig
-    out_dir: Path
+    location: RunLocation
     words: list[str]
 
 
@@ -86,7 +87,8 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
         out_dir = os.path.abspath(cfg.hydra.run.dir)  # resolved once, as it may hold the time
         with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
             cfg.hydra.runtime.output_dir = out_dir
-    return Job(job_config(cfg, cfg.hydra.runtime.choices), Path(out_dir), to_container(cfg.hydra.overrides)["task"])
+    location = locate_runs(cfg.hydra, Path(out_dir))
+    return Job(job_config(cfg, cfg.hydra.runtime.choices), location, to_container(cfg.hydra.overrides)["task"])
 
 
 def words_of(overrides: Mapping[str, Any], is_table: Callable[[str], bool] | None = None) -> list[str]:

@@ -73,10 +73,11 @@ def run_mode(
 def _launch(job: Job, config_dir: Folder | None) -> dict[str, Any]:
     from dinoseg.cli.launch import launch  # its import registers resolvers, which `isolated` removes
 
-    will_make(job.out_dir)
+    out_dir = job.location.folder
+    will_make(out_dir)
     try:
-        with raised(), file_errors_as_user_errors(job.out_dir):
-            return launch(job.cfg, job.out_dir, job.words)
+        with raised(), file_errors_as_user_errors(out_dir):
+            return launch(job.cfg, out_dir, job.words, job.location)
     except UserError:
         raise
     except Exception as error:

@@ -1,13 +1,15 @@
 """Launch of a mode from a composed config: checkpoint to resume, run folder and ranks."""
 
+import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -22,18 +24,22 @@ from dinoseg.config.limits import check_training
 from dinoseg.config.options import options_of, values_in_files
 from dinoseg.config.plain import BUILDS, to_container
 from dinoseg.config.resolvers import register_resolvers
+from dinoseg.experiment.auto_resume import Action, Start
 from dinoseg.experiment.folder import (
     LOG,
+    RunLocation,
     claim,
     drop_bare,
     drop_empty,
     drop_parts,
-    enter_within,
+    enter,
     has_results,
     lock,
-    release,
+    release_all,
+    remember_folder,
     will_make,
     write_config,
+    write_origin,
 )
 from dinoseg.experiment.unread import is_read
 from dinoseg.utils.cores import limit_spinning, limit_threads_to_quota, limit_threads_to_share
@@ -42,6 +48,7 @@ from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.private import check_private
 from dinoseg.utils.wording import format_value, printable
 
+AUTO = "auto"  # value of `resume` that looks for a run
 _CONFIGS = Path(__file__).parents[1] / "cfg"
 _POINTER = re.compile(r"\$\{(\.{2,})(\w+)\}")  # to a key above its own table
 _DEFAULT_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # names of run folders by cfg/hydra/run.yaml
@@ -65,13 +72,33 @@ class NotedFolders(Callback):
         will_make(Path(config.hydra.sweep.dir))
 
 
-def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
+class JobStart(NamedTuple):
+    """What a job has to do, as the first rank decides it.
+
+    Attributes:
+        cfg: the whole config, merged with that of the checkpoint to resume from.
+        folder: the run folder.
+        result: that of a finished run; None: the mode is to be run.
+    """
+
+    cfg: DictConfig
+    folder: Path
+    result: Any = None
+
+
+def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str], location: RunLocation | None = None) -> Any:
     """Run the chosen mode and return its result: in this process for one device, else in ranks started from here.
 
     A mode with `resume_from: last` resumes in the checkpoint's own run folder; with `best` it uses a new one. A mode
     with `resumes_with` resumes in the given run folder if that holds the file of this name or no results.
     A mode with `devices` above 1 runs in that many ranks. If torchrun (WORLD_SIZE is set) or Slurm has started them,
-    this process is one of them and uses the run folder of the first.
+    this process is one of them: the first chooses config and run folder, and broadcasts them.
+
+    Args:
+        cfg: as composed.
+        out_dir: the run folder that Hydra has created.
+        overrides: the words of the command line.
+        location: where runs are searched by `resume=auto`; None: next to `out_dir`.
 
     Raises:
         UserError: any error that the user can fix.
@@ -93,20 +120,26 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Any:
     run_folder = out_dir  # removed after an error, unless another one is entered
     try:
         with file_errors_as_user_errors(out_dir), shortages_as_user_errors():
-            cfg, run_folder = _enter_folder(cfg, out_dir, overrides)
+            start = _share_start(cfg, partial(_enter_folder, cfg, out_dir, overrides, location))
+            run_folder = start.folder
+            if run_folder != out_dir:
+                drop_empty(out_dir)
+            if start.result is not None:
+                return start.result
             if devices == 1 or "WORLD_SIZE" in os.environ:
-                return run_mode(cfg, run_folder)
-            return run_ranks(cfg, run_folder, devices)
+                return run_mode(start.cfg, run_folder)
+            return run_ranks(start.cfg, run_folder, devices)
     except UserError:
         drop_bare(run_folder)
         raise
     except KeyboardInterrupt as stop:
         drop_empty(out_dir)  # if stopped while the recipe was being chosen
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        note = _interrupt_note(cfg, run_folder) if is_first_rank() else ""
+        sweep = location.root if location is not None and location.in_sweep else None
+        note = _interrupt_note(cfg, run_folder, sweep) if is_first_rank() else ""
         raise Interrupted(number, note=note, folder=run_folder) from None
     finally:
-        release(run_folder)
+        release_all()
 
 
 def _join_ranks(cfg: DictConfig) -> int:
@@ -126,56 +159,75 @@ def _join_ranks(cfg: DictConfig) -> int:
     return devices
 
 
-def _enter_folder(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path]:
-    """Find the run to resume, claim a run folder and write the config to it.
+def _share_start(cfg: DictConfig, start: Callable[[], JobStart]) -> JobStart:
+    """Call `start` on the first of the ranks that torchrun or Slurm has started, and return its result on all.
 
-    Args:
-        cfg: as composed.
-        out_dir: created by Hydra for this run; removed if another folder is used.
-        overrides: the words of the command line.
+    Raises:
+        UserError: on every rank, if the first one raises it.
     """
-    continued, new = None, out_dir
+    if "devices" not in cfg.mode or os.environ.get("WORLD_SIZE", "1") == "1":
+        return start()
+    from dinoseg.training.rendezvous import share_from_rank0
+
+    def as_text() -> str:
+        found = start()
+        # YAML keeps the types of keys, which JSON would turn into text
+        return json.dumps([OmegaConf.to_yaml(found.cfg), str(found.folder), found.result])
+
+    engine = cfg.engine
+    text = share_from_rank0(as_text, connect=engine.rendezvous_timeout, wait=engine.rank_timeout)
+    config, folder, result = json.loads(text)
+    return JobStart(OmegaConf.create(config), Path(folder), result)
+
+
+def _enter_folder(
+    cfg: DictConfig, out_dir: Path, overrides: Sequence[str], location: RunLocation | None = None
+) -> JobStart:
+    """Find the run to resume, claim a run folder and write the config to it; see `launch` for the arguments."""
+    location = location or RunLocation(out_dir, out_dir.parent)
     recipe = _recipe(cfg, overrides)
     if recipe is not None:
         cfg = recipe.cfg
-    if cfg.resume is not None and "resume_from" in cfg.mode:
-        typed_recipe = cfg.choices.hparam
-        cfg, continued = _resumed(cfg, out_dir, overrides)
+    typed_recipe, new = cfg.choices.hparam, out_dir
+    cfg, start = _find_run(_settle_length(cfg, overrides), overrides, location)
+    if start.action is Action.NOTHING:
+        from dinoseg.experiment.past_runs import read_result
+
+        return JobStart(cfg, start.folder, read_result(start.folder))
+    if start.checkpoint is not None:
         new = _below_recipe(out_dir, typed_recipe, cfg.choices.hparam)
-    cfg = _settled_length(cfg, overrides)
-    cfg, solo_runs = _with_heads(cfg, overrides, continued)
+    cfg, solo_runs = _with_heads(cfg, overrides, start.folder if start.checkpoint else None)
     if cfg.mode.get("resume_from") == "last":
         for whole in (cfg, *(solo.cfg for solo in solo_runs.values())):
             check_training(whole)
-    # other ranks of torchrun only need the name: the first one creates the folder
-    if not is_first_rank():
-        if continued or new != out_dir:
-            drop_empty(out_dir)
-        return cfg, continued or new
-    if continued is None:
-        if new != out_dir:
-            drop_empty(out_dir)
-        resumes_with = _resumes_in_folder(cfg, new)
-        run_folder = new if resumes_with else claim(new)
-        if run_folder != new and not _DEFAULT_NAME.fullmatch(new.name):  # a typed name; default names may collide
-            message = f"hydra.run.dir={new} holds another run: this one is written to {run_folder}"
-            print(printable(message), file=sys.stderr)
-        if resumes_with:
-            lock(new, instead="choose another hydra.run.dir")
-            drop_parts(new)
-    else:
-        run_folder = continued
-        lock(run_folder)
-        drop_parts(run_folder)
-        drop_empty(out_dir)
-    write_config(cfg, run_folder, overrides)
-    if recipe is not None and continued is None:
-        recipe.write(run_folder / "config")
+    if not is_first_rank():  # of a mode on one device: the first rank writes its files
+        return JobStart(cfg, start.folder or new)
+    run_folder = start.folder or _claim_folder(cfg, new)
+    lock(run_folder)
+    drop_parts(run_folder)
+    config_folder = write_config(cfg, run_folder, overrides)
+    if start.plan is not None or location.in_sweep:
+        write_origin(config_folder, start.job, start.plan and vars(start.plan), in_sweep=location.in_sweep)
+    if location.is_given and not location.in_sweep and cfg.mode.get("resume_from") == "last":
+        remember_folder(Path(cfg.cache_dir).expanduser(), run_folder)
+    if recipe is not None and start.checkpoint is None:
+        recipe.write(config_folder)
     for name, solo in solo_runs.items():
         folder = run_folder / "heads" / name
-        enter_within(folder)
+        enter(folder, instead="train the other heads separately")
         write_config(solo.cfg, folder, solo.words)
-    return cfg, run_folder
+    return JobStart(cfg, run_folder)
+
+
+def _claim_folder(cfg: DictConfig, folder: Path) -> Path:
+    """Create a new run folder, or return an existing one in which the mode resumes; report another name than typed."""
+    if _resumes_in_folder(cfg, folder):
+        lock(folder, instead="choose another hydra.run.dir")
+        return folder
+    run_folder = claim(folder)
+    if run_folder != folder and not _DEFAULT_NAME.fullmatch(folder.name):  # a typed name; default names may collide
+        print(printable(f"{folder} holds another run: this one is written to {run_folder}"), file=sys.stderr)
+    return run_folder
 
 
 def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
@@ -192,11 +244,11 @@ def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
                 "trainer.steps instead."
             )
         return None
-    if not reads_budget or cfg.resume not in (None, "auto"):  # a resumed run has its choices
+    if not reads_budget or cfg.resume not in (None, AUTO):  # a resumed run has its choices
         return None
     from dinoseg.cli.auto.recipe import choose_recipe
 
-    return choose_recipe(cfg, overrides, first=is_first_rank())
+    return choose_recipe(cfg, overrides)
 
 
 def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> tuple[DictConfig, dict[str, Any]]:
@@ -206,7 +258,7 @@ def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> 
     from dinoseg.experiment.heads import SOLO, solo_runs
 
     runs = {
-        name: solo._replace(cfg=_settled_length(solo.cfg, overrides))
+        name: solo._replace(cfg=_settle_length(solo.cfg, overrides))
         for name, solo in solo_runs(cfg, overrides, run).items()
     }
     return OmegaConf.merge(cfg, {SOLO: {name: to_container(solo.cfg) for name, solo in runs.items()}}), runs  # type: ignore[return-value]
@@ -229,22 +281,36 @@ def _below_recipe(out_dir: Path, typed: str, recipe: Any) -> Path:
     return out_dir.parent.with_name(recipe) / out_dir.name if ours and plain_name else out_dir
 
 
-def _resumed(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> tuple[DictConfig, Path | None]:
-    """Return the config of the checkpoint that `resume` names, and its run folder if the mode resumes in place."""
+def _find_run(cfg: DictConfig, overrides: Sequence[str], location: RunLocation) -> tuple[DictConfig, Start]:
+    """Return the config, merged with that of the checkpoint in `resume`, and where the job starts.
+
+    Its folder is that of the checkpoint if the mode resumes in place.
+    """
+    if cfg.get("resume") is None or "resume_from" not in cfg.mode:
+        return cfg, Start(Action.START)
+    from dinoseg.cli import resuming
     from dinoseg.experiment import resume
     from dinoseg.training import checkpoint
 
-    path = resume.resumed_checkpoint(cfg, out_dir, cfg.mode.resume_from)
-    if path is None:
-        print("resume=auto: no earlier run of this recipe has a checkpoint; starting a new run.", file=sys.stderr)
-        return resume.without_resume(cfg), None
-    in_place = cfg.mode.resume_from == "last" and path.parent.name == checkpoint.FOLDER
-    tell = in_place and is_first_rank()
-    merged = resume.merge(cfg, _parsed(overrides), path, checkpoint.describe(path), tell=tell)
-    return merged, path.parent.parent if in_place else None
+    prefer, words = cfg.mode.resume_from, _parsed(overrides)
+    if cfg.resume != AUTO:
+        path = checkpoint.find(cfg.resume, prefer)
+        in_place = prefer == "last" and path.parent.name == checkpoint.FOLDER
+        start = Start(Action.RESUME, path.parent.parent if in_place else None, path)
+    elif prefer == "last":
+        start = resuming.find_start(cfg, words, location)
+    else:
+        start = Start(Action.RESUME, checkpoint=resuming.find_model(cfg, location, prefer))
+    if start.action is Action.NOTHING:
+        return cfg, start
+    if start.checkpoint is None:
+        return resume.without_resume(cfg), start
+    info, tell = checkpoint.describe(start.checkpoint), start.folder is not None and is_first_rank()
+    merged = _settle_length(resume.merge(cfg, words, start.checkpoint, info, tell=tell), overrides)
+    return resume.to_evaluation(merged, start.step) if start.action is Action.EVALUATE else merged, start
 
 
-def _settled_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def _settle_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Let a typed `trainer.steps` override the `trainer.epochs` of a recipe or checkpoint."""
     typed = {override.key_or_group for override in _parsed(overrides) if override.value() is not None}
     if {"trainer.steps", "trainer.epochs"} <= typed:
@@ -254,7 +320,7 @@ def _settled_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return OmegaConf.merge(cfg, {"trainer": {"epochs": None}})  # type: ignore[return-value]
 
 
-def _interrupt_note(cfg: DictConfig, folder: Path) -> str:
+def _interrupt_note(cfg: DictConfig, folder: Path, sweep: Path | None = None) -> str:
     """Return a note on what an interrupted run has left on disk."""
     if cfg.mode.get("resume_from") != "last":
         return f"finished results are in {folder}" if has_results(folder) else ""
@@ -264,7 +330,8 @@ def _interrupt_note(cfg: DictConfig, folder: Path) -> str:
     from dinoseg.training import checkpoint
 
     step = checkpoint.describe(last)["progress"]["step"]
-    return f"{last} holds step {step}. To resume, add resume=auto or resume={folder} to the same command"
+    remedy = f"resume=auto or resume={folder}" if sweep is None else f"resume=auto hydra.sweep.dir={sweep}"
+    return f"{last} holds step {step}. To resume, add {remedy} to the same command"
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:

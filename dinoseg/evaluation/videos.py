@@ -21,7 +21,6 @@ from dinoseg.evaluation.restart import RECORD, digest_of, earlier_run, log_copie
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
 from dinoseg.experiment.benchmark_videos import BenchmarkVideos
-from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.stream import Throughput, run_pipeline
@@ -213,7 +212,6 @@ def evaluate_videos(
     Raises:
         UserError: prompt masks are missing, files cannot be read or scored, or the disk is full.
     """
-    out_dir = first_ranks(out_dir, engine.broadcast)
     first_tracker = make_tracker()  # only for the settings that all trackers share
     record = as_read_back({"data": data.source, "given": data.prompts, "tracker": first_tracker.settings})
     tracking = VideoTracking(

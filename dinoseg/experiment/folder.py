@@ -1,23 +1,67 @@
 """Run folders: claiming, locking, saved configs and command lines, and removal of empty ones."""
 
+import hashlib
+import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.utils import locks
-from dinoseg.utils.atomic import remove_dead, remove_parts
+from dinoseg.config.plain import to_container
+from dinoseg.utils import forms, locks
+from dinoseg.utils.atomic import remove_dead, remove_parts, write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 
 LOG = "run.log"
 _TYPED = "overrides.txt"
+ORIGIN = "origin.json"  # in a config folder: what the command was part of
+_SHIPPED = Path(__file__).parents[1] / "cfg/hydra/run.yaml"
+_POLL = 0.1  # seconds between two attempts to lock a folder
 _LONGEST = 2**18  # maximum bytes of a command: twice Linux's limit of one word; the folder may be untrusted
 _run_locks: dict[Path, IO[str]] = {}  # locks are held until the process ends
 _made_paths: set[Path] = set()  # folders and logs created by this process, which it may remove again
+
+
+class RunLocation(NamedTuple):
+    """Where a command writes its run, and where earlier runs are.
+
+    Attributes:
+        folder: the run folder that the config names.
+        root: folder of all runs, `outputs` by default; in a multirun the sweep's folder.
+        is_given: whether a user's command line or config file names this very folder (a multirun: the sweep's).
+        in_sweep: whether the command is a multirun.
+    """
+
+    folder: Path
+    root: Path
+    is_given: bool = False
+    in_sweep: bool = False
+
+
+def locate_runs(hydra: DictConfig, folder: Path) -> RunLocation:
+    """Return where a command writes its run, by Hydra's own config.
+
+    Args:
+        hydra: the config's node of that name, of which nothing is resolved yet.
+        folder: the run folder.
+    """
+    in_sweep = hydra.get("mode") == RunMode.MULTIRUN
+    kind = "sweep" if in_sweep else "run"
+    default, text = (to_container(node)["dir"] for node in (OmegaConf.load(_SHIPPED)[kind], hydra[kind]))
+    # a name with the time is another folder for each command: the user chose where runs lie, not which one this is
+    is_given = text != default and "${now:" not in text
+    if in_sweep:
+        root = Path(hydra.sweep.dir)
+    else:
+        root = Path((default if is_given else text).partition("${")[0].rpartition("/")[0] or folder.parent)
+    return RunLocation(folder.absolute(), Path(os.path.abspath(root)), is_given, in_sweep)
 
 
 def will_make(folder: Path) -> None:
@@ -44,34 +88,54 @@ def claim(out_dir: Path) -> Path:
     raise UserError(f"{out_dir} and its 998 numbered variants exist. Remove old runs.")
 
 
-def enter_within(folder: Path) -> None:
-    """Create or reuse a run folder within a run folder, and lock it."""
+def enter(folder: Path, *, seconds: float = 0.0, instead: str) -> None:
+    """Create or reuse a run folder under exactly this name, and lock it.
+
+    Args:
+        folder: the run folder.
+        seconds: see `lock`.
+        instead: see `lock`.
+
+    Raises:
+        UserError: another process is writing to it.
+    """
     will_make(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / LOG).touch()
-    lock(folder, instead="train the other heads separately")
+    if not (folder / LOG).exists():
+        _made_paths.add((folder / LOG).absolute())
+    lock(folder, seconds=seconds, instead=instead)
     drop_parts(folder)
 
 
-def lock(folder: Path, *, instead: str = "start a new run without resume") -> None:
+def lock(folder: Path, *, seconds: float = 0.0, instead: str = "start a new run without resume") -> None:
     """Make this process the only one that writes to a run folder, until it ends.
 
     Args:
         folder: the run folder.
+        seconds: how long to wait for another process.
         instead: what the user can do instead of waiting, for the message.
 
     Raises:
         UserError: another process is writing to it.
     """
-    folder = folder.resolve()
-    if folder in _run_locks:
-        return
-    with suppress(FileNotFoundError):
-        check_regular(folder / LOG)
-    file = locks.acquire(folder / LOG)
-    if file is None:
-        raise UserError(f"Another process is writing to {folder}. Wait for it, or {instead}.")
-    _run_locks[folder] = file
+    if not lock_within(folder, seconds):
+        raise UserError(f"Another process is writing to {folder.resolve()}. Wait for it, or {instead}.")
+
+
+def lock_within(folder: Path, seconds: float) -> bool:
+    """Lock a run folder for this process, waiting up to some seconds; return whether it is locked."""
+    folder, deadline = folder.resolve(), time.monotonic() + seconds
+    while folder not in _run_locks:
+        with suppress(FileNotFoundError):
+            check_regular(folder / LOG)
+        file = locks.acquire(folder / LOG)
+        if file is not None:
+            _run_locks[folder] = file
+        elif time.monotonic() >= deadline:
+            return False
+        else:
+            time.sleep(_POLL)
+    return True
 
 
 def release(folder: Path) -> None:
@@ -80,14 +144,10 @@ def release(folder: Path) -> None:
         locks.release(_run_locks.pop(held))
 
 
-def is_locked(folder: Path) -> bool:
-    """Return whether another process is writing to a run folder."""
-    if folder.resolve() in _run_locks or not (folder / LOG).is_file():
-        return False
-    file = locks.acquire(folder / LOG)
-    if file is not None:
-        locks.release(file)
-    return file is None
+def release_all() -> None:
+    """Release the locks of all run folders that this process holds."""
+    for held in [*_run_locks]:
+        locks.release(_run_locks.pop(held))
 
 
 def drop_empty(folder: Path) -> None:
@@ -98,21 +158,6 @@ def drop_empty(folder: Path) -> None:
             if _made_paths.isdisjoint((path, *path.parents)):
                 return
             path.rmdir()
-
-
-def first_ranks(folder: Path, share: Callable[[str], str]) -> Path:
-    """Return the run folder of rank 0, in which all ranks work, and remove this rank's own if it is another.
-
-    Hydra creates a folder for each rank of an external launcher, named by the second in which the rank starts.
-
-    Args:
-        folder: the run folder of this rank.
-        share: broadcasts a value from rank 0.
-    """
-    first = Path(share(str(folder)))
-    if first != folder:
-        drop_empty(folder)
-    return first
 
 
 def drop_bare(folder: Path) -> None:
@@ -131,8 +176,8 @@ def has_results(folder: Path) -> bool:
     return any(path.name != LOG and not path.name.startswith("config") for path in folder.glob("*"))
 
 
-def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> None:
-    """Save the composed config and the command line in `config/`, or in `config_2/`, ... when a run resumes."""
+def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> Path:
+    """Save config and command line in `config/`, or in `config_2/`, ... when a run resumes; return that folder."""
     names = ("config", *(f"config_{number}" for number in range(2, 10_000)))
     folder = next(out_dir.absolute() / name for name in names if not (out_dir / name).exists())
     folder.mkdir()
@@ -140,6 +185,43 @@ def write_config(cfg: DictConfig, out_dir: Path, overrides: Sequence[str]) -> No
     OmegaConf.save(cfg, folder / "config.yaml")
     # file names are bytes and need not be valid text
     (folder / _TYPED).write_text("\n".join(overrides) + "\n", encoding="utf-8", errors="surrogateescape")
+    return folder
+
+
+def write_origin(config_folder: Path, job: str | None, plan: Mapping[str, Any] | None, *, in_sweep: bool) -> None:
+    """Record what the command whose config is stored in a folder was part of.
+
+    Args:
+        config_folder: `config`, `config_2`, ... in the run folder.
+        job: identifier of the scheduler job, by which a requeued job finds the run.
+        plan: recipe and length, by which it finds a run without a checkpoint.
+        in_sweep: whether the command was a job of a multirun.
+    """
+    write_json(config_folder / ORIGIN, {"job": job, "sweep": in_sweep, "plan": plan})
+
+
+def remember_folder(cache_dir: Path, folder: Path) -> None:
+    """Record a run folder that the user named, so that the same command finds it from this folder without the name."""
+    path, line = _folder_list(cache_dir), json.dumps(str(folder.absolute())) + "\n"
+    with suppress(OSError):  # a cache that cannot be written to is no reason not to train
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or line not in path.read_text(encoding="utf-8"):
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+
+
+def remembered_folders(cache_dir: Path) -> Iterator[Path]:
+    """Yield the run folders that commands in the current folder have named and that still exist."""
+    with suppress(OSError, ValueError):
+        for line in forms.read_regular(_folder_list(cache_dir), 2**24).decode().splitlines():
+            folder = Path(json.loads(line))
+            if folder.is_dir():
+                yield folder
+
+
+def _folder_list(cache_dir: Path) -> Path:
+    here = hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()
+    return cache_dir / f"runs_{here[:16]}.jsonl"
 
 
 def command_line(folder: Path) -> list[str]:

@@ -2,9 +2,7 @@
 
 import os
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,25 +14,18 @@ from dinoseg.config.guard import guard
 from dinoseg.config.job import machine_config, squared
 from dinoseg.config.plain import has_key, keys_of, to_container
 from dinoseg.config.registry import full_registry, shipped_registry
-from dinoseg.experiment.folder import is_locked
-from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import (
     INITIAL,
     SAVED,
     USE,
     USES,
     absolute,
-    config_description,
     data_root,
-    recipe_of,
     saved_config,
 )
-from dinoseg.training import checkpoint
 from dinoseg.training.description import CHOSEN, PRECISION
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_override, format_value, nearest, printable
-
-PATIENCE = 10  # seconds that resume=auto waits for another process to end its run
 
 
 def merge(
@@ -121,6 +112,12 @@ def _keep_precision(merged: DictConfig, info: Mapping[str, Any], keys: Sequence[
     is_open = "engine.precision" not in keys and merged.engine.get("precision", "auto") == "auto"
     if is_open and info.get(PRECISION) is not None:
         merged.engine.precision = info[PRECISION]
+
+
+def to_evaluation(cfg: DictConfig, step: int) -> DictConfig:
+    """Return the config of a resumed run whose training ended at `step`: only its final evaluation is left."""
+    length = {"steps": step, "epochs": None, "max_minutes": None}
+    return OmegaConf.merge(cfg, {"trainer": length})  # type: ignore[return-value]
 
 
 def without_resume(cfg: DictConfig) -> DictConfig:
@@ -216,57 +213,3 @@ def _check_key(name: str, cfg: DictConfig, merged: DictConfig, path: Path) -> No
             f"{name} is not a key of the config of resume={path}.{nearest(name, alike)} To add it anyway, give "
             f"++{name}=VALUE."
         )
-
-
-def resumed_checkpoint(cfg: DictConfig, out_dir: Path, prefer: str) -> Path | None:
-    """Return the checkpoint that `resume` names; None for `auto` if no run of this recipe has one yet.
-
-    Runs have the same recipe if they differ only in length and intervals. For `auto`, a run that another process is
-    still writing to after `PATIENCE` seconds is skipped, and so is an unreadable file; both are reported.
-
-    Args:
-        cfg: composed from the command line.
-        out_dir: folder of the new run, below the recipe's folder.
-        prefer: `best` or `last`.
-    """
-    if cfg.resume != "auto":
-        return checkpoint.find(cfg.resume, prefer)
-    recipe_folder = next((folder for folder in out_dir.parents if folder.name == cfg.choices.hparam), out_dir.parent)
-    recipe = recipe_of(config_description(ModelBuilder(cfg)))
-    for path in _newest_first(recipe_folder.rglob(f"{checkpoint.FOLDER}/{prefer}.safetensors")):
-        try:
-            is_same = recipe_of(checkpoint.describe(path)) == recipe
-        except UserError as error:
-            _print_note(f"skipped: {error}")
-            continue
-        if is_same and _is_free(path.parent.parent):
-            return path
-    return None
-
-
-def _newest_first(paths: Iterable[Path]) -> list[Path]:
-    dated_paths = []
-    for path in paths:
-        with suppress(OSError):  # removed in the meantime
-            dated_paths.append((path.stat().st_mtime, path))
-    return [path for _, path in sorted(dated_paths, reverse=True)]
-
-
-def _is_free(run: Path) -> bool:
-    """Return whether a run can be resumed, waiting up to `PATIENCE` seconds for a process that is shutting down."""
-    if os.environ.get("RANK", "0") != "0":
-        return True  # under torchrun rank 0 decides, and may already hold the lock
-    deadline = time.monotonic() + PATIENCE
-    if not is_locked(run):
-        return True
-    _print_note(f"another process is writing to {run}: waiting up to {PATIENCE} seconds for it to end.")
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-        if not is_locked(run):
-            return True
-    _print_note(f"skipped: another process is still writing to {run}.")
-    return False
-
-
-def _print_note(message: str) -> None:
-    print(printable(f"resume=auto: {message}"), file=sys.stderr)

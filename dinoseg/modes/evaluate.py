@@ -13,7 +13,6 @@ from dinoseg.evaluation.official import usable
 from dinoseg.evaluation.videos import TrackingOptions, check_slots, evaluate_videos
 from dinoseg.experiment.benchmark_videos import benchmark_videos, chosen_supervision
 from dinoseg.experiment.builder import Builder, check_split
-from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.provenance import provenance_of
 from dinoseg.experiment.trackers import tracker_maker
 from dinoseg.experiment.trained import Trained, check_classes, is_trained, load_trained
@@ -60,7 +59,6 @@ def run(
                 f"mode.{key}={value} is for tracking in videos: without resume, or with head=slots. This model "
                 "predicts classes of single images: leave it out."
             )
-    out_dir = first_ranks(out_dir, trained.engine.broadcast)
     data = build.dataset(split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
     check_classes(data, trained.info, source)

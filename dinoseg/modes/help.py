@@ -28,7 +28,7 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=select input=PATH count=20                  choose images or video frames to label next
   python -m dinoseg mode=train hparam=sarrarp_lora data.root=DIR     train a recipe
   python -m dinoseg mode=train hparam=sarrarp_lora data.root=DIR resume=auto
-                                                                     resume the newest run of this recipe
+                                                                     resume the unfinished run of this recipe
   python -m dinoseg -m mode=train hparam=sarrarp_lora head=linear,mlp adapter.rank=8,16
                                                                      a sweep, with a table at the end
   python -m dinoseg mode=eval resume=RUN                             score a run folder or checkpoint

@@ -16,7 +16,6 @@ from tabulate import tabulate
 
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.folder import first_ranks
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel, fingerprint
@@ -62,7 +61,6 @@ def probe(
     """
     build = Builder(cfg)
     engine = build.engine()
-    out_dir = first_ranks(out_dir, engine.broadcast)
     grid = Grid(tuple(strengths), tuple(balances), held_out, cfg.data.group, build.seed)
     train = build.dataset("train", engine)
     val = build.dataset("val")

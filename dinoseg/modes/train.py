@@ -12,11 +12,11 @@ from omegaconf import DictConfig
 from dinoseg.autotune.probe_baseline import TrainedRun
 from dinoseg.autotune.probe_comparison import compare_with_linear_probe
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.folder import first_ranks
 from dinoseg.experiment.heads import SOLO
 from dinoseg.experiment.initial import check_initial, load_initial_weights
 from dinoseg.experiment.log_file import announce
 from dinoseg.experiment.loggers import logger_factories
+from dinoseg.experiment.past_runs import write_end
 from dinoseg.modes.train_heads import train_heads
 from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0, log_start
 from dinoseg.tasks.images import ImageTask
@@ -46,10 +46,6 @@ def train(
     """
     build = Builder(cfg)
     engine = build.engine()
-    out_dir = first_ranks(out_dir, engine.broadcast)
-    # under torchrun each rank searched for itself, and another run may have been saved in between
-    if engine.broadcast(cfg.resume) != cfg.resume:
-        raise UserError("resume=auto: the ranks found different runs. Name the run to resume: resume=RUN_FOLDER.")
     announce(f"data={cfg.choices.data}: listing the files")
     task = build.task()
     task.open(engine, pictures=pictures)
@@ -76,8 +72,12 @@ def train(
             run = fit(Experiment(*parts, settings))
             if run.best is None:
                 raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, without validation.")
+            if engine.is_main:
+                write_end(out_dir, run.step)
             spent = time.monotonic() - began
             scores = job.finish(model, run, log, **shown)
+        if engine.is_main:
+            write_end(out_dir, run.step, scores)
         images = run.step * cfg.data.batch_size * cfg.trainer.accumulate
         spent = max(spent, images / (scores["images_per_s"] or math.inf))  # includes the steps before a resume
         if isinstance(task, ImageTask):

@@ -13,6 +13,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.heads import head_description, solo_builders
 from dinoseg.experiment.initial import has_initial
 from dinoseg.experiment.models import build_multi_head
+from dinoseg.experiment.past_runs import write_end
 from dinoseg.experiment.recipe import run_description
 from dinoseg.experiment.trained import check_classes
 from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0, log_start
@@ -161,7 +162,9 @@ def train_heads(
             engine,
             checkpoints,
         )
-        fit(MultiHeadExperiment(*parts, RunLog("", visible=False), settings, members))
+        step = fit(MultiHeadExperiment(*parts, RunLog("", visible=False), settings, members)).step
+        if engine.is_main:
+            write_end(out_dir, step)
         rows, scores = [], {}
         for member, rate in zip(members, rates, strict=True):
             if member.progress.best is not None:
@@ -170,7 +173,10 @@ def train_heads(
     first = leaderboard(rows, out_dir, build.value("trainer.score"), task.data_module.lowest, visible=engine.is_main)
     if first not in scores:
         raise UserError(f"No head has reached a validation: {join_names([row.note for row in rows], 3)}")
-    return {**scores[first], "head": first}
+    result = {**scores[first], "head": first}
+    if engine.is_main:
+        write_end(out_dir, step, result)
+    return result
 
 
 def _check_task(build: Builder, task: TrainingTask, engine: Engine) -> None:

@@ -177,7 +177,9 @@ class TrainingRun:
             logger.info("resuming %s at step %d of %d", self.start.path, self.first_step, steps)
         if self.first_step >= steps:
             logger.warning(
-                "This run has already done %d steps: raise trainer.steps or trainer.epochs.", self.first_step
+                "This run has already done %d steps: only its evaluation is written. To train on, raise trainer.steps "
+                "or trainer.epochs.",
+                self.first_step,
             )
         return model, loss, optimizer, Checkpointer(folder, info, self.start, writes=writes)
 

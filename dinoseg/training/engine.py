@@ -22,6 +22,7 @@ from dinoseg.training.frozen_casts import cache_casts
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import scale_gradients
 from dinoseg.training.rank_messages import decode_message, encode_message
+from dinoseg.training.rendezvous import open_store, reach_ranks
 from dinoseg.training.sharding import Lockstep, full_tensor, shard
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import NAMES, compute_dtype, has_tf32
@@ -400,30 +401,6 @@ def _clipped(parameters: Sequence[Tensor], most: float, like: Tensor) -> Tensor:
     return norm.to(like.device).to(like.dtype)  # moved before it is cast: MPS has no float64
 
 
-def _open_store(timeout: timedelta) -> tuple[torch.distributed.Store, int, int]:
-    """Return the store in which ranks meet, this rank's number and the number of ranks.
-
-    Rank 0 hosts it: on the socket of `DINOSEG_STORE_SOCKET`, which `cli/ranks.py` opens for ranks of one machine, else
-    on all interfaces.
-    """
-    environment = os.environ
-    if "DINOSEG_STORE_SOCKET" not in environment:
-        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
-        return store, rank, world_size
-    world_size = int(environment["WORLD_SIZE"])
-    store = torch.distributed.TCPStore(
-        environment["MASTER_ADDR"],
-        int(environment["MASTER_PORT"]),
-        world_size,
-        is_master=True,
-        timeout=timeout,
-        multi_tenant=True,
-        # a copy, which the store closes: a later engine of this process needs the socket again
-        master_listen_fd=os.dup(int(environment["DINOSEG_STORE_SOCKET"])),
-    )
-    return store, int(environment["RANK"]), world_size
-
-
 _ALIKE = r"(?s)Grad strides do not match bucket view strides.*grad\.sizes\(\) = \[(1,|\d+, \d+, 1, 1\])"
 
 
@@ -449,19 +426,9 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
     # harmless DDP warnings: tokens (1, N, C) prepended to a rank's only sample have a slice of its gradient as theirs,
     # and 1 x 1 convolutions have contiguous channels in either memory layout
     warnings.filterwarnings("ignore", _ALIKE)
-    address, rank = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", os.environ.get("RANK")
-    try:
-        store, number, ranks = _open_store(timedelta(seconds=seconds))
-        patience = timedelta(seconds=at_work)
-        store.set_timeout(patience)
-        # torchrun reuses its store when it restarts ranks, with stale addresses of dead ranks
-        store = distributed.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+    patience = timedelta(seconds=at_work)
+    store, number, ranks = open_store(seconds)
+    store.set_timeout(patience)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with reach_ranks(seconds):
         distributed.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=patience)
-    except (distributed.DistError, ValueError) as error:  # ValueError: a variable is missing or not a number
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-        raise UserError(
-            f"Rank {rank} of {world_size} did not reach the others at {address} within {seconds:g} s ({reason}). Check "
-            "that all ranks were started, and that MASTER_ADDR is the machine of rank 0, reachable by that name and "
-            "port from all others; for slow starts, raise engine.rendezvous_timeout."
-        ) from error

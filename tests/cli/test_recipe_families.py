@@ -7,8 +7,9 @@ from command_line import SMALL, call, write_data
 from config_files import FOLDER
 
 from dinoseg.cli.recipes import recipe_files, with_recipe_files
+from dinoseg.cli.resuming import find_model
 from dinoseg.config.options import config_folders
-from dinoseg.experiment.resume import resumed_checkpoint
+from dinoseg.experiment.folder import RunLocation
 from dinoseg.training import checkpoint
 
 OWN = "# @package _global_\ndefaults: [{}]\nseed: 3\n"
@@ -74,7 +75,7 @@ def test_runs_and_checkpoints_know_a_recipe_by_one_name(tmp_path, compose, monke
     last = run / "checkpoints/last.safetensors"
     assert checkpoint.describe(last)["choices"]["hparam"] == "idd_lite"
     again = compose("mode=train", "hparam=idd/lite", *SMALL, "mode.metrics_only=true", "resume=auto")
-    assert resumed_checkpoint(again, run.with_name("train_again"), "last") == last
+    assert find_model(again, RunLocation(run.with_name("train_again"), tmp_path / "outputs"), "last") == last
     for typed, message in (
         ("idd_lite", "split=nonsense is unknown"),
         ("idd/lite", "split=nonsense is unknown"),

@@ -1,5 +1,6 @@
 """What a checkpoint's config, the command line and the recipe each decide when a run goes on."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -12,13 +13,14 @@ from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
 from dinoseg import __main__
+from dinoseg.cli import resuming
 from dinoseg.cli.words import parsed
-from dinoseg.experiment import resume
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.folder import drop_parts, is_locked, lock, release
+from dinoseg.experiment.folder import RunLocation, drop_parts, lock, lock_within, release
 from dinoseg.experiment.recipe import config_description, data_root, recipe_of
 from dinoseg.experiment.resume import _same_path, merge
 from dinoseg.training import checkpoint, loading
+from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import write_tensors
 
@@ -74,11 +76,11 @@ def last(run):
 
 @pytest.fixture
 def found(where, compose):
-    """Return a function that looks for the checkpoint that resume=auto means, beside some words."""
+    """Return a function that looks for the newest model of the recipe that some words compose."""
 
     def look(*words, prefer="last"):
         cfg = compose("mode=train", *MLP, "resume=auto", *words)
-        return resume.resumed_checkpoint(cfg, Path("outputs/base/train_1").absolute(), prefer)
+        return resuming.find_model(cfg, RunLocation(where / "new", Path("outputs").absolute()), prefer)
 
     return look
 
@@ -133,7 +135,7 @@ def test_what_validates_with_windows_is_evaluated_with_them_unless_told_otherwis
 
 def test_how_a_model_is_asked_makes_no_other_run(where, found):
     run = copied(where, "windows")
-    assert train(where, "trainer.steps=2", "inference.overlap=0.5", "resume=auto").status == 0
+    assert train(where, "trainer.steps=2", "inference.overlap=0.5", "resume=auto", f"hydra.run.dir={run}").status == 0
     assert runs(where) == [run] and last(run)["choices"]["inference"] == "windows"
     assert last(run)["config"]["inference"]["overlap"] == 0.5
     best = run / "checkpoints/best.safetensors"
@@ -186,17 +188,6 @@ def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
     cases = [(), masks, of_masks, (*of_masks, alone), ("head=detail",), ("head=detail", "head.linear_skip=false")]
     found = [repr(recipe(*words)) for words in (*cases, *((other,) for other in others))]
     assert len({*found}) == len(found)
-
-
-def test_auto_in_a_sweep_looks_through_the_whole_folder_of_its_recipe(tmp_path, monkeypatch):
-    for name in ("config_description", "recipe_of"):
-        monkeypatch.setattr(resume, name, lambda _: None)
-    monkeypatch.setattr(checkpoint, "describe", lambda _: None)
-    path = tmp_path / "outputs/base/train_1/checkpoints/last.safetensors"
-    path.parent.mkdir(parents=True)
-    path.touch()
-    cfg = OmegaConf.create({"resume": "auto", "choices": {"hparam": "base"}})
-    assert resume.resumed_checkpoint(cfg, tmp_path / "outputs/base/train_2/0", "last") == path
 
 
 def test_auto_does_not_go_on_with_other_data(where, run, found):
@@ -253,43 +244,29 @@ def test_auto_finds_a_run_that_was_moved_with_its_data(where, run, found, compos
     assert merge(compose("mode=train"), [], path, checkpoint.describe(path)).data.root == str(moved / "data")
 
 
-def test_auto_passes_over_a_run_that_is_still_going(where, run, monkeypatch):
-    monkeypatch.setattr(resume, "PATIENCE", 0.1)
+def test_resume_refuses_a_run_in_use(where, run):
     with open(run / "run.log", "a", encoding="utf-8") as file:
-        import fcntl
-
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        assert is_locked(run)
         busy = train(where, "trainer.steps=2", f"resume={run}")
-        assert busy.status == 1 and "Another process is writing to" in busy.err
-        done = train(where, "trainer.steps=1", "resume=auto")
-        assert done.status == 0
-        assert f"another process is writing to {run}: waiting up to 0.1 seconds for it to end" in done.err
-        assert f"resume=auto: skipped: another process is still writing to {run}." in done.err
-    assert len(runs(where)) == 2
+    assert busy.status == 1 and "Another process is writing to" in busy.err and runs(where) == [run]
 
 
-def test_auto_waits_for_a_run_that_is_about_to_end(where, run, monkeypatch):
-    """And removes what a kill left half written as it goes on."""
+def test_auto_waits_for_a_lock_and_removes_partial_files(where, run, monkeypatch):
     half = run / "checkpoints/.last.safetensors.part/.tmpa1b2c3"
     older, rows, mine = (run / name for name in ("checkpoints/.tmpa1b2c3", ".metrics.jsonl.12.part", "my.part"))
     half.parent.mkdir()
     for path in (half, older, rows, mine):
         path.write_text("half")
-    asked = []
-    monkeypatch.setattr(resume, "is_locked", lambda run: asked.append(run) or len(asked) < 3)
-    done = train(where, "trainer.steps=2", "resume=auto")
-    assert done.status == 0 and runs(where) == [run] and last(run)["progress"]["step"] == 2
-    assert f"resume=auto: another process is writing to {run}: waiting" in done.err and "skipped:" not in done.err
+    acquire, calls = locks.acquire, []
+
+    def acquire_third(path, **options):
+        calls.append(path)
+        return None if path == run / "run.log" and calls.count(path) < 3 else acquire(path, **options)
+
+    monkeypatch.setattr(locks, "acquire", acquire_third)
+    done = train(where, "trainer.steps=2", "resume=auto", f"hydra.run.dir={run}")
+    assert done.status == 0 and runs(where) == [run] and last(run)["progress"]["step"] == 2, done.err
     assert not half.parent.exists() and not older.exists() and not rows.exists() and mine.exists()
-
-
-def test_ranks_but_the_first_take_the_run_that_the_first_holds(where, monkeypatch):
-    monkeypatch.setattr(resume, "is_locked", lambda run: True)
-    monkeypatch.setattr(resume, "PATIENCE", 0)
-    assert not resume._is_free(where)
-    monkeypatch.setenv("RANK", "1")
-    assert resume._is_free(where)
 
 
 def test_auto_passes_over_files_that_cannot_be_read_and_says_so(where, run, found, capsys):
@@ -325,8 +302,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_a_name_of_ours(tmp_path, monkeypa
 
 def test_a_folder_locked_here_is_locked_once(tmp_path):
     lock(tmp_path)
-    lock(tmp_path)
-    assert not is_locked(tmp_path)
+    assert lock_within(tmp_path, 0)
     release(tmp_path)
     release(tmp_path)
 
@@ -378,8 +354,8 @@ def test_a_fused_optimizer_counts_its_steps_on_its_device(tmp_path):
 def test_a_table_of_ids_survives_the_checkpoint(where):
     table = ["data.reader.masks.ids={1: 0, 0: 1}", "trainer.val_every=2"]
     assert train(where, *table, "hydra.run.dir=outputs/base/one").status == 0
-    done = train(where, *table, "trainer.steps=4", "resume=auto")
-    assert done.status == 0 and "no earlier run" not in done.err, done.err
+    done = train(where, *table, "trainer.steps=4", "resume=auto", "hydra.run.dir=outputs/base/one")
+    assert done.status == 0, done.err
     assert json.loads((where / "outputs/base/one/metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
     done = call(where, "mode=eval", "resume=outputs/base/one", *QUIET[:2], "engine=cpu")
     assert done.status == 0, done.err
@@ -389,14 +365,6 @@ def test_a_table_of_ids_survives_the_checkpoint(where):
 def test_a_root_that_can_be_none_is_none_given(root):
     assert data_root({"data": {"root": root}}, Path("/")) == ("???", "")
     assert data_root({"data": {}}, Path("~nobody-here/\ud800")) == ("???", "")
-
-
-def test_the_newest_run_comes_first_and_one_that_is_gone_not_at_all(tmp_path):
-    paths = [tmp_path / name for name in "bca"]
-    for time, path in enumerate(paths):
-        path.touch()
-        os.utime(path, (time, time))
-    assert resume._newest_first([*paths[1:], tmp_path / "gone", paths[0]]) == paths[::-1]
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folde
     for name in ("supervised", "taught"):
         shutil.copytree(folder / name, tmp_path / name)
     words = (*WORDS, "trainer.steps=3", f"data.root={folder / 'data'}", f"teacher={folder / 'teacher'}")
-    found = call(tmp_path, *words, "resume=auto", "hydra.run.dir=any")
+    found = call(tmp_path, *words, "resume=auto", "hydra.run.dir=taught")
     assert found.status == 0 and "resuming" in found.err, found.err
     assert checkpoint.describe(tmp_path / "taught/checkpoints/last.safetensors")["progress"]["step"] == 3
 

@@ -135,10 +135,10 @@ def test_a_run_keeps_how_its_slots_are_followed(here):
 
 
 def test_how_slots_are_followed_makes_no_other_run(here):
-    run(here, *SLOTS, "trainer.steps=1", "mode.metrics_only=true", "slots.match=overlap")
-    done = run(here, *SLOTS, "trainer.steps=2", "mode.metrics_only=true", "slots.match=similarity", "resume=auto")
-    (folder,) = (here / "outputs").rglob("train_*")
-    info = read(folder / "checkpoints/last.safetensors").info
+    words = (*SLOTS, "mode.metrics_only=true", "resume=auto", "hydra.run.dir=followed")
+    run(here, *words, "trainer.steps=1", "slots.match=overlap")
+    done = run(here, *words, "trainer.steps=2", "slots.match=similarity")
+    info = read(here / "followed/checkpoints/last.safetensors").info
     assert info["progress"]["step"] == 2 and info["config"]["slots"]["match"] == "similarity", done.err
 
 

@@ -247,7 +247,7 @@ def test_tasks_of_slurm_train_together(data, tmp_path):  # noqa: F811
         )
         for rank in ("0", "1")
     ]
-    errors = [task.communicate(timeout=120)[1] for task in tasks]
+    errors = [task.communicate(timeout=600)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], errors
     assert [path.name for path in tmp_path.iterdir() if path.name != "outputs"] == ["run_0"]
     assert checkpoint.describe(tmp_path / "run_0/checkpoints/last.safetensors")["progress"]["step"] == 2

@@ -8,7 +8,6 @@ import platform
 import re
 import shlex
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -89,16 +88,15 @@ class ChosenRecipe:
         print(printable(f"\nrecipe:       {path}\n              {command}\n"))
 
 
-def choose_recipe(cfg: DictConfig, words: Sequence[str], *, first: bool) -> ChosenRecipe:
-    """Return the recipe for a command line: from stored choices, or from new ones that the first rank makes.
+def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
+    """Return the recipe for a command line: from stored choices, or from new ones.
 
     Args:
         cfg: composed from the command line, without choices.
         words: of the command line.
-        first: whether this rank makes the choices; other ranks wait.
 
     Raises:
-        UserError: a value is out of range, nothing fits, or the first rank does not write its choices.
+        UserError: a value is out of range, or nothing fits.
     """
     build = Builder(cfg)
     _check(build)
@@ -107,31 +105,27 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str], *, first: bool) -> Chos
     train, val = build.dataset("train", reduced=True), build.dataset("val")
     path = _path(build, given, (train, val))
     source = f"reused from {path} (remove it to choose again)"
-    if first:
-        # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
-        with _one_at_a_time(path):
-            stored = read_choices(path)
-            if stored is None:
-                most = f"candidates are timed for at most {60 * CHOOSING * minutes:.0f} s"
-                _log_progress(f"inspects data and machine: budget.minutes={minutes:g} starts now, {most}")
-                trying = [*words, *_shared()]
-                joined = ranks_here() if _shared() else 0
-                with _outside_ranks():
-                    engine = build.engine(devices=1)
-                    data = train, evenly_spaced_subset(val, cfg.trainer.get("val_images"))
-                    search = RecipeSearch(
-                        partial(_read, trying), data, engine, given, minutes, _log_progress, joined=joined
-                    )
-                    choices = search.choose()
-                stored, source = (search.about, choices), "chosen now"
-                _store_choices(path, *stored)
-    else:
-        stored = read_choices(path) or _awaited(path, cfg.engine.rank_timeout)
+    # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
+    with _one_at_a_time(path):
+        stored = read_choices(path)
+        if stored is None:
+            most = f"candidates are timed for at most {60 * CHOOSING * minutes:.0f} s"
+            _log_progress(f"inspects data and machine: budget.minutes={minutes:g} starts now, {most}")
+            trying = [*words, *_shared()]
+            joined = ranks_here() if _shared() else 0
+            with _outside_ranks():
+                engine = build.engine(devices=1)
+                data = train, evenly_spaced_subset(val, cfg.trainer.get("val_images"))
+                search = RecipeSearch(
+                    partial(_read, trying), data, engine, given, minutes, _log_progress, joined=joined
+                )
+                choices = search.choose()
+            stored, source = (search.about, choices), "chosen now"
+            _store_choices(path, *stored)
     about, choices = stored
     choices, taken = drop_typed(choices, given)  # the file stores all: other keys may be typed next
     about += f"; set on the command line: {', '.join(taken)}" if taken else ""
-    if first:
-        print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(choice_lines(choices))))
+    print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(choice_lines(choices))))
     remaining = [
         word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")
     ]
@@ -202,23 +196,11 @@ def _path(build: Builder, given: frozenset[str], data: Sequence[SegmentationData
             key: to_container(build.value("engine"))[key]
             for key in ("device", "precision", "cache", "devices", "sharding")
         },
-        # ranks on several machines need the same file
-        "machine": _shared() if _others_wait() else (platform.node(), count_cores()),
+        # the first rank of a restarted job may be on another machine
+        "machine": _shared() or (platform.node(), count_cores()),
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
     return build.cache_dir / f"choices_{key[:16]}.json"
-
-
-def _awaited(path: Path, seconds: float) -> tuple[str, list[RecipeChoice]]:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if path.exists() and (stored := read_choices(path)) is not None:
-            return stored
-        time.sleep(0.2)
-    raise UserError(
-        f"hparam=auto: the first rank has not written {path} within {seconds:g} s. See its messages; cache_dir and "
-        "data must be the same files for all ranks."
-    )
 
 
 @contextmanager
@@ -234,11 +216,6 @@ def _store_choices(path: Path, about: str, choices: Sequence[RecipeChoice]) -> N
     try:
         write_choices(path, about, choices)
     except OSError as error:
-        if _others_wait():
-            raise UserError(
-                f"hparam=auto: cannot write the choices to {path} ({error}), where the other ranks read them. Free "
-                "some space there, or set a cache_dir that all ranks can write to."
-            ) from error
         message = f"warning: cannot write the choices to {path} ({error}): the next run chooses again."
         print(printable(message), file=sys.stderr)  # no log is open yet
 
@@ -246,11 +223,6 @@ def _store_choices(path: Path, about: str, choices: Sequence[RecipeChoice]) -> N
 def _shared() -> list[str]:
     """Return the override for the number of ranks that share a batch, if torchrun or Slurm started them."""
     return [f"engine.devices={os.environ['WORLD_SIZE']}"] if "WORLD_SIZE" in os.environ else []
-
-
-def _others_wait() -> bool:
-    """Return whether other ranks, started by torchrun or Slurm, wait for the choices of the first one."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 @contextmanager

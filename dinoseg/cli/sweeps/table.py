@@ -24,11 +24,12 @@ from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.evaluation.scoring.intervals import mean_of
+from dinoseg.experiment.folder import locate_runs
 from dinoseg.experiment.log_file import LABEL
 from dinoseg.metrics.counts import iou, mean_defined, ratio
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import count_of
+from dinoseg.utils.wording import count_of, printable
 
 SHARES = {  # keys of a job's scores in 0..1 to columns in percent, as in the score tables
     "miou": "mIoU %",
@@ -127,6 +128,10 @@ class SweepTable(Callback):
                     file=sys.stderr,
                 )
                 sys.exit(1)
+            folder = Path(config.hydra.sweep.dir)
+            if config.get("resume") == "auto" and not locate_runs(config.hydra, folder).is_given:
+                message = f"resume=auto: this sweep is new. To resume one, set its hydra.sweep.dir, here {folder}"
+                print(printable(message), file=sys.stderr)
             return
         named = "".join(f"\n- {cell}: {reason}" for cell, reason in bad[:_SHOWN])
         more = f"\n- and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""

@@ -1,10 +1,8 @@
 """hparam=auto, from a command line to a training by what was chosen; what is timed is made up, but for one test."""
 
-import json
 import os
 import re
 import shlex
-import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -171,7 +169,7 @@ def test_a_run_goes_on_with_what_was_chosen_for_it(folder, monkeypatch):
     assert first.status == 0, first.err
     monkeypatch.setattr("dinoseg.cli.auto.search.run_in_process", pytest.fail)
     (run,) = (folder / "outputs/auto").iterdir()
-    again = call(folder, *words, "trainer.steps=4", "resume=auto")
+    again = call(folder, *words, "trainer.steps=4", "resume=auto", f"hydra.run.dir={run}")
     assert again.status == 0 and "resuming" in again.err and "at step 2 of 4" in again.err, again.err
     assert checkpoint.describe(run / "checkpoints/last.safetensors")["progress"]["step"] == 4
     for path in (folder / "outputs/.cache").glob("choices_*.json"):
@@ -477,27 +475,6 @@ def test_when_tuning_wins_depends_on_the_head_and_on_a_step(folder, monkeypatch,
 
 
 @pytest.mark.heavy
-def test_another_rank_takes_what_the_first_one_chooses(folder, monkeypatch):
-    words = (*AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")
-    assert call(folder, *words).status == 0
-    (path,) = (folder / "outputs/.cache").glob("choices_*.json")
-    content = path.read_text()
-    path.unlink()
-    writing = threading.Timer(0.3, lambda: path.write_text(content))
-    writing.start()
-    monkeypatch.setattr(recipe, "RecipeSearch", pytest.fail)
-    monkeypatch.setenv("RANK", "1")
-    seen = []
-    monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda cfg, out_dir: seen.append(cfg))
-    done = call(folder, *words)
-    writing.join()
-    assert done.status == 0 and not done.out, done.err
-    assert seen[0].data.views == json.loads(content)["choices"][-3]["words"].get("data.views", 4)
-    path.unlink()
-    late = call(folder, *words, "engine.rank_timeout=0.1")
-    assert late.status == 1 and "the first rank has not written" in late.err
-
-
 def test_while_one_measures_it_is_no_rank(monkeypatch):
     from dinoseg.cli.auto.recipe import _outside_ranks
 
@@ -510,30 +487,18 @@ def test_while_one_measures_it_is_no_rank(monkeypatch):
 
 
 @pytest.mark.heavy
-def test_ranks_on_other_machines_take_what_the_first_one_chooses_for_all(folder, monkeypatch):
+def test_chosen_batch_is_divided_among_the_ranks(folder, monkeypatch):
     seen = []
     monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda cfg, out_dir: seen.append(cfg))
+    monkeypatch.setattr("dinoseg.cli.launch._share_start", lambda cfg, start: start())
     for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
-    words = (*AUTO, FEW, "budget.minutes=1", "engine.rank_timeout=0.1", "hydra.run.dir=R")
-    assert call(folder, *words).status == 0
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setattr("platform.node", lambda: "elsewhere")
-    monkeypatch.setattr("dinoseg.cli.auto.recipe.count_cores", lambda: 99)
-    assert call(folder, *words).status == 0
+    words = (*AUTO, FEW, "budget.minutes=1")
+    assert call(folder, *words, "hydra.run.dir=R").status == 0
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")  # as a restarted job finds its choices
+    monkeypatch.setattr("dinoseg.cli.auto.recipe.RecipeSearch", pytest.fail)
+    assert call(folder, *words, "hydra.run.dir=S").status == 0
     assert [cfg.data.batch_size for cfg in seen] == [3, 3] and [cfg.engine.devices for cfg in seen] == [1, 1]
-
-
-def test_choices_that_other_ranks_wait_for_have_to_be_kept(folder, monkeypatch):
-    def full(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("dinoseg.cli.auto.recipe.write_choices", full)
-    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    done = call(folder, *AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")
-    assert done.status == 1 and "(No space left on device), where the other ranks read them" in done.err, done.err
-    assert "chooses again" not in done.err and not (folder / "R").exists()
 
 
 @pytest.mark.heavy

@@ -1,0 +1,120 @@
+"""Search of `resume=auto`: the runs that a command may resume, the lock of the chosen one, and what the user reads."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
+
+from dinoseg.experiment.auto_resume import (
+    LENGTH,
+    Action,
+    Decision,
+    Request,
+    Start,
+    decide,
+    decide_in_folder,
+    find_near_misses,
+    scheduler_job,
+)
+from dinoseg.experiment.folder import RunLocation, enter, lock_within, release, remembered_folders
+from dinoseg.experiment.models import ModelBuilder
+from dinoseg.experiment.past_runs import (
+    find_runs,
+    last_checkpoint,
+    plan_of,
+    read_run,
+)
+from dinoseg.experiment.recipe import config_description
+from dinoseg.training import checkpoint
+from dinoseg.utils.wording import printable
+
+PATIENCE = 10.0  # seconds to wait for the process that writes to a run: that of a requeued job may still be ending
+
+
+def find_start(cfg: DictConfig, overrides: Sequence[Override], location: RunLocation) -> Start:
+    """Return where a training with `resume=auto` starts; lock its run folder, unless it is a new one.
+
+    Args:
+        cfg: composed from the command line.
+        overrides: the command line's assignments.
+        location: where this command and earlier ones write their runs.
+
+    Raises:
+        UserError: the given folder holds a run of another recipe or an unreadable checkpoint, or is in use.
+    """
+    plan = plan_of(config_description(ModelBuilder(cfg)))
+    typed = {override.key_or_group.removeprefix("trainer."): override.value() for override in overrides}
+    typed_length = {key: typed[key] for key in LENGTH if typed.get(key) is not None}
+    request = Request(plan, typed_length, scheduler_job(os.environ), location.in_sweep)
+    if location.is_given and not location.in_sweep:
+        folder = location.folder
+        enter(folder, seconds=PATIENCE, instead="choose another hydra.run.dir")
+        decision = decide_in_folder(request, folder, read_run(folder))
+    else:
+        decision = _decide_among_runs(request, location, Path(cfg.cache_dir).expanduser())
+        if decision.run is None:
+            return Start(Action.START, plan=plan, job=request.job)
+        folder = decision.run.folder
+    if decision.run is None or decision.run.step is None:
+        return Start(Action.START, folder, plan=plan, job=request.job)
+    step = decision.run.step
+    _report(decision.action, folder, step, in_sweep=location.in_sweep)
+    return Start(decision.action, folder, last_checkpoint(folder), step, plan, request.job)
+
+
+def find_model(cfg: DictConfig, location: RunLocation, prefer: str) -> Path | None:
+    """Return a checkpoint of the newest run of the recipe outside sweeps, of any length; None if there is none.
+
+    Args:
+        cfg: composed from the command line, with the recipe.
+        location: where runs are written.
+        prefer: `best` or `last`.
+    """
+    plan = plan_of(config_description(ModelBuilder(cfg)))
+    for run in find_runs(location.root, remembered_folders(Path(cfg.cache_dir).expanduser())):
+        if run.step is not None and not run.in_sweep and run.plan.settings == plan.settings:
+            return checkpoint.find(run.folder, prefer)
+    _print_note(f"no run of this recipe in {location.root}.")
+    return None
+
+
+def _decide_among_runs(request: Request, location: RunLocation, cache_dir: Path) -> Decision:
+    """Choose among the runs of a folder, and lock the chosen one."""
+    runs = find_runs(location.root, () if location.in_sweep else remembered_folders(cache_dir))
+    decision = decide(request, runs)
+    if decision.run is None and not location.in_sweep:
+        _print_note(f"no unfinished run of this recipe and length in {location.root}: starting a new run.")
+        for near_miss in find_near_misses(request, runs):
+            _print_note(near_miss)
+    return decision if decision.run is None else _lock_chosen(request, decision.run.folder)
+
+
+def _lock_chosen(request: Request, folder: Path) -> Decision:
+    """Lock the folder of a chosen run and decide again: another process may have changed the run until then."""
+    if not lock_within(folder, 0):
+        _print_note(f"another process is writing to {folder}: waiting up to {PATIENCE:g} seconds for it to end.")
+        if not lock_within(folder, PATIENCE):
+            _print_note(f"another process is still writing to {folder}: starting a new run.")
+            return Decision(Action.START)
+    run = read_run(folder)
+    decision = decide(request, [] if run is None else [run])
+    if decision.run is None:
+        release(folder)
+        _print_note(f"another process has finished {folder}: starting a new run.")
+    return decision
+
+
+def _report(action: Action, folder: Path, step: int, *, in_sweep: bool) -> None:
+    if action is Action.EVALUATE:
+        _print_note(f"{folder} has ended at step {step}: writing its final evaluation.")
+    elif action is Action.NOTHING and in_sweep:
+        _print_note(f"{folder} is finished at step {step}: its result is reused.")
+    elif action is Action.NOTHING:
+        _print_note(f"{folder} is finished at step {step}. To train on: resume={folder} trainer.steps=MORE")
+
+
+def _print_note(message: str) -> None:
+    print(printable(f"resume=auto: {message}"), file=sys.stderr)

@@ -1,0 +1,317 @@
+"""Which run `resume=auto` resumes, by the command line: given folders, scheduler jobs, newest runs and sweeps."""
+
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from command_line import SMALL, call, write_data
+
+from dinoseg.cli import resuming
+from dinoseg.experiment.past_runs import write_end
+from dinoseg.tasks.images import ImageTask
+from dinoseg.training import checkpoint
+from dinoseg.training.image_data_module import ImageDataModule
+
+QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "mode.probe_baseline=0", "logger=[]")
+TRAIN = ("mode=train", *SMALL, *QUIET, "trainer.save_every=1", "trainer.steps=3")
+AUTO = (*TRAIN, "resume=auto")
+SCHEDULERS = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_CLUSTER_NAME", "TORCHELASTIC_RUN_ID")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    for name in SCHEDULERS:
+        monkeypatch.delenv(name, raising=False)
+    write_data(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture
+def interrupt(here, monkeypatch):
+    """Return a function that trains until a signal stops the run after one step."""
+
+    def stopped(*words):
+        whole = ImageDataModule.train_batches
+
+        def batches(self, start):
+            for index, batch in enumerate(whole(self, start), start=start):
+                if index == start + 1:
+                    signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ImageDataModule, "train_batches", batches)
+            done = call(here, *words)
+        assert done.status == 143, done.err
+        return done
+
+    return stopped
+
+
+def succeed(here, *words):
+    done = call(here, *words)
+    assert done.status == 0, done.err
+    return done
+
+
+def step_of(run):
+    return checkpoint.describe(run / "checkpoints/last.safetensors")["progress"]["step"]
+
+
+def runs(here):
+    return sorted(here.glob("outputs/*/train_*"))
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_given_folder_is_used_beside_earlier_runs(here):
+    succeed(here, "-m", *TRAIN, "hydra.sweep.dir=outputs/base/sweep", "head=linear")
+    before = files_of(here / "outputs/base/sweep")
+    succeed(here, *AUTO, "trainer.steps=4", "hydra.run.dir=outputs/base/new")
+    assert step_of(here / "outputs/base/new") == 4 and files_of(here / "outputs/base/sweep") == before
+
+
+def test_given_folder_resumes_its_checkpoint(here, interrupt):
+    interrupt(*AUTO, "hydra.run.dir=mine")
+    assert step_of(here / "mine") == 2
+    succeed(here, *AUTO, "hydra.run.dir=mine", "trainer.steps=4")
+    assert step_of(here / "mine") == 4 and not (here / "mine_2").exists()
+
+
+def test_given_folder_without_checkpoint_is_started_in(here):
+    (here / "mine").mkdir()
+    (here / "mine/run.log").write_text("killed before its first save\n")
+    succeed(here, *AUTO, "hydra.run.dir=mine")
+    assert step_of(here / "mine") == 3 and not (here / "mine_2").exists()
+
+
+def test_given_folder_of_another_recipe_is_an_error(here):
+    succeed(here, *TRAIN, "hydra.run.dir=mine")
+    before = files_of(here / "mine")
+    done = call(here, *AUTO, "hydra.run.dir=mine", "head=mlp", "trainer.clip=7")
+    assert done.status == 1 and "head" in done.err and "trainer.clip" in done.err and "data.root" not in done.err
+    assert files_of(here / "mine") == before
+
+
+def test_finished_run_in_given_folder_exits_with_one_line(here):
+    succeed(here, *TRAIN, "hydra.run.dir=mine")
+    before = files_of(here / "mine")
+    done = succeed(here, *AUTO, "hydra.run.dir=mine")
+    (line,) = done.err.splitlines()
+    assert "resume=mine" in line.replace(f"{here}/", "") and "trainer.steps" in line and not done.out
+    assert files_of(here / "mine") == before
+
+
+def test_locked_given_folder_is_an_error(here, monkeypatch):
+    monkeypatch.setattr("dinoseg.cli.resuming.PATIENCE", 0)
+    monkeypatch.setattr("dinoseg.experiment.folder.locks.acquire", lambda path: None)
+    done = call(here, *AUTO, "hydra.run.dir=mine")
+    assert done.status == 1 and "mine" in done.err and "another process" in done.err.lower()
+
+
+def test_local_config_gives_a_folder(here):
+    (here / "own/local").mkdir(parents=True)
+    (here / "own/local/default.yaml").write_text("# @package _global_\nhydra: {run: {dir: mine}}\n")
+    succeed(here, "--config-dir", "own", *AUTO)
+    done = succeed(here, "--config-dir", "own", *AUTO)
+    assert step_of(here / "mine") == 3 and "finished" in done.err and not (here / "mine_2").exists()
+
+
+def test_folder_named_by_the_time_is_not_given(here, interrupt):
+    dated = "hydra.run.dir=elsewhere/train_${now:%f}"
+    interrupt(*AUTO, dated)
+    succeed(here, *AUTO, dated)
+    (run,) = (here / "elsewhere").iterdir()
+    assert step_of(run) == 3
+
+
+@pytest.mark.parametrize("folder", ["outputs/mine", "elsewhere/mine"])
+def test_interrupted_run_is_found_without_its_folder(here, interrupt, folder):
+    interrupt(*TRAIN, f"hydra.run.dir={folder}")
+    succeed(here, *AUTO)
+    assert step_of(here / folder) == 3 and not runs(here)
+
+
+def test_newest_unfinished_run_of_equal_length_is_resumed(here, interrupt):
+    interrupt(*TRAIN)
+    (run,) = runs(here)
+    done = succeed(here, *AUTO, "trainer.steps=4")
+    assert step_of(run) == 2 and len(runs(here)) == 2
+    assert "trainer.steps" in done.err and str(run) in done.err and f"{here / 'outputs'}:" in done.err
+    succeed(here, *AUTO, "trainer.val_every=2", "trainer.patience=9")
+    assert step_of(run) == 3 and len(runs(here)) == 2
+
+
+def test_finished_run_is_left_alone(here):
+    succeed(here, *AUTO)
+    (run,) = runs(here)
+    before = files_of(run)
+    done = succeed(here, *AUTO)
+    assert len(runs(here)) == 2 and files_of(run) == before and f"{run} is finished" in done.err
+
+
+def test_jobs_of_a_sweep_are_no_single_runs(here, interrupt):
+    interrupt("-m", *TRAIN, "hydra.sweep.dir=outputs/base/sweep")
+    succeed(here, *AUTO)
+    assert step_of(here / "outputs/base/sweep/0") == 2 and len(runs(here)) == 1
+
+
+def test_missing_evaluation_is_written_without_training(here, monkeypatch):
+    def end(*_, **__):
+        raise SystemExit(9)
+
+    words = [word for word in AUTO if "steps" not in word]
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageTask, "evaluate", end)
+        # patience ends the training early: the checkpoint alone does not tell that it has ended
+        early = ("trainer.steps=99", "trainer.val_every=1", "trainer.patience=0", "optim.optimizer.lr=1e-30")
+        assert call(here, *words, *early).status == 9
+    (run,) = runs(here)
+    trained = step_of(run)
+    assert trained < 99 and not (run / "evaluation").exists()
+    monkeypatch.setattr(ImageDataModule, "train_batches", lambda *_, **__: iter(()))
+    succeed(here, *words, *early)
+    assert (run / "evaluation/scores.json").exists() and step_of(run) == trained and runs(here) == [run]
+
+
+def test_requeued_slurm_job_resumes_its_run(here, interrupt, monkeypatch):
+    interrupt(*AUTO)
+    (other,) = runs(here)
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    interrupt(*AUTO, "hydra.run.dir=outputs/base/train_other_name", "trainer.steps=4")
+    (mine,) = {*runs(here)} - {other}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    succeed(here, *AUTO, "trainer.steps=4")
+    assert (step_of(other), step_of(mine)) == (2, 4)
+    done = succeed(here, *AUTO, "trainer.steps=4")
+    assert f"resume={mine}" in done.err and len(done.err.splitlines()) == 1 and len(runs(here)) == 2
+    assert step_of(mine) == 4
+
+
+def test_job_without_checkpoint_starts_again_in_its_folder(here, monkeypatch):
+    def end(*_, **__):
+        raise SystemExit(9)
+
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageDataModule, "train_batches", end)
+        assert call(here, *AUTO).status == 9
+    succeed(here, *AUTO, "head=mlp")  # the next line of the same script
+    succeed(here, *AUTO)
+    assert sorted(
+        checkpoint.describe(run / "checkpoints/last.safetensors")["choices"]["head"] for run in runs(here)
+    ) == [
+        "linear",
+        "mlp",
+    ]
+
+
+def test_array_tasks_resume_their_own_runs(here, interrupt, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "71")
+    mine = {}
+    for task in "01":
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        monkeypatch.setenv("SLURM_JOB_ID", f"7{task}")
+        interrupt(*AUTO, f"hydra.run.dir=outputs/base/train_{task}")
+        mine[task] = here / f"outputs/base/train_{task}"
+    for task, steps in (("0", {"0": 3, "1": 2}), ("1", {"0": 3, "1": 3})):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        succeed(here, *AUTO)
+        assert {name: step_of(run) for name, run in mine.items()} == steps
+    assert len(runs(here)) == 2
+
+
+def test_restarted_torchrun_resumes_its_run(here, interrupt, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a1b2")
+    interrupt(*AUTO, "hydra.run.dir=outputs/base/train_mine")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    interrupt(*AUTO, "hydra.run.dir=outputs/base/train_newer")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a1b2")
+    succeed(here, *AUTO)
+    assert [step_of(run) for run in runs(here)] == [3, 2]
+
+
+def test_sweep_resumes_by_recipe_and_seed(here, interrupt):
+    sweep, folder = ("-m", *AUTO, "hydra.sweep.dir=sweep"), here / "sweep"
+    interrupt(*sweep, "seed=0,1")
+    assert step_of(folder / "0") == 2
+    done = succeed(here, *sweep, "seed=2,0,1")
+    seeds = {
+        path.name: checkpoint.describe(path / "checkpoints/last.safetensors")["config"]["seed"]
+        for path in folder.iterdir()
+        if (path / "checkpoints").exists()
+    }
+    assert sorted(seeds.values()) == [0, 1, 2] and seeds["0"] == 0 and step_of(folder / "0") == 3, done.err
+    before = files_of(folder / "0")
+    again = succeed(here, *sweep, "seed=0,1,2")
+    assert files_of(folder / "0") == before and len(list(folder.glob("*/checkpoints"))) == 3
+    rows = (folder / "jobs.csv").read_text().splitlines()
+    assert len(rows) == 4 and str(folder / "0") in rows[1] + rows[2] + rows[3], again.err
+
+
+def test_sweep_without_folder_is_new_and_said_once(here, interrupt):
+    interrupt("-m", *AUTO, "hydra.sweep.dir=outputs/base/sweep")
+    done = succeed(here, "-m", *AUTO, "seed=0,1")
+    assert done.err.count("hydra.sweep.dir") == 1 and step_of(here / "outputs/base/sweep/0") == 2
+
+
+def test_loser_of_a_race_starts_a_new_run(here, interrupt, monkeypatch):
+    interrupt(*AUTO)
+    (run,) = runs(here)
+    monkeypatch.setattr("dinoseg.cli.resuming.PATIENCE", 0)
+    with open(run / "run.log", "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        done = succeed(here, *AUTO)
+    assert str(run) in done.err and step_of(run) == 2 and len(runs(here)) == 2
+
+
+@pytest.mark.heavy
+def test_two_racing_processes_share_no_run(here, interrupt):
+    interrupt(*AUTO)
+    (run,) = runs(here)
+    command = [sys.executable, "-m", "dinoseg", *AUTO]
+    racers = [subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [racer.communicate()[1] for racer in racers]
+    # the one that comes later finds the run locked or finished, whichever is faster
+    assert [racer.returncode for racer in racers] == [0, 0], errors
+    assert len(runs(here)) == 2 and all(step_of(path) == 3 for path in runs(here)), errors
+    assert len([error for error in errors if "resuming" in error]) == 1 and len(list(run.glob("config*"))) == 2
+
+
+def test_run_finished_before_its_lock_is_free_is_left_alone(here, interrupt, monkeypatch):
+    interrupt(*AUTO)
+    (run,) = runs(here)
+    wait = resuming.lock_within
+
+    def finish_first(folder, seconds):
+        write_end(folder, 2, {"miou": 0.5})
+        return wait(folder, seconds)
+
+    monkeypatch.setattr(resuming, "lock_within", finish_first)
+    succeed(here, *AUTO)
+    assert step_of(run) == 2 and len(runs(here)) == 2
+
+
+def test_unreadable_checkpoint_is_named_and_skipped(here, interrupt):
+    interrupt(*AUTO)
+    (run,) = runs(here)
+    (run / "checkpoints/last.safetensors").write_bytes(b"cut")
+    done = succeed(here, *AUTO)
+    assert str(run / "checkpoints/last.safetensors") in done.err and len(runs(here)) == 2
+
+
+def test_result_of_a_finished_run_is_returned(here):
+    import dinoseg
+
+    words = [word for word in TRAIN if not word.startswith("mode=")]
+    words = [word.replace("data.root=data", f"data.root={here / 'data'}") for word in words]
+    words.append(f"cache_dir={here / 'cache'}")
+    first = dinoseg.train(None, *words, out_dir=here / "mine")
+    second = dinoseg.train(None, *words, out_dir=here / "mine", resume="auto")
+    assert second.folder == first.folder and second.scores.to_dict() == first.scores.to_dict()
+    assert json.loads((here / "mine/training.json").read_text())["step"] == 3
