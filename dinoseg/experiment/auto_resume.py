@@ -205,7 +205,7 @@ def _setting_differences(there: Plan, here: Plan) -> Iterator[str]:
     """Yield each key of the recipe that differs; a group with another option counts as one key."""
     groups = [group for group, option in here.options.items() if there.options.get(group) != option]
     # a recipe file of another name may set equal values
-    keys = [key for key in here.settings | there.settings if here.settings.get(key) != there.settings.get(key)]
+    keys = [key for key in {**here.settings, **there.settings} if here.settings.get(key) != there.settings.get(key)]
     for group in groups:
         below = [key for key in keys if key.split(".")[0] == group]
         keys = [key for key in keys if key not in below]

@@ -54,7 +54,8 @@ def locate_runs(hydra: DictConfig, folder: Path) -> RunLocation:
     """
     in_sweep = hydra.get("mode") == RunMode.MULTIRUN
     kind = "sweep" if in_sweep else "run"
-    default, text = (to_container(node)["dir"] for node in (OmegaConf.load(_SHIPPED)[kind], hydra[kind]))
+    default = to_container(OmegaConf.load(_SHIPPED))[kind]["dir"]
+    text = to_container(hydra[kind])["dir"]
     # a name with the time is another folder for each command: the user chose where runs lie, not which one this is
     is_given = text != default and "${now:" not in text
     if in_sweep:
