@@ -226,7 +226,8 @@ def _chosen_or_why_not(wanted: str, *parts: Any) -> tuple[tuple[str, Size, str] 
     """Return the location, and the size and shapes of `Cost`, as values that ranks exchange; or None and the reason."""
     try:
         location, cost = _chosen(wanted, *parts)
-        return (location, tuple(cost.size), cost.shapes), ""
+        height, width = cost.size
+        return (location, (height, width), cost.shapes), ""
     except _Live as error:
         return None, str(error)
 
