@@ -52,7 +52,7 @@ def _command(arguments: list[str]) -> None:
         return
     import hydra
 
-    from dinoseg.cli.extras import check_intervals, hush_schemas, missing_extra
+    from dinoseg.cli.extras import check_intervals, hush_schemas, plugin_errors_as_user_errors
     from dinoseg.cli.own_keys import with_checkpoint_keys
     from dinoseg.cli.recipes import with_recipe_files
     from dinoseg.cli.typos import check_patterns, explained
@@ -75,20 +75,11 @@ def _command(arguments: list[str]) -> None:
             words = with_checkpoint_keys(words)
         sys.argv[1:] = words
         # file errors: of the run folder, which Hydra creates
-        with explained(words, folders), file_errors_as_user_errors(Path.cwd()):
+        with plugin_errors_as_user_errors(words), explained(words, folders), file_errors_as_user_errors(Path.cwd()):
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
-        _fail(str(error))
-    except (ImportError, RuntimeError) as error:
-        message = missing_extra(sys.argv[1:], error)
-        if not message:
-            raise
-        _fail(message)
-
-
-def _fail(message: str) -> None:
-    _print_error(message)
-    sys.exit(1)
+        _print_error(str(error))
+        sys.exit(1)
 
 
 def _print_error(message: str) -> None:

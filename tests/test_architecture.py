@@ -73,6 +73,10 @@ ASK_OTHERS = (  # files that use hasattr, on objects of other libraries, of user
     "models/backbones",
     "utils/precision",
 )
+PICKLE_COLLECTIVES = {  # of torch and accelerate: a rank runs whatever code another one sends
+    *("gather_object", "all_gather_object", "scatter_object_list", "broadcast_object_list"),
+    *("send_object_list", "recv_object_list"),
+}
 LONGEST_FILE, LONGEST_FUNCTION = 500, 80
 LARGEST_PACKAGE = 0.18  # of the lines: above it a package is two
 
@@ -284,7 +288,7 @@ def test_a_planted_violation_is_found(file, source, message):
             "tracking/slots/tracker.py",
             "from dinoseg.tracking.grid import cells\nfrom dinoseg.tracking.slots.matching import cosine",
         ),
-        ("training/engine.py", "from accelerate.utils import broadcast_object_list"),
+        ("training/engine.py", "from accelerate import Accelerator"),
         ("experiment/resume.py", "from dinoseg import __version__\nfrom dinoseg.experiment import builder"),
     ],
 )
@@ -333,6 +337,26 @@ def test_contracts_have_defaults_so_that_nobody_asks_hasattr():
         if isinstance(node, ast.Name) and node.id == "hasattr"
     }
     assert {below(file, ASK_OTHERS) for file in asking} == {*ASK_OTHERS}
+
+
+def pickle_collectives(file, source):
+    """Return the lines that name a collective operation which pickles what it sends."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        name = getattr(node, "attr", getattr(node, "id", getattr(node, "name", None)))
+        if isinstance(node, ast.Attribute | ast.Name | ast.alias) and name.rpartition(".")[2] in PICKLE_COLLECTIVES:
+            found.append(f"{file}:{node.lineno}: {name}: use Engine.gather or Engine.broadcast")
+    return found
+
+
+def test_ranks_exchange_no_pickles():
+    assert not [line for file, source in FILES.items() for line in pickle_collectives(file, source)]
+
+
+@pytest.mark.parametrize("name", sorted(PICKLE_COLLECTIVES))
+def test_a_planted_pickle_collective_is_found(name):
+    for source in (f"from accelerate.utils import {name}", f"import torch\ntorch.distributed.{name}([1])"):
+        assert len(pickle_collectives("training/engine.py", source)) == 1
 
 
 def test_no_package_outgrows_the_others():

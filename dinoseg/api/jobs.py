@@ -17,7 +17,7 @@ from dinoseg.api.session import isolated
 from dinoseg.cli.typos import misplaced
 from dinoseg.cli.words import FILES
 from dinoseg.config.plain import at, texts_of, to_container
-from dinoseg.experiment.folder import LOG, is_locked, will_make
+from dinoseg.experiment.folder import LOG, lock, release, will_make
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted, raised
@@ -117,8 +117,8 @@ def _check_unused(job: Job, *, overwrite: bool) -> None:
     read = [Path(path).expanduser() for key in _READ for path in texts_of(at(config, key.split(".")))]
     if any(path.resolve().is_relative_to(folder.resolve()) for path in (Path.cwd(), *read)):
         raise UserError(f"out_dir={folder} with overwrite=True: the run there is read, too. Choose another out_dir.")
-    if is_locked(folder):
-        raise UserError(f"out_dir={folder}: another process is writing to it. Wait for it, or choose another out_dir.")
+    lock(folder, instead="choose another out_dir")
+    release(folder)  # Windows deletes no open file
     shutil.rmtree(folder.resolve())
 
 

@@ -1,7 +1,11 @@
 """Launchers and sweepers that need optional packages."""
 
+import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from traceback import walk_tb
 
 from hydra.core.override_parser.types import IntervalSweep
 
@@ -17,11 +21,18 @@ _INSTALLED_BY = {
     },
     "hydra/sweeper": {"optuna": ".[optuna]"},
 }
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
+_LAUNCHER = re.compile(r"hydra_plugins\.\w+_launcher\.")  # modules of launchers, as Hydra's plug-ins are named
 
 
 def hush_schemas() -> None:
     """Suppress a Hydra 1.3 warning: it takes our launcher configs for schemas, as they share the plug-ins' names."""
     warnings.filterwarnings("ignore", "(?s).* is validated against ConfigStore schema")
+
+
+def enter_folder() -> None:
+    """Change to the folder in which a sweep was started; Ray calls it in each process of a job."""
+    os.chdir(os.environ["DINOSEG_FOLDER"])
 
 
 def check_intervals(arguments: Sequence[str]) -> None:
@@ -39,6 +50,43 @@ def check_intervals(arguments: Sequence[str]) -> None:
             raise UserError(f"{word} is an interval: add -m hydra/sweeper=optuna to search it, or list values.")
 
 
+@contextmanager
+def plugin_errors_as_user_errors(arguments: Sequence[str]) -> Iterator[None]:
+    """Convert errors of Hydra's launchers, and packages that they miss, into a message; other errors pass.
+
+    Args:
+        arguments: the command line, without the program's name.
+
+    Raises:
+        UserError: what is missing or has failed.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        message = missing_extra(arguments, error) or _failed_launcher(arguments, error)
+        if not message:
+            raise
+        raise UserError(message) from error
+
+
+def _failed_launcher(arguments: Sequence[str], error: Exception) -> str:
+    """Return which launcher raised an error, and the error in one line; "" if none did."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    plugin = next((name.split(".")[1] for name in modules if _LAUNCHER.match(name)), None)
+    if plugin is None:
+        return ""
+    typed = [word for _, word in assignments(arguments) if word.startswith("hydra/launcher=")]
+    text = _COLOURS.sub("", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    cause = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
+    return (
+        f"{typed[0] if typed else plugin} failed ({type(error).__name__}: {cause}). Check the keys of hydra.launcher, "
+        "and that its cluster runs and accepts jobs. Jobs that have ended keep their run folders."
+    )
+
+
 def missing_extra(arguments: Sequence[str], error: Exception) -> str:
     """Return which override needs a package that is not installed, and how to install it; "" if none does.
 
@@ -46,7 +94,8 @@ def missing_extra(arguments: Sequence[str], error: Exception) -> str:
         arguments: the command line, without the program's name.
         error: raised by Hydra when it created its launcher or sweeper.
     """
-    if isinstance(error, RuntimeError) and "Unknown plugin class" not in str(error):
+    unknown = isinstance(error, RuntimeError) and "Unknown plugin class" in str(error)
+    if not unknown and not isinstance(error, ImportError):
         return ""
     for _, word in assignments(arguments):
         group, _, option = word.partition("=")

@@ -21,6 +21,7 @@ from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, run_ranks, shortages_as_user_errors
 from dinoseg.config.credentials import check_credentials
 from dinoseg.config.grammar import decode_keys
+from dinoseg.config.guard import guard
 from dinoseg.config.limits import check_training
 from dinoseg.config.options import options_of, values_in_files
 from dinoseg.config.plain import BUILDS, to_container
@@ -178,7 +179,24 @@ def _share_start(cfg: DictConfig, start: Callable[[], JobStart]) -> JobStart:
     engine = cfg.engine
     text = share_from_rank0(as_text, connect=engine.rendezvous_timeout, wait=engine.rank_timeout)
     config, folder, result = json.loads(text)
-    return JobStart(OmegaConf.create(config), Path(folder), result)
+    shared = OmegaConf.create(config)
+    if not is_first_rank():
+        _check_shared(to_container(shared), to_container(cfg))
+    return JobStart(shared, Path(folder), result)
+
+
+def _check_shared(shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse a config of rank 0 that builds anything which neither config files nor this rank's command line names.
+
+    Whoever reaches the store of the ranks could have written it.
+    """
+    from dinoseg.experiment.heads import SOLO
+    from dinoseg.experiment.resume import trusted
+
+    plain = {key: value for key, value in shared.items() if key != SOLO}
+    for config in (plain, *shared.get(SOLO, {}).values()):
+        changed = {key: value for key, value in config.items() if key not in own or value != own[key]}
+        guard(changed, "the config of rank 0", own, trust=trusted(own["trust"]))
 
 
 def _enter_folder(
@@ -191,7 +209,7 @@ def _enter_folder(
         cfg = recipe.cfg
     typed_recipe, new = cfg.choices.hparam, out_dir
     cfg, start = _find_run(_settle_length(cfg, overrides), overrides, location)
-    if start.action is Action.NOTHING:
+    if start.action is Action.NOTHING and start.folder is not None:
         from dinoseg.experiment.past_runs import read_result
 
         return JobStart(cfg, start.folder, read_result(start.folder))
@@ -208,7 +226,8 @@ def _enter_folder(
     drop_parts(run_folder)
     config_folder = write_config(cfg, run_folder, overrides)
     if start.plan is not None or location.in_sweep:
-        write_origin(config_folder, start.job, start.plan and vars(start.plan), in_sweep=location.in_sweep)
+        plan = None if start.plan is None else vars(start.plan)
+        write_origin(config_folder, start.job, plan, in_sweep=location.in_sweep)
     if location.is_given and not location.in_sweep and cfg.mode.get("resume_from") == "last":
         remember_folder(Path(cfg.cache_dir).expanduser(), run_folder)
     if recipe is not None and start.checkpoint is None:

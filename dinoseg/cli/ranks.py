@@ -47,6 +47,7 @@ _KILLED = -9  # exit status of a rank after SIGKILL, which Windows does not have
 _STOPPED = {status: number for number in SIGNALS for status in (128 + number, -number)}  # exit status to signal number
 
 
+_LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # interface on which the ranks of one machine listen
 _PORTS = range(20_000, 40_000)
 _MAX = 10**6  # tasks of a step
 _TASKS = "([1-9][0-9]{0,4})(?:[(]x([0-9]{1,5})[)])?"  # tasks of one machine, or of several in a row
@@ -143,18 +144,21 @@ def run_ranks(cfg: DictConfig, out_dir: Path, devices: int) -> Any:
         UserError: a rank has failed and printed the reason.
         Interrupted: a signal has ended them.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     forget_share()
     context = get_context("spawn")  # CUDA does not survive a fork
     receiving, sending = context.Pipe(duplex=False)
+    # torch itself would listen on all interfaces, and whoever reaches the store can disturb the training
+    store = socket.create_server(("127.0.0.1", 0))
+    port = store.getsockname()[1]
     ranks = [
-        context.Process(target=_run_rank, args=(rank, devices, port, to_container(cfg), out_dir, sending))
+        context.Process(
+            target=_run_rank,
+            args=(rank, devices, port, None if rank else store, to_container(cfg), out_dir, sending),
+        )
         for rank in range(devices)
     ]
     try:
-        with without_script():
+        with store, without_script():
             for rank in ranks:
                 rank.start()
         sending.close()
@@ -225,7 +229,13 @@ def _received(receiving: Any) -> list[Any]:
 
 
 def _run_rank(
-    rank: int, world_size: int, port: int, cfg: dict[str, Any], out_dir: Path, sending: connection.Connection
+    rank: int,
+    world_size: int,
+    port: int,
+    store: socket.socket | None,
+    cfg: dict[str, Any],
+    out_dir: Path,
+    sending: connection.Connection,
 ) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     if sys.platform != "win32":
@@ -240,6 +250,11 @@ def _run_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    if store is not None:
+        os.environ["DINOSEG_STORE_SOCKET"] = str(store.detach())
+    if sys.platform in _LOOPBACK:
+        os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK[sys.platform]
+        os.environ["NCCL_SOCKET_IFNAME"] = f"={_LOOPBACK[sys.platform]}"
     if "SLURM_CPUS_ON_NODE" in os.environ:  # these ranks share the cores of the process that started them
         os.environ["SLURM_CPUS_ON_NODE"] = str(min(count_cores(), cores_here()))
     limit_threads_to_share()

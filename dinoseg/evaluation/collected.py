@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import starmap
 
 import numpy as np
 from torch import Tensor
@@ -67,10 +68,10 @@ class Collector:
             self._next += self._world
 
     @property
-    def parts(self) -> list[tuple[list, list[Shot]]]:
+    def parts(self) -> list[tuple[list, list[tuple]]]:
         """Return this rank's results as a list of one entry, for `Engine.gather`."""
         shots = {index: shot for heap in (self._best, self._worst) for _, index, shot in heap}
-        return [(self._rows, list(shots.values()))]
+        return [(self._rows, [tuple(vars(shot).values()) for shot in shots.values()])]
 
     def _store_image(self, score: float | None, image: Tensor, prediction: np.ndarray, mask: np.ndarray) -> None:
         if score is None:
@@ -88,11 +89,11 @@ class Collector:
                 heapq.heappop(heap)
 
 
-def join(parts: Iterable[tuple[list, list[Shot]]]) -> Collected:
+def join(parts: Iterable[tuple[list, list[tuple]]]) -> Collected:
     """Merge the results of all ranks."""
     parts = list(parts)
     rows = sorted((row for rows, _ in parts for row in rows), key=lambda row: row[0])
-    shots = list({shot.index: shot for _, shots in parts for shot in shots}.values())
+    shots = list({shot.index: shot for _, shots in parts for shot in starmap(Shot, shots)}.values())
     best = sorted(shots, key=lambda shot: (-shot.score, shot.index))[:SHOWN]
     worst = sorted(shots, key=lambda shot: (shot.score, shot.index))[:SHOWN]
     # with few distinct images, show each once: the better half as best

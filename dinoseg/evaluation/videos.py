@@ -61,7 +61,7 @@ class TrackedVideo:
     """Result of one video."""
 
     frames: int  # tracked frames, without copied ones
-    problem: tuple[Path, str] | None = None  # folder and reason, if the video was left out
+    problem: tuple[str, str] | None = None  # name of the video and reason, if it was left out
     taken_over: str | None = None  # name of the video, if its masks are from an earlier run
 
 
@@ -132,7 +132,7 @@ class VideoTracking:
         except UserError as error:
             if not self.skip:
                 raise
-            return TrackedVideo(0, (self.masks / video.name, str(error)))
+            return TrackedVideo(0, (video.name, str(error)))
         store_digest(self.out_dir, video.name, digest)
         return TrackedVideo(len(video.frames))
 
@@ -228,11 +228,13 @@ def evaluate_videos(
     if engine.is_main:
         warn_unread(out_dir, first_tracker.unread, first_tracker.unread_because)
         write_json(out_dir / RECORD, record)
-    tracked = engine.gather(tracking.track(data.videos[engine.rank :: engine.world_size]))
-    problems = [video.problem for video in tracked if video.problem is not None]
+    tracked = tracking.track(data.videos[engine.rank :: engine.world_size])
+    copied = engine.gather([video.taken_over for video in tracked if video.taken_over is not None])
+    reasons = engine.gather([video.problem for video in tracked if video.problem is not None])
+    problems = [(tracking.masks / name, reason) for name, reason in reasons]
     result: dict[str, Any] = {"videos": len(data.videos) - len(problems)}
     if engine.is_main:
-        log_copied(options.restart, [video.taken_over for video in tracked if video.taken_over is not None])
+        log_copied(options.restart, copied)
         print(f"masks:        {tracking.masks}/<video>/<frame>.png, indexed, with the palette of DAVIS")
         print(f"blends:       {tracking.blends or 'none'}")
         scored_by = data.protocol if options.official else None

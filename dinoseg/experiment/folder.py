@@ -45,7 +45,7 @@ class RunLocation(NamedTuple):
     in_sweep: bool = False
 
 
-def locate_runs(hydra: DictConfig, folder: Path) -> RunLocation:
+def locate_runs(hydra: Any, folder: Path) -> RunLocation:
     """Return where a command writes its run, by Hydra's own config.
 
     Args:

@@ -66,18 +66,16 @@ def read_run(folder: Path) -> PastRun | None:
         UserError: its checkpoint cannot be read.
     """
     origins = [origin for path in sorted(folder.glob(f"config*/{ORIGIN}")) if (origin := _read(path, _ORIGIN))]
-    known = {
-        "jobs": frozenset(origin["job"] for origin in origins if origin["job"]),
-        "in_sweep": any(origin["sweep"] for origin in origins),
-        "words": compared_words(command_line(folder)),
-    }
+    jobs = frozenset(origin["job"] for origin in origins if origin["job"])
+    in_sweep = any(origin["sweep"] for origin in origins)
+    words = compared_words(command_line(folder))
     last = last_checkpoint(folder)
     if last.is_file():
         info, end = checkpoint.describe(last), _read_end(folder)
         step, is_evaluated = info["progress"]["step"], end["result"] is not None
-        return PastRun(folder, plan_of(info), **known, step=step, end=end["step"], is_evaluated=is_evaluated)
+        return PastRun(folder, plan_of(info), jobs, in_sweep, step, end["step"], is_evaluated, words)
     plans = [origin["plan"] for origin in origins if origin["plan"]]
-    return PastRun(folder, Plan(**plans[-1]), **known) if plans else None
+    return PastRun(folder, Plan(**plans[-1]), jobs, in_sweep, words=words) if plans else None
 
 
 def compared_words(command: Iterable[str]) -> frozenset[str]:

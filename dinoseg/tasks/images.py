@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dinoseg.config.checks import check_arguments
@@ -235,5 +235,9 @@ class ImageTask(TrainingTask):
         if share == 0 and not isinstance(share, bool):
             return None
         check_arguments("dinoseg.data.class_uniform.class_uniform", {"share": share}, {"share": "data.class_uniform"})
-        work = partial(class_uniform, train, share, cache_dir=parts.cache_dir, workers=parts.workers)
-        return engine.run_on_rank0(work)
+
+        def find_images() -> tuple[dict[int, np.ndarray], list[str]]:
+            found = class_uniform(train, share, cache_dir=parts.cache_dir, workers=parts.workers)
+            return dict(found.images), list(found.digests)
+
+        return ClassUniform(share, *engine.run_on_rank0(find_images))

@@ -21,6 +21,7 @@ from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.frozen_casts import cache_casts
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import scale_gradients
+from dinoseg.training.rank_messages import decode_message, encode_message
 from dinoseg.training.rendezvous import open_store, reach_ranks
 from dinoseg.training.sharding import Lockstep, full_tensor, shard
 from dinoseg.utils.errors import UserError
@@ -335,11 +336,25 @@ class Engine:
         return means, norms.where(means.isfinite(), math.nan)
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """Return the values of all ranks in one list, in the order of the ranks."""
-        from accelerate.utils import gather_object
+        """Return the values of all ranks in one list, in the order of the ranks.
 
+        Args:
+            values: what `encode_message` accepts.
+        """
         self._join()
-        return gather_object(values)
+        if self.world_size == 1:
+            return values
+        own = torch.frombuffer(bytearray(encode_message(values)), dtype=torch.uint8).to(self.device)
+        sizes = self._gather_tensors(torch.tensor([len(own)], device=self.device))
+        padded = nn.functional.pad(own, (0, int(max(sizes)) - len(own)))
+        contents = [content[:size] for content, size in zip(self._gather_tensors(padded), sizes, strict=True)]
+        return [value for content in contents for value in decode_message(content.cpu().numpy().tobytes())]
+
+    def _gather_tensors(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all ranks, which have the same shape."""
+        tensors = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        torch.distributed.all_gather(tensors, tensor)
+        return tensors
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks; integers are summed exactly."""
@@ -347,11 +362,8 @@ class Engine:
         return self.accelerator.reduce(tensor, reduction="sum")
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on every rank."""
-        from accelerate.utils import broadcast_object_list
-
-        self._join()
-        return broadcast_object_list([value])[0]
+        """Return rank 0's value on every rank; `encode_message` has to accept it."""
+        return self.gather([value] if self.is_main else [])[0]
 
     def run_on_rank0(self, by: Callable[[], T]) -> T:
         """Call `by` on rank 0 only, and return its result on every rank."""

@@ -199,9 +199,9 @@ def feature_cache(
             )
         _check_cut(data_module, model, engine, plan.noise)
         return FeatureCache(model, engine.autocast, NoStore, plan.drawing, data_module.views, plan.noise)
-    location, cost = chosen
+    location, size, described_shapes = chosen
     opened = partial(_opened, location == "memory", data_module, model, engine, plan)
-    shapes = {(cost.size, True): cost.shapes} if cost.shapes else {}
+    shapes = {(size, True): described_shapes} if described_shapes else {}
     return FeatureCache(model, engine.autocast, opened, plan.drawing, data_module.views, plan.noise, location, shapes)
 
 
@@ -222,10 +222,12 @@ def _check_cut(data_module: ImageDataModule, model: SegmentationModel, engine: E
     )
 
 
-def _chosen_or_why_not(wanted: str, *parts: Any) -> tuple[tuple[str, Cost] | None, str]:
-    """Return the result of `_chosen`, or None and the reason."""
+def _chosen_or_why_not(wanted: str, *parts: Any) -> tuple[tuple[str, Size, str] | None, str]:
+    """Return the location, and the size and shapes of `Cost`, as values that ranks exchange; or None and the reason."""
     try:
-        return _chosen(wanted, *parts), ""
+        location, cost = _chosen(wanted, *parts)
+        height, width = cost.size
+        return (location, (height, width), cost.shapes), ""
     except _Live as error:
         return None, str(error)
 

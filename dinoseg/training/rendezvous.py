@@ -26,9 +26,33 @@ def open_store(seconds: float) -> tuple[Any, int, int]:
         UserError: rank 0 cannot be reached.
     """
     with reach_ranks(seconds):
-        store, rank, ranks = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        store, rank, ranks = _connect(timedelta(seconds=seconds))
     # torchrun reuses its store when it restarts ranks, with stale addresses of dead ranks
     return torch.distributed.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store), rank, ranks
+
+
+def _connect(timeout: timedelta) -> tuple[Any, int, int]:
+    """Return torch's store, this rank's number and the number of ranks.
+
+    Rank 0 hosts the store: on the socket of `DINOSEG_STORE_SOCKET`, which `cli/ranks.py` opens for ranks of one
+    machine, else on all interfaces.
+    """
+    environment = os.environ
+    if "DINOSEG_STORE_SOCKET" not in environment:
+        store, rank, ranks = next(torch.distributed.rendezvous("env://", timeout=timeout))
+        return store, rank, ranks
+    ranks = int(environment["WORLD_SIZE"])
+    store = torch.distributed.TCPStore(
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        ranks,
+        is_master=True,
+        timeout=timeout,
+        multi_tenant=True,
+        # a copy, which the store closes: a later engine of this process needs the socket again
+        master_listen_fd=os.dup(int(environment["DINOSEG_STORE_SOCKET"])),
+    )
+    return store, int(environment["RANK"]), ranks
 
 
 def share_from_rank0(text: Callable[[], str], *, connect: float, wait: float) -> str:

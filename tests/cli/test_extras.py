@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from command_line import SMALL, call, write_data
@@ -43,6 +44,34 @@ def test_an_interval_that_nothing_searches_is_refused(tmp_path, sweep):
     done = call(tmp_path, *sweep, "mode=train", *SMALL, "optim.optimizer.lr=interval(1e-4,1e-2)")
     assert done.status == 1 and done.err.startswith("error: optim.optimizer.lr=interval(1e-4,1e-2) is an interval")
     assert "-m hydra/sweeper=optuna" in done.err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("commands", "cause"),
+    [((), 'RuntimeError: Could not detect "srun"'), (("srun", "sbatch"), "sbatch: error: no such partition: gpu")],
+)
+def test_a_launcher_that_fails_is_one_message(tmp_path, monkeypatch, commands, cause):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    (tmp_path / "bin").mkdir()
+    for command in commands:
+        script = tmp_path / "bin" / command
+        script.write_text("#!/bin/sh\necho 'sbatch: error: no such partition: gpu' >&2; exit 1\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/bin" if commands else f"{tmp_path}/bin")
+    write_data(tmp_path / "data")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "head=linear,mlp", "hydra/launcher=submitit_slurm")
+    assert done.status == 1 and "Traceback" not in done.err
+    (message,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert "hydra/launcher=submitit_slurm failed" in message and cause in message
+
+
+def test_a_launcher_without_its_cluster_is_one_message(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    write_data(tmp_path / "data")
+    with patch("submitit.AutoExecutor", side_effect=ConnectionError("no cluster\n\n  File x\nat 10.0.0.7")):
+        done = call(tmp_path, "-m", "mode=train", *SMALL, "head=linear,mlp", "hydra/launcher=submitit_local")
+    assert done.status == 1 and "Traceback" not in done.err
+    assert "hydra/launcher=submitit_local failed (ConnectionError: no cluster ... at 10.0.0.7)" in done.err
 
 
 @pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed here")

@@ -17,13 +17,13 @@ from PIL import Image
 
 from dinoseg.cli.launch import launch
 from dinoseg.config.nodes import instantiate
-from dinoseg.experiment.folder import is_locked
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.modes import track as mode
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3
 from dinoseg.tracking.video import mask_folder
 from dinoseg.tracking.video import report as track_report
 from dinoseg.tracking.video import run as video_run
+from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
 
@@ -225,7 +225,9 @@ def test_two_processes_do_not_go_on_at_once(track, stopped):
         with pytest.raises(UserError, match="Another process is writing to .*cut"):
             track("mode.restart=cut", out="second")
     assert track("mode.restart=cut", out="third")["frames"] == 10
-    assert not is_locked(Path("cut"))
+    file = locks.acquire(Path("cut/run.log"))
+    assert file is not None
+    locks.release(file)
 
 
 @pytest.mark.parametrize(

@@ -113,11 +113,13 @@ def _pooled(matrices: Sequence[Any], fold: Row) -> Row:
 class SweepTable(Callback):
     """Callback that validates the cells of a multirun, collects job results, prints a table and writes sweep.csv."""
 
+    _cells = 0  # of a sweep; a search has none
+
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Exit if a cell is invalid; errors that only a run can show are left to the job."""
         if not _is_first():
             return
-        bad, cells = ([], 0) if _searches(config) else impossible_cells(config)
+        bad, self._cells = ([], 0) if _searches(config) else impossible_cells(config)
         if not bad:
             if not _job_results(config).take(takes_over=_searches(config)):
                 print(
@@ -134,7 +136,7 @@ class SweepTable(Callback):
         named = "".join(f"\n- {cell}: {reason}" for cell, reason in bad[:_SHOWN])
         more = f"\n- and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         print(
-            f"error: {len(bad)} of {count_of(cells, 'cell')} of this sweep cannot run, so no job is "
+            f"error: {len(bad)} of {count_of(self._cells, 'cell')} of this sweep cannot run, so no job is "
             f"started:{named}{more}\nLeave them out: run the others as several sweeps.",
             file=sys.stderr,
         )
@@ -169,10 +171,21 @@ class SweepTable(Callback):
         results = _job_results(config)
         jobs = results.rows()
         results.leave(keep=_searches(config))
+        if len(jobs) < self._cells:
+            print(
+                f"error: {self._cells - len(jobs)} of {count_of(self._cells, 'job')} stored no result in "
+                f"{config.hydra.sweep.dir}. That folder has to be on storage that all machines see.",
+                file=sys.stderr,
+            )
         columns = [key for key in (*SHARES, *OTHERS) if any(row[key] is not None for row in jobs)]
         score, sign = next(((key, -1) for key in RANKED if key in columns), ("loss", 1))
-        if score not in columns and not any(row["note"] for row in jobs):
-            return
+        if score in columns or any(row["note"] for row in jobs):
+            self._report(config, jobs, columns, score, sign)
+        if len(jobs) < self._cells or any(row["note"] and row["process"] != os.getpid() for row in jobs):
+            sys.exit(1)  # the command line reports jobs that failed in this process
+
+    def _report(self, config: DictConfig, jobs: Sequence[Row], columns: Sequence[str], score: str, sign: int) -> None:
+        """Print and write the table."""
         swept = _swept([row["words"] for row in jobs])
         rows = [{**row, **{key: row["words"].get(key, "") for key in swept}} for row in jobs]
         means = [key for key in columns if key in SHARES or key == "loss"]
@@ -196,8 +209,6 @@ class SweepTable(Callback):
             _print(rows, swept, columns)
             _write(path, rows, swept, columns)
             print(f"\nwritten to {path}")
-        if any(row["note"] and row["process"] != os.getpid() for row in jobs):
-            sys.exit(1)  # the command line reports jobs that failed in this process
 
 
 def _group_row(group: Sequence[Row]) -> Row:

@@ -207,6 +207,18 @@ def test_jobs_without_scores_make_no_table(table, values, capsys):
     assert not table(*values).exists() and capsys.readouterr().out == ""
 
 
+def test_a_sweep_without_the_result_of_a_job_fails(tmp_path, monkeypatch, capsys):
+    """Jobs of another machine may have another folder of that name."""
+    monkeypatch.setattr("dinoseg.cli.sweeps.table.impossible_cells", lambda _: ([], 2))
+    callback = SweepTable()
+    callback.on_multirun_start(of_job(tmp_path))
+    callback.on_job_end(of_job(tmp_path, 1), SimpleNamespace(_return_value={"miou": 0.5}, overrides=["head=b"]))
+    with pytest.raises(SystemExit) as ended:
+        callback.on_multirun_end(of_job(tmp_path))
+    assert ended.value.code == 1 and [row["job"] for row in rows_of(tmp_path / "sweep.csv")] == ["1"]
+    assert f"error: 1 of 2 jobs stored no result in {tmp_path}" in capsys.readouterr().err
+
+
 def test_rows_of_a_search_that_goes_on_are_kept(tmp_path):
     for number in (0, 2):  # the second after a kill, or with more trials
         SweepTable().on_multirun_start(search := of_job(tmp_path, number, {"storage": "search.log"}))

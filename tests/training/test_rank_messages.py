@@ -1,0 +1,83 @@
+"""Exchange of values between ranks: plain data over loopback, never pickles."""
+
+import os
+import pickle
+from collections import namedtuple
+
+import numpy as np
+import psutil
+import pytest
+from omegaconf import OmegaConf
+
+from dinoseg.cli.ranks import run_ranks
+from dinoseg.training.rank_messages import decode_message, encode_message
+from dinoseg.utils.errors import UserError
+
+Pair = namedtuple("Pair", "left right")
+
+
+def listening_addresses():
+    sockets = psutil.Process().net_connections("inet")
+    return [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
+
+
+def meet_and_exchange(cfg, *, out_dir):
+    """Stand for a mode: meet the other rank, and return what both have sent."""
+    from dinoseg.training.engine import Engine
+
+    engine = Engine("cpu", "fp32")
+    engine.wait()
+    addresses = engine.gather(listening_addresses())
+    rows = engine.gather([(engine.rank, {engine.rank: np.full(1 + 9 * engine.rank, engine.rank)})])
+    chosen = engine.broadcast("first" if engine.is_main else None)
+    decided = engine.run_on_rank0(lambda: (engine.rank, [0.5, None]))
+    engine.close()
+    received = [[rank, {key: value.tolist() for key, value in table.items()}] for rank, table in rows]
+    return {"addresses": addresses, "rows": received, "chosen": chosen, "decided": decided, "rank": os.environ["RANK"]}
+
+
+@pytest.fixture(scope="module")
+def exchanged(tmp_path_factory):
+    """Return what rank 0 of two local ranks reports, on a machine whose settings name another interface."""
+    node = {"_target_": "test_rank_messages.meet_and_exchange", "_partial_": True, "keeps_folder": False}
+    others = [name for name in psutil.net_if_addrs() if not name.startswith("lo")]
+    with pytest.MonkeyPatch.context() as patch:
+        if others:
+            patch.setenv("GLOO_SOCKET_IFNAME", others[0])
+        return run_ranks(
+            OmegaConf.create({"mode": node, "choices": {"mode": "test"}}), tmp_path_factory.mktemp("run"), 2
+        )
+
+
+def test_local_ranks_listen_on_loopback_only(exchanged):
+    assert len(exchanged["addresses"]) >= 2 and {*exchanged["addresses"]} == {"127.0.0.1"}
+
+
+def test_ranks_exchange_values(exchanged):
+    assert exchanged["rows"] == [[0, {"0": [0]}], [1, {"1": [1] * 10}]]
+    assert (exchanged["chosen"], exchanged["decided"]) == ("first", [0, [0.5, None]])
+
+
+def test_messages_keep_types_and_arrays():
+    value = {
+        "text": ["Döhe \udcff", None, True, 3, float("inf")],
+        7: (1, (2.5, [])),
+        "tuple": {"array": {}},
+        "arrays": [np.arange(6).reshape(2, 3).T, np.zeros((0, 3), bool), np.float32(0.5), np.array(4, np.uint8)],
+    }
+    again = decode_message(encode_message(value))
+    for array, copy in zip(value.pop("arrays"), again.pop("arrays"), strict=True):
+        np.testing.assert_array_equal(copy, array, strict=isinstance(array, np.ndarray))
+    assert again == value and [type(key) for key in again] == [str, int, str]
+
+
+@pytest.mark.parametrize("value", [{1}, b"", Pair(1, 2), object(), np.array([{}]), [Pair]])
+def test_messages_refuse_other_types(value):
+    with pytest.raises(TypeError, match="ranks exchange"):
+        encode_message(value)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps([1]), b"", b"\0" * 8, b"\xff" * 64])
+def test_foreign_messages_are_refused(content):
+    with pytest.raises(UserError, match="not a message of a rank"):
+        decode_message(content)
