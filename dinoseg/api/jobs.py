@@ -133,10 +133,10 @@ def _find_reason_to_keep(folder: Path, cfg: DictConfig, config_dir: Folder | Non
     if Path(os.path.expanduser("~")).resolve().is_relative_to(folder):  # not Path.home, which may raise
         return "it holds your home folder"
     config = to_container(cfg)
-    read = [path for key in _READ for path in texts_of(at(config, key.split(".")))]
+    read: list[str] = [path for key in _READ for path in texts_of(at(config, key.split(".")))]
     read += [text for text in texts_of(config) if os.path.isabs(text)]
     read += [] if config_dir is None else [os.fspath(config_dir)]
-    if any(Path(path).expanduser().resolve().is_relative_to(folder) for path in (Path.cwd(), *read)):
+    if any(Path(path).expanduser().resolve().is_relative_to(folder) for path in (os.getcwd(), *read)):
         return "the run there is read, too"
     other = next((log.parent for log in folder.glob(f"**/{LOG}") if log.parent != folder and not _is_head(log)), None)
     return None if other is None else f"it also holds the run {other}"
