@@ -16,7 +16,7 @@ from dinoseg.export.runtime.segmenter import Segmenter
 from dinoseg.export.runtime.torch_runtime import isolated
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range, whole_number
-from dinoseg.utils.wording import nearest
+from dinoseg.utils.wording import format_value, nearest
 
 _ARGUMENTS = ("backbone", "head", "adapter", "num_classes", "classes", "weights", "init", "config_dir")
 _READ = (  # groups and keys that change a model, its parameter groups or its file
@@ -118,8 +118,15 @@ def _is_used(key: str) -> bool:
 
 def _whole_path(weights: str | PathLike[str]) -> str | PathLike[str]:
     """Return an existing file or folder as its whole path: the current folder may change before the model is saved."""
-    path = Path(weights).expanduser()
-    return path.absolute() if path.exists() else weights
+    if not isinstance(weights, str | PathLike) or weights in ("", "random"):
+        return weights
+    try:
+        path = Path(weights).expanduser()
+        return path.absolute() if path.exists() else weights
+    except RuntimeError as error:  # the home folder of an unknown user
+        raise UserError(f"weights={format_value(weights)}: {error} Give a hub id, a folder or a file.") from None
+    except (OSError, ValueError):  # too long or no valid path, which the loader reports
+        return weights
 
 
 def _names(num_classes: int | None, classes: Iterable[str] | None) -> list[str] | None:

@@ -1,6 +1,7 @@
 """Jobs of the command line in the caller's process: modes by name, with overrides as words or as Python values."""
 
 import gc
+import os
 import shutil
 import signal
 import threading
@@ -17,10 +18,11 @@ from dinoseg.api.session import isolated
 from dinoseg.cli.typos import misplaced
 from dinoseg.cli.words import FILES
 from dinoseg.config.plain import at, texts_of, to_container
-from dinoseg.experiment.folder import LOG, lock, release, will_make
+from dinoseg.experiment.folder import LOG, command_line, lock, release, will_make
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted, raised
+from dinoseg.utils.wording import format_value
 
 Folder = str | PathLike[str]
 _READ = (*FILES, "init", "teacher", "runs")  # keys of files and folders that a mode reads
@@ -68,7 +70,10 @@ def run_mode(
         raise UserError(f"{flags[0]} is for the command line. Python runs one job per call: write a loop for several.")
     if out_dir.exist_ok and out_dir.overwrite:
         raise UserError("exist_ok=True and overwrite=True exclude each other. Give one of them.")
-    folder = {} if out_dir.folder is None else {"hydra.run.dir": Path(out_dir.folder).expanduser()}
+    try:
+        folder = {} if out_dir.folder is None else {"hydra.run.dir": Path(out_dir.folder).expanduser()}
+    except RuntimeError as error:  # the home folder of an unknown user
+        raise UserError(f"out_dir={format_value(out_dir.folder)}: {error} Choose another folder.") from None
     stopped: Interrupted | None = None
     try:
         with isolated():
@@ -77,7 +82,7 @@ def run_mode(
                 typed += words_of({**overrides, **folder}, _tables(typed, overrides, config_dir))
                 job = compose_job(typed, config_dir=config_dir)
                 if folder and not out_dir.exist_ok:
-                    _check_unused(job, overwrite=out_dir.overwrite)
+                    _check_unused(job, config_dir, overwrite=out_dir.overwrite)
                 return _launch(job, config_dir)
             finally:
                 gc.collect()  # models are in reference cycles
@@ -95,11 +100,11 @@ def run_mode(
     raise KeyboardInterrupt(_how_to_resume(stopped))
 
 
-def _check_unused(job: Job, *, overwrite: bool) -> None:
-    """Refuse a folder that holds a run, or delete it; a run that resumes in its folder needs neither.
+def _check_unused(job: Job, config_dir: Folder | None, *, overwrite: bool) -> None:
+    """Refuse a folder that holds a run, or delete the run; one that resumes in its folder needs neither.
 
     Raises:
-        UserError: the folder holds a run, which the job may read, or another process is writing to it.
+        UserError: the folder holds a run, or more than a run, or another process is writing to it.
     """
     from dinoseg.cli.launch import resumes_in_folder
 
@@ -113,13 +118,32 @@ def _check_unused(job: Job, *, overwrite: bool) -> None:
             f"out_dir={folder} holds a run. Choose another folder, replace the run by overwrite=True, or keep it by "
             f"exist_ok=True, which writes to a folder next to it, such as {folder.name}_2."
         )
-    config = to_container(job.cfg)
-    read = [Path(path).expanduser() for key in _READ for path in texts_of(at(config, key.split(".")))]
-    if any(path.resolve().is_relative_to(folder.resolve()) for path in (Path.cwd(), *read)):
-        raise UserError(f"out_dir={folder} with overwrite=True: the run there is read, too. Choose another out_dir.")
+    if reason := _find_reason_to_keep(folder.resolve(), job.cfg, config_dir):
+        raise UserError(f"out_dir={folder} with overwrite=True: {reason}. Choose another out_dir.")
     lock(folder, instead="choose another out_dir")
     release(folder)  # Windows deletes no open file
-    shutil.rmtree(folder.resolve())
+    for path in folder.iterdir():  # the folder itself may be a link or a mount point
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _find_reason_to_keep(folder: Path, cfg: DictConfig, config_dir: Folder | None) -> str | None:
+    """Return why a folder with a log must not be deleted; None if it holds one run of dinoseg that nobody needs."""
+    if not command_line(folder):
+        return "what is there was not written by dinoseg"
+    if Path(os.path.expanduser("~")).resolve().is_relative_to(folder):  # not Path.home, which may raise
+        return "it holds your home folder"
+    config = to_container(cfg)
+    read: list[str] = [path for key in _READ for path in texts_of(at(config, key.split(".")))]
+    read += [text for text in texts_of(config) if os.path.isabs(text)]
+    read += [] if config_dir is None else [os.fspath(config_dir)]
+    if any(Path(path).expanduser().resolve().is_relative_to(folder) for path in (os.getcwd(), *read)):
+        return "the run there is read, too"
+    other = next((log.parent for log in folder.glob(f"**/{LOG}") if log.parent != folder and not _is_head(log)), None)
+    return None if other is None else f"it also holds the run {other}"
+
+
+def _is_head(log: Path) -> bool:
+    return log.parents[1].name == checkpoint.HEADS
 
 
 def _launch(job: Job, config_dir: Folder | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 
 from dinoseg.config.options import MULTIPLE
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import ESCAPED_BYTES, has_surrogates
 
 FILES = {  # keys whose values are paths
     *("resume", "input", "labels", "reference", "prediction", "cache_dir", "data.root"),
@@ -64,6 +65,8 @@ def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
             )
         if "\0" in word:
             raise UserError(f"{word!r} holds a NUL character. Remove it.")
+        if has_surrogates(word.translate(ESCAPED_BYTES)):
+            raise UserError(f"{word!a} holds half of a surrogate pair. Give valid Unicode.")
         if word.lstrip("+~").startswith("="):
             raise UserError(f"{word} has no key before the equals sign. Write KEY=VALUE.")
     several = is_sweep(arguments)

@@ -163,13 +163,16 @@ def as_tensor(value: Any, name: str) -> Tensor:
     """Return a tensor, or an array as one.
 
     Raises:
-        UserError: it is neither; the message begins with its name.
+        UserError: it is neither, a masked array, or not of numbers; the message begins with its name.
     """
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())  # torch takes no read-only and no flipped arrays
-    if not isinstance(value, Tensor):
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):  # torch would ignore the mask
         raise UserError(f"{name} is of type {type(value).__name__}. Give a tensor or an array.")
-    return value
+    if value.dtype.kind not in "biufc":
+        raise UserError(f"{name} is an array of {value.dtype}. Give one of numbers.")
+    # torch takes no read-only arrays, no flipped ones, and no bytes in the other order
+    return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
 
 
 def _check_class_ids(prediction: Tensor, mask: Tensor) -> None:

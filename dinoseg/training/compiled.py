@@ -111,7 +111,8 @@ class _CudaGraph:
             return self._plain(images)
         key = self._state(images)
         if key != self._key:
-            self._key, self._passes, self._graph = key, 0, None
+            self._key, self._passes = key, 0
+            self._graph, self._maps = None, []  # frees their memory
         self._passes += 1
         if self._passes <= _PASSES_BEFORE_CAPTURE:
             return self._plain(images)
@@ -139,5 +140,6 @@ class _CudaGraph:
                 self._plain(self._images)  # kernels choose their workspaces outside the graph
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # a thread that pins the next batch must not invalidate the capture
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._maps = self._plain(self._images)

@@ -17,14 +17,13 @@ import numpy as np
 
 from dinoseg.utils.cores import machine_memory
 from dinoseg.utils.files import open_regular
-from dinoseg.utils.wording import has_surrogates
+from dinoseg.utils.wording import ESCAPED_BYTES, has_surrogates
 
 Form = Callable[[Any, str], None]
 _DEEPEST = 16  # nesting levels of a `plain` value
 _LARGEST = 2**63 - 1
 _MAX_BYTES = 2**32  # of a JSON file; a sparse one may claim more than any memory
 _SMALL = 2**26  # bytes of a file that any machine can read
-_ESCAPED_BYTES = dict.fromkeys(range(0xDC80, 0xDD00))  # deleted by `str.translate`
 _GREATEST = sys.float_info.max  # larger integers in JSON cannot become a float
 
 
@@ -92,7 +91,7 @@ def refuse_surrogates(value: Any) -> None:
     while level:
         texts = [each for each in level if isinstance(each, str)]
         texts += [key for each in level if isinstance(each, dict) for key in each if isinstance(key, str)]
-        if odd := [each for each in texts if has_surrogates(each.translate(_ESCAPED_BYTES))]:
+        if odd := [each for each in texts if has_surrogates(each.translate(ESCAPED_BYTES))]:
             raise SchemaError(f"{odd[0]!a:.60} holds half of a surrogate pair: save it as valid Unicode")
         level = [inner for outer in level for inner in _values(outer)]
 

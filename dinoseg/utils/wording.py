@@ -9,6 +9,8 @@ from itertools import islice
 from typing import Any, TextIO
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# Python reads bytes of file names that are no UTF-8 as these; `str.translate` deletes them
+ESCAPED_BYTES = dict.fromkeys(range(0xDC80, 0xDD00))
 _DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C, 0x200E, 0x200F)  # reverse the direction of text
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *_DIRECTIONS)
 _SHOWN = {code: chr(code).encode("unicode_escape").decode() for code in _CONTROLS if chr(code) not in "\n\t"}

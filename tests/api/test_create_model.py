@@ -392,3 +392,18 @@ def test_unfrozen_blocks_are_trained_at_the_rate_of_the_backbone():
     assert [part.training for part in model.backbone.blocks] == [False, True]
     model(images()).sum().backward()
     assert all(value.grad is not None for value in model.backbone.blocks[1].parameters())
+
+
+@pytest.mark.parametrize("weights", ["~nosuchuser/x", "x" * 5000, "a\ud800", 5, None])
+def test_odd_weights_are_one_error_or_the_default(weights):
+    if weights is None:
+        assert dinoseg.create_model("tiny", num_classes=2, weights=None).num_classes == 2
+        return
+    with pytest.raises(UserError, match="weights"):
+        dinoseg.create_model("tiny", num_classes=2, weights=weights)
+
+
+def test_a_folder_named_random_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "random").mkdir()
+    assert dinoseg.create_model("tiny", num_classes=2, weights="random").num_classes == 2

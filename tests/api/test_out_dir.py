@@ -103,3 +103,39 @@ def test_a_prediction_resumes_in_its_folder(here):
         found = dinoseg.predict("trained", "data/val/images", out_dir="predicted")
         assert found.folder == here / "predicted"
     assert dinoseg.predict("trained", "data/val/images", out_dir="predicted", overwrite=True).folder == found.folder
+
+
+def test_folders_of_others_are_not_replaced(here, monkeypatch):
+    home = here / "home"
+    shutil.copytree("trained", home)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    (here / "foreign").mkdir()
+    (here / "foreign/run.log").write_text("of another program")
+    shutil.copytree("trained", "outer")
+    shutil.copytree("trained", "outer/inner")
+    shutil.copytree("trained", "configs")
+    before = contents()
+    cases = {
+        "~": (None, "home"),
+        "foreign": (None, "not written by dinoseg"),
+        "outer": (None, "inner"),
+        "configs": ("configs", "is read"),
+    }
+    for folder, (config_dir, reason) in cases.items():
+        with pytest.raises(UserError, match=f"overwrite=True.*{reason}"):
+            dinoseg.evaluate("trained", **QUICK, out_dir=folder, overwrite=True, config_dir=config_dir)
+    assert contents() == before
+
+
+def test_a_run_behind_a_link_is_replaced(here):
+    (here / "link").symlink_to("used")
+    scores = dinoseg.evaluate("trained", **QUICK, out_dir="link", overwrite=True)
+    assert (scores.folder / "scores.json").is_file() and not (here / "used/checkpoints").exists()
+    assert (here / "link").is_symlink()
+
+
+@pytest.mark.parametrize("folder", ["~nosuchuser/x", "a\ud800"])
+def test_a_folder_that_cannot_exist_is_an_error(here, folder):
+    with pytest.raises(UserError, match="nosuchuser|ud800"):
+        dinoseg.evaluate("trained", **QUICK, out_dir=folder)

@@ -177,3 +177,17 @@ def test_logits_that_are_nan_are_refused_where_a_pixel_counts():
         targets[:, 0] = 255
         assert math.isfinite(call(logits, targets))
         targets[:, 0] = 0
+
+
+@pytest.mark.parametrize("kind", [">u2", "uint16", "bool"])
+def test_arrays_of_any_byte_order_are_scored(kind):
+    ids = np.array([[0, 1], [1, 0]], dtype=kind)
+    assert metrics.boundary_iou(ids, ids, 2).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "ids", [np.ma.array([[0, 1]], mask=[[True, False]]), np.array([[0, 1]], object), np.array([["a"]])]
+)
+def test_masked_arrays_and_objects_are_refused(ids):
+    with pytest.raises(UserError, match=r"prediction is .*array"):
+        metrics.mean_iou(ids, np.array([[0, 1]]), 2)
