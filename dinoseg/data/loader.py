@@ -181,17 +181,20 @@ def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: Workers, *
 def _load_ahead(
     read: Callable[[K], V], keys: Iterable[K], workers: int, *, pin: bool = False
 ) -> Generator[V, None, None]:
-    loader: DataLoader = DataLoader(
-        _Keyed(read),  # type: ignore[arg-type]
-        sampler=keys,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin and workers > 0 and torch.cuda.is_initialized(),  # models are placed before data is read
-        timeout=POLL if workers else 0,  # see `awaited`
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # otherwise the DataLoader advances the global RNG
-    )
+    with warnings.catch_warnings():
+        # more workers than cores is the user's choice, and pays off where reading waits for a disk
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        loader: DataLoader = DataLoader(
+            _Keyed(read),  # type: ignore[arg-type]
+            sampler=keys,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin and workers > 0 and torch.cuda.is_initialized(),  # models are placed before data is read
+            timeout=POLL if workers else 0,  # see `awaited`
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # otherwise the DataLoader advances the global RNG
+        )
     iterator: Any = WorkerIterator(loader) if workers else iter(loader)
     try:
         for number in itertools.count():
