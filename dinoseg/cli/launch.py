@@ -122,7 +122,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str], location: R
     run_folder = out_dir  # removed after an error, unless another one is entered
     try:
         with file_errors_as_user_errors(out_dir), shortages_as_user_errors():
-            start = _share_start(cfg, partial(_enter_folder, cfg, out_dir, overrides, location))
+            start = _share_start(cfg, out_dir, partial(_enter_folder, cfg, out_dir, overrides, location))
             run_folder = start.folder
             if run_folder != out_dir:
                 drop_empty(out_dir)
@@ -161,7 +161,7 @@ def _join_ranks(cfg: DictConfig) -> int:
     return devices
 
 
-def _share_start(cfg: DictConfig, start: Callable[[], JobStart]) -> JobStart:
+def _share_start(cfg: DictConfig, out_dir: Path, start: Callable[[], JobStart]) -> JobStart:
     """Call `start` on the first of the ranks that torchrun or Slurm has started, and return its result on all.
 
     Raises:
@@ -172,7 +172,8 @@ def _share_start(cfg: DictConfig, start: Callable[[], JobStart]) -> JobStart:
     from dinoseg.training.rendezvous import share_from_rank0
 
     def as_text() -> str:
-        found = start()
+        with file_errors_as_user_errors(out_dir):
+            found = start()
         # YAML keeps the types of keys, which JSON would turn into text
         return json.dumps([OmegaConf.to_yaml(found.cfg), str(found.folder), found.result])
 

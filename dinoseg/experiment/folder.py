@@ -206,18 +206,19 @@ def remember_folder(cache_dir: Path, folder: Path) -> None:
     path, line = _folder_list(cache_dir), json.dumps(str(folder.absolute())) + "\n"
     with suppress(OSError):  # a cache that cannot be written to is no reason not to train
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or line not in path.read_text(encoding="utf-8"):
+        if not path.exists() or line.encode() not in path.read_bytes():
             with path.open("a", encoding="utf-8") as file:
-                file.write(line)
+                file.write(f"\n{line}")  # a full disk may have cut the line before
 
 
 def remembered_folders(cache_dir: Path) -> Iterator[Path]:
     """Yield the run folders that commands in the current folder have named and that still exist."""
-    with suppress(OSError, ValueError):
-        for line in forms.read_regular(_folder_list(cache_dir), 2**24).decode().splitlines():
-            folder = Path(json.loads(line))
-            if folder.is_dir():
-                yield folder
+    with suppress(OSError, UserError, forms.SchemaError):
+        for line in forms.read_regular(_folder_list(cache_dir), 2**24).splitlines():
+            with suppress(forms.SchemaError):
+                folder = Path(forms.parse_json(line, forms.text))
+                if folder.is_dir():
+                    yield folder
 
 
 def _folder_list(cache_dir: Path) -> Path:

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -56,7 +57,7 @@ def _connect(timeout: timedelta) -> tuple[Any, int, int]:
 
 
 def share_from_rank0(text: Callable[[], str], *, connect: float, wait: float) -> str:
-    """Call `text` on rank 0 only, and return its result on every rank.
+    """Call `text` on rank 0 only, and return its result on every rank; rank 0 waits until all have read it.
 
     Args:
         text: makes the text.
@@ -66,23 +67,32 @@ def share_from_rank0(text: Callable[[], str], *, connect: float, wait: float) ->
     Raises:
         UserError: on every rank, if rank 0 raises one; or rank 0 cannot be reached.
     """
-    store, rank, _ = open_store(connect)
+    store, rank, ranks = open_store(connect)
     _stores.append(store)
     key = f"text_{next(_numbers)}"
     if rank == 0:
+        publish = partial(_publish, store, key, ranks, connect)
         try:
             made = text()
         except UserError as error:
-            store.set(key, f"error {error}")
+            publish(f"error {error}")
             raise
-        store.set(key, f"text {made}")
+        publish(f"text {made}")
         return made
     store.set_timeout(timedelta(seconds=wait))
     with reach_ranks(wait):
         kind, _, content = store.get(key).decode().partition(" ")
+        store.set(f"{key}_read_by_{rank}", "")
     if kind == "error":
         raise UserError(content)
     return content
+
+
+def _publish(store: Any, key: str, ranks: int, seconds: float, content: str) -> None:
+    """Set a key, and wait until all other ranks have read it: the store ends with this process."""
+    store.set(key, content)
+    with suppress(DistError):  # of ranks that have ended
+        store.wait([f"{key}_read_by_{rank}" for rank in range(1, ranks)], timedelta(seconds=seconds))
 
 
 @contextmanager

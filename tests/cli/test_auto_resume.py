@@ -1,5 +1,6 @@
 """Which run `resume=auto` resumes, by the command line: given folders, scheduler jobs, newest runs and sweeps."""
 
+import errno
 import fcntl
 import json
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from command_line import SMALL, call, write_data
 
 from dinoseg.cli import resuming
@@ -244,6 +246,23 @@ def test_restarted_torchrun_resumes_its_run(here, interrupt, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a1b2")
     succeed(here, *AUTO)
     assert [step_of(run) for run in runs(here)] == [3, 2]
+
+
+def test_full_disk_of_rank_0_is_an_error_of_all_ranks(here, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    monkeypatch.setattr("dinoseg.training.rendezvous._numbers", iter("0"))
+    store.set("start_None/text_0_read_by_1", "")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("dinoseg.cli.launch.write_config", fail)
+    assert call(here, *AUTO).status == 1
+    assert store.check(["start_None/text_0"])
+    text = store.get("start_None/text_0").decode()
+    assert text.startswith("error ") and "No space left" in text
 
 
 def test_sweep_resumes_by_recipe_and_seed(here, interrupt):

@@ -1,7 +1,9 @@
 """Texts that ranks exchange before they have a process group: rank 0 decides, all others receive."""
 
+import itertools
 import subprocess
 import sys
+from threading import Thread
 
 import pytest
 import torch
@@ -33,6 +35,25 @@ def test_every_rank_gets_texts_and_errors_of_rank_0(tmp_path):
     subprocess.run([*torchrun, "rank.py"], cwd=tmp_path, check=True)
     texts = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
     assert texts == ["first of 0; second of 0; no such folder"] * 2
+
+
+def test_rank_0_waits_until_its_text_is_read(monkeypatch):
+    store, received = torch.distributed.HashStore(), []
+    ranks = iter([0, 1])
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, next(ranks), 2)]))
+    monkeypatch.setattr(rendezvous, "_numbers", itertools.repeat(0))
+
+    def share():
+        received.append(rendezvous.share_from_rank0(lambda: "text", connect=300, wait=300))
+
+    first = Thread(target=share)
+    first.start()
+    store.get("start_None/text_0")  # waits for it
+    first.join(1)  # the store would end with the process of rank 0
+    assert first.is_alive()
+    share()
+    first.join()
+    assert received == ["text", "text"]
 
 
 def test_rank_that_gets_no_text_names_address_and_remedy(monkeypatch):
