@@ -4,8 +4,10 @@ import gc
 import os
 import shutil
 import signal
+import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,9 +83,9 @@ def run_mode(
                 typed = [f"mode={mode}", *words]
                 typed += words_of({**overrides, **folder}, _tables(typed, overrides, config_dir))
                 job = compose_job(typed, config_dir=config_dir)
-                if folder and not out_dir.exist_ok:
-                    _check_unused(job, config_dir, overwrite=out_dir.overwrite)
-                return _launch(job, config_dir)
+                is_run = bool(folder) and not out_dir.exist_ok and _holds_run(job, config_dir, out_dir.overwrite)
+                with _set_aside(job.location.folder) if is_run else nullcontext():
+                    return _launch(job, config_dir)
             finally:
                 gc.collect()  # models are in reference cycles
     except UserError as error:
@@ -100,19 +102,26 @@ def run_mode(
     raise KeyboardInterrupt(_how_to_resume(stopped))
 
 
-def _check_unused(job: Job, config_dir: Folder | None, *, overwrite: bool) -> None:
-    """Refuse a folder that holds a run, or delete the run; one that resumes in its folder needs neither.
+def _holds_run(job: Job, config_dir: Folder | None, overwrite: bool) -> bool:
+    """Return whether the run folder holds a run to replace; False for a job that resumes there.
 
     Raises:
-        UserError: the folder holds a run, or more than a run, or another process is writing to it.
+        UserError: the folder holds a run that must not be replaced, or files that no run has written.
     """
     from dinoseg.cli.launch import resumes_in_folder
 
     folder = job.location.folder
     mode = job.cfg.mode
     resumes = job.cfg.resume is not None and mode.get("resume_from") == "last"
-    if resumes or not (folder / LOG).exists() or (not overwrite and resumes_in_folder(job.cfg, folder)):
-        return
+    if resumes or (not overwrite and resumes_in_folder(job.cfg, folder)):
+        return False
+    if not (folder / LOG).exists():
+        if folder.is_dir() and any(folder.iterdir()):  # overwrite=True would delete them with the run
+            raise UserError(
+                f"out_dir={folder} holds files that no run has written. Choose a new folder, or write next to them by "
+                "exist_ok=True."
+            )
+        return False
     if not overwrite:
         raise UserError(
             f"out_dir={folder} holds a run. Choose another folder, replace the run by overwrite=True, or keep it by "
@@ -120,10 +129,36 @@ def _check_unused(job: Job, config_dir: Folder | None, *, overwrite: bool) -> No
         )
     if reason := _find_reason_to_keep(folder.resolve(), job.cfg, config_dir):
         raise UserError(f"out_dir={folder} with overwrite=True: {reason}. Choose another out_dir.")
+    return True
+
+
+@contextmanager
+def _set_aside(folder: Path) -> Iterator[None]:
+    """Move the contents of a run folder aside; delete them after the block, or put them back if it leaves no run.
+
+    Raises:
+        UserError: another process is writing to the folder, or it cannot be moved.
+    """
     lock(folder, instead="choose another out_dir")
-    release(folder)  # Windows deletes no open file
-    for path in folder.iterdir():  # the folder itself may be a link or a mount point
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    release(folder)  # Windows moves no open file
+    folder = folder.resolve()  # the folder itself may be a link
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}_replaced_", dir=folder.parent))
+        _move_contents(folder, aside)
+    except OSError as error:
+        raise UserError(f"out_dir={folder} cannot be replaced ({error}). Choose another out_dir.") from error
+    try:
+        yield
+    finally:
+        if not (folder / LOG).exists():  # the call has failed before its run began
+            folder.mkdir(exist_ok=True)
+            _move_contents(aside, folder)
+        shutil.rmtree(aside)
+
+
+def _move_contents(source: Path, target: Path) -> None:
+    for path in [*source.iterdir()]:
+        path.rename(target / path.name)
 
 
 def _find_reason_to_keep(folder: Path, cfg: DictConfig, config_dir: Folder | None) -> str | None:

@@ -96,6 +96,7 @@ class _CudaGraph:
         self._images = torch.empty(0)
         self._maps: list[Tensor] = []
         self._rests = False
+        self._failed = False
 
     def resting(self, call: Callable[[Tensor], T], images: Tensor) -> T:
         """Return the result of `call` on images, without a graph, which would skip its hooks."""
@@ -107,7 +108,7 @@ class _CudaGraph:
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         training = self._backbone.training or torch.is_grad_enabled()
-        if not images.is_cuda or training or self._rests or torch.cuda.is_current_stream_capturing():
+        if not images.is_cuda or training or self._rests or self._failed or torch.cuda.is_current_stream_capturing():
             return self._plain(images)
         key = self._state(images)
         if key != self._key:
@@ -117,7 +118,13 @@ class _CudaGraph:
         if self._passes <= _PASSES_BEFORE_CAPTURE:
             return self._plain(images)
         if self._graph is None:
-            self._capture(images)
+            try:
+                self._capture(images)
+            except RuntimeError as error:  # a backbone that waits for the device, or too little memory
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                logger.warning("engine.compile=true: no CUDA graph (%s); continuing without it.", reason)
+                self._failed, self._graph = True, None
+                return self._plain(images)
         else:
             self._images.copy_(images)
         cast("torch.cuda.CUDAGraph", self._graph).replay()

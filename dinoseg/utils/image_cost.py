@@ -169,7 +169,7 @@ def _check_blocks(image: TiffImageFile) -> None:
     assert image.fp is not None
     tags = image.tag_v2
     numbers = [number for number, _ in _read_tags(image.fp)]
-    if twice := [number for number in _LAYOUT if numbers.count(number) > 1]:  # libtiff uses the first, Pillow the last
+    if twice := [number for number in _LAYOUT if numbers.count(number) > 1]:  # readers differ in which one they use
         raise Unfit(f"has the TIFF tag {twice[0]} twice. Save it again")
     if skipped := [number for number in _LAYOUT if number in numbers and number not in tags]:  # but not by libtiff
         raise Unfit(f"has the TIFF tag {skipped[0]} in an unsupported form. Save it again")

@@ -135,6 +135,27 @@ def test_a_run_behind_a_link_is_replaced(here):
     assert (here / "link").is_symlink()
 
 
+def test_a_failed_call_puts_the_old_run_back(here):
+    def read():
+        return {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+
+    before = read()
+    with pytest.raises(UserError, match="missing"):
+        dinoseg.score("data/val/masks", "missing", out_dir="used", overwrite=True)
+    assert read() == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_that_no_run_has_written_are_not_mixed_with_a_run(here, overwrite):
+    (here / "mine").mkdir()
+    (here / "mine/notes.txt").write_text("of the user")
+    before = contents()
+    with pytest.raises(UserError, match="mine holds files that no run has written"):
+        dinoseg.evaluate("trained", **QUICK, out_dir="mine", overwrite=overwrite)
+    assert contents() == before
+    assert dinoseg.evaluate("trained", **QUICK, out_dir="mine", exist_ok=True).folder == here / "mine"
+
+
 @pytest.mark.parametrize("folder", ["~nosuchuser/x", "a\ud800"])
 def test_a_folder_that_cannot_exist_is_an_error(here, folder):
     with pytest.raises(UserError, match="nosuchuser|ud800"):

@@ -132,3 +132,18 @@ def test_the_attention_of_compiled_blocks_is_seen(monkeypatch):
     for _ in range(3):
         backbone(image)
     torch.testing.assert_close(backbone.with_class_attention(image), plain, rtol=1e-4, atol=1e-6)
+
+
+def test_failed_capture_of_a_graph_continues_without_it(monkeypatch, caplog):
+    backbone = tiny_vit().eval()
+    graph = compiled._CudaGraph(backbone)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(graph, "_capture", lambda _: (_ for _ in ()).throw(RuntimeError("operation not permitted")))
+    image = torch.rand(1, 3, 32, 24)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        plain = backbone(image)
+        assert all(torch.equal(*each) for _ in range(6) for each in zip(plain, graph(image), strict=True))
+    assert [record.getMessage() for record in caplog.records] == [
+        "engine.compile=true: no CUDA graph (operation not permitted); continuing without it."
+    ]
