@@ -23,10 +23,11 @@ _READ = (  # groups and keys that change a model, its parameter groups or its fi
     *("hparam", "local", "backbone", "adapter", "head", "data", "resolution", "inference", "seed", "init"),
     *("optim.optimizer", "engine.device", "finite_weights"),
 )
-_NOT_READ = (
-    "optim.optimizer.betas",
-    "optim.optimizer.freeze_backbone_until",
-)  # of the optimizer, which is the caller's
+_NOT_READ = (  # of these groups: what the caller's own loop does
+    *("optim.optimizer.betas", "optim.optimizer.freeze_backbone_until"),
+    *(f"data.{key}" for key in ("batch_size", "augment", "views", "class_uniform", "labelled", "folds", "fold")),
+    *("data.cache", "data.workers"),
+)
 _CLASSES = Range("2 to 255. For one kind of object, give two: the background and the object", 2, 255)
 _OF_A_CALL = {"backbone.weights=": "weights=", "data.classes": "classes"}  # command-line terms to arguments
 
@@ -113,7 +114,7 @@ def create_model(
 
 
 def _is_used(key: str) -> bool:
-    return is_read(key, _READ) and key not in _NOT_READ
+    return is_read(key, _READ) and not any(f"{key}.".startswith(f"{name}.") for name in _NOT_READ)
 
 
 def _whole_path(weights: str | PathLike[str]) -> str | PathLike[str]:

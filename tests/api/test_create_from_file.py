@@ -79,6 +79,8 @@ def test_other_parts_than_those_of_the_file_are_refused(options, message, tmp_pa
         ({"optim": {"schedule": {"kind": "poly"}}}, "optim.schedule.kind"),
         ({"optim": {"optimizer": {"betas": [0.9, 0.95]}}}, "optim.optimizer.betas"),
         ({"seed": 1, "logger": ["wandb"]}, "logger"),
+        ({"data": {"batch_size": 3}}, "data.batch_size"),
+        ({"data": {"augment": {"flip": 0.0}}}, "data.augment.flip"),
     ],
 )
 def test_arguments_without_effect_are_refused(options, word):
