@@ -314,7 +314,15 @@ def test_run_finished_before_its_lock_is_free_is_left_alone(here, interrupt, mon
         write_end(folder, 2, {"miou": 0.5})
         return wait(folder, seconds)
 
+    whole = ImageDataModule.train_batches
+
+    def check_free(self, start):
+        with open(run / "run.log", "a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the training of the new run holds it
+        return whole(self, start)
+
     monkeypatch.setattr(resuming, "lock_within", finish_first)
+    monkeypatch.setattr(ImageDataModule, "train_batches", check_free)
     succeed(here, *AUTO)
     assert step_of(run) == 2 and len(runs(here)) == 2
 
