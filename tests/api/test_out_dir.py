@@ -85,10 +85,11 @@ def test_a_folder_that_the_call_reads_is_not_replaced(here):
 
 
 def test_the_current_folder_is_not_replaced(here, monkeypatch):
+    absolute = {"backbone": "rgb", "data.root": here / "data", "cache_dir": here / "cache"}
     (here / "used/here").mkdir()
     monkeypatch.chdir("used/here")
     with pytest.raises(UserError, match="used.*is read"):
-        dinoseg.evaluate(here / "trained", **QUICK, out_dir=here / "used", overwrite=True)
+        dinoseg.evaluate(here / "trained", **QUICK, **absolute, out_dir=here / "used", overwrite=True)
     assert (here / "used/here").is_dir()
 
 
