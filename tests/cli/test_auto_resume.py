@@ -248,8 +248,8 @@ def test_restarted_torchrun_resumes_its_run(here, interrupt, monkeypatch):
 
 def test_sweep_resumes_by_recipe_and_seed(here, interrupt):
     sweep, folder = ("-m", *AUTO, "hydra.sweep.dir=sweep"), here / "sweep"
-    interrupt(*sweep, "seed=0,1")
-    assert step_of(folder / "0") == 2
+    stopped = interrupt(*sweep, "seed=0,1")
+    assert step_of(folder / "0") == 2 and f"resume=auto hydra.sweep.dir={folder}" in stopped.err
     done = succeed(here, *sweep, "seed=2,0,1")
     seeds = {
         path.name: checkpoint.describe(path / "checkpoints/last.safetensors")["config"]["seed"]
