@@ -139,6 +139,17 @@ def test_on_an_accelerator_few_numbers_are_upsampled_as_a_whole(monkeypatch):
         assert torch.equal(ids.memory, argmax_ids(upsample(scores, size, (1.0, 1.0)))) and len(passed) == parts
 
 
+def test_on_an_accelerator_a_large_batch_is_upsampled_in_parts(monkeypatch):
+    draw, size = torch.Generator().manual_seed(0), (40, 50)
+    scores = torch.cat([smooth(draw, 4, (11, 16)) for _ in range(5)])
+    images = []
+    monkeypatch.setattr(rooms, "upsample", lambda some, *given: images.append(len(some)) or upsample(some, *given))
+    monkeypatch.setattr(rooms, "_LAUNCHED", 2 * 4 * 40 * 50)
+    with pretended_cuda():
+        ids = class_ids(Pretended(scores), size, (1.0, 1.0))
+    assert images == [2, 2, 1] and torch.equal(ids.memory, argmax_ids(upsample(scores, size, (1.0, 1.0))))
+
+
 def test_a_prediction_of_a_grid_reads_it_and_one_without_its_scores():
     scores, size, valid = smooth(torch.Generator().manual_seed(0), 7, (9, 11)), (120, 150), valid_share((120, 150), 14)
     places = lattice(size)

@@ -113,6 +113,22 @@ def test_what_encoders_write_is_read(tmp_path, data, name):
     assert first.shape in ((24, 32, 3), (16, 16, 3)) and (first == second).all()
 
 
+def test_many_segments_of_other_metadata_are_read(tmp_path):
+    xmp = b"\xff\xe1\0\x09http://"
+    first, second = opened(tmp_path, jpeg_with(xmp * 100), "a.jpg")
+    assert first.shape == (24, 32, 3) and (first == second).all()
+
+
+def test_many_chunks_of_pixels_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_cost, "MAX_CHUNKS", 20)
+    data = png_with()
+    start = data.index(b"IDAT") + 4
+    pixels = data[start : start + int.from_bytes(data[start - 8 : start - 4], "big")]
+    chunks = [chunk(b"IDAT", pixels[at : at + 16]) for at in range(0, len(pixels), 16)]
+    first, second = opened(tmp_path, data[: start - 8] + b"".join(chunks) + chunk(b"IEND", b""), "a.png")
+    assert len(chunks) > 100 and (first == IMAGE).all() and (second == IMAGE).all()
+
+
 def test_a_tile_of_four_times_the_pixels_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("dinoseg.utils.image_cost.MAX_BLOCK_PIXELS", 100)
     first, second = opened(tmp_path, tiff([*TILED, (322, 32), (323, 32)], block=bytes(32 * 32)), "a.tif")

@@ -208,7 +208,7 @@ def _next_action(run: PastRun) -> Action:
 
 
 def _is_extended(run: PastRun, request: Request) -> bool:
-    """Return whether the command line sets another length than that of an ended run, and not fewer steps."""
+    """Return whether the command line sets another length than that of an ended run, and more steps if any."""
     steps = request.typed_length.get("steps")
     is_other = any(run.plan.length.get(key) != value for key, value in request.typed_length.items())
     return is_other and (steps is None or run.step is None or steps > run.step)

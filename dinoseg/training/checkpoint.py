@@ -317,12 +317,14 @@ def comparable(progress: Progress, before: Mapping[str, Any], now: Mapping[str, 
 
 
 def _chosen_by(info: Mapping[str, Any]) -> str:
-    """Return what selects a run's `best`: the last validation, or a score and the number of images that it is of."""
+    """Return what selects a run's `best`: a score and the number of images that it is of, or the last validation.
+
+    The score counts with `trainer.evaluate=last`, too: early stopping compares it.
+    """
     trainer = info.get("config", {}).get("trainer", {})
-    if trainer.get("evaluate") == "last":
-        return "the last validation"
     images = trainer.get("val_images")
-    return f"{trainer.get('score')} of {'all images' if images is None else count_of(images, 'image')}"
+    chosen = f"{trainer.get('score')} of {'all images' if images is None else count_of(images, 'image')}"
+    return f"the last validation ({chosen})" if trainer.get("evaluate") == "last" else chosen
 
 
 def _held(model: SegmentationModel) -> dict[str, Tensor]:

@@ -53,12 +53,21 @@ def test_another_number_of_classes_starts_with_a_new_class_layer(saved, caplog, 
     assert torch.equal(dinoseg.load(tmp_path / "new.safetensors", device="cpu")(IMAGES), new(IMAGES))
 
 
+def test_other_names_of_classes_are_logged(caplog, tmp_path):
+    create("frozen", num_classes=2).save(tmp_path / "model.safetensors")
+    create("frozen", num_classes=2, init=tmp_path / "model.safetensors")
+    assert "its classes are" not in caplog.text
+    create("frozen", classes=["soil", "leaf"], init=tmp_path / "model.safetensors")
+    assert "its classes are class_0, class_1" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"head": "mlp", "adapter": "full"}, "do not match this model's head"),
         ({"head": "linear", "adapter": "frozen"}, "of its backbone .*adapter=full"),
         ({"head": "linear", "adapter": "full", "init": "nowhere"}, "^init=nowhere: "),
+        ({"head": "linear", "adapter": "full", "head.init": "probe"}, "head.init=probe both set"),
     ],
 )
 def test_other_parts_than_those_of_the_file_are_refused(options, message, tmp_path):

@@ -1,5 +1,6 @@
 """A used out_dir is refused, unless its run may be replaced or stay beside the new one."""
 
+import fcntl
 import shutil
 from pathlib import Path
 
@@ -83,6 +84,23 @@ def test_a_folder_that_the_call_reads_is_not_replaced(here):
     assert (here / "used/checkpoints/best.safetensors").is_file()
 
 
+def test_the_current_folder_is_not_replaced(here, monkeypatch):
+    absolute = {"backbone": "rgb", "data.root": here / "data", "cache_dir": here / "cache"}
+    (here / "used/here").mkdir()
+    monkeypatch.chdir("used/here")
+    with pytest.raises(UserError, match="used.*is read"):
+        dinoseg.evaluate(here / "trained", **QUICK, **absolute, out_dir=here / "used", overwrite=True)
+    assert (here / "used/here").is_dir()
+
+
+def test_a_folder_in_use_is_not_replaced(here):
+    with open("used/run.log", "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(UserError, match="writing to .*used.*another out_dir"):
+            dinoseg.evaluate("trained", **QUICK, out_dir="used", overwrite=True)
+    assert (here / "used/checkpoints/best.safetensors").is_file()
+
+
 def test_a_mistake_does_not_delete_the_old_run(here):
     with pytest.raises(UserError, match="nonsense"):
         train(out_dir="used", overwrite=True, nonsense=1)
@@ -102,7 +120,9 @@ def test_a_prediction_resumes_in_its_folder(here):
     for _ in range(2):
         found = dinoseg.predict("trained", "data/val/images", out_dir="predicted")
         assert found.folder == here / "predicted"
+    (here / "predicted/notes.txt").write_text("of the old run")
     assert dinoseg.predict("trained", "data/val/images", out_dir="predicted", overwrite=True).folder == found.folder
+    assert not (here / "predicted/notes.txt").exists()
 
 
 def test_folders_of_others_are_not_replaced(here, monkeypatch):

@@ -76,6 +76,8 @@ def test_what_is_composed_equals_what_was_given():
         (Split.VAL, "val"),
         (np.str_("x, y"), "x, y"),
         ({"a key: (1)": 1}, {"a key: (1)": 1}),
+        ({"1": 1, 1: 2, "null": 3}, {"1": 1, 1: 2, "null": 3}),
+        ({"\uffff \U00010000": 1}, {"\uffff \U00010000": 1}),
     ],
 )
 def test_other_types_become_plain_values(given, composed):

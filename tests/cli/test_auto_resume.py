@@ -267,8 +267,8 @@ def test_full_disk_of_rank_0_is_an_error_of_all_ranks(here, monkeypatch):
 
 def test_sweep_resumes_by_recipe_and_seed(here, interrupt):
     sweep, folder = ("-m", *AUTO, "hydra.sweep.dir=sweep"), here / "sweep"
-    interrupt(*sweep, "seed=0,1")
-    assert step_of(folder / "0") == 2
+    stopped = interrupt(*sweep, "seed=0,1")
+    assert step_of(folder / "0") == 2 and f"resume=auto hydra.sweep.dir={folder}" in stopped.err
     done = succeed(here, *sweep, "seed=2,0,1")
     seeds = {
         path.name: checkpoint.describe(path / "checkpoints/last.safetensors")["config"]["seed"]
@@ -333,7 +333,15 @@ def test_run_finished_before_its_lock_is_free_is_left_alone(here, interrupt, mon
         write_end(folder, 2, {"miou": 0.5})
         return wait(folder, seconds)
 
+    whole = ImageDataModule.train_batches
+
+    def check_free(self, start):
+        with open(run / "run.log", "a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the training of the new run holds it
+        return whole(self, start)
+
     monkeypatch.setattr(resuming, "lock_within", finish_first)
+    monkeypatch.setattr(ImageDataModule, "train_batches", check_free)
     succeed(here, *AUTO)
     assert step_of(run) == 2 and len(runs(here)) == 2
 

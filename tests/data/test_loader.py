@@ -48,6 +48,11 @@ def test_workers_change_nothing(workers):
     assert_same(alone, take(train_batches(Pictures(SIZES), AUGMENT, workers=workers, **options), 8))
 
 
+def test_more_workers_than_cores_do_not_warn(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert list(load_in_order(abs, [-1, 2], 2)) == [1, 2]
+
+
 @pytest.mark.parametrize(("start", "workers"), [(1, 0), (3, 2), (70, 0)])
 def test_start_is_the_same_as_skipping(start, workers):
     options = {"batch_size": 4, "seed": 5}

@@ -16,7 +16,7 @@ from dinoseg import __main__
 from dinoseg.cli import resuming
 from dinoseg.cli.words import parsed
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.folder import RunLocation, drop_parts, lock, lock_within, release
+from dinoseg.experiment.folder import RunLocation, drop_parts, lock, lock_within, release, write_origin
 from dinoseg.experiment.recipe import config_description, data_root, recipe_of
 from dinoseg.experiment.resume import _same_path, merge
 from dinoseg.training import checkpoint, loading
@@ -173,6 +173,11 @@ def test_a_run_whose_rate_and_warmup_were_numbers_goes_on_as_it_would_have(where
 )
 def test_auto_goes_on_only_with_the_same_recipe(run, found, override, same):
     assert found(override) == (run / "checkpoints/last.safetensors" if same else None)
+
+
+def test_a_model_of_a_sweep_is_not_taken(run, found):
+    write_origin(run / "config", None, None, in_sweep=True)
+    assert found() is None
 
 
 def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):

@@ -71,6 +71,7 @@ def test_decision_among_runs(request_, runs, action, chosen):
         ({"steps": 5}, run(**FINISHED), Action.NOTHING),
         ({"steps": 20}, run(**FINISHED), Action.RESUME),
         ({"epochs": 3}, run(**ENDED), Action.RESUME),
+        ({"steps": 10}, run(plan=replace(PLAN, length={"epochs": 3}), **FINISHED), Action.NOTHING),  # as many steps
     ],
 )
 def test_decision_in_given_folder(typed, found, action):
@@ -91,6 +92,16 @@ def test_near_misses_name_differing_keys_of_newest_runs():
     long, done = find_near_misses(REQUEST, runs)
     assert "long differs in trainer.steps (20 there, 10 here)" in long and "done is finished" in done
     assert len(find_near_misses(REQUEST, [run(str(number), LONGER) for number in range(9)])) == 3
+
+
+def test_a_near_miss_differs_in_three_keys_at_most():
+    here = Plan(dict.fromkeys("abcd", 1), {"steps": 10}, {})
+    runs = [
+        run(str(count), replace(here, settings={**here.settings, **dict.fromkeys("abcd"[:count], 2)}))
+        for count in (3, 4)
+    ]
+    (near,) = find_near_misses(Request(here, {}), runs)
+    assert "3 differs in a (2 there, 1 here); b " in near
 
 
 def test_near_misses_of_a_sweep_name_differing_words():

@@ -34,6 +34,7 @@ OTHER = {  # key to another value than the one below
     **{"resolution.crop": [24, 32], "resolution.scale": 0.5, "resolution.longest": 40},
     **{"inference.size": [16, 24], "inference.overlap": 0.6, "inference.weights": "uniform"},
     **{"inference.stride": [16, 20], "inference.placement": "even", "inference.multiple": 32},
+    "inference.resample": "bilinear",
     **{"inference.average": "scores", "inference.batch_size": 1, "inference.flips": "horizontal"},
     **{"inference.scales": [0.5, 1.0], "inference.shortest": 64, "inference.memory": 1e-9},
 }
@@ -64,6 +65,10 @@ IDLE = {  # what is read, and changes nothing here
     **dict.fromkeys(
         ((mode, "inference.multiple") for mode in ("track", "export backbone", "export onnx", "export program")),
         "is refused without inference.shortest",
+    ),
+    **dict.fromkeys(
+        ((mode, "inference.resample") for mode in ("predict", "select", "export safetensors")),
+        "nothing is resized without inference.shortest or inference.scales",
     ),
 }
 HEAVY = ("app", "bench", "eval", "plan", "probe", "serve", "track", "train")

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -267,13 +268,22 @@ def test_the_best_of_another_score_is_no_best_any_more(model, tmp_path):
     assert again.save_if_best(source, 0.9, lowest=True).best == 0.9  # a loss of 0.9 is not worse than a mIoU of 0.5
 
 
-def test_a_best_score_over_other_images_is_discarded(model, tmp_path, caplog):
-    def info(images):
-        return {**INFO, "config": {**INFO.get("config", {}), "trainer": {"score": "miou", "val_images": images}}}
+@pytest.mark.parametrize(
+    ("before", "after", "change"),
+    [
+        ({"val_images": 5}, {}, "to miou of all images from miou of 5 images"),
+        ({"evaluate": "last"}, {}, "to miou of all images from the last validation"),
+        ({}, {"evaluate": "last"}, "to the last validation"),
+        ({"evaluate": "last"}, {"evaluate": "last", "score": "loss"}, "loss of all images.* from .*miou of all images"),
+    ],
+)
+def test_a_best_score_of_another_selection_is_discarded(model, tmp_path, caplog, before, after, change):
+    def info(trainer):
+        return {**INFO, "config": {**INFO.get("config", {}), "trainer": {"score": "miou", **trainer}}}
 
     source = model("frozen")
     optimizer = adamw(source, lr=1.0)
-    checkpoints = Checkpointer(tmp_path, info(5))
+    checkpoints = Checkpointer(tmp_path, info(before))
     checkpoints.restore(source, optimizer, None)
     checkpoints.commit(checkpoints.save_if_best(source, 0.91))
     for parameter in source.head.parameters():
@@ -281,6 +291,6 @@ def test_a_best_score_over_other_images_is_discarded(model, tmp_path, caplog):
     optimizer.step()
     checkpoints.save(source, optimizer, None)
     start = read(tmp_path / "last.safetensors")
-    assert Checkpointer(tmp_path, info(5), start=start).restore(source, optimizer, None).best == 0.91
-    assert Checkpointer(tmp_path, info(None), start=start).restore(source, optimizer, None).best is None
-    assert "to miou of all images from miou of 5 images" in caplog.text
+    assert Checkpointer(tmp_path, info(before), start=start).restore(source, optimizer, None).best == 0.91
+    assert Checkpointer(tmp_path, info(after), start=start).restore(source, optimizer, None).best is None
+    assert re.search(change, caplog.text)

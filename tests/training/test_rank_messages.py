@@ -8,12 +8,14 @@ import numpy as np
 import psutil
 import pytest
 from omegaconf import OmegaConf
+from safetensors.numpy import save
 
 from dinoseg.cli.ranks import run_ranks
 from dinoseg.training.rank_messages import decode_message, encode_message
 from dinoseg.utils.errors import UserError
 
 Pair = namedtuple("Pair", "left right")
+NESTED = save({"json": np.frombuffer(b"[" * 2**17, np.uint8)})
 
 
 def listening_addresses():
@@ -77,7 +79,7 @@ def test_messages_refuse_other_types(value):
         encode_message(value)
 
 
-@pytest.mark.parametrize("content", [pickle.dumps([1]), b"", b"\0" * 8, b"\xff" * 64])
+@pytest.mark.parametrize("content", [pickle.dumps([1]), b"", b"\0" * 8, b"\xff" * 64, NESTED])
 def test_foreign_messages_are_refused(content):
     with pytest.raises(UserError, match="not a message of a rank"):
         decode_message(content)

@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from datetime import timedelta
 from threading import Thread
 
 import pytest
@@ -58,8 +59,20 @@ def test_rank_0_waits_until_its_text_is_read(monkeypatch):
 
 def test_rank_that_gets_no_text_names_address_and_remedy(monkeypatch):
     store = torch.distributed.HashStore()
+    store.set_timeout(timedelta(seconds=0.1))
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host7", "MASTER_PORT": "29"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"Rank 1 of 2 .*host7:29.*engine.rendezvous_timeout"):
         rendezvous.share_from_rank0(lambda: pytest.fail("only rank 0 decides"), connect=1, wait=0.01)
+    assert store.timeout == timedelta(seconds=0.01)
+
+
+def test_restarted_ranks_read_nothing_of_dead_ones(monkeypatch):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    rendezvous.open_store(1)[0].set("address", "of a dead rank")
+    assert rendezvous.open_store(1)[0].check(["address"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not rendezvous.open_store(1)[0].check(["address"])

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from config_files import needed, written_choices
+from torch import nn
 
 from dinoseg.models.adapters import Full
 from dinoseg.models.backbones.timm_backbone import TimmBackbone
@@ -80,18 +81,29 @@ HEADS = {
 }
 
 
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 1, "image_size": 28}
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_weight_decay_of_heads_is_by_meaning(head):
     vectors = (
         r"queries|query_\w+|level_\w+|learned_slots|mean|log_variance|table|\w*tokens?|position_embeddings|lambda1"
     )
-    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 1, "image_size": 28}
-    backbone = TransformersVit("dinov2", small, "random", 14, layers=(0, 0, 1, 1))
+    backbone = TransformersVit("dinov2", TINY, "random", 14, layers=(0, 0, 1, 1))
     model = SegmentationModel(Full()(backbone), HEADS[head]())
     found = decay_of(model)
     for name, module, leaf, _ in leaf_names(model):
         is_exempt = "Norm" in type(module).__name__ or "bias" in leaf or re.search(rf"\.({vectors})(\.weight)?$", name)
         assert found[name] == (0.0 if is_exempt else 0.1), name
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm((3, 4)), nn.RMSNorm((3, 4)), nn.Embedding(3, 4)])
+def test_norms_and_embeddings_of_two_axes_are_not_decayed(module):
+    backbone = TransformersVit("dinov2", {**TINY, "num_hidden_layers": 1}, "random", 14)
+    model = SegmentationModel(backbone, LinearHead(64, 1, 2))
+    model.head.part = module
+    found = decay_of(model)
+    assert module.weight.ndim == 2 and found["head.part.weight"] == 0.0 and found["head.classify.weight"] == 0.1
 
 
 @pytest.mark.parametrize(

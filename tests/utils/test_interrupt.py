@@ -41,7 +41,7 @@ def test_a_signal_saves_the_step_it_came_in_and_says_so(tmp_path, monkeypatch, n
     done = train(tmp_path, "trainer.steps=9", "trainer.val_every=3")
     last = next(tmp_path.glob("outputs/base/train_*/checkpoints/last.safetensors"))
     assert done.status == status and "Traceback" not in done.err
-    assert f"interrupted: {last} holds step 3. To resume, add resume=auto" in done.err
+    assert f"interrupted: {last} holds step 3. To resume, add resume=auto or resume={last.parents[1]}" in done.err
     progress = checkpoint.describe(last)["progress"]
     assert progress["step"] == 3 and progress["validation_pending"] and not (last.parent / "best.safetensors").exists()
     assert not [path for path in last.parents[1].rglob(".*")]

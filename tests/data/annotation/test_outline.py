@@ -123,6 +123,16 @@ def test_polygons_partly_outside_are_those_of_pycocotools():
     assert outside > 300 and covered > 150
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
+def test_polygons_of_thousands_of_points_are_filled_exactly():
+    angles = np.linspace(0, 2 * np.pi, 3000, endpoint=False)
+    radii = 30 + 8 * np.sin(9 * angles)
+    points = np.stack([40 + radii * np.cos(angles), 40 + radii * np.sin(angles)], axis=1)
+    whole = coco.decode(coco.frPyObjects([points.ravel().tolist()], 80, 80))[..., 0].astype(bool)
+    np.testing.assert_array_equal(drawn([points], (80, 80), by_middles=False), whole)
+    assert whole.any() and not whole.all()
+
+
 def test_a_polygon_far_outside_costs_no_memory():
     points = np.array([(-4e5, -2e5), (4e5, -2e5), (30.0, 100)])
     check_polygon(points)

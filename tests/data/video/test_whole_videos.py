@@ -1,5 +1,6 @@
 """Whole videos that hold fewer frames than their header counts are read; truncated ones are refused."""
 
+import av
 import numpy as np
 import pytest
 from films import write_edits, write_plain
@@ -124,3 +125,28 @@ def test_one_packet_less_than_counted_is_no_loss(tmp_path, lost):
         while decoder.advance():
             pass
         assert decoder.is_truncated() == (lost > 1)
+
+
+def is_damaged_truncated(path, frames, damaged):
+    """Write a video whose first packets cannot be decoded, and return whether it counts as truncated."""
+    data = write_plain(path, frames, codec="mjpeg").read_bytes()
+    with av.open(str(path)) as file:
+        packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
+    for packet in packets[:damaged]:
+        data = data.replace(packet, bytes(len(packet)), 1)
+    path.write_bytes(data)
+    with Decoder(path) as decoder:
+        while decoder.advance():
+            pass
+        return decoder.is_truncated()
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_video_without_any_frame_is_truncated(tmp_path, frames):
+    assert is_damaged_truncated(tmp_path / "v.avi", frames, frames)
+
+
+def test_one_undecodable_packet_is_no_loss(tmp_path, monkeypatch):
+    assert not is_damaged_truncated(tmp_path / "v.avi", 30, 1) and is_damaged_truncated(tmp_path / "v.avi", 30, 2)
+    monkeypatch.setattr(Decoder, "promised", 40)  # counts frames that a cut leaves out
+    assert not is_damaged_truncated(tmp_path / "v.avi", 30, 1) and is_damaged_truncated(tmp_path / "v.avi", 30, 2)
