@@ -25,8 +25,8 @@ FOR_ALL = {"mode", "hparam", "hydra", "local", "trust", "engine", "choices"}
 LAUNCH = {"heads", "lrs", "budget"}  # read before the mode's function is called
 ELSEWHERE = {  # of another config, or in a function that the mode calls for something else
     "app": {"loss"},  # in saving a model, which the app does not do
-    "bench": {"features", "finite_weights", "slots"},
-    "plan": {"features", "finite_weights", "slots", "inference"},
+    "bench": {"features", "finite_weights", "slots", "resume", "tracker"},
+    "plan": {"features", "finite_weights", "slots", "inference", "resume", "tracker"},
     "compare": {"data", "seed", "resolution"},  # of the runs
     "export": {"loss"},  # of the checkpoint
     "probe": {"adapter", "num_classes"},  # num_classes: of the data set, not of mode=score
