@@ -103,7 +103,7 @@ def second_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launch, "run_ranks", lambda *_: pytest.fail("a rank starts ranks"))
     monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: folder)
-    monkeypatch.setattr(launch, "_share_start", lambda cfg, start: start())
+    monkeypatch.setattr(launch, "_share_start", lambda cfg, folder, start: start())
     mode = {"devices": 2, "resume_from": "last"}
     return OmegaConf.create({"mode": mode, "trainer": {}, "resume": None, "choices": {"hparam": "a"}})
 

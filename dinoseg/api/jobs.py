@@ -164,7 +164,7 @@ def _move_contents(source: Path, target: Path) -> None:
 def _find_reason_to_keep(folder: Path, cfg: DictConfig, config_dir: Folder | None) -> str | None:
     """Return why a folder with a log must not be deleted; None if it holds one run of dinoseg that nobody needs."""
     if not command_line(folder):
-        return "what is there was not written by dinoseg"
+        return "its contents were not written by dinoseg"
     if Path(os.path.expanduser("~")).resolve().is_relative_to(folder):  # not Path.home, which may raise
         return "it holds your home folder"
     config = to_container(cfg)

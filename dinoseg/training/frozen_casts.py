@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinoseg.models.backbones.patch_projection import PatchProjection
+
 
 def cache_casts(model: nn.Module) -> None:
     """Make each frozen linear layer and 2D convolution of a model cast its weights once; results are bitwise equal."""
@@ -55,4 +57,8 @@ class _Conv2d(nn.Conv2d):
         return self._conv_forward(inputs, *_cast(self, inputs))
 
 
-_KINDS: dict[type, type] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d}
+class _PatchProjection(_Conv2d, PatchProjection):
+    pass
+
+
+_KINDS: dict[type, type] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d, PatchProjection: _PatchProjection}

@@ -22,6 +22,7 @@ from dinoseg.models.backbones.class_attention import (
 from dinoseg.models.backbones.cut import forward_frozen, forward_trainable
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
+from dinoseg.models.backbones.patch_projection import PatchProjection
 from dinoseg.models.backbones.pretrained import exported_state, load_model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
@@ -250,22 +251,6 @@ def _blocks(model: Any) -> nn.ModuleList:
     if model.config.model_type == "vit":
         return model.layers
     return model.model.layer if model.config.model_type == "dinov3_vit" else model.encoder.layer
-
-
-class PatchProjection(nn.Conv2d):
-    """Convolution whose stride is its kernel size, as a matrix product of patches for inference on CUDA.
-
-    There, cuDNN takes 7 times as long in bfloat16 (patches of 16, an H100).
-    """
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return (B, dim, h, w) for pixels (B, 3, H, W) whose sides are multiples of the patch size."""
-        if not pixels.is_cuda or torch.is_grad_enabled():
-            return super().forward(pixels)
-        rows, columns = self.kernel_size
-        patches = pixels.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # (B, 3, h, rows, w, columns)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, h, w, 3 * rows * columns)
-        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def _patch_projection(model: Any) -> nn.Conv2d:
