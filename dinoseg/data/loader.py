@@ -260,7 +260,10 @@ def _as_it_is(item: V) -> V:
 log = logging.getLogger(__name__)
 
 POLL = 1.0  # seconds of a DataLoader's timeout, after which torch checks that its workers are alive
-_CHILD_ENDED = [] if sys.platform == "win32" else [signal.SIGCHLD]
+if sys.platform == "win32":
+    _CHILD_ENDED: list[signal.Signals] = []
+else:
+    _CHILD_ENDED = [signal.SIGCHLD]
 _PATIENCE, _RARER = 60.0, 5  # seconds before the first warning, and the factor between warnings
 
 
