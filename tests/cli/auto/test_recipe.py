@@ -490,7 +490,7 @@ def test_while_one_measures_it_is_no_rank(monkeypatch):
 def test_chosen_batch_is_divided_among_the_ranks(folder, monkeypatch):
     seen = []
     monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda cfg, out_dir: seen.append(cfg))
-    monkeypatch.setattr("dinoseg.cli.launch._share_start", lambda cfg, start: start())
+    monkeypatch.setattr("dinoseg.cli.launch._share_start", lambda cfg, folder, start: start())
     for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     words = (*AUTO, FEW, "budget.minutes=1")
