@@ -67,7 +67,10 @@ IDLE = {  # what is read, and changes nothing here
         "is refused without inference.shortest",
     ),
     **dict.fromkeys(
-        ((mode, "inference.resample") for mode in ("predict", "select", "export safetensors")),
+        (
+            (mode, "inference.resample")
+            for mode in ("app", "bench", "eval", "export safetensors", "predict", "select", "serve", "train")
+        ),
         "nothing is resized without inference.shortest or inference.scales",
     ),
 }
