@@ -23,7 +23,7 @@ from dinoseg.experiment.teacher import TEACHERS, Teacher, check_named
 from dinoseg.losses.distillation import TeacherView, divergence
 from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks.images import ImageTask
-from dinoseg.tasks.unmasked import unmasked_images
+from dinoseg.tasks.unmasked import find_unmasked_images
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import LazyFeatureBatch
 from dinoseg.training.feature_cache.form import MAX_BYTES
@@ -333,7 +333,7 @@ class DistillationTask(ImageTask):
     def _others(self) -> ImageDataModule | None:
         """Return the feed of images without masks; None if there are none."""
         data_module, options = self.data_module, self._unlabelled
-        found = unmasked_images(self.parts, options, data_module.train, data_module.val)
+        found = find_unmasked_images(self.parts, options, data_module.train, data_module.val)
         if not found:
             if options.batch_size is not None:
                 raise UserError(

@@ -10,7 +10,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks.images import ImageTask
-from dinoseg.tasks.unmasked import unmasked_images
+from dinoseg.tasks.unmasked import find_unmasked_images
 from dinoseg.training.engine import Engine
 from dinoseg.training.mixed_data_module import MixedDataModule, SelfTraining
 from dinoseg.training.self_training_batch import SelfTrainingLoss
@@ -44,7 +44,7 @@ class SelfTrainingTask(ImageTask):
         super().open(engine, pictures=pictures)
         options = self._options
         sources = [
-            image.source for image in unmasked_images(self.parts, options, self.data_module.train, self.data_module.val)
+            image.source for image in find_unmasked_images(self.parts, options, self.data_module.train, self.data_module.val)
         ]
         if not sources:
             raise UserError(
@@ -106,7 +106,7 @@ class SelfTrainingTask(ImageTask):
             only = f"{there[0]} alone" if there else "only ignored pixels"
             raise UserError(
                 f"The {count_of(len(train), 'mask')} to train on hold {only}: the teacher would predict it everywhere. "
-                "Add a mask with other classes (data.labelled, or mode=select for which)."
+                "Add a mask with other classes (data.labelled)."
             )
         absent = [name for name in counts if name not in there]
         if absent:
