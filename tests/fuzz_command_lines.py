@@ -42,7 +42,6 @@ CHOSEN = ("resolution.crop", "data.batch_size", "trainer.steps", "adapter")  # b
 RENDER = ("mode.train_videos=1", "mode.val_videos=0", "mode.test_videos=0", "mode.seconds=1", "mode.size=[32,48]")
 BASES = {  # a command line that works, of each mode and of what trains otherwise: mode, a name beside it
     "train": (*TRAIN, "adapter=full"),
-    "train self": (*TRAIN, "trainer=self_training", "data.labelled=0.5", "adapter=full"),
     "train many": (*TRAIN, "trainer=multi_head", "heads=[linear,{head: mlp, lr: 1e-3}]", "adapter=frozen"),
     "train kept": (*TRAIN, "head=detail", "head.layers=[-1]", "data.views=2", "adapter=frozen", "engine.cache=disk"),
     "train drawn": (*TRAIN, "head=split", "head.layers=[-1]", "head.blocks=1", "adapter=frozen", "loss.weights=median",
@@ -120,8 +119,8 @@ VALUES = (
 TYPED = (  # keys that are typed most, or are young
     *("data.class_uniform", "data.class_mix", "data.labelled", "data.views", "data.cache", "data.group", "data.folds"),
     *("loss.criterion.hard_fraction", "loss.criterion.border_weight", "loss.criterion.border_width", "loss.weights"),
-    *("trainer.unlabelled", "trainer.unlabelled_every", "trainer.unlabelled_batch_size", "trainer.unlabelled_weight"),
-    *("trainer.threshold", "trainer.strong_views", "trainer.ema", "trainer.score", "trainer.epochs", "trainer.steps"),
+    *("trainer.unlabelled", "trainer.unlabelled_every", "trainer.unlabelled_batch_size"),
+    *("trainer.temperature", "trainer.ema", "trainer.score", "trainer.epochs", "trainer.steps"),
     *("labels", "input", "runs", "resume"),
     *("engine.cache", "engine.compile", "engine.sharding", "engine.precision", "engine.workers", "engine.device"),
     *("features.dtype", "features.gib", "cache_dir", "heads", "lrs", "head.init", "head.layers", "head.blocks"),

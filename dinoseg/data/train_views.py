@@ -11,7 +11,7 @@ from dinoseg.core.shapes import Sample, SegmentationData
 
 Transform = Callable[..., tuple[np.ndarray, np.ndarray]]
 """Map an image (H, W, 3), its mask (H, W), a generator, and a class to be shown or None, to a view of both."""
-ORDER, VIEW, _CLASS, _MIX, UNLABELLED, CLIP = 0, 1, 2, 3, 4, 5  # purposes of random streams, one Philox counter word
+ORDER, VIEW, _CLASS, _MIX, CLIP = 0, 1, 2, 3, 5  # purposes of random streams, one Philox counter word
 
 
 @dataclass(frozen=True)

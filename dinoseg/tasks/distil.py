@@ -30,9 +30,8 @@ from dinoseg.training.feature_cache.form import MAX_BYTES
 from dinoseg.training.feature_cache.key import hash_of, image_hash, origin, overrides_both
 from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, cap_of
 from dinoseg.training.image_data_module import ImageDataModule
-from dinoseg.training.mixed_data_module import Unlabelled
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, NotNegative, Temperature
+from dinoseg.utils.ranges import Count, NotNegative, Positive, Temperature
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
@@ -204,7 +203,7 @@ class DistilledLoss(Loss):
         super().__init__()
         self.criterion, self.weight, self.temperature = criterion, weight, temperature
         self.needs_masks, self.sums_over_batch = criterion.needs_masks, criterion.sums_over_batch
-        self.num_divisors, self.divisor = criterion.num_divisors + (1 if weight else 0), criterion.divisor
+        self.num_divisors = criterion.num_divisors + (1 if weight else 0)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss; its parts are those of the images with masks, and `teacher`, the divergence."""
@@ -276,7 +275,10 @@ class DistillationTask(ImageTask):
         teacher: run folder or checkpoint of the teacher.
         weight: weight of the divergence from the teacher; the loss on masks has weight 1.
         temperature: divisor of both models' scores.
-        unlabelled: images without masks.
+        unlabelled: images without masks: folder, pattern or video, used in addition to training images whose masks are
+            not used.
+        unlabelled_every: seconds between two frames of a video.
+        unlabelled_batch_size: images without masks in a batch, over all ranks; None: the number of images with masks.
         val_images: see `ImageTask`.
     """
 
@@ -289,12 +291,15 @@ class DistillationTask(ImageTask):
         teacher: str | None,
         weight: NotNegative,
         temperature: Temperature,
-        unlabelled: Unlabelled,
+        unlabelled: str | None = None,
+        unlabelled_every: Positive = 1.0,
+        unlabelled_batch_size: Count | None = None,
         val_images: Count | None = None,
     ) -> None:
         super().__init__(parts, val_images=val_images)
         check_named(teacher)
         self._given, self._unlabelled = teacher, unlabelled
+        self._unlabelled_every, self._unlabelled_batch_size = unlabelled_every, unlabelled_batch_size
         self._loss_options = {"weight": weight, "temperature": temperature}
 
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
@@ -332,16 +337,23 @@ class DistillationTask(ImageTask):
 
     def _others(self) -> ImageDataModule | None:
         """Return the feed of images without masks; None if there are none."""
-        data_module, options = self.data_module, self._unlabelled
-        found = find_unmasked_images(self.parts, options, data_module.train, data_module.val)
+        data_module = self.data_module
+        found = find_unmasked_images(
+            self.parts, data_module.train, data_module.val, source=self._unlabelled, every=self._unlabelled_every
+        )
         if not found:
-            if options.batch_size is not None:
+            if self._unlabelled_batch_size is not None:
                 raise UserError(
-                    f"trainer.unlabelled_batch_size={options.batch_size}: there are no images without masks. Give "
-                    "trainer.unlabelled=<folder, quoted pattern or video>, or data.labelled=<share or file of names>, "
+                    f"trainer.unlabelled_batch_size={self._unlabelled_batch_size}: there are no images without masks. "
+                    "Give trainer.unlabelled=<folder, quoted pattern or video>, or data.labelled=<share or file of names>, "
                     "which leaves masks out; or leave it out to train on images with masks only."
                 )
             return None
         images = Unmasked([image.name for image in found], [image.source for image in found], data_module.train)
-        size = options.size(data_module.batch_size, len(images), data_module.world_size)
+        size = self._unlabelled_batch_size or data_module.batch_size
+        if size > len(images) or size % data_module.world_size:
+            raise UserError(
+                f"trainer.unlabelled_batch_size={size} with {count_of(len(images), 'image')} without masks: give a "
+                f"number of at most that, a multiple of {count_of(data_module.world_size, 'device')}, or more images."
+            )
         return replace(data_module, train=images, batch_size=size, uniform=None)

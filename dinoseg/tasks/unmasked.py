@@ -16,7 +16,6 @@ from dinoseg.data.video.index import VideoIndex, find_index
 from dinoseg.experiment.builder import Builder
 from dinoseg.inference.inputs import is_video, list_inputs
 from dinoseg.inference.results import mask_names
-from dinoseg.training.mixed_data_module import Unlabelled
 from dinoseg.utils.wording import join_names
 from dinoseg.utils.workers import in_processes
 
@@ -40,7 +39,7 @@ class UnmaskedImage:
 
 
 def find_unmasked_images(
-    parts: Builder, options: Unlabelled, train: SegmentationData, val: SegmentationData
+    parts: Builder, train: SegmentationData, val: SegmentationData, *, source: str | None, every: float
 ) -> list[UnmaskedImage]:
     """Return the training images that are not among those with masks, and those that `trainer.unlabelled` names.
 
@@ -49,9 +48,10 @@ def find_unmasked_images(
 
     Args:
         parts: builds the parts of the experiment.
-        options: options of the trainer.
         train: the images with masks; those that `data.on_error=skip` left out of it are left out here, too.
         val: the validation images.
+        source: `trainer.unlabelled`; None: the training images alone.
+        every: seconds between two frames of a video.
 
     Raises:
         UserError: `trainer.unlabelled` names nothing, or something unreadable.
@@ -60,8 +60,8 @@ def find_unmasked_images(
     whole = parts.reader()("train")
     if isinstance(whole, PairDataset):
         found += [UnmaskedImage(pair.name, pair.image) for pair in whole.pairs if pair.name not in others]
-    if options.images is not None:
-        found += list_images(options.images, every=options.every, cache_dir=parts.cache_dir)
+    if source is not None:
+        found += list_images(source, every=every, cache_dir=parts.cache_dir)
     images: dict[Hashable, UnmaskedImage] = {}
     for candidate in found:
         images.setdefault(_identity(candidate.source), candidate)
