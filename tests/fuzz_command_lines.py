@@ -44,7 +44,7 @@ BASES = {  # a command line that works, of each mode and of what trains otherwis
     "train": (*TRAIN, "adapter=full"),
     "train many": (*TRAIN, "trainer=multi_head", "heads=[linear,{head: mlp, lr: 1e-3}]", "adapter=frozen"),
     "train kept": (*TRAIN, "head=detail", "head.layers=[-1]", "data.views=2", "adapter=frozen", "engine.cache=disk"),
-    "train drawn": (*TRAIN, "head=split", "head.layers=[-1]", "head.blocks=1", "adapter=frozen", "loss.weights=median",
+    "train drawn": (*TRAIN, "head=linear", "head.layers=[-1]", "adapter=frozen", "loss.weights=median",
                     "data.class_uniform=0.5", "data.class_mix=0.5", "loss.criterion.hard_fraction=0.5",
                     "loss.criterion.border_weight=2"),
     "train distil": (*TRAIN, "trainer=distil", "teacher=run", "adapter=full"),

@@ -345,8 +345,8 @@ class DistillationTask(ImageTask):
             if self._unlabelled_batch_size is not None:
                 raise UserError(
                     f"trainer.unlabelled_batch_size={self._unlabelled_batch_size}: there are no images without masks. "
-                    "Give trainer.unlabelled=<folder, quoted pattern or video>, or data.labelled=<share or file of names>, "
-                    "which leaves masks out; or leave it out to train on images with masks only."
+                    "Give trainer.unlabelled=<folder, quoted pattern or video>, or data.labelled=<share or file of "
+                    "names>, which leaves masks out; or leave it out to train on images with masks only."
                 )
             return None
         images = Unmasked([image.name for image in found], [image.source for image in found], data_module.train)

@@ -262,7 +262,7 @@ def test_lists_that_name_no_heads_are_refused(heads, rates, message):
 
 def test_the_backbone_that_is_shared_is_compiled_where_that_is_asked_for(folder, monkeypatch):
     compiled = []
-    monkeypatch.setattr("dinoseg.training.engine.compile_blocks", lambda each, copies: compiled.append(each))
+    monkeypatch.setattr("dinoseg.training.engine.compile_blocks", compiled.append)
     words = (
         "trainer=multi_head",
         "heads=[linear]",

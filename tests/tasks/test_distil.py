@@ -108,7 +108,6 @@ def test_packed_and_reduced_images_are_taught_as_their_files_are(folder, monkeyp
     [
         ("head=eomt", "head.num_queries=4", "head.blocks=1", "head.layers=[-1]", "loss=mask_classification"),
         ("head=detail", "head.fine=4", "head.width=8", "head.layers=[-1]", "resolution.scale=0.5"),
-        ("head=split", "head.layers=[0,-1]", "head.blocks=1", "adapter=frozen", "loss=ce_dice"),
         ("adapter=lora", "backbone.patch_size=16", "trainer.ema=0.9", "trainer.accumulate=2"),
     ],
     ids=lambda words: words[0],
