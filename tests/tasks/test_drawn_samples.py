@@ -8,7 +8,6 @@ from refused_trainings import refusal
 from dinoseg.training import checkpoint
 
 DRAWN = ("data.class_uniform=0.5", "data.class_mix=0.5", "loss=ce_dice", "loss.criterion.terms.ce.hard_fraction=0.3")
-DRAWN += ("loss.criterion.terms.ce.border_weight=3", "loss.criterion.terms.dice.border_weight=2")
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +36,12 @@ def test_a_stopped_run_goes_on_to_the_bit(where):
 
 @pytest.mark.heavy
 def test_each_key_changes_what_is_learnt(where):
-    borders = [
-        f"loss.criterion.terms.{term}.border_weight=0" for term in ("ce", "dice")
-    ]  # in noise, each pixel is near
     found = []
-    for number, words in enumerate([(), *zip((*DRAWN[:2], DRAWN[3], *borders), strict=True)]):
+    for number, words in enumerate([(), *zip((*DRAWN[:2], DRAWN[3]), strict=True)]):
         done = train(where, f"key_{number}", "loss=ce_dice", *words)
         assert done.status == 0, done.err
         found.append(b"".join(part.numpy().tobytes() for part in weights(where, f"key_{number}").values()))
-    assert len({*found}) == len(found) == 6
+    assert len({*found}) == len(found) == 4
 
 
 def test_features_are_kept_of_crops_for_a_class(where):
@@ -71,9 +67,7 @@ def test_features_are_kept_of_crops_for_a_class(where):
             "data.feature_noise=0.1 with data.class_mix=0.5: noise is added",
         ),
         (("loss.criterion.hard_fraction=0",), "hard_fraction=0 is out of range. Give a number above 0 and at most 1."),
-        (("loss.criterion.border_weight=-2",), "border_weight=-2 is out of range. Give a number of at least 0."),
-        (("loss.criterion.border_width=0",), "border_width=0 is out of range. Give a whole number of at least 1."),
-        (("loss=lovasz", "+loss.criterion.border_weight=2"), "does not take border_weight"),
+        (("loss=lovasz", "+loss.criterion.hard_fraction=0.5"), "does not take hard_fraction"),
     ],
 )
 def test_what_cannot_be_is_refused(where, compose, words, message):

@@ -49,10 +49,9 @@ CASES = {name: [f"loss={name}"] for name in options("loss")}
 CASES |= {
     "lovasz per image": ["loss=lovasz", "loss.criterion.per_image=true"],
     "hardest": ["loss=cross_entropy", "loss.criterion.hard_fraction=0.3"],
-    "focal, border": ["loss=focal", "loss.criterion.border_weight=4", "loss.criterion.border_width=1"],
     "ce, lovasz per image": ["loss=ce_lovasz", "loss.criterion.terms.lovasz.per_image=true"],
     "over all": ["loss=cross_entropy", "loss.criterion.average=all"],
-    "focal over all, border": ["loss=focal", "loss.criterion.average=all", "loss.criterion.border_weight=4"],
+    "focal over all": ["loss=focal", "loss.criterion.average=all"],
     "ce, focal over all": mixture(ce=CE + ", average: all}", focal=FOCAL + ", average: all}"),
     "ce, ce over all": mixture(one=CE + "}", two=CE + ", average: all}"),
     "masks, ignored pixels are background": [
@@ -61,7 +60,6 @@ CASES |= {
         "loss.criterion.interpolation=bilinear",
     ],
     "ce, focal": mixture(ce=CE + "}", focal=FOCAL + "}"),
-    "ce, focal with border": mixture(ce=CE + "}", focal=FOCAL + ", border_weight: 4, border_width: 1}"),
     "ce, hardest": mixture(ce=CE + "}", hard=CE + ", hard_fraction: 0.1}"),
     "masks, ce, lovasz per image": mixture(masks=MASKS, ce=CE + "}", lovasz=LOVASZ + ", per_image: true}"),
     "ce twice": mixture(one=CE + ", label_smoothing: 0.2}", two=CE + "}"),
@@ -72,7 +70,6 @@ SEVERAL = {
     "ce_dice",
     "ce_lovasz",
     "ce, lovasz per image",
-    "ce, focal with border",
     "ce, hardest",
 }
 SEVERAL |= {"masks, ce, lovasz per image", "masks, ignored pixels are background", "ce, ce over all"}  # divisors

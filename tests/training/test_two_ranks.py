@@ -35,7 +35,7 @@ from dinoseg.training.validation import evaluate
 pytestmark = pytest.mark.heavy
 
 WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
-TERMS = {"ce": CrossEntropy, "focal": partial(Focal, border_weight=4.0), "lovasz": partial(Lovasz, per_image=True)}
+TERMS = {"ce": CrossEntropy, "focal": partial(Focal, gamma=1.0), "lovasz": partial(Lovasz, per_image=True)}
 MIXTURE = WeightedSum(TERMS, {"ce": 1.0, "focal": 2.0, "lovasz": 0.5}, WEIGHTS)
 CASES = {
     "weighted": {"head": lambda: MlpHead(24, 1, 3, 8)},
