@@ -30,7 +30,7 @@ READERS: Mapping[str, Mapping[str, str]] = {  # functions that take keys outside
         "batch_size": "data.batch_size",
     },
     "dinoseg.models.model.SegmentationModel": {name: f"resolution.{name}" for name in ("scale", "longest")},
-    "dinoseg.training.image_data_module.ImageDataModule": {name: f"data.{name}" for name in ("views", "class_mix")},
+    "dinoseg.training.image_data_module.ImageDataModule": {"views": "data.views"},
     "dinoseg.data.class_uniform.class_uniform": {"share": "data.class_uniform"},
     "dinoseg.data.opened.opened": {"labelled": "data.labelled"},
     "dinoseg.training.feature_choice.CacheOptions": {"noise": "data.feature_noise"},

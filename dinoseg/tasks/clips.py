@@ -290,7 +290,7 @@ class ClipTask(TrainingTask):
             )
         if (cache := parts.value("data.cache")) is not None:
             raise UserError(f"data.cache={cache} stores images with masks, not clips. Set data.cache=null.")
-        for key in ("feature_noise", "class_uniform", "class_mix"):
+        for key in ("feature_noise", "class_uniform"):
             if value := parts.value(f"data.{key}"):
                 raise UserError(f"data.{key}={value} is for images with masks, not for clips. Set it to 0.")
         self._check_tracking()

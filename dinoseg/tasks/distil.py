@@ -316,15 +316,6 @@ class DistillationTask(ImageTask):
         values = count_of(len(train), "training image"), without, self._given, root
         logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *values)
 
-    def check_parts(self, model: SegmentationModel, world_size: int) -> None:
-        """Refuse what `ImageTask` refuses, and `data.class_mix`: teachers score unmixed images."""
-        super().check_parts(model, world_size)
-        if mix := self.parts.value("data.class_mix"):
-            raise UserError(
-                f"data.class_mix={mix}: a teacher's scores are computed on original images, without pasted classes. "
-                "Set it to 0 with trainer=distil."
-            )
-
     def cache_features(
         self, model: SegmentationModel, loss: Loss, engine: Engine, *given: Any, **more: Any
     ) -> dict[str, str]:

@@ -40,7 +40,7 @@ from dinoseg.utils.ranges import Count
 
 logger = logging.getLogger(__name__)
 # from parameters of the feed to the keys that set them
-SAMPLING = {"batch_size": "data.batch_size", "views": "data.views", "class_mix": "data.class_mix"}
+SAMPLING = {"batch_size": "data.batch_size", "views": "data.views"}
 
 
 class ImageTask(TrainingTask):

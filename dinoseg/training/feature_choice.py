@@ -192,11 +192,6 @@ def feature_cache(
             logger.info("Feature cache: off (engine.cache=auto). %s", reason)
         if not plan.noise:
             return None
-        if data_module.class_mix:
-            raise UserError(
-                f"data.feature_noise={plan.noise} with data.class_mix={data_module.class_mix}: noise is added to "
-                "features of images without pasted classes. Set one of them to 0."
-            )
         _check_cut(data_module, model, engine, plan.noise)
         return FeatureCache(model, engine.autocast, NoStore, plan.drawing, data_module.views, plan.noise)
     location, size, described_shapes = chosen
@@ -244,11 +239,6 @@ def _chosen(
     if data_module.views is None:
         raise _Live(
             "Random augmentation makes every view unique. Set data.views=4 to cache 4 fixed augmentations per image."
-        )
-    if data_module.class_mix:
-        raise _Live(
-            f"data.class_mix={data_module.class_mix} pastes other classes on the images in each epoch, which makes "
-            "every view unique. Set data.class_mix=0."
         )
     if engine.sharded:
         raise _Live("The weights are sharded over the ranks (engine.sharding=fsdp).")

@@ -194,7 +194,6 @@ def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folde
         (("trainer.temperature=1e30",), "trainer.temperature=1e+30 is out of range. Give a number from 0.01"),
         (("trainer.teacher_weight=-1",), "trainer.teacher_weight=-1 is out of range"),
         (("features.gib=-1",), "features.gib=-1 is out of range. Give a number above 0"),
-        (("data.class_mix=0.5",), "data.class_mix=0.5: a teacher's scores are computed on original images"),
     ],
 )
 def test_what_does_not_go_together_is_refused(folder, compose, words, said):
