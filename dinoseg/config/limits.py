@@ -33,7 +33,6 @@ READERS: Mapping[str, Mapping[str, str]] = {  # functions that take keys outside
     "dinoseg.training.image_data_module.ImageDataModule": {"views": "data.views"},
     "dinoseg.data.class_uniform.class_uniform": {"share": "data.class_uniform"},
     "dinoseg.data.opened.opened": {"labelled": "data.labelled"},
-    "dinoseg.training.feature_choice.CacheOptions": {"noise": "data.feature_noise"},
 }
 _LARGEST_ELSEWHERE = 2**20
 _MAX_PIXELS = 2**30  # of all images of a training batch

@@ -99,7 +99,7 @@ class ImageDataModule:
         """Return advice on loading batches faster, in a sentence or two."""
         if self.cache is not None and self.cache.place == "memory":
             return "Features are cached in memory: images are read only until each view was used once."
-        if self.cache is not None and self.cache.keeps:
+        if self.cache is not None:
             advice = "Features are cached: use a cache_dir on a faster disk, or features.dtype=int8 for smaller files."
         elif isinstance(self.train, PackedDataset):
             advice = "Images are packed: data.cache=packed with a lower resolution.longest reads less per image."
