@@ -43,8 +43,6 @@ MODELS = {
     "frozen dpt": (*VIT, "head=dpt"),
     "frozen mask2former": (*VIT, "head=mask2former", "loss=mask_classification", "data.batch_size=2"),
     "frozen upernet": (*VIT, "head=upernet"),
-    "frozen split": (*VIT, "head=split"),
-    "frozen split checkpointing": (*VIT, "head=split", "head.checkpointing=true"),
     "lora linear": (*VIT, "adapter=lora"),
     "lora linear bf16": (*VIT, "adapter=lora", "engine.precision=bf16"),
     "lora checkpointing": (*VIT, "adapter=lora", "backbone.checkpointing=true"),

@@ -85,11 +85,11 @@ def test_help_is_the_overview(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("resume={place}", "input=x.png"), "Modes that read input and resume: predict, select, track."),
-        (("input=x.png", "labels=y.png"), "Modes that read input and labels: select, track."),
-        (("resume={place}",), "Modes that read resume: app, eval, export, predict, select, serve, track, train."),
+        (("resume={place}", "input=x.png"), "Modes that read input and resume: predict, track."),
+        (("input=x.png", "labels=y.png"), "Modes that read input and labels: track."),
+        (("resume={place}",), "Modes that read resume: app, eval, export, predict, serve, track, train."),
         (("hparam=demo", "trainer.steps=3"), "Modes that read trainer.steps: bench, plan, train."),
-        (("head=linear", "input=x.png"), "Modes that read head and input: predict, select, track."),
+        (("head=linear", "input=x.png"), "Modes that read head and input: predict, track."),
         (("runs=[a,b]", "input=x.png"), "Modes: app, bench, compare, doctor,"),
         (("hparam=demo",), "Modes: app, bench, compare, doctor,"),
         (("-m", "head=linear,mlp"), "Modes that read head: app, bench, eval,"),

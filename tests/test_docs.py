@@ -29,7 +29,6 @@ SMALLER = {  # what a mode is given beside the words of its command
     "bench": (*SHORT, *CPU, "mode.steps=2", "mode.images=2", "mode.warmup=0", "mode.synthetic=true"),
     "plan": (*SHORT, *CPU, "mode.dry_step=false"),
     "predict": CPU,
-    "select": (*CPU, "mode.every=0.1"),
     "track": CPU,
     "render": ("mode.train_videos=1", "mode.test_videos=1", "mode.seconds=1", "mode.size=[32,48]", "mode.workers=1"),
 }
@@ -38,7 +37,6 @@ WRITES = {  # what a mode leaves in its run folder, or "run.log"
     "eval": "scores.json",
     "summary": "summary.json",
     "probe": "probe.csv",
-    "select": "selection.csv",
     "plan": "plan.json",
     "bench": "bench.json",
     "score": "scores.json",
@@ -120,7 +118,7 @@ def as_run(command, stand_ins):
     mode = mode_of(command)
     words = with_stand_ins(words, stand_ins)
     if mode in ("train", "probe", "plan", "bench", "predict", "track") or (
-        mode in ("eval", "summary", "select") and "resume=" not in command
+        mode in ("eval", "summary") and "resume=" not in command
     ):
         words += small_model(words)
     if mode in ("track", "eval") and "resume=" not in command:

@@ -38,7 +38,6 @@ SMALL_HEADS = {
     "detail": {"fine": 4, "width": 8},
     "mask2former": {"num_queries": 6, "hidden_dim": 64, "feedforward_dim": 32, "drop_path": 0.0},
     "eomt": {"num_queries": 6, "blocks": 2},
-    "split": {"blocks": 2},
 }
 FILES = {group: {option: read_whole(group, option) for option in options(group)} for group in ("adapter", "head")}
 # every head in cfg/head that scores classes and needs no file: slots are tried in tests/training/test_slot_training.py
@@ -60,10 +59,6 @@ def refusal(backbone, adapter, head):
         return "adapter.bits=8.*layers of a pyramid take feature maps"
     if head == "eomt" and (backbone in PYRAMIDS or backbone == "timm_vit"):
         return "head=eomt needs a backbone whose blocks take queries"
-    if head == "split" and backbone in PYRAMIDS:
-        return "head=split needs a backbone whose blocks take tokens"
-    if head == "split" and adapter != "frozen":
-        return "head=split trains copies of the last blocks of a frozen backbone.*Choose adapter=frozen"
     if head == "mask2former" and backbone in PYRAMIDS:
         return "this Mask2Former head builds its own pyramid.*Choose a vision transformer"
     return None

@@ -94,7 +94,7 @@ def test_clocks_memory_and_random_numbers_are_those_of_mps():
         assert mps.calls["synchronize"] == 1
         heads = [HeadTraining(tiny()[0], CrossEntropy(torch.ones(3)), None, None)]
         batch, output = make_batch(), StepOutput(heads, torch.device("cpu"), None)
-        micro = MicroBatches(pretended_engine(), heads, 1, prepare=lambda each: each, undo=lambda: None)
+        micro = MicroBatches(pretended_engine(), heads, 1, undo=lambda: None)
         for part in micro.of_step(iter([batch]), output):
             with micro.retried():
                 if len(part.names) > 1:

@@ -59,4 +59,4 @@ def test_a_folder_is_text(root, word):
 
 
 def test_a_group_that_is_taken_away_and_chosen_is_one_message(root):
-    assert not fault(root, ("mode=select", "features.gib={a: 1}", "~mode", "mode=-"))
+    assert not fault(root, ("mode=summary", "features.gib={a: 1}", "~mode", "mode=-"))

@@ -158,8 +158,6 @@ NAN, INFINITY = float("nan"), float("inf")
         ("data.augment.scale.1", INFINITY, "Give a finite number."),
         ("data.batch_size", NAN, "Give a whole number."),
         ("data.class_uniform", 2**21, "Give a number above 0 and at most 1."),
-        ("data.class_mix", NAN, "Give a number from 0 to 1."),
-        ("data.feature_noise", NAN, "Give a number of at least 0."),
         ("data.labelled", 2**21, "Give a number above 0 and at most 1, or null."),
         ("data.views", NAN, "Give a whole number or null."),
         ("optim.schedule.min_lr_ratio", NAN, "Give a number from 0 to 1."),

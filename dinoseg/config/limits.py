@@ -30,10 +30,9 @@ READERS: Mapping[str, Mapping[str, str]] = {  # functions that take keys outside
         "batch_size": "data.batch_size",
     },
     "dinoseg.models.model.SegmentationModel": {name: f"resolution.{name}" for name in ("scale", "longest")},
-    "dinoseg.training.image_data_module.ImageDataModule": {name: f"data.{name}" for name in ("views", "class_mix")},
+    "dinoseg.training.image_data_module.ImageDataModule": {"views": "data.views"},
     "dinoseg.data.class_uniform.class_uniform": {"share": "data.class_uniform"},
     "dinoseg.data.opened.opened": {"labelled": "data.labelled"},
-    "dinoseg.training.feature_choice.CacheOptions": {"noise": "data.feature_noise"},
 }
 _LARGEST_ELSEWHERE = 2**20
 _MAX_PIXELS = 2**30  # of all images of a training batch

@@ -63,8 +63,7 @@ class Backbone(GuardedModule):
     undecayed: frozenset[str] = frozenset()  # names of weights that its library exempts from weight decay
     uncalled_linears: frozenset[str] = frozenset()  # linear layers whose weight is used outside their `forward`
     has_class_attention: bool = False  # whether `with_class_attention` and `with_keys` are implemented
-    takes_tokens: bool = False  # whether `embed` is implemented, whose tokens pass through one block after another
-    takes_queries: bool = False  # whether blocks then accept more tokens than `embed` returns
+    takes_queries: bool = False  # whether `embed` is implemented, and blocks accept more tokens than it returns
 
     if TYPE_CHECKING:  # nn.Module's own, which is untyped
 
@@ -162,10 +161,6 @@ class Backbone(GuardedModule):
         """Return the tokens (B, N, C) that enter the first block, and further keyword arguments of each block."""
         raise NotImplementedError
 
-    def block_kwargs(self, size: tuple[int, int]) -> BlockKwargs:
-        """Return the keyword arguments of each block besides its tokens, for padded pixels of `size` (H, W)."""
-        return {}
-
     def export_state(self) -> dict[str, Tensor]:
         """Return the weights under the names that `weights` reads from a file.
 
@@ -226,11 +221,6 @@ class Head(GuardedModule, Generic[Outputs]):
         return None
 
     @property
-    def trainable_blocks(self) -> Sequence[nn.Module]:
-        """Return trained copies of a backbone's last blocks, in order; whatever applies to blocks applies to them."""
-        return ()
-
-    @property
     def delayed_modules(self) -> tuple[float, Sequence[nn.Module]]:
         """Return the share of the training after which some modules start to be trained, and these modules."""
         return 0.0, ()
@@ -240,13 +230,6 @@ class Head(GuardedModule, Generic[Outputs]):
 
         Raises:
             UserError: with the backbones that it can use.
-        """
-
-    def copy_from(self, backbone: Backbone) -> None:
-        """Copy the modules that the head starts from out of a suitable backbone, when a model is assembled.
-
-        Raises:
-            UserError: they cannot be copied.
         """
 
     def start(self, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> None:

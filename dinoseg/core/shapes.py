@@ -57,10 +57,6 @@ class Batch:
         """Copy to pinned memory, from which CUDA copies asynchronously."""
         return tree_map(self, Tensor.pin_memory)
 
-    def with_labels(self, predict: LabelPredictor) -> Batch:
-        """Return the batch with all labels that a loss needs; `predict` predicts those of images without labels."""
-        return self
-
     def split(self, parts: int) -> list[Batch]:
         """Split the samples in their order into batches whose sizes differ by at most one sample."""
         images, masks = self.image.tensor_split(parts), self.mask.tensor_split(parts)
@@ -91,10 +87,6 @@ class ClipBatch:
     def pin_memory(self) -> ClipBatch:
         """Copy to pinned memory, from which CUDA copies asynchronously."""
         return tree_map(self, Tensor.pin_memory)
-
-    def with_labels(self, predict: LabelPredictor) -> ClipBatch:
-        """Return the clips unchanged: training on clips needs no labels."""
-        return self
 
     def split(self, parts: int) -> list[ClipBatch]:
         """Split the clips in their order into batches whose sizes differ by at most one clip."""
@@ -244,9 +236,6 @@ def tree_map(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
             outputs, **{part.name: tree_map(getattr(outputs, part.name), change) for part in fields(outputs)}
         )
     return outputs
-
-
-LabelPredictor = Callable[[Tensor], Prediction]  # images (B, 3, H, W) to a teacher's prediction
 
 
 class SegmentationData(Protocol):

@@ -11,7 +11,7 @@ from dinoseg.core.shapes import Sample, SegmentationData
 
 Transform = Callable[..., tuple[np.ndarray, np.ndarray]]
 """Map an image (H, W, 3), its mask (H, W), a generator, and a class to be shown or None, to a view of both."""
-ORDER, VIEW, _CLASS, _MIX, UNLABELLED, CLIP = 0, 1, 2, 3, 4, 5  # purposes of random streams, one Philox counter word
+ORDER, VIEW, _CLASS, CLIP = 0, 1, 2, 5  # purposes of random streams, one Philox counter word
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ class TrainViews:
         seed: determines the views, together with epoch and sample.
         views: number of fixed views per sample, used in turn; None: new views in each epoch.
         uniform: class-uniform sampling; None: each sample is the image of its own index.
-        mix: probability that classes of another image are pasted onto a sample; sampled again in each epoch.
     """
 
     data: SegmentationData
@@ -65,7 +64,6 @@ class TrainViews:
     seed: int
     views: int | None = None
     uniform: ClassUniform | None = None
-    mix: float = 0.0
 
     def draw(self, epoch: int, sample: int) -> Draw:
         """Return the image, class and random generator of a sample in an epoch."""
@@ -75,13 +73,8 @@ class TrainViews:
         return Draw(number, image, tuple(shown), make_rng(self.seed, number, sample, VIEW))
 
     def read(self, epoch: int, sample: int) -> Sample:
-        """Return the view of a sample in an epoch, with classes of another image pasted on where it is mixed."""
-        view, rng = self.view_of(self.draw(epoch, sample)), make_rng(self.seed, epoch, sample, _MIX)
-        if rng.random() >= self.mix:
-            return view
-        other = int(rng.integers(len(self.data) - 1))
-        other += other >= sample
-        return class_mixed(self.view_of(self.draw(epoch, other)), view, self.data.ignore_index, rng)
+        """Return the view of a sample in an epoch."""
+        return self.view_of(self.draw(epoch, sample))
 
     def view_of(self, draw: Draw) -> Sample:
         """Return the augmented view that `draw` describes."""
@@ -95,20 +88,3 @@ def make_rng(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Gene
     """Return the random generator of a sample in an epoch for one purpose."""
     # Philox has an independent stream per key and counter; sampling advances only the lowest counter word
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, purpose]))
-
-
-def class_mixed(source: Sample, onto: Sample, ignore_index: int, rng: np.random.Generator) -> Sample:
-    """Return `onto` with half of the classes of `source`, a view of the same size, pasted on it: pixels and ids.
-
-    ClassMix (Olsson et al., arXiv 2007.07936, section 3.1) with true masks. Half of the classes is rounded up. Ignored
-    pixels belong to no class, so they are never pasted.
-    """
-    present = source["mask"].unique().numpy()
-    present = present[present != ignore_index]
-    chosen = torch.from_numpy(rng.choice(present, -(-len(present) // 2), replace=False))
-    pasted = torch.isin(source["mask"], chosen)
-    return Sample(
-        image=torch.where(pasted, source["image"], onto["image"]),
-        mask=torch.where(pasted, source["mask"], onto["mask"]),
-        name=f"{onto['name']} with classes of {source['name']}",
-    )

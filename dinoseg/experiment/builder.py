@@ -145,11 +145,8 @@ class Builder(ModelBuilder):
                 "dinoseg.tasks.task.TrainingTask, and set `_partial_: true`."
             ) from error
 
-    def reader(self, **overrides: Any) -> Callable[[str], SegmentationData]:
+    def reader(self) -> Callable[[str], SegmentationData]:
         """Return the function that maps a split to the dataset as read from its files, before `data.opened`.
-
-        Args:
-            overrides: of the reader's own values.
 
         Raises:
             UserError: no reader is configured. The returned function raises it for any fault of the dataset, see
@@ -162,7 +159,7 @@ class Builder(ModelBuilder):
                 "YAML file `_target_: MODULE.NAME` and `_partial_: true` below `reader`."
             )
         try:
-            find = self.part("data.reader", **overrides)
+            find = self.part("data.reader")
         except UserError as error:
             if str(error) != not_set("data.root"):
                 raise
@@ -177,17 +174,14 @@ class Builder(ModelBuilder):
         Args:
             split: train, val or test.
             engine: open it for training on its ranks: checks run on rank 0, and `reduced` is set.
-            reduced: open it for training: packed images may be stored at the model's input size, and pseudo-labels
-                (`data.reader.pseudo`) are included.
+            reduced: open it for training: packed images may be stored at the model's input size.
 
         Raises:
             UserError: the split is unknown, or the dataset has a fault.
         """
         check_split(split)
         reduced = reduced or engine is not None
-        # pseudo-labels are no ground truth to score against
-        without = {"pseudo": False} if "pseudo" in (self._cfg.data.get("reader") or ()) and not reduced else {}
-        pairs = self.reader(**without)(split)
+        pairs = self.reader()(split)
         more: dict[str, Any] = {} if engine is None else {"run_on_rank0": engine.run_on_rank0}
         if reduced and split == "train" and self._cfg.data.get("labelled") is not None:
             labelled = {"labelled": self._cfg.data.labelled}

@@ -78,7 +78,7 @@ def check_trainer(build: Builder) -> None:
     if "unlabelled" in trainer:
         raise UserError(
             f"trainer={option} is not supported: its step also uses images without masks. Leave trainer out to "
-            "estimate the images with masks; a batch of both needs the memory of all views together."
+            "estimate the images with masks; a batch of both needs the memory of all its images."
         )
 
 

@@ -7,7 +7,7 @@ from dinoseg.losses.fused import KernelSpec
 from dinoseg.losses.labelled import weights_of
 from dinoseg.losses.pixel_mean import PixelMean
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, HighShare, LowShare, NotNegative
+from dinoseg.utils.ranges import HighShare, LowShare
 
 
 class CrossEntropy(PixelMean):
@@ -18,8 +18,6 @@ class CrossEntropy(PixelMean):
         ignore_index: mask value of unlabelled pixels.
         label_smoothing: share of the target spread evenly over the classes, in [0, 1).
         hard_fraction: see `PixelMean`.
-        border_weight: see `PixelMean`.
-        border_width: see `PixelMean`.
         average: see `PixelMean`.
     """
 
@@ -29,13 +27,11 @@ class CrossEntropy(PixelMean):
         ignore_index: int = 255,
         label_smoothing: LowShare = 0.0,
         hard_fraction: HighShare = 1.0,
-        border_weight: NotNegative = 1.0,
-        border_width: Count = 3,
         average: str = "labelled",
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise UserError(f"loss.criterion.label_smoothing={label_smoothing}: give a number from 0 up to below 1.")
-        super().__init__(class_weights, ignore_index, hard_fraction, border_weight, border_width, average)
+        super().__init__(class_weights, ignore_index, hard_fraction, average)
         self.label_smoothing = label_smoothing
 
     def kernel(self) -> KernelSpec:

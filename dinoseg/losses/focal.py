@@ -7,7 +7,7 @@ from dinoseg.losses.full_resolution import Vjp
 from dinoseg.losses.labelled import weights_of
 from dinoseg.losses.pixel_mean import PixelMean
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, HighShare, NotNegative
+from dinoseg.utils.ranges import HighShare, NotNegative
 
 
 class Focal(PixelMean):
@@ -22,8 +22,6 @@ class Focal(PixelMean):
         ignore_index: mask value of unlabelled pixels.
         gamma: focusing parameter, at least 0; higher values reduce the weight of easy pixels.
         hard_fraction: see `PixelMean`.
-        border_weight: see `PixelMean`.
-        border_width: see `PixelMean`.
         average: see `PixelMean`.
     """
 
@@ -33,13 +31,11 @@ class Focal(PixelMean):
         ignore_index: int = 255,
         gamma: NotNegative = 2.0,
         hard_fraction: HighShare = 1.0,
-        border_weight: NotNegative = 1.0,
-        border_width: Count = 3,
         average: str = "labelled",
     ) -> None:
         if not gamma >= 0:
             raise UserError(f"loss.criterion.gamma={gamma}: give a number of at least 0; 0 is cross-entropy.")
-        super().__init__(class_weights, ignore_index, hard_fraction, border_weight, border_width, average)
+        super().__init__(class_weights, ignore_index, hard_fraction, average)
         self.gamma = gamma
 
     def pixel_cost(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Vjp]:

@@ -72,12 +72,10 @@ def pixel_sums(
 
 
 @torch.no_grad()
-def pixel_values(
-    prediction: Prediction, batch: Batch, ignore_index: int, value: Value, *, weights: Tensor | None = None
-) -> Tensor:
+def pixel_values(prediction: Prediction, batch: Batch, ignore_index: int, value: Value) -> Tensor:
     """Return a function's value for each mask pixel, (B, H, W), computed from the same logits as in `pixel_sums`."""
     parts, valid = _parts(prediction, batch)
-    tiles = _Tiles.over(parts, batch.mask, valid, ignore_index, weights)
+    tiles = _Tiles.over(parts, batch.mask, valid, ignore_index)
     device = parts[0].device
 
     @torch.no_grad()  # grad mode is per thread

@@ -38,8 +38,6 @@ def cross_entropy_loss(
     class_weights: ClassWeights = None,
     label_smoothing: float = 0.0,
     hard_fraction: float = 1.0,
-    border_weight: float = 1.0,
-    border_width: int = 3,
     average: str = "labelled",
 ) -> Tensor:
     """Return the cross-entropy over labelled pixels, averaged over their class weights; 0 without labelled pixels.
@@ -52,8 +50,6 @@ def cross_entropy_loss(
         label_smoothing: share of the target spread evenly over the classes, in [0, 1).
         hard_fraction: share of each image's labelled pixels that count, those with the highest loss, in (0, 1]
             (online hard example mining).
-        border_weight: weight of pixels near a class border; all others have 1.
-        border_width: distance in pixels up to which a pixel is near a border.
         average: `labelled`, the mean over the summed weights of the labelled pixels; or `all`, the sum divided by the
             number of all pixels, ignored ones included, as in mmsegmentation and DINOv3. `all` needs
             `hard_fraction=1`.
@@ -76,8 +72,6 @@ def cross_entropy_loss(
         class_weights,
         label_smoothing=label_smoothing,
         hard_fraction=hard_fraction,
-        border_weight=border_weight,
-        border_width=border_width,
         average=average,
     )
 
@@ -90,8 +84,6 @@ def focal_loss(
     class_weights: ClassWeights = None,
     gamma: float = 2.0,
     hard_fraction: float = 1.0,
-    border_weight: float = 1.0,
-    border_width: int = 3,
     average: str = "labelled",
 ) -> Tensor:
     """Return the focal loss (Lin et al., arXiv 1708.02002) over labelled pixels, with a softmax over the classes.
@@ -103,8 +95,6 @@ def focal_loss(
         class_weights: one weight (K,) per class; None: 1 each.
         gamma: focusing parameter, at least 0; 0 is cross-entropy.
         hard_fraction: as of `cross_entropy_loss`.
-        border_weight: as of `cross_entropy_loss`.
-        border_width: as of `cross_entropy_loss`.
         average: as of `cross_entropy_loss`.
 
     Raises:
@@ -125,8 +115,6 @@ def focal_loss(
         class_weights,
         gamma=gamma,
         hard_fraction=hard_fraction,
-        border_weight=border_weight,
-        border_width=border_width,
         average=average,
     )
 
@@ -137,8 +125,6 @@ def dice_loss(
     *,
     ignore_index: int = 255,
     class_weights: ClassWeights = None,
-    border_weight: float = 1.0,
-    border_width: int = 3,
 ) -> Tensor:
     """Return the soft Dice loss (Milletari et al., arXiv 1606.04797), averaged over the classes in the targets.
 
@@ -149,8 +135,6 @@ def dice_loss(
         targets: (B, H, W) class ids.
         ignore_index: target of pixels that do not count.
         class_weights: one weight (K,) per class in the mean; None: 1 each.
-        border_weight: as of `cross_entropy_loss`.
-        border_width: as of `cross_entropy_loss`.
 
     Raises:
         UserError: a shape, type or value is invalid.
@@ -162,8 +146,7 @@ def dice_loss(
         >>> round(dice_loss(logits, targets).item(), 4)
         0.3333
     """
-    options = {"border_weight": border_weight, "border_width": border_width}
-    return _value(Dice, logits, targets, ignore_index, class_weights, **options)
+    return _value(Dice, logits, targets, ignore_index, class_weights)
 
 
 def tversky_loss(
@@ -174,8 +157,6 @@ def tversky_loss(
     class_weights: ClassWeights = None,
     alpha: float = 0.3,
     beta: float = 0.7,
-    border_weight: float = 1.0,
-    border_width: int = 3,
 ) -> Tensor:
     """Return the Tversky loss (Salehi et al., arXiv 1706.05721), averaged over the classes in the targets.
 
@@ -186,8 +167,6 @@ def tversky_loss(
         class_weights: one weight (K,) per class in the mean; None: 1 each.
         alpha: weight of false positives, at least 0.
         beta: weight of false negatives, above 0; both 0.5: the Dice loss.
-        border_weight: as of `cross_entropy_loss`.
-        border_width: as of `cross_entropy_loss`.
 
     Raises:
         UserError: a shape, type or value is invalid.
@@ -199,8 +178,7 @@ def tversky_loss(
         >>> round(tversky_loss(logits, targets, alpha=0.5, beta=0.5).item(), 4)
         0.3333
     """
-    options = {"alpha": alpha, "beta": beta, "border_weight": border_weight, "border_width": border_width}
-    return _value(Tversky, logits, targets, ignore_index, class_weights, **options)
+    return _value(Tversky, logits, targets, ignore_index, class_weights, alpha=alpha, beta=beta)
 
 
 def lovasz_loss(

@@ -5,19 +5,18 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Vjp, pixel_sums
 from dinoseg.losses.fused import KernelSpec
 from dinoseg.losses.labelled import check_classes, image_count, labelled_images, ratio
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, NotNegative
+from dinoseg.utils.ranges import NotNegative
 
 
 def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Vjp]:
     """Return the overlap sums (3 K,) of a tile and the gradient function: a `full_resolution.Term`.
 
     For each class they are the soft hits sum p_k g_k, the predicted area sum p_k, and the labelled area sum g_k. They
-    run over labelled pixels with their weights; p is the softmax and g the labels.
+    run over labelled pixels; p is the softmax and g the labels. `counted` (N,) is 0 or 1.
     """
     index = target.clamp(min=0)
     shares = scores.sub_(scores.amax(0)).exp_()
@@ -28,8 +27,7 @@ def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tenso
     def pull(upstream: Tensor) -> Tensor:  # p times each class's slope minus their mean under p
         of_hits, of_claims = upstream.view(3, -1)[:2]
         hit = of_hits[index] * label_share
-        mean = of_claims @ shares + hit  # includes the pixel weight, as does `shares`: divided out once below
-        shares.mul_(of_claims[:, None] - mean / torch.where(counted > 0, counted, 1))
+        shares.mul_(of_claims[:, None] - (of_claims @ shares + hit))
         return shares.scatter_add_(0, index[None], hit[None])
 
     return torch.cat([sums[0], shares.sum(1), sums[1]]), pull
@@ -65,8 +63,6 @@ class Tversky(Loss):
         alpha: weight of false positives, at least 0.
         beta: weight of false negatives, above 0; more than alpha favours recall. Both 0.5: the dice loss; both 1: the
             soft Jaccard loss.
-        border_weight: weight in the sums of pixels near a class border; all others have 1.
-        border_width: distance in pixels up to which a pixel is near a border.
     """
 
     weight: Tensor
@@ -78,8 +74,6 @@ class Tversky(Loss):
         ignore_index: int = 255,
         alpha: NotNegative = 0.3,
         beta: NotNegative = 0.7,
-        border_weight: NotNegative = 1.0,
-        border_width: Count = 3,
     ) -> None:
         super().__init__()
         if not alpha >= 0:
@@ -90,13 +84,11 @@ class Tversky(Loss):
         self.ignore_index = ignore_index
         self.divisor = ("images", ignore_index)
         self.alpha, self.beta = alpha, beta
-        self.border = Border(border_weight, border_width)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
         check_classes(self.weight)
-        weights = self.border.weights(batch.mask, self.ignore_index)
-        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, weights=weights, form=KernelSpec())
+        sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, form=KernelSpec())
         value = tversky_loss(sums, self.weight, self.alpha, self.beta)
         return value, {"weight": labelled_images(batch.mask, self.ignore_index).to(value.dtype)}
 
@@ -115,15 +107,7 @@ class Dice(Tversky):
     Args:
         class_weights: one weight (K,) per class, in the mean over the classes that occur.
         ignore_index: mask value of unlabelled pixels.
-        border_weight: weight in the sums of pixels near a class border; all others have 1.
-        border_width: distance in pixels up to which a pixel is near a border.
     """
 
-    def __init__(
-        self,
-        class_weights: Tensor,
-        ignore_index: int = 255,
-        border_weight: NotNegative = 1.0,
-        border_width: Count = 3,
-    ) -> None:
-        super().__init__(class_weights, ignore_index, 0.5, 0.5, border_weight, border_width)
+    def __init__(self, class_weights: Tensor, ignore_index: int = 255) -> None:
+        super().__init__(class_weights, ignore_index, 0.5, 0.5)

@@ -1,24 +1,22 @@
 """Mean of pixel losses, over the labelled pixels, the hardest ones of each image, or all pixels of the masks."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.border import Border
 from dinoseg.losses.full_resolution import Vjp, pixel_sums, pixel_values
 from dinoseg.losses.fused import KernelSpec
 from dinoseg.losses.labelled import UNLABELLED, check_classes, labels, ratio
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, HighShare, NotNegative
+from dinoseg.utils.ranges import HighShare
 from dinoseg.utils.transfer import to_device
 
 AVERAGES = ("labelled", "all")
-ALL_PIXELS = "all pixels"  # divisor of average=all
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,6 @@ class Hardest:
         return labelled & ~(costs < least)
 
 
-class PixelDivisor(NamedTuple):
-    """Key of the summed weights of the labelled pixels: the options that these weights depend on."""
-
-    ignore_index: int
-    border: Border | None  # None: all pixels of a class have the same weight
-    class_weights: tuple[float, ...]
-
-
 class PixelMean(Loss):
     """Base class of losses that are means over pixels; class scores are upsampled tile by tile (`full_resolution.py`).
 
@@ -69,8 +59,6 @@ class PixelMean(Loss):
             `torch.nn.functional.cross_entropy`.
         ignore_index: mask value of unlabelled pixels.
         hard_fraction: share of the labelled pixels of each image, those with the highest loss, that the mean is over.
-        border_weight: weight of pixels near a class border; all others have 1.
-        border_width: distance in pixels up to which a pixel is near a border.
         average: `labelled`, the mean over the summed weights of the labelled pixels; or `all`, the sum divided by the
             number of all pixels, ignored ones and padding included, whatever their weights. The latter is
             `avg_non_ignore=False` of open-mmlab/mmsegmentation (mmseg/models/losses/cross_entropy_loss.py) and the
@@ -87,14 +75,12 @@ class PixelMean(Loss):
         class_weights: Tensor,
         ignore_index: int,
         hard_fraction: HighShare,
-        border_weight: NotNegative,
-        border_width: Count,
         average: str,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index, self.average = ignore_index, average
-        self.border, self.hardest = Border(border_weight, border_width), Hardest(hard_fraction)
+        self.hardest = Hardest(hard_fraction)
         if average not in AVERAGES:
             raise UserError(f"loss.criterion.average={average} is unknown. Choose one of {', '.join(AVERAGES)}.")
         if average == "all" and hard_fraction < 1:
@@ -115,17 +101,14 @@ class PixelMean(Loss):
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the summed weights that it is averaged over, or the number of all pixels.
 
-        A batch without labelled pixels gives a loss of 0, and a weight of 0 unless all pixels count. The weights of
-        pixels near borders also enter the losses that select the hardest pixels, which takes an additional pass.
+        A batch without labelled pixels gives a loss of 0, and a weight of 0 unless all pixels count. Selecting the
+        hardest pixels takes an additional pass.
         """
         check_classes(self.weight)
-        weights = self.border.weights(batch.mask, self.ignore_index)
+        weights = None
         if self.hardest.share < 1:
-            costs = pixel_values(
-                prediction, batch, self.ignore_index, lambda *tile: self.pixel_cost(*tile)[0], weights=weights
-            )
-            selected = self.hardest.selected(costs, batch.mask != self.ignore_index)
-            weights = selected.to(costs.dtype) if weights is None else weights * selected
+            costs = pixel_values(prediction, batch, self.ignore_index, lambda *tile: self.pixel_cost(*tile)[0])
+            weights = self.hardest.selected(costs, batch.mask != self.ignore_index).to(costs.dtype)
         total, weight = pixel_sums(
             prediction, batch, self.ignore_index, self._sums, weights=weights, first_alone=True, form=self.kernel()
         )
@@ -139,18 +122,16 @@ class PixelMean(Loss):
         mask = to_device(batch.mask, self.weight.device)
         target = labels(mask, self.ignore_index)
         weights = self.weight[target.clamp(min=0)]
-        near = self.border.weights(mask, self.ignore_index)
-        weights = weights if near is None else weights * near
         return torch.where(target == UNLABELLED, 0, weights).sum()[None]
 
-    def _divisor(self) -> PixelDivisor | str | None:
-        """Return the divisor of the mean, or None if it depends on the scores."""
+    def _divisor(self) -> Hashable:
+        """Return what the divisor of the mean depends on, or None if it depends on the scores."""
         if self.average == "all":
-            return ALL_PIXELS
+            return "all pixels"
         if self.hardest.share < 1:
             return None
         weights = () if self.weight.is_meta else tuple(self.weight.tolist())  # meta tensors have no values
-        return PixelDivisor(self.ignore_index, self.border if self.border.weight != 1 else None, weights)
+        return ("labelled pixels", self.ignore_index, weights)
 
     def _sums(self, scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Vjp]:
         costs, weights, pull = self.pixel_cost(scores, target, counted)

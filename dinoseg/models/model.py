@@ -35,7 +35,6 @@ class SegmentationModel(nn.Module):
         if longest is not None and longest < 1:
             raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
         head.check_backbone(backbone)
-        head.copy_from(backbone)
         self.backbone = backbone
         self.head = head
         self.patch_size = backbone.patch_size

@@ -25,7 +25,6 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=plan hparam=sarrarp_lora data.root=DIR      estimate memory, and what makes it fit
   python -m dinoseg mode=bench hparam=sarrarp_lora data.root=DIR     measure training speed
   python -m dinoseg mode=probe hparam=camvid data.root=DIR           linear probe of each block, in minutes
-  python -m dinoseg mode=select input=PATH count=20                  choose images or video frames to label next
   python -m dinoseg mode=train hparam=sarrarp_lora data.root=DIR     train a recipe
   python -m dinoseg mode=train hparam=sarrarp_lora data.root=DIR resume=auto
                                                                      resume the unfinished run of this recipe

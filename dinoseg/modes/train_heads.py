@@ -197,10 +197,6 @@ def _check_task(build: Builder, task: TrainingTask, engine: Engine) -> None:
         )
     if has_initial(build):
         raise UserError(f"init={build.value('init')} is for one head at a time. Leave it out with trainer=multi_head.")
-    if noise := build.value("data.feature_noise"):
-        raise UserError(
-            f"data.feature_noise={noise} is for one head at a time. Set data.feature_noise=0 with trainer=multi_head."
-        )
 
 
 def _read_start(build: Builder, task: TrainingTask) -> Checkpoint | None:

@@ -23,16 +23,15 @@ from dinoseg.experiment.teacher import TEACHERS, Teacher, check_named
 from dinoseg.losses.distillation import TeacherView, divergence
 from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks.images import ImageTask
-from dinoseg.tasks.unmasked import unmasked_images
+from dinoseg.tasks.unmasked import find_unmasked_images
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import LazyFeatureBatch
 from dinoseg.training.feature_cache.form import MAX_BYTES
 from dinoseg.training.feature_cache.key import hash_of, image_hash, origin, overrides_both
 from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, cap_of
 from dinoseg.training.image_data_module import ImageDataModule
-from dinoseg.training.mixed_data_module import Unlabelled
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, NotNegative, Temperature
+from dinoseg.utils.ranges import Count, NotNegative, Positive, Temperature
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
@@ -204,7 +203,7 @@ class DistilledLoss(Loss):
         super().__init__()
         self.criterion, self.weight, self.temperature = criterion, weight, temperature
         self.needs_masks, self.sums_over_batch = criterion.needs_masks, criterion.sums_over_batch
-        self.num_divisors, self.divisor = criterion.num_divisors + (1 if weight else 0), criterion.divisor
+        self.num_divisors = criterion.num_divisors + (1 if weight else 0)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss; its parts are those of the images with masks, and `teacher`, the divergence."""
@@ -276,7 +275,10 @@ class DistillationTask(ImageTask):
         teacher: run folder or checkpoint of the teacher.
         weight: weight of the divergence from the teacher; the loss on masks has weight 1.
         temperature: divisor of both models' scores.
-        unlabelled: images without masks.
+        unlabelled: images without masks: folder, pattern or video, used in addition to training images whose masks are
+            not used.
+        unlabelled_every: seconds between two frames of a video.
+        unlabelled_batch_size: images without masks in a batch, over all ranks; None: the number of images with masks.
         val_images: see `ImageTask`.
     """
 
@@ -289,12 +291,15 @@ class DistillationTask(ImageTask):
         teacher: str | None,
         weight: NotNegative,
         temperature: Temperature,
-        unlabelled: Unlabelled,
+        unlabelled: str | None = None,
+        unlabelled_every: Positive = 1.0,
+        unlabelled_batch_size: Count | None = None,
         val_images: Count | None = None,
     ) -> None:
         super().__init__(parts, val_images=val_images)
         check_named(teacher)
         self._given, self._unlabelled = teacher, unlabelled
+        self._unlabelled_every, self._unlabelled_batch_size = unlabelled_every, unlabelled_batch_size
         self._loss_options = {"weight": weight, "temperature": temperature}
 
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
@@ -311,15 +316,6 @@ class DistillationTask(ImageTask):
         values = count_of(len(train), "training image"), without, self._given, root
         logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *values)
 
-    def check_parts(self, model: SegmentationModel, world_size: int) -> None:
-        """Refuse what `ImageTask` refuses, and `data.class_mix`: teachers score unmixed images."""
-        super().check_parts(model, world_size)
-        if mix := self.parts.value("data.class_mix"):
-            raise UserError(
-                f"data.class_mix={mix}: a teacher's scores are computed on original images, without pasted classes. "
-                "Set it to 0 with trainer=distil."
-            )
-
     def cache_features(
         self, model: SegmentationModel, loss: Loss, engine: Engine, *given: Any, **more: Any
     ) -> dict[str, str]:
@@ -332,16 +328,23 @@ class DistillationTask(ImageTask):
 
     def _others(self) -> ImageDataModule | None:
         """Return the feed of images without masks; None if there are none."""
-        data_module, options = self.data_module, self._unlabelled
-        found = unmasked_images(self.parts, options, data_module.train, data_module.val)
+        data_module = self.data_module
+        found = find_unmasked_images(
+            self.parts, data_module.train, data_module.val, source=self._unlabelled, every=self._unlabelled_every
+        )
         if not found:
-            if options.batch_size is not None:
+            if self._unlabelled_batch_size is not None:
                 raise UserError(
-                    f"trainer.unlabelled_batch_size={options.batch_size}: there are no images without masks. Give "
-                    "trainer.unlabelled=<folder, quoted pattern or video>, or data.labelled=<share or file of names>, "
-                    "which leaves masks out; or leave it out to train on images with masks only."
+                    f"trainer.unlabelled_batch_size={self._unlabelled_batch_size}: there are no images without masks. "
+                    "Give trainer.unlabelled=<folder, quoted pattern or video>, or data.labelled=<share or file of "
+                    "names>, which leaves masks out; or leave it out to train on images with masks only."
                 )
             return None
         images = Unmasked([image.name for image in found], [image.source for image in found], data_module.train)
-        size = options.size(data_module.batch_size, len(images), data_module.world_size)
+        size = self._unlabelled_batch_size or data_module.batch_size
+        if size > len(images) or size % data_module.world_size:
+            raise UserError(
+                f"trainer.unlabelled_batch_size={size} with {count_of(len(images), 'image')} without masks: give a "
+                f"number of at most that, a multiple of {count_of(data_module.world_size, 'device')}, or more images."
+            )
         return replace(data_module, train=images, batch_size=size, uniform=None)

@@ -40,7 +40,7 @@ from dinoseg.utils.ranges import Count
 
 logger = logging.getLogger(__name__)
 # from parameters of the feed to the keys that set them
-SAMPLING = {"batch_size": "data.batch_size", "views": "data.views", "class_mix": "data.class_mix"}
+SAMPLING = {"batch_size": "data.batch_size", "views": "data.views"}
 
 
 class ImageTask(TrainingTask):
@@ -124,14 +124,13 @@ class ImageTask(TrainingTask):
     ) -> dict[str, str]:
         """Let the feed cache the features of the frozen part of a model, if that saves time or is requested."""
         parts = self.parts
-        keys = {"dtype": "features.dtype", "gib": "features.gib", "noise": "data.feature_noise"}
-        options = parts.arguments(CacheOptions, keys)
+        options = parts.arguments(CacheOptions, {"dtype": "features.dtype", "gib": "features.gib"})
         options["dtype"] = stored_as(options["dtype"], before)
         hashes = {group: parts.digest(group, lr=None) for group in ("backbone", "adapter", "head")}
         augmentation = parts.digest("data.augment")
         plan = CacheOptions(parts.cache_dir, epochs, augmentation, hashes, **options, before=before.get("engine.cache"))
         cache = self.data_module.cache = feature_cache(self.data_module, model, loss, engine, plan)
-        if cache is None or cache.place is None:
+        if cache is None:
             return {}
         return {"engine.cache": cache.place, "features.dtype": plan.dtype}
 

@@ -1,12 +1,12 @@
 """Compilation of a backbone's blocks for the first shape seen twice in a row, and their inference as a CUDA graph."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinoseg.core.contracts import Backbone
 from dinoseg.utils.errors import UserError
@@ -16,10 +16,8 @@ T = TypeVar("T")
 _PASSES_BEFORE_CAPTURE = 3  # the second one compiles the blocks
 
 
-def compile_blocks(backbone: Backbone, copies: Sequence[nn.Module] = ()) -> None:
+def compile_blocks(backbone: Backbone) -> None:
     """Compile each block for the first shape of tokens that occurs twice in a row; other shapes run uncompiled.
-
-    The same holds for `copies`, a head's copies of blocks.
 
     Nothing is compiled twice: other sizes, as in a validation or a last batch, are not worth the wait. If torch cannot
     compile here, blocks run uncompiled, and a warning is logged once. The last block also runs uncompiled when its
@@ -31,7 +29,7 @@ def compile_blocks(backbone: Backbone, copies: Sequence[nn.Module] = ()) -> None
     if backbone.is_pyramid:
         raise UserError("engine.compile=true supports vision transformers only. Leave it out for a pyramid.")
     state, once = _State(), None
-    for block in (*copies, *backbone.blocks):
+    for block in backbone.blocks:
         vars(block)["forward"] = once = _Once(block.forward, state)
     if once is not None:
         replayed = _CudaGraph(backbone)

@@ -87,7 +87,7 @@ class Engine:
         cache: whether outputs of the model's frozen part are cached: auto (if that pays off), off, disk or memory.
         rendezvous_timeout: seconds that ranks wait for one another at the start.
         rank_timeout: seconds that a rank waits for the others during the run before it considers them stuck.
-        compile: whether torch compiles the backbone's blocks and copies of them, see `compile_blocks`.
+        compile: whether torch compiles the backbone's blocks, see `compile_blocks`.
         tf32: whether float32 matrix products are computed in TF32 (10 bits of mantissa), on GPUs from Ampere on.
     """
 
@@ -192,7 +192,7 @@ class Engine:
         if not self.sharded:
             model = model.to(self.device)
             if self.compile:
-                compile_blocks(model.backbone, model.head.trainable_blocks)
+                compile_blocks(model.backbone)
             return model
         model = shard(self._synchronised(model), self.device, self.world_size)
         self._lockstep = Lockstep(model, self.device)

@@ -23,12 +23,12 @@ from dinoseg.training.engine import CACHES, Engine
 from dinoseg.training.feature_cache.cache import FeatureCache
 from dinoseg.training.feature_cache.form import KEY_LENGTH, TYPES, Stored, described, size_of
 from dinoseg.training.feature_cache.key import code_hash, hash_of, origin, weights_hash
-from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, MemoryStore, NoStore, cap_of
+from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, MemoryStore, cap_of
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.devices import synchronize
 from dinoseg.utils.disk_speed import seconds_on_disk
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import NotNegative, Positive
+from dinoseg.utils.ranges import Positive
 from dinoseg.utils.wording import count_of, in_bytes
 
 T = TypeVar("T")
@@ -135,7 +135,6 @@ class CacheOptions:
         drawing: settings that determine a view of an image, together with its random draw.
         parts: settings, by their names for users, on which features depend besides weights and code. `head` counts only
             if the head computes its features itself.
-        noise: see `FeatureCache`.
         dtype: type in which features are cached.
         gib: maximum size in GiB; None: all of the free disk but 1 GiB, or half of the free memory.
         before: choice of the run that is resumed, which `auto` repeats: off, disk or memory; None: unknown.
@@ -148,7 +147,6 @@ class CacheOptions:
     epochs: float
     drawing: str
     parts: Mapping[str, str]
-    noise: NotNegative = 0.0
     dtype: Stored = "float16"
     gib: Positive | None = None
     before: str | None = None
@@ -179,7 +177,7 @@ def feature_cache(
     """Return the feature cache that `engine.cache` selects; None: the model is trained on images.
 
     Raises:
-        UserError: caching is requested but impossible, or feature noise is set but not supported by model or data.
+        UserError: caching is requested but impossible.
     """
     wanted = plan.before if engine.cache == "auto" and plan.before in CACHES else engine.cache
     chosen, reason = None, "This run started without a cache: set engine.cache=disk or memory to use one."
@@ -190,36 +188,12 @@ def feature_cache(
             raise UserError(f"engine.cache={engine.cache}: {reason}")
         if engine.cache == "auto" and engine.is_main:
             logger.info("Feature cache: off (engine.cache=auto). %s", reason)
-        if not plan.noise:
-            return None
-        if data_module.class_mix:
-            raise UserError(
-                f"data.feature_noise={plan.noise} with data.class_mix={data_module.class_mix}: noise is added to "
-                "features of images without pasted classes. Set one of them to 0."
-            )
-        _check_cut(data_module, model, engine, plan.noise)
-        return FeatureCache(model, engine.autocast, NoStore, plan.drawing, data_module.views, plan.noise)
+        return None
+    assert data_module.views is not None  # without fixed views nothing is cached
     location, size, described_shapes = chosen
     opened = partial(_opened, location == "memory", data_module, model, engine, plan)
     shapes = {(size, True): described_shapes} if described_shapes else {}
-    return FeatureCache(model, engine.autocast, opened, plan.drawing, data_module.views, plan.noise, location, shapes)
-
-
-def _check_cut(data_module: ImageDataModule, model: SegmentationModel, engine: Engine, noise: float) -> None:
-    """Refuse feature noise if the model cannot be split behind its frozen part."""
-    sample = data_module.val[0]["image"][None].to(engine.device)
-    try:
-        if not engine.sharded:
-            with engine.autocast():
-                model.frozen(sample)
-            return
-    except UserError:  # its remedy concerns the cache
-        pass
-    raise UserError(
-        f"data.feature_noise={noise} is added to the features of the frozen part of a model, which cannot be split off "
-        "here. Choose adapter=frozen or adapter=last_blocks with a head that reads maps, such as head=linear, "
-        "engine.sharding=none, or data.feature_noise=0."
-    )
+    return FeatureCache(model, engine.autocast, opened, plan.drawing, data_module.views, location, shapes)
 
 
 def _chosen_or_why_not(wanted: str, *parts: Any) -> tuple[tuple[str, Size, str] | None, str]:
@@ -244,11 +218,6 @@ def _chosen(
     if data_module.views is None:
         raise _Live(
             "Random augmentation makes every view unique. Set data.views=4 to cache 4 fixed augmentations per image."
-        )
-    if data_module.class_mix:
-        raise _Live(
-            f"data.class_mix={data_module.class_mix} pastes other classes on the images in each epoch, which makes "
-            "every view unique. Set data.class_mix=0."
         )
     if engine.sharded:
         raise _Live("The weights are sharded over the ranks (engine.sharding=fsdp).")

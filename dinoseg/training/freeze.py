@@ -29,7 +29,7 @@ class BackboneFreeze:
 
     def __init__(self, backbone: Backbone, optimizer: Optimizer, *, is_single: bool) -> None:
         self._backbone, self._is_single = backbone, is_single
-        self._groups = [group for group in optimizer.param_groups if group["frozen"]]
+        self._groups = [group for group in optimizer.param_groups if group["backbone"]]
         self._was_frozen = False
 
     @property

@@ -27,7 +27,7 @@ from dinoseg.training.feature_cache.cache import FeatureCache, LazyFeatureBatch
 from dinoseg.training.tally import Tally
 from dinoseg.training.validation import ScoredModel, evaluate_each
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, Share
+from dinoseg.utils.ranges import Count
 
 
 @dataclass
@@ -48,7 +48,6 @@ class ImageDataModule:
         pictures: number of validation images that each validation visualises, the same ones every time.
         views: fixed augmentations of each training image, used in turn; None: new ones in each epoch.
         uniform: class-balanced sampling: which training samples show each class; None: off.
-        class_mix: share of the training samples on which classes of another sample are pasted.
         cache: feature cache of the model's frozen part; None: batches consist of images.
     """
 
@@ -65,7 +64,6 @@ class ImageDataModule:
     pictures: int = 0
     views: Count | None = None
     uniform: ClassUniform | None = None
-    class_mix: Share = 0.0
     cache: FeatureCache | None = None
     score_names: Sequence[str] = field(init=False)
     lowest: Sequence[str] = ("loss",)
@@ -78,11 +76,6 @@ class ImageDataModule:
                 f"data.class_uniform={self.uniform.share}: data.augment cannot crop around a class, since it has no "
                 "parameter `shown`, as dinoseg.data.transforms.Augment has. Add it, or set data.class_uniform=0."
             )
-        if self.class_mix and len(self.train) < 2:
-            raise UserError(
-                f"data.class_mix={self.class_mix} needs at least two training images to paste classes between. Set "
-                "data.class_mix=0, or add images."
-            )
         empty = ConfusionMatrix(len(self.val.classes), background=self.background).compute()
         self.score_names = sorted(["loss", *(key for key, value in empty.items() if value is None)])
 
@@ -94,7 +87,7 @@ class ImageDataModule:
     @property
     def drawn(self) -> TrainViews:
         """Return the training images as augmented views."""
-        return TrainViews(self.train, self.augment, self.seed, self.views, self.uniform, self.class_mix)
+        return TrainViews(self.train, self.augment, self.seed, self.views, self.uniform)
 
     @property
     def epoch(self) -> float:
@@ -106,7 +99,7 @@ class ImageDataModule:
         """Return advice on loading batches faster, in a sentence or two."""
         if self.cache is not None and self.cache.place == "memory":
             return "Features are cached in memory: images are read only until each view was used once."
-        if self.cache is not None and self.cache.keeps:
+        if self.cache is not None:
             advice = "Features are cached: use a cache_dir on a faster disk, or features.dtype=int8 for smaller files."
         elif isinstance(self.train, PackedDataset):
             advice = "Images are packed: data.cache=packed with a lower resolution.longest reads less per image."

@@ -29,7 +29,6 @@ class MicroBatches:
         engine: device and ranks.
         heads: in training; their losses have the same divisors.
         accumulate: batches per optimizer step.
-        prepare: moves a micro-batch to the device and completes its labels.
         undo: reverts what a step has changed when it ends before its update.
 
     Attributes:
@@ -48,11 +47,10 @@ class MicroBatches:
         heads: Sequence[HeadTraining],
         accumulate: int,
         *,
-        prepare: Callable[[Any], Any],
         undo: Callable[[], None],
     ) -> None:
         self._engine, self._heads, self._accumulate = engine, heads, accumulate
-        self._prepare, self._undo = prepare, undo
+        self._undo = undo
         self._criterion = heads[0].criterion  # of the same kind for each
         self._smallest = max(head.model.head.min_batch_size for head in heads)
         self._parts, self._samples = 1, 0  # parts of a batch; samples in the newest batch
@@ -100,7 +98,7 @@ class MicroBatches:
         for number, batch in enumerate(batches, start=1):
             self.is_last = number == count
             with self.retried():
-                batch = self._prepare(batch)
+                batch = batch.to(self._engine.device)
             if self._shortage is None:
                 yield batch
             if self._shortage is not None:

@@ -31,11 +31,6 @@ class MultiHead(Head):
         super().__init__()
         self.heads = nn.ModuleList(heads)
 
-    @property
-    def trainable_blocks(self) -> Sequence[nn.Module]:
-        """Return the copies of blocks of all heads."""
-        return [block for head in self.heads for block in head.trainable_blocks]  # type: ignore[union-attr]
-
     def set_progress(self, step: int, steps: int) -> None:
         """Receive the 0-based step and the length of the training."""
         for head in self.heads:

@@ -53,23 +53,22 @@ def parameter_groups(
     Weight decay applies to all parameters with `weight_decay_on="all"`, and with "matrices" to those of
     `weight_matrices`.
 
-    Backbone parameters, and a head's copies of its blocks, are trained at `backbone_lr` (`lr` if None) times
-    `backbone_lr_scale`, all others at `lr`. `layer_decay` d multiplies these rates by a power of d, for block i
-    (0-based) of n, and for parameters before the blocks:
+    Backbone parameters are trained at `backbone_lr` (`lr` if None) times `backbone_lr_scale`, all others at `lr`.
+    `layer_decay` d multiplies the backbone's rates by a power of d, for block i (0-based) of n, and for parameters
+    before the blocks:
 
     - `layer_decay_rule="beit"`: d^(n - i) and d^(n + 1) (BEiT, arXiv 2106.08254).
     - `layer_decay_rule="eomt"`: d^(n - 1 - i) and d^(n - 1) (tue-mps/eomt, training/lightning_module.py).
 
-    n counts the blocks that are read, the stages of a pyramid, or a head's copies of blocks. The final norm is trained
-    at the rate without decay.
+    n counts the blocks that are read, or the stages of a pyramid. The final norm is trained at the rate without decay.
 
     The modules that a head lists in `delayed_modules` start at its share of the training, the backbone at
     `freeze_backbone_until`.
 
     Returns:
         Groups in the model's order, with `params`, `names`, `lr`, `base_lr` and `weight_decay`. `start` is the share of
-        the training before which they are not trained; `frozen` states whether they have no gradients until then.
-        `backbone` states whether they are trained at the backbone's rate.
+        the training before which they are not trained. `backbone` states whether they belong to the backbone, which
+        has no gradients until then.
 
     Raises:
         UserError: nothing is trainable, or an option is unknown.
@@ -81,7 +80,6 @@ def parameter_groups(
     decayed = weight_matrices(model) if weight_decay_on == "matrices" else {*model.parameters()}
     delayed_start, parts = model.head.delayed_modules
     delayed = {id(parameter) for part in parts for parameter in part.parameters()}
-    frozen_first = {id(parameter) for parameter in model.backbone.parameters()} if freeze_backbone_until else set()
     groups: dict[tuple[float, ...], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -90,9 +88,8 @@ def parameter_groups(
         if backbone:
             rate = backbone_lr * backbone_lr_scale * (layer_decay or 1.0) ** above[id(parameter)]
         decay = weight_decay if parameter in decayed else 0.0
-        frozen = id(parameter) in frozen_first
-        start = freeze_backbone_until if frozen else delayed_start if id(parameter) in delayed else 0.0
-        values = {"base_lr": rate, "weight_decay": decay, "start": start, "frozen": frozen, "backbone": backbone}
+        start = freeze_backbone_until if backbone else delayed_start if id(parameter) in delayed else 0.0
+        values = {"base_lr": rate, "weight_decay": decay, "start": start, "backbone": backbone}
         group = groups.setdefault((*values.values(),), {"params": [], "names": [], "lr": rate, **values})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -336,8 +333,8 @@ def set_learning_rates(optimizer: Optimizer, position: ScheduleState) -> float:
 
     The schedule may warm up the groups of the backbone after the others.
 
-    If some groups are frozen at first, all rates restart the schedule when these are unfrozen, as in a second training
-    of the whole model. Groups that start late without being frozen ramp up linearly to their rate. Their moments
+    If the backbone is frozen at first, all rates restart the schedule when it is unfrozen, as in a second training of
+    the whole model. Groups of the head that start late ramp up linearly to their rate. Their moments
     include all steps before; moments of their own first steps alone would make updates several times too large.
 
     Args:
@@ -345,10 +342,10 @@ def set_learning_rates(optimizer: Optimizer, position: ScheduleState) -> float:
         position: schedule state of the step.
     """
     groups = optimizer.param_groups
-    restart = max((group["start"] for group in groups if group["frozen"]), default=0.0)
+    restart = max((group["start"] for group in groups if group["backbone"]), default=0.0)
     for group in groups:
         start, risen = group["start"], 1.0
-        if group["frozen"]:
+        if group["backbone"]:
             risen = 0.0 if position.left(start) else 1.0
         elif start:
             risen = min(1.0, max(0.0, (position.share - start) / _RISE))
@@ -424,13 +421,12 @@ def _layers_above(model: SegmentationModel, extra: int) -> dict[int, int]:
     """Return the number of layers between a backbone parameter and the head, by parameter ID.
 
     It is 0 for the final norm, and `extra` for the last block. Parameters before the blocks are `extra` layers below
-    the first one. A head's copies of blocks count like the blocks that they were copied from.
+    the first one.
     """
     backbone = model.backbone
     lowest = max(0, len(backbone.blocks) - 1 + 2 * extra)
     above = {id(parameter): lowest for parameter in backbone.parameters()}
-    for blocks in (backbone.blocks, model.head.trainable_blocks):
-        for number, block in enumerate(blocks):
-            above |= {id(parameter): len(blocks) - 1 - number + extra for parameter in block.parameters()}
+    for number, block in enumerate(backbone.blocks):
+        above |= {id(parameter): len(backbone.blocks) - 1 - number + extra for parameter in block.parameters()}
     last = [] if backbone.norm is None else backbone.norm.parameters()
     return above | {id(parameter): 0 for parameter in last}

@@ -31,7 +31,7 @@ def shard(model: SegmentationModel, device: torch.device, world_size: int) -> Se
 
     options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (world_size,)), "reshard_after_forward": True}
     blocks = model.backbone.blocks if not model.backbone.is_pyramid else ()  # its stages are not called as modules
-    for block in (*blocks, *model.head.trainable_blocks):
+    for block in blocks:
         fully_shard(block, **options)
     # one group for the rest, including the head, which also runs outside its `forward`; resharded after each pass
     # like the blocks, or writes to the shards (moving average) would have no effect

@@ -1,4 +1,4 @@
-"""The training loop, and what it does besides the steps: validation, log rows, labels of a teacher."""
+"""The training loop, and what it does besides the steps: validation and log rows."""
 
 import logging
 import math
@@ -9,12 +9,9 @@ from functools import cached_property, partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Loss
-from dinoseg.core.shapes import Prediction
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpointer, Progress
@@ -152,8 +149,7 @@ def fit(experiment: Experiment) -> Progress:
     metrics, limit = MetricsQueue(engine, optimizer, heads), TimeLimit(settings.max_minutes, engine)
     emergency = EmergencyCheckpoint(experiment.checkpoints, *state, metrics.are_finite)
     freeze = BackboneFreeze(model.backbone, optimizer, is_single=engine.world_size == 1)
-    prepare = partial(on_device, experiment, ema)
-    micro = MicroBatches(engine, heads, settings.accumulate, prepare=prepare, undo=emergency.undo)
+    micro = MicroBatches(engine, heads, settings.accumulate, undo=emergency.undo)
     stream, epoch = data.train_batches(start=progress.step * settings.accumulate), data.epoch / settings.accumulate
     meter = Meter(progress.step, settings.steps, settings.val_every, epoch, engine.device, engine.is_main)
     predictions: Predictions | None
@@ -216,25 +212,6 @@ def check_score(data: DataModule, score: str) -> None:
     """Refuse a score that the validation does not compute."""
     if score not in data.score_names:
         raise UserError(f"trainer.score={score} is not a score. Choose one of {', '.join(data.score_names)}.")
-
-
-def on_device(experiment: Experiment, ema: MovingAverage | None, batch: Any) -> Any:
-    """Return a batch on the device; the moving average of the model labels images without masks."""
-    return batch.to(experiment.engine.device).with_labels(partial(predict_with_ema, experiment, ema))
-
-
-@torch.no_grad()
-def predict_with_ema(experiment: Experiment, ema: MovingAverage | None, images: Tensor) -> Prediction:
-    """Predict for images (B, 3, H, W) with the moving average in eval mode; the result is the same on each rank."""
-    assert ema is not None, "the teacher is a moving average: its task requires trainer.ema"
-    model, engine = experiment.model, experiment.engine
-    with scored_weights(model, ema, engine):
-        model.eval()
-        try:
-            with engine.autocast():
-                return model(images)
-        finally:
-            model.train()
 
 
 @contextmanager

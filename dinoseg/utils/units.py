@@ -1,7 +1,7 @@
 """Finished units of work: a note, written last, records the inputs of each; a unit is reused, made again, or refused.
 
-A unit is a video's masks, its frames or pseudo-labels, a packed data set, a count. It is a "unit" and not a "cache"
-because most are results, which must not be mixed with results made otherwise.
+A unit is a video's masks or its frames, a packed data set, a count. It is a "unit" and not a "cache" because most are
+results, which must not be mixed with results made otherwise.
 """
 
 import logging

@@ -180,12 +180,12 @@ def test_a_hydra_program_can_call_modes():
         with initialize_config_dir(CONFIGS, version_base="1.3"):
             before = GlobalHydra.instance().hydra
             # a config of that name is not taken for one of that class
-            assert "optimizer" in compose([*options, "selection=typical"]).optim
+            assert "optimizer" in compose([*options, "slots=lock_on"]).optim
             with isolated():
                 assert not GlobalHydra.instance().is_initialized()
             assert GlobalHydra.instance().hydra is before and "optim" in store.repo
             with pytest.raises(Exception, match="optim/adamw"):
-                hydra_compose("main", [*options, "selection=random"])
+                hydra_compose("main", [*options, "export=onnx"])
     finally:
         store.repo.pop("optim")
 

@@ -39,7 +39,6 @@ def test_a_step_is_what_is_counted_by_hand(compose):
     "words",
     [
         ("adapter=lora", "head=eomt", "head.blocks=1", "loss=mask_classification"),
-        ("adapter=frozen", "head=split", "head.blocks=1", "head.layers=[-1]"),
     ],
 )
 def test_a_step_is_what_is_counted_over_a_real_one(compose, words):

@@ -147,7 +147,7 @@ def test_a_mode_put_into_a_recipe_is_what_hydra_composes(compose):
 
 def test_what_launch_reads_of_each_mode():
     said = {mode: read("mode", mode) for mode in options("mode")}
-    best = dict.fromkeys(("eval", "export", "predict", "select", "serve", "track"), "best")
+    best = dict.fromkeys(("eval", "export", "predict", "serve", "track"), "best")
     assert {mode: keys["resume_from"] for mode, keys in said.items() if "resume_from" in keys} == best | {
         "train": "last"
     }

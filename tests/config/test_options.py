@@ -7,9 +7,9 @@ from dinoseg.modes.help import CONFIGS
 
 
 def test_an_option_overrides_the_files_of_its_defaults_list():
-    assert values_in_files(CONFIGS, "self_training", "trainer.ema") == [0.996, None]
-    names = [path.stem for path in option_files([CONFIGS], "trainer", "self_training")]
-    assert names[-1] == "self_training" and "supervised" in names
+    assert values_in_files(CONFIGS, "slots", "trainer.steps") == [20000, 5000]
+    names = [path.stem for path in option_files([CONFIGS], "trainer", "slots")]
+    assert names[-1] == "slots" and "supervised" in names
 
 
 def test_recipes_start_from_others_by_their_whole_path():

@@ -39,7 +39,6 @@ CELLS = [  # every head on a transformer and on a pyramid, where it can be, and 
     ("dinov3", "eomt", GraphOptions()),
     ("dinov2_registers", "eomt", GraphOptions(pixels=True)),
     ("dinov3", "mask2former", GraphOptions()),
-    *((backbone, "split", GraphOptions()) for backbone in ("dino", "dinov2_registers", "dinov3", "timm_vit")),
 ]
 ONE_SIZE = ("upernet", "mask2former")
 FOUR_MAPS = (

@@ -78,17 +78,6 @@ def test_hard_pixels_are_those_with_the_highest_loss_of_each_image(batch, loss):
     assert loss(*batch, hard_fraction=0.25).item() == pytest.approx(torch.cat(hardest).mean().item(), abs=1e-12)
 
 
-@pytest.mark.parametrize("loss", [cross_entropy_loss, focal_loss])
-def test_pixels_near_borders_have_a_weight(batch, loss):
-    logits, columns = batch[0], torch.arange(11)
-    targets = (columns // 4).repeat(2, 9, 1)
-    targets[:, :2] = 255
-    weights = 1 + 2 * torch.isin(columns, torch.tensor([3, 4, 7, 8])).double()
-    expected = (weights * costs_of_pixels(loss, logits, targets)).sum() / (2 * 7 * weights.sum())
-    found = loss(logits, targets, border_weight=3.0, border_width=1)
-    assert found.item() == pytest.approx(expected.item(), abs=1e-12)
-
-
 def test_the_lovasz_extension_of_hard_predictions_is_one_minus_iou():
     targets = torch.tensor([[[0, 0, 1, 1], [0, 1, 1, 255]]])
     predicted = torch.tensor([[[0, 1, 1, 1], [0, 0, 1, 1]]])

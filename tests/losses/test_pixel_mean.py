@@ -1,39 +1,23 @@
-"""Pixels near borders and the hardest ones, against all logits at once in float64, written from their definitions."""
+"""The hardest pixels, against all logits at once in float64, written from their definitions."""
 
-import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from test_full_resolution import WEIGHTS, all_logits, gradient, refused
 
 from dinoseg.core.geometry import valid_share
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses import full_resolution
-from dinoseg.losses.border import near_borders
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.focal import Focal
-from dinoseg.losses.overlap import Dice, Tversky
+from dinoseg.losses.overlap import Dice
 from dinoseg.losses.pixel_mean import Hardest
 from dinoseg.losses.weighted_sum import WeightedSum
 from dinoseg.utils.errors import UserError
 
 SIZES = [(21, 34), (40, 7), (1, 1), (1, 60), (33, 33)]
-WIDTH = 2
-
-
-def near(ids, width=WIDTH):
-    """Return (..., H, W) bool: where more than one class is found around a pixel."""
-    height, width_of = ids.shape[-2:]
-    padded = F.pad(ids.byte(), (width,) * 4, value=255)
-    found = torch.zeros(ids.shape, dtype=torch.int64)
-    for k in range(255):
-        if (ids == k).any():
-            shifted = itertools.product(range(2 * width + 1), repeat=2)
-            found += sum((padded[..., y : y + height, x : x + width_of] == k).int() for y, x in shifted) > 0
-    return found > 1
 
 
 def drawn(size, seed, dtype=torch.float64):
@@ -61,53 +45,30 @@ def faded(log_shares, target):
     return -WEIGHTS.double()[target] * (1 - own.exp()) ** 2 * own
 
 
-def mean(cost, logits, mask, share, border_weight):
-    """Return the mean over the hardest of each image, sorted, of pixels weighed near borders."""
+def mean(cost, logits, mask, share):
+    """Return the mean over the hardest of each image, sorted."""
     total, norm = logits.sum() * 0, 0.0
     for scores, ids in zip(logits.log_softmax(1), mask.long(), strict=True):
         known = ids != 255
         if known.any():
-            weights = torch.where(near(ids), border_weight, 1.0).double()[known]
-            costs = weights * cost(scores[:, known], ids[known])
+            costs = cost(scores[:, known], ids[known])
             # pixels alike with the last one, as at an image's rim, count too
             kept = costs >= sorted(costs.tolist())[-math.ceil(share * len(costs))] - 1e-9
-            total, norm = total + costs[kept].sum(), norm + (weights * WEIGHTS[ids[known]])[kept].sum()
+            total, norm = total + costs[kept].sum(), norm + WEIGHTS[ids[known]].double()[kept].sum()
     return total / norm if norm else total
 
 
-def overlap(logits, mask, alpha, beta, border_weight):
-    counted = torch.where(near(mask), border_weight, 1.0).double() * (mask != 255)
-    shares, total, norm = logits.softmax(1), logits.sum() * 0, 0.0
-    for k in range(5):
-        own = (mask == k).double()
-        if (counted * own).sum() > 0:
-            hits = (counted * own * shares[:, k]).sum()
-            wrong, missed = (counted * (1 - own) * shares[:, k]).sum(), (counted * own * (1 - shares[:, k])).sum()
-            total = total + WEIGHTS[k] * (1 - hits / (hits + alpha * wrong + beta * missed))
-            norm += float(WEIGHTS[k])
-    return total / norm if norm else total
+def by_mean(cost, share):
+    return lambda logits, mask: mean(cost, logits, mask, share)
 
 
-def by_mean(cost, share, border_weight):
-    return lambda logits, mask: mean(cost, logits, mask, share, border_weight)
-
-
-BORDER = {"border_weight": 4.0, "border_width": WIDTH}
 LOSSES = {
-    "near borders": (CrossEntropy(WEIGHTS, **BORDER), by_mean(entropy, 1.0, 4.0)),
-    "no borders": (CrossEntropy(WEIGHTS, border_weight=0.0, border_width=WIDTH), by_mean(entropy, 1.0, 0.0)),
-    "both": (CrossEntropy(WEIGHTS, hard_fraction=0.4, **BORDER), by_mean(entropy, 0.4, 4.0)),
+    "hardest": (CrossEntropy(WEIGHTS, hard_fraction=0.4), by_mean(entropy, 0.4)),
     "smoothed": (
-        CrossEntropy(WEIGHTS, label_smoothing=0.2, hard_fraction=0.1, **BORDER),
-        by_mean(lambda *of: entropy(*of, smoothing=0.2), 0.1, 4.0),
+        CrossEntropy(WEIGHTS, label_smoothing=0.2, hard_fraction=0.1),
+        by_mean(lambda *of: entropy(*of, smoothing=0.2), 0.1),
     ),
-    "focal": (Focal(WEIGHTS, hard_fraction=0.25, **BORDER), by_mean(faded, 0.25, 4.0)),
-    "dice": (Dice(WEIGHTS, **BORDER), lambda *of: overlap(*of, 0.5, 0.5, 4.0)),
-    "tversky": (Tversky(WEIGHTS, **BORDER), lambda *of: overlap(*of, 0.3, 0.7, 4.0)),
-    "tversky without borders": (
-        Tversky(WEIGHTS, border_weight=0.0, border_width=WIDTH),
-        lambda *of: overlap(*of, 0.3, 0.7, 0.0),
-    ),
+    "focal": (Focal(WEIGHTS, hard_fraction=0.25), by_mean(faded, 0.25)),
 }
 
 
@@ -135,18 +96,6 @@ def test_value_and_gradient_are_those_of_all_pixels_at_once(name, seed):
             assert (found - wanted).abs().max() <= within * max(wanted.abs().max(), 1e-2)
 
 
-@pytest.mark.parametrize("width", [1, 3, 12])
-def test_borders_are_between_labelled_pixels(width):
-    for size in SIZES:
-        mask = drawn(size, 3)[1].mask
-        found = near_borders(mask, 255, width)
-        assert torch.equal(found, near(mask, width))
-        assert not found[2:].any()  # one class; none
-    mask = torch.tensor([[[0, 0, 255, 255, 1, 1, 1]]], dtype=torch.uint8)  # a border that is drawn as void
-    assert near_borders(mask, 255, 3).tolist() == [[[False, True, True, True, True, False, False]]]
-    assert near_borders(mask, 7, 1).tolist() == [[[False, True, True, True, True, False, False]]]  # 255 is a class here
-
-
 def test_the_hardest_are_chosen_in_each_image_by_itself():
     costs = torch.tensor([[[0.0, 5.0, 1.0, 9.0, 3.0]], [[7.0, 7.0, 7.0, 1.0, 8.0]], [[1.0, 2.0, 3.0, 4.0, 5.0]]])
     labelled = torch.tensor([[[1, 1, 1, 0, 1]], [[1, 1, 1, 1, 1]], [[0, 0, 0, 0, 0]]]).bool()
@@ -163,7 +112,7 @@ def test_the_hardest_are_chosen_in_each_image_by_itself():
 
 def test_an_image_costs_the_same_beside_others():
     prediction, batch = drawn(SIZES[0], 1)
-    loss = CrossEntropy(WEIGHTS, hard_fraction=0.3, **BORDER)
+    loss = CrossEntropy(WEIGHTS, hard_fraction=0.3)
     whole, parts = loss(prediction, batch)
     total = norm = 0.0
     for row in range(4):
@@ -178,10 +127,9 @@ def test_weights_of_pixels_take_no_kernel(monkeypatch):
     asked = []
     monkeypatch.setattr(full_resolution.Fused, "takes", lambda fused, grid: asked.append(fused.form) or False)
     prediction, batch = drawn(SIZES[0], 0)
-    for loss in (CrossEntropy(WEIGHTS, hard_fraction=0.5), CrossEntropy(WEIGHTS, **BORDER), Dice(WEIGHTS, **BORDER)):
-        loss(prediction, batch)
+    CrossEntropy(WEIGHTS, hard_fraction=0.5)(prediction, batch)
     assert not asked
-    Dice(WEIGHTS, border_weight=1.0)(prediction, batch)
+    Dice(WEIGHTS)(prediction, batch)
     assert len(asked) == 1
 
 
@@ -230,10 +178,9 @@ def test_the_mean_over_all_pixels_is_that_of_mmsegmentation(make, size):
         np.testing.assert_allclose(gradient(found, given).numpy(), slope, rtol=1e-10, atol=1e-14)
 
 
-def test_over_all_pixels_weights_of_classes_and_borders_change_only_the_sum():
+def test_over_all_pixels_class_weights_change_only_the_sum():
     prediction, batch = drawn(SIZES[0], 4)
-    options = {"border_weight": 4.0, "border_width": WIDTH}
-    labelled, all_pixels = (CrossEntropy(WEIGHTS, average=average, **options) for average in ("labelled", "all"))
+    labelled, all_pixels = (CrossEntropy(WEIGHTS, average=average) for average in ("labelled", "all"))
     value, parts = labelled(prediction, batch)
     found, counted = all_pixels(prediction, batch)
     assert counted["weight"].item() == batch.mask.numel() > 0
@@ -250,9 +197,6 @@ def too_hard(class_weights):
         (lambda: CrossEntropy(WEIGHTS, hard_fraction=0), "loss.criterion.hard_fraction=0: give a fraction"),
         (lambda: Focal(WEIGHTS, hard_fraction=1.5), "loss.criterion.hard_fraction=1.5: give a fraction"),
         (lambda: CrossEntropy(WEIGHTS, hard_fraction=math.nan), "loss.criterion.hard_fraction=nan"),
-        (lambda: Dice(WEIGHTS, border_weight=-1), "loss.criterion.border_weight=-1: give a number of at least 0"),
-        (lambda: Dice(WEIGHTS, border_weight=math.inf), "loss.criterion.border_weight=inf"),
-        (lambda: Tversky(WEIGHTS, border_width=0), "loss.criterion.border_width=0: give a number of pixels"),
         (
             lambda: CrossEntropy(WEIGHTS, average="known"),
             "loss.criterion.average=known is unknown. Choose one of labelled",

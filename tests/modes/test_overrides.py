@@ -48,7 +48,6 @@ OF_MODE = {  # what else a mode is given, so that it takes little time
     "plan": ("mode.dry_step=false", "mode.memory=8GiB", "adapter=full"),
     "predict": ("mode.masks=false",),
     "probe": ("head.layers=[1]", "mode.strengths=[0.1]", "mode.balances=[0.0]"),
-    "select": ("selection=uncertainty", "count=1"),
     "train": (
         "trainer.steps=1",
         "mode.metrics_only=true",
@@ -69,7 +68,7 @@ IDLE = {  # what is read, and changes nothing here
     **dict.fromkeys(
         (
             (mode, "inference.resample")
-            for mode in ("app", "bench", "eval", "export safetensors", "predict", "select", "serve", "train")
+            for mode in ("app", "bench", "eval", "export safetensors", "predict", "serve", "train")
         ),
         "nothing is resized without inference.shortest or inference.scales",
     ),

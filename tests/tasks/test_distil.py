@@ -108,7 +108,6 @@ def test_packed_and_reduced_images_are_taught_as_their_files_are(folder, monkeyp
     [
         ("head=eomt", "head.num_queries=4", "head.blocks=1", "head.layers=[-1]", "loss=mask_classification"),
         ("head=detail", "head.fine=4", "head.width=8", "head.layers=[-1]", "resolution.scale=0.5"),
-        ("head=split", "head.layers=[0,-1]", "head.blocks=1", "adapter=frozen", "loss=ce_dice"),
         ("adapter=lora", "backbone.patch_size=16", "trainer.ema=0.9", "trainer.accumulate=2"),
     ],
     ids=lambda words: words[0],
@@ -183,7 +182,6 @@ def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folde
     [
         (("teacher=null",), "needs a trained model, but teacher=null. Set teacher=RUN"),
         (("trainer=supervised",), "teacher=teacher is read by trainer=distil alone, and this is trainer=supervised"),
-        (("trainer=self_training",), "teacher=teacher is read by trainer=distil alone"),
         (("teacher=nowhere",), "teacher=nowhere: neither a checkpoint file nor a run folder"),
         (("data.classes=[dark,light]",), "it lacks light; it has bright"),
         (("trainer.unlabelled_batch_size=2",), "trainer.unlabelled_batch_size=2: there are no images without"),
@@ -196,7 +194,6 @@ def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folde
         (("trainer.temperature=1e30",), "trainer.temperature=1e+30 is out of range. Give a number from 0.01"),
         (("trainer.teacher_weight=-1",), "trainer.teacher_weight=-1 is out of range"),
         (("features.gib=-1",), "features.gib=-1 is out of range. Give a number above 0"),
-        (("data.class_mix=0.5",), "data.class_mix=0.5: a teacher's scores are computed on original images"),
     ],
 )
 def test_what_does_not_go_together_is_refused(folder, compose, words, said):

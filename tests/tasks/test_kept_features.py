@@ -41,8 +41,8 @@ def test_settings_that_features_depend_on_are_told_apart(plan):
 
 
 def test_keys_of_features_reach_them(plan):
-    found = plan("features.dtype=int8", "features.gib=3", "data.feature_noise=0.2", before={"engine.cache": "disk"})
-    assert (found.dtype, found.gib, found.noise, found.epochs, found.before) == ("int8", 3, 0.2, 3.0, "disk")
+    found = plan("features.dtype=int8", "features.gib=3", before={"engine.cache": "disk"})
+    assert (found.dtype, found.gib, found.epochs, found.before) == ("int8", 3, 3.0, "disk")
 
 
 def test_a_run_that_goes_on_has_its_features_as_they_were(plan):

@@ -19,16 +19,13 @@ from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, SlotOutputs
 from dinoseg.experiment.builder import Builder
 from dinoseg.losses import mask_classification
-from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.distillation import TeacherView
 from dinoseg.tasks.distil import DistilledLoss, Part, ScoredBatch
 from dinoseg.training import micro_batches
 from dinoseg.training.engine import Engine
 from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.micro_batches import MicroBatches
-from dinoseg.training.self_training_batch import MixedBatch, SelfTrainingLoss
 from dinoseg.training.step import StepOutput, batch_loss, predict
-from dinoseg.utils.errors import UserError
 
 K, SIZE, IMAGES = 3, (9, 8), 4
 SLOTS = ("feature_reconstruction", "temporal_similarity", "video_similarity", "slot_contrast")
@@ -52,10 +49,9 @@ CASES = {name: [f"loss={name}"] for name in options("loss")}
 CASES |= {
     "lovasz per image": ["loss=lovasz", "loss.criterion.per_image=true"],
     "hardest": ["loss=cross_entropy", "loss.criterion.hard_fraction=0.3"],
-    "focal, border": ["loss=focal", "loss.criterion.border_weight=4", "loss.criterion.border_width=1"],
     "ce, lovasz per image": ["loss=ce_lovasz", "loss.criterion.terms.lovasz.per_image=true"],
     "over all": ["loss=cross_entropy", "loss.criterion.average=all"],
-    "focal over all, border": ["loss=focal", "loss.criterion.average=all", "loss.criterion.border_weight=4"],
+    "focal over all": ["loss=focal", "loss.criterion.average=all"],
     "ce, focal over all": mixture(ce=CE + ", average: all}", focal=FOCAL + ", average: all}"),
     "ce, ce over all": mixture(one=CE + "}", two=CE + ", average: all}"),
     "masks, ignored pixels are background": [
@@ -64,7 +60,6 @@ CASES |= {
         "loss.criterion.interpolation=bilinear",
     ],
     "ce, focal": mixture(ce=CE + "}", focal=FOCAL + "}"),
-    "ce, focal with border": mixture(ce=CE + "}", focal=FOCAL + ", border_weight: 4, border_width: 1}"),
     "ce, hardest": mixture(ce=CE + "}", hard=CE + ", hard_fraction: 0.1}"),
     "masks, ce, lovasz per image": mixture(masks=MASKS, ce=CE + "}", lovasz=LOVASZ + ", per_image: true}"),
     "ce twice": mixture(one=CE + ", label_smoothing: 0.2}", two=CE + "}"),
@@ -75,7 +70,6 @@ SEVERAL = {
     "ce_dice",
     "ce_lovasz",
     "ce, lovasz per image",
-    "ce, focal with border",
     "ce, hardest",
 }
 SEVERAL |= {"masks, ce, lovasz per image", "masks, ignored pixels are background", "ce, ce over all"}  # divisors
@@ -189,8 +183,8 @@ def of_rank(net, loss, batches, ranks, rank, done):
     """Go through batches as training does, and keep the sum of the loss and the weight to divide it by."""
     engine, heads = RankEngine(ranks, rank), [HeadTraining(SimpleNamespace(head=Head()), loss, None, None)]
     output = StepOutput(heads, engine.device, None)
-    prepare, undo = lambda batch: batch.to(engine.device).with_labels(sure), partial(net.zero_grad, set_to_none=True)
-    micro = MicroBatches(engine, heads, len(batches), prepare=prepare, undo=undo)
+    undo = partial(net.zero_grad, set_to_none=True)
+    micro = MicroBatches(engine, heads, len(batches), undo=undo)
     for batch in micro.of_step(iter(batches), output):
         with micro.retried():
             predictions = predict(net, batch.image, in_float32=False)
@@ -218,13 +212,6 @@ def gradients(net):
     return [row.grad for row in net.rows if row.grad is not None]
 
 
-def sure(images):
-    """Return a teacher's scores, with which pixels it is more or less sure of."""
-    draw = torch.Generator().manual_seed(int(images[0, 0, 0, 0]))
-    scores = torch.stack([6 * torch.rand(K, *SIZE, generator=draw.manual_seed(int(each[0, 0, 0]))) for each in images])
-    return Prediction(scores, SIZE, (1.0, 1.0), lambda outputs, *_: outputs)
-
-
 @pytest.fixture(autouse=True)
 def one_set_of_points(monkeypatch):
     points = torch.rand(1, 9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -242,7 +229,7 @@ def no_search_for_garbage(monkeypatch):
 
 def check(net, loss, whole, *, batchwise=False):
     """Compare the ways to go through a batch with its own loss and gradient."""
-    images = whole.to(torch.device("cpu")).with_labels(sure)
+    images = whole.to(torch.device("cpu"))
     alone = deepcopy(net)
     value, _ = loss(alone(images.image), images)
     value.backward()
@@ -279,45 +266,8 @@ def test_gradients_are_equal_or_the_loss_declares_that_they_are_not(name):
 @pytest.mark.parametrize("name", ["ce", "ce, lovasz per image"])
 def test_a_teacher_s_terms_are_joined_by_their_own_divisors(name, weight):
     own = criterion(*CASES.get(name, ["loss=cross_entropy"]), class_weights=torch.tensor([0.3, 1.0, 2.5]))
-    with_labels = SelfTrainingLoss(own, CrossEntropy(torch.ones(K)), weight)
-    check(table("pixels", rows=3 * IMAGES), with_labels, with_views(samples()))
     scored = ScoredBatch([part(samples()), part(samples(IMAGES))])
     check(table("pixels", rows=2 * IMAGES), DistilledLoss(own, weight), scored)
-
-
-def test_views_are_averaged_once_over_all_pixels():
-    net, batch = table("pixels", rows=3 * IMAGES), with_views(samples())
-    losses = [CrossEntropy(torch.ones(K), average=average) for average in ("labelled", "all")]
-    check(net, SelfTrainingLoss(losses[0], losses[1], 0.7), batch)
-    images = batch.to(torch.device("cpu")).with_labels(sure)
-    of_views = [SelfTrainingLoss(losses[0], each, 1.0)(net(images.image), images)[1]["unlabelled"] for each in losses]
-    assert of_views[0] > 0
-    torch.testing.assert_close(*of_views)
-    mixed = criterion(*mixture(ce=CE + ", average: all}", focal=FOCAL + "}"), class_weights=torch.ones(K))
-    with pytest.raises(UserError, match="divide one term of the loss twice. Set average=labelled in loss.criterion"):
-        SelfTrainingLoss(losses[0], mixed, 0.7)
-
-
-def test_a_mean_over_some_pixels_times_the_share_of_sure_ones_is_no_sum():
-    own, hard = CrossEntropy(torch.ones(K)), CrossEntropy(torch.ones(K), hard_fraction=0.5)
-    check(table("pixels", rows=3 * IMAGES), SelfTrainingLoss(own, hard, 1.0), with_views(samples()), batchwise=True)
-    assert not SelfTrainingLoss(own, hard, 0.0).sums_over_batch
-
-
-def with_views(labelled):
-    """Return images with masks, and one behind each with two strong views, of which ever fewer rows show the image."""
-    weak, strong = (samples(first * IMAGES).image for first in (1, 2))
-    outside = torch.zeros(IMAGES, *SIZE, dtype=torch.uint8)
-    for number, rows in enumerate(outside):
-        rows[: 2 * number] = 255
-    boxes = torch.zeros(IMAGES, 2, 4, dtype=torch.long)  # nothing comes from the image before
-    views = weak, outside, torch.stack([weak, strong], dim=1), boxes
-    return MixedBatch(
-        **vars(labelled),
-        **dict(zip(("weak", "outside", "strong", "boxes"), views, strict=True)),
-        threshold=0.6,
-        ignore_index=255,
-    )
 
 
 def part(batch):

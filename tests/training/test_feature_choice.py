@@ -14,7 +14,6 @@ import pytest
 import torch
 from checkpoint_files import INFO
 from log_rows import Rows
-from making import train_batches
 from torch import nn
 
 from dinoseg.data import loader
@@ -27,8 +26,6 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.train_views import ClassUniform
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
-from dinoseg.inference.whole import Whole
-from dinoseg.inference.windows import Windows
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.adapters import Frozen, LastBlocks, Lora
 from dinoseg.models.backbones.transformers_vit import TransformersVit
@@ -416,8 +413,6 @@ def test_what_lets_batches_come_sooner_depends_on_what_is_read(train, data, tmp_
     assert kept.remedy.endswith("use more loading processes (engine.workers=auto finds the number).")
     _, kept, _ = train("memory", epochs=2, workers=2)
     assert kept.remedy.startswith("Features are cached in memory: ") and "disk" not in kept.remedy
-    _, disturbed, _ = train(epochs=2, noise=0.1)
-    assert "data.cache=packed" in disturbed.remedy and "Features" not in disturbed.remedy
     live.train = pack(data, cache_dir=tmp_path, workers=1)
     assert "Images are packed: " in live.remedy and "resolution.longest" in live.remedy
 
@@ -445,118 +440,6 @@ def test_rounded_features_train_nearly_the_same(train):
         assert rounded == pytest.approx(live, rel=error) and rounded != live, dtype
 
 
-def test_noise_is_in_training_alone_and_drawn_anew_for_a_view_in_each_epoch(train):
-    _, data_module, _ = train("memory", noise=0.5, epochs=4)
-    device, batches = torch.device("cpu"), data_module.train_batches(0)
-    drawn = [next(batches) for _ in range(11)]  # four epochs of five images
-    seen = {}
-    for views in drawn:
-        for view, noisy in zip(views.views, views.to(device).image.tensors[0], strict=True):
-            seen.setdefault(view.key, []).append((noisy, data_module.cache.store.get(view.key)[0]))
-    assert len(seen) == 10 and max(map(len, seen.values())) > 1
-    for (first, plain), *later in seen.values():
-        assert float((first - plain).std()) == pytest.approx(0.5 * float(plain.std()), rel=0.2)
-        assert not any(torch.equal(first, again) for again, _ in later)
-    alone = torch.cat([part.to(device).image.tensors[0] for part in drawn[0].split(2)])
-    assert torch.equal(alone, drawn[0].to(device).image.tensors[0])  # whatever lies beside it
-    for index, views in enumerate(data_module.cache.eval_batches(data_module.val, workers=0, rank=0, world_size=1)):
-        assert torch.equal(views.to(device).image.tensors[0][0], data_module.cache.store.get(views.views[0].key)[0]), (
-            index
-        )
-
-
-def test_noise_is_the_same_where_features_are_kept_and_where_none_are(train, computed):
-    options = {"adapter": LastBlocks(1), "noise": 0.5, "steps": 4, "views": 1}
-    live = train(**options)[0]
-    assert sum(computed) == 1 + 4 * 2 + 2 * 5  # to see that it can be, each step, and two validations
-    assert train("memory", **options)[0] == live
-    assert train(**options | {"views": None})[0][-1] != live[-1]  # the second epoch has views of its own
-
-
-def test_images_that_are_not_seen_whole_are_not_validated_by_features(train, computed):
-    windows = {"policy": Windows(16)}
-    live = train(**windows)[0]
-    computed.clear()
-    assert train("memory", **windows)[0] == live
-    assert sum(computed) == 2 + 10
-    assert not Whole(flips="horizontal").is_single_pass(None, (1, 1), None) and Whole().is_single_pass(
-        None, (1, 1), None
-    )
-
-
-def test_batches_are_halved_where_memory_is_short(train):
-    _, data_module, _ = train("memory")
-    views = next(data_module.train_batches(0))
-    views.views.append(views.views[0])
-    parts = [part.names for part in views.split(2)]
-    assert [len(part) for part in parts] == [2, 1] and sum(parts, []) == views.names
-
-
-@pytest.mark.parametrize("views", [1, 3])
-def test_views_come_again(data, views):
-    options = {"batch_size": 5, "seed": 0, "views": views}
-    batches = train_batches(data, AUGMENT, **options)
-    epochs = [next(batches) for _ in range(views + 1)]
-    drawn = [dict(zip(batch.names, batch.image, strict=True)) for batch in epochs]
-    assert all(torch.equal(drawn[0][name], drawn[views][name]) for name in drawn[0])
-    assert views == 1 or not torch.equal(drawn[0]["0"], drawn[1]["0"])
-
-
-def test_the_view_of_a_mask_alone_is_that_with_its_image(data):
-    for index in range(len(data)):
-        sample = data[index]
-        image, mask = sample["image"].permute(1, 2, 0).numpy().copy(), sample["mask"].numpy()
-        _, seen = AUGMENT(image, mask, np.random.default_rng(index))
-        assert np.array_equal(seen, AUGMENT.mask(mask, np.random.default_rng(index)))
-
-
-def test_auto_says_why_it_trains_on_images(train, caplog, monkeypatch):
-    def told(**options):
-        caplog.clear()
-        with caplog.at_level(logging.INFO):
-            assert train("auto", **options)[1].cache is None
-        return caplog.text
-
-    assert "data.views=4 to cache 4 fixed augmentations" in told(views=None, epochs=9)
-    assert "adapter.blocks=4" in told(adapter=Lora(2, 4), epochs=9)
-    assert "hardly repeat a view" in told(epochs=1.6)
-    costs = {"write": 0.01, "read": 0.01, "bytes": 100, "pixels": 100}
-    monkeypatch.setattr(choice, "measured", lambda *_: Cost(frozen=0.1, rest=1.0, **costs))
-    assert "is too small" in told(epochs=20)
-    monkeypatch.setattr(choice, "measured", lambda *_: Cost(frozen=0.1, rest=0.01, **costs | {"bytes": 2**60}))
-    assert "Free space" in told(epochs=20)
-    monkeypatch.setattr(choice, "_memory_room", lambda *_: 0)
-    monkeypatch.setattr(choice, "measured", lambda *_: Cost(frozen=0.1, rest=0.01, **costs | {"read": 1.0}))
-    assert "The disk is too slow" in told(epochs=20)
-
-
-def test_a_run_that_goes_on_keeps_to_what_it_has_chosen_unless_told_otherwise(train, monkeypatch, caplog):
-    monkeypatch.setattr(choice, "_MIN_GAIN", 1e9)
-    caplog.set_level(logging.INFO)
-    for before in ("disk", "memory"):
-        assert train("auto", epochs=20, before=before)[1].cache.place == before
-        assert (
-            "Feature cache: on (engine.cache=auto), in" in caplog.text
-            and ("as at the start of this run") in caplog.text
-        )
-        caplog.clear()
-    assert train("disk", epochs=20, before="off")[1].cache.place == "disk" and "at the start" not in caplog.text
-    for before in (None, "elsewhere"):  # unknown, or of a file that somebody has written: it is measured
-        assert train("auto", epochs=20, before=before)[1].cache is None and "is too small" in caplog.text
-        caplog.clear()
-    monkeypatch.setattr(choice, "measured", lambda *_: pytest.fail("what is known is measured"))
-    assert train("auto", epochs=20, before="off")[1].cache is None
-    assert "This run started without a cache: set engine.cache=disk or memory to use one." in caplog.text
-
-
-def test_a_disk_that_takes_nothing_leaves_memory(train, monkeypatch, tmp_path, caplog):
-    (tmp_path / "cache").write_text("no folder")
-    monkeypatch.setattr(choice, "_MIN_GAIN", 0.1)
-    with caplog.at_level(logging.INFO):
-        train("auto", epochs=20)
-    assert "(engine.cache=auto), in memory" in caplog.text and " inf" not in caplog.text
-
-
 def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
     cost = Cost(frozen=0.1, rest=0.01, write=0.01, read=0.01, bytes=100, pixels=100)
     monkeypatch.setattr(choice, "measured", lambda *_: cost)
@@ -580,8 +463,6 @@ def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
     [
         ({"cache": "disk", "views": None}, "engine.cache=disk: Random augmentation makes every view unique"),
         ({"cache": "memory", "adapter": Lora(2, 4)}, "engine.cache=memory: This backbone has no frozen part"),
-        ({"adapter": Lora(2, 4), "noise": 0.1}, "data.feature_noise=0.1 is added to the features of the frozen part"),
-        ({"cache": "auto", "views": None, "adapter": Lora(2, 4), "noise": 0.1}, "data.feature_noise=0.1 is added"),
         (
             {"uniform": ClassUniform(0.5, {}, []), "augment": lambda image, mask, rng: (image, mask)},
             "has no parameter `shown`",

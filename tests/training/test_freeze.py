@@ -16,11 +16,10 @@ from dinoseg.core.contracts import Backbone
 from dinoseg.data.transforms import Augment
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.mask_classification import MaskClassification
-from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
+from dinoseg.models.adapters import Full, LastBlocks, Lora
 from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.heads.split import SplitHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
@@ -126,7 +125,7 @@ def test_what_rests_is_in_eval_mode_and_its_running_means_stay(tmp_path):
     """A backbone with BatchNorm and dropout, whose features would move with its mode."""
 
     class Normed(Backbone):
-        patch_size, dim, num_layers, depth, takes_tokens = 8, 24, 1, 1, False
+        patch_size, dim, num_layers, depth = 8, 24, 1, 1
 
         def __init__(self):
             super().__init__()
@@ -253,13 +252,11 @@ def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
     monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [model.head.norm]))
     found = parameter_groups(model, lr=0.1, weight_decay=0.0, freeze_backbone_until=0.3)
     for group in found:
-        assert {name.startswith("backbone.") for name in group["names"]} == {group["frozen"]}
-        late = group["frozen"] or any(name.startswith("head.norm") for name in group["names"])
+        assert {name.startswith("backbone.") for name in group["names"]} == {group["backbone"]}
+        late = group["backbone"] or any(name.startswith("head.norm") for name in group["names"])
         assert group["start"] == (0.3 if late else 0.0)
-    assert not any(group["frozen"] for group in parameter_groups(model, lr=0.1, weight_decay=0.0))
-    copies = untrained(Frozen, head=lambda: SplitHead(24, 1, 3, blocks=1))  # learn at the backbone's rate, in the head
-    nothing = parameter_groups(copies, lr=0.1, weight_decay=0.0, freeze_backbone_until=0.3)
-    assert not any(group["frozen"] or group["start"] for group in nothing)
+    plain = parameter_groups(model, lr=0.1, weight_decay=0.0)
+    assert not any(group["start"] for group in plain if group["backbone"])
 
 
 def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeypatch):

@@ -154,7 +154,7 @@ def micro_batches(engine=engine_of(1), smallest=1, loss=None, undo=lambda: None,
     """Return the micro-batches of steps of one batch."""
     model = SimpleNamespace(head=SimpleNamespace(min_batch_size=smallest))
     head = HeadTraining(model, loss or CrossEntropy(torch.ones(2)), None, None)
-    return MicroBatches(engine, [head] * heads, 1, prepare=lambda batch: batch, undo=undo)
+    return MicroBatches(engine, [head] * heads, 1, undo=undo)
 
 
 def run(micro, work, batch):

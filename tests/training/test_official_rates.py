@@ -17,7 +17,6 @@ from dinoseg.models.adapters import Frozen, Full
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.heads.split import SplitHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.multi_head import join_optimizers
 from dinoseg.training.optim import ScheduleState, adamw, schedule, set_learning_rates
@@ -229,33 +228,20 @@ def test_beit_and_matrices_are_the_default(tiny_backbone):
     assert plain.param_groups == named.param_groups
 
 
-def test_copies_of_blocks_count_like_blocks_of_a_backbone(tiny_backbone):
-    """The head of such copies warms up with the backbone, and takes its layer decay."""
-    model = SegmentationModel(Frozen()(tiny_backbone()), SplitHead(24, 1, 3, blocks=2))
-    optimizer = adamw(model, lr=1.0, weight_decay=0.1, layer_decay=0.5, layer_decay_rule="eomt", weight_decay_on="all")
-    found = rates_at(optimizer, schedule("constant", warmup=4, warmup_start=0, backbone_warmup=4), 6, 20)
-    copies = {name: rate for name, (rate, _) in found.items() if ".copies." in name}
-    assert {rate for name, rate in copies.items() if ".copies.0." in name} == {0.25}
-    assert {rate for name, rate in copies.items() if ".copies.1." in name} == {0.5}
-    assert {rate for name, (rate, _) in found.items() if name not in copies} == {1.0}
-    assert {decay for _, decay in found.values()} == {0.1}
-
-
 def test_several_heads_warm_up_each_as_alone(tiny_backbone):
-    def head(*, copies):
-        backbone = Frozen()(tiny_backbone())
-        return SegmentationModel(backbone, SplitHead(24, 1, 3, blocks=1) if copies else LinearHead(24, 1, 3))
+    def head():
+        return SegmentationModel(Frozen()(tiny_backbone()), LinearHead(24, 1, 3))
 
     factor = schedule("poly", warmup=3, backbone_warmup=5, warmup_start=0)
-    optimizers = [adamw(head(copies=copies), lr=1.0) for copies in (False, True)]
-    joined = join_optimizers([adamw(head(copies=copies), lr=1.0) for copies in (False, True)])
+    rates = (1.0, 0.5)
+    optimizers = [adamw(head(), lr=rate) for rate in rates]
+    joined = join_optimizers([adamw(head(), lr=rate) for rate in rates])
     for step in (0, 1, 3, 5, 8, 19):
         alone = [sorted({*rates_at(each, factor, step, 20).values()}) for each in optimizers]
         set_learning_rates(joined, ScheduleState(factor, step, 20))
         for number, expected in enumerate(alone):
             groups = [group for group in joined.param_groups if group["head"] == number]
             assert sorted({(group["lr"], group["weight_decay"]) for group in groups}) == expected
-    assert {group["backbone"] for group in joined.param_groups} == {False, True}
 
 
 def test_a_backbone_that_is_frozen_at_first_warms_up_second_after_that(tiny_backbone):

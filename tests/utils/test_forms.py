@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
-from dinoseg.data.formats.sarrarp import _no_pseudo
 from dinoseg.data.formats.youtube_vos import YoutubeVos
 from dinoseg.data.packed.store import INDEX, PIXELS, Extent, StoreKey, open_store, write_index
 from dinoseg.data.pairs.dataset import PairDataset
@@ -51,7 +50,7 @@ HOSTILE = [  # none of them has the form of anything that is written
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
-    for name in (INDEX, RECORD, "split.json", "pseudo/pseudo.json", "train/meta.json", "counts.json"):
+    for name in (INDEX, RECORD, "split.json", "train/meta.json", "counts.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text)
     (tmp_path / PIXELS).write_bytes(bytes(64))
@@ -61,7 +60,6 @@ def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
     assert caplog.text.count("is damaged (") == 1 and caplog.text.count("are damaged (") == 1
     with pytest.raises(UserError, match=r"holds no readable tracking\.json \(.*leave mode\.restart out"):
         earlier_run(str(tmp_path), {"data": {}, "given": "none", "tracker": {}})
-    assert "does not record which masks the pseudo-labels were made from (" in _no_pseudo(tmp_path)
     for folder in ("JPEGImages/v", "Annotations/v"):
         (tmp_path / "train" / folder).mkdir(parents=True)
     with pytest.raises(UserError, match=r"Cannot read .*meta\.json as YouTube-VOS's.*Unpack it again"):

@@ -171,7 +171,6 @@ def _read(words: Sequence[str], choices: Sequence[RecipeChoice]) -> ComposedReci
         batch_size=cfg.data.batch_size,
         accumulate=cfg.trainer.accumulate,
         views=cfg.data.get("views"),
-        class_mix=cfg.data.get("class_mix", 0.0),
         cache=cfg.engine.cache,
         cache_dir=cfg.cache_dir,
         devices=cfg.engine.devices,

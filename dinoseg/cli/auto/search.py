@@ -54,7 +54,6 @@ class ComposedRecipe:
         batch_size: images of a batch, over all devices.
         accumulate: batches per step.
         views: fixed views of each image; None: new views in each epoch.
-        class_mix: share of the views that are pasted into others; their features are not cached.
         cache: where features are cached.
         cache_dir: folder of all caches.
         devices: that share a batch.
@@ -73,7 +72,6 @@ class ComposedRecipe:
     batch_size: int
     accumulate: int
     views: int | None
-    class_mix: float
     cache: str
     cache_dir: str
     devices: int
@@ -415,7 +413,7 @@ class RecipeSearch:
         if "data.views" in self.given:
             return [recipe.views]
         free = shutil.disk_usage(_existing(Path(recipe.cache_dir).expanduser())).free - _ROOM
-        if times.cached is None or recipe.class_mix or recipe.cache == "off":
+        if times.cached is None or recipe.cache == "off":
             return [None]
         held = [views for views in rules.VIEWS if times.bytes * (views * facts.images + facts.val_images) < free]
         return [None, *held]

@@ -8,14 +8,10 @@ from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.sarrarp_files import (
     MASK_FOLDER,
     MASK_STEP,
-    PSEUDO_FILE,
-    PSEUDO_FOLDER,
-    PSEUDO_FORM,
     TEST_FOLDERS,
     TRAIN_FOLDERS,
     VIDEO,
     frame_files,
-    mask_sums,
     png_files,
 )
 from dinoseg.data.pairs.dataset import PairDataset
@@ -24,10 +20,8 @@ from dinoseg.data.pairs.pairing import Lacking, gathered
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video.access import ImageSource, VideoFrame
 from dinoseg.data.video.index import index_videos
-from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
-from dinoseg.utils.wording import join_names
 
 # the parts of one operation stay together: video_11_1 and video_11_2
 BY_OPERATION = Partition(by="fraction", group="^(video_[^_/]+)")
@@ -47,12 +41,10 @@ def sar_rarp50(
     partition: Partition = BY_OPERATION,
     source: str = "frames",
     cache_dir: str | Path = "outputs/.cache",
-    pseudo: bool = False,
 ) -> PairDataset:
     """Return the frames that have a mask, named `video_XX/NNNNNNNNN` (the index in the 60 fps video).
 
-    `train` and `val` split the training videos by operation; `test` is the test folder. Frames with a pseudo-label are
-    named `video_XX/pseudo/NNNNNNNNN`. They follow the other frames, and do not affect the split.
+    `train` and `val` split the training videos by operation; `test` is the test folder.
 
     Args:
         root: folder with `train1` and `train2` (or `train`), and `test`.
@@ -63,8 +55,6 @@ def sar_rarp50(
         partition: rule that splits the training videos into `train` and `val`; it sees the names `video_XX/NNNNNNNNN`.
         source: `frames`: extracted frames; `video`: directly from `video_left.avi`.
         cache_dir: folder of the videos' frame indexes, for `video`.
-        pseudo: whether `train` includes pseudo-labelled frames, of videos that lie entirely in `train`; do not score
-            against them.
 
     Raises:
         UserError: the folder is missing, or no frame has its mask, such as before `mode=prepare`; when an item is read:
@@ -83,10 +73,6 @@ def sar_rarp50(
     for name in frames:
         pairs += _video_pairs(root, video_folders[name], frames[name], source)
     chosen = pairs if split == "test" else divide(split, lambda _: pairs, partition)
-    if pseudo and split == "train":
-        held_out = _videos(divide("val", lambda _: pairs, partition))
-        ours = [name for name in frames if name in _videos(chosen) - held_out]
-        chosen = [*chosen, *(pair for name in ours for pair in _pseudo_pairs(root, video_folders[name], frames[name]))]
     return gathered(chosen, split, labels, Masks())
 
 
@@ -159,8 +145,7 @@ def _decodable(video_folders: Mapping[str, Path], cache_dir: Path) -> tuple[dict
             lacking.append(_video_lacking(name, wrong.get(video, missing), remedy))
             continue
         count = len(indexes[video])
-        folders = (video_folders[name] / MASK_FOLDER, video_folders[name] / PSEUDO_FOLDER)
-        masked = {int(stem) for folder in folders for stem in png_files(folder) if stem.isdigit()}
+        masked = {int(stem) for stem in png_files(video_folders[name] / MASK_FOLDER) if stem.isdigit()}
         due = sorted({*range(0, count, MASK_STEP), *(index for index in masked if index < count)})
         frames[name] = {f"{index:09d}": VideoFrame(video, index, cache_dir) for index in due}
     return frames, lacking
@@ -182,36 +167,6 @@ def _video_pairs(root: Path, video: Path, frames: Frames, source: str) -> Iterat
             yield Lacking(name, reason, _UNPACK)
         else:
             yield Lacking(name, f"{mask} has no extracted frame.", f"Extract them: {prepare_command(root)}")
-
-
-def _videos(items: Sequence[Pair | Lacking]) -> set[str]:
-    return {item.name.split("/")[0] for item in items}
-
-
-def _pseudo_pairs(root: Path, video: Path, frames: Frames) -> Iterator[Pair | Lacking]:
-    folder = video / PSEUDO_FOLDER
-    remedy = f"Create them: {prepare_command(root)} data.prepare.propagate=true. Or remove data.reader.pseudo."
-    if reason := _no_pseudo(video):
-        yield Lacking(f"{video.name}/{PSEUDO_FOLDER}", reason, remedy)
-        return
-    for stem, mask in png_files(folder).items():
-        name = f"{video.name}/{PSEUDO_FOLDER}/{stem}"
-        yield Pair(name, frames[stem], mask) if stem in frames else Lacking(name, f"{mask} has no frame.", remedy)
-
-
-def _no_pseudo(video: Path) -> str:
-    """Return the reason why a video's pseudo-labels cannot be used, or "" if they can."""
-    path = video / PSEUDO_FOLDER / PSEUDO_FILE
-    try:
-        then = forms.read_json(path, PSEUDO_FORM)["made_by"].get("masks")
-        forms.table(forms.whole())(then, "made_by.masks")
-    except FileNotFoundError:
-        return f"{video} has no pseudo-labels."
-    except (OSError, forms.SchemaError) as error:
-        return f"{path} does not record which masks the pseudo-labels were made from ({error})."
-    now = mask_sums(video)
-    other = sorted(stem for stem in then.keys() | now.keys() if then.get(stem) != now.get(stem))
-    return f"{path.parent} was made from other masks than the current ones: {join_names(other)}." if other else ""
 
 
 def _is_due(stem: str) -> bool:

@@ -152,12 +152,11 @@ def write_model(
     tensors, frozen = _tensors(stored, model if bits is None else source.in_float32(model), delta)
     if source.config["finite_weights"]:  # loading checked the checkpoint, but not the backbone's weights
         checkpoint.check_finite(tensors, where or f"resume={source.resume}")
-    copies = bool(model.head.trainable_blocks)
-    base = copies or any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
+    base = any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
     facts = replace(facts, backbone={**facts.backbone, "in_file": base})
     if not gated:
         weights = [name for name in tensors if name.startswith("model/") and ".lora_" not in name]
-        _check_licence(facts.backbone, source.config["head"].get("weights"), weights, copies=copies)
+        _check_licence(facts.backbone, source.config["head"].get("weights"), weights)
     description = {**config_description(ModelBuilder.of(stored)), "folder": "."}
     config = description["config"]
     more = {group: {**config[group], **_strip_folders(values)} for group, values in (unused or {}).items()}
@@ -305,24 +304,22 @@ def _tensors(
     return tensors, frozen_fingerprint(model if delta else empty)
 
 
-def _check_licence(source: Mapping[str, Any], head: str | None, names: Sequence[str], *, copies: bool = False) -> None:
+def _check_licence(source: Mapping[str, Any], head: str | None, names: Sequence[str]) -> None:
     """Refuse to write third-party weights whose licence restricts redistribution.
 
     Args:
         source: of the backbone, see `source_of`.
         head: third-party source of the head's weights, such as a file of Meta's segmentors.
         names: of the tensors in the file.
-        copies: whether the head holds copies of the backbone's blocks.
     """
     foreign = {"backbone": source["gated"], "head": head is not None}
     held = {part: any(f"/{part}." in name for name in names) for part in foreign}
-    held["backbone"] |= copies
     part = next((part for part in foreign if foreign[part] and held[part]), None)
     if part is not None:
         what = f"{source['weights']} ({source['licence']})" if part == "backbone" else head
         raise UserError(
             f"The file would hold weights of the {part} {what}, whose licence restricts redistribution. Write only the "
-            "trained weights (possible with LoRA and frozen backbones, except head=split): export.delta=true. Or, if "
+            "trained weights (possible with LoRA and frozen backbones): export.delta=true. Or, if "
             "you do not share the file or comply with the licence: export.gated=true."
         )
 

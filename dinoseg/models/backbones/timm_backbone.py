@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinoseg.core.contracts import Backbone, BlockKwargs
+from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.attention import attend_fastest
 from dinoseg.models.backbones.class_attention import (
     key_maps,
@@ -109,7 +109,7 @@ class TimmBackbone(Backbone):
         self.unused = unreached(self, maps)
         self.undecayed = _undecayed(self)
         self.has_class_attention = plain_attention(self.model) is not None
-        self.takes_tokens = not self.is_pyramid and _is_plain(self.model)
+        self._takes_tokens = not self.is_pyramid and _is_plain(self.model)
         attend_fastest(self.model)
         if checkpointing:
             _enable_checkpointing(self.model, name)
@@ -133,10 +133,10 @@ class TimmBackbone(Backbone):
     def forward_frozen(self, images: Tensor) -> list[Tensor]:
         """Return the maps if nothing is trained; otherwise, for a plain ViT, the output of `cut.forward_frozen`."""
         first, model = self.first_trained, self.model
-        if first is None or not self.takes_tokens:
+        if first is None or not self._takes_tokens:
             return super().forward_frozen(images)
-        tokens, block_kwargs = self.embed(self.pixels(images))
-        return forward_frozen(self.blocks, first, self.layers, tokens, model.num_prefix_tokens, block_kwargs)
+        tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(self.pixels(images)))))
+        return forward_frozen(self.blocks, first, self.layers, tokens, model.num_prefix_tokens, {})
 
     def forward_trainable(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Return the L maps for the output of `forward_frozen` on images of `size` (H, W)."""
@@ -149,11 +149,6 @@ class TimmBackbone(Backbone):
         patches = forward_trainable(blocks, first, set(self.layers), frozen, model.num_prefix_tokens, dict)
         normed = {number: model.norm(part) for number, part in patches.items()}
         return [normed[layer].transpose(1, 2).unflatten(2, grid).contiguous() for layer in self.layers]
-
-    def embed(self, pixels: Tensor) -> tuple[Tensor, BlockKwargs]:
-        """Return the input tokens (B, N, dim) of a plain ViT's first block, and no keyword arguments."""
-        model = self.model
-        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels)))), {}
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps and the class token's attention in the last tapped block, from one forward pass.

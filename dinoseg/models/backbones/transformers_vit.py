@@ -74,7 +74,6 @@ class TransformersVit(Backbone):
     """
 
     has_class_attention = True
-    takes_tokens = True
     takes_queries = True
 
     def __init__(
@@ -135,14 +134,14 @@ class TransformersVit(Backbone):
         may be prepended, and the first Q rows of the attention masked with `attention_mask` (B, 1, Q, N), bool, True =
         attend.
         """
-        return self._tokens(pixels), self.block_kwargs((pixels.shape[-2], pixels.shape[-1]))
+        return self._tokens(pixels), self._block_kwargs((pixels.shape[-2], pixels.shape[-1]))
 
     def _tokens(self, pixels: Tensor) -> Tensor:
         parts: Any = self.model.embeddings
         pixels = pixels.to(parts.cls_token.dtype)
         return parts(pixels) if self._turns_positions else self._embed_with_learned_positions(pixels)
 
-    def block_kwargs(self, size: tuple[int, int]) -> BlockKwargs:
+    def _block_kwargs(self, size: tuple[int, int]) -> BlockKwargs:
         """Return the block keyword arguments for padded pixels of `size` (H, W): rotary positions, if any."""
         model: Any = self.model
         if not self._turns_positions:
@@ -186,7 +185,7 @@ class TransformersVit(Backbone):
         pixels = self.pixels(images)
         first, tokens = self.first_trained, self._tokens(pixels)
         cut = len(self.blocks) if first is None else first
-        block_kwargs = self.block_kwargs((pixels.shape[-2], pixels.shape[-1])) if cut else {}
+        block_kwargs = self._block_kwargs((pixels.shape[-2], pixels.shape[-1])) if cut else {}
         given = forward_frozen(list(self.blocks), cut, self.layers, tokens, self.num_prefix, block_kwargs)
         return [self.norm(patches) for patches in given] if first is None else given
 
@@ -195,7 +194,7 @@ class TransformersVit(Backbone):
         rows, columns = (-(-side // self.patch_size) for side in size)
         first, tapped = self.first_trained, set(self.layers)
         cut = len(self.blocks) if first is None else first
-        block_kwargs = partial(self.block_kwargs, (rows * self.patch_size, columns * self.patch_size))
+        block_kwargs = partial(self._block_kwargs, (rows * self.patch_size, columns * self.patch_size))
         dtype = cast(Any, self.model).embeddings.cls_token.dtype
         frozen = [part.to(dtype) for part in frozen]  # cached features are float32
         patches = forward_trainable(list(self.blocks), cut, tapped, frozen, self.num_prefix, block_kwargs)

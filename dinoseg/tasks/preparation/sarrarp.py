@@ -35,7 +35,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
 from dinoseg.utils.locks import locked
-from dinoseg.utils.ranges import Count, Share
+from dinoseg.utils.ranges import Count
 from dinoseg.utils.units import finished
 from dinoseg.utils.wording import count_of, join_names
 
@@ -67,8 +67,6 @@ def prepare(
     workers: Count = 2,
     videos: Sequence[str] | None = None,
     keep_archives: bool = True,
-    propagate: bool = False,
-    min_agreement: Share = 0.5,
 ) -> dict[str, dict[str, int]]:
     """Unpack and extract, resuming where an earlier run stopped; return the counts of each video.
 
@@ -78,9 +76,6 @@ def prepare(
         workers: videos to process at once, one process each.
         videos: only these, such as `video_01` or `test/video_41`; None for all.
         keep_archives: do not remove an archive once its video is verified.
-        propagate: extract 10 frames per second of training videos, whatever `rate` is, for the pseudo-labels that
-            mode=prepare then makes.
-        min_agreement: minimum agreement of a pseudo-label, 0 to 1; only checked here, before the work.
 
     Raises:
         UserError: there is nothing to prepare, the disk is full, or some videos failed; the last only after all others
@@ -91,10 +86,8 @@ def prepare(
         raise UserError(f"data.prepare.rate={rate}: choose 1 (frames that have a mask) or 10 frames per second.")
     if workers < 1:
         raise UserError(f"data.prepare.workers={workers}: give the number of videos to process in parallel, 1 or more.")
-    if not 0 <= min_agreement <= 1:
-        raise UserError(f"data.prepare.min_agreement={min_agreement}: give a share of the pixels from 0 to 1.")
     jobs = _chosen(find_jobs(root), videos)
-    work = functools.partial(prepare_video, rate=rate, keep_archive=keep_archives, propagate=propagate)
+    work = functools.partial(prepare_video, rate=rate, keep_archive=keep_archives)
     try:
         with locked(root / _LOCK):
             return _prepare_all(root, jobs, work, workers)
@@ -148,16 +141,13 @@ def find_jobs(root: Path) -> list[VideoJob]:
     return [jobs[video] for video in sorted(jobs)]
 
 
-def prepare_video(job: VideoJob, *, rate: int, keep_archive: bool, propagate: bool = False) -> dict[str, int]:
+def prepare_video(job: VideoJob, *, rate: int, keep_archive: bool) -> dict[str, int]:
     """Unpack and extract one video, unless that is done; return its counts.
-
-    With `propagate`, a training video needs 10 frames per second.
 
     Raises:
         UserError: the archive or the video is damaged, or frames and masks do not belong together.
         OSError: writing failed; finished files remain.
     """
-    rate = 10 if propagate and job.folder.parent.name in TRAIN_FOLDERS else rate
     counts = _done_before(job, rate)
     if counts is None:
         # complete members are skipped, so that the unpacking of a killed run resumes

@@ -26,7 +26,6 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.training.feature_cache.form import described
 from dinoseg.training.feature_cache.key import hash_of, image_hash, overrides_both
 from dinoseg.training.feature_cache.store import FeatureStore, NoStore
-from dinoseg.utils.ranges import NotNegative
 from dinoseg.utils.transfer import to_device
 
 _MAX = 2**28  # bytes
@@ -65,7 +64,6 @@ class CachedMasks:
 
 log = logging.getLogger(__name__)
 Kind = tuple[Size, bool]
-_DRAW_DIGITS = 15  # digits of a hash, to form a seed within the range of all devices' generators
 
 
 @dataclass
@@ -78,16 +76,13 @@ class View:
     features: list[Tensor] | None
     image: Tensor | None  # (3, H, W) uint8
     source: tuple[int, ...]  # arguments of the function that reads it
-    draw: int | None = None  # seed of its noise in an epoch; None: no noise
+    is_training: bool  # whether it is augmented; heads may use more features in training than in validation
     anew: bool = False  # whether its cached features are unusable
 
     @property
     def kind(self) -> Kind:
-        """Return what determines the shapes of features: (H, W), and whether it is a training view.
-
-        Heads may use more features in training than in validation.
-        """
-        return _size(self.mask), self.draw is not None
+        """Return what determines the shapes of features: (H, W), and whether it is a training view."""
+        return _size(self.mask), self.is_training
 
 
 @dataclass
@@ -136,10 +131,8 @@ class FeatureCache:
         autocast: returns the precision's context.
         open_store: returns the store of features for the model's weights at the time of the call.
         drawing: settings that determine a view of an image, together with its random draw.
-        views: fixed augmentations of each image, used in turn; None: new ones in each epoch.
-        noise: noise on training features, as a share of the standard deviation of an image's tensor. It is sampled
-            again for a view in each epoch.
-        place: disk or memory; None: nothing is cached, features are only computed separately.
+        views: fixed augmentations of each image, used in turn.
+        place: disk or memory.
         shapes: known shapes of the features of each kind of view, see `described`.
     """
 
@@ -147,9 +140,8 @@ class FeatureCache:
     autocast: Autocast
     open_store: Callable[[], FeatureStore]
     drawing: str
-    views: int | None
-    noise: NotNegative = 0.0
-    place: str | None = None
+    views: int
+    place: str
     shapes: dict[Kind, str] = field(default_factory=dict)
     _store: FeatureStore | None = None
     _masks: CachedMasks = field(default_factory=CachedMasks)
@@ -161,11 +153,6 @@ class FeatureCache:
         """Return the store; it is opened on first use, since a checkpoint may change the weights before."""
         self._store = self._store or self.open_store()
         return self._store
-
-    @property
-    def keeps(self) -> bool:
-        """Return whether features are cached, and not only computed separately."""
-        return self.place is not None
 
     def train_batches(
         self, drawn: TrainViews, *, workers: Workers, batch_size: int, start: int, **order: int
@@ -182,8 +169,6 @@ class FeatureCache:
         here = isinstance(first, str) or first == 0  # this process reads views, now or later
         again = partial(_read_views, drawn, NoStore(), self.drawing, self._masks)
         stream = batches(start=start, workers=first)
-        if self.views is None or not self.keeps:  # no view occurs twice
-            return map(partial(LazyFeatureBatch, self), stream)
         if first == AUTO:
             seen = self.views * -(-samples // batch_size)
             stream = _followed(stream, seen, partial(batches, start=start + seen, workers=FROM_NONE))
@@ -197,7 +182,7 @@ class FeatureCache:
         workers = self._workers(workers)
         workers = FROM_NONE if workers == AUTO and self._validated else workers
         samples = load_in_order(read, range(rank, len(data), world_size), workers)
-        self._validated = self.keeps
+        self._validated = True
         again = partial(_read_whole, data, NoStore(), self._masks)
         return (self._arrived(again, [sample]) for sample in samples)
 
@@ -206,22 +191,10 @@ class FeatureCache:
         rows = [self._features(view, device) for view in views]
         stacks = [to_device(torch.stack(part), device) for part in zip(*rows, strict=True)]
         tensors = [part.float() if part.is_floating_point() else part for part in stacks]  # uint8 tensors are pixels
-        if self.noise:
-            for row, view in enumerate(views):
-                self._disturb([part[row] for part in tensors if part.is_floating_point()], view.draw)
         masks = torch.stack([view.mask for view in views])
         size = _size(masks)
         frozen = FrozenFeatures(tensors, size, self.model.input_size(size))
         return FeatureBatch(frozen, to_device(masks, device), [view.name for view in views])
-
-    def _disturb(self, features: list[Tensor], draw: int | None) -> None:
-        """Add noise to the features of one image, in place."""
-        if draw is None:
-            return
-        generator = torch.Generator(features[0].device).manual_seed(draw)
-        for part in features:
-            drawn = torch.randn(part.shape, generator=generator, device=part.device)
-            part += self.noise * part.std(correction=0) * drawn
 
     def _features(self, view: View, device: torch.device) -> list[Tensor]:
         if view.features is not None:
@@ -273,10 +246,10 @@ class FeatureCache:
     def _shapes_of(self, kind: Kind) -> str:
         """Return the shapes of a kind of view's features, from a pass through the model, not from cached features."""
         if kind not in self.shapes:
-            (height, width), drawn = kind
+            (height, width), is_training = kind
             device = next(self.model.parameters()).device
             training = self.model.training
-            self.model.train(drawn)
+            self.model.train(is_training)
             try:
                 with self.autocast():
                     frozen = self.model.frozen(torch.zeros(1, 3, height, width, dtype=torch.uint8, device=device))
@@ -308,13 +281,13 @@ def _read_views(
 ) -> View:
     data, augment, draw = drawn.data, drawn.augment, drawn.draw(epoch, index)
     key = view_key(data, draw.image, drawing, drawn.seed, draw.number, index, *_aim(drawn, draw))
-    name, noise = data.names[draw.image], int(hash_of(key, epoch)[:_DRAW_DIGITS], 16)
+    name = data.names[draw.image]
     features = store.get(key)
     if features is not None and _has_masks_only(data) and _transforms_masks_only(augment):
         mask = masks.get((key, name), lambda: augment.mask(data.mask(draw.image), draw.rng, *draw.shown))
-        return View(key, mask, name, features, None, (epoch, index), noise)
+        return View(key, mask, name, features, None, (epoch, index), is_training=True)
     sample = drawn.view_of(draw)
-    return View(key, sample["mask"], sample["name"], features, sample["image"], (epoch, index), noise)
+    return View(key, sample["mask"], sample["name"], features, sample["image"], (epoch, index), is_training=True)
 
 
 def _aim(drawn: TrainViews, draw: Draw) -> tuple[object, ...]:
@@ -341,6 +314,6 @@ def _read_whole(data: SegmentationData, store: FeatureStore, masks: CachedMasks,
     features = store.get(key)
     if features is not None and _has_masks_only(data):
         mask = masks.get((key, data.names[index]), lambda: data.mask(index))
-        return View(key, mask, data.names[index], features, None, (index,))
+        return View(key, mask, data.names[index], features, None, (index,), is_training=False)
     sample = data[index]
-    return View(key, sample["mask"], sample["name"], features, sample["image"], (index,))
+    return View(key, sample["mask"], sample["name"], features, sample["image"], (index,), is_training=False)

@@ -210,7 +210,7 @@ def test_a_run_goes_on_whose_classes_of_any_name_have_weights(folder):
         (["budget.minutes=soon"], "budget.minutes=soon"),
         (["hparam=base", "budget.minutes=3"], "budget.minutes=3 has no effect without hparam=auto"),
         (["trainer=multi_head", "heads=[linear]"], "trainer=multi_head trains several heads"),
-        (["trainer=self_training"], "images and their masks, not for trainer=self_training. Choose a recipe:"),
+        (["trainer=distil", "teacher=x"], "images and their masks, not for trainer=distil. Choose a recipe:"),
         (["trainer=slots"], "not for trainer=slots"),
         (["data.root=nowhere"], "nowhere"),
     ],

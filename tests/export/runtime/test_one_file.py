@@ -153,7 +153,6 @@ def test_a_program_of_hydras_own_is_neither_changed_nor_read(file, tmp_path):
 FAMILIES = {
     "packaged, frozen": ("backbone=tiny_surgical", "adapter=frozen", "head=linear"),
     "packaged, LoRA": ("backbone=tiny_surgical", "adapter=lora", "head=mlp"),
-    "packaged, copies": ("backbone=tiny_surgical", "adapter=frozen", "head=split", "head.blocks=1", "head.layers=[-1]"),
     "random": (*TINY, "adapter=frozen", "head=linear"),
     "timm": ("backbone=timm", "backbone.name=resnet10t", "backbone.weights=random", "adapter=frozen", "head=linear"),
     "no network": ("backbone=rgb", "adapter=frozen", "head=linear"),

@@ -49,11 +49,6 @@ def test_a_view_is_known_by_its_image_and_all_that_draws_it(read):
     assert again.key == first.key and torch.equal(again.image, first.image)
 
 
-def test_noise_of_a_view_is_drawn_anew_in_each_epoch(read):
-    views = [read(epoch=epoch, index=index) for epoch in (0, 2) for index in (0, 1)]
-    assert len({view.draw for view in views}) == 4
-
-
 @pytest.fixture
 def given():
     """Return a cache over a frozen part that gives thirds, in float16 and under an autocast to bfloat16, and a view."""
@@ -68,9 +63,9 @@ def given():
     passed = []
     model = nn.Linear(1, 1)  # whose device is asked
     model.frozen, model.input_size = frozen, lambda size: tuple(2 * side for side in size)
-    kept = FeatureCache(model, lambda: torch.autocast("cpu", torch.bfloat16), opened, "drawing", 2)
+    kept = FeatureCache(model, lambda: torch.autocast("cpu", torch.bfloat16), opened, "drawing", 2, "memory")
     image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
-    return kept, View("0" * 32, mask, "a", None, image, (0,)), passed
+    return kept, View("0" * 32, mask, "a", None, image, (0,), is_training=False), passed
 
 
 def test_features_are_the_same_when_they_are_computed_and_when_they_are_kept(given):
@@ -95,24 +90,12 @@ def test_shapes_are_those_that_the_model_gives_for_a_size_in_its_mode(given):
     assert kept.completed([view], CPU).image.tensors[0].shape == (1, 2, 3)
 
 
-def test_noise_is_a_share_of_how_far_numbers_lie_apart(given):
+def test_bytes_are_pixels_that_stay_bytes(given):
     kept, view, _ = given
-    kept.noise, view.draw = 0.5, 3
-    view.features = [torch.full((2, 3), 7.0), torch.tensor([0.0, 4.0])]
-    same, apart = kept.completed([view], CPU).image.tensors
-    drawn = torch.Generator().manual_seed(3)
-    torch.randn(2, 3, generator=drawn)
-    assert torch.equal(same[0], view.features[0])
-    torch.testing.assert_close(apart[0], view.features[1] + 0.5 * 2 * torch.randn(2, generator=drawn))
-
-
-def test_bytes_are_pixels_that_noise_and_rounding_leave_alone(given):
-    kept, view, _ = given
-    kept.noise, view.draw = 0.5, 3
     view.features = [torch.arange(256, dtype=torch.uint8), torch.tensor([0.0, 4.0]).half()]
-    pixels, disturbed = kept.completed([view], CPU).image.tensors
+    pixels, features = kept.completed([view], CPU).image.tensors
     assert torch.equal(pixels[0], view.features[0]) and pixels.dtype == torch.uint8
-    assert disturbed.dtype == torch.float32 and not torch.equal(disturbed[0], view.features[1].float())
+    assert features.dtype == torch.float32 and torch.equal(features[0], view.features[1].float())
 
 
 def test_once_each_view_was_read_the_next_batch_comes_from_this_process(given, monkeypatch):
