@@ -132,8 +132,8 @@ EOMT_DINOV3 = EOMT | {
     **{"optim.optimizer.lr": 2e-4, "optim.optimizer.layer_decay": None},
 }
 OFFICIAL = {  # recipe: its numbers, and its warm-ups in steps
-    **{f"linear/{data}": (DINOV3_PROBE, (1500, None)) for data in ("ade20k", "cityscapes", "voc")},
-    **{f"linear/{data}_dinov2": (DINOV2_PROBE, (1500, None)) for data in ("ade20k", "cityscapes", "voc")},
+    **{f"linear_{data}": (DINOV3_PROBE, (1500, None)) for data in ("ade20k", "cityscapes", "voc")},
+    **{f"linear_{data}_dinov2": (DINOV2_PROBE, (1500, None)) for data in ("ade20k", "cityscapes", "voc")},
     "eomt_ade20k": (
         EOMT_DINOV2 | {"trainer.steps": 31 * 1262, "resolution.crop": [512, 512], "inference.shortest": 512},
         (500, 1000),
