@@ -95,6 +95,12 @@ def test_pages_of_results_are_short():
         assert len(re.findall(r"[^\s|]*\w[^\s|]*", text)) <= 900, f"{name}.md: move measurements to docs/log"
 
 
+def test_page_of_performance_names_scripts_that_exist():
+    scripts = set(re.findall(r"`(\w+\.py)", (ROOT / "docs/performance.md").read_text()))
+    missing = [name for name in scripts if not (ROOT / "benchmarks" / name).is_file()]
+    assert missing == [] and len(scripts) > 10
+
+
 def test_the_readme_is_short_and_leads_to_the_contents():
     text = re.sub(r"^```.*?^```", "", (ROOT / "README.md").read_text(), flags=re.S | re.M)
     assert len(text.split()) <= 500 and "docs/index.md" in LINK.findall(text)
