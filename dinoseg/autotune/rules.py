@@ -1,7 +1,7 @@
 """Rules of `hparam=auto`: functions from a `RecipeCase` to config keys and a reason, in the order of their use.
 
-A rule returns None if it does not apply. Its evidence is stated next to it, measured in docs/results.md and
-docs/experiments.md; rules without measurements say so.
+A rule returns None if it does not apply. Its evidence is stated next to it, measured in docs/log; rules without
+measurements say so.
 """
 
 from collections.abc import Callable, Mapping, Sequence

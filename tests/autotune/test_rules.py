@@ -15,7 +15,7 @@ POLE = ClassFacts("pole", 0.004, 3.0)
 FACTS = DatasetFacts(184, 51, (360, 480), (WIDE, ClassFacts("road", 0.396, 90.0)))
 CASE = RecipeCase(FACTS, "cpu", 16.0, 12, 5_500_000)
 THIN = replace(CASE, facts=replace(FACTS, classes=(WIDE, POLE)))
-# a second's parts as in docs/experiments.md: live, from kept features, frozen
+# a second's parts as in docs/log/detail_head.md: live, from kept features, frozen
 TIMED = RecipeTimes(start=5, image=0.2, cached=0.12, frozen=0.066, bytes=10**6, val=0.1)
 
 
