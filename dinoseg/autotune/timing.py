@@ -3,15 +3,15 @@
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from typing import Any
 
 import torch
 
-from dinoseg.autotune.trial import try_steps
+from dinoseg.autotune.trial import Trial, try_steps
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, FeatureBatch
 from dinoseg.core.sizes import evenly_spaced
@@ -34,35 +34,36 @@ class RecipeTimes:
 
     Attributes:
         start: until the first batch is ready.
-        image: per image of a training step on image files, including the time to wait for data.
+        tuned: per image of a training step, including the time to wait for data; None: the backbone is not trained.
+        frozen: the same with a frozen backbone; None: not timed.
         cached: the same on cached features; None: the model cannot be cut into a frozen and a trained part.
-        frozen: forward pass of the frozen part per image, which is computed once if cached.
+        forward: forward pass of the frozen part per image, which is computed once if cached.
         bytes: size of the cached features of one view.
         val: to validate an image, read from its file.
-        resting: like `image` with the backbone frozen at first; None: not timed, or no backbone parameter is trained.
     """
 
     start: float
-    image: float
+    tuned: float | None
+    frozen: float | None
     cached: float | None
-    frozen: float
+    forward: float
     bytes: int
     val: float
-    resting: float | None = None
 
-    def on_smaller_images(self, scale: float) -> "RecipeTimes":
-        """Return an estimate for images with sides multiplied by `scale`; times scale with the area."""
-        area = scale**2
-        cached = None if self.cached is None else area * self.cached
-        return replace(
-            self, image=area * self.image, cached=cached, frozen=area * self.frozen, val=area * self.val, resting=None
-        )
+    def of(self, frozen_share: float) -> float:
+        """Return the seconds per training image if the backbone is frozen for a share of the steps."""
+        tuned, frozen = self.tuned, self.frozen
+        if tuned is None or frozen is None:
+            only = frozen if tuned is None else tuned
+            assert only is not None
+            return only
+        return frozen_share * frozen + (1 - frozen_share) * tuned
 
 
 def estimate_times(seconds: float) -> RecipeTimes:
     """Return a cautious estimate for a recipe whose timing did not finish, or start, within `seconds`."""
     image = seconds / (_STEPS + _WARMUP + _VALIDATED)
-    return RecipeTimes(start=image, image=image, cached=None, frozen=image, bytes=0, val=image)
+    return RecipeTimes(start=image, tuned=image, frozen=image, cached=None, forward=image, bytes=0, val=image)
 
 
 @dataclass(frozen=True)
@@ -82,74 +83,69 @@ class _RepeatedFeatures:
 
 
 def time_recipe(
-    parts: TrainingParts,
+    tuned: TrainingParts | None,
+    frozen: TrainingParts | None,
     data_module: ImageDataModule,
     engine: Engine,
     *,
     began: float,
     minutes: float,
     dtype: Stored,
-    rested: TrainingParts | None = None,
     ranks: int = 1,
     until: float = math.inf,
 ) -> RecipeTimes:
     """Time a recipe on its own data with random weights; call it in a separate process that is no rank.
 
     Args:
-        parts: of the training; the batch size is that of one rank.
+        tuned: parts of the training with a trained backbone; None: it is not timed.
+        frozen: parts of the training with a frozen backbone; None: it is not timed. At least one of both is given, and
+            the batch size is that of one rank.
         data_module: its data.
         engine: device and precision.
         began: start of the process's work, on the clock of `time.perf_counter`.
         minutes: the whole time budget; timing takes a share of it.
         dtype: type in which features are cached.
-        rested: parts of the training with a backbone that is frozen at first; such steps are timed too, if the backbone
-            is trained at all. None: it is never frozen at first.
         ranks: that share a batch and a validation at the speed of this process. One rank's share is timed, and the time
             per image is divided by their number. Waiting between ranks is not counted.
-        until: deadline on the clock of `time.monotonic`, shared by all processes; after it one step of each kind
-            suffices.
+        until: deadline on the clock of `time.monotonic`; after it one step of each kind suffices.
 
     Raises:
         UserError: the parts do not fit together.
         OutOfMemory: memory does not suffice.
     """
-    model = engine.place(parts.model())
+    parts = tuned or frozen
+    assert parts is not None
     batches = data_module.train_batches(start=0)
     first: Any = next(batches)
     start = time.perf_counter() - began
-    has_rest = rested is not None and model.backbone.first_trained is not None
-    if rested is not None and has_rest:
-        parts = rested
-    cut = _cut(model, first, engine)
     lasting = min(_MAX, _SHARE * 60 * minutes)
-    timed = partial(try_steps, parts, engine=engine, steps=_STEPS, warmup=_WARMUP, until=until)
-    live = timed(parts.model, batches=batches, lasting=lasting)
+    timed = partial(try_steps, engine=engine, steps=_STEPS, warmup=_WARMUP, until=until)
     images = ranks * parts.batch_size * parts.accumulate
-    resting = None
-    if has_rest:
-        trial = timed(parts.model, batches=batches, lasting=lasting / 2, rests=True)
-        resting = _later_median(trial.seconds) / images
-    cached, frozen, size = None, 0.0, 0
-    if cut is not None:
-        features, frozen = cut
+    tuned_image = frozen_image = cached = None
+    forward, size = 0.0, 0
+    if tuned is not None:
+        tuned_image = _later_median(timed(tuned, tuned.model, batches=batches, lasting=lasting)) / images
+    if frozen is not None:
+        frozen_image = _later_median(timed(frozen, frozen.model, batches=batches, lasting=lasting / 2)) / images
+    model = engine.place((frozen or parts).model())
+    cut = None if frozen is None else _cut(model, first, engine)
+    if frozen is not None and cut is not None:
+        features, seconds = cut
+        forward = seconds / (ranks * len(first.names))
         size = size_of([part[0] for part in features.tensors], dtype)
         again = _RepeatedFeatures(FeatureBatch(features, first.mask.to(engine.device), first.names))
-        trial = timed(lambda: model, batches=repeat(again), lasting=lasting / 4)
-        cached = _later_median(trial.seconds) / images
+        trial = timed(frozen, lambda: model, batches=repeat(again), lasting=lasting / 4)
+        cached = _later_median(trial) / images
     val = _seconds_of_val(parts.loss(), data_module, model, engine, until) / ranks
-    image = _later_median(live.seconds) / images
-    return RecipeTimes(start, image, cached, frozen / (ranks * len(first.names)), size, val, resting)
+    return RecipeTimes(start, tuned_image, frozen_image, cached, forward, size, val)
 
 
-def _later_median(seconds: Sequence[float]) -> float:
-    """Return the median of the later half of the steps.
+def _later_median(trial: Trial) -> float:
+    """Return the median seconds of the later half of the steps.
 
     While workers still read ahead, a step may take half as long again.
-
-    Args:
-        seconds: of each step.
     """
-    return statistics.median(seconds[len(seconds) // 2 :])
+    return statistics.median(trial.seconds[len(trial.seconds) // 2 :])
 
 
 def _cut(model: SegmentationModel, batch: Batch, engine: Engine) -> tuple[Any, float] | None:
@@ -174,7 +170,7 @@ def _seconds_of_val(
     data, loss = data_module.val, loss.to(engine.device)
     places = evenly_spaced(len(data), _VALIDATED)  # evenly spaced, since sizes may differ
 
-    def validated(some: Iterable[int]) -> float:
+    def validate_images(some: Sequence[int]) -> float:
         began, count = time.perf_counter(), 0
 
         def batches() -> Iterator[Batch]:
@@ -188,5 +184,5 @@ def _seconds_of_val(
         evaluate(model, data, engine, policy=data_module.policy, loss=loss, batches=batches())
         return (time.perf_counter() - began) / count
 
-    first = validated(places[:1])  # slower than later images
-    return first if time.monotonic() >= until else validated(places)
+    first = validate_images(places[:1])  # slower than later images
+    return first if time.monotonic() >= until else validate_images(places)

@@ -115,7 +115,6 @@ def try_steps(
     warmup: int = 0,
     lasting: float = 0.0,
     until: float = math.inf,
-    rests: bool = False,
 ) -> Trial:
     """Train a model for a few steps with its recipe's own trainer.
 
@@ -128,7 +127,6 @@ def try_steps(
         warmup: steps before them.
         lasting: minimum seconds of timed steps in total, up to 100 steps.
         until: deadline on the clock of `time.monotonic`; after it no step starts except the first.
-        rests: whether parts that the recipe freezes at first stay frozen in all these steps; else they are trained.
     """
     reset_peak_memory(engine.device)
     trial = Trial(before=used_memory(engine.device))
@@ -147,11 +145,11 @@ def try_steps(
         score_names=(parts.score,),
     )
     for group in optimizer.param_groups:
-        if group["frozen"]:
-            group["frozen"], group["start"] = rests, data_module.most / (data_module.most + 1)
-    settings = parts.settings(
-        data_module.most + 1
-    )  # the feed raises before the last step, after which `fit` would validate
+        if group["frozen"]:  # parts that the recipe freezes at first are timed as they are trained later
+            group["frozen"] = False
+            group["start"] = 0.0
+    # the feed raises before the last step, after which `fit` would validate
+    settings = parts.settings(data_module.most + 1)
     checkpoints = Checkpointer(Path(), {}, writes=False)
     try:
         with RunLog("", visible=False) as log:

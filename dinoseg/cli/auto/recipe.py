@@ -2,16 +2,13 @@
 
 import hashlib
 import json
-import math
 import os
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,9 +19,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__
-from dinoseg.autotune.rules import CHOOSING, RecipeChoice
-from dinoseg.cli.auto.given import drop_typed
-from dinoseg.cli.auto.search import ComposedRecipe, RecipeSearch
+from dinoseg.autotune.rules import RecipeChoice
+from dinoseg.cli.auto.choose import CHOOSING, Budget, choose
 from dinoseg.config.checks import check_arguments
 from dinoseg.config.job import job_config
 from dinoseg.config.plain import BUILDS, to_container
@@ -33,7 +29,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
-from dinoseg.experiment.step import check_trainer, training_parts
+from dinoseg.experiment.step import check_trainer
 from dinoseg.tasks.images import SAMPLING
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import forms
@@ -45,20 +41,23 @@ from dinoseg.utils.units import finished
 from dinoseg.utils.wording import format_override, one_line, printable
 
 AUTO = "auto"  # name of the recipe that is chosen automatically
+NAME = "chosen"  # of the written recipe
+GROUPS = ("adapter", "head", "loss")  # config groups whose option is chosen
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # environment variables that make a process a rank
 # overrides that do not affect the choices
 _OF_A_RUN = ("seed", "resume", "budget", "logger", "hydra", "mode", "hparam")
-
-
-NAME = "chosen"  # of the written recipe
-GROUPS = ("adapter", "head", "loss")  # config groups whose option is chosen
+_SEARCHED = "hydra.searchpath"
+_IMPLIED_BY = {  # from chosen keys to other keys that replace them if typed
+    "loss.weights": ("loss",),
+    "loss.criterion.factors.dice": ("loss", "loss.criterion", "loss.criterion.factors"),
+    "trainer.steps": ("trainer.epochs",),
+    "trainer.max_minutes": ("trainer.steps", "trainer.epochs"),
+    "trainer.val_every": ("trainer.steps", "trainer.epochs"),
+}
 _NAMES = rf"(?!(?:{'|'.join(BUILDS)})$).*"  # keys of a table, except those of `BUILDS`
 _MAX_BYTES = 2**20  # of a file of choices, which takes a few thousand
-_MAX_PIXELS = 2**30  # of the images in a batch, as in a checkpoint's config
-_COUNT, _SIDE, _RATE = forms.whole(1, 2**40), forms.whole(1, 2**20), forms.number(0, 100)
-
-
-_SEARCHED = "hydra.searchpath"
+_COUNT = forms.whole(1, 2**40)
+_SIDE = forms.whole(1, 2**20)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,6 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     """
     build = Builder(cfg)
     _check(build)
-    minutes = cfg.budget.minutes
     given = typed_keys(words)
     train, val = build.dataset("train", reduced=True), build.dataset("val")
     path = _path(build, given, (train, val))
@@ -109,18 +107,20 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     with _one_at_a_time(path):
         stored = read_choices(path)
         if stored is None:
-            most = f"candidates are timed for at most {60 * CHOOSING * minutes:.0f} s"
+            minutes = cfg.budget.minutes
+            most = f"choosing takes {60 * CHOOSING * minutes:.0f} s at most"
             _log_progress(f"inspects data and machine: budget.minutes={minutes:g} starts now, {most}")
-            trying = [*words, *_shared()]
+            typed = [*words, *_shared()]
+
+            def compose_with(choices: Sequence[RecipeChoice]) -> DictConfig:
+                return _composed(typed, "trying", drop_typed(choices, given)[0])
+
             joined = ranks_here() if _shared() else 0
+            data = train, evenly_spaced_subset(val, cfg.trainer.get("val_images"))
             with _outside_ranks():
                 engine = build.engine(devices=1)
-                data = train, evenly_spaced_subset(val, cfg.trainer.get("val_images"))
-                search = RecipeSearch(
-                    partial(_read, trying), data, engine, given, minutes, _log_progress, joined=joined
-                )
-                choices = search.choose()
-            stored, source = (search.about, choices), "chosen now"
+                stored = choose(compose_with, data, engine, given, Budget(minutes), joined=joined)
+            source = "chosen now"
             _store_choices(path, *stored)
     about, choices = stored
     choices, taken = drop_typed(choices, given)  # the file stores all: other keys may be typed next
@@ -143,7 +143,7 @@ def _composed(words: Sequence[str], about: str, choices: Sequence[RecipeChoice])
 def _check(build: Builder) -> None:
     """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
     minutes = build.value("budget.minutes")
-    check_arguments("dinoseg.cli.auto.search.RecipeSearch", {"minutes": minutes}, {"minutes": "budget.minutes"})
+    check_arguments("dinoseg.cli.auto.choose.Budget", {"minutes": minutes}, {"minutes": "budget.minutes"})
     if build.task().on_clips or "unlabelled" in build.value("trainer"):
         raise UserError(
             f"hparam=auto chooses for images and their masks, not for trainer={build.options['trainer']}. Choose a "
@@ -154,31 +154,6 @@ def _check(build: Builder) -> None:
     build.arguments(ImageDataModule, SAMPLING)
     build.part("data.augment")  # refuses an invalid crop
     build.arguments(evenly_spaced_subset, {"count": "trainer.val_images"})
-
-
-def _read(words: Sequence[str], choices: Sequence[RecipeChoice]) -> ComposedRecipe:
-    """Return the values of the config that a command line composes with choices."""
-    cfg = _composed(words, "trying", choices)
-    rates = cfg.optim.optimizer
-    return ComposedRecipe(
-        values=to_container(cfg),
-        parts=partial(training_parts, Builder(cfg)),
-        adapter=cfg.choices.adapter,
-        head=cfg.choices.head,
-        crop=tuple(cfg.resolution.crop),
-        scale=cfg.resolution.scale,
-        longest=cfg.resolution.longest,
-        batch_size=cfg.data.batch_size,
-        accumulate=cfg.trainer.accumulate,
-        views=cfg.data.get("views"),
-        class_mix=cfg.data.get("class_mix", 0.0),
-        cache=cfg.engine.cache,
-        cache_dir=cfg.cache_dir,
-        devices=cfg.engine.devices,
-        head_lr=rates.head_lr,
-        backbone_lr=rates.backbone_lr,
-        freezes="freeze_backbone_until" in rates,
-    )
 
 
 def _path(build: Builder, given: frozenset[str], data: Sequence[SegmentationData]) -> Path:
@@ -240,11 +215,11 @@ def _root(key: str) -> str:
 
 
 def _name(*names: str) -> forms.Form:
-    """Return the form of one of some names, or without names of any option of a config group."""
+    """Return the form of one of some names."""
 
     def check(value: Any, where: str) -> None:
-        if not isinstance(value, str) or not (value in names if names else re.fullmatch(r"[a-z]\w*", value)):
-            raise forms.SchemaError(f"{where:.99} is {value!r:.60}; it must be {' or '.join(names) or 'a name'}")
+        if value not in names:
+            raise forms.SchemaError(f"{where:.99} is {value!r:.60}; it must be {' or '.join(names)}")
 
     return check
 
@@ -256,31 +231,26 @@ def _class_weights(value: Any, where: str) -> None:
 
 
 _FORMS: Mapping[str, forms.Form] = {  # of all keys that may be chosen; a file with other keys is rejected
-    **{"adapter": _name(), "head": _name("linear", "multiscale", "detail"), "loss": _name("ce_dice")},
-    **{"adapter.blocks": forms.whole(1, 2**16), "head.init": _name("probe")},
-    **{"backbone.checkpointing": forms.flag, "head.checkpointing": forms.flag},
-    **{"loss.weights": _class_weights, "loss.criterion.factors.dice": forms.number(0, 2**20)},
-    **{"data.augment.scale": forms.row(forms.number(0.01, 16), forms.number(0.01, 16))},
-    **{"data.batch_size": forms.whole(1, 2**16), "data.views": forms.whole(1, 2**10)},
-    **{"data.labelled": forms.number(1e-9, 1)},
-    **{"resolution.crop": forms.row(_SIDE, _SIDE), "resolution.longest": _SIDE},
-    **{"optim.optimizer.freeze_backbone_until": forms.number(0, 0.99)},
-    **{"optim.optimizer.backbone_lr": _RATE, "optim.optimizer.head_lr": _RATE},
-    **{"trainer.accumulate": forms.whole(1, 2**20), "trainer.max_minutes": forms.number(0, 2**40)},
-    **dict.fromkeys(("trainer.steps", "trainer.val_every", "trainer.val_images"), _COUNT),
+    "adapter": _name("frozen", "full", "lora_all"),
+    "head": _name("linear", "multiscale", "detail"),
+    "head.init": _name("probe"),
+    "loss": _name("ce_dice"),
+    "loss.weights": _class_weights,
+    "loss.criterion.factors.dice": forms.number(0, 2**20),
+    "data.augment.scale": forms.row(forms.number(0.01, 16), forms.number(0.01, 16)),
+    "data.batch_size": forms.whole(1, 2**16),
+    "data.views": forms.whole(1, 2**10),
+    "data.labelled": forms.number(1e-9, 1),
+    "resolution.crop": forms.row(_SIDE, _SIDE),
+    "resolution.longest": _SIDE,
+    "optim.optimizer.freeze_backbone_until": forms.number(0, 0.99),
+    "trainer.max_minutes": forms.number(0, 2**40),
+    "trainer.steps": _COUNT,
+    "trainer.val_every": _COUNT,
+    "trainer.val_images": _COUNT,
 }
-
-
-def _choices(value: Any, where: str) -> None:
-    """Validate the overrides and reasons of all choices, and the size of the batch that they result in."""
-    forms.listing(forms.record(words=forms.some_of(**_FORMS), reason=forms.text))(value, where)
-    words = {key: each for row in value for key, each in row["words"].items()}
-    pixels = math.prod(words.get("resolution.crop", ())) * words.get("data.batch_size", 1)
-    if pixels > _MAX_PIXELS:
-        raise forms.SchemaError(f"{where} makes batches of {pixels} pixels; the limit is {_MAX_PIXELS}")
-
-
-_FORM = forms.record(about=forms.text, choices=_choices)
+_CHOICE = forms.record(words=forms.some_of(**_FORMS), reason=forms.text)
+_FORM = forms.record(about=forms.text, choices=forms.listing(_CHOICE))
 
 
 def read_choices(path: Path) -> tuple[str, list[RecipeChoice]] | None:
@@ -319,7 +289,7 @@ def recipe_text(about: str, choices: Sequence[RecipeChoice]) -> str:
     """Return choices as a recipe: a config file of the group hparam."""
     lines = ["# @package _global_", _comment(f"Chosen by hparam=auto: {about}.")]
     keys: dict[str, Any] = {}
-    groups: dict[str, Any] = {}  # the later of two choices wins: memory may need another adapter than time does
+    groups: dict[str, Any] = {}
     for choice in choices:
         lines.append(_comment(f"{' '.join(choice.words)}: {choice.reason}"))
         groups |= {key: value for key, value in choice.words.items() if key in GROUPS}
@@ -340,6 +310,19 @@ def recipe_text(about: str, choices: Sequence[RecipeChoice]) -> str:
 def _comment(text: str) -> str:
     """Return text as a one-line YAML comment; unprintable characters, which could end it, are escaped."""
     return "# " + "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def drop_typed(choices: Iterable[RecipeChoice], given: frozenset[str]) -> tuple[list[RecipeChoice], list[str]]:
+    """Return the choices without typed keys or keys implied by typed ones, and the sorted list of those typed keys."""
+    left = []
+    taken = set[str]()
+    for choice in choices:
+        typed = {key: given & {key, *_IMPLIED_BY.get(key, ())} for key in choice.words}
+        taken = taken.union(*typed.values())
+        words = {key: value for key, value in choice.words.items() if not typed[key]}
+        if words:
+            left.append(replace(choice, words=words))
+    return left, sorted(taken)
 
 
 def typed_keys(words: Sequence[str]) -> frozenset[str]:
