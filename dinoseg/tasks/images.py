@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from dinoseg.config.checks import check_arguments
-from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import backbone_size
 from dinoseg.data.class_uniform import class_uniform
@@ -120,9 +119,9 @@ class ImageTask(TrainingTask):
         self.parts.part("data.augment")
 
     def cache_features(
-        self, model: SegmentationModel, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
+        self, model: SegmentationModel, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
-        """Let the feed cache the features of the frozen part of a model, if that saves time or is requested."""
+        """Let the feed cache the features of the frozen part of a model, if `engine.cache` enables it."""
         parts = self.parts
         keys = {"dtype": "features.dtype", "gib": "features.gib", "noise": "data.feature_noise"}
         options = parts.arguments(CacheOptions, keys)
@@ -130,7 +129,7 @@ class ImageTask(TrainingTask):
         hashes = {group: parts.digest(group, lr=None) for group in ("backbone", "adapter", "head")}
         augmentation = parts.digest("data.augment")
         plan = CacheOptions(parts.cache_dir, epochs, augmentation, hashes, **options, before=before.get("engine.cache"))
-        cache = self.data_module.cache = feature_cache(self.data_module, model, loss, engine, plan)
+        cache = self.data_module.cache = feature_cache(self.data_module, model, engine, plan)
         if cache is None or cache.place is None:
             return {}
         return {"engine.cache": cache.place, "features.dtype": plan.dtype}

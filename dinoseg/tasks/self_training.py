@@ -82,7 +82,7 @@ class SelfTrainingTask(ImageTask):
         return SelfTrainingLoss(loss, self.parts.unweighted_loss(), self._options.weight)
 
     def cache_features(
-        self, model: SegmentationModel, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
+        self, model: SegmentationModel, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
         """Cache nothing: strong views are new in each epoch.
 

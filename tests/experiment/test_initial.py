@@ -24,7 +24,7 @@ from dinoseg.modes import train
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 
-QUIET = ("mode.report=false", "mode.pictures=0", "mode.probe_baseline=0")
+QUIET = ("mode.report=false", "mode.pictures=0")
 SHORT = ("mode=train", *SMALL, *QUIET)
 _OTHERS = (word for word in SMALL if not word.startswith(("backbone", "adapter")))
 KNOWN = ("mode=train", *_OTHERS, *QUIET, "backbone=tiny_surgical", "backbone.layers=[0]", "adapter=frozen")

@@ -54,7 +54,6 @@ OF_MODE = {  # what else a mode is given, so that it takes little time
         "mode.metrics_only=true",
         "mode.report=false",
         "mode.pictures=0",
-        "mode.probe_baseline=0",
     ),
 }
 SIZES = {"typical": 48, "largest": 60}  # of the training's images: those here are larger

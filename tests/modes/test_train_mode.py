@@ -62,7 +62,7 @@ def test_options_of_rates_are_refused_before_the_model_is_built(where, word):
 )
 def test_the_warmup_of_a_backbone_that_is_not_trained_has_no_effect(where, adapter, heads):
     words = (f"adapter={adapter}", *heads, "optim.schedule.backbone_warmup=500", "mode.pictures=0")
-    output = train(where, *words, "mode.report=false", "mode.probe_baseline=0").err
+    output = train(where, *words, "mode.report=false").err
     line = "optim.schedule.backbone_warmup=500 has no effect: the backbone is not trained. Set it to null, or choose"
     assert output.count("backbone_warmup") == 1 and (line in output) == (adapter == "frozen")
     assert ("The learning rate rises until" in output) == (adapter == "full")

@@ -3,9 +3,7 @@
 import errno
 import itertools
 import logging
-import math
 import re
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -41,11 +39,10 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache import cache, store
 from dinoseg.training.feature_cache.cache import CachedMasks
 from dinoseg.training.feature_cache.form import to_bytes
-from dinoseg.training.feature_choice import CacheOptions, Cost, feature_cache, measured
+from dinoseg.training.feature_choice import CacheOptions, feature_cache, measured
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Experiment, Settings, fit
-from dinoseg.utils import cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image, write_png
 
@@ -111,7 +108,7 @@ def train(data, tiny_backbone, tmp_path):
         data_module = ImageDataModule(data_set, data_set, augment, pictures=1, views=views, **share)
         plan = CacheOptions(tmp_path / "cache", epochs or steps * 2 / 5, "drawing", {}, dtype=dtype, **options)
         loss = CrossEntropy(torch.ones(3))
-        data_module.cache = feature_cache(data_module, model, loss, engine, plan)
+        data_module.cache = feature_cache(data_module, model, engine, plan)
         if epochs:
             return [], data_module, model
         points = Checkpointer(tmp_path / f"run_{cache}_{steps}_{start}", INFO, start and read(start))
@@ -198,8 +195,7 @@ def test_features_in_other_processes_are_the_same(train):
 def test_each_view_is_read_by_the_training_s_own_process_once_it_was_read_by_any(train, monkeypatch):
     loaded, load = [], loader._load_ahead
     monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, n, **_: loaded.append(n) or load(read, keys, n))
-    monkeypatch.setattr(cores, "_usable", lambda: set(range(2)))
-    rows, data_module, _ = train("disk", workers="auto", steps=9)
+    rows, data_module, _ = train("disk", workers=2, steps=9)
     assert rows == train(steps=9)[0]
     assert loaded == [2, 2, 0, 0, 0]  # 6 batches hold both views of all, with a validation; then 3, with two more
     monkeypatch.setattr(PairDataset, "mask", lambda *_: pytest.fail("a mask is decoded once more"))
@@ -389,15 +385,6 @@ def test_features_of_other_shapes_or_kinds_are_none_and_mended(
     assert train("disk", steps=3)[0] == live and not caplog.messages
 
 
-def test_masks_that_only_other_processes_would_read_are_not_kept(train, monkeypatch):
-    monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, _, **__: map(read, keys))
-    kept, keep = [], CachedMasks.keep
-    monkeypatch.setattr(CachedMasks, "keep", lambda masks, *view: kept.append(view) or keep(masks, *view))
-    for workers, count in ((2, 0), (0, 2)):
-        next(train("disk", epochs=9, workers=workers)[1].train_batches(0))
-        assert len(kept) == count
-
-
 def test_trainings_that_go_on_at_once_share_what_is_kept(train, computed):
     feeds = [train("disk", epochs=9)[1] for _ in range(2)]
     computed.clear()
@@ -409,11 +396,11 @@ def test_trainings_that_go_on_at_once_share_what_is_kept(train, computed):
 
 
 def test_what_lets_batches_come_sooner_depends_on_what_is_read(train, data, tmp_path):
-    _, live, _ = train(epochs=2, workers="auto")
-    assert live.remedy.startswith("Decode images only once (data.cache=packed). engine.workers=auto has tried")
+    _, live, _ = train(epochs=2, workers=2)
+    assert live.remedy.startswith("Decode images only once (data.cache=packed). If cores are idle, use more")
     _, kept, _ = train("disk", epochs=2, workers=2)
     assert kept.remedy.startswith("Features are cached: ") and "packed" not in kept.remedy
-    assert kept.remedy.endswith("use more loading processes (engine.workers=auto finds the number).")
+    assert kept.remedy.endswith("use more loading processes (engine.workers is 2).")
     _, kept, _ = train("memory", epochs=2, workers=2)
     assert kept.remedy.startswith("Features are cached in memory: ") and "disk" not in kept.remedy
     _, disturbed, _ = train(epochs=2, noise=0.1)
@@ -519,19 +506,13 @@ def test_auto_says_why_it_trains_on_images(train, caplog, monkeypatch):
 
     assert "data.views=4 to cache 4 fixed augmentations" in told(views=None, epochs=9)
     assert "adapter.blocks=4" in told(adapter=Lora(2, 4), epochs=9)
-    assert "hardly repeat a view" in told(epochs=1.6)
-    costs = {"write": 0.01, "read": 0.01, "bytes": 100, "pixels": 100}
-    monkeypatch.setattr(choice, "measured", lambda *_: Cost(frozen=0.1, rest=1.0, **costs))
-    assert "is too small" in told(epochs=20)
-    monkeypatch.setattr(choice, "measured", lambda *_: Cost(frozen=0.1, rest=0.01, **costs | {"bytes": 2**60}))
-    assert "Free space" in told(epochs=20)
-    monkeypatch.setattr(choice, "_memory_room", lambda *_: 0)
-    monkeypatch.setattr(choice, "measured", lambda *_: Cost(frozen=0.1, rest=0.01, **costs | {"read": 1.0}))
-    assert "The disk is too slow" in told(epochs=20)
+    assert "repeat no view" in told(epochs=2.0)
+    monkeypatch.setattr(choice, "_memory_room", lambda *_: 10)
+    monkeypatch.setattr(choice, "_disk_room", lambda *_: 11)
+    assert "10 B are free in memory and 11 B in files" in told(epochs=20)
 
 
 def test_a_run_that_goes_on_keeps_to_what_it_has_chosen_unless_told_otherwise(train, monkeypatch, caplog):
-    monkeypatch.setattr(choice, "_MIN_GAIN", 1e9)
     caplog.set_level(logging.INFO)
     for before in ("disk", "memory"):
         assert train("auto", epochs=20, before=before)[1].cache.place == before
@@ -541,38 +522,23 @@ def test_a_run_that_goes_on_keeps_to_what_it_has_chosen_unless_told_otherwise(tr
         )
         caplog.clear()
     assert train("disk", epochs=20, before="off")[1].cache.place == "disk" and "at the start" not in caplog.text
-    for before in (None, "elsewhere"):  # unknown, or of a file that somebody has written: it is measured
-        assert train("auto", epochs=20, before=before)[1].cache is None and "is too small" in caplog.text
-        caplog.clear()
-    monkeypatch.setattr(choice, "measured", lambda *_: pytest.fail("what is known is measured"))
+    for before in (None, "elsewhere"):  # unknown, or of a file that somebody has written: the rule decides
+        assert train("auto", epochs=20, before=before)[1].cache.place == "memory"
+        assert "at the start" not in caplog.text
+    monkeypatch.setattr(choice, "measure_features", lambda *_: pytest.fail("what is known is measured"))
     assert train("auto", epochs=20, before="off")[1].cache is None
     assert "This run started without a cache: set engine.cache=disk or memory to use one." in caplog.text
 
 
-def test_a_disk_that_takes_nothing_leaves_memory(train, monkeypatch, tmp_path, caplog):
-    (tmp_path / "cache").write_text("no folder")
-    monkeypatch.setattr(choice, "_MIN_GAIN", 0.1)
-    with caplog.at_level(logging.INFO):
-        train("auto", epochs=20)
-    assert "(engine.cache=auto), in memory" in caplog.text and " inf" not in caplog.text
-
-
-def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
-    cost = Cost(frozen=0.1, rest=0.01, write=0.01, read=0.01, bytes=100, pixels=100)
-    monkeypatch.setattr(choice, "measured", lambda *_: cost)
+@pytest.mark.parametrize(("memory", "disk", "place"), [(10**6, 10**6, "memory"), (10, 10**6, "disk"), (10, 10, None)])
+def test_auto_caches_in_memory_else_on_disk(train, monkeypatch, caplog, memory, disk, place):
+    monkeypatch.setattr(choice, "_memory_room", lambda *_: memory)
+    monkeypatch.setattr(choice, "_disk_room", lambda *_: disk)
     with caplog.at_level(logging.INFO):
         _, data_module, _ = train("auto", epochs=20)
-    assert data_module.cache is not None and "estimated speed-up 3.7 over 20.0 epochs" in caplog.text
-    assert cost.gain(20, 2, disk=True) == pytest.approx(20 * 0.11 / (2 * 0.11 + 18 * 0.01 + 20 * 0.01))
-    assert cost.gain(1, 4, disk=False) == 1
-    unwritable = cost._replace(write=math.inf, read=math.inf)
-    assert unwritable.gain(20, 2, disk=False) == cost.gain(20, 2, disk=False) and unwritable.gain(9, 2, disk=True) == 0
-    assert unwritable.gain(1, 2, disk=True) == 0
-    assert store.cap_of(1e300) == sys.maxsize and store.cap_of(None) is None
-    monkeypatch.setattr(choice, "_disk_room", lambda *_: 10)
-    with caplog.at_level(logging.INFO):
-        train("auto", epochs=20)
-    assert "Feature cache: on (engine.cache=auto), in memory" in caplog.text
+    assert (data_module.cache and data_module.cache.place) == place
+    (line,) = (line for line in caplog.messages if line.startswith("Feature cache: "))
+    assert "engine.cache=auto" in line and "as float32" in line
 
 
 @pytest.mark.parametrize(
