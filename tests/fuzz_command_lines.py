@@ -65,7 +65,7 @@ BASES = {  # a command line that works, of each mode and of what trains otherwis
     "prepare": ("data=sarrarp", "data.root=data"),
     "render": ("data=movi", "data.root=drawn", *RENDER, "mode.workers=1"),
     "help": (),
-    "plan": (*SMALL, "mode.memory=1GiB", "mode.dry_step=false"),
+    "plan": (*SMALL, "mode.memory=1GiB"),
     "bench": (*SMALL, "mode.steps=1", "mode.images=1", "mode.warmup=0"),
     "probe": (*TINY, *SMALL[:4]),
     "select": (*TINY, "input=data/val/images", "count=1"),

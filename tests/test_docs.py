@@ -27,7 +27,7 @@ SMALLER = {  # what a mode is given beside the words of its command
     "eval": CPU,
     "probe": CPU,
     "bench": (*SHORT, *CPU, "mode.steps=2", "mode.images=2", "mode.warmup=0", "mode.synthetic=true"),
-    "plan": (*SHORT, *CPU, "mode.dry_step=false"),
+    "plan": (*SHORT, *CPU),
     "predict": CPU,
     "select": (*CPU, "mode.every=0.1"),
     "track": CPU,

@@ -4,8 +4,8 @@ A rule returns None if it does not apply. Its evidence is stated next to it, mea
 docs/experiments.md; rules without measurements say so.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dinoseg.autotune.facts import ClassFacts, DatasetFacts
@@ -26,9 +26,6 @@ MIN_FROZEN_FIRST = 1000  # from which freezing the backbone at first beats a bac
 FROZEN_SHARE = 0.4  # share of such a training with a frozen backbone, whose steps are faster
 THIN_WEIGHT = 3.0  # of thin and rare classes; others have 1
 THIN_DICE = 2.0  # factor of the dice loss, together with such weights
-VIEWS = (4, 2, 1)  # fixed views of each image whose features are cached
-MIN_USES = 1.5  # minimum uses of each cached view
-MIN_GAIN = 1.2  # minimum gain in training images; below it, new views in each epoch are better
 BATCHES = (8, 4, 2)
 ENOUGH_STEPS = 1500  # fewer steps lead to a smaller batch: detail did best in 1,500 to 2,000 steps of 2 images
 MAX_VALIDATIONS = 5
@@ -103,9 +100,6 @@ class RecipeCase:
         return (head(self).words["head"] if self.head is None else self.head) == "detail"
 
 
-Rule = Callable[[RecipeCase], RecipeChoice | None]
-
-
 def longest(case: RecipeCase) -> RecipeChoice | None:
     """Reduce images that have more patches than the device can handle."""
     if case.longest is not None or case.reduced == 1:
@@ -119,7 +113,7 @@ def longest(case: RecipeCase) -> RecipeChoice | None:
     )
 
 
-def crop(case: RecipeCase) -> RecipeChoice | None:
+def crop(case: RecipeCase) -> RecipeChoice:
     """Use whole images, rounded down to whole patches, as crops: validation then matches training."""
     patch = max(1, round(case.patch))
     sides = [max(patch, side // patch * patch) for side in case.size]
@@ -144,19 +138,15 @@ def head(case: RecipeCase) -> RecipeChoice:
         return RecipeChoice(
             {"head": "multiscale"}, "four blocks carry more information than one; head=detail needs an even patch size"
         )
-    if not case.thin:
-        return RecipeChoice(
-            {"head": "detail"},
-            "it reads pixels in addition to four blocks, and no other head scored higher on three datasets",
-        )
-    return RecipeChoice(
-        {"head": "detail"},
-        f"{_named(case.thin)} {'is' if len(case.thin) == 1 else 'are'} thinner than half a patch ({_widths(case)} of "
-        f"{case.patch / case.reduced:.0f} px): the head reads pixels, too",
-    )
+    reason = "it reads pixels in addition to four blocks, and no other head scored higher on three datasets"
+    if case.thin:
+        widths = ", ".join(f"{each.width:.0f}" for each in case.thin[:3])
+        patch = case.patch / case.reduced
+        reason += f"; half a patch is wider than {_named(case.thin)} ({widths} of {patch:.0f} px)"
+    return RecipeChoice({"head": "detail"}, reason)
 
 
-def loss(case: RecipeCase) -> RecipeChoice | None:
+def loss(case: RecipeCase) -> RecipeChoice:
     """Add dice to cross-entropy; weight thin, rare classes more.
 
     CamVid, frozen, multiscale: mIoU 0.563 with dice, 0.545 without. Weights by `median` lost 5 points of mIoU with
@@ -168,25 +158,20 @@ def loss(case: RecipeCase) -> RecipeChoice | None:
         weights = {each.name: THIN_WEIGHT for each in slender}
         return RecipeChoice(
             {"loss": "ce_dice", "loss.weights": weights, "loss.criterion.factors.dice": THIN_DICE},
-            f"{_named(slender)} {'is' if len(slender) == 1 else 'are'} thin, with less than {RARE:.0%} of the pixels: "
-            f"they get a class weight of {THIN_WEIGHT:g}, and dice is doubled",
+            f"thin, with less than {RARE:.0%} of the pixels: {_named(slender)}; they get a class weight of "
+            f"{THIN_WEIGHT:g}, and dice is doubled",
         )
+    reason = "dice weighs all classes equally; class weights by rarity lower the scores of the other classes"
     rare = case.facts.rarer(RARE)
-    prefix = (
-        f"{_named(rare)} {'has' if len(rare) == 1 else 'have'} less than {RARE:.0%} of the pixels; " if rare else ""
-    )
-    return RecipeChoice(
-        {"loss": "ce_dice", "loss.weights": "none"},
-        f"{prefix}dice weighs all classes equally; class weights by rarity lower the scores of the other classes",
-    )
-
-
-BY_DATA: Sequence[Rule] = (longest, crop, head, loss)
+    if rare:
+        reason += f"; with less than {RARE:.0%} of the pixels: {_named(rare)}"
+    return RecipeChoice({"loss": "ce_dice", "loss.weights": "none"}, reason)
 
 
 def by_data(case: RecipeCase) -> list[RecipeChoice]:
     """Return the choices that follow from the data alone."""
-    return [found for rule in BY_DATA if (found := rule(case))]
+    found = [longest(case), crop(case), head(case), loss(case)]
+    return [choice for choice in found if choice is not None]
 
 
 def adapter(case: RecipeCase) -> RecipeChoice:
@@ -235,7 +220,7 @@ def closed_form(seconds: float, image: float, facts: DatasetFacts) -> RecipeChoi
 
     Args:
         seconds: time left for everything.
-        image: seconds of one forward pass of the frozen backbone.
+        image: seconds per image of a training step.
         facts: of the data.
     """
     images = max(2, int(seconds / 3 / image))
@@ -282,17 +267,12 @@ def _named(classes: Sequence[ClassFacts]) -> str:
     return ", ".join(names) + (f" and {more} more" if more else "")
 
 
-def _widths(case: RecipeCase) -> str:
-    return ", ".join(f"{each.width:.0f}" for each in case.thin[:3])
-
-
 @dataclass(frozen=True)
 class Length:
     """Length of a training within a time budget.
 
     Attributes:
         images: training images, with repetition; 0 if there is no time for any.
-        views: fixed views of each image whose features are cached; None: new views in each epoch.
         val_images: images of each validation and of the final evaluation; None: all.
         validations: besides the final evaluation.
         spent: seconds besides the steps.
@@ -300,20 +280,13 @@ class Length:
     """
 
     images: int
-    views: int | None
     val_images: int | None
     validations: int
     spent: float
     limit: float
 
 
-def length_within(
-    seconds: float,
-    image: float,
-    times: RecipeTimes,
-    facts: DatasetFacts,
-    views: Sequence[int] = (),
-) -> Length:
+def length_within(seconds: float, image: float, times: RecipeTimes, facts: DatasetFacts) -> Length:
     """Return the training that fits into a number of seconds.
 
     Args:
@@ -321,7 +294,6 @@ def length_within(
         image: seconds per image of a training step.
         times: measured times.
         facts: of the data.
-        views: numbers of fixed views of which features may be cached, the best first.
     """
     most = max(1, int(SCORING * seconds / max((1 + _SCORED) * times.val, 1e-9)))
     val_images = None if most >= facts.val_images else most
@@ -331,20 +303,5 @@ def length_within(
     spent = overhead + validations * validation
     # the trainer knows the duration of a validation only after the first one
     limit = max(1.0, seconds - overhead - (validation if validations == 1 else 0))
-    left = SURE * seconds - spent
-    live = Length(max(0, int(left / image)), None, val_images, validations, spent, limit)
-    for count in views:
-        cached = _count_cached_images(left, times, count * facts.images)
-        if cached >= max(MIN_GAIN * live.images, MIN_USES * count * facts.images):
-            return replace(live, images=cached, views=count)
-    return live
-
-
-def _count_cached_images(seconds: float, times: RecipeTimes, distinct: int) -> int:
-    """Return the number of training images that fit if the features of `distinct` views are computed only once."""
-    if times.cached is None:
-        return 0
-    images = seconds / (times.cached + times.forward)
-    if images > distinct:
-        images = (seconds - distinct * times.forward) / times.cached
-    return max(0, int(images))
+    images = int((SURE * seconds - spent) / image)
+    return Length(max(0, images), val_images, validations, spent, limit)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Trial:
 
 @dataclass
 class _TimedDataModule:
-    """Feed that records the time at each batch, and ends the training after enough steps and seconds."""
+    """Data module that records the time at each batch, and ends the training after enough steps and seconds."""
 
     batches: Iterator[Any]
     device: torch.device
@@ -67,19 +67,20 @@ class _TimedDataModule:
 
     def train_batches(self, start: int) -> Iterator[Any]:
         """Yield the batches of all steps; requesting one more ends the training."""
-        began = None
-        for step in range(self.most + 1):
-            began = self._note(began)
-            enough = sum(self.trial.seconds[self.warmup :]) >= self.lasting
-            overdue = step > 0 and time.monotonic() >= self.until
-            if step == self.most or overdue or (enough and step >= self.warmup + self.steps):
-                break
+        began = self._now()
+        for step in range(self.most):
             self.trial.waited.append(0.0)
             for _ in range(self.accumulate):
                 requested_at = time.perf_counter()
                 batch = next(self.batches)
                 self.trial.waited[-1] += time.perf_counter() - requested_at
                 yield batch
+            now = self._now()
+            self.trial.seconds.append(now - began)
+            began = now
+            enough = sum(self.trial.seconds[self.warmup :]) >= self.lasting and step + 1 >= self.warmup + self.steps
+            if enough or time.monotonic() >= self.until:
+                break
         for noted in (self.trial.seconds, self.trial.waited):
             del noted[: min(self.warmup, len(noted) - 1)]  # a trial that is cut short keeps one step
         raise _TrialDone
@@ -89,13 +90,9 @@ class _TimedDataModule:
         """Maximum number of steps."""
         return max(self.warmup + self.steps, _MAX if self.lasting else 0)
 
-    def _note(self, began: float | None) -> float:
-        """Record the duration of the step that began at `began`, if any; return the current time."""
+    def _now(self) -> float:
         synchronize(self.device)
-        now = time.perf_counter()
-        if began is not None:
-            self.trial.seconds.append(now - began)
-        return now
+        return time.perf_counter()
 
     def tally(self, engine: Engine) -> Tally | None:
         """Return None: nothing is counted."""
@@ -107,7 +104,6 @@ class _TimedDataModule:
 
 def try_steps(
     parts: TrainingParts,
-    make: Callable[[], SegmentationModel],
     engine: Engine,
     batches: Iterator[Any],
     *,
@@ -120,7 +116,6 @@ def try_steps(
 
     Args:
         parts: of the training.
-        make: returns the model.
         engine: of one rank.
         batches: at least as many as the steps need.
         steps: minimum number of timed optimizer steps.
@@ -130,7 +125,7 @@ def try_steps(
     """
     reset_peak_memory(engine.device)
     trial = Trial(before=used_memory(engine.device))
-    model = make().to(engine.device)
+    model = parts.model().to(engine.device)
     loss, optimizer = parts.loss().to(engine.device), parts.optimizer(model)
     data_module = _TimedDataModule(
         batches,

@@ -8,7 +8,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Head, Loss
@@ -101,15 +100,16 @@ class TrainingRun:
         build.schedule()  # refuses unknown options before a model is built
         if build.resume:
             self.start, outline = _start(build, task.labels)
-        else:
-            outline = build.outline()
-            check_initial(build, outline)
+            self.check_model(outline)
         self._loggers = logger_factories(build)
-        build.task().check_parts(outline, engine.world_size)  # of this config: each of several heads has its own
-        with torch.device("meta"):
-            build.optimizer(outline)
         if engine.is_main:
             warn_unread(out_dir, task.unread, task.unread_because)
+
+    def check_model(self, model: SegmentationModel) -> None:
+        """Refuse a model that the loss, the batch or the initial weights do not fit; it may be on the meta device."""
+        check_initial(self.build, model)
+        # by the task of this config: each of several heads has its own
+        self.build.task().check_parts(model, self.engine.world_size)
 
     @property
     def first_step(self) -> int:

@@ -23,7 +23,6 @@ from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.min_batch import check_batch
 from dinoseg.experiment.provenance import provenance_of
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.metrics.confusion import commonest_class
@@ -106,7 +105,12 @@ class ImageTask(TrainingTask):
                 f"head={options['head']} is trained on clips. Choose trainer=slots "
                 "loss=feature_reconstruction, or another head."
             )
-        check_batch(parts, model.head.min_batch_size, world_size)
+        least = head.min_batch_size * world_size
+        if parts.value("data.batch_size") < least:
+            raise UserError(
+                f"data.batch_size={parts.value('data.batch_size')}: head={options['head']} is trained on "
+                f"{head.min_batch_size} images or more per device. Set data.batch_size={least} or choose another head."
+            )
         if loss.needs_masks and not head.mixture:
             raise UserError(
                 "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "

@@ -22,8 +22,6 @@ class TrainingParts:
         optimizer: returns the optimizer of a model.
         settings: returns the settings of a training of so many steps that neither validates nor saves.
         schedule: returns the learning-rate schedule.
-        check_batch: refuses a batch size below the head's minimum per rank (first argument) on so many ranks (second).
-        min_batch_size: returns the minimum number of samples per rank.
         shape: pixels of a sample, (3, H, W) or (T, 3, H, W).
         num_classes: number of classes; 0: the samples have no masks.
         scale: backbone pixels per image pixel.
@@ -45,8 +43,6 @@ class TrainingParts:
     optimizer: Callable[[SegmentationModel], Optimizer]
     settings: Callable[[int], Settings]
     schedule: Callable[[], Schedule]
-    check_batch: Callable[[int, int], None]
-    min_batch_size: Callable[[], int]
     shape: tuple[int, ...]
     num_classes: int
     scale: float

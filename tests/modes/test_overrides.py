@@ -45,7 +45,7 @@ WORDS = (
 OF_MODE = {  # what else a mode is given, so that it takes little time
     "bench": ("mode.steps=1", "mode.images=1", "mode.warmup=0"),
     "eval": ("mode.metrics_only=true", "mode.report=false"),
-    "plan": ("mode.dry_step=false", "mode.memory=8GiB", "adapter=full"),
+    "plan": ("mode.memory=8GiB", "adapter=full"),
     "predict": ("mode.masks=false",),
     "probe": ("head.layers=[1]", "mode.strengths=[0.1]", "mode.balances=[0.0]"),
     "select": ("selection=uncertainty", "count=1"),

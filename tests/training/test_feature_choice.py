@@ -39,7 +39,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache import cache, store
 from dinoseg.training.feature_cache.cache import CachedMasks
 from dinoseg.training.feature_cache.form import to_bytes
-from dinoseg.training.feature_choice import CacheOptions, feature_cache, measured
+from dinoseg.training.feature_choice import CacheOptions, feature_cache, measure_features
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Experiment, Settings, fit
@@ -365,7 +365,7 @@ def test_features_of_other_shapes_or_kinds_are_none_and_mended(
     live = train(steps=3)[0]
     assert train("disk", steps=3)[0] == live
     if not known:  # what is measured tells of views alone
-        monkeypatch.setattr(choice, "measured", lambda *given: measured(*given)._replace(shapes=""))
+        monkeypatch.setattr(choice, "measure_features", lambda *given: measure_features(*given)._replace(shapes=""))
     data_module = train("disk", epochs=9)[1]
     views = next(data_module.train_batches(0)).views[1:]
     if not drawn:

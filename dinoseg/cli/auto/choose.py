@@ -1,7 +1,6 @@
 """Choice of a recipe that fits data and time: collect facts, apply rules, time the resulting recipe once."""
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,6 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_choice import stored_as
 from dinoseg.utils.ranges import Range
 from dinoseg.utils.wording import count_of, printable
 from dinoseg.utils.workers import run_in_process
@@ -34,7 +32,6 @@ CHOOSING = 0.25  # maximum share of the budget until the timing ends
 _MIN_TIMED = 0.02  # share of the budget; with less time left, nothing is timed
 _MEASURING = 0.6  # share of the timing's time limit after which steps are not repeated
 _MIN_LEFT = 0.2  # share of the budget reserved for training, however long choosing took
-_FREE_DISK = 2**30  # bytes that the feature cache leaves free
 FREEZE = "optim.optimizer.freeze_backbone_until"
 _CLOSED_FORM = {"adapter", "head", "head.init", "data.labelled"}  # typed keys that rule out the closed-form head
 
@@ -69,8 +66,6 @@ def choose(
     engine: Engine,
     given: frozenset[str],
     budget: Budget,
-    *,
-    joined: int = 0,
 ) -> tuple[str, list[RecipeChoice]]:
     """Return a summary of data, budget and device, and all choices, including those that typed overrides replace.
 
@@ -80,18 +75,20 @@ def choose(
         engine: of one device.
         given: keys and groups typed on the command line, which stay unchanged.
         budget: time for everything.
-        joined: ranks on this machine that torchrun or Slurm started, each with its share of the cores; 0: the training
-            starts its own ranks.
 
     Raises:
-        OutOfMemory: the steps that are timed do not fit into memory.
+        OutOfMemory: the timed steps do not fit into memory.
     """
+    most = 60 * CHOOSING * budget.minutes
+    _log(
+        f"inspects data and machine: budget.minutes={budget.minutes:g} starts now, choosing takes {most:.0f} s at most"
+    )
     base = Builder(compose(()))
     facts = facts_of(*data, base.cache_dir)
     case = _describe_case(base, facts, engine, given)
     devices = base.value("engine.devices")
     # on a CPU, ranks started by the training share the threads that a single process is timed with
-    ranks = 1 if engine.device.type == "cpu" and not joined else devices
+    ranks = 1 if engine.device.type == "cpu" else devices
     by_data = rules.by_data(case)
     adapter = rules.adapter(case)
     if "adapter" in given:
@@ -101,12 +98,13 @@ def choose(
     may_stay_frozen = "adapter" not in given
     times = _time(timed, budget, trains=trains, freezes=may_stay_frozen or not trains, ranks=ranks)
     if trains and may_stay_frozen:
-        adapter = _settle_adapter(case, adapter, times, budget, may_freeze=_may_freeze_at_first(timed, given))
+        # ranks wait for one another all the same, so freezing at first saves them no time
+        may_freeze = timed.value(FREEZE) is not None and FREEZE not in given and devices == 1
+        adapter = _settle_adapter(case, adapter, times, budget, may_freeze=may_freeze)
         trains = adapter.words["adapter"] != "frozen"
 
     image = times.of(adapter.words.get(FREEZE, 0.0) if trains else 1.0)
-    views = [] if trains else _find_views(timed, times, facts, given)
-    length = length_within(budget.left, image, times, facts, views)
+    length = length_within(budget.left, image, times, facts)
     batch = rules.batch(length.images, facts, devices, timed.value("trainer.accumulate"))
     choices = [*by_data, adapter, rules.zoom(trains=trains, pixels=case.sees_pixels), batch]
     sized = Builder(compose(choices))
@@ -114,16 +112,14 @@ def choose(
     if length.images < rules.MIN_STEPS * per_step and not trains and given.isdisjoint(_CLOSED_FORM):
         replaced = {"adapter", "head"}
         choices = [each for each in choices if replaced.isdisjoint(each.words)]
-        choices.append(rules.closed_form(budget.left, times.forward or image, facts))
-        length = replace(length, images=0, views=None)
-    if length.views is not None:
-        reason = (
-            f"features of {count_of(length.views, 'view')} of each image are cached: {times.cached:.2g} s per image "
-            f"instead of {image:.2g} s"
-        )
-        choices.append(RecipeChoice({"data.views": length.views}, reason))
+        choices.append(rules.closed_form(budget.left, image, facts))
+        length = replace(length, images=0)
     choices.append(_choose_steps(length, per_step, budget))
     return headline(facts, budget.minutes, engine.device.type), choices
+
+
+def _log(doing: str) -> None:
+    print(printable(f"hparam=auto {doing}"), file=sys.stderr)
 
 
 def _describe_case(base: Builder, facts: DatasetFacts, engine: Engine, given: frozenset[str]) -> RecipeCase:
@@ -140,12 +136,6 @@ def _describe_case(base: Builder, facts: DatasetFacts, engine: Engine, given: fr
     )
 
 
-def _may_freeze_at_first(build: Builder, given: frozenset[str]) -> bool:
-    """Return whether the optimizer can freeze the backbone at first, and whether that saves time."""
-    takes_it = build.value(FREEZE) is not None and FREEZE not in given
-    return takes_it and build.value("engine.devices") == 1  # ranks wait for one another all the same
-
-
 def _settle_adapter(
     case: RecipeCase, adapter: RecipeChoice, times: RecipeTimes, budget: Budget, *, may_freeze: bool
 ) -> RecipeChoice:
@@ -156,16 +146,6 @@ def _settle_adapter(
 
     mixed = count_images(rules.FROZEN_SHARE) if may_freeze else None
     return rules.phases(case, adapter, count_images(0.0), mixed)
-
-
-def _find_views(build: Builder, times: RecipeTimes, facts: DatasetFacts, given: frozenset[str]) -> list[int]:
-    """Return the numbers of fixed views whose features may be cached."""
-    if "data.views" in given or build.value("engine.cache") == "off":
-        return []
-    folder = build.cache_dir.expanduser().absolute()
-    existing = next(each for each in (folder, *folder.parents) if each.exists())
-    room = shutil.disk_usage(existing).free - _FREE_DISK
-    return [views for views in rules.VIEWS if times.bytes * (views * facts.images + facts.val_images) < room]
 
 
 def _choose_steps(length: Length, per_step: int, budget: Budget) -> RecipeChoice:
@@ -187,13 +167,8 @@ def _time(build: Builder, budget: Budget, *, trains: bool, freezes: bool, ranks:
     """Time a recipe in a separate process, until a share of the budget is spent; estimate its times after that."""
     seconds = budget.for_timing
     height, width = build.value("resolution.crop")
-    print(
-        printable(
-            f"hparam=auto times adapter={build.options['adapter']} head={build.options['head']} on crops of {height} x "
-            f"{width} (height x width), for at most {max(0.0, seconds):.0f} s"
-        ),
-        file=sys.stderr,
-    )
+    what = f"adapter={build.options['adapter']} head={build.options['head']}"
+    _log(f"times {what} on crops of {height} x {width} (height x width), for at most {max(0.0, seconds):.0f} s")
     least = 60 * _MIN_TIMED * budget.minutes
     if seconds < least:
         return estimate_times(least)
@@ -231,7 +206,6 @@ def time_config(
         engine,
         began=began,
         minutes=minutes,
-        dtype=stored_as(build.value("features.dtype"), {}),
         ranks=ranks,
         until=until,
     )

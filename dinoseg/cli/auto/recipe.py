@@ -6,8 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,8 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__
 from dinoseg.autotune.rules import RecipeChoice
-from dinoseg.cli.auto.choose import CHOOSING, Budget, choose
-from dinoseg.config.checks import check_arguments
+from dinoseg.cli.auto.choose import Budget, choose
 from dinoseg.config.job import job_config
 from dinoseg.config.plain import BUILDS, to_container
 from dinoseg.core.shapes import SegmentationData
@@ -34,7 +32,7 @@ from dinoseg.tasks.images import SAMPLING
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
-from dinoseg.utils.cores import count_cores, ranks_here
+from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.locks import locked
 from dinoseg.utils.units import finished
@@ -43,7 +41,6 @@ from dinoseg.utils.wording import format_override, one_line, printable
 AUTO = "auto"  # name of the recipe that is chosen automatically
 NAME = "chosen"  # of the written recipe
 GROUPS = ("adapter", "head", "loss")  # config groups whose option is chosen
-_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # environment variables that make a process a rank
 # overrides that do not affect the choices
 _OF_A_RUN = ("seed", "resume", "budget", "logger", "hydra", "mode", "hparam")
 _SEARCHED = "hydra.searchpath"
@@ -54,10 +51,15 @@ _IMPLIED_BY = {  # from chosen keys to other keys that replace them if typed
     "trainer.max_minutes": ("trainer.steps", "trainer.epochs"),
     "trainer.val_every": ("trainer.steps", "trainer.epochs"),
 }
-_NAMES = rf"(?!(?:{'|'.join(BUILDS)})$).*"  # keys of a table, except those of `BUILDS`
+_KEYS = (  # that are chosen
+    *GROUPS,
+    *("head.init", "loss.weights", "loss.criterion.factors.dice"),
+    *("data.augment.scale", "data.batch_size", "data.labelled", "resolution.crop", "resolution.longest"),
+    "optim.optimizer.freeze_backbone_until",
+    *("trainer.steps", "trainer.max_minutes", "trainer.val_every", "trainer.val_images"),
+)
+_CLASS_NAME = rf"(?!(?:{'|'.join(BUILDS)})$).*"
 _MAX_BYTES = 2**20  # of a file of choices, which takes a few thousand
-_COUNT = forms.whole(1, 2**40)
-_SIDE = forms.whole(1, 2**20)
 
 
 @dataclass(frozen=True)
@@ -104,22 +106,15 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     path = _path(build, given, (train, val))
     source = f"reused from {path} (remove it to choose again)"
     # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
-    with _one_at_a_time(path):
+    with locked(path.with_suffix(".lock")):
         stored = read_choices(path)
         if stored is None:
-            minutes = cfg.budget.minutes
-            most = f"choosing takes {60 * CHOOSING * minutes:.0f} s at most"
-            _log_progress(f"inspects data and machine: budget.minutes={minutes:g} starts now, {most}")
-            typed = [*words, *_shared()]
 
             def compose_with(choices: Sequence[RecipeChoice]) -> DictConfig:
-                return _composed(typed, "trying", drop_typed(choices, given)[0])
+                return _compose_choices(words, "trying", drop_typed(choices, given)[0])
 
-            joined = ranks_here() if _shared() else 0
             data = train, evenly_spaced_subset(val, cfg.trainer.get("val_images"))
-            with _outside_ranks():
-                engine = build.engine(devices=1)
-                stored = choose(compose_with, data, engine, given, Budget(minutes), joined=joined)
+            stored = choose(compose_with, data, build.engine(devices=1), given, Budget(cfg.budget.minutes))
             source = "chosen now"
             _store_choices(path, *stored)
     about, choices = stored
@@ -129,25 +124,25 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     remaining = [
         word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")
     ]
-    return ChosenRecipe(_composed(words, about, choices), recipe_text(about, choices), remaining)
+    return ChosenRecipe(_compose_choices(words, about, choices), recipe_text(about, choices), remaining)
 
 
-def _log_progress(doing: str) -> None:
-    print(printable(f"hparam=auto {doing}"), file=sys.stderr)
-
-
-def _composed(words: Sequence[str], about: str, choices: Sequence[RecipeChoice]) -> DictConfig:
+def _compose_choices(words: Sequence[str], about: str, choices: Sequence[RecipeChoice]) -> DictConfig:
     return composed_with(words, NAME, recipe_text(about, choices), known_as=AUTO)
 
 
 def _check(build: Builder) -> None:
     """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
-    minutes = build.value("budget.minutes")
-    check_arguments("dinoseg.cli.auto.choose.Budget", {"minutes": minutes}, {"minutes": "budget.minutes"})
+    build.arguments(Budget, {"minutes": "budget.minutes"})
     if build.task().on_clips or "unlabelled" in build.value("trainer"):
         raise UserError(
             f"hparam=auto chooses for images and their masks, not for trainer={build.options['trainer']}. Choose a "
             "recipe: mode=help lists them."
+        )
+    if "WORLD_SIZE" in os.environ:
+        raise UserError(
+            "hparam=auto chooses before the ranks start, not in ranks of torchrun or Slurm. Choose with mode=plan in "
+            "one process and train with the command that it prints, or let engine.devices=N start the ranks."
         )
     check_trainer(build)
     build.lengths(samples=1)
@@ -171,20 +166,10 @@ def _path(build: Builder, given: frozenset[str], data: Sequence[SegmentationData
             key: to_container(build.value("engine"))[key]
             for key in ("device", "precision", "cache", "devices", "sharding")
         },
-        # the first rank of a restarted job may be on another machine
-        "machine": _shared() or (platform.node(), count_cores()),
+        "machine": (platform.node(), count_cores()),
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
     return build.cache_dir / f"choices_{key[:16]}.json"
-
-
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Lock out processes that make the same choices; a no-op if the lock file cannot be written."""
-    with ExitStack() as stack:
-        with suppress(OSError):  # `_store_choices` reports it when it writes to the same folder
-            stack.enter_context(locked(path.with_suffix(".lock")))
-        yield
 
 
 def _store_choices(path: Path, about: str, choices: Sequence[RecipeChoice]) -> None:
@@ -195,62 +180,26 @@ def _store_choices(path: Path, about: str, choices: Sequence[RecipeChoice]) -> N
         print(printable(message), file=sys.stderr)  # no log is open yet
 
 
-def _shared() -> list[str]:
-    """Return the override for the number of ranks that share a batch, if torchrun or Slurm started them."""
-    return [f"engine.devices={os.environ['WORLD_SIZE']}"] if "WORLD_SIZE" in os.environ else []
-
-
-@contextmanager
-def _outside_ranks() -> Iterator[None]:
-    """Remove the rank variables from the environment for the block, since a single process is timed."""
-    before = {name: os.environ.pop(name) for name in _RANKS if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ |= before
-
-
 def _root(key: str) -> str:
     return key.partition(".")[0]
 
 
-def _name(*names: str) -> forms.Form:
-    """Return the form of one of some names."""
-
-    def check(value: Any, where: str) -> None:
-        if value not in names:
-            raise forms.SchemaError(f"{where:.99} is {value!r:.60}; it must be {' or '.join(names)}")
-
-    return check
+def _check_words(value: Any, where: str) -> None:
+    """Refuse other keys than those that are chosen, and other values than names, numbers, and tables of numbers."""
+    forms.some_of(**dict.fromkeys(_KEYS, _check_value))(value, where)
 
 
-def _class_weights(value: Any, where: str) -> None:
-    """Validate `loss.weights`: none, or a table from class name to weight without a `_target_`."""
-    if value != "none":
-        forms.table(forms.number(0, 2**20), _NAMES)(value, where)
+def _check_value(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        forms.table(_NUMBER, _CLASS_NAME)(value, where)
+    elif isinstance(value, list):
+        forms.listing(_NUMBER)(value, where)
+    elif not (isinstance(value, str) and value.isidentifier()):
+        _NUMBER(value, where)
 
 
-_FORMS: Mapping[str, forms.Form] = {  # of all keys that may be chosen; a file with other keys is rejected
-    "adapter": _name("frozen", "full", "lora_all"),
-    "head": _name("linear", "multiscale", "detail"),
-    "head.init": _name("probe"),
-    "loss": _name("ce_dice"),
-    "loss.weights": _class_weights,
-    "loss.criterion.factors.dice": forms.number(0, 2**20),
-    "data.augment.scale": forms.row(forms.number(0.01, 16), forms.number(0.01, 16)),
-    "data.batch_size": forms.whole(1, 2**16),
-    "data.views": forms.whole(1, 2**10),
-    "data.labelled": forms.number(1e-9, 1),
-    "resolution.crop": forms.row(_SIDE, _SIDE),
-    "resolution.longest": _SIDE,
-    "optim.optimizer.freeze_backbone_until": forms.number(0, 0.99),
-    "trainer.max_minutes": forms.number(0, 2**40),
-    "trainer.steps": _COUNT,
-    "trainer.val_every": _COUNT,
-    "trainer.val_images": _COUNT,
-}
-_CHOICE = forms.record(words=forms.some_of(**_FORMS), reason=forms.text)
-_FORM = forms.record(about=forms.text, choices=forms.listing(_CHOICE))
+_NUMBER = forms.number(0, 2**40)
+_FORM = forms.record(about=forms.text, choices=forms.listing(forms.record(words=_check_words, reason=forms.text)))
 
 
 def read_choices(path: Path) -> tuple[str, list[RecipeChoice]] | None:

@@ -1,6 +1,5 @@
 """hparam=auto, from a command line to a training by what was chosen; what is timed is made up, but for one test."""
 
-import os
 import re
 import shlex
 from dataclasses import replace
@@ -32,7 +31,7 @@ CHOSEN = ("trainer.steps", "adapter", "data.batch_size", "resolution.crop")
 AUTO = ("mode=train", "hparam=auto", *(word for word in SMALL if word.split("=")[0] not in CHOSEN))
 FEW = "trainer.steps=2"
 DETAIL = ["head=detail", "head.fine=4", "head.width=8"]
-TIMED = RecipeTimes(start=0.1, tuned=0.02, frozen=0.02, cached=0.01, forward=0.01, bytes=1000, val=0.01)
+TIMED = RecipeTimes(start=0.1, tuned=0.02, frozen=0.02, val=0.01)
 
 
 @pytest.fixture
@@ -61,9 +60,8 @@ def test_a_run_is_trained_by_what_was_chosen_and_its_recipe_gives_it_again(folde
         *("auto", "frozen", "ce_dice"),
         2,
     )
-    assert cfg.data.batch_size == 2 and cfg.data.views == 4 and cfg.resolution.crop == [32, 48]
-    assert first["config"]["data"]["views"] == 4 and first["choices"]["head"] == "linear"
-    assert "  data.views=4: features of 4 views of each image are cached" in done.out
+    assert cfg.data.batch_size == 2 and cfg.resolution.crop == [32, 48]
+    assert first["choices"]["head"] == "linear"
     assert "; set on the command line: trainer.steps; chosen now:" in done.out
     assert "adapter=frozen: the backbone is frozen" in done.out
     command = next(line for line in done.out.splitlines() if "hparam=chosen" in line).split()[3:]
@@ -79,7 +77,7 @@ def test_the_command_of_a_recipe_finds_the_folder_that_was_named_before(folder):
     part = folder / "my, own/head/mine.yaml"
     part.parent.mkdir(parents=True)
     part.write_text("defaults: [linear]\nlr: 0.5\n")
-    words = (*AUTO, "head=mine", "budget.minutes=1", "mode=plan", "mode.dry_step=false", "--config-dir=my, own")
+    words = (*AUTO, "head=mine", "budget.minutes=1", "mode=plan", "--config-dir=my, own")
     done = call(folder, *words, "hydra.run.dir=R")
     assert done.status == 0, done.err
     command = shlex.split(next(line for line in done.out.splitlines() if "hparam=chosen" in line))[3:]
@@ -135,7 +133,7 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
 @pytest.mark.heavy
 @pytest.mark.usefixtures("choice_alone")
 def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypatch):
-    words = (*AUTO, "budget.minutes=1", "mode=plan", "mode.dry_step=false")
+    words = (*AUTO, "budget.minutes=1", "mode=plan")
     assert (
         "; set on the command line: trainer.steps; chosen now:"
         in call(folder, *words, "trainer.steps=2", "hydra.run.dir=R").out
@@ -153,7 +151,7 @@ def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypa
 @pytest.mark.heavy
 @pytest.mark.usefixtures("choice_alone")
 def test_images_of_a_step_in_parts_count_against_the_time(folder):
-    words = (*AUTO, "budget.minutes=3", "data.views=null", "trainer.accumulate=3", "mode=plan", "mode.dry_step=false")
+    words = (*AUTO, "budget.minutes=3", "data.views=null", "trainer.accumulate=3", "mode=plan")
     done = call(folder, *words, "hydra.run.dir=R")
     cfg = config_of(folder / "R")
     assert done.status == 0 and cfg.trainer.accumulate == 3, done.err
@@ -246,7 +244,7 @@ def choose_by_clock(folder, monkeypatch, seconds, *words, timed=TIMED):
     monkeypatch.setattr("dinoseg.cli.auto.choose.run_in_process", time_it)
     monkeypatch.setattr("dinoseg.cli.auto.choose.monotonic", lambda: clock[0])
     monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda *_: None)
-    done = call(folder, *AUTO, "mode=plan", "mode.dry_step=false", "hydra.run.dir=R", *words)
+    done = call(folder, *AUTO, "mode=plan", "hydra.run.dir=R", *words)
     assert done.status == 0, done.err
     cfg = config_of(folder / "R")
     assert 60 * cfg.trainer.max_minutes + clock[0] <= 60 * cfg.budget.minutes
@@ -269,7 +267,7 @@ def choose_by_clock(folder, monkeypatch, seconds, *words, timed=TIMED):
 )
 def test_backbone_phases_depend_on_head_and_time(folder, monkeypatch, words, adapter, share):
     write_halves(folder)
-    timed = replace(TIMED, start=0.5, tuned=0.15, frozen=0.05, cached=None, val=0.1)
+    timed = replace(TIMED, start=0.5, tuned=0.15, frozen=0.05, val=0.1)
     more = ("budget.minutes=3", "backbone.arch.num_hidden_layers=4", *words)
     cfg, done = choose_by_clock(folder, monkeypatch, 1, *more, timed=timed)
     assert (cfg.choices.adapter, cfg.optim.optimizer.freeze_backbone_until) == (adapter, share), done.out
@@ -284,7 +282,7 @@ def test_backbone_phases_depend_on_head_and_time(folder, monkeypatch, words, ada
     ("seconds", "timed", "head", "init"),
     [
         (1, TIMED, "linear", None),
-        (1, replace(TIMED, frozen=100.0, cached=None, forward=2.0, val=50.0), "linear", "probe"),
+        (1, replace(TIMED, frozen=100.0, val=50.0), "linear", "probe"),
         (99, TIMED, "linear", "probe"),  # timing is stopped: a cautious estimate
     ],
 )
@@ -294,7 +292,7 @@ def test_any_budget_gives_a_recipe(folder, monkeypatch, seconds, timed, head, in
     assert (cfg.choices.adapter, cfg.choices.head, cfg.head.init) == ("frozen", head, init), done.out
     assert (cfg.trainer.steps >= 30) == (init is None)
     if init:
-        assert cfg.trainer.steps == 1 and "solved in closed form" in done.out and cfg.data.views is None
+        assert cfg.trainer.steps == 1 and "solved in closed form" in done.out
 
 
 def test_reading_the_data_may_use_up_the_time_for_timing(folder, monkeypatch):
@@ -308,21 +306,20 @@ def test_reading_the_data_may_use_up_the_time_for_timing(folder, monkeypatch):
     monkeypatch.setattr(choose, "monotonic", lambda: clock[0])
     monkeypatch.setattr(choose, "run_in_process", pytest.fail)
     monkeypatch.setattr(choose, "facts_of", slow)
-    done = call(folder, *AUTO, "budget.minutes=1", "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
+    done = call(folder, *AUTO, "budget.minutes=1", "mode=plan", "hydra.run.dir=R")
     assert done.status == 0, done.err
     assert 15 < 60 * config_of(folder / "R").trainer.max_minutes <= 30
 
 
 @pytest.mark.parametrize(
-    ("kind", "environment", "words", "ranks"),
+    ("kind", "words", "ranks"),
     [
-        ("cpu", {}, (), 1),
-        ("cpu", {}, ("engine.devices=3",), 1),  # which share the threads that one is timed with
-        ("cuda", {}, ("engine.devices=3",), 3),
-        ("cpu", {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, (), 4),  # on two machines
+        ("cpu", (), 1),
+        ("cpu", ("engine.devices=3",), 1),  # which share the threads that one is timed with
+        ("cuda", ("engine.devices=3",), 3),
     ],
 )
-def test_several_ranks_are_timed_as_they_work(folder, monkeypatch, kind, environment, words, ranks):
+def test_several_ranks_are_timed_as_they_work(folder, monkeypatch, kind, words, ranks):
     seen = []
 
     def time_it(work, values, **_):
@@ -338,24 +335,21 @@ def test_several_ranks_are_timed_as_they_work(folder, monkeypatch, kind, environ
 
     monkeypatch.setattr(choose, "run_in_process", time_it)
     monkeypatch.setattr(recipe, "choose", choose_on_device)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    done = call(folder, *AUTO, *words, "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
+    done = call(folder, *AUTO, *words, "mode=plan", "hydra.run.dir=R")
     assert seen == [ranks], done.err
 
 
-@pytest.mark.parametrize(("adapter", "timed"), [("full", 3), ("frozen", 2)])  # trained, frozen, on cached features
+@pytest.mark.parametrize(("adapter", "timed"), [("full", 2), ("frozen", 1)])
 def test_a_rank_is_timed_with_its_share_of_a_batch(tmp_path, compose, monkeypatch, adapter, timed):
     write_data(tmp_path / "data")
     sizes = []
 
-    def steps(parts, make, engine, batches, **_):
+    def steps(parts, engine, batches, **_):
         sizes.append(parts.batch_size)
         return Trial([9.0, 6.0])
 
     monkeypatch.setattr(timing, "try_steps", steps)
     monkeypatch.setattr(timing, "_seconds_of_val", lambda *_: 4.0)
-    monkeypatch.setattr(timing, "_cut", lambda model, batch, engine: (model.frozen(batch.image.float()), 8.0))
     cfg = compose(*SMALL, f"data.root={tmp_path}/data", f"adapter={adapter}", "data.batch_size=4")
     found = [
         choose.time_config(to_container(cfg), trains=adapter == "full", freezes=True, minutes=9, ranks=ranks)
@@ -364,39 +358,12 @@ def test_a_rank_is_timed_with_its_share_of_a_batch(tmp_path, compose, monkeypatc
     assert sizes == [4] * timed + [2] * timed
     tuned = 1.5 if adapter == "full" else None
     for times, val in zip(found, (4.0, 2.0), strict=True):  # with two ranks half the images, and two at once
-        assert (times.tuned, times.frozen, times.cached, times.forward, times.val) == (tuned, 1.5, 1.5, 2.0, val)
-
-
-@pytest.mark.heavy
-def test_while_one_measures_it_is_no_rank(monkeypatch):
-    from dinoseg.cli.auto.recipe import _outside_ranks
-
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-    for name, value in ranks.items():
-        monkeypatch.setenv(name, value)
-    with _outside_ranks():
-        assert not ranks.keys() & os.environ.keys()
-    assert {name: os.environ[name] for name in ranks} == ranks
-
-
-@pytest.mark.heavy
-def test_chosen_batch_is_divided_among_the_ranks(folder, monkeypatch):
-    seen = []
-    monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda cfg, out_dir: seen.append(cfg))
-    monkeypatch.setattr("dinoseg.cli.launch._share_start", lambda cfg, folder, start: start())
-    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    words = (*AUTO, FEW, "budget.minutes=1")
-    assert call(folder, *words, "hydra.run.dir=R").status == 0
-    monkeypatch.setattr("platform.node", lambda: "elsewhere")  # as a restarted job finds its choices
-    monkeypatch.setattr("dinoseg.cli.auto.recipe.choose", pytest.fail)
-    assert call(folder, *words, "hydra.run.dir=S").status == 0
-    assert [cfg.data.batch_size for cfg in seen] == [3, 3] and [cfg.engine.devices for cfg in seen] == [1, 1]
+        assert (times.tuned, times.frozen, times.val) == (tuned, 1.5, val)
 
 
 @pytest.mark.heavy
 def test_of_two_that_are_started_at_once_one_chooses_and_the_other_one_takes_the_same(folder, monkeypatch):
-    words = (*AUTO, FEW, "budget.minutes=1", "mode=plan", "mode.dry_step=false")
+    words = (*AUTO, FEW, "budget.minutes=1", "mode=plan")
     assert call(folder, *words, "hydra.run.dir=R").status == 0
     (path,) = (folder / "outputs/.cache").glob("choices_*")
     content = path.read_text()
@@ -438,7 +405,7 @@ def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words
         "dinoseg.cli.auto.choose.run_in_process",
         lambda work, _, timeout: asked.append((work.keywords["minutes"], timeout)) or TIMED,
     )
-    done = call(folder, *AUTO, "mode=plan", "mode.dry_step=false", *words, "hydra.run.dir=R")
+    done = call(folder, *AUTO, "mode=plan", *words, "hydra.run.dir=R")
     assert done.status == 0, done.err
     seconds = 15 * minutes  # a quarter of the budget
     assert [each for each, _ in asked] == [minutes] and seconds / 2 < asked[0][1] <= seconds
@@ -454,7 +421,7 @@ def test_what_is_timed_has_an_image_for_each_device(folder, monkeypatch):
         "dinoseg.cli.auto.choose.run_in_process",
         lambda work, values, **_: asked.append(values["data"]["batch_size"]) or TIMED,
     )
-    done = call(folder, *AUTO, "engine.devices=3", "mode=plan", "mode.dry_step=false", "hydra.run.dir=R")
+    done = call(folder, *AUTO, "engine.devices=3", "mode=plan", "hydra.run.dir=R")
     assert done.status == 0 and asked == [3], done.err
 
 
@@ -464,7 +431,7 @@ def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch, words):
     write_data(tmp_path / "data", train=5)
     monkeypatch.setattr("dinoseg.autotune.timing._MAX", 0.1)
     monkeypatch.setattr("dinoseg.cli.auto.choose.run_in_process", in_this_process)
-    done = call(tmp_path, *AUTO, "mode=plan", "mode.dry_step=false", *words, "hydra.run.dir=R")
+    done = call(tmp_path, *AUTO, "mode=plan", *words, "hydra.run.dir=R")
     assert done.status == 0 and "A training step of" in done.out, done.err
     cfg = config_of(tmp_path / "R")
     assert cfg.trainer.steps > 10 and f"trainer.steps={cfg.trainer.steps} trainer.val_every=" in done.out
@@ -476,7 +443,7 @@ def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch, words):
 def test_patches_of_an_odd_size_have_a_head_of_their_own(folder, patch, head):
     words = [word for word in AUTO if "patch_size" not in word and "num_hidden_layers" not in word]
     words += [f"backbone.patch_size={patch}", "backbone.arch.num_hidden_layers=4", "budget.minutes=1", "mode=plan"]
-    done = call(folder, *words, "mode.dry_step=false", "hydra.run.dir=R")
+    done = call(folder, *words, "hydra.run.dir=R")
     assert done.status == 0 and config_of(folder / "R").choices.head == head, done.err
 
 
