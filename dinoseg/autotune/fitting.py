@@ -35,13 +35,9 @@ class Fit:
 
     parts: TrainingParts
     changes: tuple[Change, ...]
+    words: Words  # of all changes
     step: StepBytes
     need: int
-
-    @property
-    def words(self) -> dict[str, Any]:
-        """Overrides of all changes."""
-        return _words_of(self.changes)
 
 
 class FitSearch:
@@ -149,7 +145,8 @@ class FitSearch:
         return (Change({"data.batch_size": size, "trainer.accumulate": samples // size}, reason),)
 
     def _fit(self, changes: tuple[Change, ...]) -> Fit:
-        parts = self.recipe(_words_of(changes)) if changes else self._parts
+        words = {key: value for change in changes for key, value in change.words.items()}
+        parts = self.recipe(words) if changes else self._parts
         step = step_bytes(
             parts,
             self._loss,
@@ -158,11 +155,7 @@ class FitSearch:
             bf16=self.target.bf16,
             world_size=self.target.world_size,
         )
-        return Fit(parts, changes, step, self.target.need(step))
-
-
-def _words_of(changes: tuple[Change, ...]) -> dict[str, Any]:
-    return {key: value for change in changes for key, value in change.words.items()}
+        return Fit(parts, changes, words, step, self.target.need(step))
 
 
 def _is_trained(part: nn.Module) -> bool:

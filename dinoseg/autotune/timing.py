@@ -40,11 +40,9 @@ class RecipeTimes:
 
     def of(self, frozen_share: float) -> float:
         """Return the seconds per training image if the backbone is frozen for a share of the steps."""
-        tuned, frozen = self.tuned, self.frozen
-        if tuned is None or frozen is None:
-            only = frozen if tuned is None else tuned
-            assert only is not None
-            return only
+        frozen = self.tuned if self.frozen is None else self.frozen
+        tuned = self.frozen if self.tuned is None else self.tuned
+        assert frozen is not None and tuned is not None
         return frozen_share * frozen + (1 - frozen_share) * tuned
 
 
@@ -77,7 +75,8 @@ def time_recipe(
         minutes: the whole time budget; timing takes a share of it.
         ranks: that share a batch and a validation at the speed of this process. One rank's share is timed, and the time
             per image is divided by their number. Waiting between ranks is not counted.
-        until: deadline on the clock of `time.monotonic`; after it one step of each kind suffices.
+        until: deadline on the clock of `time.monotonic`; after it one step suffices, and none trains the backbone if a
+            frozen one was timed.
 
     Raises:
         UserError: the parts do not fit together.
@@ -98,10 +97,10 @@ def time_recipe(
         trial = try_steps(recipe, engine, given, steps=_STEPS, warmup=_WARMUP, lasting=lasting, until=until)
         return _later_median(trial.seconds) / images
 
-    tuned_image = time_image(tuned)
     frozen_image = time_image(frozen)
     val = _seconds_of_val(parts.loss(), data_module, engine.place(parts.model()), engine, until) / ranks
-    return RecipeTimes(start, tuned_image, frozen_image, val)
+    is_overdue = frozen is not None and time.monotonic() >= until
+    return RecipeTimes(start, None if is_overdue else time_image(tuned), frozen_image, val)
 
 
 def _later_median(seconds: Sequence[float]) -> float:

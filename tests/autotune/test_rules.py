@@ -97,6 +97,7 @@ def test_adapter_depends_on_the_backbone_and_on_the_number_of_images():
 @pytest.mark.parametrize(
     ("case", "tuned", "mixed", "adapter", "share"),
     [
+        (CASE, None, 4000, "frozen", None),  # not timed
         (CASE, 2500, 4000, "full", None),
         (CASE, 2499, 4000, "full", 0.4),
         (CASE, 700, 1000, "full", 0.4),

@@ -144,8 +144,9 @@ def _settle_adapter(
     def count_images(frozen_share: float) -> int:
         return length_within(budget.left, times.of(frozen_share), times, case.facts).images
 
+    tuned = None if times.tuned is None else count_images(0.0)
     mixed = count_images(rules.FROZEN_SHARE) if may_freeze else None
-    return rules.phases(case, adapter, count_images(0.0), mixed)
+    return rules.phases(case, adapter, tuned, mixed)
 
 
 def _choose_steps(length: Length, per_step: int, budget: Budget) -> RecipeChoice:
@@ -183,6 +184,7 @@ def _time(build: Builder, budget: Budget, *, trains: bool, freezes: bool, ranks:
     try:
         times = run_in_process(work, build.config, timeout=seconds)
     except TimeoutError:
+        _log("estimates the speed: timing took too long")
         return estimate_times(seconds)
     if times is None:
         raise OutOfMemory("Out of memory in the first steps. mode=plan lists settings that fit.")
