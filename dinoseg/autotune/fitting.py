@@ -1,4 +1,4 @@
-"""Search for changes that make a recipe fit into memory, from free changes to ones that change the model."""
+"""Search for changes that make a recipe fit into memory; the model and the samples of a step stay the same."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from dinoseg.training.parts import TrainingParts
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, format_override
 
-_SHARES = (0.75, 0.5, 0.25, 0.125)  # of the blocks, trained by smaller adapters
 Words = Mapping[str, Any]  # config keys and groups with their values
 Recipe = Callable[[Words], TrainingParts]  # returns the parts of a training with these overrides
 
@@ -46,20 +45,18 @@ class FitSearch:
     Args:
         recipe: returns the parts of the training with overrides.
         target: device and memory to fit.
-        may_change_model: whether fewer blocks may be trained if nothing else helps.
 
     Attributes:
         as_it_is: the recipe without changes.
         smallest: the variant with the lowest memory among those tried.
     """
 
-    def __init__(self, recipe: Recipe, target: Target, *, may_change_model: bool = True) -> None:
+    def __init__(self, recipe: Recipe, target: Target) -> None:
         self.recipe = recipe
         self.target = target
         self._parts = recipe({})
         self._model = self._parts.outline()
         self._loss = LossBytes(self._parts, bf16=target.bf16, accelerator=target.kind != "cpu")
-        self._may_change_model = may_change_model
         self._bound = self._name_bound_parts()
         self.as_it_is = self.smallest = self._fit(())
 
@@ -67,12 +64,10 @@ class FitSearch:
         """Return the recipe with the smallest change that fits; None if none does."""
         if self.as_it_is.need <= self.target.memory:
             return self.as_it_is
-        for model_change in self._model_changes():
-            fits = [fit for again in self._recomputing() if (fit := self._largest((*model_change, *again)))]
-            if fits:
-                # if the micro-batch size affects the result, large micro-batches are worth the time
-                return max(fits, key=lambda fit: fit.parts.batch_size) if self._bound else fits[0]
-        return None
+        fits = [fit for again in self._recomputing() if (fit := self._largest(again))]
+        if self._bound:  # the micro-batch size affects the result, so large micro-batches are worth the time
+            return max(fits, key=lambda fit: fit.parts.batch_size, default=None)
+        return fits[0] if fits else None
 
     def _largest(self, changes: tuple[Change, ...]) -> Fit | None:
         """Return the fit with the largest batch size; None if no batch size fits, or a part refuses the changes."""
@@ -94,24 +89,6 @@ class FitSearch:
         if self._parts.loss().sums_over_batch:
             bound.append(f"loss={self._parts.loss_name} computes its sums")
         return " and ".join(bound)
-
-    def _model_changes(self) -> Iterator[tuple[Change, ...]]:
-        """Yield no change, then LoRA if all weights are trained, then ever fewer trained blocks at the end."""
-        yield ()
-        blocks = len(list(self._model.backbone.blocks))
-        if not self._may_change_model or not _is_trained(self._model.backbone):
-            return
-        words: dict[str, Any] = {} if self._parts.takes_blocks else {"adapter": "lora"}
-        if words:
-            reason = "LoRA instead of all weights. This is another model: only low-rank updates are trained"
-            yield (Change(words, reason),)
-        start = self._parts.blocks or blocks
-        for count in sorted({max(1, round(start * share)) for share in _SHARES} - {start}, reverse=True):
-            reason = (
-                f"only the last {count_of(count, 'block')} of {blocks} are trained; the earlier ones store nothing for "
-                "the backward pass. This is another model: fewer weights are trained"
-            )
-            yield (Change({**words, "adapter.blocks": count}, reason),)
 
     def _recomputing(self) -> Iterator[tuple[Change, ...]]:
         """Yield no change, then activation checkpointing."""

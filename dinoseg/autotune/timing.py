@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
+
 from dinoseg.autotune.trial import try_steps
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch
@@ -17,6 +19,8 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.parts import TrainingParts
 from dinoseg.training.validation import evaluate
+from dinoseg.utils.devices import synchronize
+from dinoseg.utils.errors import UserError
 
 _STEPS, _WARMUP, _VALIDATED = 3, 1, 6
 _SHARE, _MAX = 0.015, 8.0  # share of the time budget, and a maximum in seconds, for the timed steps
@@ -30,12 +34,14 @@ class RecipeTimes:
         start: until the first batch is ready.
         tuned: per image of a training step, including the time to wait for data; None: the backbone is not trained.
         frozen: the same with a frozen backbone; None: not timed.
+        forward: part of `frozen` that a feature cache saves, the pass through the frozen part; 0: nothing is cached.
         val: to validate an image, read from its file.
     """
 
     start: float
     tuned: float | None
     frozen: float | None
+    forward: float
     val: float
 
     def of(self, frozen_share: float) -> float:
@@ -49,7 +55,7 @@ class RecipeTimes:
 def estimate_times(seconds: float) -> RecipeTimes:
     """Return a cautious estimate for a recipe whose timing did not finish, or start, within `seconds`."""
     image = seconds / (_STEPS + _WARMUP + _VALIDATED)
-    return RecipeTimes(start=image, tuned=image, frozen=image, val=image)
+    return RecipeTimes(start=image, tuned=image, frozen=image, forward=0.0, val=image)
 
 
 def time_recipe(
@@ -98,9 +104,11 @@ def time_recipe(
         return _later_median(trial.seconds) / images
 
     frozen_image = time_image(frozen)
-    val = _seconds_of_val(parts.loss(), data_module, engine.place(parts.model()), engine, until) / ranks
+    model = engine.place((frozen or parts).model())
+    forward = 0.0 if frozen is None else _seconds_of_forward(model, first, engine) / (ranks * len(first.names))
+    val = _seconds_of_val(parts.loss(), data_module, model, engine, until) / ranks
     is_overdue = frozen is not None and time.monotonic() >= until
-    return RecipeTimes(start, None if is_overdue else time_image(tuned), frozen_image, val)
+    return RecipeTimes(start, None if is_overdue else time_image(tuned), frozen_image, forward, val)
 
 
 def _later_median(seconds: Sequence[float]) -> float:
@@ -108,26 +116,35 @@ def _later_median(seconds: Sequence[float]) -> float:
     return statistics.median(seconds[len(seconds) // 2 :])
 
 
+def _seconds_of_forward(model: SegmentationModel, batch: Batch, engine: Engine) -> float:
+    """Return the seconds of the frozen part's second forward pass; 0 if the model cannot be cut behind it."""
+    images = batch.to(engine.device).image
+    try:
+        for _ in range(2):
+            began = time.perf_counter()
+            with torch.no_grad(), engine.autocast():
+                model.train().frozen(images)
+            synchronize(engine.device)
+    except UserError:
+        return 0.0
+    return time.perf_counter() - began
+
+
 def _seconds_of_val(
     loss: Loss, data_module: ImageDataModule, model: SegmentationModel, engine: Engine, until: float = math.inf
 ) -> float:
     """Return the seconds to read, predict and score a validation image, loss included, averaged over a few."""
-    data, loss = data_module.val, loss.to(engine.device)
-    places = evenly_spaced(len(data), _VALIDATED)  # evenly spaced, since sizes may differ
+    data = data_module.val
+    count = 0
 
-    def validate_images(some: Sequence[int]) -> float:
-        began, count = time.perf_counter(), 0
+    def batches() -> Iterator[Batch]:
+        nonlocal count
+        for index in evenly_spaced(len(data), _VALIDATED):  # evenly spaced, since sizes may differ
+            if count and time.monotonic() >= until:
+                return
+            count += 1
+            yield Batch.stack([data[index]])
 
-        def batches() -> Iterator[Batch]:
-            nonlocal count
-            for index in some:
-                if count and time.monotonic() >= until:
-                    return
-                count += 1
-                yield Batch.stack([data[index]])
-
-        evaluate(model, data, engine, policy=data_module.policy, loss=loss, batches=batches())
-        return (time.perf_counter() - began) / count
-
-    first = validate_images(places[:1])  # slower than later images
-    return first if time.monotonic() >= until else validate_images(places)
+    began = time.perf_counter()
+    evaluate(model, data, engine, policy=data_module.policy, loss=loss.to(engine.device), batches=batches())
+    return (time.perf_counter() - began) / count

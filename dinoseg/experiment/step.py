@@ -55,8 +55,6 @@ def training_parts(build: Builder, overrides: Mapping[str, Any] | None = None) -
         seed=build.seed,
         score=build.value("trainer.score"),
         loss_name=build.options["loss"],
-        takes_blocks="blocks" in build.value("adapter"),
-        blocks=build.value("adapter.blocks"),
         checkpointing={name: value for name, value in checkpointing.items() if value is not None},
     )
 

@@ -34,7 +34,6 @@ def plan(
     out_dir: Path,
     memory: str | int | float | None = None,
     device: str | None = None,
-    change_model: bool = True,
     tflops: Tflops | None = None,
 ) -> dict[str, Any]:
     """Estimate the memory of a recipe's training step, find the changes that make it fit, and print the command.
@@ -46,7 +45,6 @@ def plan(
         out_dir: the run folder.
         memory: available memory, such as 24GiB; None: the free memory of this device.
         device: target of the plan, cuda or cpu; None: the engine's.
-        change_model: train fewer blocks if nothing else helps.
         tflops: 10^12 floating-point operations that all devices sustain per second in training, 0.001 to 10^7; None:
             no hours.
 
@@ -64,7 +62,7 @@ def plan(
             f"{target.world_size}."
         )
     recipe = partial(training_parts, build)
-    search = FitSearch(recipe, target, may_change_model=change_model)
+    search = FitSearch(recipe, target)
     whole = search.as_it_is
     _print_step(whole, target)
     found = _found(search)
@@ -119,8 +117,8 @@ def _found(search: FitSearch) -> Fit:
         with_all = " ".join(map(str, least.changes)) or "without changes"
         raise UserError(
             f"No setting that was tried fits into {_as_gib(target.memory)}: the smallest, {with_all}, needs about "
-            f"{_as_gib(least.need)}. Choose a smaller resolution.crop or resolution.scale, a smaller backbone, "
-            "adapter=qlora, or adapter=frozen."
+            f"{_as_gib(least.need)}. Choose a smaller resolution.crop or resolution.scale, a smaller backbone, or an "
+            "adapter that trains less: lora, qlora or frozen."
         )
     return found
 

@@ -32,8 +32,6 @@ class TrainingParts:
         seed: of all random numbers.
         score: name of the score that selects checkpoints.
         loss_name: option of the loss group, for messages.
-        takes_blocks: whether the adapter takes a number of trained blocks.
-        blocks: number of trained blocks; None: all.
         checkpointing: activation checkpointing of the parts that support it, by name (backbone, head).
     """
 
@@ -53,8 +51,6 @@ class TrainingParts:
     seed: int
     score: str
     loss_name: str
-    takes_blocks: bool
-    blocks: int | None
     checkpointing: Mapping[str, bool]
 
     @property

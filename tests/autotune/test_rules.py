@@ -15,7 +15,7 @@ POLE = ClassFacts("pole", 0.004, 3.0)
 FACTS = DatasetFacts(184, 51, (360, 480), (WIDE, ClassFacts("road", 0.396, 90.0)))
 CASE = RecipeCase(FACTS, "cpu", 16.0, 12, 5_500_000)
 THIN = replace(CASE, facts=replace(FACTS, classes=(WIDE, POLE)))
-TIMED = RecipeTimes(start=5, tuned=0.2, frozen=0.12, val=0.1)
+TIMED = RecipeTimes(start=5, tuned=0.2, frozen=0.12, forward=0.0, val=0.1)
 
 
 def test_a_head_that_sees_pixels_is_taken_and_what_is_thinner_than_half_a_patch_is_named():
@@ -154,3 +154,13 @@ def test_fewer_images_are_validated_where_all_of_them_would_take_the_time():
     assert length_within(60, 0.2, TIMED, FACTS).val_images is None
     assert length_within(1, 0.2, TIMED, FACTS).images == 0
     assert [length_within(seconds, 0.2, TIMED, FACTS).validations for seconds in (100, 300, 480)] == [1, 2, 4]
+
+
+def test_views_are_cached_where_each_is_used_again_and_that_saves_time():
+    length = length_within(600, 0.2, TIMED, FACTS)
+    choice, images = rules.cached_views(length, 0.2, 0.1, FACTS)
+    assert choice.words == {"data.views": 4}
+    assert images * 0.1 + 4 * 184 * 0.1 == pytest.approx(length.images * 0.2, abs=0.2)
+    assert rules.cached_views(length, 0.2, 0.01, FACTS) is None  # hardly faster
+    assert rules.cached_views(length, 0.2, 0.0, FACTS) is None  # cannot be cached
+    assert rules.cached_views(length, 0.2, 0.1, replace(FACTS, images=2000)) is None  # hardly used twice

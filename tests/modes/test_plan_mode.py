@@ -135,7 +135,7 @@ def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_pa
     [
         (["mode.memory=24"], "mode.memory=24: give an amount with its unit, such as 24GiB"),
         (
-            ["mode.memory=1MiB", "mode.change_model=false", "data.batch_size=1", "head=mlp"],
+            ["mode.memory=1MiB", "data.batch_size=1", "head=mlp"],
             r"fits into 0\.001 GiB: the smallest, .*needs about .* GiB",
         ),
         (["mode.device=tpu"], "mode.device=tpu is unknown. Choose cpu or cuda"),

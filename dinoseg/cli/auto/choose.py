@@ -79,10 +79,7 @@ def choose(
     Raises:
         OutOfMemory: the timed steps do not fit into memory.
     """
-    most = 60 * CHOOSING * budget.minutes
-    _log(
-        f"inspects data and machine: budget.minutes={budget.minutes:g} starts now, choosing takes {most:.0f} s at most"
-    )
+    _log(f"inspects data and machine: budget.minutes={budget.minutes:g} starts now")
     base = Builder(compose(()))
     facts = facts_of(*data, base.cache_dir)
     case = _describe_case(base, facts, engine, given)
@@ -105,8 +102,14 @@ def choose(
 
     image = times.of(adapter.words.get(FREEZE, 0.0) if trains else 1.0)
     length = length_within(budget.left, image, times, facts)
+    views = None
+    if not trains and "data.views" not in given:
+        views = rules.cached_views(length, image, times.forward, facts)
+    if views is not None:
+        length = replace(length, images=views[1])
     batch = rules.batch(length.images, facts, devices, timed.value("trainer.accumulate"))
     choices = [*by_data, adapter, rules.zoom(trains=trains, pixels=case.sees_pixels), batch]
+    choices += [] if views is None else [views[0]]
     sized = Builder(compose(choices))
     per_step = sized.value("data.batch_size") * sized.value("trainer.accumulate")
     if length.images < rules.MIN_STEPS * per_step and not trains and given.isdisjoint(_CLOSED_FORM):

@@ -54,7 +54,7 @@ _IMPLIED_BY = {  # from chosen keys to other keys that replace them if typed
 _KEYS = (  # that are chosen
     *GROUPS,
     *("head.init", "loss.weights", "loss.criterion.factors.dice"),
-    *("data.augment.scale", "data.batch_size", "data.labelled", "resolution.crop", "resolution.longest"),
+    *("data.augment.scale", "data.batch_size", "data.labelled", "data.views", "resolution.crop", "resolution.longest"),
     "optim.optimizer.freeze_backbone_until",
     *("trainer.steps", "trainer.max_minutes", "trainer.val_every", "trainer.val_images"),
 )
@@ -116,7 +116,12 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
             data = train, evenly_spaced_subset(val, cfg.trainer.get("val_images"))
             stored = choose(compose_with, data, build.engine(devices=1), given, Budget(cfg.budget.minutes))
             source = "chosen now"
-            _store_choices(path, *stored)
+            try:
+                write_choices(path, *stored)
+            except OSError as error:  # no log is open yet
+                print(
+                    printable(f"warning: cannot write {path} ({error}): the next run chooses again."), file=sys.stderr
+                )
     about, choices = stored
     choices, taken = drop_typed(choices, given)  # the file stores all: other keys may be typed next
     about += f"; set on the command line: {', '.join(taken)}" if taken else ""
@@ -170,14 +175,6 @@ def _path(build: Builder, given: frozenset[str], data: Sequence[SegmentationData
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
     return build.cache_dir / f"choices_{key[:16]}.json"
-
-
-def _store_choices(path: Path, about: str, choices: Sequence[RecipeChoice]) -> None:
-    try:
-        write_choices(path, about, choices)
-    except OSError as error:
-        message = f"warning: cannot write the choices to {path} ({error}): the next run chooses again."
-        print(printable(message), file=sys.stderr)  # no log is open yet
 
 
 def _root(key: str) -> str:

@@ -31,7 +31,7 @@ CHOSEN = ("trainer.steps", "adapter", "data.batch_size", "resolution.crop")
 AUTO = ("mode=train", "hparam=auto", *(word for word in SMALL if word.split("=")[0] not in CHOSEN))
 FEW = "trainer.steps=2"
 DETAIL = ["head=detail", "head.fine=4", "head.width=8"]
-TIMED = RecipeTimes(start=0.1, tuned=0.02, frozen=0.02, val=0.01)
+TIMED = RecipeTimes(start=0.1, tuned=0.02, frozen=0.02, forward=0.0, val=0.01)
 
 
 @pytest.fixture
@@ -409,7 +409,7 @@ def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words
     assert done.status == 0, done.err
     seconds = 15 * minutes  # a quarter of the budget
     assert [each for each, _ in asked] == [minutes] and seconds / 2 < asked[0][1] <= seconds
-    told = [f"inspects data and machine: budget.minutes={minutes} starts now, choosing takes {seconds} s at most"]
+    told = [f"inspects data and machine: budget.minutes={minutes} starts now"]
     told += [f"times adapter=frozen head=linear on crops of 32 x 48 (height x width), for at most {seconds} s"]
     assert [line for line in done.err.splitlines() if "hparam=auto" in line] == [f"hparam=auto {each}" for each in told]
 

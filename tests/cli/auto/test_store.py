@@ -59,7 +59,6 @@ def test_what_would_not_be_read_back_is_not_written(tmp_path):
         *({"data.batch_size": value} for value in (-2, True, None, "1; rm", 2.0**41)),
         *({"resolution.crop": value} for value in ([[480], 1], ["480"])),
         *({"loss.weights": value} for value in ({"pole": -3.0}, {"pole": True}, {"pole": "3"})),
-        {"data.views": 4},
         ["head"],
         3,
     ],
