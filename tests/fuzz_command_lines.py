@@ -264,7 +264,7 @@ def _short(mode):
     if mode == "mode=bench":
         return patch("dinoseg.modes.bench.run_in_process", in_this_process)
     if mode == "mode=train":
-        return patch("dinoseg.cli.auto.search.run_in_process", in_this_process)
+        return patch("dinoseg.cli.auto.choose.run_in_process", in_this_process)
     if mode == "mode=export":
         return patch("dinoseg.export.graph.torch.export.export", side_effect=UserError("It would be traced."))
     if mode in ("mode=serve", "mode=app"):

@@ -84,7 +84,7 @@ class Engine:
         eval_batch_size: images of one size predicted at once when scoring, per rank; auto: see `images_at_once`.
         devices: number of ranks that were requested; 1 accepts any number.
         sharding: none: each rank holds all weights; fsdp: each rank holds a shard of each weight (several ranks).
-        cache: whether outputs of the model's frozen part are cached: auto (if that pays off), off, disk or memory.
+        cache: whether outputs of the model's frozen part are cached: auto, off, disk or memory, see `feature_cache`.
         rendezvous_timeout: seconds that ranks wait for one another at the start.
         rank_timeout: seconds that a rank waits for the others during the run before it considers them stuck.
         compile: whether torch compiles the backbone's blocks and copies of them, see `compile_blocks`.

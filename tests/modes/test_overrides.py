@@ -201,7 +201,7 @@ def observed(where, mode, cfg, word):
         watching() as seen,
         redirect_stdout(io.StringIO()) as said,
         patch("dinoseg.modes.bench.run_in_process", in_this_process),
-        patch("dinoseg.autotune.speed.matrix_peak", lambda *_, **__: 1.0),
+        patch("dinoseg.modes.bench.matrix_peak", lambda *_, **__: 1.0),
     ):
         result = run(mode, cfg, out)
     told = f"{said.getvalue()}{result}" if mode == "summary" else ""  # of others, times or memory are in it
