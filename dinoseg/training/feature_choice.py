@@ -206,14 +206,12 @@ def _choose_location(
     rooms = {"memory": _memory_room(plan, engine), "disk": _disk_room(plan)}
     facts = (
         f"The features of {count_of(len(data_module.train), 'image')} in {count_of(data_module.views, 'view')} and of "
-        f"{count_of(len(data_module.val), 'validation image')} take about {in_bytes(size)} as {plan.dtype}"
+        f"{count_of(len(data_module.val), 'validation image')} take about {in_bytes(size)} as {plan.dtype}; "
+        f"{in_bytes(rooms['memory'])} are free in memory and {in_bytes(rooms['disk'])} in files"
     )
     fitting = [location for location, room in rooms.items() if size <= room]
     if not (is_forced or fitting):
-        raise _Uncached(
-            f"{facts}; {in_bytes(rooms['memory'])} are free in memory and {in_bytes(rooms['disk'])} in files. Free "
-            "some more, or set fewer data.views, features.dtype=int8, or another cache_dir."
-        )
+        raise _Uncached(f"{facts}. Free some more, or set fewer data.views, features.dtype=int8, or another cache_dir.")
     location = wanted if is_forced else fitting[0]
     logger.info(
         "Feature cache: on (engine.cache=%s), %s%s. %s.",

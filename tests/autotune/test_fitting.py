@@ -83,7 +83,7 @@ def test_batch_norm_is_spared_by_computing_again(fit):
 def test_statistics_that_stand_still_are_not_spared(compose):
     fits = FitSearch(recipe_of(compose(*BASE, "head=linear")), Target("cpu", UNIT, bf16=False))
     fits._model.eval()
-    assert not fits._bound
+    assert not fits._name_bound_parts()
 
 
 def test_a_loss_that_takes_sums_over_a_batch_is_spared_and_named(fit, changes):
