@@ -87,7 +87,7 @@ def step_bytes(
         UserError: the parts do not fit together.
     """
     model, saved = outline(parts)
-    with walking(PeakBytes()) as peak:
+    with walking() as peak:
         model.to_empty(device="cpu")
         weights = peak.now - saved
         if bf16:
