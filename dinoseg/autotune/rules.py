@@ -216,8 +216,7 @@ def phases(case: RecipeCase, trained: RecipeChoice, tuned: int | None, mixed: in
         return trained
     return RecipeChoice(
         {"adapter": "frozen"},
-        f"the backbone is frozen: there is time to train it on {count_of(tuned, 'image')}, with repetition; it takes "
-        f"{least} to score higher",
+        f"the backbone is frozen: there is time to train it on only {count_of(tuned, 'image')}, with repetition",
     )
 
 

@@ -119,9 +119,8 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
             try:
                 write_choices(path, *stored)
             except OSError as error:  # no log is open yet
-                print(
-                    printable(f"warning: cannot write {path} ({error}): the next run chooses again."), file=sys.stderr
-                )
+                message = f"warning: cannot write {path} ({error}): the next run chooses again."
+                print(printable(message), file=sys.stderr)
     about, choices = stored
     choices, taken = drop_typed(choices, given)  # the file stores all: other keys may be typed next
     about += f"; set on the command line: {', '.join(taken)}" if taken else ""
@@ -144,7 +143,7 @@ def _check(build: Builder) -> None:
             f"hparam=auto chooses for images and their masks, not for trainer={build.options['trainer']}. Choose a "
             "recipe: mode=help lists them."
         )
-    if "WORLD_SIZE" in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(
             "hparam=auto chooses before the ranks start, not in ranks of torchrun or Slurm. Choose with mode=plan in "
             "one process and train with the command that it prints, or let engine.devices=N start the ranks."

@@ -231,6 +231,15 @@ def write_halves(folder):
         write_png(folder / f"data/train/masks/{number}.png", halves)
 
 
+def test_ranks_of_a_launcher_do_not_choose(folder, monkeypatch):
+    monkeypatch.setattr("dinoseg.cli.launch._share_start", lambda cfg, folder, start: start())
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    done = call(folder, *AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")
+    assert done.status == 1 and "hparam=auto chooses before the ranks start" in done.err
+    assert "engine.devices=N" in done.err
+
+
 def choose_by_clock(folder, monkeypatch, seconds, *words, timed=TIMED):
     """Choose by a fake clock, with a timing that takes so many seconds or its time limit; return config and output."""
     clock = [0.0]
@@ -275,7 +284,7 @@ def test_backbone_phases_depend_on_head_and_time(folder, monkeypatch, words, ada
     seconds = 60 * cfg.budget.minutes
     assert cfg.trainer.steps * cfg.data.batch_size * image == pytest.approx(0.9 * seconds, rel=0.15)
     assert ("frozen for the first 40% of the training" in done.out) == (share > 0)
-    assert ("it takes" in done.out) == (adapter == "frozen")
+    assert ("there is time to train it on only" in done.out) == (adapter == "frozen")
 
 
 @pytest.mark.parametrize(
