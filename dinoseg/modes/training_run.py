@@ -106,10 +106,12 @@ class TrainingRun:
             warn_unread(out_dir, task.unread, task.unread_because)
 
     def check_model(self, model: SegmentationModel) -> None:
-        """Refuse a model that the loss, the batch or the initial weights do not fit; it may be on the meta device."""
+        """Refuse a model that loss, batch, optimizer or initial weights do not fit; it may be on the meta device."""
         check_initial(self.build, model)
         # by the task of this config: each of several heads has its own
         self.build.task().check_parts(model, self.engine.world_size)
+        with torch.device("meta"):
+            self.build.optimizer(model)
 
     @property
     def first_step(self) -> int:
