@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Head, Loss

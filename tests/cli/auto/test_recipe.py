@@ -145,7 +145,7 @@ def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypa
     assert (
         f"trainer.steps={cfg.trainer.steps} trainer.val_every={cfg.trainer.val_every} trainer.max_minutes=" in done.out
     )
-    assert 10 < cfg.trainer.steps * cfg.data.batch_size * TIMED.cached < 60
+    assert 10 < cfg.trainer.steps * cfg.data.batch_size * TIMED.frozen < 60
 
 
 @pytest.mark.heavy
@@ -174,7 +174,7 @@ def test_a_run_goes_on_with_what_was_chosen_for_it(folder, monkeypatch):
         folder, "mode=train", "hparam=auto", f"resume={run}", "trainer.steps=6", "engine=cpu", "engine.workers=0"
     )
     assert third.status == 0 and "hparam=auto:" not in third.out, third.err
-    assert checkpoint.describe(run / "checkpoints/last.safetensors")["config"]["data"]["views"] == 4
+    assert checkpoint.describe(run / "checkpoints/last.safetensors")["config"]["data"]["batch_size"] == 2
 
 
 def test_a_run_goes_on_whose_classes_of_any_name_have_weights(folder):
@@ -292,7 +292,7 @@ def test_backbone_phases_depend_on_head_and_time(folder, monkeypatch, words, ada
     [
         (1, TIMED, "linear", None),
         (1, replace(TIMED, frozen=100.0, val=50.0), "linear", "probe"),
-        (99, TIMED, "linear", "probe"),  # timing is stopped: a cautious estimate
+        (99, TIMED, "linear", None),  # timing is stopped: a cautious estimate
     ],
 )
 def test_any_budget_gives_a_recipe(folder, monkeypatch, seconds, timed, head, init):
@@ -490,9 +490,8 @@ def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeyp
     data_module = SimpleNamespace(val=data, policy=instantiate(cfg.inference))
     seconds = timing._seconds_of_val(parts.loss(), data_module, parts.model(), engine)
     assert large == [2] and seconds == pytest.approx((5 * 64 + 32 * 48 * 4) / 6)
-    assert clock[0] == pytest.approx(64 + 6 * seconds)  # one image alone comes before
-    assert [policy for policy, _ in asked] == [data_module.policy] * 2
-    assert all(loss is not None for _, loss in asked)
+    ((policy, loss),) = asked
+    assert policy == data_module.policy and loss is not None
 
 
 @pytest.mark.parametrize("text", ["}{", "data: [1\n", "\ta: 1\n", "a: \x00\n"])
