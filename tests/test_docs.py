@@ -27,7 +27,7 @@ SMALLER = {  # what a mode is given beside the words of its command
     "eval": CPU,
     "probe": CPU,
     "bench": (*SHORT, *CPU, "mode.steps=2", "mode.images=2", "mode.warmup=0", "mode.synthetic=true"),
-    "plan": (*SHORT, *CPU, "mode.dry_step=false"),
+    "plan": (*SHORT, *CPU),
     "predict": CPU,
     "track": CPU,
     "render": ("mode.train_videos=1", "mode.test_videos=1", "mode.seconds=1", "mode.size=[32,48]", "mode.workers=1"),

@@ -139,6 +139,7 @@ def train_heads(
         members: list[HeadTraining] = []
         optimizers = []
         for (name, job), model in zip(jobs.items(), models, strict=True):
+            job.check_model(model)
             _, loss, optimizer, checkpoints = job.parts(model, sizes, settings.steps)
             job.note(checkpoints, {}, tells=not members)
             log = stack.enter_context(job.log())
