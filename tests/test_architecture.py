@@ -65,7 +65,6 @@ EXCEPTIONS = {
     *(("__init__.py", f"dinoseg.{package}") for package in dinoseg._PACKAGES),
 }
 ASK_OTHERS = (  # files that use hasattr, on objects of other libraries, of users or of the operating system
-    "autotune/step_bytes",
     "core/shapes",
     "data/custom",
     "experiment/log_file",
