@@ -56,6 +56,7 @@ DOORS = {  # dependency -> the packages and files that may import it
     "starlette": ("serving",),
     "uvicorn": ("serving",),
     "optuna": ("cli/sweeps/search",),
+    "jinja2": ("report/html/page",),
     "av": ("data/video/decoder", "inference/video_writer"),
 }
 EXCEPTIONS = {

@@ -25,10 +25,12 @@ from dinoseg.experiment.provenance import Provenance
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol, ScoringCase
-from dinoseg.report.html.tracking import TrackingReport, tracking_page
+from dinoseg.report.html.evaluation import video_charts
+from dinoseg.report.html.page import percent, render
 from dinoseg.report.indexed import voc_palette, write_indexed_png
 from dinoseg.report.overlay import blend, reduced
 from dinoseg.report.progress import Bar
+from dinoseg.report.scores import few_units
 from dinoseg.tracking.tracker import LabelledFrames, Tracker
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import atomic_folder, write_json, write_text
@@ -260,28 +262,40 @@ def report_videos(provenance: Provenance, out_dir: Path, blends: Path | None, *,
     result = json.loads(scores.read_text(encoding="utf-8"))
     key = next(iter(result["scores"]))
     rows = [row for row in result["per_video"] if row[key] is not None]
-    worst = [row["name"] for row in sorted(rows, key=lambda row: row[key])[:_SHOWN]]
+    worst = [] if blends is None else sorted(rows, key=lambda row: row[key])[:_SHOWN]
     curves = {row["name"]: row[_SERIES] for row in rows if _SERIES in row}
+    curve_name = f"{_SERIES.partition('_')[0]} %"
     model = "labels propagated without training" if provenance.training is None else provenance.model
     choices = provenance.choices
-    report = TrackingReport(
+    page = render(
+        "tracking.html.jinja",
         title=f"{choices['data']}, split {split}: {result['protocol']}",
         subtitle=f"backbone={choices['backbone']}, {model}",
+        warnings=[few_units(result["n"], result["unit"])],
         result=result,
-        per_frame=(_SERIES.partition("_")[0], curves),
-        shown=[] if blends is None else [(name, _frames(blends / name)) for name in worst],
+        objects=[
+            (f"{row['name']}: {number}", scores)
+            for row in result["per_video"]
+            if isinstance(row.get("objects"), Mapping)
+            for number, scores in row["objects"].items()
+        ],
+        videos=video_charts(curves, curve_name),
+        curve_name=curve_name,
+        cards=[_blend_card(blends, row["name"], f"{key} {percent(row[key])} %") for row in worst],
         about=about_run(provenance.folder, provenance.config, {"model": model}),
     )
-    write_text(out_dir / PAGE, tracking_page(report))
+    write_text(out_dir / PAGE, page)
     print(f"report:       {out_dir}/{PAGE}")
 
 
-def _frames(folder: Path) -> list[tuple[str, np.ndarray]]:
-    """Return some evenly spaced blended frames of a video, with their names."""
+def _blend_card(blends: Path, video: str, summary: str) -> dict[str, Any]:
+    """Return a card of some evenly spaced blended frames of a video."""
+    folder = blends / video
     found = [path for path in entries(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = sorted(found, key=lambda path: natural_order(path.name))
     places = evenly_spaced(len(paths), _FRAMES)
-    return [(paths[index].stem, reduced(read_image(paths[index]), _LONGEST)) for index in places]
+    panels = [(paths[index].stem, reduced(read_image(paths[index]), _LONGEST)) for index in places]
+    return {"title": video, "summary": summary, "panels": panels, "legend": []}
 
 
 def score_masks(

@@ -166,12 +166,12 @@ def test_sides_of_a_sweep_are_called_by_what_it_varies(runs, monkeypatch):
     ranked = list(csv.DictReader((runs / "compared/runs.csv").read_text().splitlines()))
     assert len(ranked) == 10 and ranked[0]["run"] == "head.hidden=0 seed=0"
     # a line a side, where columns of each would be too many; costs are a side's means
-    table = done.out.split("classes better")[1].splitlines()[2:7]
+    table = done.out.partition("worse\n")[2].splitlines()[1:6]
     assert [line.split()[0] for line in table] == [f"head.hidden={hidden}" for hidden in range(5)], done.out
     assert "the first" in table[0] and all(
         "no significant difference" in line or "no verdict" in line for line in table[1:]
     )
-    assert done.out.split("peak training memory, GiB")[1].count("head.hidden=3") == 2 and "decide" not in done.out
+    assert done.out.split("memory, GiB")[1].count("head.hidden=3") == 2 and "decide" not in done.out
     assert (runs / "compared/compare.csv").read_text().count("head.hidden=4") == 1
     assert read_size(runs / "compared/compare.png")[1] == pytest.approx(110 * (2.2 + 4 * 3.6), abs=1)  # a panel each
     page = (runs / "compared/report.html").read_text()
