@@ -31,7 +31,7 @@ from dinoseg.utils.wording import one_line
 _LOGGED = 3  # most decisive images named per side
 _MAX_DETAILED = 3  # other sides whose scores are printed
 # characters of names in tables, which then have at most 120 columns
-MAX_NAME = 28
+MAX_NAME = 26
 _MAX_LABEL = 20
 _MAX_SIDE = 16
 logger = logging.getLogger(__name__)

@@ -308,7 +308,7 @@ def test_the_wheel_holds_every_template():
     with ZipFile(built_wheel()) as wheel:
         names = {name for name in wheel.namelist() if "report/html/templates" in name}
     expected = {f"dinoseg/report/html/templates/{path.name}" for path in (folder / "templates").iterdir()}
-    assert names == expected and len(names) == 9
+    assert names == expected and len(names) == 10
 
 
 @pytest.mark.heavy

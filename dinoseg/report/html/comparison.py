@@ -84,7 +84,7 @@ def comparison_page(
     if len(names) > _MAX_TITLE:
         names = [count_of(names, "side")]
     gaps = [gap for other in others for gap in other.differences.values()]
-    kinds = {"classes": classes, "palette": palette, "ignore_index": ignore_index}
+    kinds: dict[str, Any] = {"classes": classes, "palette": palette, "ignore_index": ignore_index}
     return render(
         "comparison.html.jinja",
         title=" against ".join([*names, first]),

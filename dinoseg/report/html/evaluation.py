@@ -87,7 +87,7 @@ def evaluation_page(
     """
     units = len(set(groups))
     unscored = "" if scores["pixels"] else "No pixel of the reference is labelled, so nothing is scored."
-    kinds = {"classes": classes, "palette": palette, "ignore_index": ignore_index}
+    kinds: dict[str, Any] = {"classes": classes, "palette": palette, "ignore_index": ignore_index}
     return render(
         "evaluation.html.jinja",
         title=title,
