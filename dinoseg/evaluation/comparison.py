@@ -22,12 +22,14 @@ from dinoseg.report.html.page import format_interval, percent
 from dinoseg.report.html.pictures import PairShot
 from dinoseg.report.overlay import reduced
 from dinoseg.report.table import MEANS
-from dinoseg.report.verdicts import LEVEL, NO_VERDICT, SURELY_BETTER, SURELY_WORSE, UNSURE
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, read_size
 from dinoseg.utils.wording import one_line
 
+SURELY_BETTER, SURELY_WORSE = "significantly better", "significantly worse"
+UNSURE, NO_VERDICT = "no significant difference", "no verdict"
+LEVEL = 0.05  # p-value below which a difference is significant
 _LOGGED = 3  # most decisive images named per side
 _MAX_DETAILED = 3  # other sides whose scores are printed
 # characters of names in tables, which then have at most 120 columns

@@ -39,7 +39,7 @@ def report_videos(provenance: Provenance, out_dir: Path, blends: Path | None, *,
     result = json.loads(scores.read_text(encoding="utf-8"))
     key = next(iter(result["scores"]))
     rows = [row for row in result["per_video"] if row[key] is not None]
-    worst = [] if blends is None else sorted(rows, key=lambda row: row[key])[:_SHOWN]
+    worst = sorted(rows, key=lambda row: row[key])[:_SHOWN]
     curves = {row["name"]: row[_SERIES] for row in rows if _SERIES in row}
     curve_name = f"{_SERIES.partition('_')[0]} %"
     model = "labels propagated without training" if provenance.training is None else provenance.model
@@ -58,16 +58,19 @@ def report_videos(provenance: Provenance, out_dir: Path, blends: Path | None, *,
         ],
         videos=video_charts(curves, curve_name),
         curve_name=curve_name,
-        cards=[_blend_card(blends, row["name"], f"{key} {percent(row[key])} %") for row in worst],
+        cards=[
+            _blend_card(blends / row["name"], row["name"], f"{key} {percent(row[key])} %")
+            for row in worst
+            if blends is not None
+        ],
         about=about_run(provenance.folder, provenance.config, {"model": model}),
     )
     write_text(out_dir / PAGE, page)
     print(f"report:       {out_dir}/{PAGE}")
 
 
-def _blend_card(blends: Path, video: str, summary: str) -> dict[str, Any]:
+def _blend_card(folder: Path, video: str, summary: str) -> dict[str, Any]:
     """Return a card of some evenly spaced blended frames of a video."""
-    folder = blends / video
     found = [path for path in entries(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = sorted(found, key=lambda path: natural_order(path.name))
     places = evenly_spaced(len(paths), _FRAMES)

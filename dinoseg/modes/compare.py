@@ -21,7 +21,6 @@ from dinoseg.evaluation.comparison import (
     against,
     best_first,
     mean_mious,
-    score_labels,
     scores_of,
     verdicts,
     write_tables,
@@ -32,7 +31,6 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
 from dinoseg.report.html.comparison import comparison_page
 from dinoseg.report.scores import few_units
-from dinoseg.report.verdicts import verdicts_picture
 from dinoseg.training.cost import COST
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json, write_text
@@ -134,8 +132,6 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
     picture = costs_picture(costs)
     if picture is not None:
         write_png(out_dir / "runs.png", picture)
-    drawn = [(other.name, other.differences) for other in others]
-    write_png(out_dir / "compare.png", verdicts_picture(first.name, score_labels(first), drawn))
     scores = scores_of(first.records)
     result = {
         "sides": {side.name: [str(folder) for folder in side.folders] for side in sides},
@@ -168,7 +164,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
         about=about_run(out_dir, build.yaml, facts),
     )
     write_text(out_dir / PAGE, page)
-    print(f"report:       {out_dir}/{PAGE}, compare.png, compare.csv, compare.json, images.csv")
+    print(f"report:       {out_dir}/{PAGE}, compare.csv, compare.json, images.csv")
     print(f"runs:         {out_dir}/runs.csv{', runs.png' * (picture is not None)}")
     return {"miou_difference": others[-1].differences["miou"]["value"], "run": str(out_dir)}
 
