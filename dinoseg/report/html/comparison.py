@@ -1,6 +1,6 @@
 """Report that compares evaluations of the same images: differences, their intervals, and example images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from dinoseg.utils.wording import count_of
 
 _MAX_DOTS = 2000  # dots per chart: with more, a page takes seconds to open
 _MAX_NAMED = 6  # images named as decisive
-_MAX_TITLE = 3  # sides named in the title
 
 
 @dataclass(frozen=True)
@@ -80,18 +79,16 @@ def comparison_page(
         others: runs compared with the first.
         about: see `evaluation.about.about_run`.
     """
-    names = [other.name for other in others]
-    if len(names) > _MAX_TITLE:
-        names = [count_of(names, "side")]
-    gaps = [gap for other in others for gap in other.differences.values()]
+    means = {key: name for key, name in MEANS.items() if key in scores}
+    class_keys = [f"iou/{index}" for index in range(len(classes))]
     kinds: dict[str, Any] = {"classes": classes, "palette": palette, "ignore_index": ignore_index}
     return render(
         "comparison.html.jinja",
-        title=" against ".join([*names, first]),
+        title=f"{others[0].name if len(others) == 1 else count_of(others, 'side')} against {first}",
         subtitle=subtitle,
         warnings=[few_units(units, unit)],
-        means={key: name for key, name in MEANS.items() if key in scores},
-        class_keys=[f"iou/{index}" for index in range(len(classes))],
+        means=means,
+        class_keys=class_keys,
         classes=classes,
         palette=palette,
         first=first,
@@ -105,7 +102,11 @@ def comparison_page(
             }
             for other in others
         ],
-        reach=max([abs(end) for gap in gaps for end in (gap["ci95"] or [gap["value"] or 0.0])] + [0.01]),
+        reach={
+            "scores": _largest_gap(others, ["miou"]),
+            "means": _largest_gap(others, means),
+            "classes": _largest_gap(others, class_keys),
+        },
         units=units,
         unit=unit,
         intervals=intervals,
@@ -113,6 +114,12 @@ def comparison_page(
         images=len(images),
         about=about,
     )
+
+
+def _largest_gap(others: Sequence[OtherRun], keys: Iterable[str]) -> float:
+    """Return how far the differences of scores, or their intervals, reach from 0."""
+    gaps = [other.differences[key] for other in others for key in keys]
+    return max([abs(end) for gap in gaps for end in (gap["ci95"] or [gap["value"] or 0.0])] + [0.01])
 
 
 def compare_images(
