@@ -56,6 +56,8 @@ DOORS = {  # dependency -> the packages and files that may import it
     "starlette": ("serving",),
     "uvicorn": ("serving",),
     "optuna": ("cli/sweeps/search",),
+    "jinja2": ("report/html/page",),
+    "pyvips": ("inference/large",),
     "av": ("data/video/decoder", "inference/video_writer"),
 }
 EXCEPTIONS = {

@@ -13,6 +13,7 @@ FIXED = {  # first version without published advisories of its own, by November 
     "transformers": "5.5",
     "hydra-core": "1.3.7",
     "pillow": "13",
+    "jinja2": "3.1.6",
     "tqdm": "4.66.3",
     "onnx": "1.21",
     "starlette": "1.3.1",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinoseg.inference.strips import open_rows
+from dinoseg.inference.large import open_rows
 from dinoseg.serving.decoding import decode, measure
 from dinoseg.serving.limits import Refused
 from dinoseg.utils import image_cost
