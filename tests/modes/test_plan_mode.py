@@ -50,7 +50,7 @@ def test_hours_follow_from_operations_and_steps(tmp_path):
     done = call(tmp_path, "mode=plan", *by_epochs, "hydra.run.dir=epochs", words[0])
     assert done.status == 0 and "set trainer.steps for the hours" in done.out
     assert json.loads((tmp_path / "epochs/plan.json").read_text())["duration"] == {"flops": flops, "hours": None}
-    assert call(tmp_path, "mode=plan", *WORDS, "hydra.run.dir=memory", words[0]).status == 0
+    assert call(tmp_path, "mode=plan", *WORDS, "hydra.run.dir=memory").status == 0
     assert json.loads((tmp_path / "memory/plan.json").read_text())["duration"] is None
     for value in ("0", "1e-300", "1e+300", "nan"):
         refused = call(tmp_path, "mode=plan", *WORDS, f"mode.tflops={value}")
