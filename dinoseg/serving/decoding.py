@@ -37,9 +37,13 @@ class _Decoder:
         self._memory = memory[0] * max_pixels + memory[1]
         self._child = Child(function, self._memory)
 
-    def close(self) -> None:
+    def kill(self) -> None:
         """End the process: a pending request of another thread raises an error."""
         self._child.kill()
+
+    def close(self) -> None:
+        """End the process, and release its pipes."""
+        self._child.close()
 
     def _request(self, request: dict[str, Any] | None = None) -> Message:
         """Send a request, if one is given, and return the next message of the process.
@@ -75,7 +79,13 @@ class ImageDecoder(_Decoder):
         if not self._child.is_alive:
             self._child.close()
             self._child = Child(self._function, self._memory)
-        answer, pixels = self._request({"path": str(path), "max_pixels": self.max_pixels})
+        try:
+            answer, pixels = self._request({"path": str(path), "max_pixels": self.max_pixels})
+        except UserError:
+            raise
+        except BaseException:
+            self.close()  # its pipe may hold the rest of this image
+            raise
         return np.frombuffer(pixels, np.uint8).reshape(answer["size"])
 
 

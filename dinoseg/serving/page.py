@@ -324,7 +324,7 @@ class Page:
     def _cancel(self) -> None:
         self._is_cancelled = True
         if self._video is not None:
-            self._video.close()
+            self._video.kill()
 
 
 def _add_button(text: str, on_click: Callable[[], Any], props: str = "") -> ui.button:

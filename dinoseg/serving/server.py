@@ -27,17 +27,12 @@ def bind_socket(host: str, port: int) -> socket.socket:
         UserError: if the port is taken or not allowed, or the host is not one of this machine.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()
-    except (OSError, OverflowError) as error:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
         raise UserError(
             f"Cannot listen on mode.host={host}, mode.port={port}: {error}. Stop the program that listens there, or "
             "choose another port (0: any that is free; ports below 1024 need administrator rights)."
         ) from error
-    return listener
 
 
 def list_hosts(host: str, further: Sequence[str]) -> list[str]:
