@@ -37,7 +37,9 @@ def test_each_promise_names_a_test():
 
 def test_each_promise_of_the_servers_has_a_state_and_a_test():
     text = (ROOT / "docs/security.md").read_text()
-    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ") and "| test |" not in line]
+    rows = [
+        line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ") and "| test |" not in line
+    ]
     assert len(rows) >= 25
     for promise, state, tests in rows:
         named = re.findall(r"`(tests/[^`:]+)::(\w+)`", tests)

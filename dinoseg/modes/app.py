@@ -11,6 +11,7 @@ from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trackers import tracker_factory
 from dinoseg.serving.app import App
 from dinoseg.serving.endpoint import build_endpoint
+from dinoseg.serving.page import PageContext
 from dinoseg.serving.server import Port, bind_socket, list_hosts, serve_until_signal
 from dinoseg.serving.shared import SharedModel
 from dinoseg.serving.source import load_served, tracker_maker
@@ -42,7 +43,7 @@ def app(
         served = load_served(ModelSource(cfg), run, model)
         with closing(SharedModel(served, max_pixels)) as shared:
             application = build_endpoint(shared, uploads, hosts=accepted, max_mib=max_mib)
-            with closing(App(shared, uploads, tracker_maker(make_tracker, served), max_mib, max_seconds)) as pages:
-                pages.mount(application)
-                serve_until_signal(application, listener)
+            context = PageContext(shared, uploads, tracker_maker(make_tracker, served), max_mib, max_seconds)
+            App(context).mount(application)
+            serve_until_signal(application, listener)
     return {"run": str(out_dir)}

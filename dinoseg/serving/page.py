@@ -5,7 +5,8 @@ import logging
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,40 +38,44 @@ class Stage(Element, component="stage.js"):
         self.update()
 
 
+@dataclass(frozen=True)
+class PageContext:
+    """What all pages of a server share.
+
+    Args:
+        model: the model.
+        uploads: this server's own folder.
+        make_tracker: creates a tracker of masks; None: the model has no backbone for tracking.
+        max_mib: largest upload, in MiB.
+        max_seconds: longest video.
+        video_queue: held by the page whose video is processed; images are segmented between a video's batches.
+    """
+
+    model: SharedModel
+    uploads: Path
+    make_tracker: Callable[[], Tracker] | None
+    max_mib: float
+    max_seconds: float
+    video_queue: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
 class Page:
     """A page, built where it is created.
 
     Args:
-        shared: the model.
-        folder: of the upload and its results.
+        context: of all pages.
         token: name of the page in addresses.
-        make_tracker: creates a tracker of masks; None: the model has no backbone for tracking.
-        max_mib: largest upload, in MiB.
-        max_seconds: longest video.
-        video_queue: lock for the one video that is processed at a time.
     """
 
-    def __init__(
-        self,
-        shared: SharedModel,
-        folder: Path,
-        token: str,
-        *,
-        make_tracker: Callable[[], Tracker] | None,
-        max_mib: float,
-        max_seconds: float,
-        video_queue: asyncio.Lock,
-    ) -> None:
-        self.folder = folder
-        self.upload = folder / "upload"
+    def __init__(self, context: PageContext, token: str) -> None:
+        self.folder = context.uploads / secrets.token_hex(16)
+        self.upload = self.folder / "upload"
         self.files: dict[str, Path | bytes] = {}  # by the name in their address
         self.is_busy = False
-        self._shared = shared
+        self._context = context
         self._address = f"/files/{token}"
-        self._make_tracker = make_tracker
-        self._max_seconds = max_seconds
-        self._video_queue = video_queue
-        self._classes = Labels(shared.facts.classes, shared.facts.palette, shared.facts.ignore_index)
+        facts = context.model.facts
+        self._classes = Labels(facts.classes, facts.palette, facts.ignore_index)
         self._name = ""  # of the upload, without its suffix
         self._image = np.zeros((1, 1, 3), np.uint8)  # or the first frame of a video
         self._predicted = np.zeros((1, 1), np.uint8)  # the model's mask of it
@@ -82,7 +87,7 @@ class Page:
         self._frames_done = 0
         self._names: dict[int, ui.button] = {}  # of the legend
         self._shares: dict[int, ui.label] = {}
-        self._build(f"/upload/{token}", max_mib)
+        self._build(f"/upload/{token}")
 
     def close(self) -> None:
         """Cancel the work of the page, and remove its files."""
@@ -92,13 +97,13 @@ class Page:
 
     # ---- widgets
 
-    def _build(self, upload_address: str, max_mib: float) -> None:
+    def _build(self, upload_address: str) -> None:
         ui.add_css(Path(__file__).with_name("style.css"))
         with ui.element("div").classes("columns"):
             self._stage = Stage().on("uploaded", self._open_upload).on("stroke", self._paint)
             self._stage.on("failed", lambda event: self._tell(str(event.args), is_error=True))
-            hint = f"up to {max_mib:g} MiB, videos up to {self._max_seconds:g} s"
-            self._stage.show(url=upload_address, hint=hint, maxMib=max_mib)
+            hint = f"up to {self._context.max_mib:g} MiB, videos up to {self._context.max_seconds:g} s"
+            self._stage.show(url=upload_address, hint=hint, maxMib=self._context.max_mib)
             with ui.element("aside"):
                 with ui.card():
                     ui.label("dinoseg").classes("heading")
@@ -116,7 +121,7 @@ class Page:
     def _build_video_card(self) -> None:
         ui.label("Video").classes("heading")
         _add_button("Segment every frame", self._segment_video)
-        if self._make_tracker is not None:
+        if self._context.make_tracker is not None:
             _add_button("Track the mask of the first frame", self._track_video)
             _add_button("Paint objects to track", self._start_objects, "outline")
         with ui.element("div").classes("buttons") as self._video_results:
@@ -127,8 +132,8 @@ class Page:
     def _build_mask_card(self) -> None:
         ui.label("Mask").classes("heading")
         self._legend = ui.element("div").classes("legend")
-        self._opacity = _add_slider("Opacity: {} %", 0, 100, self._show_brush)
         with ui.element("div") as self._tools:
+            self._opacity = _add_slider("Opacity: {} %", 0, 100, self._show_brush)
             self._brush = ui.switch("Brush: paints the chosen class", on_change=self._show_brush)
             self._radius = _add_slider("Brush radius: {} px", 1, MAX_RADIUS, self._show_brush)
             self._zoom = _add_slider("Zoom: {}", 1, 8, self._show_brush)
@@ -158,11 +163,14 @@ class Page:
         self._stage.show(busy=True)
         try:
             yield
-        except UserError as error:  # if cancelled, of the ended decoder
-            self._tell("Cancelled." if self._is_cancelled else str(error), is_error=not self._is_cancelled)
         except Exception as error:
-            logger.exception("An upload could not be processed")
-            self._tell(f"The server failed ({type(error).__name__}); see its log.", is_error=True)
+            if self._is_cancelled:  # the error comes from the ended decoder or the removed upload
+                self._tell("Cancelled.")
+            elif isinstance(error, UserError):
+                self._tell(str(error), is_error=True)
+            else:
+                logger.exception("An upload could not be processed")
+                self._tell(f"The server failed ({type(error).__name__}); see its log.", is_error=True)
         finally:
             self.is_busy = False
             self._stage.show(busy=False)
@@ -185,13 +193,15 @@ class Page:
 
     def _segment_upload(self) -> tuple[np.ndarray, np.ndarray, int]:
         if not is_video(self.upload):
-            return *self._shared.segment_file(self.upload), 0
+            return *self._context.model.segment_file(self.upload), 0
         with closing(self._open_video()) as video:
             frame, _ = next(video.frames())
-        return frame, self._shared.segment([frame])[0], max(1, video.count)
+        return frame, self._context.model.segment([frame])[0], max(1, video.count)
 
     def _open_video(self) -> VideoDecoder:
-        return VideoDecoder(self.upload, max_pixels=self._shared.max_pixels, max_seconds=self._max_seconds)
+        return VideoDecoder(
+            self.upload, max_pixels=self._context.model.max_pixels, max_seconds=self._context.max_seconds
+        )
 
     def _reset(self) -> None:
         self._edit(self._predicted, self._classes)
@@ -257,7 +267,8 @@ class Page:
 
     def _paint(self, event: GenericEventArguments) -> None:
         if not self.is_busy:
-            self._editor.paint(event.args, self._radius.value, self._label)
+            with suppress(TypeError, ValueError):  # of a stroke that no page sends
+                self._editor.paint(event.args, self._radius.value, self._label)
             self._show_mask()
 
     def _undo(self) -> None:
@@ -278,15 +289,15 @@ class Page:
     async def _segment_video(self) -> None:
         if not self.is_busy:
             self._edit(self._predicted, self._classes)
-            await self._label_video(self._shared.segment)
+            await self._label_video(self._context.model.segment)
 
     async def _track_video(self) -> None:
         labels: list[np.ndarray | None] = [self._editor.mask.copy()]
-        assert self._make_tracker is not None
-        tracker = self._make_tracker()
+        assert self._context.make_tracker is not None  # else there is no button
+        tracker = self._context.make_tracker()
 
         def track(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
-            return self._shared.track(tracker, frames, [labels.pop() if labels else None for _ in frames])
+            return self._context.model.track(tracker, frames, [labels.pop() if labels else None for _ in frames])
 
         if self._editor.mask.any():
             await self._label_video(track)
@@ -300,13 +311,13 @@ class Page:
         draw = partial(editor.draw, opacity=self._opacity.value / 100)
 
         def work() -> np.ndarray:
-            self._check_frame(0)
             with closing(self._open_video()) as self._video:
+                self._check_frame(0)
                 palette = editor.labels.palette
                 return write_labelled_video(self._video, self.folder, palette, segment, draw, self._check_frame)
 
         with self._work("Queued ..."):
-            async with self._video_queue:
+            async with self._context.video_queue:
                 counts = await asyncio.to_thread(work)
             for name in ("overlay.mp4", "masks.zip"):
                 self.files[name] = self.folder / name

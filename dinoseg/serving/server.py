@@ -53,7 +53,7 @@ def list_hosts(host: str, further: Sequence[str]) -> list[str]:
             host,
         )
         further = further or ["*"]
-    return [*_LOOPBACK, host, *further]
+    return [f"[{name}]" if ":" in name else name for name in (*_LOOPBACK, host, *further)]
 
 
 def serve_until_signal(app: ASGIApp, listener: socket.socket) -> None:

@@ -7,12 +7,13 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from dinoseg.serving.app import App
+from dinoseg.serving.page import PageContext
 
 
 @pytest.fixture
 def pages(tmp_path):
     """Two pages, and a client of their routes."""
-    app = App(None, tmp_path, None, max_mib=0.01, max_seconds=1.0)
+    app = App(PageContext(None, tmp_path, None, max_mib=0.01, max_seconds=1.0))
     for token in ("one", "two"):
         folder = tmp_path / f"folder_{token}"
         app.pages[token] = SimpleNamespace(folder=folder, upload=folder / "upload", files={}, is_busy=False)

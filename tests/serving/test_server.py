@@ -32,7 +32,7 @@ def test_a_taken_port_or_foreign_host_is_one_message():
 
 
 def test_only_known_host_names_are_accepted(caplog):
-    loopback = ["localhost", "127.0.0.1", "::1"]
+    loopback = ["localhost", "127.0.0.1", "[::1]"]
     assert list_hosts("127.0.0.1", ["a.example"]) == [*loopback, "127.0.0.1", "a.example"] and not caplog.text
     assert list_hosts("0.0.0.0", []) == [*loopback, "0.0.0.0", "*"]
     assert "mode.host=0.0.0.0 is reachable from other machines, without authentication" in caplog.text
