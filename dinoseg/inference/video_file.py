@@ -44,8 +44,8 @@ class VideoReader:
         max_pixels: maximum number of pixels of a frame.
 
     Raises:
-        FrameTooLarge: a frame has more pixels than `max_pixels`.
-        UserError: the file cannot be opened or holds no frame; while reading: it ends early, or its frame size changes.
+        UserError: the file cannot be opened or holds no frame, or a frame has more pixels than `max_pixels`; while
+            reading: it ends early, or its frame size changes.
     """
 
     def __init__(self, path: str | Path, *, device: str | None = None, max_pixels: int = MAX_PIXELS) -> None:

@@ -186,7 +186,7 @@ def decode_video(channel: Channel) -> None:
                 shown = None if time is None else time.as_integer_ratio()
                 channel.send({"time": shown}, np.ascontiguousarray(frame).data.cast("B"))
         channel.send({"end": True})
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: the page was closed, and its upload removed
         _send_error(channel, error, request["path"])
     except MemoryError:
         channel.send({"error": "The file needs more memory to decode than its frames require. Re-encode it."})
@@ -202,6 +202,6 @@ def is_video(path: Path) -> bool:
     return any(start[at : at + len(mark)] == mark for at, mark in _VIDEO_SIGNATURES)
 
 
-def _send_error(channel: Channel, error: UserError, path: str) -> None:
+def _send_error(channel: Channel, error: Exception, path: str) -> None:
     message = str(error).replace(path, "the file")  # clients are not told where it is stored
     channel.send({"error": message[:1].upper() + message[1:]})

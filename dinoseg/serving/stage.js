@@ -18,7 +18,7 @@ export default {
             <g fill="none" stroke-linecap="round" stroke-linejoin="round" :opacity="opacity">
               <polyline v-for="one in drawn" :points="one.points.join(' ')" :stroke="one.color" :stroke-width="one.width"/>
             </g>
-            <g v-if="paint && cursor" fill="none" vector-effect="non-scaling-stroke">
+            <g v-if="paint && cursor" fill="none">
               <circle v-for="[ink, wide] in [['#000', 3], ['#fff', 1.5]]" :cx="cursor[0]" :cy="cursor[1]" :r="radius"
                       :stroke="ink" :stroke-width="wide" vector-effect="non-scaling-stroke"/>
             </g>

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -225,3 +226,7 @@ def test_a_video_is_cancelled_while_another_page_works(scene):
         page.get_by_text("Cancelled.").wait_for(timeout=TIMEOUT)
         other.get_by_text("Done: 8 frames").wait_for(timeout=TIMEOUT)
         assert page.complaints == []
+    deadline = time.monotonic() + 240
+    while list(folder.glob("run/.uploads*/*/upload")):  # closed pages leave nothing
+        assert time.monotonic() < deadline
+        time.sleep(1)

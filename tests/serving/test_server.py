@@ -24,7 +24,7 @@ from dinoseg.utils.errors import UserError
 def test_a_taken_port_or_foreign_host_is_one_message():
     with bind_socket("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
-        with pytest.raises(UserError, match=f"mode.port={port}: .*Address already in use. .* choose another port"):
+        with pytest.raises(UserError, match=f"mode.port={port}: .*Address already in use.* choose another port"):
             bind_socket("127.0.0.1", port)
     for host in ("192.0.2.1", "no such host"):
         with pytest.raises(UserError, match=f"Cannot listen on mode.host={host}"):
