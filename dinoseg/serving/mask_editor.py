@@ -2,11 +2,13 @@
 
 import io
 from collections import deque
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from dinoseg.core.shapes import Palette
 from dinoseg.data.classes.labels import Labels
 from dinoseg.report.indexed import indexed
 from dinoseg.report.overlay import blend
@@ -52,7 +54,7 @@ class MaskEditor:
         self._strokes.append((rows, columns, self.mask[rows, columns].copy()))
         pixels = np.round(line - 0.5).astype(int).tolist()  # the centre of the first pixel is at 0.5
         for start, end in zip([pixels[0], *pixels], pixels, strict=False):
-            cv2.line(self.mask, start, end, label, thickness=2 * radius)
+            cv2.line(self.mask, start, end, (label,), thickness=2 * radius)
 
     def undo(self) -> None:
         """Undo the last stroke, if there is one."""
@@ -80,7 +82,7 @@ class MaskEditor:
         return drawn
 
 
-def encode_mask(mask: np.ndarray, palette: list[tuple[int, int, int]], **options: bytes) -> bytes:
+def encode_mask(mask: np.ndarray, palette: Palette, **options: Any) -> bytes:
     """Encode class ids (H, W) uint8 as a PNG with a palette; `options` are Pillow's."""
     file = io.BytesIO()
     indexed(mask, palette).save(file, format="PNG", compress_level=1, **options)

@@ -21,7 +21,7 @@ from dinoseg.report.palette import default_palette
 from dinoseg.serving.decoding import VideoDecoder, is_video
 from dinoseg.serving.mask_editor import MAX_RADIUS, MaskEditor, encode_image, encode_mask
 from dinoseg.serving.shared import SharedModel
-from dinoseg.serving.video import write_labelled_video
+from dinoseg.serving.video import Masks, write_labelled_video
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
 
@@ -304,7 +304,7 @@ class Page:
         else:
             self._tell("The mask is empty: paint what is to be tracked.", is_error=True)
 
-    async def _label_video(self, segment: Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]) -> None:
+    async def _label_video(self, segment: Callable[[Sequence[np.ndarray]], Masks]) -> None:
         if self.is_busy:
             return
         editor = self._editor

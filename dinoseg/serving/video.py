@@ -1,7 +1,7 @@
 """Labelled videos of the app: an overlay that plays in browsers, and a mask for each frame."""
 
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from dinoseg.utils.atomic import atomic_file
 _BATCH = 4  # frames in a batch
 _DEPTH = 2  # batches queued before and after the model
 
-Masks = Sequence[np.ndarray]
+Masks = Iterable[np.ndarray]
 
 
 def write_labelled_video(

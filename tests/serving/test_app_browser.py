@@ -33,10 +33,10 @@ def scene(trained_once, tmp_path_factory):
         write_png(folder / f"images/{name}.png", rng.integers(0, 256, (*size, 3)).astype(np.uint8))
     words = (f"resume={trained_once}/segmenter", "engine=cpu", "hydra.run.dir=predicted")
     assert call(folder, "mode=predict", "input=images", *words).status == 0
-    for name, frames in (("video", 8), ("long", 550)):
-        with VideoWriter(folder / f"{name}.mp4", 10.0, (48, 64)) as writer:
+    for name, frames, size in (("video", 8, (48, 64)), ("long", 590, (240, 320))):
+        with VideoWriter(folder / f"{name}.mp4", 10.0, size) as writer:
             for number in range(frames):  # a bright square that moves to the right
-                frame = np.full((48, 64, 3), 30, np.uint8)
+                frame = np.full((*size, 3), 30, np.uint8)
                 left = 8 + 3 * (number % 8)
                 frame[16:32, left : left + 16] = (250, 200, 60)
                 writer.write(frame)
