@@ -53,6 +53,8 @@ DOORS = {  # dependency -> the packages and files that may import it
     "onnxscript": ("export",),
     "onnxruntime": ("export/runtime",),
     "huggingface_hub": ("models/backbones", "export/runtime"),
+    "nicegui": ("serving/app", "serving/page"),
+    "fastapi": ("serving",),
     "starlette": ("serving",),
     "uvicorn": ("serving",),
     "optuna": ("cli/sweeps/search",),

@@ -173,7 +173,7 @@ def test_a_server_answers_and_stops(command, stand_ins, tmp_path):
     )
     try:
         said = next(found[0] for line in server.stdout if (found := re.search(r"http://[\w.:\[\]]+", line)))
-        with urllib.request.urlopen(said, timeout=300) as answer:
+        with urllib.request.urlopen(f"{said}/health", timeout=300) as answer:
             assert answer.status == 200
     finally:
         server.send_signal(signal.SIGTERM)
