@@ -41,31 +41,27 @@ _LONGEST_TEXT = 4096
 _TRACKED = ("data", "tracking", "folder")  # folder for masks of tracked videos, below the run folder
 
 
-def check_text(text: str, steps: Steps, what: str) -> None:
-    """Refuse a text of the file, interpolated or not, that is too long or sets a cache folder of its own.
+def check_text(text: str, what: str) -> None:
+    """Refuse a text of the file that is too long, or that is not plain.
 
     Args:
         text: content of the file.
-        steps: to its place.
         what: file, key and value, for the message.
     """
     if len(text) > _LONGEST_TEXT:
         raise UserError(f"{what} has {len(text)} characters, above the limit of {_LONGEST_TEXT}. {REMEDY}.")
-    if steps[-1:] == ("cache_dir",) and text != "${cache_dir}":
-        raise UserError(
-            f"{what} is refused. A config from a checkpoint must not choose where files are written: set cache_dir on "
-            "the command line."
-        )
+    if "${" in text:
+        raise UserError(f"{what}: this interpolation is refused. A checkpoint stores plain values only.")
 
 
 def check_value(value: Any, steps: Steps, what: str) -> None:
-    """Refuse a value without interpolations that writes elsewhere or requests too much."""
+    """Refuse a value that writes elsewhere or requests too much."""
     if steps == _TRACKED and isinstance(value, str):
         if not re.fullmatch(r"\w+(/\w+)*", value):
             raise UserError(
                 f"{what} is refused. A config from a checkpoint may only name folders below its run folder."
             )
-    elif steps == _TRACKED or (steps[-1:] == ("cache_dir",) and not isinstance(value, str)):
+    elif steps == _TRACKED:
         raise UserError(f"{what} is refused: it is not a folder name. {REMEDY}.")
     if value is None or isinstance(value, bool | str | list | Mapping):
         return

@@ -1,19 +1,18 @@
 """Description of a run for its checkpoints, and the settings that identify its recipe."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dinoseg import __version__
-from dinoseg.config.guard import ACTING
-from dinoseg.config.resolvers import resolve_container
+from dinoseg.config.stored import choices_of, describe
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.models.backbones.normalisation import SATELLITE, is_satellite
-from dinoseg.training.description import CHOSEN, GROUPS, PRECISION, locate_weights
+from dinoseg.training.description import GROUPS, PRECISION, locate_weights
 from dinoseg.utils.forms import as_read_back
 
 USE = "inference"  # inference strategy: a run that validates with windows is evaluated with them
@@ -39,25 +38,38 @@ def run_description(build: ModelBuilder, data: SegmentationData | Labels) -> dic
     }
 
 
-def config_description(build: ModelBuilder) -> dict[str, Any]:
-    """Return the part of the description that depends only on the config."""
+def config_description(
+    build: ModelBuilder, info: Mapping[str, Any] | None = None, unused: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the part of the description that depends only on the config.
+
+    Args:
+        build: of the whole config.
+        info: description of the checkpoint that the config comes from.
+        unused: groups whose options the config does not hold, but only the values in `info`.
+
+    Raises:
+        UserError: see `describe`.
+    """
     unsaid = () if build.value("loss.class_weights") is None else (FOLLOWING,)
-    saved = [key for key in SAVED if key not in unsaid]
-    config = {key: value for key in saved if (value := build.config.get(key)) is not None}
-    # nodes that write files come from this machine's config, never from a checkpoint
-    config["data"] = {**resolve_container(build.value("data")), **dict.fromkeys(ACTING)}
+    saved = [key for key in SAVED if key not in unsaid and build.config.get(key) is not None]
+    description = describe(build.cfg, [key for key in saved if key not in unused])
+    config = description["config"]
+    if info is not None:
+        for group in unused:
+            config[group] = {key: build.config[group][key] for key in info["config"][group]}
+            of_group = {place: name for place, name in info["targets"].items() if place.split(".")[0] == group}
+            description["targets"] |= of_group
+        description["choices"] |= choices_of(info["choices"], unused)
     config["backbone"] = _with_colours(config["backbone"])
     for key in (TEACHER, INITIAL):
         if key in config:
             config[key] = absolute(config[key])
-    config["head"] = resolve_container(
-        build.value("head")
-    )  # the head's grid is that of its training, whatever size later images have
     exact = build.value("engine.precision") == "fp32"  # half precisions depend on the machine
     return {
         **({PRECISION: "fp32"} if exact else {}),
-        "config": config,
-        "choices": {group: build.options[group] for group in (*CHOSEN, *USES) if group not in unsaid},
+        **description,
+        "choices": {"hparam": build.options["hparam"], **description["choices"]},
         "folder": str(Path.cwd()),
     }
 
@@ -82,15 +94,16 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     """
     # the inference strategy does not affect training
     config = {key: value for key, value in as_read_back(saved_config(info)).items() if key not in USES}
+    targets = {place: target for place, target in info["targets"].items() if place.split(".")[0] not in USES}
     config = locate_weights(config, Path(info["folder"]))
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     # the background affects a score, but not training
     data = {**config["data"], "root": data_root(config, Path(info["folder"]))[0], "background": None}
     unread = {"min_maps"}  # decides what is refused, but does not affect training
-    if "mask_classification" not in repr(config["loss"]):
+    if "mask_classification" not in repr(targets):
         unread.add("deep_supervision")  # no other loss reads it
     head = {key: value for key, value in config["head"].items() if key not in unread}
-    return {**config, "trainer": trainer, "data": data, "head": head}
+    return {**config, "trainer": trainer, "data": data, "head": head, "targets": targets}
 
 
 def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:

@@ -158,7 +158,6 @@ def test_a_run_whose_rate_and_warmup_were_numbers_goes_on_as_it_would_have(where
     found = checkpoint.read(path)
     config = found.info["config"]
     del config["head"]["lr"], config["adapter"]["lr"], config["trainer"]["epochs"]
-    del config["optim"]["optimizer"]["head_lr"], config["optim"]["optimizer"]["backbone_lr"]
     config["trainer"]["steps"] = 4
     checkpoint.write(path, found.tensors, {key: value for key, value in found.info.items() if key != "format"})
     assert call(where, "mode=train", f"resume={path}", "engine=cpu", "engine.workers=0", *QUIET).status == 0
