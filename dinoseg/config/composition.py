@@ -23,7 +23,7 @@ class _Config(NamedTuple):
     Attributes:
         name: path below the folders of config groups, such as `head/mlp`.
         package: place relative to `parent`, as the defaults list gives it; None: that of the file's header.
-        usual: place relative to `parent` if neither gives one.
+        usual: group below that of the parent, which is the place if neither gives one.
         parent: place of the file whose defaults list contains it.
     """
 
@@ -33,8 +33,10 @@ class _Config(NamedTuple):
     parent: str = ""
 
     def place(self, header: str | None) -> str:
-        """Return the dotted place of the file's keys; `_global_` starts again at the root."""
-        package = self.package or (self.usual if header in (None, "_group_") else header)
+        """Return the dotted place of the file's keys; that of a header, and after `_global_`, is from the root."""
+        if self.package is None and header not in (None, "_group_"):
+            return str(header).removeprefix("_global_").lstrip(".")
+        package = self.package or self.usual.replace("/", ".")
         names = [self.parent, "" if package == "_here_" else package]
         return ".".join(filter(None, names)).rpartition("_global_")[2].strip(".")
 

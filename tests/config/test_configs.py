@@ -8,6 +8,8 @@ from itertools import zip_longest
 
 import pytest
 from config_files import FOLDER, GROUPS, main_choices, needed, nodes, options, read, written_choices, written_targets
+from dinoseg.config.guard import guard
+from dinoseg.config.registry import read_registry
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.utils import get_object
@@ -16,9 +18,7 @@ from transformers import AutoConfig
 
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config import checks
-from dinoseg.config.guard import guard
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.registry import read_registry
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.experiment.builder import Builder
