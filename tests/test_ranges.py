@@ -15,13 +15,14 @@ from omegaconf import OmegaConf
 
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config.checks import check_arguments
-from dinoseg.config.guard import guard
 from dinoseg.config.limits import LARGEST, READERS, check_training
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import below, dotted, to_container
+from dinoseg.config.stored import Source, compose_stored
 from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.data.transforms import ColorJitter
 from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.recipe import config_description
 from dinoseg.report.loggers.logger import Logger
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
@@ -223,14 +224,16 @@ def test_steps_of_a_head_are_limited_like_those_of_a_training_and_its_widths_as_
     steps = [[40_000, 120_000], [90_000, 400_000], [10**6, 2 * 10**6], [0, 2**40]]
     cfg = compose("mode=train", "head=eomt", "backbone=tiny", f"head.anneal={steps}", "data.root=x", "data.classes=[a]")
     check_training(cfg)
-    guard({"head": to_container(cfg.head)}, "resume=file", to_container(cfg))
+    description = config_description(Builder(cfg))
+    compose_stored(description, Source("resume=file"))
     for key, value in (("head.anneal.3.1", 2**41), ("head.num_queries", 2**17), ("head.blocks", 10**6)):
         other = copy.deepcopy(cfg)
         OmegaConf.update(other, key, value)
         with pytest.raises(UserError, match=f"^{re.escape(key)}={value} is out of range.* at most"):
             check_training(other)
+        head = {"head": config_description(Builder(other))["config"]["head"]}
         with pytest.raises(UserError, match=f"{re.escape(key)}={value} is refused"):
-            guard({"head": to_container(other.head)}, "resume=file", to_container(cfg))
+            compose_stored({**description, "config": {**description["config"], **head}}, Source("resume=file"))
 
 
 def test_readers_of_keys_have_ranges_for_them(trained):

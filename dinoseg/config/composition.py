@@ -55,9 +55,8 @@ def compose_options(choices: Mapping[str, Any], folders: Sequence[str | Path]) -
     """
     searched = [SHIPPED, *map(Path, folders)]
     root = _read_config(SHIPPED / "main.yaml")[0]
-    entries = [entry for entry in root.pop("defaults") if isinstance(entry, dict)]
-    groups = [group for entry in entries for group in entry if group in choices]
-    configs = [_Config(f"{group}/{choices[group]}", None, group) for group in groups]
+    entries = [entry for entry in root.pop("defaults") if isinstance(entry, dict) and choices.keys() & entry.keys()]
+    configs = [config for entry in entries for config in _configs_of(entry, "", "", choices)]
     parts = [part for config in configs for part in _parts(config, choices, searched)]
     return OmegaConf.merge(root, *parts)  # type: ignore[return-value]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.nodes import check_key
 from dinoseg.config.plain import Steps, below, dotted, resolved, to_container
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LEARNING_RATES
@@ -23,17 +22,6 @@ LARGEST: Mapping[Steps, float] = {  # maximum of a number at or below a key; the
     **dict.fromkeys([("trainer",), ("optim",), ("heads",), ("lrs",), ("head", "anneal")], _MOST_STEPS),
     **{("inference",): 2**14, ("inference", "scales"): 16, ("inference", "batch_size"): 2**10},
     **dict.fromkeys([("head", "lr"), ("adapter", "lr"), ("optim", "optimizer", "lr"), ("lrs",)], LEARNING_RATES.most),
-}
-READERS: Mapping[str, Mapping[str, str]] = {  # functions that take keys outside of any `_target_`, by parameter
-    "dinoseg.experiment.builder.in_steps": {
-        **{name: f"trainer.{name}" for name in ("steps", "epochs", "val_every")},
-        "batch_size": "data.batch_size",
-    },
-    "dinoseg.models.model.SegmentationModel": {name: f"resolution.{name}" for name in ("scale", "longest")},
-    "dinoseg.training.image_data_module.ImageDataModule": {name: f"data.{name}" for name in ("views", "class_mix")},
-    "dinoseg.data.class_uniform.class_uniform": {"share": "data.class_uniform"},
-    "dinoseg.data.opened.opened": {"labelled": "data.labelled"},
-    "dinoseg.training.feature_choice.CacheOptions": {"noise": "data.feature_noise"},
 }
 _LARGEST_ELSEWHERE = 2**20
 _MAX_PIXELS = 2**30  # of all images of a training batch
@@ -75,15 +63,10 @@ def check_value(value: Any, steps: Steps, what: str) -> None:
 
 
 def check_training(cfg: DictConfig) -> None:
-    """Refuse numbers of a training's config that would be refused in its checkpoint: it could not be resumed.
-
-    Of these numbers, those outside the range of their own key are refused by that range. Signatures are read only then,
-    since importing their modules takes seconds.
-    """
+    """Refuse numbers of a training's config that would be refused in its checkpoint: it could not be resumed."""
     groups = {steps[0] for steps in LARGEST}
     for steps, value in below({key: node for key, node in to_container(cfg).items() if key in groups}, ()):
         if isinstance(value, int | float) and not abs(value) <= (most := _largest(steps)):
-            check_key(cfg, steps, value, READERS)
             raise UserError(
                 f"{dotted(steps)}={format_value(str(value))} is out of range: a run with it could not be resumed. Give "
                 f"{f'{most} at most' if abs(value) < math.inf else 'a finite number'}."

@@ -6,8 +6,7 @@
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
-from copy import deepcopy
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -16,7 +15,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from dinoseg.config.composition import compose_options
 from dinoseg.config.limits import REMEDY, check_batch, check_text, check_value
-from dinoseg.config.plain import BUILDS, Steps, at, dotted, nests, texts_of, to_container
+from dinoseg.config.plain import BUILDS, Steps, at, below, dotted, nests, texts_of, to_container
 from dinoseg.config.resolvers import CELLS, CLASS_FILE
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value, join_names
@@ -189,7 +188,8 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
     """Return the composed options that fill some root keys, after a check of their names."""
     chosen = choices_of(choices, keys)
     for group, option in chosen.items():
-        if not (_GROUP.fullmatch(group) and isinstance(option, str) and _OPTION.fullmatch(option)):
+        names = option if isinstance(option, list) else [option]
+        if not (_GROUP.fullmatch(group) and all(isinstance(name, str) and _OPTION.fullmatch(name) for name in names)):
             raise UserError(f"{source.where}: {format_value(f'{group}={option}')} is no name of an option. {REMEDY}.")
     try:
         return to_container(compose_options(chosen, source.folders))
@@ -235,26 +235,6 @@ def _without_parts(given: Mapping[str, Any], option: Any, steps: Steps, targets:
     return {key: value for key, value in values.items() if key not in _OF_THIS_MACHINE}
 
 
-def update_job(own: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a job's config with the values of another job of the same command line, which is not trusted.
-
-    Args:
-        own: the config, plain, with interpolations unresolved.
-        config: the other one.
-        where: name of the other one in errors.
-
-    Raises:
-        UserError: it names another class, or holds a key or text that this config does not have.
-    """
-    targets: dict[str, str] = {}
-    values = _without_parts(config, own, (), targets)
-    _check_values(values, where)
-    updated = deepcopy(dict(own))
-    _check_targets(targets, updated, where)
-    _set_values(updated, values, (), [], where, is_argument=False)
-    return updated
-
-
 def _plain_group(values: Any) -> dict[str, Any]:
     """Return the values of a group without its option; the number of classes is an interpolation of options of data."""
     classes = values.get("classes")
@@ -263,7 +243,7 @@ def _plain_group(values: Any) -> dict[str, Any]:
 
 def _check_values(stored: Mapping[str, Any], where: str) -> None:
     """Refuse keys that build something, and values that are not plain or out of bounds."""
-    for count, (steps, value) in enumerate(_below(stored, ())):
+    for count, (steps, value) in enumerate(below(stored, ())):
         what = f"{where}: {dotted(steps)}={format_value(value)}"
         if count > _MAX_VALUES:
             raise UserError(f"{where}: its config holds more than {_MAX_VALUES} values. {REMEDY}.")
@@ -276,14 +256,6 @@ def _check_values(stored: Mapping[str, Any], where: str) -> None:
         if isinstance(value, str):
             check_text(value, what)
         check_value(value, steps, what)
-
-
-def _below(node: Any, steps: Steps) -> Iterator[tuple[Steps, Any]]:
-    """Yield path and content of a node and everything below it."""
-    yield steps, node
-    items: Any = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        yield from _below(value, (*steps, key))
 
 
 def _check_targets(targets: Mapping[str, str], composed: Mapping[str, Any], where: str) -> None:

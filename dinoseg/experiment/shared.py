@@ -9,12 +9,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.plain import to_container
-from dinoseg.config.stored import Source, compose_stored, describe, update_job
+from dinoseg.config.stored import Source, compose_stored, describe
 from dinoseg.experiment.heads import SOLO
-from dinoseg.experiment.recipe import SAVED
 
-_OF_A_RANK = (SOLO, "choices", "config_dirs")  # keys of a job's config that are shared in another form, or not at all
-_WHERE = "the config of rank 0"
+_OF_A_RANK = (SOLO, "choices", "config_dirs", "cache_dir")  # keys that are shared in another form, or not at all
 
 
 def describe_job(cfg: DictConfig) -> dict[str, Any]:
@@ -23,13 +21,9 @@ def describe_job(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: see `describe`.
     """
-    saved = [key for key in SAVED if cfg.get(key) is not None]
-    return {
-        "saved": describe(cfg, saved),
-        "choices": to_container(cfg.choices),
-        "rest": {key: value for key, value in to_container(cfg).items() if key not in (*saved, *_OF_A_RANK)},
-        "solo": {name: describe_job(OmegaConf.create(solo)) for name, solo in cfg.get(SOLO, {}).items()},
-    }
+    solo = {name: describe_job(OmegaConf.create(run)) for name, run in to_container(cfg).get(SOLO, {}).items()}
+    keys = [str(key) for key in cfg if key not in _OF_A_RANK]
+    return {**describe(cfg, keys), "hparam": cfg.choices.hparam, SOLO: solo}
 
 
 def compose_job(shared: Mapping[str, Any], cfg: DictConfig) -> DictConfig:
@@ -37,15 +31,14 @@ def compose_job(shared: Mapping[str, Any], cfg: DictConfig) -> DictConfig:
 
     Args:
         shared: as `describe_job` returns it; not trusted.
-        cfg: the config that this rank has composed from the command line, whose other options are used.
+        cfg: the config that this rank has composed from the command line.
 
     Raises:
         UserError: see `compose_stored`.
     """
     own = to_container(cfg)
-    source = Source(_WHERE, own["config_dirs"], typed=["backbone.weights"])  # rank 0 has checked the weights
-    saved = compose_stored({**shared["saved"], "choices": shared["choices"]}, source)
-    rest = update_job({key: own[key] for key in shared["rest"] if key in own}, shared["rest"], _WHERE)
-    solo = {name: to_container(compose_job(each, cfg)) for name, each in shared["solo"].items()}
-    more = {"choices": shared["choices"], "config_dirs": own["config_dirs"], **({SOLO: solo} if solo else {})}
-    return OmegaConf.create({**rest, **saved, **more})
+    source = Source("the config of rank 0", own["config_dirs"], typed=["backbone.weights"])  # which rank 0 has checked
+    choices = {**own["choices"], **shared["choices"], "hparam": shared["hparam"]}
+    solo = {name: to_container(compose_job(run, cfg)) for name, run in shared[SOLO].items()}
+    more = {"choices": choices, **({SOLO: solo} if solo else {})}
+    return OmegaConf.create({**own, **compose_stored(shared, source), **more})
