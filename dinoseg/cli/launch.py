@@ -202,8 +202,12 @@ def _enter_folder(
         new = _below_recipe(out_dir, typed_recipe, cfg.choices.hparam)
     cfg, solo_runs = _with_heads(cfg, overrides, start.folder if start.checkpoint else None)
     if cfg.mode.get("resume_from") == "last":
+        from dinoseg.experiment.models import ModelBuilder
+        from dinoseg.experiment.recipe import config_description
+
         for whole in (cfg, *(solo.cfg for solo in solo_runs.values())):
             check_training(whole)
+            config_description(ModelBuilder(whole))  # refuses what a checkpoint could not store
     if not is_first_rank():  # of a mode on one device: the first rank writes its files
         return JobStart(cfg, start.folder or new)
     run_folder = start.folder or _claim_folder(cfg, new)

@@ -1,6 +1,6 @@
 """Description of a run for its checkpoints, and the settings that identify its recipe."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ HEADS, RATES = "heads", "lrs"  # heads and learning rates of a run of several he
 TEACHER = "teacher"  # the run that teaches a student
 INITIAL = "init"  # the run whose weights initialise a new one
 OPTIONAL = (*USES, HEADS, RATES, TEACHER, INITIAL)  # root keys that a checkpoint omits if they are not set
+VALUES_ONLY = "values_only"  # key of a loaded config: groups that build nothing of a model, without their options
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint saves
 # keys of `trainer` that may change when a run resumes
 LENGTHS = ("steps", "epochs", "max_minutes", "patience", "val_every", "val_images", "save_every", "log_every")
@@ -38,29 +39,25 @@ def run_description(build: ModelBuilder, data: SegmentationData | Labels) -> dic
     }
 
 
-def config_description(
-    build: ModelBuilder, info: Mapping[str, Any] | None = None, unused: Collection[str] = ()
-) -> dict[str, Any]:
+def config_description(build: ModelBuilder, info: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the part of the description that depends only on the config.
 
     Args:
         build: of the whole config.
-        info: description of the checkpoint that the config comes from.
-        unused: groups whose options the config does not hold, but only the values in `info`.
+        info: description of the checkpoint that the config comes from, for groups of which it holds only values.
 
     Raises:
         UserError: see `describe`.
     """
+    held = build.config.get(VALUES_ONLY, ()) if info else ()
     unsaid = () if build.value("loss.class_weights") is None else (FOLLOWING,)
     saved = [key for key in SAVED if key not in unsaid and build.config.get(key) is not None]
-    description = describe(build.cfg, [key for key in saved if key not in unused])
-    config = description["config"]
+    description = describe(build.cfg, [key for key in saved if key not in held])
+    config, choices, targets = (description[part] for part in ("config", "choices", "targets"))
     if info is not None:
-        for group in unused:
-            config[group] = {key: build.config[group][key] for key in info["config"][group]}
-            of_group = {place: name for place, name in info["targets"].items() if place.split(".")[0] == group}
-            description["targets"] |= of_group
-        description["choices"] |= choices_of(info["choices"], unused)
+        config |= {group: {key: build.config[group][key] for key in info["config"][group]} for group in held}
+        choices |= choices_of(info["choices"], held)
+        targets |= {place: name for place, name in info["targets"].items() if place.split(".")[0] in held}
     config["backbone"] = _with_colours(config["backbone"])
     for key in (TEACHER, INITIAL):
         if key in config:
@@ -68,8 +65,9 @@ def config_description(
     exact = build.value("engine.precision") == "fp32"  # half precisions depend on the machine
     return {
         **({PRECISION: "fp32"} if exact else {}),
-        **description,
-        "choices": {"hparam": build.options["hparam"], **description["choices"]},
+        "config": {key: config[key] for key in saved},
+        "choices": {"hparam": build.options["hparam"], **dict(sorted(choices.items()))},
+        "targets": dict(sorted(targets.items())),
         "folder": str(Path.cwd()),
     }
 

@@ -21,6 +21,7 @@ from dinoseg.experiment.recipe import (
     SAVED,
     USE,
     USES,
+    VALUES_ONLY,
     absolute,
     data_root,
     saved_config,
@@ -29,7 +30,7 @@ from dinoseg.training.description import PRECISION
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_override, format_value, nearest, printable
 
-UNBUILT = ("data", "loss", "trainer")  # groups that build nothing of a trained model
+_UNBUILT = ["data", "loss", "trainer"]  # groups that build nothing of a trained model
 REPLACEABLE = ("data", *USES)  # groups of a checkpoint that the command line may choose again
 
 
@@ -121,8 +122,9 @@ def standalone_config(
         chosen[USE] = inference
         stored.pop(USE, None)
     source = Source(f"resume={path}", folders, trust, [*changes])
-    saved = compose_stored({**info, "config": stored}, source, unused=UNBUILT)
+    saved = compose_stored({**info, "config": stored}, source, unused=_UNBUILT)
     facts = {"resume": str(path), "choices": {**info["choices"], **chosen}, "config_dirs": folders}
+    facts[VALUES_ONLY] = _UNBUILT
     merged = OmegaConf.create({**to_container(compose_options(chosen, folders)), **facts, **saved})
     _keep_precision(merged, info, [*changes])
     for key, value in changes.items():

@@ -1,6 +1,6 @@
 """The segmentation model of the Python API: a `torch.nn.Module` that also predicts, saves and describes itself."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -46,7 +46,6 @@ class Segmenter(GuardedModule, Model):
         model: backbone and head.
         facts: classes, palette, sizes, scores and sources.
         config: the whole config as plain values.
-        unused: groups of which the config holds only values, as in `info`, since they build nothing of a model.
         info: description of the checkpoint that it was loaded from; empty for a new model.
         policy: inference strategy of `predict`.
         precision: precision of `predict`: auto, bf16, fp16 or fp32. `forward` computes as the surrounding autocast.
@@ -72,7 +71,6 @@ class Segmenter(GuardedModule, Model):
         *,
         info: Mapping[str, Any],
         policy: Policy,
-        unused: Collection[str] = (),
         precision: str = "auto",
         file: Path | None = None,
         checkpoint: tuple[Path, Stamp | None] | None = None,
@@ -81,7 +79,7 @@ class Segmenter(GuardedModule, Model):
         self.model = model
         self.facts = facts
         self.file = None if file is None else file.absolute()
-        self._config, self._unused, self._info = config, unused, info
+        self._config, self._info = config, info
         self._policy, self._precision = policy, precision
         self._checkpoint = checkpoint
         self._has_checked_levels = False
@@ -303,7 +301,6 @@ class Segmenter(GuardedModule, Model):
                     info,
                     delta=delta,
                     gated=gated,
-                    unused=self._unused,
                     where="The model",
                 )
             except UserError as error:

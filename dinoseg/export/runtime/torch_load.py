@@ -7,7 +7,7 @@ from typing import Any
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.experiment.resume import UNBUILT, standalone_config
+from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.trained import restore
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.runtime import Options
@@ -51,7 +51,6 @@ def load_torch(path: Path, options: Options) -> Segmenter:
         model,
         facts,
         to_container(cfg),
-        unused=UNBUILT,
         info=info,
         policy=policy,
         precision=cfg.engine.precision if options.precision == "auto" else options.precision,

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -117,7 +117,6 @@ def write_model(
     *,
     delta: bool = False,
     gated: bool = False,
-    unused: Collection[str] = (),
     where: str | None = None,
 ) -> tuple[int, Mapping[str, Any]]:
     """Write a model as one file; return the number of its tensors, and the facts of its backbone.
@@ -130,7 +129,6 @@ def write_model(
         info: further entries of the file's description, such as the progress of its training.
         delta: see `export_model`.
         gated: see `export_model`.
-        unused: groups of which `source` holds only values, as in `info`.
         where: start of messages about the weights; None: the checkpoint.
 
     Raises:
@@ -158,7 +156,7 @@ def write_model(
     if not gated:
         weights = [name for name in tensors if name.startswith("model/") and ".lora_" not in name]
         _check_licence(facts.backbone, source.config["head"].get("weights"), weights, copies=copies)
-    description = {**config_description(ModelBuilder.of(stored), info, unused), "folder": "."}
+    description = {**config_description(ModelBuilder.of(stored), info), "folder": "."}
     made = {**description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
     remaining = {key: value for key, value in info.items() if key != PRECISION}  # which the config states
     checkpoint.write(path, tensors, {"progress": asdict(checkpoint.Progress()), **remaining, **made})
