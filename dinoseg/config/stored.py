@@ -188,8 +188,7 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
     """Return the composed options that fill some root keys, after a check of their names."""
     chosen = choices_of(choices, keys)
     for group, option in chosen.items():
-        names = option if isinstance(option, list) else [option]
-        if not (_GROUP.fullmatch(group) and all(isinstance(name, str) and _OPTION.fullmatch(name) for name in names)):
+        if not (_GROUP.fullmatch(group) and isinstance(option, str) and _OPTION.fullmatch(option)):
             raise UserError(f"{source.where}: {format_value(f'{group}={option}')} is no name of an option. {REMEDY}.")
     try:
         return to_container(compose_options(chosen, source.folders))

@@ -37,7 +37,7 @@ def test_a_rank_takes_plain_values_and_options_of_rank_0(receive, compose):
         shared["config"]["optim"]["optimizer"]["lr"] = 0.5
         shared["solo"] = {"mlp": json.loads(json.dumps(shared))}
 
-    further = ("head=mlp", "hparam=demo", "logger=[]", "data.batch_size=3", "inference.size=${resolution.crop}")
+    further = ("head=mlp", "hparam=demo", "data.batch_size=3", "inference.size=${resolution.crop}")
     found = receive(WORDS, resume, further)
     cfg = compose(*WORDS, *further)
     cfg.optim.optimizer.lr, cfg.resume = 0.5, found["resume"]

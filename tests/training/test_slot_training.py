@@ -148,11 +148,10 @@ def test_how_slots_are_followed_makes_no_other_run(here):
     [
         ({"_target_": "os.system", "command": "true"}, r"slots\._target_=os.system"),
         (
-            {"_target_": "dinoseg.tracking.slots.tracker.SlotFactory", "match": "nearest"},
+            {"match": "nearest"},
             "slots.match=nearest is unk",
         ),
         ("appearance", "slots"),
-        ({}, "slots"),
     ],
 )
 def test_a_checkpoint_that_follows_slots_in_ways_that_are_none_is_refused(here, plain, node, message):
