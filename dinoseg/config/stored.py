@@ -103,6 +103,8 @@ def _values_of(
                 targets[dotted(steps)] = str(value)
         elif key in _OF_THIS_MACHINE:
             continue
+        elif steps and key not in option and not is_argument:
+            raise UserError(f"{dotted(place)} is no key of the options that are chosen. Add it to an option's file.")
         elif isinstance(value, Mapping) and _is_node(usual, is_argument=is_argument):
             values[str(key)] = _values_of(node[key], value, usual, place, targets, is_argument=is_argument)
         elif not (_interpolates(value) and value == usual and not str(value).startswith(_OF_THIS_RUN)):

@@ -49,12 +49,12 @@ def config_description(build: ModelBuilder, info: Mapping[str, Any] | None = Non
     Raises:
         UserError: see `describe`.
     """
-    held = build.config.get(VALUES_ONLY, ()) if info else ()
+    held = build.config.get(VALUES_ONLY, ())
     unsaid = () if build.value("loss.class_weights") is None else (FOLLOWING,)
     saved = [key for key in SAVED if key not in unsaid and build.config.get(key) is not None]
     description = describe(build.cfg, [key for key in saved if key not in held])
     config, choices, targets = (description[part] for part in ("config", "choices", "targets"))
-    if info is not None:
+    if held and info is not None:
         config |= {group: {key: build.config[group][key] for key in info["config"][group]} for group in held}
         choices |= choices_of(info["choices"], held)
         targets |= {place: name for place, name in info["targets"].items() if place.split(".")[0] in held}

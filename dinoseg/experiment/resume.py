@@ -52,7 +52,7 @@ def merge(
     keys = [override.key_or_group for override in overrides]
     replaced = [group for group in REPLACEABLE if group in keys and cfg.choices[group] != info["choices"].get(group)]
     stored = {key: value for key, value in saved_config(info).items() if key not in replaced}
-    source = Source(f"resume={path}", cfg.config_dirs, trusted(to_container(cfg)["trust"]), keys)
+    source = Source(f"resume={path}", cfg.get("config_dirs", ()), trusted(to_container(cfg)["trust"]), keys)
     saved = compose_stored({**info, "config": stored}, source)
     ours = choices_of(to_container(cfg.choices), saved)
     choices = {group: option for group, option in to_container(cfg.choices).items() if group not in ours}
@@ -111,7 +111,7 @@ def standalone_config(
         UserError: the checkpoint's config is refused.
     """
     folders = [] if config_dir is None else [str(config_dir)]
-    folders += [] if job is None else job["config_dirs"]
+    folders += [] if job is None else job.get("config_dirs", ())
     trust = trust if job is None else [*trust, *trusted(job["trust"])]
     chosen = {"engine": "auto"}
     stored = saved_config(info)

@@ -255,6 +255,8 @@ def test_what_cannot_be_stored_is_refused_when_a_training_starts():
     del cfg.data.augment.affine
     with pytest.raises(UserError, match="data.augment.affine was removed"):
         describe(cfg, KEYS)
+    with pytest.raises(UserError, match="trainer.more is no key of the options"):
+        describe(composed(**{"trainer.more": 1}), KEYS)
     with pytest.raises(UserError, match=r"data.classes=.* holds \$\{"):
         describe(composed(**{"data.classes": ["a", "\\${b}"]}), KEYS)
 
