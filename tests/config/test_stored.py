@@ -245,12 +245,12 @@ def test_options_of_nested_groups_are_stored():
         ("data.reader.masks.ids", [{"_target_": LINEAR}]),
     ],
 )
-def test_a_component_that_is_no_option_is_refused_when_a_training_starts(key, value):
+def test_a_component_that_is_no_option_is_refused(key, value):
     with pytest.raises(UserError, match="is a component that no option of a config group names.*Make it an option"):
         describe(composed(**{key: value}), KEYS)
 
 
-def test_what_cannot_be_stored_is_refused_when_a_training_starts():
+def test_what_cannot_be_stored_is_refused():
     cfg = composed()
     del cfg.data.augment.affine
     with pytest.raises(UserError, match="data.augment.affine was removed"):
