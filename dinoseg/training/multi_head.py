@@ -139,6 +139,7 @@ class MultiHeadCheckpoints(Checkpointer):
                 "dropped": member.dropped,
                 "config": {key: value for key, value in info["config"].items() if value != whole.get(key)},
                 "choices": info["choices"],
+                "targets": info["targets"],
             }
             for member in self.members
             for info in [member.checkpoints.info]
