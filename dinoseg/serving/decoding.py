@@ -135,7 +135,7 @@ class VideoDecoder(_Decoder):
             yield np.frombuffer(pixels, np.uint8).reshape(*self.size, 3), time
 
     def _check_length(self, count: int) -> None:
-        if count > self._max_seconds * min(self.rate, _FRAMES_PER_SECOND):
+        if count > self._max_seconds * min(float(self.rate), _FRAMES_PER_SECOND):
             raise UserError(
                 f"The video has {count} frames or more, at {float(self.rate):g} per second. The limit is "
                 f"{self._max_seconds:g} s (mode.max_seconds) at {_FRAMES_PER_SECOND} per second: cut it."
