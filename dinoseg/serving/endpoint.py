@@ -48,7 +48,7 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
     app = FastAPI(title="dinoseg", docs_url=None, redoc_url=None)  # these pages load scripts from other hosts
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     statuses: Counter[int] = Counter()
-    seconds: Counter[str] = Counter()
+    seconds = {"total": 0.0}  # over all requests
 
     @app.middleware("http")
     async def protect(request: Request, call_next: RequestResponseEndpoint) -> Response:
