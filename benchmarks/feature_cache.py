@@ -4,7 +4,7 @@
 [--dtype float16]`: an epoch of training (reading, model, loss at full resolution, gradient, update) on images of one
 size, live and after the first epoch has kept what the frozen part gives; batches of 2. `vits` and `vitb` are DINOv3's
 shapes with random weights under a linear head; `m2f` is ViT-S under a Mask2Former head whose class layer alone learns,
-as in hparam=idd/m2f. Epochs of both kinds in turns, of each the quickest counts, by the clock and by the processor's
+as in hparam=idd_m2f. Epochs of both kinds in turns, of each the quickest counts, by the clock and by the processor's
 time, which other programs lengthen less. Exits with 1 where both ratios are below `WANTED`.
 """
 

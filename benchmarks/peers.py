@@ -143,7 +143,7 @@ def by_us(*changes: str) -> Callable[[argparse.Namespace], Way]:
         of = [f"data.root={args.data}", "backbone=timm", f"backbone.name={VIT}", f"backbone.weights={args.weights}"]
         of += ["backbone.mean=[0.5,0.5,0.5]", "backbone.std=[0.5,0.5,0.5]", f"resolution.crop=[{SIZE[0]},{SIZE[1]}]"]
         of += [f"trainer.steps={args.steps}", f"trainer.val_every={args.steps}", f"seed={args.seeds[0]}"]
-        of += ["hparam=detail/camvid", "engine=cpu", "engine.workers=0", "data.workers=1", "hydra.run.dir=run"]
+        of += ["hparam=detail_camvid", "engine=cpu", "engine.workers=0", "data.workers=1", "hydra.run.dir=run"]
 
         def train() -> Callable[[], None]:
             by_dinoseg([*of, *changes, "mode.report=false", "mode.pictures=0"])

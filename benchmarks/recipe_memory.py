@@ -1,6 +1,6 @@
 """Print what each recipe's training step takes of a GPU's memory, as mode=plan estimates it, and what 24 GB asks for.
 
-`python benchmarks/recipe_memory.py [--only camvid sarrarp/lora]`: for cards of 24, 48 and 80 GB (10^9 bytes each), in
+`python benchmarks/recipe_memory.py [--only camvid sarrarp_lora]`: for cards of 24, 48 and 80 GB (10^9 bytes each), in
 bfloat16. Nothing is run: tensors are counted, and a GiB and 8 % added for CUDA's context, libraries and holes. Exits
 with 1 where a recipe does not fit 24 GB as it is, but for those named in LARGE.
 """
@@ -26,13 +26,13 @@ from dinoseg.experiment.step import training_parts
 
 GIB = 2**30
 CARDS = (24, 48, 80)  # GB
-LARGE = {"ade20k_m2f", "dpt/sarrarp", "eomt/ade20k", "idd/m2f_vitb", "idd/m2f_vitl", "sarrarp/lora"}
+LARGE = {"ade20k_m2f", "dpt_sarrarp", "eomt_ade20k", "idd_m2f_vitb", "idd_m2f_vitl", "sarrarp_lora"}
 CONFIGS = Path(dinoseg.__file__).parent / "cfg"
 GIVEN = {  # what a recipe leaves to the user
-    "schism/cnn": ("data.classes=[a,b]",),
-    "schism/linear": ("data.classes=[a,b]",),
+    "schism_cnn": ("data.classes=[a,b]",),
+    "schism_linear": ("data.classes=[a,b]",),
     "base": ("data.classes=[a,b]",),
-    **dict.fromkeys(("ade20k_m2f", "idd/m2f", "idd/m2f_no_object"), ("head.weights=FILE",)),
+    **dict.fromkeys(("ade20k_m2f", "idd_m2f", "idd_m2f_no_object"), ("head.weights=FILE",)),
 }
 
 

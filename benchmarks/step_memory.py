@@ -58,7 +58,7 @@ MODELS = {
     "tiny full": (*BASE, "backbone=tiny", "adapter=full"),
     "tiny full checkpointing": (*BASE, "backbone=tiny", "adapter=full", "backbone.checkpointing=true"),
     "tiny lora checkpointing": (*BASE, "backbone=tiny", "adapter=lora", "backbone.checkpointing=true"),
-    "slots": (*VIT[:2], "hparam=dinosavi/control", "backbone=dinov3_vits16", "data.batch_size=2"),
+    "slots": (*VIT[:2], "hparam=dinosavi_control", "backbone=dinov3_vits16", "data.batch_size=2"),
 }
 
 

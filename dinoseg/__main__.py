@@ -54,7 +54,6 @@ def _command(arguments: list[str]) -> None:
 
     from dinoseg.cli.extras import check_intervals, hush_schemas, plugin_errors_as_user_errors
     from dinoseg.cli.own_keys import with_checkpoint_keys
-    from dinoseg.cli.recipes import with_recipe_files
     from dinoseg.cli.typos import check_patterns, explained
     from dinoseg.cli.words import as_text, flags_last
     from dinoseg.config.options import config_folders
@@ -69,7 +68,7 @@ def _command(arguments: list[str]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors unchanged
     try:
         with explained(arguments, folders):
-            words = with_recipe_files(as_text(flags_last(arguments), Path(CONFIGS)), folders)
+            words = as_text(flags_last(arguments), Path(CONFIGS))
             check_patterns(words, folders)
             check_intervals(words)
             words = with_checkpoint_keys(words)

@@ -24,7 +24,7 @@ SMALL = (  # overrides of a run that takes a second
 )
 
 SLOTS = (  # the same of slots, on clips of 32 x 32 pixels
-    *("mode=train", "hparam=dinosavi/control", "data=movi", "data.root=movi"),
+    *("mode=train", "hparam=dinosavi_control", "data=movi", "data.root=movi"),
     *("backbone=tiny", "backbone.patch_size=8", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2"),
     *("backbone.arch.num_attention_heads=3", "backbone.arch.intermediate_size=48", "engine=cpu", "engine.workers=0"),
     *("resolution.crop=[32,32]", "head.slot_dim=16", "head.hidden_dim=16"),

@@ -78,14 +78,13 @@ def compose():
     from hydra.core.hydra_config import HydraConfig
 
     from dinoseg.__main__ import CONFIGS
-    from dinoseg.cli.recipes import with_recipe_files
     from dinoseg.config.job import job_config
     from dinoseg.config.resolvers import register_resolvers
 
     def build(*overrides):
         register_resolvers()
         with initialize_config_dir(CONFIGS, version_base="1.3"):
-            cfg = hydra_compose("main", with_recipe_files(overrides, [Path(CONFIGS)]), return_hydra_config=True)
+            cfg = hydra_compose("main", list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         return job_config(cfg, cfg.hydra.runtime.choices)
 

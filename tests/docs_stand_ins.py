@@ -298,7 +298,7 @@ def trained_on_frames_of_a_vit(stand_ins, folder):
 @stand_in("FROZEN")
 def trained_on_a_frozen_backbone(stand_ins, folder):
     words = (*VIT, f"data.root={stand_ins['DATA']}/camvid")
-    return ran(folder, "mode=train", "hparam=detail/camvid", *words, *SHORT)
+    return ran(folder, "mode=train", "hparam=detail_camvid", *words, *SHORT)
 
 
 @stand_in("SLOTS")

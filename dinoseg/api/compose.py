@@ -25,7 +25,6 @@ from omegaconf import DictConfig, open_dict, read_write
 from dinoseg.api.options import CONFIGS, config_folders
 from dinoseg.cli.extras import check_intervals, hush_schemas
 from dinoseg.cli.own_keys import with_checkpoint_keys
-from dinoseg.cli.recipes import with_recipe_files
 from dinoseg.cli.typos import explained
 from dinoseg.cli.words import as_text, parsed
 from dinoseg.config.grammar import decode_keys, write_value
@@ -70,7 +69,7 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
     """
     folders = config_folders(config_dir)
     hush_schemas()
-    words = with_recipe_files(as_text(words, CONFIGS), folders)
+    words = as_text(words, CONFIGS)
     check_intervals(words)
     words = with_checkpoint_keys(words)
     with explained(words, folders):

@@ -53,12 +53,10 @@ def list_adapters(filter: str = "*", *, config_dir: str | PathLike[str] | None =
 def list_recipes(filter: str = "*", *, config_dir: str | PathLike[str] | None = None) -> list[str]:
     """Return the sorted names of recipes, options of `hparam`; arguments and errors are those of `list_backbones`.
 
-    Those of a family are `FAMILY/NAME`.
-
     Examples:
         >>> import dinoseg
-        >>> dinoseg.list_recipes("dpt/*")
-        ['dpt/camvid', 'dpt/sarrarp']
+        >>> dinoseg.list_recipes("dpt_*")
+        ['dpt_camvid', 'dpt_sarrarp']
     """
     return _options(RECIPES, filter, config_dir)
 

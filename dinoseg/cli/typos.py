@@ -9,15 +9,14 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Glob, Override
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dinoseg.cli.own_keys import checkpoint_configs
-from dinoseg.cli.recipes import recipe_files
 from dinoseg.cli.words import assignments, is_sweep, parsed, values_of
-from dinoseg.config.options import RECIPES, options_of
+from dinoseg.config.options import options_of
 from dinoseg.config.plain import at, keys_of, to_container
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value, join_names, nearest
@@ -59,8 +58,6 @@ def explain(arguments: Sequence[str], folders: Sequence[Path], error: Exception)
         folders: of config groups, the shipped one first.
         error: raised by Hydra.
     """
-    if moved := _moved_recipe(error, folders):
-        return moved
     several = is_sweep(arguments)
     chosen: list[str] = []
     overrides: list[Override] = []
@@ -199,16 +196,6 @@ def _is_text(value: str) -> bool:
     return closed and not re.search(r"['\"]|^\[.*\]$|^\{.*\}$", value)
 
 
-def _moved_recipe(error: Exception, folders: Sequence[Path]) -> str:
-    """Return the fix for a user's config file that names a recipe as before recipes had families; "" if none does."""
-    missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
-    group, _, name = (missing or "").rpartition("/")
-    option = recipe_files(folders).get(name, name)
-    if group != RECIPES or option == name:
-        return ""
-    return f"{str(error).splitlines()[0]} It belongs to a family of recipes: write /{RECIPES}/{option} there."
-
-
 def _wrong_option(override: Override, groups: Sequence[Path]) -> str:
     """Return the mistake of an option that no folder of the group has; "" if all exist."""
     options = _options(groups)
@@ -217,7 +204,7 @@ def _wrong_option(override: Override, groups: Sequence[Path]) -> str:
     for choice in _chosen(override, groups):
         if choice not in bases.union(options):
             question = nearest(choice, options, f"{name}=")
-            return f"{name}={choice} is unknown.{question} Choose from {', '.join(_nearby(choice, options))}."
+            return f"{name}={choice} is unknown.{question} Choose from {', '.join(options)}."
     return ""
 
 
@@ -231,12 +218,6 @@ def _chosen(override: Override, groups: Sequence[Path]) -> list[str]:
     if isinstance(value, list):
         return [str(option) for option in value]
     return (value.filter(_options(groups)) if isinstance(value, Glob) else []) or values_of(override)
-
-
-def _nearby(choice: str, options: Sequence[str]) -> list[str]:
-    """Return the options in the family of a choice; without any, all options with a glob for each family."""
-    family = [option for option in options if option.startswith(f"{choice.partition('/')[0]}/")]
-    return family or list(dict.fromkeys(re.sub("/.*", "/*", option) for option in options))
 
 
 def _wrong_key(

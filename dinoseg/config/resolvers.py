@@ -36,7 +36,7 @@ def register_resolvers() -> None:
       replace an absent `classes.yaml`.
     - `${cells:${resolution},${backbone.patch_size}}` is the number of rows and columns of cells in a training crop;
       null if the patch size is null.
-    - `${recipe_name:sarrarp/lora}` is the name of a recipe.
+    - `${recipe_name:sarrarp_lora}` is the name of a recipe.
     """
     OmegaConf.register_new_resolver("len", _length, replace=True)
     OmegaConf.register_new_resolver(CELLS, _cells, replace=True)

@@ -43,12 +43,11 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=render data=sarrarp data.root=DIR           render a synthetic dataset
   python -m dinoseg mode=summary hparam=sarrarp_lora                 parameters by part, no weights needed
   python -m dinoseg mode=train --help                                the keys of a mode, with their defaults
-  python -m dinoseg head=mlp --help                                  keys of an option (hparam=idd/ --help: a family)
+  python -m dinoseg head=mlp --help                                  keys of an option
   python -m dinoseg mode=train hparam=sarrarp_lora --cfg job         print the composed config
   python -m dinoseg --version                                        versions of dinoseg, torch, CUDA and Python
 
-A RECIPE is NAME, FAMILY/NAME or FAMILY_NAME.
-Groups and their options (choose with GROUP=OPTION; `detail/ camvid` is detail/camvid, `dino_* vitb16` is dino_vitb16):
+Groups and their options (choose with GROUP=OPTION; `dino_* vitb16` is dino_vitb16):
 """
 _TRAINING_KEYS = {  # config files, and their keys that `mode=train --help` lists too
     "trainer/supervised": ("steps", "epochs", "val_every", "save_every", "max_minutes", "accumulate", "ema"),
@@ -94,16 +93,13 @@ def help_for(arguments: Sequence[str]) -> str:
 
 
 def of_option(group: str, option: str, folders: Sequence[Path]) -> str:
-    """Return the description and the keys of a group's option, or the options of a family; "" if there is none.
+    """Return the description and the keys of a group's option; "" if there is none.
 
     Args:
         group: of the config.
-        option: name of a file, or of a folder with a slash at its end.
+        option: name of a file.
         folders: of config groups, the shipped one first.
     """
-    if option.endswith("/"):
-        found = [name for name in options_in(folders, group) if name.startswith(option)]
-        return f"Options of {group}={option}: {' '.join(found)}" if found else ""
     if option not in options_in(folders, group):
         return ""
     texts = [path.read_text("utf-8") for path in option_files(folders, group, option)]
@@ -182,19 +178,16 @@ def show(cfg: Any, *, out_dir: Path) -> None:
 def _by_family(options: Sequence[str]) -> list[list[str]]:
     """Return the words that list a group's options: those without a family, then each family's name and options.
 
-    A family is a folder, such as `idd/`, or several names that share the first word, such as `dinov2_*`.
+    A family is several names that share the first word, such as `dinov2_*`.
 
     Args:
         options: of the group, sorted.
     """
-    first_words = Counter(option.partition("_")[0] for option in options if "_" in option and "/" not in option)
+    first_words = Counter(option.partition("_")[0] for option in options if "_" in option)
     alone, families = [], dict[str, list[str]]()
     for option in options:
         word, _, rest = option.partition("_")
-        if "/" in option:
-            family, _, rest = option.partition("/")
-            families.setdefault(f"{family}/", []).append(rest)
-        elif rest and first_words[word] >= _SMALLEST_FAMILY:
+        if rest and first_words[word] >= _SMALLEST_FAMILY:
             families.setdefault(f"{word}_*", []).append(rest)
         else:
             alone.append(option)

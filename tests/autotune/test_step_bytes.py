@@ -25,7 +25,7 @@ FOUR = [*BASE, "adapter=frozen", "backbone.arch.num_hidden_layers=4"]
 MASKS = ["head=mask2former", "head.num_heads=1", "head.num_queries=5"]
 QUERIES = ["adapter=full", "head=eomt", "head.num_queries=4", "head.blocks=1", "head.layers=[-1]"]
 SLOTS = [
-    *("hparam=dinosavi/control", "data=movi", *SMALL[4:9], "adapter=frozen", "resolution.crop=[64,64]"),
+    *("hparam=dinosavi_control", "data=movi", *SMALL[4:9], "adapter=frozen", "resolution.crop=[64,64]"),
     *("engine=cpu", "engine.precision=fp32"),
     *("head.slot_dim=16", "head.hidden_dim=16", "head.decoder_dim=16", "data.batch_size=2", "data.clips.cut.length=3"),
 ]

@@ -36,8 +36,8 @@ def test_is_that_of_the_maps_that_a_model_gives():
 @pytest.mark.parametrize(
     ("words", "grid"),
     [
-        (["hparam=dinosavi/control"], [28, 28]),
-        (["hparam=dinosavi/control", "backbone=dinov2_vits14"], [16, 16]),
+        (["hparam=dinosavi_control"], [28, 28]),
+        (["hparam=dinosavi_control", "backbone=dinov2_vits14"], [16, 16]),
         (["hparam=videosaur", "backbone=dinov3_vits16", "resolution.crop=[320,480]", "resolution.scale=0.5"], [10, 15]),
         (["hparam=slots_rendered"], [16, 16]),
         (["head=slots", "head.positions_grid=[3,5]"], [3, 5]),

@@ -135,7 +135,7 @@ def overridden(mode):
 
 
 def test_a_mode_put_into_a_recipe_is_what_hydra_composes(compose):
-    for hparam, mode in (("idd/m2f", "eval"), ("sarrarp/lora", "train"), ("slots_rendered", "track")):
+    for hparam, mode in (("idd_m2f", "eval"), ("sarrarp_lora", "train"), ("slots_rendered", "track")):
         given = needed(main_choices() | written_choices(hparam))
         whole, put = compose(f"hparam={hparam}", f"mode={mode}", *given), compose(f"hparam={hparam}", *given)
         of_mode = compose(f"mode={mode}", *needed(main_choices()))
@@ -297,7 +297,7 @@ def test_every_other_key_is_read(compose, data):
 
 def test_one_fact_is_set_in_one_place(compose):
     cfg = compose(
-        "hparam=sarrarp/lora", "adapter.rank=4", "backbone=dinov2_vits14", "resolution.crop=[30,50]", "data.root=X"
+        "hparam=sarrarp_lora", "adapter.rank=4", "backbone=dinov2_vits14", "resolution.crop=[30,50]", "data.root=X"
     )
     assert cfg.adapter.alpha == 4 and compose("adapter=lora", "adapter.rank=7").adapter.alpha == 7
     assert compose("adapter=lora", "adapter.rank=7", "adapter.alpha=3").adapter.alpha == 3
@@ -326,9 +326,9 @@ def test_groups_give_way_to_recipes_and_those_to_the_command_line(compose):
         compose("hparam=demo").choices.head == "mlp" and compose("hparam=demo", "head=linear").choices.head == "linear"
     )
     assert compose("hparam=demo", "data.batch_size=3").data.batch_size == 3
-    assert compose("hparam=sarrarp/lora_lowres").resolution == {"crop": [1080, 1920], "scale": 0.25, "longest": None}
-    assert compose("hparam=sarrarp/frozen").choices.adapter == "frozen"
-    assert compose("hparam=sarrarp/full").trainer.steps == compose("hparam=sarrarp/lora").trainer.steps
+    assert compose("hparam=sarrarp_lora_lowres").resolution == {"crop": [1080, 1920], "scale": 0.25, "longest": None}
+    assert compose("hparam=sarrarp_frozen").choices.adapter == "frozen"
+    assert compose("hparam=sarrarp_full").trainer.steps == compose("hparam=sarrarp_lora").trainer.steps
 
 
 def test_a_recipe_replaces_the_colours_by_target_and_four_keys(tmp_path):

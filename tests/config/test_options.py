@@ -13,10 +13,10 @@ def test_an_option_overrides_the_files_of_its_defaults_list():
 
 
 def test_recipes_start_from_others_by_their_whole_path():
-    files = [*option_files([CONFIGS], "hparam", "sarrarp/lora_lowres")]
+    files = [*option_files([CONFIGS], "hparam", "sarrarp_lora_lowres")]
     assert [path.relative_to(CONFIGS).as_posix() for path in files[-2:]] == [
-        "hparam/sarrarp/lora.yaml",
-        "hparam/sarrarp/lora_lowres.yaml",
+        "hparam/sarrarp_lora.yaml",
+        "hparam/sarrarp_lora_lowres.yaml",
     ]
 
 

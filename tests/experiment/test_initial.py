@@ -267,7 +267,7 @@ def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder, begun, compose,
 
 
 @pytest.mark.parametrize(
-    ("recipe", "first"), [("slots_clips", "slots_rendered"), ("detail/camvid_full", "detail/camvid")]
+    ("recipe", "first"), [("slots_clips", "slots_rendered"), ("detail_camvid_full", "detail_camvid")]
 )
 def test_a_recipe_that_goes_on_from_another_asks_for_its_run(compose, recipe, first):
     words = (f"hparam={recipe}", "mode=train", "data.root=movi")

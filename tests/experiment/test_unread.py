@@ -40,7 +40,7 @@ def test_a_group_with_a_package_of_its_own_is_read_where_the_group_is(tmp_path, 
     [
         (["optim.optimizer.layer_decay_rule=beit"], "optim.optimizer.layer_decay_rule=beit. It sets the exponents"),
         (["optim.optimizer.layer_decay_rule=eomt", "optim.optimizer.layer_decay=0.8"], None),
-        (["hparam=eomt/ade20k_dinov3"], None),  # a recipe may set a rule that it does not use
+        (["hparam=eomt_ade20k_dinov3"], None),  # a recipe may set a rule that it does not use
         (["inference.multiple=32"], "inference.multiple=32. It rounds sides at scales below 1, and inference.scales"),
         (["inference.multiple=32", "inference.scales=[1.0,1.5]"], "inference.multiple=32. It rounds sides at scales"),
         (["inference.multiple=32", "inference.scales=[0.5,1.0]"], None),

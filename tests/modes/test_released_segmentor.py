@@ -134,7 +134,7 @@ def test_train_a_new_class_layer(files, tmp_path, recipe, columns):
 
 def test_a_segmentor_that_is_not_trained_is_no_use(files, tmp_path):
     write_png(tmp_path / "a.png", picture())
-    done = call(tmp_path, "mode=predict", "hparam=idd/m2f", *SMALL, *weights(files), "input=a.png")
+    done = call(tmp_path, "mode=predict", "hparam=idd_m2f", *SMALL, *weights(files), "input=a.png")
     assert done.status == 1 and "this mode needs a trained model" in done.err
     wrong = [f"backbone.weights={files[0]}", f"head.weights={files[0]}"]
     done = call(tmp_path, "mode=predict", "hparam=ade20k_m2f", *SMALL, *wrong, "input=a.png")

@@ -34,7 +34,7 @@ def summary(where, *arguments):
 
 
 def test_the_published_recipe(offline, tmp_path):
-    counts, out = summary(tmp_path, "hparam=sarrarp/lora")
+    counts, out = summary(tmp_path, "hparam=sarrarp_lora")
     assert counts == LARGE
     assert "backbone=dinov3_vitl16 adapter=lora_all head=mlp" in out
     rows = [(part, f"{row['total']:,}", f"{row['trainable']:,}") for part, row in LARGE.items()]
@@ -45,11 +45,11 @@ def test_the_published_recipe(offline, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["hparam=sarrarp/frozen"], {"backbone": (303_129_600, 0), "adapter": (0, 0), "head": (15_736_320,) * 2}),
+        (["hparam=sarrarp_frozen"], {"backbone": (303_129_600, 0), "adapter": (0, 0), "head": (15_736_320,) * 2}),
         # all but the mask token, which only masked pre-training reads
-        (["hparam=sarrarp/full"], {"backbone": (303_129_600, 303_129_600 - 1024), "adapter": (0, 0)}),
-        (["hparam=sarrarp/lora", "adapter.rank=8"], {"adapter": (3_538_944,) * 2}),
-        (["hparam=sarrarp/lora", "adapter=lora", "adapter.rank=8"], {"adapter": (1_572_864,) * 2}),
+        (["hparam=sarrarp_full"], {"backbone": (303_129_600, 303_129_600 - 1024), "adapter": (0, 0)}),
+        (["hparam=sarrarp_lora", "adapter.rank=8"], {"adapter": (3_538_944,) * 2}),
+        (["hparam=sarrarp_lora", "adapter=lora", "adapter.rank=8"], {"adapter": (1_572_864,) * 2}),
         (["hparam=person_multiscale"], {"adapter": (0, 0), "head": (2 * 4 * 384 + 4 * 384 * 2 + 2,) * 2}),
     ],
     ids=" ".join,

@@ -375,12 +375,12 @@ TINY = (  # of every official recipe: a random backbone, few slots, small frames
     *("trainer.steps=2", "trainer.val_every=2", "head.decoder_dim=16", "head.num_slots=3", "mode.metrics_only=true"),
 )
 OFFICIAL = {
-    "slotcontrast/movi_c": ("resolution.crop=[56,56]", "data.clips.eval_square=56", "backbone.arch.mlp_ratio=2"),
-    "slotcontrast/movi_e": ("resolution.crop=[56,56]", "data.clips.eval_square=56", "backbone.arch.mlp_ratio=2"),
-    "slotcontrast/ytvis2021": ("data=movi", "resolution.crop=[28,28]", "data.clips.eval_square=28"),
-    "videosaur/movi_c": ("resolution.crop=[40,40]", "data.clips.eval_square=40", "backbone.arch.intermediate_size=48"),
-    "videosaur/movi_e": ("resolution.crop=[40,40]", "data.clips.eval_square=40", "backbone.arch.intermediate_size=48"),
-    "videosaur/ytvis2021": (
+    "slotcontrast_movi_c": ("resolution.crop=[56,56]", "data.clips.eval_square=56", "backbone.arch.mlp_ratio=2"),
+    "slotcontrast_movi_e": ("resolution.crop=[56,56]", "data.clips.eval_square=56", "backbone.arch.mlp_ratio=2"),
+    "slotcontrast_ytvis2021": ("data=movi", "resolution.crop=[28,28]", "data.clips.eval_square=28"),
+    "videosaur_movi_c": ("resolution.crop=[40,40]", "data.clips.eval_square=40", "backbone.arch.intermediate_size=48"),
+    "videosaur_movi_e": ("resolution.crop=[40,40]", "data.clips.eval_square=40", "backbone.arch.intermediate_size=48"),
+    "videosaur_ytvis2021": (
         *("data=movi", "resolution.crop=[32,32]", "data.clips.eval_square=32", "backbone.arch.intermediate_size=48"),
     ),
 }

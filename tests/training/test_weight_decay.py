@@ -109,9 +109,9 @@ def test_norms_and_embeddings_of_two_axes_are_not_decayed(module):
 @pytest.mark.parametrize(
     ("hparam", "rule"),
     [
-        *(("eomt/ade20k", (0.05, "all")), ("eomt/ade20k_dinov3", (0.05, "all")), ("linear/ade20k", (1e-3, "all"))),
-        *(("linear/ade20k_dinov2", (1e-4, "all")), ("idd/m2f", (1e-4, "matrices"))),
-        *(("slotcontrast/movi_c", (0.0, "matrices")), ("videosaur/movi_c", (0.0, "matrices"))),
+        *(("eomt_ade20k", (0.05, "all")), ("eomt_ade20k_dinov3", (0.05, "all")), ("linear_ade20k", (1e-3, "all"))),
+        *(("linear_ade20k_dinov2", (1e-4, "all")), ("idd_m2f", (1e-4, "matrices"))),
+        *(("slotcontrast_movi_c", (0.0, "matrices")), ("videosaur_movi_c", (0.0, "matrices"))),
     ],
 )
 def test_official_recipes_keep_their_weight_decay(compose, hparam, rule):

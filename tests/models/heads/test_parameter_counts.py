@@ -20,7 +20,7 @@ def trainable(module):
 def on_meta(compose):
     def build_model(*overrides):
         with torch.device("meta"):
-            return Builder(compose("hparam=sarrarp/lora", "data.root=.", *overrides)).model(untrained=True)
+            return Builder(compose("hparam=sarrarp_lora", "data.root=.", *overrides)).model(untrained=True)
 
     return build_model
 
@@ -64,7 +64,7 @@ def test_backbone_counts(on_meta):
     ],
 )
 def test_counts_of_the_rock_scan_recipes(compose, backbone, lora, linear, cnn):
-    for recipe, head in (("schism/linear", linear), ("schism/cnn", cnn)):
+    for recipe, head in (("schism_linear", linear), ("schism_cnn", cnn)):
         given = [f"hparam={recipe}", f"backbone={backbone}", "data.root=.", "data.classes=[a,b,c]", "engine=cpu"]
         with torch.device("meta"):
             model = Builder(compose(*given)).model(untrained=True)
@@ -77,7 +77,7 @@ def test_counts_of_the_person_recipe(compose):
     assert (trainable(model.backbone), trainable(model.head)) == (0, 6_146)
 
 
-@pytest.mark.parametrize(("recipe", "outputs"), [("idd/m2f", 26), ("idd/m2f_no_object", 27)])
+@pytest.mark.parametrize(("recipe", "outputs"), [("idd_m2f", 26), ("idd_m2f_no_object", 27)])
 def test_counts_of_the_largest_recipe(compose, recipe, outputs):
     with torch.device("meta"):
         model = Builder(compose(f"hparam={recipe}", "data.root=.")).model(untrained=True)

@@ -87,7 +87,7 @@ def test_parameter_counts_of_variants(keys, more):
 
 
 def test_the_config_gives_the_published_head(compose):
-    cfg = compose("hparam=dinosavi/s256d", "data.root=.")
+    cfg = compose("hparam=dinosavi_s256d", "data.root=.")
     keys = {key: value for key, value in cfg.head.items() if key[0] != "_" and key not in ("layers", "lr")}
     with torch.device("meta"):
         assert count(SlotHead(384, 1, **keys)) == 4_279_745
