@@ -18,7 +18,7 @@ from dinoseg.experiment.log_file import announce
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.past_runs import write_end
 from dinoseg.modes.train_heads import train_heads
-from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0, log_start
+from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0, log_start, open_log
 from dinoseg.tasks.images import ImageTask
 from dinoseg.training.trainer import Experiment, fit
 from dinoseg.utils.errors import UserError
@@ -66,7 +66,7 @@ def train(
         epochs = length.steps * cfg.trainer.accumulate / task.data_module.epoch
         cached = task.cache_features(model, loss, engine, epochs, before=job.chosen_before)
         job.note(checkpoints, cached)
-        with job.log() as log:
+        with open_log(build, out_dir, job.start, engine) as log:
             began = time.monotonic()
             parts = (model, loss, task.data_module, optimizer, schedule, engine, checkpoints, log)
             run = fit(Experiment(*parts, settings))
