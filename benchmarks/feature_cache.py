@@ -85,7 +85,7 @@ def epochs(case: str, args: argparse.Namespace, folder: Path) -> tuple[np.ndarra
     share = {"batch_size": 2, "seed": 0, "workers": 0, "views": 1}
     live, kept = (ImageDataModule(data, data, augment, **share) for _ in range(2))
     plan = CacheOptions(folder / "cache", 10.0, "benchmark", {}, dtype=args.dtype)
-    kept.cache = feature_cache(kept, model, loss, engine, plan)
+    kept.cache = feature_cache(kept, model, engine, plan)
     model.train()
 
     def epoch(data_module: ImageDataModule) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One small set of predictions under every protocol: prints the table of docs/results.md."""
+"""One small set of predictions under every protocol: prints the table of docs/log/scores_and_exports.md."""
 
 import tempfile
 from pathlib import Path

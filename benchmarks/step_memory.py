@@ -114,7 +114,7 @@ def foretold(cfg: DictConfig) -> tuple[int, int]:
 def measured(cfg: DictConfig) -> int:
     """Return the bytes that real steps take."""
     engine, parts = instantiate(cfg.engine), training_parts(Builder(cfg))
-    return try_steps(parts, parts.model, engine, repeat(random_batch(parts, parts.batch_size)), steps=3).peak
+    return try_steps(parts, engine, repeat(random_batch(parts, parts.batch_size)), steps=3).peak
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LOG = sorted((ROOT / "docs/log").glob("*.md"))  # records, whose commands are of the versions that they name
+PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {*LOG})]
 OURS = "python -m dinoseg "
 
 

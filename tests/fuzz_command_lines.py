@@ -63,7 +63,7 @@ BASES = {  # a command line that works, of each mode and of what trains otherwis
     "prepare": ("data=sarrarp", "data.root=data"),
     "render": ("data=movi", "data.root=drawn", *RENDER, "mode.workers=1"),
     "help": (),
-    "plan": (*SMALL, "mode.memory=1GiB", "mode.dry_step=false"),
+    "plan": (*SMALL, "mode.memory=1GiB"),
     "bench": (*SMALL, "mode.steps=1", "mode.images=1", "mode.warmup=0"),
     "probe": (*TINY, *SMALL[:4]),
     "compare": ("runs=[run,other]",),
@@ -251,7 +251,7 @@ def _short(mode):
     if mode == "mode=bench":
         return patch("dinoseg.modes.bench.run_in_process", in_this_process)
     if mode == "mode=train":
-        return patch("dinoseg.cli.auto.search.run_in_process", in_this_process)
+        return patch("dinoseg.cli.auto.choose.run_in_process", in_this_process)
     if mode == "mode=export":
         return patch("dinoseg.export.graph.torch.export.export", side_effect=UserError("It would be traced."))
     if mode in ("mode=serve", "mode=app"):

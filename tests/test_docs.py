@@ -1,4 +1,4 @@
-"""Every command of the README and the docs is run: on small stand-ins for the data, small models, for two steps."""
+"""Every command of the README and the guide is run: on small stand-ins for the data, small models, for two steps."""
 
 import re
 import shlex
@@ -27,7 +27,7 @@ SMALLER = {  # what a mode is given beside the words of its command
     "eval": CPU,
     "probe": CPU,
     "bench": (*SHORT, *CPU, "mode.steps=2", "mode.images=2", "mode.warmup=0", "mode.synthetic=true"),
-    "plan": (*SHORT, *CPU, "mode.dry_step=false"),
+    "plan": (*SHORT, *CPU),
     "predict": CPU,
     "track": CPU,
     "render": ("mode.train_videos=1", "mode.test_videos=1", "mode.seconds=1", "mode.size=[32,48]", "mode.workers=1"),
@@ -75,18 +75,9 @@ def small_model(words):
         return ()
     if "hparam=ade20k_m2f" in words:
         return (*RELEASED, "inference.size=64", "inference.stride=43", "inference.shortest=64")
-    if "backbone=rgb" in words:
-        return ()
     if "backbone=timm" in words:
         slots = ("head.slot_dim=16", "head.decoder_dim=16") if any("slots_" in word for word in words) else ()
         return (*VIT, *slots)
-    if "head=mask2former" in words:
-        return (
-            *SMALL,
-            "backbone.arch.hidden_size=64",
-            "backbone.arch.num_attention_heads=4",
-            "backbone.layers=[0,0,1,1]",
-        )
     if any(word.startswith(("hparam=slots", "hparam=dinosavi")) for word in words):
         return (*SMALL, "head.slot_dim=16", "head.decoder_dim=16")
     if "hparam=idd_m2f" in words:  # whose parts have the sizes of Meta's files, and no weights here

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from chromium import opened_page
-from docs_pages import PAGES, ROOT
+from docs_pages import LOG, PAGES, ROOT
 
 pytestmark = pytest.mark.heavy
 
@@ -21,7 +21,7 @@ def site(tmp_path_factory):
 
 
 def test_nothing_is_fetched_from_elsewhere(site):
-    for page in PAGES[1:]:
+    for page in [*PAGES[1:], *LOG]:
         text = (site / page.relative_to(ROOT / "docs").with_suffix(".html")).read_text()
         assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^>]+>", text), page
 
@@ -36,7 +36,7 @@ def test_the_page_of_the_api_has_an_entry_with_an_example_for_each_name(site):
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ["index", "results", "first_training", "api"])
+@pytest.mark.parametrize("name", ["index", "results", "log/slots", "first_training", "api"])
 def test_pages_open_on_a_desk_and_a_phone(site, name, width):
     with opened_page((site / f"{name}.html").as_uri(), width=width) as page:
         page.wait_for_load_state("load")

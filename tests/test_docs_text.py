@@ -3,13 +3,13 @@
 import re
 
 import pytest
-from docs_pages import PAGES, ROOT
+from docs_pages import LOG, PAGES, ROOT, commands
 
 LINK = re.compile(r"""(?<!`)(?:\[[^\]]*\]\(|<img src=")([^)\s"]+)[)"]""")
 
 
 def test_no_line_is_longer_than_those_of_the_code():
-    files = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "dinoseg/cfg").rglob("*.yaml")]
+    files = [*PAGES, *LOG, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "dinoseg/cfg").rglob("*.yaml")]
     lines = [(path, number, line) for path in files for number, line in enumerate(path.read_text().split("\n"), 1)]
     assert [f"{path.name}:{number}" for path, number, line in lines if len(line) > 120] == [] and len(lines) > 3000
 
@@ -54,7 +54,7 @@ def anchors(page):
     return {re.sub(r"\s", "-", text) for text in plain} & {re.sub(r"[-\s]+", "-", text) for text in plain}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *LOG], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
     for target in LINK.findall(without_code(page)):
         if re.match(r"https?://", target):
@@ -68,11 +68,37 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_once_in_the_navigation_and_the_contents():
-    pages = {path.relative_to(ROOT / "docs").as_posix() for path in PAGES[1:]}
+    # of the log its index alone
+    pages = {"log/index.md", *(path.relative_to(ROOT / "docs").as_posix() for path in PAGES[1:])}
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]
     assert sorted(re.findall(r"[\w/]+\.md", navigation)) == sorted(pages) and len(pages) > 10
     links = [link for link in LINK.findall((ROOT / "docs/index.md").read_text()) if link.endswith(".md")]
     assert sorted(["index.md", *links]) == sorted(pages)
+
+
+def test_index_of_log_names_each_log_page():
+    links = LINK.findall((ROOT / "docs/log/index.md").read_text().split("## ")[0])
+    assert sorted([link for link in links if "/" not in link]) == [path.name for path in LOG if path.stem != "index"]
+
+
+@pytest.mark.parametrize("page", [path for path in LOG if path.stem != "index"], ids=lambda page: page.stem)
+def test_log_entries_with_commands_name_date_and_version(page):
+    entries = re.split(r"^#+ ", page.read_text(), flags=re.M)
+    stamp = re.compile(r"^\*Recorded 20\d\d-\d\d-\d\d( to 20\d\d-\d\d-\d\d)?, version [0-9a-f]{8}\.\*$", flags=re.M)
+    assert [entry.split("\n")[0] for entry in entries if commands(entry) and not stamp.search(entry)] == []
+    assert any(stamp.search(entry) for entry in entries)
+
+
+def test_pages_of_results_are_short():
+    for name in ("results", "performance"):
+        text = re.sub(r"^```.*?^```", "", (ROOT / f"docs/{name}.md").read_text(), flags=re.S | re.M)
+        assert len(re.findall(r"[^\s|]*\w[^\s|]*", text)) <= 900, f"{name}.md: move measurements to docs/log"
+
+
+def test_page_of_performance_names_scripts_that_exist():
+    scripts = set(re.findall(r"`(\w+\.py)", (ROOT / "docs/performance.md").read_text()))
+    missing = [name for name in scripts if not (ROOT / "benchmarks" / name).is_file()]
+    assert missing == [] and len(scripts) > 10
 
 
 def test_the_readme_is_short_and_leads_to_the_contents():
@@ -99,7 +125,7 @@ def test_the_page_of_the_config_names_every_group_and_shared_key_and_options_tha
 
 
 def test_pictures_are_small_and_shown():
-    shown = {link.rpartition("/")[2] for page in PAGES for link in LINK.findall(page.read_text())}
+    shown = {link.rpartition("/")[2] for page in [*PAGES, *LOG] for link in LINK.findall(page.read_text())}
     for path in (ROOT / "docs/pictures").iterdir():
         assert path.stat().st_size < 200_000, f"{path.name}: over 200 kB"
         assert path.name in shown, f"{path.name} is shown nowhere"

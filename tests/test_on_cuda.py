@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from itertools import repeat
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +13,12 @@ from test_cuda_paths import Noise, Rows, Watched, tiny
 from test_matrix import FILES, HEADS, SMALL_HEADS
 
 from dinoseg.autotune.fitting import FitSearch
+from dinoseg.autotune.random_batch import random_batch
 from dinoseg.autotune.target import Target, memory_of
+from dinoseg.autotune.trial import try_steps
 from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
-from dinoseg.modes.plan import dry_steps
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.optim import adamw, schedule
@@ -186,6 +188,14 @@ def test_a_training_goes_on_from_its_checkpoint(tmp_path, first, then):
     assert values(rest, "train/loss") == pytest.approx(values(whole, "train/loss")[2:], rel=1e-3)
 
 
+def measure_step(values):
+    """Run two real steps of a plain config on noise."""
+    build = Builder.of(values)
+    parts = training_parts(build)
+    batches = repeat(random_batch(parts, parts.batch_size))
+    return try_steps(parts, build.engine(), batches, steps=2)
+
+
 @pytest.mark.parametrize("adapter", ["frozen", "lora", "full"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_a_step_takes_is_foretold(compose, adapter, checkpointing):
@@ -194,5 +204,5 @@ def test_what_a_step_takes_is_foretold(compose, adapter, checkpointing):
     cfg = compose(*words, f"backbone.checkpointing={str(checkpointing).lower()}", "engine.precision=bf16")
     target = Target("cuda", memory_of("24GiB"), bf16=True)
     foretold = FitSearch(partial(training_parts, Builder(cfg)), target).as_it_is
-    taken = run_in_process(partial(dry_steps, samples=8), to_container(cfg)).peak
+    taken = run_in_process(measure_step, to_container(cfg)).peak
     assert 0.9 * foretold.step.peak < taken < 1.08 * foretold.step.peak + 128 * 2**20, (foretold.step.peak, taken)

@@ -94,10 +94,9 @@ def create_model(
             with isolated():
                 build = ModelBuilder(cfg)
                 labels = build.labels
-                if init is not None:
-                    check_initial(build, build.outline())
                 model, policy = build.model(), build.part("inference")
                 if init is not None:
+                    check_initial(build, model)
                     model = load_initial_weights(build, model, list(labels.classes))
         except UserError as error:
             message = str(error)

@@ -12,8 +12,6 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import Size, evenly_spaced
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import class_counts
-from dinoseg.data.scan.scan import scan
-from dinoseg.utils.cores import count_cores
 from dinoseg.utils.wording import count_of, join_names
 
 _CHECKED = 48  # evenly spaced masks that are read to measure parts
@@ -44,7 +42,7 @@ class DatasetFacts:
     Attributes:
         images: number of training images.
         val_images: number of validation images.
-        size: medians of (H, W) of the training images.
+        size: medians of (H, W) of evenly spaced training images.
         classes: in the order of their ids.
     """
 
@@ -85,7 +83,8 @@ def facts_of(train: SegmentationData, val: SegmentationData, cache_dir: str | Pa
         ClassFacts(name, float(counts[id] / total), median_width(parts[parts[:, 0] == id]))
         for id, name in enumerate(names)
     )
-    return DatasetFacts(len(train), len(val), _size(train, masks, cache_dir), tuple(classes))
+    height, width = np.median([mask.shape for mask in masks], axis=0)
+    return DatasetFacts(len(train), len(val), (round(height), round(width)), tuple(classes))
 
 
 def headline(facts: DatasetFacts, minutes: float, device: str) -> str:
@@ -123,14 +122,3 @@ def median_width(parts: np.ndarray) -> float:
     ordered = parts[parts[:, 1].argsort()]
     pixels = ordered[:, 2].cumsum()
     return float(ordered[np.searchsorted(pixels, pixels[-1] / 2), 1])
-
-
-def _size(train: SegmentationData, masks: list[np.ndarray], cache_dir: str | Path) -> Size:
-    """Return the medians of height and width; over all training images if they are files, else over the masks."""
-    sizes = [mask.shape for mask in masks]
-    if isinstance(train, PairDataset):
-        source = train.source
-        records = scan(source.pairs, source.reader, images=False, workers=count_cores(), cache_dir=cache_dir)
-        sizes = [size for record in records if (size := record.image_size or record.mask_size)] or sizes
-    height, width = np.median(sizes, axis=0)
-    return round(height), round(width)

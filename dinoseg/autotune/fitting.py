@@ -1,8 +1,7 @@
-"""Search for changes that make a recipe fit into memory, from free changes to ones that change the model."""
+"""Search for changes that make a recipe fit into memory; the model and the samples of a step stay the same."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -14,7 +13,6 @@ from dinoseg.training.parts import TrainingParts
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, format_override
 
-_SHARES = (0.75, 0.5, 0.25, 0.125)  # of the blocks, trained by smaller adapters
 Words = Mapping[str, Any]  # config keys and groups with their values
 Recipe = Callable[[Words], TrainingParts]  # returns the parts of a training with these overrides
 
@@ -36,13 +34,9 @@ class Fit:
 
     parts: TrainingParts
     changes: tuple[Change, ...]
+    words: Words  # of all changes
     step: StepBytes
     need: int
-
-    @property
-    def words(self) -> dict[str, Any]:
-        """Overrides of all changes."""
-        return _words_of(self.changes)
 
 
 class FitSearch:
@@ -51,67 +45,50 @@ class FitSearch:
     Args:
         recipe: returns the parts of the training with overrides.
         target: device and memory to fit.
-        may_change_model: whether fewer blocks may be trained if nothing else helps.
 
-    Raises:
-        UserError: the head cannot be trained with so few samples per device.
+    Attributes:
+        as_it_is: the recipe without changes.
+        smallest: the variant with the lowest memory among those tried.
     """
 
-    def __init__(self, recipe: Recipe, target: Target, *, may_change_model: bool = True) -> None:
-        self.recipe, self.target = recipe, target
+    def __init__(self, recipe: Recipe, target: Target) -> None:
+        self.recipe = recipe
+        self.target = target
         self._parts = recipe({})
         self._model = self._parts.outline()
-        self._parts.check_batch(self._model.head.min_batch_size, target.world_size)
-        self._may_change_model = may_change_model
-        self._batch = self._parts.batch_size
-        self._effective = self._batch * self._parts.accumulate
-        self._tried: dict[str, Fit] = {}
-
-    @property
-    def as_it_is(self) -> Fit:
-        """The recipe without changes."""
-        return self._fit(())
+        self._loss = LossBytes(self._parts, bf16=target.bf16, accelerator=target.kind != "cpu")
+        self._bound = self._name_bound_parts()
+        self.as_it_is = self.smallest = self._fit(())
 
     def found(self) -> Fit | None:
         """Return the recipe with the smallest change that fits; None if none does."""
-        for smaller in self._adapters():
-            candidates = [fit for again in self._recomputing() if (fit := self._largest((*smaller, *again)))]
-            if candidates:
-                # if the micro-batch size affects the result, large micro-batches are worth the time
-                return max(candidates, key=lambda fit: fit.parts.batch_size) if self._bound else candidates[0]
-        return None
+        if self.as_it_is.need <= self.target.memory:
+            return self.as_it_is
+        fits = [fit for again in self._recomputing() if (fit := self._largest(again))]
+        if self._bound:  # the micro-batch size affects the result, so large micro-batches are worth the time
+            return max(fits, key=lambda fit: fit.parts.batch_size, default=None)
+        return fits[0] if fits else None
 
-    @property
-    def smallest(self) -> Fit:
-        """The variant with the lowest memory among those tried."""
-        return min(self._tried.values(), key=lambda fit: fit.need)
+    def _largest(self, changes: tuple[Change, ...]) -> Fit | None:
+        """Return the fit with the largest batch size; None if no batch size fits, or a part refuses the changes."""
+        sizes = self._sizes()
+        try:
+            least = self._fit((*changes, *self._micro_batches(sizes[-1])))
+            self.smallest = min(self.smallest, least, key=lambda fit: fit.need)
+            if least.need > self.target.memory:
+                return None
+            larger = (self._fit((*changes, *self._micro_batches(size))) for size in sizes[:-1])
+            return next((fit for fit in larger if fit.need <= self.target.memory), least)
+        except UserError:
+            return None
 
-    @cached_property
-    def _bound(self) -> str:
-        """Parts whose result depends on the micro-batch size, in words; "" if none does."""
-        parts = (part for part in self._model.modules() if isinstance(part, _BatchNorm))
-        norms = ["BatchNorm computes its statistics"] if any(part.training for part in parts) else []
-        sums = [f"loss={self._parts.loss_name} computes its sums"] if self._parts.loss().sums_over_batch else []
-        return " and ".join(norms + sums)
-
-    def _adapters(self) -> Iterator[tuple[Change, ...]]:
-        """Yield no change, then LoRA if all weights are trained, then ever fewer trained blocks at the end."""
-        yield ()
-        blocks = len(list(self._model.backbone.blocks))
-        if not self._may_change_model or not _is_trained(self._model.backbone):
-            return
-        words: dict[str, Any] = {} if self._parts.takes_blocks else {"adapter": "lora"}
-        start = self._parts.blocks or blocks
-        if words:
-            yield (
-                Change(words, "LoRA instead of all weights. This is another model: only low-rank updates are trained"),
-            )
-        for count in sorted({max(1, round(start * share)) for share in _SHARES} - {start}, reverse=True):
-            reason = (
-                f"only the last {count_of(count, 'block')} of {blocks} are trained; the earlier ones store nothing for "
-                "the backward pass. This is another model: fewer weights are trained"
-            )
-            yield (Change({**words, "adapter.blocks": count}, reason),)
+    def _name_bound_parts(self) -> str:
+        """Return the parts whose result depends on the micro-batch size, in words; "" if none does."""
+        norms = (part for part in self._model.modules() if isinstance(part, _BatchNorm))
+        bound = ["BatchNorm computes its statistics"] if any(norm.training for norm in norms) else []
+        if self._parts.loss().sums_over_batch:
+            bound.append(f"loss={self._parts.loss_name} computes its sums")
+        return " and ".join(bound)
 
     def _recomputing(self) -> Iterator[tuple[Change, ...]]:
         """Yield no change, then activation checkpointing."""
@@ -123,66 +100,39 @@ class FitSearch:
             reason = "activations are recomputed in the backward pass: same results, about a third more time"
             yield (Change({f"{name}.checkpointing": True for name in off}, reason),)
 
-    def _largest(self, changes: tuple[Change, ...]) -> Fit | None:
-        """Return the fit with the largest batch size; None if no batch size fits."""
-        sizes = self._sizes()
-        try:
-            if self._fit((*changes, *self._micro_batches(sizes[-1]))).need > self.target.memory:
-                return None
-            candidates = (self._fit((*changes, *self._micro_batches(size))) for size in sizes)
-            return next(fit for fit in candidates if fit.need <= self.target.memory)
-        except UserError:
-            if not changes:
-                raise
-            return None  # a part does not support the change
-
     def _sizes(self) -> list[int]:
         """Return the batch sizes that divide the samples of a step, the largest first."""
-        world_size, most = self.target.world_size, self._batch if self._bound else self._effective
-        least = world_size * self._smallest
-        sizes = [size for size in range(most, 0, -1) if self._effective % size == 0 and size % world_size == 0]
-        return [size for size in sizes if size >= least] or [self._batch]
+        batch = self._parts.batch_size
+        world_size = self.target.world_size
+        least = world_size * self._model.head.min_batch_size
+        sizes = [size for size in range(batch, 0, -1) if batch % size == 0 and size % world_size == 0]
+        return [size for size in sizes if size >= least] or [batch]
 
     def _micro_batches(self, size: int) -> tuple[Change, ...]:
-        if size == self._batch:
+        if size == self._parts.batch_size:
             return ()
-        times = self._effective // size
+        samples = self._parts.batch_size * self._parts.accumulate
         reason = (
-            f"micro-batches of {count_of(size, 'sample')}, {times} per update: the effective batch size stays "
-            f"{self._effective}"
+            f"micro-batches of {count_of(size, 'sample')}, {samples // size} per update: the effective batch size "
+            f"stays {samples}. Random numbers (dropout, mask points) are sampled per micro-batch, from the same "
+            "distribution"
         )
         if self._bound:
             reason += f". {self._bound} per micro-batch, so results differ slightly"
-        if self._loss.draws:
-            reason += ". Random numbers (dropout, mask points) are sampled per micro-batch, from the same distribution"
-        return (Change({"data.batch_size": size, "trainer.accumulate": times}, reason),)
-
-    @cached_property
-    def _smallest(self) -> int:
-        return self._parts.min_batch_size()
-
-    @cached_property
-    def _loss(self) -> LossBytes:
-        return LossBytes(self._parts, bf16=self.target.bf16, accelerator=self.target.kind != "cpu")
+        return (Change({"data.batch_size": size, "trainer.accumulate": samples // size}, reason),)
 
     def _fit(self, changes: tuple[Change, ...]) -> Fit:
-        key = " ".join(map(str, changes))
-        if key not in self._tried:
-            parts = self.recipe(_words_of(changes)) if changes else self._parts
-            step = step_bytes(
-                parts,
-                self._loss,
-                samples=parts.batch_size // self.target.world_size,
-                accumulate=parts.accumulate,
-                bf16=self.target.bf16,
-                world_size=self.target.world_size,
-            )
-            self._tried[key] = Fit(parts, changes, step, self.target.need(step))
-        return self._tried[key]
-
-
-def _words_of(changes: tuple[Change, ...]) -> dict[str, Any]:
-    return {key: value for change in changes for key, value in change.words.items()}
+        words = {key: value for change in changes for key, value in change.words.items()}
+        parts = self.recipe(words) if changes else self._parts
+        step = step_bytes(
+            parts,
+            self._loss,
+            samples=parts.batch_size // self.target.world_size,
+            accumulate=parts.accumulate,
+            bf16=self.target.bf16,
+            world_size=self.target.world_size,
+        )
+        return Fit(parts, changes, words, step, self.target.need(step))
 
 
 def _is_trained(part: nn.Module) -> bool:

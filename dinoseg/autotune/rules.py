@@ -1,11 +1,10 @@
 """Rules of `hparam=auto`: functions from a `RecipeCase` to config keys and a reason, in the order of their use.
 
-A rule returns None if it does not apply. Its evidence is stated next to it, measured in docs/results.md and
-docs/experiments.md; rules without measurements say so.
+Their evidence, measured in docs/log, is next to them; rules without measurements say so.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dinoseg.autotune.facts import ClassFacts, DatasetFacts
@@ -19,16 +18,14 @@ THIN = 0.5  # of a patch side; CamVid's poles (2 to 5 px of 16) were found by no
 RARE = 0.02  # share of the pixels; CamVid's poles have 1.03 % and gained from class weights
 SMALL_BACKBONE = 40_000_000  # parameters; up to this size all are trained, at 1e-4, larger backbones by LoRA
 FEW_IMAGES = 20  # with fewer, training the whole backbone would overfit; not measured
-SURELY_TUNED = 2500  # training images (with repetition) from which tuning is chosen without timing alternatives
+SURELY_TUNED = 2500  # training images (with repetition) from which the backbone is trained from the first step on
 MIN_TUNED = 600  # from which tuning beats a frozen backbone, however long that trains, with a head on tokens
 MIN_TUNED_DETAIL = 1500  # the same with a head that also sees pixels, which does better on a frozen backbone
-REST = 0.4  # share of a training with a frozen backbone, whose steps are faster
-MIN_FROZEN = 1000  # training images (with repetition) from which freezing at first beats a frozen backbone
-SMALLER = 2 / 3  # factor of the image sides, if that leaves time to tune the backbone
-MIN_SMALLER = 1200  # training images (with repetition) of that size from which tuning wins
+MIN_FROZEN_FIRST = 1000  # from which freezing the backbone at first beats a backbone that stays frozen
+FROZEN_SHARE = 0.4  # share of such a training with a frozen backbone, whose steps are faster
 THIN_WEIGHT = 3.0  # of thin and rare classes; others have 1
 THIN_DICE = 2.0  # factor of the dice loss, together with such weights
-VIEWS = (4, 2, 1)  # fixed views of each image whose features are cached
+VIEWS = 4  # fixed views of each image, whose features are cached
 MIN_USES = 1.5  # minimum uses of each cached view
 MIN_GAIN = 1.2  # minimum gain in training images; below it, new views in each epoch are better
 BATCHES = (8, 4, 2)
@@ -36,14 +33,11 @@ ENOUGH_STEPS = 1500  # fewer steps lead to a smaller batch: detail did best in 1
 MAX_VALIDATIONS = 5
 VALIDATING = 0.05  # maximum share of the time, besides the final evaluation
 SCORING = 0.3  # maximum share of the time for one validation and the final evaluation; else fewer images are validated
-CHOOSING = 0.25  # maximum share of the time for timing candidates
-SHRUNK = (0.5, 0.25)  # factors of the image sides, if the time is too short for larger images
 DEPTH = 4  # blocks that heads other than linear read
-MIN_STEPS = 10  # fewer are useless: images shrink, then the closed-form linear probe replaces training
-
-
+# below this the closed-form linear probe scores higher: CamVid 0.468, 35 steps 0.463, 6 steps 0.299; on IDD-Lite and
+# person, some 40 steps score 6 to 11 points higher than the probe
+MIN_STEPS = 10
 SURE = 0.95  # share of the time to plan with, since the load of the machine varies
-PROBING = 0.03  # share of the training's time that mode=train spends on the comparison with the linear probe
 _SCORED = 2.0  # cost of the final evaluation in validations; it also draws figures and a report
 
 
@@ -72,7 +66,6 @@ class RecipeCase:
         parameters: number of backbone parameters.
         longest: longest image side in px, if given.
         head: option of the head group, if given.
-        smaller: factor of the image sides that leaves time to tune the backbone.
         even: whether the patch size is even, as a head that sees pixels needs it.
     """
 
@@ -83,7 +76,6 @@ class RecipeCase:
     parameters: int
     longest: int | None = None
     head: str | None = None
-    smaller: float = 1.0
     even: bool = True
 
     @property
@@ -91,7 +83,7 @@ class RecipeCase:
         """Median (H, W) of the model's input, reduced to the number of patches that this device can handle."""
         height, width = self.facts.size
         most = PATCHES.get(self.device, PATCHES_ELSE) * self.patch**2
-        factor = min(1.0, (most / (height * width)) ** 0.5) * self.smaller
+        factor = min(1.0, (most / (height * width)) ** 0.5)
         if self.longest is not None:
             factor = min(1.0, self.longest / max(height, width))
         return round(factor * height), round(factor * width)
@@ -112,25 +104,11 @@ class RecipeCase:
         return (head(self).words["head"] if self.head is None else self.head) == "detail"
 
 
-Rule = Callable[[RecipeCase], RecipeChoice | None]
-
-
 def longest(case: RecipeCase) -> RecipeChoice | None:
     """Reduce images that have more patches than the device can handle."""
     if case.longest is not None or case.reduced == 1:
         return None
     height, width = case.facts.size
-    if case.smaller in SHRUNK:
-        return RecipeChoice(
-            {"resolution.longest": max(case.size)},
-            f"the time is too short for {MIN_STEPS} steps on images of {height} x {width} (median)",
-        )
-    if case.smaller < 1:
-        return RecipeChoice(
-            {"resolution.longest": max(case.size)},
-            f"images of {height} x {width} (median), smaller by a third, leave time to train the backbone, which helps "
-            "more than resolution if no class is thin",
-        )
     lost = f"; {_named(case.thin)} become thinner still: set a larger value if they matter" if case.thin else ""
     return RecipeChoice(
         {"resolution.longest": max(case.size)},
@@ -139,7 +117,7 @@ def longest(case: RecipeCase) -> RecipeChoice | None:
     )
 
 
-def crop(case: RecipeCase) -> RecipeChoice | None:
+def crop(case: RecipeCase) -> RecipeChoice:
     """Use whole images, rounded down to whole patches, as crops: validation then matches training."""
     patch = max(1, round(case.patch))
     sides = [max(patch, side // patch * patch) for side in case.size]
@@ -164,19 +142,15 @@ def head(case: RecipeCase) -> RecipeChoice:
         return RecipeChoice(
             {"head": "multiscale"}, "four blocks carry more information than one; head=detail needs an even patch size"
         )
-    if not case.thin:
-        return RecipeChoice(
-            {"head": "detail"},
-            "it reads pixels in addition to four blocks, and no other head scored higher on three datasets",
-        )
-    return RecipeChoice(
-        {"head": "detail"},
-        f"{_named(case.thin)} {'is' if len(case.thin) == 1 else 'are'} thinner than half a patch ({_widths(case)} of "
-        f"{case.patch / case.reduced:.0f} px): the head reads pixels, too",
-    )
+    reason = "it reads pixels in addition to four blocks, and no other head scored higher on three datasets"
+    if case.thin:
+        widths = ", ".join(f"{each.width:.0f}" for each in case.thin[:3])
+        patch = case.patch / case.reduced
+        reason += f"; half a patch is wider than {_named(case.thin)} ({widths} of {patch:.0f} px)"
+    return RecipeChoice({"head": "detail"}, reason)
 
 
-def loss(case: RecipeCase) -> RecipeChoice | None:
+def loss(case: RecipeCase) -> RecipeChoice:
     """Add dice to cross-entropy; weight thin, rare classes more.
 
     CamVid, frozen, multiscale: mIoU 0.563 with dice, 0.545 without. Weights by `median` lost 5 points of mIoU with
@@ -188,69 +162,61 @@ def loss(case: RecipeCase) -> RecipeChoice | None:
         weights = {each.name: THIN_WEIGHT for each in slender}
         return RecipeChoice(
             {"loss": "ce_dice", "loss.weights": weights, "loss.criterion.factors.dice": THIN_DICE},
-            f"{_named(slender)} {'is' if len(slender) == 1 else 'are'} thin, with less than {RARE:.0%} of the pixels: "
-            f"they get a class weight of {THIN_WEIGHT:g}, and dice is doubled",
+            f"thin, with less than {RARE:.0%} of the pixels: {_named(slender)}; they get a class weight of "
+            f"{THIN_WEIGHT:g}, and dice is doubled",
         )
+    reason = "dice weighs all classes equally; class weights by rarity lower the scores of the other classes"
     rare = case.facts.rarer(RARE)
-    prefix = (
-        f"{_named(rare)} {'has' if len(rare) == 1 else 'have'} less than {RARE:.0%} of the pixels; " if rare else ""
-    )
-    return RecipeChoice(
-        {"loss": "ce_dice", "loss.weights": "none"},
-        f"{prefix}dice weighs all classes equally; class weights by rarity lower the scores of the other classes",
-    )
-
-
-BY_DATA: Sequence[Rule] = (longest, crop, head, loss)
+    if rare:
+        reason += f"; with less than {RARE:.0%} of the pixels: {_named(rare)}"
+    return RecipeChoice({"loss": "ce_dice", "loss.weights": "none"}, reason)
 
 
 def by_data(case: RecipeCase) -> list[RecipeChoice]:
     """Return the choices that follow from the data alone."""
-    return [found for rule in BY_DATA if (found := rule(case))]
+    found = [longest(case), crop(case), head(case), loss(case)]
+    return [choice for choice in found if choice is not None]
 
 
-def smaller(case: RecipeCase) -> RecipeCase | None:
-    """Return the case with smaller images; None if a class would be thin in them or `resolution.longest` is given.
-
-    person, ViT-Tiny: LoRA 0.919 after 1,200 images of 320 px, frozen 0.894 after 4,325 images of 480 px. Measured with
-    multiscale, not with detail.
-    """
-    made = replace(case, smaller=SMALLER)
-    return None if case.longest is not None or made.thin else made
-
-
-def ways(case: RecipeCase) -> list[RecipeChoice]:
-    """Return ways to train the backbone in order of preference; the last is the fallback if time is short.
-
-    mIoU on CamVid with multiscale: all weights 0.615 after 600 images and 0.664 after 3,360, LoRA 0.619 after 2,800,
-    frozen 0.563 after 4,000. With detail: all weights 0.628 after 600 images and 0.694 after 2,400, frozen 0.664 after
-    3,000.
-    """
-    frozen = RecipeChoice(
-        {"adapter": "frozen"}, "the backbone is frozen: its features can be cached, and a step takes less time"
-    )
+def adapter(case: RecipeCase) -> RecipeChoice:
+    """Choose how to train the backbone if there is enough time; see `phases`."""
     if case.facts.images < FEW_IMAGES or not case.parameters:
-        return [frozen]
-    tuned = _tuned(case)
-    won = "with fewer images of this size" if case.smaller < 1 else f"from about {min_images_to_tune(case)} images on"
-    return [RecipeChoice(tuned.words, f"{tuned.reason}, which scored higher {won}"), frozen]
+        return RecipeChoice({"adapter": "frozen"}, "the backbone is frozen: there is too little to train it with")
+    millions = f"{case.parameters / 1e6:.3g} million parameters"
+    if case.parameters <= SMALL_BACKBONE:
+        return RecipeChoice({"adapter": "full"}, f"{millions}: all of them are trained")
+    return RecipeChoice({"adapter": "lora_all"}, f"{millions}: LoRA in all layers takes less memory")
 
 
-def min_images_to_tune(case: RecipeCase) -> int:
-    """Return the number of training images from which tuning beats a frozen backbone in the same time."""
-    return MIN_TUNED_DETAIL if case.sees_pixels else MIN_TUNED
+def phases(case: RecipeCase, trained: RecipeChoice, tuned: int | None, mixed: int | None) -> RecipeChoice:
+    """Choose how long the backbone stays frozen, from the number of training images that fit into the time.
 
+    mIoU on CamVid with multiscale: all weights 0.615 after 600 images and 0.664 after 3,360, frozen 0.563 after 4,000.
+    With detail: all weights 0.628 after 600 images and 0.694 after 2,400, frozen 0.664 after 3,000. Ten minutes on two
+    cores with detail: 0.689 if the backbone is frozen at first, 0.670 if it always is.
 
-def rested(case: RecipeCase) -> RecipeChoice:
-    """Freeze the backbone at first, with a head that sees pixels and does well without tuning.
-
-    CamVid, detail, ten minutes on two cores: mIoU 0.689 this way, 0.670 with a frozen backbone.
+    Args:
+        case: data, device and backbone.
+        trained: from `adapter`, with a backbone that is trained.
+        tuned: images that fit if the backbone is trained from the first step on; None: its steps were not timed.
+        mixed: images that fit if it is frozen for the first `FROZEN_SHARE` of the steps; None: it cannot be.
     """
-    tuned = _tuned(case)
+    if tuned is None:
+        return RecipeChoice({"adapter": "frozen"}, "the backbone is frozen: there was no time to try to train it")
+    least = MIN_TUNED_DETAIL if case.sees_pixels else MIN_TUNED
+    if case.sees_pixels and mixed is not None:
+        least = SURELY_TUNED
+        if MIN_FROZEN_FIRST <= mixed and tuned < least:
+            return RecipeChoice(
+                {**trained.words, "optim.optimizer.freeze_backbone_until": FROZEN_SHARE},
+                f"{trained.reason}; the backbone is frozen for the first {FROZEN_SHARE:.0%} of the training, in which "
+                "steps take less time",
+            )
+    if tuned >= least:
+        return trained
     return RecipeChoice(
-        {**tuned.words, "optim.optimizer.freeze_backbone_until": REST},
-        f"{tuned.reason}; the backbone is frozen for the first {REST:.0%} of the training, in which steps take less "
-        "time",
+        {"adapter": "frozen"},
+        f"the backbone is frozen: there is time to train it on only {count_of(tuned, 'image')}, with repetition",
     )
 
 
@@ -259,38 +225,31 @@ def closed_form(seconds: float, image: float, facts: DatasetFacts) -> RecipeChoi
 
     Args:
         seconds: time left for everything.
-        image: seconds of one forward pass of the frozen backbone.
+        image: seconds per image of a training step.
         facts: of the data.
     """
     images = max(2, int(seconds / 3 / image))
-    words: dict[str, Any] = {"head": "linear", "head.init": "probe"}
+    words: dict[str, Any] = {"adapter": "frozen", "head": "linear", "head.init": "probe"}
     if images < facts.images:
         words["data.labelled"] = float(f"{images / facts.images:.6g}")
     return RecipeChoice(words, f"there is no time for {MIN_STEPS} steps: the head is solved in closed form")
 
 
-def zoom(*, trains: bool, pixels: bool = False) -> RecipeChoice:
+def zoom(*, trains: bool, pixels: bool) -> RecipeChoice:
     """Enlarge views at random if the backbone is trained or the head sees pixels.
 
     CamVid, frozen, linear: mIoU 0.498 after 1,000 steps with factors of 0.75 to 1.5, 0.533 after 500 without. Detail
     learned poles with factors of 1 to 1.5 (see `loss`).
     """
-    if trains:
-        return RecipeChoice(
-            {"data.augment.scale": [1.0, 1.5]}, "a trained backbone benefits from views enlarged at random"
-        )
-    if pixels:
-        return RecipeChoice(
-            {"data.augment.scale": [1.0, 1.5]}, "a head that reads pixels benefits from views enlarged at random"
-        )
+    if trains or pixels:
+        learner = "a trained backbone" if trains else "a head that reads pixels"
+        return RecipeChoice({"data.augment.scale": [1.0, 1.5]}, f"{learner} benefits from views enlarged at random")
     return RecipeChoice(
         {"data.augment.scale": [1.0, 1.0]}, "a head on a frozen backbone scores highest with images of one scale"
     )
 
 
-def batch(
-    images: int, facts: DatasetFacts, devices: int, *, accumulate: int = 1, most: int = BATCHES[0]
-) -> RecipeChoice:
+def batch(images: int, facts: DatasetFacts, devices: int, accumulate: int = 1) -> RecipeChoice:
     """Reduce the batch size if there would be few steps: a head that starts from scratch needs steps.
 
     CamVid, detail: batches of 2 beat batches of 4 after the same number of images. Several devices share a batch.
@@ -300,19 +259,11 @@ def batch(
         facts: of the data.
         devices: that share a batch.
         accumulate: batches per step.
-        most: largest batch size that fits into memory.
     """
-    sizes = [size for size in BATCHES if size <= most and images // (size * accumulate) >= ENOUGH_STEPS]
+    sizes = [size for size in BATCHES if images // (size * accumulate) >= ENOUGH_STEPS]
     size = max(devices, min((*sizes, BATCHES[-1])[0], facts.images) // devices * devices)
     steps = count_of(images // (size * accumulate), "step")
     return RecipeChoice({"data.batch_size": size}, f"{images} images fit into the time, which are {steps}")
-
-
-def _tuned(case: RecipeCase) -> RecipeChoice:
-    millions = f"{case.parameters / 1e6:.3g} million parameters"
-    if case.parameters <= SMALL_BACKBONE:
-        return RecipeChoice({"adapter": "full"}, f"{millions}: all of them are trained")
-    return RecipeChoice({"adapter": "lora_all"}, f"{millions}: LoRA in all layers takes less memory")
 
 
 def _named(classes: Sequence[ClassFacts]) -> str:
@@ -321,8 +272,21 @@ def _named(classes: Sequence[ClassFacts]) -> str:
     return ", ".join(names) + (f" and {more} more" if more else "")
 
 
-def _widths(case: RecipeCase) -> str:
-    return ", ".join(f"{each.width:.0f}" for each in case.thin[:3])
+def cached_views(
+    length: "Length", frozen: float, forward: float, facts: DatasetFacts
+) -> tuple[RecipeChoice, int] | None:
+    """Return fixed views whose features are cached, and the number of training images that then fit; None: no views.
+
+    Steps take `frozen` seconds per image without a cache, of which cached features save `forward`.
+    """
+    distinct = VIEWS * facts.images
+    images = int((length.images * frozen - distinct * forward) / (frozen - forward)) if forward < frozen else 0
+    if images < max(MIN_USES * distinct, MIN_GAIN * length.images):
+        return None
+    reason = (
+        f"features of {VIEWS} views of each image are cached, which saves {forward:.2g} of {frozen:.2g} s per image"
+    )
+    return RecipeChoice({"data.views": VIEWS}, reason), images
 
 
 @dataclass(frozen=True)
@@ -331,61 +295,35 @@ class Length:
 
     Attributes:
         images: training images, with repetition; 0 if there is no time for any.
-        views: fixed views of each image whose features are cached; None: new views in each epoch.
         val_images: images of each validation and of the final evaluation; None: all.
         validations: besides the final evaluation.
-        spent: seconds besides the steps and the linear probe.
+        spent: seconds besides the steps.
         limit: seconds for the steps and the validations between them.
     """
 
     images: int
-    views: int | None
     val_images: int | None
     validations: int
     spent: float
     limit: float
 
 
-def length_within(
-    seconds: float, timed: RecipeTimes, facts: DatasetFacts, *, views: Sequence[int | None] = (None, *VIEWS)
-) -> Length:
+def length_within(seconds: float, image: float, times: RecipeTimes, facts: DatasetFacts) -> Length:
     """Return the training that fits into a number of seconds.
 
     Args:
         seconds: from now until the final evaluation has ended.
-        timed: measured times.
+        image: seconds per image of a training step.
+        times: measured times.
         facts: of the data.
-        views: allowed numbers of cached views; None among them allows new views in each epoch.
     """
-    most = max(1, int(SCORING * seconds / max((1 + _SCORED) * timed.val, 1e-9)))
+    most = max(1, int(SCORING * seconds / max((1 + _SCORED) * times.val, 1e-9)))
     val_images = None if most >= facts.val_images else most
-    validation = (val_images or facts.val_images) * timed.val
+    validation = (val_images or facts.val_images) * times.val
     validations = max(1, min(MAX_VALIDATIONS, int(VALIDATING * seconds / max(validation, 1e-9))))
-    overhead = timed.start + _SCORED * validation
+    overhead = times.start + _SCORED * validation
     spent = overhead + validations * validation
     # the trainer knows the duration of a validation only after the first one
-    limit = max(1.0, (seconds - overhead) / (1 + PROBING) - (validation if validations == 1 else 0))
-    left = (SURE * seconds - spent) / (1 + PROBING)
-    live = Length(max(0, int(left / timed.image)), None, val_images, validations, spent, limit)
-    lengths = [
-        each for count in views if count is not None and (each := _cached_length(left, timed, facts, count, live))
-    ]
-    if None not in views:
-        return lengths[0] if lengths else live
-    paying = [each for each in lengths if each.images >= MIN_GAIN * live.images and _is_used(each, facts)]
-    return paying[0] if paying else live
-
-
-def _cached_length(left: float, timed: RecipeTimes, facts: DatasetFacts, views: int, live: Length) -> Length | None:
-    """Return the length with features cached at first use, of `views` views; None if the model cannot be cut."""
-    if timed.cached is None:
-        return None
-    distinct = views * facts.images
-    images = left / (timed.cached + timed.frozen)
-    if images > distinct:
-        images = (left - distinct * timed.frozen) / timed.cached
-    return replace(live, images=max(0, int(images)), views=views)
-
-
-def _is_used(length: Length, facts: DatasetFacts) -> bool:
-    return length.views is not None and length.images >= MIN_USES * length.views * facts.images
+    limit = max(1.0, seconds - overhead - (validation if validations == 1 else 0))
+    images = int((SURE * seconds - spent) / image)
+    return Length(max(0, images), val_images, validations, spent, limit)

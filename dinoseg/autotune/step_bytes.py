@@ -1,16 +1,14 @@
-"""Estimate of the memory of a training step, counted on fake tensors, without computing anything."""
+"""Estimates of the memory and the operations of a training step, counted on fake tensors without computing."""
 
-import ctypes
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from dinoseg.autotune.random_batch import random_batch
 from dinoseg.core.shapes import Prediction, tree_map
@@ -40,7 +38,6 @@ class StepBytes:
         activations: images, and tensors that the forward pass saves for the backward pass.
         loss: peak of the loss, in addition to the above.
         peak: maximum of all at a time.
-        heap: heap that the C library takes for these on a CPU, fragmentation included; 0: unknown, or not a CPU.
     """
 
     weights: int
@@ -51,14 +48,12 @@ class StepBytes:
     activations: int
     loss: int
     peak: int
-    heap: int = 0
 
 
 class LossBytes:
     """Memory of a recipe's loss in addition to the model's outputs, extrapolated from real losses of a few samples.
 
-    `learns` holds the indices of the output tensors that receive a gradient. `draws` states whether the loss or the
-    model samples at random.
+    `learns` holds the indices of the output tensors that receive a gradient.
 
     Args:
         parts: of the training; the classes and the crop matter.
@@ -68,10 +63,9 @@ class LossBytes:
 
     def __init__(self, parts: TrainingParts, *, bf16: bool, accelerator: bool) -> None:
         self.accelerator = accelerator
-        least = parts.min_batch_size()
-        draws = _Draws()
-        (few, _), (more, self.learns) = (_real_loss(parts, samples, bf16, draws) for samples in (least, least + 1))
-        self.draws = draws.seen
+        least = parts.outline().head.min_batch_size
+        few, _ = _real_loss(parts, least, bf16)
+        more, self.learns = _real_loss(parts, least + 1, bf16)
         self._each = more - few
         self._fixed = few - least * self._each
         if accelerator and parts.has_masks:
@@ -93,7 +87,7 @@ def step_bytes(
         UserError: the parts do not fit together.
     """
     model, saved = outline(parts)
-    with walking(PeakBytes() if loss.accelerator else HeapBytes()) as peak:
+    with walking() as peak:
         model.to_empty(device="cpu")
         weights = peak.now - saved
         if bf16:
@@ -110,26 +104,25 @@ def step_bytes(
         gradients = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
     ranks = gradients if world_size > 1 else 0
     constant = state + average + ranks - saved
-    taken = loss.of(samples)
-    grown = peak.grown if isinstance(peak, HeapBytes) else 0
-    heap = grown + taken + constant if grown else 0
-    return StepBytes(
-        weights, gradients, state, average, ranks, activations, taken, max(most, peak.most) + constant, heap
-    )
+    most = max(most, peak.most) + constant
+    return StepBytes(weights, gradients, state, average, ranks, activations, loss.of(samples), most)
 
 
-class _Draws(TorchDispatchMode):
-    """Dispatch mode that records in `seen` whether an operation is random; attention without dropout does not count."""
+def step_flops(parts: TrainingParts, samples: int, *, bf16: bool) -> int:
+    """Return the FLOPs of a forward and a backward pass over `samples` samples; a multiply-add counts as two.
 
-    seen = False
+    Matrix products, convolutions and attention are counted, but not the loss. Operations that checkpointing repeats
+    are counted again.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            known = func._schema.arguments
-            given = dict(zip((argument.name for argument in known), args, strict=False)) | (kwargs or {})
-            default = next((argument.default_value for argument in known if argument.name == "dropout_p"), 1.0)
-            self.seen |= given.get("dropout_p", default) > 0
-        return func(*args, **(kwargs or {}))
+    Raises:
+        UserError: the parts do not fit together.
+    """
+    learns = LossBytes(parts, bf16=bf16, accelerator=False).learns
+    model, _ = outline(parts)
+    with walking(), FlopCounterMode(display=False) as counter:
+        ends = ends_of(predict(model.to_empty(device="cpu"), parts, samples, bf16))
+        DummyLoss.apply(*(ends[index] for index in learns)).backward()
+    return counter.get_total_flops()
 
 
 def outline(parts: TrainingParts) -> tuple[SegmentationModel, int]:
@@ -191,7 +184,7 @@ def _optimizer_bytes(optimizer: Optimizer) -> int:
     return trained * state_bytes // side**2
 
 
-def _real_loss(parts: TrainingParts, samples: int, bf16: bool, draws: _Draws) -> tuple[int, list[int]]:
+def _real_loss(parts: TrainingParts, samples: int, bf16: bool) -> tuple[int, list[int]]:
     """Run a real loss on `samples` samples; return its peak memory and the indices of outputs with a gradient.
 
     The memory counts in addition to the model's outputs.
@@ -199,8 +192,7 @@ def _real_loss(parts: TrainingParts, samples: int, bf16: bool, draws: _Draws) ->
     model, _ = outline(parts)
     with walking():
         model.to_empty(device="cpu")
-        with draws:
-            prediction = predict(model, parts, samples, bf16)
+        prediction = predict(model, parts, samples, bf16)
     batch, loss = random_batch(parts, samples), parts.loss()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors made in other threads are not counted
@@ -217,72 +209,7 @@ def _real_loss(parts: TrainingParts, samples: int, bf16: bool, draws: _Draws) ->
             outputs, grid, masks = tree_map([prediction.outputs, prediction.grid, prediction.masks], real)
             peak.most = before = peak.now
             made = dataclasses.replace(prediction, outputs=outputs, grid=grid, masks=masks)
-            with draws:
-                loss(made, batch)[0].backward()
+            loss(made, batch)[0].backward()
             return peak.most - before, [index for index, end in enumerate(ends_of(made)) if end.grad is not None]
     finally:
         torch.set_num_threads(threads)
-
-
-_ALIGNED = 64  # bytes; torch's alignment
-
-
-class _Info(ctypes.Structure):
-    """Result of glibc's mallinfo2."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
-
-
-def _glibc() -> Any:
-    """Return the C library; None if it cannot report its heap size (glibc before 2.33, or another library)."""
-    if sys.platform != "linux":
-        return None
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "mallinfo2"):
-        return None
-    library.mallinfo2.restype = _Info
-    library.aligned_alloc.restype = ctypes.c_void_p
-    library.aligned_alloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
-    library.free.argtypes = [ctypes.c_void_p]
-    return library
-
-
-class HeapBytes(PeakBytes):
-    """Counter of tensor bytes that also allocates each tensor on the heap, without writing to it.
-
-    Memory freed between live tensors is hard to reuse: with recomputed blocks, the heap of a process may be twice as
-    large as the tensors in it.
-
-    Attributes:
-        grown: maximum growth of the heap in bytes; 0: the C library does not report it (glibc does from 2.33 on), or
-            ran out of memory.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.grown = 0
-        self._library = _glibc()
-        self._tells = self._library is not None
-        self._before = self._size() if self._tells else 0
-
-    def _take(self, size: int) -> Any:
-        address = None
-        if self._tells:
-            address = self._library.aligned_alloc(_ALIGNED, -(-max(size, 1) // _ALIGNED) * _ALIGNED)
-            self.grown = max(self.grown, self._size() - self._before)
-            if address is None:
-                self._tells, self.grown = False, 0
-        return super()._take(size), address
-
-    def _free(self, taken: Any) -> None:
-        size, address = taken
-        super()._free(size)
-        if address is not None:
-            self._library.free(address)
-
-    def _size(self) -> int:
-        info = self._library.mallinfo2()
-        return info.arena + info.hblkhd

@@ -12,7 +12,6 @@ _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])(i?)B", re.IGNORECASE)
 # in the heap of the C library, see benchmarks/step_memory.py
 _OVERHEAD = {"cuda": 2**30, "cpu": 3 * 2**27}
 _HOLES = {"cuda": 1.08, "cpu": 1.75}
-_HEAP = 1.2  # times the heap of tensors alone: operations allocate memory between them
 
 
 def memory_of(text: str | float) -> int:
@@ -39,22 +38,14 @@ class Target:
         kind: cpu or cuda.
         memory: available bytes.
         bf16: whether it computes in bfloat16.
-        world: devices that share a batch.
-        seen: ratio of measured to estimated memory of a step.
+        world_size: devices that share a batch.
     """
 
     kind: str
     memory: int
     bf16: bool
     world_size: int = 1
-    seen: float = 1.0
-
-    @property
-    def overhead(self) -> int:
-        """Bytes needed in addition to tensors and the gaps between them."""
-        return _OVERHEAD[self.kind]
 
     def need(self, step: StepBytes) -> int:
         """Return the bytes that a training with such steps takes, gaps and libraries included."""
-        taken = max(step.peak * _HOLES[self.kind], step.heap * _HEAP)
-        return round(taken * self.seen) + self.overhead
+        return round(step.peak * _HOLES[self.kind]) + _OVERHEAD[self.kind]

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Trial:
 
 @dataclass
 class _TimedDataModule:
-    """Feed that records the time at each batch, and ends the training after enough steps and seconds."""
+    """Data module that records the time at each batch, and ends the training after enough steps and seconds."""
 
     batches: Iterator[Any]
     device: torch.device
@@ -67,19 +67,20 @@ class _TimedDataModule:
 
     def train_batches(self, start: int) -> Iterator[Any]:
         """Yield the batches of all steps; requesting one more ends the training."""
-        began = None
-        for step in range(self.most + 1):
-            began = self._note(began)
-            enough = sum(self.trial.seconds[self.warmup :]) >= self.lasting
-            overdue = step > 0 and time.monotonic() >= self.until
-            if step == self.most or overdue or (enough and step >= self.warmup + self.steps):
-                break
+        began = self._now()
+        for step in range(self.most):
             self.trial.waited.append(0.0)
             for _ in range(self.accumulate):
                 requested_at = time.perf_counter()
                 batch = next(self.batches)
                 self.trial.waited[-1] += time.perf_counter() - requested_at
                 yield batch
+            now = self._now()
+            self.trial.seconds.append(now - began)
+            began = now
+            enough = sum(self.trial.seconds[self.warmup :]) >= self.lasting and step + 1 >= self.warmup + self.steps
+            if enough or time.monotonic() >= self.until:
+                break
         for noted in (self.trial.seconds, self.trial.waited):
             del noted[: min(self.warmup, len(noted) - 1)]  # a trial that is cut short keeps one step
         raise _TrialDone
@@ -89,13 +90,9 @@ class _TimedDataModule:
         """Maximum number of steps."""
         return max(self.warmup + self.steps, _MAX if self.lasting else 0)
 
-    def _note(self, began: float | None) -> float:
-        """Record the duration of the step that began at `began`, if any; return the current time."""
+    def _now(self) -> float:
         synchronize(self.device)
-        now = time.perf_counter()
-        if began is not None:
-            self.trial.seconds.append(now - began)
-        return now
+        return time.perf_counter()
 
     def tally(self, engine: Engine) -> Tally | None:
         """Return None: nothing is counted."""
@@ -107,7 +104,6 @@ class _TimedDataModule:
 
 def try_steps(
     parts: TrainingParts,
-    make: Callable[[], SegmentationModel],
     engine: Engine,
     batches: Iterator[Any],
     *,
@@ -115,24 +111,21 @@ def try_steps(
     warmup: int = 0,
     lasting: float = 0.0,
     until: float = math.inf,
-    rests: bool = False,
 ) -> Trial:
     """Train a model for a few steps with its recipe's own trainer.
 
     Args:
         parts: of the training.
-        make: returns the model.
         engine: of one rank.
         batches: at least as many as the steps need.
         steps: minimum number of timed optimizer steps.
         warmup: steps before them.
         lasting: minimum seconds of timed steps in total, up to 100 steps.
         until: deadline on the clock of `time.monotonic`; after it no step starts except the first.
-        rests: whether parts that the recipe freezes at first stay frozen in all these steps; else they are trained.
     """
     reset_peak_memory(engine.device)
     trial = Trial(before=used_memory(engine.device))
-    model = make().to(engine.device)
+    model = parts.model().to(engine.device)
     loss, optimizer = parts.loss().to(engine.device), parts.optimizer(model)
     data_module = _TimedDataModule(
         batches,
@@ -147,11 +140,11 @@ def try_steps(
         score_names=(parts.score,),
     )
     for group in optimizer.param_groups:
-        if group["frozen"]:
-            group["frozen"], group["start"] = rests, data_module.most / (data_module.most + 1)
-    settings = parts.settings(
-        data_module.most + 1
-    )  # the feed raises before the last step, after which `fit` would validate
+        if group["frozen"]:  # parts that the recipe freezes at first are timed as they are trained later
+            group["frozen"] = False
+            group["start"] = 0.0
+    # the feed raises before the last step, after which `fit` would validate
+    settings = parts.settings(data_module.most + 1)
     checkpoints = Checkpointer(Path(), {}, writes=False)
     try:
         with RunLog("", visible=False) as log:

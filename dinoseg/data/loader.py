@@ -22,7 +22,6 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from dinoseg.core.shapes import Batch, ClipBatch, Sample, SegmentationData
 from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.view import ClipView
-from dinoseg.data.enough_workers import FIRST, FROM_NONE, Workers, with_enough_workers
 from dinoseg.data.train_views import CLIP, ORDER, VIEW, TrainViews, make_rng
 from dinoseg.utils.errors import KilledProcess, UserError
 from dinoseg.utils.interrupt import SIGNALS, block_signals, hold_handlers
@@ -35,7 +34,7 @@ Item = TypeVar("Item")
 
 
 def train_batches(
-    drawn: TrainViews, *, batch_size: int, start: int = 0, workers: Workers = 0, rank: int = 0, world_size: int = 1
+    drawn: TrainViews, *, batch_size: int, start: int = 0, workers: int = 0, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """Yield this rank's share of each training batch from number `start` on, indefinitely; see `sample_batches`."""
     options = {"batch_size": batch_size, "seed": drawn.seed, "start": start, "rank": rank, "world_size": world_size}
@@ -50,7 +49,7 @@ def sample_batches(
     batch_size: int,
     seed: int,
     start: int = 0,
-    workers: Workers = 0,
+    workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[V]:
@@ -76,7 +75,7 @@ def clip_batches(
     batch_size: int,
     seed: int,
     start: int = 0,
-    workers: Workers = 0,
+    workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[ClipBatch]:
@@ -112,7 +111,7 @@ def _check_seed(seed: int) -> None:
 
 
 def eval_samples(
-    dataset: SegmentationData, *, workers: Workers = 0, rank: int = 0, world_size: int = 1
+    dataset: SegmentationData, *, workers: int = 0, rank: int = 0, world_size: int = 1
 ) -> Iterator[Sample]:
     """Yield this rank's samples once, in order and without augmentation: rank, rank + world, ..."""
     return load_in_order(dataset.__getitem__, range(rank, len(dataset), world_size), workers)
@@ -165,14 +164,11 @@ class _Keyed(Generic[K, V]):
             return error
 
 
-def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: Workers, *, pin: bool = False) -> Iterator[V]:
+def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: int, *, pin: bool = False) -> Iterator[V]:
     """Yield `read(key)` for each key in order, prefetched by `workers` processes (0: loaded in this process).
 
     With `pin`, and if this process uses CUDA, a thread moves items that have `pin_memory` to pinned memory.
     """
-    if isinstance(workers, str):
-        first = 0 if workers == FROM_NONE else FIRST
-        return with_enough_workers(functools.partial(_load_ahead, read, pin=pin), keys, first=first)
     if workers < 0:
         raise UserError(f"workers={workers}: give the number of loading processes, 0 for none.")
     return map(read, keys) if workers == 0 else _load_ahead(read, keys, workers, pin=pin)

@@ -126,21 +126,16 @@ class ModelBuilder:
         """Return the engine of the config, with overrides of its values."""
         return self.part("engine", **overrides)
 
-    def model(self, *, untrained: bool = False, outlined: bool = False, initialised: bool = True) -> SegmentationModel:
+    def model(self, *, untrained: bool = False, initialised: bool = True) -> SegmentationModel:
         """Return the segmenter.
-
-        Parts that do not fit together are refused before any weights are read.
 
         Args:
             untrained: read no weights.
-            outlined: whether `outline` has already checked this config; the check is then skipped.
             initialised: initialise the parameters. Without it they stay uninitialised, for a file that holds all of
                 them.
         """
         if not untrained:
             self._check_head_file()
-        if not untrained and not outlined and self._cfg.backbone.get("weights") != "random":
-            self.outline()
         with nullcontext() if initialised else NoInit():
             return self._segmenter(self._adapted(untrained=untrained), untrained=untrained)
 

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.min_batch import check_batch, min_batch
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.parts import TrainingParts
 from dinoseg.training.trainer import Settings
@@ -46,8 +45,6 @@ def training_parts(build: Builder, overrides: Mapping[str, Any] | None = None) -
         optimizer=build.optimizer,
         settings=settings,
         schedule=build.schedule,
-        check_batch=partial(check_batch, build),
-        min_batch_size=partial(min_batch, build),
         shape=shape,
         num_classes=len(build.class_names) if len(shape) == 3 else 0,
         scale=build.value("resolution.scale"),
@@ -58,8 +55,6 @@ def training_parts(build: Builder, overrides: Mapping[str, Any] | None = None) -
         seed=build.seed,
         score=build.value("trainer.score"),
         loss_name=build.options["loss"],
-        takes_blocks="blocks" in build.value("adapter"),
-        blocks=build.value("adapter.blocks"),
         checkpointing={name: value for name, value in checkpointing.items() if value is not None},
     )
 
@@ -78,7 +73,7 @@ def check_trainer(build: Builder) -> None:
     if "unlabelled" in trainer:
         raise UserError(
             f"trainer={option} is not supported: its step also uses images without masks. Leave trainer out to "
-            "estimate the images with masks; a batch of both needs the memory of all views together."
+            "estimate the images with masks; a batch of both needs the memory of all its images."
         )
 
 

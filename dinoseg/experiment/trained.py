@@ -129,6 +129,6 @@ def restore(build: ModelBuilder, path: Path) -> tuple[SegmentationModel, Mapping
     saved = checkpoint.read(path, finite=build.value("finite_weights"))
     whole = build.value("adapter.bits") is None and empty.state_dict().keys() <= outline.part("model").keys()
     is_allocated = whole and non_persistent_buffers(empty).keys() <= outline.part(CONSTANTS).keys() and allocate(empty)
-    model = empty if is_allocated else build.model(outlined=True, initialised=not whole)
+    model = empty if is_allocated else build.model(initialised=not whole)
     checkpoint.load_weights(model, saved)
     return model.eval(), outline.info

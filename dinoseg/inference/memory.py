@@ -102,16 +102,13 @@ class PeakBytes(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 size = storage.nbytes()
                 self._known[storage] = size
-                weakref.finalize(storage, self._free, self._take(size))
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._free, size)
         return made
 
-    def _take(self, size: int) -> Any:
-        self.now += size
-        self.most = max(self.most, self.now)
-        return size
-
-    def _free(self, taken: Any) -> None:
-        self.now -= taken
+    def _free(self, size: int) -> None:
+        self.now -= size
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ _FOUND = WeakSet[Any]()  # functions with an lru_cache
 
 
 @contextmanager
-def walking(count: PeakBytes | None = None) -> Iterator[PeakBytes]:
-    """Create fake tensors within the block and count their bytes, with `count` if given.
+def walking() -> Iterator[PeakBytes]:
+    """Create fake tensors within the block and count their bytes.
 
     If an `lru_cache` missed within the block (such as that of transformers' positions), it is cleared afterwards, since
     it holds fake tensors; other caches are unchanged. Blocks must not be nested.
     """
     misses = {function: function.cache_info().misses for function in _cached_functions(len(sys.modules))}
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), count or PeakBytes() as peak:
+        with FakeTensorMode(allow_non_fake_inputs=True), PeakBytes() as peak:
             yield peak
     finally:
         for function in _cached_functions(len(sys.modules)):

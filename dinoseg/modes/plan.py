@@ -3,9 +3,7 @@
 import dataclasses
 import math
 import shlex
-from collections.abc import Mapping
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,27 +12,20 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.autotune.fitting import Fit, FitSearch, Words
-from dinoseg.autotune.random_batch import random_batch
-from dinoseg.autotune.speed import step_flops
-from dinoseg.autotune.step_bytes import StepBytes
+from dinoseg.autotune.step_bytes import step_flops
 from dinoseg.autotune.target import KINDS, Target, memory_of
-from dinoseg.autotune.trial import Trial, try_steps
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import last_command_line
 from dinoseg.experiment.step import check_trainer, training_parts
-from dinoseg.inference.memory import OutOfMemory, free_bytes
-from dinoseg.training.engine import Engine
+from dinoseg.inference.memory import free_bytes
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range
 from dinoseg.utils.wording import count_of, format_override
-from dinoseg.utils.workers import run_in_process
 
 # from a processor of a microcomputer to the largest cluster
 Tflops = Annotated[float, Range("a number from 0.001 to 10000000", 1e-3, 1e7)]
 _GIB = 2**30
-_MORE = 1.25  # factor on the estimate after a dry step that ran out of memory
-_TRIES = 3  # plans that a dry step may reject as too large
 
 
 def plan(
@@ -43,8 +34,6 @@ def plan(
     out_dir: Path,
     memory: str | int | float | None = None,
     device: str | None = None,
-    dry_step: bool = True,
-    change_model: bool = True,
     tflops: Tflops | None = None,
 ) -> dict[str, Any]:
     """Estimate the memory of a recipe's training step, find the changes that make it fit, and print the command.
@@ -56,8 +45,6 @@ def plan(
         out_dir: the run folder.
         memory: available memory, such as 24GiB; None: the free memory of this device.
         device: target of the plan, cuda or cpu; None: the engine's.
-        dry_step: test the plan with two real steps, if this device is the target and has enough memory.
-        change_model: train fewer blocks if nothing else helps.
         tflops: 10^12 floating-point operations that all devices sustain per second in training, 0.001 to 10^7; None:
             no hours.
 
@@ -66,7 +53,7 @@ def plan(
     """
     build = Builder(cfg)
     check_trainer(build)
-    target, engine = _target(build, memory, device)
+    target = _target(build, memory, device)
     build.lengths(samples=1)  # refuses invalid numbers of steps and batches, as training would
     build.task().check_parts(build.outline(), target.world_size)
     if cfg.data.batch_size % target.world_size:
@@ -75,28 +62,18 @@ def plan(
             f"{target.world_size}."
         )
     recipe = partial(training_parts, build)
-    search = FitSearch(recipe, target, may_change_model=change_model)
+    search = FitSearch(recipe, target)
     whole = search.as_it_is
     _print_step(whole, target)
     found = _found(search)
-    measured = None
-    for _ in range(_TRIES):
-        values = build.with_options(found.words).config
-        measured = _measured(values, engine, found, target) if dry_step and engine is not None else None
-        if measured is None or measured <= target.memory:
-            break
-        seen = (measured - target.overhead) / (found.need - target.overhead)
-        target = dataclasses.replace(target, seen=target.seen * seen)
-        search = FitSearch(recipe, target, may_change_model=change_model)
-        found, measured = _found(search), None
     command = _command(out_dir, found.words)
-    _print_changes(found, target, command, sufficient=search.as_it_is.need <= target.memory)
+    _print_changes(found, target, command)
     duration = None if tflops is None else _duration(build, found, target, tflops)
     result = {
         "device": target.kind,
         "memory": target.memory,
         "as_it_is": {"step": dataclasses.asdict(whole.step), "need": whole.need},
-        "planned": {"step": dataclasses.asdict(found.step), "need": found.need, "measured": measured},
+        "planned": {"step": dataclasses.asdict(found.step), "need": found.need},
         "changes": [{"words": dict(change.words), "reason": change.reason} for change in found.changes],
         "command": command,
         "duration": duration,
@@ -105,8 +82,8 @@ def plan(
     return result
 
 
-def _target(build: Builder, memory: str | float | None, device: str | None) -> tuple[Target, Engine | None]:
-    """Return the target of the plan, and the engine for dry steps; None if the target is not this machine's device."""
+def _target(build: Builder, memory: str | float | None, device: str | None) -> Target:
+    """Return the target of the plan."""
     if device not in (None, *KINDS):
         raise UserError(f"mode.device={device} is unknown. Choose {' or '.join(KINDS)}, or leave it out.")
     amount = None if memory is None else memory_of(memory)
@@ -125,12 +102,12 @@ def _target(build: Builder, memory: str | float | None, device: str | None) -> t
     if kind != engine.device.type:
         if amount is None:
             raise UserError(f"mode.device={kind} is not the device here. Set its memory, such as mode.memory=24GiB.")
-        return Target(kind, amount, bf16=build.value("engine.precision") != "fp32", world_size=world_size), None
+        return Target(kind, amount, bf16=build.value("engine.precision") != "fp32", world_size=world_size)
     sharing = world_size if kind == "cpu" else 1  # ranks on a CPU share its memory
     free = free_bytes(engine.device) / sharing if amount is None else amount
     if math.isinf(free):
         raise UserError("This system does not report its free memory. Set it, such as mode.memory=24GiB.")
-    return Target(kind, round(free), bf16=engine.half, world_size=world_size), engine
+    return Target(kind, round(free), bf16=engine.half, world_size=world_size)
 
 
 def _found(search: FitSearch) -> Fit:
@@ -140,59 +117,17 @@ def _found(search: FitSearch) -> Fit:
         with_all = " ".join(map(str, least.changes)) or "without changes"
         raise UserError(
             f"No setting that was tried fits into {_as_gib(target.memory)}: the smallest, {with_all}, needs about "
-            f"{_as_gib(least.need)}. Choose a smaller resolution.crop or resolution.scale, a smaller backbone, "
-            "adapter=qlora, or adapter=frozen."
+            f"{_as_gib(least.need)}. Choose a smaller resolution.crop or resolution.scale, a smaller backbone, or an "
+            "adapter that trains less: lora, qlora or frozen."
         )
     return found
-
-
-def _measured(values: Mapping[str, Any], engine: Engine, found: Fit, target: Target) -> int | None:
-    """Return the memory of two real steps, with that outside tensors; None if there is too little to try.
-
-    If the steps run out of memory, the result is `_MORE` times the estimate.
-    """
-    free = free_bytes(engine.device)
-    if found.need > free:
-        print(f"No trial step: it needs about {_as_gib(found.need)}, and {_as_gib(free)} are free on this device.\n")
-        return None
-    samples = found.parts.batch_size // target.world_size
-    try:
-        trial = run_in_process(partial(dry_steps, samples=samples), values)
-    except OutOfMemory as error:
-        print(f"A trial step ran out of memory: {error}\n")
-        return round(_MORE * found.need)
-    if trial is None:
-        print("The process of a trial step was killed, most likely because memory ran out.\n")
-        return round(_MORE * found.need)
-    # on a CPU the measurement covers the whole process, not only tensors
-    measured = trial.peak + (target.overhead if target.kind == "cuda" else 0)
-    print(
-        f"Two trial steps took {_as_gib(measured)}; the estimate was {_as_gib(found.need)}, "
-        f"{_as_gib(found.step.peak)} of it tensors.\n"
-    )
-    return measured
-
-
-def dry_steps(values: Mapping[str, Any], samples: int, steps: int = 2) -> Trial:
-    """Run trial steps of a plain config on random samples, in a process that holds nothing else.
-
-    Args:
-        values: the whole config.
-        samples: batch size.
-        steps: number of steps.
-
-    Raises:
-        OutOfMemory: memory does not suffice.
-    """
-    build = Builder.of(values)
-    engine, parts = build.engine(devices=1), training_parts(build)
-    return try_steps(parts, parts.model, engine, repeat(random_batch(parts, samples)), steps=steps)
 
 
 def _print_step(fit: Fit, target: Target) -> None:
     step = fit.step
     outside = "CUDA context" if target.kind == "cuda" else "libraries"
-    amounts = {name.replace("_", " "): value for name, value in _parts(step).items() if value}
+    amounts = {name.replace("_", " "): value for name, value in dataclasses.asdict(step).items() if value}
+    del amounts["peak"]
     amounts |= {"peak of these": step.peak, f"incl. fragmentation and {outside}": fit.need}
     rows = [(name, _as_gib(value)) for name, value in amounts.items()]
     each = count_of(fit.parts.batch_size // target.world_size, "sample")
@@ -203,19 +138,12 @@ def _print_step(fit: Fit, target: Target) -> None:
     print(tabulate(rows, tablefmt="plain", colalign=("left", "right")), end="\n\n")
 
 
-def _parts(step: StepBytes) -> Mapping[str, int]:
-    parts = dataclasses.asdict(step)
-    del parts["peak"], parts["heap"]
-    return parts
-
-
-def _print_changes(found: Fit, target: Target, command: str, *, sufficient: bool) -> None:
+def _print_changes(found: Fit, target: Target, command: str) -> None:
     memory = _as_gib(target.memory)
     if not found.changes:
         print(f"It fits into {memory} without changes:\n\n  {command}")
         return
-    why = f"It fits into {memory}. With larger batches" if sufficient else f"To fit into {memory}"
-    print(f"{why} (then about {_as_gib(found.need)}):\n")
+    print(f"To fit into {memory} (then about {_as_gib(found.need)}):\n")
     for change in found.changes:
         print(f"- {change}: {change.reason}.")
     print(f"\n  {command}")

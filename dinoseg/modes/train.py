@@ -1,16 +1,11 @@
 """mode=train: training, and evaluation of the checkpoint that `trainer.evaluate` chooses."""
 
-import math
-import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from dinoseg.autotune.probe_baseline import TrainedRun
-from dinoseg.autotune.probe_comparison import compare_with_linear_probe
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.heads import SOLO
 from dinoseg.experiment.initial import check_initial, load_initial_weights
@@ -19,10 +14,9 @@ from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.past_runs import write_end
 from dinoseg.modes.train_heads import train_heads
 from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0, log_start, open_log
-from dinoseg.tasks.images import ImageTask
 from dinoseg.training.trainer import Experiment, fit
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Natural, Share
+from dinoseg.utils.ranges import Natural
 
 
 def train(
@@ -32,7 +26,6 @@ def train(
     metrics_only: bool = False,
     pictures: Natural = 4,
     report: bool = True,
-    probe_baseline: Share = 0.03,
 ) -> dict[str, Any]:
     """Train, then evaluate the best or last weights on the validation split; return the scores.
 
@@ -42,7 +35,6 @@ def train(
         metrics_only: write no figures of the final evaluation.
         pictures: number of validation samples shown in a figure at each validation, always the same ones.
         report: write report.html of the final evaluation, and the files that mode=compare reads.
-        probe_baseline: share of the training time for the comparison with the closed-form linear probe; 0: none.
     """
     build = Builder(cfg)
     engine = build.engine()
@@ -56,47 +48,28 @@ def train(
         scores = train_heads(build, task, engine, out_dir, settings, **shown)
     else:
         job = TrainingRun(build, out_dir, task, engine)
+        announce(f"Building the model, with backbone.weights={build.value('backbone').get('weights')}")
+        made = build.model()
+        job.check_model(made)
         announce("Checking the data")
         sizes = check_data_on_rank0(task, engine)
-        announce(f"Building the model, with backbone.weights={build.value('backbone').get('weights')}")
-        made = load_initial_weights(build, build.model(outlined=True), list(task.labels.classes), engine.broadcast)
+        made = load_initial_weights(build, made, list(task.labels.classes), engine.broadcast)
         model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
         schedule = build_schedule(build, engine, length.steps, optimizer)
         log_start(build, model, task, engine, out_dir, length.steps)
         epochs = length.steps * cfg.trainer.accumulate / task.data_module.epoch
-        cached = task.cache_features(model, loss, engine, epochs, before=job.chosen_before)
+        cached = task.cache_features(model, engine, epochs, before=job.chosen_before)
         job.note(checkpoints, cached)
         with open_log(build, out_dir, job.start, engine) as log:
-            began = time.monotonic()
             parts = (model, loss, task.data_module, optimizer, schedule, engine, checkpoints, log)
             run = fit(Experiment(*parts, settings))
             if run.best is None:
                 raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, without validation.")
             if engine.is_main:
                 write_end(out_dir, run.step)
-            spent = time.monotonic() - began
             scores = job.finish(model, run, log, **shown)
         if engine.is_main:
             write_end(out_dir, run.step, scores)
-        images = run.step * cfg.data.batch_size * cfg.trainer.accumulate
-        spent = max(spent, images / (scores["images_per_s"] or math.inf))  # includes the steps before a resume
-        if isinstance(task, ImageTask):
-            trained = TrainedRun(
-                model,
-                engine,
-                task.data_module,
-                backbone=build.backbone,
-                loss=partial(build.loss, task.labelled),
-                optimizer=build.optimizer,
-                is_supervised=type(task) is ImageTask,
-                crop=tuple(cfg.resolution.crop),
-                clip=cfg.trainer.clip,
-                cache_dir=cfg.cache_dir,
-                group=cfg.data.group,
-                best_step=run.best_step,
-                steps=run.step,
-            )
-            compare_with_linear_probe(trained, out_dir, seconds=probe_baseline * spent)
     engine.close()
     return scores
 

@@ -151,6 +151,7 @@ def _build_heads(
     backbone, models = build_multi_head([run.build for run in runs.values()], engine.device)
     heads: dict[str, HeadParts] = {}
     for (name, run), model in zip(runs.items(), models, strict=True):
+        run.check_model(model)
         _, loss, optimizer, checkpoints = run.parts(model, sizes, steps)
         run.note(checkpoints, {}, tells=not heads)
         heads[name] = HeadParts(run, model, checkpoints, optimizer, loss)

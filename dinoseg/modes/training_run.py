@@ -101,15 +101,18 @@ class TrainingRun:
         build.schedule()  # refuses unknown options before a model is built
         if build.resume:
             self.start, outline = _start(build, task.labels)
-        else:
-            outline = build.outline()
-            check_initial(build, outline)
-        logger_factories(build)  # refuses unknown options, too
-        build.task().check_parts(outline, engine.world_size)  # of this config: each of several heads has its own
-        with torch.device("meta"):
-            build.optimizer(outline)
+            self.check_model(outline)
+        logger_factories(build)  # refuses unknown options before a model is built
         if engine.is_main:
             warn_unread(out_dir, task.unread, task.unread_because)
+
+    def check_model(self, model: SegmentationModel) -> None:
+        """Refuse a model that loss, batch, optimizer or initial weights do not fit; it may be on the meta device."""
+        check_initial(self.build, model)
+        # by the task of this config: each of several heads has its own
+        self.build.task().check_parts(model, self.engine.world_size)
+        with torch.device("meta"):
+            self.build.optimizer(model)
 
     @property
     def first_step(self) -> int:

@@ -17,8 +17,8 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.clips.cut import Clip, Clips
 from dinoseg.data.clips.videos import VOID
 from dinoseg.data.clips.view import ClipView
-from dinoseg.data.enough_workers import Workers, more_workers
 from dinoseg.data.loader import check_batch_size, clip_batches
+from dinoseg.data.loading_workers import advise_more_workers
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.videos import TrackingOptions, check_slots, evaluate_videos
 from dinoseg.experiment.benchmark_videos import benchmark_videos, chosen_supervision
@@ -73,7 +73,7 @@ class ClipDataModule:
     view: ClipView
     batch_size: Count
     seed: int
-    workers: Workers
+    workers: int
     rank: int = 0
     world_size: int = 1
     pictures: int = 0
@@ -97,7 +97,7 @@ class ClipDataModule:
     @property
     def remedy(self) -> str:
         """Return advice on loading batches faster, in a sentence."""
-        return more_workers(self.workers)
+        return advise_more_workers(self.workers)
 
     def train_batches(self, start: int) -> Iterator[ClipBatch]:
         """Yield this rank's share of every batch from number `start` on, without end."""

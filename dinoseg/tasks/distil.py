@@ -316,11 +316,9 @@ class DistillationTask(ImageTask):
         values = count_of(len(train), "training image"), without, self._given, root
         logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *values)
 
-    def cache_features(
-        self, model: SegmentationModel, loss: Loss, engine: Engine, *given: Any, **more: Any
-    ) -> dict[str, str]:
+    def cache_features(self, model: SegmentationModel, engine: Engine, *given: Any, **more: Any) -> dict[str, str]:
         """Cache features as `ImageTask` does; add the teacher's hash, by which a resumed run detects another one."""
-        return {**super().cache_features(model, loss, engine, *given, **more), "teacher": self._teacher.name}
+        return {**super().cache_features(model, engine, *given, **more), "teacher": self._teacher.name}
 
     def wrap_loss(self, loss: Loss) -> Loss:
         """Return the loss on masks and on the teacher's scores."""

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from dinoseg.config.checks import check_arguments
-from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import backbone_size
 from dinoseg.data.class_uniform import class_uniform
@@ -24,7 +23,6 @@ from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.min_batch import check_batch
 from dinoseg.experiment.provenance import provenance_of
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.metrics.confusion import commonest_class
@@ -107,7 +105,12 @@ class ImageTask(TrainingTask):
                 f"head={options['head']} is trained on clips. Choose trainer=slots "
                 "loss=feature_reconstruction, or another head."
             )
-        check_batch(parts, model.head.min_batch_size, world_size)
+        least = head.min_batch_size * world_size
+        if parts.value("data.batch_size") < least:
+            raise UserError(
+                f"data.batch_size={parts.value('data.batch_size')}: head={options['head']} is trained on "
+                f"{head.min_batch_size} images or more per device. Set data.batch_size={least} or choose another head."
+            )
         if loss.needs_masks and not head.mixture:
             raise UserError(
                 "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "
@@ -120,17 +123,17 @@ class ImageTask(TrainingTask):
         self.parts.part("data.augment")
 
     def cache_features(
-        self, model: SegmentationModel, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
+        self, model: SegmentationModel, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
-        """Let the feed cache the features of the frozen part of a model, if that saves time or is requested."""
+        """Let the feed cache the features of the frozen part of a model, if `engine.cache` enables it."""
         parts = self.parts
         options = parts.arguments(CacheOptions, {"dtype": "features.dtype", "gib": "features.gib"})
         options["dtype"] = stored_as(options["dtype"], before)
         hashes = {group: parts.digest(group, lr=None) for group in ("backbone", "adapter", "head")}
         augmentation = parts.digest("data.augment")
         plan = CacheOptions(parts.cache_dir, epochs, augmentation, hashes, **options, before=before.get("engine.cache"))
-        cache = self.data_module.cache = feature_cache(self.data_module, model, loss, engine, plan)
-        if cache is None:
+        cache = self.data_module.cache = feature_cache(self.data_module, model, engine, plan)
+        if cache is None or cache.place is None:
             return {}
         return {"engine.cache": cache.place, "features.dtype": plan.dtype}
 

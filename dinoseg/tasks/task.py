@@ -79,13 +79,12 @@ class TrainingTask(ABC):
         return loss
 
     def cache_features(
-        self, model: SegmentationModel, loss: Loss, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
+        self, model: SegmentationModel, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
         """Let the feed cache the features of the frozen part of a model, if `engine.cache` enables it.
 
         Args:
             model: on the device.
-            loss: the training loss.
             engine: device and ranks.
             epochs: of the whole training.
             before: choices of a resumed run, by key; empty for a new run.

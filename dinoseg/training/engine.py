@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.core.sizes import Size
-from dinoseg.data.enough_workers import warn_of_many
+from dinoseg.data.loading_workers import count_workers, warn_of_many
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.frozen_casts import cache_casts
@@ -80,11 +80,11 @@ class Engine:
         device: auto, cuda, mps or cpu.
         precision: auto, bf16, fp16 or fp32, see `compute_dtype`. bf16 and fp16 use autocast; weights stay float32.
             fp16 scales losses (`LossScale`), and is meant for GPUs without bfloat16.
-        workers: data-loading processes per rank; auto: two, and more if training waits for data and they help.
+        workers: data-loading processes per rank; auto: see `count_workers`.
         eval_batch_size: images of one size predicted at once when scoring, per rank; auto: see `images_at_once`.
         devices: number of ranks that were requested; 1 accepts any number.
         sharding: none: each rank holds all weights; fsdp: each rank holds a shard of each weight (several ranks).
-        cache: whether outputs of the model's frozen part are cached: auto (if that pays off), off, disk or memory.
+        cache: whether outputs of the model's frozen part are cached: auto, off, disk or memory, see `feature_cache`.
         rendezvous_timeout: seconds that ranks wait for one another at the start.
         rank_timeout: seconds that a rank waits for the others during the run before it considers them stuck.
         compile: whether torch compiles the backbone's blocks, see `compile_blocks`.
@@ -148,9 +148,9 @@ class Engine:
             raise UserError(f"engine.compile=true with engine.sharding={sharding}: leave one of them out.")
         self.compile = compile
         self._lockstep: Lockstep | None = None  # of the placed model, if it is sharded
-        self.workers = workers
+        self.workers = count_workers(chosen.type) if isinstance(workers, str) else workers
         if self.is_main:
-            warn_of_many(workers)
+            warn_of_many(self.workers)
         self.eval_batch_size = eval_batch_size
 
     @property

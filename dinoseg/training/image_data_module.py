@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, SegmentationData
-from dinoseg.data.enough_workers import Workers, more_workers
 from dinoseg.data.loader import check_batch_size, train_batches
+from dinoseg.data.loading_workers import advise_more_workers
 from dinoseg.data.packed.pack import PackedDataset
 from dinoseg.data.train_views import ClassUniform, TrainViews
 from dinoseg.inference.policy import Policy
@@ -56,7 +56,7 @@ class ImageDataModule:
     augment: Callable
     batch_size: Count
     seed: int
-    workers: Workers
+    workers: int
     background: int | None = None
     policy: Policy | None = None
     rank: int = 0
@@ -105,7 +105,7 @@ class ImageDataModule:
             advice = "Images are packed: data.cache=packed with a lower resolution.longest reads less per image."
         else:
             advice = "Decode images only once (data.cache=packed)."
-        return f"{advice} {more_workers(self.workers)}"
+        return f"{advice} {advise_more_workers(self.workers)}"
 
     def train_batches(self, start: int) -> Iterator[Batch | LazyFeatureBatch]:
         """Yield this rank's share of every batch from number `start` on, without end."""

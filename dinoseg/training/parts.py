@@ -22,8 +22,6 @@ class TrainingParts:
         optimizer: returns the optimizer of a model.
         settings: returns the settings of a training of so many steps that neither validates nor saves.
         schedule: returns the learning-rate schedule.
-        check_batch: refuses a batch size below the head's minimum per rank (first argument) on so many ranks (second).
-        min_batch_size: returns the minimum number of samples per rank.
         shape: pixels of a sample, (3, H, W) or (T, 3, H, W).
         num_classes: number of classes; 0: the samples have no masks.
         scale: backbone pixels per image pixel.
@@ -34,8 +32,6 @@ class TrainingParts:
         seed: of all random numbers.
         score: name of the score that selects checkpoints.
         loss_name: option of the loss group, for messages.
-        takes_blocks: whether the adapter takes a number of trained blocks.
-        blocks: number of trained blocks; None: all.
         checkpointing: activation checkpointing of the parts that support it, by name (backbone, head).
     """
 
@@ -45,8 +41,6 @@ class TrainingParts:
     optimizer: Callable[[SegmentationModel], Optimizer]
     settings: Callable[[int], Settings]
     schedule: Callable[[], Schedule]
-    check_batch: Callable[[int, int], None]
-    min_batch_size: Callable[[], int]
     shape: tuple[int, ...]
     num_classes: int
     scale: float
@@ -57,8 +51,6 @@ class TrainingParts:
     seed: int
     score: str
     loss_name: str
-    takes_blocks: bool
-    blocks: int | None
     checkpointing: Mapping[str, bool]
 
     @property

@@ -13,7 +13,6 @@ from torch import Tensor
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import lattice
 from dinoseg.core.shapes import Batch, FeatureBatch, Prediction, SegmentationData
-from dinoseg.data.enough_workers import Workers
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.inference.policy import Place, Policy
 from dinoseg.inference.predictor import Predictor
@@ -211,7 +210,7 @@ def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -
 
 
 def eval_batches(
-    data: SegmentationData, *, batch_size: Callable[[Size], int], workers: Workers, rank: int, world_size: int
+    data: SegmentationData, *, batch_size: Callable[[Size], int], workers: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
     """Yield a rank's share of a dataset once and in order, in batches of one image size (H, W).
 

@@ -48,7 +48,7 @@ def mine(tmp_path, monkeypatch):
 
 def train(config_dir, **options):
     words = [word for word in SMALL if not word.startswith("data=")]
-    mode = {"report": False, "metrics_only": True, "probe_baseline": 0}
+    mode = {"report": False, "metrics_only": True}
     return dinoseg.train(None, *words, mode=mode, config_dir=config_dir, **options)
 
 

@@ -32,7 +32,7 @@ KEYS = {  # SMALL in the forms of Python
     "backbone.arch": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48},
     **{"engine": "cpu", "engine.workers": 0, "trainer": {"steps": 2, "val_every": 1}},
 }
-SHORT = {"report": False, "metrics_only": True, "probe_baseline": 0}
+SHORT = {"report": False, "metrics_only": True}
 
 
 @pytest.fixture(scope="module")

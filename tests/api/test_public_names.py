@@ -68,7 +68,7 @@ def test_the_page_of_the_api_has_each_name_once():
 def run_small(mode, words, overrides, **options):
     """Run a mode with a small model on a CPU, without its output."""
     small = {
-        "train": (*SMALL, *SHORT, *CPU, "mode.probe_baseline=0", "mode.metrics_only=true"),
+        "train": (*SMALL, *SHORT, *CPU, "mode.metrics_only=true"),
         "score": (),
         "compare": (),
     }

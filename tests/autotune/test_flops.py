@@ -8,11 +8,12 @@ import torch
 from command_line import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinoseg.autotune import speed
 from dinoseg.autotune.random_batch import random_batch
-from dinoseg.autotune.speed import matrix_peak, step_flops
+from dinoseg.autotune.step_bytes import step_flops
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
+from dinoseg.modes import bench
+from dinoseg.modes.bench import matrix_peak
 
 BASE = [*SMALL, "engine.precision=fp32", "resolution.crop=[64,48]"]
 
@@ -54,6 +55,6 @@ def test_a_step_is_what_is_counted_over_a_real_one(compose, words):
 
 def test_a_device_multiplies_at_some_rate(monkeypatch):
     assert 1e8 < matrix_peak(torch.device("cpu"), torch.float32) < 1e15
-    monkeypatch.setattr(speed, "_SIDES", {"cpu": 8})
-    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=count().__next__))  # a second for each product
+    monkeypatch.setattr(bench, "_SIDES", {"cpu": 8})
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=count().__next__))  # a second for each product
     assert matrix_peak(torch.device("cpu"), torch.bfloat16) == 2 * 8**3

@@ -15,17 +15,16 @@ POLE = ClassFacts("pole", 0.004, 3.0)
 FACTS = DatasetFacts(184, 51, (360, 480), (WIDE, ClassFacts("road", 0.396, 90.0)))
 CASE = RecipeCase(FACTS, "cpu", 16.0, 12, 5_500_000)
 THIN = replace(CASE, facts=replace(FACTS, classes=(WIDE, POLE)))
-# a second's parts as in docs/experiments.md: live, from kept features, frozen
-TIMED = RecipeTimes(start=5, image=0.2, cached=0.12, frozen=0.066, bytes=10**6, val=0.1)
+TIMED = RecipeTimes(start=5, tuned=0.2, frozen=0.12, forward=0.0, val=0.1)
 
 
 def test_a_head_that_sees_pixels_is_taken_and_what_is_thinner_than_half_a_patch_is_named():
     chosen = rules.head(THIN)
-    assert chosen.words == {"head": "detail"} and "pole is thinner" in chosen.reason and "(3 of 16 px)" in chosen.reason
+    assert chosen.words == {"head": "detail"} and "pole (3 of 16 px)" in chosen.reason
     wide = replace(THIN, facts=replace(FACTS, classes=(WIDE, replace(POLE, width=8.0))))
     for case in (CASE, wide):
-        assert rules.head(case).words == {"head": "detail"} and "thinner" not in rules.head(case).reason
-    assert "pole is thinner" in rules.head(replace(wide, patch=18.0)).reason
+        assert rules.head(case).words == {"head": "detail"} and "half a patch" not in rules.head(case).reason
+    assert "half a patch is wider than pole" in rules.head(replace(wide, patch=18.0)).reason
     assert rules.head(replace(THIN, depth=3)).words == {"head": "linear"}
     odd = replace(THIN, even=False, patch=7.0)
     assert rules.head(odd).words == {"head": "multiscale"} and not odd.sees_pixels and THIN.sees_pixels
@@ -65,7 +64,7 @@ def test_reducing_makes_classes_thinner():
 
 def test_rare_classes_are_named_for_the_overlap():
     rare = replace(CASE, facts=replace(FACTS, classes=(WIDE, replace(POLE, width=30.0))))
-    assert "pole has less than 2% of the pixels" in rules.loss(rare).reason
+    assert "with less than 2% of the pixels: pole" in rules.loss(rare).reason
     assert rules.loss(rare).words["loss.weights"] == "none"
     assert rules.loss(CASE).words == {"loss": "ce_dice", "loss.weights": "none"}
     assert rules.loss(CASE).reason.startswith("dice weighs all classes equally")
@@ -74,7 +73,7 @@ def test_rare_classes_are_named_for_the_overlap():
 def test_what_is_thin_and_rare_weighs_more_where_a_head_sees_it():
     weighed = {"loss": "ce_dice", "loss.weights": {"pole": 3.0}, "loss.criterion.factors.dice": 2.0}
     assert rules.loss(THIN).words == weighed
-    assert "pole is thin, with less than 2% of the pixels" in rules.loss(THIN).reason
+    assert "thin, with less than 2% of the pixels: pole" in rules.loss(THIN).reason
     common = replace(THIN, facts=replace(FACTS, classes=(WIDE, replace(POLE, share=0.02))))
     assert rules.loss(common).words["loss.weights"] == "none"
     assert rules.loss(replace(THIN, depth=3)).words["loss.weights"] == "none"
@@ -89,38 +88,31 @@ def test_views_are_enlarged_for_what_learns_from_them():
     assert [choice.words["data.augment.scale"][1] for choice in scales] == [1.0, 1.5, 1.5, 1.5]
 
 
-def test_images_may_be_smaller_where_no_class_is_thin():
-    less = rules.smaller(CASE)
-    assert less.size == (240, 320) and rules.crop(less).words == {"resolution.crop": [240, 320]}
-    assert rules.longest(less).words == {"resolution.longest": 320}
-    assert "smaller by a third, leave time to train the backbone" in rules.longest(less).reason
-    assert rules.smaller(THIN) is None and rules.smaller(replace(CASE, longest=400)) is None
-    soon_thin = replace(CASE, facts=replace(FACTS, classes=(WIDE, replace(POLE, width=11.0))))
-    assert not soon_thin.thin and rules.smaller(soon_thin) is None
-    large = replace(CASE, facts=replace(FACTS, size=(1080, 1920)))
-    assert rules.smaller(large).size == tuple(round(side * 2 / 3 * large.reduced) for side in (1080, 1920))
-    assert "with fewer images of this size" in rules.ways(less)[0].reason
+def test_adapter_depends_on_the_backbone_and_on_the_number_of_images():
+    few = replace(CASE, facts=replace(FACTS, images=19))
+    cases = CASE, replace(CASE, parameters=10**8), few, replace(CASE, parameters=0)
+    assert [rules.adapter(case).words["adapter"] for case in cases] == ["full", "lora_all", "frozen", "frozen"]
 
 
-def test_ways_depend_on_the_backbone_and_on_how_many_images_there_are():
-    names = [[way.words["adapter"] for way in rules.ways(case)] for case in (CASE, replace(CASE, parameters=10**8))]
-    assert names == [["full", "frozen"], ["lora_all", "frozen"]]
-    assert "from about 600 images on" in rules.ways(replace(CASE, head="multiscale"))[0].reason
-    assert "from about 1500 images on" in rules.ways(CASE)[0].reason
-    for case in (replace(CASE, facts=replace(FACTS, images=19)), replace(CASE, parameters=0)):
-        assert [way.words["adapter"] for way in rules.ways(case)] == ["frozen"]
-
-
-def test_a_backbone_that_rests_first_is_tuned_as_one_of_its_size_is():
-    for case, adapter in ((THIN, "full"), (replace(THIN, parameters=10**8), "lora_all")):
-        way = rules.rested(case)
-        assert way.words == {"adapter": adapter, "optim.optimizer.freeze_backbone_until": rules.REST}
-        assert "; the backbone is frozen for the first 40% of the training" in way.reason
-
-
-def test_from_how_many_images_tuning_wins_depends_on_the_head_that_is_taken():
-    cases = CASE, THIN, replace(THIN, depth=3), replace(THIN, head="linear"), replace(CASE, even=False)
-    assert [rules.min_images_to_tune(case) for case in cases] == [1500, 1500, 600, 600, 600]
+@pytest.mark.parametrize(
+    ("case", "tuned", "mixed", "adapter", "share"),
+    [
+        (CASE, None, 4000, "frozen", None),  # not timed
+        (CASE, 2500, 4000, "full", None),
+        (CASE, 2499, 4000, "full", 0.4),
+        (CASE, 700, 1000, "full", 0.4),
+        (CASE, 700, 999, "frozen", None),
+        (CASE, 1500, None, "full", None),  # it cannot be frozen at first
+        (CASE, 1499, None, "frozen", None),
+        (replace(CASE, head="linear"), 600, 5000, "full", None),
+        (replace(CASE, head="linear"), 599, 5000, "frozen", None),
+        (replace(CASE, parameters=10**8), 1200, 2000, "lora_all", 0.4),
+    ],
+)
+def test_phases_depend_on_how_many_images_fit_into_the_time(case, tuned, mixed, adapter, share):
+    chosen = rules.phases(case, rules.adapter(case), tuned, mixed)
+    assert chosen.words["adapter"] == adapter
+    assert chosen.words.get("optim.optimizer.freeze_backbone_until") == share
 
 
 @pytest.mark.parametrize(
@@ -132,57 +124,43 @@ def test_a_batch_is_small_where_steps_are_few(images, there, devices, size):
     assert rules.batch(images, replace(FACTS, images=there), devices).words == {"data.batch_size": size}
 
 
-def test_a_batch_is_no_larger_than_memory_bears_and_parts_of_a_step_count():
-    sized = {most: rules.batch(12_000, FACTS, 1, most=most).words["data.batch_size"] for most in (8, 4, 2)}
-    assert sized == {8: 8, 4: 4, 2: 2}
+@pytest.mark.parametrize(("images", "share"), [(5_000_000, 4e-7), (30, 0.0666667)])
+def test_a_closed_form_of_a_few_images_takes_a_share_above_zero(images, share):
+    assert rules.closed_form(1.0, 1.0, replace(FACTS, images=images)).words["data.labelled"] == share
+
+
+def test_parts_of_a_step_count():
     chosen = rules.batch(12_000, FACTS, 1, accumulate=2)
     assert chosen.words == {"data.batch_size": 4} and "which are 1500 steps" in chosen.reason
 
 
-def test_what_fits_a_time_adds_up(compose):
-    length = length_within(600, TIMED, FACTS)
+def test_times_of_both_phases_are_averaged_by_their_share():
+    assert TIMED.of(0.0) == 0.2 and TIMED.of(1.0) == 0.12 and TIMED.of(0.4) == pytest.approx(0.168)
+    assert replace(TIMED, tuned=None).of(0.0) == 0.12 and replace(TIMED, frozen=None).of(1.0) == 0.2
+
+
+def test_what_fits_a_time_adds_up():
+    length = length_within(600, 0.2, TIMED, FACTS)
     spent = TIMED.start + (length.validations + 2) * 51 * TIMED.val
-    assert length.validations == 5 and length.spent == pytest.approx(spent)
-    training = length.images * TIMED.cached + length.views * 184 * TIMED.frozen
-    factor = 1 + compose("mode=train").mode.probe_baseline
-    left = 0.95 * 600 - spent - factor * training
-    assert length.views == 4 and 0 <= left < factor * TIMED.cached
-
-
-def test_views_are_kept_where_each_is_used_again_and_that_pays():
-    assert length_within(600, replace(TIMED, cached=None), FACTS).views is None
-    assert length_within(600, replace(TIMED, cached=0.19), FACTS).views is None
-    assert length_within(120, TIMED, FACTS).views in (1, 2)
-    large = length_within(600, TIMED, replace(FACTS, images=10_000, val_images=51))
-    assert large.views is None and large.images * TIMED.image <= 570
-    assert length_within(600, TIMED, FACTS, views=[None]).views is None
-    given = length_within(600, TIMED, FACTS, views=[1])
-    assert given.views == 1 and given.images > length_within(600, TIMED, FACTS).images
+    assert length.validations == 5 and length.spent == pytest.approx(spent) and length.val_images is None
+    assert 0 <= 0.95 * 600 - spent - length.images * 0.2 < 0.2
+    assert length.limit == pytest.approx(600 - TIMED.start - 2 * 51 * TIMED.val)
 
 
 def test_fewer_images_are_validated_where_all_of_them_would_take_the_time():
-    short = length_within(10.01, TIMED, FACTS)
-    assert (short.val_images, short.validations, short.images) == (
-        10,
-        1,
-        7,
-    )  # 3 s of 10: one validation, and the scoring
-    assert length_within(30.01, TIMED, FACTS).val_images == 30 and length_within(60, TIMED, FACTS).val_images is None
-    assert length_within(1, TIMED, FACTS).images == 0
-    assert [length_within(seconds, TIMED, FACTS).validations for seconds in (100, 300, 480)] == [1, 2, 4]  # a twentieth
+    short = length_within(10.01, 0.2, TIMED, FACTS)  # 3 s of 10: one validation, and the scoring
+    assert (short.val_images, short.validations, short.images) == (10, 1, 7)
+    assert length_within(30.01, 0.2, TIMED, FACTS).val_images == 30
+    assert length_within(60, 0.2, TIMED, FACTS).val_images is None
+    assert length_within(1, 0.2, TIMED, FACTS).images == 0
+    assert [length_within(seconds, 0.2, TIMED, FACTS).validations for seconds in (100, 300, 480)] == [1, 2, 4]
 
 
-def test_views_that_hardly_come_twice_are_not_kept():
-    fast = replace(TIMED, cached=0.01, frozen=0.01, val=0.01)
-    spent = fast.start + 3 * 51 * fast.val
-    found = [
-        length_within((spent + 1.03 * (1.84 + steps)) / 0.95 + 1e-6, fast, FACTS, views=(None, 1))
-        for steps in (2.3, 2.8)
-    ]
-    assert [each.views for each in found] == [None, 1]  # 230 and 280 images of 184
-    assert found[1].images == 280
-
-
-@pytest.mark.parametrize(("images", "share"), [(5_000_000, 4e-7), (30, 0.0666667)])
-def test_a_closed_form_of_a_few_images_takes_a_share_above_zero(images, share):
-    assert rules.closed_form(1.0, 1.0, replace(FACTS, images=images)).words["data.labelled"] == share
+def test_views_are_cached_where_each_is_used_again_and_that_saves_time():
+    length = length_within(600, 0.2, TIMED, FACTS)
+    choice, images = rules.cached_views(length, 0.2, 0.1, FACTS)
+    assert choice.words == {"data.views": 4}
+    assert images * 0.1 + 4 * 184 * 0.1 == pytest.approx(length.images * 0.2, abs=0.2)
+    assert rules.cached_views(length, 0.2, 0.01, FACTS) is None  # hardly faster
+    assert rules.cached_views(length, 0.2, 0.0, FACTS) is None  # cannot be cached
+    assert rules.cached_views(length, 0.2, 0.1, replace(FACTS, images=2000)) is None  # hardly used twice

@@ -8,12 +8,11 @@ import torch
 from command_line import SMALL
 
 from dinoseg.autotune.random_batch import random_batch
-from dinoseg.autotune.step_bytes import HeapBytes, LossBytes, outline, step_bytes
+from dinoseg.autotune.step_bytes import LossBytes, outline, step_bytes
 from dinoseg.autotune.trial import try_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import ClipBatch
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.min_batch import min_batch
 from dinoseg.experiment.step import training_parts
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.inference.walk import walking
@@ -113,15 +112,12 @@ def test_quantised_weights_take_their_bits(compose):
     assert four.optimizer == whole.optimizer
 
 
-def test_larger_tiles_of_an_accelerator_are_counted_and_holes_of_a_heap(compose, monkeypatch):
+def test_larger_tiles_of_an_accelerator_are_counted(compose, monkeypatch):
     cfg, threads = compose(*BASE, "adapter=frozen"), []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     here, there = (LossBytes(training_parts(Builder(cfg)), bf16=False, accelerator=there) for there in (False, True))
     assert there.of(1) - here.of(1) == 4 * 4 * 3 * 64 * 48
     assert threads == 4 * [1, torch.get_num_threads()]  # of two losses each, and given back
-    monkeypatch.setattr(HeapBytes, "grown", property(lambda _: 10**6, lambda *_: None), raising=False)
-    step = step_bytes(training_parts(Builder(cfg)), here, samples=1, accumulate=1, bf16=False)
-    assert step.heap == 10**6 + step.loss + step.optimizer + step.average + step.ranks
 
 
 def test_nothing_that_was_walked_is_left_behind(compose):
@@ -168,49 +164,3 @@ def test_clips_as_long_as_their_videos_have_no_size(compose):
         training_parts(Builder(compose(*SLOTS, "data.clips.cut.length=null")))
     with pytest.raises(UserError, match="data=camvid has no clips"):
         training_parts(Builder(compose("data=camvid", "data.root=x", "loss=feature_reconstruction")))
-
-
-@pytest.mark.parametrize(
-    ("words", "draws"),
-    [
-        ([*BASE, "adapter=lora", "adapter.rank=2", "adapter.dropout=0", "head=mlp"], False),
-        ([*BASE, "adapter=frozen", "head=cnn", "head.channels=16"], True),
-        pytest.param(
-            [*FOUR, *MASKS, "head.drop_path=0", "head.deep_supervision=false", "loss=mask_classification"],
-            True,
-            marks=pytest.mark.heavy,
-        ),
-    ],
-    ids=["nothing", "dropout", "points"],
-)
-def test_what_draws_at_random_is_known(compose, words, draws):
-    assert LossBytes(training_parts(Builder(compose(*words))), bf16=False, accelerator=False).draws is draws
-
-
-ONE_CELL = ("resolution.crop=[8,8]", "data.batch_size=1")
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize(
-    ("words", "least"),
-    [
-        (["head=linear"], 2),
-        (["head=detail", "head.layers=[0,1]"], 2),
-        (["head=cnn"], 2),
-        (["head=mlp"], 1),
-        (["head=linear", "resolution.crop=[8,9]"], 1),
-        (["head=linear", "resolution.crop=[16,16]", "resolution.scale=0.5"], 2),
-        (["head=dpt", "head.layers=[0,0,1,1]", "head.out_channels=[8,8,8,8]", "head.features=8"], 2),
-        (["head=upernet", "head.layers=[0,0,1,1]", "head.channels=8"], 2),
-    ],
-    ids=str,
-)
-def test_at_least_as_many_samples_as_a_real_step_can_take(compose, words, least):
-    cfg = compose(*BASE, *ONE_CELL, *words)
-    assert min_batch(Builder(cfg)) == least
-    model = Builder(cfg).model(untrained=True).train()
-    model(random_batch(training_parts(Builder(cfg)), least).image)
-    if least > 1:
-        with pytest.raises((ValueError, UserError)):
-            model(random_batch(training_parts(Builder(cfg)), least - 1).image)
-    assert LossBytes(training_parts(Builder(cfg)), bf16=False, accelerator=False).of(4) > 0

@@ -17,7 +17,7 @@ from dinoseg.tasks.images import ImageTask
 from dinoseg.training import checkpoint
 from dinoseg.training.image_data_module import ImageDataModule
 
-QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "mode.probe_baseline=0", "logger=[]")
+QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "logger=[]")
 TRAIN = ("mode=train", *SMALL, *QUIET, "trainer.save_every=1", "trainer.steps=3")
 AUTO = (*TRAIN, "resume=auto")
 SCHEDULERS = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_CLUSTER_NAME", "TORCHELASTIC_RUN_ID")

@@ -75,7 +75,7 @@ def test_it_goes_through_train_eval_and_plan(folder):
     assert done.status == 0, done.err
     scores = next(folder.glob("**/scores.json"))
     assert json.loads(scores.read_text())["pixels"] == 2 * 31 * 48
-    done = run(folder, "mode=plan", "mode.dry_step=false")
+    done = run(folder, "mode=plan")
     assert done.status == 0, done.err
 
 

@@ -66,7 +66,7 @@ def test_the_official_scores_of_an_evaluation(tmp_path, data, write, split, refe
     write(tmp_path / "data")
     small = [word for word in SMALL if not word.startswith(("data=", "data.classes"))]
     only = () if data in ("sarrarp", "cityscapes") else ("mode.metrics_only=true",)
-    quick = ("mode.metrics_only=true", "mode.probe_baseline=0", "hydra.run.dir=run")
+    quick = ("mode.metrics_only=true", "hydra.run.dir=run")
     trained = call(tmp_path, "mode=train", f"data={data}", *small, *quick)
     assert trained.status == 0, trained.err
     done = call(tmp_path, "mode=eval", "resume=run", f"mode.split={split}", "engine=cpu", "hydra.run.dir=eval", *only)
@@ -91,7 +91,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cityscapes")
     write_cityscapes(folder / "data")
     small = [word for word in SMALL if not word.startswith(("data=", "data.classes"))]
-    quick = ("mode.metrics_only=true", "mode.probe_baseline=0", "hydra.run.dir=run")
+    quick = ("mode.metrics_only=true", "hydra.run.dir=run")
     done = call(folder, "mode=train", "data=cityscapes", *small, *quick)
     assert done.status == 0, done.err
     return folder

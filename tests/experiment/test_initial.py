@@ -24,7 +24,7 @@ from dinoseg.modes import train
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 
-QUIET = ("mode.report=false", "mode.pictures=0", "mode.probe_baseline=0")
+QUIET = ("mode.report=false", "mode.pictures=0")
 SHORT = ("mode=train", *SMALL, *QUIET)
 _OTHERS = (word for word in SMALL if not word.startswith(("backbone", "adapter")))
 KNOWN = ("mode=train", *_OTHERS, *QUIET, "backbone=tiny_surgical", "backbone.layers=[0]", "adapter=frozen")
@@ -66,7 +66,7 @@ def begin(folder, compose, monkeypatch, caplog):
         cfg = compose(*words)
         check_initial(Builder(cfg), Builder(cfg).outline())
         with caplog.at_level(logging.INFO):
-            model = load_initial_weights(Builder(cfg), Builder(cfg).model(outlined=True), classes)
+            model = load_initial_weights(Builder(cfg), Builder(cfg).model(), classes)
         return model.state_dict(), caplog.text
 
     return run
@@ -174,7 +174,7 @@ def test_a_run_that_does_not_fit_is_refused_by_either_check(folder, compose, mon
     with pytest.raises(UserError, match=said):
         train.check(cfg)
     with pytest.raises(UserError, match=said):
-        load_initial_weights(Builder(cfg), Builder(cfg).model(outlined=True), CLASSES)
+        load_initial_weights(Builder(cfg), Builder(cfg).model(), CLASSES)
 
 
 def test_what_a_run_has_learnt_of_a_backbone_is_not_left_out(begin):

@@ -24,7 +24,7 @@ from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import write_tensors
 
-QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "mode.probe_baseline=0")
+QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0")
 MLP = (*SMALL, "head=mlp", *QUIET)
 
 

@@ -29,7 +29,6 @@ SHORT = (
     "mode.metrics_only=true",
     "mode.report=false",
     "mode.pictures=0",
-    "mode.probe_baseline=0",
 )
 
 

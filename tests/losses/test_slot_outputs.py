@@ -30,5 +30,5 @@ pytestmark = pytest.mark.slow
     ],
 )
 def test_outputs_of_the_head_fit_the_loss(tmp_path, words, given, remedy):
-    done = call(tmp_path, "mode=plan", *SLOTS[1:], *words, "mode.dry_step=false")
+    done = call(tmp_path, "mode=plan", *SLOTS[1:], *words)
     assert done.status == 1 and f"{given}. {remedy}" in " ".join(done.err.split())

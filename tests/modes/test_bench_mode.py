@@ -1,12 +1,17 @@
 """mode=bench tells how fast a recipe is, in figures that fit one another."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from command_line import SLOTS, SMALL, call, in_this_process, write_data
 
-from dinoseg.autotune.speed import SpeedMeasurement
+from dinoseg.autotune.trial import Trial
+from dinoseg.config.plain import to_container
 from dinoseg.modes import bench as benching
+from dinoseg.modes.bench import SpeedMeasurement
 from dinoseg.utils.errors import UserError
 
 WORDS = ("mode=bench", *SMALL, "engine.precision=fp32", "hydra.run.dir=run")
@@ -92,3 +97,38 @@ def test_a_killed_process_is_told_as_want_of_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(benching, "run_in_process", lambda work, item: None)
     done = call(tmp_path, *WORDS, "mode.synthetic=true")
     assert done.status == 1 and "killed, most likely because memory ran out. mode=plan" in done.err
+
+
+def test_figures_follow_from_seconds():
+    figures = SpeedMeasurement("cpu", "fp32", 6, (8, 8), [1.0, 2.0, 3.0, 4.0], 0.5, 7, 100, 1000.0).figures(200.0)
+    assert (figures["latency_p50_s"], figures["latency_p95_s"]) == (2.5, pytest.approx(3.85))
+    assert figures["images_per_s"] == 2.4 and figures["model_flops_per_s"] == 40.0
+    assert figures["share_of_matrix_peak"] == 0.2
+
+
+def test_operations_of_a_step_are_those_of_all_its_batches(compose, monkeypatch):
+    monkeypatch.setattr(benching, "try_steps", lambda *_, **__: Trial([2.0, 2.0], [1.0, 0.0], peak=5))
+    monkeypatch.setattr(benching, "step_flops", lambda parts, samples, bf16: 10 * samples)
+    monkeypatch.setattr(benching, "matrix_peak", lambda *_, **__: 1.0)
+    values = to_container(compose(*SMALL, "trainer.accumulate=3"))
+    timed = benching.time_training(values, steps=2, warmup=0, synthetic=True)
+    assert (timed.images, timed.flops, timed.waited, timed.peak_bytes) == (6, 60, None, 5)
+
+
+def test_images_are_predicted_in_turn_and_timed_once_warm(compose, monkeypatch):
+    seen, images = [], [np.full((8, 9, 3), value, np.uint8) for value in (0, 1)]
+    monkeypatch.setattr(
+        benching, "Predictor", lambda *_: SimpleNamespace(ids=lambda given: seen.append(given[0].max()))
+    )
+    monkeypatch.setattr(benching, "matrix_peak", lambda *_, **__: 1.0)
+    monkeypatch.setattr(benching.Builder, "dataset", lambda *_: None)
+    monkeypatch.setattr(benching, "first_images", lambda _: images)
+    timed = benching.time_prediction(to_container(compose(*SMALL)), images=3, warmup=2, synthetic=False)
+    assert seen == [0, 0, 1, 0, 1, 0] and len(timed.seconds) == 3  # the first for its operations
+    assert (timed.images, timed.size) == (1, (8, 9))
+
+
+def test_images_have_the_size_of_the_first_one():
+    sizes = [(3, 8, 9), (3, 9, 8), (3, 8, 9)]
+    data = [{"image": torch.zeros(size, dtype=torch.uint8)} for size in sizes]
+    assert [image.shape for image in benching.first_images(data)] == [(8, 9, 3)] * 2

@@ -45,7 +45,7 @@ WORDS = (
 OF_MODE = {  # what else a mode is given, so that it takes little time
     "bench": ("mode.steps=1", "mode.images=1", "mode.warmup=0"),
     "eval": ("mode.metrics_only=true", "mode.report=false"),
-    "plan": ("mode.dry_step=false", "mode.memory=8GiB", "adapter=full"),
+    "plan": ("mode.memory=8GiB", "adapter=full"),
     "predict": ("mode.masks=false",),
     "probe": ("head.layers=[1]", "mode.strengths=[0.1]", "mode.balances=[0.0]"),
     "train": (
@@ -53,7 +53,6 @@ OF_MODE = {  # what else a mode is given, so that it takes little time
         "mode.metrics_only=true",
         "mode.report=false",
         "mode.pictures=0",
-        "mode.probe_baseline=0",
     ),
 }
 SIZES = {"typical": 48, "largest": 60}  # of the training's images: those here are larger
@@ -201,7 +200,7 @@ def observed(where, mode, cfg, word):
         watching() as seen,
         redirect_stdout(io.StringIO()) as said,
         patch("dinoseg.modes.bench.run_in_process", in_this_process),
-        patch("dinoseg.autotune.speed.matrix_peak", lambda *_, **__: 1.0),
+        patch("dinoseg.modes.bench.matrix_peak", lambda *_, **__: 1.0),
     ):
         result = run(mode, cfg, out)
     told = f"{said.getvalue()}{result}" if mode == "summary" else ""  # of others, times or memory are in it

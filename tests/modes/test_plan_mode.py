@@ -8,16 +8,11 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from command_line import SMALL, call, in_this_process, write_data
-from omegaconf import OmegaConf
+from command_line import SMALL, call, write_data
 
 from dinoseg.autotune import fitting
-from dinoseg.autotune.fitting import Fit
 from dinoseg.autotune.step_bytes import StepBytes
-from dinoseg.autotune.target import Target
-from dinoseg.autotune.trial import Trial
 from dinoseg.experiment.builder import Builder
-from dinoseg.inference.memory import OutOfMemory
 from dinoseg.modes import plan as planning
 from dinoseg.utils.errors import UserError
 
@@ -36,19 +31,19 @@ def test_what_fits_is_tried_and_started_as_it_is(tmp_path):
     step = found["planned"]["step"]
     assert found["changes"] == [] and found["device"] == "cpu"
     assert found["as_it_is"]["need"] == found["planned"]["need"] >= step["peak"] > step["weights"] > 10_000
-    assert 0 < found["planned"]["measured"] and "Two trial steps took" in out and "It fits" in out
+    assert "It fits into" in out
     assert [*shlex.split(found["command"])[:4], *WORDS] == shlex.split(found["command"])
     assert found["command"] in out and not (tmp_path / "my data").exists()
     assert "incl. fragmentation and libraries" in out and "CUDA" not in out and "MiB" not in out
 
 
 def test_hours_follow_from_operations_and_steps(tmp_path):
-    words = ("mode.dry_step=false", "mode.tflops=0.002", "trainer.steps=900")
+    words = ("mode.tflops=0.002", "trainer.steps=900")
     found, out = planned(tmp_path, *words)
     flops, hours = found["duration"]["flops"], found["duration"]["hours"]
     assert hours == pytest.approx(900 * flops / 2e9 / 3600) and flops > 1e6
     assert f"{hours:.3g} h for 900 steps" in out and "0.002 TFLOP/s" in out
-    words = ("mode.dry_step=false", "mode.tflops=0.002", "trainer.accumulate=3")
+    words = ("mode.tflops=0.002", "trainer.accumulate=3")
     assert call(tmp_path, "mode=plan", *WORDS, "hydra.run.dir=thrice", *words).status == 0
     assert json.loads((tmp_path / "thrice/plan.json").read_text())["duration"]["flops"] == 3 * flops
     by_epochs = ["trainer.epochs=2" if word.startswith("trainer.steps") else word for word in WORDS]
@@ -69,7 +64,7 @@ def test_what_does_not_fit_is_changed_by_a_command_that_trains_so(tmp_path):
     found, out = planned(tmp_path, *words)
     (change,) = found["changes"]
     size, times = change["words"]["data.batch_size"], change["words"]["trainer.accumulate"]
-    assert size * times == 8 and size < 8 and found["planned"]["measured"] is None
+    assert size * times == 8 and size < 8
     assert found["planned"]["need"] <= found["memory"] < found["as_it_is"]["need"]
     typed = shlex.split(found["command"])[4:]
     assert typed[-2:] == [f"data.batch_size={size}", f"trainer.accumulate={times}"]
@@ -88,107 +83,31 @@ def losses(where, *words):
 
 @pytest.mark.heavy
 def test_the_printed_command_trains_as_the_recipe_would(tmp_path, monkeypatch):
-    """A recipe of the user's own, with more samples at once, and with fewer; each takes 1.75 MiB."""
+    """A recipe of the user's own, as it is and with fewer samples at once; each takes 1.75 MiB."""
     monkeypatch.setattr(fitting, "step_bytes", lambda *_, samples, **__: StepBytes(*[0] * 7, peak=samples * 2**20))
-    monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: SimpleNamespace(draws=True))
+    monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: None)
     write_data(tmp_path / "my data", train=8)
     (tmp_path / "own/hparam").mkdir(parents=True)
     recipe = "# @package _global_\ntrainer: {accumulate: 4, log_every: 1}\n"
     (tmp_path / "own/hparam/mine.yaml").write_text(recipe)
-    words = ("--config-dir", str(tmp_path / "own"), "hparam=mine", "head=mlp", "mode.dry_step=false")
+    words = ("--config-dir", str(tmp_path / "own"), "hparam=mine", "head=mlp")
     own = losses(tmp_path, "mode=train", *WORDS, *words[:-1])
     assert len(own) == 2
-    for memory, sizes in (("64GiB", (8, 1)), ("386MiB", (1, 8))):
+    for memory, sizes in (("64GiB", None), ("386MiB", (1, 8))):
         done = call(tmp_path, "mode=plan", *WORDS, *words, f"mode.memory={memory}", f"hydra.run.dir={memory}")
         assert done.status == 0, done.err
         (command,) = (line for line in done.out.splitlines() if line.startswith("  python"))
-        assert "data.batch_size={} trainer.accumulate={}".format(*sizes) in command
+        if sizes:
+            assert "data.batch_size={} trainer.accumulate={}".format(*sizes) in command
+        else:
+            assert "It fits into" in done.out
         assert losses(tmp_path, *shlex.split(command)[3:]) == pytest.approx(own, rel=1e-5)
-        assert ("It fits into 64.000 GiB. With larger batches" in done.out) == (memory == "64GiB")
-        assert "Random numbers (dropout, mask points) are sampled per micro-batch" in done.out
-
-
-@pytest.mark.heavy
-def test_a_dry_step_that_takes_more_than_was_foretold_makes_another_plan(tmp_path, monkeypatch):
-    """A sample takes 17.5 MiB beside 384 MiB; the dry step takes 60 MiB more than four."""
-    tried = []
-
-    def measured(values, engine, found, target):
-        tried.append(values["data"]["batch_size"])
-        return found.need + 60 * 2**20 if len(tried) == 1 else target.memory // 2
-
-    monkeypatch.setattr(planning, "_measured", measured)
-    monkeypatch.setattr(fitting, "step_bytes", lambda *_, samples, **__: StepBytes(*[0] * 7, peak=samples * 10 * 2**20))
-    monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: SimpleNamespace(draws=False))
-    words = ("head=mlp", "data.batch_size=8", "mode.memory=484MiB")
-    found, _ = planned(tmp_path, *words)
-    assert tried == [4, 2] and found["changes"][0]["words"]["data.batch_size"] == 2
-    tried.clear()
-    shutil.rmtree(tmp_path / "run")
-    monkeypatch.setattr(planning, "_TRIES", 1)  # what was measured is that of the plan before
-    found, _ = planned(tmp_path, *words)
-    assert tried == [4] and found["changes"][0]["words"]["data.batch_size"] == 2
-    assert found["planned"]["measured"] is None
-
-
-def test_each_plan_takes_what_all_dry_steps_have_shown(compose, monkeypatch, tmp_path):
-    """The tensors of a step are foretold as 100 bytes, and twice it takes too much."""
-    cfg, targets, measured = compose(*WORDS), [], iter([10**9, 2 * 10**9, 50])
-
-    class Found:
-        def __init__(self, recipe, target, *, may_change_model):
-            assert may_change_model is False
-            targets.append(target)
-            self.as_it_is = Fit(recipe({}), (), StepBytes(*[0] * 8), target.overhead + 100)
-
-        def found(self):
-            return self.as_it_is
-
-    monkeypatch.setattr(planning, "FitSearch", Found)
-    monkeypatch.setattr(planning, "_measured", lambda values, engine, found, target: target.overhead + next(measured))
-    monkeypatch.setattr(planning, "_command", lambda *_: "")
-    given = {"out_dir": tmp_path, "memory": "1GiB", "change_model": False}
-    result = planning.plan(cfg, **given)
-    assert [target.seen for target in targets] == pytest.approx([1, 10**7, 2 * 10**14])
-    assert result["planned"]["measured"] == targets[0].overhead + 50
-    assert planning.plan(cfg, **given, dry_step=False)["planned"]["measured"] is None and len(targets) == 4
-    cfg.trainer.score = "miou_no_background"
-    with pytest.raises(UserError, match="data=folder has no background"):
-        planning.plan(cfg, **given)
-    OmegaConf.update(cfg, "trainer.heads", ["linear", "mlp"], force_add=True)
-    with pytest.raises(UserError, match="trains several heads"):
-        planning.plan(cfg, **given)
-    assert len(targets) == 4  # nothing is foretold of these
-
-
-def shortage(*_):
-    raise OutOfMemory("there is too little")
-
-
-@pytest.mark.parametrize(
-    ("kind", "tried", "free", "measured"),
-    [
-        ("cpu", lambda *_: Trial(peak=70), 1000, 70),
-        ("cuda", lambda *_: Trial(peak=70), 1000, 70 + 2**30),
-        ("cpu", lambda *_: None, 1000, 1250),
-        ("cpu", shortage, 1000, 1250),
-        ("cpu", lambda *_: pytest.fail("it is tried"), 999, None),
-    ],
-    ids=["cpu", "cuda", "killed", "short", "no room"],
-)
-def test_a_dry_step_tells_what_it_took_or_that_it_is_more(monkeypatch, kind, tried, free, measured):
-    samples = []
-    monkeypatch.setattr(planning, "free_bytes", lambda device: free)
-    monkeypatch.setattr(planning, "run_in_process", lambda work, values: samples.append(work.keywords) or tried())
-    parts, target = SimpleNamespace(batch_size=6), Target(kind, 0, bf16=False, world_size=2)
-    found = Fit(parts, (), StepBytes(*[0] * 8), 1000)
-    assert planning._measured({}, SimpleNamespace(device=None), found, target) == measured
-    assert samples == ([] if measured is None else [{"samples": 3}])
+        assert ("Random numbers (dropout, mask points) are sampled per micro-batch" in done.out) == bool(sizes)
 
 
 def test_a_device_that_is_not_here_computes_as_the_config_says(compose, monkeypatch):
-    target, engine = planning._target(Builder(compose(*WORDS, "engine.precision=bf16")), "24GB", "cuda")
-    assert (target.kind, target.memory, target.bf16, engine) == ("cuda", 24 * 10**9, True, None)
+    target = planning._target(Builder(compose(*WORDS, "engine.precision=bf16")), "24GB", "cuda")
+    assert (target.kind, target.memory, target.bf16) == ("cuda", 24 * 10**9, True)
     monkeypatch.setattr(planning, "free_bytes", lambda device: math.inf)
     with pytest.raises(UserError, match="This system does not report its free memory. Set it, such as mode.memory"):
         planning._target(Builder(compose(*WORDS)), None, None)
@@ -197,7 +116,7 @@ def test_a_device_that_is_not_here_computes_as_the_config_says(compose, monkeypa
 def test_ranks_of_a_cpu_share_what_is_free_and_have_each_what_is_said(compose, monkeypatch):
     monkeypatch.setattr(planning, "free_bytes", lambda device: 6000)
     cfg = compose(*WORDS, "engine.devices=3", "data.batch_size=6")
-    assert [planning._target(Builder(cfg), said, None)[0].memory for said in (None, "1MiB")] == [2000, 2**20]
+    assert [planning._target(Builder(cfg), said, None).memory for said in (None, "1MiB")] == [2000, 2**20]
 
 
 def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_path):
@@ -216,12 +135,11 @@ def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_pa
     [
         (["mode.memory=24"], "mode.memory=24: give an amount with its unit, such as 24GiB"),
         (
-            ["mode.memory=1MiB", "mode.change_model=false", "data.batch_size=1", "head=mlp"],
+            ["mode.memory=1MiB", "data.batch_size=1", "head=mlp"],
             r"fits into 0\.001 GiB: the smallest, .*needs about .* GiB",
         ),
         (["mode.device=tpu"], "mode.device=tpu is unknown. Choose cpu or cuda"),
         (["mode.device=cuda"], "mode.device=cuda is not the device here. Set its memory, such as mode.memory"),
-        (["mode.dry_step=3"], "mode.dry_step=3"),
         (["data.batch_size=0"], "data.batch_size=0"),
         (["data.batch_size=3", "engine.devices=2"], "data.batch_size=3 cannot be shared by 2 devices"),
         (["engine.sharding=fsdp", "engine.devices=2"], "engine.sharding=fsdp: mode=plan counts all weights"),
@@ -237,8 +155,7 @@ def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_pa
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_values_that_are_none_are_refused(tmp_path, monkeypatch, words, message):
-    monkeypatch.setattr(planning, "run_in_process", in_this_process)
+def test_values_that_are_none_are_refused(tmp_path, words, message):
     done = call(tmp_path, "mode=plan", *WORDS, "hydra.run.dir=run", *words)
     assert done.status == 1 and re.search(message, done.err), done.err
     assert "Traceback" not in done.err

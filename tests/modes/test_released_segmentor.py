@@ -111,7 +111,6 @@ def test_train_a_new_class_layer(files, tmp_path, recipe, columns):
         "resolution.crop=[64,96]",
         "data.batch_size=1",
         "mode.pictures=0",
-        "mode.probe_baseline=0",
     ]
     given = [*SMALL, *QUIET, *weights(files), *steps, "data.root=idd", "backbone.dtype=float32", "hydra.run.dir=run"]
     if recipe == "idd_m2f_no_object":

@@ -15,6 +15,7 @@ from dinoseg.modes.training_run import _next_commands
 from dinoseg.report.log import read_rows
 from dinoseg.tasks import images
 from dinoseg.training.checkpoint import read
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
 
 
@@ -50,10 +51,10 @@ def test_progress_can_be_leafed_through(where):
 @pytest.mark.parametrize(
     "word", ["schedule.kind=unknown", "optimizer.layer_decay_rule=unknown", "optimizer.betas=[0.9]"]
 )
-def test_options_of_rates_are_refused_before_the_model_is_built(where, word):
+def test_options_of_rates_are_refused_before_the_data_are_checked(where, word):
     done = call(where, "mode=train", *SMALL, f"optim.{word}")
     assert done.status == 1 and f"error: optim.{word}" in done.err, done.err
-    assert "Checking the data" not in done.err and "Building the model" not in done.err
+    assert "Checking the data" not in done.err
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_options_of_rates_are_refused_before_the_model_is_built(where, word):
 )
 def test_the_warmup_of_a_backbone_that_is_not_trained_has_no_effect(where, adapter, heads):
     words = (f"adapter={adapter}", *heads, "optim.schedule.backbone_warmup=500", "mode.pictures=0")
-    output = train(where, *words, "mode.report=false", "mode.probe_baseline=0").err
+    output = train(where, *words, "mode.report=false").err
     line = "optim.schedule.backbone_warmup=500 has no effect: the backbone is not trained. Set it to null, or choose"
     assert output.count("backbone_warmup") == 1 and (line in output) == (adapter == "frozen")
     assert ("The learning rate rises until" in output) == (adapter == "full")
@@ -129,23 +130,22 @@ def test_a_run_that_is_not_better_than_a_constant_is_told_so(where, monkeypatch,
     assert warned == told and done.err.count("not better than") == told
 
 
-def test_a_start_reads_each_mask_once_and_puts_the_untrained_model_together_once(where, monkeypatch):
+def test_a_start_reads_each_mask_once_and_builds_no_outline(where, monkeypatch):
+    def stop(experiment):
+        raise UserError("enough")
+
     read, outlined = [], []
     real_read, real_outline = MaskReader.read, Builder.outline
     monkeypatch.setattr(MaskReader, "read", lambda self, source: read.append(source) or real_read(self, source))
     monkeypatch.setattr(Builder, "outline", lambda build: outlined.append(build) or real_outline(build))
-    gone = ("backbone.weights=gone.safetensors", "loss.weights=median", "data.workers=1", f"cache_dir={where}/c")
-    refused = call(where, "mode=train", *SMALL, *gone)
-    assert refused.status == 1 and "gone.safetensors" in refused.err and list(where.rglob("class_counts_*"))
+    monkeypatch.setattr("dinoseg.modes.train.fit", stop)
+    gone = call(where, "mode=train", *SMALL, "backbone.weights=gone.safetensors")
+    assert gone.status == 1 and "gone.safetensors" in gone.err and not read
+    words = ("loss.weights=median", "data.workers=1", f"cache_dir={where}/c")
+    stopped = call(where, "mode=train", *SMALL, *words)
+    assert stopped.status == 1 and "error: enough" in stopped.err and list(where.rglob("class_counts_*"))
     masks = where.glob("data/*/masks/*.png")
-    assert len(outlined) == 1 and sorted(where / path for path in read) == sorted(masks)
-
-
-def test_one_image_of_a_single_cell_is_refused_before_the_training(where):
-    words = (*SMALL, "head=linear", "resolution.crop=[8,8]", "data.batch_size=1")
-    done = call(where, "mode=train", *words, f"hydra.run.dir={where}/run")
-    assert done.status == 1
-    assert "error: data.batch_size=1: head=linear is trained on 2 images or more per device" in done.err
+    assert not outlined and sorted(where / path for path in read) == sorted(masks)
 
 
 def test_evaluate_last_uses_the_last_weights_everywhere(where):

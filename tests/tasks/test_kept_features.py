@@ -14,13 +14,13 @@ from dinoseg.utils.errors import UserError
 def plan(compose, monkeypatch):
     """Return a function that gives the plan of a config."""
     monkeypatch.setattr(
-        images, "feature_cache", lambda data_module, model, loss, engine, plan: SimpleNamespace(plan=plan, place=None)
+        images, "feature_cache", lambda data_module, model, engine, plan: SimpleNamespace(plan=plan, place=None)
     )
 
     def planned(*words, before=None):
         cfg = compose("data.root=.", "data.classes=[a,b]", "backbone=tiny", "data.views=2", *words)
         task = SimpleNamespace(parts=Builder(cfg), data_module=SimpleNamespace())
-        ImageTask.cache_features(task, None, None, None, 3.0, before=before or {})
+        ImageTask.cache_features(task, None, None, 3.0, before=before or {})
         return task.data_module.cache.plan
 
     return planned

@@ -3,9 +3,7 @@
 import errno
 import itertools
 import logging
-import math
 import re
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from checkpoint_files import INFO
 from log_rows import Rows
+from making import train_batches
 from torch import nn
 
 from dinoseg.data import loader
@@ -26,6 +25,8 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.train_views import ClassUniform
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
+from dinoseg.inference.whole import Whole
+from dinoseg.inference.windows import Windows
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.adapters import Frozen, LastBlocks, Lora
 from dinoseg.models.backbones.transformers_vit import TransformersVit
@@ -38,17 +39,16 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache import cache, store
 from dinoseg.training.feature_cache.cache import CachedMasks
 from dinoseg.training.feature_cache.form import to_bytes
-from dinoseg.training.feature_choice import CacheOptions, Cost, feature_cache, measured
+from dinoseg.training.feature_choice import CacheOptions, feature_cache, measure_features
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Experiment, Settings, fit
-from dinoseg.utils import cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image, write_png
 
 AUGMENT = Augment((24, 33), scale=(0.5, 1.5), affine=Affine(20), flip=0.5, color=ColorJitter(0.2, 0.2))
 FROZEN = Frozen()
-MEASURED, SIZES = 2, 4  # forward passes before a training; sizes of the pictures, each of whose shapes are asked once
+MEASURED, SIZES = 1, 4  # forward passes before a training; sizes of the pictures, each of whose shapes are asked once
 
 
 class Losses(Rows):
@@ -108,7 +108,7 @@ def train(data, tiny_backbone, tmp_path):
         data_module = ImageDataModule(data_set, data_set, augment, pictures=1, views=views, **share)
         plan = CacheOptions(tmp_path / "cache", epochs or steps * 2 / 5, "drawing", {}, dtype=dtype, **options)
         loss = CrossEntropy(torch.ones(3))
-        data_module.cache = feature_cache(data_module, model, loss, engine, plan)
+        data_module.cache = feature_cache(data_module, model, engine, plan)
         if epochs:
             return [], data_module, model
         points = Checkpointer(tmp_path / f"run_{cache}_{steps}_{start}", INFO, start and read(start))
@@ -195,10 +195,9 @@ def test_features_in_other_processes_are_the_same(train):
 def test_each_view_is_read_by_the_training_s_own_process_once_it_was_read_by_any(train, monkeypatch):
     loaded, load = [], loader._load_ahead
     monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, n, **_: loaded.append(n) or load(read, keys, n))
-    monkeypatch.setattr(cores, "_usable", lambda: set(range(2)))
-    rows, data_module, _ = train("disk", workers="auto", steps=9)
+    rows, data_module, _ = train("disk", workers=2, steps=9)
     assert rows == train(steps=9)[0]
-    assert loaded == [2, 2, 0, 0, 0]  # 6 batches hold both views of all, with a validation; then 3, with two more
+    assert loaded == [2, 2]  # 6 batches hold both views of all, with a validation; later ones are read here
     monkeypatch.setattr(PairDataset, "mask", lambda *_: pytest.fail("a mask is decoded once more"))
     batches = data_module.train_batches(0)
     assert [next(batches).names for _ in range(3)]
@@ -219,7 +218,7 @@ def test_features_of_other_weights_or_preprocessing_are_not_used(train, computed
     computed.clear()
     with caplog.at_level(logging.INFO):
         rows = train("disk", steps=3, **other)[0]
-    assert sum(computed) == 2 + 6 + 5 and f"with other {told}:" in caplog.text
+    assert sum(computed) == 1 + 6 + 5 and f"with other {told}:" in caplog.text
     assert rows == train(steps=3, **other)[0]
 
 
@@ -264,12 +263,12 @@ def test_where_a_backbone_is_cut_counts(folder, monkeypatch):
     assert folder() != whole
 
 
-def test_views_that_are_never_drawn_take_no_room_and_measuring_leaves_nothing(train, caplog, monkeypatch, tmp_path):
+def test_views_that_are_never_drawn_take_no_room(train, caplog, monkeypatch, tmp_path):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(choice, "in_bytes", str)
     for epochs in (0.5, 3.5):
         assert train("disk", views=4, epochs=epochs)[2].training
-    assert not list((tmp_path / "cache/features").iterdir())
+    assert not (tmp_path / "cache/features").exists()
     told = [int(size) for message in caplog.messages for size in re.findall(r"take about (\d+) as", message)]
     assert told[0] < told[1]  # one view of each, and all four
 
@@ -312,7 +311,7 @@ def test_masks_go_with_images_that_a_class_of_ones_own_changes(train, data):
 def test_a_training_goes_on_where_the_disk_is_full_and_the_next_one_keeps_the_rest(
     train, computed, caplog, monkeypatch
 ):
-    live, real, left = train(steps=3)[0], store.write_all, [1 + 4]  # what is measured, and four more
+    live, real, left = train(steps=3)[0], store.write_all, [4]
 
     def write(file, data):
         left[0] -= 1
@@ -366,7 +365,7 @@ def test_features_of_other_shapes_or_kinds_are_none_and_mended(
     live = train(steps=3)[0]
     assert train("disk", steps=3)[0] == live
     if not known:  # what is measured tells of views alone
-        monkeypatch.setattr(choice, "measured", lambda *given: measured(*given)._replace(shapes=""))
+        monkeypatch.setattr(choice, "measure_features", lambda *given: measure_features(*given)._replace(shapes=""))
     data_module = train("disk", epochs=9)[1]
     views = next(data_module.train_batches(0)).views[1:]
     if not drawn:
@@ -386,15 +385,6 @@ def test_features_of_other_shapes_or_kinds_are_none_and_mended(
     assert train("disk", steps=3)[0] == live and not caplog.messages
 
 
-def test_masks_that_only_other_processes_would_read_are_not_kept(train, monkeypatch):
-    monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, _, **__: map(read, keys))
-    kept, keep = [], CachedMasks.keep
-    monkeypatch.setattr(CachedMasks, "keep", lambda masks, *view: kept.append(view) or keep(masks, *view))
-    for workers, count in ((2, 0), (0, 2)):
-        next(train("disk", epochs=9, workers=workers)[1].train_batches(0))
-        assert len(kept) == count
-
-
 def test_trainings_that_go_on_at_once_share_what_is_kept(train, computed):
     feeds = [train("disk", epochs=9)[1] for _ in range(2)]
     computed.clear()
@@ -406,11 +396,11 @@ def test_trainings_that_go_on_at_once_share_what_is_kept(train, computed):
 
 
 def test_what_lets_batches_come_sooner_depends_on_what_is_read(train, data, tmp_path):
-    _, live, _ = train(epochs=2, workers="auto")
-    assert live.remedy.startswith("Decode images only once (data.cache=packed). engine.workers=auto has tried")
+    _, live, _ = train(epochs=2, workers=2)
+    assert live.remedy.startswith("Decode images only once (data.cache=packed). If cores are idle, use more")
     _, kept, _ = train("disk", epochs=2, workers=2)
     assert kept.remedy.startswith("Features are cached: ") and "packed" not in kept.remedy
-    assert kept.remedy.endswith("use more loading processes (engine.workers=auto finds the number).")
+    assert kept.remedy.endswith("use more loading processes (engine.workers is 2).")
     _, kept, _ = train("memory", epochs=2, workers=2)
     assert kept.remedy.startswith("Features are cached in memory: ") and "disk" not in kept.remedy
     live.train = pack(data, cache_dir=tmp_path, workers=1)
@@ -440,22 +430,85 @@ def test_rounded_features_train_nearly_the_same(train):
         assert rounded == pytest.approx(live, rel=error) and rounded != live, dtype
 
 
-def test_auto_keeps_features_where_that_pays(train, monkeypatch, caplog):
-    cost = Cost(frozen=0.1, rest=0.01, write=0.01, read=0.01, bytes=100, pixels=100)
-    monkeypatch.setattr(choice, "measured", lambda *_: cost)
+def test_images_that_are_not_seen_whole_are_not_validated_by_features(train, computed):
+    windows = {"policy": Windows(16)}
+    live = train(**windows)[0]
+    computed.clear()
+    assert train("memory", **windows)[0] == live
+    assert sum(computed) == 1 + 10
+    assert not Whole(flips="horizontal").is_single_pass(None, (1, 1), None) and Whole().is_single_pass(
+        None, (1, 1), None
+    )
+
+
+def test_batches_are_halved_where_memory_is_short(train):
+    _, data_module, _ = train("memory")
+    views = next(data_module.train_batches(0))
+    views.views.append(views.views[0])
+    parts = [part.names for part in views.split(2)]
+    assert [len(part) for part in parts] == [2, 1] and sum(parts, []) == views.names
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_views_come_again(data, views):
+    options = {"batch_size": 5, "seed": 0, "views": views}
+    batches = train_batches(data, AUGMENT, **options)
+    epochs = [next(batches) for _ in range(views + 1)]
+    drawn = [dict(zip(batch.names, batch.image, strict=True)) for batch in epochs]
+    assert all(torch.equal(drawn[0][name], drawn[views][name]) for name in drawn[0])
+    assert views == 1 or not torch.equal(drawn[0]["0"], drawn[1]["0"])
+
+
+def test_the_view_of_a_mask_alone_is_that_with_its_image(data):
+    for index in range(len(data)):
+        sample = data[index]
+        image, mask = sample["image"].permute(1, 2, 0).numpy().copy(), sample["mask"].numpy()
+        _, seen = AUGMENT(image, mask, np.random.default_rng(index))
+        assert np.array_equal(seen, AUGMENT.mask(mask, np.random.default_rng(index)))
+
+
+def test_auto_says_why_it_trains_on_images(train, caplog, monkeypatch):
+    def told(**options):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert train("auto", **options)[1].cache is None
+        return caplog.text
+
+    assert "data.views=4 to cache 4 fixed augmentations" in told(views=None, epochs=9)
+    assert "adapter.blocks=4" in told(adapter=Lora(2, 4), epochs=9)
+    assert "repeat no view" in told(epochs=2.0)
+    monkeypatch.setattr(choice, "_memory_room", lambda *_: 10)
+    monkeypatch.setattr(choice, "_disk_room", lambda *_: 11)
+    assert "MiB are free in memory and 0.0 MiB in files" in told(epochs=20)
+
+
+def test_a_run_that_goes_on_keeps_to_what_it_has_chosen_unless_told_otherwise(train, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    for before in ("disk", "memory"):
+        assert train("auto", epochs=20, before=before)[1].cache.place == before
+        assert (
+            "Feature cache: on (engine.cache=auto), in" in caplog.text
+            and ("as at the start of this run") in caplog.text
+        )
+        caplog.clear()
+    assert train("disk", epochs=20, before="off")[1].cache.place == "disk" and "at the start" not in caplog.text
+    for before in (None, "elsewhere"):  # unknown, or of a file that somebody has written: the rule decides
+        assert train("auto", epochs=20, before=before)[1].cache.place == "memory"
+        assert "at the start" not in caplog.text
+    monkeypatch.setattr(choice, "measure_features", lambda *_: pytest.fail("what is known is measured"))
+    assert train("auto", epochs=20, before="off")[1].cache is None
+    assert "This run started without a cache: set engine.cache=disk or memory to use one." in caplog.text
+
+
+@pytest.mark.parametrize(("memory", "disk", "place"), [(10**6, 10**6, "memory"), (10, 10**6, "disk"), (10, 10, None)])
+def test_auto_caches_in_memory_else_on_disk(train, monkeypatch, caplog, memory, disk, place):
+    monkeypatch.setattr(choice, "_memory_room", lambda *_: memory)
+    monkeypatch.setattr(choice, "_disk_room", lambda *_: disk)
     with caplog.at_level(logging.INFO):
         _, data_module, _ = train("auto", epochs=20)
-    assert data_module.cache is not None and "estimated speed-up 3.7 over 20.0 epochs" in caplog.text
-    assert cost.gain(20, 2, disk=True) == pytest.approx(20 * 0.11 / (2 * 0.11 + 18 * 0.01 + 20 * 0.01))
-    assert cost.gain(1, 4, disk=False) == 1
-    unwritable = cost._replace(write=math.inf, read=math.inf)
-    assert unwritable.gain(20, 2, disk=False) == cost.gain(20, 2, disk=False) and unwritable.gain(9, 2, disk=True) == 0
-    assert unwritable.gain(1, 2, disk=True) == 0
-    assert store.cap_of(1e300) == sys.maxsize and store.cap_of(None) is None
-    monkeypatch.setattr(choice, "_disk_room", lambda *_: 10)
-    with caplog.at_level(logging.INFO):
-        train("auto", epochs=20)
-    assert "Feature cache: on (engine.cache=auto), in memory" in caplog.text
+    assert (data_module.cache and data_module.cache.place) == place
+    (line,) = (line for line in caplog.messages if line.startswith("Feature cache: "))
+    assert "engine.cache=auto" in line and "as float32" in line
 
 
 @pytest.mark.parametrize(

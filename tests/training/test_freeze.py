@@ -64,7 +64,7 @@ def train(folder, *, begin=0.5, steps=6, start=None, model=None, watch=None, **o
     )
     loss = options.pop("loss", None) or CrossEntropy(torch.ones(3))
     data_module.cache = feature_cache(
-        data_module, model, loss, engine, CacheOptions(folder / "cache", 3.0, "", {}, dtype="float32")
+        data_module, model, engine, CacheOptions(folder / "cache", 3.0, "", {}, dtype="float32")
     )
     optimizer = adamw(model, head_lr=1e-2, backbone_lr=1e-3, freeze_backbone_until=begin)
     if watch:

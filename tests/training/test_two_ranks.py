@@ -95,7 +95,7 @@ def train(
     order = {"batch_size": batch_size, "seed": 0, "workers": 0, "rank": engine.rank, "world_size": engine.world_size}
     data_module = ImageDataModule(*sets, Augment((24, 32)), **order, views=None if cache == "off" else 1)
     loss, plan = loss(), CacheOptions(folder / "cache", 3.0, "", {}, dtype="float32")
-    data_module.cache = feature_cache(data_module, model, loss, engine, plan)
+    data_module.cache = feature_cache(data_module, model, engine, plan)
     groups = parameter_groups(model, lr=0.01 if adamw else 0.05, weight_decay=0.0, freeze_backbone_until=begin)
     optimizer = torch.optim.AdamW(groups, fused=True) if adamw else torch.optim.SGD(groups)
     checkpoints = Checkpointer(folder, dict(INFO), start and read(start), writes=engine.is_main)

@@ -2,16 +2,12 @@
 
 import hashlib
 import json
-import math
 import os
 import platform
-import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,10 +18,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg import __version__
-from dinoseg.autotune.rules import CHOOSING, RecipeChoice
-from dinoseg.cli.auto.given import drop_typed
-from dinoseg.cli.auto.search import ComposedRecipe, RecipeSearch
-from dinoseg.config.checks import check_arguments
+from dinoseg.autotune.rules import RecipeChoice
+from dinoseg.cli.auto.choose import Budget, choose
 from dinoseg.config.job import job_config
 from dinoseg.config.plain import BUILDS, to_container
 from dinoseg.core.shapes import SegmentationData
@@ -33,32 +27,39 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import LENGTHS, config_description, recipe_of
-from dinoseg.experiment.step import check_trainer, training_parts
+from dinoseg.experiment.step import check_trainer
 from dinoseg.tasks.images import SAMPLING
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
-from dinoseg.utils.cores import count_cores, ranks_here
+from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.locks import locked
 from dinoseg.utils.units import finished
 from dinoseg.utils.wording import format_override, one_line, printable
 
 AUTO = "auto"  # name of the recipe that is chosen automatically
-_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # environment variables that make a process a rank
-# overrides that do not affect the choices
-_OF_A_RUN = ("seed", "resume", "budget", "logger", "hydra", "mode", "hparam")
-
-
 NAME = "chosen"  # of the written recipe
 GROUPS = ("adapter", "head", "loss")  # config groups whose option is chosen
-_NAMES = rf"(?!(?:{'|'.join(BUILDS)})$).*"  # keys of a table, except those of `BUILDS`
-_MAX_BYTES = 2**20  # of a file of choices, which takes a few thousand
-_MAX_PIXELS = 2**30  # of the images in a batch, as in a checkpoint's config
-_COUNT, _SIDE, _RATE = forms.whole(1, 2**40), forms.whole(1, 2**20), forms.number(0, 100)
-
-
+# overrides that do not affect the choices
+_OF_A_RUN = ("seed", "resume", "budget", "logger", "hydra", "mode", "hparam")
 _SEARCHED = "hydra.searchpath"
+_IMPLIED_BY = {  # from chosen keys to other keys that replace them if typed
+    "loss.weights": ("loss",),
+    "loss.criterion.factors.dice": ("loss", "loss.criterion", "loss.criterion.factors"),
+    "trainer.steps": ("trainer.epochs",),
+    "trainer.max_minutes": ("trainer.steps", "trainer.epochs"),
+    "trainer.val_every": ("trainer.steps", "trainer.epochs"),
+}
+_KEYS = (  # that are chosen
+    *GROUPS,
+    *("head.init", "loss.weights", "loss.criterion.factors.dice"),
+    *("data.augment.scale", "data.batch_size", "data.labelled", "data.views", "resolution.crop", "resolution.longest"),
+    "optim.optimizer.freeze_backbone_until",
+    *("trainer.steps", "trainer.max_minutes", "trainer.val_every", "trainer.val_images"),
+)
+_CLASS_NAME = rf"(?!(?:{'|'.join(BUILDS)})$).*"
+_MAX_BYTES = 2**20  # of a file of choices, which takes a few thousand
 
 
 @dataclass(frozen=True)
@@ -100,28 +101,26 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     """
     build = Builder(cfg)
     _check(build)
-    minutes = cfg.budget.minutes
     given = typed_keys(words)
     train, val = build.dataset("train", reduced=True), build.dataset("val")
     path = _path(build, given, (train, val))
     source = f"reused from {path} (remove it to choose again)"
     # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
-    with _one_at_a_time(path):
+    with locked(path.with_suffix(".lock")):
         stored = read_choices(path)
         if stored is None:
-            most = f"candidates are timed for at most {60 * CHOOSING * minutes:.0f} s"
-            _log_progress(f"inspects data and machine: budget.minutes={minutes:g} starts now, {most}")
-            trying = [*words, *_shared()]
-            joined = ranks_here() if _shared() else 0
-            with _outside_ranks():
-                engine = build.engine(devices=1)
-                data = train, evenly_spaced_subset(val, cfg.trainer.get("val_images"))
-                search = RecipeSearch(
-                    partial(_read, trying), data, engine, given, minutes, _log_progress, joined=joined
-                )
-                choices = search.choose()
-            stored, source = (search.about, choices), "chosen now"
-            _store_choices(path, *stored)
+
+            def compose_with(choices: Sequence[RecipeChoice]) -> DictConfig:
+                return _compose_choices(words, "trying", drop_typed(choices, given)[0])
+
+            data = train, evenly_spaced_subset(val, cfg.trainer.get("val_images"))
+            stored = choose(compose_with, data, build.engine(devices=1), given, Budget(cfg.budget.minutes))
+            source = "chosen now"
+            try:
+                write_choices(path, *stored)
+            except OSError as error:  # no log is open yet
+                message = f"warning: cannot write {path} ({error}): the next run chooses again."
+                print(printable(message), file=sys.stderr)
     about, choices = stored
     choices, taken = drop_typed(choices, given)  # the file stores all: other keys may be typed next
     about += f"; set on the command line: {', '.join(taken)}" if taken else ""
@@ -129,55 +128,31 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     remaining = [
         word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")
     ]
-    return ChosenRecipe(_composed(words, about, choices), recipe_text(about, choices), remaining)
+    return ChosenRecipe(_compose_choices(words, about, choices), recipe_text(about, choices), remaining)
 
 
-def _log_progress(doing: str) -> None:
-    print(printable(f"hparam=auto {doing}"), file=sys.stderr)
-
-
-def _composed(words: Sequence[str], about: str, choices: Sequence[RecipeChoice]) -> DictConfig:
+def _compose_choices(words: Sequence[str], about: str, choices: Sequence[RecipeChoice]) -> DictConfig:
     return composed_with(words, NAME, recipe_text(about, choices), known_as=AUTO)
 
 
 def _check(build: Builder) -> None:
     """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
-    minutes = build.value("budget.minutes")
-    check_arguments("dinoseg.cli.auto.search.RecipeSearch", {"minutes": minutes}, {"minutes": "budget.minutes"})
+    build.arguments(Budget, {"minutes": "budget.minutes"})
     if build.task().on_clips or "unlabelled" in build.value("trainer"):
         raise UserError(
             f"hparam=auto chooses for images and their masks, not for trainer={build.options['trainer']}. Choose a "
             "recipe: mode=help lists them."
+        )
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "hparam=auto chooses before the ranks start, not in ranks of torchrun or Slurm. Choose with mode=plan in "
+            "one process and train with the command that it prints, or let engine.devices=N start the ranks."
         )
     check_trainer(build)
     build.lengths(samples=1)
     build.arguments(ImageDataModule, SAMPLING)
     build.part("data.augment")  # refuses an invalid crop
     build.arguments(evenly_spaced_subset, {"count": "trainer.val_images"})
-
-
-def _read(words: Sequence[str], choices: Sequence[RecipeChoice]) -> ComposedRecipe:
-    """Return the values of the config that a command line composes with choices."""
-    cfg = _composed(words, "trying", choices)
-    rates = cfg.optim.optimizer
-    return ComposedRecipe(
-        values=to_container(cfg),
-        parts=partial(training_parts, Builder(cfg)),
-        adapter=cfg.choices.adapter,
-        head=cfg.choices.head,
-        crop=tuple(cfg.resolution.crop),
-        scale=cfg.resolution.scale,
-        longest=cfg.resolution.longest,
-        batch_size=cfg.data.batch_size,
-        accumulate=cfg.trainer.accumulate,
-        views=cfg.data.get("views"),
-        cache=cfg.engine.cache,
-        cache_dir=cfg.cache_dir,
-        devices=cfg.engine.devices,
-        head_lr=rates.head_lr,
-        backbone_lr=rates.backbone_lr,
-        freezes="freeze_backbone_until" in rates,
-    )
 
 
 def _path(build: Builder, given: frozenset[str], data: Sequence[SegmentationData]) -> Path:
@@ -195,91 +170,32 @@ def _path(build: Builder, given: frozenset[str], data: Sequence[SegmentationData
             key: to_container(build.value("engine"))[key]
             for key in ("device", "precision", "cache", "devices", "sharding")
         },
-        # the first rank of a restarted job may be on another machine
-        "machine": _shared() or (platform.node(), count_cores()),
+        "machine": (platform.node(), count_cores()),
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
     return build.cache_dir / f"choices_{key[:16]}.json"
-
-
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Lock out processes that make the same choices; a no-op if the lock file cannot be written."""
-    with ExitStack() as stack:
-        with suppress(OSError):  # `_store_choices` reports it when it writes to the same folder
-            stack.enter_context(locked(path.with_suffix(".lock")))
-        yield
-
-
-def _store_choices(path: Path, about: str, choices: Sequence[RecipeChoice]) -> None:
-    try:
-        write_choices(path, about, choices)
-    except OSError as error:
-        message = f"warning: cannot write the choices to {path} ({error}): the next run chooses again."
-        print(printable(message), file=sys.stderr)  # no log is open yet
-
-
-def _shared() -> list[str]:
-    """Return the override for the number of ranks that share a batch, if torchrun or Slurm started them."""
-    return [f"engine.devices={os.environ['WORLD_SIZE']}"] if "WORLD_SIZE" in os.environ else []
-
-
-@contextmanager
-def _outside_ranks() -> Iterator[None]:
-    """Remove the rank variables from the environment for the block, since a single process is timed."""
-    before = {name: os.environ.pop(name) for name in _RANKS if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ |= before
 
 
 def _root(key: str) -> str:
     return key.partition(".")[0]
 
 
-def _name(*names: str) -> forms.Form:
-    """Return the form of one of some names, or without names of any option of a config group."""
-
-    def check(value: Any, where: str) -> None:
-        if not isinstance(value, str) or not (value in names if names else re.fullmatch(r"[a-z]\w*", value)):
-            raise forms.SchemaError(f"{where:.99} is {value!r:.60}; it must be {' or '.join(names) or 'a name'}")
-
-    return check
+def _check_words(value: Any, where: str) -> None:
+    """Refuse other keys than those that are chosen, and other values than names, numbers, and tables of numbers."""
+    forms.some_of(**dict.fromkeys(_KEYS, _check_value))(value, where)
 
 
-def _class_weights(value: Any, where: str) -> None:
-    """Validate `loss.weights`: none, or a table from class name to weight without a `_target_`."""
-    if value != "none":
-        forms.table(forms.number(0, 2**20), _NAMES)(value, where)
+def _check_value(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        forms.table(_NUMBER, _CLASS_NAME)(value, where)
+    elif isinstance(value, list):
+        forms.listing(_NUMBER)(value, where)
+    elif not (isinstance(value, str) and value.isidentifier()):
+        _NUMBER(value, where)
 
 
-_FORMS: Mapping[str, forms.Form] = {  # of all keys that may be chosen; a file with other keys is rejected
-    **{"adapter": _name(), "head": _name("linear", "multiscale", "detail"), "loss": _name("ce_dice")},
-    **{"adapter.blocks": forms.whole(1, 2**16), "head.init": _name("probe")},
-    **{"backbone.checkpointing": forms.flag, "head.checkpointing": forms.flag},
-    **{"loss.weights": _class_weights, "loss.criterion.factors.dice": forms.number(0, 2**20)},
-    **{"data.augment.scale": forms.row(forms.number(0.01, 16), forms.number(0.01, 16))},
-    **{"data.batch_size": forms.whole(1, 2**16), "data.views": forms.whole(1, 2**10)},
-    **{"data.labelled": forms.number(1e-9, 1)},
-    **{"resolution.crop": forms.row(_SIDE, _SIDE), "resolution.longest": _SIDE},
-    **{"optim.optimizer.freeze_backbone_until": forms.number(0, 0.99)},
-    **{"optim.optimizer.backbone_lr": _RATE, "optim.optimizer.head_lr": _RATE},
-    **{"trainer.accumulate": forms.whole(1, 2**20), "trainer.max_minutes": forms.number(0, 2**40)},
-    **dict.fromkeys(("trainer.steps", "trainer.val_every", "trainer.val_images"), _COUNT),
-}
-
-
-def _choices(value: Any, where: str) -> None:
-    """Validate the overrides and reasons of all choices, and the size of the batch that they result in."""
-    forms.listing(forms.record(words=forms.some_of(**_FORMS), reason=forms.text))(value, where)
-    words = {key: each for row in value for key, each in row["words"].items()}
-    pixels = math.prod(words.get("resolution.crop", ())) * words.get("data.batch_size", 1)
-    if pixels > _MAX_PIXELS:
-        raise forms.SchemaError(f"{where} makes batches of {pixels} pixels; the limit is {_MAX_PIXELS}")
-
-
-_FORM = forms.record(about=forms.text, choices=_choices)
+_NUMBER = forms.number(0, 2**40)
+_FORM = forms.record(about=forms.text, choices=forms.listing(forms.record(words=_check_words, reason=forms.text)))
 
 
 def read_choices(path: Path) -> tuple[str, list[RecipeChoice]] | None:
@@ -318,7 +234,7 @@ def recipe_text(about: str, choices: Sequence[RecipeChoice]) -> str:
     """Return choices as a recipe: a config file of the group hparam."""
     lines = ["# @package _global_", _comment(f"Chosen by hparam=auto: {about}.")]
     keys: dict[str, Any] = {}
-    groups: dict[str, Any] = {}  # the later of two choices wins: memory may need another adapter than time does
+    groups: dict[str, Any] = {}
     for choice in choices:
         lines.append(_comment(f"{' '.join(choice.words)}: {choice.reason}"))
         groups |= {key: value for key, value in choice.words.items() if key in GROUPS}
@@ -339,6 +255,19 @@ def recipe_text(about: str, choices: Sequence[RecipeChoice]) -> str:
 def _comment(text: str) -> str:
     """Return text as a one-line YAML comment; unprintable characters, which could end it, are escaped."""
     return "# " + "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def drop_typed(choices: Iterable[RecipeChoice], given: frozenset[str]) -> tuple[list[RecipeChoice], list[str]]:
+    """Return the choices without typed keys or keys implied by typed ones, and the sorted list of those typed keys."""
+    left = []
+    taken = set[str]()
+    for choice in choices:
+        typed = {key: given & {key, *_IMPLIED_BY.get(key, ())} for key in choice.words}
+        taken = taken.union(*typed.values())
+        words = {key: value for key, value in choice.words.items() if not typed[key]}
+        if words:
+            left.append(replace(choice, words=words))
+    return left, sorted(taken)
 
 
 def typed_keys(words: Sequence[str]) -> frozenset[str]:

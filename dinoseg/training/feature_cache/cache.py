@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dinoseg.core.shapes import FeatureBatch, FrozenFeatures, SegmentationData
 from dinoseg.core.sizes import Size
-from dinoseg.data.enough_workers import AUTO, FROM_NONE, Workers
 from dinoseg.data.loader import load_in_order, sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.likeness import digest
@@ -155,32 +154,29 @@ class FeatureCache:
         return self._store
 
     def train_batches(
-        self, drawn: TrainViews, *, workers: Workers, batch_size: int, start: int, **order: int
+        self, drawn: TrainViews, *, workers: int, batch_size: int, start: int, **order: int
     ) -> Iterator[LazyFeatureBatch]:
         """Yield this rank's share of each training batch, with the same views as `loader.train_batches`.
 
-        Once each view has been read, AUTO restarts with this process only: receiving a view from another process takes
-        longer than reading it here.
+        Once each view has been read, only this process reads: receiving a view from another one takes longer.
         """
         samples = len(drawn.data)
         read = partial(_read_views, drawn, self.store, self.drawing, self._masks)
         batches = partial(sample_batches, read, list, samples, batch_size=batch_size, seed=drawn.seed, **order)
-        first = self._workers(workers)
-        here = isinstance(first, str) or first == 0  # this process reads views, now or later
         again = partial(_read_views, drawn, NoStore(), self.drawing, self._masks)
-        stream = batches(start=start, workers=first)
-        if first == AUTO:
-            seen = self.views * -(-samples // batch_size)
-            stream = _followed(stream, seen, partial(batches, start=start + seen, workers=FROM_NONE))
-        return map(partial(self._arrived, again, masks=here), stream)
+        stream = batches(start=start, workers=self._workers(workers))
+        if self.views is None or not self.keeps:  # no view occurs twice
+            return map(partial(LazyFeatureBatch, self), stream)
+        seen = self.views * -(-samples // batch_size)
+        stream = _followed(stream, seen, partial(batches, start=start + seen, workers=0))
+        return map(partial(self._arrived, again), stream)
 
     def eval_batches(
-        self, data: SegmentationData, *, workers: Workers, rank: int, world_size: int
+        self, data: SegmentationData, *, workers: int, rank: int, world_size: int
     ) -> Iterator[LazyFeatureBatch]:
         """Yield this rank's samples once and in order, each in a batch of its own and not augmented."""
         read = partial(_read_whole, data, self.store, self._masks)
-        workers = self._workers(workers)
-        workers = FROM_NONE if workers == AUTO and self._validated else workers
+        workers = 0 if self._validated else self._workers(workers)
         samples = load_in_order(read, range(rank, len(data), world_size), workers)
         self._validated = True
         again = partial(_read_whole, data, NoStore(), self._masks)
@@ -210,22 +206,20 @@ class FeatureCache:
         self.shapes[view.kind] = described(computed)
         return computed
 
-    def _workers(self, workers: Workers) -> Workers:
+    def _workers(self, workers: int) -> int:
         return 0 if self.place == "memory" else workers  # other processes would not see cached features
 
-    def _arrived(self, again: Callable[..., View], views: list[View], *, masks: bool = True) -> LazyFeatureBatch:
+    def _arrived(self, again: Callable[..., View], views: list[View]) -> LazyFeatureBatch:
         """Return views that were read here or in another process, and remember their masks and checked keys.
 
         Args:
             again: reads a view from its image.
             views: of one size.
-            masks: whether to cache the masks, for views that this process reads from now on.
         """
         if not all(view.features is None or self._matches(view.features, view.kind) for view in views):
             views = [replace(again(*view.source), anew=True) for view in views]
         for view in views:
-            if masks:
-                self._masks.keep((view.key, view.name), view.mask)
+            self._masks.keep((view.key, view.name), view.mask)
             if view.features is not None:
                 self.store.trust(view.key)
         return LazyFeatureBatch(self, views)

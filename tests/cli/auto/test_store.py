@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 from dinoseg.__main__ import CONFIGS
 from dinoseg.autotune.rules import RecipeChoice
 from dinoseg.cli.auto.recipe import (
-    GROUPS,
     NAME,
     choice_lines,
     composed_with,
@@ -27,9 +26,8 @@ CHOICES = [
     RecipeChoice({"head": "detail"}, "poles are thin"),
     RecipeChoice({"adapter": "full"}, "small"),
     RecipeChoice({"loss": "ce_dice", "loss.weights": {"pole": 3.0, "thin sign": 2.0}}, "overlap"),
-    RecipeChoice({"resolution.crop": [352, 480], "optim.optimizer.head_lr": 1e-05}, "whole images"),
-    RecipeChoice({"data.views": 4, "data.batch_size": 2}, "kept"),
-    RecipeChoice({"backbone.checkpointing": True}, "memory"),
+    RecipeChoice({"resolution.crop": [352, 480], "data.labelled": 1e-05}, "whole images"),
+    RecipeChoice({"data.batch_size": 2}, "few steps"),
 ]
 
 
@@ -54,22 +52,13 @@ def test_what_would_not_be_read_back_is_not_written(tmp_path):
         {"head": {"_target_": "os.system"}},
         *({"loss.weights": {name: 3.0}} for name in ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")),
         {"head": "../x"},
-        *({group: value} for group in GROUPS for value in (True, 3, [1], {"a": 1})),
         {"data.batch_size": "2\nhead: x"},
         {"data.root": "elsewhere"},
         {"hydra.run": 3},
         {"trust": [1]},
-        {"data.batch_size": [[1]]},
-        *({"data.batch_size": value} for value in (0, -2, 2**17, 2.5, True, None, "many")),
-        *({"trainer.steps": value} for value in (0, -1, 2**41, 1e3, "none")),
-        *({"resolution.crop": value} for value in ([480], [0, 480], [480, 2**21], [1.5, 2], 480, "whole")),
-        {"resolution.crop": [2**15, 2**15], "data.batch_size": 2},
-        *({"data.augment.scale": value} for value in ([1.0], [-1, 1], [1, 17], 1.0)),
-        *({"data.labelled": value} for value in (0, -0.5, 1.5, "half")),
-        *({"optim.optimizer.freeze_backbone_until": value} for value in (-0.1, 1, True)),
-        *({"optim.optimizer.head_lr": value} for value in (-1e-3, 1e9, "fast")),
-        *({"head": "mask2former"}, {"loss": "mine"}, {"head.init": "random"}, {"backbone.checkpointing": 1}),
-        *({"loss.weights": value} for value in ("median", {"pole": -3.0}, {"pole": 2.0**21}, {"pole": True}, [1.0])),
+        *({"data.batch_size": value} for value in (-2, True, None, "1; rm", 2.0**41)),
+        *({"resolution.crop": value} for value in ([[480], 1], ["480"])),
+        *({"loss.weights": value} for value in ({"pole": -3.0}, {"pole": True}, {"pole": "3"})),
         ["head"],
         3,
     ],
@@ -80,14 +69,6 @@ def test_a_damaged_file_is_none_and_is_told(tmp_path, caplog, words):
     assert read_choices(path) is None and "choosing again" in caplog.text
     path.write_text("{")
     assert read_choices(path) is None
-
-
-def test_the_size_of_the_batch_counts_over_all_choices(tmp_path):
-    large = RecipeChoice({"resolution.crop": [2**13, 2**13]}, "large")
-    choices = [large, RecipeChoice({"data.batch_size": 16}, "many")]
-    write_choices(tmp_path / "choices.json", "x", choices)
-    with pytest.raises(SchemaError, match="batches of 2147483648 pixels"):
-        write_choices(tmp_path / "choices.json", "x", [*choices, RecipeChoice({"data.batch_size": 32}, "more")])
 
 
 def test_a_file_of_choices_is_small(tmp_path, caplog):
@@ -101,7 +82,7 @@ def test_a_file_of_choices_is_small(tmp_path, caplog):
 def test_each_choice_is_a_line_with_its_reason():
     assert choice_lines(CHOICES[2:4]) == [
         "  loss=ce_dice loss.weights={pole: 3, thin sign: 2}: overlap.",
-        "  resolution.crop=[352,480] optim.optimizer.head_lr=1e-05: whole images.",
+        "  resolution.crop=[352,480] data.labelled=1e-05: whole images.",
     ]
 
 
@@ -121,8 +102,8 @@ def test_a_recipe_composes_below_what_is_typed(composing):
         *("mlp", "full", "ce_dice"),
         "auto",
     )
-    assert cfg.data.batch_size == 3 and cfg.data.views == 4 and cfg.resolution.crop == [352, 480]
-    assert cfg.optim.optimizer.head_lr == 1e-5
+    assert cfg.data.batch_size == 3 and cfg.resolution.crop == [352, 480]
+    assert cfg.data.labelled == 1e-5
     assert typed_keys(words) == {"mode", "hparam", "head", "data.batch_size", "data.classes"}
 
 
@@ -137,11 +118,6 @@ def test_a_name_that_ends_a_comment_says_nothing(end):
     text = recipe_text(f"without a pixel: {name}", [RecipeChoice({"head": "detail"}, f"{name} is thin")])
     assert yaml.safe_load(text) == {"defaults": [{"override /head": "detail"}]}
     assert len(choice_lines([RecipeChoice({"head": "detail"}, f"{name} is thin")])[0].split("\n")) == 1
-
-
-def test_of_two_options_of_a_group_the_later_is_taken():
-    text = recipe_text("x", [RecipeChoice({"adapter": "full"}, "time"), RecipeChoice({"adapter": "lora"}, "memory")])
-    assert yaml.safe_load(text) == {"defaults": [{"override /adapter": "lora"}]}
 
 
 @pytest.mark.parametrize("name", ["more", "more of them", "a,b", "it's", "a=b", "[x]"])

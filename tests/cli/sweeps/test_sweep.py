@@ -21,7 +21,7 @@ from dinoseg.utils.errors import UserError
 HOLDS = "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1], 'a'), 2); print(flush=True); time.sleep(60)"
 
 
-QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "mode.probe_baseline=0")
+QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0")
 
 
 def rows_of(path):

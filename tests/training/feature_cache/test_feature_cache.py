@@ -12,7 +12,6 @@ from torch import nn
 from dinoseg.core.shapes import FrozenFeatures
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.enough_workers import AUTO, FROM_NONE
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.train_views import TrainViews
@@ -108,9 +107,9 @@ def test_once_each_view_was_read_the_next_batch_comes_from_this_process(given, m
 
     monkeypatch.setattr(cache, "sample_batches", batches)
     drawn = TrainViews([0] * 3, None, seed=0)
-    stream = kept.train_batches(drawn, workers=AUTO, batch_size=2, start=1)
+    stream = kept.train_batches(drawn, workers=2, batch_size=2, start=1)
     assert len(list(islice(stream, 5))) == 5
-    assert asked == [(1, AUTO), (1 + 2 * 2, FROM_NONE)]  # two views of three images, in batches of two
+    assert asked == [(1, 2), (1 + 2 * 2, 0)]  # two views of three images, in batches of two
     kept.place = "memory"  # another process would see nothing of it
     assert next(kept.train_batches(drawn, workers=3, batch_size=2, start=1)).views == []
     assert asked[2:] == [(1, 0)]
