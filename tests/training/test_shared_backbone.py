@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoint_files import INFO
+from dinoseg.training.head_training import DROPPED, HeadTraining
 from log_rows import Rows
 from test_trainer import Stripes
 from torch import nn
@@ -17,7 +18,6 @@ from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
-from dinoseg.training.head_training import DROPPED, HeadTraining
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.multi_head import (
     MultiHeadCheckpoints,
