@@ -194,7 +194,7 @@ def head_rows(
 def write_leaderboard(rows: Sequence[Mapping[str, Any]], out_dir: Path) -> None:
     """Print the rows of `head_rows`, and write them to leaderboard.csv in a folder."""
     shown = [{key: value for key, value in row.items() if key != "run"} for row in rows]
-    print(f"\n{tabulate(shown, headers='keys', floatfmt='.4g', intfmt=',', disable_numparse=['head'])}")
+    print(f"\n{tabulate(shown, headers='keys', floatfmt='.4g', intfmt=',', disable_numparse=[0])}")  # 0: names
     write_csv_table(out_dir / TABLE, [*rows[0]], rows)
     print(f"\nleaderboard:  {out_dir / TABLE}")
 
