@@ -63,6 +63,7 @@ class HeadParts:
     checkpoints: Checkpointer
     optimizer: Optimizer
     loss: Loss
+    rate: float  # highest base learning rate
 
 
 def train_heads(
@@ -154,7 +155,8 @@ def _build_heads(
         run.check_model(model)
         _, loss, optimizer, checkpoints = run.parts(model, sizes, steps)
         run.note(checkpoints, {}, tells=not heads)
-        heads[name] = HeadParts(run, model, checkpoints, optimizer, loss)
+        rate = max(group["base_lr"] for group in optimizer.param_groups)
+        heads[name] = HeadParts(run, model, checkpoints, optimizer, loss, rate)
     return backbone, heads
 
 
@@ -178,7 +180,7 @@ def head_rows(
     for name, head in heads.items():
         progress = head.checkpoints.progress
         row: dict[str, Any] = {"head": name}
-        row["learning_rate"] = max(group["base_lr"] for group in head.optimizer.param_groups)
+        row["learning_rate"] = head.rate
         row[f"val_{score}"] = progress.best
         row["best_step"] = None if progress.best is None else progress.best_step
         row["miou"] = scores.get(name, {}).get("miou")

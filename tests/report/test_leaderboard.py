@@ -3,7 +3,6 @@
 import csv
 from types import SimpleNamespace
 
-import torch
 from torch import nn
 
 from dinoseg.modes.train_heads import head_rows, write_leaderboard
@@ -15,7 +14,7 @@ def head(rate, size, best=None, best_step=0):
         run=SimpleNamespace(out_dir=f"runs/{size}"),
         model=SimpleNamespace(head=nn.Linear(size, 1, bias=False)),
         checkpoints=SimpleNamespace(progress=Progress(best=best, best_step=best_step)),
-        optimizer=torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], "base_lr": rate}]),
+        rate=rate,
     )
 
 
