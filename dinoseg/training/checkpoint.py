@@ -42,7 +42,7 @@ from dinoseg.utils.wording import count_of, format_value, join_names
 
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
-HEADS = "heads"  # subfolder of a multi-head run, with one run folder per head
+HEADS = "heads"  # subfolder of a multi-head run, with one folder per head
 ONE_FILE = "model"  # stem of the file that mode=export writes
 _PARTS = ("model", "optimizer", "ema", "loss_scale", CONSTANTS)  # prefixes of tensor names, before the slash
 _REMOTE = re.compile(r"\w+://|[\w-]+/[\w.-]+$")  # an address, or what may be a hub id
