@@ -17,7 +17,7 @@ from dinoseg.modes import train_heads
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.image_data_module import ImageDataModule
-from dinoseg.training.multi_head import MultiHeadSegmenter
+from dinoseg.training.multi_head import MultiHeadDataModule, MultiHeadSegmenter
 from dinoseg.utils.errors import UserError
 
 WORDS = (
@@ -152,14 +152,15 @@ def stopping(what, number, ends):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("kind", "number"), [("killed", 1), ("killed", 3), ("fails", 11)])
+@pytest.mark.parametrize(("kind", "number"), [("killed", 1), ("killed", 3), ("fails", 4)])
 def test_it_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, number):
     where = f"{kind}_{number}"
     with monkeypatch.context() as patched:
         if kind == "killed":  # by what no handler sees, before a save
             patched.setattr(Checkpointer, "save", stopping(Checkpointer.save, number, SystemExit(9)))
         else:
-            patched.setattr(ImageDataModule, "tally", stopping(ImageDataModule.tally, number, OSError("truncated")))
+            failing = stopping(MultiHeadDataModule.tally, number, OSError("truncated"))
+            patched.setattr(MultiHeadDataModule, "tally", failing)
         with pytest.raises(OSError) if kind == "fails" else pytest.MonkeyPatch.context():
             assert call(folder, *MANY, f"hydra.run.dir={where}/base/train_x").status == 9
     path = folder / where / "base/train_x"
