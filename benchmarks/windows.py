@@ -116,7 +116,7 @@ def strips(args: argparse.Namespace) -> int:
         writer.start()
         writer.join()
         before, start = peak(), time.perf_counter()
-        Predictor(model, torch.device("cpu"), nullcontext, policy).write_strips(source, target)
+        Predictor(model, torch.device("cpu"), nullcontext, policy).write_ids(source, target)
         seconds, after = time.perf_counter() - start, peak()
         print(f"{args.strips} x {args.strips}, {args.classes} classes, windows of {args.window} px: {seconds:.0f} s")
         print(f"peak memory {after / MIB:.0f} MiB, of which {before / MIB:.0f} before the first row")

@@ -71,7 +71,7 @@ def _command(arguments: list[str]) -> None:
             words = as_text(flags_last(arguments), Path(CONFIGS))
             check_patterns(words, folders)
             check_intervals(words)
-            words = with_checkpoint_keys(words)
+            words = with_checkpoint_keys(words, folders)
         sys.argv[1:] = words
         # file errors: of the run folder, which Hydra creates
         with plugin_errors_as_user_errors(words), explained(words, folders), file_errors_as_user_errors(Path.cwd()):
@@ -100,7 +100,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from dinoseg.utils.interrupt import Interrupted, raised
 
     hydra_cfg = HydraConfig.get()
-    composed = job_config(cfg, hydra_cfg.runtime.choices)
+    composed = job_config(cfg, hydra_cfg.runtime)
     words = to_container(hydra_cfg.overrides)["task"]  # as typed: single access would resolve each `${...}`
     try:
         with raised():

@@ -7,6 +7,7 @@ INFO = {
     "frozen": {},
     "config": {"seed": 0, **{group: {} for group in GROUPS}},
     "choices": dict.fromkeys(CHOSEN, "x"),
+    "targets": {},
     "folder": "x",
     "classes": ["a", "b"],
     "palette": [[0, 0, 0], [255, 255, 255]],

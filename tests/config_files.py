@@ -45,9 +45,11 @@ def _bases(group, entry):
     """Yield group and option of what an entry of a defaults list starts from; an override only chooses."""
     if isinstance(entry, str):
         yield group, entry
-    else:
-        based = {key: base for key, base in entry.items() if "@" in key and not key.startswith("override ")}
-        yield from ((key.split("@")[0].strip("/"), base) for key, base in based.items())
+        return
+    for key, option in entry.items():
+        if not key.startswith("override "):
+            path = key.split("@")[0]
+            yield path.strip("/") if path.startswith("/") else f"{group}/{path}", option
 
 
 def written_choices(hparam):
@@ -57,7 +59,8 @@ def written_choices(hparam):
         if isinstance(base, str):
             chosen |= {} if base == "_self_" else written_choices(base.removeprefix("/hparam/"))
         else:
-            chosen |= {key.removeprefix("override /"): value for key, value in base.items()}
+            groups = {key.removeprefix("override /"): value for key, value in base.items()}
+            chosen |= {group: value for group, value in groups.items() if "/" not in group}
     return chosen
 
 

@@ -255,7 +255,7 @@ def _short(mode):
     if mode == "mode=export":
         return patch("dinoseg.export.graph.torch.export.export", side_effect=UserError("It would be traced."))
     if mode in ("mode=serve", "mode=app"):
-        return patch("dinoseg.serving.server._Server.run", lambda *_: None)
+        return patch("uvicorn.Server.run", lambda *_: None)
     return contextlib.nullcontext()
 
 

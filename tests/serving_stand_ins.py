@@ -1,23 +1,19 @@
-"""A stand-in for a trained model, and a service of it: class 1 where a pixel is bright."""
+"""A stand-in for a trained model that many clients share: class 1 where a pixel is bright."""
 
-import atexit
-import functools
 import io
 import socket
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 import numpy as np
+from fastapi.testclient import TestClient
 from PIL import Image
-from starlette.testclient import TestClient
 
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.model import Model
-from dinoseg.serving.decoding import Decoders
-from dinoseg.serving.endpoint import endpoint
-from dinoseg.serving.guard import Hosts
-from dinoseg.serving.limits import Limits
-from dinoseg.serving.service import Service
+from dinoseg.serving.endpoint import build_endpoint
+from dinoseg.serving.server import list_hosts
+from dinoseg.serving.shared import SharedModel
 from dinoseg.utils.child import Channel, Child
 
 FACTS = ModelFacts(("dark", "bright"), ((0, 0, 0), (255, 0, 0)), 255)
@@ -63,6 +59,10 @@ class InThread(Child):
             function(Channel(*self._files[2:]))
         self.kill()
 
+    @property
+    def is_alive(self):
+        return self._thread.is_alive()
+
     def kill(self):
         with suppress(OSError):
             self._ends[0].shutdown(socket.SHUT_RDWR)
@@ -75,27 +75,15 @@ class InThread(Child):
                 file.close()
 
 
-@functools.cache
-def decoders():
-    """Return processes that decode for all tests: they are slow to start."""
-    made = Decoders(2**20, count=2)
-    atexit.register(made.end)
-    return made
+@contextmanager
+def shared_model(before=lambda images: None, max_pixels=10_000):
+    with closing(SharedModel(Model(Bright(before), FACTS), max_pixels)) as shared:
+        yield shared
 
 
 @contextmanager
-def service(before=lambda images: None, *, batch_size=4, wait=0.0, **limits):
-    made = Service(
-        Model(Bright(before), FACTS), Limits(**limits), batch_size=batch_size, wait=wait, decoders=decoders()
-    )
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-@contextmanager
-def client(before=lambda images: None, **options):
-    with service(before, **options) as made:
-        with TestClient(endpoint(made, Hosts.of("127.0.0.1")), base_url="http://localhost") as asked:
+def client(folder, before=lambda images: None, *, max_mib=1.0, max_pixels=10_000):
+    with shared_model(before, max_pixels) as shared:
+        application = build_endpoint(shared, folder, hosts=list_hosts("127.0.0.1", []), max_mib=max_mib)
+        with TestClient(application, base_url="http://localhost") as asked:
             yield asked

@@ -53,9 +53,13 @@ DOORS = {  # dependency -> the packages and files that may import it
     "onnxscript": ("export",),
     "onnxruntime": ("export/runtime",),
     "huggingface_hub": ("models/backbones", "export/runtime"),
+    "nicegui": ("serving/app", "serving/page"),
+    "fastapi": ("serving",),
     "starlette": ("serving",),
     "uvicorn": ("serving",),
     "optuna": ("cli/sweeps/search",),
+    "jinja2": ("report/html/page",),
+    "pyvips": ("inference/large",),
     "av": ("data/video/decoder", "inference/video_writer"),
 }
 EXCEPTIONS = {
@@ -65,7 +69,6 @@ EXCEPTIONS = {
     *(("__init__.py", f"dinoseg.{package}") for package in dinoseg._PACKAGES),
 }
 ASK_OTHERS = (  # files that use hasattr, on objects of other libraries, of users or of the operating system
-    "autotune/step_bytes",
     "core/shapes",
     "data/custom",
     "experiment/log_file",

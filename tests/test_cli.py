@@ -97,7 +97,7 @@ def test_help_is_the_overview(arguments, tmp_path):
 )
 def test_a_command_line_without_a_mode_is_refused(arguments, named, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "dinoseg.cli.own_keys.checkpoint_configs", lambda words: []
+        "dinoseg.cli.own_keys.checkpoint_configs", lambda *_: []
     )  # as if the run had no keys of its own
     done = call(tmp_path, *(word.format(place=tmp_path) for word in arguments))
     assert done.status == 1 and f"error: No mode is given. Add mode=NAME. {named}" in done.err, done.err

@@ -19,6 +19,7 @@ from dinoseg.api import modes, runs
 from dinoseg.api.compose import words_of
 from dinoseg.api.jobs import run_mode
 from dinoseg.cli.own_keys import with_checkpoint_keys
+from dinoseg.config.composition import SHIPPED
 from dinoseg.config.nodes import instantiate
 from dinoseg.modes import bench as benching
 
@@ -156,7 +157,7 @@ def test_command(command, stand_ins, tmp_path, monkeypatch):
 def test_a_training_like_another_is_put_together(command, compose, stand_ins):
     words = with_stand_ins(shlex.split(command.removeprefix(OURS)), stand_ins)
     values = [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in words if word != "-m"]
-    cfg = compose(*with_checkpoint_keys([*values, *small_model(values), *CPU]))
+    cfg = compose(*with_checkpoint_keys([*values, *small_model(values), *CPU], [SHIPPED]))
     instantiate(cfg.mode.check)(cfg)
 
 
@@ -173,7 +174,7 @@ def test_a_server_answers_and_stops(command, stand_ins, tmp_path):
     )
     try:
         said = next(found[0] for line in server.stdout if (found := re.search(r"http://[\w.:\[\]]+", line)))
-        with urllib.request.urlopen(said, timeout=300) as answer:
+        with urllib.request.urlopen(f"{said}/health", timeout=300) as answer:
             assert answer.status == 200
     finally:
         server.send_signal(signal.SIGTERM)

@@ -65,6 +65,9 @@ CASES = {
     "kernels of a stranger": lambda where: {"config/backbone/arch/attn_implementation": "evil/kernels"},
     "labels without end": lambda where: {"config/backbone/arch/id2label": {"0": "x"}},
     "a long class": lambda where: {"classes": ["dark", "b" * 3000]},
+    "an option of nobody": lambda where: {"choices/head": "nobodys"},
+    "an option elsewhere": lambda where: {"choices/head": "../../../../evil"},
+    "a class of another name": lambda where: {"targets/head": "os.system"},
     "a null group": lambda where: {"config/data": None},
     "a number for a head": lambda where: {"config/head": 3},
     "a number for the palette": lambda where: {"config/data/palette": 3},
@@ -85,7 +88,7 @@ def test_every_mode_refuses_what_runs(where, sound, mode):
     path, before = tampered(where, sound, CASES["a hook in the head"](where)), files(where)
     source = ("input=data/val/images",) if mode in ("predict", "track") else ()
     done = call(where, f"mode={mode}", f"resume={path}", "engine=cpu", *source)
-    assert done.status == 1 and "no config file on this machine names it there" in done.err, done.err
+    assert done.status == 1 and "a checkpoint stores no key _target_" in done.err, done.err
     assert files(where) == before
 
 

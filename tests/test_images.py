@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dinoseg.inference.strips import open_rows
+from dinoseg.inference.large import open_rows
 from dinoseg.utils import images
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import as_rgb, is_turned, read_ids, read_image, read_size

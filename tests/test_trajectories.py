@@ -114,6 +114,10 @@ def describe_machine():
     return f"torch {torch.__version__.split('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def test_every_case_is_stored():
+    assert [*json.loads(FILE.read_text("utf-8"))["losses"]] == [*CASES]
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", CASES)
 def test_losses_are_unchanged(name, tmp_path):
@@ -134,8 +138,8 @@ def store_trajectories(names=CASES):
         with TemporaryDirectory() as folder:
             stored[name] = run_case(name, Path(folder))
         print(name, {key: values[-1] for key, values in stored[name].items()}, flush=True)
-    content = {"machine": describe_machine(), "losses": {name: stored[name] for name in CASES if name in stored}}
-    FILE.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        losses = {each: stored[each] for each in CASES if each in stored}
+        FILE.write_text(json.dumps({"machine": describe_machine(), "losses": losses}, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

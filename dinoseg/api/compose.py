@@ -71,7 +71,7 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
     hush_schemas()
     words = as_text(words, CONFIGS)
     check_intervals(words)
-    words = with_checkpoint_keys(words)
+    words = with_checkpoint_keys(words, folders)
     with explained(words, folders):
         setbase("1.3")
         search_path = create_config_search_path(str(CONFIGS))
@@ -84,7 +84,7 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
         with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
             cfg.hydra.runtime.output_dir = out_dir
     location = locate_runs(cfg.hydra, Path(out_dir))
-    return Job(job_config(cfg, cfg.hydra.runtime.choices), location, to_container(cfg.hydra.overrides)["task"])
+    return Job(job_config(cfg, cfg.hydra.runtime), location, to_container(cfg.hydra.overrides)["task"])
 
 
 def words_of(overrides: Mapping[str, Any], is_table: Callable[[str], bool] | None = None) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from dinoseg.report.html.page import percent, spanned, text
+from dinoseg.report.html.page import format_interval, percent, render
 from dinoseg.report.table import MEANS
 from dinoseg.utils.errors import UserError
 
@@ -166,14 +166,15 @@ class Comparison(Results):
 
     def __repr__(self) -> str:
         others = [
-            f"{name} {percent(rows['miou']['value'])} ({spanned(rows['miou']['ci95'])})" for name, rows in self.items()
+            f"{name} {percent(rows['miou']['value'])} ({format_interval(rows['miou']['ci95'])})"
+            for name, rows in self.items()
         ]
         return f"Comparison(mIoU points minus {self.first}: {', '.join(others)})"
 
     def _repr_html_(self) -> str:
         keys = ["value", "ci95", "verdict"]
         rows = [
-            [name, label_of(key), percent(row["value"]), spanned(row["ci95"]), row["verdict"]]
+            [name, label_of(key), percent(row["value"]), format_interval(row["ci95"]), row["verdict"]]
             for name, differences in self.items()
             for key, row in differences.items()
         ]
@@ -210,9 +211,7 @@ def shown_value(name: str, value: Any) -> str:
 
 def html_table(heads: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """Return a plain HTML table; all text is escaped."""
-    head = "".join(f"<th>{text(each)}</th>" for each in heads)
-    body = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return render("plain_table.html.jinja", heads=heads, rows=rows)
 
 
 def _is_number(value: Any) -> bool:

@@ -21,7 +21,6 @@ from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, run_ranks, shortages_as_user_errors
 from dinoseg.config.credentials import check_credentials
 from dinoseg.config.grammar import decode_keys
-from dinoseg.config.guard import guard
 from dinoseg.config.limits import check_training
 from dinoseg.config.options import options_of, values_in_files
 from dinoseg.config.plain import BUILDS, to_container
@@ -169,35 +168,20 @@ def _share_start(cfg: DictConfig, out_dir: Path, start: Callable[[], JobStart]) 
     """
     if "devices" not in cfg.mode or os.environ.get("WORLD_SIZE", "1") == "1":
         return start()
+    from dinoseg.experiment.shared import compose_job, describe_job
     from dinoseg.training.rendezvous import share_from_rank0
 
     def as_text() -> str:
         with file_errors_as_user_errors(out_dir):
             found = start()
         # YAML keeps the types of keys, which JSON would turn into text
-        return json.dumps([OmegaConf.to_yaml(found.cfg), str(found.folder), found.result])
+        config = OmegaConf.to_yaml(OmegaConf.create(describe_job(found.cfg)))
+        return json.dumps([config, str(found.folder), found.result])
 
     engine = cfg.engine
     text = share_from_rank0(as_text, connect=engine.rendezvous_timeout, wait=engine.rank_timeout)
     config, folder, result = json.loads(text)
-    shared = OmegaConf.create(config)
-    if not is_first_rank():
-        _check_shared(to_container(shared), to_container(cfg))
-    return JobStart(shared, Path(folder), result)
-
-
-def _check_shared(shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuse a config of rank 0 that builds anything which neither config files nor this rank's command line names.
-
-    Whoever reaches the store of the ranks could have written it.
-    """
-    from dinoseg.experiment.heads import SOLO
-    from dinoseg.experiment.resume import trusted
-
-    plain = {key: value for key, value in shared.items() if key != SOLO}
-    for config in (plain, *shared.get(SOLO, {}).values()):
-        changed = {key: value for key, value in config.items() if key not in own or value != own[key]}
-        guard(changed, "the config of rank 0", own, trust=trusted(own["trust"]))
+    return JobStart(compose_job(to_container(OmegaConf.create(config)), cfg), Path(folder), result)
 
 
 def _enter_folder(
@@ -218,8 +202,12 @@ def _enter_folder(
         new = _below_recipe(out_dir, typed_recipe, cfg.choices.hparam)
     cfg, solo_runs = _with_heads(cfg, overrides, start.folder if start.checkpoint else None)
     if cfg.mode.get("resume_from") == "last":
+        from dinoseg.experiment.models import ModelBuilder
+        from dinoseg.experiment.recipe import config_description
+
         for whole in (cfg, *(solo.cfg for solo in solo_runs.values())):
             check_training(whole)
+            config_description(ModelBuilder(whole))  # refuses what a checkpoint could not store
     if not is_first_rank():  # of a mode on one device: the first rank writes its files
         return JobStart(cfg, start.folder or new)
     run_folder = start.folder or _claim_folder(cfg, new)

@@ -1,6 +1,7 @@
 """Command-line keys that only the config of the named checkpoint has."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,25 @@ from hydra.core.override_parser.types import Override, OverrideType
 
 from dinoseg.cli.words import assignments, parsed, values_of
 from dinoseg.config.plain import has_key
+from dinoseg.config.stored import Source, all_keys
+from dinoseg.utils.errors import UserError
 
 
-def with_checkpoint_keys(arguments: Sequence[str]) -> list[str]:
+def with_checkpoint_keys(arguments: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """Return a command line with `++` before the keys that the config of the checkpoint in `resume` has.
 
     Hydra validates keys against the groups on the command line (head=linear by default), before the checkpoint is read.
     With `++` it accepts any key, and `resume.merge` sets them in the checkpoint's config. Nothing changes for
     `resume=auto`: it looks for runs of the recipe that the command line composes.
 
+    Args:
+        arguments: the command line, without the program's name.
+        folders: of config groups, the shipped one first.
+
     Raises:
         UserError: `resume` names no checkpoint.
     """
-    configs = checkpoint_configs(arguments)
+    configs = checkpoint_configs(arguments, folders)
     words = list(arguments)
     for position, override in _overrides(arguments) if configs else ():
         key = override.key_or_group
@@ -30,7 +37,7 @@ def with_checkpoint_keys(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def checkpoint_configs(arguments: Sequence[str]) -> list[Mapping[str, Any]]:
+def checkpoint_configs(arguments: Sequence[str], folders: Sequence[Path]) -> list[Mapping[str, Any]]:
     """Return the reused config of each checkpoint in `resume` or `mode.model`, without groups that are chosen again.
 
     Raises:
@@ -46,15 +53,20 @@ def checkpoint_configs(arguments: Sequence[str]) -> list[Mapping[str, Any]]:
     from dinoseg.experiment.recipe import SAVED  # imports torch
     from dinoseg.training import checkpoint
 
-    descriptions = [checkpoint.describe(checkpoint.find(path, "last")) for path in checkpoints + files]
-    return [
-        {
-            key: value
-            for key, value in info["config"].items()
-            if key in SAVED and (key not in typed or typed[key] == [info["choices"].get(key)])
-        }
-        for info in descriptions
-    ]
+    found: list[Mapping[str, Any]] = []
+    for path in checkpoints + files:
+        info = checkpoint.describe(checkpoint.find(path, "last"))
+        config = {key: value for key, value in info["config"].items() if key in SAVED}
+        with suppress(UserError):  # reported when the checkpoint is used
+            config = all_keys({**info, "config": config}, Source(f"resume={path}", folders[1:]))
+        found.append(
+            {
+                key: value
+                for key, value in config.items()
+                if key not in typed or typed[key] == [info["choices"].get(key)]
+            }
+        )
+    return found
 
 
 def _overrides(arguments: Sequence[str]) -> Iterator[tuple[int, Override]]:

@@ -79,7 +79,7 @@ def explain(arguments: Sequence[str], folders: Sequence[Path], error: Exception)
             chosen += [f"{override.get_key_element()}={option}" for option in _chosen(override, groups)[:1]]
         else:
             overrides.append(override)
-    return _wrong_key(overrides, chosen, folders, checkpoint_configs(arguments)) or _hydra_message(error)
+    return _wrong_key(overrides, chosen, folders, checkpoint_configs(arguments, folders)) or _hydra_message(error)
 
 
 def check_patterns(arguments: Sequence[str], folders: Sequence[Path]) -> None:

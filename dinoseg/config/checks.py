@@ -4,12 +4,10 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from dinoseg.config.plain import Steps
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range
 from dinoseg.utils.wording import format_value
@@ -54,24 +52,6 @@ def check_arguments(target: str, arguments: Mapping[str, Any], names: Mapping[st
     for key, value in arguments.items():
         if key in parameters:
             _check_value((names or {}).get(key, key), value, parameters[key].annotation)
-
-
-def check_item(target: str, steps: Steps, value: Any, key: str) -> None:
-    """Refuse an argument of a target, or an item of a list or mapping in it, that its annotation does not allow.
-
-    Args:
-        target: a dotted path; targets outside the trusted packages are not checked.
-        steps: name of the argument, then keys and indices to the item.
-        value: of the item.
-        key: its full config key, for messages.
-
-    Raises:
-        UserError: naming the key and what the target takes.
-    """
-    part = _locate(target) if _below(target, TRUSTED) else None
-    parameter = None if part is None else inspect.signature(part).parameters.get(str(steps[0]))
-    if parameter is not None:
-        _check_value(key, value, reduce(_item_of, steps[1:], parameter.annotation))
 
 
 def checked(target: str, node: Mapping[str, Any], keys: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -158,14 +138,6 @@ def _parts(value: Any, annotation: Any) -> list[tuple[Any, Any]]:
     if kind is Mapping and isinstance(value, Mapping):
         return [(item, arguments[1]) for item in value.values()]
     return []
-
-
-def _item_of(annotation: Any, _: str | int) -> Any:
-    """Return the annotation of the items of a list or mapping; `Any` if it states none."""
-    annotation = _bare(annotation)
-    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    items = [get_args(part) for part in members if PLAIN.get(get_origin(part)) in (LIST, Mapping)]
-    return next((found[0 if ... in found else -1] for found in items if found), Any)
 
 
 def _bare(annotation: Any) -> Any:

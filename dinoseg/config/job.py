@@ -1,46 +1,37 @@
 """The config of a job: composed by Hydra, with the option of each group added and short forms expanded."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dinoseg.config.composition import SHIPPED
 from dinoseg.config.grammar import decode_keys
-from dinoseg.config.options import chosen_options, options_of
+from dinoseg.config.options import chosen_options
 from dinoseg.config.plain import to_container
-from dinoseg.utils.errors import UserError
-
-_FILES = ("main", "engine/auto")
-_SHIPPED = Path(__file__).parents[1] / "cfg"
 
 
-def job_config(cfg: DictConfig, options: Mapping[str, Any]) -> DictConfig:
-    """Return the whole config of a job: as composed by Hydra, with `choices`, the option of each group.
+def job_config(cfg: DictConfig, runtime: Any) -> DictConfig:
+    """Return the whole config of a job.
+
+    It is the one composed by Hydra, with two further keys: `choices`, the option of each group, and `config_dirs`, the
+    folders of config groups beside the shipped one.
 
     Args:
         cfg: composed by Hydra.
-        options: Hydra's choices.
+        runtime: Hydra's `hydra.runtime` of the job, with its choices and its sources of configs.
     """
     job = {key: value for key, value in to_container(squared(cfg)).items() if key != "hydra"}
-    return OmegaConf.create({**decode_keys(job), "choices": chosen_options(options)})
+    folders = [_folder(source["schema"], source["path"]) for source in runtime["config_sources"]]
+    own = [folder for folder in folders if folder not in (None, str(SHIPPED))]
+    return OmegaConf.create({**decode_keys(job), "choices": chosen_options(runtime["choices"]), "config_dirs": own})
 
 
-def machine_config(inference: str) -> DictConfig:
-    """Return the machine and inference parts of a job's config, from the shipped files and without Hydra.
-
-    Args:
-        inference: option of the group inference.
-
-    Raises:
-        UserError: the option does not exist.
-    """
-    options = options_of(_SHIPPED / "inference")
-    if inference not in options:
-        raise UserError(f"inference={inference} is unknown. Choose one of {', '.join(options)}.")
-    root, engine, use = (OmegaConf.load(_SHIPPED / f"{name}.yaml") for name in _FILES + (f"inference/{inference}",))
-    job = {key: value for key, value in to_container(root).items() if key != "defaults"}
-    return OmegaConf.create({**job, "engine": engine, "inference": use, "choices": {"inference": inference}})
+def _folder(schema: str, path: str) -> str | None:
+    """Return the folder of a source in Hydra's search path; None if it is no folder, or Hydra's own."""
+    if schema == "file":
+        return path
+    return str(files(path.replace("/", "."))) if schema == "pkg" and not path.startswith("hydra") else None
 
 
 def squared(cfg: DictConfig) -> DictConfig:

@@ -7,7 +7,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.nodes import check_key
 from dinoseg.config.plain import Steps, below, dotted, resolved, to_container
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LEARNING_RATES
@@ -24,47 +23,33 @@ LARGEST: Mapping[Steps, float] = {  # maximum of a number at or below a key; the
     **{("inference",): 2**14, ("inference", "scales"): 16, ("inference", "batch_size"): 2**10},
     **dict.fromkeys([("head", "lr"), ("adapter", "lr"), ("optim", "optimizer", "lr"), ("lrs",)], LEARNING_RATES.most),
 }
-READERS: Mapping[str, Mapping[str, str]] = {  # functions that take keys outside of any `_target_`, by parameter
-    "dinoseg.experiment.builder.in_steps": {
-        **{name: f"trainer.{name}" for name in ("steps", "epochs", "val_every")},
-        "batch_size": "data.batch_size",
-    },
-    "dinoseg.models.model.SegmentationModel": {name: f"resolution.{name}" for name in ("scale", "longest")},
-    "dinoseg.training.image_data_module.ImageDataModule": {"views": "data.views"},
-    "dinoseg.data.class_uniform.class_uniform": {"share": "data.class_uniform"},
-    "dinoseg.data.opened.opened": {"labelled": "data.labelled"},
-}
 _LARGEST_ELSEWHERE = 2**20
 _MAX_PIXELS = 2**30  # of all images of a training batch
 _LONGEST_TEXT = 4096
 _TRACKED = ("data", "tracking", "folder")  # folder for masks of tracked videos, below the run folder
 
 
-def check_text(text: str, steps: Steps, what: str) -> None:
-    """Refuse a text of the file, interpolated or not, that is too long or sets a cache folder of its own.
+def check_text(text: str, what: str) -> None:
+    """Refuse a text of the file that is too long, or that is not plain.
 
     Args:
         text: content of the file.
-        steps: to its place.
         what: file, key and value, for the message.
     """
     if len(text) > _LONGEST_TEXT:
         raise UserError(f"{what} has {len(text)} characters, above the limit of {_LONGEST_TEXT}. {REMEDY}.")
-    if steps[-1:] == ("cache_dir",) and text != "${cache_dir}":
-        raise UserError(
-            f"{what} is refused. A config from a checkpoint must not choose where files are written: set cache_dir on "
-            "the command line."
-        )
+    if "${" in text:
+        raise UserError(f"{what}: this interpolation is refused. A checkpoint stores plain values only.")
 
 
 def check_value(value: Any, steps: Steps, what: str) -> None:
-    """Refuse a value without interpolations that writes elsewhere or requests too much."""
+    """Refuse a value that writes elsewhere or requests too much."""
     if steps == _TRACKED and isinstance(value, str):
         if not re.fullmatch(r"\w+(/\w+)*", value):
             raise UserError(
                 f"{what} is refused. A config from a checkpoint may only name folders below its run folder."
             )
-    elif steps == _TRACKED or (steps[-1:] == ("cache_dir",) and not isinstance(value, str)):
+    elif steps == _TRACKED:
         raise UserError(f"{what} is refused: it is not a folder name. {REMEDY}.")
     if value is None or isinstance(value, bool | str | list | Mapping):
         return
@@ -78,15 +63,10 @@ def check_value(value: Any, steps: Steps, what: str) -> None:
 
 
 def check_training(cfg: DictConfig) -> None:
-    """Refuse numbers of a training's config that would be refused in its checkpoint: it could not be resumed.
-
-    Of these numbers, those outside the range of their own key are refused by that range. Signatures are read only then,
-    since importing their modules takes seconds.
-    """
+    """Refuse numbers of a training's config that would be refused in its checkpoint: it could not be resumed."""
     groups = {steps[0] for steps in LARGEST}
     for steps, value in below({key: node for key, node in to_container(cfg).items() if key in groups}, ()):
         if isinstance(value, int | float) and not abs(value) <= (most := _largest(steps)):
-            check_key(cfg, steps, value, READERS)
             raise UserError(
                 f"{dotted(steps)}={format_value(str(value))} is out of range: a run with it could not be resumed. Give "
                 f"{f'{most} at most' if abs(value) < math.inf else 'a finite number'}."

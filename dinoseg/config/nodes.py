@@ -7,11 +7,10 @@ from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinoseg.config.checks import check_arguments, check_item
-from dinoseg.config.plain import Steps, dotted, resolved
+from dinoseg.config.checks import check_arguments
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
 
@@ -59,38 +58,6 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
                 "file, install the missing module, or add the folder of your own package to PYTHONPATH."
             ) from error
         raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
-
-
-def check_key(cfg: DictConfig, steps: Steps, value: Any, readers: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse a value that the innermost targets in a config, or other functions, which take its key do not allow.
-
-    Args:
-        cfg: the whole config.
-        steps: path to the value.
-        value: resolved.
-        readers: for keys that no target takes, from names of functions to their parameters and the keys of these.
-
-    Raises:
-        UserError: naming the key and what its target takes.
-    """
-    groups = [(str(group), resolved(cfg, (group,))) for group in cfg]
-    takers = [
-        (target, names)
-        for group, values in groups
-        if isinstance(values, Mapping)
-        for target, _, names in _targets(values, cfg[group], group)
-    ]
-    key = dotted(steps)
-    arguments = [(target, *each) for target, names in (*takers, *readers.items()) for each in names.items()]
-    around = [
-        (name.count("."), target, parameter)
-        for target, parameter, name in arguments
-        if f"{key}.".startswith(f"{name}.")
-    ]
-    innermost = max((dots for dots, *_ in around), default=0)
-    for dots, target, parameter in around:
-        if dots == innermost:
-            check_item(target, (parameter, *steps[dots + 1 :]), value, key)
 
 
 def _targets(values: Any, node: Any, where: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:

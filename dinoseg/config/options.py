@@ -23,8 +23,9 @@ def config_folders(arguments: Sequence[str], shipped: Path) -> list[Path]:
 
 
 def options_of(group: Path) -> list[str]:
-    """Return the options in a group's folder, those of a family as `family/option`."""
-    names = (path.relative_to(group).with_suffix("") for path in group.rglob("*.yaml"))
+    """Return the options in a group's folder, recipes of a family as `family/option`."""
+    pattern = "**/*.yaml" if group.name == RECIPES else "*.yaml"  # folders of other groups hold nested groups
+    names = (path.relative_to(group).with_suffix("") for path in group.glob(pattern))
     return sorted(name.as_posix() for name in names if not name.name.startswith("_"))
 
 
@@ -80,5 +81,5 @@ def chosen_options(choices: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         choices: Hydra's, including nested groups that only files choose.
     """
-    chosen = {group: option for group, option in choices.items() if "/" not in group}
+    chosen = {group: option for group, option in choices.items() if not group.startswith("hydra/")}
     return {group: recipe_name(str(option)) if group == RECIPES else option for group, option in chosen.items()}

@@ -18,24 +18,20 @@ def to_container(node: Any, *, resolve: bool = False) -> dict[str, Any]:
 
 
 def below(node: Any, steps: Steps) -> Iterator[tuple[Steps, Any]]:
-    """Yield path and content of a node and everything below it, except targets and `_partial_`.
+    """Yield path and content of a node and everything below it.
 
     Args:
         node: a plain config, or a part of one.
         steps: path to that node.
     """
     yield steps, node
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            if key not in ("_target_", "_partial_"):
-                yield from below(value, (*steps, str(key)))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from below(value, (*steps, index))
+    items: Any = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield from below(value, (*steps, key))
 
 
 def texts_of(node: Any) -> Iterator[str]:
-    """Yield every text at and below a node, except targets."""
+    """Yield every text at and below a node."""
     return (value for _, value in below(node, ()) if isinstance(value, str))
 
 

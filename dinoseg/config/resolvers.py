@@ -18,7 +18,6 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import join_names
 
 CLASS_FILE, CELLS = "class_file", "cells"
-RESOLVERS = ("len", CELLS)  # resolvers allowed in a checkpoint's config: functions of other values in it
 _ONE_AT_A_TIME = threading.RLock()  # OmegaConf has one table of resolvers for all threads
 
 
@@ -66,29 +65,6 @@ def added_resolvers() -> Iterator[None]:
         with _ONE_AT_A_TIME:
             BaseContainer._resolvers.clear()
             BaseContainer._resolvers.update(before)
-
-
-def resolve_container(node: DictConfig) -> dict[Any, Any]:
-    """Return a config node as a dict, with `classes.yaml` and grids of cells, which only this run knows, resolved.
-
-    Values that cannot be resolved become `???`, like any value that is not set.
-    """
-    values = OmegaConf.to_container(node)
-    assert isinstance(values, dict)
-    for key, value in values.items():
-        if isinstance(value, dict):
-            values[key] = resolve_container(node[key])
-        elif str(value).startswith((f"${{{CLASS_FILE}:", f"${{{CELLS}:")):
-            values[key] = _resolved_or_unset(node, key)
-    return values
-
-
-def _resolved_or_unset(node: DictConfig, key: Any) -> Any:
-    try:
-        value = node[key]
-    except InterpolationResolutionError:
-        return "???"
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def _length(values: Any) -> int:

@@ -6,19 +6,21 @@ import shlex
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dinoseg import __version__
 from dinoseg.experiment.folder import command_line
-from dinoseg.report.html.about import About
 
 EVALUATION = "evaluation"  # in a run folder of mode=train: evaluation of its best checkpoint
 _LIBRARIES = ("torch", "transformers", "timm", "numpy", "omegaconf")
 
 
-def about_run(folder: Path, config: str, facts: Mapping[str, str], device: torch.device | None = None) -> About:
-    """Return the command line, versions, machine and config of a run.
+def about_run(
+    folder: Path, config: str, facts: Mapping[str, str], device: torch.device | None = None
+) -> dict[str, Any]:
+    """Return the `command`, ready to type, the `facts` on versions and machine, and the `config` of a run.
 
     Args:
         folder: run folder, which stores the command line.
@@ -35,7 +37,7 @@ def about_run(folder: Path, config: str, facts: Mapping[str, str], device: torch
     }
     if device is not None:
         machine["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return About(command, {**facts, **machine}, config)
+    return {"command": command, "facts": {**facts, **machine}, "config": config}
 
 
 def _version(package: str) -> str | None:

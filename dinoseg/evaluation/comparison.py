@@ -17,16 +17,25 @@ from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife, leave_one_out, mean_of, widened
 from dinoseg.evaluation.sides import Side
-from dinoseg.report.html.comparison import WIDEST, OtherRun, PairShot
+from dinoseg.report.html.comparison import OtherRun
+from dinoseg.report.html.page import format_interval, percent
+from dinoseg.report.html.pictures import PairShot
 from dinoseg.report.overlay import reduced
 from dinoseg.report.table import MEANS
-from dinoseg.report.verdicts import LEVEL, NO_VERDICT, SURELY_BETTER, SURELY_WORSE, UNSURE
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, read_size
 from dinoseg.utils.wording import one_line
 
-_LOGGED = 5  # most decisive images named per side
+SURELY_BETTER, SURELY_WORSE = "significantly better", "significantly worse"
+UNSURE, NO_VERDICT = "no significant difference", "no verdict"
+LEVEL = 0.05  # p-value below which a difference is significant
+_LOGGED = 3  # most decisive images named per side
+_MAX_DETAILED = 3  # other sides whose scores are printed
+# characters of names in tables, which then have at most 120 columns
+MAX_NAME = 26
+_MAX_LABEL = 20
+_MAX_SIDE = 16
 logger = logging.getLogger(__name__)
 
 
@@ -88,11 +97,15 @@ def _kind(record: ImageRecord) -> ClassScores:
 
 
 def verdicts(first: Side, images: Sequence[str], others: Sequence[OtherRun]) -> str:
-    """Return the verdicts as text: by class and image, or one line per side for more than `WIDEST` sides."""
-    if len(others) > WIDEST:
-        return sides_table(first, others)
-    lines = verdict_lines(first.name, images, others)
-    return "\n".join([comparison_table(first, others), "", *lines])
+    """Return the verdicts as text of at most 120 columns.
+
+    It shows one row for each side; for at most `_MAX_DETAILED` others also all scores of each, and the images that
+    contribute most to its difference.
+    """
+    parts = [sides_table(first, others)]
+    if len(others) <= _MAX_DETAILED:
+        parts += [score_table(first, others), "\n".join(contribution_lines(images, others))]
+    return "\n\n".join(part for part in parts if part)
 
 
 def sides_table(first: Side, others: Sequence[OtherRun]) -> str:
@@ -100,51 +113,60 @@ def sides_table(first: Side, others: Sequence[OtherRun]) -> str:
 
     It shows mIoU in percent, differences in points, and the number of classes with a significant difference.
     """
-    heads = ["", "mIoU %", "points", "95 % interval", "p", "verdict", "classes better", "worse"]
-    first_miou, keys = scores_of(first.records)["miou"], [key for key in score_labels(first) if key.startswith("iou/")]
-    rows = [[first.name, _shown(first_miou), *["-"] * 3, "the first", "", ""]]
+    heads = ["side", "mIoU %", "points", "95 % interval", "p", "verdict", "classes\nbetter", "\nworse"]
+    first_miou = scores_of(first.records)["miou"]
+    rows = [[first.name, percent(first_miou, 2), "-", "-", "-", "the first", "", ""]]
     for other in others:
-        gap, kinds = other.differences["miou"], [other.differences[key]["verdict"] for key in keys]
-        limits = "-" if gap["ci95"] is None else _span(gap["ci95"])
-        p_value = "-" if gap["p"] is None else f"{gap['p']:.2g}"
-        sure = [str(kinds.count(verdict)) for verdict in (SURELY_BETTER, SURELY_WORSE)]
-        shown = [other.name, _shown(other.scores["miou"]), _shown(gap["value"], "+"), limits, p_value, gap["verdict"]]
-        rows.append([*shown, *sure])
+        counts = [str(other.count_classes(verdict)) for verdict in (SURELY_BETTER, SURELY_WORSE)]
+        rows.append([other.name, percent(other.scores["miou"], 2), *_gap_cells(other.differences["miou"]), *counts])
     order = best_first([first_miou, *(other.scores["miou"] for other in others)])
-    align = ["left", *["right"] * 4, "left", "right", "right"]
-    return tabulate([rows[index] for index in order], headers=heads, disable_numparse=True, colalign=align)
+    return _tabulate([rows[index] for index in order], heads, "lrrrrlrr", {"side": MAX_NAME})
 
 
-def verdict_lines(first: str, images: Sequence[str], others: Sequence[OtherRun]) -> list[str]:
-    """Return, for each other side, the verdict on its mIoU and the images that contribute most to the difference."""
+def score_table(first: Side, others: Sequence[OtherRun]) -> str:
+    """Return a text table with one row per score and side, in percent and points."""
+    heads = ["score", "side", "first %", "side %", "points", "95 % interval", "p", "verdict"]
+    labels, scores = score_labels(first), scores_of(first.records)
+    rows = [
+        [
+            labels[key],
+            other.name,
+            percent(value, 2),
+            percent(other.scores[key], 2),
+            *_gap_cells(other.differences[key]),
+        ]
+        for key, value in scores.items()
+        for other in others
+    ]
+    return _tabulate(rows, heads, "llrrrrrl", {"score": _MAX_LABEL, "side": _MAX_SIDE})
+
+
+def contribution_lines(images: Sequence[str], others: Sequence[OtherRun]) -> list[str]:
+    """Return, for each other side, the images that contribute most to its difference."""
     lines = []
     for other in others:
-        gap = other.differences["miou"]
-        limits = "no interval" if gap["ci95"] is None else f"95 % {_span(gap['ci95'])}, p {gap['p']:.2g}"
-        lines.append(f"{other.name}: {gap['verdict']}, against {first}: mIoU {_shown(gap['value'], '+')} ({limits})")
         shares = [(share, name) for share, name in zip(other.decides, images, strict=True) if share]
         shares.sort(key=lambda pair: -abs(pair[0]))
         if shares:
-            contributions = ", ".join(f"{one_line(name)} {_shown(share, '+')}" for share, name in shares[:_LOGGED])
-            lines.append(f"  largest contributions by image: {contributions}")
+            contributions = ", ".join(f"{one_line(name)} {percent(share, 2, '+')}" for share, name in shares[:_LOGGED])
+            lines.append(f"{other.name}: largest contributions by image: {contributions}")
     return lines
 
 
-def comparison_table(first: Side, others: Sequence[OtherRun]) -> str:
-    """Return scores and differences as a text table, in percent and points."""
-    rows, labels = [], score_labels(first)
-    for key, value in scores_of(first.records).items():
-        row = [labels[key], _shown(value)]
-        for other in others:
-            gap = other.differences[key]
-            limits = "-" if gap["ci95"] is None else _span(gap["ci95"])
-            row += [_shown(other.scores[key]), _shown(gap["value"], "+"), limits, gap["verdict"]]
-        rows.append(row)
-    heads, align = ["", f"{first.name} %"], ["left", "right"]
-    for other in others:
-        heads += [f"{other.name} %", "points", "95 % interval", "verdict"]
-        align += ["right", "right", "right", "left"]
-    return tabulate(rows, headers=heads, disable_numparse=True, colalign=align)
+def _gap_cells(gap: Mapping[str, Any]) -> list[str]:
+    p_value = "-" if gap["p"] is None else f"{gap['p']:.2g}"
+    return [percent(gap["value"], 2, "+"), format_interval(gap["ci95"], 2, "+"), p_value, gap["verdict"]]
+
+
+def _tabulate(rows: list[list[str]], heads: list[str], align: str, widths: Mapping[str, int]) -> str:
+    """Return a text table; columns named in `widths` wrap at their width."""
+    return tabulate(
+        rows,
+        headers=heads,
+        disable_numparse=True,
+        colalign=[{"l": "left", "r": "right"}[letter] for letter in align],
+        maxcolwidths=[widths.get(head) for head in heads],
+    )
 
 
 def write_tables(out_dir: Path, first: Side, others: Sequence[OtherRun]) -> None:
@@ -172,14 +194,6 @@ def score_labels(side: Side) -> Mapping[str, str]:
     record = side.records[0]
     means = {key: MEANS[key] for key in _kind(record).means}
     return means | {f"iou/{index}": f"IoU {name}" for index, name in enumerate(record.classes)}
-
-
-def _span(limits: Sequence[float]) -> str:
-    return " .. ".join(_shown(end, "+") for end in limits)
-
-
-def _shown(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{100 * value:{sign}.2f}"
 
 
 Runs = Sequence[np.ndarray]  # runs of one side: sums (U, 3 K) each, over the same units

@@ -18,7 +18,7 @@ from dinoseg.evaluation.scoring.intervals import jackknife
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.metrics.boundary_errors import DISTANCES
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
-from dinoseg.report.html.evaluation import EvaluationReport, evaluation_page
+from dinoseg.report.html.evaluation import evaluation_page
 from dinoseg.report.log import read_rows
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_text
@@ -75,7 +75,7 @@ def report_images(
     kind, sums = ClassScores(len(data.classes), background), unit_sums(collected.classes, groups)
     mious = image_mious(collected.classes)
     _write_table(out_dir / TABLE, record, mious)
-    report = EvaluationReport(
+    page = evaluation_page(
         title=f"{choices['hparam']}: {choices['data']}, split {split}",
         subtitle=" ".join(f"{group}={choices[group]}" for group in ("backbone", "adapter", "head")),
         classes=data.classes,
@@ -98,7 +98,7 @@ def report_images(
         ),
         training=_training(provenance.training),
     )
-    write_text(out_dir / PAGE, evaluation_page(report))
+    write_text(out_dir / PAGE, page)
     print(f"report:       {out_dir}/{PAGE}, and {TABLE}")
 
 

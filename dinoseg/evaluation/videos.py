@@ -1,6 +1,5 @@
 """mode=eval on videos: masks of tracked objects, written in the benchmark's layout and scored by its protocol."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,30 +12,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dinoseg.core.sizes import evenly_spaced
 from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.clips.videos import VOID, Video
-from dinoseg.evaluation.about import about_run
 from dinoseg.evaluation.restart import RECORD, digest_of, earlier_run, log_copied, store_digest, take_over
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
+from dinoseg.evaluation.video_report import report_videos
 from dinoseg.experiment.benchmark_videos import BenchmarkVideos
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol, ScoringCase
-from dinoseg.report.html.tracking import TrackingReport, tracking_page
 from dinoseg.report.indexed import voc_palette, write_indexed_png
-from dinoseg.report.overlay import blend, reduced
+from dinoseg.report.overlay import blend
 from dinoseg.report.progress import Bar
 from dinoseg.tracking.tracker import LabelledFrames, Tracker
 from dinoseg.training.engine import Engine
-from dinoseg.utils.atomic import atomic_folder, write_json, write_text
+from dinoseg.utils.atomic import atomic_folder, write_json
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import entries
 from dinoseg.utils.forms import as_read_back
-from dinoseg.utils.images import IMAGE_SUFFIXES, read_image, write_png
-from dinoseg.utils.natural_order import natural_order
+from dinoseg.utils.images import write_png
 from dinoseg.utils.wording import count_of, join_names
 
 BLENDS = "blends"
@@ -45,11 +40,6 @@ BLENDS = "blends"
 _DEPTH = 2  # batches queued before and after the tracker
 _JPEG_QUALITY = 90
 logger = logging.getLogger(__name__)
-PAGE = "report.html"  # in a run folder
-_SHOWN = 6  # worst videos
-_FRAMES = 4  # per video
-_LONGEST = 480  # pixels of an image's longer side
-_SERIES = "J&F_per_frame"  # key of per-frame scores, if the protocol has them
 _NO_REFERENCES = (
     "These videos have public masks of first frames only: submit the predicted masks to the benchmark's server."
 )
@@ -243,45 +233,6 @@ def evaluate_videos(
             report_videos(provenance, out_dir, tracking.blends, split=data.split)
     engine.close()
     return {**result, "run": str(out_dir)}
-
-
-def report_videos(provenance: Provenance, out_dir: Path, blends: Path | None, *, split: str) -> None:
-    """Write report.html from scores.json and some blended frames; a no-op without scores.
-
-    Args:
-        provenance: the run and its model.
-        out_dir: the run folder.
-        blends: folder with one blend folder per video; None without blends.
-        split: split of the data.
-    """
-    scores = out_dir / "scores.json"
-    if not scores.is_file():
-        return
-    result = json.loads(scores.read_text(encoding="utf-8"))
-    key = next(iter(result["scores"]))
-    rows = [row for row in result["per_video"] if row[key] is not None]
-    worst = [row["name"] for row in sorted(rows, key=lambda row: row[key])[:_SHOWN]]
-    curves = {row["name"]: row[_SERIES] for row in rows if _SERIES in row}
-    model = "labels propagated without training" if provenance.training is None else provenance.model
-    choices = provenance.choices
-    report = TrackingReport(
-        title=f"{choices['data']}, split {split}: {result['protocol']}",
-        subtitle=f"backbone={choices['backbone']}, {model}",
-        result=result,
-        per_frame=(_SERIES.partition("_")[0], curves),
-        shown=[] if blends is None else [(name, _frames(blends / name)) for name in worst],
-        about=about_run(provenance.folder, provenance.config, {"model": model}),
-    )
-    write_text(out_dir / PAGE, tracking_page(report))
-    print(f"report:       {out_dir}/{PAGE}")
-
-
-def _frames(folder: Path) -> list[tuple[str, np.ndarray]]:
-    """Return some evenly spaced blended frames of a video, with their names."""
-    found = [path for path in entries(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
-    paths = sorted(found, key=lambda path: natural_order(path.name))
-    places = evenly_spaced(len(paths), _FRAMES)
-    return [(paths[index].stem, reduced(read_image(paths[index]), _LONGEST)) for index in places]
 
 
 def score_masks(

@@ -50,6 +50,11 @@ class ModelBuilder:
         return type(self)(OmegaConf.merge(self._cfg, changes))  # type: ignore[arg-type]
 
     @property
+    def cfg(self) -> DictConfig:
+        """The whole config."""
+        return self._cfg
+
+    @property
     def resume(self) -> str | None:
         """The checkpoint that the config names; None: it names none."""
         return self._cfg.get("resume")

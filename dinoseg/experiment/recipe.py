@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from dinoseg import __version__
-from dinoseg.config.guard import ACTING
-from dinoseg.config.resolvers import resolve_container
+from dinoseg.config.stored import choices_of, describe
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.models.backbones.normalisation import SATELLITE, is_satellite
-from dinoseg.training.description import CHOSEN, GROUPS, PRECISION, locate_weights
+from dinoseg.training.description import GROUPS, PRECISION, locate_weights
 from dinoseg.utils.forms import as_read_back
 
 USE = "inference"  # inference strategy: a run that validates with windows is evaluated with them
@@ -23,6 +22,7 @@ HEADS, RATES = "heads", "lrs"  # heads and learning rates of a run of several he
 TEACHER = "teacher"  # the run that teaches a student
 INITIAL = "init"  # the run whose weights initialise a new one
 OPTIONAL = (*USES, HEADS, RATES, TEACHER, INITIAL)  # root keys that a checkpoint omits if they are not set
+VALUES_ONLY = "values_only"  # key of a loaded config: groups that build nothing of a model, without their options
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint saves
 # keys of `trainer` that may change when a run resumes
 LENGTHS = ("steps", "epochs", "max_minutes", "patience", "val_every", "val_images", "save_every", "log_every")
@@ -39,25 +39,35 @@ def run_description(build: ModelBuilder, data: SegmentationData | Labels) -> dic
     }
 
 
-def config_description(build: ModelBuilder) -> dict[str, Any]:
-    """Return the part of the description that depends only on the config."""
+def config_description(build: ModelBuilder, info: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the part of the description that depends only on the config.
+
+    Args:
+        build: of the whole config.
+        info: description of the checkpoint that the config comes from, for groups of which it holds only values.
+
+    Raises:
+        UserError: see `describe`.
+    """
+    held = build.config.get(VALUES_ONLY, ())
     unsaid = () if build.value("loss.class_weights") is None else (FOLLOWING,)
-    saved = [key for key in SAVED if key not in unsaid]
-    config = {key: value for key in saved if (value := build.config.get(key)) is not None}
-    # nodes that write files come from this machine's config, never from a checkpoint
-    config["data"] = {**resolve_container(build.value("data")), **dict.fromkeys(ACTING)}
+    saved = [key for key in SAVED if key not in unsaid and build.config.get(key) is not None]
+    description = describe(build.cfg, [key for key in saved if key not in held])
+    config, choices, targets = (description[part] for part in ("config", "choices", "targets"))
+    if held and info is not None:
+        config |= {group: {key: build.config[group][key] for key in info["config"][group]} for group in held}
+        choices |= choices_of(info["choices"], held)
+        targets |= {place: name for place, name in info["targets"].items() if place.split(".")[0] in held}
     config["backbone"] = _with_colours(config["backbone"])
     for key in (TEACHER, INITIAL):
         if key in config:
             config[key] = absolute(config[key])
-    config["head"] = resolve_container(
-        build.value("head")
-    )  # the head's grid is that of its training, whatever size later images have
     exact = build.value("engine.precision") == "fp32"  # half precisions depend on the machine
     return {
         **({PRECISION: "fp32"} if exact else {}),
-        "config": config,
-        "choices": {group: build.options[group] for group in (*CHOSEN, *USES) if group not in unsaid},
+        "config": {key: config[key] for key in saved},
+        "choices": {"hparam": build.options["hparam"], **dict(sorted(choices.items()))},
+        "targets": dict(sorted(targets.items())),
         "folder": str(Path.cwd()),
     }
 
@@ -82,15 +92,16 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     """
     # the inference strategy does not affect training
     config = {key: value for key, value in as_read_back(saved_config(info)).items() if key not in USES}
+    targets = {place: target for place, target in info["targets"].items() if place.split(".")[0] not in USES}
     config = locate_weights(config, Path(info["folder"]))
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     # the background affects a score, but not training
     data = {**config["data"], "root": data_root(config, Path(info["folder"]))[0], "background": None}
     unread = {"min_maps"}  # decides what is refused, but does not affect training
-    if "mask_classification" not in repr(config["loss"]):
+    if "mask_classification" not in repr(targets):
         unread.add("deep_supervision")  # no other loss reads it
     head = {key: value for key, value in config["head"].items() if key not in unread}
-    return {**config, "trainer": trainer, "data": data, "head": head}
+    return {**config, "trainer": trainer, "data": data, "head": head, "targets": targets}
 
 
 def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:

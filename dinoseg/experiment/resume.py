@@ -10,23 +10,28 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from dinoseg.config.composition import SHIPPED, compose_options
 from dinoseg.config.grammar import decode_keys
-from dinoseg.config.guard import guard
-from dinoseg.config.job import machine_config, squared
+from dinoseg.config.job import squared
+from dinoseg.config.options import options_in
 from dinoseg.config.plain import has_key, keys_of, to_container
-from dinoseg.config.registry import full_registry, shipped_registry
+from dinoseg.config.stored import Source, choices_of, compose_stored
 from dinoseg.experiment.recipe import (
     INITIAL,
     SAVED,
     USE,
     USES,
+    VALUES_ONLY,
     absolute,
     data_root,
     saved_config,
 )
-from dinoseg.training.description import CHOSEN, PRECISION
+from dinoseg.training.description import PRECISION
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_override, format_value, nearest, printable
+
+_UNBUILT = ["data", "loss", "trainer"]  # groups that build nothing of a trained model
+REPLACEABLE = ("data", *USES)  # groups of a checkpoint that the command line may choose again
 
 
 def merge(
@@ -44,22 +49,29 @@ def merge(
     Raises:
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
     """
-    saved, keys = saved_config(info), [override.key_or_group for override in overrides]
-    guard(saved, f"resume={path}", to_container(cfg), trust=trusted(to_container(cfg)["trust"]), typed=keys)
-    choices = {group: option for group, option in info["choices"].items() if group in (*CHOSEN, *USES)}
+    keys = [override.key_or_group for override in overrides]
+    replaced = [group for group in REPLACEABLE if group in keys and cfg.choices[group] != info["choices"].get(group)]
+    stored = {key: value for key, value in saved_config(info).items() if key not in replaced}
+    source = Source(f"resume={path}", cfg.get("config_dirs", ()), trusted(to_container(cfg)["trust"]), keys)
+    saved = compose_stored({**info, "config": stored}, source)
+    ours = choices_of(to_container(cfg.choices), saved)
+    choices = {group: option for group, option in to_container(cfg.choices).items() if group not in ours}
+    choices |= {**choices_of(info["choices"], saved), "hparam": info["choices"]["hparam"]}
+    choices |= {group: info["choices"][group] for group in replaced if group in info["choices"]}
     # settings of this machine and run
-    facts = {**to_container(cfg), "resume": str(path), "choices": {**to_container(cfg.choices), **choices}}
+    facts = {**to_container(cfg), "resume": str(path), "choices": choices}
     facts |= {INITIAL: None}  # only a new run takes it from the command line
     merged = OmegaConf.create({**facts, **saved})
     _keep_precision(merged, info, keys)
-    merged.data.root, remark = data_root(saved, Path(info["folder"]))
-    if remark and not {"data", "data.root"} & {*keys}:
-        print(printable(f"resume={path}: {remark}"), file=sys.stderr)
+    if "data" in saved:
+        merged.data.root, remark = data_root(saved, Path(info["folder"]))
+        if remark and "data.root" not in keys:
+            print(printable(f"resume={path}: {remark}"), file=sys.stderr)
     before = deepcopy(merged)
     # options first: another data= replaces the whole group, in which typed keys then take effect
-    for option in (override for override in overrides if override.key_or_group in (*CHOSEN, *USES)):
+    for option in (override for override in overrides if override.key_or_group in cfg.choices):
         _take_option(option, cfg, merged, path)
-    for value in (override for override in overrides if override.key_or_group not in (*CHOSEN, *USES)):
+    for value in (override for override in overrides if override.key_or_group not in cfg.choices):
         _take_value(value, cfg, merged, path)
     is_lifted = _lift_time_limit(cfg, merged, keys)
     merged = squared(merged)
@@ -81,29 +93,39 @@ def standalone_config(
     job: Mapping[str, Any] | None = None,
     config_dir: Path | None = None,
 ) -> DictConfig:
-    """Return the config for using a checkpoint without a command line, validated against the shipped config files.
+    """Return the config for using the model of a checkpoint without a command line.
 
-    Without `job`, Hydra is neither initialised nor read: the caller may be a Hydra program of its own.
+    Hydra is neither initialised nor read: the caller may be a Hydra program of its own. The options of data, loss and
+    trainer are not composed, since they build nothing of a model.
 
     Args:
         path: the checkpoint file.
         info: the description in the checkpoint.
         changes: dotted key to the user's own value, such as `engine.device` or `backbone.weights`.
         inference: option of that group, instead of the file's own.
-        trust: packages and hub IDs that the file may name, in addition to those in config files.
-        config_dir: folder of further config files, without a job.
-        job: config of the job that uses the checkpoint; its own config files and its `trust` then count as well.
+        trust: hub ids that the file may name.
+        job: config of the job that uses the checkpoint, whose folders of config groups and `trust` count as well.
+        config_dir: folder of further config groups, without a job.
 
     Raises:
-        UserError: the checkpoint's config is not to be trusted.
+        UserError: the checkpoint's config is refused.
     """
-    saved, cfg = saved_config(info), machine_config(inference or "auto")
-    registry = shipped_registry(config_dir) if job is None else full_registry(job)
+    folders = [] if config_dir is None else [str(config_dir)]
+    folders += [] if job is None else job.get("config_dirs", ())
     trust = trust if job is None else [*trust, *trusted(job["trust"])]
-    guard(saved, f"resume={path}", to_container(cfg), trust=trust, typed=[*changes], registry=registry)
-    reused = {key: value for key, value in saved.items() if not (inference and key == USE)}
-    choices = {**to_container(cfg.choices), **info["choices"], **({USE: inference} if inference else {})}
-    merged = OmegaConf.create({**to_container(cfg), "resume": str(path), "choices": choices, **reused})
+    chosen = {"engine": "auto"}
+    stored = saved_config(info)
+    if inference is not None:
+        known = options_in([SHIPPED, *map(Path, folders)], USE)
+        if inference not in known:
+            raise UserError(f"inference={inference} is unknown. Choose one of {', '.join(known)}.")
+        chosen[USE] = inference
+        stored.pop(USE, None)
+    source = Source(f"resume={path}", folders, trust, [*changes])
+    saved = compose_stored({**info, "config": stored}, source, unused=_UNBUILT)
+    facts = {"resume": str(path), "choices": {**info["choices"], **chosen}, "config_dirs": folders}
+    facts[VALUES_ONLY] = _UNBUILT
+    merged = OmegaConf.create({**to_container(compose_options(chosen, folders)), **facts, **saved})
     _keep_precision(merged, info, [*changes])
     for key, value in changes.items():
         OmegaConf.update(merged, key, value)
@@ -132,7 +154,7 @@ def trusted(trust: Any) -> list[str]:
     """Return the value of `trust`, or raise a UserError if it is not a list of names."""
     names = trust or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"trust={names}: give a list of packages or hub ids, such as trust=[my_package].")
+        raise UserError(f"trust={names}: give a list of hub ids, such as trust=[my-org/my-dino].")
     return names
 
 
@@ -140,8 +162,8 @@ def _take_option(override: Override, cfg: DictConfig, merged: DictConfig, path: 
     """Apply another data, inference or slots option of the command line; refuse options that the checkpoint fixes."""
     group = override.key_or_group
     option, was = cfg.choices[group], merged.choices[group]
-    if group in ("data", *USES) and option != was:
-        merged[group], merged.choices[group] = cfg[group], option
+    if group in REPLACEABLE and option != was:
+        merged.choices[group] = option
     elif option != was:
         raise UserError(
             f"{group}={option}: the checkpoint {path} was trained with {group}={was}. Leave {group} out, or "
@@ -176,8 +198,8 @@ def _changes(before: DictConfig, merged: DictConfig, overrides: Sequence[Overrid
     found = []
     for override in overrides:
         name = override.key_or_group
-        where = "choices." * (name in (*CHOSEN, *USES)) + name
-        old, new = (_at(each, where) for each in (before, merged))
+        is_group = name in before.choices
+        old, new = (each.choices[name] if is_group else _at(each, name) for each in (before, merged))
         if new != old and not _same_path(old, new):
             found.append(f"{name}={format_value(format_override(new))} instead of {format_value(format_override(old))}")
     return found

@@ -1,15 +1,13 @@
 """Config files of run folders, read as untrusted text: the data set of a run, and the keys that identify a recipe."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinoseg.config.guard import ACTING, guard
-from dinoseg.config.resolvers import CLASS_FILE, resolve_container
+from dinoseg.config.resolvers import CLASS_FILE
+from dinoseg.config.stored import ACTING, Source, compose_stored, description_of
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import SAVED
@@ -22,7 +20,6 @@ BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, SchemaErro
 _LARGEST = 2**17  # maximum bytes of a config file; typical files have a twentieth
 # interpolation in a training's config; its evaluations store the value
 _OF_CLASS_FILE = f"${{{CLASS_FILE}:"
-_CLASS_FILE_VALUE = re.compile(rf"\$\{{{CLASS_FILE}:\w+(,drawn)?\}}")
 _ELSEWHERE = ("seed", "data.root", *(f"data.{key}" for key in ACTING))  # may differ within a recipe
 
 
@@ -68,22 +65,12 @@ def open_saved_data(build: Builder, folder: Path, *, root: str, split: str) -> S
         UserError: the config is missing or refused, or the data set is missing.
     """
     path = config_file(folder)
-
-    def saved(text: str) -> dict[str, Any]:
-        """Return a config file in the form a checkpoint would save, with the data root of the evaluation."""
-        config = as_read_back(config_of(text))
-        selected = {key: config[key] for key in SAVED}
-        return selected | {"data": {**selected["data"], **dict.fromkeys(ACTING), "root": root}}
-
     try:
-        text, composed = config_text(path), build.config
-        trust = trusted(composed["trust"])
-        # a training's config refers to `classes.yaml`: the rest is checked before that file is read
-        guard(saved(_CLASS_FILE_VALUE.sub("''", text)), str(path), composed, trust=trust)
-        config = saved(text)
-        config["data"] = resolve_container(OmegaConf.create(config).data)
-        guard(config, str(path), composed, trust=trust)
-        return Builder.of({**composed, **config}).dataset(split)
+        config = as_read_back(config_of(config_text(path)))
+        config["data"]["root"] = root
+        source = Source(str(path), build.config.get("config_dirs", ()), trusted(build.config["trust"]))
+        description = description_of(config, ("seed", "resolution", "data"), source)
+        return Builder.of({**build.config, **compose_stored(description, source)}).dataset(split)
     except BROKEN as error:
         raise UserError(f"{path} does not define the dataset ({error}).") from None
 

@@ -84,7 +84,7 @@ def _print_idle(idle: Sequence[str], reason: str) -> None:
 
 
 def _key(word: str) -> str:
-    return word.lstrip("+~").split("=")[0]
+    return word.lstrip("+~").split("=")[0].replace("/", ".")  # a nested group fills the key of its path
 
 
 def is_read(key: str, names: Collection[str]) -> bool:

@@ -10,12 +10,12 @@ import torch
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.done import DoneInputs
+from dinoseg.inference.large import is_large
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.inference.outputs import ImagePrediction, ImageWriter
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.results import write_image_results
 from dinoseg.inference.stream import Throughput, run_pipeline
-from dinoseg.inference.strips import only_in_strips
 from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image, write_png
@@ -82,7 +82,7 @@ class _Batch:
 def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: ImageRun) -> tuple[int, Throughput]:
     """Write the results of all readable images that are not done; return how many were done, and the throughput.
 
-    For images that can only be read in strips, only class IDs are written.
+    For images beyond Pillow's pixel limit, only class IDs are written.
 
     Raises:
         OSError: results cannot be written.
@@ -125,11 +125,11 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
         logger.info("%s of an earlier run reused", count_of(earlier, "image"))
     names = {given.path: given.name for given in left}
     with Bar(total=len(images), initial=earlier, unit="image") as bar:
-        large = {given.path for given in left if only_in_strips(given.path)}
+        large = {given.path for given in left if is_large(given.path)}
         held = [given for given in left if given.path not in large]
         passed = run_pipeline(_batches(held, by.batch_size, run.failures), infer, write, depth=DEPTH)
         for given in (given for given in left if given.path in large):
-            _write_strips(by, given, run)
+            _write_large(by, given, run)
             bar.update()
     for writer in run.writers:
         writer.finish()
@@ -155,13 +155,13 @@ def _write(by: SegmentationSettings, prediction: ImagePrediction, name: str, run
     run.count += 1
 
 
-def _write_strips(by: SegmentationSettings, given: ImageInput, run: ImageRun) -> None:
+def _write_large(by: SegmentationSettings, given: ImageInput, run: ImageRun) -> None:
     if run.masks is None:
         run.failures.append(f"{given.path} is too large for overlays, and masks=false leaves nothing to write.")
         return
     logger.info("%s is too large for overlays: only its class ids are written.", given.path)
     try:
-        by.predictor.write_strips(given.path, run.masks / f"{given.mask}.png")
+        by.predictor.write_ids(given.path, run.masks / f"{given.mask}.png")
     except UserError as error:
         run.failures.append(str(error))
         return
@@ -171,7 +171,7 @@ def _write_strips(by: SegmentationSettings, given: ImageInput, run: ImageRun) ->
 
 def _results(given: ImageInput, run: ImageRun) -> list[Path]:
     mask = [] if run.masks is None else [run.masks / f"{given.mask}.png"]
-    pictures = [] if only_in_strips(given.path) else [run.folder / f"{given.name}_segmentation"]
+    pictures = [] if is_large(given.path) else [run.folder / f"{given.name}_segmentation"]
     return [*pictures, *mask]
 
 

@@ -1,5 +1,6 @@
 """Inference on arrays and image files of any size: class IDs or probabilities at the input's size."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,10 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.shapes import Prediction
+from dinoseg.inference.large import open_rows, write_id_png
 from dinoseg.inference.memory import OutOfMemory, telling_shortage
-from dinoseg.inference.png_rows import PngWriter
 from dinoseg.inference.policy import Autocast, Policy, Seen
-from dinoseg.inference.rows import MemoryRows, Rows
-from dinoseg.inference.strips import open_rows
+from dinoseg.inference.rows import MemoryRows
 from dinoseg.inference.whole import Whole
 from dinoseg.models.model import SegmentationModel, Size
 from dinoseg.utils.atomic import atomic_file
@@ -57,28 +57,27 @@ class Predictor:
             lambda bands: torch.cat([band.logits().float().softmax(dim=1) for band in bands], dim=2),
         )
 
-    def strips(self, source: str | Path) -> Iterator[np.ndarray]:
-        """Yield class IDs (r, W) uint8 in bands of rows, from the top down, without loading the whole image file.
+    @torch.inference_mode()
+    def write_ids(self, source: str | Path, target: str | Path) -> None:
+        """Write the class IDs of an image file of any size to a PNG file, which appears only when complete.
 
         With a policy of windows, or `auto`, which uses windows for large images, memory is bounded by the image's
-        width: window height x image width x classes float32 numbers. `open_rows` lists the supported files.
-
-        Raises:
-            UserError: the file cannot be read, or memory does not suffice.
-        """
-        return self._strips(open_rows(source, self.device))
-
-    def write_strips(self, source: str | Path, target: str | Path) -> None:
-        """Write the class IDs of `strips` to a PNG file, row by row; the file appears only when complete.
+        width: window height x image width x classes float32 numbers.
 
         Raises:
             UserError: the source cannot be read, or memory does not suffice.
             OSError: the target cannot be written.
         """
         rows = open_rows(source, self.device)
-        with atomic_file(Path(target)) as part, PngWriter(part, rows.size) as file:
-            for ids in self._strips(rows):
-                file.write(ids)
+        with atomic_file(Path(target)) as part, tempfile.TemporaryFile(dir=part.parent) as file:
+            ids = np.memmap(file, np.uint8, "w+", shape=rows.size)
+            top = 0
+            with telling_shortage(rows):
+                for band in self.policy.bands(self.model, rows, self.autocast):
+                    band_ids = band.class_ids()[0].cpu().numpy()
+                    ids[top : top + len(band_ids)] = band_ids
+                    top += len(band_ids)
+            write_id_png(part, ids)
 
     def run_bands(
         self,
@@ -109,12 +108,6 @@ class Predictor:
             except OutOfMemory:
                 if not self.policy.spare(self.model, rows, size=size):
                     raise
-
-    @torch.inference_mode()
-    def _strips(self, rows: Rows) -> Iterator[np.ndarray]:
-        with telling_shortage(rows):
-            for band in self.policy.bands(self.model, rows, self.autocast):
-                yield band.class_ids()[0].cpu().numpy()
 
     def _stacked(self, images: Sequence[np.ndarray]) -> Tensor:
         return to_device(torch.from_numpy(np.stack(images)), self.device).permute(0, 3, 1, 2).contiguous()

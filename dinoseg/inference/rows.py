@@ -3,13 +3,11 @@
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, int]  # (H, W)
-LONGEST = 2**20  # maximum side in pixels of a file that is read by rows
 _READ = 256  # rows of a file that are resized at once
 _PIECE = 2**24  # elements of an enlarged band that are yielded at once; bounds memory for any scale factor
 
@@ -108,9 +106,3 @@ def mean(streams: list[Iterator[Tensor]]) -> Iterator[Tensor]:
         rows = min(band.shape[2] for band in bands)
         yield torch.stack([band[:, :, :rows] for band in bands]).mean(dim=0)
         held = [band[:, :, rows:] for band in bands]
-
-
-def as_rows(pixels: np.ndarray, device: torch.device) -> Tensor:
-    """Return rows (r, W, 1 or 3) as (1, 3, r, W) on a device."""
-    rows = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
-    return rows.expand(1, 3, -1, -1) if rows.shape[1] == 1 else rows

@@ -1,9 +1,8 @@
 """Frame-by-frame reader of video files and cameras."""
 
 import math
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,21 +16,6 @@ _RATE = Fraction(25)  # if the file states no rate, or an implausible one
 
 
 @dataclass(frozen=True)
-class EncodedSound:
-    """AAC sound of a video that another process encodes while its frames are read.
-
-    Args:
-        rate: samples per second.
-        layout: mono or stereo.
-        packets: (number of its first sample, bytes) of each packet that was received and not used yet.
-    """
-
-    rate: int
-    layout: str
-    packets: deque[tuple[int, bytes]] = field(default_factory=deque)
-
-
-@dataclass(frozen=True)
 class VideoTraits:
     """Properties of a video besides its frames and rate, to be copied to a video made from its frames.
 
@@ -39,13 +23,13 @@ class VideoTraits:
         tick: unit of timestamps in seconds; all timestamps are multiples of it.
         aspect: pixel aspect ratio, width by height.
         colours: primaries, transfer and matrix, numbered as in H.273.
-        sound: the file that contains the sound, or the sound itself, if any.
+        sound: the file that contains the sound, if any.
     """
 
     tick: Fraction
     aspect: Fraction
     colours: tuple[int, int, int]
-    sound: Path | EncodedSound | None
+    sound: Path | None
 
 
 class VideoReader:
@@ -60,8 +44,8 @@ class VideoReader:
         max_pixels: maximum number of pixels of a frame.
 
     Raises:
-        FrameTooLarge: a frame has more pixels than `max_pixels`.
-        UserError: the file cannot be opened or holds no frame; while reading: it ends early, or its frame size changes.
+        UserError: the file cannot be opened or holds no frame, or a frame has more pixels than `max_pixels`; while
+            reading: it ends early, or its frame size changes.
     """
 
     def __init__(self, path: str | Path, *, device: str | None = None, max_pixels: int = MAX_PIXELS) -> None:

@@ -19,7 +19,7 @@ from av.error import FFmpegError
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import VideoReformatter
 
-from dinoseg.inference.video_file import EncodedSound, VideoTraits
+from dinoseg.inference.video_file import VideoTraits
 from dinoseg.utils.atomic import new_part
 from dinoseg.utils.errors import UserError
 
@@ -184,19 +184,16 @@ class Sound:
     """Sound of a video in an mp4 that is being written.
 
     Args:
-        source: the video, or its sound as another process has encoded it; None: no sound.
+        source: the video; None: no sound.
         target: the mp4 container, before its first packet.
     """
 
-    def __init__(self, source: Path | EncodedSound | None, target: OutputContainer) -> None:
+    def __init__(self, source: Path | None, target: OutputContainer) -> None:
         self._target = target
         self._reader: SoundReader | None = None
         self._next: Callable[[], _Timed | None] = lambda: None
         self._waiting: _Timed | None = None
-        if isinstance(source, EncodedSound):
-            self._stream = cast(AudioStream, target.add_stream("aac", rate=source.rate, layout=source.layout))
-            self._next = partial(_take_packet, source)
-        elif source is not None:
+        if source is not None:
             self._reader = SoundReader(source)
             if self._reader.rate == 0:
                 return
@@ -233,10 +230,9 @@ class SoundReader:
 
     Args:
         path: the video.
-        copy: copy packets that browsers can play.
     """
 
-    def __init__(self, path: Path, *, copy: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self._source = av.open(f"file:{path}", options={"protocol_whitelist": "file"})
         self.rate, self.layout, self.is_copied = 0, "", False
         if not self._source.streams.audio:
@@ -250,7 +246,7 @@ class SoundReader:
             )
             return
         self._start = Fraction(self._source.start_time or 0, av.time_base)
-        self.is_copied = copy and self.track.codec_context.name.removesuffix("float") in _KEPT
+        self.is_copied = self.track.codec_context.name.removesuffix("float") in _KEPT
         self.rate = self.track.rate if self.track.rate in _RATES else _RATES[-1]
         self.layout = "mono" if self.track.channels == 1 else "stereo"
 
@@ -308,14 +304,3 @@ class SoundReader:
             yield from self._source.demux(self.track)
         except FFmpegError:
             return  # truncated file
-
-
-def _take_packet(sound: EncodedSound) -> _Timed | None:
-    """Return the next packet with its time in seconds; None if none was received yet."""
-    if not sound.packets:
-        return None
-    first, data = sound.packets.popleft()
-    packet = av.Packet(data)
-    packet.pts = packet.dts = first
-    packet.time_base, packet.duration = Fraction(1, sound.rate), _FRAME
-    return first * packet.time_base, packet

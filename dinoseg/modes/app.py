@@ -1,6 +1,7 @@
-"""mode=app: browser app that segments images and clips, and tracks painted objects."""
+"""mode=app: browser app that segments images and videos, and tracks painted objects."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ from omegaconf import DictConfig
 from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trackers import tracker_factory
 from dinoseg.serving.app import App
-from dinoseg.serving.guard import Hosts
-from dinoseg.serving.jobs import uploads_folder
-from dinoseg.serving.limits import ClipLimits, Limits, Port
-from dinoseg.serving.server import serve_until_signal
-from dinoseg.serving.source import tracker_maker
-from dinoseg.serving.start import started
-from dinoseg.utils.ranges import Count, NotNegative
+from dinoseg.serving.endpoint import build_endpoint
+from dinoseg.serving.page import PageContext
+from dinoseg.serving.server import Port, bind_socket, list_hosts, serve_until_signal
+from dinoseg.serving.shared import SharedModel
+from dinoseg.serving.source import load_served, tracker_maker
+from dinoseg.utils.atomic import scratch_folder
+from dinoseg.utils.ranges import Count, Positive
 
 
 def app(
@@ -26,32 +27,23 @@ def app(
     host: str,
     port: Port,
     hosts: Sequence[str],
-    batch_size: Count | None,
-    wait_ms: NotNegative,
-    limits: Limits,
-    clips: ClipLimits,
+    max_mib: Positive,
+    max_pixels: Count,
+    max_seconds: Positive,
 ) -> dict[str, Any]:
     """Serve the app, and the endpoint of mode=serve, until SIGINT or SIGTERM.
 
     Raises:
         UserError: there is no model, the port is taken, or `hosts` or `cfg.tracker` are invalid.
     """
-    known, run = Hosts.of(host, hosts), Path(out_dir)
+    accepted = list_hosts(host, hosts)
     make_tracker = tracker_factory(cfg.tracker, f"tracker={cfg.choices.tracker}")
-    with (
-        uploads_folder(run) as uploads,
-        started(
-            ModelSource(cfg),
-            run,
-            model=model,
-            host=host,
-            port=port,
-            batch_size=batch_size,
-            wait_ms=wait_ms,
-            limits=limits,
-        ) as (listener, service),
-    ):
-        made = App(service, clips, uploads, tracker_maker(make_tracker, service.model))
-        serve_until_signal(made.application(known), listener, service.announce_stop, patience=limits.patience)
-    print("stopped: all uploads are removed")
+    run = Path(out_dir)
+    with bind_socket(host, port) as listener, scratch_folder(run.parent, "uploads") as uploads:
+        served = load_served(ModelSource(cfg), run, model)
+        with closing(SharedModel(served, max_pixels)) as shared:
+            application = build_endpoint(shared, uploads, hosts=accepted, max_mib=max_mib)
+            context = PageContext(shared, uploads, tracker_maker(make_tracker, served), max_mib, max_seconds)
+            App(context).mount(application)
+            serve_until_signal(application, listener)
     return {"run": str(out_dir)}

@@ -17,10 +17,10 @@ from tabulate import tabulate
 
 from dinoseg.evaluation.about import about_run
 from dinoseg.evaluation.comparison import (
+    MAX_NAME,
     against,
     best_first,
     mean_mious,
-    score_labels,
     scores_of,
     verdicts,
     write_tables,
@@ -29,9 +29,8 @@ from dinoseg.evaluation.image_report import PAGE
 from dinoseg.evaluation.sides import Side, seeds_note, sides_of, units_note
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
-from dinoseg.report.html.comparison import ComparisonReport, comparison_page
+from dinoseg.report.html.comparison import comparison_page
 from dinoseg.report.scores import few_units
-from dinoseg.report.verdicts import verdicts_picture
 from dinoseg.training.cost import COST
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json, write_text
@@ -60,6 +59,7 @@ COLUMNS = {  # key of a row: heading and format
 }
 _COSTS = ("parameters", "seconds", "memory_gib")  # x axes of the figure
 _BLUE = "#0072B2"
+_MAX_COST_COLUMN = 13  # characters: the table fits a terminal of 120 columns
 
 
 def run_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
@@ -116,58 +116,57 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
         UserError: there are fewer than two runs, or they are not comparable.
     """
     sides = sides_of(runs)
-    report = _report(Builder(cfg), out_dir, sides)
+    first, record = sides[0], sides[0].records[0]
+    build = Builder(cfg)
+    open_data = partial(open_saved_data, build, first.places[0], root=record.root, split=record.split)
+    others = against(sides, open_data)
+    units, intervals, seeds = len(set(record.units)), units_note(sides), seeds_note(sides)
     rows = run_rows(sides)
     costs = side_rows(sides, rows)
-    print(f"{costs_table(costs)}\n\n{verdicts(sides[0], report.images, report.others)}")
-    print(f"points:       minus {report.first}\nintervals:    {units_note(sides)}\nseeds:        {report.seeds}")
-    if few := few_units(report.units, report.unit):
+    print(f"{costs_table(costs)}\n\n{verdicts(first, record.images, others)}")
+    print(f"points:       minus {first.name}\nintervals:    {intervals}\nseeds:        {seeds}")
+    if few := few_units(units, record.unit):
         logger.warning("%s", few)
-    write_tables(out_dir, sides[0], report.others)
+    write_tables(out_dir, first, others)
     write_costs(out_dir / "runs.csv", rows)
     picture = costs_picture(costs)
     if picture is not None:
         write_png(out_dir / "runs.png", picture)
-    drawn = [(other.name, other.differences) for other in report.others]
-    write_png(out_dir / "compare.png", verdicts_picture(report.first, score_labels(sides[0]), drawn))
-    results = {other.name: {"scores": other.scores, "differences": other.differences} for other in report.others}
+    scores = scores_of(first.records)
     result = {
         "sides": {side.name: [str(folder) for folder in side.folders] for side in sides},
-        "first": report.first,
-        "scores": report.scores,
-        "others": results,
+        "first": first.name,
+        "scores": scores,
+        "others": {other.name: {"scores": other.scores, "differences": other.differences} for other in others},
+        "units": units,
+        "unit": record.unit,
     }
-    write_json(out_dir / "compare.json", {**result, "units": report.units, "unit": report.unit})
-    write_text(out_dir / PAGE, comparison_page(report))
-    print(f"report:       {out_dir}/{PAGE}, compare.png, compare.csv, compare.json, images.csv")
-    print(f"runs:         {out_dir}/runs.csv{', runs.png' * (picture is not None)}")
-    return {"miou_difference": report.others[-1].differences["miou"]["value"], "run": str(out_dir)}
-
-
-def _report(build: Builder, out_dir: Path, sides: Sequence[Side]) -> ComparisonReport:
-    first = sides[0].records[0]
-    open_data = partial(open_saved_data, build, sides[0].places[0], root=first.root, split=first.split)
+    write_json(out_dir / "compare.json", result)
     facts = {
-        f"run {name}": f"{folder.resolve()}, model {record.source}"
+        f"run {name}": f"{folder.resolve()}, model {run_record.source}"
         for side in sides
-        for name, folder, record in zip(side.names, side.folders, side.records, strict=True)
+        for name, folder, run_record in zip(side.names, side.folders, side.records, strict=True)
     }
-    return ComparisonReport(
-        said=f"data={first.data}, split {first.split}, {count_of(first.images, 'image')}",
-        classes=first.classes,
-        palette=first.palette,
-        ignore_index=first.ignore_index,
-        images=first.images,
-        units=len(set(first.units)),
-        unit=first.unit,
-        intervals=units_note(sides),
-        seeds=seeds_note(sides),
-        first=sides[0].name,
-        scores=scores_of(sides[0].records),
-        mious=mean_mious(sides[0]),
-        others=against(sides, open_data),
+    page = comparison_page(
+        subtitle=f"data={record.data}, split {record.split}, {count_of(record.images, 'image')}",
+        classes=record.classes,
+        palette=record.palette,
+        ignore_index=record.ignore_index,
+        images=record.images,
+        units=units,
+        unit=record.unit,
+        intervals=intervals,
+        seeds=seeds,
+        first=first.name,
+        scores=scores,
+        mious=mean_mious(first),
+        others=others,
         about=about_run(out_dir, build.yaml, facts),
     )
+    write_text(out_dir / PAGE, page)
+    print(f"report:       {out_dir}/{PAGE}, compare.csv, compare.json, images.csv")
+    print(f"runs:         {out_dir}/runs.csv{', runs.png' * (picture is not None)}")
+    return {"miou_difference": others[-1].differences["miou"]["value"], "run": str(out_dir)}
 
 
 def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -175,7 +174,14 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = {key: column for key, column in COLUMNS.items() if any(row[key] is not None for row in rows)}
     shown = [[row["run"], *("-" if row[key] is None else columns[key][1](row[key]) for key in columns)] for row in rows]
     heads = ["run", *(head for head, _ in columns.values())]
-    return tabulate(shown, headers=heads, disable_numparse=True, colalign=("left", *["right"] * len(columns)))
+    return tabulate(
+        shown,
+        headers=heads,
+        disable_numparse=True,
+        colalign=("left", *["right"] * len(columns)),
+        maxcolwidths=[MAX_NAME, *[None] * len(columns)],  # tabulate fails to wrap numbers with commas
+        maxheadercolwidths=[MAX_NAME, *[_MAX_COST_COLUMN] * len(columns)],
+    )
 
 
 def write_costs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -22,8 +22,8 @@ from dinoseg.data.scan.measure import measure_sample
 from dinoseg.data.scan.record import Record
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.experiment.builder import Builder
-from dinoseg.report.doctor_page import doctor_page
-from dinoseg.report.overlay import blend, legend_of, side_by_side
+from dinoseg.report.html.page import render
+from dinoseg.report.overlay import blend, legend_of
 from dinoseg.utils.atomic import write_json, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Natural
@@ -75,9 +75,18 @@ def doctor(
     findings = by_severity(findings)
     report = _printable({"data": name, "root": str(cfg.data.root), **_report(splits, findings)})
     write_json(out_dir / "doctor.json", report)
-    pictures = list(_pictures(datasets, splits, findings, samples))
+    cards = list(_example_cards(datasets, splits, findings, samples))
     palette = next(iter(datasets.values())).palette if datasets else ()
-    page = doctor_page(f"{name}: {report['root']}", report["findings"], report["splits"], palette, pictures)
+    page = render(
+        "doctor.html.jinja",
+        title=f"{name}: {report['root']}",
+        subtitle=_count_findings(report),
+        warnings=[],
+        findings=report["findings"],
+        splits=report["splits"],
+        palette=palette,
+        cards=cards,
+    )
     write_text(out_dir / "doctor.html", page)
     print(_text(report))
     print(f"report:       {out_dir}/doctor.html, doctor.json")
@@ -206,18 +215,21 @@ def _text(report: Mapping[str, Any]) -> str:
         if finding["count"] > shown:
             lines.append(f"    and {finding['count'] - shown} more")
         lines += [f"    -> {finding['remedy']}"] if finding["remedy"] else []
-    kinds = [count_of(report[f"{kind}s"], kind) for kind in ("error", "warning", "note")]
-    return "\n".join([*lines, "", f"findings:     {', '.join(kinds)}"])
+    return "\n".join([*lines, "", f"findings:     {_count_findings(report)}"])
+
+
+def _count_findings(report: Mapping[str, Any]) -> str:
+    return ", ".join(count_of(report[f"{kind}s"], kind) for kind in ("error", "warning", "note"))
 
 
 def _size(size: Mapping[str, int] | None) -> str:
     return f"{size['width']} x {size['height']}" if size else "-"
 
 
-def _pictures(
+def _example_cards(
     datasets: Mapping[str, DoctorData], splits: Sequence[Scanned], findings: Sequence[Finding], samples: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield captions and images of pairs: first those with findings, then examples of each class and each split."""
+) -> Iterator[dict[str, Any]]:
+    """Yield cards of pairs: first those with findings, then examples of each class and each split."""
     wanted: dict[tuple[str, str], str] = {}
     for finding in findings:
         for key in finding.look[:4]:
@@ -231,7 +243,7 @@ def _pictures(
         except UserError:
             continue
         frame = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())
-        yield printable(f"{key[0]}/{key[1]} ({caption})"), _strip(frame, sample["mask"].numpy(), data)
+        yield {"title": f"{key[0]}/{key[1]}", "summary": caption, **_draw_pair(frame, sample["mask"].numpy(), data)}
 
 
 def _of_classes(splits: Sequence[Scanned]) -> Iterator[tuple[tuple[str, str], str]]:
@@ -248,7 +260,8 @@ def _of_classes(splits: Sequence[Scanned]) -> Iterator[tuple[tuple[str, str], st
             yield (part.split, record.name), "one of many"
 
 
-def _strip(frame: np.ndarray, mask: np.ndarray, data: DoctorData) -> np.ndarray:
+def _draw_pair(frame: np.ndarray, mask: np.ndarray, data: DoctorData) -> dict[str, Any]:
+    """Return an image, its mask over it, and the legend of the classes, downscaled."""
     height, width = mask.shape
     factor = min(1.0, _LONGEST / max(height, width))
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
@@ -256,4 +269,4 @@ def _strip(frame: np.ndarray, mask: np.ndarray, data: DoctorData) -> np.ndarray:
     mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
     tinted = blend(frame, mask, data.palette, ignore_index=data.ignore_index, opacity=0.6)
     legend = legend_of([mask], data.classes, data.palette, ignore_index=data.ignore_index)
-    return side_by_side([("image", frame), ("mask", tinted)], legend)
+    return {"panels": [("image", frame), ("mask", tinted)], "legend": legend}

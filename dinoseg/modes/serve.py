@@ -1,18 +1,19 @@
 """mode=serve: HTTP endpoint of a trained model."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from dinoseg.experiment.source import ModelSource
-from dinoseg.serving.endpoint import endpoint
-from dinoseg.serving.guard import Hosts
-from dinoseg.serving.limits import Limits, Port
-from dinoseg.serving.server import serve_until_signal
-from dinoseg.serving.start import started
-from dinoseg.utils.ranges import Count, NotNegative
+from dinoseg.serving.endpoint import build_endpoint
+from dinoseg.serving.server import Port, bind_socket, list_hosts, serve_until_signal
+from dinoseg.serving.shared import SharedModel
+from dinoseg.serving.source import load_served
+from dinoseg.utils.atomic import scratch_folder
+from dinoseg.utils.ranges import Count, Positive
 
 
 def serve(
@@ -23,26 +24,18 @@ def serve(
     host: str,
     port: Port,
     hosts: Sequence[str],
-    batch_size: Count | None,
-    wait_ms: NotNegative,
-    limits: Limits,
+    max_mib: Positive,
+    max_pixels: Count,
 ) -> dict[str, Any]:
     """Answer POST /segment, /health and /metrics until SIGINT or SIGTERM; then finish the pending requests.
 
     Raises:
         UserError: there is no model, the port is taken, or `hosts` are no valid names.
     """
-    known = Hosts.of(host, hosts)
-    with started(
-        ModelSource(cfg),
-        Path(out_dir),
-        model=model,
-        host=host,
-        port=port,
-        batch_size=batch_size,
-        wait_ms=wait_ms,
-        limits=limits,
-    ) as (listener, service):
-        serve_until_signal(endpoint(service, known), listener, service.announce_stop, patience=limits.patience)
-    print(f"stopped: {service.metrics.summary()}")
+    accepted = list_hosts(host, hosts)
+    run = Path(out_dir)
+    # beside the run folder, so that the next server removes what a killed one has left
+    with bind_socket(host, port) as listener, scratch_folder(run.parent, "uploads") as uploads:
+        with closing(SharedModel(load_served(ModelSource(cfg), run, model), max_pixels)) as shared:
+            serve_until_signal(build_endpoint(shared, uploads, hosts=accepted, max_mib=max_mib), listener)
     return {"run": str(out_dir)}

@@ -1,190 +1,207 @@
-"""Image decoding in child processes, which bound the time and memory that an upload costs.
+"""Decoding of uploads in child processes, which bound the time and memory that a hostile file costs.
 
-`decode_images` runs in such a process, `Decoders` in the server.
+`decode_images` and `decode_video` run in such a process; `ImageDecoder` and `VideoDecoder` are its ends in the server.
 """
 
-import io
-import queue
-import struct
-import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from dinoseg.serving.limits import MIB, Refused
+from dinoseg.data.video.length import has_more_packets
+from dinoseg.inference.video_file import VideoReader, VideoTraits
 from dinoseg.utils.child import Channel, Child, ChildEnded, Message
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.image_cost import Unfit, check_header
-from dinoseg.utils.images import FORMATS, as_rgb
+from dinoseg.utils.images import read_image, read_size
 
-_NAME = "The image"
-PROCESSES = 4
-SECONDS = 10.0  # timeout of decoding; 16 million pixels take about 1 s
-_BYTES_PER_PIXEL, _MORE = 40, 256 * MIB  # memory limit of decoding: 16-bit grey, progressive JPEG
+SECONDS = 10.0  # timeout of an image or a frame; 16 million pixels take about 1 s
+MIB = 2**20
+_IMAGE_MEMORY = (40, 256 * MIB)  # bytes per pixel, and beyond: 16-bit grey, progressive JPEG
+_VIDEO_MEMORY = (64, 512 * MIB)  # the same: reference frames, and threads
+_PACKETS_PER_SECOND = 2000  # of all streams of a video
+_FRAMES_PER_SECOND = 60
+_VIDEO_SIGNATURES = ((4, b"ftyp"), (0, b"\x1a\x45\xdf\xa3"), (8, b"AVI "))  # MP4 and MOV; MKV and WebM; AVI
+
+TimedFrame = tuple[np.ndarray, Fraction | None]
 
 
-class Decoders:
-    """Pool of processes that decode one image each at a time; killed ones are replaced.
+class _Decoder:
+    """Server's end of a process that decodes files of up to `max_pixels` per image or frame."""
 
-    Args:
-        max_pixels: of an image.
-        seconds: timeout of decoding an image.
-        count: number of processes, which start at once.
-    """
+    def __init__(self, function: Callable[[Channel], None], memory: tuple[int, int], max_pixels: int) -> None:
+        self.max_pixels = max_pixels
+        self._function = function
+        self._memory = memory[0] * max_pixels + memory[1]
+        self._child = Child(function, self._memory)
 
-    def __init__(self, max_pixels: int, *, seconds: float = SECONDS, count: int = PROCESSES) -> None:
-        self._max_pixels, self._seconds = max_pixels, seconds
-        self._idle: queue.LifoQueue[Child] = queue.LifoQueue()  # last used first: its memory is warm
-        self._lock = threading.Lock()
-        self._children: list[Child] = []
-        self._is_ended = False
-        for _ in range(count):
-            self._idle.put(self._started())
+    def kill(self) -> None:
+        """End the process: a pending request of another thread raises an error."""
+        self._child.kill()
 
-    def decode(self, data: bytes, max_pixels: int, admit: Callable[[int], None]) -> np.ndarray:
-        """Decode an image as mode=predict reads it: (H, W, 3) uint8 RGB.
+    def close(self) -> None:
+        """End the process, and release its pipes."""
+        self._child.close()
 
-        Args:
-            data: the encoded image.
-            max_pixels: largest number of pixels.
-            admit: called with the number of pixels, from the header, during decoding; may refuse the image.
+    def _request(self, request: dict[str, Any] | None = None) -> Message:
+        """Send a request, if one is given, and return the next message of the process.
 
         Raises:
-            Refused: if the image is empty, invalid, too large, animated or damaged, or takes too much time or memory.
+            UserError: if the message is an error, or the process takes too long or has ended.
         """
-        child = self._idle.get()
         try:
-            if not child.is_alive:  # killed while it was idle
-                child.close()
-                child = self._started()
-            with child.deadline(self._seconds):
-                child.send({"max_pixels": max_pixels}, data)
-                header, _ = _answer(child)
-                try:
-                    admit(header["pixels"])
-                finally:
-                    header, pixels = _answer(child)
-            return np.frombuffer(pixels, np.uint8).reshape(header["size"])
-        except Refused:
-            raise
+            with self._child.deadline(SECONDS):
+                if request is not None:
+                    self._child.send(request)
+                answer, body = self._child.receive()
         except ChildEnded as error:
-            child.close()
-            child = self._started()
-            raise self._reason(error) from None
-        except BaseException:
-            child.close()  # its pipe may hold the rest of this image; the next caller replaces it
+            reason = f"is not decoded within {SECONDS:g} s" if error.late else "crashed its decoder process"
+            raise UserError(f"The file {reason}. Reduce it, or convert it to PNG or MP4.") from None
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer, body
+
+
+class ImageDecoder(_Decoder):
+    """Process that decodes one image after another; it is replaced when an image has ended it."""
+
+    def __init__(self, max_pixels: int) -> None:
+        super().__init__(decode_images, _IMAGE_MEMORY, max_pixels)
+
+    def decode(self, path: Path) -> np.ndarray:
+        """Return an image as mode=predict reads it: (H, W, 3) uint8 RGB. Not for several threads at once.
+
+        Raises:
+            UserError: if it is damaged, too large or no image, or takes too much time or memory.
+        """
+        if not self._child.is_alive:
+            self._child.close()
+            self._child = Child(self._function, self._memory)
+        try:
+            answer, pixels = self._request({"path": str(path), "max_pixels": self.max_pixels})
+        except UserError:
             raise
-        finally:
-            self._idle.put(child)
+        except BaseException:
+            self.close()  # its pipe may hold the rest of this image
+            raise
+        return np.frombuffer(pixels, np.uint8).reshape(answer["size"])
 
-    def end(self) -> None:
-        """Kill all processes: images in progress and later ones are refused."""
-        with self._lock:
-            self._is_ended = True
-            for child in self._children:
-                child.close()
 
-    def _started(self) -> Child:
-        """Return a new process; after `end`, one that is already killed."""
-        with self._lock:
-            child = Child(decode_images, _MORE + _BYTES_PER_PIXEL * self._max_pixels)
-            self._children = [child, *(other for other in self._children if other.is_alive)]
-            if self._is_ended:
-                child.close()
-        return child
+class VideoDecoder(_Decoder):
+    """Frames and properties of a video as `VideoReader` gives them, without its sound.
 
-    def _reason(self, error: ChildEnded) -> Refused:
-        if self._is_ended:
-            return Refused(503, "busy", "The server is stopping. Try again later.", retry_after=1)
-        if error.late:
-            return Refused(
-                400, "decode_time", f"{_NAME} is not decoded within {self._seconds:g} s. Save it again, or reduce it."
+    Args:
+        path: the file.
+        max_pixels: of a frame.
+        max_seconds: longest video; at 60 frames a second, a faster one has to be shorter.
+
+    Raises:
+        UserError: if it is no video, is too large or too long, takes too much time, or has far too many packets.
+    """
+
+    def __init__(self, path: Path, *, max_pixels: int, max_seconds: float) -> None:
+        super().__init__(decode_video, _VIDEO_MEMORY, max_pixels)
+        self._max_seconds = max_seconds
+        packets = int(_PACKETS_PER_SECOND * max_seconds)
+        try:
+            about, _ = self._request({"path": str(path), "max_pixels": max_pixels, "packets": packets})
+            self.size = (about["size"][0], about["size"][1])  # (H, W)
+            self.rate = Fraction(*about["rate"])
+            self.count = about["count"]  # of frames, by the header
+            self.traits = VideoTraits(
+                Fraction(*about["tick"]), Fraction(*about["aspect"]), tuple(about["colours"]), None
             )
-        return Refused(400, "unreadable", f"{_NAME} crashed its decoder process. It is damaged: send it again.")
+            self._check_length(self.count)
+        except BaseException:
+            self.close()
+            raise
+
+    def frames(self) -> Iterator[TimedFrame]:
+        """Yield each frame (H, W, 3) uint8 RGB with its time in seconds, None where the video does not state it.
+
+        Raises:
+            UserError: if the video is damaged or longer than its header states, or a frame takes too long.
+        """
+        count = 0
+        while True:
+            header, pixels = self._request()
+            if "end" in header:
+                return
+            count += 1
+            self._check_length(count)
+            time = None if header["time"] is None else Fraction(*header["time"])
+            yield np.frombuffer(pixels, np.uint8).reshape(*self.size, 3), time
+
+    def _check_length(self, count: int) -> None:
+        if count > self._max_seconds * min(self.rate, _FRAMES_PER_SECOND):
+            raise UserError(
+                f"The video has {count} frames or more, at {float(self.rate):g} per second. The limit is "
+                f"{self._max_seconds:g} s (mode.max_seconds) at {_FRAMES_PER_SECOND} per second: cut it."
+            )
 
 
 def decode_images(channel: Channel) -> None:
-    """Respond to each encoded image with its number of pixels, from its header, and then with its pixels."""
+    """Answer each request with the pixels of the image that it names."""
     warnings.simplefilter("ignore")  # about odd metadata
     while (message := channel.receive()) is not None:
-        header, data = message
+        request = message[0]
         try:
-            channel.send({"pixels": measure(data, header["max_pixels"])})
-            pixels = decode(data)
+            pixels = read_bounded_image(Path(request["path"]), request["max_pixels"])
+        except UserError as error:
+            _send_error(channel, error, request["path"])
+        else:
             channel.send({"size": pixels.shape}, np.ascontiguousarray(pixels).data.cast("B"))
-        except Refused as error:
-            channel.send({"refused": [error.status, error.rule, error.message]})
-        except MemoryError:
-            reason = f"{_NAME} needs more memory to decode than its pixels require. Save it again, as JPEG or PNG."
-            channel.send({"refused": [400, "decode_memory", reason]})
 
 
-def measure(data: bytes, max_pixels: int) -> int:
-    """Return the number of pixels of an encoded image from its header, without decoding it.
+def read_bounded_image(path: Path, max_pixels: int) -> np.ndarray:
+    """Read an image (H, W, 3) uint8 RGB, if its header states at most `max_pixels`.
 
     Raises:
-        Refused: if the image is empty, invalid, too large or animated, or its header has too many parts.
+        UserError: if it has more, or is damaged or no image.
     """
-    if not data:
-        raise Refused(400, "empty", f"{_NAME} has 0 bytes. Send the file's content: curl -F image=@FILE.")
+    height, width = read_size(path)
+    if height * width > max_pixels:
+        raise UserError(f"{path} has {width} x {height} pixels, more than mode.max_pixels={max_pixels}. Reduce it.")
+    return read_image(path)
+
+
+def decode_video(channel: Channel) -> None:
+    """Send the properties and then the frames of the requested video, as fast as the receiver reads them."""
+    message = channel.receive()
+    if message is None:
+        return
+    request = message[0]
+    path = Path(request["path"])
     try:
-        with _opened(data) as image:
-            width, height = image.size
-            # the first frame of a phone's MPO is the photo, the others its previews; counting
-            # frames would read each one of a TIFF file
-            is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Refused(400, "max_pixels", f"{_NAME} is too large ({error}). {_smaller(max_pixels)}") from error
-    except UnidentifiedImageError as error:
-        raise Refused(
-            400, "format", f"{_NAME} has an unsupported format. Send JPEG, PNG, WebP, TIFF or BMP."
-        ) from error
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise _unreadable(error) from error
-    if width * height > max_pixels:
-        raise Refused(400, "max_pixels", f"{_NAME} has {width} x {height} pixels. {_smaller(max_pixels)}")
-    if is_animated:
-        raise Refused(400, "one_frame", f"{_NAME} has several frames. Send a single frame.")
-    return width * height
+        if has_more_packets(path, request["packets"]):
+            raise UserError(f"{path} has more than {request['packets']} packets. Cut it, or re-encode it.")
+        with VideoReader(path, max_pixels=request["max_pixels"]) as reader:
+            traits = reader.traits
+            ratios = {"rate": reader.rate, "tick": traits.tick, "aspect": traits.aspect}
+            known = {name: ratio.as_integer_ratio() for name, ratio in ratios.items()}
+            channel.send({"size": reader.size, "count": reader.count, "colours": traits.colours, **known})
+            for frame, time in reader.timed():
+                shown = None if time is None else time.as_integer_ratio()
+                channel.send({"time": shown}, np.ascontiguousarray(frame).data.cast("B"))
+        channel.send({"end": True})
+    except (UserError, OSError) as error:  # OSError: the page was closed, and its upload removed
+        _send_error(channel, error, request["path"])
+    except MemoryError:
+        channel.send({"error": "The file needs more memory to decode than its frames require. Re-encode it."})
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Decode an image, measured before, as mode=predict reads it: (H, W, 3) uint8 RGB.
+def is_video(path: Path) -> bool:
+    """Return whether a file begins like MP4, MOV, MKV, WebM or AVI.
 
-    Raises:
-        Refused: if the image is truncated or damaged, or holds other values than levels of 8 or 16 bits.
+    Readers choose a format by content: a playlist that is uploaded as a video could make them read other files.
     """
-    try:
-        with _opened(data) as image:
-            return as_rgb(image, _NAME)
-    except UserError as error:
-        raise Refused(400, "unreadable", str(error)) from error
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise _unreadable(error) from error
+    with path.open("rb") as file:
+        start = file.read(16)
+    return any(start[at : at + len(mark)] == mark for at, mark in _VIDEO_SIGNATURES)
 
 
-def _answer(child: Child) -> Message:
-    """Return a process's answer, or raise the `Refused` in it."""
-    header, body = child.receive()
-    if "refused" in header:
-        raise Refused(*header["refused"])
-    return header, body
-
-
-def _opened(data: bytes) -> Image.Image:
-    file = io.BytesIO(data)
-    try:
-        check_header(file)
-    except Unfit as error:
-        raise Refused(400, "unreadable", f"{_NAME} {error}.") from None
-    return Image.open(file, formats=FORMATS)
-
-
-def _unreadable(error: Exception) -> Refused:
-    return Refused(400, "unreadable", f"{_NAME} cannot be read ({error}). It is damaged: send it again.")
-
-
-def _smaller(max_pixels: int) -> str:
-    return f"The limit is {max_pixels} (mode.limits.max_pixels): reduce it or split it."
+def _send_error(channel: Channel, error: Exception, path: str) -> None:
+    message = str(error).replace(path, "the file")  # clients are not told where it is stored
+    channel.send({"error": message[:1].upper() + message[1:]})

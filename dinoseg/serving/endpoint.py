@@ -1,128 +1,123 @@
-"""The HTTP endpoint: POST /segment, GET /health, GET /metrics; errors are JSON."""
+"""The HTTP endpoint: POST /segment, GET /health, GET /metrics."""
 
 import logging
+import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route
-from starlette.types import Lifespan
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.middleware.base import RequestResponseEndpoint
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
-from dinoseg.serving.answers import encoder, wanted_format
-from dinoseg.serving.guard import Guard, Hosts
-from dinoseg.serving.limits import HungUp, Refused
-from dinoseg.serving.service import Service
+from dinoseg.serving.decoding import MIB
+from dinoseg.serving.mask_editor import encode_mask
+from dinoseg.serving.shared import SharedModel
+from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-Answer = Callable[[Request], Awaitable[Response]]
-_GONE = 499  # nginx's status for a disconnected client: only the metrics see it
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    # NiceGUI compiles its templates in the browser
+    "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+}
 
 
-def endpoint(
-    service: Service, hosts: Hosts, further: Sequence[BaseRoute] = (), lifespan: Lifespan | None = None
-) -> Starlette:
-    """Return the endpoint as an ASGI application.
+class TooLarge(UserError):
+    """A request has more bytes than are allowed."""
+
+
+def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], max_mib: float) -> FastAPI:
+    """Return the endpoint as a FastAPI application.
 
     Args:
-        service: the model and its limits.
-        hosts: accepted host names.
-        further: additional routes, matched first.
-        lifespan: background tasks of the application.
+        shared: the model.
+        uploads: folder where images are stored while they are decoded.
+        hosts: accepted host names; `*` accepts any.
+        max_mib: largest request, in MiB.
     """
-    routes = [
-        Route("/segment", counted(service, partial(_segment, service)), methods=["POST"]),
-        Route("/health", partial(_health, service)),
-        Route("/metrics", partial(_metrics, service)),
-        Route("/", _index),
-    ]
-    return Starlette(
-        routes=[*further, *routes],
-        middleware=[Middleware(Guard, hosts=hosts)],
-        exception_handlers={
-            Refused: refusal_response,
-            HungUp: _hung_up_response,
-            HTTPException: _http_error_response,
-            Exception: _failure_response,
-        },
-        lifespan=lifespan,
-    )
+    app = FastAPI(title="dinoseg", docs_url=None, redoc_url=None)  # these pages load scripts from other hosts
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    statuses: Counter[int] = Counter()
+    seconds: Counter[str] = Counter()
 
+    @app.middleware("http")
+    async def protect(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        origin = request.headers.get("origin", "")
+        if origin and origin.lower().partition("://")[2] != request.headers.get("host", "").lower():
+            return PlainTextResponse("Requests from pages of other sites are refused.", 403)
+        response = await call_next(request)
+        response.headers.update(_HEADERS)
+        return response
 
-def refusal_response(request: Request, error: Exception) -> Response:
-    """Return the JSON response of a refused request: the rule's name and a sentence."""
-    assert isinstance(error, Refused)
-    headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
-    return JSONResponse({"error": {"rule": error.rule, "message": error.message}}, error.status, headers)
-
-
-def counted(service: Service, answer: Answer) -> Answer:
-    """Wrap a handler of mask requests, so that the metrics count each of them, whatever its outcome."""
-
-    async def counting(request: Request) -> Response:
+    @app.post("/segment")
+    async def segment(request: Request) -> Response:
+        """Return the class ids of the image in the body, as a PNG with the classes' colours as its palette."""
         start = time.perf_counter()
+        path = uploads / secrets.token_hex(16)
+        response = Response(status_code=500)
         try:
-            answered = await _mask_or_why(answer, request)
-        except Refused as error:
-            service.metrics.refused(error.rule)
-            answered = refusal_response(request, error)
-        except HungUp as error:
-            service.metrics.refused("hung_up")
-            answered = _hung_up_response(request, error)
-        service.metrics.answered(answered.status_code, time.perf_counter() - start)
-        return answered
+            await save_body(request, path, max_mib)
+            _, mask = await run_in_threadpool(shared.segment_file, path)
+            content = await run_in_threadpool(encode_mask, mask, shared.facts.palette)
+            response = Response(content, media_type="image/png")
+        except (UserError, OSError, ClientDisconnect) as error:
+            response = error_response(error)
+        finally:
+            path.unlink(missing_ok=True)
+            statuses[response.status_code] += 1
+            seconds["total"] += time.perf_counter() - start
+        return response
 
-    return counting
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """Return the model's classes and their colours, in the order of their ids."""
+        return {"status": "ok", "classes": shared.facts.classes, "palette": shared.facts.palette}
 
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Return counters of /segment in Prometheus's text format."""
+        lines = [f'dinoseg_requests_total{{code="{code}"}} {count}' for code, count in sorted(statuses.items())]
+        lines.append(f"dinoseg_request_seconds_sum {seconds['total']:.6f}")
+        lines.append(f"dinoseg_request_seconds_count {statuses.total()}")
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
-async def _mask_or_why(answer: Answer, request: Request) -> Response:
-    """Return the handler's response; turn every failure into `Refused` or `HungUp`."""
-    try:
-        return await answer(request)
-    except (Refused, HungUp):
-        raise
-    except Exception as error:
-        logger.exception("An image could not be segmented")
-        raise Refused(500, "model", "The model failed on this image; see the server's log.") from error
-
-
-async def _segment(service: Service, request: Request) -> Response:
-    return await service.segment(request, encoder(wanted_format(request), service.model.facts))
-
-
-async def _index(request: Request) -> Response:
-    return PlainTextResponse("POST /segment an image; GET /health, /metrics. How: docs/serving.md of dinoseg.\n")
+    return app
 
 
-async def _health(service: Service, request: Request) -> Response:
-    facts = service.model.facts
-    status = "stopping" if service.stopping else "ok"
-    classes = [
-        {"id": label, "name": name, "colour": list(colour)}
-        for label, (name, colour) in enumerate(zip(facts.classes, facts.palette, strict=True))
-    ]
-    return JSONResponse({"status": status, "classes": classes}, 503 if service.stopping else 200)
+async def save_body(request: Request, path: Path, max_mib: float) -> None:
+    """Write a request's body to a file while it is received.
+
+    Raises:
+        TooLarge: if more than `max_mib` MiB are announced or received.
+    """
+    limit = int(max_mib * MIB)
+    size = int(request.headers.get("content-length", 0))  # digits only: uvicorn refuses others
+    with path.open("wb") as file:
+        if size <= limit:
+            async for chunk in request.stream():
+                file.write(chunk)
+                size = max(size, file.tell())
+                if size > limit:
+                    break
+    if size > limit:
+        raise TooLarge(f"The file is larger than {max_mib:g} MiB. Send a smaller one.")
 
 
-async def _metrics(service: Service, request: Request) -> Response:
-    return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
-
-
-def _hung_up_response(request: Request, error: Exception) -> Response:
-    return Response(status_code=_GONE)
-
-
-def _http_error_response(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    refused = Refused(error.status_code, "http", error.detail)
-    answer = refusal_response(request, refused)
-    answer.headers.update(error.headers or {})
-    return answer
-
-
-def _failure_response(request: Request, error: Exception) -> Response:
-    return refusal_response(request, Refused(500, "server", "The server failed on this request; see its log."))
+def error_response(error: Exception) -> Response:
+    """Return the response for a refused request: a status and one sentence."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nginx's number, for the metrics
+    if isinstance(error, UserError):
+        return JSONResponse({"detail": str(error)}, 413 if isinstance(error, TooLarge) else 400)
+    logger.error("Cannot store an upload: %s", error)
+    return JSONResponse({"detail": "The server cannot store the file. Try again later."}, 507)

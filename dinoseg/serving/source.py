@@ -41,12 +41,6 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
     return model_of(trained, find_trained_sizes(trained, out_dir))
 
 
-def usual_batch(model: Model) -> int:
-    """Return the default batch size of a model: 1 on a CPU, as measured in docs/serving.md, else 8."""
-    on_cpu = not isinstance(model.runtime, TorchRuntime) or model.runtime.predictor.device.type == "cpu"
-    return 1 if on_cpu else 8
-
-
 def tracker_maker(make: Callable[..., Tracker], model: Model) -> Callable[[], Tracker] | None:
     """Return a function that makes trackers of a model's backbone; None where torch does not run the model."""
     if not isinstance(model.runtime, TorchRuntime) or not isinstance(model.runtime.predictor.model, SegmentationModel):

@@ -16,6 +16,7 @@ GROUPS = ("resolution", "data", *MODEL)
 CHOSEN = ("hparam", "data", *MODEL)
 _LARGEST = 2**20  # characters of a description
 _DEEPEST = 32
+_LONGEST_TARGET = 1000  # characters of a dotted name
 PRECISION = "precision"  # key of an explicit `engine.precision=fp32`, which later runs of the model keep
 IDLE = "idle"  # key in `last`: number of parameters without optimizer state
 _COUNT = forms.whole()
@@ -115,6 +116,11 @@ def _choices(value: Any, where: str) -> None:
         raise forms.SchemaError(f"{where} holds an interpolation")
 
 
+def _target(value: Any, where: str) -> None:
+    if not (isinstance(value, str) and len(value) <= _LONGEST_TARGET):
+        raise forms.SchemaError(f"{where} is not a name of a class")
+
+
 def _folder(value: Any, where: str) -> None:
     if not (isinstance(value, str) and 0 < len(value) <= 4096 and "\0" not in value):
         raise forms.SchemaError(f"{where} is not a folder")
@@ -133,6 +139,7 @@ RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value,
         f"a seed and the groups {', '.join(GROUPS)}, each with its keys",
     ),
     "choices": (_choices, f"an option of each of {', '.join(CHOSEN)}"),
+    "targets": (forms.table(_target), "a name of a class for each place"),
     "folder": (_folder, "a folder"),
     "classes": (_names, f"1 to 255 names of at most {LONGEST_NAME} printable characters"),
     "palette": (
@@ -142,6 +149,6 @@ RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value,
     "ignore_index": (forms.whole(0, 255), "a whole number from 0 to 255"),
 }
 HEADS = forms.table(  # of several heads: progress and the part of the config of each
-    forms.holding(progress=RULES["progress"][0], config=forms.holding(), choices=_choices)
+    forms.holding(progress=RULES["progress"][0], config=forms.holding(), choices=_choices, targets=RULES["targets"][0])
 )
 _OTHER = "Choose another checkpoint."

@@ -358,6 +358,7 @@ class MultiHeadCheckpointer(Checkpointer):
                 "progress": asdict(head.progress),
                 "config": {key: value for key, value in head.info["config"].items() if value != whole.get(key)},
                 "choices": head.info["choices"],
+                "targets": head.info["targets"],
             }
             for name, head in self.heads.items()
         }

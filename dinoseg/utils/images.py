@@ -53,6 +53,10 @@ _NO_PICTURE = "is truncated or not an image: replace or remove it"
 _STRETCHED = {"2": 85, "4": 17}  # bits per pixel of grey files to Pillow's factor on their values
 
 
+class ImageTooLarge(UserError):
+    """Error for an image of more pixels than Pillow's limit."""
+
+
 def read_image(path: str | Path) -> np.ndarray:
     """Read an image as (H, W, 3) uint8 RGB, upright by the orientation in its header.
 
@@ -271,7 +275,10 @@ def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
         cause = error
         message = f"Not enough memory to read {path} as an image. Free some, or reduce or split the image."
     except Image.DecompressionBombError as error:
-        message = f"Cannot read {path} as an image: it is too large ({error}). Reduce or split it."
+        raise ImageTooLarge(
+            f"Cannot read {path} as an image: it is too large ({error}). Reduce or split it; mode=predict reads it "
+            "with libvips: pip install 'dinoseg[large]'."
+        ) from None
     except Unfit as error:
         message = f"{path} {error}."
     except UnidentifiedImageError:

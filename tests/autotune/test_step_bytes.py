@@ -57,7 +57,7 @@ def test_the_peak_is_that_of_a_real_training(compose, words):
     step, engine = foretold(cfg), instantiate(cfg.engine)
     with PeakBytes() as peak:
         parts = training_parts(Builder(cfg))
-        try_steps(parts, parts.model, engine, repeat(random_batch(parts, parts.batch_size)), steps=2)
+        try_steps(parts, engine, repeat(random_batch(parts, parts.batch_size)), steps=2)
     assert step.peak == pytest.approx(peak.most, rel=0.06)
 
 

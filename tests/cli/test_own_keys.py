@@ -7,8 +7,13 @@ import pytest
 from command_line import SLOTS, call, linked
 from omegaconf import OmegaConf
 
-from dinoseg.cli.own_keys import with_checkpoint_keys
+from dinoseg.cli import own_keys
+from dinoseg.config.composition import SHIPPED
 from dinoseg.training import checkpoint
+
+
+def with_checkpoint_keys(words):
+    return own_keys.with_checkpoint_keys(words, [SHIPPED])
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Ranks that others start take the config of rank 0, but build only what config files name."""
+"""Ranks that others start take the config of rank 0 as names of options and plain values."""
 
 import json
 
@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from dinoseg.cli import launch
 from dinoseg.config.plain import to_container
+from dinoseg.experiment.shared import describe_job
 from dinoseg.utils.errors import UserError
 
 
@@ -17,13 +18,12 @@ def receive(compose, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: to_container(cfg))
 
-    def run(words, change):
-        cfg = compose(*words)
-        shared = to_container(cfg)
+    def run(words, change, further=()):
+        shared = describe_job(compose(*words, *further))
         change(shared)
         text = json.dumps([OmegaConf.to_yaml(OmegaConf.create(shared)), str(tmp_path / "run"), None])
         monkeypatch.setattr("dinoseg.training.rendezvous.share_from_rank0", lambda *_, **__: text)
-        return launch.launch(cfg, tmp_path / "own", list(words))
+        return launch.launch(compose(*words), tmp_path / "own", list(words))
 
     return run
 
@@ -31,21 +31,33 @@ def receive(compose, tmp_path, monkeypatch):
 WORDS = ("mode=train", "data=folder", "data.root=x", "data.classes=[a,b]")
 
 
-def test_a_rank_takes_plain_values_of_rank_0(receive):
+def test_a_rank_takes_plain_values_and_options_of_rank_0(receive, compose):
     def resume(shared):
-        shared["resume"] = "outputs/base/train/checkpoints/last.safetensors"
-        shared["optim"]["optimizer"]["lr"] = 0.5
-        shared["solo"] = {"mlp": to_container(OmegaConf.create(dict(shared)))}
+        shared["config"]["resume"] = "outputs/base/train/checkpoints/last.safetensors"
+        shared["config"]["optim"]["optimizer"]["lr"] = 0.5
+        shared["solo"] = {"mlp": json.loads(json.dumps(shared))}
 
-    found = receive(WORDS, resume)
-    assert found["optim"]["optimizer"]["lr"] == 0.5 and found["resume"].endswith("last.safetensors")
+    further = ("head=mlp", "hparam=demo", "data.batch_size=3", "inference.size=${resolution.crop}")
+    found = receive(WORDS, resume, further)
+    cfg = compose(*WORDS, *further)
+    cfg.optim.optimizer.lr, cfg.resume = 0.5, found["resume"]
+    assert found["resume"].endswith("last.safetensors") and found["choices"] == to_container(cfg.choices)
+    assert found["solo"]["mlp"]["head"] == found["head"] and found.pop("solo").keys() == {"mlp"}
+    for key in {*cfg} - {"data"}:
+        theirs, ours = (
+            OmegaConf.to_container(OmegaConf.create({**to_container(cfg), **each}), resolve=True)[key]
+            for each in (found, {})
+        )
+        assert theirs == ours, key
 
 
 @pytest.mark.parametrize("place", ["loss", "mode", "solo"])
-def test_a_rank_refuses_targets_that_no_config_file_names(receive, place):
+def test_a_rank_refuses_names_of_classes(receive, place):
     def attack(shared):
-        node = shared.setdefault("solo", {}).setdefault("mlp", {"loss": {}}) if place == "solo" else shared
-        node["loss" if place == "solo" else place] |= {"_target_": "os.system", "command": "true"}
+        if place == "solo":
+            shared["solo"] = {"mlp": json.loads(json.dumps(shared))}
+        node = shared["solo"]["mlp"] if place == "solo" else shared
+        node["config"]["loss" if place == "solo" else place] |= {"_target_": "os.system", "command": "true"}
 
-    with pytest.raises(UserError, match=r"the config of rank 0: \w+.*os\.system"):
+    with pytest.raises(UserError, match="the config of rank 0: .*a checkpoint stores no key _target_"):
         receive(WORDS, attack)

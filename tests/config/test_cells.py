@@ -7,7 +7,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dinoseg.config.resolvers import register_resolvers, resolve_container
+from dinoseg.config.resolvers import register_resolvers
+from dinoseg.config.stored import describe
 from dinoseg.core.geometry import pad_to_multiple
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import config_description
@@ -60,4 +61,4 @@ def test_a_backbone_that_tells_its_patch_size_later_has_none(compose):
 
 def test_what_cannot_be_had_is_not_set(compose):
     cfg = compose("head=slots", "backbone.patch_size=???")
-    assert resolve_container(cfg.head)["positions_grid"] == "???"
+    assert describe(cfg, ("head",))["config"]["head"]["positions_grid"] == "???"

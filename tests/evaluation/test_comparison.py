@@ -15,6 +15,7 @@ from dinoseg.evaluation.sides import Side, _by_seed, _jobs, aligned, seeds_note,
 from dinoseg.experiment import run_config
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
+from dinoseg.modes.compare import COLUMNS, costs_table
 from dinoseg.report.html.comparison import OtherRun
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
@@ -171,7 +172,7 @@ def test_seeds_are_told_by_how_many_runs_sides_have():
     assert units_note(of(2, 1, 2)) == "over 2 videos"
 
 
-def test_of_more_than_three_others_each_has_a_line_and_the_best_is_first(tmp_path):
+def test_each_side_has_a_line_and_the_best_is_first(tmp_path):
     better, worse, same = "significantly better", "significantly worse", "no significant difference"
     said = {"a": (0.6, better, better, same), "b": (None, same, same, same), "c": (0.1, worse, worse, better)}
     said["d"] = (0.7, same, worse, worse)
@@ -183,7 +184,7 @@ def test_of_more_than_three_others_each_has_a_line_and_the_best_is_first(tmp_pat
         scores = dict.fromkeys((*means, *gaps), miou)
         others.append(OtherRun(name, scores, means | gaps, [], [], []))
     own = 100 * scores_of([record()])["miou"]
-    lines = [line.split() for line in verdicts(first, [], others).splitlines()[2:]]
+    lines = [line.split() for line in verdicts(first, [], others).splitlines()[3:]]
     assert lines == [
         ["d", "70.00", "+20.00", "+10.00", "..", "+30.00", "0.01", "no", "significant", "difference", "0", "2"],
         ["a", "60.00", "+10.00", "+0.00", "..", "+20.00", "0.01", "significantly", "better", "2", "0"],
@@ -192,7 +193,19 @@ def test_of_more_than_three_others_each_has_a_line_and_the_best_is_first(tmp_pat
         ["b", "-", "-", "-", "-", "no", "significant", "difference", "0", "0"],
     ]
     three = verdicts(first, [], others[:3])
-    assert "IoU a" in three and "mIoU without background" in three and "mean Dice" in three
+    assert "IoU a" in three and "mIoU without" in three and "mean Dice" in three
+
+
+def test_tables_fit_a_terminal_of_120_columns(tmp_path):
+    name = "backbone=dinov2_vitl14_reg4 adapter.rank=16 head=multiscale"
+    first = sides([tmp_path / name], [record(classes=["a rather long name of a class", "b", "c"])])[0]
+    verdict = {"value": -0.1234, "ci95": [-0.2345, -0.1234], "p": 1.2e-05, "verdict": "no significant difference"}
+    scores = scores_of(first.records)
+    other = OtherRun(f"{name} seed=1", scores, dict.fromkeys(scores, verdict), [], [], [])
+    lines = verdicts(first, [], [other] * 3).splitlines()
+    assert 110 < max(map(len, lines)) <= 120
+    row = dict.fromkeys(COLUMNS, 1.0) | {"run": name, "parameters": 1_000_000_000, "trainable": 1_000_000_000}
+    assert max(map(len, costs_table([row]).splitlines())) <= 120
 
 
 def test_runs_whose_config_nobody_knows_stand_each_for_itself():

@@ -18,6 +18,7 @@ from dinoseg.inference.whole import Whole
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.utils import control_groups
+from dinoseg.utils.images import write_png
 
 CPU = torch.device("cpu")
 
@@ -252,11 +253,11 @@ def test_what_is_free_on_a_gpu_counts_what_torch_holds_unused(monkeypatch):
 
 
 def test_memory_that_python_lacks_is_told_too(tmp_path):
-    np.save(tmp_path / "a.npy", picture(100, 90))
+    write_png(tmp_path / "a.png", picture(100, 90))
     broken = made()
     broken.backbone.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(memory.OutOfMemory, match=r"of 90 x 100 .*none left"):
-        list(Predictor(broken, CPU, nullcontext).strips(tmp_path / "a.npy"))
+        Predictor(broken, CPU, nullcontext).write_ids(tmp_path / "a.png", tmp_path / "ids.png")
 
 
 def test_probabilities_are_float32_whatever_the_model_computes_in():

@@ -49,7 +49,7 @@ def test_a_clean_set(where):
     shares = [row["share"] for row in report["splits"]["train"]["classes"]]
     assert sum(shares) == pytest.approx(1) and len(report["class_weights"]["median"]) == 2
     assert report["colors"]["mean"] == pytest.approx([0.5] * 3, abs=0.02)
-    assert page.count("<figure>") == 4 and "http" not in page
+    assert page.count('<div class="shot">') == 4 and "http:" not in page and "https:" not in page
     assert "smallest (width x height)" in done.out and "48 x 32" in done.out
     assert "findings:     0 errors, 0 warnings, 5 notes" in done.out and "doctor.html" in done.out
     assert list((where / "outputs/.cache").glob("scan_*.npz"))

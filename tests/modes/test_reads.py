@@ -21,7 +21,7 @@ def test_a_mode_reads_groups_and_keys_that_there_are(compose):
             assert "." not in name or name.split(".")[1] in cfg[name.split(".")[0]]
 
 
-FOR_ALL = {"mode", "hparam", "hydra", "local", "trust", "engine", "choices"}
+FOR_ALL = {"mode", "hparam", "hydra", "local", "trust", "engine", "choices", "config_dirs"}
 LAUNCH = {"heads", "lrs", "budget"}  # read before the mode's function is called
 ELSEWHERE = {  # of another config, or in a function that the mode calls for something else
     "app": {"loss"},  # in saving a model, which the app does not do

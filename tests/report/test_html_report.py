@@ -3,23 +3,26 @@
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 from chromium import opened_page
+from installed_wheel import built_wheel
+from jinja2 import UndefinedError
 
-from dinoseg.report.html import comparison
-from dinoseg.report.html.about import About
-from dinoseg.report.html.charts import MAX, Axes, around, line_chart, thinned, ticks
-from dinoseg.report.html.comparison import ComparisonReport, OtherRun, PairShot, comparison_page
-from dinoseg.report.html.evaluation import EvaluationReport, calibration_section, evaluation_page, heat_map
-from dinoseg.report.html.page import values
-from dinoseg.report.html.pictures import BOTH_WRONG, RIGHT, WRONG, Shot, prediction_card
-from dinoseg.report.html.tables import number_cell, table, whisker
+from dinoseg.report.html import page as page_module
+from dinoseg.report.html import pictures
+from dinoseg.report.html.charts import MAX, Axes, line_chart, range_around, thin, ticks
+from dinoseg.report.html.comparison import OtherRun, comparison_page
+from dinoseg.report.html.evaluation import calibration_charts, evaluation_page, heat_map
+from dinoseg.report.html.page import render
+from dinoseg.report.html.pictures import BOTH_WRONG, RIGHT, WRONG, PairShot, Shot, pair_card, prediction_card
 from dinoseg.report.palette import default_palette
 
 HOSTILE = '<img src=x onerror="window.ran=1">\'"</script><script>window.ran=1</script>\x1b[31m\u202e&amp;${1}'
-ABOUT = About(f"python -m dinoseg {HOSTILE}", {"model": HOSTILE}, f"key: {HOSTILE}")
+ABOUT = {"command": f"python -m dinoseg {HOSTILE}", "facts": {"model": HOSTILE}, "config": f"key: {HOSTILE}"}
 
 
 def scores_of(counts):
@@ -47,7 +50,7 @@ def report(classes=3, images=12, *, labelled=True, groups=None, training=True, n
     state = {"nll": 0.5, "ece": 0.1, "bins": bins}
     calibration = {"pixels": 1500, "images": images, "temperature": 1.2, "before": state, "after": state}
     intervals = {key: [0.2, 0.6] for key in ("miou", "dice", *(f"iou/{index}" for index in range(classes)))}
-    return EvaluationReport(
+    return dict(
         title=HOSTILE,
         subtitle=HOSTILE,
         classes=[f"{name} {index}" for index in range(classes)],
@@ -90,23 +93,22 @@ def compared(name="run"):
     gaps = {key: {"value": value and 0.1 - value / 2, "ci95": limits[key], **verdict} for key, value in scores.items()}
     images = [0.3] * 11 + [None]
     others = [OtherRun(f"{name} {n}", scores, gaps, images, images, [shot], "" if n else "none") for n in (0, 1)]
-    first = (
-        base.classes,
-        base.palette,
-        255,
-        base.names,
-        12,
-        "image",
-        "over 12 images",
-        "none",
-        name,
-        scores,
-        base.mious,
+    return dict(
+        subtitle=HOSTILE,
+        **{key: base[key] for key in ("classes", "palette", "ignore_index", "mious", "about")},
+        images=base["names"],
+        units=12,
+        unit="image",
+        intervals="over 12 images",
+        seeds="none",
+        first=name,
+        scores=scores,
+        others=others,
     )
-    return ComparisonReport(HOSTILE, *first, others, ABOUT)
 
 
-PAGES = {**{name: evaluation_page(each) for name, each in ODD.items()}, "compared": comparison_page(compared(HOSTILE))}
+PAGES = {name: evaluation_page(**each) for name, each in ODD.items()}
+PAGES["compared"] = comparison_page(**compared(HOSTILE))
 
 
 class Tags(HTMLParser):
@@ -150,13 +152,16 @@ def test_a_page_is_whole_and_names_nothing_outside_itself(name):
 def cells(page, section):
     """Return the rows of a section's tables as the plain texts of their cells."""
     part = re.search(f'<section id="{section}">(.*?)</section>', page, re.DOTALL)[1]
-    rows = re.findall(r"<tr>(.*?)</tr>", part, re.DOTALL)
-    return [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", part, re.DOTALL)
+    return [
+        [re.sub(r"<[^>]*>", "", cell).strip() for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)]
+        for row in rows
+    ]
 
 
 def test_bands_add_up_outwards_and_each_is_wrong_by_itself():
     bands = np.array([[10, 5], [10, 3], [20, 1], [20, 1], [20, 0], [20, 0]])
-    rows = cells(evaluation_page(replace(report(), boundary=bands)), "boundary")[1:]
+    rows = cells(evaluation_page(**report() | {"boundary": bands}), "boundary")[1:]
     assert [row[0] for row in rows] == [*(f"within {end} px" for end in (1, 2, 4, 8, 16)), "anywhere"]
     assert [row[1] for row in rows] == ["50.0", "80.0", "90.0", "100.0", "100.0", "100.0"]
     assert [row[2] for row in rows] == ["10.0", "20.0", "40.0", "60.0", "80.0", "100.0"]
@@ -165,28 +170,28 @@ def test_bands_add_up_outwards_and_each_is_wrong_by_itself():
 
 def test_the_lowest_videos_come_first_and_the_histogram_goes_from_0_to_100():
     mious = [0.9, 0.9, 0.1, 0.1, 0.5, None]
-    shown = replace(report(images=6), groups=list("aabbcc"), mious=mious, unit="video")
-    page = evaluation_page(shown)
+    page = evaluation_page(**report(images=6) | {"groups": list("aabbcc"), "mious": mious, "unit": "video"})
     assert re.findall(r"<figcaption>(\w): ([\d.]+) over", page) == [("b", "10.0"), ("c", "50.0"), ("a", "90.0")]
     bars = re.findall(r"<title>([\d.]+) to ([\d.]+): (\d+)</title>", page)[:20]
     assert [(bars[0][0], bars[-1][1])] == [("0", "100")]
     assert [bar for bar in bars if bar[2] != "0"] == [("10", "15", "2"), ("50", "55", "1"), ("90", "95", "2")]
-    assert "1 image without a labelled pixel have none. Median 50.0 %" in page
+    assert "1 image without a labelled pixel have none.\nMedian 50.0 %" in page
 
 
 def test_reliability_is_accuracy_over_confidence_where_a_bin_holds_enough():
     bins = [(0, 0, 0.0)] * 13 + [(19, 1, 17.0), (100, 60, 95.0)]
     state = {"nll": 1.0, "ece": 0.3, "bins": bins}
-    section = calibration_section({"pixels": 119, "images": 2, "temperature": 2.0, "before": state, "after": state})
-    assert section.count("uncalibrated: 0.95, 0.6<") == 1 and "0.8947" not in section
+    reliability, _ = calibration_charts({"pixels": 119, "temperature": 2.0, "before": state, "after": state})
+    assert [label for _, _, label in reliability["curves"][0]["dots"]] == ["uncalibrated: 0.95, 0.6"]
 
 
 def test_the_matrix_shows_the_commonest_classes_in_shares_of_their_rows():
     matrix = np.diag(np.arange(1, 161))
     shown = heat_map(matrix, [f"class {index}" for index in range(160)])
-    assert "class 10</text>" in shown and "class 9</text>" not in shown and "The 150 of 160 classes" in shown
+    assert shown["names"] == [f"class {index}" for index in range(10, 160)] and shown["left_out"] == 10
+    assert "The 150 of 160 classes with the most" in PAGES["over 150 classes"]
     drawn = heat_map(np.array([[3, 1], [0, 8]]), ["a", "b"])
-    assert re.findall(r'class="cell[^>]*>(\d+)<', drawn) == ["75", "25", "100"]
+    assert [number["shown"] for number in drawn["numbers"]] == ["75", "25", "100"]
 
 
 def test_errors_are_where_a_labelled_pixel_differs():
@@ -198,51 +203,54 @@ def test_errors_are_where_a_labelled_pixel_differs():
         palette=default_palette(2),
         ignore_index=255,
     )
-    assert "errors: 50.0 % of the labelled pixels" in shown and "ignored" in shown
+    assert shown["panels"][-1][0] == "errors: 50.0 % of the labelled pixels"
+    assert [name for name, _ in shown["legend"]] == ["a", "b", "ignored"]
 
 
 def test_what_differs_surely_is_marked_by_more_than_a_colour():
     base = compared()
-    limits = dict.fromkeys(base.scores) | {"miou": [0.1, 0.2], "dice": [-0.3, -0.2], "accuracy": [-0.1, 0.1]}
+    limits = dict.fromkeys(base["scores"]) | {"miou": [0.1, 0.2], "dice": [-0.3, -0.2], "accuracy": [-0.1, 0.1]}
     verdicts = {"miou": "significantly better", "dice": "significantly worse"}
     gaps = {
         key: {
             "value": sum(ends) / 2 if ends else None,
             "ci95": ends,
+            "p": None,
             "verdict": verdicts.get(key, "no significant difference"),
         }
         for key, ends in limits.items()
     }
-    other = replace(base.others[1], differences=gaps, mious=[0.9] * 3 + [0.0] * 2 + [None] + list(base.mious[6:]))
-    page = comparison_page(replace(base, others=[other]))
-    rows = {row[0]: row[3] for row in cells(page, "scores")[1:]}
+    mious = [0.9] * 3 + [0.0] * 2 + [None] + list(base["mious"][6:])
+    page = comparison_page(**base | {"others": [replace(base["others"][1], differences=gaps, mious=mious)]})
+    rows = {row[0]: row[4] for row in cells(page, "means")[1:]}
     assert rows == {"mIoU": "▲ +15.0", "mean Dice": "▼ -25.0", "pixel accuracy": "+0.0"}
-    assert "better in 3, worse in 2 and equal in 6 of 11 images" in page
-    assert "in points, largest first: class 0 +30.00; class 1 +30.00;" in page and "over 12 images" in page
+    assert "is better in\n3, worse in 2 and equal in 6 of 11 images" in page
+    assert "largest first:\nclass 0 +30.00; class 1 +30.00;" in page and "over 12 images" in page
     assert "95\xa0%\xa0interval over\xa012\xa0images" in page
 
 
-@pytest.mark.parametrize(("sides", "wide"), [(3, True), (4, False)])
-def test_many_sides_have_no_columns_of_intervals(sides, wide):
+@pytest.mark.parametrize("sides", [1, 3, 31])
+def test_tables_have_a_row_for_each_side_and_no_further_column(sides):
     base = compared()
-    page = comparison_page(replace(base, others=[replace(base.others[1], name=f"side {n}") for n in range(sides)]))
-    for section in ("scores", "classes"):
-        assert {len(row) for row in cells(page, section)} == {2 + (4 if wide else 2) * sides}
-    of_side = ["40.0", "-10.0", *(["-10.0 .. +20.0", ""] if wide else [])]
-    assert [text.replace("\xa0", " ") for text in cells(page, "scores")[1]] == ["mIoU", "40.0", *of_side * sides]
-    assert ("compare.png has them all" in page) != wide
-    assert (f"<title>{sides} sides against run<" in page) != wide and all(f"side {n} %" in page for n in range(sides))
+    others = [replace(base["others"][1], name=f"side {n}") for n in range(sides)]
+    page = comparison_page(**base | {"others": others})
+    assert [row[0] for row in cells(page, "scores")[1:]] == ["run", *(f"side {n}" for n in range(sides))]
+    for section, rows in (("means", 3), ("classes", 3)):
+        assert {len(row) for row in cells(page, section)} == {7}
+        assert len(cells(page, section)) == 1 + rows * sides
+    of_side = ["mIoU", "side 0", "40.0", "40.0", "-10.0", "-10.0 .. +20.0", ""]
+    assert cells(page, "means")[1] == of_side
+    assert (f"<title>{sides} sides against run<" in page) == (sides > 1)
 
 
 def test_the_last_picture_tells_who_is_right(monkeypatch):
     seen = []
-    monkeypatch.setattr(comparison, "marked", lambda frame, marks: seen.append(marks) or frame)
+    monkeypatch.setattr(pictures, "mark_pixels", lambda frame, marks: seen.append(marks) or frame)
     first, second, reference = (
         np.array([ids], np.uint8) for ids in ([0, 1, 1, 1, 0], [0, 0, 1, 0, 1], [0, 0, 0, 1, 255])
     )
     shot = PairShot("a", (0.1, 0.2), np.zeros((1, 5, 3), np.uint8), reference, (first, second))
-    base = compared()
-    comparison_page(replace(base, others=[replace(base.others[1], shots=[shot])]))
+    pair_card(shot, ("one", "other"), classes=["a", "b"], palette=default_palette(2), ignore_index=255)
     assert {colour: mask[0].tolist() for mask, colour in seen[0]} == {
         RIGHT: [False, True, False, False, False],
         WRONG: [False, False, False, True, False],
@@ -255,12 +263,12 @@ def test_a_page_grows_no_further_with_its_images():
     sizes = []
     for images in (3_000, 30_000):
         mious = draw.random(images).tolist()
-        other = replace(base.others[1], mious=mious[::-1], decides=mious)
+        other = replace(base["others"][1], mious=mious[::-1], decides=mious)
         names = [f"{index:05}" for index in range(images)]
-        sizes.append(len(comparison_page(replace(base, images=names, mious=mious, others=[other]))))
+        sizes.append(len(comparison_page(**base | {"images": names, "mious": mious, "others": [other]})))
     assert max(sizes) < 1.02 * min(sizes)
-    assert len(thinned([(float(x), float(x)) for x in range(3999)])) <= MAX
-    assert [x for x, _ in thinned([(0.0, 1.0), (1.0, 1.0)])] == [0.0, 1.0]
+    assert len(thin([(float(x), float(x)) for x in range(3999)])) <= MAX
+    assert [x for x, _ in thin([(0.0, 1.0), (1.0, 1.0)])] == [0.0, 1.0]
 
 
 def test_each_axis_has_its_own_ends():
@@ -270,24 +278,37 @@ def test_each_axis_has_its_own_ends():
     assert axes.at(-5, 9) == (left, top)
 
 
-def test_whiskers_begin_at_zero_and_values_that_a_script_reads_close_no_element():
-    drawn = whisker(0.1, [0.05, 0.15], (-0.2, 0.2)).html
-    assert '<rect x="50.0" y="4" width="25.00"' in drawn and "M62.5 8H87.5" in drawn
-    assert "</script><" not in values("name", {"a": "</script><b>"})[:-9]
-    assert number_cell(None, "-").value is None and 'data-value=""' in table(
-        [("a", "number")], [[number_cell(None, "-")]]
-    )
+def test_whiskers_begin_at_zero():
+    base = compared()
+    gaps = {key: gap | {"value": 0.1, "ci95": [0.05, 0.2]} for key, gap in base["others"][0].differences.items()}
+    page = comparison_page(**base | {"others": [replace(base["others"][0], differences=gaps)]})
+    assert '<rect x="50.0" y="4" width="25.0"' in page and "M62.5 8H100.0" in page
+
+
+def test_a_template_names_what_it_lacks():
+    with pytest.raises(UndefinedError, match="'rows' is undefined"):
+        render("plain_table.html.jinja", heads=["a"])
 
 
 @pytest.mark.parametrize(
     ("given", "low", "high"), [([], 0, 1), ([3.0], 2.8, 3.2), ([0.0], -0.5, 0.5), ([-1e-9, 1e9], -1e9, 2e9)]
 )
 def test_axes_always_have_a_length(given, low, high):
-    ends = around(given)
+    ends = range_around(given)
     assert low - 1 <= ends[0] < ends[1] <= high + 1
     marks = ticks(*ends)
     assert 2 <= len(marks) <= 7 and all(ends[0] <= mark * (1 + 1e-9) and mark <= ends[1] * (1 + 1e-9) for mark in marks)
-    assert "nan" not in line_chart("a", [("b", [(0.0, value) for value in given])], Axes(ends, ends, "x", "y"))
+    chart = line_chart("a", [("b", [(0.0, value) for value in given])], Axes(ends, ends, "x", "y"))
+    assert "nan" not in str(chart)
+
+
+@pytest.mark.heavy
+def test_the_wheel_holds_every_template():
+    folder = Path(page_module.__file__).parent
+    with ZipFile(built_wheel()) as wheel:
+        names = {name for name in wheel.namelist() if "report/html/templates" in name}
+    expected = {f"dinoseg/report/html/templates/{path.name}" for path in (folder / "templates").iterdir()}
+    assert names == expected and len(names) == 10
 
 
 @pytest.mark.heavy
@@ -312,7 +333,7 @@ def test_a_page_in_a_browser(tmp_path, name, width, dark):
 @pytest.mark.heavy
 def test_tables_sort_by_mouse_and_keys_and_the_matrix_tells_its_counts(tmp_path):
     path = tmp_path / "report.html"
-    path.write_text(evaluation_page(report()))
+    path.write_text(evaluation_page(**report()))
     column = "[...document.querySelectorAll('#classes tbody tr')].map(row => row.cells[1].dataset.value)"
     with opened_page(path.as_uri()) as page:
         given = page.evaluate(column)

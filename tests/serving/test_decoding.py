@@ -1,145 +1,117 @@
-"""Hostile uploads end in the process that decodes them: at a deadline, within its memory, or when the server stops."""
+"""Hostile uploads end in the process that decodes them: by time, memory or cancelling."""
 
+import os
 import sys
 import threading
-import time
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from child_functions import stuck
-from films import write_slow_sound
 from PIL import Image
-from serving_stand_ins import FACTS, Bright, InThread, encoded, picture
+from serving_stand_ins import InThread, encoded, picture
 
 from dinoseg.data.video.length import count_frames
-from dinoseg.export.runtime.model import Model
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
-from dinoseg.serving import clips, decoding
-from dinoseg.serving import service as service_module
-from dinoseg.serving.clips import ClipReader
-from dinoseg.serving.decoding import Decoders
-from dinoseg.serving.limits import ClipLimits, Limits, Refused
-from dinoseg.serving.service import Service
+from dinoseg.serving import decoding
+from dinoseg.serving.decoding import ImageDecoder, VideoDecoder, is_video
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import as_rgb
+
+LIMITS = {"max_pixels": 2000, "max_seconds": 1.0}
 
 
 @pytest.fixture
-def one_decoder():
-    made = Decoders(10_000, count=1)
-    yield made
-    made.end()
+def image(tmp_path):
+    path = tmp_path / "upload"
+    path.write_bytes(encoded(picture()))
+    return path
 
 
-def decoded(decoders, data, admit=lambda pixels: None):
-    return decoders.decode(data, 10_000, admit)
+def write_video(path, frames=3, size=(32, 48)):
+    with VideoWriter(path, 10.0, size) as writer:
+        for number in range(frames):
+            writer.write(np.full((*size, 3), 20 * number, np.uint8))
+    return path
 
 
-GOOD = encoded(picture())
-
-
-def refusal(decoders, data=GOOD, **options):
-    with pytest.raises(Refused) as error:
-        decoded(decoders, data, **options)
-    return error.value.rule
-
-
-def test_what_takes_too_long_is_killed_and_the_next_image_is_decoded(one_decoder, monkeypatch):
-    assert (decoding.PROCESSES, decoding.SECONDS, clips.SECONDS) == (4, 10, 10)  # as docs/security.md says
-    real = decoding.decode_images
-    monkeypatch.setattr(decoding, "decode_images", stuck)
-    late = Decoders(10_000, seconds=3.0, count=1)
-    begun = []
-
-    def admit(pixels):
-        begun.append(pixels)
-        monkeypatch.setattr(decoding, "decode_images", real)
-
-    try:
-        assert refusal(late, admit=admit) == "decode_time" and begun == [1]
-        monkeypatch.setattr(late, "_seconds", 60)
-        assert (decoded(late, GOOD) == picture()).all()
-    finally:
-        late.end()
-    assert refusal(one_decoder, admit=lambda pixels: (_ for _ in ()).throw(Refused(503, str(pixels), ""))) == "24"
-    assert (decoded(one_decoder, encoded(picture(8, 9), "WEBP", lossless=True)) == picture(8, 9)).all()
-    one_decoder.end()
-    assert refusal(one_decoder) == "busy"
-
-
-def test_neither_a_dead_process_nor_unread_answers_cost_the_next_image(one_decoder, monkeypatch):
-    one_decoder._idle.queue[0].kill()
-    assert (decoded(one_decoder, GOOD) == picture()).all()
+def test_a_slow_image_is_killed_and_the_next_one_is_decoded(image, monkeypatch):
+    assert decoding.SECONDS == 10  # as docs/security.md says
     with monkeypatch.context() as patched:
-        patched.setattr(decoding, "_answer", lambda child: (_ for _ in ()).throw(MemoryError))
-        with pytest.raises(MemoryError):
-            decoded(one_decoder, encoded(picture(5, 5)))
-    assert (decoded(one_decoder, GOOD) == picture()).all()
+        patched.setattr(decoding, "decode_images", stuck)
+        decoder = ImageDecoder(10_000)
+    with closing(decoder):
+        monkeypatch.setattr(decoding, "SECONDS", 60.0)
+        decoder._request({"path": "", "max_pixels": 0})  # the answer of `stuck`, which is ready then
+        monkeypatch.setattr(decoding, "SECONDS", 0.1)
+        with pytest.raises(UserError, match=r"The file is not decoded within 0.1 s"):
+            decoder.decode(image)
+        monkeypatch.setattr(decoding, "SECONDS", 60.0)
+        decoder._function = decoding.decode_images
+        assert (decoder.decode(image) == picture()).all()
+
+
+def test_dead_processes_and_unread_answers_do_not_reach_the_next_image(image, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.write_bytes(encoded(picture(8, 9), "WEBP", lossless=True))
+    with closing(ImageDecoder(10_000)) as decoder:
+        assert (decoder.decode(image) == picture()).all()
+        decoder._child.kill()
+        assert (decoder.decode(other) == picture(8, 9)).all()
+        with monkeypatch.context() as patched:
+            patched.setattr(decoder._child, "receive", lambda: (_ for _ in ()).throw(MemoryError))
+            with pytest.raises(MemoryError):
+                decoder.decode(image)
+        assert (decoder.decode(other) == picture(8, 9)).all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not bound memory")
-def test_memory_of_decoding_is_bounded(monkeypatch):
-    monkeypatch.setattr(decoding, "_MORE", 2**23)
-    monkeypatch.setattr(decoding, "_BYTES_PER_PIXEL", 0)
-    decoders = Decoders(2**22, count=1)
-    try:
-        with pytest.raises(Refused) as error:
-            decoders.decode(encoded(Image.new("RGB", (2000, 2000))), 2**22, lambda pixels: None)
-        assert error.value.rule == "decode_memory"
-    finally:
-        decoders.end()
+def test_memory_of_decoding_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "_IMAGE_MEMORY", (0, 2**23))
+    (tmp_path / "a").write_bytes(encoded(Image.new("RGB", (2000, 2000))))
+    with closing(ImageDecoder(2**22)) as decoder, pytest.raises(UserError, match="Not enough memory"):
+        decoder.decode(tmp_path / "a")
 
 
-def test_memory_is_given_by_pixels(tmp_path, monkeypatch):
+def test_memory_depends_on_the_pixels(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(decoding, "Child", lambda function, memory: given.append(memory))
-    monkeypatch.setattr(clips, "Child", lambda function, memory: given.append(memory))
-    Decoders(1000, count=1)
-    ClipReader(tmp_path / "a.mp4", ClipLimits(), 1000)
+
+    class Recorded(InThread):
+        def __init__(self, function, memory):
+            given.append(memory)
+            super().__init__(lambda channel: None, memory)
+
+    monkeypatch.setattr(decoding, "Child", Recorded)
+    ImageDecoder(1000).close()
+    with pytest.raises(UserError, match="crashed its decoder"):
+        VideoDecoder(tmp_path / "a", max_pixels=1000, max_seconds=1)
     assert given == [40 * 1000 + 2**28, 64 * 1000 + 2**29]  # as docs/security.md says
 
 
-def test_what_is_no_use_is_never_decoded(monkeypatch):
-    monkeypatch.setattr(decoding, "decode", lambda data: pytest.fail("decoded"))
-    frames = [Image.new("L", (2, 2), 9 * number) for number in range(2)]
-    animated = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
-    for data, rule in (
-        (encoded(picture(200, 200)), "max_pixels"),
-        (animated, "one_frame"),
-        (encoded(picture(), "GIF"), "format"),
-    ):
-        asked, sent = [({"max_pixels": 10_000}, data), None], []
-        channel = SimpleNamespace(receive=lambda asked=asked: asked.pop(0), send=sent.append)
-        decoding.decode_images(channel)
-        assert [answer["refused"][1] for answer in sent] == [rule]
+def test_large_images_are_not_decoded(image, monkeypatch):
+    monkeypatch.setattr(decoding, "read_image", lambda path: pytest.fail("decoded"))
+    with pytest.raises(UserError, match="6 x 4 pixels, more than mode.max_pixels=23"):
+        decoding.read_bounded_image(image, 23)
 
 
-def test_a_file_of_many_frames_is_refused_without_reading_them(monkeypatch):
-    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.n_frames", property(lambda image: pytest.fail("counted")))
-    frames = [Image.new("L", (2, 2))] * 3
-    with pytest.raises(Refused, match="has several frames"):
-        decoding.measure(encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]), 10_000)
+def test_a_video_is_known_by_its_content(tmp_path, image):
+    assert is_video(write_video(tmp_path / "a.mp4")) and not is_video(image)
+    (tmp_path / "list.mp4").write_bytes(b"#EXTM3U\n/etc/passwd")
+    assert not is_video(tmp_path / "list.mp4")
 
 
-def test_seconds_after_a_signal_nothing_is_decoded_any_more(monkeypatch):
-    monkeypatch.setattr(service_module, "_LAST_DECODED", 0.01)
-    monkeypatch.setattr(service_module, "Decoders", lambda max_pixels: Decoders(max_pixels, count=1))
-    stopped = threading.Event()
-    made = Service(Model(Bright(), FACTS), Limits(), batch_size=1, wait=0)
-    made.at_stop = stopped.set
-    made.announce_stop()
-    assert stopped.wait(120)
-    while refusal(made._decoders) != "busy":
-        time.sleep(0.01)
-    made.close()
+def test_frames_come_from_a_process_unchanged(tmp_path):
+    path = write_video(tmp_path / "a.mp4")
+    with VideoReader(path) as reader, closing(VideoDecoder(path, **LIMITS)) as video:
+        assert (video.size, video.count, video.rate) == (reader.size, reader.count, reader.rate)
+        assert video.traits == replace(reader.traits, sound=None)
+        for (frame, time), (wanted, shown) in zip(video.frames(), reader.timed(), strict=True):
+            assert (frame == wanted).all() and time == shown
 
 
-def packets_without_frames(path, count):
+def write_packets_without_frames(path, count):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mjpeg", rate=1000)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuvj420p"
@@ -151,80 +123,62 @@ def packets_without_frames(path, count):
 
 
 def test_packets_without_frames_are_bounded(tmp_path, monkeypatch):
-    path = packets_without_frames(tmp_path / "a.mkv", 60)
+    path = write_packets_without_frames(tmp_path / "a.mkv", 60)
     monkeypatch.setattr("dinoseg.data.video.decoder._MAX_SILENT", 50)
     with pytest.raises(UserError, match="a.mkv has 50 packets in a row without a frame"):
         VideoReader(path)
     assert count_frames(path) == 0
-    monkeypatch.setattr(clips, "Child", InThread)
-    with (
-        pytest.raises(UserError, match="has more than 20 packets"),
-        ClipReader(path, ClipLimits(max_seconds=0.01), 10**6),
-    ):
-        pass
+    monkeypatch.setattr(decoding, "Child", InThread)
+    with pytest.raises(UserError, match="^The file has more than 20 packets"):
+        VideoDecoder(path, max_pixels=10**6, max_seconds=0.01)
 
 
-def test_frames_come_from_a_process_as_they_are(tmp_path):
-    with VideoWriter(tmp_path / "a.mp4", 10.0, (32, 48)) as writer:
-        for number in range(3):
-            writer.write(np.full((32, 48, 3), 80 * number, np.uint8))
-    with VideoReader(tmp_path / "a.mp4") as reader, ClipReader(tmp_path / "a.mp4", ClipLimits(), 2000) as clip:
-        assert (clip.size, clip.count, clip.rate) == (reader.size, reader.count, reader.rate)
-        assert clip.traits == replace(reader.traits, sound=None)
-        for (frame, time_), (wanted, shown) in zip(clip.timed(), reader.timed(), strict=True):
-            assert (frame == wanted).all() and time_ == shown
+@pytest.mark.parametrize("share", [None, 0.02, 0.7])
+def test_long_large_and_broken_videos_are_refused(tmp_path, monkeypatch, share):
+    monkeypatch.setattr(decoding, "Child", InThread)
+    path = write_video(tmp_path / "a.mp4", frames=12, size=(64, 64))
+    if share is None:
+        with pytest.raises(UserError, match="has 12 frames or more.* limit is 1 s"):
+            VideoDecoder(path, max_pixels=5000, max_seconds=1.0)
+        with pytest.raises(UserError, match="64 x 64"):
+            VideoDecoder(path, max_pixels=4000, max_seconds=2.0)
+        return
+    os.truncate(path, int(share * path.stat().st_size))
+    with pytest.raises(UserError) as error, closing(VideoDecoder(path, max_pixels=5000, max_seconds=2)) as video:
+        list(video.frames())
+    assert str(tmp_path) not in str(error.value)
 
 
-@pytest.mark.parametrize(("rate", "heard"), [(8000, True), (20, False)])
-def test_sound_of_a_clip_is_encoded_by_its_process(tmp_path, rate, heard):
-    path = write_slow_sound(tmp_path / "a.avi", rate)
-    with (
-        ClipReader(path, ClipLimits(), 10**4, sound=True) as clip,
-        VideoWriter(tmp_path / "out.mp4", clip.rate, clip.size, like=clip.traits) as writer,
-    ):
-        assert not isinstance(clip.traits.sound, Path), "this process opens no file of a client"
-        for frame, time_ in clip.timed():
-            writer.write(frame, time_)
-    with av.open(str(tmp_path / "out.mp4")) as copy:
-        assert len(copy.streams.audio) == heard and copy.streams.video[0].frames == 24
-        if heard:
-            assert 0.9 < copy.streams.audio[0].duration * copy.streams.audio[0].time_base < 1.1
-            assert sum(frame.samples for frame in copy.decode(audio=0)) >= 7000
+def test_a_video_that_is_longer_than_its_header_states_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "Child", InThread)
+    with closing(VideoDecoder(write_video(tmp_path / "a.mp4"), **LIMITS)) as video:
+        video._max_seconds = 0.2
+        with pytest.raises(UserError, match="has 3 frames or more"):
+            list(video.frames())
 
 
-def test_sound_of_a_clip_ends_at_its_longest_length(tmp_path):
-    path = write_slow_sound(tmp_path / "a.avi", 8000, frames=72)
-    with ClipReader(path, ClipLimits(max_seconds=1), 10**4, sound=True) as clip:
-        assert sum(1 for _ in clip.timed()) == 72
-        assert 8 <= len(clip.traits.sound.packets) <= 10  # of 1024 samples, 8000 a second
+def test_killing_wakes_who_waits_for_a_frame(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "Child", InThread)
+    released = threading.Event()
+    monkeypatch.setattr(decoding, "read_bounded_image", lambda *_: released.wait() and picture())
+    with closing(ImageDecoder(1)) as decoder:
+        threading.Timer(0.05, decoder.kill).start()
+        with pytest.raises(UserError, match="crashed its decoder process"):
+            decoder.decode(tmp_path / "a")
+        released.set()
 
 
-def test_who_waits_for_a_frame_is_woken_when_the_work_is_cancelled(tmp_path, monkeypatch):
-    monkeypatch.setattr(clips, "Child", InThread)
-    monkeypatch.setattr(clips, "send_frames", lambda channel: [channel.receive(), channel.receive()])
-    reader = ClipReader(tmp_path / "a.mp4", ClipLimits(), 2000)
-    threading.Timer(0.05, reader.kill).start()
-    with pytest.raises(UserError, match="crashed its decoder process"), reader:
-        pass
+def test_a_frame_that_takes_too_long_is_an_error(tmp_path, monkeypatch):
+    def stall(channel):
+        channel.receive()
+        about = {"size": [1, 1], "count": 1, "rate": [1, 1], "tick": [1, 1], "aspect": [1, 1], "colours": [1, 1, 1]}
+        channel.send(about)
+        channel.receive()
 
-
-def test_a_clip_that_is_not_decoded_in_time_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(clips, "SECONDS", 60.0)
-    monkeypatch.setattr(clips, "send_frames", stuck)
-    reader = ClipReader(tmp_path / "a.mp4", ClipLimits(), 1)
-    try:
-        reader._next({})
-        assert reader._child.is_alive
-        monkeypatch.setattr(clips, "SECONDS", 0.1)
+    monkeypatch.setattr(decoding, "Child", InThread)
+    monkeypatch.setattr(decoding, "decode_video", stall)
+    with closing(VideoDecoder(tmp_path / "a", **LIMITS)) as video:
+        monkeypatch.setattr(decoding, "SECONDS", 0.1)
+        monkeypatch.setattr(video._child, "_kill_at_deadline", lambda: InThread._kill_at_deadline(video._child))
         with pytest.raises(UserError, match=r"is not decoded within 0.1 s"):
-            reader._next()
-        assert not reader._child.is_alive
-    finally:
-        reader.__exit__()
-
-
-def test_a_damaged_image_is_refused_as_in_this_process(one_decoder):
-    data = encoded(picture(64, 64))[:-2000]
-    assert refusal(one_decoder, data) == "unreadable"
-    with pytest.raises(UserError), decoding._opened(data) as image:
-        as_rgb(image, "The image")
+            next(video.frames())

@@ -29,7 +29,7 @@ def test_a_delta_is_given_its_backbone_from_the_command_line(compose, tmp_path, 
         assert done.status == 1 and "resume=" not in done.err
         assert f"mode.model={delta}: " in done.err and "Set its current path: backbone.weights=PATH." in done.err
         done = served(tmp_path, mode, f"mode.model={delta}", f"backbone.weights={moved}")
-        assert done.status == 0 and "stopped" in done.out, done.err
+        assert done.status == 0, done.err
     done = served(tmp_path, "serve", f"resume={delta}", f"backbone.weights={moved}")
     assert done.status == 0, done.err
     done = served(tmp_path, "serve", f"mode.model={delta}", f"backbone.weights={moved}", "inference=windows")

@@ -148,11 +148,10 @@ def test_how_slots_are_followed_makes_no_other_run(here):
     [
         ({"_target_": "os.system", "command": "true"}, r"slots\._target_=os.system"),
         (
-            {"_target_": "dinoseg.tracking.slots.tracker.SlotFactory", "match": "nearest"},
+            {"match": "nearest"},
             "slots.match=nearest is unk",
         ),
         ("appearance", "slots"),
-        ({}, "slots"),
     ],
 )
 def test_a_checkpoint_that_follows_slots_in_ways_that_are_none_is_refused(here, plain, node, message):
@@ -287,7 +286,7 @@ def parts(movi, *more):
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         cfg = hydra_compose("main", [*SLOTS[1:], f"data.root={movi / 'movi'}", *more])
     engine = Engine("cpu", "fp32", workers=0, eval_batch_size=5)
-    task = Builder(job_config(cfg, {"trainer": "slots"})).task()
+    task = Builder(job_config(cfg, {"choices": {"trainer": "slots"}, "config_sources": []})).task()
     task.open(engine)
     return Builder(cfg).model().eval(), engine, task.data_module, Builder(cfg).loss(None)
 

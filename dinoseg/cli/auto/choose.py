@@ -33,6 +33,7 @@ _MIN_TIMED = 0.02  # share of the budget; with less time left, nothing is timed
 _MEASURING = 0.6  # share of the timing's time limit after which steps are not repeated
 _MIN_LEFT = 0.2  # share of the budget reserved for training, however long choosing took
 FREEZE = "optim.optimizer.freeze_backbone_until"
+_FROZEN = {"adapter": "frozen", "optim.optimizer.backbone_lr": None}  # which has no rate
 _CLOSED_FORM = {"adapter", "head", "head.init", "data.labelled"}  # typed keys that rule out the closed-form head
 
 Compose = Callable[[Sequence[RecipeChoice]], DictConfig]
@@ -206,7 +207,7 @@ def time_config(
     task.open(engine)
     return time_recipe(
         training_parts(build) if trains else None,
-        training_parts(build, {"adapter": "frozen"} if trains else None) if freezes else None,
+        training_parts(build, _FROZEN if trains else None) if freezes else None,
         task.data_module,
         engine,
         began=began,

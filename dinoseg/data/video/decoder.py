@@ -34,10 +34,6 @@ _UNCOUNTED = 1  # frames, or packets, that a whole file may lack: some writers c
 REMEDY = "It is truncated, damaged or not a video: replace it, or re-encode it (ffmpeg -i IN OUT.mp4)."
 
 
-class FrameTooLarge(UserError):
-    """Error that a video's frames exceed the pixel limit."""
-
-
 class Decoder:
     """Open video. `advance` decodes the next frame, to which the other methods refer.
 
@@ -54,8 +50,8 @@ class Decoder:
         max_pixels: maximum number of pixels of a frame.
 
     Raises:
-        FrameTooLarge: the frames have more pixels, by the header.
-        UserError: it is not a file or not a video; from `advance`: far more packets than frames.
+        UserError: it is not a file or not a video, or its frames have more pixels by the header; from `advance`: far
+            more packets than frames.
         OSError: the file does not exist, or access is denied.
     """
 
@@ -245,7 +241,7 @@ class Decoder:
         if codec is None:
             raise self.unreadable("its video codec is not supported")
         if codec.width * codec.height > max_pixels:
-            raise FrameTooLarge(
+            raise UserError(
                 f"{self.path} claims frames of {codec.width} x {codec.height} pixels; at most {max_pixels:,} are read. "
                 "Downscale it (ffmpeg -i IN -vf scale=4096:-2 OUT.mp4)."
             )

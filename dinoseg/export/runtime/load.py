@@ -38,8 +38,8 @@ def load(
             that it names.
         head: weights for a head whose frozen part comes from a file, in the same way.
         inference: whole, windows or auto (whole images where memory suffices); None: as the file states.
-        trust: packages and hub ids that the file may name in addition to those of dinoseg.
-        config_dir: folder with config groups of your own, whose classes the file may name; a class of a notebook is
+        trust: hub ids that the file's backbone may come from, in addition to that of its option.
+        config_dir: folder with config groups of your own, whose options the file may name; a class of a notebook is
             `__main__.NAME` there.
 
     An ONNX file takes whole images, computes in float32 and holds all of its weights.

@@ -46,7 +46,6 @@ class Segmenter(GuardedModule, Model):
         model: backbone and head.
         facts: classes, palette, sizes, scores and sources.
         config: the whole config as plain values.
-        unused: values of the config that `save` writes and nothing here builds, by group.
         info: description of the checkpoint that it was loaded from; empty for a new model.
         policy: inference strategy of `predict`.
         precision: precision of `predict`: auto, bf16, fp16 or fp32. `forward` computes as the surrounding autocast.
@@ -72,7 +71,6 @@ class Segmenter(GuardedModule, Model):
         *,
         info: Mapping[str, Any],
         policy: Policy,
-        unused: Mapping[str, Mapping[str, Any]] | None = None,
         precision: str = "auto",
         file: Path | None = None,
         checkpoint: tuple[Path, Stamp | None] | None = None,
@@ -81,7 +79,7 @@ class Segmenter(GuardedModule, Model):
         self.model = model
         self.facts = facts
         self.file = None if file is None else file.absolute()
-        self._config, self._unused, self._info = config, unused or {}, info
+        self._config, self._info = config, info
         self._policy, self._precision = policy, precision
         self._checkpoint = checkpoint
         self._has_checked_levels = False
@@ -303,7 +301,6 @@ class Segmenter(GuardedModule, Model):
                     info,
                     delta=delta,
                     gated=gated,
-                    unused=self._unused,
                     where="The model",
                 )
             except UserError as error:

@@ -117,7 +117,6 @@ def write_model(
     *,
     delta: bool = False,
     gated: bool = False,
-    unused: Mapping[str, Mapping[str, Any]] | None = None,
     where: str | None = None,
 ) -> tuple[int, Mapping[str, Any]]:
     """Write a model as one file; return the number of its tensors, and the facts of its backbone.
@@ -130,7 +129,6 @@ def write_model(
         info: further entries of the file's description, such as the progress of its training.
         delta: see `export_model`.
         gated: see `export_model`.
-        unused: values for the config in the file that are not part of `source`, by group.
         where: start of messages about the weights; None: the checkpoint.
 
     Raises:
@@ -157,10 +155,7 @@ def write_model(
     if not gated:
         weights = [name for name in tensors if name.startswith("model/") and ".lora_" not in name]
         _check_licence(facts.backbone, source.config["head"].get("weights"), weights)
-    description = {**config_description(ModelBuilder.of(stored)), "folder": "."}
-    config = description["config"]
-    more = {group: {**config[group], **_strip_folders(values)} for group, values in (unused or {}).items()}
-    description["config"] = {**config, **more}
+    description = {**config_description(ModelBuilder.of(stored), info), "folder": "."}
     made = {**description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
     remaining = {key: value for key, value in info.items() if key != PRECISION}  # which the config states
     checkpoint.write(path, tensors, {"progress": asdict(checkpoint.Progress()), **remaining, **made})

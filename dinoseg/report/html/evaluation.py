@@ -1,44 +1,66 @@
 """Report of an image evaluation: scores, errors, calibration and provenance."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dinoseg.core.shapes import Palette
-from dinoseg.report.html.about import About, about_sections, training_section
-from dinoseg.report.html.charts import Axes, around, bar_chart, line_chart, thinned
-from dinoseg.report.html.page import Section, page, paragraph, percent, spanned, text, tiles, values
-from dinoseg.report.html.pictures import Shot, data_uri, prediction_card
-from dinoseg.report.html.tables import class_cell, number_cell, plain_cell, table, whisker
+from dinoseg.report.html.charts import MAX, Axes, bar_chart, line_chart, range_around, thin
+from dinoseg.report.html.page import render
+from dinoseg.report.html.pictures import Shot, prediction_card
 from dinoseg.report.scores import few_units
 from dinoseg.report.table import MEANS
 from dinoseg.utils.wording import count_of
 
-_BARS = 20
-_VIDEOS = 24  # videos with a curve
+_HISTOGRAM_BARS = 20
+_MAX_VIDEOS = 24  # videos with a curve
+_MIN_BIN_PIXELS = 20  # of a bin in the reliability chart
 _NOTES = {
     "miou": "mean over the classes present",
     "miou_no_background": "mean over the other classes present",
     "dice": "mean over the classes present",
     "accuracy": "share of the labelled pixels",
 }
+_TRAINING_CURVES = (
+    ("Loss", {"training": "train/loss", "validation": "val/loss"}, "loss"),
+    ("mIoU", {"training": "train/miou", "validation": "val/miou"}, "mIoU"),
+    ("Pixel accuracy", {"training": "train/accuracy", "validation": "val/accuracy"}, "accuracy"),
+)
 
-
-MAX = 150  # maximum classes: those with the most pixels in the reference
-_MAX_NUMBERS = 20  # classes up to which the cells carry numbers
+MAX_CLASSES = 150  # of the confusion matrix: those with the most pixels in the reference
+_MAX_NUMBERED = 20  # classes up to which the cells carry numbers
 _LONGEST_NAME = 24
 _MIN_SHARE = 0.001  # minimum share with a number
 _FULL = 0.3  # share above which the number is light
 _BLUE = (31, 95, 191)
 _EMPTY = (128, 128, 128, 40)  # a row without pixels
-_MIN_BIN = 20  # minimum pixels of a bin in the chart
 
 
-@dataclass(frozen=True)
-class EvaluationReport:
-    """Content of the page.
+def evaluation_page(
+    *,
+    title: str,
+    subtitle: str,
+    classes: Sequence[str],
+    palette: Palette,
+    ignore_index: int,
+    scores: Mapping[str, Any],
+    intervals: Mapping[str, list[float] | None],
+    unit: str,
+    names: Sequence[str],
+    groups: Sequence[str],
+    mious: Sequence[float | None],
+    distances: Sequence[int],
+    boundary: np.ndarray,
+    calibration: Mapping[str, Any] | None,
+    best: Sequence[Shot],
+    worst: Sequence[Shot],
+    about: Mapping[str, Any],
+    official: Mapping[str, Any] | None = None,
+    training: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """Return the page as HTML.
 
     Args:
         title: plain text.
@@ -54,320 +76,161 @@ class EvaluationReport:
         mious: mIoU of each image; None without labelled pixels.
         distances: upper ends of the bands around boundaries, in pixels.
         boundary: (bands, 2) labelled and wrong pixels.
-        calibration: see `calibration_section`; None without one.
+        calibration: `pixels` and `images` of the sample, `temperature`, and two states, `before` and `after` scaling
+            by it. A state has `nll`, `ece` and `bins`: pixels, correct pixels and sum of confidences of each bin. None:
+            no pixel is labelled, or there is only one class.
         best: best images, best first.
         worst: worst images, worst first.
+        about: see `evaluation.about.about_run`.
         official: result of `scoring.summary`; None without a protocol.
-        about: provenance of the evaluation.
         training: rows of the training's metrics.jsonl; None without these.
     """
-
-    title: str
-    subtitle: str
-    classes: Sequence[str]
-    palette: Palette
-    ignore_index: int
-    scores: Mapping[str, Any]
-    intervals: Mapping[str, list[float] | None]
-    unit: str
-    names: Sequence[str]
-    groups: Sequence[str]
-    mious: Sequence[float | None]
-    distances: Sequence[int]
-    boundary: np.ndarray
-    calibration: Mapping[str, Any] | None
-    best: Sequence[Shot]
-    worst: Sequence[Shot]
-    about: About
-    official: Mapping[str, Any] | None = None
-    training: Sequence[Mapping[str, Any]] | None = field(default=None)
-
-
-def evaluation_page(report: EvaluationReport) -> str:
-    """Return the page as HTML."""
-    sections = [
-        _scores(report),
-        _classes(report),
-        Section("confusion", "Confusion", _confusion(report)),
-        _images(report),
-        _pictures(report),
-        _boundary(report),
-        *_videos(report),
-        Section("calibration", "Calibration", calibration_section(report.calibration)),
-        training_section(report.training),
-        *about_sections(report.about),
-    ]
-    return page(report.title, report.subtitle, sections, _warnings(report))
-
-
-def interval_head(units: int, unit: str) -> str:
-    """Return the heading of a column of intervals over units."""
-    halves = ("95 % interval", f"over {count_of(units, unit)}")
-    return " ".join(half.replace(" ", "\u00a0") for half in halves)  # wraps only between the halves
-
-
-def interval_note(units: int, unit: str) -> str:
-    """Return a note on the intervals over units."""
-    over = count_of(units, unit)
-    if units < 2:
-        return f"No intervals: they need at least two {unit}s; there is {over}."
-    return f"95 % intervals: Student's t over {over}, by leave-one-out jackknife."
-
-
-def _warnings(report: EvaluationReport) -> list[str]:
-    unscored = "" if report.scores["pixels"] else "No pixel of the reference is labelled, so nothing is scored."
-    return [few_units(len(set(report.groups)), report.unit), unscored]
-
-
-def _scores(report: EvaluationReport) -> Section:
-    shown = [
-        (name, f"{percent(report.scores[key])} %", _between(report.intervals.get(key)) or _NOTES[key])
-        for key, name in MEANS.items()
-        if key in report.scores
-    ]
-    present, pixels = report.scores["present_classes"], report.scores["pixels"]
-    body = tiles(shown) + paragraph(
-        f"{present} of {count_of(report.classes, 'class', 'classes')} present, in {pixels:,} labelled pixels of "
-        f"{count_of(report.names, 'image')}.",
-        interval_note(len(set(report.groups)), report.unit),
-    )
-    return Section("scores", "Scores", body + (official_table(report.official) if report.official else ""))
-
-
-def official_table(official: Mapping[str, Any]) -> str:
-    """Return the scores of a benchmark's own protocol, from `scoring.summary`."""
-    rows = [
-        [plain_cell(key), number_cell(value, percent(value, 2)), plain_cell(spanned(official["ci95"][key], 2))]
-        for key, value in official["scores"].items()
-    ]
-    over = interval_head(official["n"], official["unit"])
-    return table(
-        [(official["protocol"], "text"), ("%", "number"), (over, "text")], rows, "The benchmark's own protocol"
+    units = len(set(groups))
+    unscored = "" if scores["pixels"] else "No pixel of the reference is labelled, so nothing is scored."
+    kinds: dict[str, Any] = {"classes": classes, "palette": palette, "ignore_index": ignore_index}
+    return render(
+        "evaluation.html.jinja",
+        title=title,
+        subtitle=subtitle,
+        warnings=[few_units(units, unit), unscored],
+        scores=scores,
+        means={key: (name, _NOTES[key]) for key, name in MEANS.items() if key in scores},
+        intervals=intervals,
+        unit=unit,
+        units=units,
+        images=len(names),
+        classes=classes,
+        palette=palette,
+        heat_map=heat_map(np.asarray(scores["matrix"], dtype=np.int64), classes),
+        histogram=image_histogram(mious),
+        defined=[miou for miou in mious if miou is not None],
+        shots={
+            heading: [prediction_card(shot, names[shot.index], **kinds) for shot in shots]
+            for heading, shots in (("Worst images", worst), ("Best images", best))
+        },
+        boundary=boundary_rows(distances, boundary),
+        videos=[] if units == len(groups) else video_charts(_group_scores(groups, mious), "mIoU %"),
+        calibration=calibration and {**calibration, "charts": calibration_charts(calibration)},
+        min_bin_pixels=_MIN_BIN_PIXELS,
+        training=training_charts(training or []),
+        max_points=MAX,
+        official=official,
+        about=about,
     )
 
 
-def _between(limits: Sequence[float] | None) -> str:
-    return "" if limits is None else f"95 %: {spanned(limits)}"
-
-
-def _classes(report: EvaluationReport) -> Section:
-    over = interval_head(len(set(report.groups)), report.unit)
-    heads = [("class", "text"), ("IoU %", "number"), (over, "text"), ("", "plain"), ("Dice %", "number")]
-    heads += [("recall %", "number"), ("precision %", "number"), ("pixels", "number"), ("share %", "number")]
-    rows, whole = [], max(report.scores["pixels"], 1)
-    for row in report.scores["classes"]:
-        index, limits = row["id"], report.intervals.get(f"iou/{row['id']}")
-        shares = [number_cell(row[key], percent(row[key])) for key in ("dice", "recall", "precision")]
-        iou = number_cell(row["iou"], "absent" if row["iou"] is None else percent(row["iou"]))
-        pixels = row["pixels"]
-        rows.append(
-            [
-                class_cell(report.classes[index], report.palette[index]),
-                *(iou, plain_cell(spanned(limits)), whisker(row["iou"], limits), *shares),
-                *(number_cell(pixels, f"{pixels:,}"), number_cell(pixels / whole, percent(pixels / whole, 2))),
-            ]
-        )
-    note = paragraph("Absent: neither the reference nor the prediction holds the class; it is excluded from means.")
-    return Section("classes", "Classes", table(heads, rows, "Scores by class (click a heading to sort)") + note)
-
-
-def _confusion(report: EvaluationReport) -> str:
-    note = paragraph(
-        "A row is a class of the reference, a column a predicted one. Numbers are percent of the row; colour scales "
-        "with the square root of the share, so that rare confusions are visible. Grey rows have no pixels."
-    )
-    return note + heat_map(np.asarray(report.scores["matrix"], dtype=np.int64), report.classes)
-
-
-def _images(report: EvaluationReport) -> Section:
-    defined = [score for score in report.mious if score is not None]
-    counts, edges = np.histogram([100 * score for score in defined], bins=_BARS, range=(0, 100))
+def image_histogram(mious: Sequence[float | None]) -> dict[str, Any]:
+    """Return a chart of the number of images by their mIoU."""
+    defined = [100 * miou for miou in mious if miou is not None]
+    counts, edges = np.histogram(defined, bins=_HISTOGRAM_BARS, range=(0, 100))
     axes = Axes((0, 100), (0, max(1.0, 1.05 * counts.max())), "mIoU of the image, %", "images")
-    missing = len(report.mious) - len(defined)
-    lines = ["The mIoU of an image is the mean IoU over the classes in its reference or its prediction."]
-    if missing:
-        lines.append(f"{count_of(missing, 'image')} without a labelled pixel have none.")
-    if defined:
-        lines.append(f"Median {percent(float(np.median(defined)))} %; all of them are in images.csv.")
-    body = paragraph(*lines) + bar_chart("Images by mIoU", edges.tolist(), counts.tolist(), axes)
-    return Section("images", "Images", body)
+    return bar_chart("Images by mIoU", edges.tolist(), counts.tolist(), axes)
 
 
-def _pictures(report: EvaluationReport) -> Section:
-    parts = []
-    for name, shots in (("Worst images", report.worst), ("Best images", report.best)):
-        cards = [
-            prediction_card(
-                shot,
-                report.names[shot.index],
-                classes=report.classes,
-                palette=report.palette,
-                ignore_index=report.ignore_index,
-            )
-            for shot in shots
-        ]
-        parts.append((f"<h3>{name}</h3>" if cards else "") + "".join(cards))
-    return Section("pictures", "Worst and best", "".join(parts) or paragraph("None: no image has a labelled pixel."))
+def boundary_rows(distances: Sequence[int], bands: np.ndarray) -> list[tuple[str, list[float | None]]]:
+    """Return the name of each band around boundaries, and its shares.
+
+    These are of all errors and of all pixels within the distance, and of wrong pixels in the band alone.
+    """
+    pixels, wrong = bands.sum(axis=0)
+    within = np.cumsum(bands, axis=0)
+    names = [f"within {end} px" for end in distances] + ["anywhere"]
+    return [
+        (name, [_divide(errors, wrong), _divide(near, pixels), _divide(band[1], band[0])])
+        for name, (near, errors), band in zip(names, within.tolist(), bands.tolist(), strict=True)
+    ]
 
 
-def _boundary(report: EvaluationReport) -> Section:
-    pixels, wrong = report.boundary.sum(axis=0) if len(report.boundary) else (0, 0)
-    within = np.cumsum(report.boundary, axis=0)
-    names = [f"within {end} px" for end in report.distances] + ["anywhere"]
-    rows = []
-    for name, (near, errors), band in zip(names, within, report.boundary, strict=True):
-        shares = [
-            errors / wrong if wrong else None,
-            near / pixels if pixels else None,
-            band[1] / band[0] if band[0] else None,
-        ]
-        rows.append([plain_cell(name), *(number_cell(share, percent(share)) for share in shares)])
-    heads = [("distance to a reference boundary", "text"), ("of all errors %", "number"), ("of all pixels %", "number")]
-    heads.append(("wrong in this band %", "number"))
-    note = paragraph(
-        "A boundary pixel is a labelled pixel that shares an edge with a pixel of another class. Within k pixels: less "
-        "than k pixels (between centres) from a boundary pixel, so boundary pixels are within 1. The last column "
-        "counts a pixel in its nearest band only. Errors near boundaries are outline errors; errors far from them are "
-        "recognition errors."
-    )
-    return Section("boundary", "Errors at boundaries", note + table(heads, rows))
+def _divide(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None
 
 
-def _videos(report: EvaluationReport) -> list[Section]:
-    """Return the curve of each video, worst first; empty if the images are not grouped."""
-    groups: dict[str, list[float | None]] = {}
-    for group, score in zip(report.groups, report.mious, strict=True):
-        groups.setdefault(group, []).append(score)
-    if len(groups) == len(report.groups):
-        return []
-    return [video_curves(groups, "mIoU %", report.unit)]
+def _group_scores(groups: Sequence[str], scores: Sequence[float | None]) -> dict[str, list[float | None]]:
+    found: dict[str, list[float | None]] = {}
+    for group, score in zip(groups, scores, strict=True):
+        found.setdefault(group, []).append(score)
+    return found
 
 
-def video_curves(videos: Mapping[str, Sequence[float | None]], name: str, unit: str) -> Section:
-    """Return a curve over the frames of each video, lowest mean first."""
+def video_charts(videos: Mapping[str, Sequence[float | None]], name: str) -> list[dict[str, Any]]:
+    """Return a curve over the frames of each video, lowest mean first; at most `_MAX_VIDEOS`."""
     known = {
         video: [(float(index), 100 * score) for index, score in enumerate(scores, start=1) if score is not None]
         for video, scores in videos.items()
     }
     means = {video: float(np.mean([y for _, y in points])) for video, points in known.items() if points}
-    order = sorted(means, key=lambda video: means[video])
-    note = f"{name} of each frame, in the order of their names; the {unit}s with the lowest mean first."
-    if len(order) > _VIDEOS:
-        note += f" The lowest {_VIDEOS} of {len(order)} are shown."
-    charts = [
+    return [
         line_chart(
             f"{video}: {means[video]:.1f} over {count_of(len(known[video]), 'frame')}",
-            [(video, thinned(known[video]))],
+            [(video, thin(known[video]))],
             Axes((1, max(2, len(videos[video]))), (0, 100), "frame", name),
         )
-        for video in order[:_VIDEOS]
+        for video in sorted(means, key=lambda video: means[video])[:_MAX_VIDEOS]
     ]
-    return Section("videos", f"By {unit}", paragraph(note) + f'<div class="charts small">{"".join(charts)}</div>')
 
 
-def calibration_section(found: Mapping[str, Any] | None) -> str:
-    """Return the section on calibration.
-
-    Args:
-        found: `pixels` and `images` of the sample, `temperature`, and two states: `before` and `after` scaling by it. A
-            state has `nll`, `ece` and `bins`: pixels, correct pixels and sum of confidences of each bin. None: no pixel
-            is labelled, or there is only one class.
-    """
-    if found is None:
-        return paragraph("None: it needs labelled pixels of two classes or more.")
-    limit = " (the end of the range that is searched)" if not 0.0101 < found["temperature"] < 99 else ""
-    note = paragraph(
-        f"Over {found['pixels']:,} labelled pixels, evenly spaced in {count_of(found['images'], 'image')}. Confidence "
-        "is the probability of the predicted class. ECE is the mean gap between confidence and accuracy over 15 bins "
-        f"of equal width, weighted by pixels (bins of fewer than {_MIN_BIN} are not shown); NLL is the mean negative "
-        "log-likelihood of the reference, in nats. The temperature, a divisor of the logits, is fitted on the same "
-        "pixels: it measures the miscalibration of this model here and is not a result on held-out data."
-    )
+def calibration_charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the reliability before and after scaling, and the histogram of the confidence."""
     states = (("uncalibrated", found["before"]), (f"at temperature {found['temperature']:.3g}", found["after"]))
-    curves = [(name, _reliable(state["bins"])) for name, state in states]
-    chart = line_chart("Reliability", curves, Axes((0, 1), (0, 1), "confidence", "accuracy"), ideal=True)
-    heads = [("logits", "text"), ("NLL", "number"), ("ECE %", "number")]
-    rows = [
-        [
-            plain_cell(name),
-            number_cell(state["nll"], f"{state['nll']:.4f}"),
-            number_cell(state["ece"], percent(state["ece"], 2)),
-        ]
+    curves = [
+        # mean confidence and accuracy of the bins with enough pixels
+        (name, [(sure / pixels, right / pixels) for pixels, right, sure in state["bins"] if pixels >= _MIN_BIN_PIXELS])
         for name, state in states
     ]
-    temperature = paragraph(f"Fitted temperature: {found['temperature']:.3f}{limit}.", kind="dim")
     shares = [100 * row[0] / found["pixels"] for row in found["before"]["bins"]]
-    bins = bar_chart(
-        "Confidence, uncalibrated",
-        [index / len(shares) for index in range(len(shares) + 1)],
-        shares,
-        Axes((0, 1), (0, around(shares, zero=True)[1]), "confidence", "% of pixels"),
-    )
-    return note + table(heads, rows) + temperature + f'<div class="charts">{chart}{bins}</div>'
+    edges = [index / len(shares) for index in range(len(shares) + 1)]
+    axes = Axes((0, 1), (0, range_around(shares, zero=True)[1]), "confidence", "% of pixels")
+    return [
+        line_chart("Reliability", curves, Axes((0, 1), (0, 1), "confidence", "accuracy"), ideal=True),
+        bar_chart("Confidence, uncalibrated", edges, shares, axes),
+    ]
 
 
-def _reliable(bins: Sequence[tuple[int, int, float]]) -> list[tuple[float, float]]:
-    """Return mean confidence and accuracy of the bins with enough pixels."""
-    return [(confidence / pixels, correct / pixels) for pixels, correct, confidence in bins if pixels >= _MIN_BIN]
+def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the curves of a training's log."""
+    charts = []
+    for title, keys, name in _TRAINING_CURVES:
+        curves = [(label, points) for label, key in keys.items() if (points := _finite_points(rows, key))]
+        if not curves:
+            continue
+        steps = [x for _, points in curves for x, _ in points]
+        values = [y for _, points in curves for _, y in points]
+        across = range_around(steps) if len(set(steps)) > 1 else (steps[0] - 1, steps[0] + 1)
+        charts.append(line_chart(title, curves, Axes(across, range_around(values, zero=True), "step", name)))
+    return charts
 
 
-def heat_map(matrix: np.ndarray, classes: Sequence[str], name: str = "counts") -> str:
-    """Return counts (K, K), rows = reference, as a map of each row's shares.
+def _finite_points(rows: Sequence[Mapping[str, Any]], key: str) -> Sequence[tuple[float, float]]:
+    known = {row["step"]: float(row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])}
+    return thin(sorted(known.items()))
 
-    It is an image with one pixel per cell, whose opacity grows with the share, so that it fits a light and a dark page.
-    Without a script, the map is visible but does not show its counts.
+
+def heat_map(matrix: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """Return counts (K, K), rows = reference, as an image of each row's shares with one pixel per cell.
+
+    Its opacity grows with the share, so that it fits a light and a dark page. Of more than `MAX_CLASSES` classes, those
+    with the most pixels in the reference are kept.
     """
-    order = np.arange(len(classes))
-    note = ""
-    if len(classes) > MAX:
-        order = np.sort(np.argsort(-matrix.sum(axis=1), kind="stable")[:MAX])
-        note = paragraph(f"The {MAX} of {len(classes)} classes with the most reference pixels; confusion.png has all.")
-    counts, names = matrix[np.ix_(order, order)].astype(np.int64), [classes[index] for index in order.tolist()]
-    totals = counts.sum(axis=1, keepdims=True)
-    shares = counts / np.maximum(totals, 1)
-    return (
-        f"{note}<figure>{_drawing(counts, shares, names, name)}<output>Point at a cell, or use the arrow keys, to see "
-        f"its counts.</output></figure>{values(name, {'names': names, 'counts': counts.tolist()})}"
-    )
-
-
-def _drawing(counts: np.ndarray, shares: np.ndarray, names: Sequence[str], name: str) -> str:
+    order = np.sort(np.argsort(-matrix.sum(axis=1), kind="stable")[:MAX_CLASSES])
+    counts, names = matrix[np.ix_(order, order)], [classes[index] for index in order.tolist()]
     size = len(names)
-    cell = float(np.interp(size, (2, 10, 25, 150), (56, 40, 26, 12)))  # units of the drawing
-    letters = min(max(map(len, names)), _LONGEST_NAME)
-    margin = 16 + 6.6 * letters
-    side = margin + cell * size
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     pixels = np.zeros((size, size, 4), np.uint8)
     pixels[..., :3] = _BLUE
     # the root keeps rare confusions visible next to a diagonal of nearly 1
     pixels[..., 3] = np.round(255 * np.sqrt(shares))
     pixels[counts.sum(axis=1) == 0] = _EMPTY
-    parts = [
-        f'<g transform="translate({margin:.1f} {margin:.1f}) scale({cell:.3f})">'
-        f'<image width="{size}" height="{size}" preserveAspectRatio="none" href="{data_uri(pixels)}"/>'
-        f'<rect class="mark" width="1" height="1" visibility="hidden" style="stroke-width: {2 / cell:.3f}"/></g>'
+    numbers = [
+        {"row": row, "column": column, "full": share > _FULL, "shown": f"{100 * share:.0f}" if share >= 0.01 else "<1"}
+        for (row, column), share in np.ndenumerate(shares)
+        if share >= _MIN_SHARE and size <= _MAX_NUMBERED
     ]
-    for index, title in enumerate(names):
-        middle = margin + (index + 0.5) * cell
-        short = title if len(title) <= _LONGEST_NAME else f"{title[: _LONGEST_NAME - 1]}…"
-        parts.append(
-            f'<text x="{margin - 6:.1f}" y="{middle + 4:.1f}" text-anchor="end">{text(short)}</text>'
-            f'<text transform="translate({middle + 4:.1f} {margin - 6:.1f}) rotate(-90)">{text(short)}</text>'
-        )
-    if size <= _MAX_NUMBERS:
-        parts += [
-            _number(share, margin + (column + 0.5) * cell, margin + (row + 0.5) * cell + 3.5)
-            for (row, column), share in np.ndenumerate(shares)
-            if share >= _MIN_SHARE
-        ]
-    label = "confusion matrix: a row for each reference class, a column for each predicted one; opacity is the share"
-    return (
-        f'<svg class="heat" viewBox="0 0 {side + 4:.0f} {side + 4:.0f}" style="--wide: {side:.0f}px" tabindex="0" '
-        f'role="img" aria-label="{label}" data-counts="{text(name)}">{"".join(parts)}</svg>'
-    )
-
-
-def _number(share: float, x: float, y: float) -> str:
-    kind = "cell full" if share > _FULL else "cell"
-    shown = "&lt;1" if share < 0.01 else f"{100 * share:.0f}"
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{shown}</text>'
+    return {
+        "left_out": len(classes) - size,
+        "pixels": pixels,
+        "names": [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names],
+        "cell": float(np.interp(size, (2, 10, 25, 150), (56, 40, 26, 12))),  # units of the drawing
+        "margin": 16 + 6.6 * min(max(map(len, names)), _LONGEST_NAME),
+        "numbers": numbers,
+        "data": {"names": names, "counts": counts.tolist()},
+    }

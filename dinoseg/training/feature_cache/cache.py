@@ -165,8 +165,6 @@ class FeatureCache:
         batches = partial(sample_batches, read, list, samples, batch_size=batch_size, seed=drawn.seed, **order)
         again = partial(_read_views, drawn, NoStore(), self.drawing, self._masks)
         stream = batches(start=start, workers=self._workers(workers))
-        if self.views is None or not self.keeps:  # no view occurs twice
-            return map(partial(LazyFeatureBatch, self), stream)
         seen = self.views * -(-samples // batch_size)
         stream = _followed(stream, seen, partial(batches, start=start + seen, workers=0))
         return map(partial(self._arrived, again), stream)

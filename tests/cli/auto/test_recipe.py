@@ -502,3 +502,13 @@ def test_a_recipe_that_was_edited_to_no_yaml_is_named(folder, text):
     done = call(folder, "mode=train", *SMALL, "hparam=chosen", "--config-dir", str(folder / "config"))
     assert done.status == 1 and done.err.startswith("error: A config file is not valid YAML: "), done.err
     assert str(path) in done.err and len(done.err.splitlines()) == 1
+
+
+def test_a_trained_and_a_frozen_backbone_are_timed_in_one_process(tmp_path, compose, monkeypatch):
+    write_data(tmp_path / "data")
+    monkeypatch.setattr(timing, "_MAX", 0.1)
+    cfg = compose(*SMALL, f"data.root={tmp_path}/data", "adapter=full", "data.batch_size=2")
+    times = choose.time_config(to_container(cfg), trains=True, freezes=True, minutes=9)
+    assert times.tuned > 0 and times.frozen > times.forward > 0 and times.val > 0
+    late = choose.time_config(to_container(cfg), trains=True, freezes=True, minutes=9, until=0.0)
+    assert late.tuned is None and late.frozen > 0  # the trained backbone is left out

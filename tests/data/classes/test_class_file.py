@@ -11,9 +11,9 @@ from making import save
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinoseg.config.guard import guard
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.resolvers import resolve_container
+from dinoseg.config.plain import to_container
+from dinoseg.config.stored import Source, compose_stored
 from dinoseg.data.classes.file import NOT_DESCRIBED, read_class_file
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import config_description
@@ -138,7 +138,7 @@ def test_the_command_line_wins(load, tmp_path):
     describe(tmp_path, "my own: {format: [of, classes]}")
     put(tmp_path, [[0, 1, 255]])
     cfg = load(tmp_path, "data.classes=[a,b]")
-    assert cfg.data.num_classes == 2 and resolve_container(cfg.data)["palette"] is None
+    assert cfg.data.num_classes == 2 and cfg.data.palette is None
     np.testing.assert_array_equal(instantiate(cfg.data.reader)(split="train").mask(0), [[0, 1, 255]])
     describe(tmp_path, LEAVES)
     reader = instantiate(load(tmp_path, "data.palette=[[1,1,1],[2,2,2],[3,3,3]]").data.reader)(split="train").reader
@@ -158,9 +158,9 @@ def test_ids_of_the_command_line_never_replace_those_of_the_file(load, tmp_path)
 def test_data_sets_of_their_own_read_no_such_file(load, tmp_path):
     describe(tmp_path, "not: {ours: 1}")
     for name, masks in (("camvid", {"ids": {11: 255}}), ("ade20k", {"reduce_zero_label": True})):
-        found = resolve_container(load(tmp_path, data=name).data)["reader"]["masks"]
+        found = to_container(load(tmp_path, data=name).data.reader.masks, resolve=True)
         assert found == {**found, **masks, "format": "ids", "colors": None, "ignore_colors": []}
-    assert resolve_container(load(None, data="person").data)["palette"] == [[0, 0, 0], [0, 255, 0]]
+    assert load(None, data="person").data.palette == [[0, 0, 0], [0, 255, 0]]
 
 
 def test_neither_classes_nor_file(load, tmp_path):
@@ -208,17 +208,18 @@ def test_a_checkpoint_keeps_what_the_file_said(load, tmp_path):
         describe(tmp_path, text)
         cfg = load(tmp_path)
         before = instantiate(cfg.data.reader)
-        kept = json.loads(json.dumps(config_description(Builder(cfg))["config"]))
-        guard(kept, "resume=file")
+        kept = json.loads(json.dumps(config_description(Builder(cfg))))
         (tmp_path / "classes.yaml").unlink()
         put(tmp_path, [[0]])
-        again = OmegaConf.create({**kept, "choices": {}})
+        again = OmegaConf.create({**to_container(cfg), **compose_stored(kept, Source("resume=file"))})
         assert again.head.num_classes == again.data.num_classes == 3
         first, second = (reader(split="val").reader for reader in (before, instantiate(again.data.reader)))
         assert (first.labels, first.masks) == (second.labels, second.masks)
-    assert "class_file" not in json.dumps(kept) and "${..palette}" in json.dumps(kept)
+    text = json.dumps(kept["config"])
+    assert "class_file" not in text and "${" not in text
+    kept["config"]["data"]["classes"] = "${class_file:classes}"
     with pytest.raises(UserError, match="interpolation is refused"):
-        guard({"data": {"classes": "${class_file:classes}"}}, "resume=file")
+        compose_stored(kept, Source("resume=file"))
 
 
 def test_a_changed_file_is_read_again(tmp_path):

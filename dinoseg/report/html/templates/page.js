@@ -23,6 +23,7 @@ function sortBy(head) {
   const unknown = [...body.rows].filter((row) => value(row) === "");
   known.sort((a, b) => (down ? -1 : 1) * order(value(a), value(b)));
   body.append(...known, ...unknown);
+  for (const row of body.rows) row.classList.remove("group");
 }
 for (const head of document.querySelectorAll("th[data-kind]")) {
   const button = document.createElement("button");

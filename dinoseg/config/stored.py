@@ -1,0 +1,342 @@
+"""The config in a checkpoint: option names of config groups and plain values, and no names of classes to build.
+
+`describe` writes it. `compose_stored` composes the options from the config files of this machine and sets the values.
+`docs/security.md` describes the guarantee.
+"""
+
+import logging
+import re
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
+
+from dinoseg.config.composition import compose_options
+from dinoseg.config.limits import REMEDY, check_batch, check_text, check_value
+from dinoseg.config.plain import BUILDS, Steps, at, below, dotted, nests, texts_of, to_container
+from dinoseg.config.resolvers import CELLS, CLASS_FILE
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import format_value, join_names
+
+logger = logging.getLogger(__name__)
+ACTING = ("prepare", "render")  # keys of data for nodes that write files; checkpoints omit them
+_OF_THIS_MACHINE = (*ACTING, "cache_dir")
+_OF_THIS_RUN = (f"${{{CLASS_FILE}:", f"${{{CELLS}:")  # interpolations whose value another run cannot know
+_BY_CLASS = ("loss", "weights")  # its keys are class names, with any letters and signs
+_MAX_VALUES = 20_000  # OmegaConf takes minutes for larger configs; our largest one holds a thousand values
+_GROUP = re.compile(r"\w+(/\w+)*(@\w+(\.\w+)*)?")
+_OPTION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no part is `..`: a file cannot name options outside the groups
+_AT_COMMIT = re.compile(r"(.+)@[0-9a-f]{40}")
+_BUILT_IN_WEIGHTS = re.compile(r"random|timm|dinoseg:\w+")
+_PATH = re.compile(r"[/~.].*|.*\\.*|.*\.(safetensors|pth|pt|bin)")
+
+
+def describe(cfg: DictConfig, keys: Collection[str]) -> dict[str, Any]:
+    """Return the parts of a config that a checkpoint stores: `choices`, `config` and `targets`.
+
+    `config` holds every value, resolved, so that a later change of a config file changes no trained model. Left out are
+    interpolations of the options themselves, and what belongs to this machine. `targets` are the names of classes by
+    place; they are compared, and never built.
+
+    Args:
+        cfg: the whole config of a job.
+        keys: root keys to store.
+
+    Raises:
+        UserError: a part is no option of a group, a key of an option was removed, or a text holds an interpolation.
+    """
+    config = to_container(cfg)
+    choices = choices_of(config["choices"], keys)
+    options = to_container(compose_options(choices, config.get("config_dirs", ())))
+    targets: dict[str, str] = {}
+    given = {key: config[key] for key in keys}
+    values = _values_of(cfg, given, options, (), targets, is_argument=False)
+    return {"choices": choices, "config": values, "targets": targets}
+
+
+def choices_of(choices: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Return the chosen options of the groups, nested ones included, that fill some root keys of a config."""
+    return {group: option for group, option in choices.items() if _root_of(group) in keys}
+
+
+def _root_of(group: str) -> str:
+    """Return the root key that a group fills: `data` for `protocol@data.official` and `data/augment/color`."""
+    return re.split("[/.]", group.rpartition("@")[2])[0]
+
+
+def _values_of(
+    node: DictConfig,
+    given: Mapping[str, Any],
+    option: Mapping[str, Any],
+    steps: Steps,
+    targets: dict[str, str],
+    *,
+    is_argument: bool,
+) -> dict[str, Any]:
+    """Return the values to store of a node.
+
+    Args:
+        node: of the config.
+        given: the same node as plain values, with interpolations unresolved.
+        option: the same node as the options of its groups give it.
+        steps: to the node.
+        targets: filled with the name of the class of each node.
+        is_argument: whether a node above is a component, whose argument this node is.
+    """
+    is_argument = is_argument or "_target_" in option
+    removed = [key for key in option if key not in given and key not in _OF_THIS_MACHINE] if steps else []
+    if removed:
+        raise UserError(f"{dotted((*steps, removed[0]))} was removed, which a checkpoint cannot store. Set it instead.")
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        place, usual = (*steps, str(key)), option.get(key)
+        if key in BUILDS or (nests(value) and not _is_node(usual, is_argument=is_argument)):
+            if value != usual:
+                raise UserError(
+                    f"{dotted(place)} is a component that no option of a config group names, so a checkpoint could not "
+                    "store it. Make it an option: write GROUP/NAME.yaml in a folder, and add --config-dir FOLDER and "
+                    "GROUP=NAME."
+                )
+            if key == "_target_":
+                targets[dotted(steps)] = str(value)
+        elif key in _OF_THIS_MACHINE:
+            continue
+        elif steps and key not in option and not is_argument:
+            raise UserError(f"{dotted(place)} is no key of the options that are chosen. Add it to an option's file.")
+        elif isinstance(value, Mapping) and _is_node(usual, is_argument=is_argument):
+            values[str(key)] = _values_of(node[key], value, usual, place, targets, is_argument=is_argument)
+        elif not (_interpolates(value) and value == usual and not str(value).startswith(_OF_THIS_RUN)):
+            values[str(key)] = _resolved(node, key, dotted(place))
+    return values
+
+
+def _is_node(option: Any, *, is_argument: bool) -> TypeGuard[Mapping[str, Any]]:
+    """Return whether a node of an option keeps its keys, and their values are stored one by one.
+
+    A mapping without components and interpolations that is an argument of a component, such as a table of ids, is one
+    value.
+    """
+    whole = is_argument and not nests(option) and not any("${" in text for text in texts_of(option))
+    return isinstance(option, Mapping) and bool(option) and not whole
+
+
+def _interpolates(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
+
+
+def _resolved(node: DictConfig, key: Any, name: str) -> Any:
+    """Return a value as a file stores it; `???` if it is not set or cannot be resolved."""
+    try:
+        value = node[key]
+        value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except (InterpolationResolutionError, MissingMandatoryValue):
+        return "???"
+    if nests(value) or any("${" in text for text in texts_of(value)):
+        raise UserError(f"{name}={format_value(str(value))} holds ${{ or a component, which a checkpoint cannot store.")
+    return value
+
+
+class Source(NamedTuple):
+    """Where a stored config comes from, and what the user allows it.
+
+    Attributes:
+        where: name of the file in errors.
+        folders: further folders of config groups.
+        trust: hub ids that weights may come from.
+        typed: keys that the command line sets instead of the file.
+    """
+
+    where: str
+    folders: Sequence[str | Path] = ()
+    trust: Collection[str] = ()
+    typed: Collection[str] = ()
+
+
+def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Collection[str] = ()) -> dict[str, Any]:
+    """Return the config that a description stores, as plain values with unresolved interpolations of the options.
+
+    Args:
+        description: `choices`, `config` and `targets`, as `describe` returns them; not trusted.
+        source: of the description.
+        unused: root keys whose options are not composed; their values alone are returned.
+
+    Raises:
+        UserError: an option does not exist here or is another class, or a value does not fit into its option or is out
+            of bounds. The message names it.
+    """
+    where, stored = source.where, description["config"]
+    _check_values(stored, where)
+    used = [key for key in stored if key not in unused]
+    options = _compose(description["choices"], used, source)
+    composed = {key: options[key] for key in used if key in options}
+    _check_targets(description["targets"], composed, where)
+    weights = at(composed, ("backbone", "weights"))
+    added: list[str] = []
+    _set_values(composed, {key: stored[key] for key in used}, (), added, where, is_argument=False)
+    if added:
+        logger.warning("%s: it has no value of %s. The defaults of the options are used.", where, join_names(added))
+    composed |= {key: _plain_group(stored[key]) for key in stored if key in unused}
+    if "data" in used:
+        composed["data"] |= dict.fromkeys(ACTING)
+    if "backbone" in used and "backbone.weights" not in source.typed:
+        _check_weights(at(composed, ("backbone", "weights")), weights, source)
+    check_batch(OmegaConf.create(composed), where)
+    return composed
+
+
+def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) -> dict[str, Any]:
+    """Return the composed options that fill some root keys, after a check of their names."""
+    chosen = choices_of(choices, keys)
+    for group, option in chosen.items():
+        if not (_GROUP.fullmatch(group) and isinstance(option, str) and _OPTION.fullmatch(option)):
+            raise UserError(f"{source.where}: {format_value(f'{group}={option}')} is no name of an option. {REMEDY}.")
+    try:
+        return to_container(compose_options(chosen, source.folders))
+    except UserError as error:
+        raise UserError(f"{source.where}: {error}") from None
+
+
+def all_keys(description: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """Return the config that a description stores without any check of its values: for the names of its keys.
+
+    Raises:
+        UserError: an option does not exist here.
+    """
+    stored = description["config"]
+    options = _compose(description["choices"], stored, source)
+    return to_container(OmegaConf.merge({key: options[key] for key in stored if key in options}, stored))
+
+
+def description_of(config: Mapping[str, Any], keys: Collection[str], source: Source) -> dict[str, Any]:
+    """Return the description of some root keys of a config file that a job has written; it is not trusted.
+
+    Args:
+        config: the file's content, with `choices`, names of classes, and interpolations of its options.
+        keys: root keys to describe.
+        source: of the file.
+    """
+    options, targets = _compose(config["choices"], keys, source), dict[str, str]()
+    values = {key: config[key] for key in keys}
+    return {"choices": config["choices"], "config": _without_parts(values, options, (), targets), "targets": targets}
+
+
+def _without_parts(given: Mapping[str, Any], option: Any, steps: Steps, targets: dict[str, str]) -> dict[str, Any]:
+    """Return a node without what its option says in the same words, but for values; fill the names of classes."""
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        usual = option.get(key) if isinstance(option, Mapping) else None
+        if key == "_target_":
+            targets[dotted(steps)] = str(value)
+        elif isinstance(value, Mapping):
+            values[str(key)] = _without_parts(value, usual, (*steps, str(key)), targets)
+        elif key not in _OF_THIS_MACHINE and not (value == usual and (key in BUILDS or _interpolates(value))):
+            values[str(key)] = value
+    return {key: value for key, value in values.items() if key not in _OF_THIS_MACHINE}
+
+
+def _plain_group(values: Any) -> dict[str, Any]:
+    """Return the values of a group without its option; the number of classes is an interpolation of options of data."""
+    classes = values.get("classes")
+    return {**values, "num_classes": len(classes)} if isinstance(classes, list) else dict(values)
+
+
+def _check_values(stored: Mapping[str, Any], where: str) -> None:
+    """Refuse keys that build something, and values that are not plain or out of bounds."""
+    for count, (steps, value) in enumerate(below(stored, ())):
+        what = f"{where}: {dotted(steps)}={format_value(value)}"
+        if count > _MAX_VALUES:
+            raise UserError(f"{where}: its config holds more than {_MAX_VALUES} values. {REMEDY}.")
+        for key in value if isinstance(value, Mapping) else ():
+            hidden = key in BUILDS if steps == _BY_CLASS else str(key).startswith("_")
+            if not isinstance(key, str) or hidden or not key.isprintable() or not key:
+                raise UserError(
+                    f"{where}: {dotted(steps)} is refused: a checkpoint stores no key {format_value(key)}. {REMEDY}."
+                )
+        if isinstance(value, str):
+            check_text(value, what)
+        check_value(value, steps, what)
+
+
+def _check_targets(targets: Mapping[str, str], composed: Mapping[str, Any], where: str) -> None:
+    """Refuse options that are another class on this machine than where the checkpoint was written."""
+    for place, target in targets.items():
+        keys = place.split(".")
+        here = at(composed, keys)
+        if keys[0] in composed and (not isinstance(here, Mapping) or here.get("_target_") != target):
+            here = here.get("_target_") if isinstance(here, Mapping) else None
+            raise UserError(
+                f"{where}: its {format_value(place)} is {format_value(target)}, and config files on this machine name "
+                f"{here or 'no class'} there. Add the folder of config groups of its training: --config-dir FOLDER, or "
+                "config_dir=FOLDER in Python."
+            )
+
+
+def _set_values(
+    node: MutableMapping[str, Any],
+    values: Mapping[str, Any],
+    steps: Steps,
+    added: list[str],
+    where: str,
+    *,
+    is_argument: bool,
+) -> None:
+    """Set values in a composed node: those of keys that it has, and any argument of a component.
+
+    Args:
+        node: of the composed options.
+        values: to set.
+        steps: to the node.
+        added: filled with the keys of the node that the values lack.
+        where: name of the file in errors.
+        is_argument: whether a node above is a component, whose argument this node is.
+    """
+    is_argument = is_argument or "_target_" in node
+    names = {str(key): key for key in node}
+    for key, value in values.items():
+        place, name = (*steps, key), names.get(key, key)
+        what, option = f"{where}: {dotted(place)}={format_value(value)}", node.get(name)
+        if key in _OF_THIS_MACHINE:
+            raise UserError(f"{what} is refused: a checkpoint must not choose where files are written. {REMEDY}.")
+        if name not in node and not is_argument:
+            raise UserError(f"{what} is refused: the options on this machine have no such key. {REMEDY}.")
+        if _is_node(option, is_argument=is_argument) and isinstance(value, Mapping):
+            _set_values(node[name], value, place, added, where, is_argument=is_argument)
+        elif value is not None and (nests(option) or _is_node(option, is_argument=is_argument)):
+            raise UserError(f"{what} is refused: it is a group of keys, which a checkpoint can only unset. {REMEDY}.")
+        else:
+            node[name] = value
+    for key, option in node.items():
+        is_fixed = key in (*BUILDS, *_OF_THIS_MACHINE) or _interpolates(option) or nests(option)
+        if str(key) not in values and not is_fixed and steps:
+            added.append(dotted((*steps, str(key))))
+
+
+def _check_weights(weights: Any, usual: Any, source: Source) -> None:
+    """Refuse weights from a place that only the file names, since they would be downloaded."""
+    if weights is None:
+        return
+    if isinstance(weights, str):
+        at_commit = _AT_COMMIT.fullmatch(weights)
+        name = at_commit[1] if at_commit else weights
+        if name == usual or {name, weights} & {*source.trust} or _BUILT_IN_WEIGHTS.fullmatch(weights):
+            return
+    if not isinstance(weights, str) or not _exists(weights):
+        message = (
+            f"{source.where}: its config sets backbone.weights={format_value(weights)}, which is neither a file nor a "
+            "folder on this machine"
+        )
+        if isinstance(weights, str) and _PATH.fullmatch(weights):
+            raise UserError(f"{message}. Set its current path: backbone.weights=PATH.")
+        raise UserError(
+            f"{message}, and its option does not name it, so nothing is downloaded. Set backbone.weights=PATH, or "
+            f"allow this source: trust=[{format_value(weights)}]."
+        )
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown home directory, or invalid characters
+        return False

@@ -1,0 +1,46 @@
+"""The config of a job as rank 0 shares it: names of options and plain values, like a checkpoint's.
+
+Whoever reaches the store of the ranks could have written it: a rank composes the options from its own config files.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dinoseg.config.options import MULTIPLE
+from dinoseg.config.plain import to_container
+from dinoseg.config.stored import Source, compose_stored, describe
+from dinoseg.experiment.heads import SOLO
+
+# keys that are shared in another form, or not at all
+_OF_A_RANK = (SOLO, "choices", "config_dirs", "cache_dir", *MULTIPLE)
+
+
+def describe_job(cfg: DictConfig) -> dict[str, Any]:
+    """Return the description of a job's config, and of the configs of each head's own run.
+
+    Raises:
+        UserError: see `describe`.
+    """
+    solo = {name: describe_job(OmegaConf.create(run)) for name, run in to_container(cfg).get(SOLO, {}).items()}
+    keys = [str(key) for key in cfg if key not in _OF_A_RANK]
+    return {**describe(cfg, keys), "hparam": cfg.choices.hparam, SOLO: solo}
+
+
+def compose_job(shared: Mapping[str, Any], cfg: DictConfig) -> DictConfig:
+    """Return the config of a job that rank 0 has described.
+
+    Args:
+        shared: as `describe_job` returns it; not trusted.
+        cfg: the config that this rank has composed from the command line.
+
+    Raises:
+        UserError: see `compose_stored`.
+    """
+    own = to_container(cfg)
+    source = Source("the config of rank 0", own["config_dirs"], typed=["backbone.weights"])  # which rank 0 has checked
+    choices = {**own["choices"], **shared["choices"], "hparam": shared["hparam"]}
+    solo = {name: to_container(compose_job(run, cfg)) for name, run in shared[SOLO].items()}
+    more = {"choices": choices, **({SOLO: solo} if solo else {})}
+    return OmegaConf.create({**own, **compose_stored(shared, source), **more})

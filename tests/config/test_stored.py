@@ -1,0 +1,417 @@
+"""A checkpoint stores names of options and plain values: whatever else its config holds is refused in one message."""
+
+import copy
+import json
+import sys
+
+import pytest
+from config_files import FOLDER
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+
+from dinoseg.config.composition import compose_options
+from dinoseg.config.nodes import instantiate
+from dinoseg.config.plain import to_container
+from dinoseg.config.resolvers import register_resolvers
+from dinoseg.config.stored import Source, compose_stored, describe, description_of
+from dinoseg.experiment.recipe import SAVED
+from dinoseg.utils.errors import UserError
+
+LINEAR = "dinoseg.models.heads.linear.LinearHead"
+CHOICES = {
+    **{"backbone": "dinov2_vits14", "adapter": "lora", "head": "linear", "loss": "ce_dice", "data": "folder"},
+    **{"optim": "adamw", "trainer": "supervised", "inference": "auto", "data/augment/color": "jitter"},
+}
+KEYS = [key for key in SAVED if key in CHOICES or key in ("seed", "resolution")]
+SHELL = [  # names that reach, or seem to reach, any callable
+    "torch.nn.modules.module._WrappedHook.__call__",
+    "torch.nn.modules.module._WrappedHook",
+    "torch.nn.utils._deprecation_utils.lazy_deprecated_import",
+    "torch.nn.Sequential",
+    "torch.nn.Linear",
+    "torch.nn.Module.apply",
+    "torch.nn.functional.os.system",
+    "torch.nn.parallel.data_parallel.DataParallel",
+    "torch.nn.utils.stateless.functional_call",
+    "torch.nn.modules.lazy.LazyModuleMixin",
+    "torch.optim.SGD",
+    "torch.optim.optimizer.torch.load",
+    "torch.load",
+    "torch.hub.load",
+    "torch.serialization.load",
+    "torch.package.PackageImporter",
+    "torch.jit.load",
+    "torch.distributed.launch.main",
+    "torch.multiprocessing.spawn.spawn",
+    "torch.utils.cpp_extension.load_inline",
+    "torch.utils._config_module.install_config_module",
+    "torch._inductor.codecache.PyCodeCache.load",
+    "torch._dynamo.config_utils.exec",
+    "numpy.testing._private.utils.runstring",
+    "numpy.testing.rundocs",
+    "numpy.load",
+    "numpy.f2py.main",
+    "setuptools.sandbox.run_setup",
+    "setuptools._distutils.spawn.spawn",
+    "shutil.rmtree",
+    "shutil.move",
+    "os.system",
+    "posix.system",
+    "builtins.eval",
+    "builtins.exec",
+    "eval",
+    "subprocess.Popen",
+    "pty.spawn",
+    "timeit.timeit",
+    "cProfile.run",
+    "code.interact",
+    "runpy.run_path",
+    "webbrowser.open",
+    "pickle.loads",
+    "importlib.import_module",
+    "functools.partial",
+    "functools.reduce",
+    "operator.methodcaller",
+    "ctypes.CDLL",
+    "hydra.utils.instantiate",
+    "hydra.utils.call",
+    "hydra.utils.get_method",
+    "hydra._internal.utils._locate",
+    "hydra._internal.instantiate._instantiate2.instantiate",
+    "omegaconf.OmegaConf.register_new_resolver",
+    "omegaconf.OmegaConf.load",
+    "pydoc.locate",
+    "peft.PeftModel.from_pretrained",
+    "transformers.pipeline",
+    "transformers.AutoModel.from_pretrained",
+    "timm.create_model",
+    "accelerate.launchers.notebook_launcher",
+    "matplotlib.backends.backend_pgf.LatexManager",
+    "yaml.unsafe_load",
+    "dinoseg.config.nodes.instantiate",
+    "dinoseg.config.nodes.hydra_instantiate",
+    "dinoseg.experiment.builder.importlib.import_module",
+    "dinoseg.models.model.torch.hub.load",
+    "dinoseg.cli.launch.launch",
+    "dinoseg.modes.render.render",
+    "dinoseg.modes.export.export",
+    "dinoseg.training.checkpoint.write",
+    "dinoseg.tasks.preparation.sarrarp.prepare",
+    "dinoseg.tasks.preparation.idd.prepare",
+    "dinoseg.synthetic.surgery.write.render_dataset",
+    "dinoseg.tasks.preparation.sarrarp.shutil.rmtree",
+    "dinoseg.data.packed.pack.pack",
+    "dinoseg.utils.locks.locked",
+    "dinoseg.data.packed.store.write_index",
+    "dinoseg.data.scan.scan.scan",
+    "dinoseg.data.doctor.short.check",
+    "dinoseg.data.video.index.index_videos",
+    "dinoseg.models.heads.linear",
+    "dinoseg.models.heads.linear.LinearHead.forward.__globals__",
+    "dinoseg.models.heads.linear.LinearHead.__init__.__globals__",
+    "dinoseg.models.heads.linear.LinearHead.__class__",
+    "dinoseg.models.heads.linear.nn.Linear",
+    "dinoseg.models.heads..linear.LinearHead",
+    "..dinoseg.models.heads.linear.LinearHead",
+    " dinoseg.models.heads.linear.LinearHead",
+    "dinoseg.models.heads.linear.LinearHead ",
+    "dinoseg.models.heads.linear.LinearHead\n",
+    "dinoseg.models.heads.linear.LinearHe\u0430d",  # a Cyrillic a
+    "dinoseg.models.heads.linear.\uff2cinearHead",  # a wide L, which Python reads as an L
+    "\x1b[2J",
+    "",
+    "???",
+    "${data.root}",
+    "${head._target_}",
+]
+
+
+register_resolvers()
+
+
+def composed(choices=CHOICES, folders=(), **changes):
+    """Return a job's config of these options, with values at dotted keys."""
+    cfg = compose_options({"engine": "auto", **choices}, folders)
+    cfg = OmegaConf.merge(cfg, {"choices": choices, "config_dirs": list(folders), "data": {"root": "."}})
+    cfg.data.classes, cfg.data.palette, cfg.data.background = ["dark", "bright"], None, None
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key, value, force_add=True)
+    return cfg
+
+
+def as_read(description):
+    """Return a description as a file gives it back."""
+    return json.loads(json.dumps(description))
+
+
+@pytest.fixture(scope="module")
+def sound():
+    """Return the description of a run as its checkpoint holds it."""
+    return as_read(describe(composed(), KEYS))
+
+
+def planted(sound, place, value):
+    """Return a description whose config has a value at a place."""
+    description = copy.deepcopy(sound)
+    node, (*above, last) = description["config"], place.split("/")
+    for key in above:
+        node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+    node[last] = value
+    return description
+
+
+def load(description, **options):
+    return compose_stored(description, Source("resume=file", **options))
+
+
+def test_a_stored_config_is_the_config_of_the_run(sound):
+    cfg = composed(**{"head.layers": [-2], "adapter.rank": 4, "data.reader.masks.ids": {3: 255}})
+    description = as_read(describe(cfg, KEYS))
+    for stored in (description, as_read(describe(OmegaConf.merge(cfg, load(description)), KEYS))):
+        found = OmegaConf.merge(cfg, load(stored))
+        assert as_read(OmegaConf.to_container(found, resolve=True)) == as_read(
+            OmegaConf.to_container(cfg, resolve=True)
+        )
+    text = json.dumps(description["config"])
+    assert "_target_" not in text and "${" not in text and "cache_dir" not in text
+    assert description["targets"]["head"] == LINEAR
+    assert "num_classes" not in description["config"]["head"] and description["config"]["adapter"]["rank"] == 4
+
+
+def test_interpolations_of_options_follow_the_command_line(sound):
+    found = load(sound)
+    assert found["inference"]["size"] == "${resolution.crop}" and found["adapter"]["device"] == "${engine.device}"
+    typed = as_read(describe(composed(**{"inference.size": "${resolution.longest}"}), KEYS))
+    assert typed["config"]["inference"]["size"] is None
+
+
+def test_values_stay_when_a_config_file_changes(tmp_path, caplog):
+    (tmp_path / "head").mkdir()
+    file = tmp_path / "head/mine.yaml"
+    text = f"{{_target_: {LINEAR}, _partial_: true, layers: [-1], lr: 0.1, num_classes: 2, dropout: 0.5}}"
+    file.write_text(text)
+    choices = {**CHOICES, "head": "mine"}
+    stored = as_read(describe(composed(choices, [str(tmp_path)]), KEYS))
+    file.write_text(text.replace("0.5", "0.25, min_maps: 1"))
+    found = load(stored, folders=[tmp_path])
+    assert found["head"]["dropout"] == 0.5 and found["head"]["min_maps"] == 1
+    assert "it has no value of head.min_maps" in caplog.text
+    file.write_text(text.replace(", dropout: 0.5", ""))
+    assert load(stored, folders=[tmp_path])["head"]["dropout"] == 0.5  # still an argument of the class
+    file.write_text(text.replace(LINEAR, "my.Head"))
+    with pytest.raises(UserError, match=f"its head is {LINEAR}, and config files on this machine name my.Head there"):
+        load(stored, folders=[tmp_path])
+
+
+def test_a_missing_option_is_named(sound):
+    stored = {**sound, "choices": {**sound["choices"], "head": "mine"}}
+    with pytest.raises(UserError, match="resume=file: head=mine is no option on this machine.* --config-dir FOLDER"):
+        load(stored)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [
+        *(
+            ("head", option)
+            for option in ("../head/mlp", "/etc/x", "a/../../b", "", "a b", "${seed}", 3, None, ["mlp"])
+        ),
+        *((group, "idd") for group in ("protocol@data.a b", "a/../b@data", "protocol@data.${seed}")),
+    ],
+)
+def test_names_of_options_do_not_leave_the_groups(sound, group, option):
+    stored = {**sound, "choices": {**sound["choices"], group: option}}
+    with pytest.raises(UserError, match="resume=file: .*is no name of an option"):
+        load(stored)
+
+
+def test_options_of_nested_groups_are_stored():
+    choices = {**CHOICES, "data": "sarrarp", "data/augment/color": "photometric", "protocol@data.official": "idd"}
+    stored = as_read(describe(composed(choices), KEYS))
+    assert stored["choices"] == choices
+    found = load(stored)
+    assert found["data"]["official"]["_target_"].endswith("Idd") and found["data"]["prepare"] is None
+    assert found["data"]["augment"]["color"]["_target_"].endswith("PhotometricDistortion")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("loss.criterion.terms.x", {"_target_": "dinoseg.losses.overlap.Dice"}),
+        ("head._target_", "dinoseg.models.heads.mlp.MlpHead"),
+        ("head._convert_", "all"),
+        ("data.augment.color", {"_target_": "dinoseg.data.photometric.PhotometricDistortion"}),
+        ("data.reader.masks.ids", [{"_target_": LINEAR}]),
+    ],
+)
+def test_a_component_that_is_no_option_is_refused(key, value):
+    with pytest.raises(UserError, match="is a component that no option of a config group names.*Make it an option"):
+        describe(composed(**{key: value}), KEYS)
+
+
+def test_what_cannot_be_stored_is_refused():
+    cfg = composed()
+    del cfg.data.augment.affine
+    with pytest.raises(UserError, match="data.augment.affine was removed"):
+        describe(cfg, KEYS)
+    with pytest.raises(UserError, match="trainer.more is no key of the options"):
+        describe(composed(**{"trainer.more": 1}), KEYS)
+    with pytest.raises(UserError, match=r"data.classes=.* holds \$\{"):
+        describe(composed(**{"data.classes": ["a", "\\${b}"]}), KEYS)
+
+
+def test_components_can_be_unset(sound):
+    stored = as_read(describe(composed(**{"data.augment.affine": None, "data.clips": None}), KEYS))
+    assert load(stored)["data"]["augment"]["affine"] is None
+    assert load(planted(sound, "data/reader", None))["data"]["reader"] is None
+
+
+@pytest.mark.parametrize("target", SHELL, ids=ascii)
+def test_a_target_is_refused_anywhere(sound, target):
+    before = set(sys.modules)
+    for place in ("head", "loss/criterion", "loss/criterion/terms/ce", "data/reader", "backbone/arch/hidden_act", "x"):
+        for value in ({"_target_": target}, [{"_target_": target, "_partial_": True}]):
+            with pytest.raises(UserError, match="a checkpoint stores no key _target_"):
+                load(planted(sound, place, value))
+    assert set(sys.modules) == before
+
+
+ODD = {  # place, value, what the refusal says
+    "arguments without names": ("data/reader/_args_", ["/", "train"], "stores no key _args_"),
+    "convert": ("head/_convert_", "all", "stores no key _convert_"),
+    "called at once": ("head/_partial_", False, "stores no key _partial_"),
+    "mode": ("head/_mode_", "x", "stores no key _mode_"),
+    "a dunder": ("head/__class__", "x", "stores no key __class__"),
+    "an empty key": ("head/", 1, "stores no key"),
+    "a number as a key": ("resolution", {1: 2}, "stores no key 1"),
+    "a key with a line break": ("head/a\nb", 1, "stores no key"),
+    "a key of no option": ("data/evil", 1, "have no such key"),
+    "a key of no group": ("trainer/evil", {"a": 1}, "have no such key"),
+    "an environment variable": ("data/root", "${oc.env:HOME}", "interpolation is refused"),
+    "with blanks": ("data/root", "${ oc.env : HOME }", "interpolation is refused"),
+    "within a text": ("data/root", "a ${oc.env:HOME} b", "interpolation is refused"),
+    "a pointer": ("head/num_classes", "${data.num_classes}", "interpolation is refused"),
+    "in a list": ("data/classes", ["a", "${seed}"], "interpolation is refused"),
+    "a class file": ("data/root", "${class_file:classes}", "interpolation is refused"),
+    "escaped": ("data/root", "\\${oc.env:HOME}", "interpolation is refused"),
+    "put together by a sign": ("data/root", "$${data.on_error}", "interpolation is refused"),
+    "places for files": ("data/opened/cache_dir", "elsewhere", "must not choose where files are written"),
+    "places for counts": ("loss/counts/cache_dir", "/elsewhere", "must not choose where files are written"),
+    "no place": ("data/opened/cache_dir", None, "must not choose where files are written"),
+    "a place in a class that has none": ("head/cache_dir", "/elsewhere", "must not choose where files are written"),
+    "preparing": ("data/prepare", {"root": "/"}, "must not choose where files are written"),
+    "rendering": ("data/render", "x", "must not choose where files are written"),
+    "masks elsewhere": ("data/tracking", {"folder": "/elsewhere"}, "folders below its run folder"),
+    "masks above": ("data/tracking", {"folder": "masks/../.."}, "folders below its run folder"),
+    "masks on a drive": ("data/tracking", {"folder": "C:\\up"}, "folders below its run folder"),
+    "masks nowhere": ("data/tracking", {"folder": None}, "not a folder name"),
+    "masks of a table": ("data/tracking", {"folder": {"a": "b"}}, "not a folder name"),
+    "a number for what is built": ("data/reader/partition", 3, "can only unset"),
+    "a text for what is built": ("data/reader", "x", "can only unset"),
+    "a list for what is built": ("loss/criterion", [["a"]], "can only unset"),
+    "weights of nobody": ("backbone/weights", "~nobody-here/x", "Set its current path:"),
+    "weights that were moved": ("backbone/weights", "/gone/vit.safetensors", "Set its current path:"),
+    "weights of a long name": ("backbone/weights", "a" * 4000, "its option does not name it"),
+    "weights of a broken name": ("backbone/weights", "a\0b", "its option does not name it"),
+    "a hub of one's own": ("backbone/weights", "evil/weights", "its option does not name it"),
+    "a request of a hub": ("backbone/weights", "facebook/dinov2-small@refs/pr/7", "its option does not name it"),
+    "weights above the package": ("backbone/weights", "dinoseg:../../x", "its option does not name it"),
+    "weights of a number": ("backbone/weights", 3, "its option does not name it"),
+    "queries": ("head/num_classes", 10**12, "at most"),
+    "a huge number": ("head/num_classes", 10**400, "at most"),
+    "a huge number below": ("head/num_classes", -(10**12), "at most"),
+    "a width": ("backbone/arch/hidden_size", 2**40, "at most"),
+    "a depth": ("backbone/arch/num_hidden_layers", 10**9, "at most"),
+    "not a number": ("resolution/scale", float("nan"), "at most"),
+    "infinity": ("optim/optimizer/lr", float("inf"), "at most"),
+    "a scale": ("resolution/scale", 1e6, "at most"),
+    "a crop": ("resolution/crop", [16384, 16384], "batches of"),
+    "processes": ("data/workers", 10**5, "at most"),
+    "a long table": ("data/reader/masks/ids", dict.fromkeys(map(str, range(30000)), 0), "more than 20000 values"),
+    "a long text": ("data/root", "a" * 10**5, "100000 characters"),
+    "bytes": ("data/root", b"x", "of type bytes"),
+    "an object": ("data/root", object(), "of type object"),
+}
+
+
+@pytest.mark.parametrize(("place", "value", "says"), ODD.values(), ids=ODD)
+def test_what_a_checkpoint_does_not_store_is_refused(sound, place, value, says):
+    with pytest.raises(UserError, match=says) as caught:
+        load(planted(sound, place, value))
+    assert str(caught.value).startswith("resume=file: ") and str(caught.value).isprintable()
+
+
+def test_weights_are_given_to_classes_of_any_name(sound):
+    names = ["it's", "a.b/c", "~", "k: v", "no", "1e3", "_background_", "h\xf6he", "grass (wet)"]
+    assert load(planted(sound, "loss/weights", dict.fromkeys(names, 3.0)))["loss"]["weights"]["a.b/c"] == 3.0
+    for name in ("_target_", "_partial_", "_args_", "_convert_", "_recursive_", "a\nb"):
+        with pytest.raises(UserError, match=r"loss.weights is refused: a checkpoint stores no key"):
+            load(planted(sound, "loss/weights", {name: 3.0}))
+
+
+def test_the_command_line_may_allow_a_source_of_weights(sound):
+    mine = planted(sound, "backbone/weights", "my-org/my-dino")
+    for options in ({"trust": ["my-org/my-dino"]}, {"typed": ["backbone.weights"]}):
+        assert load(mine, **options)["backbone"]["weights"] == "my-org/my-dino"
+    at_commit = f"facebook/dinov2-small@{'a1' * 20}"
+    assert load(planted(sound, "backbone/weights", at_commit))["backbone"]["weights"] == at_commit
+
+
+def test_values_alone_are_taken_of_groups_that_are_not_used(sound):
+    stored = {**sound, "choices": {**sound["choices"], "data": "gone", "loss": "gone"}}
+    found = compose_stored(stored, Source("resume=file"), unused=("data", "loss"))
+    assert found["data"]["num_classes"] == 2 and "_target_" not in json.dumps([found["data"], found["loss"]])
+    with pytest.raises(UserError, match="stores no key _target_"):
+        compose_stored(planted(stored, "loss/criterion", {"_target_": "x"}), Source("resume=file"), unused=("loss",))
+
+
+def test_a_config_file_of_a_run_is_read_as_a_checkpoint():
+    cfg = to_container(composed(**{"data.batch_size": 3}))
+    source = Source("config.yaml")
+    found = compose_stored(description_of(cfg, ("data", "resolution"), source), source)
+    assert found["data"] == {**cfg["data"], "prepare": None, "render": None} and found["data"]["batch_size"] == 3
+    for key, value, says in (
+        ("data.reader._target_", "os.system", "its data.reader is os.system"),
+        ("data.reader._args_", ["x"], "stores no key _args_"),
+        ("data.root", "${oc.env:HOME}", "interpolation is refused"),
+        ("data.reader.partition._partial_", True, "stores no key _partial_"),
+    ):
+        with pytest.raises(UserError, match=says):
+            changed = to_container(composed(**{key: value}))
+            compose_stored(description_of(changed, ("data", "resolution"), source), source)
+
+
+def test_what_is_resolved_is_not_resolved_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "told")
+    cfg = OmegaConf.create({"a": "$", "b": "{oc.env:SECRET}", "node": {"_target_": LINEAR, "x": "${a}${b}"}})
+    with pytest.raises(UserError, match="is still an interpolation after it is resolved"):
+        instantiate(cfg.node)
+
+
+def test_options_are_found_where_hydra_finds_them(tmp_path):
+    texts = {
+        "head/mine": "{_target_: my.Head, norm: {_target_: my.Norm}}",
+        "parts/a": "_target_: my.Part\n",
+        "parts/b": "# @package head.last\n_target_: my.Last\n",
+        "data/mine": "defaults: [/parts@first: a, /parts: a, other@y, _self_]\nx: 1\n",
+        "data/other": "defaults: [deep/part: small]\nx: 2\n",
+        "data/deep/part/small": "width: 3\n",
+        "data/deep/part/large": "width: 4\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    chosen = {"data": "mine", "head": "mine", "parts@data.parts": "b", "data/deep/part@data.y.deep.part": "large"}
+    found = to_container(compose_options(chosen, [tmp_path]))
+    head = {"lr": 1e-3, "_target_": "my.Head", "norm": {"_target_": "my.Norm"}, "last": {"_target_": "my.Last"}}
+    assert found["head"] == head
+    assert found["data"] == {
+        "first": {"_target_": "my.Part"},
+        "y": {"deep": {"part": {"width": 4}}, "x": 2},
+        "x": 1,
+    }
+    with initialize_config_dir(str(FOLDER), version_base="1.3"):
+        words = [f"{group}={option}" for group, option in chosen.items()]
+        cfg = hydra_compose("main", [*words, f"hydra.searchpath=[file://{tmp_path}]"])
+    assert to_container(cfg.data) == found["data"] and to_container(cfg.head) == head

@@ -1,0 +1,225 @@
+"""Images beyond Pillow's pixel limit, read through libvips: the same pixels and class IDs as Pillow gives."""
+
+import os
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_parts import tiny_vit
+
+from dinoseg.data.classes.labels import Labels
+from dinoseg.inference import large
+from dinoseg.inference.done import DoneInputs
+from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
+from dinoseg.inference.large import FileRows, is_large, open_rows, write_id_png
+from dinoseg.inference.predictor import Predictor
+from dinoseg.inference.rows import MemoryRows
+from dinoseg.inference.windows import Windows
+from dinoseg.models.heads.linear import LinearHead
+from dinoseg.models.model import SegmentationModel
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids, read_image
+
+CPU = torch.device("cpu")
+SIZE = (301, 97)
+FILES = {
+    "a.jpg": {"quality": 80},
+    "full.jpg": {"quality": 80, "subsampling": 0},
+    "progressive.jpg": {"progressive": True},
+    "a.webp": {"quality": 80},
+    "a.png": {},
+    "raw.tif": {},
+    "deflate.tif": {"compression": "tiff_adobe_deflate"},
+    "predicted.tif": {"compression": "tiff_lzw", "tiffinfo": {317: 2}},
+    "packbits.tif": {"compression": "packbits"},
+    "jpeg.tif": {"compression": "jpeg"},
+    "big.tif": {"big_tiff": True},
+}
+
+
+def picture():
+    draw = np.random.default_rng(0).integers(0, 256, (40, 12, 3), dtype=np.uint8)
+    return Image.fromarray(draw).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+
+
+def read_in_parts(rows, step=40):
+    parts = [rows.read(top, min(top + step, rows.size[0])) for top in range(0, rows.size[0], step)]
+    return torch.cat(parts, dim=2)[0].permute(1, 2, 0).numpy()
+
+
+@pytest.fixture
+def small_limit(monkeypatch):
+    """Lower Pillow's limit, so that a small image is a large one."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8_000)
+    monkeypatch.setattr(large, "MAX_PIXELS", 16_000)
+
+
+def tiny_predictor(classes=5):
+    torch.manual_seed(0)
+    backbone = tiny_vit()
+    model = SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, classes)).eval()
+    return Predictor(model, CPU, nullcontext, Windows((64, 64)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("name", FILES)
+def test_pixels_equal_those_of_pillow(tmp_path, name, mode):
+    picture().convert(mode).save(tmp_path / name, **FILES[name])
+    rows = FileRows(tmp_path / name, CPU)
+    assert rows.size == SIZE and np.array_equal(read_in_parts(rows), read_image(tmp_path / name))
+    assert np.array_equal(rows.read(10, 30), rows.read(0, 60)[:, :, 10:30])  # rows above those read last
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1"])
+def test_png_modes_equal_those_of_pillow(tmp_path, mode):
+    picture().convert(mode).save(tmp_path / "a.png")
+    assert np.array_equal(read_in_parts(FileRows(tmp_path / "a.png", CPU)), read_image(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp"])
+def test_images_are_turned_upright(tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    picture().save(tmp_path / name, exif=exif, lossless=True)
+    assert np.array_equal(read_in_parts(FileRows(tmp_path / name, CPU)), read_image(tmp_path / name))
+
+
+@pytest.mark.parametrize(("mode", "name"), [("CMYK", "a.jpg"), ("CMYK", "a.tif"), ("I;16", "a.png"), ("RGB", "a.bmp")])
+def test_unsupported_formats_are_refused(tmp_path, mode, name):
+    image = picture().convert("L" if mode == "I;16" else mode)
+    image = Image.fromarray(np.asarray(image).astype(np.uint16)) if mode == "I;16" else image
+    image.save(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}.*[Cc]onvert it"):
+        FileRows(tmp_path / name, CPU)
+
+
+def test_a_name_holds_no_options(tmp_path):
+    path = tmp_path / "a.jpg[shrink=2]"
+    picture().save(path, format="JPEG")
+    assert FileRows(path, CPU).size == SIZE
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.98])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "raw.tif", "deflate.tif", "a.webp"])
+def test_truncated_files_are_refused(tmp_path, name, share):
+    path = tmp_path / name
+    picture().save(path, **FILES[name])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(UserError, match=str(path)):
+        read_in_parts(FileRows(path, CPU))
+
+
+def test_loaders_not_meant_for_untrusted_files_are_blocked(tmp_path):
+    import pyvips
+
+    np.savetxt(tmp_path / "a.csv", np.zeros((3, 4)))
+    (tmp_path / "a.csv").rename(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png"):
+        FileRows(tmp_path / "a.png", CPU)
+    with pytest.raises(pyvips.Error, match="blocked"):
+        pyvips.Image.rawload(str(tmp_path / "a.png"), 1, 1, 1)
+
+
+def test_an_image_without_space_for_its_pixels_is_refused(tmp_path, monkeypatch):
+    picture().save(tmp_path / "a.png")
+    monkeypatch.setattr(large.shutil, "disk_usage", lambda folder: _Usage(3 * 301 * 97))
+    FileRows(tmp_path / "a.png", CPU)
+    monkeypatch.setattr(large.shutil, "disk_usage", lambda folder: _Usage(3 * 301 * 97 - 1))
+    with pytest.raises(UserError, match="needs 0.0 GiB in .*TMPDIR"):
+        FileRows(tmp_path / "a.png", CPU)
+
+
+@pytest.mark.parametrize("name", ["progressive.jpg", "interlaced.png"])
+def test_files_that_are_decoded_whole_need_memory(tmp_path, name, monkeypatch):
+    picture().save(tmp_path / "a.jpg", progressive=True)
+    if name == "interlaced.png":
+        import pyvips
+
+        pyvips.Image.new_from_file(str(tmp_path / "a.jpg")).pngsave(str(tmp_path / name), interlace=True)
+    else:
+        (tmp_path / "a.jpg").rename(tmp_path / name)
+    monkeypatch.setattr(large, "free_bytes", lambda device: 6 * 301 * 97)
+    assert np.array_equal(read_in_parts(FileRows(tmp_path / name, CPU)), read_image(tmp_path / name))
+    monkeypatch.setattr(large, "free_bytes", lambda device: 6 * 301 * 97 - 1)
+    with pytest.raises(UserError, match="progressive or interlaced"):
+        FileRows(tmp_path / name, CPU)
+
+
+class _Usage:
+    def __init__(self, free):
+        self.free = free
+
+
+def test_files_that_are_not_regular_are_refused_unopened(tmp_path):
+    os.mkfifo(tmp_path / "a.png")  # reading it would wait for ever
+    with pytest.raises(UserError, match="a.png"):
+        open_rows(tmp_path / "a.png", CPU)
+
+
+def test_small_images_need_no_libvips(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyvips", None)
+    picture().save(tmp_path / "a.png")
+    assert isinstance(open_rows(tmp_path / "a.png", CPU), MemoryRows) and not is_large(tmp_path / "a.png")
+
+
+def test_large_images_name_the_extra_they_need(tmp_path, monkeypatch, small_limit):
+    picture().save(tmp_path / "a.png")
+    assert is_large(tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "pyvips", None)
+    for read in (lambda: open_rows(tmp_path / "a.png", CPU), lambda: read_image(tmp_path / "a.png")):
+        with pytest.raises(UserError, match=r"dinoseg\[large\]"):
+            read()
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "raw.tif"])
+def test_class_ids_of_a_large_image_equal_those_in_memory(tmp_path, name, small_limit, monkeypatch):
+    path = tmp_path / name
+    picture().save(path, **FILES[name])
+    predictor = tiny_predictor()
+    predictor.write_ids(path, tmp_path / "masks/a.png")
+    monkeypatch.undo()
+    expected = predictor.ids([read_image(path)])[0]
+    assert np.array_equal(read_ids(tmp_path / "masks/a.png"), expected) and len(np.unique(expected)) > 1
+
+
+def test_a_mask_that_is_not_complete_does_not_appear(tmp_path, small_limit):
+    path = tmp_path / "cut.tif"
+    picture().save(path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(UserError, match="cut.tif"):
+        tiny_predictor().write_ids(path, tmp_path / "a.png")
+    assert [each.name for each in tmp_path.iterdir()] == ["cut.tif"]
+
+
+def test_masks_from_a_memory_map_are_written_unchanged(tmp_path, small_limit, monkeypatch):
+    ids = np.memmap(tmp_path / "ids", np.uint8, "w+", shape=SIZE)
+    ids[:] = np.random.default_rng(0).integers(0, 256, SIZE)
+    write_id_png(tmp_path / "a.png", ids)
+    monkeypatch.undo()
+    assert np.array_equal(read_ids(tmp_path / "a.png"), ids)
+
+
+def test_a_large_image_gets_class_ids_alone(tmp_path, caplog, small_limit, monkeypatch):
+    predictor = tiny_predictor(classes=2)
+    by = SegmentationSettings(predictor, Labels.of(["a", "b"], None, 255))
+    picture().save(tmp_path / "large.tif")
+    picture().crop((0, 0, 97, 40)).save(tmp_path / "small.tif")
+    images = [ImageInput(tmp_path / f"{name}.tif", name, name) for name in ("large", "small")]
+    run = ImageRun(tmp_path / "run", tmp_path / "run/masks", DoneInputs(tmp_path / "run"))
+    with caplog.at_level("INFO"):
+        segment_images(by, images, run)
+    assert run.count == 2 and not run.failures and "large.tif is too large for overlays" in caplog.text
+    assert [path.name for path in (tmp_path / "run").glob("*_segmentation")] == ["small_segmentation"]
+    again = ImageRun(run.folder, run.masks, DoneInputs(tmp_path / "run"))
+    earlier, passed = segment_images(by, images, again)
+    assert earlier == 2 and passed.items == 0
+    bare = ImageRun(tmp_path / "bare", None, DoneInputs(tmp_path / "bare"))
+    segment_images(by, images, bare)
+    assert bare.count == 1 and "large.tif is too large for overlays, and masks=false" in bare.failures[0]
+    monkeypatch.undo()
+    expected = predictor.ids([read_image(tmp_path / "large.tif")])[0]
+    assert np.array_equal(read_ids(tmp_path / "run/masks/large.png"), expected)

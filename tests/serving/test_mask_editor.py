@@ -1,0 +1,82 @@
+"""The brush changes the mask that is downloaded, and nothing else."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinoseg.data.classes.labels import Labels
+from dinoseg.serving.mask_editor import MaskEditor, encode_mask
+
+LABELS = Labels(("dark", "red", "green"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), 255)
+
+
+def make_editor(height=40, width=60):
+    return MaskEditor(np.zeros((height, width), np.uint8), LABELS)
+
+
+@pytest.mark.parametrize("radius", [1, 3, 10])
+def test_a_click_paints_a_disc(radius):
+    editor = make_editor()
+    editor.paint([[30.5, 20.5], [30.5, 20.5]], radius, 2)
+    rows, columns = np.mgrid[:40, :60]
+    distance = np.hypot(columns - 30, rows - 20)
+    assert (editor.mask[distance <= radius - 1] == 2).all()
+    assert (editor.mask[distance > radius + 1] == 0).all()
+    assert editor.count_pixels()[2] == (editor.mask == 2).sum()
+
+
+def test_a_stroke_joins_its_points():
+    editor = make_editor()
+    editor.paint([[5, 10], [50, 10], [50, 30]], 2, 1)
+    assert (editor.mask[9:11, 5:50] == 1).all() and (editor.mask[10:30, 49:51] == 1).all()
+    assert not editor.mask[20:, :40].any()
+
+
+def test_strokes_are_undone_in_reverse_order():
+    editor = make_editor()
+    states = [editor.mask.copy()]
+    for number, point in enumerate(([3, 3], [8, 5], [59, 39]), 1):
+        editor.paint([point], 4, number % 3)
+        states.append(editor.mask.copy())
+    for state in reversed(states):
+        assert (editor.mask == state).all()
+        editor.undo()
+    assert (editor.mask == states[0]).all()
+
+
+def test_the_given_mask_is_not_changed():
+    mask = np.zeros((4, 4), np.uint8)
+    MaskEditor(mask, LABELS).paint([[2, 2]], 3, 1)
+    assert not mask.any()
+
+
+@pytest.mark.parametrize("points", [[[1e9, 1e9], [-1e9, 5]], [[-500, -500]], [[30, 20]] * 30_000])
+def test_points_outside_and_many_points_are_harmless(points):
+    editor = make_editor()
+    before = editor.mask.copy()
+    editor.paint(points, 10**9, 1)
+    editor.undo()
+    assert (editor.mask == before).all()
+
+
+@pytest.mark.parametrize("points", [[], "text", None, [[1]], [[float("nan"), 1]], [["a", "b"]], {"x": 1}])
+def test_what_is_no_line_is_refused(points):
+    with pytest.raises((ValueError, TypeError)):
+        make_editor().paint(points, 2, 1)
+
+
+def test_black_and_hidden_classes_are_transparent():
+    editor = MaskEditor(np.array([[0, 1, 2, 255]], np.uint8), LABELS)
+    editor.hidden = {2}
+    layer = np.asarray(Image.open(io.BytesIO(editor.encode_layer())).convert("RGBA"))[0]
+    assert layer[:, 3].tolist() == [0, 255, 0, 255] and layer[1, :3].tolist() == [255, 0, 0]
+    image = np.full((1, 4, 3), 100, np.uint8)
+    drawn = editor.draw(image, editor.mask, 0.5)[0]
+    assert drawn[[0, 2]].tolist() == [[100] * 3] * 2 and drawn[1].tolist() == [178, 50, 50]
+
+
+def test_the_download_holds_the_ids():
+    mask = np.arange(3, dtype=np.uint8)[None]
+    assert (np.asarray(Image.open(io.BytesIO(encode_mask(mask, LABELS.palette)))) == mask).all()
