@@ -155,7 +155,7 @@ def test_cell(configs, tmp_path, backbone, adapter, head):
     expected = model(batch.image).scores()
     assert expected.shape == (2, 3, *SIZE) and torch.equal(model(batch.image).scores(), expected)
     info = {**INFO, "frozen": frozen_fingerprint(model)}
-    Checkpointer(tmp_path, info).save_if_best(model, 0.5)
+    Checkpointer(tmp_path, info).save_if_best(model, {"miou": 0.5})
     other = Builder(cfg).model().to("cpu").eval()
     checkpoint.load_weights(other, checkpoint.read(tmp_path / "best.safetensors"))
     assert torch.equal(other(batch.image).scores(), expected)
@@ -201,7 +201,7 @@ def test_of_weights_from_a_file_only_what_was_trained_is_kept(configs, tmp_path,
     train(model, loss_for(model.head, cfg, configs), steps=1)
     model.eval()
     info = {**INFO, "frozen": frozen_fingerprint(model)}
-    Checkpointer(tmp_path, info).save_if_best(model, 0.5)
+    Checkpointer(tmp_path, info).save_if_best(model, {"miou": 0.5})
     found = checkpoint.read(tmp_path / "best.safetensors")
     held = {name for name in found.part("model") if name.startswith("backbone.")}
     parameters = {name for name, _ in model.named_parameters()}

@@ -77,16 +77,14 @@ CASES = (*PLAIN, "resumed", "distilled", *CLIPS)
 
 
 def train(folder, run, *words):
-    """Train, and return the losses of the rows up to STEPS, by name; those of several heads have the head in front."""
+    """Train, and return the losses of the rows up to STEPS, by name; of several heads `train/NAME/loss`."""
     done = call(folder, *words, f"hydra.run.dir={run}")
     assert done.status == 0, done.err
-    heads = sorted((folder / run).glob("heads/*"))
     losses = {}
-    for prefix, where in [(f"{head.name}/", head) for head in heads] or [("", folder / run)]:
-        lines = (where / "metrics.jsonl").read_text("utf-8").splitlines()
-        for row in filter(is_training_row, map(json.loads, lines)):
-            for name in (name for name in row if name.startswith("train/") and "loss" in name):
-                losses.setdefault(prefix + name, []).append(row[name])
+    lines = (folder / run / "metrics.jsonl").read_text("utf-8").splitlines()
+    for row in filter(is_training_row, map(json.loads, lines)):
+        for name in (name for name in row if name.startswith("train/") and "loss" in name):
+            losses.setdefault(name, []).append(row[name])
     assert losses
     return losses
 

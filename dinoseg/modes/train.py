@@ -13,7 +13,7 @@ from dinoseg.experiment.log_file import announce
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.past_runs import write_end
 from dinoseg.modes.train_heads import train_heads
-from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0, log_start
+from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0, log_start, open_log
 from dinoseg.training.trainer import Experiment, fit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural
@@ -60,7 +60,7 @@ def train(
         epochs = length.steps * cfg.trainer.accumulate / task.data_module.epoch
         cached = task.cache_features(model, engine, epochs, before=job.chosen_before)
         job.note(checkpoints, cached)
-        with job.log() as log:
+        with open_log(build, out_dir, job.start, engine) as log:
             parts = (model, loss, task.data_module, optimizer, schedule, engine, checkpoints, log)
             run = fit(Experiment(*parts, settings))
             if run.best is None:

@@ -1,14 +1,16 @@
-"""Multi-head training on one frozen backbone: a run folder for each head, and a leaderboard at the end."""
+"""Multi-head training on one frozen backbone: one run, a best checkpoint for each head, and a leaderboard."""
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import astuple, dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+from torch.optim import Optimizer
 
+from dinoseg.core.contracts import Backbone, Loss
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.heads import head_description, solo_builders
 from dinoseg.experiment.initial import has_initial
@@ -16,97 +18,52 @@ from dinoseg.experiment.models import build_multi_head
 from dinoseg.experiment.past_runs import write_end
 from dinoseg.experiment.recipe import run_description
 from dinoseg.experiment.trained import check_classes
-from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0, log_start
-from dinoseg.report.log import RunLog
+from dinoseg.models.model import SegmentationModel
+from dinoseg.modes.training_run import (
+    TrainingRun,
+    build_schedule,
+    check_data_on_rank0,
+    finish_log,
+    log_start,
+    next_commands,
+    open_log,
+)
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
+from dinoseg.training.checkpoint import Checkpointer
+from dinoseg.training.cost import COST, cost_of
 from dinoseg.training.engine import Engine
-from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.loading import Checkpoint, bounded
 from dinoseg.training.multi_head import (
-    MultiHeadCheckpoints,
-    MultiHeadExperiment,
+    HeadClipping,
+    MultiHeadCheckpointer,
+    MultiHeadDataModule,
+    MultiHeadLoss,
     MultiHeadSegmenter,
     join_optimizers,
+    leaving_note,
 )
-from dinoseg.training.trainer import Settings, fit
-from dinoseg.utils.csv_text import write_csv
+from dinoseg.training.trainer import Experiment, Settings, fit
+from dinoseg.utils.atomic import write_json
+from dinoseg.utils.csv_text import write_csv_table
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, join_names
 
 logger = logging.getLogger(__name__)
-
-
 TABLE = "leaderboard.csv"  # in the run folder
-_SHOWN_NOTE = 50  # characters
 
 
-@dataclass(frozen=True)
-class Row:
-    """Results of one head; None means unknown."""
+@dataclass
+class HeadParts:
+    """One of several heads: its run folder, its stand-alone model, and its best checkpoint."""
 
-    name: str
-    rate: float | None = None  # highest base learning rate
-    best: float | None = None  # best value of the score that selects checkpoints
-    best_step: int | None = None
-    miou: float | None = None  # of the final evaluation, 0..1, like `accuracy`
-    accuracy: float | None = None
-    parameters: int | None = None  # of the head
-    note: str = ""
-    run: str = ""  # run folder
-
-
-def leaderboard(rows: Sequence[Row], out_dir: Path, score: str, lowest: Collection[str], *, visible: bool) -> str:
-    """Print the heads, best first, and write them to leaderboard.csv; return the name of the best head.
-
-    Args:
-        rows: one per head, in any order.
-        out_dir: folder of the table.
-        score: name of the score in `best`.
-        lowest: names of scores for which lower is better.
-        visible: whether this rank prints and writes.
-    """
-    sign = 1 if score in lowest else -1
-    ordered = sorted(rows, key=lambda row: (row.best is None, sign * (row.best or 0.0)))
-    if visible:
-        share = score not in lowest  # a loss is not a share
-        headers = [
-            *(
-                "head",
-                "learning rate",
-                f"best val/{score}{' %' * share}",
-                "at step",
-                "mIoU %",
-                "pixel accuracy %",
-                "parameters",
-            ),
-            "note",
-        ]
-        shown = [_shown(row, share) for row in ordered]
-        aligned = ("left", *["right"] * 6, "left")
-        print(f"\n{tabulate(shown, headers=headers, disable_numparse=True, colalign=aligned)}")
-        _write(out_dir / TABLE, ordered, f"val_{score}")
-        print(f"\nleaderboard:  {out_dir / TABLE}")
-    return ordered[0].name
-
-
-def _shown(row: Row, share: bool) -> list[str]:
-    note = row.note if len(row.note) <= _SHOWN_NOTE else f"{row.note[: _SHOWN_NOTE - 4]} ..."
-    percent = ["" if value is None else f"{100 * value:.2f}" for value in (row.miou, row.accuracy)]
-    score = row.best if row.best is None or not share else 100 * row.best
-    rate, best, parameters = (
-        "" if value is None else format(value, form)
-        for value, form in ((row.rate, "g"), (score, ".2f" if share else ".4f"), (row.parameters, ","))
-    )
-    step = "" if row.best_step is None else str(row.best_step)
-    return [row.name, rate, best, step, *percent, parameters, note]
-
-
-def _write(path: Path, rows: Sequence[Row], score: str) -> None:
-    names = {"name": "head", "rate": "learning_rate", "best": score}
-    columns = [names.get(field.name, field.name) for field in fields(Row)]
-    write_csv(path, [columns, *(astuple(replace(row, note=row.note.replace("\n", " "))) for row in rows)])
+    run: TrainingRun
+    model: SegmentationModel
+    checkpoints: Checkpointer
+    optimizer: Optimizer
+    loss: Loss
+    rate: float  # highest base learning rate
 
 
 def train_heads(
@@ -127,57 +84,121 @@ def train_heads(
     """
     _check_task(build, task, engine)
     start = _read_start(build, task)
-    folder, jobs = out_dir / checkpoint.HEADS, {}
-    with bounded(f"resume={build.resume}") if start else nullcontext():
-        for name, builder in solo_builders(build).items():
-            jobs[name] = TrainingRun(builder, folder / name, task, engine)
-            if start is not None:
-                jobs[name].start = Checkpoint(start.path, {}, head_description(start.info, name))
-    sizes = check_data_on_rank0(task, engine)
-    backbone, models = build_multi_head([job.build for job in jobs.values()], engine.device)
-    with ExitStack() as stack:
-        members: list[HeadTraining] = []
-        optimizers = []
-        for (name, job), model in zip(jobs.items(), models, strict=True):
-            job.check_model(model)
-            _, loss, optimizer, checkpoints = job.parts(model, sizes, settings.steps)
-            job.note(checkpoints, {}, tells=not members)
-            log = stack.enter_context(job.log())
-            members.append(HeadTraining(model, loss, checkpoints, log, name=name))
-            optimizers.append(optimizer)
-        rates = [max(group["base_lr"] for group in optimizer.param_groups) for optimizer in optimizers]
-        joined = join_optimizers(optimizers)
-        schedule = build_schedule(build, engine, settings.steps, joined)
-        where, heads = out_dir / checkpoint.FOLDER, count_of(jobs, "head")
-        logger.info("%s on one backbone, each with a run folder in %s: %s", heads, folder, join_names([*jobs]))
-        info = run_description(build, task.labels)
-        checkpoints = MultiHeadCheckpoints(where, info, start, engine.is_main, members=members)
-        whole = engine.place(MultiHeadSegmenter(backbone, members))
-        log_start(build, whole, task, engine, out_dir, settings.steps)
-        parts = (
-            whole,
-            members[0].criterion,
-            task.data_module,
-            joined,
+    backbone, heads = _build_heads(build, task, engine, out_dir, settings.steps, start)
+    model = MultiHeadSegmenter(backbone, {name: head.model for name, head in heads.items()})
+    engine.place(model)
+    optimizer = join_optimizers([head.optimizer for head in heads.values()])
+    schedule = build_schedule(build, engine, settings.steps, optimizer)
+    logger.info("%s on one backbone: %s", count_of(heads, "head"), join_names([*heads]))
+    log_start(build, model, task, engine, out_dir, settings.steps)
+    checkpoints = MultiHeadCheckpointer(
+        out_dir / checkpoint.FOLDER,
+        run_description(build, task.labels),
+        start,
+        engine.is_main,
+        heads={name: head.checkpoints for name, head in heads.items()},
+    )
+    with open_log(build, out_dir, start, engine) as log:
+        experiment = Experiment(
+            model,
+            MultiHeadLoss(next(iter(heads.values())).loss),  # the config has one loss for all heads
+            MultiHeadDataModule(**task.data_module.given, heads=[*heads]),
+            optimizer,
             schedule,
             engine,
             checkpoints,
+            log,
+            settings,
+            HeadClipping(model.head, settings.clip),
         )
-        step = fit(MultiHeadExperiment(*parts, RunLog("", visible=False), settings, members)).step
+        step = fit(experiment).step
         if engine.is_main:
             write_end(out_dir, step)
-        rows, scores = [], {}
-        for member, rate in zip(members, rates, strict=True):
-            if member.progress.best is not None:
-                scores[member.name] = jobs[member.name].finish(member.model, member.progress, member.log, **shown)
-            rows.append(_row(member, rate, scores.get(member.name, {})))
-    first = leaderboard(rows, out_dir, build.value("trainer.score"), task.data_module.lowest, visible=engine.is_main)
-    if first not in scores:
-        raise UserError(f"No head has reached a validation: {join_names([row.note for row in rows], 3)}")
-    result = {**scores[first], "head": first}
+        found = {
+            name: head.run.evaluate(head.model, head.checkpoints.progress, **shown)
+            for name, head in heads.items()
+            if head.checkpoints.progress.best is not None
+        }
+        scores = {name: scores for name, (scores, _) in found.items()}
+        rows = head_rows(heads, scores, model.left_heads(), settings.score, task.data_module.lowest)
+        first = rows[0]["head"]
+        if first not in found:
+            raise UserError(f"trainer.steps={settings.steps}: this run has done {step}, without validation.")
+        if engine.is_main:
+            finish_log(log, out_dir, task, *found[first])
+            write_leaderboard(rows, out_dir)
+            print("\n".join(next_commands(out_dir / checkpoint.HEADS / first, on_clips=task.on_clips)))
+    costs = {name: cost_of(head.model, out_dir / "metrics.jsonl") for name, head in heads.items()}
+    best = {"best_step": heads[first].checkpoints.progress.best_step, "run": str(heads[first].run.out_dir)}
+    result = {**scores[first], **costs[first], **best, "head": first}
     if engine.is_main:
+        for name, cost in costs.items():
+            write_json(heads[name].run.out_dir / COST, cost)
         write_end(out_dir, step, result)
     return result
+
+
+def _build_heads(
+    build: Builder, task: TrainingTask, engine: Engine, out_dir: Path, steps: int, start: Checkpoint | None
+) -> tuple[Backbone, dict[str, HeadParts]]:
+    """Return the shared backbone and the heads by name, each with the parts of a run of its own."""
+    runs = {}
+    with bounded(f"resume={build.resume}") if start else nullcontext():
+        for name, builder in solo_builders(build).items():
+            runs[name] = TrainingRun(builder, out_dir / checkpoint.HEADS / name, task, engine)
+            if start is not None:
+                runs[name].start = Checkpoint(start.path, {}, head_description(start.info, name))
+    sizes = check_data_on_rank0(task, engine)
+    backbone, models = build_multi_head([run.build for run in runs.values()], engine.device)
+    heads: dict[str, HeadParts] = {}
+    for (name, run), model in zip(runs.items(), models, strict=True):
+        run.check_model(model)
+        _, loss, optimizer, checkpoints = run.parts(model, sizes, steps)
+        run.note(checkpoints, {}, tells=not heads)
+        rate = max(group["base_lr"] for group in optimizer.param_groups)
+        heads[name] = HeadParts(run, model, checkpoints, optimizer, loss, rate)
+    return backbone, heads
+
+
+def head_rows(
+    heads: Mapping[str, HeadParts],
+    scores: Mapping[str, Mapping[str, Any]],
+    left: Mapping[str, int],
+    score: str,
+    lowest: Collection[str],
+) -> list[dict[str, Any]]:
+    """Return a row of results for each head, the best head first and those without a score last.
+
+    Args:
+        heads: by name.
+        scores: final scores of the heads that reached a validation.
+        left: steps at which heads have left.
+        score: name of the score that selects checkpoints.
+        lowest: names of scores for which lower is better.
+    """
+    rows = []
+    for name, head in heads.items():
+        progress = head.checkpoints.progress
+        row: dict[str, Any] = {"head": name}
+        row["learning_rate"] = head.rate
+        row[f"val_{score}"] = progress.best
+        row["best_step"] = None if progress.best is None else progress.best_step
+        row["miou"] = scores.get(name, {}).get("miou")
+        row["accuracy"] = scores.get(name, {}).get("accuracy")
+        row["parameters"] = sum(parameter.numel() for parameter in head.model.head.parameters())
+        row["note"] = leaving_note(left[name]) if name in left else ""
+        row["run"] = str(head.run.out_dir)
+        rows.append(row)
+    sign = 1 if score in lowest else -1
+    return sorted(rows, key=lambda row: (row[f"val_{score}"] is None, sign * (row[f"val_{score}"] or 0.0)))
+
+
+def write_leaderboard(rows: Sequence[Mapping[str, Any]], out_dir: Path) -> None:
+    """Print the rows of `head_rows`, and write them to leaderboard.csv in a folder."""
+    shown = [{key: value for key, value in row.items() if key != "run"} for row in rows]
+    print(f"\n{tabulate(shown, headers='keys', floatfmt='.4g', intfmt=',', disable_numparse=[0])}")  # 0: names
+    write_csv_table(out_dir / TABLE, [*rows[0]], rows)
+    print(f"\nleaderboard:  {out_dir / TABLE}")
 
 
 def _check_task(build: Builder, task: TrainingTask, engine: Engine) -> None:
@@ -207,18 +228,3 @@ def _read_start(build: Builder, task: TrainingTask) -> Checkpoint | None:
     start = checkpoint.read(Path(build.resume), finite=build.value("finite_weights"))
     check_classes(task.labels, start.info, f"resume={start.path}")
     return start
-
-
-def _row(member: HeadTraining, rate: float, scores: Mapping[str, Any]) -> Row:
-    progress = member.progress
-    return Row(
-        name=member.name,
-        rate=rate,
-        best=progress.best,
-        best_step=progress.best_step if progress.best is not None else None,
-        miou=scores.get("miou"),
-        accuracy=scores.get("accuracy"),
-        parameters=sum(parameter.numel() for parameter in member.model.head.parameters()),
-        note="" if member.dropped is None else f"dropped. {member.dropped}",
-        run=str(member.checkpoints.folder.parent),
-    )

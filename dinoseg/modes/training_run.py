@@ -102,7 +102,7 @@ class TrainingRun:
         if build.resume:
             self.start, outline = _start(build, task.labels)
             self.check_model(outline)
-        self._loggers = logger_factories(build)
+        logger_factories(build)  # refuses unknown options before a model is built
         if engine.is_main:
             warn_unread(out_dir, task.unread, task.unread_because)
 
@@ -186,15 +186,6 @@ class TrainingRun:
             )
         return model, loss, optimizer, Checkpointer(folder, info, self.start, writes=writes)
 
-    def log(self) -> RunLog:
-        """Return the run's log, which the caller must close."""
-        pending = self.start is not None and self.start.info["progress"].get("validation_pending", False)
-        first, visible = self.first_step, self.engine.is_main
-        settings = settings_of(self.build)
-        log = RunLog(self.out_dir, self._loggers, start_step=first, validation_pending=pending, visible=visible)
-        log.config(settings)
-        return log
-
     def finish(
         self, model: SegmentationModel, run: Progress, log: RunLog, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
@@ -207,8 +198,18 @@ class TrainingRun:
             metrics_only: write no figures.
             report: write report.html, and the files that mode=compare reads.
         """
-        rows = self.out_dir / "metrics.jsonl"
-        curves = draw_curves(read_rows(rows), self.out_dir, self.task.plots) if self.engine.is_main else []
+        scores, chosen = self.evaluate(model, run, metrics_only=metrics_only, report=report)
+        cost = cost_of(model, self.out_dir / "metrics.jsonl")
+        if self.engine.is_main:
+            finish_log(log, self.out_dir, self.task, scores, chosen)
+            write_json(self.out_dir / COST, cost)
+            print("\n".join(next_commands(self.out_dir, on_clips=self.task.on_clips)))
+        return {**scores, **cost, "best_step": run.best_step, "run": str(self.out_dir)}
+
+    def evaluate(
+        self, model: SegmentationModel, run: Progress, *, metrics_only: bool, report: bool
+    ) -> tuple[dict[str, Any], Checkpoint]:
+        """Score the best checkpoint; return the scores and the checkpoint. The arguments are those of `finish`."""
         # read from the file, so that the scores are those of mode=eval
         best = checkpoint.find(self.out_dir, "best")
         # a run that starts from a copied `last` may have no `best`, if all steps were done before
@@ -219,20 +220,35 @@ class TrainingRun:
             )
         chosen = checkpoint.read(best, finite=self.build.value("finite_weights"))
         checkpoint.load_weights(model, chosen)
-        cost = cost_of(model, rows)
         scores = self.task.evaluate(model, self.engine, best, metrics_only=metrics_only, report=report)
-        if self.engine.is_main:
-            print(f"curves:       {self.out_dir}/{', '.join(path.name for path in curves)}")
-            log.scores(scores)
-            log.checkpoint(best)
-            log.close()
-            write_json(self.out_dir / COST, cost)
-            for line in log.views:
-                print(line)
-            print(f"checkpoint:   {best} (step {chosen.info['progress']['step']})")
-            list_skipped(self.task.skipped, self.out_dir)
-            print("\n".join(_next_commands(self.out_dir, on_clips=self.task.on_clips)))
-        return {**scores, **cost, "best_step": run.best_step, "run": str(self.out_dir)}
+        return scores, chosen
+
+
+def open_log(build: Builder, out_dir: Path, start: Checkpoint | None, engine: Engine) -> RunLog:
+    """Return the log of a run, new or resumed from `start`; the caller must close it."""
+    progress = start.info["progress"] if start else {}
+    log = RunLog(
+        out_dir,
+        logger_factories(build),
+        start_step=progress.get("step", 0),
+        validation_pending=progress.get("validation_pending", False),
+        visible=engine.is_main,
+    )
+    log.config(settings_of(build))
+    return log
+
+
+def finish_log(log: RunLog, out_dir: Path, task: TrainingTask, scores: Mapping[str, Any], best: Checkpoint) -> None:
+    """Draw the curves of a run, log its scores and best checkpoint, and print the paths of all results."""
+    curves = draw_curves(read_rows(out_dir / "metrics.jsonl"), out_dir, task.plots)
+    print(f"curves:       {out_dir}/{', '.join(path.name for path in curves)}")
+    log.scores(scores)
+    log.checkpoint(best.path)
+    log.close()
+    for line in log.views:
+        print(line)
+    print(f"checkpoint:   {best.path} (step {best.info['progress']['step']})")
+    list_skipped(task.skipped, out_dir)
 
 
 def build_schedule(build: Builder, engine: Engine, steps: int, optimizer: Optimizer) -> Schedule:
@@ -296,7 +312,7 @@ def _warn_of_other_sizes(build: Builder) -> None:
         )
 
 
-def _next_commands(run: Path, *, on_clips: bool) -> list[str]:
+def next_commands(run: Path, *, on_clips: bool) -> list[str]:
     """Return a line for each command that uses a finished training."""
     uses = ["mode=track {} input=VIDEO"] if on_clips else ["mode=predict {} input=PATH", "mode=export {} export=onnx"]
     resume = shlex.quote(f"resume={run}")

@@ -42,7 +42,7 @@ from dinoseg.utils.wording import count_of, format_value, join_names
 
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
-HEADS = "heads"  # subfolder of a multi-head run, with one run folder per head
+HEADS = "heads"  # subfolder of a multi-head run, with one folder per head
 ONE_FILE = "model"  # stem of the file that mode=export writes
 _PARTS = ("model", "optimizer", "ema", "loss_scale", CONSTANTS)  # prefixes of tensor names, before the slash
 _REMOTE = re.compile(r"\w+://|[\w-]+/[\w.-]+$")  # an address, or what may be a hub id
@@ -58,6 +58,12 @@ class Progress:
     best_step: int = 0
     stale: int = 0  # validations since the best one
     validation_pending: bool = False  # whether a validation is pending at this step: a resumed run starts with it
+
+    def after_validation(self, score: float, *, lowest: bool) -> "Progress":
+        """Return the progress after a validation with this score; `lowest`: whether the lowest one is the best."""
+        if self.best is None or (score < self.best if lowest else score > self.best):
+            return Progress(self.step, best=score, best_step=self.step)
+        return replace(self, stale=self.stale + 1, validation_pending=False)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -267,26 +273,28 @@ class Checkpointer:
         self._write("last", tensors, self.progress, {IDLE: len(parameters_without_state(optimizer, state))})
 
     def save_if_best(
-        self, model: SegmentationModel, score: float, *, lowest: bool = False, evaluate: str = "best"
+        self,
+        model: SegmentationModel,
+        scores: Mapping[str, Any],
+        name: str = "miou",
+        *,
+        lowest: bool = False,
+        evaluate: str = "best",
     ) -> Progress:
-        """Save `best` if `score` beats all previous ones; the model must hold the weights that were scored.
+        """Save `best` if a score beats all previous ones; the model must hold the weights that were scored.
 
         Args:
             model: holds the weights.
-            score: of the validation.
+            scores: of the validation.
+            name: of the score that selects the best checkpoint.
             lowest: whether the lowest score is the best.
             evaluate: `last` saves `best` after each validation, whatever its score.
 
         Returns:
             The updated progress, which `commit` sets once the rest of the validation is saved.
         """
-        now = replace(self.progress, validation_pending=False)
-        is_best = now.best is None or (score < now.best if lowest else score > now.best)
-        if is_best:
-            now = replace(now, best=score, best_step=now.step, stale=0)
-        else:
-            now = replace(now, stale=now.stale + 1)
-        if is_best or evaluate == "last":
+        now = self.progress.after_validation(scores[name], lowest=lowest)
+        if now.best_step == now.step or evaluate == "last":
             self._write("best", {f"model/{name}": value for name, value in _held(model).items()}, now)
         return now
 

@@ -148,13 +148,7 @@ RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value,
     ),
     "ignore_index": (forms.whole(0, 255), "a whole number from 0 to 255"),
 }
-HEADS = forms.table(  # of several heads: progress, reason of an end, and the part of the config of each
-    forms.holding(
-        progress=RULES["progress"][0],
-        dropped=forms.maybe(forms.text),
-        config=forms.holding(),
-        choices=_choices,
-        targets=RULES["targets"][0],
-    )
+HEADS = forms.table(  # of several heads: progress and the part of the config of each
+    forms.holding(progress=RULES["progress"][0], config=forms.holding(), choices=_choices, targets=RULES["targets"][0])
 )
 _OTHER = "Choose another checkpoint."

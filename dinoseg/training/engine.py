@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import scale_gradients
 from dinoseg.training.rank_messages import decode_message, encode_message
 from dinoseg.training.rendezvous import open_store, reach_ranks
-from dinoseg.training.sharding import Lockstep, full_tensor, shard
+from dinoseg.training.sharding import Lockstep, shard
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import NAMES, compute_dtype, has_tf32
 from dinoseg.utils.ranges import Count, Natural, Positive
@@ -277,63 +277,54 @@ class Engine:
     def optimizer_step(
         self,
         optimizer: Optimizer,
-        totals: Tensor,
-        weights: Tensor,
+        total: Tensor,
+        weight: Tensor,
         *,
-        clip: float | None,
+        clip: Callable[[Optimizer], Tensor],
         before: Tensor | None = None,
         loss_scale: LossScale | None = None,
-        ended: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
-        """Update the weights by the mean losses of a step: scale and clip the gradients, update, clear.
+        """Update the weights by the mean loss of a step: scale and clip the gradients, update, clear.
 
-        Each of N heads has a loss, and the groups of the optimizer with its number (`head`; without it 0). A head is
-        not updated if its mean, its gradient norm or its `before` is not finite; the others are. If only the gradient
-        of a head overflows under a loss scale, it skips the step, and its norm is 0.
+        Nothing is updated if the mean, the gradient norm or `before` is not finite. If only the gradient overflows
+        under a loss scale, the step is skipped, and the norm is 0.
 
         Args:
-            optimizer: its parameters hold the gradients of `totals`, averaged over the ranks.
-            totals: sums of losses over all ranks, (N,).
-            weights: divisors of the totals, (N,); 0: the step has no labels.
-            clip: maximum gradient norm of a head, or None.
-            before: gradient norms (N,) of the previous step, if they may not have been read yet.
+            optimizer: its parameters hold the gradients of `total`, averaged over the ranks.
+            total: sum of losses over all ranks, ().
+            weight: divisor of the total, (); 0: the step has no labels.
+            clip: clips the gradients of an optimizer's parameters, and returns their norm before, ().
+            before: gradient norm () of the previous step, if it may not have been read yet.
             loss_scale: factor of the losses that the gradients are divided by; it is updated.
-            ended: numbers of the heads that are not trained any more.
 
         Returns:
-            The means, and the gradient norms before clipping, NaN where the mean is not finite: (N,) float64.
+            The mean, and the gradient norm before clipping, NaN where the mean is not finite: () float64.
         """
         on_device = self.updates_asynchronously(optimizer)
         if not on_device:
-            totals, weights = totals.cpu(), weights.cpu()  # before float64, which MPS lacks
-        totals, weights = totals.double(), weights.double()
-        means, scales = (torch.where(weights != 0, value / weights, 0.0) for value in (totals, self.world_size))
+            total, weight = total.cpu(), weight.cpu()  # before float64, which MPS lacks
+        total, weight = total.double(), weight.double()
+        mean = torch.where(weight != 0, total / weight, 0.0)
+        factor = torch.where(weight != 0, self.world_size / weight, 0.0)
         if loss_scale is not None:
-            scales = scales / loss_scale.value.to(scales.device).to(scales.dtype)
-        heads = [_with_gradients(optimizer, head, head in ended) for head in range(len(totals))]
-        for parameters, scale in zip(heads, scales, strict=True):
-            scale_gradients(parameters, scale)
-        norms = torch.stack([_clipped(parameters, clip or float("inf"), means) for parameters in heads])
-        finite = means.isfinite() & norms.isfinite()
+            factor = factor / loss_scale.value.to(factor.device).to(factor.dtype)
+        scale_gradients((parameter for group in optimizer.param_groups for parameter in group["params"]), factor)
+        norm = clip(optimizer).to(mean.device).to(mean.dtype)  # moved before it is cast: MPS has no float64
+        finite = mean.isfinite() & norm.isfinite()
         skipped = torch.zeros_like(finite)
         if loss_scale is not None:
-            skipped = loss_scale.overflows(means, norms)
-            loss_scale.update(skipped.any())
-            norms = norms.masked_fill(skipped, 0.0)
+            skipped = loss_scale.overflows(mean, norm)
+            loss_scale.update(skipped)
+            norm = norm.masked_fill(skipped, 0.0)
         if before is not None:
-            finite &= before.isfinite()
+            finite = finite & before.isfinite()
         if on_device:
-            trained = [finite[head] for head in range(len(heads)) if head not in ended]
-            found_inf = (~torch.stack(trained or [finite.any()]).any()).float()
-            vars(optimizer).update(grad_scale=None, found_inf=found_inf)  # interface of torch's GradScaler
-        for parameters, is_finite in zip(heads, finite, strict=True) if len(heads) > 1 else ():
-            for parameter in parameters if on_device or not is_finite else ():
-                parameter.grad = torch.where(is_finite, parameter.grad, 0.0) if on_device else None  # type: ignore[arg-type]
-        if on_device or finite.any():
+            vars(optimizer).update(grad_scale=None, found_inf=(~finite).float())  # interface of torch's GradScaler
+        if on_device or finite:
             optimizer.step()
-        if on_device or finite.any() or skipped.any():
+        if on_device or finite or skipped:
             optimizer.zero_grad(set_to_none=True)
-        return means, norms.where(means.isfinite(), math.nan)
+        return mean, norm.where(mean.isfinite(), math.nan)
 
     def gather(self, values: list[Any]) -> list[Any]:
         """Return the values of all ranks in one list, in the order of the ranks.
@@ -382,23 +373,6 @@ class Engine:
         """Destroy the process group, if there is one."""
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def _with_gradients(optimizer: Optimizer, head: int, has_ended: bool) -> list[Tensor]:
-    """Return the parameters of a head that have gradients; none if it has ended, whose gradients are dropped."""
-    parameters = [p for group in optimizer.param_groups if group.get("head", 0) == head for p in group["params"]]
-    if has_ended:
-        for parameter in parameters:
-            parameter.grad = None
-    return [parameter for parameter in parameters if parameter.grad is not None]
-
-
-def _clipped(parameters: Sequence[Tensor], most: float, like: Tensor) -> Tensor:
-    """Clip the gradients of parameters to a norm of at most `most`; return the norm before, on the device of `like`."""
-    if not parameters:
-        return like.new_zeros(())
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, most))
-    return norm.to(like.device).to(like.dtype)  # moved before it is cast: MPS has no float64
 
 
 _ALIKE = r"(?s)Grad strides do not match bucket view strides.*grad\.sizes\(\) = \[(1,|\d+, \d+, 1, 1\])"

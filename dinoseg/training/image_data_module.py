@@ -123,7 +123,7 @@ class ImageDataModule:
         return self.validate_each([self.scored(model, loss, engine)], engine)[0]
 
     def scored(self, model: SegmentationModel, loss: Loss, engine: Engine) -> "ValidationImages":
-        """Return a model in the form that `validate_each` takes; its random state is that of this call."""
+        """Return a model in the form that `validate_each` takes."""
         return ValidationImages(self, model, loss, engine)
 
     def validate_each(

@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice, tee
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinoseg.core.contracts import Loss
 from dinoseg.inference.memory import OutOfMemory, is_shortage, reason_of
 from dinoseg.training.engine import Engine
-from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.step import StepOutput
 from dinoseg.utils.devices import empty_cache
 from dinoseg.utils.wording import count_of
@@ -27,7 +27,8 @@ class MicroBatches:
 
     Args:
         engine: device and ranks.
-        heads: in training; their losses have the same divisors.
+        criterion: loss of the training.
+        min_batch_size: minimum number of samples in a micro-batch.
         accumulate: batches per optimizer step.
         undo: reverts what a step has changed when it ends before its update.
 
@@ -42,17 +43,11 @@ class MicroBatches:
     is_last: bool
 
     def __init__(
-        self,
-        engine: Engine,
-        heads: Sequence[HeadTraining],
-        accumulate: int,
-        *,
-        undo: Callable[[], None],
+        self, engine: Engine, criterion: Loss, min_batch_size: int, accumulate: int, *, undo: Callable[[], None]
     ) -> None:
-        self._engine, self._heads, self._accumulate = engine, heads, accumulate
+        self._engine, self._criterion, self._accumulate = engine, criterion, accumulate
+        self._smallest = min_batch_size
         self._undo = undo
-        self._criterion = heads[0].criterion  # of the same kind for each
-        self._smallest = max(head.model.head.min_batch_size for head in heads)
         self._parts, self._samples = 1, 0  # parts of a batch; samples in the newest batch
         self._shortage: str | None = None  # reason of the newest out-of-memory error
 
@@ -140,11 +135,6 @@ class MicroBatches:
 
     @property
     def _remedy(self) -> str:
-        if len(self._heads) > 1:
-            return (
-                "The memory of the heads adds up: set fewer heads, a smaller data.batch_size, or a smaller "
-                "resolution.crop; mode=plan with head=NAME, without heads and trainer, estimates one head."
-            )
         accumulate = "a smaller data.batch_size with more trainer.accumulate, " if self._engine.world_size > 1 else ""
         return (
             f"Set {accumulate}backbone.checkpointing=true, or a smaller resolution.crop; mode=plan lists settings that "

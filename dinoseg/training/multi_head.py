@@ -1,14 +1,20 @@
-"""Several heads that share one pass of a frozen backbone, as an experiment of the training loop."""
+"""Several heads on one frozen backbone as one model with one loss, for the same training loop as a single head.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+A head whose loss or gradient is not finite leaves: its gradients are zero from then on, and it is no longer scored.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.contracts import Backbone, Head, Loss
 from dinoseg.core.shapes import Batch, FeatureBatch, FrozenFeatures, Prediction
 from dinoseg.inference.memory import is_shortage
 from dinoseg.inference.policy import Autocast, Policy
@@ -16,76 +22,114 @@ from dinoseg.inference.whole import Whole
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import Checkpointer, Progress, comparable
 from dinoseg.training.data_module import Validation
-from dinoseg.training.head_training import DROPPED, HeadTraining
+from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.loading import frozen_fingerprint
-from dinoseg.training.trainer import Experiment
+from dinoseg.training.optim import clip_norm
+from dinoseg.training.tally import Tally
 from dinoseg.utils.devices import empty_cache
 from dinoseg.utils.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class MultiPrediction:
+    """Predictions of several heads.
+
+    Attributes:
+        heads: prediction of each head, by name.
+        active: whether each head is still trained, (N,) bool.
+    """
+
+    heads: dict[str, Prediction]
+    active: Tensor
+
 
 class MultiHead(Head):
-    """Heads of one model."""
+    """Heads of one model.
+
+    Attributes:
+        left_at: step at which each head has left, (N,); -1: it is still trained. A buffer, so that no step waits for
+            the device, and checkpoints hold it.
+    """
+
+    left_at: Tensor
 
     def __init__(self, heads: Sequence[Head]) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
+        self.min_batch_size = max(head.min_batch_size for head in heads)
+        self.register_buffer("left_at", torch.full((len(heads),), -1))
+        self._step = 0
+
+    @property
+    def active(self) -> Tensor:
+        """Return whether each head is still trained, (N,) bool."""
+        return self.left_at < 0
+
+    def remove(self, lost: Tensor) -> None:
+        """Record that some heads, (N,) bool, leave at the current step, unless they have left before."""
+        self.left_at.masked_fill_(self.active & lost, self._step)  # in place: other parts hold the tensor
 
     def set_progress(self, step: int, steps: int) -> None:
         """Receive the 0-based step and the length of the training."""
+        self._step = step
         for head in self.heads:
             head.set_progress(step, steps)  # type: ignore[operator]
 
 
 class MultiHeadSegmenter(SegmentationModel):
-    """Map images (B, 3, H, W) to a list of predictions, one per head, from one pass of the backbone.
+    """Map images (B, 3, H, W) to a prediction per head, from one pass of the backbone.
 
     Args:
         backbone: frozen; reads every block that any of the heads reads, in order.
-        members: heads in training, which are given their own blocks; heads that run the backbone in a way of their
-            own are given images.
+        models: stand-alone model of each head, by name, which shares the backbone's tensors. Heads that run the
+            backbone in a way of their own are given images, all others the features of their own blocks.
     """
 
-    def __init__(self, backbone: Backbone, members: Sequence[HeadTraining]) -> None:
-        first = members[0].model
-        heads = MultiHead([member.model.head for member in members])
-        super().__init__(backbone, heads, scale=first.scale, longest=first.longest)
-        self._members = members
+    head: MultiHead
 
-    def forward(  # type: ignore[override]
-        self, images: Tensor, *, reduce: bool = True
-    ) -> list[Prediction | None]:
-        """Return the prediction of each head, and None for heads whose training has ended."""
+    def __init__(self, backbone: Backbone, models: Mapping[str, SegmentationModel]) -> None:
+        first = next(iter(models.values()))
+        heads = MultiHead([model.head for model in models.values()])
+        super().__init__(backbone, heads, scale=first.scale, longest=first.longest)
+        self.models = dict(models)  # in a dict: registered as modules, their tensors would be saved twice
+
+    def forward(self, images: Tensor, *, reduce: bool = True) -> MultiPrediction:  # type: ignore[override]
+        """Return the prediction of each head."""
         features, versions = None, []
-        if any(member.is_active and member.reads_maps for member in self._members):
+        if any(map(reads_maps, self.models.values())):
             features = self.frozen(images, reduce=reduce)
             versions = [tensor._version for tensor in features.tensors]
-        predictions: list[Prediction | None] = []
-        for member in self._members:
-            inputs = images if features is None or not member.reads_maps else self.select(features, member)
-            with member.drawing():
-                predictions.append(member.model(inputs, reduce=reduce) if member.is_active else None)
+        predictions = {}
+        for name, model in self.models.items():
+            inputs = images if features is None or not reads_maps(model) else self.select(features, model)
+            predictions[name] = model(inputs, reduce=reduce)
             if features is not None and versions != [tensor._version for tensor in features.tensors]:
                 raise UserError(
-                    f"{member.name} modified its input features in place, but the other heads share them. Let it work "
-                    "on a copy, or train it separately: head=NAME trainer=supervised."
+                    f"{name} modified its input features in place, but the other heads share them. Let it work on a "
+                    "copy, or train it separately: head=NAME trainer=supervised."
                 )
-        return predictions
+        return MultiPrediction(predictions, self.head.active)
+
+    def left_heads(self) -> dict[str, int]:
+        """Return the heads that have left, by name, with their steps."""
+        steps = self.head.left_at.tolist()
+        return {name: step for name, step in zip(self.models, steps, strict=True) if step >= 0}
 
     def inputs(
-        self, members: Sequence[HeadTraining], policy: Policy, autocast: Autocast, batch: Batch
+        self, models: Sequence[SegmentationModel], policy: Policy, autocast: Autocast, batch: Batch
     ) -> Iterator[Batch]:
-        """Yield the batch for each of some heads: with features of the images if it predicts them whole."""
+        """Yield the batch for each of some models: with features of the images if it predicts them whole."""
         size = (batch.image.shape[-2], batch.image.shape[-1])
-        shared = [
-            member for member in members if member.reads_maps and policy.is_single_pass(member.model, size, autocast)
-        ]
-        features = self._features(batch.image, autocast) if shared else None
-        for member in members:
-            if features is None or member not in shared:
+        shared = [reads_maps(model) and policy.is_single_pass(model, size, autocast) for model in models]
+        features = self._features(batch.image, autocast) if any(shared) else None
+        for model, shares in zip(models, shared, strict=True):
+            if features is None or not shares:
                 yield batch
-                continue
-            yield FeatureBatch(self.select(features, member), batch.mask, batch.names)
+            else:
+                yield FeatureBatch(self.select(features, model), batch.mask, batch.names)
 
     def _features(self, images: Tensor, autocast: Autocast) -> FrozenFeatures | None:
         """Return the features of images; None if memory does not suffice, where heads may cut windows instead."""
@@ -98,53 +142,101 @@ class MultiHeadSegmenter(SegmentationModel):
         empty_cache(images.device)
         return None
 
-    def select(self, features: FrozenFeatures, member: HeadTraining) -> FrozenFeatures:
-        """Return those features that a head reads."""
-        at = [self.backbone.layers.index(layer) for layer in sorted({*member.model.backbone.layers})]
+    def select(self, features: FrozenFeatures, model: SegmentationModel) -> FrozenFeatures:
+        """Return those features that the head of a model reads."""
+        at = [self.backbone.layers.index(layer) for layer in sorted({*model.backbone.layers})]
         return replace(features, tensors=[features.tensors[index] for index in at])
 
 
-@dataclass
-class MultiHeadCheckpoints(Checkpointer):
-    """Checkpoints of a run of several heads: `last` holds all of them at one step.
+def reads_maps(model: SegmentationModel) -> bool:
+    """Return whether the head of a model takes feature maps, and does not run the backbone in a way of its own."""
+    kind = type(model.head)
+    return kind.run is Head.run and kind.forward_frozen is Head.forward_frozen
+
+
+class MultiHeadLoss(Loss):
+    """Sum of one loss over all heads that are still trained.
+
+    A loss that is not finite counts as 0, and its gradients are NaN, by which `HeadClipping` notices it on every rank.
 
     Args:
-        members: heads in training; their own checkpoints save `best` only.
+        loss: of each head.
     """
 
-    members: Sequence[HeadTraining] = ()
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss = loss
+        self.sums_over_batch, self.num_divisors, self.divisor = loss.sums_over_batch, loss.num_divisors, loss.divisor
 
-    def restore(self, model: SegmentationModel, *state: Any) -> Progress:
-        """Load the training state of all heads; those that had ended stay so."""
-        progress = super().restore(model, *state)
-        for member in self.members:
-            checkpoints = member.checkpoints
-            checkpoints.info["frozen"] = frozen_fingerprint(member.model)
-            if self.start is not None:
-                entry = self.start.info["heads"][member.name]
-                checkpoints.progress = comparable(Progress(**entry["progress"]), self.start.info, self.info)
-                member.dropped = entry["dropped"]
-                # of a fault after the step from which the run resumes
-                if member.dropped is None and checkpoints.writes:
-                    (checkpoints.folder.parent / DROPPED).unlink(missing_ok=True)
-                member.is_active = member.dropped is None and checkpoints.progress.step == progress.step
-        return progress
+    def forward(self, prediction: MultiPrediction, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:  # type: ignore[override]
+        """Return the sum, and `NAME/loss` and the other parts of each head; NaN for heads that have left."""
+        found = {name: self.loss(each, batch) for name, each in prediction.heads.items()}
+        value, counted = add_finite([value for value, _ in found.values()], prediction.active)
+        named = name_parts(found, prediction.active)
+        weights = [parts["weight"] for _, parts in found.values() if "weight" in parts]
+        if weights:  # equal, as the labels are, except that of a head whose scores are not finite
+            named["weight"] = torch.where(counted | ~counted.any(), torch.stack(weights), 0.0).max()
+        return value, named
 
-    def save(self, *state: Any) -> None:
-        """Save `last`: the state of all heads, their progress, and the part of the config that is their own."""
-        whole = self.info["config"]
-        self.info["heads"] = {
-            member.name: {
-                "progress": asdict(member.progress),
-                "dropped": member.dropped,
-                "config": {key: value for key, value in info["config"].items() if value != whole.get(key)},
-                "choices": info["choices"],
-                "targets": info["targets"],
-            }
-            for member in self.members
-            for info in [member.checkpoints.info]
-        }
-        super().save(*state)
+    def divisors(self, batch: Any) -> Tensor:
+        """Return what a batch's labels add to the divisors (D,)."""
+        return self.loss.divisors(batch)
+
+    def step_loss(  # type: ignore[override]
+        self, prediction: MultiPrediction, batch: Any, divisors: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the batch's part of the step's loss, the loss of the batch alone, and its parts by name."""
+        found = {name: self.loss.step_loss(each, batch, divisors) for name, each in prediction.heads.items()}
+        total, _ = add_finite([part for part, _, _ in found.values()], prediction.active)
+        value, _ = add_finite([value for _, value, _ in found.values()], prediction.active)
+        return total, value, name_parts({name: each[1:] for name, each in found.items()}, prediction.active)
+
+
+def add_finite(values: Sequence[Tensor], active: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of the finite losses of active heads, NaN if there are none, and which these are, (N,) bool."""
+    losses = torch.stack(list(values))
+    counted = losses.isfinite() & active
+    if losses.requires_grad:
+        losses.register_hook(lambda gradient: gradient.masked_fill(~counted, torch.nan))
+    total = torch.where(counted, losses, 0.0).sum()
+    return torch.where(counted.any(), total, torch.nan), counted
+
+
+def name_parts(found: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]], active: Tensor) -> dict[str, Tensor]:
+    """Return the loss and its parts of each head as `NAME/loss` and `NAME/PART`; NaN for heads that are not active."""
+    named: dict[str, Tensor] = {}
+    for (name, (value, parts)), stays in zip(found.items(), active, strict=True):
+        each = {"loss": value, **{key: part for key, part in parts.items() if key != "weight"}}
+        named |= {f"{name}/{key}": torch.where(stays, part.detach(), torch.nan) for key, part in each.items()}
+    return named
+
+
+class HeadClipping:
+    """Clip the gradients of each head by themselves; a head whose norm is not finite leaves.
+
+    Args:
+        head: of the model.
+        max_norm: maximum gradient norm of a head, or None.
+    """
+
+    def __init__(self, head: MultiHead, max_norm: float | None) -> None:
+        self._head, self._max_norm = head, max_norm
+
+    @torch.no_grad()
+    def __call__(self, optimizer: Optimizer) -> Tensor:
+        """Clip, and return the norm () over all heads that are still trained; NaN if none is."""
+        heads: list[list[Tensor]] = [[] for _ in self._head.heads]
+        for group in optimizer.param_groups:
+            heads[group["head"]] += group["params"]
+        norms = torch.stack([clip_norm(parameters, self._max_norm) for parameters in heads])
+        self._head.remove(~norms.isfinite().to(self._head.left_at.device))
+        active = self._head.active.to(norms.device)
+        for parameters, stays in zip(heads, active, strict=True):
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad = torch.where(stays, parameter.grad, 0.0)
+        norm = torch.where(active, norms, 0.0).square().sum().sqrt()
+        return torch.where(active.any(), norm, torch.nan)
 
 
 def join_optimizers(optimizers: Sequence[Optimizer]) -> Optimizer:
@@ -159,24 +251,127 @@ def join_optimizers(optimizers: Sequence[Optimizer]) -> Optimizer:
     return whole
 
 
-@dataclass(frozen=True)
-class MultiHeadExperiment(Experiment):
-    """All parts of a training of several heads.
+class HeadTallies(Tally):
+    """Class counts of one step for each head.
 
     Args:
-        members: the heads.
+        tallies: by name of the head.
     """
 
-    members: Sequence[HeadTraining] = ()
+    def __init__(self, tallies: dict[str, Tally]) -> None:
+        self._tallies = tallies
 
-    @cached_property
-    def heads(self) -> Sequence[HeadTraining]:
-        """Return the heads in training."""
-        return self.members
+    def add(self, prediction: MultiPrediction, batch: Batch) -> None:  # type: ignore[override]
+        """Count the predictions of each head for a batch."""
+        for name, tally in self._tallies.items():
+            tally.add(prediction.heads[name], batch)
 
-    def validate(self, heads: Sequence[HeadTraining]) -> list[Validation]:
-        """Return the scores of some heads from one pass over the data."""
-        assert isinstance(self.data, ImageDataModule) and isinstance(self.model, MultiHeadSegmenter)
-        scored = [self.data.scored(head.model, head.criterion, self.engine) for head in heads]
-        inputs = partial(self.model.inputs, heads, self.data.policy or Whole(), self.engine.autocast)
-        return self.data.validate_each(scored, self.engine, inputs=inputs)
+    def read(self) -> dict[str, float | None]:
+        """Return `train/NAME/accuracy` and `train/NAME/miou`."""
+        return {
+            key.replace("train/", f"train/{name}/"): score
+            for name, tally in self._tallies.items()
+            for key, score in tally.read().items()
+        }
+
+
+@dataclass
+class MultiHeadDataModule(ImageDataModule):
+    """Batches of images and masks, and validation of several heads in one pass.
+
+    Args:
+        heads: names of the heads.
+    """
+
+    heads: Sequence[str] = ()
+    reported: set[str] = field(init=False, default_factory=set)  # heads that have left
+
+    def tally(self, engine: Engine) -> Tally:
+        """Return a tally of how well each head predicts the batches of a training step."""
+        return HeadTallies({name: Tally(self.train, engine) for name in self.heads})
+
+    def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
+        """Return `NAME/miou` and the other scores of each head that is still trained, and as `miou` the best of them.
+
+        Heads that have left are reported once.
+        """
+        assert isinstance(model, MultiHeadSegmenter) and isinstance(loss, MultiHeadLoss)
+        self._report_left(model)
+        left = model.left_heads()
+        models = {name: each for name, each in model.models.items() if name not in left}
+        inputs = partial(model.inputs, [*models.values()], self.policy or Whole(), engine.autocast)
+        scored = [self.scored(each, loss.loss, engine) for each in models.values()]
+        found = dict(zip(models, self.validate_each(scored, engine, inputs=inputs), strict=True))
+        scores = {f"{name}/{key}": score for name, each in found.items() for key, score in each.scores.items()}
+        pictures = {f"{name}/{sample}": rgb for name, each in found.items() for sample, rgb in each.pictures.items()}
+        for key in self.score_names:
+            scores[key] = best_of([each.scores[key] for each in found.values()], lowest=key in self.lowest)
+        return Validation(scores, pictures)
+
+    def _report_left(self, model: MultiHeadSegmenter) -> None:
+        for name, step in model.left_heads().items():
+            if name not in self.reported:
+                logger.warning("%s: %s. The other heads continue.", name, leaving_note(step))
+                self.reported.add(name)
+
+
+def leaving_note(step: int) -> str:
+    """Return a text that states at which step and why a head has left."""
+    return f"left the training at step {step}, where its loss or gradient was not finite"
+
+
+def best_of(values: Sequence[float | None], *, lowest: bool) -> float | None:
+    """Return the highest or the lowest of the finite values; NaN if there are others only, None if all are None."""
+    known = [value for value in values if value is not None]
+    finite = [value for value in known if math.isfinite(value)]
+    if finite:
+        return min(finite) if lowest else max(finite)
+    return math.nan if known else None
+
+
+@dataclass
+class MultiHeadCheckpointer(Checkpointer):
+    """Checkpoints of a run of several heads: `last` holds all of them, and each head has a `best` of its own.
+
+    Args:
+        heads: checkpoints of each head, by name; `best` is the stand-alone model of the head.
+    """
+
+    heads: Mapping[str, Checkpointer] = field(default_factory=dict)
+
+    def restore(self, model: SegmentationModel, *state: Any) -> Progress:
+        """Load the training state of all heads, and their best scores."""
+        progress = super().restore(model, *state)
+        assert isinstance(model, MultiHeadSegmenter)
+        for name, head in self.heads.items():
+            head.info["frozen"] = frozen_fingerprint(model.models[name])
+            if self.start is not None:
+                saved = Progress(**self.start.info["heads"][name]["progress"])
+                head.progress = comparable(saved, self.start.info, self.info)
+        return progress
+
+    def save(self, model: SegmentationModel, *state: Any) -> None:
+        """Save `last`: the state of all heads, their progress, and the part of the config that is their own."""
+        whole = self.info["config"]
+        self.info["heads"] = {
+            name: {
+                "progress": asdict(head.progress),
+                "config": {key: value for key, value in head.info["config"].items() if value != whole.get(key)},
+                "choices": head.info["choices"],
+                "targets": head.info["targets"],
+            }
+            for name, head in self.heads.items()
+        }
+        super().save(model, *state)
+
+    def save_if_best(
+        self, model: SegmentationModel, scores: Mapping[str, Any], name: str = "miou", *, lowest: bool = False, **_: Any
+    ) -> Progress:
+        """Save `best` of each head whose `HEAD/NAME` beats all its previous ones; return the progress of the run."""
+        assert isinstance(model, MultiHeadSegmenter)
+        for head, checkpoints in self.heads.items():
+            score = scores.get(f"{head}/{name}")
+            if score is not None and math.isfinite(score):
+                checkpoints.progress.step = self.progress.step
+                checkpoints.commit(checkpoints.save_if_best(model.models[head], {name: score}, name, lowest=lowest))
+        return self.progress.after_validation(scores[name], lowest=lowest)

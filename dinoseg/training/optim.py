@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.models.model import SegmentationModel, trained_names
-from dinoseg.training.sharding import local_part
+from dinoseg.training.sharding import full_tensor, local_part
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import HighShare, LearningRate, LowShare, NotNegative, OpenShare, RateFactor, Share
 
@@ -168,6 +168,19 @@ def scale_gradients(parameters: Iterable[Tensor], scale: Tensor) -> None:
     ):
         first = gradients[0]
         torch._foreach_mul_(gradients, scale.to(first.dtype).to(first.device))  # MPS has no float64
+
+
+def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
+    """Clip the gradients of all trained parameters to a norm of at most `max_norm`; return the norm before, ()."""
+    return clip_norm([parameter for group in optimizer.param_groups for parameter in group["params"]], max_norm)
+
+
+def clip_norm(parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
+    """Clip the gradients of some parameters to a norm of at most `max_norm`; return the norm before, ()."""
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    if not trained:
+        return torch.zeros((), device=parameters[0].device)
+    return full_tensor(nn.utils.clip_grad_norm_(trained, max_norm or math.inf))
 
 
 class Schedule(Protocol):

@@ -2,37 +2,36 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Loss
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpointer, Progress
-from dinoseg.training.data_module import DataModule, Validation
+from dinoseg.training.data_module import DataModule
 from dinoseg.training.emergency import EmergencyCheckpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.freeze import BackboneFreeze
-from dinoseg.training.head_training import HeadTraining, NonFiniteLoss
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.meter import Meter
 from dinoseg.training.micro_batches import MicroBatches
-from dinoseg.training.optim import MovingAverage, Schedule, ScheduleState, build_ema, set_learning_rates
-from dinoseg.training.step import (
-    BatchLoss,
-    MetricsQueue,
-    Predictions,
-    StepMetrics,
-    StepOutput,
-    batch_loss,
-    predict,
+from dinoseg.training.optim import (
+    MovingAverage,
+    Schedule,
+    ScheduleState,
+    build_ema,
+    clip_gradients,
+    set_learning_rates,
 )
+from dinoseg.training.step import BatchLoss, MetricsQueue, NonFiniteLoss, StepMetrics, StepOutput, batch_loss, predict
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Deferral, deferred
@@ -109,6 +108,7 @@ class Experiment:
         checkpoints: progress and checkpoint files of the run.
         log: receives scalars and images.
         settings: length, intervals and options.
+        clip: clips the gradients of an optimizer's parameters, and returns their norm before; None: `clip_gradients`.
     """
 
     model: SegmentationModel
@@ -120,15 +120,7 @@ class Experiment:
     checkpoints: Checkpointer
     log: RunLog
     settings: Settings
-
-    @cached_property
-    def heads(self) -> Sequence[HeadTraining]:
-        """Return the heads in training."""
-        return [HeadTraining(self.model, self.criterion, self.checkpoints, self.log)]
-
-    def validate(self, heads: Sequence[HeadTraining]) -> list[Validation]:
-        """Return the scores of some heads."""
-        return [self.data.validate(head.model, head.criterion, self.engine) for head in heads]
+    clip: Callable[[Optimizer], Tensor] | None = None
 
 
 def fit(experiment: Experiment) -> Progress:
@@ -140,72 +132,82 @@ def fit(experiment: Experiment) -> Progress:
         Interrupted: by a signal; the first one waits for the end of the step. This and any other error except
             `NonFiniteLoss` save the last completed step.
     """
-    model, data, heads = experiment.model, experiment.data, experiment.heads
-    optimizer, engine, settings = experiment.optimizer, experiment.engine, experiment.settings
+    model, criterion, optimizer = experiment.model, experiment.criterion, experiment.optimizer
+    data, engine, settings = experiment.data, experiment.engine, experiment.settings
     check_score(data, settings.score)
-    net, ema, scale = engine.prepare(model), build_ema(model, settings.ema), engine.loss_scale()
+    net = engine.prepare(model)
+    ema = build_ema(model, settings.ema)
+    scale = engine.loss_scale()
+    clip = experiment.clip or partial(clip_gradients, max_norm=settings.clip)
     state = (model, optimizer, ema, scale)
-    progress, save_last = experiment.checkpoints.restore(*state), partial(experiment.checkpoints.save, *state)
-    metrics, limit = MetricsQueue(engine, optimizer, heads), TimeLimit(settings.max_minutes, engine)
+    progress = experiment.checkpoints.restore(*state)
+    metrics = MetricsQueue(engine, optimizer)
+    limit = TimeLimit(settings.max_minutes, engine)
     emergency = EmergencyCheckpoint(experiment.checkpoints, *state, metrics.are_finite)
     freeze = BackboneFreeze(model.backbone, optimizer, is_single=engine.world_size == 1)
-    micro = MicroBatches(engine, heads, settings.accumulate, undo=emergency.undo)
-    stream, epoch = data.train_batches(start=progress.step * settings.accumulate), data.epoch / settings.accumulate
+    micro = MicroBatches(engine, criterion, model.head.min_batch_size, settings.accumulate, undo=emergency.undo)
+    stream = data.train_batches(start=progress.step * settings.accumulate)
+    epoch = data.epoch / settings.accumulate
     meter = Meter(progress.step, settings.steps, settings.val_every, epoch, engine.device, engine.is_main)
-    predictions: Predictions | None
     loss: BatchLoss | None
     model.train()
     with deferred(NOTICE) as stop, emergency, closing(meter):
         if progress.validation_pending:
             with limit.validating(), meter.validating():
                 validate(experiment, ema, stop)
-            save_last()
+            experiment.checkpoints.save(*state)
         freeze.log_length(ScheduleState(experiment.schedule, progress.step, settings.steps))
         batches = meter.waiting(stream, data.remedy)
         for step in range(progress.step, settings.steps):
-            ended = [number for number, head in enumerate(heads) if head.has_ended(settings.patience)]
             steps = limit.fit_steps(step, settings.steps, frozen_until=freeze.until)
-            if step >= steps or len(ended) == len(heads):
+            if step >= steps or is_out_of_patience(progress, settings.patience):
                 break
-            position, due = ScheduleState(experiment.schedule, step, steps), settings.due(step + 1, steps)
+            position = ScheduleState(experiment.schedule, step, steps)
+            due = settings.due(step + 1, steps)
             engine.seed(data.seed, step)
             rate = set_learning_rates(optimizer, position)
             model.set_progress(step, steps)
-            output = StepOutput(heads, engine.device, partial(data.tally, engine) if due.log else None)
+            output = StepOutput(engine.device, partial(data.tally, engine) if due.log else None)
             for batch in micro.of_step(batches, output):
                 with micro.retried(), engine.sync(net, micro.is_last), freeze.during(position, batch.image):
-                    predictions = predict(net, batch.image, in_float32=scale is not None)
-                    loss = batch_loss(heads, predictions, batch, micro.divisors, micro.num_batches)
-                    engine.backward(loss.total.sum(), scale, loss.weight)
-                    output.add(loss, predictions, batch)
-                batch = predictions = loss = None  # frees the graph
+                    prediction = predict(net, batch.image, in_float32=scale is not None)
+                    loss = batch_loss(criterion, prediction, batch, micro.divisors, micro.num_batches)
+                    engine.backward(loss.total, scale, loss.weight)
+                    output.add(loss, prediction, batch)
+                batch = prediction = loss = None  # frees the graph
             # all ranks see a stop request at the same step; a rank that fails here costs no step
-            totals, weights, stops = output.over_ranks(engine, stop.signal)
+            total, weight, stops = output.sum_over_ranks(engine, stop.signal)
             with emergency.updating():
-                before = metrics.newest_norms
-                losses, norms = engine.optimizer_step(
-                    optimizer, totals, weights, clip=settings.clip, before=before, loss_scale=scale, ended=ended
-                )
-                values = StepMetrics(step, output.names, losses, norms, stops)
+                before = metrics.newest_norm
+                mean, norm = engine.optimizer_step(optimizer, total, weight, clip=clip, before=before, loss_scale=scale)
+                values = StepMetrics(step, output.names, mean, norm, stops)
                 is_stopping = metrics.add(values, read=due.log or due.save, stop_requested=stop.signal > 0)
                 if ema is not None:
                     ema.update(step)
-                for each in (progress, *(head.progress for head in heads if head.is_active)):
-                    each.step, each.validation_pending = step + 1, due.validation
-            meter.step(output.images * engine.world_size, metrics.mean_loss, rate)
+                progress.step = step + 1
+                progress.validation_pending = due.validation
+            meter.step(output.images * engine.world_size, metrics.loss, rate)
             if freeze.ends_with(position):
                 meter.change()
             if due.log:
-                log_step(experiment, output, metrics, scale, meter.read())
+                log_step(experiment, output, metrics, scale, rate, meter.read())
             if is_stopping:
                 stop.leave()
             if due.validation:
                 with limit.validating(), meter.validating():
                     validate(experiment, ema, stop)
             if due.save:
-                save_last()
+                experiment.checkpoints.save(*state)
     engine.wait()
     return progress
+
+
+def is_out_of_patience(progress: Progress, patience: int | None) -> bool:
+    """Return whether `patience` validations in a row had no better score, and log the early stop."""
+    if patience is None or progress.stale < patience:
+        return False
+    logger.info("No better score in %d validations: early stopping at step %d.", progress.stale, progress.step)
+    return True
 
 
 def check_score(data: DataModule, score: str) -> None:
@@ -223,85 +225,78 @@ def scored_weights(model: SegmentationModel, ema: MovingAverage | None, engine: 
 
 
 def log_step(
-    experiment: Experiment, output: StepOutput, metrics: MetricsQueue, scale: LossScale | None, speed: dict[str, float]
+    experiment: Experiment,
+    output: StepOutput,
+    metrics: MetricsQueue,
+    scale: LossScale | None,
+    rate: float,
+    speed: dict[str, float],
 ) -> None:
-    """Log the newest step of each head: loss, learning rate, gradient norm, speed, tallied scores and loss terms."""
-    for number, head in enumerate(experiment.heads):
-        if not head.is_active:
-            continue
-        groups = experiment.optimizer.param_groups
-        rate = max(group["lr"] for group in groups if group.get("head", 0) == number)
-        row: dict[str, float | None] = {"train/loss": metrics.losses[number], "train/lr": rate}
-        row |= {"train/gradient_norm": metrics.norms[number], **speed}
-        tally = output.tallies[number]
-        row |= {} if tally is None else tally.read()
-        if scale is not None and scale.started:
-            row["train/loss_scale"] = scale.value.item()
-        # parts of the loss of this rank's last batch
-        row |= {f"train/{name}": value.item() for name, value in output.parts[number].items() if name != "weight"}
-        head.log.scalars(head.progress.step, row)
+    """Log the newest step: loss, highest learning rate, gradient norm, speed, tallied scores and loss terms."""
+    row: dict[str, float | None] = {"train/loss": metrics.loss, "train/lr": rate, "train/gradient_norm": metrics.norm}
+    row |= speed
+    if output.tally is not None:
+        row |= output.tally.read()
+    if scale is not None and scale.started:
+        row["train/loss_scale"] = scale.value.item()
+    # parts of the loss of this rank's last batch
+    row |= {f"train/{name}": value.item() for name, value in output.parts.items() if name != "weight"}
+    experiment.log.scalars(experiment.checkpoints.progress.step, row)
 
 
 def validate(experiment: Experiment, ema: MovingAverage | None, stop: Deferral) -> None:
-    """Score the heads, log the scores, and save each head that is the best so far.
+    """Score the model, log the scores, and save it if it is the best so far.
 
     Raises:
         UserError: the score is undefined.
-        NonFiniteLoss: the score of the only head is not finite.
+        NonFiniteLoss: the score is not finite.
     """
-    data, engine, progress = experiment.data, experiment.engine, experiment.checkpoints.progress
-    heads = [head for head in experiment.heads if head.is_active and head.progress.validation_pending]
-    engine.seed(data.seed, progress.step)
+    model, data, engine = experiment.model, experiment.data, experiment.engine
+    checkpoints, log = experiment.checkpoints, experiment.log
+    step = checkpoints.progress.step
+    engine.seed(data.seed, step)
     began = perf_counter()
-    with scored_weights(experiment.model, ema, engine):
+    with scored_weights(model, ema, engine):
         with stop.at_once(allowed=engine.world_size == 1):  # a resumed run starts with the pending validation
-            validations = experiment.validate(heads) if heads else []
-        rows = list(zip(heads, validations, strict=True))
-        judged = [save_if_best(head, scores, experiment) for head, (scores, _) in rows]
-    for (head, (scores, pictures)), judgement in zip(rows, judged, strict=True):
-        if judgement is None:
-            continue
-        head.log.images(progress.step, pictures)
-        # last: if anything fails before, the resumed run repeats the validation
-        values = {f"val/{key}": value for key, value in scores.items() if isinstance(value, float)}
-        head.log.scalars(progress.step, values)
-        head.checkpoints.commit(judgement)
-        logger.info(validation_line(head, scores, experiment, perf_counter() - began))
-    progress.validation_pending = False
+            scores, pictures = data.validate(model, experiment.criterion, engine)
+        progress = save_if_best(experiment, scores)
+    log.images(step, pictures)
+    # last: if anything fails before, the resumed run repeats the validation
+    log.scalars(step, {f"val/{key}": value for key, value in scores.items() if isinstance(value, float)})
+    checkpoints.commit(progress)
+    logger.info(validation_line(experiment, scores, perf_counter() - began))
 
 
-def validation_line(head: HeadTraining, scores: Mapping[str, Any], experiment: Experiment, seconds: float) -> str:
+def save_if_best(experiment: Experiment, scores: Mapping[str, Any]) -> Progress:
+    """Save the model if its score is the best so far, or always; return the progress to commit.
+
+    Raises:
+        UserError: the score is undefined.
+        NonFiniteLoss: it is not finite.
+    """
+    name, checkpoints = experiment.settings.score, experiment.checkpoints
+    score = scores[name]
+    if score is None:
+        raise UserError(f"trainer.score={name} is undefined: the validation data has no pixels or objects for it.")
+    if not math.isfinite(score):
+        raise NonFiniteLoss(
+            f"val/{name} is {score} at step {checkpoints.progress.step}: it cannot select checkpoints. Set a lower "
+            "optim.optimizer.lr, or check the validation data."
+        )
+    lowest, evaluate = name in experiment.data.lowest, experiment.settings.evaluate
+    return checkpoints.save_if_best(experiment.model, scores, name, lowest=lowest, evaluate=evaluate)
+
+
+def validation_line(experiment: Experiment, scores: Mapping[str, Any], seconds: float) -> str:
     """Return the step, the score and its best value, the loss and the duration of a validation as one line."""
 
     def text(score: float) -> str:
         return f"{score:.4f}" if name in experiment.data.lowest else f"{100 * score:.2f} %"
 
-    name, progress = experiment.settings.score, head.progress
+    name, progress = experiment.settings.score, experiment.checkpoints.progress
     assert progress.best is not None  # set by the first validation
-    step = f"{head.prefix}step {experiment.checkpoints.progress.step} of {experiment.settings.steps}"
     value = None if name == "loss" else scores.get("loss")
     loss = "" if value is None else f", val/loss {value:.4f}"
     best = f"best {text(progress.best)} at step {progress.best_step}"
+    step = f"step {progress.step} of {experiment.settings.steps}"
     return f"{step}: val/{name} {text(scores[name])} ({best}){loss}, in {seconds:.1f} s"
-
-
-def save_if_best(head: HeadTraining, scores: Mapping[str, Any], experiment: Experiment) -> Progress | None:
-    """Save a head if its score is the best so far, or always; return its progress, or None if the score dropped it.
-
-    Raises:
-        UserError: the score is undefined.
-        NonFiniteLoss: it is not finite, and the head is the only one.
-    """
-    name, step = experiment.settings.score, experiment.checkpoints.progress.step
-    score = scores[name]
-    if score is None:
-        raise UserError(f"trainer.score={name} is undefined: the validation data has no pixels or objects for it.")
-    if math.isfinite(score):
-        lowest, evaluate = name in experiment.data.lowest, experiment.settings.evaluate
-        return head.checkpoints.save_if_best(head.model, score, lowest=lowest, evaluate=evaluate)
-    error = NonFiniteLoss(
-        f"val/{name} is {score} at step {step}: it cannot select checkpoints. Set a lower optim.optimizer.lr, or check "
-        "the validation data."
-    )
-    head.drop(error)
-    return None

@@ -96,7 +96,7 @@ def evaluate_each(
 class ScoredModel:
     """A model and its counts, accumulated batch by batch.
 
-    The arguments are those of `evaluate`. Random draws of the loss are the same as if the model were scored alone.
+    The arguments are those of `evaluate`.
     """
 
     def __init__(
@@ -114,7 +114,6 @@ class ScoredModel:
         self._counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
         self._losses: list[Tensor] = []  # read at the end, to avoid a device sync per batch
         self._predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
-        self._draws = Draws(engine.device)
 
     @contextmanager
     def in_eval_mode(self) -> Iterator[None]:
@@ -127,8 +126,7 @@ class ScoredModel:
     def add(self, batch: Batch) -> None:
         """Count the model's predictions for a batch on the device."""
         size = (batch.mask.shape[-2], batch.mask.shape[-1])
-        with self._draws.going_on():
-            ids, logits, added = _predicted(self._predictor, batch, self._loss, size)
+        ids, logits, added = _predicted(self._predictor, batch, self._loss, size)
         self._losses += added
         self._counts.update(ids, batch.mask)
         if self._on_batch is not None:
@@ -219,24 +217,3 @@ def eval_batches(
     `batch_size` returns the number of images in a batch of that size.
     """
     return stack_equal(eval_samples(data, workers=workers, rank=rank, world_size=world_size), batch_size)
-
-
-class Draws:
-    """Random generator state of one of several models that take turns, so that each draws as if it were alone."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._accelerator = None if device.type == "cpu" else torch.get_device_module(device)
-        self._state = self._now()
-
-    @contextmanager
-    def going_on(self) -> Iterator[None]:
-        """Continue this model's random draws within the block."""
-        torch.set_rng_state(self._state[0])
-        if self._accelerator is not None:
-            self._accelerator.set_rng_state(self._state[1])
-        yield
-        self._state = self._now()
-
-    def _now(self) -> list[Tensor]:
-        on_device = [] if self._accelerator is None else [self._accelerator.get_rng_state()]
-        return [torch.get_rng_state(), *on_device]

@@ -1,4 +1,4 @@
-"""Several heads in one pass are the runs that each would be by itself."""
+"""Several heads in one run: one pass and one log, and for each head a best checkpoint as of a run of its own."""
 
 import csv
 import json
@@ -17,16 +17,17 @@ from dinoseg.modes import train_heads
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.image_data_module import ImageDataModule
-from dinoseg.training.multi_head import MultiHeadSegmenter
+from dinoseg.training.multi_head import MultiHeadDataModule, MultiHeadSegmenter
 from dinoseg.utils.errors import UserError
 
 WORDS = (
     *("mode=train", *(word for word in SMALL if not word.startswith(("adapter=", "trainer.steps="))), "adapter=frozen"),
     *("engine.precision=fp32", "mode.metrics_only=true", "mode.report=false", "mode.pictures=1"),
     *("trainer.steps=7", "trainer.val_every=2", "trainer.save_every=3", "trainer.log_every=1", "trainer.accumulate=2"),
-    *("trainer.clip=0.05", "trainer.ema=0.9", "trainer.patience=2"),
+    *("trainer.clip=0.05", "trainer.ema=0.9"),
 )
-HEADS = "heads=[linear,{head: cnn, channels: 16, name: wide, lr: 3e-2},{head: linear, layers: [0], name: early}]"
+WIDE = "{head: cnn, channels: 16, dropout: 0.0, name: wide, lr: 3e-2}"  # nothing random: it equals its own run
+HEADS = f"heads=[linear,{WIDE},{{head: linear, layers: [0], name: early}}]"
 MANY = (*WORDS, "trainer=multi_head", HEADS)
 NAMES = ("linear", "wide", "early")
 
@@ -62,22 +63,19 @@ def rows(path):
 
 
 def assert_same(first, second):
-    """Compare two run folders: best weights, description, log and scores."""
+    """Compare two run folders of a head: best weights, description and scores."""
     one, other = (checkpoint.read(path / "checkpoints/best.safetensors") for path in (first, second))
     assert one.tensors.keys() == other.tensors.keys()
     assert {**one.info, "progress": None} == {**other.info, "progress": None}
     torch.testing.assert_close(one.tensors, other.tensors, rtol=1e-5, atol=1e-5)
     assert one.info["progress"] == pytest.approx(other.info["progress"], rel=1e-5)
-    for mine, its in zip(rows(first), rows(second), strict=True):
-        assert mine == pytest.approx(its, rel=1e-4, abs=1e-5)
     mine, its = (json.loads((path / "evaluation/scores.json").read_text()) for path in (first, second))
     assert mine["miou"] == pytest.approx(its["miou"], abs=1e-5)
 
 
-def heads_of(path):
-    """Return the progress of each head of a run."""
-    heads = checkpoint.describe(path / "checkpoints/last.safetensors")["heads"]
-    return {name: entry["progress"]["step"] for name, entry in heads.items()}
+def step_of(path):
+    """Return the step of a run's last checkpoint."""
+    return checkpoint.describe(path / "checkpoints/last.safetensors")["progress"]["step"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,15 +86,28 @@ def test_each_is_its_own_run(folder, run, name):
     assert done.status == 0, done.err
     own, alone = run.path / "heads" / name, folder / f"alone_{name}"
     assert_same(own, alone)
-    whole = {"training.json"}  # where the training of the run has ended
-    assert {path.name for path in own.iterdir()} == {path.name for path in alone.iterdir()} - whole
+    files = {"checkpoints", "config", "cost.json", "evaluation", "run.log", "split.json"}
+    assert {path.name for path in own.iterdir()} == files
+    of_head = [row for row in rows(run.path) if f"val/{name}/miou" in row]
+    for mine, its in zip(of_head, (row for row in rows(alone) if "val/miou" in row), strict=True):
+        for key in ("val/miou", "val/loss", "val/accuracy"):
+            assert mine[key.replace("val/", f"val/{name}/")] == pytest.approx(its[key], rel=1e-4, abs=1e-5)
 
 
 def test_what_is_the_same_for_all_is_computed_once(run):
-    steps = heads_of(run.path).values()
-    assert len(set(steps)) > 1, "patience ends them at different steps"
-    validations = (max(steps) + 1) // 2
-    assert len(run.passes) == 2 * max(steps) + 3 * validations
+    assert step_of(run.path) == 7
+    validations = 4
+    assert len(run.passes) == 2 * 7 + 3 * validations
+
+
+def test_the_log_has_the_values_of_each_head(run):
+    trained = next(row for row in rows(run.path) if "train/loss" in row)
+    scored = next(row for row in rows(run.path) if "val/miou" in row)
+    for name in NAMES:
+        assert {f"train/{name}/loss", f"train/{name}/miou"} <= trained.keys()
+        assert {f"val/{name}/miou", f"val/{name}/loss"} <= scored.keys()
+    assert scored["val/miou"] == max(scored[f"val/{name}/miou"] for name in NAMES)
+    assert [path.name for path in (run.path / "validation/step_00002").iterdir()]
 
 
 def test_the_best_stands_first(run):
@@ -111,7 +122,10 @@ def test_the_best_stands_first(run):
     rates = {row["head"]: float(row["learning_rate"]) for row in table}
     assert rates == {"linear": 1e-2, "wide": 3e-2, "early": 1e-2}
     assert " adapter=frozen 3 heads\n" in run.done.err and "batch of 2 images, 2 batches per step\n" in run.done.err
-    assert run.done.out.rstrip().endswith("leaderboard.csv") and f"\n{table[0]['head']} " in run.done.out
+    assert (
+        f"\n{table[0]['head']} " in run.done.out
+        and f"mode=eval resume={run.path}/heads/{table[0]['head']}" in run.done.out
+    )
 
 
 def test_a_head_is_used_as_any_run_and_the_whole_is_not(folder, run):
@@ -138,26 +152,29 @@ def stopping(what, number, ends):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("kind", "number"), [("killed", 1), ("killed", 3), ("fails", 11)])
+@pytest.mark.parametrize(("kind", "number"), [("killed", 1), ("killed", 3), ("fails", 4)])
 def test_it_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, number):
     where = f"{kind}_{number}"
     with monkeypatch.context() as patched:
         if kind == "killed":  # by what no handler sees, before a save
             patched.setattr(Checkpointer, "save", stopping(Checkpointer.save, number, SystemExit(9)))
         else:
-            patched.setattr(ImageDataModule, "tally", stopping(ImageDataModule.tally, number, OSError("truncated")))
+            failing = stopping(MultiHeadDataModule.tally, number, OSError("truncated"))
+            patched.setattr(MultiHeadDataModule, "tally", failing)
         with pytest.raises(OSError) if kind == "fails" else pytest.MonkeyPatch.context():
             assert call(folder, *MANY, f"hydra.run.dir={where}/base/train_x").status == 9
     path = folder / where / "base/train_x"
     if number == 1:
         assert not (path / "checkpoints/last.safetensors").exists()
         return
-    assert set(heads_of(path).values()) == {3}
+    assert step_of(path) == 3
     done = call(folder, *MANY, "resume=auto", f"hydra.run.dir={where}/base/train_x")
     assert done.status == 0, done.err
-    assert heads_of(path) == heads_of(run.path)
-    resumed, whole = (checkpoint.read(each / "checkpoints/last.safetensors").tensors for each in (path, run.path))
-    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    resumed, whole = (checkpoint.read(each / "checkpoints/last.safetensors") for each in (path, run.path))
+    assert resumed.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(resumed.tensors[name], whole.tensors[name]) for name in whole.tensors)
+    assert resumed.info["heads"] == whole.info["heads"] and resumed.info["progress"] == whole.info["progress"]
+    assert rows(path) == rows(run.path)
     for name in NAMES:
         assert_same(path / "heads" / name, run.path / "heads" / name)
 
@@ -195,31 +212,30 @@ def diverging(head, number):
 
 
 @pytest.mark.heavy
-def test_a_head_that_diverges_drops_out_alone(folder, run, monkeypatch):
+def test_a_head_that_diverges_leaves_alone(folder, run, monkeypatch):
     words = [word for word in MANY if word != HEADS]
     with monkeypatch.context() as patched:
         patched.setattr(CnnHead, "forward", diverging(CnnHead, 9))
-        done = call(folder, *words, "heads=[linear,{head: cnn, channels: 16}]", "hydra.run.dir=dropped")
+        done = call(folder, *words, f"heads=[linear,{WIDE}]", "hydra.run.dir=left")
     assert done.status == 0, done.err
-    assert "cnn is dropped; the other heads continue. Step 4: the loss is nan" in done.err
-    path = folder / "dropped/heads"
-    assert json.loads((path / "cnn/dropped.json").read_text())["step"] == 4 == heads_of(folder / "dropped")["cnn"]
-    assert_same(path / "linear", run.path / "heads/linear")
-    with open(folder / "dropped/leaderboard.csv", encoding="utf-8", newline="") as file:
+    note = "left the training at step 4, where its loss or gradient was not finite"
+    assert done.err.count(f"wide: {note}. The other heads continue.") == 1
+    assert_same(folder / "left/heads/linear", run.path / "heads/linear")
+    with open(folder / "left/leaderboard.csv", encoding="utf-8", newline="") as file:
         table = {row["head"]: row for row in csv.DictReader(file)}
-    assert "the loss is nan" in table["cnn"]["note"] and table["cnn"]["miou"] and not table["linear"]["note"]
-    # once it goes on, what had dropped out stays out
-    done = call(folder, "mode=train", "resume=dropped", "trainer.steps=9", "trainer.patience=null")
+    assert table["wide"]["note"] == note and table["wide"]["miou"] and not table["linear"]["note"]
+    # once it resumes, a head that had left stays out
+    done = call(folder, "mode=train", "resume=left", "trainer.steps=9")
     assert done.status == 0, done.err
-    assert heads_of(folder / "dropped") == {"linear": 9, "cnn": 4} and "is dropped" not in done.err
-    assert "the loss is nan" in (folder / "dropped/leaderboard.csv").read_text()
+    assert step_of(folder / "left") == 9 and note in (folder / "left/leaderboard.csv").read_text()
+    assert not [row for row in rows(folder / "left") if row["step"] > 4 and "val/wide/miou" in row]
 
 
-def test_where_all_have_diverged_the_run_has_failed(folder, monkeypatch):
+def test_the_run_fails_once_all_heads_have_left(folder, monkeypatch):
     words = [word for word in MANY if word != HEADS]
     monkeypatch.setattr(CnnHead, "forward", diverging(CnnHead, 1))
-    done = call(folder, *words, "heads=[{head: cnn, channels: 16}]", "hydra.run.dir=all_dropped")
-    assert done.status == 1 and "No head has reached a validation: dropped. Step 0" in done.err
+    done = call(folder, *words, f"heads=[{WIDE}]", "hydra.run.dir=all_left")
+    assert done.status == 1 and "Step 0: the loss is nan" in done.err
 
 
 @pytest.mark.parametrize(

@@ -89,17 +89,6 @@ def test_jobs_of_a_sweep_have_one_group_and_the_checkpoint_is_an_artifact(folder
     assert [entry.path for entry in artifact.manifest.contents] == ["best.safetensors"]
 
 
-def test_each_of_several_heads_has_a_run(folder):
-    words = ("adapter=frozen", "trainer=multi_head", "heads=[linear,mlp]", "trainer.steps=2", "hydra.run.dir=run")
-    train = [word for word in TRAIN if word != "adapter=full"]
-    done = call(folder, *train, *WANDB, *words)
-    assert done.status == 0, done.err
-    for name in ("linear", "mlp"):
-        runs, rows, _ = wandb_run(folder / f"run/heads/{name}")
-        assert (runs[0].display_name, runs[0].run_group) == (f"run/{name}", "run")
-        assert values_of(rows) == json_lines(folder / f"run/heads/{name}")
-
-
 def train_elsewhere(folder, url, *words):
     """Start a training that logs to a server, in a process of its own, which has to end, too."""
     words = [*TRAIN, "logger=wandb", "logger.wandb.timeout=5", "hydra.run.dir=run", *words]

@@ -66,7 +66,7 @@ def test_only_what_was_trained_is_in_the_file(model, tmp_path):
     source = model("lora")
     checkpoints = Checkpointer(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
-    checkpoints.save_if_best(source, 0.5)
+    checkpoints.save_if_best(source, {"miou": 0.5})
     tensors = read(tmp_path / "best.safetensors").tensors
     assert {name.split("/")[0] for name in tensors} == {"model"}
     assert all(name.startswith("model/head.") or ".lora_" in name for name in tensors)
@@ -78,7 +78,7 @@ def test_best_moves_only_when_beaten(model, tmp_path):
     run = checkpoints.restore(source, adamw(source, lr=1.0), None)
     for step, score in enumerate([0.3, 0.5, 0.5, 0.4, 0.6], start=1):
         run.step, run.validation_pending = step, True
-        checkpoints.commit(checkpoints.save_if_best(source, score))
+        checkpoints.commit(checkpoints.save_if_best(source, {"miou": score}))
         assert not run.validation_pending
         assert (run.best, run.best_step, run.stale) == {
             1: (0.3, 1, 0),
@@ -97,7 +97,7 @@ def test_evaluate_last_saves_weights_of_each_validation(model, tmp_path):
     for step, score in enumerate([0.5, 0.3, 0.4], start=1):
         run.step = step
         nn.init.constant_(source.head.classify.weight, step)
-        checkpoints.commit(checkpoints.save_if_best(source, score, evaluate="last"))
+        checkpoints.commit(checkpoints.save_if_best(source, {"miou": score}, evaluate="last"))
         saved = read(tmp_path / "best.safetensors")
         assert saved.info["progress"]["step"] == step and (run.best, run.best_step) == (0.5, 1)
         assert (saved.tensors["model/head.classify.weight"] == step).all()
@@ -124,7 +124,7 @@ def test_another_architecture_is_refused_by_tensor(model, tmp_path):
     source = model("lora")
     checkpoints = Checkpointer(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
-    checkpoints.save_if_best(source, 0.5)
+    checkpoints.save_if_best(source, {"miou": 0.5})
     best = read(tmp_path / "best.safetensors")
     with pytest.raises(UserError, match="2 tensors of another shape .such as head.classify.bias"):
         load_weights(model("lora", classes=4), best)
@@ -136,7 +136,7 @@ def test_other_frozen_weights_are_refused(model, tmp_path):
     source = model("lora")
     checkpoints = Checkpointer(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
-    checkpoints.save_if_best(source, 0.5)
+    checkpoints.save_if_best(source, {"miou": 0.5})
     other = model("lora")
     with torch.no_grad():
         other.backbone.model.embeddings.cls_token += 1
@@ -148,7 +148,7 @@ def test_training_cannot_go_on_from_best(model, tmp_path):
     source = model("frozen")
     checkpoints = Checkpointer(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
-    checkpoints.save_if_best(source, 0.5)
+    checkpoints.save_if_best(source, {"miou": 0.5})
     start = read(tmp_path / "best.safetensors")
     with pytest.raises(UserError, match="holds no optimizer state.*Resume from last.safetensors"):
         Checkpointer(tmp_path, dict(INFO), start=start).restore(source, adamw(source, lr=1.0), None)
@@ -259,13 +259,15 @@ def test_the_best_of_another_score_is_no_best_any_more(model, tmp_path):
     first = chosen_by("miou")
     train(source, optimizer, 1)
     first.progress.step = 1
-    first.commit(first.save_if_best(source, 0.5))
+    first.commit(first.save_if_best(source, {"miou": 0.5}))
     first.save(source, optimizer, None)
     start = read(tmp_path / "last.safetensors")
     assert chosen_by("miou", start).progress.best == 0.5
     again = chosen_by("loss", start)
     assert (again.progress.step, again.progress.best) == (1, None)
-    assert again.save_if_best(source, 0.9, lowest=True).best == 0.9  # a loss of 0.9 is not worse than a mIoU of 0.5
+    assert (
+        again.save_if_best(source, {"miou": 0.9}, lowest=True).best == 0.9
+    )  # a loss of 0.9 is not worse than a mIoU of 0.5
 
 
 @pytest.mark.parametrize(
@@ -285,7 +287,7 @@ def test_a_best_score_of_another_selection_is_discarded(model, tmp_path, caplog,
     optimizer = adamw(source, lr=1.0)
     checkpoints = Checkpointer(tmp_path, info(before))
     checkpoints.restore(source, optimizer, None)
-    checkpoints.commit(checkpoints.save_if_best(source, 0.91))
+    checkpoints.commit(checkpoints.save_if_best(source, {"miou": 0.91}))
     for parameter in source.head.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -22,9 +22,9 @@ from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.data_module import Validation
 from dinoseg.training.engine import Engine
-from dinoseg.training.head_training import NonFiniteLoss
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.step import NonFiniteLoss
 from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Interrupted

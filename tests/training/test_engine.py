@@ -1,3 +1,4 @@
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +7,10 @@ from pretended_cuda import pretended_engine
 from torch import nn
 
 from dinoseg.training.engine import Engine, choose_device
+from dinoseg.training.optim import clip_gradients
 from dinoseg.utils.errors import UserError
+
+CLIP = partial(clip_gradients, max_norm=1.0)
 
 
 def test_auto_is_the_best_device_there_is():
@@ -94,7 +98,7 @@ def test_clipping_and_the_norm_before_it():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.weight.detach().clone()
     engine.backward(model(torch.tensor([[3.0, 4.0]])).sum())
-    loss, norm = engine.optimizer_step(optimizer, torch.tensor([3.0]), torch.tensor([2.0]), clip=1.0)
+    loss, norm = engine.optimizer_step(optimizer, torch.tensor(3.0), torch.tensor(2.0), clip=CLIP)
     assert (loss.item(), norm.item()) == pytest.approx((1.5, 2.5))
     torch.testing.assert_close(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=0)
     assert model.weight.grad is None
@@ -105,22 +109,8 @@ def test_a_non_finite_gradient_changes_nothing():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.weight.detach().clone()
     engine.backward(model(torch.full((1, 1), float("inf"))).sum())
-    assert not engine.optimizer_step(optimizer, torch.ones(1), torch.ones(1), clip=1.0)[1].isfinite()
+    assert not engine.optimizer_step(optimizer, torch.ones(()), torch.ones(()), clip=CLIP)[1].isfinite()
     assert torch.equal(model.weight, before)
-
-
-def test_heads_are_clipped_and_updated_apart():
-    """The second has a gradient that is not finite, the third has ended."""
-    engine, heads = Engine("cpu", "fp32"), [torch.nn.Parameter(torch.ones(2)) for _ in range(4)]
-    optimizer = torch.optim.SGD([{"params": [each], "head": number} for number, each in enumerate(heads)], lr=1.0)
-    for each, gradient in zip(heads, ([3.0, 4.0], [float("nan"), 1.0], [1.0, 1.0], [0.3, 0.4]), strict=True):
-        each.grad = torch.tensor(gradient)
-    totals, weights = torch.tensor([2.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 0.0, 2.0])
-    means, norms = engine.optimizer_step(optimizer, totals, weights, clip=1.0, ended=[2])
-    assert means.tolist() == [2.0, 1.0, 0.0, 0.5] and norms[[0, 3]].tolist() == pytest.approx([5.0, 0.25])
-    assert norms[1].isnan() and all(each.grad is None for each in heads)
-    for each, moved in zip(heads, ([0.6, 0.8], [0.0, 0.0], [0.0, 0.0], [0.15, 0.2]), strict=True):
-        torch.testing.assert_close(1 - each, torch.tensor(moved), atol=1e-5, rtol=0)
 
 
 def test_images_of_one_size_are_scored_at_once_by_their_size():

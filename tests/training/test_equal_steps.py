@@ -3,7 +3,6 @@
 from copy import deepcopy
 from functools import partial
 from threading import Barrier, Thread
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from torch import nn
 
 from dinoseg.__main__ import CONFIGS
 from dinoseg.config.resolvers import register_resolvers
-from dinoseg.core.contracts import Head, Loss
+from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, SlotOutputs
 from dinoseg.experiment.builder import Builder
@@ -23,7 +22,6 @@ from dinoseg.losses.distillation import TeacherView
 from dinoseg.tasks.distil import DistilledLoss, Part, ScoredBatch
 from dinoseg.training import micro_batches
 from dinoseg.training.engine import Engine
-from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.step import StepOutput, batch_loss, predict
 
@@ -181,18 +179,18 @@ class Short(Loss):
 
 def of_rank(net, loss, batches, ranks, rank, done):
     """Go through batches as training does, and keep the sum of the loss and the weight to divide it by."""
-    engine, heads = RankEngine(ranks, rank), [HeadTraining(SimpleNamespace(head=Head()), loss, None, None)]
-    output = StepOutput(heads, engine.device, None)
+    engine = RankEngine(ranks, rank)
+    output = StepOutput(engine.device, None)
     undo = partial(net.zero_grad, set_to_none=True)
-    micro = MicroBatches(engine, heads, len(batches), undo=undo)
+    micro = MicroBatches(engine, loss, 1, len(batches), undo=undo)
     for batch in micro.of_step(iter(batches), output):
         with micro.retried():
-            predictions = predict(net, batch.image, in_float32=False)
-            part = batch_loss(heads, predictions, batch, micro.divisors, micro.num_batches)
-            part.total.sum().backward()
-            output.add(part, predictions, batch)
-    totals, weights, _ = output.over_ranks(engine, 0)
-    done[rank] = torch.cat([totals, weights])
+            prediction = predict(net, batch.image, in_float32=False)
+            part = batch_loss(loss, prediction, batch, micro.divisors, micro.num_batches)
+            part.total.backward()
+            output.add(part, prediction, batch)
+    total, weight, _ = output.sum_over_ranks(engine, 0)
+    done[rank] = torch.stack([total, weight])
 
 
 def step(net, loss, shares):

@@ -18,7 +18,6 @@ from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.engine import Engine
-from dinoseg.training.head_training import HeadTraining
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.optim import adamw, schedule
@@ -150,20 +149,18 @@ def engine_of(world_size):
     return SimpleNamespace(world_size=world_size, device=torch.device("cpu"))
 
 
-def micro_batches(engine=engine_of(1), smallest=1, loss=None, undo=lambda: None, heads=1):  # noqa: B008
+def micro_batches(engine=engine_of(1), loss=None, undo=lambda: None):  # noqa: B008
     """Return the micro-batches of steps of one batch."""
-    model = SimpleNamespace(head=SimpleNamespace(min_batch_size=smallest))
-    head = HeadTraining(model, loss or CrossEntropy(torch.ones(2)), None, None)
-    return MicroBatches(engine, [head] * heads, 1, undo=undo)
+    return MicroBatches(engine, loss or CrossEntropy(torch.ones(2)), 1, 1, undo=undo)
 
 
 def run(micro, work, batch):
     """Call `work` with each micro-batch of a step of one batch; return the output of the step."""
-    output = StepOutput(micro._heads, torch.device("cpu"), None)
+    output = StepOutput(torch.device("cpu"), None)
     for part in micro.of_step(iter([batch]), output):
         with micro.retried():
             work(part)
-            output.add(BatchLoss(torch.ones(1), torch.ones(1), [{}]), [None], part)
+            output.add(BatchLoss(torch.ones(()), torch.ones(()), {}), None, part)
     return output
 
 
@@ -173,7 +170,7 @@ def only_one_sample(batch):
         raise MemoryError
 
 
-def test_other_errors_pass_and_several_ranks_and_heads_are_told_what_to_give():
+def test_other_errors_pass_and_several_ranks_are_told_what_to_give():
     def fail(error):
         def work(_):
             raise error
@@ -184,9 +181,6 @@ def test_other_errors_pass_and_several_ranks_and_heads_are_told_what_to_give():
     with pytest.raises(RuntimeError, match="size mismatch"):
         run(micro, fail(RuntimeError("size mismatch")), batch)
     with pytest.raises(OutOfMemory, match="Set a smaller data.batch_size with more trainer.accumulate"):
-        run(micro, fail(MemoryError()), batch)
-    micro = micro_batches(smallest=4, heads=2)
-    with pytest.raises(OutOfMemory, match="adds up: set fewer heads, .*; mode=plan with head=NAME, without heads"):
         run(micro, fail(MemoryError()), batch)
 
 

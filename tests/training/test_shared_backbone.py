@@ -1,43 +1,44 @@
-"""Heads on one frozen backbone: one pass for all, and none has an influence on another."""
+"""Several heads on one frozen backbone: one pass and one loss for all, and none has an influence on another."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from checkpoint_files import INFO
 from log_rows import Rows
 from test_trainer import Stripes
 from torch import nn
 
+from dinoseg.core.shapes import Batch
 from dinoseg.data.transforms import Augment
 from dinoseg.experiment.models import _lend_tensors
 from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.weighted_sum import WeightedSum
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import Checkpointer, read
+from dinoseg.training.data_module import Validation
 from dinoseg.training.engine import Engine
-from dinoseg.training.head_training import DROPPED, HeadTraining
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.multi_head import (
-    MultiHeadCheckpoints,
-    MultiHeadExperiment,
+    HeadClipping,
+    MultiHead,
+    MultiHeadCheckpointer,
+    MultiHeadDataModule,
+    MultiHeadLoss,
     MultiHeadSegmenter,
+    best_of,
     join_optimizers,
 )
 from dinoseg.training.optim import adamw, schedule
-from dinoseg.training.step import MetricsQueue, StepMetrics
-from dinoseg.training.trainer import Settings, fit
+from dinoseg.training.step import NonFiniteLoss
+from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils.errors import UserError
 
 IMAGES = torch.randint(0, 256, (2, 3, 17, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-class Dropping(LinearHead):
-    """A head with random draws in training."""
-
-    def forward(self, features):
-        return super().forward([F.dropout(part, 0.3, self.training) for part in features])
+MASKS = torch.randint(0, 3, (2, 17, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+RATES = (1e-2, 3e-3)
 
 
 class Own(LinearHead):
@@ -54,19 +55,15 @@ class Rough(LinearHead):
         return super().forward([nn.functional.relu_(part) for part in features])
 
 
-class Noisy(CrossEntropy):
-    """A loss with random draws, which is not finite at one of its calls in training."""
+class Failing(LinearHead):
+    """A head whose outputs are not finite in one of its passes in training."""
 
-    def __init__(self, fails_at=-1):
-        super().__init__(torch.ones(3))
-        self.calls, self.fails_at = 0, fails_at
+    fails_at = 6
+    passes = 0
 
-    def forward(self, prediction, batch):
-        value, parts = super().forward(prediction, batch)
-        if not torch.is_grad_enabled():
-            return value, parts
-        self.calls += 1
-        return value * (1 + 0.1 * torch.rand(())) * (torch.nan if self.calls == self.fails_at else 1), parts
+    def forward(self, features):
+        self.passes += self.training
+        return super().forward(features) * (torch.nan if self.training and self.passes == self.fails_at else 1)
 
 
 @pytest.fixture
@@ -75,128 +72,201 @@ def made(tiny_backbone):
     whole, passes = tiny_backbone((0, 1)).requires_grad_(False).eval(), []
     whole.norm.register_forward_hook(lambda *_: passes.append(1))
 
-    def model(*heads, folder=None, losses=None):
-        members = []
-        for number, (layers, head) in enumerate(heads):
+    def model(**heads):
+        models = {}
+        for name, (layers, head) in heads.items():
             part = tiny_backbone(layers).requires_grad_(False)
             _lend_tensors(whole, part)
-            torch.manual_seed(number)
-            solo = SegmentationModel(part, head(24, len(layers), 3))
-            own = Checkpointer(folder / str(number) / "checkpoints", dict(INFO)) if folder else None
-            loss = losses[number] if losses else None
-            members.append(HeadTraining(solo, loss, own, Rows(), name=str(number)))
-        return MultiHeadSegmenter(whole, members), members
+            torch.manual_seed(len(layers))
+            models[name] = SegmentationModel(part, head(24, len(layers), 3))
+        return MultiHeadSegmenter(whole, models)
 
     return SimpleNamespace(model=model, passes=passes)
 
 
 def test_each_gets_its_own_blocks_of_one_pass(made):
-    model, members = made.model(*((layers, LinearHead) for layers in [(-1,), (0,), (0, 1), (1, 0)]))
-    model.eval()
+    layers = {"a": (-1,), "b": (0,), "c": (0, 1), "d": (1, 0)}
+    model = made.model(**{name: (each, LinearHead) for name, each in layers.items()}).eval()
     for images in (IMAGES, IMAGES[:, :, :1, :1], IMAGES.float() / 255):
         made.passes.clear()
-        predictions = model(images)
+        predictions = model(images).heads
         assert len(made.passes) == 2, "a norm for each of two blocks"
-        for member, prediction in zip(members, predictions, strict=True):
-            assert torch.equal(prediction.scores(), member.model.eval()(images).scores())
-    members[1].is_active = False
-    assert [prediction is None for prediction in model(IMAGES)] == [False, True, False, False]
+        for name, prediction in predictions.items():
+            assert torch.equal(prediction.scores(), model.models[name].eval()(images).scores())
 
 
 def test_a_head_with_a_way_of_its_own_runs_the_backbone(made):
-    model, members = made.model(((1,), Own))
-    assert torch.equal(model.eval()(IMAGES)[0].scores(), members[0].model.eval()(IMAGES).scores()) and not made.passes
+    model = made.model(a=((1,), Own)).eval()
+    assert torch.equal(model(IMAGES).heads["a"].scores(), model.models["a"].eval()(IMAGES).scores())
+    assert not made.passes
 
 
 def test_a_head_that_changes_its_features_is_named(made):
-    model, _ = made.model(((1,), LinearHead), ((1,), Rough))
-    with pytest.raises(UserError, match="1 modified its input features in place"):
+    model = made.model(a=((1,), LinearHead), b=((1,), Rough))
+    with pytest.raises(UserError, match="b modified its input features in place"):
         model.train()(IMAGES)
+
+
+LOSSES = {
+    "mean": lambda: CrossEntropy(torch.tensor([1.0, 2.0, 0.5])),
+    "two divisors": lambda: WeightedSum(
+        {
+            "ce": partial(CrossEntropy, average="labelled"),
+            "all": partial(CrossEntropy, average="all"),
+        },
+        {"ce": 1.0, "all": 0.5},
+        class_weights=torch.ones(3),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_loss_adds_up_those_of_the_heads(made, kind):
+    model, loss = made.model(a=((1,), LinearHead), b=((0,), LinearHead)).eval(), LOSSES[kind]()
+    prediction, batch = model(IMAGES), Batch(IMAGES, MASKS, ["x", "y"])
+    both, alone = MultiHeadLoss(loss), {name: loss(each, batch) for name, each in prediction.heads.items()}
+    value, parts = both(prediction, batch)
+    assert value.item() == pytest.approx(sum(each.item() for each, _ in alone.values()))
+    assert all(parts[f"{name}/loss"] == each for name, (each, _) in alone.items())
+    assert parts.get("weight") == alone["a"][1].get("weight")
+    assert both.num_divisors == loss.num_divisors and torch.equal(both.divisors(batch), loss.divisors(batch))
+    total, whole, _ = both.step_loss(prediction, batch, 2 * loss.divisors(batch))
+    assert (total.item(), whole.item()) == pytest.approx((value.item() / 2, value.item()))
+
+
+def test_a_loss_that_is_not_finite_counts_as_zero_and_has_no_finite_gradient(made):
+    model = made.model(a=((1,), LinearHead), b=((0,), LinearHead)).eval()
+    with torch.no_grad():
+        model.models["b"].head.classify.bias[0] = torch.inf
+    prediction, batch = model(IMAGES), Batch(IMAGES, MASKS, ["x", "y"])
+    value, parts = MultiHeadLoss(LOSSES["mean"]())(prediction, batch)
+    value.backward()
+    assert value == parts["a/loss"] and not parts["b/loss"].isfinite() and parts["weight"] > 0
+    finite = {name: each.head.classify.weight.grad.isfinite() for name, each in model.models.items()}
+    assert finite["a"].all() and not finite["b"].any()
+
+
+def test_heads_are_clipped_apart_and_leave_with_their_step():
+    """The second has a gradient that is not finite."""
+    heads, engine = MultiHead([LinearHead(1, 1, 2) for _ in range(3)]), Engine("cpu", "fp32")
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = torch.optim.SGD([{"params": [each], "head": number} for number, each in enumerate(weights)], lr=1.0)
+    heads.set_progress(7, 9)
+
+    def step(*gradients):
+        for each, gradient in zip(weights, gradients, strict=True):
+            each.grad = torch.tensor(gradient)
+        return engine.optimizer_step(optimizer, torch.tensor(4.0), torch.tensor(2.0), clip=HeadClipping(heads, 1.0))
+
+    mean, norm = step([6.0, 8.0], [torch.nan, 1.0], [0.6, 0.8])
+    assert mean == 2 and norm.item() == pytest.approx((5**2 + 0.5**2) ** 0.5)
+    assert heads.left_at.tolist() == [-1, 7, -1]
+    for each, moved in zip(weights, ([0.6, 0.8], [0.0, 0.0], [0.3, 0.4]), strict=True):
+        torch.testing.assert_close(1 - each, torch.tensor(moved), atol=1e-5, rtol=0)
+    heads.set_progress(8, 9)
+    assert step([1.0, 0.0], [1.0, 0.0], [0.0, 0.0])[1] == 0.5 and weights[1].tolist() == [1.0, 1.0]
+    assert step([torch.inf, 0.0], [1.0, 0.0], [torch.nan, 0.0])[1].isnan()
+    assert heads.left_at.tolist() == [8, 7, 8]
 
 
 @pytest.fixture
 def train(made, tmp_path):
-    """Train heads, and return the members."""
+    """Train heads by name; return the model, the rows of the log and the checkpoints."""
 
-    def run(name, *heads, losses=None, start=None, **options):
-        folder, engine = tmp_path / name, Engine("cpu", "fp32", workers=0)
-        losses = losses or [Noisy() for _ in heads]
-        model, members = made.model(*heads, folder=folder, losses=losses)
-        data = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)])
-        data_module = ImageDataModule(*data, Augment((24, 32)), 3, seed=0, workers=0)
-        rates = [1e-2, 3e-3, 1e-3]
-        optimizer = join_optimizers([adamw(each.model, lr=rate) for each, rate in zip(members, rates, strict=False)])
+    def run(folder, start=False, data=MultiHeadDataModule, heads=None, **options):
+        folder, engine = tmp_path / folder, Engine("cpu", "fp32", workers=0)
+        model, loss = made.model(**heads), CrossEntropy(torch.ones(3))
+        images = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)])
+        module = data(*images, Augment((24, 32)), 3, seed=0, workers=0, heads=[*heads])
+        solo = {name: Checkpointer(folder / "heads" / name, dict(INFO)) for name in heads}
         found = read(folder / "last.safetensors") if start else None
-        checkpoints = MultiHeadCheckpoints(folder, dict(INFO), found, members=members)
-        parts = (model, members[0].criterion, data_module, optimizer, schedule(), engine, checkpoints, Rows())
+        checkpoints = MultiHeadCheckpointer(folder, dict(INFO), found, heads=solo)
+        optimizer = join_optimizers(
+            [adamw(each, lr=rate) for each, rate in zip(model.models.values(), RATES, strict=False)]
+        )
         lengths = {"steps": 6, "val_every": 2, "log_every": 1, "accumulate": 2, "clip": 0.5, "ema": 0.5}
-        fit(MultiHeadExperiment(*parts, Settings(**{**lengths, **options}), members))
-        return members
+        settings, log = Settings(**{**lengths, **options}), Rows()
+        parts = (optimizer, schedule(), engine, checkpoints, log, settings, HeadClipping(model.head, settings.clip))
+        fit(Experiment(model, MultiHeadLoss(loss), module, *parts))
+        return SimpleNamespace(model=model, rows=log.rows, checkpoints=checkpoints, folder=folder)
 
     return run
 
 
-def outcome(member):
-    rows = [{key: row[key] for key in row if key in ("train/loss", "val/miou", "train/lr")} for row in member.log.rows]
-    return rows, read(member.checkpoints.folder / "best.safetensors").tensors
+def best_of_head(run, name):
+    return read(run.folder / f"heads/{name}/best.safetensors").tensors
 
 
 def assert_equal(one, other):
-    assert one[0] == other[0] and one[1].keys() == other[1].keys()
-    assert all(torch.equal(value, other[1][key]) for key, value in one[1].items())
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def test_heads_with_random_draws_have_no_influence_on_one_another(train):
-    together = train("three", ((1,), Dropping), ((0,), Dropping), ((0, 1), LinearHead))
-    alone = train("one", ((1,), Dropping))
-    assert_equal(outcome(together[0]), outcome(alone[0]))
-    assert [row["train/lr"] for row in together[1].log.rows if "train/lr" in row][0] == 3e-3
+def train_alone(tiny_backbone, folder):
+    """Train the first head by itself, as a plain model."""
+    backbone = tiny_backbone((1,)).requires_grad_(False).eval()
+    torch.manual_seed(1)
+    model = SegmentationModel(backbone, LinearHead(24, 1, 3))
+    images = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)])
+    data, log = ImageDataModule(*images, Augment((24, 32)), 3, seed=0, workers=0), Rows()
+    settings = Settings(steps=6, val_every=2, log_every=1, accumulate=2, clip=0.5, ema=0.5)
+    parts = (adamw(model, lr=RATES[0]), schedule(), Engine("cpu", "fp32", workers=0), Checkpointer(folder, dict(INFO)))
+    fit(Experiment(model, CrossEntropy(torch.ones(3)), data, *parts, log, settings))
+    return log.rows, read(folder / "best.safetensors").tensors
 
 
-def test_a_head_whose_loss_is_not_finite_drops_out_and_the_others_train_on(train, caplog):
-    both = train("both", ((1,), Dropping), ((0,), Dropping), losses=[Noisy(), Noisy(fails_at=6)])
-    assert_equal(outcome(both[0]), outcome(train("alone", ((1,), Dropping))[0]))
-    assert "1 is dropped; the other heads continue. Step 2: the loss is nan" in caplog.text
-    assert [member.progress.step for member in both] == [6, 2]
-    assert (both[1].checkpoints.folder.parent / DROPPED).exists()
-    again = train("both", ((1,), Dropping), ((0,), Dropping), start=True, steps=8)
-    assert [member.progress.step for member in again] == [8, 2] and "the loss is nan" in again[1].dropped
-    assert not [row for row in again[1].log.rows], "what has dropped out stays out"
+def test_a_head_without_random_draws_equals_its_own_run(train, tiny_backbone, tmp_path):
+    run = train("both", heads={"a": ((1,), LinearHead), "b": ((0, 1), LinearHead)})
+    rows, best = train_alone(tiny_backbone, tmp_path / "alone")
+    # to 1e-5: the backbone takes the images in other chunks
+    torch.testing.assert_close(best_of_head(run, "a"), best, rtol=1e-5, atol=1e-5)
+    for mine, alone in zip(run.rows, rows, strict=True):
+        for key in ("train/miou", "train/accuracy", "val/miou", "val/loss"):
+            if key in alone:
+                assert mine[key.replace("/", "/a/")] == pytest.approx(alone[key], rel=1e-4)
+    assert all(row["val/miou"] == max(row["val/a/miou"], row["val/b/miou"]) for row in run.rows if "val/miou" in row)
 
 
-def test_a_head_that_trains_on_after_a_fault_past_the_last_save_is_no_dropped_one(train):
-    members = train("both", ((1,), LinearHead), ((0,), LinearHead))
-    note = members[1].checkpoints.folder.parent / DROPPED
-    note.write_text("{}")
-    train("both", ((1,), LinearHead), ((0,), LinearHead), start=True, steps=8)
-    assert not note.exists()
+def test_a_head_whose_loss_is_not_finite_leaves_and_the_others_train_on(train, caplog):
+    heads = {"a": ((1,), LinearHead), "b": ((0,), Failing)}
+    run = train("both", heads=heads)
+    assert_equal(best_of_head(run, "a"), best_of_head(train("one", heads={"a": heads["a"]}), "a"))
+    assert caplog.text.count("b: left the training at step 2, where its loss or gradient was not finite") == 1
+    assert run.model.left_heads() == {"b": 2}
+    bests = {name: head.progress.best_step for name, head in run.checkpoints.heads.items()}
+    assert bests["b"] == 2 and [row["step"] for row in run.rows if "val/b/miou" in row] == [2]
+    losses = [row["train/b/loss"] == row["train/b/loss"] for row in run.rows if "train/loss" in row]
+    assert losses == [True, True, False, False, False, False]
+    again = train("both", start=True, steps=8, heads=heads)
+    assert again.model.left_heads() == {"b": 2} and again.checkpoints.heads["b"].progress.best_step == 2
+    assert not [row for row in again.rows if "val/b/miou" in row]
 
 
-def test_a_step_is_saved_only_where_each_head_in_training_is_finite(made):
-    _, members = made.model(((1,), LinearHead), ((0,), LinearHead))
-    queue = MetricsQueue(Engine("cpu", "fp32"), None, members)
-    queue._unread.append(StepMetrics(3, [], torch.ones(2), torch.tensor([1.0, torch.nan]), torch.zeros(())))
-    assert not queue.are_finite()
-    members[1].is_active = False
-    assert queue.are_finite()
+def test_the_run_ends_once_no_head_is_left(train, tmp_path):
+    with pytest.raises(NonFiniteLoss, match="Step 2: the loss is nan"):
+        train("none", heads={"a": ((1,), Failing)})
+    assert read(tmp_path / "none/last.safetensors").info["progress"]["step"] == 2
 
 
-def test_where_none_is_left_the_training_ends(train):
-    (member,) = train("none", ((1,), LinearHead), losses=[Noisy(fails_at=4)])
-    assert member.progress.step == 1 and member.progress.best is None
+def test_each_head_has_a_best_step_and_patience_is_of_the_best_of_all(train):
+    found = iter([(0.1, 0.3), (0.2, 0.2), (0.25, 0.1)])
+
+    class Scored(MultiHeadDataModule):
+        def validate(self, *_):
+            first, second = next(found)
+            return Validation({"a/miou": first, "b/miou": second, "miou": max(first, second)}, {})
+
+    run = train("scored", data=Scored, patience=1, heads={"a": ((1,), LinearHead), "b": ((0,), LinearHead)})
+    bests = {name: head.progress.best_step for name, head in run.checkpoints.heads.items()}
+    assert bests == {"a": 4, "b": 2}
+    progress = read(run.folder / "last.safetensors").info
+    assert progress["progress"]["best_step"] == 2 and progress["progress"]["step"] == 4
+    assert {name: head["progress"]["best_step"] for name, head in progress["heads"].items()} == bests
+    assert not (run.folder / "best.safetensors").exists()
 
 
-def test_a_head_without_a_better_score_stops_alone(train, monkeypatch):
-    scores = {"0": iter([0.1, 0.2, 0.3]), "1": iter([0.3, 0.2])}
-    whole = MultiHeadExperiment.validate
-
-    def scored(experiment, heads):
-        found = whole(experiment, heads)
-        return [
-            each._replace(scores={"miou": next(scores[head.name])}) for head, each in zip(heads, found, strict=True)
-        ]
-
-    monkeypatch.setattr(MultiHeadExperiment, "validate", scored)
-    members = train("stopped", ((1,), LinearHead), ((0,), LinearHead), patience=1)
-    assert [member.progress.step for member in members] == [6, 4]
-    assert [member.progress.best_step for member in members] == [6, 2]
+def test_the_best_of_the_heads_is_finite_where_any_is():
+    assert best_of([0.2, None, torch.nan, 0.5], lowest=False) == 0.5
+    assert best_of([2.0, torch.inf, 1.0], lowest=True) == 1.0
+    assert best_of([torch.nan, None], lowest=True) != best_of([torch.nan, None], lowest=True)
+    assert best_of([None], lowest=True) is None

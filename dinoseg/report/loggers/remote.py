@@ -15,7 +15,6 @@ from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 
 _SWEEP = "multirun.yaml"  # in the folder of a sweep
-_HEADS = "heads"  # folder of the runs of a multi-head training
 _MAX_BYTES = 2**20  # of a record: an entry has about 30
 _RUN_ID = re.compile(r"[\w-]{1,64}", re.ASCII)  # it becomes part of URLs and of names of folders
 
@@ -39,13 +38,13 @@ class RemoteLogger(Logger):
 
     Args:
         out_dir: the run folder.
-        group: of the tracked run; None: the sweep or the multi-head training that the run belongs to.
+        group: of the tracked run; None: the sweep that the run belongs to.
         artifacts: whether to send the best checkpoint.
         timeout: seconds in which the tracker has to answer, and to receive the last values.
 
     Attributes:
         package: of the tracker; also its option of `logger` and its extra.
-        run_name: name of the tracked run: that of the run folder, within its sweep or multi-head training.
+        run_name: name of the tracked run: that of the run folder, within its sweep.
         group: None for a single run.
         run_id: id of the tracked run; None: not opened yet.
     """
@@ -149,10 +148,7 @@ class RemoteLogger(Logger):
 
 def _place(folder: Path) -> tuple[str, str | None]:
     """Return the name of the tracked run of a run folder, and its group."""
-    head = ""
-    if folder.parent.name == _HEADS:
-        folder, head = folder.parents[1], f"/{folder.name}"
     for parent in [*folder.parents][:2]:  # hydra.sweep.subdir may have two levels
         if (parent / _SWEEP).is_file():
-            return f"{parent.name}/{folder.relative_to(parent).as_posix()}{head}", parent.name
-    return folder.name + head, folder.name if head else None
+            return f"{parent.name}/{folder.relative_to(parent).as_posix()}", parent.name
+    return folder.name, None

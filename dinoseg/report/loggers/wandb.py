@@ -49,7 +49,7 @@ class WandbLogger(RemoteLogger):
     """Send to a run of Weights & Biases; offline, write it to `out_dir`/wandb.
 
     The API key comes from WANDB_API_KEY or `wandb login`, the address of a server from WANDB_BASE_URL. WANDB_NAME
-    replaces the name of the run folder; in a sweep or multi-head training, that of the whole: `WANDB_NAME/0`.
+    replaces the name of the run folder; in a sweep, that of the whole: `WANDB_NAME/0`.
 
     Args:
         out_dir: the run folder.
