@@ -102,7 +102,7 @@ def train_heads(
         experiment = Experiment(
             model,
             MultiHeadLoss(next(iter(heads.values())).loss),  # the config has one loss for all heads
-            MultiHeadDataModule(**task.data_module.given, heads=[*heads]),
+            MultiHeadDataModule(**task.data_module.given),
             optimizer,
             schedule,
             engine,

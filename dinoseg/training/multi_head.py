@@ -26,7 +26,6 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.training.optim import clip_norm
-from dinoseg.training.tally import Tally
 from dinoseg.utils.devices import empty_cache
 from dinoseg.utils.errors import UserError
 
@@ -251,44 +250,14 @@ def join_optimizers(optimizers: Sequence[Optimizer]) -> Optimizer:
     return whole
 
 
-class HeadTallies(Tally):
-    """Class counts of one step for each head.
-
-    Args:
-        tallies: by name of the head.
-    """
-
-    def __init__(self, tallies: dict[str, Tally]) -> None:
-        self._tallies = tallies
-
-    def add(self, prediction: MultiPrediction, batch: Batch) -> None:  # type: ignore[override]
-        """Count the predictions of each head for a batch."""
-        for name, tally in self._tallies.items():
-            tally.add(prediction.heads[name], batch)
-
-    def read(self) -> dict[str, float | None]:
-        """Return `train/NAME/accuracy` and `train/NAME/miou`."""
-        return {
-            key.replace("train/", f"train/{name}/"): score
-            for name, tally in self._tallies.items()
-            for key, score in tally.read().items()
-        }
-
-
 @dataclass
 class MultiHeadDataModule(ImageDataModule):
-    """Batches of images and masks, and validation of several heads in one pass.
+    """Batches of images and masks, and validation of several heads in one pass."""
 
-    Args:
-        heads: names of the heads.
-    """
-
-    heads: Sequence[str] = ()
     reported: set[str] = field(init=False, default_factory=set)  # heads that have left
 
-    def tally(self, engine: Engine) -> Tally:
-        """Return a tally of how well each head predicts the batches of a training step."""
-        return HeadTallies({name: Tally(self.train, engine) for name in self.heads})
+    def tally(self, engine: Engine) -> None:  # type: ignore[override]
+        """Return None: training scores are not counted for each head."""
 
     def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Return `NAME/miou` and the other scores of each head that is still trained, and as `miou` the best of them.

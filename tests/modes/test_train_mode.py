@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.experiment.builder import Builder
-from dinoseg.modes.training_run import _next_commands
+from dinoseg.modes.training_run import next_commands
 from dinoseg.report.log import read_rows
 from dinoseg.tasks import images
 from dinoseg.training.checkpoint import read
@@ -69,7 +69,7 @@ def test_the_warmup_of_a_backbone_that_is_not_trained_has_no_effect(where, adapt
     assert ("The learning rate rises until" in output) == (adapter == "full")
 
 
-def test_a_run_logs_its_setup_and_prints_the_next_commands(where):
+def test_a_run_logs_its_setup_and_prints_thenext_commands(where):
     done = train(where, "mode.pictures=0", "trainer.accumulate=2", "adapter=frozen", "engine.precision=fp32")
     lines = [line.partition(" INFO ")[2] for line in done.err.splitlines()]
     start = lines.index("device:      cpu, precision fp32")
@@ -89,8 +89,8 @@ def test_a_run_logs_its_setup_and_prints_the_next_commands(where):
     ]
 
 
-def test_the_next_commands_after_training_on_clips():
-    assert _next_commands(Path("runs/a b"), on_clips=True) == [
+def test_thenext_commands_after_training_on_clips():
+    assert next_commands(Path("runs/a b"), on_clips=True) == [
         "next:",
         "  python -m dinoseg mode=eval 'resume=runs/a b'",
         "  python -m dinoseg mode=track 'resume=runs/a b' input=VIDEO",
