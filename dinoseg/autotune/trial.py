@@ -140,8 +140,7 @@ def try_steps(
         score_names=(parts.score,),
     )
     for group in optimizer.param_groups:
-        if group["frozen"]:  # parts that the recipe freezes at first are timed as they are trained later
-            group["frozen"] = False
+        if group["backbone"]:  # a backbone that the recipe freezes at first is timed as it is trained later
             group["start"] = 0.0
     # the feed raises before the last step, after which `fit` would validate
     settings = parts.settings(data_module.most + 1)

@@ -45,7 +45,7 @@ def describe(cfg: DictConfig, keys: Collection[str]) -> dict[str, Any]:
         keys: root keys to store.
 
     Raises:
-        UserError: a part is no option of a group, a key of an option was removed, or a text holds an interpolation.
+        UserError: a part is not an option of a group, a key of an option was removed, or a text holds an interpolation.
     """
     config = to_container(cfg)
     choices = choices_of(config["choices"], keys)
@@ -104,7 +104,7 @@ def _values_of(
         elif key in _OF_THIS_MACHINE:
             continue
         elif steps and key not in option and not is_argument:
-            raise UserError(f"{dotted(place)} is no key of the options that are chosen. Add it to an option's file.")
+            raise UserError(f"{dotted(place)} is not a key of the chosen options. Add it to an option's file.")
         elif isinstance(value, Mapping) and _is_node(usual, is_argument=is_argument):
             values[str(key)] = _values_of(node[key], value, usual, place, targets, is_argument=is_argument)
         elif not (_interpolates(value) and value == usual and not str(value).startswith(_OF_THIS_RUN)):
@@ -191,7 +191,9 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
     chosen = choices_of(choices, keys)
     for group, option in chosen.items():
         if not (_GROUP.fullmatch(group) and isinstance(option, str) and _OPTION.fullmatch(option)):
-            raise UserError(f"{source.where}: {format_value(f'{group}={option}')} is no name of an option. {REMEDY}.")
+            raise UserError(
+                f"{source.where}: {format_value(f'{group}={option}')} is not the name of an option. {REMEDY}."
+            )
     try:
         return to_container(compose_options(chosen, source.folders))
     except UserError as error:
@@ -300,7 +302,7 @@ def _set_values(
         if key in _OF_THIS_MACHINE:
             raise UserError(f"{what} is refused: a checkpoint must not choose where files are written. {REMEDY}.")
         if name not in node and not is_argument:
-            raise UserError(f"{what} is refused: the options on this machine have no such key. {REMEDY}.")
+            raise UserError(f"{what} is refused: the options on this machine lack this key. {REMEDY}.")
         if _is_node(option, is_argument=is_argument) and isinstance(value, Mapping):
             _set_values(node[name], value, place, added, where, is_argument=is_argument)
         elif value is not None and (nests(option) or _is_node(option, is_argument=is_argument)):

@@ -98,6 +98,7 @@ def train_heads(
         engine.is_main,
         heads={name: head.checkpoints for name, head in heads.items()},
     )
+    assert isinstance(task.data_module, ImageDataModule)  # checked above
     with open_log(build, out_dir, start, engine) as log:
         experiment = Experiment(
             model,

@@ -302,7 +302,7 @@ class Page:
         if self._editor.mask.any():
             await self._label_video(track)
         else:
-            self._tell("The mask is empty: paint what is to be tracked.", is_error=True)
+            self._tell("The mask is empty: paint the objects to track.", is_error=True)
 
     async def _label_video(self, segment: Callable[[Sequence[np.ndarray]], Masks]) -> None:
         if self.is_busy:

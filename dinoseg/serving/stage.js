@@ -16,7 +16,7 @@ export default {
           <svg ref="svg" :viewBox="'0 0 ' + width + ' ' + height" :class="{paint}" @pointerdown="down"
                @pointermove="move" @pointerup="up" @pointercancel="up" @pointerleave="cursor = null">
             <g fill="none" stroke-linecap="round" stroke-linejoin="round" :opacity="opacity">
-              <polyline v-for="one in drawn" :points="one.points.join(' ')" :stroke="one.color" :stroke-width="one.width"/>
+              <polyline v-for="line in visible" :points="line.points.join(' ')" :stroke="line.color" :stroke-width="line.width"/>
             </g>
             <g v-if="paint && cursor" fill="none">
               <circle v-for="[ink, wide] in [['#000', 3], ['#fff', 1.5]]" :cx="cursor[0]" :cy="cursor[1]" :r="radius"
@@ -32,7 +32,7 @@ export default {
   },
   data: () => ({ over: false, sent: null, cursor: null, stroke: null, strokes: [] }),
   computed: {
-    drawn() {
+    visible() {
       return this.stroke ? [...this.strokes, this.stroke] : this.strokes;
     },
   },

@@ -54,7 +54,7 @@ def train(config_dir, **options):
 
 def test_a_head_of_ones_own_is_loaded_in_the_same_process(mine):
     run = train(mine, head="mine", data="folder", out_dir="run")
-    with pytest.raises(UserError, match="head=mine is no option on this machine.*config_dir"):
+    with pytest.raises(UserError, match="head=mine is not an option on this machine.*config_dir"):
         run.load_model(device="cpu")
     model = run.load_model(device="cpu", config_dir=mine)
     assert type(model.head) is MyHead

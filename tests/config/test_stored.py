@@ -206,7 +206,9 @@ def test_values_stay_when_a_config_file_changes(tmp_path, caplog):
 
 def test_a_missing_option_is_named(sound):
     stored = {**sound, "choices": {**sound["choices"], "head": "mine"}}
-    with pytest.raises(UserError, match="resume=file: head=mine is no option on this machine.* --config-dir FOLDER"):
+    with pytest.raises(
+        UserError, match="resume=file: head=mine is not an option on this machine.* --config-dir FOLDER"
+    ):
         load(stored)
 
 
@@ -222,7 +224,7 @@ def test_a_missing_option_is_named(sound):
 )
 def test_names_of_options_do_not_leave_the_groups(sound, group, option):
     stored = {**sound, "choices": {**sound["choices"], group: option}}
-    with pytest.raises(UserError, match="resume=file: .*is no name of an option"):
+    with pytest.raises(UserError, match="resume=file: .*is not the name of an option"):
         load(stored)
 
 

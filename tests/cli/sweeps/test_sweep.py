@@ -120,7 +120,7 @@ def test_only_what_is_trained_anew_is_looked_at(monkeypatch, keys, error, reason
     def fail(*_):
         raise error
 
-    composed = OmegaConf.create({**keys, "hydra": {"runtime": {"choices": {}}}})
+    composed = OmegaConf.create({**keys, "hydra": {"runtime": {"choices": {}, "config_sources": []}}})
     monkeypatch.setattr("dinoseg.experiment.heads.solo_runs", fail)
     assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: composed), composed, []) == reason
 
@@ -130,7 +130,13 @@ def test_a_cell_is_looked_at_with_its_own_choices(monkeypatch):
         raise UserError(cfg.choices.head)
 
     sweep, cell = (
-        OmegaConf.create({"mode": {"check": {}}, "resume": None, "hydra": {"runtime": {"choices": {"head": head}}}})
+        OmegaConf.create(
+            {
+                "mode": {"check": {}},
+                "resume": None,
+                "hydra": {"runtime": {"choices": {"head": head}, "config_sources": []}},
+            }
+        )
         for head in ("linear", "mlp")
     )
     monkeypatch.setattr("dinoseg.experiment.heads.solo_runs", tell)

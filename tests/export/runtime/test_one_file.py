@@ -143,7 +143,7 @@ def test_a_program_of_hydras_own_is_neither_changed_nor_read(file, tmp_path):
             before = HydraConfig.get()
             dinoseg.load(file, device="cpu")
             assert HydraConfig.get() is before and GlobalHydra.instance().is_initialized()
-            with pytest.raises(UserError, match="head=mine is no option on this machine"):
+            with pytest.raises(UserError, match="head=mine is not an option on this machine"):
                 dinoseg.load(evil)
     finally:
         HydraConfig.instance().cfg = None
