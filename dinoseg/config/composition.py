@@ -67,8 +67,8 @@ def _parts(config: _Config, choices: Mapping[str, Any], folders: Sequence[Path])
     if path is None:
         group, _, option = config.name.rpartition("/")
         raise UserError(
-            f"{group}={option} is not an option on this machine. Add the folder of config groups that has it: --config-dir "
-            "FOLDER, or config_dir=FOLDER in Python."
+            f"{group}={option} is not an option on this machine. Add the folder of config groups that has it: "
+            "--config-dir FOLDER, or config_dir=FOLDER in Python."
         )
     content, header = _read_config(path)
     place = config.place(header)
