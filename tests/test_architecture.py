@@ -1,6 +1,7 @@
 """Who may import whom, which door leads to which heavy dependency, and how large files and functions get."""
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -419,3 +420,10 @@ def test_hidden_names_stay_inside_their_file():
             ):
                 hidden.append(f"{file}:{line}: {name}")
     assert seen > 100 and not hidden
+
+
+def test_the_files_to_read_first_are_short():
+    page = (PACKAGE.parent / "docs/architecture.md").read_text("utf-8")
+    table = page.partition("## Read these eight files")[2].partition("\n## ")[0]
+    names = re.findall(r"^\| `(\S+\.py)` \|", table, flags=re.MULTILINE)
+    assert len(names) == 8 and sum(FILES[name].count("\n") for name in names) < 2000
