@@ -30,7 +30,7 @@ from dinoseg.training.description import PRECISION
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_override, format_value, nearest, printable
 
-_UNBUILT = ["data", "loss", "trainer"]  # groups that build nothing of a trained model
+_UNBUILT = ("data", "loss", "trainer")  # groups that build nothing of a trained model
 REPLACEABLE = ("data", *USES)  # groups of a checkpoint that the command line may choose again
 
 
@@ -92,11 +92,11 @@ def standalone_config(
     trust: Sequence[str] = (),
     job: Mapping[str, Any] | None = None,
     config_dir: Path | None = None,
+    unused: Sequence[str] = _UNBUILT,
 ) -> DictConfig:
     """Return the config for using the model of a checkpoint without a command line.
 
-    Hydra is neither initialised nor read: the caller may be a Hydra program of its own. The options of data, loss and
-    trainer are not composed, since they build nothing of a model.
+    Hydra is neither initialised nor read: the caller may be a Hydra program of its own.
 
     Args:
         path: the checkpoint file.
@@ -106,6 +106,7 @@ def standalone_config(
         trust: hub ids that the file may name.
         job: config of the job that uses the checkpoint, whose folders of config groups and `trust` count as well.
         config_dir: folder of further config groups, without a job.
+        unused: groups whose options are not composed, since they build nothing of a model.
 
     Raises:
         UserError: the checkpoint's config is refused.
@@ -122,9 +123,9 @@ def standalone_config(
         chosen[USE] = inference
         stored.pop(USE, None)
     source = Source(f"resume={path}", folders, trust, [*changes])
-    saved = compose_stored({**info, "config": stored}, source, unused=_UNBUILT)
+    saved = compose_stored({**info, "config": stored}, source, unused=unused)
     facts = {"resume": str(path), "choices": {**info["choices"], **chosen}, "config_dirs": folders}
-    facts[VALUES_ONLY] = _UNBUILT
+    facts[VALUES_ONLY] = [*unused]
     merged = OmegaConf.create({**to_container(compose_options(chosen, folders)), **facts, **saved})
     _keep_precision(merged, info, [*changes])
     for key, value in changes.items():

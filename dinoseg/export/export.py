@@ -74,7 +74,9 @@ def prepared(
         record, reason = record_of(model, sizes, options, found[0].size, opset=opset, precision=precision)
         limit_to_trained_size(reference, sizes)
         model.limit = reference.limit
-        rounding, strategy = _rounding(source), missing_strategy(trained, [picture.size for picture in found])
+        rounding = _rounding(source)
+        folders = source.config.get("config_dirs", ())
+        strategy = missing_strategy(trained, [picture.size for picture in found], folders)
         yield Prepared(Reference(reference, record), model, record, reason, facts, found, folder, rounding, strategy)
 
 

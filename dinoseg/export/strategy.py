@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dinoseg.config.stored import Source, compose_stored
 from dinoseg.core.sizes import Size
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import USE
@@ -31,12 +32,13 @@ class Strategy:
     miou: float | None
 
 
-def missing_strategy(trained: Trained, sizes: Sequence[Size]) -> Strategy | None:
+def missing_strategy(trained: Trained, sizes: Sequence[Size], folders: Sequence[str] = ()) -> Strategy | None:
     """Return the strategy stored with a model if its predictions differ from those of one pass over the whole image.
 
     Args:
         trained: the loaded model; the strategy is that of its checkpoint, whatever the command line sets.
         sizes: (H, W) of the images of the verification.
+        folders: further folders of config groups.
 
     Returns:
         None if the strategy is such a pass for images of all `sizes`, or if the checkpoint stores none.
@@ -44,7 +46,8 @@ def missing_strategy(trained: Trained, sizes: Sequence[Size]) -> Strategy | None
     stored = trained.info["config"]
     if stored.get(USE) is None:
         return None
-    build = ModelBuilder.of(stored)
+    description = {**trained.info, "config": {key: stored[key] for key in (USE, "resolution")}}
+    build = ModelBuilder.of(compose_stored(description, Source("resume", folders)))
     policy, values = build.part(USE), build.settings(USE)
     if all(policy.equals_single_pass(trained.model, size, trained.autocast) for size in sizes):
         return None
@@ -70,6 +73,7 @@ def warn_of_strategy(
         record: of its graph.
         report: of its verification, see `compare`.
         sizes: (H, W) of the images of the verification.
+        folders: further folders of config groups.
     """
     size, longest = sizes[0], max(map(max, sizes))
     height, width = record.layout(size).content

@@ -41,7 +41,10 @@ def cfg(compose, tmp_path):
     write_data(tmp_path / "data")
     path = untrained(compose, tmp_path, *TINY, "head=linear")
     return standalone_config(
-        path, checkpoint.describe(path), {"engine.device": "cpu", "data.root": str(tmp_path / "data")}
+        path,
+        checkpoint.describe(path),
+        {"engine.device": "cpu", "data.root": str(tmp_path / "data")},
+        unused=(),
     )
 
 
@@ -245,7 +248,7 @@ def test_weights_beside_a_large_file_are_read_from_there(cfg, out, monkeypatch):
 def test_lora_updates_are_merged_and_a_program_is_proven_too(compose, tmp_path):
     write_data(tmp_path / "data")
     path = untrained(compose, tmp_path, *TINY, "head=linear", "adapter=lora", "adapter.rank=2")
-    cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"})
+    cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"}, unused=())
     (tmp_path / "out").mkdir()
     ProgramExport(images=str(tmp_path / "data/val/images"))(ModelSource(cfg), out_dir=tmp_path / "out")
     report = json.loads((tmp_path / "out" / REPORT).read_text())

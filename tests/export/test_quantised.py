@@ -34,7 +34,10 @@ def quantised(request, compose, tmp_path):
     write_data(tmp_path / "data")
     path = untrained(compose, tmp_path, *TINY, "head=linear", *FORMS[request.param])
     cfg = standalone_config(
-        path, checkpoint.describe(path), {"engine.device": "cpu", "data.root": str(tmp_path / "data")}
+        path,
+        checkpoint.describe(path),
+        {"engine.device": "cpu", "data.root": str(tmp_path / "data")},
+        unused=(),
     )
     return request.param, path, cfg
 

@@ -32,7 +32,7 @@ def missing(compose, tmp_path):
 
     def find(*words, sizes=((32, 48),), **info):
         path = untrained(compose, tmp_path, *TINY, "head=linear", *words, **info)
-        cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"})
+        cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"}, unused=())
         return missing_strategy(ModelSource(cfg).load_on_cpu(), sizes)
 
     return find
@@ -88,7 +88,7 @@ def test_windows_are_compared_with_each_size(missing):
 
 def test_all_images_of_the_verification_are_considered(compose, tmp_path):
     path = untrained(compose, tmp_path, *TINY, "head=linear", "inference=windows", "inference.size=[32,48]")
-    cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"})
+    cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"}, unused=())
     for width, is_whole in ((48, True), (56, False)):
         for number, size in enumerate([(8, 8), (32, width)]):
             save(tmp_path / f"images/{number}.png", np.zeros((*size, 3), np.uint8))
