@@ -30,6 +30,7 @@ ELSEWHERE = {  # of another config, or in a function that the mode calls for som
     "compare": {"data", "seed", "resolution"},  # of the runs
     "export": {"loss"},  # of the checkpoint
     "probe": {"adapter", "num_classes"},  # num_classes: of the data set, not of mode=score
+    "serve": {"loss"},  # in saving a model, too
     "track": {"inference"},  # made with the model, and not used
     "train": {"num_classes", "tracker"},  # tracker: of models without slots, which track in mode=eval and track
 }
