@@ -88,7 +88,8 @@ def _values_of(
     is_argument = is_argument or "_target_" in option
     removed = [key for key in option if key not in given and key not in _OF_THIS_MACHINE] if steps else []
     if removed:
-        raise UserError(f"{dotted((*steps, removed[0]))} was removed, which a checkpoint cannot store. Set it instead.")
+        key = dotted((*steps, removed[0]))
+        raise UserError(f"~{key} removes a key that is read. Leave it out, or set {key} to another value.")
     values: dict[str, Any] = {}
     for key, value in given.items():
         place, usual = (*steps, str(key)), option.get(key)

@@ -71,10 +71,11 @@ def overview(further: Sequence[Path] = ()) -> str:
     Args:
         further: further folders of config groups, in addition to the shipped one.
     """
-    names = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
+    folders = {path.parent.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("*/**/*.yaml")}
+    names = sorted(name for name in folders if name.partition("/")[0] not in ("hydra", "local"))
     groups = {name: options_in((CONFIGS, *further), name) for name in names}
     return COMMANDS + "\n".join(
-        f"  {name + ':':{_COLUMN}}{_wrapped(_by_family(options))}" for name, options in groups.items()
+        f"  {name + ':':{_COLUMN - 1}} {_wrapped(_by_family(options))}" for name, options in groups.items()
     )
 
 

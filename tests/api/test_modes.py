@@ -200,7 +200,7 @@ def test_a_run_is_exported_and_the_file_evaluated(here):
         ([], {"data.root": "missing", "data.classes": ["a", "b"]}, "missing"),
         (["~data"], {}, "data"),
         ([None, "trainer.clip=${nowhere}"], KEYS, "trainer.clip=${nowhere} refers to a key that does not exist"),
-        ([None, "~trainer.clip"], KEYS, "trainer.clip was removed"),
+        ([None, "~trainer.clip"], KEYS, "~trainer.clip removes a key that is read. Leave it out"),
     ],
 )
 def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
