@@ -188,8 +188,8 @@ def test_an_unknown_option_lists_those_there_are(place, group):
     message = refused(place, *TRAIN, f"{group}=nonsense")
     assert f"error: {group}=nonsense is unknown." in message
     listed = message.split("Choose from ")[1].strip().removesuffix(".").split(", ")
-    files = [path for path in os.listdir(f"{CONFIGS}/{group}") if not path.startswith("_")]
-    assert listed == sorted(path.removesuffix(".yaml") if ".yaml" in path else f"{path}/*" for path in files)
+    files = [path for path in os.listdir(f"{CONFIGS}/{group}") if path.endswith(".yaml") and not path.startswith("_")]
+    assert listed == sorted(path.removesuffix(".yaml") for path in files)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +458,7 @@ def test_a_model_that_no_memory_holds_is_one_message(place, monkeypatch):
         place, *TRAIN, "data.root=data", "head=detail", "head.layers=[-1]", f"head.fine={10**9}", "hydra.run.dir=R"
     )
     lines = [line for line in said.splitlines() if " INFO " not in line]
-    assert lines[0].startswith("error: Out of memory (Storage size calculation overflowed with sizes=[")
+    assert lines[0].startswith("error: Out of memory (")
     assert (
         "). Free some memory. A training needs less with a smaller backbone, head or batch: mode=plan lists "
         "settings that"
