@@ -104,6 +104,7 @@ def second_rank(monkeypatch):
     monkeypatch.setattr(launch, "run_ranks", lambda *_: pytest.fail("a rank starts ranks"))
     monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: folder)
     monkeypatch.setattr(launch, "_share_start", lambda cfg, folder, start: start())
+    monkeypatch.setattr("dinoseg.experiment.recipe.config_description", lambda build: {})  # this config has no model
     mode = {"devices": 2, "resume_from": "last"}
     return OmegaConf.create({"mode": mode, "trainer": {}, "resume": None, "choices": {"hparam": "a"}})
 
