@@ -13,7 +13,7 @@ GROUPS = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and path
 
 
 def options(group):
-    paths = [path.relative_to(FOLDER / group) for path in (FOLDER / group).rglob("*.yaml")]
+    paths = [path.relative_to(FOLDER / group) for path in (FOLDER / group).glob("*.yaml")]
     return sorted(path.with_suffix("").as_posix() for path in paths if not path.stem.startswith("_"))
 
 

@@ -146,7 +146,7 @@ def test_how_slots_are_followed_makes_no_other_run(here):
 @pytest.mark.parametrize(
     ("node", "message"),
     [
-        ({"_target_": "os.system", "command": "true"}, r"slots\._target_=os.system"),
+        ({"_target_": "os.system", "command": "true"}, "slots is refused: a checkpoint stores no key _target_"),
         (
             {"match": "nearest"},
             "slots.match=nearest is unk",

@@ -88,7 +88,7 @@ def test_other_modes_say_what_is_finished(tmp_path, monkeypatch, number, status)
 
 
 def test_a_command_that_is_stopped_before_it_begins_is_a_line(tmp_path, monkeypatch):
-    def stop(arguments):
+    def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(own_keys, "with_checkpoint_keys", stop)
