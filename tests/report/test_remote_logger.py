@@ -107,13 +107,11 @@ def test_a_damaged_record_drops_the_logger(tmp_path, caplog, run_id):
     ("folder", "name", "group"),
     [
         ("outputs/base/train_1", "train_1", None),
-        ("outputs/base/train_1/heads/mlp", "train_1/mlp", "train_1"),
         ("swept/3", "swept/3", "swept"),
         ("swept/a/b", "swept/a/b", "swept"),
-        ("swept/3/heads/mlp", "swept/3/mlp", "swept"),
     ],
 )
-def test_runs_of_a_sweep_and_of_several_heads_have_a_group(tmp_path, folder, name, group):
+def test_runs_of_a_sweep_have_a_group(tmp_path, folder, name, group):
     (tmp_path / "swept").mkdir()
     (tmp_path / "swept/multirun.yaml").touch()
     logger = ListLogger(tmp_path / folder, sent=[])
