@@ -109,7 +109,7 @@ def test_from_its_share_on_it_learns_with_moments_of_its_own(tmp_path):
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert {f"backbone.{name}" for name, each in learnt.backbone.named_parameters() if each.requires_grad} == moved
     counts = {
-        group["frozen"]: {optimizer.state[each]["step"].item() for each in group["params"]}
+        group["backbone"]: {optimizer.state[each]["step"].item() for each in group["params"]}
         for group in optimizer.param_groups
     }
     assert counts == {True: {3.0}, False: {5.0}}
@@ -240,7 +240,7 @@ def test_its_schedule_begins_with_it():
     for step in range(20):
         factor = shape(step, 7) if step < 7 else shape(step - 7, 13)
         assert set_learning_rates(optimizer, ScheduleState(shape, step, 20)) == 0.5 * factor
-        found = {group["frozen"]: group["lr"] for group in optimizer.param_groups}
+        found = {group["backbone"]: group["lr"] for group in optimizer.param_groups}
         assert found == {True: 0.0 if step < 7 else 0.1 * factor, False: 0.5 * factor}
     plain = adamw(model, head_lr=0.5, backbone_lr=0.1)
     for step in range(20):
