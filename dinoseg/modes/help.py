@@ -130,7 +130,8 @@ def of_mode(mode: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
     ]
     text = "".join(path.read_text("utf-8") for path in option_files(folders, "mode", mode))
     reads = text.rpartition("\nreads: [")[2].partition("]")[0].split() if "\nreads: [" in text else []
-    keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in _settable_keys(text)] or ["  none"]
+    settable = {line.partition(":")[0]: line for line in _settable_keys(text)}  # a later file overrides a key
+    keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in settable.values()] or ["  none"]
     title = f"Keys of mode={mode} and their defaults:"
     first, also = [*commands, ""] if commands else [], [f"It also reads {' '.join(reads)}", ""] if reads else []
     # options of a group with the mode's name, such as the formats of mode=export

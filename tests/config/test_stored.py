@@ -257,7 +257,7 @@ def test_what_cannot_be_stored_is_refused():
     del cfg.data.augment.affine
     with pytest.raises(UserError, match="~data.augment.affine removes a key"):
         describe(cfg, KEYS)
-    with pytest.raises(UserError, match="trainer.more is no key of the options"):
+    with pytest.raises(UserError, match="trainer.more is not a key of the chosen options"):
         describe(composed(**{"trainer.more": 1}), KEYS)
     with pytest.raises(UserError, match=r"data.classes=.* holds \$\{"):
         describe(composed(**{"data.classes": ["a", "\\${b}"]}), KEYS)
