@@ -62,7 +62,7 @@ def post(connection, body):
 
 
 def run_clients(port, clients, requests, wanted):
-    """Send requests from so many clients; return the seconds of all, and each one's."""
+    """Send requests from several clients; return the total seconds and those of each request."""
     latencies, left, lock = [], list(range(requests)), threading.Lock()
 
     def client():

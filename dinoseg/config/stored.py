@@ -226,7 +226,7 @@ def description_of(config: Mapping[str, Any], keys: Collection[str], source: Sou
 
 
 def _without_parts(given: Mapping[str, Any], option: Any, steps: Steps, targets: dict[str, str]) -> dict[str, Any]:
-    """Return a node without what its option says in the same words, but for values; fill the names of classes."""
+    """Return the values of a node without the interpolations of its option, and fill `targets` with class names."""
     values: dict[str, Any] = {}
     for key, value in given.items():
         usual = option.get(key) if isinstance(option, Mapping) else None

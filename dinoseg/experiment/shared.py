@@ -1,6 +1,6 @@
 """The config of a job as rank 0 shares it: names of options and plain values, like a checkpoint's.
 
-Whoever reaches the store of the ranks could have written it: a rank composes the options from its own config files.
+Any process that reaches the store could write it: a rank composes the options from its own config files.
 """
 
 from collections.abc import Mapping

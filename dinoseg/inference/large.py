@@ -130,5 +130,5 @@ def _import_pyvips(path: Path) -> Any:
 
 
 def _describe(error: Exception) -> str:
-    """Return what libvips said, which takes several lines and leads with pyvips's own."""
+    """Return the lines of libvips in an error as one, without the first, which is that of pyvips."""
     return "; ".join(line.strip() for line in str(error).splitlines()[1:] if line.strip()) or str(error)

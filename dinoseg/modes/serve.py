@@ -34,7 +34,7 @@ def serve(
     """
     accepted = list_hosts(host, hosts)
     run = Path(out_dir)
-    # beside the run folder, so that the next server removes what a killed one has left
+    # next to the run folder, so that the next server removes the files of a killed one
     with bind_socket(host, port) as listener, scratch_folder(run.parent, "uploads") as uploads:
         with closing(SharedModel(load_served(ModelSource(cfg), run, model), max_pixels)) as shared:
             serve_until_signal(build_endpoint(shared, uploads, hosts=accepted, max_mib=max_mib), listener)

@@ -1,4 +1,4 @@
-"""HTML pages from the templates beside this file: each is one self-contained file without network requests."""
+"""HTML pages from templates: each is one self-contained file without network requests."""
 
 import base64
 import hashlib
