@@ -181,7 +181,7 @@ def _share_start(cfg: DictConfig, out_dir: Path, start: Callable[[], JobStart]) 
     engine = cfg.engine
     text = share_from_rank0(as_text, connect=engine.rendezvous_timeout, wait=engine.rank_timeout)
     config, folder, result = json.loads(text)
-    return JobStart(compose_job(to_container(OmegaConf.create(config)), cfg), Path(folder), result)
+    return JobStart(compose_job(to_container(OmegaConf.create(config)), to_container(cfg)), Path(folder), result)
 
 
 def _enter_folder(

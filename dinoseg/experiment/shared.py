@@ -28,19 +28,18 @@ def describe_job(cfg: DictConfig) -> dict[str, Any]:
     return {**describe(cfg, keys), "hparam": cfg.choices.hparam, SOLO: solo}
 
 
-def compose_job(shared: Mapping[str, Any], cfg: DictConfig) -> DictConfig:
+def compose_job(shared: Mapping[str, Any], own: Mapping[str, Any]) -> DictConfig:
     """Return the config of a job that rank 0 has described.
 
     Args:
         shared: as `describe_job` returns it; not trusted.
-        cfg: the config that this rank has composed from the command line.
+        own: the config that this rank has composed from the command line, as plain values.
 
     Raises:
         UserError: see `compose_stored`.
     """
-    own = to_container(cfg)
     source = Source("the config of rank 0", own["config_dirs"], typed=["backbone.weights"])  # which rank 0 has checked
     choices = {**own["choices"], **shared["choices"], "hparam": shared["hparam"]}
-    solo = {name: to_container(compose_job(run, cfg)) for name, run in shared[SOLO].items()}
+    solo = {name: to_container(compose_job(run, own)) for name, run in shared[SOLO].items()}
     more = {"choices": choices, **({SOLO: solo} if solo else {})}
     return OmegaConf.create({**own, **compose_stored(shared, source), **more})
