@@ -109,7 +109,7 @@ def test_a_loss_that_waits_is_seen(tmp_path):
 
     model, _ = tiny()
     done = train(tmp_path, model, Reading(), steps=2, val_every=2, log_every=2)
-    assert done.data_module.steps[0] == {"training/step.py _loss_of: copy to the device": 1}
+    assert done.data_module.steps[0] == {"training/step.py batch_loss: copy to the device": 1}
 
 
 def test_slots():
