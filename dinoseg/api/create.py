@@ -75,6 +75,10 @@ def create_model(
         ('class_0', 'class_1', 'class_2')
     """
     names = _names(num_classes, classes)
+    if not isinstance(init, str | PathLike | None):
+        raise UserError(
+            f"init={format_value(init)} names no run. Give a run folder or a checkpoint, or leave init out."
+        )
     overrides = overrides if init is None else {**overrides, "init": init}
     given: dict[str, Any] = {"backbone": backbone, "head": head, "adapter": adapter, "data.classes": names}
     given["backbone.weights"] = None if weights == "pretrained" else _whole_path(weights)
@@ -149,4 +153,6 @@ def _names(num_classes: int | None, classes: Iterable[str] | None) -> list[str] 
     whole_number(len(names), "len(classes)", _CLASSES)
     if wrong := next((name for name in names if "${" in name), None):
         raise UserError(f"classes: {wrong} holds ${{, which refers to another key of the config. Rename the class.")
+    if "???" in names:
+        raise UserError("classes: ??? marks a value that a config lacks. Rename the class.")
     return names

@@ -197,6 +197,8 @@ def test_classes_by_number_name_or_dataset():
         ({"classes": ["a"]}, r"len\(classes\)=1: give 2 to 255"),
         ({"classes": 7}, "classes=7 is not a list"),
         ({"classes": ["${x}", "b"]}, "refers to another key of the config. Rename the class"),
+        ({"classes": ["???", "b"]}, "marks a value that a config lacks. Rename the class"),
+        ({"num_classes": 2, "init": {"a": 1}}, "^init=.* names no run. Give a run folder or a checkpoint"),
         ({"num_clases": 2}, "^num_clases is not an argument. Did you mean num_classes"),
         ({"num_classes": 2, "wieghts": "random"}, "^wieghts is not an argument. Did you mean weights"),
         ({"num_classes": 3, "classes": ["a", "b"]}, "num_classes=3, but classes has 2 names"),
