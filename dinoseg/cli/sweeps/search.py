@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,23 +109,25 @@ class Search(Sweeper):
             )
         try:
             words = [self.score, self.direction, *(str(override.input_line) for override in swept)]
-            study = open_study(path, self.direction, space, words, fixed)
+            study = open_study(path, self.direction, words, fixed)
             self._settle(study)
             self._search(study, space, fixed)
         finally:
             locks.release(held)
 
     def _settle(self, study: Any) -> None:
-        """Record the results of jobs that ended after an earlier search did; enqueue killed jobs again."""
+        """Record the results of jobs that ended after an earlier search did; enqueue interrupted jobs again."""
         from optuna.trial import TrialState
 
+        rows = {row["job"]: row for row in self._job_results.rows()}
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            found = self._job_results.returned(trial.number)
-            if found is None:
+            row = rows.get(trial.number)
+            if row is None:
                 study.enqueue_trial(trial.params)
                 study.tell(trial.number, state=TrialState.FAIL)
             else:
-                self._tell(study, trial, *self._scored(found))
+                error = {"error": row["note"]} if row["note"] else {}
+                self._tell(study, trial, *self._scored(row["returned"] | error))
 
     def _tell(self, study: Any, trial: Any, value: float | None, error: str) -> None:
         if error:
@@ -218,13 +220,12 @@ _MAX_BYTES = 2**30  # maximum size of the file; a job takes a few thousand bytes
 _REMEDY = "Choose another hydra.sweeper.storage, or remove the file."
 
 
-def open_study(path: Path, direction: str, space: Mapping[str, Any], words: Sequence[str], fixed: Sequence[str]) -> Any:
+def open_study(path: Path, direction: str, words: Sequence[str], fixed: Sequence[str]) -> Any:
     """Return the study that a file holds, or a new one; report earlier jobs with other fixed overrides.
 
     Args:
         path: of the file, locked by this process.
         direction: maximize or minimize.
-        space: keys to optuna distributions.
         words: score, direction and swept overrides; a file with other ones holds another search.
         fixed: the other overrides of the command line.
 
@@ -248,10 +249,6 @@ def open_study(path: Path, direction: str, space: Mapping[str, Any], words: Sequ
         )
         trials = study.get_trials(deepcopy=False)
         known = study.user_attrs.get(_WORDS, [] if trials else words)
-        if known == words:
-            if [found.name.lower() for found in study.directions] != [direction]:
-                raise ValueError("it has another direction")
-            _check(trials, space)
         changed = {*study.user_attrs.get(_FIXED, fixed)} ^ {*fixed}
     except OSError:
         raise
@@ -281,21 +278,3 @@ def _drop_cut_line(path: Path) -> None:
         raise UserError(f"hydra.sweeper.storage={path} does not hold a search. Choose another file.")
     if not text.endswith(b"\n"):
         os.truncate(path, text.rfind(b"\n") + 1)
-
-
-def _check(trials: Sequence[Any], space: Mapping[str, Any]) -> None:
-    """Refuse trials that this search cannot have written.
-
-    Raises:
-        Exception: of any type.
-    """
-    for trial in trials:
-        trial._validate()
-        if trial.value is not None and not math.isfinite(trial.value):
-            raise ValueError(f"job {trial.number} has the score {trial.value}")
-        drawn = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        for key, value in drawn.items():
-            if trial.distributions.get(key, space[key]) != space[key]:
-                raise ValueError(f"{key} of job {trial.number} was sampled from other values")
-            if not space[key]._contains(space[key].to_internal_repr(value)):
-                raise ValueError(f"job {trial.number} has {key}={value}")
