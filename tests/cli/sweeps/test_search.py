@@ -20,8 +20,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from dinoseg.cli.sweeps.search import (  # noqa: E402
     Search,
-    _values,
-    open_study,  # noqa: E402
+    _values,  # noqa: E402
 )
 
 WORDS = ["mode=train", "lr=tag(log,interval(1e-4,1e-1))", "head=linear,mlp"]
