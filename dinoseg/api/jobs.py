@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from dinoseg.api.compose import Job, compose, compose_job, words_of
 from dinoseg.api.options import config_folders
 from dinoseg.api.session import isolated
-from dinoseg.cli.typos import misplaced
+from dinoseg.cli.typos import find_mistake
 from dinoseg.config.plain import at
 from dinoseg.experiment.folder import will_make
 from dinoseg.training import checkpoint
@@ -103,7 +103,7 @@ def _launch(job: Job, config_dir: Folder | None) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:
-        if message := misplaced(job.words, config_folders(config_dir), error):
+        if message := find_mistake(job.words, config_folders(config_dir), error):
             raise UserError(message) from error
         raise
 
