@@ -412,7 +412,7 @@ def test_it_trains_evaluates_and_predicts(place):
         "accuracy.png",
         "miou.png",
     } <= names
-    drawn = [read_image(run / name).shape for name in ("loss.png", "miou.png", "evaluation/confusion.png")]
+    drawn = [read_image(run / name).shape for name in ("loss.png", "miou.png")]
     assert all(min(height, width) > 150 for height, width, _ in drawn)
     assert {"checkpoints/best.safetensors", "checkpoints/last.safetensors", "evaluation/scores.json"} <= names
     again = call(place, "mode=eval", f"resume={run}", "engine=cpu", "engine.workers=0", "mode.metrics_only=true")
