@@ -20,62 +20,46 @@ _JUDGED = ("val/miou", "val/fg_ari")  # scores whose best value is marked
 _MANY = 40  # points above which a curve becomes a running mean over a pale line
 
 
-Plot = tuple[str, Mapping[str, str | None], str | None]  # file, keys with their names, title of a share in 0..1
-_LOSS: Plot = ("loss", {"train/loss": None, "val/loss": None}, None)
-IMAGE_PLOTS: tuple[Plot, ...] = (
+_LOSS = ({"train/loss": None, "val/loss": None}, "loss")
+_PANELS: tuple[tuple[dict[str, str | None], str], ...] = (  # keys of a panel with their names, and its title
     _LOSS,
-    ("accuracy", {"train/accuracy": None, "val/accuracy": None}, "pixel accuracy"),
-    ("miou", {"train/miou": None, "val/miou": None, "val/miou_no_background": "without background"}, "mean IoU"),
-)
-CLIP_PLOTS: tuple[Plot, ...] = (
-    _LOSS,
-    ("fg_ari", {"val/fg_ari": None, "val/ari": "ARI, with background", "val/mbo": "mBO"}, "FG-ARI"),
+    ({"train/accuracy": None, "val/accuracy": None}, "pixel accuracy"),
+    ({"train/miou": None, "val/miou": None, "val/miou_no_background": "without background"}, "mean IoU"),
+    ({"val/fg_ari": None, "val/ari": "ARI, with background", "val/mbo": "mBO"}, "FG-ARI"),
 )
 
 
-def draw_curves(
-    rows: Sequence[Mapping[str, Any]], out_dir: str | Path, plots: Sequence[Plot] = IMAGE_PLOTS
-) -> list[Path]:
-    """Write the figures of `plots` from `rows` with `step` and keys such as `train/loss`; return their paths.
-
-    Rows may lack any key, hold None or non-finite values, and come in any order of steps. The figure of a score
-    without values has a note instead of curves.
-    """
-    paths = []
-    for name, keys, title in plots:
-        path = Path(out_dir) / f"{name}.png"
-        write_png(path, _picture(rows, keys, title or name, share=title is not None))
-        paths.append(path)
-    return paths
+def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the figure of `curves_figure` to a PNG file."""
+    write_png(path, _picture(curves_figure(rows)))
 
 
-def _picture(
-    rows: Sequence[Mapping[str, Any]], keys: Mapping[str, str | None], title: str, *, share: bool
-) -> np.ndarray:
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+def _picture(figure: Figure) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
-    _draw_plot(figure.add_subplot(), rows, keys, title, share=share)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def curves_figure(rows: Sequence[Mapping[str, Any]], plots: Sequence[Plot] = (*IMAGE_PLOTS, CLIP_PLOTS[1])) -> Figure:
-    """Return one figure with a panel for each of `plots` that `rows` have values for, see `draw_curves`."""
-    shown = [plot for plot in plots if any(len(_points(rows, key)) for key in plot[1])] or [_LOSS]
+def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return a figure with a panel for the loss and for each score that has values.
+
+    Args:
+        rows: with `step` and keys such as `train/loss`. They may lack any key, hold None or non-finite values, and come
+            in any order of steps.
+    """
+    shown = [panel for panel in _PANELS if any(len(_points(rows, key)) for key in panel[0])] or [_LOSS]
     figure = Figure(figsize=(6 * len(shown), 4), dpi=100, layout="constrained")
-    for axes, (name, keys, title) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        _draw_plot(axes, rows, keys, title or name, share=title is not None)
+    for axes, (keys, title) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        _draw_panel(axes, rows, keys, title)
     return figure
 
 
-def _draw_plot(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], keys: Mapping[str, str | None], title: str, *, share: bool
-) -> None:
+def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], keys: Mapping[str, str | None], title: str) -> None:
     others = iter(_OTHERS)
     curves = [_points(rows, key) for key in keys]
     for (key, label), points in zip(keys.items(), curves, strict=True):
         style = _STYLES[key.split("/")[0]] if label is None else (next(others), label)
-        _draw(axes, points, style, best=share and key in _JUDGED)
+        _draw(axes, points, style, best=key in _JUDGED)
     axes.set_title(title, loc="left", fontsize=13)
     if not any(map(len, curves)):
         axes.set_axis_off()

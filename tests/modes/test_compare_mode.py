@@ -121,19 +121,23 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, held):
     done = compare(runs, "sweep")
     assert done.status == 0, done.err
     found = json.loads((runs / "compared/compare.json").read_text())
-    assert found["sides"] == {"0+2": ["sweep/0", "sweep/2"], "1+3": ["sweep/1", "sweep/3"]}
+    assert found["sides"] == {"0+2": ["sweep/0", "sweep/2"], "resolution.scale=0.5": ["sweep/1", "sweep/3"]}
     mious = [np.mean([_miou(runs / f"sweep/{number}") for number in side]) for side in ((0, 2), (1, 3))]
-    assert found["others"]["1+3"]["differences"]["miou"]["value"] == pytest.approx(mious[1] - mious[0])
+    assert found["others"]["resolution.scale=0.5"]["differences"]["miou"]["value"] == pytest.approx(mious[1] - mious[0])
     assert "sweep: folders that are no jobs with an evaluation of images are left out: 4." in done.err
     assert "the variance over seeds is included in the intervals (2, 2 runs)" in done.out
     assert (runs / "compared/compare.csv").is_file()
     rows = list(csv.DictReader((runs / "compared/images.csv").read_text().splitlines()))
-    assert [*rows[0]] == ["image", "unit", "0+2", "1+3", "1+3 adds"]
+    assert [*rows[0]] == ["image", "unit", "0+2", "resolution.scale=0.5", "resolution.scale=0.5 adds"]
     sides, _, said = held("sweep/0", "sweep/2")  # of seeds alone each stands for itself
     assert "one trained model per side" in seeds_note(sides) and "differ only in their seed" in said
     shutil.copytree(sweep / "0", runs / "again")  # of the same seed: another evaluation is what is compared
     sides = sides_of(["sweep/0", "sweep/1", "again"])
-    assert "one trained model per side" in seeds_note(sides) and [side.name for side in sides] == ["0", "1", "again"]
+    assert "one trained model per side" in seeds_note(sides) and [side.name for side in sides] == [
+        "0",
+        "resolution.scale=0.5",
+        "again",
+    ]
 
 
 def swept(runs, name, cells):
