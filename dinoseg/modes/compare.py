@@ -65,24 +65,6 @@ def run_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
         speed = cost.pop("images_per_s")
         seconds = 1 / speed if speed else None
         rows.append({"run": name, "miou": scores["miou"], "accuracy": scores["accuracy"], **cost, "seconds": seconds})
-    return _ranked(rows)
-
-
-def side_rows(sides: Sequence[Side], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each side, by mIoU: means over the rows of its runs; None if any run's value is unknown."""
-    by_run = {row["run"]: row for row in rows}
-    return _ranked([_mean(side.name, [by_run[name] for name in side.names]) for side in sides])
-
-
-def _mean(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    mean: dict[str, Any] = {"run": name}
-    for key in rows[0].keys() - {"run"}:
-        values = [row[key] for row in rows]
-        mean[key] = None if None in values else sum(values) / len(values)
-    return mean | {key: round(mean[key]) for key in ("parameters", "trainable") if mean[key] is not None}
-
-
-def _ranked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [rows[index] for index in best_first([row["miou"] for row in rows])]
 
 
@@ -113,13 +95,12 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
     others = against(sides, open_data)
     units, intervals, seeds = len(set(record.units)), units_note(sides), seeds_note(sides)
     rows = run_rows(sides)
-    costs = side_rows(sides, rows)
-    print(f"{costs_table(costs)}\n\n{verdicts(first, others)}")
+    print(f"{costs_table(rows)}\n\n{verdicts(first, others)}")
     print(f"points:       minus {first.name}\nintervals:    {intervals}\nseeds:        {seeds}")
     if few := few_units(units, record.unit):
         logger.warning("%s", few)
     write_tables(out_dir, first, others)
-    write_costs(out_dir / "runs.csv", rows)
+    write_csv_table(out_dir / "runs.csv", ["run", *COLUMNS], rows)  # scores in 0..1; unknown values are empty cells
     scores = scores_of(first.records)
     result = {
         "sides": {side.name: [str(folder) for folder in side.folders] for side in sides},
@@ -170,8 +151,3 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
         maxcolwidths=[MAX_NAME, *[None] * len(columns)],  # tabulate fails to wrap numbers with commas
         maxheadercolwidths=[MAX_NAME, *[_MAX_COST_COLUMN] * len(columns)],
     )
-
-
-def write_costs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one line per row, with scores in 0..1; unknown values are empty cells."""
-    write_csv_table(path, ["run", *COLUMNS], rows)

@@ -121,13 +121,12 @@ def test_jobs_without_a_score_count_and_three_of_them_with_no_other_end_it(tmp_p
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"trials": 0}, "hydra.sweeper.trials=0: give a whole number"),
-        ({"trials": True}, "hydra.sweeper.trials=True: give a whole number"),
-        ({"at_once": "2"}, "hydra.sweeper.at_once=2: give a whole number"),
-        ({"seed": None}, "hydra.sweeper.seed=None: give a whole number of at least 0 and at most 2147483648"),
-        ({"seed": -1}, "hydra.sweeper.seed=-1: give a whole number"),
-        ({"score": None}, "hydra.sweeper.score=None: give text, such as miou"),
-        ({"storage": ""}, "hydra.sweeper.storage=: give text"),
+        ({"trials": 0}, "hydra.sweeper.trials=0 is out of range. Give a whole number of at least 1"),
+        ({"trials": True}, "hydra.sweeper.trials=True is of type bool. Give a whole number"),
+        ({"at_once": "2"}, "hydra.sweeper.at_once=2 is of type str. Give a whole number"),
+        ({"seed": None}, "hydra.sweeper.seed=null is of type NoneType. Give a whole number"),
+        ({"seed": -1}, "hydra.sweeper.seed=-1 is out of range. Give a whole number from 0 to"),
+        ({"score": None}, "hydra.sweeper.score=null is of type NoneType. Give text"),
         ({"words": ["mode=train", "lr=range(5,1)"]}, "holds no value"),
         ({"direction": "up"}, "Choose maximize or minimize"),
         ({"sampler": "grid"}, "Choose tpe or random"),
@@ -237,15 +236,12 @@ def test_a_lock_of_a_killed_process_is_not_waited_for(tmp_path):
     assert [*jobs.done] == [0]
 
 
-def test_a_wrong_interval_can_be_mended_and_other_fixed_words_are_told(tmp_path, capsys):
+def test_a_search_continues_with_other_fixed_words(tmp_path):
     with pytest.raises(UserError, match="from the lower"):
         search(tmp_path, Jobs(), words=["mode=train", "lr=interval(2,1)"])
     search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)"], trials=1)
-    assert not capsys.readouterr().err
-    search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)", "a=1"], trials=2)
-    assert "Earlier jobs of this search differ in a=1" in capsys.readouterr().err
-    search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)", "a=1"], trials=3)
-    assert not capsys.readouterr().err  # it has been said
+    search(tmp_path, jobs := Jobs(), words=["mode=train", "lr=interval(1,2)", "a=1"], trials=2)
+    assert [*jobs.done] == [1]
 
 
 @pytest.mark.parametrize(
