@@ -148,20 +148,16 @@ def lent_hydra() -> Iterator[None]:
     Configs that the program has stored for groups of its own, such as `optim`, would be taken for schemas of ours.
     Blocks of several threads run one after another, since this state is the process's.
     """
-    with _ONE_AT_A_TIME, _lent_hydra():
-        yield
-
-
-@contextmanager
-def _lent_hydra() -> Iterator[None]:
-    instances, store = Singleton._instances, ConfigStore.instance()
-    before: dict[type, Any] = {kind: instances.pop(kind) for kind in _OF_A_PROGRAM if kind in instances}
-    stored = store.repo
-    store.repo = {name: node for name, node in stored.items() if name in _OF_HYDRA}
-    try:
-        yield
-    finally:
-        for kind in _OF_A_PROGRAM:
-            instances.pop(kind, None)
-        instances.update(before)
-        store.repo = stored
+    with _ONE_AT_A_TIME:
+        instances = Singleton._instances
+        store = ConfigStore.instance()
+        before: dict[type, Any] = {kind: instances.pop(kind) for kind in _OF_A_PROGRAM if kind in instances}
+        stored = store.repo
+        store.repo = {name: node for name, node in stored.items() if name in _OF_HYDRA}
+        try:
+            yield
+        finally:
+            for kind in _OF_A_PROGRAM:
+                instances.pop(kind, None)
+            instances.update(before)
+            store.repo = stored

@@ -16,7 +16,6 @@ from dinoseg.api.session import isolated
 from dinoseg.cli.typos import find_mistake
 from dinoseg.config.plain import at
 from dinoseg.experiment.folder import will_make
-from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted, raised
 from dinoseg.utils.wording import format_value
@@ -69,13 +68,13 @@ def run_mode(
         error.__context__ = error.__cause__ = None
         failed: UserError = error.with_traceback(None)
     except Interrupted as error:
-        stopped = Interrupted(error.number, note=error.note, folder=error.folder)
+        stopped = Interrupted(error.number, note=error.note)
     # raised here, errors have no context, whose frames would hold the model
     if stopped is None:
         raise failed
     if stopped.number != signal.SIGINT and threading.current_thread() is threading.main_thread():
         signal.raise_signal(stopped.number)
-    raise KeyboardInterrupt(_how_to_resume(stopped))
+    raise KeyboardInterrupt(stopped.note)
 
 
 def _check_unused(job: Job) -> None:
@@ -117,11 +116,3 @@ def _tables(
     options = {key: value for key, value in overrides.items() if not isinstance(value, Mapping)}
     cfg: DictConfig = compose([*words, *words_of(options)], config_dir=config_dir)
     return lambda key: isinstance(at(cfg, key.split(".")), DictConfig)
-
-
-def _how_to_resume(stop: Interrupted) -> str:
-    last = stop.folder and stop.folder / checkpoint.FOLDER / "last.safetensors"
-    if not last or not last.is_file():
-        return stop.note
-    step = checkpoint.describe(last)["progress"]["step"]
-    return f"{last} holds step {step}. To resume, call dinoseg.Run({str(stop.folder)!r}).resume()."

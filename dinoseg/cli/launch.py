@@ -137,7 +137,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str], location: R
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
         sweep = location.root if location is not None and location.in_sweep else None
         note = _interrupt_note(cfg, run_folder, sweep) if is_first_rank() else ""
-        raise Interrupted(number, note=note, folder=run_folder) from None
+        raise Interrupted(number, note=note) from None
     finally:
         release_all()
 
@@ -339,7 +339,7 @@ def _interrupt_note(cfg: DictConfig, folder: Path, sweep: Path | None = None) ->
 
     step = checkpoint.describe(last)["progress"]["step"]
     remedy = f"resume=auto or resume={folder}" if sweep is None else f"resume=auto hydra.sweep.dir={sweep}"
-    return f"{last} holds step {step}. To resume, add {remedy} to the same command"
+    return f"{last} holds step {step}. To resume, add {remedy} to the same command or call"
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
