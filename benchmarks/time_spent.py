@@ -68,7 +68,7 @@ ROOMS = {  # by the doors, of functions and of generators, whose every item is a
     "curves": "modes.training_run:draw_curves",
     "collecting for the report": "evaluation.collected:Collector.add",
     "report": "tasks.images:report_images modes.evaluate:report_images",
-    "pictures": "evaluation.images:compare evaluation.images:write_png evaluation.images:confusion_picture",
+    "pictures": "evaluation.images:compare evaluation.images:write_png",
     "decoding (thread)": "tracking.video.batches:VideoBatches.__iter__",
     "resizing": "tracking.propagation.features:resize",
     "propagation": "tracking.grid.propagator:Propagator.step",

@@ -52,9 +52,9 @@ def _command(arguments: list[str]) -> None:
         return
     import hydra
 
-    from dinoseg.cli.extras import check_intervals, hush_schemas, plugin_errors_as_user_errors
+    from dinoseg.cli.extras import hush_schemas, plugin_errors_as_user_errors
     from dinoseg.cli.own_keys import with_checkpoint_keys
-    from dinoseg.cli.typos import check_patterns, explained
+    from dinoseg.cli.typos import check_words, explained
     from dinoseg.cli.words import as_text, flags_last
     from dinoseg.config.options import config_folders
     from dinoseg.config.resolvers import register_resolvers
@@ -69,8 +69,7 @@ def _command(arguments: list[str]) -> None:
     try:
         with explained(arguments, folders):
             words = as_text(flags_last(arguments), Path(CONFIGS))
-            check_patterns(words, folders)
-            check_intervals(words)
+            check_words(words, folders)
             words = with_checkpoint_keys(words, folders)
         sys.argv[1:] = words
         # file errors: of the run folder, which Hydra creates
@@ -116,10 +115,10 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
         print(f"\ninterrupted{stop.note and ': '}{stop.note}", file=sys.stderr)
         sys.exit(stop.status)
     except Exception as error:
-        from dinoseg.cli.typos import misplaced
+        from dinoseg.cli.typos import find_mistake
         from dinoseg.config.options import config_folders
 
-        if message := misplaced(words, config_folders(sys.argv[1:], Path(CONFIGS)), error):
+        if message := find_mistake(words, config_folders(sys.argv[1:], Path(CONFIGS)), error):
             _print_error(message)
         elif hydra_cfg.mode != RunMode.MULTIRUN:
             raise

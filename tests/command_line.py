@@ -32,7 +32,7 @@ SLOTS = (  # the same of slots, on clips of 32 x 32 pixels
     *("data.clips.cut.fps=null", "optim.optimizer.lr=3e-3", "optim.schedule.warmup=0", "engine.precision=fp32"),
 )
 
-_DRAWN = ("dinoseg.report.curves._picture", "dinoseg.evaluation.images.confusion_picture")
+_DRAWN = ("dinoseg.report.curves._picture",)
 _GREY = np.full((8, 8, 3), 128, np.uint8)
 
 

@@ -82,25 +82,10 @@ def test_help_is_the_overview(arguments, tmp_path):
     assert not list(tmp_path.iterdir()), "help leaves nothing behind"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (("resume={place}", "input=x.png"), "Modes that read input and resume: predict, track."),
-        (("input=x.png", "labels=y.png"), "Modes that read input and labels: track."),
-        (("resume={place}",), "Modes that read resume: app, eval, export, predict, serve, track, train."),
-        (("hparam=demo", "trainer.steps=3"), "Modes that read trainer.steps: bench, plan, train."),
-        (("head=linear", "input=x.png"), "Modes that read head and input: predict, track."),
-        (("runs=[a,b]", "input=x.png"), "Modes: app, bench, compare, doctor,"),
-        (("hparam=demo",), "Modes: app, bench, compare, doctor,"),
-        (("-m", "head=linear,mlp"), "Modes that read head: app, bench, eval,"),
-    ],
-)
-def test_a_command_line_without_a_mode_is_refused(arguments, named, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "dinoseg.cli.own_keys.checkpoint_configs", lambda *_: []
-    )  # as if the run had no keys of its own
-    done = call(tmp_path, *(word.format(place=tmp_path) for word in arguments))
-    assert done.status == 1 and f"error: No mode is given. Add mode=NAME. {named}" in done.err, done.err
+@pytest.mark.parametrize("arguments", [("input=x.png",), ("hparam=demo", "trainer.steps=3"), ("-m", "head=linear,mlp")])
+def test_a_command_line_without_a_mode_is_refused(arguments, tmp_path):
+    done = call(tmp_path, *arguments)
+    assert done.status == 1 and "error: No mode is given. Add mode=NAME. Modes: app, bench," in done.err, done.err
     assert "usage:" not in done.out
 
 
@@ -218,10 +203,6 @@ def test_an_unknown_option_lists_those_there_are(place, group):
             "has no val. To add it, put ++ before the word",
         ),
         (["head=mlp", "head.hiden=3"], "head.hiden is not a key of the config."),
-        (
-            ["head=mlp", "head.init=probe"],
-            "head.init is not a key of the config. Of this group, head=linear, head=multi",
-        ),
         (["head=segformer"], "error: head=segformer is unknown. Choose from cnn,"),
         (["loss=null"], "loss=null is unknown. Choose from ce_dice"),
         (["backbone=[0]"], "backbone=[0] is unknown. Choose from dino_vitb16"),
@@ -423,12 +404,9 @@ def test_it_trains_evaluates_and_predicts(place):
         "split.json",
         "metrics.jsonl",
         "config/config.yaml",
-        "loss.png",
-        "accuracy.png",
-        "miou.png",
+        "curves.png",
     } <= names
-    drawn = [read_image(run / name).shape for name in ("loss.png", "miou.png", "evaluation/confusion.png")]
-    assert all(min(height, width) > 150 for height, width, _ in drawn)
+    assert min(read_image(run / "curves.png").shape[:2]) > 150
     assert {"checkpoints/best.safetensors", "checkpoints/last.safetensors", "evaluation/scores.json"} <= names
     again = call(place, "mode=eval", f"resume={run}", "engine=cpu", "engine.workers=0", "mode.metrics_only=true")
     assert again.status == 0, again.err

@@ -12,7 +12,7 @@ from dinoseg.experiment.log_file import configure_log
 from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.wording import format_value, in_lines, join_names, printable
+from dinoseg.utils.wording import format_value, join_names, printable
 
 NASTY = "a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
 SHOWN = r"a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
@@ -33,21 +33,6 @@ def test_what_steers_a_terminal_is_escaped(text, escaped):
 
 def test_a_line_break_in_a_name_is_shown_in_a_list():
     assert join_names(["a\nb", "c"]) == r"a\nb, c"
-
-
-@pytest.mark.parametrize(
-    ("name", "lines"),
-    [
-        ("head=mlp", "head=mlp"),
-        ("lr=1e-3 head=linear", "lr=1e-3\nhead=linear"),
-        ("a b\nc\x1b", "a b\\nc\\x1b"),
-        ("fifty-one fifty-two thirty-four forty-five", "...ty-two\nthirty-four\nforty-five"),
-        ("0123456789" * 5, "...789012345\n678901234567\n89"),
-        ("", ""),
-    ],
-)
-def test_a_name_in_a_picture_takes_three_lines_at_most(name, lines):
-    assert in_lines(name, 12) == lines
 
 
 def test_logs_prints_and_bars_show_no_control_characters(tmp_path, monkeypatch):

@@ -23,9 +23,9 @@ from hydra.version import VersionBase, setbase
 from omegaconf import DictConfig, open_dict, read_write
 
 from dinoseg.api.options import CONFIGS, config_folders
-from dinoseg.cli.extras import check_intervals, hush_schemas
+from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.own_keys import with_checkpoint_keys
-from dinoseg.cli.typos import explained
+from dinoseg.cli.typos import check_words, explained
 from dinoseg.cli.words import as_text, parsed
 from dinoseg.config.grammar import decode_keys, write_value
 from dinoseg.config.job import job_config
@@ -70,7 +70,7 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
     folders = config_folders(config_dir)
     hush_schemas()
     words = as_text(words, CONFIGS)
-    check_intervals(words)
+    check_words(words, folders)
     words = with_checkpoint_keys(words, folders)
     with explained(words, folders):
         setbase("1.3")
@@ -148,20 +148,16 @@ def lent_hydra() -> Iterator[None]:
     Configs that the program has stored for groups of its own, such as `optim`, would be taken for schemas of ours.
     Blocks of several threads run one after another, since this state is the process's.
     """
-    with _ONE_AT_A_TIME, _lent_hydra():
-        yield
-
-
-@contextmanager
-def _lent_hydra() -> Iterator[None]:
-    instances, store = Singleton._instances, ConfigStore.instance()
-    before: dict[type, Any] = {kind: instances.pop(kind) for kind in _OF_A_PROGRAM if kind in instances}
-    stored = store.repo
-    store.repo = {name: node for name, node in stored.items() if name in _OF_HYDRA}
-    try:
-        yield
-    finally:
-        for kind in _OF_A_PROGRAM:
-            instances.pop(kind, None)
-        instances.update(before)
-        store.repo = stored
+    with _ONE_AT_A_TIME:
+        instances = Singleton._instances
+        store = ConfigStore.instance()
+        before: dict[type, Any] = {kind: instances.pop(kind) for kind in _OF_A_PROGRAM if kind in instances}
+        stored = store.repo
+        store.repo = {name: node for name, node in stored.items() if name in _OF_HYDRA}
+        try:
+            yield
+        finally:
+            for kind in _OF_A_PROGRAM:
+                instances.pop(kind, None)
+            instances.update(before)
+            store.repo = stored

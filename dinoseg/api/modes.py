@@ -12,7 +12,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from dinoseg.api.jobs import Folder, OutDir, run_mode
+from dinoseg.api.jobs import Folder, run_mode
 from dinoseg.api.options import list_backbones
 from dinoseg.api.results import Comparison, Results, Scores, read_json
 from dinoseg.api.runs import Run
@@ -28,7 +28,6 @@ def train(
     *words: str,
     out_dir: Folder | None = None,
     exist_ok: bool = False,
-    overwrite: bool = False,
     config_dir: Folder | None = None,
     **overrides: Any,
 ) -> Run:
@@ -39,7 +38,6 @@ def train(
         words: overrides as typed on the command line.
         out_dir: the run folder; None: outputs/RECIPE/train_TIME below the current folder.
         exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
-        overwrite: delete the run in `out_dir` first.
         config_dir: folder of further config groups.
         overrides: config groups and keys, as keyword arguments (`head="mlp"`), nested dicts (`trainer={"steps": 20}`)
             or dotted names (`**{"trainer.steps": 20}`).
@@ -57,8 +55,7 @@ def train(
     """
     if recipe is not None:
         words = (recipe if "=" in recipe else f"hparam={recipe}", *words)
-    target = OutDir(out_dir, exist_ok, overwrite)
-    result = run_mode("train", words, overrides, out_dir=target, config_dir=config_dir)
+    result = run_mode("train", words, overrides, out_dir, exist_ok, config_dir)
     folder = Path(result["run"])  # of several heads: that of the best one
     return Run(folder.parents[1] if folder.parent.name == checkpoint.HEADS else folder)
 
@@ -70,7 +67,6 @@ def evaluate(
     split: str | None = None,
     out_dir: Folder | None = None,
     exist_ok: bool = False,
-    overwrite: bool = False,
     config_dir: Folder | None = None,
     **overrides: Any,
 ) -> Scores:
@@ -84,7 +80,6 @@ def evaluate(
         split: train, val or test; None: val.
         out_dir: the run folder.
         exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
-        overwrite: delete the run in `out_dir` first.
         config_dir: folder of further config groups.
         overrides: config groups and keys, as of `train`.
 
@@ -98,12 +93,11 @@ def evaluate(
         >>> scores["present_classes"], scores.confusion.shape
         (10, (10, 10))
     """
-    target = OutDir(out_dir, exist_ok, overwrite)
     keys = {"data": data, "mode.split": split}
     chosen = {key: value for key, value in keys.items() if value is not None}
     with _resumed(model) as given:
         overrides = {**given, **chosen, **overrides}
-        return Scores.read(run_mode("eval", words, overrides, out_dir=target, config_dir=config_dir)["run"])
+        return Scores.read(run_mode("eval", words, overrides, out_dir, exist_ok, config_dir)["run"])
 
 
 def score(
@@ -113,7 +107,6 @@ def score(
     protocol: str | None = None,
     out_dir: Folder | None = None,
     exist_ok: bool = False,
-    overwrite: bool = False,
     config_dir: Folder | None = None,
     **overrides: Any,
 ) -> Scores:
@@ -126,7 +119,6 @@ def score(
         protocol: option of the group `protocol`; None: `semantic`.
         out_dir: the run folder.
         exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
-        overwrite: delete the run in `out_dir` first.
         config_dir: folder of further config groups.
         overrides: config groups and keys, as of `train`.
 
@@ -141,8 +133,9 @@ def score(
     """
     folders = {"reference": fspath(reference), "prediction": fspath(prediction)}
     chosen = folders | ({} if protocol is None else {"protocol": protocol})
-    target = OutDir(out_dir, exist_ok, overwrite)
-    result = run_mode("score", words, {**chosen, **overrides}, out_dir=target, config_dir=config_dir)
+    result = run_mode(
+        "score", words, {**chosen, **overrides}, out_dir=out_dir, exist_ok=exist_ok, config_dir=config_dir
+    )
     return Scores.read(result["run"])
 
 
@@ -152,7 +145,6 @@ def predict(
     *words: str,
     out_dir: Folder | None = None,
     exist_ok: bool = False,
-    overwrite: bool = False,
     config_dir: Folder | None = None,
     **overrides: Any,
 ) -> Results:
@@ -164,7 +156,6 @@ def predict(
         words: overrides as typed on the command line.
         out_dir: the run folder, in which an interrupted prediction resumes.
         exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
-        overwrite: delete the run in `out_dir` first.
         config_dir: folder of further config groups.
         overrides: config groups and keys, as of `train`.
 
@@ -177,10 +168,9 @@ def predict(
         >>> found["images"] == len([*(found.folder / "masks").rglob("*.png")])
         True
     """
-    target = OutDir(out_dir, exist_ok, overwrite)
     with _resumed(model) as given:
         overrides = {**given, "input": input, **overrides}
-        return Results.of(run_mode("predict", words, overrides, out_dir=target, config_dir=config_dir))
+        return Results.of(run_mode("predict", words, overrides, out_dir, exist_ok, config_dir))
 
 
 def track(
@@ -189,7 +179,6 @@ def track(
     *words: str,
     out_dir: Folder | None = None,
     exist_ok: bool = False,
-    overwrite: bool = False,
     config_dir: Folder | None = None,
     **overrides: Any,
 ) -> Results:
@@ -201,7 +190,6 @@ def track(
         words: overrides as typed on the command line.
         out_dir: the run folder.
         exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
-        overwrite: delete the run in `out_dir` first.
         config_dir: folder of further config groups.
         overrides: config groups and keys, as of `train`, such as `labels`, the mask of the first frame.
 
@@ -215,11 +203,10 @@ def track(
         >>> found["frames"], found.folder.is_dir()
         (4, True)
     """
-    target = OutDir(out_dir, exist_ok, overwrite)
     backbone = model if model in list_backbones(config_dir=config_dir) and not Path(model).exists() else None
     with _resumed(model if backbone is None else None) as given:
         overrides = {**given, **({} if backbone is None else {"backbone": backbone}), "input": input, **overrides}
-        return Results.of(run_mode("track", words, overrides, out_dir=target, config_dir=config_dir))
+        return Results.of(run_mode("track", words, overrides, out_dir, exist_ok, config_dir))
 
 
 def compare(
@@ -227,7 +214,6 @@ def compare(
     *words: str,
     out_dir: Folder | None = None,
     exist_ok: bool = False,
-    overwrite: bool = False,
     config_dir: Folder | None = None,
     **overrides: Any,
 ) -> Comparison:
@@ -238,7 +224,6 @@ def compare(
         words: overrides as typed on the command line.
         out_dir: the run folder.
         exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
-        overwrite: delete the run in `out_dir` first.
         config_dir: folder of further config groups.
         overrides: config groups and keys, as of `train`.
 
@@ -257,8 +242,9 @@ def compare(
         else _folder_of(run)
         for run in runs
     ]
-    target = OutDir(out_dir, exist_ok, overwrite)
-    result = run_mode("compare", words, {"runs": sides, **overrides}, out_dir=target, config_dir=config_dir)
+    result = run_mode(
+        "compare", words, {"runs": sides, **overrides}, out_dir=out_dir, exist_ok=exist_ok, config_dir=config_dir
+    )
     return Comparison(read_json(Path(result["run"]) / "compare.json"), result["run"])
 
 

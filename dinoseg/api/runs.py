@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from dinoseg.api.jobs import OutDir, run_mode
+from dinoseg.api.jobs import run_mode
 from dinoseg.api.results import Results, Scores, html_table, label_of, shown_value
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.experiment.folder import last_command_line
@@ -153,7 +153,6 @@ class Run:
         *words: str,
         out_dir: str | PathLike[str] | None = None,
         exist_ok: bool = False,
-        overwrite: bool = False,
         config_dir: str | PathLike[str] | None = None,
         **overrides: Any,
     ) -> Results:
@@ -164,7 +163,6 @@ class Run:
             words: overrides as typed on the command line.
             out_dir: the run folder of the export.
             exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
-            overwrite: delete the run in `out_dir` first.
             config_dir: folder of further config groups.
             overrides: config groups and keys, as of `dinoseg.train`.
 
@@ -172,8 +170,7 @@ class Run:
             UserError: any error that the user can fix.
         """
         given = {"resume": self, "export": format, **overrides}
-        target = OutDir(out_dir, exist_ok, overwrite)
-        return Results.of(run_mode("export", words, given, out_dir=target, config_dir=config_dir))
+        return Results.of(run_mode("export", words, given, out_dir, exist_ok, config_dir))
 
     def __repr__(self) -> str:
         scores = "".join(f", {label_of(name)} {value}" for name, value in self._shown_scores.items())

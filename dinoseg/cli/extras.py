@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from traceback import walk_tb
 
-from hydra.core.override_parser.types import IntervalSweep
-
-from dinoseg.cli.words import assignments, is_sweep, parsed
+from dinoseg.cli.words import assignments
 from dinoseg.utils.errors import UserError
 
 _INSTALLED_BY = {
@@ -33,21 +31,6 @@ def hush_schemas() -> None:
 def enter_folder() -> None:
     """Change to the folder in which a sweep was started; Ray calls it in each process of a job."""
     os.chdir(os.environ["DINOSEG_FOLDER"])
-
-
-def check_intervals(arguments: Sequence[str]) -> None:
-    """Refuse an interval if no sweeper searches it.
-
-    Raises:
-        UserError: naming the sweeper to use.
-    """
-    words = [word for _, word in assignments(arguments)]
-    if is_sweep(arguments) and any(word.startswith("hydra/sweeper=") for word in words):
-        return
-    for word in words:
-        override = parsed(word)
-        if override is not None and isinstance(override.value(), IntervalSweep):
-            raise UserError(f"{word} is an interval: add -m hydra/sweeper=optuna to search it, or list values.")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from dinoseg.config.credentials import check_credentials
 from dinoseg.config.grammar import decode_keys
 from dinoseg.config.limits import check_training
 from dinoseg.config.options import options_of, values_in_files
-from dinoseg.config.plain import BUILDS, to_container
+from dinoseg.config.plain import BUILDS, below, to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.auto_resume import Action, Start
 from dinoseg.experiment.folder import (
@@ -42,7 +42,6 @@ from dinoseg.experiment.folder import (
     write_config,
     write_origin,
 )
-from dinoseg.experiment.unread import is_read
 from dinoseg.utils.cores import limit_spinning, limit_threads_to_quota, limit_threads_to_share
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted
@@ -138,7 +137,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str], location: R
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
         sweep = location.root if location is not None and location.in_sweep else None
         note = _interrupt_note(cfg, run_folder, sweep) if is_first_rank() else ""
-        raise Interrupted(number, note=note, folder=run_folder) from None
+        raise Interrupted(number, note=note) from None
     finally:
         release_all()
 
@@ -168,7 +167,7 @@ def _share_start(cfg: DictConfig, out_dir: Path, start: Callable[[], JobStart]) 
     """
     if "devices" not in cfg.mode or os.environ.get("WORLD_SIZE", "1") == "1":
         return start()
-    from dinoseg.experiment.shared import compose_job, describe_job
+    from dinoseg.experiment.shared import compose_shared, describe_job
     from dinoseg.training.rendezvous import share_from_rank0
 
     def as_text() -> str:
@@ -181,7 +180,7 @@ def _share_start(cfg: DictConfig, out_dir: Path, start: Callable[[], JobStart]) 
     engine = cfg.engine
     text = share_from_rank0(as_text, connect=engine.rendezvous_timeout, wait=engine.rank_timeout)
     config, folder, result = json.loads(text)
-    return JobStart(compose_job(to_container(OmegaConf.create(config)), to_container(cfg)), Path(folder), result)
+    return JobStart(compose_shared(to_container(OmegaConf.create(config)), to_container(cfg)), Path(folder), result)
 
 
 def _enter_folder(
@@ -340,7 +339,7 @@ def _interrupt_note(cfg: DictConfig, folder: Path, sweep: Path | None = None) ->
 
     step = checkpoint.describe(last)["progress"]["step"]
     remedy = f"resume=auto or resume={folder}" if sweep is None else f"resume=auto hydra.sweep.dir={sweep}"
-    return f"{last} holds step {step}. To resume, add {remedy} to the same command"
+    return f"{last} holds step {step}. To resume, add {remedy} to the same command or call"
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
@@ -352,7 +351,7 @@ def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
     for override in _parsed(overrides):
         name = override.key_or_group
         hidden = [part for part in name.split(".") if part.startswith("_")]
-        hidden += [key for table in _tables(decode_keys(override.value())) for key in map(str, table) if key in BUILDS]
+        hidden += [str(steps[-1]) for steps, _ in below(decode_keys(override.value()), (name,)) if steps[-1] in BUILDS]
         if hidden := hidden or [key for key in LAUNCH_KEYS[1:] if f"{name}.".startswith(f"mode.{key}.")]:
             raise UserError(
                 f"{name}: {hidden[0]} can be set in config files only. Choose a component by GROUP=OPTION; for your "
@@ -385,29 +384,12 @@ def _check_values(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def _check_mode(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuse a command line without a mode, for which `mode=help` is the default; name the modes that read its keys.
-
-    Keys that no mode lists in its `reads`, such as `hparam`, count for every mode.
-    """
+    """Refuse a command line without a mode, for which `mode=help` is the default."""
     keys = {override.get_key_element().partition("@")[0] for override in _parsed(overrides)}
     if not keys or "mode" in keys or cfg.choices.mode != "help":
         return
-    reads = {mode: values_in_files(_CONFIGS, mode, "mode.reads") for mode in options_of(_CONFIGS / "mode")}
-    names = {mode: found[0] for mode, found in reads.items() if found}
-    known = sorted(key for key in keys if any(is_read(key, each) for each in names.values()))
-    fitting = [mode for mode, each in names.items() if all(is_read(key, each) for key in known)]
-    which = f"Modes that read {' and '.join(known)}" if known and fitting else "Modes"
-    raise UserError(
-        f"No mode is given. Add mode=NAME. {which}: {', '.join(fitting or names)}. `--help` shows their commands."
-    )
-
-
-def _tables(value: Any) -> Iterator[Mapping[Any, Any]]:
-    """Yield each table in a value of the command line, including the value itself."""
-    if isinstance(value, Mapping):
-        yield value
-    for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
-        yield from _tables(part)
+    modes = ", ".join(options_of(_CONFIGS / "mode"))
+    raise UserError(f"No mode is given. Add mode=NAME. Modes: {modes}. `--help` shows their commands.")
 
 
 def _is_taken(cfg: DictConfig, name: str) -> bool:

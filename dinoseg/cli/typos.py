@@ -1,25 +1,24 @@
-"""Error messages for command lines that Hydra could not compose."""
+"""Error messages for command lines that Hydra cannot compose: the mistake, and the nearest keys or options."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dinoseg.cli.own_keys import checkpoint_configs
 from dinoseg.cli.words import assignments, is_sweep, parsed, values_of
-from dinoseg.config.options import options_of
-from dinoseg.config.plain import at, keys_of, to_container
+from dinoseg.config.options import options_in
+from dinoseg.config.plain import keys_of, to_container
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_value, join_names, nearest
+from dinoseg.utils.wording import format_value, nearest
 
 _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
 
@@ -39,155 +38,74 @@ def explained(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[Non
         yield
     except UserError:  # some are also errors of OmegaConf
         raise
-    except HydraException as error:
-        raise UserError(explain(arguments, folders, error)) from None
     except YAMLError as error:  # in a user's config file
         text = " ".join(str(error).split())
         raise UserError(f"A config file is not valid YAML: {text}. Correct the file.") from None
-    except ValueError as error:  # by Hydra and OmegaConf for invalid values, or by a job
-        if message := explain_value(arguments, folders, error):
-            raise UserError(message) from None
-        raise
+    except (HydraException, ValueError) as error:  # ValueError: by OmegaConf for invalid values, or by a job
+        message = find_mistake(arguments, folders, error, checkpoint_configs(arguments, folders))
+        if not message:
+            raise
+        raise UserError(message) from None
 
 
-def explain(arguments: Sequence[str], folders: Sequence[Path], error: Exception) -> str:
-    """Return the mistake and its fix; Hydra's own message if no mistake is recognised.
+def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
+    """Refuse words that are not KEY=VALUE, unknown options of groups, and values that need a sweep or a search.
 
     Args:
         arguments: the command line, without the program's name.
         folders: of config groups, the shipped one first.
-        error: raised by Hydra.
-    """
-    several = is_sweep(arguments)
-    chosen: list[str] = []
-    overrides: list[Override] = []
-    for _, word in assignments(arguments):
-        override, mistake = _read(word)
-        if override is None:
-            return mistake
-        if override.is_sweep_override() and not several:
-            return (
-                f"{word} gives several values. For a list use brackets: '{override.key_or_group}=[{_value(word)}]'. "
-                "For a run with each of them, add -m."
-            )
-        groups = [folder / override.get_key_element().split("@")[0] for folder in folders]
-        if override.is_add() or override.is_delete() or override.key_or_group.startswith("hydra"):
-            continue
-        if any(group.is_dir() for group in groups):
-            if mistake := _wrong_option(override, groups):
-                return mistake
-            chosen += [f"{override.get_key_element()}={option}" for option in _chosen(override, groups)[:1]]
-        else:
-            overrides.append(override)
-    return _wrong_key(overrides, chosen, folders, checkpoint_configs(arguments, folders)) or _hydra_message(error)
-
-
-def check_patterns(arguments: Sequence[str], folders: Sequence[Path]) -> None:
-    """Refuse a sweep's glob that matches no option: Hydra would run nothing, without a message.
 
     Raises:
-        UserError: naming the existing options.
+        UserError: naming the word and its fix.
     """
-    for _, word in assignments(arguments) if is_sweep(arguments) else ():
-        override = parsed(word)
-        if override is not None and isinstance(override.value(), Glob):
-            groups = [folder / override.key_or_group for folder in folders]
-            if mistake := _wrong_option(override, groups):
-                raise UserError(mistake)
-
-
-def misplaced(words: Sequence[str], folders: Sequence[Path], error: Exception) -> str:
-    """Return which override of a composed command line caused an error; "" if none did.
-
-    Recognised are a group of keys that is deleted or replaced by a value, and an interpolation of a missing key.
-
-    Args:
-        words: the overrides of the command line.
-        folders: of config groups, the shipped one first.
-        error: raised by a job.
-    """
-    overrides = [
-        override for word in words if (override := parsed(word)) and not override.key_or_group.startswith("hydra")
-    ]
-    keys = {override.key_or_group for override in overrides}
-    groups = {key for key in keys if any((folder / key).is_dir() for folder in folders)}
-    known = groups - {override.key_or_group for override in overrides if override.is_delete()}
-    cfg = _composed([override.input_line or "" for override in overrides if override.key_or_group in known], folders)
-    for override in overrides:
-        key, value = override.key_or_group, override.value()
-        node = at(cfg, key.split("."))
-        if override.is_delete():
-            return f"~{key} removes a key that is read. Leave it out, or set {key} to another value."
-        if key not in groups and (mistake := _below_a_value(key, cfg) or _other_shape(key, value, node)):
-            return mistake
-    for override in overrides:
-        if isinstance(error, OmegaConfBaseException) and "${" in str(override.value()):
-            return (
-                f"{override.input_line} refers to a key that does not exist, or is not a valid value. Give a value, or "
-                "the full name of another key, such as '${seed}'."
-            )
-    if isinstance(error, OmegaConfBaseException):
-        key = error.full_key or "A key"
-        cause = (str(error).strip().splitlines() or ["no details"])[0]
-        return f"{key} has no usable value after {' '.join(words)} ({cause}). Undo these overrides."
-    return ""
-
-
-def _below_a_value(key: str, cfg: Mapping[str, Any]) -> str:
-    """Return the mistake of a key below a plain value or null; "" if there is none."""
-    parts = key.split(".")
-    for end in range(1, len(parts)):
-        above, name = at(cfg, parts[: end - 1]), ".".join(parts[:end])
-        # below the root, null may stand for a table
-        there = (
-            isinstance(above, Mapping) and parts[end - 1] in above and (end == 1 or above[parts[end - 1]] is not None)
-        )
-        if there and not isinstance(above[parts[end - 1]], Mapping):
-            return f"{key}: {name} is a single value and has no keys below it. Set it as {name}=VALUE."
-    return ""
-
-
-def explain_value(arguments: Sequence[str], folders: Sequence[Path], error: ValueError) -> str:
-    """Return which override caused an error while the config was composed; "" if none did.
-
-    Recognised are a number as a group's option, a deleted option that names the run folder, and a name below a list.
-    OmegaConf reads the last as an item's index, and only reports an invalid integer.
-
-    Args:
-        arguments: the command line, without the program's name.
-        folders: of config groups, the shipped one first.
-        error: the error raised.
-    """
+    several = is_sweep(arguments)
     words = [word for _, word in assignments(arguments)]
-    if isinstance(error, OmegaConfBaseException):
-        return misplaced(words, folders, error)
-    if "Config group override must be" in str(error):
-        return explain(arguments, folders, error)
-    name = str(error).rpartition("invalid literal for int() with base 10: ")[2].strip("'")
-    word = next((word for word in words if _key(word).endswith(f".{name}")), None)
-    if word is None:
-        return ""
-    return f"{word}: a list has no key {name}. Its items are numbered from 0, as in data.classes.0=VALUE."
+    searches = several and any(word.startswith("hydra/sweeper=") for word in words)
+    for word in words:
+        if "=" not in word and not word.startswith("~"):
+            meant = f" Did you mean mode={word}?" if word.isidentifier() else ""
+            raise UserError(f"{word} is not KEY=VALUE.{meant}")
+        override = parsed(word)
+        key, _, text = word.partition("=")
+        if override is None:
+            form = f'"{text}"' if _is_text(text) else '["a value"]'
+            raise UserError(
+                f"{word} cannot be parsed: brackets, braces or quotes are not closed, or the text inside them holds "
+                f"special characters. Quote the whole word, and the text inside it: '{key}={form}'."
+            )
+        if isinstance(override.value(), IntervalSweep) and not searches:
+            raise UserError(f"{word} is an interval: add -m hydra/sweeper=optuna to search it, or list values.")
+        if override.is_sweep_override() and not several:
+            raise UserError(
+                f"{word} gives several values. For a list use brackets: '{override.key_or_group}=[{text}]'. For a run "
+                "with each of them, add -m."
+            )
+        if _is_group(override, folders) and not override.is_delete():
+            _check_options(override, folders)
 
 
-def _composed(chosen: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
-    """Return the config composed from these options alone."""
-    sources = ",".join(f'"file://{folder.absolute()}"' for folder in folders[1:])
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(folders[0]), version_base="1.3"):
-        return to_container(compose("main", [f"hydra.searchpath=[{sources}]", *chosen]))
+def _check_options(override: Override, folders: Sequence[Path]) -> None:
+    group = override.get_key_element().split("@")[0]
+    options = options_in(folders, group)
+    bases = {path.stem for folder in folders for path in (folder / group).glob("_*.yaml")}
+    for option in _chosen(override, options):
+        if option not in bases.union(options):
+            question = nearest(option, options, f"{group}=")
+            raise UserError(f"{group}={option} is unknown.{question} Choose from {', '.join(options)}.")
 
 
-def _read(word: str) -> tuple[Override | None, str]:
-    if "=" not in word and not word.startswith("~"):
-        return None, f"{word} is not KEY=VALUE.{f' Did you mean mode={word}?' if word.isidentifier() else ''}"
-    if override := parsed(word):
-        return override, ""
-    form = f'"{_value(word)}"' if _is_text(_value(word)) else '["a value"]'
-    return None, (
-        f"{word} cannot be parsed: brackets, braces or quotes are not closed, or the text inside them holds special "
-        f"characters. Quote the whole word, and the text inside it: '{_key(word)}={form}'."
-    )
+def _is_group(override: Override, folders: Sequence[Path]) -> bool:
+    """Return whether an override chooses options of a group; Hydra's own groups do not count."""
+    group = override.get_key_element().split("@")[0]
+    return not group.startswith("hydra") and any((folder / group).is_dir() for folder in folders)
+
+
+def _chosen(override: Override, options: Sequence[str]) -> list[str]:
+    """Return the options that an override names; a glob without matches is returned as it was typed."""
+    value = override.value()
+    if isinstance(value, list):
+        return [str(option) for option in value]
+    return (value.filter(options) if isinstance(value, Glob) else []) or values_of(override)
 
 
 def _is_text(value: str) -> bool:
@@ -196,104 +114,109 @@ def _is_text(value: str) -> bool:
     return closed and not re.search(r"['\"]|^\[.*\]$|^\{.*\}$", value)
 
 
-def _wrong_option(override: Override, groups: Sequence[Path]) -> str:
-    """Return the mistake of an option that no folder of the group has; "" if all exist."""
-    options = _options(groups)
-    bases = {path.stem for group in groups for path in group.glob("_*.yaml")}
-    name = override.key_or_group
-    for choice in _chosen(override, groups):
-        if choice not in bases.union(options):
-            question = nearest(choice, options, f"{name}=")
-            return f"{name}={choice} is unknown.{question} Choose from {', '.join(options)}."
-    return ""
-
-
-def _options(groups: Sequence[Path]) -> list[str]:
-    return sorted({option for group in groups for option in options_of(group)})
-
-
-def _chosen(override: Override, groups: Sequence[Path]) -> list[str]:
-    """Return the options that an override names; a glob without matches is returned as it was typed."""
-    value = override.value()
-    if isinstance(value, list):
-        return [str(option) for option in value]
-    return (value.filter(_options(groups)) if isinstance(value, Glob) else []) or values_of(override)
-
-
-def _wrong_key(
-    overrides: Sequence[Override], chosen: Sequence[str], folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]
+def find_mistake(
+    arguments: Sequence[str],
+    folders: Sequence[Path],
+    error: Exception,
+    configs: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Return the mistake of the first key that is neither in the config with these options nor in a checkpoint's."""
+    """Return which override caused an error, and its fix; "" if none did.
+
+    Overrides are compared with the config of the chosen options alone. If all fit, an error of Hydra or OmegaConf is
+    returned in short.
+
+    Args:
+        arguments: the command line, without the program's name.
+        folders: of config groups, the shipped one first.
+        error: raised by Hydra, or by a job.
+        configs: of checkpoints, whose keys may be set too.
+    """
+    found = [override for _, word in assignments(arguments) if (override := parsed(word))]
+    overrides = [override for override in found if not override.key_or_group.startswith("hydra")]
+    groups = [override for override in overrides if _is_group(override, folders)]
+    deleted = [override for override in overrides if override.is_delete()]
+    options = [
+        f"{override.get_key_element()}={option}"
+        for override in groups
+        if override not in deleted
+        for option in _chosen(override, options_in(folders, override.get_key_element().split("@")[0]))[:1]
+    ]
     try:
-        cfg = _composed(chosen, folders)
+        cfg = _compose(options, folders)
     except HydraException:
-        return ""
+        return _shorten(error)
     for config in configs:
         cfg |= config
-    keys = list(keys_of(cfg))
     for override in overrides:
+        if override not in groups and override not in deleted and (misfit := _find_misfit(override, cfg)):
+            return misfit
+    for override in deleted:
         key = override.key_or_group
-        if key not in keys and not _below_free(cfg, key.split(".")):
-            return f"{key} is not a key of the config.{_elsewhere(key, folders) or nearest(key, keys)} {_ALL_KEYS}"
-        if mistake := _other_shape(key, override.value(), at(cfg, key.split("."))):
-            return mistake
-        if (value := override.value()) and (new := _new_entries(cfg, key, value)):
+        return f"~{key} removes a key that is read. Leave it out, or set {key} to another value."
+    if isinstance(error, HydraException):
+        return _shorten(error)
+    if not isinstance(error, OmegaConfBaseException):
+        return ""
+    for override in overrides:
+        if "${" in str(override.value()):
             return (
-                f"{key} has no {' or '.join(new)}. To add it, put ++ before the word, in quotes: "
-                f"'++{override.input_line}'."
+                f"{override.input_line} refers to a key that does not exist, or is not a valid value. Give a value, or "
+                "the full name of another key, such as '${seed}'."
             )
-    return ""
+    cause = (str(error).strip().splitlines() or ["no details"])[0]
+    return (
+        f"{error.full_key or 'A key'} has no usable value after {' '.join(arguments)} ({cause}). Undo these overrides."
+    )
 
 
-def _elsewhere(key: str, folders: Sequence[Path]) -> str:
-    """Return a hint on which other options of the group have a key, by their own files."""
-    group, _, inner = key.partition(".")
-    having = []
-    for folder in folders:
-        for option in options_of(folder / group) if inner else []:
-            with suppress(OSError, YAMLError):  # an invalid config file is reported when it is chosen
-                if inner in keys_of(to_container(OmegaConf.load(folder / group / f"{option}.yaml"))):
-                    having.append(f"{group}={option}")
-    return f" Of this group, {join_names(having)} {'has' if len(having) == 1 else 'have'} it." if having else ""
+def _compose(options: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the config composed from these options alone."""
+    sources = ",".join(f'"file://{folder.absolute()}"' for folder in folders[1:])
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(folders[0]), version_base="1.3"):
+        return to_container(compose("main", [f"hydra.searchpath=[{sources}]", *options]))
 
 
-def _other_shape(key: str, value: Any, node: Any) -> str:
-    """Return the mistake if a value replaces a group of keys, or a group of keys replaces a list."""
-    if isinstance(node, Mapping) and not isinstance(value, Mapping):
-        several = f"{key}.{'|'.join(str(name) for name in node if not str(name).startswith('_'))}"
-        text = "null" if value is None else value
-        return f"{key}={text}: {key} is a group of keys. Set one of them: {several}=VALUE."
+def _find_misfit(override: Override, cfg: Mapping[str, Any]) -> str:
+    """Return why the key of an override, or its value, does not fit a config; "" if both fit."""
+    key, value = override.key_or_group, override.value()
+    adds = override.is_add() or override.is_force_add()
+    node: Any = cfg
+    above: list[str] = []
+    for part in key.split("."):
+        named = {str(name): each for name, each in node.items()} if isinstance(node, Mapping) else {}
+        if isinstance(node, list):
+            if not part.isdecimal():
+                where = ".".join(above)
+                return f"{key}: a list has no key {part}. Its items are numbered from 0, as in {where}.0=VALUE."
+            named = {str(index): each for index, each in enumerate(node)}
+        if isinstance(node, str) and "${" in node or (node is None and len(above) > 1):  # may stand for a table
+            return ""
+        if not isinstance(node, Mapping | list):
+            where = ".".join(above)
+            return f"{key}: {where} is a single value and has no keys below it. Set it as {where}=VALUE."
+        if part not in named:
+            known = [*keys_of(cfg)]
+            return "" if adds else f"{key} is not a key of the config.{nearest(key, known)} {_ALL_KEYS}"
+        node = named[part]
+        above.append(part)
     if isinstance(node, list) and isinstance(value, Mapping):
         return f"{key} is a list. Write it in brackets: {key}=[...]."
-    return ""
+    if not isinstance(node, Mapping):
+        return ""
+    if not isinstance(value, Mapping):
+        names = "|".join(str(name) for name in node if not str(name).startswith("_"))
+        text = "null" if value is None else value
+        return f"{key}={text}: {key} is a group of keys. Set one of them: {key}.{names}=VALUE."
+    new = [str(name) for name in value if name not in node]
+    if adds or not new:
+        return ""
+    word = override.input_line
+    return f"{key} has no {' or '.join(new)}. To add it, put ++ before the word, in quotes: '++{word}'."
 
 
-def _new_entries(cfg: Mapping[str, Any], key: str, value: Any) -> list[str]:
-    """Return the names in a table given for a key that the config's table does not have."""
-    table = at(cfg, key.split("."))
-    both = isinstance(table, Mapping) and isinstance(value, Mapping)
-    return [str(name) for name in value if name not in table] if both else []
-
-
-def _below_free(cfg: Any, parts: Sequence[str]) -> bool:
-    """Return whether a key is below a value that is no mapping, where keys cannot be checked."""
-    for part in parts[:-1]:
-        if not isinstance(cfg, Mapping):
-            return True
-        cfg = cfg.get(part, {})
-    return not isinstance(cfg, Mapping)
-
-
-def _key(word: str) -> str:
-    return word.split("=", 1)[0]
-
-
-def _value(word: str) -> str:
-    return word.split("=", 1)[-1]
-
-
-def _hydra_message(error: Exception) -> str:
-    """Return Hydra's message about its own keys, without its hints and its search path."""
+def _shorten(error: Exception) -> str:
+    """Return Hydra's message without its hints and its search path."""
     text = str(error).partition("Config search path:")[0]
     if merged := re.match(r"Error merging override (.*)", text):
         word = merged[1]

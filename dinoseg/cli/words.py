@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from dinoseg.config.options import MULTIPLE
@@ -82,14 +82,10 @@ def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
             raise UserError(
                 f"{key}={value[:40]}... is unknown: no file name has {len(value)} characters. Give a shorter one."
             )
-        choices = override.value() if override is not None else None
-        one = is_group and group not in MULTIPLE
-        if one and isinstance(choices, ChoiceSweep) and any(isinstance(each, list | dict) for each in choices.list):
-            raise UserError(f"{word}: a group takes one option per run. List options, such as head=linear,mlp.")
         if override is None:
             text = not value.startswith(_NESTED)
         else:
-            is_options = isinstance(choices, str if one else str | list)
+            is_options = isinstance(override.value(), str | list if group in MULTIPLE else str)
             text = is_group and not override.is_sweep_override() and not is_options
         if text or _names_file(key, value, override, several=several):
             words[position] = f"{key}={QuotedString(value, Quote.double).with_quotes()}"

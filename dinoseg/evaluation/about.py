@@ -4,7 +4,7 @@ import os
 import platform
 import shlex
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,9 @@ def about_run(
     machine = {
         "dinoseg": __version__,
         "Python": platform.python_version(),
-        **{name: found for name in _LIBRARIES if (found := _version(name)) is not None},
+        **{name: version(name) for name in _LIBRARIES},
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores",
     }
     if device is not None:
         machine["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"command": command, "facts": {**facts, **machine}, "config": config}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -3,8 +3,8 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,10 @@ from dinoseg.report.table import MEANS
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, read_size
-from dinoseg.utils.wording import one_line
 
 SURELY_BETTER, SURELY_WORSE = "significantly better", "significantly worse"
 UNSURE, NO_VERDICT = "no significant difference", "no verdict"
 LEVEL = 0.05  # p-value below which a difference is significant
-_LOGGED = 3  # most decisive images named per side
 _MAX_DETAILED = 3  # other sides whose scores are printed
 # characters of names in tables, which then have at most 120 columns
 MAX_NAME = 26
@@ -61,11 +59,13 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
     mious = [mean_mious(side) for side in sides]
     found: list[OtherRun] = []
     refused: dict[str, None] = {}
-    pictures = Pictures(open_data, first.records[0], first.places[0])
+    # opened for the first images that are needed, and once for all sides
+    load = cache(partial(_load_images, open_data, first.records[0]))
     for number, gaps in enumerate(differences(kind, sums), start=1):
         other = sides[number]
+        folders = (first.places[0], other.places[0])
         try:
-            shots, reason = largest_differences(pictures, other.places[0], mious[0], mious[number], len(sides) - 1)
+            shots, reason = largest_differences(load, folders, mious[0], mious[number], len(sides) - 1)
         except UserError as error:
             shots, reason = [], f"No images: {error}"
             refused[str(error)] = None
@@ -96,16 +96,10 @@ def _kind(record: ImageRecord) -> ClassScores:
     return ClassScores(len(record.classes), record.background)
 
 
-def verdicts(first: Side, images: Sequence[str], others: Sequence[OtherRun]) -> str:
-    """Return the verdicts as text of at most 120 columns.
-
-    It shows one row for each side; for at most `_MAX_DETAILED` others also all scores of each, and the images that
-    contribute most to its difference.
-    """
-    parts = [sides_table(first, others)]
-    if len(others) <= _MAX_DETAILED:
-        parts += [score_table(first, others), "\n".join(contribution_lines(images, others))]
-    return "\n\n".join(part for part in parts if part)
+def verdicts(first: Side, others: Sequence[OtherRun]) -> str:
+    """Return the verdicts as text of at most 120 columns: a row for each side, and all scores of a few sides."""
+    table = sides_table(first, others)
+    return table if len(others) > _MAX_DETAILED else f"{table}\n\n{score_table(first, others)}"
 
 
 def sides_table(first: Side, others: Sequence[OtherRun]) -> str:
@@ -139,18 +133,6 @@ def score_table(first: Side, others: Sequence[OtherRun]) -> str:
         for other in others
     ]
     return _tabulate(rows, heads, "llrrrrrl", {"score": _MAX_LABEL, "side": _MAX_SIDE})
-
-
-def contribution_lines(images: Sequence[str], others: Sequence[OtherRun]) -> list[str]:
-    """Return, for each other side, the images that contribute most to its difference."""
-    lines = []
-    for other in others:
-        shares = [(share, name) for share, name in zip(other.decides, images, strict=True) if share]
-        shares.sort(key=lambda pair: -abs(pair[0]))
-        if shares:
-            contributions = ", ".join(f"{one_line(name)} {percent(share, 2, '+')}" for share, name in shares[:_LOGGED])
-            lines.append(f"{other.name}: largest contributions by image: {contributions}")
-    return lines
 
 
 def _gap_cells(gap: Mapping[str, Any]) -> list[str]:
@@ -262,77 +244,55 @@ def _verdict(gap: Estimate, p_value: float | None) -> str:
     return UNSURE if p_value >= LEVEL else SURELY_BETTER if gap.value > 0 else SURELY_WORSE
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Image source for a first run and the runs compared with it.
+def _load_images(open_data: Callable[[], SegmentationData], record: ImageRecord) -> SegmentationData:
+    """Return the data set of an evaluation.
 
-    Args:
-        open_data: opens the data set of the first run.
-        record: record of the first run.
-        folder: folder of that record.
+    Raises:
+        UserError: the data set cannot be opened, or has changed.
     """
+    data = open_data()
+    if list(data.names) != list(record.images):
+        raise UserError(f"{record.root} does not hold the images that were evaluated.")
+    return data
 
-    open_data: Callable[[], SegmentationData]
-    record: ImageRecord
-    folder: Path
 
-    @property
-    def data(self) -> SegmentationData:
-        """Return the data set of the first run.
+def _pair_shot(data: SegmentationData, index: int, folders: tuple[Path, Path], mious: tuple[float, float]) -> PairShot:
+    """Return an image with the predictions of two runs.
 
-        Raises:
-            UserError: the data set cannot be opened, or has changed.
-        """
-        if isinstance(self._opened, UserError):
-            raise self._opened
-        return self._opened
-
-    @cached_property
-    def _opened(self) -> SegmentationData | UserError:
-        """Return the data set or its error, cached so that other runs do not open it again."""
-        try:
-            return self._open()
-        except UserError as error:
-            return error
-
-    def _open(self) -> SegmentationData:
-        data = self.open_data()
-        if list(data.names) != list(self.record.images):
-            raise UserError(f"{self.record.root} does not hold the images that were evaluated.")
-        return data
-
-    def shot(self, index: int, other: Path, mious: tuple[float, float]) -> PairShot:
-        """Return an image with the predictions of the first run and of another run.
-
-        Raises:
-            UserError: a file is missing, of another size, or not a mask of the classes.
-        """
-        name = self.record.images[index]
-        sample = self.data[index]
-        reference: np.ndarray = sample["mask"].numpy()
-        predictions = []
-        for folder in (self.folder, other):
-            base, path = folder / "predictions", folder / "predictions" / f"{name}_pred.png"
-            if not path.resolve().is_relative_to(base.resolve()):
-                raise UserError(f"{folder} names an image outside its own folder: {name}.")
-            if read_size(path) != reference.shape:
-                raise UserError(f"{path} differs in size from its reference.")
-            ids = read_ids(path)
-            if ids.ndim != 2 or ids.max() >= len(self.record.classes):
-                raise UserError(f"{path} is not a mask of the {len(self.record.classes)} classes.")
-            predictions.append(reduced(ids, _LONGEST))
-        frame = reduced(sample["image"].permute(1, 2, 0).numpy(), _LONGEST)
-        return PairShot(name, mious, frame, reduced(reference, _LONGEST), (predictions[0], predictions[1]))
+    Raises:
+        UserError: a file is missing, of another size, or not a mask of the classes.
+    """
+    name, classes = data.names[index], len(data.classes)
+    sample = data[index]
+    reference: np.ndarray = sample["mask"].numpy()
+    predictions = []
+    for folder in folders:
+        base = folder / "predictions"
+        path = base / f"{name}_pred.png"
+        if not path.resolve().is_relative_to(base.resolve()):
+            raise UserError(f"{folder} names an image outside its own folder: {name}.")
+        if read_size(path) != reference.shape:
+            raise UserError(f"{path} differs in size from its reference.")
+        ids = read_ids(path)
+        if ids.ndim != 2 or ids.max() >= classes:
+            raise UserError(f"{path} is not a mask of the {classes} classes.")
+        predictions.append(reduced(ids, _LONGEST))
+    frame = reduced(sample["image"].permute(1, 2, 0).numpy(), _LONGEST)
+    return PairShot(name, mious, frame, reduced(reference, _LONGEST), (predictions[0], predictions[1]))
 
 
 def largest_differences(
-    pictures: Pictures, other: Path, first: Sequence[float | None], second: Sequence[float | None], sides: int = 1
+    load: Callable[[], SegmentationData],
+    folders: tuple[Path, Path],
+    first: Sequence[float | None],
+    second: Sequence[float | None],
+    sides: int = 1,
 ) -> tuple[list[PairShot], str]:
     """Return the images whose mIoU differs most in another run, by size of the difference; or none, and the reason.
 
     Args:
-        pictures: source of the images.
-        other: folder of the other run's record.
+        load: returns the data set of both runs.
+        folders: of the evaluations of both runs.
         first: mIoU of each image in the first run.
         second: mIoU of each image in the other run.
         sides: number of runs compared with the first: many runs get fewer images each.
@@ -352,6 +312,7 @@ def largest_differences(
     order = sorted(chosen, key=lambda index: -abs(chosen[index]))
     if not order:
         return [], "No image has different scores in the two runs."
-    if any(not (folder / "predictions").is_dir() for folder in (pictures.folder, other)):
+    if any(not (folder / "predictions").is_dir() for folder in folders):
         return [], "No images: a run was evaluated with mode.metrics_only=true, so its predictions were not saved."
-    return [pictures.shot(index, other, (first[index] or 0.0, second[index] or 0.0)) for index in order], ""
+    data = load()
+    return [_pair_shot(data, index, folders, (first[index] or 0.0, second[index] or 0.0)) for index in order], ""

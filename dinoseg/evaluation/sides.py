@@ -1,7 +1,6 @@
 """Sides of a comparison: each is one run, or several runs that differ only in their seed."""
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from dinoseg.utils.files import entries
 from dinoseg.utils.wording import count_of, format_override, join_names
 
 MAX, _MAX_RUNS = 32, 160  # sides (each has images in the page) and runs
-_AGAIN = re.compile(r"\d+_\d+")  # folder name of a repeated job, whose own name was taken
 logger = logging.getLogger(__name__)
 
 
@@ -57,7 +55,8 @@ def sides_of(runs: Any) -> list[Side]:
         raise _refusal(runs, f"names {count_of(folders, 'run')}")
     places = [evaluated(folder) for folder in folders]
     records = aligned({folder: read_record(path) for folder, path in zip(folders, places, strict=True)})
-    names, recipes = run_names(folders), run_config.recipes(places)
+    names = side_names(folders, [[number] for number in range(len(folders))])
+    recipes = run_config.recipes(places)
     if all(len(side) == 1 for side in given):
         sides = _by_seed(recipes)
     else:
@@ -86,32 +85,20 @@ def units_note(sides: Sequence[Side]) -> str:
     units = len(set(record.units))
     if units > 1:
         return f"over {count_of(units, record.unit)}"
-    if not _has_intervals(sides):
+    first, *others = [len(side.folders) for side in sides]
+    if min(first, max(others)) == 1:
         return f"none: they need two {record.unit}s, or several seeds of each side"
-    single = [side.name for side in sides if len(side.folders) == 1]
-    note = f"over seeds only: there is one {record.unit}, so they do not generalise to others"
-    return f"{note}; not for {join_names(single)}, one run each" if single else note
+    return f"over seeds only: there is one {record.unit}, so they do not generalise to others"
 
 
 def seeds_note(sides: Sequence[Side]) -> str:
     """Return a note on whether the verdicts account for other seeds."""
     single = [side.name for side in sides if len(side.folders) == 1]
-    several = [f"{len(side.folders)} of {side.name}" for side in sides if len(side.folders) > 1]
-    if not several:
+    if len(single) == len(sides):
         return "one trained model per side: verdicts hold for these models, not for other seeds"
-    summary = join_names(several)
-    if not single and len({len(side.folders) for side in sides}) == 1:
-        summary = f"{len(sides[0].folders)} runs per side"
-    if not _has_intervals(sides):
-        return f"their variance is in no interval, since there is none ({summary})"
-    counted = f"their variance is included in the intervals ({summary})"
+    runs = ", ".join(str(len(side.folders)) for side in sides)
+    counted = f"the variance over seeds is included in the intervals ({runs} runs)"
     return f"{counted}, except for {join_names(single)}, one trained model each" if single else counted
-
-
-def _has_intervals(sides: Sequence[Side]) -> bool:
-    """Return whether there are several units, or several runs of the first side and of another."""
-    first, *others = [len(side.folders) for side in sides]
-    return len(set(sides[0].records[0].units)) > 1 or min(first, max(others)) > 1
 
 
 def _expand_sweeps(runs: Any) -> list[list[Path]]:
@@ -136,21 +123,17 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
     if not (folder / SWEEP).is_file():
         return [folder]
     inside = [path for path in entries(folder) if path.is_dir()]
-    if again := [path.name for path in inside if _AGAIN.fullmatch(path.name)]:
-        logger.warning(
-            "%s: left out results of repeated jobs: %s. To compare them, name each, as in runs=[%s,...].",
-            folder,
-            join_names(again),
-            folder / again[0],
-        )
-    numbered = [job for job in inside if job.name.isdecimal()]
-    jobs = sorted(numbered, key=lambda job: int(job.name)) or [job for job in inside if job.name not in again]
-    lacking = [job.name for job in jobs if not any((path / RECORD).is_file() for path in (job, job / EVALUATION))]
-    if not jobs or len(lacking) == len(jobs):
+    numbered = [path for path in inside if path.name.isdecimal()]
+    jobs = sorted(numbered, key=lambda job: int(job.name)) or inside
+    found = [job for job in jobs if any((path / RECORD).is_file() for path in (job, job / EVALUATION))]
+    if not found:
         raise UserError(f"runs: {folder} is a sweep without an evaluation of images in any job.")
-    if lacking:
-        logger.warning("%s: jobs without an evaluation of images are left out: %s.", folder, join_names(lacking))
-    return [job for job in jobs if job.name not in lacking and job.resolve() not in named]
+    # such as 1_2, a job that was repeated in the same folder
+    if left_out := [path.name for path in inside if path not in found]:
+        logger.warning(
+            "%s: folders that are no jobs with an evaluation of images are left out: %s.", folder, join_names(left_out)
+        )
+    return [job for job in found if job.resolve() not in named]
 
 
 def _refusal(runs: Any, found: str) -> UserError:
@@ -251,53 +234,28 @@ def _differences(first: ImageRecord, other: ImageRecord) -> list[str]:
 
 
 SWEEP = "multirun.yaml"  # in the folder of a sweep
-_SEED = "seed"
 _LONGEST = 60  # characters: a longer name does not fit a heading
 
 
-def run_names(folders: Sequence[Path]) -> list[str]:
-    """Return short unique names of run folders."""
-    names = _by_folders(folders)
-    return _by_words(folders, [[index] for index in range(len(folders))], (), names) or names
-
-
 def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[str]:
-    """Return a name for each side.
+    """Return a unique name for each side: the words that its runs share and that vary in their sweep, else its folders.
 
     Args:
         folders: folders of all runs.
         sides: indices of each side's runs.
     """
-    names = _by_folders(folders)
-    joined = [_joined([names[index] for index in side]) for side in sides]
-    if len(set(joined)) < len(joined):  # a folder may itself be named 0+1
-        joined = [names[side[0]] for side in sides]
-    return _by_words(folders, sides, (_SEED,), joined) or _by_words(folders, sides, (), joined) or joined
-
-
-def _by_words(
-    folders: Sequence[Path], sides: Sequence[Sequence[int]], without: Sequence[str], others: Sequence[str]
-) -> list[str]:
-    """Name each side by the overrides in which the sweep jobs differ; return an empty list if these are not unique.
-
-    Args:
-        folders: folders of all runs.
-        sides: indices of each side's runs.
-        without: keys to leave out of the names.
-        others: names of the sides that are not from a sweep.
-    """
+    by_folder = _by_folders(folders)
     commands = [_command(folder) for folder in folders]
     swept = [command for command in commands if command]
     keys = dict.fromkeys(key for command in swept for key in command if not key.startswith("hydra"))
-    differing = [key for key in keys if key not in without and len({command.get(key) for command in swept}) > 1]
-    words = [" ".join(command[key] for key in differing if key in command) for command in commands]
-    of_sides = [
-        {words[index] if commands[index] else other for index in side}
-        for side, other in zip(sides, others, strict=True)
-    ]
-    names = [name for side in of_sides for name in side]
-    short = all(0 < len(word) <= _LONGEST for word, command in zip(words, commands, strict=True) if command)
-    return names if short and len(set(names)) == len(sides) == len(names) else []
+    varied = [key for key in keys if len({command.get(key) for command in swept}) > 1]
+    names = []
+    for side in sides:
+        of_side = [commands[index] for index in side]
+        shared = [key for key in varied if key in of_side[0] and len({command.get(key) for command in of_side}) == 1]
+        words = " ".join(of_side[0][key] for key in shared)
+        names.append(words if 0 < len(words) <= _LONGEST else _joined([by_folder[index] for index in side]))
+    return names if len(set(names)) == len(names) else [by_folder[side[0]] for side in sides]
 
 
 def _command(folder: Path) -> dict[str, str]:

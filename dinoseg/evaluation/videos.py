@@ -14,7 +14,7 @@ from PIL import Image
 
 from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.clips.videos import VOID, Video
-from dinoseg.evaluation.restart import RECORD, digest_of, earlier_run, log_copied, store_digest, take_over
+from dinoseg.evaluation.restart import RECORD, earlier_run, log_copied, take_over
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
 from dinoseg.evaluation.video_report import report_videos
@@ -106,8 +106,7 @@ class VideoTracking:
     def _track_video(self, video: Video) -> TrackedVideo:
         """Write a video's masks, or copy them from the earlier run."""
         written = None if self.written is None else self.written.get(video.name, ())
-        digest = digest_of(video, self.prompts)
-        if take_over(self.earlier, self.out_dir, self._files(video, written), video.name, digest):
+        if take_over(self.earlier, self.out_dir, self._files(video, written)):
             return TrackedVideo(0, taken_over=video.name)
         try:
             write_masks(
@@ -123,7 +122,6 @@ class VideoTracking:
             if not self.skip:
                 raise
             return TrackedVideo(0, (video.name, str(error)))
-        store_digest(self.out_dir, video.name, digest)
         return TrackedVideo(len(video.frames))
 
     def _files(self, video: Video, written: Collection[str] | None) -> dict[Path, list[str]]:

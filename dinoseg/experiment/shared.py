@@ -28,7 +28,7 @@ def describe_job(cfg: DictConfig) -> dict[str, Any]:
     return {**describe(cfg, keys), "hparam": cfg.choices.hparam, SOLO: solo}
 
 
-def compose_job(shared: Mapping[str, Any], own: Mapping[str, Any]) -> DictConfig:
+def compose_shared(shared: Mapping[str, Any], own: Mapping[str, Any]) -> DictConfig:
     """Return the config of a job that rank 0 has described.
 
     Args:
@@ -40,6 +40,6 @@ def compose_job(shared: Mapping[str, Any], own: Mapping[str, Any]) -> DictConfig
     """
     source = Source("the config of rank 0", own["config_dirs"], typed=["backbone.weights"])  # which rank 0 has checked
     choices = {**own["choices"], **shared["choices"], "hparam": shared["hparam"]}
-    solo = {name: to_container(compose_job(run, own)) for name, run in shared[SOLO].items()}
+    solo = {name: to_container(compose_shared(run, own)) for name, run in shared[SOLO].items()}
     more = {"choices": choices, **({SOLO: solo} if solo else {})}
     return OmegaConf.create({**own, **compose_stored(shared, source), **more})

@@ -23,7 +23,6 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import check_trainer, training_parts
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.inference.predictor import Predictor
-from dinoseg.training.engine import Engine
 from dinoseg.training.meter import peak_memory, reset_peak_memory, used_memory
 from dinoseg.training.parts import TrainingParts
 from dinoseg.utils.atomic import write_json
@@ -144,8 +143,17 @@ def time_training(values: Mapping[str, Any], *, steps: int, warmup: int, synthet
     # frees, so the peak would miss its reuse
     off = {f"{name}.checkpointing": False for name, is_on in parts.checkpointing.items() if is_on}
     flops = parts.accumulate * step_flops(training_parts(build, off), parts.batch_size, bf16=engine.half)
-    images = parts.batch_size * parts.accumulate
-    return _summarise(engine, images, parts.crop, trial.seconds, waited, trial.peak, flops)
+    return SpeedMeasurement(
+        device=engine.device.type,
+        precision=engine.precision,
+        images=parts.batch_size * parts.accumulate,
+        size=parts.crop,
+        seconds=trial.seconds,
+        waited=waited,
+        peak_bytes=trial.peak,
+        flops=flops,
+        peak_flops=matrix_peak(engine.device, engine.dtype),
+    )
 
 
 def time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, synthetic: bool) -> SpeedMeasurement:
@@ -167,9 +175,18 @@ def time_prediction(values: Mapping[str, Any], *, images: int, warmup: int, synt
         began = time.perf_counter()
         predictor.ids([image])
         seconds.append(time.perf_counter() - began)
-    peak = peak_memory(engine.device) - before
-    size = (shown[0].shape[0], shown[0].shape[1])
-    return _summarise(engine, 1, size, seconds[warmup:], None, peak, counter.get_total_flops())
+    peak = peak_memory(engine.device) - before  # before the matrices below
+    return SpeedMeasurement(
+        device=engine.device.type,
+        precision=engine.precision,
+        images=1,
+        size=(shown[0].shape[0], shown[0].shape[1]),
+        seconds=seconds[warmup:],
+        waited=None,
+        peak_bytes=peak,
+        flops=counter.get_total_flops(),
+        peak_flops=matrix_peak(engine.device, engine.dtype),
+    )
 
 
 def random_image(parts: TrainingParts) -> np.ndarray:
@@ -183,19 +200,6 @@ def first_images(data: SegmentationData) -> list[np.ndarray]:
     read = [np.asarray(data[index]["image"]) for index in range(min(_FEW, len(data)))]
     same = [image for image in read if image.shape == read[0].shape]
     return [np.ascontiguousarray(image.transpose(1, 2, 0)) for image in same]
-
-
-def _summarise(
-    engine: Engine,
-    images: int,
-    size: tuple[int, int],
-    seconds: list[float],
-    waited: float | None,
-    peak: int,
-    flops: int,
-) -> SpeedMeasurement:
-    fastest = matrix_peak(engine.device, engine.dtype)
-    return SpeedMeasurement(engine.device.type, engine.precision, images, size, seconds, waited, peak, flops, fastest)
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:

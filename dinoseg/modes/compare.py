@@ -1,17 +1,11 @@
 """mode=compare: comparison of evaluations of the same images, from the files that mode=eval wrote."""
 
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from omegaconf import DictConfig
 from tabulate import tabulate
 
@@ -35,8 +29,7 @@ from dinoseg.training.cost import COST
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json, write_text
 from dinoseg.utils.csv_text import write_csv_table
-from dinoseg.utils.images import write_png
-from dinoseg.utils.wording import count_of, in_lines
+from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +50,6 @@ COLUMNS = {  # key of a row: heading and format
     "seconds": ("s per training image", "{:.3g}".format),
     "memory_gib": ("peak training memory, GiB", "{:.2f}".format),
 }
-_COSTS = ("parameters", "seconds", "memory_gib")  # x axes of the figure
-_BLUE = "#0072B2"
 _MAX_COST_COLUMN = 13  # characters: the table fits a terminal of 120 columns
 
 
@@ -74,24 +65,6 @@ def run_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
         speed = cost.pop("images_per_s")
         seconds = 1 / speed if speed else None
         rows.append({"run": name, "miou": scores["miou"], "accuracy": scores["accuracy"], **cost, "seconds": seconds})
-    return _ranked(rows)
-
-
-def side_rows(sides: Sequence[Side], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each side, by mIoU: means over the rows of its runs; None if any run's value is unknown."""
-    by_run = {row["run"]: row for row in rows}
-    return _ranked([_mean(side.name, [by_run[name] for name in side.names]) for side in sides])
-
-
-def _mean(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    mean: dict[str, Any] = {"run": name}
-    for key in rows[0].keys() - {"run"}:
-        values = [row[key] for row in rows]
-        mean[key] = None if None in values else sum(values) / len(values)
-    return mean | {key: round(mean[key]) for key in ("parameters", "trainable") if mean[key] is not None}
-
-
-def _ranked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [rows[index] for index in best_first([row["miou"] for row in rows])]
 
 
@@ -122,16 +95,12 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
     others = against(sides, open_data)
     units, intervals, seeds = len(set(record.units)), units_note(sides), seeds_note(sides)
     rows = run_rows(sides)
-    costs = side_rows(sides, rows)
-    print(f"{costs_table(costs)}\n\n{verdicts(first, record.images, others)}")
+    print(f"{costs_table(rows)}\n\n{verdicts(first, others)}")
     print(f"points:       minus {first.name}\nintervals:    {intervals}\nseeds:        {seeds}")
     if few := few_units(units, record.unit):
         logger.warning("%s", few)
     write_tables(out_dir, first, others)
-    write_costs(out_dir / "runs.csv", rows)
-    picture = costs_picture(costs)
-    if picture is not None:
-        write_png(out_dir / "runs.png", picture)
+    write_csv_table(out_dir / "runs.csv", ["run", *COLUMNS], rows)  # scores in 0..1; unknown values are empty cells
     scores = scores_of(first.records)
     result = {
         "sides": {side.name: [str(folder) for folder in side.folders] for side in sides},
@@ -165,7 +134,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
     )
     write_text(out_dir / PAGE, page)
     print(f"report:       {out_dir}/{PAGE}, compare.csv, compare.json, images.csv")
-    print(f"runs:         {out_dir}/runs.csv{', runs.png' * (picture is not None)}")
+    print(f"runs:         {out_dir}/runs.csv")
     return {"miou_difference": others[-1].differences["miou"]["value"], "run": str(out_dir)}
 
 
@@ -182,48 +151,3 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
         maxcolwidths=[MAX_NAME, *[None] * len(columns)],  # tabulate fails to wrap numbers with commas
         maxheadercolwidths=[MAX_NAME, *[_MAX_COST_COLUMN] * len(columns)],
     )
-
-
-def write_costs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one line per row, with scores in 0..1; unknown values are empty cells."""
-    write_csv_table(path, ["run", *COLUMNS], rows)
-
-
-def costs_picture(rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
-    """Plot mIoU against each cost that is known for two runs or more, as RGB; None without such a cost."""
-    panels = []
-    for key in _COSTS:
-        points = [row for row in rows if row["miou"] is not None and row[key]]
-        if len(points) > 1:
-            panels.append((key, points))
-    if not panels:
-        return None
-    figure = Figure(figsize=(1 + 4 * len(panels), 4), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    for axes, (key, points) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
-        _draw(axes, key, points)
-    figure.axes[0].set_ylabel("mIoU %")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # characters that the font lacks become boxes
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _draw(axes: Axes, key: str, points: Sequence[Mapping[str, Any]]) -> None:
-    costs, scores = [row[key] for row in points], [100 * row["miou"] for row in points]
-    axes.plot(costs, scores, "o", color=_BLUE)
-    if max(costs) > 10 * min(costs):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(EngFormatter(sep="") if key == "parameters" else "{x:g}")
-    middle = (min(costs) * max(costs)) ** 0.5 if axes.get_xscale() == "log" else (min(costs) + max(costs)) / 2
-    for row, cost, score in zip(points, costs, scores, strict=True):
-        right = cost > middle  # keeps names within the figure
-        offset, side = ((-7, 4), "right") if right else ((7, 4), "left")
-        named: dict[str, Any] = {"ha": side, "fontsize": 8, "parse_math": False}  # $ is plain text
-        axes.annotate(in_lines(row["run"], 30), (cost, score), offset, textcoords="offset points", **named)
-    axes.margins(0.12)
-    axes.set_xlabel(COLUMNS[key][0])
-    axes.grid(color="#e3e3e3", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)

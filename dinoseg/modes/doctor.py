@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from omegaconf import DictConfig
 from tabulate import tabulate
@@ -23,7 +22,7 @@ from dinoseg.data.scan.record import Record
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.experiment.builder import Builder
 from dinoseg.report.html.page import render
-from dinoseg.report.overlay import blend, legend_of
+from dinoseg.report.overlay import blend, legend_of, reduced
 from dinoseg.utils.atomic import write_json, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Natural
@@ -172,12 +171,9 @@ def _records(split: str, data: DoctorData, **options: Any) -> list[Record]:
 
 def _same_files(data: DoctorData, others: Mapping[str, DoctorData]) -> str | None:
     """Return the split with the same files, as in datasets that return another split for a missing test split."""
-    files = _files(data)
-    return next((split for split, other in others.items() if files and _files(other) == files), None)
-
-
-def _files(data: DoctorData) -> set[str]:
-    return {str(pair.image) for pair in data.pairs} if isinstance(data, PairDataset) else set()
+    files = {pair.image for pair in data.pairs} if isinstance(data, PairDataset) else set()
+    pairs = {split: other.pairs for split, other in others.items() if isinstance(other, PairDataset)}
+    return next((split for split, each in pairs.items() if files and files == {pair.image for pair in each}), None)
 
 
 def _report(splits: Sequence[Scanned], findings: Sequence[Finding]) -> dict[str, Any]:
@@ -262,11 +258,7 @@ def _of_classes(splits: Sequence[Scanned]) -> Iterator[tuple[tuple[str, str], st
 
 def _draw_pair(frame: np.ndarray, mask: np.ndarray, data: DoctorData) -> dict[str, Any]:
     """Return an image, its mask over it, and the legend of the classes, downscaled."""
-    height, width = mask.shape
-    factor = min(1.0, _LONGEST / max(height, width))
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-    mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    frame, mask = reduced(frame, _LONGEST), reduced(mask, _LONGEST)
     tinted = blend(frame, mask, data.palette, ignore_index=data.ignore_index, opacity=0.6)
     legend = legend_of([mask], data.classes, data.palette, ignore_index=data.ignore_index)
     return {"panels": [("image", frame), ("mask", tinted)], "legend": legend}

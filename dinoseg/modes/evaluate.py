@@ -84,7 +84,7 @@ def run(
         provenance = provenance_of(build, out_dir)
         report_images(provenance, collector, scores, data, engine, out_dir, split=split, background=background)
     if engine.is_main:
-        _tell_origin(cfg.resume, source)
+        print(f"checkpoint:   {cfg.resume or source}")
         list_skipped({split: data.skipped}, out_dir)
     engine.close()
     return {**scores, "run": str(out_dir)}
@@ -116,9 +116,3 @@ def track_split(
     engine = build.engine() if trained is None else trained.engine
     make_tracker = tracker_maker(build, engine, trained, batch_size=engine.images_at_once())
     return evaluate_videos(data, make_tracker, engine, out_dir, options, provenance_of(build, out_dir))
-
-
-def _tell_origin(resume: str | None, source: str) -> None:
-    board = Path(resume or ".").parent.parent / "tensorboard"
-    print(f"TensorBoard:  tensorboard --logdir {board}" if board.is_dir() else "TensorBoard:  none")
-    print(f"checkpoint:   {resume or source}")

@@ -1,10 +1,10 @@
 """mode=help and --help: every group, every option, and the commands to start with."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from dinoseg.config.options import config_folders, option_files, options_in
@@ -47,7 +47,7 @@ usage: python -m dinoseg mode=MODE [hparam=RECIPE] [GROUP=OPTION ...] [KEY=VALUE
   python -m dinoseg mode=train hparam=sarrarp_lora --cfg job         print the composed config
   python -m dinoseg --version                                        versions of dinoseg, torch, CUDA and Python
 
-Groups and their options (choose with GROUP=OPTION; `dino_* vitb16` is dino_vitb16):
+Groups and their options (choose with GROUP=OPTION):
 """
 _TRAINING_KEYS = {  # config files, and their keys that `mode=train --help` lists too
     "trainer/supervised": ("steps", "epochs", "val_every", "save_every", "max_minutes", "accumulate", "ema"),
@@ -58,8 +58,6 @@ _TRAINING_KEYS = {  # config files, and their keys that `mode=train --help` list
     "optim/adamw": ("optimizer.lr", "optimizer.weight_decay", "schedule.kind", "schedule.warmup"),
 }
 _COLUMN = 11  # width of a group's name with colon and space
-_LARGEST_FAMILY = 12  # options of a family that are listed
-_SMALLEST_FAMILY = 4  # options whose names share the first word, such as dinov2
 # keys in config files that users do not set
 _NO_KEYS = ("defaults", "resume_from", "keeps_folder", "resumes_with", "check", "reads")
 _FURTHER = "`--help` alone shows all modes, groups and options; `--cfg job` prints all keys of this command line."
@@ -74,9 +72,12 @@ def overview(further: Sequence[Path] = ()) -> str:
     folders = {path.parent.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("*/**/*.yaml")}
     names = sorted(name for name in folders if name.partition("/")[0] not in ("hydra", "local"))
     groups = {name: options_in((CONFIGS, *further), name) for name in names}
-    return COMMANDS + "\n".join(
-        f"  {name + ':':{_COLUMN - 1}} {_wrapped(_by_family(options))}" for name, options in groups.items()
-    )
+    lines = []
+    indent = " " * (_COLUMN + 2)
+    for name, options in groups.items():
+        start = f"  {name + ':':{_COLUMN - 1}} "
+        lines += wrap(" ".join(options), 110, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
+    return COMMANDS + "\n".join(lines)
 
 
 def help_for(arguments: Sequence[str]) -> str:
@@ -175,38 +176,3 @@ def _settable_keys(text: str) -> list[str]:
 def show(cfg: Any, *, out_dir: Path) -> None:
     """Print the overview."""
     print(overview())
-
-
-def _by_family(options: Sequence[str]) -> list[list[str]]:
-    """Return the words that list a group's options: those without a family, then each family's name and options.
-
-    A family is several names that share the first word, such as `dinov2_*`.
-
-    Args:
-        options: of the group, sorted.
-    """
-    first_words = Counter(option.partition("_")[0] for option in options if "_" in option)
-    alone, families = [], dict[str, list[str]]()
-    for option in options:
-        word, _, rest = option.partition("_")
-        if rest and first_words[word] >= _SMALLEST_FAMILY:
-            families.setdefault(f"{word}_*", []).append(rest)
-        else:
-            alone.append(option)
-    return [alone, *([family, *_shortened(names)] for family, names in families.items())]
-
-
-def _shortened(names: list[str]) -> list[str]:
-    """Return the names of a family, or if there are too many, the first of them and their number."""
-    return names if len(names) <= _LARGEST_FAMILY else [*names[:_LARGEST_FAMILY], f"... ({len(names)})"]
-
-
-def _wrapped(lists: list[list[str]], width: int = 96) -> str:
-    lines: list[str] = []
-    for words in lists:
-        lines.append("")
-        for word in words:
-            if lines[-1] and len(lines[-1]) + len(word) > width:
-                lines.append("")
-            lines[-1] += f" {word}"
-    return ("\n" + " " * (2 + _COLUMN)).join(line.strip() for line in lines)

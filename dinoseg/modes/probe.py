@@ -7,10 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from omegaconf import DictConfig
 from tabulate import tabulate
 
@@ -25,7 +21,6 @@ from dinoseg.tasks.probing.probe import Grid, Probe, Readings, Solution
 from dinoseg.tasks.probing.sums_checkpoint import SumsCheckpoint
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.csv_text import write_csv_table
-from dinoseg.utils.images import write_png
 from dinoseg.utils.ranges import NotNegative, OpenShare, Positive
 from dinoseg.utils.wording import count_of
 
@@ -53,7 +48,7 @@ def probe(
 
     Args:
         cfg: the whole config.
-        out_dir: the run folder; probe.json, probe.csv and probe.png go there.
+        out_dir: the run folder; probe.json and probe.csv go there.
         layers: blocks to probe, as in `head.layers`; None: all.
         strengths: see `Grid`.
         balances: see `Grid`.
@@ -136,12 +131,12 @@ def _write(out_dir: Path, solutions: Sequence[Solution], best: Solution, classes
         for each in solutions
     ]
     write_json(out_dir / "probe.json", {"best": best.name, "classes": list(classes), "readings": rows})
-    write_probe_csv(out_dir / "probe.csv", rows)
-    write_png(out_dir / "probe.png", probe_picture(rows, best.name))
+    # scores in 0..1; an undefined score is an empty cell
+    write_csv_table(out_dir / "probe.csv", COLUMNS, rows)
     print(f"{class_table(best.scores, classes)}\n\n{probe_table(rows, best.name)}\n")
     blocks = best.name.replace("+", ",")
     print(f"best:         {best.name}, by the held-out images; head.layers=[{blocks}] reads {_them(best.name)}")
-    print(f"written:      {out_dir}/probe.json, probe.csv, probe.png, with {count_of(rows, 'result')}")
+    print(f"written:      {out_dir}/probe.json, probe.csv, with {count_of(rows, 'result')}")
     print(_FLOOR)
 
 
@@ -162,33 +157,6 @@ def probe_table(rows: Sequence[Mapping[str, Any]], best: str) -> str:
     ]
     headers = ["blocks", "val mIoU %", "held-out mIoU %", "val accuracy %", "ridge", "balance"]
     return tabulate(shown, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 5))
-
-
-def write_probe_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one line per row, with scores in 0..1; an undefined score is an empty cell."""
-    write_csv_table(path, COLUMNS, rows)
-
-
-def probe_picture(rows: Sequence[Mapping[str, Any]], best: str) -> np.ndarray:
-    """Plot the scores of rows in their order as RGB, with the name of the best row in bold."""
-    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches: keeps long block names off the edge
-    figure = Figure(figsize=(max(4.0, 1.5 + 0.5 * len(rows)), 3.6), dpi=110, layout=layout)
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for key, colour, name in (("val_miou", "#0072B2", "val"), ("held_out_miou", "#D55E00", "held out from train")):
-        axes.plot([np.nan if row[key] is None else 100 * row[key] for row in rows], "o-", color=colour, label=name)
-    turned: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(rows) > 6 else {}
-    axes.set_xticks(range(len(rows)), [row["blocks"] for row in rows], **turned)
-    for label, row in zip(axes.get_xticklabels(), rows, strict=True):
-        label.set_fontweight("bold" if row["blocks"] == best else "normal")
-    axes.set_xlabel("blocks read")
-    axes.set_ylabel("mIoU % (closed form)")
-    axes.set_ylim(bottom=0)
-    axes.grid(color="#e3e3e3", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _percent(score: float | None) -> str:

@@ -240,8 +240,8 @@ def open_log(build: Builder, out_dir: Path, start: Checkpoint | None, engine: En
 
 def finish_log(log: RunLog, out_dir: Path, task: TrainingTask, scores: Mapping[str, Any], best: Checkpoint) -> None:
     """Draw the curves of a run, log its scores and best checkpoint, and print the paths of all results."""
-    curves = draw_curves(read_rows(out_dir / "metrics.jsonl"), out_dir, task.plots)
-    print(f"curves:       {out_dir}/{', '.join(path.name for path in curves)}")
+    draw_curves(read_rows(out_dir / "metrics.jsonl"), out_dir / "curves.png")
+    print(f"curves:       {out_dir}/curves.png")
     log.scores(scores)
     log.checkpoint(best.path)
     log.close()

@@ -31,24 +31,14 @@ def blend(
     """
     table = lookup_table(palette, ignore_index)
     plain = (table.max(axis=1) == 0) & (opacity < 1)
+    colours = table.take(mask, axis=0)
     try:
         import cv2
     except ImportError:  # fallback for inference with numpy alone
-        return _blended(frame, mask, table, plain, opacity)
-    tinted = np.asarray(cv2.addWeighted(frame, 1 - opacity, table.take(mask, axis=0), opacity, 0))
+        tinted = (frame * np.float32(1 - opacity) + colours * np.float32(opacity)).round().astype(np.uint8)
+        return np.where(plain.take(mask)[..., None], frame, tinted)
+    tinted = np.asarray(cv2.addWeighted(frame, 1 - opacity, colours, opacity, 0))
     return np.asarray(cv2.copyTo(frame, plain.astype(np.uint8).take(mask), tinted))
-
-
-def _blended(frame: np.ndarray, mask: np.ndarray, table: np.ndarray, plain: np.ndarray, opacity: float) -> np.ndarray:
-    """Blend exactly as OpenCV does, by a lookup of each level of each class, in twice the time of OpenCV."""
-    colours = (table * np.float32(opacity)).astype(np.float64)  # OpenCV rounds these to float32, and then the sum
-    levels = np.arange(256) * np.float64(np.float32(1 - opacity))
-    tints = (levels + colours[..., None]).astype(np.float32).round().astype(np.uint8)  # (ids, 3, levels)
-    tints[plain] = np.arange(256)
-    tinted, rows = np.empty_like(frame), mask.astype(np.intp) * 256
-    for channel in range(3):
-        tinted[..., channel] = tints[:, channel].ravel().take(rows + frame[..., channel])
-    return tinted
 
 
 def compare(

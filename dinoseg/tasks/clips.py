@@ -29,7 +29,6 @@ from dinoseg.experiment.trained import Trained
 from dinoseg.metrics.clustering import contingency
 from dinoseg.metrics.protocols.video_clustering import VideoClustering
 from dinoseg.models.model import SegmentationModel
-from dinoseg.report.curves import CLIP_PLOTS
 from dinoseg.report.overlay import blend, reduced, side_by_side, stacked
 from dinoseg.report.palette import default_palette
 from dinoseg.tasks.task import TrainingTask
@@ -259,7 +258,6 @@ class ClipTask(TrainingTask):
             **parts.arguments(ClipDataModule, {"batch_size": "data.batch_size"}),
         )
         self.labels = parts.labels
-        self.plots = [plot for plot in CLIP_PLOTS if plot[0] in self.data_module.score_names]
         # by video: clips of one video on both sides would leak data
         sides = {"train": self.data_module.train, "val": self.data_module.val}
         self.split = {side: [video.name for video in clips.videos] for side, clips in sides.items()}

@@ -27,7 +27,6 @@ from dinoseg.experiment.provenance import provenance_of
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.metrics.confusion import commonest_class
 from dinoseg.models.model import SegmentationModel
-from dinoseg.report.curves import IMAGE_PLOTS
 from dinoseg.tasks.probing.probe import Grid, Probe
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training.engine import Engine
@@ -50,7 +49,6 @@ class ImageTask(TrainingTask):
     """
 
     what = "images"
-    plots = IMAGE_PLOTS
     data_module: ImageDataModule
 
     def __init__(self, parts: Builder, *, val_images: Count | None = None) -> None:

@@ -11,7 +11,6 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.builder import Builder
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import SegmentationModel
-from dinoseg.report.curves import Plot
 from dinoseg.training.data_module import DataModule
 from dinoseg.training.engine import Engine
 from dinoseg.utils.errors import UserError
@@ -33,7 +32,6 @@ class TrainingTask(ABC):
         labels: classes, palette and ignored ID, which a checkpoint stores.
         labelled: dataset whose masks a loss may count; None: there are no masks.
         split: names in train and val.
-        plots: curves of the run.
         unread: keys without effect, of which a training warns if they are typed.
         unread_because: sentence on what takes their place.
     """
@@ -44,7 +42,6 @@ class TrainingTask(ABC):
     labels: SegmentationData | Labels
     labelled: SegmentationData | None = None
     split: Mapping[str, Sequence[str]]
-    plots: Sequence[Plot]
     unread: Collection[str] = ()
     unread_because: str = ""
 

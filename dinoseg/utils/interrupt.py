@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,12 +19,12 @@ _TWICE = 2.0  # seconds after which a signal is a second one: torchrun forwards 
 class Interrupted(KeyboardInterrupt):
     """Exception for a signal that ends this process; `again`: whether the signal was repeated.
 
-    `note`: a description of the remaining work. `folder`: of the interrupted run, if it has one.
+    `note`: what the interrupted run has left, and how to resume it.
     """
 
-    def __init__(self, number: int, *, again: bool = False, note: str = "", folder: Path | None = None) -> None:
+    def __init__(self, number: int, *, again: bool = False, note: str = "") -> None:
         super().__init__(number)
-        self.number, self.again, self.note, self.folder = number, again, note, folder
+        self.number, self.again, self.note = number, again, note
         self.status = 128 + number  # the exit status that a shell would give
 
 

@@ -3,7 +3,6 @@
 import difflib
 import json
 import re
-import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any, TextIO
@@ -66,12 +65,6 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     r"""Return text with line breaks escaped as `\n`, for lists with one entry per line."""
     return text.replace("\n", "\\n")
-
-
-def in_lines(name: str, width: int, most: int = 3) -> str:
-    """Wrap a name for a figure: lines of `width` characters, and only the last `most` of them."""
-    lines = textwrap.wrap(one_line(printable(name)), width, break_on_hyphens=False)
-    return "\n".join(lines if len(lines) <= most else [f"...{lines[-most][3:]}", *lines[1 - most :]])
 
 
 class Printable:

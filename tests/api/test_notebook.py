@@ -36,7 +36,7 @@ def test_functions_in_a_notebook(tmp_path):
     assert "<td>bright</td>" in scores and "no significant difference" in comparison
     error, stop = outputs[4][-1], outputs[5][-1]
     assert error.ename == "UserError" and "Did you mean hparam=demo" in error.evalue
-    assert stop.ename == "KeyboardInterrupt" and "To resume, call dinoseg.Run(" in stop.evalue
+    assert stop.ename == "KeyboardInterrupt" and "To resume, add resume=auto" in stop.evalue
     assert "step" in texts(outputs[6]) and (tmp_path / "curves.png").is_file()
     assert "step 2 of 2" in texts(outputs[1]) or "widget" in str(outputs[1])
 

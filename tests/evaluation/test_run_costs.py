@@ -59,18 +59,3 @@ def test_damaged_costs_are_left_out_and_told(row, caplog, text):
         None
     }
     assert "cost.json is damaged" in caplog.text and "costs are left out" in caplog.text
-
-
-def test_a_side_costs_what_its_runs_do_on_average():
-    sides = [Side(name, [], names, [], []) for name, names in (("a", ["a0", "a1"]), ("b", ["b0"]))]
-    known = {"parameters": 5, "trainable": 3, "memory_gib": 1.0, "seconds": 2.0}
-    rows = [
-        {"run": "a0", "miou": 0.2, "accuracy": 0.4, **known},
-        {"run": "b0", "miou": 0.5, "accuracy": 0.5, **known},
-        {"run": "a1", "miou": 0.4, "accuracy": 0.5, **known, "trainable": 4, "memory_gib": 2.0, "seconds": None},
-    ]
-    better, worse = compare.side_rows(sides, rows)
-    assert better == {"run": "b", "miou": 0.5, "accuracy": 0.5, **known} and worse["run"] == "a"
-    assert (worse["miou"], worse["accuracy"]) == (pytest.approx(0.3), pytest.approx(0.45))
-    assert worse["memory_gib"] == 1.5 and worse["seconds"] is None
-    assert [type(worse[key]) for key in ("parameters", "trainable")] == [int, int]  # which are shown whole

@@ -4,9 +4,13 @@ import os
 
 import pytest
 
-from dinoseg.evaluation.sides import run_names, side_names
+from dinoseg.evaluation.sides import side_names
 from dinoseg.experiment import folder as run_folder
 from dinoseg.experiment.folder import write_config
+
+
+def run_names(folders):
+    return side_names(folders, [[index] for index in range(len(folders))])
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def swept(tmp_path):
         (("k=a\u2028b=1", "k=a\u2028b=2"), ["k=a\u2028b=1", "k=a\u2028b=2"]),  # which ends no line of ours
         (("k=", "k=''"), ["k=", "k=''"]),
         (("k=" + "9" * 58, "k=1"), ["k=" + "9" * 58, "k=1"]),
-        (("k=" + "9" * 59, "k=1"), ["0", "1"]),  # too long for a heading
+        (("k=" + "9" * 59, "k=1"), ["0", "k=1"]),  # too long for a heading
         (("hydra.verbose=1", "hydra.verbose=2"), ["0", "1"]),
         (("k=1", "k=1"), ["0", "1"]),
     ],
@@ -49,7 +53,7 @@ def test_sides_are_called_without_their_seeds_where_that_tells_them_apart(swept)
     assert side_names(folders, [[0, 1], [2, 3]]) == ["head=a", "head=b"]
     assert run_names(folders) == ["head=a seed=0", "head=a seed=1", "head=b seed=0", "head=b seed=1"]
     assert side_names(folders[:2], [[0], [1]]) == ["seed=0", "seed=1"]
-    assert side_names(folders, [[0, 2], [1], [3]]) == ["0+2", "1", "3"]  # of two heads it is called by neither
+    assert side_names(folders, [[0, 2], [1], [3]]) == ["seed=0", "head=a seed=1", "head=b seed=1"]
 
 
 def test_a_link_to_a_job_is_called_as_the_job(swept, tmp_path):
@@ -65,11 +69,11 @@ def test_a_run_of_no_sweep_is_called_by_its_folder(swept, tmp_path):
     folders = [alone, *swept(*([f"head={head}", f"seed={seed}"] for head in "ab" for seed in (0, 1)))]
     assert side_names(folders, [[0], [1, 2], [3, 4]]) == [alone.name, "head=a", "head=b"]
     assert run_names(folders)[:2] == [alone.name, "head=a seed=0"]
-    assert side_names(folders, [[0, 1], [2], [3, 4]]) == [f"{alone.name}+0", "1", "2+3"]  # which is of neither kind
+    assert side_names(folders, [[0, 1], [2], [3, 4]]) == [f"{alone.name}+0", "head=a seed=1", "head=b"]
     assert side_names(folders[:2], [[0], [1]]) == [alone.name, "0"]
     named_so = tmp_path / "head=a"
     named_so.mkdir()
-    assert side_names([named_so, *folders[1:]], [[0], [1, 2], [3, 4]]) == ["head=a", "0+1", "2+3"]
+    assert side_names([named_so, *folders[1:]], [[0], [1, 2], [3, 4]]) == ["head=a", "0", "2"]
 
 
 def test_a_command_that_is_none_or_may_not_be_read_names_nothing(swept, monkeypatch):
@@ -96,3 +100,9 @@ def test_names_of_several_folders_are_joined_and_stay_apart(tmp_path):
     others = [tmp_path / name for name in ("a/0", "a/1", "b/0", "b/1")]
     assert side_names(others, [[0, 1], [2, 3]]) == ["a/0+1", "b/0+1"]
     assert side_names(others, [[0, 3], [1], [2]]) == ["a/0+b/1", "a/1", "b/0"]
+
+
+def test_folders_are_called_by_the_shortest_paths_that_differ(tmp_path):
+    folders = [tmp_path / name for name in ("a/eval_1", "b/eval_1", "b/eval_2")]
+    assert run_names(folders) == ["a/eval_1", "b/eval_1", "b/eval_2"]
+    assert run_names(folders[1:]) == ["eval_1", "eval_2"]

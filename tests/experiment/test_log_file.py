@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 from hydra.types import RunMode
 
-from dinoseg.cli.sweeps.job_results import JobResults
 from dinoseg.cli.sweeps.table import SweepTable
 from dinoseg.experiment.log_file import LABEL, LabelledStream, announce, configure_log
 
@@ -37,7 +36,6 @@ def root_log():
 @pytest.mark.parametrize("launcher", ["hydra._internal.core_plugins.basic_launcher.BasicLauncher", "some.Launcher"])
 def test_jobs_at_once_are_told_apart(tmp_path, monkeypatch, root_log, launcher):
     monkeypatch.setenv(LABEL, "")
-    monkeypatch.setattr(JobResults, "begin", lambda *_: None)
     out, err = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)

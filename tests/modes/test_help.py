@@ -24,19 +24,6 @@ def listed():
     return groups
 
 
-def spelled_out(words):
-    """Return the options that the words of a group stand for, and the size of each family that is cut short."""
-    names, sizes, prefix = [], {}, ""
-    for word in words:
-        if word.endswith("_*"):
-            prefix = word.removesuffix("*")
-        elif word.startswith("("):
-            sizes[prefix] = int(word.strip("()"))
-        elif word != "...":
-            names.append(prefix + word)
-    return names, sizes
-
-
 def test_every_group_and_option_is_listed_and_no_hidden_one():
     expected = {}
     for path in sorted(Path(CONFIGS).glob("*/**/*.yaml")):
@@ -44,23 +31,10 @@ def test_every_group_and_option_is_listed_and_no_hidden_one():
         if not path.stem.startswith("_") and group.partition("/")[0] not in ("hydra", "local"):
             expected.setdefault(group, set()).add(path.stem)
     assert listed().keys() == expected.keys() and len(expected) >= 10
-    for group, words in listed().items():
-        names, sizes = spelled_out(words)
-        cut = {prefix: {name for name in expected[group] if name.startswith(prefix)} for prefix in sizes}
-        assert len(names) == len({*names}) and {prefix: len(cut[prefix]) for prefix in cut} == sizes
-        assert {*names}.union(*cut.values()) == expected[group]
+    for group, names in listed().items():
+        assert len(names) == len({*names}) and {*names} == expected[group]
     hidden = [path.stem for path in FILES if path.stem.startswith("_")]
     assert hidden and not any(name in mode.overview().split() for name in hidden)
-
-
-def test_families_are_collapsed():
-    words = listed()
-    surgical = [f"surgenet_dinov3_vit{size}16" for size in "bls"]
-    assert words["backbone"][:8] == ["rgb", *surgical, "timm", "tiny", "tiny_surgical", "dino_*"]
-    start = words["hparam"].index("idd_*")
-    assert words["hparam"][start + 1 : start + 3] == ["lite", "lora"]
-    start = words["hparam"].index("dinosavi_*")
-    assert words["hparam"][start + 13 : start + 15] == ["...", "(29)"]
 
 
 def test_it_fits_a_terminal():
@@ -133,11 +107,6 @@ def test_a_new_option_appears_by_itself(monkeypatch, tmp_path):
 def test_the_mode_prints_it(capsys):
     mode.show(None, out_dir=None)
     assert capsys.readouterr().out == mode.overview() + "\n"
-
-
-@pytest.mark.parametrize("options", [[], ["one"], ["a" * 60, "b" * 60, "c" * 60]])
-def test_wrapping_keeps_every_option(options):
-    assert mode._wrapped([options, options]).split() == 2 * options
 
 
 def test_each_shipped_option_has_help():

@@ -4,9 +4,9 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
@@ -18,15 +18,16 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from dinoseg.cli.sweeps.job_results import JobResults
+from dinoseg.config.checks import check_arguments
 from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import SchemaError, read_regular
-from dinoseg.utils.wording import printable
+from dinoseg.utils.ranges import Count, Range
 
 SAMPLERS = ("tpe", "random")
 DIRECTIONS = ("maximize", "minimize")
 _ERROR = "error"  # attribute of a failed trial
-_LARGEST_SEED = 2**31
+Seed = Annotated[int, Range("a whole number from 0 to 2147483647", 0, 2**31 - 1)]
 _HOPELESS = 3  # failed jobs after which the search stops if none has succeeded
 
 
@@ -48,7 +49,7 @@ class Search(Sweeper):
     _job_results: JobResults
 
     def __init__(
-        self, storage: str, trials: int, at_once: int, score: str, direction: str, sampler: str, seed: int
+        self, storage: str, trials: Count, at_once: Count, score: str, direction: str, sampler: str, seed: Seed
     ) -> None:
         self.storage, self.trials, self.at_once = storage, trials, at_once
         self.score, self.direction, self.sampler, self.seed = score, direction, sampler, seed
@@ -67,23 +68,14 @@ class Search(Sweeper):
         )
 
     def _check_values(self) -> None:
-        for name, number, least, most in (
-            ("trials", self.trials, 1, math.inf),
-            ("at_once", self.at_once, 1, math.inf),
-            ("seed", self.seed, 0, _LARGEST_SEED),
-        ):
-            if type(number) is not int or not least <= number <= most:
-                bound = f" and at most {most}" if most < math.inf else ""
-                raise UserError(f"hydra.sweeper.{name}={number}: give a whole number of at least {least}{bound}.")
+        given = {**vars(self)}
+        check_arguments(f"{__name__}.Search", given, {name: f"hydra.sweeper.{name}" for name in given})
         for name, value, allowed in (
             ("direction", self.direction, DIRECTIONS),
             ("sampler", self.sampler, SAMPLERS),
         ):
             if value not in allowed:
                 raise UserError(f"hydra.sweeper.{name}={value} is unknown. Choose {' or '.join(allowed)}.")
-        for name, value, example in (("storage", self.storage, "outputs/search.log"), ("score", self.score, "miou")):
-            if not isinstance(value, str) or not value:
-                raise UserError(f"hydra.sweeper.{name}={value}: give text, such as {example}.")
 
     def sweep(self, arguments: list[str]) -> None:
         """Run jobs until the requested number is reached.
@@ -109,23 +101,25 @@ class Search(Sweeper):
             )
         try:
             words = [self.score, self.direction, *(str(override.input_line) for override in swept)]
-            study = open_study(path, self.direction, space, words, fixed)
+            study = open_study(path, self.direction, words)
             self._settle(study)
             self._search(study, space, fixed)
         finally:
             locks.release(held)
 
     def _settle(self, study: Any) -> None:
-        """Record the results of jobs that ended after an earlier search did; enqueue killed jobs again."""
+        """Record the results of jobs that ended after an earlier search did; enqueue interrupted jobs again."""
         from optuna.trial import TrialState
 
+        rows = {row["job"]: row for row in self._job_results.rows()}
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            found = self._job_results.returned(trial.number)
-            if found is None:
+            row = rows.get(trial.number)
+            if row is None:
                 study.enqueue_trial(trial.params)
                 study.tell(trial.number, state=TrialState.FAIL)
             else:
-                self._tell(study, trial, *self._scored(found))
+                error = {"error": row["note"]} if row["note"] else {}
+                self._tell(study, trial, *self._scored(row["returned"] | error))
 
     def _tell(self, study: Any, trial: Any, value: float | None, error: str) -> None:
         if error:
@@ -212,21 +206,19 @@ def _values(override: Override) -> Any:
     return distributions.CategoricalDistribution(choices)
 
 
-_WORDS, _FIXED = "words", "fixed"  # attributes of a study
+_WORDS = "words"  # attribute of a study
 _FIRST = b'{"op_code":0,'  # first bytes of optuna's file: the creation of a study
 _MAX_BYTES = 2**30  # maximum size of the file; a job takes a few thousand bytes
 _REMEDY = "Choose another hydra.sweeper.storage, or remove the file."
 
 
-def open_study(path: Path, direction: str, space: Mapping[str, Any], words: Sequence[str], fixed: Sequence[str]) -> Any:
-    """Return the study that a file holds, or a new one; report earlier jobs with other fixed overrides.
+def open_study(path: Path, direction: str, words: Sequence[str]) -> Any:
+    """Return the study that a file holds, or a new one.
 
     Args:
         path: of the file, locked by this process.
         direction: maximize or minimize.
-        space: keys to optuna distributions.
         words: score, direction and swept overrides; a file with other ones holds another search.
-        fixed: the other overrides of the command line.
 
     Raises:
         UserError: the file is damaged, or holds something else or another search.
@@ -248,24 +240,13 @@ def open_study(path: Path, direction: str, space: Mapping[str, Any], words: Sequ
         )
         trials = study.get_trials(deepcopy=False)
         known = study.user_attrs.get(_WORDS, [] if trials else words)
-        if known == words:
-            if [found.name.lower() for found in study.directions] != [direction]:
-                raise ValueError("it has another direction")
-            _check(trials, space)
-        changed = {*study.user_attrs.get(_FIXED, fixed)} ^ {*fixed}
     except OSError:
         raise
     except Exception as error:  # any error that damaged lines cause in optuna
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error!s:.200}). {_REMEDY}") from error
     if known != words:
         raise UserError(f"{path} holds another search ({known}) than this one ({words}). {_REMEDY}")
-    if changed and trials:
-        print(
-            printable(f"Earlier jobs of this search differ in {', '.join(sorted(changed))}: are scores comparable?"),
-            file=sys.stderr,
-        )
     study.set_user_attr(_WORDS, words)
-    study.set_user_attr(_FIXED, fixed)
     return study
 
 
@@ -281,21 +262,3 @@ def _drop_cut_line(path: Path) -> None:
         raise UserError(f"hydra.sweeper.storage={path} does not hold a search. Choose another file.")
     if not text.endswith(b"\n"):
         os.truncate(path, text.rfind(b"\n") + 1)
-
-
-def _check(trials: Sequence[Any], space: Mapping[str, Any]) -> None:
-    """Refuse trials that this search cannot have written.
-
-    Raises:
-        Exception: of any type.
-    """
-    for trial in trials:
-        trial._validate()
-        if trial.value is not None and not math.isfinite(trial.value):
-            raise ValueError(f"job {trial.number} has the score {trial.value}")
-        drawn = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        for key, value in drawn.items():
-            if trial.distributions.get(key, space[key]) != space[key]:
-                raise ValueError(f"{key} of job {trial.number} was sampled from other values")
-            if not space[key]._contains(space[key].to_internal_repr(value)):
-                raise ValueError(f"job {trial.number} has {key}={value}")

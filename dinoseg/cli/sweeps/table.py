@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ SHARES = {  # keys of a job's scores in 0..1 to columns in percent, as in the sc
     "FG-ARI": "FG-ARI %",
     "mBO": "mBO %",
 }
-INTERVAL, JOBS = "95 % interval", "jobs.csv"
+JOBS = "jobs.csv"  # one row per job, where folds or seeds are averaged
 OTHERS = {"loss": ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
 RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first one that any job has is the sort key; without any, the lowest loss
 _ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
@@ -47,28 +47,45 @@ _LONGEST_NUMBER = 10  # characters
 _SHOWN = 10  # maximum number of invalid cells in a message
 
 
-FOLD = "data.fold"
-DEVIATION = "deviation"
+FOLD, SEED = "data.fold", "seed"
+DEVIATION, LOW, HIGH = "deviation", "low", "high"  # the last two: ends of the 95 % interval
 Row = dict[str, Any]
-SEED = "seed"
-LOW, HIGH = "low", "high"  # ends of the 95 % interval
 
 
-def with_summaries(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str]) -> list[list[Row]]:
-    """Return the rows of each setting in the order of their folds, followed by mean, deviation and pooled scores.
+def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str]) -> list[Row]:
+    """Return a row for each setting: see `over_seeds`, but scores count each pixel of all folds once.
 
-    The deviation is the sample standard deviation, which needs two folds. Pooled scores use the sum of all confusion
-    matrices, in which every image counts once.
+    They come from the sum of all confusion matrices; scores that have none are means over folds.
 
     Args:
         rows: of all jobs.
         settings: swept keys except the fold.
         scores: keys to summarise.
     """
-    return [_summarised(sorted(group, key=_fold), settings, scores) for group in grouped(rows, settings)]
+    joined = []
+    for folds in _grouped(rows, settings):
+        row = _average(folds, "fold", settings, scores)
+        if matrices := [fold["matrix"] for fold in folds if fold["matrix"] is not None]:
+            row |= _pooled(matrices, folds[0])
+        joined.append(row)
+    return joined
 
 
-def grouped(rows: Sequence[Row], settings: Sequence[str]) -> list[list[Row]]:
+def over_seeds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str]) -> list[Row]:
+    """Return a row for each setting, with the number of seeds that have a score under `seeds`.
+
+    Scores are means. Columns named after the score and a suffix hold the sample standard deviation and the ends of the
+    95 % interval of the mean. The interval is Student's t over seeds. All three are None for one seed.
+
+    Args:
+        rows: of all jobs.
+        settings: swept keys except the seed.
+        scores: keys to summarise; integers are taken from the first seed, since seeds do not change them.
+    """
+    return [_average(seeds, "seed", settings, scores) for seeds in _grouped(rows, settings)]
+
+
+def _grouped(rows: Sequence[Row], settings: Sequence[str]) -> list[list[Row]]:
     """Return the rows of each setting, in the order of first appearance."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -76,23 +93,20 @@ def grouped(rows: Sequence[Row], settings: Sequence[str]) -> list[list[Row]]:
     return [*groups.values()]
 
 
-def _fold(row: Mapping[str, Any]) -> tuple[int, str]:
-    text = str(row[FOLD])
-    return (int(text), "") if text.isdecimal() else (-1, text)
-
-
-def _summarised(folds: list[Row], settings: Sequence[str], scores: Sequence[str]) -> list[Row]:
-    defined = {key: [row[key] for row in folds if row[key] is not None] for key in scores}
-    whole = sum(not row["note"] for row in folds)
-    same = {key: folds[0][key] for key in settings}
-    note = "" if whole == len(folds) else f"{whole} of {len(folds)} folds"
-    rows = {
-        "mean": {key: fmean(values) if values else None for key, values in defined.items()},
-        DEVIATION: {key: stdev(values) if len(values) > 1 else None for key, values in defined.items()},
-    }
-    if matrices := [row["matrix"] for row in folds if row["matrix"] is not None]:
-        rows["pooled"] = {**dict.fromkeys(scores), **_pooled(matrices, folds[0])}
-    return folds + [{"job": "", FOLD: name, "note": note, **same, **row} for name, row in rows.items()]
+def _average(rows: Sequence[Row], name: str, settings: Sequence[str], scores: Sequence[str]) -> Row:
+    notes = [str(row["note"]) for row in rows if row["note"]]
+    whole = len(rows) - len(notes)
+    found: Row = {"job": ",".join(str(row["job"]) for row in rows), f"{name}s": whole}
+    found["note"] = f"{whole} of {count_of(rows, name)}: {notes[0]}" if notes else ""
+    for key in scores:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        mean = mean_of(values)
+        low, high = mean.ci95 or (None, None)
+        found[key] = None if not values else values[0] if isinstance(values[0], int) else mean.value
+        found[f"{key} {DEVIATION}"] = stdev(values) if len(values) > 1 else None
+        found[f"{key} {LOW}"] = low
+        found[f"{key} {HIGH}"] = high
+    return found | {key: rows[0][key] for key in settings}
 
 
 def _pooled(matrices: Sequence[Any], fold: Row) -> Row:
@@ -121,10 +135,10 @@ class SweepTable(Callback):
             return
         bad, self._cells = ([], 0) if _searches(config) else impossible_cells(config)
         if not bad:
-            if not _job_results(config).take(takes_over=_searches(config)):
+            if not _job_results(config).claim(keep=_searches(config)):
                 print(
-                    f"error: another sweep, or a job of an earlier one, is running in {config.hydra.sweep.dir}. Wait "
-                    "for it, or choose another hydra.sweep.dir.",
+                    f"error: another sweep is running in {config.hydra.sweep.dir}. Wait for it, or choose another "
+                    "hydra.sweep.dir.",
                     file=sys.stderr,
                 )
                 sys.exit(1)
@@ -143,11 +157,9 @@ class SweepTable(Callback):
         sys.exit(1)  # Hydra ignores any other exception of a callback
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Record that a job is running, in its own process; label its log lines if several jobs may run at once."""
+        """Label the log lines of a job if several jobs may run at once."""
         if config.hydra.mode == RunMode.MULTIRUN and not config.hydra.launcher._target_.endswith(_ONE_BY_ONE):
             os.environ[LABEL] = f"job {config.hydra.job.num}: "
-        if config.hydra.mode == RunMode.MULTIRUN and _is_first():
-            _job_results(config).begin(config.hydra.job.num)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Store the overrides and scores of a finished job, in the process that ran it."""
@@ -165,12 +177,12 @@ class SweepTable(Callback):
         _job_results(config).store(number, row | {"returned": numbers, "note": scores.get("error", "")})
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Print and write the table, best first; folds and seeds of a setting are grouped and summarised."""
+        """Print and write the table, best first; folds and seeds of a setting are averaged."""
         if not _is_first():
             return
         results = _job_results(config)
         jobs = results.rows()
-        results.leave(keep=_searches(config))
+        results.release(keep=_searches(config))
         if len(jobs) < self._cells:
             print(
                 f"error: {self._cells - len(jobs)} of {count_of(self._cells, 'job')} stored no result in "
@@ -185,58 +197,41 @@ class SweepTable(Callback):
             sys.exit(1)  # the command line reports jobs that failed in this process
 
     def _report(self, config: DictConfig, jobs: Sequence[Row], columns: Sequence[str], score: str, sign: int) -> None:
-        """Print and write the table."""
+        """Print and write the table, and that of single jobs if folds or seeds are averaged."""
         swept = _swept([row["words"] for row in jobs])
         rows = [{**row, **{key: row["words"].get(key, "") for key in swept}} for row in jobs]
-        means = [key for key in columns if key in SHARES or key == "loss"]
-        if FOLD in swept:
-            groups = with_summaries(rows, [key for key in swept if key != FOLD], means)
-        else:
-            groups = [[row] for row in rows]
-        path, rows = Path(config.hydra.sweep.dir) / "sweep.csv", _ordered(groups, score, sign)
-        if SEED in swept and not _searches(config):
-            _write(path.with_name(JOBS), rows, swept, columns)
-            swept, others = [key for key in swept if key not in (SEED, FOLD)], [*{*columns} - {*means}]
-            rows = over_seeds([_group_row(group) for group in groups], swept, means, others)
-            rows = _ordered([[row] for row in rows], score, sign)
-            _print([_with_interval(row, score) for row in rows], swept, _seed_columns(columns, score))
-            _write(path, rows, swept, ["seeds", *(part for key in columns for part in _parts(key, means))])
-            print(f"\nmeans over seeds written to {path}, each job to {path.with_name(JOBS)}")
-            if len(rows) > 1 and score == "miou" and all(len(group) == 1 for group in groups):  # folds differ in images
-                runs = shlex.quote(f"runs=[{path.parent}]")
-                print(f"test for differences from the first job: python -m dinoseg mode=compare {runs}")
-        else:
-            _print(rows, swept, columns)
-            _write(path, rows, swept, columns)
-            print(f"\nwritten to {path}")
+        path = Path(config.hydra.sweep.dir) / "sweep.csv"
+        averaged = [] if _searches(config) else [key for key in (FOLD, SEED) if key in swept]
+        printed, written = columns, columns
+        if averaged:
+            _write(path.with_name(JOBS), _ranked(rows, score, sign), swept, columns)
+        if FOLD in averaged:
+            swept = [key for key in swept if key != FOLD]
+            rows = over_folds(rows, swept, columns)
+        if SEED in averaged:
+            swept = [key for key in swept if key != SEED]
+            rows = over_seeds(rows, swept, columns)
+        if averaged:
+            count, parts = ("seeds", (DEVIATION, LOW, HIGH)) if SEED in averaged else ("folds", (DEVIATION,))
+            printed = [count, *_with_parts(columns, [score], parts)]
+            written = [count, *_with_parts(columns, [*SHARES, "loss"], parts)]
+        rows = _ranked(rows, score, sign)
+        _print(rows, swept, printed)
+        _write(path, rows, swept, written)
+        print(f"\nwritten to {path}{f', each job to {path.with_name(JOBS)}' if averaged else ''}")
+        if averaged == [SEED] and len(rows) > 1 and score == "miou":  # folds differ in images
+            runs = shlex.quote(f"runs=[{path.parent}]")
+            print(f"test for differences from the first job: python -m dinoseg mode=compare {runs}")
 
 
-def _group_row(group: Sequence[Row]) -> Row:
-    """Return the row that scores a group: the pooled row of folds, their mean, or the only row."""
-    return next(row for row in reversed(group) if row.get(FOLD) != DEVIATION)
+def _ranked(rows: Sequence[Row], score: str, sign: int) -> list[Row]:
+    """Return the rows, the best first and those without a score last."""
+    return sorted(rows, key=lambda row: (row.get(score) is None, sign * (row.get(score) or 0)))
 
 
-def _ordered(groups: Sequence[Sequence[Row]], score: str, sign: int) -> list[Row]:
-    """Return the rows of all groups, the best group first, groups without a score last."""
-    scores = [_group_row(group).get(score) for group in groups]
-    order = sorted(range(len(groups)), key=lambda number: (scores[number] is None, sign * (scores[number] or 0)))
-    return [row for number in order for row in groups[number]]
-
-
-def _parts(key: str, means: Sequence[str]) -> list[str]:
-    """Return the columns of a key: with a mean over seeds, also its deviation and the ends of its interval."""
-    return [key, *(f"{key} {part}" for part in (DEVIATION, LOW, HIGH) if key in means)]
-
-
-def _seed_columns(columns: Sequence[str], score: str) -> list[str]:
-    """Return the printed columns; deviation and interval are printed for the ranking score only."""
-    index = columns.index(score) if score in columns else 0
-    return ["seeds", *columns[:index], score, f"{score} {DEVIATION}", INTERVAL, *columns[index + 1 :]]
-
-
-def _with_interval(row: Row, score: str) -> Row:
-    ends = [_text(score, row.get(f"{score} {end}")) for end in (LOW, HIGH)]
-    return {**row, INTERVAL: " .. ".join(ends) if all(ends) else "-"}
+def _with_parts(columns: Sequence[str], scores: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """Return the columns, each score followed by its parts: the deviation and the ends of the interval."""
+    return [name for key in columns for name in (key, *(f"{key} {part}" for part in parts if key in scores))]
 
 
 def _job_results(config: DictConfig) -> JobResults:
@@ -263,7 +258,7 @@ def _print(rows: Sequence[Mapping[str, Any]], swept: Sequence[str], columns: Seq
     keys = ["job", *swept, *columns, *["note"] * any(row["note"] for row in rows)]
     shown = [[_short(row[key]) if key in swept else _text(key, row.get(key)) for key in keys] for row in rows]
     left = {"note", *swept}
-    headers = [_head(key).rpartition("% ")[2] if DEVIATION in key else _head(key) for key in keys]
+    headers = [key.partition(" ")[2] or _head(key) for key in keys]
     widths = [60 if key == "note" else 30 if key in swept else None for key in keys]
     aligned = ["left" if key in left else "right" for key in keys]
     print(f"\n{tabulate(shown, headers=headers, maxcolwidths=widths, disable_numparse=True, colalign=aligned)}")
@@ -295,43 +290,6 @@ def _text(key: str, value: Any) -> str:
     if value is None:
         return ""
     return f"{100 * value:.2f}" if key in SHARES else format(value, OTHERS[key]) if key in OTHERS else str(value)
-
-
-def over_seeds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[str], others: Sequence[str]) -> list[Row]:
-    """Return a row for each setting, with the number of seeds that have a score under `seeds`.
-
-    Scores are means. Columns named after the score and a suffix hold the sample standard deviation and the ends of the
-    95 % interval of the mean. The interval is Student's t over seeds. All three are None for one seed.
-
-    Args:
-        rows: of all jobs.
-        settings: swept keys except the seed.
-        scores: keys to summarise.
-        others: keys that seeds hardly change: integers are taken from the first seed, other numbers are averaged.
-    """
-    return [_summed_up(group, settings, scores, others) for group in grouped(rows, settings)]
-
-
-def _summed_up(seeds: Sequence[Row], settings: Sequence[str], scores: Sequence[str], others: Sequence[str]) -> Row:
-    notes = [str(row["note"]) for row in seeds if row["note"]]
-    whole = len(seeds) - len(notes)
-    found: Row = {"job": ",".join(str(row["job"]) for row in seeds), "seeds": whole}
-    found["note"] = f"{whole} of {count_of(seeds, 'seed')}: {notes[0]}" if notes else ""
-    for key in scores:
-        values = _defined(seeds, key)
-        mean = mean_of(values)
-        low, high = mean.ci95 or (None, None)
-        found[key] = mean.value if values else None
-        found |= {f"{key} {DEVIATION}": stdev(values) if len(values) > 1 else None}
-        found |= {f"{key} {LOW}": low, f"{key} {HIGH}": high}
-    for key in others:
-        values = _defined(seeds, key)
-        found[key] = None if not values else values[0] if isinstance(values[0], int) else mean_of(values).value
-    return found | {key: seeds[0][key] for key in settings}
-
-
-def _defined(rows: Sequence[Row], key: str) -> list[Any]:
-    return [row[key] for row in rows if row.get(key) is not None]
 
 
 def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:

@@ -20,8 +20,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from dinoseg.cli.sweeps.search import (  # noqa: E402
     Search,
-    _values,
-    open_study,  # noqa: E402
+    _values,  # noqa: E402
 )
 
 WORDS = ["mode=train", "lr=tag(log,interval(1e-4,1e-1))", "head=linear,mlp"]
@@ -122,13 +121,12 @@ def test_jobs_without_a_score_count_and_three_of_them_with_no_other_end_it(tmp_p
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"trials": 0}, "hydra.sweeper.trials=0: give a whole number"),
-        ({"trials": True}, "hydra.sweeper.trials=True: give a whole number"),
-        ({"at_once": "2"}, "hydra.sweeper.at_once=2: give a whole number"),
-        ({"seed": None}, "hydra.sweeper.seed=None: give a whole number of at least 0 and at most 2147483648"),
-        ({"seed": -1}, "hydra.sweeper.seed=-1: give a whole number"),
-        ({"score": None}, "hydra.sweeper.score=None: give text, such as miou"),
-        ({"storage": ""}, "hydra.sweeper.storage=: give text"),
+        ({"trials": 0}, "hydra.sweeper.trials=0 is out of range. Give a whole number of at least 1"),
+        ({"trials": True}, "hydra.sweeper.trials=True is of type bool. Give a whole number"),
+        ({"at_once": "2"}, "hydra.sweeper.at_once=2 is of type str. Give a whole number"),
+        ({"seed": None}, "hydra.sweeper.seed=null is of type NoneType. Give a whole number"),
+        ({"seed": -1}, "hydra.sweeper.seed=-1 is out of range. Give a whole number from 0 to"),
+        ({"score": None}, "hydra.sweeper.score=null is of type NoneType. Give text"),
         ({"words": ["mode=train", "lr=range(5,1)"]}, "holds no value"),
         ({"direction": "up"}, "Choose maximize or minimize"),
         ({"sampler": "grid"}, "Choose tpe or random"),
@@ -174,21 +172,10 @@ def begun(folder, words=WORDS):
 def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, capsys, note, numbers):
     begun(tmp_path)
     row = {"words": {}, "job": 0, "process": 1, "note": note, "returned": numbers}
-    JobResults(tmp_path).begin(0)  # as a launcher's process does
     JobResults(tmp_path).store(0, row)
     rest = Jobs()
     search(tmp_path, rest)
     assert [*rest.done] == [1, 2, 3] and not capsys.readouterr().err  # that failed: it says itself why
-
-
-def test_a_job_that_is_run_again_does_not_begin_any_more(tmp_path, capsys):
-    rate, rest = begun(tmp_path), Jobs()
-    JobResults(tmp_path).take(takes_over=True)
-    search(tmp_path, rest)
-    assert [*rest.done] == [1, 2, 3, 4] and rest.done[1]["lr"] == rate
-    with pytest.raises(SystemExit) as end:
-        JobResults(tmp_path).begin(0)
-    assert end.value.code == 0 and "another job of the search has replaced" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [b"notes", b"\x80weights\n\n", b"[]\n", b'{"op_code":6,"w":1}\n'])
@@ -212,15 +199,7 @@ def change(entry):
     "damage",
     [
         change({"op_code": 99}),
-        change({"directions": [1, 2]}),
-        change({"directions": [1]}),
         change({"user_attr": {"words": 5}}),
-        change({"values": ["1"]}),
-        change({"values": [float("inf")]}),
-        change({"values": [1.0, 2.0]}),
-        change({"values": None}),
-        change({"param_value_internal": 7.0}),
-        change({"distribution": '{"name": "IntDistribution", "attributes": {"low": 1, "high": 9}}'}),
         lambda lines: [line for line in lines if "user_attr" not in line],
         lambda lines: [*lines, 5],
         lambda lines: [*lines, {}],
@@ -235,22 +214,6 @@ def test_a_damaged_storage_is_refused(tmp_path, damage):
     with pytest.raises(UserError, match="search.log (is damaged|holds another search|does not hold a search)"):
         search(tmp_path, jobs)
     assert not jobs.done
-
-
-def test_a_job_that_waits_is_held_to_what_is_searched_too(tmp_path):
-    begun(tmp_path)
-    study = open_study(tmp_path / "search.log", "maximize", SPACE, SAID, ["mode=train"])
-    study.enqueue_trial({"lr": 7.0, "head": "mlp"})
-    with pytest.raises(UserError, match="search.log is damaged .*job 1 has lr=7.0"):
-        search(tmp_path, jobs := Jobs())
-    assert not jobs.done
-
-
-def test_a_job_drawn_from_other_values_is_refused_though_its_own_are_allowed(tmp_path):
-    search(tmp_path, Jobs(), trials=1)
-    narrow = SPACE | {"lr": FloatDistribution(1e-4, 0.1 + 1e-9, log=True)}
-    with pytest.raises(UserError, match="lr of job 0 was sampled from other values"):
-        open_study(tmp_path / "search.log", "maximize", narrow, SAID, ["mode=train"])
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
@@ -273,15 +236,12 @@ def test_a_lock_of_a_killed_process_is_not_waited_for(tmp_path):
     assert [*jobs.done] == [0]
 
 
-def test_a_wrong_interval_can_be_mended_and_other_fixed_words_are_told(tmp_path, capsys):
+def test_a_search_continues_with_other_fixed_words(tmp_path):
     with pytest.raises(UserError, match="from the lower"):
         search(tmp_path, Jobs(), words=["mode=train", "lr=interval(2,1)"])
     search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)"], trials=1)
-    assert not capsys.readouterr().err
-    search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)", "a=1"], trials=2)
-    assert "Earlier jobs of this search differ in a=1" in capsys.readouterr().err
-    search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)", "a=1"], trials=3)
-    assert not capsys.readouterr().err  # it has been said
+    search(tmp_path, jobs := Jobs(), words=["mode=train", "lr=interval(1,2)", "a=1"], trials=2)
+    assert [*jobs.done] == [1]
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,15 @@
 
 import pytest
 
-from dinoseg.cli.sweeps.table import FOLD, _print, _write, with_summaries
+from dinoseg.cli.sweeps.table import FOLD, _print, _write, over_folds
 
 
 @pytest.mark.parametrize(("ignored", "miou"), [(None, 1.5 / 3), (0, 1.5 / 2)])
 def test_pooled_means_leave_out_the_ignored_class(ignored, miou):
     matrix = [[0, 0, 0], [1, 1, 0], [0, 0, 4]]
     fold = {"job": 0, "note": "", "miou": None, "matrix": matrix, "ignored_class": ignored}
-    (rows,) = with_summaries([fold | {FOLD: "0"}, fold | {FOLD: "1"}], [], ["miou"])
-    assert rows[-1][FOLD] == "pooled" and rows[-1]["miou"] == pytest.approx(miou)
+    (row,) = over_folds([fold | {FOLD: "0"}, fold | {FOLD: "1"}], [], ["miou"])
+    assert row["folds"] == 2 and row["miou"] == pytest.approx(miou)
 
 
 def test_a_number_of_many_digits_is_shown_by_six_and_written_whole(tmp_path, capsys):
