@@ -62,7 +62,7 @@ def probe(
     build = Builder(cfg)
     engine = build.engine()
     grid = Grid(tuple(strengths), tuple(balances), held_out, cfg.data.group, build.seed)
-    train = build.dataset("train", engine)
+    train = build.dataset("train", reduced=True)
     val = build.dataset("val")
     counts = class_counts(train, cfg.cache_dir)
     model, readings = _model(build, layers)

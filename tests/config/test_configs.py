@@ -29,7 +29,7 @@ TRACKING = {"model", "device", "autocast", "batch_size"}
 # What build, launch and fit hand over; every other argument stands in a config or has a default
 AT_RUN_TIME = {
     "data.clips": {"split"},
-    "data.opened": {"dataset", "split", "reduced", "run_on_rank0"},
+    "data.opened": {"dataset", "split", "reduced"},
     "data.reader": {"split"},
     "export": {"source", "out_dir"},
     "head": {"in_dim", "num_layers"},
