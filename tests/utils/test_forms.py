@@ -54,7 +54,7 @@ def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text)
     (tmp_path / PIXELS).write_bytes(bytes(64))
-    assert open_store(tmp_path, StoreKey("f", None), ["a"], verify=True) is None
+    assert open_store(tmp_path, StoreKey("f", None), ["a"]) is None
     assert class_counts._load(tmp_path / "counts.json", "f", 2) is None
     assert _read_split(tmp_path / "split.json") is None
     assert caplog.text.count("is damaged (") == 1 and caplog.text.count("are damaged (") == 1
@@ -136,9 +136,9 @@ def test_a_scan_that_was_tampered_with_is_made_anew(tmp_path, caplog):
         {"image_size": [2]},
         {"problems": {"unreadable_image": 3}},
         {"look": 2**64},
-        {"color_sums": ["1", 2, 3]},
+        {"mask_size": ["1", 2]},
         {"unknown": 1},
-        {"passing": 0},
+        {"decoded": 0},
     ):
         rows[0]["record"] |= change
         empty = np.zeros(0, np.uint8)
