@@ -91,7 +91,7 @@ def test_places_in_a_packed_store_lie_inside_its_file(tmp_path, place, value):
     content = json.loads((tmp_path / INDEX).read_text())
     for expected in (True, False):
         (tmp_path / INDEX).write_text(json.dumps({**content, "places": [numbers]}))
-        assert (open_store(tmp_path, key, names, verify=True) is not None) == expected
+        assert (open_store(tmp_path, key, names) is not None) == expected
         numbers = [value if position == place else number for position, number in enumerate(numbers)]
 
 
@@ -101,7 +101,7 @@ def test_no_item_of_a_packed_store_is_larger_than_an_image(tmp_path):
     os.truncate(tmp_path / PIXELS, 2**40)  # all holes
     for side, there in ((2**13, True), (2**15, False)):
         write_index(tmp_path, key, ["a"], [Extent(0, side, side, 0)])
-        assert (open_store(tmp_path, key, ["a"], verify=True) is not None) == there
+        assert (open_store(tmp_path, key, ["a"]) is not None) == there
 
 
 @pytest.mark.parametrize("pixels", [[1.5, 2], [-1, 2], ["1", 2], [True, 2], [2**63, 2], [[1], [2]], [None, 2]])
