@@ -166,7 +166,7 @@ def test_what_launch_reads_of_each_mode():
         *("eval", "probe", "train")
     }
     assert {mode: keys["resumes_with"] for mode, keys in said.items() if "resumes_with" in keys} == {
-        **{"predict": "predict.json", "probe": "probing.json"}
+        "predict": "predict.json"
     }
     assert {mode for mode, keys in said.items() if "reads" not in keys} == {"help"}
     assert {mode for mode, keys in said.items() if "check" in keys} == {"train"}
