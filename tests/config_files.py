@@ -74,7 +74,7 @@ def main_choices():
 
 def needed(choice):
     """Return what only the user can know: here stands a value for it."""
-    own_classes = choice.get("data", main_choices()["data"]) in ("folder", "coco", "labelme", "cvat")
+    own_classes = choice.get("data", main_choices()["data"]) in ("folder", "coco", "labelme")
     return [
         "data.root=.",
         *(["data.classes=[dark,bright]"] if own_classes else []),

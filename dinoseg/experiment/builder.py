@@ -16,7 +16,6 @@ from dinoseg.config.plain import to_container
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.key import hash_of
 from dinoseg.training.optim import Schedule
 from dinoseg.training.trainer import Settings
@@ -168,25 +167,23 @@ class Builder(ModelBuilder):
         classes, ignore_index = list(self._cfg.data.classes), self._cfg.data.ignore_index
         return lambda split: conforming(find(split=split), classes, ignore_index)
 
-    def dataset(self, split: str, engine: Engine | None = None, *, reduced: bool = False) -> SegmentationData:
+    def dataset(self, split: str, *, reduced: bool = False) -> SegmentationData:
         """Return one split of the dataset.
 
         Args:
             split: train, val or test.
-            engine: open it for training on its ranks: checks run on rank 0, and `reduced` is set.
             reduced: open it for training: packed images may be stored at the model's input size.
 
         Raises:
             UserError: the split is unknown, or the dataset has a fault.
         """
         check_split(split)
-        reduced = reduced or engine is not None
         pairs = self.reader()(split)
-        more: dict[str, Any] = {} if engine is None else {"run_on_rank0": engine.run_on_rank0}
+        more: dict[str, Any] = {}
         if reduced and split == "train" and self._cfg.data.get("labelled") is not None:
             labelled = {"labelled": self._cfg.data.labelled}
             check_arguments("dinoseg.data.opened.opened", labelled, {"labelled": "data.labelled"})
-            more |= {**labelled, "group": self._cfg.data.group, "seed": self.seed}
+            more = {**labelled, "group": self._cfg.data.group, "seed": self.seed}
         return self.part("data.opened")(pairs, split=split, reduced=reduced, **more)
 
     def clips(self, split: str) -> Any:

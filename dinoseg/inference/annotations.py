@@ -1,4 +1,4 @@
-"""Predictions in the formats of annotation tools (COCO, LabelMe, CVAT), for correction there."""
+"""Predictions in the formats of annotation tools (COCO, LabelMe), for correction there."""
 
 import base64
 import io
@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import quoteattr
 
 import cv2
 import numpy as np
 from PIL import Image
 
 import dinoseg
-from dinoseg.data.annotation.rle import counts_of, to_text
+from dinoseg.data.annotation.rle import to_text
 from dinoseg.data.classes.file import NAME
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.outputs import ImagePrediction
@@ -26,7 +25,6 @@ from dinoseg.utils.atomic import atomic_file, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.ranges import Count, NotNegative
-from dinoseg.utils.wording import one_line, printable
 
 FORMATS = ("polygons", "rle")
 OBJECTS = ("component", "class")
@@ -83,7 +81,7 @@ def parts_of(ids: np.ndarray, *, leave_out: int | None, joined: bool, min_area: 
 
 
 def edge_polygons(part: MaskRegion, tolerance: float) -> Iterator[np.ndarray]:
-    """Yield polygons (N, 2) along pixel edges, as in COCO and CVAT; together they cover the part.
+    """Yield polygons (N, 2) along pixel edges, as in COCO; together they cover the part.
 
     Polygons have no holes: a part with holes is cut along a row through each hole. With tolerance 0 they are exact;
     otherwise corners are dropped if no edge moves by more than `tolerance` pixels (Douglas and Peucker).
@@ -241,49 +239,6 @@ class CocoAnnotations(_Annotations):
         return {"category_id": part.value + 1, "iscrowd": 0, "area": area, "bbox": box, "segmentation": drawn}
 
 
-class CvatAnnotations(_Annotations):
-    """Writer of `annotations.xml` for all images in the format "CVAT for images 1.1": polygons or masks.
-
-    A part with holes is split into several polygons that share a group.
-    """
-
-    def write(self, prediction: ImagePrediction) -> None:
-        """Write the annotations of one image to an intermediate file."""
-        height, width = prediction.ids.shape
-        shapes: list[str] = []
-        for number, part in enumerate(self.shapes.parts(prediction.ids, self.background), 1):
-            rest = f'label={quoteattr(self.labels.classes[part.value])} source="auto" occluded="0" z_order="0"'
-            shapes += [f"    <{shape} {rest}/>" for shape in self._draw_shape(part, number)]
-        name = quoteattr(one_line(printable(_image_name(prediction))))
-        text = "\n".join([f' name={name} width="{width}" height="{height}">', *shapes, "  </image>"])
-        write_text(_piece(self.folder, prediction), json.dumps(text))
-
-    def finish(self) -> None:
-        """Merge the intermediate files and number the images."""
-        super().finish()
-        colors = {index: "#{:02x}{:02x}{:02x}".format(*self.labels.palette[index]) for index, _ in self.names()}
-        labels = "".join(
-            f"<label><name>{_escaped(name)}</name><color>{colors[index]}</color></label>"
-            for index, name in self.names()
-        )
-        with atomic_file(self.folder / "annotations.xml") as part, open(part, "w", encoding="utf-8") as file:
-            file.write('<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>1.1</version>\n')
-            file.write(f"  <meta><task><labels>{labels}</labels></task></meta>\n")
-            for number, piece in _pieces(self.folder):
-                file.write(f'  <image id="{number - 1}"{piece}\n')
-            file.write("</annotations>\n")
-
-    def _draw_shape(self, part: MaskRegion, number: int) -> Iterator[str]:
-        if self.shapes.format == "rle":
-            height, width = part.mask.shape
-            counts = ", ".join(map(str, counts_of(part.mask.ravel()).tolist()))
-            yield f'mask rle="{counts}" left="{part.left}" top="{part.top}" width="{width}" height="{height}"'
-            return
-        for points in edge_polygons(part, self.shapes.tolerance):
-            pairs = ";".join(f"{x},{y}" for x, y in points.tolist())
-            yield f'polygon points="{pairs}" group_id="{number}"'
-
-
 class LabelmeAnnotations(_Annotations):
     """Writer of one JSON file per image, next to the image: polygons through border-pixel centres, or masks.
 
@@ -340,10 +295,6 @@ def _pieces(folder: Path) -> Iterator[tuple[int, Any]]:
 def _join(write: Callable[[str], object], rows: Iterator[dict[str, Any]]) -> None:
     for number, row in enumerate(rows):
         write(f"{',' * (number > 0)}\n{json.dumps(row)}")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _link(source: Path, target: Path) -> None:

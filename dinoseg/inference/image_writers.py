@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.inference.annotations import CocoAnnotations, CvatAnnotations, LabelmeAnnotations, PredictedShapes
+from dinoseg.inference.annotations import CocoAnnotations, LabelmeAnnotations, PredictedShapes
 from dinoseg.inference.outputs import ImagePrediction, ImageWriter
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
@@ -86,7 +86,6 @@ def _save(path: Path, values: Tensor) -> None:
 _MAKERS: Mapping[str, Callable[[Path, Labels, int | None, PredictedShapes], ImageWriter]] = {
     "coco": CocoAnnotations,
     "labelme": LabelmeAnnotations,
-    "cvat": CvatAnnotations,
     "palette": lambda folder, labels, *_: PalettePictures(folder, labels),
     "probabilities": lambda folder, *_: Probabilities(folder),
     "confidence": lambda folder, *_: Confidence(folder),
@@ -100,7 +99,7 @@ def image_writers(
     """Return the requested writers by name; each writes into a subfolder of its name.
 
     Args:
-        outputs: names of outputs, validated by `check_outputs`: some of `coco`, `labelme`, `cvat`, `palette`,
+        outputs: names of outputs, validated by `check_outputs`: some of `coco`, `labelme`, `palette`,
             `probabilities`, `confidence`.
         folder: the run folder.
         labels: the classes.

@@ -14,7 +14,6 @@ from dinoseg.data.custom import CustomDataset
 from dinoseg.data.doctor.checks.classes import home_made
 from dinoseg.data.doctor.examine import examine, scanned, summary
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
-from dinoseg.data.doctor.suggestions import IMAGENET, class_weights, color_statistics
 from dinoseg.data.formats.idd_files import home_made_files
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.measure import measure_sample
@@ -48,11 +47,11 @@ def doctor(
     """Scan train, val and, where there is one, test; print the findings and write doctor.json and doctor.html.
 
     Args:
-        cfg: the whole config; only `data`, `cache_dir` and the backbone's `mean` and `std` are read.
+        cfg: the whole config; only `data` and `cache_dir` are read.
         out_dir: the run folder.
         workers: processes that scan.
         near_distance: differing bits of 64 up to which two images count as near duplicates.
-        images: decode the images too; without it colours, duplicates and swapped masks are not checked.
+        images: decode the images too; without it duplicates and swapped masks are not checked.
         samples: example images in doctor.html.
 
     Raises:
@@ -67,10 +66,7 @@ def doctor(
     ]
     name = cfg.choices.data
     if splits:
-        mean, std = (cfg.backbone.get(key) or default for key, default in zip(("mean", "std"), IMAGENET, strict=True))
-        findings += examine(
-            splits, data_name=name, group=cfg.data.get("group"), near_distance=near_distance, mean=mean, std=std
-        )
+        findings += examine(splits, data_name=name, group=cfg.data.get("group"), near_distance=near_distance)
     findings = by_severity(findings)
     report = _printable({"data": name, "root": str(cfg.data.root), **_report(splits, findings)})
     write_json(out_dir / "doctor.json", report)
@@ -177,7 +173,6 @@ def _same_files(data: DoctorData, others: Mapping[str, DoctorData]) -> str | Non
 
 
 def _report(splits: Sequence[Scanned], findings: Sequence[Finding]) -> dict[str, Any]:
-    train = next((part for part in splits if part.split == "train"), None)
     rows = []
     for finding in findings:
         row = {key: value for key, value in asdict(finding).items() if key not in ("look", "stops")}
@@ -187,8 +182,6 @@ def _report(splits: Sequence[Scanned], findings: Sequence[Finding]) -> dict[str,
         "findings": rows,
         "splits": {part.split: summary(part) for part in splits},
         "unreadable": {part.split: unreadable(part.records) for part in splits},
-        "colors": color_statistics(splits),
-        "class_weights": class_weights(train.counts) if train else {},
     }
 
 

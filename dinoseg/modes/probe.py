@@ -1,9 +1,7 @@
 """mode=probe: closed-form linear probe (ridge regression) of each block of a backbone, in one pass."""
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +12,16 @@ from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.experiment.builder import Builder
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import SegmentationModel, fingerprint
+from dinoseg.models.model import SegmentationModel
 from dinoseg.report.scores import FEW
 from dinoseg.report.table import class_table
 from dinoseg.tasks.probing.probe import Grid, Probe, Readings, Solution
-from dinoseg.tasks.probing.sums_checkpoint import SumsCheckpoint
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.csv_text import write_csv_table
 from dinoseg.utils.ranges import NotNegative, OpenShare, Positive
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
-_RECORD = "probing.json"  # in a run folder: what its sums depend on; needed to resume with the same command
 _FLOOR = (
     "This is a lower bound for a trained linear head, and the initialisation of head.init=probe. It does not rank "
     "backbones for fine-tuning."
@@ -57,12 +53,11 @@ def probe(
     build = Builder(cfg)
     engine = build.engine()
     grid = Grid(tuple(strengths), tuple(balances), held_out, cfg.data.group, build.seed)
-    train = build.dataset("train", engine)
+    train = build.dataset("train", reduced=True)
     val = build.dataset("val")
     counts = class_counts(train, cfg.cache_dir)
     model, readings = _model(build, layers)
     found = Probe(model.to(engine.device), train, counts.tolist(), engine, readings, grid)
-    checkpoint = SumsCheckpoint(out_dir, _RECORD, _settings(build, found, engine.precision), writes=engine.is_main)
     logger.info(
         "%d training images, %d of them held out for the choice; sums of %.2f GB",
         len(train),
@@ -79,13 +74,12 @@ def probe(
             count_of(found.held_out, "image"),
             held_out,
         )
-    found.fit(checkpoint)
+    found.fit()
     solutions = found.choose()
     found.score(solutions, val)
     best = max(solutions, key=lambda solution: solution.choice.miou)
     if engine.is_main:
         _write(out_dir, solutions, best, val.classes)
-        checkpoint.drop()
     engine.close()
     return {"miou": best.scores["miou"], "best": best.name, "run": str(out_dir)}
 
@@ -102,19 +96,6 @@ def _model(build: Builder, layers: Sequence[int] | None) -> tuple[SegmentationMo
     head = LinearHead(backbone.dim, backbone.num_layers, build.value("data.num_classes"))
     sizes = {key: build.value(f"resolution.{key}") for key in ("scale", "longest")}
     return SegmentationModel(backbone, head, **sizes), readings
-
-
-def _settings(build: Builder, found: Probe, precision: str) -> dict[str, Any]:
-    """Return the settings that the sums depend on."""
-    names = hashlib.sha256("\n".join(found.data.names).encode(errors="surrogateescape")).hexdigest()[:16]
-    return {
-        "backbone": fingerprint(found.model.backbone.state_dict().items()),
-        "resolution": build.settings("resolution"),
-        "readings": {name: list(places) for name, places in found.readings.items()},
-        "data": {"classes": list(map(str, found.data.classes)), "names": names, "counts": found.counts},
-        "grid": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(found.grid).items()},
-        "precision": precision,
-    }
 
 
 def _write(out_dir: Path, solutions: Sequence[Solution], best: Solution, classes: Sequence[str]) -> None:

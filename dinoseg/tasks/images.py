@@ -59,7 +59,7 @@ class ImageTask(TrainingTask):
         """List the images and masks of train and val."""
         parts = self.parts
         options = parts.arguments(ImageDataModule, SAMPLING)
-        train, val = parts.dataset("train", engine), parts.dataset("val")
+        train, val = parts.dataset("train", reduced=True), parts.dataset("val")
         policy = parts.part("inference")
         policy.warns = engine.is_main
         self._val_total = len(val)

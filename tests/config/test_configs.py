@@ -29,7 +29,7 @@ TRACKING = {"model", "device", "autocast", "batch_size"}
 # What build, launch and fit hand over; every other argument stands in a config or has a default
 AT_RUN_TIME = {
     "data.clips": {"split"},
-    "data.opened": {"dataset", "split", "reduced", "run_on_rank0"},
+    "data.opened": {"dataset", "split", "reduced"},
     "data.reader": {"split"},
     "export": {"source", "out_dir"},
     "head": {"in_dim", "num_layers"},
@@ -166,7 +166,7 @@ def test_what_launch_reads_of_each_mode():
         *("eval", "probe", "train")
     }
     assert {mode: keys["resumes_with"] for mode, keys in said.items() if "resumes_with" in keys} == {
-        **{"predict": "predict.json", "probe": "probing.json"}
+        "predict": "predict.json"
     }
     assert {mode for mode, keys in said.items() if "reads" not in keys} == {"help"}
     assert {mode for mode, keys in said.items() if "check" in keys} == {"train"}

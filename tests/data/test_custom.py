@@ -152,7 +152,7 @@ def test_it_agrees_with_the_config_and_refuses_what_takes_files():
     whole = type("Part", (Whole,), items)()
     data = conforming(whole, ["a", "b"], 255)
     assert data[1]["mask"].dtype == torch.uint8 and torch.equal(data[1]["mask"].long(), MASK)
-    assert opened(data, split="train", labelled=0.5, cache="auto").names in (["x"], ["y"])
+    assert opened(data, split="train", labelled=0.5).names in (["x"], ["y"])
     for classes, ignored in ((["a", "c"], 255), (["a", "b"], 254)):
         with pytest.raises(UserError, match=r"but the data set of data.reader has"):
             conforming(whole, classes, ignored)

@@ -1,16 +1,11 @@
 """A data set without what cannot be read, and from its packed file."""
 
-import errno
-
 import numpy as np
 import pytest
 from making import save
 
-from dinoseg.data import opened as opening
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.opened import opened
-from dinoseg.data.packed import pack
-from dinoseg.data.packed.pack import PackedDataset
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.experiment.builder import Builder
 from dinoseg.utils.errors import UserError
@@ -53,107 +48,6 @@ def test_nothing_left_is_an_error(data, tmp_path):
         opened(data(), split="train", on_error="skip", cache_dir=tmp_path / "cache")
 
 
-@pytest.fixture
-def automatic(data, tmp_path, caplog):
-    """Return a function that opens the data with data.cache=auto, and what it has said of that."""
-
-    def run(**options):
-        caplog.clear()
-        found = data()
-        with caplog.at_level("INFO"):
-            opened_as = opened(
-                found,
-                **{"split": "train", "reduced": True, "longest": 15, "workers": 1, "cache": "auto"}
-                | {"cache_dir": tmp_path / "cache"}
-                | options,
-            )
-        return found, opened_as, [line for line in caplog.messages if line.startswith("data.cache=auto: split train ")]
-
-    return run
-
-
-def test_what_pays_is_packed_by_itself_and_no_pixel_changes(automatic, tmp_path, monkeypatch):
-    monkeypatch.setattr(opening, "_MIN_GAIN", 0.0)
-    files, packed, (told,) = automatic()
-    assert isinstance(packed, PackedDataset) and packed.longest is None and packed.names == files.names
-    for one, other in zip(files, packed, strict=True):
-        assert (one["image"] == other["image"]).all() and (one["mask"] == other["mask"]).all()
-    assert "is packed at full size" in told and "all 6 take about 0.0 MiB" in told
-    assert [path.name.rpartition("_")[0] for path in (tmp_path / "cache").glob("packed*")] == ["packed_full"]
-    monkeypatch.setattr(opening, "pays", lambda *_: pytest.fail("what is packed is measured"))
-    assert isinstance(automatic()[1], PackedDataset)
-
-
-def test_of_several_ranks_one_measures_and_all_do_as_it_says(automatic, monkeypatch):
-    monkeypatch.setattr(opening, "pays", lambda *_: pytest.fail("this rank measures"))
-    files, kept, _ = automatic(run_on_rank0=lambda find: False)
-    assert kept is files and isinstance(automatic(run_on_rank0=lambda find: True)[1], PackedDataset)
-
-
-def test_what_does_not_pay_does_not_fit_or_is_not_trained_on_stays(automatic, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(opening, "_MIN_GAIN", 1e9)
-    files, kept, (told,) = automatic()
-    assert kept is files and "read from its files: packing pays off from a speed-up of 1e+09 on" in told
-    monkeypatch.setattr(opening, "_MIN_GAIN", 0.0)
-    monkeypatch.setattr(opening, "_OF_FREE", 0.0)
-    files, kept, (told,) = automatic()
-    assert kept is files and "at most 0% of the disk's free" in told
-    assert not list((tmp_path / "cache").iterdir())  # nor is anything left of what was tried
-    files, kept, said = automatic(reduced=False)
-    assert kept is files and not said
-    (tmp_path / "file").write_text("")
-    files, kept, (told,) = automatic(cache_dir=tmp_path / "file/cache")
-    assert kept is files and "since nothing can be written to" in told and "file/cache" in told
-
-
-@pytest.fixture
-def after(monkeypatch):
-    """Make writing to a draft raise after so many writes."""
-
-    def plant(count, error):
-        write_all, left = pack.write_all, iter([None] * count)
-
-        def counted(file, content):
-            if next(left, error) is error:
-                raise error
-            write_all(file, content)
-
-        monkeypatch.setattr(pack, "write_all", counted)
-
-    return plant
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no room"), OSError(errno.EFBIG, "too large"), None])
-def test_a_disk_that_fills_meanwhile_stops_no_training_and_is_given_back(
-    automatic, after, error, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr(opening, "_MIN_GAIN", 0.0)
-    if error is None:  # others have filled it since it was measured
-        monkeypatch.setattr(pack, "aligned", lambda size: 2**60)
-    else:
-        after(8, error)
-    files, kept, said = automatic()
-    assert kept is files and len(said) == 2 and "read from its files, since it cannot be packed" in said[1]
-    assert (error.strerror if error else "too little room") in said[1]
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-
-
-def test_what_was_begun_is_not_judged_by_the_room_that_it_takes(automatic, after, monkeypatch):
-    monkeypatch.setattr(opening, "_MIN_GAIN", 0.0)
-    after(8, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        automatic()
-    monkeypatch.undo()
-    monkeypatch.setattr(opening, "pays", lambda *_: False)
-    assert isinstance(automatic()[1], PackedDataset)
-
-
-def test_what_cannot_be_read_is_no_reason_against_packing(automatic, tmp_path):
-    (tmp_path / "data/train/images/n0.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="n0.png"):
-        automatic()
-
-
 def test_packed_and_skipped_together(data, tmp_path):
     (tmp_path / "data/train/images/n1.png").write_bytes(b"no picture")
     whole = data()
@@ -171,7 +65,7 @@ def test_packed_and_skipped_together(data, tmp_path):
     ("options", "message"),
     [
         ({"on_error": "ignore"}, "data.on_error=ignore is unknown. Choose one of stop, skip"),
-        ({"cache": "disk"}, "data.cache=disk is unknown. Choose packed or auto, or null for none"),
+        ({"cache": "disk"}, "data.cache=disk is unknown. Choose packed, or null for none"),
         ({"workers": 0}, "data.workers=0: give the number of processes, 1 or more, or null"),
     ],
 )

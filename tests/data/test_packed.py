@@ -6,10 +6,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 
@@ -23,7 +19,6 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.packed import pack as packed
-from dinoseg.data.packed import pack as packed_draft
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.packed.read import paying_workers, reduced
 from dinoseg.data.pairs.dataset import PairDataset
@@ -98,8 +93,6 @@ def test_full_size_items_are_those_of_the_files(data, cache, monkeypatch):
     assert all(torch.equal(again[index]["image"], items[index]["image"]) for index in range(len(items)))
     folder = store_of(cache)
     assert sorted(path.name for path in folder.iterdir()) == ["index.json", "pixels.bin"]
-    places = json.loads((folder / "index.json").read_text())["places"]
-    assert all(offset % 64 == 0 for offset, *_ in places)
 
 
 def test_an_item_may_be_written_to_without_harm(data, cache):
@@ -187,8 +180,8 @@ def test_batches_are_those_of_the_files(data, cache, workers):
 
 def test_a_mask_alone_is_read_without_its_image_once_both_were_checked(data, cache, monkeypatch):
     dataset, plain, read = make(data(), cache), data(), []
-    preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda file, parts, at: read.append(len(parts[0])) or preadv(file, parts, at))
+    fromfile = np.fromfile
+    monkeypatch.setattr(np, "fromfile", lambda *args, **at: read.append(at["count"]) or fromfile(*args, **at))
     for _ in range(2):
         for index in range(len(plain)):
             assert np.array_equal(dataset.mask(index), plain.mask(index))
@@ -200,7 +193,7 @@ def test_it_is_small_to_send_and_opened_by_each_process(data, cache):
     dataset = make(data(), cache)
     unread = len(pickle.dumps(dataset))
     item = dataset[3]
-    assert len(pickle.dumps(dataset)) == unread  # neither the map nor what it read goes along
+    assert len(pickle.dumps(dataset)) < unread + 100  # what it read does not go along
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         image = pool.apply(sum_of, (dataset, 3))
     assert image == int(item["image"].sum())
@@ -221,9 +214,9 @@ def test_its_size_is_told_before(data, cache, caplog):
 
 def test_the_size_told_is_that_of_the_file(data, cache):
     for longest in (None, 40):
-        expected = sum(-(-4 * h * w // 64) * 64 for h, w in packed._sizes(data(), longest))
+        expected = sum(4 * h * w for h, w in packed._sizes(data(), longest))
         size = (make(data(), cache, longest).store.folder / "pixels.bin").stat().st_size
-        assert expected - 64 < size <= expected
+        assert size == expected
 
 
 def test_too_little_room_is_said_before(data, cache, monkeypatch):
@@ -231,150 +224,37 @@ def test_too_little_room_is_said_before(data, cache, monkeypatch):
     room = shutil.disk_usage(cache)._replace(free=5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
     monkeypatch.setattr(packed, "in_bytes", lambda size: f"{size} bytes")
-    with pytest.raises(UserError, match=r"takes \d{5} bytes, and .*cache has 5000 bytes free\. Other packed data"):
+    with pytest.raises(UserError, match=r"takes \d{5} bytes, and .*cache has 5000 bytes free\. Free some space"):
         make(data(masks=Masks(ids={2: 1})), cache)
     assert len(list(cache.glob("packed_*"))) == 1
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Make the write of a number raise."""
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no room"), KeyboardInterrupt()])
+def test_a_build_that_fails_leaves_nothing(data, cache, monkeypatch, error):
+    read, left = packed.read_all, [3]
 
-    def plant(count, error):
-        write_all, left = packed_draft.write_all, [count]
-
-        def counted(file, data):
+    def stop(*args):
+        for item in read(*args):
             left[0] -= 1
             if left[0] < 0:
-                write_all(file, data[: len(data) // 2])  # a full disk takes a part
                 raise error
-            write_all(file, data)
+            yield item
 
-        monkeypatch.setattr(packed_draft, "write_all", counted)
-
-    return plant
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("writes", [0, 1, 2, 3, 8, 12])  # of the header, an image, a mask, a line
-def test_a_full_disk_stops_and_the_next_run_goes_on(data, cache, stop_after, monkeypatch, caplog, code, writes):
-    stop_after(writes, OSError(code, "no room"))
-    with pytest.raises(UserError, match="disk of .*cache is full.*run again to resume"):
+    monkeypatch.setattr(packed, "read_all", stop)
+    with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
         make(data(), cache)
-    assert not list(cache.glob("packed_*/index.json"))
+    assert (
+        isinstance(error, KeyboardInterrupt) or "Cannot pack to" in str(caught.value) and "no room" in str(caught.value)
+    )
+    assert not list(cache.iterdir())
     monkeypatch.undo()
-    with caplog.at_level(logging.INFO):
-        assert_same(make(data(), cache), data())
-    done = max(0, writes - 1) // 3
-    assert (f"resuming: {done} of 6" in caplog.text) == (done > 0)
-
-
-def test_what_is_packed_is_not_read_again(data, cache, stop_after, monkeypatch):
-    stop_after(1 + 3 * 4, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        make(data(), cache, 30)
-    monkeypatch.undo()
-    read, rows = PairDataset.__getitem__, []
-    monkeypatch.setattr(PairDataset, "__getitem__", lambda self, index: rows.append(index) or read(self, index))
-    resumed = make(data(), cache, 30)
-    assert rows == [4, 5]
-    assert_same(resumed, make(data(), cache.parent / "other", 30))
+    assert_same(make(data(), cache), data())
 
 
 def spoil(path, place, value=None):
     content = bytearray(path.read_bytes())
     content[place] = content[place] ^ 1 if value is None else value
     path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda part: spoil(part / "pixels.bin", 70),
-        lambda part: spoil(part / "pixels.bin", -1),
-        lambda part: os.truncate(part / "pixels.bin", 100),
-        lambda part: (part / "pixels.bin").unlink(),
-        lambda part: (part / "journal.jsonl").unlink(),
-        lambda part: (part / "journal.jsonl").write_bytes((part / "journal.jsonl").read_bytes()[:-5]),
-        lambda part: spoil(part / "journal.jsonl", 5),
-        lambda part: spoil(part / "journal.jsonl", -4, ord("x")),
-        lambda part: (part / "journal.jsonl").write_text((part / "journal.jsonl").read_text() + "[99, 9]\n[]\nnull\n"),
-        lambda part: (part / "journal.jsonl").write_bytes(b"\xff\x00\n" * 9),
-    ],
-)
-def test_a_draft_is_trusted_no_further_than_it_checks(data, cache, stop_after, monkeypatch, damage):
-    stop_after(1 + 3 * 4, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        make(data(), cache)
-    monkeypatch.undo()
-    damage(store_of(cache))
-    assert_same(make(data(), cache), data())
-    make(data(), cache.parent / "other")
-    assert (store_of(cache) / "pixels.bin").read_bytes() == (
-        store_of(cache.parent / "other") / "pixels.bin"
-    ).read_bytes()
-
-
-def test_a_build_may_be_stopped_again_and_again(data, cache, stop_after, monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
-    for writes in (1 + 3 * 2 + 2, 3 * 2, 1):  # within a journal line; behind two more items; within a mask
-        stop_after(writes, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            make(data(), cache)
-        monkeypatch.undo()
-    assert_same(make(data(), cache), data())
-    assert [line.split()[1] for line in caplog.messages if line.startswith("resuming")] == ["2", "4", "4"]
-
-
-@pytest.mark.heavy
-def test_a_killed_build_goes_on(data, cache, tmp_path):
-    """A build with processes is killed by the system, in the midst; none of its processes stays."""
-    write(tmp_path / "data", {f"n{i:02}": (60, 80) for i in range(30)})
-    script = tmp_path / "build.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import time
-            from dinoseg.data.formats.folder import folder_dataset
-            from dinoseg.data.packed.pack import pack
-            from dinoseg.data.packed import pack as packed_draft
-            from dinoseg.utils.atomic import write_all
-            if __name__ == "__main__":
-                calls = iter(range(16))
-                packed_draft.write_all = lambda *args: (write_all(*args), time.sleep(600 * (next(calls) == 15)))
-                source = folder_dataset({str(tmp_path / "data")!r}, "train", classes=["a", "b", "c"])
-                pack(source, cache_dir={str(cache)!r}, longest=40, workers=2)
-            """
-        )
-    )
-    build = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        until(lambda: cache.exists() and lines_in(cache) > 3)
-        build.send_signal(signal.SIGKILL)
-        build.wait()
-        assert 3 < lines_in(cache) < 36
-        until(lambda: not group_lives(build.pid))
-    finally:
-        if group_lives(build.pid):
-            os.killpg(build.pid, signal.SIGKILL)
-    assert_same(make(data(), cache, 40), make(data(), tmp_path / "other", 40))
-
-
-def lines_in(cache):
-    return sum(path.read_bytes().count(b"\n") for path in cache.glob("*.part/journal.jsonl"))
-
-
-def group_lives(group):
-    for stat in os.listdir("/proc"):
-        if stat.isdigit():
-            try:
-                with open(f"/proc/{stat}/stat", encoding="utf-8") as file:
-                    state, _, of = file.read().rpartition(")")[2].split()[:3]
-            except OSError:
-                continue
-            if int(of) == group and state != "Z":
-                return True
-    return False
 
 
 def until(is_so, seconds=300):
@@ -395,8 +275,6 @@ def test_a_damaged_item_is_noticed(data, cache, place):
     with pytest.raises(UserError, match="is damaged"):
         dataset.mask(damaged)
     dataset[1]
-    trusting = make(data(), cache, verify=False)
-    assert not torch.equal(trusting[damaged]["image"], data()[damaged]["image"]) or place == -1
     shutil.rmtree(store_of(cache))
     assert_same(make(data(), cache), data())
 
@@ -466,7 +344,7 @@ def test_files_that_change_meanwhile_are_not_packed(data, cache, tmp_path, monke
 
 
 @pytest.mark.heavy
-def test_bad_files_are_all_named_and_the_others_packed_by_any_number_of_processes(data, cache, tmp_path):
+def test_bad_files_are_all_named_by_any_number_of_processes(data, cache, tmp_path):
     write(tmp_path / "data", {f"n{i:02}": (6, 8) for i in range(25)})
     for i in range(23):
         path = next((tmp_path / "data/train/images").glob(f"n{i:02}.*"))
@@ -478,13 +356,11 @@ def test_bad_files_are_all_named_and_the_others_packed_by_any_number_of_processe
             make(data(), cache / str(workers), 30, workers)
         messages.append(str(caught.value))
     message = messages[0]
-    assert message.startswith("24 of 31 images cannot be packed:\n- Cannot read ") and "n00." in message
-    assert message.count("\n- ") == 21 and "\n- and 4 more\n" in message and "on_error=skip" in message
-    alone, many = (store_of(cache / str(workers)) for workers in (1, 2))
-    assert messages[1] == message and lines_in(cache / "2") == 1 + 7
-    assert all((alone / name).read_bytes() == (many / name).read_bytes() for name in ("pixels.bin", "journal.jsonl"))
+    assert message.startswith("24 of 31 images cannot be packed:\n- n00: Cannot read ") and "on_error=skip" in message
+    assert message.count("\n- ") == 20 and "\nand 4 more: n20, " in message
+    assert messages[1] == message and not list(cache.glob("*/*"))
     good = data().keep([name for name in NAMES if name != "one"])
-    assert_same(make(good, cache), good)
+    assert_same(make(good, cache, workers=2), good)
 
 
 @pytest.mark.heavy
@@ -518,7 +394,7 @@ def test_a_second_build_waits_for_the_first(data, cache, monkeypatch, caplog):
         second.start()
         until(lambda: "waiting for it" in caplog.text)
         time.sleep(0.05)
-        assert second.is_alive() and not list(cache.glob("*.part"))
+        assert second.is_alive() and not list(cache.glob(".*.part"))
         done.rename(key_folder)
     second.join(300)
     assert len(result) == 1 and len(result[0]) == len(NAMES)

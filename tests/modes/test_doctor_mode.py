@@ -38,8 +38,7 @@ def test_a_clean_set(where):
         "split_left_out",
         "constant_class_baseline",
         "constant_class_baseline",
-        "colors",
-        "class_weights",
+        "class_imbalance",
     ]
     assert report["splits"]["train"]["images"] == 6 and report["splits"]["val"]["images"] == 3
     assert (
@@ -47,11 +46,10 @@ def test_a_clean_set(where):
         and report["splits"]["train"]["void_share"] == 0
     )
     shares = [row["share"] for row in report["splits"]["train"]["classes"]]
-    assert sum(shares) == pytest.approx(1) and len(report["class_weights"]["median"]) == 2
-    assert report["colors"]["mean"] == pytest.approx([0.5] * 3, abs=0.02)
+    assert sum(shares) == pytest.approx(1)
     assert page.count('<div class="shot">') == 4 and "http:" not in page and "https:" not in page
     assert "smallest (width x height)" in done.out and "48 x 32" in done.out
-    assert "findings:     0 errors, 0 warnings, 5 notes" in done.out and "doctor.html" in done.out
+    assert "findings:     0 errors, 0 warnings, 4 notes" in done.out and "doctor.html" in done.out
     assert list((where / "outputs/.cache").glob("scan_*.npz"))
 
 
@@ -78,7 +76,7 @@ def test_what_the_reader_refuses_is_a_finding(where):
     done, report, page = doctor(where, *FOLDER)
     assert done.status == 1 and codes(report, "error") == ["split_unreadable"]
     assert "No folder data/train/masks" in report["findings"][0]["message"] and "No folder" in page
-    assert list(report["splits"]) == ["val"] and report["class_weights"] == {}
+    assert list(report["splits"]) == ["val"]
 
 
 def test_what_is_no_whole_pair_is_a_finding_and_the_rest_is_examined(where):
@@ -121,7 +119,7 @@ def test_an_error_that_training_only_warns_of(where):
 def test_no_folder_at_all(tmp_path):
     done, report, _ = doctor(tmp_path, *FOLDER)
     assert done.status == 1 and codes(report, "error") == ["split_unreadable"] * 2
-    assert report["splits"] == {} and report["colors"] is None and "data.root=data is not a folder" in done.out
+    assert report["splits"] == {} and "data.root=data is not a folder" in done.out
 
 
 def test_home_made_idd_labels_under_another_name(tmp_path):
@@ -142,7 +140,7 @@ def test_a_test_split_that_is_the_val_split_is_left_out(where):
 
 def test_masks_only(where):
     done, report, _ = doctor(where, *FOLDER, "mode.images=false")
-    assert done.status == 0 and report["colors"] is None and "colors" not in codes(report, "note")
+    assert done.status == 0 and "class_imbalance" in codes(report, "note")
 
 
 def test_more_files_than_are_shown(where):

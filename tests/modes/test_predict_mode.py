@@ -413,9 +413,10 @@ def test_shapes_for_tools_are_refused_for_videos_before_the_model_is_loaded(monk
     random_video(tmp_path / "in/v.avi")
     for source, named in ((tmp_path / "in", "in/v.avi"), (1, "1")):
         with pytest.raises(
-            UserError, match=rf"outputs names coco, cvat, which need image files.*{named} is a video: .*palette, prob"
+            UserError,
+            match=rf"outputs names coco, labelme, which need image files.*{named} is a video: .*palette, prob",
         ):
-            predict(source, tmp_path / "out", outputs=["palette", "coco", "cvat"])
+            predict(source, tmp_path / "out", outputs=["palette", "coco", "labelme"])
 
 
 def test_videos_of_which_none_can_be_read_are_named_before_the_model_is_loaded(monkeypatch, tmp_path):

@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinoseg.data.packed.pack import Draft
-from dinoseg.data.packed.store import Extent, StoreKey, open_store
+from dinoseg.data.packed.store import StoreKey, open_store
 from dinoseg.tasks.preparation.sarrarp import VideoJob, _done_before
 from dinoseg.tracking.video.state import STATE, TrackProgress, read_track_state
 from dinoseg.utils import forms
@@ -55,22 +54,14 @@ def test_a_note_that_the_machine_does_not_give_is_told_and_its_unit_made_anew(tm
     assert f"{tmp_path / 'note'} cannot be read ([Errno " in caplog.text
 
 
-def test_a_draft_goes_on_at_the_last_whole_item(tmp_path):
-    (tmp_path / "pixels.bin").write_bytes(ITEM + bytes(70))
-    (tmp_path / "journal.jsonl").write_text(f"{KEY}\n[0, 0, 1, 1, {CRC}]\n[1, 64, 1, 1")
-    draft = Draft(tmp_path, StoreKey("f", None), ["a", "b"])
-    draft.close()
-    assert draft.extents == {0: Extent(0, 1, 1, CRC)} and (tmp_path / "pixels.bin").read_bytes() == ITEM
-
-
 def test_a_store_is_read(tmp_path):
     (tmp_path / "pixels.bin").write_bytes(ITEM)
     (tmp_path / "index.json").write_text(f'{{"key": {KEY}, "names": ["a"], "places": [[0, 1, 1, {CRC}]]}}')
-    store = open_store(tmp_path, StoreKey("f", None), ["a"], verify=True)
+    store = open_store(tmp_path, StoreKey("f", None), ["a"])
     assert store is not None and store.read(0)[0].tolist() == [[[1, 2, 3]]]
-    assert open_store(tmp_path, StoreKey("g", None), ["a"], verify=True) is None
+    assert open_store(tmp_path, StoreKey("g", None), ["a"]) is None
     (tmp_path / "pixels.bin").unlink()
-    assert open_store(tmp_path, StoreKey("f", None), ["a"], verify=True) is None
+    assert open_store(tmp_path, StoreKey("f", None), ["a"]) is None
 
 
 def test_a_video_prepared_before_is_not_extracted_again(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.data.annotation import rle
-from dinoseg.data.annotation.drawing import Columns
+from dinoseg.data.annotation.drawing import CompressedColumns
 from dinoseg.data.annotation.entry import Annotations, Entry, LabelledShape, polygons, size_of, text
 from dinoseg.utils import forms
 from dinoseg.utils.wording import format_value
@@ -15,7 +15,6 @@ _FORM = forms.holding(
     images=forms.listing(forms.holding(id=forms.plain, file_name=forms.text, width=forms.plain, height=forms.plain)),
     categories=forms.listing(forms.holding(id=forms.plain, name=forms.text)),
 )
-_CROWD = -1  # depth of a crowd: below its objects
 
 
 def read_coco(content: bytes, path: Path) -> Annotations:
@@ -80,14 +79,15 @@ def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: t
     category = annotation.get("category_id")
     if type(category) is not int or category not in categories:
         raise ValueError(f"its category_id is {format_value(category, 40)}, which is not in categories")
-    drawn, crowd = annotation.get("segmentation"), annotation.get("iscrowd") == 1
-    depth = _CROWD if crowd else 0
+    drawn = annotation.get("segmentation")
+    crowd = annotation.get("iscrowd") == 1
     if isinstance(drawn, list) and drawn:
         form, area = polygons(drawn)
-        return LabelledShape(categories[category], form, depth, area, crowd)
+        return LabelledShape(categories[category], form, area, crowd)
     if not isinstance(drawn, dict):
         raise ValueError("it has no segmentation, only a box: export polygons or masks")
     if drawn.get("size") != list(size):
         raise ValueError(f"its mask has the size {format_value(drawn.get('size'), 40)}, its image {list(size)}")
     counts = rle.checked(drawn.get("counts"), size[0] * size[1])
-    return LabelledShape(categories[category], Columns(counts.tobytes()), depth, float(counts[1::2].sum()), crowd)
+    form = CompressedColumns(rle.to_text(counts))
+    return LabelledShape(categories[category], form, float(counts[1::2].sum()), crowd)

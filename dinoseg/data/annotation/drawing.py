@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.annotation.between import Outline, between
 from dinoseg.data.annotation.polygon import figure, filled
 from dinoseg.data.annotation.rle import decode, from_text, values_of
 
@@ -33,31 +32,6 @@ class Polygons:
             points = np.frombuffer(ring).reshape(-1, 2)
             left, mask = filled(points, (canvas.shape[0], canvas.shape[1]))
             canvas[:, left : left + mask.shape[1]][mask] = value
-
-
-@dataclass(frozen=True, slots=True)
-class Between:
-    """Shape of a track at a share of the way between two keyframes; rasterised as a polygon."""
-
-    left: Outline
-    right: Outline
-    share: float
-
-    def paint(self, canvas: np.ndarray, value: int) -> None:
-        """Set the pixels of a canvas (H, W) that the shape covers."""
-        points = between(self.left, self.right, self.share).points()
-        Polygons((points.tobytes(),)).paint(canvas, value)
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Run lengths of the whole image, in column-major order; int64 as bytes."""
-
-    counts: bytes
-
-    def paint(self, canvas: np.ndarray, value: int) -> None:
-        """Set the pixels of a canvas (H, W) that the shape covers."""
-        canvas[decode(np.frombuffer(self.counts, np.int64), (canvas.shape[0], canvas.shape[1]))] = value
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +74,7 @@ class Figure:
         canvas[figure(self.kind, points, (canvas.shape[0], canvas.shape[1]))] = value
 
 
-Form = Polygons | Between | Columns | CompressedColumns | Box | Figure
+Form = Polygons | CompressedColumns | Box | Figure
 
 
 @dataclass(frozen=True)

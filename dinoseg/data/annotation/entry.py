@@ -16,31 +16,15 @@ LARGEST_FILE = 2**30  # bytes of an annotation file
 
 @dataclass(frozen=True, slots=True)
 class LabelledShape:
-    """Shape with its label; lower depths are drawn first, equal depths in the order of the dataset.
+    """Shape with its label.
 
-    A crowd is an area of objects that were not annotated individually.
+    A crowd is an area of objects that were not annotated individually; it is drawn below all other shapes.
     """
 
     label: str
     form: Form
-    depth: float = 0
     area: float = 0
     crowd: bool = False
-
-
-@dataclass(frozen=True)
-class AnnotatedVideo:
-    """Video, or ordered image files, whose frames an annotation file refers to by number.
-
-    Args:
-        source: name of the video file; empty: unknown.
-        subset: subset of the project that it belongs to.
-        frames: numbers of the annotated frames, from 0.
-    """
-
-    source: str
-    subset: str
-    frames: range
 
 
 @dataclass
@@ -49,13 +33,10 @@ class Entry:
 
     Args:
         path: the annotation file.
-        image: the image's file as named in the annotation file; for a video frame, a generated name.
+        image: the image's file as named in the annotation file.
         size: height and width; None: not in the file, so read from the image.
         shapes: shapes in file order.
         wrong: why the entry cannot be used; empty: it can.
-        subset: subset of the project, such as `Train`; empty: unknown.
-        clip: video that the frame belongs to; None: an image.
-        frame: frame number in the clip.
     """
 
     path: Path
@@ -63,9 +44,6 @@ class Entry:
     size: tuple[int, int] | None
     shapes: list[LabelledShape] = field(default_factory=list)
     wrong: str = ""
-    subset: str = ""
-    clip: AnnotatedVideo | None = None
-    frame: int = 0
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,6 @@ _MORE, _SIGN, _BITS, _FIRST = 32, 16, 31, 48
 _DIGITS = 7  # letters per count: 35 bits, as differences of 32-bit counts need
 
 
-def encode(mask: np.ndarray) -> np.ndarray:
-    """Return the counts (N,) int64 of a mask (H, W) bool, by columns; the first counts zeros and may be 0."""
-    return counts_of(mask.T.ravel())
-
-
 def counts_of(values: np.ndarray) -> np.ndarray:
     """Return the run lengths (N,) int64 of flat booleans (M,); the first counts zeros and may be 0."""
     changes = np.flatnonzero(values[1:] != values[:-1]) + 1

@@ -13,7 +13,7 @@ from dinoseg.data.doctor.checks.files import check_files, check_orientation
 from dinoseg.data.doctor.checks.pairing import check_pairing
 from dinoseg.data.doctor.checks.splits import check_groups, check_same_files
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
-from dinoseg.data.doctor.suggestions import IMAGENET, constant_class, suggest
+from dinoseg.data.doctor.suggestions import constant_class, suggest
 from dinoseg.data.formats.sarrarp_files import (
     MASK_FOLDER,
     MASK_STEP,
@@ -43,8 +43,6 @@ def examine(
     data_name: str = "",
     group: str | None = None,
     near_distance: int = 6,
-    mean: Sequence[float] = IMAGENET[0],
-    std: Sequence[float] = IMAGENET[1],
 ) -> list[Finding]:
     """Return the findings of all checks, errors first.
 
@@ -53,15 +51,13 @@ def examine(
         data_name: the option of `data=`.
         group: regular expression on the name that gives an image's group; None: the name's first folder.
         near_distance: maximum number of differing bits, of 64, for two images to be nearly equal.
-        mean: mean that the backbone's normalisation uses.
-        std: standard deviation that the backbone's normalisation uses.
     """
     findings = [*check_files(splits), *check_orientation(splits), *check_classes(splits, data_name)]
     findings += [*check_same_files(splits), *check_groups(splits, group), *check_videos(splits)]
     findings += check_duplicates(splits, near_distance)
     for part in splits:
         findings += check_pairing(part)
-    return by_severity([*findings, *suggest(splits, mean, std)])
+    return by_severity([*findings, *suggest(splits)])
 
 
 def summary(part: Scanned) -> dict[str, Any]:

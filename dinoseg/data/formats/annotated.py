@@ -2,12 +2,12 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from dinoseg.data.annotation.drawing import Box, Drawing, check_mask_size
-from dinoseg.data.annotation.entry import AnnotatedVideo, Entry, LabelledShape, size_of
+from dinoseg.data.annotation.drawing import Drawing
+from dinoseg.data.annotation.entry import Entry, LabelledShape, size_of
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.annotation_files import (
@@ -15,20 +15,14 @@ from dinoseg.data.formats.annotation_files import (
     AnnotationLayout,
     Kind,
     find_annotations,
-    of_subset,
     read_annotations,
 )
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, gathered
 from dinoseg.data.splits import Partition, divide, read_name_list
-from dinoseg.data.video.access import ImageSource, VideoFrame
-from dinoseg.data.video.index import index_videos
-from dinoseg.data.video.length import VIDEO_SUFFIXES
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import entries as files_in
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_size
-from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.wording import count_of, format_value, join_names
 
 log = logging.getLogger(__name__)
@@ -42,124 +36,50 @@ class NotThere(ValueError):
     """Error that an image does not exist at its expected place."""
 
 
-@dataclass
-class Images:
-    """Locates the images of annotation entries.
+def find_image_folder(
+    kind: Kind, root: Path, layout: AnnotationLayout, *, path: Path, split: str, entries: Sequence[Entry]
+) -> Path:
+    """Return the folder that image names are relative to.
 
     Args:
         kind: kind of the annotation files.
         root: folder that the layout's paths are relative to.
         layout: locations of the files.
-        cache_dir: folder of the videos' frame indexes.
+        path: the annotation file; of LabelMe, the folder of files.
+        split: split of the entries.
+        entries: entries of the split; the first three are used to find the folder.
+
+    Raises:
+        UserError: the layout names a folder that does not exist, or an image's name leads out of its folder.
     """
-
-    kind: Kind
-    root: Path
-    layout: AnnotationLayout
-    cache_dir: Path
-    _clips: dict[tuple[Path, AnnotatedVideo], "Path | Sequence[Path]"] = field(default_factory=dict)
-
-    def folder(self, path: Path, split: str, entries: Sequence[Entry]) -> Path:
-        """Return the folder that image names are relative to, or the only video.
-
-        Args:
-            path: the annotation file; of LabelMe, the folder of files.
-            split: split of the entries.
-            entries: entries of the split; the first three are used to find the folder.
-
-        Raises:
-            UserError: the layout names a folder that does not exist.
-        """
-        names = self.layout.names(split)
-        if self.layout.images is not None:
-            folders = [self.root / self.layout.images.replace("{split}", name) for name in names]
-            if found := next((folder for folder in folders if folder.is_dir() or _is_video(folder)), None):
-                return found
-            raise UserError(
-                f"data.reader.layout.images: no folder {folders[0]}. Give the folder of the images (for a video, the "
-                "folder of its frames or its file)."
-            )
-        default = path if self.kind.per_image else path.parent
-        below = [self.root / pattern.format(name) for pattern in ("images/{}", "{}", "{}/images") for name in names]
-        for folder in (default, *below, default / "images", self.root / "images", self.root):
-            if any(self._is_there(folder, entry) for entry in entries[:3]):
-                return folder
-        return default
-
-    def of(self, entry: Entry, folder: Path) -> ImageSource:
-        """Return the image of an entry; if its file is missing, fall back to one with another image suffix.
-
-        Raises:
-            UserError: the image's name leads out of the folder.
-            NotThere: the image cannot be found.
-        """
-        for name in (entry.image, *filter(None, (entry.subset, entry.clip.source if entry.clip else ""))):
-            if not _stays_below(name):
-                raise UserError(
-                    f"{entry.path} names the image {format_value(name)}, which is outside of the image folder. Give "
-                    "names relative to data.reader.layout.images."
-                )
-        if entry.clip is not None:
-            return self._frame(entry, entry.clip, folder)
-        found = _image_file(folder, entry)
-        if found is None:
-            raise NotThere(f"{entry.path} names the image {format_value(entry.image)}, which is not in {folder}.")
-        return found
-
-    def _is_there(self, folder: Path, entry: Entry) -> bool:
-        try:
-            return bool(self.of(entry, folder))
-        except (NotThere, UserError):
-            return False
-
-    def _frame(self, entry: Entry, clip: AnnotatedVideo, folder: Path) -> ImageSource:
-        if (folder, clip) not in self._clips:
-            self._clips[folder, clip] = self._clip(clip, folder)
-        found = self._clips[folder, clip]
-        if isinstance(found, Path):
-            return VideoFrame(found, entry.frame, self.cache_dir)
-        position = entry.frame if len(found) == clip.frames[-1] + 1 else clip.frames.index(entry.frame)
-        if not _is_file(found[position]):
-            raise NotThere(f"{entry.path} has frame {entry.frame}, but {found[position]} does not exist.")
-        return found[position]
-
-    def _clip(self, clip: AnnotatedVideo, folder: Path) -> "Path | Sequence[Path]":
-        """Return a video, or image files indexed by frame number or by position in `clip.frames`."""
-        if _is_video(folder):
-            return self._video(folder, clip)
-        for base in (folder, folder / clip.subset):
-            if clip.source and _is_video(base / clip.source):
-                return self._video(base / clip.source, clip)
-            if _named(base, f"frame_{clip.frames[0]:06d}"):
-                return [_named(base, name := f"frame_{frame:06d}") or base / f"{name}.png" for frame in clip.frames]
-        pictures = [path for path in files_in(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
-        last = clip.frames[-1]
-        if len(pictures) not in (len(clip.frames), last + 1):
-            what = f"the video {clip.source} " if clip.source else "its video "
-            raise NotThere(
-                f"Frames {clip.frames[0]} to {last} are not in {folder}: it has neither {what}nor images "
-                f"frame_{clip.frames[0]:06d} and so on, nor {last + 1} images (it has {len(pictures)})."
-            )
-        if pictures != sorted(pictures, key=lambda path: natural_order(path.name)):
-            raise NotThere(
-                f"Frames {clip.frames[0]} to {last} are images of {folder} in ambiguous order: alphabetical order, "
-                'which CVAT uses, differs from numeric order. Export the task as "CVAT for images 1.1".'
-            )
-        return pictures
-
-    def _video(self, path: Path, clip: AnnotatedVideo) -> Path:
-        indexes, wrong = index_videos([path], self.cache_dir)
-        if path not in indexes:
-            raise NotThere(wrong[path])
-        if len(indexes[path]) <= clip.frames[-1]:
-            raise NotThere(
-                f"{path} has {count_of(range(len(indexes[path])), 'frame')}, but the annotations belong to frames "
-                f"{clip.frames[0]} to {clip.frames[-1]}: it is another video."
-            )
-        return path
+    names = layout.names(split)
+    if layout.images is not None:
+        folders = [root / layout.images.replace("{split}", name) for name in names]
+        if found := next((folder for folder in folders if folder.is_dir()), None):
+            return found
+        raise UserError(f"data.reader.layout.images: no folder {folders[0]}. Give the folder of the images.")
+    default = path if kind.per_image else path.parent
+    below = [root / pattern.format(name) for pattern in ("images/{}", "{}", "{}/images") for name in names]
+    for folder in (default, *below, default / "images", root / "images", root / "images/default", root):
+        if any(_image_file(folder, entry) for entry in entries[:3]):
+            return folder
+    return default
 
 
-def size_of_image(entry: Entry, image: ImageSource) -> tuple[int, int]:
+def find_image(entry: Entry, folder: Path) -> Path:
+    """Return the image of an entry; if its file is missing, fall back to one with another image suffix.
+
+    Raises:
+        UserError: the image's name leads out of the folder.
+        NotThere: the image cannot be found.
+    """
+    found = _image_file(folder, entry)
+    if found is None:
+        raise NotThere(f"{entry.path} names the image {format_value(entry.image)}, which is not in {folder}.")
+    return found
+
+
+def size_of_image(entry: Entry, image: Path) -> tuple[int, int]:
     """Return height and width of an entry's image, from the image file if the annotations lack them.
 
     Raises:
@@ -167,8 +87,6 @@ def size_of_image(entry: Entry, image: ImageSource) -> tuple[int, int]:
     """
     if entry.size is not None:
         return entry.size
-    if isinstance(image, VideoFrame):
-        raise NotThere(f"{entry.path} lacks the size of the frames of {image.path} (original_size).")
     try:
         return size_of(*read_size(image))
     except (UserError, ValueError) as error:
@@ -176,8 +94,9 @@ def size_of_image(entry: Entry, image: ImageSource) -> tuple[int, int]:
 
 
 def name_of(entry: Entry) -> str:
-    """Return an entry's name: its image's name without image suffix, below its subset if it has one."""
-    return f"{entry.subset}/{_unended(entry.image)}" if entry.subset else _unended(entry.image)
+    """Return an entry's name: its image's name without image suffix."""
+    path = PurePosixPath(entry.image.replace("\\", "/"))
+    return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
 
 
 def _stays_below(image: str) -> bool:
@@ -187,15 +106,6 @@ def _stays_below(image: str) -> bool:
     return inside and "\0" not in image and ":" not in path.parts[0]
 
 
-def _unended(image: str) -> str:
-    path = PurePosixPath(image.replace("\\", "/"))
-    return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
-
-
-def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES and _is_file(path)
-
-
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
@@ -203,23 +113,16 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _named(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / f"{name}{end}" for end in _endings()) if _is_file(path)), None)
-
-
-def _endings() -> Iterator[str]:
-    return (case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper()))
-
-
 def _image_file(folder: Path, entry: Entry) -> Path | None:
     """Return the file of an image's name, or one of the same stem with another image suffix."""
-    image = entry.image.replace("\\", "/")
-    for base in dict.fromkeys((folder, folder / entry.subset)):
-        if _is_file(path := base / image):
-            return path
-        if other := _named(base, _unended(image)):
-            return other
-    return None
+    if not _stays_below(entry.image):
+        raise UserError(
+            f"{entry.path} names the image {format_value(entry.image)}, which is outside of the image folder. Give "
+            "names relative to data.reader.layout.images."
+        )
+    endings = [case for suffix in IMAGE_SUFFIXES for case in (suffix, suffix.upper())]
+    names = [entry.image.replace("\\", "/"), *(f"{name_of(entry)}{ending}" for ending in endings)]
+    return next((folder / name for name in names if _is_file(folder / name)), None)
 
 
 @dataclass(frozen=True)
@@ -230,8 +133,8 @@ class Shapes:
         labels: label of the tool to class, or to `ignore`; a label not listed here is the class of its name.
         others: the class of labels that are no class, or `ignore`; None: raise an error.
         unlabelled: the class of pixels that no shape covers, or `ignore`.
-        order: `file`: the order of the file (CVAT: by z_order first); `area`: the largest first, so that small objects
-            are drawn over large ones.
+        order: `file`: the order of the file; `area`: the largest first, so that small objects are drawn over large
+            ones.
         without_shapes: `keep`: an image without any shape is all unlabelled; `skip`: it is left out.
         crowds: of COCO. `class`: a crowd has the class of its label and is drawn below all objects; `ignore`: its
             pixels are ignored.
@@ -269,14 +172,13 @@ def annotated_dataset(
     shapes: Shapes = Shapes(),  # noqa: B008 (frozen)
     masks: Masks = Masks(),  # noqa: B008 (frozen)
     partition: Partition = Partition(),  # noqa: B008 (frozen)
-    cache_dir: str | Path = "outputs/.cache",
 ) -> PairDataset:
     """Return the images that an annotation tool's files list, with masks drawn from their shapes.
 
     Args:
         root: folder that the layout's paths are relative to.
         split: `train`, `val` or another name that the layout or the lists know.
-        kind: `coco`, `labelme` or `cvat`.
+        kind: `coco` or `labelme`.
         classes: names in id order.
         palette: one colour per class, or None for default colours.
         ignore_index: id that is ignored.
@@ -284,7 +186,6 @@ def annotated_dataset(
         shapes: rules that turn shapes into a mask.
         masks: whether to resize a mask that has its image's aspect ratio.
         partition: rule that assigns images to splits.
-        cache_dir: folder of the videos' frame indexes, for tracks.
 
     Raises:
         UserError: an annotation file is missing or unreadable, a label is no class, an image is listed twice, or no
@@ -293,9 +194,7 @@ def annotated_dataset(
     if kind not in KINDS:
         raise UserError(f"data.reader.kind={kind} is unknown. Choose one of {', '.join(KINDS)}.")
     labels = Labels.of(classes, palette, ignore_index)
-    top = Path(root).expanduser()
-    images = Images(KINDS[kind], top, layout, Path(cache_dir))
-    maker = _Maker(KINDS[kind], top, layout, shapes, labels, images)
+    maker = _Maker(KINDS[kind], Path(root).expanduser(), layout, shapes, labels)
     pairs = divide(split, lambda side: maker.pairs(side, partition), partition)
     return gathered(pairs, split, labels, masks)
 
@@ -309,7 +208,6 @@ class _Maker:
     layout: AnnotationLayout
     shapes: Shapes
     labels: Labels
-    images: Images
     values: dict[str, int] = field(init=False)  # known label to id
     others: int | None = field(init=False)
     ground: int = field(init=False)
@@ -328,8 +226,6 @@ class _Maker:
         by_split = partition.by == "folder"
         path = find_annotations(self.kind, self.root, split, self.layout, by_split=by_split)
         entries = read_annotations(self.kind, path, grouped=self.shapes.grouped).entries
-        if by_split:
-            entries = of_subset(entries, self.layout.names(split)) or entries
         if partition.by == "lists":
             entries = self._of_list(entries, split, partition)
         if self.shapes.without_shapes == "skip":
@@ -338,7 +234,7 @@ class _Maker:
             raise UserError(f"{path} holds no image{' with a shape' * (self.shapes.without_shapes == 'skip')}.")
         self._refuse_unknown(entries, path)
         self._warn_of_bare(entries, path)
-        folder = self.images.folder(path, split, entries)
+        folder = find_image_folder(self.kind, self.root, self.layout, path=path, split=split, entries=entries)
         pairs = sorted((self._pair(entry, folder) for entry in entries), key=lambda pair: pair.name)
         twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
         if twice:
@@ -400,21 +296,15 @@ class _Maker:
     def _pair(self, entry: Entry, folder: Path) -> Pair | Lacking:
         name = name_of(entry)
         try:
-            image = self.images.of(entry, folder)
+            image = find_image(entry, folder)
             if entry.wrong:
                 reason = entry.wrong if str(entry.path) in entry.wrong else f"{entry.path}: {entry.wrong}."
                 return Lacking(name, reason, "Correct the shapes in the annotation tool, and export again.")
             size = size_of_image(entry, image)
-            for shape in entry.shapes:
-                if isinstance(shape.form, Box):
-                    check_mask_size(*shape.form.place[2:], size)
         except NotThere as error:
             return Lacking(name, str(error), "Put the images there, or set their folder: data.reader.layout.images.")
-        except ValueError as error:
-            reason = f"{entry.path}, image {entry.image}: {error}."
-            return Lacking(name, reason, "Correct the masks in the annotation tool, and export again.")
         by_area = self.shapes.order == "area"
-        drawn = sorted(entry.shapes, key=lambda shape: (shape.depth, -shape.area if by_area else 0))
+        drawn = sorted(entry.shapes, key=lambda shape: (not shape.crowd, -shape.area if by_area else 0))
         forms = tuple((self._id(shape), shape.form) for shape in drawn)
         return Pair(name, image, Drawing(entry.path, entry.image, size, self.ground, forms))
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dinoseg.data.annotation.coco import read_coco
-from dinoseg.data.annotation.cvat import read_cvat
 from dinoseg.data.annotation.entry import LARGEST_FILE, Annotations, Entry
 from dinoseg.data.annotation.labelme import read_labelme
 from dinoseg.utils.errors import UserError
@@ -51,7 +50,6 @@ class Kind:
     by_split: Sequence[str]
     single: Sequence[str]
     per_image: bool = False  # one file per image
-    subsets: bool = False  # one file may assign each image to a split
 
 
 KINDS = {
@@ -66,13 +64,6 @@ KINDS = {
             *("annotations.json", "_annotations.coco.json", "annotations/instances_default.json", "result.json"),
             *("annotations/annotations.json", "instances_default.json", "coco.json"),
         ),
-    ),
-    "cvat": Kind(
-        "CVAT",
-        read_cvat,
-        ("{split}.xml", "{split}/annotations.xml", "annotations/{split}.xml"),
-        ("annotations.xml", "annotations/annotations.xml"),
-        subsets=True,
     ),
     "labelme": Kind("LabelMe", read_labelme, ("{split}", "annotations/{split}"), (".", "annotations"), per_image=True),
 }
@@ -92,10 +83,6 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
     found = [candidate for candidate in places if (_has_json(candidate) if kind.per_image else candidate.is_file())]
     if found:
         return found[0]
-    if by_split and kind.subsets:
-        for candidate in (root / pattern for pattern in kind.single):
-            if candidate.is_file() and of_subset(read_annotations(kind, candidate).entries, layout.names(split)):
-                return candidate
     tried = join_names([str(candidate.relative_to(root)) for candidate in places], 20)
     single = [pattern for pattern in kind.single if (root / pattern).is_file()] if by_split else []
     if kind.per_image and by_split and _has_json(root):
@@ -145,12 +132,6 @@ def _of_folder(kind: Kind, root: Path) -> Annotations:
     return Annotations(sorted(labels), found)
 
 
-def of_subset(held: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
-    """Return the entries whose subset has one of these names, ignoring case."""
-    wanted = {name.lower() for name in names}
-    return [entry for entry in held if entry.subset.lower() in wanted]
-
-
 def labels_below(kind: Kind, root: Path, layout: AnnotationLayout, *, grouped: bool = False) -> list[str]:
     """Return the labels (or groups) of the train and val files, or of the file for both, in file order.
 
@@ -187,7 +168,7 @@ def _read(kind: Kind, path: Path) -> Annotations:
         status = path.stat()
         if status.st_size > LARGEST_FILE:
             raise ValueError(f"it has {status.st_size:,} bytes; the limit is {LARGEST_FILE:,}: divide it into several")
-        return _parsed(kind.title, path, status.st_mtime_ns, status.st_size)
+        return _parsed(kind, path, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}). Check the path and its permissions.") from None
     except ValueError as error:
@@ -197,7 +178,6 @@ def _read(kind: Kind, path: Path) -> Annotations:
 
 
 @functools.lru_cache(maxsize=2**14)
-def _parsed(title: str, path: Path, changed: int, size: int) -> Annotations:
+def _parsed(kind: Kind, path: Path, changed: int, size: int) -> Annotations:
     """Parse a file once per state (time and size), since the classes and every split request it."""
-    kind = next(kind for kind in KINDS.values() if kind.title == title)
     return kind.read(path.read_bytes(), path)

@@ -1,7 +1,7 @@
 """Parallel reading and reduction of the items of a packed store, in order."""
 
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import cv2
@@ -29,7 +29,7 @@ class Packed:
 
 
 def read_all(
-    dataset: PairDataset, rows: Sequence[int], longest: int | None, workers: int
+    dataset: PairDataset, longest: int | None, workers: int
 ) -> Generator[tuple[int, Packed | UserError], None, None]:
     """Return an iterator over each row, in order, with its item or the error of its files.
 
@@ -38,11 +38,11 @@ def read_all(
     """
     return in_processes(
         functools.partial(_read, dataset=dataset, longest=longest),
-        rows,
+        range(len(dataset)),
         workers,
         catch=UserError,
         start=_use_one_thread,
-        remedy=f"Set data.workers below {workers} and run again to resume.",
+        remedy=f"Set data.workers below {workers} and run again.",
     )
 
 

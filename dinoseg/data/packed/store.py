@@ -1,32 +1,27 @@
 """Packed images and masks in one file: raw bytes at known offsets, each item read by one call."""
 
 import json
-import os
-import sys
-import weakref
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dinoseg.data.annotation.drawing import MAX_PIXELS
 from dinoseg.utils import forms
-from dinoseg.utils.atomic import open_no_link
+from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.units import finished
 
 PIXELS, INDEX = "pixels.bin", "index.json"
 VERSION = 1  # format version: a store of another version is packed again
-_ALIGN = 64  # bytes, a cache line
 
 
-EXTENT_FORM = (forms.whole(), forms.whole(1), forms.whole(1), forms.whole(0, 2**32 - 1))  # fields of `Extent`, in order
-_INDEX_FORM = forms.record(
-    key=forms.plain, names=forms.listing(forms.text), places=forms.listing(forms.row(*EXTENT_FORM))
+_EXTENT_FORM = forms.row(  # the fields of `Extent`, in order
+    forms.whole(), forms.whole(1), forms.whole(1), forms.whole(0, 2**32 - 1)
 )
+_INDEX_FORM = forms.record(key=forms.plain, names=forms.listing(forms.text), places=forms.listing(_EXTENT_FORM))
 
 
 @dataclass(frozen=True)
@@ -65,22 +60,19 @@ class Extent:
 
 
 class Store:
-    """Finished store; each process opens it on its first read.
+    """Finished store.
 
     Args:
         folder: folder of the store.
         names: names of its items.
         extents: byte ranges of its items.
-        verify: compare an item with its checksum when a process reads it for the first time.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], extents: Sequence[Extent], *, verify: bool) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], extents: Sequence[Extent]) -> None:
         self.folder = folder
         self.names = names
         self.extents = extents
-        self.verify = verify
-        self._verified: set[int] = set()
-        self._pixels: int | None = None  # file descriptor
+        self._verified: set[int] = set()  # rows whose checksum this process has compared
 
     @property
     def size(self) -> int:
@@ -95,7 +87,7 @@ class Store:
         """
         extent = self.extents[row]
         item = self._bytes(extent.offset, extent.size)
-        if self.verify and row not in self._verified:
+        if row not in self._verified:
             if checksum(self.names[row], (extent.height, extent.width), item) != extent.crc:
                 raise UserError(
                     f"{self.folder / PIXELS} is damaged: item {self.names[row]} does not match its checksum. Delete "
@@ -111,7 +103,7 @@ class Store:
         Raises:
             UserError: see `read`.
         """
-        if self.verify and row not in self._verified:
+        if row not in self._verified:
             return self.read(row)[1]
         extent = self.extents[row]
         pixels = extent.height * extent.width
@@ -119,38 +111,24 @@ class Store:
 
     def _bytes(self, offset: int, size: int) -> np.ndarray:
         """Return bytes of the file; not memory-mapped, since reading a map of a truncated file kills the process."""
-        item = np.empty(size, np.uint8)
+        path = self.folder / PIXELS
         try:
-            got = self._read_into(item, offset)
+            item = np.fromfile(path, np.uint8, count=size, offset=offset)
         except OSError as error:
-            raise UserError(_missing_error(self.folder / PIXELS, str(error))) from None
-        if got < size:
-            raise UserError(_missing_error(self.folder / PIXELS, "it is truncated"))
+            raise UserError(_missing_error(path, str(error))) from None
+        if len(item) < size:
+            raise UserError(_missing_error(path, "it is truncated"))
         return item
 
-    def _read_into(self, item: np.ndarray, offset: int) -> int:
-        """Fill an array from an offset of the file; return the number of bytes read."""
-        if sys.platform == "win32":  # no preadv; and an open file could not be removed
-            with open(self.folder / PIXELS, "rb", buffering=0) as file:
-                file.seek(offset)
-                return file.readinto(item.data)
-        if self._pixels is None:
-            self._pixels = os.open(self.folder / PIXELS, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._pixels)
-        return os.preadv(self._pixels, [item.data], offset)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pixels": None, "_verified": set()}  # another process opens and verifies for itself
-
-
-def open_store(folder: Path, key: StoreKey, names: Sequence[str], *, verify: bool) -> Store | None:
+def open_store(folder: Path, key: StoreKey, names: Sequence[str]) -> Store | None:
     """Return a finished store, or None if there is no complete one with this key."""
 
     def read(path: Path) -> Store:
         index = forms.read_json(path, _INDEX_FORM)
         if index["key"] != asdict(key) or index["names"] != list(names) or len(index["places"]) != len(names):
             raise forms.SchemaError("it belongs to another dataset")
-        return Store(folder, names, [Extent(*numbers) for numbers in index["places"]], verify=verify)
+        return Store(folder, names, [Extent(*numbers) for numbers in index["places"]])
 
     def is_complete(store: Store) -> bool:
         size = (folder / PIXELS).stat().st_size  # apparent size: a sparse file need not occupy it
@@ -166,10 +144,7 @@ def write_index(folder: Path, key: StoreKey, names: Sequence[str], extents: Sequ
     """Write the index that `open_store` reads."""
     numbers = [[extent.offset, extent.height, extent.width, extent.crc] for extent in extents]
     content = {"key": asdict(key), "names": list(names), "places": numbers}
-    with open(folder / INDEX, "w", encoding="utf-8", opener=open_no_link) as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(folder / INDEX, json.dumps(content))
 
 
 def checksum(name: str, size: tuple[int, int], *parts: np.ndarray) -> int:
@@ -178,11 +153,6 @@ def checksum(name: str, size: tuple[int, int], *parts: np.ndarray) -> int:
     for part in parts:
         crc = zlib.crc32(np.ascontiguousarray(part).data, crc)
     return crc
-
-
-def aligned(offset: int) -> int:
-    """Return the next aligned offset, where an item may start."""
-    return -(-offset // _ALIGN) * _ALIGN
 
 
 def _missing_error(path: Path, reason: str) -> str:

@@ -6,9 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from PIL.TiffImagePlugin import TiffImageFile
 
 from dinoseg.data.annotation.drawing import Drawing, MaskSource
 from dinoseg.data.classes.mask_size import fit_mask
@@ -37,12 +35,12 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
     try:
         record = _with_pixels(record, read_source(image)) if images else replace(record, image_size=_header_size(image))
     except Exception as error:  # a decoder may raise anything on a damaged file
-        record = record.with_problem("unreadable_image", _reason(image, error), passing=_may_pass(error))
+        record = record.with_problem("unreadable_image", _reason(image, error))
     try:
         record = record if isinstance(mask, Drawing) else _with_mask_header(record, mask)
         return _with_ids(record, mask, image, reader)
     except Exception as error:
-        return record.with_problem("unreadable_mask", _reason(mask, error), passing=_may_pass(error))
+        return record.with_problem("unreadable_mask", _reason(mask, error))
 
 
 def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]]) -> Record:
@@ -58,7 +56,7 @@ def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]])
         sample = read()
     except Exception as error:  # user code may raise anything
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return record.with_problem("unreadable_image", reason, passing=_may_pass(error))
+        return record.with_problem("unreadable_image", reason)
     ids = np.ascontiguousarray(sample["mask"].numpy())
     pixels = dict(_counted(ids))
     return replace(
@@ -73,15 +71,11 @@ def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]])
 
 def _with_pixels(record: Record, image: np.ndarray) -> Record:
     pixels = np.ascontiguousarray(image)
-    levels = np.arange(256, dtype=np.int64)
-    histograms = [np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)]
     return replace(
         record,
         image_size=(pixels.shape[0], pixels.shape[1]),
         image_digest=digest(pixels),
         look=perceptual_hash(pixels),
-        color_sums=tuple(int(histogram @ levels) for histogram in histograms),
-        color_squares=tuple(int(histogram @ levels**2) for histogram in histograms),
         edges=edges(pixels).tobytes(),
     )
 
@@ -113,7 +107,7 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
     try:
         ids = reader.read(mask)
     except UserError as error:
-        if isinstance(mask, Drawing) or _may_pass(error):
+        if isinstance(mask, Drawing):
             raise
         return replace(record, raw=_raw(mask, reader)).with_problem("foreign_ids", str(error))
     record = replace(record, mask_size=(ids.shape[0], ids.shape[1]))
@@ -168,46 +162,17 @@ def _reason(file: object, error: Exception) -> str:
     return f"Cannot read {file} as an image ({error})."
 
 
-def _may_pass(error: BaseException | None) -> bool:
-    """Return whether an error may be transient: caused by the machine, such as a failed disk, not by the file."""
-    while error is not None:
-        of_the_system = isinstance(error, OSError) and error.errno is not None  # a decoder's own OSError has no errno
-        out_of_memory = isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem
-        if of_the_system or out_of_memory or isinstance(error, MemoryError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 _ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8": b"\xff\xd9"}  # magic bytes to end mark
 _TAIL = 4096  # bytes that are searched for an end mark: cameras append data of their own
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # magic bytes, including BigTIFF
-_STRIPS, _TILES = (273, 279), (324, 325)  # TIFF tags: offsets and byte counts of an image's parts
 
 
 def ends_early(path: Path) -> bool:
-    """Return whether a file lacks the end that its format or header declares, as most truncated files do.
-
-    This costs two short reads; for TIFF files, those of the header.
-    """
+    """Return whether a PNG or JPEG file lacks its end mark, as most truncated files do; costs two short reads."""
     with path.open("rb") as file:
         start = file.read(8)
+        mark = next((mark for magic, mark in _ENDS.items() if start.startswith(magic)), None)
+        if mark is None:
+            return False
         size = file.seek(0, os.SEEK_END)
-        if mark := next((mark for magic, mark in _ENDS.items() if start.startswith(magic)), None):
-            file.seek(max(0, size - _TAIL))
-            return mark not in file.read()
-    if start.startswith(b"BM"):
-        promised = int.from_bytes(start[2:6], "little")
-        return promised == 0 or size < promised  # some writers leave it at 0
-    if start.startswith(b"RIFF"):
-        return size < 8 + int.from_bytes(start[4:8], "little")
-    return start.startswith(_TIFF) and size < _end_of_tiff(path)
-
-
-def _end_of_tiff(path: Path) -> int:
-    with open_image(path, ("TIFF",)) as file:
-        if not isinstance(file, TiffImageFile):
-            return 0
-        tags = file.tag_v2
-        parts = [zip(tags.get(begin, ()), tags.get(count, ()), strict=False) for begin, count in (_STRIPS, _TILES)]
-        return max((begin + count for part in parts for begin, count in part), default=0)
+        file.seek(max(0, size - _TAIL))
+        return mark not in file.read()

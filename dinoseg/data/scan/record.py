@@ -20,13 +20,10 @@ class Record:
         pixels: class id or ignore_index to number of pixels, as used in training; empty for a rejected mask.
         raw: number or colour in the mask file to number of pixels; at most 256 entries.
         problems: code to reason, of all problems that would stop a run.
-        passing: whether a problem may be transient, caused by the disk or memory.
         mask_digest: hash of the ids.
         decoded: whether the image was decoded; the fields below need it.
         image_digest: hash of the pixels.
         look: 64-bit perceptual hash (DCT), None for a flat image.
-        color_sums: sums of the red, green and blue levels 0..255 over all pixels.
-        color_squares: sums of their squares.
         edges: (64 * 64,) uint8, rank of the colour gradient of a small copy.
         borders: (64 * 64 / 8,) uint8, bits that mark borders in a small copy of the mask.
     """
@@ -40,13 +37,10 @@ class Record:
     pixels: Mapping[int, int] = field(default_factory=dict)
     raw: Mapping[str, int] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
-    passing: bool = False
     mask_digest: str = ""
     decoded: bool = False
     image_digest: str = ""
     look: int | None = None
-    color_sums: tuple[int, ...] = ()
-    color_squares: tuple[int, ...] = ()
     edges: bytes = b""
     borders: bytes = b""
 
@@ -57,6 +51,6 @@ class Record:
         counts[list(self.pixels)] = list(self.pixels.values())
         return counts
 
-    def with_problem(self, code: str, reason: str, *, passing: bool = False) -> "Record":
+    def with_problem(self, code: str, reason: str) -> "Record":
         """Return a copy of the record with one more problem."""
-        return replace(self, problems={**self.problems, code: reason}, passing=self.passing or passing)
+        return replace(self, problems={**self.problems, code: reason})

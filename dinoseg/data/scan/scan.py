@@ -98,12 +98,12 @@ def _measure_all(pairs: Sequence[Pair], *, reader: MaskReader, images: bool) -> 
 
 log = logging.getLogger(__name__)
 
-_VERSION = 3  # version of the record format
+_VERSION = 4  # version of the record format
 _MAX_BYTES = 2**30  # of the records: a million images
 _SMALL_COPIES = ("edges", "borders")
-_TUPLES = ("image_size", "mask_size", "color_sums", "color_squares")  # JSON turns them into lists
+_TUPLES = ("image_size", "mask_size")  # JSON turns them into lists
+_UNREADABLE = {"unreadable_image", "unreadable_mask"}
 _SIZE_FORM = forms.maybe(forms.row(forms.whole(1), forms.whole(1)))
-_COLOR_FORM = forms.listing(forms.whole())
 _FORM = forms.listing(
     forms.record(
         key=forms.text,
@@ -111,8 +111,7 @@ _FORM = forms.listing(
         record=forms.record(
             **dict.fromkeys(("name", "image", "mask", "mask_format", "mask_digest", "image_digest"), forms.text),
             **dict.fromkeys(("image_size", "mask_size"), _SIZE_FORM),
-            **dict.fromkeys(("color_sums", "color_squares"), _COLOR_FORM),
-            **dict.fromkeys(("passing", "decoded"), forms.flag),
+            decoded=forms.flag,
             pixels=forms.table(forms.whole(), r"[0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5]"),
             raw=forms.table(forms.whole(), r"-?[0-9]{1,10}|\([0-9]{1,3}, [0-9]{1,3}, [0-9]{1,3}\)"),
             problems=forms.table(forms.text),
@@ -148,9 +147,9 @@ class ScanCache:
         return replace(record, name=pair.name)
 
     def put(self, record: Record, pair: Pair) -> None:
-        """Store a record, unless one of its files is missing or it has a transient problem."""
+        """Store a record, unless one of its files is missing or unreadable, which the machine may have caused."""
         stamps = _stamps(pair)
-        if stamps is not None and not record.passing:
+        if stamps is not None and not record.problems.keys() & _UNREADABLE:
             self._known[_key(pair)] = (stamps, record)
             self._changed = True
 

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,13 +18,14 @@ from dinoseg.data.formats.idd_files import ENCODINGS, LABELS, POLYGONS, files_of
 from dinoseg.data.label_tables.read import label_table
 from dinoseg.report.progress import Bar
 from dinoseg.tasks.preparation.jobs import incomplete, run_jobs
+from dinoseg.utils import forms
 from dinoseg.utils.atomic import remove_parts
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
 from dinoseg.utils.locks import locked
 from dinoseg.utils.ranges import Count
-from dinoseg.utils.wording import has_surrogates, join_names
+from dinoseg.utils.wording import join_names
 
 log = logging.getLogger(__name__)
 
@@ -187,9 +187,11 @@ def _report(results: Mapping[PolygonFile, Counter[str]]) -> None:
         log.warning("Objects with labels that IDD does not have were left out:%s", "".join(lines))
 
 
-_LONGEST_SIDE = 16384  # pixels; a larger size in a file would only fill the memory
-_FARTHEST = 1_000_000  # pixels; Pillow misplaces points far outside the image
 _BACKGROUND = "unlabeled"
+_SIDE = forms.number(1, 16384)  # pixels; a larger size in a file would only fill the memory
+_COORDINATE = forms.number(-1_000_000, 1_000_000)  # pixels; Pillow misplaces points far outside the image
+_FORM = forms.holding(imgWidth=_SIDE, imgHeight=_SIDE, objects=forms.listing(forms.table(forms.plain)))
+_OBJECT = forms.holding(label=forms.text, polygon=forms.listing(forms.row(_COORDINATE, _COORDINATE)))
 
 
 def draw_label_maps(content: bytes, path: Path, encodings: Iterable[str]) -> tuple[dict[str, np.ndarray], Counter[str]]:
@@ -205,21 +207,22 @@ def draw_label_maps(content: bytes, path: Path, encodings: Iterable[str]) -> tup
         UserError: the file is damaged.
     """
     try:
-        return _draw(json.loads(content), encodings)
-    except (ValueError, RecursionError) as error:  # also raised for invalid JSON and UTF-8
+        return _draw(forms.parse_json(content, _FORM), encodings)
+    except forms.SchemaError as error:
         raise UserError(f"{path} is damaged ({error}). Unpack it from the archive again, or correct it.") from None
 
 
-def _draw(content: Any, encodings: Iterable[str]) -> tuple[dict[str, np.ndarray], Counter[str]]:
-    if not isinstance(content, Mapping):
-        raise ValueError("it is not a JSON object")
+def _draw(content: Mapping[str, Any], encodings: Iterable[str]) -> tuple[dict[str, np.ndarray], Counter[str]]:
     ids = _ids()
-    size = _side(content, "imgWidth"), _side(content, "imgHeight")
-    canvas = Image.new("L", size, ids[_BACKGROUND])
+    canvas = Image.new("L", (int(content["imgWidth"]), int(content["imgHeight"])), ids[_BACKGROUND])
     pen = ImageDraw.Draw(canvas)
     unknown: Counter[str] = Counter()
-    for number, entry in enumerate(_objects(content)):
-        label, points = _shape(entry, f"objects[{number}]")
+    for number, entry in enumerate(content["objects"]):
+        if entry.get("deleted"):
+            continue
+        _OBJECT(entry, f"objects[{number}]")
+        label = entry["label"]
+        points = [(x, y) for x, y in entry["polygon"]]
         if len(points) < 3:
             continue
         known = label if label in ids else label.removesuffix("group")
@@ -229,50 +232,6 @@ def _draw(content: Any, encodings: Iterable[str]) -> tuple[dict[str, np.ndarray]
             unknown[label] += 1
     drawn = np.asarray(canvas)
     return {encoding: _values(encoding)[drawn] for encoding in encodings}, unknown
-
-
-def _shape(entry: Any, where: str) -> tuple[str, list[tuple[float, float]]]:
-    """Return the label and the points of an object; a deleted object has no points."""
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{where} is not an object")
-    label, points, deleted = entry.get("label"), entry.get("polygon"), entry.get("deleted") or 0
-    if not isinstance(deleted, int):
-        raise ValueError(f"{where}.deleted={deleted!r} is neither 0 nor 1")
-    if deleted:
-        return "", []
-    if not isinstance(label, str) or has_surrogates(label):
-        raise ValueError(f"{where}.label={label!r} is not a name")
-    if not isinstance(points, list):
-        raise ValueError(f"{where} ({label}) has no polygon")
-    return label, [_point(point, f"{where}.polygon[{number}]") for number, point in enumerate(points)]
-
-
-def _point(point: Any, where: str) -> tuple[float, float]:
-    if not isinstance(point, list) or len(point) != 2 or not all(map(_is_number, point)):
-        raise ValueError(f"{where}={str(point)[:80]} is not a pair of numbers")
-    if not all(abs(value) <= _FARTHEST for value in point):  # also false for NaN
-        raise ValueError(f"{where}={str(point)[:80]} lies more than {_FARTHEST} pixels outside of the image")
-    return point[0], point[1]
-
-
-def _objects(content: Mapping) -> list:
-    objects = content.get("objects")
-    if not isinstance(objects, list):
-        raise ValueError("it has no list named objects")
-    return objects
-
-
-def _side(content: Mapping, key: str) -> int:
-    value = content.get(key)
-    if value is None:
-        raise ValueError(f"it has no {key}")
-    if not _is_number(value) or not 1 <= value <= _LONGEST_SIDE or value != int(value):
-        raise ValueError(f"{key}={str(value)[:80]} is not a number of pixels from 1 to {_LONGEST_SIDE}")
-    return int(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @lru_cache

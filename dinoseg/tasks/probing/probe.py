@@ -22,7 +22,6 @@ from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.progress import Bar
 from dinoseg.tasks.probing.sums import LinearMap, Sums, cell_labels, reads, solve
-from dinoseg.tasks.probing.sums_checkpoint import SumsCheckpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import eval_batches
 from dinoseg.utils.errors import UserError
@@ -93,7 +92,6 @@ class BestSetting(NamedTuple):
     sharpness: float  # factor of its logits with the lowest cross-entropy
 
 
-_TOGETHER = 64  # images after which the sums may be saved
 Readings = Mapping[str, Sequence[int]]  # name to the indices of the maps that are read together
 
 
@@ -180,21 +178,12 @@ class Probe:
             name: Sums(sum(dims[index] for index in places), self.weightings) for name, places in readings.items()
         }
 
-    def fit(self, checkpoint: SumsCheckpoint | None = None) -> None:
-        """Sum over the training images that are not held out; with a `checkpoint`, resume from it and save to it."""
-        images, parts = self.rest or self.held_out, dict(self._parts())
-        done = checkpoint.load(parts) if checkpoint is not None else 0
-        if self.engine.rank:
-            self._forget()  # the sums of rank 0 hold all that was done
-        bar = self._bar("summing up", len(images), done)
-        for first in range(done, len(images), _TOGETHER):
-            last = min(first + _TOGETHER, len(images))
-            for batch in self._batches(self.data, images[first:last], bar):
-                self._add(batch, self._features(batch))
-            if checkpoint is not None and self.engine.broadcast(checkpoint.due):
-                totals = {name: self.engine.sum(part) for name, part in parts.items()}
-                if self.engine.is_main:
-                    checkpoint.save(totals, last)
+    def fit(self) -> None:
+        """Sum over the training images that are not held out."""
+        images = self.rest or self.held_out
+        bar = self._bar("summing up", len(images))
+        for batch in self._batches(self.data, images, bar):
+            self._add(batch, self._features(batch))
         bar.close()
         self._over_ranks()
 
@@ -205,8 +194,9 @@ class Probe:
             name: Candidates([each for way in solve(sums, strengths) for each in way], ignored)
             for name, sums in self.sums.items()
         }
-        if self.engine.rank:
-            self._forget()  # the sums of rank 0 hold all
+        if self.engine.rank:  # the sums of rank 0 hold all
+            for part in self._parts():
+                part.zero_()
         for batch in self._batches(self.data, self.held_out, self._bar("choosing", len(self.held_out))):
             features = self._features(batch)
             for name, candidate in candidates.items():
@@ -246,8 +236,8 @@ class Probe:
         solution.start(head)
         return head.to(self.engine.device).eval()
 
-    def _bar(self, what: str, images: int, done: int = 0) -> Bar:
-        return Bar(desc=what, unit="image", total=images, initial=done, disable=not self.engine.is_main)
+    def _bar(self, what: str, images: int) -> Bar:
+        return Bar(desc=what, unit="image", total=images, disable=not self.engine.is_main)
 
     def _batches(self, data: SegmentationData, indices: Sequence[int], bar: Bar) -> Iterator[Batch]:
         """Yield this rank's share of the images, on the device."""
@@ -281,16 +271,12 @@ class Probe:
             self.sums[name].add(maps.to(self.device), labels[grid])
 
     def _over_ranks(self) -> None:
-        for _, part in self._parts():
+        for part in self._parts():
             part.copy_(self.engine.sum(part))
 
-    def _forget(self) -> None:
-        for _, part in self._parts():
-            part.zero_()
-
-    def _parts(self) -> Iterator[tuple[str, Tensor]]:
-        for name, sums in self.sums.items():
-            yield from ((f"{name}/{kind}", part) for kind, part in sums.tensors().items())
+    def _parts(self) -> Iterator[Tensor]:
+        for sums in self.sums.values():
+            yield from sums.tensors().values()
 
 
 def held_out(names: Sequence[str], grid: Grid) -> list[int]:

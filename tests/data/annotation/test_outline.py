@@ -6,7 +6,7 @@ import pytest
 from pycocotools import mask as coco
 
 from dinoseg.data.annotation.polygon import check_polygon, figure, filled
-from dinoseg.data.annotation.rle import encode
+from dinoseg.data.annotation.rle import counts_of
 from dinoseg.inference.annotations import edge_polygons, middle_polygons, parts_of
 
 
@@ -48,7 +48,7 @@ def test_parts_become_polygons_and_pixels_again(joined):
             whole = np.zeros(ids.shape, bool)
             height, width = part.mask.shape
             whole[part.top : part.top + height, part.left : part.left + width] = part.mask
-            np.testing.assert_array_equal(part.counts(*ids.shape), encode(whole))
+            np.testing.assert_array_equal(part.counts(*ids.shape), counts_of(whole.T.ravel()))
             for by_middles, polygons in ((False, edge_polygons), (True, middle_polygons)):
                 again = drawn(polygons(part, 0), ids.shape, by_middles)
                 np.testing.assert_array_equal(again, whole, err_msg=f"{by_middles} {ids.shape}")

@@ -50,7 +50,7 @@ def splits_of(root, images=True, splits=("train", "val"), **options):
 
 def found(root, *, options=None, **rules):
     """Return code to finding, of all but notes on what to expect."""
-    expected = {"constant_class_baseline", "colors", "class_weights"}
+    expected = {"constant_class_baseline", "class_imbalance"}
     findings = examine(splits_of(root, **(options or {})), **rules)
     return {finding.code: finding for finding in findings if finding.code not in expected}
 

@@ -72,18 +72,6 @@ def labelme(path, *shapes, image="a.png", size=SIZE, **changes):
     return path.parent
 
 
-def cvat(path, shapes, name="a.png", size=SIZE, labels=("leaf", "stem"), head="", encoding="utf-8"):
-    meta = "".join(f"<label><name>{label}</name><color>#ff0000</color></label>" for label in labels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f'<?xml version="1.0" encoding="{encoding}"?>{head}<annotations><version>1.1</version><meta><task><labels>'
-        f'{meta}</labels></task></meta><image id="0" name="{name}" width="{size[1]}" height="{size[0]}">'
-        f"{shapes}</image></annotations>"
-    )
-    save(path.parent / "a.png", np.zeros((*SIZE, 3)))
-    return path.parent
-
-
 def filled(*boxes):
     """Return a mask with boxes of (id, top, bottom, left, right)."""
     ids = np.zeros(SIZE, np.uint8)
@@ -115,6 +103,33 @@ def test_coco_of_polygons_masks_and_crowds(tmp_path):
         data.mask(0), np.where(filled((1, 1, 4, 1, 5), (1, 0, 8, 0, 1), (0, 2, 3, 2, 4)), 1, 2)
     )
     assert data[0]["image"].shape == (3, *SIZE) and not data.mask(1).any()
+
+
+def test_coco_export_of_cvat(tmp_path):
+    brush = {"id": 2, "image_id": 2, "category_id": 2, "iscrowd": 1, "area": 8.0, "bbox": [0.0, 0.0, 0.0, 7.0]}
+    polygon = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [CORNERS], "area": 12.0, "iscrowd": 0}
+    rows = [polygon, brush | {"segmentation": {"counts": [0, 8, 72], "size": list(SIZE)}}]
+    names = ("walk/frame_000000.png", "walk/frame_000001.png")
+    extra = {"licenses": [{"name": "", "id": 0, "url": ""}], "info": {"contributor": "", "year": ""}}
+    file = tmp_path / "annotations/instances_default.json"
+    coco(file, images=(), annotations=[row | {"attributes": {"occluded": False}} for row in rows], whole=extra)
+    content = json.loads(file.read_text())
+    content["images"] = [
+        {"id": n, "file_name": name, "height": 8, "width": 10, "license": 0} for n, name in enumerate(names, 1)
+    ]
+    file.write_text(json.dumps(content))
+    for name in names:
+        save(tmp_path / "images/default" / name, np.zeros((*SIZE, 3)))
+    (tmp_path / "all.txt").write_text("\n".join(names))
+    data = opened("coco", tmp_path, partition=Partition("lists", {"train": "all.txt"}))
+    assert data.names == ["walk/frame_000000", "walk/frame_000001"]
+    np.testing.assert_array_equal(data.mask(0), filled((1, 1, 4, 1, 5)))
+    np.testing.assert_array_equal(data.mask(1), filled((2, 0, 8, 0, 1)))
+
+
+def test_no_annotation_file(tmp_path):
+    with pytest.raises(UserError, match=r"No file of COCO for split train in .*: looked for annotations/instances_tr"):
+        opened("coco", tmp_path)
 
 
 def test_order_of_the_file_and_holes_that_cover_each_other(tmp_path):
@@ -176,25 +191,6 @@ def test_masks_of_labelme_are_cut_at_edges_and_lie_at_whole_pixels(tmp_path, cor
     np.testing.assert_array_equal(opened("labelme", root).mask(0), filled((1, *box)))
 
 
-def test_cvat_by_z_order(tmp_path):
-    shapes = (
-        '<box label="stem" xtl="2" ytl="2" xbr="4" ybr="3" z_order="1"><attribute name="x">1</attribute></box>'
-        '<polygon label="leaf" points="1.00,1.00;5,1;5,4;1,4" z_order="0"/>'
-        '<mask label="leaf" rle="0, 1, 1, 2" left="7" top="5" width="2" height="2" z_order="0"/>'
-    )
-    data = opened("cvat", cvat(tmp_path / "train.xml", shapes))
-    assert data.classes == ("background", "leaf", "stem")
-    expected = filled((1, 1, 4, 1, 5), (2, 2, 3, 2, 4), (1, 5, 7, 7, 9), (0, 5, 6, 8, 9))
-    np.testing.assert_array_equal(data.mask(0), expected)
-
-
-def test_turned_boxes_and_ellipses_of_cvat(tmp_path):
-    turned = '<box label="leaf" xtl="2" ytl="3" xbr="8" ybr="5" rotation="90"/>'
-    np.testing.assert_array_equal(opened("cvat", cvat(tmp_path / "train.xml", turned)).mask(0), filled((1, 1, 7, 4, 6)))
-    round_one = '<ellipse label="leaf" cx="5" cy="4" rx="3" ry="3"/>'
-    assert opened("cvat", cvat(tmp_path / "train.xml", round_one)).mask(0).sum() == pytest.approx(np.pi * 9, abs=4)
-
-
 def test_labels_are_merged_ignored_and_given_to_the_rest(tmp_path):
     shapes = [(1, 1, [CORNERS]), (1, 2, [[6, 1, 9, 1, 9, 2, 6, 2]]), (1, 3, [[6, 3, 9, 3, 9, 4, 6, 4]])]
     root = coco(tmp_path / "train.json", annotations=shapes, categories=("leaf", "old leaf", "odd"))
@@ -229,22 +225,18 @@ def test_classes_of_a_checkpoint_and_the_background(tmp_path):
     assert load("coco", root, "data.classes=[soil,leaf]").background is None
 
 
-@pytest.mark.parametrize("kind", ["coco", "labelme", "cvat"])
+@pytest.mark.parametrize("kind", ["coco", "labelme"])
 def test_one_file_is_divided(tmp_path, kind):
     names = [f"{number}.png" for number in range(5)]
     if kind == "coco":
         coco(tmp_path / "annotations.json", images=names)
     for name in names if kind == "labelme" else ():
         labelme(tmp_path / name.replace("png", "json"), ("leaf", "rectangle", [[1, 1], [2, 2]]), image=name)
-    if kind == "cvat":
-        cvat(tmp_path / "annotations.xml", "".join(f'</image><image name="{n}" width="10" height="8">' for n in names))
-        for name in names:
-            save(tmp_path / name, np.zeros((*SIZE, 3)))
     with pytest.raises(UserError, match=r"divide it by data\.reader\.partition\.by=fraction"):
         opened(kind, tmp_path)
     parts = [opened(kind, tmp_path, split, partition=Partition("fraction")) for split in ("train", "val")]
     named = sorted(name for part in parts for name in part.names)
-    assert named == ([*"01234", "a"] if kind == "cvat" else [*"01234"]) and all(len(part) for part in parts)
+    assert named == [*"01234"] and all(len(part) for part in parts)
     (tmp_path / "chosen.txt").write_text("3.png\n1")
     lists = Partition("lists", {"train": "chosen.txt"})
     assert opened(kind, tmp_path, partition=lists).names == ["1", "3"]
@@ -289,9 +281,9 @@ def test_a_file_that_is_larger_than_any_is_not_read(tmp_path, monkeypatch):
 def test_archives_are_named_and_not_read(tmp_path):
     (tmp_path / "export.zip").write_bytes(b"PK")
     with pytest.raises(UserError, match="export.zip exists, but archives are not read: unpack it"):
-        opened("cvat", tmp_path)
+        opened("coco", tmp_path)
     with pytest.raises(UserError, match="Archives are not read: unpack it and give the folder"):
-        opened("cvat", tmp_path / "export.zip")
+        opened("coco", tmp_path / "export.zip")
 
 
 def test_crowds_may_be_ignored(tmp_path):
@@ -436,45 +428,3 @@ def test_old_and_foreign_files_beside_those_of_labelme(tmp_path):
     data = opened("labelme", root)
     assert data.names == ["b"] and "not an image size:" in data.lacking["a"]
     assert "an object with shapes" in str(data.lacking)
-
-
-LAUGHS = '<!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;">]>'
-OUTSIDE = '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/hostname">]>'
-
-
-@pytest.mark.parametrize(
-    ("shapes", "changes", "wrong"),
-    [
-        ("", {"head": LAUGHS, "labels": ("&b;",)}, "declares a document type"),
-        ("", {"head": OUTSIDE, "labels": ("&a;",)}, "declares a document type"),
-        ("<a>" * 99 + "</a>" * 99, {}, "nested deeper"), ("<a>", {}, "not valid XML"),
-        ("&b;", {}, "not valid XML: undefined entity"),
-        ("", {"size": (10**5, 10**5)}, "not an image size:"), ("", {"size": ("x", 3)}, "not an image size:"),
-        ("", {"encoding": "x-mine"}, "unknown encoding"),
-        ("", {"name": "../../x.png"}, "outside of the image folder"), ("", {"name": ""}, "must be a name"),
-        ('<polyline label="leaf" points="1,1;2,2"/>', {}, r"polyline 0 \(leaf\): it covers no pixels"),
-        ('<polygon label="leaf" points="1,1;2,2"/>', {}, "needs at least 3"),
-        ('<polygon label="leaf" points="1,1;2"/>', {}, "not pairs"),
-        ('<polygon label="leaf" points="1,1;2,nan;3,3"/>', {}, "points is nan, which is not a number"),
-        ('<polygon label="leaf" points="1,1;2,1e30;3,3"/>', {}, "away"),
-        ('<polygon points="1,1;2,2;3,1"/>', {}, "its label is None"),
-        ('<mask label="leaf" rle="1,2" left="0" top="0" width="2" height="2"/>', {}, "add up to 3 pixels;"),
-        ('<mask label="leaf" rle="-1,5" left="0" top="0" width="2" height="2"/>', {}, "not a list of whole numbers"),
-        ('<mask label="leaf" rle="4" left="0" top="0" width="1e9" height="9"/>', {}, "not a box of pixels"),
-        ('<mask label="leaf" rle="4" left="1e9" top="0" width="2" height="2"/>', {}, "outside of any image"),
-        ('<mask label="leaf" rle="4" left="0" top="-1e9" width="2" height="2"/>', {}, "outside of any image"),
-        ('<box label="leaf" xtl="1" ytl="1" xbr="2"/>', {}, "ybr is None"),
-    ],
-)  # fmt: skip
-def test_files_of_cvat_that_are_refused(tmp_path, shapes, changes, wrong):
-    with pytest.raises(UserError, match=wrong):
-        opened("cvat", cvat(tmp_path / "train.xml", shapes, **changes))
-
-
-def test_other_xml_and_none(tmp_path):
-    (tmp_path / "train.xml").write_text("<svg/>")
-    with pytest.raises(UserError, match="no element <annotations>"):
-        opened("cvat", tmp_path)
-    (tmp_path / "train.xml").unlink()
-    with pytest.raises(UserError, match=r"No file of CVAT for split train in .*: looked for train\.xml"):
-        opened("cvat", tmp_path)

@@ -5,17 +5,11 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from making import save
 from PIL import Image
 
 from dinoseg.data.annotation.coco import read_coco
 from dinoseg.data.annotation.labelme import read_labelme
-from dinoseg.data.formats.annotated import Shapes, annotated_dataset
-from dinoseg.data.formats.annotation_files import AnnotationLayout
-from dinoseg.data.splits import Partition
-from dinoseg.utils.errors import UserError
 
 SIZE = (8, 10)
 
@@ -64,18 +58,6 @@ def test_labelme_masks_need_the_size_of_the_image():
 def test_circles_far_larger_than_images_are_refused():
     assert "a radius above 262144 pixels" in reason(labelme(kind="circle", points=[[0, 0], [1e6, 1e6]]))
     assert not reason(labelme(kind="circle", points=[[0, 0], [1e5, 1e5]]))
-
-
-@pytest.mark.parametrize("sides", [(13_000, 13_000), (11, 1), (1, 9)])
-def test_cvat_masks_larger_than_the_image_are_refused(tmp_path, sides):
-    width, height = sides
-    mask = f'<mask label="leaf" left="0" top="0" width="{width}" height="{height}" rle="0, {width * height}"/>'
-    image = f'<image id="0" name="a.png" width="{SIZE[1]}" height="{SIZE[0]}">{mask}</image>'
-    (tmp_path / "train.xml").write_text(f"<annotations>{image}</annotations>")
-    save(tmp_path / "a.png", np.zeros((*SIZE, 3)))
-    rules = {"layout": AnnotationLayout(), "partition": Partition(), "shapes": Shapes(order="file")}
-    with pytest.raises(UserError, match=f"{width} x {height} pixels, but its image only 10 x 8"):
-        annotated_dataset(tmp_path, "train", kind="cvat", classes=("background", "leaf"), **rules)
 
 
 @pytest.mark.parametrize("bad", ["\ud800", "leaf\udfff", "\udc80"])

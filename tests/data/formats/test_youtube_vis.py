@@ -9,7 +9,7 @@ import pytest
 from command_line import SLOTS, call
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.data.annotation.rle import encode, to_text
+from dinoseg.data.annotation.rle import counts_of, to_text
 from dinoseg.data.formats import youtube_vis
 from dinoseg.data.formats.youtube_vis import YoutubeVis
 from dinoseg.utils.errors import UserError
@@ -32,7 +32,7 @@ def masks_of(video):
 
 
 def segmentations(masks, compressed):
-    counts = [encode(mask) for mask in masks]
+    counts = [counts_of(mask.T.ravel()) for mask in masks]
     texts = [to_text(each) if compressed else each.tolist() for each in counts]
     return [
         {"size": list(SIZE), "counts": text} if mask.any() else None for text, mask in zip(texts, masks, strict=True)

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tiny_parts import tiny_vit
 
 from dinoseg.core.shapes import Sample
@@ -13,7 +12,6 @@ from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks.probing.probe import SHARPNESS, Candidates, Grid, Probe, held_out
 from dinoseg.tasks.probing.sums import LinearMap
-from dinoseg.tasks.probing.sums_checkpoint import SumsCheckpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.errors import UserError
@@ -127,33 +125,6 @@ def iou(counts):
     return (hit / (counts.sum(0) + counts.sum(1) - hit)).mean().item()
 
 
-def test_a_pass_that_is_stopped_goes_on_with_its_sums(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("dinoseg.tasks.probing.probe._TOGETHER", 2)
-    monkeypatch.setattr("dinoseg.tasks.probing.sums_checkpoint._EVERY", 0.0)
-    train, settings = RandomOrder(9), {"blocks": "0+1"}
-    whole = probed(train)
-    whole.fit()
-    stopped, seen = probed(train), []
-
-    def stop(batch, features):
-        seen.append(batch.names)
-        if len(seen) == 6:
-            raise KeyboardInterrupt
-        Probe._add(stopped, batch, features)
-
-    monkeypatch.setattr(stopped, "_add", stop)
-    with pytest.raises(KeyboardInterrupt):
-        stopped.fit(SumsCheckpoint(tmp_path, "probing.json", settings))
-    going_on = probed(train)
-    with caplog.at_level("INFO"):
-        going_on.fit(SumsCheckpoint(tmp_path, "probing.json", settings))
-    assert "resuming with the sums of 4 images" in caplog.text
-    for (name, value), (_, expected) in zip(going_on._parts(), whole._parts(), strict=True):
-        assert torch.equal(value, expected), name
-    with pytest.raises(UserError, match="blocks was 0\\+1 and is 1"):
-        SumsCheckpoint(tmp_path, "probing.json", {"blocks": "1"})
-
-
 class Ranked(Engine):
     """One of two ranks, each in a thread of this process."""
 
@@ -177,50 +148,25 @@ class Ranked(Engine):
         return self.each(value)[0]
 
 
-def test_two_ranks_find_what_one_does_from_the_start_or_on_the_way(tmp_path, monkeypatch):
-    monkeypatch.setattr("dinoseg.tasks.probing.probe._TOGETHER", 4)
-    monkeypatch.setattr("dinoseg.tasks.probing.sums_checkpoint._EVERY", 0.0)
-    train, val, begun = RandomOrder(9), RandomOrder(5, seed=1), SumsCheckpoint(tmp_path, "probing.json", {})
+def test_two_ranks_find_what_one_does():
+    train, val = RandomOrder(9), RandomOrder(5, seed=1)
 
-    def run(probe, checkpoint):
-        probe.fit(checkpoint)
+    def run(probe):
+        probe.fit()
         found = probe.choose()
         probe.score(found, val)
         return probe, found
 
-    alone, expected = run(probed(train), None)
-    for _ in range(2):  # the second time from what the first one has kept
-        probes = [probed(train) for _ in range(2)]
-        for rank, probe in enumerate(probes):
-            probe.engine = Ranked(rank)
-        with ThreadPoolExecutor(2) as threads:
-            standings = [SumsCheckpoint(tmp_path, "probing.json", {}, writes=not rank) for rank in range(2)]
-            results = list(threads.map(run, probes, standings))
-        assert begun.load(dict(probed(train)._parts())) == 8
-        for probe, found in results:
-            for (name, value), (_, whole) in zip(probe._parts(), alone._parts(), strict=True):
-                torch.testing.assert_close(value, whole, rtol=1e-9, atol=1e-9, msg=name)
-            assert [(each.choice, each.scores) for each in found] == [(each.choice, each.scores) for each in expected]
-
-
-def test_sums_that_are_damaged_or_of_another_form_begin_anew(tmp_path, caplog):
-    checkpoint, sums = SumsCheckpoint(tmp_path, "probing.json", {}), {"a/gram": torch.ones(2, dtype=torch.float64)}
-    checkpoint.save(sums, 3)
-    assert checkpoint.load({"a/gram": torch.zeros(3, dtype=torch.float64)}) == 0
-    kept = {"a/gram": torch.zeros(2, dtype=torch.float64)}
-    assert checkpoint.load(kept) == 3 and kept["a/gram"].tolist() == [1, 1]
-    for done in (torch.tensor([3, 3]), torch.tensor(-3), torch.tensor(3.0), torch.tensor(float("nan"))):
-        save_file({**sums, "done": done}, tmp_path / "sums.safetensors")
-        assert checkpoint.load(kept) == 0
-    save_file({"a/gram": sums["a/gram"] * np.nan, "done": torch.tensor(3)}, tmp_path / "sums.safetensors")
-    assert checkpoint.load(kept) == 0 and kept["a/gram"].tolist() == [1, 1]
-    (tmp_path / "sums.safetensors").write_bytes(b"cut")
-    assert checkpoint.load(kept) == 0 and "start over" in caplog.text
-    checkpoint.drop()
-    assert checkpoint.load(kept) == 0
-    (tmp_path / "probing.json").write_text("{")
-    with pytest.raises(UserError, match="is damaged"):
-        SumsCheckpoint(tmp_path, "probing.json", {})
+    alone, expected = run(probed(train))
+    probes = [probed(train) for _ in range(2)]
+    for rank, probe in enumerate(probes):
+        probe.engine = Ranked(rank)
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(run, probes))
+    for probe, found in results:
+        for value, whole in zip(probe._parts(), alone._parts(), strict=True):
+            torch.testing.assert_close(value, whole, rtol=1e-9, atol=1e-9)
+        assert [(each.choice, each.scores) for each in found] == [(each.choice, each.scores) for each in expected]
 
 
 def test_a_grid_without_a_point_is_refused():

@@ -19,7 +19,7 @@ _BITS = np.array([bin(value).count("1") for value in range(1 << 16)], dtype=np.u
 
 
 def check_duplicates(splits: Sequence[Scanned], distance: int) -> Iterator[Finding]:
-    """Yield findings about equal and nearly equal images, across splits and within them.
+    """Yield findings about equal and nearly equal images across splits, and equal ones within a split.
 
     Args:
         splits: the splits to compare.
@@ -28,32 +28,26 @@ def check_duplicates(splits: Sequence[Scanned], distance: int) -> Iterator[Findi
     for first, second in combinations(splits, 2):
         yield from _across(first, second, distance)
     for part in splits:
-        yield from _inside(part, distance)
+        yield from _repeated(part)
         yield from _contradictory(part)
 
 
 @dataclass
 class Near:
-    """Pairs of 64-bit hashes that differ in few bits: the closest, and the number of hashes in any pair.
+    """Pairs of 64-bit hashes that differ in few bits: the closest, and the number of second hashes in any pair.
 
     All frames of a static camera are alike, so pairs are counted as they are found and only the closest are stored.
 
     Args:
         closest: at most 1000 (i, j, differing bits), closest first.
-        first: number of distinct i in a pair.
         second: number of distinct j in a pair.
-        either: number of distinct i and j together, for hashes compared among themselves.
     """
 
     closest: list[tuple[int, int, int]]
-    first: int
     second: int
-    either: int
 
 
-def near_pairs(
-    first: np.ndarray, second: np.ndarray, distance: int, *, same: tuple[np.ndarray, np.ndarray], inside: bool = False
-) -> Near:
+def near_pairs(first: np.ndarray, second: np.ndarray, distance: int, *, same: tuple[np.ndarray, np.ndarray]) -> Near:
     """Return the pairs that differ in at most `distance` bits.
 
     Args:
@@ -61,27 +55,22 @@ def near_pairs(
         second: (M,) uint64.
         distance: 0 to 64.
         same: ids (N,) and (M,) of the images' content; pairs of equal ids are left out.
-        inside: `second` is `first`: only pairs i < j count.
     """
-    ours, theirs = np.zeros(len(first), dtype=bool), np.zeros(len(second), dtype=bool)
+    is_near = np.zeros(len(second), dtype=bool)
     nearest = np.empty((0, 3), dtype=np.int64)
     for start in range(0, len(first), _ROWS):
         here = slice(start, start + _ROWS)
         differing = first[here, None] ^ second[None]  # (rows, M)
         bits = _BITS[differing.view(np.uint16).reshape(*differing.shape, 4)].sum(axis=-1, dtype=np.uint8)
         near = (bits <= distance) & (same[0][here, None] != same[1][None])
-        if inside:
-            near &= np.arange(len(second)) > np.arange(start, start + len(near))[:, None]
-        ours[here] |= near.any(axis=1)
-        theirs |= near.any(axis=0)
+        is_near |= near.any(axis=0)
         flat = np.flatnonzero(near)
         flat = flat[np.argsort(bits.ravel()[flat], kind="stable")[:_MAX]]
         rows, columns = np.divmod(flat, max(1, len(second)))
         nearest = np.concatenate([nearest, np.stack([rows + start, columns, bits[rows, columns]], axis=1)])
         nearest = nearest[np.argsort(nearest[:, 2], kind="stable")[:_MAX]]
     closest = [(one, two, count) for one, two, count in nearest.tolist()]
-    either = int((ours | theirs).sum()) if inside else int(ours.sum() + theirs.sum())
-    return Near(closest, int(ours.sum()), int(theirs.sum()), either)
+    return Near(closest, int(is_near.sum()))
 
 
 def _across(first: Scanned, second: Scanned, distance: int) -> Iterator[Finding]:
@@ -105,13 +94,13 @@ def _across(first: Scanned, second: Scanned, distance: int) -> Iterator[Finding]
             "near_duplicate_across_splits",
             f"{count_of(near.second, 'image')} of {second.split} nearly the same as one of {first.split} (at most "
             f"{distance} of 64 bits of the perceptual hash differ).",
-            _listing(pairs),
+            tuple(f"{one.image} ~ {two.image} ({bits} bits)" for one, two, bits in pairs),
             "Check the pairs: frames of one scene belong into one split (data.group).",
             tuple(key for one, two, _ in pairs[:2] for key in ((first.split, one.name), (second.split, two.name))),
         )
 
 
-def _inside(part: Scanned, distance: int) -> Iterator[Finding]:
+def _repeated(part: Scanned) -> Iterator[Finding]:
     twice = {key: records for key, records in _by_digest(part).items() if len(records) > 1}
     if twice:
         repeated = sum(len(records) - 1 for records in twice.values())
@@ -121,15 +110,6 @@ def _inside(part: Scanned, distance: int) -> Iterator[Finding]:
             f"{count_of(repeated, 'image')} of {part.split} equal to another one, pixel for pixel.",
             tuple(" = ".join(record.image for record in records) for records in twice.values()),
             "Keep one of each: repeated images count several times in training and in scores.",
-        )
-    near, pairs = _near(part, part, distance)
-    if pairs:
-        yield Finding(
-            "note",
-            "near_duplicate_in_split",
-            f"{count_of(near.either, 'image')} of {part.split} nearly the same as another one of {part.split}.",
-            _listing(pairs),
-            "For a video this is normal; elsewhere fewer of them would train as well.",
         )
 
 
@@ -154,12 +134,8 @@ def _near(first: Scanned, second: Scanned, distance: int) -> tuple[Near, list[tu
         np.array([number.setdefault(r.image_digest, len(number)) for r in records], dtype=np.int64)
         for records in (ours, theirs)
     ]
-    near = near_pairs(hashes[0], hashes[1], distance, same=(same[0], same[1]), inside=first is second)
+    near = near_pairs(hashes[0], hashes[1], distance, same=(same[0], same[1]))
     return near, [(ours[one], theirs[two], bits) for one, two, bits in near.closest]
-
-
-def _listing(near: Sequence[tuple[Record, Record, int]]) -> tuple[str, ...]:
-    return tuple(f"{one.image} ~ {two.image} ({bits} bits)" for one, two, bits in near)
 
 
 def _by_digest(part: Scanned) -> dict[str, list[Record]]:
