@@ -1,4 +1,3 @@
-
 import huggingface_hub
 import pytest
 import torch
