@@ -1,9 +1,9 @@
-"""File format of cached features: tensors rounded to a type, as safetensors behind a checksum and their key."""
+"""File format of cached features: tensors rounded to a type, as safetensors behind a checksum."""
 
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,6 @@ KEY_LENGTH = 32
 MAX_BYTES = 2**30  # maximum size of a sample's file
 
 _CHECKSUM = 4  # bytes, of everything after it
-_START = _CHECKSUM + KEY_LENGTH
 _DTYPES: dict[Stored, torch.dtype] = {name: getattr(torch, name) for name in TYPES}
 
 
@@ -71,7 +70,7 @@ def to_bytes(key: str, tensors: Sequence[Tensor]) -> bytes:
     Raises:
         UserError: it exceeds the size that would be read back.
     """
-    content = key.encode() + save({str(number): tensor for number, tensor in enumerate(tensors)})
+    content = save({f"{key}.{number}": tensor for number, tensor in enumerate(tensors)})
     if len(content) > MAX_BYTES:
         raise UserError(
             f"The features of one image take {len(content) / 2**20:.0f} MiB; the limit is {MAX_BYTES / 2**20:.0f}. "
@@ -80,26 +79,27 @@ def to_bytes(key: str, tensors: Sequence[Tensor]) -> bytes:
     return _checksum(content) + content
 
 
-def from_bytes(key: str, content: bytes, *, verify: bool) -> list[Tensor]:
-    """Return the tensors that `to_bytes` was given.
+def from_file(key: str, file: BinaryIO, *, verify: bool) -> list[Tensor]:
+    """Return the tensors whose content `to_bytes` has returned.
 
     Args:
         key: expected key.
-        content: of the whole file.
+        file: at its start.
         verify: whether to verify the checksum.
 
     Raises:
         SchemaError: the file has another format or content, or is damaged.
     """
-    if verify and _checksum(content[_CHECKSUM:]) != content[:_CHECKSUM]:
+    checksum, content = file.read(_CHECKSUM), file.read()
+    if verify and _checksum(content) != checksum:
         raise SchemaError("its checksum differs")
-    if content[_CHECKSUM:_START] != key.encode():
-        raise SchemaError("it belongs to other features")
     try:
-        tensors = load(content[_START:])
-        return [tensors[str(number)] for number in range(len(tensors))]
-    except (SafetensorError, KeyError) as error:
+        tensors = load(content)
+        return [tensors[f"{key}.{number}"] for number in range(len(tensors))]
+    except SafetensorError as error:
         raise SchemaError(f"it is not a feature file ({error})") from None
+    except KeyError:
+        raise SchemaError("it belongs to other features") from None
 
 
 def _quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dinoseg.training.feature_cache.form import MAX_BYTES, Stored, from_bytes, restored, rounded, to_bytes
+from dinoseg.training.feature_cache.form import MAX_BYTES, Stored, from_file, restored, rounded, to_bytes
 from dinoseg.utils.atomic import atomic_file, open_no_link, write_all
 from dinoseg.utils.errors import DISK_FULL, free_space
 from dinoseg.utils.forms import SchemaError
@@ -129,9 +129,9 @@ class DiskStore:
 
     def get(self, key: str) -> list[Tensor] | None:
         """Return the tensors of a key; None if they are missing or incomplete."""
-        path, first = self.path(key), key not in self._seen
+        path = self.path(key)
         try:
-            tensors = from_bytes(key, _read(path, touch=first), verify=first)
+            tensors = _read(path, key, is_first=key not in self._seen)
         except FileNotFoundError:
             return None
         except (OSError, SchemaError) as error:
@@ -227,21 +227,24 @@ def cap_of(gib: Positive | None) -> int | None:
     return None if gib is None else int(min(gib * 2**30, sys.maxsize))
 
 
-def _read(path: Path, *, touch: bool) -> bytes:
-    """Return the bytes of a file; not memory-mapped, since reading a map of a truncated file kills the process."""
+def _read(path: Path, key: str, *, is_first: bool) -> list[Tensor]:
+    """Return the tensors in a file; not memory-mapped, since reading a map of a truncated file kills the process.
+
+    The first time, the file is verified and marked as used.
+    """
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise SchemaError("it is not a regular file")
-    if not 0 < status.st_size <= MAX_BYTES:
+    if status.st_size > MAX_BYTES:
         raise SchemaError(f"it has {status.st_size} bytes")
     with open(path, "rb", opener=open_no_link) as file:
         if not os.path.samestat(status, os.fstat(file.fileno())):
             raise SchemaError("it was replaced while it was opened")
-        content = file.read(status.st_size)
-    if touch:
+        tensors = from_file(key, file, verify=is_first)
+    if is_first:
         with suppress(OSError):  # a read-only cache
             os.utime(path)
-    return content
+    return tensors
 
 
 def _rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:

@@ -1,7 +1,9 @@
+from io import BytesIO
+
 import pytest
 import torch
 
-from dinoseg.training.feature_cache.form import TYPES, from_bytes, restored, rounded, size_of, to_bytes
+from dinoseg.training.feature_cache.form import TYPES, from_file, restored, rounded, size_of, to_bytes
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import SchemaError
 
@@ -19,7 +21,7 @@ def written(given, stored):
 
 
 def read_back(given, stored):
-    return from_bytes(KEY, written(given, stored), verify=True)
+    return from_file(KEY, BytesIO(written(given, stored)), verify=True)
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
@@ -90,21 +92,21 @@ def test_any_byte_that_is_another_is_seen(stored):
     for place in range(len(content)):
         content[place] ^= 0x10
         with pytest.raises(SchemaError):
-            from_bytes(KEY, bytes(content), verify=True)
+            from_file(KEY, BytesIO(content), verify=True)
         content[place] ^= 0x10
-    from_bytes(KEY, bytes(content), verify=True)
+    from_file(KEY, BytesIO(content), verify=True)
 
 
 def test_a_file_that_is_cut_or_longer_is_seen_without_its_checksum_too():
     content = written(tensors([(40, 3, 7)]), "float16")
     for wrong in (b"", content[:10], content[:40], content[:-64], content[:-1], content + bytes(64)):
         with pytest.raises(SchemaError):
-            from_bytes(KEY, wrong, verify=False)
+            from_file(KEY, BytesIO(wrong), verify=False)
 
 
 def test_features_of_another_key_are_none():
     with pytest.raises(SchemaError, match="other features"):
-        from_bytes(KEY[::-1], written(tensors([(4, 2, 2)]), "float16"), verify=True)
+        from_file(KEY[::-1], BytesIO(written(tensors([(4, 2, 2)]), "float16")), verify=True)
 
 
 def test_one_image_of_more_than_is_read_back_is_refused(monkeypatch):
