@@ -121,7 +121,7 @@ def store_if_verified(
         os.replace(file, out_dir / file.name)
     _print(out_dir / path.name, report)
     if ready.strategy is not None:
-        warn_of_strategy(ready.strategy, path.name, ready.record, report, [picture.size for picture in ready.pictures])
+        warn_of_strategy(ready.strategy, path.name, report)
     return report
 
 
