@@ -7,7 +7,6 @@ then, so this is what a reader costs beside the disk. The references are NumPy's
 """
 
 import argparse
-import mmap
 import os
 import platform
 import tempfile
@@ -21,7 +20,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinoseg.training.feature_cache.form import from_bytes
 from dinoseg.training.feature_cache.key import hash_of, weights_hash
 from dinoseg.training.feature_cache.store import DiskStore
 
@@ -53,11 +51,6 @@ def write(folder: Path, shapes: Sequence[tuple[int, ...]], samples: int) -> dict
         paths = (folder / f"{number}_{place}.npy" for place in range(len(shapes)))
         return [torch.from_numpy(np.load(path, mmap_mode="c")) for path in paths]
 
-    def own_mapped(number: int) -> list[Tensor]:
-        with open(store.folder / f"{hash_of(number)}.features", "rb") as file:
-            content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
-        return from_bytes(hash_of(number), content, "float16", verify=False)
-
     def tensors_of(number: int) -> list[Tensor]:
         with safe_open(folder / f"{number}.safetensors", "pt") as file:
             return [file.get_tensor(str(place)) for place in range(len(shapes))]
@@ -65,7 +58,6 @@ def write(folder: Path, shapes: Sequence[tuple[int, ...]], samples: int) -> dict
     return {
         "store": stored,
         "store, checking each (a process's first read)": checked,
-        "the store's files, mapped": own_mapped,
         "np.load, mapped": mapped,
         "safetensors": tensors_of,
     }

@@ -14,7 +14,7 @@ from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.load import collection_paused
 from dinoseg.export.runtime.segmenter import Segmenter
 from dinoseg.export.runtime.torch_runtime import isolated
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import UserError, reword
 from dinoseg.utils.ranges import Range, whole_number
 from dinoseg.utils.wording import format_value, nearest
 
@@ -107,9 +107,7 @@ def create_model(
             unknown = next((key for key in overrides if message.startswith(f"{key} is not a key")), "")
             if unknown and (meant := nearest(unknown, _ARGUMENTS)):
                 message = f"{unknown} is not an argument.{meant}"
-            for typed, argument in _OF_A_CALL.items():
-                message = message.replace(typed, argument)
-            raise UserError(message) from error
+            raise reword(UserError(message), _OF_A_CALL) from error
         if model.head.slots is not None:
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
         facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index)

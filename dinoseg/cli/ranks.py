@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.log_file import announce, configure_log
-from dinoseg.experiment.unread import warn_not_read, warn_of_modifiers
+from dinoseg.experiment.unread import warn_not_read
 from dinoseg.utils.cores import cores_here, count_cores, forget_share, limit_threads_to_share
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import SIGNALS, Interrupted, forward_signals, raised
@@ -64,9 +64,7 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
     if cfg.mode.get("keeps_folder", True):
         configure_log(out_dir if is_first_rank() else None)
     if is_first_rank():
-        reads = cfg.mode.get("reads")
-        warn_not_read(out_dir, f"mode={cfg.choices.mode}", reads)
-        warn_of_modifiers(out_dir, cfg, reads)
+        warn_not_read(out_dir, f"mode={cfg.choices.mode}", cfg.mode.get("reads"))
     from dinoseg.config.nodes import instantiate
 
     if "torch" not in sys.modules and cfg.mode.get("keeps_folder", True):

@@ -30,6 +30,15 @@ def below(node: Any, steps: Steps) -> Iterator[tuple[Steps, Any]]:
         yield from below(value, (*steps, key))
 
 
+def flatten(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of each leaf of nested mappings; an empty mapping is a leaf."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
 def texts_of(node: Any) -> Iterator[str]:
     """Yield every text at and below a node."""
     return (value for _, value in below(node, ()) if isinstance(value, str))

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dinoseg.config.plain import flatten
 from dinoseg.experiment.auto_resume import LENGTH, PastRun, Plan
 from dinoseg.experiment.folder import LOG, ORIGIN, command_line
 from dinoseg.experiment.recipe import recipe_of
@@ -35,16 +36,7 @@ def plan_of(info: Mapping[str, Any]) -> Plan:
     if "epochs" in given:  # they replace the steps of a recipe
         given.pop("steps", None)
     options = {group: info["choices"][group] for group in _OPTIONS}
-    return Plan(dict(_flatten(recipe_of(info))), given, options)
-
-
-def _flatten(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted key and the value of each leaf."""
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
+    return Plan(dict(flatten(recipe_of(info))), given, options)
 
 
 def write_end(run: Path, step: int, result: Mapping[str, Any] | None = None) -> None:
@@ -83,10 +75,10 @@ def compared_words(command: Iterable[str]) -> frozenset[str]:
     return frozenset(word for word in command if word.lstrip("+").partition("=")[0] != "resume")
 
 
-def find_runs(root: Path, others: Iterable[Path] = ()) -> list[PastRun]:
-    """Return all runs below a folder, and those in other folders, newest first; report unreadable checkpoints."""
+def find_runs(root: Path) -> list[PastRun]:
+    """Return all runs below a folder, newest first; report unreadable checkpoints."""
     dated = []
-    for folder in dict.fromkeys([*_run_folders(root, _MAX_DEPTH), *others]):
+    for folder in _run_folders(root, _MAX_DEPTH):
         with suppress(OSError):  # removed in the meantime
             last = last_checkpoint(folder)
             dated.append(((last if last.exists() else folder).stat().st_mtime, folder))

@@ -1,11 +1,12 @@
 """Config files of run folders, read as untrusted text: the data set of a run, and the keys that identify a recipe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
+from dinoseg.config.plain import flatten
 from dinoseg.config.resolvers import CLASS_FILE
 from dinoseg.config.stored import ACTING, Source, compose_stored, description_of
 from dinoseg.core.shapes import SegmentationData
@@ -95,7 +96,7 @@ def recipes(folders: Sequence[Path]) -> list[tuple[dict[str, Any], Any] | None]:
 def _recipe_keys(folder: Path) -> tuple[dict[str, Any], Any] | None:
     try:
         config = config_of(config_text(config_file(folder)))
-        whole = _flat({key: config[key] for key in SAVED if key in config})
+        whole = dict(flatten({key: config[key] for key in SAVED if key in config}))
     except (UserError, *BROKEN):
         return None
     return {key: value for key, value in whole.items() if not key.startswith(_ELSEWHERE)}, whole.get("seed")
@@ -103,11 +104,3 @@ def _recipe_keys(folder: Path) -> tuple[dict[str, Any], Any] | None:
 
 def _is_of_class_file(value: Any) -> bool:
     return isinstance(value, str) and value.startswith(_OF_CLASS_FILE)
-
-
-def _flat(node: Any, where: str = "") -> dict[str, Any]:
-    if not isinstance(node, Mapping):
-        return {where: node}
-    return {
-        key: value for name, child in node.items() for key, value in _flat(child, f"{where}.{name}".lstrip(".")).items()
-    }

@@ -1,9 +1,10 @@
 """Settings of a run by dotted name: for tables of runs, and to check that a resumed run has not changed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dinoseg.config.plain import flatten
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.training.description import CHOSEN, MODEL
 from dinoseg.utils.errors import UserError
@@ -22,7 +23,7 @@ def settings_of(build: ModelBuilder) -> dict[str, Any]:
     nested = {"seed": build.seed, "choices": choices, "data": batch, **groups}
     return {
         name: value if isinstance(value, int | float) else str(value)
-        for name, value in _flat(nested)
+        for name, value in flatten(nested)
         if not name.rpartition(".")[2].startswith("_")
     }
 
@@ -41,7 +42,7 @@ def check_same_settings(
     Raises:
         UserError: settings differ; the message names each of them.
     """
-    were, are = dict(_flat(before)), dict(_flat(as_read_back(now)))
+    were, are = dict(flatten(before)), dict(flatten(as_read_back(now)))
     differing = [
         f"{name} was {_value_text(were, name)} and is {_value_text(are, name)}"
         for name in sorted(were.keys() | are.keys())
@@ -56,11 +57,3 @@ def check_same_settings(
 
 def _value_text(settings: Mapping[str, Any], name: str) -> str:
     return format_override(settings[name]) if name in settings else "not set"
-
-
-def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value

@@ -29,8 +29,6 @@ from dinoseg.utils.wording import format_override, format_value, join_names
 TEACHERS = "teachers"  # folder in the cache that holds the scores of all teachers
 _CROP = forms.listing(forms.whole(1), length=2)
 _PROBED = 512  # maximum side in backbone pixels of the dummy image that measures cells per pixel
-_MAX_STATE = 8  # bytes of a checkpoint per byte of its weights; AdamW's state and a moving average make it 4
-_FRAMING = 2**27  # bytes besides tensors, more than the largest header of a safetensors file
 _MIN = -3e4  # lowest score relative to the highest; float16 can hold it
 
 
@@ -55,18 +53,14 @@ class Teacher:
             self._build = ModelBuilder(standalone_config(self._path, self._info, {}, job=build.config))
         self._check_classes(labels)
         with self._named():
-            header = checkpoint.outline(self._path)
-            self._outline = self._build.check_fits(header)
+            self._outline = self._build.check_fits(checkpoint.outline(self._path))
             crop = self._build.settings("resolution")["crop"]
             if not forms.fits(crop, _CROP):
                 raise UserError(
                     f"its resolution.crop={format_value(crop)} must be [height, width] in pixels, each at least 1. "
                     "Choose another checkpoint."
                 )
-            self._check_size(header)
             self._digest = self._hashed()  # last: it reads the whole file
-            if checkpoint.describe(self._path) != self._info:
-                raise UserError(f"{self._path} changed while it was read. Wait until its training ends.")
         if self._outline.head.slots is not None:
             raise UserError(f"teacher={self._given} is a slot model, which has no classes. Give a segmenter.")
         self._loaded: tuple[Predictor, tuple[float, float]] | None = None
@@ -156,16 +150,6 @@ class Teacher:
             f"{'; '.join(differing) or f'their order is {join_names(teacher_classes, 20)}'}. A student learns a "
             "teacher's score of each class: train one on data of the same classes in the same order."
         )
-
-    def _check_size(self, header: checkpoint.Checkpoint) -> None:
-        """Refuse a file that is much larger than the weights in it, whose reading could take hours."""
-        held = sum(value.numel() * value.element_size() for value in header.part("model").values())
-        size = self._path.stat().st_size
-        if size > _MAX_STATE * held + _FRAMING:
-            raise UserError(
-                f"{self._path} has {size} bytes, but its model has {held} bytes of weights: optimizer state takes only "
-                "a few times that. Give the best.safetensors of that run, or another checkpoint."
-            )
 
     def _hashed(self) -> str:
         with open_regular(self._path) as file:

@@ -2,30 +2,13 @@
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig
-
-from dinoseg.config.plain import resolved
 from dinoseg.experiment.folder import last_command_line
 from dinoseg.utils.wording import join_names, printable
 
 logger = logging.getLogger(__name__)
-# keys that modify what another key sets: that key, its values without anything to modify, and the reason for a message
-_MODIFIERS: Mapping[str, tuple[str, Callable[[Any], bool], str]] = {
-    "optim.optimizer.layer_decay_rule": (
-        "optim.optimizer.layer_decay",
-        lambda decay: decay is None,
-        "It sets the exponents of optim.optimizer.layer_decay, which is null.",
-    ),
-    "inference.multiple": (
-        "inference.scales",
-        lambda scales: isinstance(scales, list) and not any(isinstance(scale, float) and scale < 1 for scale in scales),
-        "It rounds sides at scales below 1, and inference.scales has none.",
-    ),
-}
 # read by every mode, or settings of the machine
 _FOR_ALL = ("mode", "hparam", "hydra", "local", "trust", "shared_cache", "engine")
 
@@ -57,30 +40,9 @@ def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> No
         word for word in last_command_line(out_dir) if not is_read(_key(word).partition("@")[0], (*_FOR_ALL, *reads))
     ]
     if idle:
-        _print_idle(idle, f"In addition to its own keys, {mode} reads {', '.join(reads)}.")
-
-
-def warn_of_modifiers(out_dir: Path, cfg: DictConfig, reads: Collection[str] | None) -> None:
-    """Warn of typed keys that modify what another key sets, if that one sets nothing.
-
-    Args:
-        out_dir: the run folder, which stores its command line.
-        cfg: the whole config.
-        reads: see `warn_not_read`, which warns of the keys that are not in it.
-    """
-    words = last_command_line(out_dir)
-    for key, (modified, is_off, reason) in _MODIFIERS.items():
-        idle = [word for word in words if _key(word) == key]
-        if not idle or not (reads is None or is_read(key, reads)):
-            continue
-        value, base = (resolved(cfg, name.split(".")) for name in (key, modified))
-        if value is not None and is_off(base):
-            _print_idle(idle, reason)
-
-
-def _print_idle(idle: Sequence[str], reason: str) -> None:
-    # printed, not logged: a line in the log would preserve the folder of a run that fails at once
-    print(printable(f"warning: No effect here: {join_names(idle)}. {reason}"), file=sys.stderr)
+        reason = f"In addition to its own keys, {mode} reads {', '.join(reads)}."
+        # printed, not logged: a line in the log would preserve the folder of a run that fails at once
+        print(printable(f"warning: No effect here: {join_names(idle)}. {reason}"), file=sys.stderr)
 
 
 def _key(word: str) -> str:

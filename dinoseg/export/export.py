@@ -1,7 +1,7 @@
 """Shared steps of graph exports: load the trained model, verify the exported file, and move it into the run folder."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -17,9 +17,10 @@ from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.graph import record_of
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.pictures import Picture, pictures
-from dinoseg.export.proof import Reference, compare, exported, passes
+from dinoseg.export.proof import Reference, compare, passes
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.onnx_record import GraphRecord
+from dinoseg.export.runtime.runtime import Runtime
 from dinoseg.export.runtime.write import facts_of
 from dinoseg.export.strategy import Strategy, missing_strategy, warn_of_strategy
 from dinoseg.inference.trained_sizes import limit_to_trained_size
@@ -81,34 +82,25 @@ def prepared(
 
 
 def store_if_verified(
-    ready: Prepared,
-    kind: str,
-    files: Sequence[Path],
-    out_dir: Path,
-    options: GraphOptions,
-    explain: Callable[[], str],
+    ready: Prepared, runtime: Runtime, files: Sequence[Path], out_dir: Path, options: GraphOptions
 ) -> dict[str, Any]:
     """Verify an exported file, move `files` to `out_dir` if it agrees with the model, and return the report.
 
     Args:
         ready: the exported model and its reference.
-        kind: onnx or program.
+        runtime: runs the exported file.
         files: the written files; the last one is verified.
         out_dir: the run folder; the report is written there.
         options: the required agreement.
-        explain: returns a description of what differs.
 
     Raises:
         UserError: if the file misses the required agreement; only the report is written then, with the reason.
     """
     path, classes = files[-1], len(ready.facts.classes)
-    with exported(kind, path, ready.record) as ask:
-        result = compare(ready.reference, ask, ready.pictures, classes, ready.facts.ignore_index)
+    result = compare(ready.reference, runtime, ready.pictures, classes, ready.facts.ignore_index)
     proven = passes(result, options)
-    differs = None if proven else explain()
     report = {
         "proven": proven,
-        "differs": differs,
         "limits": {"agreement": options.min_agreement, "miou_points": options.max_miou_drop},
         **result,
         "file": path.name,
@@ -129,7 +121,7 @@ def store_if_verified(
         os.replace(file, out_dir / file.name)
     _print(out_dir / path.name, report)
     if ready.strategy is not None:
-        warn_of_strategy(ready.strategy, path.name, ready.record, report, [picture.size for picture in ready.pictures])
+        warn_of_strategy(ready.strategy, path.name, report)
     return report
 
 
@@ -167,8 +159,8 @@ def _refusal(path: Path, report: dict[str, Any]) -> str:
     return (
         f"{path.name} was not saved: on {report['pictures']} images {report['agreement']:.4%} of the pixels have the "
         f"class of the trained model (required: at least {limits['agreement']:.2%}), and the mIoU is "
-        f"{miou['exported']} instead of {miou['torch']} (allowed: {limits['miou_points']} points){nan}. Cause: "
-        f"{report['differs']}. {remedy} The numbers are in {REPORT}."
+        f"{miou['exported']} instead of {miou['torch']} (allowed: {limits['miou_points']} points){nan}. "
+        f"{remedy} The numbers are in {REPORT}."
     )
 
 

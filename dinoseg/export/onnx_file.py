@@ -1,6 +1,5 @@
 """ONNX files of traced models: conversion, weight compression and metadata."""
 
-import ast
 import contextlib
 import io
 import json
@@ -20,7 +19,6 @@ from dinoseg.export.runtime.onnx_record import KEY, OUTPUTS, GraphRecord
 from dinoseg.utils.errors import UserError
 
 LARGEST = 2**31 - 2**20  # bytes in one protobuf message; larger models store their weights in a second file
-_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def to_onnx(program: torch.export.ExportedProgram, record: GraphRecord) -> onnx.ModelProto:
@@ -52,17 +50,6 @@ def to_onnx(program: torch.export.ExportedProgram, record: GraphRecord) -> onnx.
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def scopes_of(model: onnx.ModelProto) -> dict[str, str]:
-    """Map each module of the traced model to its output tensor: the last one computed in its scope."""
-    found = {}
-    for node in model.graph.node:
-        note = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
-        for scope in ast.literal_eval(note)[:-1]:  # the last entry is the operation itself
-            if scope and not scope.startswith("_"):
-                found[scope] = node.output[0]
-    return found
 
 
 def finish(model: onnx.ModelProto, record: GraphRecord, description: Mapping[str, Any]) -> None:

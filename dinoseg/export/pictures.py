@@ -12,8 +12,6 @@ import torch
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import Size
 from dinoseg.experiment.builder import SPLITS
-from dinoseg.experiment.folder import LOG
-from dinoseg.inference.class_record import NAME as CLASSES_NAME
 from dinoseg.inference.inputs import is_video, list_inputs
 from dinoseg.inference.memory import free_bytes
 from dinoseg.utils.errors import UserError
@@ -49,8 +47,8 @@ def pictures(
         num_classes: number of class scores of a pixel that are compared.
 
     Raises:
-        UserError: if there are no images, since an unverified export is never written. Also if an image is invalid, too
-            large to be compared, or a chart, overlay or mask that dinoseg wrote.
+        UserError: if there are no images, since an unverified export is never written. Also if an image is invalid or
+            too large to be compared.
     """
     found = list(_of_split(dataset, images, count, folder) if images in SPLITS else _of_files(images, count))
     if not found:
@@ -83,20 +81,8 @@ def _of_files(images: str, count: int) -> Iterator[Picture]:
     if not files:
         raise UserError(f"export.images={images}: holds no images. {_REMEDY}")
     for path in _spread(files, count):
-        _check_photograph(path, images)
         height, width, _ = read_image(path).shape
         yield Picture(path, path.name, (height, width))
-
-
-def _check_photograph(path: Path, images: str) -> None:
-    """Refuse charts, overlays and masks that dinoseg wrote: they verify nothing about an export."""
-    for folder in path.absolute().parents:
-        drawn = (folder / LOG).is_file() and (folder / "config").is_dir()
-        if drawn or (folder == path.absolute().parent and (folder / CLASSES_NAME).is_file()):
-            raise UserError(
-                f"export.images={images}: {path.name} is in {folder}, a folder that dinoseg wrote: its images are "
-                "charts, overlays and masks. Give images like those the model will process."
-            )
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export.export import prepared, store_if_verified
 from dinoseg.export.graph import trace
 from dinoseg.export.options import GraphOptions
-from dinoseg.export.runtime.onnx_record import KEY
+from dinoseg.export.runtime.onnx_pictures import GraphRuntime
+from dinoseg.export.runtime.onnx_record import KEY, GraphRecord
 
 NAME = "model.pt2"
-_DIFFERS = "the traced program: export=onnx names the layer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,17 @@ class ProgramExport(GraphOptions):
             file = ready.folder / NAME
             about = json.dumps({"graph": ready.record.plain(), **ready.facts.description()}, allow_nan=False)
             torch.export.save(trace(ready.model, ready.record), file, extra_files={f"{KEY}.json": about})
-            report = store_if_verified(ready, "program", [file], out_dir, self, lambda: _DIFFERS)
+            report = store_if_verified(ready, open_program(file, ready.record), [file], out_dir, self)
         print(f'use: import torch; outputs = torch.export.load("{out_dir / NAME}").module()(images)')
         return {"path": str(out_dir / NAME), "agreement": report["agreement"]}
+
+
+def open_program(path: Path, record: GraphRecord) -> GraphRuntime:
+    """Return the runtime of a program that was just written."""
+    module = torch.export.load(path).module()
+
+    @torch.inference_mode()
+    def compute(pixels: np.ndarray) -> list[np.ndarray]:
+        return [part.numpy() for part in module(torch.from_numpy(pixels))]
+
+    return GraphRuntime(compute, record)

@@ -11,7 +11,6 @@ from dinoseg.core.sizes import Size
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import USE
 from dinoseg.experiment.trained import Trained
-from dinoseg.export.runtime.onnx_record import GraphRecord
 from dinoseg.utils.wording import count_of, format_override
 
 logger = logging.getLogger(__name__)
@@ -62,33 +61,24 @@ def missing_strategy(trained: Trained, sizes: Sequence[Size], folders: Sequence[
     return Strategy(words, progress["best"] if is_scored and "facts" not in trained.info else None)
 
 
-def warn_of_strategy(
-    strategy: Strategy, name: str, record: GraphRecord, report: dict[str, Any], sizes: Sequence[Size]
-) -> None:
+def warn_of_strategy(strategy: Strategy, name: str, report: dict[str, Any]) -> None:
     """Warn that an exported file lacks a strategy, with the mIoU of both where they are known.
 
     Args:
         strategy: of the model.
         name: of the file.
-        record: of its graph.
         report: of its verification, see `compare`.
-        sizes: (H, W) of the images of the verification.
-        folders: further folders of config groups.
     """
-    size, longest = sizes[0], max(map(max, sizes))
-    height, width = record.layout(size).content
     scores = "" if strategy.miou is None else f" With its strategy the model scored mIoU {100 * strategy.miou:.2f}."
     if report["has_masks"]:
         images = count_of(report["pictures"], "image")
         scores += f" On the {images} of the verification, the file scored mIoU {100 * report['miou']['exported']:.2f}."
-    # `mode=eval` computes images at other sizes than a graph of fixed size or one that reduces large images
-    is_comparable = record.size is None and (record.largest is None or longest <= record.largest)
-    comparison = f" For scores that compare with those of the file, add {_ONE_PASS} to mode=eval."
     logger.warning(
-        "mode=eval and mode=predict use %s for this model. %s does not apply this: it predicts each image in one pass "
-        "(one of %d x %d, width x height, at %d x %d).%s Apply the strategy in the program that calls the file.%s",
-        " ".join(strategy.words), name, size[1], size[0], width, height, scores, comparison if is_comparable else "",
-    )  # fmt: skip
+        "mode=eval and mode=predict use %s for this model. %s does not apply this: it predicts each image in one pass."
+        "%s Apply the strategy in the program that calls the file. For scores that compare with those of the file, add "
+        "%s to mode=eval.",
+        *(" ".join(strategy.words), name, scores, _ONE_PASS),
+    )
 
 
 def _is_default(value: Any, default: Any) -> bool:

@@ -9,8 +9,8 @@ from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import Trained, find_trained_sizes
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.export.runtime.facts import ModelFacts
+from dinoseg.export.runtime.load import open_file
 from dinoseg.export.runtime.model import Model
-from dinoseg.export.runtime.opening import open_file
 from dinoseg.export.runtime.runtime import Options
 from dinoseg.export.runtime.torch_runtime import TorchRuntime
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size

@@ -7,7 +7,6 @@ object with the step, the scores, the unresolved config, classes, palette and ve
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -36,7 +35,6 @@ from dinoseg.training.optim import MovingAverage
 from dinoseg.training.sharding import gathered
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
-from dinoseg.utils.natural_order import natural_order
 from dinoseg.utils.tensor_files import is_finite, meta_tensor, write_tensors
 from dinoseg.utils.wording import count_of, format_value, join_names
 
@@ -45,7 +43,6 @@ FOLDER = "checkpoints"
 HEADS = "heads"  # subfolder of a multi-head run, with one folder per head
 ONE_FILE = "model"  # stem of the file that mode=export writes
 _PARTS = ("model", "optimizer", "ema", "loss_scale", CONSTANTS)  # prefixes of tensor names, before the slash
-_REMOTE = re.compile(r"\w+://|[\w-]+/[\w.-]+$")  # an address, or what may be a hub id
 _MAX_TENSORS = 50_000  # ten times those of the largest backbone with its training state
 
 
@@ -195,33 +192,10 @@ def find(target: str | Path, prefer: str) -> Path:
         for folder in (path / FOLDER, path):
             if (folder / f"{name}.safetensors").is_file():
                 return folder / f"{name}.safetensors"
+    absence = "" if path.exists() else " (file or folder not found)"
     raise UserError(
         f"resume={target}: neither a checkpoint file nor a run folder with {FOLDER}/{prefer}.safetensors or "
-        f"{ONE_FILE}.safetensors{_absence(str(target), path)}. Give one of your folders under outputs/.{_nearby(path)}"
-    )
-
-
-def _absence(target: str, path: Path) -> str:
-    """Return in parentheses why a path does not exist; empty if it does."""
-    if path.exists():
-        return ""
-    if path.is_symlink():
-        return " (a link to a missing file)"
-    is_remote = _REMOTE.match(target) and not path.parent.is_dir()
-    return " (file or folder not found" + ("; hub ids and addresses are not downloaded here)" if is_remote else ")")
-
-
-def _nearby(path: Path) -> str:
-    """Return sentences that name the run folders below a path, and those beside it with its name and a number."""
-    numbered = re.compile(re.escape(path.name) + r"_\d+")
-    below = {folder.parent.name for folder in path.glob(f"*/{FOLDER}")}
-    siblings = {
-        folder.parent.name for folder in path.parent.glob(f"*/{FOLDER}") if numbered.fullmatch(folder.parent.name)
-    }
-    return "".join(
-        f" {where} it {'lies' if len(names) == 1 else 'lie'} {join_names(sorted(names, key=natural_order))}."
-        for where, names in (("Below", below), ("Beside", siblings))
-        if names
+        f"{ONE_FILE}.safetensors{absence}. Give one of your folders under outputs/."
     )
 
 

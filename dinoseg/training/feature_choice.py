@@ -12,12 +12,11 @@ import torch
 
 from dinoseg.core.contracts import Head
 from dinoseg.core.shapes import Batch
-from dinoseg.core.sizes import Size
 from dinoseg.inference.memory import free_bytes
 from dinoseg.models.model import SegmentationModel, frozen_tensors
 from dinoseg.training.engine import CACHES, Engine
 from dinoseg.training.feature_cache.cache import FeatureCache
-from dinoseg.training.feature_cache.form import TYPES, Stored, described, size_of
+from dinoseg.training.feature_cache.form import TYPES, Stored, size_of
 from dinoseg.training.feature_cache.key import code_hash, hash_of, origin, weights_hash
 from dinoseg.training.feature_cache.store import DiskStore, FeatureStore, MemoryStore, cap_of
 from dinoseg.training.image_data_module import ImageDataModule
@@ -35,8 +34,6 @@ class FeatureSize(NamedTuple):
 
     bytes: int
     pixels: int  # of the view, as the backbone sees it
-    shapes: str  # see `described`
-    size: Size  # (H, W) of the view
 
 
 def measure_features(
@@ -62,7 +59,7 @@ def measure_features(
     finally:
         model.train(training)
     rows = [part[0] for part in frozen.tensors]
-    return FeatureSize(size_of(rows, stored), math.prod(frozen.seen), described(rows), frozen.size)
+    return FeatureSize(size_of(rows, stored), math.prod(frozen.seen))
 
 
 @dataclass(frozen=True)
@@ -130,25 +127,21 @@ def feature_cache(
             logger.info("Feature cache: off (engine.cache=auto). %s", reason)
         return None
     assert data_module.views is not None  # without fixed views nothing is cached
-    location, size, described_shapes = chosen
-    opened = partial(_opened, location == "memory", data_module, model, engine, plan)
-    shapes = {(size, True): described_shapes} if described_shapes else {}
-    return FeatureCache(model, engine.autocast, opened, plan.drawing, data_module.views, location, shapes)
+    opened = partial(_opened, chosen == "memory", data_module, model, engine, plan)
+    return FeatureCache(model, engine.autocast, opened, plan.drawing, data_module.views, chosen)
 
 
-def _choose_or_explain(wanted: str, *parts: Any) -> tuple[tuple[str, Size, str] | None, str]:
-    """Return the location, and the size and shapes of a view's features, as plain values; or None and the reason."""
+def _choose_or_explain(wanted: str, *parts: Any) -> tuple[str | None, str]:
+    """Return the location of the cache; or None and the reason."""
     try:
-        location, measured = _choose_location(wanted, *parts)
-        height, width = measured.size
-        return (location, (height, width), measured.shapes), ""
+        return _choose_location(wanted, *parts), ""
     except _Uncached as error:
         return None, str(error)
 
 
 def _choose_location(
     wanted: str, data_module: ImageDataModule, model: SegmentationModel, engine: Engine, plan: CacheOptions
-) -> tuple[str, FeatureSize]:
+) -> str:
     """Return `memory` if all features fit there, else `disk`, or the wanted one; log the choice.
 
     Raises:
@@ -191,7 +184,7 @@ def _choose_location(
     )
     if size > rooms[location]:
         logger.warning("Free space for %s only: other features are computed in each epoch.", in_bytes(rooms[location]))
-    return location, measured
+    return location
 
 
 def _val_bytes(data_module: ImageDataModule, model: SegmentationModel, measured: FeatureSize) -> int:

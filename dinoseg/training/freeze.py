@@ -30,7 +30,6 @@ class BackboneFreeze:
     def __init__(self, backbone: Backbone, optimizer: Optimizer, *, is_single: bool) -> None:
         self._backbone, self._is_single = backbone, is_single
         self._groups = [group for group in optimizer.param_groups if group["backbone"]]
-        self._was_frozen = False
 
     @property
     def until(self) -> float:
@@ -52,18 +51,6 @@ class BackboneFreeze:
         elif steps:
             quicker = ", which take less time than later steps" if self._is_single else ""
             logger.info("The backbone is frozen for %d of the %d remaining steps%s.", steps, to_come, quicker)
-
-    def ends_with(self, position: ScheduleState) -> bool:
-        """Return whether a step is the last frozen one, or the first one after a freeze that was cut short.
-
-        A freeze is cut short when the number of steps is reduced.
-
-        Args:
-            position: schedule state; call this for each step in turn.
-        """
-        left = [position.left(group["start"]) for group in self._groups]
-        was_frozen, self._was_frozen = self._was_frozen, max(left, default=0) > 1
-        return 1 in left or (was_frozen and not any(left))
 
     @contextmanager
     def during(self, position: ScheduleState, images: Any) -> Iterator[None]:

@@ -3,10 +3,12 @@
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TypeVar
 
 import torch
@@ -21,6 +23,7 @@ _STATUS = Path("/proc/self/status")  # Linux only; the peak in it can be reset
 _BAR = "{percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 _FORMAT = _BAR.replace("{bar:16}", "{bar}") if IN_NOTEBOOK else _BAR  # a widget has a width of its own
 _ON_TERMINAL, _IN_FILE = 0.5, 10.0  # seconds between two updates of the bar, or two lines
+_RECENT = 32  # steps whose mean duration estimates the time left: unfrozen backbones make later steps slower
 _MUCH = 0.05  # share of time spent waiting for data, above which a remedy is logged
 
 
@@ -73,9 +76,9 @@ class Meter:
         reset_peak_memory(device)
         self.bar = tqdm(total=steps, initial=done, disable=not self._has_bar, dynamic_ncols=True, bar_format=_FORMAT)
         self._remedy = ""
-        self._first = self._trained = 0.0  # seconds of the first step, and of all later ones
-        self._later = _Window(0.0)  # images and waiting time of the later steps
-        self._other = 0, 0.0  # later steps before `change`, and their seconds
+        self._trained = 0.0  # seconds of all steps but the first, which includes start-up
+        self._later = _Window(0.0)  # images and waiting time of these steps
+        self._recent: deque[float] = deque(maxlen=_RECENT)  # seconds of the newest steps
         self._validated: list[float] = []  # seconds of each validation
         self._mark = self._shown = clock()
         self._row, self._status = _Window(self._mark), _Window(self._mark)
@@ -96,9 +99,12 @@ class Meter:
         for window in self._windows():
             window.images += images
         if self._step == self._start:
-            self._first, self._later = now - self._mark, _Window(0.0)
+            self._later = _Window(0.0)
         else:
             self._trained += now - self._mark
+        if self._step == self._start + 1:
+            self._recent.clear()
+        self._recent.append(now - self._mark)
         self._mark = now
         self._step += 1
         if self._visible and now - self._shown >= (_ON_TERMINAL if self._has_bar else _IN_FILE):
@@ -122,10 +128,6 @@ class Meter:
         self._mark = now
         self._row, self._status = _Window(now), _Window(now)
 
-    def change(self) -> None:
-        """Estimate the time left from later steps only, since their duration differs from that of the steps so far."""
-        self._other = self._step - self._start - 1, self._trained
-
     def close(self) -> None:
         """Close the progress bar, and log the training speed and the share of time spent waiting for data."""
         self.bar.close()
@@ -138,7 +140,7 @@ class Meter:
 
     def left(self) -> str:
         """Return the time left including validations, or their number as long as their duration is unknown."""
-        seconds = (self._steps - self._step) * self._seconds_a_step()
+        seconds = (self._steps - self._step) * fmean(self._recent or [0.0])
         validations = self._steps // self._val_every - self._step // self._val_every
         validations += self._step < self._steps and self._steps % self._val_every > 0
         if validations and not self._validated:
@@ -148,16 +150,6 @@ class Meter:
 
     def _windows(self) -> tuple[_Window, ...]:
         return self._row, self._status, self._later
-
-    def _seconds_a_step(self) -> float:
-        """Return the mean duration of the steps so far, without the first one, which includes start-up.
-
-        After `change`, only later steps count as soon as there are any. The first step counts while it is the only one.
-        """
-        later, (other, seconds) = self._step - self._start - 1, self._other
-        if later > other:
-            return (self._trained - seconds) / (later - other)
-        return self._trained / later if later > 0 else self._first
 
     def _show(self, now: float, loss: float, rate: float) -> None:
         speed, waited = self._status.rates(now)

@@ -187,8 +187,6 @@ def fit(experiment: Experiment) -> Progress:
                 progress.step = step + 1
                 progress.validation_pending = due.validation
             meter.step(output.images * engine.world_size, metrics.loss, rate)
-            if freeze.ends_with(position):
-                meter.change()
             if due.log:
                 log_step(experiment, output, metrics, scale, rate, meter.read())
             if is_stopping:

@@ -1,7 +1,5 @@
 """Common features of accelerators (CUDA, MPS) that a CPU lacks: queued work, and a caching allocator."""
 
-from typing import Any
-
 import torch
 
 
@@ -15,10 +13,3 @@ def empty_cache(device: torch.device) -> None:
     """Release the memory that an accelerator's allocator caches to the system; no-op on a CPU."""
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
-
-
-def timing_event(device: torch.device) -> Any:
-    """Record an event on an accelerator's stream; `start.elapsed_time(end)` gives the milliseconds between two."""
-    event = torch.get_device_module(device).Event(enable_timing=True)
-    event.record()
-    return event

@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,6 +42,14 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+def reword(error: UserError, terms: Mapping[str, str]) -> UserError:
+    """Return an error in other terms, such as the arguments of a call instead of those of a command line."""
+    words = str(error)
+    for term, other in terms.items():
+        words = words.replace(term, other)
+    return UserError(words)
 
 
 class KilledProcess(UserError):

@@ -1,6 +1,6 @@
 import pytest
 
-from dinoseg.experiment.unread import warn_not_read, warn_of_modifiers, warn_unread
+from dinoseg.experiment.unread import warn_not_read, warn_unread
 
 
 @pytest.mark.parametrize(
@@ -33,28 +33,3 @@ def test_a_group_with_a_package_of_its_own_is_read_where_the_group_is(tmp_path, 
     (tmp_path / "config/overrides.txt").write_text("data@data=folder\nslots@slots=free\n")
     warn_not_read(tmp_path, "mode=score", ["data"])
     assert capsys.readouterr().err.startswith("warning: No effect here: slots@slots=free. In addition to its own keys")
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (["optim.optimizer.layer_decay_rule=beit"], "optim.optimizer.layer_decay_rule=beit. It sets the exponents"),
-        (["optim.optimizer.layer_decay_rule=eomt", "optim.optimizer.layer_decay=0.8"], None),
-        (["hparam=eomt_ade20k_dinov3"], None),  # a recipe may set a rule that it does not use
-        (["inference.multiple=32"], "inference.multiple=32. It rounds sides at scales below 1, and inference.scales"),
-        (["inference.multiple=32", "inference.scales=[1.0,1.5]"], "inference.multiple=32. It rounds sides at scales"),
-        (["inference.multiple=32", "inference.scales=[0.5,1.0]"], None),
-        (["inference.multiple=null"], None),
-    ],
-)
-def test_a_key_that_modifies_nothing_is_named(tmp_path, capsys, compose, words, named):
-    cfg = compose("mode=train", "inference=windows", "inference.shortest=64", "data.root=x", *words)
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config/overrides.txt").write_text("\n".join(words) + "\n")
-    warn_of_modifiers(tmp_path, cfg, cfg.mode.reads)
-    output = capsys.readouterr().err
-    assert output.startswith(f"warning: No effect here: {named}") if named else not output
-    warn_of_modifiers(tmp_path, cfg, None)  # of a mode that reads everything
-    assert capsys.readouterr().err == output
-    warn_of_modifiers(tmp_path, cfg, ["data"])  # `warn_not_read` reports the others
-    assert not capsys.readouterr().err

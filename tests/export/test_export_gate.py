@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,32 +93,18 @@ def test_an_export_is_proven_and_used_without_torch(cfg, out):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(
-    ("part", "layer"), [("classify.weight", "the layer head.classify"), ("std", "the layer backbone.model.embeddings")]
-)
-def test_a_broken_export_is_refused_and_its_layer_named(cfg, out, monkeypatch, part, layer):
+def test_a_broken_export_is_refused(cfg, out, monkeypatch):
     finish = onnx_file.finish
 
     def break_and_finish(model, *words):
-        change_weight(model, part)
+        change_weight(model, "classify.weight")
         finish(model, *words)
 
     monkeypatch.setattr(onnx_file, "finish", break_and_finish)
-    with pytest.raises(UserError, match=f"model.onnx was not saved.*Cause: {layer}"):
+    with pytest.raises(UserError, match="model.onnx was not saved.*of the pixels have the class of the trained model"):
         OnnxExport()(ModelSource(cfg), out_dir=out)
     assert [path.name for path in out.iterdir()] == [REPORT]
     assert not json.loads((out / REPORT).read_text())["proven"]
-
-
-@pytest.mark.heavy
-def test_pictures_resized_otherwise_are_refused(cfg, out, monkeypatch):
-    finish = onnx_file.finish
-    cfg.resolution.scale = 0.5
-    other = lambda model, record, about: finish(model, replace(record, scale=0.25), about)  # noqa: E731
-    monkeypatch.setattr(onnx_file, "finish", other)
-    monkeypatch.setattr("dinoseg.export.onnx_export.pixels", lambda image, layout, fill: np.zeros((3, *layout.padded)))
-    with pytest.raises(UserError, match="Cause: the resizing of images before the first layer"):
-        OnnxExport()(ModelSource(cfg), out_dir=out)
 
 
 @pytest.mark.heavy
@@ -131,7 +116,7 @@ def test_a_file_that_does_not_run_is_refused_with_its_words(cfg, out, monkeypatc
         del model.graph.initializer[:]
 
     monkeypatch.setattr(onnx_file, "finish", drop)
-    with pytest.raises(UserError, match="returns no result for 0.png: /.*onnxruntime .* cannot run it"):
+    with pytest.raises(UserError, match="onnxruntime .* cannot run it"):
         OnnxExport()(ModelSource(cfg), out_dir=out)
     assert not list(out.iterdir())
 
@@ -148,7 +133,6 @@ def test_a_file_that_does_not_run_is_refused_with_its_words(cfg, out, monkeypatc
         ({"opset": 17}, "export.opset=17: give 18"),
         ({"opset": 99}, "export.opset=99: give 18"),
         ({"precision": "int4"}, "export.precision=int4 is unknown"),
-        ({"tensorrt": True}, "neither trtexec nor the Python package"),
     ],
 )
 def test_what_contradicts_itself_is_refused_before_anything_is_read(words, reason):
@@ -205,9 +189,6 @@ def test_what_the_data_set_or_the_model_cannot_be_is_refused_before_anything_is_
     ("images", "reason"),
     [
         ("none", "File or folder not found"),
-        ("drawn", "chart.png is in .*drawn, a folder that dinoseg wrote: its images are charts"),
-        ("drawn/masks/*.png", "a folder that dinoseg wrote"),
-        ("masks", "a folder that dinoseg wrote"),
         ("cut", "cut.png as an image..*truncated"),
         ("film", "holds no images"),
         ("large", r"0.png \(300 x 400\) needs 0.0 GiB for the comparison of scores"),
@@ -217,12 +198,9 @@ def test_pictures_that_prove_nothing_are_refused_before_a_model_is_made(tmp_path
     out, cfg = tmp_path, OmegaConf.create({"resume": "run", "data": {"classes": ["dark", "bright"]}})
     (out / "film").mkdir()
     (out / "film/a.mp4").touch()
-    for name in ("drawn/chart.png", "drawn/masks/0.png", "masks/0.png", "cut/cut.png", "large/0.png"):
+    for name in ("cut/cut.png", "large/0.png"):
         write_png(out / name, np.zeros((300, 400, 3), np.uint8))
     (out / "cut/cut.png").write_bytes((out / "cut/cut.png").read_bytes()[:500])
-    (out / "drawn/run.log").touch()
-    (out / "drawn/config").mkdir()
-    (out / "masks/classes.json").touch()
     monkeypatch.setattr("dinoseg.export.pictures.free_bytes", lambda _: 3.8e6 if images == "large" else 4e6)
     monkeypatch.setattr(source, "load_trained", lambda *_: pytest.fail("a model was made"))
     with pytest.raises(UserError, match=reason):

@@ -116,12 +116,3 @@ def test_whole_weights_are_left_as_they_are():
     onnx_file.finish(made, RECORD, LABELS)
     assert (computed(made, given) == wanted).all()
     assert [entry.name for entry in made.graph.initializer] == ["w", "free"]
-
-
-def test_the_last_tensor_made_within_a_module_is_what_it_puts_out():
-    nodes = [helper.make_node("Identity", ["x"], [name]) for name in ("a", "b", "c")]
-    for node, scopes in zip(nodes, (["", "head", "add"], ["", "head", "head.norm", "mul"], ["", "add_1"]), strict=True):
-        entry = node.metadata_props.add()
-        entry.key, entry.value = "pkg.torch.onnx.name_scopes", str(scopes)
-    made = helper.make_model(helper.make_graph(nodes, "graph", [], []))
-    assert onnx_file.scopes_of(made) == {"head": "b", "head.norm": "b"}

@@ -1,7 +1,7 @@
 """A quantised model is exported with the weights that it was trained with, and compared as it was trained."""
 
 import json
-from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import load_trained
-from dinoseg.export import export
 from dinoseg.export.export import REPORT, prepared, store_if_verified
 from dinoseg.export.options import GraphOptions
 from dinoseg.models.model import quantised_names
@@ -58,14 +57,12 @@ def test_the_gate_compares_the_file_with_the_trained_model(quantised, tmp_path, 
         assert not quantised_names(ready.model)
         assert {value.dtype for value in ready.model.parameters()} == {torch.float32}
 
-        def wrong(path, times, _):  # what a file answers that has the other class everywhere
-            image = read_image(path)
-            return 1 - ready.reference.ids([image])[0], ready.reference.probabilities([image])[0], [0.1] * times
-
-        monkeypatch.setattr(export, "exported", lambda *_: nullcontext(wrong))
+        wrong = SimpleNamespace(  # of a file that has the other class everywhere
+            ids=lambda images: 1 - ready.reference.ids(images), probabilities=ready.reference.probabilities
+        )
         (tmp_path / "model.onnx").touch()
         with pytest.raises(UserError, match=f"The model computes in {key}, the file in float32.*min_agreement"):
-            store_if_verified(ready, "onnx", [tmp_path / "model.onnx"], tmp_path, GraphOptions(), lambda: "all")
+            store_if_verified(ready, wrong, [tmp_path / "model.onnx"], tmp_path, GraphOptions())
     report = json.loads((tmp_path / REPORT).read_text(encoding="utf-8"))
     assert report["agreement"] == 0 and report["trained_with"] == key and not report["proven"]
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from command_line import call, write_data
 from making import save
 from portable_parts import PROGRESS, TINY, exported, untrained
@@ -16,7 +15,6 @@ from dinoseg.core.sizes import backbone_size
 from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export.export import prepared
-from dinoseg.export.graph import record_of
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.strategy import Strategy, missing_strategy, warn_of_strategy
 from dinoseg.inference.windows import Windows
@@ -103,38 +101,19 @@ def test_only_scores_of_the_exported_step_are_stated(missing):
     assert missing(*WINDOWS, "trainer.score=miou", progress=PROGRESS | {"step": 4}).miou is None
 
 
-def test_the_warning_states_size_scores_and_remedy(caplog):
-    mean = torch.zeros(1, 3, 1, 1)
-    head = SimpleNamespace(slots=None, fixed_size_reason=None, mixture=False, no_object=False)
-    model = SimpleNamespace(head=head, patch_size=8, scale=0.5, longest=None, backbone=SimpleNamespace(mean=mean))
-    record, _ = record_of(model, None, GraphOptions(), (32, 48))
+def test_the_warning_states_scores_and_remedy(caplog):
     report = {"has_masks": True, "pictures": 2, "miou": {"torch": 0.88, "exported": 0.8825}}
-    warn_of_strategy(
-        Strategy(["inference=windows", "inference.size=16"], 0.998), "model.onnx", record, report, [(32, 48)]
-    )
-    warn_of_strategy(Strategy(["inference=x"], None), "model.pt2", record, report | {"has_masks": False}, [(32, 48)])
+    warn_of_strategy(Strategy(["inference=windows", "inference.size=16"], 0.998), "model.onnx", report)
+    warn_of_strategy(Strategy(["inference=x"], None), "model.pt2", report | {"has_masks": False})
     both, neither = caplog.messages
     assert both == (
         "mode=eval and mode=predict use inference=windows inference.size=16 for this model. model.onnx does not apply "
-        "this: it predicts each image in one pass (one of 48 x 32, width x height, at 24 x 16). With its strategy the "
-        "model scored mIoU 99.80. On the 2 images of the verification, the file scored mIoU 88.25. Apply the strategy "
-        "in the program that calls the file. For scores that compare with those of the file, add inference=whole "
-        "inference.flips=none inference.scales=[1.0] to mode=eval."
+        "this: it predicts each image in one pass. With its strategy the model scored mIoU 99.80. On the 2 images of "
+        "the verification, the file scored mIoU 88.25. Apply the strategy in the program that calls the file. For "
+        "scores that compare with those of the file, add inference=whole inference.flips=none inference.scales=[1.0] "
+        "to mode=eval."
     )
     assert "model.pt2 does not apply this" in neither and "mIoU" not in neither
-
-
-@pytest.mark.parametrize(("largest", "compares"), [(None, True), (48, True), (47, False)])
-def test_scores_of_other_sizes_are_not_compared(caplog, largest, compares):
-    layout = SimpleNamespace(content=(16, 24))
-    record = SimpleNamespace(largest=largest, layout=lambda size: layout)
-    for size in (None, (16, 24)):
-        record.size = size
-        warn_of_strategy(
-            Strategy(["inference=x"], None), "model.onnx", record, {"has_masks": False}, [(8, 8), (32, 48)]
-        )
-    of_any, of_one = (" to mode=eval." in message for message in caplog.messages)
-    assert of_any == compares and not of_one
 
 
 @pytest.mark.parametrize("words", [(), WINDOWS])

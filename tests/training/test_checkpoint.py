@@ -163,10 +163,6 @@ def test_find_takes_run_folders_checkpoint_folders_and_files(tmp_path):
     assert find(folder / "last.safetensors", "best") == folder / "last.safetensors"
     (folder / "best.safetensors").unlink()
     assert find(tmp_path / "run", "best") == folder / "last.safetensors"
-    for name in ("other_10", "other_2", "other_2old", "another_2"):
-        (tmp_path / name / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"neither a checkpoint file .* Beside it lie other_2, other_10\.$"):
-        find(tmp_path / "other", "best")
     with pytest.raises(UserError, match="neither a checkpoint file nor a run folder"):
         find(tmp_path, "last")
 
@@ -176,16 +172,11 @@ def test_find_takes_run_folders_checkpoint_folders_and_files(tmp_path):
     [
         ("auto", r"model\.safetensors \(file or folder not found\)\. Give one of your folders"),
         ("runs/first", r"\(file or folder not found\)\. Give"),
-        (
-            "facebook/dinov2-small",
-            r"\(file or folder not found; hub ids and addresses are not downloaded here\)\. "
-            "Give",
-        ),
-        ("https://example.org/best.safetensors", r"hub ids and addresses are not downloaded here\)\. Give"),
-        ("broken", r"\(a link to a missing file\)\. Give"),
-        ("loop", r"\(a link to a missing file\)\. Give"),
+        ("facebook/dinov2-small", r"\(file or folder not found\)\. Give"),
+        ("broken", r"\(file or folder not found\)\. Give"),
+        ("loop", r"\(file or folder not found\)\. Give"),
         ("pipe", r"^resume=pipe is a pipe or a device\. Give a run folder or a checkpoint in it\.$"),
-        ("runs", r"model\.safetensors\. Give one of .* Below it lie run2, run10\.$"),
+        ("runs", r"model\.safetensors\. Give one of your folders under outputs/\.$"),
         ("a" * 300, r"^resume=a{77}\.\.\.: File name too long\. Give a run folder or a checkpoint in it\.$"),
         ("~nobody_of_this_name/run", r"^resume=~nobody_of_this_name/run: Could not determine home directory\. Give"),
         ("", "neither a checkpoint file nor a run folder"),

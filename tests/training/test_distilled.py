@@ -16,7 +16,7 @@ from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.distillation import TeacherView, divergence
 from dinoseg.tasks.distil import CachedScores, DistillationDataModule, DistilledLoss, Part, ScoredBatch
 from dinoseg.training.feature_cache.form import to_bytes
-from dinoseg.training.feature_cache.store import DiskStore, NoStore
+from dinoseg.training.feature_cache.store import DiskStore, MemoryStore
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
@@ -57,7 +57,7 @@ def views(cat_max_ratio=None, **changes):
 @pytest.mark.parametrize("ratio", [None, 0.7])
 @pytest.mark.parametrize("uniform", [None, ClassUniform(1.0, {0: np.arange(2), 1: np.arange(2)}, ["x", "y"])])
 def test_scores_of_a_view_are_those_of_the_pixels_that_it_shows(uniform, ratio):
-    drawn, kept = views(ratio, uniform=uniform), CachedScores(where, NoStore(), 2)
+    drawn, kept = views(ratio, uniform=uniform), CachedScores(where, MemoryStore("float32", 0), 2)
     for epoch, sample in ((0, 0), (0, 1), (5, 1)):
         view, seen = drawn.read(epoch, sample), kept.look(drawn, epoch, sample).to(CPU)
         scores = seen.at(slice(0, 24), slice(0, 20))
@@ -75,7 +75,7 @@ def test_each_image_of_a_batch_comes_with_its_own_scores(tmp_path):
     for rank in range(2):
         own = {"augment": augment, "batch_size": 2, "seed": 4, "workers": 0, "rank": rank, "world_size": 2}
         without = ImageDataModule(others, Ramps(), **own)
-        scores = CachedScores(where, NoStore(), 2)
+        scores = CachedScores(where, MemoryStore("float32", 0), 2)
         data_module = DistillationDataModule(Ramps(), Ramps(), **own, scores=scores, others=without, views=3)
         for drawn in islice(data_module.train_batches(start=3), 4):
             batch = drawn.to(CPU)
@@ -103,14 +103,14 @@ def test_scores_are_asked_for_once_and_used_as_they_are_kept(tmp_path):
     (path,) = (tmp_path / "o").glob("*.features")
     for damaged in (
         path.read_bytes()[:-3],
-        to_bytes(path.stem, [torch.zeros(3, 4, 4).half(), facts([60, 72, 1, 1])], "float16"),
-        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 0, 1, 1])], "float16"),
-        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 1, 1.5])], "float16"),
-        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 0, 1])], "float16"),
-        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 2.0**24 + 1, 1, 1])], "float16"),
-        to_bytes(path.stem, [torch.zeros(2, 4).half(), facts([60, 72, 1, 1])], "float16"),
-        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 1])], "float16"),
-        to_bytes(path.stem, [torch.zeros(2, 4, 4).half()], "float16"),
+        to_bytes(path.stem, [torch.zeros(3, 4, 4).half(), facts([60, 72, 1, 1])]),
+        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 0, 1, 1])]),
+        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 1, 1.5])]),
+        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 0, 1])]),
+        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 2.0**24 + 1, 1, 1])]),
+        to_bytes(path.stem, [torch.zeros(2, 4).half(), facts([60, 72, 1, 1])]),
+        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 1])]),
+        to_bytes(path.stem, [torch.zeros(2, 4, 4).half()]),
     ):
         path.write_bytes(damaged)
         count = len(asked)
@@ -119,7 +119,9 @@ def test_scores_are_asked_for_once_and_used_as_they_are_kept(tmp_path):
 
 
 def test_scores_that_no_memory_is_for_are_refused_by_the_image_s_name():
-    kept = CachedScores(lambda image: (torch.zeros(2, 1, 1).expand(2, 2**14, 2**14), (1.0, 1.0)), NoStore(), 2)
+    kept = CachedScores(
+        lambda image: (torch.zeros(2, 1, 1).expand(2, 2**14, 2**14), (1.0, 1.0)), MemoryStore("float32", 0), 2
+    )
     with pytest.raises(UserError, match="scores of 1 are 2 x 16384 x 16384 numbers, 2048 MiB, above the limit of 1024"):
         kept.look(views(), 0, 1)
 
@@ -214,4 +216,6 @@ def test_views_that_do_not_say_where_they_lie_are_refused():
 
     for augment in (Other((4, 4)), lambda image, mask, rng: (image, mask)):
         with pytest.raises(UserError, match="does not return the position of a view in its image"):
-            DistillationDataModule(Ramps(), Ramps(), augment, 1, 0, 0, scores=CachedScores(where, NoStore(), 2))
+            DistillationDataModule(
+                Ramps(), Ramps(), augment, 1, 0, 0, scores=CachedScores(where, MemoryStore("float32", 0), 2)
+            )

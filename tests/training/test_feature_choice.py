@@ -36,10 +36,8 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_cache import cache, store
-from dinoseg.training.feature_cache.cache import CachedMasks
-from dinoseg.training.feature_cache.form import to_bytes
-from dinoseg.training.feature_choice import CacheOptions, feature_cache, measure_features
+from dinoseg.training.feature_cache import store
+from dinoseg.training.feature_choice import CacheOptions, feature_cache
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Experiment, Settings, fit
@@ -48,7 +46,7 @@ from dinoseg.utils.images import read_image, write_png
 
 AUGMENT = Augment((24, 33), scale=(0.5, 1.5), affine=Affine(20), flip=0.5, color=ColorJitter(0.2, 0.2))
 FROZEN = Frozen()
-MEASURED, SIZES = 1, 4  # forward passes before a training; sizes of the pictures, each of whose shapes are asked once
+MEASURED = 1  # forward passes before a training
 
 
 class Losses(Rows):
@@ -151,9 +149,9 @@ def test_views_for_a_class_are_kept_as_they_are_and_known_by_their_masks(train, 
     computed.clear()
     assert train("disk", uniform=uniform)[0] == live
     first, once = sum(computed), computed.clear()
-    assert train("disk", uniform=uniform)[0] == live and sum(computed) == MEASURED + SIZES and once is None
+    assert train("disk", uniform=uniform)[0] == live and sum(computed) == MEASURED and once is None
     train("disk", uniform=replace(uniform, digests=["other"] * 5))  # crops may lie elsewhere
-    assert 2 + MEASURED + SIZES < sum(computed) < first + MEASURED
+    assert 2 + MEASURED < sum(computed) < first + MEASURED
 
 
 def test_checked_crops_are_cached_and_known_by_their_masks(train, data, computed):
@@ -161,12 +159,12 @@ def test_checked_crops_are_cached_and_known_by_their_masks(train, data, computed
     live = train(augment=checked)[0]
     assert train("disk", augment=checked)[0] == live
     computed.clear()
-    assert train("disk", augment=checked)[0] == live and sum(computed) == MEASURED + SIZES
+    assert train("disk", augment=checked)[0] == live and sum(computed) == MEASURED
     for pair in data.pairs[:2]:  # other labels may move the crops
         write_png(pair.mask, np.eye(*read_image(pair.mask).shape[:2], dtype=np.uint8))
     live = train(augment=checked)[0]
     computed.clear()
-    assert train("disk", augment=checked)[0] == live and MEASURED + SIZES < sum(computed) < MEASURED + SIZES + 10
+    assert train("disk", augment=checked)[0] == live and MEASURED < sum(computed) < MEASURED + 10
 
 
 def test_what_is_kept_is_computed_once(train, computed):
@@ -174,10 +172,10 @@ def test_what_is_kept_is_computed_once(train, computed):
     assert sum(computed) == MEASURED + 10 + 5  # two views of each of five images, and these as they are
     computed.clear()
     train("disk", steps=9)
-    assert sum(computed) == MEASURED + SIZES
+    assert sum(computed) == MEASURED
     computed.clear()
     train("disk", steps=9, views=3)
-    assert sum(computed) == MEASURED + SIZES + 5  # the third view of each
+    assert sum(computed) == MEASURED + 5  # the third view of each
 
 
 def test_each_view_of_a_mask_is_decoded_once(train, monkeypatch):
@@ -325,7 +323,7 @@ def test_a_training_goes_on_where_the_disk_is_full_and_the_next_one_keeps_the_re
     computed.clear()
     assert train("disk", steps=3)[0] == live and sum(computed) == MEASURED + (6 + 5 - 4)
     computed.clear()
-    assert train("disk", steps=3)[0] == live and sum(computed) == MEASURED + SIZES
+    assert train("disk", steps=3)[0] == live and sum(computed) == MEASURED
 
 
 def test_an_image_that_float16_does_not_hold_is_trained_on_beside_others(train, monkeypatch):
@@ -344,45 +342,6 @@ def test_an_image_that_float16_does_not_hold_is_trained_on_beside_others(train, 
         assert all(part.dtype == torch.float32 and part.isfinite().all() for part in tensors)
         kinds |= {data_module.cache.store.get(view.key)[0].dtype for view in views.views}
     assert kinds == {torch.float16, torch.bfloat16}
-
-
-def fewer(part):
-    return part[:, :2]
-
-
-def in_bytes(part):
-    return part.to(torch.uint8)
-
-
-@pytest.mark.parametrize(
-    ("drawn", "known", "change"),  # each two of them in all ways
-    [(True, True, fewer), (True, False, in_bytes), (False, True, in_bytes), (False, False, fewer)],
-)
-def test_features_of_other_shapes_or_kinds_are_none_and_mended(
-    train, data, computed, tmp_path, caplog, monkeypatch, known, drawn, change
-):
-    """Of one view, and of all the images as they are, so that there is none beside which they are others."""
-    live = train(steps=3)[0]
-    assert train("disk", steps=3)[0] == live
-    if not known:  # what is measured tells of views alone
-        monkeypatch.setattr(choice, "measure_features", lambda *given: measure_features(*given)._replace(shapes=""))
-    data_module = train("disk", epochs=9)[1]
-    views = next(data_module.train_batches(0)).views[1:]
-    if not drawn:
-        views = [cache._read_whole(data, data_module.cache.store, CachedMasks(), index) for index in range(5)]
-    for view in views:
-        (path,) = (tmp_path / "cache/features").rglob(f"{view.key}.features")
-        path.write_bytes(to_bytes(view.key, [change(view.features[0])], "float32"))
-    computed.clear()
-    caplog.set_level("WARNING")
-    caplog.clear()
-    assert train("disk", steps=3)[0] == live
-    assert sum(computed) == MEASURED + SIZES + (2 if drawn else 5) + (not known)
-    assert len(caplog.messages) == 1 and f"image of {'33 x 24' if drawn else '40 x 32'} have the" in caplog.text
-    shapes, (whole,) = re.findall(r"\[(.*?)\]", caplog.messages[0]), {str(tuple(views[0].features[0].shape))}
-    assert shapes == [f"{tuple(change(views[0].features[0]).shape)}{' of bytes' * ('bytes' in shapes[0])}", whole]
-    caplog.clear()
-    assert train("disk", steps=3)[0] == live and not caplog.messages
 
 
 def test_trainings_that_go_on_at_once_share_what_is_kept(train, computed):
@@ -418,7 +377,7 @@ def test_a_head_that_sees_the_pixels_trains_from_what_is_kept_as_live(train, com
     for _ in range(2):
         computed.clear()
         assert rows("disk") == live
-    assert len(computed) == MEASURED + SIZES, "the second one reads what the first has kept"
+    assert len(computed) == MEASURED, "the second one reads what the first has kept"
     assert rows("memory", dtype="int8")[0]["train/loss"] == pytest.approx(live[0]["train/loss"], rel=2e-2)
 
 

@@ -26,7 +26,6 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import CacheOptions, feature_cache
 from dinoseg.training.freeze import BackboneFreeze
 from dinoseg.training.image_data_module import ImageDataModule
-from dinoseg.training.meter import Meter
 from dinoseg.training.optim import ScheduleState, adamw, parameter_groups, schedule, set_learning_rates
 from dinoseg.training.trainer import Experiment, Settings, fit
 
@@ -268,14 +267,6 @@ def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeyp
         assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
 
 
-def test_time_left_is_foretold_anew_where_a_rest_ends(tmp_path, monkeypatch):
-    stood = []
-    monkeypatch.setattr(Meter, "change", lambda meter: stood.append(meter._step))
-    train(tmp_path / "a", begin=0.5)
-    train(tmp_path / "b", begin=0.0)
-    assert stood == [3]
-
-
 @pytest.mark.parametrize(
     ("begin", "start", "said"),
     [
@@ -299,12 +290,3 @@ def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):
         ScheduleState(schedule(), start, 6)
     )
     assert said in caplog.text and "take less time" not in caplog.text, "several ranks compute gradients all the same"
-
-
-def test_the_end_of_a_rest_is_seen_once_also_where_fewer_steps_cut_it_short():
-    model = untrained()
-    optimizer = adamw(model, head_lr=1e-2, backbone_lr=1e-3, freeze_backbone_until=0.4)
-    for lengths, end in (([10] * 10, 3), ([10, 10, 5, 5, 5], 2), ([10, 10, 10, 10, 6], 3)):
-        freeze = BackboneFreeze(model.backbone, optimizer, is_single=True)
-        seen = [freeze.ends_with(ScheduleState(schedule(), step, steps)) for step, steps in enumerate(lengths)]
-        assert freeze.until == 0.4 and [step for step, ends in enumerate(seen) if ends] == [end]

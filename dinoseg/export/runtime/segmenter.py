@@ -26,7 +26,7 @@ from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, quantised_names
 from dinoseg.training.checkpoint import find
 from dinoseg.training.loading import frozen_fingerprint
-from dinoseg.utils.errors import UserError, file_errors_as_user_errors
+from dinoseg.utils.errors import UserError, file_errors_as_user_errors, reword
 from dinoseg.utils.precision import compute_dtype
 from dinoseg.utils.stamps import Stamp, stamp
 from dinoseg.utils.wording import count_of, format_value
@@ -304,10 +304,7 @@ class Segmenter(GuardedModule, Model):
                     where="The model",
                 )
             except UserError as error:
-                words = str(error)
-                for typed, given in _OF_A_CALL.items():
-                    words = words.replace(typed, given)
-                raise UserError(words) from error
+                raise reword(error, _OF_A_CALL) from error
         return facts
 
     def _has_its_checkpoint(self) -> bool:

@@ -42,7 +42,6 @@ _LIBRARIES = ("torch", "transformers", "timm", "peft", "numpy", "pillow")
 COUNTED = "every pixel of the split counted once, ignored pixels excluded"
 _MEASURES = ("miou", "dice", "accuracy", "mean_accuracy")
 _SHARE = forms.maybe(forms.number(0, 1))
-_FOUND = forms.table(forms.plain)
 _SCORES = forms.holding(miou=_SHARE, pixels=forms.whole(), classes=forms.listing(forms.holding(iou=_SHARE)))
 _OFFICIAL = forms.holding(protocol=forms.text, scores=forms.table(forms.plain), ci95=forms.table(forms.plain))
 _EVALUATED = forms.holding(resume=forms.text, mode=forms.holding(split=forms.text))  # config of a mode=eval run
@@ -419,10 +418,6 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
         found["official"] = {
             key: official.get(key) for key in ("protocol", "scores", "ci95", "n", "unit", "rules", "interval")
         }
-    try:
-        _FOUND(found, "it")
-    except forms.SchemaError as error:
-        raise UserError(f"{where}: its scores are invalid ({error}). Run mode=eval again.") from None
     return found
 
 

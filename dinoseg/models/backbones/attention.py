@@ -144,10 +144,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # double backward would silently treat the result as a constant
             raise NotImplementedError("Attention by products cannot be differentiated twice: leave out create_graph.")
-        of_several = torch._C._functorch.is_legacy_batchedtensor(upstream)  # vmapped by `is_grads_batched`
         query, key, value = ctx.saved_tensors
-        if of_several or not _is_eager():
-            return *_gradients(query, key, value, ctx.scale, upstream), None
         of_query, room = torch.empty_like(query), _Room(query, key)
         of_key, of_value = (torch.zeros(part.shape, dtype=torch.float32) for part in (key, value))
         for rows, all_rows in room.pieces:
@@ -157,13 +154,6 @@ class _Products(torch.autograd.Function):
             of_key[all_rows] += _scaled(slopes.mT, query[rows], ctx.scale)
             of_value[all_rows] += weights.mT @ upstream[rows]
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
-
-
-def _gradients(query: Tensor, key: Tensor, value: Tensor, scale: float, upstream: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients by out-of-place operations: `vmap` does not support `out=` arguments."""
-    weights = torch.softmax(scale * (query @ key.mT), -1)
-    slopes = scale * torch._softmax_backward_data(upstream @ value.mT, weights, -1, weights.dtype)
-    return slopes @ key, slopes.mT @ query, weights.mT @ upstream
 
 
 class _Room:

@@ -1,11 +1,19 @@
-"""Attention weights of the class token, and attention keys, recorded while a block runs its own attention kernel."""
+"""Attention weights of the class token, and attention keys, from queries and keys of a block that runs as usual."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Watched(NamedTuple):
+    """Arguments of a call of an attention module, without gradients."""
+
+    query: Tensor  # (B, heads, N, C)
+    key: Tensor  # (B, heads, N, C)
+    scale: float
 
 
 @torch.no_grad()
@@ -25,21 +33,22 @@ def class_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
         return logits.softmax(dim=-1)[:, :, 0]
 
 
-def on_patches(weights: Tensor, num_prefix: int, grid: torch.Size) -> Tensor:
-    """Return weights over all tokens as maps (B, heads, h, w), without those of the first `num_prefix` tokens."""
-    return weights[..., num_prefix:].unflatten(-1, grid)
+def class_maps(call: Watched, num_prefix: int, grid: torch.Size) -> Tensor:
+    """Return the `class_weights` of a call as maps (B, heads, h, w), without those of the first `num_prefix` tokens."""
+    return class_weights(*call)[..., num_prefix:].unflatten(-1, grid)
 
 
 @contextmanager
-def watch_transformers(attention: Any) -> Iterator[list[Tensor]]:
-    """Collect `class_weights` from a transformers attention module at each call within the context.
+def watch_transformers(attention: Any) -> Iterator[list[Watched]]:
+    """Collect the arguments of a transformers attention module at each call within the context.
 
-    The module must use the attention function of `attention.mask_queries_only`, which calls `show`.
+    Queries and keys include rotary positions, if the model has any. The module must use the attention function of
+    `attention.mask_queries_only`, which calls `show`.
     """
-    rows: list[Tensor] = []
-    attention.watcher = lambda query, key, scale: rows.append(class_weights(query, key, scale))
+    calls: list[Watched] = []
+    attention.watcher = lambda query, key, scale: calls.append(Watched(query.detach(), key.detach(), scale))
     try:
-        yield rows
+        yield calls
     finally:
         del attention.watcher
 
@@ -64,52 +73,23 @@ def plain_attention(model: Any) -> Any:
 
 
 @contextmanager
-def watch_timm(attention: Any) -> Iterator[list[Tensor]]:
-    """Collect `class_weights` from a plain timm attention module at each call within the context."""
-    rows: list[Tensor] = []
+def watch_timm(attention: Any) -> Iterator[list[Watched]]:
+    """Collect what a plain timm attention module computes its weights from, at each call within the context."""
+    calls: list[Watched] = []
 
+    @torch.no_grad()
     def watch(_module: nn.Module, _inputs: object, projected: Tensor) -> None:
         query, key, _ = projected.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, C)
-        with torch.no_grad():
-            query, key = attention.q_norm(query), attention.k_norm(key)
-        rows.append(class_weights(query, key, attention.scale))
+        calls.append(Watched(attention.q_norm(query), attention.k_norm(key), attention.scale))
 
     handle = attention.qkv.register_forward_hook(watch)
     try:
-        yield rows
+        yield calls
     finally:
         handle.remove()
 
 
-def key_maps(keys: Tensor, num_prefix: int, grid: torch.Size) -> Tensor:
-    """Return keys (B, N, C) as maps (B, C, h, w), without those of the first `num_prefix` tokens."""
+def key_maps(call: Watched, num_prefix: int, grid: torch.Size) -> Tensor:
+    """Return the keys of a call as maps (B, C, h, w), heads side by side, without those of the first tokens."""
+    keys = call.key.transpose(1, 2).flatten(2)  # (B, N, C)
     return keys[:, num_prefix:].mT.unflatten(-1, grid)
-
-
-@contextmanager
-def watch_transformers_keys(attention: Any) -> Iterator[list[Tensor]]:
-    """Collect the keys (B, N, C) of a transformers attention module, heads side by side, at each call.
-
-    They include rotary positions, if the model has any.
-    """
-    found: list[Tensor] = []
-    attention.watcher = lambda query, key, scale: found.append(key.detach().transpose(1, 2).flatten(2))
-    try:
-        yield found
-    finally:
-        del attention.watcher
-
-
-@contextmanager
-def watch_timm_keys(attention: Any) -> Iterator[list[Tensor]]:
-    """Collect the keys (B, N, C) of a plain timm attention module, before a norm of keys, at each call."""
-    found: list[Tensor] = []
-
-    def watch(_module: nn.Module, _inputs: object, projected: Tensor) -> None:
-        found.append(projected.detach().chunk(3, dim=-1)[1])
-
-    handle = attention.qkv.register_forward_hook(watch)
-    try:
-        yield found
-    finally:
-        handle.remove()

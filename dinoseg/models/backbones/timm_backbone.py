@@ -14,13 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.attention import attend_fastest
-from dinoseg.models.backbones.class_attention import (
-    key_maps,
-    on_patches,
-    plain_attention,
-    watch_timm,
-    watch_timm_keys,
-)
+from dinoseg.models.backbones.class_attention import class_maps, key_maps, plain_attention, watch_timm
 from dinoseg.models.backbones.cut import Block, forward_frozen, forward_trainable
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
@@ -159,10 +153,9 @@ class TimmBackbone(Backbone):
         Raises:
             UserError: the model has no class token or a non-standard attention (`has_class_attention` is False).
         """
-        attention = self._plain_attention()
-        with watch_timm(attention) as rows:
+        with watch_timm(self._plain_attention()) as calls:
             maps = self(images)
-        return maps, on_patches(rows[0], self.model.num_prefix_tokens, maps[0].shape[2:])
+        return maps, class_maps(calls[0], self.model.num_prefix_tokens, maps[0].shape[2:])
 
     def with_keys(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps and the attention keys (B, dim, h, w) of the last tapped block, without gradients.
@@ -170,9 +163,9 @@ class TimmBackbone(Backbone):
         Raises:
             UserError: see `with_class_attention`.
         """
-        with watch_timm_keys(self._plain_attention()) as keys:
+        with watch_timm(self._plain_attention()) as calls:
             maps = self(images)
-        return maps, key_maps(keys[0], self.model.num_prefix_tokens, maps[0].shape[2:])
+        return maps, key_maps(calls[0], self.model.num_prefix_tokens, maps[0].shape[2:])
 
     def _plain_attention(self) -> Any:
         attention = plain_attention(self.model)

@@ -13,12 +13,7 @@ from dinoseg.core.contracts import Backbone, BlockKwargs
 from dinoseg.core.geometry import resize
 from dinoseg.models.backbones.arch import configuration
 from dinoseg.models.backbones.attention import mask_queries_only
-from dinoseg.models.backbones.class_attention import (
-    key_maps,
-    on_patches,
-    watch_transformers,
-    watch_transformers_keys,
-)
+from dinoseg.models.backbones.class_attention import class_maps, key_maps, watch_transformers
 from dinoseg.models.backbones.cut import forward_frozen, forward_trainable
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
@@ -209,16 +204,16 @@ class TransformersVit(Backbone):
         tokens are left out, so each head sums to less than 1. No gradient passes through it.
         """
         blocks: Any = self.blocks
-        with watch_transformers(blocks[-1].attention) as rows:
+        with watch_transformers(blocks[-1].attention) as calls:
             maps = self(images)
-        return maps, on_patches(rows[0], self.num_prefix, maps[0].shape[2:])
+        return maps, class_maps(calls[0], self.num_prefix, maps[0].shape[2:])
 
     def with_keys(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps and the attention keys (B, dim, h, w) of the last tapped block, without gradients."""
         blocks: Any = self.blocks
-        with watch_transformers_keys(blocks[-1].attention) as keys:
+        with watch_transformers(blocks[-1].attention) as calls:
             maps = self(images)
-        return maps, key_maps(keys[0], self.num_prefix, maps[0].shape[2:])
+        return maps, key_maps(calls[0], self.num_prefix, maps[0].shape[2:])
 
     def export_state(self) -> dict[str, Tensor]:
         """Return the weights under the names that `weights` accepts in a file.

@@ -1,9 +1,8 @@
 """Batches of features of a model's frozen part: read from a cache, or computed and cached."""
 
-import logging
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import TypeGuard
@@ -22,9 +21,8 @@ from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.inference.policy import Autocast
 from dinoseg.models.model import SegmentationModel
-from dinoseg.training.feature_cache.form import described
 from dinoseg.training.feature_cache.key import hash_of, image_hash, overrides_both
-from dinoseg.training.feature_cache.store import FeatureStore, NoStore
+from dinoseg.training.feature_cache.store import FeatureStore
 from dinoseg.utils.transfer import to_device
 
 _MAX = 2**28  # bytes
@@ -61,10 +59,6 @@ class CachedMasks:
         return CachedMasks, ()  # a process that is not forked starts empty: sending the masks takes longer
 
 
-log = logging.getLogger(__name__)
-Kind = tuple[Size, bool]
-
-
 @dataclass
 class View:
     """A sample with its features if they are cached, else with its image."""
@@ -74,14 +68,6 @@ class View:
     name: str
     features: list[Tensor] | None
     image: Tensor | None  # (3, H, W) uint8
-    source: tuple[int, ...]  # arguments of the function that reads it
-    is_training: bool  # whether it is augmented; heads may use more features in training than in validation
-    anew: bool = False  # whether its cached features are unusable
-
-    @property
-    def kind(self) -> Kind:
-        """Return what determines the shapes of features: (H, W), and whether it is a training view."""
-        return _size(self.mask), self.is_training
 
 
 @dataclass
@@ -132,7 +118,6 @@ class FeatureCache:
         drawing: settings that determine a view of an image, together with its random draw.
         views: fixed augmentations of each image, used in turn.
         place: disk or memory.
-        shapes: known shapes of the features of each kind of view, see `described`.
     """
 
     model: SegmentationModel
@@ -141,11 +126,9 @@ class FeatureCache:
     drawing: str
     views: int
     place: str
-    shapes: dict[Kind, str] = field(default_factory=dict)
     _store: FeatureStore | None = None
     _masks: CachedMasks = field(default_factory=CachedMasks)
     _validated: bool = False
-    _has_warned: bool = False  # whether unusable features were logged
 
     @property
     def store(self) -> FeatureStore:
@@ -163,11 +146,10 @@ class FeatureCache:
         samples = len(drawn.data)
         read = partial(_read_views, drawn, self.store, self.drawing, self._masks)
         batches = partial(sample_batches, read, list, samples, batch_size=batch_size, seed=drawn.seed, **order)
-        again = partial(_read_views, drawn, NoStore(), self.drawing, self._masks)
         stream = batches(start=start, workers=self._workers(workers))
         seen = self.views * -(-samples // batch_size)
         stream = _followed(stream, seen, partial(batches, start=start + seen, workers=0))
-        return map(partial(self._arrived, again), stream)
+        return map(self._arrived, stream)
 
     def eval_batches(
         self, data: SegmentationData, *, workers: int, rank: int, world_size: int
@@ -177,8 +159,7 @@ class FeatureCache:
         workers = 0 if self._validated else self._workers(workers)
         samples = load_in_order(read, range(rank, len(data), world_size), workers)
         self._validated = True
-        again = partial(_read_whole, data, NoStore(), self._masks)
-        return (self._arrived(again, [sample]) for sample in samples)
+        return (self._arrived([sample]) for sample in samples)
 
     def completed(self, views: list[View], device: torch.device) -> FeatureBatch:
         """Return features and masks of views on `device`; missing features are computed and cached."""
@@ -194,61 +175,24 @@ class FeatureCache:
         if view.features is not None:
             return view.features
         # another rank or batch may have stored it since the view was read
-        cached = None if view.anew else self.store.get(view.key)
-        if cached is not None and self._matches(cached, view.kind):
+        cached = self.store.get(view.key)
+        if cached is not None:
             return cached
         assert view.image is not None
         with self.autocast():
             frozen = self.model.frozen(to_device(view.image[None], device))
-        computed = self.store.put(view.key, [part[0] for part in frozen.tensors])
-        self.shapes[view.kind] = described(computed)
-        return computed
+        return self.store.put(view.key, [part[0] for part in frozen.tensors])
 
     def _workers(self, workers: int) -> int:
         return 0 if self.place == "memory" else workers  # other processes would not see cached features
 
-    def _arrived(self, again: Callable[..., View], views: list[View]) -> LazyFeatureBatch:
-        """Return views that were read here or in another process, and remember their masks and checked keys.
-
-        Args:
-            again: reads a view from its image.
-            views: of one size.
-        """
-        if not all(view.features is None or self._matches(view.features, view.kind) for view in views):
-            views = [replace(again(*view.source), anew=True) for view in views]
+    def _arrived(self, views: list[View]) -> LazyFeatureBatch:
+        """Return views that were read here or in another process, and remember their masks and checked keys."""
         for view in views:
             self._masks.keep((view.key, view.name), view.mask)
             if view.features is not None:
                 self.store.trust(view.key)
         return LazyFeatureBatch(self, views)
-
-    def _matches(self, features: list[Tensor], kind: Kind) -> bool:
-        """Return whether a view's features have the shapes of its kind; log the first mismatch."""
-        found, expected = described(features), self._shapes_of(kind)
-        if found != expected and not self._has_warned:
-            self._has_warned = True
-            height, width = kind[0]
-            log.warning(
-                "Cached features of an image of %d x %d have the shapes %s, but the model returns %s. Such features "
-                "are recomputed.",
-                *(width, height, found, expected),
-            )
-        return found == expected
-
-    def _shapes_of(self, kind: Kind) -> str:
-        """Return the shapes of a kind of view's features, from a pass through the model, not from cached features."""
-        if kind not in self.shapes:
-            (height, width), is_training = kind
-            device = next(self.model.parameters()).device
-            training = self.model.training
-            self.model.train(is_training)
-            try:
-                with self.autocast():
-                    frozen = self.model.frozen(torch.zeros(1, 3, height, width, dtype=torch.uint8, device=device))
-            finally:
-                self.model.train(training)
-            self.shapes[kind] = described([part[0] for part in frozen.tensors])
-        return self.shapes[kind]
 
 
 def _size(mask: Tensor) -> Size:
@@ -277,9 +221,9 @@ def _read_views(
     features = store.get(key)
     if features is not None and _has_masks_only(data) and _transforms_masks_only(augment):
         mask = masks.get((key, name), lambda: augment.mask(data.mask(draw.image), draw.rng, *draw.shown))
-        return View(key, mask, name, features, None, (epoch, index), is_training=True)
+        return View(key, mask, name, features, None)
     sample = drawn.view_of(draw)
-    return View(key, sample["mask"], sample["name"], features, sample["image"], (epoch, index), is_training=True)
+    return View(key, sample["mask"], sample["name"], features, sample["image"])
 
 
 def _aim(drawn: TrainViews, draw: Draw) -> tuple[object, ...]:
@@ -306,6 +250,6 @@ def _read_whole(data: SegmentationData, store: FeatureStore, masks: CachedMasks,
     features = store.get(key)
     if features is not None and _has_masks_only(data):
         mask = masks.get((key, data.names[index]), lambda: data.mask(index))
-        return View(key, mask, data.names[index], features, None, (index,), is_training=False)
+        return View(key, mask, data.names[index], features, None)
     sample = data[index]
-    return View(key, sample["mask"], sample["name"], features, sample["image"], (index,), is_training=False)
+    return View(key, sample["mask"], sample["name"], features, sample["image"])

@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
+import torch
 from torch import Tensor
 
-from dinoseg.training.feature_cache.form import MAX_BYTES, Stored, from_bytes, restored, rounded, to_bytes, type_of
+from dinoseg.training.feature_cache.form import MAX_BYTES, Stored, from_file, restored, rounded, to_bytes
 from dinoseg.utils.atomic import atomic_file, open_no_link, write_all
 from dinoseg.utils.errors import DISK_FULL, free_space
 from dinoseg.utils.forms import SchemaError
@@ -104,30 +104,6 @@ class MemoryStore:
         return self.cap - self._used
 
 
-class NoStore:
-    """Store without entries: features are computed each time and returned unchanged."""
-
-    stored: Stored = "float32"
-
-    def get(self, key: str) -> list[Tensor] | None:
-        """Return None."""
-        return None
-
-    def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the tensors."""
-        return list(tensors)
-
-    def trust(self, key: str) -> None:
-        """Do nothing."""
-
-    def __contains__(self, key: str) -> bool:
-        return False
-
-    def room(self) -> int:
-        """Return 0."""
-        return 0
-
-
 class DiskStore:
     """Features in files, one per key, which are written atomically and verified when a process first reads them.
 
@@ -153,9 +129,9 @@ class DiskStore:
 
     def get(self, key: str) -> list[Tensor] | None:
         """Return the tensors of a key; None if they are missing or incomplete."""
-        path, first = self.path(key), key not in self._seen
+        path = self.path(key)
         try:
-            tensors = from_bytes(key, _read(path, touch=first), self.stored, verify=first)
+            tensors = _read(path, key, is_first=key not in self._seen)
         except FileNotFoundError:
             return None
         except (OSError, SchemaError) as error:
@@ -171,7 +147,7 @@ class DiskStore:
         converted = _rounded(tensors, self.stored)
         if not self._closed:
             try:
-                self._write(self.path(key), to_bytes(key, converted, self.stored))
+                self._write(self.path(key), to_bytes(key, converted))
             except IsADirectoryError:
                 log.warning("%s is a folder: the features of one image are not cached. Remove it.", self.path(key))
             except OSError as error:
@@ -251,28 +227,29 @@ def cap_of(gib: Positive | None) -> int | None:
     return None if gib is None else int(min(gib * 2**30, sys.maxsize))
 
 
-def _read(path: Path, *, touch: bool) -> np.ndarray:
-    """Return the bytes of a file; not memory-mapped, since reading a map of a truncated file kills the process."""
+def _read(path: Path, key: str, *, is_first: bool) -> list[Tensor]:
+    """Return the tensors in a file; not memory-mapped, since reading a map of a truncated file kills the process.
+
+    The first time, the file is verified and marked as used.
+    """
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise SchemaError("it is not a regular file")
-    if not 0 < status.st_size <= MAX_BYTES:
+    if status.st_size > MAX_BYTES:
         raise SchemaError(f"it has {status.st_size} bytes")
-    content = np.empty(status.st_size, np.uint8)
     with open(path, "rb", opener=open_no_link) as file:
         if not os.path.samestat(status, os.fstat(file.fileno())):
             raise SchemaError("it was replaced while it was opened")
-        if file.readinto(content.data) < len(content):
-            raise SchemaError("it is truncated")
-    if touch:
+        tensors = from_file(key, file, verify=is_first)
+    if is_first:
         with suppress(OSError):  # a read-only cache
             os.utime(path)
-    return content
+    return tensors
 
 
 def _rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     converted = rounded(tensors, stored)
-    if type_of(converted, stored) != stored:
+    if stored == "float16" and any(tensor.dtype == torch.bfloat16 for tensor in converted):
         _warn_of_wider()
     return converted
 

@@ -173,20 +173,6 @@ def test_products_are_differentiated_once():
         torch.autograd.grad(attention.by_products(*leaves, 0.1).sum(), leaves[0], create_graph=True)
 
 
-@pytest.mark.parametrize("of_several", [torch.func.vmap, torch._vmap_internals._vmap])  # is_grads_batched is the latter
-def test_gradients_of_several_sums_at_once_are_those_of_each(of_several):
-    leaves = [part.bfloat16().requires_grad_() for part in draw(1, 40)[:3]]
-    attended = attention.by_products(*leaves, 0.1)
-    upstream = torch.randn(4, *attended.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-
-    def gradients(one):
-        return torch.autograd.grad(attended, leaves, one, retain_graph=True)
-
-    alone = zip(*map(gradients, upstream), strict=True)
-    for found, expected in zip(of_several(gradients)(upstream), alone, strict=True):
-        assert (found - torch.stack(expected)).norm() < 0.02 * found.norm()
-
-
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize(
     ("faster", "dtype", "dropout", "taken"),

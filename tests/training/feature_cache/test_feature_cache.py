@@ -18,7 +18,7 @@ from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Augment
 from dinoseg.training.feature_cache import cache
 from dinoseg.training.feature_cache.cache import CachedMasks, FeatureCache, View
-from dinoseg.training.feature_cache.store import MemoryStore, NoStore
+from dinoseg.training.feature_cache.store import MemoryStore
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def read(tmp_path):
 
     def view(drawing="drawing", seed=5, views=2, epoch=0, index=0):
         drawn = TrainViews(data, Augment((4, 4)), seed, views)
-        return cache._read_views(drawn, NoStore(), drawing, CachedMasks(), epoch, index)
+        return cache._read_views(drawn, MemoryStore("float32", 0), drawing, CachedMasks(), epoch, index)
 
     return view
 
@@ -64,7 +64,7 @@ def given():
     model.frozen, model.input_size = frozen, lambda size: tuple(2 * side for side in size)
     kept = FeatureCache(model, lambda: torch.autocast("cpu", torch.bfloat16), opened, "drawing", 2, "memory")
     image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
-    return kept, View("0" * 32, mask, "a", None, image, (0,), is_training=False), passed
+    return kept, View("0" * 32, mask, "a", None, image), passed
 
 
 def test_features_are_the_same_when_they_are_computed_and_when_they_are_kept(given):
@@ -73,20 +73,6 @@ def test_features_are_the_same_when_they_are_computed_and_when_they_are_kept(giv
     assert torch.equal(first.tensors[0], second.tensors[0]) and first.tensors[0].dtype == torch.float32
     assert (first.size, first.seen) == ((4, 4), (8, 8)) == (second.size, second.seen)
     assert passed == [True]  # another batch, or rank, has put it there since the view was read
-
-
-def test_shapes_are_those_that_the_model_gives_for_a_size_in_its_mode(given):
-    kept, view, passed = given
-    asked, frozen = [], kept.model.frozen
-    kept.model.frozen = lambda images: asked.append((kept.model.training, tuple(images.shape))) or frozen(images)
-    kept.model.train()
-    for _ in range(2):
-        assert not kept._matches([torch.zeros(3, 2)], ((4, 9), False)) and kept._matches(
-            [torch.zeros(2, 3)], ((4, 4), True)
-        )
-    assert asked == [(False, (1, 3, 4, 9)), (True, (1, 3, 4, 4))] and passed == [True] * 2 and kept.model.training
-    kept.store.put(view.key, [torch.zeros(9)])  # since the view was read
-    assert kept.completed([view], CPU).image.tensors[0].shape == (1, 2, 3)
 
 
 def test_bytes_are_pixels_that_stay_bytes(given):
@@ -120,5 +106,5 @@ def test_what_another_process_has_read_whole_is_trusted(given):
     trusted = []
     kept._store = SimpleNamespace(trust=trusted.append)
     view.features = [torch.ones(2, 3)]
-    kept._arrived(lambda *_: view, [view])
+    kept._arrived([view])
     assert trusted == [view.key]
