@@ -1,10 +1,10 @@
 """Video segmentation pipeline: decode frames, predict, and write overlay, masks and other outputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,6 @@ from dinoseg.report.progress import Bar
 from dinoseg.utils.atomic import atomic_folder
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.interrupt import ending_input
 
 _Frame = tuple[np.ndarray, Fraction | None]  # (H, W, 3), and its timestamp
 
@@ -55,13 +54,11 @@ class VideoInput:
 
     Args:
         name: prefix of its result files.
-        open: function that opens the reader of its frames.
-        path: the file; None: a camera.
+        path: the file.
     """
 
     name: str
-    open: Callable[[], VideoReader]
-    path: Path | None = None
+    path: Path
 
 
 def check_any(videos: Sequence[VideoInput], batch_size: int) -> None:
@@ -86,7 +83,7 @@ def segment_video(
     """Write NAME_overlay.mp4 and the other outputs of a video to the run folder; return None if it was already done.
 
     Class IDs are written to NAME_masks/%09d.png, other outputs to NAME_palette and so on. The returned throughput
-    counts frames. For a camera, the first signal ends the input, and all results up to there are complete.
+    counts frames.
 
     Raises:
         UserError: the video cannot be read to its end, or the disk is full; partial results are deleted.
@@ -94,7 +91,7 @@ def segment_video(
     """
     target = run.folder / f"{video.name}_overlay.mp4"
     folders = {name: run.folder / f"{video.name}_{name}" for name in (*["masks"] * options.masks, *options.outputs)}
-    if video.path is not None and run.done.holds(video.name, video.path, [target, *folders.values()]):
+    if run.done.holds(video.name, video.path, [target, *folders.values()]):
         return None
     with ExitStack() as stack:
         reader = stack.enter_context(_open(video, by.batch_size))
@@ -109,9 +106,6 @@ def segment_video(
         total = min(filter(None, (reader.count, options.frames)), default=None)
         bar = stack.enter_context(Bar(total=total, unit="frame", desc=reader.path.name))
         frames: Iterable[_Frame] = islice(reader.timed(), options.frames)
-        if video.path is None:
-            stop = stack.enter_context(ending_input())
-            frames = takewhile(lambda _: not stop.signal, frames)
 
         def infer(batch: list[_Frame]) -> list[tuple[_Frame, FramePrediction]]:
             return list(zip(batch, classes.of([frame for frame, _ in batch]), strict=True))
@@ -128,14 +122,13 @@ def segment_video(
             bar.update(len(done))
 
         passed = run_pipeline(_batches(frames, by.batch_size), infer, write, depth=DEPTH)
-    if video.path is not None:
-        run.done.note(video.name)
+    run.done.note(video.name)
     passed.items = writer.frames_written
     return passed
 
 
 def _open(video: VideoInput, batch_size: int) -> VideoReader:
-    reader = video.open()
+    reader = VideoReader(video.path)
     try:
         check_frames(reader.path, reader.size, (2 * DEPTH + 3) * batch_size)  # queues and stages
     except UserError:

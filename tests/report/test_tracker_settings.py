@@ -40,8 +40,9 @@ def environment(monkeypatch, tmp_path):
 def mlflow_logger(tmp_path):
     logger = MlflowLogger(tmp_path, tracking_uri="http://127.0.0.1:1", tags={"a:b": 1, "plain": "x"}, group="sweep")
     logger._mlflow = StubClient()
-    logger._mlflow.start_run = lambda run_id, **named: logger._mlflow.calls.append(("start_run", (run_id,), named)) or (
-        SimpleNamespace(info=SimpleNamespace(run_id=run_id or "new", experiment_id="1"))
+    logger._mlflow.start_run = lambda run_id, **named: (
+        logger._mlflow.calls.append(("start_run", (run_id,), named))
+        or (SimpleNamespace(info=SimpleNamespace(run_id=run_id or "new", experiment_id="1")))
     )
     return logger
 
