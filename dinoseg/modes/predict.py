@@ -28,7 +28,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import remove_parts, write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.ranges import Count, LowShare, Natural, Share
+from dinoseg.utils.ranges import Count, Natural, Share
 from dinoseg.utils.stamps import stamp
 from dinoseg.utils.wording import count_of
 
@@ -48,8 +48,6 @@ def predict(
     masks: bool | None,
     opacity: Share,
     batch_size: Count,
-    skip: Count = 1,
-    smooth: LowShare = 0,
     frames: Count | None = None,
     outputs: Sequence[str] = (),
     shapes: PredictedShapes = PredictedShapes(),  # noqa: B008 (frozen)
@@ -80,11 +78,11 @@ def predict(
         check_frame_outputs(outputs, str(videos[0].path))
     if not images:
         check_any(videos, batch_size)
-    folder, options = Path(out_dir), VideoOptions(masks is True, skip, smooth, frames, tuple(outputs))
+    folder, options = Path(out_dir), VideoOptions(masks is True, frames, tuple(outputs))
     trained = load_trained(build)
     _refuse_slots(trained, build.resume)
     extra = {"outputs": list(outputs), "shapes": asdict(shapes)} if outputs else {}
-    shown = {"masks": options.masks, "opacity": opacity, "skip": skip, "smooth": smooth, "frames": frames}
+    shown = {"masks": options.masks, "opacity": opacity, "frames": frames}
     settings = _settings(build, {**shown, **extra}, folder)
     _check_earlier(folder, settings)
     limit_to_trained_size(trained.model, find_trained_sizes(trained, folder))
