@@ -65,20 +65,3 @@ def write_plain(path, frames, *, codec="libx264", slots=None, pixels=None, optio
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     return path
-
-
-def write_slow_sound(path, rate, *, size=2**20, frames=24, codec="pcm_u8"):
-    """Write a video of 24 frames a second with `size` bytes of PCM at `rate` samples a second, which last longer."""
-    with av.open(str(path), "w") as file:
-        picture = file.add_stream("mjpeg", rate=24)
-        picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
-        track = file.add_stream(codec, rate=rate, layout="mono")
-        for index in range(frames):
-            image = np.full((48, 64, 3), 8 * index % 256, np.uint8)
-            file.mux(picture.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        heard = av.AudioFrame.from_ndarray(np.full((1, size), 128, np.uint8), format="u8", layout="mono")
-        heard.rate, heard.pts = rate, 0
-        file.mux(track.encode(heard))
-        file.mux(picture.encode(None))
-        file.mux(track.encode(None))
-    return path

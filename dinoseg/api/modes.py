@@ -152,7 +152,7 @@ def predict(
 
     Args:
         model: as in `evaluate`.
-        input: image, folder, glob pattern, video, number of a camera, or a split such as `val`.
+        input: image, folder, glob pattern, video, or a split such as `val`.
         words: overrides as typed on the command line.
         out_dir: the run folder, in which an interrupted prediction resumes.
         exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.

@@ -115,7 +115,6 @@ class Teacher:
                 raise UserError(f"resume={self._path} has changed since this run started. Start it again.")
             model, _ = restore(self._build, self._path)
             policy = self._build.part("inference")
-            policy.warns = self._engine.is_main
             limit_to_trained_size(model, TrainedSizes.from_info(self._info), teacher=f"teacher={self._given}")
             model = model.to(self._engine.device).requires_grad_(False)
             predictor = Predictor(model, self._engine.device, self._engine.autocast, policy)

@@ -68,7 +68,6 @@ def load_trained(build: ModelBuilder) -> Trained:
         )
     labels = build.labels if build.resume is None else None
     engine, policy = build.engine(), build.part("inference")
-    policy.warns = engine.is_main
     if labels is None:
         model, info = restore(build, Path(str(build.resume)))
         labels = Labels.of(info["classes"], info["palette"], info["ignore_index"])

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.done import DoneInputs
@@ -87,7 +86,7 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
     Raises:
         OSError: results cannot be written.
     """
-    whole = any(writer.needs_probabilities for writer in run.writers)
+    needs_probabilities = any(writer.needs_probabilities for writer in run.writers)
 
     def infer(batch: _Batch) -> list[ImagePrediction]:
         try:
@@ -100,16 +99,11 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
         return [prediction for single in alone for prediction in infer(single)]
 
     def predicted(batch: _Batch) -> list[ImagePrediction]:
-        inputs = zip(batch.inputs, batch.images, strict=True)
-        if not whole:
-            ids = by.predictor.ids(batch.images)
-            return [
-                ImagePrediction(of.mask, of.path, image, mask) for (of, image), mask in zip(inputs, ids, strict=True)
-            ]
-        probabilities = by.predictor.probabilities(batch.images)
-        ids = probabilities.max(dim=1).indices.to(torch.uint8).cpu().numpy()
-        seen = zip(inputs, ids, probabilities, strict=True)
-        return [ImagePrediction(of.mask, of.path, image, mask, shares) for (of, image), mask, shares in seen]
+        results = by.predictor.ids_and_probabilities(batch.images, probabilities=needs_probabilities)
+        return [
+            ImagePrediction(given.mask, given.path, image, *result)
+            for given, image, result in zip(batch.inputs, batch.images, results, strict=True)
+        ]
 
     def write(predictions: list[ImagePrediction]) -> None:
         for prediction in predictions:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.annotations import CocoAnnotations, LabelmeAnnotations, PredictedShapes
 from dinoseg.inference.outputs import ImagePrediction, ImageWriter
+from dinoseg.report.indexed import write_indexed_png
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
@@ -28,10 +28,7 @@ class PalettePictures:
 
     def write(self, prediction: ImagePrediction) -> None:
         """Write the PNG of one image."""
-        picture = Image.fromarray(prediction.ids)
-        picture.putpalette([level for color in self.labels.palette for level in color])
-        with atomic_file(self.folder / f"{prediction.name}.png") as part:
-            picture.save(part, format="PNG")
+        write_indexed_png(self.folder / f"{prediction.name}.png", prediction.ids, self.labels.palette)
 
     def finish(self) -> None:
         """Do nothing: each image is complete once written."""

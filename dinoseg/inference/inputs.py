@@ -1,7 +1,6 @@
-"""User-supplied inputs of prediction: image files, videos, folders of frames, glob patterns and cameras."""
+"""User-supplied inputs of prediction: image files, videos, folders of frames and glob patterns."""
 
 import logging
-import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -31,7 +30,7 @@ class FolderReader:
 
     rate = _RATE
     fps = float(_RATE)
-    traits = None  # no sound, tick or colour tags
+    traits = None  # no tick or colour tags
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -82,7 +81,6 @@ class FolderReader:
 
 log = logging.getLogger(__name__)
 FrameReader = VideoReader | FolderReader  # both yield frames in order, each with a name
-_CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}  # FFmpeg's device and source names
 _KINDS = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 _ACCEPTED = (
     f"Accepted are an image ({' '.join(IMAGE_SUFFIXES)}), a video ({' '.join(VIDEO_SUFFIXES)}), a folder of "
@@ -130,30 +128,6 @@ def _has_media(path: Path) -> bool:
 def is_video(path: Path) -> bool:
     """Return whether the file has a video suffix."""
     return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def camera_of(source: str | int) -> int | None:
-    """Return the camera number that an input names; None for a path, which may also be a number."""
-    number = isinstance(source, int) or source.isdecimal()
-    return int(source) if number and not Path(str(source)).exists() else None
-
-
-def open_camera(number: int) -> VideoReader:
-    """Open a camera as an endless stream of frames.
-
-    Raises:
-        UserError: no camera has this number, or the operating system is not supported.
-    """
-    if sys.platform not in _CAMERAS:
-        raise UserError(f"input={number}: cameras are read on Linux and macOS. Record a video, and give its file.")
-    device, name = _CAMERAS[sys.platform]
-    try:
-        return VideoReader(name.format(number), device=device)
-    except UserError:
-        raise UserError(
-            f"input={number}: no camera responds as {name.format(number)}. Check its number and connection, that no "
-            "other program uses it, and that your user may read it."
-        ) from None
 
 
 def open_frames(source: str) -> FrameReader:

@@ -198,15 +198,9 @@ def free_bytes(device: torch.device) -> float:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return min(_available(), _addresses(), *(limit - used for limit, used in _group_limits()))
-
-
-def _available() -> float:
-    """Return the bytes that the machine has available."""
-    for line in read_text(PROC / "meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            return float(line.split()[1]) * 1024
-    return float(psutil.virtual_memory().available)  # macOS and Windows
+    return min(
+        float(psutil.virtual_memory().available), _addresses(), *(limit - used for limit, used in _group_limits())
+    )
 
 
 def _addresses() -> float:

@@ -1,6 +1,6 @@
 """Protocol of inference strategies, which the config group `inference` selects from."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -26,13 +26,7 @@ Seen = Callable[[Prediction, Tensor, Sequence[Place], Size], None]
 
 
 class Policy(Protocol):
-    """Inference strategy: splits images into parts for the model and merges the predictions.
-
-    Attributes:
-        warns: whether it may warn of its settings, which it does once; False on all ranks but the first.
-    """
-
-    warns: bool = True
+    """Inference strategy: splits images into parts for the model and merges the predictions."""
 
     def bands(
         self,
@@ -63,10 +57,6 @@ class Policy(Protocol):
     def equals_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
         """Return whether an image of `size` gets the classes of one pass over the whole image, however computed."""
         return self.is_single_pass(model, size, autocast)
-
-    def warn_of_sizes(self, sizes: Iterable[Size]) -> None:
-        """Warn once if a setting does not suit images of these sizes (H, W), before any is predicted."""
-        return
 
     def spare(self, model: SegmentationModel, rows: Rows, *, size: Size | None = None) -> bool:
         """Handle an out-of-memory error of `bands` for such images; return whether a retry would use less memory."""

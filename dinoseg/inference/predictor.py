@@ -57,6 +57,20 @@ class Predictor:
             lambda bands: torch.cat([band.logits().float().softmax(dim=1) for band in bands], dim=2),
         )
 
+    def ids_and_probabilities(
+        self, images: Sequence[np.ndarray], *, probabilities: bool
+    ) -> list[tuple[np.ndarray, Tensor | None]]:
+        """Return the class IDs (H, W) of each image, with its probabilities (K, H, W) if requested.
+
+        Raises:
+            OutOfMemory: the images need more memory than is available.
+        """
+        if not probabilities:
+            return [(ids, None) for ids in self.ids(images)]
+        shares = self.probabilities(images)
+        ids = shares.max(dim=1).indices.to(torch.uint8).cpu().numpy()
+        return list(zip(ids, shares, strict=True))
+
     @torch.inference_mode()
     def write_ids(self, source: str | Path, target: str | Path) -> None:
         """Write the class IDs of an image file of any size to a PNG file, which appears only when complete.

@@ -1,4 +1,4 @@
-"""Frame-by-frame reader of video files and cameras."""
+"""Frame-by-frame reader of video files."""
 
 import math
 from collections.abc import Iterator
@@ -23,13 +23,11 @@ class VideoTraits:
         tick: unit of timestamps in seconds; all timestamps are multiples of it.
         aspect: pixel aspect ratio, width by height.
         colours: primaries, transfer and matrix, numbered as in H.273.
-        sound: the file that contains the sound, if any.
     """
 
     tick: Fraction
     aspect: Fraction
     colours: tuple[int, int, int]
-    sound: Path | None
 
 
 class VideoReader:
@@ -39,8 +37,7 @@ class VideoReader:
     header (0 = unknown), `frames_read` the number of frames read so far. Interlaced frames are returned as stored.
 
     Args:
-        path: the file; with `device`, the name of its source.
-        device: FFmpeg's name of the capture device; None: a file.
+        path: the file.
         max_pixels: maximum number of pixels of a frame.
 
     Raises:
@@ -48,11 +45,11 @@ class VideoReader:
             reading: it ends early, or its frame size changes.
     """
 
-    def __init__(self, path: str | Path, *, device: str | None = None, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, path: str | Path, *, max_pixels: int = MAX_PIXELS) -> None:
         self.path = Path(path)
         self.frames_read = 0
         try:
-            self._decoder = Decoder(path, device=device, max_pixels=max_pixels)
+            self._decoder = Decoder(path, max_pixels=max_pixels)
         except OSError as error:
             raise UserError(f"Cannot read {path} as a video ({error.strerror}). Check the path.") from None
         self._waiting = self._decoder.advance()  # whether a decoded frame was not yielded yet
@@ -68,7 +65,6 @@ class VideoReader:
             _common_tick(self.rate, self._decoder.time_base),
             self._decoder.pixel_aspect,
             self._decoder.colour_tags,
-            self.path if device is None else None,
         )
         self.count = self._decoder.promised
 

@@ -1,20 +1,13 @@
-"""Frame-by-frame writer of mp4 videos that browsers play, with optional sound."""
+"""Frame-by-frame writer of mp4 videos that browsers play."""
 
-import logging
 import os
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from fractions import Fraction
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import cast
 
 import av
 import numpy as np
-from av.audio import AudioFrame, AudioStream
-from av.audio.codeccontext import AudioCodecContext
-from av.container import OutputContainer
 from av.error import FFmpegError
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import VideoReformatter
@@ -23,7 +16,6 @@ from dinoseg.inference.video_file import VideoTraits
 from dinoseg.utils.atomic import new_part
 from dinoseg.utils.errors import UserError
 
-log = logging.getLogger(__name__)
 # H.264 plays everywhere; PyAV builds without x264 fall back to one of the others
 # mbtree=0: with macroblock trees, x264 output differs between the first and second video of a process
 _CODECS = {
@@ -47,8 +39,7 @@ class VideoWriter:
         path: the file.
         rate: frames per second, for frames without a timestamp.
         size: (H, W) of the frames.
-        like: traits of the source video to reuse; None: default traits and no sound. The sound ends with the last
-            frame.
+        like: traits of the source video to reuse; None: default traits.
 
     Raises:
         UserError: no encoder works, the time between two frames exceeds mp4's limit, or the file has fewer frames than
@@ -83,7 +74,6 @@ class VideoWriter:
             self._container = av.open(f"file:{self._part}", "w", format="mp4", options={"movflags": "+faststart"})
             self._stream = cast(av.VideoStream, self._container.add_stream(codec, rate=rate, options=_CODECS[codec]))
             self._describe(self._stream.codec_context, like)
-            self._sound = Sound(None if like is None else like.sound, self._container)
         except FFmpegError as error:
             self._part.unlink(missing_ok=True)
             raise self._unwritable(str(error.strerror)) from error
@@ -111,7 +101,6 @@ class VideoWriter:
         picture.pts, picture.time_base, picture.duration = self._last, self._tick, self._step
         try:
             self._container.mux(self._stream.encode(picture))
-            self._sound.write_before((self._last + self._step) * self._tick)
         except FFmpegError as error:
             raise self._unwritable(str(error.strerror)) from error
         self.frames_written += 1
@@ -128,7 +117,6 @@ class VideoWriter:
             stored = self._stored()
             if reason or self.frames_written == 0 or stored < self.frames_written:
                 raise self._unwritable(f"{reason}{stored} of {self.frames_written} frames arrived")
-            self._sound.close()
             os.replace(self._part, self.path)
         except BaseException:  # signals included
             self.discard()
@@ -136,7 +124,6 @@ class VideoWriter:
 
     def discard(self) -> None:
         """Delete the unfinished file."""
-        self._sound.close()
         with suppress(FFmpegError):
             self._container.close()
         self._part.unlink(missing_ok=True)
@@ -170,137 +157,3 @@ class VideoWriter:
             f"Cannot write {self.path}: {reason}. Free some disk space, or choose another output folder with "
             "hydra.run.dir."
         )
-
-
-_KEPT = ("aac", "mp3", "opus", "flac")  # codecs that browsers play in an mp4; other codecs become AAC
-_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # of AAC; others become 48000
-_PLAUSIBLE_RATES = range(4000, 384_001)  # samples per second; lower ones would grow without limit when resampled
-_FRAME = 1024  # samples per AAC frame
-
-_Timed = tuple[Fraction, av.Packet]  # (seconds from the file's start, packet)
-
-
-class Sound:
-    """Sound of a video in an mp4 that is being written.
-
-    Args:
-        source: the video; None: no sound.
-        target: the mp4 container, before its first packet.
-    """
-
-    def __init__(self, source: Path | None, target: OutputContainer) -> None:
-        self._target = target
-        self._reader: SoundReader | None = None
-        self._next: Callable[[], _Timed | None] = lambda: None
-        self._waiting: _Timed | None = None
-        if source is not None:
-            self._reader = SoundReader(source)
-            if self._reader.rate == 0:
-                return
-            if self._reader.is_copied:
-                self._stream = target.add_stream_from_template(self._reader.track)
-            else:
-                self._stream = cast(
-                    AudioStream, target.add_stream("aac", rate=self._reader.rate, layout=self._reader.layout)
-                )
-            self._next = partial(next, self._reader.packets(), None)
-
-    def write_before(self, time: Fraction) -> None:
-        """Write the packets before `time` in seconds."""
-        while True:
-            self._waiting = self._waiting or self._next()
-            if self._waiting is None or self._waiting[0] >= time:
-                return
-            packet = self._waiting[1]
-            self._waiting = None
-            packet.stream = self._stream
-            self._target.mux(packet)
-
-    def close(self) -> None:
-        """Close the source file."""
-        if self._reader is not None:
-            self._reader.close()
-
-
-class SoundReader:
-    """First audio track of a video, packet by packet: copied, or encoded as AAC if browsers cannot play the original.
-
-    `rate` (samples per second) and `layout` (mono or stereo) are those of the packets; rate 0: there is no sound, or
-    its sample rate is implausible, which is logged. Damaged packets are dropped.
-
-    Args:
-        path: the video.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._source = av.open(f"file:{path}", options={"protocol_whitelist": "file"})
-        self.rate, self.layout, self.is_copied = 0, "", False
-        if not self._source.streams.audio:
-            return
-        self.track = self._source.streams.audio[0]
-        if self.track.rate not in _PLAUSIBLE_RATES:
-            log.warning(
-                "%s: its sound is left out, since %s samples per second are not in the range of %d to %d. Convert it "
-                "(ffmpeg -i IN -ar 48000 OUT.mp4).",
-                *(path, self.track.rate, _PLAUSIBLE_RATES.start, _PLAUSIBLE_RATES.stop - 1),
-            )
-            return
-        self._start = Fraction(self._source.start_time or 0, av.time_base)
-        self.is_copied = self.track.codec_context.name.removesuffix("float") in _KEPT
-        self.rate = self.track.rate if self.track.rate in _RATES else _RATES[-1]
-        self.layout = "mono" if self.track.channels == 1 else "stereo"
-
-    def packets(self) -> Iterator[_Timed]:
-        """Yield each packet with its time in seconds from the file's start; none without sound."""
-        if self.rate == 0:
-            return iter(())
-        return self._copied() if self.is_copied else self._encoded()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._source.close()
-
-    def _copied(self) -> Iterator[_Timed]:
-        for packet in self._demuxed():
-            if packet.pts is None or packet.dts is None:
-                continue  # the empty flush packet at the end
-            shift = round(self._start / packet.time_base)
-            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-            yield packet.pts * packet.time_base, packet
-
-    def _encoded(self) -> Iterator[_Timed]:
-        codec = cast(AudioCodecContext, av.CodecContext.create("aac", "w"))
-        codec.rate, codec.layout, codec.format, codec.time_base = self.rate, self.layout, "fltp", Fraction(1, self.rate)
-        first = -2 * _FRAME  # sample of the previous packet; the first one precedes the sound, which AAC delays
-        for frame in chain(self._resampled(codec), [None]):
-            for packet in codec.encode(frame):
-                # times in the file may stand still: this bounds the number of packets before any time
-                first = max(packet.pts or 0, first + _FRAME)
-                packet.pts = packet.dts = first
-                packet.time_base = codec.time_base
-                yield first * codec.time_base, packet
-
-    def _resampled(self, codec: AudioCodecContext) -> Iterator[AudioFrame]:
-        resampler = av.AudioResampler(format="fltp", layout=codec.layout, rate=codec.rate, frame_size=_FRAME)
-        for frame in chain(self._decoded(), [None]):
-            try:
-                yield from resampler.resample(frame)
-            except (FFmpegError, ValueError):  # the format has changed
-                continue
-
-    def _decoded(self) -> Iterator[AudioFrame]:
-        for packet in self._demuxed():
-            try:
-                frames = packet.decode()
-            except FFmpegError:
-                continue
-            for frame in cast(list[AudioFrame], frames):
-                if frame.pts is not None and frame.time_base is not None:
-                    frame.pts -= round(self._start / frame.time_base)
-                yield frame
-
-    def _demuxed(self) -> Iterator[av.Packet]:
-        try:
-            yield from self._source.demux(self.track)
-        except FFmpegError:
-            return  # truncated file

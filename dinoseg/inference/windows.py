@@ -1,10 +1,9 @@
 """Sliding-window inference: placement, weighting and averaging of windows in bounded memory."""
 
 import itertools
-import logging
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated
@@ -21,7 +20,6 @@ from dinoseg.models.model import SegmentationModel, Size, backbone_size
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Range, Scale
 
-logger = logging.getLogger(__name__)
 Overlap = Annotated[float, Range("a number from 0 to 0.9", 0, 0.9)]
 Shortest = Annotated[int, Range("a whole number from 1 to 16384", 1, 2**14)]
 Turn = tuple[bool, bool, bool]  # (transpose, flip vertically, flip horizontally), applied in this order
@@ -63,7 +61,8 @@ class Windows(Policy):
         flips: `none`; `horizontal`: the image and its mirror image; `all`: the eight symmetries of a square.
         scales: image scales to average over; 1 is the original scale.
         shortest: length in pixels to which the image's shorter side is enlarged or reduced first, see
-            `with_shorter_side`; with `scales`, to int(shortest * scale). None: no resizing.
+            `with_shorter_side`; with `scales`, to int(shortest * scale). An image is enlarged to at most 64 megapixels.
+            None: no resizing.
         multiple: shorter sides at scales below 1 are rounded up to a multiple of this, as in DINOv3's Mask2Former
             evaluation (32); needs `shortest`. None: no rounding.
         resample: interpolation of resized images: `antialias`, as in Pillow, or `bilinear` without antialiasing, as in
@@ -174,11 +173,6 @@ class Windows(Policy):
         is_resized_once = grid == size or model.scale == 1.0
         return grid == model.reduced_size(size) and is_resized_once and all(map(operator.le, grid, self.size))
 
-    def warn_of_sizes(self, sizes: Iterable[Size]) -> None:
-        """Warn once if `shortest` would enlarge images of one of these sizes beyond the limit."""
-        for size, scale in itertools.product(dict.fromkeys(sizes), self.scales):
-            self._scaled(size, scale)
-
     def starts(self, axis: int, length: int) -> list[int]:
         """Return the first positions of windows that cover `length` pixels along an axis of the images."""
         side = self.size[axis]
@@ -196,16 +190,7 @@ class Windows(Policy):
         wanted = with_shorter_side(grid, shorter)
         if math.prod(wanted) <= max(_MAX_PIXELS, math.prod(grid)):
             return wanted
-        limited = backbone_size(grid, max(1.0, math.sqrt(_MAX_PIXELS / math.prod(grid))), None)
-        if self.warns:
-            self.warns = False
-            logger.warning(
-                "inference.shortest=%d would make an image of %d x %d (width x height) larger than %d megapixels%s: it "
-                "is limited to %d x %d, as are other images of this shape. Give a smaller number, or null.",
-                self.shortest, grid[1], grid[0], _MAX_PIXELS >> 20, "" if scale == 1 else f" at scale {scale:g}",
-                limited[1], limited[0],
-            )  # fmt: skip
-        return limited
+        return backbone_size(grid, max(1.0, math.sqrt(_MAX_PIXELS / math.prod(grid))), None)
 
 
 @dataclass

@@ -1,9 +1,8 @@
-"""mode=predict: segmentation of an image, folder, glob pattern, video or camera stream with a trained model."""
+"""mode=predict: segmentation of an image, folder, glob pattern or video with a trained model."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,16 @@ from dinoseg.inference.class_record import write_class_record
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
 from dinoseg.inference.image_writers import check_frame_outputs, check_outputs, image_writers
-from dinoseg.inference.inputs import camera_of, is_video, list_inputs, open_camera
+from dinoseg.inference.inputs import is_video, list_inputs
 from dinoseg.inference.results import mask_names, result_names
 from dinoseg.inference.stream import Throughput
 from dinoseg.inference.trained_sizes import limit_to_trained_size
-from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_run import VideoInput, VideoOptions, check_any, segment_video
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import remove_parts, write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.ranges import Count, LowShare, Natural, Share
+from dinoseg.utils.ranges import Count, Natural, Share
 from dinoseg.utils.stamps import stamp
 from dinoseg.utils.wording import count_of
 
@@ -50,8 +48,6 @@ def predict(
     masks: bool | None,
     opacity: Share,
     batch_size: Count,
-    skip: Count = 1,
-    smooth: LowShare = 0,
     frames: Count | None = None,
     outputs: Sequence[str] = (),
     shapes: PredictedShapes = PredictedShapes(),  # noqa: B008 (frozen)
@@ -79,14 +75,14 @@ def predict(
     split = _split_data(build, input)
     images, videos = _found(input) if split is None else (_images_of(split, str(input)), [])
     if videos:
-        check_frame_outputs(outputs, str(videos[0].path or input))
+        check_frame_outputs(outputs, str(videos[0].path))
     if not images:
         check_any(videos, batch_size)
-    folder, options = Path(out_dir), VideoOptions(masks is True, skip, smooth, frames, tuple(outputs))
+    folder, options = Path(out_dir), VideoOptions(masks is True, frames, tuple(outputs))
     trained = load_trained(build)
     _refuse_slots(trained, build.resume)
     extra = {"outputs": list(outputs), "shapes": asdict(shapes)} if outputs else {}
-    shown = {"masks": options.masks, "opacity": opacity, "skip": skip, "smooth": smooth, "frames": frames}
+    shown = {"masks": options.masks, "opacity": opacity, "frames": frames}
     settings = _settings(build, {**shown, **extra}, folder)
     _check_earlier(folder, settings)
     limit_to_trained_size(trained.model, find_trained_sizes(trained, folder))
@@ -117,12 +113,9 @@ def predict(
 
 def _found(source: str | int) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
     """Return the images with the names of their results, and the videos, that an input refers to."""
-    camera = camera_of(source)
-    if camera is not None:
-        return [], [VideoInput(f"camera_{camera}", partial(open_camera, camera))]
     paths = list_inputs(str(source))
     named = list(zip(paths, result_names(paths), strict=True))
-    videos = [VideoInput(name, partial(VideoReader, path), path) for path, name in named if is_video(path)]
+    videos = [VideoInput(name, path) for path, name in named if is_video(path)]
     return [entry for entry in named if not is_video(entry[0])], videos
 
 

@@ -90,7 +90,7 @@ class ImageDecoder(_Decoder):
 
 
 class VideoDecoder(_Decoder):
-    """Frames and properties of a video as `VideoReader` gives them, without its sound.
+    """Frames and properties of a video as `VideoReader` gives them.
 
     Args:
         path: the file.
@@ -110,9 +110,7 @@ class VideoDecoder(_Decoder):
             self.size = (about["size"][0], about["size"][1])  # (H, W)
             self.rate = Fraction(*about["rate"])
             self.count = about["count"]  # of frames, by the header
-            self.traits = VideoTraits(
-                Fraction(*about["tick"]), Fraction(*about["aspect"]), tuple(about["colours"]), None
-            )
+            self.traits = VideoTraits(Fraction(*about["tick"]), Fraction(*about["aspect"]), tuple(about["colours"]))
             self._check_length(self.count)
         except BaseException:
             self.close()

@@ -10,7 +10,6 @@ import torch
 
 from dinoseg.config.checks import check_arguments
 from dinoseg.core.shapes import SegmentationData
-from dinoseg.core.sizes import backbone_size
 from dinoseg.data.class_uniform import class_uniform
 from dinoseg.data.doctor.short import check as examine
 from dinoseg.data.pairs.dataset import PairDataset
@@ -60,8 +59,6 @@ class ImageTask(TrainingTask):
         parts = self.parts
         options = parts.arguments(ImageDataModule, SAMPLING)
         train, val = parts.dataset("train", reduced=True), parts.dataset("val")
-        policy = parts.part("inference")
-        policy.warns = engine.is_main
         self._val_total = len(val)
         self.split = split_table({"train": train, "val": val})
         self.data_module = ImageDataModule(
@@ -69,7 +66,7 @@ class ImageTask(TrainingTask):
             val=evenly_spaced_subset(val, self._val_images),
             augment=parts.part("data.augment"),
             background=parts.background,
-            policy=policy,
+            policy=parts.part("inference"),
             uniform=self._class_uniform(train, engine),
             seed=parts.seed,
             workers=engine.workers,
@@ -152,9 +149,6 @@ class ImageTask(TrainingTask):
             [size for record in split.records if (size := record.image_size or record.mask_size)] for split in splits
         ]
         augment, longest = self.data_module.augment, parts.value("resolution.longest")
-        if self.data_module.policy is not None:
-            for split in sizes[1:]:  # val, which is predicted; unknown for datasets that are no files
-                self.data_module.policy.warn_of_sizes(backbone_size(size, 1.0, longest) for size in split)
         if not any(sizes[:1]):
             return None
         if isinstance(augment, Augment):

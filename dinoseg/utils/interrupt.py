@@ -102,14 +102,6 @@ def deferred(notice: str) -> Iterator[Deferral]:
 
 
 @contextmanager
-def ending_input() -> Iterator[Deferral]:
-    """Let a first signal end an endless input without raising anything; a second one ends everything."""
-    deferral = Deferral("Stopping: finishing the work in progress.")
-    with _handled(deferral.receive):
-        yield deferral
-
-
-@contextmanager
 def forward_signals(processes: Sequence[int]) -> Iterator[None]:
     """Forward a first signal to processes by their numbers; a second one raises `Interrupted` here.
 

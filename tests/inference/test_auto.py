@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_free_memory_is_bounded_by_control_groups(tmp_path, monkeypatch, version
     limit, usage, dropped = names[version]
     (tmp_path / "self").mkdir()
     (tmp_path / "self/cgroup").write_text(lines)
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       4 kB\n")
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=4096))
     for folder, values in files.items():
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / limit).write_text(f"{values[0]}\n")

@@ -16,7 +16,9 @@ def test_results_are_drawn_as_they_are_asked_for(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(image_run, "write_image_results", lambda *_, **named: drawn.append(named))
     write_png(tmp_path / "a.png", np.zeros((4, 6, 3), np.uint8))
-    predictor = SimpleNamespace(ids=lambda images: np.zeros((len(images), 4, 6), np.uint8))
+    predictor = SimpleNamespace(
+        ids_and_probabilities=lambda images, probabilities: [(np.zeros((4, 6), np.uint8), None) for _ in images]
+    )
     labels = Labels.of(["a", "b"], [[1, 2, 3], [4, 5, 6]], 250)
     run = ImageRun(tmp_path, None, DoneInputs(tmp_path))
     segment_images(SegmentationSettings(predictor, labels, 0.25), [ImageInput(tmp_path / "a.png", "a", "a")], run)

@@ -216,42 +216,19 @@ def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture
     assert band.mixture  # sums of probabilities, which is what a softmax of logits is of
 
 
-@pytest.mark.parametrize("scales", [[1.0], [0.1, 1.0]])
-def test_sizes_that_shortest_would_enlarge_too_much_are_reported_before_any_pass(caplog, scales):
-    policy = Windows(8, shortest=4096, scales=scales)
-    policy.warn_of_sizes([(48, 32), (1, 4), (8192, 8192 * 3)])  # 25 and 64 megapixels, and an image of 192 itself
-    assert not caplog.messages
-    policy.warn_of_sizes([(48, 32), (1, 5), (1, 6)])
-    (message,) = caplog.messages
-    assert message.startswith(
-        "inference.shortest=4096 would make an image of 5 x 1 (width x height) larger than 64 megapixels: it is"
-    )
-    run_bands(made(), pictures(2, 2, count=1), Windows(8, shortest=8))
-    assert policy._scaled((1, 6), 1.0) != (4096, 6 * 4096) and len(caplog.messages) == 1
-    Windows(8).warn_of_sizes([(1, 2**20)])
-    Whole().warn_of_sizes([(1, 2**20)])
-    policy = Windows(8, shortest=4096)
-    policy.warns = False  # of another rank
-    policy.warn_of_sizes([(1, 5)])
-    assert len(caplog.messages) == 1
-    policy = Windows(8, shortest=2048, scales=[0.5, 2.0])
-    policy.warn_of_sizes([(1, 4)])
-    assert len(caplog.messages) == 1
-    policy.warn_of_sizes([(1, 5)])
-    assert "an image of 5 x 1 (width x height) larger than 64 megapixels" in caplog.messages[1]
+def test_shortest_enlarges_an_image_to_at_most_64_megapixels():
+    policy, model, sizes = Windows(8, shortest=16384), made(), []
+    for size, scaled in (((1, 2), (5793, 11585)), ((8192, 3 * 8192), (8192, 3 * 8192)), ((2048, 1024), (11585, 5793))):
+        assert policy._scaled(size, 1.0) == scaled
 
+    def stop(module, inputs):
+        sizes.append(inputs[0].shape)
+        raise InterruptedError
 
-def test_what_shortest_is_not_kept_to_is_said_once(caplog):
-    policy, model, seen = Windows(8, shortest=16384), made(), []
-    model.backbone.register_forward_pre_hook(lambda *_: seen.append(1) or (_ for _ in ()).throw(InterruptedError))
-    for _ in range(2):
-        with pytest.raises(InterruptedError):
-            run_bands(model, pictures(1, 2, count=1), policy)
-    (message,) = caplog.messages
-    assert message.startswith(
-        "inference.shortest=16384 would make an image of 2 x 1 (width x height) larger than 64 megapixels: it is "
-        "limited to 11585 x 5793, "
-    )
+    model.backbone.register_forward_pre_hook(stop)
+    with pytest.raises(InterruptedError):
+        run_bands(model, pictures(1, 2, count=1), policy)
+    assert len(sizes) == 1
     with pytest.raises(UserError, match="shortest=16385 is out of range. Give a whole number from 1"):
         check_arguments("dinoseg.inference.windows.Windows", {"size": 8, "shortest": 16385})
 

@@ -1,17 +1,13 @@
 import json
-import os
 import shutil
-import signal
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
-import av
 import cv2
 import numpy as np
 import pytest
 import torch
-from films import write_film
 from omegaconf import OmegaConf
 
 from dinoseg.core.contracts import Head
@@ -21,7 +17,7 @@ from dinoseg.data.formats.annotation_files import AnnotationLayout
 from dinoseg.data.splits import Partition
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.trained import Trained
-from dinoseg.inference import image_run, inputs, memory
+from dinoseg.inference import image_run, memory
 from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.modes import predict as mode
@@ -62,20 +58,6 @@ def trained(monkeypatch):
     fake = Trained(Brightness().eval(), engine, CLASSES, palette, 255, {})
     monkeypatch.setattr(mode, "load_trained", lambda cfg: fake)
     return fake
-
-
-@pytest.mark.parametrize(("frames", "shortest", "longest"), [(6, 0.1, 0.4), (None, 0.9, 1.1)])
-def test_sound_ends_with_the_frames(trained, tmp_path, frames, shortest, longest):
-    predict(write_film(tmp_path / "v.mp4", seconds_of_sound=2), tmp_path / "out", frames=frames)
-    with av.open(str(tmp_path / "out/v_overlay.mp4")) as overlay:
-        assert overlay.streams.video[0].frames == (frames or 24)
-        sound = overlay.streams.audio[0]
-        assert shortest < sound.duration * sound.time_base < longest
-
-
-@pytest.fixture
-def camera(monkeypatch):
-    monkeypatch.setattr(inputs, "_CAMERAS", {"linux": ("lavfi", "testsrc=size=64x48:rate={}0"), "darwin": ("", "")})
 
 
 CFG = OmegaConf.create(
@@ -320,8 +302,10 @@ def test_the_same_again_goes_on_where_it_stopped(trained, tmp_path, monkeypatch,
     (out / "v_overlay.mp4").unlink()
     predict(folder, out, batch_size=1)
     assert len(trained.model.batches) == 1 + 10 and "2.png is predicted again" in caplog.text
-    with pytest.raises(UserError, match=r"settings differ.*skip was 1 and is 2.*start over without hydra\.run\.dir"):
-        predict(folder, out, skip=2)
+    with pytest.raises(
+        UserError, match=r"settings differ.*frames was null and is 2.*start over without hydra\.run\.dir"
+    ):
+        predict(folder, out, frames=2)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +313,6 @@ def test_the_same_again_goes_on_where_it_stopped(trained, tmp_path, monkeypatch,
     [
         ({"masks": True}, "mode.masks was false and is true"),
         ({"opacity": 0.25}, "mode.opacity was 0.5 and is 0.25"),
-        ({"smooth": 0.5}, "mode.smooth was 0 and is 0.5"),
         ({"frames": 2}, "mode.frames was null and is 2"),
         ({"outputs": ["palette"]}, "mode.outputs"),
         ({"cfg": {"resolution": {"scale": 0.5}}}, "resolution.scale"),
@@ -371,52 +354,39 @@ def test_what_replaces_an_input_while_it_is_read_is_predicted_by_the_next_run(tr
     assert "a.png is predicted again" in caplog.text and "v.avi is predicted again" in caplog.text
 
 
-def test_every_third_frame_is_predicted_and_held(trained, tmp_path):
-    predict(random_video(tmp_path / "v.avi"), tmp_path / "out", masks=True, skip=3)
-    ids = [read_ids(path) for path in sorted((tmp_path / "out/v_masks").iterdir())]
-    assert len(ids) == 10 and sum(batch[0] for batch in trained.model.batches) == 4
-    assert all(np.array_equal(mask, ids[number - number % 3]) for number, mask in enumerate(ids))
-    assert not np.array_equal(ids[0], ids[3])
-
-
 def test_further_outputs_of_a_video_are_of_each_frame(trained, tmp_path, capsys):
     out, outputs = tmp_path / "out", ["palette", "probabilities", "confidence"]
     video = random_video(tmp_path / "v.avi")
-    predict(video, out, masks=True, outputs=outputs, skip=2, smooth=0.5)
+    predict(video, out, masks=True, outputs=outputs)
     assert names(out) == ["v_confidence", "v_masks", "v_overlay.mp4", "v_palette", "v_probabilities"]
     assert "v_overlay.mp4" not in capsys.readouterr().out.replace("*_overlay.mp4, *_masks, *_palette, *_prob", "")
-    mean = None
     with VideoReader(video) as reader:
         frames = list(reader)
     for number, frame in enumerate(frames):
         name = f"{number:09d}"
-        if number % 2 == 0:
-            scores = -np.abs(frame.astype(float).mean(axis=-1) - np.array([0, 128, 255])[:, None, None])
-            shares = np.exp(scores - scores.max(axis=0))
-            shares /= shares.sum(axis=0)
-            mean = shares if mean is None else 0.5 * mean + 0.5 * shares
-        np.testing.assert_allclose(np.load(out / f"v_probabilities/{name}.npy"), mean, atol=1e-3)
-        np.testing.assert_allclose(np.load(out / f"v_confidence/{name}.npy"), mean.max(axis=0), atol=1e-3)
+        scores = -np.abs(frame.astype(float).mean(axis=-1) - np.array([0, 128, 255])[:, None, None])
+        shares = np.exp(scores - scores.max(axis=0))
+        shares /= shares.sum(axis=0)
+        np.testing.assert_allclose(np.load(out / f"v_probabilities/{name}.npy"), shares, atol=1e-3)
+        np.testing.assert_allclose(np.load(out / f"v_confidence/{name}.npy"), shares.max(axis=0), atol=1e-3)
         for folder in ("v_masks", "v_palette"):
-            assert np.array_equal(read_ids(out / folder / f"{name}.png"), mean.argmax(axis=0))
+            assert np.array_equal(read_ids(out / folder / f"{name}.png"), shares.argmax(axis=0))
     trained.model.batches.clear()
-    predict(video, out, masks=True, outputs=outputs, skip=2, smooth=0.5)
+    predict(video, out, masks=True, outputs=outputs)
     assert trained.model.batches == []
     shutil.rmtree(out / "v_palette")
-    predict(video, out, masks=True, outputs=outputs, skip=2, smooth=0.5)
+    predict(video, out, masks=True, outputs=outputs)
     assert len(names(out / "v_palette")) == 10
 
 
-def test_shapes_for_tools_are_refused_for_videos_before_the_model_is_loaded(monkeypatch, tmp_path, camera):
+def test_shapes_for_tools_are_refused_for_videos_before_the_model_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(mode, "load_trained", lambda cfg: pytest.fail("the model was loaded"))
     random_image(tmp_path / "in/a.png")
     random_video(tmp_path / "in/v.avi")
-    for source, named in ((tmp_path / "in", "in/v.avi"), (1, "1")):
-        with pytest.raises(
-            UserError,
-            match=rf"outputs names coco, labelme, which need image files.*{named} is a video: .*palette, prob",
-        ):
-            predict(source, tmp_path / "out", outputs=["palette", "coco", "labelme"])
+    with pytest.raises(
+        UserError, match=r"outputs names coco, labelme, which need image files.*in/v.avi is a video: .*palette, prob"
+    ):
+        predict(tmp_path / "in", tmp_path / "out", outputs=["palette", "coco", "labelme"])
 
 
 def test_videos_of_which_none_can_be_read_are_named_before_the_model_is_loaded(monkeypatch, tmp_path):
@@ -430,54 +400,6 @@ def test_videos_of_which_none_can_be_read_are_named_before_the_model_is_loaded(m
     monkeypatch.setattr(memory, "free_bytes", lambda device: 7 * 3 * 4 * 32 * 48 - 1)
     with pytest.raises(UserError, match=r"c\.avi has frames of 48 x 32 pixels; up to 21 .*Lower mode\.batch_size"):
         predict(tmp_path / "in/c.avi", tmp_path / "out")
-
-
-def noise_video(path, *, moving):
-    draw, still = np.random.default_rng(0), np.random.default_rng(1).integers(0, 256, (32, 48, 1))
-    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"FFV1"), 10, (48, 32))
-    for _ in range(12):
-        noise = draw.integers(-60, 60, (32, 48, 1)) if moving else 0
-        writer.write(np.clip(still + noise, 0, 255).astype(np.uint8).repeat(3, axis=2))
-    writer.release()
-    return path
-
-
-def test_smoothing_lowers_flicker_and_leaves_a_still_scene_as_it_is(trained, tmp_path):
-    def masks(video, smooth):
-        out = tmp_path / f"{video.stem}_{smooth}"
-        predict(video, out, masks=True, smooth=smooth)
-        return np.stack([read_ids(path) for path in sorted((out / f"{video.stem}_masks").iterdir())])
-
-    noisy, still = noise_video(tmp_path / "noisy.avi", moving=True), noise_video(tmp_path / "still.avi", moving=False)
-    flicker = {smooth: np.mean(np.diff(masks(noisy, smooth).astype(int), axis=0) != 0) for smooth in (0, 0.5, 0.9)}
-    assert flicker[0] > 0.1 and flicker[0.9] < 0.7 * flicker[0.5] < 0.7 * 0.9 * flicker[0]
-    assert np.array_equal(masks(still, 0), masks(still, 0.9))
-
-
-def test_a_camera_is_read_for_so_many_frames(trained, tmp_path, camera):
-    totals = predict(1, tmp_path / "out", masks=True, frames=7)
-    assert totals["frames"] == 7 and len(names(tmp_path / "out/camera_1_masks")) == 7
-    with VideoReader(tmp_path / "out/camera_1_overlay.mp4") as reader:
-        assert len(list(reader)) == 7 and reader.rate == 10
-
-
-def test_ctrl_c_ends_a_camera_and_the_file_is_whole(trained, tmp_path, camera):
-    real = trained.model.forward
-
-    def forward(images):
-        if len(trained.model.batches) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(images)
-
-    trained.model.forward = forward
-    totals = predict(1, tmp_path / "out")
-    with VideoReader(tmp_path / "out/camera_1_overlay.mp4") as reader:
-        assert len(list(reader)) == totals["frames"] >= 9
-
-
-def test_a_camera_that_is_not_there_is_named(trained, tmp_path):
-    with pytest.raises(UserError, match="input=63: no camera responds as /dev/video63"):
-        predict(63, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ _FORMATS = (
 )
 _COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 _CLOCK = re.compile(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d+)?)")
-MAX_PIXELS = 2**27  # per frame: 16384 x 8192, more than any camera has, since a file of a kilobyte may claim any size
+MAX_PIXELS = 2**27  # per frame: 16384 x 8192, more than any video has, since a file of a kilobyte may claim any size
 _MAX_SILENT = 10_000  # packets without a frame: minutes that lack the initial key frame
 _UNCOUNTED = 1  # frames, or packets, that a whole file may lack: some writers count dropped frames
 REMEDY = "It is truncated, damaged or not a video: replace it, or re-encode it (ffmpeg -i IN OUT.mp4)."
@@ -43,10 +43,9 @@ class Decoder:
     - `start`, `time_base`: start of the file's clock in seconds, and the length of its ticks.
 
     Args:
-        path: the file, opened with FFmpeg's file protocol only; or, with `device`, the name of its source.
+        path: the file, opened with FFmpeg's file protocol only.
         threads: codec threads; 0: FFmpeg's choice. A single thread is fork-safe and does not compete with other
             processes.
-        device: FFmpeg's name of a capture device, such as v4l2; None: a file.
         max_pixels: maximum number of pixels of a frame.
 
     Raises:
@@ -55,17 +54,12 @@ class Decoder:
         OSError: the file does not exist, or access is denied.
     """
 
-    def __init__(
-        self, path: str | Path, *, threads: int = 0, device: str | None = None, max_pixels: int = MAX_PIXELS
-    ) -> None:
-        if device is None:
-            check_regular(path)
+    def __init__(self, path: str | Path, *, threads: int = 0, max_pixels: int = MAX_PIXELS) -> None:
+        check_regular(path)
         self.path = path
         only_files = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
         try:
-            self._container = av.open(
-                str(path) if device else f"file:{path}", format=device, options={} if device else only_files
-            )
+            self._container = av.open(f"file:{path}", options=only_files)
         except FFmpegError as error:
             raise self.unreadable(str(error.strerror)) from None
         try:

@@ -87,7 +87,7 @@ def score_cases(
     cases: list[tuple[ScoringCase, Measured]] = []
     for case, result in _measure_all(protocol, listing.cases, workers, remedy):
         if isinstance(result, BadFile):
-            problems += [(result.path, result.reason), *result.more]
+            problems.append((result.path, result.reason))
         else:
             cases.append((case, result))
     # raise late, to name all bad files at once

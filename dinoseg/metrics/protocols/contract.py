@@ -12,15 +12,16 @@ from dinoseg.utils.errors import UserError
 
 
 class BadFile(UserError):
-    """A file that cannot be scored, with other bad files of its case in `more`; the run continues to name them all."""
+    """A file that cannot be scored; its case is left out, and the run continues to name those of other cases."""
 
-    def __init__(self, path: Path, reason: str, more: Sequence[tuple[Path, str]] = ()) -> None:
-        super().__init__("\n".join(f"{file}: {why}" for file, why in ((path, reason), *more)))
-        self.path, self.reason, self.more = path, reason, tuple(more)
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the error with all its arguments, so that a worker process can pass it on unchanged."""
-        return type(self), (self.path, self.reason, self.more)
+        return type(self), (self.path, self.reason)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,14 @@
 """Official DAVIS scores of video object segmentation: 2017 semi-supervised and unsupervised, and 2016."""
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinoseg.metrics.protocols.bad_files import BadFiles
 from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
 from dinoseg.metrics.protocols.davis_layout import DavisLayout
-from dinoseg.metrics.protocols.trees import read_labels, refuse_ids
+from dinoseg.metrics.protocols.trees import read_labels, read_pair, refuse_ids
 from dinoseg.metrics.region_boundary import match_proposals, object_scores, pair_scores, statistics
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
@@ -89,17 +87,12 @@ class Davis2017(Sequences):
 
     def measure(self, case: ScoringCase) -> Measured:
         """Return the summed statistics of the objects, and their number: (7,) float64."""
-        bad = BadFiles(self.unit)
-        count = _num_objects(case, bad)
+        count = _largest_id(case)
         rule = _allowed(count, "the objects of the first annotated frame")
         scores = []
-        for file, reference, prediction in _frames(case, bad, skip_ends=True):
-            with bad.noted():
-                refuse_ids(prediction, prediction > count, file, rule)
-            if not bad:
-                scores.append(np.stack(object_scores(reference, prediction, count)))
-        if bad:
-            bad.refuse()
+        for file, reference, prediction in _frames(case, skip_ends=True):
+            refuse_ids(prediction, prediction > count, file, rule)
+            scores.append(np.stack(object_scores(reference, prediction, count)))
         return _measured(scores, count)
 
 
@@ -147,21 +140,16 @@ class Davis2017Unsupervised(Sequences):
 
     def measure(self, case: ScoringCase) -> Measured:
         """Return the summed statistics of the matched objects, and their number: (7,) float64."""
-        bad = BadFiles(self.unit)
-        objects, proposals = _num_objects(case, bad), 0
+        objects = _largest_id(case)
+        proposals = 0
         rule = _allowed(self.max_proposals, "proposals")
         scores = []
-        for file, reference, prediction in _frames(case, bad, skip_ends=False):
-            with bad.noted():
-                refuse_ids(prediction, prediction > self.max_proposals, file, rule)
-            if bad:
-                continue
+        for file, reference, prediction in _frames(case, skip_ends=False):
+            refuse_ids(prediction, prediction > self.max_proposals, file, rule)
             proposals = max(proposals, int(prediction.max()))
             void = reference == VOID
             pairs = pair_scores(reference, prediction, objects, max(self.max_proposals, objects), void)
             scores.append(np.stack(pairs))
-        if bad:
-            bad.refuse()
         # empty masks beyond the largest id would be free proposals: the official script adds only the missing ones
         series = np.stack(scores, axis=-1)[:, : max(proposals, objects)]  # (2, P, G, T)
         match = match_proposals(*series)
@@ -192,27 +180,15 @@ class Davis2016(Sequences):
 
     def measure(self, case: ScoringCase) -> Measured:
         """Return the sequence's statistics, and a count of 1: (7,) float64."""
-        bad = BadFiles(self.unit)
-        scores = []
-        for _, reference, prediction in _frames(case, bad, skip_ends=True, read=_read_foreground):
-            if not bad:
-                scores.append(np.stack(object_scores(reference, prediction, 1)))
-        if bad:
-            bad.refuse()
+        scores = [
+            np.stack(object_scores(reference, prediction, 1))
+            for _, reference, prediction in _frames(case, skip_ends=True, read=_read_foreground)
+        ]
         return _measured(scores, 1)
 
 
-def _num_objects(case: ScoringCase, bad: BadFiles) -> int:
-    """Return the largest id, except void, of a sequence's first annotated frame.
-
-    If that frame is bad, return `sys.maxsize`, which accepts any id.
-    """
-    with bad.noted():
-        return _largest_id(case)
-    return sys.maxsize
-
-
 def _largest_id(case: ScoringCase) -> int:
+    """Return the largest id, except void, of a sequence's first annotated frame."""
     first = case.files[0][0]
     ids = read_labels(first)
     objects = ids[ids != VOID]
@@ -235,14 +211,12 @@ def _read_foreground(path: Path) -> np.ndarray:
 
 
 def _frames(
-    case: ScoringCase, bad: BadFiles, *, skip_ends: bool, read: Callable[[Path], np.ndarray] = read_labels
+    case: ScoringCase, *, skip_ends: bool, read: Callable[[Path], np.ndarray] = read_labels
 ) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
-    """Yield prediction file, reference and prediction (H, W) of each valid scored frame, one at a time."""
+    """Yield prediction file, reference and prediction (H, W) of each scored frame, one at a time."""
     for file, predicted in case.files[1:-1] if skip_ends else case.files:
         assert predicted is not None
-        maps = bad.read_pair(file, predicted, read)
-        if maps is not None:
-            yield predicted, *maps
+        yield predicted, *read_pair(file, predicted, read)
 
 
 def _allowed(count: int, what: str) -> str:

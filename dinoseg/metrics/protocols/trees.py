@@ -178,24 +178,25 @@ def read_both(case: ScoringCase) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         BadFile: one is unreadable, or their sizes differ.
     """
-    (file, predicted_file), *_ = case.files
-    assert predicted_file is not None
-    reference, prediction = read_labels(file), read_labels(predicted_file)
-    refuse_other_size(reference, prediction, predicted_file)
-    return reference, prediction
+    return read_pair(*case.files[0])
 
 
-def refuse_other_size(reference: np.ndarray, prediction: np.ndarray, path: Path) -> None:
-    """Refuse a prediction, the file `path`, whose size (H, W) differs from its reference's.
+def read_pair(
+    file: Path, predicted: Path | None, read: Callable[[Path], np.ndarray] = read_labels
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a reference and its prediction, each (H, W), as `read` returns them.
 
     Raises:
-        BadFile: naming both sizes.
+        BadFile: one is unreadable, or their sizes differ.
     """
+    assert predicted is not None
+    reference, prediction = read(file), read(predicted)
     if reference.shape != prediction.shape:
         sizes = [f"{ids.shape[1]} x {ids.shape[0]}" for ids in (prediction, reference)]
         raise BadFile(
-            path, f"is {sizes[0]} (width x height), its reference {sizes[1]}. Predict at the reference's size."
+            predicted, f"is {sizes[0]} (width x height), its reference {sizes[1]}. Predict at the reference's size."
         )
+    return reference, prediction
 
 
 def refuse_ids(ids: np.ndarray, wrong: np.ndarray, path: Path, rule: str) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 
 from dinoseg.metrics.clustering import MATCHINGS, Contingency, contingency, segment_scores
-from dinoseg.metrics.protocols.bad_files import BadFiles
 from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
-from dinoseg.metrics.protocols.trees import Tree, extra, read_labels
+from dinoseg.metrics.protocols.trees import Tree, extra, read_labels, read_pair
 from dinoseg.utils.errors import UserError
 
 BACKGROUND = 0
@@ -93,20 +92,13 @@ class VideoClustering(ScoreProtocol):
         """Return the scores of the video and the summed scores of its frames, each with counts: (10,) float64."""
         total = contingency(np.zeros(0, np.uint8), np.zeros(0, np.uint8))
         frames = np.zeros(5)
-        bad = BadFiles(self.unit)
         for file, predicted in case.files:
             assert predicted is not None
-            maps = bad.read_pair(file, predicted, _read_segments)
-            if maps is None or bad:
-                continue
-            one = self._count(*maps)
+            one = self._count(*read_pair(file, predicted, _read_segments))
             frames += self._scores(one)
             total += one
-            for path, ids in ((file, total.true_ids), (predicted, total.predicted_ids)):
-                with bad.noted():
-                    _refuse_crowd(len(ids), path)
-        if bad:
-            bad.refuse()
+            _refuse_crowd(len(total.true_ids), file)
+            _refuse_crowd(len(total.predicted_ids), predicted)
         objects = int((total.true_ids != BACKGROUND).sum())
         details = {"frames": len(case.files), "objects": objects, "segments": len(total.predicted_ids)}
         return Measured(np.concatenate([self._scores(total), frames]), details)

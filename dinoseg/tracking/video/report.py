@@ -108,7 +108,7 @@ def write_track_report(
 ) -> tuple[list[int], Throughput]:
     """Write overlay.mp4 and objects.csv to a run folder; return all IDs in its masks, and the throughput.
 
-    The overlay has the timestamps, sound and colours of the input video, as with mode=predict.
+    The overlay has the timestamps and colours of the input video, as with mode=predict.
 
     objects.csv has one row per object and frame in which the object is visible. Pixels are counted from 0. Left, top,
     right and bottom are the object's outermost pixels, the centre is the mean of all its pixels.
