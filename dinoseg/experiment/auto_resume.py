@@ -164,9 +164,17 @@ def decide_in_folder(request: Request, folder: Path, run: PastRun | None) -> Dec
 
 
 def find_near_misses(request: Request, runs: Sequence[PastRun]) -> list[str]:
-    """Return a text for each of the newest runs outside sweeps that a command almost resumes, with the reason."""
+    """Return a text for each of the newest runs that a command almost resumes, with the reason.
+
+    For a job of a sweep these are runs that differ in words only, for other commands runs outside sweeps.
+    """
     found = []
     for run in runs:
+        if request.in_sweep:
+            words = sorted({*run.words} ^ {*request.words})
+            if run.plan.equals(request.plan) and len(words) <= 2 * _MAX_DIFFERENCES:
+                found.append(f"not resumed: {run.folder} differs in {' '.join(words)}")
+            continue
         differences = [*_setting_differences(run.plan, request.plan), *_length_differences(run.plan, request.plan)]
         if run.in_sweep or run.step is None or len(differences) > _MAX_DIFFERENCES:
             continue

@@ -3,11 +3,13 @@
 import os
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import printable
 
 _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 _ENTERABLE = stat.S_IXGRP | stat.S_IXOTH
@@ -19,7 +21,8 @@ def check_private(folder: Path, key: str) -> None:
 
     A group with the user's own name and no other members is allowed. A missing folder is created with mode 700 where
     the umask would let others write to it. A folder that other users cannot enter, by its own permissions or those of
-    a folder above it, is private whatever it holds.
+    a folder above it, is private whatever it holds. On file systems that store neither owners nor permissions (a
+    mounted Windows disk), a warning is printed and the run continues.
 
     Args:
         folder: root may own it, too.
@@ -42,6 +45,12 @@ def check_private(folder: Path, key: str) -> None:
             if others := _writers(path, trusted):
                 break
         else:
+            return
+        if not _stores_permissions(folder):
+            message = (
+                f"{key}={folder}: its file system does not store permissions. Only you should be able to write there."
+            )
+            print(printable(f"{message} shared_cache=true confirms it."), file=sys.stderr)
             return
         below = "" if path == folder else f" (to {path.relative_to(folder)})"
         raise UserError(
@@ -112,6 +121,16 @@ def _has_list(path: Path) -> bool:
         return "system.posix_acl_access" in os.listxattr(path)
     except OSError:
         return False
+
+
+def _stores_permissions(folder: Path) -> bool:
+    """Return whether a new file in a folder has the owner and the permissions with which it is created."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            status = os.fstat(file.fileno())
+    except OSError:
+        return True
+    return status.st_uid == _user() and not status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
 
 
 def _user() -> int:

@@ -104,6 +104,13 @@ def test_a_near_miss_differs_in_three_keys_at_most():
     assert "3 differs in a (2 there, 1 here); b " in near
 
 
+def test_near_misses_of_a_sweep_name_differing_words():
+    runs = [run("0", words={"a=1", "b"}), run("1", LONGER, words={"b"})]
+    assert find_near_misses(replace(REQUEST, in_sweep=True, words={"a=2", "b"}), runs) == [
+        "not resumed: 0 differs in a=1 a=2"
+    ]
+
+
 @pytest.mark.parametrize(
     ("environment", "job"),
     [

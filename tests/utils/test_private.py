@@ -74,6 +74,15 @@ def test_root_takes_the_cache_of_the_user_who_owns_the_project(cache):
     check_private(cache / "cache", "cache_dir")
 
 
+def test_a_file_system_without_permissions_is_reported_and_taken(cache, monkeypatch, capsys):
+    cache.chmod(0o777)
+    (cache / "made").touch()
+    (cache / "made").chmod(0o777)
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open(cache / "made", "rb"))
+    check_private(cache, "cache_dir")
+    assert "does not store permissions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("members", "is_taken"), [([], True), ([NAME], True), (["bob"], False)])
 def test_ones_own_folder_is_taken_also_where_a_private_group_may_write(cache, monkeypatch, members, is_taken):
     in_group(monkeypatch, NAME, members)

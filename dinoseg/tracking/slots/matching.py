@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.core.geometry import upsample
@@ -38,6 +39,11 @@ def soft_iou(first: Tensor, second: Tensor) -> Tensor:
         least = torch.minimum(mask, second).sum((1, 2))
         rows.append(least / (mask.sum() + second.sum((1, 2)) - least).clamp(min=1e-12))
     return torch.stack(rows)
+
+
+def cosine(first: Tensor, second: Tensor) -> Tensor:
+    """Return the cosine similarities (A, B) of vectors (A, D) and (B, D)."""
+    return F.normalize(first.float(), dim=1) @ F.normalize(second.float(), dim=1).T
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dinoseg.core.contracts import Slots
 from dinoseg.data.clips.videos import VOID
 from dinoseg.tracking.grid.cells import area_mean
 from dinoseg.tracking.slots.appearance import Appearance
-from dinoseg.tracking.slots.matching import Correspondence, give, overlap, owners, soft_iou
+from dinoseg.tracking.slots.matching import Correspondence, cosine, give, overlap, owners, soft_iou
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.tracker import Autocast
 from dinoseg.utils.errors import UserError
@@ -132,8 +132,12 @@ class SlotPropagator:
             allowed = hold(frame.background, groups, self._settings.hold)
         slots, masks = self._run_head(frame, last.slots, allowed, last.sizes)
         correspondence, match = last.correspondence, self._settings.match
+        if match == "similarity":
+            correspondence = correspondence.step(cosine(last.slots[0], slots[0]), self._settings.temperature)
+        elif match == "soft_iou":
+            correspondence = correspondence.step(soft_iou(last.masks, masks), self._settings.temperature)
         # auto: slots that the head propagates keep their order; those sampled in each frame have none
-        if match == "overlap" or (match == "auto" and self._head.predictor is None):
+        elif match == "overlap" or (match == "auto" and self._head.predictor is None):
             correspondence = correspondence.step(overlap(last.masks, masks), self._settings.temperature)
         correspondence, appearance, shown = self._match(frame, masks, correspondence, last.appearance)
         ids = list(last.ids)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinoseg.tracking.slots import matching as slot_matching
-from dinoseg.tracking.slots.matching import Correspondence, give, owners, soft_iou, winners
+from dinoseg.tracking.slots.matching import Correspondence, cosine, give, owners, soft_iou, winners
 from dinoseg.utils.errors import UserError
 
 
@@ -29,6 +29,12 @@ class TestSoftIou:
 
     def test_of_empty_masks_is_zero(self):
         assert not soft_iou(torch.zeros(2, 3, 3), torch.cat([torch.zeros(1, 3, 3), torch.ones(1, 3, 3)])).any()
+
+
+def test_cosine_knows_no_lengths_and_survives_zeros():
+    one = torch.tensor([[3.0, 0.0], [0.0, 0.0]])
+    other = torch.tensor([[0.1, 0.1], [-7.0, 0.0], [0.0, 2.0]]).bfloat16()
+    torch.testing.assert_close(cosine(one, other), torch.tensor([[0.5**0.5, -1, 0], [0, 0, 0]]))
 
 
 def dense_correspondence(similarities, temperature):

@@ -90,7 +90,7 @@ def test_half_precision_follows_too(make):
 
 
 def test_a_long_video_keeps_no_more_than_a_short_one(make):
-    tracker = SlotTracker(make(predictor="none"), SlotTracking(match="overlap"), batch_size=8)
+    tracker = SlotTracker(make(predictor="none"), SlotTracking(match="similarity"), batch_size=8)
     held = []
     for _ in range(8):
         tracker.track(FRAMES * 5, [None] * 25)
