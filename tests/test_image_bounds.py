@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinoseg.inference.large import open_rows
+from dinoseg.inference.large import FileRows, open_rows
 from dinoseg.serving.decoding import read_bounded_image
 from dinoseg.utils import image_cost
 from dinoseg.utils.errors import UserError
@@ -203,8 +203,9 @@ def test_costly_headers_are_refused_before_opening(tmp_path, monkeypatch, name, 
 def test_rows_of_files_with_costly_headers_are_refused(tmp_path, case):
     name, data, reason = COSTLY_HEADERS[case]
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=reason):
-        open_rows(tmp_path / name, torch.device("cpu"))
+    for read in (open_rows, FileRows):
+        with pytest.raises(UserError, match=reason):
+            read(tmp_path / name, torch.device("cpu"))
 
 
 def test_profiles_behind_the_pixels_are_refused(tmp_path):

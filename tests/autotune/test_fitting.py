@@ -131,6 +131,19 @@ def test_a_step_is_asked_for_as_the_device_takes_it(compose, monkeypatch):
     assert asked == [first, second]
 
 
+def test_smallest_fit_is_the_one_of_the_least_memory(compose, monkeypatch):
+    def take(parts, loss, *, samples, **_):
+        each = 20 if parts.checkpointing["backbone"] else 10  # recomputing costs more here
+        return StepBytes(*[0] * 7, peak=samples * each * UNIT)
+
+    monkeypatch.setattr(fitting, "step_bytes", take)
+    monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: None)
+    target = SimpleNamespace(kind="cpu", memory=UNIT, bf16=False, world_size=1, need=lambda step: step.peak)
+    search = FitSearch(recipe_of(compose(*BASE)), target)
+    assert search.found() is None
+    assert search.smallest.need == 10 * UNIT and not search.smallest.parts.checkpointing["backbone"]
+
+
 def test_what_a_part_cannot_do_is_left_out_and_what_the_recipe_cannot_is_told(compose, monkeypatch):
     refused = []
 

@@ -61,3 +61,8 @@ def test_a_rank_refuses_names_of_classes(receive, place):
 
     with pytest.raises(UserError, match="the config of rank 0: .*a checkpoint stores no key _target_"):
         receive(WORDS, attack)
+
+
+def test_a_rank_takes_weights_that_rank_0_trusts(receive):
+    further = ("backbone.weights=my-org/my-dino",)
+    assert receive(WORDS, lambda shared: None, further)["backbone"]["weights"] == "my-org/my-dino"

@@ -204,6 +204,12 @@ def test_values_stay_when_a_config_file_changes(tmp_path, caplog):
         load(stored, folders=[tmp_path])
 
 
+def test_component_that_the_options_here_lack_is_refused(sound):
+    stored = {**sound, "targets": {**sound["targets"], "head.norm": "my.Norm"}}
+    with pytest.raises(UserError, match=r"its head.norm is my.Norm, and config files .* name no class there"):
+        load(stored)
+
+
 def test_a_missing_option_is_named(sound):
     stored = {**sound, "choices": {**sound["choices"], "head": "mine"}}
     with pytest.raises(
@@ -360,6 +366,14 @@ def test_the_command_line_may_allow_a_source_of_weights(sound):
     assert load(planted(sound, "backbone/weights", at_commit))["backbone"]["weights"] == at_commit
 
 
+def test_trusted_source_of_weights_may_name_any_commit(sound):
+    weights = f"my-org/my-dino@{'a1' * 20}"
+    stored = planted(sound, "backbone/weights", weights)
+    assert load(stored, trust=["my-org/my-dino"])["backbone"]["weights"] == weights
+    with pytest.raises(UserError, match="its option does not name it"):
+        load(stored, trust=[f"my-org/my-dino@{'b2' * 20}"])
+
+
 def test_values_alone_are_taken_of_groups_that_are_not_used(sound):
     stored = {**sound, "choices": {**sound["choices"], "data": "gone", "loss": "gone"}}
     found = compose_stored(stored, Source("resume=file"), unused=("data", "loss"))
@@ -389,6 +403,27 @@ def test_what_is_resolved_is_not_resolved_again(tmp_path, monkeypatch):
     cfg = OmegaConf.create({"a": "$", "b": "{oc.env:SECRET}", "node": {"_target_": LINEAR, "x": "${a}${b}"}})
     with pytest.raises(UserError, match="is still an interpolation after it is resolved"):
         instantiate(cfg.node)
+
+
+def test_shipped_option_precedes_one_of_its_name_in_a_folder(tmp_path):
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head/linear.yaml").write_text("_target_: my.Head\n")
+    found = compose_options({"head": "linear"}, [tmp_path])
+    with initialize_config_dir(str(FOLDER), version_base="1.3"):
+        cfg = hydra_compose("main", ["head=linear", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert found.head._target_ == cfg.head._target_ == LINEAR
+
+
+@pytest.mark.parametrize(
+    ("defaults", "dropout"), [("[linear]", 0.5), ("[linear, _self_]", 0.5), ("[_self_, linear]", 0.0)]
+)
+def test_keys_of_an_option_follow_the_order_of_its_defaults(tmp_path, defaults, dropout):
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head/mine.yaml").write_text(f"defaults: {defaults}\ndropout: 0.5\n")
+    found = compose_options({"head": "mine"}, [tmp_path])
+    with initialize_config_dir(str(FOLDER), version_base="1.3"):
+        cfg = hydra_compose("main", ["head=mine", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert found.head.dropout == cfg.head.dropout == dropout
 
 
 def test_options_are_found_where_hydra_finds_them(tmp_path):

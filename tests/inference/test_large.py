@@ -133,6 +133,14 @@ def test_an_image_without_space_for_its_pixels_is_refused(tmp_path, monkeypatch)
         FileRows(tmp_path / "a.png", CPU)
 
 
+def test_images_with_sides_over_a_million_pixels_are_refused(tmp_path):
+    for width in (2**20, 2**20 + 1):
+        Image.new("L", (width, 1)).save(tmp_path / f"{width}.tif")
+    assert FileRows(tmp_path / f"{2**20}.tif", CPU).size == (1, 2**20)
+    with pytest.raises(UserError, match="sides of at most 1048576"):
+        FileRows(tmp_path / f"{2**20 + 1}.tif", CPU)
+
+
 @pytest.mark.parametrize("name", ["progressive.jpg", "interlaced.png"])
 def test_files_that_are_decoded_whole_need_memory(tmp_path, name, monkeypatch):
     picture().save(tmp_path / "a.jpg", progressive=True)

@@ -15,7 +15,7 @@ from jinja2 import UndefinedError
 from dinoseg.report.html import page as page_module
 from dinoseg.report.html import pictures
 from dinoseg.report.html.charts import MAX, Axes, line_chart, range_around, thin, ticks
-from dinoseg.report.html.comparison import OtherRun, comparison_page
+from dinoseg.report.html.comparison import OtherRun, compare_images, comparison_page
 from dinoseg.report.html.evaluation import calibration_charts, evaluation_page, heat_map
 from dinoseg.report.html.page import render
 from dinoseg.report.html.pictures import BOTH_WRONG, RIGHT, WRONG, PairShot, Shot, pair_card, prediction_card
@@ -256,6 +256,12 @@ def test_the_last_picture_tells_who_is_right(monkeypatch):
         WRONG: [False, False, False, True, False],
         BOTH_WRONG: [False, False, True, False, False],
     }
+
+
+def test_decisive_images_are_sorted_by_size_of_their_share():
+    other = OtherRun("other", {}, {}, [0.5] * 4, [0.01, -0.05, None, 0.02], [])
+    found = compare_images("abcd", "first", [0.4] * 4, other)
+    assert found["decisive"] == [(-0.05, "b"), (0.02, "d"), (0.01, "a")]
 
 
 def test_a_page_grows_no_further_with_its_images():

@@ -271,6 +271,13 @@ def test_views_that_are_never_drawn_take_no_room(train, caplog, monkeypatch, tmp
     assert told[0] < told[1]  # one view of each, and all four
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_features_keeps_the_mode_of_the_model(train, training):
+    _, data_module, model = train("off", epochs=2)
+    measure_features(data_module, model.train(training), Engine("cpu", "fp32", workers=0), "float32")
+    assert model.training == model.head.training == training
+
+
 def test_what_is_not_seen_whole_is_read_by_its_own_number(data):
     policy = SimpleNamespace(is_single_pass=lambda model, size, autocast: size != (1, 9))
     share = {"batch_size": 2, "seed": 0, "workers": 0, "policy": policy, "rank": 1, "world_size": 2}

@@ -173,14 +173,14 @@ def test_heads_are_clipped_apart_and_leave_with_their_step():
 def train(made, tmp_path):
     """Train heads by name; return the model, the rows of the log and the checkpoints."""
 
-    def run(folder, start=False, data=MultiHeadDataModule, heads=None, **options):
+    def run(folder, start=False, data=MultiHeadDataModule, heads=None, info=INFO, **options):
         folder, engine = tmp_path / folder, Engine("cpu", "fp32", workers=0)
         model, loss = made.model(**heads), CrossEntropy(torch.ones(3))
         images = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)])
         module = data(*images, Augment((24, 32)), 3, seed=0, workers=0)
-        solo = {name: Checkpointer(folder / "heads" / name, dict(INFO)) for name in heads}
+        solo = {name: Checkpointer(folder / "heads" / name, dict(info)) for name in heads}
         found = read(folder / "last.safetensors") if start else None
-        checkpoints = MultiHeadCheckpointer(folder, dict(INFO), found, heads=solo)
+        checkpoints = MultiHeadCheckpointer(folder, dict(info), found, heads=solo)
         optimizer = join_optimizers(
             [adamw(each, lr=rate) for each, rate in zip(model.models.values(), RATES, strict=False)]
         )
@@ -263,6 +263,27 @@ def test_each_head_has_a_best_step_and_patience_is_of_the_best_of_all(train):
     assert progress["progress"]["best_step"] == 2 and progress["progress"]["step"] == 4
     assert {name: head["progress"]["best_step"] for name, head in progress["heads"].items()} == bests
     assert not (run.folder / "best.safetensors").exists()
+
+
+def test_resume_by_another_score_discards_best_of_each_head(train):
+    found = iter((0.4, 0.3, 0.2, 0.1))
+
+    class Falling(MultiHeadDataModule):
+        def validate(self, *_):
+            score = next(found)
+            return Validation({"a/miou": score, "b/miou": score, "miou": score}, {})
+
+    heads = {"a": ((1,), LinearHead), "b": ((0,), LinearHead)}
+    train("run", data=Falling, heads=heads)
+    info = {**INFO, "config": {**INFO["config"], "trainer": {"score": "dice"}}}
+    again = train("run", start=True, data=Falling, heads=heads, info=info, steps=8)
+    assert {name: head.progress.best_step for name, head in again.checkpoints.heads.items()} == {"a": 8, "b": 8}
+
+
+def test_logged_loss_is_the_lowest_of_the_heads(train):
+    run = train("loss", heads={"a": ((1,), LinearHead), "b": ((0,), LinearHead)}, steps=2)
+    (row,) = (row for row in run.rows if "val/loss" in row)
+    assert row["val/loss"] == min(row["val/a/loss"], row["val/b/loss"]) < max(row["val/a/loss"], row["val/b/loss"])
 
 
 def test_the_best_of_the_heads_is_finite_where_any_is():

@@ -304,6 +304,20 @@ def test_any_budget_gives_a_recipe(folder, monkeypatch, seconds, timed, head, in
         assert cfg.trainer.steps == 1 and "solved in closed form" in done.out
 
 
+def test_a_typed_head_is_not_solved_in_closed_form(folder, monkeypatch):
+    timed = replace(TIMED, frozen=100.0, val=50.0)
+    cfg, done = choose_by_clock(folder, monkeypatch, 1, "budget.minutes=1", "head=mlp", timed=timed)
+    assert cfg.choices.head == "mlp" and "closed form" not in done.out, done.out
+
+
+@pytest.mark.usefixtures("choice_alone")
+def test_the_command_of_a_recipe_starts_a_new_run(folder):
+    done = call(folder, *AUTO, "budget.minutes=1", "mode=plan", "resume=auto", "hydra.run.dir=R")
+    assert done.status == 0, done.err
+    (command,) = (line for line in done.out.splitlines() if "hparam=chosen" in line)
+    assert "resume=" not in command, command
+
+
 def test_reading_the_data_may_use_up_the_time_for_timing(folder, monkeypatch):
     clock = [0.0]
     facts_of = choose.facts_of
@@ -512,3 +526,12 @@ def test_a_trained_and_a_frozen_backbone_are_timed_in_one_process(tmp_path, comp
     assert times.tuned > 0 and times.frozen > times.forward > 0 and times.val > 0
     late = choose.time_config(to_container(cfg), trains=True, freezes=True, minutes=9, until=0.0)
     assert late.tuned is None and late.frozen > 0  # the trained backbone is left out
+
+
+def test_a_trained_backbone_alone_is_timed_after_the_deadline(tmp_path, compose, monkeypatch):
+    write_data(tmp_path / "data")
+    monkeypatch.setattr(timing, "try_steps", lambda *_, **__: Trial([3.0]))
+    monkeypatch.setattr(timing, "_seconds_of_val", lambda *_: 1.0)
+    cfg = compose(*SMALL, f"data.root={tmp_path}/data", "adapter=full", "data.batch_size=2")
+    late = choose.time_config(to_container(cfg), trains=True, freezes=False, minutes=9, until=0.0)
+    assert late.tuned == 1.5 and late.frozen is None
