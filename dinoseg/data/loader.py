@@ -97,7 +97,7 @@ def check_batch_size(batch_size: int, samples: int, world_size: int, what: str =
         fitting = f"a number from 1 to {samples}" if samples > 1 else "1"
         raise UserError(
             f"data.batch_size={batch_size} with {count_of(samples, f'training {what}')}: choose {fitting}, or add "
-            f"{what}s{', as a larger data.labelled does' if what == 'image' else ''}."
+            f"{what}s."
         )
     if batch_size % world_size:
         raise UserError(

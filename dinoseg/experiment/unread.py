@@ -37,7 +37,9 @@ def warn_not_read(out_dir: Path, mode: str, reads: Collection[str] | None) -> No
     if reads is None:
         return
     idle = [
-        word for word in last_command_line(out_dir) if not is_read(_key(word).partition("@")[0], (*_FOR_ALL, *reads))
+        word.removeprefix("++")  # added before keys of a checkpoint
+        for word in last_command_line(out_dir)
+        if not is_read(_key(word).partition("@")[0], (*_FOR_ALL, *reads))
     ]
     if idle:
         reason = f"In addition to its own keys, {mode} reads {', '.join(reads)}."

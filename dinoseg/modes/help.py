@@ -54,7 +54,7 @@ _TRAINING_KEYS = {  # config files, and their keys that `mode=train --help` list
     "data/_common": ("batch_size",),
     "main": ("resolution.crop", "resolution.scale", "seed"),
     "head/linear": ("lr",),
-    "adapter/lora": ("lr",),
+    "adapter/full": ("lr",),
     "optim/adamw": ("optimizer.lr", "optimizer.weight_decay", "schedule.kind", "schedule.warmup"),
 }
 _COLUMN = 11  # width of a group's name with colon and space
@@ -144,13 +144,14 @@ def _of_training(mode: str) -> list[str]:
     """Return the most common keys of other groups for mode=train, and nothing for other modes."""
     if mode != "train":
         return []
-    lines = ["", "Keys of other groups that are set most often (a recipe may set others):"]
+    lines = ["", "Keys of other groups that are set most often (options and recipes may set others):"]
     for file, keys in _TRAINING_KEYS.items():
         group = f"{file.partition('/')[0]}." if "/" in file else ""
         found = {line.partition(":")[0]: line for line in _settable_keys((CONFIGS / f"{file}.yaml").read_text("utf-8"))}
         for key in keys:
             setting, _, comment = found[key].replace(": ", "=", 1).partition("#")
-            lines.append(f"  {group + setting.strip().replace(', ', ','):34} # {comment.strip()}")
+            line = f"  {group + setting.strip().replace(', ', ','):34}"
+            lines.append(f"{line} # {comment.strip()}" if comment else line.rstrip())
     return lines
 
 

@@ -121,7 +121,7 @@ def _contradictory(part: Scanned) -> Iterator[Finding]:
             "warning",
             "one_image_two_masks",
             f"{count_of(for_image, 'image')} of {part.split} stored several times, with different masks.",
-            tuple(" ? ".join(record.mask for record in records) for records in for_image),
+            tuple(" or ".join(record.mask for record in records) for records in for_image),
             "Keep the correct mask of each.",
         )
 
