@@ -92,7 +92,7 @@ def test_the_overlay_and_the_table(run):
     assert np.abs(frames[1].astype(int) - 100).max() < 12
 
 
-def test_the_overlay_of_a_video_has_its_sound_and_its_times(tmp_path):
+def test_the_overlay_of_a_video_has_its_times(tmp_path):
     ticks = [0, 3000, 6000, 21000, 24000]
     path = write_film(tmp_path / "in.mp4", rate=Fraction(30), frames=len(ticks), times=ticks)
     for number in range(len(ticks)):
@@ -101,7 +101,6 @@ def test_the_overlay_of_a_video_has_its_sound_and_its_times(tmp_path):
         write_track_report(frames, tmp_path / "out", opacity=0.5)
     with av.open(str(tmp_path / "out/overlay.mp4")) as overlay:
         assert [frame.pts * frame.time_base * 90000 for frame in overlay.decode(video=0)] == ticks
-        assert overlay.streams.audio[0].codec_context.name == "aac" and overlay.streams.audio[0].duration
 
 
 def test_a_replaced_mask_is_named_and_leaves_nothing_half_written(run):
