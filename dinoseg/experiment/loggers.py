@@ -40,7 +40,10 @@ def _factory(key: str, node: Any) -> LoggerFactory:
     def open_logger(out_dir: Path, *, start_step: int) -> Logger:
         # a TypeError inside the constructor drops the logger, but one of its arguments ends the run
         with type_errors_as_user_errors(key, _REMEDY):
-            signature(make).bind(out_dir, start_step=start_step)
+            try:
+                signature(make).bind(out_dir, start_step=start_step)
+            except ValueError:  # a class without a signature
+                return expect_type(Logger, make(out_dir, start_step=start_step), key)
         return expect_type(Logger, make(out_dir, start_step=start_step), key)
 
     return open_logger
