@@ -20,8 +20,9 @@ _JUDGED = ("val/miou", "val/fg_ari")  # scores whose best value is marked
 _MANY = 40  # points above which a curve becomes a running mean over a pale line
 
 
-_LOSS = ({"train/loss": None, "val/loss": None}, "loss")
-_PANELS: tuple[tuple[dict[str, str | None], str], ...] = (  # keys of a panel with their names, and its title
+Panel = tuple[Mapping[str, str | None], str]  # keys with their names, and the title
+_LOSS: Panel = ({"train/loss": None, "val/loss": None}, "loss")
+_PANELS: tuple[Panel, ...] = (
     _LOSS,
     ({"train/accuracy": None, "val/accuracy": None}, "pixel accuracy"),
     ({"train/miou": None, "val/miou": None, "val/miou_no_background": "without background"}, "mean IoU"),
