@@ -138,7 +138,9 @@ def _mask(inside: np.ndarray, disk: np.ndarray) -> Mask:
         radius = len(disk) // 2
         box = np.s_[max(top - radius, 0) : top + height + radius, max(left - radius, 0) : left + width + radius]
         near[box] = cv2.dilate(edge[box], disk)
-    return Mask(inside, edge.view(bool), near.view(bool), np.count_nonzero(inside), np.count_nonzero(edge))
+    size = int(np.count_nonzero(inside))
+    edge_size = int(np.count_nonzero(edge))
+    return Mask(inside, edge.view(bool), near.view(bool), size, edge_size)
 
 
 def _score(proposal: Mask, one: Mask) -> tuple[float, float]:

@@ -23,8 +23,8 @@ from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 _FLOOR = (
-    "This is a baseline for a trained linear head, and the initialisation of head.init=probe. It does not rank backbones "
-    "for fine-tuning."
+    "This is a baseline for a trained linear head, and the initialisation of head.init=probe. It does not rank "
+    "backbones for fine-tuning."
 )
 
 

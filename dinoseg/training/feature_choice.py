@@ -120,8 +120,8 @@ def feature_cache(
     chosen, reason = None, "This run started without a cache: set engine.cache=disk or memory to use one."
     if model.backbone.first_trained == 0:
         reason = (
-            "The first block is trained, so no features repeat. To cache features, set adapter=frozen or last_blocks, or "
-            "train LoRA in the last blocks only (adapter.blocks=4)."
+            "The first block is trained, so no features repeat. To cache features, set adapter=frozen or last_blocks, "
+            "or train LoRA in the last blocks only (adapter.blocks=4)."
         )
     elif wanted != "off":
         chosen, reason = engine.run_on_rank0(lambda: _choose_or_explain(wanted, data_module, model, engine, plan))

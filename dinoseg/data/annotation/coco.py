@@ -82,12 +82,12 @@ def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: t
     drawn = annotation.get("segmentation")
     crowd = annotation.get("iscrowd") == 1
     if isinstance(drawn, list) and drawn:
-        form, area = polygons(drawn)
-        return LabelledShape(categories[category], form, area, crowd)
+        outline, area = polygons(drawn)
+        return LabelledShape(categories[category], outline, area, crowd)
     if not isinstance(drawn, dict):
         raise ValueError("it has no segmentation, only a box: export polygons or masks")
     if drawn.get("size") != list(size):
         raise ValueError(f"its mask has the size {format_value(drawn.get('size'), 40)}, its image {list(size)}")
     counts = rle.checked(drawn.get("counts"), size[0] * size[1])
-    form = CompressedColumns(rle.to_text(counts))
-    return LabelledShape(categories[category], form, float(counts[1::2].sum()), crowd)
+    columns = CompressedColumns(rle.to_text(counts))
+    return LabelledShape(categories[category], columns, float(counts[1::2].sum()), crowd)

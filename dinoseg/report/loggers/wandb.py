@@ -67,11 +67,11 @@ class WandbLogger(RemoteLogger):
             self._settings = wandb.Settings(
                 project=project or environment.project or "dinoseg",
                 entity=entity or environment.entity,
-                mode=mode or environment.mode,
+                mode=mode or environment.mode,  # type: ignore[arg-type]
                 run_id=self.run_id,
                 run_name=environment.run_name or self.run_name,
                 run_group=self.group,
-                run_tags=[str(tag) for tag in tags] or environment.run_tags,
+                run_tags=tuple(map(str, tags)) or environment.run_tags,
                 root_dir=str(out_dir.absolute()),
                 resume="allow",
                 reinit="create_new",
