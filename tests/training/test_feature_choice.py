@@ -37,7 +37,7 @@ from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache import store
-from dinoseg.training.feature_choice import CacheOptions, feature_cache
+from dinoseg.training.feature_choice import CacheOptions, feature_cache, measure_features
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Experiment, Settings, fit
