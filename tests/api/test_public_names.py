@@ -65,7 +65,7 @@ def test_the_page_of_the_api_has_each_name_once():
     assert sorted(entries) == sorted(f"{package.__name__}.{name}" for package, name in PUBLIC)
 
 
-def run_small(mode, words, overrides, **options):
+def run_small(mode, words, overrides, *options, **named):
     """Run a mode with a small model on a CPU, without its output."""
     small = {
         "train": (*SMALL, *SHORT, *CPU, "mode.metrics_only=true"),
@@ -74,7 +74,7 @@ def run_small(mode, words, overrides, **options):
     }
     words = [*words, *words_of(overrides), *small.get(mode, CPU)]
     with redirect_stdout(StringIO()):
-        return run_mode(mode, words, {}, **options)
+        return run_mode(mode, words, {}, *options, **named)
 
 
 @cache

@@ -19,9 +19,9 @@ class Called(Exception):
 def test_both_ways_to_train_have_the_same_config(monkeypatch):
     called = []
 
-    def record(mode, words, overrides, *, out_dir, **_):
+    def record(mode, words, overrides, out_dir, *_):
         called.append([f"mode={mode}", *words, *words_of(overrides)])
-        raise Called(out_dir.folder)
+        raise Called(out_dir)
 
     monkeypatch.setattr(modes, "run_mode", record)
     code = next(text for _, text in blocks(ROOT / "README.md", "python") if "dinoseg.train(" in text)

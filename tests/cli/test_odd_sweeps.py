@@ -17,7 +17,7 @@ from command_line import call
         ),
         (("hydra.sweep.dir={}",), "error: hydra.sweep.dir={} leaves hydra.sweep.dir without a valid value."),
         (("data=\u202etxt",), "error: data=\\u202etxt is unknown. Choose from "),
-        (("-m", "head=[1],[2]"), "error: head=[1],[2]: a group takes one option per run."),
+        (("-m", "head=[1],[2]"), "error: head=[1] is unknown. Choose from cnn, "),
         (("~hparam",), "error: ~hparam removes a key that is read. Leave it out"),
     ],
 )

@@ -497,7 +497,7 @@ def test_masks_that_cannot_be_scored_are_kept_and_named(track, tmp_path):
     with pytest.raises(UserError, match="(?s)ape/00001.png: holds the ids 9 .*The masks are saved: mode.restart="):
         track(9, "davis2017", root)
     (folder,) = tmp_path.glob("run_*")
-    assert len(json.loads((folder / "problems.json").read_text())["problems"]) == 7
+    assert len(json.loads((folder / "problems.json").read_text())["problems"]) == 2
     assert len(list((folder / "masks").rglob("*.png"))) == 13
 
 

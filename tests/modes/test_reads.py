@@ -72,7 +72,7 @@ def test_a_mode_lists_the_keys_that_its_code_reads_and_no_other(mode, compose):
     [
         (["mode=score", "protocol=ade20k", "reference=a", "data.classes=[a,b]", "data=idd", "hparam=demo"], None),
         (["data.batch_size=3", "hydra.run.dir=x", "mode.seed=1"], "data.batch_size=3"),
-        (["++trainer.steps=3", "head=mlp", "data.reader.masks.format=ids"], "++trainer.steps=3, head=mlp"),
+        (["++trainer.steps=3", "head=mlp", "data.reader.masks.format=ids"], "trainer.steps=3, head=mlp"),
     ],
 )
 def test_what_a_mode_does_not_read_is_named(tmp_path, capsys, words, named):

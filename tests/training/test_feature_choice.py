@@ -481,7 +481,7 @@ def test_auto_caches_in_memory_else_on_disk(train, monkeypatch, caplog, memory, 
     ("options", "told"),
     [
         ({"cache": "disk", "views": None}, "engine.cache=disk: Random augmentation makes every view unique"),
-        ({"cache": "memory", "adapter": Lora(2, 4)}, "engine.cache=memory: This backbone has no frozen part"),
+        ({"cache": "memory", "adapter": Lora(2, 4)}, "engine.cache=memory: The first block is trained"),
         (
             {"uniform": ClassUniform(0.5, {}, []), "augment": lambda image, mask, rng: (image, mask)},
             "has no parameter `shown`",

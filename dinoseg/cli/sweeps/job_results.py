@@ -38,7 +38,8 @@ class JobResults:
         """
         if self.folder.is_symlink():
             raise UserError(f"{self.folder} is a symbolic link. Remove it, or choose another hydra.sweep.dir.")
-        lock = locks.acquire(self.folder / _LOCK)
+        # an interrupted sweep of this process keeps its lock
+        lock = _held.get(self.folder) or locks.acquire(self.folder / _LOCK)
         if lock is None:
             return False
         _held[self.folder] = lock
