@@ -193,11 +193,11 @@ def test_ranks(command, stand_ins, tmp_path):
     assert done.returncode == 0 and "pixel accuracy" in done.stdout, done.stderr
 
 
-def run_small(mode, words, overrides, **options):
+def run_small(mode, words, overrides, *options, **named):
     """Run a mode as a function does, with what `SMALLER` gives to a command beside its words."""
     words = [*words, *words_of(overrides)]
     small = (*SMALLER.get(mode, ()), *(small_model(words) if mode in ("train", "track") else ()))
-    return run_mode(mode, [*words, *small], {}, **options)
+    return run_mode(mode, [*words, *small], {}, *options, **named)
 
 
 @pytest.mark.parametrize(("page", "code"), PYTHON)

@@ -274,20 +274,6 @@ def test_sizes_and_lengths_that_do_not_suit_are_reported(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_enlargement_beyond_the_limit_is_reported_once_and_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr("dinoseg.inference.windows._MAX_PIXELS", 64**2)
-    write_data(tmp_path / "data")
-    words = [*SMALL, "inference=windows", "inference.size=48", "trainer.val_every=1", "mode.metrics_only=true"]
-    for shortest, count in ((16384, 1), (48, 0)):
-        done = call(tmp_path, "mode=train", *words, f"inference.shortest={shortest}", f"hydra.run.dir=run{shortest}")
-        assert done.status == 0, done.err
-        lines = (tmp_path / f"run{shortest}/run.log").read_text().splitlines()
-        found = [number for number, line in enumerate(lines) if "would make an image of 48 x 32" in line]
-        assert len(found) == count == done.err.count("would make an image")
-        assert all(number < next(i for i, line in enumerate(lines) if "device: " in line) for number in found)
-
-
-@pytest.mark.slow
 def test_heads_with_one_annealing_are_reported_once(tmp_path):
     write_data(tmp_path / "data")
     head = "{head: eomt, blocks: 1, num_queries: 5, anneal: [[0,%d]], name: %s}"
