@@ -54,7 +54,8 @@ def test_the_commands_it_shows_compose(compose):
 def test_help_of_training_lists_keys_of_other_groups_and_describes_commands(compose):
     lines = mode.of_mode("train").splitlines()
     assert max(map(len, lines[: lines.index("") - 1])) <= 120
-    below = lines[lines.index("Keys of other groups that are set most often (options and recipes may set others):") + 1 :]
+    heading = "Keys of other groups that are set most often (options and recipes may set others):"
+    below = lines[lines.index(heading) + 1 :]
     listed_keys = [line.split("=")[0].strip() for line in below[: below.index("")]]
     rates = {"optim.optimizer.lr", "head.lr", "adapter.lr"}
     assert {"trainer.steps", "data.batch_size", "resolution.crop", *rates} <= {*listed_keys}
