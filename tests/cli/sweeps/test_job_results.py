@@ -9,6 +9,12 @@ from dinoseg.utils.errors import UserError
 ROW = {"words": {}, "job": 0, "process": 1, "note": "", "returned": {"miou": 0.5}}
 
 
+@pytest.fixture(autouse=True)
+def no_locks(monkeypatch):
+    """Forget the locks of sweeps that other tests have interrupted in this process."""
+    monkeypatch.setattr(job_results, "_held", {})
+
+
 def test_a_sweep_that_came_to_no_job_leaves_no_folder(tmp_path):
     assert JobResults(tmp_path).claim(keep=False)
     job_results._remove_empty()
