@@ -168,6 +168,16 @@ def test_a_typo_in_a_real_process(place):
     assert done.returncode == 1 and "linear" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_options_of_a_search_path_can_be_chosen(tmp_path):
+    part = tmp_path / "mine/head/mine.yaml"
+    part.parent.mkdir(parents=True)
+    part.write_text("defaults: [linear]\nlr: 0.5\n")
+    words = (f"hydra.searchpath=[file://{tmp_path}/mine]", "mode=summary", "backbone=tiny", "data.classes=[a,b]")
+    assert call(tmp_path, *words, "head=mine").status == 0
+    done = call(tmp_path, *words, "head=other")
+    assert done.status == 1 and "head/other" in done.err
+
+
 @pytest.mark.parametrize("group", ["backbone", "adapter", "head", "loss", "data", "mode", "hparam"])
 def test_an_unknown_option_lists_those_there_are(place, group):
     message = refused(place, *TRAIN, f"{group}=nonsense")

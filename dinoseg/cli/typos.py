@@ -61,6 +61,7 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
     several = is_sweep(arguments)
     words = [word for _, word in assignments(arguments)]
     searches = several and any(word.startswith("hydra/sweeper=") for word in words)
+    has_more_folders = any(word.startswith("hydra.searchpath=") for word in words)  # whose options only Hydra finds
     for word in words:
         if "=" not in word and not word.startswith("~"):
             meant = f" Did you mean mode={word}?" if word.isidentifier() else ""
@@ -80,7 +81,7 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
                 f"{word} gives several values. For a list use brackets: '{override.key_or_group}=[{text}]'. For a run "
                 "with each of them, add -m."
             )
-        if _is_group(override, folders) and not override.is_delete():
+        if _is_group(override, folders) and not (override.is_delete() or has_more_folders):
             _check_options(override, folders)
 
 

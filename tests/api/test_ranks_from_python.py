@@ -51,7 +51,7 @@ def test_ctrl_c_stops_all_ranks_and_raises_in_the_script(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=600)
     assert process.returncode in (130, -signal.SIGINT) and "KeyboardInterrupt" in err, err
-    assert "To resume, call dinoseg.Run(" in err and "ends" not in out
+    assert "To resume, add resume=auto or resume=" in err and "ends" not in out
 
 
 def test_sigterm_saves_and_ends_the_script(tmp_path):
