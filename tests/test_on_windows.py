@@ -41,7 +41,7 @@ def test_on_windows_more_signs_lead_out_of_a_folder(monkeypatch, text):
 
 def test_a_search_makes_no_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "symlink", pytest.fail)
-    study = open_study(tmp_path / "search.log", "maximize", ["a=range(1,3)"])
+    study = open_study(tmp_path / "search.log", "maximize", ["a=range(1,3)"], [])
     assert not study.get_trials() and (tmp_path / "search.log").is_file()
 
 

@@ -86,7 +86,7 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
 
 
 def _check_options(override: Override, folders: Sequence[Path]) -> None:
-    group = override.get_key_element().split("@")[0]
+    group = _group_of(override)
     options = options_in(folders, group)
     bases = {path.stem for folder in folders for path in (folder / group).glob("_*.yaml")}
     for option in _chosen(override, options):
@@ -97,8 +97,12 @@ def _check_options(override: Override, folders: Sequence[Path]) -> None:
 
 def _is_group(override: Override, folders: Sequence[Path]) -> bool:
     """Return whether an override chooses options of a group; Hydra's own groups do not count."""
-    group = override.get_key_element().split("@")[0]
+    group = _group_of(override)
     return not group.startswith("hydra") and any((folder / group).is_dir() for folder in folders)
+
+
+def _group_of(override: Override) -> str:
+    return override.get_key_element().lstrip("+~").split("@")[0]
 
 
 def _chosen(override: Override, options: Sequence[str]) -> list[str]:
@@ -140,20 +144,22 @@ def find_mistake(
         f"{override.get_key_element()}={option}"
         for override in groups
         if override not in deleted
-        for option in _chosen(override, options_in(folders, override.get_key_element().split("@")[0]))[:1]
+        for option in _chosen(override, options_in(folders, _group_of(override)))[:1]
     ]
     try:
         cfg = _compose(options, folders)
     except HydraException:
-        return _shorten(error)
+        return _shorten(error) if isinstance(error, HydraException) else ""
     for config in configs:
         cfg |= config
     for override in overrides:
         if override not in groups and override not in deleted and (misfit := _find_misfit(override, cfg)):
             return misfit
+    keys = [*keys_of(cfg)]
     for override in deleted:
         key = override.key_or_group
-        return f"~{key} removes a key that is read. Leave it out, or set {key} to another value."
+        if override in groups or key in keys:
+            return f"~{key} removes a key that is read. Leave it out, or set {key} to another value."
     if isinstance(error, HydraException):
         return _shorten(error)
     if not isinstance(error, OmegaConfBaseException):

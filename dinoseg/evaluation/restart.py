@@ -58,7 +58,7 @@ def take_over(earlier: Path | None, out_dir: Path, files: Mapping[Path, Collecti
         return False
     sources = {folder: earlier / folder.relative_to(out_dir) for folder in files}
     for folder, source in sources.items():
-        if {path.name for path in entries(source) if path.is_file()} != set(files[folder]):
+        if not source.is_dir() or {path.name for path in entries(source) if path.is_file()} != set(files[folder]):
             return False
     for folder, source in sources.items():
         with atomic_folder(folder) as part:

@@ -85,10 +85,11 @@ def units_note(sides: Sequence[Side]) -> str:
     units = len(set(record.units))
     if units > 1:
         return f"over {count_of(units, record.unit)}"
-    first, *others = [len(side.folders) for side in sides]
-    if min(first, max(others)) == 1:
+    if not _has_intervals(sides):
         return f"none: they need two {record.unit}s, or several seeds of each side"
-    return f"over seeds only: there is one {record.unit}, so they do not generalise to others"
+    single = [side.name for side in sides if len(side.folders) == 1]
+    note = f"over seeds only: there is one {record.unit}, so they do not generalise to others"
+    return f"{note}; not for {join_names(single)}, one run each" if single else note
 
 
 def seeds_note(sides: Sequence[Side]) -> str:
@@ -97,8 +98,16 @@ def seeds_note(sides: Sequence[Side]) -> str:
     if len(single) == len(sides):
         return "one trained model per side: verdicts hold for these models, not for other seeds"
     runs = ", ".join(str(len(side.folders)) for side in sides)
+    if not _has_intervals(sides):
+        return f"the variance over seeds is in no interval, since there is none ({runs} runs)"
     counted = f"the variance over seeds is included in the intervals ({runs} runs)"
     return f"{counted}, except for {join_names(single)}, one trained model each" if single else counted
+
+
+def _has_intervals(sides: Sequence[Side]) -> bool:
+    """Return whether there are several units, or several runs of the first side and of another."""
+    first, *others = [len(side.folders) for side in sides]
+    return len(set(sides[0].records[0].units)) > 1 or min(first, max(others)) > 1
 
 
 def _expand_sweeps(runs: Any) -> list[list[Path]]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from dinoseg.report.loggers.background import BackgroundLogger
 from dinoseg.report.loggers.logger import Logger, Status
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
@@ -74,7 +75,9 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8")
         for name, open_logger in (loggers or {}).items():
             try:
-                self._loggers[name] = open_logger(out_dir, start_step=start_step)
+                opened = open_logger(out_dir, start_step=start_step)
+                if opened.is_enabled:
+                    self._loggers[name] = opened if opened.timeout is None else BackgroundLogger(opened)
             except UserError:
                 self.close(status="failed")
                 raise
@@ -102,9 +105,8 @@ class RunLog:
             self._pass_on(lambda each: each.images(step, named))
 
     def scores(self, values: Mapping[str, Any]) -> None:
-        """Pass the scores of the best checkpoint that are numbers to the loggers, as `final/NAME`."""
-        final = {f"final/{name}": value for name, value in values.items() if isinstance(value, float)}
-        self._pass_on(lambda each: each.scores(final))
+        """Pass the scores of the best checkpoint to the loggers."""
+        self._pass_on(lambda each: each.scores({**values}))
 
     def checkpoint(self, path: Path) -> None:
         """Pass the file of the best checkpoint to the loggers."""

@@ -57,7 +57,7 @@ def test_a_password_in_a_variable_is_read_and_not_stored(tmp_path, monkeypatch):
         (["logger=[tensorboard,wandbb]"], "wandb"),
         (["logger=mlflow"], "logger=mlflow needs a server"),
         (["logger=wandb", "logger.wandb.proyect=a"], "project"),
-        (["logger=wandb", "logger.wandb.mode=of"], "should be 'online', 'offline'"),
+        (["logger=wandb", "logger.wandb.mode=of"], "must be online, offline or disabled"),
         (["logger=wandb", "logger.wandb.mode=offline", "logger.wandb.timeout=0"], "logger.wandb.timeout=0"),
         (["logger=wandb"], "needs an API key"),
     ],

@@ -90,6 +90,23 @@ def test_several_heads_are_one_run(folder, server):
     assert run["info"]["run_name"] == "run" and values_of(server, run) == json_lines(folder / "run")
 
 
+def test_a_deleted_run_is_replaced_by_a_new_one(folder, server):
+    def log(step):
+        with RunLog(folder / "run", {"mlflow": make}, start_step=step - 1) as run:
+            run.config({"seed": 0})
+            run.scalars(step, {"train/loss": 0.5})
+
+    def make(out_dir, *, start_step):
+        return MlflowLogger(out_dir, start_step=start_step, tracking_uri=server.url, experiment="deleted")
+
+    log(1)
+    (first,) = server.runs("deleted")
+    server.ask("runs/delete", run_id=first["info"]["run_id"])
+    log(2)
+    (second,) = server.runs("deleted")
+    assert second["info"]["run_id"] != first["info"]["run_id"] and server.history(second, "train/loss") == [(2, 0.5)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_training_is_killed_and_finished_once_it_has_resumed(folder, server, number):
     name = f"stopped_{number}"

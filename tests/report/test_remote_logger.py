@@ -1,6 +1,7 @@
 """What a logger of an experiment tracker sends, and what its record in the run folder says."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from dinoseg.modes.help import help_for
 from dinoseg.report.log import RunLog
 from dinoseg.report.loggers import remote
-from dinoseg.report.loggers.mlflow import MlflowLogger, _clean_name
+from dinoseg.report.loggers.mlflow import MlflowLogger, _image_name, _name
 from dinoseg.report.loggers.remote import RemoteLogger
 from dinoseg.report.loggers.wandb import WandbLogger
 from dinoseg.utils.errors import UserError
@@ -20,24 +21,25 @@ class ListLogger(RemoteLogger):
     package = "list"
     sent: list
 
-    def __init__(self, out_dir, *, start_step=0, sent, group=None):
-        super().__init__(out_dir, group=group)
-        self.sent = sent
+    def __init__(self, out_dir, *, start_step=0, sent, known=True, artifacts=False, group=None, timeout=9.0):
+        super().__init__(out_dir, group=group, artifacts=artifacts, timeout=timeout)
+        self.sent, self.known = sent, known
 
-    def config(self, settings):
-        self.sent.append(("open", self.run_id, settings))
-        self.store_run(self.run_id or "run1")
+    def open_run(self, run_id, settings):
+        self.sent.append(("open", run_id, settings))
+        return run_id if run_id and self.known else "run2" if run_id else "run1"
 
-    def scalars(self, step, values):
-        if self.is_new(step):
-            self.sent.append((step, values))
+    def send_scalars(self, step, values):
+        self.sent.append((step, values))
 
-    def images(self, step, named):
-        if self.is_new(step):
-            self.sent.append((step, [*named]))
+    def send_images(self, step, named):
+        self.sent.append((step, [*named]))
 
-    def scores(self, values):
+    def send_scores(self, values):
         self.sent.append(values)
+
+    def send_checkpoint(self, path):
+        self.sent.append(path)
 
 
 def log(folder, sent, steps, **options):
@@ -50,31 +52,52 @@ def log(folder, sent, steps, **options):
             run.scalars(step, {"train/loss": step / 10})
         run.images(steps[-1], {"a": np.zeros((1, 1, 3), np.uint8)})
         run.scores({"miou": 0.5, "matrix": [[1]], "count": 3})
+        run.checkpoint(folder / "best")
 
 
-def test_a_resumed_run_does_not_send_steps_again(tmp_path):
+def test_each_value_is_sent_once_though_a_killed_run_had_logged_more(tmp_path):
     sent = []
     log(tmp_path, sent, [1, 2, 3])
     assert sent == [
         ("open", None, {"seed": 0}),
         *((step, {"train/loss": step / 10}) for step in (1, 2, 3)),
-        (3, ["a"]),
+        (3, ["validation/a"]),
         {"final/miou": 0.5},
     ]
     again = []
-    log(tmp_path, again, [2, 3, 4])
+    log(tmp_path, again, [2, 3, 4], artifacts=True)
     assert again == [
         ("open", "run1", {"seed": 0}),
         (4, {"train/loss": 0.4}),
-        (4, ["a"]),
+        (4, ["validation/a"]),
         {"final/miou": 0.5},
+        tmp_path / "best",
     ]
-    assert json.loads((tmp_path / "list.json").read_text()) == {"id": "run1", "step": 4}
+    assert json.loads((tmp_path / "list.json").read_text()) == {
+        "id": "run1",
+        "logged": {"train/loss": 4, "validation/a": 4},
+    }
 
 
-@pytest.mark.parametrize("text", ["", '{"id": 3, "step": 1}', '{"id": "a", "step": "b"}'])
-def test_a_damaged_record_drops_the_logger(tmp_path, caplog, text):
-    (tmp_path / "list.json").write_text(text)
+def test_a_validation_after_the_last_row_is_sent_though_its_step_is_known(tmp_path):
+    sent = []
+    log(tmp_path, sent, [1, 2])
+    logger = ListLogger(tmp_path, sent=sent)
+    logger.config({})
+    logger.scalars(2, {"train/loss": 0.2, "val/miou": 0.5})
+    assert sent[-1] == (2, {"val/miou": 0.5})
+
+
+def test_a_run_that_the_tracker_does_not_know_gets_all_values(tmp_path):
+    log(tmp_path, [], [1, 2])
+    sent = []
+    log(tmp_path, sent, [2, 3], known=False)
+    assert [step for step, *_ in sent[1:4]] == [2, 3, 3] and sent[0][:2] == ("open", "run1")
+
+
+@pytest.mark.parametrize("run_id", [3, "", "../a", "a b", "a" * 65, "é", "a\n"])
+def test_a_damaged_record_drops_the_logger(tmp_path, caplog, run_id):
+    (tmp_path / "list.json").write_text(json.dumps({"id": run_id, "logged": {}}))
     log(tmp_path, [], [1])
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "list.json" in warning and "Remove it to start a new tracked run" in warning
@@ -119,22 +142,33 @@ def test_a_folder_that_wandb_writes_is_no_package(monkeypatch, tmp_path):
     [
         ("train/loss", "train/loss"),
         ("val/iou/a+b (c)", "val/iou/a_b _c__"),
+        ("a//b/..", "a/_/b/_.._"),
+        ("/a", "_/a_"),
+        ("..a", "_..a_"),
         ("é", "é"),
-        ("a" * 120, "a" * 120),
-        ("a" * 121, "a" * 111 + "_"),
+        ("a" * 250, "a" * 250),
+        ("a" * 251, "a" * 241 + "_"),
+        ("a/" * 125, "a/" * 120 + "a_"),
     ],
 )
 def test_names_are_such_that_mlflow_accepts_them(name, accepted):
     from mlflow.utils.validation import _validate_metric_name
 
-    given = _clean_name(name)
-    assert given == accepted if given == name else given[:-8] == accepted and len(given) <= 120
+    given = _name(name)
+    assert given == accepted if given == name else given[:-8] == accepted and len(given) <= 250
     _validate_metric_name(given)
 
 
 def test_different_names_stay_different_in_mlflow():
-    names = ["w.a:b", "w.a_b", "w.a+b", "a" * 300, "a" * 301, "\udc80"]
-    assert len({*map(_clean_name, names)}) == len(names)
+    names = ["w.a:b", "w.a_b", "w.a+b", "a" * 300, "a" * 301, "a//b", "a/_/b", "\udc80"]
+    assert len({*map(_name, names)}) == len({*map(_image_name, names)}) == len(names)
+    assert _image_name("validation/é").isascii() and len(_image_name("a" * 300)) == 120
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf])
+def test_a_timeout_is_positive_and_finite(tmp_path, timeout):
+    with pytest.raises(UserError, match=r"logger\.list\.timeout=.*: give seconds above 0"):
+        ListLogger(tmp_path, sent=[], timeout=timeout)
 
 
 @pytest.mark.parametrize("word", ["logger=wandb", "logger=[tensorboard,mlflow,wandb]"])

@@ -1,5 +1,6 @@
 """What loggers of experiment trackers accept, send at the end and print, with stand-ins for the trackers' clients."""
 
+import logging
 import os
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from dinoseg.report.log import RunLog
-from dinoseg.report.loggers.mlflow import MlflowLogger, _clean_name
+from dinoseg.report.loggers.mlflow import MlflowLogger, _name
 from dinoseg.report.loggers.wandb import WandbLogger
 from dinoseg.utils.errors import UserError
 
@@ -38,59 +39,46 @@ def environment(monkeypatch, tmp_path):
 
 @pytest.fixture
 def mlflow_logger(tmp_path):
-    logger = MlflowLogger(tmp_path, tracking_uri="http://127.0.0.1:1", tags={"a:b": 1, "plain": "x"}, group="sweep")
-    logger._mlflow = StubClient()
-    logger._mlflow.start_run = lambda run_id, **named: (
-        logger._mlflow.calls.append(("start_run", (run_id,), named))
-        or (SimpleNamespace(info=SimpleNamespace(run_id=run_id or "new", experiment_id="1")))
-    )
+    logger = MlflowLogger(tmp_path, tracking_uri="http://127.0.0.1:1")
+    logger._client, logger.run_id = StubClient(), "run1"
     return logger
 
 
 @pytest.mark.parametrize("status", ["finished", "failed", "killed"])
 def test_mlflow_shows_how_the_training_ended(mlflow_logger, status):
     mlflow_logger.close(status=status)
-    assert not mlflow_logger._mlflow.calls
-    mlflow_logger.config({})
-    mlflow_logger.close(status=status)
-    assert mlflow_logger._mlflow.calls[-1] == ("end_run", (status.upper(),), {})
+    assert mlflow_logger._client.calls == [("set_terminated", ("run1",), {"status": status.upper()})]
 
 
 def test_tags_of_mlflow_have_names_that_it_accepts(mlflow_logger):
-    mlflow_logger.config({"seed": 0})
-    _, _, start, params = mlflow_logger._mlflow.calls
-    assert start[2]["tags"] == {_clean_name("a:b"): "1", "plain": "x", "group": "sweep"}
-    assert params == ("log_params", ({"seed": 0},), {}) and mlflow_logger.run_id == "new"
+    mlflow_logger._tags, mlflow_logger.group = {"a:b": 1, "plain": "x"}, "sweep"
+    info = SimpleNamespace(run_id="new", experiment_id="1")
+    mlflow_logger._client.create_run = lambda *args, tags, **named: tags_sent.append(tags) or SimpleNamespace(info=info)
+    mlflow_logger._client.get_experiment_by_name = lambda name: info
+    tags_sent = []
+    assert mlflow_logger.open_run(None, {}) == "new"
+    assert tags_sent == [{_name("a:b"): "1", "plain": "x", "group": "sweep"}]
 
 
-def test_mlflow_continues_the_run_of_the_record(mlflow_logger):
-    mlflow_logger.store_run("run1")
-    mlflow_logger.config({"seed": 0})
-    assert [(name, given) for name, given, _ in mlflow_logger._mlflow.calls[2:]] == [("start_run", ("run1",))]
+def test_mlflow_continues_the_run_that_the_server_has(mlflow_logger):
+    info = SimpleNamespace(run_id="run1", experiment_id="1", lifecycle_stage="active")
+    mlflow_logger._client.get_run = lambda run_id: SimpleNamespace(info=info) if run_id == "run1" else None
+    assert mlflow_logger.open_run("run1", {"seed": 0}) == "run1"
+    assert mlflow_logger._client.calls == [("update_run", ("run1",), {"status": "RUNNING"})]
 
 
 def test_mlflow_receives_the_images_of_a_validation(mlflow_logger):
     rgb = np.zeros((2, 3, 3), np.uint8)
-    mlflow_logger.images(4, {"a": rgb, "é": rgb})
-    first, second = mlflow_logger._mlflow.calls
-    assert first == ("log_image", (rgb,), {"key": "validation/a", "step": 4, "synchronous": True})
-    assert second[2]["key"].isascii()
-
-
-def test_an_error_of_a_row_is_raised_at_the_next_one(mlflow_logger):
-    def fail():
-        raise OSError("no connection")
-
-    mlflow_logger._mlflow.log_metrics = lambda *given, **named: SimpleNamespace(wait=fail)
-    mlflow_logger.scalars(1, {"a": 1.0})
-    with pytest.raises(OSError, match="no connection"):
-        mlflow_logger.scalars(2, {"a": 1.0})
+    mlflow_logger.send_images(4, {"validation/a": rgb})
+    assert mlflow_logger._client.calls == [
+        ("log_image", ("run1", rgb), {"key": "validation/a", "step": 4, "synchronous": True})
+    ]
 
 
 def test_wandb_receives_the_images_of_a_validation(tmp_path):
     logger, rgb = WandbLogger(tmp_path, mode="offline"), np.full((2, 3, 3), 7, np.uint8)
     logger._run = StubClient()
-    logger.images(4, {"a": rgb})
+    logger.send_images(4, {"validation/a": rgb})
     ((_, (row,), _),) = logger._run.calls
     assert row["step"] == 4 and (np.asarray(row["validation/a"].image) == rgb).all()
 
@@ -103,28 +91,50 @@ def test_wandb_shows_whether_the_training_finished(tmp_path, status, code):
     assert logger._run.calls == [("finish", (), {"exit_code": code})]
 
 
+def init_options(monkeypatch, logger):
+    """Return what a logger passes to wandb.init."""
+    import wandb
+
+    passed = {}
+    run = SimpleNamespace(id="run1", url="http://host/run1", config={}, define_metric=lambda *args, **named: None)
+    run.config = SimpleNamespace(update=lambda *args, **named: None)
+    monkeypatch.setattr(wandb, "init", lambda **options: passed.update(options) or run)
+    logger.config({})
+    return passed
+
+
 def test_wandb_reads_project_tags_and_name_from_the_environment(tmp_path, monkeypatch):
-    for key, value in {"PROJECT": "leaves", "NAME": "first", "TAGS": "a,b"}.items():
+    for key, value in {"PROJECT": "leaves", "NAME": "first"}.items():
         monkeypatch.setenv(f"WANDB_{key}", value)
-    settings = WandbLogger(tmp_path / "run", mode="offline")._settings
-    assert (settings.project, settings.run_tags, settings.run_name) == ("leaves", ("a", "b"), "first")
-    settings = WandbLogger(tmp_path / "run", mode="offline", project="mine", tags=["a", 1])._settings
-    assert (settings.project, settings.run_tags) == ("mine", ("a", "1"))
+    passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline"))
+    assert (passed["project"], passed["tags"], passed["name"]) == ("leaves", None, "first")  # None: WANDB_TAGS
+    passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline", project="mine", tags=["a", 1]))
+    assert (passed["project"], passed["tags"]) == ("mine", ["a", "1"])
 
 
-def test_without_environment_the_project_of_wandb_is_dinoseg(tmp_path):
-    settings = WandbLogger(tmp_path / "run", mode="offline")._settings
-    assert (settings.project, settings.run_name, settings.run_tags) == ("dinoseg", "run", None)
+@pytest.mark.parametrize(("folder", "name"), [("swept/0", "first/0"), ("swept/a/1", "first/a/1")])
+def test_a_name_in_the_environment_is_that_of_a_whole_sweep(tmp_path, monkeypatch, folder, name):
+    monkeypatch.setenv("WANDB_NAME", "first")
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "swept/multirun.yaml").touch()
+    passed = init_options(monkeypatch, WandbLogger(tmp_path / folder, mode="offline"))
+    assert (passed["name"], passed["group"]) == (name, "swept")
+
+
+def test_without_environment_the_project_of_wandb_is_dinoseg(tmp_path, monkeypatch):
+    passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline"))
+    assert (passed["project"], passed["name"]) == ("dinoseg", "run")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({"project": f"a{each}b"}, "Invalid project name") for each in "/\\#?%:"),
-        ({"project": "a" * 129}, "exceeded 128 characters"),
-        ({"tags": ["a" * 65]}, "1 and 64 characters|64"),
-        ({"tags": [""]}, "64"),
-        ({"mode": "of"}, "'online', 'offline'"),
+        *(({"project": f"a{each}b"}, "is not a name of a W&B project") for each in "/\\#?%:"),
+        ({"project": "a" * 129}, "at most 128 characters"),
+        ({"tags": "abc"}, r"logger.wandb.tags=abc is not a list"),
+        ({"tags": ["a" * 65]}, "of 65 characters: use 1 to 64"),
+        ({"tags": [""]}, "of 0 characters"),
+        ({"mode": "of"}, "must be online, offline or disabled"),
     ],
 )
 def test_wandb_names_settings_that_it_refuses(tmp_path, options, message):
@@ -138,9 +148,12 @@ def test_wandb_names_a_variable_that_it_refuses(tmp_path, monkeypatch):
         WandbLogger(tmp_path, mode="offline")
 
 
-def test_disabled_wandb_logs_nothing(tmp_path, monkeypatch, caplog):
+def test_disabled_wandb_is_one_log_line_and_logs_nothing(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    with RunLog(tmp_path, {"wandb": WandbLogger}) as log:
+    with caplog.at_level(logging.INFO, "dinoseg"), RunLog(tmp_path, {"wandb": WandbLogger}) as log:
         log.config({})
         log.scalars(1, {"a": 1.0})
-    assert "dropped" not in caplog.text and not log.views and not (tmp_path / "wandb").exists()
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("dinoseg")] == [
+        "logger=wandb logs nothing: logger.wandb.mode or WANDB_MODE is disabled."
+    ]
+    assert not log.views and not (tmp_path / "wandb").exists() and not (tmp_path / "wandb.json").exists()

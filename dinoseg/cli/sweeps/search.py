@@ -23,6 +23,7 @@ from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import SchemaError, read_regular
 from dinoseg.utils.ranges import Count, Range
+from dinoseg.utils.wording import printable
 
 SAMPLERS = ("tpe", "random")
 DIRECTIONS = ("maximize", "minimize")
@@ -101,7 +102,7 @@ class Search(Sweeper):
             )
         try:
             words = [self.score, self.direction, *(str(override.input_line) for override in swept)]
-            study = open_study(path, self.direction, words)
+            study = open_study(path, self.direction, words, fixed)
             self._settle(study)
             self._search(study, space, fixed)
         finally:
@@ -206,19 +207,20 @@ def _values(override: Override) -> Any:
     return distributions.CategoricalDistribution(choices)
 
 
-_WORDS = "words"  # attribute of a study
+_WORDS, _FIXED = "words", "fixed"  # attributes of a study
 _FIRST = b'{"op_code":0,'  # first bytes of optuna's file: the creation of a study
 _MAX_BYTES = 2**30  # maximum size of the file; a job takes a few thousand bytes
 _REMEDY = "Choose another hydra.sweeper.storage, or remove the file."
 
 
-def open_study(path: Path, direction: str, words: Sequence[str]) -> Any:
+def open_study(path: Path, direction: str, words: Sequence[str], fixed: Sequence[str]) -> Any:
     """Return the study that a file holds, or a new one.
 
     Args:
         path: of the file, locked by this process.
         direction: maximize or minimize.
         words: score, direction and swept overrides; a file with other ones holds another search.
+        fixed: other overrides; a warning names those that earlier jobs did not have.
 
     Raises:
         UserError: the file is damaged, or holds something else or another search.
@@ -246,7 +248,12 @@ def open_study(path: Path, direction: str, words: Sequence[str]) -> Any:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error!s:.200}). {_REMEDY}") from error
     if known != words:
         raise UserError(f"{path} holds another search ({known}) than this one ({words}). {_REMEDY}")
+    changed = {*study.user_attrs.get(_FIXED, fixed)} ^ {*fixed}
+    if changed and trials:
+        names = ", ".join(sorted(changed))
+        print(printable(f"Earlier jobs of this search differ in {names}: are scores comparable?"), file=sys.stderr)
     study.set_user_attr(_WORDS, words)
+    study.set_user_attr(_FIXED, [*fixed])
     return study
 
 

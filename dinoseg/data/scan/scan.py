@@ -43,7 +43,7 @@ def scan(
     Args:
         pairs: what to read.
         reader: reader of the masks.
-        images: decode the images too; without it, their colours, hashes and edges are unknown.
+        images: decode the images too; without it, their hashes and edges are unknown.
         workers: number of reading processes; 1, or few pairs: this process reads alone.
         cache_dir: folder of the cached records, so that only changed files are read again; None: no cache.
 

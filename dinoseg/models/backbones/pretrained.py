@@ -21,7 +21,6 @@ from dinoseg.utils.tensor_files import PICKLED, check_unquantised, check_weights
 PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
 _ADAPTER = "adapter_config.json"  # marks a peft adapter
 _INDEX = "model.safetensors.index.json"
-_FILES = [_ADAPTER, _INDEX, "config.json", "model*.safetensors"]  # of a hub repository
 _SHARDS = forms.holding(weight_map=forms.table(forms.text))
 _NEVER_DRAWN = 20  # standard deviations: float32 samplers reach about 6
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -56,11 +55,18 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
         path = Path(weights).expanduser()
     if path.is_file():
         return _from_file(config, path, cut, local_cls_norm)
-    if not path.is_dir():
-        if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
-            raise UserError(f"backbone.weights={weights}: file or folder not found. Check the path.")
-        path = _fetch(weights)
-    return _from_folder(weights, path, cut, config)
+    if path.is_dir():
+        return _from_folder(weights, path, cut, config)
+    if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
+        raise UserError(f"backbone.weights={weights}: file or folder not found. Check the path.")
+    name, _, revision = weights.partition("@")
+    revision = revision or "main"
+    if silent := _why_silent(name, revision):
+        return _from_folder(weights, Path(_fetched_before(weights, name, revision, silent)), cut, config)
+    model = _from_pretrained(weights, name, cut, config=config, revision=revision)
+    folder = _fetched(name, revision)
+    _check_loaded(weights, model, _loaded_files(weights, folder) if folder else ())
+    return model
 
 
 @contextlib.contextmanager
@@ -88,21 +94,22 @@ def _untruncated() -> Iterator[None]:
         functions["trunc_normal_"] = truncated
 
 
-def _fetch(weights: str) -> Path:
-    """Return the folder of a hub's weights in the local cache; where the hub does not answer, an earlier download."""
-    from huggingface_hub import snapshot_download
+def _why_silent(name: str, revision: str) -> str:
+    """Return why the hub does not respond, or "".
 
-    name, _, revision = weights.partition("@")
+    One request suffices, where the loader would retry each file six times.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        return Path(snapshot_download(name, revision=revision or "main", allow_patterns=_FILES))
+        info = HfApi().model_info(name, revision=revision, timeout=10)
+    except HfHubHTTPError:  # the hub responds; the loader reports errors about the files
+        return ""
     except Exception as error:  # the client's HTTP library raises its own errors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"backbone.weights={weights}: no local file or folder, and it cannot be downloaded ({reason}). If the "
-            "weights are gated, accept the licence on the model's hub page and log in with `hf auth login`. Or give a "
-            "downloaded file or folder, backbone.weights=PATH; the included weights, backbone=tiny_surgical; or none, "
-            "backbone.weights=random."
-        ) from error
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    _check_no_adapter(f"{name}@{revision}", (file.rfilename for file in info.siblings or ()))
+    return ""
 
 
 def _check_no_adapter(weights: str, names: Iterable[str]) -> None:
@@ -145,6 +152,32 @@ def _loaded_files(weights: str, folder: Path) -> list[Path]:
     except (OSError, forms.SchemaError) as error:
         raise UserError(f"backbone.weights={weights}: {_INDEX} cannot be read ({error}). Download it again.") from None
     return [folder / name for name in sorted(set(names))]
+
+
+def _fetched(name: str, revision: str) -> Path | None:
+    """Return the hub cache folder of the weights, or None if the cache does not hold them under these names."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("model.safetensors", _INDEX):
+        found = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def _fetched_before(weights: str, name: str, revision: str, silent: str) -> str:
+    """Return the folder of weights that were downloaded while the hub was reachable."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(name, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"backbone.weights={weights}: not a local folder, the hub is unreachable ({silent}), and the weights were "
+            "not downloaded before. Give a downloaded file or folder, backbone.weights=PATH; or use the included "
+            "weights, backbone=tiny_surgical; or none, backbone.weights=random."
+        ) from None
 
 
 def exported_state(model: Any) -> dict[str, Tensor]:
@@ -234,7 +267,9 @@ def _from_pretrained(
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"backbone.weights={weights}: the weights cannot be read ({reason}). Download or export them again."
+            f"backbone.weights={weights}: the weights cannot be downloaded ({reason}). If they are gated, accept the "
+            "licence on the model's hub page and log in with `hf auth login`; or give a downloaded folder or file: "
+            "backbone.weights=PATH; for an untrained test: backbone.weights=random."
         ) from error
     misfits = [key for kind in ("missing", "unexpected", "mismatched") for key in info.get(f"{kind}_keys", ())]
     pooler = {f"pooler.dense.{part}" for part in ("weight", "bias") if options["config"].model_type == "vit"}

@@ -13,8 +13,7 @@ class Logger:
     """Base class of loggers: only rank 0 makes one, and each method does nothing by default.
 
     An exception in any method closes and drops the logger with one warning, and the training continues. Only a
-    `UserError` of the constructor ends the run. The training waits for each method, so a method that uses a network
-    needs a timeout.
+    `UserError` of the constructor ends the run.
 
     Args:
         out_dir: the run folder, which exists.
@@ -23,9 +22,14 @@ class Logger:
 
     Attributes:
         view: how to view what was logged, printed after the training; empty: nothing to print.
+        timeout: seconds after which a call counts as failed; its methods then run in a thread, so that no training
+            waits for a server, and the constructor must not wait either. None: they run at once.
+        is_enabled: False: its settings disable it, so no other method is called. The constructor logs why.
     """
 
     view: str = ""
+    timeout: float | None = None
+    is_enabled: bool = True
 
     def __init__(self, out_dir: Path, *, start_step: int = 0) -> None:
         pass
@@ -47,8 +51,8 @@ class Logger:
     def images(self, step: int, named: Mapping[str, np.ndarray]) -> None:
         """Receive images (H, W, 3) uint8 of the validation after a step, by the names of its samples."""
 
-    def scores(self, values: Mapping[str, float]) -> None:
-        """Receive the scores of the best checkpoint after the training, such as `final/miou`."""
+    def scores(self, values: Mapping[str, Any]) -> None:
+        """Receive the scores of the best checkpoint after the training: numbers, and tables such as `matrix`."""
 
     def checkpoint(self, path: Path) -> None:
         """Receive the file of the best checkpoint, after its scores."""

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Positive
 from dinoseg.utils.urls import without_credentials
 
+_GROUP = "group"  # tag that holds the group
+_MAX_PARAMS, _MAX_METRICS = 100, 1000  # of a request
+_MAX_TEXT = 6000  # characters of a parameter
 _REFUSED = re.compile(r"[^\w/.\- ]")  # characters that MLflow allows in no name
-_MAX_NAME = 120  # characters: the file name of an image also holds its step, time and an id
+_REFUSED_OF_IMAGES = re.compile(_REFUSED.pattern, re.ASCII)
+_MAX_NAME, _MAX_IMAGE_NAME = 250, 120  # characters; an image's file name also holds its step, time and an id
 _DEFAULTS = {  # read by MLflow from the environment, where a user may set others
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # its errors are exceptions, too
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print the credentials of a URL
 }
 
@@ -39,8 +43,8 @@ class MlflowLogger(RemoteLogger):
         tracking_uri: address of the server, or what else MLflow accepts; None: MLFLOW_TRACKING_URI.
         tags: of the run, by name.
         group: see `RemoteLogger`; becomes the tag `group`.
-        artifacts: whether to upload the best checkpoint.
-        timeout: seconds that a request may take; MLflow sends it again twice.
+        artifacts: see `RemoteLogger`.
+        timeout: see `RemoteLogger`.
 
     Raises:
         UserError: no address is set.
@@ -60,7 +64,7 @@ class MlflowLogger(RemoteLogger):
         artifacts: bool = False,
         timeout: Positive = 30.0,
     ) -> None:
-        super().__init__(out_dir, group=group)
+        super().__init__(out_dir, group=group, artifacts=artifacts, timeout=timeout)
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
             raise UserError(
@@ -68,75 +72,96 @@ class MlflowLogger(RemoteLogger):
             )
         for name, value in _DEFAULTS.items():
             os.environ.setdefault(name, value)
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, round(timeout))))
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of each retry
-        import mlflow
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, round(timeout))))
+        from mlflow import MlflowClient
 
-        self._mlflow: Any = mlflow
-        self._uri = uri
-        self._experiment = experiment
-        self._tags = {_clean_name(key): str(value) for key, value in (tags or {}).items()}
-        if self.group:
-            self._tags["group"] = self.group
-        self._artifacts = artifacts
-        self._request: Any = None  # the last row, which MLflow sends from a thread
-        self._is_open = False
+        self._client: Any = MlflowClient(tracking_uri=uri)
+        self._uri, self._experiment, self._tags = uri, experiment, dict(tags or {})
 
-    def config(self, settings: Mapping[str, Any]) -> None:
-        """Continue the run, or start one with the settings as parameters, which never change."""
-        self._mlflow.set_tracking_uri(self._uri)
-        self._mlflow.set_experiment(self._experiment)
-        run = self._mlflow.start_run(self.run_id, run_name=self.run_name, tags=self._tags)
-        self._is_open = True
-        if self.run_id is None:
-            self._mlflow.log_params({_clean_name(key): value for key, value in settings.items()})
-        self.store_run(run.info.run_id)
+    def open_run(self, run_id: str | None, settings: Mapping[str, Any]) -> str:
+        """Continue the run if the server has it, or start one; the settings are its parameters, which never change."""
+        run = self._existing(run_id)
+        if run is None:
+            tags = {_name(key): str(value) for key, value in self._tags.items()}
+            tags |= {_GROUP: self.group} if self.group else {}
+            run = self._client.create_run(self._experiment_id(), run_name=self.run_name, tags=tags)
+            from mlflow.entities import Param
+
+            params = [Param(_name(key), str(value)[:_MAX_TEXT]) for key, value in settings.items()]
+            for start in range(0, len(params), _MAX_PARAMS):
+                self._client.log_batch(run.info.run_id, params=params[start : start + _MAX_PARAMS])
+        else:
+            self._client.update_run(run.info.run_id, status="RUNNING")
         path = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
         self.view = f"MLflow:       {without_credentials(self._uri).rstrip('/')}/{path}"
+        return run.info.run_id
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Send the values as metrics once the row before has arrived."""
-        if self.is_new(step):
-            self._wait()
-            named = {_clean_name(key): value for key, value in values.items()}
-            self._request = self._mlflow.log_metrics(named, step, synchronous=False)
+    def send_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the values as metrics, in as few requests as the server allows."""
+        from mlflow.entities import Metric
 
-    def images(self, step: int, named: Mapping[str, np.ndarray]) -> None:
-        """Upload images as `validation/NAME`, which MLflow shows by step."""
-        if self.is_new(step):
-            for name, rgb in named.items():
-                key = f"validation/{name}".encode("ascii", "backslashreplace").decode()
-                self._mlflow.log_image(rgb, key=_clean_name(key), step=step, synchronous=True)
+        now = round(time.time() * 1000)
+        metrics = [Metric(_name(key), value, now, step) for key, value in values.items()]
+        for start in range(0, len(metrics), _MAX_METRICS):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + _MAX_METRICS])
 
-    def scores(self, values: Mapping[str, float]) -> None:
-        """Send the scores as metrics."""
-        self._mlflow.log_metrics({_clean_name(key): value for key, value in values.items()}, synchronous=True)
+    def send_images(self, step: int, named: Mapping[str, np.ndarray]) -> None:
+        """Upload images, which MLflow shows by step."""
+        for name, rgb in named.items():
+            self._client.log_image(self.run_id, rgb, key=_image_name(name), step=step, synchronous=True)
 
-    def checkpoint(self, path: Path) -> None:
+    def send_scores(self, values: Mapping[str, float]) -> None:
+        """Send the scores as metrics of the last step."""
+        self.send_scalars(self.last_step, values)
+
+    def send_checkpoint(self, path: Path) -> None:
         """Upload the file to the folder `checkpoints` of the run's artifacts."""
-        if self._artifacts:
-            self._mlflow.log_artifact(str(path), "checkpoints")
+        self._client.log_artifact(self.run_id, str(path), "checkpoints")
 
     def close(self, *, status: Status = "finished") -> None:
         """End the run with the status FINISHED, FAILED or KILLED."""
-        if self._is_open:
-            self._is_open = False
-            self._mlflow.end_run(status.upper())
-            self._wait()
+        if self.run_id is not None:
+            self._client.set_terminated(self.run_id, status=status.upper())
 
-    def _wait(self) -> None:
-        """Wait for the last row, and raise its error."""
-        if self._request is not None:
-            self._request.wait()
+    def _existing(self, run_id: str | None) -> Any:
+        """Return a run of the server; None if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = self._client.get_run(run_id) if run_id else None
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return run if run and run.info.lifecycle_stage == "active" else None
+
+    def _experiment_id(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(self._experiment)
+        try:
+            return found.experiment_id if found else self._client.create_experiment(self._experiment)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another job of a sweep, in between
+                raise
+        return self._client.get_experiment_by_name(self._experiment).experiment_id
 
 
-def _clean_name(name: str) -> str:
-    """Return a name that MLflow accepts: short, and with underscores for the characters that it refuses.
+def _name(name: str, refused: re.Pattern[str] = _REFUSED, most: int = _MAX_NAME) -> str:
+    """Return a name that MLflow accepts.
 
-    A changed name ends in a hash of the original, so that different names stay different.
+    Refused characters become underscores, a part that is empty or of dots alone begins with one, and a long name is
+    cut. A changed name ends in a hash of the original, so that different names stay different.
     """
-    clean = _REFUSED.sub("_", name)
-    if clean == name and len(name) <= _MAX_NAME:
+    clean = "/".join(part if part.strip(".") else f"_{part}" for part in refused.sub("_", name).split("/"))
+    clean = f"_{clean}" if clean.startswith("..") else clean
+    if clean == name and len(name) <= most:
         return name
     digest = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:8]
-    return f"{clean[: _MAX_NAME - 9]}_{digest}"
+    return f"{clean[: most - len(digest) - 1]}_{digest}"
+
+
+def _image_name(name: str) -> str:
+    """Return a name that MLflow accepts for an image: of ASCII characters, and shorter."""
+    return _name(name, _REFUSED_OF_IMAGES, _MAX_IMAGE_NAME)

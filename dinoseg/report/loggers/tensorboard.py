@@ -12,7 +12,7 @@ from dinoseg.report.loggers.logger import Logger, Status
 class TensorBoardLogger(Logger):
     """Write to `out_dir`/tensorboard; settings and final scores become a row in TensorBoard's table of runs.
 
-    Of the settings, numbers, strings and booleans are shown.
+    Of the settings, numbers, strings and booleans are shown, and of the final scores, floats.
     """
 
     def __init__(self, out_dir: Path, *, start_step: int = 0) -> None:
@@ -37,15 +37,16 @@ class TensorBoardLogger(Logger):
         for name, rgb in named.items():
             self._writer.add_image(f"val/{name}", rgb, step, dataformats="HWC")
 
-    def scores(self, values: Mapping[str, float]) -> None:
-        """Write the row of the run, and each score."""
+    def scores(self, values: Mapping[str, Any]) -> None:
+        """Write the row of the run, and each score as `final/NAME`."""
         from torch.utils.tensorboard.summary import hparams
 
         shown = {key: value for key, value in self._settings.items() if isinstance(value, int | float | str)}
+        final = {f"final/{key}": value for key, value in values.items() if isinstance(value, float)}
         # like add_hparams, but without its separate folder, which would appear as another run
-        for summary in hparams(shown, dict(values)):
+        for summary in hparams(shown, final):
             self._writer.file_writer.add_summary(summary)
-        for key, value in values.items():
+        for key, value in final.items():
             self._writer.add_scalar(key, value)
 
     def close(self, *, status: Status = "finished") -> None:

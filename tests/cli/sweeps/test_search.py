@@ -236,12 +236,12 @@ def test_a_lock_of_a_killed_process_is_not_waited_for(tmp_path):
     assert [*jobs.done] == [0]
 
 
-def test_a_search_continues_with_other_fixed_words(tmp_path):
+def test_a_search_continues_with_other_fixed_words(tmp_path, capsys):
     with pytest.raises(UserError, match="from the lower"):
         search(tmp_path, Jobs(), words=["mode=train", "lr=interval(2,1)"])
     search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)"], trials=1)
     search(tmp_path, jobs := Jobs(), words=["mode=train", "lr=interval(1,2)", "a=1"], trials=2)
-    assert [*jobs.done] == [1]
+    assert [*jobs.done] == [1] and "differ in a=1: are scores comparable?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

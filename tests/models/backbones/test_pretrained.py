@@ -4,6 +4,7 @@ import json
 import logging
 import re
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -131,7 +132,7 @@ def test_weights_that_are_not_finite_floats_are_refused_by_file_and_name(tmp_pat
     state[name] = spoilt(state[name], fault)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     torch.save(state, tmp_path / "w.pth")
-    monkeypatch.setattr(pretrained, "_fetch", lambda weights: tmp_path)  # tests are without a hub
+    monkeypatch.setattr(pretrained, "_fetched_before", lambda *given: str(tmp_path))  # tests are without a hub
     for source in (tmp_path / "model.safetensors", tmp_path / "w.pth", tmp_path, "some/body"):
         # transformers names some tensors otherwise than the files of the hub
         named = r"\S+" if source in (tmp_path, "some/body") and fault != "int8" else re.escape(name)
@@ -159,7 +160,7 @@ def test_the_files_that_are_loaded_are_checked_and_no_others(tmp_path):
     with pytest.raises(UserError, match=rf"model-1-of-1.safetensors: {re.escape(name)} is int8"):
         build("vit", 1, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match="the weights cannot be read"):
+    with pytest.raises(UserError, match="the weights cannot be downloaded"):
         build("vit", 1, tmp_path)
 
 
@@ -172,6 +173,21 @@ def test_a_tensor_too_many_is_left_over_whatever_its_type(tmp_path):
     save_file(state | {name: state[name].long()}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match=rf"{re.escape(name)} is int64"):
         build("vit", 1, tmp_path / "w.safetensors")
+
+
+def test_what_the_hubs_client_fetches_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--some--body" / "snapshots" / ("01" * 20)
+    folder.mkdir(parents=True)
+    (tmp_path / "models--some--body" / "refs").mkdir()
+    (tmp_path / "models--some--body" / "refs" / "main").write_text(folder.name)
+    state = shaken("vit", 1).export_state()
+    name = next(key for key in state if in_block("vit", 1) in key and key.endswith("weight"))
+    save_file(state | {name: spoilt(state[name], "int8")}, folder / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(pretrained, "_why_silent", lambda name, revision: "")
+    monkeypatch.setattr(pretrained, "_from_pretrained", lambda *given, **options: shaken("vit", 1).model)
+    with pytest.raises(UserError, match=rf"some/body: model.safetensors: {re.escape(name)} is int8"):
+        build("vit", 1, "some/body")
 
 
 def test_rotation_frequencies_have_their_shape(tmp_path):

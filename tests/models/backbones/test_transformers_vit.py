@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import huggingface_hub
 import pytest
 import torch
@@ -5,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from dinoseg.core.geometry import pad_to_multiple
 from dinoseg.models.adapters import Full, LastBlocks, Lora
+from dinoseg.models.backbones import pretrained
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.utils.errors import UserError
 
@@ -180,22 +183,27 @@ def test_lora_updates_are_not_exported():
         Lora(rank=1, alpha=1)(build("dinov3_vit")).export_state()
 
 
-def test_an_unreachable_hub_is_one_error(monkeypatch, caplog):
-    requested = []
+def test_an_unreachable_hub_is_asked_once(monkeypatch, caplog):
+    asked = []
 
-    def refuse(name, **options):
-        requested.append((name, options["revision"]))
+    def refused(self, name, **options):
+        asked.append((name, options["revision"]))
         raise ConnectionError("connection refused\nsee elsewhere")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    message = "downloaded \\(connection refused\\).*accept the licence.*backbone.weights=PATH.*backbone=tiny_surgical"
-    with pytest.raises(UserError, match=message) as caught:
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused)
+    said = "the hub is unreachable \\(connection refused\\).*backbone.weights=PATH.*backbone=tiny_surgical"
+    with pytest.raises(UserError, match=said) as caught:
         build("dinov3_vit", weights="nobody/nothing@v1")
-    assert requested == [("nobody/nothing", "v1")] and not caplog.records and "\n" not in str(caught.value)
+    assert asked == [("nobody/nothing", "v1")] and not caplog.records and "\n" not in str(caught.value)
 
 
-def test_a_repository_of_an_adapter_is_refused(monkeypatch, tmp_path):
+def test_a_repository_of_an_adapter_is_refused_before_its_base_is_fetched(monkeypatch, tmp_path):
+    listed = SimpleNamespace(siblings=[SimpleNamespace(rfilename="adapter_config.json")])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *given, **options: listed)
+    with pytest.raises(UserError, match="backbone.weights=some/body@main: holds adapter_config.json"):
+        build("dinov3_vit", weights="some/body")
     (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(pretrained, "_why_silent", lambda *given: "no answer")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
     with pytest.raises(UserError, match="backbone.weights=some/body: holds adapter_config.json"):
         build("dinov3_vit", weights="some/body")
@@ -207,6 +215,12 @@ def test_without_a_hub_weights_fetched_before_are_read(monkeypatch, tmp_path):
     state = build("dinov3_vit", weights="some/body").export_state()  # tests are without a hub
     kept = load_file(tmp_path / "model.safetensors")
     assert state.keys() == kept.keys() and all(torch.equal(state[name], kept[name]) for name in kept)
+
+
+def test_gated_weights_say_what_to_do(monkeypatch):
+    monkeypatch.setattr(pretrained, "_why_silent", lambda name, revision: "")
+    with pytest.raises(UserError, match="accept the licence.*log in.*backbone.weights=PATH"):
+        build("dinov3_vit", weights="nobody/nothing@v1")
 
 
 @pytest.mark.parametrize("layers", [(3,), (-4,), (), (0, 9)])
