@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from dinoseg.api.compose import Job, compose, compose_job, words_of
 from dinoseg.api.options import config_folders
@@ -58,7 +58,10 @@ def run_mode(
                 typed = [f"mode={mode}", *words]
                 typed += words_of({**overrides, **folder}, _tables(typed, overrides, config_dir))
                 job = compose_job(typed, config_dir=config_dir)
-                if folder and not exist_ok:
+                if exist_ok:  # a new folder, where the command line would resume a prediction
+                    with open_dict(job.cfg.mode):
+                        job.cfg.mode.pop("resumes_with", None)
+                elif folder:
                     _check_unused(job)
                 return _launch(job, config_dir)
             finally:

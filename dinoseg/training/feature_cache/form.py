@@ -54,9 +54,21 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
 
 
 def restored(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
-    """Return tensors for use: those of int8 are converted to float32, others are returned unchanged."""
+    """Return tensors for use: those of int8 are converted to float32, others are returned unchanged.
+
+    Raises:
+        SchemaError: a tensor of int8 has no scale for each token.
+    """
+    found: list[Tensor] = []
     parts = iter(tensors)
-    return [part.float() * next(parts)[..., None] if part.dtype == torch.int8 else part for part in parts]
+    for part in parts:
+        if part.dtype == torch.int8:
+            scales = next(parts, None)
+            if scales is None or scales.shape != part.shape[:-1]:
+                raise SchemaError("it lacks the scales of its numbers")
+            part = part.float() * scales[..., None]
+        found.append(part)
+    return found
 
 
 def size_of(tensors: Sequence[Tensor], stored: Stored) -> int:

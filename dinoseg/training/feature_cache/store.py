@@ -131,7 +131,7 @@ class DiskStore:
         """Return the tensors of a key; None if they are missing or incomplete."""
         path = self.path(key)
         try:
-            tensors = _read(path, key, is_first=key not in self._seen)
+            tensors = restored(_read(path, key, is_first=key not in self._seen), self.stored)
         except FileNotFoundError:
             return None
         except (OSError, SchemaError) as error:
@@ -140,7 +140,7 @@ class DiskStore:
             self._has_warned = True
             return None
         self._seen.add(key)
-        return restored(tensors, self.stored)
+        return tensors
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Store tensors if there is room, and return them as `get` would."""

@@ -113,3 +113,9 @@ def test_one_image_of_more_than_is_read_back_is_refused(monkeypatch):
     monkeypatch.setattr("dinoseg.training.feature_cache.form.MAX_BYTES", 2**10)
     with pytest.raises(UserError, match=r"resolution\.longest"):
         written([torch.zeros(300, 1, 1)], "float32")
+
+
+@pytest.mark.parametrize("scales", [[], [torch.ones(2)], [torch.ones(4, 3)]])
+def test_numbers_without_their_scales_are_refused(scales):
+    with pytest.raises(SchemaError, match="lacks the scales"):
+        restored([torch.ones(4, 3, dtype=torch.int8), *scales], "int8")
