@@ -74,7 +74,8 @@ class JobResults:
 
 @atexit.register
 def _remove_empty() -> None:
-    """Remove the folders of sweeps that end before their first job."""
-    for folder in _held:
+    """Release the locks of this process, and remove the folders of sweeps that end before their first job."""
+    for folder, lock in _held.items():
         if [path.name for path in folder.glob("*")] == [_LOCK]:
             shutil.rmtree(folder, ignore_errors=True)
+        locks.release(lock)
