@@ -141,7 +141,7 @@ def score(
 
 def predict(
     model: Source,
-    input: Folder | int,
+    input: Folder,
     *words: str,
     out_dir: Folder | None = None,
     exist_ok: bool = False,

@@ -48,7 +48,7 @@ class JobResults:
         return True
 
     def release(self, *, keep: bool) -> None:
-        """Unlock the folder, and remove it unless its results are kept for a search that continues."""
+        """Unlock the folder, and remove it unless a later search reads its results."""
         if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
         if lock := _held.pop(self.folder, None):
@@ -73,7 +73,7 @@ class JobResults:
 
 
 @atexit.register
-def _remove_empty() -> None:
+def _release_all() -> None:
     """Release the locks of this process, and remove the folders of sweeps that end before their first job."""
     for folder, lock in _held.items():
         if [path.name for path in folder.glob("*")] == [_LOCK]:

@@ -17,7 +17,7 @@ def no_locks(monkeypatch):
 
 def test_a_sweep_that_came_to_no_job_leaves_no_folder(tmp_path):
     assert JobResults(tmp_path).claim(keep=False)
-    job_results._remove_empty()
+    job_results._release_all()
     assert not [*tmp_path.iterdir()]
     JobResults(tmp_path).release(keep=False)
     assert not job_results._held
@@ -47,7 +47,7 @@ def test_a_new_sweep_removes_earlier_results_and_nothing_else(tmp_path):
 def test_results_of_a_sweep_that_ends_early_are_kept(tmp_path):
     assert JobResults(tmp_path).claim(keep=False)
     JobResults(tmp_path).store(0, ROW)
-    job_results._remove_empty()
+    job_results._release_all()
     assert JobResults(tmp_path).rows() == [ROW]
     JobResults(tmp_path).release(keep=True)
     assert JobResults(tmp_path).rows() == [ROW]
