@@ -100,7 +100,7 @@ def config(words: list[str]) -> DictConfig:
     register_resolvers()
     with initialize_config_dir(str(Path(dinoseg.__file__).parent / "cfg"), version_base="1.3"):
         composed = compose("main", [*words, "backbone.weights=random"], return_hydra_config=True)
-    return job_config(composed, composed.hydra.runtime.choices)
+    return job_config(composed, composed.hydra.runtime)
 
 
 def foretold(cfg: DictConfig) -> tuple[int, int]:
