@@ -44,8 +44,8 @@ BASES = {  # a command line that works, of each mode and of what trains otherwis
     "train": (*TRAIN, "adapter=full"),
     "train many": (*TRAIN, "trainer=multi_head", "heads=[linear,{head: mlp, lr: 1e-3}]", "adapter=frozen"),
     "train kept": (*TRAIN, "head=detail", "head.layers=[-1]", "data.views=2", "adapter=frozen", "engine.cache=disk"),
-    "train drawn": (*TRAIN, "head=linear", "head.layers=[-1]", "adapter=frozen", "loss.weights=median",
-                    "data.class_uniform=0.5", "loss.criterion.hard_fraction=0.5"),
+    "train hard": (*TRAIN, "head=linear", "head.layers=[-1]", "adapter=frozen", "loss.weights=median",
+                    "loss.criterion.hard_fraction=0.5"),
     "train distil": (*TRAIN, "trainer=distil", "teacher=run", "adapter=full"),
     "train auto": (*(word for word in TRAIN if word.split("=")[0] not in CHOSEN), "hparam=auto", "trainer.steps=1"),
     "train slots": (*(word for word in SLOTS if not word.startswith("mode")), "trainer.steps=1", "engine.workers=0"),
@@ -116,7 +116,7 @@ VALUES = (
     *("nothing/here", "odd.json", "deep.yaml", "auto", "disk", "memory", "all", *TEXTS),
 )
 TYPED = (  # keys that are typed most, or are young
-    *("data.class_uniform", "data.labelled", "data.views", "data.cache", "data.group", "data.folds"),
+    *("data.labelled", "data.views", "data.cache", "data.group", "data.folds"),
     *("loss.criterion.hard_fraction", "loss.weights"),
     *("trainer.unlabelled", "trainer.unlabelled_every", "trainer.unlabelled_batch_size"),
     *("trainer.temperature", "trainer.ema", "trainer.score", "trainer.epochs", "trainer.steps"),

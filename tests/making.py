@@ -33,9 +33,9 @@ def write_video(path, frames, size=(48, 32)):
     writer.release()
 
 
-def train_batches(data, augment, *, seed, views=None, uniform=None, **options):
+def train_batches(data, augment, *, seed, views=None, **options):
     """Return the loader's batches of the views of a data set."""
-    return loader.train_batches(TrainViews(data, augment, seed, views, uniform), **options)
+    return loader.train_batches(TrainViews(data, augment, seed, views), **options)
 
 
 class Pictures:

@@ -25,7 +25,7 @@ _READ = (  # groups and keys that change a model, its parameter groups or its fi
 )
 _NOT_READ = (  # of these groups: what the caller's own loop does
     *("optim.optimizer.betas", "optim.optimizer.freeze_backbone_until"),
-    *(f"data.{key}" for key in ("batch_size", "augment", "views", "class_uniform", "labelled", "folds", "fold")),
+    *(f"data.{key}" for key in ("batch_size", "augment", "views", "labelled", "folds", "fold")),
     *("data.cache", "data.workers"),
 )
 _CLASSES = Range("2 to 255. For one kind of object, give two: the background and the object", 2, 255)

@@ -1,8 +1,7 @@
 """Training views of images: each is a function of the seed, the epoch and the sample index alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,41 +9,8 @@ import torch
 from dinoseg.core.shapes import Sample, SegmentationData
 
 Transform = Callable[..., tuple[np.ndarray, np.ndarray]]
-"""Map an image (H, W, 3), its mask (H, W), a generator, and a class to be shown or None, to a view of both."""
-ORDER, VIEW, _CLASS, CLIP = 0, 1, 2, 5  # purposes of random streams, one Philox counter word
-
-
-@dataclass(frozen=True)
-class ClassUniform:
-    """Class-uniform sampling of a share of the samples: first a class, then one of its images, both uniformly.
-
-    Zhu et al., arXiv 1812.01593, sample their crops in this way.
-
-    Args:
-        share: probability in (0, 1] that a sample is class-uniform.
-        images: class id to the indices (N,) of the images that have pixels of that class.
-        digests: hash of each image's mask; a change of mask moves crops, which invalidates cached features.
-    """
-
-    share: float
-    images: Mapping[int, np.ndarray]
-    digests: Sequence[str]
-
-    def draw(self, rng: np.random.Generator) -> tuple[int, int] | None:
-        """Return an image index and the class to show, or None if this sample is not class-uniform."""
-        if rng.random() >= self.share:
-            return None
-        shown = list(self.images)[rng.integers(len(self.images))]
-        return int(rng.choice(self.images[shown])), shown
-
-
-class Draw(NamedTuple):
-    """Sampled view of one sample in one epoch."""
-
-    number: int  # of the view
-    image: int
-    shown: tuple[int, ...]  # class that the view must show; empty: the crop's position is unconstrained
-    rng: np.random.Generator
+"""Map an image (H, W, 3), its mask (H, W) and a generator to a view of both."""
+ORDER, VIEW, CLIP = 0, 1, 5  # purposes of random streams, one Philox counter word
 
 
 @dataclass(frozen=True)
@@ -56,32 +22,27 @@ class TrainViews:
         augment: samples a view of an image and its mask.
         seed: determines the views, together with epoch and sample.
         views: number of fixed views per sample, used in turn; None: new views in each epoch.
-        uniform: class-uniform sampling; None: each sample is the image of its own index.
     """
 
     data: SegmentationData
     augment: Transform
     seed: int
     views: int | None = None
-    uniform: ClassUniform | None = None
 
-    def draw(self, epoch: int, sample: int) -> Draw:
-        """Return the image, class and random generator of a sample in an epoch."""
-        number = epoch if self.views is None else epoch % self.views
-        drawn = self.uniform and self.uniform.draw(make_rng(self.seed, number, sample, _CLASS))
-        image, *shown = drawn or (sample,)
-        return Draw(number, image, tuple(shown), make_rng(self.seed, number, sample, VIEW))
+    def view_number(self, epoch: int) -> int:
+        """Return the number of the view that each sample shows in an epoch."""
+        return epoch if self.views is None else epoch % self.views
+
+    def make_rng(self, epoch: int, sample: int) -> np.random.Generator:
+        """Return the random generator of a sample's view in an epoch."""
+        return make_rng(self.seed, self.view_number(epoch), sample, VIEW)
 
     def read(self, epoch: int, sample: int) -> Sample:
         """Return the view of a sample in an epoch."""
-        return self.view_of(self.draw(epoch, sample))
-
-    def view_of(self, draw: Draw) -> Sample:
-        """Return the augmented view that `draw` describes."""
-        sample = self.data[draw.image]
-        pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
-        image, mask = self.augment(pixels, sample["mask"].numpy(), draw.rng, *draw.shown)
-        return Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=sample["name"])
+        whole = self.data[sample]
+        pixels = np.ascontiguousarray(whole["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
+        image, mask = self.augment(pixels, whole["mask"].numpy(), self.make_rng(epoch, sample))
+        return Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=whole["name"])
 
 
 def make_rng(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Generator:

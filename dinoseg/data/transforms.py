@@ -184,9 +184,7 @@ class Augment:
         self.color = color
         self.ignore_index = ignore_index
 
-    def __call__(
-        self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, shown: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return a view of image (H, W, 3) and mask (H, W), both uint8.
 
         Each part of a view uses its own random numbers, so changing one setting does not change the others' values.
@@ -195,10 +193,8 @@ class Augment:
             image: pixels.
             mask: class ids.
             rng: random generator.
-            shown: class to show: the view contains one of its pixels, sampled uniformly from those of the mask, if any.
-                `cat_max_ratio` then chooses among the crops that contain it.
         """
-        view = self._geometry(mask, rng, shown)
+        view = self._geometry(mask, rng)
         if self.color.before_scaling:
             image = self.color(image, view.colors)
         seen = self._warp_image(image, view)
@@ -209,17 +205,16 @@ class Augment:
             seen = cv2.copyMakeBorder(seen, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=self.fill)
         return seen, self._warp_mask(mask, view.matrix)
 
-    def mask(self, mask: np.ndarray, rng: np.random.Generator, shown: int | None = None) -> np.ndarray:
+    def mask(self, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return the view of a mask (H, W) alone, equal to the mask of a call with the same `rng` state."""
-        return self._warp_mask(mask, self.place(mask, rng, shown))
+        return self._warp_mask(mask, self.place(mask, rng))
 
-    def place(self, mask: np.ndarray, rng: np.random.Generator, shown: int | None = None) -> np.ndarray:
+    def place(self, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return the matrix (3, 3) from image pixels (x, y, 1) to their positions in the view of the same call.
 
-        The mask's values are read only for a class to be `shown` and for `cat_max_ratio`; otherwise only its size
-        matters.
+        The mask's values are read only for `cat_max_ratio`; otherwise only its size matters.
         """
-        return self._geometry(mask, rng, shown).matrix
+        return self._geometry(mask, rng).matrix
 
     def scaled_size(self, size: tuple[int, int], factor: float) -> tuple[float, float]:
         """Return height and width of an image of `size` (H, W) scaled by a factor of the range `scale`, pixels."""
@@ -234,7 +229,7 @@ class Augment:
         given = max(1, int(self.base * factor))
         return max(1, int(given * height / side + 0.5)), max(1, int(given * width / side + 0.5))
 
-    def _geometry(self, mask: np.ndarray, rng: np.random.Generator, shown: int | None) -> _View:
+    def _geometry(self, mask: np.ndarray, rng: np.random.Generator) -> _View:
         """Return the geometry of a view, after up to `_CHECKS` new positions of its crop, and its random numbers."""
         uniforms, (height, width) = rng.random(_DRAWS), mask.shape
         least, largest = self.scale
@@ -242,9 +237,8 @@ class Augment:
         factor = least * (largest / least) ** uniforms[0] if is_log else least + (largest - least) * uniforms[0]
         scaled = self.scaled_size((height, width), factor)
         zoom = (scaled[0] / height, scaled[1] / width)
-        pixel = None if shown is None else _any_pixel(mask, shown, rng)
         colors, numbers = uniforms[8:], uniforms[1:8]
-        matrix = self._matrix((height, width), zoom, numbers, pixel)
+        matrix = self._matrix((height, width), zoom, numbers)
         if self.cat_max_ratio is None and not self.color.has_switches:
             return _View(matrix, zoom, colors)
         more = rng.random(SWITCHES + 2 * _CHECKS)  # last, so that the numbers above do not depend on these settings
@@ -253,7 +247,7 @@ class Augment:
             if self._is_balanced(mask, matrix):
                 break
             numbers[4:6] = position
-            matrix = self._matrix((height, width), zoom, numbers, pixel)
+            matrix = self._matrix((height, width), zoom, numbers)
         return _View(matrix, zoom, colors)
 
     def _is_balanced(self, mask: np.ndarray, matrix: np.ndarray) -> bool:
@@ -308,10 +302,8 @@ class Augment:
             borderValue=(self.ignore_index,),
         )
 
-    def _matrix(
-        self, size: tuple[int, int], zoom: tuple[float, float], uniforms: np.ndarray, pixel: np.ndarray | None
-    ) -> np.ndarray:
-        """Return the matrix (3, 3) from image pixel centres (x, y, 1) to the crop, which contains `pixel` if given."""
+    def _matrix(self, size: tuple[int, int], zoom: tuple[float, float], uniforms: np.ndarray) -> np.ndarray:
+        """Return the matrix (3, 3) from image pixel centres (x, y, 1) to the crop."""
         height, width = size[0] * zoom[0], size[1] * zoom[1]
         crop_height, crop_width = self.crop
         signed = 2 * uniforms - 1
@@ -325,13 +317,8 @@ class Augment:
             turn = _mirror(width) @ turn
         if at_end:  # the crop starts at 0 in an image smaller than it
             height, width = max(height, crop_height), max(width, crop_width)
-        if pixel is None:
-            start = _crop_start if self.relative_to == "image" else _whole_crop_start
-            left, top = start(width - crop_width, uniforms[4]), start(height - crop_height, uniforms[5])
-        else:
-            x, y, _ = _move(shift_x, shift_y) @ turn @ _resize(zoom) @ pixel
-            left = _crop_start_at(x, width, crop_width, uniforms[4])
-            top = _crop_start_at(y, height, crop_height, uniforms[5])
+        start = _crop_start if self.relative_to == "image" else _whole_crop_start
+        left, top = start(width - crop_width, uniforms[4]), start(height - crop_height, uniforms[5])
         matrix = _move(shift_x - left, shift_y - top) @ turn @ _resize(zoom)
         return _mirror(crop_width) @ matrix if flips and not at_end else matrix
 
@@ -365,26 +352,6 @@ def _whole_crop_start(room: float, uniform: float) -> float:
 def _crop_start(room: float, uniform: float) -> float:
     """Return the start of a crop in whole pixels; `room` is negative where the image is smaller than the crop."""
     return round(min(0.0, room) + abs(room) * uniform)
-
-
-def _crop_start_at(at: float, length: float, crop: int, uniform: float) -> float:
-    """Return the start of a crop such that `at` falls on a pixel centre inside it, so that nearest mapping reads it.
-
-    If possible, the crop starts where `_crop_start` would start it, to within half a pixel. If rotation or shift moved
-    `at` outside the image's bounds, the crop follows it there.
-    """
-    room = length - crop
-    first, last = (min(max(round(at - start), 0), crop - 1) for start in (max(0.0, room), min(0.0, room)))
-    return at - (first + int(uniform * (last + 1 - first)))
-
-
-def _any_pixel(mask: np.ndarray, shown: int, rng: np.random.Generator) -> np.ndarray | None:
-    """Return the centre (x, y, 1) of a random pixel of a class, or None if the mask has none."""
-    places = np.flatnonzero(mask == shown)
-    if not len(places):
-        return None
-    y, x = divmod(int(places[rng.integers(len(places))]), mask.shape[1])
-    return np.array([x, y, 1.0])
 
 
 def _turn_and_slant(degrees: float, shear: float) -> np.ndarray:

@@ -288,8 +288,6 @@ class ClipTask(TrainingTask):
             )
         if (cache := parts.value("data.cache")) is not None:
             raise UserError(f"data.cache={cache} stores images with masks, not clips. Set data.cache=null.")
-        if share := parts.value("data.class_uniform"):
-            raise UserError(f"data.class_uniform={share} is for images with masks, not for clips. Set it to 0.")
         self._check_tracking()
 
     def _check_outputs(self, loss: Loss) -> None:

@@ -61,13 +61,13 @@ class CachedScores:
         Raises:
             UserError: the image cannot be read, or the teacher cannot predict it.
         """
-        draw, data = drawn.draw(epoch, sample), drawn.data
-        scores, (height, width, *valid) = self._of_image(data, draw.image)
+        data = drawn.data
+        scores, (height, width, *valid) = self._of_image(data, sample)
         size = round(height), round(width)
         assert isinstance(drawn.augment, Augment)
-        reads_mask = draw.shown or drawn.augment.cat_max_ratio is not None
-        mask = _mask(data, draw.image) if reads_mask else np.broadcast_to(np.uint8(0), size)
-        matrix = drawn.augment.place(mask, draw.rng, *draw.shown)
+        reads_mask = drawn.augment.cat_max_ratio is not None
+        mask = _mask(data, sample) if reads_mask else np.broadcast_to(np.uint8(0), size)
+        matrix = drawn.augment.place(mask, drawn.make_rng(epoch, sample))
         return TeacherView.of(scores, (valid[0], valid[1]), matrix, (mask.shape[0], mask.shape[1]))
 
     def _of_image(self, data: SegmentationData, index: int) -> tuple[Tensor, list[float]]:
@@ -345,4 +345,4 @@ class DistillationTask(ImageTask):
                 f"trainer.unlabelled_batch_size={size} with {count_of(len(images), 'image')} without masks: give a "
                 f"number of at most that, a multiple of {count_of(data_module.world_size, 'device')}, or more images."
             )
-        return replace(data_module, train=images, batch_size=size, uniform=None)
+        return replace(data_module, train=images, batch_size=size)

@@ -5,17 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from dinoseg.config.checks import check_arguments
-from dinoseg.core.shapes import SegmentationData
-from dinoseg.data.class_uniform import class_uniform
 from dinoseg.data.doctor.short import check as examine
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.class_counts import cache_counts, class_counts
 from dinoseg.data.splits import evenly_spaced_subset, split_table
-from dinoseg.data.train_views import ClassUniform
 from dinoseg.data.transforms import Augment
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.collected import Collector
@@ -67,7 +62,6 @@ class ImageTask(TrainingTask):
             augment=parts.part("data.augment"),
             background=parts.background,
             policy=parts.part("inference"),
-            uniform=self._class_uniform(train, engine),
             seed=parts.seed,
             workers=engine.workers,
             rank=engine.rank,
@@ -221,17 +215,3 @@ class ImageTask(TrainingTask):
     def skipped(self) -> dict[str, Mapping[str, str]]:
         """Return the files that were left out, with their reasons, by split."""
         return {"train": self.data_module.train.skipped, "val": self.data_module.val.skipped}
-
-    def _class_uniform(self, train: SegmentationData, engine: Engine) -> ClassUniform | None:
-        """Return the class-balanced sampling of `data.class_uniform`, which rank 0 prepares; None if it is off."""
-        parts = self.parts
-        share = parts.value("data.class_uniform", 0.0)
-        if share == 0 and not isinstance(share, bool):
-            return None
-        check_arguments("dinoseg.data.class_uniform.class_uniform", {"share": share}, {"share": "data.class_uniform"})
-
-        def find_images() -> tuple[dict[int, np.ndarray], list[str]]:
-            found = class_uniform(train, share, cache_dir=parts.cache_dir, workers=parts.workers)
-            return dict(found.images), list(found.digests)
-
-        return ClassUniform(share, *engine.run_on_rank0(find_images))

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from inspect import signature
 from itertools import count, islice
 from typing import Any
 
@@ -15,7 +14,7 @@ from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.data.loader import check_batch_size, train_batches
 from dinoseg.data.loading_workers import advise_more_workers
 from dinoseg.data.packed.pack import PackedDataset
-from dinoseg.data.train_views import ClassUniform, TrainViews
+from dinoseg.data.train_views import TrainViews
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
@@ -26,7 +25,6 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import FeatureCache, LazyFeatureBatch
 from dinoseg.training.tally import Tally
 from dinoseg.training.validation import ScoredModel, evaluate_each
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 
 
@@ -47,7 +45,6 @@ class ImageDataModule:
         world: number of ranks.
         pictures: number of validation images that each validation visualises, the same ones every time.
         views: fixed augmentations of each training image, used in turn; None: new ones in each epoch.
-        uniform: class-balanced sampling: which training samples show each class; None: off.
         cache: feature cache of the model's frozen part; None: batches consist of images.
     """
 
@@ -63,19 +60,13 @@ class ImageDataModule:
     world_size: int = 1
     pictures: int = 0
     views: Count | None = None
-    uniform: ClassUniform | None = None
     cache: FeatureCache | None = None
     score_names: Sequence[str] = field(init=False)
     lowest: Sequence[str] = ("loss",)
 
     def __post_init__(self) -> None:
-        """Refuse a batch size or sampling options that do not fit, long before the first batch."""
+        """Refuse a batch size that does not fit, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world_size)
-        if self.uniform is not None and "shown" not in signature(self.augment).parameters:
-            raise UserError(
-                f"data.class_uniform={self.uniform.share}: data.augment cannot crop around a class, since it has no "
-                "parameter `shown`, as dinoseg.data.transforms.Augment has. Add it, or set data.class_uniform=0."
-            )
         empty = ConfusionMatrix(len(self.val.classes), background=self.background).compute()
         self.score_names = sorted(["loss", *(key for key, value in empty.items() if value is None)])
 
@@ -87,7 +78,7 @@ class ImageDataModule:
     @property
     def drawn(self) -> TrainViews:
         """Return the training images as augmented views."""
-        return TrainViews(self.train, self.augment, self.seed, self.views, self.uniform)
+        return TrainViews(self.train, self.augment, self.seed, self.views)
 
     @property
     def epoch(self) -> float:

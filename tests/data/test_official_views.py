@@ -242,21 +242,19 @@ def test_crops_are_checked_ten_times(ratio):
 
 
 @pytest.mark.parametrize("color", [ColorJitter(0.2), PhotometricDistortion(0.1, 0.1, 0.1, 0.1)])
-@pytest.mark.parametrize("shown", [None, 2])
 @pytest.mark.parametrize("options", [{}, SHORT, FIT | {"affine": Affine(20, 0.1, 5)}])
-def test_mask_and_place_agree_with_the_view(options, shown, color):
+def test_mask_and_place_agree_with_the_view(options, color):
     augment = Augment(CROP, **options, flip=0.5, color=color, cat_max_ratio=0.6)
     free, moved = Augment(CROP, **options, flip=0.5, color=color), 0
     for seed in range(12):
         mask = blobs((90, 130), seed)
-        _, seen = augment(np.repeat(mask[..., None], 3, axis=2), mask, np.random.default_rng(seed), shown)
-        assert np.array_equal(augment.mask(mask, np.random.default_rng(seed), shown), seen)
-        place = augment.place(mask, np.random.default_rng(seed), shown)
+        _, seen = augment(np.repeat(mask[..., None], 3, axis=2), mask, np.random.default_rng(seed))
+        assert np.array_equal(augment.mask(mask, np.random.default_rng(seed)), seen)
+        place = augment.place(mask, np.random.default_rng(seed))
         rows, columns = np.nonzero(seen != 255)
         x, y, _ = np.rint(np.linalg.inv(place) @ np.stack([columns, rows, np.ones(len(rows))])).astype(int)
         assert (mask[y.clip(0, 89), x.clip(0, 129)] == seen[rows, columns]).mean() > 0.97
-        assert shown is None or (seen == shown).any()  # among the crops that show the pixel
-        other = free.place(mask, np.random.default_rng(seed), shown)
+        other = free.place(mask, np.random.default_rng(seed))
         assert np.allclose(place[:2, :2], other[:2, :2])  # only the position is drawn again
         moved += not np.allclose(place, other)
     assert moved
@@ -267,17 +265,6 @@ def test_a_mask_of_one_class_or_none_gives_a_crop():
     for value in (3, 255):
         mask = np.full((60, 90), value, np.uint8)
         assert set(np.unique(augment.mask(mask, np.random.default_rng(1)))) <= {value, 255}
-
-
-@pytest.mark.parametrize(("padding", "relative_to"), [("end", "image"), ("end", "short"), ("spread", "fit")])
-def test_a_class_is_shown_with_any_padding(padding, relative_to):
-    for size, crop in (((40, 60), (8, 12)), ((40, 60), (70, 20)), ((40, 60), (90, 90)), ((5, 60), (20, 20))):
-        for affine in (Affine(), Affine(180, 0.9, 45)):
-            augment = Augment(crop, scale=(0.3, 3), relative_to=relative_to, padding=padding, affine=affine, flip=0.5)
-            for seed in range(30):
-                mask = np.zeros(size, np.uint8)
-                mask[seed % size[0], (7 * seed) % size[1]] = 1
-                assert (augment.mask(mask, np.random.default_rng(seed), 1) == 1).any()
 
 
 def official_view(size, options, rng):
@@ -345,21 +332,19 @@ def test_factors_are_uniform_or_log_uniform():
     ("options", "expected"),
     [
         ({}, "9a337410076127ce"),
-        ({"shown": 1}, "e9d09613038f151c"),
         ({"longest": 96, "affine": Affine(20, 0.1, 5)}, "4b16952a8622148d"),
-        ({"shown": 2, "affine": Affine(20, 0.1, 5)}, "dd54c3c4d9e33fff"),
     ],
 )
 def test_default_views_and_the_numbers_after_them_are_those_of_before(options, expected):
     """Digests recorded before these keys existed."""
-    rng, shown = np.random.default_rng(7), options.pop("shown", None)
+    rng = np.random.default_rng(7)
     image = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)
     mask = rng.integers(0, 5, (61, 83), dtype=np.uint8)
     augment = Augment((40, 96), scale=(0.75, 1.5), flip=0.5, color=ColorJitter(0.2, 0.2, 0.2, 0.05), **options)
     digest = hashlib.sha256()
     for seed in range(8):
         rng = np.random.default_rng(seed)
-        for part in (*augment(image, mask, rng, shown), rng.random(3)):
+        for part in (*augment(image, mask, rng), rng.random(3)):
             digest.update(part.tobytes())
     assert digest.hexdigest()[:16] == expected
 

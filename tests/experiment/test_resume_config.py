@@ -188,7 +188,7 @@ def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
     masks, alone = ("head=mask2former",), "head.deep_supervision=false"
     assert recipe(*masks) == recipe(*masks, alone)  # which losses of pixels do not read
     of_masks = (*masks, "loss=mask_classification")
-    others = ("data.ignore_index=7", "data.views=3", "data.class_uniform=0.5")
+    others = ("data.ignore_index=7", "data.views=3")
     cases = [(), masks, of_masks, (*of_masks, alone), ("head=detail",), ("head=detail", "head.linear_skip=false")]
     found = [repr(recipe(*words)) for words in (*cases, *((other,) for other in others))]
     assert len({*found}) == len(found)

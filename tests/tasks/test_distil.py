@@ -12,11 +12,9 @@ from finished_runs import rows, trained, whole_and_resumed_on_ranks
 from refused_trainings import refusal
 
 import dinoseg
-from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.experiment.teacher import Teacher
 from dinoseg.training import checkpoint
-from dinoseg.training.engine import Engine
 
 PLAIN = (
     *("mode=train", *(word for word in SMALL if word != "trainer.steps=2")),
@@ -99,7 +97,7 @@ def test_packed_and_reduced_images_are_taught_as_their_files_are(folder, monkeyp
         Teacher, "__call__", lambda teacher, image: sizes.add(tuple(image.shape)) or ask(teacher, image)
     )
     words = ("data.cache=packed", "resolution.longest=24", "resolution.crop=[16,24]", "cache_dir=packed")
-    trained(folder, "packed", *WORDS, *words, "data.class_uniform=0.5", "trainer.steps=2")
+    trained(folder, "packed", *WORDS, *words, "trainer.steps=2")
     assert sizes == {(3, 32, 48)}
 
 
@@ -119,14 +117,6 @@ def test_students_of_any_kind_are_taught(folder, student):
     found = [row["train/teacher"] for row in rows(folder, "student") if "train/loss" in row]
     shutil.rmtree(folder / "student")
     assert sum(found[-3:]) < 0.8 * sum(found[:3]), found
-
-
-def test_images_without_masks_are_drawn_for_no_class(folder, compose, monkeypatch):
-    monkeypatch.chdir(folder)
-    cfg = compose(*HALF, "data.class_uniform=0.5")
-    task = Builder(cfg).task()
-    task.open(Engine("cpu", "fp32", workers=0))
-    assert task.data_module.uniform is not None and task.data_module.others.uniform is None
 
 
 def test_frames_of_a_video_are_learnt_from(folder):

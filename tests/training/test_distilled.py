@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dinoseg.core.shapes import Batch, FeatureBatch, FrozenFeatures, Prediction
-from dinoseg.data.class_uniform import ClassUniform
 from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.data.unlabelled import Unmasked
@@ -55,9 +54,8 @@ def views(cat_max_ratio=None, **changes):
 
 
 @pytest.mark.parametrize("ratio", [None, 0.7])
-@pytest.mark.parametrize("uniform", [None, ClassUniform(1.0, {0: np.arange(2), 1: np.arange(2)}, ["x", "y"])])
-def test_scores_of_a_view_are_those_of_the_pixels_that_it_shows(uniform, ratio):
-    drawn, kept = views(ratio, uniform=uniform), CachedScores(where, MemoryStore("float32", 0), 2)
+def test_scores_of_a_view_are_those_of_the_pixels_that_it_shows(ratio):
+    drawn, kept = views(ratio), CachedScores(where, MemoryStore("float32", 0), 2)
     for epoch, sample in ((0, 0), (0, 1), (5, 1)):
         view, seen = drawn.read(epoch, sample), kept.look(drawn, epoch, sample).to(CPU)
         scores = seen.at(slice(0, 24), slice(0, 20))
@@ -211,7 +209,7 @@ def test_what_the_loss_of_masks_needs_is_asked_for():
 
 def test_views_that_do_not_say_where_they_lie_are_refused():
     class Other(Augment):
-        def __call__(self, image, mask, rng, shown=None):
+        def __call__(self, image, mask, rng):
             return image, mask
 
     for augment in (Other((4, 4)), lambda image, mask, rng: (image, mask)):

@@ -4,7 +4,6 @@ import errno
 import itertools
 import logging
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,14 +15,12 @@ from making import train_batches
 from torch import nn
 
 from dinoseg.data import loader
-from dinoseg.data.class_uniform import class_uniform
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs import dataset as pairs
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.train_views import ClassUniform
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Windows
@@ -102,7 +99,6 @@ def train(data, tiny_backbone, tmp_path):
         engine = Engine("cpu", "fp32", workers=0, cache=cache)
         policy = options.pop("policy", None)
         share = {"batch_size": 2, "seed": 5, "workers": options.pop("workers", 0), "policy": policy}
-        share["uniform"] = options.pop("uniform", None)
         data_module = ImageDataModule(data_set, data_set, augment, pictures=1, views=views, **share)
         plan = CacheOptions(tmp_path / "cache", epochs or steps * 2 / 5, "drawing", {}, dtype=dtype, **options)
         loss = CrossEntropy(torch.ones(3))
@@ -140,18 +136,6 @@ def test_training_on_features_is_training_on_images(train, adapter, monkeypatch,
     monkeypatch.setattr(pairs, "read_pair", lambda pair, reader: opened.append(pair.name) or read_pair(pair, reader))
     assert train("disk", adapter=adapter)[0] == live
     assert opened == ["0"] * 4  # what is measured, the size of the validation images, and the picture of each of two
-
-
-def test_views_for_a_class_are_kept_as_they_are_and_known_by_their_masks(train, data, computed, tmp_path):
-    uniform = class_uniform(data, 0.6, cache_dir=tmp_path)
-    live = train(uniform=uniform)[0]
-    assert live != train()[0]
-    computed.clear()
-    assert train("disk", uniform=uniform)[0] == live
-    first, once = sum(computed), computed.clear()
-    assert train("disk", uniform=uniform)[0] == live and sum(computed) == MEASURED and once is None
-    train("disk", uniform=replace(uniform, digests=["other"] * 5))  # crops may lie elsewhere
-    assert 2 + MEASURED < sum(computed) < first + MEASURED
 
 
 def test_checked_crops_are_cached_and_known_by_their_masks(train, data, computed):
@@ -482,10 +466,6 @@ def test_auto_caches_in_memory_else_on_disk(train, monkeypatch, caplog, memory, 
     [
         ({"cache": "disk", "views": None}, "engine.cache=disk: Random augmentation makes every view unique"),
         ({"cache": "memory", "adapter": Lora(2, 4)}, "engine.cache=memory: The first block is trained"),
-        (
-            {"uniform": ClassUniform(0.5, {}, []), "augment": lambda image, mask, rng: (image, mask)},
-            "has no parameter `shown`",
-        ),
         ({"cache": "ssd"}, "engine.cache=ssd is unknown. Choose one of auto, off, disk, memory"),
         ({"cache": "disk", "dtype": "int4"}, "features.dtype=int4 is unknown"),
     ],

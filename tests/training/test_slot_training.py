@@ -260,7 +260,6 @@ def test_videos_without_masks_have_a_loss_alone(here):
         (("slots=lock_on",), "slots.lock_on=true needs the first frame's masks, and data=movi is evaluated without"),
         (("slots.temperature=-1",), "slots.temperature=-1 is out of range. Give a number above 0"),
         (("data.cache=packed",), "data.cache=packed stores images with masks, not clips"),
-        (("data.class_uniform=0.1",), "data.class_uniform=0.1 is for images with masks, not for clips"),
         (("data.batch_size=99",), "data.batch_size=99 with 8 training clips"),
         (("backbone=rgb", "head.num_slots=[2,2]", "head.groups=always"), "needs a backbone with a class token"),
     ],

@@ -16,7 +16,7 @@ from dinoseg.core.sizes import Size
 from dinoseg.data.loader import load_in_order, sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.likeness import digest
-from dinoseg.data.train_views import Draw, TrainViews, Transform
+from dinoseg.data.train_views import TrainViews, Transform
 from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.inference.policy import Autocast
@@ -215,26 +215,23 @@ def view_key(data: SegmentationData, index: int, *draw: object) -> str:
 def _read_views(
     drawn: TrainViews, store: FeatureStore, drawing: str, masks: CachedMasks, epoch: int, index: int
 ) -> View:
-    data, augment, draw = drawn.data, drawn.augment, drawn.draw(epoch, index)
-    key = view_key(data, draw.image, drawing, drawn.seed, draw.number, index, *_aim(drawn, draw))
-    name = data.names[draw.image]
+    data, augment = drawn.data, drawn.augment
+    key = view_key(data, index, drawing, drawn.seed, drawn.view_number(epoch), index, *_mask_digests(drawn, index))
+    name = data.names[index]
     features = store.get(key)
     if features is not None and _has_masks_only(data) and _transforms_masks_only(augment):
-        mask = masks.get((key, name), lambda: augment.mask(data.mask(draw.image), draw.rng, *draw.shown))
+        mask = masks.get((key, name), lambda: augment.mask(data.mask(index), drawn.make_rng(epoch, index)))
         return View(key, mask, name, features, None)
-    sample = drawn.view_of(draw)
+    sample = drawn.read(epoch, index)
     return View(key, sample["mask"], sample["name"], features, sample["image"])
 
 
-def _aim(drawn: TrainViews, draw: Draw) -> tuple[object, ...]:
-    """Return what else determines a view's position: the class that it shows, and the hash of the image's mask."""
-    if isinstance(drawn.augment, Augment) and drawn.augment.cat_max_ratio is not None:
-        data = drawn.data
-        mask = data.mask(draw.image) if _has_masks_only(data) else data[draw.image]["mask"].numpy()
-        return *draw.shown, digest(mask)
-    if drawn.uniform is None or not draw.shown:
-        return ()
-    return *draw.shown, drawn.uniform.digests[draw.image]
+def _mask_digests(drawn: TrainViews, index: int) -> list[str]:
+    """Return the hash of an image's mask if the mask determines the position of a view; else none."""
+    data, augment = drawn.data, drawn.augment
+    if not isinstance(augment, Augment) or augment.cat_max_ratio is None:
+        return []
+    return [digest(data.mask(index) if _has_masks_only(data) else data[index]["mask"].numpy())]
 
 
 def _has_masks_only(data: SegmentationData) -> TypeGuard[PairDataset | Unmasked]:
