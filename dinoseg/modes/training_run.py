@@ -313,10 +313,11 @@ def _warn_of_other_sizes(build: Builder) -> None:
 
 
 def next_commands(run: Path, *, on_clips: bool) -> list[str]:
-    """Return a line for each command that uses a finished training."""
+    """Return a line for each command that uses a finished training, and for the one that advises on its data."""
     uses = ["mode=track {} input=VIDEO"] if on_clips else ["mode=predict {} input=PATH", "mode=export {} export=onnx"]
     resume = shlex.quote(f"resume={run}")
-    return ["next:", *(f"  python -m dinoseg {use.format(resume)}" for use in ("mode=eval {}", *uses))]
+    lines = ["next:", *(f"  python -m dinoseg {use.format(resume)}" for use in ("mode=eval {}", *uses))]
+    return lines if on_clips else [*lines, "data advice:  mode=doctor with the same data settings"]
 
 
 def check_data_on_rank0(task: TrainingTask, engine: Engine) -> TrainedSizes | None:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from dinoseg.data.doctor.short import check as examine
-from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.scan.class_counts import cache_counts, class_counts
+from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.splits import evenly_spaced_subset, split_table
 from dinoseg.data.transforms import Augment
 from dinoseg.evaluation.about import EVALUATION
@@ -127,18 +126,16 @@ class ImageTask(TrainingTask):
         return {"engine.cache": cache.place, "features.dtype": plan.dtype}
 
     def check_data(self) -> TrainedSizes | None:
-        """Run the short dataset checks; return the sizes of the training images, if they are files."""
-        parts, train, cache_dir = self.parts, self.data_module.train, self.parts.cache_dir
-        counted = parts.value("loss.weights") != "none"
-        files = train.source if isinstance(train, PairDataset) and counted else None
-        key = files.fingerprint() if files else ""
-        group, name = parts.value("data.group"), parts.options["data"]
+        """Refuse data with errors; return the sizes of the training images, if they are files."""
+        parts = self.parts
         splits = examine(
-            train, self.data_module.val, cache_dir=cache_dir, group=group, data_name=name, workers=parts.workers
+            self.data_module.train,
+            self.data_module.val,
+            cache_dir=parts.cache_dir,
+            group=parts.value("data.group"),
+            data_name=parts.options["data"],
+            workers=parts.workers,
         )
-        records = splits[0].records if splits else ()
-        if files and records:
-            cache_counts(files, records, key, cache_dir)  # for the loss, which would otherwise read all masks again
         sizes = [
             [size for record in split.records if (size := record.image_size or record.mask_size)] for split in splits
         ]

@@ -81,11 +81,12 @@ def test_a_run_logs_its_setup_and_prints_thenext_commands(where):
         "data:        4 training and 6 validation images",
         f"run folder:  {where}/run",
     ]
-    assert done.out.splitlines()[-4:] == [
+    assert done.out.splitlines()[-5:] == [
         "next:",
         f"  python -m dinoseg mode=eval resume={where}/run",
         f"  python -m dinoseg mode=predict resume={where}/run input=PATH",
         f"  python -m dinoseg mode=export resume={where}/run export=onnx",
+        "data advice:  mode=doctor with the same data settings",
     ]
 
 
@@ -143,7 +144,7 @@ def test_a_start_reads_each_mask_once_and_builds_no_outline(where, monkeypatch):
     assert gone.status == 1 and "gone.safetensors" in gone.err and not read
     words = ("loss.weights=median", "data.workers=1", f"cache_dir={where}/c")
     stopped = call(where, "mode=train", *SMALL, *words)
-    assert stopped.status == 1 and "error: enough" in stopped.err and list(where.rglob("class_counts_*"))
+    assert stopped.status == 1 and "error: enough" in stopped.err and list(where.rglob("scan_*"))
     masks = where.glob("data/*/masks/*.png")
     assert not outlined and sorted(where / path for path in read) == sorted(masks)
 

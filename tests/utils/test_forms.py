@@ -8,16 +8,14 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from making import save
 from safetensors.torch import save_file
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.youtube_vos import YoutubeVos
 from dinoseg.data.packed.store import INDEX, PIXELS, Extent, StoreKey, open_store, write_index
-from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.scan import class_counts, scan
+from dinoseg.data.scan import scan
 from dinoseg.data.scan.record import Record
 from dinoseg.data.video import index as video_index
 from dinoseg.evaluation.restart import RECORD, earlier_run
@@ -50,14 +48,13 @@ HOSTILE = [  # none of them has the form of anything that is written
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
-    for name in (INDEX, RECORD, "split.json", "train/meta.json", "counts.json"):
+    for name in (INDEX, RECORD, "split.json", "train/meta.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text)
     (tmp_path / PIXELS).write_bytes(bytes(64))
     assert open_store(tmp_path, StoreKey("f", None), ["a"]) is None
-    assert class_counts._load(tmp_path / "counts.json", "f", 2) is None
     assert _read_split(tmp_path / "split.json") is None
-    assert caplog.text.count("is damaged (") == 1 and caplog.text.count("are damaged (") == 1
+    assert caplog.text.count("is damaged (") == 1
     with pytest.raises(UserError, match=r"holds no readable tracking\.json \(.*leave mode\.restart out"):
         earlier_run(str(tmp_path), {"data": {}, "given": "none", "tracker": {}})
     for folder in ("JPEGImages/v", "Annotations/v"):
@@ -102,18 +99,6 @@ def test_no_item_of_a_packed_store_is_larger_than_an_image(tmp_path):
     for side, there in ((2**13, True), (2**15, False)):
         write_index(tmp_path, key, ["a"], [Extent(0, side, side, 0)])
         assert (open_store(tmp_path, key, ["a"]) is not None) == there
-
-
-@pytest.mark.parametrize("pixels", [[1.5, 2], [-1, 2], ["1", 2], [True, 2], [2**63, 2], [[1], [2]], [None, 2]])
-def test_class_counts_that_are_none_are_counted_anew(tmp_path, caplog, pixels):
-    image, mask = save(tmp_path / "i.png", np.zeros((1, 3, 3))), save(tmp_path / "m.png", [[0, 1, 1]])
-    data = PairDataset([Pair("m", image, mask)], Labels.of(["a", "b"], None, 255), Masks())
-    assert class_counts.class_counts(data, tmp_path).tolist() == [1, 2]
-    path = next(tmp_path.glob("class_counts_*"))
-    path.write_text(json.dumps({**json.loads(path.read_text()), "pixels": pixels}))
-    assert class_counts.class_counts(data, tmp_path).tolist() == [1, 2]
-    assert "are damaged (it.pixels" in caplog.text
-    assert json.loads(path.read_text())["pixels"] == [1, 2]
 
 
 def test_a_scan_that_was_tampered_with_is_made_anew(tmp_path, caplog):

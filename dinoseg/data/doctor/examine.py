@@ -1,4 +1,4 @@
-"""All doctor checks on all splits, and a summary of each split."""
+"""The checks of a training, all checks of mode=doctor, and a summary of each split."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,9 +7,9 @@ from typing import Any
 
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.doctor.checks.classes import check_classes
+from dinoseg.data.doctor.checks.classes import check_classes, check_coverage
 from dinoseg.data.doctor.checks.duplicates import check_duplicates
-from dinoseg.data.doctor.checks.files import check_files, check_orientation
+from dinoseg.data.doctor.checks.files import check_files, check_orientation, check_resized
 from dinoseg.data.doctor.checks.pairing import check_pairing
 from dinoseg.data.doctor.checks.splits import check_groups, check_same_files
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
@@ -37,6 +37,15 @@ def scanned(split: str, dataset: PairDataset | CustomDataset, records: Sequence[
     )
 
 
+def find_errors(splits: Sequence[Scanned], *, data_name: str = "", group: str | None = None) -> list[Finding]:
+    """Return what stops a training or makes its scores worthless, errors first; the arguments are those of `examine`.
+
+    It is found without decoding an image.
+    """
+    findings = [*check_files(splits), *check_classes(splits, data_name)]
+    return by_severity([*findings, *check_same_files(splits), *check_groups(splits, group)])
+
+
 def examine(
     splits: Sequence[Scanned],
     *,
@@ -44,7 +53,7 @@ def examine(
     group: str | None = None,
     near_distance: int = 6,
 ) -> list[Finding]:
-    """Return the findings of all checks, errors first.
+    """Return the errors and all advice, errors first.
 
     Args:
         splits: one or more splits with the same class table.
@@ -52,8 +61,8 @@ def examine(
         group: regular expression on the name that gives an image's group; None: the name's first folder.
         near_distance: maximum number of differing bits, of 64, for two images to be nearly equal.
     """
-    findings = [*check_files(splits), *check_orientation(splits), *check_classes(splits, data_name)]
-    findings += [*check_same_files(splits), *check_groups(splits, group), *check_videos(splits)]
+    findings = find_errors(splits, data_name=data_name, group=group)
+    findings += [*check_resized(splits), *check_orientation(splits), *check_coverage(splits), *check_videos(splits)]
     findings += check_duplicates(splits, near_distance)
     for part in splits:
         findings += check_pairing(part)

@@ -1,15 +1,11 @@
-"""Quick doctor before training: scans masks only, raises errors and logs warnings."""
+"""Check of the data before a training: scans masks only, and raises the errors that mode=doctor reports."""
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 from dinoseg.core.shapes import SegmentationData
-from dinoseg.data.doctor.checks.classes import check_classes
-from dinoseg.data.doctor.checks.files import check_files
-from dinoseg.data.doctor.checks.splits import check_groups, check_same_files
-from dinoseg.data.doctor.examine import scanned
-from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
+from dinoseg.data.doctor.examine import find_errors, scanned
+from dinoseg.data.doctor.findings import Finding, Scanned
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.scan.scan import scan
 from dinoseg.utils.errors import UserError
@@ -30,9 +26,10 @@ def check(
     group: str | None = None,
     data_name: str = "",
 ) -> list[Scanned]:
-    """Scan the masks of both splits, log warnings, and return the records, which are cached in `cache_dir`.
+    """Scan the masks of both splits and return the records, which are cached in `cache_dir`.
 
-    Datasets other than `PairDataset` are not checked.
+    Errors that only the user can judge, such as a video in both splits, are logged as warnings. Datasets other than
+    `PairDataset` are not checked.
 
     Raises:
         UserError: a problem would stop the run later, or leaves no labels to train on.
@@ -43,22 +40,17 @@ def check(
             return []
         records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
         splits.append(scanned(split, data, records))
-    findings = brief(splits, group=group, data_name=data_name)
-    for finding in findings:
-        if finding.severity == "warning":
-            files = f" ({join_names(finding.files, 3)})" if finding.files else ""
-            log.warning("data: %s", printable(f"{finding.message}{files} {finding.remedy}".rstrip()))
-    if errors := [finding for finding in findings if finding.severity == "error"]:
+    errors = []
+    for finding in find_errors(splits, data_name=data_name, group=group):
+        if finding.severity == "error" and finding.stops:
+            errors.append(finding)
+            continue
+        files = f" ({join_names(finding.files, 3)})" if finding.files else ""
+        log.warning("data: %s", printable(f"{finding.message}{files} {finding.remedy}".rstrip()))
+    if errors:
         messages = "".join(f"\n- {error.message}{_each(error)}\n  {error.remedy}".rstrip() for error in errors)
         raise UserError(printable(f"The dataset has errors that stop a training:{messages}\n{_FULL}"))
     return splits
-
-
-def brief(splits: list[Scanned], *, group: str | None = None, data_name: str = "") -> list[Finding]:
-    """Return the findings of the quick checks, errors first; errors that do not stop training become warnings."""
-    findings = [*check_files(splits), *check_classes(splits, data_name), *check_same_files(splits)]
-    findings += check_groups(splits, group)
-    return by_severity(finding if finding.stops else replace(finding, severity="warning") for finding in findings)
 
 
 def _each(finding: Finding) -> str:

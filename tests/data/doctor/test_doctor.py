@@ -14,8 +14,7 @@ from PIL import Image
 
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.doctor.checks.duplicates import near_pairs
-from dinoseg.data.doctor.examine import examine, summary
-from dinoseg.data.doctor.short import brief
+from dinoseg.data.doctor.examine import examine, find_errors, summary
 from dinoseg.data.doctor.suggestions import constant_class
 from dinoseg.data.formats.folder import FolderLayout
 from dinoseg.data.formats.idd_files import home_made_files
@@ -117,20 +116,23 @@ def test_sizes(root, rule):
     for name in ("d0/f1", "d2/f9"):
         rewrite(root / f"train/masks/{name}.png", lambda mask: mask[::2, ::2])
     findings = found(root, options={"masks": Masks(on_size_mismatch=rule)})
-    assert findings.keys() == {"size_mismatch"}
-    only = findings["size_mismatch"]
-    assert only.severity == ("warning" if rule == "resize_mask" else "error") and len(only.files) == 2
+    (only,) = findings.values()
+    expected = ("warning", "resized_masks") if rule == "resize_mask" else ("error", "size_mismatch")
+    assert (only.severity, only.code) == expected and len(only.files) == 2
     assert "2 of 16" in only.message and only.reasons[0] == f"{only.files[0]}: 64 x 48, its image 128 x 96"
     # what is set already is not advised
-    assert ("on_size_mismatch=resize_mask" in only.remedy) == (rule == "error") == ("2 of them stop" in only.message)
+    assert ("on_size_mismatch=resize_mask" in only.remedy) == (rule == "error")
 
 
 def test_masks_of_other_proportions_cannot_be_resized(root):
     rewrite(root / "train/masks/d0/f1.png", lambda mask: mask[::2, ::2])
     rewrite(root / "train/masks/d2/f9.png", lambda mask: mask.T)
-    only = found(root, options={"masks": Masks(on_size_mismatch="resize_mask")})["size_mismatch"]
-    assert only.severity == "error" and "1 of them stop a run" in only.message and "resize_mask" not in only.remedy
-    assert only.reasons[1].endswith("d2/f9.png: 96 x 128, its image 128 x 96")
+    findings = found(root, options={"masks": Masks(on_size_mismatch="resize_mask")})
+    assert findings.keys() == {"size_mismatch", "resized_masks"}
+    only = findings["size_mismatch"]
+    assert only.severity == "error" and "1 of 16" in only.message and "resize_mask" not in only.remedy
+    assert only.reasons == (f"{root}/train/masks/d2/f9.png: 96 x 128, its image 128 x 96",)
+    assert findings["resized_masks"].files == (f"{root}/train/masks/d0/f1.png",)
 
 
 def test_masks_saved_with_loss(root):
@@ -215,8 +217,8 @@ def test_idd_labels_without_road(root, remapped):
     if remapped:
         # on purpose, so training only warns
         parts = splits_of(root, **with_remap)
-        severity = {name: brief(parts, data_name=name)[0].severity for name in ("idd", "idd_home_made")}
-        assert severity == {"idd": "error", "idd_home_made": "warning"}
+        stops = {name: find_errors(parts, data_name=name)[0].stops for name in ("idd", "idd_home_made")}
+        assert stops == {"idd": True, "idd_home_made": False}
         assert examine(parts, data_name="idd_home_made")[0].severity == "error"
         only = findings["home_made_idd"]
         assert only.severity == "error" and "255 is void" in only.message and "home-made" in only.message
@@ -493,7 +495,7 @@ def test_person_has_163_masks_of_another_size():
     options = {"classes": ["background", "person"], "palette": None, "layout": layout}
     masks = Masks("binary", on_size_mismatch="resize_mask")
     findings = examine(splits_of(DATA / "person", images=False, masks=masks, **options))
-    (sizes,) = [finding for finding in findings if finding.code == "size_mismatch"]
+    (sizes,) = [finding for finding in findings if finding.code == "resized_masks"]
     assert "resize_mask" not in sizes.remedy
     assert sizes.severity == "warning" and len(sizes.files) == len(set(sizes.files)) == 163
     assert "163 of 241" in sizes.message and not [f for f in findings if f.severity == "error"]

@@ -14,13 +14,19 @@ _OF_IDD = {"road", "rail track", "autorickshaw", "obs-str-bar-fallback"}
 
 
 def check_classes(splits: Sequence[Scanned], data_name: str = "") -> Iterator[Finding]:
-    """Yield findings about the classes; `data_name` is the option of `data=`."""
+    """Yield findings about labels that teach nothing or something else; `data_name` is the option of `data=`."""
     yield from _one_class(splits)
-    yield from _similar_names(splits)
     yield from _binary_as_ids(splits)
     yield from _home_made_idd(splits, data_name)
     for part in splits:
-        yield from _void(part)
+        yield from _no_labels(part)
+
+
+def check_coverage(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    """Yield findings about similar names, ignored pixels, and classes that some split lacks."""
+    yield from _similar_names(splits)
+    for part in splits:
+        yield from _much_void(part)
     if any(part.counts.any() for part in splits):
         yield from _unseen(splits)
 
@@ -141,21 +147,26 @@ def _named(chosen: np.ndarray, part: Scanned) -> list[str]:
     return [f"{index} {part.classes[index]}" for index in indices]
 
 
-def _void(part: Scanned) -> Iterator[Finding]:
-    total = int(part.counts.sum()) + part.void
-    if total and part.void == total:
+def _no_labels(part: Scanned) -> Iterator[Finding]:
+    if part.void and not part.counts.any():
         yield Finding(
             "warning" if part.split == "test" else "error",
             "no_labels",
             f"There is no labelled pixel in {part.split}: all are ignored ({part.ignore_index}).",
             remedy="Check the ids that are ignored: data.ignore_index, data.reader.masks.ids.",
         )
+
+
+def _much_void(part: Scanned) -> Iterator[Finding]:
+    labelled = int(part.counts.sum())
+    if not labelled:  # an error of `check_classes`
         return
-    if total and part.void / total > _MUCH_VOID:
+    if part.void / (labelled + part.void) > _MUCH_VOID:
         yield Finding(
             "warning",
             "much_void",
-            f"{share(part.void, total)} of the pixels of {part.split} are ignored ({part.ignore_index}).",
+            f"{share(part.void, labelled + part.void)} of the pixels of {part.split} are ignored "
+            f"({part.ignore_index}).",
             remedy="Check the ids that are ignored: data.ignore_index, data.reader.masks.ids.",
         )
     empty = [record.mask for record in part.records if set(record.pixels) == {part.ignore_index}]

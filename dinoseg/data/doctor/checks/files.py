@@ -22,12 +22,31 @@ _SKIP = "Or leave the pairs out: data.on_error=skip."
 
 
 def check_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
-    """Yield findings about single files, over all splits together."""
+    """Yield findings about files that stop a run, over all splits together."""
     records = [record for part in splits for record in part.records]
+    if not any(record.problems for record in records):
+        return
     yield from _unreadable(records)
     yield from _foreign_ids(splits)
     yield from _sizes(records, splits)
     yield from _saved_with_loss(records, splits)
+
+
+def check_resized(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    """Yield a finding of the masks that are resized to their images when they are read."""
+    records = [record for part in splits for record in part.records]
+    resized = [record for record in records if _differs(record) and "size_mismatch" not in record.problems]
+    if resized:
+        yield Finding(
+            "warning",
+            "resized_masks",
+            f"{len(resized)} of {len(records)} masks of another size (width x height) than their image. They are "
+            "resized by nearest neighbour when they are read.",
+            tuple(record.mask for record in resized),
+            "Create them again from their source at the image's size; until then borders are as coarse as in the "
+            "smaller masks.",
+            reasons=tuple(map(_sizes_of, resized)),
+        )
 
 
 def check_orientation(splits: Sequence[Scanned]) -> Iterator[Finding]:
@@ -146,36 +165,37 @@ def _is_known(value: str, part: Scanned) -> bool:
 
 
 def _sizes(records: Sequence[Record], splits: Sequence[Scanned]) -> Iterator[Finding]:
-    other = [
-        record
-        for record in records
-        if record.image_size and record.mask_size and tuple(record.image_size) != tuple(record.mask_size)
-    ]
+    other = [record for record in records if "size_mismatch" in record.problems]
     if not other:
         return
-    stops = [record for record in other if "size_mismatch" in record.problems]
-    resized = all(part.masks.on_size_mismatch == "resize_mask" for part in splits)
-    if resized:
-        note = f" {len(stops)} of them stop a run, since their aspect ratio differs;" if stops else " All"
-        note += " the others" * bool(stops) + " are resized by nearest neighbour when they are read."
-        remedy = "Create them again from their source at the image's size"
-        remedy += f". {_SKIP}" if stops else "; until then borders are as coarse as in the smaller masks."
+    message = f"{len(other)} of {len(records)} masks of another size (width x height) than their image."
+    remedy = "Create them again from their source at the image's size"
+    if all(part.masks.on_size_mismatch == "resize_mask" for part in splits):
+        message += " They cannot be resized, since their aspect ratio differs."
     else:
-        note = f" {len(stops)} of them stop a run." if stops else ""
-        remedy = (
-            "Create them again from their source at the image's size; masks with the image's aspect ratio can be "
-            f"resized when they are read: data.reader.masks.on_size_mismatch=resize_mask. {_SKIP}"
+        remedy += (
+            "; masks with the image's aspect ratio can be resized when they are read: "
+            "data.reader.masks.on_size_mismatch=resize_mask"
         )
     yield Finding(
-        "error" if stops else "warning",
+        "error",
         "size_mismatch",
-        f"{len(other)} of {len(records)} masks of another size (width x height) than their image.{note}",
+        message,
         tuple(record.mask for record in other),
-        remedy,
-        reasons=tuple(
-            f"{record.mask}: {_size(record.mask_size)}, its image {_size(record.image_size)}" for record in other
-        ),
+        f"{remedy}. {_SKIP}",
+        reasons=tuple(map(_sizes_of, other)),
     )
+
+
+def _differs(record: Record) -> bool:
+    """Return whether image and mask have known and different sizes."""
+    if record.image_size is None or record.mask_size is None:
+        return False
+    return tuple(record.image_size) != tuple(record.mask_size)
+
+
+def _sizes_of(record: Record) -> str:
+    return f"{record.mask}: {_size(record.mask_size)}, its image {_size(record.image_size)}"
 
 
 def _size(size: Sequence[int] | None) -> str:
