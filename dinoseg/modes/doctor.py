@@ -12,7 +12,8 @@ from tabulate import tabulate
 
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.doctor.checks.classes import home_made
-from dinoseg.data.doctor.examine import examine, scanned, summary
+from dinoseg.data.doctor.errors import scanned
+from dinoseg.data.doctor.examine import examine, summary
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.formats.idd_files import home_made_files
 from dinoseg.data.pairs.dataset import PairDataset

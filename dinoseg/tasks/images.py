@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dinoseg.data.doctor.short import check as examine
+from dinoseg.data.doctor.errors import check_for_errors
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.splits import evenly_spaced_subset, split_table
 from dinoseg.data.transforms import Augment
@@ -128,7 +128,7 @@ class ImageTask(TrainingTask):
     def check_data(self) -> TrainedSizes | None:
         """Refuse data with errors; return the sizes of the training images, if they are files."""
         parts = self.parts
-        splits = examine(
+        splits = check_for_errors(
             self.data_module.train,
             self.data_module.val,
             cache_dir=parts.cache_dir,

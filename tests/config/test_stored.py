@@ -105,7 +105,7 @@ SHELL = [  # names that reach, or seem to reach, any callable
     "dinoseg.utils.locks.locked",
     "dinoseg.data.packed.store.write_index",
     "dinoseg.data.scan.scan.scan",
-    "dinoseg.data.doctor.short.check",
+    "dinoseg.data.doctor.errors.check_for_errors",
     "dinoseg.data.video.index.index_videos",
     "dinoseg.models.heads.linear",
     "dinoseg.models.heads.linear.LinearHead.forward.__globals__",

@@ -62,14 +62,14 @@ def test_images_to_be_scored_count_as_they_are(monkeypatch):
     task = SimpleNamespace(parts=Builder(cfg), data_module=SimpleNamespace(**UNREAD, augment=None))
     for (trained, scored), largest in ((records, 8), (records[::-1], 8), (([], []), None)):
         splits = [SimpleNamespace(records=trained), SimpleNamespace(records=scored)]
-        monkeypatch.setattr(images_task, "examine", lambda *_, splits=splits, **__: splits)
+        monkeypatch.setattr(images_task, "check_for_errors", lambda *_, splits=splits, **__: splits)
         found = images_task.ImageTask.check_data(task)
         assert (found and found.largest) == largest
 
 
 def test_sizes_of_views_count_where_the_augmentation_gives_them(monkeypatch):
     split = SimpleNamespace(records=[SimpleNamespace(image_size=(60, 100), mask_size=None)])
-    monkeypatch.setattr(images_task, "examine", lambda *_, **__: [split, SimpleNamespace(records=[])])
+    monkeypatch.setattr(images_task, "check_for_errors", lambda *_, **__: [split, SimpleNamespace(records=[])])
     data = {"group": None, "workers": 1, "augment": {"scale": [0.5, 2.0]}}
     groups = {"data": data, "loss": {"weights": "none"}, "resolution": {"longest": None}}
     parts = Builder(OmegaConf.create({**groups, "cache_dir": "", "choices": {"data": "folder"}}))

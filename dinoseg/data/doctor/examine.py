@@ -1,17 +1,15 @@
-"""The checks of a training, all checks of mode=doctor, and a summary of each split."""
+"""All doctor checks on all splits, and a summary of each split."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoseg.data.classes.masks import Masks
-from dinoseg.data.custom import CustomDataset
-from dinoseg.data.doctor.checks.classes import check_classes, check_coverage
+from dinoseg.data.doctor.checks.classes import check_coverage
 from dinoseg.data.doctor.checks.duplicates import check_duplicates
-from dinoseg.data.doctor.checks.files import check_files, check_orientation, check_resized
+from dinoseg.data.doctor.checks.files import check_orientation, check_resized
 from dinoseg.data.doctor.checks.pairing import check_pairing
-from dinoseg.data.doctor.checks.splits import check_groups, check_same_files
+from dinoseg.data.doctor.errors import find_errors
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.doctor.suggestions import constant_class, suggest
 from dinoseg.data.formats.sarrarp_files import (
@@ -22,28 +20,8 @@ from dinoseg.data.formats.sarrarp_files import (
     png_files,
     prepared_frames,
 )
-from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.scan.record import Record
 from dinoseg.data.video.length import count_frames, promised_frames
 from dinoseg.utils.wording import count_of, join_names
-
-
-def scanned(split: str, dataset: PairDataset | CustomDataset, records: Sequence[Record]) -> Scanned:
-    """Return a split's records together with the classes and mask rules of its reader."""
-    masks = dataset.reader.masks if isinstance(dataset, PairDataset) else Masks()
-    return Scanned(
-        *(split, records, dataset.classes, dataset.palette, dataset.ignore_index, masks),
-        split_local_names=dataset.split_local_names,
-    )
-
-
-def find_errors(splits: Sequence[Scanned], *, data_name: str = "", group: str | None = None) -> list[Finding]:
-    """Return what stops a training or makes its scores worthless, errors first; the arguments are those of `examine`.
-
-    It is found without decoding an image.
-    """
-    findings = [*check_files(splits), *check_classes(splits, data_name)]
-    return by_severity([*findings, *check_same_files(splits), *check_groups(splits, group)])
 
 
 def examine(

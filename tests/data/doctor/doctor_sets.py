@@ -4,7 +4,8 @@ import cv2
 import numpy as np
 from making import save
 
-from dinoseg.data.doctor.examine import examine, scanned
+from dinoseg.data.doctor.errors import scanned
+from dinoseg.data.doctor.examine import examine
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.scan.scan import scan
 

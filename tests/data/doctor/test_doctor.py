@@ -14,7 +14,8 @@ from PIL import Image
 
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.doctor.checks.duplicates import near_pairs
-from dinoseg.data.doctor.examine import examine, find_errors, summary
+from dinoseg.data.doctor.errors import find_errors
+from dinoseg.data.doctor.examine import examine, summary
 from dinoseg.data.doctor.suggestions import constant_class
 from dinoseg.data.formats.folder import FolderLayout
 from dinoseg.data.formats.idd_files import home_made_files

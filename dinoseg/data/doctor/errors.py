@@ -1,12 +1,18 @@
-"""Check of the data before a training: scans masks only, and raises the errors that mode=doctor reports."""
+"""Errors of a dataset, which stop a training; they are found by its masks and the headers of its images."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from dinoseg.core.shapes import SegmentationData
-from dinoseg.data.doctor.examine import find_errors, scanned
-from dinoseg.data.doctor.findings import Finding, Scanned
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.custom import CustomDataset
+from dinoseg.data.doctor.checks.classes import check_classes
+from dinoseg.data.doctor.checks.files import check_files
+from dinoseg.data.doctor.checks.splits import check_groups, check_same_files
+from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.scan.record import Record
 from dinoseg.data.scan.scan import scan
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import join_names, one_line, printable
@@ -17,7 +23,28 @@ _FULL = "mode=doctor with the same data= shows the full report."
 _SHOWN = 20  # most files listed per error, each with its reason
 
 
-def check(
+def scanned(split: str, dataset: PairDataset | CustomDataset, records: Sequence[Record]) -> Scanned:
+    """Return a split's records together with the classes and mask rules of its reader."""
+    masks = dataset.reader.masks if isinstance(dataset, PairDataset) else Masks()
+    return Scanned(
+        *(split, records, dataset.classes, dataset.palette, dataset.ignore_index, masks),
+        split_local_names=dataset.split_local_names,
+    )
+
+
+def find_errors(splits: Sequence[Scanned], *, data_name: str = "", group: str | None = None) -> list[Finding]:
+    """Return what stops a training or makes its scores worthless, errors first.
+
+    Args:
+        splits: one or more splits with the same class table.
+        data_name: the option of `data=`.
+        group: regular expression on the name that gives an image's group; None: the name's first folder.
+    """
+    findings = [*check_files(splits), *check_classes(splits, data_name)]
+    return by_severity([*findings, *check_same_files(splits), *check_groups(splits, group)])
+
+
+def check_for_errors(
     train: SegmentationData,
     val: SegmentationData,
     *,
@@ -26,7 +53,7 @@ def check(
     group: str | None = None,
     data_name: str = "",
 ) -> list[Scanned]:
-    """Scan the masks of both splits and return the records, which are cached in `cache_dir`.
+    """Refuse data with errors; return the records of both splits' masks, which are cached in `cache_dir`.
 
     Errors that only the user can judge, such as a video in both splits, are logged as warnings. Datasets other than
     `PairDataset` are not checked.
