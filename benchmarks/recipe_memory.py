@@ -26,7 +26,7 @@ from dinoseg.experiment.step import training_parts
 
 GIB = 2**30
 CARDS = (24, 48, 80)  # GB
-LARGE = {"ade20k_m2f", "dpt_sarrarp", "eomt_ade20k", "idd_m2f_vitb", "idd_m2f_vitl", "sarrarp_lora"}
+LARGE = {"ade20k_m2f", "eomt_ade20k", "idd_m2f_vitb", "idd_m2f_vitl"}
 CONFIGS = Path(dinoseg.__file__).parent / "cfg"
 GIVEN = {  # what a recipe leaves to the user
     "schism_cnn": ("data.classes=[a,b]",),

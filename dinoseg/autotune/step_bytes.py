@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinoseg.autotune.random_batch import random_batch
@@ -23,6 +26,8 @@ from dinoseg.training.parts import TrainingParts
 _BITS = {4: 0.516, 8: 1.002}  # bytes per quantised weight, including the scales of its blocks or rows
 _HALF = 2  # bytes of a bfloat16 value
 _TILE = 4 * 4 * LAUNCHED  # bytes of the loss's tiles on an accelerator: four float32 tiles at a time
+# that autocast computes in float32 on CUDA, where the backward pass then reads float32 inputs, but not on a CPU
+_FLOAT32_ON_CUDA = {F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm}
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,8 @@ class LossBytes:
     def __init__(self, parts: TrainingParts, *, bf16: bool, accelerator: bool) -> None:
         self.accelerator = accelerator
         least = parts.outline().head.min_batch_size
-        few, _ = _real_loss(parts, least, bf16)
-        more, self.learns = _real_loss(parts, least + 1, bf16)
+        few, _ = _real_loss(parts, least, bf16, accelerator)
+        more, self.learns = _real_loss(parts, least + 1, bf16, accelerator)
         self._each = more - few
         self._fixed = few - least * self._each
         if accelerator and parts.has_masks:
@@ -87,7 +92,7 @@ def step_bytes(
         UserError: the parts do not fit together.
     """
     model, saved = outline(parts)
-    with walking() as peak:
+    with walking() as peak, CudaOperations() if loss.accelerator else nullcontext():
         model.to_empty(device="cpu")
         weights = peak.now - saved
         if bf16:
@@ -169,6 +174,23 @@ class DummyLoss(torch.autograd.Function):
         return tuple(upstream.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds)
 
 
+class CudaOperations(TorchFunctionMode):
+    """Mode in which operations on a CPU save what those on CUDA save for the backward pass.
+
+    Two differ in memory. Dropout saves a mask of booleans on CUDA, but one in the input's dtype on a CPU: four times
+    the bytes on the float32 inputs of LoRA updates. Autocast computes norms in float32 on CUDA only.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operation as on CUDA."""
+        kwargs = kwargs or {}
+        if func is F.dropout and kwargs["training"] and 0 < kwargs["p"] < 1 and not kwargs["inplace"]:
+            return torch.native_dropout(args[0], kwargs["p"], train=True)[0]
+        if func in _FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
+            return func(args[0].float(), *args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
 def _optimizer_bytes(optimizer: Optimizer) -> int:
     """Return the size of an optimizer's state, extrapolated from a real step on a small parameter."""
     trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
@@ -184,13 +206,13 @@ def _optimizer_bytes(optimizer: Optimizer) -> int:
     return trained * state_bytes // side**2
 
 
-def _real_loss(parts: TrainingParts, samples: int, bf16: bool) -> tuple[int, list[int]]:
+def _real_loss(parts: TrainingParts, samples: int, bf16: bool, accelerator: bool) -> tuple[int, list[int]]:
     """Run a real loss on `samples` samples; return its peak memory and the indices of outputs with a gradient.
 
     The memory counts in addition to the model's outputs.
     """
     model, _ = outline(parts)
-    with walking():
+    with walking(), CudaOperations() if accelerator else nullcontext():
         model.to_empty(device="cpu")
         prediction = predict(model, parts, samples, bf16)
     batch, loss = random_batch(parts, samples), parts.loss()

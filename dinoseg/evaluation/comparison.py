@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,27 @@ def best_first(scores: Sequence[float | None]) -> list[int]:
 
 def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) -> list[OtherRun]:
     """Compare each other side with the first side, whose data set `open_data` returns for the example images."""
-    kind, first = _kind(sides[0].records[0]), sides[0]
+    first = sides[0]
+    kind = _kind(first.records[0])
     counts = [[record.counts for record in side.records] for side in sides]
     sums = [[unit_sums(each, first.records[0].units) for each in side] for side in counts]
     mious = [mean_mious(side) for side in sides]
     found: list[OtherRun] = []
     refused: dict[str, None] = {}
-    # opened for the first images that are needed, and once for all sides
-    load = cache(partial(_load_images, open_data, first.records[0]))
+
+    @cache  # opened for the first images that are needed, and once for all sides, also if that fails
+    def open_once() -> SegmentationData | UserError:
+        try:
+            return _load_images(open_data, first.records[0])
+        except UserError as error:
+            return error
+
+    def load() -> SegmentationData:
+        opened = open_once()
+        if isinstance(opened, UserError):
+            raise opened
+        return opened
+
     for number, gaps in enumerate(differences(kind, sums), start=1):
         other = sides[number]
         folders = (first.places[0], other.places[0])
@@ -120,7 +133,8 @@ def sides_table(first: Side, others: Sequence[OtherRun]) -> str:
 def score_table(first: Side, others: Sequence[OtherRun]) -> str:
     """Return a text table with one row per score and side, in percent and points."""
     heads = ["score", "side", "first %", "side %", "points", "95 % interval", "p", "verdict"]
-    labels, scores = score_labels(first), scores_of(first.records)
+    labels = score_labels(first)
+    scores = scores_of(first.records)
     rows = [
         [
             labels[key],
@@ -153,7 +167,8 @@ def _tabulate(rows: list[list[str]], heads: list[str], align: str, widths: Mappi
 
 def write_tables(out_dir: Path, first: Side, others: Sequence[OtherRun]) -> None:
     """Write compare.csv (one line per score) and images.csv (one line per image); scores are in 0..1."""
-    record, labels = first.records[0], score_labels(first)
+    record = first.records[0]
+    labels = score_labels(first)
     heads: list[Any] = ["score", first.name]
     for other in others:
         heads += [other.name, "difference", "low", "high", "p", "verdict"]
@@ -211,7 +226,8 @@ def deciding(kind: ClassScores, first: Runs, second: Runs) -> list[float | None]
 
     The runs of both sides are counts (N, 3, K) of the same images.
     """
-    whole, sums = Difference(kind, len(first), len(second)), _side_by_side(first, second)
+    whole = Difference(kind, len(first), len(second))
+    sums = _side_by_side(first, second)
     gaps = float(whole.scores(sums.sum(axis=0))["miou"]) - leave_one_out(whole, sums)["miou"]
     return [float(gap) if np.isfinite(gap) else None for gap in gaps]
 
@@ -262,7 +278,8 @@ def _pair_shot(data: SegmentationData, index: int, folders: tuple[Path, Path], m
     Raises:
         UserError: a file is missing, of another size, or not a mask of the classes.
     """
-    name, classes = data.names[index], len(data.classes)
+    name = data.names[index]
+    classes = len(data.classes)
     sample = data[index]
     reference: np.ndarray = sample["mask"].numpy()
     predictions = []
@@ -306,7 +323,8 @@ def largest_differences(
         if ours is not None and theirs is not None and ours != theirs
     ]
     pairs.sort()
-    lost, gained = [pair for pair in pairs if pair[0] < 0], [pair for pair in pairs if pair[0] > 0]
+    lost = [pair for pair in pairs if pair[0] < 0]
+    gained = [pair for pair in pairs if pair[0] > 0]
     shown = max(1, min(SHOWN, _IN_ALL // sides))
     chosen = {index: gap for gap, index in (*lost[:shown], *gained[-shown:])}
     order = sorted(chosen, key=lambda index: -abs(chosen[index]))

@@ -168,9 +168,13 @@ def _records(split: str, data: DoctorData, **options: Any) -> list[Record]:
 
 def _same_files(data: DoctorData, others: Mapping[str, DoctorData]) -> str | None:
     """Return the split with the same files, as in datasets that return another split for a missing test split."""
-    files = {pair.image for pair in data.pairs} if isinstance(data, PairDataset) else set()
-    pairs = {split: other.pairs for split, other in others.items() if isinstance(other, PairDataset)}
-    return next((split for split, each in pairs.items() if files and files == {pair.image for pair in each}), None)
+    if not isinstance(data, PairDataset) or not data.pairs:
+        return None
+    files = {pair.image for pair in data.pairs}
+    for split, other in others.items():
+        if isinstance(other, PairDataset) and files == {pair.image for pair in other.pairs}:
+            return split
+    return None
 
 
 def _report(splits: Sequence[Scanned], findings: Sequence[Finding]) -> dict[str, Any]:

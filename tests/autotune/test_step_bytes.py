@@ -1,14 +1,17 @@
 """A step's bytes are those that a real training makes, and sums that can be done by hand."""
 
+from contextlib import nullcontext
 from importlib import import_module
 from itertools import repeat
 
 import pytest
 import torch
+import torch.nn.functional as F
 from command_line import SMALL
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinoseg.autotune.random_batch import random_batch
-from dinoseg.autotune.step_bytes import LossBytes, outline, step_bytes
+from dinoseg.autotune.step_bytes import CudaOperations, LossBytes, outline, step_bytes
 from dinoseg.autotune.trial import try_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import ClipBatch
@@ -118,6 +121,48 @@ def test_larger_tiles_of_an_accelerator_are_counted(compose, monkeypatch):
     here, there = (LossBytes(training_parts(Builder(cfg)), bf16=False, accelerator=there) for there in (False, True))
     assert there.of(1) - here.of(1) == 4 * 4 * 3 * 64 * 48
     assert threads == 4 * [1, torch.get_num_threads()]  # of two losses each, and given back
+
+
+def saved_dtypes(operation, device, mode):
+    """Return the dtypes of what an operation saves of a fake float32 and bfloat16 input under autocast."""
+    saved, before = [], torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, True)  # `torch.autocast` refuses a CUDA that is not there
+    try:
+        with FakeTensorMode(), mode, torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+            for dtype in (torch.float32, torch.bfloat16):
+                operation(torch.empty(2, 4, 8, device=device, dtype=dtype, requires_grad=True))
+    finally:
+        torch.set_autocast_enabled(device, before)
+    return [tensor.dtype for tensor in saved if tensor.shape == (2, 4, 8)]
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [lambda x: F.dropout(x, 0.1), lambda x: F.layer_norm(x, (8,)), lambda x: F.group_norm(x, 2)],
+    ids=["dropout", "layer_norm", "group_norm"],
+)
+def test_operations_save_the_dtypes_of_cuda(operation):
+    on_cuda = saved_dtypes(operation, "cuda", nullcontext())
+    assert on_cuda and saved_dtypes(operation, "cpu", CudaOperations()) == on_cuda
+    assert saved_dtypes(operation, "cpu", nullcontext()) != on_cuda
+
+
+def test_dropout_of_lora_saves_a_byte_per_value_on_cuda(compose):
+    words = [*BASE, "adapter=lora", "adapter.targets=all_linear"]
+    parts = training_parts(Builder(compose(*words)))
+    here, there = (LossBytes(parts, bf16=False, accelerator=accelerator) for accelerator in (False, True))
+    steps = [step_bytes(parts, loss, samples=3, accumulate=1, bf16=False) for loss in (here, there)]
+    model, dropped = Builder(compose(*words)).model(untrained=True).train(), 0
+
+    def count(module, args):
+        nonlocal dropped
+        dropped += args[0].numel() if args[0].requires_grad else 0  # no mask is saved of the first inputs
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p:
+            module.register_forward_pre_hook(count)
+    model(random_batch(parts, 3).image)
+    assert dropped and steps[0].activations - steps[1].activations == 3 * dropped
 
 
 def test_nothing_that_was_walked_is_left_behind(compose):

@@ -266,3 +266,16 @@ def test_what_a_class_file_says_makes_no_other_recipe(tmp_path):
         [1],
     ]
     assert run_config.recipes([evaluated, lacking])[0][0]["data.reader.ids.11"] == 255
+
+
+def test_a_data_set_that_fails_is_opened_once(tmp_path, monkeypatch):
+    opened, folders = [], [tmp_path / name for name in "abc"]
+
+    def fail():
+        opened.append(1)
+        raise UserError("data.root=x does not exist.")
+
+    monkeypatch.setattr(comparison, "largest_differences", lambda load, *_: load())
+    others = against(sides(folders, [record(), record(1), record(2)]), fail)
+    assert len(opened) == 1
+    assert [other.no_pictures for other in others] == 2 * ["No images: data.root=x does not exist."]

@@ -69,7 +69,7 @@ class Search(Sweeper):
         )
 
     def _check_values(self) -> None:
-        given = {**vars(self)}
+        given = dict(vars(self))  # so far the constructor's arguments alone
         check_arguments(f"{__name__}.Search", given, {name: f"hydra.sweeper.{name}" for name in given})
         for name, value, allowed in (
             ("direction", self.direction, DIRECTIONS),
