@@ -30,8 +30,7 @@ from dinoseg.utils.wording import format_value
 
 OWN_CHECK = {  # numbers whose rule is no range
     **dict.fromkeys(("Frozen", "Full", "LastBlocks", "Lora"), {"bits"}),  # 4 or 8
-    "VideoClustering": {"ignore"},
-    **{"SlotHead": {"num_slots", "steps"}, "TemporalSimilarity": {"threshold"}},
+    "SlotHead": {"num_slots", "steps"},
     "plan": {"memory"},  # bytes, with or without a unit
 }
 OF_OTHERS = {

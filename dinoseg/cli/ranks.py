@@ -71,7 +71,9 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
         announce(f"mode={cfg.choices.mode}: importing libraries")
     try:
         with _telling_lost_ranks():
-            return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
+            mode = instantiate(cfg.mode, without=LAUNCH_KEYS)
+            # not mode(...): parameters in errors of the parts that it runs are not its own
+            return mode.func(cfg, out_dir=out_dir, **mode.keywords)
     finally:
         _leave_group()
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.checks import check_arguments
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.wording import format_value
 
 Part = TypeVar("Part")
@@ -19,6 +20,8 @@ Part = TypeVar("Part")
 
 def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str, Any] | None = None) -> Any:
     """Instantiate a config node; a `_partial_` node gives a callable that takes the remaining arguments.
+
+    Parts name their parameters in errors. Here, and in a call of a `_partial_` node, these become full keys.
 
     Args:
         node: a config node or a dict, with `_target_`.
@@ -38,6 +41,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
     where = node._get_full_key(None) if OmegaConf.is_config(node) else ""
     if not isinstance(values, Mapping):
         raise UserError(f"{where or format_value(str(node))} has no `_target_`, which this config node needs. Set it.")
+    keys = argument_keys(node)
     values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
     unset = next(_unset(values, where), None)
     if unset:
@@ -48,6 +52,34 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
         raise UserError(f"{pointer} is still an interpolation after it is resolved. Choose a value without ${{.")
     for target, arguments, names in _targets(values, node, where):
         check_arguments(target, arguments, names)
+    with name_parameters(keys):
+        part = _call_target(values, where)
+    return Factory(part.func, *part.args, **part.keywords).naming(keys) if isinstance(part, partial) else part
+
+
+def argument_keys(node: Any) -> dict[str, str]:
+    """Return the full key that sets each argument of a config node."""
+    where = node._get_full_key(None) if OmegaConf.is_config(node) else ""
+    return {str(key): _typed_at(node, key, where)[1] for key in node if not str(key).startswith("_")}
+
+
+class Factory(partial[Any]):
+    """Callable of a `_partial_` node, whose errors name config keys instead of parameters."""
+
+    keys: Mapping[str, str]
+
+    def naming(self, keys: Mapping[str, str]) -> "Factory":
+        """Set the full key of each parameter, and return the factory."""
+        self.keys = keys
+        return self
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Call the target with the node's values and further arguments."""
+        with name_parameters(self.keys):
+            return super().__call__(*args, **kwargs)
+
+
+def _call_target(values: Mapping[str, Any], where: str) -> Any:
     try:
         return hydra_instantiate(values, _convert_="all")
     except InstantiationException as error:

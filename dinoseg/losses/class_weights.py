@@ -34,14 +34,14 @@ def class_weights(
         return _checked_weights(scheme, classes)
     if scheme not in SCHEMES:
         raise UserError(
-            f"loss.weights={scheme} is unknown. Choose one of {', '.join(SCHEMES)}, or give numbers by name: "
-            f"'loss.weights={{{classes[-1]}: 3}}'."
+            f"scheme={scheme} is unknown. Choose one of {', '.join(SCHEMES)}, or give numbers by name: "
+            f"'scheme={{{classes[-1]}: 3}}'."
         )
     n = torch.tensor(counts, dtype=torch.float64)
     if scheme == "none":
         return torch.ones(len(n))
     if n.sum() == 0:
-        raise UserError(f"loss.weights={scheme}: the training masks hold no labelled pixel. Check the masks.")
+        raise UserError(f"scheme={scheme}: the training masks hold no labelled pixel. Check the masks.")
     frequency = n / n.sum()
     present = n > 0
     if scheme == "one_minus_frequency":
@@ -61,13 +61,13 @@ def _checked_weights(weights: Mapping[str, float], classes: Sequence[str]) -> Te
         name = str(key)  # YAML parses a class named 1 as a number
         if name not in found:
             raise UserError(
-                f"loss.weights: {format_value(name)} is not a class. The classes are {join_names(classes, _NAMED)}. "
-                "Give weights for these only; loss.weights=none removes the weights of a recipe."
+                f"scheme: {format_value(name)} is not a class. The classes are {join_names(classes, _NAMED)}. "
+                "Give weights for these only; scheme=none weights all classes equally."
             )
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not (number and _MIN <= weight <= _MAX):
             raise UserError(
-                f"loss.weights: {name}={format_value(weight)} is not a weight. Give a number from {_MIN:g} to "
+                f"scheme: {name}={format_value(weight)} is not a weight. Give a number from {_MIN:g} to "
                 f"{_MAX:g}; 1 is neutral."
             )
         found[name] = float(weight)

@@ -6,8 +6,7 @@ from dinoseg.losses.full_resolution import Vjp
 from dinoseg.losses.fused import KernelSpec
 from dinoseg.losses.labelled import weights_of
 from dinoseg.losses.pixel_mean import PixelMean
-from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import HighShare, LowShare
+from dinoseg.utils.ranges import HighShare, LowShare, check_annotations
 
 
 class CrossEntropy(PixelMean):
@@ -21,6 +20,7 @@ class CrossEntropy(PixelMean):
         average: see `PixelMean`.
     """
 
+    @check_annotations
     def __init__(
         self,
         class_weights: Tensor,
@@ -29,8 +29,6 @@ class CrossEntropy(PixelMean):
         hard_fraction: HighShare = 1.0,
         average: str = "labelled",
     ) -> None:
-        if not 0 <= label_smoothing < 1:
-            raise UserError(f"loss.criterion.label_smoothing={label_smoothing}: give a number from 0 up to below 1.")
         super().__init__(class_weights, ignore_index, hard_fraction, average)
         self.label_smoothing = label_smoothing
 

@@ -16,13 +16,13 @@ def checked_factors(factors: Mapping[str, float], terms: Iterable[str]) -> dict[
     unknown = [name for name in factors if name not in names]
     if unknown:
         raise UserError(
-            f"loss.criterion.factors.{unknown[0]}={factors[unknown[0]]}: unknown term. The terms are "
+            f"factors.{unknown[0]}={factors[unknown[0]]}: unknown term. The terms are "
             f"{', '.join(names)}: correct the name, or leave it out."
         )
     for name in names:
         if name not in factors:
-            raise UserError(f"loss.criterion.factors.{name} is not set: give every term a factor, such as 1.0.")
+            raise UserError(f"factors.{name} is not set: give every term a factor, such as 1.0.")
         value = factors[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise UserError(f"loss.criterion.factors.{name}={value}: give a number of at least 0; 0 switches it off.")
+            raise UserError(f"factors.{name}={value}: give a number of at least 0; 0 switches it off.")
     return {name: float(factors[name]) for name in names}

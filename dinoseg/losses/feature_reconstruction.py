@@ -18,8 +18,8 @@ def slot_outputs(prediction: Prediction) -> SlotOutputs:
     """
     if not isinstance(prediction.outputs, SlotOutputs):
         raise UserError(
-            "loss=feature_reconstruction, video_similarity, temporal_similarity and slot_contrast train slots and need "
-            "head=slots. For other heads choose a loss on labels, such as loss=cross_entropy."
+            "feature_reconstruction, temporal_similarity and slot_contrast train slots and need the outputs of a slot "
+            "head. For other heads choose a loss on labels, such as cross_entropy."
         )
     return prediction.outputs
 
@@ -48,8 +48,8 @@ class FeatureReconstruction(Loss):
         outputs = slot_outputs(prediction)
         if not outputs.reconstructions[0].shape[2]:
             raise UserError(
-                "head.reconstruct=false reconstructs no features, which this loss compares. Set head.reconstruct=true, "
-                "or choose loss=temporal_similarity."
+                "The head reconstructs no features, which this loss compares. Give the head reconstruct=true, or "
+                "choose temporal_similarity."
             )
         errors: dict[str, Tensor] = {}
         for step, reconstructed in zip(outputs.steps, outputs.reconstructions, strict=True):

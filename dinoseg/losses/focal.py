@@ -6,8 +6,7 @@ from torch import Tensor
 from dinoseg.losses.full_resolution import Vjp
 from dinoseg.losses.labelled import weights_of
 from dinoseg.losses.pixel_mean import PixelMean
-from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import HighShare, NotNegative
+from dinoseg.utils.ranges import HighShare, NotNegative, check_annotations
 
 
 class Focal(PixelMean):
@@ -25,6 +24,7 @@ class Focal(PixelMean):
         average: see `PixelMean`.
     """
 
+    @check_annotations
     def __init__(
         self,
         class_weights: Tensor,
@@ -33,8 +33,6 @@ class Focal(PixelMean):
         hard_fraction: HighShare = 1.0,
         average: str = "labelled",
     ) -> None:
-        if not gamma >= 0:
-            raise UserError(f"loss.criterion.gamma={gamma}: give a number of at least 0; 0 is cross-entropy.")
         super().__init__(class_weights, ignore_index, hard_fraction, average)
         self.gamma = gamma
 

@@ -5,8 +5,7 @@ All take logits (B, K, H, W) of K classes in any float type and targets (B, H, W
 `Prediction` that `model(images, as_prediction=True)` returns, which saves the memory of logits at full size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -283,8 +282,7 @@ def compute_class_weights(counts: Sequence[int] | Tensor, scheme: str = "median"
         tensor([0.1000, 0.9000])
     """
     numbers = [int(count) for count in counts]
-    with _of_a_call():
-        return weights_by_scheme(numbers, [str(number) for number in range(len(numbers))], scheme)
+    return weights_by_scheme(numbers, [str(number) for number in range(len(numbers))], scheme)
 
 
 def _value(
@@ -301,20 +299,17 @@ def _value(
     ignore_index = whole_number(ignore_index, "ignore_index", INTEGERS)
     _check_targets(targets, device, images, classes, ignore_index)
     options = {name: _plain(name, value) for name, value in options.items()}
-    with _of_a_call():
-        if class_weights is None:
-            loss = _unweighted(kind, classes, device, ignore_index, **options)
-        else:
-            weights = torch.as_tensor(class_weights, dtype=torch.float32).detach()
-            if weights.shape != (classes,):
-                raise UserError(
-                    f"class_weights has the shape {list(weights.shape)}. Give one weight per class: {classes}."
-                )
-            if not (torch.isfinite(weights) & (weights >= 0)).all():
-                raise UserError(f"class_weights={weights.tolist()}: give finite numbers that are not negative.")
-            loss = _made(kind, weights, ignore_index, options).to(device)
-        batch = Batch(image=targets, mask=targets, names=[f"image {number}" for number in range(len(targets))])
-        return loss(prediction, batch)[0]
+    if class_weights is None:
+        loss = _unweighted(kind, classes, device, ignore_index, **options)
+    else:
+        weights = torch.as_tensor(class_weights, dtype=torch.float32).detach()
+        if weights.shape != (classes,):
+            raise UserError(f"class_weights has the shape {list(weights.shape)}. Give one weight per class: {classes}.")
+        if not (torch.isfinite(weights) & (weights >= 0)).all():
+            raise UserError(f"class_weights={weights.tolist()}: give finite numbers that are not negative.")
+        loss = _made(kind, weights, ignore_index, options).to(device)
+    batch = Batch(image=targets, mask=targets, names=[f"image {number}" for number in range(len(targets))])
+    return loss(prediction, batch)[0]
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -388,13 +383,3 @@ def _check_targets(targets: Tensor, device: torch.device, images: int, classes: 
             f"The targets hold the ids {found}, which are neither classes (0..{classes - 1}) nor "
             f"ignore_index={ignore_index}. Convert them, or set ignore_index."
         )
-
-
-@contextmanager
-def _of_a_call() -> Iterator[None]:
-    """Turn the config keys in an error into names of arguments."""
-    try:
-        yield
-    except UserError as error:
-        message = str(error).replace("loss.criterion.", "").replace("loss.weights=", "scheme=")
-        raise UserError(message) from error

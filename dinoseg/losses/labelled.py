@@ -32,7 +32,7 @@ def check_classes(class_weights: Tensor) -> None:
     if len(class_weights) == 1:
         raise UserError(
             "With 1 class every probability is 1 and the loss 0, without a gradient. Give scores of at least two "
-            "classes (data.classes): for one kind of object, the background and the object."
+            "classes: for one kind of object, the background and the object."
         )
 
 
@@ -44,8 +44,8 @@ def weights_of(class_weights: Tensor, scores: Tensor) -> Tensor:
     """
     if len(class_weights) != len(scores):
         raise RuntimeError(
-            f"The loss has weights for {len(class_weights)} classes, but the head scores {len(scores)}: set "
-            "head.num_classes to the number of data.classes, or leave it out."
+            f"The loss has weights for {len(class_weights)} classes, but the head scores {len(scores)}. Give both the "
+            "number of classes of the data."
         )
     return class_weights.to(scores.dtype)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from dinoseg.losses.points import (
 )
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.ranges import Count, NotNegative, Positive, Share
+from dinoseg.utils.ranges import Count, NotNegative, Range, Share, check_annotations
 from dinoseg.utils.transfer import to_device
 
+Oversampling = Annotated[float, Range("a number of at least 1", 1)]
 TERMS = ("class", "mask", "dice")
 FACTORS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
 IGNORED, INTERPOLATIONS = ("excluded", "background"), ("nearest", "bilinear")
@@ -48,9 +49,7 @@ class PointTargets:
         """Refuse unknown options."""
         for key, known in (("ignored", IGNORED), ("interpolation", INTERPOLATIONS)):
             if getattr(self, key) not in known:
-                raise UserError(
-                    f"loss.criterion.{key}={getattr(self, key)} is unknown. Choose one of {', '.join(known)}."
-                )
+                raise UserError(f"{key}={getattr(self, key)} is unknown. Choose one of {', '.join(known)}.")
 
     @property
     def excluded(self) -> bool:
@@ -196,8 +195,8 @@ def _check_queries(classes: np.ndarray, names: Sequence[str], num_queries: int, 
     for name, count in zip(names, (classes >= 0).sum(1), strict=True):
         if count > num_queries:
             raise UserError(
-                f"head.num_queries={num_queries}: {name} has {count} classes, and each needs its own query. Set "
-                f"head.num_queries to {num_classes}, the number of classes, or more."
+                f"num_queries={num_queries}: {name} has {count} classes, and each needs its own query. Give the head "
+                f"num_queries={num_classes}, the number of classes, or more."
             )
 
 
@@ -247,6 +246,7 @@ class MaskClassification(Loss):
     needs_masks = True
     num_divisors = 3
 
+    @check_annotations
     def __init__(
         self,
         class_weights: Tensor,
@@ -254,20 +254,12 @@ class MaskClassification(Loss):
         factors: Mapping[str, float] = FACTORS,
         no_object: NotNegative = 0.1,
         num_points: Count = 12544,
-        oversample: Positive = 3.0,
+        oversample: Oversampling = 3.0,
         importance: Share = 0.75,
         ignored: str = "excluded",
         interpolation: str = "nearest",
     ) -> None:
         super().__init__()
-        if not no_object >= 0:
-            raise UserError(f"loss.criterion.no_object={no_object}: give a weight of at least 0.")
-        if num_points < 1:
-            raise UserError(f"loss.criterion.num_points={num_points}: give a number of points of at least 1.")
-        if not oversample >= 1:
-            raise UserError(f"loss.criterion.oversample={oversample}: give a number of at least 1.")
-        if not 0 <= importance <= 1:
-            raise UserError(f"loss.criterion.importance={importance}: give a share from 0 to 1.")
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
         self.factors = checked_factors(factors, TERMS)
@@ -323,8 +315,8 @@ class MaskClassification(Loss):
         outputs = prediction.outputs
         if not isinstance(outputs, MaskOutputs):
             raise UserError(
-                "loss=mask_classification needs a head that predicts masks: "
-                "head=mask2former, mask2former_meta or eomt. Or choose loss=cross_entropy, which fits every head."
+                "mask_classification needs a head that predicts masks: mask2former or eomt. Or choose cross_entropy, "
+                "which fits every head."
             )
         layers, target = [outputs, *outputs.aux], labels(batch.mask, self.ignore_index)
         points = self.sampling["num_points"]

@@ -8,8 +8,7 @@ from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.full_resolution import Vjp, pixel_sums
 from dinoseg.losses.fused import KernelSpec
 from dinoseg.losses.labelled import check_classes, image_count, labelled_images, ratio
-from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import NotNegative
+from dinoseg.utils.ranges import NotNegative, Positive, check_annotations
 
 
 def overlap_sums(scores: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Vjp]:
@@ -68,18 +67,15 @@ class Tversky(Loss):
     weight: Tensor
     sums_over_batch = True
 
+    @check_annotations
     def __init__(
         self,
         class_weights: Tensor,
         ignore_index: int = 255,
         alpha: NotNegative = 0.3,
-        beta: NotNegative = 0.7,
+        beta: Positive = 0.7,
     ) -> None:
         super().__init__()
-        if not alpha >= 0:
-            raise UserError(f"loss.criterion.alpha={alpha}: give a weight of false positives of at least 0.")
-        if not beta > 0:
-            raise UserError(f"loss.criterion.beta={beta}: give a weight of false negatives above 0.")
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
         self.divisor = ("images", ignore_index)

@@ -30,14 +30,7 @@ class Hardest:
         share: of the labelled pixels, at least one; 1 selects all.
     """
 
-    share: HighShare = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse an invalid share."""
-        if not 0 < self.share <= 1:
-            raise UserError(
-                f"loss.criterion.hard_fraction={self.share}: give a fraction of the pixels above 0 and at most 1."
-            )
+    share: float = 1.0
 
     @torch.no_grad()
     def selected(self, costs: Tensor, labelled: Tensor) -> Tensor:
@@ -82,10 +75,10 @@ class PixelMean(Loss):
         self.ignore_index, self.average = ignore_index, average
         self.hardest = Hardest(hard_fraction)
         if average not in AVERAGES:
-            raise UserError(f"loss.criterion.average={average} is unknown. Choose one of {', '.join(AVERAGES)}.")
+            raise UserError(f"average={average} is unknown. Choose one of {', '.join(AVERAGES)}.")
         if average == "all" and hard_fraction < 1:
             raise UserError(
-                f"loss.criterion.average=all and hard_fraction={hard_fraction} exclude each other: the mean is over "
+                f"average=all and hard_fraction={hard_fraction} exclude each other: the mean is over "
                 "the hardest pixels or over all pixels. Leave one of the two out."
             )
         self.divisor = self._divisor()

@@ -9,7 +9,7 @@ from dinoseg.core.shapes import Batch, ClipBatch, Prediction
 from dinoseg.losses.feature_reconstruction import slot_outputs
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.ranges import Temperature
+from dinoseg.utils.ranges import Temperature, check_annotations
 
 
 class SlotContrast(Loss):
@@ -36,10 +36,11 @@ class SlotContrast(Loss):
     needs_carried = True
     sums_over_batch = True
 
+    @check_annotations
     def __init__(self, temperature: Temperature = 0.1, softmax_over: str = "next") -> None:
         super().__init__()
         if softmax_over not in ("next", "previous"):
-            raise UserError(f"loss.criterion.softmax_over={softmax_over} is unknown. Choose next or previous.")
+            raise UserError(f"softmax_over={softmax_over} is unknown. Choose next or previous.")
         self.softmax_over = softmax_over
         self.temperature = temperature
 
@@ -54,9 +55,8 @@ class SlotContrast(Loss):
         clips, frames, count = slots.shape[:3]
         if frames < 2:
             raise UserError(
-                "The loss compares the slots of two frames, but only one frame of each clip has slots: set "
-                f"data.clips.cut.length to {max(outputs.steps) + 2} or more. For images choose "
-                "loss=feature_reconstruction."
+                "The loss compares the slots of two frames, but only one frame of each clip has slots. Give clips of "
+                f"{max(outputs.steps) + 2} frames or more; feature_reconstruction takes single frames."
             )
         weight = slots.new_full((), clips * (frames - 1))
         if not outputs.carried:

@@ -1,6 +1,7 @@
 """Temporal similarity loss: slots predict the cells of the next frame with similar features."""
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,9 @@ from dinoseg.core.shapes import Batch, ClipBatch, Prediction
 from dinoseg.losses.feature_reconstruction import slot_outputs
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.ranges import Positive
+from dinoseg.utils.ranges import Positive, Range, check_annotations
+
+Similarity = Annotated[float, Range("a cosine similarity from -1 (no threshold) to below 1", -1, 1, open_at=(1,))]
 
 
 def similarity_targets(
@@ -65,16 +68,11 @@ class TemporalSimilarity(Loss):
     divisor = "clips"  # equal clip lengths: a mean over frames is a mean over clips
     needs_similarity = True
 
-    def __init__(self, temperature: Positive = 0.075, threshold: float = 0.0, unmatched: str = "skip") -> None:
+    @check_annotations
+    def __init__(self, temperature: Positive = 0.075, threshold: Similarity = 0.0, unmatched: str = "skip") -> None:
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise UserError(f"loss.criterion.temperature={temperature}: give a number above 0, such as 0.075.")
-        if not -1 <= threshold < 1:
-            raise UserError(
-                f"loss.criterion.threshold={threshold}: give a cosine similarity from -1 (no threshold) to below 1."
-            )
         if unmatched not in ("skip", "uniform"):
-            raise UserError(f"loss.criterion.unmatched={unmatched} is unknown. Choose skip or uniform.")
+            raise UserError(f"unmatched={unmatched} is unknown. Choose skip or uniform.")
         self.unmatched = unmatched
         self.temperature = temperature
         self.threshold = threshold
@@ -88,13 +86,13 @@ class TemporalSimilarity(Loss):
         outputs = slot_outputs(prediction)
         if outputs.features.shape[1] < 2:
             raise UserError(
-                "The loss compares each frame with the next, but the clips have 1 frame: set data.clips.cut.length to "
-                "2 or more. For images choose loss=feature_reconstruction."
+                "The loss compares each frame with the next, but the clips have 1 frame. Give clips of 2 frames or "
+                "more; feature_reconstruction takes single frames."
             )
         if outputs.similarity is None:
             raise UserError(
-                "head.similarity=false: the head does not predict the similarity with the next frame, which this loss "
-                "trains. Set head.similarity=true, or choose loss=feature_reconstruction."
+                "The head does not predict the similarity with the next frame, which this loss trains. Give the head "
+                "similarity=true."
             )
         compared = outputs.features if outputs.keys is None else outputs.keys
         features = compared.detach().flatten(3).unbind(1)  # T of (B, C, N)

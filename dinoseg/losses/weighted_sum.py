@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, ClipBatch, Prediction
 from dinoseg.losses.factors import checked_factors
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import UserError, name_parameters
 
 
 class WeightedSum(Loss):
@@ -32,8 +32,7 @@ class WeightedSum(Loss):
         super().__init__()
         if not terms or "weight" in terms:
             raise UserError(
-                f"loss.criterion.terms={list(terms)}: give at least one term, of any name but weight, such as "
-                f"ce and dice in loss=ce_dice."
+                f"terms={list(terms)}: give at least one term, of any name but weight, such as ce and dice."
             )
         self.factors = checked_factors(factors, terms)
         self.losses = nn.ModuleList(_make(name, make, class_weights) for name, make in terms.items())
@@ -108,17 +107,16 @@ class WeightedSum(Loss):
 
 
 def _make(name: str, make: Callable[..., Loss], class_weights: Tensor | None) -> Loss:
-    """Return a term; config keys in its error messages are rewritten to their place below `terms`."""
-    weighs = "class_weights" in signature(make).parameters
+    """Return a term; its errors name its parameters by their place below `terms`."""
+    parameters = signature(make).parameters
+    weighs = "class_weights" in parameters
     if weighs and class_weights is None:
         raise UserError(
-            f"loss.criterion.terms.{name} weights classes, but this loss has none. Remove the term, or add it to a "
-            "loss on labels, such as loss=ce_dice."
+            f"terms.{name} weights classes, but this loss has none. Remove the term, or add it to a loss on labels, "
+            "such as ce_dice."
         )
-    try:
+    with name_parameters({parameter: f"terms.{name}.{parameter}" for parameter in parameters}):
         return make(class_weights=class_weights) if weighs else make()
-    except UserError as error:
-        raise UserError(str(error).replace("loss.criterion.", f"loss.criterion.terms.{name}.")) from None
 
 
 def _scoring_once(prediction: Prediction) -> Prediction:

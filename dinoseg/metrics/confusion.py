@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, check_annotations
 
 _AT_ONCE = 2**18  # pixels per chunk
 
@@ -31,9 +32,8 @@ class ConfusionMatrix:
         1.0
     """
 
-    def __init__(self, num_classes: int, ignore_index: int = 255, background: int | None = None) -> None:
-        if num_classes < 1:
-            raise UserError(f"num_classes is {num_classes}; it must be at least 1. Correct data.classes.")
+    @check_annotations
+    def __init__(self, num_classes: Count, ignore_index: int = 255, background: int | None = None) -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.background = background
@@ -145,7 +145,7 @@ class ConfusionMatrix:
         if references:
             raise UserError(
                 f"{references} mask pixels hold ids outside 0..{self.num_classes - 1}{examples} that are not "
-                f"the ignore index {self.ignore_index}. Correct the masks, data.classes or data.ignore_index."
+                f"the ignore index {self.ignore_index}. Correct the masks, the classes or the ignore index."
             )
         if predictions:
             raise ValueError(f"{predictions} predicted ids lie outside 0..{self.num_classes - 1}.")

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from dinoseg.config.nodes import argument_keys
 from dinoseg.evaluation.score_report import result_of, write_problems
 from dinoseg.evaluation.scoring.folders import ScoringResult, Unscorable, score_cases
 from dinoseg.evaluation.scoring.summary import difference
@@ -16,7 +17,7 @@ from dinoseg.metrics.protocols.davis import Sequences
 from dinoseg.metrics.protocols.davis_layout import MASKS, tracked_sequence
 from dinoseg.report.scores import difference_table, scores_table
 from dinoseg.utils.atomic import write_json
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Count
 
 
@@ -47,7 +48,8 @@ def run(
     protocol = score_protocol(cfg, folders[1:], out_dir)
     if not isinstance(protocol, Sequences):  # these protocols read run folders of mode=track themselves
         folders[1:] = [each / MASKS if tracked_sequence(each) else each for each in folders[1:]]
-    scored = _score_all(protocol, folders[0], folders[1:], out_dir, workers=workers, on_error=on_error)
+    with name_parameters(argument_keys(cfg.protocol)):
+        scored = _score_all(protocol, folders[0], folders[1:], out_dir, workers=workers, on_error=on_error)
     results = [
         {
             "reference": str(folders[0]),

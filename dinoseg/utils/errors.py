@@ -1,6 +1,7 @@
 """The exception for mistakes that the user can fix, and the translation of file-system errors into it."""
 
 import errno
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ _REMEDIES = {  # for errors of files and disks; others, such as a network's, pas
 _NO_HOME = "Could not determine home directory."  # message of pathlib's expanduser
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake in the input that the user can fix: shown as one message, without a traceback.
 
     The message names the value, the rule that it breaks and the remedy. Its text is `printable`, whatever a file is
@@ -50,6 +51,26 @@ def reword(error: UserError, terms: Mapping[str, str]) -> UserError:
     for term, other in terms.items():
         words = words.replace(term, other)
     return UserError(words)
+
+
+@contextmanager
+def name_parameters(names: Mapping[str, str]) -> Iterator[None]:
+    """Replace names of parameters in the message of a UserError, such as `rank=0` by the config key `adapter.rank=0`.
+
+    A name is replaced at the start of the message, and anywhere before `=`; in `arch.depth=3` only the first part is a
+    parameter.
+
+    Args:
+        names: maps each parameter to what the reader sets.
+    """
+    try:
+        yield
+    except UserError as error:
+        known = "|".join(map(re.escape, names))
+        found = rf"(?<![\w.])({known})(?=(?:\.\w+)*=)|^({known})(?!\w)"
+        if names:
+            error.args = (re.sub(found, lambda match: names[match[1] or match[2]], str(error)),)
+        raise
 
 
 class KilledProcess(UserError):

@@ -55,7 +55,7 @@ def test_weights_by_name_are_taken_as_they_are():
     "weight", [0, -1, float("nan"), float("inf"), True, "3", None, 1e39, 1e-46, 10**400, {"a": 1}, [3]]
 )
 def test_a_weight_by_name_is_a_number_above_0_that_float32_has(weight):
-    with pytest.raises(UserError, match=r"loss.weights: pole=.+ is not a weight. Give a number from 1e-06 to 1e\+06"):
+    with pytest.raises(UserError, match=r"^scheme: pole=.+ is not a weight. Give a number from 1e-06 to 1e\+06"):
         class_weights(COUNTS, NAMES, {"pole": weight})
 
 
@@ -71,9 +71,9 @@ def test_names_of_strangers_are_shown_in_one_short_line():
 
 
 def test_bad_input():
-    with pytest.raises(UserError, match="loss.weights: dog is not a class. The classes are road, car, pole, cat"):
+    with pytest.raises(UserError, match="^scheme: dog is not a class. The classes are road, car, pole, cat"):
         class_weights(COUNTS, NAMES, {"dog": 2.0})
-    with pytest.raises(UserError, match="loss.weights=best is unknown. Choose one of none, one_minus_frequency"):
+    with pytest.raises(UserError, match="^scheme=best is unknown. Choose one of none, one_minus_frequency"):
         class_weights(COUNTS, NAMES, "best")
     with pytest.raises(UserError, match="no labelled pixel"):
         class_weights([0, 0], ["a", "b"], "inverse")

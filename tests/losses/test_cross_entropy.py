@@ -81,12 +81,12 @@ def test_another_ignore_value():
 
 
 def test_label_smoothing_out_of_range_is_refused():
-    with pytest.raises(UserError, match="loss.criterion.label_smoothing=1"):
+    with pytest.raises(UserError, match="^label_smoothing=1.0 is out of range. .* below 1"):
         CrossEntropy(torch.ones(3), label_smoothing=1.0)
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy, Focal])
 def test_weights_of_another_number_of_classes_are_refused(loss):
     prediction, batch = make(torch.zeros(1, 20, 30, dtype=torch.uint8), classes=3)
-    with pytest.raises(RuntimeError, match="weights for 2 classes, but the head scores 3: set head.num_classes"):
+    with pytest.raises(RuntimeError, match="weights for 2 classes, but the head scores 3. Give both"):
         loss(torch.ones(2))(prediction, batch)

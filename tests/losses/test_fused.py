@@ -207,7 +207,7 @@ def test_the_kernel_is_for_cuda_and_grids_much_smaller_than_masks(monkeypatch):
 def test_weights_of_another_number_of_classes_are_refused_before_the_kernel_reads_beyond_them():
     pytest.importorskip("triton", reason="Triton has no wheels for this system")
     way = Fused(torch.zeros(1, 32, 32, dtype=torch.uint8), (1.0, 1.0), 255, KernelSpec(WEIGHTS[:3]))
-    with pytest.raises(RuntimeError, match="weights for 3 classes, but the head scores 5: set head.num_classes"):
+    with pytest.raises(RuntimeError, match="weights for 3 classes, but the head scores 5. Give both"):
         way.sums([torch.zeros(1, 5, 8, 8)], None)
 
 

@@ -307,7 +307,7 @@ def test_as_many_classes_as_queries_and_more():
     prediction, batch = make(MASKS["many"], queries=3)
     assert MaskClassification(WEIGHTS)(prediction, batch)[0].isfinite()
     prediction, batch = make(MASKS["many"], queries=2)
-    with pytest.raises(UserError, match="head.num_queries=2: image 0 has 3 classes.* Set head.num_queries to 3"):
+    with pytest.raises(UserError, match="^num_queries=2: image 0 has 3 classes.* Give the head num_queries=3"):
         MaskClassification(WEIGHTS)(prediction, batch)
 
 
@@ -355,20 +355,20 @@ def test_heads_without_masks_are_refused():
     prediction = Prediction(torch.randn(1, K, 3, 4), (20, 29), (1.0, 1.0), upsample)
     batch = Batch(torch.zeros(1, 3, 20, 29), torch.zeros(1, 20, 29, dtype=torch.uint8), [""])
     assert MaskClassification.needs_masks
-    with pytest.raises(UserError, match="loss=mask_classification needs a head that predicts masks: head=mask2former"):
+    with pytest.raises(UserError, match="mask_classification needs a head that predicts masks: mask2former or eomt"):
         MaskClassification(WEIGHTS)(prediction, batch)
 
 
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"no_object": -0.1}, "loss.criterion.no_object=-0.1: give a weight of at least 0"),
-        ({"num_points": 0}, "loss.criterion.num_points=0: give a number of points of at least 1"),
-        ({"oversample": 0.5}, "loss.criterion.oversample=0.5: give a number of at least 1"),
-        ({"importance": 1.5}, "loss.criterion.importance=1.5: give a share from 0 to 1"),
-        ({"ignored": "void"}, "loss.criterion.ignored=void is unknown. Choose one of excluded, background"),
-        ({"interpolation": "cubic"}, "loss.criterion.interpolation=cubic is unknown. Choose one of nearest, bilinear"),
-        ({"factors": {"class": 2.0, "mask": 5.0}}, "loss.criterion.factors.dice is not set"),
+        ({"no_object": -0.1}, "^no_object=-0.1 is out of range. Give a number of at least 0"),
+        ({"num_points": 0}, "^num_points=0 is out of range. Give a whole number of at least 1"),
+        ({"oversample": 0.5}, "^oversample=0.5 is out of range. Give a number of at least 1"),
+        ({"importance": 1.5}, "^importance=1.5 is out of range. Give a number from 0 to 1"),
+        ({"ignored": "void"}, "^ignored=void is unknown. Choose one of excluded, background"),
+        ({"interpolation": "cubic"}, "^interpolation=cubic is unknown. Choose one of nearest, bilinear"),
+        ({"factors": {"class": 2.0, "mask": 5.0}}, "^factors.dice is not set"),
         ({"factors": {**FACTORS, "box": 1.0}}, "factors.box=1.0: unknown term. The terms are class, mask, dice"),
     ],
 )

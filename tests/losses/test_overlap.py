@@ -311,10 +311,10 @@ def test_mask_heads_too(loss):
 @pytest.mark.parametrize(
     "make_loss, said",
     [
-        (lambda: Focal(WEIGHTS, gamma=-0.1), "loss.criterion.gamma=-0.1: give a number of at least 0"),
-        (lambda: Focal(WEIGHTS, gamma=math.nan), "gamma=nan"),
-        (lambda: Tversky(WEIGHTS, alpha=-1.0), "loss.criterion.alpha=-1.0: .* at least 0"),
-        (lambda: Tversky(WEIGHTS, beta=0.0), "loss.criterion.beta=0.0: .* above 0"),
+        (lambda: Focal(WEIGHTS, gamma=-0.1), "^gamma=-0.1 is out of range. Give a number of at least 0"),
+        (lambda: Focal(WEIGHTS, gamma=math.nan), "^gamma=nan is out of range"),
+        (lambda: Tversky(WEIGHTS, alpha=-1.0), "^alpha=-1.0 .* at least 0"),
+        (lambda: Tversky(WEIGHTS, beta=0.0), "^beta=0.0 .* above 0"),
     ],
 )
 def test_bad_options_are_refused(make_loss, said):

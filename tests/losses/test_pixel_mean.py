@@ -1,6 +1,7 @@
 """The hardest pixels, against all logits at once in float64, written from their definitions."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -187,22 +188,24 @@ def test_over_all_pixels_class_weights_change_only_the_sum():
     assert found.item() == pytest.approx((value * parts["weight"] / batch.mask.numel()).item(), rel=1e-12)
 
 
-def too_hard(class_weights):
-    return CrossEntropy(class_weights, hard_fraction=2)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CrossEntropy(WEIGHTS, hard_fraction=0), "loss.criterion.hard_fraction=0: give a fraction"),
-        (lambda: Focal(WEIGHTS, hard_fraction=1.5), "loss.criterion.hard_fraction=1.5: give a fraction"),
-        (lambda: CrossEntropy(WEIGHTS, hard_fraction=math.nan), "loss.criterion.hard_fraction=nan"),
+        (
+            lambda: CrossEntropy(WEIGHTS, hard_fraction=0),
+            "^hard_fraction=0 is out of range. Give a number above 0 and at most 1",
+        ),
+        (lambda: Focal(WEIGHTS, hard_fraction=1.5), "^hard_fraction=1.5 is out of range. Give"),
+        (lambda: CrossEntropy(WEIGHTS, hard_fraction=math.nan), "^hard_fraction=nan is out of range"),
         (
             lambda: CrossEntropy(WEIGHTS, average="known"),
-            "loss.criterion.average=known is unknown. Choose one of labelled",
+            "^average=known is unknown. Choose one of labelled",
         ),
         (lambda: Focal(WEIGHTS, average="all", hard_fraction=0.5), "average=all and hard_fraction=0.5 exclude"),
-        (lambda: WeightedSum({"ce": too_hard}, {"ce": 1.0}, WEIGHTS), "loss.criterion.terms.ce.hard_fraction=2: give"),
+        (
+            lambda: WeightedSum({"ce": partial(CrossEntropy, hard_fraction=2)}, {"ce": 1.0}, WEIGHTS),
+            "^terms.ce.hard_fraction=2 is out of range. Give",
+        ),
     ],
 )
 def test_what_is_out_of_range_is_refused(make, message):

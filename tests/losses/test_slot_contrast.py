@@ -71,5 +71,5 @@ def test_slots_that_are_not_carried_are_not_compared():
 
 
 def test_single_frames_are_refused():
-    with pytest.raises(UserError, match="only one frame of each clip has slots.*data.clips.cut.length to 2 or more"):
+    with pytest.raises(UserError, match="only one frame of each clip has slots. Give clips of 2 frames or more"):
         run(outputs_of(torch.zeros(1, 1, 2, 3)))

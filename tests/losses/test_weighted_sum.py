@@ -120,18 +120,18 @@ def test_it_needs_masks_when_a_term_does():
 @pytest.mark.parametrize(
     "terms, factors, said",
     [
-        (TERMS, {"ce": 1.0, "dise": 1.0}, "loss.criterion.factors.dise=1.0: unknown term. The terms are ce, dice"),
-        (TERMS, {"ce": 1.0}, r"loss.criterion.factors.dice is not set"),
+        (TERMS, {"ce": 1.0, "dise": 1.0}, "^factors.dise=1.0: unknown term. The terms are ce, dice"),
+        (TERMS, {"ce": 1.0}, r"^factors.dice is not set"),
         (TERMS, {"ce": 1.0, "dice": -1.0}, r"factors.dice=-1.0: give a number of at least 0"),
         (TERMS, {"ce": "much", "dice": 1.0}, r"factors.ce=much: give a number"),
         (TERMS, {"ce": True, "dice": 1.0}, r"factors.ce=True: give a number"),
         (TERMS, {"ce": float("nan"), "dice": 1.0}, r"factors.ce=nan: give a number"),
-        ({}, {}, r"loss.criterion.terms=\[\]: give at least one term"),
+        ({}, {}, r"^terms=\[\]: give at least one term"),
         ({"weight": Dice}, {"weight": 1.0}, r"terms=\['weight'\]: .* any name but weight"),
         (
             {"hard": partial(Focal, gamma=-1.0)},
             {"hard": 1.0},
-            r"loss.criterion.terms.hard.gamma=-1.0: give a number of at least 0",
+            r"^terms.hard.gamma=-1.0 is out of range. Give a number of at least 0",
         ),
     ],
 )

@@ -407,7 +407,7 @@ def test_what_is_missing_is_a_problem_for_each_file(tmp_path):
     "options", [{"ignore": 0}, {"ignore": -1}, {"ignore": "255"}, {"ignore": True}, {"matching": "best"}]
 )
 def test_options_are_checked(options):
-    with pytest.raises(UserError, match=f"protocol.{next(iter(options))}="):
+    with pytest.raises(UserError, match=f"^{next(iter(options))}="):
         VideoClustering(**options)
 
 

@@ -159,7 +159,7 @@ def test_folders_that_are_not_laid_out_so(tmp_path):
         (prediction / "val" / path(number)).rename(prediction / "val" / f"drive{number}/frame.jpg")
     with pytest.raises(UserError, match=r"prediction=\S+ does not hold .* It holds 2 of \.jpg, such as"):
         Idd().find(reference / "val", prediction / "val")
-    with pytest.raises(UserError, match="protocol.resolution=721 is unknown. Choose one of 720, 1080, 480, 240"):
+    with pytest.raises(UserError, match="^resolution=721 is unknown. Choose one of 720, 1080, 480, 240"):
         Idd(721)
 
 

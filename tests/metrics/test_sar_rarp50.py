@@ -373,6 +373,7 @@ def test_rules_and_configs(make):
 def test_another_tolerance_is_said_to_be_unofficial():
     assert "not official" not in SarRarp50().rules["tolerance"]
     assert SarRarp50(3).rules["tolerance"] == "3 pixels, Euclidean, inclusive (not official, which is 10)"
-    for tolerance in (-1, math.nan, math.inf, True):
-        with pytest.raises(UserError, match=r"protocol\.tolerance=.*0 or more"):
+    rule, finite = "a number of at least 0", "a finite number"
+    for tolerance, wanted in ((-1, rule), (math.nan, rule), (math.inf, finite), (True, "a number")):
+        with pytest.raises(UserError, match=rf"^tolerance={tolerance} is .* Give {wanted}\."):
             SarRarp50(tolerance)

@@ -40,7 +40,7 @@ def test_references_of_0_and_255_alone_are_warned_of(tmp_path):
     for options in ({"num_classes": 2}, {"num_classes": 19}):
         found = Semantic(**options).find(*folders)
         assert len(found.cases) == 2 and "holds 0 and 255 alone" in found.notes[0]
-        assert "protocol.binary=true" in found.notes[0]
+        assert "set the protocol's binary=true" in found.notes[0]
     for options in (
         {"binary": True},
         {"num_classes": 1},
@@ -62,8 +62,8 @@ def test_references_of_0_and_255_alone_are_warned_of(tmp_path):
 def test_one_foreign_id_is_offered_to_be_ignored(tmp_path):
     guess = save(tmp_path / "guess.png", [[0, 1, 1]])
     for stored, options, message in (
-        ([[0, 1, 11]], {}, "set num_classes, protocol.ignore_index=11 to ignore these pixels, or correct it"),
-        ([[1, 2, 5]], {"reduce_zero_label": True}, "set num_classes, protocol.ignore_index=4 to ignore"),
+        ([[0, 1, 11]], {}, "set num_classes, ignore_index=11 to ignore these pixels, or correct it"),
+        ([[1, 2, 5]], {"reduce_zero_label": True}, "set num_classes, ignore_index=4 to ignore"),
         ([[0, 11, 12]], {}, "255 is ignored: set num_classes or correct it"),
         ([[0, 11, 255]], {}, "255 is ignored: set num_classes or correct it"),
     ):

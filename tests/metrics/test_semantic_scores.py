@@ -181,18 +181,18 @@ def test_files_that_cannot_be_scored_are_named(tmp_path):
 
 def test_options_that_make_no_sense():
     for options, message in (
-        ({}, "num_classes=null: protocol=semantic needs .* num_classes=19"),
-        ({"num_classes": 0}, "num_classes=0: give the number of classes, 1 or more"),
-        ({"num_classes": -1}, "num_classes=-1: give the number of classes, 1 or more"),
-        ({"num_classes": 3, "binary": True}, "protocol.binary=true with num_classes=3 .* have 2 classes"),
-        ({"binary": True, "reduce_zero_label": True}, "protocol.reduce_zero_label=true: masks of 0 and 255"),
-        ({"num_classes": 3, "tolerance": -1}, "protocol.tolerance=-1"),
-        ({"num_classes": 3, "tolerance": float("nan")}, "protocol.tolerance=nan"),
+        ({}, "needs the number of classes. Give num_classes=19, .* or binary=true"),
+        ({"num_classes": 0}, "^num_classes=0 is out of range. Give a whole number of at least 1"),
+        ({"num_classes": -1}, "^num_classes=-1 is out of range"),
+        ({"num_classes": 3, "binary": True}, "^binary=true with num_classes=3 .* have 2 classes"),
+        ({"binary": True, "reduce_zero_label": True}, " reduce_zero_label=true: masks of 0 and 255"),
+        ({"num_classes": 3, "tolerance": -1}, "^tolerance=-1 is out of range"),
+        ({"num_classes": 3, "tolerance": float("nan")}, "^tolerance=nan is out of range"),
     ):
         with pytest.raises(UserError, match=message):
             Semantic(**options)
     for number in (0, -1, 256):
-        with pytest.raises(UserError, match=f"num_classes={number}: give 1 to 255"):
+        with pytest.raises(UserError, match=f"^num_classes={number} is out of range. Give .* from 1 to 255, or null"):
             Ade20k(num_classes=number)
 
 

@@ -180,7 +180,7 @@ def test_masks_of_0_and_255_are_warned_of_unless_they_are_said_to_be_binary(tmp_
     result, _, _ = run("num_classes=null", "protocol.binary=true")
     assert 0.5 < result["scores"]["mIoU"] < 0.8 and len(result["per_class"]) == 2 and not result["notes"]
     result, done, _ = run("num_classes=2")
-    assert "reference=reference holds 0 and 255 alone" in done.err and "set protocol.binary=true" in done.err
+    assert "reference=reference holds 0 and 255 alone" in done.err and "set the protocol's binary=true" in done.err
     _, note = result["notes"]
     assert result["scores"]["mIoU"] < 0.9 and "3 of 3 predictions hold ids that are not classes" in note
     assert "prediction/0.png" in note and note in done.err

@@ -8,8 +8,7 @@ import numpy as np
 from dinoseg.metrics.counts import class_counts, ratio
 from dinoseg.metrics.protocols.contract import Cases, DatasetProtocol, Measured, ScoringCase
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, refuse_ids, refuse_inside
-from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import UpTo255, check_annotations
 
 _TREE = Tree()
 _CLASSES = 150
@@ -26,10 +25,9 @@ class Ade20k(DatasetProtocol):
     unit = "image"
     keys = ("mIoU", "pixel_accuracy")
 
-    def __init__(self, num_classes: Count | None = None) -> None:
+    @check_annotations
+    def __init__(self, num_classes: UpTo255 | None = None) -> None:
         self.num_classes = _CLASSES if num_classes is None else num_classes
-        if not 1 <= self.num_classes <= 255:
-            raise UserError(f"num_classes={num_classes}: give 1 to 255 classes, or null for the {_CLASSES} of ADE20K.")
         self.rules: dict[str, Any] = {
             "absent_class": f"0, counted: the mean is over all {self.num_classes} classes",
             "resolution": "as stored; both sides must have the same size",

@@ -12,7 +12,7 @@ from dinoseg.metrics.protocols.trees import read_labels, read_pair, refuse_ids
 from dinoseg.metrics.region_boundary import match_proposals, object_scores, pair_scores, statistics
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import UpTo255, check_annotations
 
 KEYS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 VOID = 255
@@ -111,9 +111,8 @@ class Davis2017Unsupervised(Sequences):
     name = "davis2017_unsupervised"
     max_proposals: int
 
-    def __init__(self, split: str = "val", resolution: str = "480p", max_proposals: Count = 20) -> None:
-        if isinstance(max_proposals, bool) or not 1 <= max_proposals <= 255:
-            raise UserError(f"protocol.max_proposals={max_proposals}: give a number from 1 to 255; 20 is official.")
+    @check_annotations
+    def __init__(self, split: str = "val", resolution: str = "480p", max_proposals: UpTo255 = 20) -> None:
         years = ("2019",) if split in _LATER_SETS else ("2017",)
         super().__init__(DavisLayout("Annotations_unsupervised", years, split, resolution, skip_ends=False))
         self.max_proposals = max_proposals
@@ -194,9 +193,7 @@ def _largest_id(case: ScoringCase) -> int:
     objects = ids[ids != VOID]
     refuse_ids(objects, objects > MAX_OBJECTS, first, f"Object ids are 1 to {MAX_OBJECTS}, and {VOID} is void.")
     if not objects.any() and ids.any():
-        raise BadFile(
-            first, f"holds only void ({VOID}) and no object. Score masks of DAVIS-2016 with protocol=davis2016."
-        )
+        raise BadFile(first, f"holds only void ({VOID}) and no object. Score masks of DAVIS-2016 with davis2016.")
     return int(objects.max(initial=0))
 
 

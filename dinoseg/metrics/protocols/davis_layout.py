@@ -39,7 +39,7 @@ class DavisLayout:
     def __post_init__(self) -> None:
         for option, value, example in (("split", self.split, "val"), ("resolution", self.resolution, "480p")):
             if not isinstance(value, str) or not is_name(value):
-                raise UserError(f"protocol.{option}={value} is not a valid name. Give a name such as {example}.")
+                raise UserError(f"{option}={value} is not a valid name. Give a name such as {example}.")
 
     def find(self, reference: Path, prediction: Path) -> Cases:
         """Return a case for each sequence of the set, with all its annotated frames in order.
@@ -55,7 +55,7 @@ class DavisLayout:
         if predicted.isdisjoint(names):
             raise UserError(
                 f"prediction={prediction} holds no folder of a sequence in {self.split}. Give the folder that holds "
-                f"{names[0]}/ and so on, or the right protocol.split."
+                f"{names[0]}/ and so on, or the right split."
             )
         listing = Cases([])
         for name in names:
@@ -134,10 +134,10 @@ class DavisLayout:
             if (sets / year).is_dir():
                 others = [path.stem for path in sorted((sets / year).glob("*.txt"))]
                 raise UserError(
-                    f"protocol.split={self.split}: {sets / year} does not hold this list; it holds {_listed(others)}."
+                    f"split={self.split}: {sets / year} does not hold this list; it holds {_listed(others)}."
                 )
         held = [path.name for path in sorted(sets.iterdir()) if path.is_dir()]
-        hint = " Score it with protocol=davis2016." if "2016" in held else ""
+        hint = " Score it with davis2016." if "2016" in held else ""
         raise UserError(f"reference={root} holds no {wanted}; ImageSets holds {_listed(held)}.{hint} Or add the list.")
 
     def _masks_folder(self, root: Path) -> Path:
@@ -150,8 +150,7 @@ class DavisLayout:
             )
         others = [path.name for path in sorted(folder.parent.iterdir()) if path.is_dir()]
         raise UserError(
-            f"protocol.resolution={self.resolution}: {folder.parent} does not hold this folder; it holds "
-            f"{_listed(others)}."
+            f"resolution={self.resolution}: {folder.parent} does not hold this folder; it holds {_listed(others)}."
         )
 
 

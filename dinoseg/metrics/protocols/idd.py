@@ -55,7 +55,7 @@ class Frames(DatasetProtocol):
     def __init__(self, resolution: int, sizes: Mapping[int, tuple[int, int]]) -> None:
         if resolution not in sizes:
             known = ", ".join(map(str, sizes))
-            raise UserError(f"protocol.resolution={resolution} is unknown. Choose one of {known}.")
+            raise UserError(f"resolution={resolution} is unknown. Choose one of {known}.")
         self.size = sizes[resolution]
         void = len(self.classes)
         self.rules: dict[str, Any] = {

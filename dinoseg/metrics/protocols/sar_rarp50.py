@@ -1,6 +1,5 @@
 """Official SAR-RARP50 segmentation scores (EndoVis challenge 2022): mIoU, mNSD and their combination."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from dinoseg.metrics.surface import surface_dices
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.images import read_ids
-from dinoseg.utils.ranges import NotNegative
+from dinoseg.utils.ranges import NotNegative, check_annotations
 from dinoseg.utils.wording import join_names
 
 CLASSES = (  # ids 1 to 9; 0, the background, is not scored
@@ -49,7 +48,7 @@ class VideoFrames(DatasetProtocol):
         """
         video, _, stem = name.rpartition("/")
         if not video or not stem:
-            raise UserError(f"{name} is not a frame name of SAR-RARP50: names are <video>/<stem>, as in data=sarrarp.")
+            raise UserError(f"{name} is not a frame name of SAR-RARP50: names are <video>/<stem>.")
         return f"{video}/{FOLDER}/{stem}.png"
 
     def case(self, name: str, reference: Path, prediction: Path) -> ScoringCase:
@@ -70,9 +69,8 @@ class SarRarp50(VideoFrames):
     name = "sar_rarp50"
     keys = ("mIoU", "mNSD", "score")
 
+    @check_annotations
     def __init__(self, tolerance: NotNegative = OFFICIAL_TOLERANCE) -> None:
-        if isinstance(tolerance, bool) or not (math.isfinite(tolerance) and tolerance >= 0):
-            raise UserError(f"protocol.tolerance={tolerance}: give a distance in pixels, 0 or more; 10 is official.")
         self.tolerance = tolerance
         self.rules: dict[str, Any] = {
             "absent_class": "absent from reference and prediction of a frame: 1; from one of them: 0",

@@ -11,7 +11,7 @@ from dinoseg.metrics.protocols.contract import BadFile, Cases, DatasetProtocol, 
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, read_labels, refuse_ids, refuse_inside
 from dinoseg.metrics.surface import boundary_ious, surface_dices
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, NotNegative
+from dinoseg.utils.ranges import Count, NotNegative, check_annotations
 from dinoseg.utils.wording import join_names
 
 _TREE = Tree()
@@ -37,6 +37,7 @@ class Semantic(DatasetProtocol):
     name = "semantic"
     unit = "image"
 
+    @check_annotations
     def __init__(
         self,
         num_classes: Count | None = None,
@@ -52,16 +53,14 @@ class Semantic(DatasetProtocol):
         if binary:
             if num_classes not in (None, 2) or reduce_zero_label:
                 raise UserError(
-                    f"protocol.binary=true with num_classes={num_classes} "
-                    f"protocol.reduce_zero_label={str(reduce_zero_label).lower()}: masks of 0 and 255 have 2 classes, "
-                    "and no label is reduced."
+                    f"binary=true with num_classes={num_classes} reduce_zero_label={str(reduce_zero_label).lower()}: "
+                    "masks of 0 and 255 have 2 classes, and no label is reduced."
                 )
             num_classes = 2
         if num_classes is None and classes is None:
             raise UserError(
-                "num_classes=null: protocol=semantic needs the number of classes. Set their names, "
-                "data.classes=[background,leaf], or num_classes=19, or protocol.binary=true for masks of 0 and 255; "
-                "results of mode=predict store it."
+                "The protocol needs the number of classes. Give num_classes=19, their names as classes, or "
+                "binary=true for masks of 0 and 255."
             )
         if num_classes is None or classes is None:
             classes = [f"class {index}" for index in range(num_classes or 0)] if classes is None else list(classes)
@@ -75,8 +74,6 @@ class Semantic(DatasetProtocol):
                 f"num_classes={num_classes}, but there are {len(classes)} class names ({join_names(classes)}): leave "
                 "num_classes out, or correct one of them."
             )
-        if not 0 <= tolerance < np.inf:
-            raise UserError(f"protocol.tolerance={tolerance}: give a distance in pixels, 0 or more.")
         self.num_classes, self.classes, self.references = num_classes, classes, references
         self.ignore_index, self.reduce_zero_label, self.binary = ignore_index, reduce_zero_label, binary
         self.boundary, self.nsd, self.tolerance = boundary, nsd, tolerance
@@ -134,7 +131,7 @@ class Semantic(DatasetProtocol):
             listing.notes.insert(
                 0,
                 f"reference={reference} holds 0 and 255 alone, and 255 is ignored: THE SCORE IS OF CLASS 0 ALONE. If "
-                "255 is the object, set protocol.binary=true.",
+                "255 is the object, set the protocol's binary=true.",
             )
         return listing
 
@@ -181,7 +178,7 @@ class Semantic(DatasetProtocol):
             foreign = np.unique(ids[wrong])
             rule = f"Classes are 0..{self.num_classes - 1} and {self.ignore_index} is ignored: set num_classes"
             if len(foreign) == 1 and not ignored.any():
-                rule += f", protocol.ignore_index={foreign[0]} to ignore these pixels,"
+                rule += f", ignore_index={foreign[0]} to ignore these pixels,"
             refuse_ids(reference, wrong, path, f"{rule} or correct it.")
         return ids, held
 

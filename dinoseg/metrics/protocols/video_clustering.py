@@ -1,7 +1,7 @@
 """Scores of object-centric video models: ARI, FG-ARI and mBO, over whole videos and per frame."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -9,8 +9,10 @@ from dinoseg.metrics.clustering import MATCHINGS, Contingency, contingency, segm
 from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
 from dinoseg.metrics.protocols.trees import Tree, extra, read_labels, read_pair
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Range, check_annotations
 
 BACKGROUND = 0
+ObjectId = Annotated[int, Range("an id of at least 1 (0 is the background)", 1)]
 MAX_SEGMENTS = 2048  # ids in a video: maps with more are not segments, and the pair table would fill memory
 _VIDEO_KEYS = ("ARI", "FG-ARI", "mBO")
 
@@ -33,13 +35,12 @@ class VideoClustering(ScoreProtocol):
     signed = tuple(key for key in keys if "ARI" in key)  # negative if worse than chance
     highest = dict.fromkeys(signed, 1.0)
 
-    def __init__(self, ignore: int | None = None, matching: str = "overlap", labelled_background: bool = True) -> None:
-        if ignore is not None and (isinstance(ignore, bool) or not isinstance(ignore, int) or ignore < 1):
-            raise UserError(
-                f"protocol.ignore={ignore}: give an id from 1 up, such as 255, or null; 0 is the background."
-            )
+    @check_annotations
+    def __init__(
+        self, ignore: ObjectId | None = None, matching: str = "overlap", labelled_background: bool = True
+    ) -> None:
         if matching not in MATCHINGS:
-            raise UserError(f"protocol.matching={matching} is unknown. Choose one of {', '.join(MATCHINGS)}.")
+            raise UserError(f"matching={matching} is unknown. Choose one of {', '.join(MATCHINGS)}.")
         self.ignore, self.matching = ignore, matching
         self.labelled_background = labelled_background
         self._tree = Tree(layout="<video>/<frame>.png", depth=1)

@@ -1,0 +1,89 @@
+"""Errors of parts: parameter names in Python, full keys where a config node is instantiated."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from dinoseg.config.nodes import instantiate
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.utils.errors import UserError, name_parameters
+
+WEIGHTS = torch.ones(2)
+
+
+def refusal(make):
+    with pytest.raises(UserError) as caught:
+        make()
+    return str(caught.value)
+
+
+def build_loss(compose, *words):
+    cfg = compose("data.root=x", "data.classes=[a,b]", *words)
+    return instantiate(cfg.loss.criterion)(class_weights=WEIGHTS)
+
+
+def test_user_errors_are_value_errors():
+    with pytest.raises(ValueError, match=r"^hard_fraction=2 is out of range\. Give a number above 0 and at most 1\.$"):
+        CrossEntropy(WEIGHTS, hard_fraction=2)
+
+
+def test_numbers_of_numpy_are_accepted():
+    loss = CrossEntropy(WEIGHTS, ignore_index=np.int64(3), label_smoothing=np.float32(0.5))
+    assert (loss.ignore_index, loss.label_smoothing) == (3, 0.5)
+    with pytest.raises(UserError, match=r"^hard_fraction=1\.5 is out of range"):
+        CrossEntropy(WEIGHTS, hard_fraction=np.float32(1.5))
+
+
+def test_partial_nodes_name_full_keys(compose):
+    words = ("loss=cross_entropy", "loss.criterion.average=all", "loss.criterion.hard_fraction=0.5")
+    message = refusal(lambda: build_loss(compose, *words))
+    assert message.startswith("loss.criterion.average=all and loss.criterion.hard_fraction=0.5 exclude each other")
+
+
+def test_nested_terms_name_their_place(compose):
+    message = refusal(lambda: build_loss(compose, "loss=ce_dice", "loss.criterion.terms.ce.average=known"))
+    assert message.startswith("loss.criterion.terms.ce.average=known is unknown. Choose one of labelled, all")
+
+
+def test_constructors_name_full_keys(compose):
+    node = compose("data.root=x", "num_classes=3", "protocol.binary=true").protocol
+    assert refusal(lambda: instantiate(node)).startswith("protocol.binary=true with num_classes=3 protocol.reduce_zero")
+
+
+def test_interpolated_arguments_name_the_key_that_is_set(compose):
+    cfg = compose("data.root=x", "data.classes=[a,b]", "loss.weights=heavy")
+    message = refusal(lambda: instantiate(cfg.loss.class_weights)([1, 1], ["a", "b"]))
+    assert message.startswith("loss.weights=heavy is unknown.") and "'loss.weights={b: 3}'" in message
+
+
+def test_nodes_without_a_config_name_parameters():
+    node = {"_target_": "dinoseg.losses.overlap.Tversky", "_partial_": True, "alpha": -1}
+    assert refusal(lambda: instantiate(node)).startswith("alpha=-1 is out of range")
+
+
+def test_partial_nodes_can_be_pickled(compose):
+    node = OmegaConf.create({"loss": {"_target_": "dinoseg.losses.slot_contrast.SlotContrast", "_partial_": True}}).loss
+    node.softmax_over = "all"
+    make = pickle.loads(pickle.dumps(instantiate(node)))
+    assert refusal(make).startswith("loss.softmax_over=all is unknown")
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("rank=0: too small", "adapter.rank=0: too small"),
+        ("rank is too small", "adapter.rank is too small"),
+        ("ranks=0: the rank is too small", "ranks=0: the rank is too small"),
+        ("Set rank=1 or arch.depth=2", "Set adapter.rank=1 or adapter.arch.depth=2"),
+        ("other.rank=0 and max_rank=1", "other.rank=0 and max_rank=1"),
+    ],
+)
+def test_only_names_of_parameters_are_replaced(message, expected):
+    def fail():
+        with name_parameters({"rank": "adapter.rank", "arch": "adapter.arch"}):
+            raise UserError(message)
+
+    assert refusal(fail) == expected
