@@ -145,7 +145,6 @@ def fit(experiment: Experiment) -> Progress:
     epoch = data.epoch / settings.accumulate
     meter = Meter(progress.step, settings.steps, settings.val_every, epoch, engine.device, engine.is_main)
     loss: BatchLoss | None
-    steps = settings.steps
     model.train()
     with deferred(NOTICE) as stop, emergency, closing(meter):
         if progress.validation_pending:
@@ -156,8 +155,7 @@ def fit(experiment: Experiment) -> Progress:
             freeze.log_length(progress.step, settings.steps)
         batches = meter.waiting(stream, data.remedy)
         for step in range(progress.step, settings.steps):
-            if limit is not None:
-                steps = limit.fit_steps(step, settings.steps)
+            steps = settings.steps if limit is None else limit.fit_steps(step, settings.steps)
             if step >= steps or is_out_of_patience(progress, settings.patience):
                 break
             due = settings.due(step + 1, steps)
@@ -169,9 +167,7 @@ def fit(experiment: Experiment) -> Progress:
                 with micro.retried(), engine.sync(net, micro.is_last):
                     batch = batch.to(engine.device)
                     with freeze.during(step, steps, batch.image) if freeze else nullcontext():
-                        prediction = net(batch.image)
-                        if scale is not None:
-                            prediction = widened(prediction)
+                        prediction = net(batch.image) if scale is None else widened(net(batch.image))
                         loss = batch_loss(criterion, prediction, batch, micro.divisors, micro.num_batches)
                         engine.backward(loss.total, scale, loss.weight)
                     output.add(loss, prediction, batch)
