@@ -111,10 +111,6 @@ class Backbone(GuardedModule):
 
         It is 0 if anything before the blocks is trained. A norm after the blocks counts as one more block.
         """
-        return self.find_first_trained()
-
-    def find_first_trained(self) -> int | None:
-        """Return `first_trained`; backbones override this, since torch.compile misreads properties of `super()`."""
         trained = {parameter for parameter in self.parameters() if parameter.requires_grad}
         if not trained:
             return None

@@ -311,7 +311,6 @@ class Engine:
         scale_gradients((parameter for group in optimizer.param_groups for parameter in group["params"]), factor)
         norm = clip(optimizer).to(mean.device).to(mean.dtype)  # moved before it is cast: MPS has no float64
         finite = mean.isfinite() & norm.isfinite()
-        skipped = torch.zeros_like(finite)
         if loss_scale is not None:
             skipped = loss_scale.overflows(mean, norm)
             loss_scale.update(skipped)
@@ -322,8 +321,7 @@ class Engine:
             vars(optimizer).update(grad_scale=None, found_inf=(~finite).float())  # interface of torch's GradScaler
         if on_device or finite:
             optimizer.step()
-        if on_device or finite or skipped:
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         return mean, norm.where(mean.isfinite(), math.nan)
 
     def gather(self, values: list[Any]) -> list[Any]:

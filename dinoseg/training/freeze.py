@@ -1,21 +1,23 @@
 """Delayed fine-tuning: until a share of the training is done, the backbone is frozen and only the head is trained."""
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Backbone
 from dinoseg.core.shapes import FrozenFeatures
-from dinoseg.training.optim import ScheduleState
+from dinoseg.training.optim import Schedule
 
 logger = logging.getLogger(__name__)
 
 
 class BackboneFreeze:
-    """Freeze of the trained parts of a backbone until the time set in their parameter groups.
+    """Freeze of the trained parts of a backbone until a share of the training.
 
     Frozen parts are in eval mode and have no gradient. On one rank, none is computed. A gradient is computed and
     dropped with several ranks, which expect gradients of all trained parameters, and with cached features. These enter
@@ -23,51 +25,72 @@ class BackboneFreeze:
 
     Args:
         backbone: of the model in training.
-        optimizer: over `parameter_groups`.
+        parameters: of the backbone that are trained.
+        until: share of the training.
         is_single: whether there is only one rank.
     """
 
-    def __init__(self, backbone: Backbone, optimizer: Optimizer, *, is_single: bool) -> None:
-        self._backbone, self._is_single = backbone, is_single
-        self._groups = [group for group in optimizer.param_groups if group["backbone"]]
+    def __init__(
+        self, backbone: Backbone, parameters: Sequence[nn.Parameter], until: float, *, is_single: bool
+    ) -> None:
+        self._backbone, self._parameters, self.until = backbone, parameters, until
+        self._is_single = is_single
 
-    @property
-    def until(self) -> float:
-        """Return the share of the training until which something is frozen."""
-        return max((group["start"] for group in self._groups), default=0.0)
+    def length(self, steps: int) -> int:
+        """Return the number of steps for which the backbone is frozen, in a training of so many."""
+        return math.ceil(round(self.until * steps, 6))  # 0.07 * 100 > 7 in floating point
 
-    def log_length(self, position: ScheduleState) -> None:
+    def restart(self, schedule: Schedule) -> Schedule:
+        """Return the schedule of two trainings, of the head and then of the whole model; each is a full schedule."""
+
+        def factor(step: int, steps: int, backbone: bool = False, /) -> float:
+            first = self.length(steps)
+            if step >= first:
+                return schedule(step - first, steps - first, backbone)
+            return 0.0 if backbone else schedule(step, first)
+
+        return factor
+
+    def log_length(self, step: int, steps: int) -> None:
         """Log for how many steps the backbone is frozen and, on one rank, that the steps after these take longer."""
-        steps, to_come = (
-            max((position.left(group["start"]) for group in self._groups), default=0),
-            position.steps - position.step,
-        )
-        if steps and steps == to_come:
+        frozen, to_come = self.length(steps) - step, steps - step
+        if frozen <= 0:
+            return
+        if frozen == to_come:
             logger.warning(
                 "The backbone is frozen for all of the %d remaining steps. Set a lower "
                 "optim.optimizer.freeze_backbone_until, or adapter=frozen, which allows a feature cache.",
-                steps,
+                frozen,
             )
-        elif steps:
+        else:
             quicker = ", which take less time than later steps" if self._is_single else ""
-            logger.info("The backbone is frozen for %d of the %d remaining steps%s.", steps, to_come, quicker)
+            logger.info("The backbone is frozen for %d of the %d remaining steps%s.", frozen, to_come, quicker)
 
     @contextmanager
-    def during(self, position: ScheduleState, images: Any) -> Iterator[None]:
+    def during(self, step: int, steps: int, images: Any) -> Iterator[None]:
         """Freeze the parts while a model runs forward and backward on images, or on features of images."""
-        frozen = [each for group in self._groups if position.left(group["start"]) for each in group["params"]]
-        if not frozen:
+        if step >= self.length(steps):
             yield
             return
         training = [part for part in self._backbone.modules() if part.training]
         self._backbone.eval()
-        for parameter in frozen:
+        for parameter in self._parameters:
             parameter.requires_grad_(not self._is_single or isinstance(images, FrozenFeatures))
         try:
             yield
         finally:
-            for parameter in frozen:
+            for parameter in self._parameters:
                 parameter.requires_grad_(True)
                 parameter.grad = None
             for part in training:
                 part.training = True
+
+
+def build_freeze(backbone: Backbone, optimizer: Optimizer, *, is_single: bool) -> BackboneFreeze | None:
+    """Return the freeze that is set in the optimizer's groups of a backbone; None if it is trained from the start."""
+    groups = [group for group in optimizer.param_groups if group["backbone"]]
+    until = max((group["start"] for group in groups), default=0.0)
+    if not until:
+        return None
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return BackboneFreeze(backbone, parameters, until, is_single=is_single)

@@ -2,9 +2,9 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice, tee
+from itertools import islice
 from typing import Any
 
 import torch
@@ -34,12 +34,13 @@ class MicroBatches:
 
     Attributes:
         num_batches: micro-batches in the current step, over all ranks.
-        divisors: (D,) divisors of the loss over the current step; None: the loss does not need them in advance.
+        divisors: (D,) divisors of the loss over the current step; None: they are not needed in advance, since the loss
+            has a single one, which divides the gradients after the last batch, or the step is a single batch.
         is_last: whether the current micro-batch is the last one of this rank's step.
     """
 
     num_batches: int
-    divisors: Tensor | None
+    divisors: Tensor | None = None
     is_last: bool
 
     def __init__(
@@ -48,10 +49,10 @@ class MicroBatches:
         self._engine, self._criterion, self._accumulate = engine, criterion, accumulate
         self._smallest = min_batch_size
         self._undo = undo
-        self._parts, self._samples = 1, 0  # parts of a batch; samples in the newest batch
+        self._parts = 1  # of a batch
         self._shortage: str | None = None  # reason of the newest out-of-memory error
 
-    def of_step(self, batches: Iterator[Any], output: StepOutput) -> Iterator[Any]:
+    def of_step(self, stream: Iterator[Any], output: StepOutput) -> Iterator[Any]:
         """Yield the micro-batches of the next step; run each within `retried`, and add it to `output`.
 
         If memory does not suffice, the step starts again with smaller micro-batches and the same random draws.
@@ -59,19 +60,24 @@ class MicroBatches:
         Raises:
             OutOfMemory: micro-batches cannot be smaller.
         """
-        taken: Iterator[Any] = islice(batches, self._accumulate)
+        batches = list(islice(stream, self._accumulate))
         while True:
-            taken, again = tee(taken)
-            yield from self._attempt(taken)
+            parts = batches
+            if self._parts > 1:
+                parts = [part for batch in batches for part in batch.split(self._parts)]
+            self.num_batches = len(parts) * self._engine.world_size
+            if self._criterion.num_divisors > 1 and self.num_batches > 1:
+                with self.retried():
+                    self.divisors = self._sum_divisors(parts)
+            for number, part in enumerate(parts, start=1):
+                if self._shortage is not None:
+                    break
+                self.is_last = number == len(parts)
+                yield part
             if self._shortage is None:
                 return
-            self._halve(self._shortage)
-            self._shortage, taken = None, again
-            self._undo()
-            gc.collect()
-            empty_cache(self._engine.device)
-            torch.manual_seed(torch.initial_seed())
-            output.restart()
+            self._halve(self._shortage, len(batches[-1].names))
+            self._start_again(output)
 
     @contextmanager
     def retried(self) -> Iterator[None]:
@@ -83,42 +89,28 @@ class MicroBatches:
                 raise
             self._shortage = reason_of(error)  # the text alone: the traceback holds the step's tensors
 
-    def _attempt(self, taken: Iterator[Any]) -> Iterator[Any]:
-        count = self._accumulate * self._parts
-        self.num_batches = count * self._engine.world_size
-        with self.retried():
-            batches, self.divisors = self._sum_divisors(self._split(taken))
-        if self._shortage is not None:
-            return
-        for number, batch in enumerate(batches, start=1):
-            self.is_last = number == count
-            with self.retried():
-                batch = batch.to(self._engine.device)
-            if self._shortage is None:
-                yield batch
-            if self._shortage is not None:
-                return
+    def _sum_divisors(self, parts: Sequence[Any]) -> Tensor:
+        """Return the loss divisors (D,) over the micro-batches of all ranks."""
+        divisors = [self._criterion.divisors(part).to(self._engine.device, torch.float32) for part in parts]
+        return self._engine.sum(torch.stack(divisors).sum(0))
 
-    def _split(self, batches: Iterable[Any]) -> Iterator[Any]:
-        for batch in batches:
-            self._samples = len(batch.names)
-            yield from batch.split(self._parts) if self._parts > 1 else [batch]
+    def _start_again(self, output: StepOutput) -> None:
+        """Revert what the step has changed, free its memory, and restore its random state."""
+        self._shortage = None
+        self._undo()
+        gc.collect()
+        empty_cache(self._engine.device)
+        torch.manual_seed(torch.initial_seed())
+        output.restart()
 
-    def _sum_divisors(self, batches: Iterable[Any]) -> tuple[Iterable[Any], Tensor | None]:
-        """Return the batches, and the loss divisors (D,) of all batches and ranks if they are needed in advance.
+    def _halve(self, reason: str, samples: int) -> None:
+        """Halve the micro-batches of batches with so many samples.
 
-        They are not if the loss has a single divisor, which divides the gradients after the last batch. Nor are they
-        if the step consists of a single batch.
+        Raises:
+            OutOfMemory: they cannot be smaller.
         """
-        if self._criterion.num_divisors == 1 or self.num_batches == 1:
-            return batches, None
-        batches = list(batches)
-        divisors = [self._criterion.divisors(batch).to(self._engine.device, torch.float32) for batch in batches]
-        return batches, self._engine.sum(torch.stack(divisors).sum(0))
-
-    def _halve(self, reason: str) -> None:
-        parts = min(2 * self._parts, self._samples // self._smallest)
-        size = -(-self._samples // self._parts)
+        parts = min(2 * self._parts, samples // self._smallest)
+        size = -(-samples // self._parts)
         if parts <= self._parts or self._engine.world_size > 1:
             raise OutOfMemory(
                 f"Not enough memory to train on a batch of {count_of(size, 'sample')} ({reason}). {self._remedy}"

@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Protocol
 
@@ -306,63 +305,22 @@ def warn_of_long_warmup(factor: Schedule, steps: int, *, trains_backbone: bool =
         )
 
 
-@dataclass(frozen=True)
-class ScheduleState:
-    """Position of a step in the training, from which its learning rates follow.
-
-    Attributes:
-        schedule: multiplier of the base rates.
-        step: 0-based number of the step.
-        steps: length of the training.
-    """
-
-    schedule: Schedule
-    step: int
-    steps: int
-
-    @property
-    def share(self) -> float:
-        """Return the share of the training that is done, in [0, 1)."""
-        return self.step / self.steps
-
-    def left(self, start: float) -> int:
-        """Return the number of steps from this one to the share `start` of the training, at least 0."""
-        return max(0, _first(start, self.steps) - self.step)
-
-    def factor(self, start: float = 0.0, *, backbone: bool = False) -> float:
-        """Return the factor of a training in two parts, before and from the share `start` on, each a full schedule."""
-        first = _first(start, self.steps)
-        if self.step < first:
-            return self.schedule(self.step, first, backbone)
-        return self.schedule(self.step - first, self.steps - first, backbone)
-
-
-def _first(start: float, steps: int) -> int:
-    return math.ceil(round(start * steps, 6))  # 0.07 * 100 > 7 in floating point
-
-
-def set_learning_rates(optimizer: Optimizer, position: ScheduleState) -> float:
+def set_learning_rates(optimizer: Optimizer, schedule: Schedule, step: int, steps: int) -> float:
     """Set each group's rate to its base rate times the schedule's factor, and return the highest rate.
 
-    The schedule may warm up the groups of the backbone after the others.
-
-    If the backbone is frozen at first, all rates restart the schedule when it is unfrozen, as in a second training of
-    the whole model. Groups of the head that start late ramp up linearly to their rate. Their moments
-    include all steps before; moments of their own first steps alone would make updates several times too large.
+    Groups of the head that start late ramp up linearly to their rate. Their moments include all steps before; moments
+    of their own first steps alone would make updates several times too large.
 
     Args:
         optimizer: over `parameter_groups`.
-        position: schedule state of the step.
+        schedule: which may warm up the groups of the backbone after the others.
+        step: 0-based number of the step.
+        steps: length of the training.
     """
-    groups = optimizer.param_groups
-    restart = max((group["start"] for group in groups if group["backbone"]), default=0.0)
-    for group in groups:
-        start, risen = group["start"], 1.0
-        if group["backbone"]:
-            risen = 0.0 if position.left(start) else 1.0
-        elif start:
-            risen = min(1.0, max(0.0, (position.share - start) / _RISE))
-        group["lr"] = group["base_lr"] * position.factor(restart, backbone=group["backbone"]) * risen
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * schedule(step, steps, group["backbone"])
+        if group["start"] and not group["backbone"]:
+            group["lr"] *= min(1.0, max(0.0, (step / steps - group["start"]) / _RISE))
     return max(group["lr"] for group in optimizer.param_groups)
 
 

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Loss
 from dinoseg.training.engine import Engine
-from dinoseg.training.loss_scale import widened
 from dinoseg.training.tally import Tally
 from dinoseg.utils.errors import UserError
 
@@ -35,12 +34,6 @@ class BatchLoss(NamedTuple):
     total: Tensor
     weight: Tensor
     parts: dict[str, Tensor]
-
-
-def predict(net: nn.Module, images: Any, *, in_float32: bool) -> Any:
-    """Run the forward pass for images, or for features of images; return the prediction."""
-    prediction = net(images)
-    return widened(prediction) if in_float32 else prediction
 
 
 def batch_loss(criterion: Loss, prediction: Any, batch: Any, divisors: Tensor | None, num_batches: int) -> BatchLoss:
@@ -87,7 +80,7 @@ class StepOutput:
     tally: Tally | None
 
     def __init__(self, device: torch.device, make_tally: Callable[[], Tally | None] | None) -> None:
-        self._device, self._make_tally = device, make_tally or (lambda: None)
+        self._device, self._make_tally = device, make_tally
         self.restart()
 
     def restart(self) -> None:
@@ -96,7 +89,7 @@ class StepOutput:
         self.weight = torch.zeros((), device=self._device)
         self.names = []
         self.images = 0
-        self.tally = self._make_tally()
+        self.tally = None if self._make_tally is None else self._make_tally()
 
     def add(self, loss: BatchLoss, prediction: Any, batch: Any) -> None:
         """Add a micro-batch after its backward pass."""
@@ -107,11 +100,6 @@ class StepOutput:
         self.names += batch.names
         self.images += batch.count
         self.parts = loss.parts
-
-    def sum_over_ranks(self, engine: Engine, stop_request: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return total, weight and stop requests over all ranks, each (); no stop request counts 0."""
-        total, weight, stops = engine.total(self.total, self.weight, stop_request)
-        return total, weight, stops
 
 
 class StepMetrics:
@@ -158,7 +146,8 @@ class MetricsQueue:
     """
 
     def __init__(self, engine: Engine, optimizer: Optimizer) -> None:
-        self._engine, self._optimizer = engine, optimizer
+        self._engine = engine
+        self._late = 1 if engine.updates_asynchronously(optimizer) else 0  # steps that may stay unread
         self._unread: deque[StepMetrics] = deque()  # oldest first
         self.loss = self.norm = math.nan
 
@@ -180,9 +169,9 @@ class MetricsQueue:
         """
         self._unread.append(metrics)
         read = read or (stop_requested and self._engine.world_size == 1)
-        later = 0 if read or not self._engine.updates_asynchronously(self._optimizer) else 1
+        late = 0 if read else self._late
         is_stopping = False
-        while len(self._unread) > later:
+        while len(self._unread) > late:
             oldest = self._unread[0]  # not removed if not finite, so that nothing is saved
             loss, norm, stops = oldest.read()
             if not math.isfinite(norm):

@@ -20,20 +20,30 @@ class TimeLimit:
     The limit counts from the construction, also in a resumed run. A training that is on schedule is not changed.
 
     Args:
-        minutes: the limit; None: there is none.
+        minutes: the limit.
         engine: of the run; all ranks use rank 0's clock.
+        frozen_until: share of the steps until which a part is frozen. If it is still frozen after this share of the
+            limit, the number of steps is reduced at once. The part is then trained for the remaining share.
         clock: returns seconds.
     """
 
-    def __init__(self, minutes: float | None, engine: Engine, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        minutes: float,
+        engine: Engine,
+        *,
+        frozen_until: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._minutes, self._engine, self._clock = minutes, engine, clock
+        self._frozen_until = frozen_until
         self._began = clock()
         self._mark: float | None = None  # end of the previous step; None before the first one
         self._durations: deque[float] = deque(maxlen=_RECENT)
         self._fitted: int | None = None  # number of planned steps that fit
         self._validation, self._is_validated, self._is_reported = 0.0, False, False
 
-    def fit_steps(self, step: int, steps: int, *, frozen_until: float = 0.0) -> int:
+    def fit_steps(self, step: int, steps: int) -> int:
         """Return the number of `steps` after which the training has to end; `step`: now, without another step.
 
         Call it before each step. The training is validated after the last one. The number never rises, so that neither
@@ -42,12 +52,8 @@ class TimeLimit:
         Args:
             step: 0-based number of the next step.
             steps: planned number of steps.
-            frozen_until: share of the steps until which a part is frozen. If it is still frozen after this share of the
-                limit, the number is reduced at once. The part is then trained for the remaining share.
         """
-        if self._minutes is None:
-            return steps
-        fitting = self._engine.run_on_rank0(lambda: self._fit(step, steps, frozen_until))
+        fitting = self._engine.run_on_rank0(lambda: self._fit(step, steps))
         if fitting < steps and not self._is_reported:
             self._is_reported = True
             logger.warning(
@@ -69,14 +75,14 @@ class TimeLimit:
         if self._mark is not None:
             self._mark += seconds
 
-    def _fit(self, step: int, steps: int, frozen_until: float) -> int:
-        assert self._minutes is not None
+    def _fit(self, step: int, steps: int) -> int:
         now, limit = self._clock(), 60 * self._minutes
         if self._mark is not None:
             self._durations.append(now - self._mark)
         self._mark, is_validated, self._is_validated = now, self._is_validated, False
         self._fitted = min(steps, steps if self._fitted is None else self._fitted)
-        watched = min(_WATCHED, frozen_until) if step < frozen_until * self._fitted else _WATCHED
+        is_frozen = step < self._frozen_until * self._fitted
+        watched = min(_WATCHED, self._frozen_until) if is_frozen else _WATCHED
         left = limit - (now - self._began) - self._validation
         if not self._durations or left > (1 - watched) * limit:
             return self._fitted

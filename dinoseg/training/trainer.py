@@ -19,19 +19,12 @@ from dinoseg.training.checkpoint import Checkpointer, Progress
 from dinoseg.training.data_module import DataModule
 from dinoseg.training.emergency import EmergencyCheckpoint
 from dinoseg.training.engine import Engine
-from dinoseg.training.freeze import BackboneFreeze
-from dinoseg.training.loss_scale import LossScale
+from dinoseg.training.freeze import BackboneFreeze, build_freeze
+from dinoseg.training.loss_scale import LossScale, widened
 from dinoseg.training.meter import Meter
 from dinoseg.training.micro_batches import MicroBatches
-from dinoseg.training.optim import (
-    MovingAverage,
-    Schedule,
-    ScheduleState,
-    build_ema,
-    clip_gradients,
-    set_learning_rates,
-)
-from dinoseg.training.step import BatchLoss, MetricsQueue, NonFiniteLoss, StepMetrics, StepOutput, batch_loss, predict
+from dinoseg.training.optim import MovingAverage, Schedule, build_ema, clip_gradients, set_learning_rates
+from dinoseg.training.step import BatchLoss, MetricsQueue, NonFiniteLoss, StepMetrics, StepOutput, batch_loss
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Deferral, deferred
@@ -136,15 +129,17 @@ def fit(experiment: Experiment) -> Progress:
     data, engine, settings = experiment.data, experiment.engine, experiment.settings
     check_score(data, settings.score)
     net = engine.prepare(model)
+    clip = experiment.clip or partial(clip_gradients, max_norm=settings.clip)
+    # each of these is None in a training without it
     ema = build_ema(model, settings.ema)
     scale = engine.loss_scale()
-    clip = experiment.clip or partial(clip_gradients, max_norm=settings.clip)
+    freeze = build_freeze(model.backbone, optimizer, is_single=engine.world_size == 1)
+    limit = build_time_limit(settings, engine, freeze)
+    schedule = experiment.schedule if freeze is None else freeze.restart(experiment.schedule)
     state = (model, optimizer, ema, scale)
     progress = experiment.checkpoints.restore(*state)
     metrics = MetricsQueue(engine, optimizer)
-    limit = TimeLimit(settings.max_minutes, engine)
     emergency = EmergencyCheckpoint(experiment.checkpoints, *state, metrics.are_finite)
-    freeze = BackboneFreeze(model.backbone, optimizer, is_single=engine.world_size == 1)
     micro = MicroBatches(engine, criterion, model.head.min_batch_size, settings.accumulate, undo=emergency.undo)
     stream = data.train_batches(start=progress.step * settings.accumulate)
     epoch = data.epoch / settings.accumulate
@@ -153,30 +148,32 @@ def fit(experiment: Experiment) -> Progress:
     model.train()
     with deferred(NOTICE) as stop, emergency, closing(meter):
         if progress.validation_pending:
-            with limit.validating(), meter.validating():
+            with meter.validating(), limit.validating() if limit else nullcontext():
                 validate(experiment, ema, stop)
             experiment.checkpoints.save(*state)
-        freeze.log_length(ScheduleState(experiment.schedule, progress.step, settings.steps))
+        if freeze is not None:
+            freeze.log_length(progress.step, settings.steps)
         batches = meter.waiting(stream, data.remedy)
         for step in range(progress.step, settings.steps):
-            steps = limit.fit_steps(step, settings.steps, frozen_until=freeze.until)
+            steps = settings.steps if limit is None else limit.fit_steps(step, settings.steps)
             if step >= steps or is_out_of_patience(progress, settings.patience):
                 break
-            position = ScheduleState(experiment.schedule, step, steps)
             due = settings.due(step + 1, steps)
             engine.seed(data.seed, step)
-            rate = set_learning_rates(optimizer, position)
+            rate = set_learning_rates(optimizer, schedule, step, steps)
             model.set_progress(step, steps)
             output = StepOutput(engine.device, partial(data.tally, engine) if due.log else None)
             for batch in micro.of_step(batches, output):
-                with micro.retried(), engine.sync(net, micro.is_last), freeze.during(position, batch.image):
-                    prediction = predict(net, batch.image, in_float32=scale is not None)
-                    loss = batch_loss(criterion, prediction, batch, micro.divisors, micro.num_batches)
-                    engine.backward(loss.total, scale, loss.weight)
+                with micro.retried(), engine.sync(net, micro.is_last):
+                    batch = batch.to(engine.device)
+                    with freeze.during(step, steps, batch.image) if freeze else nullcontext():
+                        prediction = net(batch.image) if scale is None else widened(net(batch.image))
+                        loss = batch_loss(criterion, prediction, batch, micro.divisors, micro.num_batches)
+                        engine.backward(loss.total, scale, loss.weight)
                     output.add(loss, prediction, batch)
                 batch = prediction = loss = None  # frees the graph
             # all ranks see a stop request at the same step; a rank that fails here costs no step
-            total, weight, stops = output.sum_over_ranks(engine, stop.signal)
+            total, weight, stops = engine.total(output.total, output.weight, stop.signal)
             with emergency.updating():
                 before = metrics.newest_norm
                 mean, norm = engine.optimizer_step(optimizer, total, weight, clip=clip, before=before, loss_scale=scale)
@@ -192,12 +189,19 @@ def fit(experiment: Experiment) -> Progress:
             if is_stopping:
                 stop.leave()
             if due.validation:
-                with limit.validating(), meter.validating():
+                with meter.validating(), limit.validating() if limit else nullcontext():
                     validate(experiment, ema, stop)
             if due.save:
                 experiment.checkpoints.save(*state)
     engine.wait()
     return progress
+
+
+def build_time_limit(settings: Settings, engine: Engine, freeze: BackboneFreeze | None) -> TimeLimit | None:
+    """Return the wall-clock limit of a training; None if there is none."""
+    if settings.max_minutes is None:
+        return None
+    return TimeLimit(settings.max_minutes, engine, frozen_until=0.0 if freeze is None else freeze.until)
 
 
 def is_out_of_patience(progress: Progress, patience: int | None) -> bool:

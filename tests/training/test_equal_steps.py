@@ -23,7 +23,7 @@ from dinoseg.tasks.distil import DistilledLoss, Part, ScoredBatch
 from dinoseg.training import micro_batches
 from dinoseg.training.engine import Engine
 from dinoseg.training.micro_batches import MicroBatches
-from dinoseg.training.step import StepOutput, batch_loss, predict
+from dinoseg.training.step import StepOutput, batch_loss
 
 K, SIZE, IMAGES = 3, (9, 8), 4
 SLOTS = ("feature_reconstruction", "temporal_similarity", "video_similarity", "slot_contrast")
@@ -185,11 +185,12 @@ def of_rank(net, loss, batches, ranks, rank, done):
     micro = MicroBatches(engine, loss, 1, len(batches), undo=undo)
     for batch in micro.of_step(iter(batches), output):
         with micro.retried():
-            prediction = predict(net, batch.image, in_float32=False)
+            batch = batch.to(engine.device)
+            prediction = net(batch.image)
             part = batch_loss(loss, prediction, batch, micro.divisors, micro.num_batches)
             part.total.backward()
             output.add(part, prediction, batch)
-    total, weight, _ = output.sum_over_ranks(engine, 0)
+    total, weight = engine.total(output.total, output.weight)
     done[rank] = torch.stack([total, weight])
 
 

@@ -24,9 +24,9 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import CacheOptions, feature_cache
-from dinoseg.training.freeze import BackboneFreeze
+from dinoseg.training.freeze import build_freeze
 from dinoseg.training.image_data_module import ImageDataModule
-from dinoseg.training.optim import ScheduleState, adamw, parameter_groups, schedule, set_learning_rates
+from dinoseg.training.optim import adamw, parameter_groups, schedule, set_learning_rates
 from dinoseg.training.trainer import Experiment, Settings, fit
 
 
@@ -209,8 +209,8 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was():
     model = untrained(lambda: LastBlocks(blocks=1)).train()
     before = state_of(model)
     assert {part.training for part in model.backbone.modules()} == {True, False}, "what is frozen stays in eval mode"
-    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.5), is_single=True)
-    with pytest.raises(MemoryError), freeze.during(ScheduleState(schedule(), 0, 10), torch.zeros(1, 3, 8, 8)):
+    freeze = build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.5), is_single=True)
+    with pytest.raises(MemoryError), freeze.during(0, 10, torch.zeros(1, 3, 8, 8)):
         assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
         raise MemoryError
     assert state_of(model) == before
@@ -223,9 +223,9 @@ def state_of(model):
 def test_several_ranks_expect_gradients_which_are_dropped():
     model = untrained()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.5), is_single=False)
+    freeze = build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.5), is_single=False)
     for step, left in ((4, True), (5, False)):
-        with freeze.during(ScheduleState(schedule(), step, 10), None):
+        with freeze.during(step, 10, None):
             model(torch.rand(1, 3, 16, 16)).outputs.sum().backward()
             assert all(parameter.grad is not None for parameter in trained)
         dropped = {each.grad is None for each in model.backbone.parameters() if each.requires_grad}
@@ -236,14 +236,31 @@ def test_its_schedule_begins_with_it():
     """As of a training that is those steps alone, with their warm-up, of all that learns then."""
     model, shape = untrained(), schedule("cosine", warmup=0.25)
     optimizer = adamw(model, head_lr=0.5, backbone_lr=0.1, freeze_backbone_until=0.35)
+    restarted = build_freeze(model.backbone, optimizer, is_single=True).restart(shape)
     for step in range(20):
         factor = shape(step, 7) if step < 7 else shape(step - 7, 13)
-        assert set_learning_rates(optimizer, ScheduleState(shape, step, 20)) == 0.5 * factor
+        assert set_learning_rates(optimizer, restarted, step, 20) == 0.5 * factor
         found = {group["backbone"]: group["lr"] for group in optimizer.param_groups}
         assert found == {True: 0.0 if step < 7 else 0.1 * factor, False: 0.5 * factor}
     plain = adamw(model, head_lr=0.5, backbone_lr=0.1)
     for step in range(20):
-        assert set_learning_rates(plain, ScheduleState(shape, step, 20)) == 0.5 * shape(step, 20)
+        assert set_learning_rates(plain, shape, step, 20) == 0.5 * shape(step, 20)
+
+
+def test_frozen_steps_are_the_share_whatever_its_rounding():
+    """0.07 * 100 is more than 7, and 0.35 * 20 is not."""
+    model = untrained()
+    for share, steps, first in ((0.07, 100, 7), (0.35, 20, 7), (0.4, 1060, 424), (0.5, 5, 3)):
+        freeze = build_freeze(model.backbone, adamw(model, lr=1.0, freeze_backbone_until=share), is_single=True)
+        factor = freeze.restart(lambda step, steps, backbone=False: (step, steps, backbone))
+        assert freeze.length(steps) == first
+        assert factor(first - 1, steps) == (first - 1, first, False) and factor(first - 1, steps, True) == 0
+        assert factor(first, steps, True) == (0, steps - first, True)
+
+
+def test_training_from_the_start_has_no_freeze():
+    model = untrained()
+    assert build_freeze(model.backbone, adamw(model, lr=1.0), is_single=True) is None
 
 
 def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
@@ -261,8 +278,8 @@ def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
 def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeypatch):
     model = untrained()
     monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [model.head.norm]))
-    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.3), is_single=True)
-    with freeze.during(ScheduleState(schedule(), 0, 10), None):
+    freeze = build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.3), is_single=True)
+    with freeze.during(0, 10, None):
         assert all(parameter.requires_grad for parameter in model.head.parameters())
         assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
 
@@ -273,7 +290,6 @@ def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeyp
         (0.5, 0, "is frozen for 3 of the 6 remaining steps"),
         (0.5, 2, "is frozen for 1 of the 4 remaining steps"),
         (0.5, 3, ""),
-        (0.0, 0, ""),
     ]
     + [(0.8, 0, "is frozen for 5 of the 6 remaining steps")]
     + [(0.9, 0, "is frozen for all of the 6 remaining steps. Set a lower optim.optimizer.freeze_b")],
@@ -281,12 +297,12 @@ def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeyp
 def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):
     caplog.set_level(logging.INFO)
     model = untrained()
-    freeze = BackboneFreeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=begin), is_single=True)
-    freeze.log_length(ScheduleState(schedule(), start, 6))
+    freeze = build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=begin), is_single=True)
+    freeze.log_length(start, 6)
     assert said in caplog.text and bool(caplog.text) == bool(said)
     assert ("take less time" in caplog.text) == (said.endswith("steps"))
     caplog.clear()
-    BackboneFreeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=begin), is_single=False).log_length(
-        ScheduleState(schedule(), start, 6)
+    build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=begin), is_single=False).log_length(
+        start, 6
     )
     assert said in caplog.text and "take less time" not in caplog.text, "several ranks compute gradients all the same"

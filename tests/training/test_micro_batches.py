@@ -184,10 +184,11 @@ def test_other_errors_pass_and_several_ranks_are_told_what_to_give():
         run(micro, fail(MemoryError()), batch)
 
 
-def test_a_batch_that_does_not_fit_on_the_device_is_halved():
-    micro = micro_batches()
-    micro._prepare = lambda batch: only_one_sample(batch) or batch
-    assert run(micro, lambda _: None, TWO).names == ["a", "b"]
+def test_a_batch_that_does_not_fit_on_the_device_is_halved(train, monkeypatch):
+    copy = Batch.to
+    monkeypatch.setattr(Batch, "to", lambda batch, device: only_one_sample(batch) or copy(batch, device))
+    whole = train(batch_size=1)
+    assert distance(whole.gradients, train(batch_size=2, accumulate=1).gradients) < 1e-6
 
 
 def test_random_draws_are_those_of_a_step_that_began_in_parts():

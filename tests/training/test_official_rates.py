@@ -18,8 +18,9 @@ from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
+from dinoseg.training.freeze import build_freeze
 from dinoseg.training.multi_head import join_optimizers
-from dinoseg.training.optim import ScheduleState, adamw, schedule, set_learning_rates
+from dinoseg.training.optim import adamw, schedule, set_learning_rates
 
 DINOV2_LINEAR = """
 optimizer: {lr: 1.0e-3, weight_decay: 1.0e-4, weight_decay_on: all}
@@ -52,7 +53,7 @@ def parts_of(recipe):
 
 def rates_at(optimizer, factor, step, steps):
     """Return (learning rate, weight decay) of each parameter at a step, by name."""
-    set_learning_rates(optimizer, ScheduleState(factor, step, steps))
+    set_learning_rates(optimizer, factor, step, steps)
     groups = optimizer.param_groups
     return {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]}
 
@@ -238,7 +239,7 @@ def test_several_heads_warm_up_each_as_alone(tiny_backbone):
     joined = join_optimizers([adamw(head(), lr=rate) for rate in rates])
     for step in (0, 1, 3, 5, 8, 19):
         alone = [sorted({*rates_at(each, factor, step, 20).values()}) for each in optimizers]
-        set_learning_rates(joined, ScheduleState(factor, step, 20))
+        set_learning_rates(joined, factor, step, 20)
         for number, expected in enumerate(alone):
             groups = [group for group in joined.param_groups if group["head"] == number]
             assert sorted({(group["lr"], group["weight_decay"]) for group in groups}) == expected
@@ -247,9 +248,10 @@ def test_several_heads_warm_up_each_as_alone(tiny_backbone):
 def test_a_backbone_that_is_frozen_at_first_warms_up_second_after_that(tiny_backbone):
     model = SegmentationModel(Full()(tiny_backbone()), LinearHead(24, 1, 3))
     optimizer = adamw(model, lr=1.0, freeze_backbone_until=0.5)
-    factor = schedule("constant", warmup=2, warmup_start=0, backbone_warmup=4)
+    freeze = build_freeze(model.backbone, optimizer, is_single=True)
+    factor = freeze.restart(schedule("constant", warmup=2, warmup_start=0, backbone_warmup=4))
     for step, head, backbone in ((0, 0, 0), (1, 0.5, 0), (5, 1, 0), (10, 0, 0), (12, 1, 0), (13, 1, 0.25), (16, 1, 1)):
-        set_learning_rates(optimizer, ScheduleState(factor, step, 20))
+        set_learning_rates(optimizer, factor, step, 20)
         found = {group["backbone"]: group["lr"] for group in optimizer.param_groups}
         assert found == {False: head, True: backbone}
 

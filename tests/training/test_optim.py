@@ -17,7 +17,6 @@ from dinoseg.models.heads.mask2former.head import Mask2FormerHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.optim import (
     MovingAverage,
-    ScheduleState,
     adamw,
     parameter_groups,
     scale_gradients,
@@ -191,20 +190,10 @@ def test_head_and_backbone_have_rates_of_their_own_and_one_for_all_wins(tiny_bac
 
 def test_set_learning_rates_scales_every_group():
     optimizer = adamw(smallest(), lr=0.5, weight_decay=0.1)
-    assert set_learning_rates(optimizer, ScheduleState(lambda *_: 0.1, 0, 1)) == pytest.approx(0.05)
+    assert set_learning_rates(optimizer, lambda *_: 0.1, 0, 1) == pytest.approx(0.05)
     assert {group["lr"] for group in optimizer.param_groups} == {0.05}
-    set_learning_rates(optimizer, ScheduleState(lambda *_: 1.0, 0, 1))
+    set_learning_rates(optimizer, lambda *_: 1.0, 0, 1)
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
-
-
-def test_a_share_ends_with_the_step_that_it_names_however_it_is_rounded():
-    """0.07 * 100 is more than 7, and 0.35 * 20 is not."""
-    for share, steps, first in ((0.07, 100, 7), (0.35, 20, 7), (0.4, 1060, 424), (0.5, 5, 3), (0.0, 5, 0)):
-        assert ScheduleState(schedule(), 0, steps).left(share) == first
-        assert ScheduleState(schedule(), first, steps).left(share) == 0
-        assert ScheduleState(lambda *place: place, first, steps).factor(share) == (0, steps - first, False)
-        before = ScheduleState(lambda *place: place, first - 1, steps).factor(share, backbone=True)
-        assert first == 0 or before == (first - 1, first, True)
 
 
 def test_what_begins_late_has_no_rate_before_and_comes_to_it_evenly(monkeypatch):
@@ -215,7 +204,7 @@ def test_what_begins_late_has_no_rate_before_and_comes_to_it_evenly(monkeypatch)
     names = {name for group in optimizer.param_groups if group["start"] for name in group["names"]}
     assert names == {"head.norm.weight", "head.norm.bias"}
     for step, risen in ((0, 0.0), (6, 0.0), (7, 0.5), (8, 1.0), (18, 1.0)):
-        assert set_learning_rates(optimizer, ScheduleState(lambda *_: 0.1, step, 20)) == pytest.approx(0.05)
+        assert set_learning_rates(optimizer, lambda *_: 0.1, step, 20) == pytest.approx(0.05)
         (rate,) = {group["lr"] for group in optimizer.param_groups if group["start"]}
         assert rate == pytest.approx(0.05 * risen)
         assert {group["lr"] for group in optimizer.param_groups if not group["start"]} == {0.05}

@@ -1,4 +1,4 @@
-"""Split forward pass of a transformer: the blocks before a cut, and those after it."""
+"""Blocks of a transformer, run in one go or split at a block."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -9,45 +9,48 @@ from dinoseg.core.contracts import BlockKwargs
 Block = Callable[..., Tensor]
 
 
-def forward_frozen(
-    blocks: Sequence[Block], cut: int, tapped: Collection[int], tokens: Tensor, prefix: int, block_kwargs: BlockKwargs
-) -> list[Tensor]:
-    """Return the patch tokens (B, h * w, C) of tapped blocks before block `cut`, and the input tokens of block `cut`.
+def run_blocks(
+    blocks: Sequence[Block],
+    tapped: Collection[int],
+    tokens: Tensor,
+    prefix: int,
+    block_kwargs: BlockKwargs,
+    first: int = 0,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return the tokens after the last block, and the patch tokens (B, h * w, C) after each tapped block.
 
     Args:
         blocks: in order.
-        cut: index of a block, or the number of blocks (then no input tokens are returned).
-        tapped: indices of the blocks whose output is returned.
+        tapped: indices of blocks.
         tokens: input of the first block, (B, prefix + h * w, C).
         prefix: number of class and register tokens, which come first.
         block_kwargs: keyword arguments of each block.
+        first: index of the first block.
     """
-    given = []
-    for number, block in enumerate(blocks[:cut]):
+    patches = {}
+    for number, block in enumerate(blocks, start=first):
         tokens = block(tokens, **block_kwargs)
         if number in tapped:
-            given.append(tokens[:, prefix:].contiguous())
-    return given if cut == len(blocks) else [*given, tokens]
+            patches[number] = tokens[:, prefix:].contiguous()
+    return tokens, patches
 
 
-def forward_trainable(
+def run_frozen_blocks(
+    blocks: Sequence[Block], cut: int, tapped: Collection[int], tokens: Tensor, prefix: int, block_kwargs: BlockKwargs
+) -> list[Tensor]:
+    """Return the patch tokens of tapped blocks before block `cut`, and the input tokens of block `cut`, if any."""
+    tokens, patches = run_blocks(blocks[:cut], tapped, tokens, prefix, block_kwargs)
+    return [*patches.values()] if cut == len(blocks) else [*patches.values(), tokens]
+
+
+def run_trained_blocks(
     blocks: Sequence[Block],
     cut: int,
     tapped: Collection[int],
     frozen: Sequence[Tensor],
     prefix: int,
-    block_kwargs: Callable[[], BlockKwargs],
+    block_kwargs: BlockKwargs,
 ) -> dict[int, Tensor]:
-    """Return the patch tokens (B, h * w, C) of each tapped block, given the output of `forward_frozen`.
-
-    `block_kwargs` is called only if there are blocks left to run.
-    """
-    patches = dict(zip(sorted(tapped), frozen, strict=False))  # stops at the tapped blocks before the cut
-    if cut == len(blocks):
-        return patches
-    tokens, with_tokens = frozen[-1], block_kwargs()
-    for number, block in enumerate(blocks[cut:], start=cut):
-        tokens = block(tokens, **with_tokens)
-        if number in tapped:
-            patches[number] = tokens[:, prefix:]
-    return patches
+    """Return the patch tokens of each tapped block, given the output of `run_frozen_blocks`."""
+    patches = dict(zip(sorted({*tapped}), frozen, strict=False))  # stops at the tapped blocks before the cut
+    return patches | run_blocks(blocks[cut:], tapped, frozen[-1], prefix, block_kwargs, cut)[1]

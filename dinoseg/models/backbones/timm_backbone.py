@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.attention import attend_fastest
 from dinoseg.models.backbones.class_attention import class_maps, key_maps, plain_attention, watch_timm
-from dinoseg.models.backbones.cut import Block, forward_frozen, forward_trainable
+from dinoseg.models.backbones.cut import Block, run_frozen_blocks, run_trained_blocks
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.utils.errors import UserError
@@ -125,12 +125,12 @@ class TimmBackbone(Backbone):
         return self._maps(self.pixels(images))
 
     def forward_frozen(self, images: Tensor) -> list[Tensor]:
-        """Return the maps if nothing is trained; otherwise, for a plain ViT, the output of `cut.forward_frozen`."""
+        """Return the maps if nothing is trained; otherwise, for a plain ViT, the output of `run_frozen_blocks`."""
         first, model = self.first_trained, self.model
         if first is None or not self._takes_tokens:
             return super().forward_frozen(images)
         tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(self.pixels(images)))))
-        return forward_frozen(self.blocks, first, self.layers, tokens, model.num_prefix_tokens, {})
+        return run_frozen_blocks(self.blocks, first, self.layers, tokens, model.num_prefix_tokens, {})
 
     def forward_trainable(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Return the L maps for the output of `forward_frozen` on images of `size` (H, W)."""
@@ -140,7 +140,7 @@ class TimmBackbone(Backbone):
         if model.grad_checkpointing:
             blocks = [partial(checkpoint, block, use_reentrant=False) for block in blocks]
         grid = [-(-side // self.patch_size) for side in size]
-        patches = forward_trainable(blocks, first, set(self.layers), frozen, model.num_prefix_tokens, dict)
+        patches = run_trained_blocks(blocks, first, self.layers, frozen, model.num_prefix_tokens, {})
         normed = {number: model.norm(part) for number, part in patches.items()}
         return [normed[layer].transpose(1, 2).unflatten(2, grid).contiguous() for layer in self.layers]
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,7 @@ from dinoseg.core.geometry import resize
 from dinoseg.models.backbones.arch import configuration
 from dinoseg.models.backbones.attention import mask_queries_only
 from dinoseg.models.backbones.class_attention import class_maps, key_maps, watch_transformers
-from dinoseg.models.backbones.cut import forward_frozen, forward_trainable
+from dinoseg.models.backbones.cut import run_blocks, run_frozen_blocks, run_trained_blocks
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.models.backbones.patch_projection import PatchProjection
@@ -163,11 +162,16 @@ class TransformersVit(Backbone):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return one map (B, dim, h, w) for each tapped layer."""
-        return self.forward_trainable(self.forward_frozen(images), (images.shape[-2], images.shape[-1]))
+        pixels = self.pixels(images)
+        tokens, block_kwargs = self.embed(pixels)
+        _, patches = run_blocks(self.blocks, self.layers, tokens, self.num_prefix, block_kwargs)
+        normed = {number: self.norm(part) for number, part in patches.items()}
+        return self._maps(normed, (images.shape[-2], images.shape[-1]))
 
-    def find_first_trained(self) -> int | None:
+    @property
+    def first_trained(self) -> int | None:
         """See `Backbone`; also 0 if training randomises the positions, which all blocks must share."""
-        first, model = super().find_first_trained(), self.model.config
+        first, model = super().first_trained, self.model.config
         drawn = [getattr(model, f"pos_embed_{how}", None) for how in ("shift", "jitter", "rescale")]
         return 0 if first and any(drawn) else first
 
@@ -177,25 +181,30 @@ class TransformersVit(Backbone):
         If nothing is trained, they have passed the final norm. Otherwise the input tokens (B, num_prefix + h * w,
         dim) of the first trained block are appended.
         """
-        pixels = self.pixels(images)
-        first, tokens = self.first_trained, self._tokens(pixels)
+        first = self.first_trained
         cut = len(self.blocks) if first is None else first
-        block_kwargs = self._block_kwargs((pixels.shape[-2], pixels.shape[-1])) if cut else {}
-        given = forward_frozen(list(self.blocks), cut, self.layers, tokens, self.num_prefix, block_kwargs)
+        tokens, block_kwargs = self.embed(self.pixels(images))
+        given = run_frozen_blocks(list(self.blocks), cut, self.layers, tokens, self.num_prefix, block_kwargs)
         return [self.norm(patches) for patches in given] if first is None else given
 
     def forward_trainable(self, frozen: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Return the L maps (B, dim, h, w) for the output of `forward_frozen` on images of `size` (H, W)."""
-        rows, columns = (-(-side // self.patch_size) for side in size)
-        first, tapped = self.first_trained, set(self.layers)
-        cut = len(self.blocks) if first is None else first
-        block_kwargs = partial(self._block_kwargs, (rows * self.patch_size, columns * self.patch_size))
+        first = self.first_trained
         dtype = cast(Any, self.model).embeddings.cls_token.dtype
         frozen = [part.to(dtype) for part in frozen]  # cached features are float32
-        patches = forward_trainable(list(self.blocks), cut, tapped, frozen, self.num_prefix, block_kwargs)
-        if first is not None:
+        if first is None:
+            patches = dict(zip(sorted({*self.layers}), frozen, strict=True))
+        else:
+            padded = [math.ceil(side / self.patch_size) * self.patch_size for side in size]
+            block_kwargs = self._block_kwargs((padded[0], padded[1]))
+            patches = run_trained_blocks(list(self.blocks), first, self.layers, frozen, self.num_prefix, block_kwargs)
             patches = {number: self.norm(part) for number, part in patches.items()}
-        return [patches[layer].transpose(1, 2).unflatten(2, (rows, columns)).float() for layer in self.layers]
+        return self._maps(patches, size)
+
+    def _maps(self, patches: Mapping[int, Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Return the patch tokens (B, h * w, dim) of blocks as L maps, for images of `size` (H, W)."""
+        grid = [math.ceil(side / self.patch_size) for side in size]
+        return [patches[layer].transpose(1, 2).unflatten(2, grid).float() for layer in self.layers]
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps and the class token's attention in the last tapped block, from one forward pass.
