@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinoseg.autotune.random_batch import random_batch
@@ -26,8 +26,6 @@ from dinoseg.training.parts import TrainingParts
 _BITS = {4: 0.516, 8: 1.002}  # bytes per quantised weight, including the scales of its blocks or rows
 _HALF = 2  # bytes of a bfloat16 value
 _TILE = 4 * 4 * LAUNCHED  # bytes of the loss's tiles on an accelerator: four float32 tiles at a time
-# that autocast computes in float32 on CUDA, where the backward pass then reads float32 inputs, but not on a CPU
-_FLOAT32_ON_CUDA = {F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm}
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def step_bytes(
         UserError: the parts do not fit together.
     """
     model, saved = outline(parts)
-    with walking() as peak, CudaOperations() if loss.accelerator else nullcontext():
+    with walking() as peak, cuda_operations() if loss.accelerator else nullcontext():
         model.to_empty(device="cpu")
         weights = peak.now - saved
         if bf16:
@@ -174,21 +172,35 @@ class DummyLoss(torch.autograd.Function):
         return tuple(upstream.new_empty(shape, dtype=dtype) for shape, dtype in ctx.kinds)
 
 
-class CudaOperations(TorchFunctionMode):
-    """Mode in which operations on a CPU save what those on CUDA save for the backward pass.
+@contextmanager
+def cuda_operations() -> Iterator[None]:
+    """Let operations on a CPU save what those on CUDA save for the backward pass.
 
     Two differ in memory. Dropout saves a mask of booleans on CUDA, but one in the input's dtype on a CPU: four times
-    the bytes on the float32 inputs of LoRA updates. Autocast computes norms in float32 on CUDA only.
+    the bytes on the float32 inputs of LoRA updates. Autocast computes norms in float32 on CUDA only. Functions are
+    replaced, since a mode of torch is off when checkpointing repeats them in a backward pass.
     """
+    own = {name: getattr(F, name) for name in ("dropout", "layer_norm", "group_norm")}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the operation as on CUDA."""
-        kwargs = kwargs or {}
-        if func is F.dropout and kwargs["training"] and 0 < kwargs["p"] < 1 and not kwargs["inplace"]:
-            return torch.native_dropout(args[0], kwargs["p"], train=True)[0]
-        if func in _FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
-            return func(args[0].float(), *args[1:], **kwargs)
-        return func(*args, **kwargs)
+    def dropout_of_cuda(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if training and 0 < p < 1 and not inplace:
+            return torch.native_dropout(input, p, train=True)[0]
+        return own["dropout"](input, p, training, inplace)
+
+    def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def norm_of_cuda(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return norm(input.float() if torch.is_autocast_enabled("cpu") else input, *args, **kwargs)
+
+        return norm_of_cuda
+
+    ours = {"dropout": dropout_of_cuda, **{name: in_float32(own[name]) for name in ("layer_norm", "group_norm")}}
+    try:
+        for name, function in ours.items():
+            setattr(F, name, function)
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(F, name, function)
 
 
 def _optimizer_bytes(optimizer: Optimizer) -> int:
@@ -212,7 +224,7 @@ def _real_loss(parts: TrainingParts, samples: int, bf16: bool, accelerator: bool
     The memory counts in addition to the model's outputs.
     """
     model, _ = outline(parts)
-    with walking(), CudaOperations() if accelerator else nullcontext():
+    with walking(), cuda_operations() if accelerator else nullcontext():
         model.to_empty(device="cpu")
         prediction = predict(model, parts, samples, bf16)
     batch, loss = random_batch(parts, samples), parts.loss()

@@ -11,7 +11,7 @@ from command_line import SMALL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinoseg.autotune.random_batch import random_batch
-from dinoseg.autotune.step_bytes import CudaOperations, LossBytes, outline, step_bytes
+from dinoseg.autotune.step_bytes import LossBytes, cuda_operations, outline, step_bytes
 from dinoseg.autotune.trial import try_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import ClipBatch
@@ -143,7 +143,7 @@ def saved_dtypes(operation, device, mode):
 )
 def test_operations_save_the_dtypes_of_cuda(operation):
     on_cuda = saved_dtypes(operation, "cuda", nullcontext())
-    assert on_cuda and saved_dtypes(operation, "cpu", CudaOperations()) == on_cuda
+    assert on_cuda and saved_dtypes(operation, "cpu", cuda_operations()) == on_cuda
     assert saved_dtypes(operation, "cpu", nullcontext()) != on_cuda
 
 
@@ -163,6 +163,15 @@ def test_dropout_of_lora_saves_a_byte_per_value_on_cuda(compose):
             module.register_forward_pre_hook(count)
     model(random_batch(parts, 3).image)
     assert dropped and steps[0].activations - steps[1].activations == 3 * dropped
+
+
+def test_checkpointing_repeats_the_operations_of_cuda(compose):
+    words = [*BASE, "adapter=lora", "backbone.checkpointing=true"]
+    parts = training_parts(Builder(compose(*words)))
+    loss = LossBytes(parts, bf16=True, accelerator=True)
+    dropout = F.dropout
+    assert step_bytes(parts, loss, samples=2, accumulate=1, bf16=True).peak > 0
+    assert F.dropout is dropout
 
 
 def test_nothing_that_was_walked_is_left_behind(compose):
