@@ -26,7 +26,7 @@ def build_loss(compose, *words):
 
 
 def test_user_errors_are_value_errors():
-    with pytest.raises(ValueError, match=r"^hard_fraction=2 is out of range\. Give a number above 0 and at most 1\.$"):
+    with pytest.raises(UserError, match=r"^hard_fraction=2 is out of range\. Give a number above 0 and at most 1\.$"):
         CrossEntropy(WEIGHTS, hard_fraction=2)
 
 
