@@ -1,6 +1,6 @@
 """Blocks of a transformer, run in one go or split at a block."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ Block = Callable[..., Tensor]
 
 
 def run_blocks(
-    blocks: Sequence[Block],
+    blocks: Iterable[Block],
     tapped: Collection[int],
     tokens: Tensor,
     prefix: int,
