@@ -321,7 +321,7 @@ def test_learned_slots_have_one_number_and_keys_need_attention():
 def test_a_loss_of_features_refuses_a_head_that_reconstructs_none():
     head = SlotHead(DIM, 1, num_slots=3, positions_grid=[2, 3], **ONLY_SIMILARITY)
     outputs = head.follow(torch.randn(1, 2, DIM, 2, 3))
-    with pytest.raises(UserError, match="reconstruct=false reconstructs no features"):
+    with pytest.raises(UserError, match="The head reconstructs no features.*reconstruct=true"):
         FeatureReconstruction()(Prediction(outputs, (2, 3), (1.0, 1.0), head.predict), None)
 
 
