@@ -195,7 +195,7 @@ class TransformersVit(Backbone):
         if first is None:
             patches = dict(zip(sorted({*self.layers}), frozen, strict=True))
         else:
-            padded = [math.ceil(side / self.patch_size) * self.patch_size for side in size]
+            padded = [-(-side // self.patch_size) * self.patch_size for side in size]
             block_kwargs = self._block_kwargs((padded[0], padded[1]))
             patches = run_trained_blocks(list(self.blocks), first, self.layers, frozen, self.num_prefix, block_kwargs)
             patches = {number: self.norm(part) for number, part in patches.items()}
@@ -203,7 +203,7 @@ class TransformersVit(Backbone):
 
     def _maps(self, patches: Mapping[int, Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Return the patch tokens (B, h * w, dim) of blocks as L maps, for images of `size` (H, W)."""
-        grid = [math.ceil(side / self.patch_size) for side in size]
+        grid = [-(-side // self.patch_size) for side in size]  # torch.export cannot write math.ceil
         return [patches[layer].transpose(1, 2).unflatten(2, grid).float() for layer in self.layers]
 
     def with_class_attention(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
