@@ -35,7 +35,7 @@ def configuration(model_type: str, values: Mapping[str, Any]) -> Any:
         config = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # transformers validates the types and raises its own error classes
         raise _of_another_type(values, error) from error
-    _check_annotations(config)
+    _check_ranges(config)
     _check_names(config)
     if model_type == "dinov3_convnext":
         _check_stages(config)
@@ -51,7 +51,7 @@ def _of_another_type(values: Mapping[str, object], error: Exception) -> UserErro
     return UserError(f"{setting}: {str(error.__cause__ or error).splitlines()[0]}. Correct the value.")
 
 
-def _check_annotations(config: Any) -> None:
+def _check_ranges(config: Any) -> None:
     for key, least in _AT_LEAST.items():
         value = getattr(config, key, least)
         if any(part < least for part in (value if isinstance(value, list | tuple) else [value])):
