@@ -147,7 +147,7 @@ def _join_ranks(cfg: DictConfig) -> int:
     limit_spinning()
     if not isinstance(cfg.get("cache_dir", ""), str):
         raise UserError(f"cache_dir={to_container(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
-    if "cache_dir" in cfg.mode.get("reads", ()) and cfg.shared_cache is not True:
+    if cfg.shared_cache is not True:
         check_private(Path(cfg.cache_dir).expanduser(), "cache_dir")
     if "devices" in cfg.mode:
         join_slurm()
@@ -242,17 +242,10 @@ def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     """Return the `ChosenRecipe` of `hparam=auto`; None for other recipes and resumed runs.
 
     Raises:
-        UserError: a budget is given to a recipe with fixed lengths, or nothing can be chosen.
+        UserError: nothing can be chosen.
     """
-    reads_budget = "budget" in cfg.mode.get("reads", ())
-    if cfg.choices.hparam != "auto":
-        if reads_budget and cfg.budget.minutes is not None:
-            raise UserError(
-                f"budget.minutes={cfg.budget.minutes} has no effect without hparam=auto. Add hparam=auto, or set "
-                "trainer.steps instead."
-            )
-        return None
-    if not reads_budget or cfg.resume not in (None, AUTO):  # a resumed run has its choices
+    is_chosen = cfg.choices.hparam == "auto" and cfg.mode.get("chooses_recipe", False)
+    if not is_chosen or cfg.resume not in (None, AUTO):  # a resumed run has its choices
         return None
     from dinoseg.cli.auto.recipe import choose_recipe
 

@@ -24,7 +24,6 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.log_file import announce, configure_log
-from dinoseg.experiment.unread import warn_not_read
 from dinoseg.utils.cores import cores_here, count_cores, forget_share, limit_threads_to_share
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import SIGNALS, Interrupted, forward_signals, raised
@@ -36,7 +35,7 @@ LAUNCH_KEYS = (
     "keeps_folder",
     "resumes_with",
     "check",
-    "reads",
+    "chooses_recipe",
 )  # keys of a mode that are not arguments of its function
 _LAST_WORDS = 1.0  # seconds for a stuck rank to print its stacks
 _GRACE = 60.0  # seconds for the other ranks to save and exit after one has failed
@@ -63,8 +62,6 @@ def run_mode(cfg: DictConfig, out_dir: Path) -> Any:
     set_start_method(None, force=True)
     if cfg.mode.get("keeps_folder", True):
         configure_log(out_dir if is_first_rank() else None)
-    if is_first_rank():
-        warn_not_read(out_dir, f"mode={cfg.choices.mode}", cfg.mode.get("reads"))
     from dinoseg.config.nodes import instantiate
 
     if "torch" not in sys.modules and cfg.mode.get("keeps_folder", True):

@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from dinoseg.cli.own_keys import checkpoint_configs
 from dinoseg.cli.words import assignments, is_sweep, parsed, values_of
-from dinoseg.config.options import options_in
+from dinoseg.config.options import modes_with, options_in, options_with
 from dinoseg.config.plain import keys_of, to_container
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value, nearest
@@ -148,12 +148,15 @@ def find_mistake(
     ]
     try:
         cfg = _compose(options, folders)
-    except HydraException:
+    except HydraException as composing:
+        mode = next((option for option in options if option.startswith("mode=")), "mode=help")
+        if absent := re.search(r"(?:In 'hparam/(.+)': )?Could not override '(\w+)", str(composing)):
+            return _absent_group(absent[2], absent[1], mode, folders)
         return _shorten(error) if isinstance(error, HydraException) else ""
     for config in configs:
         cfg |= config
     for override in overrides:
-        if override not in groups and override not in deleted and (misfit := _find_misfit(override, cfg)):
+        if override not in groups and override not in deleted and (misfit := _find_misfit(override, cfg, folders)):
             return misfit
     keys = [*keys_of(cfg)]
     for override in deleted:
@@ -176,6 +179,27 @@ def find_mistake(
     )
 
 
+def _absent_group(group: str, recipe: str | None, mode: str, folders: Sequence[Path]) -> str:
+    """Return the message on a group that a mode does not compose; `recipe` chooses an option of it, or None."""
+    if recipe is not None:
+        return (
+            f"hparam={recipe} sets {group}, which {mode} does not read. Leave hparam out: resume=RUN brings the settings "
+            "of its training, and data=DATASET those of a dataset."
+        )
+    return f"{group}: {mode} does not read this group. Modes that do: {', '.join(modes_with(folders, group))}."
+
+
+def _unknown_key(key: str, known: Sequence[str], folders: Sequence[Path]) -> str:
+    """Return the message on a key that the config lacks: the modes and options that have it, else a near key."""
+    root = key.partition(".")[0]
+    if root not in {each.partition(".")[0] for each in known}:
+        if modes := modes_with(folders, root):
+            return f"{key}: this mode does not read the group {root}. Modes that do: {', '.join(modes)}."
+        if options := options_with(folders, root):
+            return f"{key} is a key of {' or '.join(options)}. Add it, or leave the key out."
+    return f"{key} is not a key of the config.{nearest(key, known)} {_ALL_KEYS}"
+
+
 def _compose(options: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
     """Return the config composed from these options alone."""
     sources = ",".join(f'"file://{folder.absolute()}"' for folder in folders[1:])
@@ -184,7 +208,7 @@ def _compose(options: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
         return to_container(compose("main", [f"hydra.searchpath=[{sources}]", *options]))
 
 
-def _find_misfit(override: Override, cfg: Mapping[str, Any]) -> str:
+def _find_misfit(override: Override, cfg: Mapping[str, Any], folders: Sequence[Path]) -> str:
     """Return why the key of an override, or its value, does not fit a config; "" if both fit."""
     key, value = override.key_or_group, override.value()
     adds = override.is_add() or override.is_force_add()
@@ -203,8 +227,7 @@ def _find_misfit(override: Override, cfg: Mapping[str, Any]) -> str:
             where = ".".join(above)
             return f"{key}: {where} is a single value and has no keys below it. Set it as {where}=VALUE."
         if part not in named:
-            known = [*keys_of(cfg)]
-            return "" if adds else f"{key} is not a key of the config.{nearest(key, known)} {_ALL_KEYS}"
+            return "" if adds else _unknown_key(key, [*keys_of(cfg)], folders)
         node = named[part]
         above.append(part)
     if isinstance(node, list) and isinstance(value, Mapping):

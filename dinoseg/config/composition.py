@@ -14,6 +14,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.stamps import Stamp, stamp
 
 SHIPPED = Path(__file__).parents[1] / "cfg"
+_MODES = ("_model", "_recipe", "eval")  # whose defaults lists name all groups that checkpoints store
 _PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)", re.MULTILINE)
 
 
@@ -42,7 +43,7 @@ class _Config(NamedTuple):
 
 
 def compose_options(choices: Mapping[str, Any], folders: Sequence[str | Path]) -> DictConfig:
-    """Return the keys of `main.yaml` and of the chosen options, with interpolations unresolved.
+    """Return the keys of `main.yaml`, of the modes with a recipe, and of the chosen options, with interpolations unresolved.
 
     Recipes and `local` are not composed, and neither are groups without a choice.
 
@@ -55,10 +56,19 @@ def compose_options(choices: Mapping[str, Any], folders: Sequence[str | Path]) -
     """
     searched = [SHIPPED, *map(Path, folders)]
     root = _read_config(SHIPPED / "main.yaml")[0]
-    entries = [entry for entry in root.pop("defaults") if isinstance(entry, dict) and choices.keys() & entry.keys()]
-    configs = [config for entry in entries for config in _configs_of(entry, "", "", choices)]
+    del root["defaults"]
+    defaults, entries = [root], {}
+    for mode in _MODES:
+        keys = _read_config(SHIPPED / f"mode/{mode}.yaml")[0]
+        for entry in keys.pop("defaults"):
+            if isinstance(entry, dict):
+                entries |= {name.strip("/").partition("@")[0]: option for name, option in entry.items()}
+        if mode.startswith("_"):
+            defaults.append(keys)
+    chosen = [{group: option} for group, option in entries.items() if group in choices]
+    configs = [config for entry in chosen for config in _configs_of(entry, "", "", choices)]
     parts = [part for config in configs for part in _parts(config, choices, searched)]
-    return OmegaConf.merge(root, *parts)  # type: ignore[return-value]
+    return OmegaConf.merge(*defaults, *parts)  # type: ignore[return-value]
 
 
 def _parts(config: _Config, choices: Mapping[str, Any], folders: Sequence[Path]) -> Iterator[DictConfig]:

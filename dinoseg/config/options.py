@@ -65,6 +65,32 @@ def values_in_files(groups: Path, option: str | None, key: str) -> list[Any]:
     return [at(content, name.split(".")) for content in map(_read, reversed(files)) if has_key(content, name)]
 
 
+def modes_with(folders: Sequence[Path], group: str) -> list[str]:
+    """Return the modes whose defaults lists name a group."""
+    return [
+        mode
+        for mode in options_in(folders, "mode")
+        for path in option_files(folders, "mode", mode)
+        for entry in _read(path).get("defaults", ())
+        if isinstance(entry, Mapping) and any(name.strip("/").partition("@")[0] == group for name in entry)
+    ]
+
+
+def options_with(folders: Sequence[Path], key: str) -> list[str]:
+    """Return the options, as GROUP=OPTION, that alone bring a root key such as `teacher`."""
+    groups = sorted({path.name for folder in folders for path in folder.glob("*/") if path.is_dir()})
+    return [
+        f"{group}={option}"
+        for group in groups
+        for option in options_in(folders, group)
+        if any(_is_global(path) and key in _read(path) for path in option_files(folders, group, option))
+    ]
+
+
+def _is_global(path: Path) -> bool:
+    return "@package _global_" in path.read_text("utf-8")
+
+
 @lru_cache(maxsize=128)  # a command line may set many keys of one option
 def _read(path: Path) -> Mapping[str, Any]:
     return yaml.safe_load(path.read_text("utf-8")) or {}

@@ -155,7 +155,7 @@ def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[s
                 f"heads: {head.option} is unknown.{nearest(head.option, options)} Choose from {', '.join(options)}."
             )
         words = _solo_words(head, overrides)
-        composed = compose("main", [*words, f"{HEADS}=null", f"{RATES}=null"], return_hydra_config=True)
+        composed = compose("main", words, return_hydra_config=True)
         cfg = job_config(composed, composed.hydra.runtime)
         known = [str(key) for key in cfg.head if not str(key).startswith("_") and key != "lr"]
         if unknown := [key for key in head.keys if key not in known]:

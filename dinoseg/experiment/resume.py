@@ -223,7 +223,7 @@ def _same_path(old: Any, new: Any) -> bool:
 def _check_initial(given: Any, cfg: DictConfig, merged: DictConfig, path: Path) -> None:
     """Refuse an `init` other than the one that the run started from: a resumed run has its own weights."""
     began = merged.get(INITIAL)
-    if INITIAL in cfg.mode.get("reads", ()) and given is not None and absolute(given) != began:
+    if INITIAL in cfg and given is not None and absolute(given) != began:
         raise UserError(
             f"init={given}: the run of {path} resumes with its own weights, and started "
             f"{'without' if began is None else f'with init={began}'}. Leave init out, or, for a new run, resume."

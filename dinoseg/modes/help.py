@@ -1,7 +1,7 @@
 """mode=help and --help: every group, every option, and the commands to start with."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from textwrap import wrap
@@ -59,7 +59,7 @@ _TRAINING_KEYS = {  # config files, and their keys that `mode=train --help` list
 }
 _COLUMN = 11  # width of a group's name with colon and space
 # keys in config files that users do not set
-_NO_KEYS = ("defaults", "resume_from", "keeps_folder", "resumes_with", "check", "reads")
+_NO_KEYS = ("defaults", "resume_from", "keeps_folder", "resumes_with", "check", "chooses_recipe")
 _FURTHER = "`--help` alone shows all modes, groups and options; `--cfg job` prints all keys of this command line."
 
 
@@ -106,9 +106,7 @@ def of_option(group: str, option: str, folders: Sequence[Path]) -> str:
         return ""
     texts = [path.read_text("utf-8") for path in option_files(folders, group, option)]
     comments = [line for line in texts[-1].splitlines() if line.startswith("#") and "@package" not in line]
-    prefix = "" if group == "hparam" else f"{group}."
-    keys = {line.partition(":")[0]: line for line in _settable_keys("".join(texts))}
-    lines = [f"  {prefix}{line.replace(': ', '=', 1)}" for line in keys.values()] or ["  none"]
+    lines = _key_lines(option_files(folders, group, option), group) or ["  none"]
     return "\n".join(
         (*(line.removeprefix("# ") for line in comments), f"Keys of {group}={option} and their defaults:", *lines)
     )
@@ -129,12 +127,11 @@ def of_mode(mode: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
         if f"mode={mode} " in line
         for part in ([line, below] if below.startswith(15 * " ") else [line])
     ]
-    text = "".join(path.read_text("utf-8") for path in option_files(folders, "mode", mode))
-    reads = text.rpartition("\nreads: [")[2].partition("]")[0].split() if "\nreads: [" in text else []
-    settable = {line.partition(":")[0]: line for line in _settable_keys(text)}  # a later file overrides a key
-    keys = [f"  mode.{line.replace(': ', '=', 1)}" for line in settable.values()] or ["  none"]
+    files = [*option_files(folders, "mode", mode)]
+    keys = _key_lines(files, "mode") or ["  none"]
     title = f"Keys of mode={mode} and their defaults:"
-    first, also = [*commands, ""] if commands else [], [f"It also reads {' '.join(reads)}", ""] if reads else []
+    groups = ", ".join(group for path in files for group in re.findall(r"^  - /(\w+)", path.read_text("utf-8"), re.M))
+    first, also = [*commands, ""] if commands else [], [f"Its groups: {groups}", ""] if groups else []
     # options of a group with the mode's name, such as the formats of mode=export
     formats = [f"\n{of_option(mode, option, folders)}" for option in options_in(folders, mode)]
     return "\n".join((*first, title, *keys, *formats, *_of_training(mode), "", *also, _FURTHER))
@@ -153,6 +150,19 @@ def _of_training(mode: str) -> list[str]:
             line = f"  {group + setting.strip().replace(', ', ','):34}"
             lines.append(f"{line} # {comment.strip()}" if comment else line.rstrip())
     return lines
+
+
+def _key_lines(files: Iterable[Path], group: str) -> list[str]:
+    """Return a line `KEY=DEFAULT  # comment` for each key that an option's files set; later files override a key."""
+    lines: dict[str, str] = {}
+    for path in files:
+        text = path.read_text("utf-8")
+        prefix = "" if "@package _global_" in text else f"{group}."
+        for line in _settable_keys(text):
+            key = f"{prefix}{line.partition(':')[0]}"
+            if key.removeprefix("mode.") not in _NO_KEYS:
+                lines[key] = f"  {prefix}{line.replace(': ', '=', 1)}"
+    return list(lines.values())
 
 
 def _settable_keys(text: str) -> list[str]:
