@@ -18,8 +18,8 @@ demo: .venv/installed  ## render, prepare, train, evaluate, predict on a video
 	$(BIN)/python -m dinoseg mode=prepare data=sarrarp data.root=$(DEMO)/data
 	rm -rf $(DEMO)/train $(DEMO)/eval $(DEMO)/predict
 	$(BIN)/python -m dinoseg mode=train hparam=demo hydra.run.dir=$(DEMO)/train
-	$(BIN)/python -m dinoseg mode=predict hparam=demo resume=$(DEMO)/train input=$(DEMO)/data/test/video_65/video_left.avi hydra.run.dir=$(DEMO)/predict
-	$(BIN)/python -m dinoseg mode=eval hparam=demo resume=$(DEMO)/train hydra.run.dir=$(DEMO)/eval
+	$(BIN)/python -m dinoseg mode=predict resume=$(DEMO)/train input=$(DEMO)/data/test/video_65/video_left.avi hydra.run.dir=$(DEMO)/predict
+	$(BIN)/python -m dinoseg mode=eval resume=$(DEMO)/train hydra.run.dir=$(DEMO)/eval
 
 test: .venv/installed  ## all tests but the heavy ones and those of a GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not heavy"

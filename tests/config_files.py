@@ -22,11 +22,17 @@ def read(group, option):
     return yaml.safe_load((FOLDER / group / f"{option}.yaml").read_text()) or {}
 
 
+def read_node(group, option):
+    """Return what an option's file sets in the node of its group."""
+    text = (FOLDER / group / f"{option}.yaml").read_text()
+    return read(group, option).get(group, {}) if "@package _global_" in text else read(group, option)
+
+
 def read_whole(group, option):
     """Return what an option's file says, over what those say that it starts from."""
     entries = [entry for entry in read(group, option).get("defaults", []) if entry != "_self_"]
     bases = [read_whole(*base) for entry in entries for base in _bases(group, entry)]
-    return {key: value for whole in (*bases, read(group, option)) for key, value in whole.items()}
+    return {key: value for whole in (*bases, read_node(group, option)) for key, value in whole.items()}
 
 
 @cache
@@ -36,18 +42,18 @@ def written_targets(group, option):
         base for entry in read(group, option).get("defaults", []) if entry != "_self_" for base in _bases(group, entry)
     ]
     own = len(re.findall(r"^\s*_target_:", (FOLDER / group / f"{option}.yaml").read_text(), re.MULTILINE))
-    places = {path for path, _ in nodes(read(group, option))}
-    replaced = sum(path in places for base in bases for path, _ in nodes(read(*base)))
+    places = {path for path, _ in nodes(read_node(group, option))}
+    replaced = sum(path in places for base in bases for path, _ in nodes(read_node(*base)))
     return own + sum(written_targets(*base) for base in bases) - replaced
 
 
 def _bases(group, entry):
     """Yield group and option of what an entry of a defaults list starts from; an override only chooses."""
     if isinstance(entry, str):
-        yield group, entry
+        yield group, entry.partition("@")[0]
         return
     for key, option in entry.items():
-        if not key.startswith("override "):
+        if group != "mode" and not key.startswith("override "):  # a mode's further groups: see groups_of
             path = key.split("@")[0]
             yield path.strip("/") if path.startswith("/") else f"{group}/{path}", option
 
@@ -64,17 +70,40 @@ def written_choices(hparam):
     return chosen
 
 
+def groups_of(mode):
+    """Return group to option, as the files of a mode compose them."""
+    found = {}
+    for entry in read("mode", mode).get("defaults", []):
+        if isinstance(entry, str):
+            found |= {} if entry == "_self_" else groups_of(entry)
+            continue
+        for key, option in entry.items():
+            group = key.removeprefix("optional ").strip("/").partition("@")[0]
+            option = found["data"] if option == "${data}" else option
+            if not key.startswith("optional ") or option in options(group):
+                found[group] = option[0] if isinstance(option, list) else option
+    return found
+
+
 @cache
-def main_choices():
-    entries = yaml.safe_load((FOLDER / "main.yaml").read_text())["defaults"]
-    pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
-    # of a group that takes several options, the only default
-    return {group: option[0] if isinstance(option, list) else option for group, option in pairs if group in GROUPS}
+def main_choices(mode="help"):
+    """Return group to option, as main.yaml and the files of a mode say."""
+    return {"mode": mode, "hparam": "base", **groups_of(mode)}
+
+
+def mode_of(group):
+    """Return a mode that composes a group: a training if it can."""
+    return next(mode for mode in ("train", *options("mode")) if group in groups_of(mode))
+
+
+def mode_for(hparam):
+    """Return the mode that a recipe is for: a training, or an evaluation if it chooses a tracker."""
+    return "train" if groups_of("train").keys() >= written_choices(hparam).keys() - {"hparam"} else "eval"
 
 
 def needed(choice):
     """Return what only the user can know: here stands a value for it."""
-    own_classes = choice.get("data", main_choices()["data"]) in ("folder", "coco", "labelme")
+    own_classes = choice.get("data", "folder") in ("folder", "coco", "labelme")
     return [
         "data.root=.",
         *(["data.classes=[dark,bright]"] if own_classes else []),

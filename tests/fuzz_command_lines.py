@@ -39,7 +39,7 @@ TINY = tuple(word for word in SMALL if word.startswith(("backbone", "engine")))
 QUIET = ("mode.metrics_only=true", "mode.report=false")
 TRAIN = (*(word for word in SMALL if word not in ("adapter=full", "trainer.steps=2")), "trainer.steps=1", *QUIET)
 CHOSEN = ("resolution.crop", "data.batch_size", "trainer.steps", "adapter")  # by hparam=auto
-RENDER = ("mode.train_videos=1", "mode.val_videos=0", "mode.test_videos=0", "mode.seconds=1", "mode.size=[32,48]")
+RENDER = ("render.train_videos=1", "render.val_videos=0", "render.test_videos=0", "render.seconds=1", "render.size=[32,48]")
 BASES = {  # a command line that works, of each mode and of what trains otherwise: mode, a name beside it
     "train": (*TRAIN, "adapter=full"),
     "train many": (*TRAIN, "trainer=multi_head", "heads=[linear,{head: mlp, lr: 1e-3}]", "adapter=frozen"),
@@ -57,11 +57,11 @@ BASES = {  # a command line that works, of each mode and of what trains otherwis
     "export": ("resume=run", "engine=cpu"),
     "export safetensors": ("resume=run", "engine=cpu", "export=safetensors"),
     "export onnx": ("resume=run", "engine=cpu", "export=onnx"),
-    "score": ("reference=data/val/masks", "prediction=data/val/masks", "num_classes=2", "mode.workers=1"),
+    "score": ("reference=data/val/masks", "prediction=data/val/masks", "num_classes=2", "render.workers=1"),
     "summary": SMALL,
-    "doctor": (*SMALL, "mode.workers=1"),
+    "doctor": (*SMALL, "render.workers=1"),
     "prepare": ("data=sarrarp", "data.root=data"),
-    "render": ("data=movi", "data.root=drawn", *RENDER, "mode.workers=1"),
+    "render": ("data=movi", "data.root=drawn", *RENDER, "render.workers=1"),
     "help": (),
     "plan": (*SMALL, "mode.memory=1GiB"),
     "bench": (*SMALL, "mode.steps=1", "mode.images=1", "mode.warmup=0"),

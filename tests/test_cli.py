@@ -26,7 +26,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image, write_png
 
 TRAIN = ("mode=train", *SMALL)
-SCORE = ("mode=score", "reference=masks", "prediction=made", "num_classes=2")  # which imports no torch
+SCORE = ("mode=score", "reference=masks", "prediction=made", "protocol.num_classes=2")  # which imports no torch
 LIGHT = "import sys; from dinoseg.__main__ import main; main(); print('torch' in sys.modules, 'hydra' in sys.modules)"
 
 
@@ -196,7 +196,7 @@ def test_an_unknown_option_lists_those_there_are(place, group):
         (["mode=trane"], "mode=trane is unknown. Did you mean mode=train?"),
         (["head=liner"], "head=liner is unknown. Did you mean head=linear? Choose from cnn, detail, dpt,"),
         (["-m", "head=linear,mlpp"], "head=mlpp is unknown. Did you mean head=mlp?"),
-        (["mode=predict", "mode.reads._target_=os.system"], "mode.reads._target_"),
+        (["mode=predict", "mode.shapes.x._target_=os.system"], "mode.shapes.x._target_"),
         (["mode=eval", "mode.resume_from=last"], "mode.resume_from: resume_from can be set in config files only."),
         (["resolution.crop.height=3"], "resolution.crop.height"),
         (["train"], "train is not KEY=VALUE. Did you mean mode=train?"),
@@ -362,7 +362,7 @@ def test_names_of_files_work_as_they_are(place, name):
     (place / "data").rename(place / name)
     folder = f"{name}/val/masks"
     done = call(
-        place, "mode=score", f"reference={folder}", f"prediction={folder}", "num_classes=2", f"hydra.run.dir={name} run"
+        place, "mode=score", f"reference={folder}", f"prediction={folder}", "protocol.num_classes=2", f"hydra.run.dir={name} run"
     )
     assert done.status == 0 and (place / f"{name} run/scores.json").is_file(), done.err
     assert "mIoU" in done.out

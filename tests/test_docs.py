@@ -31,7 +31,7 @@ SMALLER = {  # what a mode is given beside the words of its command
     "plan": (*SHORT, *CPU),
     "predict": CPU,
     "track": CPU,
-    "render": ("mode.train_videos=1", "mode.test_videos=1", "mode.seconds=1", "mode.size=[32,48]", "mode.workers=1"),
+    "render": ("render.train_videos=1", "render.test_videos=1", "render.seconds=1", "render.size=[32,48]", "render.workers=1"),
 }
 WRITES = {  # what a mode leaves in its run folder, or "run.log"
     "train": "scores.json",
@@ -116,7 +116,7 @@ def as_run(command, stand_ins):
     if mode in ("track", "eval") and "resume=" not in command:
         words += ["tracker.short_side=48"]
     words += SMALLER.get(mode, ())
-    return words + ["mode.val_videos=1"] if mode == "render" and "data=movi" in words else words
+    return words + ["render.val_videos=1"] if mode == "render" and "data=movi" in words else words
 
 
 @pytest.fixture(scope="session")

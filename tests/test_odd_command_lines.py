@@ -44,7 +44,7 @@ def test_drawn_command_lines(root):
             "data.reader.masks.colors={_target_: os.getcwd}",
             "head.layers=[{a: {_target_: os.getcwd}}]",
         ),
-        *("++mode.resume_from.extra=true", "mode.reads=[]", f"slots={'n' * 5000}", f"++resume={'n' * 5000}"),
+        *("++mode.resume_from.extra=true", "mode.outputs={}", f"slots={'n' * 5000}", f"++resume={'n' * 5000}"),
         *("resolution=240", "data.classes=5", "head=", "+head.num_classes.x=1", "head.layers=${oc.env:NOTHING}"),
         *("resolution.crop=[1,1]", "resolution.scale=nan", "data.classes=[]", "backbone.arch=3", "=", "--x", "a\0b"),
     ],

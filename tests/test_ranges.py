@@ -211,8 +211,8 @@ def test_a_message_names_the_key_that_is_typed(tmp_path, compose):
         instantiate(compose("data.root=x", "data.classes=dark").data.reader)  # where data.reader.classes points to
     with pytest.raises(UserError, match="^num_classes=two is of type str"):
         instantiate(compose("data.root=x", "num_classes=two").protocol)
-    done = call(tmp_path, "mode=render", "data=movi", "data.root=x", "mode.seconds=0.5")
-    assert done.err.startswith("error: mode.seconds=0.5 is of type float. Give a whole number")
+    done = call(tmp_path, "mode=render", "data=movi", "data.root=x", "render.seconds=0.5")
+    assert done.err.startswith("error: render.seconds=0.5 is of type float. Give a whole number")
 
 
 def test_one_number_is_a_square_crop(tmp_path, compose):

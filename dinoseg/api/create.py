@@ -9,7 +9,6 @@ from dinoseg.api.compose import compose, words_of
 from dinoseg.config.plain import keys_of
 from dinoseg.experiment.initial import check_initial, load_initial_weights
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.experiment.unread import is_read
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.load import collection_paused
 from dinoseg.export.runtime.segmenter import Segmenter
@@ -115,7 +114,8 @@ def create_model(
 
 
 def _is_used(key: str) -> bool:
-    return is_read(key, _READ) and not any(f"{key}.".startswith(f"{name}.") for name in _NOT_READ)
+    is_read = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in _READ)
+    return is_read and not any(f"{key}.".startswith(f"{name}.") for name in _NOT_READ)
 
 
 def _whole_path(weights: str | PathLike[str]) -> str | PathLike[str]:

@@ -244,9 +244,11 @@ def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     Raises:
         UserError: nothing can be chosen.
     """
-    is_chosen = cfg.choices.hparam == "auto" and cfg.mode.get("chooses_recipe", False)
+    is_chosen = cfg.choices.hparam == "auto" and cfg.mode.get("keeps_folder", True)
     if not is_chosen or cfg.resume not in (None, AUTO):  # a resumed run has its choices
         return None
+    if "trainer" not in cfg:
+        raise UserError(f"hparam=auto chooses a training, which mode={cfg.choices.mode} does not read. Leave it out.")
     from dinoseg.cli.auto.recipe import choose_recipe
 
     return choose_recipe(cfg, overrides)

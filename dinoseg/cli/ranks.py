@@ -35,7 +35,6 @@ LAUNCH_KEYS = (
     "keeps_folder",
     "resumes_with",
     "check",
-    "chooses_recipe",
 )  # keys of a mode that are not arguments of its function
 _LAST_WORDS = 1.0  # seconds for a stuck rank to print its stacks
 _GRACE = 60.0  # seconds for the other ranks to save and exit after one has failed

@@ -21,8 +21,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value, join_names
 
 logger = logging.getLogger(__name__)
-ACTING = ("prepare", "render")  # keys of data for nodes that write files; checkpoints omit them
-_OF_THIS_MACHINE = (*ACTING, "cache_dir")
+_OF_THIS_MACHINE = ("cache_dir",)
 _OF_THIS_RUN = (f"${{{CLASS_FILE}:", f"${{{CELLS}:")  # interpolations whose value another run cannot know
 _BY_CLASS = ("loss", "weights")  # its keys are class names, with any letters and signs
 _MAX_VALUES = 20_000  # OmegaConf takes minutes for larger configs; our largest one holds a thousand values
@@ -179,8 +178,6 @@ def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Co
     if added:
         logger.warning("%s: it has no value of %s. The defaults of the options are used.", where, join_names(added))
     composed |= {key: _plain_group(stored[key]) for key in stored if key in unused}
-    if "data" in used:
-        composed["data"] |= dict.fromkeys(ACTING)
     if "backbone" in used and "backbone.weights" not in source.typed:
         _check_weights(at(composed, ("backbone", "weights")), weights, source)
     check_batch(OmegaConf.create(composed), where)

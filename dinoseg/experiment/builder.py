@@ -193,7 +193,7 @@ class Builder(ModelBuilder):
             UserError: the split is unknown, the data are no videos, or the dataset has a fault.
         """
         check_split(split)
-        if self._cfg.data.clips is None:
+        if self.value("data.clips") is None:
             raise UserError(
                 f"data={self.options['data']} has no clips. Choose data=davis2016, davis2017, youtube_vos, movi or "
                 "videos."

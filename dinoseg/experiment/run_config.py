@@ -8,7 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.plain import flatten
 from dinoseg.config.resolvers import CLASS_FILE
-from dinoseg.config.stored import ACTING, Source, compose_stored, description_of
+from dinoseg.config.stored import Source, compose_stored, description_of
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import SAVED
@@ -21,7 +21,7 @@ BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, SchemaErro
 _LARGEST = 2**17  # maximum bytes of a config file; typical files have a twentieth
 # interpolation in a training's config; its evaluations store the value
 _OF_CLASS_FILE = f"${{{CLASS_FILE}:"
-_ELSEWHERE = ("seed", "data.root", *(f"data.{key}" for key in ACTING))  # may differ within a recipe
+_ELSEWHERE = ("seed", "data.root")  # may differ within a recipe
 
 
 def config_file(folder: Path) -> Path:

@@ -64,7 +64,7 @@ def run(
     check_classes(data, trained.info, source)
     limit_to_trained_size(trained.model, TrainedSizes.from_info(trained.info), reduces=False)
     engine, on_error = trained.engine, cfg.data.on_error
-    protocol = build.part("data.official") if official and cfg.data.official is not None else None
+    protocol = build.part("data.official") if official and build.value("data.official") is not None else None
     if protocol is not None and not usable(protocol, data, out_dir, on_error=on_error, tells=engine.is_main):
         protocol = None
     collector, background = Collector(data, engine.rank, engine.world_size) if report else None, build.background

@@ -13,17 +13,17 @@ log = logging.getLogger(__name__)
 
 
 def prepare(cfg: DictConfig, *, out_dir: Path) -> None:
-    """Run the dataset's own preparation (`cfg.data.prepare`) and write its counts to `prepared.json`.
+    """Run the preparation of the dataset (group `prepare`) and write its counts to `prepared.json`.
 
     Raises:
         UserError: the dataset needs no preparation, or its preparation fails.
     """
-    build, root = Builder(cfg), cfg.data.root
-    if cfg.data.prepare is None:
+    root = cfg.data.root
+    if "prepare" not in cfg:
         raise UserError(
             f"The dataset under data.root={root} needs no preparation: train on it with mode=train and the same data=."
         )
-    counts: dict[str, dict[str, int]] = build.part("data.prepare")()
+    counts: dict[str, dict[str, int]] = Builder(cfg).part("prepare")()
     path = out_dir / "prepared.json"
     path.write_text(json.dumps(counts, indent=1), encoding="utf-8")
     log.info("%s is ready. Counts of each of its folders (also in %s):", root, path)

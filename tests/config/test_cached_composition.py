@@ -12,7 +12,7 @@ from dinoseg.config.resolvers import register_resolvers
 COMMANDS = (
     ("mode=train", "hparam=sarrarp_lora", "data.root=DATA"),
     ("mode=train", "hparam=sarrarp_lora", "trainer.steps=7", "data.root=OTHER"),
-    ("mode=eval", "head=dpt", "+data.extra=1", "~optim.schedule.warmup"),
+    ("mode=train", "head=dpt", "+data.extra=1", "~optim.schedule.warmup"),
     ("mode=train", "hparam=dinosavi_control", "hydra.run.dir=HERE"),
     ("mode=predict", "backbone=timm", "backbone.name=test_vit"),
     ("mode=train", "hydra/job_logging=stdout", "hydra.verbose=true"),

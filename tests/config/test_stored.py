@@ -239,7 +239,7 @@ def test_options_of_nested_groups_are_stored():
     stored = as_read(describe(composed(choices), KEYS))
     assert stored["choices"] == choices
     found = load(stored)
-    assert found["data"]["official"]["_target_"].endswith("Idd") and found["data"]["prepare"] is None
+    assert found["data"]["official"]["_target_"].endswith("Idd")
     assert found["data"]["augment"]["color"]["_target_"].endswith("PhotometricDistortion")
 
 
@@ -270,7 +270,7 @@ def test_what_cannot_be_stored_is_refused():
 
 
 def test_components_can_be_unset(sound):
-    stored = as_read(describe(composed(**{"data.augment.affine": None, "data.clips": None}), KEYS))
+    stored = as_read(describe(composed(**{"data.augment.affine": None}), KEYS))
     assert load(stored)["data"]["augment"]["affine"] is None
     assert load(planted(sound, "data/reader", None))["data"]["reader"] is None
 
@@ -308,8 +308,7 @@ ODD = {  # place, value, what the refusal says
     "places for counts": ("loss/counts/cache_dir", "/elsewhere", "must not choose where files are written"),
     "no place": ("data/opened/cache_dir", None, "must not choose where files are written"),
     "a place in a class that has none": ("head/cache_dir", "/elsewhere", "must not choose where files are written"),
-    "preparing": ("data/prepare", {"root": "/"}, "must not choose where files are written"),
-    "rendering": ("data/render", "x", "must not choose where files are written"),
+    "preparing": ("data/prepare", {"root": "/"}, "lack this key"),
     "masks elsewhere": ("data/tracking", {"folder": "/elsewhere"}, "folders below its run folder"),
     "masks above": ("data/tracking", {"folder": "masks/../.."}, "folders below its run folder"),
     "masks on a drive": ("data/tracking", {"folder": "C:\\up"}, "folders below its run folder"),
@@ -386,7 +385,7 @@ def test_a_config_file_of_a_run_is_read_as_a_checkpoint():
     cfg = to_container(composed(**{"data.batch_size": 3}))
     source = Source("config.yaml")
     found = compose_stored(description_of(cfg, ("data", "resolution"), source), source)
-    assert found["data"] == {**cfg["data"], "prepare": None, "render": None} and found["data"]["batch_size"] == 3
+    assert found["data"] == cfg["data"] and found["data"]["batch_size"] == 3
     for key, value, says in (
         ("data.reader._target_", "os.system", "its data.reader is os.system"),
         ("data.reader._args_", ["x"], "stores no key _args_"),

@@ -1,6 +1,6 @@
 import pytest
 
-from dinoseg.experiment.unread import warn_not_read, warn_unread
+from dinoseg.experiment.unread import warn_unread
 
 
 @pytest.mark.parametrize(
@@ -26,10 +26,3 @@ def test_what_was_typed_without_effect_is_named(tmp_path, caplog, words, unread,
 def test_a_folder_without_command_line_is_no_mistake(tmp_path, caplog):
     warn_unread(tmp_path, ["slots"], "Because.")
     assert not caplog.records
-
-
-def test_a_group_with_a_package_of_its_own_is_read_where_the_group_is(tmp_path, capsys):
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config/overrides.txt").write_text("data@data=folder\nslots@slots=free\n")
-    warn_not_read(tmp_path, "mode=score", ["data"])
-    assert capsys.readouterr().err.startswith("warning: No effect here: slots@slots=free. In addition to its own keys")

@@ -5,12 +5,12 @@ import pytest
 from command_line import call
 from PIL import Image
 
-MOVI = ("mode=render", "data=movi", "data.root=data", "mode.seconds=1", "mode.size=[32,48]", "mode.workers=1")
-SARRARP = ("mode=render", "data=sarrarp", "data.root=data", "mode.seconds=1", "mode.size=[48,80]", "mode.workers=1")
+MOVI = ("mode=render", "data=movi", "data.root=data", "render.seconds=1", "render.size=[32,48]", "render.workers=1")
+SARRARP = ("mode=render", "data=sarrarp", "data.root=data", "render.seconds=1", "render.size=[48,80]", "render.workers=1")
 
 
 def test_operations_are_drawn_and_the_next_step_is_named(tmp_path):
-    done = call(tmp_path, *SARRARP, "mode.train_videos=1", "mode.test_videos=2", "mode.seed=3")
+    done = call(tmp_path, *SARRARP, "render.train_videos=1", "render.test_videos=2", "render.seed=3")
     assert done.status == 0, done.err
     assert "Wrote 1 training and 2 test videos of 1 s at 48 x 80 under data" in done.out
     assert "Next: python -m dinoseg mode=prepare data=sarrarp data.root=data" in done.out
@@ -19,12 +19,12 @@ def test_operations_are_drawn_and_the_next_step_is_named(tmp_path):
 
 
 def test_moving_objects_are_drawn_and_drawn_on(tmp_path):
-    first = call(tmp_path, *MOVI, "mode.train_videos=1", "mode.val_videos=1")
+    first = call(tmp_path, *MOVI, "render.train_videos=1", "render.val_videos=1")
     assert first.status == 0, first.err
     assert "Wrote 1 training and 1 validation videos of 1 s at 32 x 48 under data" in first.out
     assert "Next: python -m dinoseg mode=train hparam=slots_rendered data.root=data" in first.out
     stamp = (tmp_path / "data/train/train_0001").stat().st_mtime_ns
-    more = call(tmp_path, *MOVI, "mode.train_videos=2", "mode.val_videos=1", "mode.test_videos=1")
+    more = call(tmp_path, *MOVI, "render.train_videos=2", "render.val_videos=1", "render.test_videos=1")
     assert more.status == 0, more.err
     assert (tmp_path / "data/train/train_0001").stat().st_mtime_ns == stamp
     found = sorted(str(path.relative_to(tmp_path / "data")) for path in tmp_path.glob("data/*/*"))
@@ -47,12 +47,12 @@ def test_settings_that_a_mode_leaves_out_are_the_data_set_s(compose):
         (("mode=render", "data=idd_lite", "data.root=data"), "data=idd_lite cannot be rendered. Choose data=sarrarp"),
         (("mode=render", "data=movi"), "data.root is not set"),
         ((*MOVI, "data.root=null"), "mode=render needs a folder to write to: give data.root"),
-        ((*MOVI, "mode.size=[48]"), "mode.size=[48] must be two numbers"),
-        ((*MOVI, "mode.size=[16,48]"), "size=[16, 48] cannot be a frame's [height, width]: both must be at least 32"),
-        ((*MOVI, "mode.seconds=0"), "mode.seconds=0 is out of range. Give a whole number of at least 1"),
-        ((*MOVI, "mode.train_videos=half"), "train_videos=half is of type str"),
-        ((*SARRARP, "mode.size=[47,80]"), "both must be even"),
-        ((*SARRARP, "mode.val_videos=3"), "mode.val_videos=3: it has no effect with data=sarrarp. Leave it out, or"),
+        ((*MOVI, "render.size=[48]"), "render.size=[48] must be two numbers"),
+        ((*MOVI, "render.size=[16,48]"), "size=[16, 48] cannot be a frame's [height, width]: both must be at least 32"),
+        ((*MOVI, "render.seconds=0"), "render.seconds=0 is out of range. Give a whole number of at least 1"),
+        ((*MOVI, "render.train_videos=half"), "train_videos=half is of type str"),
+        ((*SARRARP, "render.size=[47,80]"), "both must be even"),
+        ((*SARRARP, "render.val_videos=3"), "render.val_videos=3: it has no effect with data=sarrarp. Leave it out, or"),
     ],
 )
 def test_settings_out_of_range_are_named_before_anything_is_written(tmp_path, words, message):

@@ -41,7 +41,7 @@ def run(tmp_path):
 
     def score(*words, reference="reference", prediction="prediction"):
         folder = Path(f"run_{len(list(tmp_path.glob('run_*')))}")
-        words = ("mode=score", f"reference={reference}", f"prediction={prediction}", "num_classes=4", *words)
+        words = ("mode=score", f"reference={reference}", f"prediction={prediction}", "protocol.num_classes=4", *words)
         done = call(tmp_path, *words, "mode.workers=1", f"hydra.run.dir={folder}")
         written = tmp_path / folder / "scores.json"
         return json.loads(written.read_text()) if written.exists() else None, done, tmp_path / folder
@@ -64,7 +64,7 @@ def expected_miou(folder, count=6):
 
 
 def test_a_folder_is_scored_without_torch(folders):
-    words = ["mode=score", "protocol=semantic", "reference=reference", "prediction=prediction", "num_classes=4"]
+    words = ["mode=score", "protocol=semantic", "reference=reference", "prediction=prediction", "protocol.num_classes=4"]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *words, "mode.workers=1", "hydra.run.dir=run"],
         cwd=folders,
@@ -177,9 +177,9 @@ def test_masks_of_0_and_255_are_warned_of_unless_they_are_said_to_be_binary(tmp_
         truth = rng.random((20, 30)) < 0.3
         write_png(tmp_path / f"reference/{number}.png", truth.astype(np.uint8) * 255)
         write_png(tmp_path / f"prediction/{number}.png", (truth ^ (rng.random((20, 30)) < 0.2)).astype(np.uint8) * 255)
-    result, _, _ = run("num_classes=null", "protocol.binary=true")
+    result, _, _ = run("protocol.num_classes=null", "protocol.binary=true")
     assert 0.5 < result["scores"]["mIoU"] < 0.8 and len(result["per_class"]) == 2 and not result["notes"]
-    result, done, _ = run("num_classes=2")
+    result, done, _ = run("protocol.num_classes=2")
     assert "reference=reference holds 0 and 255 alone" in done.err and "set the protocol's binary=true" in done.err
     _, note = result["notes"]
     assert result["scores"]["mIoU"] < 0.9 and "3 of 3 predictions hold ids that are not classes" in note
@@ -263,8 +263,8 @@ def test_many_notes_are_counted(folders, run):
         ({"prediction": "nowhere"}, (), "prediction=nowhere is not a folder"),
         ({"prediction": "[a,b,c]"}, (), "set reference=DIR and prediction=DIR, or prediction=[DIR,DIR]"),
         ({"prediction": "null"}, (), "mode=score needs two folders of masks: set reference=DIR"),
-        ({}, ("num_classes=null",), "num_classes=null: protocol=semantic needs the number of classes"),
-        ({}, ("num_classes=0",), "num_classes=0 is out of range. Give a whole number of at least 1"),
+        ({}, ("protocol.num_classes=null",), "protocol.num_classes=null: protocol=semantic needs the number of classes"),
+        ({}, ("protocol.num_classes=0",), "protocol.num_classes=0 is out of range. Give a whole number of at least 1"),
     ],
 )
 def test_what_must_be_given(folders, run, folders_given, words, message):

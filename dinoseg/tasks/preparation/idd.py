@@ -71,9 +71,7 @@ def prepare(
     """
     root = Path(root).expanduser()
     if not encodings or any(encoding not in ENCODINGS for encoding in encodings):
-        raise UserError(f"data.prepare.encodings={list(encodings)}: choose some of {', '.join(ENCODINGS)}.")
-    if workers < 1:
-        raise UserError(f"data.prepare.workers={workers}: give the number of processes, 1 or more.")
+        raise UserError(f"encodings={list(encodings)}: choose some of {', '.join(ENCODINGS)}.")
     jobs = find_polygons(root)
     work = functools.partial(make_label_maps, encodings=tuple(encodings), overwrite=overwrite)
     try:
@@ -82,7 +80,7 @@ def prepare(
                 locks.enter_context(locked(labels / _LOCK))
             return _draw_all(root, jobs, work, workers)
     except OSError as error:
-        raise UserError(f"Cannot write to data.root={root}: {error}. Check its permissions.") from None
+        raise UserError(f"Cannot write to root={root}: {error}. Check its permissions.") from None
 
 
 def _draw_all(

@@ -40,7 +40,7 @@ def run_jobs(
     """
     results: dict[J, R] = {}
     failures: dict[J, Exception] = {}
-    remedy = f"Set data.prepare.workers below {workers} and run again to resume."
+    remedy = f"Choose less than workers={workers} and run again to resume."
     for job, result in in_processes(work, jobs, workers, catch=(UserError, OSError), in_order=False, remedy=remedy):
         if isinstance(result, OSError) and result.errno in DISK_FULL:
             raise UserError(

@@ -83,16 +83,14 @@ def prepare(
     """
     root = Path(root).expanduser()
     if rate not in (1, 10):
-        raise UserError(f"data.prepare.rate={rate}: choose 1 (frames that have a mask) or 10 frames per second.")
-    if workers < 1:
-        raise UserError(f"data.prepare.workers={workers}: give the number of videos to process in parallel, 1 or more.")
+        raise UserError(f"rate={rate}: choose 1 (frames that have a mask) or 10 frames per second.")
     jobs = _chosen(find_jobs(root), videos)
     work = functools.partial(prepare_video, rate=rate, keep_archive=keep_archives)
     try:
         with locked(root / _LOCK):
             return _prepare_all(root, jobs, work, workers)
     except OSError as error:
-        raise UserError(f"Cannot write to data.root={root}: {error}. Check its permissions.") from None
+        raise UserError(f"Cannot write to root={root}: {error}. Check its permissions.") from None
 
 
 def _prepare_all(
@@ -106,7 +104,7 @@ def _prepare_all(
             workers=workers,
             root=root,
             ready="videos are ready",
-            make_room="data.prepare.keep_archives=false removes each archive once its video is ready",
+            make_room="keep_archives=false removes each archive once its video is ready",
             show=lambda job: job.name,
         )
     if failures:
@@ -135,7 +133,7 @@ def find_jobs(root: Path) -> list[VideoJob]:
             jobs[video] = VideoJob(video, archive)
     if not jobs:
         raise UserError(
-            f"Nothing to prepare under data.root={root}: no video_*.zip and no video_* folder in "
+            f"Nothing to prepare under root={root}: no video_*.zip and no video_* folder in "
             f"{', '.join(SPLIT_FOLDERS)}. Download SAR-RARP50 into these folders first."
         )
     return [jobs[video] for video in sorted(jobs)]
@@ -229,7 +227,7 @@ def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob
     known = {job.name for job in jobs} | {job.folder.name for job in jobs}
     if unknown := [name for name in videos if name not in known]:
         raise UserError(
-            f"data.prepare.videos names {', '.join(unknown)}, which do not exist. Choose from "
+            f"videos={list(videos)}: {', '.join(unknown)} does not exist. Choose from "
             f"{join_names([job.name for job in jobs], 60)}."
         )
     return [job for job in jobs if job.name in videos or job.folder.name in videos]
