@@ -1,38 +1,25 @@
-"""Every mode says which keys it reads; what is typed for another is said to have no effect."""
+"""Every mode composes the groups and keys that its code reads, and no others."""
 
 import re
 
 import pytest
 from code_reads import code
-from command_line import SMALL, call, write_data
-from config_files import GROUPS, main_choices, options, read, read_whole
+from config_files import FOLDER, GROUPS, groups_of, main_choices, options, read_node, read_whole
+from omegaconf import OmegaConf
 
 from dinoseg.config.plain import texts_of
-from dinoseg.experiment.unread import warn_not_read
 
-
-def test_a_mode_reads_groups_and_keys_that_there_are(compose):
-    cfg = compose("data.root=x", "data.classes=[a,b]")
-    for mode in set(options("mode")) - {"help"}:
-        names = read("mode", mode)["reads"]
-        assert len(set(names)) == len(names)
-        for name in names:
-            assert name.split(".")[0] in {*cfg, *main_choices()}, name
-            assert "." not in name or name.split(".")[1] in cfg[name.split(".")[0]]
-
-
-FOR_ALL = {"mode", "hparam", "hydra", "local", "trust", "engine", "choices", "config_dirs"}
-LAUNCH = {"heads", "lrs", "budget"}  # read before the mode's function is called
+FOR_ALL = {"mode", "hparam", *OmegaConf.load(FOLDER / "main.yaml")}  # settings of every mode
+WHOLE = ("bench", "doctor", "plan", "probe", "summary", "train")  # whole recipes, also of groups that they do not read
+BY_OPTION = {"heads", "lrs", "teacher", "budget"}  # with trainer=multi_head, trainer=distil and hparam=auto
 ELSEWHERE = {  # of another config, or in a function that the mode calls for something else
-    "app": {"loss"},  # in saving a model, which the app does not do
-    "bench": {"features", "finite_weights", "slots", "resume", "tracker"},
-    "plan": {"features", "finite_weights", "slots", "inference", "resume", "tracker"},
-    "compare": {"data", "seed", "resolution"},  # of the runs
+    "app": {"loss", "slots"},  # loss: in saving a model, which the app does not do
+    "bench": {"slots", "tracker"},
+    "compare": {"data"},  # of the runs
     "export": {"loss"},  # of the checkpoint
-    "probe": {"adapter", "num_classes"},  # num_classes: of the data set, not of mode=score
+    "plan": {"slots", "tracker"},
     "serve": {"loss"},  # in saving a model, too
-    "track": {"inference"},  # made with the model, and not used
-    "train": {"num_classes", "tracker"},  # tracker: of models without slots, which track in mode=eval and track
+    "train": {"slots", "tracker"},  # slots: with trainer=slots; tracker: of mode=eval and mode=track
 }
 
 
@@ -43,13 +30,13 @@ def pointers(node):
 
 def read_by_code(mode):
     """Return the root keys that a mode's code can read, with those that the nodes it reads point to."""
-    starts = [read("mode", mode)["_target_"]]
-    starts += [read("export", option)["_target_"] for option in options("export") if mode == "export"]
+    starts = [read_node("mode", mode)["_target_"]]
+    starts += [read_node("export", option)["_target_"] for option in options("export") if mode == "export"]
     keys = set().union(*(code().reads(start) for start in starts))
     if "trainer.task*" in keys:
         tasks = {read_whole("trainer", option)["task"]["_target_"] for option in options("trainer")}
         keys |= code().reads(*starts, *tasks)
-    found = {key.partition(".")[0].rstrip("*") for key in keys} | pointers(read("mode", mode))
+    found = {key.partition(".")[0].rstrip("*") for key in keys} | pointers(read_node("mode", mode))
     for group, _, key in (key.partition(".") for key in keys):
         for option in options(group.rstrip("*")) if group.rstrip("*") in GROUPS else []:
             node = read_whole(group.rstrip("*"), option)
@@ -58,40 +45,23 @@ def read_by_code(mode):
     return found
 
 
+@pytest.fixture(scope="module")
+def keys(compose):
+    """Return mode to the root keys that it composes."""
+    found = {mode: {*compose(f"mode={mode}")} - {"choices", "config_dirs"} for mode in options("mode")}
+    return {**found, "prepare": found["prepare"] | {"prepare"}, "render": found["render"] | {"render"}}  # by dataset
+
+
 @pytest.mark.parametrize("mode", sorted(set(options("mode")) - {"help"}))
-def test_a_mode_lists_the_keys_that_its_code_reads_and_no_other(mode, compose):
-    listed = {name.partition(".")[0] for name in read("mode", mode)["reads"]}
-    found = read_by_code(mode) & ({*compose(), *main_choices()} - FOR_ALL)
-    assert found - ELSEWHERE.get(mode, set()) <= listed
-    assert listed - FOR_ALL <= found | (LAUNCH if "budget" in listed else set())
-    assert ("resume" in listed) == ("finite_weights" in listed)
+def test_a_mode_composes_the_keys_that_its_code_reads_and_no_other(mode, keys):
+    found = read_by_code(mode) & (set().union(*keys.values()) | {*GROUPS})
+    assert found - FOR_ALL - BY_OPTION - ELSEWHERE.get(mode, set()) <= keys[mode]
+    assert ELSEWHERE.get(mode, set()) <= found - keys[mode]
+    assert mode in WHOLE or keys[mode] - FOR_ALL <= found
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (["mode=score", "protocol=ade20k", "reference=a", "data.classes=[a,b]", "data=idd", "hparam=demo"], None),
-        (["data.batch_size=3", "hydra.run.dir=x", "mode.seed=1"], "data.batch_size=3"),
-        (["++trainer.steps=3", "head=mlp", "data.reader.masks.format=ids"], "trainer.steps=3, head=mlp"),
-    ],
-)
-def test_what_a_mode_does_not_read_is_named(tmp_path, capsys, words, named):
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config/overrides.txt").write_text("\n".join(words) + "\n")
-    warn_not_read(tmp_path, "mode=score", read("mode", "score")["reads"])
-    said = capsys.readouterr().err
-    assert said.count("\n") == bool(named) and (
-        not named or said.startswith(f"warning: No effect here: {named}. In addition")
-    )
-
-
-def test_each_command_says_what_it_does_not_read(tmp_path):
-    write_data(tmp_path / "data")
-    folders = ("reference=data/val/masks", "prediction=data/val/masks", "num_classes=2", "mode.workers=1")
-    done = call(tmp_path, "mode=score", *folders, "trainer.steps=3")
-    assert (
-        done.status == 0
-        and ("No effect here: trainer.steps=3. In addition to its own keys, mode=score reads") in done.err
-    )
-    assert "No effect" not in call(tmp_path, "mode=score", *folders).err
-    assert "No effect here: loss=dice." in call(tmp_path, "mode=summary", *SMALL[:-2], "loss=dice").err
+def test_groups_are_those_of_some_mode():
+    assert {group for mode in options("mode") for group in groups_of(mode)} | {"mode", "hparam"} >= {*GROUPS} - {
+        *("prepare", "render")  # chosen by the dataset
+    }
+    assert not {"tracker", "slots", "protocol", "export", "prepare", "render"} & {*main_choices("train")}
