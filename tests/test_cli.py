@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from command_line import SMALL, call, write_data
+from config_files import options, read_node
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -97,15 +97,16 @@ def test_a_mode_that_a_config_file_chooses_needs_no_word():
         launch._check_mode(chosen, ["hparam=mine"])
 
 
-@pytest.mark.parametrize("mode", [path[:-5] for path in os.listdir(f"{CONFIGS}/mode") if path != "help.yaml"])
+@pytest.mark.parametrize("mode", [mode for mode in options("mode") if mode != "help"])
 def test_help_of_a_mode_is_of_its_own_keys(mode, tmp_path):
     done = call(tmp_path, f"mode={mode}", "--help")
     assert done.status == 0 and not done.err and f"Keys of mode={mode}" in done.out
-    own = yaml.safe_load(Path(CONFIGS, "mode", f"{mode}.yaml").read_text(encoding="utf-8"))
-    if mode == "app":
-        own = yaml.safe_load(Path(CONFIGS, "mode", "serve.yaml").read_text(encoding="utf-8")) | own
+    own = (read_node("mode", "serve") if mode == "app" else {}) | read_node("mode", mode)
     keys = [key for key in own if not key.startswith("_") and key not in ("defaults", *LAUNCH_KEYS[1:])]
+    roots = [key for key in keys if own[key] == f"${{{key}}}"]  # set without `mode.`
+    keys = [key for key in keys if key not in roots]
     tables = {key: [f"{key}.{name}" for name in own[key] if name[0] != "_"] for key in keys if type(own[key]) is dict}
+    assert all(f"\n  {key}=" in done.out for key in roots)
     shown = [line.split("=")[0].strip() for line in done.out.splitlines() if line.startswith("  mode.")]
     assert shown == [f"mode.{name}" for key in keys for name in tables.get(key, [key])]
     assert "mode.mode=" not in done.out and "hparam:" not in done.out

@@ -19,10 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, run_ranks, shortages_as_user_errors
+from dinoseg.cli.typos import mode_needed
 from dinoseg.config.credentials import check_credentials
 from dinoseg.config.grammar import decode_keys
 from dinoseg.config.limits import check_training
-from dinoseg.config.options import options_of, values_in_files
+from dinoseg.config.options import values_in_files
 from dinoseg.config.plain import BUILDS, below, to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.auto_resume import Action, Start
@@ -256,7 +257,7 @@ def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
 
 def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> tuple[DictConfig, dict[str, Any]]:
     """Return the config of a multi-head job, including each head's own run config, and these runs."""
-    if "heads" not in cfg.trainer and cfg.get("heads") is None and cfg.get("lrs") is None:
+    if "heads" not in cfg.get("trainer", ()):
         return cfg, {}
     from dinoseg.experiment.heads import SOLO, solo_runs
 
@@ -383,8 +384,7 @@ def _check_mode(cfg: DictConfig, overrides: Sequence[str]) -> None:
     keys = {override.get_key_element().partition("@")[0] for override in _parsed(overrides)}
     if not keys or "mode" in keys or cfg.choices.mode != "help":
         return
-    modes = ", ".join(options_of(_CONFIGS / "mode"))
-    raise UserError(f"No mode is given. Add mode=NAME. Modes: {modes}. `--help` shows their commands.")
+    raise UserError(mode_needed([_CONFIGS]))
 
 
 def _is_taken(cfg: DictConfig, name: str) -> bool:

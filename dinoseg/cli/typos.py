@@ -20,6 +20,7 @@ from dinoseg.config.plain import keys_of, to_container
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value, nearest
 
+_HELP = "dinoseg.modes.help.show"  # default mode
 _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
 
 
@@ -146,10 +147,12 @@ def find_mistake(
         if override not in deleted
         for option in _chosen(override, options_in(folders, _group_of(override)))[:1]
     ]
+    mode = next((option for option in options if option.startswith("mode=")), None)
     try:
         cfg = _compose(options, folders)
     except HydraException as composing:
-        mode = next((option for option in options if option.startswith("mode=")), "mode=help")
+        if mode is None:
+            return mode_needed(folders)
         if absent := re.search(r"(?:In 'hparam/(.+)': )?Could not override '(\w+)", str(composing)):
             return _absent_group(absent[2], absent[1], mode, folders)
         return _shorten(error) if isinstance(error, HydraException) else ""
@@ -179,6 +182,12 @@ def find_mistake(
     )
 
 
+def mode_needed(folders: Sequence[Path]) -> str:
+    """Return the message on a command line without a mode."""
+    modes = ", ".join(options_in(folders, "mode"))
+    return f"No mode is given. Add mode=NAME. Modes: {modes}. `--help` shows their commands."
+
+
 def _absent_group(group: str, recipe: str | None, mode: str, folders: Sequence[Path]) -> str:
     """Return the message on a group that a mode does not compose; `recipe` chooses an option of it, or None."""
     if recipe is not None:
@@ -189,15 +198,18 @@ def _absent_group(group: str, recipe: str | None, mode: str, folders: Sequence[P
     return f"{group}: {mode} does not read this group. Modes that do: {', '.join(modes_with(folders, group))}."
 
 
-def _unknown_key(key: str, known: Sequence[str], folders: Sequence[Path]) -> str:
+def _unknown_key(key: str, cfg: Mapping[str, Any], folders: Sequence[Path]) -> str:
     """Return the message on a key that the config lacks: the modes and options that have it, else a near key."""
     root = key.partition(".")[0]
-    if root not in {each.partition(".")[0] for each in known}:
-        if modes := modes_with(folders, root):
+    if root not in cfg:
+        modes, options = modes_with(folders, root), options_with(folders, root)
+        if cfg["mode"]["_target_"] == _HELP and (modes or options):
+            return mode_needed(folders)
+        if modes:
             return f"{key}: this mode does not read the group {root}. Modes that do: {', '.join(modes)}."
-        if options := options_with(folders, root):
+        if options:
             return f"{key} is a key of {' or '.join(options)}. Add it, or leave the key out."
-    return f"{key} is not a key of the config.{nearest(key, known)} {_ALL_KEYS}"
+    return f"{key} is not a key of the config.{nearest(key, [*keys_of(cfg)])} {_ALL_KEYS}"
 
 
 def _compose(options: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
@@ -227,7 +239,7 @@ def _find_misfit(override: Override, cfg: Mapping[str, Any], folders: Sequence[P
             where = ".".join(above)
             return f"{key}: {where} is a single value and has no keys below it. Set it as {where}=VALUE."
         if part not in named:
-            return "" if adds else _unknown_key(key, [*keys_of(cfg)], folders)
+            return "" if adds else _unknown_key(key, cfg, folders)
         node = named[part]
         above.append(part)
     if isinstance(node, list) and isinstance(value, Mapping):

@@ -62,7 +62,8 @@ def values_in_files(groups: Path, option: str | None, key: str) -> list[Any]:
     group, _, inner = key.partition(".")
     name = key if option is None else inner
     files = [groups / "main.yaml"] if option is None else [*option_files([groups], group, option)]
-    return [at(content, name.split(".")) for content in map(_read, reversed(files)) if has_key(content, name)]
+    contents = [_read(path) if option is None else read_option(path) for path in reversed(files)]
+    return [at(content, name.split(".")) for content in contents if has_key(content, name)]
 
 
 def modes_with(folders: Sequence[Path], group: str) -> list[str]:
@@ -72,8 +73,13 @@ def modes_with(folders: Sequence[Path], group: str) -> list[str]:
         for mode in options_in(folders, "mode")
         for path in option_files(folders, "mode", mode)
         for entry in _read(path).get("defaults", ())
-        if isinstance(entry, Mapping) and any(name.strip("/").partition("@")[0] == group for name in entry)
+        if isinstance(entry, Mapping) and any(_group_in(name) == group for name in entry)
     ]
+
+
+def _group_in(name: str) -> str:
+    """Return the group that an entry of a defaults list names, such as `optional /prepare@_global_.prepare`."""
+    return name.removeprefix("optional ").strip("/").partition("@")[0]
 
 
 def options_with(folders: Sequence[Path], key: str) -> list[str]:
@@ -85,6 +91,12 @@ def options_with(folders: Sequence[Path], key: str) -> list[str]:
         for option in options_in(folders, group)
         if any(_is_global(path) and key in _read(path) for path in option_files(folders, group, option))
     ]
+
+
+def read_option(path: Path) -> Mapping[str, Any]:
+    """Return the keys that an option's file sets in the node of its group."""
+    content = _read(path)
+    return content.get(path.parent.name, {}) if _is_global(path) else content
 
 
 def _is_global(path: Path) -> bool:

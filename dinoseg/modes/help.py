@@ -128,7 +128,7 @@ def of_mode(mode: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
         for part in ([line, below] if below.startswith(15 * " ") else [line])
     ]
     files = [*option_files(folders, "mode", mode)]
-    keys = _key_lines(files, "mode") or ["  none"]
+    keys = _key_lines([path for path in files if not path.stem.startswith("_")], "mode") or ["  none"]
     title = f"Keys of mode={mode} and their defaults:"
     groups = ", ".join(group for path in files for group in re.findall(r"^  - /(\w+)", path.read_text("utf-8"), re.M))
     first, also = [*commands, ""] if commands else [], [f"Its groups: {groups}", ""] if groups else []
