@@ -83,7 +83,10 @@ def test_every_number_of_a_config_has_a_range():
 
 @pytest.fixture(scope="module")
 def composed(compose):
-    return compose("mode=predict", "adapter=lora", "backbone=tiny", "data.root=x", "data.classes=[a,b]")
+    cfg = compose("mode=train", "adapter=lora", "backbone=tiny", "data.root=x", "data.classes=[a,b]")
+    of_predict = compose("mode=predict")
+    cfg.input, cfg.mode = None, of_predict.mode
+    return cfg
 
 
 @pytest.mark.parametrize(
@@ -209,8 +212,8 @@ def test_a_crop_below_a_patch_is_refused(composed, crop, scale):
 def test_a_message_names_the_key_that_is_typed(tmp_path, compose):
     with pytest.raises(UserError, match="^data.classes=dark is of type str. Give .*list of texts"):
         instantiate(compose("data.root=x", "data.classes=dark").data.reader)  # where data.reader.classes points to
-    with pytest.raises(UserError, match="^num_classes=two is of type str"):
-        instantiate(compose("data.root=x", "num_classes=two").protocol)
+    with pytest.raises(UserError, match="^protocol.num_classes=two is of type str"):
+        instantiate(compose("mode=score", "protocol.num_classes=two").protocol)
     done = call(tmp_path, "mode=render", "data=movi", "data.root=x", "render.seconds=0.5")
     assert done.err.startswith("error: render.seconds=0.5 is of type float. Give a whole number")
 

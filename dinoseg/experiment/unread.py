@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from dinoseg.experiment.folder import last_command_line
-from dinoseg.utils.wording import join_names
+from dinoseg.utils.wording import join_names, printable
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ def warn_unread(out_dir: Path, unread: Collection[str], reason: str) -> None:
     """
     idle = [word for word in last_command_line(out_dir) if _is_below(_key(word), unread)]
     if idle:
-        logger.warning("No effect here: %s. %s", join_names(idle), reason)
+        logger.warning("No effect here: %s. %s", printable(join_names(idle)), reason)
 
 
 def _key(word: str) -> str:

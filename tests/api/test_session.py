@@ -174,18 +174,18 @@ class CallersOptimizer:
 
 
 def test_a_hydra_program_can_call_modes():
-    store, options = ConfigStore.instance(), ["tracker=crw", "protocol=davis2016"]  # which no other test composes
+    store, options = ConfigStore.instance(), ["mode=help", "head=cnn", "adapter=lora", "loss=dice"]  # which no other test composes
     store.store(group="optim", name="adamw", node=CallersOptimizer)
     try:
         with initialize_config_dir(CONFIGS, version_base="1.3"):
             before = GlobalHydra.instance().hydra
             # a config of that name is not taken for one of that class
-            assert "optimizer" in compose([*options, "slots=lock_on"]).optim
+            assert "optimizer" in compose([*options, "trainer=slots", "slots=lock_on"]).optim
             with isolated():
                 assert not GlobalHydra.instance().is_initialized()
             assert GlobalHydra.instance().hydra is before and "optim" in store.repo
             with pytest.raises(Exception, match="optim/adamw"):
-                hydra_compose("main", [*options, "export=onnx"])
+                hydra_compose("main", [*options, "inference=whole"])
     finally:
         store.repo.pop("optim")
 

@@ -515,7 +515,7 @@ def test_words_without_meaning(compose, track, tmp_path):
 
 
 def test_more_slots_than_proposals_are_refused_before_tracking(compose, tmp_path):
-    cfg = compose("data=davis2017", f"data.root={write_unsupervised(tmp_path)}")
+    cfg = compose("mode=eval", "data=davis2017", f"data.root={write_unsupervised(tmp_path)}")
     trained = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=24))))
     with pytest.raises(UserError, match=r"24 slots.* allows 20 segments. Set head.num_slots=20 or fewer"):
         track_split(Builder(cfg), trained, tmp_path, "val", "none", TrackingOptions())
@@ -526,7 +526,7 @@ def test_more_slots_than_proposals_are_refused_before_tracking(compose, tmp_path
 
 
 def test_slots_made_for_masks_that_are_not_given_are_refused_before_tracking(compose, tmp_path):
-    cfg = compose("data=davis2017", f"data.root={write_unsupervised(tmp_path)}", "slots=lock_on")
+    cfg = compose("mode=eval", "data=davis2017", f"data.root={write_unsupervised(tmp_path)}", "slots=lock_on")
     trained = SimpleNamespace(
         model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=5))), engine=None
     )
@@ -561,7 +561,7 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
         for index, mask in enumerate(masks):
             write_frame(root / f"validation/{name}/frames/{index:05d}.png", mask)
             write_png(root / f"validation/{name}/segmentations/{index:05d}.png", mask)
-    cfg = compose(f"data={data}", f"data.root={root}")
+    cfg = compose("mode=eval", f"data={data}", f"data.root={root}")
     result = track_split(
         Builder(cfg), trained, tmp_path / "run", "val", supervision, TrackingOptions(metrics_only=True)
     )
@@ -575,7 +575,7 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
 
 
 def test_who_tracks(compose, tmp_path, monkeypatch):
-    cfg = compose("data=davis2016", "data.root=none")
+    cfg = compose("mode=eval", "data=davis2016", "data.root=none")
     assert tracks_untrained(Builder(cfg))
     for changes, tracks in (
         ({"resume": "run"}, False),

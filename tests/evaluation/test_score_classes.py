@@ -75,9 +75,9 @@ def test_a_protocol_that_is_told_how_references_are_written_reads_them_so(folder
         assert [row["IoU"] for row in found["per_class"]] == [pytest.approx(2 / 4), pytest.approx(2 / 4)]
         assert found["per_class"][1]["name"] == "leaf"
     (folders / "run/masks/classes.json").rename(folders / "classes.json")  # as in a folder that no run wrote
-    alone = [score(folders, "reference=stored", "protocol=ade20k", "num_classes=2", prediction="run/masks")[1]]
+    alone = [score(folders, "reference=stored", "protocol=ade20k", "protocol.num_classes=2", prediction="run/masks")[1]]
     (folders / "classes.json").rename(folders / "run/masks/classes.json")
-    alone.append(score(folders, "reference=stored", "protocol=ade20k", "num_classes=2")[1])
+    alone.append(score(folders, "reference=stored", "protocol=ade20k", "protocol.num_classes=2")[1])
     assert alone[0] is not None and alone[0]["scores"] == alone[1]["scores"]
 
 
@@ -135,5 +135,5 @@ def test_a_record_that_is_none_is_one_message(folders, content):
 
 def test_an_evaluations_pictures_point_to_what_there_is(folders):
     write_png(folders / "eval/predictions/0_pred.png", np.zeros((8, 12), np.uint8))
-    done, _ = score(folders, "reference=binary", "num_classes=2", prediction="eval/predictions")
+    done, _ = score(folders, "reference=binary", "protocol.num_classes=2", prediction="eval/predictions")
     assert done.status == 1 and "mode=predict resume=RUN input=IMAGES" in done.err

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from dinoseg.experiment import folder as run_folder
 from dinoseg.experiment.folder import claim, drop_bare, drop_empty, has_results, release, write_config
 from dinoseg.experiment.log_file import LogFile
-from dinoseg.experiment.unread import warn_not_read
+from dinoseg.experiment.unread import warn_unread
 from dinoseg.modes import score
 from dinoseg.report.log import RunLog
 from dinoseg.report.loggers.logger import Logger
@@ -170,11 +170,11 @@ def test_rows_on_a_full_disk_are_an_error_and_close_the_rest(tmp_path):
     assert closed
 
 
-def test_words_that_another_has_kept_are_shown_harmless(tmp_path, capsys):
+def test_words_that_another_has_kept_are_shown_harmless(tmp_path, caplog):
     (tmp_path / "config").mkdir()
     (tmp_path / "config/overrides.txt").write_bytes(b"tracker.\x1b[2J=3\nslots.\xff=1\n")
-    warn_not_read(tmp_path, "mode=train", ("trainer",))
-    said = capsys.readouterr().err
+    warn_unread(tmp_path, ("tracker", "slots"), "Because.")
+    said = caplog.text
     assert "No effect here: tracker.\\x1b[2J=3, slots." in said and "\x1b" not in said
 
 

@@ -41,7 +41,9 @@ def run(tmp_path):
 
     def score(*words, reference="reference", prediction="prediction"):
         folder = Path(f"run_{len(list(tmp_path.glob('run_*')))}")
-        words = ("mode=score", f"reference={reference}", f"prediction={prediction}", "protocol.num_classes=4", *words)
+        words = ("mode=score", f"reference={reference}", f"prediction={prediction}", *words)
+        if not any(word.startswith("protocol=") for word in words):
+            words = (*words[:3], "protocol.num_classes=4", *words[3:])
         done = call(tmp_path, *words, "mode.workers=1", f"hydra.run.dir={folder}")
         written = tmp_path / folder / "scores.json"
         return json.loads(written.read_text()) if written.exists() else None, done, tmp_path / folder

@@ -286,10 +286,10 @@ def test_a_mask_for_every_frame_is_warned_of(track):
 
 @pytest.mark.parametrize(("name", "settings"), [("crw", CRW), ("dino", DINO), ("dinov3", DINOV3)])
 def test_the_configs_are_the_protocols(compose, name, settings):
-    assert asdict(instantiate(compose(f"tracker={name}").tracker)) == asdict(settings)
+    assert asdict(instantiate(compose("mode=track", f"tracker={name}").tracker)) == asdict(settings)
     written = yaml.safe_load((FOLDER / "tracker" / f"{name}.yaml").read_text())
     assert list(written) == ["_target_", *asdict(settings)]  # every key, in the fields' order
-    assert instantiate(compose(f"tracker={name}", "tracker.radius=24", "tracker.short_side=480").tracker).radius == 24
+    assert instantiate(compose("mode=track", f"tracker={name}", "tracker.radius=24", "tracker.short_side=480").tracker).radius == 24
 
 
 def resident():

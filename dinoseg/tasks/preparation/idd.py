@@ -24,7 +24,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
 from dinoseg.utils.locks import locked
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import Count, check_annotations
 from dinoseg.utils.wording import join_names
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class PolygonFile:
         return self.path.with_name(self.path.stem.removesuffix(POLYGONS) + label_suffix(encoding) + ".png")
 
 
+@check_annotations
 def prepare(
     root: str | Path,
     *,

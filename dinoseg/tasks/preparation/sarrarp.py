@@ -35,7 +35,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
 from dinoseg.utils.locks import locked
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import Count, check_annotations
 from dinoseg.utils.units import finished
 from dinoseg.utils.wording import count_of, join_names
 
@@ -60,6 +60,7 @@ class VideoJob:
         return f"{self.folder.parent.name}/{self.folder.name}"
 
 
+@check_annotations
 def prepare(
     root: str | Path,
     *,

@@ -11,12 +11,9 @@ import cv2
 import numpy as np
 import pytest
 from failing import run_until_written
-from hydra import compose, initialize_config_dir
 from making import save
 from PIL import Image
 
-from dinoseg.__main__ import CONFIGS
-from dinoseg.config.resolvers import register_resolvers
 from dinoseg.data.formats.idd import idd
 from dinoseg.data.label_tables.read import label_table
 from dinoseg.modes.prepare import prepare as prepare_mode
@@ -408,12 +405,9 @@ def test_what_cannot_be_prepared(tmp_path):
         ("idd_ids", "id"), ("idd_home_made", "level3Id"),
     ],
 )  # fmt: skip
-def test_each_data_set_prepares_its_own_encoding(tmp_path, name, encoding, caplog):
+def test_each_data_set_prepares_its_own_encoding(tmp_path, name, encoding, caplog, compose):
     add(tmp_path, "val", "0/a", [box("road", 0, 0, 9, 9)])
-    register_resolvers()
-    given = [f"data.root='{tmp_path}'", "data.prepare.workers=1", "+resolution={crop: 64, longest: 64}", "+cache_dir=x"]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose(f"data/{name}", given)
+    cfg = compose("mode=prepare", f"data={name}", f"data.root='{tmp_path}'", "prepare.workers=1")
     with caplog.at_level(logging.INFO):
         prepare_mode(cfg, out_dir=tmp_path)
     assert "val: files 1, written 1, kept 0" in caplog.text

@@ -221,7 +221,7 @@ def test_choice_of_videos(add):
     root = add("train1", "video_01", frames=10)
     add("test", "video_41", frames=10)
     assert list(prepare(root, workers=1, videos=["test/video_41"])) == ["test/video_41"]
-    with pytest.raises(UserError, match=r"names video_1, which .* Choose from test/video_41, train1/video_01"):
+    with pytest.raises(UserError, match=r"video_1 does not exist. Choose from test/video_41, train1/video_01"):
         prepare(root, videos=["video_1"])
 
 
@@ -230,7 +230,7 @@ def test_settings_and_folders_that_cannot_work(tmp_path, add):
         prepare(tmp_path, rate=5)
     with pytest.raises(UserError, match="workers=0"):
         prepare(tmp_path, workers=0)
-    with pytest.raises(UserError, match=r"Nothing to prepare under data.root=.*gone: no video_\*\.zip"):
+    with pytest.raises(UserError, match=r"Nothing to prepare under root=.*gone: no video_\*\.zip"):
         prepare(tmp_path / "gone")
     root = add("train1", "video_01")
     (root / "train1/masks.zip").write_bytes(b"")
