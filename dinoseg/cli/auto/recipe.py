@@ -132,7 +132,8 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
 
 
 def _compose_choices(words: Sequence[str], about: str, choices: Sequence[RecipeChoice]) -> DictConfig:
-    return composed_with(words, NAME, recipe_text(about, choices), known_as=AUTO)
+    without_budget = [word for word in words if _root(word.lstrip("+~").partition("=")[0]) != "budget"]
+    return composed_with(without_budget, NAME, recipe_text(about, choices), known_as=AUTO)
 
 
 def _check(build: Builder) -> None:

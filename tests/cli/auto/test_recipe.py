@@ -204,7 +204,7 @@ def test_a_run_goes_on_whose_classes_of_any_name_have_weights(folder):
         (["resolution.crop=[x,y]"], "resolution.crop=['x', 'y'] is of type list of str"),
         (["budget.minutes=null"], "budget.minutes=null"),
         (["budget.minutes=soon"], "budget.minutes=soon"),
-        (["hparam=base", "budget.minutes=3"], "budget.minutes=3 has no effect without hparam=auto"),
+        (["hparam=base", "budget.minutes=3"], "budget.minutes is a key of hparam=auto"),
         (["trainer=multi_head", "heads=[linear]"], "trainer=multi_head trains several heads"),
         (["trainer=distil", "teacher=x"], "images and their masks, not for trainer=distil. Choose a recipe:"),
         (["trainer=slots"], "not for trainer=slots"),
