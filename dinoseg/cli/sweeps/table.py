@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -39,6 +39,7 @@ SHARES = {  # keys of a job's scores in 0..1 to columns in percent, as in the sc
     "FG-ARI": "FG-ARI %",
     "mBO": "mBO %",
 }
+_BOUNDS = {**dict.fromkeys(SHARES, (0.0, 1.0)), "FG-ARI": (-0.5, 1.0), "loss": (0.0, inf)}
 JOBS = "jobs.csv"  # one row per job, where folds or seeds are averaged
 OTHERS = {"loss": ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
 RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first one that any job has is the sort key; without any, the lowest loss
@@ -100,7 +101,7 @@ def _average(rows: Sequence[Row], name: str, settings: Sequence[str], scores: Se
     found["note"] = f"{whole} of {count_of(rows, name)}: {notes[0]}" if notes else ""
     for key in scores:
         values = [row[key] for row in rows if row.get(key) is not None]
-        mean = mean_of(values)
+        mean = mean_of(values, *_BOUNDS.get(key, (-inf, inf)))
         low, high = mean.ci95 or (None, None)
         found[key] = None if not values else values[0] if isinstance(values[0], int) else mean.value
         found[f"{key} {DEVIATION}"] = stdev(values) if len(values) > 1 else None
