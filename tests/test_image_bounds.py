@@ -87,6 +87,45 @@ def test_what_costs_more_than_its_pixels_is_refused(tmp_path, data, reason):
         as_rgb(Image.open(io.BytesIO(data)), "The image")
 
 
+def png_chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def short_png(width, height):
+    """Return a PNG file of these sizes in its header, and of the pixels of one row."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(9))) + png_chunk(b"IEND", b"")
+
+
+def short_jpeg(width, height):
+    """Return a JPEG file of these sizes in its header, and without pixels."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "JPEG")
+    head = file.getvalue()[: file.getvalue().index(b"\xff\xda") + 10] + b"\xff\xd9"
+    at = head.index(b"\xff\xc0") + 5
+    return head[:at] + struct.pack(">HH", height, width) + head[at + 4 :]
+
+
+@pytest.mark.parametrize("data", [short_png(1, 2**24), short_png(2**24, 1), short_jpeg(4096, 4096)])
+def test_files_too_short_for_their_pixels_are_refused(tmp_path, data):
+    path = tmp_path / "a"
+    path.write_bytes(data)
+    for read in (read_image, read_ids, lambda path: read_bounded_image(path, 2**24)):
+        with pytest.raises(UserError, match=f"a has {len(data)} bytes, too few for .* truncated"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [*(("PNG", mode) for mode in ("1", "L", "P", "RGB", "RGBA", "I;16")), ("JPEG", "L"), ("JPEG", "RGB")],
+)
+def test_uniform_images_are_not_too_short(tmp_path, kind, mode):
+    for progressive in (False, True):
+        image = Image.new(mode, (2500, 2000))
+        image.save(tmp_path / "a", kind, optimize=True, progressive=progressive, quality=1)
+        assert read_image(tmp_path / "a").shape == (2000, 2500, 3)
+
+
 def test_strips_that_no_pixel_needs_are_refused(tmp_path):
     file = io.BytesIO()
     Image.fromarray(IMAGE[..., 0]).save(file, "TIFF")

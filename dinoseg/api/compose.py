@@ -29,7 +29,7 @@ from dinoseg.cli.typos import check_words, explained
 from dinoseg.cli.words import as_text, parsed
 from dinoseg.config.grammar import decode_keys, write_value
 from dinoseg.config.job import job_config
-from dinoseg.config.plain import to_container
+from dinoseg.config.plain import at, to_container
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.experiment.folder import RunLocation, locate_runs
 from dinoseg.utils.errors import UserError
@@ -85,6 +85,20 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
             cfg.hydra.runtime.output_dir = out_dir
     location = locate_runs(cfg.hydra, Path(out_dir))
     return Job(job_config(cfg, cfg.hydra.runtime), location, to_container(cfg.hydra.overrides)["task"])
+
+
+def find_tables(
+    words: Sequence[str], overrides: Mapping[str, Any], config_dir: str | PathLike[str] | None
+) -> Callable[[str], bool] | None:
+    """Return the function that states whether the config has a table at a key, with the options of the overrides.
+
+    Without a mapping in `overrides` nothing has to be composed, and it is None.
+    """
+    if not any(isinstance(value, Mapping) for value in overrides.values()):
+        return None
+    options = {key: value for key, value in overrides.items() if not isinstance(value, Mapping)}
+    cfg = compose([*words, *words_of(options)], config_dir=config_dir)
+    return lambda key: isinstance(at(cfg, key.split(".")), DictConfig)
 
 
 def words_of(overrides: Mapping[str, Any], is_table: Callable[[str], bool] | None = None) -> list[str]:

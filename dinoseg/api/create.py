@@ -5,7 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dinoseg.api.compose import compose, words_of
+from dinoseg.api.compose import compose, find_tables, words_of
 from dinoseg.config.plain import keys_of
 from dinoseg.experiment.initial import check_initial, load_initial_weights
 from dinoseg.experiment.models import ModelBuilder
@@ -74,17 +74,13 @@ def create_model(
         ('class_0', 'class_1', 'class_2')
     """
     names = _names(num_classes, classes)
-    if not isinstance(init, str | PathLike | None):
-        raise UserError(
-            f"init={format_value(init)} names no run. Give a run folder or a checkpoint, or leave init out."
-        )
     overrides = overrides if init is None else {**overrides, "init": init}
     given: dict[str, Any] = {"backbone": backbone, "head": head, "adapter": adapter, "data.classes": names}
     given["backbone.weights"] = None if weights == "pretrained" else _whole_path(weights)
-    words = words_of({key: value for key, value in given.items() if value is not None} | overrides)
+    values = {key: value for key, value in given.items() if value is not None} | overrides
     with collection_paused():
         try:
-            cfg = compose(words, config_dir=config_dir)
+            cfg = compose(words_of(values, find_tables((), values, config_dir)), config_dir=config_dir)
             if names is None and not {"data", "data.classes", "hparam"} & overrides.keys():
                 raise UserError(
                     'The model has no classes. Give num_classes=2, or their names: classes=["ground", "leaf"].'

@@ -3,18 +3,15 @@
 import gc
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
-
-from dinoseg.api.compose import Job, compose, compose_job, words_of
+from dinoseg.api.compose import Job, compose_job, find_tables, words_of
 from dinoseg.api.options import config_folders
 from dinoseg.api.session import isolated
 from dinoseg.cli.typos import find_mistake
-from dinoseg.config.plain import at
 from dinoseg.experiment.folder import will_make
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted, raised
@@ -56,14 +53,11 @@ def run_mode(
         with isolated():
             try:
                 typed = [f"mode={mode}", *words]
-                typed += words_of({**overrides, **folder}, _tables(typed, overrides, config_dir))
+                typed += words_of({**overrides, **folder}, find_tables(typed, overrides, config_dir))
                 job = compose_job(typed, config_dir=config_dir)
-                if exist_ok:  # a new folder, where the command line would resume a prediction
-                    with open_dict(job.cfg.mode):
-                        job.cfg.mode.pop("resumes_with", None)
-                elif folder:
+                if folder and not exist_ok:
                     _check_unused(job)
-                return _launch(job, config_dir)
+                return _launch(job, config_dir, new_folder=exist_ok)
             finally:
                 gc.collect()  # models are in reference cycles
     except UserError as error:
@@ -94,28 +88,17 @@ def _check_unused(job: Job) -> None:
     )
 
 
-def _launch(job: Job, config_dir: Folder | None) -> dict[str, Any]:
+def _launch(job: Job, config_dir: Folder | None, *, new_folder: bool) -> dict[str, Any]:
     from dinoseg.cli.launch import launch  # its import registers resolvers, which `isolated` removes
 
     out_dir = job.location.folder
     will_make(out_dir)
     try:
         with raised(), file_errors_as_user_errors(out_dir):
-            return launch(job.cfg, out_dir, job.words, job.location)
+            return launch(job.cfg, out_dir, job.words, job.location, new_folder=new_folder)
     except UserError:
         raise
     except Exception as error:
         if message := find_mistake(job.words, config_folders(config_dir), error):
             raise UserError(message) from error
         raise
-
-
-def _tables(
-    words: Sequence[str], overrides: Mapping[str, Any], config_dir: Folder | None
-) -> Callable[[str], bool] | None:
-    """Return the function that states whether the config has a table at a key, with the options of the overrides."""
-    if not any(isinstance(value, Mapping) for value in overrides.values()):
-        return None
-    options = {key: value for key, value in overrides.items() if not isinstance(value, Mapping)}
-    cfg: DictConfig = compose([*words, *words_of(options)], config_dir=config_dir)
-    return lambda key: isinstance(at(cfg, key.split(".")), DictConfig)

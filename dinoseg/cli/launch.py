@@ -87,7 +87,14 @@ class JobStart(NamedTuple):
     result: Any = None
 
 
-def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str], location: RunLocation | None = None) -> Any:
+def launch(
+    cfg: DictConfig,
+    out_dir: Path,
+    overrides: Sequence[str],
+    location: RunLocation | None = None,
+    *,
+    new_folder: bool = False,
+) -> Any:
     """Run the chosen mode and return its result: in this process for one device, else in ranks started from here.
 
     A mode with `resume_from: last` resumes in the checkpoint's own run folder; with `best` it uses a new one. A mode
@@ -100,6 +107,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str], location: R
         out_dir: the run folder that Hydra has created.
         overrides: the words of the command line.
         location: where runs are searched by `resume=auto`; None: next to `out_dir`.
+        new_folder: write next to `out_dir` if that holds a run, and never resume there without `resume`.
 
     Raises:
         UserError: any error that the user can fix.
@@ -121,7 +129,7 @@ def launch(cfg: DictConfig, out_dir: Path, overrides: Sequence[str], location: R
     run_folder = out_dir  # removed after an error, unless another one is entered
     try:
         with file_errors_as_user_errors(out_dir), shortages_as_user_errors():
-            start = _share_start(cfg, out_dir, partial(_enter_folder, cfg, out_dir, overrides, location))
+            start = _share_start(cfg, out_dir, partial(_enter_folder, cfg, out_dir, overrides, location, new_folder))
             run_folder = start.folder
             if run_folder != out_dir:
                 drop_empty(out_dir)
@@ -185,7 +193,11 @@ def _share_start(cfg: DictConfig, out_dir: Path, start: Callable[[], JobStart]) 
 
 
 def _enter_folder(
-    cfg: DictConfig, out_dir: Path, overrides: Sequence[str], location: RunLocation | None = None
+    cfg: DictConfig,
+    out_dir: Path,
+    overrides: Sequence[str],
+    location: RunLocation | None = None,
+    new_folder: bool = False,
 ) -> JobStart:
     """Find the run to resume, claim a run folder and write the config to it; see `launch` for the arguments."""
     location = location or RunLocation(out_dir, out_dir.parent)
@@ -210,7 +222,7 @@ def _enter_folder(
             config_description(ModelBuilder(whole))  # refuses what a checkpoint could not store
     if not is_first_rank():  # of a mode on one device: the first rank writes its files
         return JobStart(cfg, start.folder or new)
-    run_folder = start.folder or _claim_folder(cfg, new)
+    run_folder = start.folder or _claim_folder(cfg, new, new_folder)
     lock(run_folder)
     drop_parts(run_folder)
     config_folder = write_config(cfg, run_folder, overrides)
@@ -228,9 +240,9 @@ def _enter_folder(
     return JobStart(cfg, run_folder)
 
 
-def _claim_folder(cfg: DictConfig, folder: Path) -> Path:
+def _claim_folder(cfg: DictConfig, folder: Path, new_folder: bool) -> Path:
     """Create a new run folder, or return an existing one in which the mode resumes; report another name than typed."""
-    if resumes_in_folder(cfg, folder):
+    if not new_folder and resumes_in_folder(cfg, folder):
         lock(folder, instead="choose another hydra.run.dir")
         return folder
     run_folder = claim(folder)

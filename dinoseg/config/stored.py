@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeGuard
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
-from dinoseg.config.composition import compose_options
+from dinoseg.config.composition import SHIPPED, compose_options
 from dinoseg.config.limits import REMEDY, check_batch, check_text, check_value
 from dinoseg.config.plain import BUILDS, Steps, at, below, dotted, nests, texts_of, to_container
 from dinoseg.config.resolvers import CELLS, CLASS_FILE
@@ -170,6 +170,7 @@ def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Co
     _check_values(stored, where)
     used = [key for key in stored if key not in unused]
     options = _compose(description["choices"], used, source)
+    _check_groups(description["choices"], used, source)
     composed = {key: options[key] for key in used if key in options}
     _check_targets(description["targets"], composed, where)
     weights = at(composed, ("backbone", "weights"))
@@ -198,6 +199,21 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
         raise UserError(f"{source.where}: {error}") from None
 
 
+def _check_groups(choices: Mapping[str, Any], used: Collection[str], source: Source) -> None:
+    """Refuse a choice of a group that no folder of config groups has: no option would be composed for it.
+
+    Of root keys that are not composed, the nested groups may be missing here.
+    """
+    for group in choices:
+        name = group.partition("@")[0] if _root_of(group) in used else _root_of(group)
+        if not any((Path(folder) / name).is_dir() for folder in (SHIPPED, *source.folders)):
+            raise UserError(
+                f"{source.where}: it chooses an option of {format_value(name)}, which is not a config group on this "
+                "machine. Add the folder of config groups that has it: --config-dir FOLDER, or config_dir=FOLDER in "
+                "Python."
+            )
+
+
 def all_keys(description: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """Return the config that a description stores without any check of its values: for the names of its keys.
 
@@ -217,9 +233,10 @@ def description_of(config: Mapping[str, Any], keys: Collection[str], source: Sou
         keys: root keys to describe.
         source: of the file.
     """
-    options, targets = _compose(config["choices"], keys, source), dict[str, str]()
+    choices, targets = choices_of(config["choices"], keys), dict[str, str]()
+    options = _compose(choices, keys, source)
     values = {key: config[key] for key in keys}
-    return {"choices": config["choices"], "config": _without_parts(values, options, (), targets), "targets": targets}
+    return {"choices": choices, "config": _without_parts(values, options, (), targets), "targets": targets}
 
 
 def _without_parts(given: Mapping[str, Any], option: Any, steps: Steps, targets: dict[str, str]) -> dict[str, Any]:

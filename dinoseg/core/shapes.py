@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import torch
@@ -106,6 +107,7 @@ class FrozenFeatures:
     tensors: list[Tensor]  # tokens (B, N, C) or maps (B, C, h, w); uint8 tensors are pixels and never converted
     size: tuple[int, int]  # (H, W) of the images
     seen: tuple[int, int]  # (H, W) at which they enter the backbone
+    folder: Path | None = None  # of the files they may come from; None: computed by this process
 
 
 @dataclass

@@ -1,15 +1,14 @@
 """Record of an image evaluation for comparisons: per-image counts and metadata, stored without pickle."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinoseg.core.shapes import Palette
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.restart import RECORD as TRACKED
+from dinoseg.report.html.pictures import EvaluatedImages
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import atomic_file, write_json
 from dinoseg.utils.errors import UserError
@@ -36,34 +35,22 @@ _FORM = forms.record(
 
 
 @dataclass(frozen=True)
-class ImageRecord:
+class ImageRecord(EvaluatedImages):
     """Per-image counts of an evaluation, with metadata.
 
     Args:
-        classes: class names.
-        palette: one colour per class.
-        ignore_index: id of unlabelled pixels.
         background: id of the background class; None without one.
         data: option of the config group `data`.
         root: absolute path of the data set's folder.
         split: train, val or test.
-        unit: resampling unit: `image`, or the name of a group of images.
-        images: image names, in order.
-        units: the unit of each image.
         source: origin of the model.
         counts: (N, 3, K) int64, see `class_counts`.
     """
 
-    classes: Sequence[str]
-    palette: Palette
-    ignore_index: int
     background: int | None
     data: str
     root: str
     split: str
-    unit: str
-    images: Sequence[str]
-    units: Sequence[str]
     source: str
     counts: np.ndarray
 

@@ -18,7 +18,7 @@ from dinoseg.evaluation.scoring.intervals import jackknife
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.metrics.boundary_errors import DISTANCES
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
-from dinoseg.report.html.evaluation import evaluation_page
+from dinoseg.report.html.evaluation import ErrorAnalysis, EvaluationScores, evaluation_page
 from dinoseg.report.log import read_rows
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_text
@@ -73,26 +73,22 @@ def report_images(
     )
     write_record(record, out_dir)
     kind, sums = ClassScores(len(data.classes), background), unit_sums(collected.classes, groups)
+    intervals = {key: estimate.ci95 for key, estimate in jackknife(kind, sums).items()}
     mious = image_mious(collected.classes)
     _write_table(out_dir / TABLE, record, mious)
     page = evaluation_page(
+        record,
+        EvaluationScores(scores, intervals, official),
+        ErrorAnalysis(
+            mious,
+            best=collected.best,
+            worst=collected.worst,
+            distances=DISTANCES,
+            boundary=collected.boundary.sum(axis=0),
+            calibration=_calibration(collected),
+        ),
         title=f"{choices['hparam']}: {choices['data']}, split {split}",
         subtitle=" ".join(f"{group}={choices[group]}" for group in ("backbone", "adapter", "head")),
-        classes=data.classes,
-        palette=data.palette,
-        ignore_index=data.ignore_index,
-        scores=scores,
-        intervals={key: estimate.ci95 for key, estimate in jackknife(kind, sums).items()},
-        unit=record.unit,
-        names=names,
-        groups=groups,
-        mious=mious,
-        distances=DISTANCES,
-        boundary=collected.boundary.sum(axis=0),
-        calibration=_calibration(collected),
-        best=collected.best,
-        worst=collected.worst,
-        official=official,
         about=about_run(
             provenance.folder, provenance.config, {"model": record.source, "data": record.root}, engine.device
         ),

@@ -1,7 +1,7 @@
 """The segmentation model: a backbone, a head and the preprocessing of images."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from dinoseg.core.shapes import FrozenFeatures, Prediction
 from dinoseg.core.sizes import Size, backbone_size
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Scale
+from dinoseg.utils.wording import join_names
 
 _SAMPLES = 1024  # values per tensor that enter the fingerprint
 
@@ -50,7 +51,11 @@ class SegmentationModel(nn.Module):
         head = self.head
         if isinstance(images, FrozenFeatures):
             size, seen = images.size, images.seen
-            outputs = head.forward_trainable(self.backbone, images.tensors, seen)
+            try:
+                outputs = head.forward_trainable(self.backbone, images.tensors, seen)
+            except (RuntimeError, ValueError, IndexError):
+                self._check_cached(images)
+                raise
         else:
             pixels = self.pixels(images, reduce=reduce)
             size, seen = _size(images), _size(pixels)
@@ -77,6 +82,22 @@ class SegmentationModel(nn.Module):
             )
         pixels = self.pixels(images, reduce=reduce)
         return FrozenFeatures(self.head.forward_frozen(self.backbone, pixels), _size(images), _size(pixels))
+
+    def _check_cached(self, features: FrozenFeatures) -> None:
+        """Compare features from files with those of a black image of the same size; called after an error only.
+
+        Raises:
+            UserError: their shapes or kinds of numbers differ: a file was changed.
+        """
+        if features.folder is None:
+            return
+        black = torch.zeros(1, 3, *features.size, dtype=torch.uint8, device=features.tensors[0].device)
+        found, expected = (describe_tensors(part) for part in (features.tensors, self.frozen(black).tensors))
+        if found != expected:
+            raise UserError(
+                f"{features.folder}: features of {join_names(found)} do not fit this model, which has "
+                f"{join_names(expected)}. A file was changed. Remove this folder: features are recomputed."
+            )
 
     def train(self, mode: bool = True) -> "SegmentationModel":
         """Switch mode, but leave frozen modules in eval mode: their dropout is off, their running means are fixed."""
@@ -111,6 +132,13 @@ class SegmentationModel(nn.Module):
         if size == tuple(images.shape[-2:]):
             return images
         return resize(images.flatten(0, -4), size).unflatten(0, images.shape[:-3])
+
+
+def describe_tensors(tensors: Sequence[Tensor]) -> list[str]:
+    """Return the shape of each tensor (B, ...) without the batch, and whether it holds numbers or pixels."""
+    kinds = ["numbers" if tensor.is_floating_point() else "pixels" for tensor in tensors]
+    shapes = [" x ".join(map(str, tensor.shape[1:])) for tensor in tensors]
+    return [f"{shape} {kind}" for shape, kind in zip(shapes, kinds, strict=True)]
 
 
 def _size(images: Tensor) -> Size:

@@ -23,7 +23,7 @@ from dinoseg.evaluation.image_report import PAGE
 from dinoseg.evaluation.sides import Side, seeds_note, sides_of, units_note
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
-from dinoseg.report.html.comparison import comparison_page
+from dinoseg.report.html.comparison import ComparedRun, comparison_page
 from dinoseg.report.scores import few_units
 from dinoseg.training.cost import COST
 from dinoseg.utils import forms
@@ -93,7 +93,7 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
     build = Builder(cfg)
     open_data = partial(open_saved_data, build, first.places[0], root=record.root, split=record.split)
     others = against(sides, open_data)
-    units, intervals, seeds = len(set(record.units)), units_note(sides), seeds_note(sides)
+    units, intervals, seeds = record.count_units(), units_note(sides), seeds_note(sides)
     rows = run_rows(sides)
     print(f"{costs_table(rows)}\n\n{verdicts(first, others)}")
     print(f"points:       minus {first.name}\nintervals:    {intervals}\nseeds:        {seeds}")
@@ -117,19 +117,12 @@ def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] |
         for name, folder, run_record in zip(side.names, side.folders, side.records, strict=True)
     }
     page = comparison_page(
+        record,
+        ComparedRun(first.name, scores, mean_mious(first)),
+        others,
         subtitle=f"data={record.data}, split {record.split}, {count_of(record.images, 'image')}",
-        classes=record.classes,
-        palette=record.palette,
-        ignore_index=record.ignore_index,
-        images=record.images,
-        units=units,
-        unit=record.unit,
         intervals=intervals,
         seeds=seeds,
-        first=first.name,
-        scores=scores,
-        mious=mean_mious(first),
-        others=others,
         about=about_run(out_dir, build.yaml, facts),
     )
     write_text(out_dir / PAGE, page)

@@ -30,6 +30,7 @@ from dinoseg.utils.wording import count_of, one_line, printable
 
 _SPLITS = ("train", "val", "test")
 _NEEDED = ("train", "val")
+_NO_TEST = "Without a test split there is nothing to do: training reads train and val only."
 _SHOWN = {"error": 10, "warning": 10, "note": 3}  # files per finding that the terminal lists
 _HEADERS = ("split", "images", "smallest (width x height)", "largest (width x height)")
 DoctorData = PairDataset | CustomDataset
@@ -123,7 +124,8 @@ def _open_splits(build: Builder, root: str) -> tuple[dict[str, DoctorData], list
             data = reader(split)
         except Exception as error:  # a dataset class may raise any error for a missing split
             if split not in _NEEDED:
-                findings.append(Finding("note", "split_left_out", f"Split {split} is left out: {error}"))
+                note = Finding("note", "split_left_out", f"Split {split} is left out: {error}", remedy=_NO_TEST)
+                findings.append(note)
             elif isinstance(error, UserError):
                 findings.append(Finding("error", "split_unreadable", f"Split {split}: {error}"))
             else:

@@ -28,6 +28,7 @@ from dinoseg.modes.training_run import (
     next_commands,
     open_log,
 )
+from dinoseg.report.table import MEANS
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpointer
@@ -115,11 +116,14 @@ def train_heads(
         step = fit(experiment).step
         if engine.is_main:
             write_end(out_dir, step)
-        found = {
-            name: head.run.evaluate(head.model, head.checkpoints.progress, **shown)
-            for name, head in heads.items()
-            if head.checkpoints.progress.best is not None
-        }
+        found = {}
+        for name, head in heads.items():
+            progress = head.checkpoints.progress
+            if progress.best is None:
+                continue
+            if engine.is_main:
+                print(f"\nhead {name}, best checkpoint (step {progress.best_step}):\n")
+            found[name] = head.run.evaluate(head.model, progress, **shown)
         scores = {name: scores for name, (scores, _) in found.items()}
         rows = head_rows(heads, scores, model.left_heads(), settings.score, task.data_module.lowest)
         first = rows[0]["head"]
@@ -195,11 +199,19 @@ def head_rows(
 
 
 def write_leaderboard(rows: Sequence[Mapping[str, Any]], out_dir: Path) -> None:
-    """Print the rows of `head_rows`, and write them to leaderboard.csv in a folder."""
-    shown = [{key: value for key, value in row.items() if key != "run"} for row in rows]
+    """Print the rows of `head_rows` in percent, and write them with scores in 0..1 to leaderboard.csv in a folder."""
+    shown = [dict(_leaderboard_cell(key, value) for key, value in row.items() if key != "run") for row in rows]
     print(f"\n{tabulate(shown, headers='keys', floatfmt='.4g', intfmt=',', disable_numparse=[0])}")  # 0: names
     write_csv_table(out_dir / TABLE, [*rows[0]], rows)
     print(f"\nleaderboard:  {out_dir / TABLE}")
+
+
+def _leaderboard_cell(key: str, value: Any) -> tuple[str, Any]:
+    """Return the heading and the printed value of an entry of `head_rows`."""
+    label = MEANS.get(key.removeprefix("val_"))
+    if label is None:
+        return key.replace("_", " "), value
+    return f"{'val ' if key.startswith('val_') else ''}{label} %", None if value is None else 100 * value
 
 
 def _check_task(build: Builder, task: TrainingTask, engine: Engine) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import TypeVar
 
 import torch
@@ -77,7 +77,8 @@ class Meter:
         self.bar = tqdm(total=steps, initial=done, disable=not self._has_bar, dynamic_ncols=True, bar_format=_FORMAT)
         self._remedy = ""
         self._trained = 0.0  # seconds of all steps but the first, which includes start-up
-        self._later = _Window(0.0)  # images and waiting time of these steps
+        self._later = _Window(0.0)  # waiting time of these steps
+        self._speeds: list[float] = []  # images per second of each reading
         self._recent: deque[float] = deque(maxlen=_RECENT)  # seconds of the newest steps
         self._validated: list[float] = []  # seconds of each validation
         self._mark = self._shown = clock()
@@ -116,6 +117,7 @@ class Meter:
         now = self._clock()
         speed, waited = self._row.rates(now)
         self._row = _Window(now)
+        self._speeds.append(speed)
         memory = peak_memory(self.device) / 2**30
         return {"train/images_per_s": speed, "train/data_wait": waited, "train/memory_gib": memory}
 
@@ -129,12 +131,16 @@ class Meter:
         self._row, self._status = _Window(now), _Window(now)
 
     def close(self) -> None:
-        """Close the progress bar, and log the training speed and the share of time spent waiting for data."""
+        """Close the progress bar, and log the training speed and the share of time spent waiting for data.
+
+        The speed is the median of the readings, as in cost.json.
+        """
         self.bar.close()
         if not self._visible or self._step - self._start < 2:
             return
-        speed, waited = self._later.rates(self._trained)
-        logger.info("trained %s images/s, waiting for data %.1f%% of that time", _formatted(speed), 100 * waited)
+        _, waited = self._later.rates(self._trained)
+        speed = f"trained {_formatted(median(self._speeds))} images/s (median), " if self._speeds else ""
+        logger.info("%swaiting for data %.1f%% of the time", speed, 100 * waited)
         if waited > _MUCH and self._trained > _IN_FILE:
             logger.warning("The training spent %.0f%% of its time waiting for data. %s", 100 * waited, self._remedy)
 

@@ -1,5 +1,6 @@
 """Limits on what an image file may cost to open and to decode, checked on its bytes before Pillow parses them."""
 
+import io
 import math
 import re
 import struct
@@ -21,6 +22,9 @@ MAX_TAGS = 2**12  # of a TIFF file or of EXIF: Pillow takes about 30 microsecond
 MAX_BLOCKS = 2**18  # of a TIFF file: Pillow takes about 300 bytes each
 MAX_BLOCK_PIXELS = 2**22  # always allowed in a TIFF tile, whatever the size of its image
 MAX_TILE_RATIO = 4  # largest ratio of a larger TIFF tile's pixels to its image's
+# most pixels per byte of a file; Pillow fills what a shorter one lacks with black or grey
+_PNG_PIXELS = 8 * 1032  # of 1 bit, where deflate writes 1032 bytes as one
+_JPEG_PIXELS = 8 * 64  # one bit for a block of 8 x 8 in a first scan of Huffman codes
 _SCAN, _END, _EXIF = 0xDA, 0xD9, 0xE1
 _MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # markers with a length, and the end
 _PIXEL_CHUNKS = (b"IDAT", b"fdAT", b"fcTL")
@@ -83,21 +87,34 @@ def check_cost(image: Image.Image) -> None:
     """Refuse an opened image that takes far more time or memory to decode than its size warrants.
 
     Raises:
-        Unfit: if its file has too many scans, segments or chunks, or larger or more blocks than its pixels need.
+        Unfit: if its file has too many scans, segments or chunks, larger or more blocks than its pixels need, or fewer
+            bytes than any file of its size.
     """
     if not isinstance(image, ImageFile) or image.fp is None or image.fp.closed or not image.tile:
         return  # decoded already, or never a file
     position = image.fp.tell()
     if isinstance(image, JpegImageFile):
+        _check_length(image, _JPEG_PIXELS)
         image.fp.seek(0)
         scans = count_scans(image.fp.read())
         if scans > MAX_SCANS:
             raise Unfit(f"has {scans} JPEG scans; the limit is {MAX_SCANS}. Save it again")
     elif isinstance(image, PngImageFile):
+        _check_length(image, _PNG_PIXELS // (1 if image.mode in ("1", "P", "L") else 8))
         _check_chunks(image.fp, stop=(b"IEND",))  # Pillow also reads those behind the pixels
     elif isinstance(image, TiffImageFile):
         _check_blocks(image)
     image.fp.seek(position)
+
+
+def _check_length(image: ImageFile, most_pixels: int) -> None:
+    """Raise if a file has more pixels per byte than its format can store."""
+    assert image.fp is not None
+    length = image.fp.seek(0, io.SEEK_END)
+    if image.width * image.height > most_pixels * length:
+        raise Unfit(
+            f"has {length} bytes, too few for {image.width} x {image.height} pixels: it is truncated. Replace it"
+        )
 
 
 def count_scans(data: bytes) -> int:

@@ -62,11 +62,10 @@ def test_a_used_folder_stays_beside_the_new_one(here):
     assert scores.folder == here / "used_2" and (here / "used/checkpoints").is_dir()
 
 
-def test_a_prediction_of_another_run_is_written_next_to_the_first(here):
-    found = [
-        dinoseg.predict(name, "data/val/images", out_dir="predicted", exist_ok=True) for name in ("trained", "used")
-    ]
-    assert [each.folder.name for each in found] == ["predicted", "predicted_2"]
+def test_predictions_with_exist_ok_are_written_next_to_the_first(here):
+    runs = ("trained", "trained", "used")
+    found = [dinoseg.predict(name, "data/val/images", out_dir="predicted", exist_ok=True) for name in runs]
+    assert [each.folder.name for each in found] == ["predicted", "predicted_2", "predicted_3"]
 
 
 def test_runs_resume_in_their_own_folder(here):

@@ -218,6 +218,13 @@ def test_a_missing_option_is_named(sound):
         load(stored)
 
 
+@pytest.mark.parametrize("group", ["nonsense", "head/nonsense", "nonsense@data.official", "head@nonsense.key"])
+def test_a_missing_group_is_named(sound, group):
+    stored = {**sound, "choices": {**sound["choices"], group: "mlp"}}
+    with pytest.raises(UserError, match=r"resume=file: .*nonsense, which is not a config group.* --config-dir FOLDER"):
+        load(stored)
+
+
 @pytest.mark.parametrize(
     ("group", "option"),
     [

@@ -188,7 +188,7 @@ def test_each_side_has_a_line_and_the_best_is_first(tmp_path):
         gaps = {f"iou/{index}": {**gap, "verdict": verdict} for index, verdict in enumerate(verdicts_of)}
         means = dict.fromkeys(("miou", "miou_no_background", "dice", "accuracy"), {**gap, "verdict": verdicts_of[0]})
         scores = dict.fromkeys((*means, *gaps), miou)
-        others.append(OtherRun(name, scores, means | gaps, [], [], []))
+        others.append(OtherRun(name, scores, [], means | gaps, [], []))
     own = 100 * scores_of([record()])["miou"]
     lines = [line.split() for line in verdicts(first, others).splitlines()[3:]]
     assert lines == [
@@ -207,7 +207,7 @@ def test_tables_fit_a_terminal_of_120_columns(tmp_path):
     first = sides([tmp_path / name], [record(classes=["a rather long name of a class", "b", "c"])])[0]
     verdict = {"value": -0.1234, "ci95": [-0.2345, -0.1234], "p": 1.2e-05, "verdict": "no significant difference"}
     scores = scores_of(first.records)
-    other = OtherRun(f"{name} seed=1", scores, dict.fromkeys(scores, verdict), [], [], [])
+    other = OtherRun(f"{name} seed=1", scores, [], dict.fromkeys(scores, verdict), [], [])
     lines = verdicts(first, [other] * 3).splitlines()
     assert 110 < max(map(len, lines)) <= 120
     row = dict.fromkeys(COLUMNS, 1.0) | {"run": name, "parameters": 1_000_000_000, "trainable": 1_000_000_000}

@@ -119,6 +119,7 @@ def test_the_best_stands_first(run):
     for row in table:
         scores = json.loads((Path(run.path) / "heads" / row["head"] / "evaluation/scores.json").read_text())
         assert float(row["miou"]) == scores["miou"] and int(row["parameters"]) > 0
+    assert all(f"\nhead {name}, best checkpoint (step " in run.done.out for name in NAMES)
     rates = {row["head"]: float(row["learning_rate"]) for row in table}
     assert rates == {"linear": 1e-2, "wide": 3e-2, "early": 1e-2}
     assert " adapter=frozen 3 heads\n" in run.done.err and "batch of 2 images, 2 batches per step\n" in run.done.err

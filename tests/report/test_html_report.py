@@ -1,7 +1,7 @@
 """Reports in a real headless Chromium: they load by themselves, sort, fit a phone, and run nothing that data says."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from zipfile import ZipFile
@@ -15,10 +15,25 @@ from jinja2 import UndefinedError
 from dinoseg.report.html import page as page_module
 from dinoseg.report.html import pictures
 from dinoseg.report.html.charts import MAX, Axes, line_chart, range_around, thin, ticks
-from dinoseg.report.html.comparison import OtherRun, compare_images, comparison_page
-from dinoseg.report.html.evaluation import calibration_charts, evaluation_page, heat_map
+from dinoseg.report.html.comparison import ComparedRun, OtherRun, compare_images, comparison_page
+from dinoseg.report.html.evaluation import (
+    ErrorAnalysis,
+    EvaluationScores,
+    calibration_charts,
+    evaluation_page,
+    heat_map,
+)
 from dinoseg.report.html.page import render
-from dinoseg.report.html.pictures import BOTH_WRONG, RIGHT, WRONG, PairShot, Shot, pair_card, prediction_card
+from dinoseg.report.html.pictures import (
+    BOTH_WRONG,
+    RIGHT,
+    WRONG,
+    EvaluatedImages,
+    PairShot,
+    Shot,
+    pair_card,
+    prediction_card,
+)
 from dinoseg.report.palette import default_palette
 
 HOSTILE = '<img src=x onerror="window.ran=1">\'"</script><script>window.ran=1</script>\x1b[31m\u202e&amp;${1}'
@@ -56,11 +71,11 @@ def report(classes=3, images=12, *, labelled=True, groups=None, training=True, n
         classes=[f"{name} {index}" for index in range(classes)],
         palette=default_palette(classes),
         ignore_index=255,
-        scores={**scores_of(counts), "matrix": matrix.tolist()},
+        values={**scores_of(counts), "matrix": matrix.tolist()},
         intervals=intervals if images > 1 else {},
         unit="video" if groups else "image",
-        names=[f"{name} {index}" for index in range(images)],
-        groups=groups or [str(index) for index in range(images)],
+        images=[f"{name} {index}" for index in range(images)],
+        units=groups or [str(index) for index in range(images)],
         mious=[0.1 + 0.8 * index / images if labelled else None for index in range(images)],
         distances=(1, 2, 4, 8, 16),
         boundary=labelled * np.arange(12).reshape(6, 2)[:, ::-1],
@@ -92,23 +107,40 @@ def compared(name="run"):
     verdict = {"p": 0.5, "verdict": "no significant difference"}
     gaps = {key: {"value": value and 0.1 - value / 2, "ci95": limits[key], **verdict} for key, value in scores.items()}
     images = [0.3] * 11 + [None]
-    others = [OtherRun(f"{name} {n}", scores, gaps, images, images, [shot], "" if n else "none") for n in (0, 1)]
+    others = [OtherRun(f"{name} {n}", scores, images, gaps, images, [shot], "" if n else "none") for n in (0, 1)]
     return dict(
         subtitle=HOSTILE,
-        **{key: base[key] for key in ("classes", "palette", "ignore_index", "mious", "about")},
-        images=base["names"],
-        units=12,
-        unit="image",
+        **{
+            key: base[key]
+            for key in ("classes", "palette", "ignore_index", "unit", "images", "units", "mious", "about")
+        },
         intervals="over 12 images",
         seeds="none",
-        first=name,
+        name=name,
         scores=scores,
         others=others,
     )
 
 
-PAGES = {name: evaluation_page(**each) for name, each in ODD.items()}
-PAGES["compared"] = comparison_page(**compared(HOSTILE))
+def take(kind, given):
+    """Return an object of a dataclass whose fields are removed from a dict."""
+    return kind(**{field.name: given.pop(field.name) for field in fields(kind) if field.name in given})
+
+
+def evaluation_html(given):
+    given = dict(given)
+    parts = [take(kind, given) for kind in (EvaluatedImages, EvaluationScores, ErrorAnalysis)]
+    return evaluation_page(*parts, **given)
+
+
+def comparison_html(given):
+    given = dict(given)
+    parts = [take(kind, given) for kind in (EvaluatedImages, ComparedRun)]
+    return comparison_page(*parts, **given)
+
+
+PAGES = {name: evaluation_html(each) for name, each in ODD.items()}
+PAGES["compared"] = comparison_html(compared(HOSTILE))
 
 
 class Tags(HTMLParser):
@@ -161,7 +193,7 @@ def cells(page, section):
 
 def test_bands_add_up_outwards_and_each_is_wrong_by_itself():
     bands = np.array([[10, 5], [10, 3], [20, 1], [20, 1], [20, 0], [20, 0]])
-    rows = cells(evaluation_page(**report() | {"boundary": bands}), "boundary")[1:]
+    rows = cells(evaluation_html(report() | {"boundary": bands}), "boundary")[1:]
     assert [row[0] for row in rows] == [*(f"within {end} px" for end in (1, 2, 4, 8, 16)), "anywhere"]
     assert [row[1] for row in rows] == ["50.0", "80.0", "90.0", "100.0", "100.0", "100.0"]
     assert [row[2] for row in rows] == ["10.0", "20.0", "40.0", "60.0", "80.0", "100.0"]
@@ -170,7 +202,7 @@ def test_bands_add_up_outwards_and_each_is_wrong_by_itself():
 
 def test_the_lowest_videos_come_first_and_the_histogram_goes_from_0_to_100():
     mious = [0.9, 0.9, 0.1, 0.1, 0.5, None]
-    page = evaluation_page(**report(images=6) | {"groups": list("aabbcc"), "mious": mious, "unit": "video"})
+    page = evaluation_html(report(images=6) | {"units": list("aabbcc"), "mious": mious, "unit": "video"})
     assert re.findall(r"<figcaption>(\w): ([\d.]+) over", page) == [("b", "10.0"), ("c", "50.0"), ("a", "90.0")]
     bars = re.findall(r"<title>([\d.]+) to ([\d.]+): (\d+)</title>", page)[:20]
     assert [(bars[0][0], bars[-1][1])] == [("0", "100")]
@@ -198,10 +230,7 @@ def test_errors_are_where_a_labelled_pixel_differs():
     masks = {"prediction": np.array([[0, 1, 1]], np.uint8), "reference": np.array([[0, 0, 255]], np.uint8)}
     shown = prediction_card(
         Shot(0, 0.5, np.full((1, 3, 3), 200, np.uint8), **masks),
-        "name",
-        classes=["a", "b"],
-        palette=default_palette(2),
-        ignore_index=255,
+        EvaluatedImages(["a", "b"], default_palette(2), 255, "image", ["name"], ["name"]),
     )
     assert shown["panels"][-1][0] == "errors: 50.0 % of the labelled pixels"
     assert [name for name, _ in shown["legend"]] == ["a", "b", "ignored"]
@@ -221,7 +250,7 @@ def test_what_differs_surely_is_marked_by_more_than_a_colour():
         for key, ends in limits.items()
     }
     mious = [0.9] * 3 + [0.0] * 2 + [None] + list(base["mious"][6:])
-    page = comparison_page(**base | {"others": [replace(base["others"][1], differences=gaps, mious=mious)]})
+    page = comparison_html(base | {"others": [replace(base["others"][1], differences=gaps, mious=mious)]})
     rows = {row[0]: row[4] for row in cells(page, "means")[1:]}
     assert rows == {"mIoU": "▲ +15.0", "mean Dice": "▼ -25.0", "pixel accuracy": "+0.0"}
     assert "is better in\n3, worse in 2 and equal in 6 of 11 images" in page
@@ -233,7 +262,7 @@ def test_what_differs_surely_is_marked_by_more_than_a_colour():
 def test_tables_have_a_row_for_each_side_and_no_further_column(sides):
     base = compared()
     others = [replace(base["others"][1], name=f"side {n}") for n in range(sides)]
-    page = comparison_page(**base | {"others": others})
+    page = comparison_html(base | {"others": others})
     assert [row[0] for row in cells(page, "scores")[1:]] == ["run", *(f"side {n}" for n in range(sides))]
     for section, rows in (("means", 3), ("classes", 3)):
         assert {len(row) for row in cells(page, section)} == {7}
@@ -250,7 +279,8 @@ def test_the_last_picture_tells_who_is_right(monkeypatch):
         np.array([ids], np.uint8) for ids in ([0, 1, 1, 1, 0], [0, 0, 1, 0, 1], [0, 0, 0, 1, 255])
     )
     shot = PairShot("a", (0.1, 0.2), np.zeros((1, 5, 3), np.uint8), reference, (first, second))
-    pair_card(shot, ("one", "other"), classes=["a", "b"], palette=default_palette(2), ignore_index=255)
+    evaluated = EvaluatedImages(["a", "b"], default_palette(2), 255, "image", ["a"], ["a"])
+    pair_card(shot, ("one", "other"), evaluated)
     assert {colour: mask[0].tolist() for mask, colour in seen[0]} == {
         RIGHT: [False, True, False, False, False],
         WRONG: [False, False, False, True, False],
@@ -259,8 +289,8 @@ def test_the_last_picture_tells_who_is_right(monkeypatch):
 
 
 def test_decisive_images_are_sorted_by_size_of_their_share():
-    other = OtherRun("other", {}, {}, [0.5] * 4, [0.01, -0.05, None, 0.02], [])
-    found = compare_images("abcd", "first", [0.4] * 4, other)
+    other = OtherRun("other", {}, [0.5] * 4, {}, [0.01, -0.05, None, 0.02], [])
+    found = compare_images("abcd", ComparedRun("first", {}, [0.4] * 4), other)
     assert found["decisive"] == [(-0.05, "b"), (0.02, "d"), (0.01, "a")]
 
 
@@ -271,7 +301,7 @@ def test_a_page_grows_no_further_with_its_images():
         mious = draw.random(images).tolist()
         other = replace(base["others"][1], mious=mious[::-1], decides=mious)
         names = [f"{index:05}" for index in range(images)]
-        sizes.append(len(comparison_page(**base | {"images": names, "mious": mious, "others": [other]})))
+        sizes.append(len(comparison_html(base | {"images": names, "units": names, "mious": mious, "others": [other]})))
     assert max(sizes) < 1.02 * min(sizes)
     assert len(thin([(float(x), float(x)) for x in range(3999)])) <= MAX
     assert [x for x, _ in thin([(0.0, 1.0), (1.0, 1.0)])] == [0.0, 1.0]
@@ -287,7 +317,7 @@ def test_each_axis_has_its_own_ends():
 def test_whiskers_begin_at_zero():
     base = compared()
     gaps = {key: gap | {"value": 0.1, "ci95": [0.05, 0.2]} for key, gap in base["others"][0].differences.items()}
-    page = comparison_page(**base | {"others": [replace(base["others"][0], differences=gaps)]})
+    page = comparison_html(base | {"others": [replace(base["others"][0], differences=gaps)]})
     assert '<rect x="50.0" y="4" width="25.0"' in page and "M62.5 8H100.0" in page
 
 
@@ -339,7 +369,7 @@ def test_a_page_in_a_browser(tmp_path, name, width, dark):
 @pytest.mark.heavy
 def test_tables_sort_by_mouse_and_keys_and_the_matrix_tells_its_counts(tmp_path):
     path = tmp_path / "report.html"
-    path.write_text(evaluation_page(**report()))
+    path.write_text(evaluation_html(report()))
     column = "[...document.querySelectorAll('#classes tbody tr')].map(row => row.cells[1].dataset.value)"
     with opened_page(path.as_uri()) as page:
         given = page.evaluate(column)

@@ -29,7 +29,8 @@ SCORES = {"slow": {"miou": 0.2501, "accuracy": 0.5}, "good": {"miou": 0.7499, "a
 def test_the_best_head_is_first_and_those_without_a_score_last(tmp_path, capsys):
     write_leaderboard(head_rows(HEADS, SCORES, {"lost": 3}, "miou", ["loss"]), tmp_path)
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()]
-    assert lines[2] == ["good", "1e-05", "0.75", "20", "0.7499", "0.9", "2,000"]
+    assert lines[2] == ["good", "1e-05", "75", "20", "74.99", "90", "2,000"]
+    assert " ".join(lines[0]).startswith("head learning rate val mIoU % best step mIoU % pixel accuracy % parameters")
     assert [line[0] for line in lines[2:5]] == ["good", "slow", "lost"]
     with open(tmp_path / "leaderboard.csv", encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.cli.sweeps.job_results import JobResults
+from dinoseg.cli.sweeps.lifetime import end_with_sweep, note_sweep
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
@@ -39,10 +40,12 @@ SHARES = {  # keys of a job's scores in 0..1 to columns in percent, as in the sc
     "FG-ARI": "FG-ARI %",
     "mBO": "mBO %",
 }
+_BOUNDS = {**dict.fromkeys(SHARES, (0.0, 1.0)), "FG-ARI": (-0.5, 1.0), "loss": (0.0, inf)}
 JOBS = "jobs.csv"  # one row per job, where folds or seeds are averaged
 OTHERS = {"loss": ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
 RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first one that any job has is the sort key; without any, the lowest loss
 _ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
+_ON_THIS_MACHINE = (".JoblibLauncher", ".LocalLauncher")  # their jobs end with the sweep; those of a cluster go on
 _LONGEST_NUMBER = 10  # characters
 _SHOWN = 10  # maximum number of invalid cells in a message
 
@@ -100,7 +103,7 @@ def _average(rows: Sequence[Row], name: str, settings: Sequence[str], scores: Se
     found["note"] = f"{whole} of {count_of(rows, name)}: {notes[0]}" if notes else ""
     for key in scores:
         values = [row[key] for row in rows if row.get(key) is not None]
-        mean = mean_of(values)
+        mean = mean_of(values, *_BOUNDS.get(key, (-inf, inf)))
         low, high = mean.ci95 or (None, None)
         found[key] = None if not values else values[0] if isinstance(values[0], int) else mean.value
         found[f"{key} {DEVIATION}"] = stdev(values) if len(values) > 1 else None
@@ -133,6 +136,7 @@ class SweepTable(Callback):
         """Exit if a cell is invalid; errors that only a run can show are left to the job."""
         if not _is_first():
             return
+        note_sweep()
         bad, self._cells = ([], 0) if _searches(config) else impossible_cells(config)
         if not bad:
             if not _job_results(config).claim(keep=_searches(config)):
@@ -157,7 +161,9 @@ class SweepTable(Callback):
         sys.exit(1)  # Hydra ignores any other exception of a callback
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Label the log lines of a job if several jobs may run at once."""
+        """Let a job in another process end with its sweep; label its log lines if several jobs may run at once."""
+        if config.hydra.mode == RunMode.MULTIRUN and config.hydra.launcher._target_.endswith(_ON_THIS_MACHINE):
+            end_with_sweep()
         if config.hydra.mode == RunMode.MULTIRUN and not config.hydra.launcher._target_.endswith(_ONE_BY_ONE):
             os.environ[LABEL] = f"job {config.hydra.job.num}: "
 

@@ -88,13 +88,15 @@ class Estimate:
         error: standard error; nan with too few units.
         freedom: degrees of freedom of the error.
         share: whether the value and its interval lie in 0..1; the interval is then computed on the logit scale.
-        highest: upper bound of the value, where its interval ends.
+        lowest: lower bound of the value, where its interval is clipped.
+        highest: upper bound of the value, where its interval is clipped.
     """
 
     value: float
     error: float = nan
     freedom: float = nan
     share: bool = False
+    lowest: float = -inf
     highest: float = inf
 
     @property
@@ -108,7 +110,7 @@ class Estimate:
             return [self.value, self.value]
         reach = self.error * float(stdtrit(self.freedom, 0.975))
         if not (self.share and 0 < self.value < 1):
-            return [self.value - reach, min(self.value + reach, self.highest)]
+            return [max(self.value - reach, self.lowest), min(self.value + reach, self.highest)]
         odds, factor = self.value / (1 - self.value), exp(min(reach / (self.value * (1 - self.value)), _MAX_LOGITS))
         return [odds / (odds + factor), odds * factor / (1 + odds * factor)]
 
@@ -138,8 +140,9 @@ def jackknife(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, Estimate]:
     for key in protocol.keys:
         gaps = left_out[key] - left_out[key].mean()
         error = sqrt((count - 1) / count * float((gaps**2).sum()))
-        share, highest = key not in protocol.signed, protocol.highest.get(key, inf)
-        found[key] = Estimate(values[key], error, count - 1, share=share, highest=highest)
+        share = key not in protocol.signed
+        lowest, highest = (0.0, 1.0) if share else (-inf, protocol.highest.get(key, inf))
+        found[key] = Estimate(values[key], error, count - 1, share=share, lowest=lowest, highest=highest)
     return found
 
 
@@ -150,14 +153,14 @@ def leave_one_out(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, np.nda
     return {key: np.concatenate([part[key] for part in parts]) for key in protocol.keys}
 
 
-def mean_of(values: Sequence[float]) -> Estimate:
+def mean_of(values: Sequence[float], lowest: float = -inf, highest: float = inf) -> Estimate:
     """Return the mean of independent values, such as scores of several seeds, with its error (Student, 1908).
 
-    The mean is undefined if one of the values is.
+    The mean is undefined if one of the values is. Its interval is clipped to the bounds of the values.
     """
     if len(values) < 2 or not all(map(isfinite, values)):  # stdev raises on these
         return Estimate(fmean(values) if values else nan)
-    return Estimate(fmean(values), stdev(values) / sqrt(len(values)), len(values) - 1)
+    return Estimate(fmean(values), stdev(values) / sqrt(len(values)), len(values) - 1, lowest=lowest, highest=highest)
 
 
 def widened(estimate: Estimate, others: Sequence[Estimate]) -> Estimate:

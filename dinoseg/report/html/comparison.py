@@ -4,11 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dinoseg.core.shapes import Palette
 from dinoseg.core.sizes import evenly_spaced
 from dinoseg.report.html.charts import Axes, line_chart, range_around, scatter_chart, thin
 from dinoseg.report.html.page import render
-from dinoseg.report.html.pictures import PairShot, pair_card
+from dinoseg.report.html.pictures import EvaluatedImages, PairShot, pair_card
 from dinoseg.report.scores import few_units
 from dinoseg.report.table import MEANS
 from dinoseg.utils.wording import count_of
@@ -18,23 +17,32 @@ _MAX_NAMED = 6  # images named as decisive
 
 
 @dataclass(frozen=True)
-class OtherRun:
-    """A run compared with the first run.
+class ComparedRun:
+    """A run of a comparison.
 
     Args:
         name: name of the run.
         scores: scores by name.
+        mious: mIoU of each image; None without labelled pixels.
+    """
+
+    name: str
+    scores: Mapping[str, float | None]
+    mious: Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class OtherRun(ComparedRun):
+    """A run compared with the first run.
+
+    Args:
         differences: `value`, `ci95`, `p` and `verdict` by score name: this run minus the first.
-        mious: mIoU of each image.
         decides: contribution of each image to the mIoU difference.
         shots: images with the greatest gain or loss.
         no_pictures: reason why there are no images; empty if there are some.
     """
 
-    name: str
-    scores: Mapping[str, float | None]
     differences: Mapping[str, Mapping[str, Any]]
-    mious: Sequence[float | None]
     decides: Sequence[float | None]
     shots: Sequence[PairShot]
     no_pictures: str = ""
@@ -45,60 +53,46 @@ class OtherRun:
 
 
 def comparison_page(
+    evaluated: EvaluatedImages,
+    first: ComparedRun,
+    others: Sequence[OtherRun],
     *,
     subtitle: str,
-    classes: Sequence[str],
-    palette: Palette,
-    ignore_index: int,
-    images: Sequence[str],
-    units: int,
-    unit: str,
     intervals: str,
     seeds: str,
-    first: str,
-    scores: Mapping[str, float | None],
-    mious: Sequence[float | None],
-    others: Sequence[OtherRun],
     about: Mapping[str, Any],
 ) -> str:
     """Return the page as HTML.
 
     Args:
+        evaluated: the images that all runs predict.
+        first: run with which the others are compared.
+        others: runs compared with the first.
         subtitle: a line below the title.
-        classes: class names.
-        palette: one colour per class.
-        ignore_index: id of unlabelled pixels.
-        images: image names.
-        units: number of resampled units.
-        unit: name of a unit.
         intervals: note on the units of the intervals.
         seeds: note on other seeds.
-        first: name of the first run.
-        scores: scores of the first run, by name.
-        mious: mIoU of each image in the first run.
-        others: runs compared with the first.
         about: see `evaluation.about.about_run`.
     """
-    means = {key: name for key, name in MEANS.items() if key in scores}
+    classes, units = evaluated.classes, evaluated.count_units()
+    means = {key: name for key, name in MEANS.items() if key in first.scores}
     class_keys = [f"iou/{index}" for index in range(len(classes))]
-    kinds: dict[str, Any] = {"classes": classes, "palette": palette, "ignore_index": ignore_index}
     return render(
         "comparison.html.jinja",
-        title=f"{others[0].name if len(others) == 1 else count_of(others, 'side')} against {first}",
+        title=f"{others[0].name if len(others) == 1 else count_of(others, 'side')} against {first.name}",
         subtitle=subtitle,
-        warnings=[few_units(units, unit)],
+        warnings=[few_units(units, evaluated.unit)],
         means=means,
         class_keys=class_keys,
         classes=classes,
-        palette=palette,
-        first=first,
-        scores=scores,
+        palette=evaluated.palette,
+        first=first.name,
+        scores=first.scores,
         others=others,
         sides=[
             {
                 "other": other,
-                "images": compare_images(images, first, mious, other),
-                "cards": [pair_card(shot, (first, other.name), **kinds) for shot in other.shots],
+                "images": compare_images(evaluated.images, first, other),
+                "cards": [pair_card(shot, (first.name, other.name), evaluated) for shot in other.shots],
             }
             for other in others
         ],
@@ -108,10 +102,10 @@ def comparison_page(
             "classes": _largest_gap(others, class_keys),
         },
         units=units,
-        unit=unit,
+        unit=evaluated.unit,
         intervals=intervals,
         seeds=seeds,
-        images=len(images),
+        images=len(evaluated.images),
         about=about,
     )
 
@@ -122,16 +116,14 @@ def _largest_gap(others: Sequence[OtherRun], keys: Iterable[str]) -> float:
     return max([abs(end) for gap in gaps for end in (gap["ci95"] or [gap["value"] or 0.0])] + [0.01])
 
 
-def compare_images(
-    images: Sequence[str], first: str, mious: Sequence[float | None], other: OtherRun
-) -> dict[str, Any] | None:
+def compare_images(images: Sequence[str], first: ComparedRun, other: OtherRun) -> dict[str, Any] | None:
     """Return how many images another run predicts better, those that decide the difference, and charts of all.
 
     None: no image has a labelled pixel.
     """
     pairs = [
         (100 * before, 100 * after, name)
-        for before, after, name in zip(mious, other.mious, images, strict=True)
+        for before, after, name in zip(first.mious, other.mious, images, strict=True)
         if before is not None and after is not None
     ]
     if not pairs:
@@ -144,7 +136,7 @@ def compare_images(
     drawn = evenly_spaced(len(pairs), _MAX_DOTS)
     title = "Each image" if len(drawn) == len(pairs) else f"{_MAX_DOTS} of the images, evenly spaced by difference"
     ends = range_around([value for pair in pairs for value in pair[:2]])
-    axes = Axes(ends, ends, f"{first}, %", f"{other.name}, %")
+    axes = Axes(ends, ends, f"{first.name}, %", f"{other.name}, %")
     curve = thin([(float(index), gap) for index, gap in enumerate(gaps, start=1)])
     sorted_axes = Axes((1, max(2, len(gaps))), range_around(gaps, zero=True), "images, sorted", "points")
     return {

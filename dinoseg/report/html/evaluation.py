@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dinoseg.core.shapes import Palette
 from dinoseg.report.html.charts import MAX, Axes, bar_chart, line_chart, range_around, thin
 from dinoseg.report.html.page import render
-from dinoseg.report.html.pictures import Shot, prediction_card
+from dinoseg.report.html.pictures import EvaluatedImages, Shot, prediction_card
 from dinoseg.report.scores import few_units
 from dinoseg.report.table import MEANS
 from dinoseg.utils.wording import count_of
@@ -38,83 +38,98 @@ _BLUE = (31, 95, 191)
 _EMPTY = (128, 128, 128, 40)  # a row without pixels
 
 
-def evaluation_page(
-    *,
-    title: str,
-    subtitle: str,
-    classes: Sequence[str],
-    palette: Palette,
-    ignore_index: int,
-    scores: Mapping[str, Any],
-    intervals: Mapping[str, list[float] | None],
-    unit: str,
-    names: Sequence[str],
-    groups: Sequence[str],
-    mious: Sequence[float | None],
-    distances: Sequence[int],
-    boundary: np.ndarray,
-    calibration: Mapping[str, Any] | None,
-    best: Sequence[Shot],
-    worst: Sequence[Shot],
-    about: Mapping[str, Any],
-    official: Mapping[str, Any] | None = None,
-    training: Sequence[Mapping[str, Any]] | None = None,
-) -> str:
-    """Return the page as HTML.
+@dataclass(frozen=True)
+class EvaluationScores:
+    """Scores over all images.
 
     Args:
-        title: plain text.
-        subtitle: a line below the title.
-        classes: class names.
-        palette: one colour per class.
-        ignore_index: id of unlabelled pixels.
-        scores: result of `ConfusionMatrix.compute`.
+        values: result of `ConfusionMatrix.compute`.
         intervals: 95 % interval by score name, and `iou/ID` of each class; None without an interval.
-        unit: resampling unit of the intervals: `image`, or a group of images such as `video`.
-        names: image names.
-        groups: the unit of each image.
+        official: result of `scoring.summary`; None without a protocol.
+    """
+
+    values: Mapping[str, Any]
+    intervals: Mapping[str, list[float] | None]
+    official: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ErrorAnalysis:
+    """Where and how confidently the model is wrong.
+
+    Args:
         mious: mIoU of each image; None without labelled pixels.
+        best: best images, best first.
+        worst: worst images, worst first.
         distances: upper ends of the bands around boundaries, in pixels.
         boundary: (bands, 2) labelled and wrong pixels.
         calibration: `pixels` and `images` of the sample, `temperature`, and two states, `before` and `after` scaling
             by it. A state has `nll`, `ece` and `bins`: pixels, correct pixels and sum of confidences of each bin. None:
             no pixel is labelled, or there is only one class.
-        best: best images, best first.
-        worst: worst images, worst first.
+    """
+
+    mious: Sequence[float | None]
+    best: Sequence[Shot]
+    worst: Sequence[Shot]
+    distances: Sequence[int]
+    boundary: np.ndarray
+    calibration: Mapping[str, Any] | None
+
+
+def evaluation_page(
+    evaluated: EvaluatedImages,
+    scores: EvaluationScores,
+    errors: ErrorAnalysis,
+    *,
+    title: str,
+    subtitle: str,
+    about: Mapping[str, Any],
+    training: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """Return the page as HTML.
+
+    Args:
+        evaluated: the images.
+        scores: of all images.
+        errors: by image, distance from boundaries and confidence.
+        title: plain text.
+        subtitle: a line below the title.
         about: see `evaluation.about.about_run`.
-        official: result of `scoring.summary`; None without a protocol.
         training: rows of the training's metrics.jsonl; None without these.
     """
-    units = len(set(groups))
-    unscored = "" if scores["pixels"] else "No pixel of the reference is labelled, so nothing is scored."
-    kinds: dict[str, Any] = {"classes": classes, "palette": palette, "ignore_index": ignore_index}
+    units = evaluated.count_units()
+    found = scores.values
+    calibration = errors.calibration
+    unscored = "" if found["pixels"] else "No pixel of the reference is labelled, so nothing is scored."
     return render(
         "evaluation.html.jinja",
         title=title,
         subtitle=subtitle,
-        warnings=[few_units(units, unit), unscored],
-        scores=scores,
-        means={key: (name, _NOTES[key]) for key, name in MEANS.items() if key in scores},
-        intervals=intervals,
-        unit=unit,
+        warnings=[few_units(units, evaluated.unit), unscored],
+        scores=found,
+        means={key: (name, _NOTES[key]) for key, name in MEANS.items() if key in found},
+        intervals=scores.intervals,
+        unit=evaluated.unit,
         units=units,
-        images=len(names),
-        classes=classes,
-        palette=palette,
-        heat_map=heat_map(np.asarray(scores["matrix"], dtype=np.int64), classes),
-        histogram=image_histogram(mious),
-        defined=[miou for miou in mious if miou is not None],
+        images=len(evaluated.images),
+        classes=evaluated.classes,
+        palette=evaluated.palette,
+        heat_map=heat_map(np.asarray(found["matrix"], dtype=np.int64), evaluated.classes),
+        histogram=image_histogram(errors.mious),
+        defined=[miou for miou in errors.mious if miou is not None],
         shots={
-            heading: [prediction_card(shot, names[shot.index], **kinds) for shot in shots]
-            for heading, shots in (("Worst images", worst), ("Best images", best))
+            heading: [prediction_card(shot, evaluated) for shot in shots]
+            for heading, shots in (("Worst images", errors.worst), ("Best images", errors.best))
         },
-        boundary=boundary_rows(distances, boundary),
-        videos=[] if units == len(groups) else video_charts(_group_scores(groups, mious), "mIoU %"),
+        boundary=boundary_rows(errors.distances, errors.boundary),
+        videos=[]
+        if units == len(evaluated.units)
+        else video_charts(_group_scores(evaluated.units, errors.mious), "mIoU %"),
         calibration=calibration and {**calibration, "charts": calibration_charts(calibration)},
         min_bin_pixels=_MIN_BIN_PIXELS,
         training=training_charts(training or []),
         max_points=MAX,
-        official=official,
+        official=scores.official,
         about=about,
     )
 

@@ -17,6 +17,31 @@ _OPACITY = 0.6
 
 
 @dataclass(frozen=True)
+class EvaluatedImages:
+    """Images of an evaluation with their classes.
+
+    Args:
+        classes: class names.
+        palette: one colour per class.
+        ignore_index: id of unlabelled pixels.
+        unit: resampling unit of the intervals: `image`, or the name of a group of images, such as `video`.
+        images: image names, in order.
+        units: the unit of each image.
+    """
+
+    classes: Sequence[str]
+    palette: Palette
+    ignore_index: int
+    unit: str
+    images: Sequence[str]
+    units: Sequence[str]
+
+    def count_units(self) -> int:
+        """Return the number of different units."""
+        return len(set(self.units))
+
+
+@dataclass(frozen=True)
 class Shot:
     """An image with its masks, downscaled.
 
@@ -54,44 +79,39 @@ class PairShot:
     predictions: tuple[np.ndarray, np.ndarray]
 
 
-def prediction_card(
-    shot: Shot, name: str, *, classes: Sequence[str], palette: Palette, ignore_index: int
-) -> dict[str, Any]:
+def prediction_card(shot: Shot, evaluated: EvaluatedImages) -> dict[str, Any]:
     """Return a card of an image: frame, prediction, reference and error map."""
     masks = {"prediction": shot.prediction, "reference": shot.reference}
-    ignored = shot.reference == ignore_index
+    ignored = shot.reference == evaluated.ignore_index
     wrong = (shot.prediction != shot.reference) & ~ignored
     share = float(wrong.sum() / max((~ignored).sum(), 1))
     drawn = mark_pixels(shot.frame, [(wrong, WRONG), (ignored, (0, 0, 0))])
-    card = _mask_card(shot.frame, masks, classes, palette, ignore_index)
+    card = _mask_card(shot.frame, masks, evaluated)
     card["panels"].append((f"errors: {percent(share)} % of the labelled pixels", drawn))
-    return {"title": name, "summary": f"mIoU {percent(shot.score)} %", **card}
+    return {"title": evaluated.images[shot.index], "summary": f"mIoU {percent(shot.score)} %", **card}
 
 
-def pair_card(
-    shot: PairShot, names: tuple[str, str], *, classes: Sequence[str], palette: Palette, ignore_index: int
-) -> dict[str, Any]:
-    """Return a card of an image: frame, reference, both predictions, and a map of which of them is correct."""
-    masks = {"reference": shot.reference, **dict(zip(names, shot.predictions, strict=True))}
-    labelled = shot.reference != ignore_index
+def pair_card(shot: PairShot, sides: tuple[str, str], evaluated: EvaluatedImages) -> dict[str, Any]:
+    """Return a card of an image: frame, reference, predictions of both sides, and a map of which of them is correct."""
+    masks = {"reference": shot.reference, **dict(zip(sides, shot.predictions, strict=True))}
+    labelled = shot.reference != evaluated.ignore_index
     first, second = ((mask == shot.reference) & labelled for mask in shot.predictions)
     marks = [(second & ~first, RIGHT), (first & ~second, WRONG), (labelled & ~first & ~second, BOTH_WRONG)]
     before, after = shot.mious
     summary = f"mIoU {percent(before)} % and {percent(after)} %: {percent(after - before, sign='+')} points"
-    card = _mask_card(shot.frame, masks, classes, palette, ignore_index)
+    card = _mask_card(shot.frame, masks, evaluated)
     card["panels"].append(("which is correct", mark_pixels(shot.frame, marks)))
     return {"title": shot.name, "summary": summary, **card}
 
 
-def _mask_card(
-    frame: np.ndarray, masks: dict[str, np.ndarray], classes: Sequence[str], palette: Palette, ignore_index: int
-) -> dict[str, Any]:
+def _mask_card(frame: np.ndarray, masks: dict[str, np.ndarray], evaluated: EvaluatedImages) -> dict[str, Any]:
     """Return the frame, tinted frames by their captions, and the legend of all masks."""
+    palette, ignore_index = evaluated.palette, evaluated.ignore_index
     tinted = [
         (caption, blend(frame, mask, palette, ignore_index=ignore_index, opacity=_OPACITY))
         for caption, mask in masks.items()
     ]
-    legend = legend_of(list(masks.values()), classes, palette, ignore_index=ignore_index)
+    legend = legend_of(list(masks.values()), evaluated.classes, palette, ignore_index=ignore_index)
     return {"panels": [("frame", frame), *tinted], "legend": legend}
 
 

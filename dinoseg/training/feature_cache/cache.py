@@ -20,10 +20,12 @@ from dinoseg.data.train_views import TrainViews, Transform
 from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.inference.policy import Autocast
-from dinoseg.models.model import SegmentationModel
+from dinoseg.models.model import SegmentationModel, describe_tensors
 from dinoseg.training.feature_cache.key import hash_of, image_hash, overrides_both
 from dinoseg.training.feature_cache.store import FeatureStore
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.transfer import to_device
+from dinoseg.utils.wording import join_names
 
 _MAX = 2**28  # bytes
 
@@ -164,12 +166,22 @@ class FeatureCache:
     def completed(self, views: list[View], device: torch.device) -> FeatureBatch:
         """Return features and masks of views on `device`; missing features are computed and cached."""
         rows = [self._features(view, device) for view in views]
+        self._check_equal_shapes(rows)
         stacks = [to_device(torch.stack(part), device) for part in zip(*rows, strict=True)]
         tensors = [part.float() if part.is_floating_point() else part for part in stacks]  # uint8 tensors are pixels
         masks = torch.stack([view.mask for view in views])
         size = _size(masks)
-        frozen = FrozenFeatures(tensors, size, self.model.input_size(size))
+        frozen = FrozenFeatures(tensors, size, self.model.input_size(size), self.store.folder)
         return FeatureBatch(frozen, to_device(masks, device), [view.name for view in views])
+
+    def _check_equal_shapes(self, rows: list[list[Tensor]]) -> None:
+        """Refuse features of images of one size that differ in shape: the model compares those of a whole batch."""
+        shapes = [join_names(describe_tensors([part[None] for part in row])) for row in rows]
+        if len(set(shapes)) > 1:
+            raise UserError(
+                f"{self.store.folder}: images of one size have features of {' and of '.join(sorted(set(shapes)))}. A "
+                "file was changed. Remove this folder: features are recomputed."
+            )
 
     def _features(self, view: View, device: torch.device) -> list[Tensor]:
         if view.features is not None:

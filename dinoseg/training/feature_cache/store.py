@@ -34,6 +34,7 @@ class FeatureStore(Protocol):
     """Store of a model's frozen features per image, by a key that is a hash of everything they depend on."""
 
     stored: Stored
+    folder: Path | None  # None: in memory
 
     def get(self, key: str) -> list[Tensor] | None:
         """Return the tensors of a key; None if they are missing or incomplete."""
@@ -67,6 +68,8 @@ class MemoryStore:
         stored: type in which numbers are stored.
         cap: maximum size in bytes.
     """
+
+    folder = None
 
     def __init__(self, stored: Stored, cap: int) -> None:
         self.stored, self.cap = stored, cap

@@ -3,10 +3,13 @@
 import csv
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from command_line import SMALL, write_data
 
@@ -45,3 +48,53 @@ def test_jobs_in_other_processes_are_in_the_table(tmp_path, launcher):
         rows = {row["data.root"]: row for row in csv.DictReader(file)}
     assert float(rows["data"]["mIoU %"]) > 0 and rows["nowhere"]["note"].startswith("data.root=nowhere is not a folder")
     assert (tmp_path / "sweep" / rows["data"]["job"] / "checkpoints/best.safetensors").is_file()
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no SIGKILL")
+@pytest.mark.parametrize(
+    ("launcher", "number", "at_once"),
+    [("joblib", "SIGKILL", 2), ("joblib", "SIGTERM", 2), ("submitit_local", "SIGKILL", 3)],
+)
+def test_jobs_save_and_end_when_their_sweep_is_killed(tmp_path, launcher, number, at_once):
+    pytest.importorskip(PLUGINS[launcher])
+    write_data(tmp_path / "data")
+    words = [word for word in SMALL if not word.startswith("trainer.steps")]
+    words += ["trainer.steps=1000000", "trainer.save_every=1000000", "trainer.val_every=1000000"]
+    words += ["trainer.log_every=1", "seed=0,1,2", "hydra.sweep.dir=sweep", f"hydra/launcher={launcher}"]
+    command = [sys.executable, "-m", "dinoseg", "-m", "mode=train", *words]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    with open(tmp_path / "log.txt", "w", encoding="utf-8") as log:
+        sweep = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: len(started_runs(tmp_path)) == at_once)
+        jobs = [
+            job for job in psutil.Process(sweep.pid).children(recursive=True) if "tracker" not in str(job.cmdline())
+        ]
+    finally:
+        sweep.send_signal(signal.Signals[number])
+    sweep.wait()
+    try:
+        wait_until(lambda: not any(map(_is_alive, jobs)), 60)
+    finally:
+        for job in filter(_is_alive, jobs):
+            job.kill()
+    runs = [path.parent for path in tmp_path.glob("sweep/?/run.log")]
+    assert sorted(runs) == sorted(started_runs(tmp_path))  # no further job has started
+    assert all((run / "checkpoints/last.safetensors").is_file() for run in runs)
+
+
+def started_runs(folder):
+    """Return the runs that have logged a step."""
+    return [path.parent for path in folder.glob("sweep/?/metrics.jsonl") if path.stat().st_size]
+
+
+def _is_alive(process):
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def wait_until(holds, seconds=400):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.2)

@@ -318,6 +318,13 @@ def test_a_sweep_over_seeds_alone_is_one_row(tmp_path):
     assert row["seeds"] == "4" and row["J&F %"] == "15.00" and row["loss deviation"] == "0.0" and "seed" not in row
 
 
+def test_intervals_of_shares_end_at_0_and_100_percent(tmp_path):
+    jobs = [([f"seed={seed}"], {"miou": 0.9 + 0.09 * seed, "accuracy": 0.01 + 0.1 * seed}) for seed in range(2)]
+    (row,) = end_sweep(tmp_path, jobs)
+    ends = [float(row[f"{key} {end}"]) for key in ("mIoU %", "pixel accuracy %") for end in ("low", "high")]
+    assert ends[0] > 0 and ends[1] == 100 and ends[2] == 0 and ends[3] < 100
+
+
 def test_seeds_that_all_failed_are_told(tmp_path, capsys):
     (row,) = end_sweep(tmp_path, [([f"seed={seed}"], {"error": "no"}) for seed in range(2)])
     assert row["note"] == "0 of 2 seeds: no" and row["seeds"] == "0" and "0 of 2 seeds: no" in capsys.readouterr().out

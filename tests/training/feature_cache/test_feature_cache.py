@@ -1,5 +1,6 @@
 """Views are known by all that draws them, and completed as they are kept."""
 
+from contextlib import nullcontext
 from itertools import islice
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from making import save
 from torch import nn
 
+import dinoseg
 from dinoseg.core.shapes import FrozenFeatures
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
@@ -18,7 +20,9 @@ from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Augment
 from dinoseg.training.feature_cache import cache
 from dinoseg.training.feature_cache.cache import CachedMasks, FeatureCache, View
-from dinoseg.training.feature_cache.store import MemoryStore
+from dinoseg.training.feature_cache.form import to_bytes
+from dinoseg.training.feature_cache.store import DiskStore, MemoryStore
+from dinoseg.utils.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -108,3 +112,17 @@ def test_what_another_process_has_read_whole_is_trusted(given):
     view.features = [torch.ones(2, 3)]
     kept._arrived([view])
     assert trusted == [view.key]
+
+
+@pytest.mark.parametrize("changed", [[0], [0, 1]])
+def test_files_of_other_shapes_end_in_one_error(tmp_path, changed):
+    model = dinoseg.create_model("rgb", num_classes=2).model
+    store = DiskStore(tmp_path, "folder", "float32")
+    stored = FeatureCache(model, nullcontext, lambda: store, "drawing", 2, "disk")
+    image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
+    views = [View(f"{number:032}", mask, str(number), None, image) for number in range(2)]
+    model(stored.completed(views, CPU).image)
+    for number in changed:
+        store.path(views[number].key).write_bytes(to_bytes(views[number].key, [torch.zeros(5, 7, 7)]))
+    with pytest.raises(UserError, match=r"folder: .*5 x 7 x 7 numbers.* Remove this folder"):
+        model(stored.completed(views, CPU).image)

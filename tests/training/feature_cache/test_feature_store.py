@@ -15,7 +15,7 @@ from dinoseg.training.feature_cache.store import DiskStore, MemoryStore
 from dinoseg.utils import atomic
 
 SHAPE = (8, 3, 4)
-SIZE = size_of([torch.empty(SHAPE)], "float16")
+SIZE = size_of([torch.zeros(SHAPE)], "float16")
 KEYS = [f"{number:032x}" for number in range(20)]
 
 
