@@ -50,7 +50,7 @@ def opened(
             by the first one. None: read the files.
         cache_dir: folder of the packed files and of the cached scan results.
         longest: see `pack`.
-        workers: processes that read all files once, for `skip` and `packed`; None: one per core.
+        workers: threads that read all files once, for `skip`, and processes for `packed`; None: one per core.
         labelled: selects the masks to use, see `labelled_names`; None: all.
         group: see `labelled_names`.
         seed: see `labelled_names`.

@@ -79,7 +79,7 @@ class Builder(ModelBuilder):
 
     @property
     def workers(self) -> int:
-        """The number of processes that check or pack files."""
+        """The number of threads that check files."""
         return self._cfg.data.get("workers") or count_cores()
 
     @property

@@ -12,7 +12,7 @@ from dinoseg.data.doctor.checks.files import check_files
 from dinoseg.data.doctor.checks.splits import check_groups, check_same_files
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.scan.record import Record
+from dinoseg.data.scan.measure import Record
 from dinoseg.data.scan.scan import scan
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import join_names, one_line, printable

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
 from dinoseg.data.doctor.findings import Finding, Scanned
-from dinoseg.data.scan.record import Record
+from dinoseg.data.scan.measure import Record
 from dinoseg.data.splits import regex_group
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, join_names
