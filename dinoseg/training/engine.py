@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.core.sizes import Size
-from dinoseg.data.loading_workers import count_workers, warn_of_many
+from dinoseg.data.loader import count_workers, warn_of_many
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.frozen_casts import cache_casts

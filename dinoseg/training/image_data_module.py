@@ -11,10 +11,8 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, SegmentationData
-from dinoseg.data.loader import check_batch_size, train_batches
-from dinoseg.data.loading_workers import advise_more_workers
+from dinoseg.data.loader import TrainViews, advise_more_workers, check_batch_size, train_batches
 from dinoseg.data.packed.pack import PackedDataset
-from dinoseg.data.train_views import TrainViews
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
