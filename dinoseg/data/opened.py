@@ -62,8 +62,6 @@ def opened(
         raise UserError(f"data.on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
     if cache not in CACHES:
         raise UserError(f"data.cache={cache} is unknown. Choose packed, or null for none.")
-    if workers is not None and workers < 1:
-        raise UserError(f"data.workers={workers}: give the number of processes, 1 or more, or null for one per core.")
     assert isinstance(dataset, PairDataset | CustomDataset)
     if labelled is not None:
         whole, dataset = len(dataset), dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})

@@ -113,7 +113,7 @@ class ImageTask(TrainingTask):
     def cache_features(
         self, model: SegmentationModel, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
-        """Let the feed cache the features of the frozen part of a model, if there is one and `engine.cache` allows it."""
+        """Let the feed cache the features of a model's frozen part, if there is one and `engine.cache` allows it."""
         if not has_frozen_part(model, engine):
             return {}
         parts = self.parts
