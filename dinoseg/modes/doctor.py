@@ -11,8 +11,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.doctor.checks.classes import home_made
-from dinoseg.data.doctor.errors import scanned
+from dinoseg.data.doctor.errors import home_made, scanned
 from dinoseg.data.doctor.examine import examine, summary
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.formats.idd_files import home_made_files

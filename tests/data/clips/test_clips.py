@@ -15,8 +15,7 @@ from dinoseg.data.clips.cut import Clips, Cut, open_clips
 from dinoseg.data.clips.foreground import foreground, no_masks
 from dinoseg.data.clips.videos import DecodedFrames, Video, chosen
 from dinoseg.data.clips.view import ClipView, clip_batches
-from dinoseg.data.doctor.checks.splits import check_groups
-from dinoseg.data.doctor.errors import scanned
+from dinoseg.data.doctor.errors import check_groups, scanned
 from dinoseg.data.formats.davis import Davis
 from dinoseg.data.formats.movi import Movi
 from dinoseg.data.formats.video_folder import VideoFolder
