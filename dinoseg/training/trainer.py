@@ -15,9 +15,8 @@ from torch.optim import Optimizer
 from dinoseg.core.contracts import Loss
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
-from dinoseg.training.checkpoint import Checkpointer, Progress
+from dinoseg.training.checkpoint import Checkpointer, EmergencyCheckpoint, Progress
 from dinoseg.training.data_module import DataModule
-from dinoseg.training.emergency import EmergencyCheckpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.freeze import BackboneFreeze, build_freeze
 from dinoseg.training.loss_scale import LossScale, widened

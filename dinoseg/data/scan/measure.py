@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dinoseg.data.annotation.drawing import Drawing, MaskSource
-from dinoseg.data.classes.mask_size import fit_mask
-from dinoseg.data.classes.masks import MaskReader
+from dinoseg.data.classes.masks import MaskReader, fit_mask
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.video.access import ImageSource, read_source
 from dinoseg.utils.errors import UserError

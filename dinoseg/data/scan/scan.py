@@ -18,7 +18,7 @@ from dinoseg.data.scan.measure import Record, measure
 from dinoseg.report.progress import Bar
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
-from dinoseg.utils.stamps import stamp
+from dinoseg.utils.files import stamp
 from dinoseg.utils.units import finished
 
 log = logging.getLogger(__name__)
