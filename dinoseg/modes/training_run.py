@@ -170,7 +170,7 @@ class TrainingRun:
             steps: length of the training.
         """
         loss = self.task.wrap_loss(self.build.loss(self.task.labelled)).to(self.engine.device)
-        if self.start is None:
+        if self.start is None and model.head.init is not None:
             self.task.init_head(model, self.engine)
         optimizer = self.build.optimizer(model)
         info = run_description(self.build, self.task.labels) | (sizes.as_info() if sizes else {})

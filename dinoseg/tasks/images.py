@@ -150,9 +150,7 @@ class ImageTask(TrainingTask):
         return TrainedSizes.of(*sizes, longest=longest, enlarged=parts.value("data.augment.scale")[1])
 
     def init_head(self, model: SegmentationModel, engine: Engine) -> None:
-        """Set the head to the closed-form linear probe, if `head.init` asks for it."""
-        if model.head.init is None:
-            return
+        """Set the head to the closed-form linear probe, which `head.init` asks for."""
         if engine.sharded:
             raise UserError(
                 f"head.init={model.head.init} needs the full weights on each rank, but engine.sharding shards them. "

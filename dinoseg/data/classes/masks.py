@@ -67,20 +67,17 @@ class Masks:
         ):
             if value not in options:
                 raise UserError(f"data.reader.masks.{key}={value} is unknown. Choose one of {', '.join(options)}.")
-        for name, setting in (
-            ("ids", self.ids),
-            ("others", self.others),
-            ("reduce_zero_label", self.reduce_zero_label),
+        for name, setting, needed in (
+            ("ids", self.ids, "ids"),
+            ("others", self.others, "ids"),
+            ("reduce_zero_label", self.reduce_zero_label, "ids"),
+            ("colors", self.colors, "palette"),
+            ("ignore_colors", self.ignore_colors, "palette"),
         ):
-            if setting and self.format != "ids":
+            if setting and self.format != needed:
                 raise UserError(
-                    f"data.reader.masks.{name} has no effect with format={self.format}: remove it, or set format=ids."
-                )
-        for name, colors in (("colors", self.colors), ("ignore_colors", self.ignore_colors)):
-            if colors and self.format != "palette":
-                raise UserError(
-                    f"data.reader.masks.{name} has no effect with format={self.format}: "
-                    "remove it, or set format=palette."
+                    f"data.reader.masks.{name} has no effect with format={self.format}: remove it, or set "
+                    f"format={needed}."
                 )
 
 
@@ -234,6 +231,15 @@ def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> 
     table = np.full(HIGHEST_ID + 1, rest, dtype=np.int16)
     table[:first] = ignore
     table[first : first + count] = np.arange(count)
+    if ids:
+        _map_ids(table, labels, ids, first, rest)
+    table[ignore] = ids.get(ignore, ignore)
+    return table
+
+
+def _map_ids(table: np.ndarray, labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> None:
+    """Write `data.reader.masks.ids` into the table of `_id_table`."""
+    count, ignore = len(labels.classes), labels.ignore_index
     for source, target in ids.items():
         if not isinstance(source, int) or not 0 <= source <= HIGHEST_ID:
             raise UserError(f"data.reader.masks.ids maps {source!r}: a file id is a number from 0 to 65535.")
@@ -246,9 +252,7 @@ def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> 
     moved = {class_id: target for class_id, target in moved.items() if class_id != target}
     if moved.keys() & set(moved.values()):  # renumbering: {1: 0, 2: 1} drops file id 0; {2: 1} alone merges
         table[first : first + count] = rest
-    table[ignore] = ignore
     table[list(ids)] = list(ids.values())
-    return table
 
 
 def _color_table(
