@@ -211,8 +211,6 @@ def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: int, *, pi
 
     With `pin`, and if this process uses CUDA, a thread moves items that have `pin_memory` to pinned memory.
     """
-    if workers < 0:
-        raise UserError(f"workers={workers}: give the number of loading processes, 0 for none.")
     return map(read, keys) if workers == 0 else _load_ahead(read, keys, workers, pin=pin)
 
 

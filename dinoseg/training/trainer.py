@@ -152,7 +152,7 @@ def fit(experiment: Experiment) -> Progress:
             experiment.checkpoints.save(*state)
         if freeze is not None:
             freeze.log_length(progress.step, settings.steps)
-        batches = meter.waiting(stream, data.remedy)
+        batches = meter.waiting(stream, lambda: data.remedy)
         for step in range(progress.step, settings.steps):
             steps = settings.steps if limit is None else limit.fit_steps(step, settings.steps)
             if step >= steps or is_out_of_patience(progress, settings.patience):

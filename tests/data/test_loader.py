@@ -261,7 +261,6 @@ def test_stack_equal_joins_neighbours_of_one_size():
         ({"batch_size": 12}, "data.batch_size=12 with 11 training images.*1 to 11"),
         ({"batch_size": 0}, "data.batch_size=0"),
         ({"batch_size": 4, "world_size": 3}, "data.batch_size=4 cannot be shared by 3 devices"),
-        ({"batch_size": 4, "workers": -1}, "workers=-1"),
     ],
 )
 def test_mistakes_show_before_the_first_batch(options, message):

@@ -16,15 +16,15 @@ from dinoseg.data.classes.masks import MaskReader, fit_mask
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.video.access import ImageSource, read_source
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import check_regular
-from dinoseg.utils.images import open_image, read_ids, read_image, read_size
+from dinoseg.utils.files import check_regular, open_regular
+from dinoseg.utils.images import read_ids, read_image, read_size
 
 SMALL = 64  # rows and columns of the small copies
 _HASHED, _LOWEST = 32, 8  # the perceptual hash covers the 8 x 8 lowest frequencies of 32 x 32 pixels
 _FLAT = 2.0  # grey-level standard deviation below which an image has no hash: it would be noise
 _MAX_RAW = 256  # most file values that are listed
-_LOSSY = ("JPEG", "MPO")
-_ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8": b"\xff\xd9"}  # magic bytes to end mark
+_JPEG = b"\xff\xd8"  # magic bytes
+_ENDS = {b"\x89PNG": b"IEND", _JPEG: b"\xff\xd9"}  # magic bytes to end mark
 _TAIL = 4096  # bytes that are searched for an end mark: cameras append data of their own
 
 
@@ -90,7 +90,9 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
     except Exception as error:  # a decoder may raise anything on a damaged file
         record = record.with_problem("unreadable_image", _reason(image, error))
     try:
-        record = record if isinstance(mask, Drawing) else _with_mask_header(record, mask)
+        if isinstance(mask, Path) and _is_jpeg(mask):
+            reason = f"{mask} is a JPEG file, which changes the ids near borders. Save it as PNG."
+            record = record.with_problem("mask_is_jpeg", reason)
         return _with_ids(record, mask, image, reader)
     except Exception as error:
         return record.with_problem("unreadable_mask", _reason(mask, error))
@@ -147,14 +149,9 @@ def _header_size(image: ImageSource) -> tuple[int, int] | None:
     return read_size(image)
 
 
-def _with_mask_header(record: Record, mask: Path) -> Record:
-    with open_image(mask) as file:
-        record = replace(record, mask_size=(file.height, file.width))
-        is_lossy = file.format in _LOSSY
-    if not is_lossy:
-        return record
-    reason = f"{mask} is a JPEG file, which changes the ids near borders. Save it as PNG."
-    return record.with_problem("mask_is_jpeg", reason)
+def _is_jpeg(path: Path) -> bool:
+    with open_regular(path) as file:
+        return file.read(len(_JPEG)) == _JPEG
 
 
 def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: MaskReader) -> Record:
