@@ -89,7 +89,8 @@ def scan(
         measured = _measure_all([pairs[index] for index in missing], reader, images, workers)
         for index, record in zip(missing, measured, strict=True):
             records[index] = record
-            if not record.problems.keys() & _UNREADABLE:  # the machine may be the cause of these
+            # the machine may be the cause of unreadable files
+            if stamps[index] is not None and not record.problems.keys() & _UNREADABLE:
                 new[keys[index]] = (stamps[index], record)
     finally:  # also after an interruption: the next run resumes from here
         if path is not None and new:
