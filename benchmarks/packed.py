@@ -22,9 +22,8 @@ from rows import Row, machine, tell
 from tabulate import tabulate
 
 from dinoseg.data.formats.folder import folder_dataset
-from dinoseg.data.loader import train_batches
+from dinoseg.data.loader import TrainViews, train_batches
 from dinoseg.data.packed.pack import pack
-from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.utils.images import write_png
 

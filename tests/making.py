@@ -10,7 +10,7 @@ from PIL import Image
 
 from dinoseg.core.shapes import Sample
 from dinoseg.data import loader
-from dinoseg.data.train_views import TrainViews
+from dinoseg.data.loader import TrainViews
 from dinoseg.utils.errors import UserError
 
 DATA = Path(os.environ.get("DINOSEG_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import re
-from functools import partial
 from types import UnionType
 from typing import get_args
 
@@ -18,8 +17,6 @@ from dinoseg.config.checks import check_arguments
 from dinoseg.config.limits import check_training
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.stored import Source, compose_stored
-from dinoseg.data.photometric import PhotometricDistortion
-from dinoseg.data.transforms import ColorJitter
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import config_description
 from dinoseg.report.loggers.logger import Logger
@@ -110,13 +107,14 @@ def composed(compose):
         ("optim.optimizer.betas", [0.9, 1.0], "Give a number of at least 0 and below 1 for each."),
         ("optim.schedule.min_lr_ratio", float("nan"), "Give a number from 0 to 1."),
         ("adapter.dropout", float("nan"), "Give a number of at least 0 and below 1."),
-        ("data.augment.scale", [float("nan"), 1], "Give a finite number for each."),
+        ("data.augment.scale", [float("nan"), 1], "Give a number above 0 for each."),
         ("data.augment.flip", 2, "Give a number from 0 to 1."),
         ("data.augment.color.hue", 0.7, "Give a number from 0 to 0.5."),
         ("data.augment.affine.degrees", 181, "Give a number from 0 to 180."),
         ("data.augment.affine.translate", 0.95, "Give a number from 0 to 0.9."),
         ("data.augment.affine.shear", 61, "Give a number from 0 to 60."),
         ("mode.opacity", float("nan"), "Give a number from 0 to 1."),
+        ("data.workers", 0, "Give a whole number of at least 1, or null."),
         ("mode.batch_size", 0, "Give a whole number of at least 1."),
         ("engine.workers", -1, "Give a whole number of at least 0."),
         ("engine.eval_batch_size", 0, "Give a whole number of at least 1."),
@@ -173,14 +171,6 @@ def test_steps_of_a_head_are_limited_like_those_of_a_training_and_its_widths_as_
         head = {"head": config_description(Builder(other))["config"]["head"]}
         with pytest.raises(UserError, match=f"{re.escape(key)}={value} is refused"):
             compose_stored({**description, "config": {**description["config"], **head}}, Source("resume=file"))
-
-
-@pytest.mark.parametrize("color", [ColorJitter, partial(PhotometricDistortion, 0.1, 0.1, 0.1)])
-def test_colours_of_python_code_have_the_same_ranges(color):
-    with pytest.raises(
-        UserError, match=r"^data\.augment\.color\.hue=0\.7 is out of range\. Give a number from 0 to 0\.5\.$"
-    ):
-        color(hue=0.7)
 
 
 def test_a_training_without_steps_is_refused(composed):

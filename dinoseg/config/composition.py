@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.plain import to_container
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.stamps import Stamp, stamp
+from dinoseg.utils.files import Stamp, stamp
 
 SHIPPED = Path(__file__).parents[1] / "cfg"
 _MODES = ("_model", "_recipe", "eval")  # whose defaults lists name all groups that checkpoints store

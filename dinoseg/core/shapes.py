@@ -243,7 +243,7 @@ def tree_map(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
 class SegmentationData(Protocol):
     """Map-style dataset of images and masks with remapped labels.
 
-    `dinoseg.data.custom.conforming` returns one for a class that lacks only `skipped`.
+    `dinoseg.data.custom.check_custom_dataset` returns one for a class that lacks only `skipped`.
     """
 
     @property

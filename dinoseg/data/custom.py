@@ -120,7 +120,7 @@ class CustomDataset:
         return ids.to(torch.uint8)
 
 
-def conforming(data: Any, classes: Sequence[str], ignore_index: int) -> SegmentationData:
+def check_custom_dataset(data: Any, classes: Sequence[str], ignore_index: int) -> SegmentationData:
     """Return a reader's result as a dataset that has all members of `SegmentationData`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Batch iterators whose order depends on the seed alone, not on workers, ranks or the step a run resumes from."""
+"""Training views and batches: functions of seed, epoch and sample alone, not of workers, ranks or the resumed step."""
 
 import functools
 import itertools
@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import cv2
@@ -19,18 +20,68 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from dinoseg.core.shapes import Batch, ClipBatch, Sample, SegmentationData
-from dinoseg.data.clips.cut import Clips
-from dinoseg.data.clips.view import ClipView
-from dinoseg.data.train_views import CLIP, ORDER, VIEW, TrainViews, make_rng
+from dinoseg.core.shapes import Batch, Sample, SegmentationData
+from dinoseg.utils.cores import cores_here, ranks_here, share_of_cores
 from dinoseg.utils.errors import KilledProcess, UserError
 from dinoseg.utils.interrupt import SIGNALS, block_signals, hold_handlers
 from dinoseg.utils.wording import count_of
 from dinoseg.utils.workers import without_script
 
+log = logging.getLogger(__name__)
 K = TypeVar("K")
 V = TypeVar("V")
 Item = TypeVar("Item")
+Transform = Callable[..., tuple[np.ndarray, np.ndarray]]
+"""Map an image (H, W, 3), its mask (H, W) and a generator to a view of both."""
+ORDER, VIEW, CLIP = 0, 1, 5  # purposes of random streams, one Philox counter word
+_LEAST = 2  # one decodes the next batch while the other one hands over its own
+_MOST = 8  # each has its own memory; packing a slow dataset helps more than further processes
+_MANY = 4  # processes per core above which a warning is logged
+_MIN_MANY = 16  # processes in all that are never too many
+POLL = 1.0  # seconds of a DataLoader's timeout, after which torch checks that its workers are alive
+if sys.platform == "win32":
+    _CHILD_ENDED: list[signal.Signals] = []
+else:
+    _CHILD_ENDED = [signal.SIGCHLD]
+_PATIENCE, _RARER = 60.0, 5  # seconds before the first warning, and the factor between warnings
+
+
+@dataclass(frozen=True)
+class TrainViews:
+    """Training views of a dataset's images.
+
+    Args:
+        data: images and masks; an epoch has one sample per image.
+        augment: samples a view of an image and its mask.
+        seed: determines the views, together with epoch and sample.
+        views: number of fixed views per sample, used in turn; None: new views in each epoch.
+    """
+
+    data: SegmentationData
+    augment: Transform
+    seed: int
+    views: int | None = None
+
+    def view_number(self, epoch: int) -> int:
+        """Return the number of the view that each sample shows in an epoch."""
+        return epoch if self.views is None else epoch % self.views
+
+    def make_rng(self, epoch: int, sample: int) -> np.random.Generator:
+        """Return the random generator of a sample's view in an epoch."""
+        return make_rng(self.seed, self.view_number(epoch), sample, VIEW)
+
+    def read(self, epoch: int, sample: int) -> Sample:
+        """Return the view of a sample in an epoch."""
+        whole = self.data[sample]
+        pixels = np.ascontiguousarray(whole["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
+        image, mask = self.augment(pixels, whole["mask"].numpy(), self.make_rng(epoch, sample))
+        return Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=whole["name"])
+
+
+def make_rng(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Generator:
+    """Return the random generator of a sample in an epoch for one purpose."""
+    # Philox has an independent stream per key and counter; sampling advances only the lowest counter word
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, sample, epoch, purpose]))
 
 
 def train_batches(
@@ -63,32 +114,8 @@ def sample_batches(
             any error of `read`.
     """
     check_batch_size(batch_size, samples, world_size)
-    _check_seed(seed)
     shares = _shares(samples, batch_size, seed, start=start, rank=rank, world_size=world_size)
     return load_in_order(functools.partial(_read_batch, read, join), shares, workers, pin=True)
-
-
-def clip_batches(
-    clips: Clips,
-    view: ClipView,
-    *,
-    batch_size: int,
-    seed: int,
-    start: int = 0,
-    workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[ClipBatch]:
-    """Yield batches of clips in the manner of `train_batches`: shuffled over all videos; no masks are read.
-
-    Raises:
-        UserError: see `train_batches`.
-    """
-    check_batch_size(batch_size, len(clips), world_size, "clip")
-    _check_seed(seed)
-    read = functools.partial(_read_clip, clips, view, seed)
-    shares = _shares(len(clips), batch_size, seed, start=start, rank=rank, world_size=world_size)
-    return load_in_order(functools.partial(_read_batch, read, ClipBatch.stack), shares, workers, pin=True)
 
 
 def check_batch_size(batch_size: int, samples: int, world_size: int, what: str = "image") -> None:
@@ -103,11 +130,6 @@ def check_batch_size(batch_size: int, samples: int, world_size: int, what: str =
         raise UserError(
             f"data.batch_size={batch_size} cannot be shared by {world_size} devices: use a multiple of {world_size}."
         )
-
-
-def _check_seed(seed: int) -> None:
-    if seed < 0:
-        raise UserError(f"seed={seed}: give a whole number that is not negative.")
 
 
 def eval_samples(
@@ -145,10 +167,30 @@ def _read_batch(read: Callable[[int, int], Item], join: Callable[[list[Item]], V
     return join([read(epoch, index) for epoch, index in share])
 
 
-def _read_clip(clips: Clips, view: ClipView, seed: int, epoch: int, index: int) -> tuple[torch.Tensor, str]:
-    frames, name = clips.frames(index, make_rng(seed, epoch, index, CLIP))
-    seen = view(frames, make_rng(seed, epoch, index, VIEW))
-    return torch.from_numpy(seen).permute(0, 3, 1, 2), name  # (T, 3, H, W)
+def count_workers(device_type: str) -> int:
+    """Return the number of loading processes of `engine.workers=auto`: 2 to 8, by this rank's share of the cores.
+
+    On a CPU, training itself needs the other cores.
+    """
+    if device_type == "cpu":
+        return _LEAST
+    return max(_LEAST, min(share_of_cores(), _MOST))
+
+
+def warn_of_many(workers: int) -> None:
+    """Warn if there are more loading processes than this machine can use, even if they mostly wait."""
+    ranks, cores = ranks_here(), cores_here()
+    if workers * ranks > max(_MIN_MANY, _MANY * cores):
+        log.warning(
+            "engine.workers=%d starts %d loading processes on %d processors, each with its own memory and prefetched "
+            "batches. Set fewer, or engine.workers=auto.",
+            *(workers, workers * ranks, cores),
+        )
+
+
+def advise_more_workers(workers: int) -> str:
+    """Return a sentence of advice on the number of loading processes, for when items are waited for."""
+    return f"If cores are idle, use more loading processes (engine.workers is {workers})."
 
 
 class _Keyed(Generic[K, V]):
@@ -169,8 +211,6 @@ def load_in_order(read: Callable[[K], V], keys: Iterable[K], workers: int, *, pi
 
     With `pin`, and if this process uses CUDA, a thread moves items that have `pin_memory` to pinned memory.
     """
-    if workers < 0:
-        raise UserError(f"workers={workers}: give the number of loading processes, 0 for none.")
     return map(read, keys) if workers == 0 else _load_ahead(read, keys, workers, pin=pin)
 
 
@@ -251,16 +291,6 @@ def _end_on_sigterm(parent: int) -> None:
 
 def _as_it_is(item: V) -> V:
     return item
-
-
-log = logging.getLogger(__name__)
-
-POLL = 1.0  # seconds of a DataLoader's timeout, after which torch checks that its workers are alive
-if sys.platform == "win32":
-    _CHILD_ENDED: list[signal.Signals] = []
-else:
-    _CHILD_ENDED = [signal.SIGCHLD]
-_PATIENCE, _RARER = 60.0, 5  # seconds before the first warning, and the factor between warnings
 
 
 def awaited(iterator: Any, number: int, workers: int) -> Any:

@@ -50,7 +50,7 @@ def opened(
             by the first one. None: read the files.
         cache_dir: folder of the packed files and of the cached scan results.
         longest: see `pack`.
-        workers: processes that read all files once, for `skip` and `packed`; None: one per core.
+        workers: threads that read all files once, for `skip`, and processes for `packed`; None: one per core.
         labelled: selects the masks to use, see `labelled_names`; None: all.
         group: see `labelled_names`.
         seed: see `labelled_names`.
@@ -62,8 +62,6 @@ def opened(
         raise UserError(f"data.on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
     if cache not in CACHES:
         raise UserError(f"data.cache={cache} is unknown. Choose packed, or null for none.")
-    if workers is not None and workers < 1:
-        raise UserError(f"data.workers={workers}: give the number of processes, 1 or more, or null for one per core.")
     assert isinstance(dataset, PairDataset | CustomDataset)
     if labelled is not None:
         whole, dataset = len(dataset), dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})

@@ -15,12 +15,6 @@ _UNIT = np.float32(255.999)  # torchvision's factor from 0..1 to 8 bits, before 
 _STEPS = 180  # hues of OpenCV's 8-bit HSV
 
 
-def check_range(key: str, value: float, most: float) -> None:
-    """Refuse a value of a key of `data.augment` outside 0 to `most`."""
-    if not 0 <= value <= most:
-        raise UserError(f"data.augment.{key}={value} is out of range. Give a number from 0 to {most}.")
-
-
 class ColorTransform:
     """Contract of `data.augment.color`: a colour change that random numbers determine.
 
@@ -77,9 +71,7 @@ class PhotometricDistortion(ColorTransform):
     has_switches = True
 
     def __post_init__(self) -> None:
-        """Reject ranges that allow factors below 0, and unknown colour spaces."""
-        for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5), ("probability", 1)):
-            check_range(f"color.{key}", getattr(self, key), most)
+        """Reject unknown colour spaces."""
         if self.space not in _SPACES:
             raise UserError(f"data.augment.color.space={self.space} is unknown. Choose one of {', '.join(_SPACES)}.")
 

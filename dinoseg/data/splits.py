@@ -85,22 +85,34 @@ def divide(split: str, find: Callable[[str], list[Item]], partition: Partition) 
         UserError: a split unknown to `fraction`, a name in both train and val, or fewer groups than parts.
     """
     if partition.fold is not None and split in ("train", "val"):
-        pool = find("train") if partition.by == "fraction" else _joined({side: find(side) for side in ("train", "val")})
-        names = _fold_split([item.name for item in pool], partition)[split]
-    elif partition.by == "fraction":
-        if split not in ("train", "val"):
-            raise UserError(f"data.reader.partition.by=fraction has the splits train and val only, not {split}.")
-        pool = find(split)
-        if not pool:
-            return []
-        names = fraction_split(
-            [item.name for item in pool],
-            val_fraction=partition.val_fraction,
-            seed=partition.seed,
-            group=regex_group(partition.group),
-        )[split]
-    else:
-        return find(split)
+        return _divide_into_folds(split, find, partition)
+    if partition.by == "fraction":
+        return _divide_by_fraction(split, find, partition)
+    return find(split)
+
+
+def _divide_into_folds(split: str, find: Callable[[str], list[Item]], partition: Partition) -> list[Item]:
+    pool = find("train") if partition.by == "fraction" else _joined({side: find(side) for side in ("train", "val")})
+    names = _fold_split([item.name for item in pool], partition)[split]
+    return _select(pool, names)
+
+
+def _divide_by_fraction(split: str, find: Callable[[str], list[Item]], partition: Partition) -> list[Item]:
+    if split not in ("train", "val"):
+        raise UserError(f"data.reader.partition.by=fraction has the splits train and val only, not {split}.")
+    pool = find(split)
+    if not pool:
+        return []
+    names = fraction_split(
+        [item.name for item in pool],
+        val_fraction=partition.val_fraction,
+        seed=partition.seed,
+        group=regex_group(partition.group),
+    )[split]
+    return _select(pool, names)
+
+
+def _select(pool: Sequence[Item], names: Sequence[str]) -> list[Item]:
     by_name = {item.name: item for item in pool}
     return [by_name[name] for name in names]
 

@@ -1,7 +1,6 @@
 """Random joint augmentation of image and mask: one warp, one colour matrix, one random generator."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -9,10 +8,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dinoseg.data.photometric import SWITCHES, ColorTransform, check_range
+from dinoseg.data.photometric import SWITCHES, ColorTransform
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Byte, Count, HalfShare, HighShare, Range, Share
-from dinoseg.utils.wording import format_override
+from dinoseg.utils.ranges import Byte, Count, HalfShare, HighShare, Positive, Range, Share
 
 _DRAWS = 12  # random numbers per view
 _CHECKS = 10  # crops that are compared with `cat_max_ratio`; the next one is taken unchecked
@@ -37,12 +35,6 @@ class Affine:
     translate: Annotated[float, Range("a number from 0 to 0.9", 0, 0.9)] = 0.0
     shear: Annotated[float, Range("a number from 0 to 60", 0, 60)] = 0.0
 
-    def __post_init__(self) -> None:
-        """Reject ranges that could move the whole image out of view."""
-        check_range("affine.degrees", self.degrees, 180)
-        check_range("affine.translate", self.translate, 0.9)
-        check_range("affine.shear", self.shear, 60)
-
 
 @dataclass(frozen=True)
 class ColorJitter(ColorTransform):
@@ -59,11 +51,6 @@ class ColorJitter(ColorTransform):
     contrast: Share = 0.0
     saturation: Share = 0.0
     hue: HalfShare = 0.0
-
-    def __post_init__(self) -> None:
-        """Reject ranges that allow factors below 0."""
-        for key, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
-            check_range(f"color.{key}", getattr(self, key), most)
 
     def __call__(self, image: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         """Return an image (H, W, 3) uint8 in changed colours; all changes form one matrix, so values are clipped once.
@@ -130,9 +117,9 @@ class Augment:
 
     def __init__(
         self,
-        crop: Sequence[int],
+        crop: tuple[Count, Count],
         *,
-        scale: Sequence[float] = (1.0, 1.0),
+        scale: tuple[Positive, Positive] = (1.0, 1.0),
         relative_to: str = "image",
         base: Count | None = None,
         distribution: str = "log_uniform",
@@ -142,7 +129,7 @@ class Augment:
         affine: Affine = Affine(),  # noqa: B008 (frozen)
         flip: Share = 0.0,
         padding: str = "spread",
-        fill: Sequence[Byte] = (128, 128, 128),
+        fill: tuple[Byte, Byte, Byte] = (128, 128, 128),
         color: ColorTransform = ColorJitter(),  # noqa: B008 (frozen)
         ignore_index: int = 255,
     ) -> None:
@@ -154,23 +141,20 @@ class Augment:
         ):
             if value not in options:
                 raise UserError(f"data.augment.{key}={value} is unknown. Choose one of {', '.join(options)}.")
-        _check_sizes(crop, scale, longest if relative_to == "image" else None)
-        if longest is not None and longest < 1:
-            raise UserError(f"longest={longest}: give a number of pixels, or null for no limit.")
-        if base is not None and (relative_to not in ("short", "long") or base < 1):
+        if scale[0] > scale[1]:
+            raise UserError(f"data.augment.scale={list(scale)}: give [least, largest] with least <= largest.")
+        if relative_to == "image" and longest is not None and max(crop) > longest:
             raise UserError(
-                f"data.augment.base={base}: give at least 1 pixel, with data.augment.relative_to=short or long (not "
-                f"{relative_to}), or null."
+                f"resolution.crop={list(crop)} is larger than resolution.longest={longest}, to which images are "
+                f"reduced: choose a crop of at most {longest} pixels a side."
             )
-        if cat_max_ratio is not None and not 0 < cat_max_ratio <= 1:
-            raise UserError(f"data.augment.cat_max_ratio={cat_max_ratio}: give a share above 0, at most 1, or null.")
-        if not _is_colour(fill):
+        if base is not None and relative_to not in ("short", "long"):
             raise UserError(
-                f"data.augment.fill={format_override(fill)}: give [red, green, blue], whole numbers from 0 to 255."
+                f"data.augment.base={base} has no effect with data.augment.relative_to={relative_to}: set "
+                "relative_to=short or long, or base=null."
             )
-        check_range("flip", flip, 1)
-        self.crop = (int(crop[0]), int(crop[1]))
-        self.scale = (float(scale[0]), float(scale[1]))
+        self.crop = (crop[0], crop[1])
+        self.scale = (scale[0], scale[1])
         self.relative_to = relative_to
         self.base = base or (max if relative_to == "long" else min)(self.crop)
         self.distribution = distribution
@@ -321,26 +305,6 @@ class Augment:
         left, top = start(width - crop_width, uniforms[4]), start(height - crop_height, uniforms[5])
         matrix = _move(shift_x - left, shift_y - top) @ turn @ _resize(zoom)
         return _mirror(crop_width) @ matrix if flips and not at_end else matrix
-
-
-def _is_colour(fill: object) -> bool:
-    """Return whether a value is a list of three whole numbers from 0 to 255."""
-    if not isinstance(fill, Sequence) or len(fill) != 3:
-        return False
-    return all(isinstance(value, int) and 0 <= value <= 255 for value in fill)
-
-
-def _check_sizes(crop: Sequence[int], scale: Sequence[float], longest: int | None) -> None:
-    """Refuse a crop or an invalid range of scales, and a crop larger than images are."""
-    if len(crop) != 2 or min(crop) < 1:
-        raise UserError(f"crop={list(crop)}: give [height, width] in pixels, each at least 1.")
-    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-        raise UserError(f"data.augment.scale={list(scale)}: give [least, largest] with 0 < least <= largest.")
-    if longest is not None and max(crop) > longest >= 1:
-        raise UserError(
-            f"resolution.crop={list(crop)} is larger than resolution.longest={longest}, to which images are "
-            f"reduced: choose a crop of at most {longest} pixels a side."
-        )
 
 
 def _whole_crop_start(room: float, uniform: float) -> float:

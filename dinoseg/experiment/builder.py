@@ -25,7 +25,7 @@ from dinoseg.utils.ranges import Count, Positive
 from dinoseg.utils.wording import join_names
 
 SPLITS = ("train", "val", "test")
-_CONFORMING = {"_target_": "dinoseg.data.custom.conforming", "_partial_": True}
+_CUSTOM_CHECK = {"_target_": "dinoseg.data.custom.check_custom_dataset", "_partial_": True}
 
 
 class Lengths(NamedTuple):
@@ -79,7 +79,7 @@ class Builder(ModelBuilder):
 
     @property
     def workers(self) -> int:
-        """The number of processes that check or pack files."""
+        """The number of threads that check files."""
         return self._cfg.data.get("workers") or count_cores()
 
     @property
@@ -149,7 +149,7 @@ class Builder(ModelBuilder):
 
         Raises:
             UserError: no reader is configured. The returned function raises it for any fault of the dataset, see
-                `conforming`.
+                `check_custom_dataset`.
         """
         node = self._cfg.data.get("reader")
         if not OmegaConf.is_dict(node) or "_target_" not in node or not node.get("_partial_"):
@@ -163,9 +163,9 @@ class Builder(ModelBuilder):
             if str(error) != not_set("data.root"):
                 raise
             raise UserError(f"{error}{_expected_files(node.get('layout'))}") from None
-        conforming = instantiate(_CONFORMING)
+        check_custom_dataset = instantiate(_CUSTOM_CHECK)
         classes, ignore_index = list(self._cfg.data.classes), self._cfg.data.ignore_index
-        return lambda split: conforming(find(split=split), classes, ignore_index)
+        return lambda split: check_custom_dataset(find(split=split), classes, ignore_index)
 
     def dataset(self, split: str, *, reduced: bool = False) -> SegmentationData:
         """Return one split of the dataset.

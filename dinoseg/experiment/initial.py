@@ -28,10 +28,8 @@ def load_initial_weights(
 ) -> SegmentationModel:
     """Load the trained weights of the run that `init` names into a new model, where they fit, and log the result.
 
-    Without `init`, and for a resumed run, the model is returned unchanged.
-
     Args:
-        build: of the whole config.
+        build: of the whole config, for which `has_initial` is True.
         model: as built, on the CPU.
         classes: class names of the data.
         share: broadcasts a value from rank 0.
@@ -43,8 +41,6 @@ def load_initial_weights(
         UserError: the run does not exist, nothing of it fits, backbone weights that it trained would be left out, or
             ranks read different checkpoints of it.
     """
-    if not has_initial(build):
-        return model
     init = build.value("init")
     offered = _of(init, checkpoint.outline)
     fitting, left = _fitting(init, model, offered)
@@ -87,8 +83,6 @@ def has_initial(build: ModelBuilder) -> bool:
 
 def check_initial(build: ModelBuilder, model: SegmentationModel) -> None:
     """Run the checks of `load_initial_weights` that need only names and shapes; the model may be on the meta device."""
-    if not has_initial(build):
-        return
     init = build.value("init")
     if model.head.init is not None:
         raise UserError(

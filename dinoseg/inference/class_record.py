@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.mask_size import fit_mask
-from dinoseg.data.classes.masks import MaskReader, Masks
+from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError

@@ -6,7 +6,7 @@ from typing import Any
 
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
-from dinoseg.utils.stamps import stamp
+from dinoseg.utils.files import stamp
 from dinoseg.utils.units import finished
 
 FOLDER = "predicted"  # in the run folder: NAME.json for each input with complete results

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from dinoseg.inference.policy import Autocast
 from dinoseg.inference.rows import Rows
 from dinoseg.models.model import SegmentationModel, Size, backbone_size
-from dinoseg.utils.control_groups import PROC, group_folders, read_text
+from dinoseg.utils.cores import PROC, group_folders, read_text
 from dinoseg.utils.errors import UserError
 
 _NOISE = 0.02  # relative difference in bytes per pixel between two sizes that counts as none

@@ -9,6 +9,7 @@ from torch import Tensor
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, check_annotations
 
+SCORES = ("accuracy", "dice", "mean_accuracy", "miou")  # of `ConfusionMatrix.compute` for any classes
 _AT_ONCE = 2**18  # pixels per chunk
 
 

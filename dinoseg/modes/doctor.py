@@ -11,14 +11,12 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.doctor.checks.classes import home_made
-from dinoseg.data.doctor.errors import scanned
+from dinoseg.data.doctor.errors import home_made, scanned
 from dinoseg.data.doctor.examine import examine, summary
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.formats.idd_files import home_made_files
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.scan.measure import measure_sample
-from dinoseg.data.scan.record import Record
+from dinoseg.data.scan.measure import Record, measure_sample
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.experiment.builder import Builder
 from dinoseg.report.html.page import render
@@ -51,7 +49,7 @@ def doctor(
     Args:
         cfg: the whole config; only `data` and `cache_dir` are read.
         out_dir: the run folder.
-        workers: processes that scan.
+        workers: threads that scan.
         near_distance: differing bits of 64 up to which two images count as near duplicates.
         images: decode the images too; without it duplicates and swapped masks are not checked.
         samples: example images in doctor.html.

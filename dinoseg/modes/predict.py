@@ -27,9 +27,9 @@ from dinoseg.inference.video_run import VideoInput, VideoOptions, check_any, seg
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import remove_parts, write_json
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import stamp
 from dinoseg.utils.images import write_png
 from dinoseg.utils.ranges import Count, Natural, Share
-from dinoseg.utils.stamps import stamp
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.heads import SOLO
-from dinoseg.experiment.initial import check_initial, load_initial_weights
+from dinoseg.experiment.initial import check_initial, has_initial, load_initial_weights
 from dinoseg.experiment.log_file import announce
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.past_runs import write_end
@@ -53,7 +53,8 @@ def train(
         job.check_model(made)
         announce("Checking the data")
         sizes = check_data_on_rank0(task, engine)
-        made = load_initial_weights(build, made, list(task.labels.classes), engine.broadcast)
+        if has_initial(build):
+            made = load_initial_weights(build, made, list(task.labels.classes), engine.broadcast)
         model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
         schedule = build_schedule(build, engine, length.steps, optimizer)
         log_start(build, model, task, engine, out_dir, length.steps)
@@ -78,7 +79,8 @@ def check(cfg: DictConfig) -> None:
     """Refuse a config whose parts do not fit together or are out of range, without reading weights or data."""
     build = Builder(cfg)
     task, model = build.task(), build.outline()
-    check_initial(build, model)
+    if has_initial(build):
+        check_initial(build, model)
     task.check_parts(model, 1)
     logger_factories(build)
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.evaluation.images import list_skipped
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.initial import check_initial
+from dinoseg.experiment.initial import check_initial, has_initial
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.recipe import HEADS, run_description
 from dinoseg.experiment.settings import settings_of
@@ -108,7 +108,8 @@ class TrainingRun:
 
     def check_model(self, model: SegmentationModel) -> None:
         """Refuse a model that loss, batch, optimizer or initial weights do not fit; it may be on the meta device."""
-        check_initial(self.build, model)
+        if has_initial(self.build):
+            check_initial(self.build, model)
         # by the task of this config: each of several heads has its own
         self.build.task().check_parts(model, self.engine.world_size)
         with torch.device("meta"):
@@ -169,7 +170,7 @@ class TrainingRun:
             steps: length of the training.
         """
         loss = self.task.wrap_loss(self.build.loss(self.task.labelled)).to(self.engine.device)
-        if self.start is None:
+        if self.start is None and model.head.init is not None:
             self.task.init_head(model, self.engine)
         optimizer = self.build.optimizer(model)
         info = run_description(self.build, self.task.labels) | (sizes.as_info() if sizes else {})
@@ -260,17 +261,18 @@ def build_schedule(build: Builder, engine: Engine, steps: int, optimizer: Optimi
         steps: length of the training.
         optimizer: whose parameter groups the schedule is for.
     """
-    schedule = build.schedule()
     if engine.is_main:
         trains_backbone = any(group["backbone"] for group in optimizer.param_groups)
-        if not trains_backbone and (warmup := build.value("optim.schedule.backbone_warmup")) is not None:
+        backbone_warmup = build.value("optim.schedule.backbone_warmup")
+        if backbone_warmup is not None and not trains_backbone:
             logger.warning(
                 "optim.schedule.backbone_warmup=%s has no effect: the backbone is not trained. Set it to null, or "
                 "choose an adapter that trains the backbone.",
-                warmup,
+                backbone_warmup,
             )
-        warn_of_long_warmup(schedule, steps, trains_backbone=trains_backbone)
-    return schedule
+            backbone_warmup = None
+        warn_of_long_warmup(steps, build.value("optim.schedule.warmup", 0), backbone_warmup or 0)
+    return build.schedule()
 
 
 def log_start(

@@ -16,9 +16,8 @@ from dinoseg.core.sizes import evenly_spaced
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.clips.cut import Clip, Clips
 from dinoseg.data.clips.videos import VOID
-from dinoseg.data.clips.view import ClipView
-from dinoseg.data.loader import check_batch_size, clip_batches
-from dinoseg.data.loading_workers import advise_more_workers
+from dinoseg.data.clips.view import ClipView, clip_batches
+from dinoseg.data.loader import advise_more_workers, check_batch_size
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.videos import TrackingOptions, check_slots, evaluate_videos
 from dinoseg.experiment.benchmark_videos import benchmark_videos, chosen_supervision

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, tree_map
-from dinoseg.data.loader import sample_batches
+from dinoseg.data.loader import TrainViews, sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.experiment.builder import Builder

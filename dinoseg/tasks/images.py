@@ -23,7 +23,7 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks.probing.probe import Grid, Probe
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_choice import CacheOptions, feature_cache, stored_as
+from dinoseg.training.feature_choice import CacheOptions, feature_cache, has_frozen_part, stored_as
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
@@ -113,7 +113,9 @@ class ImageTask(TrainingTask):
     def cache_features(
         self, model: SegmentationModel, engine: Engine, epochs: float, *, before: Mapping[str, str | None]
     ) -> dict[str, str]:
-        """Let the feed cache the features of the frozen part of a model, if `engine.cache` enables it."""
+        """Let the feed cache the features of a model's frozen part, if there is one and `engine.cache` allows it."""
+        if not has_frozen_part(model, engine):
+            return {}
         parts = self.parts
         options = parts.arguments(CacheOptions, {"dtype": "features.dtype", "gib": "features.gib"})
         options["dtype"] = stored_as(options["dtype"], before)
@@ -148,9 +150,7 @@ class ImageTask(TrainingTask):
         return TrainedSizes.of(*sizes, longest=longest, enlarged=parts.value("data.augment.scale")[1])
 
     def init_head(self, model: SegmentationModel, engine: Engine) -> None:
-        """Set the head to the closed-form linear probe, if `head.init` asks for it."""
-        if model.head.init is None:
-            return
+        """Set the head to the closed-form linear probe, which `head.init` asks for."""
         if engine.sharded:
             raise UserError(
                 f"head.init={model.head.init} needs the full weights on each rank, but engine.sharding shards them. "

@@ -69,7 +69,7 @@ class TrainingTask(ABC):
         return None
 
     def init_head(self, model: SegmentationModel, engine: Engine) -> None:  # noqa: B027
-        """Initialise the head of a new training according to `head.init`."""
+        """Initialise the head of a new training according to `head.init`, which is not None."""
 
     def wrap_loss(self, loss: Loss) -> Loss:
         """Return the loss to minimise, built from the loss of the config."""

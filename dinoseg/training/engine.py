@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.core.sizes import Size
-from dinoseg.data.loading_workers import count_workers, warn_of_many
+from dinoseg.data.loader import count_workers, warn_of_many
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.compiled import compile_blocks
 from dinoseg.training.frozen_casts import cache_casts
@@ -126,7 +126,8 @@ class Engine:
         if tf32 and not self.tf32:
             logger.warning("engine.tf32=true has no effect: this device (%s) has no TF32.", chosen.type)
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
-        meet(chosen, rendezvous_timeout, rank_timeout)
+        if os.environ.get("WORLD_SIZE", "1") != "1" or torch.distributed.is_initialized():
+            meet(chosen, rendezvous_timeout, rank_timeout)
         self.accelerator = Accelerator(
             cpu=chosen.type == "cpu",
             mixed_precision=NAMES[self.dtype] if self.half else "no",
@@ -377,7 +378,7 @@ _ALIKE = r"(?s)Grad strides do not match bucket view strides.*grad\.sizes\(\) = 
 
 
 def meet(device: torch.device, seconds: float, at_work: float) -> None:
-    """Join the process group that the environment describes (`WORLD_SIZE`, `MASTER_ADDR` ...), if any.
+    """Join the process group that the environment describes (`WORLD_SIZE`, `MASTER_ADDR` ...), or stay in a joined one.
 
     Args:
         device: device type of the ranks, which selects the backend (NCCL or Gloo).
@@ -387,13 +388,14 @@ def meet(device: torch.device, seconds: float, at_work: float) -> None:
     Raises:
         UserError: rank 0 cannot be reached, other ranks do not join, or several ranks are to use MPS.
     """
-    distributed, world_size = torch.distributed, os.environ.get("WORLD_SIZE", "1")
-    if device.type == "mps" and (world_size != "1" or distributed.is_initialized()):
+    distributed = torch.distributed
+    if device.type == "mps":
+        world_size = os.environ.get("WORLD_SIZE", "1")
         raise UserError(
             f"engine.devices={world_size}: torch trains on MPS in a single process only. Set engine.devices=1, or "
             "engine.device=cpu to train in several processes on the processor."
         )
-    if world_size == "1" or distributed.is_initialized():
+    if distributed.is_initialized():
         return
     # harmless DDP warnings: tokens (1, N, C) prepended to a rank's only sample have a slice of its gradient as theirs,
     # and 1 x 1 convolutions have contiguous channels in either memory layout

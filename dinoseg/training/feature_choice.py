@@ -108,32 +108,50 @@ class _Uncached(UserError):
     """Raised when features cannot be cached, or caching saves nothing; its message is the reason."""
 
 
+def has_frozen_part(model: SegmentationModel, engine: Engine) -> bool:
+    """Return whether the first blocks of a model are frozen, so that their features may be cached; if not, log it.
+
+    Raises:
+        UserError: `engine.cache` requests a cache, and the first block is trained.
+    """
+    if model.backbone.first_trained != 0:
+        return True
+    _decline(
+        engine,
+        "The first block is trained, so no features repeat. To cache features, set adapter=frozen or last_blocks, "
+        "or train LoRA in the last blocks only (adapter.blocks=4).",
+    )
+    return False
+
+
 def feature_cache(
     data_module: ImageDataModule, model: SegmentationModel, engine: Engine, plan: CacheOptions
 ) -> FeatureCache | None:
     """Return the feature cache that `engine.cache` selects; None: the model is trained on images.
+
+    The model has a frozen part, see `has_frozen_part`.
 
     Raises:
         UserError: caching is requested but impossible.
     """
     wanted = plan.before if engine.cache == "auto" and plan.before in CACHES else engine.cache
     chosen, reason = None, "This run started without a cache: set engine.cache=disk or memory to use one."
-    if model.backbone.first_trained == 0:
-        reason = (
-            "The first block is trained, so no features repeat. To cache features, set adapter=frozen or last_blocks, "
-            "or train LoRA in the last blocks only (adapter.blocks=4)."
-        )
-    elif wanted != "off":
+    if wanted != "off":
         chosen, reason = engine.run_on_rank0(lambda: _choose_or_explain(wanted, data_module, model, engine, plan))
     if chosen is None:
-        if engine.cache in ("disk", "memory"):
-            raise UserError(f"engine.cache={engine.cache}: {reason}")
-        if engine.cache == "auto" and engine.is_main:
-            logger.info("Feature cache: off (engine.cache=auto). %s", reason)
+        _decline(engine, reason)
         return None
     assert data_module.views is not None  # without fixed views nothing is cached
     opened = partial(_opened, chosen == "memory", data_module, model, engine, plan)
     return FeatureCache(model, engine.autocast, opened, plan.drawing, data_module.views, chosen)
+
+
+def _decline(engine: Engine, reason: str) -> None:
+    """Log why features are not cached, or raise it if `engine.cache` requests a cache."""
+    if engine.cache in ("disk", "memory"):
+        raise UserError(f"engine.cache={engine.cache}: {reason}")
+    if engine.cache == "auto" and engine.is_main:
+        logger.info("Feature cache: off (engine.cache=auto). %s", reason)
 
 
 def _choose_or_explain(wanted: str, *parts: Any) -> tuple[str | None, str]:

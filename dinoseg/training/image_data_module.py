@@ -11,13 +11,11 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, SegmentationData
-from dinoseg.data.loader import check_batch_size, train_batches
-from dinoseg.data.loading_workers import advise_more_workers
+from dinoseg.data.loader import TrainViews, advise_more_workers, check_batch_size, train_batches
 from dinoseg.data.packed.pack import PackedDataset
-from dinoseg.data.train_views import TrainViews
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.whole import Whole
-from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.metrics.confusion import SCORES
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.overlay import compare
 from dinoseg.training.data_module import SHOWN_SIDE, Validation, spread
@@ -61,14 +59,15 @@ class ImageDataModule:
     pictures: int = 0
     views: Count | None = None
     cache: FeatureCache | None = None
-    score_names: Sequence[str] = field(init=False)
+    score_names: list[str] = field(init=False)
     lowest: Sequence[str] = ("loss",)
 
     def __post_init__(self) -> None:
         """Refuse a batch size that does not fit, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world_size)
-        empty = ConfusionMatrix(len(self.val.classes), background=self.background).compute()
-        self.score_names = sorted(["loss", *(key for key, value in empty.items() if value is None)])
+        self.score_names = sorted(["loss", *SCORES])
+        if self.background is not None:
+            self.score_names.append("miou_no_background")
 
     @property
     def given(self) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Meter:
         self._has_bar = visible and (has_bar() if terminal is None else terminal)
         reset_peak_memory(device)
         self.bar = tqdm(total=steps, initial=done, disable=not self._has_bar, dynamic_ncols=True, bar_format=_FORMAT)
-        self._remedy = ""
+        self._remedy: Callable[[], str] = str
         self._trained = 0.0  # seconds of all steps but the first, which includes start-up
         self._later = _Window(0.0)  # waiting time of these steps
         self._speeds: list[float] = []  # images per second of each reading
@@ -84,8 +84,8 @@ class Meter:
         self._mark = self._shown = clock()
         self._row, self._status = _Window(self._mark), _Window(self._mark)
 
-    def waiting(self, batches: Iterable[T], remedy: str) -> Iterator[T]:
-        """Yield from `batches` and measure the wait for each; `remedy` is logged at the end if it was long."""
+    def waiting(self, batches: Iterable[T], remedy: Callable[[], str]) -> Iterator[T]:
+        """Yield from `batches` and measure the wait for each; the remedy is logged at the end if it was long."""
         self._remedy = remedy
 
         def count(seconds: float) -> None:
@@ -142,7 +142,7 @@ class Meter:
         speed = f"trained {_formatted(median(self._speeds))} images/s (median), " if self._speeds else ""
         logger.info("%swaiting for data %.1f%% of the time", speed, 100 * waited)
         if waited > _MUCH and self._trained > _IN_FILE:
-            logger.warning("The training spent %.0f%% of its time waiting for data. %s", 100 * waited, self._remedy)
+            logger.warning("The training spent %.0f%% of its time waiting for data. %s", 100 * waited, self._remedy())
 
     def left(self) -> str:
         """Return the time left including validations, or their number as long as their duration is unknown."""

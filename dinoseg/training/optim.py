@@ -27,9 +27,7 @@ _WITHOUT_DECAY = (  # kinds of modules with weights of several axes that scale o
 LAYER_DECAY_RULES = {"beit": 1, "eomt": 0}  # levels that the head, and the parameters before the blocks, take
 WEIGHT_DECAY_ON = ("matrices", "all")
 SCHEDULES = ("constant", "cosine", "poly", "exponential", "one_cycle")
-_MIN_PEAK = 0.5  # of a schedule's highest factor, which a decay during the warm-up lowers
 _MIN_PAST_WARMUP = 0.2  # share of the steps
-_FULL = 0.999  # share of the highest rate that counts as reached, to allow for rounding
 _FUSED = ("cpu", "cuda", "mps")  # devices with fused AdamW kernels
 _SWAPPED_BYTES = 2**26  # of trained weights, cloned at once when they are swapped with their average
 _RISE = 0.1  # share of the training in which late groups ramp up to their rate
@@ -75,7 +73,8 @@ def parameter_groups(
     _check_option("optim.optimizer.layer_decay_rule", layer_decay_rule, LAYER_DECAY_RULES)
     _check_option("optim.optimizer.weight_decay_on", weight_decay_on, WEIGHT_DECAY_ON)
     backbone_lr = lr if backbone_lr is None else backbone_lr
-    above = _layers_above(model, LAYER_DECAY_RULES[layer_decay_rule])
+    of_backbone = {id(parameter) for parameter in model.backbone.parameters()}
+    above = {} if layer_decay is None else _layers_above(model, LAYER_DECAY_RULES[layer_decay_rule])
     decayed = weight_matrices(model) if weight_decay_on == "matrices" else {*model.parameters()}
     delayed_start, parts = model.head.delayed_modules
     delayed = {id(parameter) for part in parts for parameter in part.parameters()}
@@ -83,9 +82,11 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rate, backbone = lr, id(parameter) in above
+        rate, backbone = lr, id(parameter) in of_backbone
         if backbone:
-            rate = backbone_lr * backbone_lr_scale * (layer_decay or 1.0) ** above[id(parameter)]
+            rate = backbone_lr * backbone_lr_scale
+            if layer_decay is not None:
+                rate *= layer_decay ** above[id(parameter)]
         decay = weight_decay if parameter in decayed else 0.0
         start = freeze_backbone_until if backbone else delayed_start if id(parameter) in delayed else 0.0
         values = {"base_lr": rate, "weight_decay": decay, "start": start, "backbone": backbone}
@@ -281,27 +282,19 @@ def _check_option(key: str, value: str, options: Iterable[str]) -> None:
         raise UserError(f"{key}={value} is unknown. Choose one of {', '.join(options)}.")
 
 
-def warn_of_long_warmup(factor: Schedule, steps: int, *, trains_backbone: bool = True) -> None:
-    """Warn if less than a fifth of the steps is left once a learning rate reaches its highest value, or if that is low.
+def warn_of_long_warmup(steps: int, warmup: float, backbone_warmup: float = 0) -> None:
+    """Warn if the warm-ups, which follow each other, leave less than a fifth of the steps at the full rate.
 
-    How the rate falls after that depends on the schedule and is not considered. The backbone's rate counts only if the
-    training has one.
+    Each is a share of the steps (a float) or a number of them (an int).
     """
-    peaks = []
-    for key, backbone in (("warmup", False), ("backbone_warmup", True))[: 1 + trains_backbone]:
-        factors = [factor(step, steps, backbone) for step in range(steps + 1)]  # a warm-up may not end before `steps`
-        threshold = _FULL * max(factors)
-        rise = next(step for step, each in enumerate(factors) if each >= threshold)
-        peaks.append((rise, max(factors[:steps]), key))
-    rise, highest, key = max(peaks, key=lambda peak: peak[0])
-    if steps - rise < _MIN_PAST_WARMUP * steps or highest < _MIN_PEAK:
+    length = _count_steps(warmup, steps) + _count_steps(backbone_warmup, steps)
+    if steps - length < _MIN_PAST_WARMUP * steps:
         logger.warning(
-            "The learning rate rises until step %d of %d, where it reaches %.0f %% of its configured value. Set "
-            "optim.schedule.%s to a share of the length, such as 0.1, or more trainer.steps.",
-            min(rise + 1, steps),
+            "The learning rate rises for %d steps of a training of %d. Set optim.schedule.%s to a share of the length, "
+            "such as 0.1, or more trainer.steps.",
+            length,
             steps,
-            100 * highest,
-            key,
+            "backbone_warmup" if backbone_warmup else "warmup",
         )
 
 

@@ -15,9 +15,8 @@ from torch.optim import Optimizer
 from dinoseg.core.contracts import Loss
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
-from dinoseg.training.checkpoint import Checkpointer, Progress
+from dinoseg.training.checkpoint import Checkpointer, EmergencyCheckpoint, Progress
 from dinoseg.training.data_module import DataModule
-from dinoseg.training.emergency import EmergencyCheckpoint
 from dinoseg.training.engine import Engine
 from dinoseg.training.freeze import BackboneFreeze, build_freeze
 from dinoseg.training.loss_scale import LossScale, widened
@@ -153,7 +152,7 @@ def fit(experiment: Experiment) -> Progress:
             experiment.checkpoints.save(*state)
         if freeze is not None:
             freeze.log_length(progress.step, settings.steps)
-        batches = meter.waiting(stream, data.remedy)
+        batches = meter.waiting(stream, lambda: data.remedy)
         for step in range(progress.step, settings.steps):
             steps = settings.steps if limit is None else limit.fit_steps(step, settings.steps)
             if step >= steps or is_out_of_patience(progress, settings.patience):

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Collection, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, Protocol
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.natural_order import natural_order
 
+Stamp = tuple[int, int, int, int]
 _KINDS = {
     stat.S_IFDIR: "folder",
     stat.S_IFIFO: "named pipe",
@@ -132,3 +133,23 @@ def _refuse(error: OSError) -> NoReturn:
         f"Cannot read the folder {error.filename} ({error.strerror}), and its files must not be skipped silently. Give "
         "your user read permission, or move it away."
     ) from error
+
+
+class HasStatus(Protocol):
+    """A path, or another object with the status of a file."""
+
+    def stat(self) -> os.stat_result:
+        """Return the file's status."""
+        ...
+
+
+def stamp(file: HasStatus) -> Stamp | None:
+    """Return size, modification time, status-change time and inode of a file; None if it does not exist.
+
+    Size and modification time are equal for files that were unpacked or copied with their times; the other two are not.
+    """
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

@@ -8,7 +8,7 @@ import pytest
 import torch
 from command_line import SMALL, call
 
-from dinoseg.data.custom import REQUIRED, CustomDataset, conforming
+from dinoseg.data.custom import REQUIRED, CustomDataset, check_custom_dataset
 from dinoseg.data.opened import opened
 from dinoseg.utils.errors import UserError
 
@@ -150,12 +150,12 @@ def test_items_that_do_not_fit_are_named(item, said):
 def test_it_agrees_with_the_config_and_refuses_what_takes_files():
     items = {"__getitem__": lambda self, index: {"image": IMAGE, "mask": MASK, "name": self.names[index]}}
     whole = type("Part", (Whole,), items)()
-    data = conforming(whole, ["a", "b"], 255)
+    data = check_custom_dataset(whole, ["a", "b"], 255)
     assert data[1]["mask"].dtype == torch.uint8 and torch.equal(data[1]["mask"].long(), MASK)
     assert opened(data, split="train", labelled=0.5).names in (["x"], ["y"])
     for classes, ignored in ((["a", "c"], 255), (["a", "b"], 254)):
         with pytest.raises(UserError, match=r"but the data set of data.reader has"):
-            conforming(whole, classes, ignored)
+            check_custom_dataset(whole, classes, ignored)
     for options in ({"on_error": "skip"}, {"cache": "packed"}):
         with pytest.raises(UserError, match=rf"data.{[*options][0]}=.* needs a reader that returns a .*PairDataset"):
             opened(data, split="train", **options)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinoseg.data import loading_workers
+from dinoseg.data import loader
 from dinoseg.training.engine import Engine
 from dinoseg.utils import cores
 from dinoseg.utils.errors import UserError
@@ -25,7 +25,7 @@ def test_workers_follow_from_device_cores_and_ranks(device, environment, workers
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert loading_workers.count_workers(device) == workers
+    assert loader.count_workers(device) == workers
 
 
 def test_engine_resolves_auto_and_keeps_a_number():
@@ -37,10 +37,10 @@ def test_engine_resolves_auto_and_keeps_a_number():
 
 @pytest.mark.parametrize(("workers", "cores", "told"), [(16, 1, 0), (17, 1, 1), (32, 8, 0), (33, 8, 1)])
 def test_more_processes_than_processors_can_do_with_are_told(workers, cores, told, monkeypatch, caplog):
-    monkeypatch.setattr(loading_workers, "cores_here", lambda: cores)
-    loading_workers.warn_of_many(workers)
+    monkeypatch.setattr(loader, "cores_here", lambda: cores)
+    loader.warn_of_many(workers)
     assert len(caplog.messages) == told
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     if workers == 32:
-        loading_workers.warn_of_many(workers)
+        loader.warn_of_many(workers)
         assert "engine.workers=32 starts 128 loading processes on 8 processors" in caplog.text

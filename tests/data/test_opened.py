@@ -66,7 +66,6 @@ def test_packed_and_skipped_together(data, tmp_path):
     [
         ({"on_error": "ignore"}, "data.on_error=ignore is unknown. Choose one of stop, skip"),
         ({"cache": "disk"}, "data.cache=disk is unknown. Choose packed, or null for none"),
-        ({"workers": 0}, "data.workers=0: give the number of processes, 1 or more, or null"),
     ],
 )
 def test_bad_options(data, options, message):

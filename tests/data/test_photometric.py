@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
+from dinoseg.config.nodes import instantiate
 from dinoseg.data.photometric import ColorTransform, PhotometricDistortion
 from dinoseg.data.transforms import Augment, ColorJitter
 from dinoseg.utils.errors import UserError
@@ -253,4 +254,4 @@ def test_the_contract_has_no_colours():
 )
 def test_settings_out_of_range(options, message):
     with pytest.raises(UserError, match=message):
-        PhotometricDistortion(**{**AMOUNTS, "hue": 0.1, **options})
+        instantiate({"_target_": "dinoseg.data.photometric.PhotometricDistortion", **AMOUNTS, "hue": 0.1, **options})

@@ -2,6 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
+from dinoseg.config.nodes import instantiate
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.utils.errors import UserError
 
@@ -168,25 +169,28 @@ def test_half_a_turn_of_hue_makes_red_cyan():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("name", "options", "message"),
     [
-        (lambda: Augment((0, 5)), r"crop=\[0, 5\]"),
-        (lambda: Augment((5,)), r"crop=\[5\]"),
-        (lambda: Augment((5, 5), scale=(1.5, 0.5)), r"scale=\[1.5, 0.5\]"),
-        (lambda: Augment((5, 5), scale=(0, 1)), r"scale=\[0, 1\]"),
-        (lambda: Augment((5, 5), longest=0), "longest=0"),
-        (lambda: Augment((50, 90), longest=80), "crop=.50, 90. is larger than resolution.longest=80"),
-        (lambda: Augment((5, 5), flip=1.1), "flip=1.1"),
-        (lambda: Affine(degrees=-1), "degrees=-1"),
-        (lambda: Affine(translate=1), "translate=1"),
-        (lambda: Affine(shear=90), "shear=90"),
-        (lambda: ColorJitter(brightness=1.2), "brightness=1.2"),
-        (lambda: ColorJitter(hue=0.6), "hue=0.6.*0 to 0.5"),
+        ("Augment", {"crop": [0, 5]}, r"crop=\[0, 5\]"),
+        ("Augment", {"crop": [5]}, r"crop=\[5\]"),
+        ("Augment", {"scale": [1.5, 0.5]}, r"scale=\[1.5, 0.5\]"),
+        ("Augment", {"scale": [0, 1]}, r"scale=\[0, 1\]"),
+        ("Augment", {"longest": 0}, "longest=0"),
+        ("Augment", {"crop": [50, 90], "longest": 80}, "crop=.50, 90. is larger than resolution.longest=80"),
+        ("Augment", {"base": 9}, "base=9 has no effect with data.augment.relative_to=image"),
+        ("Augment", {"flip": 1.1}, "flip=1.1"),
+        ("Augment", {"fill": [1, 2]}, r"fill=\[1, 2\] .* a list of 3"),
+        ("Affine", {"degrees": -1}, "degrees=-1"),
+        ("Affine", {"translate": 1}, "translate=1"),
+        ("Affine", {"shear": 90}, "shear=90"),
+        ("ColorJitter", {"brightness": 1.2}, "brightness=1.2"),
+        ("ColorJitter", {"hue": 0.6}, "hue=0.6.*0 to 0.5"),
     ],
 )
-def test_settings_out_of_range(make, message):
+def test_settings_out_of_range(name, options, message):
+    crop = {"crop": [5, 5]} if name == "Augment" else {}
     with pytest.raises(UserError, match=message):
-        make()
+        instantiate({"_target_": f"dinoseg.data.transforms.{name}", **crop, **options})
 
 
 @pytest.mark.parametrize("longest", [None, 50])

@@ -64,9 +64,11 @@ def begin(folder, compose, monkeypatch, caplog):
         monkeypatch.chdir(folder)
         caplog.clear()
         cfg = compose(*words)
-        check_initial(Builder(cfg), Builder(cfg).outline())
-        with caplog.at_level(logging.INFO):
-            model = load_initial_weights(Builder(cfg), Builder(cfg).model(), classes)
+        model = Builder(cfg).model()
+        if has_initial(Builder(cfg)):
+            check_initial(Builder(cfg), Builder(cfg).outline())
+            with caplog.at_level(logging.INFO):
+                model = load_initial_weights(Builder(cfg), model, classes)
         return model.state_dict(), caplog.text
 
     return run

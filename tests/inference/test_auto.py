@@ -18,7 +18,7 @@ from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.inference.whole import Whole
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
-from dinoseg.utils import control_groups
+from dinoseg.utils import cores
 from dinoseg.utils.images import write_png
 
 CPU = torch.device("cpu")
@@ -93,8 +93,8 @@ def test_free_memory_is_bounded_by_control_groups(tmp_path, monkeypatch, version
         (tmp_path / folder / usage).write_text(f"{values[1]}\n")
         (tmp_path / folder / "memory.stat").write_text(f"anon 5\n{dropped} {values[2]}\n")
     monkeypatch.setattr(memory, "PROC", tmp_path)
-    monkeypatch.setattr(control_groups, "PROC", tmp_path)
-    monkeypatch.setattr(control_groups, "GROUPS", tmp_path)
+    monkeypatch.setattr(cores, "PROC", tmp_path)
+    monkeypatch.setattr(cores, "GROUPS", tmp_path)
     assert memory.free_bytes(CPU) == expected
 
 
@@ -206,8 +206,8 @@ def test_a_limit_of_addresses_bounds_what_is_free(tmp_path, monkeypatch):
     (tmp_path / "self").mkdir()
     (tmp_path / "self/statm").write_text("3 2 1 1 0 1 0\n")
     monkeypatch.setattr(memory, "PROC", tmp_path)
-    monkeypatch.setattr(control_groups, "PROC", tmp_path)
-    monkeypatch.setattr(control_groups, "GROUPS", tmp_path)
+    monkeypatch.setattr(cores, "PROC", tmp_path)
+    monkeypatch.setattr(cores, "GROUPS", tmp_path)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (10 * resource.getpagesize(), -1))
     assert memory.free_bytes(CPU) == 7 * resource.getpagesize()
 

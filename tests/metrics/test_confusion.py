@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinoseg.metrics.confusion import ConfusionMatrix, commonest_class
+from dinoseg.metrics.confusion import SCORES, ConfusionMatrix, commonest_class
 from dinoseg.utils.errors import UserError
 
 
@@ -234,3 +234,10 @@ def test_other_classes_do_not_merge():
         ConfusionMatrix(2).merge(ConfusionMatrix(3))
     with pytest.raises(UserError, match="^num_classes=0 is out of range. Give a whole number of at least 1"):
         ConfusionMatrix(0)
+
+
+@pytest.mark.parametrize("background", [None, 0])
+def test_names_of_scores_are_those_of_an_empty_matrix(background):
+    scores = ConfusionMatrix(2, background=background).compute()
+    own = [] if background is None else ["miou_no_background"]
+    assert sorted(name for name, value in scores.items() if value is None) == sorted([*SCORES, *own])

@@ -50,7 +50,7 @@ def test_a_clean_set(where):
     assert page.count('<div class="shot">') == 4 and "http:" not in page and "https:" not in page
     assert "smallest (width x height)" in done.out and "48 x 32" in done.out
     assert "findings:     0 errors, 0 warnings, 4 notes" in done.out and "doctor.html" in done.out
-    assert list((where / "outputs/.cache").glob("scan_*.npz"))
+    assert list((where / "outputs/.cache").glob("scan_*.json"))
 
 
 def test_errors_give_status_1_and_keep_the_report(where):

@@ -66,7 +66,7 @@ def test_the_warmup_of_a_backbone_that_is_not_trained_has_no_effect(where, adapt
     output = train(where, *words, "mode.report=false").err
     line = "optim.schedule.backbone_warmup=500 has no effect: the backbone is not trained. Set it to null, or choose"
     assert output.count("backbone_warmup") == 1 and (line in output) == (adapter == "frozen")
-    assert ("The learning rate rises until" in output) == (adapter == "full")
+    assert ("The learning rate rises for" in output) == (adapter == "full")
 
 
 def test_a_run_logs_its_setup_and_prints_thenext_commands(where):

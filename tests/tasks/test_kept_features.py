@@ -13,6 +13,7 @@ from dinoseg.utils.errors import UserError
 @pytest.fixture
 def plan(compose, monkeypatch):
     """Return a function that gives the plan of a config."""
+    monkeypatch.setattr(images, "has_frozen_part", lambda model, engine: True)
     monkeypatch.setattr(
         images, "feature_cache", lambda data_module, model, engine, plan: SimpleNamespace(plan=plan, place=None)
     )

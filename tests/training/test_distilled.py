@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dinoseg.core.shapes import Batch, FeatureBatch, FrozenFeatures, Prediction
-from dinoseg.data.train_views import TrainViews
+from dinoseg.data.loader import TrainViews
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.losses.cross_entropy import CrossEntropy

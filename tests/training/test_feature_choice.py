@@ -34,7 +34,7 @@ from dinoseg.training import feature_choice as choice
 from dinoseg.training.checkpoint import Checkpointer, read
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache import store
-from dinoseg.training.feature_choice import CacheOptions, feature_cache, measure_features
+from dinoseg.training.feature_choice import CacheOptions, feature_cache, has_frozen_part, measure_features
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.trainer import Experiment, Settings, fit
@@ -102,7 +102,8 @@ def train(data, tiny_backbone, tmp_path):
         data_module = ImageDataModule(data_set, data_set, augment, pictures=1, views=views, **share)
         plan = CacheOptions(tmp_path / "cache", epochs or steps * 2 / 5, "drawing", {}, dtype=dtype, **options)
         loss = CrossEntropy(torch.ones(3))
-        data_module.cache = feature_cache(data_module, model, engine, plan)
+        if has_frozen_part(model, engine):
+            data_module.cache = feature_cache(data_module, model, engine, plan)
         if epochs:
             return [], data_module, model
         points = Checkpointer(tmp_path / f"run_{cache}_{steps}_{start}", INFO, start and read(start))

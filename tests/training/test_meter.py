@@ -44,7 +44,7 @@ def train(running, clock, steps, seconds=1.0, waited=0.25, first=1):
             clock.now += waited
             yield None
 
-    stream = running.waiting(batches(), "Read less.")
+    stream = running.waiting(batches(), lambda: "Read less.")
     for number in range(steps):
         next(stream)
         clock.now += (seconds - waited) * (1 if number else first)

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from dinoseg.utils import control_groups, cores
+from dinoseg.utils import cores
 
 TOLD_AT_IMPORT = """
 import os, sys
@@ -32,8 +32,8 @@ def groups(tmp_path, monkeypatch):
         (tmp_path / f"cpu{number}/topology/thread_siblings_list").write_text(f"{number % 32}\n")
     monkeypatch.setattr(cores, "_TOPOLOGY", tmp_path)
     monkeypatch.setattr(cores, "_usable", lambda: set(range(64)))
-    monkeypatch.setattr(control_groups, "PROC", tmp_path)
-    monkeypatch.setattr(control_groups, "GROUPS", tmp_path)
+    monkeypatch.setattr(cores, "PROC", tmp_path)
+    monkeypatch.setattr(cores, "GROUPS", tmp_path)
     monkeypatch.setattr(os, "environ", {})
 
     def write(lines, files):
@@ -66,7 +66,7 @@ def test_a_containers_quota_bounds_the_processors(groups, lines, files, count):
 
 
 def test_without_control_groups_there_is_no_quota(groups):
-    assert control_groups.cpu_quota() == math.inf and cores.count_cores() == 64
+    assert cores.cpu_quota() == math.inf and cores.count_cores() == 64
 
 
 @pytest.mark.parametrize(

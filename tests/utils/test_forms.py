@@ -16,7 +16,7 @@ from dinoseg.data.formats.youtube_vos import YoutubeVos
 from dinoseg.data.packed.store import INDEX, PIXELS, Extent, StoreKey, open_store, write_index
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan import scan
-from dinoseg.data.scan.record import Record
+from dinoseg.data.scan.measure import Record
 from dinoseg.data.video import index as video_index
 from dinoseg.evaluation.restart import RECORD, earlier_run
 from dinoseg.modes.training_run import _read_split
@@ -65,12 +65,11 @@ def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
     with pytest.raises(UserError, match=r"state\.safetensors is not readable \(.*Leave mode\.restart out"):
         read_track_state(tmp_path)
     reader = MaskReader(Labels.of(["a"], None, 255), Masks())
-    cache = scan.ScanCache(tmp_path, [], reader)
-    joined = np.frombuffer(text, np.uint8)
-    np.savez(cache.path, records=joined, edges=joined[:0], borders=joined[:0])
+    path = scan._find_file(tmp_path, [], reader)
+    path.write_bytes(text)
     caplog.clear()
-    assert scan.ScanCache(tmp_path, [], reader)._known == {}
-    assert ("is damaged (" in caplog.text) == (text != b"[]")  # which says that nothing was scanned
+    assert scan._read_records(path) == {}
+    assert ("is damaged (" in caplog.text) == (text != b"{}")  # which says that nothing was scanned
 
 
 @pytest.mark.parametrize(
@@ -105,12 +104,11 @@ def test_a_scan_that_was_tampered_with_is_made_anew(tmp_path, caplog):
     reader = MaskReader(Labels.of(["a"], None, 255), Masks())
     mask = tmp_path / "m.png"
     mask.write_bytes(b"x")
-    cache = scan.ScanCache(tmp_path, [mask], reader)
-    cache.put(Record("m", str(mask), str(mask), (2, 3), (2, 3), pixels={0: 6}, raw={"0": 6}), Pair("m", mask, mask))
-    cache.save()
-    assert len(scan.ScanCache(tmp_path, [mask], reader)._known) == 1
-    with np.load(cache.path) as file:
-        rows = json.loads(file["records"].tobytes())
+    path = scan._find_file(tmp_path, [Pair("m", mask, mask)], reader)
+    record = Record("m", str(mask), str(mask), (2, 3), (2, 3), pixels={0: 6}, raw={"0": 6})
+    scan._write_records(path, {"m": ([1, 2], record)})
+    assert scan._read_records(path) == {"m": ([1, 2], record)}
+    rows = json.loads(path.read_text())
     for change in (
         {"pixels": {"256": 1}},
         {"pixels": {"-1": 1}},
@@ -124,12 +122,12 @@ def test_a_scan_that_was_tampered_with_is_made_anew(tmp_path, caplog):
         {"mask_size": ["1", 2]},
         {"unknown": 1},
         {"decoded": 0},
+        {"edges": "no base64!"},
     ):
-        rows[0]["record"] |= change
-        empty = np.zeros(0, np.uint8)
-        np.savez(cache.path, records=np.frombuffer(json.dumps(rows).encode(), np.uint8), edges=empty, borders=empty)
+        changed = {"m": {**rows["m"], "record": {**rows["m"]["record"], **change}}}
+        path.write_text(json.dumps(changed))
         caplog.clear()
-        assert scan.ScanCache(tmp_path, [mask], reader)._known == {} and "is damaged (" in caplog.text, change
+        assert scan._read_records(path) == {} and "is damaged (" in caplog.text, change
 
 
 def npz(path, compress=False, **members):
@@ -319,13 +317,4 @@ def test_an_array_of_more_bytes_than_its_form_allows_is_not_read(tmp_path, monke
     sizes = sizes_read(monkeypatch)
     with pytest.raises(SchemaError, match=r"a is \|u1\[1048576\] in 1048576 bytes; .* in at most 1048575"):
         read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**20 - 1)})
-    assert max(sizes) < 1000
-
-
-def test_small_copies_without_records_are_not_read(tmp_path, monkeypatch):
-    zeros = npy("|u1", (2**20,), bytes(2**20))
-    npz(tmp_path / "scan.npz", records=npy("|u1", (2,), b"[]"), edges=zeros, borders=zeros)
-    sizes = sizes_read(monkeypatch)
-    with pytest.raises(SchemaError, match="edges is .* in at most 0"):
-        scan._read(tmp_path / "scan.npz")
     assert max(sizes) < 1000

@@ -1,4 +1,7 @@
-"""Conversion of mask files to class ids: from ids, colours, or 0 / 255; a value without class is an error."""
+"""Conversion of mask files to class ids: from ids, colours, or 0 / 255; a value without class is an error.
+
+The module imports no torch.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,6 +20,7 @@ from dinoseg.utils.images import has_one_bit, read_ids, read_image
 
 FORMATS = ("ids", "palette", "binary")
 ON_SIZE_MISMATCH = ("error", "resize_mask")
+_PROPORTIONS = 0.05  # largest relative difference in aspect ratio for which a mask is resized
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,17 @@ class Masks:
         ):
             if value not in options:
                 raise UserError(f"data.reader.masks.{key}={value} is unknown. Choose one of {', '.join(options)}.")
-        for name, setting in (
-            ("ids", self.ids),
-            ("others", self.others),
-            ("reduce_zero_label", self.reduce_zero_label),
+        for name, setting, needed in (
+            ("ids", self.ids, "ids"),
+            ("others", self.others, "ids"),
+            ("reduce_zero_label", self.reduce_zero_label, "ids"),
+            ("colors", self.colors, "palette"),
+            ("ignore_colors", self.ignore_colors, "palette"),
         ):
-            if setting and self.format != "ids":
+            if setting and self.format != needed:
                 raise UserError(
-                    f"data.reader.masks.{name} has no effect with format={self.format}: remove it, or set format=ids."
-                )
-        for name, colors in (("colors", self.colors), ("ignore_colors", self.ignore_colors)):
-            if colors and self.format != "palette":
-                raise UserError(
-                    f"data.reader.masks.{name} has no effect with format={self.format}: "
-                    "remove it, or set format=palette."
+                    f"data.reader.masks.{name} has no effect with format={self.format}: remove it, or set "
+                    f"format={needed}."
                 )
 
 
@@ -161,6 +162,35 @@ class MaskReader:
         return self._values[nearest]
 
 
+def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: object, path: object) -> np.ndarray:
+    """Return class ids (H, W) at `size`, the (H, W) of their image.
+
+    Args:
+        mask: class ids of any size.
+        size: (H, W) of the image.
+        rule: `error`, or `resize_mask`: nearest neighbour, if the aspect ratios are similar.
+        image: name of the image in a message.
+        path: name or path of the mask in a message.
+
+    Raises:
+        UserError: the sizes differ, and the rule does not allow resizing.
+    """
+    if mask.shape == size:
+        return mask
+    sizes = f"{image} is {size[1]} x {size[0]} (width x height), its mask {path} is {mask.shape[1]} x {mask.shape[0]}."
+    height, width = size[0] / mask.shape[0], size[1] / mask.shape[1]
+    if abs(height / width - 1) > _PROPORTIONS:
+        raise UserError(
+            f"{sizes} Make them equal, or remove the pair: their aspect ratios differ by more than {_PROPORTIONS:.0%}, "
+            "so resizing cannot align them. Was one of them cropped or rotated? Images are turned by their EXIF "
+            "orientation, masks are not."
+        )
+    if rule == "error":
+        raise UserError(f"{sizes} Make them equal, or resize the mask: data.reader.masks.on_size_mismatch=resize_mask.")
+    # pixel centres aligned: plain INTER_NEAREST would shift the mask by up to half a pixel
+    return cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
 def _from_binary(numbers: np.ndarray, path: Path, *, described: bool) -> np.ndarray:
     ids = (numbers == 255).astype(np.uint8)
     other = numbers[(numbers != 0) & (ids == 0)]
@@ -201,6 +231,15 @@ def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> 
     table = np.full(HIGHEST_ID + 1, rest, dtype=np.int16)
     table[:first] = ignore
     table[first : first + count] = np.arange(count)
+    if ids:
+        _map_ids(table, labels, ids, first, rest)
+    table[ignore] = ids.get(ignore, ignore)
+    return table
+
+
+def _map_ids(table: np.ndarray, labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> None:
+    """Write `data.reader.masks.ids` into the table of `_id_table`."""
+    count, ignore = len(labels.classes), labels.ignore_index
     for source, target in ids.items():
         if not isinstance(source, int) or not 0 <= source <= HIGHEST_ID:
             raise UserError(f"data.reader.masks.ids maps {source!r}: a file id is a number from 0 to 65535.")
@@ -213,9 +252,7 @@ def _id_table(labels: Labels, ids: Mapping[int, int], first: int, rest: int) -> 
     moved = {class_id: target for class_id, target in moved.items() if class_id != target}
     if moved.keys() & set(moved.values()):  # renumbering: {1: 0, 2: 1} drops file id 0; {2: 1} alone merges
         table[first : first + count] = rest
-    table[ignore] = ignore
     table[list(ids)] = list(ids.values())
-    return table
 
 
 def _color_table(

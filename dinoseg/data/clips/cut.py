@@ -66,18 +66,7 @@ class Cut:
     short: str = "error"
 
     def __post_init__(self) -> None:
-        """Reject invalid numbers and contradictory options."""
-        for key in ("length", "stride", "step", "per_video"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                what = "clips" if key == "per_video" else "frames"
-                raise UserError(f"data.clips.cut.{key}={value}: give a number of {what}, 1 or more.")
-        if self.fps is not None and not self.fps > 0:
-            raise UserError(f"data.clips.cut.fps={self.fps}: give frames per second, above 0.")
-        if not self.fps_tolerance >= 0:
-            raise UserError(
-                f"data.clips.cut.fps_tolerance={self.fps_tolerance}: give a share of the frame rate, 0 or more."
-            )
+        """Reject contradictory options."""
         if self.fps is not None and self.stride != 1:
             raise UserError(
                 f"data.clips.cut.fps={self.fps} and stride={self.stride} both set the frame rate: set one of them."

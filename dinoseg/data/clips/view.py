@@ -1,11 +1,17 @@
-"""Random crop of a clip, shared by all its frames."""
+"""Random crop of a clip, shared by all its frames, and batches of such clips."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import cv2
 import numpy as np
+import torch
+from torch import Tensor
 
+from dinoseg.core.shapes import ClipBatch
+from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.square import resize_bicubic
+from dinoseg.data.loader import CLIP, VIEW, make_rng, sample_batches
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Share
 
@@ -69,3 +75,26 @@ class ClipView:
             how = cv2.INTER_AREA if size[0] < frame.shape[0] or size[1] < frame.shape[1] else cv2.INTER_LINEAR
             return cv2.resize(frame, size[::-1], interpolation=how)
         return resize_bicubic(frame, size)
+
+
+def clip_batches(
+    clips: Clips,
+    view: ClipView,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[ClipBatch]:
+    """Yield batches of clips as `sample_batches` does: shuffled over all videos; no masks are read."""
+    read = partial(_read_clip, clips, view, seed)
+    order = {"batch_size": batch_size, "seed": seed, "start": start, "rank": rank, "world_size": world_size}
+    return sample_batches(read, ClipBatch.stack, len(clips), workers=workers, **order)
+
+
+def _read_clip(clips: Clips, view: ClipView, seed: int, epoch: int, index: int) -> tuple[Tensor, str]:
+    frames, name = clips.frames(index, make_rng(seed, epoch, index, CLIP))
+    seen = view(frames, make_rng(seed, epoch, index, VIEW))
+    return torch.from_numpy(seen).permute(0, 3, 1, 2), name  # (T, 3, H, W)

@@ -1,24 +1,34 @@
-"""Errors of a dataset, which stop a training; they are found by its masks and the headers of its images."""
+"""Errors of a dataset, which stop a training; they are found by its masks and the headers of its images.
+
+Files that cannot be read or do not fit are described in `checks/files.py`. The errors here are labels that teach
+nothing or something else, and images on both sides of the split. The other modules of `checks` only advise.
+"""
 
 import logging
-from collections.abc import Sequence
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.doctor.checks.classes import check_classes
 from dinoseg.data.doctor.checks.files import check_files
-from dinoseg.data.doctor.checks.splits import check_groups, check_same_files
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.scan.record import Record
+from dinoseg.data.scan.measure import Record
 from dinoseg.data.scan.scan import scan
+from dinoseg.data.splits import regex_group
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import join_names, one_line, printable
+from dinoseg.utils.wording import count_of, join_names, one_line, printable
 
 log = logging.getLogger(__name__)
 
+_BINARY = "data.reader.masks.format=binary"
+_IDD_CLASSES = 26  # of level 3
+_OF_IDD = {"road", "rail track", "autorickshaw", "obs-str-bar-fallback"}
+_NEARLY_ALL = 0.9  # share of the smaller split above which two splits count as the same
 _FULL = "mode=doctor with the same data= shows the full report."
 _SHOWN = 20  # most files listed per error, each with its reason
 
@@ -40,7 +50,7 @@ def find_errors(splits: Sequence[Scanned], *, data_name: str = "", group: str | 
         data_name: the option of `data=`.
         group: regular expression on the name that gives an image's group; None: the name's first folder.
     """
-    findings = [*check_files(splits), *check_classes(splits, data_name)]
+    findings = [*check_files(splits), *check_labels(splits, data_name)]
     return by_severity([*findings, *check_same_files(splits), *check_groups(splits, group)])
 
 
@@ -84,3 +94,177 @@ def _each(finding: Finding) -> str:
     lines = "".join(f"\n    {one_line(line)}" for line in finding.lines[:_SHOWN])
     more = len(finding.lines) - _SHOWN
     return lines + (f"\n    and {more} more" if more > 0 else "")
+
+
+def check_labels(splits: Sequence[Scanned], data_name: str = "") -> Iterator[Finding]:
+    """Yield findings about labels that teach nothing or something else; `data_name` is the option of `data=`."""
+    yield from _one_class(splits)
+    yield from _binary_as_ids(splits)
+    yield from _home_made_idd(splits, data_name)
+    for part in splits:
+        yield from _no_labels(part)
+
+
+def _one_class(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    part = splits[0]
+    if len(part.classes) == 1:
+        yield Finding(
+            "error",
+            "one_class",
+            f"data.classes has one class, {part.classes[0]}: every model predicts it for every pixel.",
+            remedy=f"Name the other pixels too, such as data.classes=[background,{part.classes[0]}]; for masks of 0 "
+            f"and 255 add {_BINARY}.",
+        )
+
+
+def _binary_as_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    for part in splits:
+        values = _values(part)
+        is_class = (part.masks.ids or {}).get(255, part.ignore_index) not in (part.ignore_index, -1)
+        if part.masks.format != "ids" or len(part.classes) < 2 or is_class:
+            continue
+        if "255" in values and values <= {"0", "255"}:
+            meaning = (
+                "255 is ignored, so there is nothing to learn" if part.ignore_index == 255 else "255 is not a class"
+            )
+            yield Finding(
+                "error" if part.split == "train" else "warning",
+                "binary_read_as_ids",
+                f"The masks of {part.split} hold only 0 and 255, and are read as class numbers: {meaning}.",
+                remedy="If they mean background and object, "
+                + (
+                    "write `masks: binary` in classes.yaml."
+                    if part.masks.described
+                    else f"add {_BINARY} to the command line."
+                ),
+            )
+
+
+def _home_made_idd(splits: Sequence[Scanned], data_name: str) -> Iterator[Finding]:
+    part = splits[0]
+    of_idd = data_name.startswith("idd") or set(part.classes) >= _OF_IDD
+    if not of_idd or len(part.classes) != _IDD_CLASSES or part.masks.format != "ids":
+        return
+    values = set().union(*map(_values, splits))
+    if values and not values & {"0", "3"}:
+        yield home_made([record.mask for part in splits for record in part.records], data_name)
+
+
+def home_made(files: Sequence[str], data_name: str) -> Finding:
+    """Return the finding that a faulty conversion has removed road from IDD label maps.
+
+    It stops training, unless `data_name` is the option that repeats such a run on purpose.
+    """
+    return Finding(
+        "error",
+        "home_made_idd",
+        "No label map holds 0 (road) or 3 (rail track): these labels look home-made or remapped. In IDD 255 is void "
+        "(unlabelled, ego vehicle, out of the region), not road, and road is 0. A model trained on these labels never "
+        "predicts road; with 255 read as road, it learns void as road.",
+        tuple(files),
+        "Make the label maps again from the polygon files: mode=prepare data=idd.",
+        stops=data_name != "idd_home_made",
+    )
+
+
+def _values(part: Scanned) -> set[str]:
+    return set().union(*(record.raw for record in part.records))
+
+
+def _no_labels(part: Scanned) -> Iterator[Finding]:
+    if part.void and not part.counts.any():
+        yield Finding(
+            "warning" if part.split == "test" else "error",
+            "no_labels",
+            f"There is no labelled pixel in {part.split}: all are ignored ({part.ignore_index}).",
+            remedy="Check the ids that are ignored: data.ignore_index, data.reader.masks.ids.",
+        )
+
+
+def check_same_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    """Yield a finding of the images of two splits that are one file, or a copy of it.
+
+    A copy has the same name, the same length and the same mask of several classes. Training stops if nearly all of a
+    split are the other's very files; copies only log a warning.
+    """
+    for first, second in combinations(splits, 2):
+        both = same_files(first, second)
+        if not both:
+            continue
+        most = _NEARLY_ALL * min(len(first.records), len(second.records))
+        nearly_all = len(both) >= most
+        prefix = f"{first.split} and {second.split} are the same data: " if nearly_all else ""
+        yield Finding(
+            "error",
+            "same_files",
+            f"{prefix}{count_of(both, 'file')} of {count_of(second.records, 'image')} of {second.split} also in "
+            f"{first.split}. Scores of training images are meaningless.",
+            tuple(f"{one.image} = {two.image}" for one, two in both),
+            f"Give {second.split} separate images: other folders (data.reader.layout), other lists, or a share of one "
+            "folder (data.reader.partition.by=fraction).",
+            stops=sum(map(_is_one_file, both)) >= most,
+        )
+
+
+def same_files(first: Scanned, second: Scanned) -> list[tuple[Record, Record]]:
+    """Return the pairs of the second split that are also in the first, each preceded by its twin there."""
+    twins = {key: record for record in reversed(first.records) for key in _identity(record)}
+    both = []
+    for record in second.records:
+        twin = next((twins[key] for key in _identity(record) if key in twins), None)
+        both += [] if twin is None else [(twin, record)]
+    return both
+
+
+def _is_one_file(pair: tuple[Record, Record]) -> bool:
+    return os.path.realpath(pair[0].image) == os.path.realpath(pair[1].image)
+
+
+def _identity(record: Record) -> Iterator[tuple[str | int, ...]]:
+    yield (os.path.realpath(record.image),)
+    if record.mask_digest and len(record.pixels) > 1 and os.path.isfile(record.image):
+        yield record.name, record.mask_digest, os.path.getsize(record.image)
+
+
+def check_groups(splits: Sequence[Scanned], group: str | None) -> Iterator[Finding]:
+    """Yield findings about groups whose images are on two sides of the split.
+
+    Args:
+        splits: the splits to compare.
+        group: regular expression on the name; None: the first folder of the name is the group.
+
+    Raises:
+        UserError: it is no regular expression, or does not match a name.
+    """
+    group_of = regex_group(group) if group else _first_folder
+    sides = {part.split: _by_group(part, group_of) for part in splits}
+    local = {part.split for part in splits if part.split_local_names}
+    for (first, ours), (second, theirs) in combinations(sides.items(), 2):
+        if {first, second} & local:
+            continue
+        if both := sorted(ours.keys() & theirs.keys()):
+            rule = f"by data.group={group}" if group else "by the first folder of the name"
+            yield Finding(
+                "error",
+                "group_on_both_sides",
+                f"{count_of(both, 'video or drive', 'videos or drives')} ({rule}) both in {first} and in {second}: "
+                f"{join_names(both, 10)}. Frames of one are nearly the same, so the score is too high. Official splits "
+                "can have this (CamVid's has): then compare only with scores on the same split.",
+                tuple(file for name in both for file in (*ours[name], *theirs[name])),
+                "Put all frames of a video or drive into one split, as data.folds with data.group does. If the folders "
+                "are not videos or drives, define the groups: data.group=<regular expression on the name>.",
+                stops=False,
+            )
+
+
+def _by_group(part: Scanned, group: Callable[[str], str]) -> dict[str, list[str]]:
+    files = defaultdict(list)
+    for record in part.records:
+        if name := group(record.name):
+            files[name].append(record.image)
+    return files
+
+
+def _first_folder(name: str) -> str:
+    folder, slash, _ = name.partition("/")
+    return folder if slash else ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.scan.record import Record
+from dinoseg.data.scan.measure import Record
 
 SEVERITIES = ("error", "warning", "note")
 

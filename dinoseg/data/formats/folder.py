@@ -99,7 +99,7 @@ def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition
     images, unread = _find(folders[0], layout.image_suffix, layout, is_mask=False)
     masks, unread_masks = _find(folders[1], layout.mask_suffix, layout, is_mask=True)
     unread = {name: path for name, path in {**unread_masks, **unread}.items() if not (name in images and name in masks)}
-    by_name = {pair.name: pair for pair in pair_by_name(images, masks, folders, _REMEDY)}
+    by_name = pair_by_name(images, masks, folders, _REMEDY)
     by_name |= {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in unread.items()}
     if partition.by != "lists":
         return [by_name[name] for name in sorted(by_name)]

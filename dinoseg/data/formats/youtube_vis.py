@@ -13,9 +13,8 @@ from dinoseg.data.annotation.entry import polygons, size_of
 from dinoseg.data.clips.videos import VOID, FrameFiles, Video
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import is_name
+from dinoseg.utils.files import Stamp, is_name, stamp
 from dinoseg.utils.ranges import Count
-from dinoseg.utils.stamps import Stamp, stamp
 from dinoseg.utils.wording import count_of, format_json, format_value, has_surrogates, join_names
 
 FRAMES_PER_SECOND = 6  # every fifth frame of 30 per second

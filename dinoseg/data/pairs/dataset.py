@@ -7,8 +7,7 @@ import torch
 
 from dinoseg.core.shapes import Sample
 from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.mask_size import fit_mask
-from dinoseg.data.classes.masks import MaskReader, Masks
+from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
 from dinoseg.data.pairs.pair import Pair, fingerprint, image_hash
 from dinoseg.data.video.access import read_source
 

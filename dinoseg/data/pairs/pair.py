@@ -11,8 +11,7 @@ from dinoseg.data.annotation.drawing import Drawing, MaskSource, mask_file
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.video.access import ImageSource, VideoFrame, source_origin
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import check_regular
-from dinoseg.utils.stamps import Stamp, stamp
+from dinoseg.utils.files import Stamp, check_regular, stamp
 
 
 @dataclass(frozen=True)

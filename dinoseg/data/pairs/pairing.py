@@ -44,8 +44,8 @@ class Lacking:
 
 def pair_by_name(
     images: Mapping[str, Path], masks: Mapping[str, Path], folders: tuple[Path, Path], remedy: str
-) -> list[Pair | Lacking]:
-    """Return the pairs, and the images and masks without counterpart, in the order of their names.
+) -> dict[str, Pair | Lacking]:
+    """Return the pairs, and the images and masks without counterpart, by name.
 
     Args:
         images: name to file.
@@ -53,17 +53,26 @@ def pair_by_name(
         folders: folders of the images and of the masks.
         remedy: how to fix images or masks without counterpart.
     """
-    sides = ((images, masks, "mask", folders[1]), (masks, images, "image", folders[0]))
     by_name: dict[str, Pair | Lacking] = {name: Pair(name, images[name], masks[name]) for name in images.keys() & masks}
-    for files, others, other, folder in sides:
-        twins = {_composed(name): path for name, path in others.items() if name not in files}
-        for name in files.keys() - others.keys():
-            reason = f"{files[name]} has no {other} in {folder}."
-            if twin := twins.get(_composed(name)):
-                reason += f" {twin} only looks the same: one has accents as separate characters (Unicode "
-                reason += "NFD, as macOS writes them), the other does not (NFC). Rename one."
-            by_name[name] = Lacking(name, reason, remedy)
-    return [by_name[name] for name in sorted(by_name)]
+    if images.keys() != masks.keys():
+        reasons = {
+            **_explain_lacking(images, masks, "mask", folders[1]),
+            **_explain_lacking(masks, images, "image", folders[0]),
+        }
+        by_name |= {name: Lacking(name, reason, remedy) for name, reason in reasons.items()}
+    return by_name
+
+
+def _explain_lacking(files: Mapping[str, Path], others: Mapping[str, Path], kind: str, folder: Path) -> dict[str, str]:
+    """Return the reason of each name of files without counterpart; `kind` and `folder` are those of the others."""
+    twins = {_composed(name): path for name, path in others.items() if name not in files}
+    reasons = {}
+    for name in files.keys() - others.keys():
+        reasons[name] = f"{files[name]} has no {kind} in {folder}."
+        if twin := twins.get(_composed(name)):
+            reasons[name] += f" {twin} only looks the same: one has accents as separate characters (Unicode "
+            reasons[name] += "NFD, as macOS writes them), the other does not (NFC). Rename one."
+    return reasons
 
 
 def gathered(candidates: Iterable[Pair | Lacking], split: str, labels: Labels, masks: Masks) -> PairDataset:

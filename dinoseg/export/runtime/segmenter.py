@@ -27,8 +27,8 @@ from dinoseg.models.model import SegmentationModel, non_persistent_buffers, quan
 from dinoseg.training.checkpoint import find
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors, reword
+from dinoseg.utils.files import Stamp, stamp
 from dinoseg.utils.precision import compute_dtype
-from dinoseg.utils.stamps import Stamp, stamp
 from dinoseg.utils.wording import count_of, format_value
 
 _OF_A_CALL = {"export.delta=true": "delta=True", "export.gated=true": "gated=True"}  # command-line terms to arguments

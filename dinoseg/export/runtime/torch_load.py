@@ -18,8 +18,8 @@ from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.training import checkpoint
 from dinoseg.training.engine import choose_device
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import stamp
 from dinoseg.utils.precision import compute_dtype
-from dinoseg.utils.stamps import stamp
 
 _HELD = (None, "random")  # config values for weights that the checkpoint itself holds
 

@@ -163,7 +163,7 @@ class Probe:
         counts: Sequence[int],
         engine: Engine,
         readings: Readings,
-        grid: Grid = Grid(),  # noqa: B008 (frozen)
+        grid: Grid,
     ) -> None:
         self.model, self.data, self.engine, self.readings, self.grid = model.eval(), data, engine, readings, grid
         # MPS has no float64

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from dinoseg.core.shapes import FeatureBatch, FrozenFeatures, SegmentationData
 from dinoseg.core.sizes import Size
-from dinoseg.data.loader import load_in_order, sample_batches
+from dinoseg.data.loader import TrainViews, Transform, load_in_order, sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.scan.likeness import digest
-from dinoseg.data.train_views import TrainViews, Transform
+from dinoseg.data.scan.measure import digest
 from dinoseg.data.transforms import Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.inference.policy import Autocast

@@ -19,7 +19,12 @@ KEY_LENGTH = 32
 MAX_BYTES = 2**30  # maximum size of a sample's file
 
 _CHECKSUM = 4  # bytes, of everything after it
-_DTYPES: dict[Stored, torch.dtype] = {name: getattr(torch, name) for name in TYPES}
+_DTYPES: dict[Stored, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
 
 
 def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:

@@ -14,14 +14,12 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.data.clips.cut import Clips, Cut, open_clips
 from dinoseg.data.clips.foreground import foreground, no_masks
 from dinoseg.data.clips.videos import DecodedFrames, Video, chosen
-from dinoseg.data.clips.view import ClipView
-from dinoseg.data.doctor.checks.splits import check_groups
-from dinoseg.data.doctor.errors import scanned
+from dinoseg.data.clips.view import ClipView, clip_batches
+from dinoseg.data.doctor.errors import check_groups, scanned
 from dinoseg.data.formats.davis import Davis
 from dinoseg.data.formats.movi import Movi
 from dinoseg.data.formats.video_folder import VideoFolder
 from dinoseg.data.formats.youtube_vos import YoutubeVos
-from dinoseg.data.loader import clip_batches
 from dinoseg.data.splits import Partition
 from dinoseg.data.video.access import VideoFrame, read_frame
 from dinoseg.utils.errors import UserError
@@ -699,21 +697,21 @@ def test_files_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"length": 0}, r"cut\.length=0"),
-        ({"stride": 0}, r"cut\.stride=0"),
-        ({"length": 3, "step": -1}, r"cut\.step=-1"),
-        ({"fps": 0.0}, r"cut\.fps=0\.0"),
+        ({"length": 0}, r"length=0 is out of range"),
+        ({"stride": 0}, r"stride=0 is out of range"),
+        ({"length": 3, "step": -1}, r"step=-1 is out of range"),
+        ({"fps": 0.0}, r"fps=0.0 is out of range"),
         ({"fps": 5, "stride": 2}, "both set the frame rate"),
         ({"step": 4}, "no effect with length=null"),
         ({"short": "crop"}, r"short=crop is unknown"),
-        ({"per_video": 0}, r"per_video=0: give a number of clips"),
+        ({"per_video": 0}, r"per_video=0 is out of range"),
         ({"length": 2, "per_video": 2, "step": 1}, r"step=1 and per_video=2 both set"),
-        ({"fps": 8, "fps_tolerance": -1}, r"fps_tolerance=-1: give a share"),
+        ({"fps": 8, "fps_tolerance": -1}, r"fps_tolerance=-1 is out of range"),
     ],
 )
 def test_cuts_that_are_none(keys, message):
     with pytest.raises(UserError, match=message):
-        Cut(**keys)
+        instantiate({"_target_": "dinoseg.data.clips.cut.Cut", **keys})
 
 
 def test_only_the_clip_that_is_asked_for_is_read(tmp_path):

@@ -20,6 +20,7 @@ from dinoseg.data.doctor.suggestions import constant_class
 from dinoseg.data.formats.folder import FolderLayout
 from dinoseg.data.formats.idd_files import home_made_files
 from dinoseg.data.splits import Partition
+from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow  # scans a data set in each test
 
@@ -247,7 +248,8 @@ def test_a_drive_on_both_sides(root):
     }
     assert found(root, group=r"f\d+$").keys() == {"group_on_both_sides"}  # f0 to f3 are in both
     assert found(root, group=r"^.*$") == {}
-    assert found(root, group="^nothing").keys() == {"group_unknown"}
+    with pytest.raises(UserError, match=r"data\.group=\^nothing does not match the name"):
+        found(root, group="^nothing")
 
 
 def test_names_without_folder_are_no_groups(tmp_path):

@@ -174,6 +174,6 @@ def test_a_grid_without_a_point_is_refused():
         Grid(strengths=())
     model = SegmentationModel(tiny_vit((1,)), LinearHead(24, 1, 4))
     with pytest.raises(UserError, match="No pixel of the training masks is labelled"):
-        Probe(model, RandomOrder(2), [0] * 4, engine(), {"1": [0]})
+        Probe(model, RandomOrder(2), [0] * 4, engine(), {"1": [0]}, Grid())
     with pytest.raises(UserError, match="balances=\\[0.0, 5000.0\\]: the weight of the rarest class"):
         Probe(model, RandomOrder(2), [9, 90, 9, 0], engine(), {"1": [0]}, Grid(balances=(0.0, 5000.0)))

@@ -14,9 +14,9 @@ import dinoseg
 from dinoseg.core.shapes import FrozenFeatures
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
+from dinoseg.data.loader import TrainViews
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.train_views import TrainViews
 from dinoseg.data.transforms import Augment
 from dinoseg.training.feature_cache import cache
 from dinoseg.training.feature_cache.cache import CachedMasks, FeatureCache, View

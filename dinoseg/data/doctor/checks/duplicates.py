@@ -7,9 +7,9 @@ from itertools import combinations
 
 import numpy as np
 
-from dinoseg.data.doctor.checks.splits import same_files
+from dinoseg.data.doctor.errors import same_files
 from dinoseg.data.doctor.findings import Finding, Scanned
-from dinoseg.data.scan.record import Record
+from dinoseg.data.scan.measure import Record
 from dinoseg.utils.wording import count_of
 
 _ROWS = 64  # hashes compared with all others at once

@@ -14,7 +14,7 @@ from dinoseg.data.classes.mask_advice import (
     for_instances,
 )
 from dinoseg.data.doctor.findings import Finding, Scanned
-from dinoseg.data.scan.record import Record
+from dinoseg.data.scan.measure import Record
 from dinoseg.utils.images import IMAGE_SUFFIXES, is_turned
 from dinoseg.utils.wording import join_names
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from dinoseg.data.doctor.findings import Finding, Scanned
-from dinoseg.data.scan.likeness import SMALL
-from dinoseg.data.scan.record import Record
+from dinoseg.data.scan.measure import SMALL, Record
 from dinoseg.utils.wording import count_of
 
 _ROWS = 512  # images compared at once
