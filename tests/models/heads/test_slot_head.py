@@ -209,7 +209,7 @@ def test_channels_of_half_precision_are_counted_in_float32():
 
 def test_a_single_cell_has_no_variance_to_train_on():
     head, cell = made(standardise=True, num_slots=1, predictor="none"), clip(1, (1, 1), 1)
-    with pytest.raises(UserError, match="standardise=true computes mean and variance over the cells of a batch"):
+    with pytest.raises(UserError, match="standardise=true .*computes mean and variance over the cells of a batch"):
         head.train().follow(cell)
     assert head.standardiser.running_var.isfinite().all() and head.eval().follow(cell).slots.isfinite().all()
 
@@ -314,7 +314,7 @@ def test_similarity_comes_when_asked_for_the_grid_it_knows():
     assert outputs.similarity.shape == (2, 3, 12, 3, 4)
     expected = head.decoder(outputs.slots[:, 1], (3, 4), similarity=True).similarity
     torch.testing.assert_close(outputs.similarity[:, 1], expected)
-    with pytest.raises(UserError, match=r"similarity=true predicts 3 x 4 .* have 5 x 4\."):
+    with pytest.raises(UserError, match=r"similarity=true .*predicts 3 x 4 .* have 5 x 4\."):
         head.follow(clip(grid=(5, 4)))
     image = clip(1, (5, 4))
     assert head.eval().follow(image).similarity is None  # an image has no next frame

@@ -164,8 +164,8 @@ class SlotAttention(nn.Module):
         if self.learned_slots is not None:
             if sum(sizes) != self.learned_slots.shape[1]:
                 raise UserError(
-                    f"slot_init=learned has {self.learned_slots.shape[1]} slots with one parameter each, but "
-                    f"{sum(sizes)} slots are needed. Set slots=free, or train with slot_init=gaussian, which "
+                    f"slot_init=learned of the slot head has {self.learned_slots.shape[1]} slots with one parameter "
+                    f"each, but {sum(sizes)} slots are needed. Set slots=free, or train with slot_init=gaussian, which "
                     "supports any number of slots."
                 )
             return self.learned_slots.expand(batch, -1, -1)
@@ -259,7 +259,7 @@ def check_enough_cells(num_slots: int, grid: tuple[int, int]) -> None:
     cells = grid[0] * grid[1]
     if num_slots > cells:
         raise UserError(
-            f"num_slots={num_slots} exceeds the {grid[0]} x {grid[1]} = {cells} cells of a frame. Set "
+            f"num_slots={num_slots} of the slot head exceeds the {grid[0]} x {grid[1]} = {cells} cells of a frame. Set "
             f"num_slots={cells} or fewer, or enlarge the frames."
         )
 
@@ -285,8 +285,8 @@ class Standardiser(nn.BatchNorm2d):
             return super().forward(features)
         if features.numel() == self.num_features:
             raise UserError(
-                "standardise=true computes mean and variance over the cells of a batch, but this batch has a "
-                "single cell. Give larger batches or crops, or set standardise=false."
+                "standardise=true of the slot head computes mean and variance over the cells of a batch, but this "
+                "batch has a single cell. Give larger batches or crops, or set standardise=false."
             )
         mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
         assert mean is not None and variance is not None and count is not None  # running stats are enabled

@@ -408,8 +408,8 @@ def count_source_frames(frames: int, steps: Sequence[int], *, training: bool, tr
     num_sources = frames - max(steps)
     if num_sources == 1 and training and trains_predictor:
         raise UserError(
-            f"predictor=savi or transformer learns from pairs of frames, but clips of {frames} frames have none "
-            f"(steps={steps}). Give clips of {max(steps) + 2} frames or more; or, for single frames, set "
+            f"predictor=savi or transformer of the slot head learns from pairs of frames, but clips of {frames} frames "
+            f"have none (steps={steps}). Give clips of {max(steps) + 2} frames or more; or, for single frames, set "
             "predictor=none."
         )
     if num_sources >= 1:
@@ -417,7 +417,7 @@ def count_source_frames(frames: int, steps: Sequence[int], *, training: bool, tr
     if frames == 1 and not training:
         return 1
     raise UserError(
-        f"steps={steps} reconstructs up to {max(steps)} frames ahead, but clips have {frames}. Give "
+        f"steps={steps} of the slot head reconstructs up to {max(steps)} frames ahead, but clips have {frames}. Give "
         f"clips of {max(steps) + 1} frames or more, or lower steps."
     )
 
@@ -448,7 +448,7 @@ def check_similar_cells(grid: tuple[int, int], trained_grid: tuple[int, int]) ->
     """Refuse a grid other than the one the similarity is predicted over."""
     if grid != trained_grid:
         raise UserError(
-            f"similarity=true predicts {trained_grid[0]} x {trained_grid[1]} cells (positions_grid), but "
-            f"these frames have {grid[0]} x {grid[1]}. Give crops of positions_grid times the backbone's patch "
+            f"similarity=true of the slot head predicts {trained_grid[0]} x {trained_grid[1]} cells (positions_grid), "
+            f"but these frames have {grid[0]} x {grid[1]}. Give crops of positions_grid times the backbone's patch "
             f"size, or set positions_grid=[{grid[0]},{grid[1]}] and train again."
         )
