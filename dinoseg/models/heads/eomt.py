@@ -104,8 +104,8 @@ class EomtHead(Head[MaskOutputs]):
         if not is_in_steps(self.windows[-1]) or last <= steps:
             return None
         return (
-            f"anneal removes attention masks until step {last}, but the training has {steps} steps. Evaluation "
-            "uses no masks, so scores will be low. Scale anneal to the training, or set anneal=even."
+            f"The head's anneal removes attention masks until step {last}, but the training has {steps} steps. "
+            "Evaluation uses no masks, so scores will be low. Scale anneal to the training, or set it to even."
         )
 
     def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:

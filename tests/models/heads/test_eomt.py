@@ -106,7 +106,7 @@ def test_steps_after_the_end_of_the_training_are_reported():
     _, head = pair(anneal=[[0, 30], [30, 60]])
     assert head.length_warning(60) is None and pair()[1].length_warning(1) is None
     message = head.length_warning(59)
-    assert message.startswith("anneal removes attention masks until step 60, but the training has 59 steps.")
+    assert message.startswith("The head's anneal removes attention masks until step 60, but the training has 59 steps.")
 
 
 @pytest.mark.parametrize(
