@@ -169,6 +169,6 @@ def _first(scores: Tensor, height: int, width: int) -> Tensor:
 def _check_patch_size(patch_size: int) -> None:
     if patch_size % _FINEST:
         raise UserError(
-            f"patch_size={patch_size} is not a multiple of {_FINEST} px, the output stride of the head detail. Choose a "
+            f"patch_size={patch_size} is not a multiple of {_FINEST} px, the output stride of this head. Choose a "
             "backbone with an even patch size, or the head mlp."
         )
