@@ -144,7 +144,7 @@ def test_last_blocks_trains_them_and_the_norm_and_builds_no_graph_before(tiny_ba
 @pytest.mark.parametrize("blocks", [0, 3, -1])
 @pytest.mark.parametrize("adapter", [LastBlocks, lambda blocks: Lora(rank=1, alpha=1, blocks=blocks)])
 def test_more_blocks_than_there_are(tiny_backbone, adapter, blocks):
-    with pytest.raises(UserError, match=f"adapter.blocks={blocks}: this backbone reads 2 blocks; give 1 to 2"):
+    with pytest.raises(UserError, match=f"^blocks={blocks}(:| is).* 1"):
         adapter(blocks)(tiny_backbone())
 
 
@@ -199,23 +199,20 @@ def test_checkpointing_with_lora_changes_no_gradient(tiny_backbone):
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_lora_rank_must_be_positive(rank):
-    with pytest.raises(UserError, match=f"adapter.rank={rank}: LoRA needs a rank of at least 1"):
+    with pytest.raises(UserError, match=f"^rank={rank} .*at least 1"):
         Lora(rank=rank, alpha=1)
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Lora(rank=1, alpha=1, dropout=1.0), "adapter.dropout=1.0"),
-        (
-            lambda: Lora(rank=1, alpha=1, targets="(q"),
-            "adapter.targets=.q is not a regular expression",
-        ),
-        (lambda: Lora(rank=1, alpha=1, bits=3), "adapter.bits=3: give 4, 8, or null"),
-        (lambda: Frozen(bits=4, device="mps"), "bitsandbytes does not work on the device mps.*engine.device=cpu"),
-        (lambda: Full(bits=4), "adapter=full with adapter.bits=4.*cannot be trained.*adapter=qlora"),
-        (lambda: Lora(rank=1, alpha=1, dora=True, bits=4, device="cpu"), "adapter.dora=true with adapter.bits=4"),
-        (lambda: LastBlocks(1, bits=8), "adapter=last_blocks with adapter.bits=8"),
+        (lambda: Lora(rank=1, alpha=1, dropout=1.0), "^dropout=1.0"),
+        (lambda: Lora(rank=1, alpha=1, targets="(q"), "^targets=.q is not a regular expression"),
+        (lambda: Lora(rank=1, alpha=1, bits=3), "^bits=3: give 4, 8, or null"),
+        (lambda: Frozen(bits=4, device="mps"), "bitsandbytes does not work on the device mps.*device=cpu"),
+        (lambda: Full(bits=4), "^bits=4 with the adapter full.*cannot be trained.*qlora"),
+        (lambda: Lora(rank=1, alpha=1, dora=True, bits=4, device="cpu"), "^dora=true with bits=4"),
+        (lambda: LastBlocks(1, bits=8), "^bits=8 with the adapter last_blocks"),
     ],
 )
 def test_refused_before_there_is_a_backbone(build, message):
@@ -224,9 +221,7 @@ def test_refused_before_there_is_a_backbone(build, message):
 
 
 def test_targets_that_match_nothing_name_the_layers_there_are(tiny_backbone):
-    with pytest.raises(
-        UserError, match="adapter.targets=mixer matches no linear.*attention, all_linear.*k_proj, o_proj"
-    ):
+    with pytest.raises(UserError, match="^targets=mixer matches no linear.*attention, all_linear.*k_proj, o_proj"):
         Lora(rank=1, alpha=1, targets="mixer")(tiny_backbone())
 
 
@@ -243,7 +238,7 @@ def test_layers_whose_weight_is_used_past_them_are_refused_or_left_whole():
 def test_blocks_without_linear_layers():
     module = nn.Module()
     module.blocks = nn.ModuleList([nn.Conv2d(1, 1, 1)])
-    with pytest.raises(UserError, match="no linear layers.*adapter=last_blocks or adapter=full"):
+    with pytest.raises(UserError, match="no linear layers.*last_blocks or full"):
         Lora(rank=1, alpha=1)(module)
 
 

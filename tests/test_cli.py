@@ -276,7 +276,7 @@ def test_a_mistake_while_training_is_one_message(place, arguments, parts):
         (["optim.optimizer.lr=fast"], ["lr=fast is of type str", "Give a number"]),
         (["optim.optimizer.betas=[0.9]"], ["betas=[0.9]", "two numbers"]),
         (["data.classes=dark"], ["classes=dark is of type str", "list of texts"]),
-        (["data.classes=null"], ["data.classes=null is of type NoneType"]),
+        (["data.classes=null"], ["data.classes=null is not a list"]),
         (["resolution.crop=wide"], ["resolution.crop=wide is of type str"]),
         (["resolution.crop=[0,1]"], ["crop=[0, 1]", "at least 1"]),
         (["engine.workers=two"], ["engine.workers=two is unknown", "Choose auto"]),

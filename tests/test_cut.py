@@ -141,7 +141,7 @@ def test_details_go_on_from_maps_and_bytes(name, adapter):
     torch.testing.assert_close(live, kept, atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize(("adapter", "told"), [(Full(), "first trained block"), (Lora(2, 4), "adapter.blocks=4")])
+@pytest.mark.parametrize(("adapter", "told"), [(Full(), "first trained block"), (Lora(2, 4), "blocks=4")])
 def test_a_backbone_trained_from_its_first_block_on_is_refused(adapter, told):
     with pytest.raises(UserError, match=told):
         model_of(adapter(deep_vit())).frozen(torch.zeros(1, 3, 16, 16))

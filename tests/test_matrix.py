@@ -58,7 +58,7 @@ def refusal(backbone, adapter, head):
     if backbone in PYRAMIDS and adapter == "lora_8bit":
         return "adapter.bits=8.*layers of a pyramid take feature maps"
     if head == "eomt" and (backbone in PYRAMIDS or backbone == "timm_vit"):
-        return "head=eomt needs a backbone whose blocks take queries"
+        return "EoMT needs a backbone whose blocks take queries"
     if head == "mask2former" and backbone in PYRAMIDS:
         return "this Mask2Former head builds its own pyramid.*Choose a vision transformer"
     return None

@@ -267,7 +267,7 @@ def test_sizes_and_lengths_that_do_not_suit_are_reported(tmp_path):
     assert done.status == 0, done.err
     text = " ".join(done.err.split())
     assert "data.augment.relative_to=short trains on resized images, but validation and inference do not" in text
-    assert "head.anneal removes attention masks until step 30, but the training has 2 steps" in text
+    assert "The head's anneal removes attention masks until step 30, but the training has 2 steps" in text
     resized = ["inference=windows", "inference.size=48", "inference.shortest=48", "head.anneal=even"]
     done = call(tmp_path, "mode=train", *words, *resized, "loss.criterion.num_points=40")
     assert done.status == 0 and "relative_to" not in done.err and "removes" not in done.err

@@ -1,14 +1,14 @@
 """Validation of config nodes against the signatures of their targets: known keys, types and ranges."""
 
-import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+import pkgutil
+from collections.abc import Mapping
 from typing import Any
 
-from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import LIST, bare, check_value, describe_type, is_part, matches
+from dinoseg.utils.errors import UserError, name_parameters
+from dinoseg.utils.ranges import check_value
 
-TRUSTED = ("dinoseg", "torch.nn", "torch.optim")  # packages whose targets are imported and inspected
+TRUSTED = ("dinoseg.", "torch.nn.", "torch.optim.")  # packages whose targets are imported and inspected
 
 
 def check_arguments(target: str, arguments: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
@@ -22,7 +22,10 @@ def check_arguments(target: str, arguments: Mapping[str, Any], names: Mapping[st
     Raises:
         UserError: naming the key and what the target takes.
     """
-    part = _locate(target) if _below(target, TRUSTED) else None
+    try:
+        part = pkgutil.resolve_name(target) if target.startswith(TRUSTED) else None
+    except (ImportError, AttributeError, ValueError):  # hydra's own error names the module that is missing
+        part = None
     if part is None:
         return
     parameters = inspect.signature(part).parameters
@@ -33,58 +36,7 @@ def check_arguments(target: str, arguments: Mapping[str, Any], names: Mapping[st
             f"{target} does not take {', '.join(unknown)}. It takes: {', '.join(name for name in parameters)}. "
             f"Check the key's spelling."
         )
-    for key, value in arguments.items():
-        if key in parameters:
-            _check_value((names or {}).get(key, key), value, parameters[key].annotation)
-
-
-def checked(target: str, node: Mapping[str, Any], keys: Mapping[str, str], where: str) -> dict[str, Any]:
-    """Return config values by the parameter names of a target, validated against its signature.
-
-    Args:
-        target: full name of the callable that takes them.
-        node: mapping that holds the values.
-        keys: from keys of the node to parameter names.
-        where: full key of the node, for messages.
-
-    Raises:
-        UserError: the target does not take a value.
-    """
-    given = {name: node[key] for key, name in keys.items()}
-    check_arguments(target, given, {name: f"{where}.{key}" for key, name in keys.items()})
-    return given
-
-
-def _check_value(key: str, value: Any, annotation: Any) -> None:
-    check_value(key, value, annotation, None if matches(value, annotation) else _remedy(key, value, annotation))
-
-
-def _remedy(key: str, value: Any, annotation: Any) -> str:
-    """Return what to write instead of a value of another type, on the command line or in a YAML file."""
-    if is_part(bare(annotation)):
-        return f"It is a group of keys: set one of them, as {key}.KEY=VALUE."
-    remedy = f"Give {describe_type(annotation)}."
-    if not isinstance(value, LIST) and matches([value], annotation):
-        remedy += f" A list is written in brackets: {key}=[{value}]."
-    elif isinstance(value, bool) and matches("off", annotation):
-        remedy += ' In a YAML file, off, on, yes and no mean false and true: write such a word in quotes ("off").'
-    return remedy
-
-
-def _below(path: str, roots: Iterable[str]) -> bool:
-    return any(path == root or path.startswith(f"{root}.") for root in roots)
-
-
-def _locate(path: str) -> Any:
-    """Return the object at a dotted path; import modules only below the trusted packages."""
-    names = path.split(".")
-    part: Any = importlib.import_module(names[0])
-    for end, name in enumerate(names[1:], start=2):
-        # a submodule is no attribute of its package before it is imported
-        if inspect.ismodule(part) and name not in vars(part) and _below(part.__name__, TRUSTED):
-            try:
-                importlib.import_module(".".join(names[:end]))
-            except ImportError:
-                return None
-        part = getattr(part, name, None)
-    return part
+    with name_parameters(names or {}):
+        for key, value in arguments.items():
+            if key in parameters:
+                check_value(key, value, parameters[key].annotation)

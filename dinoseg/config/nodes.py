@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.checks import check_arguments
+from dinoseg.config.plain import Steps, below, texts_of
 from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.wording import format_value
 
@@ -43,35 +44,36 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
         raise UserError(f"{where or format_value(str(node))} has no `_target_`, which this config node needs. Set it.")
     keys = argument_keys(node)
     values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
-    unset = next(_unset(values, where), None)
+    unset = next((steps for steps, value in below(values, ()) if value == "???"), None)
     if unset:
-        raise UserError(not_set(unset))
+        raise UserError(not_set(_full_key(node, unset)))
     # hydra would resolve the text again, and so run it
-    pointer = next((text for text in _texts(values) if "${" in text), None)
+    pointer = next((text for text in texts_of(values) if "${" in text), None)
     if pointer is not None:
         raise UserError(f"{pointer} is still an interpolation after it is resolved. Choose a value without ${{.")
-    for target, arguments, names in _targets(values, node, where):
-        check_arguments(target, arguments, names)
+    for steps, table in below(values, ()):
+        if isinstance(table, Mapping) and "_target_" in table:
+            arguments = {key: value for key, value in table.items() if not str(key).startswith("_")}
+            names = {key: _full_key(node, (*steps, key)) for key in arguments}
+            check_arguments(table["_target_"], arguments, names)
     with name_parameters(keys):
         part = _call_target(values, where)
-    return Factory(part.func, *part.args, **part.keywords).naming(keys) if isinstance(part, partial) else part
+    if not isinstance(part, partial):
+        return part
+    factory = Factory(part.func, *part.args, **part.keywords)
+    factory.keys = keys
+    return factory
 
 
 def argument_keys(node: Any) -> dict[str, str]:
     """Return the full key that sets each argument of a config node."""
-    where = node._get_full_key(None) if OmegaConf.is_config(node) else ""
-    return {str(key): _typed_at(node, key, where)[1] for key in node if not str(key).startswith("_")}
+    return {str(key): _full_key(node, (key,)) for key in node if not str(key).startswith("_")}
 
 
 class Factory(partial[Any]):
     """Callable of a `_partial_` node, whose errors name config keys instead of parameters."""
 
-    keys: Mapping[str, str]
-
-    def naming(self, keys: Mapping[str, str]) -> "Factory":
-        """Set the full key of each parameter, and return the factory."""
-        self.keys = keys
-        return self
+    keys: Mapping[str, str]  # parameters to the full keys that set them
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call the target with the node's values and further arguments."""
@@ -92,28 +94,17 @@ def _call_target(values: Mapping[str, Any], where: str) -> Any:
         raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
 
 
-def _targets(values: Any, node: Any, where: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
-    """Yield every `_target_` at or below a node with its arguments and the full key of each argument."""
-    items: Any = values.items() if isinstance(values, Mapping) else enumerate(values)
-    below = {key: (value, *_typed_at(node, key, where)) for key, value in items}
-    if isinstance(values, Mapping) and isinstance(values.get("_target_"), str):
-        arguments = {key: value for key, value in values.items() if not str(key).startswith("_")}
-        yield values["_target_"], arguments, {key: below[key][2] for key in arguments}
-    for value, inner, name in below.values():
-        if isinstance(value, Mapping | list):
-            yield from _targets(value, inner, name)
-
-
-def _typed_at(node: Any, key: Any, where: str) -> tuple[Any, str]:
-    """Return the node below a key, and the full key that sets its value; for an interpolation, the key it points to."""
-    name = f"{where}.{key}".lstrip(".")
-    has_more = OmegaConf.is_list(node) and key >= len(node)  # a longer list has replaced the node's
-    inner = node._get_node(key) if OmegaConf.is_config(node) and not has_more else None
-    if inner is None:
-        return None, name
-    if inner._is_interpolation():
-        inner = inner._maybe_dereference_node()
-    return inner, (inner is not None and inner._get_full_key(None)) or name
+def _full_key(node: Any, steps: Steps) -> str:
+    """Return the full key that sets the value at `steps` below a node; for an interpolation, the key it points to."""
+    name = node._get_full_key(None) if OmegaConf.is_config(node) else ""
+    for step in steps:
+        name = f"{name}.{step}".lstrip(".")
+        has_more = OmegaConf.is_list(node) and step >= len(node)  # a longer list has replaced the node's
+        node = node._get_node(step) if OmegaConf.is_config(node) and not has_more else None
+        if node is not None and node._is_interpolation():
+            node = node._maybe_dereference_node()
+        name = (node is not None and node._get_full_key(None)) or name
+    return name
 
 
 def expect_type(contract: type[Part], part: object, key: str) -> Part:
@@ -154,19 +145,3 @@ def _explain_unset(node: Any, key: str) -> str:
 def not_set(key: str) -> str:
     """Return the error message for a key without a value."""
     return f"{key} is not set. Set it on the command line: {key}=VALUE."
-
-
-def _unset(values: Any, where: str) -> Iterator[str]:
-    """Yield the full keys of values that are still `???`."""
-    if values == "???":
-        yield where
-    items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in items:
-        yield from _unset(value, f"{where}.{key}".lstrip("."))
-
-
-def _texts(values: Any) -> Iterator[str]:
-    if isinstance(values, str):
-        yield values
-    for value in values.values() if isinstance(values, Mapping) else values if isinstance(values, list) else ():
-        yield from _texts(value)

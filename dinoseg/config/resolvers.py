@@ -69,7 +69,8 @@ def added_resolvers() -> Iterator[None]:
 
 def _length(values: Any) -> int:
     if not isinstance(values, Sequence):
-        raise _Unmet(f"{values} is not a list. Write it in brackets: data.classes=[background, leaf].")
+        given = "null" if values is None else values
+        raise _Unmet(f"data.classes={given} is not a list. Write it in brackets: data.classes=[background, leaf].")
     return len(values)
 
 

@@ -25,6 +25,10 @@ from dinoseg.utils.ranges import Count, Positive
 from dinoseg.utils.wording import join_names
 
 SPLITS = ("train", "val", "test")
+# parts that a training builds once its data are open, with keys beside their own
+_BUILT_LATE = {"adapter": ("lr",), "head": ("layers", "lr")} | dict.fromkeys(
+    ("loss.criterion", "optim.optimizer", "optim.schedule", "trainer.loop"), ()
+)
 _CUSTOM_CHECK = {"_target_": "dinoseg.data.custom.check_custom_dataset", "_partial_": True}
 
 
@@ -123,6 +127,11 @@ class Builder(ModelBuilder):
             else:
                 OmegaConf.update(new, key, value)
         return type(self)(new)
+
+    def check_values(self) -> None:
+        """Refuse wrong values of the parts that a training builds only once its data are listed and packed."""
+        for key, others in _BUILT_LATE.items():
+            instantiate(self.value(key), without=others)
 
     def task(self) -> Any:
         """Return the training task that `trainer.task` names (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.

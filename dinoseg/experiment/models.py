@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.checks import check_arguments
-from dinoseg.config.nodes import expect_type, instantiate, not_set
+from dinoseg.config.nodes import argument_keys, expect_type, instantiate, not_set
 from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.contracts import Backbone, Head
@@ -21,7 +21,7 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.models.no_init import NoInit
 from dinoseg.training import loading
 from dinoseg.training.engine import Engine
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.tensor_files import check_file
 
 
@@ -197,7 +197,8 @@ class ModelBuilder:
         bare = expect_type(Backbone, instantiate(self._cfg.backbone, instead=instead), "backbone")
         if next(bare.parameters(), None) is None and not isinstance(adapter, Frozen):
             raise UserError("This backbone, such as backbone=rgb, has no parameters to train. Choose adapter=frozen.")
-        return adapter(bare)
+        with name_parameters(argument_keys(self._cfg.adapter)):
+            return adapter(bare)
 
     def _segmenter(self, adapted: Backbone, *, untrained: bool = False) -> SegmentationModel:
         """Return a segmenter of a backbone and a new head."""
@@ -211,7 +212,8 @@ class ModelBuilder:
         head = expect_type(Head, make(**runtime_arguments), "head")
         sizes = self.arguments(SegmentationModel, {"scale": "resolution.scale", "longest": "resolution.longest"})
         self._check_crop(adapted.patch_size)
-        return SegmentationModel(adapted, head, **sizes)
+        with name_parameters(argument_keys(self._cfg.head)):
+            return SegmentationModel(adapted, head, **sizes)
 
     def _check_crop(self, patch_size: int) -> None:
         resolution = self.settings("resolution")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, check_annotations
+from dinoseg.utils.ranges import AT_LEAST_1, whole_number
 
 SCORES = ("accuracy", "dice", "mean_accuracy", "miou")  # of `ConfusionMatrix.compute` for any classes
 _AT_ONCE = 2**18  # pixels per chunk
@@ -33,9 +33,9 @@ class ConfusionMatrix:
         1.0
     """
 
-    @check_annotations
-    def __init__(self, num_classes: Count, ignore_index: int = 255, background: int | None = None) -> None:
-        self.num_classes = num_classes
+    def __init__(self, num_classes: int, ignore_index: int = 255, background: int | None = None) -> None:
+        # not by annotations: every logged step of a training makes one
+        self.num_classes = whole_number(num_classes, "num_classes", AT_LEAST_1)
         self.ignore_index = ignore_index
         self.background = background
         self.counts = torch.zeros(num_classes**2 + 3, dtype=torch.int64)

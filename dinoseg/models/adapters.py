@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinoseg.core.contracts import Backbone
 from dinoseg.utils.bounded_regex import Pattern
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, LowShare
+from dinoseg.utils.ranges import Count, LowShare, check_annotations
 
 TARGETS = {"attention": r"\.(attention|attn)\.", "all_linear": ""}
 
@@ -25,7 +25,7 @@ class Frozen:
 
     Args:
         bits: 4 or 8 to quantise the linear layers of the blocks to this many bits, or None.
-        device: target device of the model, as `engine.device`.
+        device: target device of the model, such as auto, cpu or cuda.
 
     Raises:
         UserError: `bits` is not supported on this device.
@@ -107,13 +107,14 @@ class Lora:
         blocks: adapt only this many last blocks; earlier blocks then store no activations. None: all blocks.
         bits: 4 (NF4, double quantisation, bfloat16 compute: QLoRA, Dettmers et al., arXiv 2305.14314) or 8 to
             quantise the frozen linear layers to this many bits, or None.
-        device: target device of the model, as `engine.device`.
+        device: target device of the model, such as auto, cpu or cuda.
 
     Raises:
         UserError: rank below 1, dropout outside [0, 1), targets without a match, more blocks than the backbone has,
             or unsupported bits.
     """
 
+    @check_annotations
     def __init__(
         self,
         rank: Count,
@@ -127,15 +128,11 @@ class Lora:
         bits: int | None = None,
         device: str = "auto",
     ) -> None:
-        if rank < 1:
-            raise UserError(f"adapter.rank={rank}: LoRA needs a rank of at least 1; adapter=frozen trains no adapter.")
-        if not 0 <= dropout < 1:
-            raise UserError(f"adapter.dropout={dropout}: give a probability of at least 0 and below 1.")
-        self.pattern = Pattern(TARGETS.get(targets, targets), "adapter.targets")
+        self.pattern = Pattern(TARGETS.get(targets, targets), "targets")
         if dora and bits is not None:
             raise UserError(
-                f"adapter.dora=true with adapter.bits={bits}: DoRA starts from the norms of unquantised weights. "
-                "Choose adapter.dora=false, or adapter=lora."
+                f"dora=true with bits={bits}: DoRA starts from the norms of unquantised weights. "
+                "Choose dora=false, or leave bits out."
             )
         check_bits(bits, device)
         self.bits, self.blocks, self.targets = bits, blocks, targets
@@ -151,21 +148,21 @@ class Lora:
         linear = [name for name, part in backbone.named_modules() if isinstance(part, nn.Linear) and part in inside]
         if not linear:
             raise UserError(
-                "adapter=lora: the blocks of this backbone have no linear layers, which LoRA updates. Choose "
-                "adapter=last_blocks or adapter=full."
+                "The blocks of this backbone have no linear layers, which LoRA updates. Choose the adapter last_blocks "
+                "or full."
             )
         names = [name for name in linear if self.pattern.search(f".{name}.")]
         passed_over = sorted(set(names) & backbone.uncalled_linears)
         if passed_over:
             raise UserError(
-                f"adapter.targets={self.targets}: this backbone uses the weight of {passed_over[0]} directly "
+                f"targets={self.targets}: this backbone uses the weight of {passed_over[0]} directly "
                 f"({len(passed_over)} such layers), so LoRA has no effect there. Choose an expression for its other "
-                "layers, such as adapter.targets=proj, or adapter=last_blocks."
+                "layers, such as targets=proj, or the adapter last_blocks."
             )
         if not names:
             kinds = sorted({name.rpartition(".")[2] for name in linear})
             raise UserError(
-                f"adapter.targets={self.targets} matches no linear layer of this backbone. Choose {', '.join(TARGETS)} "
+                f"targets={self.targets} matches no linear layer of this backbone. Choose {', '.join(TARGETS)} "
                 f"or an expression that matches one of its layers: {', '.join(kinds)}."
             )
         backbone.requires_grad_(False)
@@ -195,7 +192,7 @@ def last_blocks(backbone: Backbone, count: int) -> list[nn.Module]:
     """
     blocks = list(backbone.blocks)
     if not 1 <= count <= len(blocks):
-        raise UserError(f"adapter.blocks={count}: this backbone reads {len(blocks)} blocks; give 1 to {len(blocks)}.")
+        raise UserError(f"blocks={count}: this backbone reads {len(blocks)} blocks; give 1 to {len(blocks)}.")
     return blocks[-count:]
 
 
@@ -257,17 +254,17 @@ def check_bits(bits: int | None, device: str) -> None:
     if bits is None:
         return
     if bits not in (4, 8):
-        raise UserError(f"adapter.bits={bits}: give 4, 8, or null for none.")
+        raise UserError(f"bits={bits}: give 4, 8, or null for none.")
     if find_spec("bitsandbytes") is None:
         raise UserError(
-            f"adapter.bits={bits} needs bitsandbytes, which is not installed: in your clone of dinoseg, pip install "
-            f"'.[quantised]', or choose adapter=lora."
+            f"bits={bits} needs bitsandbytes, which is not installed: in your clone of dinoseg, pip install "
+            f"'.[quantised]', or leave bits out."
         )
     mps = device == "auto" and not torch.cuda.is_available() and torch.backends.mps.is_available()
     if mps or device.split(":")[0] not in ("auto", "cpu", "cuda"):
         raise UserError(
-            f"adapter.bits={bits}: bitsandbytes does not work on the device {'mps' if mps else device}, only on cuda "
-            f"and cpu. Choose adapter=lora, or engine.device=cpu."
+            f"bits={bits}: bitsandbytes does not work on the device {'mps' if mps else device}, only on cuda "
+            f"and cpu. Leave bits out, or set device=cpu."
         )
 
 
@@ -279,8 +276,8 @@ def quantise(backbone: Backbone, bits: int) -> None:
     """
     if bits == 8 and backbone.is_pyramid:
         raise UserError(
-            "adapter.bits=8: bitsandbytes multiplies rows of tokens in 8 bits, but layers of a pyramid take feature "
-            "maps. Choose adapter.bits=4, adapter=lora_all, or a vision transformer."
+            "bits=8: bitsandbytes multiplies rows of tokens in 8 bits, but layers of a pyramid take feature "
+            "maps. Choose bits=4, leave bits out, or take a vision transformer."
         )
     uncalled = {backbone.get_submodule(name) for name in backbone.uncalled_linears}
     for block in backbone.blocks:
@@ -319,14 +316,14 @@ def _quiet() -> None:
 def _refuse_half(backbone: nn.Module, name: str) -> None:
     if any(parameter.dtype != torch.float32 for parameter in backbone.parameters()):
         raise UserError(
-            f"adapter={name} with backbone.dtype=bfloat16: small updates would be rounded away. Set "
-            "backbone.dtype=float32 (engine.precision=bf16 still computes in bfloat16), or choose adapter=lora."
+            f"The adapter {name} trains weights of the backbone, and in bfloat16 small updates would be rounded away. "
+            "Give the backbone dtype=float32 (autocast still computes in bfloat16), or choose the adapter lora."
         )
 
 
 def _refuse_bits(bits: int | None, name: str) -> None:
     if bits is not None:
         raise UserError(
-            f"adapter={name} with adapter.bits={bits}: quantised weights cannot be trained. adapter=qlora trains LoRA "
-            f"on 4-bit weights, adapter=lora_8bit on 8-bit ones; or leave adapter.bits out."
+            f"bits={bits} with the adapter {name}: quantised weights cannot be trained. The adapter qlora trains LoRA "
+            f"on 4-bit weights, lora_8bit on 8-bit ones; or leave bits out."
         )

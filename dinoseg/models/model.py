@@ -11,7 +11,7 @@ from dinoseg.core.geometry import resize, valid_share
 from dinoseg.core.shapes import FrozenFeatures, Prediction
 from dinoseg.core.sizes import Size, backbone_size
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, Scale
+from dinoseg.utils.ranges import Count, Scale, check_annotations
 from dinoseg.utils.wording import join_names
 
 _SAMPLES = 1024  # values per tensor that enter the fingerprint
@@ -29,12 +29,9 @@ class SegmentationModel(nn.Module):
         longest: larger images are reduced to this length of the longer side in pixels, before `scale` is applied.
     """
 
+    @check_annotations
     def __init__(self, backbone: Backbone, head: Head, *, scale: Scale = 1.0, longest: Count | None = None) -> None:
         super().__init__()
-        if scale <= 0:
-            raise UserError(f"resolution.scale={scale}: give a number above 0, such as 0.5 for half resolution.")
-        if longest is not None and longest < 1:
-            raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
         head.check_backbone(backbone)
         self.backbone = backbone
         self.head = head
@@ -77,8 +74,8 @@ class SegmentationModel(nn.Module):
         """
         if self.backbone.first_trained == 0:
             raise UserError(
-                "This backbone has no frozen part before its first trained block. Choose adapter=frozen, "
-                "adapter=last_blocks, LoRA in the last blocks only (adapter.blocks=4), or engine.cache=off."
+                "This backbone has no frozen part before its first trained block. Choose the adapter frozen or "
+                "last_blocks, or LoRA in the last blocks only (blocks=4); or cache no features."
             )
         pixels = self.pixels(images, reduce=reduce)
         return FrozenFeatures(self.head.forward_frozen(self.backbone, pixels), _size(images), _size(pixels))

@@ -18,6 +18,7 @@ from dinoseg.report.table import class_table
 from dinoseg.tasks.probing.probe import Grid, Probe, Readings, Solution
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.csv_text import write_csv_table
+from dinoseg.utils.errors import name_parameters
 from dinoseg.utils.ranges import NotNegative, OpenShare, Positive
 from dinoseg.utils.wording import count_of
 
@@ -87,7 +88,8 @@ def probe(
 def _model(build: Builder, layers: Sequence[int] | None) -> tuple[SegmentationModel, Readings]:
     """Return a segmenter whose backbone returns all probed maps, and the sets of maps that are read together."""
     depth = build.outline().backbone.depth
-    alone = resolve_layers(list(range(depth)) if layers is None else list(layers), depth)
+    with name_parameters({"layers": "mode.layers"}):
+        alone = resolve_layers(list(range(depth)) if layers is None else list(layers), depth)
     together = resolve_layers(build.settings("head")["layers"], depth)
     blocks = sorted({*alone, *together})
     sets = dict.fromkeys([*((block,) for block in sorted(alone)), tuple(together)])

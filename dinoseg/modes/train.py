@@ -37,6 +37,7 @@ def train(
         report: write report.html of the final evaluation, and the files that mode=compare reads.
     """
     build = Builder(cfg)
+    build.check_values()
     engine = build.engine()
     announce(f"data={cfg.choices.data}: listing the files")
     task = build.task()

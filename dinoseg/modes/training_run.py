@@ -98,7 +98,6 @@ class TrainingRun:
     def __init__(self, build: Builder, out_dir: Path, task: TrainingTask, engine: Engine) -> None:
         self.build, self.out_dir, self.task, self.engine = build, out_dir, task, engine
         self.start: Checkpoint | None = None
-        build.schedule()  # refuses unknown options before a model is built
         if build.resume:
             self.start, outline = _start(build, task.labels)
             self.check_model(outline)

@@ -1,6 +1,7 @@
 """Types and value ranges of arguments, as annotations of signatures.
 
-`check_annotations` enforces them in Python, and `dinoseg.config.checks` in config files, where it names the whole key.
+`check_annotations` enforces them in Python, and `dinoseg.config.checks` in config files. Both name the parameter;
+`dinoseg.utils.errors.name_parameters` puts the config key in front.
 """
 
 import functools
@@ -20,18 +21,18 @@ from dinoseg.utils.wording import format_value
 
 P = ParamSpec("P")
 R = TypeVar("R")
-LIST = (list, tuple)
+_LIST = (list, tuple)
 _LONGEST_VALUE = 200  # characters of a value in a message
-PLAIN: dict[Any, Any] = {  # annotation to the types that a config may give for it
+_PLAIN: dict[Any, Any] = {  # annotation to the types that a config may give for it
     **{int: Integral, float: Real, str: str, bool: bool, NoneType: NoneType},
-    **{Path: (str, Path), Sequence: LIST, Iterable: LIST, tuple: LIST, Mapping: Mapping},
+    **{Path: (str, Path), Sequence: _LIST, Iterable: _LIST, tuple: _LIST, Mapping: Mapping},
 }
 _WORDS: dict[Any, str] = {
     **{int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"},
     **{Path: "a path", Mapping: "a mapping"},
 }
 _PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts", "a path": "paths"}
-_PLAIN_VALUES = (NoneType, bool, int, float, str, *LIST, Mapping)
+_PLAIN_VALUES = (NoneType, bool, int, float, str, *_LIST, Mapping)
 
 
 @dataclass(frozen=True)
@@ -114,98 +115,108 @@ def check_annotations(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
-def check_value(name: str, value: Any, annotation: Any, remedy: str | None = None) -> None:
+def check_value(name: str, value: Any, annotation: Any) -> None:
     """Refuse a value of another type or range than an annotation.
 
     Args:
         name: of the value, for the message.
-        value: any object; types that are not in `PLAIN` are not checked.
+        value: any object; types that are not in `_PLAIN` are not checked.
         annotation: a type, with ranges.
-        remedy: what to do about another type; None: the allowed types.
 
     Raises:
         UserError: naming the value and what the annotation allows.
     """
-    if not matches(value, annotation):
-        remedy = remedy or f"Give {describe_type(annotation)}."
+    rules = _find_broken_rules(value, annotation)
+    if rules is None:
+        remedy = _explain_type(name, value, annotation)
         raise UserError(f"{name}={_format_argument(value)} is of type {_type_name(value)}. {remedy}")
-    rules = _broken_rules(value, annotation)
     if rules:
         rules += ["null"] * (NoneType in get_args(annotation))
         raise UserError(f"{name}={_format_argument(value)} is out of range. Give {', or '.join(dict.fromkeys(rules))}.")
 
 
-def matches(value: Any, annotation: Any) -> bool:
-    """Return whether a config value matches an annotation; annotations that are not in `PLAIN` allow everything."""
-    if isinstance(value, Mapping) and "_target_" in value:
-        return True
-    annotation = bare(annotation)
-    kind = get_origin(annotation) or annotation
-    if kind in (Union, UnionType):
-        return any(matches(value, part) for part in get_args(annotation))
-    if isinstance(value, bool) and kind in (int, float):
-        return False
-    if is_part(kind) and isinstance(value, _PLAIN_VALUES):
-        return isinstance(value, kind)
-    if isinstance(value, LIST) and kind is tuple and get_args(annotation)[1:] != (...,):
-        return len(value) == len(get_args(annotation)) and all(map(matches, value, get_args(annotation)))
-    parts = _parts(value, annotation)
-    return isinstance(value, PLAIN.get(kind, object)) and all(matches(item, part) for item, part in parts)
+def _find_broken_rules(value: Any, annotation: Any) -> list[str] | None:
+    """Return the rules of the ranges that a value violates; None if it is of another type.
 
-
-def _broken_rules(value: Any, annotation: Any) -> list[str]:
-    """Return the rules of the ranges that a value of the right type violates.
-
-    For a union, the list is empty if the value satisfies one member.
+    Of a union, the member counts whose rules fit best. Types that are not in `_PLAIN` allow everything.
     """
     ranges = [rule for rule in get_args(annotation) if isinstance(rule, Range)]
-    annotation = bare(annotation)
-    if get_origin(annotation) in (Union, UnionType):
-        broken = [_broken_rules(value, part) for part in get_args(annotation) if matches(value, part)]
-        return [] if [] in broken else sum(broken, [])
+    annotation = _bare(annotation)
+    kind, arguments = get_origin(annotation) or annotation, get_args(annotation)
+    if isinstance(value, Mapping) and "_target_" in value:  # a part, whose own arguments are checked
+        return []
+    if kind in (Union, UnionType):
+        members = [_find_broken_rules(value, member) for member in arguments]
+        return min((rules for rules in members if rules is not None), key=len, default=None)
+    if not _is_of_kind(value, kind, arguments):
+        return None
     if isinstance(value, Real) and not isinstance(value, bool):
         number = value if isinstance(value, int) else float(value)
         finite = [] if abs(number) <= sys.float_info.max else ["a finite number"]  # integers may be larger
         return [rule.rule for rule in ranges if number not in rule] or finite
-    of_items = [f"{rule} for each" for item, part in _parts(value, annotation) for rule in _broken_rules(item, part)]
-    return [rule.replace(" for each for each", " for each") for rule in of_items]
+    of_items = [_find_broken_rules(*item) for item in _items(value, kind, arguments)]
+    if None in of_items:
+        return None
+    return [f"{rule.removesuffix(' for each')} for each" for rules in of_items for rule in rules or ()]
 
 
-def is_part(kind: Any) -> bool:
+def _is_of_kind(value: Any, kind: Any, arguments: Sequence[Any]) -> bool:
+    """Return whether a value, apart from its items, is of a type with these arguments."""
+    if isinstance(value, bool) and kind in (int, float):
+        return False
+    if _is_part(kind) and isinstance(value, _PLAIN_VALUES):
+        return isinstance(value, kind)
+    if not isinstance(value, _PLAIN.get(kind, object)):
+        return False
+    return kind is not tuple or arguments[1:] == (...,) or len(value) == len(arguments)
+
+
+def _is_part(kind: Any) -> bool:
     """Return whether a type is a class of this package, which a config describes by a `_target_`."""
     return inspect.isclass(kind) and kind.__module__.partition(".")[0] == "dinoseg"
 
 
-def _parts(value: Any, annotation: Any) -> list[tuple[Any, Any]]:
+def _items(value: Any, kind: Any, arguments: Sequence[Any]) -> list[tuple[Any, Any]]:
     """Return the items of a list or mapping, each with its annotation."""
-    arguments = get_args(annotation)
-    kind = PLAIN.get(get_origin(annotation))
-    if kind is LIST and isinstance(value, LIST):
+    if not arguments:
+        return []
+    if _PLAIN.get(kind) is _LIST:
         return [(item, arguments[0]) for item in value]
-    if kind is Mapping and isinstance(value, Mapping):
-        return [(item, arguments[1]) for item in value.values()]
-    return []
+    return [(item, arguments[1]) for item in value.values()] if _PLAIN.get(kind) is Mapping else []
 
 
-def bare(annotation: Any) -> Any:
+def _bare(annotation: Any) -> Any:
     """Return an annotation without its ranges."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def describe_type(annotation: Any) -> str:
+def _explain_type(name: str, value: Any, annotation: Any) -> str:
+    """Return what to give instead of a value of another type, in Python, on the command line or in a YAML file."""
+    kind = _describe_type(annotation)
+    if _is_part(_bare(annotation)):
+        return f"A config describes a {kind} by a group of keys: set one of them, as {name}.KEY=VALUE."
+    remedy = f"Give {kind}."
+    if not isinstance(value, _LIST) and _find_broken_rules([value], annotation) is not None:
+        remedy += f" A list is written in brackets: {name}=[{value}]."
+    elif isinstance(value, bool) and _find_broken_rules("off", annotation) is not None:
+        remedy += ' In a YAML file, off, on, yes and no mean false and true: write such a word in quotes ("off").'
+    return remedy
+
+
+def _describe_type(annotation: Any) -> str:
     """Return the values that an annotation allows, in words, such as `a whole number or null`."""
-    annotation = bare(annotation)
+    annotation = _bare(annotation)
     kind, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if kind in (Union, UnionType):
-        return " or ".join(map(describe_type, arguments))
-    if PLAIN.get(kind) is LIST:
+        return " or ".join(map(_describe_type, arguments))
+    if _PLAIN.get(kind) is _LIST:
         count = "" if kind is not tuple or ... in arguments else f"{len(arguments)} "
-        return f"a list of {count}{_PLURALS.get(describe_type(arguments[0]), 'lists')}" if arguments else "a list"
+        return f"a list of {count}{_PLURALS.get(_describe_type(arguments[0]), 'lists')}" if arguments else "a list"
     return str(_WORDS.get(kind) or getattr(kind, "__name__", kind))
 
 
 def _type_name(value: Any) -> str:
-    inner = sorted({type(item).__name__ for item in value}) if isinstance(value, LIST) else []
+    inner = sorted({type(item).__name__ for item in value}) if isinstance(value, _LIST) else []
     return type(value).__name__ + (f" of {' and '.join(inner)}" if inner else "")
 
 

@@ -126,5 +126,5 @@ def test_threads_that_compose_wait_for_one_another():
 
 def test_the_message_of_a_resolver_is_not_replaced_by_one_about_overrides():
     words = ["data=folder", "data.classes=3", "hydra.run.dir=runs/${len:${data.classes}}"]
-    with pytest.raises(UserError, match="^3 is not a list. Write it in brackets"):
+    with pytest.raises(UserError, match="^data.classes=3 is not a list. Write it in brackets"):
         compose(words)

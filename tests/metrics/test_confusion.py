@@ -232,7 +232,7 @@ def test_wrong_tensors(prediction, mask, message):
 def test_other_classes_do_not_merge():
     with pytest.raises(ValueError, match="Cannot merge 3 classes"):
         ConfusionMatrix(2).merge(ConfusionMatrix(3))
-    with pytest.raises(UserError, match="^num_classes=0 is out of range. Give a whole number of at least 1"):
+    with pytest.raises(UserError, match="^num_classes=0: give a whole number of at least 1"):
         ConfusionMatrix(0)
 
 

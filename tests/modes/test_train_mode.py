@@ -58,6 +58,22 @@ def test_options_of_rates_are_refused_before_the_data_are_checked(where, word):
 
 
 @pytest.mark.parametrize(
+    "word",
+    [
+        "loss.criterion.label_smoothing=2",
+        "head.dropout=1",
+        "adapter.dropout=1",
+        "optim.optimizer.lr=0",
+        "trainer.clip=0",
+    ],
+)
+def test_wrong_values_are_refused_before_data_are_listed(where, word):
+    done = call(where, "mode=train", *SMALL, "head=linear", "adapter=lora", word)
+    assert done.status == 1 and f"error: {word} is out of range" in done.err, done.err
+    assert "listing the files" not in done.err
+
+
+@pytest.mark.parametrize(
     ("adapter", "heads"),
     [("frozen", ()), ("full", ()), ("frozen", ("trainer=multi_head", "heads=[linear,cnn]"))],
 )

@@ -1,4 +1,4 @@
-"""Validation of `backbone.arch` and construction of transformers configurations."""
+"""Validation of `arch` and construction of transformers configurations."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ def configuration(model_type: str, values: Mapping[str, Any]) -> Any:
 
     Args:
         model_type: name of the model type in transformers.
-        values: the values of `backbone.arch`, plus `patch_size` for models that have one.
+        values: the values of `arch`, plus `patch_size` for models that have one.
 
     Raises:
         UserError: unknown key or invalid value; the message names it.
@@ -30,7 +30,7 @@ def configuration(model_type: str, values: Mapping[str, Any]) -> Any:
     known = AutoConfig.for_model(model_type).to_dict().keys() - PretrainedConfig().to_dict().keys()
     unknown = sorted(values.keys() - known)
     if unknown:
-        raise UserError(f"backbone.arch: {model_type} has no {', '.join(unknown)}. Check the key's spelling.")
+        raise UserError(f"arch: {model_type} has no {', '.join(unknown)}. Check the key's spelling.")
     try:
         config = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # transformers validates the types and raises its own error classes
@@ -47,7 +47,7 @@ def configuration(model_type: str, values: Mapping[str, Any]) -> Any:
 
 def _of_another_type(values: Mapping[str, object], error: Exception) -> UserError:
     field = re.search(r"field '(\w+)'", str(error))
-    setting = _setting(field[1], values[field[1]]) if field and field[1] in values else f"backbone.arch={dict(values)}"
+    setting = _setting(field[1], values[field[1]]) if field and field[1] in values else f"arch={dict(values)}"
     return UserError(f"{setting}: {str(error.__cause__ or error).splitlines()[0]}. Correct the value.")
 
 
@@ -77,7 +77,7 @@ def _check_stages(config: Any) -> None:
     widths, depths = config.hidden_sizes, config.depths
     if len(widths) != len(depths):
         raise UserError(
-            f"{_setting('depths', depths)} has {len(depths)} numbers, backbone.arch.hidden_sizes={widths} has "
+            f"{_setting('depths', depths)} has {len(depths)} numbers, arch.hidden_sizes={widths} has "
             f"{len(widths)}. Give one of each for every stage."
         )
 
@@ -87,7 +87,7 @@ def _check_heads(config: Any) -> None:
     part = 4 * heads if config.model_type == "dinov3_vit" else heads  # 2D RoPE: channel pairs along two axes
     if config.hidden_size % part:
         raise UserError(
-            f"{_setting('num_attention_heads', heads)} with backbone.arch.hidden_size={config.hidden_size}: the width "
+            f"{_setting('num_attention_heads', heads)} with arch.hidden_size={config.hidden_size}: the width "
             f"must be a multiple of {part}. Change one of the two."
         )
 
@@ -96,9 +96,9 @@ def _check_positions(config: Any) -> None:
     if config.model_type != "dinov3_vit" and config.image_size < config.patch_size:  # position grid would be empty
         raise UserError(
             f"{_setting('image_size', config.image_size)}: the learned position embeddings need an image of at least "
-            f"one patch. Give at least backbone.patch_size={config.patch_size}."
+            f"one patch. Give at least patch_size={config.patch_size}."
         )
 
 
 def _setting(key: str, value: object) -> str:
-    return f"backbone.{'' if key == 'patch_size' else 'arch.'}{key}={value}"
+    return f"{'' if key == 'patch_size' else 'arch.'}{key}={value}"

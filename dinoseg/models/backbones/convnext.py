@@ -113,6 +113,6 @@ class ConvNext(Backbone):
 def _check_patch_size(patch_size: int, stride: int) -> None:
     if patch_size != stride:
         raise UserError(
-            f"backbone.patch_size={patch_size}: the coarsest of these layers has a stride of {stride} px: set "
-            f"backbone.patch_size={stride}."
+            f"patch_size={patch_size}: the coarsest of these layers has a stride of {stride} px: set "
+            f"patch_size={stride}."
         )

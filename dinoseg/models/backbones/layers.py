@@ -1,4 +1,4 @@
-"""Resolution of `backbone.layers` to block indices."""
+"""Resolution of `layers` to block indices."""
 
 import math
 from collections.abc import Sequence
@@ -25,21 +25,19 @@ def resolve_layers(layers: Sequence[int] | str, depth: int) -> list[int]:
     """
     if isinstance(layers, str):
         if layers != QUARTERS:
-            raise UserError(f"backbone.layers={layers}: give a list of block numbers, such as [-1], or {QUARTERS}.")
+            raise UserError(f"layers={layers}: give a list of block numbers, such as [-1], or {QUARTERS}.")
         if depth < 4:
             raise UserError(
-                f"backbone.layers={QUARTERS} needs four blocks, and this backbone has {depth}. Choose a head that "
-                "reads any number, such as head=linear or head=cnn, with backbone.layers=[-1]."
+                f"layers={QUARTERS} needs four blocks, and this backbone has {depth}. Choose a head that "
+                "reads any number, such as linear or cnn, with layers=[-1]."
             )
         return list(_META.get(depth, [math.ceil(part * depth / 4) - 1 for part in (1, 2, 3, 4)]))
     if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
-        raise UserError(
-            f"backbone.layers={list(layers)}: block numbers are integers. Give a list such as [-1] or [2, 5]."
-        )
+        raise UserError(f"layers={list(layers)}: block numbers are integers. Give a list such as [-1] or [2, 5].")
     wrong = [layer for layer in layers if not -depth <= layer < depth]
     if wrong or not layers:
         raise UserError(
-            f"backbone.layers={list(layers)}: this backbone has {depth} blocks; give at least one number, "
+            f"layers={list(layers)}: this backbone has {depth} blocks; give at least one number, "
             f"each from {-depth} to {depth - 1} (negative counts from the last)."
         )
     return [layer % depth for layer in layers]

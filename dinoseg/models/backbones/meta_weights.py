@@ -196,7 +196,7 @@ def _check_shapes(state: Mapping[str, Tensor], source: str) -> None:
             is_valid = bool(shape) and value.numel() > 0 and len(shape) == _DIMS.get(name, len(shape))
         if not is_valid:
             raise UserError(
-                f"backbone.weights={source}: {name} has the shape {shape}, which no vision transformer of Meta has. "
+                f"weights={source}: {name} has the shape {shape}, which no vision transformer of Meta has. "
                 "Give an original file of Meta."
             )
 
@@ -219,11 +219,11 @@ def _check_layout(layout: VitLayout, state: Mapping[str, Tensor], config: Any, s
     wanted = config_layout(config) if config.model_type in FAMILIES else f"a {config.model_type}"
     if layout != wanted:
         option = OPTIONS.get(layout)
-        remedy = f"Choose backbone={option}" if option else "Set backbone.family, patch_size and arch to match"
+        remedy = f"Choose the backbone {option}" if option else "Set family, patch_size and arch to match"
         if not option and isinstance(wanted, VitLayout) and layout == replace(wanted, registers=layout.registers):
-            remedy = f"Set backbone.arch.num_register_tokens={layout.registers}"
+            remedy = f"Set arch.num_register_tokens={layout.registers}"
         raise UserError(
-            f"backbone.weights={source}: the file holds {layout}, but the backbone is {wanted}. {remedy}, or give the "
+            f"weights={source}: the file holds {layout}, but the backbone is {wanted}. {remedy}, or give the "
             "file for this backbone."
         )
     if "pos_embed" in state:
@@ -231,16 +231,16 @@ def _check_layout(layout: VitLayout, state: Mapping[str, Tensor], config: Any, s
         if stored != side * side:
             size = round(stored**0.5) * config.patch_size
             raise UserError(
-                f"backbone.weights={source}: the file holds {stored} position embeddings, but "
-                f"backbone.arch.image_size={config.image_size} means {side * side}. Set "
-                f"backbone.arch.image_size={size}."
+                f"weights={source}: the file holds {stored} position embeddings, but "
+                f"arch.image_size={config.image_size} means {side * side}. Set "
+                f"arch.image_size={size}."
             )
     if "rope_embed.periods" in state:
         heads = layout.width // (4 * len(state["rope_embed.periods"]))
         if heads != config.num_attention_heads:
             raise UserError(
-                f"backbone.weights={source}: the file belongs to a model with {heads} heads, the backbone has "
-                f"{config.num_attention_heads}. Set backbone.arch.num_attention_heads={heads}."
+                f"weights={source}: the file belongs to a model with {heads} heads, the backbone has "
+                f"{config.num_attention_heads}. Set arch.num_attention_heads={heads}."
             )
 
 
@@ -273,7 +273,7 @@ def _check_complete(names: Mapping[str, str], state: Mapping[str, Tensor], sourc
         if wrong:
             listed = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
             raise UserError(
-                f"backbone.weights={source}: the file uses Meta's names, but {what} {listed} ({len(wrong)} in total). "
+                f"weights={source}: the file uses Meta's names, but {what} {listed} ({len(wrong)} in total). "
                 "Give an original file of Meta."
             )
 
@@ -303,7 +303,7 @@ def _masked(name: str, state: Mapping[str, Tensor], key_bias: bool, source: str)
         return {"q": query, "k": key, "v": value}
     if torch.count_nonzero(key):  # also true for nan
         raise UserError(
-            f"backbone.weights={source}: {name} has a non-zero key bias, but Meta's DINOv3 has none. Give an original "
-            "file of Meta; for weights that were trained with a key bias, set backbone.arch.key_bias=true."
+            f"weights={source}: {name} has a non-zero key bias, but Meta's DINOv3 has none. Give an original "
+            "file of Meta; for weights that were trained with a key bias, set arch.key_bias=true."
         )
     return {"q": query, "v": value}

@@ -38,8 +38,8 @@ def resolve_colours(
     found = SATELLITE if is_satellite(source) else default
     if found is SATELLITE and (mean is None or std is None):
         logger.info(
-            "backbone.weights=%s: satellite images; normalised with mean %s and std %s. Set backbone.mean and "
-            "backbone.std to change this.", source, *map(list, SATELLITE),
+            "The weights %s are those of satellite images: normalised with mean %s and std %s. Set mean and std of the "
+            "backbone to change this.", source, *map(list, SATELLITE),
         )  # fmt: skip
     return found[0] if mean is None else mean, found[1] if std is None else std
 
@@ -52,7 +52,7 @@ def register_colours(module: nn.Module, mean: Sequence[float], std: Sequence[flo
     """
     for name, values, rule in (("mean", mean, MEANS), ("std", std, DEVIATIONS)):
         if len(values) != 3:
-            raise UserError(f"backbone.{name}={list(values)}: give three numbers, one each for red, green and blue.")
+            raise UserError(f"{name}={list(values)}: give three numbers, one each for red, green and blue.")
         if not all(value in rule for value in values):
-            raise UserError(f"backbone.{name}={list(values)} is out of range. Give {rule.rule} for each.")
+            raise UserError(f"{name}={list(values)} is out of range. Give {rule.rule} for each.")
         module.register_buffer(name, torch.tensor([float(value) for value in values]).view(3, 1, 1), persistent=False)

@@ -58,7 +58,7 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     if path.is_dir():
         return _from_folder(weights, path, cut, config)
     if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
-        raise UserError(f"backbone.weights={weights}: file or folder not found. Check the path.")
+        raise UserError(f"weights={weights}: file or folder not found. Check the path.")
     name, _, revision = weights.partition("@")
     revision = revision or "main"
     if silent := _why_silent(name, revision):
@@ -115,7 +115,7 @@ def _why_silent(name: str, revision: str) -> str:
 def _check_no_adapter(weights: str, names: Iterable[str]) -> None:
     """Refuse files with a peft adapter: transformers would load it, and its base model from any path it names."""
     if _ADAPTER in names:
-        raise UserError(f"backbone.weights={weights}: holds {_ADAPTER}. Give the full weights, without an adapter.")
+        raise UserError(f"weights={weights}: holds {_ADAPTER}. Give the full weights, without an adapter.")
 
 
 def _from_folder(weights: str, folder: Path, cut: Callable[[Any], None], config: Any) -> nn.Module:
@@ -129,13 +129,13 @@ def _from_folder(weights: str, folder: Path, cut: Callable[[Any], None], config:
 def _check_loaded(weights: str, model: nn.Module, loaded: Iterable[Path]) -> None:
     """Refuse a model with non-finite weights, or loaded files that store them in a non-float type."""
     for path in loaded:
-        where = f"backbone.weights={weights}: {path.name}"
+        where = f"weights={weights}: {path.name}"
         try:
             check_weights(outline(path), where)
         except SafetensorError as error:
             raise UserError(f"{where}: {error}. Download or export the weights again, unquantised.") from error
     state = model.state_dict()
-    check_weights(state, f"backbone.weights={weights}", state)
+    check_weights(state, f"weights={weights}", state)
 
 
 def _loaded_files(weights: str, folder: Path) -> list[Path]:
@@ -150,7 +150,7 @@ def _loaded_files(weights: str, folder: Path) -> list[Path]:
     try:
         names = forms.read_json(index, _SHARDS)["weight_map"].values()
     except (OSError, forms.SchemaError) as error:
-        raise UserError(f"backbone.weights={weights}: {_INDEX} cannot be read ({error}). Download it again.") from None
+        raise UserError(f"weights={weights}: {_INDEX} cannot be read ({error}). Download it again.") from None
     return [folder / name for name in sorted(set(names))]
 
 
@@ -174,9 +174,9 @@ def _fetched_before(weights: str, name: str, revision: str, silent: str) -> str:
         return snapshot_download(name, revision=revision, local_files_only=True)
     except LocalEntryNotFoundError:
         raise UserError(
-            f"backbone.weights={weights}: not a local folder, the hub is unreachable ({silent}), and the weights were "
-            "not downloaded before. Give a downloaded file or folder, backbone.weights=PATH; or use the included "
-            "weights, backbone=tiny_surgical; or none, backbone.weights=random."
+            f"weights={weights}: not a local folder, the hub is unreachable ({silent}), and the weights were "
+            "not downloaded before. Give a downloaded file or folder, weights=PATH; or use the included "
+            "backbone, tiny_surgical; or no weights, weights=random."
         ) from None
 
 
@@ -208,11 +208,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is broken, or holds anything but tensors.
     """
-    content = unwrap(read_tensor_file(path, "backbone.weights"))
+    content = unwrap(read_tensor_file(path, "weights"))
     other = [name for name, value in content.items() if not isinstance(value, Tensor)]
     if other or not content:
         raise UserError(
-            f"backbone.weights={path}: holds {', '.join(other[:3]) or 'nothing'}, and no weights by name. Give a file "
+            f"weights={path}: holds {', '.join(other[:3]) or 'nothing'}, and no weights by name. Give a file "
             f"of a backbone's weights, or a checkpoint of its pre-training with a `teacher`."
         )
     return content
@@ -221,7 +221,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _from_file(config: Any, path: Path, cut: Callable[[Any], None], local_cls_norm: nn.Module | None) -> nn.Module:
     from transformers import MODEL_MAPPING
 
-    where, stored = f"backbone.weights={path}", read_weights(path)
+    where, stored = f"weights={path}", read_weights(path)
     check_unquantised(stored, where)  # reports the names of the file
     state = _with_hub_names(stored, config, path)
     checked = dict(state)
@@ -246,8 +246,8 @@ def _with_hub_names(state: dict[str, Tensor], config: Any, path: Path) -> dict[s
         return state
     if config.model_type != "dinov3_convnext":
         raise UserError(
-            f"backbone.weights={path}: the file holds a DINOv3 ConvNeXt, but the backbone is another architecture. "
-            "Choose backbone=dinov3_convnext_tiny, _small, _base or _large."
+            f"weights={path}: the file holds a DINOv3 ConvNeXt, but the backbone is another architecture. "
+            "Choose the backbone dinov3_convnext_tiny, _small, _base or _large."
         )
     return convnext_names(state)
 
@@ -267,9 +267,9 @@ def _from_pretrained(
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"backbone.weights={weights}: the weights cannot be downloaded ({reason}). If they are gated, accept the "
+            f"weights={weights}: the weights cannot be downloaded ({reason}). If they are gated, accept the "
             "licence on the model's hub page and log in with `hf auth login`; or give a downloaded folder or file: "
-            "backbone.weights=PATH; for an untrained test: backbone.weights=random."
+            "weights=PATH; for an untrained test: weights=random."
         ) from error
     misfits = [key for kind in ("missing", "unexpected", "mismatched") for key in info.get(f"{kind}_keys", ())]
     pooler = {f"pooler.dense.{part}" for part in ("weight", "bias") if options["config"].model_type == "vit"}
@@ -282,7 +282,7 @@ def _from_pretrained(
         wrong -= removed
     if wrong:
         raise UserError(
-            f"backbone.weights={weights}: {len(wrong)} tensors are missing, unexpected or of another shape "
+            f"weights={weights}: {len(wrong)} tensors are missing, unexpected or of another shape "
             f"({', '.join(sorted(wrong)[:3])}, ...). Choose the backbone of these weights."
         )
     return model

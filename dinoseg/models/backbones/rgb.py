@@ -9,7 +9,7 @@ from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import ColourMean, ColourStd, Count
+from dinoseg.utils.ranges import ColourMean, ColourStd, Count, check_annotations
 
 
 class RgbBackbone(Backbone):
@@ -33,6 +33,7 @@ class RgbBackbone(Backbone):
     dim = 3
     depth = 1
 
+    @check_annotations
     def __init__(
         self,
         patch_size: Count = 8,
@@ -41,8 +42,6 @@ class RgbBackbone(Backbone):
         std: Sequence[ColourStd] = (0.229, 0.224, 0.225),
     ) -> None:
         super().__init__()
-        if patch_size < 1:
-            raise UserError(f"backbone.patch_size={patch_size}: patches are squares of pixels. Give at least 1.")
         self.patch_size = patch_size
         self.layers = resolve_layers(layers, self.depth)
         self.num_layers = len(self.layers)
@@ -58,4 +57,4 @@ class RgbBackbone(Backbone):
         Raises:
             UserError: always.
         """
-        raise UserError("backbone=rgb has no weights to export. Give resume=RUN of another backbone.")
+        raise UserError("Patches of RGB have no weights to export. Export another backbone.")

@@ -93,7 +93,7 @@ class TimmBackbone(Backbone):
             load_exactly(self.model, read_state(Path(weights).expanduser()), spare=spare, source=weights)
         elif weights == "timm":
             state = self.model.state_dict()
-            check_weights(state, f"backbone.weights=timm ({name})", state)
+            check_weights(state, f"weights=timm ({name})", state)
         with uncalled_linears(self) as uncalled:
             maps = self._probe(name, [levels[layer]["reduction"] for layer in self.layers])
         self.uncalled_linears = frozenset(uncalled)  # never called, only their weights are read: LoRA has no effect
@@ -171,8 +171,8 @@ class TimmBackbone(Backbone):
         attention = plain_attention(self.model)
         if attention is None:
             raise UserError(
-                f"backbone.name={self.name}: this model has no class token, or a custom attention. Choose a plain "
-                "vision transformer with a class token, such as vit_small_patch16_224, or backbone=dino_vits16."
+                f"name={self.name}: this model has no class token, or a custom attention. Choose a plain "
+                "vision transformer with a class token, such as vit_small_patch16_224, or dino_vits16."
             )
         return attention
 
@@ -207,7 +207,7 @@ class TimmBackbone(Backbone):
         self.model.train(was_training)
         if reason:
             raise UserError(
-                f"backbone.name={name}: this model does not support arbitrary image sizes ({height}x{width}: "
+                f"name={name}: this model does not support arbitrary image sizes ({height}x{width}: "
                 f"{reason}). Choose a plain vision transformer or a feature pyramid, such as vit_small_patch16_224, "
                 "swin_tiny_patch4_window7_224, convnext_tiny or resnet50."
             )
@@ -228,16 +228,14 @@ def _create(name: str, download: bool) -> Any:
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
         raise UserError(
-            f"backbone.name={name} is not a model of timm {timm.__version__}. "
+            f"name={name} is not a model of timm {timm.__version__}. "
             + (f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists their names.")
         )
     tags = timm.list_models(f"{architecture}.*", pretrained=True)
     if tag and name not in tags:
-        raise UserError(f"backbone.name={name}: timm does not have this tag. It has {', '.join(tags) or architecture}.")
+        raise UserError(f"name={name}: timm does not have this tag. It has {', '.join(tags) or architecture}.")
     if download and not tags:
-        raise UserError(
-            f"backbone.weights=timm: timm has no weights for {name}. Give a file, or backbone.weights=random."
-        )
+        raise UserError(f"weights=timm: timm has no weights for {name}. Give a file, or weights=random.")
     try:
         return _create_any_size(name, download)
     except (OSError, RuntimeError, ValueError) as error:
@@ -245,8 +243,8 @@ def _create(name: str, download: bool) -> Any:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"backbone.weights=timm: {name} cannot be downloaded ({reason}). Without a network give a downloaded file: "
-            "backbone.weights=PATH; for an untrained test: backbone.weights=random."
+            f"weights=timm: {name} cannot be downloaded ({reason}). Without a network give a downloaded file: "
+            "weights=PATH; for an untrained test: weights=random."
         ) from error
 
 
@@ -264,7 +262,7 @@ def _levels(model: Any, name: str) -> list[dict[str, Any]]:
     """Return timm's `feature_info` of each block or stage: its `module` and `reduction`."""
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "prune_intermediate_layers"):
         raise UserError(
-            f"backbone.name={name}: timm cannot return the outputs of its blocks or stages. Choose another, such as "
+            f"name={name}: timm cannot return the outputs of its blocks or stages. Choose another, such as "
             "vit_small_patch16_224 or convnext_tiny."
         )
     notes = model.feature_info
@@ -274,9 +272,7 @@ def _levels(model: Any, name: str) -> list[dict[str, Any]]:
 def _check_patch_size(name: str, patch_size: int, stride: int, is_pyramid: bool) -> None:
     if patch_size != stride:
         kind = "a stride of {} px at the coarsest of these layers" if is_pyramid else "patches of {} px"
-        raise UserError(
-            f"backbone.patch_size={patch_size}: {name} has {kind.format(stride)}: set backbone.patch_size={stride}."
-        )
+        raise UserError(f"patch_size={patch_size}: {name} has {kind.format(stride)}: set patch_size={stride}.")
 
 
 def _is_plain(model: Any) -> bool:
@@ -301,7 +297,7 @@ def _enable_checkpointing(model: Any, name: str) -> None:
         model.set_grad_checkpointing(True)
     except (AssertionError, AttributeError) as error:
         raise UserError(
-            f"backbone.checkpointing=true: {name} does not support activation checkpointing. Set it to false."
+            f"checkpointing=true: {name} does not support activation checkpointing. Set it to false."
         ) from error
 
 
@@ -374,13 +370,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file does not exist, is not readable, or holds anything but tensors.
     """
-    content = read_tensor_file(path, "backbone.weights")
+    content = read_tensor_file(path, "weights")
     inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
     state = inner[0] if inner else content
     if not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(
-            f"backbone.weights={path}: it holds objects other than tensors. Save only the model's state dict."
-        )
+        raise UserError(f"weights={path}: it holds objects other than tensors. Save only the model's state dict.")
     return dict(state)
 
 
@@ -409,10 +403,8 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], *, spare: set[st
             for kind, keys in wrong.items()
             if keys
         ]
-        raise UserError(
-            f"backbone.weights={source}: tensors are {'; '.join(problems)}. Choose the backbone.name of these weights."
-        )
-    check_weights(state, f"backbone.weights={source}", expected)
+        raise UserError(f"weights={source}: tensors are {'; '.join(problems)}. Choose the name of these weights.")
+    check_weights(state, f"weights={source}", expected)
     model.load_state_dict({key: state[key] for key in expected})
 
 

@@ -88,7 +88,7 @@ class TransformersVit(Backbone):
         super().__init__()
         config = _config(family, {**arch, "patch_size": weights_patch_size or patch_size})
         if dtype not in DTYPES:
-            raise UserError(f"backbone.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
+            raise UserError(f"dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
         self.layers = resolve_layers(layers, config.num_hidden_layers)
         self.patch_size = patch_size
         self.dim = config.hidden_size
@@ -241,7 +241,7 @@ class TransformersVit(Backbone):
 
 def _config(family: str, values: dict[str, Any]) -> Any:
     if family not in FAMILIES:
-        raise UserError(f"backbone.family={family} is unknown. Choose one of {', '.join(FAMILIES)}.")
+        raise UserError(f"family={family} is unknown. Choose one of {', '.join(FAMILIES)}.")
     defaults = {"pos_embed_rescale": None} if family == "dinov3_vit" else {}
     return configuration(family, {**defaults, **values})
 

@@ -11,7 +11,7 @@ from dinoseg.core.contracts import Head
 from dinoseg.models.heads.options import check_choice
 from dinoseg.models.heads.pyramid import one_grid_width
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, LowShare, Natural
+from dinoseg.utils.ranges import Count, LowShare, Natural, check_annotations
 
 ACTIVATIONS = {"relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
@@ -40,22 +40,23 @@ class CnnHead(Head[Tensor]):
         UserError: an option is invalid, or the maps belong to a pyramid.
     """
 
+    @check_annotations
     def __init__(
         self,
         in_dim: int | Sequence[int],
         num_layers: int,
         num_classes: Count,
         patch_size: Count,
-        num_blocks: Natural = 4,
+        num_blocks: Count = 4,
         channels: Count = 512,
         kernel_size: Count = 3,
         activation: str = "relu",
         dropout: LowShare = 0.2,
-        pixel_shuffle: Count = 2,
+        pixel_shuffle: Natural = 2,
     ) -> None:
         super().__init__()
         _check_blocks(patch_size, num_blocks, channels, pixel_shuffle)
-        _check_layers(kernel_size, activation, dropout)
+        _check_layers(kernel_size, activation)
         width = one_grid_width("cnn", in_dim, num_layers)
         self.patch_size = patch_size
         self.num_smooth = num_blocks - pixel_shuffle
@@ -113,29 +114,27 @@ def _normed_conv(channels: int, kernel_size: int) -> nn.Sequential:
 
 def _check_blocks(patch_size: int, num_blocks: int, channels: int, pixel_shuffle: int) -> None:
     most = patch_size.bit_length()
-    if not 1 <= num_blocks <= most:
+    if num_blocks > most:
         raise UserError(
-            f"head.num_blocks={num_blocks}: each block after the first doubles the resolution, up to the patch size, "
+            f"num_blocks={num_blocks}: each block after the first doubles the resolution, up to the patch size, "
             f"{patch_size}. Give a number from 1 to {most}."
         )
-    if not 0 <= pixel_shuffle < num_blocks:
+    if pixel_shuffle >= num_blocks:
         raise UserError(
-            f"head.pixel_shuffle={pixel_shuffle}: the first of head.num_blocks={num_blocks} blocks cannot upsample by "
+            f"pixel_shuffle={pixel_shuffle}: the first of num_blocks={num_blocks} blocks cannot upsample by "
             f"pixel shuffle, since its factor is not fixed. Give a number from 0 to {num_blocks - 1}."
         )
-    if channels < 1 or channels % 4**pixel_shuffle:
+    if channels % 4**pixel_shuffle:
         raise UserError(
-            f"head.channels={channels}: each of head.pixel_shuffle={pixel_shuffle} shuffles divides the channels by "
-            f"four. Give a positive multiple of {4**pixel_shuffle}, or fewer shuffles."
+            f"channels={channels}: each of pixel_shuffle={pixel_shuffle} shuffles divides the channels by "
+            f"four. Give a multiple of {4**pixel_shuffle}, or fewer shuffles."
         )
 
 
-def _check_layers(kernel_size: int, activation: str, dropout: float) -> None:
-    if kernel_size < 1 or kernel_size % 2 == 0:
+def _check_layers(kernel_size: int, activation: str) -> None:
+    if kernel_size % 2 == 0:
         raise UserError(
-            f"head.kernel_size={kernel_size}: only an odd kernel preserves the grid size, which the residual "
+            f"kernel_size={kernel_size}: only an odd kernel preserves the grid size, which the residual "
             "connection needs. Give an odd number, such as 3."
         )
     check_choice("activation", activation, ACTIVATIONS)
-    if not 0 <= dropout < 1:
-        raise UserError(f"head.dropout={dropout}: give a share from 0 up to below 1.")

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.geometry import concatenate, pad_to_multiple, widths
-from dinoseg.models.heads.options import check_positive
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, Natural, NotNegative
+from dinoseg.utils.ranges import Count, Natural, NotNegative, check_annotations
 
 STRIDE = 4  # output stride in pixels of the grid that fuses tokens and details
 _FINEST = 2  # output stride in pixels of the finest details and of the scores
@@ -45,6 +44,7 @@ class DetailHead(Head[Tensor]):
         UserError: odd patch size, or a value below its minimum.
     """
 
+    @check_annotations
     def __init__(
         self,
         in_dim: int | Sequence[int],
@@ -58,9 +58,7 @@ class DetailHead(Head[Tensor]):
         linear_skip: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(fine=fine, width=width)
         _check_patch_size(patch_size)
-        _check_not_negative(blocks=blocks, jitter=jitter)
         total = sum(widths(in_dim, num_layers))
         self.patch_size, self.jitter = patch_size, jitter
         self.stem = nn.Sequential(
@@ -171,12 +169,6 @@ def _first(scores: Tensor, height: int, width: int) -> Tensor:
 def _check_patch_size(patch_size: int) -> None:
     if patch_size % _FINEST:
         raise UserError(
-            f"head=detail has an output stride of {_FINEST} px, which does not divide "
-            f"backbone.patch_size={patch_size}. Choose a backbone with an even patch size, or head=mlp."
+            f"patch_size={patch_size} is not a multiple of {_FINEST} px, the output stride of this head. Choose a "
+            "backbone with an even patch size, or the head mlp."
         )
-
-
-def _check_not_negative(**values: float) -> None:
-    for name, value in values.items():
-        if value < 0:
-            raise UserError(f"head.{name}={value}: give a number of at least 0.")

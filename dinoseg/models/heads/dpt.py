@@ -9,7 +9,7 @@ from dinoseg.core.contracts import Head
 from dinoseg.core.geometry import widths
 from dinoseg.models.heads.pyramid import NUM_LEVELS, Reassemble, refuse_unless_four
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, LowShare
+from dinoseg.utils.ranges import Count, LowShare, check_annotations
 
 WIDEST = 1024  # maximum default width of a level: that of the published large model
 
@@ -35,19 +35,20 @@ class DptHead(Head[Tensor]):
         UserError: the number of maps is not four, or an option is invalid.
     """
 
+    @check_annotations
     def __init__(
         self,
         in_dim: int | Sequence[int],
         num_layers: int,
         num_classes: Count,
         features: Count = 256,
-        out_channels: Sequence[int] | None = None,
+        out_channels: Sequence[Count] | None = None,
         batch_norm: bool = True,
         dropout: LowShare = 0.1,
     ) -> None:
         super().__init__()
         refuse_unless_four("dpt", num_layers)
-        _check_options(features, out_channels, dropout)
+        _check_channels(out_channels)
         channels = _default_channels(in_dim) if out_channels is None else list(out_channels)
         self.reassemble = Reassemble(in_dim, channels)
         self.adapt = nn.ModuleList(nn.Conv2d(width, features, 3, padding=1, bias=False) for width in channels)
@@ -111,15 +112,9 @@ def _default_channels(in_dim: int | Sequence[int]) -> list[int]:
     return [max(1, min(width, WIDEST) // share) for width, share in widths_and_shares]
 
 
-def _check_options(features: int, out_channels: Sequence[int] | None, dropout: float) -> None:
-    if features < 1:
-        raise UserError(f"head.features={features}: give a number of channels of at least 1.")
-    if not 0 <= dropout < 1:
-        raise UserError(f"head.dropout={dropout}: give a share from 0 up to below 1.")
-    if out_channels is None:
-        return
-    if len(out_channels) != NUM_LEVELS or not all(type(width) is int and width >= 1 for width in out_channels):
+def _check_channels(out_channels: Sequence[int] | None) -> None:
+    if out_channels is not None and len(out_channels) != NUM_LEVELS:
         raise UserError(
-            f"head.out_channels={list(out_channels)}: give four whole numbers of at least 1, the channels of the "
+            f"out_channels={list(out_channels)}: give four whole numbers of at least 1, the channels of the "
             f"levels from fine to coarse, or null to follow the backbone's width."
         )

@@ -14,7 +14,7 @@ from dinoseg.core.shapes import MaskOutputs, WeightedMasks
 from dinoseg.models.heads.semantic import semantic_map, weighted_masks
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import Count, check_annotations
 
 _STRIDE = 4  # target output stride of the masks in pixels
 _POWER = 0.9  # exponent of the polynomial annealing
@@ -54,6 +54,7 @@ class EomtHead(Head[MaskOutputs]):
 
     mixture = True
 
+    @check_annotations
     def __init__(
         self,
         in_dim: int | Sequence[int],
@@ -69,10 +70,6 @@ class EomtHead(Head[MaskOutputs]):
         super().__init__()
         if not isinstance(in_dim, int):
             raise _needs_another_backbone()
-        if num_queries < 1:
-            raise UserError(f"head.num_queries={num_queries}: give a number of queries of at least 1.")
-        if blocks < 1:
-            raise UserError(f"head.blocks={blocks}: the queries must enter at least 1 block.")
         self.blocks = blocks
         self.no_object = no_object
         self.windows = annealing_windows(anneal, blocks)
@@ -95,7 +92,7 @@ class EomtHead(Head[MaskOutputs]):
             raise _needs_another_backbone()
         count = len(backbone.blocks)
         if self.blocks > count:
-            raise UserError(f"head.blocks={self.blocks}: this backbone reads {count} blocks; give 1 to {count}.")
+            raise UserError(f"blocks={self.blocks}: this backbone reads {count} blocks; give 1 to {count}.")
 
     def set_progress(self, step: int, steps: int) -> None:
         """Set the 0-based step and the length of the training, which control the annealing."""
@@ -107,8 +104,8 @@ class EomtHead(Head[MaskOutputs]):
         if not is_in_steps(self.windows[-1]) or last <= steps:
             return None
         return (
-            f"head.anneal removes attention masks until step {last}, but the training has {steps} steps. Evaluation "
-            "uses no masks, so scores will be low. Scale head.anneal to trainer.steps, or set head.anneal=even."
+            f"The head's anneal removes attention masks until step {last}, but the training has {steps} steps. "
+            "Evaluation uses no masks, so scores will be low. Scale anneal to the training, or set it to even."
         )
 
     def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
@@ -212,28 +209,26 @@ def annealing_windows(anneal: str | Sequence[Sequence[float]], blocks: int) -> l
     """
     if isinstance(anneal, str):
         if anneal != _EVEN:
-            raise UserError(f"head.anneal={anneal}: give {_EVEN}, or a list with a [start, end] for each block.")
+            raise UserError(f"anneal={anneal}: give {_EVEN}, or a list with a [start, end] for each block.")
         starts = [(1 + 3 * number / max(1, blocks - 1)) / 6 for number in range(blocks)]
         return [(start, start + 1 / 6) for start in starts]
     if len(anneal) != blocks or not all(_is_window(window) for window in anneal):
         raise UserError(
-            f"head.anneal={list(anneal)}: give {_EVEN}, or a [start, end] for each of head.blocks={blocks} blocks, "
+            f"anneal={list(anneal)}: give {_EVEN}, or a [start, end] for each of blocks={blocks} blocks, "
             f"with 0 <= start <= end <= 1 as shares of the training, or start <= end as whole numbers of optimizer "
             f"steps. Write shares of 0 and 1 as 0.0 and 1.0: whole numbers are steps."
         )
     windows = [(start, end) for start, end in anneal]
     if len({is_in_steps(window) for window in windows}) > 1:
         raise UserError(
-            f"head.anneal={list(anneal)} mixes optimizer steps (whole numbers) and shares of the training. Give either "
+            f"anneal={list(anneal)} mixes optimizer steps (whole numbers) and shares of the training. Give either "
             "for all blocks, and write shares of 0 and 1 as 0.0 and 1.0."
         )
     return windows
 
 
-def _is_window(window: object) -> bool:
-    if not isinstance(window, list | tuple) or len(window) != 2:
-        return False
-    if not all(isinstance(end, int | float) and not isinstance(end, bool) for end in window):
+def _is_window(window: Sequence[float]) -> bool:
+    if len(window) != 2:
         return False
     start, end = window
     if is_in_steps((start, end)):
@@ -243,6 +238,6 @@ def _is_window(window: object) -> bool:
 
 def _needs_another_backbone() -> UserError:
     return UserError(
-        "head=eomt needs a backbone whose blocks take queries: dinov2_*, dinov3_vit*, dino_*, tiny or tiny_surgical. "
-        "Choose one of these, or a head that reads maps, such as head=mask2former or head=dpt."
+        "EoMT needs a backbone whose blocks take queries: dinov2_*, dinov3_vit*, dino_*, tiny or tiny_surgical. "
+        "Choose one of these, or a head that reads maps, such as mask2former or dpt."
     )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dinoseg.core.contracts import Head
 from dinoseg.core.geometry import concatenate, widths
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, LowShare
+from dinoseg.utils.ranges import Count, LowShare, check_annotations
 
 _STD = 0.01  # of the weights of init=normal
 
@@ -30,6 +30,7 @@ class LinearHead(Head[Tensor]):
         UserError: fewer maps than `min_maps`, unknown `init`, or a `dropout` that is no probability below 1.
     """
 
+    @check_annotations
     def __init__(
         self,
         in_dim: int | Sequence[int],
@@ -41,14 +42,11 @@ class LinearHead(Head[Tensor]):
     ) -> None:
         super().__init__()
         if init not in (None, "probe", "normal"):
-            raise UserError(f"head.init={init} is unknown. Choose probe, normal, or null for PyTorch's default.")
-        if not 0 <= dropout < 1:
-            raise UserError(f"head.dropout={dropout}: give a probability of at least 0 and below 1; 0 switches it off.")
+            raise UserError(f"init={init} is unknown. Choose probe, normal, or null for PyTorch's default.")
         if num_layers < min_maps:
             raise UserError(
-                f"This head reads at least {min_maps} feature maps (head.min_maps), but backbone.layers gives "
-                f"{num_layers}. Name more blocks, such as backbone.layers=[-4,-3,-2,-1], or choose a head that takes "
-                f"one map: linear, mlp or cnn."
+                f"This head reads at least min_maps={min_maps} feature maps, but num_layers={num_layers}. Name more "
+                f"blocks, such as layers=[-4,-3,-2,-1], or choose a head that takes one map: linear, mlp or cnn."
             )
         width = sum(widths(in_dim, num_layers))
         self.dropout = nn.Dropout2d(dropout)

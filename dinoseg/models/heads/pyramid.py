@@ -62,8 +62,8 @@ def refuse_unless_four(head: str, num_layers: int) -> None:
     """Refuse any number of maps other than four."""
     if num_layers != NUM_LEVELS:
         raise UserError(
-            f"head={head} reads four feature maps, but backbone.layers gives {num_layers}. Set "
-            f"backbone.layers=quarters or name four blocks, or choose a head that takes any number: linear, mlp or cnn."
+            f"The head {head} reads four feature maps, but num_layers={num_layers}. Set layers=quarters or name four "
+            f"blocks, or choose a head that takes any number: linear, mlp or cnn."
         )
 
 
@@ -71,7 +71,7 @@ def one_grid_width(head: str, in_dim: int | Sequence[int], num_layers: int) -> i
     """Return the summed width of maps on one grid; refuse the maps of a pyramid."""
     if not isinstance(in_dim, int) and num_layers > 1:
         raise UserError(
-            f"head={head} needs one patch grid, but backbone.layers gives {num_layers} maps of a pyramid, each with "
-            "its own grid. Set backbone.layers=[-1], or choose head=linear, multiscale, dpt or upernet."
+            f"The head {head} needs one patch grid, but gets {num_layers} maps of a pyramid, each with its own grid. "
+            "Set layers=[-1], or choose the head linear, multiscale, dpt or upernet."
         )
     return sum(widths(in_dim, num_layers))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dinoseg.core.contracts import Head
 from dinoseg.models.heads.pyramid import NUM_LEVELS, Reassemble, refuse_unless_four
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import Count, check_annotations
 
 
 class UperNetHead(Head[Tensor]):
@@ -27,16 +27,15 @@ class UperNetHead(Head[Tensor]):
     """
 
     min_batch_size = 2  # minimum images per rank in training: BatchNorm on 1x1 pooled maps needs two values
-    fixed_size_reason = "its pooling windows depend on the size (head=upernet)"
+    fixed_size_reason = "its pooling windows depend on the size (UPerNet)"
 
+    @check_annotations
     def __init__(self, in_dim: int | Sequence[int], num_layers: int, num_classes: Count, channels: Count = 512) -> None:
         from transformers import UperNetConfig
         from transformers.models.upernet.modeling_upernet import UperNetHead as Decoder
 
         super().__init__()
         refuse_unless_four("upernet", num_layers)
-        if channels < 1:
-            raise UserError(f"head.channels={channels}: give a number of at least 1.")
         config = UperNetConfig(hidden_size=channels)
         config.num_labels = num_classes
         pyramid = None if isinstance(in_dim, int) else list(in_dim)
@@ -47,8 +46,8 @@ class UperNetHead(Head[Tensor]):
         """Return class scores (B, K, 4h, 4w) for a transformer, or on the finest grid of a pyramid."""
         if self.training and len(features[0]) == 1:
             raise UserError(
-                "head=upernet cannot train on batches of one image: it applies BatchNorm to one average per image. Set "
-                "data.batch_size to at least 2 for each device, or choose head=dpt."
+                "UPerNet cannot train on batches of one image: it applies BatchNorm to one average per image. Give "
+                "batches of at least 2 images for each device, or choose the head dpt."
             )
         return self.decoder(self.reassemble(features))
 

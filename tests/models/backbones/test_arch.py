@@ -36,7 +36,7 @@ def vit(family, **arch):
     ],
 )
 def test_wrong_values_of_a_transformer(family, key, value, rule):
-    with pytest.raises(UserError, match=rf"^backbone\.arch\.{key}={value}\b.*{rule}.*\.$"):
+    with pytest.raises(UserError, match=rf"^arch\.{key}={value}\b.*{rule}.*\.$"):
         vit(family, **{key: value})
 
 
@@ -48,19 +48,19 @@ def test_wrong_values_of_a_transformer(family, key, value, rule):
         ("dinov2_with_registers", "num_register_tokens", -1, "is too small. Give at least 0"),
         ("vit", "hidden_dropout_prob", 3, "is not a probability"),
         ("dinov3_vit", "attention_dropout", 1.0, "is not a probability"),
-        ("vit", "image_size", 7, "Give at least backbone.patch_size=8"),
-        ("dinov2", "image_size", -1, "Give at least backbone.patch_size=8"),
+        ("vit", "image_size", 7, "Give at least patch_size=8"),
+        ("dinov2", "image_size", -1, "Give at least patch_size=8"),
     ],
 )
 def test_wrong_values_of_one_family(family, key, value, rule):
-    with pytest.raises(UserError, match=rf"^backbone\.arch\.{key}={value}\b.*{rule}"):
+    with pytest.raises(UserError, match=rf"^arch\.{key}={value}\b.*{rule}"):
         vit(family, **{key: value})
 
 
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("depths", [1, 1, 1], r"has 3 numbers, backbone\.arch\.hidden_sizes=\[8, 8, 16, 24\] has 4"),
+        ("depths", [1, 1, 1], r"has 3 numbers, arch\.hidden_sizes=\[8, 8, 16, 24\] has 4"),
         ("depths", [1, 1, 1, 1, 1], "has 5 numbers"),
         ("depths", [1, -1, 1, 1], "is too small. Give at least 1"),
         ("depths", [1, 1, 1, "a"], "list"),
@@ -71,7 +71,7 @@ def test_wrong_values_of_one_family(family, key, value, rule):
     ],
 )
 def test_wrong_values_of_a_convnext(key, value, rule):
-    with pytest.raises(UserError, match=rf"^backbone\.arch\.{key}={re.escape(str(value))}.*{rule}"):
+    with pytest.raises(UserError, match=rf"^arch\.{key}={re.escape(str(value))}.*{rule}"):
         ConvNext(STAGES | {key: value}, "random", 32)
 
 
@@ -85,12 +85,12 @@ def test_rotated_heads_need_a_multiple_of_four_channels():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("patch_size", [0, -8])
 def test_a_patch_has_a_size(family, patch_size):
-    with pytest.raises(UserError, match=rf"^backbone\.patch_size={patch_size} is too small. Give at least 1"):
+    with pytest.raises(UserError, match=rf"^patch_size={patch_size} is too small. Give at least 1"):
         TransformersVit(family, SMALL, "random", patch_size)
 
 
 def test_what_transformers_refuses_for_reasons_of_its_own_is_refused():
-    with pytest.raises(UserError, match=r"^backbone\.arch=\{'out_indices': \[99\]\}: .*99.*Correct the value"):
+    with pytest.raises(UserError, match=r"^arch=\{'out_indices': \[99\]\}: .*99.*Correct the value"):
         configuration("dinov2", {"out_indices": [99]})
 
 

@@ -240,7 +240,7 @@ def test_timm_s_own_attention_agrees_with_the_row():
 def test_models_without_it_say_so(name):
     backbone = TimmBackbone(name, "random", None)
     assert not backbone.has_class_attention
-    with pytest.raises(UserError, match=rf"^backbone\.name={name}: this model has no class token.* Choose a plain"):
+    with pytest.raises(UserError, match=rf"^name={name}: this model has no class token.* Choose a plain"):
         backbone.with_class_attention(images((32, 32)))
 
 

@@ -163,7 +163,7 @@ def test_exported_weights_are_read_again(build, name, tmp_path, layers):
 
 @pytest.mark.parametrize("layers", [[99], [-99], [], "last"])
 def test_layers_out_of_range_are_refused(build, layers):
-    with pytest.raises(UserError, match="backbone.layers="):
+    with pytest.raises(UserError, match="layers="):
         build(layers)
 
 

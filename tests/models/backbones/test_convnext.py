@@ -182,7 +182,7 @@ def test_lora_finds_its_linear_layers_and_last_blocks_its_stages():
     assert len(trained) == 2 * 2 * sum(DEPTHS) and all("pointwise_conv" in name for name in trained)
     with pytest.raises(UserError, match="LoRA updates"):
         lora.export_state()
-    with pytest.raises(UserError, match="adapter.targets=attention matches no linear layer.*pointwise_conv1"):
+    with pytest.raises(UserError, match="targets=attention matches no linear layer.*pointwise_conv1"):
         Lora(rank=2, alpha=2)(build())
     last = LastBlocks(1)(build())
     trained = {name for name, parameter in last.named_parameters() if parameter.requires_grad}
@@ -209,14 +209,14 @@ def test_weights_of_another_size_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("layers", "given", "own"), [((-1,), 16, 32), ((0, 2), 32, 16), ((0,), 8, 4)])
 def test_another_patch_size_is_refused_with_the_right_one(layers, given, own):
-    with pytest.raises(UserError, match=rf"patch_size={given}: .*stride of {own} px: set backbone.patch_size={own}"):
+    with pytest.raises(UserError, match=rf"patch_size={given}: .*stride of {own} px: set patch_size={own}"):
         build(layers, patch_size=given)
 
 
 def test_layers_out_of_range_and_unknown_keys_are_refused():
     with pytest.raises(UserError, match="this backbone has 4 blocks.*from -4 to 3"):
         build((4,))
-    with pytest.raises(UserError, match="backbone.arch: dinov3_convnext has no depth, width"):
+    with pytest.raises(UserError, match="arch: dinov3_convnext has no depth, width"):
         build(arch=ARCH | {"width": 3, "depth": 3})
 
 

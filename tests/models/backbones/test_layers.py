@@ -32,18 +32,18 @@ def test_numbers_keep_their_order_and_may_count_from_the_last():
 
 @pytest.mark.parametrize("layers", [(3,), (-4,), (), (0, 9)])
 def test_numbers_out_of_range_are_refused_with_the_range(layers):
-    with pytest.raises(UserError, match=r"backbone.layers=\[.*this backbone has 3 blocks.*from -3 to 2"):
+    with pytest.raises(UserError, match=r"layers=\[.*this backbone has 3 blocks.*from -3 to 2"):
         resolve_layers(layers, 3)
 
 
 def test_other_words_and_too_few_blocks_are_refused():
-    with pytest.raises(UserError, match=r"backbone.layers=thirds: give a list.*quarters"):
+    with pytest.raises(UserError, match=r"layers=thirds: give a list.*quarters"):
         resolve_layers("thirds", 12)
-    with pytest.raises(UserError, match=r"layers=quarters needs four blocks.* has 3\..*head=linear"):
+    with pytest.raises(UserError, match=r"layers=quarters needs four blocks.* has 3\..*linear or cnn"):
         resolve_layers("quarters", 3)
 
 
 @pytest.mark.parametrize("layers", [["a"], [1.5], [0, "-1"], [True], [None], (-1, 1.0)])
 def test_numbers_that_are_not_whole_are_refused(layers):
-    with pytest.raises(UserError, match=r"backbone.layers=\[.*\]: block numbers are integers.*such as \[-1\]"):
+    with pytest.raises(UserError, match=r"layers=\[.*\]: block numbers are integers.*such as \[-1\]"):
         resolve_layers(layers, 3)

@@ -266,7 +266,7 @@ def test_another_published_size_is_named(layout):
     message = (
         rf"f\.pth: the file holds .*width {layout.width}, {layout.depth} blocks, patches of {layout.patch_size} px"
     )
-    with pytest.raises(UserError, match=rf"{message}.*but the backbone is .*width 24.*backbone={OPTIONS[layout]}\b"):
+    with pytest.raises(UserError, match=rf"{message}.*but the backbone is .*width 24.*backbone {OPTIONS[layout]}\b"):
         from_meta(published(layout), _config(family, {**arch, "patch_size": PATCH}), "f.pth")
 
 
@@ -293,7 +293,7 @@ def test_the_largest_is_taken_whole():
 
 @pytest.mark.parametrize(("given", "wanted"), [("dinov2", "dinov2_reg"), ("dino", "dinov2"), ("dinov3", "dino")])
 def test_another_family_is_refused(given, wanted, saved):
-    with pytest.raises(UserError, match=r"meta\.pth: the file holds a DINO.* but the backbone is a DINO.*Set backbone"):
+    with pytest.raises(UserError, match=r"meta\.pth: the file holds a DINO.* but the backbone is a DINO.*Set family"):
         load(wanted, saved(state_of(given)))
 
 
@@ -303,7 +303,7 @@ def test_another_family_is_refused(given, wanted, saved):
         ("dinov2", {"image_size": 7 * PATCH}, rf"arch\.image_size={SIDE * PATCH}\."),
         ("dinov3", {"num_attention_heads": 6}, r"num_attention_heads=3\."),
         ("dinov3", {"num_hidden_layers": 4}, "3 blocks.*4 blocks"),
-        ("dinov3", {"num_register_tokens": 0}, r"4 registers.*Set backbone\.arch\.num_register_tokens=4\b"),
+        ("dinov3", {"num_register_tokens": 0}, r"4 registers.*Set arch\.num_register_tokens=4\b"),
         ("dinov3_swiglu", {"use_gated_mlp": False}, "SwiGLU"),
         ("dino", {"intermediate_size": 48}, "another shape"),
     ],
@@ -365,9 +365,7 @@ def test_truncated_files_are_refused(share, zipped, saved, tmp_path):
     torch.save(state_of("dinov2"), tmp_path / "whole.pth", _use_new_zipfile_serialization=zipped)
     content = (tmp_path / "whole.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(
-        UserError, match=r"backbone\.weights=.*cut\.pth: not a readable PyTorch file.*Download it again"
-    ):
+    with pytest.raises(UserError, match=r"weights=.*cut\.pth: not a readable PyTorch file.*Download it again"):
         load("dinov2", tmp_path / "cut.pth")
 
 
@@ -386,7 +384,7 @@ def test_what_is_no_checkpoint_is_refused(content, tmp_path):
         ({}, "holds nothing"),
         ({"network": {"cls_token": torch.zeros(1)}, "epoch": 3}, "holds network, epoch, and no weights.*`teacher`"),
         ({"conv.weight": torch.zeros(1)}, "tensors are missing"),
-        ({"downsample_layers.0.0.weight": torch.zeros(1)}, "holds a DINOv3 ConvNeXt.*backbone=dinov3_convnext_tiny"),
+        ({"downsample_layers.0.0.weight": torch.zeros(1)}, "holds a DINOv3 ConvNeXt.*dinov3_convnext_tiny"),
     ],
 )
 def test_other_content_is_refused(content, message, saved):
@@ -484,9 +482,9 @@ def test_surgenet_files_are_read(wrapper, scales, saved):
 
 
 def test_a_key_bias_needs_the_setting(saved):
-    with pytest.raises(UserError, match=r"key bias.*set backbone\.arch\.key_bias=true"):
+    with pytest.raises(UserError, match=r"key bias.*set arch\.key_bias=true"):
         load("dinov3", saved(surgenet_state()), **SURGENET | {"key_bias": False})
-    with pytest.raises(UserError, match=r"Set backbone\.arch\.num_register_tokens=0\b"):
+    with pytest.raises(UserError, match=r"Set arch\.num_register_tokens=0\b"):
         load("dinov3", saved(surgenet_state()))
 
 

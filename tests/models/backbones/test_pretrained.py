@@ -136,7 +136,7 @@ def test_weights_that_are_not_finite_floats_are_refused_by_file_and_name(tmp_pat
     for source in (tmp_path / "model.safetensors", tmp_path / "w.pth", tmp_path, "some/body"):
         # transformers names some tensors otherwise than the files of the hub
         named = r"\S+" if source in (tmp_path, "some/body") and fault != "int8" else re.escape(name)
-        with pytest.raises(UserError, match=rf"^backbone.weights={source}: (model.safetensors: )?{named} {said}"):
+        with pytest.raises(UserError, match=rf"^weights={source}: (model.safetensors: )?{named} {said}"):
             build(kind, 1, source)
 
 

@@ -97,7 +97,7 @@ def test_heads_take_its_map_or_say_why_not(head):
     nodes = load("backbone=rgb", f"head={head}", "resolution.crop=[32,32]")
     backbone = OmegaConf.create(nodes).backbone
     if head in ("multiscale", "dpt"):
-        with pytest.raises(UserError, match="backbone.layers=.*this backbone has 1"):
+        with pytest.raises(UserError, match="layers=.*this backbone has 1"):
             instantiate(backbone)
         backbone.layers = [-1] * 4
     rgb = instantiate(backbone)
@@ -111,13 +111,13 @@ def test_what_it_cannot_serve_is_refused():
     for adapter in ("full", "lora", "last_blocks"):
         with pytest.raises(UserError, match="no parameters to train. Choose adapter=frozen"):
             Builder(OmegaConf.create(load("backbone=rgb", f"adapter={adapter}"))).model()
-    with pytest.raises(UserError, match="the blocks of this backbone have no linear layers"):
+    with pytest.raises(UserError, match="blocks of this backbone have no linear layers"):
         Lora(rank=1, alpha=1)(RgbBackbone())
-    with pytest.raises(UserError, match="adapter.blocks=1: this backbone reads 0 blocks"):
+    with pytest.raises(UserError, match="blocks=1: this backbone reads 0 blocks"):
         LastBlocks(1)(RgbBackbone())
-    with pytest.raises(UserError, match="head=eomt needs a backbone whose blocks take queries"):
+    with pytest.raises(UserError, match="EoMT needs a backbone whose blocks take queries"):
         SegmentationModel(RgbBackbone(), EomtHead(3, 1, 2, patch_size=8, num_queries=2, blocks=1))
-    with pytest.raises(UserError, match="backbone=rgb has no weights to export.*resume=RUN"):
+    with pytest.raises(UserError, match="no weights to export"):
         RgbBackbone().export_state()
-    with pytest.raises(UserError, match=r"backbone.patch_size=0: patches are squares of pixels. Give at least 1"):
+    with pytest.raises(UserError, match="patch_size=0 .*at least 1"):
         RgbBackbone(0)

@@ -278,9 +278,7 @@ def test_lora_finds_the_fused_projections_and_last_blocks_its_blocks():
 
 def test_unknown_names_are_refused_with_the_nearest():
     for name in ("vit_tini_patch16_224", "vit_tini_patch16_224.augreg"):
-        with pytest.raises(
-            UserError, match=rf"backbone.name={name} is not a model.*Did you mean .*vit_tiny_patch16_224"
-        ):
+        with pytest.raises(UserError, match=rf"name={name} is not a model.*Did you mean .*vit_tiny_patch16_224"):
             build(name, patch_size=16)
     with pytest.raises(UserError, match="is not a model of timm .*list_models"):
         build("qqqq", patch_size=16)
@@ -293,11 +291,11 @@ def test_a_tag_may_stand_behind_the_name():
 
 
 def test_another_patch_size_is_refused_with_the_right_one():
-    with pytest.raises(UserError, match=r"patch_size=14: test_vit has patches of 16 px: set backbone.patch_size=16"):
+    with pytest.raises(UserError, match=r"patch_size=14: test_vit has patches of 16 px: set patch_size=16"):
         build(patch_size=14)
     with pytest.raises(UserError, match=r"patch_size=16: test_convnext has a stride of 32 px .*set .*patch_size=32"):
         build("test_convnext", patch_size=16)
-    with pytest.raises(UserError, match=r"has a stride of 8 px at the coarsest.*set backbone.patch_size=8"):
+    with pytest.raises(UserError, match=r"has a stride of 8 px at the coarsest.*set patch_size=8"):
         build("test_convnext", (0, 1), patch_size=32)
 
 
@@ -317,7 +315,7 @@ def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
-    with pytest.raises(UserError, match=r"test_vit cannot be downloaded \(no route to host\).*backbone.weights=PATH"):
+    with pytest.raises(UserError, match=r"test_vit cannot be downloaded \(no route to host\).*weights=PATH"):
         build(weights="timm")
     with pytest.raises(UserError, match="weights=timm: timm has no weights for levit_512"):
         build("levit_512", weights="timm", patch_size=64)
@@ -326,7 +324,7 @@ def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch):
 def test_a_model_that_cannot_checkpoint_says_so():
     with pytest.raises(
         UserError,
-        match="backbone.checkpointing=true: dla46_c does not support activation checkpointing. Set it to false",
+        match="checkpointing=true: dla46_c does not support activation checkpointing. Set it to false",
     ):
         build("dla46_c", patch_size=32, checkpointing=True)
 

@@ -69,7 +69,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     refused(
         {k: v for k, v in state.items() if k != "norm.bias"}, r"w\.safetensors: tensors are 1 missing \(norm.bias\)"
     )
-    refused(state | {"extra": torch.zeros(1)}, r"1 unexpected \(extra\)\. Choose the backbone\.name")
+    refused(state | {"extra": torch.zeros(1)}, r"1 unexpected \(extra\)\. Choose the name")
     refused(state | {"head2.weight": torch.zeros(1)}, r"1 unexpected \(head2.weight\)")
     refused(state | {"blocks.6.norm1.weight": torch.zeros(64)}, r"1 unexpected \(blocks.6.norm1.weight\)")
     refused(state | {"pos_embed": torch.zeros(1, 197, 64)}, r"1 of another shape \(pos_embed\)")
@@ -110,10 +110,10 @@ def test_weights_that_are_not_finite_floats_are_refused_by_name(tmp_path, monkey
     build("test_resnet", weights=str(file))
     name = next(name for name, value in state.items() if value.ndim == 4)
     save_file(state | {name: state[name].to(fault) if fault else state[name] / 0}, file)
-    with pytest.raises(UserError, match=rf"^backbone.weights={file}: {name} {said}"):
+    with pytest.raises(UserError, match=rf"^weights={file}: {name} {said}"):
         build("test_resnet", weights=str(file))
     spoilt = build("test_resnet").model
     torch.nn.init.constant_(next(spoilt.parameters()), float("nan"))
     monkeypatch.setattr(timm_backbone, "_create", lambda name, download: spoilt)
-    with pytest.raises(UserError, match=r"^backbone.weights=timm \(test_resnet\): .* holds NaN"):
+    with pytest.raises(UserError, match=r"^weights=timm \(test_resnet\): .* holds NaN"):
         build("test_resnet", weights="timm")

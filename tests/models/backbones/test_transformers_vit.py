@@ -105,9 +105,9 @@ def test_weights_of_half_precision_give_maps_of_full(family):
     rounded = half(images)[0]
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).norm() < 0.05 * exact.norm()
     for adapter in (Full(), LastBlocks(1)):
-        with pytest.raises(UserError, match="small updates would be rounded away.*backbone.dtype=float32"):
+        with pytest.raises(UserError, match="small updates would be rounded away.*dtype=float32"):
             adapter(half)
-    with pytest.raises(UserError, match="backbone.dtype=float64 is unknown"):
+    with pytest.raises(UserError, match="dtype=float64 is unknown"):
         build(family, dtype="float64")
 
 
@@ -191,7 +191,7 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch, caplog):
         raise ConnectionError("connection refused\nsee elsewhere")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused)
-    said = "the hub is unreachable \\(connection refused\\).*backbone.weights=PATH.*backbone=tiny_surgical"
+    said = "the hub is unreachable \\(connection refused\\).*weights=PATH.*tiny_surgical"
     with pytest.raises(UserError, match=said) as caught:
         build("dinov3_vit", weights="nobody/nothing@v1")
     assert asked == [("nobody/nothing", "v1")] and not caplog.records and "\n" not in str(caught.value)
@@ -200,12 +200,12 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch, caplog):
 def test_a_repository_of_an_adapter_is_refused_before_its_base_is_fetched(monkeypatch, tmp_path):
     listed = SimpleNamespace(siblings=[SimpleNamespace(rfilename="adapter_config.json")])
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *given, **options: listed)
-    with pytest.raises(UserError, match="backbone.weights=some/body@main: holds adapter_config.json"):
+    with pytest.raises(UserError, match="weights=some/body@main: holds adapter_config.json"):
         build("dinov3_vit", weights="some/body")
     (tmp_path / "adapter_config.json").write_text("{}")
     monkeypatch.setattr(pretrained, "_why_silent", lambda *given: "no answer")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
-    with pytest.raises(UserError, match="backbone.weights=some/body: holds adapter_config.json"):
+    with pytest.raises(UserError, match="weights=some/body: holds adapter_config.json"):
         build("dinov3_vit", weights="some/body")
 
 
@@ -219,7 +219,7 @@ def test_without_a_hub_weights_fetched_before_are_read(monkeypatch, tmp_path):
 
 def test_gated_weights_say_what_to_do(monkeypatch):
     monkeypatch.setattr(pretrained, "_why_silent", lambda name, revision: "")
-    with pytest.raises(UserError, match="accept the licence.*log in.*backbone.weights=PATH"):
+    with pytest.raises(UserError, match="accept the licence.*log in.*weights=PATH"):
         build("dinov3_vit", weights="nobody/nothing@v1")
 
 
@@ -230,5 +230,5 @@ def test_layers_out_of_range_are_refused_with_the_range(layers):
 
 
 def test_unknown_family_is_refused():
-    with pytest.raises(UserError, match="backbone.family=resnet is unknown"):
+    with pytest.raises(UserError, match="family=resnet is unknown"):
         TransformersVit("resnet", {}, "random", 16)

@@ -198,14 +198,11 @@ def test_its_own_defaults_are_those_of_its_config():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"patch_size": 7},
-            "head=detail has an output stride of 2 px, which does not divide .*patch_size=7.*even patch",
-        ),
-        ({"fine": 0}, "head.fine=0: give a whole number of at least 1"),
-        ({"width": -1}, "head.width=-1: give a whole number of at least 1"),
-        ({"blocks": -1}, "head.blocks=-1: give a number of at least 0"),
-        ({"jitter": -0.1}, "head.jitter=-0.1: give a number of at least 0"),
+        ({"patch_size": 7}, "patch_size=7 .*even patch size"),
+        ({"fine": 0}, "fine=0 .* at least 1"),
+        ({"width": -1}, "width=-1 .* at least 1"),
+        ({"blocks": -1}, "blocks=-1 .* at least 0"),
+        ({"jitter": -0.1}, "jitter=-0.1 .* at least 0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

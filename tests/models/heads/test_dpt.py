@@ -110,17 +110,14 @@ def test_gradients_reach_every_parameter_and_bfloat16_stays_finite(batch_norm):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"features": 0}, "head.features=0: give a number of channels of at least 1"),
-        ({"out_channels": [8, 8, 8]}, r"head.out_channels=\[8, 8, 8\]: give four whole numbers of at least 1"),
-        (
-            {"out_channels": ["a", 1, 1, 1]},
-            r"head.out_channels=\['a', 1, 1, 1\]: give four whole numbers of at least 1",
-        ),
-        ({"out_channels": [8, 8, 8.5, 8]}, r"head.out_channels=\[8, 8, 8.5, 8\]: give four whole numbers"),
-        ({"out_channels": [8, 8, [8], None]}, r"head.out_channels=\[8, 8, \[8\], None\]: give four whole numbers"),
-        ({"out_channels": []}, r"head.out_channels=\[\]: give four whole numbers"),
-        ({"out_channels": [8, 8, 8, 0]}, r"head.out_channels=\[8, 8, 8, 0\]: .* or null to follow"),
-        ({"dropout": 1.5}, "head.dropout=1.5: give a share from 0 up to below 1"),
+        ({"features": 0}, "features=0 .*at least 1"),
+        ({"out_channels": [8, 8, 8]}, r"out_channels=\[8, 8, 8\]: give four whole numbers of at least 1"),
+        ({"out_channels": ["a", 1, 1, 1]}, r"out_channels=\['a', 1, 1, 1\] .*list of whole numbers"),
+        ({"out_channels": [8, 8, 8.5, 8]}, r"out_channels=\[8, 8, 8.5, 8\] .*list of whole numbers"),
+        ({"out_channels": [8, 8, [8], None]}, r"out_channels=\[8, 8, \[8\], None\] .*list of whole numbers"),
+        ({"out_channels": []}, r"out_channels=\[\]: give four whole numbers"),
+        ({"out_channels": [8, 8, 8, 0]}, r"out_channels=\[8, 8, 8, 0\] .*at least 1.*null"),
+        ({"dropout": 1.5}, "dropout=1.5 .*below 1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

@@ -111,8 +111,8 @@ def write(tmp_path):
 def refusal(path, **options):
     with pytest.raises(UserError) as raised:
         tiny(weights=str(path), **options)
-    assert str(raised.value).startswith(f"head.weights={path}: ")
-    return str(raised.value).removeprefix(f"head.weights={path}: ")
+    assert str(raised.value).startswith(f"weights={path}: ")
+    return str(raised.value).removeprefix(f"weights={path}: ")
 
 
 @pytest.mark.parametrize("name", ["head.pth", "head.safetensors"])
@@ -166,8 +166,8 @@ def test_only_the_class_layer_learns_where_that_is_asked(whole, write):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"class_layer": "new"}, "head.class_layer=new without head.weights: .* Leave head.class_layer out"),
-        ({"trainable": "class_embed"}, "head.trainable=class_embed without head.weights: .* or set head.trainable=all"),
+        ({"class_layer": "new"}, "class_layer=new without weights: .* Leave class_layer out"),
+        ({"trainable": "class_embed"}, "trainable=class_embed without weights: .* or set trainable=all"),
     ],
 )
 def test_what_takes_a_file_is_refused_without_one_but_for_counting(options, said):
@@ -189,13 +189,13 @@ def test_on_the_meta_device_a_file_is_checked_but_not_held(whole, write):
     [
         (
             {"num_classes": 5},
-            "class outputs is 3 in the file and 6 in the model (for other classes than the file's set head.class",
+            "class outputs is 3 in the file and 6 in the model (for other classes than the file's set class",
         ),
         ({"no_object": False}, "class outputs is 3 in the file and 2 in the model"),
-        ({"num_queries": 9}, "num_queries is 3 in the file and 9 in the model (set head.num_queries=3)"),
-        ({"feedforward_dim": 16}, "feedforward_dim is 8 in the file and 16 in the model (set head.feedforward_dim=8)"),
-        ({"hidden_dim": 96}, "hidden_dim is 64 in the file and 96 in the model (set head.hidden_dim=64)"),
-        ({"num_heads": 2}, "num_heads is 4 in the file and 2 in the model (set head.num_heads=4)"),
+        ({"num_queries": 9}, "num_queries is 3 in the file and 9 in the model (set num_queries=3)"),
+        ({"feedforward_dim": 16}, "feedforward_dim is 8 in the file and 16 in the model (set feedforward_dim=8)"),
+        ({"hidden_dim": 96}, "hidden_dim is 64 in the file and 96 in the model (set hidden_dim=64)"),
+        ({"num_heads": 2}, "num_heads is 4 in the file and 2 in the model (set num_heads=4)"),
         ({"dim": 32}, "the backbone's width is 16 in the file and 32 in the model (choose the backbone of the file)"),
     ],
 )

@@ -36,7 +36,7 @@ def test_it_is_a_linear_head_over_all_maps(in_dim):
 
 
 def test_one_map_is_refused_with_the_heads_that_take_one():
-    message = r"at least 2 .*backbone.layers gives 1. .*backbone.layers=\[-4,-3,-2,-1\].*linear, mlp or cnn"
+    message = r"at least min_maps=2 .*num_layers=1. .*layers=\[-4,-3,-2,-1\].*linear, mlp or cnn"
     with pytest.raises(UserError, match=message):
         multiscale_head(384, 1, 2)
 

@@ -266,28 +266,28 @@ def test_initial_weights_are_those_of_the_published_code():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"slot_init": "none"}, r"head\.slot_init=none is unknown"),
-        ({"decoder": "cnn"}, r"head\.decoder=cnn is unknown. Choose one of mlp, slot_mixer"),
-        ({"decoder_depth": 1}, r"head\.decoder_depth=1: give 2 or more"),
-        ({"positions": "sine"}, r"head\.positions=sine with head\.decoder=slot_mixer"),
-        ({"slot_dim": 6}, r"head\.slot_dim=6 is not a multiple of 4"),
+        ({"slot_init": "none"}, r"slot_init=none is unknown"),
+        ({"decoder": "cnn"}, r"decoder=cnn is unknown. Choose one of mlp, slot_mixer"),
+        ({"decoder_depth": 1}, "decoder_depth=1 .*from 2 to 16"),
+        ({"positions": "sine"}, r"positions=sine with decoder=slot_mixer"),
+        ({"slot_dim": 6}, r"slot_dim=6 is not a multiple of 4"),
         ({"reconstruct": False, "similarity": False}, "leaves nothing to learn"),
-        ({"reconstruct": False, "output_norm": True}, r"Set head\.output_norm=false"),
+        ({"reconstruct": False, "output_norm": True}, r"Set output_norm=false"),
         (
             {"reconstruct": True, "similarity": False},
-            r"^head\.similarity_of=keys has no effect with head\.similarity=false\. Set head\.similarity=true, or ",
+            r"^similarity_of=keys has no effect with similarity=false\. Set similarity=true, or ",
         ),
         (
             {"slot_init": "clusters", "initial_std": 0.5},
-            r"^head\.initial_std=0\.5 has no effect with head\.slot_init=cl",
+            r"^initial_std=0\.5 has no effect with slot_init=cl",
         ),
         (
             {"slot_init": "clusters", "initial_std": 0.5, "groups": "initial", "num_slots": [2, 2]}
             | {"similarity_of": "features"},
-            r"^head\.initial_std=0\.5 has no effect with head\.slot_init=clusters",
+            r"^initial_std=0\.5 has no effect with slot_init=clusters",
         ),
-        ({"similarity_of": "values"}, r"head\.similarity_of=values is unknown"),
-        ({"groups": "always", "num_slots": [2, 2]}, r"Set head\.groups=off"),
+        ({"similarity_of": "values"}, r"similarity_of=values is unknown"),
+        ({"groups": "always", "num_slots": [2, 2]}, r"Set groups=off"),
     ],
 )
 def test_invalid_options(options, message):
@@ -310,11 +310,11 @@ def test_an_initial_deviation_acts_on_groups_too(slot_init):
 
 def test_learned_slots_have_one_number_and_keys_need_attention():
     head = SlotHead(DIM, 1, num_slots=3, positions_grid=[2, 3], **SLOT_CONTRAST)
-    with pytest.raises(UserError, match=r"slot_init=learned has 3 slots with one parameter each, but 4"):
+    with pytest.raises(UserError, match=r"slot_init=learned .*has 3 slots with one parameter each, but 4"):
         head.step(torch.zeros(1, DIM, 2, 3), sizes=[4])
     bare = Maps(None, None)
     bare.has_class_attention = False
-    with pytest.raises(UserError, match=r"head\.similarity_of=keys needs a plain vision transformer"):
+    with pytest.raises(UserError, match=r"similarity_of=keys needs a plain vision transformer"):
         SlotHead(DIM, 1, num_slots=3, positions_grid=[2, 3], **VIDEOSAUR).check_backbone(bare)
 
 

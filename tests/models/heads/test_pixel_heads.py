@@ -77,7 +77,7 @@ def test_eval_mode_is_deterministic_and_batches_do_not_mix(name):
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_a_pyramid_is_refused_by_heads_of_one_grid(name):
-    message = rf"head={name} .*backbone.layers gives 2 maps of a pyramid.*backbone.layers=\[-1\].*dpt or upernet"
+    message = rf"head {name} .*gets 2 maps of a pyramid.*layers=\[-1\].*dpt or upernet"
     with pytest.raises(UserError, match=message):
         HEADS[name]([4, 8], 2)
     head = HEADS[name]([8], 1).eval()
@@ -87,9 +87,7 @@ def test_a_pyramid_is_refused_by_heads_of_one_grid(name):
 @pytest.mark.parametrize("name", ["dpt", "upernet"])
 @pytest.mark.parametrize(("dim", "num_layers"), [(6, 1), (6, 5), ([4, 8], 2)])
 def test_heads_of_four_levels_refuse_another_number(name, dim, num_layers):
-    message = (
-        f"head={name} reads four feature maps, but backbone.layers gives {num_layers}. .*quarters.*linear, mlp or cnn"
-    )
+    message = f"head {name} reads four feature maps, but num_layers={num_layers}. .*quarters.*linear, mlp or cnn"
     with pytest.raises(UserError, match=message):
         HEADS[name](dim, num_layers)
 

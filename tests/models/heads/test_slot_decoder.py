@@ -132,7 +132,7 @@ def test_steps_are_a_number_or_a_list():
     assert resolve_steps(0) == [0] and resolve_steps(3) == [0, 1, 2, 3]
     assert resolve_steps([1]) == [1] and resolve_steps([2, 0]) == [2, 0]
     for wrong in (-1, [], [0, -2], [1, 1]):
-        with pytest.raises(UserError, match=r"head\.steps=.*each once"):
+        with pytest.raises(UserError, match=r"steps=.*each once"):
             resolve_steps(wrong)
 
 
@@ -155,5 +155,5 @@ def test_time_decoders_change_slots_each_in_its_own_way():
 
 
 def test_unknown_positions_are_refused():
-    with pytest.raises(UserError, match=r"head\.positions=fourier is unknown.*learned, sine, linear"):
+    with pytest.raises(UserError, match=r"positions=fourier is unknown.*learned, sine, linear"):
         Positions("fourier", (2, 2))

@@ -110,7 +110,9 @@ def test_outputs_have_their_shapes(steps, num_sources):
 
 def test_a_predictor_that_no_frame_would_train_is_refused():
     for steps, frames in ((0, 1), ([0, 3], 4), ([2], 3)):
-        with pytest.raises(UserError, match=f"clips of {frames} frames have none.*cut.length={frames + 1} or more"):
+        with pytest.raises(
+            UserError, match=f"clips of {frames} frames have none.*clips of {frames + 1} frames or more"
+        ):
             made(steps=steps).follow(clip(frames))
         made(steps=steps).eval().follow(clip(frames))
         made(steps=steps, predictor="carry").follow(clip(frames))
@@ -207,7 +209,7 @@ def test_channels_of_half_precision_are_counted_in_float32():
 
 def test_a_single_cell_has_no_variance_to_train_on():
     head, cell = made(standardise=True, num_slots=1, predictor="none"), clip(1, (1, 1), 1)
-    with pytest.raises(UserError, match="head.standardise=true computes mean and variance over the cells of a batch"):
+    with pytest.raises(UserError, match="standardise=true .*computes mean and variance over the cells of a batch"):
         head.train().follow(cell)
     assert head.standardiser.running_var.isfinite().all() and head.eval().follow(cell).slots.isfinite().all()
 
@@ -312,7 +314,7 @@ def test_similarity_comes_when_asked_for_the_grid_it_knows():
     assert outputs.similarity.shape == (2, 3, 12, 3, 4)
     expected = head.decoder(outputs.slots[:, 1], (3, 4), similarity=True).similarity
     torch.testing.assert_close(outputs.similarity[:, 1], expected)
-    with pytest.raises(UserError, match=r"similarity=true predicts 3 x 4 .* have 5 x 4\. Set resolution\.crop"):
+    with pytest.raises(UserError, match=r"similarity=true .*predicts 3 x 4 .* have 5 x 4\."):
         head.follow(clip(grid=(5, 4)))
     image = clip(1, (5, 4))
     assert head.eval().follow(image).similarity is None  # an image has no next frame
@@ -415,30 +417,23 @@ def test_a_few_steps_of_training_tell_two_halves_apart():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"num_slots": 0}, r"head\.num_slots=0: give at least 1 slot"),
-        ({"num_slots": [5, 0], "groups": "always"}, r"head\.num_slots=\[5,0\]: give at least 1"),
-        ({"num_slots": [], "groups": "always"}, r"head\.num_slots=\[\]: give at least 1"),
-        ({"num_slots": [5, 5]}, r"num_slots=\[5,5\] with head\.groups=off.*head\.num_slots=10, or set head\.groups"),
-        ({"num_slots": 10, "groups": "initial"}, r"num_slots=10 with head\.groups=initial.*head\.num_slots=\[5,5\]"),
-        ({"num_slots": [1, 2, 3], "groups": "always"}, r"num_slots=\[1,2,3\] with head\.groups=always.*\[5,5\]"),
-        ({"groups": "sometimes"}, r"head\.groups=sometimes is unknown.*off, initial, always"),
-        ({"mask_source": "beta"}, r"head\.mask_source=beta is unknown.*attention, alpha"),
-        ({"iterations": 0}, r"head\.iterations=0: give a whole number of at least 1"),
-        ({"first_iterations": 0}, r"head\.first_iterations=0: give"),
-        ({"decoder_dim": -3}, r"head\.decoder_dim=-3: give"),
-        ({"slot_dim": 0}, r"head\.slot_dim=0: give"),
-        ({"hidden_dim": 0}, r"head\.hidden_dim=0: give"),
-        ({"positions_grid": [28]}, r"head\.positions_grid=\[28\]: give rows and columns"),
-        ({"positions_grid": [0, 4]}, r"head\.positions_grid=\[0, 4\]: give rows and columns"),
-        (
-            {"positions_grid": None},
-            r"head\.positions=learned needs the grid of .* Set backbone\.patch_size, from which",
-        ),
-        (
-            {"positions_grid": None, "positions": "linear", "similarity": True},
-            r"head\.similarity=true needs the grid "
-            "of",
-        ),
+        ({"num_slots": 0}, r"num_slots=0: give at least 1 slot"),
+        ({"num_slots": [5, 0], "groups": "always"}, r"num_slots=\[5,0\]: give at least 1"),
+        ({"num_slots": [], "groups": "always"}, r"num_slots=\[\]: give at least 1"),
+        ({"num_slots": [5, 5]}, r"num_slots=\[5,5\] with groups=off.*num_slots=10, or set groups"),
+        ({"num_slots": 10, "groups": "initial"}, r"num_slots=10 with groups=initial.*num_slots=\[5,5\]"),
+        ({"num_slots": [1, 2, 3], "groups": "always"}, r"num_slots=\[1,2,3\] with groups=always.*\[5,5\]"),
+        ({"groups": "sometimes"}, r"groups=sometimes is unknown.*off, initial, always"),
+        ({"mask_source": "beta"}, r"mask_source=beta is unknown.*attention, alpha"),
+        ({"iterations": 0}, "^iterations=0 .*at least 1"),
+        ({"first_iterations": 0}, "first_iterations=0"),
+        ({"decoder_dim": -3}, "decoder_dim=-3"),
+        ({"slot_dim": 0}, "slot_dim=0"),
+        ({"hidden_dim": 0}, "hidden_dim=0"),
+        ({"positions_grid": [28]}, r"positions_grid=\[28\]: give rows and columns"),
+        ({"positions_grid": [0, 4]}, r"positions_grid=\[0, 4\]: give rows and columns"),
+        ({"positions_grid": None}, r"positions=learned needs the grid .*positions_grid=null"),
+        ({"positions_grid": None, "positions": "linear", "similarity": True}, r"similarity=true needs the grid of"),
     ],
 )
 def test_what_cannot_be_is_refused(keys, message):
@@ -448,13 +443,13 @@ def test_what_cannot_be_is_refused(keys, message):
 
 @pytest.mark.parametrize(("dim", "layers"), [(384, 4), ([96, 192, 384], 3)])
 def test_several_maps_are_refused(dim, layers):
-    with pytest.raises(UserError, match=rf"gives {layers}\. Set backbone\.layers=\[-1\]"):
+    with pytest.raises(UserError, match=rf"num_layers={layers}\. Set layers=\[-1\]"):
         SlotHead(dim, layers)
 
 
 def test_more_slots_than_cells_are_refused():
     head = made(num_slots=13)
-    message = r"head\.num_slots=13 .* 3 x 4 = 12 cells.*num_slots=12 or fewer.*resolution\.crop"
+    message = r"num_slots=13 .* 3 x 4 = 12 cells.*num_slots=12 or fewer"
     with pytest.raises(UserError, match=message):
         head.follow(clip())
     with pytest.raises(UserError, match=message):
@@ -464,9 +459,9 @@ def test_more_slots_than_cells_are_refused():
 
 def test_a_clip_too_short_for_its_steps_is_refused_and_an_image_is_segmented_all_the_same():
     head = made(steps=2)
-    with pytest.raises(UserError, match=r"head\.steps=\[0, 1, 2\] .* clips have 2\. Set data\.clips\.cut\.length=3"):
+    with pytest.raises(UserError, match=r"steps=\[0, 1, 2\] .* clips have 2\. Give clips of 3"):
         head.follow(clip(2))
-    with pytest.raises(UserError, match=r"clips have 1\. Set data\.clips\.cut\.length=3"):
+    with pytest.raises(UserError, match=r"clips have 1\. Give clips of 3"):
         head.follow(clip(1))
     head.eval()
     assert head.follow(clip(1)).attention.shape == (2, 1, 3, 3, 4)
@@ -478,7 +473,7 @@ def test_groups_need_a_class_token():
     plain = Backbone()
     made().check_backbone(plain)
     made(**GROUPED).check_backbone(PixelMaps())
-    with pytest.raises(UserError, match=r"head\.groups=always needs a backbone with a class token.*head\.groups=off"):
+    with pytest.raises(UserError, match=r"groups=always needs a backbone with a class token.*groups=off"):
         made(**GROUPED).check_backbone(plain)
     without = PixelMaps()
     without.has_class_attention = False

@@ -58,12 +58,12 @@ def test_single_images_cannot_train_but_can_be_predicted():
         return [torch.randn(batch, 12, 4, 4)] * 4
 
     head, maps = small(), maps_of(1)
-    with pytest.raises(UserError, match="cannot train on batches of one image: .*data.batch_size to at least 2"):
+    with pytest.raises(UserError, match="cannot train on batches of one image: .*at least 2"):
         head.train()(maps)
     assert head.eval()(maps).shape == (1, 3, 16, 16)
     assert head.train()(maps_of(head.min_batch_size)).shape == (head.min_batch_size, 3, 16, 16)
 
 
 def test_no_channels_are_refused():
-    with pytest.raises(UserError, match="head.channels=0: give a number of at least 1"):
+    with pytest.raises(UserError, match="channels=0 .*at least 1"):
         small(channels=0)

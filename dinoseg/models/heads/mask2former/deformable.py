@@ -13,7 +13,7 @@ from dinoseg.utils.transfer import to_device
 
 POINTS = 4  # per head and level
 # sampled values per chunk, 256 MiB in float32; only without gradients, since the backward pass needs all chunks, of
-# every layer at once or, with head.checkpointing=true, of one layer at a time
+# every layer at once or, with `checkpointing`, of one layer at a time
 AT_ONCE = 2**26
 
 

@@ -15,10 +15,10 @@ from dinoseg.core.shapes import MaskOutputs, WeightedMasks
 from dinoseg.models.heads.mask2former.adapter import VitAdapter
 from dinoseg.models.heads.mask2former.pixel_decoder import GROUPS, PixelDecoder
 from dinoseg.models.heads.mask2former.predictor import MaskedAttentionDecoder
-from dinoseg.models.heads.options import check_choice, check_positive
+from dinoseg.models.heads.options import check_choice
 from dinoseg.models.heads.semantic import semantic_map, weighted_masks
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, LowShare
+from dinoseg.utils.ranges import Count, LowShare, check_annotations
 from dinoseg.utils.tensor_files import check_weights, read_tensor_file
 
 MAPS = 4
@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 # how tensor shapes identify the segmentor of a file: value, tensor, axis, divisor and remedy
 TELLING = (
     ("the backbone's width", f"{ADAPTER}level_embed", 1, 1, "choose the backbone of the file"),
-    ("hidden_dim", f"{HEAD}predictor.post_norm.weight", 0, 1, "set head.hidden_dim={}"),
-    ("num_heads", f"{ADAPTER}interactions.0.extractor.attn.attention_weights.bias", 0, 4, "set head.num_heads={}"),
-    ("feedforward_dim", f"{HEAD}predictor.transformer_ffn_layers.0.linear1.bias", 0, 1, "set head.feedforward_dim={}"),
-    ("num_queries", f"{HEAD}predictor.query_feat.weight", 0, 1, "set head.num_queries={}"),
-    ("class outputs", f"{CLASS_LAYER}bias", 0, 1, "for other classes than the file's set head.class_layer=new"),
+    ("hidden_dim", f"{HEAD}predictor.post_norm.weight", 0, 1, "set hidden_dim={}"),
+    ("num_heads", f"{ADAPTER}interactions.0.extractor.attn.attention_weights.bias", 0, 4, "set num_heads={}"),
+    ("feedforward_dim", f"{HEAD}predictor.transformer_ffn_layers.0.linear1.bias", 0, 1, "set feedforward_dim={}"),
+    ("num_queries", f"{HEAD}predictor.query_feat.weight", 0, 1, "set num_queries={}"),
+    ("class outputs", f"{CLASS_LAYER}bias", 0, 1, "for other classes than the file's set class_layer=new"),
 )
 
 
@@ -62,7 +62,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
         weights: Meta's segmentor checkpoint (.pth), or a safetensors file with the same names; None = random.
         class_layer: with `weights`, `loaded` uses the class layer of the file, `new` a random one for other classes.
         trainable: `all`, or, with `weights`, only the `class_embed` layer.
-        deep_supervision: also return the outputs of earlier layers in training, for loss=mask_classification.
+        deep_supervision: also return the outputs of earlier layers in training, for the loss `MaskClassification`.
         drop_path: probability of skipping an extractor's feed-forward block per sample in training.
         checkpointing: recompute the deformable layers in the backward pass: less memory, more time.
         backbone_in_bfloat16: run the backbone in bfloat16 autocast, whatever the precision of the head, as Meta's
@@ -76,8 +76,9 @@ class Mask2FormerHead(Head[MaskOutputs]):
     """
 
     mixture = True
-    fixed_size_reason = "its sampling points and positions depend on the size (head=mask2former)"
+    fixed_size_reason = "its sampling points and positions depend on the size (Mask2Former)"
 
+    @check_annotations
     def __init__(
         self,
         in_dim: int | Sequence[int],
@@ -100,14 +101,10 @@ class Mask2FormerHead(Head[MaskOutputs]):
     ) -> None:
         super().__init__()
         dim = _map_width(in_dim, num_layers)
-        check_positive(num_heads=num_heads, num_queries=num_queries)
         hidden = _hidden_width(dim, hidden_dim, num_heads)
         feedforward = 4 * hidden if feedforward_dim is None else feedforward_dim
-        check_positive(feedforward_dim=feedforward)
         check_choice("class_layer", class_layer, CLASS_LAYERS)
         check_choice("trainable", trainable, TRAINABLE)
-        if not 0 <= drop_path < 1:
-            raise UserError(f"head.drop_path={drop_path}: give a probability of at least 0 and below 1.")
         device = torch.get_default_device()
         if not weights and device.type != "meta":  # on meta only sizes are counted, without the file
             _check_without_weights(class_layer, trainable)
@@ -199,15 +196,15 @@ class Mask2FormerHead(Head[MaskOutputs]):
 def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
     if num_layers != MAPS:
         raise UserError(
-            f"backbone.layers gives {num_layers} map{'s' * (num_layers != 1)}, but this Mask2Former head reads exactly "
-            f"{MAPS}: set backbone.layers=quarters, or list four blocks, early ones first."
+            f"This Mask2Former head reads exactly {MAPS} feature maps, but num_layers={num_layers}. Set "
+            "layers=quarters, or list four blocks, early ones first."
         )
     map_widths = widths(in_dim, num_layers)
     if len(set(map_widths)) > 1:
         raise UserError(
             f"The backbone returns maps of the widths {map_widths}, but this Mask2Former head builds its own pyramid "
             "from four maps of one width. Choose a vision transformer, or a head that reads pyramids, such as "
-            "head=linear."
+            "linear."
         )
     return map_widths[0]
 
@@ -215,13 +212,13 @@ def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
 def _check_without_weights(class_layer: str, trainable: str) -> None:
     if class_layer == "new":
         raise UserError(
-            "head.class_layer=new without head.weights: there is no class layer to replace, the whole head is new. "
-            "Leave head.class_layer out, or give head.weights=FILE."
+            "class_layer=new without weights: there is no class layer to replace, the whole head is new. "
+            "Leave class_layer out, or give weights=FILE."
         )
     if trainable == "class_embed":
         raise UserError(
-            "head.trainable=class_embed without head.weights: the other layers of the head would stay random. Give "
-            "head.weights=FILE, Meta's segmentor checkpoint, or set head.trainable=all."
+            "trainable=class_embed without weights: the other layers of the head would stay random. Give "
+            "weights=FILE, Meta's segmentor checkpoint, or set trainable=all."
         )
 
 
@@ -229,7 +226,7 @@ def _hidden_width(dim: int, hidden_dim: int | None, num_heads: int) -> int:
     fitting = [heads for heads in range(1, min(dim // 2, 64) + 1) if dim // 2 % heads == 0]
     if num_heads not in fitting:
         raise UserError(
-            f"head.num_heads={num_heads} does not divide {dim // 2}, half of the backbone's width {dim}. "
+            f"num_heads={num_heads} does not divide {dim // 2}, half of the backbone's width {dim}. "
             f"Choose one of {', '.join(map(str, fitting))}."
         )
     step = math.lcm(num_heads, GROUPS)
@@ -239,8 +236,8 @@ def _hidden_width(dim: int, hidden_dim: int | None, num_heads: int) -> int:
     if hidden_dim % step or hidden_dim < least:
         below = max(least, hidden_dim // step * step)
         raise UserError(
-            f"head.hidden_dim={hidden_dim} must be a multiple of {GROUPS} (groups of channels) and of head.num_heads="
-            f"{num_heads}, and at least {2 * GROUPS}. Choose head.hidden_dim={below} or {below + step}."
+            f"hidden_dim={hidden_dim} must be a multiple of {GROUPS} (groups of channels) and of num_heads="
+            f"{num_heads}, and at least {2 * GROUPS}. Choose hidden_dim={below} or {below + step}."
         )
     return hidden_dim
 
@@ -267,13 +264,13 @@ def load_segmentor(head: nn.Module, path: str, *, new_class_layer: bool) -> int:
     if new_class_layer:
         wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(CLASS_LAYER)}
     _check_shapes(path, tensors, wanted)
-    check_weights(tensors, f"head.weights={path}", wanted)
+    check_weights(tensors, f"weights={path}", wanted)
     with torch.no_grad():
         for key, tensor in wanted.items():
             if not tensor.is_meta:
                 tensor.copy_(tensors[key])
     if passed_over:
-        logger.info("head.weights=%s: ignored %d keys of a backbone, which has its own weights", path, len(passed_over))
+        logger.info("Head weights %s: ignored %d keys of a backbone, which has its own weights", path, len(passed_over))
     return len(passed_over)
 
 
@@ -289,9 +286,9 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     Raises:
         UserError: the file does not exist, cannot be read, or holds anything but tensors.
     """
-    tensors = read_tensor_file(Path(path).expanduser(), "head.weights")
+    tensors = read_tensor_file(Path(path).expanduser(), "weights")
     if not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"head.weights={path}: not a plain dict of tensors. Give Meta's segmentor checkpoint.")
+        raise UserError(f"weights={path}: not a plain dict of tensors. Give Meta's segmentor checkpoint.")
     return dict(tensors)
 
 
@@ -305,7 +302,7 @@ def _check_names(path: str, in_file: Collection[str], expected: Collection[str])
     ]
     if problems:
         raise UserError(
-            f"head.weights={path}: of the {len(expected)} keys of a Mask2Former segmentor, {'; '.join(problems)}. "
+            f"weights={path}: of the {len(expected)} keys of a Mask2Former segmentor, {'; '.join(problems)}. "
             f"Give the whole file of Meta's segmentor, such as dinov3_vit7b16_ade20k_m2f_head-*.pth."
         )
 
@@ -323,4 +320,4 @@ def _check_shapes(path: str, in_file: Mapping[str, Tensor], expected: Mapping[st
     differences = differences or [
         f"{first} is {tuple(in_file[first].shape)} in the file and {tuple(expected[first].shape)} in the model"
     ]
-    raise UserError(f"head.weights={path}: {len(wrong)} tensors have another shape: {'; '.join(differences)}.")
+    raise UserError(f"weights={path}: {len(wrong)} tensors have another shape: {'; '.join(differences)}.")

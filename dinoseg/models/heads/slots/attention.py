@@ -89,8 +89,8 @@ class SlotAttention(nn.Module):
         check_choice("slot_init", slot_init, SLOT_INITS)
         if slot_init == "clusters" and initial_std is not None:
             raise UserError(
-                f"head.initial_std={initial_std} has no effect with head.slot_init=clusters, whose noise is fixed. Set "
-                "head.initial_std=null, or head.slot_init=gaussian."
+                f"initial_std={initial_std} has no effect with slot_init=clusters, whose noise is fixed. Set "
+                "initial_std=null, or slot_init=gaussian."
             )
         self.exponent = 1.0 if variance_as_std else 0.5
         self.norm_tokens = nn.LayerNorm(in_dim)
@@ -164,8 +164,8 @@ class SlotAttention(nn.Module):
         if self.learned_slots is not None:
             if sum(sizes) != self.learned_slots.shape[1]:
                 raise UserError(
-                    f"head.slot_init=learned has {self.learned_slots.shape[1]} slots with one parameter each, but "
-                    f"{sum(sizes)} slots are needed. Set slots=free, or train with head.slot_init=gaussian, which "
+                    f"slot_init=learned of the slot head has {self.learned_slots.shape[1]} slots with one parameter "
+                    f"each, but {sum(sizes)} slots are needed. Set slots=free, or train with slot_init=gaussian, which "
                     "supports any number of slots."
                 )
             return self.learned_slots.expand(batch, -1, -1)
@@ -259,8 +259,8 @@ def check_enough_cells(num_slots: int, grid: tuple[int, int]) -> None:
     cells = grid[0] * grid[1]
     if num_slots > cells:
         raise UserError(
-            f"head.num_slots={num_slots} exceeds the {grid[0]} x {grid[1]} = {cells} cells of a frame. Set "
-            f"head.num_slots={cells} or fewer, or enlarge the frames (resolution.crop or resolution.scale)."
+            f"num_slots={num_slots} of the slot head exceeds the {grid[0]} x {grid[1]} = {cells} cells of a frame. Set "
+            f"num_slots={cells} or fewer, or enlarge the frames."
         )
 
 
@@ -285,8 +285,8 @@ class Standardiser(nn.BatchNorm2d):
             return super().forward(features)
         if features.numel() == self.num_features:
             raise UserError(
-                "head.standardise=true computes mean and variance over the cells of a batch, but this batch has a "
-                "single cell. Enlarge data.batch_size or resolution.crop, or set head.standardise=false."
+                "standardise=true of the slot head computes mean and variance over the cells of a batch, but this "
+                "batch has a single cell. Give larger batches or crops, or set standardise=false."
             )
         mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
         assert mean is not None and variance is not None and count is not None  # running stats are enabled
@@ -303,16 +303,16 @@ def slot_sizes(num_slots: int | Sequence[int], groups: str) -> list[int]:
     sizes = [num_slots] if isinstance(num_slots, int) else list(num_slots)
     shown = str(sizes).replace(" ", "") if not isinstance(num_slots, int) else num_slots
     if min(sizes, default=0) < 1:
-        raise UserError(f"head.num_slots={shown}: give at least 1 slot; with head.groups, two such numbers.")
+        raise UserError(f"num_slots={shown}: give at least 1 slot; with groups, two such numbers.")
     if groups == "off" and not isinstance(num_slots, int):
         raise UserError(
-            f"head.num_slots={shown} with head.groups=off: without groups give one number, such as "
-            f"head.num_slots={sum(sizes)}, or set head.groups=initial or always."
+            f"num_slots={shown} with groups=off: without groups give one number, such as "
+            f"num_slots={sum(sizes)}, or set groups=initial or always."
         )
     if groups != "off" and len(sizes) != 2:
         raise UserError(
-            f"head.num_slots={shown} with head.groups={groups}: give the numbers of background and of foreground "
-            f"slots, such as head.num_slots=[5,5]."
+            f"num_slots={shown} with groups={groups}: give the numbers of background and of foreground "
+            f"slots, such as num_slots=[5,5]."
         )
     return sizes
 
@@ -338,7 +338,7 @@ def resolve_steps(steps: int | Sequence[int]) -> list[int]:
     offsets = list(range(steps + 1)) if isinstance(steps, int) else list(steps)
     if not offsets or min(offsets) < 0 or len(set(offsets)) < len(offsets):
         raise UserError(
-            f"head.steps={steps}: give the last frame to reconstruct, counted from the input frame (0 = only that "
+            f"steps={steps}: give the last frame to reconstruct, counted from the input frame (0 = only that "
             "frame), or a list of such numbers, 0 or more, each once."
         )
     return offsets
@@ -364,6 +364,6 @@ def make_time_decoders(kind: str, dim: int, count: int) -> nn.ModuleList:
     """
     check_choice("time_decoder", kind, TIME_DECODERS)
     if kind == "attention":
-        check_heads(dim, f"head.time_decoder={kind}")
+        check_heads(dim, f"time_decoder={kind}")
         return nn.ModuleList(SlotSelfAttention(dim) for _ in range(count))
     return nn.ModuleList(nn.Linear(dim, dim) if kind == "linear" else nn.Identity() for _ in range(count))

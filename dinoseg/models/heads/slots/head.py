@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from dinoseg.core.contracts import Backbone, Head, Slots
 from dinoseg.core.geometry import upsample, widths
 from dinoseg.core.shapes import SlotOutputs
-from dinoseg.models.heads.options import check_choice, check_positive
+from dinoseg.models.heads.options import check_choice
 from dinoseg.models.heads.slots.attention import (
     GROUPS,
     SlotAttention,
@@ -28,8 +28,9 @@ from dinoseg.models.heads.slots.positions import Positions, linear_positions, po
 from dinoseg.models.heads.slots.predictor import check_heads, make_predictor
 from dinoseg.models.heads.slots.transformer import token_encoder
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, Few, LowShare, NotNegative, Positive
+from dinoseg.utils.ranges import Count, Few, LowShare, NotNegative, Positive, Range, check_annotations
 
+Depth = Annotated[int, Range("a whole number from 2 to 16", 2, 16)]
 CHOICES = {
     "groups": GROUPS,
     "decoder": DECODERS,
@@ -97,6 +98,7 @@ class SlotHead(Head[SlotOutputs]):
 
     mixture = True
 
+    @check_annotations
     def __init__(
         self,
         in_dim: int | Sequence[int],
@@ -124,7 +126,7 @@ class SlotHead(Head[SlotOutputs]):
         time_decoder: str = "none",
         decoder: str = "mlp",
         decoder_dim: Count = 1024,
-        decoder_depth: Few = 4,
+        decoder_depth: Depth = 4,
         mixer_blocks: Few = 2,
         positions: str = "learned",
         positions_grid: Sequence[int] | None = (28, 28),
@@ -138,10 +140,8 @@ class SlotHead(Head[SlotOutputs]):
         super().__init__()
         dim = _map_width(in_dim, num_layers)
         first_iterations = iterations if first_iterations is None else first_iterations
-        check_positive(slot_dim=slot_dim, hidden_dim=1 if hidden_dim is None else hidden_dim, decoder_dim=decoder_dim)
-        check_positive(iterations=iterations, first_iterations=first_iterations)
         _check_options(groups=groups, decoder=decoder, similarity_of=similarity_of, mask_source=mask_source)
-        _check_decoder(decoder, decoder_depth, positions, slot_dim)
+        _check_decoder(decoder, positions, slot_dim)
         _check_outputs(similarity, similarity_of, reconstruct=reconstruct, output_norm=output_norm)
         self.sizes, self.steps = slot_sizes(num_slots, groups), resolve_steps(steps)
         self.num_slots = sum(self.sizes)
@@ -197,15 +197,15 @@ class SlotHead(Head[SlotOutputs]):
         """
         if self.groups != "off" and not backbone.has_class_attention:
             raise UserError(
-                f"head.groups={self.groups} needs a backbone with a class token whose attention can be read: "
+                f"groups={self.groups} needs a backbone with a class token whose attention can be read: "
                 f"dino_*, dinov2_*, dinov3_vit*, tiny, tiny_surgical or a plain vision transformer of timm. Choose "
-                f"one of these, or set head.groups=off and give head.num_slots as one number."
+                f"one of these, or set groups=off and give num_slots as one number."
             )
         if self.similarity_of == "keys" and not backbone.has_class_attention:
             raise UserError(
-                "head.similarity_of=keys needs a plain vision transformer, whose attention keys can be read: dino_*, "
+                "similarity_of=keys needs a plain vision transformer, whose attention keys can be read: dino_*, "
                 "dinov2_*, dinov3_vit*, tiny, tiny_surgical or one of timm. Choose one of these, or set "
-                "head.similarity_of=features."
+                "similarity_of=features."
             )
 
     def set_progress(self, step: int, steps: int) -> None:
@@ -349,47 +349,37 @@ def _check_options(**options: str) -> None:
     for name, value in options.items():
         check_choice(name, value, CHOICES[name])
     if options["similarity_of"] == "keys" and options["groups"] != "off":
-        raise UserError(
-            f"head.similarity_of=keys does not support head.groups={options['groups']}. Set head.groups=off."
-        )
+        raise UserError(f"similarity_of=keys does not support groups={options['groups']}. Set groups=off.")
 
 
-def _check_decoder(decoder: str, depth: int, positions: str, slot_dim: int) -> None:
-    if depth < 2:
-        raise UserError(f"head.decoder_depth={depth}: give 2 or more linear layers.")
+def _check_decoder(decoder: str, positions: str, slot_dim: int) -> None:
     if decoder != "slot_mixer":
         return
-    check_heads(slot_dim, "head.decoder=slot_mixer")
+    check_heads(slot_dim, "decoder=slot_mixer")
     if positions != "added":
         raise UserError(
-            f"head.positions={positions} with head.decoder=slot_mixer, whose positions are as wide as a slot. Set "
-            "head.positions=added."
+            f"positions={positions} with decoder=slot_mixer, whose positions are as wide as a slot. Set "
+            "positions=added."
         )
 
 
 def _check_outputs(similarity: bool, similarity_of: str, *, reconstruct: bool, output_norm: bool) -> None:
     if not reconstruct and not similarity:
-        raise UserError(
-            "head.reconstruct=false leaves nothing to learn with head.similarity=false. Set one of them to true."
-        )
+        raise UserError("reconstruct=false leaves nothing to learn with similarity=false. Set one of them to true.")
     if not reconstruct and output_norm:
         raise UserError(
-            "head.output_norm=true norms the reconstructed features, and head.reconstruct=false has none. Set "
-            "head.output_norm=false."
+            "output_norm=true norms the reconstructed features, and reconstruct=false has none. Set output_norm=false."
         )
     if similarity_of == "keys" and not similarity:
         raise UserError(
-            "head.similarity_of=keys has no effect with head.similarity=false. Set head.similarity=true, or "
-            "head.similarity_of=features."
+            "similarity_of=keys has no effect with similarity=false. Set similarity=true, or similarity_of=features."
         )
 
 
 def _map_width(in_dim: int | Sequence[int], num_layers: int) -> int:
     """Return the width of the single map; refuse several maps."""
     if num_layers != 1:
-        raise UserError(
-            f"head=slots reads one feature map, but backbone.layers gives {num_layers}. Set backbone.layers=[-1]."
-        )
+        raise UserError(f"A slot head reads one feature map, but num_layers={num_layers}. Set layers=[-1].")
     return widths(in_dim, num_layers)[0]
 
 
@@ -418,17 +408,17 @@ def count_source_frames(frames: int, steps: Sequence[int], *, training: bool, tr
     num_sources = frames - max(steps)
     if num_sources == 1 and training and trains_predictor:
         raise UserError(
-            f"head.predictor=savi or transformer learns from pairs of frames, but clips of {frames} frames have none "
-            f"(head.steps={steps}). Set data.clips.cut.length={max(steps) + 2} or more; or, for single frames, "
-            "head.predictor=none."
+            f"predictor=savi or transformer of the slot head learns from pairs of frames, but clips of {frames} frames "
+            f"have none (steps={steps}). Give clips of {max(steps) + 2} frames or more; or, for single frames, set "
+            "predictor=none."
         )
     if num_sources >= 1:
         return num_sources
     if frames == 1 and not training:
         return 1
     raise UserError(
-        f"head.steps={steps} reconstructs up to {max(steps)} frames ahead, but clips have {frames}. Set "
-        f"data.clips.cut.length={max(steps) + 1} or more, or lower head.steps."
+        f"steps={steps} of the slot head reconstructs up to {max(steps)} frames ahead, but clips have {frames}. Give "
+        f"clips of {max(steps) + 1} frames or more, or lower steps."
     )
 
 
@@ -458,7 +448,7 @@ def check_similar_cells(grid: tuple[int, int], trained_grid: tuple[int, int]) ->
     """Refuse a grid other than the one the similarity is predicted over."""
     if grid != trained_grid:
         raise UserError(
-            f"head.similarity=true predicts {trained_grid[0]} x {trained_grid[1]} cells (head.positions_grid), but "
-            f"these frames have {grid[0]} x {grid[1]}. Set resolution.crop to head.positions_grid times the backbone's "
-            f"patch size, or head.positions_grid=[{grid[0]},{grid[1]}] and train again."
+            f"similarity=true of the slot head predicts {trained_grid[0]} x {trained_grid[1]} cells (positions_grid), "
+            f"but these frames have {grid[0]} x {grid[1]}. Give crops of positions_grid times the backbone's patch "
+            f"size, or set positions_grid=[{grid[0]},{grid[1]}] and train again."
         )

@@ -26,14 +26,14 @@ def training_grid(positions_grid: Sequence[int] | None, positions: str, similari
         UserError: invalid rows and columns, or None although they are needed.
     """
     if positions_grid is None and (similarity or positions != "linear"):
-        user = "head.similarity=true" if similarity else f"head.positions={positions}"
+        user = "similarity=true" if similarity else f"positions={positions}"
         raise UserError(
-            f"{user} needs the grid of a training crop, but head.positions_grid=null. Set backbone.patch_size, from "
-            "which it is computed; or its rows and columns, such as head.positions_grid=[14,14]."
+            f"{user} needs the grid of a training crop, but positions_grid=null. Set the patch size of the "
+            "backbone, from which it is computed; or its rows and columns, such as positions_grid=[14,14]."
         )
     rows_columns = [1, 1] if positions_grid is None else positions_grid
     if len(rows_columns) != 2 or min(rows_columns) < 1:
-        raise UserError(f"head.positions_grid={list(rows_columns)}: give rows and columns of cells, such as [28,28].")
+        raise UserError(f"positions_grid={list(rows_columns)}: give rows and columns of cells, such as [28,28].")
     return rows_columns[0], rows_columns[1]
 
 

@@ -39,7 +39,7 @@ def make_predictor(kind: str, dim: int) -> nn.Module | None:
     """
     check_choice("predictor", kind, PREDICTORS)
     if kind in ("savi", "transformer"):
-        check_heads(dim, f"head.predictor={kind}")
+        check_heads(dim, f"predictor={kind}")
         return SaviPredictor(dim) if kind == "savi" else SlotBlock(dim)
     return nn.Identity() if kind == "carry" else None
 
@@ -48,6 +48,6 @@ def check_heads(dim: int, user: str) -> None:
     """Refuse a slot width that is not divisible by the number of attention heads."""
     if dim % HEADS:
         raise UserError(
-            f"head.slot_dim={dim} is not a multiple of {HEADS}, the heads of {user}. Choose "
-            f"head.slot_dim={dim // HEADS * HEADS or HEADS} or {(dim // HEADS + 1) * HEADS}."
+            f"slot_dim={dim} is not a multiple of {HEADS}, the heads of {user}. Choose "
+            f"slot_dim={dim // HEADS * HEADS or HEADS} or {(dim // HEADS + 1) * HEADS}."
         )
