@@ -39,7 +39,13 @@ TINY = tuple(word for word in SMALL if word.startswith(("backbone", "engine")))
 QUIET = ("mode.metrics_only=true", "mode.report=false")
 TRAIN = (*(word for word in SMALL if word not in ("adapter=full", "trainer.steps=2")), "trainer.steps=1", *QUIET)
 CHOSEN = ("resolution.crop", "data.batch_size", "trainer.steps", "adapter")  # by hparam=auto
-RENDER = ("render.train_videos=1", "render.val_videos=0", "render.test_videos=0", "render.seconds=1", "render.size=[32,48]")
+RENDER = (
+    "render.train_videos=1",
+    "render.val_videos=0",
+    "render.test_videos=0",
+    "render.seconds=1",
+    "render.size=[32,48]",
+)
 BASES = {  # a command line that works, of each mode and of what trains otherwise: mode, a name beside it
     "train": (*TRAIN, "adapter=full"),
     "train many": (*TRAIN, "trainer=multi_head", "heads=[linear,{head: mlp, lr: 1e-3}]", "adapter=frozen"),

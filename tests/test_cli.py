@@ -363,7 +363,12 @@ def test_names_of_files_work_as_they_are(place, name):
     (place / "data").rename(place / name)
     folder = f"{name}/val/masks"
     done = call(
-        place, "mode=score", f"reference={folder}", f"prediction={folder}", "protocol.num_classes=2", f"hydra.run.dir={name} run"
+        place,
+        "mode=score",
+        f"reference={folder}",
+        f"prediction={folder}",
+        "protocol.num_classes=2",
+        f"hydra.run.dir={name} run",
     )
     assert done.status == 0 and (place / f"{name} run/scores.json").is_file(), done.err
     assert "mIoU" in done.out

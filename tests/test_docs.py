@@ -31,7 +31,13 @@ SMALLER = {  # what a mode is given beside the words of its command
     "plan": (*SHORT, *CPU),
     "predict": CPU,
     "track": CPU,
-    "render": ("render.train_videos=1", "render.test_videos=1", "render.seconds=1", "render.size=[32,48]", "render.workers=1"),
+    "render": (
+        "render.train_videos=1",
+        "render.test_videos=1",
+        "render.seconds=1",
+        "render.size=[32,48]",
+        "render.workers=1",
+    ),
 }
 WRITES = {  # what a mode leaves in its run folder, or "run.log"
     "train": "scores.json",

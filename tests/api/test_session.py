@@ -174,7 +174,10 @@ class CallersOptimizer:
 
 
 def test_a_hydra_program_can_call_modes():
-    store, options = ConfigStore.instance(), ["mode=help", "head=cnn", "adapter=lora", "loss=dice"]  # which no other test composes
+    store, options = (
+        ConfigStore.instance(),
+        ["mode=help", "head=cnn", "adapter=lora", "loss=dice"],
+    )  # which no other test composes
     store.store(group="optim", name="adamw", node=CallersOptimizer)
     try:
         with initialize_config_dir(CONFIGS, version_base="1.3"):

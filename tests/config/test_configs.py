@@ -232,7 +232,9 @@ def test_every_option_is_given_back_by_a_checkpoint(rows):
         if whole["mode"] == "train":
             check_restored(cfg)
             given |= {pair for pair in chosen.items() if pair[0] in SAVED}
-    assert len(given) == sum(len(list((FOLDER / group).glob("[!_]*.yaml"))) for group in {*SAVED} & {*groups_of("train")})
+    assert len(given) == sum(
+        len(list((FOLDER / group).glob("[!_]*.yaml"))) for group in {*SAVED} & {*groups_of("train")}
+    )
 
 
 def test_a_wrong_key_or_a_missing_one_is_found():

@@ -50,7 +50,9 @@ def test_nested_terms_name_their_place(compose):
 
 def test_constructors_name_full_keys(compose):
     node = compose("mode=score", "protocol.num_classes=3", "protocol.binary=true").protocol
-    assert refusal(lambda: instantiate(node)).startswith("protocol.binary=true with protocol.num_classes=3 protocol.reduce_zero")
+    assert refusal(lambda: instantiate(node)).startswith(
+        "protocol.binary=true with protocol.num_classes=3 protocol.reduce_zero"
+    )
 
 
 def test_interpolated_arguments_name_the_key_that_is_set(compose):

@@ -6,7 +6,14 @@ from command_line import call
 from PIL import Image
 
 MOVI = ("mode=render", "data=movi", "data.root=data", "render.seconds=1", "render.size=[32,48]", "render.workers=1")
-SARRARP = ("mode=render", "data=sarrarp", "data.root=data", "render.seconds=1", "render.size=[48,80]", "render.workers=1")
+SARRARP = (
+    "mode=render",
+    "data=sarrarp",
+    "data.root=data",
+    "render.seconds=1",
+    "render.size=[48,80]",
+    "render.workers=1",
+)
 
 
 def test_operations_are_drawn_and_the_next_step_is_named(tmp_path):

@@ -66,7 +66,13 @@ def expected_miou(folder, count=6):
 
 
 def test_a_folder_is_scored_without_torch(folders):
-    words = ["mode=score", "protocol=semantic", "reference=reference", "prediction=prediction", "protocol.num_classes=4"]
+    words = [
+        "mode=score",
+        "protocol=semantic",
+        "reference=reference",
+        "prediction=prediction",
+        "protocol.num_classes=4",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *words, "mode.workers=1", "hydra.run.dir=run"],
         cwd=folders,
@@ -265,7 +271,11 @@ def test_many_notes_are_counted(folders, run):
         ({"prediction": "nowhere"}, (), "prediction=nowhere is not a folder"),
         ({"prediction": "[a,b,c]"}, (), "set reference=DIR and prediction=DIR, or prediction=[DIR,DIR]"),
         ({"prediction": "null"}, (), "mode=score needs two folders of masks: set reference=DIR"),
-        ({}, ("protocol.num_classes=null",), "protocol.num_classes=null: protocol=semantic needs the number of classes"),
+        (
+            {},
+            ("protocol.num_classes=null",),
+            "protocol.num_classes=null: protocol=semantic needs the number of classes",
+        ),
         ({}, ("protocol.num_classes=0",), "protocol.num_classes=0 is out of range. Give a whole number of at least 1"),
     ],
 )

@@ -289,7 +289,12 @@ def test_the_configs_are_the_protocols(compose, name, settings):
     assert asdict(instantiate(compose("mode=track", f"tracker={name}").tracker)) == asdict(settings)
     written = yaml.safe_load((FOLDER / "tracker" / f"{name}.yaml").read_text())
     assert list(written) == ["_target_", *asdict(settings)]  # every key, in the fields' order
-    assert instantiate(compose("mode=track", f"tracker={name}", "tracker.radius=24", "tracker.short_side=480").tracker).radius == 24
+    assert (
+        instantiate(
+            compose("mode=track", f"tracker={name}", "tracker.radius=24", "tracker.short_side=480").tracker
+        ).radius
+        == 24
+    )
 
 
 def resident():

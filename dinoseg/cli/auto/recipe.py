@@ -111,7 +111,7 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
         if stored is None:
 
             def compose_with(choices: Sequence[RecipeChoice]) -> DictConfig:
-                return _compose_choices(words, "trying", drop_typed(choices, given)[0])
+                return _compose_choices(words, cfg.budget.minutes, "trying", drop_typed(choices, given)[0])
 
             data = train, evenly_spaced_subset(val, cfg.trainer.get("val_images"))
             stored = choose(compose_with, data, build.engine(devices=1), given, Budget(cfg.budget.minutes))
@@ -128,12 +128,15 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     remaining = [
         word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")
     ]
-    return ChosenRecipe(_compose_choices(words, about, choices), recipe_text(about, choices), remaining)
+    return ChosenRecipe(
+        _compose_choices(words, cfg.budget.minutes, about, choices), recipe_text(about, choices), remaining
+    )
 
 
-def _compose_choices(words: Sequence[str], about: str, choices: Sequence[RecipeChoice]) -> DictConfig:
-    without_budget = [word for word in words if _root(word.lstrip("+~").partition("=")[0]) != "budget"]
-    return composed_with(without_budget, NAME, recipe_text(about, choices), known_as=AUTO)
+def _compose_choices(words: Sequence[str], minutes: float, about: str, choices: Sequence[RecipeChoice]) -> DictConfig:
+    """Return the config of the command line with the chosen recipe, which lacks the key of the budget."""
+    others = [word for word in words if _root(word.lstrip("+~").partition("=")[0]) != "budget"]
+    return composed_with([*others, f"+budget.minutes={minutes}"], NAME, recipe_text(about, choices), known_as=AUTO)
 
 
 def _check(build: Builder) -> None:

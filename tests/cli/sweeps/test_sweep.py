@@ -76,7 +76,7 @@ def test_a_failed_job_is_named_and_the_others_go_on(tmp_path):
 
 def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path):
     write_data(tmp_path / "data")
-    unswept = "data.tracking=${hydra:runtime.cwd}"  # known once a job begins, and not where its cells are looked at
+    unswept = "cache_dir=${hydra:runtime.cwd}/cache"  # known once a job begins, and not where its cells are looked at
     done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=cross_entropy,mask_classification", "seed=0,1", unswept)
     assert done.status == 1 and "Traceback" not in done.err
     assert "2 of 4 cells of this sweep cannot run, so no job is started:" in done.err
