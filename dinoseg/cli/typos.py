@@ -192,8 +192,8 @@ def _absent_group(group: str, recipe: str | None, mode: str, folders: Sequence[P
     """Return the message on a group that a mode does not compose; `recipe` chooses an option of it, or None."""
     if recipe is not None:
         return (
-            f"hparam={recipe} sets {group}, which {mode} does not read. Leave hparam out: resume=RUN brings the settings "
-            "of its training, and data=DATASET those of a dataset."
+            f"hparam={recipe} sets {group}, which {mode} does not read. Leave hparam out: resume=RUN brings the "
+            "settings of its training, and data=DATASET those of a dataset."
         )
     return f"{group}: {mode} does not read this group. Modes that do: {', '.join(modes_with(folders, group))}."
 

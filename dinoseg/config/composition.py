@@ -43,7 +43,7 @@ class _Config(NamedTuple):
 
 
 def compose_options(choices: Mapping[str, Any], folders: Sequence[str | Path]) -> DictConfig:
-    """Return the keys of `main.yaml`, of the modes with a recipe, and of the chosen options, with interpolations unresolved.
+    """Return the keys of `main.yaml`, of a whole recipe and of the chosen options, with interpolations unresolved.
 
     Recipes and `local` are not composed, and neither are groups without a choice.
 

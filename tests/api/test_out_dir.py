@@ -39,7 +39,9 @@ CALLS = {
     "evaluate": lambda **options: dinoseg.evaluate("trained", **QUICK, **options),
     "predict": lambda **options: dinoseg.predict("trained", "data/val/images", **options),
     "track": lambda **options: dinoseg.track("trained", "data/val/images", **options),
-    "score": lambda **options: dinoseg.score("data/val/masks", "data/val/masks", num_classes=2, **options),
+    "score": lambda **options: dinoseg.score(
+        "data/val/masks", "data/val/masks", **{"protocol.num_classes": 2}, **options
+    ),
     "compare": lambda **options: dinoseg.compare(["trained", "trained"], **options),
     "export": lambda **options: dinoseg.Run("trained").export(**options),
 }
