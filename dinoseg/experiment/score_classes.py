@@ -50,8 +50,8 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
     elif rules.get("num_classes") is None and not rules.binary:
         raise UserError(
             f"protocol.num_classes=null: protocol={cfg.choices.protocol} needs the number of classes. Set their "
-            "names, data.classes=[background,leaf], or protocol.num_classes=19, or protocol.binary=true for masks of 0 and 255; "
-            "results of mode=predict store it."
+            "names, data.classes=[background,leaf], or protocol.num_classes=19, or protocol.binary=true for "
+            "masks of 0 and 255; results of mode=predict store it."
         )
     else:
         return instantiate(cfg.protocol)
