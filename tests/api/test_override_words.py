@@ -103,7 +103,7 @@ def test_words_are_as_typed_where_hydra_reads_them_as_text():
 
 def test_paths_with_any_characters_are_paths():
     for path in ("a,b", "[x]", "a b=c", "'q'", "x{y}"):
-        assert compose(words_of({"input": Path(path), "data.root": path})).input == path
+        assert compose(words_of({"mode": "predict", "input": Path(path), "data.root": path})).input == path
 
 
 @pytest.mark.parametrize("value", [np.zeros(2), object(), {1, 2}, b"x", 1j, [np.zeros(2)]])
