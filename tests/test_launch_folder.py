@@ -106,7 +106,8 @@ def second_rank(monkeypatch):
     monkeypatch.setattr(launch, "_share_start", lambda cfg, folder, start: start())
     monkeypatch.setattr("dinoseg.experiment.recipe.config_description", lambda build: {})  # this config has no model
     mode = {"devices": 2, "resume_from": "last"}
-    return OmegaConf.create({"mode": mode, "trainer": {}, "resume": None, "choices": {"hparam": "a"}})
+    given = {"resume": None, "shared_cache": True, "choices": {"hparam": "a"}}
+    return OmegaConf.create({"mode": mode, "trainer": {}, **given})
 
 
 def test_other_ranks_use_config_and_folder_of_the_first(second_rank, tmp_path, monkeypatch):

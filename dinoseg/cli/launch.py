@@ -313,10 +313,10 @@ def _find_run(cfg: DictConfig, overrides: Sequence[str], location: RunLocation) 
         path = checkpoint.find(cfg.resume, prefer)
         in_place = prefer == "last" and path.parent.name == checkpoint.FOLDER
         start = Start(Action.RESUME, path.parent.parent if in_place else None, path)
-    elif prefer == "last":
-        start = resuming.find_start(cfg, words, location)
+    elif prefer == "best":
+        raise UserError(f"resume=auto resumes trainings. For mode={cfg.choices.mode}, name the run: resume=RUN.")
     else:
-        start = Start(Action.RESUME, checkpoint=resuming.find_model(cfg, location, prefer))
+        start = resuming.find_start(cfg, words, location)
     if start.action is Action.NOTHING:
         return cfg, start
     if start.checkpoint is None:

@@ -8,6 +8,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override, OverrideType
 
 from dinoseg.cli.words import assignments, parsed, values_of
+from dinoseg.config.options import groups_of, modes_with
 from dinoseg.config.plain import has_key
 from dinoseg.config.stored import Source, all_keys
 from dinoseg.utils.errors import UserError
@@ -38,7 +39,9 @@ def with_checkpoint_keys(arguments: Sequence[str], folders: Sequence[Path]) -> l
 
 
 def checkpoint_configs(arguments: Sequence[str], folders: Sequence[Path]) -> list[Mapping[str, Any]]:
-    """Return the reused config of each checkpoint in `resume` or `mode.model`, without groups that are chosen again.
+    """Return the reused config of each checkpoint in `resume` or `mode.model`.
+
+    It lacks groups that are chosen again, and groups that the mode does not read.
 
     Raises:
         UserError: the checkpoint does not exist.
@@ -63,10 +66,16 @@ def checkpoint_configs(arguments: Sequence[str], folders: Sequence[Path]) -> lis
             {
                 key: value
                 for key, value in config.items()
-                if key not in typed or typed[key] == [info["choices"].get(key)]
+                if (key not in typed or typed[key] == [info["choices"].get(key)]) and _is_read(key, typed, folders)
             }
         )
     return found
+
+
+def _is_read(group: str, typed: Mapping[str, Sequence[str]], folders: Sequence[Path]) -> bool:
+    """Return whether the typed mode reads a group of a checkpoint; slots come with the trainer of a checkpoint."""
+    read = {each for mode in typed.get("mode", ()) for each in groups_of(folders, mode)}
+    return group in read or "trainer" in read or "mode" not in typed or not modes_with(folders, group)
 
 
 def _overrides(arguments: Sequence[str]) -> Iterator[tuple[int, Override]]:

@@ -29,7 +29,6 @@ from dinoseg.experiment.past_runs import (
     read_run,
 )
 from dinoseg.experiment.recipe import config_description
-from dinoseg.training import checkpoint
 from dinoseg.utils.wording import printable
 
 PATIENCE = 10.0  # seconds to wait for the process that writes to a run: that of a requeued job may still be ending
@@ -65,22 +64,6 @@ def find_start(cfg: DictConfig, overrides: Sequence[Override], location: RunLoca
     step = decision.run.step
     _report(decision.action, folder, step, in_sweep=location.in_sweep)
     return Start(decision.action, folder, last_checkpoint(folder), step, plan, request.job)
-
-
-def find_model(cfg: DictConfig, location: RunLocation, prefer: str) -> Path | None:
-    """Return a checkpoint of the newest run of the recipe outside sweeps, of any length; None if there is none.
-
-    Args:
-        cfg: composed from the command line, with the recipe.
-        location: where runs are written.
-        prefer: `best` or `last`.
-    """
-    plan = plan_of(config_description(ModelBuilder(cfg)))
-    for run in find_runs(location.root, remembered_folders(Path(cfg.cache_dir).expanduser())):
-        if run.step is not None and not run.in_sweep and run.plan.settings == plan.settings:
-            return checkpoint.find(run.folder, prefer)
-    _print_note(f"no run of this recipe in {location.root}.")
-    return None
 
 
 def _decide_among_runs(request: Request, location: RunLocation, cache_dir: Path) -> Decision:

@@ -43,12 +43,13 @@ class _Config(NamedTuple):
 
 
 def compose_options(choices: Mapping[str, Any], folders: Sequence[str | Path]) -> DictConfig:
-    """Return the keys of `main.yaml`, of a whole recipe and of the chosen options, with interpolations unresolved.
+    """Return the keys of `main.yaml` and of the chosen options, with interpolations unresolved.
 
-    Recipes and `local` are not composed, and neither are groups without a choice.
+    Recipes and `local` are not composed. Without a mode, groups without a choice are not composed either.
 
     Args:
-        choices: option of each group. A nested group has the name of Hydra's override: `protocol@data.official`.
+        choices: option of each group; with one of `mode`, all of its groups are composed. A nested group has the name
+            of Hydra's override: `protocol@data.official`.
         folders: further folders of config groups.
 
     Raises:
@@ -57,18 +58,25 @@ def compose_options(choices: Mapping[str, Any], folders: Sequence[str | Path]) -
     searched = [SHIPPED, *map(Path, folders)]
     root = _read_config(SHIPPED / "main.yaml")[0]
     del root["defaults"]
-    defaults, entries = [root], {}
+    defaults, groups = _read_modes()
+    chosen = [group for group in ("mode", *groups) if group in choices]  # a checkpoint adds groups to those of a mode
+    configs = [config for group in chosen for config in _configs_of({group: None}, "", "", choices)]
+    parts = [part for config in configs for part in _parts(config, choices, searched)]
+    return OmegaConf.merge(root, *defaults, *parts)  # type: ignore[return-value]
+
+
+def _read_modes() -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the root keys of the files that modes start from, and the groups that a checkpoint may store."""
+    defaults: list[dict[str, Any]] = []
+    groups: list[str] = []
     for mode in _MODES:
         keys = _read_config(SHIPPED / f"mode/{mode}.yaml")[0]
         for entry in keys.pop("defaults"):
             if isinstance(entry, dict):
-                entries |= {name.strip("/").partition("@")[0]: option for name, option in entry.items()}
+                groups += [name.strip("/").partition("@")[0] for name in entry]
         if mode.startswith("_"):
             defaults.append(keys)
-    chosen = [{group: option} for group, option in entries.items() if group in choices]
-    configs = [config for entry in chosen for config in _configs_of(entry, "", "", choices)]
-    parts = [part for config in configs for part in _parts(config, choices, searched)]
-    return OmegaConf.merge(*defaults, *parts)  # type: ignore[return-value]
+    return defaults, groups
 
 
 def _parts(config: _Config, choices: Mapping[str, Any], folders: Sequence[Path]) -> Iterator[DictConfig]:

@@ -67,19 +67,19 @@ def values_in_files(groups: Path, option: str | None, key: str) -> list[Any]:
 
 
 def modes_with(folders: Sequence[Path], group: str) -> list[str]:
-    """Return the modes whose defaults lists name a group."""
+    """Return the modes that compose a group."""
+    return [mode for mode in options_in(folders, "mode") if group in groups_of(folders, mode)]
+
+
+def groups_of(folders: Sequence[Path], mode: str) -> list[str]:
+    """Return the groups in the defaults lists of a mode's files."""
     return [
-        mode
-        for mode in options_in(folders, "mode")
+        name.removeprefix("optional ").strip("/").partition("@")[0]
         for path in option_files(folders, "mode", mode)
         for entry in _read(path).get("defaults", ())
-        if isinstance(entry, Mapping) and any(_group_in(name) == group for name in entry)
+        if isinstance(entry, Mapping)
+        for name in entry
     ]
-
-
-def _group_in(name: str) -> str:
-    """Return the group that an entry of a defaults list names, such as `optional /prepare@_global_.prepare`."""
-    return name.removeprefix("optional ").strip("/").partition("@")[0]
 
 
 def options_with(folders: Sequence[Path], key: str) -> list[str]:

@@ -140,11 +140,6 @@ class Builder(ModelBuilder):
             UserError: a teacher is given to a task without distillation, or an option is invalid.
         """
         node = self._cfg.trainer.task
-        if self.value("teacher") is not None and "teacher" not in node:
-            raise UserError(
-                f"teacher={self._cfg.teacher} is read by trainer=distil alone, and this is "
-                f"trainer={self.options['trainer']}. Give trainer=distil, or leave teacher out."
-            )
         try:
             return self.part("trainer.task")(self)
         except TypeError as error:

@@ -116,15 +116,10 @@ def solo_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[s
         run: the run folder to resume; None: a new run.
 
     Raises:
-        UserError: `heads` and the trainer do not go together, or a head is invalid.
+        UserError: a head is invalid, or the run to resume is not given by its folder.
     """
     given = to_container(cfg)
     if HEADS not in given["trainer"]:
-        if typed := [key for key in (HEADS, RATES) if given.get(key) is not None]:
-            raise UserError(
-                f"{typed[0]} has no effect without trainer=multi_head. Add it; or for one head set head=NAME and "
-                "optim.optimizer.lr."
-            )
         return {}
     heads = named_heads(given[HEADS], given[RATES])
     overrides = OverridesParser.create().parse_overrides(list(words))

@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from dinoseg.config.options import config_folders, option_files, options_in
+from dinoseg.config.options import config_folders, groups_of, option_files, options_in
 
 CONFIGS = Path(str(files("dinoseg"))) / "cfg"
 COMMANDS = """\
@@ -130,7 +130,7 @@ def of_mode(mode: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
     files = [*option_files(folders, "mode", mode)]
     keys = _key_lines([path for path in files if not path.stem.startswith("_")], "mode") or ["  none"]
     title = f"Keys of mode={mode} and their defaults:"
-    groups = ", ".join(group for path in files for group in re.findall(r"^  - /(\w+)", path.read_text("utf-8"), re.M))
+    groups = ", ".join(groups_of(folders, mode))
     first, also = [*commands, ""] if commands else [], [f"Its groups: {groups}", ""] if groups else []
     # options of a group with the mode's name, such as the formats of mode=export
     formats = [f"\n{of_option(mode, option, folders)}" for option in options_in(folders, mode)]

@@ -51,9 +51,9 @@ def test_slots_take_another_number_and_source(here, mode):
     "mode", [("mode=predict", "input=data/val/images/0.png"), ("mode=export",)], ids=lambda mode: mode[0]
 )
 def test_every_mode_of_a_checkpoint_takes_its_keys(here, mode):
-    run(here, *mode, "resume=segmenter", "head.dropout=0.5", "optim.optimizer.betas.0=0.8", "hydra.run.dir=out")
+    run(here, *mode, "resume=segmenter", "head.dropout=0.5", "data.augment.scale.0=0.8", "hydra.run.dir=out")
     made = config(here, "out")
-    assert made.head.dropout == 0.5 and made.optim.optimizer.betas == [0.8, 0.999]
+    assert made.head.dropout == 0.5 and made.data.augment.scale == [0.8, 1.5]
 
 
 def test_a_training_goes_on_with_other_values(here):
@@ -97,7 +97,7 @@ def test_a_sweep_goes_over_keys_of_the_checkpoint(here):
 
 
 def test_only_keys_that_all_named_checkpoints_have_are_theirs(here):
-    slots, both = ("mode=eval", "head.num_slots=2"), ("mode=eval", "backbone.arch.hidden_size=24", "trainer.steps=9")
+    slots, both = ("mode=eval", "head.num_slots=2"), ("mode=eval", "backbone.arch.hidden_size=24", "data.batch_size=9")
     assert with_checkpoint_keys((*slots, "resume=slots")) == ["mode=eval", "++head.num_slots=2", "resume=slots"]
     assert with_checkpoint_keys(("-m", *slots, "resume=slots,segmenter")) == ["-m", *slots, "resume=slots,segmenter"]
     taken = with_checkpoint_keys(("-m", *both, "resume='slots',segmenter"))

@@ -3,8 +3,9 @@
 import pytest
 from command_line import SMALL, call, write_data
 
-from dinoseg.cli.resuming import find_model
-from dinoseg.experiment.folder import RunLocation
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.past_runs import find_runs, plan_of
+from dinoseg.experiment.recipe import config_description
 from dinoseg.training import checkpoint
 
 OWN = "# @package _global_\ndefaults: [/hparam/idd_lite]\nseed: 3\n"
@@ -28,7 +29,8 @@ def test_run_folder_and_checkpoint_use_the_recipe_name(tmp_path, compose, monkey
     last = run / "checkpoints/last.safetensors"
     assert checkpoint.describe(last)["choices"]["hparam"] == "idd_lite"
     again = compose("mode=train", "hparam=idd_lite", *SMALL, "mode.metrics_only=true", "resume=auto")
-    assert find_model(again, RunLocation(run.with_name("train_again"), tmp_path / "outputs"), "last") == last
+    (found,) = find_runs(tmp_path / "outputs", ())
+    assert found.plan.settings == plan_of(config_description(Builder(again))).settings
     other = call(tmp_path, "mode=eval", "hparam=idd_lora", f"resume={run}", "mode.split=nonsense")
     assert "was trained with hparam=idd_lite" in other.err
 

@@ -126,8 +126,8 @@ def test_a_run_that_goes_on_has_its_own_weights_and_begins_with_no_other_run(fol
     info = checkpoint.describe(path)
     assert info["config"]["init"] == str(folder / "gone") and info["progress"]["step"] == 3
     monkeypatch.chdir(folder)
-    for mode, init in (("train", "./gone"), ("eval", "tuned")):  # of the other modes none begins with anything
-        merged = merge(compose(f"mode={mode}", f"init={init}"), [parsed(f"init={init}")], path, info)
+    for words in (("mode=train", "init=./gone"), ("mode=eval",)):  # of the other modes none begins with anything
+        merged = merge(compose(*words), [parsed(word) for word in words[1:]], path, info)
         assert merged.init == str(folder / "gone") and not has_initial(Builder(merged))
     path = folder / "first/checkpoints/last.safetensors"
     with pytest.raises(UserError, match="and started without. Leave init out, or, for a new run, resume"):

@@ -13,10 +13,10 @@ from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
 from dinoseg import __main__
-from dinoseg.cli import resuming
 from dinoseg.cli.words import parsed
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.folder import RunLocation, drop_parts, lock, lock_within, release, write_origin
+from dinoseg.experiment.folder import drop_parts, lock, lock_within, release, write_origin
+from dinoseg.experiment.past_runs import find_runs, plan_of
 from dinoseg.experiment.recipe import config_description, data_root, recipe_of
 from dinoseg.experiment.resume import _same_path, merge
 from dinoseg.training import checkpoint, loading
@@ -76,11 +76,14 @@ def last(run):
 
 @pytest.fixture
 def found(where, compose):
-    """Return a function that looks for the newest model of the recipe that some words compose."""
+    """Return a function that looks for the newest run of the recipe that some words compose, of any length."""
 
     def look(*words, prefer="last"):
         cfg = compose("mode=train", *MLP, "resume=auto", *words)
-        return resuming.find_model(cfg, RunLocation(where / "new", Path("outputs").absolute()), prefer)
+        plan = plan_of(config_description(Builder(cfg)))
+        runs = [run for run in find_runs(Path("outputs").absolute(), ()) if run.plan.settings == plan.settings]
+        runs = [run for run in runs if run.step is not None and not run.in_sweep]
+        return checkpoint.find(runs[0].folder, prefer) if runs else None
 
     return look
 
@@ -140,8 +143,8 @@ def test_how_a_model_is_asked_makes_no_other_run(where, found):
     assert last(run)["config"]["inference"]["overlap"] == 0.5
     best = run / "checkpoints/best.safetensors"
     assert found("inference=whole", prefer="best") == best
-    done = call(where, "mode=eval", *MLP[: -len(QUIET)], "resume=auto", *QUIET[:2])
-    assert f"checkpoint:   {best}" in done.out, done.err
+    done = call(where, "mode=eval", "resume=auto")
+    assert "resume=auto resumes trainings. For mode=eval, name the run: resume=RUN." in done.err
 
 
 def test_a_run_of_images_does_not_say_how_slots_are_followed(run):
@@ -230,7 +233,7 @@ def test_a_root_that_is_with_the_run_alone_needs_no_word(tmp_path, monkeypatch):
 
 
 def test_a_key_that_a_checkpoint_lacks_is_added_where_that_is_said(compose, tmp_path):
-    cfg = compose("mode=eval", "resume=x", "data.root=.", "data.classes=[a,b]")
+    cfg = compose("mode=train", "resume=x", "data.root=.", "data.classes=[a,b]")
     info = json.loads(json.dumps(config_description(Builder(cfg))))
     assert merge(cfg, [parsed("++head.more=1")], tmp_path / "x", info).head.more == 1
     with pytest.raises(UserError, match=r"head.more is not a key of .* To add it anyway, give \+\+head.more=VALUE"):
@@ -330,7 +333,7 @@ def test_other_classes_or_another_order_are_refused(where, run):
 
 
 def test_nothing_but_model_data_and_training_comes_from_the_file(compose, tmp_path):
-    cfg = compose("mode=eval", "resume=x")
+    cfg = compose("mode=train", "resume=x", "data.root=.", "data.classes=[a,b]")
     sound = json.loads(json.dumps(config_description(Builder(cfg))))
     kept = sound["config"]
     merged = merge(cfg, [], tmp_path / "x", {**sound, "config": {**kept, "mode": {"a": 1}, "engine": {"device": "x"}}})

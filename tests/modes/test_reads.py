@@ -13,7 +13,7 @@ FOR_ALL = {"mode", "hparam", *OmegaConf.load(FOLDER / "main.yaml")}  # settings 
 WHOLE = ("bench", "doctor", "plan", "probe", "summary", "train")  # whole recipes, also of groups that they do not read
 BY_OPTION = {"heads", "lrs", "teacher", "budget"}  # with trainer=multi_head, trainer=distil and hparam=auto
 ELSEWHERE = {  # of another config, or in a function that the mode calls for something else
-    "app": {"loss", "slots"},  # loss: in saving a model, which the app does not do
+    "app": {"loss"},  # loss: in saving a model, which the app does not do
     "bench": {"slots", "tracker"},
     "compare": {"data"},  # of the runs
     "export": {"loss"},  # of the checkpoint

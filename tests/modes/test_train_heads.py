@@ -243,8 +243,8 @@ def test_the_run_fails_once_all_heads_have_left(folder, monkeypatch):
     ("words", "message"),
     [
         (("trainer=multi_head",), "heads=None: give a list of at least one head"),
-        (("heads=[linear]",), "heads has no effect without trainer=multi_head"),
-        (("lrs=[1e-3]",), "lrs has no effect without trainer=multi_head"),
+        (("heads=[linear]",), "heads is a key of trainer=multi_head"),
+        (("lrs=[1e-3]",), "lrs is a key of trainer=multi_head"),
         (("trainer=multi_head", "heads=[linaer]"), "linaer is unknown. Did you mean linear?"),
         (("trainer=multi_head", "heads=[linear]", "head=cnn"), "head=cnn and heads both set the heads to train"),
         (("trainer=multi_head", "heads=[{head: cnn, depth: 2}]"), "depth is not a key of head=cnn. It has layers, "),

@@ -171,7 +171,7 @@ def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folde
     ("words", "said"),
     [
         (("teacher=null",), "needs a trained model, but teacher=null. Set teacher=RUN"),
-        (("trainer=supervised",), "teacher=teacher is read by trainer=distil alone, and this is trainer=supervised"),
+        (("trainer=supervised",), "teacher is a key of trainer=distil"),
         (("teacher=nowhere",), "teacher=nowhere: neither a checkpoint file nor a run folder"),
         (("data.classes=[dark,light]",), "it lacks light; it has bright"),
         (("trainer.unlabelled_batch_size=2",), "trainer.unlabelled_batch_size=2: there are no images without"),

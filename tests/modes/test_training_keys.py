@@ -1,0 +1,241 @@
+"""Each key of a training changes the run, its files, its log, or is refused by name."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from command_line import SMALL, call, write_data
+from safetensors import safe_open
+
+from dinoseg.utils.images import write_png
+
+BASE = (
+    "mode=train",
+    *(word for word in SMALL if not word.startswith(("adapter=", "data.root="))),
+    *("adapter=lora", "head=linear", "trainer.val_every=2", "trainer.log_every=1", "logger=[]"),
+    *("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "hydra.run.dir=run"),
+)
+CACHED = ("adapter=frozen", "data.views=1", "engine.cache=disk")
+FULL = ("adapter=full",)
+WINDOWS = ("inference.memory=1e-9", "resolution.crop=[24,24]")
+FRACTION = tuple(
+    f"data.reader.{word}"
+    for word in ("partition.by=fraction", "layout.images=train/images", "layout.masks=train/masks")
+)
+LONGER = ("trainer.steps=4", "trainer.val_every=1")
+OTHER = {  # key to another value, and the words beside which it has an effect
+    "seed": "1",
+    "resume": "nowhere",
+    "init": "nowhere",
+    "cache_dir": "elsewhere",
+    "resolution.crop": "[24,32]",
+    "resolution.scale": "0.5",
+    "resolution.longest": "24",
+    "head.lr": "0.1",
+    "head.layers": "[0]",
+    "head.min_maps": "3",
+    "head.dropout": "0.5",
+    "head.init": "normal",
+    "adapter.lr": "0.1",
+    "adapter.rank": "4",
+    "adapter.dropout": "0.5",
+    "adapter.targets": "all_linear",
+    "adapter.rslora": "true",
+    "adapter.dora": "true",
+    "adapter.blocks": "1",
+    "adapter.bits": "4",
+    "backbone.family": "nowhere",
+    "backbone.weights": "nowhere.safetensors",
+    "backbone.patch_size": "16",
+    "backbone.weights_patch_size": "16",
+    "backbone.mean": "[0.1,0.1,0.1]",
+    "backbone.std": "[0.1,0.1,0.1]",
+    "backbone.dtype": "bfloat16",
+    "backbone.final_norm": "false",
+    "backbone.arch.num_register_tokens": "0",
+    "backbone.arch.layerscale_value": "0.5",
+    "backbone.arch.pos_embed_rescale": "2.0",
+    "backbone.arch.hidden_size": "48",
+    "backbone.arch.num_hidden_layers": "3",
+    "backbone.arch.num_attention_heads": "2",
+    "backbone.arch.intermediate_size": "24",
+    "data.augment.color.brightness": "0.4",
+    "data.augment.color.contrast": "0.4",
+    "data.augment.color.saturation": "0.4",
+    "data.augment.color.hue": "0.4",
+    "data.augment.scale": "[1,1]",
+    "data.augment.relative_to": "fit",
+    "data.augment.base": ("40", "data.augment.relative_to=short"),
+    "data.augment.distribution": "uniform",
+    "data.augment.resample": "bilinear",
+    "data.augment.cat_max_ratio": "0.5",
+    "data.augment.affine.degrees": "20",
+    "data.augment.affine.translate": "0.2",
+    "data.augment.affine.shear": "10",
+    "data.augment.flip": "0",
+    "data.augment.padding": "end",
+    "data.augment.fill": "[0,0,0]",
+    "data.ignore_index": "1",
+    "data.root": "nowhere",
+    "data.views": "1",
+    "data.labelled": "0.5",
+    "data.batch_size": "4",
+    "data.fold": "1",
+    "data.folds": "2",
+    "data.on_error": ("skip", "data.root=BROKEN"),
+    "data.cache": "packed",
+    "data.group": "'^(.)'",
+    "data.classes": "[a,b]",
+    "data.reader.layout.images": "nowhere",
+    "data.reader.layout.masks": "nowhere",
+    "data.reader.layout.image_suffix": "x",
+    "data.reader.layout.mask_suffix": "x",
+    "data.reader.layout.exclude": "['0']",
+    "data.reader.masks.reduce_zero_label": "true",
+    "data.reader.masks.on_size_mismatch": ("resize_mask", "data.root=SIZES"),
+    "data.reader.partition.by": "fraction",
+    "data.reader.partition.lists": "{train:nowhere}",
+    "data.reader.partition.val_fraction": ("0.5", *FRACTION),
+    "data.reader.partition.seed": ("1", *FRACTION, "data.reader.partition.val_fraction=0.5"),
+    "inference.memory": ("1e-9", "resolution.crop=[24,24]"),
+    "inference.overlap": ("0.6", *WINDOWS),
+    "inference.stride": ("[8,8]", *WINDOWS),
+    "inference.placement": ("even", *WINDOWS),
+    "inference.weights": ("uniform", *WINDOWS),
+    "inference.flips": "horizontal",
+    "inference.scales": "[0.5,1.0]",
+    "engine.device": "mps",
+    "engine.precision": "bf16",
+    "engine.workers": "40",
+    "engine.cache": ("off", *CACHED),
+    "engine.devices": "0",
+    "engine.sharding": "fsdp",
+    "features.dtype": ("int8", *CACHED),
+    "features.gib": ("1e-9", *CACHED),
+    "loss.weights": "{bright: 3}",
+    "loss.criterion.label_smoothing": "0.1",
+    "loss.criterion.hard_fraction": "0.5",
+    "loss.criterion.average": ("all", "data.augment.scale=[0.6,0.6]"),
+    "optim.optimizer.lr": "0.1",
+    "optim.optimizer.weight_decay": "0.5",
+    "optim.optimizer.weight_decay_on": "all",
+    "optim.optimizer.betas": "[0.5,0.9]",
+    "optim.optimizer.backbone_lr_scale": ("0.1", *FULL),
+    "optim.optimizer.freeze_backbone_until": ("0.5", *FULL),
+    "optim.optimizer.layer_decay": ("0.5", *FULL),
+    "optim.optimizer.layer_decay_rule": ("dinov2", *FULL, "optim.optimizer.layer_decay=0.5"),
+    "optim.schedule.kind": ("constant", *LONGER),
+    "optim.schedule.warmup": "0.5",
+    "optim.schedule.warmup_start": ("0.5", "optim.schedule.warmup=2"),
+    "optim.schedule.warmup_decays": ("true", *LONGER, "optim.schedule.warmup=2"),
+    "optim.schedule.backbone_warmup": ("2", *FULL),
+    "optim.schedule.power": ("0.1", *LONGER, "optim.schedule.kind=poly"),
+    "optim.schedule.min_lr_ratio": ("0.5", *LONGER),
+    "trainer.steps": "3",
+    "trainer.epochs": "1",
+    "trainer.val_every": "1",
+    "trainer.save_every": "1",
+    "trainer.max_minutes": "1e-6",
+    "trainer.val_images": "1",
+    "trainer.log_every": "2",
+    "trainer.accumulate": "2",
+    "trainer.clip": "1e-6",
+    "trainer.patience": ("1", "trainer.steps=8", "trainer.val_every=1", "head.lr=1e-12", "adapter.lr=1e-12"),
+    "trainer.ema": "0.5",
+    "trainer.score": "dice",
+    "trainer.evaluate": ("last", *LONGER),
+    "mode.metrics_only": "false",
+    "mode.pictures": "1",
+    "mode.report": "true",
+    "mode.resume_from": "best",
+}
+ELSEWHERE = {  # keys whose effect other tests see
+    "trust": "weights of checkpoints",
+    "finite_weights": "weights of checkpoints",
+    "shared_cache": "folders of other users",
+    "backbone.checkpointing": "memory",
+    "data.workers": "number of threads",
+    "engine.eval_batch_size": "number of images in a pass",
+    "engine.rendezvous_timeout": "several ranks",
+    "engine.rank_timeout": "several ranks",
+    "engine.tf32": "GPUs",
+    "engine.compile": "compiled blocks",
+    "inference.batch_size": "number of windows in a pass",
+}
+
+
+def leaves(node, path=""):
+    """Yield the full name of each key that a user may set; interpolations repeat another one."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{path}{key}.")
+        elif not key.startswith("_") and not re.fullmatch(r"\$\{.*\}", str(value)):
+            yield f"{path}{key}"
+
+
+def test_every_key_of_a_training_is_tried(tmp_path):
+    done = call(tmp_path, *BASE, "data.root=data", "--cfg", "job")
+    keys = {*leaves(yaml.safe_load(done.out))}
+    assert keys == OTHER.keys() | ELSEWHERE.keys() and not OTHER.keys() & ELSEWHERE.keys()
+    assert len(keys) <= 135
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory):
+    """Return a folder with images: whole ones, some of which one is broken, and some with masks of another size."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("data", "BROKEN", "SIZES"):
+        write_data(folder / name)
+    (folder / "BROKEN/train/images/0.png").write_bytes(b"no image")
+    write_png(folder / "SIZES/train/masks/0.png", np.zeros((16, 24), np.uint8))
+    return folder
+
+
+OBSERVED = {}
+
+
+def observe(where, words):
+    """Return what a training with these words leaves: weights, numbers, names of files, and log without times."""
+    if words not in OBSERVED:
+        folder = where / f"run_{len(OBSERVED)}"
+        folder.mkdir()
+        known = [f"data.root={where / 'data'}", *words]
+        done = call(
+            folder,
+            *BASE,
+            *(word.replace("=BROKEN", f"={where}/BROKEN").replace("=SIZES", f"={where}/SIZES") for word in known),
+        )
+        OBSERVED[words] = done, found(folder)
+        shutil.rmtree(folder)
+    return OBSERVED[words]
+
+
+def found(folder):
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "config" not in path.parts)
+    files = {re.sub(r"[0-9a-f]{12,}", "HASH", name) for name in files}
+    rows = [json.loads(line) for path in folder.rglob("metrics.jsonl") for line in path.read_text().splitlines()]
+    numbers = [
+        {key: value for key, value in row.items() if not re.search("time|_s$|/s|seconds|speed|memory|gib", key)}
+        for row in rows
+    ]
+    weights = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            weights |= {f"{path.name} {key}": file.get_tensor(key).float().sum().item() for key in file.keys()}
+    logs = "".join(path.read_text() for path in folder.rglob("run.log"))
+    return files, numbers, weights, re.sub(r"[0-9:.,]+( ?(s|ms|MiB|GiB|images/s|h|min)\b)?", "", logs)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("key", OTHER)
+def test_a_key_of_a_training_has_an_effect(where, key):
+    value, *beside = OTHER[key] if isinstance(OTHER[key], tuple) else (OTHER[key],)
+    base, left = observe(where, tuple(beside))
+    assert base.status == 0 or key == "data.on_error" or "size_mismatch" in key, base.err
+    done, changed = observe(where, (*beside, f"{key}={value}"))
+    group, _, name = key.rpartition(".")
+    assert changed != left if done.status == 0 else name in done.err or group in done.err, done.err
+    assert "Traceback" not in done.err
