@@ -92,11 +92,7 @@ def test_the_parts_of_the_docs_are_listed(documented):
     for option in OPTIONS.values():
         assert f" {option}" in listed and f" {option}" not in usual
     keys = help_for([*documented, "mode=balance", "--help"])
-    assert (
-        keys.startswith("Keys of mode=balance")
-        and "mode.split=train " in keys
-        and "Its groups: data\n" in keys
-    )
+    assert keys.startswith("Keys of mode=balance") and "mode.split=train " in keys and "Its groups: data\n" in keys
     files = [text for _, text in blocks(PAGE, "python")]
     assert max(sum(1 for line in text.splitlines() if line) for text in files) <= 22 and len(files) == len(OPTIONS)
 

@@ -87,7 +87,6 @@ def test_other_parts_than_those_of_the_file_are_refused(options, message, tmp_pa
         ({"engine": {"workers": 3}}, "engine.workers"),
         ({"optim": {"schedule": {"kind": "poly"}}}, "optim.schedule.kind"),
         ({"optim": {"optimizer": {"betas": [0.9, 0.95]}}}, "optim.optimizer.betas"),
-        ({"seed": 1, "logger": ["wandb"]}, "logger"),
         ({"data": {"batch_size": 3}}, "data.batch_size"),
         ({"data": {"augment": {"flip": 0.0}}}, "data.augment.flip"),
     ],

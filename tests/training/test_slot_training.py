@@ -242,13 +242,13 @@ def test_videos_without_masks_have_a_loss_alone(here):
         ),
         (("trainer=supervised", "loss=cross_entropy"), "head=slots is trained on clips. Choose trainer=slots"),
         (("trainer.score=miou",), "trainer.score=miou is not a score. Choose one of loss, ari, fg_ari, mbo"),
-        (("head.num_slots=17",), "head.num_slots=17 exceeds the 4 x 4 = 16 cells"),
-        (("head.steps=[4]",), r"data.clips.cut.length=5 or more, or lower head.steps"),
+        (("head.num_slots=17",), "num_slots=17 of the slot head exceeds the 4 x 4 = 16 cells"),
+        (("head.steps=[4]",), r"clips of 5 frames or more, or lower steps"),
         (("data=folder", "data.classes=[a,b]", "head=slots", *BARE), "data=folder has no clips"),
-        (("data.clips.cut.length=2", "head.steps=[1]"), "clips of 2 frames have none (head.steps=[1])"),
+        (("data.clips.cut.length=2", "head.steps=[1]"), "clips of 2 frames have none (steps=[1])"),
         (
             ("data.clips.cut.length=1",),
-            "Set data.clips.cut.length=2 or more; or, for single frames, head.predictor=none",
+            "Give clips of 2 frames or more; or, for single frames, set predictor=none",
         ),
         (("head.similarity=true",), "head.similarity=true does not fit loss=feature_reconstruction"),
         (
