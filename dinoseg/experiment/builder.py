@@ -131,7 +131,10 @@ class Builder(ModelBuilder):
     def check_values(self) -> None:
         """Refuse wrong values of the parts that a training builds only once its data are listed and packed."""
         for key, others in _BUILT_LATE.items():
-            instantiate(self.value(key), without=others)
+            node = self.value(key)
+            # null for a backbone that states its patch size once it is built, as those of timm do
+            later = ("patch_size",) if node.get("patch_size", 0) is None else ()
+            instantiate(node, without=(*others, *later))
 
     def task(self) -> Any:
         """Return the training task that `trainer.task` names (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.
