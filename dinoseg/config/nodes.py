@@ -99,7 +99,8 @@ def _full_key(node: Any, steps: Steps) -> str:
     name = node._get_full_key(None) if OmegaConf.is_config(node) else ""
     for step in steps:
         name = f"{name}.{step}".lstrip(".")
-        has_more = OmegaConf.is_list(node) and step >= len(node)  # a longer list has replaced the node's
+        # a longer list has replaced the node's
+        has_more = OmegaConf.is_list(node) and isinstance(step, int) and step >= len(node)
         node = node._get_node(step) if OmegaConf.is_config(node) and not has_more else None
         if node is not None and node._is_interpolation():
             node = node._maybe_dereference_node()

@@ -65,7 +65,7 @@ class ImageDataModule:
     def __post_init__(self) -> None:
         """Refuse a batch size that does not fit, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world_size)
-        self.score_names = sorted(["loss", *SCORES])
+        self.score_names: Sequence[str] = sorted(["loss", *SCORES])
         if self.background is not None:
             self.score_names.append("miou_no_background")
 

@@ -34,7 +34,11 @@ class FeatureStore(Protocol):
     """Store of a model's frozen features per image, by a key that is a hash of everything they depend on."""
 
     stored: Stored
-    folder: Path | None  # None: in memory
+
+    @property
+    def folder(self) -> Path | None:
+        """Folder of the files; None: in memory."""
+        ...
 
     def get(self, key: str) -> list[Tensor] | None:
         """Return the tensors of a key; None if they are missing or incomplete."""
