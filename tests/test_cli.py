@@ -379,11 +379,13 @@ def test_every_key_of_a_file_takes_any_name(tmp_path, compose):
     odd = "a (1), [2] = {3}"
     assert words.FILES > {"resume", "labels", "mode.restart", "input", "data.root"}
     for key in words.FILES - {"hydra.run.dir", "hydra.sweep.dir"}:
-        mode = {"mode.reference": "score", "mode.prediction": "score"}.get(key, "track")
+        of_score = ("reference", "prediction", "mode.reference", "mode.prediction")
+        mode = "score" if key in of_score else "track"
         (word,) = words.as_text([f"{key}={odd}"], Path(CONFIGS))
         head = "mask2former" if key == "head.weights" else "linear"
         search = ["hydra/sweeper=optuna"] if key == "hydra.sweeper.storage" else []
-        cfg = compose(f"mode={mode}", f"head={head}", *search, word)
+        more = [f"head={head}"] if mode == "track" else []
+        cfg = compose(f"mode={mode}", *more, *search, word)
         assert OmegaConf.select(HydraConfig.instance().cfg if search else cfg, key) == odd
 
 

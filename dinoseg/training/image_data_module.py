@@ -59,15 +59,16 @@ class ImageDataModule:
     pictures: int = 0
     views: Count | None = None
     cache: FeatureCache | None = None
-    score_names: list[str] = field(init=False)
+    score_names: Sequence[str] = field(init=False)
     lowest: Sequence[str] = ("loss",)
 
     def __post_init__(self) -> None:
         """Refuse a batch size that does not fit, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world_size)
-        self.score_names: Sequence[str] = sorted(["loss", *SCORES])
+        names = sorted(["loss", *SCORES])
         if self.background is not None:
-            self.score_names.append("miou_no_background")
+            names.append("miou_no_background")
+        self.score_names = names
 
     @property
     def given(self) -> dict[str, Any]:
