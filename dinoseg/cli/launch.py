@@ -156,7 +156,7 @@ def _join_ranks(cfg: DictConfig) -> int:
     limit_spinning()
     if not isinstance(cfg.get("cache_dir", ""), str):
         raise UserError(f"cache_dir={to_container(cfg)['cache_dir']}: give a folder, such as cache_dir=outputs/.cache.")
-    if cfg.shared_cache is not True:
+    if "data" in cfg and cfg.shared_cache is not True:  # other modes read and write nothing there
         check_private(Path(cfg.cache_dir).expanduser(), "cache_dir")
     if "devices" in cfg.mode:
         join_slurm()

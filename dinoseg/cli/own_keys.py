@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override, OverrideType
 
 from dinoseg.cli.words import assignments, parsed, values_of
-from dinoseg.config.options import groups_of, modes_with
+from dinoseg.config.options import groups_of
 from dinoseg.config.plain import has_key
 from dinoseg.config.stored import Source, all_keys
 from dinoseg.utils.errors import UserError
@@ -32,8 +32,8 @@ def with_checkpoint_keys(arguments: Sequence[str], folders: Sequence[Path]) -> l
     words = list(arguments)
     for position, override in _overrides(arguments) if configs else ():
         key = override.key_or_group
-        # a key without a dot is a group
-        if override.type is OverrideType.CHANGE and "." in key and all(has_key(config, key) for config in configs):
+        is_group = any((folder / key).is_dir() for folder in folders)
+        if override.type is OverrideType.CHANGE and not is_group and all(has_key(config, key) for config in configs):
             words[position] = f"++{words[position]}"
     return words
 
@@ -62,12 +62,9 @@ def checkpoint_configs(arguments: Sequence[str], folders: Sequence[Path]) -> lis
         config = {key: value for key, value in info["config"].items() if key in SAVED}
         with suppress(UserError):  # reported when the checkpoint is used
             config = all_keys({**info, "config": config}, Source(f"resume={path}", folders[1:]))
+        again = {group for group, option in info["choices"].items() if typed.get(group, [option]) != [option]}
         found.append(
-            {
-                key: value
-                for key, value in config.items()
-                if (key not in typed or typed[key] == [info["choices"].get(key)]) and _is_read(key, typed, folders)
-            }
+            {key: value for key, value in config.items() if key not in again and _is_read(key, typed, folders)}
         )
     return found
 
@@ -75,7 +72,7 @@ def checkpoint_configs(arguments: Sequence[str], folders: Sequence[Path]) -> lis
 def _is_read(group: str, typed: Mapping[str, Sequence[str]], folders: Sequence[Path]) -> bool:
     """Return whether the typed mode reads a group of a checkpoint; slots come with the trainer of a checkpoint."""
     read = {each for mode in typed.get("mode", ()) for each in groups_of(folders, mode)}
-    return group in read or "trainer" in read or "mode" not in typed or not modes_with(folders, group)
+    return group in read or "trainer" in read or "mode" not in typed
 
 
 def _overrides(arguments: Sequence[str]) -> Iterator[tuple[int, Override]]:

@@ -169,9 +169,8 @@ def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Co
     where, stored = source.where, description["config"]
     _check_values(stored, where)
     used = [key for key in stored if key not in unused]
-    options = _compose(description["choices"], used, source)
+    composed = _compose(description["choices"], used, source)
     _check_groups(description["choices"], used, source)
-    composed = {key: options[key] for key in used if key in options}
     _check_targets(description["targets"], composed, where)
     weights = at(composed, ("backbone", "weights"))
     added: list[str] = []
@@ -186,7 +185,7 @@ def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Co
 
 
 def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) -> dict[str, Any]:
-    """Return the composed options that fill some root keys, after a check of their names."""
+    """Return the options that fill some root keys, and root keys of their own, after a check of their names."""
     chosen = choices_of(choices, keys)
     for group, option in chosen.items():
         if not (_GROUP.fullmatch(group) and isinstance(option, str) and _OPTION.fullmatch(option)):
@@ -194,9 +193,11 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
                 f"{source.where}: {format_value(f'{group}={option}')} is not the name of an option. {REMEDY}."
             )
     try:
-        return to_container(compose_options(chosen, source.folders))
+        composed = to_container(compose_options(chosen, source.folders))
     except UserError as error:
         raise UserError(f"{source.where}: {error}") from None
+    shared = compose_options({}, ())  # root keys without any option
+    return {key: value for key, value in composed.items() if key in keys or key not in shared}
 
 
 def _check_groups(choices: Mapping[str, Any], used: Collection[str], source: Source) -> None:
@@ -222,7 +223,7 @@ def all_keys(description: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """
     stored = description["config"]
     options = _compose(description["choices"], stored, source)
-    return to_container(OmegaConf.merge({key: options[key] for key in stored if key in options}, stored))
+    return to_container(OmegaConf.merge(options, stored))
 
 
 def description_of(config: Mapping[str, Any], keys: Collection[str], source: Source) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def solo_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[s
     given = to_container(cfg)
     if HEADS not in given["trainer"]:
         return {}
-    heads = named_heads(given[HEADS], given[RATES])
+    heads = named_heads(given[HEADS], given.get(RATES))
     overrides = OverridesParser.create().parse_overrides(list(words))
     if run is not None:
         return _resumed(cfg, heads, overrides, run)
