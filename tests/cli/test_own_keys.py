@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from command_line import SLOTS, call, linked
+from command_line import SLOTS, SMALL, call, linked
 from omegaconf import OmegaConf
 
 from dinoseg.cli import own_keys
@@ -124,6 +124,27 @@ def test_how_slots_are_followed_is_the_checkpoint_s_own(here):
     assert with_checkpoint_keys(["resume=segmenter", "slots.match=auto"]) == ["resume=segmenter", "slots.match=auto"]
     anew = ["resume=slots", "slots=lock_on", "slots.match=auto"]
     assert with_checkpoint_keys(anew) == anew
+
+
+@pytest.fixture
+def several(here):
+    words = ("trainer=multi_head", "heads=[linear,{head: mlp, name: wide}]", "adapter=frozen", "trainer.steps=1")
+    kept = [word for word in SMALL if not word.startswith(("head", "adapter", "trainer"))]
+    run(here, "mode=train", *kept, *words, "trainer.save_every=1", "mode.metrics_only=true", "hydra.run.dir=several")
+    return here
+
+
+def test_root_keys_of_a_trainer_are_those_of_its_checkpoint(several):
+    words = ["mode=train", "resume=several", "lrs=[1e-3]"]
+    assert with_checkpoint_keys(words) == [*words[:2], "++lrs=[1e-3]"]
+    run(several, "mode=train", "resume=several", "trainer.steps=2", "mode.metrics_only=true")
+    done = call(several, "mode=train", "resume=several", "lrs=[1e-3]", "engine=cpu")
+    assert done.status == 1 and "this run has heads=" in done.err and "Leave both out" in done.err, done.err
+
+
+def test_an_evaluation_takes_no_keys_of_the_trainer(several):
+    done = call(several, "mode=eval", "resume=several/heads/wide", "heads=[linear]", "engine=cpu")
+    assert done.status == 1 and "heads is a key of trainer=multi_head" in done.err, done.err
 
 
 def test_repeating_the_checkpoint_s_own_group_changes_nothing(here):
