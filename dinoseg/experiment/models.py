@@ -125,6 +125,8 @@ class ModelBuilder:
         absent = {"classes", "palette", "ignore_index"} - data.keys()
         if absent:
             raise UserError(not_set(f"data.{min(absent)}"))
+        if OmegaConf.is_list(data.classes) and (unnamed := OmegaConf.missing_keys(data.classes)):
+            raise UserError(not_set(f"data.classes{min(unnamed)}"))
         return Labels.of(data.classes, data.palette, data.ignore_index)
 
     def engine(self, **overrides: Any) -> Engine:

@@ -85,6 +85,7 @@ def test_other_parts_than_those_of_the_file_are_refused(options, message, tmp_pa
         ({"loss": "dice"}, "loss"),
         ({"trainer": {"steps": 3}}, "trainer.steps"),
         ({"engine": {"workers": 3}}, "engine.workers"),
+        ({"engine.device": "cuda"}, "engine.device"),
         ({"optim": {"schedule": {"kind": "poly"}}}, "optim.schedule.kind"),
         ({"optim": {"optimizer": {"betas": [0.9, 0.95]}}}, "optim.optimizer.betas"),
         ({"data": {"batch_size": 3}}, "data.batch_size"),
@@ -100,7 +101,6 @@ def test_arguments_with_effect_are_taken():
     options = {
         "seed": 3,
         "hparam": "base",
-        "engine.device": "cpu",
         "resolution": {"scale": 0.5},
         "inference": "whole",
     }

@@ -198,6 +198,7 @@ def test_classes_by_number_name_or_dataset():
         ({"classes": 7}, "classes=7 is not a list"),
         ({"classes": ["${x}", "b"]}, "refers to another key of the config. Rename the class"),
         ({"classes": ["???", "b"]}, "marks a value that a config lacks. Rename the class"),
+        ({"data": {"classes": ["a", "???"]}}, r"classes\[1\] is not set"),
         ({"num_classes": 2, "init": {"a": 1}}, "^init=.* names no run. Give a run folder or a checkpoint"),
         ({"num_clases": 2}, "^num_clases is not an argument. Did you mean num_classes"),
         ({"num_classes": 2, "wieghts": "random"}, "^wieghts is not an argument. Did you mean weights"),
@@ -318,7 +319,7 @@ def test_a_loop_of_lightnings_kind_takes_a_model():
 def test_a_quantised_model_is_saved_in_float32_and_can_be_used_afterwards(adapter, tmp_path):
     pytest.importorskip("bitsandbytes")
     arch = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    keys = {**TINY, "backbone.arch": arch, "engine.device": "cpu"}
+    keys = {**TINY, "backbone.arch": arch}
     model = dinoseg.create_model("tiny", adapter=adapter, head="mlp", num_classes=2, **keys).eval()
     before = model(images())
     model.save(tmp_path / "model.safetensors")
