@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dinoseg import __version__
-from dinoseg.experiment.folder import command_line
+from dinoseg.experiment.folder import command_lines
 
 EVALUATION = "evaluation"  # in a run folder of mode=train: evaluation of its best checkpoint
 _LIBRARIES = ("torch", "transformers", "timm", "numpy", "omegaconf")
@@ -20,15 +20,15 @@ _LIBRARIES = ("torch", "transformers", "timm", "numpy", "omegaconf")
 def about_run(
     folder: Path, config: str, facts: Mapping[str, str], device: torch.device | None = None
 ) -> dict[str, Any]:
-    """Return the `command`, ready to type, the `facts` on versions and machine, and the `config` of a run.
+    """Return the command lines of a run as `command`, the `facts` on versions and machine, and its `config`.
 
     Args:
-        folder: run folder, which stores the command line.
+        folder: run folder, which stores the command that started the run and those that resumed it.
         config: the whole config as YAML.
         facts: entries from the mode itself, by name.
         device: compute device; None leaves it out.
     """
-    command = f"python -m dinoseg {shlex.join(command_line(folder))}"
+    command = "\n".join(f"python -m dinoseg {shlex.join(words)}" for words in command_lines(folder))
     machine = {
         "dinoseg": __version__,
         "Python": platform.python_version(),

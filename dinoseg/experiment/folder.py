@@ -231,10 +231,15 @@ def command_line(folder: Path) -> list[str]:
     return _words(folder / "config" / _TYPED)
 
 
+def command_lines(folder: Path) -> list[list[str]]:
+    """Return the words of the command that started a run, and of those that resumed it, oldest first."""
+    files = sorted(folder.glob(f"config*/{_TYPED}"), key=lambda path: path.stat().st_mtime_ns)
+    return [_words(path) for path in files]
+
+
 def last_command_line(folder: Path) -> list[str]:
     """Return the words of the newest command in a folder: the one that started or last resumed the run."""
-    newest = max(folder.glob(f"config*/{_TYPED}"), key=lambda path: path.stat().st_mtime_ns, default=None)
-    return [] if newest is None else _words(newest)
+    return next(reversed(command_lines(folder)), [])
 
 
 def _words(path: Path) -> list[str]:

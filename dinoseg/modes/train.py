@@ -56,9 +56,9 @@ def train(
         sizes = check_data_on_rank0(task, engine)
         if has_initial(build):
             made = load_initial_weights(build, made, list(task.labels.classes), engine.broadcast)
-        model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes, length.steps)
+        model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes)
         schedule = build_schedule(build, engine, length.steps, optimizer)
-        log_start(build, model, task, engine, out_dir, length.steps)
+        log_start(build, job.start, model, task, engine, out_dir, length.steps)
         epochs = length.steps * cfg.trainer.accumulate / task.data_module.epoch
         cached = task.cache_features(model, engine, epochs, before=job.chosen_before)
         job.note(checkpoints, cached)

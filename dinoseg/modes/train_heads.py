@@ -85,13 +85,13 @@ def train_heads(
     """
     _check_task(build, task, engine)
     start = _read_start(build, task)
-    backbone, heads = _build_heads(build, task, engine, out_dir, settings.steps, start)
+    backbone, heads = _build_heads(build, task, engine, out_dir, start)
     model = MultiHeadSegmenter(backbone, {name: head.model for name, head in heads.items()})
     engine.place(model)
     optimizer = join_optimizers([head.optimizer for head in heads.values()])
     schedule = build_schedule(build, engine, settings.steps, optimizer)
     logger.info("%s on one backbone: %s", count_of(heads, "head"), join_names([*heads]))
-    log_start(build, model, task, engine, out_dir, settings.steps)
+    log_start(build, start, model, task, engine, out_dir, settings.steps)
     checkpoints = MultiHeadCheckpointer(
         out_dir / checkpoint.FOLDER,
         run_description(build, task.labels),
@@ -144,7 +144,7 @@ def train_heads(
 
 
 def _build_heads(
-    build: Builder, task: TrainingTask, engine: Engine, out_dir: Path, steps: int, start: Checkpoint | None
+    build: Builder, task: TrainingTask, engine: Engine, out_dir: Path, start: Checkpoint | None
 ) -> tuple[Backbone, dict[str, HeadParts]]:
     """Return the shared backbone and the heads by name, each with the parts of a run of its own."""
     runs = {}
@@ -158,7 +158,7 @@ def _build_heads(
     heads: dict[str, HeadParts] = {}
     for (name, run), model in zip(runs.items(), models, strict=True):
         run.check_model(model)
-        _, loss, optimizer, checkpoints = run.parts(model, sizes, steps)
+        _, loss, optimizer, checkpoints = run.parts(model, sizes)
         run.note(checkpoints, {}, tells=not heads)
         rate = max(group["base_lr"] for group in optimizer.param_groups)
         heads[name] = HeadParts(run, model, checkpoints, optimizer, loss, rate)

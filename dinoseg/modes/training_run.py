@@ -18,6 +18,7 @@ from dinoseg.evaluation.images import list_skipped
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.initial import check_initial, has_initial
 from dinoseg.experiment.loggers import logger_factories
+from dinoseg.experiment.provenance import provenance_of
 from dinoseg.experiment.recipe import HEADS, run_description
 from dinoseg.experiment.settings import settings_of
 from dinoseg.experiment.trained import check_classes
@@ -115,11 +116,6 @@ class TrainingRun:
             self.build.optimizer(model)
 
     @property
-    def first_step(self) -> int:
-        """Return the number of steps done before this job."""
-        return self.start.info["progress"]["step"] if self.start else 0
-
-    @property
     def chosen_before(self) -> Mapping[str, str | None]:
         """Return the engine's choices in the run to resume, by key; empty for a new run.
 
@@ -159,14 +155,13 @@ class TrainingRun:
             )
 
     def parts(
-        self, model: SegmentationModel, sizes: TrainedSizes | None, steps: int
+        self, model: SegmentationModel, sizes: TrainedSizes | None
     ) -> tuple[SegmentationModel, Loss, Optimizer, Checkpointer]:
         """Return the initial model, loss, optimizer and checkpoints, and record which images the run trains on.
 
         Args:
             model: on the device.
             sizes: sizes of the training images, if they are known.
-            steps: length of the training.
         """
         loss = self.task.wrap_loss(self.build.loss(self.task.labelled)).to(self.engine.device)
         if self.start is None and model.head.init is not None:
@@ -176,14 +171,6 @@ class TrainingRun:
         folder, writes = self.out_dir / checkpoint.FOLDER, self.engine.is_main
         if writes:
             write_split(self.out_dir, self.task.split)
-        if self.start is not None:
-            logger.info("resuming %s at step %d of %d", self.start.path, self.first_step, steps)
-        if self.first_step >= steps:
-            logger.warning(
-                "This run has already done %d steps: only its evaluation is written. To train on, raise trainer.steps "
-                "or trainer.epochs.",
-                self.first_step,
-            )
         return model, loss, optimizer, Checkpointer(folder, info, self.start, writes=writes)
 
     def finish(
@@ -220,7 +207,8 @@ class TrainingRun:
             )
         chosen = checkpoint.read(best, finite=self.build.value("finite_weights"))
         checkpoint.load_weights(model, chosen)
-        scores = self.task.evaluate(model, self.engine, best, metrics_only=metrics_only, report=report)
+        provenance = provenance_of(self.build, self.out_dir, best)  # of several heads, each has its own builder
+        scores = self.task.evaluate(model, self.engine, provenance, metrics_only=metrics_only, report=report)
         return scores, chosen
 
 
@@ -275,9 +263,27 @@ def build_schedule(build: Builder, engine: Engine, steps: int, optimizer: Optimi
 
 
 def log_start(
-    build: Builder, model: SegmentationModel, task: TrainingTask, engine: Engine, out_dir: Path, steps: int
+    build: Builder,
+    start: Checkpoint | None,
+    model: SegmentationModel,
+    task: TrainingTask,
+    engine: Engine,
+    out_dir: Path,
+    steps: int,
 ) -> None:
-    """Log device, model, batch, data and run folder of a training, and warn of heads that it does not suit."""
+    """Log where a training starts, its device, model, batch, data and run folder; warn of heads that it does not suit.
+
+    Args:
+        build: of the whole config.
+        start: the checkpoint that is resumed; None: a new run.
+        model: that is trained.
+        task: the training task, with open data.
+        engine: device and ranks.
+        out_dir: the run folder.
+        steps: length of the training.
+    """
+    if start is not None:
+        _log_resume(start, steps)
     options, counts = build.options, count_numbers(model.parameters())
     heads = count_of(build.value(HEADS), "head") if build.value(HEADS) else f"head={options['head']}"
     ranks = f", {engine.world_size} ranks" if engine.world_size > 1 else ""
@@ -300,6 +306,17 @@ def log_start(
         warnings = [part.length_warning(steps) for part in model.modules() if isinstance(part, Head)]
         for warning in dict.fromkeys(filter(None, warnings)):
             logger.warning("%s", warning)
+
+
+def _log_resume(start: Checkpoint, steps: int) -> None:
+    done = start.info["progress"]["step"]
+    logger.info("resuming %s at step %d of %d", start.path, done, steps)
+    if done >= steps:
+        logger.warning(
+            "This run has already done %d steps: only its evaluation is written. To train on, raise trainer.steps or "
+            "trainer.epochs.",
+            done,
+        )
 
 
 def _warn_of_other_sizes(build: Builder) -> None:

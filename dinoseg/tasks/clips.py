@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.videos import TrackingOptions, check_slots, evaluate_videos
 from dinoseg.experiment.benchmark_videos import benchmark_videos, chosen_supervision
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.provenance import provenance_of
+from dinoseg.experiment.provenance import Provenance
 from dinoseg.experiment.trackers import tracker_factory, tracker_maker
 from dinoseg.experiment.trained import Trained
 from dinoseg.metrics.clustering import contingency
@@ -339,10 +338,10 @@ class ClipTask(TrainingTask):
                 logger.warning("%s: left out, too short for a clip: %s", side, join_names(clips.skipped))
 
     def evaluate(
-        self, model: SegmentationModel, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+        self, model: SegmentationModel, engine: Engine, provenance: Provenance, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
         """Score as mode=eval does; without masks, only report the loss and write no report."""
-        out_dir = best.parent.parent / EVALUATION
+        out_dir = provenance.folder / EVALUATION
         if self.parts.value("data.tracking") is not None:
             palette = [(red, green, blue) for red, green, blue in self.labels.palette]
             labels = (list(self.labels.classes), palette, self.labels.ignore_index)
@@ -352,9 +351,7 @@ class ClipTask(TrainingTask):
             check_slots(data, 0 if slots is None else slots.num_slots, lock_on=lock_on, official=True)
             make_tracker = tracker_maker(self.parts, engine, trained, batch_size=engine.images_at_once())
             options = TrackingOptions(metrics_only=metrics_only, report=report)
-            return evaluate_videos(
-                data, make_tracker, engine, out_dir, options, provenance_of(self.parts, out_dir, best)
-            )
+            return evaluate_videos(data, make_tracker, engine, out_dir, options, provenance)
         scores, pictures = self.data_module.validate(model, self.parts.loss(None).to(engine.device), engine)
         if engine.is_main:
             write_json(out_dir / "scores.json", scores)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.image_report import report_images
 from dinoseg.evaluation.images import evaluate_images
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.provenance import provenance_of
+from dinoseg.experiment.provenance import Provenance
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.metrics.confusion import commonest_class
 from dinoseg.models.model import SegmentationModel
@@ -175,10 +174,10 @@ class ImageTask(TrainingTask):
         )
 
     def evaluate(
-        self, model: SegmentationModel, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+        self, model: SegmentationModel, engine: Engine, provenance: Provenance, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
         """Score by one exact count over the split; warn if the model is no better than a constant prediction."""
-        data, out_dir = self.data_module.val, best.parent.parent / EVALUATION
+        data, out_dir = self.data_module.val, provenance.folder / EVALUATION
         collector = Collector(data, engine.rank, engine.world_size) if report else None
         scores = evaluate_images(
             model,
@@ -191,7 +190,7 @@ class ImageTask(TrainingTask):
             collector=collector,
         )
         if collector is not None:
-            provenance, background = provenance_of(self.parts, out_dir, best), self.data_module.background
+            background = self.data_module.background
             report_images(provenance, collector, scores, data, engine, out_dir, split="val", background=background)
         if engine.is_main and len(data) < self._val_total:
             few, every = len(data), self._val_total

@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.provenance import Provenance
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.data_module import DataModule
@@ -98,14 +98,14 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def evaluate(
-        self, model: SegmentationModel, engine: Engine, best: Path, *, metrics_only: bool, report: bool
+        self, model: SegmentationModel, engine: Engine, provenance: Provenance, *, metrics_only: bool, report: bool
     ) -> dict[str, Any]:
         """Score the model of a run's best checkpoint into `evaluation` in the run folder, as mode=eval does.
 
         Args:
             model: with the weights of the best checkpoint.
             engine: device and ranks.
-            best: the checkpoint file.
+            provenance: of the evaluation: run folder, config and checkpoint of the model.
             metrics_only: write no figures.
             report: also write report.html, if there are scores to report.
 

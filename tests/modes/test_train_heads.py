@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from command_line import SMALL, call, write_data
 
+from dinoseg.evaluation.image_report import _training
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.heads import named_heads
 from dinoseg.experiment.models import build_multi_head
 from dinoseg.models.heads.cnn import CnnHead
 from dinoseg.modes import train_heads
+from dinoseg.report.log import read_rows
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.image_data_module import ImageDataModule
@@ -152,6 +155,23 @@ def stopping(what, number, ends):
     return called
 
 
+def test_reports_are_those_of_each_head(folder):
+    where = folder / "reported"
+    words = [word for word in MANY if not word.startswith(("mode.report", "trainer.steps"))]
+    for steps in (2, 3):
+        done = call(folder, *words, "resume=auto", f"trainer.steps={steps}", f"hydra.run.dir={where}")
+        assert done.status == 0, done.err
+    page = (where / "heads/wide/evaluation/report.html").read_text(encoding="utf-8")
+    assert "adapter=frozen head=cnn" in page and "dinoseg.models.heads.cnn.CnnHead" in page
+    assert "has no metrics.jsonl" not in page and "train/loss" not in page
+    commands = re.findall(r"python -m dinoseg .*trainer.steps=(\d)", page)
+    assert commands == ["2", "3"]
+    (rows,) = [_training(where / "heads/wide")]
+    whole = read_rows(where / "metrics.jsonl")
+    assert [row.get("val/miou") for row in rows] == [row.get("val/wide/miou") for row in whole]
+    assert [row.get("train/loss") for row in rows] == [row.get("train/wide/loss") for row in whole]
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(("kind", "number"), [("killed", 1), ("killed", 3), ("fails", 4)])
 def test_it_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, number):
@@ -176,6 +196,7 @@ def test_it_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, n
     assert all(torch.equal(resumed.tensors[name], whole.tensors[name]) for name in whole.tensors)
     assert resumed.info["heads"] == whole.info["heads"] and resumed.info["progress"] == whole.info["progress"]
     assert rows(path) == rows(run.path)
+    assert re.findall(r"resuming (.*)", done.err) == [f"{path}/checkpoints/last.safetensors at step 3 of 7"]
     for name in NAMES:
         assert_same(path / "heads" / name, run.path / "heads" / name)
 
