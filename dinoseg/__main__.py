@@ -50,6 +50,9 @@ def _command(arguments: list[str]) -> None:
     if "--version" in arguments:
         print(versions())
         return
+    if sys.flags.optimize > 1:
+        _print_error("PYTHONOPTIMIZE=2 (python -OO) removes docstrings, which transformers reads. Set it to 1 or 0.")
+        sys.exit(1)
     import hydra
 
     from dinoseg.cli.extras import hush_schemas, plugin_errors_as_user_errors
@@ -68,12 +71,12 @@ def _command(arguments: list[str]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors unchanged
     try:
         with explained(arguments, folders):
-            words = as_text(flags_last(arguments), Path(CONFIGS))
-            check_words(words, folders)
-            words = with_checkpoint_keys(words, folders)
+            typed = as_text(flags_last(arguments), Path(CONFIGS))
+            check_words(typed, folders)
+            words = with_checkpoint_keys(typed, folders)
         sys.argv[1:] = words
         # file errors: of the run folder, which Hydra creates
-        with plugin_errors_as_user_errors(words), explained(words, folders), file_errors_as_user_errors(Path.cwd()):
+        with plugin_errors_as_user_errors(words), explained(typed, folders), file_errors_as_user_errors(Path.cwd()):
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
         _print_error(str(error))

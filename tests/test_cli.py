@@ -480,3 +480,13 @@ def test_an_interruption_before_torch_is_imported_does_not_import_it(tmp_path):
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert found.stdout == "this run has saved nothing False\n"
+
+
+def test_python_without_docstrings_is_refused_in_a_message(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-OO", "-m", "dinoseg", "mode=train", "hparam=demo"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: PYTHONOPTIMIZE=2") and done.stderr.count("\n") == 1

@@ -40,6 +40,9 @@ def test_an_evaluation_lies_below_its_recipe(tmp_path):
     assert re.search(r"_mine holds another run: this one is written to \S*_mine_2\n", done.err), done.err
 
 
+LISTED = "resume=.*last.safetensors: resumes with (.*)"
+
+
 def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):
     write_data(tmp_path / "data")
     quiet = ("mode.metrics_only=true", "mode.report=false")
@@ -48,11 +51,15 @@ def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):
     assert first.status == taken.status == 0 and "another run" not in first.err, first.err
     assert re.search(r"\S*run holds another run: this one is written to \S*run_2\n", taken.err)
     small = ("engine=cpu", "engine.workers=0", *quiet)
+    logged = []
 
     def resumes_with(*words):
         done = call(tmp_path, "mode=train", *words)
         assert done.status == 0, done.err
-        return re.findall("last.safetensors: resumes with (.*)", done.err)
+        found = re.findall(rf"\d\d:\d\d:\d\d INFO {LISTED}", done.err)
+        logged.extend(found)
+        assert re.findall(LISTED, (tmp_path / "run/run.log").read_text()) == logged
+        return found
 
     assert resumes_with(*words, "resume=run") == []  # all that is typed is as it was
     assert resumes_with(

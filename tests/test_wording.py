@@ -12,7 +12,7 @@ from dinoseg.experiment.log_file import configure_log
 from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
-from dinoseg.utils.wording import format_value, join_names, printable
+from dinoseg.utils.wording import format_value, join_names, nearest, printable
 
 NASTY = "a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
 SHOWN = r"a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
@@ -74,3 +74,16 @@ def test_the_command_line_prints_names_escaped(tmp_path):
 
 def test_a_value_is_shown_short():
     assert format_value("a" * 81) == "a" * 77 + "..." and format_value("a" * 80) == "a" * 80
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("data.augment.flips", "data.augment.flip"),
+        ("head.flips", "inference.flips"),
+        ("data.augment.batch_size", "data.batch_size"),
+    ],
+)
+def test_a_suggested_key_has_the_same_parent_if_one_is_similar(word, found):
+    known = ["data.augment.flip", "data.augment.scale", "data.batch_size", "inference.flips"]
+    assert nearest(word, known) == f" Did you mean {found}?"

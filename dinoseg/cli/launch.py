@@ -43,6 +43,7 @@ from dinoseg.experiment.folder import (
     write_config,
     write_origin,
 )
+from dinoseg.experiment.log_file import configure_log
 from dinoseg.utils.cores import limit_spinning, limit_threads_to_quota, limit_threads_to_share
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted
@@ -322,6 +323,9 @@ def _find_run(cfg: DictConfig, overrides: Sequence[str], location: RunLocation) 
     if start.checkpoint is None:
         return resume.without_resume(cfg), start
     info, tell = checkpoint.describe(start.checkpoint), start.folder is not None and is_first_rank()
+    if start.folder is not None and tell:
+        lock(start.folder)
+        configure_log(start.folder)  # for the changes
     merged = _settle_length(resume.merge(cfg, words, start.checkpoint, info, tell=tell), overrides)
     return resume.to_evaluation(merged, start.step) if start.action is Action.EVALUATE else merged, start
 

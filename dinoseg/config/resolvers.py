@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import InterpolationResolutionError
 
@@ -18,6 +18,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import join_names
 
 CLASS_FILE, CELLS = "class_file", "cells"
+_OF_FILE = "of_class_file"  # flag of lists and mappings from `classes.yaml`
 _ONE_AT_A_TIME = threading.RLock()  # OmegaConf has one table of resolvers for all threads
 
 
@@ -39,7 +40,7 @@ def register_resolvers() -> None:
     """
     OmegaConf.register_new_resolver("len", _length, replace=True)
     OmegaConf.register_new_resolver(CELLS, _cells, replace=True)
-    OmegaConf.register_new_resolver(CLASS_FILE, _from_class_file, replace=True)
+    OmegaConf.register_new_resolver(CLASS_FILE, _resolve_class_file, replace=True)
     OmegaConf.register_new_resolver("recipe_name", recipe_name, replace=True)
 
 
@@ -74,12 +75,27 @@ def _length(values: Any) -> int:
     return len(values)
 
 
-def _cells(resolution: DictConfig, patch_size: int | None) -> list[int] | None:
+def _cells(resolution: DictConfig, patch_size: int | None) -> ListConfig | None:
     if patch_size is None:
         return None
     height, width = resolution.crop
     size = backbone_size((height, width), resolution.scale, resolution.longest)
-    return [math.ceil(side / patch_size) for side in size]
+    # a plain list could not be written in place of the interpolation, as `--resolve` does
+    return ListConfig([math.ceil(side / patch_size) for side in size])
+
+
+def _resolve_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:
+    """Return the value of `_from_class_file`, as a config node if it is a list or mapping, see `_cells`."""
+    value = _from_class_file(key, shapes, _root_=_root_)
+    return OmegaConf.create(value, flags={_OF_FILE: True}) if isinstance(value, list | dict) else value
+
+
+def _are_classes_given(data: DictConfig) -> bool:
+    """Return whether `data.classes` is set; a list that `--resolve` has written there is still that of the file."""
+    if OmegaConf.is_interpolation(data, "classes"):
+        return False
+    classes = data.get("classes")
+    return not (OmegaConf.is_list(classes) and classes._get_flag(_OF_FILE))
 
 
 def _from_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:
@@ -91,7 +107,7 @@ def _from_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:
 
     data = _root_.get("data")
     root = None if data is None or OmegaConf.is_missing(data, "root") else data.get("root")
-    if data is None or not OmegaConf.is_interpolation(data, "classes"):
+    if data is None or _are_classes_given(data):
         given = data is not None and shapes and key == "background" and data.unlabelled in data.classes
         return data.unlabelled if data is not None and given else NOT_DESCRIBED.get(key)
     path = Path(str(root or "")).expanduser() / NAME
@@ -158,6 +174,8 @@ def _classes_of_labels(data: DictConfig, root: Path) -> list[str]:
         ]
     except UserError as error:
         raise _Unmet(str(error)) from None
+    if pointer := next((label for label in labels if "${" in label), None):
+        raise _Unmet(f"The label {pointer} would be read as a reference to a key. Rename it, or map it to a class.")
     return list(dict.fromkeys([*filter(None, [_ground(data)]), *labels]))
 
 

@@ -98,6 +98,15 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
     return found
 
 
+def count_worse(sides: Sequence[Side]) -> int:
+    """Return how many sides have a significantly lower mIoU than the best side."""
+    order = best_first([scores_of(side.records)["miou"] for side in sides])
+    units = sides[0].records[0].units
+    sums = [[unit_sums(record.counts, units) for record in sides[index].records] for index in order]
+    gaps = differences(_kind(sides[0].records[0]), sums)
+    return sum(gap["miou"]["verdict"] == SURELY_WORSE for gap in gaps)
+
+
 def mean_mious(side: Side) -> list[float | None]:
     """Return the mIoU of each image, averaged over those runs of a side where it is defined."""
     by_image = zip(*(image_mious(record.counts) for record in side.records), strict=True)

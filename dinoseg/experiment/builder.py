@@ -18,7 +18,7 @@ from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.training.feature_cache.key import hash_of
 from dinoseg.training.optim import Schedule
-from dinoseg.training.trainer import Settings
+from dinoseg.training.trainer import Settings, check_score
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Positive
@@ -135,6 +135,7 @@ class Builder(ModelBuilder):
             # null for a backbone that states its patch size once it is built, as those of timm do
             later = ("patch_size",) if node.get("patch_size", 0) is None else ()
             instantiate(node, without=(*others, *later))
+        check_score(self.value("trainer.score"), self.task().score_names)
 
     def task(self) -> Any:
         """Return the training task that `trainer.task` names (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.

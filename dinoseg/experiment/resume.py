@@ -1,5 +1,6 @@
 """Config of a resumed run: that of the checkpoint, changed by the command line."""
 
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from dinoseg.training.description import PRECISION
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_override, format_value, nearest, printable
 
+logger = logging.getLogger(__name__)
 _UNBUILT = ("data", "loss", "trainer")  # groups that build nothing of a trained model
 REPLACEABLE = ("data", *USES)  # groups of a checkpoint that the command line may choose again
 
@@ -44,7 +46,7 @@ def merge(
         overrides: the command line's assignments.
         path: the checkpoint file.
         info: the description in the checkpoint.
-        tell: whether to print the changes.
+        tell: whether to log the changes.
 
     Raises:
         UserError: the checkpoint's config is not to be trusted, or the command line names another model.
@@ -79,7 +81,7 @@ def merge(
     if tell and is_lifted:
         changed.append(f"trainer.max_minutes=null instead of {before.trainer.max_minutes:g}, since a length is given")
     if changed:
-        print(printable(f"resume={path}: resumes with {', '.join(changed)}"), file=sys.stderr)
+        logger.info("resume=%s: resumes with %s", path, ", ".join(changed))
     return merged
 
 

@@ -3,7 +3,7 @@
 import glob
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -57,7 +57,8 @@ def mask_names(paths: Sequence[Path], source: str) -> list[str]:
     """Return the mask path of each image without suffix: the image's path relative to what `source` names.
 
     Below a folder or the fixed part of a pattern, `a/x.jpg` becomes `a/x`, as in a dataset. If `a/x.png` exists too,
-    the two become `a/x_jpg` and `a/x_png`.
+    the two become `a/x_jpg` and `a/x_png`. Names that differ in case alone stay if the images show that the disk
+    distinguishes them.
     """
     root = Path(source).expanduser()
     if not root.exists():  # a glob pattern
@@ -65,20 +66,23 @@ def mask_names(paths: Sequence[Path], source: str) -> list[str]:
         root = Path(*parts)
     top = (root if root.is_dir() else root.parent).absolute()
     inner = [path.absolute().relative_to(top).as_posix() for path in paths]
-    return _apart([name.rpartition(".")[0] for name in inner], [name.replace(".", "_") for name in inner])
+    # `X.png` beside `x.png`, but not beside `x.jpg`
+    is_case_sensitive = len({name.casefold() for name in inner}) < len(inner)
+    key = str if is_case_sensitive else str.casefold
+    return _apart([name.rpartition(".")[0] for name in inner], [name.replace(".", "_") for name in inner], key)
 
 
-def _apart(names: Sequence[str], longer: Sequence[str]) -> list[str]:
-    """Return each name, or its longer form if several names are equal up to case; taken longer forms are numbered."""
-    counts = Counter(name.casefold() for name in names)
+def _apart(names: Sequence[str], longer: Sequence[str], key: Callable[[str], str] = str.casefold) -> list[str]:
+    """Return each name, or its longer form if several names have an equal `key`; taken longer forms are numbered."""
+    counts = Counter(map(key, names))
     taken = {name for name, count in counts.items() if count == 1}
     apart: list[str] = []
     for name, base in zip(names, longer, strict=True):
-        if counts[name.casefold()] > 1:
+        if counts[key(name)] > 1:
             name, number = base, 2
-            while name.casefold() in taken:
+            while key(name) in taken:
                 name = f"{base}_{number}"
                 number += 1
-            taken.add(name.casefold())
+            taken.add(key(name))
         apart.append(name)
     return apart

@@ -79,6 +79,7 @@ def train(
 def check(cfg: DictConfig) -> None:
     """Refuse a config whose parts do not fit together or are out of range, without reading weights or data."""
     build = Builder(cfg)
+    build.check_values()
     task, model = build.task(), build.outline()
     if has_initial(build):
         check_initial(build, model)

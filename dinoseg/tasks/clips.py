@@ -230,6 +230,7 @@ class ClipTask(TrainingTask):
 
     what = "clips"
     on_clips = True
+    score_names = ("loss", *SCORES)
     unread = ("data.augment",)
     unread_because = "Clips are cropped and flipped by data.view."
     data_module: ClipDataModule

@@ -23,7 +23,7 @@ from dinoseg.tasks.probing.probe import Grid, Probe
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import CacheOptions, feature_cache, has_frozen_part, stored_as
-from dinoseg.training.image_data_module import ImageDataModule
+from dinoseg.training.image_data_module import OBJECT_SCORE, SCORE_NAMES, ImageDataModule
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 
@@ -41,6 +41,7 @@ class ImageTask(TrainingTask):
     """
 
     what = "images"
+    score_names = (*SCORE_NAMES, OBJECT_SCORE)
     data_module: ImageDataModule
 
     def __init__(self, parts: Builder, *, val_images: Count | None = None) -> None:

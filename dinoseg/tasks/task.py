@@ -28,6 +28,7 @@ class TrainingTask(ABC):
     Attributes:
         what: name of the training samples, for messages.
         on_clips: whether it trains on clips of videos instead of images.
+        score_names: scores of its validations that can select the best checkpoint; some data have only a part of them.
         data_module: batches and validation.
         labels: classes, palette and ignored ID, which a checkpoint stores.
         labelled: dataset whose masks a loss may count; None: there are no masks.
@@ -38,6 +39,7 @@ class TrainingTask(ABC):
 
     what: str
     on_clips: bool = False
+    score_names: Sequence[str]
     data_module: DataModule
     labels: SegmentationData | Labels
     labelled: SegmentationData | None = None

@@ -25,6 +25,9 @@ from dinoseg.training.tally import Tally
 from dinoseg.training.validation import ScoredModel, evaluate_each
 from dinoseg.utils.ranges import Count
 
+SCORE_NAMES = tuple(sorted(["loss", *SCORES]))
+OBJECT_SCORE = "miou_no_background"  # of data with a background
+
 
 @dataclass
 class ImageDataModule:
@@ -65,10 +68,7 @@ class ImageDataModule:
     def __post_init__(self) -> None:
         """Refuse a batch size that does not fit, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world_size)
-        names = sorted(["loss", *SCORES])
-        if self.background is not None:
-            names.append("miou_no_background")
-        self.score_names = names
+        self.score_names = SCORE_NAMES if self.background is None else (*SCORE_NAMES, OBJECT_SCORE)
 
     @property
     def given(self) -> dict[str, Any]:

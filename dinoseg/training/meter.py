@@ -1,6 +1,7 @@
 """Throughput of a training: images per second, share of time spent waiting for data, memory, time left."""
 
 import logging
+import math
 import sys
 import time
 from collections import deque
@@ -15,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from dinoseg.report.progress import IN_NOTEBOOK, awaited, has_bar
+from dinoseg.training.time_limit import TimeLimit
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class Meter:
         epoch: steps in which each sample is seen once.
         device: device whose memory is reported.
         visible: whether this rank displays progress.
+        limit: wall-clock limit of the training, if it has one.
         clock: returns seconds.
         terminal: whether to show a progress bar; None: if stderr is a terminal, or in a notebook.
     """
@@ -66,10 +69,12 @@ class Meter:
         device: torch.device,
         visible: bool,
         *,
+        limit: TimeLimit | None = None,
         clock: Callable[[], float] = time.perf_counter,
         terminal: bool | None = None,
     ) -> None:
         self.device, self._visible, self._clock = device, visible, clock
+        self._limit = limit
         self._start = self._step = done
         self._steps, self._val_every, self._epoch = steps, val_every, epoch
         self._has_bar = visible and (has_bar() if terminal is None else terminal)
@@ -145,14 +150,18 @@ class Meter:
             logger.warning("The training spent %.0f%% of its time waiting for data. %s", 100 * waited, self._remedy())
 
     def left(self) -> str:
-        """Return the time left including validations, or their number as long as their duration is unknown."""
+        """Return the time left including validations, or their number as long as their duration is unknown.
+
+        It is at most what the wall-clock limit leaves.
+        """
         seconds = (self._steps - self._step) * fmean(self._recent or [0.0])
         validations = self._steps // self._val_every - self._step // self._val_every
         validations += self._step < self._steps and self._steps % self._val_every > 0
-        if validations and not self._validated:
+        limit = math.inf if self._limit is None else self._limit.seconds_left()
+        if validations and not self._validated and seconds < limit:
             return f"{tqdm.format_interval(seconds)} and {count_of(validations, 'validation')} left"
         seconds += validations * sum(self._validated) / max(1, len(self._validated))
-        return f"{tqdm.format_interval(seconds)} left"
+        return f"{tqdm.format_interval(min(seconds, limit))} left"
 
     def _windows(self) -> tuple[_Window, ...]:
         return self._row, self._status, self._later

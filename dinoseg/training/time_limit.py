@@ -65,6 +65,10 @@ class TimeLimit:
             )
         return fitting
 
+    def seconds_left(self) -> float:
+        """Return the seconds until the limit, at least 0."""
+        return max(0.0, 60 * self._minutes - (self._clock() - self._began))
+
     @contextmanager
     def validating(self) -> Iterator[None]:
         """Measure a validation, for which time is reserved at the end."""

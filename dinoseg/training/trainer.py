@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -126,7 +126,7 @@ def fit(experiment: Experiment) -> Progress:
     """
     model, criterion, optimizer = experiment.model, experiment.criterion, experiment.optimizer
     data, engine, settings = experiment.data, experiment.engine, experiment.settings
-    check_score(data, settings.score)
+    check_score(settings.score, data.score_names)
     net = engine.prepare(model)
     clip = experiment.clip or partial(clip_gradients, max_norm=settings.clip)
     # each of these is None in a training without it
@@ -142,7 +142,7 @@ def fit(experiment: Experiment) -> Progress:
     micro = MicroBatches(engine, criterion, model.head.min_batch_size, settings.accumulate, undo=emergency.undo)
     stream = data.train_batches(start=progress.step * settings.accumulate)
     epoch = data.epoch / settings.accumulate
-    meter = Meter(progress.step, settings.steps, settings.val_every, epoch, engine.device, engine.is_main)
+    meter = Meter(progress.step, settings.steps, settings.val_every, epoch, engine.device, engine.is_main, limit=limit)
     loss: BatchLoss | None
     model.train()
     with deferred(NOTICE) as stop, emergency, closing(meter):
@@ -211,10 +211,10 @@ def is_out_of_patience(progress: Progress, patience: int | None) -> bool:
     return True
 
 
-def check_score(data: DataModule, score: str) -> None:
-    """Refuse a score that the validation does not compute."""
-    if score not in data.score_names:
-        raise UserError(f"trainer.score={score} is not a score. Choose one of {', '.join(data.score_names)}.")
+def check_score(score: str, names: Sequence[str]) -> None:
+    """Refuse a score that is not one of the `names` that a validation computes."""
+    if score not in names:
+        raise UserError(f"trainer.score={score} is not a score. Choose one of {', '.join(names)}.")
 
 
 @contextmanager

@@ -112,6 +112,15 @@ def is_turned(path: str | Path) -> bool:
     return _opened(path, lambda image: read_orientation(image) != 1)
 
 
+def varies_in_alpha(path: str | Path) -> bool:
+    """Return whether an image has an alpha channel of several values.
+
+    Raises:
+        UserError: if the file is missing or no image.
+    """
+    return _opened(path, _has_several_alphas)
+
+
 def read_orientation(image: Image.Image) -> int:
     """Return the orientation (1 to 8, as in EXIF) in the header of an image that is not loaded yet.
 
@@ -205,6 +214,14 @@ def _stored_numbers(image: Image.Image) -> np.ndarray:
     if image.mode in ("L", "P", "I", "RGB"):
         return np.asarray(image)
     return np.asarray(image.convert("L" if image.mode == "LA" else "RGB"))
+
+
+def _has_several_alphas(image: Image.Image) -> bool:
+    if image.mode not in ("LA", "RGBA"):  # from the header: other files are not decoded
+        return False
+    check_cost(image)
+    low, high = image.getchannel("A").getextrema()
+    return low != high
 
 
 def _packing(image: Image.Image) -> str:

@@ -42,10 +42,15 @@ def in_bytes(size: int) -> str:
 
 
 def nearest(word: str, known: Sequence[str], before: str = "") -> str:
-    """Return a question that suggests up to three known words, those with the same last part first; "" for none."""
-    last = word.rsplit(".", 1)[-1]
-    same = [key for key in known if key.rsplit(".", 1)[-1] == last]
-    found = (same or difflib.get_close_matches(word, known, n=3, cutoff=0.75))[:3]
+    """Return a question that suggests up to three known words; "" for none.
+
+    Similar keys below the same parent come first, then keys with the same last part, then similar words.
+    """
+    parent, _, last = word.rpartition(".")
+    siblings = [key for key in known if parent and key.rpartition(".")[0] == parent]
+    found = difflib.get_close_matches(word, siblings, n=1, cutoff=0.9)
+    found = found or [key for key in known if key.rsplit(".", 1)[-1] == last][:3]
+    found = found or difflib.get_close_matches(word, known, n=3, cutoff=0.75)
     return f" Did you mean {' or '.join(before + each for each in found)}?" if found else ""
 
 

@@ -150,3 +150,9 @@ def test_an_evaluation_takes_no_keys_of_the_trainer(several):
 def test_repeating_the_checkpoint_s_own_group_changes_nothing(here):
     words = ["resume=slots", "data=movi", "data.view.flip=0", "head=slots"]
     assert with_checkpoint_keys(words) == ["resume=slots", "data=movi", "++data.view.flip=0", "head=slots"]
+
+
+def test_messages_show_keys_as_typed(here):
+    words = ("resume=segmenter", "head.dropout='${absent}'", "data.root=data", "data.classes=[dark,bright]")
+    done = call(here, "mode=train", *words, "--cfg", "job", "--resolve")
+    assert done.status == 1 and "head.dropout='${absent}' refers" in done.err and "++" not in done.err

@@ -62,3 +62,12 @@ def test_a_backbone_that_tells_its_patch_size_later_has_none(compose):
 def test_what_cannot_be_had_is_not_set(compose):
     cfg = compose("head=slots", "backbone.patch_size=???")
     assert describe(cfg, ("head",))["config"]["head"]["positions_grid"] == "???"
+
+
+def test_cells_and_class_files_resolve_in_place(compose, tmp_path):
+    text = "classes: {ground: {ids: [0], color: [0, 0, 0]}, leaf: {ids: [3], color: [0, 255, 0]}}\nignore: {ids: [7]}\n"
+    (tmp_path / "classes.yaml").write_text(text)
+    cfg = compose("hparam=dinosavi_control", "data=folder", f"data.root={tmp_path}")
+    OmegaConf.resolve(cfg)  # as `--cfg job --resolve` does
+    assert cfg.head.positions_grid == [28, 28] and cfg.data.classes == ["ground", "leaf"]
+    assert cfg.data.palette == [[0, 0, 0], [0, 255, 0]] and cfg.data.reader.masks.ids[7] == 255

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import shutil
+from copy import deepcopy
 from itertools import zip_longest
 
 import pytest
@@ -137,6 +138,12 @@ def check_restored(cfg):
 
 
 @pytest.mark.heavy  # the recipes that it composes are those of the test above
+def test_every_recipe_resolves(recipes):
+    for _, cfg in recipes.values():
+        OmegaConf.resolve(deepcopy(cfg))  # as `--cfg job --resolve` does
+
+
+@pytest.mark.heavy  # the same
 def test_every_recipe_is_given_back_by_a_checkpoint(recipes):
     given, expected = 0, 0
     for choice, cfg in recipes.values():

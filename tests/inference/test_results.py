@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dinoseg.inference import results
-from dinoseg.inference.results import result_names, write_image_results
+from dinoseg.inference.results import mask_names, result_names, write_image_results
 from dinoseg.utils.images import read_ids, read_image
 
 OPTIONS = {"classes": ["ground", "car"], "palette": [(0, 0, 0), (9, 200, 30)]}
@@ -25,6 +25,12 @@ OPTIONS = {"classes": ["ground", "car"], "palette": [(0, 0, 0), (9, 200, 30)]}
 def test_names_never_collide(paths, names):
     assert result_names([Path(path) for path in paths]) == names
     assert len({name.casefold() for name in names}) == len(names)
+
+
+def test_masks_keep_names_that_the_disk_distinguishes(tmp_path):
+    paths = [tmp_path / name for name in ("CASE.png", "case.png", "a/x.jpg")]
+    assert mask_names(paths, str(tmp_path)) == ["CASE", "case", "a/x"]  # as mode=score looks for them
+    assert mask_names([tmp_path / "CASE.jpg", tmp_path / "case.png"], str(tmp_path)) == ["CASE_jpg", "case_png"]
 
 
 def test_an_image_gives_five_files(tmp_path):

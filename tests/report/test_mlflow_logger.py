@@ -167,3 +167,12 @@ def test_a_server_that_never_answers_does_not_hold_up_a_training(folder):
         done = call(folder, *TRAIN, *words, "hydra.run.dir=run")
     assert done.status == 0 and done.err.count("logger.mlflow failed and is dropped") == 1, done.err
     assert "Retrying" not in done.err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_database_is_shown_by_a_command(tmp_path):
+    pytest.importorskip("sqlalchemy")
+    uri = f"sqlite:///{tmp_path}/runs.db"
+    logger = MlflowLogger(tmp_path, tracking_uri=uri)
+    run_id = logger.open_run(None, {})
+    assert f"mlflow ui --backend-store-uri {uri}" in logger.view and run_id in logger.view

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dinoseg.training.meter import Meter, peak_memory, reset_peak_memory
+from dinoseg.training.time_limit import TimeLimit
 
 CPU = torch.device("cpu")
 
@@ -32,8 +33,8 @@ class Clock:
         return self.now
 
 
-def meter(clock, done=0, steps=100, terminal=False, visible=True):
-    return Meter(done, steps, 25, 8.0, CPU, visible, clock=clock, terminal=terminal)
+def meter(clock, done=0, steps=100, terminal=False, visible=True, limit=None):
+    return Meter(done, steps, 25, 8.0, CPU, visible, limit=limit, clock=clock, terminal=terminal)
 
 
 def train(running, clock, steps, seconds=1.0, waited=0.25, first=1):
@@ -69,6 +70,19 @@ def test_time_left_holds_the_validations():
         assert running.left() == "00:24 and 2 validations left"  # at steps 50 and 60
         train(running, clock, 24)
         assert running.left() == "00:00 left"
+
+
+def test_time_left_respects_the_time_limit():
+    clock = Clock()
+    limit = TimeLimit(1.0, None, clock=clock)
+    with closing(meter(clock, limit=limit)) as running:
+        train(running, clock, 20)
+        assert running.left() == "00:40 left"  # 80 steps and 4 validations do not fit
+        train(running, clock, 45)
+        assert running.left() == "00:00 left"
+    with closing(meter(clock, limit=TimeLimit(9.0, None, clock=clock))) as running:
+        train(running, clock, 20)
+        assert running.left() == "01:20 and 4 validations left"
 
 
 def test_time_left_follows_the_newest_steps():

@@ -23,6 +23,7 @@ _ADAPTER = "adapter_config.json"  # marks a peft adapter
 _INDEX = "model.safetensors.index.json"
 _SHARDS = forms.holding(weight_map=forms.table(forms.text))
 _NEVER_DRAWN = 20  # standard deviations: float32 samplers reach about 6
+_TIMM = "timm/"  # owner of timm's weights on the hub
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -57,6 +58,9 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
         return _from_file(config, path, cut, local_cls_norm)
     if path.is_dir():
         return _from_folder(weights, path, cut, config)
+    name = weights.removeprefix(_TIMM)
+    if name != weights or _is_timm_model(name):
+        raise UserError(f"weights={weights} is a model of timm. Choose backbone=timm backbone.name={name}.")
     if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
         raise UserError(f"weights={weights}: file or folder not found. Check the path.")
     name, _, revision = weights.partition("@")
@@ -178,6 +182,13 @@ def _fetched_before(weights: str, name: str, revision: str, silent: str) -> str:
             "not downloaded before. Give a downloaded file or folder, weights=PATH; or use the included "
             "backbone, tiny_surgical; or no weights, weights=random."
         ) from None
+
+
+def _is_timm_model(name: str) -> bool:
+    """Return whether timm has a model of this name, which may end in a tag such as `.augreg_in21k`."""
+    import timm
+
+    return timm.is_model(name.partition(".")[0])
 
 
 def exported_state(model: Any) -> dict[str, Tensor]:

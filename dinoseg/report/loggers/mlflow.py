@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from dinoseg.utils.ranges import Positive
 from dinoseg.utils.urls import without_credentials
 
 _GROUP = "group"  # tag that holds the group
+_WEB = ("http://", "https://")
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # of a request
 _MAX_TEXT = 6000  # characters of a parameter
 _REFUSED = re.compile(r"[^\w/.\- ]")  # characters that MLflow allows in no name
@@ -68,7 +70,8 @@ class MlflowLogger(RemoteLogger):
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
             raise UserError(
-                "logger=mlflow needs a server. Set logger.mlflow.tracking_uri=http://HOST:PORT or MLFLOW_TRACKING_URI."
+                "logger=mlflow needs a server or a file. Set logger.mlflow.tracking_uri=http://HOST:PORT (or "
+                "sqlite:///mlflow.db), or MLFLOW_TRACKING_URI."
             )
         for name, value in _DEFAULTS.items():
             os.environ.setdefault(name, value)
@@ -94,7 +97,11 @@ class MlflowLogger(RemoteLogger):
         else:
             self._client.update_run(run.info.run_id, status="RUNNING")
         path = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-        self.view = f"MLflow:       {without_credentials(self._uri).rstrip('/')}/{path}"
+        uri = without_credentials(self._uri)
+        if uri.startswith(_WEB):
+            self.view = f"MLflow:       {uri.rstrip('/')}/{path}"
+        else:
+            self.view = f"MLflow:       mlflow ui --backend-store-uri {shlex.quote(uri)}, then open /{path}"
         return run.info.run_id
 
     def send_scalars(self, step: int, values: Mapping[str, float]) -> None:

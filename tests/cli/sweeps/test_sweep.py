@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ def rows_of(path):
 
 def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
     write_data(tmp_path / "data")
-    done = call(tmp_path, "-m", "mode=train", *SMALL, *QUIET, "head=linear,mlp")
+    done = call(tmp_path, "-m", "mode=train", *SMALL, "mode.metrics_only=true", "head=linear,mlp")
     assert done.status == 0, done.err
     (folder,) = (tmp_path / "outputs/base").glob("train_*")
     assert sorted(path.name for path in folder.iterdir()) == ["0", "1", "multirun.yaml", "sweep.csv"]
@@ -52,6 +53,10 @@ def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
     table = done.out[done.out.index("\n  job  head") :]
     assert max(map(len, table.splitlines())) <= 140 and "trainer.steps" not in table
     assert f"written to {folder.relative_to(tmp_path)}/sweep.csv" in done.out
+    assert re.search(
+        r"significantly worse than the best setting: [01] of 1; .*95 % interval \(over 2 images\)", done.out
+    )
+    assert f"mode=compare 'runs=[{folder.relative_to(tmp_path)}]'" in done.out
     assert all(row["mIoU %"] in table for row in rows)
 
 
@@ -93,6 +98,15 @@ def test_a_value_that_is_out_of_range_is_found_without_weights_or_data(compose, 
     cfg = compose("mode=train", *(word for word in SMALL if word != "adapter=full"), "adapter=lora", *words)
     with pytest.raises(UserError, match=reason):
         instantiate(cfg.mode.check)(cfg)
+
+
+def test_an_unknown_score_is_refused_before_data_and_model(tmp_path):
+    words = ("mode=train", *(word for word in SMALL if not word.startswith("data.root")), "data.root=absent")
+    done = call(tmp_path, *words, "trainer.score=iou")
+    assert "trainer.score=iou is not a score. Choose one of accuracy, dice, loss" in done.err
+    assert "listing the files" not in done.err
+    done = call(tmp_path, "-m", *words, "trainer.score=miou,iou")
+    assert done.status == 1 and "1 of 2 cells" in done.err and "- trainer.score=iou: trainer.score=iou is" in done.err
 
 
 def test_what_a_pattern_of_hydra_stands_for_is_looked_at_too(tmp_path):

@@ -518,3 +518,17 @@ def test_other_real_sets_are_examined():
     camvid = {"classes": [str(index) for index in range(11)], "palette": None, "masks": Masks(ids={11: 255})}
     parts = splits_of(DATA / "camvid", images=False, **camvid)
     assert [f.code for f in examine(parts, group="^([^_]+)") if f.severity == "error"] == ["group_on_both_sides"]
+
+
+def test_jpeg_masks_come_before_the_ids_that_they_change(root):
+    path = root / "train/masks/d0/f2.png"
+    save(path, np.full((96, 128), 99), format="JPEG")
+    assert list(found(root))[:2] == ["mask_is_jpeg", "foreign_ids"]
+
+
+def test_ids_in_the_alpha_channel_are_a_warning(root):
+    for path in root.rglob("masks/**/*.png"):
+        ids = np.array(Image.open(path))
+        Image.fromarray(np.dstack([np.zeros_like(ids)] * 3 + [ids])).save(path)
+    finding = found(root)["ids_in_alpha"]
+    assert finding.severity == "warning" and "16 of 16 masks" in finding.message and "grey PNG" in finding.remedy

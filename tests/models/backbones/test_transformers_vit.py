@@ -161,6 +161,12 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         build("dinov3_vit", weights=str(tmp_path / "big"))
 
 
+@pytest.mark.parametrize("weights", ["timm/vit_tiny_patch16_224.augreg_in21k", "vit_tiny_patch16_224.augreg_in21k"])
+def test_weights_of_timm_name_its_backbone(weights):
+    with pytest.raises(UserError, match="backbone=timm backbone.name=vit_tiny_patch16_224.augreg_in21k"):
+        build("dinov3_vit", weights=weights)
+
+
 def test_broken_and_missing_files_are_named(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"1234")
     with pytest.raises(UserError, match="broken.safetensors: not a readable safetensors file"):

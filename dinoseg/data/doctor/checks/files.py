@@ -15,7 +15,8 @@ from dinoseg.data.classes.mask_advice import (
 )
 from dinoseg.data.doctor.findings import Finding, Scanned
 from dinoseg.data.scan.measure import Record
-from dinoseg.utils.images import IMAGE_SUFFIXES, is_turned
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import IMAGE_SUFFIXES, is_turned, varies_in_alpha
 from dinoseg.utils.wording import join_names
 
 _SKIP = "Or leave the pairs out: data.on_error=skip."
@@ -24,12 +25,13 @@ _SKIP = "Or leave the pairs out: data.on_error=skip."
 def check_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
     """Yield findings about files that stop a run, over all splits together."""
     records = [record for part in splits for record in part.records]
+    yield from _ids_in_alpha(records)
     if not any(record.problems for record in records):
         return
     yield from _unreadable(records)
+    yield from _saved_with_loss(records, splits)  # first: it explains foreign ids
     yield from _foreign_ids(splits)
     yield from _sizes(records, splits)
-    yield from _saved_with_loss(records, splits)
 
 
 def check_resized(splits: Sequence[Scanned]) -> Iterator[Finding]:
@@ -72,6 +74,28 @@ def _is_turned(image: str) -> bool:
     try:
         return is_turned(image)
     except Exception:  # a decoder may raise anything on a damaged file, which other checks report
+        return False
+
+
+def _ids_in_alpha(records: Sequence[Record]) -> Iterator[Finding]:
+    """Yield a finding of masks whose values differ in the alpha channel alone, if no mask holds two ids."""
+    if any(len(record.pixels) > 1 for record in records):
+        return
+    hidden = [record.mask for record in records if record.pixels and _varies_in_alpha(record.mask)]
+    if hidden:
+        yield Finding(
+            "warning",
+            "ids_in_alpha",
+            f"{len(hidden)} of {len(records)} masks hold one colour and several values of alpha, which is not read.",
+            tuple(hidden),
+            "If the class ids are there, save the alpha channel as a grey PNG.",
+        )
+
+
+def _varies_in_alpha(mask: str) -> bool:
+    try:
+        return varies_in_alpha(mask)
+    except UserError:  # masks of an annotation file are no images
         return False
 
 
