@@ -43,7 +43,7 @@ DOORS = {  # dependency -> the packages and files that may import it
     "peft": ("models/adapters",),
     "bitsandbytes": ("models/adapters",),
     "transformers": ("models/backbones", "models/heads/upernet"),
-    "scipy": ("losses/mask_classification", "metrics", "evaluation/scoring/intervals"),
+    "scipy": ("losses", "metrics", "evaluation/scoring/intervals"),
     "tqdm": ("report/progress", "training/meter"),  # one bar, which a pipe can read too
     "timm": ("models/backbones",),
     "tensorboard": ("report/loggers/tensorboard",),

@@ -14,7 +14,9 @@ from command_line import call, in_this_process
 from docs_pages import OURS, PAGES, ROOT, blocks, commands, kind_of
 from docs_stand_ins import CPU, SHORT, SMALL, VIT, StandIns
 from meta_files import RELEASED
+from omegaconf import OmegaConf
 
+from dinoseg.__main__ import CONFIGS
 from dinoseg.api import modes, runs
 from dinoseg.api.compose import words_of
 from dinoseg.api.jobs import run_mode
@@ -60,7 +62,7 @@ GIVEN = {  # names that the Python of the docs does not make itself
     "features": torch.randn(3, 8, 6, 6, generator=torch.Generator().manual_seed(0)),
 }
 NOT_RUN = re.compile(  # what needs the package index, an account, a scheduler, a server, or has tests of its own
-    r"make (demo|test|docs)$|python3 -m venv |pip install |git clone |cd |sbatch |hf auth login$|gh |export |"
+    r"make (demo|test|docs)$|python3 -m venv |pip install |docker |sbatch |hf auth login$|gh |export |"
     r".* --config-dir mine/|.* logger=mlflow |python benchmarks/"
 )
 ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
@@ -197,6 +199,30 @@ def test_ranks(command, stand_ins, tmp_path):
         [*program, *as_run(words, stand_ins)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "pixel accuracy" in done.stdout, done.stderr
+
+
+def composed_keys(node, path=""):
+    """Yield each key of a composed config, nodes included."""
+    for key, value in node.items():
+        yield f"{path}{key}"
+        if isinstance(value, dict):
+            yield from composed_keys(value, f"{path}{key}.")
+
+
+def test_the_page_for_users_of_other_tools_names_keys_and_options_that_exist(compose):
+    page = (ROOT / "docs/coming_from.md").read_text()
+    here = re.findall(r"^\| .* \| (.*) \|$", page, flags=re.M)
+    words = {word for cell in here for word in re.findall(r"`([^`]+)`", cell)}
+    configs = [
+        compose("mode=train", "adapter=last_blocks", "backbone=timm", "backbone.name=test_vit", "data.root=."),
+        compose("mode=train", "data.root=.", "loss=ce_dice"),
+        compose("mode=predict", "input=."),
+    ]
+    known = {key for cfg in configs for key in composed_keys(OmegaConf.to_container(cfg))}
+    known |= {"hparam", "resume", "hydra.run.dir", "dinoseg.create_model", "dinoseg.load"}
+    files = Path(CONFIGS)
+    options = {word for word in words if (files / f"{word.replace('=', '/')}.yaml").is_file()}
+    assert words - options - known == {"resume=auto", "defaults"} and len(options) > 20 and len(words) > 80
 
 
 def run_small(mode, words, overrides, *options, **named):

@@ -111,7 +111,7 @@ def test_an_error_that_training_only_warns_of(where):
             (folder / "0.png").rename(folder / f"drive/{split}.png")
     done, report, page = doctor(where, *FOLDER)
     assert done.status == 1 and codes(report, "error") == ["group_on_both_sides"]
-    assert not report["findings"][0]["stops_training"] and "Mend the errors" not in done.err
+    assert not report["findings"][0]["stops_training"] and "fix the errors first" not in done.err
     assert "1 error and 0 warnings in" in done.err and "Training only warns about these errors" in done.err
     assert "ERROR group_on_both_sides (training does not stop on it)" in done.out
 

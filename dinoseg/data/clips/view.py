@@ -62,7 +62,12 @@ class ClipView:
         factor *= self.scale[0] + zoom * (self.scale[1] - self.scale[0])
         rounded = round if self.resample == "area" else int
         size = (max(self.crop[0], rounded(height * factor)), max(self.crop[1], rounded(width * factor)))
-        top, left = round(down * (size[0] - self.crop[0])), round(right * (size[1] - self.crop[1]))
+        spare = size[0] - self.crop[0], size[1] - self.crop[1]
+        if rng is None:
+            top, left = round(spare[0] / 2), round(spare[1] / 2)
+        else:
+            # each position is equally likely, as in torchvision's RandomCrop
+            top, left = int(down * (spare[0] + 1)), int(right * (spare[1] + 1))
         seen = np.empty((len(frames), *self.crop, 3), dtype=np.uint8)
         for frame, target in zip(frames, seen, strict=True):
             resized = frame if size == (height, width) else self._resized(frame, size)

@@ -44,7 +44,7 @@ class PropagationSettings(MatchSettings):
         check_one_of("upsample", self.upsample, ("nearest", "bilinear", "patch_bilinear"))
         check_one_of("min_max", self.min_max, ("none", "all", "positive"))
         if self.short_side is not None:
-            check_minimum("short", self.short_side, 1, "the pixels of a frame's shorter side; null: no resizing")
+            check_minimum("short_side", self.short_side, 1, "the pixels of a frame's shorter side; null: no resizing")
         if self.long_multiple is not None:
             check_minimum("long_multiple", self.long_multiple, 1, "a number of pixels; null: the patch size")
         check_one_of("rounding", self.rounding, ("up", "down"))

@@ -52,6 +52,13 @@ def test_crops_reach_every_place_and_are_mirrored_as_often_as_said():
     assert lefts == set(range(21)) and 70 < mirrored < 130
 
 
+def test_all_positions_of_a_crop_are_equally_likely():
+    view, frames = ClipView((10, 10)), places((10, 12))
+    lefts = [int(view(frames, np.random.default_rng(seed))[0, 0, 0, 1]) for seed in range(3000)]
+    # rounding a uniform number would reach the first and the last position half as often as the middle one
+    assert np.abs(np.bincount(lefts) / 3000 - 1 / 3).max() < 0.04
+
+
 def test_larger_than_need_be():
     view, frames = ClipView((8, 8), scale=(2.0, 2.0)), places((8, 8))
     seen = view(frames, np.random.default_rng(0)).astype(int)

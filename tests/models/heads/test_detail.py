@@ -75,7 +75,7 @@ def test_a_linear_layer_on_the_tokens_adds_its_scores_where_they_lie(patch_size)
     tall = torch.lerp(tokens[0, 0, low], tokens[0, 0, low + 1], (rows - low)[:, None])
     torch.testing.assert_close(added[0, 1], 3 * torch.lerp(tall[:, :1], tall[:, 1:], columns[None]), atol=1e-6, rtol=0)
     assert not added[0, 0].any() and (added[0, 2] - 0.5).abs().max() < 1e-12
-    assert "direct.weight" not in DetailHead(3, 1, 3, 8).state_dict()  # the default
+    assert "linear_skip.weight" in head.state_dict() and "linear_skip.weight" not in DetailHead(3, 1, 3, 8).state_dict()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 17), (37, 51)])

@@ -82,8 +82,8 @@ def test_a_multiple_that_the_patch_does_not_divide_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"short_side": 0}, "short=0 must be a whole number, 1 or more"),
-        ({"short_side": 2.5}, r"short=2\.5 must be a whole number"),
+        ({"short_side": 0}, "short_side=0 must be a whole number, 1 or more"),
+        ({"short_side": 2.5}, r"short_side=2\.5 must be a whole number"),
         ({"long_multiple": -8}, "long_multiple=-8 must be a whole number"),
         ({"rounding": "nearest"}, "rounding=nearest is unknown. Choose one of: up, down"),
         ({"resample": "area"}, "resample=area is unknown. Choose one of: bilinear, bicubic"),
