@@ -26,6 +26,8 @@ from dinoseg.training.loading import (
     CASTS,
     CONSTANTS,
     Checkpoint,
+    check_fits,
+    copy_trained,
     frozen_fingerprint,
     load_average,
     load_optimizer,
@@ -38,7 +40,7 @@ from dinoseg.training.sharding import gathered, is_shared
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.interrupt import Interrupted
-from dinoseg.utils.tensor_files import is_finite, meta_tensor, write_tensors
+from dinoseg.utils.tensor_files import is_finite, meta_tensor, read_tensor_file, write_tensors
 from dinoseg.utils.wording import count_of, format_value, join_names
 
 logger = logging.getLogger(__name__)
@@ -274,6 +276,35 @@ class Checkpointer:
         if now.best_step == now.step or evaluate == "last":
             self._write("best", {f"model/{name}": value for name, value in _held(model).items()}, now)
         return now
+
+    @property
+    def best(self) -> Path:
+        """The file of `best`."""
+        return self.folder / "best.safetensors"
+
+    def load_best(self, model: SegmentationModel, *, finite: bool) -> None:
+        """Load the weights of `best` into the model that this run trains.
+
+        The description in the file is not read: the run has it.
+
+        Args:
+            model: of this run.
+            finite: refuse tensors that hold NaN or infinity.
+
+        Raises:
+            UserError: the file is missing, of another model or not finite.
+        """
+        if not self.best.is_file():  # removed since, or the run started from a copy of `last` alone
+            last = self.start.path if self.start else self.folder / "last.safetensors"
+            raise UserError(
+                f"{self.best} is missing, though step {self.progress.best_step} was saved as the best one. Restore it, "
+                f"or evaluate the last checkpoint: mode=eval resume={last}."
+            )
+        saved = Checkpoint(self.best, dict(read_tensor_file(self.best, "resume")), self.info)
+        if finite:
+            check_finite(saved.tensors, f"resume={self.best}")
+        check_fits(model, saved)
+        copy_trained(model, saved.part("model"))
 
     def commit(self, progress: Progress) -> None:
         """Set the progress that `save_if_best` returned."""
