@@ -360,6 +360,11 @@ class EmergencyCheckpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._save(error)
+
+    def _save(self, error: BaseException) -> None:
+        """Save the newest complete step after an error or a first signal."""
         first = isinstance(error, Interrupted) and not error.again
         step = self._checkpoints.progress.step
         if not (first or isinstance(error, Exception)) or not self._is_complete or step == self._start:
