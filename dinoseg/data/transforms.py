@@ -140,18 +140,18 @@ class Augment:
             ("padding", padding, _PADDINGS),
         ):
             if value not in options:
-                raise UserError(f"data.augment.{key}={value} is unknown. Choose one of {', '.join(options)}.")
+                raise UserError(f"{key}={value} is unknown. Choose one of {', '.join(options)}.")
         if scale[0] > scale[1]:
-            raise UserError(f"data.augment.scale={list(scale)}: give [least, largest] with least <= largest.")
+            raise UserError(f"scale={list(scale)}: give [least, largest] with least <= largest.")
         if relative_to == "image" and longest is not None and max(crop) > longest:
             raise UserError(
-                f"resolution.crop={list(crop)} is larger than resolution.longest={longest}, to which images are "
-                f"reduced: choose a crop of at most {longest} pixels a side."
+                f"crop={list(crop)} is larger than longest={longest}, to which images are reduced: choose a crop of at "
+                f"most {longest} pixels a side."
             )
         if base is not None and relative_to not in ("short", "long"):
             raise UserError(
-                f"data.augment.base={base} has no effect with data.augment.relative_to={relative_to}: set "
-                "relative_to=short or long, or base=null."
+                f"base={base} has no effect with relative_to={relative_to}: set relative_to=short or long, or leave "
+                "base out."
             )
         self.crop = (crop[0], crop[1])
         self.scale = (scale[0], scale[1])
