@@ -71,7 +71,7 @@ def argument_keys(node: Any) -> dict[str, str]:
     for key in node:
         if not str(key).startswith("_"):
             keys[str(key)] = _full_key(node, (key,))
-            part = None if OmegaConf.is_missing(node, key) else node[key]
+            part = node._get_node(key) if OmegaConf.is_config(node) else None
             if OmegaConf.is_dict(part) and "_target_" in part:
                 keys |= {f"{key}.{name}": full for name, full in argument_keys(part).items()}
     return keys
