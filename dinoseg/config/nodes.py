@@ -106,7 +106,7 @@ def _call_target(node: Any, values: Mapping[str, Any], where: str) -> Any:
 def _nested_keys(node: Any, values: Mapping[str, Any], steps: Sequence[str]) -> dict[str, str]:
     """Return the full key that sets each argument of a part within a config node."""
     for step in steps:
-        values = values.get(step, {})
+        values = values.get(step) or {}
     return {key: _full_key(node, (*steps, key)) for key in values}
 
 

@@ -279,8 +279,10 @@ class Checkpointer:
 
     @property
     def best(self) -> Path:
-        """The file of `best`."""
-        return self.folder / "best.safetensors"
+        """The file of `best`; that of `last` if a run that started elsewhere has not beaten its score from there."""
+        best, last = (self.folder / f"{name}.safetensors" for name in ("best", "last"))
+        is_elsewhere = self.start is not None and self.start.path.resolve().parent != self.folder.resolve()
+        return last if is_elsewhere and not best.is_file() else best
 
     def load_best(self, model: SegmentationModel, *, finite: bool) -> None:
         """Load the weights of `best` into the model that this run trains.
@@ -294,15 +296,16 @@ class Checkpointer:
         Raises:
             UserError: the file is missing, of another model or not finite.
         """
-        if not self.best.is_file():  # removed since, or the run started from a copy of `last` alone
+        path = self.best
+        if not path.is_file():
             last = self.start.path if self.start else self.folder / "last.safetensors"
             raise UserError(
-                f"{self.best} is missing, though step {self.progress.best_step} was saved as the best one. Restore it, "
-                f"or evaluate the last checkpoint: mode=eval resume={last}."
+                f"{path} is missing, though step {self.progress.best_step} was saved as the best one. Restore it, or "
+                f"evaluate the last checkpoint: mode=eval resume={last}."
             )
-        saved = Checkpoint(self.best, dict(read_tensor_file(self.best, "resume")), self.info)
+        saved = Checkpoint(path, dict(read_tensor_file(path, "resume")), self.info)
         if finite:
-            check_finite(saved.tensors, f"resume={self.best}")
+            check_finite(saved.tensors, f"resume={path}")
         check_fits(model, saved)
         copy_trained(model, saved.part("model"))
 

@@ -157,6 +157,25 @@ def test_best_of_a_run_is_loaded_if_it_is_whole(model, tmp_path):
         checkpoints.load_best(source, finite=True)
 
 
+def test_last_is_evaluated_if_the_best_is_in_another_folder(model, tmp_path):
+    source = model("frozen")
+    checkpoints = Checkpointer(tmp_path / "old", dict(INFO))
+    optimizer = adamw(source, lr=1.0)
+    checkpoints.restore(source, optimizer, None)
+    train(source, optimizer)
+    checkpoints.commit(checkpoints.save_if_best(source, {"miou": 0.9}))
+    checkpoints.save(source, optimizer, None)
+    moved = Checkpointer(tmp_path / "new", dict(INFO), start=read(tmp_path / "old/last.safetensors"))
+    moved.restore(source, optimizer, None)
+    train(source, optimizer)
+    moved.commit(moved.save_if_best(source, {"miou": 0.1}))
+    moved.save(source, optimizer, None)
+    weight = source.head.classify.weight.detach().clone()
+    train(source, optimizer)
+    moved.load_best(source, finite=True)
+    assert moved.best == tmp_path / "new/last.safetensors" and torch.equal(source.head.classify.weight, weight)
+
+
 def test_other_frozen_weights_are_refused(model, tmp_path):
     source = model("lora")
     checkpoints = Checkpointer(tmp_path, dict(INFO))
