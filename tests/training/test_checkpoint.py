@@ -168,6 +168,7 @@ def test_last_is_evaluated_if_the_best_is_in_another_folder(model, tmp_path):
     moved = Checkpointer(tmp_path / "new", dict(INFO), start=read(tmp_path / "old/last.safetensors"))
     moved.restore(source, optimizer, None)
     train(source, optimizer)
+    moved.progress.step = 4
     moved.commit(moved.save_if_best(source, {"miou": 0.1}))
     moved.save(source, optimizer, None)
     weight = source.head.classify.weight.detach().clone()
