@@ -65,7 +65,6 @@ ROOMS = {  # by the doors, of functions and of generators, whose every item is a
     "saving": "training.checkpoint:Checkpoints.save training.checkpoint:Checkpoints.save_if_best "
     "training.checkpoint:Checkpoints.commit",
     "scores of segments": "tasks.clips:segment_scores tasks.clips:contingency",
-    "curves": "modes.training_run:draw_curves",
     "collecting for the report": "evaluation.collected:Collector.add",
     "report": "tasks.images:report_images modes.evaluate:report_images",
     "pictures": "evaluation.images:compare evaluation.images:write_png",

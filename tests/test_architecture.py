@@ -77,6 +77,10 @@ ASK_OTHERS = (  # files that use hasattr, on objects of other libraries, of user
     "models/backbones",
     "utils/precision",
 )
+WITHOUT_KEYS = (  # messages name parameters; whoever instantiates a config node puts the key in front
+    *("models", "losses", "metrics", "data/clips/cut", "data/clips/view", "data/opened", "data/packed"),
+    *("data/photometric", "data/splits", "data/transforms"),
+)
 PICKLE_COLLECTIVES = {  # of torch and accelerate: a rank runs whatever code another one sends
     *("gather_object", "all_gather_object", "scatter_object_list", "broadcast_object_list"),
     *("send_object_list", "recv_object_list"),
@@ -227,9 +231,28 @@ def test_every_package_has_its_level():
     assert packages == LEVEL.keys()
     assert all(
         any((PACKAGE / f"{place}{end}").exists() for end in ("", ".py"))
-        for at in (*DOORS.values(), TRACKERS, LEAVES, SHARED)
+        for at in (*DOORS.values(), TRACKERS, LEAVES, SHARED, WITHOUT_KEYS)
         for place in at
     )
+
+
+def keys_in_text(source):
+    """Return the config keys, such as data.root, in the texts of a file; docstrings may show code."""
+    groups = [*(path.name for path in (PACKAGE / "cfg").iterdir() if path.is_dir()), "resolution", "features"]
+    key = re.compile(rf"(?<![\w./])(?:{'|'.join(groups)})\.[a-z_]+")
+    nodes = [*ast.walk(ast.parse(source))]
+    alone = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in alone]
+    return [found for text in texts if isinstance(text, str) for found in key.findall(text)]
+
+
+def test_parts_name_parameters_instead_of_keys():
+    found = {file: keys_in_text(source) for file, source in FILES.items() if below(file, WITHOUT_KEYS)}
+    assert len(found) > 90 and not {file: keys for file, keys in found.items() if keys}
+    assert keys_in_text('raise ValueError(f"data.augment.scale={scale}: set resolution.crop")') == [
+        "data.augment",
+        "resolution.crop",
+    ]
 
 
 @pytest.mark.parametrize(

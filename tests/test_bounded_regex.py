@@ -14,7 +14,7 @@ def test_one_that_would_not_end_is_stopped(monkeypatch, text):
     monkeypatch.setattr(bounded_regex, "_SECONDS", 0.05)
     with pytest.raises(UserError, match="takes more than 0.05 s on the name aaa"):
         Pattern(text, "data.group").search("a" * 60 + "!")
-    with pytest.raises(UserError, match=r"data\.group=.* takes more than"):
+    with pytest.raises(UserError, match=r"^group=.* takes more than"):
         regex_group(text)("a" * 60 + "!")
     with pytest.raises(UserError, match=r"^targets=.* takes more than"):
         Lora(rank=1, alpha=1, targets=text).pattern.search("a" * 60 + "!")

@@ -57,7 +57,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
             names = {key: _full_key(node, (*steps, key)) for key in arguments}
             check_arguments(table["_target_"], arguments, names)
     with name_parameters(keys):
-        part = _call_target(values, where)
+        part = _call_target(node, values, where)
     if not isinstance(part, partial):
         return part
     factory = Factory(part.func, *part.args, **part.keywords)
@@ -66,8 +66,15 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
 
 
 def argument_keys(node: Any) -> dict[str, str]:
-    """Return the full key that sets each argument of a config node."""
-    return {str(key): _full_key(node, (key,)) for key in node if not str(key).startswith("_")}
+    """Return the full key that sets each argument of a config node, and as `PART.ARGUMENT` those of its parts."""
+    keys = {}
+    for key in node:
+        if not str(key).startswith("_"):
+            keys[str(key)] = _full_key(node, (key,))
+            part = node._get_node(key) if OmegaConf.is_config(node) else None
+            if OmegaConf.is_dict(part) and "_target_" in part:
+                keys |= {f"{key}.{name}": full for name, full in argument_keys(part).items()}
+    return keys
 
 
 class Factory(partial[Any]):
@@ -81,7 +88,7 @@ class Factory(partial[Any]):
             return super().__call__(*args, **kwargs)
 
 
-def _call_target(values: Mapping[str, Any], where: str) -> Any:
+def _call_target(node: Any, values: Mapping[str, Any], where: str) -> Any:
     try:
         return hydra_instantiate(values, _convert_="all")
     except InstantiationException as error:
@@ -91,7 +98,16 @@ def _call_target(values: Mapping[str, Any], where: str) -> Any:
                 f"{where or 'A config node'}: its `_target_` cannot be imported ({message}). Correct it in the YAML "
                 "file, install the missing module, or add the folder of your own package to PYTHONPATH."
             ) from error
-        raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
+        place = re.search(r"\nfull_key: (\S+)$", str(error))  # of a part within the node
+        with name_parameters(_nested_keys(node, values, place[1].split(".")) if place else {}):
+            raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
+
+
+def _nested_keys(node: Any, values: Mapping[str, Any], steps: Sequence[str]) -> dict[str, str]:
+    """Return the full key that sets each argument of a part within a config node."""
+    for step in steps:
+        values = values.get(step) or {}
+    return {key: _full_key(node, (*steps, key)) for key in values}
 
 
 def _full_key(node: Any, steps: Steps) -> str:

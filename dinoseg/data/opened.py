@@ -59,21 +59,19 @@ def opened(
         UserError: an unknown option, an image without mask or a mask without image, or no usable image.
     """
     if on_error not in ON_ERROR:
-        raise UserError(f"data.on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
+        raise UserError(f"on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
     if cache not in CACHES:
-        raise UserError(f"data.cache={cache} is unknown. Choose packed, or null for none.")
+        raise UserError(f"cache={cache} is unknown. Choose packed, or null for none.")
     assert isinstance(dataset, PairDataset | CustomDataset)
     if labelled is not None:
         whole, dataset = len(dataset), dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})
-        logger.info(
-            "data.labelled=%s: %d of %d images of split %s with their masks", labelled, len(dataset), whole, split
-        )
+        logger.info("split %s: %d of %d images with their masks (labelled=%s)", split, len(dataset), whole, labelled)
     if not isinstance(dataset, PairDataset):
         for key, value in (("on_error", on_error), ("cache", cache)):
             if value in ("skip", "packed"):
                 raise UserError(
-                    f"data.{key}={value} needs a reader that returns a dinoseg.data.pairs.dataset.PairDataset, and "
-                    f"data.reader gives a {type(dataset.samples).__name__}. Leave data.{key} out."
+                    f"{key}={value} needs a reader that returns a dinoseg.data.pairs.dataset.PairDataset, and this one "
+                    f"gives a {type(dataset.samples).__name__}. Leave {key} out."
                 )
         return dataset
     if on_error == "skip":
@@ -95,5 +93,5 @@ def _usable(dataset: PairDataset, split: str, cache_dir: Path, workers: int) -> 
         return dataset
     usable = dataset.keep({*dataset.names} - bad.keys())
     usable.skipped, usable.lacking = bad, {}
-    logger.warning("data.on_error=skip: split %s has %d images; left out: %d.", split, len(usable), len(bad))
+    logger.warning("split %s has %d images; left out: %d.", split, len(usable), len(bad))
     return usable

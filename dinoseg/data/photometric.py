@@ -16,7 +16,7 @@ _STEPS = 180  # hues of OpenCV's 8-bit HSV
 
 
 class ColorTransform:
-    """Contract of `data.augment.color`: a colour change that random numbers determine.
+    """Contract of the augmentation of colours: a colour change that random numbers determine.
 
     Attributes:
         has_switches: whether it uses the last `SWITCHES` random numbers; they are drawn only then.
@@ -73,7 +73,7 @@ class PhotometricDistortion(ColorTransform):
     def __post_init__(self) -> None:
         """Reject unknown colour spaces."""
         if self.space not in _SPACES:
-            raise UserError(f"data.augment.color.space={self.space} is unknown. Choose one of {', '.join(_SPACES)}.")
+            raise UserError(f"space={self.space} is unknown. Choose one of {', '.join(_SPACES)}.")
 
     def __call__(self, image: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         """Return an image (H, W, 3) uint8 in changed colours; `uniforms` are 4 amounts, 4 switches, and the order's.

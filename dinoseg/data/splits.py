@@ -64,15 +64,14 @@ class Partition:
     def __post_init__(self) -> None:
         """Reject an unknown `by`, and incomplete or invalid fold settings."""
         if self.by not in PARTITIONS:
-            raise UserError(f"data.reader.partition.by={self.by} is unknown. Choose one of {', '.join(PARTITIONS)}.")
+            raise UserError(f"by={self.by} is unknown. Choose one of {', '.join(PARTITIONS)}.")
         if (self.fold is None) != (self.folds is None):
             raise UserError(
-                f"data.fold={self.fold} with data.folds={self.folds}: k-fold cross-validation needs both, such as "
-                "data.fold=0 data.folds=5."
+                f"fold={self.fold} with folds={self.folds}: k-fold cross-validation needs both, such as fold=0 folds=5."
             )
         if self.folds is not None and self.fold is not None and not (self.folds >= 2 and 0 <= self.fold < self.folds):
             raise UserError(
-                f"data.fold={self.fold} data.folds={self.folds}: give two folds or more, and a fold below them, from 0."
+                f"fold={self.fold} folds={self.folds}: give two folds or more, and a fold below them, from 0."
             )
 
 
@@ -99,7 +98,7 @@ def _divide_into_folds(split: str, find: Callable[[str], list[Item]], partition:
 
 def _divide_by_fraction(split: str, find: Callable[[str], list[Item]], partition: Partition) -> list[Item]:
     if split not in ("train", "val"):
-        raise UserError(f"data.reader.partition.by=fraction has the splits train and val only, not {split}.")
+        raise UserError(f"partition.by=fraction has the splits train and val only, not {split}.")
     pool = find(split)
     if not pool:
         return []
@@ -107,7 +106,7 @@ def _divide_by_fraction(split: str, find: Callable[[str], list[Item]], partition
         [item.name for item in pool],
         val_fraction=partition.val_fraction,
         seed=partition.seed,
-        group=regex_group(partition.group),
+        group=regex_group(partition.group, "partition.group"),
     )[split]
     return _select(pool, names)
 
@@ -119,12 +118,12 @@ def _select(pool: Sequence[Item], names: Sequence[str]) -> list[Item]:
 
 def _fold_split(names: Sequence[str], partition: Partition) -> dict[str, list[str]]:
     """Return `train` and `val` of a fold; assign groups one by one to the fold with the fewest names so far."""
-    group, folds = regex_group(partition.group), partition.folds or 0
+    group, folds = regex_group(partition.group, "partition.group"), partition.folds or 0
     sizes = Counter(group(name) for name in names)
     if len(sizes) < folds:
         raise UserError(
-            f"data.folds={folds}: there are only {len(sizes)} groups ({join_names(sorted(sizes))}) to divide. Lower "
-            "data.folds, or correct data.group, which defines the groups."
+            f"partition.folds={folds}: there are only {len(sizes)} groups ({join_names(sorted(sizes))}) to divide. "
+            "Give fewer folds, or define more groups: partition.group=PATTERN."
         )
     filled = [0] * folds
     fold_of: dict[str, int] = {}
@@ -183,24 +182,28 @@ def fraction_split(
     }
 
 
-def regex_group(pattern: str | None) -> Callable[[str], str]:
+def regex_group(pattern: str | None, parameter: str = "group") -> Callable[[str], str]:
     """Return a function that maps a name to its group: the pattern's first capture group, or its whole match.
+
+    Args:
+        pattern: a regular expression; None: each name is a group.
+        parameter: what sets the pattern, for messages.
 
     Raises:
         UserError: the pattern is not a regular expression; later, the pattern or its first group does not match a name.
     """
     if pattern is None:
         return str
-    expression = Pattern(pattern, "data.group")
+    expression = Pattern(pattern, parameter)
 
     def group(name: str) -> str:
         match = expression.search(name)
         if match is None:
-            raise UserError(f"data.group={pattern} does not match the name {name}: widen it.")
+            raise UserError(f"{parameter}={pattern} does not match the name {name}: widen it.")
         key = match.group(1 if expression.groups else 0)
         if key is None:
             raise UserError(
-                f"data.group={pattern} matches the name {name}, but its first parenthesised group, which defines the "
+                f"{parameter}={pattern} matches the name {name}, but its first parenthesised group, which defines the "
                 "data group, does not: let it match each name, or write other parentheses as (?:...)."
             )
         return key
@@ -208,12 +211,12 @@ def regex_group(pattern: str | None) -> Callable[[str], str]:
     return group
 
 
-def read_name_list(path: Path, key: str = "data.reader.partition.lists") -> list[str]:
+def read_name_list(path: Path, parameter: str = "lists") -> list[str]:
     """Read one name per line; drop image suffixes and blank lines.
 
     Args:
         path: the file.
-        key: config key that gave the path, for messages.
+        parameter: what sets the path, for messages.
 
     Raises:
         UserError: the file is missing, not text, empty, or holds a name twice.
@@ -222,12 +225,12 @@ def read_name_list(path: Path, key: str = "data.reader.partition.lists") -> list
         check_regular(path)
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read the file list {path}: {error}. Check {key}.") from None
+        raise UserError(f"{parameter}={path}: cannot read this file list ({error}). Check the path.") from None
     lines = text.splitlines()
     if longest := next((number for number, line in enumerate(lines, 1) if len(line) > _LONGEST), 0):
         raise UserError(
-            f"Line {longest} of the file list {path} has {len(lines[longest - 1])} characters, more than any file "
-            f"name: write one name per line. Check {key}."
+            f"{parameter}={path}: line {longest} of this file list has {len(lines[longest - 1])} characters, more than "
+            "any file name. Write one name per line."
         )
     names = [_strip_extension(line.strip()) for line in lines if line.strip()]
     if not names:
@@ -256,10 +259,10 @@ def labelled_names(
         UserError: the file cannot be read, or names an image outside the split.
     """
     if isinstance(labelled, str):
-        wanted = read_name_list(Path(labelled).expanduser(), "data.labelled")
+        wanted = read_name_list(Path(labelled).expanduser(), "labelled")
         if absent := sorted(set(wanted) - set(names)):
             raise UserError(
-                f"data.labelled={labelled}: {len(absent)} of its names are not in the training split: "
+                f"labelled={labelled}: {len(absent)} of its names are not in the training split: "
                 f"{join_names(absent)}. Names have the form {join_names(names, 2)}."
             )
         return wanted

@@ -140,18 +140,18 @@ class Augment:
             ("padding", padding, _PADDINGS),
         ):
             if value not in options:
-                raise UserError(f"data.augment.{key}={value} is unknown. Choose one of {', '.join(options)}.")
+                raise UserError(f"{key}={value} is unknown. Choose one of {', '.join(options)}.")
         if scale[0] > scale[1]:
-            raise UserError(f"data.augment.scale={list(scale)}: give [least, largest] with least <= largest.")
+            raise UserError(f"scale={list(scale)}: give [least, largest] with least <= largest.")
         if relative_to == "image" and longest is not None and max(crop) > longest:
             raise UserError(
-                f"resolution.crop={list(crop)} is larger than resolution.longest={longest}, to which images are "
-                f"reduced: choose a crop of at most {longest} pixels a side."
+                f"crop={list(crop)} is larger than longest={longest}, to which images are reduced: choose a crop of at "
+                f"most {longest} pixels a side."
             )
         if base is not None and relative_to not in ("short", "long"):
             raise UserError(
-                f"data.augment.base={base} has no effect with data.augment.relative_to={relative_to}: set "
-                "relative_to=short or long, or base=null."
+                f"base={base} has no effect with relative_to={relative_to}: set relative_to=short or long, or leave "
+                "base out."
             )
         self.crop = (crop[0], crop[1])
         self.scale = (scale[0], scale[1])
@@ -290,12 +290,9 @@ class Augment:
         """Return the matrix (3, 3) from image pixel centres (x, y, 1) to the crop."""
         height, width = size[0] * zoom[0], size[1] * zoom[1]
         crop_height, crop_width = self.crop
-        signed = 2 * uniforms - 1
-        turn = _turn_and_slant(self.affine.degrees * signed[0], self.affine.shear * signed[1])
-        shift_x = self.affine.translate * signed[2] * min(width, crop_width)
-        shift_y = self.affine.translate * signed[3] * min(height, crop_height)
-        centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
-        turn = _move(centre_x, centre_y) @ turn @ _move(-centre_x, -centre_y)
+        turn, shift_x, shift_y = np.eye(3), 0.0, 0.0
+        if self.affine != Affine():
+            turn, shift_x, shift_y = self._turn_and_shift(width, height, 2 * uniforms[:4] - 1)
         flips, at_end = uniforms[6] < self.flip, self.padding == "end"
         if flips and at_end:
             turn = _mirror(width) @ turn
@@ -305,6 +302,20 @@ class Augment:
         left, top = start(width - crop_width, uniforms[4]), start(height - crop_height, uniforms[5])
         matrix = _move(shift_x - left, shift_y - top) @ turn @ _resize(zoom)
         return _mirror(crop_width) @ matrix if flips and not at_end else matrix
+
+    def _turn_and_shift(self, width: float, height: float, signed: np.ndarray) -> tuple[np.ndarray, float, float]:
+        """Return the matrix that turns and slants a scaled image about its centre, and the shift to the right and down.
+
+        Args:
+            width: of the scaled image, pixels.
+            height: of the scaled image, pixels.
+            signed: (4,) random numbers in -1..1 for rotation, shear, and shift in x and y.
+        """
+        turn = _turn_and_slant(self.affine.degrees * signed[0], self.affine.shear * signed[1])
+        centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
+        shift_x = self.affine.translate * signed[2] * min(width, self.crop[1])
+        shift_y = self.affine.translate * signed[3] * min(height, self.crop[0])
+        return _move(centre_x, centre_y) @ turn @ _move(-centre_x, -centre_y), shift_x, shift_y
 
 
 def _whole_crop_start(room: float, uniform: float) -> float:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from dinoseg.evaluation.collected import class_ious
+from dinoseg.metrics.counts import mean_defined, ratio
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class ClassScores:
         ious = class_ious(counts)
         right, reference, predicted = np.moveaxis(counts, -2, 0)
         scores = {
-            "miou": _mean(ious),
-            "dice": _mean(_ratio(2 * right, reference + predicted)),
-            "accuracy": _ratio(right.sum(axis=-1), reference.sum(axis=-1)),
+            "miou": mean_defined(ious),
+            "dice": mean_defined(ratio(2 * right, reference + predicted)),
+            "accuracy": ratio(right.sum(axis=-1), reference.sum(axis=-1)),
         }
         if self.background is not None:
-            scores["miou_no_background"] = _mean(np.delete(ious, self.background, axis=-1))
+            scores["miou_no_background"] = mean_defined(np.delete(ious, self.background, axis=-1))
         return scores | {f"iou/{index}": ious[..., index] for index in range(self.num_classes)}
 
 
@@ -54,12 +55,3 @@ def unit_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
     sums = np.zeros((len(places), *counts.shape[1:]), np.int64)
     np.add.at(sums, [places[unit] for unit in units], counts)
     return sums.reshape(len(places), -1)
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    defined = ~np.isnan(values)
-    return _ratio(np.where(defined, values, 0.0).sum(axis=-1), defined.sum(axis=-1).astype(np.float64))

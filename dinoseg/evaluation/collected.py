@@ -11,6 +11,7 @@ from torch import Tensor
 from dinoseg.core.geometry import LATTICE, lattice
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.metrics.boundary_errors import boundary_errors
+from dinoseg.metrics.counts import ratio
 from dinoseg.report.html.pictures import Shot
 from dinoseg.report.overlay import reduced
 
@@ -125,8 +126,7 @@ def class_counts(mask: np.ndarray, prediction: np.ndarray, num_classes: int, ign
 def class_ious(counts: np.ndarray) -> np.ndarray:
     """Return the IoU (..., K) from counts (..., 3, K); nan where a class is in neither mask."""
     right, reference, predicted = np.moveaxis(counts.astype(np.float64), -2, 0)
-    union = reference + predicted - right
-    return np.divide(right, union, out=np.full(union.shape, np.nan), where=union > 0)
+    return ratio(right, reference + predicted - right)
 
 
 def image_miou(counts: np.ndarray) -> float | None:

@@ -105,7 +105,7 @@ def groups_of(pattern: str | None, names: list[str]) -> list[str]:
     An image is its own group without a pattern, or if the pattern does not match all names.
     """
     try:
-        group = regex_group(pattern)
+        group = regex_group(pattern, "data.group")
         return [group(name) for name in names]
     except UserError:  # the pattern is for another data set's names: neither the split nor a report needs it
         return names

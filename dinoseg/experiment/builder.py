@@ -20,7 +20,7 @@ from dinoseg.training.feature_cache.key import hash_of
 from dinoseg.training.optim import Schedule
 from dinoseg.training.trainer import Settings, check_score
 from dinoseg.utils.cores import count_cores
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Count, Positive
 from dinoseg.utils.wording import join_names
 
@@ -188,11 +188,14 @@ class Builder(ModelBuilder):
         check_split(split)
         pairs = self.reader()(split)
         more: dict[str, Any] = {}
+        names: dict[str, str] = {}
         if reduced and split == "train" and self._cfg.data.get("labelled") is not None:
             labelled = {"labelled": self._cfg.data.labelled}
-            check_arguments("dinoseg.data.opened.opened", labelled, {"labelled": "data.labelled"})
+            names = {"labelled": "data.labelled", "group": "data.group"}
+            check_arguments("dinoseg.data.opened.opened", labelled, names)
             more = {**labelled, "group": self._cfg.data.group, "seed": self.seed}
-        return self.part("data.opened")(pairs, split=split, reduced=reduced, **more)
+        with name_parameters(names):
+            return self.part("data.opened")(pairs, split=split, reduced=reduced, **more)
 
     def clips(self, split: str) -> Any:
         """Return one split of the videos as clips of frames (`dinoseg.data.clips.cut.Clips`).

@@ -62,6 +62,7 @@ class Lovasz(Loss):
 
     def __init__(self, class_weights: Tensor, ignore_index: int = 255, per_image: bool = False) -> None:
         super().__init__()
+        check_classes(class_weights)
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
         self.divisor = ("images", ignore_index)
@@ -70,7 +71,6 @@ class Lovasz(Loss):
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
-        check_classes(self.weight)
         logits, target = labelled_pixels(prediction, batch, self.ignore_index)
         shares = logits.softmax(1).movedim(1, -1)  # (B, H, W, K)
         class_weights = self.weight.to(logits.dtype)

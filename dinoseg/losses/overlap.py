@@ -76,6 +76,7 @@ class Tversky(Loss):
         beta: Positive = 0.7,
     ) -> None:
         super().__init__()
+        check_classes(class_weights)
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
         self.divisor = ("images", ignore_index)
@@ -83,7 +84,6 @@ class Tversky(Loss):
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
-        check_classes(self.weight)
         sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, form=KernelSpec())
         value = tversky_loss(sums, self.weight, self.alpha, self.beta)
         return value, {"weight": labelled_images(batch.mask, self.ignore_index).to(value.dtype)}

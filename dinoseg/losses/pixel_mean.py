@@ -71,6 +71,7 @@ class PixelMean(Loss):
         average: str,
     ) -> None:
         super().__init__()
+        check_classes(class_weights)
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index, self.average = ignore_index, average
         self.hardest = Hardest(hard_fraction)
@@ -97,7 +98,6 @@ class PixelMean(Loss):
         A batch without labelled pixels gives a loss of 0, and a weight of 0 unless all pixels count. Selecting the
         hardest pixels takes an additional pass.
         """
-        check_classes(self.weight)
         weights = None
         if self.hardest.share < 1:
             costs = pixel_values(prediction, batch, self.ignore_index, lambda *tile: self.pixel_cost(*tile)[0])

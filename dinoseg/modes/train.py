@@ -69,7 +69,7 @@ def train(
                 raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, without validation.")
             if engine.is_main:
                 write_end(out_dir, run.step)
-            scores = job.finish(model, run, log, **shown)
+            scores = job.finish(model, checkpoints, log, **shown)
         if engine.is_main:
             write_end(out_dir, run.step, scores)
     engine.close()

@@ -78,7 +78,7 @@ def train_heads(
         engine: device and ranks.
         out_dir: the run folder.
         settings: of the training loop.
-        shown: options of the evaluations, see `TrainingRun.finish`.
+        shown: options of the evaluations, see `TrainingTask.evaluate`.
 
     Raises:
         UserError: no head has reached a validation.
@@ -116,21 +116,20 @@ def train_heads(
         step = fit(experiment).step
         if engine.is_main:
             write_end(out_dir, step)
-        found = {}
+        scores = {}
         for name, head in heads.items():
             progress = head.checkpoints.progress
             if progress.best is None:
                 continue
             if engine.is_main:
                 print(f"\nhead {name}, best checkpoint (step {progress.best_step}):\n")
-            found[name] = head.run.evaluate(head.model, progress, **shown)
-        scores = {name: scores for name, (scores, _) in found.items()}
+            scores[name] = head.run.evaluate(head.model, head.checkpoints, **shown)
         rows = head_rows(heads, scores, model.left_heads(), settings.score, task.data_module.lowest)
         first = rows[0]["head"]
-        if first not in found:
+        if first not in scores:
             raise UserError(f"trainer.steps={settings.steps}: this run has done {step}, without validation.")
         if engine.is_main:
-            finish_log(log, out_dir, task, *found[first])
+            finish_log(log, out_dir, task, scores[first], heads[first].checkpoints)
             write_leaderboard(rows, out_dir)
             print("\n".join(next_commands(out_dir / checkpoint.HEADS / first, on_clips=task.on_clips)))
     costs = {name: cost_of(head.model, out_dir / "metrics.jsonl") for name, head in heads.items()}

@@ -25,11 +25,10 @@ from dinoseg.experiment.trained import check_classes
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import SegmentationModel
-from dinoseg.report.curves import draw_curves
-from dinoseg.report.log import RunLog, read_rows
+from dinoseg.report.log import RunLog
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import Checkpointer, Progress
+from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.cost import COST, cost_of, count_numbers
 from dinoseg.training.engine import Engine
 from dinoseg.training.loading import Checkpoint, check_resumable
@@ -173,43 +172,28 @@ class TrainingRun:
             write_split(self.out_dir, self.task.split)
         return model, loss, optimizer, Checkpointer(folder, info, self.start, writes=writes)
 
-    def finish(
-        self, model: SegmentationModel, run: Progress, log: RunLog, *, metrics_only: bool, report: bool
-    ) -> dict[str, Any]:
-        """Score the best checkpoint, draw the curves, and print the paths of all results; return scores and cost.
+    def finish(self, model: SegmentationModel, checkpoints: Checkpointer, log: RunLog, **shown: bool) -> dict[str, Any]:
+        """Score the best checkpoint, and print the paths of all results; return scores and cost.
 
         Args:
             model: receives the checkpoint's weights.
-            run: state at the end of the training; it has a best score.
+            checkpoints: of the finished training; it has a best score.
             log: receives the scores and the checkpoint, and is closed.
-            metrics_only: write no figures.
-            report: write report.html, and the files that mode=compare reads.
+            shown: options of the evaluation, see `TrainingTask.evaluate`.
         """
-        scores, chosen = self.evaluate(model, run, metrics_only=metrics_only, report=report)
+        scores = self.evaluate(model, checkpoints, **shown)
         cost = cost_of(model, self.out_dir / "metrics.jsonl")
         if self.engine.is_main:
-            finish_log(log, self.out_dir, self.task, scores, chosen)
+            finish_log(log, self.out_dir, self.task, scores, checkpoints)
             write_json(self.out_dir / COST, cost)
             print("\n".join(next_commands(self.out_dir, on_clips=self.task.on_clips)))
-        return {**scores, **cost, "best_step": run.best_step, "run": str(self.out_dir)}
+        return {**scores, **cost, "best_step": checkpoints.progress.best_step, "run": str(self.out_dir)}
 
-    def evaluate(
-        self, model: SegmentationModel, run: Progress, *, metrics_only: bool, report: bool
-    ) -> tuple[dict[str, Any], Checkpoint]:
-        """Score the best checkpoint; return the scores and the checkpoint. The arguments are those of `finish`."""
-        # read from the file, so that the scores are those of mode=eval
-        best = checkpoint.find(self.out_dir, "best")
-        # a run that starts from a copied `last` may have no `best`, if all steps were done before
-        if best.stem == "last" and self.start is not None and self.start.path.resolve().parent == best.resolve().parent:
-            raise UserError(
-                f"{best.with_name('best.safetensors')} is missing, though step {run.best_step} was saved as the best "
-                f"one. Restore it, or evaluate the last checkpoint: mode=eval resume={best}."
-            )
-        chosen = checkpoint.read(best, finite=self.build.value("finite_weights"))
-        checkpoint.load_weights(model, chosen)
-        provenance = provenance_of(self.build, self.out_dir, best)  # of several heads, each has its own builder
-        scores = self.task.evaluate(model, self.engine, provenance, metrics_only=metrics_only, report=report)
-        return scores, chosen
+    def evaluate(self, model: SegmentationModel, checkpoints: Checkpointer, **shown: bool) -> dict[str, Any]:
+        """Score the best checkpoint, and return the scores. The arguments are those of `finish`."""
+        checkpoints.load_best(model, finite=self.build.value("finite_weights"))
+        provenance = provenance_of(self.build, self.out_dir, checkpoints.best)  # each of several heads has its builder
+        return self.task.evaluate(model, self.engine, provenance, **shown)
 
 
 def open_log(build: Builder, out_dir: Path, start: Checkpoint | None, engine: Engine) -> RunLog:
@@ -226,16 +210,16 @@ def open_log(build: Builder, out_dir: Path, start: Checkpoint | None, engine: En
     return log
 
 
-def finish_log(log: RunLog, out_dir: Path, task: TrainingTask, scores: Mapping[str, Any], best: Checkpoint) -> None:
-    """Draw the curves of a run, log its scores and best checkpoint, and print the paths of all results."""
-    draw_curves(read_rows(out_dir / "metrics.jsonl"), out_dir / "curves.png")
-    print(f"curves:       {out_dir}/curves.png")
+def finish_log(
+    log: RunLog, out_dir: Path, task: TrainingTask, scores: Mapping[str, Any], checkpoints: Checkpointer
+) -> None:
+    """Log the scores and the best checkpoint of a run, and print the paths of all results."""
     log.scores(scores)
-    log.checkpoint(best.path)
+    log.checkpoint(checkpoints.best)
     log.close()
     for line in log.views:
         print(line)
-    print(f"checkpoint:   {best.path} (step {best.info['progress']['step']})")
+    print(f"checkpoint:   {checkpoints.best} (best score at step {checkpoints.progress.best_step})")
     list_skipped(task.skipped, out_dir)
 
 

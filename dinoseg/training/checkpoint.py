@@ -26,6 +26,8 @@ from dinoseg.training.loading import (
     CASTS,
     CONSTANTS,
     Checkpoint,
+    check_fits,
+    copy_trained,
     frozen_fingerprint,
     load_average,
     load_optimizer,
@@ -38,7 +40,7 @@ from dinoseg.training.sharding import gathered, is_shared
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.interrupt import Interrupted
-from dinoseg.utils.tensor_files import is_finite, meta_tensor, write_tensors
+from dinoseg.utils.tensor_files import is_finite, meta_tensor, read_tensor_file, write_tensors
 from dinoseg.utils.wording import count_of, format_value, join_names
 
 logger = logging.getLogger(__name__)
@@ -275,6 +277,38 @@ class Checkpointer:
             self._write("best", {f"model/{name}": value for name, value in _held(model).items()}, now)
         return now
 
+    @property
+    def best(self) -> Path:
+        """The file of `best`; that of `last` if a run that started elsewhere has not beaten its score from there."""
+        best, last = (self.folder / f"{name}.safetensors" for name in ("best", "last"))
+        is_elsewhere = self.start is not None and self.start.path.resolve().parent != self.folder.resolve()
+        return last if is_elsewhere and not best.is_file() else best
+
+    def load_best(self, model: SegmentationModel, *, finite: bool) -> None:
+        """Load the weights of `best` into the model that this run trains.
+
+        The description in the file is not read: the run has it.
+
+        Args:
+            model: of this run.
+            finite: refuse tensors that hold NaN or infinity.
+
+        Raises:
+            UserError: the file is missing, of another model or not finite.
+        """
+        path = self.best
+        if not path.is_file():
+            last = self.start.path if self.start else self.folder / "last.safetensors"
+            raise UserError(
+                f"{path} is missing, though step {self.progress.best_step} was saved as the best one. Restore it, or "
+                f"evaluate the last checkpoint: mode=eval resume={last}."
+            )
+        saved = Checkpoint(path, dict(read_tensor_file(path, "resume")), self.info)
+        if finite:
+            check_finite(saved.tensors, f"resume={path}")
+        check_fits(model, saved)
+        copy_trained(model, saved.part("model"))
+
     def commit(self, progress: Progress) -> None:
         """Set the progress that `save_if_best` returned."""
         vars(self.progress).update(vars(progress))
@@ -329,6 +363,11 @@ class EmergencyCheckpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._save(error)
+
+    def _save(self, error: BaseException) -> None:
+        """Save the newest complete step after an error or a first signal."""
         first = isinstance(error, Interrupted) and not error.again
         step = self._checkpoints.progress.step
         if not (first or isinstance(error, Exception)) or not self._is_complete or step == self._start:

@@ -313,9 +313,7 @@ class Engine:
         norm = clip(optimizer).to(mean.device).to(mean.dtype)  # moved before it is cast: MPS has no float64
         finite = mean.isfinite() & norm.isfinite()
         if loss_scale is not None:
-            skipped = loss_scale.overflows(mean, norm)
-            loss_scale.update(skipped)
-            norm = norm.masked_fill(skipped, 0.0)
+            norm = loss_scale.skip_overflow(mean, norm)
         if before is not None:
             finite = finite & before.isfinite()
         if on_device:

@@ -104,12 +104,17 @@ def load_weights(model: SegmentationModel, checkpoint: Checkpoint) -> None:
             f"{other[0]}.weights{' (or in another backbone.dtype)' if other[0] == 'backbone' else ''}. Set the weights "
             "of its training."
         )
-    state = model.state_dict()
-    for name, value in checkpoint.part("model").items():
-        copy_values(state[name], shard_like(value, state[name]))
+    copy_trained(model, checkpoint.part("model"))
     constant_buffers = non_persistent_buffers(model)
     for name, value in checkpoint.part(CONSTANTS).items():
         constant_buffers[name].copy_(value)
+
+
+def copy_trained(model: SegmentationModel, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors that training changes into a model, by name; each has the shape of the model's."""
+    state = model.state_dict()
+    for name, value in tensors.items():
+        copy_values(state[name], shard_like(value, state[name]))
 
 
 def check_fits(model: SegmentationModel, checkpoint: Checkpoint) -> None:

@@ -39,12 +39,14 @@ class LossScale:
         self._set(_FIRST / 2 ** math.ceil(math.log2(max(1.0, weight))), 0.0, device)
         self.started = weight > 0  # without labels, loss and gradients are 0 whatever the scale
 
-    def overflows(self, mean: Tensor, norm: Tensor) -> Tensor:
-        """Return whether to skip a step because its loss is finite but its gradient is not. () bool.
+    def skip_overflow(self, mean: Tensor, norm: Tensor) -> Tensor:
+        """Return the gradient norm () of a step, or 0 if its loss is finite but its gradient is not; update the scale.
 
         After 40 such steps in a row the step is not skipped but left to fail: no scale helps.
         """
-        return mean.isfinite() & ~norm.isfinite() & (self.steady > -_MAX_OVERFLOWS).to(mean.device)
+        overflow = mean.isfinite() & ~norm.isfinite() & (self.steady > -_MAX_OVERFLOWS).to(mean.device)
+        self.update(overflow)
+        return norm.masked_fill(overflow, 0.0)
 
     def update(self, overflow: Tensor) -> None:
         """Update the scale for the next step; `overflow`, () bool, states whether this step has overflowed."""

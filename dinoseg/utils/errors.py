@@ -66,7 +66,7 @@ def name_parameters(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        known = "|".join(map(re.escape, names))
+        known = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))  # `cut.stride` before `cut`
         found = rf"(?<![\w.])({known})(?=(?:\.\w+)*=)|^({known})(?!\w)"
         if names:
             error.args = (re.sub(found, lambda match: names[match[1] or match[2]], str(error)),)

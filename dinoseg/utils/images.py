@@ -278,35 +278,34 @@ def open_image(path: str | Path, formats: tuple[str, ...] = FORMATS) -> Iterator
 
 
 def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
-    path = Path(path)
-    cause: Exception | None = None  # a system error: the file itself may be intact
     try:
         with open_image(path) as image:
             return take(image)
-    except FileNotFoundError:
-        message = f"File not found: {path}. Check the path."
-    except PermissionError as error:
-        cause = error
-        message = f"Cannot read {path}: permission denied. Give your user read permission."
-    except MemoryError as error:
-        cause = error
-        message = f"Not enough memory to read {path} as an image. Free some, or reduce or split the image."
-    except Image.DecompressionBombError as error:
-        raise ImageTooLarge(
-            f"Cannot read {path} as an image: it is too large ({error}). Reduce or split it; mode=predict reads it "
-            "with libvips: pip install 'dinoseg[large]'."
-        ) from None
-    except Unfit as error:
-        message = f"{path} {error}."
-    except UnidentifiedImageError:
+    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError, Unfit) as error:
+        raise _explain(Path(path), error) from error
+
+
+def _explain(path: Path, error: Exception) -> UserError:
+    """Return the message for an error in reading an image."""
+    unreadable = f"Cannot read {path} as an image"
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"File not found: {path}. Check the path.")
+    if isinstance(error, PermissionError):
+        return UserError(f"Cannot read {path}: permission denied. Give your user read permission.")
+    if isinstance(error, MemoryError):
+        return UserError(f"Not enough memory to read {path} as an image. Free some, or reduce or split the image.")
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageTooLarge(
+            f"{unreadable}: it is too large ({error}). Reduce or split it; mode=predict reads it with libvips: "
+            "pip install 'dinoseg[large]'."
+        )
+    if isinstance(error, Unfit):
+        return UserError(f"{path} {error}.")
+    if isinstance(error, UnidentifiedImageError):
         with path.open("rb") as file:
             is_tiff = file.read(4) in _TIFF
         kind = "is truncated, or has an unsupported format, such as floating point: replace it, or convert it to 8 bits"
-        message = f"Cannot read {path} as an image. It {kind if is_tiff else _NO_PICTURE}."
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            cause = error
-            message = f"Cannot read {path} ({error.strerror}). Check the path and its disk."
-        else:
-            message = f"Cannot read {path} as an image ({error}). It {_NO_PICTURE}."
-    raise UserError(message) from cause
+        return UserError(f"{unreadable}. It {kind if is_tiff else _NO_PICTURE}.")
+    if isinstance(error, OSError) and error.errno is not None:
+        return UserError(f"Cannot read {path} ({error.strerror}). Check the path and its disk.")
+    return UserError(f"{unreadable} ({error}). It {_NO_PICTURE}.")

@@ -61,6 +61,18 @@ def test_interpolated_arguments_name_the_key_that_is_set(compose):
     assert message.startswith("loss.weights=heavy is unknown.") and "'loss.weights={b: 3}'" in message
 
 
+def test_parts_within_a_node_name_full_keys(compose):
+    cfg = compose("data=videos", "data.root=x", "data.clips.eval_cut=${data.clips.cut}", "data.clips.cut.short=long")
+    assert refusal(lambda: instantiate(cfg.data.clips)).startswith("data.clips.cut.short=long is unknown")
+    cfg = compose("data.root=x", "data.classes=[a,b]", "data/augment/color=photometric", "data.augment.color.space=lab")
+    assert refusal(lambda: instantiate(cfg.data.augment)).startswith("data.augment.color.space=lab is unknown")
+    cfg = compose("data.root=x", "data.classes=[a,b]", "data.fold=3", "data.folds=3")
+    assert refusal(lambda: instantiate(cfg.data.reader)).startswith("data.fold=3 data.folds=3: give two folds")
+    cfg = compose("data.root=x", "data.classes=[a,b]", "resolution.longest=80", "resolution.crop=[50,90]")
+    expected = "resolution.crop=[50, 90] is larger than resolution.longest=80"
+    assert refusal(lambda: instantiate(cfg.data.augment)).startswith(expected)
+
+
 def test_nodes_without_a_config_name_parameters():
     node = {"_target_": "dinoseg.losses.overlap.Tversky", "_partial_": True, "alpha": -1}
     assert refusal(lambda: instantiate(node)).startswith("alpha=-1 is out of range")

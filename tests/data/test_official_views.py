@@ -353,12 +353,12 @@ def test_default_views_and_the_numbers_after_them_are_those_of_before(options, e
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"relative_to": "width"}, "data.augment.relative_to=width is unknown. Choose one of image, short, long, fit."),
+        ({"relative_to": "width"}, "relative_to=width is unknown. Choose one of image, short, long, fit."),
         ({"distribution": "normal"}, "distribution=normal is unknown. Choose one of log_uniform, uniform."),
-        ({"resample": "box"}, "data.augment.resample=box is unknown. Choose one of area, antialias, bilinear."),
+        ({"resample": "box"}, "resample=box is unknown. Choose one of area, antialias, bilinear."),
         ({"padding": "start"}, "padding=start is unknown. Choose one of spread, end."),
-        ({"base": 9}, "base=9 has no effect with data.augment.relative_to=image"),
-        ({"base": 9, "relative_to": "fit"}, "base=9 has no effect with data.augment.relative_to=fit"),
+        ({"base": 9}, "base=9 has no effect with relative_to=image"),
+        ({"base": 9, "relative_to": "fit"}, "base=9 has no effect with relative_to=fit"),
         ({"base": 0, "relative_to": "long"}, "base=0 is out of range"),
         ({"cat_max_ratio": 0.0}, "cat_max_ratio=0.0 is out of range"),
         ({"cat_max_ratio": 1.1}, "cat_max_ratio=1.1"),

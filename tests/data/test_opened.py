@@ -64,8 +64,8 @@ def test_packed_and_skipped_together(data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"on_error": "ignore"}, "data.on_error=ignore is unknown. Choose one of stop, skip"),
-        ({"cache": "disk"}, "data.cache=disk is unknown. Choose packed, or null for none"),
+        ({"on_error": "ignore"}, "on_error=ignore is unknown. Choose one of stop, skip"),
+        ({"cache": "disk"}, "cache=disk is unknown. Choose packed, or null for none"),
     ],
 )
 def test_bad_options(data, options, message):
@@ -85,7 +85,7 @@ def test_what_is_no_whole_pair_stops_or_is_left_out(data, tmp_path):
     message = str(caught.value)
     assert message.startswith("Split train has 4 images with a mask, and 2 incomplete pairs:\n- n1: ")
     assert f"{images / 'n1.png'} has no mask in {masks}." in message and f"{masks / 'n4.png'} has no image" in message
-    assert "data.reader.layout" in message and message.endswith("data.on_error=skip.")
+    assert "data.reader.layout" in message and message.endswith("on_error=skip.")
     for cache in (None, "packed"):
         kept = opened(data(), split="train", on_error="skip", cache=cache, cache_dir=tmp_path / "cache", workers=1)
         assert kept.names == ["n0", "n2", "n3"] and list(kept.skipped) == ["n1", "n4", "n5"] and not kept.lacking

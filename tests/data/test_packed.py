@@ -365,7 +365,7 @@ def test_bad_files_are_all_named_by_any_number_of_processes(data, cache, tmp_pat
 
 @pytest.mark.heavy
 def test_a_killed_process_is_told(data, cache):
-    with pytest.raises(UserError, match=r"was killed.*data\.workers below 2 and run again"):
+    with pytest.raises(UserError, match=r"was killed.*fewer than workers=2 and run again"):
         make(Deadly(data()), cache, workers=2)
 
 
@@ -402,7 +402,7 @@ def test_a_second_build_waits_for_the_first(data, cache, monkeypatch, caplog):
 
 def test_a_folder_that_cannot_be_written_to(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"Cannot pack to .*file.*cache_dir=FOLDER.*data\.cache=null"):
+    with pytest.raises(UserError, match=r"Cannot pack to .*file.*cache_dir=FOLDER.*[(]cache=null"):
         make(data(), tmp_path / "file")
 
 

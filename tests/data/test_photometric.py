@@ -246,7 +246,7 @@ def test_the_contract_has_no_colours():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"space": "lab"}, "data.augment.color.space=lab is unknown. Choose one of rgb, hsv."),
+        ({"space": "lab"}, "space=lab is unknown. Choose one of rgb, hsv."),
         ({"hue": 0.6}, "hue=0.6.*0 to 0.5"),
         ({"brightness": 32}, "brightness=32 .*0 to 1"),
         ({"probability": 1.5}, "probability=1.5"),

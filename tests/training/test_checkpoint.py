@@ -132,6 +132,51 @@ def test_another_architecture_is_refused_by_tensor(model, tmp_path):
         load_weights(model("frozen"), best)
 
 
+def test_best_of_a_run_is_loaded_if_it_is_whole(model, tmp_path):
+    source = model("lora")
+    checkpoints = Checkpointer(tmp_path, dict(INFO))
+    checkpoints.restore(source, adamw(source, lr=1.0), None)
+    with pytest.raises(UserError, match=r"best.safetensors is missing, .* mode=eval resume=.*last.safetensors"):
+        checkpoints.load_best(source, finite=True)
+    checkpoints.save_if_best(source, {"miou": 0.5})
+    weight = source.head.classify.weight.detach().clone()
+    with torch.no_grad():
+        source.head.classify.weight += 1
+    checkpoints.load_best(source, finite=True)
+    assert torch.equal(source.head.classify.weight, weight)
+    with pytest.raises(UserError, match="belongs to another model: .*unexpected .such as backbone.*lora_"):
+        checkpoints.load_best(model("frozen"), finite=True)
+    with torch.no_grad():
+        source.head.classify.weight.fill_(torch.nan)
+    Checkpointer(tmp_path, dict(INFO)).save_if_best(source, {"miou": 0.5})
+    with pytest.raises(UserError, match="1 of its tensors hold NaN or infinity"):
+        checkpoints.load_best(source, finite=True)
+    checkpoints.load_best(source, finite=False)
+    checkpoints.best.write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        checkpoints.load_best(source, finite=True)
+
+
+def test_last_is_evaluated_if_the_best_is_in_another_folder(model, tmp_path):
+    source = model("frozen")
+    checkpoints = Checkpointer(tmp_path / "old", dict(INFO))
+    optimizer = adamw(source, lr=1.0)
+    checkpoints.restore(source, optimizer, None)
+    train(source, optimizer)
+    checkpoints.commit(checkpoints.save_if_best(source, {"miou": 0.9}))
+    checkpoints.save(source, optimizer, None)
+    moved = Checkpointer(tmp_path / "new", dict(INFO), start=read(tmp_path / "old/last.safetensors"))
+    moved.restore(source, optimizer, None)
+    train(source, optimizer)
+    moved.progress.step = 4
+    moved.commit(moved.save_if_best(source, {"miou": 0.1}))
+    moved.save(source, optimizer, None)
+    weight = source.head.classify.weight.detach().clone()
+    train(source, optimizer)
+    moved.load_best(source, finite=True)
+    assert moved.best == tmp_path / "new/last.safetensors" and torch.equal(source.head.classify.weight, weight)
+
+
 def test_other_frozen_weights_are_refused(model, tmp_path):
     source = model("lora")
     checkpoints = Checkpointer(tmp_path, dict(INFO))

@@ -136,16 +136,20 @@ class MaskReader:
         elif numbers.min() >= 0 and numbers.max() <= HIGHEST_ID:
             ids = self._table[numbers]
         if ids is None or ids.min() < 0:
-            last, ignore = len(self.labels.classes) - 1, self.labels.ignore_index
-            foreign = [v for v in np.unique(numbers) if not 0 <= v <= HIGHEST_ID or self._table[v] < 0]
-            known = np.flatnonzero((self._table >= 0) & (self._table != ignore))
-            stand = "" if known.size == last + 1 == known[-1] + 1 else f", stored in files as {_some(known)}"
-            raise UserError(
-                f"{path} holds the ids {_some(foreign)}, which are not classes: data.classes has ids 0 to "
-                f"{last}{stand}, and {ignore} is ignored. "
-                + for_ids(foreign, ignore, described=self.masks.described is not None)
-            )
+            raise self._foreign_ids_error(numbers, path)
         return ids.astype(np.uint8)
+
+    def _foreign_ids_error(self, numbers: np.ndarray, path: Path) -> UserError:
+        """Return the error for a mask with ids that no class has."""
+        last, ignore = len(self.labels.classes) - 1, self.labels.ignore_index
+        foreign = [v for v in np.unique(numbers) if not 0 <= v <= HIGHEST_ID or self._table[v] < 0]
+        known = np.flatnonzero((self._table >= 0) & (self._table != ignore))
+        stand = "" if known.size == last + 1 == known[-1] + 1 else f", stored in files as {_some(known)}"
+        return UserError(
+            f"{path} holds the ids {_some(foreign)}, which are not classes: data.classes has ids 0 to "
+            f"{last}{stand}, and {ignore} is ignored. "
+            + for_ids(foreign, ignore, described=self.masks.described is not None)
+        )
 
     def _from_colors(self, pixels: np.ndarray, path: Path) -> np.ndarray:
         codes = _color_code(pixels.astype(np.int32))  # (H, W)

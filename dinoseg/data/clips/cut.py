@@ -68,23 +68,17 @@ class Cut:
     def __post_init__(self) -> None:
         """Reject contradictory options."""
         if self.fps is not None and self.stride != 1:
-            raise UserError(
-                f"data.clips.cut.fps={self.fps} and stride={self.stride} both set the frame rate: set one of them."
-            )
+            raise UserError(f"fps={self.fps} and stride={self.stride} both set the frame rate: set one of them.")
         if self.length is None and self.step is not None:
-            raise UserError(
-                f"data.clips.cut.step={self.step} has no effect with length=null, the whole video: remove it."
-            )
+            raise UserError(f"step={self.step} has no effect with length=null, the whole video: remove it.")
         if self.step is not None and self.per_video is not None:
-            raise UserError(
-                f"data.clips.cut.step={self.step} and per_video={self.per_video} both set where clips start: set one."
-            )
+            raise UserError(f"step={self.step} and per_video={self.per_video} both set where clips start: set one.")
         if self.sample and self.length is None:
             raise UserError(
-                "data.clips.cut.sample=true has no effect with length=null, the whole video. Set data.clips.cut.length."
+                "sample=true has no effect with length=null, the whole video. Set a length, such as length=8."
             )
         if self.short not in SHORT:
-            raise UserError(f"data.clips.cut.short={self.short} is unknown. Choose one of {', '.join(SHORT)}.")
+            raise UserError(f"short={self.short} is unknown. Choose one of {', '.join(SHORT)}.")
 
     def stride_of(self, video: Video) -> int:
         """Return the stride in frames for a video.
@@ -96,16 +90,16 @@ class Cut:
             return self.stride
         if video.fps is None:
             raise UserError(
-                f"data.clips.cut.fps={self.fps}, but the frame rate of video {video.name} is unknown. Set "
-                "data.folder_fps, or data.clips.cut.stride instead."
+                f"cut.fps={self.fps}, but the frame rate of video {video.name} is unknown. Set "
+                "layout.folder_fps=NUMBER for folders of frames, or cut.stride=NUMBER instead."
             )
         stride = max(1, round(video.fps / self.fps))
         if abs(video.fps / stride / self.fps - 1) > self.fps_tolerance:
             rates = [f"{video.fps / each:.4g}" for each in range(max(1, stride - 1), stride + 2)]
             raise UserError(
-                f"data.clips.cut.fps={self.fps}: video {video.name} has {video.fps:.4g} frames per second; taking "
-                f"every n-th frame gives {', '.join(rates)}. Choose one of these, set data.clips.cut.stride, or raise "
-                f"the relative tolerance data.clips.cut.fps_tolerance={self.fps_tolerance}."
+                f"cut.fps={self.fps}: video {video.name} has {video.fps:.4g} frames per second; taking every n-th "
+                f"frame gives {', '.join(rates)}. Choose one of these, set cut.stride=NUMBER, or raise the relative "
+                f"tolerance cut.fps_tolerance={self.fps_tolerance}."
             )
         return stride
 
@@ -128,7 +122,7 @@ class Cut:
         elif self.short == "error":
             raise UserError(
                 f"Video {video.name} has {count} frames; {length} at stride {stride} need {covered}. Set "
-                "data.clips.cut.short=pad or skip, or a lower data.clips.cut.length or stride."
+                f"cut.short=pad or skip, or lower cut.length={self.length} or cut.stride={stride}."
             )
 
 
@@ -154,7 +148,7 @@ class Clips:
         if not self.spans:
             raise UserError(
                 f"All {len(videos)} videos are too short for a clip: {join_names(self.skipped)}. Set "
-                "data.clips.cut.short=pad, or a lower data.clips.cut.length."
+                f"cut.short=pad, or lower cut.length={cut.length}."
             )
 
     def __len__(self) -> int:

@@ -41,13 +41,13 @@ class ClipView:
         resample: str = "area",
     ) -> None:
         if len(crop) != 2 or min(crop) < 1:
-            raise UserError(f"resolution.crop={list(crop)}: give [height, width] in pixels, each at least 1.")
+            raise UserError(f"crop={list(crop)}: give [height, width] in pixels, each at least 1.")
         if len(scale) != 2 or not 1 <= scale[0] <= scale[1]:
-            raise UserError(f"data.view.scale={list(scale)}: give [least, largest] with 1 <= least <= largest.")
+            raise UserError(f"scale={list(scale)}: give [least, largest] with 1 <= least <= largest.")
         if not 0 <= flip <= 1:
-            raise UserError(f"data.view.flip={flip}: give a probability from 0 to 1.")
+            raise UserError(f"flip={flip}: give a probability from 0 to 1.")
         if resample not in RESAMPLE:
-            raise UserError(f"data.view.resample={resample} is unknown. Choose one of {', '.join(RESAMPLE)}.")
+            raise UserError(f"resample={resample} is unknown. Choose one of {', '.join(RESAMPLE)}.")
         self.resample = resample
         self.crop, self.scale, self.flip = (int(crop[0]), int(crop[1])), (float(scale[0]), float(scale[1])), flip
 

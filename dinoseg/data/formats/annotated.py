@@ -262,7 +262,7 @@ class _Maker:
                 f"`{split}: <file>`."
             )
         by_name = {name_of(entry): entry for entry in entries}
-        names = read_name_list(self.root / lists[split])
+        names = read_name_list(self.root / lists[split], "partition.lists")
         if absent := [name for name in names if name not in by_name]:
             raise UserError(
                 f"The file list of split {split} has {count_of(absent, 'name')} without annotation: "

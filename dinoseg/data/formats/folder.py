@@ -103,7 +103,7 @@ def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition
     by_name |= {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in unread.items()}
     if partition.by != "lists":
         return [by_name[name] for name in sorted(by_name)]
-    names = read_name_list(root / _list_of(split, partition))
+    names = read_name_list(root / _list_of(split, partition), "partition.lists")
     if absent := [name for name in names if name not in by_name]:
         raise UserError(
             f"The file list of split {split} has {count_of(absent, 'name')} without image and mask under {folders[0]}: "

@@ -107,9 +107,9 @@ def pack(
             they are packed; when an item is read: a damaged store.
     """
     if longest is not None and longest < 1:
-        raise UserError(f"resolution.longest={longest}: give a number of pixels, or null for no limit.")
+        raise UserError(f"longest={longest}: give a number of pixels, or null for no limit.")
     if workers is not None and workers < 1:
-        raise UserError(f"data.workers={workers}: give the number of packing processes, 1 or more.")
+        raise UserError(f"workers={workers}: give the number of packing processes, 1 or more.")
     key = StoreKey(dataset.fingerprint(), longest)
     folder = Path(cache_dir).expanduser() / key.folder
     store = open_store(folder, key, dataset.names)
@@ -122,7 +122,7 @@ def pack(
         except OSError as error:
             raise UserError(
                 f"Cannot pack to {folder} ({error}). Free some space, set another writable folder (cache_dir=FOLDER), "
-                "or read the original files (data.cache=null)."
+                "or read the original files (cache=null)."
             ) from error
         store = open_store(folder, key, dataset.names)
     if store is None:
@@ -170,7 +170,7 @@ def _write_pixels(path: Path, dataset: PairDataset, longest: int | None, workers
     if failures:
         raise UserError(
             f"{len(failures)} of {len(dataset)} images cannot be packed:{reasons(failures)}\nFix these files "
-            "or leave them out (data.on_error=skip), and run again."
+            "or leave them out (on_error=skip), and run again."
         )
     return extents
 
@@ -187,8 +187,8 @@ def _check_space(dataset: PairDataset, folder: Path, longest: int | None) -> Non
     if size > free:
         raise UserError(
             f"Packing {len(dataset)} images and masks {limit} takes {in_bytes(size)}, and {folder.parent} has "
-            f"{in_bytes(free)} free. Free some space, set another cache_dir, lower resolution.longest, or set "
-            "data.cache=null."
+            f"{in_bytes(free)} free. Free some space, set cache_dir=FOLDER on another disk or a lower longest=PIXELS, "
+            "or read the original files (cache=null)."
         )
 
 

@@ -42,7 +42,7 @@ def read_all(
         workers,
         catch=UserError,
         start=_use_one_thread,
-        remedy=f"Set data.workers below {workers} and run again.",
+        remedy=f"Set fewer than workers={workers} and run again.",
     )
 
 

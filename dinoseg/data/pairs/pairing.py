@@ -145,7 +145,7 @@ def incomplete_pairs_error(dataset: PairDataset, split: str) -> UserError:
         return UserError(f"Split {split} has no image with its mask:{reasons(lacking, _FEW)}\n{dataset.remedy}")
     return UserError(
         f"Split {split} has {count_of(dataset.pairs, 'image')} with a mask, and {len(lacking)} incomplete "
-        f"pairs:{reasons(lacking)}\n{dataset.remedy}\nTo leave them out: data.on_error=skip."
+        f"pairs:{reasons(lacking)}\n{dataset.remedy}\nTo leave them out: on_error=skip."
     )
 
 

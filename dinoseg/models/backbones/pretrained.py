@@ -201,7 +201,9 @@ def exported_state(model: Any) -> dict[str, Tensor]:
         UserError: the model has LoRA updates.
     """
     if any(".lora_" in name for name in model.state_dict()):
-        raise UserError("This backbone holds LoRA updates, which cannot be exported separately: set export.merge=true.")
+        raise UserError(
+            "This backbone holds LoRA updates, which cannot be exported separately: merge them first, merge=true."
+        )
     with tempfile.TemporaryDirectory() as folder, _quiet():
         model.save_pretrained(folder, safe_serialization=True)
         state = {key: value for path in Path(folder).glob("*.safetensors") for key, value in load_file(path).items()}

@@ -416,5 +416,7 @@ def exported_state(model: nn.Module) -> dict[str, Tensor]:
     """
     state = model.state_dict()
     if any(".lora_" in name for name in state):
-        raise UserError("This backbone holds LoRA updates, which cannot be exported separately: set export.merge=true.")
+        raise UserError(
+            "This backbone holds LoRA updates, which cannot be exported separately: merge them first, merge=true."
+        )
     return {name: value.contiguous() for name, value in state.items()}

@@ -283,7 +283,7 @@ def held_out(names: Sequence[str], grid: Grid) -> list[int]:
     """Return the indices of the held-out images: whole groups if there are several; a single image is held out, too."""
     if len(names) == 1:
         return [0]
-    of = regex_group(grid.group)
+    of = regex_group(grid.group, "data.group")
     group = of if len({of(name) for name in names}) > 1 else str
     chosen = {*fraction_split(names, val_fraction=grid.held_out, seed=grid.seed, group=group)["val"]}
     return [index for index, name in enumerate(names) if name in chosen]

@@ -68,11 +68,11 @@ def test_larger_than_need_be():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"crop": [8]}, r"resolution\.crop=\[8\]"),
+        ({"crop": [8]}, r"^crop=\[8\]"),
         ({"crop": [8, 0]}, r"each at least 1"),
-        ({"crop": [8, 8], "scale": [0.5, 1]}, r"data\.view\.scale=\[0\.5, 1\]"),
+        ({"crop": [8, 8], "scale": [0.5, 1]}, r"^scale=\[0\.5, 1\]"),
         ({"crop": [8, 8], "scale": [2, 1]}, r"1 <= least <= largest"),
-        ({"crop": [8, 8], "flip": 1.5}, r"data\.view\.flip=1\.5"),
+        ({"crop": [8, 8], "flip": 1.5}, r"^flip=1\.5"),
     ],
 )
 def test_views_that_are_none(options, message):
@@ -117,5 +117,5 @@ def test_bicubic_resizing_and_the_centred_square_of_an_evaluation(size):
 
 
 def test_unknown_resampling_is_refused():
-    with pytest.raises(UserError, match=r"data\.view\.resample=nearest is unknown. Choose one of area, bicubic"):
+    with pytest.raises(UserError, match=r"^resample=nearest is unknown. Choose one of area, bicubic"):
         ClipView((8, 8), resample="nearest")

@@ -408,7 +408,9 @@ def test_movi_that_is_not_whole(movi):
     (movi / "train/00001/segmentations/007.png").unlink()
     with pytest.raises(UserError, match="Video 00001 has 1 frame without mask: 007"):
         Movi(str(movi)).videos("train")
-    with pytest.raises(UserError, match=r"data\.clips\.cut\.short=pad"):
+    with pytest.raises(
+        UserError, match=r"cut\.short=pad, or lower cut\.length=9|cut\.short=pad or skip, or lower cut\.length=9"
+    ):
         open_clips(Movi(str(movi)), "test", cut=Cut(length=9))
 
 
@@ -445,7 +447,9 @@ def test_videos_and_folders_of_frames(compose, folder):
 
 def test_frame_rate(compose, folder):
     keys = ("data.clips.cut.fps=20", "data.clips.cut.length=3", "data.clips.cut.step=5")
-    with pytest.raises(UserError, match=r"frame rate of video x/frames is unknown\. Set data\.folder_fps"):
+    with pytest.raises(
+        UserError, match=r"frame rate of video x/frames is unknown\. Set data\.clips\.layout\.folder_fps=NUMBER"
+    ):
         clips_of(compose, "videos", folder, "train", *keys)
     clips = clips_of(compose, "videos", folder, "train", *keys, "data.folder_fps=20.4")
     assert [(place.video, place.start, place.stride) for place in clips.spans[:6]] == [
@@ -753,7 +757,7 @@ def test_one_random_clip_per_video_and_epoch(tmp_path):
     counts = [sum(f"v/{start}" in batch for batch in seen) for start in (0, 4, 8)]
     assert min(counts) > 8
     assert len(open_clips(layout, "val", cut=Cut(length=4, sample=True, short="skip"))) == 5
-    with pytest.raises(UserError, match=r"cut\.sample=true has no effect with length=null"):
+    with pytest.raises(UserError, match=r"^sample=true has no effect with length=null"):
         Cut(sample=True)
 
 

@@ -179,7 +179,7 @@ def test_label_maps_that_are_not_made_yet(tmp_path):
     with pytest.raises(UserError) as caught:
         opened(idd(tmp_path, "train", **CLASSES), split="train")
     assert "has no gtFine_labellevel3Ids.png in" in str(caught.value) and "\n- 0/b: " in str(caught.value)
-    assert command in str(caught.value) and "data.on_error=skip" in str(caught.value)
+    assert command in str(caught.value) and " on_error=skip" in str(caught.value)
     for name in ("idd_level2", "idd_cityscapes", "idd_ids"):
         with pytest.raises(UserError, match=f"mode=prepare data={name} data.root="):
             instantiate(load(name, tmp_path).reader)(split="train")
