@@ -23,7 +23,7 @@ from dinoseg.cli import launch, words
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.modes.help import overview
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import write_png
+from dinoseg.utils.images import read_image, write_png
 
 TRAIN = ("mode=train", *SMALL)
 SCORE = ("mode=score", "reference=masks", "prediction=made", "protocol.num_classes=2")  # which imports no torch
@@ -412,7 +412,7 @@ def test_bad_files_are_named(place):
 
 
 def test_it_trains_evaluates_and_predicts(place):
-    trained = call(place, *TRAIN)
+    trained = call(place, *TRAIN, draws=True)
     assert trained.status == 0, trained.err
     assert "dark" in trained.out and "scores:" in trained.out
     (run,) = place.glob("outputs/base/train_*")
@@ -422,7 +422,9 @@ def test_it_trains_evaluates_and_predicts(place):
         "split.json",
         "metrics.jsonl",
         "config/config.yaml",
+        "curves.png",
     } <= names
+    assert min(read_image(run / "curves.png").shape[:2]) > 150
     assert {"checkpoints/best.safetensors", "checkpoints/last.safetensors", "evaluation/scores.json"} <= names
     again = call(place, "mode=eval", f"resume={run}", "engine=cpu", "engine.workers=0", "mode.metrics_only=true")
     assert again.status == 0, again.err

@@ -25,7 +25,8 @@ from dinoseg.experiment.trained import check_classes
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import SegmentationModel
-from dinoseg.report.log import RunLog
+from dinoseg.report.curves import draw_curves
+from dinoseg.report.log import RunLog, read_rows
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpointer
@@ -173,7 +174,7 @@ class TrainingRun:
         return model, loss, optimizer, Checkpointer(folder, info, self.start, writes=writes)
 
     def finish(self, model: SegmentationModel, checkpoints: Checkpointer, log: RunLog, **shown: bool) -> dict[str, Any]:
-        """Score the best checkpoint, and print the paths of all results; return scores and cost.
+        """Score the best checkpoint, draw the curves, and print the paths of all results; return scores and cost.
 
         Args:
             model: receives the checkpoint's weights.
@@ -213,7 +214,9 @@ def open_log(build: Builder, out_dir: Path, start: Checkpoint | None, engine: En
 def finish_log(
     log: RunLog, out_dir: Path, task: TrainingTask, scores: Mapping[str, Any], checkpoints: Checkpointer
 ) -> None:
-    """Log the scores and the best checkpoint of a run, and print the paths of all results."""
+    """Draw the curves of a run, log its scores and best checkpoint, and print the paths of all results."""
+    draw_curves(read_rows(out_dir / "metrics.jsonl"), out_dir / "curves.png")
+    print(f"curves:       {out_dir}/curves.png")
     log.scores(scores)
     log.checkpoint(checkpoints.best)
     log.close()

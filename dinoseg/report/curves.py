@@ -2,18 +2,24 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from dinoseg.utils.images import write_png
 
 _BLUE, _VERMILION = "#0072B2", "#D55E00"  # these and the colours below are colour-blind safe
 _OTHERS = ("#009E73", "#CC79A7")  # colours of curves with their own label
 _STYLES = {"train": (_BLUE, "training"), "val": (_VERMILION, "validation")}
 _JUDGED = ("val/miou", "val/fg_ari")  # scores whose best value is marked
 _MANY = 40  # points above which a curve becomes a running mean over a pale line
+
+
 Panel = tuple[Mapping[str, str | None], str]  # keys with their names, and the title
 _LOSS: Panel = ({"train/loss": None, "val/loss": None}, "loss")
 _PANELS: tuple[Panel, ...] = (
@@ -22,6 +28,17 @@ _PANELS: tuple[Panel, ...] = (
     ({"train/miou": None, "val/miou": None, "val/miou_no_background": "without background"}, "mean IoU"),
     ({"val/fg_ari": None, "val/ari": "ARI, with background", "val/mbo": "mBO"}, "FG-ARI"),
 )
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the figure of `curves_figure` to a PNG file."""
+    write_png(path, _picture(curves_figure(rows)))
+
+
+def _picture(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:

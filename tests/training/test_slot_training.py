@@ -104,7 +104,7 @@ def test_validation_is_the_protocol_s_score_and_evaluation_repeats_it(here, foll
     split = json.loads((here / "run/split.json").read_text())
     assert len(split["train"]) == 4 and len(split["val"]) == 2 and not set(split["train"]) & set(split["val"])
     if not light:
-        assert "FG-ARI" in done.out
+        assert "FG-ARI" in done.out and (here / "run/curves.png").is_file()
 
 
 @pytest.mark.heavy
@@ -222,7 +222,7 @@ def test_videos_without_masks_have_a_loss_alone(here):
     done = run(here, *plain, "data=videos", "data.root=films", *lengths, "hydra.run.dir=run")
     assert "Videos are in train and in val: 0, 1, 2, 3" in done.err
     assert "no other score: data=videos has no masks" in done.out
-    assert (here / "run/evaluation/segments.png").is_file()
+    assert (here / "run/evaluation/segments.png").is_file() and (here / "run/curves.png").is_file()
     shown = sorted(path.relative_to(here / "run/validation").as_posix() for path in here.rglob("run/validation/*/*"))
     assert [name.split("_000")[1] for name in shown] == ["02/0", "02/1", "02/2", "02/3", "04/0", "04/1", "04/2", "04/3"]
     progress = read(here / "run/checkpoints/last.safetensors").info["progress"]
