@@ -19,7 +19,7 @@ from dinoseg.experiment.provenance import Provenance
 from dinoseg.metrics.boundary_errors import DISTANCES
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
 from dinoseg.report.html.evaluation import ErrorAnalysis, EvaluationScores, evaluation_page
-from dinoseg.report.log import read_rows
+from dinoseg.report.log import read_rows, rows_of_head
 from dinoseg.training.checkpoint import HEADS
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_text
@@ -144,18 +144,12 @@ def _training(folder: Path | None) -> list[dict[str, Any]] | None:
     """Return the log rows of the model's training in `folder`; None if the log is missing or unreadable."""
     if folder is None:
         return None
-    is_head = folder.parent.name == HEADS  # one of several heads, which share a log
     try:
-        rows = read_rows((folder.parent.parent if is_head else folder) / "metrics.jsonl")
+        if folder.parent.name == HEADS:  # one of several heads, which share a log
+            return rows_of_head(folder.parent.parent / "metrics.jsonl", folder.name)
+        return read_rows(folder / "metrics.jsonl")
     except UserError:
         return None
-    return [_of_head(row, folder.name) for row in rows] if is_head else rows
-
-
-def _of_head(row: Mapping[str, Any], head: str) -> dict[str, Any]:
-    """Return the step and the values of one of several heads in a log row: `train/loss` from `train/HEAD/loss`."""
-    own = {key.replace(f"/{head}/", "/", 1): value for key, value in row.items() if f"/{head}/" in key}
-    return {"step": row["step"], **own}
 
 
 def _write_table(path: Path, record: ImageRecord, mious: list[float | None]) -> None:

@@ -185,6 +185,8 @@ class TrainingRun:
         scores = self.evaluate(model, checkpoints, **shown)
         cost = cost_of(model, self.out_dir / "metrics.jsonl")
         if self.engine.is_main:
+            draw_curves(read_rows(self.out_dir / "metrics.jsonl"), self.out_dir / "curves.png")
+            print(f"curves:       {self.out_dir}/curves.png")
             finish_log(log, self.out_dir, self.task, scores, checkpoints)
             write_json(self.out_dir / COST, cost)
             print("\n".join(next_commands(self.out_dir, on_clips=self.task.on_clips)))
@@ -214,9 +216,7 @@ def open_log(build: Builder, out_dir: Path, start: Checkpoint | None, engine: En
 def finish_log(
     log: RunLog, out_dir: Path, task: TrainingTask, scores: Mapping[str, Any], checkpoints: Checkpointer
 ) -> None:
-    """Draw the curves of a run, log its scores and best checkpoint, and print the paths of all results."""
-    draw_curves(read_rows(out_dir / "metrics.jsonl"), out_dir / "curves.png")
-    print(f"curves:       {out_dir}/curves.png")
+    """Log the scores and the best checkpoint of a run, and print the paths of all results."""
     log.scores(scores)
     log.checkpoint(checkpoints.best)
     log.close()

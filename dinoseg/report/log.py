@@ -180,6 +180,21 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def rows_of_head(path: str | Path, head: str) -> list[dict[str, Any]]:
+    """Return the rows of one of several heads in their log, with `train/HEAD/loss` as `train/loss`.
+
+    Raises:
+        UserError: as in `read_rows`.
+    """
+    return [
+        {
+            "step": row["step"],
+            **{key.replace(f"/{head}/", "/"): value for key, value in row.items() if f"/{head}/" in key},
+        }
+        for row in read_rows(path)
+    ]
+
+
 def _drop_after(path: Path, step: int, *, validation_pending: bool) -> None:
     rows = [row for row in read_rows(path) if row["step"] <= step]
     if validation_pending:

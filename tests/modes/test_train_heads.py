@@ -89,7 +89,7 @@ def test_each_is_its_own_run(folder, run, name):
     assert done.status == 0, done.err
     own, alone = run.path / "heads" / name, folder / f"alone_{name}"
     assert_same(own, alone)
-    files = {"checkpoints", "config", "cost.json", "evaluation", "run.log", "split.json"}
+    files = {"checkpoints", "config", "cost.json", "curves.png", "evaluation", "run.log", "split.json"}
     assert {path.name for path in own.iterdir()} == files
     of_head = [row for row in rows(run.path) if f"val/{name}/miou" in row]
     for mine, its in zip(of_head, (row for row in rows(alone) if "val/miou" in row), strict=True):
