@@ -186,13 +186,11 @@ def rows_of_head(path: str | Path, head: str) -> list[dict[str, Any]]:
     Raises:
         UserError: as in `read_rows`.
     """
-    return [
-        {
-            "step": row["step"],
-            **{key.replace(f"/{head}/", "/"): value for key, value in row.items() if f"/{head}/" in key},
-        }
-        for row in read_rows(path)
-    ]
+    rows = []
+    for row in read_rows(path):
+        own = {key.replace(f"/{head}/", "/"): value for key, value in row.items() if f"/{head}/" in key}
+        rows.append({"step": row["step"], **own})
+    return rows
 
 
 def _drop_after(path: Path, step: int, *, validation_pending: bool) -> None:
