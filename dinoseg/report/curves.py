@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dinoseg.utils.images import write_png
 
@@ -70,7 +70,9 @@ def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], keys: Mapping[str
     axes.set_ylabel(title)
     axes.grid(color="#e3e3e3", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    if title != _LOSS[1]:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(frameon=False, loc="best")
 
 
@@ -120,5 +122,5 @@ def _mark_best(axes: Axes, points: np.ndarray) -> None:
         color=_VERMILION,
         markeredgecolor="white",
         linestyle="none",
-        label=f"best {value:.3f} at step {step:.0f}",
+        label=f"best {100 * value:.2f} % at step {step:.0f}",
     )
