@@ -65,13 +65,13 @@ def opened(
     assert isinstance(dataset, PairDataset | CustomDataset)
     if labelled is not None:
         whole, dataset = len(dataset), dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})
-        logger.info("split %s: %d of %d images with their masks (labelled=%s)", split, len(dataset), whole, labelled)
+        logger.info("%d of %d images of split %s with their masks (labelled=%s)", len(dataset), whole, split, labelled)
     if not isinstance(dataset, PairDataset):
         for key, value in (("on_error", on_error), ("cache", cache)):
             if value in ("skip", "packed"):
                 raise UserError(
                     f"{key}={value} needs a reader that returns a dinoseg.data.pairs.dataset.PairDataset, and this one "
-                    f"gives a {type(dataset.samples).__name__}. Leave {key} out."
+                    f"gives a {type(dataset.samples).__name__}. Leave it out."
                 )
         return dataset
     if on_error == "skip":

@@ -157,5 +157,5 @@ def test_it_agrees_with_the_config_and_refuses_what_takes_files():
         with pytest.raises(UserError, match=r"but the data set of data.reader has"):
             check_custom_dataset(whole, classes, ignored)
     for options in ({"on_error": "skip"}, {"cache": "packed"}):
-        with pytest.raises(UserError, match=rf"data.{[*options][0]}=.* needs a reader that returns a .*PairDataset"):
+        with pytest.raises(UserError, match=rf"^{[*options][0]}=.* needs a reader that returns a .*PairDataset"):
             opened(data, split="train", **options)
