@@ -90,12 +90,9 @@ def _resolve_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> An
     return OmegaConf.create(value, flags={_OF_FILE: True}) if isinstance(value, list | dict) else value
 
 
-def _are_classes_given(data: DictConfig) -> bool:
-    """Return whether `data.classes` is set; a list that `--resolve` has written there is still that of the file."""
-    if OmegaConf.is_interpolation(data, "classes"):
-        return False
-    classes = data.get("classes")
-    return not (OmegaConf.is_list(classes) and classes._get_flag(_OF_FILE))
+def _is_of_file(value: Any) -> bool:
+    """Return whether a value is a list from the class file, which `--resolve` has written into the config."""
+    return OmegaConf.is_list(value) and bool(value._get_flag(_OF_FILE))
 
 
 def _from_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:
@@ -107,7 +104,7 @@ def _from_class_file(key: str, shapes: str = "", *, _root_: DictConfig) -> Any:
 
     data = _root_.get("data")
     root = None if data is None or OmegaConf.is_missing(data, "root") else data.get("root")
-    if data is None or _are_classes_given(data):
+    if data is None or not (OmegaConf.is_interpolation(data, "classes") or _is_of_file(data.get("classes"))):
         given = data is not None and shapes and key == "background" and data.unlabelled in data.classes
         return data.unlabelled if data is not None and given else NOT_DESCRIBED.get(key)
     path = Path(str(root or "")).expanduser() / NAME

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import signal
@@ -100,7 +101,8 @@ def test_a_run_goes_on_without_its_groups_and_keeps_them(where, run):
     ("words", "limit"),
     [([], 9.5), (["steps=2"], None), (["epochs=2"], None), (["patience=3"], 9.5), (["steps=2", "max_minutes=3"], 3)],
 )
-def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, capsys, words, limit):
+def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, caplog, words, limit):
+    caplog.set_level(logging.INFO)
     words = tuple(f"trainer.{word}" for word in words)
     saved = compose(*SMALL, "trainer.max_minutes=9.5", f"data.root={tmp_path}")
     info = config_description(Builder(saved))
@@ -108,7 +110,7 @@ def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, capsys,
         compose(*words, "mode=train"), [parsed(word) for word in words], tmp_path / "last.safetensors", info, tell=True
     )
     assert merged.trainer.max_minutes == limit
-    assert ("trainer.max_minutes=null instead of 9.5" in capsys.readouterr().err) == (limit is None)
+    assert ("trainer.max_minutes=null instead of 9.5" in caplog.text) == (limit is None)
 
 
 def test_a_head_of_the_user_s_own_file_goes_on_as_it_was_made(where):

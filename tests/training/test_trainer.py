@@ -225,9 +225,9 @@ def test_the_speed_of_training_has_no_validation_in_it(run, monkeypatch):
 
         return call
 
-    def meter(done, steps, val_every, epoch, *rest):
+    def meter(done, steps, val_every, epoch, *rest, limit):
         assert epoch == 1  # six images in batches of three, two of them a step
-        return Meter(done, steps, val_every, epoch, *rest, clock=lambda: now[0])
+        return Meter(done, steps, val_every, epoch, *rest, limit=limit, clock=lambda: now[0])
 
     now = [0.0]
     monkeypatch.setattr(training, "Meter", meter)
