@@ -222,7 +222,8 @@ def finish_log(
     log.close()
     for line in log.views:
         print(line)
-    print(f"checkpoint:   {checkpoints.best} (best score at step {checkpoints.progress.best_step})")
+    step = checkpoint.describe(checkpoints.best)["progress"]["step"]
+    print(f"checkpoint:   {checkpoints.best} (step {step})")
     list_skipped(task.skipped, out_dir)
 
 

@@ -172,7 +172,7 @@ def test_evaluate_last_uses_the_last_weights_everywhere(where):
     best, last = (read(where / f"run/checkpoints/{name}.safetensors") for name in ("best", "last"))
     assert best.info["progress"]["best_step"] == 1 and best.info["progress"]["step"] == 3
     assert all(torch.equal(value, last.part("model")[name]) for name, value in best.part("model").items())
-    assert "best.safetensors (best score at step 1)" in done.out
+    assert "best.safetensors (step 3)" in done.out
     scores = json.loads((where / "run/evaluation/scores.json").read_text())
     again = call(where, "mode=eval", "resume=run", "engine=cpu", "hydra.run.dir=eval", "mode.metrics_only=true")
     assert again.status == 0, again.err
