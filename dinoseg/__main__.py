@@ -99,7 +99,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from dinoseg.utils.interrupt import Interrupted, raised
 
     hydra_cfg = HydraConfig.get()
-    composed = job_config(cfg, hydra_cfg.runtime)
+    composed = job_config(cfg, hydra_cfg)
     words = to_container(hydra_cfg.overrides)["task"]  # as typed: single access would resolve each `${...}`
     try:
         with raised():

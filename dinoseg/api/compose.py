@@ -84,7 +84,7 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
         with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
             cfg.hydra.runtime.output_dir = out_dir
     location = locate_runs(cfg.hydra, Path(out_dir))
-    return Job(job_config(cfg, cfg.hydra.runtime), location, to_container(cfg.hydra.overrides)["task"])
+    return Job(job_config(cfg, cfg.hydra), location, to_container(cfg.hydra.overrides)["task"])
 
 
 def find_tables(

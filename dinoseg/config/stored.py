@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from dinoseg.config.composition import SHIPPED, compose_options
-from dinoseg.config.limits import REMEDY, check_batch, check_text, check_value
+from dinoseg.config.limits import REMEDY, check_batch, check_numbers, check_text, check_value
 from dinoseg.config.plain import BUILDS, Steps, at, below, dotted, nests, texts_of, to_container
 from dinoseg.config.resolvers import CELLS, CLASS_FILE
 from dinoseg.utils.errors import UserError
@@ -44,7 +44,8 @@ def describe(cfg: DictConfig, keys: Collection[str]) -> dict[str, Any]:
         keys: root keys to store.
 
     Raises:
-        UserError: a part is not an option of a group, a key of an option was removed, or a text holds an interpolation.
+        UserError: a part is not an option of a group, a key of an option was removed, a text holds an interpolation, or
+            a number is out of the range that checkpoints may set.
     """
     config = to_container(cfg)
     choices = choices_of(config["choices"], keys)
@@ -52,6 +53,7 @@ def describe(cfg: DictConfig, keys: Collection[str]) -> dict[str, Any]:
     targets: dict[str, str] = {}
     given = {key: config[key] for key in keys}
     values = _values_of(cfg, given, options, (), targets, is_argument=False)
+    check_numbers(values)
     return {"choices": choices, "config": values, "targets": targets}
 
 

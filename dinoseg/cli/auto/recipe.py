@@ -310,6 +310,6 @@ def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) 
         path.write_text(text, encoding="utf-8")
         searched = searching([*map(str, folders), f"file://{folder}"])
         composed = compose("main", [*remaining, searched, f"hparam={name}"], return_hydra_config=True)
-        cfg = job_config(composed, composed.hydra.runtime)
+        cfg = job_config(composed, composed.hydra)
     own = [each for each in cfg.config_dirs if each != folder]
     return OmegaConf.merge(cfg, {"choices": {"hparam": known_as}, "config_dirs": own})  # type: ignore[return-value]
