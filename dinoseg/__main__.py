@@ -52,10 +52,10 @@ def _command(arguments: list[str]) -> None:
         return
     import hydra
 
-    from dinoseg.cli.extras import hush_schemas, plugin_errors_as_user_errors
+    from dinoseg.cli.extras import hush_schemas
     from dinoseg.cli.own_keys import with_checkpoint_keys
     from dinoseg.cli.typos import check_words, explained
-    from dinoseg.cli.words import as_text, flags_last
+    from dinoseg.cli.words import as_text, flags_last, is_sweep
     from dinoseg.config.options import config_folders
     from dinoseg.config.resolvers import register_resolvers
     from dinoseg.utils.errors import UserError, file_errors_as_user_errors
@@ -69,11 +69,12 @@ def _command(arguments: list[str]) -> None:
     try:
         with explained(arguments, folders):
             words = as_text(flags_last(arguments), Path(CONFIGS))
-            check_words(words, folders)
+            if is_sweep(words):  # a search would compose a wrong option only in its last trial
+                check_words(words, folders)
             words = with_checkpoint_keys(words, folders)
         sys.argv[1:] = words
         # file errors: of the run folder, which Hydra creates
-        with plugin_errors_as_user_errors(words), explained(words, folders), file_errors_as_user_errors(Path.cwd()):
+        with explained(words, folders), file_errors_as_user_errors(Path.cwd()):
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
         _print_error(str(error))
@@ -92,7 +93,9 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from hydra.types import RunMode
 
     from dinoseg.cli.launch import launch
+    from dinoseg.cli.typos import explained
     from dinoseg.config.job import job_config
+    from dinoseg.config.options import config_folders
     from dinoseg.config.plain import to_container
     from dinoseg.experiment.folder import locate_runs
     from dinoseg.utils.errors import UserError
@@ -102,7 +105,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     composed = job_config(cfg, hydra_cfg)
     words = to_container(hydra_cfg.overrides)["task"]  # as typed: single access would resolve each `${...}`
     try:
-        with raised():
+        with raised(), explained(words, config_folders(sys.argv[1:], Path(CONFIGS))):
             out_dir = Path(hydra_cfg.runtime.output_dir)
             return launch(composed, out_dir, words, locate_runs(hydra_cfg, out_dir))
     except UserError as error:
@@ -115,16 +118,10 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
         print(f"\ninterrupted{stop.note and ': '}{stop.note}", file=sys.stderr)
         sys.exit(stop.status)
     except Exception as error:
-        from dinoseg.cli.typos import find_mistake
-        from dinoseg.config.options import config_folders
-
-        if message := find_mistake(words, config_folders(sys.argv[1:], Path(CONFIGS)), error):
-            _print_error(message)
-        elif hydra_cfg.mode != RunMode.MULTIRUN:
+        if hydra_cfg.mode != RunMode.MULTIRUN:
             raise
-        else:
-            message = f"{type(error).__name__}: {error}"
-            traceback.print_exc()  # raising would lose the sweep's table
+        message = f"{type(error).__name__}: {error}"
+        traceback.print_exc()  # raising would lose the sweep's table
     failures.append(message)
     return {"error": message}
 

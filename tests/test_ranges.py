@@ -166,10 +166,11 @@ def test_steps_of_a_head_are_limited_like_those_of_a_training_and_its_widths_as_
         OmegaConf.update(other, key, value)
         with pytest.raises(UserError, match=f"^{re.escape(key)}={value} is out of range.* at most"):
             config_description(Builder(other))
-        head = OmegaConf.create({"head": description["config"]["head"]})
-        OmegaConf.update(head, key, value)
+        stored = OmegaConf.create(description["config"])
+        OmegaConf.update(stored, key, value)
+        changed = {**description, "config": OmegaConf.to_container(stored)}
         with pytest.raises(UserError, match=f"{re.escape(key)}={value} is refused"):
-            compose_stored({**description, "config": {**description["config"], **OmegaConf.to_container(head)}}, Source("resume=file"))
+            compose_stored(changed, Source("resume=file"))
 
 
 def test_a_training_without_steps_is_refused(composed):
