@@ -67,8 +67,8 @@ def _command(arguments: list[str]) -> None:
     argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors unchanged
     try:
-        with explained(arguments, folders):
-            words = as_text(flags_last(arguments), Path(CONFIGS))
+        with explained(arguments, folders), file_errors_as_user_errors(Path.cwd()):
+            words = as_text(flags_last(arguments))
             if is_sweep(words):  # a search would compose a wrong option only in its last trial
                 check_words(words, folders)
             words = with_checkpoint_keys(words, folders)

@@ -69,7 +69,7 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
     """
     folders = config_folders(config_dir)
     hush_schemas()
-    words = with_checkpoint_keys(as_text(words, CONFIGS), folders)
+    words = with_checkpoint_keys(as_text(words), folders)
     with explained(words, folders):
         setbase("1.3")
         search_path = create_config_search_path(str(CONFIGS))
