@@ -70,7 +70,7 @@ class NotedFolders(Callback):
         will_make(Path(config.hydra.sweep.dir))
 
 
-class Job(NamedTuple):
+class JobStart(NamedTuple):
     """What a job has to do, as the first rank decides it.
 
     Attributes:
@@ -162,7 +162,7 @@ def _join_ranks(cfg: DictConfig) -> int:
     return devices
 
 
-def _share_job(cfg: DictConfig, out_dir: Path, prepare: Callable[[], Job]) -> Job:
+def _share_job(cfg: DictConfig, out_dir: Path, prepare: Callable[[], JobStart]) -> JobStart:
     """Call `prepare` on the first of the ranks that torchrun or Slurm has started, and return its result on all.
 
     Raises:
@@ -183,7 +183,7 @@ def _share_job(cfg: DictConfig, out_dir: Path, prepare: Callable[[], Job]) -> Jo
     engine = cfg.engine
     text = share_from_rank0(as_text, connect=engine.rendezvous_timeout, wait=engine.rank_timeout)
     config, folder, result = json.loads(text)
-    return Job(compose_shared(to_container(OmegaConf.create(config)), to_container(cfg)), Path(folder), result)
+    return JobStart(compose_shared(to_container(OmegaConf.create(config)), to_container(cfg)), Path(folder), result)
 
 
 def _prepare(
@@ -193,7 +193,7 @@ def _prepare(
     typed: Sequence[Override],
     location: RunLocation,
     new_folder: bool,
-) -> Job:
+) -> JobStart:
     """Choose the recipe, find the checkpoint, enter the run folder and write the config; see `launch`."""
     recipe = _choose_recipe(cfg, overrides)
     composed = cfg if recipe is None else recipe.cfg
@@ -203,7 +203,7 @@ def _prepare(
         if start.action is Action.NOTHING and start.folder is not None:
             from dinoseg.experiment.past_runs import read_result
 
-            return Job(composed, start.folder, read_result(start.folder))
+            return JobStart(composed, start.folder, read_result(start.folder))
         whole = _take_checkpoint(composed, typed, start)
         new = _below_recipe(out_dir, composed.choices.hparam, whole.choices.hparam)
     solo_runs: dict[str, Any] = {}
@@ -213,7 +213,7 @@ def _prepare(
         solo_runs = heads.solo_runs(whole, overrides, start.folder if start.checkpoint else None)
         whole = heads.with_solo_runs(whole, solo_runs)
     if not is_first_rank():  # of a mode on one device: the first rank writes its files
-        return Job(whole, start.folder or new)
+        return JobStart(whole, start.folder or new)
     run_folder = start.folder or _claim_folder(whole, new, new_folder)
     lock(run_folder)
     drop_parts(run_folder)
@@ -226,7 +226,7 @@ def _prepare(
         folder = run_folder / "heads" / name
         enter(folder, instead="train the other heads separately")
         write_config(solo.cfg, folder, solo.words)
-    return Job(whole, run_folder)
+    return JobStart(whole, run_folder)
 
 
 def _claim_folder(cfg: DictConfig, folder: Path, new_folder: bool) -> Path:
