@@ -95,7 +95,6 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from dinoseg.cli.launch import launch
     from dinoseg.cli.typos import explained
     from dinoseg.config.job import job_config
-    from dinoseg.config.options import config_folders
     from dinoseg.config.plain import to_container
     from dinoseg.experiment.folder import locate_runs
     from dinoseg.utils.errors import UserError
@@ -105,7 +104,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     composed = job_config(cfg, hydra_cfg)
     words = to_container(hydra_cfg.overrides)["task"]  # as typed: single access would resolve each `${...}`
     try:
-        with raised(), explained(words, config_folders(sys.argv[1:], Path(CONFIGS))):
+        with raised(), explained(words, [Path(CONFIGS), *map(Path, composed.config_dirs)]):
             out_dir = Path(hydra_cfg.runtime.output_dir)
             return launch(composed, out_dir, words, locate_runs(hydra_cfg, out_dir))
     except UserError as error:

@@ -219,7 +219,8 @@ def _prepare(
     drop_parts(run_folder)
     config_folder = write_config(whole, run_folder, overrides)
     if start.plan is not None or location.in_sweep:
-        write_origin(config_folder, start.job, start.plan and vars(start.plan), in_sweep=location.in_sweep)
+        plan = None if start.plan is None else vars(start.plan)
+        write_origin(config_folder, start.job, plan, in_sweep=location.in_sweep)
     if recipe is not None and start.checkpoint is None:
         recipe.write(config_folder)
     for name, solo in solo_runs.items():
