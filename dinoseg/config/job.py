@@ -25,12 +25,11 @@ def job_config(cfg: DictConfig, hydra: Any) -> DictConfig:
         hydra: Hydra's own config of the job, with its choices, its sources of configs and the overrides.
     """
     typed = OverridesParser.create().parse_overrides(to_container(hydra.overrides)["task"])
-    job = {key: value for key, value in to_container(expand_typed(cfg, typed)).items() if key != "hydra"}
+    job = {key: value for key, value in to_container(cfg).items() if key != "hydra"}
     folders = [_folder(source["schema"], source["path"]) for source in hydra.runtime["config_sources"]]
     own = [folder for folder in folders if folder not in (None, str(SHIPPED))]
-    return OmegaConf.create(
-        {**decode_keys(job), "choices": chosen_options(hydra.runtime["choices"]), "config_dirs": own}
-    )
+    whole = {**decode_keys(job), "choices": chosen_options(hydra.runtime["choices"]), "config_dirs": own}
+    return expand_typed(OmegaConf.create(whole), typed)
 
 
 def _folder(schema: str, path: str) -> str | None:
