@@ -131,12 +131,12 @@ class Builder(ModelBuilder):
 
     def check_values(self) -> None:
         """Refuse wrong values of what a training builds or reads only once its data are listed, and its checkpoints."""
+        self.lengths(samples=1)
         for key, others in _BUILT_LATE.items():
             node = self.value(key)
             # null for a backbone that states its patch size once it is built, as those of timm do
             later = ("patch_size",) if node.get("patch_size", 0) is None else ()
             instantiate(node, without=(*others, *later))
-        self.lengths(samples=1)
         config_description(self)  # refuses what a checkpoint could not store
 
     def task(self) -> Any:
