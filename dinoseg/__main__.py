@@ -55,10 +55,10 @@ def _command(arguments: list[str]) -> None:
         sys.exit(1)
     import hydra
 
-    from dinoseg.cli.extras import hush_schemas, plugin_errors_as_user_errors
+    from dinoseg.cli.extras import hush_schemas
     from dinoseg.cli.own_keys import with_checkpoint_keys
     from dinoseg.cli.typos import check_words, explained
-    from dinoseg.cli.words import as_text, flags_last
+    from dinoseg.cli.words import as_text, flags_last, is_sweep
     from dinoseg.config.options import config_folders
     from dinoseg.config.resolvers import register_resolvers
     from dinoseg.utils.errors import UserError, file_errors_as_user_errors
@@ -70,13 +70,14 @@ def _command(arguments: list[str]) -> None:
     argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors unchanged
     try:
-        with explained(arguments, folders):
-            typed = as_text(flags_last(arguments), Path(CONFIGS))
-            check_words(typed, folders)
+        with explained(arguments, folders), file_errors_as_user_errors(Path.cwd()):
+            typed = as_text(flags_last(arguments))
+            if is_sweep(typed):  # a search would compose a wrong option only in its last trial
+                check_words(typed, folders)
             words = with_checkpoint_keys(typed, folders)
         sys.argv[1:] = words
         # file errors: of the run folder, which Hydra creates
-        with plugin_errors_as_user_errors(words), explained(typed, folders), file_errors_as_user_errors(Path.cwd()):
+        with explained(typed, folders), file_errors_as_user_errors(Path.cwd()):
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
         _print_error(str(error))
@@ -95,6 +96,7 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from hydra.types import RunMode
 
     from dinoseg.cli.launch import launch
+    from dinoseg.cli.typos import explained
     from dinoseg.config.job import job_config
     from dinoseg.config.plain import to_container
     from dinoseg.experiment.folder import locate_runs
@@ -102,10 +104,10 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from dinoseg.utils.interrupt import Interrupted, raised
 
     hydra_cfg = HydraConfig.get()
-    composed = job_config(cfg, hydra_cfg.runtime)
+    composed = job_config(cfg, hydra_cfg)
     words = to_container(hydra_cfg.overrides)["task"]  # as typed: single access would resolve each `${...}`
     try:
-        with raised():
+        with raised(), explained(words, [Path(CONFIGS), *map(Path, composed.config_dirs)]):
             out_dir = Path(hydra_cfg.runtime.output_dir)
             return launch(composed, out_dir, words, locate_runs(hydra_cfg, out_dir))
     except UserError as error:
@@ -118,16 +120,10 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
         print(f"\ninterrupted{stop.note and ': '}{stop.note}", file=sys.stderr)
         sys.exit(stop.status)
     except Exception as error:
-        from dinoseg.cli.typos import find_mistake
-        from dinoseg.config.options import config_folders
-
-        if message := find_mistake(words, config_folders(sys.argv[1:], Path(CONFIGS)), error):
-            _print_error(message)
-        elif hydra_cfg.mode != RunMode.MULTIRUN:
+        if hydra_cfg.mode != RunMode.MULTIRUN:
             raise
-        else:
-            message = f"{type(error).__name__}: {error}"
-            traceback.print_exc()  # raising would lose the sweep's table
+        message = f"{type(error).__name__}: {error}"
+        traceback.print_exc()  # raising would lose the sweep's table
     failures.append(message)
     return {"error": message}
 

@@ -86,7 +86,7 @@ def compose():
         with initialize_config_dir(CONFIGS, version_base="1.3"):
             cfg = hydra_compose("main", list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
-        return job_config(cfg, cfg.hydra.runtime)
+        return job_config(cfg, cfg.hydra)
 
     return build
 

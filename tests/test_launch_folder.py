@@ -110,8 +110,7 @@ def second_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launch, "run_ranks", lambda *_: pytest.fail("a rank starts ranks"))
     monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: folder)
-    monkeypatch.setattr(launch, "_share_start", lambda cfg, folder, start: start())
-    monkeypatch.setattr("dinoseg.experiment.recipe.config_description", lambda build: {})  # this config has no model
+    monkeypatch.setattr(launch, "_share_job", lambda cfg, folder, start: start())
     mode = {"devices": 2, "resume_from": "last"}
     given = {"resume": None, "shared_cache": True, "choices": {"hparam": "a"}}
     return OmegaConf.create({"mode": mode, "trainer": {}, **given})
@@ -121,7 +120,7 @@ def test_other_ranks_use_config_and_folder_of_the_first(second_rank, tmp_path, m
     mine, first = tmp_path / "mine", tmp_path / "first"
     monkeypatch.setattr(launch, "run_mode", lambda cfg, folder: (cfg.trainer, folder))
     merged = OmegaConf.create({"trainer": {"ids": {1: 0}}})
-    monkeypatch.setattr(launch, "_share_start", lambda *_: launch.JobStart(merged, first))
+    monkeypatch.setattr(launch, "_share_job", lambda *_: launch.JobStart(merged, first))
     launch.will_make(mine)
     mine.mkdir()  # Hydra has
     assert launch.launch(second_rank, mine, []) == ({"ids": {1: 0}}, first) and not list(tmp_path.iterdir())
@@ -138,7 +137,7 @@ def test_a_process_that_is_no_rank_keeps_the_threads_that_torch_gives_it(second_
     for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name)
     second_rank.mode.devices = 1
-    monkeypatch.setattr(launch, "_enter_folder", lambda cfg, folder, *_: launch.JobStart(cfg, folder))
+    monkeypatch.setattr(launch, "_prepare", lambda cfg, folder, *_: launch.JobStart(cfg, folder))
     monkeypatch.setattr(launch, "run_mode", lambda *_: os.environ.get("OMP_NUM_THREADS"))
     assert launch.launch(second_rank, tmp_path / "new", []) is None
 

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from dinoseg.api.options import CONFIGS, config_folders
 from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.own_keys import with_checkpoint_keys
-from dinoseg.cli.typos import check_words, explained
+from dinoseg.cli.typos import explained
 from dinoseg.cli.words import as_text, parsed
 from dinoseg.config.grammar import decode_keys, write_value
 from dinoseg.config.job import job_config
@@ -69,9 +69,7 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
     """
     folders = config_folders(config_dir)
     hush_schemas()
-    words = as_text(words, CONFIGS)
-    check_words(words, folders)
-    words = with_checkpoint_keys(words, folders)
+    words = with_checkpoint_keys(as_text(words), folders)
     with explained(words, folders):
         setbase("1.3")
         search_path = create_config_search_path(str(CONFIGS))
@@ -84,7 +82,7 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
         with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
             cfg.hydra.runtime.output_dir = out_dir
     location = locate_runs(cfg.hydra, Path(out_dir))
-    return Job(job_config(cfg, cfg.hydra.runtime), location, to_container(cfg.hydra.overrides)["task"])
+    return Job(job_config(cfg, cfg.hydra), location, to_container(cfg.hydra.overrides)["task"])
 
 
 def find_tables(

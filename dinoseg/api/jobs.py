@@ -11,7 +11,7 @@ from typing import Any
 from dinoseg.api.compose import Job, compose_job, find_tables, words_of
 from dinoseg.api.options import config_folders
 from dinoseg.api.session import isolated
-from dinoseg.cli.typos import find_mistake
+from dinoseg.cli.typos import explained
 from dinoseg.experiment.folder import will_make
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted, raised
@@ -93,12 +93,5 @@ def _launch(job: Job, config_dir: Folder | None, *, new_folder: bool) -> dict[st
 
     out_dir = job.location.folder
     will_make(out_dir)
-    try:
-        with raised(), file_errors_as_user_errors(out_dir):
-            return launch(job.cfg, out_dir, job.words, job.location, new_folder=new_folder)
-    except UserError:
-        raise
-    except Exception as error:
-        if message := find_mistake(job.words, config_folders(config_dir), error):
-            raise UserError(message) from error
-        raise
+    with raised(), explained(job.words, config_folders(config_dir)), file_errors_as_user_errors(out_dir):
+        return launch(job.cfg, out_dir, job.words, job.location, new_folder=new_folder)

@@ -3,12 +3,10 @@
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from traceback import walk_tb
 
 from dinoseg.cli.words import assignments
-from dinoseg.utils.errors import UserError
 
 _INSTALLED_BY = {
     "hydra/launcher": {
@@ -33,25 +31,14 @@ def enter_folder() -> None:
     os.chdir(os.environ["DINOSEG_FOLDER"])
 
 
-@contextmanager
-def plugin_errors_as_user_errors(arguments: Sequence[str]) -> Iterator[None]:
-    """Convert errors of Hydra's launchers, and packages that they miss, into a message; other errors pass.
+def find_plugin_failure(arguments: Sequence[str], error: Exception) -> str:
+    """Return the message on an error of Hydra's launchers, or on a package that they miss; "" for other errors.
 
     Args:
         arguments: the command line, without the program's name.
-
-    Raises:
-        UserError: what is missing or has failed.
+        error: raised while Hydra ran the command line.
     """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        message = missing_extra(arguments, error) or _failed_launcher(arguments, error)
-        if not message:
-            raise
-        raise UserError(message) from error
+    return missing_extra(arguments, error) or _failed_launcher(arguments, error)
 
 
 def _failed_launcher(arguments: Sequence[str], error: Exception) -> str:

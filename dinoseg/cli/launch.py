@@ -22,8 +22,7 @@ from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, 
 from dinoseg.cli.typos import mode_needed
 from dinoseg.config.credentials import check_credentials
 from dinoseg.config.grammar import decode_keys
-from dinoseg.config.limits import check_training
-from dinoseg.config.options import values_in_files
+from dinoseg.config.job import keys_with_values
 from dinoseg.config.plain import BUILDS, below, to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.auto_resume import Action, Start
@@ -38,7 +37,6 @@ from dinoseg.experiment.folder import (
     has_results,
     lock,
     release_all,
-    remember_folder,
     will_make,
     write_config,
     write_origin,
@@ -48,11 +46,10 @@ from dinoseg.utils.cores import limit_spinning, limit_threads_to_quota, limit_th
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.private import check_private
-from dinoseg.utils.wording import format_value, printable
+from dinoseg.utils.wording import printable
 
 AUTO = "auto"  # value of `resume` that looks for a run
 _CONFIGS = Path(__file__).parents[1] / "cfg"
-_POINTER = re.compile(r"\$\{(\.{2,})(\w+)\}")  # to a key above its own table
 _DEFAULT_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # names of run folders by cfg/hydra/run.yaml
 
 # processes of launcher plug-ins (joblib, Slurm) import only this module, through its callback, and resolve the name of
@@ -113,40 +110,37 @@ def launch(
     Raises:
         UserError: any error that the user can fix.
     """
-    try:
-        _check_words(cfg, overrides)
-        _check_values(cfg, overrides)
-        check_credentials(cfg.get("logger"), "logger")  # before the config is written
-        devices = _join_ranks(cfg)
-    except UserError:
-        drop_empty(out_dir)
-        raise
-    if devices == 1:  # ranks started from here set their own limits
-        limit_threads_to_quota()
-    if not cfg.mode.get("keeps_folder", True):
-        drop_empty(out_dir)
-        _check_mode(cfg, overrides)
-        return run_mode(cfg, out_dir)
+    typed = OverridesParser.create().parse_overrides(list(overrides))
+    location = location or RunLocation(out_dir, out_dir.parent)
     run_folder = out_dir  # removed after an error, unless another one is entered
     try:
+        _check_words(cfg, typed)
+        check_credentials(cfg.get("logger"), "logger")  # before the config is written
+        devices = _join_ranks(cfg)
+        if devices == 1:  # ranks started from here set their own limits
+            limit_threads_to_quota()
+        if not cfg.mode.get("keeps_folder", True):
+            drop_empty(out_dir)
+            _check_mode(cfg, typed)
+            return run_mode(cfg, out_dir)
         with file_errors_as_user_errors(out_dir), shortages_as_user_errors():
-            start = _share_start(cfg, out_dir, partial(_enter_folder, cfg, out_dir, overrides, location, new_folder))
-            run_folder = start.folder
+            prepare = partial(_prepare, cfg, out_dir, overrides, typed, location, new_folder)
+            job = _share_job(cfg, out_dir, prepare)
+            run_folder = job.folder
             if run_folder != out_dir:
                 drop_empty(out_dir)
-            if start.result is not None:
-                return start.result
+            if job.result is not None:
+                return job.result
             if devices == 1 or "WORLD_SIZE" in os.environ:
-                return run_mode(start.cfg, run_folder)
-            return run_ranks(start.cfg, run_folder, devices)
+                return run_mode(job.cfg, run_folder)
+            return run_ranks(job.cfg, run_folder, devices)
     except UserError:
         drop_bare(run_folder)
         raise
     except KeyboardInterrupt as stop:
         drop_empty(out_dir)  # if stopped while the recipe was being chosen
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        sweep = location.root if location is not None and location.in_sweep else None
-        note = _interrupt_note(cfg, run_folder, sweep) if is_first_rank() else ""
+        note = _interrupt_note(cfg, run_folder, location) if is_first_rank() else ""
         raise Interrupted(number, note=note) from None
     finally:
         release_all()
@@ -169,23 +163,23 @@ def _join_ranks(cfg: DictConfig) -> int:
     return devices
 
 
-def _share_start(cfg: DictConfig, out_dir: Path, start: Callable[[], JobStart]) -> JobStart:
-    """Call `start` on the first of the ranks that torchrun or Slurm has started, and return its result on all.
+def _share_job(cfg: DictConfig, out_dir: Path, prepare: Callable[[], JobStart]) -> JobStart:
+    """Call `prepare` on the first of the ranks that torchrun or Slurm has started, and return its result on all.
 
     Raises:
         UserError: on every rank, if the first one raises it.
     """
     if "devices" not in cfg.mode or os.environ.get("WORLD_SIZE", "1") == "1":
-        return start()
+        return prepare()
     from dinoseg.experiment.shared import compose_shared, describe_job
     from dinoseg.training.rendezvous import share_from_rank0
 
     def as_text() -> str:
         with file_errors_as_user_errors(out_dir):
-            found = start()
+            job = prepare()
         # YAML keeps the types of keys, which JSON would turn into text
-        config = OmegaConf.to_yaml(OmegaConf.create(describe_job(found.cfg)))
-        return json.dumps([config, str(found.folder), found.result])
+        config = OmegaConf.to_yaml(OmegaConf.create(describe_job(job.cfg)))
+        return json.dumps([config, str(job.folder), job.result])
 
     engine = cfg.engine
     text = share_from_rank0(as_text, connect=engine.rendezvous_timeout, wait=engine.rank_timeout)
@@ -193,52 +187,48 @@ def _share_start(cfg: DictConfig, out_dir: Path, start: Callable[[], JobStart]) 
     return JobStart(compose_shared(to_container(OmegaConf.create(config)), to_container(cfg)), Path(folder), result)
 
 
-def _enter_folder(
+def _prepare(
     cfg: DictConfig,
     out_dir: Path,
     overrides: Sequence[str],
-    location: RunLocation | None = None,
-    new_folder: bool = False,
+    typed: Sequence[Override],
+    location: RunLocation,
+    new_folder: bool,
 ) -> JobStart:
-    """Find the run to resume, claim a run folder and write the config to it; see `launch` for the arguments."""
-    location = location or RunLocation(out_dir, out_dir.parent)
-    recipe = _recipe(cfg, overrides)
-    if recipe is not None:
-        cfg = recipe.cfg
-    typed_recipe, new = cfg.choices.hparam, out_dir
-    cfg, start = _find_run(_settle_length(cfg, overrides), overrides, location)
-    if start.action is Action.NOTHING and start.folder is not None:
-        from dinoseg.experiment.past_runs import read_result
+    """Choose the recipe, find the checkpoint, enter the run folder and write the config; see `launch`."""
+    recipe = _choose_recipe(cfg, overrides)
+    composed = cfg if recipe is None else recipe.cfg
+    whole, start, new = composed, Start(Action.START), out_dir
+    if composed.resume is not None and "resume_from" in composed.mode:
+        start = _find_start(composed, typed, location)
+        if start.action is Action.NOTHING and start.folder is not None:
+            from dinoseg.experiment.past_runs import read_result
 
-        return JobStart(cfg, start.folder, read_result(start.folder))
-    if start.checkpoint is not None:
-        new = _below_recipe(out_dir, typed_recipe, cfg.choices.hparam)
-    cfg, solo_runs = _with_heads(cfg, overrides, start.folder if start.checkpoint else None)
-    if cfg.mode.get("resume_from") == "last":
-        from dinoseg.experiment.models import ModelBuilder
-        from dinoseg.experiment.recipe import config_description
+            return JobStart(composed, start.folder, read_result(start.folder))
+        whole = _take_checkpoint(composed, typed, start)
+        new = _below_recipe(out_dir, composed.choices.hparam, whole.choices.hparam)
+    solo_runs: dict[str, Any] = {}
+    if "heads" in whole.get("trainer", ()):
+        from dinoseg.experiment import heads
 
-        for whole in (cfg, *(solo.cfg for solo in solo_runs.values())):
-            check_training(whole)
-            config_description(ModelBuilder(whole))  # refuses what a checkpoint could not store
+        solo_runs = heads.solo_runs(whole, overrides, start.folder if start.checkpoint else None)
+        whole = heads.with_solo_runs(whole, solo_runs)
     if not is_first_rank():  # of a mode on one device: the first rank writes its files
-        return JobStart(cfg, start.folder or new)
-    run_folder = start.folder or _claim_folder(cfg, new, new_folder)
+        return JobStart(whole, start.folder or new)
+    run_folder = start.folder or _claim_folder(whole, new, new_folder)
     lock(run_folder)
     drop_parts(run_folder)
-    config_folder = write_config(cfg, run_folder, overrides)
+    config_folder = write_config(whole, run_folder, overrides)
     if start.plan is not None or location.in_sweep:
         plan = None if start.plan is None else vars(start.plan)
         write_origin(config_folder, start.job, plan, in_sweep=location.in_sweep)
-    if location.is_given and not location.in_sweep and cfg.mode.get("resume_from") == "last":
-        remember_folder(Path(cfg.cache_dir).expanduser(), run_folder)
     if recipe is not None and start.checkpoint is None:
         recipe.write(config_folder)
     for name, solo in solo_runs.items():
         folder = run_folder / "heads" / name
         enter(folder, instead="train the other heads separately")
         write_config(solo.cfg, folder, solo.words)
-    return JobStart(cfg, run_folder)
+    return JobStart(whole, run_folder)
 
 
 def _claim_folder(cfg: DictConfig, folder: Path, new_folder: bool) -> Path:
@@ -252,33 +242,19 @@ def _claim_folder(cfg: DictConfig, folder: Path, new_folder: bool) -> Path:
     return run_folder
 
 
-def _recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
+def _choose_recipe(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     """Return the `ChosenRecipe` of `hparam=auto`; None for other recipes and resumed runs.
 
     Raises:
         UserError: nothing can be chosen.
     """
-    is_chosen = cfg.choices.hparam == "auto" and cfg.mode.get("keeps_folder", True)
-    if not is_chosen or cfg.resume not in (None, AUTO):  # a resumed run has its choices
+    if cfg.choices.hparam != "auto" or cfg.resume not in (None, AUTO):  # a resumed run has its choices
         return None
     if "trainer" not in cfg:
         raise UserError(f"hparam=auto chooses a training, which mode={cfg.choices.mode} does not read. Leave it out.")
     from dinoseg.cli.auto.recipe import choose_recipe
 
     return choose_recipe(cfg, overrides)
-
-
-def _with_heads(cfg: DictConfig, overrides: Sequence[str], run: Path | None) -> tuple[DictConfig, dict[str, Any]]:
-    """Return the config of a multi-head job, including each head's own run config, and these runs."""
-    if "heads" not in cfg.get("trainer", ()):
-        return cfg, {}
-    from dinoseg.experiment.heads import SOLO, solo_runs
-
-    runs = {
-        name: solo._replace(cfg=_settle_length(solo.cfg, overrides))
-        for name, solo in solo_runs(cfg, overrides, run).items()
-    }
-    return OmegaConf.merge(cfg, {SOLO: {name: to_container(solo.cfg) for name, solo in runs.items()}}), runs  # type: ignore[return-value]
 
 
 def resumes_in_folder(cfg: DictConfig, folder: Path) -> bool:
@@ -298,49 +274,38 @@ def _below_recipe(out_dir: Path, typed: str, recipe: Any) -> Path:
     return out_dir.parent.with_name(recipe) / out_dir.name if ours and plain_name else out_dir
 
 
-def _find_run(cfg: DictConfig, overrides: Sequence[str], location: RunLocation) -> tuple[DictConfig, Start]:
-    """Return the config, merged with that of the checkpoint in `resume`, and where the job starts.
-
-    Its folder is that of the checkpoint if the mode resumes in place.
-    """
-    if cfg.get("resume") is None or "resume_from" not in cfg.mode:
-        return cfg, Start(Action.START)
+def _find_start(cfg: DictConfig, typed: Sequence[Override], location: RunLocation) -> Start:
+    """Return where a job with `resume` starts: its folder is that of the checkpoint if the mode resumes in place."""
     from dinoseg.cli import resuming
-    from dinoseg.experiment import resume
     from dinoseg.training import checkpoint
 
-    prefer, words = cfg.mode.resume_from, _parsed(overrides)
+    prefer = cfg.mode.resume_from
     if cfg.resume != AUTO:
         path = checkpoint.find(cfg.resume, prefer)
         in_place = prefer == "last" and path.parent.name == checkpoint.FOLDER
-        start = Start(Action.RESUME, path.parent.parent if in_place else None, path)
-    elif prefer == "best":
+        return Start(Action.RESUME, path.parent.parent if in_place else None, path)
+    if prefer == "best":
         raise UserError(f"resume=auto resumes trainings. For mode={cfg.choices.mode}, name the run: resume=RUN.")
-    else:
-        start = resuming.find_start(cfg, words, location)
-    if start.action is Action.NOTHING:
-        return cfg, start
+    return resuming.find_start(cfg, typed, location)
+
+
+def _take_checkpoint(cfg: DictConfig, typed: Sequence[Override], start: Start) -> DictConfig:
+    """Return the config of a job that starts from a checkpoint, or from none."""
+    from dinoseg.experiment import resume
+    from dinoseg.training import checkpoint
+
     if start.checkpoint is None:
-        return resume.without_resume(cfg), start
-    info, tell = checkpoint.describe(start.checkpoint), start.folder is not None and is_first_rank()
-    if start.folder is not None and tell:
+        return resume.without_resume(cfg)
+    info = checkpoint.describe(start.checkpoint)
+    tell = start.folder is not None and is_first_rank()
+    if tell:
         lock(start.folder)
         configure_log(start.folder)  # for the changes
-    merged = _settle_length(resume.merge(cfg, words, start.checkpoint, info, tell=tell), overrides)
-    return resume.to_evaluation(merged, start.step) if start.action is Action.EVALUATE else merged, start
+    merged = resume.merge(cfg, typed, start.checkpoint, info, tell=tell)
+    return resume.to_evaluation(merged, start.step) if start.action is Action.EVALUATE else merged
 
 
-def _settle_length(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Let a typed `trainer.steps` override the `trainer.epochs` of a recipe or checkpoint."""
-    typed = {override.key_or_group for override in _parsed(overrides) if override.value() is not None}
-    if {"trainer.steps", "trainer.epochs"} <= typed:
-        raise UserError("trainer.steps and trainer.epochs both set the length of the training: set one of them.")
-    if "trainer.steps" not in typed:
-        return cfg
-    return OmegaConf.merge(cfg, {"trainer": {"epochs": None}})  # type: ignore[return-value]
-
-
-def _interrupt_note(cfg: DictConfig, folder: Path, sweep: Path | None = None) -> str:
+def _interrupt_note(cfg: DictConfig, folder: Path, location: RunLocation) -> str:
     """Return a note on what an interrupted run has left on disk."""
     if cfg.mode.get("resume_from") != "last":
         return f"finished results are in {folder}" if has_results(folder) else ""
@@ -350,17 +315,15 @@ def _interrupt_note(cfg: DictConfig, folder: Path, sweep: Path | None = None) ->
     from dinoseg.training import checkpoint
 
     step = checkpoint.describe(last)["progress"]["step"]
-    remedy = f"resume=auto or resume={folder}" if sweep is None else f"resume=auto hydra.sweep.dir={sweep}"
+    remedy = f"resume=auto hydra.sweep.dir={location.root}" if location.in_sweep else f"resume=auto or resume={folder}"
     return f"{last} holds step {step}. To resume, add {remedy} to the same command or call"
 
 
-def _parsed(overrides: Sequence[str]) -> list[Override]:
-    return OverridesParser.create().parse_overrides(list(overrides))
-
-
-def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuse a `+key` that no target takes, which Hydra would add silently, and keys that only files may set."""
-    for override in _parsed(overrides):
+def _check_words(cfg: DictConfig, typed: Sequence[Override]) -> None:
+    """Refuse a `+key` that no target takes, keys that only files may set, and two lengths of a training."""
+    if {"trainer.steps", "trainer.epochs"} <= keys_with_values(typed):
+        raise UserError("trainer.steps and trainer.epochs both set the length of the training: set one of them.")
+    for override in typed:
         name = override.key_or_group
         hidden = [part for part in name.split(".") if part.startswith("_")]
         hidden += [str(steps[-1]) for steps, _ in below(decode_keys(override.value()), (name,)) if steps[-1] in BUILDS]
@@ -373,31 +336,9 @@ def _check_words(cfg: DictConfig, overrides: Sequence[str]) -> None:
             raise UserError(f"+{name} adds a key that nothing reads. Check its spelling; an existing key needs no +.")
 
 
-def _check_values(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuse text for numbers and switches, and keys that repeat another one, by the shipped files of the options.
-
-    Signatures state what a key takes, but importing the modules that hold them takes seconds.
-    """
-    for override in _parsed(overrides):
-        name, value = override.key_or_group, override.value()
-        group = name.partition(".")[0]
-        choice = cfg.choices.get(group)
-        if override.is_delete() or name in cfg.choices or not isinstance(choice, str | None):
-            continue
-        found = values_in_files(_CONFIGS, choice, name)
-        pointer = _POINTER.fullmatch(found[0]) if found and isinstance(found[0], str) else None
-        if pointer and name.count(".") == len(pointer[1]):
-            text = (override.input_line or "").partition("=")[2]
-            raise UserError(f"{name} repeats {group}.{pointer[2]}. Set that one: {group}.{pointer[2]}={text}")
-        is_text = isinstance(value, str) and value != "???" and "${" not in value
-        if is_text and found and all(isinstance(each, int | float) for each in found):
-            rule = "true or false" if isinstance(found[0], bool) else f"a number, such as {found[0]}"
-            raise UserError(f"{name}={format_value(value)} is of type str. Give {rule}.")
-
-
-def _check_mode(cfg: DictConfig, overrides: Sequence[str]) -> None:
+def _check_mode(cfg: DictConfig, typed: Sequence[Override]) -> None:
     """Refuse a command line without a mode, for which `mode=help` is the default."""
-    keys = {override.get_key_element().partition("@")[0] for override in _parsed(overrides)}
+    keys = {override.get_key_element().partition("@")[0] for override in typed}
     if not keys or "mode" in keys or cfg.choices.mode != "help":
         return
     raise UserError(mode_needed([_CONFIGS]))

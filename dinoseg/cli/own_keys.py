@@ -47,26 +47,21 @@ def checkpoint_configs(arguments: Sequence[str], folders: Sequence[Path]) -> lis
         UserError: the checkpoint does not exist.
     """
     typed = {override.key_or_group: values_of(override) for _, override in _overrides(arguments)}
-    checkpoints = [path for path in typed.get("resume", ()) if path not in ("auto", "None")]
-    files = [
-        path for path in typed.get("mode.model", ()) if Path(path).suffix == ".safetensors" and Path(path).is_file()
-    ]
-    if not checkpoints + files:
-        return []
+    paths = [path for path in typed.get("resume", ()) if path not in ("auto", "None")]
+    paths += [path for path in typed.get("mode.model", ()) if path.endswith(".safetensors") and Path(path).is_file()]
+    return [_reused_config(path, typed, folders) for path in paths]
+
+
+def _reused_config(path: str, typed: Mapping[str, Sequence[str]], folders: Sequence[Path]) -> Mapping[str, Any]:
     from dinoseg.experiment.recipe import SAVED  # imports torch
     from dinoseg.training import checkpoint
 
-    found: list[Mapping[str, Any]] = []
-    for path in checkpoints + files:
-        info = checkpoint.describe(checkpoint.find(path, "last"))
-        config = {key: value for key, value in info["config"].items() if key in SAVED}
-        with suppress(UserError):  # reported when the checkpoint is used
-            config = all_keys({**info, "config": config}, Source(f"resume={path}", folders[1:]))
-        again = {group for group, option in info["choices"].items() if typed.get(group, [option]) != [option]}
-        found.append(
-            {key: value for key, value in config.items() if key not in again and _is_read(key, typed, folders)}
-        )
-    return found
+    info = checkpoint.describe(checkpoint.find(path, "last"))
+    config = {key: value for key, value in info["config"].items() if key in SAVED}
+    with suppress(UserError):  # reported when the checkpoint is used
+        config = all_keys({**info, "config": config}, Source(f"resume={path}", folders[1:]))
+    again = {group for group, option in info["choices"].items() if typed.get(group, [option]) != [option]}
+    return {key: value for key, value in config.items() if key not in again and _is_read(key, typed, folders)}
 
 
 def _is_read(group: str, typed: Mapping[str, Sequence[str]], folders: Sequence[Path]) -> bool:

@@ -276,9 +276,9 @@ def join_slurm() -> None:
         UserError: if a variable of the task is missing or malformed.
     """
     environment = os.environ
-    if "WORLD_SIZE" in environment:
+    if "WORLD_SIZE" in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return
-    tasks = _of_slurm("SLURM_STEP_NUM_TASKS", least=1, most=_MAX, default="1")
+    tasks = _of_slurm("SLURM_STEP_NUM_TASKS", least=1, most=_MAX)
     if tasks == 1:
         return
     rank, local = _of_slurm("SLURM_PROCID", most=tasks - 1), _of_slurm("SLURM_LOCALID", most=tasks - 1)
@@ -296,9 +296,9 @@ def join_slurm() -> None:
     }
 
 
-def _of_slurm(name: str, *, least: int = 0, most: int = 2**32, default: str | None = None) -> int:
+def _of_slurm(name: str, *, least: int = 0, most: int = 2**32) -> int:
     """Return the integer in a variable of a task."""
-    text = os.environ.get(name, default)
+    text = os.environ.get(name)
     if text is None or not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
         raise _not_of_task(name, f"must be a whole number from {least} to {most}")
     return int(text)

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dinoseg.cli.extras import find_plugin_failure
 from dinoseg.cli.own_keys import checkpoint_configs
 from dinoseg.cli.words import assignments, is_sweep, parsed, values_of
 from dinoseg.config.options import modes_with, options_in, options_with
@@ -26,14 +27,14 @@ _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups a
 
 @contextmanager
 def explained(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[None]:
-    """Turn errors of composing a command line into a `UserError` that names the mistake and its fix.
+    """Turn errors of composing and running a command line into a `UserError` that names the mistake and its fix.
 
     Args:
         arguments: the command line, without the program's name.
         folders: of config groups, the shipped one first.
 
     Raises:
-        UserError: instead of an error of Hydra, of a YAML file, or of a value that an override gives.
+        UserError: instead of an error of Hydra and its plug-ins, of a YAML file, or of a value that an override gives.
     """
     try:
         yield
@@ -42,11 +43,14 @@ def explained(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[Non
     except YAMLError as error:  # in a user's config file
         text = " ".join(str(error).split())
         raise UserError(f"A config file is not valid YAML: {text}. Correct the file.") from None
-    except (HydraException, ValueError) as error:  # ValueError: by OmegaConf for invalid values, or by a job
-        message = find_mistake(arguments, folders, error, checkpoint_configs(arguments, folders))
+    except Exception as error:
+        if isinstance(error, HydraException | OmegaConfBaseException | ValueError):  # as composing raises them
+            check_words(arguments, folders)
+        configs = checkpoint_configs(arguments, folders)
+        message = find_mistake(arguments, folders, error, configs) or find_plugin_failure(arguments, error)
         if not message:
             raise
-        raise UserError(message) from None
+        raise UserError(message) from error
 
 
 def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:

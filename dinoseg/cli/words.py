@@ -1,6 +1,5 @@
 """Words of a command line: which are KEY=VALUE overrides, and which values need quotes because they are text."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -10,9 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from dinoseg.config.options import MULTIPLE
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import ESCAPED_BYTES, has_surrogates
 
 FILES = {  # keys whose values are paths
     *("resume", "input", "labels", "reference", "prediction", "cache_dir", "data.root"),
@@ -24,7 +21,6 @@ _TAKES_A_VALUE = (
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
 )
-_LONGEST = 250  # bytes of a file name without its suffix
 _NESTED = ("[", "{", "'", '"')  # first characters of values that are more than text
 
 
@@ -43,18 +39,16 @@ def flags_last(arguments: Sequence[str]) -> list[str]:
     return [*words.values(), *(word for position, word in enumerate(arguments) if position not in words)]
 
 
-def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
+def as_text(arguments: Sequence[str]) -> list[str]:
     """Return a command line with quotes around values that Hydra's grammar would split or could not parse.
 
-    Paths and option names are text, whatever characters they contain. Any other value is text only if it cannot be
-    anything else.
+    Paths are text, whatever characters they contain. Any other value is text only if it cannot be anything else.
 
     Args:
         arguments: the command line, without the program's name.
-        configs: folder of the config groups.
 
     Raises:
-        UserError: an unknown flag, a value without a key, or a name that no file or option can have.
+        UserError: an unknown flag, or a value without a key.
     """
     for word in arguments:
         flag = word.split("=")[0]
@@ -63,31 +57,17 @@ def as_text(arguments: Sequence[str], configs: Path) -> list[str]:
                 f"{word} is not a flag. The flags are --help, -m for several runs, and --cfg job to print the config; "
                 "write keys as KEY=VALUE, without dashes."
             )
-        if "\0" in word:
-            raise UserError(f"{word!r} holds a NUL character. Remove it.")
-        if has_surrogates(word.translate(ESCAPED_BYTES)):
-            raise UserError(f"{word!a} holds half of a surrogate pair. Give valid Unicode.")
         if word.lstrip("+~").startswith("="):
             raise UserError(f"{word} has no key before the equals sign. Write KEY=VALUE.")
     several = is_sweep(arguments)
     words = list(arguments)
     for position, word in assignments(arguments):
-        key, sign, value = word.partition("=")
-        if not sign or not value or key.startswith("~"):
+        key, _, value = word.partition("=")
+        if not value or key.startswith("~"):
             continue
         override = parsed(word)
-        group = key.lstrip("+").split("@")[0]
-        is_group = (configs / group).is_dir()
-        if (is_group or key.lstrip("+") in FILES) and max(map(len, os.fsencode(value).split(b"/"))) > _LONGEST:
-            raise UserError(
-                f"{key}={value[:40]}... is unknown: no file name has {len(value)} characters. Give a shorter one."
-            )
-        if override is None:
-            text = not value.startswith(_NESTED)
-        else:
-            is_options = isinstance(override.value(), str | list if group in MULTIPLE else str)
-            text = is_group and not override.is_sweep_override() and not is_options
-        if text or _names_file(key, value, override, several=several):
+        is_text = override is None and not value.startswith(_NESTED)
+        if is_text or _names_file(key, value, override, several=several):
             words[position] = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
     return words
 

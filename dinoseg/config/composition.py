@@ -14,7 +14,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import Stamp, stamp
 
 SHIPPED = Path(__file__).parents[1] / "cfg"
-_MODES = ("_model", "_recipe", "eval")  # whose defaults lists name all groups that checkpoints store
+_SHARED = ("main", "mode/_model", "mode/_recipe")  # files with root keys that need no choice
 _PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)", re.MULTILINE)
 
 
@@ -56,27 +56,17 @@ def compose_options(choices: Mapping[str, Any], folders: Sequence[str | Path]) -
         UserError: an option does not exist; the message names it.
     """
     searched = [SHIPPED, *map(Path, folders)]
-    root = _read_config(SHIPPED / "main.yaml")[0]
-    del root["defaults"]
-    defaults, groups = _read_modes()
-    chosen = [group for group in ("mode", *groups) if group in choices]  # a checkpoint adds groups to those of a mode
-    configs = [config for group in chosen for config in _configs_of({group: None}, "", "", choices)]
+    shared = []
+    for name in _SHARED:
+        content = _read_config(SHIPPED / f"{name}.yaml")[0]
+        del content["defaults"]
+        shared.append(content)
+    # a nested group is composed by the option whose defaults list names it
+    groups = [group for group in choices if not {"@", "/"} & {*group}]
+    groups.sort(key=lambda group: group != "mode")  # a checkpoint adds groups to those of a mode
+    configs = [config for group in groups for config in _configs_of({group: None}, "", "", choices)]
     parts = [part for config in configs for part in _parts(config, choices, searched)]
-    return OmegaConf.merge(root, *defaults, *parts)  # type: ignore[return-value]
-
-
-def _read_modes() -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the root keys of the files that modes start from, and the groups that a checkpoint may store."""
-    defaults: list[dict[str, Any]] = []
-    groups: list[str] = []
-    for mode in _MODES:
-        keys = _read_config(SHIPPED / f"mode/{mode}.yaml")[0]
-        for entry in keys.pop("defaults"):
-            if isinstance(entry, dict):
-                groups += [name.strip("/").partition("@")[0] for name in entry]
-        if mode.startswith("_"):
-            defaults.append(keys)
-    return defaults, groups
+    return OmegaConf.merge(*shared, *parts)  # type: ignore[return-value]
 
 
 def _parts(config: _Config, choices: Mapping[str, Any], folders: Sequence[Path]) -> Iterator[DictConfig]:

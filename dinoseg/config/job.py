@@ -1,8 +1,11 @@
 """The config of a job: composed by Hydra, with the option of each group added and short forms expanded."""
 
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.composition import SHIPPED
@@ -11,7 +14,7 @@ from dinoseg.config.options import chosen_options
 from dinoseg.config.plain import to_container
 
 
-def job_config(cfg: DictConfig, runtime: Any) -> DictConfig:
+def job_config(cfg: DictConfig, hydra: Any) -> DictConfig:
     """Return the whole config of a job.
 
     It is the one composed by Hydra, with two further keys: `choices`, the option of each group, and `config_dirs`, the
@@ -19,12 +22,14 @@ def job_config(cfg: DictConfig, runtime: Any) -> DictConfig:
 
     Args:
         cfg: composed by Hydra.
-        runtime: Hydra's `hydra.runtime` of the job, with its choices and its sources of configs.
+        hydra: Hydra's own config of the job, with its choices, its sources of configs and the overrides.
     """
-    job = {key: value for key, value in to_container(squared(cfg)).items() if key != "hydra"}
-    folders = [_folder(source["schema"], source["path"]) for source in runtime["config_sources"]]
+    typed = OverridesParser.create().parse_overrides(to_container(hydra.overrides)["task"])
+    job = {key: value for key, value in to_container(cfg).items() if key != "hydra"}
+    folders = [_folder(source["schema"], source["path"]) for source in hydra.runtime["config_sources"]]
     own = [folder for folder in folders if folder not in (None, str(SHIPPED))]
-    return OmegaConf.create({**decode_keys(job), "choices": chosen_options(runtime["choices"]), "config_dirs": own})
+    whole = {**decode_keys(job), "choices": chosen_options(hydra.runtime["choices"]), "config_dirs": own}
+    return expand_typed(OmegaConf.create(whole), typed)
 
 
 def _folder(schema: str, path: str) -> str | None:
@@ -34,7 +39,17 @@ def _folder(schema: str, path: str) -> str | None:
     return str(files(path.replace("/", "."))) if schema == "pkg" and not path.startswith("hydra") else None
 
 
-def squared(cfg: DictConfig) -> DictConfig:
-    """Return `cfg` with a crop given as one number n expanded to [n, n]."""
+def expand_typed(cfg: DictConfig, typed: Sequence[Override]) -> DictConfig:
+    """Return `cfg` with a crop n as [n, n], and without the epochs of a recipe or checkpoint if steps are typed."""
+    changes: dict[str, Any] = {}
     crop = OmegaConf.select(cfg, "resolution.crop")
-    return OmegaConf.merge(cfg, {"resolution": {"crop": [crop, crop]}}) if type(crop) is int else cfg  # type: ignore[return-value]
+    if type(crop) is int:
+        changes["resolution"] = {"crop": [crop, crop]}
+    if "trainer.steps" in keys_with_values(typed):
+        changes["trainer"] = {"epochs": None}
+    return OmegaConf.merge(cfg, changes)  # type: ignore[return-value]
+
+
+def keys_with_values(typed: Sequence[Override]) -> set[str]:
+    """Return the keys that overrides set to another value than null."""
+    return {override.key_or_group for override in typed if override.value() is not None}

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.plain import Steps, below, dotted, resolved, to_container
+from dinoseg.config.plain import Steps, below, dotted, resolved
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LEARNING_RATES
 from dinoseg.utils.wording import format_value
@@ -62,16 +62,14 @@ def check_value(value: Any, steps: Steps, what: str) -> None:
         raise UserError(f"{what} is refused: a checkpoint may set at most {most}. {REMEDY}.")
 
 
-def check_training(cfg: DictConfig) -> None:
-    """Refuse numbers of a training's config that would be refused in its checkpoint: it could not be resumed."""
-    groups = {steps[0] for steps in LARGEST}
-    for steps, value in below({key: node for key, node in to_container(cfg).items() if key in groups}, ()):
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Refuse numbers of a run's config that `check_value` refuses in its checkpoint: it could not be resumed."""
+    for steps, value in below(values, ()):
         if isinstance(value, int | float) and not abs(value) <= (most := _largest(steps)):
             raise UserError(
                 f"{dotted(steps)}={format_value(str(value))} is out of range: a run with it could not be resumed. Give "
                 f"{f'{most} at most' if abs(value) < math.inf else 'a finite number'}."
             )
-    check_batch(cfg, "mode=train", remedy="Give smaller ones")
 
 
 def _largest(steps: Steps) -> float:
@@ -79,7 +77,7 @@ def _largest(steps: Steps) -> float:
     return next(above, _LARGEST_ELSEWHERE)
 
 
-def check_batch(whole: DictConfig, where: str, *, remedy: str = REMEDY) -> None:
+def check_batch(whole: DictConfig, where: str) -> None:
     """Refuse training batches with more pixels than any machine can hold, even if each factor is small enough."""
     crop, batch = (resolved(whole, steps) for steps in (("resolution", "crop"), ("data", "batch_size")))
     frames = resolved(whole, ("data", "clips", "cut", "length"))
@@ -88,5 +86,5 @@ def check_batch(whole: DictConfig, where: str, *, remedy: str = REMEDY) -> None:
     if pixels > _MAX_PIXELS:
         raise UserError(
             f"{where}: resolution.crop={crop} with data.batch_size={batch} is refused: a checkpoint may set batches of "
-            f"at most {_MAX_PIXELS} pixels. {remedy}."
+            f"at most {_MAX_PIXELS} pixels. {REMEDY}."
         )

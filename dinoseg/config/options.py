@@ -8,8 +8,6 @@ from typing import Any
 
 import yaml
 
-from dinoseg.config.plain import at, has_key
-
 RECIPES = "hparam"  # the group whose options have families
 MULTIPLE = ("logger",)  # groups with several options per run
 
@@ -51,21 +49,6 @@ def option_files(folders: Sequence[Path], group: str, option: str) -> Iterator[P
     yield path
 
 
-def values_in_files(groups: Path, option: str | None, key: str) -> list[Any]:
-    """Return the values of a key in the files of its group's option, see `option_files`; the one that counts is first.
-
-    Args:
-        groups: folder of the config groups.
-        option: option of the key's group; None: the key is in `main.yaml`.
-        key: its full name, such as `data.batch_size`.
-    """
-    group, _, inner = key.partition(".")
-    name = key if option is None else inner
-    files = [groups / "main.yaml"] if option is None else [*option_files([groups], group, option)]
-    contents = [_read(path) if option is None else read_option(path) for path in reversed(files)]
-    return [at(content, name.split(".")) for content in contents if has_key(content, name)]
-
-
 def modes_with(folders: Sequence[Path], group: str) -> list[str]:
     """Return the modes that compose a group."""
     return [mode for mode in options_in(folders, "mode") if group in groups_of(folders, mode)]
@@ -91,12 +74,6 @@ def options_with(folders: Sequence[Path], key: str) -> list[str]:
         for option in options_in(folders, group)
         if any(_is_global(path) and key in _read(path) for path in option_files(folders, group, option))
     ]
-
-
-def read_option(path: Path) -> Mapping[str, Any]:
-    """Return the keys that an option's file sets in the node of its group."""
-    content = _read(path)
-    return content.get(path.parent.name, {}) if _is_global(path) else content
 
 
 def _is_global(path: Path) -> bool:

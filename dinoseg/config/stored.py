@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, TypeGuard
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
-from dinoseg.config.composition import SHIPPED, compose_options
-from dinoseg.config.limits import REMEDY, check_batch, check_text, check_value
+from dinoseg.config.composition import compose_options
+from dinoseg.config.limits import REMEDY, check_batch, check_numbers, check_text, check_value
 from dinoseg.config.plain import BUILDS, Steps, at, below, dotted, nests, texts_of, to_container
 from dinoseg.config.resolvers import CELLS, CLASS_FILE
 from dinoseg.utils.errors import UserError
@@ -44,7 +44,8 @@ def describe(cfg: DictConfig, keys: Collection[str]) -> dict[str, Any]:
         keys: root keys to store.
 
     Raises:
-        UserError: a part is not an option of a group, a key of an option was removed, or a text holds an interpolation.
+        UserError: a part is not an option of a group, a key of an option was removed, a text holds an interpolation, or
+            a number is out of the range that checkpoints may set.
     """
     config = to_container(cfg)
     choices = choices_of(config["choices"], keys)
@@ -52,6 +53,7 @@ def describe(cfg: DictConfig, keys: Collection[str]) -> dict[str, Any]:
     targets: dict[str, str] = {}
     given = {key: config[key] for key in keys}
     values = _values_of(cfg, given, options, (), targets, is_argument=False)
+    check_numbers(values)
     return {"choices": choices, "config": values, "targets": targets}
 
 
@@ -170,7 +172,6 @@ def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Co
     _check_values(stored, where)
     used = [key for key in stored if key not in unused]
     composed = _compose(description["choices"], used, source)
-    _check_groups(description["choices"], used, source)
     _check_targets(description["targets"], composed, where)
     weights = at(composed, ("backbone", "weights"))
     added: list[str] = []
@@ -198,21 +199,6 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
         raise UserError(f"{source.where}: {error}") from None
     shared = compose_options({}, ())  # root keys without any option
     return {key: value for key, value in composed.items() if key in keys or key not in shared}
-
-
-def _check_groups(choices: Mapping[str, Any], used: Collection[str], source: Source) -> None:
-    """Refuse a choice of a group that no folder of config groups has: no option would be composed for it.
-
-    Of root keys that are not composed, the nested groups may be missing here.
-    """
-    for group in choices:
-        name = group.partition("@")[0] if _root_of(group) in used else _root_of(group)
-        if not any((Path(folder) / name).is_dir() for folder in (SHIPPED, *source.folders)):
-            raise UserError(
-                f"{source.where}: it chooses an option of {format_value(name)}, which is not a config group on this "
-                "machine. Add the folder of config groups that has it: --config-dir FOLDER, or config_dir=FOLDER in "
-                "Python."
-            )
 
 
 def all_keys(description: Mapping[str, Any], source: Source) -> dict[str, Any]:

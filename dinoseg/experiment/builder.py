@@ -16,6 +16,7 @@ from dinoseg.config.plain import to_container
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.models import ModelBuilder
+from dinoseg.experiment.recipe import config_description
 from dinoseg.training.feature_cache.key import hash_of
 from dinoseg.training.optim import Schedule
 from dinoseg.training.trainer import Settings, check_score
@@ -129,13 +130,15 @@ class Builder(ModelBuilder):
         return type(self)(new)
 
     def check_values(self) -> None:
-        """Refuse wrong values of the parts that a training builds only once its data are listed and packed."""
+        """Refuse wrong values of what a training builds or reads only once its data are listed, and its checkpoints."""
+        self.lengths(samples=1)
         for key, others in _BUILT_LATE.items():
             node = self.value(key)
             # null for a backbone that states its patch size once it is built, as those of timm do
             later = ("patch_size",) if node.get("patch_size", 0) is None else ()
             instantiate(node, without=(*others, *later))
         check_score(self.value("trainer.score"), self.task().score_names)
+        config_description(self)  # refuses what a checkpoint could not store
 
     def task(self) -> Any:
         """Return the training task that `trainer.task` names (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.

@@ -103,8 +103,8 @@ def _is_rate(value: Any) -> bool:
 
 
 def solo_builders(build: Builder) -> dict[str, Builder]:
-    """Return the builder of each head's own run from that of a job, by name."""
-    return {name: Builder.of(config) for name, config in build.config[SOLO].items()}
+    """Return the builder of each head's own run from that of a job, by name; empty for a job with one head."""
+    return {name: Builder.of(config) for name, config in build.config.get(SOLO, {}).items()}
 
 
 def solo_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[str, SoloRun]:
@@ -130,6 +130,11 @@ def solo_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[s
     return _composed(heads, overrides)
 
 
+def with_solo_runs(cfg: DictConfig, runs: Mapping[str, SoloRun]) -> DictConfig:
+    """Return the config of a job together with that of each head's own run."""
+    return OmegaConf.merge(cfg, {SOLO: {name: to_container(run.cfg) for name, run in runs.items()}})  # type: ignore[return-value]
+
+
 def _solo_words(head: HeadRun, overrides: Sequence[Override]) -> list[str]:
     """Return the command line of a head's own run, without the settings in its entry of `heads`."""
     left_out = (HEADS, RATES, "trainer", "resume", _CACHE)
@@ -151,7 +156,7 @@ def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[s
             )
         words = _solo_words(head, overrides)
         composed = compose("main", words, return_hydra_config=True)
-        cfg = job_config(composed, composed.hydra.runtime)
+        cfg = job_config(composed, composed.hydra)
         known = [str(key) for key in cfg.head if not str(key).startswith("_") and key != "lr"]
         if unknown := [key for key in head.keys if key not in known]:
             raise UserError(

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.composition import SHIPPED, compose_options
 from dinoseg.config.grammar import decode_keys
-from dinoseg.config.job import squared
+from dinoseg.config.job import expand_typed
 from dinoseg.config.options import options_in
 from dinoseg.config.plain import has_key, keys_of, to_container
 from dinoseg.config.stored import Source, choices_of, compose_stored
@@ -76,7 +76,7 @@ def merge(
     for value in (override for override in overrides if override.key_or_group not in cfg.choices):
         _take_value(value, cfg, merged, path)
     is_lifted = _lift_time_limit(cfg, merged, keys)
-    merged = squared(merged)
+    merged = expand_typed(merged, overrides)
     changed = _changes(before, merged, overrides) if tell else []
     if tell and is_lifted:
         changed.append(f"trainer.max_minutes=null instead of {before.trainer.max_minutes:g}, since a length is given")
@@ -132,7 +132,7 @@ def standalone_config(
     _keep_precision(merged, info, [*changes])
     for key, value in changes.items():
         OmegaConf.update(merged, key, value)
-    return squared(merged)
+    return expand_typed(merged, ())
 
 
 def _keep_precision(merged: DictConfig, info: Mapping[str, Any], keys: Sequence[str]) -> None:

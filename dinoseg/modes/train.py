@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig
 
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.heads import SOLO
+from dinoseg.experiment.heads import SOLO, solo_builders
 from dinoseg.experiment.initial import check_initial, has_initial, load_initial_weights
 from dinoseg.experiment.log_file import announce
 from dinoseg.experiment.loggers import logger_factories
@@ -37,7 +37,8 @@ def train(
         report: write report.html of the final evaluation, and the files that mode=compare reads.
     """
     build = Builder(cfg)
-    build.check_values()
+    for each in (build, *solo_builders(build).values()):
+        each.check_values()
     engine = build.engine()
     announce(f"data={cfg.choices.data}: listing the files")
     task = build.task()

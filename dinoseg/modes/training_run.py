@@ -103,7 +103,7 @@ class TrainingRun:
             self.start, outline = _start(build, task.labels)
             self.check_model(outline)
         logger_factories(build)  # refuses unknown options before a model is built
-        if engine.is_main:
+        if engine.is_main and task.unread:
             warn_unread(out_dir, task.unread, task.unread_because)
 
     def check_model(self, model: SegmentationModel) -> None:

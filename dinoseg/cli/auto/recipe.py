@@ -125,18 +125,19 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     choices, taken = drop_typed(choices, given)  # the file stores all: other keys may be typed next
     about += f"; set on the command line: {', '.join(taken)}" if taken else ""
     print(printable(f"hparam=auto: {about}; {source}:\n\n" + "\n".join(choice_lines(choices))))
-    remaining = [
-        word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in ("budget", "hparam", "resume")
-    ]
-    return ChosenRecipe(
-        _compose_choices(words, cfg.budget.minutes, about, choices), recipe_text(about, choices), remaining
-    )
+    chosen = _compose_choices(words, cfg.budget.minutes, about, choices)
+    return ChosenRecipe(chosen, recipe_text(about, choices), _without(words, "budget", "hparam", "resume"))
 
 
 def _compose_choices(words: Sequence[str], minutes: float, about: str, choices: Sequence[RecipeChoice]) -> DictConfig:
     """Return the config of the command line with the chosen recipe, which lacks the key of the budget."""
-    others = [word for word in words if _root(word.lstrip("+~").partition("=")[0]) != "budget"]
+    others = _without(words, "budget")
     return composed_with([*others, f"+budget.minutes={minutes}"], NAME, recipe_text(about, choices), known_as=AUTO)
+
+
+def _without(words: Sequence[str], *roots: str) -> list[str]:
+    """Return the words of a command line that set no key below some root keys."""
+    return [word for word in words if _root(word.lstrip("+~").partition("=")[0]) not in roots]
 
 
 def _check(build: Builder) -> None:
@@ -310,6 +311,6 @@ def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) 
         path.write_text(text, encoding="utf-8")
         searched = searching([*map(str, folders), f"file://{folder}"])
         composed = compose("main", [*remaining, searched, f"hparam={name}"], return_hydra_config=True)
-        cfg = job_config(composed, composed.hydra.runtime)
+        cfg = job_config(composed, composed.hydra)
     own = [each for each in cfg.config_dirs if each != folder]
     return OmegaConf.merge(cfg, {"choices": {"hparam": known_as}, "config_dirs": own})  # type: ignore[return-value]

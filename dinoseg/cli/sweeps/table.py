@@ -342,7 +342,7 @@ def _fault(loader: ConfigLoader, config: DictConfig, cell: list[str]) -> str:
     """Return the error of a cell; "" if none is found."""
     try:
         composed = loader.load_sweep_config(config, cell)
-        cfg = job_config(composed, composed.hydra.runtime)
+        cfg = job_config(composed, composed.hydra)
         if cfg.resume is None and "check" in cfg.mode:
             from dinoseg.experiment.heads import solo_runs  # imports torch, which mode=score does not need
 

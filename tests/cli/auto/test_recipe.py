@@ -232,7 +232,7 @@ def write_halves(folder):
 
 
 def test_ranks_of_a_launcher_do_not_choose(folder, monkeypatch):
-    monkeypatch.setattr("dinoseg.cli.launch._share_start", lambda cfg, folder, start: start())
+    monkeypatch.setattr("dinoseg.cli.launch._share_job", lambda cfg, folder, start: start())
     for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     done = call(folder, *AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")
