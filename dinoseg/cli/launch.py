@@ -37,6 +37,7 @@ from dinoseg.experiment.folder import (
     has_results,
     lock,
     release_all,
+    remember_folder,
     will_make,
     write_config,
     write_origin,
@@ -222,6 +223,8 @@ def _prepare(
     if start.plan is not None or location.in_sweep:
         plan = None if start.plan is None else vars(start.plan)
         write_origin(config_folder, start.job, plan, in_sweep=location.in_sweep)
+    if location.is_given and not location.in_sweep and whole.mode.get("resume_from") == "last":
+        remember_folder(Path(whole.cache_dir).expanduser(), run_folder)
     if recipe is not None and start.checkpoint is None:
         recipe.write(config_folder)
     for name, solo in solo_runs.items():

@@ -19,7 +19,7 @@ from dinoseg.experiment.auto_resume import (
     find_near_misses,
     scheduler_job,
 )
-from dinoseg.experiment.folder import RunLocation, enter, lock_within, release
+from dinoseg.experiment.folder import RunLocation, enter, lock_within, release, remembered_folders
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.past_runs import (
     compared_words,
@@ -55,7 +55,7 @@ def find_start(cfg: DictConfig, overrides: Sequence[Override], location: RunLoca
         enter(folder, seconds=PATIENCE, instead="choose another hydra.run.dir")
         decision = decide_in_folder(request, folder, read_run(folder))
     else:
-        decision = _decide_among_runs(request, location)
+        decision = _decide_among_runs(request, location, Path(cfg.cache_dir).expanduser())
         if decision.run is None:
             return Start(Action.START, plan=plan, job=request.job)
         folder = decision.run.folder
@@ -66,9 +66,9 @@ def find_start(cfg: DictConfig, overrides: Sequence[Override], location: RunLoca
     return Start(decision.action, folder, last_checkpoint(folder), step, plan, request.job)
 
 
-def _decide_among_runs(request: Request, location: RunLocation) -> Decision:
+def _decide_among_runs(request: Request, location: RunLocation, cache_dir: Path) -> Decision:
     """Choose among the runs of a folder, and lock the chosen one."""
-    runs = find_runs(location.root)
+    runs = find_runs(location.root, () if location.in_sweep else remembered_folders(cache_dir))
     decision = decide(request, runs)
     if decision.run is None and (location.is_given or not location.in_sweep):
         which = "run of this command" if location.in_sweep else "unfinished run of this recipe and length"

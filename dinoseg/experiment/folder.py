@@ -1,9 +1,11 @@
 """Run folders: claiming, locking, saved configs and command lines, and removal of empty ones."""
 
+import hashlib
+import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -12,9 +14,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.plain import to_container
-from dinoseg.utils import locks
+from dinoseg.utils import forms, locks
 from dinoseg.utils.atomic import remove_dead, remove_parts, write_json
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import check_regular
 
 LOG = "run.log"
 _TYPED = "overrides.txt"
@@ -124,6 +127,8 @@ def lock_within(folder: Path, seconds: float) -> bool:
     """Lock a run folder for this process, waiting up to some seconds; return whether it is locked."""
     folder, deadline = folder.resolve(), time.monotonic() + seconds
     while folder not in _run_locks:
+        with suppress(FileNotFoundError):
+            check_regular(folder / LOG)
         file = locks.acquire(folder / LOG)
         if file is not None:
             _run_locks[folder] = file
@@ -194,6 +199,31 @@ def write_origin(config_folder: Path, job: str | None, plan: Mapping[str, Any] |
         in_sweep: whether the command was a job of a multirun.
     """
     write_json(config_folder / ORIGIN, {"job": job, "sweep": in_sweep, "plan": plan})
+
+
+def remember_folder(cache_dir: Path, folder: Path) -> None:
+    """Record a run folder that the user named, so that the same command finds it from this folder without the name."""
+    path, line = _folder_list(cache_dir), json.dumps(str(folder.absolute())) + "\n"
+    with suppress(OSError):  # a cache that cannot be written to is no reason not to train
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or line.encode() not in path.read_bytes():
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{line}")  # a full disk may have cut the line before
+
+
+def remembered_folders(cache_dir: Path) -> Iterator[Path]:
+    """Yield the run folders that commands in the current folder have named and that still exist."""
+    with suppress(OSError, UserError, forms.SchemaError):
+        for line in forms.read_regular(_folder_list(cache_dir), 2**24).splitlines():
+            with suppress(forms.SchemaError):
+                folder = Path(forms.parse_json(line, forms.text))
+                if folder.is_dir():
+                    yield folder
+
+
+def _folder_list(cache_dir: Path) -> Path:
+    here = hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()
+    return cache_dir / f"runs_{here[:16]}.jsonl"
 
 
 def command_line(folder: Path) -> list[str]:

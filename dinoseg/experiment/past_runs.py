@@ -75,10 +75,10 @@ def compared_words(command: Iterable[str]) -> frozenset[str]:
     return frozenset(word for word in command if word.lstrip("+").partition("=")[0] != "resume")
 
 
-def find_runs(root: Path) -> list[PastRun]:
-    """Return all runs below a folder, newest first; report unreadable checkpoints."""
+def find_runs(root: Path, others: Iterable[Path] = ()) -> list[PastRun]:
+    """Return all runs below a folder, and those in other folders, newest first; report unreadable checkpoints."""
     dated = []
-    for folder in _run_folders(root, _MAX_DEPTH):
+    for folder in dict.fromkeys([*_run_folders(root, _MAX_DEPTH), *others]):
         with suppress(OSError):  # removed in the meantime
             last = last_checkpoint(folder)
             dated.append(((last if last.exists() else folder).stat().st_mtime, folder))

@@ -132,10 +132,11 @@ def test_folder_named_by_the_time_is_not_given(here, interrupt):
     assert step_of(run) == 3
 
 
-def test_interrupted_run_is_found_without_its_folder(here, interrupt):
-    interrupt(*TRAIN, "hydra.run.dir=outputs/mine")
+@pytest.mark.parametrize("folder", ["outputs/mine", "elsewhere/mine"])
+def test_interrupted_run_is_found_without_its_folder(here, interrupt, folder):
+    interrupt(*TRAIN, f"hydra.run.dir={folder}")
     succeed(here, *AUTO)
-    assert step_of(here / "outputs/mine") == 3 and not runs(here)
+    assert step_of(here / folder) == 3 and not runs(here)
 
 
 def test_newest_unfinished_run_of_equal_length_is_resumed(here, interrupt):

@@ -29,7 +29,7 @@ def test_run_folder_and_checkpoint_use_the_recipe_name(tmp_path, compose, monkey
     last = run / "checkpoints/last.safetensors"
     assert checkpoint.describe(last)["choices"]["hparam"] == "idd_lite"
     again = compose("mode=train", "hparam=idd_lite", *SMALL, "mode.metrics_only=true", "resume=auto")
-    (found,) = find_runs(tmp_path / "outputs")
+    (found,) = find_runs(tmp_path / "outputs", ())
     assert found.plan.settings == plan_of(config_description(Builder(again))).settings
     other = call(tmp_path, "mode=eval", "hparam=idd_lora", f"resume={run}", "mode.split=nonsense")
     assert "was trained with hparam=idd_lite" in other.err

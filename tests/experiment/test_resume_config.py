@@ -82,7 +82,7 @@ def found(where, compose):
     def look(*words, prefer="last"):
         cfg = compose("mode=train", *MLP, "resume=auto", *words)
         plan = plan_of(config_description(Builder(cfg)))
-        runs = [run for run in find_runs(Path("outputs").absolute()) if run.plan.settings == plan.settings]
+        runs = [run for run in find_runs(Path("outputs").absolute(), ()) if run.plan.settings == plan.settings]
         runs = [run for run in runs if run.step is not None and not run.in_sweep]
         return checkpoint.find(runs[0].folder, prefer) if runs else None
 

@@ -191,7 +191,17 @@ def test_what_is_no_command_has_no_words(tmp_path):
     assert run_folder.command_line(tmp_path) == run_folder.last_command_line(tmp_path) == []
 
 
+def test_damaged_line_hides_no_remembered_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        run_folder.remember_folder(tmp_path / "cache", tmp_path / name)
+        (path,) = (tmp_path / "cache").iterdir()
+        path.write_bytes(path.read_bytes() + b'"cut by a full disk \xff\n7\n')
+    assert [*run_folder.remembered_folders(tmp_path / "cache")] == [tmp_path / "first", tmp_path / "second"]
+
+
 def test_a_pipe_in_place_of_a_log_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "run.log")
-    with pytest.raises(OSError, match="not a regular file"):
+    with pytest.raises(UserError, match="is a named pipe"):
         run_folder.lock(tmp_path)
