@@ -16,18 +16,20 @@ from torch import Tensor, nn
 from dinoseg.core.contracts import Backbone, GuardedModule, Head
 from dinoseg.core.shapes import Prediction
 from dinoseg.export.runtime.facts import ModelFacts
-from dinoseg.export.runtime.inputs import check_levels
+from dinoseg.export.runtime.inputs import check_levels, pictures
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.runtime import FILES
 from dinoseg.export.runtime.torch_runtime import TorchRuntime, isolated
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.models import adapters
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, quantised_names
-from dinoseg.training.checkpoint import find
+from dinoseg.training.checkpoint import describe, find
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors, reword
 from dinoseg.utils.files import Stamp, stamp
+from dinoseg.utils.images import write_png
 from dinoseg.utils.precision import compute_dtype
 from dinoseg.utils.wording import count_of, format_value
 
@@ -230,6 +232,81 @@ class Segmenter(GuardedModule, Model):
             file = Path(folder) / FILES["torch"]
             facts = self._write(file, delta=delta, gated=gated)
             return push(file, facts, repo_id, private=private, revision=revision, token=token, gated=gated)
+
+    def save_adapter(self, folder: str | PathLike[str]) -> None:
+        """Write the LoRA updates and the head to a folder of peft.
+
+        `peft.PeftModel.from_pretrained(base, folder)` reads it. `base` is a model of `create_model` with
+        `adapter="frozen"`, and the backbone, its weights, the head and the number of classes of this model.
+
+        Args:
+            folder: receives adapter_config.json and adapter_model.safetensors.
+
+        Raises:
+            UserError: the model has no LoRA layers, or trains other weights of the backbone, or peft has merged or
+                switched off some layers, or the folder cannot be written.
+        """
+        adapters.check_lora(self.model)
+        adapters.check_active(self.model)
+        target = Path(folder).expanduser()
+        with file_errors_as_user_errors(target.parent):
+            target.mkdir(parents=True, exist_ok=True)
+            adapters.write_adapter(self.model, target, "model.")
+
+    def merge(self) -> Self:
+        """Add the LoRA updates to the weights of the backbone, remove the LoRA layers, and return the model.
+
+        It predicts the same up to rounding, in less time. The adapter is `frozen` from then on, and files hold the
+        whole backbone, even with `delta`. Backbones in 4 or 8 bits or in bfloat16 become float32. Create optimizers,
+        and DDP and compiled models, after this call.
+
+        Raises:
+            UserError: the model has no LoRA layers, or peft has merged or switched off some.
+        """
+        from dinoseg.experiment.source import ModelSource  # imports the training loop
+        from dinoseg.export.runtime.write import source_of
+
+        adapters.check_lora(self.model)
+        adapters.check_active(self.model)
+        with isolated():
+            source = ModelSource.of(self._config)
+            model = source.in_float32(self.model).to(self.device)
+            model.limit = self.model.limit
+            origin = self.facts.backbone or source_of(source.config, frozen_fingerprint(self.model)["backbone"])
+            adapters.merge(model.backbone).weights = "random"  # no file has these weights, so that checkpoints do
+            bits = source.settings("adapter").get("bits") or self.facts.dequantised
+            changes = {"adapter": "frozen", "backbone.weights": "random"}
+            if "dtype" in source.config["backbone"]:
+                changes["backbone.dtype"] = "float32"
+            self._config = source.with_options(changes).config
+        self.facts = replace(self.facts, backbone=origin, dequantised=bits)
+        self.model = model.train(self.training)
+        return self
+
+    def export_onnx(self, folder: str | PathLike[str], images: Any, **options: Any) -> dict[str, Any]:
+        """Write the model to `folder`/model.onnx, once the file agrees with the model on images; return the agreement.
+
+        Args:
+            folder: receives model.onnx and export_report.json.
+            images: to compare both on, such as a few of those to predict: anything that `predict` takes.
+            options: keys of `export=onnx`, such as `size=(512, 512)`, `precision="int8"` or `gated=True`.
+
+        Raises:
+            UserError: as `save`, an image or an option is wrong, or the file disagrees with the model.
+        """
+        from dinoseg.experiment.resume import standalone_config  # imports the training loop
+        from dinoseg.experiment.source import ModelSource
+        from dinoseg.export.onnx_export import OnnxExport
+
+        target = Path(folder).expanduser()
+        with self.stored() as file, isolated(), TemporaryDirectory() as given, file_errors_as_user_errors(target):
+            count = 0
+            for count, (_, pixels) in enumerate(pictures(images), start=1):
+                write_png(Path(given) / f"{count}.png", pixels)
+            export = OnnxExport(images=given, count=count, **options)
+            path = find(file, "best")
+            cfg = standalone_config(path, describe(path), {"engine.device": "cpu"}, job=self._config)
+            return export(ModelSource(cfg), out_dir=target)
 
     def extra_repr(self) -> str:
         """Return the options, classes and numbers of parameters on one line."""
