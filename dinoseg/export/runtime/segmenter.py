@@ -34,6 +34,7 @@ from dinoseg.utils.precision import compute_dtype
 from dinoseg.utils.wording import count_of, format_value
 
 _OF_A_CALL = {"export.delta=true": "delta=True", "export.gated=true": "gated=True"}  # command-line terms to arguments
+_ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's error of BatchNorm
 _GROUP = ("params", "lr", "weight_decay")  # of a parameter group, for any optimizer
 
 
@@ -110,10 +111,19 @@ class Segmenter(GuardedModule, Model):
                 of logits: `mask_classification_loss` needs it, others save the memory of logits at full size.
 
         Raises:
-            UserError: the images have another shape, type or range.
+            UserError: the images have another shape, type or range, or are one patch in train mode.
         """
         self._check_images(images)
-        prediction = self.model(images)
+        try:
+            prediction = self.model(images)
+        except ValueError as error:
+            if not str(error).startswith(_ONE_VALUE):
+                raise
+            height, width = images.shape[-2:]
+            raise UserError(
+                f"A batch of {count_of(len(images), 'image')} of {height} x {width} is one patch, and BatchNorm of the "
+                "head needs several in train mode. Give larger images or batches, or call model.eval()."
+            ) from error
         return prediction if as_prediction else prediction.logits().contiguous()
 
     def logits(self, images: Tensor) -> Tensor:
