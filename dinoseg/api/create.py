@@ -82,11 +82,7 @@ def create_model(
     given["backbone.weights"] = None if weights is True or weights == "pretrained" else _whole_path(weights)
     values = {key: value for key, value in given.items() if value is not None} | overrides
     values = split_options(values, config_dir)
-    idle = [key for key in keys_of(overrides) if not _is_used(key.lstrip("+~"))]
-    no_effect = (
-        f"{max(idle, key=len, default='')} has no effect on a model that trains in a loop of your own. Leave it out, "
-        f"or train by dinoseg.train. create_model reads {', '.join(_READ)}."
-    )
+    no_effect = _no_effect(overrides)
     with collection_paused():
         try:
             cfg = compose(words_of(values, find_tables((), values, config_dir)), config_dir=config_dir)
@@ -94,7 +90,7 @@ def create_model(
                 raise UserError(
                     'The model has no classes. Give num_classes=2, or their names: classes=["ground", "leaf"].'
                 )
-            if idle:
+            if no_effect:
                 raise UserError(no_effect)
             with python_terms(), isolated():
                 build = ModelBuilder(cfg)
@@ -104,7 +100,7 @@ def create_model(
                     check_initial(build, model)
                     model = load_initial_weights(build, model, list(labels.classes))
         except UserError as error:
-            message = no_effect if idle and str(error).startswith("No mode is given") else str(error)
+            message = no_effect if no_effect and str(error).startswith("No mode is given") else str(error)
             unknown = next((key for key in overrides if message.startswith(f"{key} is not a key")), "")
             if unknown and (meant := nearest(unknown, _ARGUMENTS)):
                 message = f"{unknown} is not an argument.{meant}"
@@ -113,6 +109,17 @@ def create_model(
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
         facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index)
         return Segmenter(model, facts, build.config, info={}, policy=policy).to("cpu").train()
+
+
+def _no_effect(overrides: Mapping[str, Any]) -> str:
+    """Return the message on keys that do not change the model; "" if all do."""
+    idle = [key for key in keys_of(overrides) if not _is_used(key.lstrip("+~"))]
+    if not idle:
+        return ""
+    return (
+        f"{max(idle, key=len)} has no effect on a model that trains in a loop of your own. Leave it out, or train by "
+        f"dinoseg.train. create_model reads {', '.join(_READ)}."
+    )
 
 
 def _is_used(key: str) -> bool:

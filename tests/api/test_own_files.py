@@ -68,14 +68,14 @@ def test_adapter_refuses_further_trained_weights_of_the_backbone(tmp_path):
 def test_model_of_an_own_loop_is_exported_with_given_images(kind, tmp_path):
     model = make_trained().train()
     images = IMAGES if kind == "tensor" else [np.zeros((32, 48, 3), np.uint8), np.full((40, 40, 3), 9, np.uint8)]
-    found = model.export_onnx(tmp_path / "onnx", images)
+    found = dinoseg.export_onnx(model, images, out_dir=tmp_path / "onnx")
     assert found["agreement"] >= 0.999 and model.training
     exported = dinoseg.load(tmp_path / "onnx")
     image = (255 * IMAGES[0]).byte().permute(1, 2, 0).numpy()
     assert (exported.predict(image).mask == model.predict(image).mask).mean() > 0.999
-    assert sorted(file.name for file in (tmp_path / "onnx").iterdir()) == ["export_report.json", "model.onnx"]
+    assert found["path"] == str(tmp_path / "onnx/model.onnx")
 
 
 def test_onnx_export_names_a_wrong_option(tmp_path):
     with pytest.raises(UserError, match="precision=int3"):
-        make_trained().export_onnx(tmp_path, IMAGES, precision="int3")
+        dinoseg.export_onnx(make_trained(), IMAGES, out_dir=tmp_path / "onnx", **{"export.precision": "int3"})

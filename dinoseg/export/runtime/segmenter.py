@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dinoseg.core.contracts import Backbone, GuardedModule, Head
 from dinoseg.core.shapes import Prediction
 from dinoseg.export.runtime.facts import ModelFacts
-from dinoseg.export.runtime.inputs import check_levels, pictures
+from dinoseg.export.runtime.inputs import check_levels
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.runtime import FILES
 from dinoseg.export.runtime.torch_runtime import TorchRuntime, isolated
@@ -25,11 +25,10 @@ from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models import adapters
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, quantised_names
-from dinoseg.training.checkpoint import describe, find
+from dinoseg.training.checkpoint import find
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors, reword
 from dinoseg.utils.files import Stamp, stamp
-from dinoseg.utils.images import write_png
 from dinoseg.utils.precision import compute_dtype
 from dinoseg.utils.wording import count_of, format_value
 
@@ -292,31 +291,6 @@ class Segmenter(GuardedModule, Model):
         self.facts = replace(self.facts, backbone=origin, dequantised=bits)
         self.model = model.train(self.training)
         return self
-
-    def export_onnx(self, folder: str | PathLike[str], images: Any, **options: Any) -> dict[str, Any]:
-        """Write the model to `folder`/model.onnx, once the file agrees with the model on images; return the agreement.
-
-        Args:
-            folder: receives model.onnx and export_report.json.
-            images: to compare both on, such as a few of those to predict: anything that `predict` takes.
-            options: keys of `export=onnx`, such as `size=(512, 512)`, `precision="int8"` or `gated=True`.
-
-        Raises:
-            UserError: as `save`, an image or an option is wrong, or the file disagrees with the model.
-        """
-        from dinoseg.experiment.resume import standalone_config  # imports the training loop
-        from dinoseg.experiment.source import ModelSource
-        from dinoseg.export.onnx_export import OnnxExport
-
-        target = Path(folder).expanduser()
-        with self.stored() as file, isolated(), TemporaryDirectory() as given, file_errors_as_user_errors(target):
-            count = 0
-            for count, (_, pixels) in enumerate(pictures(images), start=1):
-                write_png(Path(given) / f"{count}.png", pixels)
-            export = OnnxExport(images=given, count=count, **options)
-            path = find(file, "best")
-            cfg = standalone_config(path, describe(path), {"engine.device": "cpu"}, job=self._config)
-            return export(ModelSource(cfg), out_dir=target)
 
     def extra_repr(self) -> str:
         """Return the options, classes and numbers of parameters on one line."""
