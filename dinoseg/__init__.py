@@ -10,6 +10,7 @@ Train and predict as the command line does. These functions write run folders:
     track        track objects through a video; returns Results
     score        score a folder of masks by a benchmark's protocol; returns Scores
     compare      compare evaluations, with confidence intervals; returns a Comparison
+    export_onnx  write a model as an ONNX file that is verified on given images; returns Results
 
 Models:
     load         load a trained model from a file, a checkpoint or a run folder
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from dinoseg import losses, metrics
     from dinoseg.api.create import create_model
     from dinoseg.api.dataset import SegmentationDataset, open_dataset
-    from dinoseg.api.modes import compare, evaluate, predict, score, track, train
+    from dinoseg.api.modes import compare, evaluate, export_onnx, predict, score, track, train
     from dinoseg.api.options import list_adapters, list_backbones, list_datasets, list_heads, list_recipes
     from dinoseg.api.results import Comparison, Results, Scores
     from dinoseg.api.runs import Run
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 _MODULES = {  # module to the public names that it defines
     "dinoseg.api.create": ("create_model",),
     "dinoseg.api.dataset": ("SegmentationDataset", "open_dataset"),
-    "dinoseg.api.modes": ("compare", "evaluate", "predict", "score", "track", "train"),
+    "dinoseg.api.modes": ("compare", "evaluate", "export_onnx", "predict", "score", "track", "train"),
     "dinoseg.api.options": ("list_adapters", "list_backbones", "list_datasets", "list_heads", "list_recipes"),
     "dinoseg.api.results": ("Comparison", "Results", "Scores"),
     "dinoseg.api.runs": ("Run",),
@@ -74,6 +75,7 @@ __all__ = [
     "compare",
     "create_model",
     "evaluate",
+    "export_onnx",
     "list_adapters",
     "list_backbones",
     "list_datasets",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,14 +233,41 @@ def run_small(mode, words, overrides, *options, **named):
     return run_mode(mode, [*words, *small], {}, *options, **named)
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # transformers, without a GPU
 @pytest.mark.parametrize(("page", "code"), PYTHON)
 def test_python(page, code, stand_ins, tmp_path, monkeypatch):
+    if "import lightning" in code:
+        pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
     monkeypatch.chdir(tmp_path)
     quoted = re.compile(r'(?<!out_dir=)"([A-Z][A-Z_]+)(?=[/"])')  # what the code makes is in this folder
     code = quoted.sub(lambda found: f'"{stand_ins[found[1]]}' if found[1] in stand_ins else found[0], code)
     for module in (modes, runs):
         monkeypatch.setattr(module, "run_mode", run_small)
     exec(compile(code, page, "exec"), dict(GIVEN))
+
+
+class LightningTrainer:
+    """The loop of Lightning's Trainer in its documentation, for machines without Lightning."""
+
+    def __init__(self, max_steps, **_):
+        self.steps = max_steps
+
+    def fit(self, module, batches):
+        optimizer = module.train().configure_optimizers()
+        for number, batch in zip(range(self.steps), batches, strict=False):
+            loss = module.training_step(batch, number)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def test_lightning_example_trains_by_its_hooks(stand_ins, tmp_path, monkeypatch):
+    code = next(code for _, code in PYTHON if "import lightning" in code)
+    names = {"LightningModule": torch.nn.Module, "Trainer": LightningTrainer}
+    monkeypatch.setitem(sys.modules, "lightning", SimpleNamespace(**names))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("FOLDER", str(stand_ins["FOLDER"])), "python.md", "exec"), {})
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_the_page_of_ten_minutes_leads_to_scored_predictions(stand_ins, tmp_path):

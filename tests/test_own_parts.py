@@ -6,10 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from command_line import SLOTS, SMALL, call
 from docs_pages import OURS, ROOT, blocks, commands
 from omegaconf import OmegaConf
 
+from dinoseg import create_model, load
 from dinoseg.config.nodes import instantiate
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.loggers import logger_factories
@@ -23,6 +25,7 @@ PAGE = ROOT / "docs/extending.md"
 COMMANDS = [line.removeprefix(OURS) for line in commands(PAGE) if line.startswith(OURS)]
 MODEL = [word for word in SMALL if not word.startswith(("data=", "data.classes=", "data.root="))]
 OPTIONS = {  # of docs/extending.md
+    "backbone": "patches",
     **{"head": "bottleneck", "loss": "poly", "data": "discs", "trainer": "smooth", "tracker": "colour"},
     **{"mode": "balance", "logger": "losses"},
 }
@@ -108,13 +111,14 @@ def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, d
         assert done.status == 0 and "No effect here" not in done.err, done.err
         return done
 
-    balance, train, evaluate, resume, track = COMMANDS
+    balance, train, evaluate, resume, track, own_backbone = COMMANDS
     assert "ground" in run(balance, "hydra.run.dir=BALANCE").out
     assert json.loads((tmp_path / "BALANCE/balance.json").read_text()).keys() == {"ground", "disc"}
     assert "tensorboard --logdir" in run(train, *MODEL, "mode.metrics_only=true", "trainer.log_every=1").out
     assert all("train/variation" in row for row in read_rows(tmp_path / "RUN/metrics.jsonl") if "train/loss" in row)
     saved = checkpoint.describe(tmp_path / "RUN/checkpoints/last.safetensors")
     chosen = {group: option for group, option in saved["choices"].items() if group in OPTIONS}
+    assert chosen.pop("backbone") == "tiny"
     assert chosen == {group: OPTIONS[group] for group in ("head", "loss", "data", "trainer")}
     assert "logger" not in saved["config"]
     machine = ("engine=cpu", "engine.workers=0")
@@ -131,9 +135,26 @@ def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, d
     run(resume, *machine, "mode.metrics_only=true", "trainer.log_every=1")
     rows = [line.split(",") for line in (tmp_path / "RUN/losses.csv").read_text().split()]
     assert [name for name, _ in rows] == ["1", "2", "mIoU", "3", "4", "mIoU"]
+    run(own_backbone, *machine, "trainer.steps=2", "hydra.run.dir=BACKBONE")
+    assert "patches, adapter=full" in repr(
+        load(tmp_path / "BACKBONE", device="cpu", config_dir=tmp_path / "mine/config")
+    )
     run(track, "backbone=rgb", "engine=cpu", "hydra.run.dir=TRACK")
     masks = [read_ids(each) for each in sorted((tmp_path / "TRACK/masks").iterdir())]
     assert len(masks) == 7 and set(np.unique(masks)) == set(np.unique(read_ids(trained / "first.png")))
+
+
+@pytest.mark.parametrize("adapter", ["frozen", "last_blocks", "full"])
+def test_own_backbone_of_the_docs_takes_adapters_and_any_size(adapter, documented, tmp_path):
+    config_dir = documented[1]
+    model = create_model("patches", adapter=adapter, head="dpt", num_classes=2, config_dir=config_dir).eval()
+    assert model(torch.rand(2, 3, 37, 50)).shape == (2, 2, 37, 50)
+    model.save(tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors", device="cpu", precision="fp32", config_dir=config_dir)
+    image = torch.rand(1, 3, 16, 24)
+    assert torch.equal(loaded(image), model(image))
+    with pytest.raises(UserError, match="no linear layers.*last_blocks"):
+        create_model("patches", adapter="lora", num_classes=2, config_dir=config_dir)
 
 
 def test_a_target_that_cannot_be_imported_is_named():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from hydra import compose as hydra_compose
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -23,12 +24,14 @@ from hydra.version import VersionBase, setbase
 from omegaconf import DictConfig, open_dict, read_write
 
 from dinoseg.api.options import CONFIGS, config_folders
+from dinoseg.api.wording import python_terms
 from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.own_keys import with_checkpoint_keys
 from dinoseg.cli.typos import explained
 from dinoseg.cli.words import as_text, parsed
 from dinoseg.config.grammar import decode_keys, write_value
 from dinoseg.config.job import job_config
+from dinoseg.config.options import options_in
 from dinoseg.config.plain import at, to_container
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.experiment.folder import RunLocation, locate_runs
@@ -50,7 +53,7 @@ def compose(words: Sequence[str], *, config_dir: str | PathLike[str] | None = No
     Raises:
         UserError: an unknown option or key, or a value that cannot be parsed.
     """
-    with lent_hydra(), lent_resolvers(), warnings.catch_warnings():
+    with python_terms(), lent_hydra(), lent_resolvers(), warnings.catch_warnings():
         return compose_job(words, config_dir=config_dir).cfg
 
 
@@ -95,8 +98,23 @@ def find_tables(
     if not any(isinstance(value, Mapping) for value in overrides.values()):
         return None
     options = {key: value for key, value in overrides.items() if not isinstance(value, Mapping)}
-    cfg = compose([*words, *words_of(options)], config_dir=config_dir)
-    return lambda key: isinstance(at(cfg, key.split(".")), DictConfig)
+    cfg = to_container(compose([*words, *words_of(options)], config_dir=config_dir))
+    return lambda key: isinstance(at(cfg, key.split(".")), Mapping)
+
+
+def split_options(overrides: Mapping[str, Any], config_dir: str | PathLike[str] | None) -> dict[str, Any]:
+    """Return overrides in which `data={"name": "camvid", "root": R}` is `data="camvid"` and `data.root=R`.
+
+    A `name` that is no option of the group is a key, such as the name of a model of timm.
+    """
+    split: dict[str, Any] = {}
+    for group, value in overrides.items():
+        if isinstance(value, Mapping) and value.get("name") in options_in(config_folders(config_dir), group):
+            split[group] = value["name"]
+            split |= {f"{group}.{key}": each for key, each in value.items() if key != "name"}
+        else:
+            split[group] = value
+    return split
 
 
 def words_of(overrides: Mapping[str, Any], is_table: Callable[[str], bool] | None = None) -> list[str]:
@@ -104,8 +122,8 @@ def words_of(overrides: Mapping[str, Any], is_table: Callable[[str], bool] | Non
 
     Args:
         overrides: values by key. A key may be dotted, and a mapping sets the keys below a table of the config. None,
-            True and False become null, true and false; NumPy scalars, paths and tuples become numbers, text and lists.
-            As on the command line, `${...}` in text refers to another key.
+            True and False become null, true and false; NumPy scalars, paths, devices, dtypes and tuples become numbers,
+            text and lists.            As on the command line, `${...}` in text refers to another key.
         is_table: whether the config has a table at a full key; None: at every key without a dot.
 
     Raises:
@@ -137,6 +155,8 @@ def _plain_value(value: Any, key: str) -> Any:
     """Return a value as None, bool, number, text, or lists and dicts of these."""
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, torch.device | torch.dtype):
+        value = str(value).removeprefix("torch.")
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):

@@ -1,11 +1,12 @@
 """`dinoseg.create_model`: a new model from options of the config groups."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dinoseg.api.compose import compose, find_tables, words_of
+from dinoseg.api.compose import compose, find_tables, split_options, words_of
+from dinoseg.api.wording import python_terms
 from dinoseg.config.plain import keys_of
 from dinoseg.experiment.initial import check_initial, load_initial_weights
 from dinoseg.experiment.models import ModelBuilder
@@ -32,13 +33,13 @@ _OF_A_CALL = {"backbone.weights=": "weights=", "data.classes": "classes"}  # com
 
 
 def create_model(
-    backbone: str | None = None,
+    backbone: str | Mapping[str, Any] | None = None,
     *,
-    head: str | None = None,
-    adapter: str | None = None,
+    head: str | Mapping[str, Any] | None = None,
+    adapter: str | Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     classes: Iterable[str] | None = None,
-    weights: str | PathLike[str] = "pretrained",
+    weights: str | PathLike[str] | bool | None = "pretrained",
     init: str | PathLike[str] | None = None,
     config_dir: str | PathLike[str] | None = None,
     **overrides: Any,
@@ -52,11 +53,12 @@ def create_model(
     Args:
         backbone: option of the group, such as `dinov3_vits16`; None: dinov2_vits14, or that of a recipe in `hparam`.
         head: option of the group; None: linear, or that of the recipe.
-        adapter: option of the group; None: frozen, or that of the recipe.
+        adapter: option of the group; None: frozen, or that of the recipe. As for all groups, a dict with the option as
+            `name` sets keys, too: `{"name": "lora", "rank": 4}`.
         num_classes: number of classes, 2 to 255, which get the names class_0, class_1 and so on.
         classes: their names in the order of their ids, instead of the number.
         weights: of the backbone: `pretrained` (those of the option, downloaded once), `random`, a hub id (`id@revision`
-            for a revision), a folder or a file.
+            for a revision), a folder or a file. True is `pretrained`; False and None are `random`.
         init: saved model, checkpoint or run folder, whose trained weights the new model starts from. It needs the same
             backbone, adapter and head, and may have other classes: the log names the tensors that are loaded and new.
         config_dir: folder with config groups of your own, as `--config-dir` on the command line.
@@ -76,8 +78,11 @@ def create_model(
     names = _names(num_classes, classes)
     overrides = overrides if init is None else {**overrides, "init": init}
     given: dict[str, Any] = {"backbone": backbone, "head": head, "adapter": adapter, "data.classes": names}
-    given["backbone.weights"] = None if weights == "pretrained" else _whole_path(weights)
+    weights = "random" if weights is None or weights is False else weights
+    given["backbone.weights"] = None if weights is True or weights == "pretrained" else _whole_path(weights)
     values = {key: value for key, value in given.items() if value is not None} | overrides
+    values = split_options(values, config_dir)
+    no_effect = _no_effect(overrides)
     with collection_paused():
         try:
             cfg = compose(words_of(values, find_tables((), values, config_dir)), config_dir=config_dir)
@@ -85,12 +90,9 @@ def create_model(
                 raise UserError(
                     'The model has no classes. Give num_classes=2, or their names: classes=["ground", "leaf"].'
                 )
-            if idle := [key for key in keys_of(overrides) if not _is_used(key.lstrip("+~"))]:
-                raise UserError(
-                    f"{max(idle, key=len)} has no effect on a model that trains in a loop of your own. Leave it out, "
-                    f"or train by dinoseg.train. create_model reads {', '.join(_READ)}."
-                )
-            with isolated():
+            if no_effect:
+                raise UserError(no_effect)
+            with python_terms(), isolated():
                 build = ModelBuilder(cfg)
                 labels = build.labels
                 model, policy = build.model(), build.part("inference")
@@ -98,7 +100,7 @@ def create_model(
                     check_initial(build, model)
                     model = load_initial_weights(build, model, list(labels.classes))
         except UserError as error:
-            message = str(error)
+            message = no_effect if no_effect and str(error).startswith("No mode is given") else str(error)
             unknown = next((key for key in overrides if message.startswith(f"{key} is not a key")), "")
             if unknown and (meant := nearest(unknown, _ARGUMENTS)):
                 message = f"{unknown} is not an argument.{meant}"
@@ -107,6 +109,17 @@ def create_model(
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
         facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index)
         return Segmenter(model, facts, build.config, info={}, policy=policy).to("cpu").train()
+
+
+def _no_effect(overrides: Mapping[str, Any]) -> str:
+    """Return the message on keys that do not change the model; "" if all do."""
+    idle = [key for key in keys_of(overrides) if not _is_used(key.lstrip("+~"))]
+    if not idle:
+        return ""
+    return (
+        f"{max(idle, key=len)} has no effect on a model that trains in a loop of your own. Leave it out, or train by "
+        f"dinoseg.train. create_model reads {', '.join(_READ)}."
+    )
 
 
 def _is_used(key: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from dinoseg.api.compose import compose, words_of
+from dinoseg.api.wording import python_terms
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
@@ -55,7 +56,8 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, index: int) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} items")
-        item = dict(self.data[index % len(self)])
+        with python_terms():
+            item = dict(self.data[index % len(self)])
         return item if self.transform is None else self.transform(item)
 
     def __repr__(self) -> str:
@@ -108,7 +110,7 @@ def open_dataset(
         cfg = compose(
             words_of({"data": name, **{f"data.{key}": value for key, value in keys.items()}}), config_dir=config_dir
         )
-        with lent_resolvers():
+        with python_terms(), lent_resolvers():
             return SegmentationDataset(Builder(cfg).dataset(split), transform)
     except UserError as error:
         message = str(error)

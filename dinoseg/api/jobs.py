@@ -8,9 +8,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dinoseg.api.compose import Job, compose_job, find_tables, words_of
+from dinoseg.api.compose import Job, compose_job, find_tables, split_options, words_of
 from dinoseg.api.options import config_folders
 from dinoseg.api.session import isolated
+from dinoseg.api.wording import python_terms
 from dinoseg.cli.typos import explained
 from dinoseg.experiment.folder import will_make
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
@@ -50,8 +51,9 @@ def run_mode(
         raise UserError(f"out_dir={format_value(out_dir)}: {error} Choose another folder.") from None
     stopped: Interrupted | None = None
     try:
-        with isolated():
+        with python_terms(), isolated():
             try:
+                overrides = split_options(overrides, config_dir)
                 typed = [f"mode={mode}", *words]
                 typed += words_of({**overrides, **folder}, find_tables(typed, overrides, config_dir))
                 job = compose_job(typed, config_dir=config_dir)

@@ -10,15 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dinoseg.api.jobs import Folder, run_mode
 from dinoseg.api.options import list_backbones
 from dinoseg.api.results import Comparison, Results, Scores, read_json
 from dinoseg.api.runs import Run
+from dinoseg.export.runtime.inputs import pictures
 from dinoseg.export.runtime.model import Model
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
 
 Source = Run | Model | str | PathLike[str]
 
@@ -246,6 +249,45 @@ def compare(
         "compare", words, {"runs": sides, **overrides}, out_dir=out_dir, exist_ok=exist_ok, config_dir=config_dir
     )
     return Comparison(read_json(Path(result["run"]) / "compare.json"), result["run"])
+
+
+def export_onnx(
+    model: Source,
+    images: Any,
+    *words: str,
+    out_dir: Folder | None = None,
+    exist_ok: bool = False,
+    config_dir: Folder | None = None,
+    **overrides: Any,
+) -> Results:
+    """Write a model to `out_dir`/model.onnx once the file agrees with it on images; return path and agreement.
+
+    Args:
+        model: as in `evaluate`; of a loop of your own, with its weights in memory.
+        images: to compare both on, such as a few of those to predict: anything that `Model.predict` takes.
+        words: overrides as typed on the command line, such as `export.precision=int8`.
+        out_dir: the run folder.
+        exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
+        config_dir: folder of further config groups.
+        overrides: config groups and keys, as of `train`.
+
+    Raises:
+        UserError: any error that the user can fix, or the file disagrees with the model.
+
+    Examples:
+        >>> import dinoseg, numpy
+        >>> images, out = [numpy.zeros((64, 64, 3), numpy.uint8)], "outputs/demo/onnx"
+        >>> found = dinoseg.export_onnx("outputs/demo/train", images, out_dir=out)
+        >>> found["agreement"] > 0.99
+        True
+    """
+    with TemporaryDirectory() as folder, _resumed(model) as given:
+        count = 0
+        for count, (_, pixels) in enumerate(pictures(images), start=1):
+            write_png(Path(folder) / f"{count}.png", pixels)
+        keys = {"export": "onnx", "export.images": folder, "export.count": count}
+        overrides = {**given, **keys, **overrides}
+        return Results.of(run_mode("export", words, overrides, out_dir, exist_ok, config_dir))
 
 
 @contextmanager

@@ -49,6 +49,9 @@ class Results(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return all values as a dict, ready for JSON."""
         return dict(self._values)
@@ -65,6 +68,8 @@ class Results(Mapping[str, Any]):
 class Scores(Results):
     """Scores of an evaluation by name, such as `scores["miou"]`: shares in 0..1, counts, or None where undefined.
 
+    Capital letters of names make no difference: `scores["mIoU"]` is the same.
+
     Args:
         values: content of scores.json.
         folder: the folder of that file.
@@ -80,6 +85,11 @@ class Scores(Results):
         self._all = dict(values)
         numbers = self._all.get("scores") or self._all  # official protocols have a table of scores
         super().__init__({key: each for key, each in numbers.items() if _is_number(each)}, folder)
+
+    def __getitem__(self, key: str) -> Any:
+        """Return a score, in any spelling: protocols call it mIoU, dinoseg miou."""
+        names = {name.lower(): name for name in self._values}
+        return self._values[key if key in self._values else names.get(str(key).lower(), key)]
 
     @classmethod
     def read(cls, folder: str | PathLike[str]) -> Self:

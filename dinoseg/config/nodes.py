@@ -130,6 +130,8 @@ def expect_type(contract: type[Part], part: object, key: str) -> Part:
     Raises:
         UserError: it is not, naming the class to inherit from.
     """
+    if isinstance(part, Factory):
+        raise UserError(f"{key}: its YAML file sets `_partial_: true`, so that nothing is built. Remove that line.")
     if not isinstance(part, contract):
         raise UserError(
             f"{key}: {type(part).__name__} is not a {contract.__module__}.{contract.__name__}. Inherit from that "

@@ -1,7 +1,6 @@
 """Builder of the parts of an experiment from the config: data, loss, optimizer, schedule, task and loop settings."""
 
 from collections.abc import Callable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.config.checks import check_arguments
+from dinoseg.config.composition import compose_options
 from dinoseg.config.nodes import expect_type, instantiate, not_set
 from dinoseg.config.plain import to_container
 from dinoseg.core.contracts import Loss
@@ -123,7 +123,7 @@ class Builder(ModelBuilder):
         new: Any = OmegaConf.create(self.config)
         for key, value in overrides.items():
             if key in new.choices:
-                new[key] = OmegaConf.load(str(files("dinoseg") / "cfg" / key / f"{value}.yaml"))
+                new[key] = compose_options({key: value}, ())[key]
                 new.choices[key] = value
             else:
                 OmegaConf.update(new, key, value)

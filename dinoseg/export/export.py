@@ -24,7 +24,7 @@ from dinoseg.export.runtime.runtime import Runtime
 from dinoseg.export.runtime.write import facts_of
 from dinoseg.export.strategy import Strategy, missing_strategy, warn_of_strategy
 from dinoseg.inference.trained_sizes import limit_to_trained_size
-from dinoseg.models.adapters import merge
+from dinoseg.models.adapters import has_lora, merge
 from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.atomic import scratch_folder, write_json
 from dinoseg.utils.errors import UserError
@@ -69,7 +69,7 @@ def prepared(
         _check_licence(facts, source.config["head"].get("weights"), options.gated)
         reference = trained.model
         model = source.in_float32(reference)
-        if any(".lora_" in name for name, _ in model.named_parameters()):
+        if has_lora(model):
             model = deepcopy(model) if model is reference else model
             merge(model.backbone)
         record, reason = record_of(model, sizes, options, found[0].size, opset=opset, precision=precision)

@@ -1,6 +1,7 @@
 """Confusion matrix of a whole data set, and the scores derived from it."""
 
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -97,6 +98,23 @@ class ConfusionMatrix:
                 f"{self.num_classes} classes with ignore index {self.ignore_index}."
             )
         self.counts = self.counts + other.counts.to(self.counts.device)
+
+    def __add__(self, other: "ConfusionMatrix") -> Self:
+        """Return a new matrix with the counts of both, on the device of this one."""
+        total = copy(self)
+        total.merge(other)
+        return total
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the counts to a device, and return the matrix."""
+        self.counts = self.counts.to(device)
+        return self
+
+    def __repr__(self) -> str:
+        return (
+            f"dinoseg.metrics.ConfusionMatrix({self.num_classes} classes, {int(self.matrix.sum()):,} pixels, "
+            f"{int(self.counts[-3]):,} ignored)"
+        )
 
     def compute(self) -> dict[str, Any]:
         """Return the scores as plain numbers in 0..1, ready for JSON; None means undefined.

@@ -5,17 +5,20 @@ Calling an adapter modifies the backbone in place and returns it.
 """
 
 import logging
-from copy import deepcopy
+from copy import copy, deepcopy
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinoseg.core.contracts import Backbone
+from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.utils.bounded_regex import Pattern
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, LowShare, check_annotations
+from dinoseg.utils.tensor_files import write_tensors
 
 TARGETS = {"attention": r"\.(attention|attn)\.", "all_linear": ""}
 
@@ -209,6 +212,54 @@ def merge(backbone: Backbone) -> Backbone:
             torch.autograd.graph.increment_version(list(base.parameters()))  # peft writes through `.data`
             setattr(backbone.get_submodule(parent), child, base)
     return backbone
+
+
+def check_lora(model: nn.Module) -> None:
+    """Refuse a model without LoRA layers.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not has_lora(model):
+        raise UserError("The model has no LoRA layers. Create it with adapter=lora, or save the whole model.")
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Return whether a model has LoRA layers."""
+    return any(".lora_" in name for name, _ in model.named_parameters())
+
+
+def write_adapter(model: SegmentationModel, folder: Path, prefix: str) -> None:
+    """Write LoRA updates and the trained head to a folder that `peft.PeftModel.from_pretrained` reads.
+
+    Args:
+        model: the model, with LoRA layers in its backbone.
+        folder: receives adapter_config.json and adapter_model.safetensors.
+        prefix: name of the model, with a dot, inside the module that peft is given.
+
+    Raises:
+        UserError: other weights of the backbone are trained too, or the files cannot be written.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+    backbone: Any = model.backbone
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad and ".lora_" not in name:
+            raise UserError(f"{name} of the backbone is trained, but an adapter holds LoRA updates alone. Use save.")
+    config = copy(backbone.peft_config["default"])
+    # whole names: peft shortens them to names such as v_proj, which layers of a head may have, too
+    layers = [name for name, part in backbone.named_modules() if isinstance(part, LoraLayer)]
+    config.target_modules = {f"{prefix}backbone.{name}" for name in layers}
+    config.modules_to_save = [f"{prefix}head"]
+    config.base_model_name_or_path = backbone.weights
+    state = model.state_dict()
+    trained = trained_names(model)
+    tensors = {f"backbone.{name}": value for name, value in get_peft_model_state_dict(backbone).items()}
+    tensors |= {name: state[name] for name in trained if name.startswith("head.")}
+    config.save_pretrained(str(folder))
+    named = {f"base_model.model.{prefix}{name}": value for name, value in tensors.items()}
+    write_tensors(folder / "adapter_model.safetensors", named, {"format": "pt"})
 
 
 def check_active(model: nn.Module) -> None:

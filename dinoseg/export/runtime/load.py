@@ -5,10 +5,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.runtime import FILES, Options, file_in
 from dinoseg.utils.errors import UserError, reword
+
+if TYPE_CHECKING:  # ONNX files need no torch
+    import torch
 
 OF_A_CALL = {  # command-line terms to the arguments of `dinoseg.load`
     **{"resume=": "", "finite_weights=false loads it anyway.": ""},
@@ -21,7 +25,7 @@ OF_A_CALL = {  # command-line terms to the arguments of `dinoseg.load`
 def load(
     path: str | PathLike[str],
     *,
-    device: str = "auto",
+    device: "str | torch.device" = "auto",
     runtime: str | None = None,
     precision: str = "auto",
     backbone: str | PathLike[str] | None = None,
@@ -63,7 +67,7 @@ def load(
         ('ground', 'leaf')
     """
     options = Options(
-        device=device,
+        device=str(device),
         runtime=runtime,
         precision=precision,
         backbone=backbone,

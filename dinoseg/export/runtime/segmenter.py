@@ -23,6 +23,7 @@ from dinoseg.export.runtime.torch_runtime import TorchRuntime, isolated
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
+from dinoseg.models import adapters
 from dinoseg.models.model import SegmentationModel, non_persistent_buffers, quantised_names
 from dinoseg.training.checkpoint import find
 from dinoseg.training.loading import frozen_fingerprint
@@ -32,6 +33,7 @@ from dinoseg.utils.precision import compute_dtype
 from dinoseg.utils.wording import count_of, format_value
 
 _OF_A_CALL = {"export.delta=true": "delta=True", "export.gated=true": "gated=True"}  # command-line terms to arguments
+_ONE_VALUE = "Expected more than 1 value per channel when training"  # torch's error of BatchNorm
 _GROUP = ("params", "lr", "weight_decay")  # of a parameter group, for any optimizer
 
 
@@ -108,10 +110,19 @@ class Segmenter(GuardedModule, Model):
                 of logits: `mask_classification_loss` needs it, others save the memory of logits at full size.
 
         Raises:
-            UserError: the images have another shape, type or range.
+            UserError: the images have another shape, type or range, or are one patch in train mode.
         """
         self._check_images(images)
-        prediction = self.model(images)
+        try:
+            prediction = self.model(images)
+        except ValueError as error:
+            if not str(error).startswith(_ONE_VALUE):
+                raise
+            height, width = images.shape[-2:]
+            raise UserError(
+                f"A batch of {count_of(len(images), 'image')} of {height} x {width} is one patch, and BatchNorm of the "
+                "head needs several in train mode. Give larger images or batches, or call model.eval()."
+            ) from error
         return prediction if as_prediction else prediction.logits().contiguous()
 
     def logits(self, images: Tensor) -> Tensor:
@@ -230,6 +241,56 @@ class Segmenter(GuardedModule, Model):
             file = Path(folder) / FILES["torch"]
             facts = self._write(file, delta=delta, gated=gated)
             return push(file, facts, repo_id, private=private, revision=revision, token=token, gated=gated)
+
+    def save_adapter(self, folder: str | PathLike[str]) -> None:
+        """Write the LoRA updates and the head to a folder of peft.
+
+        `peft.PeftModel.from_pretrained(base, folder)` reads it. `base` is a model of `create_model` with
+        `adapter="frozen"`, and the backbone, its weights, the head and the number of classes of this model.
+
+        Args:
+            folder: receives adapter_config.json and adapter_model.safetensors.
+
+        Raises:
+            UserError: the model has no LoRA layers, or trains other weights of the backbone, or peft has merged or
+                switched off some layers, or the folder cannot be written.
+        """
+        adapters.check_lora(self.model)
+        adapters.check_active(self.model)
+        target = Path(folder).expanduser()
+        with file_errors_as_user_errors(target.parent):
+            target.mkdir(parents=True, exist_ok=True)
+            adapters.write_adapter(self.model, target, "model.")
+
+    def merge(self) -> Self:
+        """Add the LoRA updates to the weights of the backbone, remove the LoRA layers, and return the model.
+
+        It predicts the same up to rounding, in less time. The adapter is `frozen` from then on, and files hold the
+        whole backbone, even with `delta`. Backbones in 4 or 8 bits or in bfloat16 become float32. Create optimizers,
+        and DDP and compiled models, after this call.
+
+        Raises:
+            UserError: the model has no LoRA layers, or peft has merged or switched off some.
+        """
+        from dinoseg.experiment.source import ModelSource  # imports the training loop
+        from dinoseg.export.runtime.write import source_of
+
+        adapters.check_lora(self.model)
+        adapters.check_active(self.model)
+        with isolated():
+            source = ModelSource.of(self._config)
+            model = source.in_float32(self.model).to(self.device)
+            model.limit = self.model.limit
+            origin = self.facts.backbone or source_of(source.config, frozen_fingerprint(self.model)["backbone"])
+            adapters.merge(model.backbone).weights = "random"  # no file has these weights, so that checkpoints do
+            bits = source.settings("adapter").get("bits") or self.facts.dequantised
+            changes = {"adapter": "frozen", "backbone.weights": "random"}
+            if "dtype" in source.config["backbone"]:
+                changes["backbone.dtype"] = "float32"
+            self._config = source.with_options(changes).config
+        self.facts = replace(self.facts, backbone=origin, dequantised=bits)
+        self.model = model.train(self.training)
+        return self
 
     def extra_repr(self) -> str:
         """Return the options, classes and numbers of parameters on one line."""

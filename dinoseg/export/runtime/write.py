@@ -35,7 +35,10 @@ from dinoseg.utils.yaml_text import read_yaml
 
 logger = logging.getLogger(__name__)
 _CHOICES = ("hparam", "data", "backbone", "adapter", "head")
-_NO_POSITIONS = ("classes", "group")  # keys whose names or regular expressions may look like paths
+_UNCHANGED = (  # keys whose names or regular expressions may look like paths, and one that is read but not stored
+    *("classes", "group"),
+    "config_dirs",
+)
 _LIBRARIES = ("torch", "transformers", "timm", "peft", "numpy", "pillow")
 
 
@@ -266,7 +269,7 @@ def _path_from(folder: Path, path: Path) -> str:
 def _strip_folders(node: Any) -> Any:
     """Return a plain config in which each local path is reduced to its last part."""
     if isinstance(node, Mapping):
-        return {key: value if key in _NO_POSITIONS else _strip_folders(value) for key, value in node.items()}
+        return {key: value if key in _UNCHANGED else _strip_folders(value) for key, value in node.items()}
     if isinstance(node, list):
         return [_strip_folders(value) for value in node]
     return Path(node).name if isinstance(node, str) and node.startswith(("/", "~", "./", "../")) else node

@@ -60,7 +60,7 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
         return _from_folder(weights, path, cut, config)
     name = weights.removeprefix(_TIMM)
     if name != weights or _is_timm_model(name):
-        raise UserError(f"weights={weights} is a model of timm. Choose backbone=timm backbone.name={name}.")
+        raise UserError(f"weights={weights} is a model of timm. Choose backbone=timm with name={name}.")
     if not _HUB_ID.fullmatch(weights) or path.suffix in (".safetensors", *PICKLED):
         raise UserError(f"weights={weights}: file or folder not found. Check the path.")
     name, _, revision = weights.partition("@")

@@ -163,7 +163,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("weights", ["timm/vit_tiny_patch16_224.augreg_in21k", "vit_tiny_patch16_224.augreg_in21k"])
 def test_weights_of_timm_name_its_backbone(weights):
-    with pytest.raises(UserError, match="backbone=timm backbone.name=vit_tiny_patch16_224.augreg_in21k"):
+    with pytest.raises(UserError, match="backbone=timm with name=vit_tiny_patch16_224.augreg_in21k"):
         build("dinov3_vit", weights=weights)
 
 
