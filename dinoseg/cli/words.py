@@ -1,5 +1,6 @@
 """Words of a command line: which are KEY=VALUE overrides, and which values need quotes because they are text."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -10,6 +11,7 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quot
 from hydra.errors import HydraException
 
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import ESCAPED_BYTES, has_surrogates
 
 FILES = {  # keys whose values are paths
     *("resume", "input", "labels", "reference", "prediction", "cache_dir", "data.root"),
@@ -21,6 +23,7 @@ _TAKES_A_VALUE = (
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
 )
+_LONGEST = 250  # bytes of a file name without its suffix
 _NESTED = ("[", "{", "'", '"')  # first characters of values that are more than text
 
 
@@ -48,7 +51,7 @@ def as_text(arguments: Sequence[str]) -> list[str]:
         arguments: the command line, without the program's name.
 
     Raises:
-        UserError: an unknown flag, or a value without a key.
+        UserError: an unknown flag, a value without a key, or a name that no file can have.
     """
     for word in arguments:
         flag = word.split("=")[0]
@@ -57,6 +60,8 @@ def as_text(arguments: Sequence[str]) -> list[str]:
                 f"{word} is not a flag. The flags are --help, -m for several runs, and --cfg job to print the config; "
                 "write keys as KEY=VALUE, without dashes."
             )
+        if has_surrogates(word.translate(ESCAPED_BYTES)):
+            raise UserError(f"{word!a} holds half of a surrogate pair. Give valid Unicode.")
         if word.lstrip("+~").startswith("="):
             raise UserError(f"{word} has no key before the equals sign. Write KEY=VALUE.")
     several = is_sweep(arguments)
@@ -65,6 +70,10 @@ def as_text(arguments: Sequence[str]) -> list[str]:
         key, _, value = word.partition("=")
         if not value or key.startswith("~"):
             continue
+        if key.lstrip("+") in FILES and max(map(len, os.fsencode(value).split(b"/"))) > _LONGEST:
+            raise UserError(
+                f"{key}={value[:40]}... is unknown: no file name has {len(value)} characters. Give a shorter one."
+            )
         override = parsed(word)
         is_text = override is None and not value.startswith(_NESTED)
         if is_text or _names_file(key, value, override, several=several):
