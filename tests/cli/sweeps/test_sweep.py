@@ -134,7 +134,9 @@ def test_only_what_is_trained_anew_is_looked_at(monkeypatch, keys, error, reason
     def fail(*_):
         raise error
 
-    composed = OmegaConf.create({**keys, "hydra": {"runtime": {"choices": {}, "config_sources": []}}})
+    composed = OmegaConf.create(
+        {**keys, "hydra": {"runtime": {"choices": {}, "config_sources": []}, "overrides": {"task": []}}}
+    )
     monkeypatch.setattr("dinoseg.experiment.heads.solo_runs", fail)
     assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: composed), composed, []) == reason
 
@@ -148,7 +150,7 @@ def test_a_cell_is_looked_at_with_its_own_choices(monkeypatch):
             {
                 "mode": {"check": {}},
                 "resume": None,
-                "hydra": {"runtime": {"choices": {"head": head}, "config_sources": []}},
+                "hydra": {"runtime": {"choices": {"head": head}, "config_sources": []}, "overrides": {"task": []}},
             }
         )
         for head in ("linear", "mlp")
