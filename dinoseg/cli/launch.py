@@ -300,11 +300,11 @@ def _take_checkpoint(cfg: DictConfig, typed: Sequence[Override], start: Start) -
     if start.checkpoint is None:
         return resume.without_resume(cfg)
     info = checkpoint.describe(start.checkpoint)
-    tell = start.folder is not None and is_first_rank()
-    if tell:
+    tells = is_first_rank() and start.folder is not None
+    if start.folder is not None and tells:
         lock(start.folder)
         configure_log(start.folder)  # for the changes
-    merged = resume.merge(cfg, typed, start.checkpoint, info, tell=tell)
+    merged = resume.merge(cfg, typed, start.checkpoint, info, tell=tells)
     return resume.to_evaluation(merged, start.step) if start.action is Action.EVALUATE else merged
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.checks import check_arguments
@@ -72,7 +72,7 @@ def argument_keys(node: Any) -> dict[str, str]:
         if not str(key).startswith("_"):
             keys[str(key)] = _full_key(node, (key,))
             part = node._get_node(key) if OmegaConf.is_config(node) else None
-            if OmegaConf.is_dict(part) and "_target_" in part:
+            if isinstance(part, DictConfig) and "_target_" in part:
                 keys |= {f"{key}.{name}": full for name, full in argument_keys(part).items()}
     return keys
 

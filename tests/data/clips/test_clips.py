@@ -447,9 +447,7 @@ def test_videos_and_folders_of_frames(compose, folder):
 
 def test_frame_rate(compose, folder):
     keys = ("data.clips.cut.fps=20", "data.clips.cut.length=3", "data.clips.cut.step=5")
-    with pytest.raises(
-        UserError, match=r"frame rate of video x/frames is unknown\. Set data\.clips\.layout\.folder_fps=NUMBER"
-    ):
+    with pytest.raises(UserError, match=r"frame rate of video x/frames is unknown\. Set data\.folder_fps=NUMBER"):
         clips_of(compose, "videos", folder, "train", *keys)
     clips = clips_of(compose, "videos", folder, "train", *keys, "data.folder_fps=20.4")
     assert [(place.video, place.start, place.stride) for place in clips.spans[:6]] == [

@@ -269,7 +269,7 @@ def test_lora_finds_the_fused_projections_and_last_blocks_its_blocks():
     lora = Lora(rank=2, alpha=2)(build())
     trained = {name for name, parameter in lora.named_parameters() if parameter.requires_grad}
     assert len(trained) == 6 * 2 * 2 and all("attn.qkv" in name or "attn.proj" in name for name in trained)
-    with pytest.raises(UserError, match="LoRA updates.*export.merge=true"):
+    with pytest.raises(UserError, match="LoRA updates.*merge=true"):
         lora.export_state()
     last = LastBlocks(1)(build("test_resnet"))
     trained = {name for name, parameter in last.named_parameters() if parameter.requires_grad}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dinoseg.config.plain import to_container
 from dinoseg.core.contracts import Backbone
 from dinoseg.models.heads.slots.attention import Standardiser, allowed_cells
 from dinoseg.models.heads.slots.background import background_mask
@@ -88,7 +89,11 @@ def test_parameter_counts_of_variants(keys, more):
 
 def test_the_config_gives_the_published_head(compose):
     cfg = compose("hparam=dinosavi_s256d", "data.root=.")
-    keys = {key: value for key, value in cfg.head.items() if key[0] != "_" and key not in ("layers", "lr")}
+    keys = {
+        key: value
+        for key, value in to_container(cfg.head, resolve=True).items()
+        if key[0] != "_" and key not in ("layers", "lr")
+    }
     with torch.device("meta"):
         assert count(SlotHead(384, 1, **keys)) == 4_279_745
     assert list(cfg.backbone.layers) == [-1] and cfg.head._target_ == "dinoseg.models.heads.slots.head.SlotHead"
