@@ -128,7 +128,7 @@ def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, d
     evaluated = run(evaluate, *machine)
     assert "mIoU" in evaluated.out
     refused = call(tmp_path, "mode=eval", "resume=RUN", *machine)
-    assert refused.status == 1 and "head=bottleneck is not an option on this machine" in refused.err
+    assert refused.status == 1 and "data=discs is not an option on this machine" in refused.err
     path = f"hydra.searchpath=[file://{tmp_path}/mine/config]"
     assert call(tmp_path, path, "mode=eval", "resume=RUN", *machine).status == 0
     loggers.write_text(text)

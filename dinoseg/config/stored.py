@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeGuard
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
-from dinoseg.config.composition import compose_options
+from dinoseg.config.composition import SHIPPED, compose_options
 from dinoseg.config.limits import REMEDY, check_batch, check_numbers, check_text, check_value
 from dinoseg.config.plain import BUILDS, Steps, at, below, dotted, nests, texts_of, to_container
 from dinoseg.config.resolvers import CELLS, CLASS_FILE
@@ -198,7 +198,8 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
     except UserError as error:
         raise UserError(f"{source.where}: {error}") from None
     shared = compose_options({}, ())  # root keys without any option
-    return {key: value for key, value in composed.items() if key in keys or key not in shared}
+    groups = {path.name for folder in (SHIPPED, *source.folders) for path in Path(folder).glob("*/")}
+    return {key: value for key, value in composed.items() if key in keys or key not in {*shared, *groups}}
 
 
 def all_keys(description: Mapping[str, Any], source: Source) -> dict[str, Any]:
