@@ -123,7 +123,7 @@ def words_of(overrides: Mapping[str, Any], is_table: Callable[[str], bool] | Non
     Args:
         overrides: values by key. A key may be dotted, and a mapping sets the keys below a table of the config. None,
             True and False become null, true and false; NumPy scalars, paths, devices, dtypes and tuples become numbers,
-            text and lists.            As on the command line, `${...}` in text refers to another key.
+            text and lists. As on the command line, `${...}` in text refers to another key.
         is_table: whether the config has a table at a full key; None: at every key without a dot.
 
     Raises:

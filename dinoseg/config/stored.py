@@ -172,6 +172,7 @@ def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Co
     _check_values(stored, where)
     used = [key for key in stored if key not in unused]
     composed = _compose(description["choices"], used, source)
+    _check_groups(description["choices"], used, source)
     _check_targets(description["targets"], composed, where)
     weights = at(composed, ("backbone", "weights"))
     added: list[str] = []
@@ -200,6 +201,21 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
     shared = compose_options({}, ())  # root keys without any option
     groups = {path.name for folder in (SHIPPED, *source.folders) for path in Path(folder).glob("*/")}
     return {key: value for key, value in composed.items() if key in keys or key not in {*shared, *groups}}
+
+
+def _check_groups(choices: Mapping[str, Any], used: Collection[str], source: Source) -> None:
+    """Refuse a choice of a group that no folder of config groups has: no option would be composed for it.
+
+    Of root keys that are not composed, the nested groups may be missing here.
+    """
+    for group in choices:
+        name = group.partition("@")[0] if _root_of(group) in used else _root_of(group)
+        if not any((Path(folder) / name).is_dir() for folder in (SHIPPED, *source.folders)):
+            raise UserError(
+                f"{source.where}: it chooses an option of {format_value(name)}, which is not a config group on this "
+                "machine. Add the folder of config groups that has it: --config-dir FOLDER, or config_dir=FOLDER in "
+                "Python."
+            )
 
 
 def all_keys(description: Mapping[str, Any], source: Source) -> dict[str, Any]:

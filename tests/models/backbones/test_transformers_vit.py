@@ -185,7 +185,7 @@ def test_pickled_weights_are_not_read(tmp_path):
 
 
 def test_lora_updates_are_not_exported():
-    with pytest.raises(UserError, match="export.merge=true"):
+    with pytest.raises(UserError, match="merge them first, merge=true"):
         Lora(rank=1, alpha=1)(build("dinov3_vit")).export_state()
 
 
