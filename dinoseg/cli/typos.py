@@ -44,9 +44,7 @@ def explained(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[Non
         text = " ".join(str(error).split())
         raise UserError(f"A config file is not valid YAML: {text}. Correct the file.") from None
     except Exception as error:
-        if isinstance(
-            error, HydraException | OmegaConfBaseException | ValueError | TypeError
-        ):  # as composing raises them
+        if isinstance(error, HydraException | OmegaConfBaseException | ValueError | TypeError):  # of composing
             check_words(arguments, folders)
         configs = checkpoint_configs(arguments, folders)
         message = find_mistake(arguments, folders, error, configs) or find_plugin_failure(arguments, error)
