@@ -198,9 +198,9 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
         composed = to_container(compose_options(chosen, source.folders))
     except UserError as error:
         raise UserError(f"{source.where}: {error}") from None
-    shared = compose_options({}, ())  # root keys without any option
     groups = {path.name for folder in (SHIPPED, *source.folders) for path in Path(folder).glob("*/")}
-    return {key: value for key, value in composed.items() if key in keys or key not in {*shared, *groups}}
+    others = {*groups, *compose_options({}, ())}  # groups that an option brings, and root keys without any option
+    return {key: value for key, value in composed.items() if key in keys or key not in others}
 
 
 def _check_groups(choices: Mapping[str, Any], used: Collection[str], source: Source) -> None:
