@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.custom import CustomDataset
@@ -12,12 +13,8 @@ from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.data.splits import labelled_names
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, HighShare, Natural
+from dinoseg.utils.ranges import Count, HighShare, Natural, OnError
 from dinoseg.utils.wording import reasons
-
-ON_ERROR = ("stop", "skip")
-CACHES = (None, "packed")
-
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +24,8 @@ def opened(
     *,
     split: str,
     reduced: bool = False,
-    on_error: str = "stop",
-    cache: str | None = None,
+    on_error: OnError = "stop",
+    cache: Literal["packed"] | None = None,
     cache_dir: str | Path = "outputs/.cache",
     longest: Count | None = None,
     workers: Count | None = None,
@@ -56,12 +53,8 @@ def opened(
         seed: see `labelled_names`.
 
     Raises:
-        UserError: an unknown option, an image without mask or a mask without image, or no usable image.
+        UserError: an image without mask or a mask without image, or no usable image.
     """
-    if on_error not in ON_ERROR:
-        raise UserError(f"on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
-    if cache not in CACHES:
-        raise UserError(f"cache={cache} is unknown. Choose packed, or null for none.")
     assert isinstance(dataset, PairDataset | CustomDataset)
     if labelled is not None:
         whole, dataset = len(dataset), dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})

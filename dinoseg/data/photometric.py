@@ -1,15 +1,14 @@
 """Random colour changes of training views: the contract, and photometric distortion as in official training codes."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
 
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import HalfShare, Share
 
 SWITCHES = 5  # random numbers of a view for colour changes that are applied at random or in a random order
-_SPACES = ("rgb", "hsv")
 _GREY = (np.float32(0.2989), np.float32(0.587), np.float32(0.114))  # torchvision's weights, whose sum is 0.9999
 _UNIT = np.float32(255.999)  # torchvision's factor from 0..1 to 8 bits, before truncation
 _STEPS = 180  # hues of OpenCV's 8-bit HSV
@@ -65,15 +64,10 @@ class PhotometricDistortion(ColorTransform):
     hue: HalfShare
     probability: Share = 0.5
     additive: bool = False
-    space: str = "rgb"
+    space: Literal["rgb", "hsv"] = "rgb"
     before_scaling: bool = False
 
     has_switches = True
-
-    def __post_init__(self) -> None:
-        """Reject unknown colour spaces."""
-        if self.space not in _SPACES:
-            raise UserError(f"space={self.space} is unknown. Choose one of {', '.join(_SPACES)}.")
 
     def __call__(self, image: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         """Return an image (H, W, 3) uint8 in changed colours; `uniforms` are 4 amounts, 4 switches, and the order's.

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import evenly_spaced
@@ -17,7 +17,6 @@ from dinoseg.utils.ranges import Count, Natural, OpenShare
 from dinoseg.utils.wording import count_of, join_names
 
 _LONGEST = 4096  # most characters in a line of a file list: the longest possible path
-PARTITIONS = ("folder", "lists", "fraction")
 
 
 class Named(Protocol):
@@ -53,7 +52,7 @@ class Partition:
         folds: number of folds of k-fold cross-validation.
     """
 
-    by: str = "folder"
+    by: Literal["folder", "lists", "fraction"] = "folder"
     lists: Mapping[str, str] | None = None
     val_fraction: OpenShare = 0.2
     seed: Natural = 0
@@ -63,8 +62,6 @@ class Partition:
 
     def __post_init__(self) -> None:
         """Reject an unknown `by`, and incomplete or invalid fold settings."""
-        if self.by not in PARTITIONS:
-            raise UserError(f"by={self.by} is unknown. Choose one of {', '.join(PARTITIONS)}.")
         if (self.fold is None) != (self.folds is None):
             raise UserError(
                 f"fold={self.fold} with folds={self.folds}: k-fold cross-validation needs both, such as fold=0 folds=5."

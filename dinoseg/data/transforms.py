@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -14,8 +14,6 @@ from dinoseg.utils.ranges import Byte, Count, HalfShare, HighShare, Positive, Ra
 
 _DRAWS = 12  # random numbers per view
 _CHECKS = 10  # crops that are compared with `cat_max_ratio`; the next one is taken unchecked
-_RELATIVE, _DISTRIBUTIONS, _PADDINGS = ("image", "short", "long", "fit"), ("log_uniform", "uniform"), ("spread", "end")
-_RESAMPLE = ("area", "antialias", "bilinear")
 _AREA_BELOW = 0.8  # bilinear reads 2 x 2 pixels: shrinking further would skip some, so average them first
 _LUMA = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -120,27 +118,19 @@ class Augment:
         crop: tuple[Count, Count],
         *,
         scale: tuple[Positive, Positive] = (1.0, 1.0),
-        relative_to: str = "image",
+        relative_to: Literal["image", "short", "long", "fit"] = "image",
         base: Count | None = None,
-        distribution: str = "log_uniform",
-        resample: str = "area",
+        distribution: Literal["log_uniform", "uniform"] = "log_uniform",
+        resample: Literal["area", "antialias", "bilinear"] = "area",
         longest: Count | None = None,
         cat_max_ratio: HighShare | None = None,
         affine: Affine = Affine(),  # noqa: B008 (frozen)
         flip: Share = 0.0,
-        padding: str = "spread",
+        padding: Literal["spread", "end"] = "spread",
         fill: tuple[Byte, Byte, Byte] = (128, 128, 128),
         color: ColorTransform = ColorJitter(),  # noqa: B008 (frozen)
         ignore_index: int = 255,
     ) -> None:
-        for key, value, options in (
-            ("relative_to", relative_to, _RELATIVE),
-            ("distribution", distribution, _DISTRIBUTIONS),
-            ("resample", resample, _RESAMPLE),
-            ("padding", padding, _PADDINGS),
-        ):
-            if value not in options:
-                raise UserError(f"{key}={value} is unknown. Choose one of {', '.join(options)}.")
         if scale[0] > scale[1]:
             raise UserError(f"scale={list(scale)}: give [least, largest] with least <= largest.")
         if relative_to == "image" and longest is not None and max(crop) > longest:

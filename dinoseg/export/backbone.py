@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.models.adapters import merge as merge_updates
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.tensor_files import write_tensors
 from dinoseg.utils.wording import format_override
 
@@ -17,7 +16,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def export_backbone(
-    source: ModelSource, *, out_dir: Path, dtype: str = "float32", merge: bool = False
+    source: ModelSource,
+    *,
+    out_dir: Path,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    merge: bool = False,
 ) -> dict[str, Any]:
     """Write the backbone of a trained model to `out_dir`/backbone.safetensors.
 
@@ -28,10 +31,8 @@ def export_backbone(
         merge: add LoRA updates to their base weights; quantised base weights are replaced by their float32 values.
 
     Raises:
-        UserError: if `dtype` is unknown, or the backbone has unmerged LoRA updates, which are no stand-alone weights.
+        UserError: if the backbone has unmerged LoRA updates, which are no stand-alone weights.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"export.dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
     warn_unread(out_dir, ("resolution", "inference", "data", "cache_dir"), "The file holds weights only.")
     backbone = source.in_float32(source.load().model).backbone
     if merge:

@@ -12,8 +12,6 @@ from dinoseg.export.export import prepared, store_if_verified
 from dinoseg.export.graph import trace
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.runtime.onnx_model import load_onnx
-from dinoseg.export.runtime.onnx_record import PRECISIONS
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count
 
 NAME = "model.onnx"
@@ -39,8 +37,6 @@ class OnnxExport(GraphOptions):
         """Refuse options that this machine cannot fulfil."""
         super().__post_init__()
         onnx_file.check_opset(self.opset)
-        if self.precision not in PRECISIONS:
-            raise UserError(f"export.precision={self.precision} is unknown. Choose one of {', '.join(PRECISIONS)}.")
 
     def __call__(self, source: ModelSource, *, out_dir: Path) -> dict[str, Any]:
         """Write a trained model to `out_dir`/model.onnx once it is verified, with its report next to it.

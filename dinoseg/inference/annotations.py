@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -26,8 +26,6 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.ranges import Count, NotNegative
 
-FORMATS = ("polygons", "rle")
-OBJECTS = ("component", "class")
 _PIECES = ".pieces"  # one file per image, merged at the end; needed again when a stopped run resumes
 
 
@@ -137,16 +135,13 @@ class PredictedShapes:
         min_area: minimum area in pixels; smaller parts are dropped.
     """
 
-    format: str = "polygons"
-    objects: str = "component"
+    format: Literal["polygons", "rle"] = "polygons"
+    objects: Literal["component", "class"] = "component"
     tolerance: NotNegative = 1.0
     min_area: Count = 1
 
     def __post_init__(self) -> None:
         """Check the options."""
-        for key, value, options in (("format", self.format, FORMATS), ("objects", self.objects, OBJECTS)):
-            if value not in options:
-                raise UserError(f"mode.shapes.{key}={value} is unknown. Choose one of {', '.join(options)}.")
         if not 0 <= self.tolerance < 1000 or self.min_area < 1:
             raise UserError(
                 f"mode.shapes.tolerance={self.tolerance} min_area={self.min_area}: give a tolerance from 0 pixels, "

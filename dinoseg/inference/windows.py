@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -32,10 +32,6 @@ TURNS: dict[str, Sequence[Turn]] = {
         (exchanged, down, right) for exchanged in (False, True) for down in (False, True) for right in (False, True)
     ],
 }
-WEIGHTS = ("cosine", "uniform")
-PLACEMENTS = ("stride", "even")
-AVERAGES = ("probabilities", "scores")
-RESAMPLES = ("antialias", "bilinear")
 _MAX_PIXELS = 2**26  # limit of an image enlarged by `shortest`
 
 
@@ -79,27 +75,18 @@ class Windows(Policy):
         *,
         overlap: Overlap = 0.25,
         stride: Count | Sequence[Count] | None = None,
-        placement: str = "stride",
-        weights: str = "cosine",
-        average: str = "probabilities",
+        placement: Literal["stride", "even"] = "stride",
+        weights: Literal["cosine", "uniform"] = "cosine",
+        average: Literal["probabilities", "scores"] = "probabilities",
         batch_size: Count = 4,
-        flips: str = "none",
+        flips: Literal["none", "horizontal", "all"] = "none",
         scales: Sequence[Scale] = (1.0,),
         shortest: Shortest | None = None,
         multiple: Count | None = None,
-        resample: str = "antialias",
+        resample: Literal["antialias", "bilinear"] = "antialias",
     ) -> None:
         self.size = _pair("size", size)
         self.stride = None if stride is None else _pair("stride", stride)
-        for key, word, known in (
-            ("placement", placement, PLACEMENTS),
-            ("weights", weights, WEIGHTS),
-            ("average", average, AVERAGES),
-            ("flips", flips, TURNS),
-            ("resample", resample, RESAMPLES),
-        ):
-            if word not in known:
-                raise UserError(f"inference.{key}={word} is unknown. Choose one of {', '.join(known)}.")
         if not scales:
             raise UserError("inference.scales=[] has no scale. Give [1.0] for the original size.")
         if self.stride is not None and placement == "even":

@@ -5,7 +5,7 @@ from torch import Tensor
 from dinoseg.losses.full_resolution import Vjp
 from dinoseg.losses.fused import KernelSpec
 from dinoseg.losses.labelled import weights_of
-from dinoseg.losses.pixel_mean import PixelMean
+from dinoseg.losses.pixel_mean import Average, PixelMean
 from dinoseg.utils.ranges import HighShare, LowShare, check_annotations
 
 
@@ -27,7 +27,7 @@ class CrossEntropy(PixelMean):
         ignore_index: int = 255,
         label_smoothing: LowShare = 0.0,
         hard_fraction: HighShare = 1.0,
-        average: str = "labelled",
+        average: Average = "labelled",
     ) -> None:
         super().__init__(class_weights, ignore_index, hard_fraction, average)
         self.label_smoothing = label_smoothing

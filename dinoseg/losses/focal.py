@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dinoseg.losses.full_resolution import Vjp
 from dinoseg.losses.labelled import weights_of
-from dinoseg.losses.pixel_mean import PixelMean
+from dinoseg.losses.pixel_mean import Average, PixelMean
 from dinoseg.utils.ranges import HighShare, NotNegative, check_annotations
 
 
@@ -31,7 +31,7 @@ class Focal(PixelMean):
         ignore_index: int = 255,
         gamma: NotNegative = 2.0,
         hard_fraction: HighShare = 1.0,
-        average: str = "labelled",
+        average: Average = "labelled",
     ) -> None:
         super().__init__(class_weights, ignore_index, hard_fraction, average)
         self.gamma = gamma

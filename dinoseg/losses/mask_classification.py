@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from dinoseg.utils.transfer import to_device
 Oversampling = Annotated[float, Range("a number of at least 1", 1)]
 TERMS = ("class", "mask", "dice")
 FACTORS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
-IGNORED, INTERPOLATIONS = ("excluded", "background"), ("nearest", "bilinear")
+Ignored = Literal["excluded", "background"]
+Interpolation = Literal["nearest", "bilinear"]
 HOPELESS = 1e8  # replaces non-finite costs, so that the loss itself becomes non-finite instead of the matching failing
 
 
@@ -38,18 +39,12 @@ class PointTargets:
     """How target masks are read at points.
 
     Args:
-        ignored: one of `IGNORED`, see `MaskClassification`.
-        interpolation: one of `INTERPOLATIONS`, see `MaskClassification`.
+        ignored: see `MaskClassification`.
+        interpolation: see `MaskClassification`.
     """
 
-    ignored: str = "excluded"
-    interpolation: str = "nearest"
-
-    def __post_init__(self) -> None:
-        """Refuse unknown options."""
-        for key, known in (("ignored", IGNORED), ("interpolation", INTERPOLATIONS)):
-            if getattr(self, key) not in known:
-                raise UserError(f"{key}={getattr(self, key)} is unknown. Choose one of {', '.join(known)}.")
+    ignored: Ignored = "excluded"
+    interpolation: Interpolation = "nearest"
 
     @property
     def excluded(self) -> bool:
@@ -256,8 +251,8 @@ class MaskClassification(Loss):
         num_points: Count = 12544,
         oversample: Oversampling = 3.0,
         importance: Share = 0.75,
-        ignored: str = "excluded",
-        interpolation: str = "nearest",
+        ignored: Ignored = "excluded",
+        interpolation: Interpolation = "nearest",
     ) -> None:
         super().__init__()
         self.register_buffer("weight", class_weights, persistent=False)

@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 from dataclasses import dataclass
 from math import ceil
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import HighShare
 from dinoseg.utils.transfer import to_device
 
-AVERAGES = ("labelled", "all")
+Average = Literal["labelled", "all"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PixelMean(Loss):
             loss of facebookresearch/dinov3 (dinov3/eval/segmentation/loss.py).
 
     Raises:
-        UserError: `average` is unknown, or `all` with a selection: pixels that are not selected count in no mean.
+        UserError: `average="all"` with a selection: pixels that are not selected count in no mean.
     """
 
     weight: Tensor
@@ -68,15 +69,13 @@ class PixelMean(Loss):
         class_weights: Tensor,
         ignore_index: int,
         hard_fraction: HighShare,
-        average: str,
+        average: Average,
     ) -> None:
         super().__init__()
         check_classes(class_weights)
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index, self.average = ignore_index, average
         self.hardest = Hardest(hard_fraction)
-        if average not in AVERAGES:
-            raise UserError(f"average={average} is unknown. Choose one of {', '.join(AVERAGES)}.")
         if average == "all" and hard_fraction < 1:
             raise UserError(
                 f"average=all and hard_fraction={hard_fraction} exclude each other: the mean is over "

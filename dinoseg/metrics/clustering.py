@@ -1,13 +1,12 @@
 """ARI, FG-ARI and mBO of predicted segments, from the pixel counts that they share with true segments."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from dinoseg.utils.errors import UserError
-
-MATCHINGS = ("overlap", "hungarian")
+Matching = Literal["overlap", "hungarian"]
 _DENSE = 2**20  # maximum cells of a table that is counted without sorting
 _MAX = 2**63 - 1  # of int64, which encodes a pair of ids
 
@@ -96,7 +95,7 @@ def adjusted_rand_index(counts: np.ndarray) -> float:
     return (2 * cells * total - both) / divisor if divisor else 1.0
 
 
-def best_overlaps(counts: np.ndarray, objects: np.ndarray, matching: str = "overlap") -> np.ndarray:
+def best_overlaps(counts: np.ndarray, objects: np.ndarray, matching: Matching = "overlap") -> np.ndarray:
     """Return the IoU (n,) of each object with its predicted segment; the mean is mBO.
 
     Args:
@@ -104,12 +103,7 @@ def best_overlaps(counts: np.ndarray, objects: np.ndarray, matching: str = "over
         objects: (R,) bool, True for the n rows that are objects.
         matching: `overlap`: the segment with the greatest IoU, which may match several objects; `hungarian`: one
             to one with the greatest sum, 0 for unmatched objects.
-
-    Raises:
-        UserError: the matching is unknown.
     """
-    if matching not in MATCHINGS:
-        raise UserError(f"matching={matching} is unknown. Choose one of {', '.join(MATCHINGS)}.")
     union = counts.sum(axis=1, keepdims=True) + counts.sum(axis=0) - counts
     iou = np.divide(counts, union, out=np.zeros(counts.shape), where=union > 0)[objects]
     if matching == "overlap":
@@ -121,7 +115,7 @@ def best_overlaps(counts: np.ndarray, objects: np.ndarray, matching: str = "over
 
 
 def segment_scores(
-    table: Contingency, *, background: int = 0, labelled_background: bool = True, matching: str = "overlap"
+    table: Contingency, *, background: int = 0, labelled_background: bool = True, matching: Matching = "overlap"
 ) -> tuple[float, float | None, float | None]:
     """Return ARI, FG-ARI (without the pixels of the true background) and mBO of a video or frame.
 

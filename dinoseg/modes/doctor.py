@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -23,7 +23,7 @@ from dinoseg.report.html.page import render
 from dinoseg.report.overlay import blend, legend_of, reduced
 from dinoseg.utils.atomic import write_json, write_text
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, Natural
+from dinoseg.utils.ranges import Count, Natural, Range
 from dinoseg.utils.wording import count_of, one_line, printable
 
 _SPLITS = ("train", "val", "test")
@@ -31,6 +31,7 @@ _NEEDED = ("train", "val")
 _NO_TEST = "Without a test split there is nothing to do: training reads train and val only."
 _SHOWN = {"error": 10, "warning": 10, "note": 3}  # files per finding that the terminal lists
 _HEADERS = ("split", "images", "smallest (width x height)", "largest (width x height)")
+NearDistance = Annotated[int, Range("a whole number from 0 to 64", 0, 64)]
 DoctorData = PairDataset | CustomDataset
 _LONGEST = 480  # longer side of an example image, in pixels
 
@@ -40,7 +41,7 @@ def doctor(
     *,
     out_dir: Path,
     workers: Count = 2,
-    near_distance: Natural = 6,
+    near_distance: NearDistance = 6,
     images: bool = True,
     samples: Natural = 12,
 ) -> dict[str, Any]:
@@ -55,10 +56,8 @@ def doctor(
         samples: example images in doctor.html.
 
     Raises:
-        UserError: an option is out of range, or the data have errors; the latter only after all files are written.
+        UserError: the data have errors; only after all files are written.
     """
-    if not 0 <= near_distance <= 64 or samples < 0:
-        raise UserError(f"mode.near_distance={near_distance} must be 0 to 64, mode.samples={samples} not negative.")
     datasets, findings = _open_splits(Builder(cfg), str(cfg.data.root))
     splits = [
         scanned(split, data, _records(split, data, images=images, workers=workers, cache_dir=cfg.cache_dir))

@@ -64,12 +64,6 @@ def track(
     Raises:
         UserError: an option is out of range, or input, labels or the run to resume cannot be used.
     """
-    if not 0 <= opacity <= 1:
-        raise UserError(f"mode.opacity={opacity}: give a number from 0 (frame only) to 1 (colours only).")
-    if min(batch_size, save_every) < 1:
-        raise UserError(
-            f"mode.batch_size={batch_size}, mode.save_every={save_every}: give numbers of frames of at least 1."
-        )
     build = Builder(cfg)
     if smoothing is not None and not is_trained(build):
         raise UserError(_NO_SMOOTHING.format(smoothing))

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ from dinoseg.utils.ranges import Count, Natural, Positive
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-SHARDINGS = ("none", "fsdp")
 CACHES = ("auto", "off", "disk", "memory")
 _STATES = ("PartialState", "AcceleratorState", "GradientState")  # of accelerate
 _PIXELS, _IMAGES, _FRAMES = 2**21, 16, 4  # predicted at once on an accelerator: pixels, images, video frames
@@ -95,11 +94,11 @@ class Engine:
         self,
         device: str = "auto",
         precision: str = "auto",
-        workers: Natural | str = "auto",
-        eval_batch_size: Count | str = "auto",
+        workers: Natural | Literal["auto"] = "auto",
+        eval_batch_size: Count | Literal["auto"] = "auto",
         devices: Count = 1,
-        sharding: str = "none",
-        cache: str = "auto",
+        sharding: Literal["none", "fsdp"] = "none",
+        cache: Literal["auto", "off", "disk", "memory"] = "auto",
         rendezvous_timeout: Positive = 300.0,
         rank_timeout: Positive = 1800.0,
         compile: bool = False,
@@ -111,12 +110,6 @@ class Engine:
 
         chosen = choose_device(device)
         self.dtype = compute_dtype(precision, chosen)
-        if isinstance(workers, str) and workers != "auto":
-            raise UserError(f"engine.workers={workers} is unknown. Choose auto, or a number of processes.")
-        if isinstance(eval_batch_size, str) and eval_batch_size != "auto":
-            raise UserError(f"engine.eval_batch_size={eval_batch_size} is unknown. Choose auto, or a number of images.")
-        if sharding not in SHARDINGS:
-            raise UserError(f"engine.sharding={sharding} is unknown. Choose {' or '.join(SHARDINGS)}.")
         # accelerate stores these per process, which sweeps and tests share between engines
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
@@ -136,8 +129,6 @@ class Engine:
         )
         if devices not in (1, self.world_size):
             raise UserError(f"engine.devices={devices}: this mode runs on {self.world_size}. Leave engine.devices out.")
-        if cache not in CACHES:
-            raise UserError(f"engine.cache={cache} is unknown. Choose one of {', '.join(CACHES)}.")
         self.cache = cache
         if sharding != "none" and self.world_size == 1:
             raise UserError(

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, groupby
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,7 @@ _WITHOUT_DECAY = (  # kinds of modules with weights of several axes that scale o
     nn.modules.batchnorm._NormBase,
 )
 LAYER_DECAY_RULES = {"beit": 1, "eomt": 0}  # levels that the head, and the parameters before the blocks, take
-WEIGHT_DECAY_ON = ("matrices", "all")
-SCHEDULES = ("constant", "cosine", "poly", "exponential", "one_cycle")
+ScheduleKind = Literal["constant", "cosine", "poly", "exponential", "one_cycle"]
 _MIN_PAST_WARMUP = 0.2  # share of the steps
 _FUSED = ("cpu", "cuda", "mps")  # devices with fused AdamW kernels
 _SWAPPED_BYTES = 2**26  # of trained weights, cloned at once when they are swapped with their average
@@ -41,8 +40,8 @@ def parameter_groups(
     backbone_lr: float | None = None,
     backbone_lr_scale: float = 1.0,
     layer_decay: float | None = None,
-    layer_decay_rule: str = "beit",
-    weight_decay_on: str = "matrices",
+    layer_decay_rule: Literal["beit", "eomt"] = "beit",
+    weight_decay_on: Literal["matrices", "all"] = "matrices",
     freeze_backbone_until: float = 0.0,
 ) -> list[dict]:
     """Return optimizer groups in which every trainable parameter occurs exactly once.
@@ -68,10 +67,8 @@ def parameter_groups(
         has no gradients until then.
 
     Raises:
-        UserError: nothing is trainable, or an option is unknown.
+        UserError: nothing is trainable.
     """
-    _check_option("optim.optimizer.layer_decay_rule", layer_decay_rule, LAYER_DECAY_RULES)
-    _check_option("optim.optimizer.weight_decay_on", weight_decay_on, WEIGHT_DECAY_ON)
     backbone_lr = lr if backbone_lr is None else backbone_lr
     of_backbone = {id(parameter) for parameter in model.backbone.parameters()}
     above = {} if layer_decay is None else _layers_above(model, LAYER_DECAY_RULES[layer_decay_rule])
@@ -127,8 +124,8 @@ def adamw(
     betas: Sequence[LowShare] = (0.9, 0.999),
     backbone_lr_scale: RateFactor = 1.0,
     layer_decay: HighShare | None = None,
-    layer_decay_rule: str = "beit",
-    weight_decay_on: str = "matrices",
+    layer_decay_rule: Literal["beit", "eomt"] = "beit",
+    weight_decay_on: Literal["matrices", "all"] = "matrices",
     freeze_backbone_until: LowShare = 0.0,
 ) -> Optimizer:
     """Return an AdamW optimizer (Loshchilov and Hutter, arXiv 1711.05101) over `parameter_groups`.
@@ -192,7 +189,7 @@ class Schedule(Protocol):
 
 
 def schedule(
-    kind: str = "cosine",
+    kind: ScheduleKind = "cosine",
     *,
     warmup: NotNegative = 0,
     warmup_start: Share | None = None,
@@ -215,7 +212,7 @@ def schedule(
       `cosine` at p = (s + 1) / steps.
 
     Args:
-        kind: one of `SCHEDULES`.
+        kind: shape of the decay.
         warmup: length w, as a share of the training (a float below 1) or a number of steps (an int).
         warmup_start: f, the factor of the first step; None: 1 / (w + 1).
         warmup_decays: let the decay start at step 0, with p = step / steps, and multiply the warm-up (open-mmlab/mmcv
@@ -227,9 +224,8 @@ def schedule(
         min_lr_ratio: m, the final factor.
 
     Raises:
-        UserError: `kind` is unknown, a warm-up is a float of 1 or more, or `exponential` falls to 0.
+        UserError: a warm-up is a float of 1 or more, or `exponential` falls to 0.
     """
-    _check_option("optim.schedule.kind", kind, SCHEDULES)
     for key, length in (("warmup", warmup), ("backbone_warmup", backbone_warmup)):
         if isinstance(length, float) and length >= 1:
             raise UserError(
@@ -274,12 +270,6 @@ def schedule(
 def _count_steps(length: float, steps: int) -> int:
     """Return a length in steps, which is given as a share of them (a float) or in steps (an int)."""
     return length if isinstance(length, int) else round(length * steps)
-
-
-def _check_option(key: str, value: str, options: Iterable[str]) -> None:
-    """Refuse a value that is not one of the options of a key."""
-    if value not in options:
-        raise UserError(f"{key}={value} is unknown. Choose one of {', '.join(options)}.")
 
 
 def warn_of_long_warmup(steps: int, warmup: float, backbone_warmup: float = 0) -> None:

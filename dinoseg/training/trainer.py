@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,7 +30,6 @@ from dinoseg.utils.interrupt import Deferral, deferred
 from dinoseg.utils.ranges import Count, OpenShare, Positive
 
 logger = logging.getLogger(__name__)
-EVALUATE = ("best", "last")
 NOTICE = "stopping: `last` is saved after this step (a second signal ends it at once, unsaved)"
 
 
@@ -69,13 +68,8 @@ class Settings:
     patience: Count | None = None
     ema: OpenShare | None = None
     score: str = "miou"
-    evaluate: str = "best"
+    evaluate: Literal["best", "last"] = "best"
     max_minutes: Positive | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse an unknown choice of weights."""
-        if self.evaluate not in EVALUATE:
-            raise UserError(f"trainer.evaluate={self.evaluate} is unknown. Choose {' or '.join(EVALUATE)}.")
 
     def due(self, step: int, steps: int) -> Due:
         """Return what is due after this many steps of a training that ends after `steps`."""

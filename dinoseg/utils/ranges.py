@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ParamSpec, SupportsIndex, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, ParamSpec, SupportsIndex, TypeVar, Union, get_args, get_origin
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
@@ -90,6 +90,7 @@ Temperature = Annotated[float, Range("a number from 0.01 to 100", 0.01, 100)]
 OpenShare = Annotated[float, Range("a number above 0 and below 1", 0, 1, open_at=(0, 1))]
 LEARNING_RATES = Range("a number above 0 and at most 100", 0, 100, open_at=(0,))
 LearningRate = Annotated[float, LEARNING_RATES]
+OnError = Literal["stop", "skip"]  # what an unreadable file does
 RateFactor = Annotated[float, Range("a number from 0 to 100", 0, 100)]
 # RGB statistics are those of images in 0..1: means in 0..1, standard deviations up to 0.5. A model that takes values of
 # another scale expresses it by them, such as 0..255 by mean 0 and std 1 / 255.
@@ -131,6 +132,8 @@ def check_value(name: str, value: Any, annotation: Any) -> None:
         remedy = _explain_type(name, value, annotation)
         raise UserError(f"{name}={_format_argument(value)} is of type {_type_name(value)}. {remedy}")
     if rules:
+        if isinstance(value, str):
+            raise UserError(f"{name}={_format_argument(value)} is unknown. Choose {_describe_type(annotation)}.")
         rules += ["null"] * (NoneType in get_args(annotation))
         raise UserError(f"{name}={_format_argument(value)} is out of range. Give {', or '.join(dict.fromkeys(rules))}.")
 
@@ -148,6 +151,10 @@ def _find_broken_rules(value: Any, annotation: Any) -> list[str] | None:
     if kind in (Union, UnionType):
         members = [_find_broken_rules(value, member) for member in arguments]
         return min((rules for rules in members if rules is not None), key=len, default=None)
+    if kind is Literal:
+        if not isinstance(value, str):
+            return None
+        return [] if value in arguments else [_describe_type(annotation)]
     if not _is_of_kind(value, kind, arguments):
         return None
     if isinstance(value, Real) and not isinstance(value, bool):
@@ -209,6 +216,8 @@ def _describe_type(annotation: Any) -> str:
     kind, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if kind in (Union, UnionType):
         return " or ".join(map(_describe_type, arguments))
+    if kind is Literal:
+        return arguments[0] if len(arguments) == 1 else f"one of {', '.join(arguments)}"
     if _PLAIN.get(kind) is _LIST:
         count = "" if kind is not tuple or ... in arguments else f"{len(arguments)} "
         return f"a list of {count}{_PLURALS.get(_describe_type(arguments[0]), 'lists')}" if arguments else "a list"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -18,8 +18,6 @@ from dinoseg.data.classes.mask_advice import HIGHEST_ID, for_binary, for_colors,
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import has_one_bit, read_ids, read_image
 
-FORMATS = ("ids", "palette", "binary")
-ON_SIZE_MISMATCH = ("error", "resize_mask")
 _PROPORTIONS = 0.05  # largest relative difference in aspect ratio for which a mask is resized
 
 
@@ -41,13 +39,13 @@ class Masks:
         described: contents of `classes.yaml`, whose `ids` must equal `ids` here; None: the file is not used.
     """
 
-    format: str = "ids"
+    format: Literal["ids", "palette", "binary"] = "ids"
     ids: Mapping[int, int] | None = None
     others: str | None = None
     reduce_zero_label: bool = False
     colors: Mapping[int, Sequence[Sequence[int]]] | None = None
     ignore_colors: Sequence[Sequence[int]] = ()
-    on_size_mismatch: str = "error"
+    on_size_mismatch: Literal["error", "resize_mask"] = "error"
     described: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -61,12 +59,6 @@ class Masks:
                 "there: at their class, or as `ignore: {ids: [...]}`. Or set data.classes too: then classes.yaml is "
                 "not read."
             )
-        for key, value, options in (
-            ("format", self.format, FORMATS),
-            ("on_size_mismatch", self.on_size_mismatch, ON_SIZE_MISMATCH),
-        ):
-            if value not in options:
-                raise UserError(f"data.reader.masks.{key}={value} is unknown. Choose one of {', '.join(options)}.")
         for name, setting, needed in (
             ("ids", self.ids, "ids"),
             ("others", self.others, "ids"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -13,8 +13,6 @@ from dinoseg.data.splits import Partition
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative, Positive
 from dinoseg.utils.wording import join_names
-
-SHORT = ("error", "skip", "pad")
 
 
 class Clip(TypedDict):
@@ -63,7 +61,7 @@ class Cut:
     step: Count | None = None
     per_video: Count | None = None
     sample: bool = False
-    short: str = "error"
+    short: Literal["error", "skip", "pad"] = "error"
 
     def __post_init__(self) -> None:
         """Reject contradictory options."""
@@ -77,8 +75,6 @@ class Cut:
             raise UserError(
                 "sample=true has no effect with length=null, the whole video. Set a length, such as length=8."
             )
-        if self.short not in SHORT:
-            raise UserError(f"short={self.short} is unknown. Choose one of {', '.join(SHORT)}.")
 
     def stride_of(self, video: Video) -> int:
         """Return the stride in frames for a video.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -14,8 +15,6 @@ from dinoseg.data.clips.square import resize_bicubic
 from dinoseg.data.loader import CLIP, VIEW, make_rng, sample_batches
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Share
-
-RESAMPLE = ("area", "bicubic")
 
 
 class ClipView:
@@ -38,16 +37,12 @@ class ClipView:
         *,
         scale: Sequence[float] = (1.0, 1.0),
         flip: Share = 0.0,
-        resample: str = "area",
+        resample: Literal["area", "bicubic"] = "area",
     ) -> None:
         if len(crop) != 2 or min(crop) < 1:
             raise UserError(f"crop={list(crop)}: give [height, width] in pixels, each at least 1.")
         if len(scale) != 2 or not 1 <= scale[0] <= scale[1]:
             raise UserError(f"scale={list(scale)}: give [least, largest] with 1 <= least <= largest.")
-        if not 0 <= flip <= 1:
-            raise UserError(f"flip={flip}: give a probability from 0 to 1.")
-        if resample not in RESAMPLE:
-            raise UserError(f"resample={resample} is unknown. Choose one of {', '.join(RESAMPLE)}.")
         self.resample = resample
         self.crop, self.scale, self.flip = (int(crop[0]), int(crop[1])), (float(scale[0]), float(scale[1])), flip
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.annotation.entry import Entry, LabelledShape, size_of
@@ -27,9 +28,6 @@ from dinoseg.utils.wording import count_of, format_value, join_names
 
 log = logging.getLogger(__name__)
 IGNORE = "ignore"
-ORDERS = ("file", "area")
-CROWDS = ("class", "ignore")
-NO_SHAPES = ("keep", "skip")
 
 
 class NotThere(ValueError):
@@ -144,20 +142,10 @@ class Shapes:
     labels: Mapping[str, str] | None = None
     others: str | None = None
     unlabelled: str = "background"
-    order: str = "file"
-    without_shapes: str = "keep"
-    crowds: str = "class"
+    order: Literal["file", "area"] = "file"
+    without_shapes: Literal["keep", "skip"] = "keep"
+    crowds: Literal["class", "ignore"] = "class"
     grouped: bool = False
-
-    def __post_init__(self) -> None:
-        """Reject unknown options."""
-        for key, value, options in (
-            ("order", self.order, ORDERS),
-            ("without_shapes", self.without_shapes, NO_SHAPES),
-            ("crowds", self.crowds, CROWDS),
-        ):
-            if value not in options:
-                raise UserError(f"data.reader.shapes.{key}={value} is unknown. Choose one of {', '.join(options)}.")
 
 
 def annotated_dataset(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
@@ -26,7 +27,6 @@ from dinoseg.utils.files import entries
 # the parts of one operation stay together: video_11_1 and video_11_2
 BY_OPERATION = Partition(by="fraction", group="^(video_[^_/]+)")
 FOLDERS = {"train": TRAIN_FOLDERS, "val": TRAIN_FOLDERS, "test": TEST_FOLDERS}
-SOURCES = ("frames", "video")
 Frames = Mapping[str, ImageSource]  # stem to frame
 _UNPACK = "Unpack the archives of these videos again, or remove the videos."
 
@@ -39,7 +39,7 @@ def sar_rarp50(
     palette: Sequence[Sequence[int]] | None = None,
     ignore_index: int = 255,
     partition: Partition = BY_OPERATION,
-    source: str = "frames",
+    source: Literal["frames", "video"] = "frames",
     cache_dir: str | Path = "outputs/.cache",
 ) -> PairDataset:
     """Return the frames that have a mask, named `video_XX/NNNNNNNNN` (the index in the 60 fps video).
@@ -60,8 +60,6 @@ def sar_rarp50(
         UserError: the folder is missing, or no frame has its mask, such as before `mode=prepare`; when an item is read:
             an unreadable file, differing sizes, ids without class.
     """
-    if source not in SOURCES:
-        raise UserError(f"data.source={source} is unknown. Choose one of {', '.join(SOURCES)}.")
     labels = Labels.of(classes, palette, ignore_index)
     root = Path(root).expanduser()
     video_folders, packed = find_videos(root, split)

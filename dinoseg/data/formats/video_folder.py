@@ -11,7 +11,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.images import IMAGE_SUFFIXES
 from dinoseg.utils.natural_order import natural_order
-from dinoseg.utils.ranges import Positive
+from dinoseg.utils.ranges import OnError, Positive
 from dinoseg.utils.wording import count_of
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class VideoFolder:
     root: str
     folder: str = ""
     folder_fps: Positive | None = None
-    on_error: str = "stop"
+    on_error: OnError = "stop"
     cache_dir: str = "outputs/.cache"
 
     @property
@@ -48,8 +48,6 @@ class VideoFolder:
         Raises:
             UserError: the folder does not exist or is empty, two videos have one name, or video files cannot be read.
         """
-        if self.on_error not in ("stop", "skip"):
-            raise UserError(f"data.on_error={self.on_error} is unknown. Choose one of stop, skip.")
         top = Path(self.root).expanduser() / self.folder.replace("{split}", split)
         if not top.is_dir():
             raise UserError(f"No folder {top} for split {split}. Check data.root and data.folder.")

@@ -46,20 +46,12 @@ class YoutubeVis:
         root: folder with the folders of `splits`.
         held_out: number of videos at the end of the file that are val.
         splits: split to its folder.
-
-    Raises:
-        UserError: `held_out` is below 1.
     """
 
     root: str
     held_out: Count = 300
     splits: Mapping[str, str] = field(default_factory=lambda: {"test": "valid"})
     split_local_names: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Refuse an empty val."""
-        if self.held_out < 1:
-            raise UserError(f"data.held_out={self.held_out}: give a number of videos, 1 or more.")
 
     def videos(self, split: str) -> list[Video]:
         """Return the videos of a split, in the order of the file; masks are decoded when they are read.

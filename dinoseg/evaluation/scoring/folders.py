@@ -12,10 +12,10 @@ from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScorePr
 from dinoseg.report.progress import Bar
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import OnError
 from dinoseg.utils.wording import count_of, join_names
 from dinoseg.utils.workers import in_processes
 
-ON_ERROR = ("stop", "skip")
 _LISTED = 20  # problems in a message; the file has all
 _FRAMES_PER_PROCESS = 24  # fewer (10 ms each) take less time than a process start (0.25 s)
 
@@ -64,7 +64,7 @@ def score_cases(
     *,
     where: str,
     workers: int | None = None,
-    on_error: str = "stop",
+    on_error: OnError = "stop",
     remedy: str = "Lower mode.workers (1: no worker processes), and run again.",
 ) -> ScoringResult:
     """Measure all cases and sum them by unit.
@@ -79,10 +79,8 @@ def score_cases(
 
     Raises:
         Unscorable: some files cannot be scored.
-        UserError: `on_error` is unknown, or nothing is left to score.
+        UserError: nothing is left to score.
     """
-    if on_error not in ON_ERROR:
-        raise UserError(f"data.on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
     problems = list(listing.problems)
     cases: list[tuple[ScoringCase, Measured]] = []
     for case, result in _measure_all(protocol, listing.cases, workers, remedy):

@@ -5,10 +5,9 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from dinoseg.metrics.clustering import MATCHINGS, Contingency, contingency, segment_scores
+from dinoseg.metrics.clustering import Contingency, Matching, contingency, segment_scores
 from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
 from dinoseg.metrics.protocols.trees import Tree, extra, read_labels, read_pair
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range, check_annotations
 
 BACKGROUND = 0
@@ -37,10 +36,8 @@ class VideoClustering(ScoreProtocol):
 
     @check_annotations
     def __init__(
-        self, ignore: ObjectId | None = None, matching: str = "overlap", labelled_background: bool = True
+        self, ignore: ObjectId | None = None, matching: Matching = "overlap", labelled_background: bool = True
     ) -> None:
-        if matching not in MATCHINGS:
-            raise UserError(f"matching={matching} is unknown. Choose one of {', '.join(MATCHINGS)}.")
         self.ignore, self.matching = ignore, matching
         self.labelled_background = labelled_background
         self._tree = Tree(layout="<video>/<frame>.png", depth=1)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,14 +81,12 @@ class TransformersVit(Backbone):
         std: Sequence[ColourStd] | None = None,
         checkpointing: bool = False,
         local_cls_norm: bool = False,
-        dtype: str = "float32",
+        dtype: Literal["float32", "bfloat16"] = "float32",
         final_norm: bool = True,
         weights_patch_size: Count | None = None,
     ) -> None:
         super().__init__()
         config = _config(family, {**arch, "patch_size": weights_patch_size or patch_size})
-        if dtype not in DTYPES:
-            raise UserError(f"dtype={dtype} is unknown. Choose one of {', '.join(DTYPES)}.")
         self.layers = resolve_layers(layers, config.num_hidden_layers)
         self.patch_size = patch_size
         self.dim = config.hidden_size

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.core.contracts import Head
-from dinoseg.models.heads.options import check_choice
 from dinoseg.models.heads.pyramid import one_grid_width
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, LowShare, Natural, check_annotations
@@ -50,7 +50,7 @@ class CnnHead(Head[Tensor]):
         num_blocks: Count = 4,
         channels: Count = 512,
         kernel_size: Count = 3,
-        activation: str = "relu",
+        activation: Literal["relu", "leakyrelu", "sigmoid", "tanh"] = "relu",
         dropout: LowShare = 0.2,
         pixel_shuffle: Natural = 2,
     ) -> None:
@@ -137,4 +137,3 @@ def _check_layers(kernel_size: int, activation: str) -> None:
             f"kernel_size={kernel_size}: only an odd kernel preserves the grid size, which the residual "
             "connection needs. Give an odd number, such as 3."
         )
-    check_choice("activation", activation, ACTIVATIONS)

@@ -1,7 +1,7 @@
 """Settings of label propagation on the feature grid: context frames, search window and matches."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative, Positive
@@ -29,7 +29,7 @@ class MatchSettings:
 
     context: Count = 7
     radius: NotNegative = 12
-    window: str = "circle"
+    window: Literal["circle", "square"] = "circle"
     inclusive: bool = True
     window_first: bool = True
     repeat_first: bool = False
@@ -38,28 +38,5 @@ class MatchSettings:
     temperature: Positive = 0.2
 
     def __post_init__(self) -> None:
-        check_minimum("context", self.context, 1, "the number of earlier frames that are searched")
-        check_minimum("top_k", self.top_k, 1, "the number of nearest matches")
-        if not self.radius >= 0:
-            raise UserError(
-                f"radius={self.radius} is not a distance. Give the radius of the window in grid cells, 0 or more."
-            )
         if not self.inclusive and self.radius == 0:
             raise UserError("radius=0 with inclusive=false leaves no cell in the window. Give a radius above 0.")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(
-                f"temperature={self.temperature} must be above 0 and finite. The protocols have 0.05 to 0.2."
-            )
-        check_one_of("window", self.window, ("circle", "square"))
-
-
-def check_minimum(key: str, value: int, least: int, meaning: str) -> None:
-    """Check that a value is a whole number of at least `least`."""
-    if value < least or value != int(value):
-        raise UserError(f"{key}={value} must be a whole number, {least} or more. It is {meaning}.")
-
-
-def check_one_of(key: str, value: str, known: Sequence[str]) -> None:
-    """Check that a value is one of the known options."""
-    if value not in known:
-        raise UserError(f"{key}={value} is unknown. Choose one of: {', '.join(known)}.")

@@ -1,8 +1,9 @@
 """Settings of training-free label propagation, with the published protocols of DINOv3, DINO and CRW."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from dinoseg.tracking.grid.settings import MatchSettings, check_minimum, check_one_of
+from dinoseg.tracking.grid.settings import MatchSettings
 from dinoseg.utils.ranges import Count
 
 
@@ -29,26 +30,14 @@ class PropagationSettings(MatchSettings):
         UserError: a value is out of range, or an option is unknown.
     """
 
-    first: str = "nearest_exact"
-    upsample: str = "nearest"
-    min_max: str = "all"
+    first: Literal["nearest", "nearest_exact", "bilinear"] = "nearest_exact"
+    upsample: Literal["nearest", "bilinear", "patch_bilinear"] = "nearest"
+    min_max: Literal["none", "all", "positive"] = "all"
     short_side: Count | None = 960
     enlarge: bool = True
     long_multiple: Count | None = None
-    rounding: str = "up"
-    resample: str = "bicubic"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_one_of("first", self.first, ("nearest", "nearest_exact", "bilinear"))
-        check_one_of("upsample", self.upsample, ("nearest", "bilinear", "patch_bilinear"))
-        check_one_of("min_max", self.min_max, ("none", "all", "positive"))
-        if self.short_side is not None:
-            check_minimum("short_side", self.short_side, 1, "the pixels of a frame's shorter side; null: no resizing")
-        if self.long_multiple is not None:
-            check_minimum("long_multiple", self.long_multiple, 1, "a number of pixels; null: the patch size")
-        check_one_of("rounding", self.rounding, ("up", "down"))
-        check_one_of("resample", self.resample, ("bilinear", "bicubic"))
+    rounding: Literal["up", "down"] = "up"
+    resample: Literal["bilinear", "bicubic"] = "bicubic"
 
 
 DINOV3 = PropagationSettings()

@@ -1,13 +1,11 @@
 """Settings of slot tracking: binding of slots to objects, and matching between frames."""
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Natural, Positive, Range
 
-MATCHES = ("auto", "overlap", "soft_iou", "similarity", "appearance")
-HOLDS = ("background", "both", "none")
 _OF_APPEARANCE = ("appearance", "passes")  # fields that matter only with match=appearance
 
 
@@ -34,36 +32,20 @@ class SlotTracking:
             in the whole video from the first frame on. It takes twice as long and needs a video that can be read twice.
 
     Raises:
-        UserError: a value is out of range, or an option is unknown.
+        UserError: two settings contradict one another.
     """
 
     lock_on: bool = False
     slots_per_object: Count = 1
-    background_slots: Natural = 5
+    background_slots: Count = 5
     extra_slots: Natural = 0
-    hold: str = "background"
-    match: str = "auto"
+    hold: Literal["background", "both", "none"] = "background"
+    match: Literal["auto", "overlap", "soft_iou", "similarity", "appearance"] = "auto"
     temperature: Positive = 0.05
     appearance: Annotated[float, Range("a number from 0 to 1000000", 0, 1e6)] = 16.0
     passes: Annotated[int, Range("1 or 2", 1, 2)] = 1
 
     def __post_init__(self) -> None:
-        for key, value, least in (
-            ("slots_per_object", self.slots_per_object, 1),
-            ("background_slots", self.background_slots, 1),
-            ("extra_slots", self.extra_slots, 0),
-        ):
-            if value < least or value != int(value):
-                raise UserError(f"slots.{key}={value} must be a whole number, {least} or more.")
-        for key, word, words in (("hold", self.hold, HOLDS), ("match", self.match, MATCHES)):
-            if word not in words:
-                raise UserError(f"slots.{key}={word} is unknown. Choose one of: {', '.join(words)}.")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"slots.temperature={self.temperature} must be above 0 and finite, such as 0.05.")
-        if not 0 <= self.appearance <= 1e6:
-            raise UserError(f"slots.appearance={self.appearance}: give a number from 0 to 1000000, such as 16.")
-        if self.passes not in (1, 2):
-            raise UserError(f"slots.passes={self.passes}: a video is processed in one or two passes. Give 1 or 2.")
         if self.passes == 2 and self.match != "appearance":
             raise UserError(
                 f"slots.passes=2 has no effect with slots.match={self.match}: the first pass collects slot appearance. "

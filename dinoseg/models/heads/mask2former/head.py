@@ -5,6 +5,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,12 @@ from dinoseg.core.shapes import MaskOutputs, WeightedMasks
 from dinoseg.models.heads.mask2former.adapter import VitAdapter
 from dinoseg.models.heads.mask2former.pixel_decoder import GROUPS, PixelDecoder
 from dinoseg.models.heads.mask2former.predictor import MaskedAttentionDecoder
-from dinoseg.models.heads.options import check_choice
 from dinoseg.models.heads.semantic import semantic_map, weighted_masks
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, LowShare, check_annotations
 from dinoseg.utils.tensor_files import check_weights, read_tensor_file
 
 MAPS = 4
-TRAINABLE = ("all", "class_embed")
-CLASS_LAYERS = ("loaded", "new")
 
 
 ADAPTER = "segmentation_model.0."
@@ -91,8 +89,8 @@ class Mask2FormerHead(Head[MaskOutputs]):
         num_queries: Count = 100,
         no_object: bool = True,
         weights: str | None = None,
-        class_layer: str = "loaded",
-        trainable: str = "all",
+        class_layer: Literal["loaded", "new"] = "loaded",
+        trainable: Literal["all", "class_embed"] = "all",
         deep_supervision: bool = True,
         drop_path: LowShare = 0.3,
         checkpointing: bool = False,
@@ -103,8 +101,6 @@ class Mask2FormerHead(Head[MaskOutputs]):
         dim = _map_width(in_dim, num_layers)
         hidden = _hidden_width(dim, hidden_dim, num_heads)
         feedforward = 4 * hidden if feedforward_dim is None else feedforward_dim
-        check_choice("class_layer", class_layer, CLASS_LAYERS)
-        check_choice("trainable", trainable, TRAINABLE)
         device = torch.get_default_device()
         if not weights and device.type != "meta":  # on meta only sizes are counted, without the file
             _check_without_weights(class_layer, trainable)

@@ -2,25 +2,25 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoseg.models.heads.options import check_choice
 from dinoseg.models.heads.slots.predictor import check_heads
 from dinoseg.models.heads.slots.transformer import HEADS, zero_biases
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import NotNegative, Positive
 
-SLOT_INITS = ("gaussian", "clusters", "learned")
+SlotInit = Literal["gaussian", "clusters", "learned"]
 _EPSILON = 1e-6  # avoids 0 / 0 for a slot that won no token
 _EVAL_SEED = 0  # seed of the initial slots in eval mode
 _CLUSTER_SCALE = 1.5  # scale of initial cluster logits: 1.5 sqrt(D) for a token's own slot, less for others
 _CLUSTER_STD = 0.13  # standard deviation of the noise added to the tokens that initialise clusters
-GROUPS = ("off", "initial", "always")
-TIME_DECODERS = ("none", "linear", "attention")
+Groups = Literal["off", "initial", "always"]
+TimeDecoder = Literal["none", "linear", "attention"]
 
 
 def slot_weights(queries: Tensor, keys: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -78,7 +78,7 @@ class SlotAttention(nn.Module):
         *,
         num_groups: int = 1,
         variance_as_std: bool = False,
-        slot_init: str = "gaussian",
+        slot_init: SlotInit = "gaussian",
         num_slots: int = 1,
         initial_std: Positive | None = None,
         norm_state: bool = False,
@@ -86,7 +86,6 @@ class SlotAttention(nn.Module):
         reference_init: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("slot_init", slot_init, SLOT_INITS)
         if slot_init == "clusters" and initial_std is not None:
             raise UserError(
                 f"initial_std={initial_std} has no effect with slot_init=clusters, whose noise is fixed. Set "
@@ -356,13 +355,12 @@ class SlotSelfAttention(nn.Module):
         return self.attention(slots, slots, slots, need_weights=False)[0]
 
 
-def make_time_decoders(kind: str, dim: int, count: int) -> nn.ModuleList:
+def make_time_decoders(kind: TimeDecoder, dim: int, count: int) -> nn.ModuleList:
     """Return a module from slots (B, S, D) to slots for each of `count` steps.
 
     Raises:
-        UserError: unknown kind, or a width not divisible by the attention heads.
+        UserError: a width not divisible by the attention heads.
     """
-    check_choice("time_decoder", kind, TIME_DECODERS)
     if kind == "attention":
         check_heads(dim, f"time_decoder={kind}")
         return nn.ModuleList(SlotSelfAttention(dim) for _ in range(count))

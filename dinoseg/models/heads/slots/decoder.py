@@ -1,6 +1,6 @@
 """Decoders of slots: each predicts features on the whole grid, and a mask for each slot."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from dinoseg.models.heads.slots.positions import Positions
 from dinoseg.models.heads.slots.transformer import SlotBlock, mlp, zero_biases
 from dinoseg.utils.precision import at_least_float32
 
-DECODERS = ("mlp", "slot_mixer")
+DecoderKind = Literal["mlp", "slot_mixer"]
 
 
 class Decoded(NamedTuple):

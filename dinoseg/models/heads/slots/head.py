@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from dinoseg.core.contracts import Backbone, Head, Slots
 from dinoseg.core.geometry import upsample, widths
 from dinoseg.core.shapes import SlotOutputs
-from dinoseg.models.heads.options import check_choice
 from dinoseg.models.heads.slots.attention import (
-    GROUPS,
+    Groups,
     SlotAttention,
+    SlotInit,
     Standardiser,
+    TimeDecoder,
     allowed_cells,
     check_enough_cells,
     make_time_decoders,
@@ -23,20 +24,20 @@ from dinoseg.models.heads.slots.attention import (
     slot_sizes,
 )
 from dinoseg.models.heads.slots.background import background_mask
-from dinoseg.models.heads.slots.decoder import DECODERS, Decoded, SlotDecoder, SlotMixer
-from dinoseg.models.heads.slots.positions import Positions, linear_positions, position_layer, training_grid
-from dinoseg.models.heads.slots.predictor import check_heads, make_predictor
+from dinoseg.models.heads.slots.decoder import Decoded, DecoderKind, SlotDecoder, SlotMixer
+from dinoseg.models.heads.slots.positions import (
+    PositionKind,
+    Positions,
+    linear_positions,
+    position_layer,
+    training_grid,
+)
+from dinoseg.models.heads.slots.predictor import PredictorKind, check_heads, make_predictor
 from dinoseg.models.heads.slots.transformer import token_encoder
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Few, LowShare, NotNegative, Positive, Range, check_annotations
 
 Depth = Annotated[int, Range("a whole number from 2 to 16", 2, 16)]
-CHOICES = {
-    "groups": GROUPS,
-    "decoder": DECODERS,
-    "similarity_of": ("features", "keys"),
-    "mask_source": ("attention", "alpha"),
-}
 
 
 class SlotHead(Head[SlotOutputs]):
@@ -110,37 +111,38 @@ class SlotHead(Head[SlotOutputs]):
         iterations: Count = 1,
         first_iterations: Count | None = None,
         token_mlp: bool = False,
-        slot_init: str = "gaussian",
+        slot_init: SlotInit = "gaussian",
         initial_std: Positive | None = None,
         norm_state: bool = False,
         weight_floor: NotNegative = 0.0,
         reference_init: bool = False,
-        groups: str = "off",
+        groups: Groups = "off",
         variance_as_std: bool = False,
         token_positions: bool = False,
         standardise: bool = False,
-        predictor: str = "savi",
+        predictor: PredictorKind = "savi",
         independent_until: LowShare = 0.0,
         decoder_first: LowShare = 0.0,
         steps: int | Sequence[int] = 0,
-        time_decoder: str = "none",
-        decoder: str = "mlp",
+        time_decoder: TimeDecoder = "none",
+        decoder: DecoderKind = "mlp",
         decoder_dim: Count = 1024,
         decoder_depth: Depth = 4,
         mixer_blocks: Few = 2,
-        positions: str = "learned",
+        positions: PositionKind = "learned",
         positions_grid: Sequence[int] | None = (28, 28),
         output_norm: bool = True,
         reconstruct: bool = True,
         similarity: bool = False,
-        similarity_of: str = "features",
-        mask_source: str = "attention",
+        similarity_of: Literal["features", "keys"] = "features",
+        mask_source: Literal["attention", "alpha"] = "attention",
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
         dim = _map_width(in_dim, num_layers)
         first_iterations = iterations if first_iterations is None else first_iterations
-        _check_options(groups=groups, decoder=decoder, similarity_of=similarity_of, mask_source=mask_source)
+        if similarity_of == "keys" and groups != "off":
+            raise UserError(f"similarity_of=keys does not support groups={groups}. Set groups=off.")
         _check_decoder(decoder, positions, slot_dim)
         _check_outputs(similarity, similarity_of, reconstruct=reconstruct, output_norm=output_norm)
         self.sizes, self.steps = slot_sizes(num_slots, groups), resolve_steps(steps)
@@ -343,13 +345,6 @@ class SlotHead(Head[SlotOutputs]):
         if self.checkpointing and torch.is_grad_enabled():
             return [checkpoint(self._decode, *call, use_reentrant=False) for call in calls]
         return [self._decode(*call) for call in calls]
-
-
-def _check_options(**options: str) -> None:
-    for name, value in options.items():
-        check_choice(name, value, CHOICES[name])
-    if options["similarity_of"] == "keys" and options["groups"] != "off":
-        raise UserError(f"similarity_of=keys does not support groups={options['groups']}. Set groups=off.")
 
 
 def _check_decoder(decoder: str, positions: str, slot_dim: int) -> None:

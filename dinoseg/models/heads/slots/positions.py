@@ -1,15 +1,15 @@
 """Position codes of cells for the slot decoder and for tokens."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoseg.models.heads.options import check_choice
 from dinoseg.utils.errors import UserError
 
-KINDS = ("learned", "sine", "linear", "added")
+PositionKind = Literal["learned", "sine", "linear", "added"]
 _CHANNELS = {"learned": 4, "sine": 4, "linear": 2}
 _CLUSTER_STD = 1.5  # initial standard deviation of a token's position code if slots start as clusters
 
@@ -71,14 +71,10 @@ class Positions(nn.Module):
             normal with variance 1 / slot_dim.
         grid: (h, w) on which the first three are defined.
         slot_dim: width of a slot, for `added`.
-
-    Raises:
-        UserError: unknown kind.
     """
 
-    def __init__(self, kind: str, grid: tuple[int, int], slot_dim: int = 1) -> None:
+    def __init__(self, kind: PositionKind, grid: tuple[int, int], slot_dim: int = 1) -> None:
         super().__init__()
-        check_choice("positions", kind, KINDS)
         self.kind = kind
         self.grid = grid
         self.channels = _CHANNELS.get(kind, slot_dim)

@@ -1,12 +1,13 @@
 """Predictors that initialise the slots of a frame from those of the previous one."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 
-from dinoseg.models.heads.options import check_choice
 from dinoseg.models.heads.slots.transformer import HEADS, SlotBlock
 from dinoseg.utils.errors import UserError
 
-PREDICTORS = ("savi", "transformer", "carry", "none")
+PredictorKind = Literal["savi", "transformer", "carry", "none"]
 
 
 class SaviPredictor(nn.Module):
@@ -29,15 +30,14 @@ class SaviPredictor(nn.Module):
         return self.norm_mlp(slots + self.mlp(slots))
 
 
-def make_predictor(kind: str, dim: int) -> nn.Module | None:
+def make_predictor(kind: PredictorKind, dim: int) -> nn.Module | None:
     """Return the predictor of slots in the next frame, or None to initialise slots again in every frame.
 
     `transformer` is the block of VideoSAUR and SlotContrast.
 
     Raises:
-        UserError: unknown kind, or a width not divisible by the attention heads.
+        UserError: a width not divisible by the attention heads.
     """
-    check_choice("predictor", kind, PREDICTORS)
     if kind in ("savi", "transformer"):
         check_heads(dim, f"predictor={kind}")
         return SaviPredictor(dim) if kind == "savi" else SlotBlock(dim)
