@@ -267,7 +267,7 @@ def test_a_mistake_while_training_is_one_message(place, arguments, parts):
         (["data.classes=null"], ["data.classes=null is not a list"]),
         (["resolution.crop=wide"], ["resolution.crop=wide is of type str"]),
         (["resolution.crop=[0,1]"], ["crop=[0, 1]", "at least 1"]),
-        (["engine.workers=two"], ["engine.workers=two is unknown", "Choose auto"]),
+        (["engine.workers=two"], ["engine.workers=two is unknown. Choose a whole number or auto."]),
         (["seed=-1"], ["seed=-1", "not negative"]),
         (["trainer.steps=0"], ["trainer.steps=0", "at least 1"]),
         (["data.root=empty"], ["No folder empty/train/images", "data.reader.layout"]),

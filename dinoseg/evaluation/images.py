@@ -19,6 +19,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.images import write_png
+from dinoseg.utils.ranges import OnError
 from dinoseg.utils.wording import count_of, one_line
 
 
@@ -32,7 +33,7 @@ def evaluate_images(
     policy: Policy | None = None,
     background: int | None = None,
     protocol: DatasetProtocol | None = None,
-    on_error: str = "stop",
+    on_error: OnError = "stop",
     collector: Collector | None = None,
 ) -> dict[str, Any]:
     """Evaluate, print the table, and write scores.json, scores.csv and the predictions to `out_dir`.

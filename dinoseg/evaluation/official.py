@@ -14,6 +14,7 @@ from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
 from dinoseg.metrics.protocols.contract import BadFile, Cases, DatasetProtocol, ScoringCase
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size
+from dinoseg.utils.ranges import OnError
 
 FOLDER = "official"  # in the run folder: predictions in the benchmark's layout
 SCORES = "official_scores.json"  # in the run folder: their scores
@@ -21,7 +22,7 @@ SCORES = "official_scores.json"  # in the run folder: their scores
 logger = logging.getLogger(__name__)
 
 
-def usable(protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, *, on_error: str, tells: bool) -> bool:
+def usable(protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, *, on_error: OnError, tells: bool) -> bool:
     """Return whether a protocol can score a data set's predictions before any is made; if not, log why.
 
     Args:
@@ -43,7 +44,7 @@ def usable(protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, *, 
 
 
 def official_scores(
-    protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, on_error: str
+    protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, on_error: OnError
 ) -> dict[str, Any] | None:
     """Score the predictions in `out_dir`/official against the original reference files; write official_scores.json.
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,11 +27,11 @@ class OnnxExport(GraphOptions):
             computes in float32.
 
     Raises:
-        UserError: if the opset or precision is unsupported, or as `GraphOptions`.
+        UserError: if the opset is unsupported, or as `GraphOptions`.
     """
 
     opset: Count = 18
-    precision: str = "float32"
+    precision: Literal["float32", "float16", "int8"] = "float32"
 
     def __post_init__(self) -> None:
         """Refuse options that this machine cannot fulfil."""

@@ -18,7 +18,7 @@ from dinoseg.metrics.protocols.davis_layout import MASKS, tracked_sequence
 from dinoseg.report.scores import difference_table, scores_table
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError, name_parameters
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import Count, OnError
 
 
 def run(
@@ -28,7 +28,7 @@ def run(
     reference: str | None,
     prediction: str | Sequence[str] | None,
     workers: Count | None = None,
-    on_error: str = "stop",
+    on_error: OnError = "stop",
 ) -> dict[str, Any]:
     """Score one or two folders of predictions, with the paired difference of two; print tables and write `scores.json`.
 
@@ -77,7 +77,7 @@ def _score_all(
     out_dir: Path,
     *,
     workers: int | None,
-    on_error: str,
+    on_error: OnError,
 ) -> list[ScoringResult]:
     """Score each folder; errors of all folders are raised together, after all were tried."""
     scored, problems, messages = [], {}, []

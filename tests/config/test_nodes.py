@@ -73,6 +73,27 @@ def test_parts_within_a_node_name_full_keys(compose):
     assert refusal(lambda: instantiate(cfg.data.augment)).startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("node", "words", "options"),
+    [
+        ("data.reader", ["data.reader.masks.format=rgb"], "ids, palette, binary"),
+        ("data.augment", ["data.augment.resample=cubic"], "area, antialias, bilinear"),
+        ("data.opened", ["data.on_error=ignore"], "stop, skip"),
+        ("inference", ["inference=windows", "inference.weights=hann"], "cosine, uniform"),
+        ("optim.optimizer", ["optim.optimizer.weight_decay_on=none"], "matrices, all"),
+        ("optim.schedule", ["optim.schedule.kind=step"], "constant, cosine, poly, exponential, one_cycle"),
+        ("engine", ["engine.sharding=zero"], "none, fsdp"),
+        ("slots", ["mode=track", "slots.match=colour"], "auto, overlap, soft_iou, similarity, appearance"),
+        ("tracker", ["mode=track", "tracker.window=hexagon"], "circle, square"),
+        ("export", ["mode=export", "export=onnx", "export.precision=int4"], "float32, float16, int8"),
+    ],
+)
+def test_unknown_words_name_the_options(compose, node, words, options):
+    cfg = compose("data.root=x", "data.classes=[a,b]", *words)
+    message = refusal(lambda: instantiate(OmegaConf.select(cfg, node)))
+    assert message == f"{words[-1]} is unknown. Choose one of {options}."
+
+
 def test_nodes_without_a_config_name_parameters():
     node = {"_target_": "dinoseg.losses.overlap.Tversky", "_partial_": True, "alpha": -1}
     assert refusal(lambda: instantiate(node)).startswith("alpha=-1 is out of range")

@@ -132,7 +132,6 @@ def test_a_file_that_does_not_run_is_refused_with_its_words(cfg, out, monkeypatc
         ({"pixels": True, "dynamic": True}, "which needs a fixed size"),
         ({"opset": 17}, "export.opset=17: give 18"),
         ({"opset": 99}, "export.opset=99: give 18"),
-        ({"precision": "int4"}, "export.precision=int4 is unknown"),
     ],
 )
 def test_what_contradicts_itself_is_refused_before_anything_is_read(words, reason):

@@ -160,8 +160,6 @@ def test_palette_probabilities_and_confidence(tmp_path):
         (lambda p: check_outputs(["coko"]), "mode.outputs names coko: choose some of"),
         (lambda p: check_outputs(["coco", "coco"]), "coco more than once"),
         (lambda p: check_outputs("coco"), r"give a list, such as mode\.outputs="),
-        (lambda p: PredictedShapes("mask"), "mode.shapes.format=mask is unknown. Choose one of polygons, rle"),
-        (lambda p: PredictedShapes(objects="x"), "mode.shapes.objects=x is unknown"),
         (lambda p: PredictedShapes(tolerance=float("nan")), "give a tolerance from 0 pixels"),
     ],
 )

@@ -437,11 +437,7 @@ class Rolling:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "hann"}, r"inference\.weights=hann is unknown. Choose one of cosine, uniform"),
-        ({"flips": "both"}, r"inference\.flips=both is unknown. Choose one of none, horizontal, all"),
-        ({"average": "votes"}, r"inference\.average=votes is unknown"),
         ({"scales": []}, r"inference.scales=\[\] has no scale"),
-        ({"placement": "random"}, r"inference\.placement=random is unknown. Choose one of stride, even"),
         ({"placement": "even", "stride": 4}, r"inference\.stride has no effect with inference\.placement=even"),
         ({"stride": [4, 9]}, r"inference\.stride=\[4, 9\] leaves pixels between windows of 8"),
         ({"stride": [4, 4, 4]}, r"inference\.stride=\[4, 4, 4\]: give one number"),

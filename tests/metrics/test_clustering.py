@@ -182,8 +182,6 @@ def test_a_segment_may_serve_several_objects_unless_matched():
     counts = np.array([[5], [3]])
     assert best_overlaps(counts, np.array([True, True])).tolist() == [5 / 8, 3 / 8]
     assert best_overlaps(counts, np.array([True, True]), "hungarian").tolist() == [5 / 8, 0.0]
-    with pytest.raises(UserError, match="matching=best is unknown. Choose one of overlap, hungarian"):
-        best_overlaps(counts, np.array([True, True]), "best")
 
 
 def write(folder, maps, palette=False):

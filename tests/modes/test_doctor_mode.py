@@ -155,7 +155,7 @@ def test_more_files_than_are_shown(where):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("mode.near_distance=65", "mode.near_distance=65 must be 0 to 64"),
+        ("mode.near_distance=65", "mode.near_distance=65 is out of range. Give a whole number from 0 to 64"),
         ("mode.samples=-1", "mode.samples=-1 is out of range. Give a whole number of at least 0"),
         ("mode.workers=0", "mode.workers=0 is out of range. Give a whole number of at least 1"),
         ("data.classes=???", "data.classes is not set"),

@@ -467,7 +467,6 @@ def test_auto_caches_in_memory_else_on_disk(train, monkeypatch, caplog, memory, 
     [
         ({"cache": "disk", "views": None}, "engine.cache=disk: Random augmentation makes every view unique"),
         ({"cache": "memory", "adapter": Lora(2, 4)}, "engine.cache=memory: The first block is trained"),
-        ({"cache": "ssd"}, "engine.cache=ssd is unknown. Choose one of auto, off, disk, memory"),
         ({"cache": "disk", "dtype": "int4"}, "features.dtype=int4 is unknown"),
     ],
 )

@@ -24,11 +24,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dinoseg.data.classes.labels import as_color
 from dinoseg.data.classes.mask_advice import HIGHEST_ID
-from dinoseg.data.classes.masks import FORMATS
+from dinoseg.data.classes.masks import MaskFormat
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.forms import SchemaError
@@ -82,8 +82,9 @@ def _described(content: Any, ignore_index: int) -> dict[str, Any]:
     classes = _classes(whole.get("classes"))
     ignored = _mapping(whole.get("ignore", {}), "ignore", ("ids", "colors", "labels"))
     masks = whole.get("masks", "ids")
-    if masks not in (*FORMATS, LABELS):
-        raise ValueError(f"masks: {masks} is unknown: choose one of {', '.join((*FORMATS, LABELS))}")
+    formats = (*get_args(MaskFormat), LABELS)
+    if masks not in formats:
+        raise ValueError(f"masks: {masks} is unknown: choose one of {', '.join(formats)}")
     _refuse_idle(classes, ignored, masks)
     colors = [_colors(entry, f"class {name}") for name, entry in classes.items()]
     if any(colors) and not all(colors) or masks == "palette" and not all(colors):

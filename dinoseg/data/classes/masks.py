@@ -21,6 +21,9 @@ from dinoseg.utils.images import has_one_bit, read_ids, read_image
 _PROPORTIONS = 0.05  # largest relative difference in aspect ratio for which a mask is resized
 
 
+MaskFormat = Literal["ids", "palette", "binary"]
+
+
 @dataclass(frozen=True)
 class Masks:
     """Encoding of mask files.
@@ -39,7 +42,7 @@ class Masks:
         described: contents of `classes.yaml`, whose `ids` must equal `ids` here; None: the file is not used.
     """
 
-    format: Literal["ids", "palette", "binary"] = "ids"
+    format: MaskFormat = "ids"
     ids: Mapping[int, int] | None = None
     others: str | None = None
     reduce_zero_label: bool = False

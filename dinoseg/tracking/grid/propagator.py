@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.tracking.grid.cells import one_hot
-from dinoseg.tracking.grid.settings import MatchSettings
+from dinoseg.tracking.grid.settings import MatchSettings, Window
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, NotNegative, Positive, check_annotations
 from dinoseg.utils.transfer import to_device
 
 # Cells per tile side. Small tiles compute fewer similarities outside their windows, large tiles need fewer calls.
@@ -119,16 +120,17 @@ def _weights(similarities: Tensor, settings: MatchSettings) -> Tensor:
     return torch.softmax((similarities - best) / settings.temperature, dim=1)
 
 
+@check_annotations
 def propagate(
     features: Tensor,
     labels: Tensor | Mapping[int, Tensor],
     *,
     settings: MatchSettings = MatchSettings(),  # noqa: B008 (frozen)
-    context: int | None = None,
-    radius: float | None = None,
-    window: str | None = None,
-    top_k: int | None = None,
-    temperature: float | None = None,
+    context: Count | None = None,
+    radius: NotNegative | None = None,
+    window: Window | None = None,
+    top_k: Count | None = None,
+    temperature: Positive | None = None,
 ) -> Tensor:
     """Return the soft labels (T, L, h, w) of a clip with features (T, C, h, w), which are normalised here.
 

@@ -6,6 +6,8 @@ from typing import Literal
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative, Positive
 
+Window = Literal["circle", "square"]
+
 
 @dataclass(frozen=True)
 class MatchSettings:
@@ -24,12 +26,12 @@ class MatchSettings:
         temperature: divisor of the cosine similarities before the softmax over the top matches.
 
     Raises:
-        UserError: a value is out of range, or an option is unknown.
+        UserError: the window holds no cell.
     """
 
     context: Count = 7
     radius: NotNegative = 12
-    window: Literal["circle", "square"] = "circle"
+    window: Window = "circle"
     inclusive: bool = True
     window_first: bool = True
     repeat_first: bool = False

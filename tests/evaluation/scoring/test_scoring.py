@@ -288,7 +288,6 @@ def test_a_killed_process_is_told():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"on_error": "ignore"}, "data.on_error=ignore is unknown. Choose one of stop, skip"),
         ({"on_error": "skip"}, "Nothing is left to score in P: 1 problem, such as a/bad-1: it is bad"),
     ],
 )

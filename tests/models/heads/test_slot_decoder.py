@@ -148,12 +148,5 @@ def test_time_decoders_change_slots_each_in_its_own_way():
     torch.testing.assert_close(mixed, attention.attention(slots, slots, slots)[0])
     turned = attention(slots[:, [2, 0, 1]])
     torch.testing.assert_close(turned, mixed[:, [2, 0, 1]])  # slots have no order
-    with pytest.raises(UserError, match=r"time_decoder=gru is unknown.*none, linear, attention"):
-        make_time_decoders("gru", 8, 1)
     with pytest.raises(UserError, match=r"slot_dim=6 is not a multiple of 4.*time_decoder=attention"):
         make_time_decoders("attention", 6, 1)
-
-
-def test_unknown_positions_are_refused():
-    with pytest.raises(UserError, match=r"positions=fourier is unknown.*learned, sine, linear"):
-        Positions("fourier", (2, 2))

@@ -13,6 +13,7 @@ from dinoseg.tracking.grid.propagator import Propagator, propagate, seed
 from dinoseg.tracking.propagation.masks import first_labels, to_mask
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import check_annotations
 
 SMALL = {
     "crw": (CRW, {"context": 3, "radius": 3.0}),
@@ -419,14 +420,14 @@ class TestToMask:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context": 0}, "context=0 must be a whole number, 1 or more"),
-        ({"context": 1.5}, "context=1.5 must be a whole number"),
-        ({"top_k": 0}, "top_k=0 must be"),
-        ({"radius": -1}, "radius=-1 is not a distance. Give"),
+        ({"context": 0}, "context=0 is out of range. Give a whole number of at least 1"),
+        ({"context": 1.5}, "context=1.5 is of type float. Give a whole number"),
+        ({"top_k": 0}, "top_k=0 is out of range"),
+        ({"radius": -1}, "radius=-1 is out of range. Give"),
         ({"radius": math.nan}, "radius=nan"),
-        ({"temperature": 0}, "temperature=0 must be above 0"),
+        ({"temperature": 0}, "temperature=0 is out of range. Give a number above 0"),
         ({"temperature": math.inf}, "temperature=inf"),
-        ({"window": "disc"}, "window=disc is unknown. Choose one of: circle, square"),
+        ({"window": "disc"}, "window=disc is unknown. Choose one of circle, square"),
     ],
 )
 def test_bad_parameters(changes, message):
@@ -445,7 +446,7 @@ def test_bad_parameters(changes, message):
 )
 def test_bad_settings(changes, message):
     with pytest.raises(UserError, match=message):
-        PropagationSettings(**changes)
+        check_annotations(PropagationSettings)(**changes)
 
 
 class TestBadInput:

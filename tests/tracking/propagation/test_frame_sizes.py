@@ -10,6 +10,7 @@ from PIL import Image
 from dinoseg.tracking.propagation.features import input_size, resize
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3, PropagationSettings
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import check_annotations
 
 
 def reference(size, short, short_multiple, long_multiple, rounding):
@@ -82,13 +83,13 @@ def test_a_multiple_that_the_patch_does_not_divide_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"short_side": 0}, "short_side=0 must be a whole number, 1 or more"),
-        ({"short_side": 2.5}, r"short_side=2\.5 must be a whole number"),
-        ({"long_multiple": -8}, "long_multiple=-8 must be a whole number"),
-        ({"rounding": "nearest"}, "rounding=nearest is unknown. Choose one of: up, down"),
-        ({"resample": "area"}, "resample=area is unknown. Choose one of: bilinear, bicubic"),
+        ({"short_side": 0}, "short_side=0 is out of range. Give a whole number of at least 1, or null"),
+        ({"short_side": 2.5}, r"short_side=2\.5 is of type float. Give a whole number or null"),
+        ({"long_multiple": -8}, "long_multiple=-8 is out of range"),
+        ({"rounding": "nearest"}, "rounding=nearest is unknown. Choose one of up, down"),
+        ({"resample": "area"}, "resample=area is unknown. Choose one of bilinear, bicubic"),
     ],
 )
 def test_bad_sizes(changes, message):
     with pytest.raises(UserError, match=message):
-        PropagationSettings(**changes)
+        check_annotations(PropagationSettings)(**changes)

@@ -12,6 +12,7 @@ from dinoseg.tracking.slots.appearance import Appearance
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.slots.tracker import SlotTracker
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import check_annotations
 
 
 def follow(model, frames, labels=None, **settings):
@@ -442,30 +443,33 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"match": "nearest"}, "slots.match=nearest is unknown. Choose one of: auto, overlap, soft_iou"),
-            ({"hold": "all"}, "slots.hold=all is unknown. Choose one of: background, both, none"),
-            ({"temperature": 0}, "slots.temperature=0 must be above 0"),
-            ({"temperature": float("nan")}, "slots.temperature=nan must be above 0"),
-            ({"appearance": -1}, "slots.appearance=-1: give a number from 0 to 1000000"),
-            ({"appearance": float("nan")}, "slots.appearance=nan: give a number"),
-            ({"appearance": 2e6}, "slots.appearance=2000000.0: give a number from 0 to 1000000"),
-            (
-                {"match": "appearance", "passes": 3},
-                "slots.passes=3: a video is processed in one or two passes. Give 1 or 2",
-            ),
-            ({"match": "appearance", "passes": 0}, "slots.passes=0: a video is processed in one or two passes"),
+            ({"match": "nearest"}, "match=nearest is unknown. Choose one of auto, overlap, soft_iou"),
+            ({"hold": "all"}, "hold=all is unknown. Choose one of background, both, none"),
+            ({"temperature": 0}, "temperature=0 is out of range. Give a number above 0"),
+            ({"temperature": float("nan")}, "temperature=nan is out of range"),
+            ({"appearance": -1}, "appearance=-1 is out of range. Give a number from 0 to 1000000"),
+            ({"appearance": float("nan")}, "appearance=nan is out of range"),
+            ({"appearance": 2e6}, "appearance=2000000.0 is out of range"),
+            ({"match": "appearance", "passes": 3}, "passes=3 is out of range. Give 1 or 2"),
+            ({"match": "appearance", "passes": 0}, "passes=0 is out of range. Give 1 or 2"),
             ({"passes": 2}, "slots.passes=2 has no effect with slots.match=auto.* or slots.passes=1"),
-            ({"lock_on": True, "slots_per_object": 0}, "slots.slots_per_object=0 must be a whole number, 1 or more"),
-            ({"lock_on": True, "background_slots": 0}, "slots.background_slots=0 must be a whole number, 1 or more"),
-            ({"lock_on": True, "extra_slots": -1}, "slots.extra_slots=-1 must be a whole number, 0 or more"),
-            ({"lock_on": True, "slots_per_object": 1.5}, "slots.slots_per_object=1.5 must be a whole number"),
+            (
+                {"lock_on": True, "slots_per_object": 0},
+                "slots_per_object=0 is out of range. Give a whole number of at least 1",
+            ),
+            (
+                {"lock_on": True, "background_slots": 0},
+                "background_slots=0 is out of range. Give a whole number of at least 1",
+            ),
+            ({"lock_on": True, "extra_slots": -1}, "extra_slots=-1 is out of range. Give a whole number of at least 0"),
+            ({"lock_on": True, "slots_per_object": 1.5}, "slots_per_object=1.5 is of type float. Give a whole number"),
             ({"extra_slots": 1}, "slots.extra_slots=1 has no effect with slots.lock_on=false"),
             ({"slots_per_object": 2}, "slots.slots_per_object=2 has no effect with slots.lock_on=false"),
         ],
     )
     def test_out_of_range_are_refused(self, values, message):
         with pytest.raises(UserError, match=message):
-            SlotTracking(**values)
+            check_annotations(SlotTracking)(**values)
 
 
 class TestBadInput:
