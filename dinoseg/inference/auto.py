@@ -11,7 +11,7 @@ from dinoseg.inference.memory import PassCost, described, free_bytes, measure
 from dinoseg.inference.policy import Autocast, Policy, Seen
 from dinoseg.inference.rows import MemoryRows, Rows
 from dinoseg.inference.whole import Whole
-from dinoseg.inference.windows import Overlap, Windows
+from dinoseg.inference.windows import Flips, Overlap, Placement, Weights, Windows
 from dinoseg.models.model import SegmentationModel, Size, backbone_size
 from dinoseg.utils.ranges import Count, HighShare, Scale
 
@@ -44,10 +44,10 @@ class Auto(Policy):
         memory: HighShare = 0.8,
         overlap: Overlap = 0.25,
         stride: Count | Sequence[Count] | None = None,
-        placement: str = "stride",
-        weights: str = "cosine",
+        placement: Placement = "stride",
+        weights: Weights = "cosine",
         batch_size: Count = 4,
-        flips: str = "none",
+        flips: Flips = "none",
         scales: Sequence[Scale] = (1.0,),
     ) -> None:
         self.whole = Whole(flips=flips, scales=scales)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from dinoseg.core.shapes import Prediction
 from dinoseg.inference.policy import Autocast, Place, Policy, Seen
 from dinoseg.inference.rows import Rows
-from dinoseg.inference.windows import Windows
+from dinoseg.inference.windows import Flips, Windows
 from dinoseg.models.model import SegmentationModel, Size
 from dinoseg.utils.ranges import Scale
 
@@ -14,7 +14,7 @@ from dinoseg.utils.ranges import Scale
 class Whole(Policy):
     """Whole-image inference strategy; averages class probabilities over `flips` and `scales`, see `Windows`."""
 
-    def __init__(self, *, flips: str = "none", scales: Sequence[Scale] = (1.0,)) -> None:
+    def __init__(self, *, flips: Flips = "none", scales: Sequence[Scale] = (1.0,)) -> None:
         # a single window larger than any image
         self.passes = Windows(2**31, overlap=0.0, weights="uniform", batch_size=2**31, flips=flips, scales=scales)
 

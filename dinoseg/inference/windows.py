@@ -22,10 +22,13 @@ from dinoseg.utils.ranges import Count, Range, Scale
 
 Overlap = Annotated[float, Range("a number from 0 to 0.9", 0, 0.9)]
 Shortest = Annotated[int, Range("a whole number from 1 to 16384", 1, 2**14)]
+Placement = Literal["stride", "even"]
+Weights = Literal["cosine", "uniform"]
+Flips = Literal["none", "horizontal", "all"]
 Turn = tuple[bool, bool, bool]  # (transpose, flip vertically, flip horizontally), applied in this order
 
 _AS_IT_IS: Turn = (False, False, False)
-TURNS: dict[str, Sequence[Turn]] = {
+TURNS: dict[Flips, Sequence[Turn]] = {
     "none": (_AS_IT_IS,),
     "horizontal": (_AS_IT_IS, (False, False, True)),
     "all": [
@@ -75,11 +78,11 @@ class Windows(Policy):
         *,
         overlap: Overlap = 0.25,
         stride: Count | Sequence[Count] | None = None,
-        placement: Literal["stride", "even"] = "stride",
-        weights: Literal["cosine", "uniform"] = "cosine",
+        placement: Placement = "stride",
+        weights: Weights = "cosine",
         average: Literal["probabilities", "scores"] = "probabilities",
         batch_size: Count = 4,
-        flips: Literal["none", "horizontal", "all"] = "none",
+        flips: Flips = "none",
         scales: Sequence[Scale] = (1.0,),
         shortest: Shortest | None = None,
         multiple: Count | None = None,
