@@ -265,6 +265,14 @@ def test_each_head_has_a_best_step_and_patience_is_of_the_best_of_all(train):
     assert not (run.folder / "best.safetensors").exists()
 
 
+def test_score_that_is_not_finite_is_no_best_of_a_head(made, tmp_path):
+    head = Checkpointer(tmp_path, dict(INFO))
+    checkpoints = MultiHeadCheckpointer(tmp_path, dict(INFO), heads={"a": head})
+    scores = {"a/loss": torch.nan, "loss": 0.5}
+    checkpoints.save_if_best(made.model(a=((1,), LinearHead)), scores, "loss", lowest=True)
+    assert head.progress.best is None and not head.best.exists()
+
+
 def test_resume_by_another_score_discards_best_of_each_head(train):
     found = iter((0.4, 0.3, 0.2, 0.1))
 
