@@ -39,6 +39,13 @@ def test_merged_model_predicts_the_same_and_is_loaded_again(delta, dtype, tmp_pa
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
 
 
+def test_merge_of_half_precision_keeps_train_mode_and_size_limit():
+    model = make_trained(**{"backbone.dtype": "bfloat16"}).train()
+    limit = model.model.limit = lambda size: 16
+    model.merge()
+    assert model.training and model.head.training and model.model.limit is limit
+
+
 @pytest.mark.parametrize("options", [{}, {"adapter.dora": True}, {"adapter": "lora_all", "head": "mlp"}])
 def test_peft_reads_the_saved_adapter_with_equal_logits(options, tmp_path):
     model = make_trained(**options)

@@ -139,11 +139,23 @@ def test_a_loss_that_is_not_finite_counts_as_zero_and_has_no_finite_gradient(mad
     with torch.no_grad():
         model.models["b"].head.classify.bias[0] = torch.inf
     prediction, batch = model(IMAGES), Batch(IMAGES, MASKS, ["x", "y"])
-    value, parts = MultiHeadLoss(LOSSES["mean"]())(prediction, batch)
+    loss = CrossEntropy(torch.ones(3), hard_fraction=0.5)
+    value, parts = MultiHeadLoss(loss)(prediction, batch)
     value.backward()
-    assert value == parts["a/loss"] and not parts["b/loss"].isfinite() and parts["weight"] > 0
+    assert value == parts["a/loss"] and not parts["b/loss"].isfinite()
+    assert parts["weight"] == loss(prediction.heads["a"], batch)[1]["weight"]
     finite = {name: each.head.classify.weight.grad.isfinite() for name, each in model.models.items()}
     assert finite["a"].all() and not finite["b"].any()
+
+
+def test_heads_share_the_progress_and_the_largest_minimum_of_a_batch():
+    heads, given = [LinearHead(24, 1, 3) for _ in range(2)], []
+    for head in heads:
+        head.set_progress = lambda *progress: given.append(progress)
+    heads[0].min_batch_size = 2
+    several = MultiHead(heads)
+    several.set_progress(7, 9)
+    assert given == [(7, 9), (7, 9)] and several.min_batch_size == 2
 
 
 def test_heads_are_clipped_apart_and_leave_with_their_step():
