@@ -46,6 +46,13 @@ def test_merge_of_half_precision_keeps_train_mode_and_size_limit():
     assert model.training and model.head.training and model.model.limit is limit
 
 
+def test_merge_keeps_the_source_of_a_loaded_backbone(tmp_path):
+    make_trained().save(tmp_path / "model.safetensors")
+    model = dinoseg.load(tmp_path / "model.safetensors", device="cpu")
+    source = model.facts.backbone
+    assert source["in_file"] and model.merge().facts.backbone == source
+
+
 @pytest.mark.parametrize("options", [{}, {"adapter.dora": True}, {"adapter": "lora_all", "head": "mlp"}])
 def test_peft_reads_the_saved_adapter_with_equal_logits(options, tmp_path):
     model = make_trained(**options)
