@@ -46,6 +46,10 @@ def test_merge_of_half_precision_keeps_train_mode_and_size_limit():
     assert model.training and model.head.training and model.model.limit is limit
 
 
+def test_merge_states_from_how_many_bits_weights_come():
+    assert make_trained(adapter="qlora").merge().facts.dequantised == 4
+
+
 def test_merge_keeps_the_source_of_a_loaded_backbone(tmp_path):
     make_trained().save(tmp_path / "model.safetensors")
     model = dinoseg.load(tmp_path / "model.safetensors", device="cpu")
