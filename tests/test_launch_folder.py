@@ -126,6 +126,10 @@ def test_other_ranks_use_config_and_folder_of_the_first(second_rank, tmp_path, m
     assert launch.launch(second_rank, mine, []) == ({"ids": {1: 0}}, first) and not list(tmp_path.iterdir())
 
 
+def test_other_ranks_write_no_files(second_rank, tmp_path):
+    assert launch.launch(second_rank, tmp_path / "run", []) == tmp_path / "run" and not list(tmp_path.iterdir())
+
+
 def test_a_rank_of_torchrun_keeps_to_its_share_of_the_processors(second_rank, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "100000")

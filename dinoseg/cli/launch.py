@@ -216,8 +216,7 @@ def _prepare(
         whole = heads.with_solo_runs(whole, solo_runs)
     if not is_first_rank():  # of a mode on one device: the first rank writes its files
         return JobStart(whole, start.folder or new)
-    run_folder = start.folder or _claim_folder(whole, new, new_folder)
-    lock(run_folder)
+    run_folder = start.folder or _claim_folder(whole, new, new_folder)  # both are locked
     drop_parts(run_folder)
     config_folder = write_config(whole, run_folder, overrides)
     if start.plan is not None or location.in_sweep:

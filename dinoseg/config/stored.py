@@ -254,7 +254,7 @@ def _without_parts(given: Mapping[str, Any], option: Any, steps: Steps, targets:
             values[str(key)] = _without_parts(value, usual, (*steps, str(key)), targets)
         elif key not in _OF_THIS_MACHINE and not (value == usual and (key in BUILDS or _interpolates(value))):
             values[str(key)] = value
-    return {key: value for key, value in values.items() if key not in _OF_THIS_MACHINE}
+    return values
 
 
 def _plain_group(values: Any) -> dict[str, Any]:

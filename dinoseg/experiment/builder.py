@@ -28,7 +28,7 @@ from dinoseg.utils.wording import join_names
 SPLITS = ("train", "val", "test")
 # parts that a training builds once its data are open, with keys beside their own
 _BUILT_LATE = {"adapter": ("lr",), "head": ("layers", "lr")} | dict.fromkeys(
-    ("loss.criterion", "optim.optimizer", "optim.schedule", "trainer.loop"), ()
+    ("loss.criterion", "optim.optimizer", "optim.schedule"), ()
 )
 _CUSTOM_CHECK = {"_target_": "dinoseg.data.custom.check_custom_dataset", "_partial_": True}
 
@@ -131,7 +131,7 @@ class Builder(ModelBuilder):
 
     def check_values(self) -> None:
         """Refuse wrong values of what a training builds or reads only once its data are listed, and its checkpoints."""
-        self.lengths(samples=1)
+        self.loop_settings(self.lengths(samples=1)._asdict())
         for key, others in _BUILT_LATE.items():
             node = self.value(key)
             # null for a backbone that states its patch size once it is built, as those of timm do

@@ -189,8 +189,8 @@ def _take_value(override: Override, cfg: DictConfig, merged: DictConfig, path: P
 def _lift_time_limit(cfg: DictConfig, merged: DictConfig, keys: Sequence[str]) -> bool:
     """Remove the time limit if the command sets a length and no limit; return whether there was a limit."""
     is_lifted = bool({"trainer.steps", "trainer.epochs"} & {*keys}) and merged.trainer.get("max_minutes") is not None
-    # a limit of the command's own config files stays: without it, the same command would not find its run again
-    is_lifted = is_lifted and "trainer.max_minutes" not in keys and cfg.trainer.get("max_minutes") is None
+    # a limit that is typed or in its config files stays: without it, the same command would not find its run again
+    is_lifted = is_lifted and cfg.trainer.get("max_minutes") is None
     if is_lifted:
         merged.trainer.max_minutes = None
     return is_lifted

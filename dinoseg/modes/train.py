@@ -88,5 +88,4 @@ def check(cfg: DictConfig) -> None:
     logger_factories(build)
     with torch.device("meta"):
         build.optimizer(model)
-    build.schedule()
     task.check_sources()

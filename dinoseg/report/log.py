@@ -101,8 +101,7 @@ class RunLog:
         """Write images (H, W, 3) uint8 of a validation, by the names of its samples."""
         for name, rgb in named.items() if self._file is not None else ():
             write_png(self._pictures / f"step_{step:05d}" / f"{name}.png", rgb)
-        if named:
-            self._pass_on(lambda each: each.images(step, named))
+        self._pass_on(lambda each: each.images(step, named))
 
     def scores(self, values: Mapping[str, Any]) -> None:
         """Pass the scores of the best checkpoint to the loggers."""

@@ -31,9 +31,11 @@ def test_peft_layers_that_are_merged_or_off_are_not_saved(change, delta, tmp_pat
     file, before = tmp_path / "model.safetensors", model(IMAGES)
     for layer in layers(model):
         apply(layer)
-    with pytest.raises(UserError, match="peft.*unmerge.*enable_adapters"):
-        model.save(file, delta=delta)
-    assert not file.exists()
+    adapter = tmp_path / "adapter"
+    for refused in (lambda: model.save(file, delta=delta), lambda: model.save_adapter(adapter), model.merge):
+        with pytest.raises(UserError, match="peft.*unmerge.*enable_adapters"):
+            refused()
+    assert not file.exists() and not adapter.exists()
     for layer in layers(model):
         undo(layer)
     if change == "off" or not delta:  # a merge and its reverse round, and a delta needs the very weights of its source

@@ -39,6 +39,24 @@ def test_merged_model_predicts_the_same_and_is_loaded_again(delta, dtype, tmp_pa
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
 
 
+def test_merge_of_half_precision_keeps_train_mode_and_size_limit():
+    model = make_trained(**{"backbone.dtype": "bfloat16"}).train()
+    limit = model.model.limit = lambda size: 16
+    model.merge()
+    assert model.training and model.head.training and model.model.limit is limit
+
+
+def test_merge_states_from_how_many_bits_weights_come():
+    assert make_trained(adapter="qlora").merge().facts.dequantised == 4
+
+
+def test_merge_keeps_the_source_of_a_loaded_backbone(tmp_path):
+    make_trained().save(tmp_path / "model.safetensors")
+    model = dinoseg.load(tmp_path / "model.safetensors", device="cpu")
+    source = model.facts.backbone
+    assert source["in_file"] and model.merge().facts.backbone == source
+
+
 @pytest.mark.parametrize("options", [{}, {"adapter.dora": True}, {"adapter": "lora_all", "head": "mlp"}])
 def test_peft_reads_the_saved_adapter_with_equal_logits(options, tmp_path):
     model = make_trained(**options)

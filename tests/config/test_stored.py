@@ -179,6 +179,15 @@ def test_a_stored_config_is_the_config_of_the_run(sound):
     assert "num_classes" not in description["config"]["head"] and description["config"]["adapter"]["rank"] == 4
 
 
+@pytest.mark.parametrize(
+    ("trainer", "brought"),
+    [("supervised", set()), ("multi_head", {"heads", "lrs"}), ("distil", {"teacher"}), ("slots", set())],
+)
+def test_options_bring_root_keys_of_their_own_but_no_groups(trainer, brought, caplog):
+    stored = as_read(describe(composed({**CHOICES, "trainer": trainer}), KEYS))
+    assert load(stored).keys() == {*KEYS} | brought and not caplog.messages
+
+
 def test_interpolations_of_options_follow_the_command_line(sound):
     found = load(sound)
     assert found["inference"]["size"] == "${resolution.crop}" and found["adapter"]["device"] == "${engine.device}"

@@ -209,9 +209,17 @@ def test_the_folder_of_a_head_cannot_be_resumed_and_stays_as_it_is(folder, run):
     assert {name: (run.path / "heads/linear" / name).read_bytes() for name in before} == before
 
 
-def test_several_heads_are_not_trained_in_float16():
-    engine = SimpleNamespace(sharded=False, cache="off", loss_scale=lambda: object())
-    with pytest.raises(UserError, match="fp16 scales the loss of one head at a time. Set engine.precision=fp32"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_scale": object}, "fp16 scales the loss of one head at a time. Set engine.precision=fp32"),
+        ({"sharded": True}, "engine.sharding=fsdp is for one head at a time"),
+        ({"cache": "disk"}, "engine.cache=disk is for one head at a time"),
+    ],
+)
+def test_engines_for_one_head_train_no_several(options, message):
+    engine = SimpleNamespace(**{"sharded": False, "cache": "off", "loss_scale": lambda: None, **options})
+    with pytest.raises(UserError, match=message):
         train_heads._check_task(None, SimpleNamespace(data_module=object.__new__(ImageDataModule)), engine)
 
 

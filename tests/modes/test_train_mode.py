@@ -85,7 +85,7 @@ def test_the_warmup_of_a_backbone_that_is_not_trained_has_no_effect(where, adapt
     assert ("The learning rate rises for" in output) == (adapter == "full")
 
 
-def test_a_run_logs_its_setup_and_prints_thenext_commands(where):
+def test_a_run_logs_its_setup_and_prints_next_commands(where):
     done = train(where, "mode.pictures=0", "trainer.accumulate=2", "adapter=frozen", "engine.precision=fp32")
     lines = [line.partition(" INFO ")[2] for line in done.err.splitlines()]
     start = lines.index("device:      cpu, precision fp32")
@@ -106,7 +106,7 @@ def test_a_run_logs_its_setup_and_prints_thenext_commands(where):
     ]
 
 
-def test_thenext_commands_after_training_on_clips():
+def test_next_commands_after_training_on_clips():
     assert next_commands(Path("runs/a b"), on_clips=True) == [
         "next:",
         "  python -m dinoseg mode=eval 'resume=runs/a b'",

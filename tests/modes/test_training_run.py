@@ -7,7 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from dinoseg.experiment.builder import Builder
+from dinoseg.modes import training_run
 from dinoseg.modes.training_run import TrainingRun
+from dinoseg.report.log import RunLog, read_rows
 from dinoseg.utils.errors import UserError
 
 KEPT = {"engine.cache": "disk", "features.dtype": "float16"}
@@ -49,3 +51,28 @@ def test_what_differs_when_a_run_goes_on_is_told_once(noted):
 def test_a_checkpoint_that_says_something_else_is_refused(noted, said):
     with pytest.raises(UserError, match="resume=run: its engine is .*; its values must be text. Choose another"):
         noted({"engine": said})
+
+
+def test_log_of_a_resumed_run_continues_at_its_step(compose, tmp_path):
+    with RunLog(tmp_path) as log:
+        for step in (2, 4):
+            log.scalars(step, {"train/loss": 1.0})
+            log.scalars(step, {"val/miou": 0.5})
+    build = Builder(compose("mode=train", "logger=[]", "data.root=none", "data.classes=[a,b]"))
+    start = SimpleNamespace(info={"progress": {"step": 2, "validation_pending": True}})
+    training_run.open_log(build, tmp_path, start, SimpleNamespace(is_main=True)).close()
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 2, "train/loss": 1.0}]
+
+
+def test_end_of_a_run_is_logged_before_the_log_closes(tmp_path, monkeypatch):
+    calls = []
+    log = SimpleNamespace(
+        scores=lambda scores: calls.append(scores),
+        checkpoint=lambda path: calls.append(path),
+        close=lambda: calls.append("close"),
+        views=[],
+    )
+    monkeypatch.setattr(training_run.checkpoint, "describe", lambda path: {"progress": {"step": 3}})
+    checkpoints, task = SimpleNamespace(best=tmp_path / "best.safetensors"), SimpleNamespace(skipped={})
+    training_run.finish_log(log, tmp_path, task, {"miou": 0.5}, checkpoints)
+    assert calls == [{"miou": 0.5}, checkpoints.best, "close"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tensorboard.summary.writer import event_file_writer
 
-from dinoseg.report.log import RunLog, read_rows
+from dinoseg.report.log import RunLog, read_rows, rows_of_head
 from dinoseg.report.loggers.logger import Logger
 from dinoseg.report.loggers.tensorboard import TensorBoardLogger
 from dinoseg.utils.errors import UserError
@@ -67,6 +67,13 @@ def test_a_validation_that_is_made_again_is_logged_once(tmp_path, pending):
     RunLog(tmp_path, start_step=6, validation_pending=pending).close()
     rows = [(row["step"], "val/miou" in row) for row in read_rows(tmp_path / "metrics.jsonl")]
     assert rows == [(3, False), (3, True), (6, False), (6, True)][: 3 if pending else 4]
+
+
+def test_rows_of_a_head_are_named_as_in_its_own_run(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.scalars(2, {"train/loss": 3.0, "train/a/loss": 1.0, "train/ab/loss": 2.0})
+        log.scalars(4, {"train/lr": 0.1})
+    assert rows_of_head(tmp_path / "metrics.jsonl", "a") == [{"step": 2, "train/loss": 1.0}, {"step": 4}]
 
 
 @pytest.mark.parametrize("torn", ["", "{", '{"step": 3', '{"step": 3, "a": 1', "\x00\x00\x00", "tru", "5"])
@@ -147,7 +154,9 @@ METHODS = ("open", "config", "scalars", "images", "scores", "close")
 
 def test_a_logger_receives_everything_and_only_finite_values(tmp_path):
     calls = []
-    use_all(RunLog(tmp_path, {"mine": partial(Recorder, calls=calls)}, start_step=3))
+    log = RunLog(tmp_path, {"mine": partial(Recorder, calls=calls)}, start_step=3)
+    use_all(log)
+    assert log.views == []
     given = [(tmp_path, 3), ({"seed": 0},), (4, {"train/loss": 0.5}), (4, ["a"]), ({"miou": 0.25},), ("finished",)]
     assert calls == [(method, *each) for method, each in zip(METHODS, given, strict=True)]
 
@@ -208,7 +217,7 @@ def test_pictures_are_files_by_step_and_going_on_drops_later_ones(tmp_path):
     assert files == [f"{step}/{name}.png" for step in steps for name in ("a", "b/c")]
     assert (read_image(tmp_path / files[0]) == 500 % 251).all()
     (tmp_path / "validation/notes").mkdir()
-    RunLog(tmp_path, start_step=999).close()
+    RunLog(tmp_path, start_step=500).close()
     assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == ["notes", "step_00500"]
 
 

@@ -12,7 +12,7 @@ from dinoseg.models.adapters import Frozen, Full, Lora
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import Checkpointer, find, load_weights, read, write
+from dinoseg.training.checkpoint import Checkpointer, Progress, comparable, find, load_weights, read, write
 from dinoseg.training.optim import MovingAverage, adamw
 from dinoseg.utils.errors import UserError
 
@@ -175,6 +175,8 @@ def test_last_is_evaluated_if_the_best_is_in_another_folder(model, tmp_path):
     train(source, optimizer)
     moved.load_best(source, finite=True)
     assert moved.best == tmp_path / "new/last.safetensors" and torch.equal(source.head.classify.weight, weight)
+    moved.commit(moved.save_if_best(source, {"miou": 0.95}))
+    assert moved.best == tmp_path / "new/best.safetensors"
 
 
 def test_other_frozen_weights_are_refused(model, tmp_path):
@@ -332,3 +334,11 @@ def test_a_best_score_of_another_selection_is_discarded(model, tmp_path, caplog,
     assert Checkpointer(tmp_path, info(before), start=start).restore(source, optimizer, None).best == 0.91
     assert Checkpointer(tmp_path, info(after), start=start).restore(source, optimizer, None).best is None
     assert re.search(change, caplog.text)
+
+
+def test_change_of_selection_restarts_patience_and_discards_only_a_best_score(caplog):
+    before, now = ({"config": {"trainer": {"score": score}}} for score in ("miou", "loss"))
+    assert comparable(Progress(9, best=0.5, best_step=3, stale=2), before, now) == Progress(9)
+    assert "the previous best score is discarded" in caplog.text
+    caplog.clear()
+    assert comparable(Progress(9), before, now) == Progress(9) and not caplog.messages

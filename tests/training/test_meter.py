@@ -105,7 +105,8 @@ def test_a_pipe_gets_a_line_every_ten_seconds(caplog, capsys):
     assert len(lines) == 6 and capsys.readouterr().err == ""
     first, last = lines[0], lines[-1]
     assert first.startswith("step 10 of 100: epoch 1.2, loss 0.5000, rate 1.0e-04, ") and "validations left" in first
-    assert "4.0 images/s, waiting for data 25%, memory " in lines[2] and last.endswith(" left")
+    assert all("4.0 images/s, waiting for data 25%, memory " in line for line in lines)  # without the validation
+    assert last.endswith(" left")
 
 
 def test_slow_steps_are_told_by_digits_that_say_something(caplog):
@@ -113,7 +114,7 @@ def test_slow_steps_are_told_by_digits_that_say_something(caplog):
     with caplog.at_level(logging.INFO), closing(meter(clock)) as running:
         train(running, clock, 3, seconds=100.0, waited=0.0)
         running.read()
-    assert all("0.04 images/s" in line for line in caplog.messages)
+    assert caplog.messages and all("0.04 images/s" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(("terminal", "visible"), [(True, True), (True, False), (False, False)])

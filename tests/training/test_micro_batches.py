@@ -230,3 +230,10 @@ def test_batches_split_in_order_and_evenly(parts):
 def test_a_loss_without_weights_counts_each_sample_alike(train):
     whole, parted = train(accumulate=1, each_alike=True), train(3, accumulate=1, each_alike=True)
     assert distance(whole.gradients, parted.gradients) < 1e-6
+
+
+def test_restarted_step_counts_nothing_of_before():
+    output = StepOutput(torch.device("cpu"), None)
+    output.add(BatchLoss(torch.tensor(2.0), torch.tensor(1.0), {}), None, SimpleNamespace(names=["a"], count=1))
+    output.restart()
+    assert (output.total, output.weight, output.names, output.images) == (0, 0, [], 0)

@@ -139,11 +139,23 @@ def test_a_loss_that_is_not_finite_counts_as_zero_and_has_no_finite_gradient(mad
     with torch.no_grad():
         model.models["b"].head.classify.bias[0] = torch.inf
     prediction, batch = model(IMAGES), Batch(IMAGES, MASKS, ["x", "y"])
-    value, parts = MultiHeadLoss(LOSSES["mean"]())(prediction, batch)
+    loss = CrossEntropy(torch.ones(3), hard_fraction=0.5)
+    value, parts = MultiHeadLoss(loss)(prediction, batch)
     value.backward()
-    assert value == parts["a/loss"] and not parts["b/loss"].isfinite() and parts["weight"] > 0
+    assert value == parts["a/loss"] and not parts["b/loss"].isfinite()
+    assert parts["weight"] == loss(prediction.heads["a"], batch)[1]["weight"]
     finite = {name: each.head.classify.weight.grad.isfinite() for name, each in model.models.items()}
     assert finite["a"].all() and not finite["b"].any()
+
+
+def test_heads_share_the_progress_and_the_largest_minimum_of_a_batch():
+    heads, given = [LinearHead(24, 1, 3) for _ in range(2)], []
+    for head in heads:
+        head.set_progress = lambda *progress: given.append(progress)
+    heads[0].min_batch_size = 2
+    several = MultiHead(heads)
+    several.set_progress(7, 9)
+    assert given == [(7, 9), (7, 9)] and several.min_batch_size == 2
 
 
 def test_heads_are_clipped_apart_and_leave_with_their_step():
@@ -263,6 +275,14 @@ def test_each_head_has_a_best_step_and_patience_is_of_the_best_of_all(train):
     assert progress["progress"]["best_step"] == 2 and progress["progress"]["step"] == 4
     assert {name: head["progress"]["best_step"] for name, head in progress["heads"].items()} == bests
     assert not (run.folder / "best.safetensors").exists()
+
+
+def test_score_that_is_not_finite_is_no_best_of_a_head(made, tmp_path):
+    head = Checkpointer(tmp_path, dict(INFO))
+    checkpoints = MultiHeadCheckpointer(tmp_path, dict(INFO), heads={"a": head})
+    scores = {"a/loss": torch.nan, "loss": 0.5}
+    checkpoints.save_if_best(made.model(a=((1,), LinearHead)), scores, "loss", lowest=True)
+    assert head.progress.best is None and not head.best.exists()
 
 
 def test_resume_by_another_score_discards_best_of_each_head(train):

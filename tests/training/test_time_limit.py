@@ -36,6 +36,11 @@ def test_a_training_that_keeps_up_is_not_changed(limited):
     assert seconds == 54 and done[-2:] == [(100, 100), "validated"] and len(done) == 102
 
 
+def test_a_long_validation_is_no_part_of_a_step(limited):
+    _, done = limited(lambda number: 0.4, val_every=80, validation=8.0)
+    assert done[-2:] == [(100, 100), "validated"]
+
+
 @pytest.mark.parametrize(
     "step",
     [
@@ -55,7 +60,8 @@ def test_a_late_training_ends_with_a_validation_and_a_validated_one_at_once(limi
     with caplog.at_level(logging.WARNING):
         seconds, done = limited(lambda number: 70.0)
     assert done == [(1, 100), (2, 2), "validated"] and seconds == 142
-    assert caplog.messages[0].startswith("The time limit is too short for all steps: about 2 instead of 100 fit into")
+    (message,) = caplog.messages
+    assert message.startswith("The time limit is too short for all steps: about 2 instead of 100 fit into")
     seconds, done = limited(lambda number: 1.0, val_every=57, validation=4.0)
     assert seconds == 61 and done[-2:] == [(57, 60), "validated"]
 

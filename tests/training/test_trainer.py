@@ -19,7 +19,7 @@ from dinoseg.models.model import SegmentationModel
 from dinoseg.training import image_data_module as feeding
 from dinoseg.training import trainer as training
 from dinoseg.training.checkpoint import Checkpointer, read
-from dinoseg.training.data_module import spread
+from dinoseg.training.data_module import Validation, spread
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.meter import Meter
@@ -87,6 +87,7 @@ def test_it_learns_and_keeps_its_best(run, tmp_path):
     done = run(steps=40, val_every=10, lr=1e-2)
     losses = [row["train/loss"] for row in done.rows if "train/loss" in row]
     assert len(losses) == 40 and losses[-1] < 0.3 * losses[0]
+    assert not any("train/weight" in row for row in done.rows), "the divisor of the loss is no part of it"
     assert done.progress.step == 40 and done.progress.best > 0.9
     assert read(tmp_path / "last.safetensors").info["progress"]["step"] == 40
     assert [row["step"] for row in done.rows if "val/miou" in row] == [10, 20, 30, 40]
@@ -197,6 +198,12 @@ def test_bad_settings(run, options, message):
         run(**options)
 
 
+def test_an_undefined_score_is_refused_by_name(run, monkeypatch):
+    monkeypatch.setattr(ImageDataModule, "validate", lambda *_: Validation({"miou": None}, {}))
+    with pytest.raises(UserError, match="trainer.score=miou is undefined"):
+        run(steps=1)
+
+
 def test_rows_tell_how_each_logged_step_predicts_its_own_batches(run):
     options = {"steps": 8, "val_every": 8, "log_every": 4, "lr": 1e-2, "accumulate": 2}
     rows = [row for row in run(**options).rows if "train/loss" in row]
@@ -271,7 +278,7 @@ def test_pictures_are_spread_over_what_the_first_rank_validates():
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Let each learning-rate update of a fake clock take 5 s, by which the time limit counts."""
+    """Let each learning-rate update take 5 s of a fake clock, by which the time limit counts; return its seconds."""
     now, update = [0.0], training.set_learning_rates
 
     def slow_update(*given):
@@ -280,6 +287,7 @@ def slow(monkeypatch):
 
     monkeypatch.setattr(training, "set_learning_rates", slow_update)
     monkeypatch.setattr(training, "TimeLimit", partial(TimeLimit, clock=lambda: now[0]))
+    return now
 
 
 def test_a_training_ends_validated_and_saved_within_its_time_limit(run, tmp_path, slow):
@@ -291,3 +299,26 @@ def test_a_training_ends_validated_and_saved_within_its_time_limit(run, tmp_path
         start = read(tmp_path / "last.safetensors")
         assert start.info["progress"]["step"] == step and not start.info["progress"]["validation_pending"]
         assert (tmp_path / "best.safetensors").exists()
+
+
+def test_learning_rate_and_head_follow_the_steps_that_fit(run, slow):
+    class Annealed(LinearHead):
+        def set_progress(self, step, steps):
+            given.append((step, steps))
+
+    given = []
+    done = run(steps=40, val_every=30, max_minutes=1, head=Annealed(24, 1, 3))
+    rates = [row["train/lr"] for row in done.rows if "train/lr" in row]
+    assert given[0] == (0, 40) and given[-1] == (11, 12)
+    assert rates[-1] < 0.1 * rates[0]
+
+
+def test_time_limit_leaves_time_for_the_last_validation(run, slow, monkeypatch):
+    validate = ImageDataModule.validate
+
+    def slow_validate(*given):
+        slow[0] += 15
+        return validate(*given)
+
+    monkeypatch.setattr(ImageDataModule, "validate", slow_validate)
+    assert run(steps=40, val_every=2, max_minutes=1).progress.step == 4 and slow[0] == 50

@@ -91,9 +91,18 @@ def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "reason"),
-    [(("adapter.rank=0",), "adapter.rank=0"), (("data.folds=3", "data.fold=7"), "two folds or more")],
+    [
+        (("adapter.rank=0",), "adapter.rank=0"),
+        (("data.folds=3", "data.fold=7"), "two folds or more"),
+        (("trainer.steps=null",), "Neither trainer.steps nor trainer.epochs"),
+        (("trainer.evaluate=newest",), "trainer.evaluate=newest is unknown"),
+        (("loss.criterion.label_smoothing=2",), "loss.criterion.label_smoothing=2"),
+        (("optim.schedule.kind=unknown",), "optim.schedule.kind=unknown"),
+        (("optim.optimizer.betas=[0.9]",), r"optim.optimizer.betas=\[0.9\]"),
+        (("logger=[mlflow]", "logger.mlflow.timeout=0"), "logger.mlflow.timeout=0"),
+    ],
 )
-def test_a_value_that_is_out_of_range_is_found_without_weights_or_data(compose, words, reason):
+def test_check_of_a_cell_refuses_wrong_values_without_data(compose, words, reason):
     """As the check of a sweep's cells finds it: adapters and data are made."""
     cfg = compose("mode=train", *(word for word in SMALL if word != "adapter=full"), "adapter=lora", *words)
     with pytest.raises(UserError, match=reason):
