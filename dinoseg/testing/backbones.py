@@ -23,6 +23,12 @@ def check_backbone(make_backbone: Callable[..., Backbone]) -> None:
 
     Raises:
         AssertionError: it breaks a rule; the message names the rule, the result and the remedy.
+
+    Examples:
+        >>> from functools import partial
+        >>> from dinoseg.models.backbones.rgb import RgbBackbone
+        >>> from dinoseg.testing import check_backbone
+        >>> check_backbone(partial(RgbBackbone, patch_size=8))
     """
 
     def make() -> Backbone:

@@ -26,6 +26,11 @@ def check_dataset(dataset: Any, *, samples: int = 8) -> None:
 
     Raises:
         AssertionError: it breaks a rule; the message names the rule, the result and the remedy.
+
+    Examples:
+        >>> import dinoseg
+        >>> from dinoseg.testing import check_dataset
+        >>> check_dataset(dinoseg.open_dataset("sarrarp", root="outputs/demo/data"), samples=2)
     """
     try:
         checked = CustomDataset(dataset)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoseg.core.contracts import Backbone, Head
-from dinoseg.core.shapes import Prediction, tree_map
+from dinoseg.core.shapes import Prediction
 from dinoseg.models.model import SegmentationModel
 from dinoseg.testing.modules import (
     IMAGE_SIZE,
@@ -16,6 +16,7 @@ from dinoseg.testing.modules import (
     ModuleCase,
     are_close,
     autocast,
+    collect_tensors,
     fixed_seed,
     random_images,
     require,
@@ -65,15 +66,25 @@ def check_head(
 
     Raises:
         AssertionError: it breaks a rule; the message names the rule, the result and the remedy.
+
+    Examples:
+        >>> from functools import partial
+        >>> from dinoseg.models.heads.linear import LinearHead
+        >>> from dinoseg.testing import check_head
+        >>> check_head(partial(LinearHead, dropout=0.1), num_layers=2)
     """
     with fixed_seed():
-        used = (deepcopy(backbone) if backbone else CheckBackbone(num_layers)).requires_grad_(False).eval()
+        used = (CheckBackbone(num_layers) if backbone is None else deepcopy(backbone)).requires_grad_(False).eval()
 
         def make() -> Head[Any]:
             return make_head(in_dim=used.dim, num_layers=used.num_layers, num_classes=num_classes)
 
         def predict(head: Any, images: Tensor) -> Prediction:
             return SegmentationModel(used, head).train(head.training)(images)
+
+        def predict_all(head: Any, images: Tensor) -> list[Tensor]:
+            prediction = predict(head, images)
+            return [prediction.scores(), *collect_tensors(prediction.outputs)]
 
         head = make().eval()
         check_class(head)
@@ -87,20 +98,13 @@ def check_head(
         case = ModuleCase(
             make,
             run=lambda part, images: [predict(part, images).scores()],
-            run_training=lambda part, images: collect_tensors(predict(part, images)),
+            run_training=predict_all,
             batch_size=max(2, head.min_batch_size),
         )
         for rule in MODULE_RULES:
             rule(case)
         with autocast():
             check_precision(head, predict(head, random_images(1)))
-
-
-def collect_tensors(prediction: Prediction) -> list[Tensor]:
-    """Return the class scores, and the outputs that a loss may use instead."""
-    found = [prediction.scores()]
-    tree_map(prediction.outputs, lambda output: found.append(output) or output)
-    return [tensor for tensor in found if tensor.is_floating_point()]
 
 
 def check_class(head: Head[Any]) -> None:
@@ -150,7 +154,7 @@ def check_padding(head: Head[Any], prediction: Prediction, patch_size: int) -> N
     whole = prediction.to_pixels(prediction.outputs, padded, (1.0, 1.0))
     require(
         are_close([prediction.scores()], [whole[..., :height, :width]]),
-        f"{type(head).__name__}: `predict` must crop the padding, of which `valid` is the rest, but its scores for "
+        f"{type(head).__name__}: `predict` must crop the padding, which `valid` leaves out, but its scores for "
         f"{prediction.size} are not the top left of those for {padded}; resize by "
         "dinoseg.core.geometry.upsample(scores, size, valid).",
     )

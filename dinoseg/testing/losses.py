@@ -12,7 +12,7 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction, SlotOutputs, tree_map
 from dinoseg.models.heads.semantic import semantic_map
-from dinoseg.testing.modules import are_close, fixed_seed, require
+from dinoseg.testing.modules import are_close, collect_tensors, fixed_seed, require
 from dinoseg.training.step import batch_loss
 
 SIZE = (8, 12)  # (H, W) of the masks and of the outputs
@@ -103,6 +103,12 @@ def check_loss(make_loss: Callable[..., Loss], *, num_classes: int = 3, ignore_i
 
     Raises:
         AssertionError: it breaks a rule; the message names the rule, the result and the remedy.
+
+    Examples:
+        >>> from functools import partial
+        >>> from dinoseg.losses.focal import Focal
+        >>> from dinoseg.testing import check_loss
+        >>> check_loss(partial(Focal, gamma=1.0))
     """
     weights = {"class_weights": torch.linspace(0.5, 2, num_classes)}
     takes_weights = "class_weights" in signature(make_loss).parameters
@@ -119,15 +125,8 @@ def check_loss(make_loss: Callable[..., Loss], *, num_classes: int = 3, ignore_i
 
 def collect_gradients(value: Tensor, outputs: Any) -> list[Tensor]:
     """Return the gradient of each output that requires one, zeros where it has none."""
-    trained = [leaf for leaf in collect_leaves(outputs) if leaf.requires_grad]
+    trained = [leaf for leaf in collect_tensors(outputs) if leaf.requires_grad]
     return list(torch.autograd.grad(value, trained, allow_unused=True, materialize_grads=True))
-
-
-def collect_leaves(outputs: Any) -> list[Tensor]:
-    """Return the tensors of outputs in order."""
-    found: list[Tensor] = []
-    tree_map(outputs, lambda output: found.append(output) or output)
-    return found
 
 
 def check_buffers(case: LossCase) -> None:
@@ -173,9 +172,11 @@ def check_inputs(case: LossCase) -> None:
     given = tree_map(outputs, lambda output: output.detach().clone().requires_grad_(output.requires_grad))
     labels = tree_map(batch, Tensor.clone)
     case.run(tree_map(given, lambda output: output * 1), labels)
-    scores = collect_leaves(given)
+    scores = collect_tensors(given)
     require(
-        all(map(torch.equal, [*scores, *collect_leaves(labels)], [*collect_leaves(outputs), *collect_leaves(batch)])),
+        all(
+            map(torch.equal, [*scores, *collect_tensors(labels)], [*collect_tensors(outputs), *collect_tensors(batch)])
+        ),
         f"{case.name}: a loss must not change its inputs, but they changed; use no operations in place on them.",
     )
 
@@ -293,7 +294,7 @@ def check_derivative(case: LossCase) -> None:
     loss = case.loss.double()
     size = (3, 4)
     outputs, batch = case.outputs(2, size, torch.float64), case.batch(2, size)
-    trained = [leaf for leaf in collect_leaves(outputs) if leaf.requires_grad]
+    trained = [leaf for leaf in collect_tensors(outputs) if leaf.requires_grad]
 
     def value(*leaves: Tensor) -> Tensor:
         rest = iter(leaves)

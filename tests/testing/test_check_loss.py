@@ -21,8 +21,7 @@ class Entropy(Loss):
         return cross_entropy(logits, labels, reduction="none")
 
     def logits(self, prediction, size):
-        logits = prediction.logits(size)
-        return logits.float() if logits.dtype == torch.bfloat16 else logits
+        return prediction.logits(size)
 
     def forward(self, prediction, batch):
         labelled = batch.mask != self.ignore_index
@@ -86,13 +85,6 @@ class LogOfSoftmax(Entropy):
 
 
 class HalfPrecision(Entropy):
-    def logits(self, prediction, size):
-        return prediction.outputs.new_zeros(()) + prediction.logits(size).to(prediction.outputs.dtype)
-
-    def costs(self, logits, labels):
-        with torch.autocast("cpu", enabled=False):
-            return super().costs(logits, labels)
-
     def forward(self, prediction, batch):
         value, parts = super().forward(prediction, batch)
         return value.to(prediction.outputs.dtype), parts
