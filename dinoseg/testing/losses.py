@@ -12,7 +12,7 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction, SlotOutputs, tree_map
 from dinoseg.models.heads.semantic import semantic_map
-from dinoseg.testing.modules import are_close, collect_tensors, fixed_seed, require
+from dinoseg.testing.modules import are_close, check_class, collect_tensors, fixed_seed, require
 from dinoseg.training.step import batch_loss
 
 SIZE = (8, 12)  # (H, W) of the masks and of the outputs
@@ -113,11 +113,7 @@ def check_loss(make_loss: Callable[..., Loss], *, num_classes: int = 3, ignore_i
     weights = {"class_weights": torch.linspace(0.5, 2, num_classes)}
     takes_weights = "class_weights" in signature(make_loss).parameters
     loss = make_loss(**weights) if takes_weights else make_loss()
-    require(
-        isinstance(loss, Loss),
-        f"{type(loss).__name__}: a loss must inherit dinoseg.core.contracts.Loss, but it does not; derive the class "
-        "from it.",
-    )
+    check_class(loss, Loss)
     case = LossCase(loss, num_classes, ignore_index)
     for rule in LOSS_RULES:
         rule(case)

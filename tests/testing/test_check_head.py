@@ -141,10 +141,10 @@ def test_several_maps_and_another_number_of_classes():
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        (NoContract, "must inherit dinoseg.core.contracts.Head, .* derive the class"),
+        (NoContract, "it must inherit dinoseg.core.contracts.Head, .* derive the class"),
         (InPlace, "must not change its feature maps"),
-        (OneClassMore, r"must return float32 scores of shape \(1, 3, 37, 50\), but .*\(1, 4, 37, 50\); resize"),
-        (ImageSizeOnly, r"size=\(23, 61\).*scores of shape \(1, 3, 23, 61\), but .*\(1, 3, 37, 50\)"),
+        (OneClassMore, r"must return float32 scores of shape \(1, 3, 37, 50\) .* but .*\(1, 4, 37, 50\); resize"),
+        (ImageSizeOnly, r"size=\(23, 61\).*scores of shape \(1, 3, 23, 61\) .* but .*\(1, 3, 37, 50\)"),
         (DoubleScores, "must return float32 .* returned torch.float64"),
         (NegativeMixture, r"finite, and at least 0 with `mixture`, but for size=\(37, 50\) they are not"),
         (DivisionByZero, "class scores must be finite"),
@@ -152,7 +152,7 @@ def test_several_maps_and_another_number_of_classes():
         (OtherGrid, "`grid_scores` and `weighted_masks` must give the scores of `predict`"),
         (OtherMasks, "`grid_scores` and `weighted_masks` must give the scores of `predict`"),
         (ClassesFirst, r"outputs must be tensors \(B, ...\).* put the batch first"),
-        (HalfScores, "under torch.autocast `predict` must return float32, but it returned torch.bfloat16"),
+        (HalfScores, "must return float32 scores .* in any precision, but it returned torch.bfloat16"),
         (BatchMean, "the same results alone and in a batch"),
         (UnusedOutput, "edges.weight, edges.bias got no gradient"),
     ],

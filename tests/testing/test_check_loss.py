@@ -156,7 +156,7 @@ def test_a_loss_that_keeps_its_contract_passes(loss):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (NoContract, "must inherit dinoseg.core.contracts.Loss"),
+        (NoContract, "it must inherit dinoseg.core.contracts.Loss"),
         (PlainWeights, "but PlainWeights.class_weights would stay; use self.register_buffer"),
         (NoParts, "a dict of named parts, but it returned a Tensor"),
         (PixelCosts, "the mean must be a finite scalar"),
