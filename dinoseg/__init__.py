@@ -1,7 +1,7 @@
 """Train segmentation models on DINO backbones, evaluate them, and predict with them.
 
 These names are public; each has help with an example, such as `help(dinoseg.train)`. All packages below are internal,
-except `losses`, `metrics` and the base classes that docs/extending.md names.
+except `losses`, `metrics`, `testing` and the base classes that docs/extending.md names.
 
 Train and predict as the command line does. These functions write run folders:
     train        train a model; returns a Run
@@ -25,6 +25,9 @@ Data, losses and metrics for a training loop of your own:
     losses       functions of logits and masks
     metrics      scores of predicted masks
 
+For tests of your own parts:
+    testing      checks of backbones, heads, losses and datasets
+
 Mistakes that you can fix raise a UserError. `import dinoseg` is fast: torch is imported by the first name that needs
 it.
 """
@@ -34,7 +37,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dinoseg import losses, metrics
+    from dinoseg import losses, metrics, testing
     from dinoseg.api.create import create_model
     from dinoseg.api.dataset import SegmentationDataset, open_dataset
     from dinoseg.api.modes import compare, evaluate, export_onnx, predict, score, track, train
@@ -58,7 +61,7 @@ _MODULES = {  # module to the public names that it defines
     "dinoseg.export.runtime.segmenter": ("Segmenter",),
     "dinoseg.utils.errors": ("UserError",),
 }
-_PACKAGES = ("losses", "metrics")
+_PACKAGES = ("losses", "metrics", "testing")
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
@@ -87,6 +90,7 @@ __all__ = [
     "open_dataset",
     "predict",
     "score",
+    "testing",
     "track",
     "train",
 ]

@@ -22,7 +22,7 @@ LEVELS = (  # a package imports its own level and those below
     ("tracking",),
     ("training",),
     ("experiment",),
-    ("evaluation", "export"),
+    ("evaluation", "export", "testing"),
     ("tasks", "serving"),
     ("autotune",),
     ("modes", "cli"),

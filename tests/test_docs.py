@@ -70,7 +70,9 @@ ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)
 RUN = [command for command in ALL if command.startswith(OURS) and not NOT_RUN.match(command)]
 RANKS = [command for command in ALL if command.startswith("torchrun ")]
 WALK = [command for command in commands(ROOT / "docs/first_training.md") if command.startswith(f"{OURS}mode=")]
-PYTHON = [(page.name, text) for page in PAGES for _, text in blocks(page, "python")]
+PYTHON = [  # that of test_own_parts.py aside, which imports files of the same page
+    (page.name, text) for page in PAGES for _, text in blocks(page, "python") if "from my_parts" not in text
+]
 FIRST = {kind_of(command): command for command in reversed(RUN) if "mode=train" in command}
 ALIKE = [one for one in RUN if "mode=train" in one and one not in WALK and FIRST[kind_of(one)] != one]
 

@@ -13,7 +13,7 @@ from checkpoint_files import INFO
 from config_files import options, read_whole
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from tiny_parts import BACKBONES, PYRAMIDS, load, tiny_node
+from tiny_parts import BACKBONES, PYRAMIDS, SMALL_HEADS, load, tiny_node
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import Batch
@@ -30,14 +30,6 @@ SMALL_ADAPTERS = {
     "last_blocks": {"blocks": 2},
     "qlora": {"rank": 2, "targets": "all_linear"},
     "lora_8bit": {"rank": 2, "targets": "all_linear"},
-}
-SMALL_HEADS = {
-    "cnn": {"channels": 16},
-    "dpt": {"features": 16},
-    "upernet": {"channels": 16},
-    "detail": {"fine": 4, "width": 8},
-    "mask2former": {"num_queries": 6, "hidden_dim": 64, "feedforward_dim": 32, "drop_path": 0.0},
-    "eomt": {"num_queries": 6, "blocks": 2},
 }
 FILES = {group: {option: read_whole(group, option) for option in options(group)} for group in ("adapter", "head")}
 # every head in cfg/head that scores classes and needs no file: slots are tried in tests/training/test_slot_training.py

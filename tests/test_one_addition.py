@@ -37,7 +37,11 @@ SPELLED_OUT = {  # constructors of the repository name their arguments, so that 
     "model, **options": "model, *, device, autocast, batch_size",
     "(**options": "(device=device, autocast=autocast, batch_size=batch_size",
 }
-OUTSIDE = ("mine/my_parts/backbones.py", "mine/config/backbone/patches.yaml")  # `grey` is the backbone of the copy
+OUTSIDE = (
+    "mine/my_parts/backbones.py",
+    "mine/config/backbone/patches.yaml",
+    "mine/test_my_parts.py",
+)  # `grey` is the backbone of the copy
 OTHERS = {
     "dinoseg/losses/distance.py": '''
 """Cross-entropy that weighs pixels by their distance to the outline of their class."""

@@ -1,5 +1,6 @@
 """Parts from a package and a config folder outside the repository: those of docs/extending.md, and other trackers."""
 
+import importlib
 import json
 import shlex
 import sys
@@ -67,7 +68,7 @@ def written(folder, files, monkeypatch):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     yield ("--config-dir", str(folder / "mine/config"))
-    for name in [name for name in sys.modules if name.startswith("my_parts")]:
+    for name in [name for name in sys.modules if name.startswith(("my_parts", "test_my_parts"))]:
         del sys.modules[name]
 
 
@@ -96,8 +97,13 @@ def test_the_parts_of_the_docs_are_listed(documented):
         assert f" {option}" in listed and f" {option}" not in usual
     keys = help_for([*documented, "mode=balance", "--help"])
     assert keys.startswith("Keys of mode=balance") and "mode.split=train " in keys and "Its groups: data\n" in keys
-    files = [text for _, text in blocks(PAGE, "python")]
+    files = [text for _, text in blocks(PAGE, "python") if "/my_parts/" in text.split()[1]]
     assert max(sum(1 for line in text.splitlines() if line) for text in files) <= 22 and len(files) == len(OPTIONS)
+
+
+@pytest.mark.parametrize("part", ["backbone", "head", "loss", "dataset"])
+def test_the_parts_of_the_docs_keep_their_contracts(part, documented):
+    getattr(importlib.import_module("test_my_parts"), f"test_{part}")()
 
 
 def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, documented):

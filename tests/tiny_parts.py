@@ -23,6 +23,14 @@ BACKBONES = {  # the option, and what makes it small
 }
 WEIGHTLESS = {"rgb": ("rgb", {})}  # nothing to train: no weights, no blocks, no gradients
 PYRAMIDS = ("convnext", "timm_pyramid")
+SMALL_HEADS = {
+    "cnn": {"channels": 16},
+    "dpt": {"features": 16},
+    "upernet": {"channels": 16},
+    "detail": {"fine": 4, "width": 8},
+    "mask2former": {"num_queries": 6, "num_heads": 4, "hidden_dim": 64, "feedforward_dim": 32, "drop_path": 0.0},
+    "eomt": {"num_queries": 6, "blocks": 2},
+}
 BASE = ("data.classes=[a,b,c]", "data.root=none", "engine=cpu")
 
 

@@ -24,10 +24,10 @@ from dinoseg.synthetic.surgery.write import render_dataset
 from dinoseg.tasks.preparation import sarrarp
 
 HEAVY = ("torch", "hydra", "omegaconf", "numpy", "PIL", "yaml")
-UNDOCUMENTED = ("__version__", "losses", "metrics")  # a text, and packages whose names are documented
+UNDOCUMENTED = ("__version__", "losses", "metrics", "testing")  # a text, and packages whose names are documented
 PUBLIC = [
     *((dinoseg, name) for name in dinoseg.__all__ if name not in UNDOCUMENTED),
-    *((package, name) for package in (dinoseg.losses, dinoseg.metrics) for name in package.__all__),
+    *((package, name) for package in (dinoseg.losses, dinoseg.metrics, dinoseg.testing) for name in package.__all__),
 ]
 
 

@@ -55,21 +55,6 @@ def test_without_smoothing_it_is_torchs_own_mean():
     torch.testing.assert_close(CrossEntropy(weights)(prediction, batch)[0], expected)
 
 
-def test_a_batch_without_labels_gives_zero_and_no_gradient():
-    prediction, batch = make(torch.full((1, 20, 30), 255, dtype=torch.uint8))
-    value, _ = CrossEntropy(torch.ones(3))(prediction, batch)
-    value.backward()
-    assert value.item() == 0 and prediction.outputs.grad.abs().sum() == 0
-
-
-def test_ignored_pixels_move_nothing():
-    mask = torch.zeros(1, 20, 30, dtype=torch.uint8)
-    mask[:, 10:] = 255
-    prediction, batch = make(mask, image=(20, 30))
-    CrossEntropy(torch.ones(3))(prediction, batch)[0].backward()
-    assert prediction.outputs.grad[:, :, 2].abs().sum() == 0 and prediction.outputs.grad[:, :, 0].abs().sum() > 0
-
-
 def test_another_ignore_value():
     mask = torch.tensor([[[0, 7], [1, 7]]], dtype=torch.uint8)
     prediction, batch = make(mask)

@@ -241,22 +241,6 @@ def test_an_image_without_labels_changes_nothing(fixed_points):
     torch.testing.assert_close(alone, value)
 
 
-def test_what_lies_on_ignored_pixels_moves_nothing():
-    mask = random_mask((2, 16, 24), 7, ignored=0.0)
-    mask[:, :, 12:] = 255
-    prediction, batch = make(mask, image=(16, 24), grid=(4, 6))
-    criterion = MaskClassification(WEIGHTS, num_points=64)
-    torch.manual_seed(1)
-    value, _ = criterion(prediction, batch)
-    value.backward()
-    for tensor in tensors(prediction.outputs)[1::2]:
-        assert not tensor.grad[..., 4:].any() and tensor.grad[..., :3].any()
-    for tensor in tensors(prediction.outputs)[1::2]:
-        tensor.data[..., 4:] = 30 * torch.randn(2, 5, 4, 2)
-    torch.manual_seed(1)
-    torch.testing.assert_close(criterion(prediction, batch)[0], value, rtol=1e-12, atol=0)
-
-
 def test_padding_of_the_grid_moves_nothing():
     mask = random_mask((1, 16, 24), 8, ignored=0.0)
     prediction, batch = make(mask, image=(16, 17), grid=(8, 12))  # the image covers 8 x 8.5 cells

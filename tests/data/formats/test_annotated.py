@@ -19,6 +19,7 @@ from dinoseg.data.formats.annotation_files import AnnotationLayout
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.splits import Partition
+from dinoseg.testing import check_dataset
 from dinoseg.utils.errors import UserError
 
 CLASSES = ("background", "leaf", "stem")
@@ -102,7 +103,8 @@ def test_coco_of_polygons_masks_and_crowds(tmp_path):
     np.testing.assert_array_equal(
         data.mask(0), np.where(filled((1, 1, 4, 1, 5), (1, 0, 8, 0, 1), (0, 2, 3, 2, 4)), 1, 2)
     )
-    assert data[0]["image"].shape == (3, *SIZE) and not data.mask(1).any()
+    assert not data.mask(1).any()
+    check_dataset(data)
 
 
 def test_coco_export_of_cvat(tmp_path):

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.testing import check_dataset
 from dinoseg.utils.errors import UserError
 
 CITYSCAPES = {  # label id to train id of the 19 evaluated classes, as the data set's own scripts have them
@@ -57,6 +58,7 @@ def test_cityscapes(load, tmp_path):
             sample = found[index]
             np.testing.assert_array_equal(sample["image"].permute(1, 2, 0), images[name])
             np.testing.assert_array_equal(sample["mask"], expected)
+    check_dataset(found)
     assert found.classes[0] == "road" and found.classes[18] == "bicycle" and found.palette[16] == (0, 80, 100)
     save(tmp_path / "gtFine/test/bonn/bonn_000000_000019_gtFine_labelIds.png", np.full((7, 9), 34))
     with pytest.raises(UserError, match=r"bonn_000000_000019_gtFine_labelIds\.png holds the ids 34.*files as 7, 8, 11"):
@@ -96,6 +98,7 @@ def test_pascal_voc(load, tmp_path):
     for split, names in lists.items():
         found = instantiate(data.reader)(split=split)
         assert found.names == names
+        check_dataset(found)
         for index, name in enumerate(names):
             np.testing.assert_array_equal(found[index]["mask"], np.roll(ids, lists["trainval"].index(name)))
     with pytest.raises(UserError, match="No file list for split test: .* train, val, trainval"):
@@ -121,6 +124,7 @@ def test_ade20k(load, tmp_path):
     for split, count in (("train", 2), ("val", 1)):
         found = instantiate(data.reader)(split=split)
         assert len(found) == count
+        check_dataset(found)
         for index, name in enumerate(found.names):
             np.testing.assert_array_equal(found.mask(index), files[name] - 1)  # uint8: 0 becomes 255
     assert (found.classes[12], found.palette[12]) == ("person", (150, 5, 61))
@@ -150,6 +154,7 @@ def test_camvid(load, tmp_path, name, images, masks):
     for split, count in (("train", 3), ("val", 1), ("test", 2)):
         found = instantiate(data.reader)(split=split)
         assert len(found) == count and len(found.classes) == 11
+        check_dataset(found)
         for index, stem in enumerate(found.names):
             np.testing.assert_array_equal(found[index]["mask"], expected[stem])
     fold = instantiate(load(name, tmp_path, "data.fold=0", "data.folds=3").reader)
@@ -167,6 +172,7 @@ def test_black_and_white(load, tmp_path, name, folders):
         save(tmp_path / folder.format("masks") / "7.png", expected * 255)
         found = instantiate(load(name, tmp_path).reader)(split=split)
         np.testing.assert_array_equal(found[0]["mask"], expected)
+        check_dataset(found)
     assert len(found.classes) == 2
     mine = instantiate(load(name, tmp_path, "data.classes=[wood, crack]").reader)(split="val")
     assert mine.classes == ("wood", "crack") and mine.mask(0).max() == 1

@@ -7,6 +7,7 @@ from making import save
 from dinoseg.data.formats.sarrarp import BY_OPERATION, sar_rarp50
 from dinoseg.data.opened import opened
 from dinoseg.data.splits import regex_group
+from dinoseg.testing import check_dataset
 from dinoseg.utils.errors import UserError
 
 CLASSES = [f"c{i}" for i in range(10)]
@@ -47,8 +48,8 @@ def test_official_layout_takes_only_frames_with_masks(add):
     train, val, test = (load(root, split) for split in ("train", "val", "test"))
     assert len(train) == 12 and len(val) == 4
     assert test.names == ["video_41/000000000", "video_41/000000060", "video_41/000000120"]
-    sample = test[1]
-    assert sample["image"].shape == (3, 4, 6) and (sample["mask"] == 9).all()
+    check_dataset(test)
+    assert test[1]["image"].shape == (3, 4, 6) and (test[1]["mask"] == 9).all()
     assert (test.mask(2) == 9).all() and test.classes == tuple(CLASSES) and len(test.palette) == 10
     assert len({data.fingerprint() for data in (train, val, test)}) == 3
 

@@ -7,12 +7,12 @@ from making import save, write_video
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.formats.sarrarp import BY_OPERATION, sar_rarp50
-from dinoseg.data.loader import eval_samples
 from dinoseg.data.opened import opened
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.video import index as video_index
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.tasks.preparation.sarrarp import prepare
+from dinoseg.testing import check_dataset
 from dinoseg.utils.errors import UserError
 
 CLASSES = [f"c{i}" for i in range(10)]
@@ -56,12 +56,8 @@ def test_equals_the_extracted_frames(root):
 
 
 @pytest.mark.filterwarnings("ignore:.* use of fork:DeprecationWarning")
-def test_loading_processes_give_the_same(root):
-    data = load(root, "test")
-    alone = [sample["image"] for sample in eval_samples(data)]
-    for workers in (1, 2):
-        for ours, sample in zip(alone, eval_samples(data, workers=workers), strict=True):
-            assert torch.equal(ours, sample["image"])
+def test_frames_of_videos_keep_the_contract(root):
+    check_dataset(load(root, "test"))
 
 
 def test_fingerprint_knows_video_and_frame(root):

@@ -33,23 +33,5 @@ def check_mirrored(head, grids, dims):
             torch.testing.assert_close(mirrored.flip(axis), output, atol=1e-9, rtol=0)
 
 
-def check_gradients(head, maps, vanishing=()):
-    """Check that each parameter changes the output, but for those that a normalisation cancels."""
-    head.train()
-    head(maps).square().mean().backward()
-    for name, parameter in head.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().max() > 1e-9 or name.startswith(vanishing), name
-
-
-def check_autocast(head, maps):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = head(maps)
-        scores = head.predict(output, (37, 21), (0.9, 0.7))
-    assert output.isfinite().all() and scores.isfinite().all() and scores.dtype == torch.float32
-    scores.mean().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
-
-
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())

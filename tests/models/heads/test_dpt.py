@@ -1,6 +1,6 @@
 import pytest
 import torch
-from mirrored import check_autocast, check_gradients, check_mirrored, count, mirror_weights
+from mirrored import check_mirrored, count, mirror_weights
 
 from dinoseg.models.heads.dpt import DptHead
 from dinoseg.utils.errors import UserError
@@ -89,7 +89,6 @@ def test_a_pyramid_is_scored_on_its_finest_grid():
     assert head(maps).shape == (2, 3, 24, 8)
     uneven = [torch.randn(2, 3 + level, *grid) for level, grid in enumerate([(9, 7), (5, 4), (3, 2), (2, 1)])]
     assert head(uneven).shape == (2, 3, 9, 7)
-    check_gradients(head, maps)
 
 
 def test_dropout_only_in_training():
@@ -98,13 +97,6 @@ def test_dropout_only_in_training():
     assert torch.equal(head.eval()(maps), head(maps)) and not torch.equal(head.train()(maps), head(maps))
     steady = small(dropout=0.0).train()
     assert torch.equal(steady(maps), steady(maps))
-
-
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_gradients_reach_every_parameter_and_bfloat16_stays_finite(batch_norm):
-    maps = [torch.randn(2, 12, 5, 4) for _ in range(4)]
-    check_gradients(small(batch_norm=batch_norm), maps)
-    check_autocast(small(batch_norm=batch_norm), maps)
 
 
 @pytest.mark.parametrize(

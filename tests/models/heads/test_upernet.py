@@ -1,6 +1,6 @@
 import pytest
 import torch
-from mirrored import check_autocast, check_gradients, check_mirrored, count, mirror_weights
+from mirrored import check_mirrored, count, mirror_weights
 
 from dinoseg.models.heads.upernet import UperNetHead
 from dinoseg.utils.errors import UserError
@@ -37,20 +37,12 @@ def test_a_pyramid_is_taken_as_it_is():
     maps = [torch.randn(2, 3 + level, *(side * 2 ** (3 - level) for side in (3, 1))) for level in range(4)]
     assert head(maps).shape == (2, 3, 24, 8)
     assert torch.equal(head(maps), head.decoder(maps)) and not list(head.reassemble.parameters())
-    check_gradients(head, maps)
 
 
 def test_two_passes_are_equal():
     maps = [torch.randn(2, 12, 4, 4)] * 4
     for head in (small().eval(), small().train()):
         assert torch.equal(head(maps), head(maps))
-
-
-def test_gradients_reach_every_parameter_and_bfloat16_stays_finite():
-    maps = [torch.randn(2, 12, 5, 4) for _ in range(4)]
-    cancelled = tuple(f"reassemble.{part}.{level}.bias" for part in ("project", "rescale") for level in range(3))
-    check_gradients(small(), maps, vanishing=cancelled)  # the norm of the next 1x1 convolution takes a constant away
-    check_autocast(small(), maps)
 
 
 def test_single_images_cannot_train_but_can_be_predicted():

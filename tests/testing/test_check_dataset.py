@@ -1,0 +1,143 @@
+"""A dataset that keeps its contract passes, and one broken rule each is refused by the sentence of that rule."""
+
+import os
+
+import pytest
+import torch
+
+from dinoseg.testing import check_dataset
+
+
+class Squares:
+    classes, palette, ignore_index = ["ground", "square"], [(0, 0, 0), (255, 255, 0)], 255
+
+    def __init__(self):
+        self.names = [f"train/{index}" for index in range(4)]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        mask = torch.zeros(12, 20, dtype=torch.int64)
+        mask[2 : 5 + index, 3:9] = 1
+        mask[0] = self.ignore_index
+        image = (200 * (mask == 1)).to(torch.uint8).expand(3, 12, 20).clone()
+        return {"image": image, "mask": mask, "name": self.names[index]}
+
+
+class NoPalette(Squares):
+    palette = None
+
+
+class SameNames(Squares):
+    def __init__(self):
+        self.names = ["a"] * 4
+
+
+class NamesAbove(Squares):
+    def __init__(self):
+        self.names = ["/a", "b//c", "../d", "e"]
+
+
+class RepeatedClass(Squares):
+    classes = ["ground", "ground"]
+
+
+class LargeColour(Squares):
+    palette = [(0, 0, 0), (256, 0, 0)]
+
+
+class UnknownId(Squares):
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return {**sample, "mask": sample["mask"] * 2}
+
+
+class FloatImage(Squares):
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return {**sample, "image": sample["image"] / 255}
+
+
+class Augmented(Squares):
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return {**sample, "image": sample["image"] + torch.randint(0, 50, (3, 12, 20)).to(torch.uint8)}
+
+
+class LastRead(Squares):
+    """A dataset whose samples depend on the one that was read before."""
+
+    last = 0
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        sample["mask"][-1, 0] = self.last
+        self.last = index % 2
+        return sample
+
+
+class OpenFile(Squares):
+    def __init__(self):
+        super().__init__()
+        self.file = open(os.devnull, "rb")
+
+    def __del__(self):
+        self.file.close()
+
+
+class ForgottenOffset(Squares):
+    offset = 0
+
+    def __init__(self):
+        super().__init__()
+        self.offset = 1
+
+    def __getstate__(self):
+        return {"names": self.names}
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return {**sample, "image": sample["image"] + self.offset}
+
+
+class OneProcess(Squares):
+    def __init__(self):
+        super().__init__()
+        self.process = os.getpid()
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return {**sample, "image": sample["image"] + (os.getpid() != self.process)}
+
+
+@pytest.mark.slow
+def test_a_dataset_that_keeps_its_contract_passes():
+    check_dataset(Squares())
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (NoPalette, "`palette` needs an RGB color for each of 2 classes"),
+        (SameNames, "Give each sample a unique name"),
+        (RepeatedClass, "names ground more than once: make each name unique"),
+        (LargeColour, "three whole numbers from 0 to 255"),
+        (UnknownId, "the mask of train/0 holds 2, 510. Return ids from 0 to 1, or 255"),
+        (FloatImage, r"the image of train/0 is float32 .* Return a tensor \(3, H, W\) of uint8"),
+        (NamesAbove, r"^NamesAbove: names must be relative paths, .* `names` holds /a, b//c, ../d; leave out"),
+        (Augmented, "^Augmented: .* the same sample at each access .* but train/0 differs; read by the index alone"),
+        (LastRead, "^LastRead: .* the same sample at each access and in any order, but train/"),
+        (OpenFile, r"^OpenFile: a dataset must be picklable, .* \(cannot pickle .*\); open files in `__getitem__`"),
+        (ForgottenOffset, "^ForgottenOffset: an unpickled copy must give the same samples, but train/0 differs"),
+    ],
+)
+def test_a_dataset_that_breaks_a_rule_is_refused(dataset, message):
+    with pytest.raises(AssertionError, match=message):
+        check_dataset(dataset())
+
+
+@pytest.mark.slow
+def test_a_dataset_that_only_one_process_can_read_is_refused():
+    with pytest.raises(AssertionError, match="^OneProcess: a loading process must read the same samples, but train/0"):
+        check_dataset(OneProcess())

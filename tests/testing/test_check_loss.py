@@ -1,0 +1,184 @@
+"""A loss that keeps its contract passes, and one broken rule each is refused by the sentence of that rule."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from dinoseg.core.contracts import Loss
+from dinoseg.testing import check_loss
+
+
+class Entropy(Loss):
+    """Cross-entropy, averaged over the labelled pixels."""
+
+    def __init__(self, ignore_index=255):
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def costs(self, logits, labels):
+        return cross_entropy(logits, labels, reduction="none")
+
+    def logits(self, prediction, size):
+        return prediction.logits(size)
+
+    def forward(self, prediction, batch):
+        labelled = batch.mask != self.ignore_index
+        costs = self.costs(self.logits(prediction, batch.mask.shape[-2:]), batch.mask.long() * labelled)
+        weight = labelled.sum()
+        return (costs * labelled).sum() / weight.clamp(min=1), {"weight": weight}
+
+
+class PerImage(Entropy):
+    """Cross-entropy as the mean of those of the images."""
+
+    def forward(self, prediction, batch):
+        means = [super(PerImage, self).forward(prediction.of_images(slice(n, n + 1)), part)[0]
+                 for n, part in enumerate(batch.split(len(batch.names)))]  # fmt: skip
+        return torch.stack(means).mean(), {}
+
+
+class Sampled(Entropy):
+    """Cross-entropy of a random half of the pixels."""
+
+    def costs(self, logits, labels):
+        costs = super().costs(logits, labels)
+        return costs * (torch.rand_like(costs) < 0.5)
+
+
+class NoContract(torch.nn.Module):
+    pass
+
+
+class PlainWeights(Entropy):
+    def __init__(self, class_weights):
+        super().__init__()
+        self.class_weights = class_weights
+
+
+class NoParts(Entropy):
+    def forward(self, prediction, batch):
+        return super().forward(prediction, batch)[0]
+
+
+class PixelCosts(Entropy):
+    def forward(self, prediction, batch):
+        return self.costs(prediction.logits(batch.mask.shape[-2:]), batch.mask.long() % 3), {}
+
+
+class PartWithGraph(Entropy):
+    def forward(self, prediction, batch):
+        value, parts = super().forward(prediction, batch)
+        return value, {**parts, "entropy": value}
+
+
+class InPlace(Entropy):
+    def forward(self, prediction, batch):
+        batch.mask[batch.mask == self.ignore_index] = 0
+        return super().forward(prediction, batch)
+
+
+class LogOfSoftmax(Entropy):
+    def costs(self, logits, labels):
+        return -logits.softmax(1).gather(1, labels[:, None])[:, 0].log()
+
+
+class HalfPrecision(Entropy):
+    def forward(self, prediction, batch):
+        value, parts = super().forward(prediction, batch)
+        return value.to(prediction.outputs.dtype), parts
+
+
+class CountsIgnored(Entropy):
+    def forward(self, prediction, batch):
+        logits = self.logits(prediction, batch.mask.shape[-2:])
+        return cross_entropy(logits, batch.mask.long() % 3), {}
+
+
+class NoGradient(Entropy):
+    def forward(self, prediction, batch):
+        value, parts = super().forward(prediction, batch)
+        return 0 * value, parts
+
+
+class NanWithoutLabels(Entropy):
+    def forward(self, prediction, batch):
+        logits = self.logits(prediction, batch.mask.shape[-2:])
+        weight = (batch.mask != self.ignore_index).sum()
+        return cross_entropy(logits, batch.mask.long(), ignore_index=self.ignore_index), {"weight": weight}
+
+
+class FirstImage(Entropy):
+    sums_over_batch = True
+
+    def forward(self, prediction, batch):
+        value, parts = super().forward(prediction, batch)
+        return value + super().forward(prediction.of_images(slice(1)), batch.split(len(batch.names))[0])[0], parts
+
+
+class NoWeight(Entropy):
+    def forward(self, prediction, batch):
+        return super().forward(prediction, batch)[0], {}
+
+
+class OtherDivisor(Entropy):
+    divisor = "pixels"
+
+
+class DetachedWeight(Entropy):
+    """Focal costs whose factor has no gradient."""
+
+    def costs(self, logits, labels):
+        costs = super().costs(logits, labels)
+        return costs * (1 - (-costs.detach()).exp())
+
+
+class SinglePrecision(Entropy):
+    def logits(self, prediction, size):
+        return prediction.logits(size).float()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Entropy,
+        PerImage,
+        Sampled,
+        partial(Entropy, ignore_index=9),
+        type("Sums", (NoWeight,), {"sums_over_batch": True}),
+    ],
+)
+def test_a_loss_that_keeps_its_contract_passes(loss):
+    check_loss(loss, ignore_index=loss.keywords["ignore_index"] if isinstance(loss, partial) else 255)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (NoContract, "it must inherit dinoseg.core.contracts.Loss"),
+        (PlainWeights, "but PlainWeights.class_weights would stay; use self.register_buffer"),
+        (NoParts, "a dict of named parts, but it returned a Tensor"),
+        (PixelCosts, "the mean must be a finite scalar"),
+        (PartWithGraph, "parts must be scalar tensors without a gradient, but entropy is not"),
+        (InPlace, "must not change its inputs"),
+        (LogOfSoftmax, "must be finite for scores of 1000, .* log_softmax"),
+        (HalfPrecision, "must be finite and float32, but it is .* in torch.bfloat16"),
+        (CountsIgnored, "ignored pixels must get no gradient, but they do"),
+        (NoGradient, "labelled pixels must get a gradient, but none does; .* `ignore_index` of the loss is 255"),
+        (NanWithoutLabels, "a batch of ignored pixels must give .* 0, but the loss is nan"),
+        (FirstImage, "the order of the images must not change the loss"),
+        (NoWeight, r"two batches must add up .*; return the divisor of the mean as parts\['weight'\]"),
+        (OtherDivisor, r"divisors\(batch\) must return parts\['weight'\] .*, but it is \[4.0\]"),
+        (DetachedWeight, "must agree with finite differences in float64"),
+        (SinglePrecision, "the mean of float64 outputs must be float64, but it is torch.float32"),
+    ],
+)
+def test_a_loss_that_breaks_a_rule_is_refused(loss, message):
+    with pytest.raises(AssertionError, match=f"^{loss.__name__}: .*{message}"):
+        check_loss(loss)
+
+
+def test_a_loss_that_ignores_another_id_is_refused():
+    with pytest.raises(AssertionError, match="ignored pixels must get no gradient"):
+        check_loss(partial(Entropy, ignore_index=2), ignore_index=0)
