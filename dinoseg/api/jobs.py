@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.api.compose import Job, compose_job, find_tables, split_options, words_of
-from dinoseg.api.objects import split_datasets, split_modules
+from dinoseg.api.objects import refuse_modules, split_datasets, split_modules
 from dinoseg.api.options import config_folders
 from dinoseg.api.session import isolated
 from dinoseg.api.wording import python_terms
@@ -55,6 +55,7 @@ def run_mode(
     try:
         with python_terms(), isolated():
             try:
+                refuse_modules(overrides, "backbone", "head")
                 overrides, modules = split_modules(overrides, "loss")
                 overrides, datasets = split_datasets(split_options(overrides, config_dir))
                 typed = [f"mode={mode}", *words]

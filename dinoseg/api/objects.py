@@ -1,12 +1,12 @@
 """Objects where option names are accepted: modules of `create_model`, datasets and losses of modes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from dinoseg.api.dataset import SegmentationDataset
 from dinoseg.config.nodes import expect_type
@@ -40,6 +40,25 @@ def split_modules(overrides: Mapping[str, Any], *groups: str) -> tuple[dict[str,
     return options, objects
 
 
+def refuse_modules(overrides: Mapping[str, Any], *groups: str) -> None:
+    """Refuse objects of groups that a checkpoint has to name.
+
+    Raises:
+        UserError: there is one.
+    """
+    for group in groups:
+        if isinstance(overrides.get(group), nn.Module):
+            raise UserError(
+                f"{group} is an object, which the checkpoints of a run could not name. Make it an option "
+                f"(docs/extending.md#{group}); or give it to dinoseg.create_model, and train in a loop of your own."
+            )
+
+
+def is_dataset(value: Any) -> bool:
+    """Return whether a value is a dataset object, and no option, path or keys."""
+    return hasattr(value, "__getitem__") and not isinstance(value, str | Mapping | Sequence)
+
+
 def split_datasets(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return overrides in which datasets are the option `data=_object`, and these datasets by split.
 
@@ -47,7 +66,7 @@ def split_datasets(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         UserError: one dataset is given instead of one for each split, or a dataset is wrong.
     """
     given = overrides.get("data")
-    if isinstance(given, Dataset):
+    if is_dataset(given):
         raise UserError(
             'data is one dataset, without a split. Give data={"train": DATASET, "val": DATASET}; '
             "torch.utils.data.random_split divides one."

@@ -37,7 +37,7 @@ def take_module(group: str, **_: Any) -> nn.Module:
     Raises:
         UserError: the call, or this process, has none.
     """
-    module = _take(group, group)
+    module = _take(group, f"{group}=MODULE")
     on_meta = torch.get_default_device().type == "meta"
     return copy.deepcopy(module).to("meta") if on_meta else module
 
@@ -48,8 +48,8 @@ def take_loss(class_weights: Tensor) -> nn.Module:
     Raises:
         UserError: the call has none, or classes are weighted.
     """
-    if (class_weights != 1).any():
-        raise UserError("loss.weights weights no classes of a loss that is given as an object. Let the object do so.")
+    if not class_weights.is_meta and (class_weights != 1).any():
+        raise UserError("loss.weights has no effect on a loss that is an object. Leave it out; weight classes inside.")
     return take_module("loss")
 
 
@@ -66,7 +66,8 @@ def _take(name: str, argument: str) -> Any:
     objects = _OBJECTS.get()
     if name not in objects:
         raise UserError(
-            f"{name.partition('.')[0]}={OPTION} is an object of a Python call, and this call or process has none. Give "
-            f"{argument} again; for several devices and other commands, make it an option: docs/extending.md."
+            f"{name.partition('.')[0]}={OPTION} is an object of a Python call, and this call or process lacks "
+            f"{argument}. Give it; or make it an option (docs/extending.md), for several devices, hparam=auto and "
+            "other commands."
         )
     return objects[name]
