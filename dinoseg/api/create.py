@@ -17,7 +17,7 @@ from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.load import collection_paused
 from dinoseg.export.runtime.segmenter import Segmenter
 from dinoseg.export.runtime.torch_runtime import isolated
-from dinoseg.utils.errors import UserError, reword
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range, whole_number
 from dinoseg.utils.wording import format_value, nearest
 
@@ -93,7 +93,7 @@ def create_model(
             key = min(own).replace("backbone.weights", "weights")
             raise UserError(f"{key} has no effect on a backbone that is an object, which has its own. Leave it out.")
     no_effect = _no_effect(overrides)
-    with collection_paused():
+    with python_terms(_OF_A_CALL), collection_paused():
         try:
             cfg = compose(words_of(values, find_tables((), values, config_dir)), config_dir=config_dir)
             if names is None and not {"data", "data.classes", "hparam"} & overrides.keys():
@@ -102,7 +102,7 @@ def create_model(
                 )
             if no_effect:
                 raise UserError(no_effect)
-            with python_terms(), isolated(), lend_objects(objects):
+            with isolated(), lend_objects(objects):
                 build = ModelBuilder(cfg)
                 labels = build.labels
                 model, policy = build.model(), build.part("inference")
@@ -116,7 +116,7 @@ def create_model(
             unknown = next((key for key in overrides if message.startswith(f"{key} is not a key")), "")
             if unknown and (meant := nearest(unknown, _ARGUMENTS)):
                 message = f"{unknown} is not an argument.{meant}"
-            raise reword(UserError(message), _OF_A_CALL) from error
+            raise UserError(message) from error
         if model.head.slots is not None:
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
         facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index)
