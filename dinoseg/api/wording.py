@@ -44,9 +44,9 @@ def python_terms(arguments: Mapping[str, str] | None = None) -> Iterator[None]:
 
 
 def _as_arguments(words: re.Match[str]) -> str:
-    """Return words of the command line as keyword arguments; a single word without a dot is one already."""
+    """Return words of the command line as keyword arguments; a single plain word such as `head=mlp` is one already."""
     found = re.findall(_WORD, words[0])
-    if len(found) == 1 and "." not in found[0][0]:
+    if len(found) == 1 and not re.search(r"\..*=|=\[", words[0]):
         return words[0]
     arguments: dict[str, Any] = {}
     for key, text in found:

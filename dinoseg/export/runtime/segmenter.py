@@ -163,6 +163,7 @@ class Segmenter(GuardedModule, Model):
     @property
     def runtime(self) -> TorchRuntime:
         """Inference with this model on the device that it is on."""
+        self._check_values()
         device = self.device
         dtype = compute_dtype(self._precision, device)
         context = nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
@@ -408,6 +409,7 @@ class Segmenter(GuardedModule, Model):
 
     def _checksums(self) -> dict[str, int]:
         """Return a CRC-32 of each parameter and buffer but quantised ones, which vary by device (0.3 s per GB)."""
+        self._check_values()
         skipped = quantised_names(self.model)
         state = self.model.state_dict() | non_persistent_buffers(self.model)
         return {
@@ -415,6 +417,14 @@ class Segmenter(GuardedModule, Model):
             for name, value in state.items()
             if name not in skipped
         }
+
+    def _check_values(self) -> None:
+        """Refuse a model on the meta device, whose tensors hold no values."""
+        if self.device.type == "meta":
+            raise UserError(
+                "The model is on the meta device, which holds no values. Create it outside of torch.device('meta'), or "
+                "call model.to_empty(device=DEVICE) and model.load_state_dict(STATE)."
+            )
 
     def _check_images(self, images: Tensor) -> None:
         """Refuse all but tensors (B, 3, H, W) of uint8 or floats in 0..1, with at least one pixel.
