@@ -311,7 +311,7 @@ def _resumed(model: Source | None) -> Iterator[dict[str, Any]]:
     elif not isinstance(model, str | PathLike):
         raise UserError(
             f"The model is of type {type(model).__name__}. Give a Run, a run folder, a checkpoint, or a model from "
-            "dinoseg.load."
+            "dinoseg.load; of a parallel or compiled model the one inside, model.module or model._orig_mod."
         )
     elif str(model).endswith(".onnx"):
         raise UserError(f"{model} is an ONNX file, which modes do not run. Give the run or the model.safetensors.")
