@@ -73,7 +73,8 @@ class CountedLoss(Loss):
 
     def forward(self, prediction, batch):
         self.calls += 1
-        return nn.functional.cross_entropy(prediction.logits(batch.mask.shape[-2:]), batch.mask.long()), {}
+        masks = batch.mask.long()
+        return nn.functional.cross_entropy(prediction.logits(masks.shape[-2:]), masks, ignore_index=255), {}
 
 
 def data():
