@@ -75,14 +75,23 @@ def split_datasets(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         return dict(overrides), {}
     datasets = {split: _check_dataset(each, split) for split, each in given.items()}
     first, *others = datasets
-    keys = {key: getattr(datasets[first], key) for key in ("classes", "ignore_index", "palette")}
+    keys = _keys_of(datasets[first])
     for split in others:
         for key in ("classes", "ignore_index"):
-            found = getattr(datasets[split], key)
+            found = _keys_of(datasets[split])[key]
             if found != keys[key]:
                 raise UserError(f"data: {key} of {first} is {keys[key]}, and of {split} {found}. Give the same.")
     options = {"data": OPTION, **{f"data.{key}": value for key, value in keys.items()}}
     return {**overrides, **options}, {f"data.{split}": each for split, each in datasets.items()}
+
+
+def _keys_of(dataset: Any) -> dict[str, Any]:
+    """Return the keys of the group `data` that a dataset determines."""
+    return {
+        "classes": list(dataset.classes),
+        "ignore_index": dataset.ignore_index,
+        "palette": [list(colour) for colour in dataset.palette],
+    }
 
 
 def _check_dataset(given: Any, split: str) -> Any:
