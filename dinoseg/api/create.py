@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.api.compose import compose, find_tables, split_options, words_of
-from dinoseg.api.objects import check_backbone, check_fit, split_modules
+from dinoseg.api.objects import check_fit, split_modules
 from dinoseg.api.wording import python_terms
 from dinoseg.config.plain import keys_of
 from dinoseg.core.contracts import Backbone, Head
@@ -86,12 +86,6 @@ def create_model(
     given["backbone.weights"] = None if weights is True or weights == "pretrained" else _whole_path(weights)
     values = {key: value for key, value in given.items() if value is not None} | overrides
     values, objects = split_modules(split_options(values, config_dir), "backbone", "head")
-    if "backbone" in objects:
-        check_backbone(objects["backbone"])
-        own = {"backbone.weights", "head.layers"}.intersection(keys_of(values))
-        if own:
-            key = min(own).replace("backbone.weights", "weights")
-            raise UserError(f"{key} has no effect on a backbone that is an object, which has its own. Leave it out.")
     no_effect = _no_effect(overrides)
     with python_terms(_OF_A_CALL), collection_paused():
         try:

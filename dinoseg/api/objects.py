@@ -10,6 +10,7 @@ from torch.utils.data import Subset
 
 from dinoseg.api.dataset import SegmentationDataset
 from dinoseg.config.nodes import expect_type
+from dinoseg.config.plain import keys_of
 from dinoseg.core.contracts import Backbone, Head, Loss
 from dinoseg.core.geometry import widths
 from dinoseg.data.custom import CustomDataset
@@ -27,7 +28,7 @@ def split_modules(overrides: Mapping[str, Any], *groups: str) -> tuple[dict[str,
     """Return overrides in which an object of a group is the option `_object`, and these objects by group.
 
     Raises:
-        UserError: an object is not of the group's base class, or is a class.
+        UserError: an object is not of the group's base class, or is a class, or a backbone lacks an attribute.
     """
     options, objects = dict(overrides), {}
     for group in groups:
@@ -37,6 +38,8 @@ def split_modules(overrides: Mapping[str, Any], *groups: str) -> tuple[dict[str,
         if isinstance(value, nn.Module) or callable(value):
             objects[group] = expect_type(CONTRACTS[group], value, group)
             options[group] = OPTION
+    if "backbone" in objects:
+        _check_backbone(objects["backbone"], overrides)
     return options, objects
 
 
@@ -104,18 +107,18 @@ def _check_dataset(given: Any, split: str) -> Any:
     return given if isinstance(given, PairDataset | CustomDataset) else CustomDataset(given, where=f"data, {split}")
 
 
-def check_backbone(backbone: Backbone) -> None:
-    """Refuse a backbone object without the attributes that others read.
-
-    Raises:
-        UserError: naming them.
-    """
+def _check_backbone(backbone: nn.Module, overrides: Mapping[str, Any]) -> None:
+    """Refuse a backbone object without the attributes that others read, and keys that it does not read."""
     missing = [name for name in _OF_BACKBONES if not hasattr(backbone, name)]
     if missing:
         raise UserError(
             f"backbone: {type(backbone).__name__} lacks {', '.join(missing)}. Set them in its constructor, mean and "
             "std by register_colours, as docs/extending.md#backbone shows."
         )
+    unread = {"backbone.weights", "head.layers"}.intersection(keys_of(overrides))
+    if unread:
+        key = min(unread).replace("backbone.weights", "weights")
+        raise UserError(f"{key} has no effect on a backbone that is an object, which has its own. Leave it out.")
 
 
 def check_fit(model: SegmentationModel, num_classes: int) -> None:
