@@ -70,6 +70,7 @@ EXCEPTIONS = {
     *(("__init__.py", f"dinoseg.{package}") for package in dinoseg._PACKAGES),
 }
 ASK_OTHERS = (  # files that use hasattr, on objects of other libraries, of users or of the operating system
+    "api/objects",
     "core/shapes",
     "data/custom",
     "experiment/log_file",

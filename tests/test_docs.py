@@ -21,6 +21,7 @@ from dinoseg.__main__ import CONFIGS
 from dinoseg.api import modes, runs
 from dinoseg.api.compose import words_of
 from dinoseg.api.jobs import run_mode
+from dinoseg.api.objects import split_datasets
 from dinoseg.cli.own_keys import with_checkpoint_keys
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.nodes import instantiate
@@ -230,9 +231,11 @@ def test_the_page_for_users_of_other_tools_names_keys_and_options_that_exist(com
 
 def run_small(mode, words, overrides, *options, **named):
     """Run a mode as a function does, with what `SMALLER` gives to a command beside its words."""
-    words = [*words, *words_of(overrides)]
+    _, datasets = split_datasets(overrides)
+    given = {"data": overrides["data"]} if datasets else {}
+    words = [*words, *words_of({key: value for key, value in overrides.items() if key not in given})]
     small = (*SMALLER.get(mode, ()), *(small_model(words) if mode in ("train", "track") else ()))
-    return run_mode(mode, [*words, *small], {}, *options, **named)
+    return run_mode(mode, [*words, *small], given, *options, **named)
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # transformers, without a GPU

@@ -24,7 +24,6 @@ from hydra.version import VersionBase, setbase
 from omegaconf import DictConfig, open_dict, read_write
 
 from dinoseg.api.options import CONFIGS, config_folders
-from dinoseg.api.wording import python_terms
 from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.own_keys import with_checkpoint_keys
 from dinoseg.cli.typos import explained
@@ -53,7 +52,7 @@ def compose(words: Sequence[str], *, config_dir: str | PathLike[str] | None = No
     Raises:
         UserError: an unknown option or key, or a value that cannot be parsed.
     """
-    with python_terms(), lent_hydra(), lent_resolvers(), warnings.catch_warnings():
+    with lent_hydra(), lent_resolvers(), warnings.catch_warnings():
         return compose_job(words, config_dir=config_dir).cfg
 
 

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.api.compose import compose, find_tables, split_options, words_of
+from dinoseg.api.objects import check_fit, split_modules
 from dinoseg.api.wording import python_terms
 from dinoseg.config.plain import keys_of
+from dinoseg.core.contracts import Backbone, Head
 from dinoseg.experiment.initial import check_initial, load_initial_weights
 from dinoseg.experiment.models import ModelBuilder
+from dinoseg.experiment.objects import lend_objects
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.load import collection_paused
 from dinoseg.export.runtime.segmenter import Segmenter
 from dinoseg.export.runtime.torch_runtime import isolated
-from dinoseg.utils.errors import UserError, reword
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range, whole_number
 from dinoseg.utils.wording import format_value, nearest
 
@@ -33,9 +36,9 @@ _OF_A_CALL = {"backbone.weights=": "weights=", "data.classes": "classes"}  # com
 
 
 def create_model(
-    backbone: str | Mapping[str, Any] | None = None,
+    backbone: str | Mapping[str, Any] | Backbone | None = None,
     *,
-    head: str | Mapping[str, Any] | None = None,
+    head: str | Mapping[str, Any] | Head | None = None,
     adapter: str | Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     classes: Iterable[str] | None = None,
@@ -52,7 +55,8 @@ def create_model(
 
     Args:
         backbone: option of the group, such as `dinov3_vits16`; None: dinov2_vits14, or that of a recipe in `hparam`.
-        head: option of the group; None: linear, or that of the recipe.
+            Or an object of a class that inherits `dinoseg.core.contracts.Backbone`, which the model holds itself.
+        head: option of the group; None: linear, or that of the recipe. Or an object of `dinoseg.core.contracts.Head`.
         adapter: option of the group; None: frozen, or that of the recipe. As for all groups, a dict with the option as
             `name` sets keys, too: `{"name": "lora", "rank": 4}`.
         num_classes: number of classes, 2 to 255, which get the names class_0, class_1 and so on.
@@ -81,9 +85,9 @@ def create_model(
     weights = "random" if weights is None or weights is False else weights
     given["backbone.weights"] = None if weights is True or weights == "pretrained" else _whole_path(weights)
     values = {key: value for key, value in given.items() if value is not None} | overrides
-    values = split_options(values, config_dir)
+    values, objects = split_modules(split_options(values, config_dir), "backbone", "head")
     no_effect = _no_effect(overrides)
-    with collection_paused():
+    with python_terms(_OF_A_CALL), collection_paused():
         try:
             cfg = compose(words_of(values, find_tables((), values, config_dir)), config_dir=config_dir)
             if names is None and not {"data", "data.classes", "hparam"} & overrides.keys():
@@ -92,19 +96,21 @@ def create_model(
                 )
             if no_effect:
                 raise UserError(no_effect)
-            with python_terms(), isolated():
+            with isolated(), lend_objects(objects):
                 build = ModelBuilder(cfg)
                 labels = build.labels
                 model, policy = build.model(), build.part("inference")
                 if init is not None:
                     check_initial(build, model)
                     model = load_initial_weights(build, model, list(labels.classes))
+                if objects and model.head.slots is None:
+                    check_fit(model, len(labels.classes))
         except UserError as error:
             message = no_effect if no_effect and str(error).startswith("No mode is given") else str(error)
             unknown = next((key for key in overrides if message.startswith(f"{key} is not a key")), "")
             if unknown and (meant := nearest(unknown, _ARGUMENTS)):
                 message = f"{unknown} is not an argument.{meant}"
-            raise reword(UserError(message), _OF_A_CALL) from error
+            raise UserError(message) from error
         if model.head.slots is not None:
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
         facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index)

@@ -11,7 +11,6 @@ from dinoseg.api.wording import python_terms
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
-from dinoseg.utils.errors import UserError
 
 
 class SegmentationDataset(Dataset):
@@ -106,14 +105,9 @@ def open_dataset(
     """
     given: Mapping[str, Any] = {"root": root, "classes": None if classes is None else list(classes)}
     keys = {key: value for key, value in given.items() if value is not None} | overrides
-    try:
+    with python_terms({"data.root": "root", "data.classes": "classes"}):
         cfg = compose(
             words_of({"data": name, **{f"data.{key}": value for key, value in keys.items()}}), config_dir=config_dir
         )
-        with python_terms(), lent_resolvers():
+        with lent_resolvers():
             return SegmentationDataset(Builder(cfg).dataset(split), transform)
-    except UserError as error:
-        message = str(error)
-        for key in ("root", "classes"):
-            message = message.replace(f"data.{key}", key)
-        raise UserError(message) from error

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dinoseg.api.compose import Job, compose_job, find_tables, split_options, words_of
+from dinoseg.api.objects import refuse_modules, split_datasets, split_modules
 from dinoseg.api.options import config_folders
 from dinoseg.api.session import isolated
 from dinoseg.api.wording import python_terms
 from dinoseg.cli.typos import explained
 from dinoseg.experiment.folder import will_make
+from dinoseg.experiment.objects import lend_objects
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted, raised
 from dinoseg.utils.wording import format_value
@@ -53,13 +55,16 @@ def run_mode(
     try:
         with python_terms(), isolated():
             try:
-                overrides = split_options(overrides, config_dir)
+                refuse_modules(overrides, "backbone", "head")
+                overrides, modules = split_modules(overrides, "loss")
+                overrides, datasets = split_datasets(split_options(overrides, config_dir))
                 typed = [f"mode={mode}", *words]
                 typed += words_of({**overrides, **folder}, find_tables(typed, overrides, config_dir))
                 job = compose_job(typed, config_dir=config_dir)
                 if folder and not exist_ok:
                     _check_unused(job)
-                return _launch(job, config_dir, new_folder=exist_ok)
+                with lend_objects({**modules, **datasets}):
+                    return _launch(job, config_dir, new_folder=exist_ok)
             finally:
                 gc.collect()  # models are in reference cycles
     except UserError as error:

@@ -14,9 +14,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dinoseg.api.jobs import Folder, run_mode
+from dinoseg.api.objects import is_dataset
 from dinoseg.api.options import list_backbones
 from dinoseg.api.results import Comparison, Results, Scores, read_json
 from dinoseg.api.runs import Run
+from dinoseg.core.shapes import SegmentationData
 from dinoseg.export.runtime.inputs import pictures
 from dinoseg.export.runtime.model import Model
 from dinoseg.training import checkpoint
@@ -43,7 +45,8 @@ def train(
         exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
         config_dir: folder of further config groups.
         overrides: config groups and keys, as keyword arguments (`head="mlp"`), nested dicts (`trainer={"steps": 20}`)
-            or dotted names (`**{"trainer.steps": 20}`).
+            or dotted names (`**{"trainer.steps": 20}`). `data={"train": DATASET, "val": DATASET}` and `loss=LOSS` take
+            objects, which `Run.resume` needs again.
 
     Raises:
         UserError: any error that the user can fix.
@@ -66,7 +69,7 @@ def train(
 def evaluate(
     model: Source | None,
     *words: str,
-    data: str | Mapping[str, Any] | None = None,
+    data: str | Mapping[str, Any] | SegmentationData | None = None,
     split: str | None = None,
     out_dir: Folder | None = None,
     exist_ok: bool = False,
@@ -79,7 +82,8 @@ def evaluate(
         model: a run, a run folder, a checkpoint, an exported model file, or a model that was loaded from one; None: the
             backbone tracks the objects of videos.
         words: overrides as typed on the command line.
-        data: option of the group `data`, or keys of the dataset that the model was trained on; None: that dataset.
+        data: option of the group `data`, or keys of the dataset that the model was trained on; None: that dataset. Or a
+            dataset object, as of `train`.
         split: train, val or test; None: val.
         out_dir: the run folder.
         exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
@@ -96,6 +100,8 @@ def evaluate(
         >>> scores["present_classes"], scores.confusion.shape
         (10, (10, 10))
     """
+    if is_dataset(data):
+        data = {split or "val": data}
     keys = {"data": data, "mode.split": split}
     chosen = {key: value for key, value in keys.items() if value is not None}
     with _resumed(model) as given:
@@ -305,7 +311,7 @@ def _resumed(model: Source | None) -> Iterator[dict[str, Any]]:
     elif not isinstance(model, str | PathLike):
         raise UserError(
             f"The model is of type {type(model).__name__}. Give a Run, a run folder, a checkpoint, or a model from "
-            "dinoseg.load."
+            "dinoseg.load; of a parallel or compiled model the one inside, model.module or model._orig_mod."
         )
     elif str(model).endswith(".onnx"):
         raise UserError(f"{model} is an ONNX file, which modes do not run. Give the run or the model.safetensors.")

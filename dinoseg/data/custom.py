@@ -28,13 +28,15 @@ class CustomDataset:
         samples: the dataset. Its items have `image` (3, H, W) uint8 RGB, `mask` (H, W) of any integer type with class
             ids or the ignored id, and `name`, as in `names`.
         rows: indices of the samples to use; None: all.
+        where: what the caller named the dataset, for errors.
 
     Raises:
         UserError: a member is missing or wrong; when an item is read: the item is wrong.
     """
 
-    def __init__(self, samples: Any, rows: Sequence[int] | None = None) -> None:
-        self._where = f"data.reader: {type(samples).__module__}.{type(samples).__qualname__}"
+    def __init__(self, samples: Any, rows: Sequence[int] | None = None, where: str = "data.reader") -> None:
+        self._given = where
+        self._where = f"{where}: {type(samples).__module__}.{type(samples).__qualname__}"
         self._check_members(samples)
         self.samples = samples
         self.rows = range(len(samples)) if rows is None else rows
@@ -66,9 +68,8 @@ class CustomDataset:
 
     def keep(self, names: Collection[str]) -> "CustomDataset":
         """Return the dataset restricted to these names, in the same order."""
-        return CustomDataset(
-            self.samples, [row for row, name in zip(self.rows, self.names, strict=True) if name in names]
-        )
+        rows = [row for row, name in zip(self.rows, self.names, strict=True) if name in names]
+        return CustomDataset(self.samples, rows, self._given)
 
     def _check_members(self, samples: Any) -> None:
         missing = [f"`{name}` ({what})" for name, what in REQUIRED.items() if not hasattr(samples, name)]
@@ -87,7 +88,7 @@ class CustomDataset:
                 "`names`. Give each sample a unique name."
             )
         if not names:
-            raise UserError(f"{self._where} has no sample in this split. Check data.root.")
+            raise UserError(f"{self._where} has no sample in this split. Check its folder.")
         if len(_colors(samples.palette)) != len(classes):
             raise UserError(
                 f"{self._where}: `palette` needs an RGB color for each of {count_of(classes, 'class', 'classes')}."
@@ -124,7 +125,7 @@ def check_custom_dataset(data: Any, classes: Sequence[str], ignore_index: int) -
     """Return a reader's result as a dataset that has all members of `SegmentationData`.
 
     Args:
-        data: a `PairDataset`, or an object of any class with the members `REQUIRED`.
+        data: a `PairDataset`, a `CustomDataset`, or an object of any class with the members `REQUIRED`.
         classes: class names of the config, which set the number of classes of a model.
         ignore_index: ignored id of the config.
 
@@ -133,7 +134,7 @@ def check_custom_dataset(data: Any, classes: Sequence[str], ignore_index: int) -
     """
     if isinstance(data, PairDataset):
         return data
-    dataset = CustomDataset(data)
+    dataset = data if isinstance(data, CustomDataset) else CustomDataset(data)
     for key, value, configured in (
         ("classes", dataset.classes, list(map(str, classes))),
         ("ignore_index", dataset.ignore_index, ignore_index),

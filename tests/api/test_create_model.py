@@ -410,3 +410,14 @@ def test_a_folder_named_random_is_not_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "random").mkdir()
     assert dinoseg.create_model("tiny", num_classes=2, weights="random").num_classes == 2
+
+
+def test_a_model_on_the_meta_device_has_shapes_but_no_values(tmp_path):
+    model = tiny().to("meta")
+    assert model(torch.zeros(1, 3, 32, 48, device="meta")).shape == (1, 3, 32, 48)
+    reads = (lambda: model.save(tmp_path / "model.safetensors"), lambda: model.predict(np.zeros((32, 48, 3), np.uint8)))
+    for read in reads:
+        with pytest.raises(UserError, match="meta device, which holds no values.*to_empty"):
+            read()
+    with torch.device("meta"), pytest.raises(UserError, match="outside of torch.device"):
+        tiny()

@@ -300,3 +300,8 @@ def test_threads_take_turns_and_give_the_same_weights(here):
     for run in runs.values():
         ours, theirs = tensors(run.folder, "last"), tensors(here / "typed", "last")
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_parallel_model_is_refused_with_the_model_inside():
+    with pytest.raises(dinoseg.UserError, match="type DataParallel.*model.module"):
+        dinoseg.evaluate(torch.nn.DataParallel(torch.nn.Linear(1, 1)))

@@ -9,6 +9,7 @@ from command_line import write_data
 
 import dinoseg
 from dinoseg.api.compose import find_tables, split_options, words_of
+from dinoseg.api.wording import python_terms
 from dinoseg.metrics import ConfusionMatrix
 from dinoseg.utils.errors import UserError
 
@@ -134,3 +135,45 @@ def test_partial_backbone_names_its_line(tmp_path):
     (tmp_path / "backbone/part.yaml").write_text(text)
     with pytest.raises(UserError, match="backbone: its YAML file sets `_partial_: true`.*Remove"):
         dinoseg.create_model("part", num_classes=2, config_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Set it: data.root=FOLDER.", 'Set it: data={"root": FOLDER}.'),
+        ("Give data.root=A data.classes=[ground,leaf].", 'Give data={"root": A, "classes": ["ground", "leaf"]}.'),
+        ("adapter.rank=four is text.", 'adapter={"rank": "four"} is text.'),
+        ("resolution.crop=[4, 4] is small.", 'resolution={"crop": [4, 4]} is small.'),
+        ("Add adapter=lora adapter.rank=4.", 'Add adapter={"name": "lora", "rank": 4}.'),
+        ("Use hparam=demo head.weights=null.", 'Use hparam="demo", head={"weights": None}.'),
+        ("Set optim.optimizer.lr=1e-3 (or lower).", 'Set optim={"optimizer": {"lr": 0.001}} (or lower).'),
+        ("Choose heads=[linear,mlp].", 'Choose heads=["linear", "mlp"].'),
+        ("head=lin is unknown.", "head=lin is unknown."),
+        ("resume=/a/b.c/d.pt: damaged", "resume=/a/b.c/d.pt: damaged"),
+        ("++trainer.stepz=3 is unknown.", "++trainer.stepz=3 is unknown."),
+    ],
+)
+def test_errors_write_keys_as_keyword_arguments(message, expected):
+    with pytest.raises(UserError) as caught, python_terms():
+        raise UserError(message)
+    assert str(caught.value) == expected
+
+
+def test_errors_name_arguments_of_the_call(tmp_path):
+    write_data(tmp_path)
+    calls = {
+        r"^root=\S*nowhere is not a folder": lambda: dinoseg.open_dataset(
+            root=tmp_path / "nowhere", classes=["a", "b"]
+        ),
+        r"^root and classes are not set": lambda: dinoseg.open_dataset(),
+        r"^weights=nowhere.pt: file": lambda: dinoseg.create_model("tiny", num_classes=2, weights="nowhere.pt"),
+        r'^adapter=\{"rank": 0\} is out of': lambda: dinoseg.create_model(
+            "tiny", adapter={"name": "lora", "rank": 0}, num_classes=2
+        ),
+        r'^data=\{"root": ".*nowhere"\} is not': lambda: dinoseg.train(
+            data={"root": tmp_path / "nowhere", "classes": ["a", "b"]}, out_dir=tmp_path / "run"
+        ),
+    }
+    for message, call in calls.items():
+        with pytest.raises(UserError, match=message):
+            call()

@@ -1,5 +1,6 @@
 """The segmentation model of the Python API: a `torch.nn.Module` that also predicts, saves and describes itself."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from dinoseg.core.contracts import Backbone, GuardedModule, Head
 from dinoseg.core.shapes import Prediction
+from dinoseg.experiment.objects import OPTION, lend_objects
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.inputs import check_levels
 from dinoseg.export.runtime.model import Model
@@ -161,6 +163,7 @@ class Segmenter(GuardedModule, Model):
     @property
     def runtime(self) -> TorchRuntime:
         """Inference with this model on the device that it is on."""
+        self._check_values()
         device = self.device
         dtype = compute_dtype(self._precision, device)
         context = nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
@@ -198,6 +201,7 @@ class Segmenter(GuardedModule, Model):
         Raises:
             UserError: if the file cannot be written, or the licence of the weights needs `gated` or `delta`.
         """
+        self._refuse_objects()
         self._write(Path(path).expanduser(), delta=delta, gated=gated)
 
     def save_pretrained(self, folder: str | PathLike[str], *, delta: bool = False, gated: bool = False) -> None:
@@ -208,6 +212,7 @@ class Segmenter(GuardedModule, Model):
         """
         from dinoseg.export.runtime.hub import write_card
 
+        self._refuse_objects()
         target = Path(folder).expanduser()
         facts = self._write(target / FILES["torch"], delta=delta, gated=gated)
         write_card(facts, target.absolute().name, target)
@@ -237,6 +242,7 @@ class Segmenter(GuardedModule, Model):
         """
         from dinoseg.export.runtime.hub import push
 
+        self._refuse_objects()
         with TemporaryDirectory() as folder:
             file = Path(folder) / FILES["torch"]
             facts = self._write(file, delta=delta, gated=gated)
@@ -294,7 +300,7 @@ class Segmenter(GuardedModule, Model):
 
     def extra_repr(self) -> str:
         """Return the options, classes and numbers of parameters on one line."""
-        choices = self._config["choices"]
+        choices = self._config["choices"] | {group: type(part).__name__ for group, part in self._objects.items()}
         parts = ", ".join([str(choices["backbone"]), *(f"{group}={choices[group]}" for group in ("adapter", "head"))])
         names = ", ".join(format_value(name) for name in self.classes[:5]) + (", ..." if self.num_classes > 5 else "")
         kinds = count_of(self.num_classes, "class", "classes")
@@ -332,10 +338,36 @@ class Segmenter(GuardedModule, Model):
         if self._has_its_checkpoint() and self.source is not None and self._checksums() == self._scored:
             yield self.source
             return
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, lend_objects(self._copy_objects()):
             file = Path(folder) / FILES["torch"]
             self._write(file, delta=False, gated=True)  # the copy does not leave this machine
             yield file
+
+    @property
+    def _objects(self) -> dict[str, nn.Module]:
+        """The parts that were given as objects, which no file can name."""
+        parts: dict[str, nn.Module] = {"backbone": self.backbone, "head": self.head}
+        return {group: part for group, part in parts.items() if self._config["choices"][group] == OPTION}
+
+    def _copy_objects(self) -> dict[str, nn.Module]:
+        """Return copies of the objects, for a mode that builds the model again and loads the file's weights."""
+        objects = self._objects
+        if "backbone" in objects and (adapters.has_lora(self.model) or quantised_names(self.model)):
+            raise UserError(
+                "The backbone is an object with LoRA layers or quantised weights, which a mode would add again. Call "
+                "model.merge() first."
+            )
+        return {group: copy.deepcopy(part) for group, part in objects.items()}
+
+    def _refuse_objects(self) -> None:
+        """Refuse a file of a model with objects, which could not be loaded."""
+        for group, part in self._objects.items():
+            raise UserError(
+                f"The {group} is an object of {type(part).__name__}, and a file names the options of its parts. Write "
+                f"{group}/NAME.yaml into a folder, as docs/extending.md#{group} shows, and create the model with "
+                f'{group}="NAME", config_dir="FOLDER". Or save the weights alone: '
+                "torch.save(model.state_dict(), PATH)."
+            )
 
     def _write(self, path: Path, *, delta: bool, gated: bool) -> ModelFacts:
         """Write the model's file and return the facts in it."""
@@ -377,6 +409,7 @@ class Segmenter(GuardedModule, Model):
 
     def _checksums(self) -> dict[str, int]:
         """Return a CRC-32 of each parameter and buffer but quantised ones, which vary by device (0.3 s per GB)."""
+        self._check_values()
         skipped = quantised_names(self.model)
         state = self.model.state_dict() | non_persistent_buffers(self.model)
         return {
@@ -384,6 +417,14 @@ class Segmenter(GuardedModule, Model):
             for name, value in state.items()
             if name not in skipped
         }
+
+    def _check_values(self) -> None:
+        """Refuse a model on the meta device, whose tensors hold no values."""
+        if self.device.type == "meta":
+            raise UserError(
+                "The model is on the meta device, which holds no values. Create it outside of torch.device('meta'), or "
+                "call model.to_empty(device=DEVICE) and model.load_state_dict(STATE)."
+            )
 
     def _check_images(self, images: Tensor) -> None:
         """Refuse all but tensors (B, 3, H, W) of uint8 or floats in 0..1, with at least one pixel.
