@@ -23,7 +23,7 @@ from dinoseg.cli import launch, words
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.modes.help import overview
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import read_image, write_png
+from dinoseg.utils.images import read_ids, read_image, write_png
 
 TRAIN = ("mode=train", *SMALL)
 SCORE = ("mode=score", "reference=masks", "prediction=made", "protocol.num_classes=2")  # which imports no torch
@@ -431,6 +431,16 @@ def test_bad_files_are_named(place):
     (place / "data/train/images/1.png").write_bytes(whole[: len(whole) // 2])
     write_png(place / "data/train/masks/2.png", np.zeros((32, 48), np.uint8))
     assert "1.png as an image" in refused(place, *TRAIN, "data.batch_size=4", "engine.workers=1")
+
+
+def test_ids_that_are_not_classes_are_refused_with_the_word_that_maps_them(place):
+    for path in sorted(place.glob("data/*/masks/*.png")):
+        write_png(path, np.where(read_ids(path) == 0, 64, 128).astype(np.uint8))
+    message = refused(place, *TRAIN)
+    assert "6 of 6 masks with values that are not classes: 64 (in 6), 128 (in 6)" in message
+    assert "To ignore them: '++data.reader.masks.ids={64: 255, 128: 255}' (with these quotes)" in message
+    mapped = call(place, *TRAIN, "++data.reader.masks.ids={64: 0, 128: 1}", "mode.metrics_only=true")
+    assert mapped.status == 0, mapped.err
 
 
 def test_it_trains_evaluates_and_predicts(place):
