@@ -218,7 +218,7 @@ def test_an_unknown_option_lists_those_there_are(place, group):
         (["=3"], "=3 has no key before the equals sign. Write KEY=3,"),
         (["data.root", "=", "data"], "= has no key before the equals sign. Write data.root=data, without spaces."),
         (["data.root", "=data"], "=data has no key before the equals sign. Write data.root=data, without spaces."),
-        (["data.root=", "data"], "data.root= data has a space beside the equals sign. Write data.root=data."),
+        (["data.root=", "data"], "data.root= data has a space next to the equals sign. Write data.root=data."),
         (["resolution.crop=[64,96", "seed=1"], "a bracket or brace is not closed. Write 'resolution.crop=[64,96]'."),
         (["resolution.crop=[64,", "96]"], "split it at a space. Quote the whole word: 'resolution.crop=[64, 96]'."),
         (

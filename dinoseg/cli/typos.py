@@ -71,7 +71,7 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
         if "=" not in word and not word.startswith("~"):
             before = words[position - 1] if position else ""
             if before.endswith("="):
-                raise UserError(f"{before} {word} has a space beside the equals sign. Write {before}{word}.")
+                raise UserError(f"{before} {word} has a space next to the equals sign. Write {before}{word}.")
             raise UserError(f"{word} is not KEY=VALUE.{nearest(word, options_in(folders, 'mode'), 'mode=')}")
         override = parsed(word)
         if override is None:

@@ -6,8 +6,10 @@ import json
 import pytest
 from command_line import SLOTS, SMALL, call, linked
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
 from dinoseg.cli import own_keys
+from dinoseg.cli.typos import find_mistake
 from dinoseg.config.composition import SHIPPED
 from dinoseg.training import checkpoint
 
@@ -153,8 +155,13 @@ def test_repeating_the_checkpoint_s_own_group_changes_nothing(here):
 
 
 def test_messages_show_keys_as_typed(here):
-    words = ("resume=segmenter", "head.dropout='${absent}'")
-    data = ("data.root=data", "data.classes=[dark,bright]", "--cfg", "job", "--resolve")
-    for mode in (("mode=train", *data), ("mode=predict", "input=data/val/images/0.png", "engine=cpu")):
-        done = call(here, *mode, *words)
-        assert done.status == 1 and "head.dropout='${absent}' refers" in done.err and "++" not in done.err
+    words = ("resume=segmenter", "head.dropout='${absent}'", "data.root=data", "data.classes=[dark,bright]")
+    done = call(here, "mode=train", *words, "--cfg", "job", "--resolve")
+    assert done.status == 1 and "head.dropout='${absent}' refers" in done.err and "++" not in done.err
+
+
+def test_messages_of_a_job_lack_the_signs_that_were_added():
+    error = InterpolationKeyError("absent")
+    for word, shown in (("++head.dropout='${absent}'", "head.dropout='${absent}' refers"), ("++seed=1", " seed=1 (")):
+        message = find_mistake(["mode=summary", word], [SHIPPED], error)
+        assert shown in message and "++" not in message
