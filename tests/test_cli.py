@@ -23,7 +23,7 @@ from dinoseg.cli import launch, words
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.modes.help import overview
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import read_image, write_png
+from dinoseg.utils.images import read_ids, read_image, write_png
 
 TRAIN = ("mode=train", *SMALL)
 SCORE = ("mode=score", "reference=masks", "prediction=made", "protocol.num_classes=2")  # which imports no torch
@@ -138,6 +138,8 @@ def test_help_imports_neither_torch_nor_hydra(tmp_path):
         (("data.batch_size=abc",), "data.batch_size=abc is of type str. Give a whole number"),
         (('data.batch_size="8"',), "data.batch_size=8 is of type str. Give a whole number"),
         (("trainer.steps=many",), "trainer.steps=many is of type str. Give a whole number"),
+        (("seed=-1",), "seed=-1 is out of range. Give a whole number of at least 0."),
+        (("trainer.steps=0",), "trainer.steps=0 is out of range. Give a whole number of at least 1"),
         (("trainer.clip=off",), "trainer.clip=off is of type str. Give a number"),
         (("mode.report=maybe",), "mode.report=maybe is of type str. Give true or false"),
         (("adapter=lora", "adapter.rank=high"), "adapter.rank=high is of type str. Give a whole number"),
@@ -194,7 +196,8 @@ def test_an_unknown_option_lists_those_there_are(place, group):
         (["--cfg", "job", "+nonsense"], "+nonsense is not KEY=VALUE."),
         (["data.classes=a,b"], "For a list use brackets: 'data.classes=[a,b]'. For a run with each of them, add -m."),
         (["data.classes=[a,b"], "data.classes=[a,b cannot be parsed"),
-        (["data.reader.masks.ids={3: 255"], "Quote the whole word"),
+        (["data.reader.masks.ids={3: 255"], "not closed. Write 'data.reader.masks.ids={3: 255}'."),
+        (['data.classes=[a "b,c]'], "Quote the whole word, and the text inside it"),
         (
             ["data.reader.layout.images={split}/b"],
             "the text inside it: 'data.reader.layout.images=\"{split}/b\"'.",
@@ -205,12 +208,42 @@ def test_an_unknown_option_lists_those_there_are(place, group):
         ),
         (["head=mlp", "head.hiden=3"], "head.hiden is not a key of the config."),
         (["head=segformer"], "error: head=segformer is unknown. Choose from cnn,"),
-        (["loss=null"], "loss=None is unknown. Choose from ce_dice"),
+        (["loss=null"], "loss=null is unknown. Choose from ce_dice"),
+        (["hparam=sarrap"], "hparam=sarrap is unknown. Did you mean hparam=sarrarp_frozen or hparam=sarrarp_full or"),
+        (["backbone=dinov2"], "backbone=dinov2 is unknown. Did you mean backbone=dinov2_vitb14 or"),
         (["backbone=[0]"], "backbone=0 is unknown. Choose from dino_vitb16"),
         (["engine=1"], "engine=1 is unknown. Choose from auto, cpu"),
         (["hparam="], "hparam= is unknown. Choose from"),
         ([f"hparam={'n' * 3000}"], "nnn is unknown. Choose from"),
-        (["=3"], "=3 has no key before the equals sign. Write KEY=VALUE."),
+        (["=3"], "=3 has no key before the equals sign. Write KEY=3,"),
+        (["data.root", "=", "data"], "= has no key before the equals sign. Write data.root=data, without spaces."),
+        (["data.root", "=data"], "=data has no key before the equals sign. Write data.root=data, without spaces."),
+        (["data.root=", "data"], "data.root= data has a space next to the equals sign. Write data.root=data."),
+        (["resolution.crop=[64,96", "seed=1"], "a bracket or brace is not closed. Write 'resolution.crop=[64,96]'."),
+        (["resolution.crop=[64,", "96]"], "split it at a space. Quote the whole word: 'resolution.crop=[64, 96]'."),
+        (
+            ["adapter=frozen", "adapter.lr=8"],
+            "adapter.lr=8: adapter=frozen has no key lr. Options that have it: adapter",
+        ),
+        (
+            ["adapter=frozen", "adapter.rank=8"],
+            "adapter.rank=8: adapter=frozen has no key rank. Options that have it: adapter=lora, adapter=lora_8bit, "
+            "adapter=lora_all, adapter=qlora. Choose one of them, or leave the key out.",
+        ),
+        (["head.num_slots=3"], "head=linear has no key num_slots. Options that have it: head=slots."),
+        (["trainer.temperature=2"], "trainer=supervised has no key temperature. Options that have it: trainer=distil."),
+        (
+            ["mode=train", "mode.split=val"],
+            "mode.split=val: mode=train has no key split. Options that have it: mode=eval.",
+        ),
+        (
+            ["mode=train", "tracker.short_side=9"],
+            "tracker.short_side=9: mode=train does not read the group tracker. Leave it out, or",
+        ),
+        (
+            ["mode=train", "tracker=video"],
+            "tracker=video: mode=train does not read the group tracker. Leave it out, or choose a mode",
+        ),
         (["--steps=3"], "--steps=3 is not a flag. The flags are --help"),
     ],
 )
@@ -226,7 +259,7 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments,
         (["+mode.lgo_every=3"], ["does not take lgo_every", "metrics_only"]),
         (["+data.reader.masks.formt=ids"], ["does not take formt", "format, ids"]),
         (["+backbone.arch.hiden_size=3"], ["no hiden_size", "spelling"]),
-        (["seed=null"], ["seed=None", "not negative"]),
+        (["seed=null"], ["seed=null is of type NoneType. Give a whole number."]),
         (["+nonsense=3"], ["+nonsense adds a key that nothing reads"]),
         (["+resolution.corp=[3,3]"], ["+resolution.corp adds a key that nothing reads"]),
         (["trainer.steps=many"], ["trainer.steps=many is of type str", "Give a whole number"]),
@@ -244,6 +277,7 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments,
         (["engine.devices=0"], ["engine.devices=0", "at least 1"]),
         (["data.classes=[dark]"], ["With 1 class every probability is 1", "the background and the object"]),
         (["resume=nowhere"], ["resume=nowhere", "outputs/"]),
+        (["resume=empti"], ["resume=empti: file or folder not found. Did you mean resume=empty?"]),
         (["resume=foreign.safetensors"], ["not a checkpoint of dinoseg"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
@@ -268,7 +302,7 @@ def test_a_mistake_while_training_is_one_message(place, arguments, parts):
         (["resolution.crop=wide"], ["resolution.crop=wide is of type str"]),
         (["resolution.crop=[0,1]"], ["crop=[0, 1]", "at least 1"]),
         (["engine.workers=two"], ["engine.workers=two is unknown. Choose a whole number or auto."]),
-        (["seed=-1"], ["seed=-1", "not negative"]),
+        (["seed=-1"], ["seed=-1 is out of range. Give a whole number of at least 0."]),
         (["trainer.steps=0"], ["trainer.steps=0", "at least 1"]),
         (["data.root=empty"], ["No folder empty/train/images", "data.reader.layout"]),
         (["adapter=lora", "adapter.rank=0"], ["adapter.rank=0", "at least 1"]),
@@ -311,7 +345,7 @@ def test_a_training_of_other_values_is_refused(site, compose, arguments, parts):
         (["mode=predict"], "give input="),
         (["mode=predict", "input=gone.png"], "input=gone.png"),
         (["mode=eval", "resume=nowhere"], "resume=nowhere"),
-        (["mode=eval", "resume=empty"], "resume=empty: neither a checkpoint file nor a run folder"),
+        (["mode=eval", "resume=empty"], "resume=empty: it holds neither checkpoints/best.safetensors nor checkpoints/"),
         (["mode=eval", "resume=foreign.safetensors"], "not a checkpoint of dinoseg"),
         (["mode=eval", "resume=cut.safetensors"], "not a readable checkpoint"),
         (["mode=eval", "resume=data/val/images/0.png"], "not a readable checkpoint"),
@@ -397,6 +431,16 @@ def test_bad_files_are_named(place):
     (place / "data/train/images/1.png").write_bytes(whole[: len(whole) // 2])
     write_png(place / "data/train/masks/2.png", np.zeros((32, 48), np.uint8))
     assert "1.png as an image" in refused(place, *TRAIN, "data.batch_size=4", "engine.workers=1")
+
+
+def test_ids_that_are_not_classes_are_refused_with_the_word_that_maps_them(place):
+    for path in sorted(place.glob("data/*/masks/*.png")):
+        write_png(path, np.where(read_ids(path) == 0, 64, 128).astype(np.uint8))
+    message = refused(place, *TRAIN)
+    assert "6 of 6 masks with values that are not classes: 64 (in 6), 128 (in 6)" in message
+    assert "To ignore them: '++data.reader.masks.ids={64: 255, 128: 255}' (with these quotes)" in message
+    mapped = call(place, *TRAIN, "++data.reader.masks.ids={64: 0, 128: 1}", "mode.metrics_only=true")
+    assert mapped.status == 0, mapped.err
 
 
 def test_it_trains_evaluates_and_predicts(place):

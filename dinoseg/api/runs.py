@@ -18,7 +18,7 @@ from dinoseg.experiment.run_config import BROKEN, config_of, config_text
 from dinoseg.export.runtime.load import load
 from dinoseg.export.runtime.model import Model
 from dinoseg.report.curves import curves_figure
-from dinoseg.report.log import read_rows
+from dinoseg.report.log import rows_of_run
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 
@@ -188,8 +188,8 @@ class Run:
 
     @property
     def _rows(self) -> list[Mapping[str, Any]]:
-        path = self.folder / "metrics.jsonl"
-        return [*read_rows(path)] if path.is_file() else []
+        is_head = self.folder.parent.name == checkpoint.HEADS
+        return [*rows_of_run(self.folder)] if is_head or (self.folder / "metrics.jsonl").is_file() else []
 
     @property
     def _shown_scores(self) -> dict[str, str]:

@@ -47,7 +47,7 @@ def checkpoint_configs(arguments: Sequence[str], folders: Sequence[Path]) -> lis
         UserError: the checkpoint does not exist.
     """
     typed = {override.key_or_group: values_of(override) for _, override in _overrides(arguments)}
-    paths = [path for path in typed.get("resume", ()) if path not in ("auto", "None")]
+    paths = [path for path in typed.get("resume", ()) if path not in ("auto", "null")]
     paths += [path for path in typed.get("mode.model", ()) if path.endswith(".safetensors") and Path(path).is_file()]
     return [_reused_config(path, typed, folders) for path in paths]
 

@@ -19,7 +19,7 @@ from dinoseg.cli.words import assignments, is_sweep, parsed, values_of
 from dinoseg.config.options import modes_with, options_in, options_with
 from dinoseg.config.plain import keys_of, to_container
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.wording import format_value, nearest
+from dinoseg.utils.wording import format_value, join_names, nearest
 
 _HELP = "dinoseg.modes.help.show"  # default mode
 _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups and options."
@@ -67,18 +67,16 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
     words = [word for _, word in assignments(arguments)]
     searches = several and any(word.startswith("hydra/sweeper=") for word in words)
     has_more_folders = any(word.startswith("hydra.searchpath=") for word in words)  # whose options only Hydra finds
-    for word in words:
+    for position, word in enumerate(words):
         if "=" not in word and not word.startswith("~"):
-            meant = f" Did you mean mode={word}?" if word.isidentifier() else ""
-            raise UserError(f"{word} is not KEY=VALUE.{meant}")
+            before = words[position - 1] if position else ""
+            if before.endswith("="):
+                raise UserError(f"{before} {word} has a space next to the equals sign. Write {before}{word}.")
+            raise UserError(f"{word} is not KEY=VALUE.{nearest(word, options_in(folders, 'mode'), 'mode=')}")
         override = parsed(word)
-        key, _, text = word.partition("=")
         if override is None:
-            form = f'"{text}"' if _is_text(text) else '["a value"]'
-            raise UserError(
-                f"{word} cannot be parsed: brackets, braces or quotes are not closed, or the text inside them holds "
-                f"special characters. Quote the whole word, and the text inside it: '{key}={form}'."
-            )
+            raise UserError(f"{word} cannot be parsed: {_unparsed_reason(word, words[position + 1 :])}")
+        text = word.partition("=")[2]
         if isinstance(override.value(), IntervalSweep) and not searches:
             raise UserError(f"{word} is an interval: add -m hydra/sweeper=optuna to search it, or list values.")
         if override.is_sweep_override() and not several:
@@ -118,6 +116,39 @@ def _chosen(override: Override, options: Sequence[str]) -> list[str]:
     return (value.filter(options) if isinstance(value, Glob) else []) or values_of(override)
 
 
+def _unparsed_reason(word: str, following: Sequence[str]) -> str:
+    """Return why Hydra cannot parse a word, and how to write it.
+
+    Args:
+        word: such as `resolution.crop=[64,96`.
+        following: the words after it, which the shell has split off where a list or table holds a space.
+    """
+    for count in range(1, len(following) + 1):
+        whole = " ".join((word, *following[:count]))
+        if parsed(whole) is not None:
+            return f"the shell has split it at a space. Quote the whole word: '{whole}'."
+    closed = _close_brackets(word)
+    if closed != word and parsed(closed) is not None:
+        return f"a bracket or brace is not closed. Write '{closed}'."
+    key, _, text = word.partition("=")
+    form = f'"{text}"' if _is_text(text) else '["a value"]'
+    return (
+        "brackets, braces or quotes are not closed, or the text inside them holds special characters. Quote the whole "
+        f"word, and the text inside it: '{key}={form}'."
+    )
+
+
+def _close_brackets(word: str) -> str:
+    """Return a word with the brackets and braces closed that it only opens."""
+    missing = ""
+    for character in word:
+        if character in "[{":
+            missing = {"[": "]", "{": "}"}[character] + missing
+        elif missing.startswith(character):
+            missing = missing[1:]
+    return word + missing
+
+
 def _is_text(value: str) -> bool:
     """Return whether a value with braces or brackets, such as {split}/pictures, is text: neither a list nor a table."""
     closed = all(value.count(first) == value.count(last) for first, last in ("[]", "{}"))
@@ -153,18 +184,22 @@ def find_mistake(
     ]
     mode = next((option for option in options if option.startswith("mode=")), None)
     try:
-        cfg = _compose(options, folders)
+        cfg, choices = _compose(options, folders)
     except HydraException as composing:
         if mode is None:
             return mode_needed(folders)
         if absent := re.search(r"(?:In 'hparam/(.+)': )?Could not override '(\w+)", str(composing)):
-            return _absent_group(absent[2], absent[1], mode, folders)
+            typed = next((each.input_line for each in groups if _group_of(each) == absent[2]), absent[2])
+            return _absent_group(typed, absent[2], absent[1], mode, folders)
         return _shorten(error) if isinstance(error, HydraException) else ""
     for config in configs:
         cfg |= config
+        choices = {group: option for group, option in choices.items() if group not in config}
     for override in overrides:
-        if override not in groups and override not in deleted and (misfit := _find_misfit(override, cfg, folders)):
-            return misfit
+        if override not in groups and override not in deleted:
+            misfit = _find_misfit(override, cfg, choices, folders)
+            if misfit:
+                return misfit
     keys = [*keys_of(cfg)]
     for override in deleted:
         key = override.key_or_group
@@ -176,14 +211,14 @@ def find_mistake(
         return ""
     for override in overrides:
         if "${" in str(override.value()):
+            typed = override.input_line.removeprefix("++")  # which `with_checkpoint_keys` adds
             return (
-                f"{override.input_line} refers to a key that does not exist, or is not a valid value. Give a value, or "
-                "the full name of another key, such as '${seed}'."
+                f"{typed} refers to a key that does not exist, or is not a valid value. Give a value, or the full name "
+                "of another key, such as '${seed}'."
             )
     cause = (str(error).strip().splitlines() or ["no details"])[0]
-    return (
-        f"{error.full_key or 'A key'} has no usable value after {' '.join(arguments)} ({cause}). Undo these overrides."
-    )
+    typed = " ".join(word.removeprefix("++") for word in arguments)
+    return f"{error.full_key or 'A key'} has no usable value after {typed} ({cause}). Undo these overrides."
 
 
 def mode_needed(folders: Sequence[Path]) -> str:
@@ -192,39 +227,50 @@ def mode_needed(folders: Sequence[Path]) -> str:
     return f"No mode is given. Add mode=NAME. Modes: {modes}. `--help` shows their commands."
 
 
-def _absent_group(group: str, recipe: str | None, mode: str, folders: Sequence[Path]) -> str:
-    """Return the message on a group that a mode does not compose; `recipe` chooses an option of it, or None."""
+def _absent_group(word: str, group: str, recipe: str | None, mode: str, folders: Sequence[Path]) -> str:
+    """Return the message on a word that sets a group which a mode does not compose; `recipe` sets it, or None."""
     if recipe is not None:
         return (
             f"hparam={recipe} sets {group}, which {mode} does not read. Leave hparam out: resume=RUN brings the "
             "settings of its training, and data=DATASET those of a dataset."
         )
-    return f"{group}: {mode} does not read this group. Modes that do: {', '.join(modes_with(folders, group))}."
+    modes = ", ".join(modes_with(folders, group))
+    return f"{word}: {mode} does not read the group {group}. Leave it out, or choose a mode that reads it: {modes}."
 
 
-def _unknown_key(key: str, cfg: Mapping[str, Any], folders: Sequence[Path]) -> str:
+def _unknown_key(
+    override: Override, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
+) -> str:
     """Return the message on a key that the config lacks: the modes and options that have it, else a near key."""
-    root = key.partition(".")[0]
+    key, word = override.key_or_group, override.input_line
+    root, _, below = key.partition(".")
     if root not in cfg:
         modes, options = modes_with(folders, root), options_with(folders, root)
         if cfg["mode"]["_target_"] == _HELP and (modes or options):
             return mode_needed(folders)
         if modes:
-            return f"{key}: this mode does not read the group {root}. Modes that do: {', '.join(modes)}."
+            return _absent_group(word, root, None, f"mode={choices['mode']}", folders)
         if options:
             return f"{key} is a key of {' or '.join(options)}. Add it, or leave the key out."
+    if options := options_with(folders, key):
+        chosen = f"{root}={choices[root]}" if root in choices else f"the {root} of the checkpoint"
+        remedy = "Choose one of them, or leave the key out." if root in choices else "Leave the key out."
+        return f"{word}: {chosen} has no key {below}. Options that have it: {join_names(options, 8)}. {remedy}"
     return f"{key} is not a key of the config.{nearest(key, [*keys_of(cfg)])} {_ALL_KEYS}"
 
 
-def _compose(options: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
-    """Return the config composed from these options alone."""
+def _compose(options: Sequence[str], folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the config composed from these options alone, and the option of each of its groups."""
     sources = ",".join(f'"file://{folder.absolute()}"' for folder in folders[1:])
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(folders[0]), version_base="1.3"):
-        return to_container(compose("main", [f"hydra.searchpath=[{sources}]", *options]))
+        cfg = to_container(compose("main", [f"hydra.searchpath=[{sources}]", *options], return_hydra_config=True))
+    return cfg, cfg.pop("hydra")["runtime"]["choices"]
 
 
-def _find_misfit(override: Override, cfg: Mapping[str, Any], folders: Sequence[Path]) -> str:
+def _find_misfit(
+    override: Override, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
+) -> str:
     """Return why the key of an override, or its value, does not fit a config; "" if both fit."""
     key, value = override.key_or_group, override.value()
     adds = override.is_add() or override.is_force_add()
@@ -243,7 +289,7 @@ def _find_misfit(override: Override, cfg: Mapping[str, Any], folders: Sequence[P
             where = ".".join(above)
             return f"{key}: {where} is a single value and has no keys below it. Set it as {where}=VALUE."
         if part not in named:
-            return "" if adds else _unknown_key(key, cfg, folders)
+            return "" if adds else _unknown_key(override, cfg, choices, folders)
         node = named[part]
         above.append(part)
     if isinstance(node, list) and isinstance(value, Mapping):

@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
+from dinoseg.config.grammar import write_value
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import ESCAPED_BYTES, has_surrogates
 
@@ -53,7 +54,7 @@ def as_text(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: an unknown flag, a value without a key, or a name that no file can have.
     """
-    for word in arguments:
+    for position, word in enumerate(arguments):
         flag = word.split("=")[0]
         if flag.startswith("-") and flag not in (*_FLAGS, *_TAKES_A_VALUE):
             raise UserError(
@@ -63,7 +64,9 @@ def as_text(arguments: Sequence[str]) -> list[str]:
         if has_surrogates(word.translate(ESCAPED_BYTES)):
             raise UserError(f"{word!a} holds half of a surrogate pair. Give valid Unicode.")
         if word.lstrip("+~").startswith("="):
-            raise UserError(f"{word} has no key before the equals sign. Write KEY=VALUE.")
+            key = arguments[position - 1] if position and "=" not in arguments[position - 1] else "KEY"
+            value = word[1:] or next(iter(arguments[position + 1 :]), "VALUE")
+            raise UserError(f"{word} has no key before the equals sign. Write {key}={value}, without spaces.")
     several = is_sweep(arguments)
     words = list(arguments)
     for position, word in assignments(arguments):
@@ -100,7 +103,8 @@ def values_of(override: Override) -> list[str]:
     if isinstance(override.value(), Glob | IntervalSweep):
         return [str(override.input_line).partition("=")[2]]
     if not override.is_sweep_override():
-        return [str(override.value())]
+        value = override.value()
+        return [value if isinstance(value, str) else write_value(value)]
     return [value.text if isinstance(value, QuotedString) else str(value) for value in override.sweep_iterator()]
 
 

@@ -17,6 +17,7 @@ from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.wording import format_value
 
 Part = TypeVar("Part")
+_SELECTED = re.compile(r"\$\{oc\.select:([\w.]+),")  # `${oc.select:KEY,DEFAULT}`, which is no node of its key
 
 
 def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str, Any] | None = None) -> Any:
@@ -57,7 +58,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
             names = {key: _full_key(node, (*steps, key)) for key in arguments}
             check_arguments(table["_target_"], arguments, names)
     with name_parameters(keys):
-        part = _call_target(node, values, where)
+        part = _call_target(values, where, keys)
     if not isinstance(part, partial):
         return part
     factory = Factory(part.func, *part.args, **part.keywords)
@@ -66,13 +67,13 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
 
 
 def argument_keys(node: Any) -> dict[str, str]:
-    """Return the full key that sets each argument of a config node, and as `PART.ARGUMENT` those of its parts."""
+    """Return the full key that sets each argument of a config node, and as `PART.ARGUMENT` those in its tables."""
     keys = {}
-    for key in node:
+    for key in node.keys():  # noqa: SIM118 - none of a table that is null or an interpolation, which has no iterator
         if not str(key).startswith("_"):
             keys[str(key)] = _full_key(node, (key,))
             part = node._get_node(key) if OmegaConf.is_config(node) else None
-            if isinstance(part, DictConfig) and "_target_" in part:
+            if isinstance(part, DictConfig):
                 keys |= {f"{key}.{name}": full for name, full in argument_keys(part).items()}
     return keys
 
@@ -88,7 +89,8 @@ class Factory(partial[Any]):
             return super().__call__(*args, **kwargs)
 
 
-def _call_target(node: Any, values: Mapping[str, Any], where: str) -> Any:
+def _call_target(values: Mapping[str, Any], where: str, keys: Mapping[str, str]) -> Any:
+    """Return what the target of a node returns; `keys` are its `argument_keys`, `where` is its full key."""
     try:
         return hydra_instantiate(values, _convert_="all")
     except InstantiationException as error:
@@ -99,15 +101,9 @@ def _call_target(node: Any, values: Mapping[str, Any], where: str) -> Any:
                 "file, install the missing module, or add the folder of your own package to PYTHONPATH."
             ) from error
         place = re.search(r"\nfull_key: (\S+)$", str(error))  # of a part within the node
-        with name_parameters(_nested_keys(node, values, place[1].split(".")) if place else {}):
+        part = f"{place[1]}." if place else "."
+        with name_parameters({name.removeprefix(part): keys[name] for name in keys if name.startswith(part)}):
             raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
-
-
-def _nested_keys(node: Any, values: Mapping[str, Any], steps: Sequence[str]) -> dict[str, str]:
-    """Return the full key that sets each argument of a part within a config node."""
-    for step in steps:
-        values = values.get(step) or {}
-    return {key: _full_key(node, (*steps, key)) for key in values}
 
 
 def _full_key(node: Any, steps: Steps) -> str:
@@ -119,7 +115,9 @@ def _full_key(node: Any, steps: Steps) -> str:
         has_more = OmegaConf.is_list(node) and isinstance(step, int) and step >= len(node)
         node = node._get_node(step) if OmegaConf.is_config(node) and not has_more else None
         if node is not None and node._is_interpolation():
-            node = node._maybe_dereference_node()
+            selected = _SELECTED.match(str(node._value()))
+            name = selected[1] if selected else name
+            node = None if selected else node._maybe_dereference_node()
         name = (node is not None and node._get_full_key(None)) or name
     return name
 

@@ -50,8 +50,8 @@ def option_files(folders: Sequence[Path], group: str, option: str) -> Iterator[P
 
 
 def modes_with(folders: Sequence[Path], group: str) -> list[str]:
-    """Return the modes that compose a group."""
-    return [mode for mode in options_in(folders, "mode") if group in groups_of(folders, mode)]
+    """Return the modes that compose a group; help, which composes nearly all, reads none."""
+    return [mode for mode in options_in(folders, "mode") if mode != "help" and group in groups_of(folders, mode)]
 
 
 def groups_of(folders: Sequence[Path], mode: str) -> list[str]:
@@ -66,18 +66,24 @@ def groups_of(folders: Sequence[Path], mode: str) -> list[str]:
 
 
 def options_with(folders: Sequence[Path], key: str) -> list[str]:
-    """Return the options, as GROUP=OPTION, that alone bring a root key such as `teacher`."""
-    groups = sorted({path.name for folder in folders for path in folder.glob("*/") if path.is_dir()})
+    """Return the options, as GROUP=OPTION, that alone bring a key: `adapter.rank`, or a root key such as `teacher`."""
+    group, _, below = key.partition(".")
+    everywhere = {path.name for folder in folders for path in folder.glob("*/") if path.is_dir()}
+    groups = [group] if below else sorted(everywhere)
     return [
         f"{group}={option}"
         for group in groups
         for option in options_in(folders, group)
-        if any(_is_global(path) and key in _read(path) for path in option_files(folders, group, option))
+        if any(_brings(path, key, below) for path in option_files(folders, group, option))
     ]
 
 
-def _is_global(path: Path) -> bool:
-    return "@package _global_" in path.read_text("utf-8")
+def _brings(path: Path, key: str, below: str) -> bool:
+    """Return whether an option's file sets a key, whose part below the option's group is given, too."""
+    from dinoseg.config.plain import has_key  # imports OmegaConf, which help does not need
+
+    is_global = "@package _global_" in path.read_text("utf-8")
+    return has_key(_read(path), key if is_global else below)
 
 
 @lru_cache(maxsize=128)  # a command line may set many keys of one option

@@ -19,8 +19,7 @@ from dinoseg.experiment.provenance import Provenance
 from dinoseg.metrics.boundary_errors import DISTANCES
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
 from dinoseg.report.html.evaluation import ErrorAnalysis, EvaluationScores, evaluation_page
-from dinoseg.report.log import read_rows, rows_of_head
-from dinoseg.training.checkpoint import HEADS
+from dinoseg.report.log import rows_of_run
 from dinoseg.training.engine import Engine
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.csv_text import write_csv
@@ -145,9 +144,7 @@ def _training(folder: Path | None) -> list[dict[str, Any]] | None:
     if folder is None:
         return None
     try:
-        if folder.parent.name == HEADS:  # one of several heads, which share a log
-            return rows_of_head(folder.parent.parent / "metrics.jsonl", folder.name)
-        return read_rows(folder / "metrics.jsonl")
+        return rows_of_run(folder)
     except UserError:
         return None
 

@@ -43,6 +43,9 @@ class Side:
 def sides_of(runs: Any) -> list[Side]:
     """Return the sides in `runs`: nested lists are sides; without any, runs are grouped over seeds.
 
+    Args:
+        runs: folders of runs and sweeps, and lists of these; or one folder.
+
     Raises:
         UserError: there are fewer than two sides or too many, or the runs cannot be compared.
     """
@@ -112,11 +115,11 @@ def _has_intervals(sides: Sequence[Side]) -> bool:
 
 def _expand_sweeps(runs: Any) -> list[list[Path]]:
     """Return the folders of each entry; a sweep's folder stands for its jobs that no earlier entry names."""
-    if not isinstance(runs, list | tuple):
-        raise _refusal(runs, "is not a list")
+    if runs is None:
+        raise _refusal(runs, "names no run")
     found: list[list[Path]] = []
     named: set[Path] = set()
-    for entry in runs:
+    for entry in [runs] if isinstance(runs, str) else runs:
         side = []
         for name in entry if isinstance(entry, list | tuple) else [entry]:
             side += _jobs(name, named)
@@ -147,9 +150,9 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
 
 def _refusal(runs: Any, found: str) -> UserError:
     return UserError(
-        f"runs={format_override(runs)} {found}: give 2 to {MAX} different run folders of mode=eval or mode=train, such "
-        "as runs=[outputs/a/eval_1,outputs/b/eval_1]; several seeds of each as runs=[[a1,a2,a3],[b1,b2,b3]]; or the "
-        f"folder of a sweep. The limit is {_MAX_RUNS} runs in total."
+        f"runs={format_override(runs)} {found}. Give at least two run folders of mode=eval or mode=train, such as "
+        "runs=[outputs/a/eval_1,outputs/b/eval_1]; several seeds of each as runs=[[a1,a2,a3],[b1,b2,b3]]; or the "
+        f"folder of a sweep. At most {MAX} sides and {_MAX_RUNS} runs can be compared."
     )
 
 

@@ -131,6 +131,7 @@ class Builder(ModelBuilder):
 
     def check_values(self) -> None:
         """Refuse wrong values of what a training builds or reads only once its data are listed, and its checkpoints."""
+        _ = self.seed
         self.loop_settings(self.lengths(samples=1)._asdict())
         for key, others in _BUILT_LATE.items():
             node = self.value(key)

@@ -22,6 +22,7 @@ from dinoseg.models.no_init import NoInit
 from dinoseg.training import loading
 from dinoseg.training.engine import Engine
 from dinoseg.utils.errors import UserError, name_parameters
+from dinoseg.utils.ranges import Natural, check_value
 from dinoseg.utils.tensor_files import check_file
 
 
@@ -109,10 +110,8 @@ class ModelBuilder:
         Raises:
             UserError: the seed is not a non-negative integer.
         """
-        seed = self._cfg.seed
-        if not isinstance(seed, int) or seed < 0:
-            raise UserError(f"seed={seed}: give a whole number that is not negative.")
-        return seed
+        check_value("seed", self._cfg.seed, Natural)
+        return self._cfg.seed
 
     @property
     def labels(self) -> Labels:

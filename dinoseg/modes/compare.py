@@ -76,14 +76,14 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def run(cfg: DictConfig, *, out_dir: Path, runs: Sequence[str | Sequence[str]] | None) -> dict[str, Any]:
+def run(cfg: DictConfig, *, out_dir: Path, runs: str | Sequence[str | Sequence[str]] | None) -> dict[str, Any]:
     """Compare runs of mode=eval with the first of them: significance, differences by class and image, and costs.
 
     Args:
         cfg: the whole config.
         out_dir: the run folder.
         runs: run folders of mode=eval on the same images, or of trainings, whose final evaluation is used. Several
-            seeds of one side form a list of their own, or are found by their configs.
+            seeds of one side form a list of their own, or are found by their configs. A text is the folder of a sweep.
 
     Raises:
         UserError: there are fewer than two runs, or they are not comparable.

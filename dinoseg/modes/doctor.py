@@ -28,7 +28,7 @@ from dinoseg.utils.wording import count_of, one_line, printable
 
 _SPLITS = ("train", "val", "test")
 _NEEDED = ("train", "val")
-_NO_TEST = "Without a test split there is nothing to do: training reads train and val only."
+_NO_TEST = "If the data have no test split, ignore this note: training reads train and val only."
 _SHOWN = {"error": 10, "warning": 10, "note": 3}  # files per finding that the terminal lists
 _HEADERS = ("split", "images", "smallest (width x height)", "largest (width x height)")
 NearDistance = Annotated[int, Range("a whole number from 0 to 64", 0, 64)]

@@ -125,7 +125,7 @@ def _found(search: FitSearch) -> Fit:
 
 def _print_step(fit: Fit, target: Target) -> None:
     step = fit.step
-    outside = "CUDA context" if target.kind == "cuda" else "libraries"
+    outside = "CUDA context" if target.kind == "cuda" else "code loaded in the first step"
     amounts = {name.replace("_", " "): value for name, value in dataclasses.asdict(step).items() if value}
     del amounts["peak"]
     amounts |= {"peak of these": step.peak, f"incl. fragmentation and {outside}": fit.need}

@@ -1,6 +1,7 @@
 """mode=predict: segmentation of an image, folder, glob pattern or video with a trained model."""
 
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -106,7 +107,7 @@ def predict(
             f"Cannot write below {out_dir} ({error}). Free some disk space, or choose another hydra.run.dir."
         ) from error
     _check_failures(run, len(images) + len(videos))
-    reference = "<folder of masks of the same names>" if split is None else str(folder / REFERENCES)
+    reference = None if split is None else folder / REFERENCES
     print("\n".join(_written(run, totals, masks is True, outputs, reference)))
     return {**totals, "run": str(out_dir)}
 
@@ -226,14 +227,16 @@ def _log(what: str, passed: Throughput, count: str) -> None:
 
 
 def _written(
-    run: ImageRun, totals: Mapping[str, Any], video_masks: bool, outputs: Sequence[str], reference: str
+    run: ImageRun, totals: Mapping[str, Any], video_masks: bool, outputs: Sequence[str], reference: Path | None
 ) -> Iterator[str]:
-    """Yield a summary line for each kind of result."""
+    """Yield a summary line for each kind of result; `reference` is the folder of reference masks, or unknown."""
     if run.count:
         yield f"overlays:     {run.folder}/*_segmentation, of {count_of(run.count, 'image')}"
         if run.masks is not None:
             yield f"masks:        {run.masks}, {count_of(run.count, 'PNG')} of class ids"
-            yield f"score them:   mode=score prediction={run.folder} reference={reference}"
+            words = ("mode=score", f"prediction={run.folder}", f"reference={reference or 'FOLDER'}")
+            names = "" if reference else "  # FOLDER: masks of the same names"
+            yield f"score them:   python -m dinoseg {shlex.join(words)}{names}"
     if run.count and outputs:
         yield f"also:         {', '.join(str(run.folder / name) for name in outputs)}"
     if totals.get("frames"):

@@ -116,9 +116,10 @@ def _write(out_dir: Path, solutions: Sequence[Solution], best: Solution, classes
     write_json(out_dir / "probe.json", {"best": best.name, "classes": list(classes), "readings": rows})
     # scores in 0..1; an undefined score is an empty cell
     write_csv_table(out_dir / "probe.csv", COLUMNS, rows)
-    print(f"{class_table(best.scores, classes)}\n\n{probe_table(rows, best.name)}\n")
+    print(f"classes of val, by the best blocks ({best.name}):\n\n{class_table(best.scores, classes)}\n")
+    print(f"{probe_table(rows, best.name)}\n")
     blocks = best.name.replace("+", ",")
-    print(f"best:         {best.name}, by the held-out images; head.layers=[{blocks}] reads {_them(best.name)}")
+    print(f"best (*):     {best.name}, by the held-out images; head.layers=[{blocks}] reads {_them(best.name)}")
     print(f"written:      {out_dir}/probe.json, probe.csv, with {count_of(rows, 'result')}")
     print(_FLOOR)
 

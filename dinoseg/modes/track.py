@@ -180,6 +180,8 @@ def _go_on(tracker: Tracker, state: TrackState, folder: Path) -> TrackProgress:
         if not isinstance(done, int) or done < 0 or bool(done) != bool(state.tensors):
             raise ValueError(f"{done} frames done, {count_of(state.tensors, 'tensor')}")
         tracker.load(state.tensors)
+    except UserError:
+        raise
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(
             f"{folder / STATE} is not readable ({error!r}). Leave mode.restart out to start over."

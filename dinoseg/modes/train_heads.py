@@ -29,7 +29,6 @@ from dinoseg.modes.training_run import (
     open_log,
 )
 from dinoseg.report.curves import draw_curves
-from dinoseg.report.log import rows_of_head
 from dinoseg.report.table import MEANS
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
@@ -127,9 +126,7 @@ def train_heads(
                 print(f"\nhead {name}, best checkpoint (step {progress.best_step}):\n")
             scores[name] = head.run.evaluate(head.model, head.checkpoints, **shown)
             if engine.is_main:
-                curves = head.run.out_dir / "curves.png"
-                draw_curves(rows_of_head(out_dir / "metrics.jsonl", name), curves)
-                print(f"curves:       {curves}")
+                print(f"curves:       {draw_curves(head.run.out_dir)}")
         rows = head_rows(heads, scores, model.left_heads(), settings.score, task.data_module.lowest)
         first = rows[0]["head"]
         if first not in scores:

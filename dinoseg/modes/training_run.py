@@ -26,7 +26,7 @@ from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.curves import draw_curves
-from dinoseg.report.log import RunLog, read_rows
+from dinoseg.report.log import RunLog
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpointer
@@ -185,8 +185,7 @@ class TrainingRun:
         scores = self.evaluate(model, checkpoints, **shown)
         cost = cost_of(model, self.out_dir / "metrics.jsonl")
         if self.engine.is_main:
-            draw_curves(read_rows(self.out_dir / "metrics.jsonl"), self.out_dir / "curves.png")
-            print(f"curves:       {self.out_dir}/curves.png")
+            print(f"curves:       {draw_curves(self.out_dir)}")
             finish_log(log, self.out_dir, self.task, scores, checkpoints)
             write_json(self.out_dir / COST, cost)
             print("\n".join(next_commands(self.out_dir, on_clips=self.task.on_clips)))

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from dinoseg.report.log import rows_of_run
 from dinoseg.utils.images import write_png
 
 _BLUE, _VERMILION = "#0072B2", "#D55E00"  # these and the colours below are colour-blind safe
@@ -30,9 +31,11 @@ _PANELS: tuple[Panel, ...] = (
 )
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the figure of `curves_figure` to a PNG file."""
-    write_png(path, _picture(curves_figure(rows)))
+def draw_curves(folder: Path) -> Path:
+    """Write the figure of the log of a run, or of one of its heads, to curves.png in its folder; return that path."""
+    path = folder / "curves.png"
+    write_png(path, _picture(curves_figure(rows_of_run(folder))))
+    return path
 
 
 def _picture(figure: Figure) -> np.ndarray:

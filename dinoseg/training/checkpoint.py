@@ -41,7 +41,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.tensor_files import is_finite, meta_tensor, read_tensor_file, write_tensors
-from dinoseg.utils.wording import count_of, format_value, join_names
+from dinoseg.utils.wording import count_of, format_value, join_names, nearest
 
 logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -197,10 +197,13 @@ def find(target: str | Path, prefer: str) -> Path:
         for folder in (path / FOLDER, path):
             if (folder / f"{name}.safetensors").is_file():
                 return folder / f"{name}.safetensors"
-    absence = "" if path.exists() else " (file or folder not found)"
+    if path.exists():
+        reason = f"it holds neither {FOLDER}/best.safetensors nor {FOLDER}/last.safetensors nor {ONE_FILE}.safetensors"
+        raise UserError(f"resume={target}: {reason}. Give a run folder of a training, an export or a checkpoint file.")
+    there = [str(each) for each in path.parent.glob("*")] if path.parent.is_dir() else []
     raise UserError(
-        f"resume={target}: neither a checkpoint file nor a run folder with {FOLDER}/{prefer}.safetensors or "
-        f"{ONE_FILE}.safetensors{absence}. Give one of your folders under outputs/."
+        f"resume={target}: file or folder not found.{nearest(str(path), there, 'resume=')} Give a run folder or a "
+        "checkpoint file; your runs are below outputs/."
     )
 
 

@@ -26,7 +26,7 @@ _REMEDIES = {  # for errors of files and disks; others, such as a network's, pas
 _NO_HOME = "Could not determine home directory."  # message of pathlib's expanduser
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake in the input that the user can fix: shown as one message, without a traceback.
 
     The message names the value, the rule that it breaks and the remedy. Its text is `printable`, whatever a file is

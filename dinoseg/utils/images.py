@@ -76,6 +76,8 @@ def as_rgb(image: Image.Image, name: str) -> np.ndarray:
     """
     try:
         return np.asarray(_upright_rgb(name, image))
+    except UserError:
+        raise
     except Unfit as error:
         raise UserError(f"{name} {error}.") from None
     except (OSError, SyntaxError, ValueError) as error:
@@ -281,6 +283,8 @@ def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
     try:
         with open_image(path) as image:
             return take(image)
+    except UserError:
+        raise
     except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError, Unfit) as error:
         raise _explain(Path(path), error) from error
 

@@ -220,8 +220,17 @@ def _describe_type(annotation: Any) -> str:
         return arguments[0] if len(arguments) == 1 else f"one of {', '.join(arguments)}"
     if _PLAIN.get(kind) is _LIST:
         count = "" if kind is not tuple or ... in arguments else f"{len(arguments)} "
-        return f"a list of {count}{_PLURALS.get(_describe_type(arguments[0]), 'lists')}" if arguments else "a list"
+        return f"a list of {count}{_describe_items(arguments[0])}" if arguments else "a list"
     return str(_WORDS.get(kind) or getattr(kind, "__name__", kind))
+
+
+def _describe_items(annotation: Any) -> str:
+    """Return the items that an annotation of a list allows, in words, such as `texts or lists of texts`."""
+    annotation = _bare(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(_describe_items, get_args(annotation)))
+    kind = _describe_type(annotation)
+    return _PLURALS.get(kind, kind.replace("a list", "lists", 1))
 
 
 def _type_name(value: Any) -> str:

@@ -44,13 +44,20 @@ def in_bytes(size: int) -> str:
 def nearest(word: str, known: Sequence[str], before: str = "") -> str:
     """Return a question that suggests up to three known words; "" for none.
 
-    Similar keys below the same parent come first, then keys with the same last part, then similar words.
+    Similar keys below the same parent come first, then keys with the same last part, longer words with this beginning,
+    similar words, and longer words with a similar beginning.
     """
+    if not word:
+        return ""
     parent, _, last = word.rpartition(".")
     siblings = [key for key in known if parent and key.rpartition(".")[0] == parent]
     found = difflib.get_close_matches(word, siblings, n=1, cutoff=0.9)
     found = found or [key for key in known if key.rsplit(".", 1)[-1] == last][:3]
+    found = found or [key for key in known if key.startswith(word)][:3]
     found = found or difflib.get_close_matches(word, known, n=3, cutoff=0.75)
+    if not found:
+        beginnings = {key: difflib.SequenceMatcher(None, word, key[: len(word)]).ratio() for key in known}
+        found = sorted((key for key in known if beginnings[key] >= 0.8), key=lambda key: -beginnings[key])[:3]
     return f" Did you mean {' or '.join(before + each for each in found)}?" if found else ""
 
 

@@ -49,6 +49,11 @@ def test_name_that_is_no_option_is_a_key():
     assert words_of({"backbone": {"name": "test_vit"}}) == ["backbone.name=test_vit"]
 
 
+def test_a_user_error_is_a_value_error():
+    with pytest.raises(ValueError, match="^config_dir=nowhere is not a folder"):
+        dinoseg.list_heads(config_dir="nowhere")
+
+
 def test_create_model_takes_options_with_keys():
     model = dinoseg.create_model(
         {"name": "tiny", "patch_size": 8}, adapter={"name": "lora", "rank": 2}, head={"name": "mlp"}, num_classes=2

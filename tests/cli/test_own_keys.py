@@ -6,8 +6,10 @@ import json
 import pytest
 from command_line import SLOTS, SMALL, call, linked
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
 from dinoseg.cli import own_keys
+from dinoseg.cli.typos import find_mistake
 from dinoseg.config.composition import SHIPPED
 from dinoseg.training import checkpoint
 
@@ -74,10 +76,10 @@ def test_a_training_goes_on_with_other_values(here):
             "resolution.corp is not a key of the config. Did you mean resoluti",
         ),
         (["resume=slots", "head.num_slots=four"], "num_slots=four is of type str"),
-        (["resume=segmenter", "head.num_slots=3"], "head.num_slots is not a key of the config."),
+        (["resume=segmenter", "head.num_slots=3"], "the head of the checkpoint has no key num_slots. Options that"),
         (["resume=slots", "data.reader.masks.format=ids"], "To add it anyway, give ++data.reader.masks.format="),
-        (["resume=nowhere", "head.num_slots=3"], "resume=nowhere: neither a checkpoint file nor a run folder"),
-        (["resume=slots", "data=folder", "data.splits.val=val"], "data.splits.val is not a key of the config."),
+        (["resume=nowhere", "head.num_slots=3"], "resume=nowhere: file or folder not found."),
+        (["resume=slots", "data=folder", "data.splits.val=val"], "data=folder has no key splits.val. Options that"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -156,3 +158,10 @@ def test_messages_show_keys_as_typed(here):
     words = ("resume=segmenter", "head.dropout='${absent}'", "data.root=data", "data.classes=[dark,bright]")
     done = call(here, "mode=train", *words, "--cfg", "job", "--resolve")
     assert done.status == 1 and "head.dropout='${absent}' refers" in done.err and "++" not in done.err
+
+
+def test_messages_of_a_job_lack_the_signs_that_were_added():
+    error = InterpolationKeyError("absent")
+    for word, shown in (("++head.dropout='${absent}'", "head.dropout='${absent}' refers"), ("++seed=1", " seed=1 (")):
+        message = find_mistake(["mode=summary", word], [SHIPPED], error)
+        assert shown in message and "++" not in message

@@ -137,7 +137,7 @@ def test_a_run_that_goes_on_has_its_own_weights_and_begins_with_no_other_run(fol
 def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(folder):
     sweep = ("-m", "seed=0,1", "hydra.sweep.dir=refused")
     for words, said in (
-        ((*SHORT, "init=nowhere", *sweep), "init=nowhere: neither a checkpoint file nor a run folder"),
+        ((*SHORT, "init=nowhere", *sweep), "init=nowhere: file or folder not found"),
         ((*SHORT, "init=first", "trainer=multi_head", "heads=[linear]"), "init=first is for one head at a time"),
         (
             (*KNOWN, "init=frozen", "head.init=probe"),
@@ -161,7 +161,7 @@ def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(f
             "^init=weights.safetensors: .* For backbone weights, set backbone.weights",
         ),
         ((*SHORT, f"init={'a' * 300}"), "^init=a+...: File name too long. Give a run folder"),
-        ((*SHORT, "init=data"), "^init=data: neither a checkpoint file nor a run folder"),
+        ((*SHORT, "init=data"), "^init=data: it holds neither checkpoints/best.safetensors"),
         ((*SHORT, "init=cut.safetensors"), "^init=cut.safetensors: not a readable checkpoint"),
     ],
 )

@@ -34,7 +34,7 @@ def test_what_fits_is_tried_and_started_as_it_is(tmp_path):
     assert "It fits into" in out
     assert [*shlex.split(found["command"])[:4], *WORDS] == shlex.split(found["command"])
     assert found["command"] in out and not (tmp_path / "my data").exists()
-    assert "incl. fragmentation and libraries" in out and "CUDA" not in out and "MiB" not in out
+    assert "incl. fragmentation and code loaded in the first step" in out and "CUDA" not in out and "MiB" not in out
 
 
 def test_hours_follow_from_operations_and_steps(tmp_path):

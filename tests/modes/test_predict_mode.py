@@ -164,7 +164,10 @@ def test_class_ids_lie_as_mode_score_takes_them(trained, tmp_path, capsys):
         colours = [list(colour) for colour in trained.palette]
         assert record == {"classes": CLASSES, "palette": colours, "ignore_index": 250, "masks": {"format": "binary"}}
         printed = capsys.readouterr().out
-        assert f"masks:        {found}, 3 PNGs of class ids" in printed and "score them:   mode=score" in printed
+        assert (
+            f"masks:        {found}, 3 PNGs of class ids" in printed and "# FOLDER: masks of the same names" in printed
+        )
+        assert f"python -m dinoseg mode=score prediction={tmp_path}/out{masks} reference=FOLDER  #" in printed
 
 
 def test_a_split_by_fraction_is_predicted_and_scored_under_its_own_names(trained, tmp_path, compose, capsys):

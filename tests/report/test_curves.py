@@ -7,6 +7,7 @@ import pytest
 
 from dinoseg.report import curves
 from dinoseg.report.curves import draw_curves
+from dinoseg.report.log import RunLog
 from dinoseg.utils.images import read_image
 
 BLUE, VERMILION = (0, 114, 178), (213, 94, 0)
@@ -19,8 +20,11 @@ def holds(path, colour):
 
 
 def draw(rows, folder):
-    draw_curves(rows, folder / "curves.png")
-    return folder / "curves.png"
+    log = RunLog(folder)
+    for row in rows:
+        log.scalars(row["step"], {key: value for key, value in row.items() if key != "step"})
+    log.close()
+    return draw_curves(folder)
 
 
 def titles(rows):

@@ -22,6 +22,7 @@ from dinoseg.report.html.evaluation import (
     calibration_charts,
     evaluation_page,
     heat_map,
+    training_charts,
 )
 from dinoseg.report.html.page import render
 from dinoseg.report.html.pictures import (
@@ -324,6 +325,13 @@ def test_whiskers_begin_at_zero():
 def test_a_template_names_what_it_lacks():
     with pytest.raises(UndefinedError, match="'rows' is undefined"):
         render("plain_table.html.jinja", heads=["a"])
+
+
+def test_training_curves_are_in_percent_within_their_own_range():
+    rows = [{"step": step, "val/accuracy": 0.9 + 0.001 * step, "val/loss": 2.0} for step in range(11)]
+    loss, accuracy = training_charts(rows)
+    assert accuracy["axes"].y_name == "accuracy, %" and accuracy["axes"].y == pytest.approx((89.95, 91.05))
+    assert accuracy["curves"][0]["dots"][0][-1] == "validation: 0, 90" and loss["axes"].y == pytest.approx((1.9, 2.1))
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_a_run_goes_on_from_another_folder_and_with_another_place_of_its_teacher
     assert done.status == 0, done.err
     (folder / "teacher").rename(folder / "elsewhere")
     refused = call(tmp_path, *words, "trainer.steps=4")
-    assert refused.status == 1 and f"teacher={folder / 'teacher'}: neither a checkpoint file" in refused.err
+    assert refused.status == 1 and f"teacher={folder / 'teacher'}: file or folder not found" in refused.err
     done = call(tmp_path, *words, "trainer.steps=4", f"teacher={folder / 'elsewhere'}")
     (folder / "elsewhere").rename(folder / "teacher")
     assert done.status == 0 and "other settings" not in done.err, done.err
@@ -171,7 +171,7 @@ def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folde
     ("words", "said"),
     [
         (("teacher=null",), "needs a trained model, but teacher=null. Set teacher=RUN"),
-        (("teacher=nowhere",), "teacher=nowhere: neither a checkpoint file nor a run folder"),
+        (("teacher=nowhere",), "teacher=nowhere: file or folder not found"),
         (("data.classes=[dark,light]",), "it lacks light; it has bright"),
         (("trainer.unlabelled_batch_size=2",), "trainer.unlabelled_batch_size=2: there are no images without"),
         (

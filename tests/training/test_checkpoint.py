@@ -210,23 +210,26 @@ def test_find_takes_run_folders_checkpoint_folders_and_files(tmp_path):
     assert find(folder / "last.safetensors", "best") == folder / "last.safetensors"
     (folder / "best.safetensors").unlink()
     assert find(tmp_path / "run", "best") == folder / "last.safetensors"
-    with pytest.raises(UserError, match="neither a checkpoint file nor a run folder"):
+    with pytest.raises(
+        UserError, match="it holds neither checkpoints/best.safetensors nor checkpoints/last.safetensors"
+    ):
         find(tmp_path, "last")
 
 
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("auto", r"model\.safetensors \(file or folder not found\)\. Give one of your folders"),
-        ("runs/first", r"\(file or folder not found\)\. Give"),
-        ("facebook/dinov2-small", r"\(file or folder not found\)\. Give"),
-        ("broken", r"\(file or folder not found\)\. Give"),
-        ("loop", r"\(file or folder not found\)\. Give"),
+        ("auto", r"^resume=auto: file or folder not found\. Give a run folder or"),
+        ("run", r"^resume=run: file or folder not found\. Did you mean resume=runs\? Give a run folder or"),
+        ("runs/first", r": file or folder not found\."),
+        ("facebook/dinov2-small", r": file or folder not found\."),
+        ("broken", r": file or folder not found\."),
+        ("loop", r": file or folder not found\."),
         ("pipe", r"^resume=pipe is a pipe or a device\. Give a run folder or a checkpoint in it\.$"),
-        ("runs", r"model\.safetensors\. Give one of your folders under outputs/\.$"),
+        ("runs", r"^resume=runs: it holds neither .* nor model\.safetensors\. Give a run folder"),
         ("a" * 300, r"^resume=a{77}\.\.\.: File name too long\. Give a run folder or a checkpoint in it\.$"),
         ("~nobody_of_this_name/run", r"^resume=~nobody_of_this_name/run: Could not determine home directory\. Give"),
-        ("", "neither a checkpoint file nor a run folder"),
+        ("", "it holds neither checkpoints/best.safetensors"),
     ],
 )
 def test_what_names_no_checkpoint_is_one_error(tmp_path, monkeypatch, target, said):

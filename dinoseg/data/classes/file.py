@@ -73,7 +73,7 @@ def _read(path: Path, ignore_index: int, changed: int, size: int) -> dict[str, A
         return _described(read_yaml(path, _LARGEST), ignore_index)
     except (OSError, SchemaError) as error:
         raise UserError(f"Cannot read {path}: {error}. Correct the file.") from None
-    except (ValueError, UserError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: {str(error).rstrip('.')}.") from None
 
 

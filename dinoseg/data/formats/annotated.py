@@ -87,7 +87,7 @@ def size_of_image(entry: Entry, image: Path) -> tuple[int, int]:
         return entry.size
     try:
         return size_of(*read_size(image))
-    except (UserError, ValueError) as error:
+    except ValueError as error:
         raise NotThere(f"{image}: {error}") from None
 
 

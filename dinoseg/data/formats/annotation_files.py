@@ -171,6 +171,8 @@ def _read(kind: Kind, path: Path) -> Annotations:
         return _parsed(kind, path, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}). Check the path and its permissions.") from None
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(
             f"{path} is not a readable {kind.title} file: {error}. Export it again, or correct it."

@@ -448,7 +448,7 @@ def _split_of(folder: Path, path: Path) -> str:
         config = read_yaml(folder / "config" / "config.yaml", _LARGEST)
         _EVALUATED(config, "it")
         resumed, same = config["resume"], Path(config["resume"]).resolve() == path.resolve()
-    except (OSError, ValueError, UserError) as error:  # a name may be no valid path
+    except (OSError, ValueError) as error:  # a name may be no valid path
         raise UserError(f"export.scores={folder} is not a run folder of mode=eval ({error}). Give one.") from None
     if not same:
         raise UserError(

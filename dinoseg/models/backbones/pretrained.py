@@ -179,8 +179,8 @@ def _fetched_before(weights: str, name: str, revision: str, silent: str) -> str:
     except LocalEntryNotFoundError:
         raise UserError(
             f"weights={weights}: not a local folder, the hub is unreachable ({silent}), and the weights were "
-            "not downloaded before. Give a downloaded file or folder, weights=PATH; or use the included "
-            "backbone, tiny_surgical; or no weights, weights=random."
+            "not downloaded before. Give a downloaded file or folder, weights=PATH; or choose the included backbone, "
+            "backbone=tiny_surgical; or start without trained weights, weights=random."
         ) from None
 
 

@@ -23,10 +23,10 @@ _NOTES = {
     "dice": "mean over the classes present",
     "accuracy": "share of the labelled pixels",
 }
-_TRAINING_CURVES = (
-    ("Loss", {"training": "train/loss", "validation": "val/loss"}, "loss"),
-    ("mIoU", {"training": "train/miou", "validation": "val/miou"}, "mIoU"),
-    ("Pixel accuracy", {"training": "train/accuracy", "validation": "val/accuracy"}, "accuracy"),
+_TRAINING_CURVES = (  # title, keys of the log by label, name of the axis, and its factor
+    ("Loss", {"training": "train/loss", "validation": "val/loss"}, "loss", 1),
+    ("mIoU", {"training": "train/miou", "validation": "val/miou"}, "mIoU, %", 100),
+    ("Pixel accuracy", {"training": "train/accuracy", "validation": "val/accuracy"}, "accuracy, %", 100),
 )
 
 MAX_CLASSES = 150  # of the confusion matrix: those with the most pixels in the reference
@@ -202,21 +202,21 @@ def calibration_charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the curves of a training's log."""
+    """Return the curves of a training's log; scores are in percent."""
     charts = []
-    for title, keys, name in _TRAINING_CURVES:
-        curves = [(label, points) for label, key in keys.items() if (points := _finite_points(rows, key))]
+    for title, keys, name, factor in _TRAINING_CURVES:
+        curves = [(label, points) for label, key in keys.items() if (points := _finite_points(rows, key, factor))]
         if not curves:
             continue
         steps = [x for _, points in curves for x, _ in points]
         values = [y for _, points in curves for _, y in points]
         across = range_around(steps) if len(set(steps)) > 1 else (steps[0] - 1, steps[0] + 1)
-        charts.append(line_chart(title, curves, Axes(across, range_around(values, zero=True), "step", name)))
+        charts.append(line_chart(title, curves, Axes(across, range_around(values), "step", name)))
     return charts
 
 
-def _finite_points(rows: Sequence[Mapping[str, Any]], key: str) -> Sequence[tuple[float, float]]:
-    known = {row["step"]: float(row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])}
+def _finite_points(rows: Sequence[Mapping[str, Any]], key: str, factor: float) -> Sequence[tuple[float, float]]:
+    known = {row["step"]: factor * row[key] for row in rows if row.get(key) is not None and math.isfinite(row[key])}
     return thin(sorted(known.items()))
 
 

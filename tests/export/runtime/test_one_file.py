@@ -407,7 +407,7 @@ def test_what_is_no_file_of_dinoseg_is_refused(tmp_path, trained, file, sound):
     for path, message in (
         (tmp_path / "none", "File not found"),
         (tmp_path / "model.pt2", "is a torch.export program, .* Give the model.safetensors"),
-        (tmp_path, "neither a checkpoint file nor a run folder"),
+        (tmp_path, "it holds neither checkpoints/best.safetensors"),
         (trained / "slots", "slots/checkpoints/.*is a slot model"),
     ):
         with pytest.raises(UserError, match=message):
