@@ -220,6 +220,25 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments,
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name: \xe9", "mine.yaml is not a config file ('utf-8' codec can't decode"),
+        ("3", "mine.yaml is not a config file (Invalid loaded object type: int)"),
+        ("layers: ${", "mine.yaml is not a config file (no viable alternative at input '${')"),
+        ("null: 1", "mine.yaml is not a config file (Incompatible key type"),
+        ("layers: " + "[" * 2000, "mine.yaml is not a config file (maximum recursion depth"),
+        ("defaults: [mine]", "The defaults list of a config file includes that file again"),
+        ("defaults: {}", "Invalid defaults list in 'head/mine', defaults must be a list (got mapping)"),
+    ],
+)
+def test_unreadable_config_file_is_one_message(tmp_path, content, message):
+    (tmp_path / "configs/head").mkdir(parents=True)
+    (tmp_path / "configs/head/mine.yaml").write_text(content, "latin1")
+    found = refused(tmp_path, *TRAIN, "head=mine", "--config-dir", "configs")
+    assert found.startswith("error: ") and message in found and len(found.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["+trainer.stpes=3"], ["+trainer.stpes adds a key that nothing reads", "spelling"]),

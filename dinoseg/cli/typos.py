@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -159,7 +160,11 @@ def find_mistake(
             return mode_needed(folders)
         if absent := re.search(r"(?:In 'hparam/(.+)': )?Could not override '(\w+)", str(composing)):
             return _absent_group(absent[2], absent[1], mode, folders)
-        return _shorten(error) if isinstance(error, HydraException) else ""
+        if not isinstance(error, HydraException):
+            return ""
+        return _shorten(error) or _unreadable_file(error, folders)
+    except (OSError, ValueError, RecursionError) as composing:
+        return _unreadable_file(composing, folders)
     for config in configs:
         cfg |= config
     for override in overrides:
@@ -200,6 +205,24 @@ def _absent_group(group: str, recipe: str | None, mode: str, folders: Sequence[P
             "settings of its training, and data=DATASET those of a dataset."
         )
     return f"{group}: {mode} does not read this group. Modes that do: {', '.join(modes_with(folders, group))}."
+
+
+def _unreadable_file(error: Exception, folders: Sequence[Path]) -> str:
+    """Return the message on a config file that Hydra cannot read; "" if there is none.
+
+    Args:
+        error: raised by composing; it names no file if that is no text or no mapping.
+        folders: of config groups, the shipped one first.
+    """
+    for path in (path for folder in folders[1:] for path in sorted(folder.rglob("*.yaml")) if path.is_file()):
+        try:
+            OmegaConf.load(path)
+        except (OSError, ValueError, RecursionError, OmegaConfBaseException) as reason:
+            text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+            return f"{path} is not a config file ({text}). Write keys and values into it, as UTF-8."
+    if isinstance(error, RecursionError):
+        return "The defaults list of a config file includes that file again. Remove the entry."
+    return f"{error}. Correct that file." if str(error) else ""
 
 
 def _unknown_key(key: str, cfg: Mapping[str, Any], folders: Sequence[Path]) -> str:
