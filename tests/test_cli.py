@@ -238,6 +238,19 @@ def test_unreadable_config_file_is_one_message(tmp_path, content, message):
     assert found.startswith("error: ") and message in found and len(found.splitlines()) == 1
 
 
+def test_group_at_a_place_without_one_is_named(tmp_path):
+    found = refused(tmp_path, *TRAIN, "head@x=mlp")
+    assert found.startswith("error: Could not override 'head@x'"), found
+
+
+@pytest.mark.parametrize("group", ["mode", "loss", "head"])
+def test_group_without_keys_in_a_recipe_is_named(tmp_path, group):
+    (tmp_path / "configs/hparam").mkdir(parents=True)
+    (tmp_path / "configs/hparam/mine.yaml").write_text(f"# @package _global_\n{group}:\n  # steps: 3\n")
+    found = refused(tmp_path, *TRAIN, "hparam=mine", "--config-dir", "configs")
+    assert found.startswith(f"error: {group} is null, ") and len(found.splitlines()) == 1, found
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -158,7 +158,8 @@ def find_mistake(
     except HydraException as composing:
         if mode is None:
             return mode_needed(folders)
-        if absent := re.search(r"(?:In 'hparam/(.+)': )?Could not override '(\w+)", str(composing)):
+        absent = re.search(r"(?:In 'hparam/(.+)': )?Could not override '(\w+)", str(composing))
+        if absent and mode.removeprefix("mode=") not in modes_with(folders, absent[2]):
             return _absent_group(absent[2], absent[1], mode, folders)
         if not isinstance(error, HydraException):
             return ""
