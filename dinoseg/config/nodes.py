@@ -40,7 +40,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
             raise UserError(_explain_unset(node, absent[1]) if absent else str(error)) from None
         raise
     where = node._get_full_key(None) if OmegaConf.is_config(node) else ""
-    if not isinstance(values, Mapping) or "_target_" not in values:
+    if not isinstance(values, Mapping):
         raise UserError(f"{where or format_value(str(node))} has no `_target_`, which this config node needs. Set it.")
     keys = argument_keys(node)
     values = {key: value for key, value in values.items() if key not in without} | dict(instead or {})
@@ -97,12 +97,6 @@ def _call_target(node: Any, values: Mapping[str, Any], where: str) -> Any:
             raise UserError(
                 f"{where or 'A config node'}: its `_target_` cannot be imported ({message}). Correct it in the YAML "
                 "file, install the missing module, or add the folder of your own package to PYTHONPATH."
-            ) from error
-        absent = re.match(r"(?:\S+\(\) )?missing (?:a|\d+) required .*?: (.+)", str(error.__cause__))
-        if absent and isinstance(error.__cause__, TypeError):
-            raise UserError(
-                f"{where or 'A config node'}: {values['_target_']} needs {absent[1]}. Set it in the YAML file, or add "
-                "`_partial_: true` if dinoseg passes it."
             ) from error
         place = re.search(r"\nfull_key: (\S+)$", str(error))  # of a part within the node
         with name_parameters(_nested_keys(node, values, place[1].split(".")) if place else {}):

@@ -103,18 +103,6 @@ def test_only_names_of_parameters_are_replaced(message, expected):
     assert refusal(fail) == expected
 
 
-def test_node_without_target_is_named():
-    node = OmegaConf.create({"head": {"layers": [-1]}}).head
-    assert refusal(lambda: instantiate(node)) == "head has no `_target_`, which this config node needs. Set it."
-
-
-@pytest.mark.parametrize("target", ["dinoseg.models.heads.linear.LinearHead", "logging.handlers.SocketHandler"])
-def test_argument_that_a_node_lacks_is_named(target):
-    node = OmegaConf.create({"head": {"_target_": target}}).head
-    message = refusal(lambda: instantiate(node))
-    assert message.startswith(f"head: {target} needs ") and "_partial_: true" in message
-
-
 def test_key_that_is_a_number_is_named():
     node = OmegaConf.create({"head": {"_target_": "dinoseg.models.heads.linear.LinearHead", 3: 1}}).head
     assert "does not take 3. " in refusal(lambda: instantiate(node))
