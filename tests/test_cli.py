@@ -253,6 +253,38 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments,
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name: \xe9", "mine.yaml is not a config file ('utf-8' codec can't decode"),
+        ("3", "mine.yaml is not a config file (Invalid loaded object type: int)"),
+        ("layers: ${", "mine.yaml is not a config file (no viable alternative at input '${')"),
+        ("null: 1", "mine.yaml is not a config file (Incompatible key type"),
+        ("layers: " + "[" * 2000, "mine.yaml is not a config file (maximum recursion depth"),
+        ("defaults: [mine]", "The defaults list of a config file includes that file again"),
+        ("defaults: {}", "Invalid defaults list in 'head/mine', defaults must be a list (got mapping)"),
+    ],
+)
+def test_unreadable_config_file_is_one_message(tmp_path, content, message):
+    (tmp_path / "configs/head").mkdir(parents=True)
+    (tmp_path / "configs/head/mine.yaml").write_text(content, "latin1")
+    found = refused(tmp_path, *TRAIN, "head=mine", "--config-dir", "configs")
+    assert found.startswith("error: ") and message in found and len(found.splitlines()) == 1
+
+
+def test_group_at_a_place_without_one_is_named(tmp_path):
+    found = refused(tmp_path, *TRAIN, "head@x=mlp")
+    assert found.startswith("error: Could not override 'head@x'"), found
+
+
+@pytest.mark.parametrize("group", ["mode", "loss", "head"])
+def test_group_without_keys_in_a_recipe_is_named(tmp_path, group):
+    (tmp_path / "configs/hparam").mkdir(parents=True)
+    (tmp_path / "configs/hparam/mine.yaml").write_text(f"# @package _global_\n{group}:\n  # steps: 3\n")
+    found = refused(tmp_path, *TRAIN, "hparam=mine", "--config-dir", "configs")
+    assert found.startswith(f"error: {group} is null, ") and len(found.splitlines()) == 1, found
+
+
+@pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["+trainer.stpes=3"], ["+trainer.stpes adds a key that nothing reads", "spelling"]),

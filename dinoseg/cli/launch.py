@@ -115,6 +115,7 @@ def launch(
     location = location or RunLocation(out_dir, out_dir.parent)
     run_folder = out_dir  # removed after an error, unless another one is entered
     try:
+        _check_groups(cfg)
         _check_words(cfg, typed)
         check_credentials(cfg.get("logger"), "logger")  # before the config is written
         devices = _join_ranks(cfg)
@@ -319,6 +320,16 @@ def _interrupt_note(cfg: DictConfig, folder: Path, location: RunLocation) -> str
     step = checkpoint.describe(last)["progress"]["step"]
     remedy = f"resume=auto hydra.sweep.dir={location.root}" if location.in_sweep else f"resume=auto or resume={folder}"
     return f"{last} holds step {step}. To resume, add {remedy} to the same command or call"
+
+
+def _check_groups(cfg: DictConfig) -> None:
+    """Refuse a group that a config file sets to null, as a line such as `trainer:` does if all keys below are gone."""
+    for group, option in cfg.choices.items():
+        if option is not None and group in cfg and cfg._get_node(group)._is_none():
+            raise UserError(
+                f"{group} is null, and {group}={option} is a group of keys. A config file has the line `{group}:` "
+                "without keys below it. Remove that line."
+            )
 
 
 def _check_words(cfg: DictConfig, typed: Sequence[Override]) -> None:

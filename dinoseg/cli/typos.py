@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -108,6 +109,11 @@ def _group_of(override: Override) -> str:
     return override.get_key_element().lstrip("+~").split("@")[0]
 
 
+def _typed(override: Override) -> str:
+    """Return the word of an override, as it was typed."""
+    return override.input_line or ""
+
+
 def _chosen(override: Override, options: Sequence[str]) -> list[str]:
     """Return the options that an override names; a glob without matches is returned as it was typed."""
     value = override.value()
@@ -188,10 +194,15 @@ def find_mistake(
     except HydraException as composing:
         if mode is None:
             return mode_needed(folders)
-        if absent := re.search(r"(?:In 'hparam/(.+)': )?Could not override '(\w+)", str(composing)):
-            typed = next((each.input_line for each in groups if _group_of(each) == absent[2]), absent[2])
+        absent = re.search(r"(?:In 'hparam/(.+)': )?Could not override '(\w+)", str(composing))
+        if absent and mode.removeprefix("mode=") not in modes_with(folders, absent[2]):
+            typed = next((_typed(each) for each in groups if _group_of(each) == absent[2]), absent[2])
             return _absent_group(typed, absent[2], absent[1], mode, folders)
-        return _shorten(error) if isinstance(error, HydraException) else ""
+        if not isinstance(error, HydraException):
+            return ""
+        return _shorten(error) or _unreadable_file(error, folders)
+    except (OSError, ValueError, RecursionError) as composing:
+        return _unreadable_file(composing, folders)
     for config in configs:
         cfg |= config
         choices = {group: option for group, option in choices.items() if group not in config}
@@ -211,7 +222,7 @@ def find_mistake(
         return ""
     for override in overrides:
         if "${" in str(override.value()):
-            typed = override.input_line.removeprefix("++")  # which `with_checkpoint_keys` adds
+            typed = _typed(override).removeprefix("++")  # which `with_checkpoint_keys` adds
             return (
                 f"{typed} refers to a key that does not exist, or is not a valid value. Give a value, or the full name "
                 "of another key, such as '${seed}'."
@@ -238,11 +249,29 @@ def _absent_group(word: str, group: str, recipe: str | None, mode: str, folders:
     return f"{word}: {mode} does not read the group {group}. Leave it out, or choose a mode that reads it: {modes}."
 
 
+def _unreadable_file(error: Exception, folders: Sequence[Path]) -> str:
+    """Return the message on a config file that Hydra cannot read; "" if there is none.
+
+    Args:
+        error: raised by composing; it names no file if that is no text or no mapping.
+        folders: of config groups, the shipped one first.
+    """
+    for path in (path for folder in folders[1:] for path in sorted(folder.rglob("*.yaml")) if path.is_file()):
+        try:
+            OmegaConf.load(path)
+        except (OSError, ValueError, RecursionError, OmegaConfBaseException) as reason:
+            text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+            return f"{path} is not a config file ({text}). Write keys and values into it, as UTF-8."
+    if isinstance(error, RecursionError):
+        return "The defaults list of a config file includes that file again. Remove the entry."
+    return f"{error}. Correct that file." if str(error) else ""
+
+
 def _unknown_key(
     override: Override, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
 ) -> str:
     """Return the message on a key that the config lacks: the modes and options that have it, else a near key."""
-    key, word = override.key_or_group, override.input_line
+    key, word = override.key_or_group, _typed(override)
     root, _, below = key.partition(".")
     if root not in cfg:
         modes, options = modes_with(folders, root), options_with(folders, root)
@@ -303,7 +332,7 @@ def _find_misfit(
     new = [str(name) for name in value if name not in node]
     if adds or not new:
         return ""
-    word = override.input_line
+    word = _typed(override)
     return f"{key} has no {' or '.join(new)}. To add it, put ++ before the word, in quotes: '++{word}'."
 
 

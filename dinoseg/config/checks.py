@@ -30,7 +30,7 @@ def check_arguments(target: str, arguments: Mapping[str, Any], names: Mapping[st
         return
     parameters = inspect.signature(part).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    unknown = [key for key in arguments if key not in parameters]
+    unknown = [str(key) for key in arguments if key not in parameters]
     if unknown and not takes_any:
         raise UserError(
             f"{target} does not take {', '.join(unknown)}. It takes: {', '.join(name for name in parameters)}. "

@@ -32,6 +32,7 @@ from dinoseg.utils.atomic import atomic_folder, write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import as_read_back
 from dinoseg.utils.images import write_png
+from dinoseg.utils.ranges import OnError
 from dinoseg.utils.wording import count_of, join_names
 
 BLENDS = "blends"
@@ -283,7 +284,8 @@ def score_masks(
     if bare := [video.name for video in videos if video not in known]:
         listing.notes.append(f"{count_of(bare, 'video')} without references not scored: {join_names(bare)}")
     try:
-        where, on_error = f"the data set and {folder}", "skip" if skip else "stop"
+        where = f"the data set and {folder}"
+        on_error: OnError = "skip" if skip else "stop"
         scored = score_cases(protocol, listing, where=where, on_error=on_error, remedy=advice)
     except Unscorable as error:
         write_problems(out_dir, {folder: error.problems})

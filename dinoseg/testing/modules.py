@@ -41,13 +41,8 @@ def fixed_seed(seed: int = 0) -> Iterator[None]:
 @contextmanager
 def autocast() -> Iterator[None]:
     """Run in bfloat16 without oneDNN, whose convolution reads memory beyond small maps on CPUs with AMX."""
-    enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            yield
-    finally:
-        torch.backends.mkldnn.enabled = enabled
+    with torch.backends.mkldnn.flags(enabled=False), torch.autocast("cpu", torch.bfloat16):
+        yield
 
 
 def random_images(count: int, size: tuple[int, int] = IMAGE_SIZE) -> Tensor:

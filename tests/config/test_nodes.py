@@ -122,3 +122,8 @@ def test_only_names_of_parameters_are_replaced(message, expected):
             raise UserError(message)
 
     assert refusal(fail) == expected
+
+
+def test_key_that_is_a_number_is_named():
+    node = OmegaConf.create({"head": {"_target_": "dinoseg.models.heads.linear.LinearHead", 3: 1}}).head
+    assert "does not take 3. " in refusal(lambda: instantiate(node))

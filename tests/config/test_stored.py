@@ -351,7 +351,7 @@ ODD = {  # place, value, what the refusal says
     "a scale": ("resolution/scale", 1e6, "at most"),
     "a crop": ("resolution/crop", [16384, 16384], "batches of"),
     "processes": ("data/workers", 10**5, "at most"),
-    "a long table": ("data/reader/masks/ids", dict.fromkeys(map(str, range(30000)), 0), "more than 20000 values"),
+    "a long table": ("data/reader/masks/ids", dict.fromkeys(map(str, range(6000)), 0), "more than 5000 values"),
     "a long text": ("data/root", "a" * 10**5, "100000 characters"),
     "bytes": ("data/root", b"x", "of type bytes"),
     "an object": ("data/root", object(), "of type object"),

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import format_value
 
 _AT_LEAST = {  # minimum of a number, or of each number in a list
     **dict.fromkeys(("patch_size", "hidden_size", "num_attention_heads", "num_hidden_layers"), 1),
@@ -47,8 +48,10 @@ def configuration(model_type: str, values: Mapping[str, Any]) -> Any:
 
 def _of_another_type(values: Mapping[str, object], error: Exception) -> UserError:
     field = re.search(r"field '(\w+)'", str(error))
-    setting = _setting(field[1], values[field[1]]) if field and field[1] in values else f"arch={dict(values)}"
-    return UserError(f"{setting}: {str(error.__cause__ or error).splitlines()[0]}. Correct the value.")
+    known = field is not None and field[1] in values
+    setting = _setting(field[1], values[field[1]]) if known else f"arch={format_value(dict(values))}"
+    reason = format_value(str(error.__cause__ or error).splitlines()[0], 200)
+    return UserError(f"{setting}: {reason}. Correct the value.")
 
 
 def _check_ranges(config: Any) -> None:
@@ -77,7 +80,7 @@ def _check_stages(config: Any) -> None:
     widths, depths = config.hidden_sizes, config.depths
     if len(widths) != len(depths):
         raise UserError(
-            f"{_setting('depths', depths)} has {len(depths)} numbers, arch.hidden_sizes={widths} has "
+            f"{_setting('depths', depths)} has {len(depths)} numbers, {_setting('hidden_sizes', widths)} has "
             f"{len(widths)}. Give one of each for every stage."
         )
 
@@ -101,4 +104,4 @@ def _check_positions(config: Any) -> None:
 
 
 def _setting(key: str, value: object) -> str:
-    return f"{'' if key == 'patch_size' else 'arch.'}{key}={value}"
+    return f"{'' if key == 'patch_size' else 'arch.'}{key}={format_value(str(value))}"

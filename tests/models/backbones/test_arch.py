@@ -97,3 +97,9 @@ def test_what_transformers_refuses_for_reasons_of_its_own_is_refused():
 def test_values_that_can_be_arrive():
     config = configuration("dinov3_vit", SMALL | {"patch_size": 8, "hidden_act": "silu", "pos_embed_rescale": None})
     assert (config.hidden_size, config.patch_size, config.hidden_act, config.pos_embed_rescale) == (24, 8, "silu", None)
+
+
+def test_long_value_is_shortened():
+    with pytest.raises(UserError, match=r"^arch\.hidden_size=\[0, 0, .*\.\.\.: .*expected int, got list") as refused:
+        vit("dinov2", hidden_size=[0] * 4000)
+    assert len(str(refused.value)) < 400
