@@ -325,7 +325,7 @@ def _interrupt_note(cfg: DictConfig, folder: Path, location: RunLocation) -> str
 def _check_groups(cfg: DictConfig) -> None:
     """Refuse a group that a config file sets to null, as a line such as `trainer:` does if all keys below are gone."""
     for group, option in cfg.choices.items():
-        if option is not None and group in cfg and cfg._get_node(group)._is_none():
+        if option is not None and OmegaConf.select(cfg, group, default="") is None:
             raise UserError(
                 f"{group} is null, and {group}={option} is a group of keys. A config file has the line `{group}:` "
                 "without keys below it. Remove that line."

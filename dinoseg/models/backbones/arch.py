@@ -48,8 +48,10 @@ def configuration(model_type: str, values: Mapping[str, Any]) -> Any:
 
 def _of_another_type(values: Mapping[str, object], error: Exception) -> UserError:
     field = re.search(r"field '(\w+)'", str(error))
-    known = field is not None and field[1] in values
-    setting = _setting(field[1], values[field[1]]) if known else f"arch={format_value(dict(values))}"
+    if field is not None and field[1] in values:
+        setting = _setting(field[1], values[field[1]])
+    else:
+        setting = f"arch={format_value(dict(values))}"
     reason = format_value(str(error.__cause__ or error).splitlines()[0], 200)
     return UserError(f"{setting}: {reason}. Correct the value.")
 

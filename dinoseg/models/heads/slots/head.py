@@ -98,6 +98,8 @@ class SlotHead(Head[SlotOutputs]):
     """
 
     mixture = True
+    groups: str
+    mask_source: str
 
     @check_annotations
     def __init__(
@@ -147,9 +149,7 @@ class SlotHead(Head[SlotOutputs]):
         _check_outputs(similarity, similarity_of, reconstruct=reconstruct, output_norm=output_norm)
         self.sizes, self.steps = slot_sizes(num_slots, groups), resolve_steps(steps)
         self.num_slots = sum(self.sizes)
-        self.groups: str = groups
-        self.mask_source: str = mask_source
-        self.checkpointing = checkpointing
+        self.groups, self.mask_source, self.checkpointing = groups, mask_source, checkpointing
         self.similarity, self.similarity_of = similarity, similarity_of
         self.iterations, self.first_iterations = iterations, first_iterations
         self.mask_step = self.steps.index(0) if 0 in self.steps else 0  # offset of alpha masks: 0, the frame, if any
