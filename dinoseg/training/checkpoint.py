@@ -411,9 +411,11 @@ def _chosen_by(info: Mapping[str, Any]) -> str:
 
     The score counts with `trainer.evaluate=last`, too: early stopping compares it.
     """
-    trainer = info.get("config", {}).get("trainer", {})
-    images = trainer.get("val_images")
-    chosen = f"{trainer.get('score')} of {'all images' if images is None else count_of(images, 'image')}"
+    config = info.get("config", {})
+    trainer = config.get("trainer", {})
+    score, images = trainer.get("score"), trainer.get("val_images")
+    options = "".join(f" {key}={value}" for key, value in config.get("metric", {}).get(score, {}).items())
+    chosen = f"{score}{options} of {'all images' if images is None else count_of(images, 'image')}"
     return f"the last validation ({chosen})" if trainer.get("evaluate") == "last" else chosen
 
 

@@ -110,10 +110,16 @@ def _names_by_name(value: Any, where: str) -> None:
 
 def _choices(value: Any, where: str) -> None:
     """Validate an option name for each group; interpolations are refused, since the names go into the config."""
-    _names_by_name(value, where)
+    forms.table(_option)(value, where)
     forms.holding(**dict.fromkeys(CHOSEN, _name))(value, where)
-    if any("${" in option or option == "???" for option in value.values()):
-        raise forms.SchemaError(f"{where} holds an interpolation")
+
+
+def _option(value: Any, where: str) -> None:
+    """Validate the name of an option, or of several."""
+    for name in value if isinstance(value, list) else [value]:
+        _name(name, where)
+        if "${" in name or name == "???":
+            raise forms.SchemaError(f"{where} holds an interpolation")
 
 
 def _target(value: Any, where: str) -> None:

@@ -8,6 +8,7 @@ from scipy import ndimage, spatial
 
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
 from dinoseg.metrics import BoundaryIoU, CalibrationError, ConfusionMatrix, MeanIoU, SurfaceDice
+from dinoseg.metrics.wrapped import WrappedMetric
 from dinoseg.testing import check_metric
 
 METRICS = {
@@ -142,6 +143,36 @@ def test_sums_of_images_do_not_depend_on_their_split():
         for ids, mask in ugly_case(seed)
     ]
     assert SurfaceDice().score(rows) == SurfaceDice().score(iter(rows))
+
+
+class MeanError:
+    """A metric in the form of torchmetrics: the share of wrong pixels over all updates; nan for one pixel."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.wrong = self.pixels = 0
+
+    def update(self, ids, mask):
+        assert ids.shape == mask.shape and ids.ndim == 3
+        self.wrong += int((ids != mask).sum())
+        self.pixels += ids.numel()
+
+    def compute(self):
+        return self.wrong / self.pixels if self.pixels > 1 else float("nan")
+
+
+def test_a_wrapped_metric_is_the_mean_over_images():
+    metric = WrappedMetric("error", MeanError(), "min")
+    check_metric(metric)
+    assert metric.scores == {"error": "min"}
+    images = [pair for seed in range(20) for pair in ugly_case(seed) if pair[0].size > 1]
+    expected = [((ids != mask) & (mask != 255)).sum() / ids.size for ids, mask in images]
+    one = (np.zeros((1, 1), np.uint8), np.ones((1, 1), np.uint8))
+    assert score(metric, [*images, one])["error"] == pytest.approx(np.mean(expected), abs=1e-12)
+    assert score(metric, [one])["error"] is None
+    assert WrappedMetric("pixels", MeanError(), is_share=False).signed == ("pixels",)
 
 
 class Share(Metric):
