@@ -39,8 +39,10 @@ class ClassScores:
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return each score (...) from sums (..., 3 K) of its counts; nan where undefined."""
-        metric, counts = MeanIoU(), {"classes": sums.reshape(*sums.shape[:-1], 3, self.num_classes)}
-        scores, ious = metric.compute(counts), metric.per_class(counts)["iou"]
+        metric = MeanIoU()
+        counts = {"classes": sums.reshape(*sums.shape[:-1], 3, self.num_classes)}
+        scores = metric.compute(counts)
+        ious = metric.per_class(counts)["iou"]
         if self.background is not None:
             scores["miou_no_background"] = mean_defined(np.delete(ious, self.background, axis=-1))
         return scores | {f"iou/{index}": ious[..., index] for index in range(self.num_classes)}

@@ -139,8 +139,10 @@ class Builder(ModelBuilder):
             # null for a backbone that states its patch size once it is built, as those of timm do
             later = ("patch_size",) if node.get("patch_size", 0) is None else ()
             instantiate(node, without=(*others, *later))
+        task = self.task()
         folders = [SHIPPED, *map(Path, self.config.get("config_dirs", ()))]
-        check_score(self.value("trainer.score"), self.task().score_names, options_in(folders, METRIC))
+        metrics = [] if task.on_clips else options_in(folders, METRIC)
+        check_score(self.value("trainer.score"), task.score_names, metrics)
         config_description(self)  # refuses what a checkpoint could not store
 
     def task(self) -> Any:

@@ -45,14 +45,15 @@ class MetricRows:
 
     def add(self, batch: Batch, ids: Tensor, logits: Tensor) -> None:
         """Count a batch, in the form that `evaluate` passes to `on_batch`."""
+        if not self.metrics:
+            return
         masks, predictions = batch.mask.cpu().numpy(), ids.cpu().numpy()
         places = lattice((masks.shape[-2], masks.shape[-1]))
         needs_logits = any(metric.needs_logits for metric in self.metrics)
-        sampled = logits.cpu().numpy() if needs_logits else [None] * len(masks)
-        for image in range(len(masks)):
-            prediction = PredictedImage(predictions[image], sampled[image], places)
-            size, ignore_index = len(self._data.classes), self._data.ignore_index
-            sample = LabelledImage(masks[image], size, ignore_index, batch.names[image])
+        sampled = logits.cpu().numpy() if needs_logits else None
+        for image, name in enumerate(batch.names):
+            prediction = PredictedImage(predictions[image], None if sampled is None else sampled[image], places)
+            sample = LabelledImage(masks[image], len(self._data.classes), self._data.ignore_index, name)
             counts = [_as_arrays(metric.count(prediction, sample)) for metric in self.metrics]
             self._rows.append((self._next, counts))
             self._next += self._world

@@ -36,7 +36,8 @@ class WrappedMetric(Metric):
         self._metric.update(*(torch.from_numpy(side.astype(np.int64))[None] for side in (ids, sample.mask)))
         value = float(self._metric.compute())
         self._metric.reset()
-        return {"value": np.nan_to_num(value, posinf=0.0, neginf=0.0), "images": np.int64(np.isfinite(value))}
+        is_finite = np.isfinite(value)
+        return {"value": np.array(value if is_finite else 0.0), "images": np.array(is_finite, np.int64)}
 
     def compute(self, sums: Counts) -> dict[str, np.ndarray]:
         """Return the mean over images."""

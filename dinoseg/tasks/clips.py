@@ -239,6 +239,8 @@ class ClipTask(TrainingTask):
     def __init__(self, parts: Builder, *, val_images: Count | None = None) -> None:
         super().__init__(parts)
         self._val_images = val_images
+        if metrics := parts.value("metric"):
+            raise UserError(f"metric=[{','.join(metrics)}] scores images with masks, not clips. Leave it out.")
 
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the clips of train and val."""
@@ -285,8 +287,6 @@ class ClipTask(TrainingTask):
             raise UserError(
                 f"trainer.val_images={self._val_images} is for images with masks, not for clips. Set it to null."
             )
-        if metrics := parts.value("metric"):
-            raise UserError(f"metric=[{','.join(metrics)}] scores images with masks, not clips. Leave it out.")
         if (cache := parts.value("data.cache")) is not None:
             raise UserError(f"data.cache={cache} stores images with masks, not clips. Set data.cache=null.")
         self._check_tracking()

@@ -185,7 +185,8 @@ class ImageTask(TrainingTask):
         """Score by one exact count over the split; warn if the model is no better than a constant prediction."""
         data, out_dir = self.data_module.val, provenance.folder / EVALUATION
         place = (data, engine.rank, engine.world_size)
-        collector, rows = Collector(*place) if report else None, MetricRows(self._metrics, *place)
+        collector = Collector(*place) if report else None
+        rows = MetricRows(self._metrics, *place)
         scores = evaluate_images(
             model,
             data,

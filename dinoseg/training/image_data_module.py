@@ -153,7 +153,7 @@ class ValidationImages:
     def __init__(self, data_module: ImageDataModule, model: SegmentationModel, loss: Loss, engine: Engine) -> None:
         self.model, data = model, data_module.val
         self._data = data
-        metrics, place = data_module.metrics, (data_module.rank, data_module.world_size)
+        metrics = data_module.metrics
         self.scored = ScoredModel(
             model,
             data,
@@ -162,7 +162,7 @@ class ValidationImages:
             background=data_module.background,
             loss=loss,
             on_batch=self._show,
-            rows=MetricRows(metrics, data, *place) if metrics else None,
+            rows=MetricRows(metrics, data, data_module.rank, data_module.world_size) if metrics else None,
         )
         self._shown = spread(len(data), data_module.pictures, data_module.world_size)
         self._indices = count(data_module.rank, data_module.world_size)

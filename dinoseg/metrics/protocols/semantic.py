@@ -17,6 +17,7 @@ from dinoseg.utils.ranges import Count, NotNegative, check_annotations
 from dinoseg.utils.wording import join_names
 
 _TREE = Tree()
+_BAND = 0.02  # width of the Boundary IoU band, as a share of the image diagonal
 # keys of the protocol, and names of the metrics' scores and values by class
 _SCORES = {
     "mIoU": "miou",
@@ -87,14 +88,15 @@ class Semantic(DatasetProtocol):
             )
         self.num_classes, self.classes, self.references = num_classes, classes, references
         self.ignore_index, self.reduce_zero_label, self.binary = ignore_index, reduce_zero_label, binary
+        self.boundary, self.nsd, self.tolerance = boundary, nsd, tolerance
         metrics: list[Metric] = [MeanIoU()]
         if boundary:
-            metrics.append(BoundaryIoU())
+            metrics.append(BoundaryIoU(_BAND))
         if nsd:
             metrics.append(SurfaceDice(tolerance))
         pixel = np.zeros((1, 1), np.uint8)
-        one = (PredictedImage(pixel), LabelledImage(pixel, num_classes))
-        self._metrics = [FlatMetric.of(metric, metric.count(*one)) for metric in metrics]
+        counts = [metric.count(PredictedImage(pixel), LabelledImage(pixel, num_classes)) for metric in metrics]
+        self._metrics = [FlatMetric.of(*pair) for pair in zip(metrics, counts, strict=True)]
         names = [name for metric in metrics for name in metric.scores]
         self.keys = [key for key, name in _SCORES.items() if name in names]
         self.rules = self._rules()
@@ -121,16 +123,14 @@ class Semantic(DatasetProtocol):
             )
         if self.binary:
             rules |= {"ignore": "nothing", "binary": "0 is class 0; 255 is class 1, as is 1 in a file without 255"}
-        for flat in self._metrics:
-            if isinstance(flat.metric, BoundaryIoU):
-                width = f"{flat.metric.ratio:.0%} of the diagonal"
-                rules["boundary_IoU"] = f"pooled like mIoU, of the bands within {width} of the outlines"
-            if isinstance(flat.metric, SurfaceDice):
-                rules["NSD"] = (
-                    f"boundary pixels within {flat.metric.tolerance} pixels of the other side's, as the mean over all "
-                    "pairs of an image and a class that either side holds"
-                )
-        if len(self._metrics) > 1:
+        if self.boundary:
+            rules["boundary_IoU"] = f"pooled like mIoU, of the bands within {_BAND:.0%} of the diagonal of the outlines"
+        if self.nsd:
+            rules["NSD"] = (
+                f"boundary pixels within {self.tolerance} pixels of the other side's, as the mean over all pairs of "
+                "an image and a class that either side holds"
+            )
+        if self.boundary or self.nsd:
             rules["outlines"] = "ignored pixels belong to no class on either side, so a class has an outline along them"
         return rules
 
