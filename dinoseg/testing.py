@@ -46,7 +46,7 @@ def _check_names(metric: Metric) -> None:
     scores = metric.scores
     assert scores and all(isinstance(name, str) for name in scores), f"scores={scores} must name at least one score"
     wrong = {name: better for name, better in scores.items() if better not in BETTER}
-    assert not wrong, f"scores={wrong} must say for each score which value is better, one of {BETTER}"
+    assert not wrong, f"scores={wrong} must hold for each score one of {BETTER}"
     assert set(metric.signed) <= set(scores), f"signed={metric.signed} must be names of scores"
 
 

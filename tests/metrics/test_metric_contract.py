@@ -220,5 +220,5 @@ def test_check_refuses_other_classes_and_directions():
         check_metric(SimpleNamespace(scores={}))
     wrong = Share()
     wrong.scores = {"share": "up"}
-    with pytest.raises(AssertionError, match="which value is better"):
+    with pytest.raises(AssertionError, match="must hold for each score one of"):
         check_metric(wrong)
