@@ -71,7 +71,7 @@ def written_choices(hparam):
 
 
 def groups_of(mode):
-    """Return group to option, as the files of a mode compose them."""
+    """Return group to option, as the files of a mode compose them; None for an empty list."""
     found = {}
     for entry in read("mode", mode).get("defaults", []):
         if isinstance(entry, str):
@@ -81,14 +81,15 @@ def groups_of(mode):
             group = key.removeprefix("optional ").strip("/").partition("@")[0]
             option = found["data"] if option == "${data}" else option
             if not key.startswith("optional ") or option in options(group):
-                found[group] = option[0] if isinstance(option, list) else option
+                found[group] = next(iter(option), None) if isinstance(option, list) else option
     return found
 
 
 @cache
 def main_choices(mode="help"):
     """Return group to option, as main.yaml and the files of a mode say."""
-    return {"mode": mode, "hparam": "base", **groups_of(mode)}
+    chosen = {group: option for group, option in groups_of(mode).items() if option is not None}
+    return {"mode": mode, "hparam": "base", **chosen}
 
 
 def mode_of(group):

@@ -30,6 +30,7 @@ PLACES = {  # module and config group of docs/extending.md: those of the same ki
     "my_parts.modes": "dinoseg.modes.balance",
     "my_parts.loggers": "dinoseg.report.loggers.losses",
     "my_parts.losses": "dinoseg.losses.poly",
+    "my_parts.metrics": "dinoseg.metrics.rare",
 }
 SPELLED_OUT = {  # constructors of the repository name their arguments, so that a wrong key is found
     "parts, weight, **options": "parts, *, val_images=None, weight",

@@ -27,7 +27,14 @@ COMMANDS = [line.removeprefix(OURS) for line in commands(PAGE) if line.startswit
 MODEL = [word for word in SMALL if not word.startswith(("data=", "data.classes=", "data.root="))]
 OPTIONS = {  # of docs/extending.md
     "backbone": "patches",
-    **{"head": "bottleneck", "loss": "poly", "data": "discs", "trainer": "smooth", "tracker": "colour"},
+    **{
+        "head": "bottleneck",
+        "loss": "poly",
+        "metric": "rare",
+        "data": "discs",
+        "trainer": "smooth",
+        "tracker": "colour",
+    },
     **{"mode": "balance", "logger": "losses"},
 }
 
@@ -125,14 +132,14 @@ def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, d
     saved = checkpoint.describe(tmp_path / "RUN/checkpoints/last.safetensors")
     chosen = {group: option for group, option in saved["choices"].items() if group in OPTIONS}
     assert chosen.pop("backbone") == "tiny"
-    assert chosen == {group: OPTIONS[group] for group in ("head", "loss", "data", "trainer")}
+    assert chosen == {group: OPTIONS[group] for group in ("head", "loss", "data", "trainer")} | {"metric": ["rare"]}
     assert "logger" not in saved["config"]
     machine = ("engine=cpu", "engine.workers=0")
     loggers = tmp_path / "mine/my_parts/loggers.py"
     text = loggers.read_text()
     loggers.unlink()  # evaluation needs no logger
     evaluated = run(evaluate, *machine)
-    assert "mIoU" in evaluated.out
+    assert "mIoU" in evaluated.out and "\nrare " in evaluated.out
     refused = call(tmp_path, "mode=eval", "resume=RUN", *machine)
     assert refused.status == 1 and "data=discs is not an option on this machine" in refused.err
     path = f"hydra.searchpath=[file://{tmp_path}/mine/config]"

@@ -182,12 +182,12 @@ def find_mistake(
     overrides = [override for override in found if not override.key_or_group.startswith("hydra")]
     groups = [override for override in overrides if _is_group(override, folders)]
     deleted = [override for override in overrides if override.is_delete()]
-    options = [
-        f"{override.get_key_element()}={option}"
-        for override in groups
-        if override not in deleted
-        for option in _chosen(override, options_in(folders, _group_of(override)))[:1]
-    ]
+    options = []
+    for override in groups:
+        chosen = _chosen(override, options_in(folders, _group_of(override)))
+        if chosen and override not in deleted:
+            option = f"[{','.join(chosen)}]" if isinstance(override.value(), list) else chosen[0]
+            options.append(f"{override.get_key_element()}={option}")
     mode = next((option for option in options if option.startswith("mode=")), None)
     try:
         cfg, choices = _compose(options, folders)

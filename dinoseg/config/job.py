@@ -28,7 +28,9 @@ def job_config(cfg: DictConfig, hydra: Any) -> DictConfig:
     job = {key: value for key, value in to_container(cfg).items() if key != "hydra"}
     folders = [_folder(source["schema"], source["path"]) for source in hydra.runtime["config_sources"]]
     own = [folder for folder in folders if folder not in (None, str(SHIPPED))]
-    whole = {**decode_keys(job), "choices": chosen_options(hydra.runtime["choices"]), "config_dirs": own}
+    # Hydra does not record lists of options; each file of this group has a key of its own name
+    choices = {**chosen_options(hydra.runtime["choices"]), "metric": [*job.get("metric", {})]}
+    whole = {**decode_keys(job), "choices": choices, "config_dirs": own}
     return expand_typed(OmegaConf.create(whole), typed)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 RECIPES = "hparam"  # the group whose options have families
-MULTIPLE = ("logger",)  # groups with several options per run
 
 
 def config_folders(arguments: Sequence[str], shipped: Path) -> list[Path]:

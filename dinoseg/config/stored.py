@@ -190,7 +190,8 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
     """Return the options that fill some root keys, and root keys of their own, after a check of their names."""
     chosen = choices_of(choices, keys)
     for group, option in chosen.items():
-        if not (_GROUP.fullmatch(group) and isinstance(option, str) and _OPTION.fullmatch(option)):
+        names = option if isinstance(option, list) else [option]  # several of a group such as `metric`
+        if not (_GROUP.fullmatch(group) and all(isinstance(name, str) and _OPTION.fullmatch(name) for name in names)):
             raise UserError(
                 f"{source.where}: {format_value(f'{group}={option}')} is not the name of an option. {REMEDY}."
             )

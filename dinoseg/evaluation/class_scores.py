@@ -6,13 +6,16 @@ from typing import ClassVar
 
 import numpy as np
 
-from dinoseg.evaluation.collected import class_ious
-from dinoseg.metrics.counts import mean_defined, ratio
+from dinoseg.core.metric import Counts, Metric
+from dinoseg.evaluation.scoring.intervals import jackknife
+from dinoseg.metrics.counts import mean_defined
+from dinoseg.metrics.flat import FlatMetric, flatten_counts
+from dinoseg.metrics.miou import MeanIoU
 
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Scores of a confusion matrix by name: `miou`, `dice`, `accuracy`, and `iou/ID` of each class.
+    """Scores of `MeanIoU` by name: `miou`, `dice`, `accuracy`, and `iou/ID` of each class.
 
     Args:
         num_classes: K.
@@ -35,23 +38,25 @@ class ClassScores:
         return (*self.means, *(f"iou/{index}" for index in range(self.num_classes)))
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """Return each score (...) from sums (..., 3 K) of `class_counts`; nan where undefined."""
-        counts = sums.reshape(*sums.shape[:-1], 3, self.num_classes).astype(np.float64)
-        ious = class_ious(counts)
-        right, reference, predicted = np.moveaxis(counts, -2, 0)
-        scores = {
-            "miou": mean_defined(ious),
-            "dice": mean_defined(ratio(2 * right, reference + predicted)),
-            "accuracy": ratio(right.sum(axis=-1), reference.sum(axis=-1)),
-        }
+        """Return each score (...) from sums (..., 3 K) of its counts; nan where undefined."""
+        metric = MeanIoU()
+        counts = {"classes": sums.reshape(*sums.shape[:-1], 3, self.num_classes)}
+        scores = metric.compute(counts)
+        ious = metric.per_class(counts)["iou"]
         if self.background is not None:
             scores["miou_no_background"] = mean_defined(np.delete(ious, self.background, axis=-1))
         return scores | {f"iou/{index}": ious[..., index] for index in range(self.num_classes)}
 
 
 def unit_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
-    """Return the sums (U, 3 K) of per-image counts (N, 3, K) by unit, in the order of the units' first images."""
+    """Return the sums (U, d) of per-image counts (N, ...) by unit, in the order of the units' first images."""
     places = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
-    sums = np.zeros((len(places), *counts.shape[1:]), np.int64)
+    sums = np.zeros((len(places), *counts.shape[1:]), counts.dtype)
     np.add.at(sums, [places[unit] for unit in units], counts)
     return sums.reshape(len(places), -1)
+
+
+def metric_intervals(metric: Metric, counts: Sequence[Counts], units: Sequence[str]) -> dict[str, list[float] | None]:
+    """Return the 95 % interval of each score of a metric, from its counts and the unit of each image."""
+    sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
+    return {key: estimate.ci95 for key, estimate in jackknife(FlatMetric.of(metric, counts[0]), sums).items()}

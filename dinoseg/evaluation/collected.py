@@ -9,9 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from dinoseg.core.geometry import LATTICE, lattice
+from dinoseg.core.metric import LabelledImage, PredictedImage, plain_score
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.metrics.boundary_errors import boundary_errors
-from dinoseg.metrics.counts import ratio
+from dinoseg.metrics.miou import MeanIoU
 from dinoseg.report.html.pictures import Shot
 from dinoseg.report.overlay import reduced
 
@@ -61,11 +62,12 @@ class Collector:
         masks, predictions = batch.mask.cpu().numpy(), ids.cpu().numpy()
         sampled, places = logits.cpu().numpy(), lattice((masks.shape[-2], masks.shape[-1]))
         for row, (mask, prediction) in enumerate(zip(masks, predictions, strict=True)):
-            counts = class_counts(mask, prediction, len(self._data.classes), self._data.ignore_index)
+            sample = LabelledImage(mask, len(self._data.classes), self._data.ignore_index)
+            counts = MeanIoU().count(PredictedImage(prediction), sample)["classes"]
             boundary = boundary_errors(mask, prediction, self._data.ignore_index)
             samples = _sampled(sampled[row], mask[places], self._data.ignore_index, self._samples)
             self._rows.append((self._next, counts, boundary, *samples))
-            self._store_image(image_miou(counts), batch.image[row], prediction, mask)
+            self._store_image(image_mious(counts[None])[0], batch.image[row], prediction, mask)
             self._next += self._world
 
     @property
@@ -112,33 +114,9 @@ def join(parts: Iterable[tuple[list, list[tuple]]]) -> Collected:
     )
 
 
-def class_counts(mask: np.ndarray, prediction: np.ndarray, num_classes: int, ignore_index: int) -> np.ndarray:
-    """Return correct, reference and predicted pixel counts of an image's labelled pixels: (3, K) int64.
-
-    If `ignore_index` is one of the classes, its predictions are not counted: it can never be correct, so it is absent.
-    """
-    labelled = mask != ignore_index
-    reference, predicted = mask[labelled], prediction[labelled]
-    parts = (reference[reference == predicted], reference, predicted[predicted != ignore_index])
-    return np.stack([np.bincount(ids, minlength=num_classes)[:num_classes] for ids in parts]).astype(np.int64)
-
-
-def class_ious(counts: np.ndarray) -> np.ndarray:
-    """Return the IoU (..., K) from counts (..., 3, K); nan where a class is in neither mask."""
-    right, reference, predicted = np.moveaxis(counts.astype(np.float64), -2, 0)
-    return ratio(right, reference + predicted - right)
-
-
-def image_miou(counts: np.ndarray) -> float | None:
-    """Return the mean IoU from counts (3, K) over the classes in either mask; None without labelled pixels."""
-    ious = class_ious(counts)
-    defined = ious[~np.isnan(ious)]
-    return float(defined.mean()) if len(defined) else None
-
-
 def image_mious(counts: np.ndarray) -> list[float | None]:
-    """Return `image_miou` for each image's counts (N, 3, K)."""
-    return [image_miou(each) for each in counts]
+    """Return the mean IoU of each image from counts (N, 3, K) of `MeanIoU`; None without labelled pixels."""
+    return [plain_score(miou) for miou in MeanIoU().compute({"classes": counts})["miou"]]
 
 
 def _sampled(logits: np.ndarray, labels: np.ndarray, ignore_index: int, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -46,7 +46,7 @@ class ImageRecord(EvaluatedImages):
         root: absolute path of the data set's folder.
         split: train, val or test.
         source: origin of the model.
-        counts: (N, 3, K) int64, see `class_counts`.
+        counts: (N, 3, K) int64 of `MeanIoU`.
     """
 
     background: int | None

@@ -10,7 +10,7 @@ import numpy as np
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.splits import regex_group
 from dinoseg.evaluation.about import about_run
-from dinoseg.evaluation.class_scores import ClassScores, unit_sums
+from dinoseg.evaluation.class_scores import ClassScores, metric_intervals, unit_sums
 from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
 from dinoseg.evaluation.image_record import ImageRecord, write_record
 from dinoseg.evaluation.official import SCORES as OFFICIAL_SCORES
@@ -18,6 +18,7 @@ from dinoseg.evaluation.scoring.intervals import jackknife
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.metrics.boundary_errors import DISTANCES
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
+from dinoseg.metrics.rows import MetricRows
 from dinoseg.report.html.evaluation import ErrorAnalysis, EvaluationScores, evaluation_page
 from dinoseg.report.log import rows_of_run
 from dinoseg.training.engine import Engine
@@ -32,6 +33,7 @@ def report_images(
     provenance: Provenance,
     collector: Collector,
     scores: Mapping[str, Any],
+    rows: MetricRows,
     data: SegmentationData,
     engine: Engine,
     out_dir: Path,
@@ -45,6 +47,7 @@ def report_images(
         provenance: the run, its model and its data.
         collector: results of this rank; the main rank writes the results of all ranks.
         scores: scores of the same images, with an `official` entry if the benchmark's protocol scored them.
+        rows: counts of further metrics, whose scores are among the scores.
         data: the evaluated data set.
         engine: device and ranks.
         out_dir: folder of the scores.
@@ -74,11 +77,13 @@ def report_images(
     write_record(record, out_dir)
     kind, sums = ClassScores(len(data.classes), background), unit_sums(collected.classes, groups)
     intervals = {key: estimate.ci95 for key, estimate in jackknife(kind, sums).items()}
+    for metric, counts in zip(rows.metrics, rows.counts, strict=True):
+        intervals |= metric_intervals(metric, counts, groups)
     mious = image_mious(collected.classes)
     _write_table(out_dir / TABLE, record, mious)
     page = evaluation_page(
         record,
-        EvaluationScores(scores, intervals, official),
+        EvaluationScores(scores, intervals, official, rows.metrics),
         ErrorAnalysis(
             mious,
             best=collected.best,

@@ -12,6 +12,7 @@ from dinoseg.evaluation.collected import Collector
 from dinoseg.evaluation.official import FOLDER, official_scores
 from dinoseg.inference.policy import Policy
 from dinoseg.metrics.protocols.contract import DatasetProtocol
+from dinoseg.metrics.rows import MetricRows
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.overlay import compare
 from dinoseg.report.table import class_table, write_scores_csv
@@ -35,13 +36,14 @@ def evaluate_images(
     protocol: DatasetProtocol | None = None,
     on_error: OnError = "stop",
     collector: Collector | None = None,
+    rows: MetricRows | None = None,
 ) -> dict[str, Any]:
     """Evaluate, print the table, and write scores.json, scores.csv and the predictions to `out_dir`.
 
     Predictions lie in `out_dir`/predictions: <name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
     ids at full size). A protocol's scores go to official_scores.json, and the predictions in the benchmark's layout to
     `out_dir`/official. If the protocol cannot score them, problems.json gives the reasons; the other scores stand.
-    The collector receives every batch of this rank.
+    The collector and the rows of further metrics receive every batch of this rank.
     """
 
     def write(batch: Batch, ids: Tensor, logits: Tensor) -> None:
@@ -56,11 +58,11 @@ def evaluate_images(
 
     # skip the device-to-host copy if nothing uses the predictions
     on_batch = None if metrics_only and protocol is None and collector is None else write
-    scores = evaluate(model, data, engine, policy=policy, background=background, on_batch=on_batch)
+    scores = evaluate(model, data, engine, policy=policy, background=background, on_batch=on_batch, rows=rows)
     if engine.is_main:
         write_json(out_dir / "scores.json", scores)
         write_scores_csv(out_dir / "scores.csv", scores, data.classes)
-        print(class_table(scores, data.classes, background))
+        print(class_table(scores, data.classes, background, [] if rows is None else rows.metrics))
         print(f"\nscores:       {out_dir}/scores.json, scores.csv")
         if not metrics_only:
             print(f"images:       {out_dir / 'predictions'}")

@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.config.checks import check_arguments
-from dinoseg.config.composition import compose_options
+from dinoseg.config.composition import SHIPPED, compose_options
 from dinoseg.config.nodes import expect_type, instantiate, not_set
+from dinoseg.config.options import options_in
 from dinoseg.config.plain import to_container
 from dinoseg.core.contracts import Loss
+from dinoseg.core.metric import Metric
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.models import ModelBuilder
-from dinoseg.experiment.recipe import config_description
+from dinoseg.experiment.recipe import METRIC, config_description
 from dinoseg.training.feature_cache.key import hash_of
 from dinoseg.training.optim import Schedule
 from dinoseg.training.trainer import Settings, check_score
@@ -138,7 +140,10 @@ class Builder(ModelBuilder):
             # null for a backbone that states its patch size once it is built, as those of timm do
             later = ("patch_size",) if node.get("patch_size", 0) is None else ()
             instantiate(node, without=(*others, *later))
-        check_score(self.value("trainer.score"), self.task().score_names)
+        task = self.task()
+        folders = [SHIPPED, *map(Path, self.config.get("config_dirs", ()))]
+        metrics = [] if task.on_clips else options_in(folders, METRIC)
+        check_score(self.value("trainer.score"), task.score_names, metrics)
         config_description(self)  # refuses what a checkpoint could not store
 
     def task(self) -> Any:
@@ -249,6 +254,15 @@ class Builder(ModelBuilder):
     def criterion(self, **weights: Tensor) -> Loss:
         """Return the loss with given weights; a loss on labels takes `class_weights`."""
         return expect_type(Loss, self.part("loss.criterion")(**weights), "loss.criterion")
+
+    def metrics(self) -> list[Metric]:
+        """Return the metrics of the config group `metric`, beside those that every validation counts.
+
+        Raises:
+            UserError: a config node makes no metric.
+        """
+        nodes = self.value(METRIC) or {}
+        return [expect_type(Metric, instantiate(node), f"{METRIC}.{name}") for name, node in nodes.items()]
 
     def optimizer(self, model: torch.nn.Module) -> Optimizer:
         """Return the optimizer of a model's trainable parameters."""

@@ -21,11 +21,12 @@ USES = (USE, FOLLOWING)
 HEADS, RATES = "heads", "lrs"  # heads and learning rates of a run of several heads
 TEACHER = "teacher"  # the run that teaches a student
 INITIAL = "init"  # the run whose weights initialise a new one
-OPTIONAL = (*USES, HEADS, RATES, TEACHER, INITIAL)  # root keys that a checkpoint omits if they are not set
+METRIC = "metric"  # further metrics of validations and evaluations
+OPTIONAL = (*USES, HEADS, RATES, TEACHER, INITIAL, METRIC)  # root keys that a checkpoint omits if they are not set
 VALUES_ONLY = "values_only"  # key of a loaded config: groups that build nothing of a model, without their options
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint saves
 # keys of `trainer` that may change when a run resumes
-LENGTHS = ("steps", "epochs", "max_minutes", "patience", "val_every", "val_images", "save_every", "log_every")
+LENGTHS = ("steps", "epochs", "max_minutes", "patience", "val_every", "val_images", "save_every", "log_every", "score")
 
 
 def run_description(build: ModelBuilder, data: SegmentationData | Labels) -> dict[str, Any]:
@@ -90,9 +91,10 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         info: a description. The location of the data is part of the recipe, the length of the training is not.
     """
-    # the inference strategy does not affect training
-    config = {key: value for key, value in as_read_back(saved_config(info)).items() if key not in USES}
-    targets = {place: target for place, target in info["targets"].items() if place.split(".")[0] not in USES}
+    # the inference strategy and the scores do not affect training
+    left = (*USES, METRIC)
+    config = {key: value for key, value in as_read_back(saved_config(info)).items() if key not in left}
+    targets = {place: target for place, target in info["targets"].items() if place.split(".")[0] not in left}
     config = locate_weights(config, Path(info["folder"]))
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     # the background affects a score, but not training

@@ -19,6 +19,7 @@ from dinoseg.config.plain import has_key, keys_of, to_container
 from dinoseg.config.stored import Source, choices_of, compose_stored
 from dinoseg.experiment.recipe import (
     INITIAL,
+    METRIC,
     SAVED,
     USE,
     USES,
@@ -33,7 +34,7 @@ from dinoseg.utils.wording import format_override, format_value, nearest, printa
 
 logger = logging.getLogger(__name__)
 _UNBUILT = ("data", "loss", "trainer")  # groups that build nothing of a trained model
-REPLACEABLE = ("data", *USES)  # groups of a checkpoint that the command line may choose again
+REPLACEABLE = ("data", *USES, METRIC)  # groups of a checkpoint that the command line may choose again
 
 
 def merge(
@@ -117,7 +118,7 @@ def standalone_config(
     folders += [] if job is None else job.get("config_dirs", ())
     trust = trust if job is None else [*trust, *trusted(job["trust"])]
     chosen = {"engine": "auto"}
-    stored = saved_config(info)
+    stored = {key: value for key, value in saved_config(info).items() if key != METRIC}
     if inference is not None:
         known = options_in([SHIPPED, *map(Path, folders)], USE)
         if inference not in known:

@@ -21,7 +21,7 @@ BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, SchemaErro
 _LARGEST = 2**17  # maximum bytes of a config file; typical files have a twentieth
 # interpolation in a training's config; its evaluations store the value
 _OF_CLASS_FILE = f"${{{CLASS_FILE}:"
-_ELSEWHERE = ("seed", "data.root")  # may differ within a recipe
+_ELSEWHERE = ("seed", "data.root", "metric.")  # may differ within a recipe
 
 
 def config_file(folder: Path) -> Path:

@@ -8,13 +8,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinoseg.config.options import MULTIPLE
 from dinoseg.config.plain import to_container
 from dinoseg.config.stored import Source, compose_stored, describe
 from dinoseg.experiment.heads import SOLO
 
 # keys that are shared in another form, or not at all
-_OF_A_RANK = (SOLO, "choices", "config_dirs", "cache_dir", *MULTIPLE)
+_OF_A_RANK = (SOLO, "choices", "config_dirs", "cache_dir", "logger")
 
 
 def describe_job(cfg: DictConfig) -> dict[str, Any]:

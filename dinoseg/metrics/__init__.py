@@ -1,4 +1,4 @@
-"""Scores of segmentation: a confusion matrix for datasets, and functions of tensors.
+"""Scores of segmentation: a confusion matrix and metrics for datasets, and functions of tensors.
 
 The protocols of benchmarks, which `mode=score` uses, are in `protocols`.
 """
@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
+    from dinoseg.metrics.calibration import CalibrationError
     from dinoseg.metrics.confusion import ConfusionMatrix
     from dinoseg.metrics.functional import (
         boundary_iou,
@@ -18,9 +20,28 @@ if TYPE_CHECKING:
         region_and_boundary,
         surface_dice,
     )
+    from dinoseg.metrics.miou import MeanIoU
+    from dinoseg.metrics.outlines import BoundaryIoU, SurfaceDice
 
+_HOMES = {  # modules of the classes; the functions are in `functional`
+    "BoundaryIoU": "dinoseg.metrics.outlines",
+    "CalibrationError": "dinoseg.metrics.calibration",
+    "ConfusionMatrix": "dinoseg.metrics.confusion",
+    "LabelledImage": "dinoseg.core.metric",
+    "MeanIoU": "dinoseg.metrics.miou",
+    "Metric": "dinoseg.core.metric",
+    "PredictedImage": "dinoseg.core.metric",
+    "SurfaceDice": "dinoseg.metrics.outlines",
+}
 __all__ = [
+    "BoundaryIoU",
+    "CalibrationError",
     "ConfusionMatrix",
+    "LabelledImage",
+    "MeanIoU",
+    "Metric",
+    "PredictedImage",
+    "SurfaceDice",
     "boundary_iou",
     "expected_calibration_error",
     "fit_temperature",
@@ -36,8 +57,7 @@ def __getattr__(name: str) -> Any:
     """Import a name on first access: `import dinoseg` and `mode=score` need no torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "confusion" if name == "ConfusionMatrix" else "functional"
-    return getattr(import_module(f"dinoseg.metrics.{home}"), name)
+    return getattr(import_module(_HOMES.get(name, "dinoseg.metrics.functional")), name)
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,8 @@
 import cv2
 import numpy as np
 
+from dinoseg.metrics.surface import neighbour_edges
+
 DISTANCES = (1, 2, 4, 8, 16)  # upper ends of the bands in pixels; one more band holds all farther pixels
 _ROWS = 1024  # rows per chunk, to limit the memory for huge images
 
@@ -25,24 +27,14 @@ def boundary_errors(reference: np.ndarray, prediction: np.ndarray, ignore_index:
         bottom = min(top + _ROWS, height)
         # one row beyond the reach: the boundary test compares neighbouring rows
         first, last = max(top - reach - 1, 0), min(bottom + reach + 1, height)
-        near = _bands(_boundary(reference[first:last], ignore_index))[top - first : bottom - first]
+        nearby = reference[first:last]
+        near = _bands(neighbour_edges(nearby, nearby != ignore_index))[top - first : bottom - first]
         ids = reference[top:bottom]
         labelled = ids != ignore_index
         wrong = labelled & (ids != prediction[top:bottom])
         counts[:, 0] += np.bincount(near[labelled], minlength=len(counts))
         counts[:, 1] += np.bincount(near[wrong], minlength=len(counts))
     return counts
-
-
-def _boundary(ids: np.ndarray, ignore_index: int) -> np.ndarray:
-    """Return the boundary pixels (H, W) bool."""
-    labelled = ids != ignore_index
-    found = np.zeros(ids.shape, bool)
-    for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        differ = (ids[one] != ids[other]) & labelled[one] & labelled[other]
-        found[one] |= differ
-        found[other] |= differ
-    return found
 
 
 def _bands(boundary: np.ndarray) -> np.ndarray:

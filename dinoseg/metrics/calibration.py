@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize_scalar
 
+from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage
+from dinoseg.metrics.counts import ratio
+
 BINS = 15  # equal-width bins over the confidence, as in C. Guo et al. (2017)
 _SHARPEST = 100.0  # greatest factor or divisor of the logits
 
@@ -31,6 +34,38 @@ class Reliability:
         """
         total = self.pixels.sum()
         return float(np.abs(self.correct - self.confidence).sum() / total) if total else None
+
+
+class CalibrationError(Metric):
+    """Expected calibration error (C. Guo et al., 2017) over 15 bins of the confidence, pooled over images.
+
+    It is computed at the pixels whose logits are given: in validation and evaluation evenly spaced ones, as many as
+    `geometry.lattice` has.
+
+    Examples:
+        >>> import numpy as np
+        >>> from dinoseg.metrics import CalibrationError, LabelledImage, PredictedImage
+        >>> ids, logits = np.zeros((4, 4), np.uint8), np.zeros((2, 4, 4), np.float32)
+        >>> metric = CalibrationError()
+        >>> metric.score([metric.count(PredictedImage(ids, logits), LabelledImage(ids, num_classes=2))])
+        {'ece': 0.5}
+    """
+
+    scores = {"ece": "min"}
+    needs_logits = True
+
+    def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+        """Return correct pixels (BINS,) int64, sums of the confidence (BINS,) float64, and the number of pixels."""
+        assert prediction.logits is not None
+        labels = sample.mask[prediction.places]
+        known = labels != sample.ignore_index
+        found = reliability(prediction.logits[:, known].T, labels[known])
+        return {"correct": found.correct, "confidence": found.confidence, "pixels": found.pixels.sum()}
+
+    def compute(self, sums: Counts) -> dict[str, np.ndarray]:
+        """Return the gap between confidence and accuracy, averaged over the bins, weighted by pixels."""
+        gaps = np.abs(sums["correct"] - sums["confidence"])
+        return {"ece": ratio(gaps.sum(-1), sums["pixels"])}
 
 
 def reliability(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> Reliability:

@@ -59,11 +59,6 @@ def iou(hits: np.ndarray, false_positives: np.ndarray, false_negatives: np.ndarr
     return ratio(hits, hits + false_positives + false_negatives)
 
 
-def dice(hits: np.ndarray, false_positives: np.ndarray, false_negatives: np.ndarray) -> np.ndarray:
-    """Return the Dice coefficient, nan where both sides are empty."""
-    return ratio(2 * hits, 2 * hits + false_positives + false_negatives)
-
-
 def mean_defined(values: np.ndarray) -> np.ndarray:
     """Return the mean over the last axis, ignoring nan; nan if all entries are nan."""
     defined = ~np.isnan(values)

@@ -129,7 +129,8 @@ def _masks(ids: np.ndarray, count: int, void: np.ndarray | None) -> list[Mask]:
 
 
 def _mask(inside: np.ndarray, disk: np.ndarray) -> Mask:
-    # a boundary pixel differs from its right, lower or lower-right neighbour in the image, as in davis2017-evaluation
+    # a boundary pixel differs from its right, lower or lower-right neighbour in the image, as in davis2017-evaluation:
+    # half of it lies outside the mask, unlike `surface.neighbour_edges` of a class
     edge = cv2.morphologyEx(inside.view(np.uint8), cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8), anchor=(0, 0))
     near = np.zeros(inside.shape, np.uint8)
     left, top, width, height = cv2.boundingRect(edge)

@@ -11,33 +11,41 @@ import numpy as np
 _CV2_DTYPES = (np.uint8, np.uint16, np.int16, np.float32, np.float64)
 
 
-def boundary(mask: np.ndarray) -> np.ndarray:
-    """Return the pixels (H, W) bool of a mask that share an edge with a pixel outside it or with the image border."""
-    mask = mask.astype(bool, copy=False)
-    return _edges(mask) & mask
+def neighbour_edges(ids: np.ndarray, known: np.ndarray | None = None) -> np.ndarray:
+    """Return where (H, W) a pixel differs from one of its four neighbours in the image.
 
-
-def surface_dice(reference: np.ndarray, prediction: np.ndarray, tolerance: float) -> float:
-    """Return the share of two masks' boundary pixels that lie within `tolerance` of the other mask's boundary.
-
-    Boundaries are counted in pixels (A. Reinke et al., 2021, as in MONAI), not in arc length.
+    The surface dice adds the image border to these, see `_edges`. DAVIS's boundary is another one by definition: a mask
+    pixel or a neighbour of it, see `region_boundary`.
 
     Args:
-        reference: (H, W) bool.
-        prediction: (H, W) bool.
-        tolerance: Euclidean distance in pixels, inclusive.
-
-    Returns:
-        1 if both masks are empty, 0 if only one is.
+        ids: (H, W).
+        known: (H, W) bool, pixels that are compared at all; None: all.
     """
-    masks = reference.astype(bool, copy=False), prediction.astype(bool, copy=False)
-    return float(surface_dices(*masks, [True], tolerance)[0])
+    edges = np.zeros(ids.shape, bool)
+    for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        differ = ids[one] != ids[other]
+        if known is not None:
+            differ &= known[one] & known[other]
+        edges[one] |= differ
+        edges[other] |= differ
+    return edges
 
 
 def surface_dices(
     reference: np.ndarray, prediction: np.ndarray, classes: Sequence[int], tolerance: float
 ) -> np.ndarray:
-    """Return `surface_dice` (K,) float64 of each class of two id maps (H, W)."""
+    """Return for each class the share of boundary pixels within `tolerance` of the other map's boundary, (K,) float64.
+
+    A boundary pixel of a class shares an edge with a pixel outside it or with the image border. Boundaries are counted
+    in pixels (A. Reinke et al., 2021, as in MONAI), not in arc length. The share is 1 if both maps lack the class, and
+    0 if only one does.
+
+    Args:
+        reference: (H, W) ids.
+        prediction: (H, W) ids.
+        classes: ids to compare.
+        tolerance: Euclidean distance in pixels, inclusive.
+    """
     near, pixels = surface_counts(reference, prediction, classes, tolerance).T
     return np.divide(near, pixels, out=np.ones(len(pixels)), where=pixels > 0)
 
@@ -71,22 +79,21 @@ def surface_counts(
     return counts
 
 
-def boundary_iou(reference: np.ndarray, prediction: np.ndarray, ratio: float = 0.02) -> tuple[int, int]:
-    """Return intersection and union, in pixels, of the inner boundary bands of two masks (H, W) bool.
-
-    The quotient is the Boundary IoU (B. Cheng et al., 2021); of counts summed over images, it is the pooled one. The
-    band width is d = max(1, round(ratio * image diagonal)). A band holds the mask's pixels at most d rows or columns
-    away from a pixel that is not in the mask or not in the image.
-    """
-    masks = reference.astype(np.uint8), prediction.astype(np.uint8)
-    both, either = boundary_ious(*masks, [1], ratio)[0].tolist()
-    return both, either
-
-
 def boundary_ious(
     reference: np.ndarray, prediction: np.ndarray, classes: Sequence[int], ratio: float = 0.02
 ) -> np.ndarray:
-    """Return `boundary_iou` (K, 2) int64 of each class of two id maps (H, W)."""
+    """Return intersection and union, in pixels, of the inner boundary bands of each class: (K, 2) int64.
+
+    The quotient is the Boundary IoU (B. Cheng et al., 2021); of counts summed over images, it is the pooled one. The
+    band width is d = max(1, round(ratio * image diagonal)). A band holds the class's pixels at most d rows or columns
+    away from a pixel that is not of the class or not in the image.
+
+    Args:
+        reference: (H, W) ids.
+        prediction: (H, W) ids.
+        classes: ids to compare.
+        ratio: band width as a share of the image diagonal.
+    """
     _check_sizes(reference, prediction)
     ours, theirs = _band(reference, ratio), _band(prediction, ratio)
     shared = reference[ours & theirs & (reference == prediction)]
@@ -103,14 +110,8 @@ def _check_sizes(reference: np.ndarray, prediction: np.ndarray) -> None:
 
 def _edges(ids: np.ndarray) -> np.ndarray:
     """Return where (H, W) a pixel differs from one of its four neighbours, or lies on the image border."""
-    edges = np.zeros(ids.shape, bool)
+    edges = neighbour_edges(ids)
     edges[:1], edges[-1:], edges[:, :1], edges[:, -1:] = True, True, True, True
-    down = ids[1:] != ids[:-1]
-    edges[1:] |= down
-    edges[:-1] |= down
-    right = ids[:, 1:] != ids[:, :-1]
-    edges[:, 1:] |= right
-    edges[:, :-1] |= right
     return edges
 
 

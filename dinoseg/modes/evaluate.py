@@ -17,6 +17,7 @@ from dinoseg.experiment.provenance import provenance_of
 from dinoseg.experiment.trackers import tracker_maker
 from dinoseg.experiment.trained import Trained, check_classes, is_trained, load_trained
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
+from dinoseg.metrics.rows import MetricRows, check_score_names
 from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ def run(
                 f"mode.{key}={value} is for tracking in videos: without resume, or with head=slots. This model "
                 "predicts classes of single images: leave it out."
             )
+    metrics = build.metrics()
+    check_score_names(metrics)
     data = build.dataset(split)
     source = f"resume={cfg.resume}" if cfg.resume else f"head.weights={cfg.head.weights}"
     check_classes(data, trained.info, source)
@@ -67,7 +70,9 @@ def run(
     protocol = build.part("data.official") if official and build.value("data.official") is not None else None
     if protocol is not None and not usable(protocol, data, out_dir, on_error=on_error, tells=engine.is_main):
         protocol = None
-    collector, background = Collector(data, engine.rank, engine.world_size) if report else None, build.background
+    place = (data, engine.rank, engine.world_size)
+    collector, background = Collector(*place) if report else None, build.background
+    rows = MetricRows(metrics, *place)
     scores = evaluate_images(
         trained.model,
         data,
@@ -79,10 +84,11 @@ def run(
         protocol=protocol,
         on_error=on_error,
         collector=collector,
+        rows=rows,
     )
     if collector is not None:
         provenance = provenance_of(build, out_dir)
-        report_images(provenance, collector, scores, data, engine, out_dir, split=split, background=background)
+        report_images(provenance, collector, scores, rows, data, engine, out_dir, split=split, background=background)
     if engine.is_main:
         print(f"checkpoint:   {cfg.resume or source}")
         list_skipped({split: data.skipped}, out_dir)
@@ -109,6 +115,8 @@ def track_split(
             "mode.supervision=none needs a model that finds objects without masks: set resume=RUN of one with "
             "head=slots. Without resume, masks of first frames are propagated (mode.supervision=first_frame)."
         )
+    if metrics := build.value("metric"):
+        raise UserError(f"metric=[{','.join(metrics)}] scores images, not tracked objects. Leave it out.")
     data = benchmark_videos(build, split, supervision or ("first_frame" if trained is None else None))
     if trained is not None and trained.model.head.slots is not None:
         num_slots, lock_on = trained.model.head.slots.num_slots, bool(build.value("slots.lock_on"))

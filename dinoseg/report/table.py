@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from dinoseg.core.metric import Metric
 from dinoseg.utils.csv_text import write_csv_table
 
 _COLUMNS = ("iou", "dice", "accuracy", "precision", "recall")
@@ -18,11 +19,13 @@ MEANS = {  # labels of scores that are one number over all classes
 }
 
 
-def class_table(scores: Mapping[str, Any], classes: Sequence[str], background: int | None = None) -> str:
+def class_table(
+    scores: Mapping[str, Any], classes: Sequence[str], background: int | None = None, metrics: Sequence[Metric] = ()
+) -> str:
     """Return the scores of a `ConfusionMatrix` as text, in percent: one row per class, then the means.
 
-    `background` is the background class of the matrix. A class is "absent" if neither the reference nor the prediction
-    contains it; "-" is an undefined score.
+    `background` is the background class of the matrix, `metrics` are further metrics of the scores. A class is "absent"
+    if neither the reference nor the prediction contains it; "-" is an undefined score.
     """
     headers = ["id", "class", "IoU %", "Dice %", "accuracy = recall %", "precision %", "pixels"]
     rows = [_text_row(row, classes[row["id"]]) for row in scores["classes"]]
@@ -39,8 +42,10 @@ def class_table(scores: Mapping[str, Any], classes: Sequence[str], background: i
         (MEANS["accuracy"], scores["accuracy"], f"of {scores['pixels']:,} pixels"),
         ("mean class accuracy", scores["mean_accuracy"], "over the classes of the reference"),
     ]
+    lines = [(name, _percent(value), note) for name, value, note in means]
+    lines += [(name, metric_text(metric, name, scores[name]), "") for metric in metrics for name in metric.scores]
     text = tabulate(
-        [(name, _percent(value), note) for name, value, note in means],
+        lines,
         tablefmt="plain",
         disable_numparse=True,
         colalign=("left", "right", "left"),
@@ -68,7 +73,8 @@ def class_statistics(mask: np.ndarray, classes: Sequence[str]) -> str:
 
 def write_scores_csv(path: str | Path, scores: Mapping[str, Any], classes: Sequence[str]) -> None:
     """Write one line per class, with scores in 0..1; an undefined score is an empty cell."""
-    columns = ["id", "class", *_COLUMNS, "pixels", "predicted_pixels"]
+    known = ["id", "class", *_COLUMNS, "pixels", "predicted_pixels"]
+    columns = [*known, *(key for key in scores["classes"][0] if key not in known)]  # the last ones of further metrics
     write_csv_table(path, columns, [{**row, "class": classes[row["id"]]} for row in scores["classes"]])
 
 
@@ -77,6 +83,11 @@ def _text_row(row: Mapping[str, Any], name: str) -> list[str]:
         return [str(row["id"]), name, "absent", "", "", "", "0"]
     scores = [_percent(row[key]) for key in ("iou", "dice", "recall", "precision")]
     return [str(row["id"]), name, *scores, f"{row['pixels']:,}"]
+
+
+def metric_text(metric: Metric, name: str, score: float | None) -> str:
+    """Return a score of a metric as text: in percent, or as a plain number if it may lie outside 0..1."""
+    return _percent(score) if score is None or name not in metric.signed else f"{score:.4g}"
 
 
 def _percent(score: float | None) -> str:

@@ -239,6 +239,8 @@ class ClipTask(TrainingTask):
     def __init__(self, parts: Builder, *, val_images: Count | None = None) -> None:
         super().__init__(parts)
         self._val_images = val_images
+        if metrics := parts.value("metric"):
+            raise UserError(f"metric=[{','.join(metrics)}] scores images with masks, not clips. Leave it out.")
 
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the clips of train and val."""

@@ -18,6 +18,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.metrics.confusion import commonest_class
+from dinoseg.metrics.rows import MetricRows, check_score_names
 from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks.probing.probe import Grid, Probe
 from dinoseg.tasks.task import TrainingTask
@@ -47,6 +48,9 @@ class ImageTask(TrainingTask):
     def __init__(self, parts: Builder, *, val_images: Count | None = None) -> None:
         super().__init__(parts)
         self._val_images = val_images
+        self._metrics = parts.metrics()
+        check_score_names(self._metrics)
+        self.score_names = (*self.score_names, *(name for metric in self._metrics for name in metric.scores))
 
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images and masks of train and val."""
@@ -66,6 +70,7 @@ class ImageTask(TrainingTask):
             rank=engine.rank,
             world_size=engine.world_size,
             pictures=pictures,
+            metrics=self._metrics,
             **options,
         )
         self.labels = self.labelled = self.data_module.train
@@ -179,7 +184,9 @@ class ImageTask(TrainingTask):
     ) -> dict[str, Any]:
         """Score by one exact count over the split; warn if the model is no better than a constant prediction."""
         data, out_dir = self.data_module.val, provenance.folder / EVALUATION
-        collector = Collector(data, engine.rank, engine.world_size) if report else None
+        place = (data, engine.rank, engine.world_size)
+        collector = Collector(*place) if report else None
+        rows = MetricRows(self._metrics, *place)
         scores = evaluate_images(
             model,
             data,
@@ -189,10 +196,13 @@ class ImageTask(TrainingTask):
             policy=self.data_module.policy,
             background=self.data_module.background,
             collector=collector,
+            rows=rows,
         )
         if collector is not None:
             background = self.data_module.background
-            report_images(provenance, collector, scores, data, engine, out_dir, split="val", background=background)
+            report_images(
+                provenance, collector, scores, rows, data, engine, out_dir, split="val", background=background
+            )
         if engine.is_main and len(data) < self._val_total:
             few, every = len(data), self._val_total
             print(f"scored on:    {few} of {every} validation images (trainer.val_images); mode=eval scores all")

@@ -410,13 +410,16 @@ def comparable(progress: Progress, before: Mapping[str, Any], now: Mapping[str, 
 
 
 def _chosen_by(info: Mapping[str, Any]) -> str:
-    """Return what selects a run's `best`: a score and the number of images that it is of, or the last validation.
+    """Return what selects a run's `best`: a score, its options and its number of images, or the last validation.
 
     The score counts with `trainer.evaluate=last`, too: early stopping compares it.
     """
-    trainer = info.get("config", {}).get("trainer", {})
-    images = trainer.get("val_images")
-    chosen = f"{trainer.get('score')} of {'all images' if images is None else count_of(images, 'image')}"
+    config = info.get("config", {})
+    trainer = config.get("trainer", {})
+    score, images = trainer.get("score"), trainer.get("val_images")
+    settings = (config.get("metric") or {}).get(score) or {}  # of the metric of this name
+    options = "".join(f" {key}={value}" for key, value in settings.items())
+    chosen = f"{score}{options} of {'all images' if images is None else count_of(images, 'image')}"
     return f"the last validation ({chosen})" if trainer.get("evaluate") == "last" else chosen
 
 

@@ -17,6 +17,7 @@ CHOSEN = ("hparam", "data", *MODEL)
 _LARGEST = 2**20  # characters of a description
 _DEEPEST = 32
 _LONGEST_TARGET = 1000  # characters of a dotted name
+_MAX_OPTIONS = 100  # of one group
 PRECISION = "precision"  # key of an explicit `engine.precision=fp32`, which later runs of the model keep
 IDLE = "idle"  # key in `last`: number of parameters without optimizer state
 _COUNT = forms.whole()
@@ -110,10 +111,21 @@ def _names_by_name(value: Any, where: str) -> None:
 
 def _choices(value: Any, where: str) -> None:
     """Validate an option name for each group; interpolations are refused, since the names go into the config."""
-    _names_by_name(value, where)
+    forms.table(_option)(value, where)
+    for group in value:
+        _name(group, where)
     forms.holding(**dict.fromkeys(CHOSEN, _name))(value, where)
-    if any("${" in option or option == "???" for option in value.values()):
-        raise forms.SchemaError(f"{where} holds an interpolation")
+
+
+def _option(value: Any, where: str) -> None:
+    """Validate the name of an option, or of several."""
+    names = value if isinstance(value, list) else [value]
+    if len(names) > _MAX_OPTIONS:
+        raise forms.SchemaError(f"{where} has more than {_MAX_OPTIONS} options")
+    for name in names:
+        _name(name, where)
+        if "${" in name or name == "???":
+            raise forms.SchemaError(f"{where} holds an interpolation")
 
 
 def _target(value: Any, where: str) -> None:

@@ -10,12 +10,14 @@ import numpy as np
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss
+from dinoseg.core.metric import Metric
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.data.loader import TrainViews, advise_more_workers, check_batch_size, train_batches
 from dinoseg.data.packed.pack import PackedDataset
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import SCORES
+from dinoseg.metrics.rows import MetricRows
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.overlay import compare
 from dinoseg.training.data_module import SHOWN_SIDE, Validation, spread
@@ -47,6 +49,7 @@ class ImageDataModule:
         pictures: number of validation images that each validation visualises, the same ones every time.
         views: fixed augmentations of each training image, used in turn; None: new ones in each epoch.
         cache: feature cache of the model's frozen part; None: batches consist of images.
+        metrics: further metrics of validations.
     """
 
     train: SegmentationData
@@ -62,13 +65,17 @@ class ImageDataModule:
     pictures: int = 0
     views: Count | None = None
     cache: FeatureCache | None = None
+    metrics: Sequence[Metric] = ()
     score_names: Sequence[str] = field(init=False)
-    lowest: Sequence[str] = ("loss",)
+    lowest: Sequence[str] = field(init=False)
 
     def __post_init__(self) -> None:
         """Refuse a batch size that does not fit, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world_size)
-        self.score_names = SCORE_NAMES if self.background is None else (*SCORE_NAMES, OBJECT_SCORE)
+        objects = () if self.background is None else (OBJECT_SCORE,)
+        better = {name: which for metric in self.metrics for name, which in metric.scores.items()}
+        self.score_names = (*SCORE_NAMES, *objects, *better)
+        self.lowest = ("loss", *(name for name, which in better.items() if which == "min"))
 
     @property
     def given(self) -> dict[str, Any]:
@@ -146,6 +153,7 @@ class ValidationImages:
     def __init__(self, data_module: ImageDataModule, model: SegmentationModel, loss: Loss, engine: Engine) -> None:
         self.model, data = model, data_module.val
         self._data = data
+        metrics = data_module.metrics
         self.scored = ScoredModel(
             model,
             data,
@@ -154,6 +162,7 @@ class ValidationImages:
             background=data_module.background,
             loss=loss,
             on_batch=self._show,
+            rows=MetricRows(metrics, data, data_module.rank, data_module.world_size) if metrics else None,
         )
         self._shown = spread(len(data), data_module.pictures, data_module.world_size)
         self._indices = count(data_module.rank, data_module.world_size)

@@ -205,10 +205,21 @@ def is_out_of_patience(progress: Progress, patience: int | None) -> bool:
     return True
 
 
-def check_score(score: str, names: Sequence[str]) -> None:
-    """Refuse a score that is not one of the `names` that a validation computes."""
-    if score not in names:
-        raise UserError(f"trainer.score={score} is not a score. Choose one of {', '.join(names)}.")
+def check_score(score: str, names: Sequence[str], metrics: Sequence[str] = ()) -> None:
+    """Refuse a score that a validation does not compute.
+
+    Args:
+        score: that selects the best checkpoint.
+        names: scores of the validation.
+        metrics: options of the config group `metric`, which add scores.
+    """
+    if score in names:
+        return
+    if score in metrics:
+        raise UserError(f"trainer.score={score} is the score of a metric that is not chosen. Add metric=[{score}].")
+    further = [name for name in metrics if name not in names]
+    remedy = f"; metric=[NAME] adds {', '.join(further)}" if further else ""
+    raise UserError(f"trainer.score={score} is not a score. Choose one of {', '.join(names)}{remedy}.")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from dinoseg.inference.policy import Place, Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.metrics.rows import MetricRows
 from dinoseg.models.model import SegmentationModel, Size
 from dinoseg.training.engine import Engine
 
@@ -34,9 +35,10 @@ def evaluate(
     background: int | None = None,
     loss: Loss | None = None,
     on_batch: OnBatch | None = None,
+    rows: MetricRows | None = None,
     batches: Iterable[Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the scores of `ConfusionMatrix.compute` and, given a loss, `loss`.
+    """Return the scores of `ConfusionMatrix.compute`, those of further metrics and, given a loss, `loss`.
 
     Every rank processes its own images once. Counts are summed as integers, so scores do not depend on the number of
     ranks.
@@ -50,10 +52,13 @@ def evaluate(
         loss: averaged over images, or over the windows in which they are predicted.
         on_batch: called with each batch on the device, its class IDs (B, H, W) uint8, and its logits. These are
             (B, K, h, w) float32 at the pixels of `geometry.lattice`.
+        rows: further metrics, whose counts it receives.
         batches: this rank's images once and in order, if they are not to be read here; cached features are predicted
             without the policy.
     """
-    scored = ScoredModel(model, data, engine, policy=policy, background=background, loss=loss, on_batch=on_batch)
+    scored = ScoredModel(
+        model, data, engine, policy=policy, background=background, loss=loss, on_batch=on_batch, rows=rows
+    )
     return evaluate_each([scored], data, engine, batches=batches)[0]
 
 
@@ -109,8 +114,10 @@ class ScoredModel:
         background: int | None = None,
         loss: Loss | None = None,
         on_batch: OnBatch | None = None,
+        rows: MetricRows | None = None,
     ) -> None:
         self._model, self._engine, self._loss, self._on_batch = model, engine, loss, on_batch
+        self._rows = rows
         self._counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
         self._losses: list[Tensor] = []  # read at the end, to avoid a device sync per batch
         self._predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
@@ -129,6 +136,8 @@ class ScoredModel:
         ids, logits, added = _predicted(self._predictor, batch, self._loss, size)
         self._losses += added
         self._counts.update(ids, batch.mask)
+        if self._rows is not None:
+            self._rows.add(batch, ids, logits)
         if self._on_batch is not None:
             self._on_batch(batch, ids, logits)
 
@@ -137,6 +146,8 @@ class ScoredModel:
         # integers, so that the sum over ranks is exact in any order
         self._counts.counts = self._engine.sum(self._counts.counts.to(self._engine.device))
         result = self._counts.compute()
+        if self._rows is not None:
+            self._rows.add_scores(result, self._engine.gather)
         if self._loss is not None:
             values = torch.stack(self._losses).tolist() if self._losses else []
             total, images = self._engine.total(sum(values), len(values)).tolist()

@@ -11,7 +11,8 @@ from dinoseg.config.plain import texts_of
 
 FOR_ALL = {"mode", "hparam", *OmegaConf.load(FOLDER / "main.yaml")}  # settings of every mode
 WHOLE = ("bench", "doctor", "plan", "probe", "summary", "train")  # whole recipes, also of groups that they do not read
-BY_OPTION = {"heads", "lrs", "teacher", "budget"}  # with trainer=multi_head, trainer=distil and hparam=auto
+# with trainer=multi_head, trainer=distil, hparam=auto and metric=[NAME]
+BY_OPTION = {"heads", "lrs", "teacher", "budget", "metric"}
 ELSEWHERE = {  # of another config, or in a function that the mode calls for something else
     "app": {"loss"},  # loss: in saving a model, which the app does not do
     "bench": {"slots", "tracker"},

@@ -17,6 +17,7 @@ from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.focal import Focal
 from dinoseg.losses.lovasz import Lovasz
 from dinoseg.losses.weighted_sum import WeightedSum
+from dinoseg.metrics import BoundaryIoU, SurfaceDice
 from dinoseg.models.adapters import Frozen, Full, Lora
 from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.linear import LinearHead
@@ -57,6 +58,7 @@ CASES = {
 }
 CASES["mixed"] = CASES["weighted"] | {"accumulate": 2, "loss": lambda: MIXTURE}
 ALONE = {"sharding": "none"}
+OUTLINES = ("val/boundary_iou", "val/nsd")
 
 
 class Uneven(Stripes):
@@ -93,6 +95,7 @@ def train(
     model = engine.place(untrained(head, adapter, dtype))
     sets = (Uneven([(24, 32)] * 6), Uneven([(24, 32)] * val))
     order = {"batch_size": batch_size, "seed": 0, "workers": 0, "rank": engine.rank, "world_size": engine.world_size}
+    order["metrics"] = [BoundaryIoU(), SurfaceDice()]
     data_module = ImageDataModule(*sets, Augment((24, 32)), **order, views=None if cache == "off" else 1)
     loss, plan = loss(), CacheOptions(folder / "cache", 3.0, "", {}, dtype="float32")
     data_module.cache = feature_cache(data_module, model, engine, plan)
@@ -102,7 +105,7 @@ def train(
     lengths = {"steps": 3, "val_every": 3, "log_every": 1, "clip": None}
     settings = Settings(**{"score": "loss", **lengths, **options})
     fit(Experiment(model, loss, data_module, optimizer, schedule("constant"), engine, checkpoints, log, settings))
-    names = ("step", "train/loss", "train/gradient_norm", "train/miou", "val/loss", "val/miou")
+    names = ("step", "train/loss", "train/gradient_norm", "train/miou", "val/loss", "val/miou", *OUTLINES)
     rows = [{name: row[name] for name in names if name in row} for row in log.rows]
     state = gathered(model.state_dict().items(), keep=True)
     return {"rows": rows, "state": state, "best": checkpoints.progress.best}
@@ -132,6 +135,7 @@ def test_losses_gradients_and_weights_are_those_of_one_process(pair, tmp_path, c
     for rank in pair[1]:
         both = rank[case]
         assert len(both["rows"]) == len(alone["rows"]) == 4
+        assert all(name in both["rows"][-1] for name in OUTLINES)
         for one, two in zip(alone["rows"], both["rows"], strict=True):
             assert two == pytest.approx(one, rel=1e-5)
         torch.testing.assert_close(both["state"], alone["state"], atol=1e-6, rtol=1e-4)

@@ -42,7 +42,7 @@ AUTO = "auto"  # name of the recipe that is chosen automatically
 NAME = "chosen"  # of the written recipe
 GROUPS = ("adapter", "head", "loss")  # config groups whose option is chosen
 # overrides that do not affect the choices
-_OF_A_RUN = ("seed", "resume", "budget", "logger", "hydra", "mode", "hparam")
+_OF_A_RUN = ("seed", "resume", "budget", "logger", "metric", "hydra", "mode", "hparam")
 _SEARCHED = "hydra.searchpath"
 _IMPLIED_BY = {  # from chosen keys to other keys that replace them if typed
     "loss.weights": ("loss",),

@@ -1,21 +1,33 @@
 """Generic semantic segmentation: counts pooled over the whole data set, as in mmseg and Hugging Face evaluate."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinoseg.metrics.counts import class_counts, dice, iou, mean_defined, ratio
+from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
+from dinoseg.metrics.flat import FlatMetric, flatten_counts
+from dinoseg.metrics.miou import MeanIoU
+from dinoseg.metrics.outlines import BoundaryIoU, SurfaceDice
 from dinoseg.metrics.protocols.contract import BadFile, Cases, DatasetProtocol, Measured, ScoringCase
 from dinoseg.metrics.protocols.trees import Tree, match, read_both, read_labels, refuse_ids, refuse_inside
-from dinoseg.metrics.surface import boundary_ious, surface_dices
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative, check_annotations
 from dinoseg.utils.wording import join_names
 
 _TREE = Tree()
 _BAND = 0.02  # width of the Boundary IoU band, as a share of the image diagonal
+# keys of the protocol, and names of the metrics' scores and values by class
+_SCORES = {
+    "mIoU": "miou",
+    "accuracy": "accuracy",
+    "mean_accuracy": "mean_accuracy",
+    "dice": "dice",
+    "boundary_IoU": "boundary_iou",
+    "NSD": "nsd",
+}
+_CLASS_SCORES = {"IoU": "iou", "accuracy": "accuracy", "dice": "dice", "boundary_IoU": "boundary_iou", "NSD": "nsd"}
 
 
 class Semantic(DatasetProtocol):
@@ -77,7 +89,16 @@ class Semantic(DatasetProtocol):
         self.num_classes, self.classes, self.references = num_classes, classes, references
         self.ignore_index, self.reduce_zero_label, self.binary = ignore_index, reduce_zero_label, binary
         self.boundary, self.nsd, self.tolerance = boundary, nsd, tolerance
-        self.keys = ("mIoU", "accuracy", "mean_accuracy", "dice", *["boundary_IoU"] * boundary, *["NSD"] * nsd)
+        metrics: list[Metric] = [MeanIoU()]
+        if boundary:
+            metrics.append(BoundaryIoU(_BAND))
+        if nsd:
+            metrics.append(SurfaceDice(tolerance))
+        pixel = np.zeros((1, 1), np.uint8)
+        counts = [metric.count(PredictedImage(pixel), LabelledImage(pixel, num_classes)) for metric in metrics]
+        self._metrics = [FlatMetric.of(*pair) for pair in zip(metrics, counts, strict=True)]
+        names = [name for metric in metrics for name in metric.scores]
+        self.keys = [key for key, name in _SCORES.items() if name in names]
         self.rules = self._rules()
 
     def _rules(self) -> dict[str, Any]:
@@ -136,7 +157,7 @@ class Semantic(DatasetProtocol):
         return listing
 
     def measure(self, case: ScoringCase) -> Measured:
-        """Return the counts (3 * K,) of an image, followed by those of the requested boundary scores (2 * K each)."""
+        """Return the counts of an image for each metric, one after another."""
         reference, prediction = self._read(case)
         if self.binary:
             reference, prediction = (
@@ -146,10 +167,9 @@ class Semantic(DatasetProtocol):
         ids, held = self._ids(reference, case.files[0][0])
         unknown = (prediction < 0) | (prediction >= self.num_classes)
         guess = np.where(unknown, self.num_classes, prediction)
-        counts = [class_counts(ids[held], guess[held], self.num_classes).astype(np.float64).ravel()]
-        if self.boundary or self.nsd:
-            sides = [np.where(held, each, self.num_classes).astype(np.uint16) for each in (ids, guess)]
-            counts += self._outlines(*sides)
+        # an id above all classes is ignored: the protocol scores the class `ignore_index` where it is predicted
+        sample = LabelledImage(np.where(held, ids, self.num_classes + 1), self.num_classes, self.num_classes + 1)
+        counts = [flatten_counts(flat.metric.count(PredictedImage(guess), sample)) for flat in self._metrics]
         return Measured(np.concatenate(counts), {"unknown_pixels_prediction": int((unknown & held).sum())})
 
     def _read(self, case: ScoringCase) -> tuple[np.ndarray, np.ndarray]:
@@ -182,56 +202,30 @@ class Semantic(DatasetProtocol):
             refuse_ids(reference, wrong, path, f"{rule} or correct it.")
         return ids, held
 
-    def _outlines(self, reference: np.ndarray, prediction: np.ndarray) -> list[np.ndarray]:
-        """Return the counts (2 * K,) of Boundary IoU and of surface dice, if requested."""
-        present = np.union1d(reference, prediction)
-        present = present[present < self.num_classes]
-        counts = []
-        if self.boundary:
-            pixels = np.zeros((2, self.num_classes))
-            pixels[:, present] = boundary_ious(reference, prediction, present.tolist(), _BAND).T
-            counts.append(pixels.ravel())
-        if self.nsd:
-            values = np.zeros((2, self.num_classes))
-            values[0, present] = surface_dices(reference, prediction, present.tolist(), self.tolerance)
-            values[1, present] = 1
-            counts.append(values.ravel())
-        return counts
-
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return each score (...)."""
-        rows = self._counts(sums)
-        hits, wrong, missed = rows[:3]
-        scores = {
-            "mIoU": mean_defined(iou(hits, wrong, missed)),
-            "accuracy": ratio(hits.sum(-1), (hits + missed).sum(-1)),
-            "mean_accuracy": mean_defined(ratio(hits, hits + missed)),
-            "dice": mean_defined(dice(hits, wrong, missed)),
-        }
-        if self.boundary:
-            scores["boundary_IoU"] = mean_defined(ratio(rows[3], rows[4]))
-        if self.nsd:
-            scores["NSD"] = ratio(rows[-2].sum(-1), rows[-1].sum(-1))
-        return scores
+        found: dict[str, np.ndarray] = {}
+        for flat, part in self._parts(sums):
+            found |= flat.scores(part)
+        return {key: found[_SCORES[key]] for key in self.keys}
 
     def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
         """Return the scores of each class."""
-        rows = self._counts(sums)
-        hits, wrong, missed = rows[:3]
-        values = {"IoU": iou(hits, wrong, missed), "accuracy": ratio(hits, hits + missed)}
-        values["dice"] = dice(hits, wrong, missed)
-        if self.boundary:
-            values["boundary_IoU"] = ratio(rows[3], rows[4])
-        if self.nsd:
-            values["NSD"] = ratio(rows[-2], rows[-1])
+        values: dict[str, np.ndarray] = {}
+        for flat, part in self._parts(sums):
+            values |= flat.metric.per_class(flat.split(part))
+        shown = {key: values[name] for key, name in _CLASS_SCORES.items() if name in values}
         return [
-            {"id": index, "name": self.classes[index], **{key: float(each[index]) for key, each in values.items()}}
+            {"id": index, "name": self.classes[index], **{key: float(each[index]) for key, each in shown.items()}}
             for index in range(self.num_classes)
         ]
 
-    def _counts(self, sums: np.ndarray) -> np.ndarray:
-        """Return rows (R, ..., K): hits, false positives, false negatives, then two rows for each boundary score."""
-        return np.moveaxis(sums.reshape(*sums.shape[:-1], -1, self.num_classes), -2, 0)
+    def _parts(self, sums: np.ndarray) -> Iterator[tuple[FlatMetric, np.ndarray]]:
+        """Yield each metric with its part of flat sums (..., d)."""
+        start = 0
+        for flat in self._metrics:
+            yield flat, sums[..., start : start + flat.size]
+            start += flat.size
 
 
 def _are_binary(references: Iterable[Path], read: Callable[[Path], np.ndarray]) -> bool:

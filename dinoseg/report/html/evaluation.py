@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from dinoseg.core.metric import Metric
 from dinoseg.report.html.charts import MAX, Axes, bar_chart, line_chart, range_around, thin
 from dinoseg.report.html.page import render
 from dinoseg.report.html.pictures import EvaluatedImages, Shot, prediction_card
 from dinoseg.report.scores import few_units
-from dinoseg.report.table import MEANS
+from dinoseg.report.table import MEANS, metric_text
 from dinoseg.utils.wording import count_of
 
 _HISTOGRAM_BARS = 20
@@ -46,11 +47,13 @@ class EvaluationScores:
         values: result of `ConfusionMatrix.compute`.
         intervals: 95 % interval by score name, and `iou/ID` of each class; None without an interval.
         official: result of `scoring.summary`; None without a protocol.
+        metrics: further metrics, whose scores are among the values.
     """
 
     values: Mapping[str, Any]
     intervals: Mapping[str, list[float] | None]
     official: Mapping[str, Any] | None = None
+    metrics: Sequence[Metric] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,11 @@ def evaluation_page(
         warnings=[few_units(units, evaluated.unit), unscored],
         scores=found,
         means={key: (name, _NOTES[key]) for key, name in MEANS.items() if key in found},
+        metrics=[
+            (name, metric_text(metric, name, found[name]), name not in metric.signed)
+            for metric in scores.metrics
+            for name in metric.scores
+        ],
         intervals=scores.intervals,
         unit=evaluated.unit,
         units=units,

@@ -1,0 +1,121 @@
+"""Base class of metrics, and what a metric counts: an image's prediction and its labels; no torch."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+BETTER = ("max", "min")  # whether the highest or the lowest value of a score is the best
+
+Counts = Mapping[str, np.ndarray]  # int64 or float64, by name
+
+
+class PredictedImage(NamedTuple):
+    """Prediction of a whole image.
+
+    Attributes:
+        ids: class ids (H, W).
+        logits: class logits (K, h, w) float32 at some pixels; None unless the metric `needs_logits`.
+        places: rows and columns of these pixels.
+
+    Examples:
+        >>> import numpy as np
+        >>> from dinoseg.metrics import PredictedImage
+        >>> PredictedImage(np.array([[0, 1]])).logits is None
+        True
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray | None = None
+    places: tuple[slice, slice] = (slice(None), slice(None))
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """Labels of an image.
+
+    Args:
+        mask: class ids (H, W).
+        num_classes: K.
+        ignore_index: id of pixels that do not count; if it is one of 0..K-1, that class enters no mean.
+        name: of the image.
+
+    Examples:
+        >>> import numpy as np
+        >>> from dinoseg.metrics import LabelledImage
+        >>> LabelledImage(np.array([[0, 255]]), num_classes=2).ignore_index
+        255
+    """
+
+    mask: np.ndarray
+    num_classes: int
+    ignore_index: int = 255
+    name: str = ""
+
+
+class Metric(ABC):
+    """Base class of metrics: counts of single images that add up over a dataset, and scores of these sums.
+
+    A metric has no state. Since counts are summed in the order of the images, scores do not depend on the number of
+    ranks, and leaving out one image or video at a time gives confidence intervals.
+
+    Attributes:
+        scores: names of the scores, the main one first, with "max" or "min": which value is the best.
+        signed: names of the scores that may lie outside 0..1.
+        needs_logits: whether `count` needs `PredictedImage.logits`.
+
+    Examples:
+        >>> import numpy as np
+        >>> from dinoseg.metrics import LabelledImage, Metric, PredictedImage
+        >>> class Correct(Metric):
+        ...     scores = {"correct": "max"}
+        ...
+        ...     def count(self, prediction, sample):
+        ...         labelled = sample.mask != sample.ignore_index
+        ...         correct = labelled & (prediction.ids == sample.mask)
+        ...         return {"correct": correct.sum(), "labelled": labelled.sum()}
+        ...
+        ...     def compute(self, sums):
+        ...         return {"correct": sums["correct"] / sums["labelled"]}
+        >>> metric, ids = Correct(), np.array([[0, 1]])
+        >>> metric.score([metric.count(PredictedImage(ids), LabelledImage(ids, num_classes=2))])
+        {'correct': 1.0}
+    """
+
+    scores: Mapping[str, str]
+    signed: Collection[str] = ()
+    needs_logits: bool = False
+
+    @abstractmethod
+    def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+        """Return the counts of one image; their names and shapes are those of every image of the dataset."""
+
+    @abstractmethod
+    def compute(self, sums: Counts) -> dict[str, np.ndarray]:
+        """Return each score (...) of counts (..., *shape) that are summed over images; nan where undefined."""
+
+    def per_class(self, sums: Counts) -> dict[str, np.ndarray]:
+        """Return values (..., K) of each class by name, from the sums that `compute` takes; by default none."""
+        return {}
+
+    def score(self, rows: Iterable[Counts]) -> dict[str, float | None]:
+        """Return the scores over images from the counts of each; None where undefined."""
+        found = self.compute(sum_counts(rows))
+        return {name: plain_score(value) for name, value in found.items()}
+
+
+def sum_counts(rows: Iterable[Counts]) -> dict[str, np.ndarray]:
+    """Return the sums of the counts of images, added in their order."""
+    total: dict[str, np.ndarray] = {}
+    for row in rows:
+        for name, value in row.items():
+            total[name] = total[name] + value if name in total else np.asarray(value)
+    return total
+
+
+def plain_score(value: np.ndarray | float) -> float | None:
+    """Return a score as a number for JSON; None if it is undefined."""
+    number = float(value)
+    return number if np.isfinite(number) else None

@@ -1,0 +1,55 @@
+"""Overlap of regions: mean IoU, mean Dice and accuracies from pixel counts of each class; no torch."""
+
+import numpy as np
+
+from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage
+from dinoseg.metrics.counts import mean_defined, ratio
+
+
+class MeanIoU(Metric):
+    """Mean IoU and Dice over the classes in references or predictions, pixel accuracy, and mean recall.
+
+    `ConfusionMatrix` gives the same scores from the matrix of all pairs of classes.
+
+    Examples:
+        >>> import numpy as np
+        >>> from dinoseg.metrics import LabelledImage, MeanIoU, PredictedImage
+        >>> metric = MeanIoU()
+        >>> prediction = PredictedImage(np.array([[0, 1]]))
+        >>> metric.score([metric.count(prediction, LabelledImage(np.array([[0, 0]]), num_classes=2))])["miou"]
+        0.25
+    """
+
+    scores = dict.fromkeys(("miou", "dice", "accuracy", "mean_accuracy"), "max")
+
+    def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+        """Return correct, reference and predicted pixels of each class among the labelled pixels: (3, K) int64.
+
+        If `ignore_index` is one of the classes, its predictions are not counted: it can never be correct, so it is
+        absent. Predicted ids of K or more are errors of the reference's class.
+        """
+        labelled = sample.mask != sample.ignore_index
+        reference, predicted = sample.mask[labelled], prediction.ids[labelled]
+        within = predicted[(predicted != sample.ignore_index) & (predicted < sample.num_classes)]
+        parts = (reference[reference == predicted], reference, within)
+        return {"classes": np.stack([np.bincount(ids, minlength=sample.num_classes) for ids in parts])}
+
+    def compute(self, sums: Counts) -> dict[str, np.ndarray]:
+        """Return the means over classes, and the share of correct pixels."""
+        right, reference, _ = np.moveaxis(sums["classes"], -2, 0)
+        classes = self.per_class(sums)
+        return {
+            "miou": mean_defined(classes["iou"]),
+            "dice": mean_defined(classes["dice"]),
+            "accuracy": ratio(right.sum(-1), reference.sum(-1)),
+            "mean_accuracy": mean_defined(classes["accuracy"]),
+        }
+
+    def per_class(self, sums: Counts) -> dict[str, np.ndarray]:
+        """Return IoU, Dice and accuracy, which is the recall, of each class."""
+        right, reference, predicted = np.moveaxis(sums["classes"], -2, 0)
+        return {
+            "iou": ratio(right, reference + predicted - right),
+            "dice": ratio(2 * right, reference + predicted),
+            "accuracy": ratio(right, reference),
+        }

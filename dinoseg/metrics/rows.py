@@ -1,0 +1,96 @@
+"""Counts of metrics for each image of a dataset, on any number of ranks."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dinoseg.core.geometry import lattice
+from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, plain_score, sum_counts
+from dinoseg.core.shapes import Batch, SegmentationData
+from dinoseg.metrics.confusion import SCORES
+from dinoseg.utils.errors import UserError
+
+# other names in the scores of an evaluation
+_TAKEN = (
+    "loss",
+    "miou_no_background",
+    "background",
+    "ignored_class",
+    "present_classes",
+    "pixels",
+    "ignored_pixels",
+    "matrix",
+    "classes",
+)
+Row = tuple[int, list[Counts]]  # index of an image in the dataset, and the counts of each metric
+
+
+class MetricRows:
+    """Counts of metrics for one rank's images; `add_scores` joins those of all ranks in the order of the dataset.
+
+    Args:
+        metrics: with different names of scores.
+        data: the dataset.
+        rank: this rank, which has every `world_size`-th image in order.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, metrics: Sequence[Metric], data: SegmentationData, rank: int = 0, world_size: int = 1) -> None:
+        self.metrics = metrics
+        self.counts: list[list[Counts]] = [[] for _ in metrics]  # of each metric, by image; set by `add_scores`
+        self._data, self._next, self._world = data, rank, world_size
+        self._rows: list[Row] = []
+
+    def add(self, batch: Batch, ids: Tensor, logits: Tensor) -> None:
+        """Count a batch, in the form that `evaluate` passes to `on_batch`."""
+        if not self.metrics:
+            return
+        masks, predictions = batch.mask.cpu().numpy(), ids.cpu().numpy()
+        places = lattice((masks.shape[-2], masks.shape[-1]))
+        needs_logits = any(metric.needs_logits for metric in self.metrics)
+        sampled = logits.cpu().numpy() if needs_logits else None
+        for image, name in enumerate(batch.names):
+            prediction = PredictedImage(predictions[image], None if sampled is None else sampled[image], places)
+            sample = LabelledImage(masks[image], len(self._data.classes), self._data.ignore_index, name)
+            counts = [_as_arrays(metric.count(prediction, sample)) for metric in self.metrics]
+            self._rows.append((self._next, counts))
+            self._next += self._world
+
+    def add_scores(self, result: dict[str, Any], gather: Callable[[list[Any]], list[Any]]) -> None:
+        """Add the scores over the images of all ranks to those of a `ConfusionMatrix`, and values to its `classes`.
+
+        Args:
+            result: of `ConfusionMatrix.compute`.
+            gather: returns the values of all ranks in one list, as `Engine.gather` does.
+        """
+        rows = sorted(gather(self._rows), key=lambda row: row[0])
+        self.counts = [[counts[number] for _, counts in rows] for number in range(len(self.metrics))]
+        for metric, counts in zip(self.metrics, self.counts, strict=True):
+            sums = sum_counts(counts)
+            result |= {name: plain_score(value) for name, value in metric.compute(sums).items()}
+            for name, values in metric.per_class(sums).items():
+                for row, value in zip(result["classes"], values, strict=True):
+                    row[name] = plain_score(value)
+
+
+def check_score_names(metrics: Iterable[Metric]) -> None:
+    """Refuse metrics with a score of the same name as another score of an evaluation.
+
+    Raises:
+        UserError: naming the score.
+    """
+    seen = {*SCORES, *_TAKEN}
+    for metric in metrics:
+        for name in metric.scores:
+            if name in seen:
+                raise UserError(
+                    f"metric: the score {name} of {type(metric).__name__} has the name of another score. Leave one of "
+                    "the two out, or rename it."
+                )
+            seen.add(name)
+
+
+def _as_arrays(counts: Counts) -> Counts:
+    return {name: np.asarray(value) for name, value in counts.items()}

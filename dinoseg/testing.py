@@ -1,0 +1,127 @@
+"""Checks of parts of your own, in the manner of scikit-learn's `check_estimator`.
+
+Call them in a test of your part. They raise an AssertionError that names the rule which the part breaks.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from dinoseg.core.metric import BETTER, Counts, LabelledImage, Metric, PredictedImage, sum_counts
+
+_SHAPES = ((17, 23), (1, 1), (1, 40), (31, 2), (8, 8))  # odd sizes, a single pixel, single rows and columns
+_IGNORED = 255
+_DTYPES = (np.int64, np.float64)
+
+
+def check_metric(metric: Metric, num_classes: int = 5, seed: int = 0) -> None:
+    """Check that a metric keeps the contract of `Metric` on random images, among them ugly ones.
+
+    It needs named scores, counts of equal names and shapes, the same counts when it is called again, scores of sums
+    that are vectorised over leading axes, and values in 0..1 unless they are `signed`. Ignored pixels must not count.
+
+    Args:
+        metric: the metric.
+        num_classes: K of the images.
+        seed: of the images.
+
+    Raises:
+        AssertionError: a rule is broken; the message names it.
+
+    Examples:
+        >>> from dinoseg.metrics import BoundaryIoU
+        >>> from dinoseg.testing import check_metric
+        >>> check_metric(BoundaryIoU(ratio=0.05))
+    """
+    assert isinstance(metric, Metric), f"{type(metric).__name__} must inherit dinoseg.core.metric.Metric"
+    _check_names(metric)
+    for classes in (num_classes, 1):
+        images = list(_images(classes, metric.needs_logits, np.random.default_rng(seed)))
+        rows = [metric.count(*image) for image in images]
+        _check_counts(metric, images, rows)
+        _check_scores(metric, rows, classes)
+
+
+def _check_names(metric: Metric) -> None:
+    scores = metric.scores
+    assert scores and all(isinstance(name, str) for name in scores), f"scores={scores} must name at least one score"
+    wrong = {name: better for name, better in scores.items() if better not in BETTER}
+    assert not wrong, f"scores={wrong} must hold for each score one of {BETTER}"
+    assert set(metric.signed) <= set(scores), f"signed={metric.signed} must be names of scores"
+
+
+def _check_counts(metric: Metric, images: list[tuple[PredictedImage, LabelledImage]], rows: list[Counts]) -> None:
+    shapes = _shapes(rows[0])
+    for (prediction, sample), row in zip(images, rows, strict=True):
+        assert _shapes(row) == shapes, f"counts {_shapes(row)} must have the names and shapes {shapes} of other images"
+        for name, value in row.items():
+            kind = np.asarray(value).dtype
+            assert kind in _DTYPES, f"counts[{name!r}] is {kind}; it must be int64 or float64"
+            assert np.isfinite(value).all(), f"counts[{name!r}] must be finite"
+        again = metric.count(prediction, sample)
+        assert _are_equal(row, again), "counts of an image must be the same when it is counted again: keep no state"
+        other = np.where(sample.mask == _IGNORED, 0, prediction.ids).astype(prediction.ids.dtype)
+        assert _are_equal(row, metric.count(prediction._replace(ids=other), sample)), "ignored pixels must not count"
+
+
+def _check_scores(metric: Metric, rows: list[Counts], num_classes: int) -> None:
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    total = sum_counts(rows)
+    for sums, shape in ((total, ()), (stacked, (len(rows),)), ({name: rows[0][name] * 0 for name in total}, ())):
+        found = metric.compute(sums)
+        assert list(found) == list(metric.scores), f"compute gives {list(found)}, and scores are {list(metric.scores)}"
+        for name, values in found.items():
+            values = np.asarray(values)
+            assert values.shape == shape, f"{name} has the shape {values.shape} for sums (..., *shape) with {shape}"
+            defined = values[~np.isnan(values)]
+            is_share = name in metric.signed or ((defined >= -1e-9) & (defined <= 1 + 1e-9)).all()
+            assert is_share, f"{name}={defined} must lie in 0..1; else name it in `signed`"
+        for name, values in metric.per_class(sums).items():
+            expected = (*shape, num_classes)
+            assert values.shape == expected, f"per_class[{name!r}] has the shape {values.shape} instead of {expected}"
+    each = [metric.compute(row) for row in rows]
+    for name, values in metric.compute(stacked).items():
+        alone = [one[name] for one in each]
+        np.testing.assert_allclose(values, alone, rtol=1e-12, err_msg=f"{name} must be vectorised over images")
+    halves = [sum_counts(rows[:3]), sum_counts(rows[3:])]
+    for name, value in metric.score(halves).items():
+        whole = metric.score(rows)[name]
+        same = value == whole or (None not in (value, whole) and np.isclose(value, whole, rtol=1e-12))
+        assert same, f"{name}={value} of two parts of the images must be the {whole} of all images"
+
+
+def _images(
+    num_classes: int, with_logits: bool, rng: np.random.Generator
+) -> Iterator[tuple[PredictedImage, LabelledImage]]:
+    """Yield predictions and labels: random ones of odd sizes, all ignored, of one class, all correct and all wrong."""
+    first, last = 0, num_classes - 1
+    for shape in _SHAPES:
+        mask = rng.integers(0, num_classes, shape)
+        holes = np.where(rng.random(shape) < 0.3, _IGNORED, mask)
+        ids = rng.integers(0, num_classes, shape)
+        masks = (holes, np.full(shape, _IGNORED), np.full(shape, first), mask)
+        predictions = (ids, ids, np.full(shape, last), mask)
+        for labels, predicted in zip(masks, predictions, strict=True):
+            yield _pair(labels, predicted, num_classes, with_logits, rng)
+
+
+def _pair(
+    mask: np.ndarray, ids: np.ndarray, num_classes: int, with_logits: bool, rng: np.random.Generator
+) -> tuple[PredictedImage, LabelledImage]:
+    arrays = [mask.astype(np.uint8), ids.astype(np.uint8)]
+    places = (slice(0, None, 2), slice(0, None, 3))
+    logits = None
+    if with_logits:
+        logits = rng.normal(size=(num_classes, *mask[places].shape)).astype(np.float32)
+        arrays.append(logits)
+    for array in arrays:
+        array.setflags(write=False)  # a metric must not change what others read
+    return PredictedImage(arrays[1], logits, places), LabelledImage(arrays[0], num_classes, _IGNORED, "image")
+
+
+def _shapes(row: Counts) -> Mapping[str, tuple[int, ...]]:
+    return {name: np.shape(value) for name, value in row.items()}
+
+
+def _are_equal(first: Counts, second: Counts) -> bool:
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)

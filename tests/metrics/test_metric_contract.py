@@ -1,0 +1,224 @@
+"""Metrics keep their contract, and equal independent references on random ugly images."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import ndimage, spatial
+
+from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
+from dinoseg.metrics import BoundaryIoU, CalibrationError, ConfusionMatrix, MeanIoU, SurfaceDice
+from dinoseg.metrics.wrapped import WrappedMetric
+from dinoseg.testing import check_metric
+
+METRICS = {
+    "miou": MeanIoU(),
+    "boundary_iou": BoundaryIoU(),
+    "wide boundary_iou": BoundaryIoU(ratio=0.2),
+    "nsd": SurfaceDice(),
+    "exact nsd": SurfaceDice(tolerance=0),
+    "ece": CalibrationError(),
+}
+CLASSES = 4
+
+
+def ugly_case(seed, ignored=255):
+    """Return predictions and labels of 1 to 3 images of odd sizes with empty, ignored, single and wrong classes."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for _ in range(rng.integers(1, 4)):
+        shape = tuple(rng.integers(1, 24, 2))
+        smooth = ndimage.gaussian_filter(rng.normal(size=(2, CLASSES, *shape)), (0, 0, 1.5, 1.5)).argmax(axis=1)
+        mask, ids = smooth[0], np.where(rng.random(shape) < rng.random(), smooth[0], smooth[1])
+        kind = rng.integers(0, 6)
+        if kind == 0:
+            mask = np.full(shape, ignored)
+        elif kind == 1:
+            mask = np.zeros(shape, int)
+        elif kind == 2:
+            ids = np.full(shape, CLASSES - 1)
+        elif kind == 3:
+            mask = np.where(rng.random(shape) < 0.3, ignored, mask)
+        images.append((ids.astype(np.uint8), mask.astype(np.uint8)))
+    return images
+
+
+def score(metric, images, ignored=255):
+    rows = [metric.count(PredictedImage(ids), LabelledImage(mask, CLASSES, ignored)) for ids, mask in images]
+    return metric.score(rows)
+
+
+def mean(values):
+    return sum(values) / len(values) if values else None
+
+
+def masks_of(images, label):
+    return [[(side == label) & (mask != 255) for side in (mask, ids)] for ids, mask in images]
+
+
+def reference_boundary_iou(images, ratio=0.02):
+    """Return the mean over classes of the IoU of bands by repeated erosion with a 3 x 3 square."""
+    found = []
+    for label in range(CLASSES):
+        both = either = 0
+        for pair in masks_of(images, label):
+            depth = max(1, round(ratio * float(np.hypot(*pair[0].shape))))
+            ours, theirs = (mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), depth) for mask in pair)
+            both += (ours & theirs).sum()
+            either += (ours | theirs).sum()
+        if either:
+            found.append(both / either)
+    return mean(found)
+
+
+def reference_nsd(images, tolerance=2):
+    """Return the mean over images and classes of the surface dice by all distances."""
+    found = []
+    for label in range(CLASSES):
+        for pair in masks_of(images, label):
+            if not (pair[0] | pair[1]).any():
+                continue
+            ours, theirs = (np.argwhere(mask & ~ndimage.binary_erosion(mask)) for mask in pair)
+            if not len(ours) or not len(theirs):
+                found.append(0.0)
+                continue
+            squares = spatial.distance.cdist(ours, theirs, "sqeuclidean")
+            near = (squares.min(0) <= tolerance**2).sum() + (squares.min(1) <= tolerance**2).sum()
+            found.append(near / (len(ours) + len(theirs)))
+    return mean(found)
+
+
+def reference_overlap(images):
+    """Return mIoU and Dice by sets of pixel places."""
+    ious, dices = [], []
+    for label in range(CLASSES):
+        both = either = 0
+        for ours, theirs in masks_of(images, label):
+            both += (ours & theirs).sum()
+            either += (ours | theirs).sum()
+        if either:
+            ious.append(both / either)
+            dices.append(2 * both / (both + either))
+    return mean(ious), mean(dices)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metric_keeps_the_contract(name):
+    check_metric(METRICS[name])
+
+
+def test_scores_equal_references_on_500_ugly_cases():
+    for seed in range(500):
+        images = ugly_case(seed)
+        overlap = score(MeanIoU(), images)
+        expected = [*reference_overlap(images), reference_boundary_iou(images), reference_nsd(images)]
+        found = [overlap["miou"], overlap["dice"], *(score(metric, images)[name] for name, metric in OUTLINES)]
+        assert found == pytest.approx(expected, abs=1e-12), seed
+
+
+OUTLINES = (("boundary_iou", BoundaryIoU()), ("nsd", SurfaceDice()))
+
+
+@pytest.mark.parametrize("ignored", [255, 0])
+def test_overlap_equals_the_confusion_matrix(ignored):
+    for seed in range(40):
+        images, matrix = ugly_case(seed, ignored), ConfusionMatrix(CLASSES, ignored)
+        for ids, mask in images:
+            matrix.update(ids[None], mask[None])
+        found, expected = score(MeanIoU(), images, ignored), matrix.compute()
+        assert found == pytest.approx({name: expected[name] for name in found}, abs=1e-12)
+
+
+def test_an_ignored_class_has_no_outline_of_its_own():
+    ids, mask = np.zeros((8, 8), np.uint8), np.ones((8, 8), np.uint8)
+    for name, metric in OUTLINES:
+        assert score(metric, [(ids, mask)], ignored=0)[name] == 0.0  # of class 1, which the prediction lacks
+        assert score(metric, [(ids, ids)], ignored=0)[name] is None
+
+
+def test_sums_of_images_do_not_depend_on_their_split():
+    rows = [
+        SurfaceDice().count(PredictedImage(ids), LabelledImage(mask, CLASSES))
+        for seed in range(30)
+        for ids, mask in ugly_case(seed)
+    ]
+    assert SurfaceDice().score(rows) == SurfaceDice().score(iter(rows))
+
+
+class MeanError:
+    """A metric in the form of torchmetrics: the share of wrong pixels over all updates; nan for one pixel."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.wrong = self.pixels = 0
+
+    def update(self, ids, mask):
+        assert ids.shape == mask.shape and ids.ndim == 3
+        self.wrong += int((ids != mask).sum())
+        self.pixels += ids.numel()
+
+    def compute(self):
+        return self.wrong / self.pixels if self.pixels > 1 else float("nan")
+
+
+def test_a_wrapped_metric_is_the_mean_over_images():
+    metric = WrappedMetric("error", MeanError(), "min")
+    check_metric(metric)
+    assert metric.scores == {"error": "min"}
+    images = [pair for seed in range(20) for pair in ugly_case(seed) if pair[0].size > 1]
+    expected = [((ids != mask) & (mask != 255)).sum() / ids.size for ids, mask in images]
+    one = (np.zeros((1, 1), np.uint8), np.ones((1, 1), np.uint8))
+    assert score(metric, [*images, one])["error"] == pytest.approx(np.mean(expected), abs=1e-12)
+    assert score(metric, [one])["error"] is None
+    assert WrappedMetric("pixels", MeanError(), is_share=False).signed == ("pixels",)
+
+
+class Share(Metric):
+    """Share of correct labelled pixels, with faults on request."""
+
+    scores = {"share": "max"}
+
+    def __init__(self, **faults):
+        self.fault = SimpleNamespace(**{"dtype": np.int64, "factor": 1, "name": "share", "ignores": True} | faults)
+        self.calls = 0
+
+    def count(self, prediction, sample):
+        self.calls += 1
+        known = (sample.mask != sample.ignore_index) | (not self.fault.ignores)
+        correct = (prediction.ids == sample.mask)[known].sum() + getattr(self.fault, "state", 0) * self.calls
+        return {"correct": np.array(correct, self.fault.dtype), "pixels": known.sum()}
+
+    def compute(self, sums):
+        pixels = np.maximum(sums["pixels"], 1)
+        shares = self.fault.factor * sums["correct"] / pixels
+        return {self.fault.name: shares.mean() if hasattr(self.fault, "scalar") else shares}
+
+
+def test_check_accepts_a_small_metric():
+    check_metric(Share())
+
+
+@pytest.mark.parametrize(
+    "fault,message",
+    [
+        ({"dtype": np.float32}, "must be int64 or float64"),
+        ({"factor": 2}, "must lie in 0..1"),
+        ({"name": "other"}, "scores are"),
+        ({"state": 1}, "keep no state"),
+        ({"scalar": True}, "has the shape"),
+    ],
+)
+def test_check_names_the_broken_rule(fault, message):
+    with pytest.raises(AssertionError, match=message):
+        check_metric(Share(**fault))
+
+
+def test_check_refuses_other_classes_and_directions():
+    with pytest.raises(AssertionError, match="must inherit"):
+        check_metric(SimpleNamespace(scores={}))
+    wrong = Share()
+    wrong.scores = {"share": "up"}
+    with pytest.raises(AssertionError, match="must hold for each score one of"):
+        check_metric(wrong)

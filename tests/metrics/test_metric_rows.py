@@ -1,0 +1,63 @@
+"""Counts of metrics over ranks and images, and what intervals are made of."""
+
+import numpy as np
+import pytest
+import torch
+from test_metric_contract import CLASSES, METRICS, OUTLINES, Share, score, ugly_case
+
+from dinoseg.core.geometry import lattice
+from dinoseg.core.metric import LabelledImage, PredictedImage
+from dinoseg.core.shapes import Batch
+from dinoseg.metrics.flat import FlatMetric, flatten_counts
+from dinoseg.metrics.miou import MeanIoU
+from dinoseg.metrics.rows import MetricRows, check_score_names
+from dinoseg.training.rank_messages import decode_message, encode_message
+from dinoseg.utils.errors import UserError
+
+
+class Data:
+    classes, ignore_index = ("a", "b", "c", "d"), 255
+
+
+def gathered(images, world_size):
+    """Return the scores of ranks that exchange their rows as messages, and the rows of the first rank."""
+    metrics = [METRICS["boundary_iou"], METRICS["nsd"], METRICS["ece"]]
+    ranks = [MetricRows(metrics, Data(), rank, world_size) for rank in range(world_size)]
+    for rank, rows in enumerate(ranks):
+        for ids, mask in images[rank::world_size]:
+            rng = torch.Generator().manual_seed(ids.size)
+            logits = torch.randn(1, CLASSES, *mask[lattice(mask.shape)].shape, generator=rng)
+            pair = torch.from_numpy(mask)[None], torch.from_numpy(ids)[None]
+            rows.add(Batch(torch.zeros(1, 3, *mask.shape), pair[0], ["x"]), pair[1], logits)
+    sent = [row for rows in ranks for row in decode_message(encode_message(rows._rows))]
+    result = {"classes": [{"id": index} for index in range(CLASSES)]}
+    ranks[0].add_scores(result, lambda _: sent)
+    return result, ranks[0]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_number_of_ranks_gives_equal_scores(world_size):
+    images = [pair for seed in range(6) for pair in ugly_case(seed)]
+    one, _ = gathered(images, 1)
+    assert gathered(images, world_size)[0] == one
+    for name, metric in OUTLINES:
+        assert one[name] == score(metric, images)[name]
+        assert [row[name] for row in one["classes"]] != [None] * CLASSES
+    assert 0 < one["ece"] < 1
+
+
+def test_flat_sums_give_the_scores_of_counts():
+    images = [pair for seed in range(6) for pair in ugly_case(seed)]
+    for name, metric in (*OUTLINES, ("miou", MeanIoU()), ("share", Share())):
+        rows = [metric.count(PredictedImage(ids), LabelledImage(mask, CLASSES)) for ids, mask in images]
+        flat = FlatMetric.of(metric, rows[0])
+        sums = np.stack([flatten_counts(row) for row in rows])
+        assert sums.shape == (len(rows), flat.size) and name in flat.keys
+        assert float(flat.scores(sums.sum(0))[name]) == pytest.approx(score(metric, images)[name], abs=1e-12)
+
+
+def test_equal_names_of_scores_are_refused():
+    with pytest.raises(UserError, match="the score nsd of SurfaceDice"):
+        check_score_names([METRICS["nsd"], METRICS["exact nsd"]])
+    with pytest.raises(UserError, match="the score miou of MeanIoU"):
+        check_score_names([MeanIoU()])

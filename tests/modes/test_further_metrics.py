@@ -1,0 +1,79 @@
+"""Further metrics by the command line: best checkpoint, evaluation, report, resuming, and what is refused."""
+
+import csv
+import json
+import shutil
+
+import pytest
+from command_line import SLOTS, SMALL, call, write_data
+
+from dinoseg.report.log import read_rows
+from dinoseg.training import checkpoint
+
+METRICS = ("metric=[boundary_iou,nsd,ece]", "metric.nsd.tolerance=1", "trainer.score=boundary_iou")
+MACHINE = ("engine=cpu", "engine.workers=0", "logger=[]")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return a folder in which a training has chosen its best checkpoint by Boundary IoU."""
+    where = tmp_path_factory.mktemp("metrics")
+    write_data(where / "data", val=3)
+    length = ("trainer.steps=6", "trainer.val_every=1", "mode.metrics_only=true", "hydra.run.dir=run")
+    done = call(where, "mode=train", *SMALL, *METRICS, *length, "logger=[]")
+    assert done.status == 0, done.err
+    return where
+
+
+def test_best_checkpoint_and_scores_are_those_of_the_metric(run):
+    rows = [row for row in read_rows(run / "run/metrics.jsonl") if "val/boundary_iou" in row]
+    values = [row["val/boundary_iou"] for row in rows]
+    progress = checkpoint.describe(run / "run/checkpoints/best.safetensors")["progress"]
+    assert len(values) == 6 and all({"val/nsd", "val/ece", "val/miou"} <= row.keys() for row in rows)
+    assert progress["best"] == max(values) and progress["best_step"] == rows[values.index(max(values))]["step"]
+    scores = json.loads((run / "run/evaluation/scores.json").read_text())
+    assert scores["boundary_iou"] == max(values) and scores["classes"][1]["nsd"] is not None
+    with (run / "run/evaluation/scores.csv").open() as file:
+        assert next(csv.reader(file))[-2:] == ["boundary_iou", "nsd"]
+    page = (run / "run/evaluation/report.html").read_text()
+    assert "boundary_iou" in page and f"{100 * max(values):.1f} %" in page
+
+
+def test_evaluation_takes_metrics_of_the_run_or_of_the_command(run):
+    found = {}
+    for name, words in (("own", ()), ("none", ("metric=[]",)), ("other", ("metric=nsd", "metric.nsd.tolerance=0"))):
+        done = call(run, "mode=eval", "resume=run", *MACHINE[:2], *words, "mode.report=false", f"hydra.run.dir={name}")
+        assert done.status == 0, done.err
+        found[name] = json.loads((run / name / "scores.json").read_text())
+        assert ("\nnsd " in done.out) == (name != "none")
+    trained = json.loads((run / "run/evaluation/scores.json").read_text())
+    assert found["own"] == trained and "nsd" not in found["none"]
+    assert "boundary_iou" not in found["other"] and found["other"]["nsd"] < found["own"]["nsd"]
+    assert found["none"]["miou"] == trained["miou"]
+
+
+def test_resuming_by_another_score_or_option_discards_the_best(run, tmp_path):
+    for number, words in enumerate(("trainer.score=ece", "metric.boundary_iou.ratio=0.2")):
+        copy = tmp_path / str(number)
+        shutil.copytree(run / "run", copy)
+        done = call(run, "mode=train", f"resume={copy}", *MACHINE, "trainer.steps=7", words)
+        assert done.status == 0 and "Checkpoint selection changed to" in done.err, done.err
+
+
+def test_auto_resume_takes_a_run_of_other_scores(tmp_path):
+    write_data(tmp_path / "data")
+    words = ("mode=train", *SMALL, "resume=auto", "logger=[]", "hydra.run.dir=run", "mode.metrics_only=true")
+    assert call(tmp_path, *words).status == 0
+    done = call(tmp_path, *words, "metric=nsd", "trainer.score=nsd", "trainer.steps=3")
+    assert done.status == 0 and "resuming" in done.err, done.err
+    assert checkpoint.describe(tmp_path / "run/checkpoints/last.safetensors")["choices"]["metric"] == ["nsd"]
+
+
+def test_scores_without_their_metric_are_refused(tmp_path):
+    write_data(tmp_path / "data")
+    absent = call(tmp_path, "mode=train", *SMALL, "trainer.score=nsd")
+    assert absent.status == 1 and "Add metric=[nsd]" in absent.err
+    wrong = call(tmp_path, "mode=train", *SMALL, "metric=nsd", "trainer.score=nds")
+    assert wrong.status == 1 and "mean_accuracy" in wrong.err and "metric=[NAME] adds boundary_iou, ece" in wrong.err
+    clips = call(tmp_path, *SLOTS, "metric=[nsd]")
+    assert clips.status == 1 and "metric=[nsd] scores images with masks" in clips.err
