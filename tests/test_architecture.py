@@ -16,7 +16,7 @@ LEVELS = (  # a package imports its own level and those below
     ("__init__",),
     ("utils",),
     ("core",),
-    ("models", "losses", "report", "testing"),
+    ("models", "losses", "report"),
     ("data", "synthetic"),
     ("metrics", "config", "inference"),
     ("tracking",),

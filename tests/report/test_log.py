@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tensorboard.summary.writer import event_file_writer
 
-from dinoseg.report.log import RunLog, read_rows, rows_of_head
+from dinoseg.report.log import RunLog, read_rows, rows_of_run
 from dinoseg.report.loggers.logger import Logger
 from dinoseg.report.loggers.tensorboard import TensorBoardLogger
 from dinoseg.utils.errors import UserError
@@ -73,7 +73,7 @@ def test_rows_of_a_head_are_named_as_in_its_own_run(tmp_path):
     with RunLog(tmp_path) as log:
         log.scalars(2, {"train/loss": 3.0, "train/a/loss": 1.0, "train/ab/loss": 2.0})
         log.scalars(4, {"train/lr": 0.1})
-    assert rows_of_head(tmp_path / "metrics.jsonl", "a") == [{"step": 2, "train/loss": 1.0}, {"step": 4}]
+    assert rows_of_run(tmp_path / "heads" / "a") == [{"step": 2, "train/loss": 1.0}, {"step": 4}]
 
 
 @pytest.mark.parametrize("torn", ["", "{", '{"step": 3', '{"step": 3, "a": 1', "\x00\x00\x00", "tru", "5"])

@@ -1,7 +1,4 @@
-"""Checks of parts of your own, in the manner of scikit-learn's `check_estimator`.
-
-Call them in a test of your part. They raise an AssertionError that names the rule which the part breaks.
-"""
+"""Check of the metric contract, in the manner of scikit-learn's `check_estimator`."""
 
 from collections.abc import Iterator, Mapping
 
