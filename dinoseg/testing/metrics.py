@@ -83,7 +83,10 @@ def _check_scores(metric: Metric, rows: list[Counts], num_classes: int) -> None:
     halves = [sum_counts(rows[:3]), sum_counts(rows[3:])]
     for name, value in metric.score(halves).items():
         whole = metric.score(rows)[name]
-        same = value == whole or (None not in (value, whole) and np.isclose(value, whole, rtol=1e-12))
+        if value is None or whole is None:
+            same = value is whole
+        else:
+            same = bool(np.isclose(value, whole, rtol=1e-12))
         assert same, f"{name}={value} of two parts of the images must be the {whole} of all images"
 
 
@@ -105,7 +108,7 @@ def _images(
 def _pair(
     mask: np.ndarray, ids: np.ndarray, num_classes: int, with_logits: bool, rng: np.random.Generator
 ) -> tuple[PredictedImage, LabelledImage]:
-    arrays = [mask.astype(np.uint8), ids.astype(np.uint8)]
+    arrays: list[np.ndarray] = [mask.astype(np.uint8), ids.astype(np.uint8)]
     places = (slice(0, None, 2), slice(0, None, 3))
     logits = None
     if with_logits:
