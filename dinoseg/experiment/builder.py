@@ -262,8 +262,10 @@ class Builder(ModelBuilder):
             UserError: a config node makes no metric.
         """
         nodes = self.value(METRIC) or {}
-        kind: type = Metric
-        return [expect_type(kind, instantiate(node), f"{METRIC}.{name}") for name, node in nodes.items()]
+        return [
+            expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
+            for name, node in nodes.items()
+        ]
 
     def optimizer(self, model: torch.nn.Module) -> Optimizer:
         """Return the optimizer of a model's trainable parameters."""
