@@ -20,7 +20,7 @@ _TERMS = {  # in this order, longer ones first
     "For a run with each of them, add -m": "For a run with each of them, write a loop",
     "the command line": "the call",
 }
-_VALUE = r"(?:\[[^][]*\]|[^\s,;()'\"{}]*[^\s,;:.()'\"{}])"
+_VALUE = r"(?:\[[^][]*\]|\$\{[^{}]*\}|[^\s,;()'\"{}]*[^\s,;:.()'\"{}])"
 _WORD = rf"([a-z]\w*(?:\.\w+)*)=({_VALUE})"
 _WORDS = re.compile(rf"(?<![\w.=/+~'\"&?-]){_WORD}(?: {_WORD})*")
 _PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*")  # such as FOLDER, which the caller replaces

@@ -41,7 +41,8 @@ class ClassScores:
         """Return each score (...) from sums (..., 3 K) of its counts; nan where undefined."""
         metric = MeanIoU()
         counts = {"classes": sums.reshape(*sums.shape[:-1], 3, self.num_classes)}
-        scores = metric.compute(counts)
+        computed = metric.compute(counts)
+        scores = {key: computed[key] for key in ("miou", "dice", "accuracy")}
         ious = metric.per_class(counts)["iou"]
         if self.background is not None:
             scores["miou_no_background"] = mean_defined(np.delete(ious, self.background, axis=-1))

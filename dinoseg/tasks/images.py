@@ -122,8 +122,8 @@ class ImageTask(TrainingTask):
         if not has_frozen_part(model, engine):
             return {}
         parts = self.parts
-        options = parts.arguments(CacheOptions, {"dtype": "features.dtype", "gib": "features.gib"})
-        options["dtype"] = stored_as(options["dtype"], before)
+        options = parts.arguments(CacheOptions, {"gib": "features.gib"})
+        options["dtype"] = stored_as(parts.value("features.dtype"), before)
         hashes = {group: parts.digest(group, lr=None) for group in ("backbone", "adapter", "head")}
         augmentation = parts.digest("data.augment")
         plan = CacheOptions(parts.cache_dir, epochs, augmentation, hashes, **options, before=before.get("engine.cache"))

@@ -41,8 +41,14 @@ def fixed_seed(seed: int = 0) -> Iterator[None]:
 @contextmanager
 def autocast() -> Iterator[None]:
     """Run in bfloat16 without oneDNN, whose convolution reads memory beyond small maps on CPUs with AMX."""
-    with torch.backends.mkldnn.flags(enabled=False), torch.autocast("cpu", torch.bfloat16):
-        yield
+    flags: Any = torch.backends.mkldnn  # its context manager warns about Intel GPUs
+    enabled = flags.enabled
+    flags.enabled = False
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        flags.enabled = enabled
 
 
 def random_images(count: int, size: tuple[int, int] = IMAGE_SIZE) -> Tensor:

@@ -211,7 +211,7 @@ def test_classes_by_number_name_or_dataset():
             {"num_classes": 2, "weights": "nowhere.safetensors"},
             "^weights=nowhere.safetensors: file or folder not found",
         ),
-        ({"num_classes": 2, "head.layers": [99]}, "layers=.99.: this backbone has"),
+        ({"num_classes": 2, "head.layers": [99]}, r'head=\{"layers": \[99\]\}: this backbone has'),
         ({"num_classes": 2, "nonsense": 1}, "nonsense is not a key of the config"),
     ],
 )
