@@ -138,6 +138,19 @@ def expect_type(contract: type[Part], part: object, key: str) -> Part:
     return part
 
 
+def check_partial(node: Mapping[str, Any], key: str) -> None:
+    """Refuse a node that cannot be completed by arguments which are known at run time only.
+
+    Raises:
+        UserError: it lacks `_target_`, or `_partial_: true`.
+    """
+    if "_target_" not in node or not node.get("_partial_"):
+        raise UserError(
+            f"{key}: its YAML file must set `_target_: package.module.Class` and `_partial_: true`, since arguments "
+            "such as the backbone's width are known at run time only."
+        )
+
+
 @contextmanager
 def type_errors_as_user_errors(name: str, remedy: str) -> Iterator[None]:
     """Turn a TypeError of a target, called with arguments that it does not take, into a UserError with a remedy."""

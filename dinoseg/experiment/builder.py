@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from dinoseg.config.checks import check_arguments
 from dinoseg.config.composition import SHIPPED, compose_options
-from dinoseg.config.nodes import expect_type, instantiate, not_set
+from dinoseg.config.nodes import check_partial, expect_type, instantiate, not_set
 from dinoseg.config.options import options_in
 from dinoseg.config.plain import to_container
 from dinoseg.core.contracts import Loss
@@ -253,6 +253,7 @@ class Builder(ModelBuilder):
 
     def criterion(self, **weights: Tensor) -> Loss:
         """Return the loss with given weights; a loss on labels takes `class_weights`."""
+        check_partial(self.value("loss.criterion"), "loss.criterion")
         return expect_type(Loss, self.part("loss.criterion")(**weights), "loss.criterion")
 
     def metrics(self) -> list[Metric]:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.config.checks import check_arguments
-from dinoseg.config.nodes import argument_keys, expect_type, instantiate, not_set
+from dinoseg.config.nodes import argument_keys, check_partial, expect_type, instantiate, not_set
 from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.contracts import Backbone, Head
@@ -209,6 +209,7 @@ class ModelBuilder:
         if "patch_size" in keys and self._cfg.head.patch_size is None:
             runtime_arguments["patch_size"] = adapted.patch_size
         weightless = {"weights": None} if untrained and "weights" in keys else None
+        check_partial(self._cfg.head, "head")
         make = instantiate(self._cfg.head, without=("layers", "lr", *runtime_arguments), instead=weightless)
         head = expect_type(Head, make(**runtime_arguments), "head")
         sizes = self.arguments(SegmentationModel, {"scale": "resolution.scale", "longest": "resolution.longest"})

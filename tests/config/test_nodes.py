@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dinoseg.config.nodes import instantiate
+from dinoseg.config.nodes import check_partial, instantiate
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.utils.errors import UserError, name_parameters
 
@@ -92,6 +92,14 @@ def test_unknown_words_name_the_options(compose, node, words, options):
     cfg = compose("data.root=x", "data.classes=[a,b]", *words)
     message = refusal(lambda: instantiate(OmegaConf.select(cfg, node)))
     assert message == f"{words[-1]} is unknown. Choose one of {options}."
+
+
+@pytest.mark.parametrize(
+    "node", [{"_target_": "mine.Head"}, {"_partial_": True}, {"_target_": "a.B", "_partial_": False}]
+)
+def test_parts_completed_at_run_time_need_a_partial_target(node):
+    with pytest.raises(UserError, match="^head: its YAML file must set `_target_: .*` and `_partial_: true`"):
+        check_partial(OmegaConf.create(node), "head")
 
 
 def test_nodes_without_a_config_name_parameters():
