@@ -523,7 +523,7 @@ def test_a_trained_and_a_frozen_backbone_are_timed_in_one_process(tmp_path, comp
     monkeypatch.setattr(timing, "_MAX", 0.1)
     cfg = compose(*SMALL, f"data.root={tmp_path}/data", "adapter=full", "data.batch_size=2")
     times = choose.time_config(to_container(cfg), trains=True, freezes=True, minutes=9)
-    assert times.tuned > 0 and times.frozen > times.forward > 0 and times.val > 0
+    assert min(times.tuned, times.frozen, times.forward, times.val) > 0
     late = choose.time_config(to_container(cfg), trains=True, freezes=True, minutes=9, until=0.0)
     assert late.tuned is None and late.frozen > 0  # the trained backbone is left out
 
