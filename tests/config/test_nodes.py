@@ -79,6 +79,7 @@ def test_parts_within_a_node_name_full_keys(compose):
         ("data.reader", ["data.reader.masks.format=rgb"], "ids, palette, binary"),
         ("data.augment", ["data.augment.resample=cubic"], "area, antialias, bilinear"),
         ("data.opened", ["data.on_error=ignore"], "stop, skip"),
+        ("data.reader", ["data=sarrarp", "data.source=avi"], "frames, video"),
         ("inference", ["inference=windows", "inference.weights=hann"], "cosine, uniform"),
         ("optim.optimizer", ["optim.optimizer.weight_decay_on=none"], "matrices, all"),
         ("optim.schedule", ["optim.schedule.kind=step"], "constant, cosine, poly, exponential, one_cycle"),

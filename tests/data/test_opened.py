@@ -61,18 +61,6 @@ def test_packed_and_skipped_together(data, tmp_path):
     assert counts.tolist() == [20 * 30 + 22 * 30 + 24 * 30, 23 * 30 + 25 * 30]  # of the files, not of the reduced masks
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"on_error": "ignore"}, "on_error=ignore is unknown. Choose one of stop, skip"),
-        ({"cache": "disk"}, "cache=disk is unknown. Choose packed, or null for none"),
-    ],
-)
-def test_bad_options(data, options, message):
-    with pytest.raises(UserError, match=message):
-        opened(data(), split="train", **options)
-
-
 def test_what_is_no_whole_pair_stops_or_is_left_out(data, tmp_path):
     masks, images = tmp_path / "data/train/masks", tmp_path / "data/train/images"
     (masks / "n1.png").unlink()
