@@ -59,7 +59,7 @@ def test_settings_that_a_mode_leaves_out_are_the_data_set_s(compose):
         ((*MOVI, "render.seconds=0"), "render.seconds=0 is out of range. Give a whole number of at least 1"),
         ((*MOVI, "render.train_videos=half"), "train_videos=half is of type str"),
         ((*SARRARP, "render.size=[47,80]"), "both must be even"),
-        ((*SARRARP, "render.val_videos=3"), "render.val_videos is not a key of the config. Did you mean render."),
+        ((*SARRARP, "render.val_videos=3"), "render=sarrarp has no key val_videos. Options that have it: render=movi."),
     ],
 )
 def test_settings_out_of_range_are_named_before_anything_is_written(tmp_path, words, message):
