@@ -191,7 +191,7 @@ def test_evaluate_change_discards_the_previous_best(where):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("trainer.evaluate=newest",), "trainer.evaluate=newest is unknown. Choose best or last"),
+        (("trainer.evaluate=newest",), "trainer.evaluate=newest is unknown. Choose one of best, last"),
         (("trainer=multi_head", "heads=[linear,mlp]", "adapter=frozen", "trainer.evaluate=last"), "one head at a time"),
     ],
 )

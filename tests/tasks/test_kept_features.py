@@ -29,8 +29,9 @@ def plan(compose, monkeypatch):
 
 def test_settings_that_features_depend_on_are_told_apart(plan):
     first = plan()
-    rates = plan("head.lr=1", "adapter.lr=1", "optim.optimizer.lr=1")
+    rates = plan("head.lr=1", "optim.optimizer.lr=1")
     assert (rates.parts, rates.drawing) == (first.parts, first.drawing)
+    assert plan("adapter=last_blocks", "adapter.lr=1").parts == plan("adapter=last_blocks").parts
     for word, part in (("backbone.patch_size=8", "backbone"), ("adapter=last_blocks", "adapter"), ("head=mlp", "head")):
         other = plan(word)
         assert [name for name in first.parts if other.parts[name] != first.parts[name]] == [part]
