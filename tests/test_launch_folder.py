@@ -75,7 +75,7 @@ def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):
     assert used.status == 0 and "resumes with" not in used.err, used.err
     (tmp_path / "run").rename(tmp_path / "gone")
     said = call(tmp_path, "mode=eval", "resume=run", *small).err
-    assert "Give one of your folders under outputs/." in said
+    assert "your runs are below outputs/." in said
 
 
 @pytest.mark.parametrize("recipe", ["../../elsewhere", "/tmp", "a/b", "..", "", 3, None])
