@@ -67,7 +67,7 @@ def test_other_names_of_classes_are_logged(caplog, tmp_path):
         ({"head": "mlp", "adapter": "full"}, "do not match this model's head"),
         ({"head": "linear", "adapter": "frozen"}, "of its backbone .*adapter=full"),
         ({"head": "linear", "adapter": "full", "init": "nowhere"}, "^init=nowhere: "),
-        ({"head": "linear", "adapter": "full", "head.init": "probe"}, "head.init=probe both set"),
+        ({"head": "linear", "adapter": "full", "head.init": "probe"}, 'head={"init": "probe"} both set'),
     ],
 )
 def test_other_parts_than_those_of_the_file_are_refused(options, message, tmp_path):
