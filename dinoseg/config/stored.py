@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _OF_THIS_MACHINE = ("cache_dir",)
 _OF_THIS_RUN = (f"${{{CLASS_FILE}:", f"${{{CELLS}:")  # interpolations whose value another run cannot know
 _BY_CLASS = ("loss", "weights")  # its keys are class names, with any letters and signs
+_LISTED = ("metric",)  # groups of which several options may be chosen
 _MAX_VALUES = 5_000  # OmegaConf takes half a minute for 15,000; our largest config holds a thousand values
 _GROUP = re.compile(r"\w+(/\w+)*(@\w+(\.\w+)*)?")
 _OPTION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no part is `..`: a file cannot name options outside the groups
@@ -190,7 +191,7 @@ def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) 
     """Return the options that fill some root keys, and root keys of their own, after a check of their names."""
     chosen = choices_of(choices, keys)
     for group, option in chosen.items():
-        names = option if isinstance(option, list) else [option]  # several of a group such as `metric`
+        names = option if group in _LISTED and isinstance(option, list) else [option]
         if not (_GROUP.fullmatch(group) and all(isinstance(name, str) and _OPTION.fullmatch(name) for name in names)):
             raise UserError(
                 f"{source.where}: {format_value(f'{group}={option}')} is not the name of an option. {REMEDY}."

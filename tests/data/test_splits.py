@@ -177,7 +177,6 @@ def test_folds_of_equal_groups_depend_on_the_seed():
         ({"fold": 3, "folds": 3}, "^fold=3 folds=3: give two folds or more, and a fold below them"),
         ({"fold": 0, "folds": 1}, "^fold=0 folds=1"),
         ({"fold": -1, "folds": 3}, "^fold=-1"),
-        ({"by": "chance"}, "^by=chance is unknown"),
     ],
 )
 def test_bad_partitions(options, message):

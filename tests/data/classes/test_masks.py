@@ -179,8 +179,6 @@ def test_coloured_picture_read_as_ids(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"format": "rgb"}, "format=rgb is unknown.*ids, palette, binary"),
-        ({"on_size_mismatch": "crop"}, "on_size_mismatch=crop is unknown.*error, resize_mask"),
         ({"format": "binary", "ids": {1: 0}}, "ids has no effect"),
         ({"ignore_colors": [[0, 0, 0]]}, "ignore_colors has no effect"),
         ({"colors": {0: [[0, 0, 0]]}}, "masks.colors has no effect with format=ids"),

@@ -72,7 +72,6 @@ def test_larger_than_need_be():
         ({"crop": [8, 0]}, r"each at least 1"),
         ({"crop": [8, 8], "scale": [0.5, 1]}, r"^scale=\[0\.5, 1\]"),
         ({"crop": [8, 8], "scale": [2, 1]}, r"1 <= least <= largest"),
-        ({"crop": [8, 8], "flip": 1.5}, r"^flip=1\.5"),
     ],
 )
 def test_views_that_are_none(options, message):
@@ -114,8 +113,3 @@ def test_bicubic_resizing_and_the_centred_square_of_an_evaluation(size):
     assert np.abs(square_frame(frames[0], 13) - bicubic(middle, (13, 13))).max() <= 0.51
     nearest = [int((place + 0.5) * short / 13) for place in range(13)]
     np.testing.assert_array_equal(square_mask(frames[0, ..., 0], 13), middle[nearest][:, nearest, 0])
-
-
-def test_unknown_resampling_is_refused():
-    with pytest.raises(UserError, match=r"^resample=nearest is unknown. Choose one of area, bicubic"):
-        ClipView((8, 8), resample="nearest")

@@ -273,8 +273,6 @@ def test_partition_and_layout_must_fit(fill):
         folder_dataset(root, "train", classes=CLASSES, layout=FLAT)
     with pytest.raises(UserError, match="name it without {split}"):
         folder_dataset(root, "train", classes=CLASSES, partition=Partition("fraction"))
-    with pytest.raises(UserError, match="by=random is unknown.*folder, lists, fraction"):
-        folder_dataset(root, "train", classes=CLASSES, partition=Partition("random"))
 
 
 def test_sizes_that_differ(fill):
