@@ -8,7 +8,7 @@ from typing import Any
 
 from dinoseg.cli.words import parsed
 from dinoseg.config.grammar import decode_keys
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import UserError, reword
 
 _TERMS = {  # in this order, longer ones first
     "Add `--cfg job` to see all keys, `--help` alone to see all groups and options.": "docs/config.md lists the keys.",
@@ -36,9 +36,7 @@ def python_terms(arguments: Mapping[str, str] | None = None) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        message = str(error)
-        for term, other in {**_TERMS, **(arguments or {})}.items():
-            message = message.replace(term, other)
+        message = str(reword(error, {**_TERMS, **(arguments or {})}))
         error.args = (_WORDS.sub(_as_arguments, message),)
         raise
 
