@@ -257,7 +257,7 @@ class Builder(ModelBuilder):
         return expect_type(Loss, self.part("loss.criterion")(**weights), "loss.criterion")
 
     def metrics(self) -> list[Metric]:
-        """Return the metrics of the config group `metric`, beside those that every validation counts.
+        """Return the metrics of the config group `metric`, in addition to those that every validation counts.
 
         Raises:
             UserError: a config node makes no metric.

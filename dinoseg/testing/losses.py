@@ -82,7 +82,7 @@ class LossCase:
         return Batch(torch.zeros(count, 3, *size, dtype=torch.uint8), mask, names)
 
     def run(self, outputs: Any, batch: Any, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the result of the loss; what it draws at random depends on the seed alone."""
+        """Return the result of the loss; its random numbers depend on the seed alone."""
         with fixed_seed(seed):
             return self.loss(self.prediction(outputs), batch)
 
