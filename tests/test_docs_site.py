@@ -29,7 +29,7 @@ def test_nothing_is_fetched_from_elsewhere(site):
 def test_the_page_of_the_api_has_an_entry_with_an_example_for_each_name(site):
     names = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(), flags=re.M)
     text = (site / "api.html").read_text()
-    entries = re.split(r'id="(dinoseg(?:\.(?:losses|metrics))?\.\w+)" class="doc doc-heading"', text)
+    entries = re.split(r'id="(dinoseg(?:\.(?:losses|metrics|testing))?\.\w+)" class="doc doc-heading"', text)
     shown = dict(zip(entries[1::2], entries[2::2], strict=True))
     assert sorted(shown) == sorted(names) and len(names) > 30
     assert [name for name in names if "&gt;&gt;&gt;" not in shown[name]] == []
