@@ -1,6 +1,7 @@
 """What the config files on disk say, read without hydra."""
 
 import re
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -18,8 +19,12 @@ def options(group):
 
 
 @cache
-def read(group, option):
+def _parsed(group, option):
     return yaml.safe_load((FOLDER / group / f"{option}.yaml").read_text()) or {}
+
+
+def read(group, option):
+    return deepcopy(_parsed(group, option))  # tests change what they get
 
 
 def read_node(group, option):

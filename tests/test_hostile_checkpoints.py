@@ -95,13 +95,12 @@ def test_every_mode_refuses_what_runs(where, sound, mode):
     assert files(where) == before
 
 
-def test_weights_that_are_not_finite_predict_only_when_asked(where, sound):
+def test_weights_that_are_not_finite_are_refused(where, sound):
     name = "model/head.classify.weight"
     path = tampered(where, sound, {}, {name: torch.full_like(sound.tensors[name], float("nan"))})
     export = ("mode=export", f"resume={path}", "engine=cpu")
     refused = call(where, *export)
-    assert refused.status == 1 and "hold NaN or infinity" in refused.err and "finite_weights=false" in refused.err
-    assert call(where, *export, "finite_weights=false").status == 0
+    assert refused.status == 1 and "hold NaN or infinity" in refused.err
 
 
 def test_a_sound_file_is_accepted(where, sound):

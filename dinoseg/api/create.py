@@ -24,7 +24,7 @@ from dinoseg.utils.wording import format_value, nearest
 _ARGUMENTS = ("backbone", "head", "adapter", "num_classes", "classes", "weights", "init", "config_dir")
 _READ = (  # groups and keys that change a model, its parameter groups or its file
     *("hparam", "local", "backbone", "adapter", "head", "data", "resolution", "inference", "seed", "init"),
-    *("optim.optimizer", "finite_weights"),
+    "optim.optimizer",
 )
 _NOT_READ = (  # of these groups: what the caller's own loop does
     *("optim.optimizer.betas", "optim.optimizer.freeze_backbone_until"),

@@ -47,7 +47,7 @@ def load_initial_weights(
     _check_head(build, model, offered, fitting)
     # read only what the model has room for: an untrusted file may describe more than fits in memory
     room = {key for key, name, _ in _named(model, offered) if name not in left}
-    saved = _of(init, partial(checkpoint.read, finite=build.value("finite_weights"), only=room))
+    saved = _of(init, partial(checkpoint.read, only=room))
     progress = saved.info["progress"]
     if share(progress) != progress:
         raise UserError(

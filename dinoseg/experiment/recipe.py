@@ -99,10 +99,9 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     # the background affects a score, but not training
     data = {**config["data"], "root": data_root(config, Path(info["folder"]))[0], "background": None}
-    unread = {"min_maps"}  # decides what is refused, but does not affect training
+    head = dict(config["head"])
     if "mask_classification" not in repr(targets):
-        unread.add("deep_supervision")  # no other loss reads it
-    head = {key: value for key, value in config["head"].items() if key not in unread}
+        head.pop("deep_supervision", None)  # no other loss reads it
     return {**config, "trainer": trainer, "data": data, "head": head, "targets": targets}
 
 

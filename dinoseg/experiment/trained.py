@@ -125,7 +125,7 @@ def restore(build: ModelBuilder, path: Path) -> tuple[SegmentationModel, Mapping
     check_classes(build.labels, outline.info, f"resume={path}")
     empty = build.check_fits(outline)
     announce(f"resume={path}: reading weights and building the model")
-    saved = checkpoint.read(path, finite=build.value("finite_weights"))
+    saved = checkpoint.read(path)
     whole = build.value("adapter.bits") is None and empty.state_dict().keys() <= outline.part("model").keys()
     is_allocated = whole and non_persistent_buffers(empty).keys() <= outline.part(CONSTANTS).keys() and allocate(empty)
     model = empty if is_allocated else build.model(initialised=not whole)

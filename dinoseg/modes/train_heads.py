@@ -240,6 +240,6 @@ def _read_start(build: Builder, task: TrainingTask) -> Checkpoint | None:
     """Return the checkpoint to resume from, which holds all heads; None for a new run."""
     if not build.resume:
         return None
-    start = checkpoint.read(Path(build.resume), finite=build.value("finite_weights"))
+    start = checkpoint.read(Path(build.resume))
     check_classes(task.labels, start.info, f"resume={start.path}")
     return start

@@ -193,7 +193,7 @@ class TrainingRun:
 
     def evaluate(self, model: SegmentationModel, checkpoints: Checkpointer, **shown: bool) -> dict[str, Any]:
         """Score the best checkpoint, and return the scores. The arguments are those of `finish`."""
-        checkpoints.load_best(model, finite=self.build.value("finite_weights"))
+        checkpoints.load_best(model)
         provenance = provenance_of(self.build, self.out_dir, checkpoints.best)  # each of several heads has its builder
         return self.task.evaluate(model, self.engine, provenance, **shown)
 
@@ -340,4 +340,4 @@ def _start(build: Builder, labels: SegmentationData | Labels) -> tuple[Checkpoin
     check_classes(labels, file.info, f"resume={file.path}")
     outline = build.check_fits(file)
     check_resumable(file)
-    return checkpoint.read(file.path, finite=build.value("finite_weights")), outline
+    return checkpoint.read(file.path), outline

@@ -19,7 +19,7 @@ from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
 
 _BATCH = 4  # frames per forward pass of a tracker
-_OF_THE_FILE = ("finite_weights", "resolution", "backbone", "adapter", "head", "inference", "data")  # set by the file
+_OF_THE_FILE = ("resolution", "backbone", "adapter", "head", "inference", "data")  # set by the file
 
 
 def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:

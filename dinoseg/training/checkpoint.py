@@ -77,20 +77,18 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) ->
     write_tensors(path, tensors, {"dinoseg": json.dumps({"format": FORMAT, **info})})
 
 
-def read(path: Path, *, finite: bool = True, only: Container[str] | None = None) -> Checkpoint:
+def read(path: Path, *, only: Container[str] | None = None) -> Checkpoint:
     """Read a checkpoint file; nothing in it is executed.
 
     Args:
         path: the file.
-        finite: refuse tensors that hold NaN or infinity.
         only: names of the tensors to read; None: all.
 
     Raises:
         UserError: the file is missing, truncated, not finite, of another format, or not a checkpoint of dinoseg.
     """
     file = _read(path, _tensor, only)
-    if finite:
-        check_finite(file.tensors, f"resume={path}")
+    check_finite(file.tensors, f"resume={path}")
     return file
 
 
@@ -107,13 +105,13 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
         where: start of the error message.
 
     Raises:
-        UserError: some do; the message suggests `finite_weights=false`.
+        UserError: some do.
     """
     odd = [key for key, value in tensors.items() if value.dtype in CASTS and not is_finite(value)]
     if odd:
         raise UserError(
             f"{where}: {len(odd)} of its tensors hold NaN or infinity (such as {format_value(odd[0])}), so its "
-            "predictions are meaningless. Choose an earlier checkpoint; finite_weights=false loads it anyway."
+            "predictions are meaningless. Choose an earlier checkpoint."
         )
 
 
@@ -287,14 +285,13 @@ class Checkpointer:
         is_elsewhere = self.start is not None and self.start.path.resolve().parent != self.folder.resolve()
         return last if is_elsewhere and not best.is_file() else best
 
-    def load_best(self, model: SegmentationModel, *, finite: bool) -> None:
+    def load_best(self, model: SegmentationModel) -> None:
         """Load the weights of `best` into the model that this run trains.
 
         The description in the file is not read: the run has it.
 
         Args:
             model: of this run.
-            finite: refuse tensors that hold NaN or infinity.
 
         Raises:
             UserError: the file is missing, of another model or not finite.
@@ -307,8 +304,7 @@ class Checkpointer:
                 f"evaluate the last checkpoint: mode=eval resume={last}."
             )
         saved = Checkpoint(path, dict(read_tensor_file(path, "resume")), self.info)
-        if finite:
-            check_finite(saved.tensors, f"resume={path}")
+        check_finite(saved.tensors, f"resume={path}")
         check_fits(model, saved)
         copy_trained(model, saved.part("model"))
 

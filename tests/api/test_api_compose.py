@@ -25,7 +25,7 @@ WORDS = {
     "optim": {"optimizer": {"lr": 1e-7}},
     "loss": {"weights": {"a": 3}},
     "data.reader": {"masks": {"ids": {11: 255}}, "layout": {"exclude": ()}},
-    "finite_weights": False,
+    "shared_cache": True,
 }
 
 
@@ -35,7 +35,7 @@ def test_values_of_python_reach_the_config_unchanged(tmp_path):
     assert list(cfg.data.classes) == ["a", "b c", "1", "true"] and cfg.data.palette is None and cfg.seed == 3
     assert cfg.data.root == str(WORDS["data.root"]) and cfg.optim.optimizer.lr == 1e-7
     assert cfg.loss.weights == {"a": 3} and cfg.data.reader.masks.ids == {11: 255}
-    assert cfg.data.reader.layout.exclude == [] and cfg.finite_weights is False
+    assert cfg.data.reader.layout.exclude == [] and cfg.shared_cache is True
     assert cfg.choices.head == "mlp" and cfg.data.reader.layout.images == "{split}/images"
 
 

@@ -202,10 +202,10 @@ def test_values_stay_when_a_config_file_changes(tmp_path, caplog):
     file.write_text(text)
     choices = {**CHOICES, "head": "mine"}
     stored = as_read(describe(composed(choices, [str(tmp_path)]), KEYS))
-    file.write_text(text.replace("0.5", "0.25, min_maps: 1"))
+    file.write_text(text.replace("0.5", "0.25, init: normal"))
     found = load(stored, folders=[tmp_path])
-    assert found["head"]["dropout"] == 0.5 and found["head"]["min_maps"] == 1
-    assert "it has no value of head.min_maps" in caplog.text
+    assert found["head"]["dropout"] == 0.5 and found["head"]["init"] == "normal"
+    assert "it has no value of head.init" in caplog.text
     file.write_text(text.replace(", dropout: 0.5", ""))
     assert load(stored, folders=[tmp_path])["head"]["dropout"] == 0.5  # still an argument of the class
     file.write_text(text.replace(LINEAR, "my.Head"))

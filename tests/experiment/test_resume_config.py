@@ -189,7 +189,7 @@ def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
         return recipe_of(config_description(Builder(compose("data.root=.", "data.classes=[a,b]", *words))))
 
     lengths = ("trainer.patience=3", "trainer.save_every=7", "trainer.log_every=3", "trainer.epochs=2")
-    assert recipe() == recipe(*lengths, "data.background=b", "head.min_maps=2")
+    assert recipe() == recipe(*lengths, "data.background=b")
     masks, alone = ("head=mask2former",), "head.deep_supervision=false"
     assert recipe(*masks) == recipe(*masks, alone)  # which losses of pixels do not read
     of_masks = (*masks, "loss=mask_classification")

@@ -36,7 +36,6 @@ OTHER = {  # key to another value, and the words beside which it has an effect
     "resolution.longest": "24",
     "head.lr": "0.1",
     "head.layers": "[0]",
-    "head.min_maps": "3",
     "head.dropout": "0.5",
     "head.init": "normal",
     "adapter.lr": "0.1",
@@ -154,7 +153,6 @@ OTHER = {  # key to another value, and the words beside which it has an effect
 }
 ELSEWHERE = {  # keys whose effect other tests see
     "trust": "weights of checkpoints",
-    "finite_weights": "weights of checkpoints",
     "shared_cache": "folders of other users",
     "backbone.checkpointing": "memory",
     "data.workers": "number of threads",

@@ -137,24 +137,23 @@ def test_best_of_a_run_is_loaded_if_it_is_whole(model, tmp_path):
     checkpoints = Checkpointer(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
     with pytest.raises(UserError, match=r"best.safetensors is missing, .* mode=eval resume=.*last.safetensors"):
-        checkpoints.load_best(source, finite=True)
+        checkpoints.load_best(source)
     checkpoints.save_if_best(source, {"miou": 0.5})
     weight = source.head.classify.weight.detach().clone()
     with torch.no_grad():
         source.head.classify.weight += 1
-    checkpoints.load_best(source, finite=True)
+    checkpoints.load_best(source)
     assert torch.equal(source.head.classify.weight, weight)
     with pytest.raises(UserError, match="belongs to another model: .*unexpected .such as backbone.*lora_"):
-        checkpoints.load_best(model("frozen"), finite=True)
+        checkpoints.load_best(model("frozen"))
     with torch.no_grad():
         source.head.classify.weight.fill_(torch.nan)
     Checkpointer(tmp_path, dict(INFO)).save_if_best(source, {"miou": 0.5})
     with pytest.raises(UserError, match="1 of its tensors hold NaN or infinity"):
-        checkpoints.load_best(source, finite=True)
-    checkpoints.load_best(source, finite=False)
+        checkpoints.load_best(source)
     checkpoints.best.write_bytes(b"no tensors")
     with pytest.raises(UserError, match="not a readable safetensors file"):
-        checkpoints.load_best(source, finite=True)
+        checkpoints.load_best(source)
 
 
 def test_last_is_evaluated_if_the_best_is_in_another_folder(model, tmp_path):
@@ -173,7 +172,7 @@ def test_last_is_evaluated_if_the_best_is_in_another_folder(model, tmp_path):
     moved.save(source, optimizer, None)
     weight = source.head.classify.weight.detach().clone()
     train(source, optimizer)
-    moved.load_best(source, finite=True)
+    moved.load_best(source)
     assert moved.best == tmp_path / "new/last.safetensors" and torch.equal(source.head.classify.weight, weight)
     moved.commit(moved.save_if_best(source, {"miou": 0.95}))
     assert moved.best == tmp_path / "new/best.safetensors"

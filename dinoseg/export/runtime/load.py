@@ -15,8 +15,7 @@ if TYPE_CHECKING:  # ONNX files need no torch
     import torch
 
 OF_A_CALL = {  # command-line terms to the arguments of `dinoseg.load`
-    **{"resume=": "", "finite_weights=false loads it anyway.": ""},
-    **{"engine.device=": "device=", "engine.precision=": "precision="},
+    **{"resume=": "", "engine.device=": "device=", "engine.precision=": "precision="},
     **{"backbone.weights=": "backbone=", "head.weights=": "head="},
     "the --config-dir DIR (or hydra.searchpath) of its training": "config_dir=DIR of its training",
 }

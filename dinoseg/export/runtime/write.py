@@ -150,8 +150,8 @@ def write_model(
             path.name,
         )
     tensors, frozen = _tensors(stored, model if bits is None else source.in_float32(model), delta)
-    if source.config["finite_weights"]:  # loading checked the checkpoint, but not the backbone's weights
-        checkpoint.check_finite(tensors, where or f"resume={source.resume}")
+    # loading checked the checkpoint, but not the backbone's weights
+    checkpoint.check_finite(tensors, where or f"resume={source.resume}")
     base = any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
     facts = replace(facts, backbone={**facts.backbone, "in_file": base})
     if not gated:

@@ -20,14 +20,13 @@ class LinearHead(Head[Tensor]):
         in_dim: the width of a transformer's maps, or the list of a pyramid's widths.
         num_layers: number of maps, concatenated.
         num_classes: number of classes K.
-        min_maps: minimum number of maps.
         dropout: probability of dropping a whole channel, before BatchNorm and in training only, as in DINOv3
             (facebookresearch/dinov3, dinov3/eval/segmentation/models/heads/linear_head.py).
         init: initialisation of a new training: `probe`, from the closed-form linear probe (`dinoseg.tasks.probing`);
             `normal`, weights from N(0, 0.01^2) and biases of 0, as in DINOv2 and DINOv3; or None, PyTorch's default.
 
     Raises:
-        UserError: fewer maps than `min_maps`, unknown `init`, or a `dropout` that is no probability below 1.
+        UserError: unknown `init`, or a `dropout` that is no probability below 1.
     """
 
     @check_annotations
@@ -36,18 +35,12 @@ class LinearHead(Head[Tensor]):
         in_dim: int | Sequence[int],
         num_layers: int,
         num_classes: Count,
-        min_maps: Count = 1,
         dropout: LowShare = 0.0,
         init: str | None = None,
     ) -> None:
         super().__init__()
         if init not in (None, "probe", "normal"):
             raise UserError(f"init={init} is unknown. Choose probe, normal, or null for PyTorch's default.")
-        if num_layers < min_maps:
-            raise UserError(
-                f"This head reads at least min_maps={min_maps} feature maps, but num_layers={num_layers}. Name more "
-                f"blocks, such as layers=[-4,-3,-2,-1], or choose a head that takes one map: linear, mlp or cnn."
-            )
         width = sum(widths(in_dim, num_layers))
         self.dropout = nn.Dropout2d(dropout)
         self.norm = nn.BatchNorm2d(width)

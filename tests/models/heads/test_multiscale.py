@@ -5,11 +5,10 @@ from mirrored import count
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.utils.errors import UserError
 
 
 def multiscale_head(in_dim, num_layers, num_classes):
-    return LinearHead(in_dim, num_layers, num_classes, min_maps=2)
+    return LinearHead(in_dim, num_layers, num_classes)
 
 
 def test_parameter_count_of_the_original():
@@ -33,12 +32,6 @@ def test_it_is_a_linear_head_over_all_maps(in_dim):
     weight = head.classify.weight[:, :, 0, 0].double()
     expected = torch.einsum("kc,bcyx->bkyx", weight, normed) + head.classify.bias.view(1, -1, 1, 1)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_one_map_is_refused_with_the_heads_that_take_one():
-    message = r"at least min_maps=2 .*num_layers=1. .*layers=\[-4,-3,-2,-1\].*linear, mlp or cnn"
-    with pytest.raises(UserError, match=message):
-        multiscale_head(384, 1, 2)
 
 
 def test_the_config_draws_one_convolution_from_all_maps():

@@ -19,7 +19,7 @@ from dinoseg.utils.errors import UserError
 
 HEADS = {
     "linear": lambda dim, layers: LinearHead(dim, layers, 3),
-    "multiscale": lambda dim, layers: LinearHead(dim, layers, 3, min_maps=2),
+    "multiscale": lambda dim, layers: LinearHead(dim, layers, 3),
     "mlp": lambda dim, layers: MlpHead(dim, layers, 3, 14),
     "cnn": lambda dim, layers: CnnHead(dim, layers, 3, 14, channels=16),
     "dpt": lambda dim, layers: DptHead(dim, layers, 3, features=4),
@@ -71,7 +71,7 @@ def test_heads_of_four_levels_refuse_another_number(name, dim, num_layers):
 
 
 # what a config says beside the constructor's defaults; direct: configs from before that key are built without
-OTHERS = {"multiscale": {"min_maps": 2}, "detail": {"linear_skip": True}}
+OTHERS = {"detail": {"linear_skip": True}}
 
 
 @pytest.mark.parametrize(
