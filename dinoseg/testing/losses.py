@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample
-from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction, SlotOutputs, tree_map
+from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction, SlotOutputs, collect_tensors, tree_map
 from dinoseg.models.heads.semantic import semantic_map
-from dinoseg.testing.modules import are_close, check_class, collect_tensors, fixed_seed, require
+from dinoseg.testing.modules import are_close, check_class, fixed_seed, require
 from dinoseg.training.step import batch_loss
 
 SIZE = (8, 12)  # (H, W) of the masks and of the outputs

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import lattice
-from dinoseg.core.shapes import Batch, FeatureBatch, Prediction, SegmentationData
+from dinoseg.core.shapes import Batch, FeatureBatch, Prediction, SegmentationData, tree_map
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.inference.policy import Place, Policy
 from dinoseg.inference.predictor import Predictor
@@ -198,8 +199,7 @@ def _add_loss(
     size: Size,
 ) -> None:
     """Append the loss of parts (n, 3, h, w) of a batch's images to `losses`."""
-    masks = _part_masks(batch, (parts.shape[-2], parts.shape[-1]), places, size)
-    losses += _of_images(loss, prediction, Batch(parts, masks, [batch.names[position.image] for position in places]))
+    losses += _of_images(loss, prediction, _cut_parts(batch, parts, places, size))
 
 
 def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]:
@@ -209,15 +209,19 @@ def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]
     return [loss(prediction.of_images(slice(row, row + 1)), one)[0] for row, one in enumerate(batch.split(batch.count))]
 
 
-def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -> Tensor:
-    """Return the masks of parts (h, w) that were cut from a batch's images after resizing to `size`."""
-    if part == size:
-        return torch.stack([batch.mask[position.image] for position in places])
-    masks = batch.mask
-    if masks.shape[-2:] != size:
-        masks = F.interpolate(masks[:, None], size, mode="nearest-exact")[:, 0]
-    height, width = part
-    return torch.stack([masks[image, top : top + height, left : left + width] for image, top, left in places])
+def _cut_parts(batch: Batch, parts: Tensor, places: Sequence[Place], size: Size) -> Batch:
+    """Return parts (n, 3, h, w), cut from a batch's images after resizing to `size`, with the labels there."""
+    height, width = part = (parts.shape[-2], parts.shape[-1])
+
+    def cut(labels: Tensor) -> Tensor:
+        if part == size:
+            return torch.stack([labels[position.image] for position in places])
+        if labels.shape[-2:] != size:
+            labels = F.interpolate(labels[:, None], size, mode="nearest-exact")[:, 0]
+        return torch.stack([labels[image, ..., top : top + height, left : left + width] for image, top, left in places])
+
+    labels = tree_map({"mask": batch.mask, "maps": batch.maps}, cut)
+    return replace(batch, image=parts, names=[batch.names[position.image] for position in places], **labels)
 
 
 def eval_batches(
