@@ -28,7 +28,7 @@ class SampleLabels(TypedDict):
 
     mask: Tensor  # (H, W) uint8, class ids 0..K-1, ignore_index = ignore
     name: str  # unique in the dataset, a relative path without its suffix
-    maps: NotRequired[dict[str, Tensor]]  # by name: (H, W) or (N, H, W)
+    maps: NotRequired[dict[str, Tensor]]  # by name: (H, W) or (N, H, W), as the dataset declares them
 
 
 class Sample(SampleLabels):
@@ -288,7 +288,8 @@ def collect_tensors(outputs: Any) -> list[Tensor]:
 class SegmentationData(Protocol):
     """Map-style dataset of images and masks with remapped labels.
 
-    `dinoseg.data.custom.check_custom_dataset` returns one for a class that lacks only `skipped`.
+    `dinoseg.data.custom.check_custom_dataset` returns one for a class that lacks only `skipped`. A dataset
+    may have `maps`, see `sample_maps.declared_maps`.
     """
 
     @property

@@ -1,6 +1,6 @@
 """Scores of a model on a dataset at the masks' own size, with exact counts over all images and ranks."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -8,11 +8,11 @@ from itertools import repeat
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import lattice
+from dinoseg.core.sample_maps import MapKind, declared_maps, resize_map, resize_nearest
 from dinoseg.core.shapes import Batch, FeatureBatch, Prediction, SegmentationData, tree_map
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.inference.policy import Place, Policy
@@ -118,7 +118,7 @@ class ScoredModel:
         rows: MetricRows | None = None,
     ) -> None:
         self._model, self._engine, self._loss, self._on_batch = model, engine, loss, on_batch
-        self._rows = rows
+        self._rows, self._maps = rows, declared_maps(data)
         self._counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
         self._losses: list[Tensor] = []  # read at the end, to avoid a device sync per batch
         self._predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
@@ -134,7 +134,7 @@ class ScoredModel:
     def add(self, batch: Batch) -> None:
         """Count the model's predictions for a batch on the device."""
         size = (batch.mask.shape[-2], batch.mask.shape[-1])
-        ids, logits, added = _predicted(self._predictor, batch, self._loss, size)
+        ids, logits, added = _predicted(self._predictor, batch, self._loss, self._maps, size)
         self._losses += added
         self._counts.update(ids, batch.mask)
         if self._rows is not None:
@@ -157,7 +157,7 @@ class ScoredModel:
 
 
 def _predicted(
-    predictor: Predictor, batch: Batch, loss: Loss | None, size: Size
+    predictor: Predictor, batch: Batch, loss: Loss | None, kinds: Mapping[str, MapKind], size: Size
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return the class IDs and logits of a batch as `_read` does, and its losses."""
     losses: list[Tensor] = []
@@ -167,7 +167,7 @@ def _predicted(
         if loss is not None:
             losses += _of_images(loss, prediction, batch)
         return *_read([prediction], size), losses
-    seen = partial(_add_loss, loss, losses, batch) if loss is not None else None
+    seen = partial(_add_loss, loss, losses, kinds, batch) if loss is not None else None
 
     def take(bands: Iterable[Prediction]) -> tuple[Tensor, Tensor]:
         losses.clear()  # of an attempt that ran out of memory
@@ -192,6 +192,7 @@ def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:
 def _add_loss(
     loss: Loss,
     losses: list[Tensor],
+    kinds: Mapping[str, MapKind],
     batch: Batch,
     prediction: Prediction,
     parts: Tensor,
@@ -199,7 +200,7 @@ def _add_loss(
     size: Size,
 ) -> None:
     """Append the loss of parts (n, 3, h, w) of a batch's images to `losses`."""
-    losses += _of_images(loss, prediction, _cut_parts(batch, parts, places, size))
+    losses += _of_images(loss, prediction, _cut_parts(batch, kinds, parts, places, size))
 
 
 def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]:
@@ -209,19 +210,21 @@ def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]
     return [loss(prediction.of_images(slice(row, row + 1)), one)[0] for row, one in enumerate(batch.split(batch.count))]
 
 
-def _cut_parts(batch: Batch, parts: Tensor, places: Sequence[Place], size: Size) -> Batch:
+def _cut_parts(batch: Batch, kinds: Mapping[str, MapKind], parts: Tensor, places: Sequence[Place], size: Size) -> Batch:
     """Return parts (n, 3, h, w), cut from a batch's images after resizing to `size`, with the labels there."""
     height, width = part = (parts.shape[-2], parts.shape[-1])
+    mask, maps = batch.mask, batch.maps
+    if part != size:
+        mask = resize_nearest(mask, size)
+        maps = {name: resize_map(values, kinds[name], size) for name, values in maps.items()}
 
     def cut(labels: Tensor) -> Tensor:
         if part == size:
             return torch.stack([labels[position.image] for position in places])
-        if labels.shape[-2:] != size:
-            labels = F.interpolate(labels[:, None], size, mode="nearest-exact")[:, 0]
         return torch.stack([labels[image, ..., top : top + height, left : left + width] for image, top, left in places])
 
-    labels = tree_map({"mask": batch.mask, "maps": batch.maps}, cut)
-    return replace(batch, image=parts, names=[batch.names[position.image] for position in places], **labels)
+    names = [batch.names[position.image] for position in places]
+    return replace(batch, image=parts, names=names, **tree_map({"mask": mask, "maps": maps}, cut))
 
 
 def eval_batches(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.core.sample_maps import declared_maps
 from dinoseg.core.shapes import FeatureBatch, FrozenFeatures, SampleLabels, SegmentationData, split_slices, stack_labels
 from dinoseg.core.sizes import Size
 from dinoseg.data.loader import TrainViews, Transform, load_in_order, sample_batches
@@ -250,7 +251,9 @@ def _mask_digests(drawn: TrainViews, index: int) -> list[str]:
 
 
 def _has_masks_only(data: SegmentationData) -> TypeGuard[PairDataset | Unmasked]:
-    return isinstance(data, PairDataset | Unmasked) and overrides_both(type(data), "mask", "__getitem__")
+    """Return whether a dataset reads masks without images, and its samples have no maps, which may need images."""
+    files = isinstance(data, PairDataset | Unmasked) and overrides_both(type(data), "mask", "__getitem__")
+    return files and not declared_maps(data)
 
 
 def _transforms_masks_only(augment: Transform) -> TypeGuard[Augment]:
