@@ -105,7 +105,8 @@ def test_the_parts_of_the_docs_are_listed(documented):
     keys = help_for([*documented, "mode=balance", "--help"])
     assert keys.startswith("Keys of mode=balance") and "mode.split=train " in keys and "Its groups: data\n" in keys
     files = [text for _, text in blocks(PAGE, "python") if "/my_parts/" in text.split()[1]]
-    assert max(sum(1 for line in text.splitlines() if line) for text in files) <= 22 and len(files) == len(OPTIONS)
+    assert max(sum(1 for line in text.splitlines() if line) for text in files) <= 22
+    assert len(files) == len(OPTIONS) + 2  # a loss and a dataset with maps
 
 
 @pytest.mark.parametrize("part", ["backbone", "head", "loss", "dataset"])
@@ -124,7 +125,7 @@ def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, d
         assert done.status == 0 and "No effect here" not in done.err, done.err
         return done
 
-    balance, train, evaluate, resume, track, own_backbone = COMMANDS
+    balance, train, evaluate, resume, track, own_backbone, boundary = COMMANDS
     assert "ground" in run(balance, "hydra.run.dir=BALANCE").out
     assert json.loads((tmp_path / "BALANCE/balance.json").read_text()).keys() == {"ground", "disc"}
     assert "tensorboard --logdir" in run(train, *MODEL, "mode.metrics_only=true", "trainer.log_every=1").out
@@ -155,6 +156,23 @@ def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, d
     run(track, "backbone=rgb", "engine=cpu", "hydra.run.dir=TRACK")
     masks = [read_ids(each) for each in sorted((tmp_path / "TRACK/masks").iterdir())]
     assert len(masks) == 7 and set(np.unique(masks)) == set(np.unique(read_ids(trained / "first.png")))
+
+
+@pytest.mark.heavy
+def test_boundary_loss_of_the_docs_resumes_exactly(tmp_path, documented):
+    def run(folder, steps, *words):
+        command = COMMANDS[-1].replace("BOUNDARY", folder)
+        constant = ("optim.schedule.kind=constant", "optim.schedule.warmup=0", f"trainer.steps={steps}")
+        small = (*MODEL, "trainer.log_every=1", "mode.metrics_only=true", *constant, *words)
+        done = call(tmp_path, *shlex.split(command), *small)
+        assert done.status == 0, done.err
+        rows = [row for row in read_rows(tmp_path / folder / "metrics.jsonl") if "train/boundary" in row]
+        return [[row[name] for name in ("train/loss", "train/ce", "train/boundary")] for row in rows]
+
+    whole = run("WHOLE", 4)
+    run("PARTS", 2)
+    assert run("PARTS", 4, "resume=PARTS") == whole and len(whole) == 4
+    assert any(boundary < 0 for *_, boundary in whole)
 
 
 @pytest.mark.parametrize("adapter", ["frozen", "last_blocks", "full"])

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from dinoseg.api.compose import compose, words_of
 from dinoseg.api.wording import python_terms
 from dinoseg.config.resolvers import lent_resolvers
+from dinoseg.core.sample_maps import declared_maps
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
 
@@ -16,8 +17,9 @@ from dinoseg.experiment.builder import Builder
 class SegmentationDataset(Dataset):
     """Map-style dataset of images and masks, which `dinoseg.open_dataset` returns.
 
-    Items are dicts of `image` (3, H, W) uint8 RGB, `mask` (H, W) uint8 with class ids or `ignore_index`, and `name`.
-    It can be pickled, and so read by worker processes of a DataLoader.
+    Items are dicts of `image` (3, H, W) uint8 RGB, `mask` (H, W) uint8 with class ids or `ignore_index`, and `name`;
+    also of `maps` by name, if the dataset declares some. It can be pickled, and so read by worker processes of a
+    DataLoader.
 
     Args:
         data: the dataset as its reader returns it.
@@ -29,6 +31,7 @@ class SegmentationDataset(Dataset):
         ignore_index: mask value of pixels without a label.
         num_classes: number of classes.
         names: the names of the items in order.
+        maps: the kinds of the maps that items have besides their mask, by name.
 
     Examples:
         >>> import dinoseg, torch
@@ -48,6 +51,7 @@ class SegmentationDataset(Dataset):
         self.ignore_index = data.ignore_index
         self.num_classes = len(self.classes)
         self.names = tuple(data.names)
+        self.maps = dict(declared_maps(data))
 
     def __len__(self) -> int:
         return len(self.data)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from dinoseg.core.sample_maps import random_maps
 from dinoseg.core.shapes import Batch, ClipBatch
 from dinoseg.training.parts import TrainingParts
 
@@ -12,11 +13,15 @@ _PIECES = 4  # of a mask along each side: a typical number of classes per image
 
 
 def random_batch(parts: TrainingParts, samples: int, seed: int = 0) -> Batch | ClipBatch:
-    """Return a batch of noise; its masks consist of rectangles with random classes."""
+    """Return a batch of noise; its masks consist of rectangles with random classes, and its maps are noise."""
     rng = torch.Generator().manual_seed(seed)
     image = torch.randint(0, 256, (samples, *parts.shape), dtype=torch.uint8, generator=rng)
     names = [f"random {number}" for number in range(samples)]
-    return Batch(image, _masks(parts, samples, rng), names) if parts.has_masks else ClipBatch(image, names)
+    if not parts.has_masks:
+        return ClipBatch(image, names)
+    masks = _masks(parts, samples, rng)
+    maps = random_maps(parts.loss().needs_maps, samples, parts.crop, parts.num_classes, rng)
+    return Batch(image, masks, names, maps)
 
 
 def _masks(parts: TrainingParts, samples: int, rng: torch.Generator) -> Tensor:

@@ -3,13 +3,14 @@
 Custom parts inherit one of them. Axis letters are those of `shapes.py`.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dinoseg.core.geometry import pad_to_multiple, upsample
+from dinoseg.core.sample_maps import MapKind
 from dinoseg.core.shapes import Batch, ClipBatch, Prediction, WeightedMasks
 from dinoseg.utils.errors import UserError
 
@@ -297,6 +298,7 @@ class Loss(nn.Module):
     needs_reconstruction: bool = False  # whether it needs `SlotOutputs` with reconstructed features
     needs_similarity: bool = False  # whether it needs `SlotOutputs` with `similarity`
     needs_carried: bool = False  # whether it compares slots that are propagated from frame to frame
+    needs_maps: Mapping[str, MapKind] = {}  # maps that it reads from `Batch.maps`, by name
     sums_over_batch: bool = False  # whether splitting a batch changes it: it is no mean over samples or labels
     num_divisors: int = 1  # D, number of divisors of its terms; more than 1: see `step_loss`
     divisor: Hashable = None  # identifies the divisor of a single term; None: only known after the forward pass

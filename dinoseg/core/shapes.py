@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from itertools import islice
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import Any, NamedTuple, NotRequired, Protocol, Self, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,21 +23,28 @@ from dinoseg.utils.transfer import to_device
 Palette = Sequence[tuple[int, int, int]]
 
 
-class Sample(TypedDict):
+class SampleLabels(TypedDict):
+    """Labels of a sample."""
+
+    mask: Tensor  # (H, W) uint8, class ids 0..K-1, ignore_index = ignore
+    name: str  # unique in the dataset, a relative path without its suffix
+    maps: NotRequired[dict[str, Tensor]]  # by name: (H, W) or (N, H, W), as the dataset declares them
+
+
+class Sample(SampleLabels):
     """Sample of a dataset."""
 
     image: Tensor  # (3, H, W) uint8, RGB
-    mask: Tensor  # (H, W) uint8, class ids 0..K-1, ignore_index = ignore
-    name: str  # unique in the dataset, a relative path without its suffix
 
 
 @dataclass
 class Batch:
-    """Samples of one size, stacked."""
+    """Samples of one size, stacked: each tensor, alone or in lists and dicts, has the samples as its first axis."""
 
     image: Tensor  # (B, 3, H, W) uint8
     mask: Tensor  # (B, H, W) uint8
     names: list[str]
+    maps: dict[str, Tensor] = field(default_factory=dict)  # by name: (B, H, W) or (B, N, H, W)
 
     @property
     def count(self) -> int:
@@ -44,24 +52,34 @@ class Batch:
         return len(self.names)
 
     @classmethod
-    def stack(cls, samples: Sequence[Sample]) -> Batch:
+    def stack(cls, samples: Sequence[Sample]) -> Self:
         """Stack samples of equal size."""
-        images = torch.stack([sample["image"] for sample in samples])
-        masks = torch.stack([sample["mask"] for sample in samples])
-        return cls(images, masks, [sample["name"] for sample in samples])
+        return cls(torch.stack([sample["image"] for sample in samples]), **stack_labels(samples))
 
-    def to(self, device: torch.device) -> Batch:
+    @classmethod
+    def of_masks(cls, masks: Tensor) -> Self:
+        """Return masks (B, H, W) as a batch without images of its own, for losses, which do not read these."""
+        return cls(masks, masks, [f"image {number}" for number in range(len(masks))])
+
+    def with_features(self, features: FrozenFeatures) -> FeatureBatch:
+        """Return the same samples with frozen features instead of images."""
+        return FeatureBatch(**{**vars(self), "image": features})
+
+    def to(self, device: torch.device) -> Self:
         """Copy to `device`."""
-        return Batch(to_device(self.image, device), to_device(self.mask, device), self.names)
+        return tree_map(self, partial(to_device, device=device))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> Self:
         """Copy to pinned memory, from which CUDA copies asynchronously."""
         return tree_map(self, Tensor.pin_memory)
 
-    def split(self, parts: int) -> list[Batch]:
+    def select(self, samples: slice) -> Self:
+        """Return some of the samples, as views of the tensors."""
+        return _select(self, samples)
+
+    def split(self, parts: int) -> list[Self]:
         """Split the samples in their order into batches whose sizes differ by at most one sample."""
-        images, masks = self.image.tensor_split(parts), self.mask.tensor_split(parts)
-        return [Batch(*part) for part in zip(images, masks, _split(self.names, images), strict=True)]
+        return [_select(self, samples) for samples in split_slices(len(self.names), parts)]
 
 
 @dataclass
@@ -83,7 +101,7 @@ class ClipBatch:
 
     def to(self, device: torch.device) -> ClipBatch:
         """Copy to `device`."""
-        return ClipBatch(to_device(self.image, device), self.names)
+        return tree_map(self, partial(to_device, device=device))
 
     def pin_memory(self) -> ClipBatch:
         """Copy to pinned memory, from which CUDA copies asynchronously."""
@@ -91,13 +109,35 @@ class ClipBatch:
 
     def split(self, parts: int) -> list[ClipBatch]:
         """Split the clips in their order into batches whose sizes differ by at most one clip."""
-        images = self.image.tensor_split(parts)
-        return [ClipBatch(*part) for part in zip(images, _split(self.names, images), strict=True)]
+        return [_select(self, clips) for clips in split_slices(len(self.names), parts)]
 
 
-def _split(names: list[str], parts: Sequence[Tensor]) -> list[list[str]]:
-    rest = iter(names)
-    return [list(islice(rest, len(part))) for part in parts]
+def stack_labels(samples: Sequence[SampleLabels]) -> dict[str, Any]:
+    """Stack the labels of samples of equal size; return them by the name of the field of `Batch`."""
+    maps = samples[0].get("maps", {})
+    return {
+        "mask": torch.stack([sample["mask"] for sample in samples]),
+        "names": [sample["name"] for sample in samples],
+        "maps": {name: torch.stack([sample["maps"][name] for sample in samples]) for name in maps},
+    }
+
+
+def join_batches(batches: Sequence[Batch]) -> Batch:
+    """Concatenate batches of images of one size, with the same maps."""
+    columns = zip(*map(collect_tensors, batches), strict=True)
+    joined = tree_map(batches[0], lambda _: torch.cat(next(columns)))
+    return replace(joined, names=[name for batch in batches for name in batch.names])
+
+
+def split_slices(count: int, parts: int) -> list[slice]:
+    """Return consecutive slices of a list of `count` items, whose lengths differ by at most one."""
+    whole, more = divmod(count, parts)
+    ends = [number * whole + min(number, more) for number in range(parts + 1)]
+    return [slice(first, last) for first, last in pairwise(ends)]
+
+
+def _select(batch: Any, samples: slice) -> Any:
+    return replace(tree_map(batch, lambda part: part[samples]), names=batch.names[samples])
 
 
 @dataclass
@@ -115,13 +155,6 @@ class FeatureBatch(Batch):
     """Batch with frozen features instead of images."""
 
     image: FrozenFeatures  # type: ignore[assignment]
-
-    def split(self, parts: int) -> list[Batch]:
-        """Split the samples in their order into batches whose sizes differ by at most one sample."""
-        columns = zip(*(tensor.tensor_split(parts) for tensor in self.image.tensors), strict=True)
-        features = [replace(self.image, tensors=list(tensors)) for tensors in columns]
-        masks = self.mask.tensor_split(parts)
-        return [FeatureBatch(*part) for part in zip(features, masks, _split(self.names, masks), strict=True)]
 
 
 @dataclass
@@ -240,10 +273,23 @@ def tree_map(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return outputs
 
 
+def collect_tensors(outputs: Any) -> list[Tensor]:
+    """Return the tensors of a head's outputs, or of a batch, in their order."""
+    found: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    tree_map(outputs, collect)
+    return found
+
+
 class SegmentationData(Protocol):
     """Map-style dataset of images and masks with remapped labels.
 
-    `dinoseg.data.custom.check_custom_dataset` returns one for a class that lacks only `skipped`.
+    `dinoseg.data.custom.check_custom_dataset` returns one for a class that lacks only `skipped`. A dataset
+    may have `maps`, see `sample_maps.declared_maps`.
     """
 
     @property

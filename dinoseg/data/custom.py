@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinoseg.core.sample_maps import check_map_kinds, check_maps, declared_maps
 from dinoseg.core.shapes import Palette, Sample, SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.utils.errors import UserError
@@ -26,7 +27,8 @@ class CustomDataset:
 
     Args:
         samples: the dataset. Its items have `image` (3, H, W) uint8 RGB, `mask` (H, W) of any integer type with class
-            ids or the ignored id, and `name`, as in `names`.
+            ids or the ignored id, and `name`, as in `names`. If the dataset has `maps`, a dict of name to `MapKind`,
+            items have these maps, too.
         rows: indices of the samples to use; None: all.
         where: what the caller named the dataset, for errors.
 
@@ -45,6 +47,7 @@ class CustomDataset:
         self.ignore_index = int(samples.ignore_index)
         self.names = [samples.names[row] for row in self.rows]
         self.lacking: Mapping[str, str] = {}
+        self.maps = check_map_kinds(declared_maps(samples), self._where)
         self.skipped: Mapping[str, str] = {}
         self.split_local_names = False
         self._is_known = torch.zeros(256, dtype=torch.bool)
@@ -62,9 +65,13 @@ class CustomDataset:
             raise UserError(
                 f"{self._where}: the sample {name} has the name {item['name']}. Return its name in `names`."
             )
-        return Sample(
+        sample = Sample(
             image=self._image(item["image"], name), mask=self._mask(item["mask"], item["image"], name), name=name
         )
+        if self.maps or "maps" in item:
+            size = (item["image"].shape[1], item["image"].shape[2])
+            sample["maps"] = check_maps(item.get("maps"), self.maps, size, f"{self._where}: the sample {name}")
+        return sample
 
     def keep(self, names: Collection[str]) -> "CustomDataset":
         """Return the dataset restricted to these names, in the same order."""

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from dinoseg.core.sample_maps import declared_maps
 from dinoseg.core.shapes import Batch, Sample, SegmentationData
 from dinoseg.utils.cores import cores_here, ranks_here, share_of_cores
 from dinoseg.utils.errors import KilledProcess, UserError
@@ -32,7 +33,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 Item = TypeVar("Item")
 Transform = Callable[..., tuple[np.ndarray, np.ndarray]]
-"""Map an image (H, W, 3), its mask (H, W) and a generator to a view of both."""
+"""Map an image (H, W, 3), its mask (H, W) and a generator to a view of both; `Augment.maps` moves maps with them."""
 ORDER, VIEW, CLIP = 0, 1, 5  # purposes of random streams, one Philox counter word
 _LEAST = 2  # one decodes the next batch while the other one hands over its own
 _MOST = 8  # each has its own memory; packing a slow dataset helps more than further processes
@@ -74,8 +75,14 @@ class TrainViews:
         """Return the view of a sample in an epoch."""
         whole = self.data[sample]
         pixels = np.ascontiguousarray(whole["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
-        image, mask = self.augment(pixels, whole["mask"].numpy(), self.make_rng(epoch, sample))
-        return Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=whole["name"])
+        ids = whole["mask"].numpy()
+        image, mask = self.augment(pixels, ids, self.make_rng(epoch, sample))
+        view = Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=whole["name"])
+        if "maps" in whole:
+            maps = {name: values.numpy() for name, values in whole["maps"].items()}
+            moved = self.augment.maps(maps, declared_maps(self.data), ids, self.make_rng(epoch, sample))  # type: ignore[attr-defined]
+            view["maps"] = {name: torch.from_numpy(values) for name, values in moved.items()}
+        return view
 
 
 def make_rng(seed: int, epoch: int, sample: int, purpose: int) -> np.random.Generator:

@@ -1,6 +1,7 @@
-"""Random joint augmentation of image and mask: one warp, one colour matrix, one random generator."""
+"""Random joint augmentation of image, mask and maps: one warp, one colour matrix, one random generator."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -8,6 +9,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from dinoseg.core.sample_maps import MapKind
+from dinoseg.data.map_views import warp_maps
 from dinoseg.data.photometric import SWITCHES, ColorTransform
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Byte, Count, HalfShare, HighShare, Positive, Range, Share
@@ -88,7 +91,7 @@ class Augment:
 
     The steps are, in order: limit the longer side to `longest`, as the model does; scale; affine transform about the
     centre; crop (padded where the image is smaller); flip; colour. All geometry is one warp: the image bilinear (after
-    `resample`, if it is reduced), the mask nearest. Pixels outside the image are ignored.
+    `resample`, if it is reduced), the mask nearest, maps by their kinds. Pixels outside the image are ignored.
 
     Args:
         crop: (H, W) of the result, pixels.
@@ -182,6 +185,41 @@ class Augment:
     def mask(self, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return the view of a mask (H, W) alone, equal to the mask of a call with the same `rng` state."""
         return self._warp_mask(mask, self.place(mask, rng))
+
+    def maps(
+        self,
+        maps: Mapping[str, np.ndarray],
+        kinds: Mapping[str, MapKind],
+        mask: np.ndarray,
+        rng: np.random.Generator,
+    ) -> dict[str, np.ndarray]:
+        """Return the views of maps (H, W) or (N, H, W), of the same pixels as a call with the same `rng` state.
+
+        Args:
+            maps: by name.
+            kinds: of the maps, by name.
+            mask: class ids (H, W), see `place`.
+            rng: random generator.
+
+        Raises:
+            UserError: see `check_maps`; or a map holds distances, and the sides of the image change unequally.
+        """
+        self.check_maps(kinds)
+        matrix, zoom, _ = self._geometry(mask, rng)
+        return warp_maps(maps, kinds, matrix, zoom, self.crop, self.ignore_index)
+
+    def check_maps(self, kinds: Mapping[str, MapKind]) -> None:
+        """Refuse maps that the geometry of the views would make wrong.
+
+        Raises:
+            UserError: one holds distances, and views are sheared.
+        """
+        lengths = [name for name, kind in kinds.items() if kind.is_length]
+        if lengths and self.affine.shear > 0:
+            raise UserError(
+                f"affine.shear={self.affine.shear}: under shear, the distances of the map {lengths[0]} would depend on "
+                "their direction. Set affine.shear=0, or leave this map out."
+            )
 
     def place(self, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return the matrix (3, 3) from image pixels (x, y, 1) to their positions in the view of the same call.

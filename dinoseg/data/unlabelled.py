@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from dinoseg.core.sample_maps import declared_maps
 from dinoseg.core.shapes import Sample, SegmentationData
 from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.video.access import ImageSource, read_source
@@ -12,17 +13,18 @@ from dinoseg.utils.errors import UserError
 
 
 class Unmasked:
-    """Training dataset of images without masks: all their pixels are ignored.
+    """Training dataset of images without masks: all their pixels are ignored, and maps hold their fill value.
 
     Args:
         names: names of the images, unique.
         sources: where to read the images from.
-        labels: the labelled dataset, which gives classes, palette and ignored id.
+        labels: the labelled dataset, which gives classes, palette, ignored id and the kinds of maps.
     """
 
     def __init__(self, names: Sequence[str], sources: Sequence[ImageSource], labels: SegmentationData) -> None:
         self.names, self.sources = names, sources
         self.classes, self.palette, self.ignore_index = labels.classes, labels.palette, labels.ignore_index
+        self.maps = declared_maps(labels)
         self.skipped: Mapping[str, str] = {}
 
     def __len__(self) -> int:
@@ -30,8 +32,12 @@ class Unmasked:
 
     def __getitem__(self, index: int) -> Sample:
         pixels = np.array(_read(self.sources[index]))
-        mask = torch.full(pixels.shape[:2], self.ignore_index, dtype=torch.uint8)
-        return Sample(image=torch.from_numpy(pixels).permute(2, 0, 1), mask=mask, name=self.names[index])
+        size = (pixels.shape[0], pixels.shape[1])
+        mask = torch.full(size, self.ignore_index, dtype=torch.uint8)
+        sample = Sample(image=torch.from_numpy(pixels).permute(2, 0, 1), mask=mask, name=self.names[index])
+        if self.maps:
+            sample["maps"] = {name: kind.empty(size, self.ignore_index) for name, kind in self.maps.items()}
+        return sample
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask (H, W) uint8 of an image; reads the image for its size."""

@@ -95,7 +95,7 @@ def divergence(
     masks = torch.where(inside, _INSIDE, _OUTSIDE).to(torch.uint8)
     return pixel_sums(
         prediction,
-        Batch(masks, masks, [""] * len(masks)),
+        Batch.of_masks(masks),
         _OUTSIDE,
         term,
         weights=weights,

@@ -308,7 +308,7 @@ def _value(
         if not (torch.isfinite(weights) & (weights >= 0)).all():
             raise UserError(f"class_weights={weights.tolist()}: give finite numbers that are not negative.")
         loss = _made(kind, weights, ignore_index, options).to(device)
-    batch = Batch(image=targets, mask=targets, names=[f"image {number}" for number in range(len(targets))])
+    batch = Batch.of_masks(targets)
     return loss(prediction, batch)[0]
 
 

@@ -41,6 +41,7 @@ class WeightedSum(Loss):
         self.needs_reconstruction = any(loss.needs_reconstruction for loss in self.losses)
         self.needs_similarity = any(loss.needs_similarity for loss in self.losses)
         self.needs_carried = any(loss.needs_carried for loss in self.losses)
+        self.needs_maps = {name: kind for loss in self._terms for name, kind in loss.needs_maps.items()}
         self._set_divisors()
 
     def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss, safe_divide
-from dinoseg.core.shapes import Batch, FrozenFeatures, Prediction, SegmentationData, tree_map
+from dinoseg.core.shapes import Batch, Prediction, SegmentationData, join_batches
 from dinoseg.data.loader import TrainViews, sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Augment
@@ -139,11 +139,10 @@ class ScoredBatch:
         """Return all samples as one batch on `device`, with the teacher's scores of each."""
         batches = [part.batch.to(device) for part in self.parts]
         seen = [look().to(device) for part in self.parts for look in part.lookups]
-        masks, names = torch.cat([batch.mask for batch in batches]), [name for each in batches for name in each.names]
-        return DistilledBatch(_joined([batch.image for batch in batches]), masks, names, seen, len(batches[0].names))
+        return DistilledBatch(**vars(join_batches(batches)), seen=seen, labelled=len(batches[0].names))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DistilledBatch(Batch):
     """Views with the teacher's scores of each; the masks of the first `labelled` ones are used as labels."""
 
@@ -153,8 +152,8 @@ class DistilledBatch(Batch):
     @property
     def with_masks(self) -> Batch:
         """Return the views with masks."""
-        selection = slice(0, self.labelled)
-        return Batch(tree_map(self.image, lambda part: part[selection]), self.mask[selection], self.names[selection])
+        views = Batch(**{part.name: getattr(self, part.name) for part in fields(Batch)})
+        return views.select(slice(self.labelled))
 
 
 @dataclass(kw_only=True)
@@ -250,15 +249,6 @@ def _parts(
         "world_size": data_module.world_size,
     }
     return map(Part, batches, sample_batches(later, list, len(drawn.data), **order))
-
-
-def _joined(images: Sequence[Tensor | FrozenFeatures]) -> Any:
-    """Concatenate images, or their frozen features, along the batch."""
-    first = images[0]
-    if isinstance(first, Tensor):
-        return torch.cat([image for image in images if isinstance(image, Tensor)])
-    features = [image.tensors for image in images if isinstance(image, FrozenFeatures)]
-    return replace(first, tensors=[torch.cat(parts) for parts in zip(*features, strict=True)])
 
 
 def _mask(data: SegmentationData, index: int) -> np.ndarray:

@@ -99,4 +99,6 @@ def _require_equal(found: Sequence[Sample], expected: Sequence[Sample], rule: st
     """Compare samples; masks of a custom class may have other integer types than those of the loader."""
     for ours, theirs in zip(found, expected, strict=True):
         same = torch.equal(ours["image"], theirs["image"]) and torch.equal(ours["mask"].long(), theirs["mask"].long())
+        maps = theirs.get("maps", {})
+        same = same and all(torch.equal(ours["maps"][name], values) for name, values in maps.items())
         require(same and ours["name"] == theirs["name"], f"{rule} {theirs['name']} differs; {remedy}.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoseg.core.contracts import Backbone, Head
-from dinoseg.core.shapes import Prediction
+from dinoseg.core.shapes import Prediction, collect_tensors
 from dinoseg.models.model import SegmentationModel
 from dinoseg.testing.modules import (
     IMAGE_SIZE,
@@ -17,7 +17,6 @@ from dinoseg.testing.modules import (
     are_close,
     autocast,
     check_class,
-    collect_tensors,
     fixed_seed,
     random_images,
     require,

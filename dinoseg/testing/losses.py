@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample
-from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction, SlotOutputs, tree_map
+from dinoseg.core.sample_maps import random_maps
+from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction, SlotOutputs, collect_tensors, tree_map
 from dinoseg.models.heads.semantic import semantic_map
-from dinoseg.testing.modules import are_close, check_class, collect_tensors, fixed_seed, require
+from dinoseg.testing.modules import are_close, check_class, fixed_seed, require
 from dinoseg.training.step import batch_loss
 
 SIZE = (8, 12)  # (H, W) of the masks and of the outputs
@@ -79,7 +80,8 @@ class LossCase:
         mask[:, :, size[1] // 2 :] = self.ignore_index
         mask[1:2] = self.ignore_index
         mask[2:3, 2:] = self.ignore_index
-        return Batch(torch.zeros(count, 3, *size, dtype=torch.uint8), mask, names)
+        maps = random_maps(self.loss.needs_maps, count, size, self.num_classes, rng)
+        return Batch(torch.zeros(count, 3, *size, dtype=torch.uint8), mask, names, maps)
 
     def run(self, outputs: Any, batch: Any, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the result of the loss; its random numbers depend on the seed alone."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinoseg.core.shapes import tree_map
 from dinoseg.utils.wording import join_names
 
 IMAGE_SIZE = (37, 50)  # no multiple of any usual patch size
@@ -54,18 +53,6 @@ def autocast() -> Iterator[None]:
 def random_images(count: int, size: tuple[int, int] = IMAGE_SIZE) -> Tensor:
     """Return images (B, 3, H, W) of noise in 0..1."""
     return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(3))
-
-
-def collect_tensors(outputs: Any) -> list[Tensor]:
-    """Return the tensors of a head's outputs, or of a batch, in their order."""
-    found: list[Tensor] = []
-
-    def collect(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    tree_map(outputs, collect)
-    return found
 
 
 def are_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-4) -> bool:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.metric import Metric
+from dinoseg.core.sample_maps import declared_maps
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.data.loader import TrainViews, advise_more_workers, check_batch_size, train_batches
 from dinoseg.data.packed.pack import PackedDataset
+from dinoseg.data.transforms import Augment
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.metrics.confusion import SCORES
@@ -23,8 +25,10 @@ from dinoseg.report.overlay import compare
 from dinoseg.training.data_module import SHOWN_SIDE, Validation, spread
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import FeatureCache, LazyFeatureBatch
+from dinoseg.training.feature_cache.key import overrides_both
 from dinoseg.training.tally import Tally
 from dinoseg.training.validation import ScoredModel, evaluate_each
+from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Count
 
 SCORE_NAMES = tuple(sorted(["loss", *SCORES]))
@@ -72,10 +76,29 @@ class ImageDataModule:
     def __post_init__(self) -> None:
         """Refuse a batch size that does not fit, long before the first batch."""
         check_batch_size(self.batch_size, len(self.train), self.world_size)
+        self._check_maps()
         objects = () if self.background is None else (OBJECT_SCORE,)
         better = {name: which for metric in self.metrics for name, which in metric.scores.items()}
         self.score_names = (*SCORE_NAMES, *objects, *better)
         self.lowest = ("loss", *(name for name, which in better.items() if which == "min"))
+
+    def _check_maps(self) -> None:
+        """Refuse an augmentation that cannot move the maps of the training samples, and validation without them."""
+        kinds, others, augment = declared_maps(self.train), declared_maps(self.val), self.augment
+        if others != kinds:
+            raise UserError(
+                f"Training samples have the maps {dict(kinds)}, and validation samples {dict(others)}. Declare "
+                "the same `maps` for each split."
+            )
+        if not kinds:
+            return
+        if not (isinstance(augment, Augment) and overrides_both(type(augment), "maps", "__call__")):
+            raise UserError(
+                f"data.augment, a {type(augment).__name__}, cannot move the maps of the data ({', '.join(kinds)}). "
+                "Inherit from dinoseg.data.transforms.Augment, and override `maps` where you override `__call__`."
+            )
+        with name_parameters({"affine.shear": "data.augment.affine.shear"}):
+            augment.check_maps(kinds)
 
     @property
     def given(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Backbone, Head, Loss
-from dinoseg.core.shapes import Batch, FeatureBatch, FrozenFeatures, Prediction
+from dinoseg.core.shapes import Batch, FrozenFeatures, Prediction
 from dinoseg.inference.memory import is_shortage
 from dinoseg.inference.policy import Autocast, Policy
 from dinoseg.inference.whole import Whole
@@ -128,7 +128,7 @@ class MultiHeadSegmenter(SegmentationModel):
             if features is None or not shares:
                 yield batch
             else:
-                yield FeatureBatch(self.select(features, model), batch.mask, batch.names)
+                yield batch.with_features(self.select(features, model))
 
     def _features(self, images: Tensor, autocast: Autocast) -> FrozenFeatures | None:
         """Return the features of images; None if memory does not suffice, where heads may cut windows instead."""

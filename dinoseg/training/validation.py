@@ -1,18 +1,19 @@
 """Scores of a model on a dataset at the masks' own size, with exact counts over all images and ranks."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import lattice
-from dinoseg.core.shapes import Batch, FeatureBatch, Prediction, SegmentationData
+from dinoseg.core.sample_maps import MapKind, declared_maps, resize_map, resize_nearest
+from dinoseg.core.shapes import Batch, FeatureBatch, Prediction, SegmentationData, tree_map
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.inference.policy import Place, Policy
 from dinoseg.inference.predictor import Predictor
@@ -117,7 +118,7 @@ class ScoredModel:
         rows: MetricRows | None = None,
     ) -> None:
         self._model, self._engine, self._loss, self._on_batch = model, engine, loss, on_batch
-        self._rows = rows
+        self._rows, self._maps = rows, declared_maps(data)
         self._counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
         self._losses: list[Tensor] = []  # read at the end, to avoid a device sync per batch
         self._predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
@@ -133,7 +134,7 @@ class ScoredModel:
     def add(self, batch: Batch) -> None:
         """Count the model's predictions for a batch on the device."""
         size = (batch.mask.shape[-2], batch.mask.shape[-1])
-        ids, logits, added = _predicted(self._predictor, batch, self._loss, size)
+        ids, logits, added = _predicted(self._predictor, batch, self._loss, self._maps, size)
         self._losses += added
         self._counts.update(ids, batch.mask)
         if self._rows is not None:
@@ -156,7 +157,7 @@ class ScoredModel:
 
 
 def _predicted(
-    predictor: Predictor, batch: Batch, loss: Loss | None, size: Size
+    predictor: Predictor, batch: Batch, loss: Loss | None, kinds: Mapping[str, MapKind], size: Size
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return the class IDs and logits of a batch as `_read` does, and its losses."""
     losses: list[Tensor] = []
@@ -166,7 +167,7 @@ def _predicted(
         if loss is not None:
             losses += _of_images(loss, prediction, batch)
         return *_read([prediction], size), losses
-    seen = partial(_add_loss, loss, losses, batch) if loss is not None else None
+    seen = partial(_add_loss, loss, losses, kinds, batch) if loss is not None else None
 
     def take(bands: Iterable[Prediction]) -> tuple[Tensor, Tensor]:
         losses.clear()  # of an attempt that ran out of memory
@@ -191,6 +192,7 @@ def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:
 def _add_loss(
     loss: Loss,
     losses: list[Tensor],
+    kinds: Mapping[str, MapKind],
     batch: Batch,
     prediction: Prediction,
     parts: Tensor,
@@ -198,8 +200,7 @@ def _add_loss(
     size: Size,
 ) -> None:
     """Append the loss of parts (n, 3, h, w) of a batch's images to `losses`."""
-    masks = _part_masks(batch, (parts.shape[-2], parts.shape[-1]), places, size)
-    losses += _of_images(loss, prediction, Batch(parts, masks, [batch.names[position.image] for position in places]))
+    losses += _of_images(loss, prediction, _cut_parts(batch, kinds, parts, places, size))
 
 
 def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]:
@@ -209,15 +210,21 @@ def _of_images(loss: Loss, prediction: Prediction, batch: Batch) -> list[Tensor]
     return [loss(prediction.of_images(slice(row, row + 1)), one)[0] for row, one in enumerate(batch.split(batch.count))]
 
 
-def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -> Tensor:
-    """Return the masks of parts (h, w) that were cut from a batch's images after resizing to `size`."""
-    if part == size:
-        return torch.stack([batch.mask[position.image] for position in places])
-    masks = batch.mask
-    if masks.shape[-2:] != size:
-        masks = F.interpolate(masks[:, None], size, mode="nearest-exact")[:, 0]
-    height, width = part
-    return torch.stack([masks[image, top : top + height, left : left + width] for image, top, left in places])
+def _cut_parts(batch: Batch, kinds: Mapping[str, MapKind], parts: Tensor, places: Sequence[Place], size: Size) -> Batch:
+    """Return parts (n, 3, h, w), cut from a batch's images after resizing to `size`, with the labels there."""
+    height, width = part = (parts.shape[-2], parts.shape[-1])
+    mask, maps = batch.mask, batch.maps
+    if part != size:
+        mask = resize_nearest(mask, size)
+        maps = {name: resize_map(values, kinds[name], size) for name, values in maps.items()}
+
+    def cut(labels: Tensor) -> Tensor:
+        if part == size:
+            return torch.stack([labels[position.image] for position in places])
+        return torch.stack([labels[image, ..., top : top + height, left : left + width] for image, top, left in places])
+
+    names = [batch.names[position.image] for position in places]
+    return replace(batch, image=parts, names=names, **tree_map({"mask": mask, "maps": maps}, cut))
 
 
 def eval_batches(

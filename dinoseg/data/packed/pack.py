@@ -29,7 +29,8 @@ class PackedDataset(PairDataset):
     """Dataset of image and mask files, read from a packed store.
 
     An item equals that of the files, reduced once to `longest` as by `Augment`. An augmented view of it has the same
-    geometry as a view of the file. If `scale` enlarges it, it shows only the detail of the reduced image.
+    geometry as a view of the file. If `scale` enlarges it, it shows only the detail of the reduced image. Maps are
+    computed from the packed item.
 
     Args:
         source: the dataset of files.
@@ -44,6 +45,7 @@ class PackedDataset(PairDataset):
         super().__init__(source.pairs, source.reader.labels, source.reader.masks, source.lacking, source.remedy)
         self.reader, self.skipped, self._source = source.reader, source.skipped, source
         self.split_local_names = source.split_local_names
+        self.maps, self.compute_maps = source.maps, source.compute_maps
         self.store, self.longest = store, longest
         self.rows = list(range(len(source)) if rows is None else rows)
         self._hashes: dict[int, str] = {}  # row to hash of its image
@@ -59,7 +61,7 @@ class PackedDataset(PairDataset):
     def __getitem__(self, index: int) -> Sample:
         image, mask = self.store.read(self.rows[index])
         pixels = torch.from_numpy(image).permute(2, 0, 1)  # (3, H, W)
-        return Sample(image=pixels, mask=torch.from_numpy(mask), name=self.names[index])
+        return self.add_maps(Sample(image=pixels, mask=torch.from_numpy(mask), name=self.names[index]))
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask (H, W) uint8 of an item."""

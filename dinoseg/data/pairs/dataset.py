@@ -1,15 +1,20 @@
 """Dataset of image and mask file pairs."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from dinoseg.core.sample_maps import MapKind, check_map_kinds, check_maps
 from dinoseg.core.shapes import Sample
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
 from dinoseg.data.pairs.pair import Pair, fingerprint, image_hash
 from dinoseg.data.video.access import read_source
+
+ComputeMaps = Callable[[Sample], dict[str, Tensor]]
 
 
 class PairDataset:
@@ -40,6 +45,8 @@ class PairDataset:
         self.lacking: Mapping[str, str] = lacking or {}
         self.remedy = remedy
         self.skipped: Mapping[str, str] = {}  # name to fault, of the pairs that `data.on_error=skip` left out
+        self.maps: Mapping[str, MapKind] = {}
+        self.compute_maps: ComputeMaps | None = None
         self.split_local_names = False  # equal names (of images or videos) in two splits are different data
         self.longest: int | None = None  # pixels that an image's longer side is reduced to; None: original size
         self.reader = MaskReader(labels, masks)
@@ -53,7 +60,30 @@ class PairDataset:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        return read_pair(self.pairs[index], self.reader)
+        return self.add_maps(read_pair(self.pairs[index], self.reader))
+
+    def with_maps(self, maps: Mapping[str, MapKind], compute: ComputeMaps) -> "PairDataset":
+        """Return the dataset with maps that are computed from each sample whenever it is read.
+
+        Args:
+            maps: their kinds by name.
+            compute: maps a sample to its maps by name. With `data.cache=packed`, the sample is the packed one, which
+                may be smaller than its file. A process may load the data: define the function in a module.
+        """
+        dataset = copy(self)
+        dataset.maps, dataset.compute_maps = check_map_kinds(maps, "with_maps"), compute
+        return dataset
+
+    def add_maps(self, sample: Sample) -> Sample:
+        """Add the maps, if there are any, to a sample of this dataset, and return it.
+
+        Raises:
+            UserError: a map is missing, or has another shape or type than declared.
+        """
+        if self.compute_maps is not None:
+            size = (sample["image"].shape[-2], sample["image"].shape[-1])
+            sample["maps"] = check_maps(self.compute_maps(sample), self.maps, size, f"The sample {sample['name']}")
+        return sample
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask (H, W) uint8 alone."""
@@ -72,6 +102,7 @@ class PairDataset:
         pairs = [pair for pair in self.pairs if pair.name in names]
         subset = PairDataset(pairs, self.reader.labels, self.reader.masks, self.lacking, self.remedy)
         subset.skipped, subset.split_local_names = self.skipped, self.split_local_names
+        subset.maps, subset.compute_maps = self.maps, self.compute_maps
         return subset
 
     def fingerprint(self) -> str:

@@ -2,16 +2,17 @@
 
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.core.shapes import FeatureBatch, FrozenFeatures, SegmentationData
+from dinoseg.core.sample_maps import declared_maps
+from dinoseg.core.shapes import FeatureBatch, FrozenFeatures, SampleLabels, SegmentationData, split_slices, stack_labels
 from dinoseg.core.sizes import Size
 from dinoseg.data.loader import TrainViews, Transform, load_in_order, sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
@@ -65,8 +66,7 @@ class View:
     """A sample with its features if they are cached, else with its image."""
 
     key: str
-    mask: Tensor  # (H, W) uint8
-    name: str
+    labels: SampleLabels
     features: list[Tensor] | None
     image: Tensor | None  # (3, H, W) uint8
 
@@ -81,17 +81,27 @@ class LazyFeatureBatch:
     @property
     def names(self) -> list[str]:
         """Return the samples' names."""
-        return [view.name for view in self.views]
+        return [view.labels["name"] for view in self.views]
 
     @property
     def mask(self) -> Tensor:
         """Return the samples' masks (B, H, W)."""
-        return torch.stack([view.mask for view in self.views])
+        return self.labels["mask"]
+
+    @property
+    def maps(self) -> dict[str, Tensor]:
+        """Return the samples' maps, see `Batch`."""
+        return self.labels["maps"]
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Return the samples' names, masks and maps, see `stack_labels`."""
+        return stack_labels([view.labels for view in self.views])
 
     @property
     def size(self) -> tuple[int, int]:
         """Return the (H, W) of the images."""
-        return _size(self.views[0].mask)
+        return _size(self.views[0].labels["mask"])
 
     def to(self, device: torch.device) -> FeatureBatch:
         """Return the samples' features and masks on `device`."""
@@ -99,11 +109,7 @@ class LazyFeatureBatch:
 
     def split(self, parts: int) -> list["LazyFeatureBatch"]:
         """Split the samples in their order into batches whose sizes differ by at most one sample."""
-        whole, more = divmod(len(self.views), parts)
-        ends = [number * whole + min(number, more) for number in range(parts + 1)]
-        return [
-            LazyFeatureBatch(self.cache, self.views[first:last]) for first, last in zip(ends, ends[1:], strict=False)
-        ]
+        return [replace(self, views=self.views[samples]) for samples in split_slices(len(self.views), parts)]
 
 
 @dataclass
@@ -168,10 +174,9 @@ class FeatureCache:
         self._check_equal_shapes(rows)
         stacks = [to_device(torch.stack(part), device) for part in zip(*rows, strict=True)]
         tensors = [part.float() if part.is_floating_point() else part for part in stacks]  # uint8 tensors are pixels
-        masks = torch.stack([view.mask for view in views])
-        size = _size(masks)
+        size = _size(views[0].labels["mask"])
         frozen = FrozenFeatures(tensors, size, self.model.input_size(size), self.store.folder)
-        return FeatureBatch(frozen, to_device(masks, device), [view.name for view in views])
+        return FeatureBatch(frozen, **stack_labels([view.labels for view in views])).to(device)
 
     def _check_equal_shapes(self, rows: list[list[Tensor]]) -> None:
         """Refuse features of images of one size that differ in shape: the model compares those of a whole batch."""
@@ -200,7 +205,7 @@ class FeatureCache:
     def _arrived(self, views: list[View]) -> LazyFeatureBatch:
         """Return views that were read here or in another process, and remember their masks and checked keys."""
         for view in views:
-            self._masks.keep((view.key, view.name), view.mask)
+            self._masks.keep((view.key, view.labels["name"]), view.labels["mask"])
             if view.features is not None:
                 self.store.trust(view.key)
         return LazyFeatureBatch(self, views)
@@ -232,9 +237,9 @@ def _read_views(
     features = store.get(key)
     if features is not None and _has_masks_only(data) and _transforms_masks_only(augment):
         mask = masks.get((key, name), lambda: augment.mask(data.mask(index), drawn.make_rng(epoch, index)))
-        return View(key, mask, name, features, None)
+        return View(key, SampleLabels(mask=mask, name=name), features, None)
     sample = drawn.read(epoch, index)
-    return View(key, sample["mask"], sample["name"], features, sample["image"])
+    return View(key, sample, features, sample["image"])
 
 
 def _mask_digests(drawn: TrainViews, index: int) -> list[str]:
@@ -246,7 +251,9 @@ def _mask_digests(drawn: TrainViews, index: int) -> list[str]:
 
 
 def _has_masks_only(data: SegmentationData) -> TypeGuard[PairDataset | Unmasked]:
-    return isinstance(data, PairDataset | Unmasked) and overrides_both(type(data), "mask", "__getitem__")
+    """Return whether a dataset reads masks without images, and its samples have no maps, which may need images."""
+    files = isinstance(data, PairDataset | Unmasked) and overrides_both(type(data), "mask", "__getitem__")
+    return files and not declared_maps(data)
 
 
 def _transforms_masks_only(augment: Transform) -> TypeGuard[Augment]:
@@ -258,6 +265,6 @@ def _read_whole(data: SegmentationData, store: FeatureStore, masks: CachedMasks,
     features = store.get(key)
     if features is not None and _has_masks_only(data):
         mask = masks.get((key, data.names[index]), lambda: data.mask(index))
-        return View(key, mask, data.names[index], features, None)
+        return View(key, SampleLabels(mask=mask, name=data.names[index]), features, None)
     sample = data[index]
-    return View(key, sample["mask"], sample["name"], features, sample["image"])
+    return View(key, sample, features, sample["image"])

@@ -68,7 +68,7 @@ def given():
     model.frozen, model.input_size = frozen, lambda size: tuple(2 * side for side in size)
     kept = FeatureCache(model, lambda: torch.autocast("cpu", torch.bfloat16), opened, "drawing", 2, "memory")
     image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
-    return kept, View("0" * 32, mask, "a", None, image), passed
+    return kept, View("0" * 32, {"mask": mask, "name": "a"}, None, image), passed
 
 
 def test_features_are_the_same_when_they_are_computed_and_when_they_are_kept(given):
@@ -120,7 +120,7 @@ def test_files_of_other_shapes_end_in_one_error(tmp_path, changed):
     store = DiskStore(tmp_path, "folder", "float32")
     stored = FeatureCache(model, nullcontext, lambda: store, "drawing", 2, "disk")
     image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
-    views = [View(f"{number:032}", mask, str(number), None, image) for number in range(2)]
+    views = [View(f"{number:032}", {"mask": mask, "name": str(number)}, None, image) for number in range(2)]
     model(stored.completed(views, CPU).image)
     for number in changed:
         store.path(views[number].key).write_bytes(to_bytes(views[number].key, [torch.zeros(5, 7, 7)]))

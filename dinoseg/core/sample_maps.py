@@ -1,0 +1,231 @@
+"""Maps of a sample: values per pixel besides its mask, and how each kind is resampled with it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import Count, check_value
+
+_LARGEST_RATIO = 1.1  # of the zooms of both axes: sides are rounded to whole pixels, a large share of a small image
+
+
+@dataclass(frozen=True)
+class MapKind:
+    """Base class of the kinds of maps.
+
+    Args:
+        layers: N of maps (N, H, W); None: maps are (H, W).
+    """
+
+    layers: Count | None = None
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
+    is_interpolated: ClassVar[bool] = True  # bilinear; otherwise values are copied from the nearest pixel
+    is_length: ClassVar[bool] = False  # whether values are in pixels, and grow with the image
+
+    def __post_init__(self) -> None:
+        """Refuse layers that are no number."""
+        check_value("layers", self.layers, Count | None)
+
+    def fill_value(self, ignore_index: int) -> float:
+        """Return the value outside the image, for a dataset with this `ignore_index`."""
+        raise NotImplementedError
+
+    def shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Return the shape of a map of `size` (H, W)."""
+        return size if self.layers is None else (self.layers, *size)
+
+    def empty(self, size: tuple[int, int], ignore_index: int) -> Tensor:
+        """Return a map of `size` (H, W) for an image without one: the fill value everywhere."""
+        return torch.full(self.shape(size), self.fill_value(ignore_index), dtype=self.dtypes[0])
+
+    def random(self, size: tuple[int, int], num_classes: int, rng: torch.Generator) -> Tensor:
+        """Return a random map of `size` (H, W), for tests and estimates."""
+        return 10 * torch.randn(self.shape(size), generator=rng)
+
+    def factor(self, zoom: tuple[float, float]) -> float:
+        """Return the factor of the values where each pixel becomes `zoom` pixels, vertically and horizontally.
+
+        Raises:
+            UserError: they are lengths, and the zooms differ.
+        """
+        if not self.is_length:
+            return 1.0
+        if max(zoom) > _LARGEST_RATIO * min(zoom):
+            raise UserError(
+                f"A map of distances cannot be resized by {zoom[0]:.3f} vertically and {zoom[1]:.3f} horizontally: a "
+                "distance would depend on its direction. Resize both axes alike."
+            )
+        return math.sqrt(zoom[0] * zoom[1])
+
+
+@dataclass(frozen=True)
+class LabelMap(MapKind):
+    """Class ids, uint8, such as coarser classes or a second annotator's; outside the image, they are ignored."""
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.uint8,)
+    is_interpolated: ClassVar[bool] = False
+
+    def fill_value(self, ignore_index: int) -> float:
+        """Return the ignored id."""
+        return ignore_index
+
+    def random(self, size: tuple[int, int], num_classes: int, rng: torch.Generator) -> Tensor:
+        """Return random class ids."""
+        return torch.randint(num_classes, self.shape(size), generator=rng, dtype=self.dtypes[0])
+
+
+@dataclass(frozen=True)
+class IdMap(MapKind):
+    """Ids of objects, int32 or int64, never mixed; 0, no object, outside the image."""
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.int32, torch.int64)
+    is_interpolated: ClassVar[bool] = False
+
+    def fill_value(self, ignore_index: int) -> float:
+        """Return 0."""
+        return 0
+
+    def random(self, size: tuple[int, int], num_classes: int, rng: torch.Generator) -> Tensor:
+        """Return random ids."""
+        return torch.randint(10, self.shape(size), generator=rng, dtype=self.dtypes[0])
+
+
+@dataclass(frozen=True)
+class ValueMap(MapKind):
+    """Values that do not depend on size and direction, float32, such as weights, heights or probabilities.
+
+    Args:
+        layers: N of maps (N, H, W); None: maps are (H, W).
+        fill: value outside the image.
+    """
+
+    fill: float = 0.0
+
+    def fill_value(self, ignore_index: int) -> float:
+        """Return `fill`."""
+        return self.fill
+
+
+@dataclass(frozen=True)
+class DistanceMap(ValueMap):
+    """Distances in pixels, float32, signed or not: they grow with the image, and turning leaves them unchanged."""
+
+    is_length: ClassVar[bool] = True
+
+
+def declared_maps(data: object) -> Mapping[str, MapKind]:
+    """Return the attribute `maps` of a dataset: kinds by name of what its samples have as `maps`; by default none."""
+    return getattr(data, "maps", {})
+
+
+def check_map_kinds(kinds: object, where: str) -> dict[str, MapKind]:
+    """Return the kinds of maps by name.
+
+    Args:
+        kinds: what was declared.
+        where: what declares them, for the message.
+
+    Raises:
+        UserError: they are no mapping of names to kinds.
+    """
+    if not isinstance(kinds, Mapping) or not all(isinstance(kind, MapKind) for kind in kinds.values()):
+        raise UserError(
+            f"{where}: `maps` is {kinds!r}. Give a dict of name to LabelMap(), IdMap(), ValueMap() or DistanceMap() of "
+            "dinoseg.core.sample_maps. Fields of vectors are not supported: augmentation would have to turn them."
+        )
+    return {str(name): kind for name, kind in kinds.items()}
+
+
+def check_needed_maps(needed: Mapping[str, MapKind], kinds: Mapping[str, MapKind], loss: str, data: str) -> None:
+    """Refuse a dataset that lacks a map which a loss reads.
+
+    Args:
+        needed: `Loss.needs_maps`.
+        kinds: the dataset's.
+        loss: its name, for the message.
+        data: its name, for the message.
+
+    Raises:
+        UserError: a map is not declared, or is of another kind or number of layers.
+    """
+    for name, kind in needed.items():
+        found = kinds.get(name)
+        if type(found) is not type(kind) or found.layers != kind.layers:
+            raise UserError(
+                f"{loss} reads the map {name}, {kind}, but {data} declares {dict(kinds)}. Choose a dataset whose "
+                "`maps` declares it and whose samples have it, or another loss."
+            )
+
+
+def check_maps(maps: object, kinds: Mapping[str, MapKind], size: tuple[int, int], where: str) -> dict[str, Tensor]:
+    """Return the maps of a sample.
+
+    Args:
+        maps: of the sample, by name.
+        kinds: the declared ones.
+        size: (H, W) of its image.
+        where: the dataset and sample, for the message.
+
+    Raises:
+        UserError: a map is missing, or has another shape or type than declared.
+    """
+    found = maps if isinstance(maps, Mapping) else {}
+    if odd := [name for name in {**found, **kinds} if name not in found or name not in kinds]:
+        raise UserError(
+            f"{where} has the maps {sorted(found)}, and `maps` of the dataset declares {sorted(kinds)}. Return the "
+            f"same; differing: {', '.join(odd)}."
+        )
+    for name, kind in kinds.items():
+        value = found[name]
+        if not isinstance(value, Tensor) or value.shape != kind.shape(size) or value.dtype not in kind.dtypes:
+            form = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            dtypes = " or ".join(str(dtype) for dtype in kind.dtypes)
+            raise UserError(
+                f"{where}: the map {name} is {form}. As {type(kind).__name__}, it has to be a tensor of {dtypes} "
+                f"{kind.shape(size)}."
+            )
+    return dict(found)
+
+
+def random_maps(
+    kinds: Mapping[str, MapKind], count: int, size: tuple[int, int], num_classes: int, rng: torch.Generator
+) -> dict[str, Tensor]:
+    """Return random maps (B, H, W) or (B, N, H, W) of `count` samples, by name."""
+    return {
+        name: torch.stack([kind.random(size, num_classes, rng) for _ in range(count)]) for name, kind in kinds.items()
+    }
+
+
+def resize_map(values: Tensor, kind: MapKind, size: tuple[int, int]) -> Tensor:
+    """Return maps (..., h, w) at `size` (H, W), sampled at the centres of the pixels.
+
+    Raises:
+        UserError: they hold distances, and the sides of the image change by different factors.
+    """
+    height, width = values.shape[-2:]
+    factor = kind.factor((size[0] / height, size[1] / width))
+    if not kind.is_interpolated:
+        return resize_nearest(values, size)
+    resized = F.interpolate(values.reshape(-1, 1, height, width), size, mode="bilinear")
+    return factor * resized.view(*values.shape[:-2], *size)
+
+
+def resize_nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return values (..., h, w) of any type at `size` (H, W), equal to `F.interpolate(..., mode="nearest-exact")`."""
+    if values.shape[-2:] == size:
+        return values
+    rows, columns = (
+        F.interpolate(
+            torch.arange(old, dtype=torch.float32, device=values.device)[None, None], new, mode="nearest-exact"
+        )
+        .flatten()
+        .long()
+        for old, new in zip(values.shape[-2:], size, strict=True)
+    )
+    return values[..., rows[:, None], columns]

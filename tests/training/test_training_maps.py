@@ -1,0 +1,208 @@
+"""Maps of samples reach the loss in each way that a batch takes."""
+
+import os
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import INFO
+from log_rows import Rows
+from making import Pictures, save
+from mapped import KINDS, MappedLoss, MappedPictures, check_twins, maps_of
+from omegaconf import OmegaConf
+from tiny_parts import tiny_vit
+
+from dinoseg.cli import ranks
+from dinoseg.core.sample_maps import DistanceMap, LabelMap, check_needed_maps
+from dinoseg.core.shapes import Batch, join_batches
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.custom import CustomDataset
+from dinoseg.data.packed.pack import pack
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.transforms import Affine, Augment
+from dinoseg.inference.windows import Windows
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.distillation import TeacherView
+from dinoseg.losses.weighted_sum import WeightedSum
+from dinoseg.models.adapters import Frozen, Full
+from dinoseg.models.heads.mlp import MlpHead
+from dinoseg.models.model import SegmentationModel
+from dinoseg.tasks.distil import DistilledLoss, Part, ScoredBatch
+from dinoseg.training.checkpoint import Checkpointer
+from dinoseg.training.engine import Engine
+from dinoseg.training.feature_choice import CacheOptions, feature_cache
+from dinoseg.training.image_data_module import ImageDataModule
+from dinoseg.training.optim import parameter_groups, schedule
+from dinoseg.training.trainer import Experiment, Settings, fit
+from dinoseg.training.validation import evaluate
+from dinoseg.utils.errors import UserError
+
+CPU = torch.device("cpu")
+SHORT = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+
+
+def pictures(count=6, cls=MappedPictures):
+    return CustomDataset(cls([(24, 32)] * count))
+
+
+class Cramped(MappedLoss):
+    """A machine that holds two images."""
+
+    def forward(self, prediction, batch):
+        if len(batch.names) > 2:
+            raise RuntimeError(SHORT)
+        return super().forward(prediction, batch)
+
+
+def train(folder, *, data=None, cache="off", adapter=Frozen, accumulate=1, loss=MappedLoss, steps=4):
+    """Train with plain SGD; return losses, the gradient norms and the scores of validation."""
+    engine, log = Engine("cpu", "fp32", workers=0, cache=cache), Rows()
+    torch.manual_seed(0)
+    model = engine.place(SegmentationModel(adapter()(tiny_vit()), MlpHead(24, 1, 3, 8)))
+    augment = Augment((16, 24), scale=(0.5, 2), affine=Affine(30, 0.2), flip=0.5)
+    order = {"batch_size": 4, "seed": 0, "workers": 0, "rank": engine.rank, "world_size": engine.world_size}
+    train = data or pictures()
+    data_module = ImageDataModule(train, train, augment, **order, views=2)
+    data_module.cache = feature_cache(
+        data_module, model, engine, CacheOptions(folder / "cache", 9.0, "", {}, dtype="float32")
+    )
+    assert (data_module.cache is None) == (cache == "off")
+    optimizer, criterion = torch.optim.SGD(parameter_groups(model, lr=0.01, weight_decay=0.0)), loss()
+    checkpoints = Checkpointer(folder, dict(INFO), None, writes=engine.is_main)
+    settings = Settings(steps=steps, val_every=steps, log_every=1, clip=None, score="loss", accumulate=accumulate)
+    fit(Experiment(model, criterion, data_module, optimizer, schedule("constant"), engine, checkpoints, log, settings))
+    assert criterion.batches >= steps
+    names = ("train/loss", "train/gradient_norm", "val/loss")
+    return [row[name] for row in log.rows for name in names if name in row]
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_cached_features_come_with_the_maps_of_their_views(tmp_path, place):
+    first = train(tmp_path, cache=place)
+    again = train(tmp_path, cache=place)  # from disk, all features are read
+    assert first == again == pytest.approx(train(tmp_path / "images"), rel=1e-4)
+
+
+def test_windows_of_a_validation_have_their_part_of_the_maps():
+    for policy in (Windows((16, 24), overlap=0.5), Windows((16, 24), overlap=0.5, shortest=30)):
+        loss, engine = MappedLoss(), Engine("cpu", "fp32", workers=0, eval_batch_size=2)
+        torch.manual_seed(0)
+        model = SegmentationModel(tiny_vit(), MlpHead(24, 1, 3, 8)).eval()
+        evaluate(model, pictures(3), engine, policy=policy, loss=loss)
+        assert loss.batches > 6
+
+
+class Distances(MappedLoss):
+    """Notes the distances that it gets."""
+
+    def forward(self, prediction, batch):
+        self.seen = batch.maps["distance"]
+        return super().forward(prediction, batch)
+
+
+def test_distances_in_windows_grow_with_the_resized_image():
+    loss, engine = Distances(), Engine("cpu", "fp32", workers=0)
+    model = SegmentationModel(tiny_vit(), MlpHead(24, 1, 3, 8)).eval()
+    evaluate(model, pictures(1), engine, policy=Windows((32, 48), shortest=48, overlap=0.5), loss=loss)
+    rows = torch.arange(16.0, 48.0)  # of the last window
+    assert loss.batches == 4 and loss.seen.shape == (1, 32, 48)
+    torch.testing.assert_close(loss.seen[0, :-1, 5], (2 * ((rows + 0.5) / 2 - 0.5 - 7.5))[:-1])
+
+
+def test_batches_that_are_split_keep_their_maps(tmp_path):
+    data = pictures(5)
+    batch = Batch.stack([data[index] for index in range(5)])
+    parts = batch.split(3)
+    assert [part.names for part in parts] == [["p0", "p1"], ["p2", "p3"], ["p4"]]
+    joined = join_batches(parts)
+    for part in [*parts, joined]:
+        check_twins(part)
+    assert all(torch.equal(joined.maps[name], values) for name, values in batch.maps.items())
+    assert train(tmp_path, loss=Cramped, adapter=Full) == pytest.approx(train(tmp_path, adapter=Full), rel=1e-4)
+
+
+def test_distilled_batches_have_maps_of_both_kinds_of_images():
+    def part(first):
+        data = pictures(first + 2)
+        view = TeacherView.of(torch.zeros(3, 1, 1), (1.0, 1.0), np.eye(3), (24, 32))
+        return Part(Batch.stack([data[index] for index in range(first, first + 2)]), [lambda: view] * 2)
+
+    batch = ScoredBatch([part(0), part(3)]).to(CPU)
+    assert batch.maps["values"].shape == (4, 2, 24, 32) and batch.count == 4
+    for each in (batch, batch.with_masks):
+        check_twins(each)
+    assert batch.with_masks.names == ["p0", "p1"]
+    assert DistilledLoss(MappedLoss()).divisors(batch).shape == (3,)
+
+
+@pytest.fixture
+def files(tmp_path):
+    draw = np.random.default_rng(0)
+    paths = [(tmp_path / f"{number}.png", tmp_path / f"{number}_mask.png") for number in range(6)]
+    for image, mask in paths:
+        save(image, draw.integers(0, 256, (24, 32, 3)))
+        save(mask, draw.integers(0, 3, (24, 32)))
+    pairs = [Pair(path.stem, path, mask) for path, mask in paths]
+    return PairDataset(pairs, Labels.of(["a", "b", "c"], None, 255), Masks()).with_maps(KINDS, maps_of)
+
+
+def test_packed_files_train_as_files_do(files, tmp_path):
+    packed = pack(files, cache_dir=tmp_path / "packed", workers=1)
+    assert train(tmp_path / "a", data=packed) == train(tmp_path / "b", data=files)
+    assert train(tmp_path / "c", data=packed, cache="disk") == train(tmp_path / "d", data=files, cache="memory")
+
+
+def in_rank(cfg, *, out_dir):
+    """Stand for a mode."""
+    found = {cache: train(out_dir / cache, cache=cache, accumulate=2) for cache in ("off", "disk")}
+    torch.save(found, out_dir / f"{os.environ['RANK']}.pt")
+
+
+@pytest.mark.heavy
+def test_two_ranks_train_with_maps_as_one_process_does(tmp_path):
+    mode = {"_target_": f"{__name__}.in_rank", "_partial_": True, "keeps_folder": False}
+    ranks.run_ranks(OmegaConf.create({"mode": mode, "choices": {"mode": "test"}}), tmp_path, 2)
+    for cache in ("off", "disk"):
+        alone = train(tmp_path / "alone" / cache, cache=cache, accumulate=2)
+        for rank in (0, 1):
+            assert torch.load(tmp_path / f"{rank}.pt")[cache] == pytest.approx(alone, rel=1e-4)
+
+
+class Turned(Augment):
+    """Changes the geometry in a way of its own."""
+
+    def __call__(self, image, mask, rng):
+        return image[::-1].copy(), mask[::-1].copy()
+
+
+def own_transform(image, mask, rng):
+    return image, mask
+
+
+def test_augmentations_that_cannot_move_maps_are_refused():
+    options = {"batch_size": 2, "seed": 0, "workers": 0}
+    for augment in (Turned((24, 32)), own_transform):
+        with pytest.raises(UserError, match=r"data.augment, a .*cannot move the maps.*override `maps`"):
+            ImageDataModule(pictures(), pictures(), augment, **options)
+        plain = CustomDataset(Pictures([(24, 32)] * 2))
+        batch = next(ImageDataModule(plain, plain, augment, **options).train_batches(0))
+        assert batch.maps == {} and batch.image.shape == (2, 3, 24, 32)
+    with pytest.raises(UserError, match=r"data.augment.affine.shear=3.*map distance"):
+        ImageDataModule(pictures(), pictures(), Augment((24, 32), affine=Affine(shear=3)), **options)
+    with pytest.raises(UserError, match="the same `maps` for each split"):
+        ImageDataModule(pictures(), pictures(cls=Pictures), Augment((24, 32)), **options)
+
+
+def test_a_dataset_without_the_maps_of_a_loss_is_refused():
+    needed = WeightedSum(
+        {"ce": partial(CrossEntropy, torch.ones(3)), "mapped": MappedLoss}, {"ce": 1.0, "mapped": 1.0}, torch.ones(3)
+    ).needs_maps
+    assert needed == KINDS
+    check_needed_maps(needed, KINDS, "loss=mapped", "data=own")
+    check_needed_maps({"d": DistanceMap()}, {"d": DistanceMap(fill=3.0)}, "loss=mapped", "data=own")
+    for wrong in ({}, {"d": LabelMap()}, {"d": DistanceMap(layers=2)}):
+        with pytest.raises(UserError, match=r"loss=mapped reads the map d, DistanceMap.*data=own declares"):
+            check_needed_maps({"d": DistanceMap()}, wrong, "loss=mapped", "data=own")
