@@ -25,16 +25,20 @@ class CustomDataset:
     """Checked adapter around an object with the members `REQUIRED`; the rest of `SegmentationData` has defaults.
 
     Args:
-        samples: the dataset. Its items have `image` (3, H, W) uint8 RGB, `mask` (H, W) of any integer type with class
+        samples: the dataset. Its items have `image` (C, H, W) uint8 or uint16, `mask` (H, W) of any integer type with class
             ids or the ignored id, and `name`, as in `names`.
         rows: indices of the samples to use; None: all.
         where: what the caller named the dataset, for errors.
+        channels: number of channels C; three are RGB.
 
     Raises:
         UserError: a member is missing or wrong; when an item is read: the item is wrong.
     """
 
-    def __init__(self, samples: Any, rows: Sequence[int] | None = None, where: str = "data.reader") -> None:
+    def __init__(
+        self, samples: Any, rows: Sequence[int] | None = None, where: str = "data.reader", channels: int = 3
+    ) -> None:
+        self.channels = channels
         self._given = where
         self._where = f"{where}: {type(samples).__module__}.{type(samples).__qualname__}"
         self._check_members(samples)
@@ -69,7 +73,7 @@ class CustomDataset:
     def keep(self, names: Collection[str]) -> "CustomDataset":
         """Return the dataset restricted to these names, in the same order."""
         rows = [row for row, name in zip(self.rows, self.names, strict=True) if name in names]
-        return CustomDataset(self.samples, rows, self._given)
+        return CustomDataset(self.samples, rows, self._given, self.channels)
 
     def _check_members(self, samples: Any) -> None:
         missing = [f"`{name}` ({what})" for name, what in REQUIRED.items() if not hasattr(samples, name)]
@@ -97,9 +101,11 @@ class CustomDataset:
             raise UserError(f"{self._where}: `ignore_index` is {ignored!r}. Give an integer from 0 to 255.")
 
     def _image(self, image: Any, name: str) -> Tensor:
-        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+        is_levels = isinstance(image, Tensor) and image.dtype in (torch.uint8, torch.uint16)
+        if not is_levels or image.ndim != 3 or len(image) != self.channels:
             raise UserError(
-                f"{self._where}: the image of {name} is {_form(image)}. Return a tensor (3, H, W) of uint8."
+                f"{self._where}: the image of {name} is {_form(image)}. Return a tensor ({self.channels}, H, W) of "
+                "uint8, or of uint16; data.channels sets the number of channels."
             )
         return image
 
@@ -121,13 +127,16 @@ class CustomDataset:
         return ids.to(torch.uint8)
 
 
-def check_custom_dataset(data: Any, classes: Sequence[str], ignore_index: int) -> SegmentationData:
+def check_custom_dataset(
+    data: Any, classes: Sequence[str], ignore_index: int, channels: int = 3
+) -> SegmentationData:
     """Return a reader's result as a dataset that has all members of `SegmentationData`.
 
     Args:
         data: a `PairDataset`, a `CustomDataset`, or an object of any class with the members `REQUIRED`.
         classes: class names of the config, which set the number of classes of a model.
         ignore_index: ignored id of the config.
+        channels: number of channels of the images, as the config states it.
 
     Raises:
         UserError: a member is missing, or differs from the config.
@@ -135,6 +144,7 @@ def check_custom_dataset(data: Any, classes: Sequence[str], ignore_index: int) -
     if isinstance(data, PairDataset):
         return data
     dataset = data if isinstance(data, CustomDataset) else CustomDataset(data)
+    dataset.channels = channels
     for key, value, configured in (
         ("classes", dataset.classes, list(map(str, classes))),
         ("ignore_index", dataset.ignore_index, ignore_index),

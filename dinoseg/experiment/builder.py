@@ -17,6 +17,8 @@ from dinoseg.config.plain import to_container
 from dinoseg.core.contracts import Loss
 from dinoseg.core.metric import Metric
 from dinoseg.core.shapes import SegmentationData
+from dinoseg.data.channels import check_rgb
+from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import METRIC, config_description
 from dinoseg.training.feature_cache.key import hash_of
@@ -182,7 +184,15 @@ class Builder(ModelBuilder):
             raise UserError(f"{error}{_expected_files(node.get('layout'))}") from None
         check_custom_dataset = instantiate(_CUSTOM_CHECK)
         classes, ignore_index = list(self._cfg.data.classes), self._cfg.data.ignore_index
-        return lambda split: check_custom_dataset(find(split=split), classes, ignore_index)
+        pixels = self.pixels
+
+        def read(split: str) -> SegmentationData:
+            dataset = check_custom_dataset(find(split=split), classes, ignore_index, pixels.channels)
+            if isinstance(dataset, PairDataset):
+                dataset.read_as(pixels)
+            return dataset
+
+        return read
 
     def dataset(self, split: str, *, reduced: bool = False) -> SegmentationData:
         """Return one split of the dataset.
@@ -218,6 +228,7 @@ class Builder(ModelBuilder):
                 f"data={self.options['data']} has no clips. Choose data=davis2016, davis2017, youtube_vos, movi or "
                 "videos."
             )
+        check_rgb(self.pixels, f"data={self.options['data']}")
         return self.part("data.clips")(split=split)
 
     @property

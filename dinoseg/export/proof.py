@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.core.geometry import resize
+from dinoseg.core.geometry import resize, to_unit_range
 from dinoseg.core.shapes import Prediction
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.pictures import Picture
@@ -60,7 +60,7 @@ class Reference:
     def pixels(self, images: Tensor) -> Tensor:
         """Return images (B, 3, H, W) uint8 as the graph's input."""
         layout = self.record.layout((images.shape[-2], images.shape[-1]))
-        floats = images.float() / 255
+        floats = to_unit_range(images)
         if layout.content != tuple(images.shape[-2:]):
             floats = resize(floats, layout.content)
         padded = self.segmenter.backbone.mean.repeat(len(floats), 1, *layout.padded)

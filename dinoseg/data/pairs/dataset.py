@@ -1,11 +1,14 @@
 """Dataset of image and mask file pairs."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from dinoseg.core.shapes import Sample
+from dinoseg.data.channels import PixelFormat, check_rgb
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
 from dinoseg.data.pairs.pair import Pair, fingerprint, image_hash
@@ -74,6 +77,21 @@ class PairDataset:
         subset.skipped, subset.split_local_names = self.skipped, self.split_local_names
         return subset
 
+    def read_as(self, pixels: PixelFormat) -> None:
+        """Read the images in a format from now on.
+
+        Raises:
+            UserError: an image is a frame of a video, and the format is not RGB.
+        """
+        pairs: list[Pair] = []
+        for pair in self.pairs:
+            if isinstance(pair.image, Path):
+                pair = replace(pair, image=pixels.source(pair.image))
+            else:
+                check_rgb(pixels, str(pair.image))
+            pairs.append(pair)
+        self.pairs = pairs
+
     def fingerprint(self) -> str:
         """Return a hash of everything that the masks depend on."""
         return fingerprint(self.pairs, self.reader)
@@ -88,7 +106,7 @@ def read_pair(pair: Pair, reader: MaskReader) -> Sample:
     image = read_source(pair.image)
     size, rule = (image.shape[0], image.shape[1]), reader.masks.on_size_mismatch
     mask = fit_mask(reader.read(pair.mask), size, rule, image=pair.image, path=pair.mask)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (C, H, W)
     return Sample(image=pixels, mask=torch.from_numpy(mask), name=pair.name)
 
 
