@@ -51,8 +51,8 @@ class PixelFormat:
             raise UserError(f"files={list(self.files)}: give different words, at least two, such as [images,nir].")
         if self.order is not None and len(self.order) != self.channels:
             raise UserError(
-                f"order={list(self.order)} names {len(self.order)} channels, and data.channels={self.channels}. Name as "
-                "many."
+                f"order={list(self.order)} has {len(self.order)} numbers, and data.channels={self.channels}. Give "
+                "as many."
             )
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise UserError(f"value_range={list(self.value_range)}: give [lowest, highest] with lowest < highest.")

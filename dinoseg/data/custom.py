@@ -25,8 +25,8 @@ class CustomDataset:
     """Checked adapter around an object with the members `REQUIRED`; the rest of `SegmentationData` has defaults.
 
     Args:
-        samples: the dataset. Its items have `image` (C, H, W) uint8 or uint16, `mask` (H, W) of any integer type with class
-            ids or the ignored id, and `name`, as in `names`.
+        samples: the dataset. Its items have `image` (C, H, W) uint8 or uint16, `mask` (H, W) of any integer type with
+            class ids or the ignored id, and `name`, as in `names`.
         rows: indices of the samples to use; None: all.
         where: what the caller named the dataset, for errors.
         channels: number of channels C; three are RGB.
@@ -127,9 +127,7 @@ class CustomDataset:
         return ids.to(torch.uint8)
 
 
-def check_custom_dataset(
-    data: Any, classes: Sequence[str], ignore_index: int, channels: int = 3
-) -> SegmentationData:
+def check_custom_dataset(data: Any, classes: Sequence[str], ignore_index: int, channels: int = 3) -> SegmentationData:
     """Return a reader's result as a dataset that has all members of `SegmentationData`.
 
     Args:

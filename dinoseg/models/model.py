@@ -88,7 +88,9 @@ class SegmentationModel(nn.Module):
         """
         if features.folder is None:
             return
-        black = torch.zeros(1, self.backbone.channels, *features.size, dtype=torch.uint8, device=features.tensors[0].device)
+        black = torch.zeros(
+            1, self.backbone.channels, *features.size, dtype=torch.uint8, device=features.tensors[0].device
+        )
         found, expected = (describe_tensors(part) for part in (features.tensors, self.frozen(black).tensors))
         if found != expected:
             raise UserError(

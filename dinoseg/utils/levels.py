@@ -42,7 +42,8 @@ def read_levels(path: Path, value_range: Sequence[float] | None) -> np.ndarray:
         return values
     if value_range is None:
         raise UserError(
-            f"{path} holds {values.dtype} values of unknown range. Declare it: data.pixels.value_range=[LOWEST,HIGHEST]."
+            f"{path} holds {values.dtype} values of unknown range. Declare it: "
+            "data.pixels.value_range=[LOWEST,HIGHEST]."
         )
     lowest, highest = value_range
     least, most = float(values.min()), float(values.max())

@@ -36,7 +36,8 @@ def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
         paths = (*source_files(pair.image), mask_file(pair.mask))
         files = [(resolved(path.parent), path.name, stamp(path)) for path in paths]
         drawn = (pair.mask.digest(),) if isinstance(pair.mask, Drawing) else ()
-        digest.update(f"{(pair.name, reading_rule(pair.image), files, *drawn)!r}\n".encode())  # repr, since some names are no valid text
+        # repr, since some names are no valid text
+        digest.update(f"{(pair.name, reading_rule(pair.image), files, *drawn)!r}\n".encode())
     return digest.hexdigest()
 
 

@@ -75,8 +75,8 @@ def adapt_input(convolution: nn.Conv2d, channels: int, channel_weights: Sequence
     """
     if channel_weights is not None and len(channel_weights) != channels:
         raise UserError(
-            f"channel_weights={list(channel_weights)} has {len(channel_weights)} numbers, and channels={channels}. Give "
-            "one for each channel."
+            f"channel_weights={list(channel_weights)} has {len(channel_weights)} numbers, and channels={channels}. "
+            "Give one for each channel."
         )
     stored = convolution.in_channels
     if channels == stored and channel_weights is None:

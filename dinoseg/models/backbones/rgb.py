@@ -15,8 +15,9 @@ from dinoseg.utils.ranges import ColourMean, ColourStd, Count, check_annotations
 class RgbBackbone(Backbone):
     """Mean colour of each patch: a baseline for learned features.
 
-    Images (B, C, H, W), float in 0..1, any H and W; returns identical maps (B, C, h, w), h = ceil(H / patch_size). Colours are normalised around zero, so that cosine similarity distinguishes them. Images are padded
-    with zeros (the mean colour) at the bottom and on the right. Padding shortens the colour vectors of border patches
+    Images (B, C, H, W), float in 0..1, any H and W; returns identical maps (B, C, h, w), h = ceil(H / patch_size).
+    Colours are normalised around zero, so that cosine similarity distinguishes them. Images are padded with zeros (the
+    mean colour) at the bottom and on the right. Padding shortens the colour vectors of border patches
     but keeps their directions. There are no parameters and no weights file.
 
     Args:

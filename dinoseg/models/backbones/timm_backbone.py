@@ -105,8 +105,8 @@ class TimmBackbone(Backbone):
         inputs = [part for layer in _first_convolutions(name) if isinstance(part := modules.get(layer), nn.Conv2d)]
         if not inputs and (channels != 3 or channel_weights is not None):
             raise UserError(
-                f"channels={channels}: timm does not name the first convolution of {name}, so it takes RGB only. Choose "
-                "a plain vision transformer, such as vit_small_patch16_224, or channels=3."
+                f"channels={channels}: timm does not name the first convolution of {name}, so it takes RGB only. "
+                "Choose a plain vision transformer, such as vit_small_patch16_224, or channels=3."
             )
         for convolution in inputs:
             adapt_input(convolution, channels, channel_weights)

@@ -146,7 +146,9 @@ class TransformersVit(Backbone):
         model: Any = self.model
         if not self._turns_positions:
             return {}
-        pixels = model.embeddings.cls_token.new_empty(()).expand(1, self.channels, *size)  # only shape and dtype are used
+        pixels = model.embeddings.cls_token.new_empty(()).expand(
+            1, self.channels, *size
+        )  # only shape and dtype are used
         return {"position_embeddings": model.rope_embeddings(pixels)}
 
     @property

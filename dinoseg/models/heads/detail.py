@@ -81,7 +81,7 @@ class DetailHead(Head[Tensor]):
         return self.scored(backbone.maps(images), backbone.pixels(images))
 
     def forward_frozen(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        """Return the backbone's frozen features and the images as uint8 (B, C, H, W); exact for 8 bits without resizing."""
+        """Return the backbone's frozen features and the images as uint8; exact for 8 bits without resizing."""
         return [*backbone.forward_frozen(images), (images * 255).round().clamp(0, 255).to(torch.uint8)]
 
     def forward_trainable(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Tensor:
