@@ -209,7 +209,7 @@ class ModelBuilder:
         if bare.channels != self.value("data.channels", 3):
             raise UserError(
                 f"data.channels={self.value('data.channels')}, and backbone={self.options.get('backbone')} takes "
-                f"images of {bare.channels}. Choose a backbone that has the key channels, or data.channels={bare.channels}."
+                f"images of {bare.channels}. Choose a backbone with the key channels, or data.channels={bare.channels}."
             )
         if next(bare.parameters(), None) is None and not isinstance(adapter, Frozen):
             raise UserError("This backbone, such as backbone=rgb, has no parameters to train. Choose adapter=frozen.")

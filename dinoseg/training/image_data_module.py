@@ -25,7 +25,6 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.feature_cache.cache import FeatureCache, LazyFeatureBatch
 from dinoseg.training.tally import Tally
 from dinoseg.training.validation import ScoredModel, evaluate_each
-from dinoseg.utils.levels import to_display
 from dinoseg.utils.ranges import Count
 
 SCORE_NAMES = tuple(sorted(["loss", *SCORES]))
@@ -178,6 +177,6 @@ class ValidationImages:
     def _show(self, batch: Batch, ids: Tensor, _: Tensor) -> None:
         for row, index in enumerate(islice(self._indices, len(ids))):
             if index in self._shown:
-                frame = to_display(self._data[index]["image"].permute(1, 2, 0).numpy())
+                frame = self._data[index]["image"].permute(1, 2, 0).numpy()
                 masks = ids[row].cpu().numpy(), batch.mask[row].cpu().numpy()
                 self._pictures[batch.names[row]] = self._draw(frame, *masks, longest=SHOWN_SIDE)
