@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinoseg.core.channels import PixelFormat
 from dinoseg.core.shapes import Palette, Sample, SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.utils.errors import UserError
@@ -127,22 +128,28 @@ class CustomDataset:
         return ids.to(torch.uint8)
 
 
-def check_custom_dataset(data: Any, classes: Sequence[str], ignore_index: int, channels: int = 3) -> SegmentationData:
+def check_custom_dataset(
+    data: Any,
+    classes: Sequence[str],
+    ignore_index: int,
+    pixels: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
+) -> SegmentationData:
     """Return a reader's result as a dataset that has all members of `SegmentationData`.
 
     Args:
         data: a `PairDataset`, a `CustomDataset`, or an object of any class with the members `REQUIRED`.
         classes: class names of the config, which set the number of classes of a model.
         ignore_index: ignored id of the config.
-        channels: number of channels of the images, as the config states it.
+        pixels: format of the images of the config.
 
     Raises:
         UserError: a member is missing, or differs from the config.
     """
     if isinstance(data, PairDataset):
+        data.read_as(pixels)
         return data
     dataset = data if isinstance(data, CustomDataset) else CustomDataset(data)
-    dataset.channels = channels
+    dataset.channels = pixels.channels
     for key, value, configured in (
         ("classes", dataset.classes, list(map(str, classes))),
         ("ignore_index", dataset.ignore_index, ignore_index),

@@ -7,7 +7,7 @@ from typing import Any
 
 from dinoseg.config.nodes import expect_type, instantiate
 from dinoseg.config.plain import to_container
-from dinoseg.data.channels import check_rgb
+from dinoseg.core.channels import check_rgb
 from dinoseg.data.clips.videos import Video, chosen
 from dinoseg.experiment.builder import Builder, check_split
 from dinoseg.metrics.protocols.contract import ScoreProtocol

@@ -14,11 +14,10 @@ from dinoseg.config.composition import SHIPPED, compose_options
 from dinoseg.config.nodes import check_partial, expect_type, instantiate, not_set
 from dinoseg.config.options import options_in
 from dinoseg.config.plain import to_container
+from dinoseg.core.channels import check_rgb
 from dinoseg.core.contracts import Loss
 from dinoseg.core.metric import Metric
 from dinoseg.core.shapes import SegmentationData
-from dinoseg.data.channels import check_rgb
-from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import METRIC, config_description
 from dinoseg.training.feature_cache.key import hash_of
@@ -185,14 +184,7 @@ class Builder(ModelBuilder):
         check_custom_dataset = instantiate(_CUSTOM_CHECK)
         classes, ignore_index = list(self._cfg.data.classes), self._cfg.data.ignore_index
         pixels = self.pixels
-
-        def read(split: str) -> SegmentationData:
-            dataset = check_custom_dataset(find(split=split), classes, ignore_index, pixels.channels)
-            if isinstance(dataset, PairDataset):
-                dataset.read_as(pixels)
-            return dataset
-
-        return read
+        return lambda split: check_custom_dataset(find(split=split), classes, ignore_index, pixels)
 
     def dataset(self, split: str, *, reduced: bool = False) -> SegmentationData:
         """Return one split of the dataset.

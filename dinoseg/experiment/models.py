@@ -14,8 +14,8 @@ from dinoseg.config.checks import check_arguments
 from dinoseg.config.nodes import argument_keys, check_partial, expect_type, instantiate, not_set
 from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import register_resolvers
+from dinoseg.core.channels import PixelFormat
 from dinoseg.core.contracts import Backbone, Head
-from dinoseg.data.channels import PixelFormat
 from dinoseg.data.classes.labels import Labels
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.model import SegmentationModel

@@ -9,9 +9,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from dinoseg.core.channels import PixelFormat
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import Size
-from dinoseg.data.channels import PixelFormat
 from dinoseg.experiment.builder import SPLITS
 from dinoseg.inference.inputs import is_video, list_inputs
 from dinoseg.inference.memory import free_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.channels import PixelFormat
+from dinoseg.core.channels import PixelFormat
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.large import is_large

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.data.channels import check_rgb
+from dinoseg.core.channels import check_rgb
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.video.access import VideoFrame, first_file

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.data.channels import check_rgb
+from dinoseg.core.channels import check_rgb
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import lock, release
 from dinoseg.experiment.settings import check_same_settings

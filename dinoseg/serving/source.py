@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from dinoseg.data.channels import check_rgb
+from dinoseg.core.channels import check_rgb
 from dinoseg.experiment.folder import command_line
 from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import Trained, find_trained_sizes

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.shapes import SegmentationData
-from dinoseg.data.channels import PixelFormat, check_rgb
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.unlabelled import fault

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dinoseg.core.channels import ChannelFiles
 from dinoseg.core.shapes import Sample
-from dinoseg.data.channels import ChannelFiles
 from dinoseg.data.packed.read import Packed, paying_workers, read_all, reduced_size
 from dinoseg.data.packed.store import PIXELS, Extent, Store, StoreKey, open_store, write_index
 from dinoseg.data.pairs.dataset import PairDataset

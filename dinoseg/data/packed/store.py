@@ -3,7 +3,7 @@
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +152,7 @@ def open_store(folder: Path, key: StoreKey, names: Sequence[str]) -> Store | Non
 
 def write_index(folder: Path, key: StoreKey, names: Sequence[str], extents: Sequence[Extent]) -> None:
     """Write the index that `open_store` reads."""
-    numbers = [[extent.offset, extent.height, extent.width, extent.crc] for extent in extents]
+    numbers = [list(astuple(extent)) for extent in extents]
     content = {"key": asdict(key), "names": list(names), "places": numbers}
     write_text(folder / INDEX, json.dumps(content))
 

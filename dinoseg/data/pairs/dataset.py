@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.shapes import Sample
-from dinoseg.data.channels import PixelFormat, check_rgb
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
 from dinoseg.data.pairs.pair import Pair, fingerprint, image_hash

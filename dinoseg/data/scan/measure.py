@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from dinoseg.core.channels import ChannelFiles
 from dinoseg.data.annotation.drawing import Drawing, MaskSource
-from dinoseg.data.channels import ChannelFiles
 from dinoseg.data.classes.masks import MaskReader, fit_mask
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.video.access import ImageSource, VideoFrame, read_source

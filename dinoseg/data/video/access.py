@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.channels import ChannelFiles
+from dinoseg.core.channels import ChannelFiles
 from dinoseg.data.video.index import VideoIndex, checksum, file_key, find_index, open_decoder, time_of
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image

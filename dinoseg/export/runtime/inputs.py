@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinoseg.data.channels import PixelFormat
+from dinoseg.core.channels import PixelFormat
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import found, is_pattern
 from dinoseg.utils.images import PIXEL_SUFFIXES, as_rgb

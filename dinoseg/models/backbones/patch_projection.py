@@ -84,8 +84,8 @@ def adapt_input(convolution: nn.Conv2d, channels: int, channel_weights: Sequence
     if stored != _COLOURS or convolution.groups != 1:
         raise UserError(
             f"The weights take images of {stored} channels, and channels={channels}, "
-            f"channel_weights={channel_weights}. Weights of 3 channels can be adapted to others; leave both out, or "
-            f"set data.channels={stored}."
+            f"channel_weights={channel_weights}. Only weights of 3 channels can be adapted to others: set "
+            f"channels={stored}, and leave channel_weights out."
         )
     kernel = adapt_input_kernel(convolution.weight.detach(), channels, channel_weights)
     convolution.weight = nn.Parameter(kernel, requires_grad=convolution.weight.requires_grad)

@@ -131,7 +131,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
         if backbone.channels != 3:
             raise UserError(
                 f"The backbone takes {backbone.channels} channels, and mask2former reads the pixels as RGB. Choose "
-                "another head, such as head=eomt or dpt, or data.channels=3."
+                "another head, such as head=eomt or dpt, or images of 3 channels."
             )
 
     def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
