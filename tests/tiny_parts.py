@@ -49,7 +49,7 @@ def load(*overrides):
 def tiny_node(name):
     """Return the config node of a family's tiny backbone, untrained."""
     option, small = (BACKBONES | WEIGHTLESS)[name]
-    untrained = {} if name in WEIGHTLESS else {"weights": "random"}
+    untrained = {"channels": 3} if name in WEIGHTLESS else {"channels": 3, "weights": "random"}
     return OmegaConf.merge(load(f"backbone={option}")["backbone"], small, untrained)
 
 

@@ -113,7 +113,7 @@ def create_model(
             raise UserError(message) from error
         if model.head.slots is not None:
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
-        facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index)
+        facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index, pixels=build.pixels.as_dict())
         return Segmenter(model, facts, build.config, info={}, policy=policy).to("cpu").train()
 
 

@@ -287,6 +287,11 @@ def export_onnx(
         >>> found["agreement"] > 0.99
         True
     """
+    if isinstance(model, Model) and not model.facts.format.is_rgb:
+        raise UserError(
+            "export_onnx compares on RGB images of 8 bits, and this model reads others. Save it, and run python -m "
+            "dinoseg mode=export export=onnx resume=FILE export.images=FOLDER."
+        )
     with TemporaryDirectory() as folder, _resumed(model) as given:
         count = 0
         for count, (_, pixels) in enumerate(pictures(images), start=1):

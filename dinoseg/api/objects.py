@@ -130,7 +130,7 @@ def check_fit(model: SegmentationModel, num_classes: int) -> None:
     backbone = model.backbone
     names = {"backbone": type(backbone).__name__, "head": type(model.head).__name__}
     side = 2 * backbone.patch_size
-    images = torch.zeros(1, 3, side, side)
+    images = torch.zeros(1, backbone.channels, side, side)
     model.eval()
     with torch.no_grad():
         with _errors_as_user_errors(f"backbone: {names['backbone']} fails for an image of {side} x {side}"):

@@ -44,7 +44,7 @@ class GuardedModule(nn.Module):
 
 
 class Backbone(GuardedModule):
-    """Base class of backbones: map images (B, 3, H, W), float in 0..1, to L maps (B, C, h, w).
+    """Base class of backbones: map images (B, channels, H, W), float in 0..1, to L maps (B, C, h, w).
 
     h = ceil(H / patch_size) and w = ceil(W / patch_size). A backbone normalises images and pads them at the bottom
     and on the right to the patch multiple; the caller crops back. The maps of a pyramid differ in width and grid, the
@@ -57,7 +57,7 @@ class Backbone(GuardedModule):
     depth: int  # blocks (stages of a pyramid) in all
     layers: Sequence[int] = ()  # 0-based blocks of the maps
     is_pyramid: bool = False
-    mean: Tensor  # (3, 1, 1) buffers, see `models.backbones.normalisation.register_colours`
+    mean: Tensor  # (channels, 1, 1) buffers, see `models.backbones.normalisation.register_colours`
     std: Tensor
     weights: str | None = None  # source of the weights; None or `random`: checkpoints have to hold all of them
     unused: Sequence[str] = ()  # parameters that no map depends on
@@ -83,6 +83,11 @@ class Backbone(GuardedModule):
     def norm(self) -> nn.Module | None:
         """Return the final norm that is applied to the maps, if there is one."""
         return self._modules.get("norm")
+
+    @property
+    def channels(self) -> int:
+        """Return the number of channels of images, 3 for RGB."""
+        return len(self.mean)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Return images normalised and padded, as input of the blocks."""
@@ -244,7 +249,7 @@ class Head(GuardedModule, Generic[Outputs]):
         return None
 
     def run(self, backbone: Backbone, images: Tensor) -> Outputs:
-        """Return the outputs for images (B, 3, H, W), float RGB in 0..1."""
+        """Return the outputs for images (B, channels, H, W), float in 0..1."""
         return self(backbone.maps(images))
 
     def forward_frozen(self, backbone: Backbone, images: Tensor) -> list[Tensor]:

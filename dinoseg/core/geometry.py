@@ -16,6 +16,13 @@ _READ = 48  # cells per piece of a run on a CPU: weights of all cells of a fine 
 _MIN_PIECE = 64  # pixels
 
 
+def to_unit_range(images: Tensor) -> Tensor:
+    """Return levels of 8 or 16 bits as float32 in 0..1; floats stay."""
+    if images.is_floating_point():
+        return images
+    return images.float() / (255 if images.dtype == torch.uint8 else 65535)
+
+
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Pad (B, C, H, W) with zeros at the bottom and on the right to a multiple of `multiple` pixels."""
     height, width = images.shape[-2:]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinoseg.core.channels import PixelFormat
 from dinoseg.core.sample_maps import check_map_kinds, check_maps, declared_maps
 from dinoseg.core.shapes import Palette, Sample, SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
@@ -26,17 +27,21 @@ class CustomDataset:
     """Checked adapter around an object with the members `REQUIRED`; the rest of `SegmentationData` has defaults.
 
     Args:
-        samples: the dataset. Its items have `image` (3, H, W) uint8 RGB, `mask` (H, W) of any integer type with class
-            ids or the ignored id, and `name`, as in `names`. If the dataset has `maps`, a dict of name to `MapKind`,
-            items have these maps, too.
+        samples: the dataset. Its items have `image` (C, H, W) uint8 or uint16, `mask` (H, W) of any integer type with
+            class ids or the ignored id, and `name`, as in `names`. If the dataset has `maps`, a dict of name to
+            `MapKind`, items have these maps, too.
         rows: indices of the samples to use; None: all.
         where: what the caller named the dataset, for errors.
+        channels: number of channels C; three are RGB.
 
     Raises:
         UserError: a member is missing or wrong; when an item is read: the item is wrong.
     """
 
-    def __init__(self, samples: Any, rows: Sequence[int] | None = None, where: str = "data.reader") -> None:
+    def __init__(
+        self, samples: Any, rows: Sequence[int] | None = None, where: str = "data.reader", channels: int = 3
+    ) -> None:
+        self.channels = channels
         self._given = where
         self._where = f"{where}: {type(samples).__module__}.{type(samples).__qualname__}"
         self._check_members(samples)
@@ -76,7 +81,7 @@ class CustomDataset:
     def keep(self, names: Collection[str]) -> "CustomDataset":
         """Return the dataset restricted to these names, in the same order."""
         rows = [row for row, name in zip(self.rows, self.names, strict=True) if name in names]
-        return CustomDataset(self.samples, rows, self._given)
+        return CustomDataset(self.samples, rows, self._given, self.channels)
 
     def _check_members(self, samples: Any) -> None:
         missing = [f"`{name}` ({what})" for name, what in REQUIRED.items() if not hasattr(samples, name)]
@@ -104,9 +109,11 @@ class CustomDataset:
             raise UserError(f"{self._where}: `ignore_index` is {ignored!r}. Give an integer from 0 to 255.")
 
     def _image(self, image: Any, name: str) -> Tensor:
-        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+        is_levels = isinstance(image, Tensor) and image.dtype in (torch.uint8, torch.uint16)
+        if not is_levels or image.ndim != 3 or len(image) != self.channels:
             raise UserError(
-                f"{self._where}: the image of {name} is {_form(image)}. Return a tensor (3, H, W) of uint8."
+                f"{self._where}: the image of {name} is {_form(image)}. Return a tensor ({self.channels}, H, W) of "
+                "uint8, or of uint16; data.channels sets the number of channels."
             )
         return image
 
@@ -128,20 +135,28 @@ class CustomDataset:
         return ids.to(torch.uint8)
 
 
-def check_custom_dataset(data: Any, classes: Sequence[str], ignore_index: int) -> SegmentationData:
+def check_custom_dataset(
+    data: Any,
+    classes: Sequence[str],
+    ignore_index: int,
+    pixels: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
+) -> SegmentationData:
     """Return a reader's result as a dataset that has all members of `SegmentationData`.
 
     Args:
         data: a `PairDataset`, a `CustomDataset`, or an object of any class with the members `REQUIRED`.
         classes: class names of the config, which set the number of classes of a model.
         ignore_index: ignored id of the config.
+        pixels: format of the images of the config.
 
     Raises:
         UserError: a member is missing, or differs from the config.
     """
     if isinstance(data, PairDataset):
+        data.read_as(pixels)
         return data
     dataset = data if isinstance(data, CustomDataset) else CustomDataset(data)
+    dataset.channels = pixels.channels
     for key, value, configured in (
         ("classes", dataset.classes, list(map(str, classes))),
         ("ignore_index", dataset.ignore_index, ignore_index),

@@ -6,6 +6,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import HalfShare, Share
 
 SWITCHES = 5  # random numbers of a view for colour changes that are applied at random or in a random order
@@ -26,7 +27,7 @@ class ColorTransform:
     before_scaling: bool = False
 
     def __call__(self, image: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-        """Return an image (H, W, 3) uint8 in changed colours.
+        """Return an image (H, W, 3), uint8 or uint16, in changed colours.
 
         Args:
             image: pixels, RGB.
@@ -73,7 +74,12 @@ class PhotometricDistortion(ColorTransform):
         """Return an image (H, W, 3) uint8 in changed colours; `uniforms` are 4 amounts, 4 switches, and the order's.
 
         A switch below `probability` applies its change; the last number below 0.5 puts contrast before saturation.
+
+        Raises:
+            UserError: the image has 16 bits.
         """
+        if image.dtype != np.uint8:
+            raise UserError("color=photometric changes images of 8 bits, and these have 16. Choose color=jitter.")
         changes = (
             (self._brighten, self.brightness),
             (self._contrast, self.contrast),

@@ -1,7 +1,7 @@
 """Random joint augmentation of image, mask and maps: one warp, one colour matrix, one random generator."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -13,6 +13,7 @@ from dinoseg.core.sample_maps import MapKind
 from dinoseg.data.map_views import warp_maps
 from dinoseg.data.photometric import SWITCHES, ColorTransform
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.levels import EXACT
 from dinoseg.utils.ranges import Byte, Count, HalfShare, HighShare, Positive, Range, Share
 
 _DRAWS = 12  # random numbers per view
@@ -54,7 +55,7 @@ class ColorJitter(ColorTransform):
     hue: HalfShare = 0.0
 
     def __call__(self, image: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-        """Return an image (H, W, 3) uint8 in changed colours; all changes form one matrix, so values are clipped once.
+        """Return an image (H, W, 3) in changed colours; all changes form one matrix, so values are clipped once.
 
         The first 4 `uniforms` are those of brightness, contrast, saturation and hue; 0.5 is no change.
         """
@@ -111,8 +112,8 @@ class Augment:
         flip: probability of a horizontal flip.
         padding: place of an image smaller than the crop. spread: random; colours change the padded pixels too. end: top
             left, flipped before it is cropped, and padded pixels keep the colour `fill`, unless `affine` moves it.
-        fill: RGB of padded pixels, 0..255.
-        color: change of colours.
+        fill: RGB of padded pixels, 0..255; channels that are no colours get its mean.
+        color: change of colours: of the first three channels, or of a single one as grey; two are no colours.
         ignore_index: id of mask pixels outside the image.
     """
 
@@ -162,7 +163,7 @@ class Augment:
         self.ignore_index = ignore_index
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return a view of image (H, W, 3) and mask (H, W), both uint8.
+        """Return a view of image (H, W, C), uint8 or uint16, and mask (H, W) uint8.
 
         Each part of a view uses its own random numbers, so changing one setting does not change the others' values.
 
@@ -173,13 +174,16 @@ class Augment:
         """
         view = self._geometry(mask, rng)
         if self.color.before_scaling:
-            image = self.color(image, view.colors)
+            image = self._change_colors(image, view.colors)
         seen = self._warp_image(image, view)
         if not self.color.before_scaling:
-            seen = self.color(seen, view.colors)
+            seen = self._change_colors(seen, view.colors)
         if seen.shape[:2] != self.crop:
             bottom, right = self.crop[0] - seen.shape[0], self.crop[1] - seen.shape[1]
-            seen = cv2.copyMakeBorder(seen, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=self.fill)
+            seen = _by_three(
+                lambda part, fill: cv2.copyMakeBorder(part, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=fill),
+                *(seen, self._fill_of(seen)),
+            )
         return seen, self._warp_mask(mask, view.matrix)
 
     def mask(self, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -277,9 +281,26 @@ class Augment:
             height, width = (max(1, round(side * zoom)) for side, zoom in zip(image.shape[:2], view.zoom, strict=True))
             size, border = (min(self.crop[0], height), min(self.crop[1], width)), cv2.BORDER_REPLICATE
         image, matrix = self._reduce(image, view)
-        return cv2.warpAffine(
-            image, matrix[:2], size[::-1], flags=cv2.INTER_LINEAR, borderMode=border, borderValue=self.fill
+        return _by_three(
+            lambda part, fill: cv2.warpAffine(
+                part, matrix[:2], size[::-1], flags=cv2.INTER_LINEAR, borderMode=border, borderValue=fill
+            ),
+            *(image, self._fill_of(image)),
         )
+
+    def _change_colors(self, image: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        channels = image.shape[2]
+        if channels == 3:
+            return self.color(image, uniforms)
+        if channels < 3:
+            return image if channels == 2 else self.color(image.repeat(3, axis=2), uniforms)[..., :1]
+        return np.dstack([self.color(np.ascontiguousarray(image[..., :3]), uniforms), image[..., 3:]])
+
+    def _fill_of(self, image: np.ndarray) -> list[int]:
+        """Return the level of padded pixels in each channel of an image."""
+        channels, mean = image.shape[2], round(sum(self.fill) / 3)
+        fill = [*self.fill, *[mean] * (channels - 3)] if channels >= 3 else [mean] * channels
+        return fill if image.dtype == np.uint8 else [EXACT * level for level in fill]
 
     def _reduce(self, image: np.ndarray, view: _View) -> tuple[np.ndarray, np.ndarray]:
         """Return an image reduced to the size of its view, where `resample` demands it, and the matrix from there."""
@@ -290,11 +311,13 @@ class Augment:
         size = (max(1, round(width * horizontal)), max(1, round(height * vertical)))
         matrix = view.matrix @ np.linalg.inv(_resize((size[1] / height, size[0] / width)))
         if self.resample == "area":
-            return cv2.resize(image, size, interpolation=cv2.INTER_AREA), matrix
+            return _by_three(lambda part, _: cv2.resize(part, size, interpolation=cv2.INTER_AREA), image), matrix
         left, top, right, bottom = self._visible(matrix, size)
         box = (left * width / size[0], top * height / size[1], right * width / size[0], bottom * height / size[1])
-        part = Image.fromarray(image).resize((right - left, bottom - top), Image.Resampling.BILINEAR, box)
-        return np.array(part), matrix @ _move(left, top)
+        planes = [image] if image.shape[2] == 3 and image.dtype == np.uint8 else np.moveaxis(image, 2, 0)
+        shown = (right - left, bottom - top)
+        parts = [Image.fromarray(plane).resize(shown, Image.Resampling.BILINEAR, box) for plane in planes]
+        return np.dstack(parts), matrix @ _move(left, top)  # a copy that can be written
 
     def _visible(self, matrix: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return left, top, right and bottom of the part of an image of `size` (W, H) that a view is sampled from."""
@@ -344,6 +367,19 @@ class Augment:
         shift_x = self.affine.translate * signed[2] * min(width, self.crop[1])
         shift_y = self.affine.translate * signed[3] * min(height, self.crop[0])
         return _move(centre_x, centre_y) @ turn @ _move(-centre_x, -centre_y), shift_x, shift_y
+
+
+def _by_three(
+    change: Callable[[np.ndarray, Sequence[int]], np.ndarray], image: np.ndarray, fill: Sequence[int] = ()
+) -> np.ndarray:
+    """Return `change(part, fill of part)` of an image (H, W, C), three channels at a time.
+
+    OpenCV pads at most four channels with values of their own.
+    """
+    if image.shape[2] == 3:
+        return change(image, fill)
+    starts = range(0, image.shape[2], 3)
+    return np.dstack([change(np.ascontiguousarray(image[..., at : at + 3]), fill[at : at + 3]) for at in starts])
 
 
 def _whole_crop_start(room: float, uniform: float) -> float:

@@ -15,6 +15,7 @@ from dinoseg.metrics.boundary_errors import boundary_errors
 from dinoseg.metrics.miou import MeanIoU
 from dinoseg.report.html.pictures import Shot
 from dinoseg.report.overlay import reduced
+from dinoseg.utils.levels import to_display
 
 SHOWN = 6  # number of best images, and of worst images
 _LOGITS = 2**22  # logit values stored for the calibration, over all images: 16 MiB
@@ -84,7 +85,7 @@ class Collector:
         wanting = [(heap, key) for heap, key in entries if len(heap) < SHOWN or key > heap[0][:2]]
         if not wanting:
             return
-        frame: np.ndarray = image.permute(1, 2, 0).cpu().numpy()
+        frame = to_display(image.permute(1, 2, 0).cpu().numpy())
         shot = Shot(self._next, score, *(np.array(reduced(each, _LONGEST)) for each in (frame, prediction, mask)))
         for heap, key in wanting:
             heapq.heappush(heap, (*key, shot))

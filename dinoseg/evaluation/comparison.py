@@ -25,6 +25,7 @@ from dinoseg.report.table import MEANS
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, read_size
+from dinoseg.utils.levels import to_display
 
 SURELY_BETTER, SURELY_WORSE = "significantly better", "significantly worse"
 UNSURE, NO_VERDICT = "no significant difference", "no verdict"
@@ -303,7 +304,7 @@ def _pair_shot(data: SegmentationData, index: int, folders: tuple[Path, Path], m
         if ids.ndim != 2 or ids.max() >= classes:
             raise UserError(f"{path} is not a mask of the {classes} classes.")
         predictions.append(reduced(ids, _LONGEST))
-    frame = reduced(sample["image"].permute(1, 2, 0).numpy(), _LONGEST)
+    frame = reduced(to_display(sample["image"].permute(1, 2, 0).numpy()), _LONGEST)
     return PairShot(name, mious, frame, reduced(reference, _LONGEST), (predictions[0], predictions[1]))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dinoseg.config.nodes import expect_type, instantiate
 from dinoseg.config.plain import to_container
+from dinoseg.core.channels import check_rgb
 from dinoseg.data.clips.videos import Video, chosen
 from dinoseg.experiment.builder import Builder, check_split
 from dinoseg.metrics.protocols.contract import ScoreProtocol
@@ -115,6 +116,7 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
 
 
 def _videos(build: Builder, split: str) -> list[Video]:
+    check_rgb(build.pixels, f"data={build.options['data']}")
     videos = chosen(build.part("data.clips.layout"), split, build.part("data.clips.partition"))
     side = None if split == "train" else build.value("data.clips.eval_square")
     return videos if side is None else [replace(video, square=side) for video in videos]

@@ -14,6 +14,7 @@ from dinoseg.config.composition import SHIPPED, compose_options
 from dinoseg.config.nodes import check_partial, expect_type, instantiate, not_set
 from dinoseg.config.options import options_in
 from dinoseg.config.plain import to_container
+from dinoseg.core.channels import check_rgb
 from dinoseg.core.contracts import Loss
 from dinoseg.core.metric import Metric
 from dinoseg.core.shapes import SegmentationData
@@ -182,7 +183,8 @@ class Builder(ModelBuilder):
             raise UserError(f"{error}{_expected_files(node.get('layout'))}") from None
         check_custom_dataset = instantiate(_CUSTOM_CHECK)
         classes, ignore_index = list(self._cfg.data.classes), self._cfg.data.ignore_index
-        return lambda split: check_custom_dataset(find(split=split), classes, ignore_index)
+        pixels = self.pixels
+        return lambda split: check_custom_dataset(find(split=split), classes, ignore_index, pixels)
 
     def dataset(self, split: str, *, reduced: bool = False) -> SegmentationData:
         """Return one split of the dataset.
@@ -218,6 +220,7 @@ class Builder(ModelBuilder):
                 f"data={self.options['data']} has no clips. Choose data=davis2016, davis2017, youtube_vos, movi or "
                 "videos."
             )
+        check_rgb(self.pixels, f"data={self.options['data']}")
         return self.part("data.clips")(split=split)
 
     @property

@@ -14,6 +14,7 @@ from dinoseg.config.checks import check_arguments
 from dinoseg.config.nodes import argument_keys, check_partial, expect_type, instantiate, not_set
 from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import register_resolvers
+from dinoseg.core.channels import PixelFormat
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.data.classes.labels import Labels
 from dinoseg.models.adapters import Frozen
@@ -128,6 +129,15 @@ class ModelBuilder:
             raise UserError(not_set(f"data.classes{min(unnamed)}"))
         return Labels.of(data.classes, data.palette, data.ignore_index)
 
+    @property
+    def pixels(self) -> PixelFormat:
+        """The format of the images of the dataset; RGB if the config has no dataset.
+
+        Raises:
+            UserError: the keys of `data.pixels` contradict each other.
+        """
+        return PixelFormat() if self.value("data.pixels") is None else self.part("data.pixels")
+
     def engine(self, **overrides: Any) -> Engine:
         """Return the engine of the config, with overrides of its values."""
         return self.part("engine", **overrides)
@@ -196,6 +206,11 @@ class ModelBuilder:
         if untrained and "weights" in self._cfg.backbone:
             instead["weights"] = "random"
         bare = expect_type(Backbone, instantiate(self._cfg.backbone, instead=instead), "backbone")
+        if bare.channels != self.value("data.channels", 3):
+            raise UserError(
+                f"data.channels={self.value('data.channels')}, and backbone={self.options.get('backbone')} takes "
+                f"images of {bare.channels}. Choose a backbone with the key channels, or data.channels={bare.channels}."
+            )
         if next(bare.parameters(), None) is None and not isinstance(adapter, Frozen):
             raise UserError("This backbone, such as backbone=rgb, has no parameters to train. Choose adapter=frozen.")
         with name_parameters(argument_keys(self._cfg.adapter)):

@@ -78,7 +78,7 @@ def check_trainer(build: Builder) -> None:
 
 
 def _sample_shape(build: Builder) -> tuple[int, ...]:
-    """Return the shape of a training sample's pixels, (3, H, W) or (T, 3, H, W).
+    """Return the shape of a training sample's pixels, (C, H, W) or (T, 3, H, W).
 
     Raises:
         UserError: the crop is invalid, the data has no clips, or clips have no fixed length.
@@ -86,7 +86,7 @@ def _sample_shape(build: Builder) -> tuple[int, ...]:
     crop = build.value("resolution.crop")
     if build.loss_has_classes:
         build.part("data.augment")
-        return (3, *crop)
+        return (build.pixels.channels, *crop)
     if build.value("data.clips") is None:
         raise UserError(f"data={build.options['data']} has no clips. Choose data=davis2017, movi or videos.")
     build.part("data.view")

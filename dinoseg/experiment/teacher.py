@@ -52,6 +52,12 @@ class Teacher:
             self._info = checkpoint.describe(self._path)
             self._build = ModelBuilder(standalone_config(self._path, self._info, {}, job=build.config))
         self._check_classes(labels)
+        mine, theirs = build.pixels.channels, self._build.pixels.channels
+        if mine != theirs:
+            raise UserError(
+                f"teacher={self._given} takes images of {theirs} channels, and data.channels={mine}. Choose a teacher "
+                f"of {mine} channels, or data.channels={theirs}."
+            )
         with self._named():
             self._outline = self._build.check_fits(checkpoint.outline(self._path))
             crop = self._build.settings("resolution")["crop"]
@@ -82,7 +88,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> tuple[Tensor, tuple[float, float]]:
-        """Return class scores (K, h, w) float32 of an image (3, H, W) uint8, and the share of them that it covers.
+        """Return class scores (K, h, w) float32 of an image (C, H, W), and the share of them that it covers.
 
         The scores are logits, shifted so that the highest of each cell is 0. If one pass covers the whole image, they
         have the resolution of the head's output. Otherwise, the merged scores have the number of cells that the head
@@ -126,7 +132,8 @@ class Teacher:
         most = math.ceil(_PROBED / model.scale)
         height, width = (min(side, most) for side in self._build.settings("resolution")["crop"])
         with self._engine.autocast():
-            seen = model(torch.zeros(1, 3, height, width, dtype=torch.uint8, device=self._engine.device), reduce=False)
+            shape = (1, model.backbone.channels, height, width)
+            seen = model(torch.zeros(shape, dtype=torch.uint8, device=self._engine.device), reduce=False)
         grid = seen.grid if seen.grid is not None else seen.masks.logits if seen.masks is not None else None
         if grid is None:
             return (model.scale / model.patch_size,) * 2

@@ -62,7 +62,14 @@ def prepared(
         raise UserError("This export needs a trained model: give resume=<run folder or checkpoint>.")
     warn_unread(out_dir, _UNREAD, "The file accepts whole images, at resolution.scale and up to resolution.longest.")
     with scratch_folder(out_dir, "export") as folder:
-        found = pictures(options.images, options.count, folder, dataset=source.dataset, num_classes=source.num_classes)
+        found = pictures(
+            options.images,
+            options.count,
+            folder,
+            dataset=source.dataset,
+            num_classes=source.num_classes,
+            pixels=source.pixels,
+        )
         trained = source.load_on_cpu()  # quantised weights cannot move between devices
         sizes = find_trained_sizes(trained, out_dir)
         facts = facts_of(source, trained, sizes)

@@ -20,7 +20,7 @@ _EXAMPLE = (2, 3, 5)  # batch, patch rows and columns: all different, so that to
 
 
 class Graph(nn.Module):
-    """Module that maps images (B, 3, H, W), float RGB in 0..1, to the outputs that `GraphRecord` describes."""
+    """Module that maps images (B, C, H, W), float in 0..1, to the outputs that `GraphRecord` describes."""
 
     def __init__(self, segmenter: SegmentationModel, record: GraphRecord) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def record_of(
         largest=sizes.largest if sizes else None,
         size=None,
         batch=None,
-        fill=(fill[0], fill[1], fill[2]),
+        fill=tuple(fill),
         kind=kind,
         mixture=head.mixture,
         no_object=head.no_object,
@@ -112,13 +112,14 @@ def trace(segmenter: SegmentationModel, record: GraphRecord) -> torch.export.Exp
     """
     graph, patch = Graph(segmenter, record).eval(), record.multiple
     batch, rows, columns = _EXAMPLE
-    example = (batch, 3, rows * patch, columns * patch)
+    channels = segmenter.backbone.channels
+    example = (batch, channels, rows * patch, columns * patch)
     shapes = None
     if record.size is None:
         dims = [torch.export.Dim(name, min=1, max=MAX_CELLS) for name in ("batch", "rows", "columns")]
         shapes = ({0: dims[0], 2: patch * dims[1], 3: patch * dims[2]},)
     else:
-        example = (record.batch or 1, 3, *record.size)
+        example = (record.batch or 1, channels, *record.size)
     try:
         with torch.no_grad():
             return torch.export.export(graph, (torch.rand(example),), dynamic_shapes=shapes)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.core.geometry import resize
+from dinoseg.core.geometry import resize, to_unit_range
 from dinoseg.core.shapes import Prediction
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.pictures import Picture
@@ -19,7 +19,6 @@ from dinoseg.export.runtime.runtime import Runtime
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import read_image
 
 TIMES = 5  # timed runs per image, after one warm-up run; also the number of timed images
 MAX = 2**22  # number of probabilities compared per image
@@ -43,24 +42,24 @@ class Reference:
 
     @torch.inference_mode()
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size."""
+        """Return the class ids (B, H, W) uint8 of images (H, W, C) of one size."""
         return self._predict(images).class_ids().numpy()
 
     @torch.inference_mode()
     def predicted(self, image: np.ndarray) -> np.ndarray:
-        """Return the class ids (H, W) that mode=predict gives an image (H, W, 3), whatever the graph's input size."""
+        """Return the class ids (H, W) that mode=predict gives an image (H, W, C), whatever the graph's input size."""
         whole = self.segmenter(torch.from_numpy(image[None].copy()).permute(0, 3, 1, 2))
         return whole.class_ids()[0].numpy()
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the class probabilities (B, K, H, W) float32 of images (H, W, 3) uint8 RGB of one size."""
+        """Return the class probabilities (B, K, H, W) float32 of images (H, W, C) of one size."""
         return self._predict(images).logits().float().softmax(dim=1).numpy()
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Return images (B, 3, H, W) uint8 as the graph's input."""
+        """Return images (B, C, H, W) as the graph's input."""
         layout = self.record.layout((images.shape[-2], images.shape[-1]))
-        floats = images.float() / 255
+        floats = to_unit_range(images)
         if layout.content != tuple(images.shape[-2:]):
             floats = resize(floats, layout.content)
         padded = self.segmenter.backbone.mean.repeat(len(floats), 1, *layout.padded)
@@ -78,7 +77,7 @@ class Reference:
 
 
 def timed(runtime: Runtime, image: np.ndarray) -> float:
-    """Return the seconds from an image (H, W, 3) in memory to its class ids."""
+    """Return the seconds from an image (H, W, C) in memory to its class ids."""
     start = time.perf_counter()
     runtime.ids([image])
     return time.perf_counter() - start
@@ -114,7 +113,7 @@ def compare(
     file_seconds: list[float] = []
     has_fixed_size = reference.record.size is not None
     for number, picture in enumerate(pictures):
-        image = read_image(picture.path)
+        image = picture.read()
         wanted, expected = reference.ids([image])[0], thinned(reference.probabilities([image])[0])
         if not np.isfinite(expected).all():
             raise UserError(

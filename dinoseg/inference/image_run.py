@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoseg.core.channels import PixelFormat
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.large import is_large
@@ -17,7 +18,7 @@ from dinoseg.inference.results import write_image_results
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import read_image, write_png
+from dinoseg.utils.images import write_png
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
@@ -34,12 +35,14 @@ class SegmentationSettings:
         labels: classes of its IDs.
         opacity: opacity of class colours in overlays, 0..1.
         batch_size: images per batch.
+        pixels: format of the images.
     """
 
     predictor: Predictor
     labels: Labels
     opacity: float = 0.5
     batch_size: int = 4
+    pixels: PixelFormat = PixelFormat()
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,9 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
         logger.info("%s of an earlier run reused", count_of(earlier, "image"))
     names = {given.path: given.name for given in left}
     with Bar(total=len(images), initial=earlier, unit="image") as bar:
-        large = {given.path for given in left if is_large(given.path)}
+        large = {given.path for given in left if by.pixels.is_rgb and is_large(given.path)}
         held = [given for given in left if given.path not in large]
-        passed = run_pipeline(_batches(held, by.batch_size, run.failures), infer, write, depth=DEPTH)
+        passed = run_pipeline(_batches(held, by, run.failures), infer, write, depth=DEPTH)
         for given in (given for given in left if given.path in large):
             _write_large(by, given, run)
             bar.update()
@@ -169,16 +172,16 @@ def _results(given: ImageInput, run: ImageRun) -> list[Path]:
     return [*pictures, *mask]
 
 
-def _batches(images: Sequence[ImageInput], size: int, failures: list[str]) -> Iterator[_Batch]:
-    """Yield batches of consecutive images of one size, at most `size` long; unreadable images go to `failures`."""
+def _batches(images: Sequence[ImageInput], by: SegmentationSettings, failures: list[str]) -> Iterator[_Batch]:
+    """Yield batches of consecutive images of one size; unreadable images go to `failures`."""
     batch = _Batch([], [])
     for given in images:
         try:
-            image = read_image(given.path)
+            image = by.pixels.read(given.path)
         except UserError as error:
             failures.append(str(error))
             continue
-        if batch.images and (len(batch.images) == size or batch.images[0].shape != image.shape):
+        if batch.images and (len(batch.images) == by.batch_size or batch.images[0].shape != image.shape):
             yield batch
             batch = _Batch([], [])
         batch.inputs.append(given)

@@ -12,7 +12,7 @@ from dinoseg.data.video.length import VIDEO_SUFFIXES
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries, found, is_pattern
-from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_image, read_size
+from dinoseg.utils.images import IMAGE_SUFFIXES, PIXEL_SUFFIXES, UNREAD_SUFFIXES, read_image, read_size
 from dinoseg.utils.wording import count_of, join_names
 
 _RATE = Fraction(25)  # frames per second assumed for a folder
@@ -81,9 +81,9 @@ class FolderReader:
 
 log = logging.getLogger(__name__)
 FrameReader = VideoReader | FolderReader  # both yield frames in order, each with a name
-_KINDS = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+_KINDS = (*PIXEL_SUFFIXES, *VIDEO_SUFFIXES)
 _ACCEPTED = (
-    f"Accepted are an image ({' '.join(IMAGE_SUFFIXES)}), a video ({' '.join(VIDEO_SUFFIXES)}), a folder of "
+    f"Accepted are an image ({' '.join(PIXEL_SUFFIXES)}), a video ({' '.join(VIDEO_SUFFIXES)}), a folder of "
     "them, or a quoted pattern such as 'frames/**/*.png'."
 )
 

@@ -165,7 +165,7 @@ class _Taken(NamedTuple):
 @torch.no_grad()
 def _taken(model: SegmentationModel, side: int, autocast: Autocast) -> _Taken:
     device = next(model.parameters(), torch.empty(0)).device
-    images = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+    images = torch.zeros(1, model.backbone.channels, side, side, dtype=torch.uint8, device=device)
     with PeakBytes() as peak:
         with autocast():
             prediction = model(images, reduce=False)

@@ -15,6 +15,7 @@ from dinoseg.report.palette import colorize
 from dinoseg.report.table import class_statistics
 from dinoseg.utils.atomic import atomic_folder, write_text
 from dinoseg.utils.images import write_png
+from dinoseg.utils.levels import to_display
 
 
 def write_image_results(
@@ -27,11 +28,12 @@ def write_image_results(
     ignore_index: int = 255,
     opacity: float = 0.5,
 ) -> None:
-    """Write the results of an image (H, W, 3) with class IDs (H, W) uint8 to `folder`, replacing an older result.
+    """Write the results of an image (H, W, C) with class IDs (H, W) uint8 to `folder`, replacing an older result.
 
     Files: original.png, segmentation_raw.npy, segmentation_colored.png, comparison.png (image and overlay side by side,
     with a legend) and class_statistics.txt.
     """
+    image = to_display(image)
     overlay = blend(image, mask, palette, ignore_index=ignore_index, opacity=opacity)
     legend = legend_of([mask], classes, palette, ignore_index=ignore_index)
     with atomic_folder(folder) as part:

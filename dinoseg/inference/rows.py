@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoseg.core.geometry import to_unit_range
+
 Size = tuple[int, int]  # (H, W)
 _READ = 256  # rows of a file that are resized at once
 _PIECE = 2**24  # elements of an enlarged band that are yielded at once; bounds memory for any scale factor
@@ -19,19 +21,19 @@ class Rows(Protocol):
     count: int  # B
 
     def read(self, top: int, bottom: int) -> Tensor:
-        """Return the rows (B, 3, bottom - top, W), uint8 RGB or floats in 0..1, on the model's device."""
+        """Return the rows (B, C, bottom - top, W), uint8 or floats in 0..1, on the model's device."""
         ...
 
 
 class MemoryRows(Rows):
-    """Rows of images (B, 3, H, W) in memory."""
+    """Rows of images (B, C, H, W) in memory; 16-bit levels become floats, which torch can flip and resize anywhere."""
 
     def __init__(self, images: Tensor) -> None:
-        self.images = images
+        self.images = images if images.dtype == torch.uint8 else to_unit_range(images)
         self.count, self.size = len(images), (images.shape[-2], images.shape[-1])
 
     def read(self, top: int, bottom: int) -> Tensor:
-        """Return the rows (B, 3, bottom - top, W) unchanged."""
+        """Return the rows (B, C, bottom - top, W)."""
         return self.images[:, :, top:bottom]
 
 
@@ -43,7 +45,7 @@ class ResizedRows(Rows):
         self.antialias = antialias
 
     def read(self, top: int, bottom: int) -> Tensor:
-        """Return the rows (B, 3, bottom - top, W) as floats in 0..1."""
+        """Return the rows (B, C, bottom - top, W) as floats in 0..1."""
         height, width = self.rows.size[0], self.size[1]
         scale = height / self.size[0]
         reach = max(1.0, scale) if self.antialias else 1.0
@@ -57,7 +59,7 @@ class ResizedRows(Rows):
         for start in range(first, last, _READ):
             end = min(start + _READ, last)
             part = self.rows.read(start, end)
-            part = part.float() / 255 if part.dtype == torch.uint8 else part
+            part = to_unit_range(part)
             part = F.interpolate(part, (end - start, width), mode="bilinear", antialias=self.antialias)
             added = weights[:, start - first : end - first].to(part) @ part
             total = added if total is None else total.add_(added)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoseg.core.contracts import Backbone, Head
-from dinoseg.core.geometry import resize, valid_share
+from dinoseg.core.geometry import resize, to_unit_range, valid_share
 from dinoseg.core.shapes import FrozenFeatures, Prediction
 from dinoseg.core.sizes import Size, backbone_size
 from dinoseg.utils.errors import UserError
@@ -18,9 +18,9 @@ _SAMPLES = 1024  # values per tensor that enter the fingerprint
 
 
 class SegmentationModel(nn.Module):
-    """Map images (B, 3, H, W), uint8 RGB, to a `Prediction` that returns class scores at any size.
+    """Map images (B, C, H, W), uint8, uint16 or float in 0..1, to a `Prediction` that returns class scores at any size.
 
-    Heads for clips also take (B, T, 3, H, W).
+    Heads for clips also take (B, T, C, H, W). Three channels are RGB.
 
     Args:
         backbone: adapted backbone; always in eval mode if fully frozen.
@@ -63,7 +63,7 @@ class SegmentationModel(nn.Module):
 
     @torch.no_grad()
     def frozen(self, images: Tensor, *, reduce: bool = True) -> FrozenFeatures:
-        """Return the frozen features of images (B, 3, H, W).
+        """Return the frozen features of images (B, C, H, W).
 
         These are the activations at the deepest cut before any trained parameter.
 
@@ -88,7 +88,9 @@ class SegmentationModel(nn.Module):
         """
         if features.folder is None:
             return
-        black = torch.zeros(1, 3, *features.size, dtype=torch.uint8, device=features.tensors[0].device)
+        black = torch.zeros(
+            1, self.backbone.channels, *features.size, dtype=torch.uint8, device=features.tensors[0].device
+        )
         found, expected = (describe_tensors(part) for part in (features.tensors, self.frozen(black).tensors))
         if found != expected:
             raise UserError(
@@ -122,8 +124,8 @@ class SegmentationModel(nn.Module):
         return backbone_size(size, self.scale, self.longest_of(size))
 
     def pixels(self, images: Tensor, *, reduce: bool = True) -> Tensor:
-        """Return images (..., 3, H, W) as floats in 0..1 at the resolution of the backbone."""
-        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        """Return images (..., C, H, W) as floats in 0..1 at the resolution of the backbone."""
+        images = to_unit_range(images)
         image_size = _size(images)
         size = self.input_size(image_size) if reduce else backbone_size(image_size, self.scale, None)
         if size == tuple(images.shape[-2:]):

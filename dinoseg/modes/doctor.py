@@ -23,6 +23,7 @@ from dinoseg.report.html.page import render
 from dinoseg.report.overlay import blend, legend_of, reduced
 from dinoseg.utils.atomic import write_json, write_text
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.levels import to_display
 from dinoseg.utils.ranges import Count, Natural, Range
 from dinoseg.utils.wording import count_of, one_line, printable
 
@@ -235,7 +236,7 @@ def _example_cards(
             sample = data[data.names.index(key[1])]
         except UserError:
             continue
-        frame = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())
+        frame = to_display(sample["image"].permute(1, 2, 0).numpy())
         yield {"title": f"{key[0]}/{key[1]}", "summary": caption, **_draw_pair(frame, sample["mask"].numpy(), data)}
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from dinoseg.core.channels import check_rgb
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.video.access import VideoFrame, first_file
 from dinoseg.experiment.builder import SPLITS, Builder
 from dinoseg.experiment.score_classes import FOLDER, mask_keys
 from dinoseg.experiment.settings import check_same_settings
@@ -76,6 +78,7 @@ def predict(
     split = _split_data(build, input)
     images, videos = _found(input) if split is None else (_images_of(split, str(input)), [])
     if videos:
+        check_rgb(build.pixels, f"the video {videos[0].path}")
         check_frame_outputs(outputs, str(videos[0].path))
     if not images:
         check_any(videos, batch_size)
@@ -88,7 +91,7 @@ def predict(
     _check_earlier(folder, settings)
     limit_to_trained_size(trained.model, find_trained_sizes(trained, folder))
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
-    by = SegmentationSettings(trained.predictor, labels, opacity, batch_size)
+    by = SegmentationSettings(trained.predictor, labels, opacity, batch_size, build.pixels)
     writers = image_writers(outputs, folder, labels, build.background if outputs and images else None, shapes)
     run = ImageRun(folder, None if masks is False else folder / FOLDER, DoneInputs(folder), list(writers.values()))
     try:
@@ -129,7 +132,7 @@ def _split_data(build: Builder, source: str | int) -> PairDataset | None:
     if source not in SPLITS or Path(str(source)).exists():
         return None
     data = build.dataset(str(source))
-    if not isinstance(data, PairDataset) or not all(isinstance(pair.image, Path) for pair in data.pairs):
+    if not isinstance(data, PairDataset) or any(isinstance(pair.image, VideoFrame) for pair in data.pairs):
         raise UserError(
             f"input={source}: the images of data={build.options['data']} are not files. Use mode=eval instead."
         )
@@ -138,7 +141,7 @@ def _split_data(build: Builder, source: str | int) -> PairDataset | None:
 
 def _images_of(data: PairDataset, source: str) -> list[tuple[Path, str]]:
     """Return the images of a split with the names of their results."""
-    paths = [pair.image for pair in data.pairs if isinstance(pair.image, Path)]
+    paths = [first_file(pair.image) for pair in data.pairs if not isinstance(pair.image, VideoFrame)]
     return list(zip(paths, result_names(paths), strict=True))
 
 

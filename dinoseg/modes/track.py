@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from dinoseg.core.channels import check_rgb
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import lock, release
 from dinoseg.experiment.settings import check_same_settings
@@ -67,6 +68,7 @@ def track(
     build = Builder(cfg)
     if smoothing is not None and not is_trained(build):
         raise UserError(_NO_SMOOTHING.format(smoothing))
+    check_rgb(build.pixels, f"a frame of {input}")
     folder = Path(out_dir if restart is None else restart).expanduser()
     with _unfinished_run(folder, restart) as state:
         frames, masks = _open_input(input, labels, needs_labels=not is_trained(build))

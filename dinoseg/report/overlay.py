@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dinoseg.report.palette import IGNORE_COLOUR, lookup_table
+from dinoseg.utils.levels import to_display
 
 if TYPE_CHECKING:  # imports torch, which drawing does not need
     from dinoseg.core.shapes import Palette
@@ -52,12 +53,13 @@ def compare(
     opacity: float = 0.6,
     longest: int | None = None,
 ) -> np.ndarray:
-    """Return frame | prediction | reference (if given) with captions and a legend of the classes present.
+    """Return frame (H, W, C) | prediction | reference (if given) with captions and a legend of the classes present.
 
     Frames with more than `longest` pixels on their longer side are downscaled to `longest`.
     """
     masks = {"prediction": prediction} | ({} if reference is None else {"reference": reference})
-    frame, masks = reduced(frame, longest), {caption: reduced(mask, longest) for caption, mask in masks.items()}
+    frame = reduced(to_display(frame), longest)
+    masks = {caption: reduced(mask, longest) for caption, mask in masks.items()}
     panels = [("frame", frame)]
     for caption, mask in masks.items():
         tinted = blend(frame, mask, palette, ignore_index=ignore_index, opacity=opacity)

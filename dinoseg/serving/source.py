@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from dinoseg.core.channels import check_rgb
 from dinoseg.experiment.folder import command_line
 from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import Trained, find_trained_sizes
@@ -31,7 +32,10 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
     if file is not None:
         if source.resume is not None:
             raise UserError(f"mode.model={file} and resume={source.resume} both name a model: give one of them.")
-        return _opened(source, out_dir, file)
+        opened = _opened(source, out_dir, file)
+        check_rgb(opened.facts.format, "an upload")
+        return opened
+    check_rgb(source.pixels, "an upload")
     trained = source.load()
     if trained.model.head.slots is not None:
         raise UserError(

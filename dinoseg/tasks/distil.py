@@ -45,7 +45,7 @@ class CachedScores:
     """A teacher's class scores of whole images: read from a cache, or computed and cached.
 
     Args:
-        ask: maps an image (3, H, W) uint8 to scores (K, h, w) and the share of that grid that the image covers.
+        ask: maps an image (C, H, W) to scores (K, h, w) and the share of that grid that the image covers.
         store: cache of the scores.
         classes: K.
     """

@@ -1,17 +1,18 @@
 """Images without masks that a training uses in addition to those with masks."""
 
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.unlabelled import fault
-from dinoseg.data.video.access import ImageSource, VideoFrame
+from dinoseg.data.video.access import ImageSource, VideoFrame, source_origin
 from dinoseg.data.video.index import VideoIndex, find_index
 from dinoseg.experiment.builder import Builder
 from dinoseg.inference.inputs import is_video, list_inputs
@@ -61,12 +62,12 @@ def find_unmasked_images(
     if isinstance(whole, PairDataset):
         found += [UnmaskedImage(pair.name, pair.image) for pair in whole.pairs if pair.name not in others]
     if source is not None:
-        found += list_images(source, every=every, cache_dir=parts.cache_dir)
-    images: dict[Hashable, UnmaskedImage] = {}
+        found += list_images(source, every=every, cache_dir=parts.cache_dir, pixels=parts.pixels)
+    images: dict[str, UnmaskedImage] = {}
     for candidate in found:
-        images.setdefault(_identity(candidate.source), candidate)
+        images.setdefault(source_origin(candidate.source), candidate)
     pairs: Sequence[Pair] = val.source.pairs if isinstance(val, PairDataset) else []
-    scored = {_identity(pair.image) for pair in pairs}
+    scored = {source_origin(pair.image) for pair in pairs}
     if seen := images.keys() & scored:
         logger.warning(
             "%d of the images without masks are validation images, so the scores are on images seen in training. "
@@ -77,7 +78,13 @@ def find_unmasked_images(
     return _readable(chosen, parts.workers) if parts.skips_faulty_files else chosen
 
 
-def list_images(source: str, *, every: float, cache_dir: Path) -> list[UnmaskedImage]:
+def list_images(
+    source: str,
+    *,
+    every: float,
+    cache_dir: Path,
+    pixels: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
+) -> list[UnmaskedImage]:
     """Return the images and frames that an image, video, folder or pattern refers to, in order.
 
     A video contributes the first frame of each `every` seconds. If the source is a single video, frames are named by
@@ -87,18 +94,20 @@ def list_images(source: str, *, every: float, cache_dir: Path) -> list[UnmaskedI
         source: as for `list_inputs`.
         every: seconds from frame to frame.
         cache_dir: folder of cached video indexes.
+        pixels: format of the images.
 
     Raises:
-        UserError: nothing is found, or a video cannot be read.
+        UserError: nothing is found, a video cannot be read, or images are not RGB and there is a video.
     """
     paths = list_inputs(source, "trainer.unlabelled")
     names = mask_names(paths, source)
     found: list[UnmaskedImage] = []
     for path, name in zip(paths, names, strict=True):
         if is_video(path):
+            check_rgb(pixels, f"the video {path} in trainer.unlabelled")
             found += _list_frames(path, "" if len(paths) == 1 else f"{name}/", every, cache_dir)
         else:
-            found.append(UnmaskedImage(name, path))
+            found.append(UnmaskedImage(name, pixels.source(path)))
     return found
 
 
@@ -122,8 +131,3 @@ def _readable(images: Sequence[UnmaskedImage], workers: int) -> list[UnmaskedIma
     if bad := [why for why in faults if why]:
         logger.warning("data.on_error=skip: left out of the images without masks: %d. %s", len(bad), join_names(bad, 3))
     return [image for image, why in zip(images, faults, strict=True) if not why]
-
-
-def _identity(source: ImageSource) -> Hashable:
-    """Return a key that is the same for all names of one image or frame."""
-    return source.resolve() if isinstance(source, Path) else (source.path.resolve(), source.index)

@@ -22,7 +22,7 @@ class TrainingParts:
         optimizer: returns the optimizer of a model.
         settings: returns the settings of a training of so many steps that neither validates nor saves.
         schedule: returns the learning-rate schedule.
-        shape: pixels of a sample, (3, H, W) or (T, 3, H, W).
+        shape: pixels of a sample, (C, H, W) or (T, 3, H, W).
         num_classes: number of classes; 0: the samples have no masks.
         scale: backbone pixels per image pixel.
         batch_size: samples of a batch, over all ranks.

@@ -111,7 +111,7 @@ class Lockstep:
         self._model.eval()
         self._lends = True
         while self._at_work(0):
-            self._model(torch.zeros(1, 3, side, side, device=self._device))
+            self._model(torch.zeros(1, self._model.backbone.channels, side, side, device=self._device))
         self._lends = False
         self._model.train(training)
 

@@ -25,6 +25,8 @@ UNREAD_SUFFIXES = (  # of unsupported image formats; such files among images are
     *(".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
 )
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+ARRAY_SUFFIX = ".npy"  # an array (H, W, C) of numpy as an image
+PIXEL_SUFFIXES = (*IMAGE_SUFFIXES, ARRAY_SUFFIX)
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of these formats; it could read others
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
         UserError: if the file is missing, truncated or no image, or holds other values than levels of 8 or 16 bits.
     """
-    return np.asarray(_opened(path, functools.partial(_upright_rgb, path)))
+    return np.asarray(decode(path, functools.partial(_upright_rgb, path)))
 
 
 def as_rgb(image: Image.Image, name: str) -> np.ndarray:
@@ -93,7 +95,7 @@ def read_ids(path: str | Path) -> np.ndarray:
     Raises:
         UserError: if the file is missing, truncated or no image, or Pillow would change its values.
     """
-    return _opened(path, _stored_numbers)
+    return decode(path, _stored_numbers)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
@@ -102,7 +104,7 @@ def read_size(path: str | Path) -> tuple[int, int]:
     Raises:
         UserError: if the file is missing or no image.
     """
-    return _opened(path, _upright_size)
+    return decode(path, _upright_size)
 
 
 def is_turned(path: str | Path) -> bool:
@@ -111,7 +113,7 @@ def is_turned(path: str | Path) -> bool:
     Raises:
         UserError: if the file is missing or no image.
     """
-    return _opened(path, lambda image: read_orientation(image) != 1)
+    return decode(path, lambda image: read_orientation(image) != 1)
 
 
 def varies_in_alpha(path: str | Path) -> bool:
@@ -120,7 +122,7 @@ def varies_in_alpha(path: str | Path) -> bool:
     Raises:
         UserError: if the file is missing or no image.
     """
-    return _opened(path, _has_several_alphas)
+    return decode(path, _has_several_alphas)
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -150,7 +152,7 @@ def has_one_bit(path: str | Path) -> bool:
     Raises:
         UserError: if the file is missing or no image.
     """
-    return _opened(path, lambda image: image.mode == "1")
+    return decode(path, lambda image: image.mode == "1")
 
 
 def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | None = None) -> None:
@@ -165,14 +167,19 @@ def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | N
         Image.fromarray(pixels).save(part, format="PNG", compress_level=1, pnginfo=info)
 
 
-def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
+def load_upright(image: Image.Image) -> Image.Image:
+    """Return an opened image decoded and upright; its mode does not change."""
     check_cost(image)
     # before loading; Pillow itself rotates a TIFF while it loads one
     orientation = 1 if isinstance(image, TiffImageFile) else read_orientation(image)
     image.load()
+    return image.copy() if orientation == 1 else image.transpose(_TRANSPOSES[orientation])
+
+
+def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
+    upright = load_upright(image)
     if image.mode == "F":
         raise Unfit("holds floating-point values of unknown range. Convert it to 8 bits")
-    upright = image.copy() if orientation == 1 else image.transpose(_TRANSPOSES[orientation])
     if image.mode.startswith("I"):
         upright = _eight_bits(path, upright, bits=12 if _bits(image) == (12,) else 16)
     upright.info.pop("transparency", None)  # dropped: Pillow would warn about a palette's transparency
@@ -279,7 +286,12 @@ def open_image(path: str | Path, formats: tuple[str, ...] = FORMATS) -> Iterator
         yield image
 
 
-def _opened(path: str | Path, take: Callable[[Image.Image], T]) -> T:
+def decode(path: str | Path, take: Callable[[Image.Image], T]) -> T:
+    """Return `take` of an opened image file.
+
+    Raises:
+        UserError: if the file is missing, truncated or no image, or `take` raises one of Pillow's errors or `Unfit`.
+    """
     try:
         with open_image(path) as image:
             return take(image)

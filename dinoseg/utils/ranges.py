@@ -98,6 +98,7 @@ MEANS = Range("a number from -1 to 2 (of images in 0..1; divide statistics of 0.
 DEVIATIONS = Range("a number from 0.001 to 10 (of images in 0..1; divide statistics of 0..255 by 255)", 0.001, 10)
 ColourMean = Annotated[float, MEANS]
 ColourStd = Annotated[float, DEVIATIONS]
+ChannelWeight = Annotated[float, Range("a number from -10 to 10", -10, 10)]
 
 
 def check_annotations(function: Callable[P, R]) -> Callable[P, R]:

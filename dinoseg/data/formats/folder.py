@@ -14,7 +14,7 @@ from dinoseg.data.pairs.pairing import Lacking, gathered, pair_by_name
 from dinoseg.data.splits import Partition, divide, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
-from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from dinoseg.utils.images import IMAGE_SUFFIXES, PIXEL_SUFFIXES, UNREAD_SUFFIXES
 from dinoseg.utils.wording import count_of, join_names
 
 _REMEDY = (
@@ -88,7 +88,7 @@ def find_pairs(root: Path, split: str, layout: FolderLayout, partition: Partitio
         images = root / layout.images.replace("{split}", layout.splits.get(split, split))
         raise UserError(
             f"Split {split} is empty: {images} holds no image named *{layout.image_suffix}.* "
-            f"({', '.join(IMAGE_SUFFIXES)}). Check data.root and data.reader.layout."
+            f"({', '.join(PIXEL_SUFFIXES)}). Check data.root and data.reader.layout."
         )
     return pairs
 
@@ -122,7 +122,8 @@ def _find(folder: Path, suffix: str, layout: FolderLayout, *, is_mask: bool) -> 
             path = parent / file
             excluded = any(fnmatch(file, pattern) for pattern in layout.exclude)
             kind = path.suffix.lower()
-            other_kind = kind not in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES) or not path.stem.endswith(suffix)
+            kinds = (*(IMAGE_SUFFIXES if is_mask else PIXEL_SUFFIXES), *UNREAD_SUFFIXES)
+            other_kind = kind not in kinds or not path.stem.endswith(suffix)
             if excluded or other_kind or (both_here and path.stem.endswith(layout.mask_suffix)):
                 continue
             stem = path.stem.removesuffix(suffix) if suffix else path.stem

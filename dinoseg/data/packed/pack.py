@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dinoseg.core.channels import ChannelFiles
 from dinoseg.core.shapes import Sample
 from dinoseg.data.packed.read import Packed, paying_workers, read_all, reduced_size
 from dinoseg.data.packed.store import PIXELS, Extent, Store, StoreKey, open_store, write_index
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.video.access import ImageSource
 from dinoseg.report.progress import Bar
 from dinoseg.utils.atomic import atomic_folder
 from dinoseg.utils.errors import UserError
@@ -60,7 +62,7 @@ class PackedDataset(PairDataset):
 
     def __getitem__(self, index: int) -> Sample:
         image, mask = self.store.read(self.rows[index])
-        pixels = torch.from_numpy(image).permute(2, 0, 1)  # (3, H, W)
+        pixels = torch.from_numpy(image).permute(2, 0, 1)  # (C, H, W)
         return self.add_maps(Sample(image=pixels, mask=torch.from_numpy(mask), name=self.names[index]))
 
     def mask(self, index: int) -> np.ndarray:
@@ -161,7 +163,8 @@ def _write_pixels(path: Path, dataset: PairDataset, longest: int | None, workers
         for row, item in items:
             if isinstance(item, Packed):
                 height, width = item.mask.shape
-                extents.append(Extent(file.tell(), height, width, item.crc))
+                channels, depth = item.image.shape[2], item.image.itemsize
+                extents.append(Extent(file.tell(), height, width, item.crc, channels, depth))
                 file.write(np.ascontiguousarray(item.image).data)
                 file.write(np.ascontiguousarray(item.mask).data)
             else:
@@ -179,7 +182,8 @@ def _write_pixels(path: Path, dataset: PairDataset, longest: int | None, workers
 
 def _check_space(dataset: PairDataset, folder: Path, longest: int | None) -> None:
     """Log the size of the store; raise a UserError if the disk has no space for it."""
-    size = sum(4 * height * width for height, width in _sizes(dataset, longest))
+    per_pixel = 1 + max(_bytes_per_pixel(pair.image) for pair in dataset.pairs)
+    size = sum(per_pixel * height * width for height, width in _sizes(dataset, longest))
     free = shutil.disk_usage(folder.parent).free
     limit = f"reduced to at most {longest} pixels a side" if longest else "at full size"
     log.info(
@@ -194,6 +198,11 @@ def _check_space(dataset: PairDataset, folder: Path, longest: int | None) -> Non
         )
 
 
+def _bytes_per_pixel(source: ImageSource) -> int:
+    """Return the most bytes of a pixel of an image."""
+    return 2 * source.format.channels if isinstance(source, ChannelFiles) else 3
+
+
 def _sizes(dataset: PairDataset, longest: int | None) -> Iterator[tuple[int, int]]:
     """Yield (H, W) of each packed image, from its header; for each video, decode one frame."""
     videos: dict[Path, tuple[int, int]] = {}
@@ -201,6 +210,8 @@ def _sizes(dataset: PairDataset, longest: int | None) -> Iterator[tuple[int, int
         try:
             if isinstance(pair.image, Path):
                 size = read_size(pair.image)
+            elif isinstance(pair.image, ChannelFiles):
+                size = pair.image.size()
             else:
                 if pair.image.path not in videos:
                     _, height, width = dataset[index]["image"].shape

@@ -21,7 +21,7 @@ _MAX = 8  # further processes would wait for the writer
 
 @dataclass(frozen=True)
 class Packed:
-    """Item to pack: image (H, W, 3) and mask (H, W), uint8, and their checksum."""
+    """Item to pack: image (H, W, C), uint8 or uint16, mask (H, W) uint8, and their checksum."""
 
     image: np.ndarray
     mask: np.ndarray
@@ -71,7 +71,7 @@ def reduced(
 
 def _read(row: int, *, dataset: PairDataset, longest: int | None) -> Packed:
     sample = dataset[row]
-    pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, 3)
+    pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, C)
     image, mask = reduced(pixels, sample["mask"].numpy(), longest, dataset.ignore_index)
     return Packed(image, mask, checksum(sample["name"], (mask.shape[0], mask.shape[1]), image, mask))
 

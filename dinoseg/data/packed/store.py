@@ -3,7 +3,7 @@
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,12 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.units import finished
 
 PIXELS, INDEX = "pixels.bin", "index.json"
-VERSION = 1  # format version: a store of another version is packed again
+VERSION = 2  # format version: a store of another version is packed again
 
 
 _EXTENT_FORM = forms.row(  # the fields of `Extent`, in order
-    forms.whole(), forms.whole(1), forms.whole(1), forms.whole(0, 2**32 - 1)
+    *(forms.whole(), forms.whole(1), forms.whole(1), forms.whole(0, 2**32 - 1)),
+    *(forms.whole(1, 1024), forms.whole(1, 2)),
 )
 _INDEX_FORM = forms.record(key=forms.plain, names=forms.listing(forms.text), places=forms.listing(_EXTENT_FORM))
 
@@ -46,17 +47,24 @@ class StoreKey:
 
 @dataclass(frozen=True)
 class Extent:
-    """Byte range of an item: the image (H, W, 3), then the mask (H, W)."""
+    """Byte range of an item: the image (H, W, C), then the mask (H, W)."""
 
     offset: int
     height: int
     width: int
     crc: int
+    channels: int = 3
+    depth: int = 1  # bytes of a level of the image
+
+    @property
+    def image_size(self) -> int:
+        """Bytes of the image."""
+        return self.channels * self.depth * self.height * self.width
 
     @property
     def size(self) -> int:
         """Bytes of image and mask."""
-        return 4 * self.height * self.width
+        return self.image_size + self.height * self.width
 
 
 class Store:
@@ -80,7 +88,7 @@ class Store:
         return sum(extent.size for extent in self.extents)
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a copy of an image (H, W, 3) and its mask (H, W), uint8.
+        """Return a copy of an image (H, W, C), uint8 or uint16, and of its mask (H, W) uint8.
 
         Raises:
             UserError: the file is gone, or its bytes differ from those that were packed.
@@ -94,8 +102,10 @@ class Store:
                     f"the folder {self.folder}: the next run packs it again. If this recurs, check the disk."
                 )
             self._verified.add(row)
-        colors = 3 * extent.height * extent.width
-        return item[:colors].reshape(extent.height, extent.width, 3), item[colors:].reshape(extent.height, extent.width)
+        image, mask = item[: extent.image_size], item[extent.image_size :]
+        levels = image.view(np.uint8 if extent.depth == 1 else np.uint16)
+        height, width = extent.height, extent.width
+        return levels.reshape(height, width, extent.channels), mask.reshape(height, width)
 
     def mask(self, row: int) -> np.ndarray:
         """Return a copy of a mask (H, W) uint8; skip reading its image if the item is already verified.
@@ -107,7 +117,7 @@ class Store:
             return self.read(row)[1]
         extent = self.extents[row]
         pixels = extent.height * extent.width
-        return self._bytes(extent.offset + 3 * pixels, pixels).reshape(extent.height, extent.width)
+        return self._bytes(extent.offset + extent.image_size, pixels).reshape(extent.height, extent.width)
 
     def _bytes(self, offset: int, size: int) -> np.ndarray:
         """Return bytes of the file; not memory-mapped, since reading a map of a truncated file kills the process."""
@@ -142,7 +152,7 @@ def open_store(folder: Path, key: StoreKey, names: Sequence[str]) -> Store | Non
 
 def write_index(folder: Path, key: StoreKey, names: Sequence[str], extents: Sequence[Extent]) -> None:
     """Write the index that `open_store` reads."""
-    numbers = [[extent.offset, extent.height, extent.width, extent.crc] for extent in extents]
+    numbers = [list(astuple(extent)) for extent in extents]
     content = {"key": asdict(key), "names": list(names), "places": numbers}
     write_text(folder / INDEX, json.dumps(content))
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.sample_maps import MapKind, check_map_kinds, check_maps
 from dinoseg.core.shapes import Sample
 from dinoseg.data.classes.labels import Labels
@@ -105,6 +108,21 @@ class PairDataset:
         subset.maps, subset.compute_maps = self.maps, self.compute_maps
         return subset
 
+    def read_as(self, pixels: PixelFormat) -> None:
+        """Read the images in a format from now on.
+
+        Raises:
+            UserError: an image is a frame of a video, and the format is not RGB.
+        """
+        pairs: list[Pair] = []
+        for pair in self.pairs:
+            if isinstance(pair.image, Path):
+                pair = replace(pair, image=pixels.source(pair.image))
+            else:
+                check_rgb(pixels, str(pair.image))
+            pairs.append(pair)
+        self.pairs = pairs
+
     def fingerprint(self) -> str:
         """Return a hash of everything that the masks depend on."""
         return fingerprint(self.pairs, self.reader)
@@ -119,7 +137,7 @@ def read_pair(pair: Pair, reader: MaskReader) -> Sample:
     image = read_source(pair.image)
     size, rule = (image.shape[0], image.shape[1]), reader.masks.on_size_mismatch
     mask = fit_mask(reader.read(pair.mask), size, rule, image=pair.image, path=pair.mask)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (C, H, W)
     return Sample(image=pixels, mask=torch.from_numpy(mask), name=pair.name)
 
 

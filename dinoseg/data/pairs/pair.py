@@ -9,14 +9,14 @@ from pathlib import Path
 
 from dinoseg.data.annotation.drawing import Drawing, MaskSource, mask_file
 from dinoseg.data.classes.masks import MaskReader
-from dinoseg.data.video.access import ImageSource, VideoFrame, source_origin
+from dinoseg.data.video.access import ImageSource, reading_rule, source_files, source_origin
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import Stamp, check_regular, stamp
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Image (a file or video frame) and mask (a file or a drawing); `name` is unique in the dataset."""
+    """Image (files or a video frame) and mask (a file or a drawing); `name` is unique in the dataset."""
 
     name: str
     image: ImageSource
@@ -33,24 +33,25 @@ def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
     resolved = functools.cache(os.path.realpath)  # cached per folder: there are few, and each call stats all parents
     digest = hashlib.sha256(reader.rules().encode())
     for pair in pairs:
-        image, frame = (pair.image.path, pair.image.index) if isinstance(pair.image, VideoFrame) else (pair.image, None)
-        files = [(resolved(path.parent), path.name, stamp(path)) for path in (image, mask_file(pair.mask))]
+        paths = (*source_files(pair.image), mask_file(pair.mask))
+        files = [(resolved(path.parent), path.name, stamp(path)) for path in paths]
         drawn = (pair.mask.digest(),) if isinstance(pair.mask, Drawing) else ()
-        digest.update(f"{(pair.name, frame, files, *drawn)!r}\n".encode())  # repr, since some names are no valid text
+        # repr, since some names are no valid text
+        digest.update(f"{(pair.name, reading_rule(pair.image), files, *drawn)!r}\n".encode())
     return digest.hexdigest()
 
 
 def image_hash(source: ImageSource) -> str:
-    """Return a hash of a file's bytes and the frame index; a process reads an unchanged file only once.
+    """Return a hash of the bytes of an image's files and its `reading_rule`; unchanged files are read only once.
 
     Raises:
         UserError: the file cannot be read.
     """
-    path, frame = (source.path, source.index) if isinstance(source, VideoFrame) else (source, None)
     try:
-        return hashlib.sha256(f"{_file_hash(path, stamp(path))} {frame}".encode()).hexdigest()
+        hashes = [_file_hash(path, stamp(path)) for path in source_files(source)]
     except OSError as error:
-        raise UserError(f"Cannot read {path} ({error.strerror}). Check that file, or leave it out.") from error
+        raise UserError(f"Cannot read {source} ({error.strerror}). Check that file, or leave it out.") from error
+    return hashlib.sha256(f"{' '.join(hashes)} {reading_rule(source)}".encode()).hexdigest()
 
 
 @functools.lru_cache(2**17)

@@ -11,13 +11,15 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from dinoseg.core.channels import ChannelFiles
 from dinoseg.data.annotation.drawing import Drawing, MaskSource
 from dinoseg.data.classes.masks import MaskReader, fit_mask
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.video.access import ImageSource, read_source
+from dinoseg.data.video.access import ImageSource, VideoFrame, read_source
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, open_regular
 from dinoseg.utils.images import read_ids, read_image, read_size
+from dinoseg.utils.levels import to_display
 
 SMALL = 64  # rows and columns of the small copies
 _HASHED, _LOWEST = 32, 8  # the perceptual hash covers the 8 x 8 lowest frequencies of 32 x 32 pixels
@@ -126,23 +128,26 @@ def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]])
 
 def _with_pixels(record: Record, image: np.ndarray) -> Record:
     pixels = np.ascontiguousarray(image)
+    shown = to_display(pixels)
     return replace(
         record,
         image_size=(pixels.shape[0], pixels.shape[1]),
         image_digest=digest(pixels),
-        look=perceptual_hash(pixels),
-        edges=edges(pixels).tobytes(),
+        look=perceptual_hash(shown),
+        edges=edges(shown).tobytes(),
     )
 
 
 def _header_size(image: ImageSource) -> tuple[int, int] | None:
-    """Return height and width as `read_image` would, without decoding; None for a video frame.
+    """Return height and width as `read_source` would, without decoding; None for a video frame.
 
     Raises:
         UserError: the file is not an image, or ends too early and cannot be decoded either.
     """
-    if not isinstance(image, Path):
+    if isinstance(image, VideoFrame):
         return None
+    if isinstance(image, ChannelFiles):
+        return image.size()
     check_regular(image)
     if ends_early(image):
         read_image(image)  # some writers omit the end mark: an image that decodes completely is valid

@@ -15,6 +15,7 @@ from dinoseg.data.annotation.drawing import mask_file, mask_key
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan.measure import Record, measure
+from dinoseg.data.video.access import reading_rule
 from dinoseg.report.progress import Bar
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
@@ -156,7 +157,10 @@ def _from_json(row: Mapping[str, Any]) -> Record:
 
 
 def _key(pair: Pair) -> str:
-    source = os.path.abspath(pair.image) if isinstance(pair.image, Path) else str(pair.image)
+    if isinstance(pair.image, Path):
+        source = os.path.abspath(pair.image)
+    else:
+        source = f"{os.path.abspath(pair.image.path)}\0{reading_rule(pair.image)}"
     return f"{source}\0{mask_key(pair.mask)}"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoseg.core.channels import ChannelFiles
 from dinoseg.data.video.index import VideoIndex, checksum, file_key, find_index, open_decoder, time_of
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
@@ -38,6 +39,11 @@ class VideoFrame:
     def __str__(self) -> str:
         return f"frame {self.index} of {self.path}"
 
+    @property
+    def paths(self) -> list[Path]:
+        """Its only file, the video."""
+        return [self.path]
+
     def stat(self) -> os.stat_result:
         """Return the video file's size and times."""
         return self.path.stat()
@@ -47,23 +53,44 @@ class VideoFrame:
         return read_frame(self)
 
 
-ImageSource = Path | VideoFrame  # an image file, or a frame of a video
+ImageSource = Path | VideoFrame | ChannelFiles  # an RGB file, a frame of a video, or files of any channels
 
 
 def source_origin(source: ImageSource) -> str:
     """Return the path of an image with symlinks resolved, and the frame index if it is a video."""
     if isinstance(source, VideoFrame):
         return f"{os.path.realpath(source.path)}:{source.index}"
-    return os.path.realpath(source)
+    return os.path.realpath(first_file(source))
+
+
+def first_file(source: Path | ChannelFiles) -> Path:
+    """Return the file that names an image."""
+    return source if isinstance(source, Path) else source.path
+
+
+def source_files(source: ImageSource) -> list[Path]:
+    """Return all files that an image is read from.
+
+    Raises:
+        UserError: one of several is missing.
+    """
+    return [source] if isinstance(source, Path) else source.paths
+
+
+def reading_rule(source: ImageSource) -> object:
+    """Return what an image depends on besides its files: the frame index or the format; None for an RGB file."""
+    if isinstance(source, Path):
+        return None
+    return source.index if isinstance(source, VideoFrame) else source.format
 
 
 def read_source(source: ImageSource) -> np.ndarray:
-    """Return an image as (H, W, 3) uint8 RGB.
+    """Return an image as (H, W, C), uint8 RGB or in its format.
 
     Raises:
-        UserError: see `read_image` and `read_frame`.
+        UserError: see `read_image`, `read_frame` and `PixelFormat.read`.
     """
-    return source.read() if isinstance(source, VideoFrame) else read_image(source)
+    return read_image(source) if isinstance(source, Path) else source.read()
 
 
 def read_frame(frame: VideoFrame) -> np.ndarray:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dinoseg.core.channels import PixelFormat
 from dinoseg.data.classes.labels import Labels
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
@@ -16,8 +17,15 @@ _SOURCE = forms.holding(
     **dict.fromkeys(("weights", "revision"), forms.maybe(forms.text)),
     gated=forms.flag,
 )
+_PIXELS = forms.record(
+    channels=forms.whole(1, 1024),
+    files=forms.listing(forms.text),
+    order=forms.maybe(forms.listing(forms.whole())),
+    value_range=forms.maybe(forms.listing(forms.number(), 2)),
+)
 _PART: Mapping[str, forms.Form] = {  # key under `facts` to the form of its value
-    "normalisation": forms.table(forms.listing(forms.number(-1e6, 1e6), 3)),
+    "normalisation": forms.table(forms.listing(forms.number(-1e6, 1e6))),
+    "pixels": lambda value, where: None if value == {} else _PIXELS(value, where),
     "sizes": forms.table(forms.plain),
     "scores": forms.maybe(forms.table(forms.plain)),
     "backbone": lambda value, where: None if value == {} else _SOURCE(value, where),
@@ -37,7 +45,8 @@ class ModelFacts:
         classes: a name for each id.
         palette: (red, green, blue) for each class, 0..255.
         ignore_index: id of unscored pixels in the masks of its data.
-        normalisation: `mean` and `std` of its backbone's input, RGB in 0..1; the model normalises images itself.
+        normalisation: `mean` and `std` of each channel of its backbone's input, in 0..1; the model normalises images.
+        pixels: values of `PixelFormat` for files that are no RGB images of 8 bits; empty for these.
         sizes: `scale`, `longest`, `crop` of the training's resolution, `typical` and `largest` of its images, and the
             inference strategy (`inference`).
         scores: with their protocol and source; None where no evaluation was found.
@@ -54,6 +63,7 @@ class ModelFacts:
     palette: tuple[tuple[int, int, int], ...]
     ignore_index: int
     normalisation: Mapping[str, Any] = field(default_factory=dict)
+    pixels: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] | None = None
     backbone: Mapping[str, Any] = field(default_factory=dict)
@@ -62,6 +72,11 @@ class ModelFacts:
     choices: Mapping[str, str] = field(default_factory=dict)
     delta: bool = False
     dequantised: int | None = None
+
+    @property
+    def format(self) -> PixelFormat:
+        """The format of the model's images."""
+        return PixelFormat(**self.pixels)
 
     def part(self) -> dict[str, Any]:
         """Return all but the classes as plain values, as a file's description stores them under `facts`."""
@@ -90,6 +105,7 @@ class ModelFacts:
             known = {key: part[key] for key in _PART if key in part}
             for key, value in known.items():
                 _PART[key](value, f"facts.{key}")
+            PixelFormat(**known.get("pixels", {}))  # refuses values that contradict each other
         except (forms.SchemaError, UserError) as error:
             reason = str(error).removesuffix(".")
             raise UserError(f"{where}: {reason}. Choose another file, or export the model again.") from None

@@ -1,4 +1,4 @@
-"""Conversion of any image source (path, array, tensor, Pillow image) to (H, W, 3) uint8 RGB; imports no torch."""
+"""Conversion of any image source (path, array, tensor, Pillow image) to an array (H, W, C); imports no torch."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dinoseg.core.channels import PixelFormat
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import found, is_pattern
-from dinoseg.utils.images import IMAGE_SUFFIXES, as_rgb, read_image
+from dinoseg.utils.images import PIXEL_SUFFIXES, as_rgb
 
 logger = logging.getLogger(__name__)
 ON_ERROR = ("stop", "skip")
@@ -19,7 +20,7 @@ _ACCEPTED = "Give a path, an array (H, W, 3), a torch tensor (3, H, W), a Pillow
 _WHITE = 65535  # white level of 16 bits
 _SLACK = 0.5 / 255  # resizing of floats rounds: 1.0000001 is white
 
-Picture = tuple[Path | None, np.ndarray]  # its file, if any, and (H, W, 3) uint8 RGB
+Picture = tuple[Path | None, np.ndarray]  # its file, if any, and (H, W, C), uint8 RGB or in the model's format
 
 
 def is_one(source: Any) -> bool:
@@ -34,26 +35,32 @@ def is_many_files(source: Any) -> bool:
     return isinstance(source, str | PathLike) and not is_one(source)
 
 
-def pictures(source: Any, *, on_error: str = "stop") -> Iterator[Picture]:
+def pictures(
+    source: Any,
+    *,
+    on_error: str = "stop",
+    pixels: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
+) -> Iterator[Picture]:
     """Return an iterator over the images of a source, in order; files in natural order: x2 before x10.
 
     Args:
         source: an image; a folder (without its subfolders and hidden files) or a pattern such as `a/*.png`; an
             array (B, H, W, 3) or a tensor (B, 3, H, W); or any iterable of images.
         on_error: `stop` at an invalid image, or `skip` it with a warning.
+        pixels: format of the images.
 
     Raises:
         UserError: if an image is invalid or there is none; the message names the accepted kinds.
     """
     if on_error not in ON_ERROR:
         raise UserError(f"on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
-    return _read(_ones(source), on_error)
+    return _read(_ones(source), on_error, pixels)
 
 
-def _read(ones: Iterable[Any], on_error: str) -> Iterator[Picture]:
+def _read(ones: Iterable[Any], on_error: str, pixels: PixelFormat) -> Iterator[Picture]:
     for number, one in enumerate(ones):
         try:
-            picture = _picture(one, f"image {number}")
+            picture = _picture(one, f"image {number}", pixels)
         except UserError as error:
             if on_error == "stop":
                 raise
@@ -88,6 +95,23 @@ def as_pixels(array: np.ndarray, name: str, *, channels_first: bool = False) -> 
     levels = levels[..., None] if levels.ndim == 2 else levels
     rgb = levels.repeat(3, axis=2) if levels.shape[2] == 1 else levels[..., :3]
     return np.ascontiguousarray(rgb)
+
+
+def _as_channels(array: np.ndarray, name: str, channels: int, *, channels_first: bool) -> np.ndarray:
+    """Convert an array of levels to (H, W, channels), uint8 or uint16; floats in 0..1 become uint16."""
+    if array.ndim == 2:
+        array = array[..., None]
+    elif channels_first and array.ndim == 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[2] != channels or not array.size:
+        wanted = f"({channels}, H, W)" if channels_first else f"(H, W, {channels})"
+        raise UserError(f"{name} is of {list(array.shape)} (H, W, C): give {wanted}, the channels of this model.")
+    if array.dtype in (np.uint8, np.uint16):
+        return np.ascontiguousarray(array)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise UserError(f"{name} is an array of {array.dtype}: give uint8, uint16 or floats in 0..1.")
+    check_levels(float(array.min()), float(array.max()), name)
+    return np.ascontiguousarray(np.round(array.clip(0, 1) * _WHITE).astype(np.uint16))
 
 
 def _levels(array: np.ndarray, name: str) -> np.ndarray:
@@ -135,19 +159,23 @@ def _ones(source: Any) -> Iterable[Any]:
 
 def _files(source: str | PathLike[str]) -> list[Path]:
     """Return the images in a folder or matched by a pattern; raise an error if there are none."""
-    files = found(source, IMAGE_SUFFIXES)
+    files = found(source, PIXEL_SUFFIXES)
     if not files:
         where = f"The folder {source} holds no image directly" if _is_folder(source) else f"{source} matches no image"
-        raise UserError(f"{where}. Image files end in {' '.join(IMAGE_SUFFIXES)}.")
+        raise UserError(f"{where}. Image files end in {' '.join(PIXEL_SUFFIXES)}.")
     return files
 
 
-def _picture(one: Any, name: str) -> Picture:
+def _picture(one: Any, name: str, pixels: PixelFormat) -> Picture:
     if isinstance(one, str | PathLike):
         path = Path(fspath(one)).expanduser()
         if path.is_dir():
             raise UserError(f"{path} is a folder: give its images, or only the folder.")
-        return path, read_image(path)
+        return path, pixels.read(path)
+    if not pixels.is_rgb and (_is_array(one) or isinstance(one, Image.Image)):
+        is_tensor = not isinstance(one, np.ndarray | Image.Image)
+        array = _from_tensor(one) if is_tensor else np.asarray(one)
+        return None, _as_channels(array, name, pixels.channels, channels_first=is_tensor)
     if isinstance(one, Image.Image):
         return None, as_rgb(one, name)
     if isinstance(one, np.ndarray):

@@ -31,7 +31,7 @@ class Segmentation:
 
     Attributes:
         mask: class ids (H, W) uint8.
-        image: the image (H, W, 3) uint8 RGB.
+        image: the image (H, W, 3) uint8 RGB, or (H, W, C), uint8 or uint16, of a model of other channels.
         facts: of the model.
         source: the image's file, where it came from one.
 
@@ -75,9 +75,10 @@ class Segmentation:
     def overlay(self, opacity: float = 0.5) -> np.ndarray:
         """Return the image (H, W, 3) uint8 tinted by class; opacity 0..1, 1 = colours alone."""
         from dinoseg.report.overlay import blend
+        from dinoseg.utils.levels import to_display
 
         colours = self.facts.palette
-        return blend(self.image, self.mask, colours, ignore_index=self.facts.ignore_index, opacity=opacity)
+        return blend(to_display(self.image), self.mask, colours, ignore_index=self.facts.ignore_index, opacity=opacity)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the class ids as a PNG without loss; the file appears whole or not at all.
@@ -158,7 +159,8 @@ class Model:
 
         Args:
             source: a path, an array (H, W, 3) uint8, uint16 or float in 0..1 (RGB), a torch tensor (3, H, W), a Pillow
-                image; a list or a stack of them; a folder, a pattern or any iterator.
+                image, or, for a model of other channels, C channels instead of 3; a list or a stack of them; a folder,
+                a pattern or any iterator.
             batch_size: largest number of consecutive images of one size in a batch.
             on_error: `stop` at an invalid image, or `skip` it with a warning.
 
@@ -170,7 +172,7 @@ class Model:
             UserError: if an image is invalid; the message names it and the accepted kinds.
         """
         batch_size = whole_number(batch_size, "batch_size", AT_LEAST_1)
-        results = self._predicted(pictures(source, on_error=on_error), batch_size)
+        results = self._predicted(pictures(source, on_error=on_error, pixels=self.facts.format), batch_size)
         if is_one(source):
             found = list(results)
             return found[0] if found else None

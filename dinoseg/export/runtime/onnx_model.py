@@ -45,7 +45,8 @@ def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -
     session = open_session(path, device=device, threads=threads)
     inputs = [(entry.name, entry.type, len(entry.shape)) for entry in session.get_inputs()]
     names = [entry.name for entry in session.get_outputs()]
-    if inputs != [(_INPUT, "tensor(float)", 4)] or names != list(OUTPUTS[record.kind]):
+    has_channels = len(record.fill) == facts.format.channels
+    if not has_channels or inputs != [(_INPUT, "tensor(float)", 4)] or names != list(OUTPUTS[record.kind]):
         raise UserError(f"{path}: its inputs or outputs differ from its description. Export the model again.")
 
     def compute(pixels: np.ndarray) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ from dinoseg.core.sizes import Size
 from dinoseg.export.runtime.onnx_record import GraphRecord, Layout
 from dinoseg.utils.errors import UserError
 
-Compute = Callable[[np.ndarray], Sequence[np.ndarray]]  # pixels (B, 3, H, W) to the graph's outputs
+Compute = Callable[[np.ndarray], Sequence[np.ndarray]]  # pixels (B, C, H, W) to the graph's outputs
 _MAX_PIXELS = 2**28  # largest input of the graph
 _AT_ONCE = 2**23  # upsampled scores or masks in memory at a time: 32 MiB
 
@@ -62,15 +62,16 @@ class GraphRuntime:
 
 
 def pixels(image: np.ndarray, layout: Layout, fill: Sequence[float]) -> np.ndarray:
-    """Convert an image (H, W, 3) uint8 to the graph's input: (3, H', W') float32 in 0..1, padded with `fill`.
+    """Convert an image (H, W, C) of 8 or 16 bits to the graph's input: (C, H', W') float32 in 0..1, padded with `fill`.
 
     Resizing matches torch's `antialias=True` to the last bits: each channel is resized bilinearly as floats.
     """
     rows, columns = layout.content
-    result = np.empty((3, *layout.padded), np.float32)
+    channels, white = image.shape[2], np.iinfo(image.dtype).max
+    result = np.empty((channels, *layout.padded), np.float32)
     result[:] = np.asarray(fill, np.float32)[:, None, None]
-    for channel in range(3):
-        plane = image[..., channel].astype(np.float32) / np.float32(255)
+    for channel in range(channels):
+        plane = image[..., channel].astype(np.float32) / np.float32(white)
         if plane.shape != layout.content:
             plane = np.asarray(Image.fromarray(plane).resize((columns, rows), Image.Resampling.BILINEAR))
         result[channel, :rows, :columns] = plane

@@ -37,7 +37,7 @@ _FORM = forms.record(
     largest=forms.maybe(_SIDE),
     size=forms.maybe(forms.listing(_SIDE, 2)),
     batch=forms.maybe(forms.whole(1, 1024)),
-    fill=forms.listing(forms.number(-1e6, 1e6), 3),
+    fill=forms.listing(forms.number(-1e6, 1e6)),
     kind=_one_of(*OUTPUTS),
     mixture=forms.flag,
     no_object=forms.flag,
@@ -63,9 +63,9 @@ class Layout:
 class GraphRecord:
     """Description of an exported graph's input and outputs.
 
-    The graph takes `image` (B, 3, H, W), float32 RGB in 0..1, and normalises inside. Its outputs are, by `kind`:
-    `scores`: one map (B, K, h, w) of class scores over the whole input; `masks`: class logits (B, Q, K + 1) and mask
-    logits (B, Q, h, w); `pixels`: class scores (B, K, H, W) of each pixel of the input.
+    The graph takes `image` (B, C, H, W), float32 in 0..1, and normalises inside; three channels are RGB. Its outputs
+    are, by `kind`: `scores`: one map (B, K, h, w) of class scores over the whole input; `masks`: class logits
+    (B, Q, K + 1) and mask logits (B, Q, h, w); `pixels`: class scores (B, K, H, W) of each pixel of the input.
 
     Attributes:
         multiple: H and W are multiples of it.
@@ -75,7 +75,7 @@ class GraphRecord:
         largest: the longer side above which an image counts as larger than these.
         size: the fixed H and W of the graph; None: any.
         batch: the fixed B of the graph; None: any.
-        fill: colour of the padding, which normalises to 0.
+        fill: value of the padding in each of the C channels, which normalises to 0.
         kind: see above.
         mixture: whether scores are sums of probabilities instead of logits.
         no_object: whether the last column of class logits stands for "no object".
@@ -90,7 +90,7 @@ class GraphRecord:
     largest: int | None
     size: Size | None
     batch: int | None
-    fill: tuple[float, float, float]
+    fill: tuple[float, ...]
     kind: str
     mixture: bool
     no_object: bool

@@ -107,7 +107,7 @@ class Segmenter(GuardedModule, Model):
         The softmax over K is the class probability. Heads of queries return the logarithm of their probabilities.
 
         Args:
-            images: (B, 3, H, W) RGB of any size, uint8 or float in 0..1.
+            images: (B, 3, H, W) RGB, or with the model's channels, of any size: uint8, uint16 or float in 0..1.
             as_prediction: return the head's outputs as a `Prediction`, which losses of `dinoseg.losses` take instead
                 of logits: `mask_classification_loss` needs it, others save the memory of logits at full size.
 
@@ -427,7 +427,7 @@ class Segmenter(GuardedModule, Model):
             )
 
     def _check_images(self, images: Tensor) -> None:
-        """Refuse all but tensors (B, 3, H, W) of uint8 or floats in 0..1, with at least one pixel.
+        """Refuse all but tensors (B, C, H, W) of uint8, uint16 or floats in 0..1, with at least one pixel.
 
         Levels on an accelerator are read from the first batch only, since that waits for it; compiled calls read none.
         """
@@ -436,12 +436,14 @@ class Segmenter(GuardedModule, Model):
             raise UserError(
                 f"Images are {kind}. Give a tensor (B, 3, H, W), or call model.predict, which takes arrays."
             )
-        if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
-            raise UserError(f"Images have the shape {list(images.shape)}. Give (B, 3, H, W), RGB, at least one image.")
-        if images.dtype == torch.uint8:
+        channels = self.backbone.channels
+        if images.ndim != 4 or images.shape[1] != channels or not images.numel():
+            wanted = "(B, 3, H, W), RGB" if channels == 3 else f"(B, {channels}, H, W)"
+            raise UserError(f"Images have the shape {list(images.shape)}. Give {wanted}, at least one image.")
+        if images.dtype in (torch.uint8, torch.uint16):
             return
         if not images.is_floating_point():
-            raise UserError(f"Images are {images.dtype}. Give uint8, or floats in 0..1.")
+            raise UserError(f"Images are {images.dtype}. Give uint8, uint16, or floats in 0..1.")
         is_known = self._has_checked_levels and images.device.type != "cpu"
         if not (is_known or images.is_meta or torch.compiler.is_compiling()):
             least, most = images.detach().aminmax()

@@ -1,6 +1,7 @@
 """Loading of a file, a checkpoint or a run folder as a torch model, without a command line."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def load_torch(path: Path, options: Options) -> Segmenter:
         cfg = standalone_config(file, info, changes, inference=options.inference, trust=options.trust, config_dir=own)
         policy: Policy = instantiate(cfg.inference)
         sizes = TrainedSizes.from_info(info)
-        model, _ = restore(ModelBuilder(cfg), file)
+        build = ModelBuilder(cfg)
+        model, _ = restore(build, file)
+        facts = replace(facts, pixels=build.pixels.as_dict())
     if model.head.slots is not None:
         raise UserError(f"{file} is a slot model, which has no classes. mode=track tracks its segments.")
     limit_to_trained_size(model, sizes)

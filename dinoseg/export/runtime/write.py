@@ -216,6 +216,7 @@ def complete(
     """
     return replace(
         facts,
+        pixels=source.pixels.as_dict(),
         normalisation={name: getattr(model.backbone, name).flatten().tolist() for name in ("mean", "std")},
         sizes={
             **source.settings("resolution"),

@@ -10,9 +10,10 @@ from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.arch import configuration
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
+from dinoseg.models.backbones.patch_projection import adapt_input
 from dinoseg.models.backbones.pretrained import exported_state, load_model
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import ColourMean, ColourStd, Count
+from dinoseg.utils.ranges import ChannelWeight, ColourMean, ColourStd, Count
 
 STEM = 4  # stride of the first stage in pixels; each later stage doubles it
 
@@ -34,6 +35,9 @@ class ConvNext(Backbone):
             images if the name of the weights contains `sat493m`.
         std: RGB standard deviation of the same images.
         checkpointing: recompute block activations in the backward pass: less memory, about a third more time.
+        channels: number of channels of the images; three are RGB.
+        channel_weights: factor of each channel's kernel in the first convolution, such as `[1, 1, 1, 0]` for a fourth
+            channel that starts without influence, see `adapt_input_kernel`; None: as timm adapts it.
 
     Raises:
         UserError: invalid key or value in `arch`, wrong patch size, layer out of range, invalid colour statistics, or
@@ -51,6 +55,8 @@ class ConvNext(Backbone):
         mean: Sequence[ColourMean] | None = None,
         std: Sequence[ColourStd] | None = None,
         checkpointing: bool = False,
+        channels: Count = 3,
+        channel_weights: Sequence[ChannelWeight] | None = None,
     ) -> None:
         super().__init__()
         config = configuration("dinov3_convnext", arch)
@@ -65,7 +71,9 @@ class ConvNext(Backbone):
         self.checkpointing = checkpointing
         self.unused: list[str] = []
         self.model = load_model(config, weights, self._cut)
-        register_colours(self, *resolve_colours(weights, mean, std))
+        adapt_input(self.blocks[0].downsample_layers[0], channels, channel_weights)
+        self.model.config.num_channels = channels
+        register_colours(self, *resolve_colours(weights, mean, std, channels=channels))
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -26,14 +26,22 @@ def resolve_colours(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     default: tuple[Sequence[float], Sequence[float]] = IMAGENET,
+    channels: int = 3,
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the RGB mean and standard deviation of a backbone's training images, in 0..1.
+    """Return the mean and standard deviation of each channel of a backbone's images, in 0..1.
+
+    Channels that the weights were not trained on get the average of red, green and blue: those after the third, and
+    all of one or two.
 
     Args:
         source: hub id or path of the weights; the statistics of satellite ones (`is_satellite`) are logged.
         mean: given by the user; None: of the weights.
         std: as `mean`.
         default: statistics of all other weights.
+        channels: number of channels.
+
+    Raises:
+        UserError: `mean` or `std` have another number of values.
     """
     found = SATELLITE if is_satellite(source) else default
     if found is SATELLITE and (mean is None or std is None):
@@ -41,18 +49,32 @@ def resolve_colours(
             "The weights %s are those of satellite images: normalised with mean %s and std %s. Set mean and std of the "
             "backbone to change this.", source, *map(list, SATELLITE),
         )  # fmt: skip
-    return found[0] if mean is None else mean, found[1] if std is None else std
+    return _for_channels("mean", mean, found[0], channels), _for_channels("std", std, found[1], channels)
+
+
+def _for_channels(name: str, given: Sequence[float] | None, rgb: Sequence[float], channels: int) -> Sequence[float]:
+    """Return the given values, or those of red, green and blue followed by their average."""
+    if given is not None and len(given) != channels:
+        raise UserError(f"{name}={list(given)} has {len(given)} values, and channels={channels}. Give one for each.")
+    if given is not None or channels == 3:
+        return rgb if given is None else given
+    average = sum(rgb) / 3
+    values = [*rgb, *[average] * (channels - 3)] if channels > 3 else [average] * channels
+    logger.info("%s=%s for %d channels. Set it in the backbone to change this.", name, values, channels)
+    return values
 
 
 def register_colours(module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Register the RGB mean and standard deviation as non-persistent buffers `mean` and `std`, (3, 1, 1).
+    """Register the mean and standard deviation of each channel as non-persistent buffers `mean` and `std`, (C, 1, 1).
+
+    Their length C is the number of channels of the images; three are RGB.
 
     Raises:
-        UserError: not three numbers, or one out of range.
+        UserError: none or different numbers of values, or one out of range.
     """
+    if not 0 < len(mean) == len(std):
+        raise UserError(f"mean={list(mean)} and std={list(std)}: give one number each per channel, three for RGB.")
     for name, values, rule in (("mean", mean, MEANS), ("std", std, DEVIATIONS)):
-        if len(values) != 3:
-            raise UserError(f"{name}={list(values)}: give three numbers, one each for red, green and blue.")
         if not all(value in rule for value in values):
             raise UserError(f"{name}={list(values)} is out of range. Give {rule.rule} for each.")
-        module.register_buffer(name, torch.tensor([float(value) for value in values]).view(3, 1, 1), persistent=False)
+        module.register_buffer(name, torch.tensor([float(value) for value in values]).view(-1, 1, 1), persistent=False)

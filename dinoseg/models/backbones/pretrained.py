@@ -24,6 +24,11 @@ _INDEX = "model.safetensors.index.json"
 _SHARDS = forms.holding(weight_map=forms.table(forms.text))
 _NEVER_DRAWN = 20  # standard deviations: float32 samplers reach about 6
 _TIMM = "timm/"  # owner of timm's weights on the hub
+_INPUT_KERNELS = {  # hub's names of the weights that read the pixels, (dim, channels, h, w)
+    "embeddings.patch_embeddings.weight",
+    "embeddings.patch_embeddings.projection.weight",
+    "stages.0.downsample_layers.0.weight",
+}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -238,6 +243,8 @@ def _from_file(config: Any, path: Path, cut: Callable[[Any], None], local_cls_no
     check_unquantised(stored, where)  # reports the names of the file
     state = _with_hub_names(stored, config, path)
     checked = dict(state)
+    for name in _INPUT_KERNELS & state.keys():
+        config.num_channels = state[name].shape[1]
     frequencies = state.pop(INV_FREQ, None) if config.model_type == "dinov3_vit" else None
     local = {name: state.pop(name) for name in list(state) if name.startswith(LOCAL_CLS_NORM)}
     model: Any = _from_pretrained(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.layers import resolve_layers
-from dinoseg.models.backbones.normalisation import register_colours
+from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import ColourMean, ColourStd, Count, check_annotations
 
@@ -15,22 +15,22 @@ from dinoseg.utils.ranges import ColourMean, ColourStd, Count, check_annotations
 class RgbBackbone(Backbone):
     """Mean colour of each patch: a baseline for learned features.
 
-    Images (B, 3, H, W), float RGB in 0..1, any H and W; returns identical maps (B, 3, h, w), h = ceil(H /
-    patch_size). Colours are normalised around zero, so that cosine similarity distinguishes them. Images are padded
-    with zeros (the mean colour) at the bottom and on the right. Padding shortens the colour vectors of border patches
+    Images (B, C, H, W), float in 0..1, any H and W; returns identical maps (B, C, h, w), h = ceil(H / patch_size).
+    Colours are normalised around zero, so that cosine similarity distinguishes them. Images are padded with zeros (the
+    mean colour) at the bottom and on the right. Padding shortens the colour vectors of border patches
     but keeps their directions. There are no parameters and no weights file.
 
     Args:
         patch_size: side of a patch in pixels.
         layers: indices into the single layer, such as `[-1]`.
-        mean: RGB mean of images, in 0..1; ImageNet's by default, as in the other backbones.
-        std: RGB standard deviation of the same images.
+        mean: mean of each channel of images, in 0..1; ImageNet's by default, as in the other backbones.
+        std: standard deviation of the same images.
+        channels: number of channels C of the images; three are RGB.
 
     Raises:
         UserError: patch size below 1, layer out of range, or invalid colour statistics.
     """
 
-    dim = 3
     depth = 1
 
     @check_annotations
@@ -38,17 +38,19 @@ class RgbBackbone(Backbone):
         self,
         patch_size: Count = 8,
         layers: Sequence[int] | str = (-1,),
-        mean: Sequence[ColourMean] = (0.485, 0.456, 0.406),
-        std: Sequence[ColourStd] = (0.229, 0.224, 0.225),
+        mean: Sequence[ColourMean] | None = None,
+        std: Sequence[ColourStd] | None = None,
+        channels: Count = 3,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.layers = resolve_layers(layers, self.depth)
         self.num_layers = len(self.layers)
-        register_colours(self, mean, std)
+        self.dim = channels
+        register_colours(self, *resolve_colours("", mean, std, channels=channels))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the mean normalised colour of each patch, (B, 3, h, w), once for each of `layers`."""
+        """Return the mean normalised colour of each patch, (B, C, h, w), once for each of `layers`."""
         return [F.avg_pool2d(self.pixels(images), self.patch_size)] * self.num_layers
 
     def export_state(self) -> dict[str, Tensor]:

@@ -18,8 +18,9 @@ from dinoseg.models.backbones.class_attention import class_maps, key_maps, plain
 from dinoseg.models.backbones.cut import Block, run_frozen_blocks, run_trained_blocks
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
+from dinoseg.models.backbones.patch_projection import adapt_input
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import ColourMean, ColourStd, Count
+from dinoseg.utils.ranges import ChannelWeight, ColourMean, ColourStd, Count
 from dinoseg.utils.tensor_files import check_weights, read_tensor_file
 
 _ANY_SIZE: Any = ({"dynamic_img_size": True}, {"strict_img_size": False})  # a model has one of these options or none
@@ -56,6 +57,9 @@ class TimmBackbone(Backbone):
         checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         final_norm: apply the final norm to the maps of a transformer, although its scales and shifts were learned for
             the last block; False removes it from the model.
+        channels: number of channels of the images; three are RGB.
+        channel_weights: factor of each channel's kernel in the first convolution, such as `[1, 1, 1, 0]` for a fourth
+            channel that starts without influence, see `adapt_input_kernel`; None: as timm adapts it.
 
     Raises:
         UserError: name unknown to timm, model with a fixed image size, wrong patch size, layer out of range, invalid
@@ -72,11 +76,14 @@ class TimmBackbone(Backbone):
         std: Sequence[ColourStd] | None = None,
         checkpointing: bool = False,
         final_norm: bool = True,
+        channels: Count = 3,
+        channel_weights: Sequence[ChannelWeight] | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.weights = weights
-        self.model = _create(name, download=weights == "timm")
+        state = None if weights in ("timm", "random") else read_state(Path(weights).expanduser())
+        self.model = _create(name, download=weights == "timm", channels=_stored_channels(name, state))
         levels = _levels(self.model, name)
         self.layers = resolve_layers(layers, len(levels))
         self.depth = len(levels)
@@ -89,13 +96,22 @@ class TimmBackbone(Backbone):
         self._taps = [level["module"] for level in levels[: max(self.layers) + 1]]
         spare = {*self.model.state_dict(), *dict(self.model.named_buffers()), *_classifier(self.model), _UNUSED}
         self.model.prune_intermediate_layers(sorted(set(self.layers)), prune_norm=not self._normed, prune_head=True)
-        if weights not in ("timm", "random"):
-            load_exactly(self.model, read_state(Path(weights).expanduser()), spare=spare, source=weights)
+        if state is not None:
+            load_exactly(self.model, state, spare=spare, source=weights)
         elif weights == "timm":
-            state = self.model.state_dict()
-            check_weights(state, f"weights=timm ({name})", state)
+            downloaded = self.model.state_dict()
+            check_weights(downloaded, f"weights=timm ({name})", downloaded)
+        modules = dict(self.model.named_modules())
+        inputs = [part for layer in _first_convolutions(name) if isinstance(part := modules.get(layer), nn.Conv2d)]
+        if not inputs and (channels != 3 or channel_weights is not None):
+            raise UserError(
+                f"channels={channels}: timm does not name the first convolution of {name}, so it takes RGB only. "
+                "Choose a plain vision transformer, such as vit_small_patch16_224, or channels=3."
+            )
+        for convolution in inputs:
+            adapt_input(convolution, channels, channel_weights)
         with uncalled_linears(self) as uncalled:
-            maps = self._probe(name, [levels[layer]["reduction"] for layer in self.layers])
+            maps = self._probe(name, channels, [levels[layer]["reduction"] for layer in self.layers])
         self.uncalled_linears = frozenset(uncalled)  # never called, only their weights are read: LoRA has no effect
         self.dim: int | list[int] = [part.shape[1] for part in maps]
         if self.num_layers == 1 or not self.is_pyramid:
@@ -108,7 +124,7 @@ class TimmBackbone(Backbone):
         if checkpointing:
             _enable_checkpointing(self.model, name)
         known = self.model.pretrained_cfg
-        register_colours(self, *resolve_colours(weights, mean, std, (known["mean"], known["std"])))
+        register_colours(self, *resolve_colours(weights, mean, std, (known["mean"], known["std"]), channels))
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -192,12 +208,12 @@ class TimmBackbone(Backbone):
         by_layer = dict(zip(wanted, maps, strict=True))
         return [by_layer[layer].contiguous() for layer in self.layers]  # the memory format affects rounding in heads
 
-    def _probe(self, name: str, strides: Sequence[int]) -> list[Tensor]:
+    def _probe(self, name: str, channels: int, strides: Sequence[int]) -> list[Tensor]:
         """Return the maps of a small non-square image, and refuse models that do not take any image size."""
         height, width = 2 * self.patch_size, 3 * self.patch_size
         was_training = self.model.training
         self.model.eval()  # keeps the running statistics unchanged
-        pixels = torch.zeros(1, 3, height, width, device=next(self.model.parameters()).device)
+        pixels = torch.zeros(1, channels, height, width, device=next(self.model.parameters()).device)
         try:
             with torch.enable_grad():  # `unused` is read off the graph
                 maps = self._maps(pixels)
@@ -221,7 +237,23 @@ def _undecayed(backbone: TimmBackbone) -> frozenset[str]:
     return frozenset(name for pattern in patterns for name in fnmatch.filter(names, f"model.{pattern}"))
 
 
-def _create(name: str, download: bool) -> Any:
+def _first_convolutions(name: str) -> list[str]:
+    """Return the names of the convolutions that read the pixels; none if timm does not name them."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name.partition(".")[0], allow_unregistered=True)
+    names = getattr(config, "first_conv", None) or ()
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _stored_channels(name: str, state: Mapping[str, Tensor] | None) -> int:
+    """Return the number of channels of the images that weights were trained on."""
+    names = [f"{layer}.weight" for layer in _first_convolutions(name)]
+    kernels = [state[layer] for layer in names if layer in state] if state is not None else []
+    return kernels[0].shape[1] if kernels and kernels[0].ndim == 4 else 3
+
+
+def _create(name: str, download: bool, channels: int) -> Any:
     import timm
 
     architecture, _, tag = name.partition(".")
@@ -237,7 +269,7 @@ def _create(name: str, download: bool) -> Any:
     if download and not tags:
         raise UserError(f"weights=timm: timm has no weights for {name}. Give a file, or weights=random.")
     try:
-        return _create_any_size(name, download)
+        return _create_any_size(name, download, channels)
     except (OSError, RuntimeError, ValueError) as error:
         if not download:
             raise
@@ -248,14 +280,16 @@ def _create(name: str, download: bool) -> Any:
         ) from error
 
 
-def _create_any_size(name: str, download: bool) -> Any:
+def _create_any_size(name: str, download: bool, channels: int) -> Any:
     """Create a model, with the option for images of any size if it has one."""
     import timm
 
+    settings: dict[str, Any] = {"pretrained": download, "num_classes": 0}
+    settings |= {} if channels == 3 else {"in_chans": channels}
     for options in _ANY_SIZE:
         with contextlib.suppress(TypeError):  # this model has no such option
-            return timm.create_model(name, pretrained=download, num_classes=0, **options)
-    return timm.create_model(name, pretrained=download, num_classes=0)
+            return timm.create_model(name, **settings, **options)
+    return timm.create_model(name, **settings)
 
 
 def _levels(model: Any, name: str) -> list[dict[str, Any]]:

@@ -16,11 +16,11 @@ from dinoseg.models.backbones.class_attention import class_maps, key_maps, watch
 from dinoseg.models.backbones.cut import run_blocks, run_frozen_blocks, run_trained_blocks
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
-from dinoseg.models.backbones.patch_projection import PatchProjection
+from dinoseg.models.backbones.patch_projection import PatchProjection, adapt_input
 from dinoseg.models.backbones.pretrained import exported_state, load_model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.ranges import ColourMean, ColourStd, Count
+from dinoseg.utils.ranges import ChannelWeight, ColourMean, ColourStd, Count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -61,6 +61,9 @@ class TransformersVit(Backbone):
             block; False removes it from the model.
         weights_patch_size: side of a patch of the weights in pixels, if it differs from `patch_size`. The patch
             kernel is then resampled (Beyer et al., arXiv 2212.08013, equation 3), as EoMT does with DINOv2.
+        channels: number of channels of the images; three are RGB.
+        channel_weights: factor of each channel's kernel in the first convolution, such as `[1, 1, 1, 0]` for a fourth
+            channel that starts without influence, see `adapt_input_kernel`; None: as timm adapts it.
 
     Raises:
         UserError: unknown family, invalid key or value in `arch`, layer out of range, invalid colour statistics, or
@@ -84,6 +87,8 @@ class TransformersVit(Backbone):
         dtype: Literal["float32", "bfloat16"] = "float32",
         final_norm: bool = True,
         weights_patch_size: Count | None = None,
+        channels: Count = 3,
+        channel_weights: Sequence[ChannelWeight] | None = None,
     ) -> None:
         super().__init__()
         config = _config(family, {**arch, "patch_size": weights_patch_size or patch_size})
@@ -99,7 +104,10 @@ class TransformersVit(Backbone):
         self.model = load_model(config, weights, self._cut, self.local_cls_norm)
         if config.patch_size != patch_size:
             _resample_patches(self.model, patch_size)
-        _patch_projection(self.model).__class__ = PatchProjection
+        projection = _patch_projection(self.model)
+        projection.__class__ = PatchProjection
+        adapt_input(projection, channels, channel_weights)
+        _set_channels(self.model, channels)
         self.model.to(DTYPES[dtype])
         mask_queries_only(self.model)
         if checkpointing:
@@ -107,7 +115,7 @@ class TransformersVit(Backbone):
         self.unused = [
             name for name, _ in self.named_parameters() if name.endswith("mask_token") or "local_cls_norm" in name
         ]
-        register_colours(self, *resolve_colours(weights, mean, std))
+        register_colours(self, *resolve_colours(weights, mean, std, channels=channels))
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -138,7 +146,9 @@ class TransformersVit(Backbone):
         model: Any = self.model
         if not self._turns_positions:
             return {}
-        pixels = model.embeddings.cls_token.new_empty(()).expand(1, 3, *size)  # only shape and dtype are used
+        pixels = model.embeddings.cls_token.new_empty(()).expand(
+            1, self.channels, *size
+        )  # only shape and dtype are used
         return {"position_embeddings": model.rope_embeddings(pixels)}
 
     @property
@@ -252,6 +262,13 @@ def _blocks(model: Any) -> nn.ModuleList:
     if model.config.model_type == "vit":
         return model.layers
     return model.model.layer if model.config.model_type == "dinov3_vit" else model.encoder.layer
+
+
+def _set_channels(model: Any, channels: int) -> None:
+    """Let a model accept images of this number of channels."""
+    model.config.num_channels = channels
+    model.embeddings.num_channels = channels
+    model.embeddings.patch_embeddings.num_channels = channels
 
 
 def _patch_projection(model: Any) -> nn.Conv2d:

@@ -19,7 +19,7 @@ _REACH = 11  # length of a strip convolution in cells: 44 px
 class DetailHead(Head[Tensor]):
     """Tokens fused with convolutional pixel features at output stride 4; each cell predicts 2 x 2 scores.
 
-    Squares of 2 x 2 pixels enter the first convolutions as 12 channels. Each cell outputs a square of scores
+    Squares of 2 x 2 pixels enter the first convolutions as channels, 12 for RGB. Each cell outputs a square of scores
     (sub-pixel convolution, Shi et al., arXiv 1609.05158). Thin structures are thus not averaged away, and most of the
     work is done on the coarser grid. Strip convolutions along rows and columns capture long, thin shapes (after Hou
     et al., arXiv 2003.13328). ViTMatte (Yao et al., arXiv 2305.15272) and Dino U-Net (arXiv 2508.20909) also combine
@@ -39,6 +39,7 @@ class DetailHead(Head[Tensor]):
         jitter: standard deviation of the random contrast and colour shift per image, applied to the pixels in
             training.
         linear_skip: add the scores of a linear layer on the tokens.
+        channels: number of channels of the images; three are RGB.
 
     Raises:
         UserError: odd patch size, or a value below its minimum.
@@ -56,6 +57,7 @@ class DetailHead(Head[Tensor]):
         blocks: Natural = 2,
         jitter: NotNegative = 0.1,
         linear_skip: bool = False,
+        channels: Count = 3,
     ) -> None:
         super().__init__()
         _check_patch_size(patch_size)
@@ -63,7 +65,7 @@ class DetailHead(Head[Tensor]):
         self.patch_size, self.jitter = patch_size, jitter
         self.stem = nn.Sequential(
             nn.PixelUnshuffle(_FINEST),
-            _convolution(3 * _FINEST**2, fine, 3),
+            _convolution(channels * _FINEST**2, fine, 3),
             _convolution(fine, fine, 3),
             _convolution(fine, width, 4, stride=2),  # an even kernel is centred on the 2 x 2 cells it merges
             _Strips(width),
@@ -79,7 +81,7 @@ class DetailHead(Head[Tensor]):
         return self.scored(backbone.maps(images), backbone.pixels(images))
 
     def forward_frozen(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        """Return the backbone's frozen features and the images as uint8 (B, 3, H, W); exact without resizing."""
+        """Return the backbone's frozen features and the images as uint8; exact for 8 bits without resizing."""
         return [*backbone.forward_frozen(images), (images * 255).round().clamp(0, 255).to(torch.uint8)]
 
     def forward_trainable(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Tensor:
@@ -91,7 +93,7 @@ class DetailHead(Head[Tensor]):
 
         Args:
             features: L maps (B, C, h, w).
-            pixels: the padded, normalised images (B, 3, H, W), H = h * P.
+            pixels: the padded, normalised images (B, C, H, W), H = h * P.
         """
         height, width = pixels.shape[-2:]
         padded = pad_to_multiple(self._jittered(pixels), STRIDE)
@@ -114,7 +116,7 @@ class DetailHead(Head[Tensor]):
         if not (self.training and self.jitter):
             return pixels
         contrast = 1 + self.jitter * torch.randn(len(pixels), 1, 1, 1, device=pixels.device)
-        return pixels * contrast + self.jitter * torch.randn(len(pixels), 3, 1, 1, device=pixels.device)
+        return pixels * contrast + self.jitter * torch.randn(*pixels.shape[:2], 1, 1, device=pixels.device)
 
     def _on_grid(self, tokens: Tensor, details: Tensor) -> Tensor:
         """Return tokens (B, C, h, w) resampled to the grid of the details, with aligned cell centres."""

@@ -122,6 +122,18 @@ class Mask2FormerHead(Head[MaskOutputs]):
             self.requires_grad_(False)
             self.predictor.class_embed.requires_grad_(True)
 
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Refuse a backbone of images that are not RGB: the adapter reads the pixels with weights for three channels.
+
+        Raises:
+            UserError: it has another number of channels.
+        """
+        if backbone.channels != 3:
+            raise UserError(
+                f"The backbone takes {backbone.channels} channels, and mask2former reads the pixels as RGB. Choose "
+                "another head, such as head=eomt or dpt, or images of 3 channels."
+            )
+
     def run(self, backbone: Backbone, images: Tensor) -> MaskOutputs:
         """Return the outputs for images (B, 3, H, W), float RGB in 0..1; the head also reads the pixels."""
         with self._backbone_precision(images):

@@ -1,0 +1,198 @@
+"""Images of any number of channels: which files they are read from, and how these become levels; imports no torch."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import ARRAY_SUFFIX, PIXEL_SUFFIXES, read_image
+from dinoseg.utils.levels import read_levels, read_levels_size, to_16_bits
+from dinoseg.utils.ranges import Natural, Range
+
+Channels = Annotated[int, Range("a whole number from 1 to 1024", 1, 1024)]
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """Format of images: number of channels, and how their files are read.
+
+    Three channels of one file are RGB of 8 bits, as `read_image` returns them, unless one of the other values is given.
+    Otherwise, all channels of all files are used at full depth, in the order of the files. The images are uint16 if a
+    file has more than 8 bits, else uint8. If there are three or more channels, the first three are the colours, which
+    are augmented and shown in figures.
+
+    Args:
+        channels: number of channels C.
+        files: words in which the paths of an image's files differ, such as `[images, nir]`; that of the first file has
+            the first word. The others are found by replacing it in the file name and in the last folder with it; their
+            suffixes may differ. Empty: one file.
+        order: indices of the channels to use, in this order; None: all.
+        value_range: lowest and highest value of files of more than 8 bits, see `read_levels`; None: that of uint16.
+
+    Raises:
+        UserError: the values contradict each other.
+    """
+
+    channels: Channels = 3
+    files: Sequence[str] = ()
+    order: Sequence[Natural] | None = None
+    value_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("files", "order", "value_range"):  # tuples, so that it can be hashed
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value is None else tuple(value))
+        if len(self.files) == 1 or len(set(self.files)) < len(self.files) or not all(self.files):
+            raise UserError(f"files={list(self.files)}: give different words, at least two, such as [images,nir].")
+        if self.order is not None and len(self.order) != self.channels:
+            raise UserError(
+                f"order={list(self.order)} has {len(self.order)} numbers, and data.channels={self.channels}. Give "
+                "as many."
+            )
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise UserError(f"value_range={list(self.value_range)}: give [lowest, highest] with lowest < highest.")
+
+    @property
+    def is_rgb(self) -> bool:
+        """Whether images are read as RGB of 8 bits from one file each."""
+        return self == PixelFormat()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the values as JSON stores them; empty for RGB."""
+        if self.is_rgb:
+            return {}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def source(self, path: Path) -> "Path | ChannelFiles":
+        """Return an image source that is read in this format."""
+        is_array = path.suffix.lower() == ARRAY_SUFFIX
+        return path if self.is_rgb and not is_array else ChannelFiles(path, self)
+
+    def read(self, path: Path) -> np.ndarray:
+        """Return an image as (H, W, C) uint8 or uint16.
+
+        Args:
+            path: its first file.
+
+        Raises:
+            UserError: a file is missing or unreadable, or they have another number of channels.
+        """
+        if self.is_rgb and path.suffix.lower() != ARRAY_SUFFIX:
+            return read_image(path)
+        files = self.paths(path)
+        parts = [read_levels(file, self.value_range) for file in files]
+        _check_sizes(files, [(part.shape[0], part.shape[1]) for part in parts])
+        if len({part.dtype for part in parts}) > 1:
+            parts = [to_16_bits(part) for part in parts]
+        pixels = np.concatenate(parts, axis=2)
+        if self.order is not None and max(self.order) < pixels.shape[2]:
+            pixels = pixels[..., self.order]
+        if pixels.shape[2] != self.channels:
+            counts = " + ".join(f"{part.shape[2]}" for part in parts)
+            raise UserError(
+                f"{path} has {counts} channels, and data.channels={self.channels}. Set data.channels, or choose "
+                "channels by data.pixels.order, such as [0,1,2]."
+            )
+        return np.ascontiguousarray(pixels)
+
+    def size(self, path: Path) -> tuple[int, int]:
+        """Return height and width of an image from the headers of its files.
+
+        Raises:
+            UserError: a file is missing or no image, or their sizes differ.
+        """
+        files = self.paths(path)
+        sizes = [read_levels_size(file) for file in files]
+        _check_sizes(files, sizes)
+        return sizes[0]
+
+    def paths(self, path: Path) -> list[Path]:
+        """Return all files of an image, whose first one is `path`.
+
+        Raises:
+            UserError: one is missing, or the path lacks the first of `files`.
+        """
+        return [path, *(self._counterpart(path, word) for word in self.files[1:])]
+
+    def _counterpart(self, path: Path, word: str) -> Path:
+        pattern = re.compile(rf"(?<![A-Za-z0-9]){re.escape(self.files[0])}(?![A-Za-z0-9])")
+        parts = [*path.absolute().parent.parts]
+        stem, words = path.stem, f"data.pixels.files=[{','.join(self.files)}]"
+        found = [number for number, part in enumerate(parts) if pattern.search(part)]
+        if not found and not pattern.search(stem):
+            raise UserError(f"{path} has no `{self.files[0]}` in its path, as {words} demands. Give such a file.")
+        for number in found[-1:]:
+            parts[number] = pattern.sub(lambda _: word, parts[number])
+        target = Path(*parts) / pattern.sub(lambda _: word, stem)
+        for suffix in (path.suffix, *PIXEL_SUFFIXES):
+            other = target.with_name(f"{target.name}{suffix}")
+            if other.exists():
+                return other
+        raise UserError(f"{path} has no file of `{word}`: {target}.* is missing. Add it, or correct {words}.")
+
+
+def check_rgb(pixels: PixelFormat, what: str) -> None:
+    """Refuse images that are not RGB, for what reads RGB only.
+
+    Raises:
+        UserError: they have another number of channels; `what` begins the message.
+    """
+    if pixels.channels != 3:
+        raise UserError(
+            f"{what[0].upper()}{what[1:]} has 3 channels (RGB), and data.channels={pixels.channels}. Use images with "
+            "mode=train, eval or predict; or train a model with data.channels=3."
+        )
+
+
+@dataclass(frozen=True)
+class ChannelFiles:
+    """Image that is read in a format, as an image source of a dataset.
+
+    Args:
+        path: its first file.
+        format: how it is read.
+    """
+
+    path: Path
+    format: PixelFormat
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def paths(self) -> list[Path]:
+        """All its files; raises a UserError if one is missing."""
+        return self.format.paths(self.path)
+
+    def stat(self) -> os.stat_result:
+        """Return size and times of the file that changed last.
+
+        Raises:
+            OSError: a file is missing.
+        """
+        try:
+            return max((path.stat() for path in self.paths), key=lambda status: status.st_mtime_ns)
+        except UserError as error:
+            raise FileNotFoundError(str(error)) from None
+
+    def read(self) -> np.ndarray:
+        """Return the pixels (H, W, C), see `PixelFormat.read`."""
+        return self.format.read(self.path)
+
+    def size(self) -> tuple[int, int]:
+        """Return height and width, see `PixelFormat.size`."""
+        return self.format.size(self.path)
+
+
+def _check_sizes(files: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> None:
+    for file, size in zip(files, sizes, strict=True):
+        if size != sizes[0]:
+            raise UserError(
+                f"{file} is {size[0]} x {size[1]} pixels, and {files[0]} {sizes[0][0]} x {sizes[0][1]} (H x W). All "
+                "files of an image need one size: resize them."
+            )

@@ -1,0 +1,181 @@
+"""Reading of image files with any number of channels at full depth, as levels of 8 or 16 bits; imports no torch."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
+
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import open_regular
+from dinoseg.utils.image_cost import Unfit
+from dinoseg.utils.images import ARRAY_SUFFIX, decode, load_upright, read_size
+
+WHITE = 65535  # highest level of 16 bits
+EXACT = 257  # 65535 / 255: 16-bit level of an 8-bit one, at the same share of white
+_MAX_NUMBERS = 2**30  # numbers of a file that are read
+_MAX_PAGES = 1024  # of a TIFF file
+_SAMPLES_PER_PIXEL = 277  # TIFF tag
+_PLAIN_MODES = ("L", "LA", "RGB", "RGBA", "I;16", "I;16L", "I;16B", "I", "F")  # whose arrays are the stored values
+_AS = {"1": "L", "P": "RGB"}  # mode to the one that it is converted to; all others to RGB
+
+
+def read_levels(path: Path, value_range: Sequence[float] | None) -> np.ndarray:
+    """Read all channels of an image file as (H, W, C) uint8 or uint16.
+
+    The pages of a TIFF file are channels, and so is the alpha channel of any file. Files of 8 bits stay uint8. Other
+    values become uint16: `value_range` is mapped linearly to 0..65535.
+
+    Args:
+        path: image of `IMAGE_SUFFIXES`, or an array (H, W) or (H, W, C) in a .npy file.
+        value_range: lowest and highest value of files of more than 8 bits; None: 0 and 65535, for uint16 alone.
+
+    Raises:
+        UserError: the file is missing, truncated or no image, its range is unknown, or a value is outside of it.
+    """
+    values = _read_array(path) if path.suffix.lower() == ARRAY_SUFFIX else decode(path, _read_channels)
+    values = values[..., None] if values.ndim == 2 else values
+    if values.dtype == np.uint8 or (values.dtype == np.uint16 and value_range is None):
+        return values
+    if value_range is None:
+        raise UserError(
+            f"{path} holds {values.dtype} values of unknown range. Declare it: "
+            "data.pixels.value_range=[LOWEST,HIGHEST]."
+        )
+    lowest, highest = value_range
+    least, most = float(values.min()), float(values.max())
+    if not (lowest <= least and most <= highest):  # false for NaN
+        raise UserError(
+            f"{path} holds values from {least:g} to {most:g}, outside data.pixels.value_range={[lowest, highest]}. "
+            "Declare a range of all values, or correct the file."
+        )
+    return np.round((values.astype(np.float64) - lowest) * (WHITE / (highest - lowest))).astype(np.uint16)
+
+
+def read_levels_size(path: Path) -> tuple[int, int]:
+    """Return height and width of a file as `read_levels` returns it, from its header.
+
+    Raises:
+        UserError: the file is missing or no image.
+    """
+    if path.suffix.lower() != ARRAY_SUFFIX:
+        return read_size(path)
+    with _open_array(path) as file:
+        shape, _, _ = _read_header(file, path)
+    return shape[0], shape[1]
+
+
+def to_16_bits(levels: np.ndarray) -> np.ndarray:
+    """Return uint8 or uint16 levels as uint16, at the same share of white."""
+    return levels.astype(np.uint16) * np.uint16(EXACT) if levels.dtype == np.uint8 else levels
+
+
+def to_display(image: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, C) of uint8 or uint16 as (H, W, 3) uint8 to look at.
+
+    These are the first three channels; of one or two, the first one as grey.
+    """
+    shown = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2)
+    return np.ascontiguousarray(shown if shown.dtype == np.uint8 else np.round(shown / EXACT).astype(np.uint8))
+
+
+def _read_channels(image: Image.Image) -> np.ndarray:
+    """Return all channels (H, W, C) of an opened image file, those of a TIFF file page by page."""
+    if _is_deep(image):
+        return _read_deep(image)
+    planes: list[np.ndarray] = []
+    for page in _pages(image):
+        planes.append(_plane(page))
+        if planes[-1].shape[:2] != planes[0].shape[:2]:
+            raise Unfit("has pages of different sizes. Save its channels as pages of one size")
+        if sum(plane.size for plane in planes) > _MAX_NUMBERS:
+            raise Unfit(f"has more than {_MAX_NUMBERS} numbers. Split it")
+    return np.concatenate(planes, axis=2)
+
+
+def _pages(image: Image.Image) -> Iterator[Image.Image]:
+    yield image
+    for number in range(1, _MAX_PAGES if isinstance(image, TiffImageFile) else 1):
+        try:
+            image.seek(number)
+        except EOFError:
+            return
+        yield image
+
+
+def _plane(image: Image.Image) -> np.ndarray:
+    upright = load_upright(image)
+    upright = upright if upright.mode in _PLAIN_MODES else upright.convert(_AS.get(upright.mode, "RGB"))
+    bands = len(upright.getbands())
+    if isinstance(image, TiffImageFile) and image.mode != "P":
+        _check_samples(image.tag_v2.get(_SAMPLES_PER_PIXEL, 1), bands)
+    values = np.asarray(upright).reshape(upright.height, upright.width, bands)
+    return values.astype(np.uint16) if upright.mode.startswith("I;16") else values  # in this machine's byte order
+
+
+def _check_samples(stored: int, read: int) -> None:
+    if stored != read:
+        raise Unfit(f"stores {stored} channels, of which {read} can be read. Save each channel as a page, or as .npy")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Return whether an image has several channels of 16 bits, which Pillow would reduce to 8."""
+    packing = str(image.tile[0].args) if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
+    return len(image.getbands()) > 1 and ";16" in packing
+
+
+def _read_deep(image: Image.Image) -> np.ndarray:
+    import cv2
+
+    file = image.fp  # type: ignore[attr-defined]
+    file.seek(0)
+    data = np.frombuffer(file.read(), np.uint8)
+    _, pages = cv2.imdecodemulti(data, cv2.IMREAD_UNCHANGED)
+    planes = [page if page.ndim == 3 else page[..., None] for page in pages or ()]
+    if not planes or planes[0].shape[:2] != (image.height, image.width):
+        raise Unfit("cannot be decoded at 16 bits. Save its channels as pages, or as .npy")
+    if len({plane.shape[:2] for plane in planes}) > 1:
+        raise Unfit("has pages of different sizes. Save its channels as pages of one size")
+    _check_samples(len(image.getbands()), planes[0].shape[2])
+    colours = [2, 1, 0, 3][: planes[0].shape[2]]  # OpenCV returns blue, green, red, and alpha
+    return np.concatenate([plane[..., colours] for plane in planes], axis=2)
+
+
+def _open_array(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except FileNotFoundError:
+        raise UserError(f"File not found: {path}. Check the path.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror}). Check the path and its disk.") from error
+
+
+def _read_array(path: Path) -> np.ndarray:
+    with _open_array(path) as file:
+        shape, is_fortran, dtype = _read_header(file, path)
+        length = math.prod(shape) * dtype.itemsize
+        data = file.read(length)
+    if len(data) < length:
+        raise UserError(f"{path} is truncated: it has {len(data)} of {length} bytes. Replace it.")
+    values = np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
+    return values.astype(dtype.newbyteorder("="))  # a copy that can be written
+
+
+def _read_header(file: BinaryIO, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, memory order and type of a .npy file; never unpickles anything."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read(file)
+    except ValueError as error:
+        raise UserError(f"{path} is no array of numpy ({error}). Save it again by numpy.save.") from None
+    if len(shape) not in (2, 3) or not 0 < math.prod(shape) <= _MAX_NUMBERS:
+        raise UserError(
+            f"{path} holds an array of {list(shape)}. Save (H, W) or (H, W, C), with 1 to {_MAX_NUMBERS} numbers."
+        )
+    if dtype.kind not in "uif":
+        raise UserError(f"{path} holds {dtype} values. Save uint8, uint16 or floats.")
+    return shape, is_fortran, dtype
