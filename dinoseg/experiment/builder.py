@@ -147,17 +147,17 @@ class Builder(ModelBuilder):
         config_description(self)  # refuses what a checkpoint could not store
 
     def task(self) -> Any:
-        """Return the training task that `trainer.task` names (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.
+        """Return the training task of `trainer.method` (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.
 
         Raises:
             UserError: a teacher is given to a task without distillation, or an option is invalid.
         """
-        node = self._cfg.trainer.task
+        node = self._cfg.trainer.method
         try:
-            return self.part("trainer.task")(self)
+            return self.part("trainer.method")(self)
         except TypeError as error:
             raise UserError(
-                f"trainer.task={node.get('_target_')} cannot be built ({error}). Name a class that inherits from "
+                f"trainer.method={node.get('_target_')} cannot be built ({error}). Name a class that inherits from "
                 "dinoseg.tasks.task.TrainingTask, and set `_partial_: true`."
             ) from error
 
