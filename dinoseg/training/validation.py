@@ -17,7 +17,7 @@ from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.inference.policy import Place, Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.whole import Whole
-from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.metrics.layer_counts import make_counts
 from dinoseg.metrics.rows import MetricRows
 from dinoseg.models.model import SegmentationModel, Size
 from dinoseg.training.engine import Engine
@@ -118,7 +118,7 @@ class ScoredModel:
     ) -> None:
         self._model, self._engine, self._loss, self._on_batch = model, engine, loss, on_batch
         self._rows = rows
-        self._counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
+        self._counts = make_counts(model.task, len(data.classes), data.ignore_index, background)
         self._losses: list[Tensor] = []  # read at the end, to avoid a device sync per batch
         self._predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
 
@@ -176,7 +176,7 @@ def _predicted(
 
 
 def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:
-    """Return class IDs (B, H, W) uint8, and logits (B, K, h, w) float32 at the lattice's pixels, of all bands."""
+    """Return class IDs (B, H, W), or layers (B, K, H, W), and logits (B, K, h, w) float32 at the lattice's pixels."""
     ids, logits = [], []
     rows, columns = lattice(size)
     due, top = rows.start, 0  # next row of the lattice; first row of the band
@@ -184,8 +184,8 @@ def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:
         some, chosen = band.class_ids_and_logits((slice(due - top, None, rows.step), columns))
         ids.append(some)
         logits.append(chosen)
-        due, top = due + rows.step * chosen.shape[2], top + some.shape[1]
-    return torch.cat(ids, dim=1), torch.cat(logits, dim=2)
+        due, top = due + rows.step * chosen.shape[2], top + some.shape[-2]
+    return torch.cat(ids, dim=-2), torch.cat(logits, dim=2)
 
 
 def _add_loss(
@@ -215,9 +215,10 @@ def _part_masks(batch: Batch, part: Size, places: Sequence[Place], size: Size) -
         return torch.stack([batch.mask[position.image] for position in places])
     masks = batch.mask
     if masks.shape[-2:] != size:
-        masks = F.interpolate(masks[:, None], size, mode="nearest-exact")[:, 0]
+        layers = masks.view(len(masks), -1, *masks.shape[-2:])  # (B, 1 or K, H, W)
+        masks = F.interpolate(layers, size, mode="nearest-exact").view(*masks.shape[:-2], *size)
     height, width = part
-    return torch.stack([masks[image, top : top + height, left : left + width] for image, top, left in places])
+    return torch.stack([masks[image, ..., top : top + height, left : left + width] for image, top, left in places])
 
 
 def eval_batches(

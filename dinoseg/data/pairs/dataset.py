@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from dinoseg.core.shapes import Sample
+from dinoseg.data.annotation.drawing import Layers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
 from dinoseg.data.pairs.pair import Pair, fingerprint, image_hash
@@ -43,6 +44,11 @@ class PairDataset:
         self.split_local_names = False  # equal names (of images or videos) in two splits are different data
         self.longest: int | None = None  # pixels that an image's longer side is reduced to; None: original size
         self.reader = MaskReader(labels, masks)
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether a mask is (K, H, W), with a layer for each class."""
+        return any(isinstance(pair.mask, Layers) for pair in self.pairs)
 
     @property
     def source(self) -> "PairDataset":

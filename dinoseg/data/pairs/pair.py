@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinoseg.data.annotation.drawing import Drawing, MaskSource, mask_file
+from dinoseg.data.annotation.drawing import MaskSource, mask_file
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.video.access import ImageSource, VideoFrame, source_origin
 from dinoseg.utils.errors import UserError
@@ -16,7 +16,7 @@ from dinoseg.utils.files import Stamp, check_regular, stamp
 
 @dataclass(frozen=True)
 class Pair:
-    """Image (a file or video frame) and mask (a file or a drawing); `name` is unique in the dataset."""
+    """Image (a file or video frame) and mask (a file, a drawing or layers); `name` is unique in the dataset."""
 
     name: str
     image: ImageSource
@@ -35,7 +35,7 @@ def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
     for pair in pairs:
         image, frame = (pair.image.path, pair.image.index) if isinstance(pair.image, VideoFrame) else (pair.image, None)
         files = [(resolved(path.parent), path.name, stamp(path)) for path in (image, mask_file(pair.mask))]
-        drawn = (pair.mask.digest(),) if isinstance(pair.mask, Drawing) else ()
+        drawn = () if isinstance(pair.mask, Path) else (pair.mask.digest(),)
         digest.update(f"{(pair.name, frame, files, *drawn)!r}\n".encode())  # repr, since some names are no valid text
     return digest.hexdigest()
 
