@@ -26,7 +26,7 @@ class LayerCounts:
         self.counts = torch.zeros(3 * num_classes + 1, dtype=torch.int64)
 
     def update(self, prediction: Tensor, mask: Tensor) -> None:
-        """Count predicted layers (B, K, H, W) of 0 and 1 against reference layers (B, K, H, W).
+        """Count predicted layers (..., K, H, W) of 0 and 1 against reference layers of the same shape.
 
         Raises:
             ValueError: the shapes differ.
@@ -35,7 +35,8 @@ class LayerCounts:
             raise ValueError(f"Prediction {tuple(prediction.shape)} and mask {tuple(mask.shape)} differ.")
         labelled, reference = mask != self.ignore_index, mask == 1
         predicted = (prediction == 1) & labelled
-        parts = [part.sum(dim=(0, 2, 3)) for part in (predicted & reference, reference, predicted)]
+        layers = (-1, *mask.shape[-3:])
+        parts = [part.view(layers).sum(dim=(0, 2, 3)) for part in (predicted & reference, reference, predicted)]
         added = torch.cat([*parts, (~labelled).sum()[None]])
         self.counts = self.counts.to(added.device) + added
 
