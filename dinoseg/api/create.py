@@ -23,7 +23,7 @@ from dinoseg.utils.wording import format_value, nearest
 
 _ARGUMENTS = ("backbone", "head", "adapter", "num_classes", "classes", "weights", "init", "config_dir")
 _READ = (  # groups and keys that change a model, its parameter groups or its file
-    *("hparam", "local", "backbone", "adapter", "head", "data", "resolution", "inference", "seed", "init"),
+    *("hparam", "local", "task", "backbone", "adapter", "head", "data", "resolution", "inference", "seed", "init"),
     "optim.optimizer",
 )
 _NOT_READ = (  # of these groups: what the caller's own loop does

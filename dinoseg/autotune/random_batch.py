@@ -25,8 +25,10 @@ def random_batch(parts: TrainingParts, samples: int, seed: int = 0) -> Batch | C
 
 
 def _masks(parts: TrainingParts, samples: int, rng: torch.Generator) -> Tensor:
-    """Return masks (B, H, W) uint8."""
+    """Return masks (B, H, W) uint8, or with layers (B, K, H, W)."""
     height, width = parts.crop
-    ids = torch.randint(0, parts.num_classes, (samples, _PIECES, _PIECES), dtype=torch.uint8, generator=rng)
+    shape = (samples, parts.num_classes) if parts.has_layers else (samples,)
+    values = 2 if parts.has_layers else parts.num_classes
+    ids = torch.randint(0, values, (*shape, _PIECES, _PIECES), dtype=torch.uint8, generator=rng)
     down, along = (math.ceil(length / _PIECES) for length in (height, width))
-    return ids.repeat_interleave(down, 1).repeat_interleave(along, 2)[:, :height, :width].contiguous()
+    return ids.repeat_interleave(down, -2).repeat_interleave(along, -1)[..., :height, :width].contiguous()

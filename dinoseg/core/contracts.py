@@ -300,6 +300,7 @@ class Loss(nn.Module):
 
     needs_masks: bool = False  # whether it needs `MaskOutputs`
     needs_slots: bool = False  # whether it needs `SlotOutputs`, and no labels
+    needs_layers: bool = False  # whether masks have a layer for each class, as with task=multilabel
     needs_reconstruction: bool = False  # whether it needs `SlotOutputs` with reconstructed features
     needs_similarity: bool = False  # whether it needs `SlotOutputs` with `similarity`
     needs_carried: bool = False  # whether it compares slots that are propagated from frame to frame

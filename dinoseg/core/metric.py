@@ -16,7 +16,7 @@ class PredictedImage(NamedTuple):
     """Prediction of a whole image.
 
     Attributes:
-        ids: class ids (H, W).
+        ids: class ids (H, W); task=multilabel: 0 and 1 for each class (K, H, W).
         logits: class logits (K, h, w) float32 at some pixels; None unless the metric `needs_logits`.
         places: rows and columns of these pixels.
 
@@ -37,7 +37,7 @@ class LabelledImage:
     """Labels of an image.
 
     Args:
-        mask: class ids (H, W).
+        mask: class ids (H, W); task=multilabel: 0, 1 and `ignore_index` for each class (K, H, W).
         num_classes: K.
         ignore_index: id of pixels that do not count; if it is one of 0..K-1, that class enters no mean.
         name: of the image.
@@ -65,6 +65,7 @@ class Metric(ABC):
         scores: names of the scores, the main one first, with "max" or "min": which value is the best.
         signed: names of the scores that may lie outside 0..1.
         needs_logits: whether `count` needs `PredictedImage.logits`.
+        takes_layers: whether `count` takes masks (K, H, W) with a layer for each class.
 
     Examples:
         >>> import numpy as np
@@ -87,6 +88,7 @@ class Metric(ABC):
     scores: Mapping[str, str]
     signed: Collection[str] = ()
     needs_logits: bool = False
+    takes_layers: bool = False
 
     @abstractmethod
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dinoseg.core.class_ids import argmax_ids, class_ids, mixed_class_ids
 from dinoseg.core.geometry import upsample_at
+from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.utils.transfer import to_device
 
 Palette = Sequence[tuple[int, int, int]]
@@ -26,7 +27,7 @@ Palette = Sequence[tuple[int, int, int]]
 class SampleLabels(TypedDict):
     """Labels of a sample."""
 
-    mask: Tensor  # (H, W) uint8, class ids 0..K-1, ignore_index = ignore
+    mask: Tensor  # (H, W) uint8, class ids 0..K-1, ignore_index = ignore; task=multilabel: (K, H, W) of 0 and 1
     name: str  # unique in the dataset, a relative path without its suffix
     maps: NotRequired[dict[str, Tensor]]  # by name: (H, W) or (N, H, W), as the dataset declares them
 
@@ -42,7 +43,7 @@ class Batch:
     """Samples of one size, stacked: each tensor, alone or in lists and dicts, has the samples as its first axis."""
 
     image: Tensor  # (B, 3, H, W) uint8
-    mask: Tensor  # (B, H, W) uint8
+    mask: Tensor  # (B, H, W) uint8; task=multilabel: (B, K, H, W)
     names: list[str]
     maps: dict[str, Tensor] = field(default_factory=dict)  # by name: (B, H, W) or (B, N, H, W)
 
@@ -201,7 +202,7 @@ class Prediction:
 
     `valid` is the share of the outputs' height and width that the image covers, from the top left. The rest is padding
     to the patch multiple. `mixture` states that the head's scores are sums of probabilities, as in mask
-    classification, and not logits.
+    classification, and not logits. `task` states what scores mean and which masks they give.
     """
 
     outputs: object  # of the head's own type
@@ -211,16 +212,19 @@ class Prediction:
     mixture: bool = False
     grid: Tensor | None = None  # (B, K, h, w), if the scores are its `geometry.upsample`
     masks: WeightedMasks | None = None  # if the scores are a mixture of masks
+    task: Task = SEMANTIC
 
     def scores(self, size: tuple[int, int] | None = None) -> Tensor:
         """Return per-pixel class scores (B, K, H, W) at `size` (default: that of the images); the highest wins."""
         return self.to_pixels(self.outputs, size or self.size, self.valid)
 
     def class_ids(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Return the IDs (B, H, W) uint8 of the classes with the highest `scores`.
+        """Return the IDs (B, H, W) uint8 of the classes with the highest `scores`; of layers, 0 and 1 (B, K, H, W).
 
         Ties go to the first class, up to rounding: see `class_ids.py`.
         """
+        if self.task.has_layers:
+            return self.task.decide(self.probabilities(size))
         if self.grid is not None:
             return class_ids(self.grid, size or self.size, self.valid)
         if self.masks is not None:
@@ -229,7 +233,7 @@ class Prediction:
 
     def class_ids_and_logits(self, places: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
         """Return `class_ids`, and `logits` (B, K, r, c) float32 at some rows and columns, at the size of the images."""
-        if self.grid is not None:
+        if self.grid is not None and not self.task.has_layers:
             return self.class_ids(), upsample_at(self.grid, self.size, self.valid, places).float()
         if self.masks is not None:
             pixels = upsample_at(self.masks.logits, self.size, self.valid, places).sigmoid()
@@ -237,7 +241,8 @@ class Prediction:
                 return self.class_ids(), self.as_logits(torch.einsum("bqk,bqhw->bkhw", self.masks.shares, pixels))
         scores = self.scores()
         chosen = self.as_logits(scores[:, :, places[0], places[1]]).float().clone()  # a band is overwritten by the next
-        return argmax_ids(scores), chosen
+        decided = self.class_ids() if self.task.has_layers else argmax_ids(scores)
+        return decided, chosen
 
     def of_images(self, images: slice) -> Prediction:
         """Return the prediction for some of the images."""
@@ -247,14 +252,16 @@ class Prediction:
         return replace(self, **parts)
 
     def logits(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Return `scores` as logits, whose softmax over the classes is the class probability."""
+        """Return `scores` as logits, of which `task.probabilities` gives the class probabilities."""
         return self.as_logits(self.scores(size))
+
+    def probabilities(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Return the class probabilities (B, K, H, W) float32 at `size` (default: that of the images)."""
+        return self.task.probabilities(self.logits(size).float())
 
     def as_logits(self, scores: Tensor) -> Tensor:
         """Convert some of `scores` to `logits`."""
-        if not self.mixture:
-            return scores
-        return scores.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+        return self.task.logits(scores) if self.mixture else scores
 
 
 def tree_map(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:

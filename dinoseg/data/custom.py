@@ -33,13 +33,20 @@ class CustomDataset:
         rows: indices of the samples to use; None: all.
         where: what the caller named the dataset, for errors.
         channels: number of channels C; three are RGB.
+        has_layers: whether a mask is (K, H, W), with 0, 1 or the ignored id for each class.
 
     Raises:
         UserError: a member is missing or wrong; when an item is read: the item is wrong.
     """
 
     def __init__(
-        self, samples: Any, rows: Sequence[int] | None = None, where: str = "data.reader", channels: int = 3
+        self,
+        samples: Any,
+        rows: Sequence[int] | None = None,
+        where: str = "data.reader",
+        *,
+        channels: int = 3,
+        has_layers: bool = False,
     ) -> None:
         self.channels = channels
         self._given = where
@@ -56,7 +63,8 @@ class CustomDataset:
         self.skipped: Mapping[str, str] = {}
         self.split_local_names = False
         self._is_known = torch.zeros(256, dtype=torch.bool)
-        self._is_known[[*range(len(self.classes)), self.ignore_index]] = True
+        self._is_known[[*range(2 if has_layers else len(self.classes)), self.ignore_index]] = True
+        self.has_layers = has_layers
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,7 +89,8 @@ class CustomDataset:
     def keep(self, names: Collection[str]) -> "CustomDataset":
         """Return the dataset restricted to these names, in the same order."""
         rows = [row for row, name in zip(self.rows, self.names, strict=True) if name in names]
-        return CustomDataset(self.samples, rows, self._given, self.channels)
+        options = {"channels": self.channels, "has_layers": self.has_layers}
+        return CustomDataset(self.samples, rows, self._given, **options)
 
     def _check_members(self, samples: Any) -> None:
         missing = [f"`{name}` ({what})" for name, what in REQUIRED.items() if not hasattr(samples, name)]
@@ -121,15 +130,17 @@ class CustomDataset:
         is_integer = isinstance(mask, Tensor) and not (
             mask.is_floating_point() or mask.is_complex() or mask.dtype == torch.bool
         )
-        if not is_integer or mask.shape != image.shape[1:]:
-            size = f"({image.shape[1]}, {image.shape[2]})"
+        shape = (*[len(self.classes)] * self.has_layers, *image.shape[1:])
+        if not is_integer or mask.shape != shape:
+            size = f"({', '.join(map(str, shape))})"
             raise UserError(f"{self._where}: the mask of {name} is {_form(mask)}. Return an integer tensor {size}.")
         ids = mask.long()
         unknown = (ids < 0) | (ids > 255) | ~self._is_known[ids.clamp(0, 255)]
         if unknown.any():
+            last = 1 if self.has_layers else len(self.classes) - 1
             foreign = join_names([str(value) for value in ids[unknown].unique().tolist()])
             raise UserError(
-                f"{self._where}: the mask of {name} holds {foreign}. Return ids from 0 to {len(self.classes) - 1}, or "
+                f"{self._where}: the mask of {name} holds {foreign}. Return ids from 0 to {last}, or "
                 f"{self.ignore_index} to ignore a pixel."
             )
         return ids.to(torch.uint8)
@@ -139,7 +150,9 @@ def check_custom_dataset(
     data: Any,
     classes: Sequence[str],
     ignore_index: int,
+    *,
     pixels: PixelFormat = PixelFormat(),  # noqa: B008 (frozen)
+    has_layers: bool = False,
 ) -> SegmentationData:
     """Return a reader's result as a dataset that has all members of `SegmentationData`.
 
@@ -148,14 +161,22 @@ def check_custom_dataset(
         classes: class names of the config, which set the number of classes of a model.
         ignore_index: ignored id of the config.
         pixels: format of the images of the config.
+        has_layers: whether masks have a layer (H, W) of 0, 1 and `ignore_index` for each class.
 
     Raises:
-        UserError: a member is missing, or differs from the config.
+        UserError: a member is missing, or differs from the config, or its masks have no layers.
     """
+    if has_layers and ignore_index < 2:
+        raise UserError(f"data.ignore_index={ignore_index}: layers hold 0 and 1. Give another value, such as 255.")
     if isinstance(data, PairDataset):
+        if has_layers and not data.has_layers:
+            raise UserError(
+                "task=multilabel needs masks with a layer for each class, and this dataset has one class per pixel. "
+                "Choose data=folder, data=coco or data=labelme."
+            )
         data.read_as(pixels)
         return data
-    dataset = data if isinstance(data, CustomDataset) else CustomDataset(data)
+    dataset = data if isinstance(data, CustomDataset) else CustomDataset(data, has_layers=has_layers)
     dataset.channels = pixels.channels
     for key, value, configured in (
         ("classes", dataset.classes, list(map(str, classes))),

@@ -163,7 +163,7 @@ class Augment:
         self.ignore_index = ignore_index
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return a view of image (H, W, C), uint8 or uint16, and mask (H, W) uint8.
+        """Return a view of image (H, W, C), uint8 or uint16, and mask (H, W) or (K, H, W) uint8.
 
         Each part of a view uses its own random numbers, so changing one setting does not change the others' values.
 
@@ -247,7 +247,7 @@ class Augment:
 
     def _geometry(self, mask: np.ndarray, rng: np.random.Generator) -> _View:
         """Return the geometry of a view, after up to `_CHECKS` new positions of its crop, and its random numbers."""
-        uniforms, (height, width) = rng.random(_DRAWS), mask.shape
+        uniforms, (height, width) = rng.random(_DRAWS), mask.shape[-2:]
         least, largest = self.scale
         is_log = self.distribution == "log_uniform"
         factor = least * (largest / least) ** uniforms[0] if is_log else least + (largest - least) * uniforms[0]
@@ -270,6 +270,8 @@ class Augment:
         """Return whether a view shows several classes, the largest with a share below `cat_max_ratio`, if it is set."""
         if self.cat_max_ratio is None:
             return True
+        if mask.ndim > 2:
+            raise UserError("cat_max_ratio needs one class per pixel, and these masks have layers. Leave it out.")
         counts = cv2.calcHist([self._warp_mask(mask, matrix)], [0], None, [256], [0, 256]).ravel().astype(np.float64)
         counts[self.ignore_index] = 0
         return bool((counts > 0).sum() > 1 and counts.max() / counts.sum() < self.cat_max_ratio)
@@ -328,6 +330,8 @@ class Augment:
         return int(start[0]), int(start[1]), int(end[0]), int(end[1])
 
     def _warp_mask(self, mask: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        if mask.ndim > 2:
+            return np.stack([self._warp_mask(layer, matrix) for layer in mask])
         return cv2.warpAffine(
             mask,
             matrix[:2],

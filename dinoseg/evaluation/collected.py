@@ -14,7 +14,7 @@ from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.metrics.boundary_errors import boundary_errors
 from dinoseg.metrics.miou import MeanIoU
 from dinoseg.report.html.pictures import Shot
-from dinoseg.report.overlay import reduced
+from dinoseg.report.overlay import reduced, reduced_mask
 from dinoseg.utils.levels import to_display
 
 SHOWN = 6  # number of best images, and of worst images
@@ -65,8 +65,13 @@ class Collector:
         for row, (mask, prediction) in enumerate(zip(masks, predictions, strict=True)):
             sample = LabelledImage(mask, len(self._data.classes), self._data.ignore_index)
             counts = MeanIoU().count(PredictedImage(prediction), sample)["classes"]
-            boundary = boundary_errors(mask, prediction, self._data.ignore_index)
-            samples = _sampled(sampled[row], mask[places], self._data.ignore_index, self._samples)
+            ignored = self._data.ignore_index
+            if mask.ndim == 2:
+                boundary = boundary_errors(mask, prediction, ignored)
+                samples = _sampled(sampled[row], mask[places], ignored, self._samples)
+            else:  # of each layer; without logits, since calibration needs one class per pixel
+                boundary = sum(boundary_errors(*layers, ignored) for layers in zip(mask, prediction, strict=True))
+                samples = np.empty((0, len(mask)), np.float32), np.empty(0, np.uint8)
             self._rows.append((self._next, counts, boundary, *samples))
             self._store_image(image_mious(counts[None])[0], batch.image[row], prediction, mask)
             self._next += self._world
@@ -86,7 +91,8 @@ class Collector:
         if not wanting:
             return
         frame = to_display(image.permute(1, 2, 0).cpu().numpy())
-        shot = Shot(self._next, score, *(np.array(reduced(each, _LONGEST)) for each in (frame, prediction, mask)))
+        masks = [np.array(reduced_mask(each, _LONGEST)) for each in (prediction, mask)]
+        shot = Shot(self._next, score, np.array(reduced(frame, _LONGEST)), *masks)
         for heap, key in wanting:
             heapq.heappush(heap, (*key, shot))
             if len(heap) > SHOWN:

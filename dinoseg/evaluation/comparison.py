@@ -343,4 +343,6 @@ def largest_differences(
     if any(not (folder / "predictions").is_dir() for folder in folders):
         return [], "No images: a run was evaluated with mode.metrics_only=true, so its predictions were not saved."
     data = load()
+    if data[order[0]]["mask"].ndim > 2:
+        return [], "No images: the masks have a layer for each class."
     return [_pair_shot(data, index, folders, (first[index] or 0.0, second[index] or 0.0)) for index in order], ""

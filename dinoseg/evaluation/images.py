@@ -20,6 +20,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.images import write_png
+from dinoseg.utils.mask_files import write_masks
 from dinoseg.utils.ranges import OnError
 from dinoseg.utils.wording import count_of, one_line
 
@@ -41,8 +42,9 @@ def evaluate_images(
     """Evaluate, print the table, and write scores.json, scores.csv and the predictions to `out_dir`.
 
     Predictions lie in `out_dir`/predictions: <name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
-    ids at full size). A protocol's scores go to official_scores.json, and the predictions in the benchmark's layout to
-    `out_dir`/official. If the protocol cannot score them, problems.json gives the reasons; the other scores stand.
+    ids at full size), or <class>/<name>_pred.png of a mask with layers. A protocol's scores go to official_scores.json,
+    and the predictions in the benchmark's layout to `out_dir`/official. If the protocol cannot score them,
+    problems.json gives the reasons; the other scores stand.
     The collector and the rows of further metrics receive every batch of this rank.
     """
 
@@ -92,4 +94,4 @@ def _write_pictures(stem: Path, data: SegmentationData, image: Tensor, mask: Ten
         ignore_index=data.ignore_index,
     )
     write_png(stem.with_name(f"{stem.name}_vis.png"), strip)
-    write_png(stem.with_name(f"{stem.name}_pred.png"), prediction)
+    write_masks(stem.parent, f"{stem.name}_pred", prediction, data.classes if prediction.ndim > 2 else ())

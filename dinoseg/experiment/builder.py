@@ -1,5 +1,6 @@
 """Builder of the parts of an experiment from the config: data, loss, optimizer, schedule, task and loop settings."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -18,6 +19,7 @@ from dinoseg.core.channels import check_rgb
 from dinoseg.core.contracts import Loss
 from dinoseg.core.metric import Metric
 from dinoseg.core.shapes import SegmentationData
+from dinoseg.core.task import refuse_layers
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import METRIC, config_description
 from dinoseg.training.feature_cache.key import hash_of
@@ -141,24 +143,24 @@ class Builder(ModelBuilder):
             # null for a backbone that states its patch size once it is built, as those of timm do
             later = ("patch_size",) if node.get("patch_size", 0) is None else ()
             instantiate(node, without=(*others, *later))
-        task = self.task()
+        task = self.training_task()
         folders = [SHIPPED, *map(Path, self.config.get("config_dirs", ()))]
         metrics = [] if task.on_clips else options_in(folders, METRIC)
         check_score(self.value("trainer.score"), task.score_names, metrics)
         config_description(self)  # refuses what a checkpoint could not store
 
-    def task(self) -> Any:
-        """Return the training task that `trainer.task` names (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.
+    def training_task(self) -> Any:
+        """Return the training task of `trainer.method` (`dinoseg.tasks.task.TrainingTask`); it reads no data yet.
 
         Raises:
             UserError: a teacher is given to a task without distillation, or an option is invalid.
         """
-        node = self._cfg.trainer.task
+        node = self._cfg.trainer.method
         try:
-            return self.part("trainer.task")(self)
+            return self.part("trainer.method")(self)
         except TypeError as error:
             raise UserError(
-                f"trainer.task={node.get('_target_')} cannot be built ({error}). Name a class that inherits from "
+                f"trainer.method={node.get('_target_')} cannot be built ({error}). Name a class that inherits from "
                 "dinoseg.tasks.task.TrainingTask, and set `_partial_: true`."
             ) from error
 
@@ -183,8 +185,11 @@ class Builder(ModelBuilder):
             raise UserError(f"{error}{_expected_files(node.get('layout'))}") from None
         check_custom_dataset = instantiate(_CUSTOM_CHECK)
         classes, ignore_index = list(self._cfg.data.classes), self._cfg.data.ignore_index
-        pixels = self.pixels
-        return lambda split: check_custom_dataset(find(split=split), classes, ignore_index, pixels)
+        task = self.task
+        takes = inspect.signature(find).parameters
+        options = {name: value for name, value in task.reader_options.items() if name in takes}
+        checks = {"pixels": self.pixels, "has_layers": task.has_layers}
+        return lambda split: check_custom_dataset(find(split=split, **options), classes, ignore_index, **checks)
 
     def dataset(self, split: str, *, reduced: bool = False) -> SegmentationData:
         """Return one split of the dataset.
@@ -266,10 +271,14 @@ class Builder(ModelBuilder):
             UserError: a config node makes no metric.
         """
         nodes = self.value(METRIC) or {}
-        return [
-            expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
+        metrics = {
+            name: expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
             for name, node in nodes.items()
-        ]
+        }
+        for name, metric in metrics.items():
+            if not metric.takes_layers:
+                refuse_layers(self.task, f"metric={name}", "Leave it out: IoU and Dice are always there.")
+        return list(metrics.values())
 
     def optimizer(self, model: torch.nn.Module) -> Optimizer:
         """Return the optimizer of a model's trainable parameters."""

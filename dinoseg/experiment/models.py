@@ -16,6 +16,7 @@ from dinoseg.config.plain import to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.core.channels import PixelFormat
 from dinoseg.core.contracts import Backbone, Head
+from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.data.classes.labels import Labels
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.model import SegmentationModel
@@ -130,6 +131,11 @@ class ModelBuilder:
         return Labels.of(data.classes, data.palette, data.ignore_index)
 
     @property
+    def task(self) -> Task:
+        """The task, which states what the model predicts for a pixel; one class each if the config has no task."""
+        return SEMANTIC if self.value("task") is None else self.part("task")
+
+    @property
     def pixels(self) -> PixelFormat:
         """The format of the images of the dataset; RGB if the config has no dataset.
 
@@ -230,7 +236,7 @@ class ModelBuilder:
         sizes = self.arguments(SegmentationModel, {"scale": "resolution.scale", "longest": "resolution.longest"})
         self._check_crop(adapted.patch_size)
         with name_parameters(argument_keys(self._cfg.head)):
-            return SegmentationModel(adapted, head, **sizes)
+            return SegmentationModel(adapted, head, task=self.task, **sizes)
 
     def _check_crop(self, patch_size: int) -> None:
         resolution = self.settings("resolution")

@@ -70,7 +70,7 @@ def open_saved_data(build: Builder, folder: Path, *, root: str, split: str) -> S
         config = as_read_back(config_of(config_text(path)))
         config["data"]["root"] = root
         source = Source(str(path), build.config.get("config_dirs", ()), trusted(build.config["trust"]))
-        description = description_of(config, ("seed", "resolution", "data"), source)
+        description = description_of(config, ("seed", "resolution", "data", "task"), source)
         return Builder.of({**build.config, **compose_stored(description, source)}).dataset(split)
     except BROKEN as error:
         raise UserError(f"{path} does not define the dataset ({error}).") from None

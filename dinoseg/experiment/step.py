@@ -47,6 +47,7 @@ def training_parts(build: Builder, overrides: Mapping[str, Any] | None = None) -
         schedule=build.schedule,
         shape=shape,
         num_classes=len(build.class_names) if len(shape) == 3 else 0,
+        has_layers=build.task.has_layers,
         scale=build.value("resolution.scale"),
         batch_size=build.value("data.batch_size"),
         accumulate=build.value("trainer.accumulate"),

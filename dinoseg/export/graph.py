@@ -88,6 +88,7 @@ def record_of(
         no_object=head.no_object,
         opset=opset,
         precision=precision,
+        thresholds=segmenter.task.thresholds,
     )
     if reason is None:
         return record, None

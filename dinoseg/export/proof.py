@@ -16,12 +16,13 @@ from dinoseg.export.options import GraphOptions
 from dinoseg.export.pictures import Picture
 from dinoseg.export.runtime.onnx_record import GraphRecord
 from dinoseg.export.runtime.runtime import Runtime
-from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.metrics.layer_counts import make_counts
 from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
 
 TIMES = 5  # timed runs per image, after one warm-up run; also the number of timed images
 MAX = 2**22  # number of probabilities compared per image
+NO_ID = 255  # no class has it
 
 
 class Reference:
@@ -54,7 +55,7 @@ class Reference:
     @torch.inference_mode()
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class probabilities (B, K, H, W) float32 of images (H, W, C) of one size."""
-        return self._predict(images).logits().float().softmax(dim=1).numpy()
+        return self._predict(images).probabilities().numpy()
 
     def pixels(self, images: Tensor) -> Tensor:
         """Return images (B, C, H, W) as the graph's input."""
@@ -73,7 +74,8 @@ class Reference:
         size = (batch.shape[-2], batch.shape[-1])
         head = self.segmenter.head
         outputs = head.run(self.segmenter.backbone, self.pixels(batch))
-        return Prediction(outputs, size, self.record.layout(size).valid, head.predict, head.mixture)
+        valid, task = self.record.layout(size).valid, self.segmenter.task
+        return Prediction(outputs, size, valid, head.predict, head.mixture, task=task)
 
 
 def timed(runtime: Runtime, image: np.ndarray) -> float:
@@ -106,9 +108,10 @@ def compare(
     Raises:
         UserError: if the trained model gives NaN probabilities, since NaN would agree with anything.
     """
-    ours, theirs = (ConfusionMatrix(num_classes, ignore_index) for _ in range(2))
-    between = ConfusionMatrix(num_classes)  # exported against trained class ids, no id ignored
-    equal, as_predicted, largest = 0, 0, 0.0
+    task = reference.segmenter.task
+    ours, theirs = (make_counts(task, num_classes, ignore_index) for _ in range(2))
+    between = make_counts(task, num_classes, NO_ID)  # exported against trained classes
+    equal, as_predicted, pixels, largest = 0, 0, 0, 0.0
     torch_seconds: list[float] = []
     file_seconds: list[float] = []
     has_fixed_size = reference.record.size is not None
@@ -125,6 +128,7 @@ def compare(
             torch_seconds += [timed(reference, image) for _ in range(TIMES)]
             file_seconds += [timed(runtime, image) for _ in range(TIMES)]
         equal += int((wanted == given).sum())
+        pixels += wanted.size  # of layers: of all classes
         largest = float(np.maximum(largest, np.abs(expected - probabilities).max()))  # NaN stays NaN
         between.update(torch.from_numpy(given), torch.from_numpy(wanted))
         if has_fixed_size:
@@ -136,16 +140,17 @@ def compare(
     scored = ours.compute()["miou"] is not None
     return {
         "pictures": len(pictures),
-        "pixels": total["pixels"],
-        "agreement": equal / total["pixels"],
-        **({"agreement_with_predict": as_predicted / total["pixels"]} if has_fixed_size else {}),
+        "pixels": pixels,
+        "agreement": equal / pixels,
+        **({"agreement_with_predict": as_predicted / pixels} if has_fixed_size else {}),
         "finite": math.isfinite(largest),
         "largest_difference_of_probabilities": largest if math.isfinite(largest) else None,
         "has_masks": scored,
         "references": "masks of the data set" if scored else "the trained model's own classes",
         "miou": {
             "torch": ours.compute()["miou"] if scored else 1.0,
-            "exported": theirs.compute()["miou"] if scored else total["miou"],
+            # layers without any class agree
+            "exported": theirs.compute()["miou"] if scored else 1.0 if total["miou"] is None else total["miou"],
         },
         "latency_ms": {
             "torch": 1000 * median(torch_seconds),

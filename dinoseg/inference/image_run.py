@@ -18,7 +18,7 @@ from dinoseg.inference.results import write_image_results
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.report.progress import Bar
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import write_png
+from dinoseg.utils.mask_files import mask_paths, write_masks
 from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class SegmentationSettings:
         opacity: opacity of class colours in overlays, 0..1.
         batch_size: images per batch.
         pixels: format of the images.
+        layers: names of classes that have a mask of their own each; empty: masks hold class ids.
     """
 
     predictor: Predictor
@@ -43,6 +44,7 @@ class SegmentationSettings:
     opacity: float = 0.5
     batch_size: int = 4
     pixels: PixelFormat = PixelFormat()
+    layers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
                 run.failures.append(f"{prediction.path}: there is not enough memory to draw its results. Free some.")
             bar.update()
 
-    left = [given for given in images if not run.done.holds(given.name, given.path, _results(given, run))]
+    left = [given for given in images if not run.done.holds(given.name, given.path, _results(by, given, run))]
     earlier = run.count = len(images) - len(left)
     if earlier:
         logger.info("%s of an earlier run reused", count_of(earlier, "image"))
@@ -136,7 +138,7 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
 
 def _write(by: SegmentationSettings, prediction: ImagePrediction, name: str, run: ImageRun) -> None:
     if run.masks is not None:
-        write_png(run.masks / f"{prediction.name}.png", prediction.ids)
+        write_masks(run.masks, prediction.name, prediction.ids, by.layers)
     for writer in run.writers:
         writer.write(prediction)
     write_image_results(
@@ -166,8 +168,8 @@ def _write_large(by: SegmentationSettings, given: ImageInput, run: ImageRun) -> 
     run.count += 1
 
 
-def _results(given: ImageInput, run: ImageRun) -> list[Path]:
-    mask = [] if run.masks is None else [run.masks / f"{given.mask}.png"]
+def _results(by: SegmentationSettings, given: ImageInput, run: ImageRun) -> list[Path]:
+    mask = [] if run.masks is None else mask_paths(run.masks, given.mask, by.layers)
     pictures = [] if is_large(given.path) else [run.folder / f"{given.name}_segmentation"]
     return [*pictures, *mask]
 

@@ -16,7 +16,7 @@ class ImagePrediction:
         name: the image's path relative to the input, without suffix, which is also the mask's name: `a/x`.
         path: the image file.
         image: (H, W, 3) uint8 RGB, upright.
-        ids: (H, W) uint8, classes 0..K-1.
+        ids: (H, W) uint8, classes 0..K-1; or layers (K, H, W) of 0 and 1.
         probabilities: (K, H, W) float32 on the model's device; None if no writer needs them.
     """
 

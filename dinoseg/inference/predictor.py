@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.shapes import Prediction
+from dinoseg.core.task import refuse_layers
 from dinoseg.inference.large import open_rows, write_id_png
 from dinoseg.inference.memory import OutOfMemory, telling_shortage
 from dinoseg.inference.policy import Autocast, Policy, Seen
@@ -34,13 +35,13 @@ class Predictor:
 
     @torch.inference_mode()
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the class IDs (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size.
+        """Return the class IDs (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W).
 
         Raises:
             OutOfMemory: the images need more memory than is available.
         """
         return (
-            self.run_bands(self._stacked(images), lambda bands: torch.cat([band.class_ids() for band in bands], dim=1))
+            self.run_bands(self._stacked(images), lambda bands: torch.cat([band.class_ids() for band in bands], dim=-2))
             .cpu()
             .numpy()
         )
@@ -54,7 +55,7 @@ class Predictor:
         """
         return self.run_bands(
             self._stacked(images),
-            lambda bands: torch.cat([band.logits().float().softmax(dim=1) for band in bands], dim=2),
+            lambda bands: torch.cat([band.probabilities() for band in bands], dim=2),
         )
 
     def ids_and_probabilities(
@@ -68,7 +69,7 @@ class Predictor:
         if not probabilities:
             return [(ids, None) for ids in self.ids(images)]
         shares = self.probabilities(images)
-        ids = shares.max(dim=1).indices.to(torch.uint8).cpu().numpy()
+        ids = self.model.task.decide(shares).cpu().numpy()
         return list(zip(ids, shares, strict=True))
 
     @torch.inference_mode()
@@ -82,6 +83,7 @@ class Predictor:
             UserError: the source cannot be read, or memory does not suffice.
             OSError: the target cannot be written.
         """
+        refuse_layers(self.model.task, f"a mask of {source}, which is written by rows,", "Split or reduce the image.")
         rows = open_rows(source, self.device)
         with atomic_file(Path(target)) as part, tempfile.TemporaryFile(dir=part.parent) as file:
             ids = np.memmap(file, np.uint8, "w+", shape=rows.size)

@@ -11,7 +11,6 @@ import numpy as np
 
 from dinoseg.core.shapes import Palette
 from dinoseg.report.overlay import blend, legend_of, side_by_side
-from dinoseg.report.palette import colorize
 from dinoseg.report.table import class_statistics
 from dinoseg.utils.atomic import atomic_folder, write_text
 from dinoseg.utils.images import write_png
@@ -28,10 +27,10 @@ def write_image_results(
     ignore_index: int = 255,
     opacity: float = 0.5,
 ) -> None:
-    """Write the results of an image (H, W, C) with class IDs (H, W) uint8 to `folder`, replacing an older result.
+    """Write the results of an image (H, W, C) with class IDs (H, W) or layers (K, H, W) uint8 to `folder`.
 
-    Files: original.png, segmentation_raw.npy, segmentation_colored.png, comparison.png (image and overlay side by side,
-    with a legend) and class_statistics.txt.
+    They replace an older result. Files: original.png, segmentation_raw.npy, segmentation_colored.png, comparison.png
+    (image and overlay side by side, with a legend) and class_statistics.txt.
     """
     image = to_display(image)
     overlay = blend(image, mask, palette, ignore_index=ignore_index, opacity=opacity)
@@ -39,7 +38,8 @@ def write_image_results(
     with atomic_folder(folder) as part:
         write_png(part / "original.png", image)
         np.save(part / "segmentation_raw.npy", mask)
-        write_png(part / "segmentation_colored.png", colorize(mask, palette, ignore_index))
+        colours = blend(image, mask, palette, ignore_index=ignore_index, opacity=1)
+        write_png(part / "segmentation_colored.png", colours)
         write_png(part / "comparison.png", side_by_side([("image", image), ("segmentation", overlay)], legend))
         write_text(part / "class_statistics.txt", class_statistics(mask, classes))
 

@@ -21,7 +21,7 @@ from dinoseg.report.overlay import blend
 from dinoseg.report.progress import Bar
 from dinoseg.utils.atomic import atomic_folder
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import write_png
+from dinoseg.utils.mask_files import write_masks
 
 _Frame = tuple[np.ndarray, Fraction | None]  # (H, W, 3), and its timestamp
 _Result = tuple[np.ndarray, Tensor | None]  # class IDs (H, W), and probabilities (K, H, W) if requested
@@ -108,7 +108,7 @@ def segment_video(
             for (frame, time), result in done:
                 shown = ImagePrediction(f"{writer.frames_written:09d}", reader.path, frame, *result)
                 if masks is not None:
-                    write_png(masks / f"{shown.name}.png", shown.ids)
+                    write_masks(masks, shown.name, shown.ids, by.layers)
                 for further in writers:
                     further.write(shown)
                 writer.write(blend(frame, shown.ids, palette, ignore_index=ignored, opacity=by.opacity), time)

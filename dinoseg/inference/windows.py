@@ -149,10 +149,10 @@ class Windows(Policy):
             streams.append(at_size(look.averages(at_scale), scaled, size))
         of_views = self.average == "scores" and len(streams) > 1
         if of_views:
-            streams = [(band.softmax(dim=1) for band in stream) for stream in streams]
+            streams = [(model.task.probabilities(band) for band in stream) for stream in streams]
         for band in mean(streams):
             mixture = of_views or passes[0].mixture
-            yield Prediction(band, (band.shape[2], band.shape[3]), (1.0, 1.0), upsample, mixture)
+            yield Prediction(band, (band.shape[2], band.shape[3]), (1.0, 1.0), upsample, mixture, task=model.task)
 
     def equals_single_pass(self, model: SegmentationModel, size: Size, autocast: Autocast) -> bool:
         """Return whether one window without further resizing, flips and scales covers an image of `size`."""
@@ -316,4 +316,4 @@ def _divided(band: Tensor, totals: Sequence[Tensor], top: int) -> Tensor:
 
 
 def _probabilities(prediction: Prediction) -> Tensor:
-    return prediction.logits().softmax(dim=1)
+    return prediction.task.probabilities(prediction.logits())

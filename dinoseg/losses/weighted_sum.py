@@ -38,6 +38,7 @@ class WeightedSum(Loss):
         self.losses = nn.ModuleList(_make(name, make, class_weights) for name, make in terms.items())
         self.needs_masks = any(loss.needs_masks for loss in self.losses)
         self.needs_slots = any(loss.needs_slots for loss in self.losses)
+        self.needs_layers = any(loss.needs_layers for loss in self.losses)
         self.needs_reconstruction = any(loss.needs_reconstruction for loss in self.losses)
         self.needs_similarity = any(loss.needs_similarity for loss in self.losses)
         self.needs_carried = any(loss.needs_carried for loss in self.losses)

@@ -135,29 +135,17 @@ class ConfusionMatrix:
         self._raise_for_outsiders(self.counts, "")
         matrix = self.matrix.tolist()
         classes = [_class_scores(matrix, index) for index in range(self.num_classes)]
+        hits = sum(matrix[index][index] for index in range(self.num_classes))
         ignored = {"ignored_class": self.ignore_index} if 0 <= self.ignore_index < self.num_classes else {}
         for index in ignored.values():
             classes[index] |= {"iou": None, "dice": None, "precision": None}
-        pixels = sum(map(sum, matrix))
         return {
-            "miou": _mean(row["iou"] for row in classes),
-            **self._without_background(classes),
             **ignored,
-            "dice": _mean(row["dice"] for row in classes),
-            "accuracy": _ratio(sum(matrix[index][index] for index in range(self.num_classes)), pixels),
-            "mean_accuracy": _mean(row["recall"] for row in classes),
-            "present_classes": sum(row["iou"] is not None for row in classes),
-            "pixels": pixels,
+            **mean_scores(classes, hits, self.background),
             "ignored_pixels": int(self.counts[-3]),
             "matrix": matrix,
             "classes": classes,
         }
-
-    def _without_background(self, classes: list[dict[str, Any]]) -> dict[str, int | float | None]:
-        if self.background is None:
-            return {}
-        objects = (row["iou"] for row in classes if row["id"] != self.background)
-        return {"background": self.background, "miou_no_background": _mean(objects)}
 
     def _raise_for_outsiders(self, counts: Tensor, examples: str) -> None:
         references, predictions = counts[-2:].tolist()
@@ -168,6 +156,23 @@ class ConfusionMatrix:
             )
         if predictions:
             raise ValueError(f"{predictions} predicted ids lie outside 0..{self.num_classes - 1}.")
+
+
+def mean_scores(classes: list[dict[str, Any]], hits: int, background: int | None) -> dict[str, Any]:
+    """Return the scores over all classes from those of each (`class_scores`) and the number of correct pixels."""
+    pixels = sum(row["pixels"] for row in classes)
+    scores = {"miou": _mean(row["iou"] for row in classes)}
+    if background is not None:
+        objects = (row["iou"] for row in classes if row["id"] != background)
+        scores |= {"background": background, "miou_no_background": _mean(objects)}
+    return {
+        **scores,
+        "dice": _mean(row["dice"] for row in classes),
+        "accuracy": _ratio(hits, pixels),
+        "mean_accuracy": _mean(row["recall"] for row in classes),
+        "present_classes": sum(row["iou"] is not None for row in classes),
+        "pixels": pixels,
+    }
 
 
 def commonest_class(matrix: list[list[int]]) -> tuple[int, float]:
@@ -222,9 +227,11 @@ def _histogram(bins: Tensor, length: int) -> Tensor:
 
 
 def _class_scores(matrix: list[list[int]], index: int) -> dict[str, Any]:
-    hit = matrix[index][index]
-    reference = sum(matrix[index])
-    predicted = sum(row[index] for row in matrix)
+    return class_scores(index, matrix[index][index], sum(matrix[index]), sum(row[index] for row in matrix))
+
+
+def class_scores(index: int, hit: int, reference: int, predicted: int) -> dict[str, Any]:
+    """Return the scores of a class from its correct, reference and predicted pixels."""
     recall = _ratio(hit, reference)
     return {
         "id": index,

@@ -20,6 +20,7 @@ class MeanIoU(Metric):
         0.25
     """
 
+    takes_layers = True
     scores = dict.fromkeys(("miou", "dice", "accuracy", "mean_accuracy"), "max")
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
@@ -29,6 +30,10 @@ class MeanIoU(Metric):
         absent. Predicted ids of K or more are errors of the reference's class.
         """
         labelled = sample.mask != sample.ignore_index
+        if sample.mask.ndim > 2:  # layers
+            reference, predicted = sample.mask == 1, (prediction.ids == 1) & labelled
+            layers = np.stack([predicted & reference, reference, predicted])  # (3, K, H, W)
+            return {"classes": layers.sum(axis=(2, 3), dtype=np.int64)}
         reference, predicted = sample.mask[labelled], prediction.ids[labelled]
         within = predicted[(predicted != sample.ignore_index) & (predicted < sample.num_classes)]
         parts = (reference[reference == predicted], reference, within)

@@ -10,6 +10,7 @@ from dinoseg.core.contracts import Backbone, Head
 from dinoseg.core.geometry import resize, to_unit_range, valid_share
 from dinoseg.core.shapes import FrozenFeatures, Prediction
 from dinoseg.core.sizes import Size, backbone_size
+from dinoseg.core.task import SEMANTIC, Task, refuse_layers
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Scale, check_annotations
 from dinoseg.utils.wording import join_names
@@ -27,12 +28,24 @@ class SegmentationModel(nn.Module):
         head: maps feature maps to outputs, and outputs to pixel predictions.
         scale: backbone pixels per image pixel; 0.5 halves the resolution.
         longest: larger images are reduced to this length of the longer side in pixels, before `scale` is applied.
+        task: meaning of the class scores.
     """
 
     @check_annotations
-    def __init__(self, backbone: Backbone, head: Head, *, scale: Scale = 1.0, longest: Count | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head,
+        *,
+        scale: Scale = 1.0,
+        longest: Count | None = None,
+        task: Task = SEMANTIC,
+    ) -> None:
         super().__init__()
         head.check_backbone(backbone)
+        if head.mixture or head.slots is not None:
+            refuse_layers(task, f"a head of masks or slots, {type(head).__name__},", "Choose head=linear or head=dpt.")
+        self.task = task
         self.backbone = backbone
         self.head = head
         self.patch_size = backbone.patch_size
@@ -59,7 +72,7 @@ class SegmentationModel(nn.Module):
             outputs = head.run(self.backbone, pixels)
         valid = valid_share(seen, self.patch_size)
         grid, masks = head.grid_scores(outputs), head.weighted_masks(outputs)
-        return Prediction(outputs, size, valid, head.predict, head.mixture, grid, masks)
+        return Prediction(outputs, size, valid, head.predict, head.mixture, grid, masks, self.task)
 
     @torch.no_grad()
     def frozen(self, images: Tensor, *, reduce: bool = True) -> FrozenFeatures:

@@ -10,6 +10,7 @@ import numpy as np
 from omegaconf import DictConfig
 from tabulate import tabulate
 
+from dinoseg.core.task import refuse_layers
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.doctor.errors import home_made, scanned
 from dinoseg.data.doctor.examine import examine, summary
@@ -59,7 +60,9 @@ def doctor(
     Raises:
         UserError: the data have errors; only after all files are written.
     """
-    datasets, findings = _open_splits(Builder(cfg), str(cfg.data.root))
+    build = Builder(cfg)
+    refuse_layers(build.task, "mode=doctor", "mode=train checks such data when it starts.")
+    datasets, findings = _open_splits(build, str(cfg.data.root))
     splits = [
         scanned(split, data, _records(split, data, images=images, workers=workers, cache_dir=cfg.cache_dir))
         for split, data in datasets.items()

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinoseg.core.channels import check_rgb
+from dinoseg.core.task import Task, refuse_layers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.video.access import VideoFrame, first_file
@@ -31,7 +32,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import remove_parts, write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import stamp
-from dinoseg.utils.images import write_png
+from dinoseg.utils.mask_files import write_masks
 from dinoseg.utils.ranges import Count, Natural, Share
 from dinoseg.utils.wording import count_of
 
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 REFERENCES = "references"  # in a run folder: reference masks of the predicted split, as class IDs
 _RECORD = "predict.json"  # in a run folder: what its results depend on; needed to resume with the same command
 _ANY = forms.table(forms.plain)
-_SETTINGS = ("resolution", "backbone", "adapter", "head", "inference")
+_SETTINGS = ("resolution", "task", "backbone", "adapter", "head", "inference")
 _MODEL = ("resume", "stamp")  # keys in that file that identify the model
 
 
@@ -61,8 +62,8 @@ def predict(
     the class IDs of its own masks, so that mode=score can compare the two folders.
 
     An image results in the folder <stem>_segmentation and class IDs in masks/<name>.png, with masks/classes.json for
-    mode=score (`masks` false: none). A video results in <stem>_overlay.mp4 and, with `masks` true, the class IDs of
-    each frame in <stem>_masks/%09d.png.
+    mode=score (`masks` false: none). With task=multilabel, masks/<class>/<name>.png holds 0 and 1 for each class. A
+    video results in <stem>_overlay.mp4 and, with `masks` true, the class IDs of each frame in <stem>_masks/%09d.png.
 
     `outputs` names further results: a folder each for images, and <stem>_palette and so on for the frames of a video.
     `shapes` configures the conversion of class IDs to shapes for annotation tools. Unreadable inputs are skipped, and
@@ -91,7 +92,9 @@ def predict(
     _check_earlier(folder, settings)
     limit_to_trained_size(trained.model, find_trained_sizes(trained, folder))
     labels = Labels.of(trained.classes, trained.palette, trained.ignore_index)
-    by = SegmentationSettings(trained.predictor, labels, opacity, batch_size, build.pixels)
+    layers = labels.classes if trained.model.task.has_layers else ()
+    _check_outputs_of_layers(trained.model.task, outputs)
+    by = SegmentationSettings(trained.predictor, labels, opacity, batch_size, build.pixels, layers)
     writers = image_writers(outputs, folder, labels, build.background if outputs and images else None, shapes)
     run = ImageRun(folder, None if masks is False else folder / FOLDER, DoneInputs(folder), list(writers.values()))
     try:
@@ -101,8 +104,8 @@ def predict(
         totals = _segment_images(by, images, targets, run) | _segment_videos(by, videos, run, options)
         if split is not None and run.masks is not None:
             for index, name in enumerate(split.names):
-                write_png(folder / REFERENCES / f"{name}.png", split.mask(index))
-        if run.masks is not None and run.count:
+                write_masks(folder / REFERENCES, name, split.mask(index), layers)
+        if run.masks is not None and run.count and not layers:
             keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs
             write_class_record(run.masks, labels.classes, labels.palette, labels.ignore_index, keys)
     except OSError as error:
@@ -111,7 +114,7 @@ def predict(
         ) from error
     _check_failures(run, len(images) + len(videos))
     reference = None if split is None else folder / REFERENCES
-    print("\n".join(_written(run, totals, masks is True, outputs, reference)))
+    print("\n".join(_written(run, totals, masks is True, outputs, reference, by.layers)))
     return {**totals, "run": str(out_dir)}
 
 
@@ -149,6 +152,13 @@ def _check_failures(run: ImageRun, count: int) -> None:
     if run.failures:
         named = "".join(f"\n  {message}" for message in run.failures)
         raise UserError(f"{len(run.failures)} of {count} inputs failed; the others are in {run.folder}:{named}")
+
+
+def _check_outputs_of_layers(task: Task, outputs: Sequence[str]) -> None:
+    """Refuse outputs that need one class per pixel, for a model that predicts layers."""
+    for name in outputs:
+        if name != "probabilities":
+            refuse_layers(task, f"mode.outputs={name}", "Leave it out: masks has a PNG for each class.")
 
 
 def _refuse_slots(trained: Trained, resume: str | None) -> None:
@@ -230,12 +240,19 @@ def _log(what: str, passed: Throughput, count: str) -> None:
 
 
 def _written(
-    run: ImageRun, totals: Mapping[str, Any], video_masks: bool, outputs: Sequence[str], reference: Path | None
+    run: ImageRun,
+    totals: Mapping[str, Any],
+    video_masks: bool,
+    outputs: Sequence[str],
+    reference: Path | None,
+    layers: Sequence[str],
 ) -> Iterator[str]:
     """Yield a summary line for each kind of result; `reference` is the folder of reference masks, or unknown."""
     if run.count:
         yield f"overlays:     {run.folder}/*_segmentation, of {count_of(run.count, 'image')}"
-        if run.masks is not None:
+        if run.masks is not None and layers:
+            yield f"masks:        {run.masks}/CLASS, {count_of(run.count, 'PNG')} of 0 and 1 for each class"
+        elif run.masks is not None:
             yield f"masks:        {run.masks}, {count_of(run.count, 'PNG')} of class ids"
             words = ("mode=score", f"prediction={run.folder}", f"reference={reference or 'FOLDER'}")
             names = "" if reference else "  # FOLDER: masks of the same names"

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 from tabulate import tabulate
 
+from dinoseg.core.task import refuse_layers
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.experiment.builder import Builder
 from dinoseg.models.backbones.layers import resolve_layers
@@ -52,6 +53,7 @@ def probe(
         held_out: see `Grid`.
     """
     build = Builder(cfg)
+    refuse_layers(build.task, "mode=probe", "Train head=linear instead.")
     engine = build.engine()
     grid = Grid(tuple(strengths), tuple(balances), held_out, cfg.data.group, build.seed)
     train = build.dataset("train", reduced=True)

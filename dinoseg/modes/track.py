@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dinoseg.core.channels import check_rgb
+from dinoseg.core.task import refuse_layers
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import lock, release
 from dinoseg.experiment.settings import check_same_settings
@@ -148,6 +149,7 @@ def _build_tracker(
             f"labels={labels}: a trained segmenter needs no masks. Leave labels out; or leave "
             f"{'head.weights' if build.resume is None else 'resume'} out to track the objects of a mask."
         )
+    refuse_layers(trained.model.task, "mode=track", "mode=predict segments each frame of a video.")
     sizes = find_trained_sizes(trained, out_dir)
     make_tracker = tracker_maker(
         build, trained.engine, trained, batch_size=batch_size, smoothing=smoothing, sizes=sizes

@@ -41,7 +41,7 @@ def train(
         each.check_values()
     engine = build.engine()
     announce(f"data={cfg.choices.data}: listing the files")
-    task = build.task()
+    task = build.training_task()
     task.open(engine, pictures=pictures)
     length = build.lengths(len(task.data_module.train))
     settings = build.loop_settings(length._asdict())
@@ -81,7 +81,7 @@ def check(cfg: DictConfig) -> None:
     """Refuse a config whose parts do not fit together or are out of range, without reading weights or data."""
     build = Builder(cfg)
     build.check_values()
-    task, model = build.task(), build.outline()
+    task, model = build.training_task(), build.outline()
     if has_initial(build):
         check_initial(build, model)
     task.check_parts(model, 1)

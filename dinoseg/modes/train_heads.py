@@ -218,7 +218,7 @@ def _leaderboard_cell(key: str, value: Any) -> tuple[str, Any]:
 
 def _check_task(build: Builder, task: TrainingTask, engine: Engine) -> None:
     if type(task.data_module) is not ImageDataModule:
-        raise UserError("trainer=multi_head trains on images and masks: leave trainer.task out.")
+        raise UserError("trainer=multi_head trains on images and masks: leave trainer.method out.")
     if engine.sharded or engine.cache in ("disk", "memory"):
         key = "sharding=fsdp" if engine.sharded else f"cache={engine.cache}"
         raise UserError(f"engine.{key} is for one head at a time. Leave it out with trainer=multi_head.")

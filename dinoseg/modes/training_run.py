@@ -111,7 +111,7 @@ class TrainingRun:
         if has_initial(self.build):
             check_initial(self.build, model)
         # by the task of this config: each of several heads has its own
-        self.build.task().check_parts(model, self.engine.world_size)
+        self.build.training_task().check_parts(model, self.engine.world_size)
         with torch.device("meta"):
             self.build.optimizer(model)
 

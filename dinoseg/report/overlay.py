@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dinoseg.report.palette import IGNORE_COLOUR, lookup_table
+from dinoseg.report.palette import IGNORE_COLOUR, layer_colours, lookup_table
 from dinoseg.utils.levels import to_display
 
 if TYPE_CHECKING:  # imports torch, which drawing does not need
@@ -28,8 +28,11 @@ def blend(
 ) -> np.ndarray:
     """Tint a frame (H, W, 3) by the classes of `mask` (H, W); `opacity` 0..1, 1 = colours only.
 
-    Classes whose colour is black leave the frame unchanged, at any opacity below 1.
+    Classes whose colour is black leave the frame unchanged, at any opacity below 1. Layers (K, H, W) tint it one after
+    the other, so that colours mix where classes overlap.
     """
+    if mask.ndim > 2:
+        return _blend_layers(frame, mask, palette, ignore_index, opacity)
     table = lookup_table(palette, ignore_index)
     plain = (table.max(axis=1) == 0) & (opacity < 1)
     colours = table.take(mask, axis=0)
@@ -40,6 +43,16 @@ def blend(
         return np.where(plain.take(mask)[..., None], frame, tinted)
     tinted = np.asarray(cv2.addWeighted(frame, 1 - opacity, colours, opacity, 0))
     return np.asarray(cv2.copyTo(frame, plain.astype(np.uint8).take(mask), tinted))
+
+
+def _blend_layers(
+    frame: np.ndarray, layers: np.ndarray, palette: Palette, ignore_index: int, opacity: float
+) -> np.ndarray:
+    drawn = frame if opacity < 1 else np.zeros_like(frame)
+    for layer, colour in zip(layers.astype(np.uint8), layer_colours(palette), strict=True):
+        tinted = blend(drawn, layer, [(0, 0, 0), colour], ignore_index=ignore_index, opacity=opacity)
+        drawn = np.where(layer[..., None] == 0, drawn, tinted)
+    return drawn
 
 
 def compare(
@@ -59,7 +72,7 @@ def compare(
     """
     masks = {"prediction": prediction} | ({} if reference is None else {"reference": reference})
     frame = reduced(to_display(frame), longest)
-    masks = {caption: reduced(mask, longest) for caption, mask in masks.items()}
+    masks = {caption: reduced_mask(mask, longest) for caption, mask in masks.items()}
     panels = [("frame", frame)]
     for caption, mask in masks.items():
         tinted = blend(frame, mask, palette, ignore_index=ignore_index, opacity=opacity)
@@ -80,6 +93,11 @@ def reduced(pixels: np.ndarray, longest: int | None) -> np.ndarray:
     return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if pixels.ndim == 3 else cv2.INTER_NEAREST))
 
 
+def reduced_mask(mask: np.ndarray, longest: int | None) -> np.ndarray:
+    """Return ids (H, W) or layers (K, H, W) downscaled as `reduced` does."""
+    return reduced(mask, longest) if mask.ndim == 2 else np.stack([reduced(layer, longest) for layer in mask])
+
+
 def legend_of(
     masks: Sequence[np.ndarray], classes: Sequence[str], palette: Palette, *, ignore_index: int = 255
 ) -> Legend:
@@ -87,12 +105,22 @@ def legend_of(
 
     A black class is black in the legend although `blend` leaves the frame unchanged there, so that legends agree.
     """
-    present = set().union(*(np.unique(mask).tolist() for mask in masks))
+    if masks[0].ndim > 2:
+        palette = layer_colours(palette)
+    present = set().union(*(_shown_ids(mask, ignore_index) for mask in masks))
     entries: list[tuple[str, Colour]] = []
     for index in sorted(present - {ignore_index}):
         red, green, blue = (int(level) for level in palette[index])
         entries.append((classes[index], (red, green, blue)))
     return entries + ([("ignored", IGNORE_COLOUR)] if ignore_index in present else [])
+
+
+def _shown_ids(mask: np.ndarray, ignore_index: int) -> list[int]:
+    """Return the IDs of the classes in a mask (H, W) or (K, H, W), and ignore_index if pixels are ignored."""
+    if mask.ndim == 2:
+        return np.unique(mask).tolist()
+    shown = np.flatnonzero((mask == 1).any(axis=(1, 2))).tolist()
+    return [*shown, ignore_index] if (mask == ignore_index).any() else shown
 
 
 def side_by_side(panels: Sequence[tuple[str, np.ndarray]], legend: Legend = ()) -> np.ndarray:

@@ -24,6 +24,11 @@ def default_palette(num_classes: int) -> list[tuple[int, int, int]]:
     return list(_farthest_colours()[:num_classes])
 
 
+def layer_colours(palette: Palette) -> list[tuple[int, int, int]]:
+    """Return the colours of the layers of a mask: white instead of black, which marks the class of no object."""
+    return [(255, 255, 255) if max(colour) == 0 else colour for colour in palette]
+
+
 def colorize(mask: np.ndarray, palette: Palette, ignore_index: int = 255) -> np.ndarray:
     """Return a mask (H, W) of class ids as (H, W, 3) uint8 RGB; ignored pixels become a light beige.
 

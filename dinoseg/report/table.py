@@ -54,19 +54,23 @@ def class_table(
 
 
 def class_statistics(mask: np.ndarray, classes: Sequence[str]) -> str:
-    """Return the class distribution of one mask (H, W) as text that ends in a line break."""
+    """Return the class distribution of one mask (H, W), or of layers (K, H, W), as text that ends in a line break."""
     ids, counts = np.unique(mask, return_counts=True)
+    if mask.ndim > 2:
+        ids = np.flatnonzero(mask.any(axis=(1, 2)))
+        counts = mask.sum(axis=(1, 2), dtype=np.int64)[ids]
+    pixels = mask.shape[-2] * mask.shape[-1]
     lines = [
         "Segmentation statistics",
         "=" * 50,
-        f"Total pixels: {mask.size:,}",
+        f"Total pixels: {pixels:,}",
         f"Classes found: {len(ids)}",
         "",
         "Class distribution:",
         "-" * 50,
     ]
     for index, count in zip(ids.tolist(), counts.tolist(), strict=True):
-        share = 100 * count / mask.size
+        share = 100 * count / pixels
         lines.append(f"{index:2d}: {classes[index]:<25} - {count:>8,} px ({share:5.2f}%)")
     return "\n".join(lines) + "\n"
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from dinoseg.core.channels import check_rgb
+from dinoseg.core.task import refuse_layers
 from dinoseg.experiment.folder import command_line
 from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import Trained, find_trained_sizes
@@ -42,6 +43,7 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
             f"resume={source.resume} is a slot model, which has no classes to serve. mode=track tracks its segments "
             "through a video or a folder of frames."
         )
+    refuse_layers(trained.model.task, "mode=serve", "Use mode=predict, or dinoseg.load in Python.")
     return model_of(trained, find_trained_sizes(trained, out_dir))
 
 

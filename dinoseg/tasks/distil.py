@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, Prediction, SegmentationData, join_batches
+from dinoseg.core.task import refuse_layers
 from dinoseg.data.loader import TrainViews, sample_batches
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.transforms import Augment
@@ -286,6 +287,7 @@ class DistillationTask(ImageTask):
         val_images: Count | None = None,
     ) -> None:
         super().__init__(parts, val_images=val_images)
+        refuse_layers(parts.task, "trainer=distil", "Choose trainer=supervised.")
         check_named(teacher)
         self._given, self._unlabelled = teacher, unlabelled
         self._unlabelled_every, self._unlabelled_batch_size = unlabelled_every, unlabelled_batch_size

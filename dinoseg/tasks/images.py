@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dinoseg.core.sample_maps import check_needed_maps, declared_maps
+from dinoseg.core.task import refuse_layers
 from dinoseg.data.doctor.errors import check_for_errors
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.splits import evenly_spaced_subset, split_table
@@ -72,6 +73,7 @@ class ImageTask(TrainingTask):
             world_size=engine.world_size,
             pictures=pictures,
             metrics=self._metrics,
+            task=parts.task,
             **options,
         )
         self.labels = self.labelled = self.data_module.train
@@ -99,6 +101,13 @@ class ImageTask(TrainingTask):
         head = model.head
         with torch.device("meta"):
             loss = parts.unweighted_loss()
+        if loss.needs_layers != model.task.has_layers:
+            raise UserError(
+                f"loss={options['loss']} does not fit task={options['task']}: choose {model.task.advice}; or "
+                f"task={'multilabel' if loss.needs_layers else 'semantic'} for this loss."
+            )
+        if head.init is not None:
+            refuse_layers(model.task, f"head.init={head.init}", "Leave it out.")
         if head.slots is not None:
             raise UserError(
                 f"head={options['head']} is trained on clips. Choose trainer=slots "
@@ -212,7 +221,8 @@ class ImageTask(TrainingTask):
         if engine.is_main and len(data) < self._val_total:
             few, every = len(data), self._val_total
             print(f"scored on:    {few} of {every} validation images (trainer.val_images); mode=eval scores all")
-        commonest, constant = commonest_class(scores["matrix"])
+        # layers have no matrix, and no class that could be predicted everywhere
+        commonest, constant = (0, 0.0) if scores["matrix"] is None else commonest_class(scores["matrix"])
         if engine.is_main and 0 < constant < 1 and scores["miou"] <= constant:
             logger.warning(
                 "mIoU %.4f is not better than the %.4f of always predicting %s, the most frequent class: the model "

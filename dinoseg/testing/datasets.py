@@ -17,12 +17,13 @@ from dinoseg.utils.files import is_name
 from dinoseg.utils.wording import join_names
 
 
-def check_dataset(dataset: Any, *, samples: int = 8) -> None:
+def check_dataset(dataset: Any, *, samples: int = 8, has_layers: bool = False) -> None:
     """Check that a dataset of images and masks keeps the contract of `dinoseg.core.shapes.SegmentationData`.
 
     Args:
         dataset: one split.
         samples: number of samples to read, from the first one.
+        has_layers: whether masks have a layer for each class, as for task=multilabel.
 
     Raises:
         AssertionError: it breaks a rule; the message names the rule, the result and the remedy.
@@ -33,7 +34,7 @@ def check_dataset(dataset: Any, *, samples: int = 8) -> None:
         >>> check_dataset(dinoseg.open_dataset("sarrarp", root="outputs/demo/data"), samples=2)
     """
     try:
-        checked = CustomDataset(dataset)
+        checked = CustomDataset(dataset, has_layers=has_layers)
         Labels.of(checked.classes, dataset.palette, checked.ignore_index)
         count = min(samples, len(checked))
         expected = [checked[index] for index in range(count)]

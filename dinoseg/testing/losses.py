@@ -76,10 +76,11 @@ class LossCase:
         if self.loss.needs_slots:
             return ClipBatch(torch.zeros(count, FRAMES, 3, *size, dtype=torch.uint8), names)
         rng = torch.Generator().manual_seed(7)
-        mask = torch.randint(0, self.num_classes, (count, *size), generator=rng, dtype=torch.uint8)
-        mask[:, :, size[1] // 2 :] = self.ignore_index
+        values, layers = (2, [self.num_classes]) if self.loss.needs_layers else (self.num_classes, [])
+        mask = torch.randint(0, values, (count, *layers, *size), generator=rng, dtype=torch.uint8)
+        mask[..., size[1] // 2 :] = self.ignore_index
         mask[1:2] = self.ignore_index
-        mask[2:3, 2:] = self.ignore_index
+        mask[2:3, ..., 2:, :] = self.ignore_index
         maps = random_maps(self.loss.needs_maps, count, size, self.num_classes, rng)
         return Batch(torch.zeros(count, 3, *size, dtype=torch.uint8), mask, names, maps)
 

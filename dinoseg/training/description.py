@@ -12,7 +12,7 @@ from dinoseg.utils.wording import format_value
 
 FORMAT = 1
 MODEL = ("backbone", "adapter", "head", "loss", "optim", "trainer")  # config groups that a checkpoint fixes
-GROUPS = ("resolution", "data", *MODEL)
+GROUPS = ("resolution", "data", "task", *MODEL)
 CHOSEN = ("hparam", "data", *MODEL)
 _LARGEST = 2**20  # characters of a description
 _DEEPEST = 32

@@ -13,6 +13,7 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.metric import Metric
 from dinoseg.core.sample_maps import declared_maps
 from dinoseg.core.shapes import Batch, SegmentationData
+from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.data.loader import TrainViews, advise_more_workers, check_batch_size, train_batches
 from dinoseg.data.packed.pack import PackedDataset
 from dinoseg.data.transforms import Augment
@@ -54,6 +55,7 @@ class ImageDataModule:
         views: fixed augmentations of each training image, used in turn; None: new ones in each epoch.
         cache: feature cache of the model's frozen part; None: batches consist of images.
         metrics: further metrics of validations.
+        task: form of the masks.
     """
 
     train: SegmentationData
@@ -70,6 +72,7 @@ class ImageDataModule:
     views: Count | None = None
     cache: FeatureCache | None = None
     metrics: Sequence[Metric] = ()
+    task: Task = SEMANTIC
     score_names: Sequence[str] = field(init=False)
     lowest: Sequence[str] = field(init=False)
 
@@ -137,7 +140,7 @@ class ImageDataModule:
 
     def tally(self, engine: Engine) -> Tally:
         """Return a tally of how well a training step predicts its batches."""
-        return Tally(self.train, engine)
+        return Tally(self.train, engine, self.task)
 
     def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Return the scores of `evaluate`, `iou/CLASS` for each class, and visualised predictions of some images."""

@@ -24,6 +24,7 @@ class TrainingParts:
         schedule: returns the learning-rate schedule.
         shape: pixels of a sample, (C, H, W) or (T, 3, H, W).
         num_classes: number of classes; 0: the samples have no masks.
+        has_layers: whether masks have a layer for each class.
         scale: backbone pixels per image pixel.
         batch_size: samples of a batch, over all ranks.
         accumulate: batches per step.
@@ -43,6 +44,7 @@ class TrainingParts:
     schedule: Callable[[], Schedule]
     shape: tuple[int, ...]
     num_classes: int
+    has_layers: bool
     scale: float
     batch_size: int
     accumulate: int

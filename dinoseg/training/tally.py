@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.shapes import Batch, Prediction, SegmentationData
-from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.core.task import SEMANTIC, Task
+from dinoseg.metrics.layer_counts import make_counts
 from dinoseg.training.engine import Engine
 
 _POINTS = 128 * 128  # maximum per image, evenly spread: enough for shares, at a few percent of a step's time
@@ -18,9 +19,9 @@ class Tally:
     Only `read` waits for an accelerator.
     """
 
-    def __init__(self, data: SegmentationData, engine: Engine) -> None:
+    def __init__(self, data: SegmentationData, engine: Engine, task: Task = SEMANTIC) -> None:
         self._engine = engine
-        self._counts = ConfusionMatrix(len(data.classes), data.ignore_index)
+        self._counts = make_counts(task, len(data.classes), data.ignore_index)
         self._counts.counts = torch.zeros_like(self._counts.counts, device=engine.device)
 
     @torch.no_grad()
@@ -37,11 +38,11 @@ class Tally:
 
 
 def _thinned(mask: Tensor) -> Tensor:
-    """Return every n-th ID of masks (B, H, W) in both directions: those nearest to the centres of a coarser grid."""
+    """Return every n-th ID of masks (..., H, W) in both directions: those nearest to the centres of a coarser grid."""
     height, width = mask.shape[-2:]
     apart = max(1.0, math.sqrt(height * width / _POINTS))
     rows, columns = (_centres(length, math.ceil(length / apart), mask.device) for length in (height, width))
-    return mask[:, rows[:, None], columns]
+    return mask[..., rows[:, None], columns]
 
 
 def _centres(length: int, cells: int, device: torch.device) -> Tensor:

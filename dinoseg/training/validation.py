@@ -18,7 +18,7 @@ from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.inference.policy import Place, Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.whole import Whole
-from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.metrics.layer_counts import make_counts
 from dinoseg.metrics.rows import MetricRows
 from dinoseg.models.model import SegmentationModel, Size
 from dinoseg.training.engine import Engine
@@ -119,7 +119,7 @@ class ScoredModel:
     ) -> None:
         self._model, self._engine, self._loss, self._on_batch = model, engine, loss, on_batch
         self._rows, self._maps = rows, declared_maps(data)
-        self._counts = ConfusionMatrix(len(data.classes), data.ignore_index, background)
+        self._counts = make_counts(model.task, len(data.classes), data.ignore_index, background)
         self._losses: list[Tensor] = []  # read at the end, to avoid a device sync per batch
         self._predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())
 
@@ -177,7 +177,7 @@ def _predicted(
 
 
 def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:
-    """Return class IDs (B, H, W) uint8, and logits (B, K, h, w) float32 at the lattice's pixels, of all bands."""
+    """Return class IDs (B, H, W), or layers (B, K, H, W), and logits (B, K, h, w) float32 at the lattice's pixels."""
     ids, logits = [], []
     rows, columns = lattice(size)
     due, top = rows.start, 0  # next row of the lattice; first row of the band
@@ -185,8 +185,8 @@ def _read(bands: Iterable[Prediction], size: Size) -> tuple[Tensor, Tensor]:
         some, chosen = band.class_ids_and_logits((slice(due - top, None, rows.step), columns))
         ids.append(some)
         logits.append(chosen)
-        due, top = due + rows.step * chosen.shape[2], top + some.shape[1]
-    return torch.cat(ids, dim=1), torch.cat(logits, dim=2)
+        due, top = due + rows.step * chosen.shape[2], top + some.shape[-2]
+    return torch.cat(ids, dim=-2), torch.cat(logits, dim=2)
 
 
 def _add_loss(

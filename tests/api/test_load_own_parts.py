@@ -97,7 +97,7 @@ def test_parts_that_only_train_are_not_needed_to_predict(mine, monkeypatch):
     assert scores["miou"] == run.scores["miou"]
 
 
-@pytest.mark.parametrize("place", ["trainer/task", "loss/criterion", "data/reader"])
+@pytest.mark.parametrize("place", ["trainer/method", "loss/criterion", "data/reader"])
 def test_nothing_of_a_file_is_built(place, tmp_path):
     """Nor of the parts that loading leaves out."""
     file, ran = tmp_path / "model.safetensors", tmp_path / "ran"

@@ -59,7 +59,7 @@ AT_RUN_TIME = {
     "optim.optimizer": {"model"},
     "slots": TRACKING,
     "tracker": TRACKING,
-    "trainer.task": {"parts"},
+    "trainer.method": {"parts"},
     "trainer.loop": {"steps", "val_every"},
 }
 

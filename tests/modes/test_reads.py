@@ -34,8 +34,8 @@ def read_by_code(mode):
     starts = [read_node("mode", mode)["_target_"]]
     starts += [read_node("export", option)["_target_"] for option in options("export") if mode == "export"]
     keys = set().union(*(code().reads(start) for start in starts))
-    if "trainer.task*" in keys:
-        tasks = {read_whole("trainer", option)["task"]["_target_"] for option in options("trainer")}
+    if "trainer.method*" in keys:
+        tasks = {read_whole("trainer", option)["method"]["_target_"] for option in options("trainer")}
         keys |= code().reads(*starts, *tasks)
     found = {key.partition(".")[0].rstrip("*") for key in keys} | pointers(read_node("mode", mode))
     for group, _, key in (key.partition(".") for key in keys):

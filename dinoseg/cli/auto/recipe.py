@@ -23,6 +23,7 @@ from dinoseg.cli.auto.choose import Budget, choose
 from dinoseg.config.job import job_config
 from dinoseg.config.plain import BUILDS, to_container
 from dinoseg.core.shapes import SegmentationData
+from dinoseg.core.task import refuse_layers
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.experiment.builder import Builder
@@ -143,7 +144,8 @@ def _without(words: Sequence[str], *roots: str) -> list[str]:
 def _check(build: Builder) -> None:
     """Refuse what hparam=auto cannot choose for, and values that training would refuse only later."""
     build.arguments(Budget, {"minutes": "budget.minutes"})
-    if build.task().on_clips or "unlabelled" in build.value("trainer"):
+    refuse_layers(build.task, "hparam=auto", "Choose loss=bce_dice and a head yourself, with hparam=base.")
+    if build.training_task().on_clips or "unlabelled" in build.value("trainer"):
         raise UserError(
             f"hparam=auto chooses for images and their masks, not for trainer={build.options['trainer']}. Choose a "
             "recipe: mode=help lists them."

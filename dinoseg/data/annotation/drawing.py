@@ -1,8 +1,8 @@
-"""Masks without a file of their own: shapes of an annotation file, rasterised in order when the mask is read."""
+"""Masks that are no single file: shapes of an annotation file, rasterised when the mask is read, and layers."""
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import numpy as np
 
 from dinoseg.data.annotation.polygon import figure, filled
 from dinoseg.data.annotation.rle import decode, from_text, values_of
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import stamp
 
 MAX_PIXELS = 178_956_970  # per image: Pillow's own limit
 
@@ -114,15 +116,64 @@ class Drawing:
         return hashlib.sha256(repr((self.size, self.ground, *self.shapes)).encode()).hexdigest()
 
 
-MaskSource = Path | Drawing
+@dataclass(frozen=True)
+class Layers:
+    """Mask of an image with a layer for each class, so that classes may overlap.
+
+    Args:
+        sources: file or drawing of each class, in id order; None for a class that the image does not show.
+        read_layer: returns a source as (H, W) uint8: 1 where the class is, 0, or ignore_index.
+    """
+
+    sources: Sequence[Path | Drawing | None]
+    read_layer: Callable[[Path | Drawing], np.ndarray]
+
+    def __str__(self) -> str:
+        return ", ".join(str(source) for source in self.given)
+
+    @property
+    def given(self) -> list[Path | Drawing]:
+        """Return the sources of the classes that have one."""
+        return [source for source in self.sources if source is not None]
+
+    @property
+    def path(self) -> Path:
+        """Return the file of the first layer."""
+        return mask_file(self.given[0])
+
+    def stat(self) -> os.stat_result:
+        """Return that file's size and times."""
+        return self.path.stat()
+
+    def read(self) -> np.ndarray:
+        """Return the layers (K, H, W) uint8.
+
+        Raises:
+            UserError: a file is unreadable or holds other numbers, or two files differ in size.
+        """
+        layers = [None if source is None else self.read_layer(source) for source in self.sources]
+        sizes = {layer.shape for layer in layers if layer is not None}
+        if len(sizes) > 1:
+            found = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
+            raise UserError(f"The masks {self} differ in size: {found} (width x height). Make them equal.")
+        empty = np.zeros(sizes.pop(), np.uint8)
+        return np.stack([empty if layer is None else layer for layer in layers])
+
+    def digest(self) -> str:
+        """Return a hash of everything that the mask depends on."""
+        parts = [source and (mask_key(source), stamp(source)) for source in self.sources]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+MaskSource = Path | Drawing | Layers
 
 
 def mask_file(mask: MaskSource) -> Path:
-    """Return the file that contains a mask."""
-    return mask.path if isinstance(mask, Drawing) else mask
+    """Return the file that contains a mask, or its first layer."""
+    return mask if isinstance(mask, Path) else mask.path
 
 
 def mask_key(mask: MaskSource) -> str:
     """Return a text that identifies a mask, apart from the state of its file."""
-    suffix = f"#{mask.digest()}" if isinstance(mask, Drawing) else ""
+    suffix = "" if isinstance(mask, Path) else f"#{mask.digest()}"
     return f"{os.path.abspath(mask_file(mask))}{suffix}"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from dinoseg.data.annotation.drawing import Drawing, MaskSource
+from dinoseg.data.annotation.drawing import MaskSource
 from dinoseg.data.classes.labels import Labels, as_color
 from dinoseg.data.classes.mask_advice import HIGHEST_ID, for_binary, for_colors, for_ids
 from dinoseg.utils.errors import UserError
@@ -104,12 +104,12 @@ class MaskReader:
             raise UserError(f"data.reader.masks.format=binary needs 2 classes, data.classes has {len(labels.classes)}.")
 
     def read(self, path: MaskSource) -> np.ndarray:
-        """Return class ids 0..K-1 and ignore_index as (H, W) uint8; a drawing already holds them.
+        """Return class ids 0..K-1 and ignore_index as (H, W) uint8, which a drawing already holds; or layers (K, H, W).
 
         Raises:
             UserError: the file is unreadable, or holds a number or colour that has no class.
         """
-        if isinstance(path, Drawing):
+        if not isinstance(path, Path):
             return path.read()
         if self.masks.format == "palette":
             return self._from_colors(read_image(path), path)
@@ -161,8 +161,20 @@ class MaskReader:
         return self._values[nearest]
 
 
+def layer_reader(masks: Masks, ignore_index: int) -> MaskReader:
+    """Return the reader of files of one class each, which hold 0, 1 and ignore_index, or 0 and 255 (`binary`).
+
+    Raises:
+        UserError: the options are those of files with several classes.
+    """
+    given = {"format=palette": masks.format == "palette", "reduce_zero_label": masks.reduce_zero_label}
+    if wrong := next((name for name, is_set in given.items() if is_set), None):
+        raise UserError(f"data.reader.masks.{wrong} has no effect on masks of one class each. Leave it out.")
+    return MaskReader(Labels.of(["absent", "present"], None, ignore_index), masks)
+
+
 def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: object, path: object) -> np.ndarray:
-    """Return class ids (H, W) at `size`, the (H, W) of their image.
+    """Return class ids (H, W) or layers (K, H, W) at `size`, the (H, W) of their image.
 
     Args:
         mask: class ids of any size.
@@ -174,8 +186,10 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: objec
     Raises:
         UserError: the sizes differ, and the rule does not allow resizing.
     """
-    if mask.shape == size:
+    if mask.shape[-2:] == size:
         return mask
+    if mask.ndim > 2:
+        return np.stack([fit_mask(layer, size, rule, image=image, path=path) for layer in mask])
     sizes = f"{image} is {size[1]} x {size[0]} (width x height), its mask {path} is {mask.shape[1]} x {mask.shape[0]}."
     height, width = size[0] / mask.shape[0], size[1] / mask.shape[1]
     if abs(height / width - 1) > _PROPORTIONS:

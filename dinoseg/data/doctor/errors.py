@@ -39,6 +39,7 @@ def scanned(split: str, dataset: PairDataset | CustomDataset, records: Sequence[
     return Scanned(
         *(split, records, dataset.classes, dataset.palette, dataset.ignore_index, masks),
         split_local_names=dataset.split_local_names,
+        has_layers=dataset.has_layers,
     )
 
 
@@ -107,7 +108,7 @@ def check_labels(splits: Sequence[Scanned], data_name: str = "") -> Iterator[Fin
 
 def _one_class(splits: Sequence[Scanned]) -> Iterator[Finding]:
     part = splits[0]
-    if len(part.classes) == 1:
+    if len(part.classes) == 1 and not part.has_layers:
         yield Finding(
             "error",
             "one_class",
@@ -121,7 +122,8 @@ def _binary_as_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
     for part in splits:
         values = _values(part)
         is_class = (part.masks.ids or {}).get(255, part.ignore_index) not in (part.ignore_index, -1)
-        if part.masks.format != "ids" or len(part.classes) < 2 or is_class:
+        is_single = len(part.classes) < 2 and not part.has_layers
+        if part.masks.format != "ids" or is_single or is_class:
             continue
         if "255" in values and values <= {"0", "255"}:
             meaning = (

@@ -57,6 +57,7 @@ class Scanned:
     ignore_index: int
     masks: Masks
     split_local_names: bool = False  # see `PairDataset`
+    has_layers: bool = False  # see `PairDataset`
 
     @property
     def counts(self) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from dinoseg.data.annotation.drawing import Drawing
+from dinoseg.data.annotation.drawing import Drawing, Form, Layers
 from dinoseg.data.annotation.entry import Entry, LabelledShape, size_of
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
@@ -130,7 +130,7 @@ class Shapes:
     Args:
         labels: label of the tool to class, or to `ignore`; a label not listed here is the class of its name.
         others: the class of labels that are no class, or `ignore`; None: raise an error.
-        unlabelled: the class of pixels that no shape covers, or `ignore`.
+        unlabelled: the class of pixels that no shape covers, or `ignore`; None: no class, for masks with layers.
         order: `file`: the order of the file; `area`: the largest first, so that small objects are drawn over large
             ones.
         without_shapes: `keep`: an image without any shape is all unlabelled; `skip`: it is left out.
@@ -141,7 +141,7 @@ class Shapes:
 
     labels: Mapping[str, str] | None = None
     others: str | None = None
-    unlabelled: str = "background"
+    unlabelled: str | None = "background"
     order: Literal["file", "area"] = "file"
     without_shapes: Literal["keep", "skip"] = "keep"
     crowds: Literal["class", "ignore"] = "class"
@@ -160,6 +160,7 @@ def annotated_dataset(
     shapes: Shapes = Shapes(),  # noqa: B008 (frozen)
     masks: Masks = Masks(),  # noqa: B008 (frozen)
     partition: Partition = Partition(),  # noqa: B008 (frozen)
+    layers: bool = False,
 ) -> PairDataset:
     """Return the images that an annotation tool's files list, with masks drawn from their shapes.
 
@@ -174,6 +175,7 @@ def annotated_dataset(
         shapes: rules that turn shapes into a mask.
         masks: whether to resize a mask that has its image's aspect ratio.
         partition: rule that assigns images to splits.
+        layers: whether each class has a layer of its own, so that shapes of different classes may overlap.
 
     Raises:
         UserError: an annotation file is missing or unreadable, a label is no class, an image is listed twice, or no
@@ -182,7 +184,7 @@ def annotated_dataset(
     if kind not in KINDS:
         raise UserError(f"data.reader.kind={kind} is unknown. Choose one of {', '.join(KINDS)}.")
     labels = Labels.of(classes, palette, ignore_index)
-    maker = _Maker(KINDS[kind], Path(root).expanduser(), layout, shapes, labels)
+    maker = _Maker(KINDS[kind], Path(root).expanduser(), layout, shapes, labels, layers)
     pairs = divide(split, lambda side: maker.pairs(side, partition), partition)
     return gathered(pairs, split, labels, masks)
 
@@ -196,13 +198,19 @@ class _Maker:
     layout: AnnotationLayout
     shapes: Shapes
     labels: Labels
+    layers: bool
     values: dict[str, int] = field(init=False)  # known label to id
     others: int | None = field(init=False)
     ground: int = field(init=False)
 
     def __post_init__(self) -> None:
         where = "data.reader.shapes"
-        self.ground = self._value(self.shapes.unlabelled, "data.unlabelled")
+        if self.layers and self.shapes.unlabelled in self.labels.classes:
+            raise UserError(
+                f"data.unlabelled={self.shapes.unlabelled}: in masks with layers, pixels outside all shapes have no "
+                "class. Set data.unlabelled=null."
+            )
+        self.ground = 0 if self.layers else self._value(self.shapes.unlabelled, "data.unlabelled")
         self.others = None if self.shapes.others is None else self._value(self.shapes.others, f"{where}.others")
         given = {
             label: self._value(name, f"{where}.labels of {label}") for label, name in (self.shapes.labels or {}).items()
@@ -232,7 +240,7 @@ class _Maker:
             )
         return pairs
 
-    def _value(self, name: str, key: str) -> int:
+    def _value(self, name: str | None, key: str) -> int:
         if name in self.labels.classes:
             return self.labels.classes.index(name)
         if name == IGNORE:
@@ -278,7 +286,7 @@ class _Maker:
             log.warning(
                 "%s: %d of %d images have no shape and are read as %s throughout. If they are not annotated yet, leave "
                 "them out: data.reader.shapes.without_shapes=skip.",
-                path, bare, len(entries), self.shapes.unlabelled,
+                path, bare, len(entries), self.shapes.unlabelled or "no class",
             )  # fmt: skip
 
     def _pair(self, entry: Entry, folder: Path) -> Pair | Lacking:
@@ -291,10 +299,28 @@ class _Maker:
             size = size_of_image(entry, image)
         except NotThere as error:
             return Lacking(name, str(error), "Put the images there, or set their folder: data.reader.layout.images.")
+        if self.layers:
+            drawings = [
+                Drawing(entry.path, entry.image, size, self.ground, self._forms_of(entry, index))
+                for index in range(len(self.labels.classes))
+            ]
+            return Pair(name, image, Layers(tuple(drawings), Drawing.read))
         by_area = self.shapes.order == "area"
         drawn = sorted(entry.shapes, key=lambda shape: (not shape.crowd, -shape.area if by_area else 0))
         forms = tuple((self._id(shape), shape.form) for shape in drawn)
         return Pair(name, image, Drawing(entry.path, entry.image, size, self.ground, forms))
+
+    def _forms_of(self, entry: Entry, index: int) -> tuple[tuple[int, Form], ...]:
+        """Return the shapes of a class's layer: ignored ones, below those of the class, which have the value 1."""
+        ignored, shown = [], []
+        for shape in entry.shapes:
+            label = self.values.get(shape.label, self.others or 0)
+            is_class = label == index
+            if label == self.labels.ignore_index or (is_class and self._id(shape) == self.labels.ignore_index):
+                ignored.append((self.labels.ignore_index, shape.form))
+            elif is_class:
+                shown.append((1, shape.form))
+        return (*ignored, *shown)
 
     def _id(self, shape: LabelledShape) -> int:
         if shape.crowd and self.shapes.crowds == IGNORE:

@@ -1,13 +1,18 @@
 """Reader of a folder of images and a folder of masks, paired by name."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+from dinoseg.data.annotation.drawing import Drawing, Layers
 from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import Masks
+from dinoseg.data.classes.masks import Masks, layer_reader
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, gathered, pair_by_name
@@ -15,6 +20,7 @@ from dinoseg.data.splits import Partition, divide, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.images import IMAGE_SUFFIXES, PIXEL_SUFFIXES, UNREAD_SUFFIXES
+from dinoseg.utils.mask_files import check_layer_names
 from dinoseg.utils.wording import count_of, join_names
 
 _REMEDY = (
@@ -48,6 +54,9 @@ class FolderLayout:
     splits: Mapping[str, str] = field(default_factory=dict)
 
 
+Match = Callable[[Path, str, FolderLayout], dict[str, Pair | Lacking]]  # pairs of a split by name
+
+
 def folder_dataset(
     root: str | Path,
     split: str,
@@ -58,6 +67,7 @@ def folder_dataset(
     layout: FolderLayout = FolderLayout(),  # noqa: B008 (frozen)
     masks: Masks = Masks(),  # noqa: B008 (frozen)
     partition: Partition = Partition(),  # noqa: B008 (frozen)
+    layers: bool = False,
 ) -> PairDataset:
     """Return the dataset of images and masks in folders.
 
@@ -70,20 +80,24 @@ def folder_dataset(
         layout: locations of the files.
         masks: how mask files are encoded.
         partition: rule that assigns pairs to splits.
+        layers: whether each class has its own mask files, see `class_layouts`, so that classes may overlap.
 
     Raises:
         UserError: a folder is missing or empty, no image has its mask, or two files have one name; when an item is
             read: an unreadable file, differing sizes, ids without class.
     """
     labels = Labels.of(classes, palette, ignore_index)
-    pairs = find_pairs(Path(root).expanduser(), split, layout, partition)
+    match = partial(_match_layers, labels, layer_reader(masks, ignore_index).read) if layers else _match_masks
+    pairs = find_pairs(Path(root).expanduser(), split, layout, partition, match)
     return gathered(pairs, split, labels, masks)
 
 
-def find_pairs(root: Path, split: str, layout: FolderLayout, partition: Partition) -> list[Pair | Lacking]:
+def find_pairs(
+    root: Path, split: str, layout: FolderLayout, partition: Partition, match: Match
+) -> list[Pair | Lacking]:
     """Return the pairs of a split, in the order of the names or of the split's file list."""
     _check_source(root, layout, partition)
-    pairs = divide(split, lambda side: _pairs_of(root, side, layout, partition), partition)
+    pairs = divide(split, lambda side: _pairs_of(root, side, layout, partition, match), partition)
     if not pairs:
         images = root / layout.images.replace("{split}", layout.splits.get(split, split))
         raise UserError(
@@ -93,23 +107,83 @@ def find_pairs(root: Path, split: str, layout: FolderLayout, partition: Partitio
     return pairs
 
 
-def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition) -> list[Pair | Lacking]:
+def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition, match: Match) -> list[Pair | Lacking]:
     """Return the pairs that a split's folders or its file list name."""
+    by_name = match(root, split, layout)
+    if partition.by != "lists":
+        return [by_name[name] for name in sorted(by_name)]
+    names = read_name_list(root / _list_of(split, partition), "partition.lists")
+    if absent := [name for name in names if name not in by_name]:
+        raise UserError(
+            f"The file list of split {split} has {count_of(absent, 'name')} without image and mask under "
+            f"{_folder(root, split, layout.images, layout)}: "
+            f"{join_names(absent)}. A name is the path below that folder, without suffix."
+        )
+    return [by_name[name] for name in names]
+
+
+def _match_masks(root: Path, split: str, layout: FolderLayout) -> dict[str, Pair | Lacking]:
+    """Return the pairs of images and masks of all classes, and what lacks a counterpart, by name."""
     folders = _folder(root, split, layout.images, layout), _folder(root, split, layout.masks, layout)
     images, unread = _find(folders[0], layout.image_suffix, layout, is_mask=False)
     masks, unread_masks = _find(folders[1], layout.mask_suffix, layout, is_mask=True)
     unread = {name: path for name, path in {**unread_masks, **unread}.items() if not (name in images and name in masks)}
     by_name = pair_by_name(images, masks, folders, _REMEDY)
     by_name |= {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in unread.items()}
-    if partition.by != "lists":
-        return [by_name[name] for name in sorted(by_name)]
-    names = read_name_list(root / _list_of(split, partition), "partition.lists")
-    if absent := [name for name in names if name not in by_name]:
-        raise UserError(
-            f"The file list of split {split} has {count_of(absent, 'name')} without image and mask under {folders[0]}: "
-            f"{join_names(absent)}. A name is the path below that folder, without suffix."
+    return by_name
+
+
+def class_layouts(layout: FolderLayout, classes: Sequence[str]) -> list[FolderLayout]:
+    """Return the layout of each class's mask files.
+
+    `{class}` in the mask folder or the mask suffix stands for the class's name. If neither has it, the mask folder has
+    a folder for each class.
+
+    Raises:
+        UserError: see `check_layer_names`.
+    """
+    check_layer_names(classes)
+    if "{class}" not in layout.masks + layout.mask_suffix:
+        layout = replace(layout, masks=f"{layout.masks}/{{class}}")
+    return [
+        replace(
+            layout,
+            masks=layout.masks.replace("{class}", name),
+            mask_suffix=layout.mask_suffix.replace("{class}", name),
         )
-    return [by_name[name] for name in names]
+        for name in classes
+    ]
+
+
+def _match_layers(
+    labels: Labels, read_layer: Callable[[Path | Drawing], np.ndarray], root: Path, split: str, layout: FolderLayout
+) -> dict[str, Pair | Lacking]:
+    """Return the pairs of images and the masks of each class, and what lacks a counterpart, by name.
+
+    An image does not show a class that has no mask of its name; it needs a mask of at least one class.
+    """
+    folder = _folder(root, split, layout.images, layout)
+    images, unread = _find(folder, layout.image_suffix, layout, is_mask=False)
+    by_class: list[dict[str, Path]] = []
+    for each in class_layouts(layout, labels.classes):
+        masks, unread_masks = _find(_folder(root, split, each.masks, each), each.mask_suffix, each, is_mask=True)
+        by_class.append(masks)
+        unread |= unread_masks
+    files = {path for masks in by_class for path in masks.values()}
+    images = {name: path for name, path in images.items() if path not in files}
+    shown = {name: [masks.get(name) for masks in by_class] for name in images}
+    used = [path for sources in shown.values() for path in sources if path is not None]
+    if twice := next((path for path, count in Counter(used).items() if count > 1), None):
+        raise UserError(f"{twice} is the mask of two images or classes by its name. Rename images or classes.")
+    by_name: dict[str, Pair | Lacking] = {}
+    for name, path in images.items():
+        reason = f"{path} has no mask of any class. If it shows none, add an empty mask."
+        pair = Pair(name, path, Layers(tuple(shown[name]), read_layer))
+        by_name[name] = pair if any(shown[name]) else Lacking(name, reason, _REMEDY)
+    for path in sorted(files - {*used}):
+        by_name[str(path)] = Lacking(str(path), f"{path} has no image in {folder}.", _REMEDY)
+    by_name |= {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in unread.items()}
+    return by_name
 
 
 def _find(folder: Path, suffix: str, layout: FolderLayout, *, is_mask: bool) -> tuple[dict[str, Path], dict[str, Path]]:

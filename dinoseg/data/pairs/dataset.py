@@ -12,6 +12,7 @@ from torch import Tensor
 from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.sample_maps import MapKind, check_map_kinds, check_maps
 from dinoseg.core.shapes import Sample
+from dinoseg.data.annotation.drawing import Layers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
 from dinoseg.data.pairs.pair import Pair, fingerprint, image_hash
@@ -53,6 +54,11 @@ class PairDataset:
         self.split_local_names = False  # equal names (of images or videos) in two splits are different data
         self.longest: int | None = None  # pixels that an image's longer side is reduced to; None: original size
         self.reader = MaskReader(labels, masks)
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether a mask is (K, H, W), with a layer for each class."""
+        return any(isinstance(pair.mask, Layers) for pair in self.pairs)
 
     @property
     def source(self) -> "PairDataset":

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinoseg.data.annotation.drawing import Drawing, MaskSource, mask_file
+from dinoseg.data.annotation.drawing import MaskSource, mask_file
 from dinoseg.data.classes.masks import MaskReader
 from dinoseg.data.video.access import ImageSource, reading_rule, source_files, source_origin
 from dinoseg.utils.errors import UserError
@@ -16,7 +16,7 @@ from dinoseg.utils.files import Stamp, check_regular, stamp
 
 @dataclass(frozen=True)
 class Pair:
-    """Image (files or a video frame) and mask (a file or a drawing); `name` is unique in the dataset."""
+    """Image (files or a video frame) and mask (a file, a drawing or layers); `name` is unique in the dataset."""
 
     name: str
     image: ImageSource
@@ -35,7 +35,7 @@ def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:
     for pair in pairs:
         paths = (*source_files(pair.image), mask_file(pair.mask))
         files = [(resolved(path.parent), path.name, stamp(path)) for path in paths]
-        drawn = (pair.mask.digest(),) if isinstance(pair.mask, Drawing) else ()
+        drawn = () if isinstance(pair.mask, Path) else (pair.mask.digest(),)
         # repr, since some names are no valid text
         digest.update(f"{(pair.name, reading_rule(pair.image), files, *drawn)!r}\n".encode())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dinoseg.core.channels import ChannelFiles
-from dinoseg.data.annotation.drawing import Drawing, MaskSource
+from dinoseg.data.annotation.drawing import MaskSource
 from dinoseg.data.classes.masks import MaskReader, fit_mask
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.video.access import ImageSource, VideoFrame, read_source
@@ -163,28 +163,36 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
     try:
         ids = reader.read(mask)
     except UserError as error:
-        if isinstance(mask, Drawing):
+        if not isinstance(mask, Path):
             raise
         return replace(record, raw=_raw(mask, reader)).with_problem("foreign_ids", str(error))
-    record = replace(record, mask_size=(ids.shape[0], ids.shape[1]))
+    record = replace(record, mask_size=(ids.shape[-2], ids.shape[-1]))
     try:
         ids = fit_mask(ids, record.image_size or ids.shape, reader.masks.on_size_mismatch, image=image, path=mask)
     except UserError as error:
         record = record.with_problem("size_mismatch", str(error))
-    pixels = dict(_counted(ids))
+    values = dict(_counted(ids.reshape(-1, ids.shape[-1])))
+    pixels = values if ids.ndim == 2 else _layer_counts(ids, reader.labels.ignore_index)
     return replace(
         record,
         pixels=pixels,
         mask_digest=digest(ids),
-        raw=_raw_of(mask, reader, pixels),
-        borders=borders(ids).tobytes() if record.decoded else b"",
+        raw=_raw_of(mask, reader, values),
+        borders=borders(ids if ids.ndim == 2 else ids.max(axis=0)).tobytes() if record.decoded else b"",
     )
+
+
+def _layer_counts(layers: np.ndarray, ignore_index: int) -> dict[int, int]:
+    """Return the pixels of each class that layers (K, H, W) show, and the ignored ones of all layers."""
+    counts = dict(enumerate((layers == 1).sum(axis=(1, 2)).tolist()))
+    counts.setdefault(ignore_index, int((layers == ignore_index).sum()))
+    return {value: count for value, count in counts.items() if count}
 
 
 def _raw_of(mask: MaskSource, reader: MaskReader, pixels: Mapping[int, int]) -> dict[str, int]:
     """Return the value counts of the mask file, which is read again only if they differ from those of the class ids."""
     masks = reader.masks
-    if isinstance(mask, Drawing):
+    if not isinstance(mask, Path):
         return {str(value): count for value, count in pixels.items()}
     if masks.format == "palette" or (masks.format == "ids" and (masks.ids or masks.others or masks.reduce_zero_label)):
         return _raw(mask, reader)

@@ -1,5 +1,6 @@
 """The trained model for inference: images of any kind in, segmentations out, on any runtime."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from dinoseg.export.runtime.runtime import FILES, Options, Runtime
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.images import write_png
+from dinoseg.utils.mask_files import write_masks
 from dinoseg.utils.ranges import AT_LEAST_1, whole_number
 from dinoseg.utils.wording import format_value
 
@@ -30,7 +32,7 @@ class Segmentation:
     `probabilities` runs the model once more, so it needs the model unchanged, and is not available after pickling.
 
     Attributes:
-        mask: class ids (H, W) uint8.
+        mask: class ids (H, W) uint8; of a multi-label model (K, H, W) bool, a layer for each class.
         image: the image (H, W, 3) uint8 RGB, or (H, W, C), uint8 or uint16, of a model of other channels.
         facts: of the model.
         source: the image's file, where it came from one.
@@ -61,15 +63,19 @@ class Segmentation:
     def __repr__(self) -> str:
         """Return the size, the source and the largest classes on one line."""
         found = sorted(self.areas.items(), key=lambda area: -area[1])[:5]
-        shares = [f"{format_value(name)} {count / self.mask.size:.1%}" for name, count in found if count]
+        pixels = math.prod(self.mask.shape[-2:])
+        shares = [f"{format_value(name)} {count / pixels:.1%}" for name, count in found if count]
         source = [] if self.source is None else [format_value(str(self.source))]
-        height, width = self.mask.shape
+        height, width = self.mask.shape[-2:]
         return f"dinoseg.Segmentation({', '.join([*source, f'{width} x {height}', *shares])})"
 
     @property
     def areas(self) -> dict[str, int]:
         """Number of pixels of each class, in the order of the class ids."""
-        counts = np.bincount(self.mask.ravel(), minlength=len(self.facts.classes))
+        if self.mask.ndim > 2:
+            counts = self.mask.sum(axis=(1, 2))
+        else:
+            counts = np.bincount(self.mask.ravel(), minlength=len(self.facts.classes))
         return {name: int(count) for name, count in zip(self.facts.classes, counts, strict=False)}
 
     def overlay(self, opacity: float = 0.5) -> np.ndarray:
@@ -83,12 +89,17 @@ class Segmentation:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the class ids as a PNG without loss; the file appears whole or not at all.
 
+        Layers become a PNG of 0 and 1 for each class: `masks/x.png` stands for `masks/CLASS/x.png`.
+
         Raises:
             UserError: if it cannot be written.
         """
         target = Path(path).expanduser()
         with file_errors_as_user_errors(target.parent):
-            write_png(target, self.mask)
+            if self.mask.ndim > 2:
+                write_masks(target.parent, target.stem, self.mask, self.facts.classes)
+            else:
+                write_png(target, self.mask)
 
 
 def _without_model(image: np.ndarray) -> np.ndarray:
@@ -269,6 +280,7 @@ class Model:
             ids = self.runtime.ids([image for _, image in batch])
             for (path, image), mask in zip(batch, ids, strict=True):
                 stable = image if path is not None else image.copy()  # a caller may reuse the memory of an array
+                mask = mask.astype(bool) if mask.ndim > 2 else mask
                 yield Segmentation(mask, stable, self.facts, path, ask=self._probabilities)
 
     def _probabilities(self, image: np.ndarray) -> np.ndarray:

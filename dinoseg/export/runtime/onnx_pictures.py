@@ -30,18 +30,24 @@ class GraphRuntime:
         self.record = record
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size."""
+        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""
         return np.stack(
             [
-                np.concatenate([band.argmax(axis=0).astype(np.uint8) for band in bands])
+                np.concatenate([self._decide(band).astype(np.uint8) for band in bands], axis=-2)
                 for bands in self._pictures(images)
             ]
         )
 
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class probabilities (B, K, H, W) float32 of images (H, W, 3) uint8 RGB of one size."""
-        shares = _shares if self.record.mixture else softmax
+        shares = _shares if self.record.mixture else softmax if self.record.thresholds is None else sigmoid
         return np.stack([np.concatenate([shares(band) for band in bands], axis=1) for bands in self._pictures(images)])
+
+    def _decide(self, scores: np.ndarray) -> np.ndarray:
+        """Return the ids (r, W) of the highest scores (K, r, W), or where each class reaches its threshold."""
+        if self.record.thresholds is None:
+            return scores.argmax(axis=0)
+        return sigmoid(scores) >= np.array(self.record.thresholds, np.float32)[:, None, None]
 
     def _pictures(self, images: Sequence[np.ndarray]) -> Iterator[Iterator[np.ndarray]]:
         """Yield an iterator for each image, over bands (K, rows, W) of its class scores from the top down."""

@@ -1,7 +1,7 @@
 """Description of an exported graph: the images that it takes and the processing of its outputs; imports no torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ _FORM = forms.record(
     no_object=forms.flag,
     opset=forms.maybe(forms.whole(1, 1000)),
     precision=_one_of(*PRECISIONS),
+    thresholds=forms.maybe(forms.listing(forms.number(0, 1))),
 )
 
 
@@ -81,6 +82,7 @@ class GraphRecord:
         no_object: whether the last column of class logits stands for "no object".
         opset: of ONNX; None for a torch program.
         precision: of the stored weights; the graph computes in float32.
+        thresholds: sigmoids from which a class is predicted, of a multi-label model; None: one class per pixel.
     """
 
     multiple: int
@@ -96,6 +98,7 @@ class GraphRecord:
     no_object: bool
     opset: int | None
     precision: str
+    thresholds: Sequence[float] | None = None
     version: int = 1
 
     def layout(self, size: Size) -> Layout:

@@ -19,7 +19,7 @@ class Runtime(Protocol):
     name: str  # torch | onnx
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size."""
+        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""
         ...
 
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:

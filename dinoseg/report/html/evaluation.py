@@ -122,7 +122,7 @@ def evaluation_page(
         images=len(evaluated.images),
         classes=evaluated.classes,
         palette=evaluated.palette,
-        heat_map=heat_map(np.asarray(found["matrix"], dtype=np.int64), evaluated.classes),
+        heat_map=found["matrix"] and heat_map(np.asarray(found["matrix"], dtype=np.int64), evaluated.classes),
         histogram=image_histogram(errors.mious),
         defined=[miou for miou in errors.mious if miou is not None],
         shots={

@@ -49,8 +49,8 @@ class Shot:
         index: index of the image in its data set.
         score: mean IoU over the classes of the image, 0..1.
         frame: (H, W, 3) uint8.
-        prediction: (H, W) uint8.
-        reference: (H, W) uint8.
+        prediction: (H, W) uint8, or layers (K, H, W).
+        reference: (H, W) uint8, or layers (K, H, W).
     """
 
     index: int
@@ -85,6 +85,8 @@ def prediction_card(shot: Shot, evaluated: EvaluatedImages) -> dict[str, Any]:
     ignored = shot.reference == evaluated.ignore_index
     wrong = (shot.prediction != shot.reference) & ~ignored
     share = float(wrong.sum() / max((~ignored).sum(), 1))
+    if wrong.ndim > 2:  # layers: wrong in any, ignored in all
+        wrong, ignored = wrong.any(axis=0), ignored.all(axis=0)
     drawn = mark_pixels(shot.frame, [(wrong, WRONG), (ignored, (0, 0, 0))])
     card = _mask_card(shot.frame, masks, evaluated)
     card["panels"].append((f"errors: {percent(share)} % of the labelled pixels", drawn))

@@ -1,0 +1,134 @@
+"""Masks with a layer for each class, from folders of classes, from one PNG per class, and from COCO."""
+
+import json
+
+import numpy as np
+import pytest
+from making import save
+from overlapping_shapes import CLASSES, write_coco, write_overlaps
+
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.formats.annotated import Shapes, annotated_dataset
+from dinoseg.data.formats.folder import FolderLayout, folder_dataset
+from dinoseg.data.opened import opened
+from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.data.transforms import Affine, Augment
+from dinoseg.testing import check_dataset
+from dinoseg.utils.errors import UserError
+
+PER_FILE = FolderLayout("{split}/images", "{split}/flat", mask_suffix="_{class}")
+
+
+def folder(root, **options):
+    return folder_dataset(root, "train", classes=CLASSES, layers=True, **options)
+
+
+def coco(root, shapes=Shapes(unlabelled=None)):  # noqa: B008 (frozen)
+    return annotated_dataset(root, "train", kind="coco", classes=CLASSES, shapes=shapes, layers=True)
+
+
+def test_folders_of_classes_become_layers(tmp_path):
+    masks, data = write_overlaps(tmp_path), folder(tmp_path)
+    assert data.has_layers and len(data) == 12
+    assert any((layers.sum(axis=0) > 1).any() for layers in masks.values())  # classes overlap
+    for index, name in enumerate(data.names):
+        np.testing.assert_array_equal(data[index]["mask"], masks[name])
+    check_dataset(data, has_layers=True)
+    assert class_counts(data, tmp_path / "cache").tolist() == [
+        sum(int(masks[name][layer].sum()) for name in data.names) for layer in range(2)
+    ]
+
+
+def test_a_file_for_each_class_equals_folders_of_classes(tmp_path):
+    masks = write_overlaps(tmp_path, train=3)
+    for name in ("train_0", "train_1", "train_2"):
+        for label, layer in zip(CLASSES, masks[name], strict=True):
+            save(tmp_path / "train/flat" / f"{name}_{label}.png", 255 * layer.astype(np.uint8))
+    one, other = folder(tmp_path), folder(tmp_path, layout=PER_FILE, masks=Masks(format="binary"))
+    assert one.names == other.names
+    for ours, theirs in zip(one, other, strict=True):
+        np.testing.assert_array_equal(ours["mask"], theirs["mask"])
+
+
+def test_shapes_of_coco_keep_their_overlaps(tmp_path):
+    masks, data = write_coco(tmp_path), coco(tmp_path)
+    for index, name in enumerate(data.names):
+        np.testing.assert_array_equal(data[index]["mask"], masks[name])
+
+
+def test_ignored_shapes_and_pixels_are_ignored(tmp_path):
+    masks = write_coco(tmp_path)
+    path = tmp_path / "annotations/instances_train.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = int(annotation["category_id"] == 2)
+    path.write_text(json.dumps(content))
+    data = coco(tmp_path, Shapes(unlabelled=None, crowds="ignore"))
+    for index, name in enumerate(data.names):
+        np.testing.assert_array_equal(data[index]["mask"][0], masks[name][0])
+        np.testing.assert_array_equal(data[index]["mask"][1], 255 * masks[name][1].astype(np.uint8))
+    save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
+    save(tmp_path / "train/masks/disc/x.png", [[0, 1, 255], [255, 1, 0]])
+    (tmp_path / "train/masks/square").mkdir()
+    layers = folder(tmp_path)[0]["mask"]
+    assert layers.tolist() == [[[0, 1, 255], [255, 1, 0]], [[0, 0, 0], [0, 0, 0]]]  # no file: the class is absent
+
+
+def test_incomplete_and_unequal_masks_are_refused(tmp_path):
+    write_overlaps(tmp_path, train=2)
+    save(tmp_path / "train/masks/disc/extra.png", np.zeros((2, 2)))
+    for label in CLASSES:
+        (tmp_path / "train/masks" / label / "train_1.png").unlink()
+    data = folder(tmp_path)
+    assert len(data) == 1 and len(data.lacking) == 2
+    save(tmp_path / "train/masks/disc/train_0.png", np.zeros((2, 2)))
+    with pytest.raises(UserError, match="differ in size"):
+        data[0]
+    save(tmp_path / "train/masks/disc/train_0.png", np.full((32, 48), 7))
+    with pytest.raises(UserError, match=r"train_0\.png holds the ids 7"):
+        data[0]
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "x?"])
+def test_class_names_that_are_no_file_names_are_refused(tmp_path, name):
+    write_overlaps(tmp_path, train=1)
+    with pytest.raises(UserError, match="Rename it"):
+        folder_dataset(tmp_path, "train", classes=[name], layers=True)
+
+
+def test_a_mask_that_fits_two_classes_is_refused(tmp_path):
+    for name in ("x", "x_black"):
+        save(tmp_path / "train/images" / f"{name}.png", np.zeros((2, 2, 3)))
+    save(tmp_path / "train/flat/x_black_cat.png", np.zeros((2, 2)))
+    with pytest.raises(UserError, match="two images or classes"):
+        folder_dataset(tmp_path, "train", classes=["cat", "black_cat"], layers=True, layout=PER_FILE)
+
+
+def test_options_that_need_one_class_per_pixel_are_refused(tmp_path):
+    write_overlaps(tmp_path, train=1)
+    data = folder(tmp_path)
+    with pytest.raises(UserError, match="packed"):
+        opened(data, split="train", cache="packed")
+    with pytest.raises(UserError, match="unlabelled"):
+        write_coco(tmp_path / "coco")
+        annotated_dataset(tmp_path / "coco", "train", kind="coco", classes=["background", *CLASSES], layers=True)
+    with pytest.raises(UserError, match="cat_max_ratio"):
+        Augment((8, 8), cat_max_ratio=0.5)(np.zeros((9, 9, 3), np.uint8), data[0]["mask"].numpy(), make_rng())
+
+
+def make_rng():
+    return np.random.default_rng(3)
+
+
+def test_augmentation_moves_all_layers_alike():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (21, 33, 3), dtype=np.uint8)
+    layers = rng.integers(0, 2, (7, 21, 33), dtype=np.uint8)
+    augment = Augment((16, 24), scale=(0.5, 2.0), flip=0.5, affine=Affine(degrees=30, shear=10))
+    for seed in range(4):
+        seen, moved = augment(image, layers, np.random.default_rng(seed))
+        assert moved.shape == (7, 16, 24)
+        for layer, one in zip(layers, moved, strict=True):
+            alone, expected = augment(image, layer, np.random.default_rng(seed))
+            np.testing.assert_array_equal(seen, alone)
+            np.testing.assert_array_equal(one, expected)
