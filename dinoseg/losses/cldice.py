@@ -1,6 +1,7 @@
 """Soft clDice: overlap of soft skeletons, for thin structures such as threads, needles and poles."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def soft_skeleton(shares: Tensor, iterations: int) -> Tensor:
     return skeleton
 
 
-class ClDice(Loss):
+class SoftClDice(Loss):
     """Soft clDice loss (Shit et al., CVPR 2021, arXiv 2003.07311), averaged over the classes that occur in the labels.
 
     It is 1 - 2 T_p T_s / (T_p + T_s) for each class. The topology precision T_p is the share of the predicted soft
@@ -43,7 +44,7 @@ class ClDice(Loss):
     Sums are over the batch, with 1 added to numerators and denominators as in the authors' code. Ignored pixels belong
     to no class on either side.
 
-    Scores are upsampled in bands of rows, which the backward pass computes again. Bands overlap by the reach of the
+    Scores are upsampled in bands of rows, and several bands again in the backward pass. Bands overlap by the reach of the
     skeleton, so that they change no value.
 
     Args:
@@ -81,19 +82,21 @@ class ClDice(Loss):
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
         images, height, width = batch.mask.shape
-        grid, valid = prediction.grid, prediction.valid
-        scores = at_least_float32(prediction.logits((height, width)) if grid is None else grid)
+        scores, valid = prediction.grid, prediction.valid
+        if scores is None:
+            scores, valid = prediction.logits((height, width)), None
+        scores = at_least_float32(scores)
         reach = self.iterations + 2
         rows = max(4 * reach, BAND // (images * scores.shape[1] * width))
+        band_sums: Callable[..., Tensor] = self._band_sums
+        if rows < height:
+            band_sums = partial(checkpoint, self._band_sums, use_reentrant=False, preserve_rng_state=False)
         sums = scores.new_zeros(4, len(self.ids))
         for start in range(0, height, rows):
             stop = min(start + rows, height)
             seen = slice(max(start - reach, 0), min(stop + reach, height))
             inner = slice(start - seen.start, stop - seen.start)
-            share = None if grid is None else valid
-            sums = sums + checkpoint(
-                self._band_sums, scores, batch.mask, share, seen, inner, use_reentrant=False, preserve_rng_state=False
-            )
+            sums = sums + band_sums(scores, batch.mask, valid, seen, inner)
         precision, sensitivity = (sums[:2] + 1) / (sums[2:] + 1)
         weights = torch.where(sums[3] > 0, self.weight.to(sums.dtype), 0)
         losses = 1 - 2 * precision * sensitivity / (precision + sensitivity)
