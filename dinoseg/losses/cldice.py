@@ -44,8 +44,8 @@ class SoftClDice(Loss):
     Sums are over the batch, with 1 added to numerators and denominators as in the authors' code. Ignored pixels belong
     to no class on either side.
 
-    Scores are upsampled in bands of rows, and several bands again in the backward pass. Bands overlap by the reach of the
-    skeleton, so that they change no value.
+    Scores are upsampled in bands of rows, and several bands again in the backward pass. Bands overlap by the reach of
+    the skeleton, so that they change no value.
 
     Args:
         class_weights: one weight (K,) per class, in the mean over the classes that occur.
