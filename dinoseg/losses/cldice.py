@@ -75,7 +75,7 @@ class SoftClDice(Loss):
         if not ids or ids[-1] >= len(class_weights):
             raise UserError(f"classes={ids}: give ids of classes, from 0 to {len(class_weights) - 1}.")
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
-        self.register_buffer("weight", class_weights[ids], persistent=False)
+        self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index, self.iterations = ignore_index, iterations
         self.divisor = ("images", ignore_index)
 
@@ -98,7 +98,7 @@ class SoftClDice(Loss):
             inner = slice(start - seen.start, stop - seen.start)
             sums = sums + band_sums(scores, batch.mask, valid, seen, inner)
         precision, sensitivity = (sums[:2] + 1) / (sums[2:] + 1)
-        weights = torch.where(sums[3] > 0, self.weight.to(sums.dtype), 0)
+        weights = torch.where(sums[3] > 0, self.weight[self.ids].to(sums.dtype), 0)
         losses = 1 - 2 * precision * sensitivity / (precision + sensitivity)
         value = ratio((weights * losses).sum(), weights.sum())
         return value, {"weight": labelled_images(batch.mask, self.ignore_index).to(value.dtype)}
