@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from tabulate import tabulate
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import image_mious
+from dinoseg.evaluation.further_scores import further_difference, mean_score
 from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife, leave_one_out, mean_of, widened
 from dinoseg.evaluation.sides import Side
@@ -44,7 +45,10 @@ _LONGEST = 512  # pixels of an image's longer side
 
 def scores_of(records: Sequence[ImageRecord]) -> dict[str, float | None]:
     """Return all scores by name, averaged over the records of a side; None where undefined."""
-    return mean_scores(_kind(records[0]), [record.counts for record in records])
+    kind = _kind(records[0])
+    scores = mean_scores(kind, [record.counts for record in records])
+    further = {name: mean_score([record.scores[name] for record in records]) for name in records[0].scores}
+    return {key: scores[key] for key in kind.means} | further | scores
 
 
 def best_first(scores: Sequence[float | None]) -> list[int]:
@@ -75,6 +79,7 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
             raise opened
         return opened
 
+    further = further_differences(sides)
     for number, gaps in enumerate(differences(kind, sums), start=1):
         other = sides[number]
         folders = (first.places[0], other.places[0])
@@ -87,7 +92,7 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
             OtherRun(
                 name=other.name,
                 scores=scores_of(other.records),
-                differences=gaps,
+                differences=gaps | further[number - 1],
                 mious=mious[number],
                 decides=deciding(kind, counts[0], counts[number]),
                 shots=shots,
@@ -199,7 +204,7 @@ def write_tables(out_dir: Path, first: Side, others: Sequence[OtherRun]) -> None
 def score_labels(side: Side) -> Mapping[str, str]:
     """Return the display label of each score, by the score's name."""
     record = side.records[0]
-    means = {key: MEANS[key] for key in _kind(record).means}
+    means = {key: MEANS[key] for key in _kind(record).means} | {name: name for name in record.scores}
     return means | {f"iou/{index}": f"IoU {name}" for index, name in enumerate(record.classes)}
 
 
@@ -220,6 +225,24 @@ def differences(kind: ClassScores, sides: Sequence[Runs]) -> list[dict[str, dict
     """
     gaps = [_difference(kind, sides[0], side) for side in sides[1:]]
     families = [*([key] for key in kind.means), [key for key in kind.keys if key not in kind.means]]
+    return _with_verdicts(gaps, families)
+
+
+def further_differences(sides: Sequence[Side]) -> list[dict[str, dict[str, Any]]]:
+    """Return the differences of the scores of further metrics in the form of `differences`."""
+    first, *others = [side.records for side in sides]
+    scores = first[0].scores
+    gaps = [
+        {name: further_difference(*([run.scores[name] for run in side] for side in (first, other))) for name in scores}
+        for other in others
+    ]
+    return _with_verdicts(gaps, [[name] for name in scores], [name for name in scores if scores[name].better == "min"])
+
+
+def _with_verdicts(
+    gaps: Sequence[Mapping[str, Estimate]], families: Sequence[Sequence[str]], lower_is_better: Collection[str] = ()
+) -> list[dict[str, dict[str, Any]]]:
+    """Return the differences of each other side with verdicts; each family of scores is corrected together."""
     found: list[dict[str, dict[str, Any]]] = [{} for _ in gaps]
     for family in families:
         members = [(number, key) for number in range(len(gaps)) for key in family]
@@ -227,7 +250,8 @@ def differences(kind: ClassScores, sides: Sequence[Runs]) -> list[dict[str, dict
         for (number, key), p_value in zip(members, p_values, strict=True):
             gap = gaps[number][key]
             value = gap.value if np.isfinite(gap.value) else None
-            found[number][key] = {"value": value, "ci95": gap.ci95, "p": p_value, "verdict": _verdict(gap, p_value)}
+            found[number][key] = {"value": value, "ci95": gap.ci95, "p": p_value}
+            found[number][key]["verdict"] = _verdict(gap, p_value, lower_is_better=key in lower_is_better)
     return found
 
 
@@ -264,10 +288,12 @@ def _scores(kind: ClassScores, side: Runs) -> dict[str, np.ndarray]:
     return kind.scores(np.stack([run.sum(axis=0).reshape(-1) for run in side]))
 
 
-def _verdict(gap: Estimate, p_value: float | None) -> str:
+def _verdict(gap: Estimate, p_value: float | None, *, lower_is_better: bool = False) -> str:
     if p_value is None:
         return NO_VERDICT
-    return UNSURE if p_value >= LEVEL else SURELY_BETTER if gap.value > 0 else SURELY_WORSE
+    if p_value >= LEVEL:
+        return UNSURE
+    return SURELY_BETTER if (gap.value > 0) != lower_is_better else SURELY_WORSE
 
 
 def _load_images(open_data: Callable[[], SegmentationData], record: ImageRecord) -> SegmentationData:

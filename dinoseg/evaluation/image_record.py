@@ -1,12 +1,15 @@
 """Record of an image evaluation for comparisons: per-image counts and metadata, stored without pickle."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dinoseg.core.metric import BETTER
 from dinoseg.evaluation.about import EVALUATION
+from dinoseg.evaluation.further_scores import FurtherScore
 from dinoseg.evaluation.restart import RECORD as TRACKED
 from dinoseg.report.html.pictures import EvaluatedImages
 from dinoseg.training.checkpoint import HEADS
@@ -18,7 +21,7 @@ from dinoseg.utils.wording import join_names
 RECORD, COUNTS = "evaluation.json", "counts.npz"  # in a run folder
 _REMEDY = "Evaluate again: python -m dinoseg mode=eval resume=RUN, where RUN is the run folder of the training."
 _MAX_CLASSES = 256
-_LARGEST = 2**27  # maximum bytes of the JSON file: names of half a million images
+_LARGEST = 2**28  # maximum bytes of the JSON file: names of half a million images, and a few scores without each
 _FRAMING = 4096  # bytes of an NPZ file of one array in addition to its values
 _COLOUR = forms.row(*[forms.whole(0, 255)] * 3)
 _FORM = forms.record(
@@ -33,6 +36,14 @@ _FORM = forms.record(
     images=forms.listing(forms.text),
     units=forms.listing(forms.text),
     source=forms.text,
+    scores=forms.table(
+        forms.record(
+            better=forms.text,
+            settings=forms.text,
+            value=forms.maybe(forms.number()),
+            left_out=forms.listing(forms.maybe(forms.number())),
+        )
+    ),
 )
 
 
@@ -47,6 +58,7 @@ class ImageRecord(EvaluatedImages):
         split: train, val or test.
         source: origin of the model.
         counts: (N, 3, K) int64 of `MeanIoU`.
+        scores: scores of further metrics by name.
     """
 
     background: int | None
@@ -55,6 +67,7 @@ class ImageRecord(EvaluatedImages):
     split: str
     source: str
     counts: np.ndarray
+    scores: Mapping[str, FurtherScore] = field(default_factory=dict)
 
 
 def write_record(record: ImageRecord, out_dir: Path) -> None:
@@ -62,6 +75,7 @@ def write_record(record: ImageRecord, out_dir: Path) -> None:
     content: dict[str, Any] = {key: value for key, value in vars(record).items() if key != "counts"}
     with atomic_file(out_dir / COUNTS) as part, part.open("wb") as file:
         np.savez(file, classes=record.counts.astype("<i8"))
+    content["scores"] = {name: asdict(score) for name, score in record.scores.items()}
     content["palette"] = [[int(level) for level in colour] for colour in record.palette]
     write_json(
         out_dir / RECORD, {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
@@ -109,7 +123,9 @@ def read_record(folder: Path) -> ImageRecord:
         _check(content, counts)
     except (OSError, forms.SchemaError) as error:
         raise UserError(f"runs: {folder} holds a damaged {RECORD} or {COUNTS} ({error}). {_REMEDY}") from None
-    return ImageRecord(**{**content, "palette": [tuple(colour) for colour in content["palette"]]}, counts=counts)
+    palette = [tuple(colour) for colour in content["palette"]]
+    scores = {name: FurtherScore(**score) for name, score in content["scores"].items()}
+    return ImageRecord(**{**content, "palette": palette, "scores": scores}, counts=counts)
 
 
 def _check_size(path: Path, most: int) -> None:
@@ -141,6 +157,10 @@ def _check(content: dict[str, Any], counts: np.ndarray) -> None:
         raise forms.SchemaError(f"{images} images of {classes} classes have counts {list(counts.shape)}")
     if (content["background"] or 0) >= classes:
         raise forms.SchemaError(f"background {content['background']} is not one of its {classes} classes")
+    units = len(set(content["units"]))
+    for name, score in content["scores"].items():
+        if score["better"] not in BETTER or len(score["left_out"]) != units:
+            raise forms.SchemaError(f"{name} has the values of {len(score['left_out'])} units instead of {units}")
     right, reference, predicted = np.moveaxis(counts, 1, 0)
     if counts.size and (counts.min() < 0 or counts.max() > 2**40 or (right > np.minimum(reference, predicted)).any()):
         raise forms.SchemaError("its counts are inconsistent")

@@ -12,6 +12,7 @@ from dinoseg.data.splits import regex_group
 from dinoseg.evaluation.about import about_run
 from dinoseg.evaluation.class_scores import ClassScores, metric_intervals, unit_sums
 from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
+from dinoseg.evaluation.further_scores import further_scores
 from dinoseg.evaluation.image_record import ImageRecord, write_record
 from dinoseg.evaluation.official import SCORES as OFFICIAL_SCORES
 from dinoseg.evaluation.scoring.intervals import jackknife
@@ -73,6 +74,11 @@ def report_images(
         units=groups,
         source=provenance.model,
         counts=collected.classes,
+        scores={
+            name: score
+            for metric, counts in zip(rows.metrics, rows.counts, strict=True)
+            for name, score in further_scores(metric, counts, groups).items()
+        },
     )
     write_record(record, out_dir)
     kind, sums = ClassScores(len(data.classes), background), unit_sums(collected.classes, groups)

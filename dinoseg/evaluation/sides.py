@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.evaluation.about import EVALUATION
+from dinoseg.evaluation.further_scores import FurtherScore, shared_scores
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, evaluated, read_record
 from dinoseg.experiment import run_config
 from dinoseg.experiment.folder import command_line
@@ -204,6 +205,7 @@ def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
         if not differences:
             positions = {name: index for index, name in enumerate(other.images)}
             order = [positions[name] for name in first.images]
+            scores: Mapping[str, FurtherScore] = {}
             if [other.units[index] for index in order] != [*first.units]:
                 logger.warning(
                     "%s and %s group images differently (data.group): intervals use %s of the second.",
@@ -211,7 +213,11 @@ def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
                     folder,
                     count_of(len({*first.units}), first.unit),
                 )
-            other = replace(other, images=first.images, units=first.units, counts=other.counts[order])
+            else:
+                places = {unit: index for index, unit in enumerate(dict.fromkeys(other.units))}
+                by_unit = [places[unit] for unit in dict.fromkeys(first.units)]
+                scores = {name: score.reordered(by_unit) for name, score in other.scores.items()}
+            other = replace(other, images=first.images, units=first.units, counts=other.counts[order], scores=scores)
             if not np.array_equal(other.counts[:, 1], first.counts[:, 1]):
                 changed = np.flatnonzero((other.counts[:, 1] != first.counts[:, 1]).any(axis=1))
                 names = join_names([first.images[index] for index in changed.tolist()])
@@ -223,7 +229,12 @@ def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
                 f"compared:{reasons}\nEvaluate both on the same data and split, with the same classes and sizes."
             )
         found.append(other)
-    return found
+    shared = shared_scores([record.scores for record in found])
+    if lost := sorted({name for record in found for name in record.scores} - {*shared}):
+        logger.warning(
+            "Not all runs have these scores, with the same settings, so they are left out: %s.", ", ".join(lost)
+        )
+    return [replace(record, scores={name: record.scores[name] for name in shared}) for record in found]
 
 
 def _differences(first: ImageRecord, other: ImageRecord) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
     from dinoseg.metrics.calibration import CalibrationError
+    from dinoseg.metrics.cldice import ClDice
     from dinoseg.metrics.confusion import ConfusionMatrix
     from dinoseg.metrics.functional import (
         boundary_iou,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {  # modules of the classes; the functions are in `functional`
     "BoundaryIoU": "dinoseg.metrics.outlines",
     "CalibrationError": "dinoseg.metrics.calibration",
+    "ClDice": "dinoseg.metrics.cldice",
     "ConfusionMatrix": "dinoseg.metrics.confusion",
     "LabelledImage": "dinoseg.core.metric",
     "MeanIoU": "dinoseg.metrics.miou",
@@ -36,6 +38,7 @@ _HOMES = {  # modules of the classes; the functions are in `functional`
 __all__ = [
     "BoundaryIoU",
     "CalibrationError",
+    "ClDice",
     "ConfusionMatrix",
     "LabelledImage",
     "MeanIoU",

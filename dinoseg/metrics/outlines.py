@@ -35,7 +35,7 @@ class BoundaryIoU(Metric):
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
         """Return intersection and union of each class's bands, in pixels: (2, K) int64."""
-        reference, predicted, present = _sides(prediction, sample)
+        reference, predicted, present = drop_ignored(prediction, sample)
         bands = np.zeros((2, sample.num_classes), np.int64)
         bands[:, present] = boundary_ious(reference, predicted, present, self.ratio).T
         return {"bands": bands}
@@ -73,7 +73,7 @@ class SurfaceDice(Metric):
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
         """Return the surface dice of each class, and whether the image has the class: (2, K) float64."""
-        reference, predicted, present = _sides(prediction, sample)
+        reference, predicted, present = drop_ignored(prediction, sample)
         pairs = np.zeros((2, sample.num_classes))
         pairs[0, present] = surface_dices(reference, predicted, present, self.tolerance)
         pairs[1, present] = 1
@@ -90,7 +90,7 @@ class SurfaceDice(Metric):
         return {"nsd": ratio(values, images)}
 
 
-def _sides(prediction: PredictedImage, sample: LabelledImage) -> tuple[np.ndarray, np.ndarray, list[int]]:
+def drop_ignored(prediction: PredictedImage, sample: LabelledImage) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Return the ids (H, W) of both sides, K where a pixel is in no class, and the classes that either side holds."""
     size = sample.num_classes
     known = sample.mask != sample.ignore_index

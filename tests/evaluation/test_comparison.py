@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from scipy import stats
 
+from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
 from dinoseg.evaluation import comparison
 from dinoseg.evaluation.comparison import (
     SHOWN,
@@ -18,17 +20,31 @@ from dinoseg.evaluation.comparison import (
     scores_of,
     verdicts,
 )
+from dinoseg.evaluation.further_scores import further_scores
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
 from dinoseg.evaluation.sides import Side, _by_seed, _jobs, aligned, seeds_note, units_note
 from dinoseg.experiment import run_config
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
+from dinoseg.metrics import BoundaryIoU, ClDice
 from dinoseg.modes.compare import COLUMNS, costs_table
 from dinoseg.report.html.comparison import OtherRun
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
 IMAGES, CLASSES = 12, 3
+
+
+class ForegroundShare(Metric):
+    """Share of the pixels predicted as foreground, of which the lowest is taken as the best."""
+
+    scores = {"share": "min"}
+
+    def count(self, prediction, sample):
+        return {"pixels": np.array([(prediction.ids != 0).sum(), prediction.ids.size])}
+
+    def compute(self, sums):
+        return {"share": sums["pixels"][..., 0] / sums["pixels"][..., 1]}
 
 
 class Data(list):
@@ -154,6 +170,61 @@ def test_no_name_leads_out_of_a_run_folder(tmp_path):
     data.names, data.classes = ["../../outside"], ["a", "b"]
     with pytest.raises(UserError, match="names an image outside its own folder"):
         _pair_shot(data, 0, (tmp_path / "a", tmp_path / "a"), (0.0, 1.0))
+
+
+def metric_scores(metric, seed, names, units):
+    """Return the scores of a metric on random images, and the counts of each image."""
+    found = []
+    for name in names:
+        rng = np.random.default_rng([seed, int(name)])
+        mask = np.random.default_rng(int(name)).integers(0, CLASSES, (16, 18)).astype(np.uint8)
+        ids = np.where(rng.random(mask.shape) < 0.1 * (seed + 1), 0, mask).astype(np.uint8)
+        found.append(metric.count(PredictedImage(ids), LabelledImage(mask, CLASSES)))
+    return further_scores(metric, found, units), found
+
+
+@pytest.mark.parametrize("metric", [ClDice(), ForegroundShare()])
+def test_further_scores_are_paired_by_unit(tmp_path, metric):
+    base = record()
+    order = np.random.default_rng(1).permutation(IMAGES)
+    names, units = [base.images[index] for index in order], [base.units[index] for index in order]
+    first, rows = metric_scores(metric, 0, base.images, base.units)
+    second, _ = metric_scores(metric, 3, names, units)
+    moved = replace(base, images=names, units=units, counts=base.counts[order], scores=second)
+    write_record(moved, tmp_path)
+    given = aligned({tmp_path / "a": replace(base, scores=first), tmp_path / "b": read_record(tmp_path)})
+    (other,) = against(sides([tmp_path / "a", tmp_path / "b"], given), list)
+    name = next(iter(metric.scores))
+    gap = other.differences[name]
+    others = metric_scores(metric, 3, base.images, base.units)[1]
+    kept = [[unit != left for unit in base.units] for left in [None, *dict.fromkeys(base.units)]]
+    values = [
+        [metric.score(row for row, keep in zip(counts, keeps, strict=True) if keep)[name] for keeps in kept]
+        for counts in (rows, others)
+    ]
+    gaps = np.subtract(values[1], values[0])
+    freedom = len(gaps) - 2
+    reach = stats.t.ppf(0.975, freedom) * np.sqrt(freedom / (freedom + 1) * ((gaps[1:] - gaps[1:].mean()) ** 2).sum())
+    assert scores_of([given[0]])[name] == pytest.approx(values[0][0])
+    assert gap["value"] == pytest.approx(gaps[0])
+    assert gap["ci95"] == pytest.approx([gaps[0] - reach, gaps[0] + reach])
+    assert gap["verdict"] == ("significantly worse" if metric.scores[name] == "max" else "significantly better")
+    assert name in verdicts(Side("a", [], [], [], [given[0]]), [other])
+
+
+def test_scores_of_other_settings_are_not_compared(tmp_path, caplog):
+    base = record()
+    wide, narrow = (metric_scores(BoundaryIoU(ratio), 0, base.images, base.units)[0] for ratio in (0.2, 0.02))
+    runs = {tmp_path / "a": replace(base, scores=wide), tmp_path / "b": replace(base, scores=narrow)}
+    assert [dict(run.scores) for run in aligned(runs)] == [{}, {}] and "boundary_iou" in caplog.text
+
+
+def test_scores_of_too_few_units_are_damaged(tmp_path):
+    base = record()
+    scores, _ = metric_scores(ClDice(), 0, base.images, base.units)
+    write_record(replace(base, scores={"cldice": scores["cldice"].reordered([0])}), tmp_path)
+    with pytest.raises(UserError, match="cldice has the values of 1 units"):
+        read_record(tmp_path)
 
 
 def test_the_best_come_first_and_what_has_no_score_last():

@@ -148,6 +148,7 @@ EXPECTED = {
     "tversky": Tversky,
     "mask_classification": MaskClassification,
     "ce_dice": WeightedSum,
+    "ce_dice_cldice": WeightedSum,
     "ce_lovasz": WeightedSum,
 }
 

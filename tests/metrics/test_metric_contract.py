@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage, spatial
 
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
-from dinoseg.metrics import BoundaryIoU, CalibrationError, ConfusionMatrix, MeanIoU, SurfaceDice
+from dinoseg.metrics import BoundaryIoU, CalibrationError, ClDice, ConfusionMatrix, MeanIoU, SurfaceDice
 from dinoseg.metrics.wrapped import WrappedMetric
 from dinoseg.testing import check_metric
 
@@ -18,6 +18,7 @@ METRICS = {
     "nsd": SurfaceDice(),
     "exact nsd": SurfaceDice(tolerance=0),
     "ece": CalibrationError(),
+    "cldice": ClDice(),
 }
 CLASSES = 4
 

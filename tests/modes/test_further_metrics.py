@@ -52,6 +52,19 @@ def test_evaluation_takes_metrics_of_the_run_or_of_the_command(run):
     assert found["none"]["miou"] == trained["miou"]
 
 
+def test_comparison_and_its_page_have_the_metrics_of_both_runs(run):
+    words = ("mode=eval", "resume=run", *MACHINE[:2], "resolution.scale=0.5", "hydra.run.dir=half")
+    assert call(run, *words).status == 0
+    done = call(run, "mode=compare", "runs=[run,half]", "hydra.run.dir=compared")
+    assert done.status == 0 and "boundary_iou" in done.out and "ece" in done.out, done.err
+    compared = json.loads((run / "compared/compare.json").read_text())
+    half = json.loads((run / "half/scores.json").read_text())
+    scores = compared["others"]["half"]["scores"]
+    assert {name: scores[name] for name in ("boundary_iou", "nsd", "ece")}.items() <= half.items()
+    assert compared["others"]["half"]["differences"]["nsd"]["ci95"] is not None
+    assert "boundary_iou" in (run / "compared/report.html").read_text()
+
+
 def test_resuming_by_another_score_or_option_discards_the_best(run, tmp_path):
     for number, words in enumerate(("trainer.score=ece", "metric.boundary_iou.ratio=0.2")):
         copy = tmp_path / str(number)
@@ -74,6 +87,7 @@ def test_scores_without_their_metric_are_refused(tmp_path):
     absent = call(tmp_path, "mode=train", *SMALL, "trainer.score=nsd")
     assert absent.status == 1 and "Add metric=[nsd]" in absent.err
     wrong = call(tmp_path, "mode=train", *SMALL, "metric=nsd", "trainer.score=nds")
-    assert wrong.status == 1 and "mean_accuracy" in wrong.err and "metric=[NAME] adds boundary_iou, ece" in wrong.err
+    assert wrong.status == 1 and "mean_accuracy" in wrong.err
+    assert "metric=[NAME] adds boundary_iou, cldice, ece" in wrong.err
     clips = call(tmp_path, *SLOTS, "metric=[nsd]")
     assert clips.status == 1 and "metric=[nsd] scores images with masks" in clips.err

@@ -62,10 +62,11 @@ CASES |= {
     "masks, ce, lovasz per image": mixture(masks=MASKS, ce=CE + "}", lovasz=LOVASZ + ", per_image: true}"),
     "ce twice": mixture(one=CE + ", label_smoothing: 0.2}", two=CE + "}"),
 }
-BATCHWISE = {"dice", "tversky", "lovasz", "ce_dice", "ce_lovasz", "slot_contrast", "ce, hardest"}
+BATCHWISE = {"dice", "tversky", "lovasz", "ce_dice", "ce_dice_cldice", "ce_lovasz", "slot_contrast", "ce, hardest"}
 SEVERAL = {
     "mask_classification",
     "ce_dice",
+    "ce_dice_cldice",
     "ce_lovasz",
     "ce, lovasz per image",
     "ce, hardest",

@@ -178,7 +178,9 @@ class SweepTable(Callback):
         row: dict[str, Any] = {"words": {key: value for key, _, value in words if key != "mode"}}
         row |= {"job": number, "process": os.getpid()}
         numbers = {name: value for name, value in scores.items() if type(value) in (int, float) and isfinite(value)}
-        row |= {name: numbers.get(name) for name in (*SHARES, *OTHERS, "background", "ignored_class")}
+        further = [name for name in config.get("metric") or () if name in numbers]
+        row |= {name: numbers.get(name) for name in (*SHARES, *further, *OTHERS, "background", "ignored_class")}
+        row["further"] = further
         row |= {name: scores.get(name) for name in ("matrix", "run")}
         _job_results(config).store(number, row | {"returned": numbers, "note": scores.get("error", "")})
 
@@ -195,7 +197,8 @@ class SweepTable(Callback):
                 f"{config.hydra.sweep.dir}. That folder has to be on storage that all machines see.",
                 file=sys.stderr,
             )
-        columns = [key for key in (*SHARES, *OTHERS) if any(row[key] is not None for row in jobs)]
+        further = dict.fromkeys(name for row in jobs for name in row["further"])
+        columns = [key for key in (*SHARES, *further, *OTHERS) if any(row.get(key) is not None for row in jobs)]
         score, sign = next(((key, -1) for key in RANKED if key in columns), ("loss", 1))
         if score in columns or any(row["note"] for row in jobs):
             self._report(config, jobs, columns, score, sign)
@@ -220,7 +223,8 @@ class SweepTable(Callback):
         if averaged:
             count, parts = ("seeds", (DEVIATION, LOW, HIGH)) if SEED in averaged else ("folds", (DEVIATION,))
             printed = [count, *_with_parts(columns, [score], parts)]
-            written = [count, *_with_parts(columns, [*SHARES, "loss"], parts)]
+            scores = [key for key in columns if key == "loss" or key not in OTHERS]
+            written = [count, *_with_parts(columns, scores, parts)]
         rows = _ranked(rows, score, sign)
         _print(rows, swept, printed)
         _write(path, rows, swept, written)
@@ -312,7 +316,10 @@ def _text(key: str, value: Any) -> str:
     key = key.partition(" ")[0]
     if value is None:
         return ""
-    return f"{100 * value:.2f}" if key in SHARES else format(value, OTHERS[key]) if key in OTHERS else str(value)
+    if key in SHARES:
+        return f"{100 * value:.2f}"
+    form = OTHERS.get(key, ".4f" if isinstance(value, float) else "")
+    return format(value, form)
 
 
 def impossible_cells(config: DictConfig) -> tuple[list[tuple[str, str]], int]:

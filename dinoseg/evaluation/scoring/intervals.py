@@ -138,12 +138,17 @@ def jackknife(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, Estimate]:
     left_out = leave_one_out(protocol, sums)
     found = {}
     for key in protocol.keys:
-        gaps = left_out[key] - left_out[key].mean()
-        error = sqrt((count - 1) / count * float((gaps**2).sum()))
+        error = jackknife_error(left_out[key])
         share = key not in protocol.signed
         lowest, highest = (0.0, 1.0) if share else (-inf, protocol.highest.get(key, inf))
         found[key] = Estimate(values[key], error, count - 1, share=share, lowest=lowest, highest=highest)
     return found
+
+
+def jackknife_error(left_out: np.ndarray) -> float:
+    """Return the standard error of a score from its values (U,) without each unit; nan for a single unit."""
+    count = len(left_out)
+    return sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum())) if count > 1 else nan
 
 
 def leave_one_out(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, np.ndarray]:

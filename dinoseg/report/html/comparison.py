@@ -74,7 +74,7 @@ def comparison_page(
         about: see `evaluation.about.about_run`.
     """
     classes, units = evaluated.classes, evaluated.count_units()
-    means = {key: name for key, name in MEANS.items() if key in first.scores}
+    means = {key: MEANS.get(key, key) for key in first.scores if not key.startswith("iou/")}
     class_keys = [f"iou/{index}" for index in range(len(classes))]
     return render(
         "comparison.html.jinja",

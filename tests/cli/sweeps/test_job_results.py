@@ -6,7 +6,7 @@ from dinoseg.cli.sweeps import job_results
 from dinoseg.cli.sweeps.job_results import JobResults
 from dinoseg.utils.errors import UserError
 
-ROW = {"words": {}, "job": 0, "process": 1, "note": "", "returned": {"miou": 0.5}}
+ROW = {"words": {}, "job": 0, "process": 1, "note": "", "returned": {"miou": 0.5}, "further": []}
 
 
 @pytest.fixture(autouse=True)

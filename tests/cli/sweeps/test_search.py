@@ -171,7 +171,7 @@ def begun(folder, words=WORDS):
 @pytest.mark.parametrize(("note", "numbers"), [("", {"miou": 0.5}), ("broken", {})])
 def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, capsys, note, numbers):
     begun(tmp_path)
-    row = {"words": {}, "job": 0, "process": 1, "note": note, "returned": numbers}
+    row = {"words": {}, "job": 0, "process": 1, "note": note, "returned": numbers, "further": []}
     JobResults(tmp_path).store(0, row)
     rest = Jobs()
     search(tmp_path, rest)

@@ -189,10 +189,10 @@ def test_folds_are_summed_up_and_not_ranked(tmp_path):
     assert row["folds"] == "2" and "mIoU % low" not in row and row["mIoU %"] in done.out
 
 
-def of_job(folder, number=0, sweeper=None):
+def of_job(folder, number=0, sweeper=None, metric=None):
     """Return what Hydra's config says to a job of a sweep."""
     hydra = {"sweep": {"dir": str(folder)}, "sweeper": sweeper or {}, "mode": RunMode.MULTIRUN, "job": {"num": number}}
-    return OmegaConf.create({"hydra": hydra})
+    return OmegaConf.create({"hydra": hydra, "metric": metric or {}})
 
 
 @pytest.fixture
@@ -336,6 +336,17 @@ def test_seeds_are_summed_up_with_an_interval(tmp_path, capsys):
     assert all(rows[0][f"mIoU %{part}"] in shown for part in ("", " deviation", " low", " high"))
     assert f"test for differences from the first job: python -m dinoseg mode=compare 'runs=[{tmp_path}]'" in shown
     assert "each job to" in shown and max(map(len, shown.splitlines()[:6])) <= 140
+
+
+def test_chosen_metrics_have_a_column_of_the_table(tmp_path, capsys):
+    for number, value in enumerate((0.25, 0.5)):
+        scores = {"miou": 0.5, "cldice": value, "boundary_iou": 0.75, "loss": 0.5}
+        job = SimpleNamespace(_return_value=scores, overrides=["mode=train", f"seed={number}"])
+        SweepTable().on_job_end(of_job(tmp_path, number, metric={"cldice": {}, "absent": {}}), job)
+    SweepTable().on_multirun_end(of_job(tmp_path))
+    (row,) = rows_of(tmp_path / "sweep.csv")
+    assert row["cldice"] == "0.375" and float(row["cldice deviation"]) == pytest.approx(0.125 * 2**0.5)
+    assert "boundary_iou" not in row and "absent" not in row and "0.3750" in capsys.readouterr().out
 
 
 def test_a_sweep_over_seeds_alone_is_one_row(tmp_path):

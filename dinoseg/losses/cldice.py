@@ -1,0 +1,124 @@
+"""Soft clDice: overlap of soft skeletons, for thin structures such as threads, needles and poles."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+from torch.utils.checkpoint import checkpoint
+
+from dinoseg.core.contracts import Loss
+from dinoseg.core.geometry import upsample_at
+from dinoseg.core.shapes import Batch, Prediction
+from dinoseg.losses.labelled import check_classes, image_count, labelled_images, ratio
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.precision import at_least_float32
+from dinoseg.utils.ranges import Count, Natural, check_annotations
+
+BAND = 2**20  # values of a band of rows: about 150 MiB with what the backward pass of 3 iterations keeps
+
+
+def soft_skeleton(shares: Tensor, iterations: int) -> Tensor:
+    """Return the soft skeleton (B, K, H, W) of soft masks (B, K, H, W) in 0..1 (arXiv 2003.07311, algorithm 1).
+
+    Each iteration erodes the masks by the cross of 3 pixels, and adds what an opening removes. A pixel depends on
+    those within `iterations` + 2 rows and columns. Beyond the border, pixels count neither as inside nor as outside.
+    """
+    skeleton = torch.zeros_like(shares)
+    for _ in range(iterations + 1):
+        outside = -shares
+        column, row = max_pool2d(outside, (3, 1), 1, (1, 0)), max_pool2d(outside, (1, 3), 1, (0, 1))
+        eroded = -torch.maximum(column, row)
+        removed = (shares - max_pool2d(eroded, 3, 1, 1)).relu()
+        skeleton = skeleton + removed - skeleton * removed
+        shares = eroded
+    return skeleton
+
+
+class SoftClDice(Loss):
+    """Soft clDice loss (Shit et al., CVPR 2021, arXiv 2003.07311), averaged over the classes that occur in the labels.
+
+    It is 1 - 2 T_p T_s / (T_p + T_s) for each class. The topology precision T_p is the share of the predicted soft
+    skeleton inside the labels, and the topology sensitivity T_s that of the labels' skeleton inside the prediction.
+    Sums are over the batch, with 1 added to numerators and denominators as in the authors' code. Ignored pixels belong
+    to no class on either side.
+
+    Scores are upsampled in bands of rows, and several bands again in the backward pass. Bands overlap by the reach of
+    the skeleton, so that they change no value.
+
+    Args:
+        class_weights: one weight (K,) per class, in the mean over the classes that occur.
+        ignore_index: mask value of unlabelled pixels.
+        iterations: erosions of a mask, at least half the width in pixels of the structures.
+        classes: ids of the classes with thin structures; None: all but class 0.
+
+    Raises:
+        UserError: `classes` is empty, or holds an id that is no class.
+    """
+
+    weight: Tensor
+    ids: Tensor
+    sums_over_batch = True
+
+    @check_annotations
+    def __init__(
+        self,
+        class_weights: Tensor,
+        ignore_index: int = 255,
+        iterations: Count = 3,
+        classes: Sequence[Natural] | None = None,
+    ) -> None:
+        super().__init__()
+        check_classes(class_weights)
+        ids = sorted({*(range(1, len(class_weights)) if classes is None else classes)})
+        if not ids or ids[-1] >= len(class_weights):
+            raise UserError(f"classes={ids}: give ids of classes, from 0 to {len(class_weights) - 1}.")
+        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+        self.register_buffer("weight", class_weights, persistent=False)
+        self.ignore_index, self.iterations = ignore_index, iterations
+        self.divisor = ("images", ignore_index)
+
+    def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, and `weight`: the number of images with a labelled pixel."""
+        images, height, width = batch.mask.shape
+        scores, valid = prediction.grid, prediction.valid
+        if scores is None:
+            scores, valid = prediction.logits((height, width)), None
+        scores = at_least_float32(scores)
+        reach = self.iterations + 2
+        rows = max(4 * reach, BAND // (images * scores.shape[1] * width))
+        band_sums: Callable[..., Tensor] = self._band_sums
+        if rows < height:
+            band_sums = partial(checkpoint, self._band_sums, use_reentrant=False, preserve_rng_state=False)
+        sums = scores.new_zeros(4, len(self.ids))
+        for start in range(0, height, rows):
+            stop = min(start + rows, height)
+            seen = slice(max(start - reach, 0), min(stop + reach, height))
+            inner = slice(start - seen.start, stop - seen.start)
+            sums = sums + band_sums(scores, batch.mask, valid, seen, inner)
+        precision, sensitivity = (sums[:2] + 1) / (sums[2:] + 1)
+        weights = torch.where(sums[3] > 0, self.weight[self.ids].to(sums.dtype), 0)
+        losses = 1 - 2 * precision * sensitivity / (precision + sensitivity)
+        value = ratio((weights * losses).sum(), weights.sum())
+        return value, {"weight": labelled_images(batch.mask, self.ignore_index).to(value.dtype)}
+
+    def divisors(self, batch: Batch) -> Tensor:
+        """Return the number of images with a labelled pixel (1,)."""
+        return image_count(batch, self.ignore_index, self.weight)
+
+    def _band_sums(
+        self, scores: Tensor, mask: Tensor, valid: tuple[float, float] | None, seen: slice, inner: slice
+    ) -> Tensor:
+        """Return the sums (4, k) of the inner rows of a band that are inside both, twice, and in each skeleton."""
+        if valid is None:
+            logits = scores[:, :, seen]
+        else:
+            logits = upsample_at(scores, (mask.shape[-2], mask.shape[-1]), valid, (seen, slice(None)))
+        labels = mask[:, None, seen].long()
+        shares = logits.softmax(1)[:, self.ids] * (labels != self.ignore_index)  # (B, k, rows, W)
+        target = (labels == self.ids.view(-1, 1, 1)).to(shares.dtype) * (labels != self.ignore_index)
+        of_shares = soft_skeleton(shares, self.iterations)
+        of_target = soft_skeleton(target, self.iterations)
+        parts = [of_shares * target, of_target * shares, of_shares, of_target]
+        return torch.stack([part[:, :, inner].sum((0, 2, 3)) for part in parts])

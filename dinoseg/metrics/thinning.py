@@ -1,0 +1,55 @@
+"""Thinning of class masks to skeletons of one pixel in width, for all classes at once; no torch."""
+
+from itertools import count
+
+import numpy as np
+
+from dinoseg.metrics.surface import neighbour_edges
+
+_RING = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))  # rows and columns, clockwise from above
+
+
+def thin_masks(ids: np.ndarray, background: int) -> np.ndarray:
+    """Return a map (H, W) with the skeleton of each id, and `background` elsewhere (Guo and Hall, 1989).
+
+    Their parallel algorithm A1, until no pixel can be removed: it keeps each 8-connected part of a mask, as one pixel
+    at least. The cost is proportional to the area of the masks.
+
+    Args:
+        ids: (H, W), of any integer type that holds `background`.
+        background: id of the pixels outside all masks.
+    """
+    padded = np.pad(ids, 1, constant_values=background)
+    around = np.array([row * padded.shape[1] + column for row, column in _RING])
+    edges = np.flatnonzero(neighbour_edges(padded))
+    flat = padded.reshape(-1)
+    last = np.empty(len(flat), np.intp)  # place of a pixel among the candidates
+    # a pixel can only become removable after its neighbourhood has changed in one of the last two steps
+    older, newer = edges, edges
+    for step in count():
+        candidates = np.concatenate((older, newer))
+        candidates = candidates[flat[candidates] != background]
+        if not len(candidates):
+            return padded[1:-1, 1:-1]
+        numbers = np.arange(len(candidates))
+        last[candidates] = numbers
+        candidates = candidates[last[candidates] == numbers]  # each once
+        same = flat[candidates[:, None] + around] == flat[candidates, None]  # (N, 8)
+        removed = candidates[_REMOVABLE[step % 2, np.packbits(same, axis=1, bitorder="little")[:, 0]]]
+        older = newer
+        newer = (removed[:, None] + around).reshape(-1)
+        flat[removed] = background
+
+
+def _removable() -> np.ndarray:
+    """Return whether a pixel is removed in even and in odd steps, (2, 256), by the bits of its neighbours."""
+    ring = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(bool)
+    sides, corners = ring[:, ::2], ring[:, 1::2]
+    parts = (~sides & (corners | np.roll(sides, -1, axis=1))).sum(1)
+    pairs = np.minimum((sides | corners).sum(1), (sides | np.roll(corners, 1, axis=1)).sum(1))
+    north, northeast, east, southeast, south, southwest, west, northwest = ring.T
+    kept = np.stack(((north | northeast | ~southeast) & east, (south | southwest | ~northwest) & west))
+    return (parts == 1) & (pairs >= 2) & (pairs <= 3) & ~kept
+
+
+_REMOVABLE = _removable()

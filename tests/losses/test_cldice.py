@@ -1,0 +1,97 @@
+"""Soft clDice against loops over pixels in float64, written from the paper's algorithms."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from test_overlap import MASKS, WEIGHTS, make, random_mask
+
+from dinoseg.core.shapes import Batch
+from dinoseg.losses import cldice
+from dinoseg.losses.cldice import SoftClDice
+from dinoseg.utils.errors import UserError
+
+CROSS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
+SQUARE = tuple(itertools.product((-1, 0, 1), repeat=2))
+
+
+def pooled(values, places, extreme):
+    """Return the minimum or maximum over the neighbours of each pixel that are in the image."""
+    return {
+        (y, x): extreme(values[y + dy, x + dx] for dy, dx in places if (y + dy, x + dx) in values) for y, x in values
+    }
+
+
+def skeleton_by_hand(values, iterations):
+    skeleton = dict.fromkeys(values, 0.0)
+    for _ in range(iterations + 1):
+        eroded = pooled(values, CROSS, min)
+        opened = pooled(eroded, SQUARE, max)
+        for place, value in values.items():
+            removed = max(value - opened[place], 0.0)
+            skeleton[place] += max(removed - skeleton[place] * removed, 0.0)
+        values = eroded
+    return skeleton
+
+
+def cldice_by_hand(prediction, mask, iterations, classes):
+    shares = prediction.logits(tuple(mask.shape[1:])).detach().double().softmax(1)
+    places = list(itertools.product(range(mask.shape[1]), range(mask.shape[2])))
+    total = norm = 0.0
+    for k in classes:
+        sums = [0.0] * 4
+        for image, ids in enumerate(mask.tolist()):
+            soft = {(y, x): shares[image, k, y, x].item() * (ids[y][x] != 255) for y, x in places}
+            hard = {(y, x): float(ids[y][x] == k) for y, x in places}
+            of_soft, of_hard = skeleton_by_hand(soft, iterations), skeleton_by_hand(hard, iterations)
+            sums[0] += sum(of_soft[place] * hard[place] for place in places)
+            sums[1] += sum(of_soft.values())
+            sums[2] += sum(of_hard[place] * soft[place] for place in places)
+            sums[3] += sum(of_hard.values())
+        if k not in mask.unique():
+            continue
+        precision, sensitivity = (sums[0] + 1) / (sums[1] + 1), (sums[2] + 1) / (sums[3] + 1)
+        total += WEIGHTS[k].item() * (1 - 2 * precision * sensitivity / (precision + sensitivity))
+        norm += WEIGHTS[k].item()
+    return total / norm if norm else 0.0
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(("iterations", "classes"), [(3, None), (1, [0, 3])])
+def test_soft_cldice_equals_plain_loops(name, iterations, classes):
+    prediction, batch = make(MASKS[name])
+    if iterations == 3:
+        prediction = replace(prediction, grid=prediction.outputs)
+    loss = SoftClDice(WEIGHTS, iterations=iterations, classes=classes)
+    value, parts = loss(prediction, batch)
+    expected = cldice_by_hand(prediction, MASKS[name], iterations, classes or [1, 2, 3])
+    assert value.item() == pytest.approx(expected, abs=1e-12)
+    assert parts["weight"] == sum(bool((ids != 255).any()) for ids in MASKS[name])
+
+
+def test_bands_change_neither_value_nor_gradient(monkeypatch):
+    mask = random_mask((2, 83, 61), 5)
+    found = []
+    for band in (2**30, 1):
+        monkeypatch.setattr(cldice, "BAND", band)
+        prediction, _ = make(mask, grid=(11, 8))
+        prediction = replace(prediction, grid=prediction.outputs)
+        value, _ = SoftClDice(WEIGHTS)(prediction, Batch(mask, mask, ["", ""]))
+        found.append((value, *torch.autograd.grad(value, prediction.outputs)))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-10, atol=1e-14)
+
+
+def test_classes_without_labels_give_no_loss():
+    prediction, _ = make(MASKS["one class"])
+    mask = torch.zeros(1, 9, 9, dtype=torch.uint8)
+    value, _ = SoftClDice(WEIGHTS)(prediction, Batch(mask, mask, [""]))
+    value.backward()
+    assert value.item() == 0 and not prediction.outputs.grad.any()
+
+
+@pytest.mark.parametrize("classes", [[], [4]])
+def test_classes_outside_the_data_are_refused(classes):
+    with pytest.raises(UserError, match="from 0 to 3"):
+        SoftClDice(WEIGHTS, classes=classes)
