@@ -11,6 +11,7 @@ from dinoseg.api.wording import python_terms
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
+from dinoseg.utils.ranges import check_annotations
 
 
 class SegmentationDataset(Dataset):
@@ -63,6 +64,7 @@ class SegmentationDataset(Dataset):
         return f"dinoseg.SegmentationDataset({len(self)} items, {self.num_classes} classes)"
 
 
+@check_annotations
 def open_dataset(
     name: str = "folder",
     *,
