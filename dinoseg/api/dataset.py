@@ -12,6 +12,7 @@ from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.core.sample_maps import declared_maps
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
+from dinoseg.utils.ranges import check_annotations
 
 
 class SegmentationDataset(Dataset):
@@ -67,6 +68,7 @@ class SegmentationDataset(Dataset):
         return f"dinoseg.SegmentationDataset({len(self)} items, {self.num_classes} classes)"
 
 
+@check_annotations
 def open_dataset(
     name: str = "folder",
     *,

@@ -18,18 +18,21 @@ from dinoseg.experiment.folder import will_make
 from dinoseg.experiment.objects import lend_objects
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted, raised
+from dinoseg.utils.ranges import check_annotations
 from dinoseg.utils.wording import format_value
 
 Folder = str | PathLike[str]
 
 
+@check_annotations
 def run_mode(
     mode: str,
-    words: Sequence[str],
+    words: Sequence[Any],
     overrides: Mapping[str, Any],
     out_dir: Folder | None = None,
     exist_ok: bool = False,
     config_dir: Folder | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run a mode as the command line does, and return its result; the caller's process is left as it was.
 
@@ -40,13 +43,18 @@ def run_mode(
         out_dir: the run folder; None: as on the command line, below the current folder.
         exist_ok: where `out_dir` holds a run, write to a new folder next to it.
         config_dir: folder of further config groups, as `--config-dir` names it.
+        given: values by key that the arguments of the caller's function set.
 
     Raises:
         UserError: any error that the user can fix.
         KeyboardInterrupt: on Ctrl-C; its message states how to resume.
     """
-    if flags := [word for word in words if word.startswith("-")]:
-        raise UserError(f"{flags[0]} is for the command line. Python runs one job per call: write a loop for several.")
+    for word in words:
+        if not isinstance(word, str):
+            kind = type(word).__name__
+            raise UserError(f"{word} is of type {kind}, not a word such as trainer.steps=20. Give a dict as **DICT.")
+        if word.startswith("-"):
+            raise UserError(f"{word} is for the command line. Python runs one job per call: write a loop for several.")
     try:
         folder = {} if out_dir is None else {"hydra.run.dir": Path(out_dir).expanduser()}
     except RuntimeError as error:  # the home folder of an unknown user
@@ -56,9 +64,14 @@ def run_mode(
         with python_terms(), isolated():
             try:
                 refuse_modules(overrides, "backbone", "head")
-                overrides, modules = split_modules(overrides, "loss")
-                overrides, datasets = split_datasets(split_options(overrides, config_dir))
-                typed = [f"mode={mode}", *words]
+                fixed = {"mode": mode, **split_options(given or {}, config_dir)}
+                overrides = split_options(overrides, config_dir)
+                _check_fixed(fixed, words, overrides)
+                # an option here, since keys below it replace it in `overrides`: export={"precision": "int8"}
+                first = [key for key in fixed if key in ("mode", *overrides)]
+                typed = [*words_of({key: fixed.pop(key) for key in first}), *words]
+                overrides, modules = split_modules({**fixed, **overrides}, "loss")
+                overrides, datasets = split_datasets(overrides)
                 typed += words_of({**overrides, **folder}, find_tables(typed, overrides, config_dir))
                 job = compose_job(typed, config_dir=config_dir)
                 if folder and not exist_ok:
@@ -79,6 +92,16 @@ def run_mode(
     if stopped.number != signal.SIGINT and threading.current_thread() is threading.main_thread():
         signal.raise_signal(stopped.number)
     raise KeyboardInterrupt(stopped.note)
+
+
+def _check_fixed(fixed: Mapping[str, Any], words: Sequence[str], overrides: Mapping[str, Any]) -> None:
+    """Refuse a key, or an option of a group, that the function or its arguments set already."""
+    typed = {word.partition("=")[0] for word in words}
+    typed |= {key for key, value in overrides.items() if not isinstance(value, Mapping)}
+    for key, value in fixed.items():
+        if key in typed:
+            remedy = "Call the function of the other mode." if key == "mode" else "Leave it out."
+            raise UserError(f"{key} is {format_value(str(value))} by this call's function and arguments. {remedy}")
 
 
 def _check_unused(job: Job) -> None:

@@ -24,10 +24,13 @@ from dinoseg.export.runtime.model import Model
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
+from dinoseg.utils.ranges import check_annotations
+from dinoseg.utils.wording import nearest
 
 Source = Run | Model | str | PathLike[str]
 
 
+@check_annotations
 def train(
     recipe: str | None = None,
     *words: str,
@@ -104,11 +107,12 @@ def evaluate(
         data = {split or "val": data}
     keys = {"data": data, "mode.split": split}
     chosen = {key: value for key, value in keys.items() if value is not None}
-    with _resumed(model) as given:
-        overrides = {**given, **chosen, **overrides}
-        return Scores.read(run_mode("eval", words, overrides, out_dir, exist_ok, config_dir)["run"])
+    with _resumed(model) as resumed:
+        given = resumed | chosen
+        return Scores.read(run_mode("eval", words, overrides, out_dir, exist_ok, config_dir, given=given)["run"])
 
 
+@check_annotations
 def score(
     reference: Folder,
     prediction: Folder,
@@ -140,12 +144,9 @@ def score(
         >>> sorted(scores)
         ['accuracy', 'dice', 'mIoU', 'mean_accuracy']
     """
-    folders = {"reference": fspath(reference), "prediction": fspath(prediction)}
-    chosen = folders | ({} if protocol is None else {"protocol": protocol})
-    result = run_mode(
-        "score", words, {**chosen, **overrides}, out_dir=out_dir, exist_ok=exist_ok, config_dir=config_dir
-    )
-    return Scores.read(result["run"])
+    given = {"reference": fspath(reference), "prediction": fspath(prediction)}
+    given |= {} if protocol is None else {"protocol": protocol}
+    return Scores.read(run_mode("score", words, overrides, out_dir, exist_ok, config_dir, given=given)["run"])
 
 
 def predict(
@@ -177,9 +178,9 @@ def predict(
         >>> found["images"] == len([*(found.folder / "masks").rglob("*.png")])
         True
     """
-    with _resumed(model) as given:
-        overrides = {**given, "input": input, **overrides}
-        return Results.of(run_mode("predict", words, overrides, out_dir, exist_ok, config_dir))
+    with _resumed(model) as resumed:
+        given = {**resumed, "input": input}
+        return Results.of(run_mode("predict", words, overrides, out_dir, exist_ok, config_dir, given=given))
 
 
 def track(
@@ -212,10 +213,14 @@ def track(
         >>> found["frames"], found.folder.is_dir()
         (4, True)
     """
-    backbone = model if model in list_backbones(config_dir=config_dir) and not Path(model).exists() else None
-    with _resumed(model if backbone is None else None) as given:
-        overrides = {**given, **({} if backbone is None else {"backbone": backbone}), "input": input, **overrides}
-        return Results.of(run_mode("track", words, overrides, out_dir, exist_ok, config_dir))
+    backbones, backbone = list_backbones(config_dir=config_dir), None
+    if isinstance(model, str) and not Path(model).exists():
+        if model not in backbones:
+            raise UserError(f"model={model} is neither a file, a folder nor a backbone.{nearest(model, backbones)}")
+        model, backbone = None, model
+    with _resumed(model) as resumed:
+        given = {**resumed, **({"backbone": backbone} if backbone else {}), "input": input}
+        return Results.of(run_mode("track", words, overrides, out_dir, exist_ok, config_dir, given=given))
 
 
 def compare(
@@ -245,15 +250,10 @@ def compare(
         >>> sorted(compared["half"]["miou"])
         ['ci95', 'p', 'value', 'verdict']
     """
-    sides = [
-        [_folder_of(each) for each in run]
-        if isinstance(run, Sequence) and not isinstance(run, str)
-        else _folder_of(run)
-        for run in runs
-    ]
-    result = run_mode(
-        "compare", words, {"runs": sides, **overrides}, out_dir=out_dir, exist_ok=exist_ok, config_dir=config_dir
-    )
+    if not isinstance(runs, list | tuple):
+        raise UserError(f"runs is of type {type(runs).__name__}. Give a list: compare([FIRST, SECOND]).")
+    sides = [[*map(_folder_of, run)] if isinstance(run, list | tuple) else _folder_of(run) for run in runs]
+    result = run_mode("compare", words, overrides, out_dir, exist_ok, config_dir, given={"runs": sides})
     return Comparison(read_json(Path(result["run"]) / "compare.json"), result["run"])
 
 
@@ -292,13 +292,14 @@ def export_onnx(
             "export_onnx compares on RGB images of 8 bits, and this model reads others. Save it, and run python -m "
             "dinoseg mode=export export=onnx resume=FILE export.images=FOLDER."
         )
-    with TemporaryDirectory() as folder, _resumed(model) as given:
+    with TemporaryDirectory() as folder, _resumed(model) as resumed:
         count = 0
         for count, (_, pixels) in enumerate(pictures(images), start=1):
             write_png(Path(folder) / f"{count}.png", pixels)
-        keys = {"export": "onnx", "export.images": folder, "export.count": count}
-        overrides = {**given, **keys, **overrides}
-        return Results.of(run_mode("export", words, overrides, out_dir, exist_ok, config_dir))
+        if not count:
+            raise UserError("images holds no image. Give at least one, such as one of those to predict.")
+        given = {**resumed, "export": "onnx", "export.images": folder, "export.count": count}
+        return Results.of(run_mode("export", words, overrides, out_dir, exist_ok, config_dir, given=given))
 
 
 @contextmanager
@@ -325,4 +326,6 @@ def _resumed(model: Source | None) -> Iterator[dict[str, Any]]:
 
 
 def _folder_of(run: Run | Results | Folder) -> str:
+    if not isinstance(run, Run | Results | str | PathLike):
+        raise UserError(f"runs: {type(run).__name__} is no run. Give runs, results of `evaluate`, or their folders.")
     return str(run.folder) if isinstance(run, Run | Results) else fspath(run)

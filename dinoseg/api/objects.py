@@ -50,7 +50,7 @@ def refuse_modules(overrides: Mapping[str, Any], *groups: str) -> None:
         UserError: there is one.
     """
     for group in groups:
-        if isinstance(overrides.get(group), nn.Module):
+        if isinstance(overrides.get(group), nn.Module | type):
             raise UserError(
                 f"{group} is an object, which the checkpoints of a run could not name. Make it an option "
                 f"(docs/extending.md#{group}); or give it to dinoseg.create_model, and train in a loop of your own."

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dinoseg.config.options import RECIPES, options_in
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import check_annotations
 
 CONFIGS = Path(__file__).parents[1] / "cfg"
 
@@ -72,10 +73,12 @@ def list_datasets(filter: str = "*", *, config_dir: str | PathLike[str] | None =
     return _options("data", filter, config_dir)
 
 
+@check_annotations
 def _options(group: str, filter: str, config_dir: str | PathLike[str] | None) -> list[str]:
     return [name for name in options_in(config_folders(config_dir), group) if fnmatchcase(name, filter)]
 
 
+@check_annotations
 def config_folders(config_dir: str | PathLike[str] | None) -> list[Path]:
     """Return the folders of config groups: the shipped one first, then the caller's.
 

@@ -21,6 +21,7 @@ from dinoseg.report.curves import curves_figure
 from dinoseg.report.log import rows_of_run
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.ranges import check_annotations
 
 _SHOWN = ("miou", "dice", "accuracy", "fg_ari")
 
@@ -46,6 +47,7 @@ class Run:
         True
     """
 
+    @check_annotations
     def __init__(self, folder: str | PathLike[str]) -> None:
         self.folder = Path(folder).expanduser().absolute()
         if not (self.folder / "config/config.yaml").is_file():
@@ -120,6 +122,7 @@ class Run:
         """Return a matplotlib figure of the curves of loss and scores."""
         return curves_figure(self._rows)
 
+    @check_annotations
     def load_model(self, which: str = "best", **options: Any) -> Model:
         """Return the trained model.
 
@@ -132,9 +135,12 @@ class Run:
         """
         path = {"best": self.best_checkpoint, "last": self.last_checkpoint}.get(which)
         if path is None:
-            raise UserError(
-                f"which={which!r}: {self.folder} lacks this checkpoint. Choose best or last, once it is validated."
+            remedy = (
+                f"Take one of its heads: run.heads[{[*self.heads][0]!r}]"
+                if self.heads
+                else "Choose best or last, once it is validated"
             )
+            raise UserError(f"which={which!r}: {self.folder} lacks this checkpoint. {remedy}.")
         return load(path, **options)
 
     def resume(self, *words: str, config_dir: str | PathLike[str] | None = None, **overrides: Any) -> "Run":
@@ -144,7 +150,7 @@ class Run:
             UserError: any error that the user can fix.
             KeyboardInterrupt: on Ctrl-C; the last complete step is saved.
         """
-        run_mode("train", words, {"resume": self, **overrides}, config_dir=config_dir)
+        run_mode("train", words, overrides, config_dir=config_dir, given={"resume": self})
         return Run(self.folder)
 
     def export(
@@ -169,8 +175,8 @@ class Run:
         Raises:
             UserError: any error that the user can fix.
         """
-        given = {"resume": self, "export": format, **overrides}
-        return Results.of(run_mode("export", words, given, out_dir, exist_ok, config_dir))
+        given = {"resume": self, "export": format}
+        return Results.of(run_mode("export", words, overrides, out_dir, exist_ok, config_dir, given=given))
 
     def __repr__(self) -> str:
         scores = "".join(f", {label_of(name)} {value}" for name, value in self._shown_scores.items())

@@ -345,8 +345,12 @@ def _check_words(cfg: DictConfig, typed: Sequence[Override]) -> None:
                 f"{name}: {hidden[0]} can be set in config files only. Choose a component by GROUP=OPTION; for your "
                 "own, write GROUP/NAME.yaml in a folder and add --config-dir FOLDER."
             )
-        if override.is_add() and name not in cfg.choices and not _is_taken(cfg, name):
-            raise UserError(f"+{name} adds a key that nothing reads. Check its spelling; an existing key needs no +.")
+        package = override.package or "_global_"
+        # the keys of a group of the user's own may replace others, if they are not below a key of their own
+        is_own = name in cfg.choices and package == "_global_" and not (_CONFIGS / name).is_dir()
+        if override.is_add() and not is_own and not _is_taken(cfg, name if package == "_global_" else package):
+            added = override.get_key_element()
+            raise UserError(f"{added} adds a key that nothing reads. Check its spelling; an existing key needs no +.")
 
 
 def _check_mode(cfg: DictConfig, typed: Sequence[Override]) -> None:

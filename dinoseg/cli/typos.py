@@ -16,8 +16,8 @@ from yaml import YAMLError
 
 from dinoseg.cli.extras import find_plugin_failure
 from dinoseg.cli.own_keys import checkpoint_configs
-from dinoseg.cli.words import assignments, is_sweep, parsed, values_of
-from dinoseg.config.options import modes_with, options_in, options_with
+from dinoseg.cli.words import FILES, assignments, is_sweep, parsed, values_of
+from dinoseg.config.options import list_groups, modes_with, options_in, options_with
 from dinoseg.config.plain import keys_of, to_container
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value, join_names, nearest
@@ -38,6 +38,7 @@ def explained(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[Non
         UserError: instead of an error of Hydra and its plug-ins, of a YAML file, or of a value that an override gives.
     """
     try:
+        _check_lists(arguments, folders)
         yield
     except UserError:  # some are also errors of OmegaConf
         raise
@@ -96,13 +97,27 @@ def _check_options(override: Override, folders: Sequence[Path]) -> None:
     for option in _chosen(override, options):
         if option not in bases.union(options):
             question = nearest(option, options, f"{group}=")
-            raise UserError(f"{group}={option} is unknown.{question} Choose from {', '.join(options)}.")
+            paths = [f" For a path, set {key}={option}." for key in FILES if key.startswith(f"{group}.")]
+            remedy = paths[0] if paths and Path(option).exists() else ""
+            raise UserError(f"{group}={option} is unknown.{question} Choose from {', '.join(options)}.{remedy}")
+
+
+def _check_lists(arguments: Sequence[str], folders: Sequence[Path]) -> None:
+    """Refuse a list of options for a group that takes one: Hydra would merge their keys."""
+    for _, word in assignments(arguments):
+        override = parsed(word) if "=[" in word else None
+        if override and isinstance(override.value(), list) and _is_group(override, folders):
+            group = _group_of(override)
+            if group not in list_groups(folders):
+                options = ", ".join(options_in(folders, group))
+                raise UserError(f"{word} is a list, and {group} takes one option. Choose one of {options}.")
 
 
 def _is_group(override: Override, folders: Sequence[Path]) -> bool:
-    """Return whether an override chooses options of a group; Hydra's own groups do not count."""
+    """Return whether an override chooses options of a group, and sets no keys; Hydra's own groups do not count."""
     group = _group_of(override)
-    return not group.startswith("hydra") and any((folder / group).is_dir() for folder in folders)
+    is_option = not group.startswith("hydra") and not isinstance(override.value(), dict)
+    return is_option and any((folder / group).is_dir() for folder in folders)
 
 
 def _group_of(override: Override) -> str:

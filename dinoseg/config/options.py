@@ -64,6 +64,19 @@ def groups_of(folders: Sequence[Path], mode: str) -> list[str]:
     ]
 
 
+def list_groups(folders: Sequence[Path]) -> set[str]:
+    """Return the groups of which several options are chosen, whose entry in the defaults list of a mode is a list."""
+    return {
+        name.strip("/").partition("@")[0]
+        for mode in options_in(folders, "mode")
+        for path in option_files(folders, "mode", mode)
+        for entry in _read(path).get("defaults", ())
+        if isinstance(entry, Mapping)
+        for name, option in entry.items()
+        if isinstance(option, list)
+    }
+
+
 def options_with(folders: Sequence[Path], key: str) -> list[str]:
     """Return the options, as GROUP=OPTION, that alone bring a key: `adapter.rank`, or a root key such as `teacher`."""
     group, _, below = key.partition(".")

@@ -15,6 +15,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from dinoseg.config.composition import SHIPPED, compose_options
 from dinoseg.config.limits import REMEDY, check_batch, check_numbers, check_text, check_value
+from dinoseg.config.options import list_groups
 from dinoseg.config.plain import BUILDS, Steps, at, below, dotted, nests, texts_of, to_container
 from dinoseg.config.resolvers import CELLS, CLASS_FILE
 from dinoseg.utils.errors import UserError
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 _OF_THIS_MACHINE = ("cache_dir",)
 _OF_THIS_RUN = (f"${{{CLASS_FILE}:", f"${{{CELLS}:")  # interpolations whose value another run cannot know
 _BY_CLASS = ("loss", "weights")  # its keys are class names, with any letters and signs
-_LISTED = ("metric",)  # groups whose option is a list of names
 _MAX_VALUES = 5_000  # OmegaConf takes half a minute for 15,000; our largest config holds a thousand values
 _GROUP = re.compile(r"\w+(/\w+)*(@\w+(\.\w+)*)?")
 _OPTION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # no part is `..`: a file cannot name options outside the groups
@@ -190,8 +190,9 @@ def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Co
 def _compose(choices: Mapping[str, Any], keys: Collection[str], source: Source) -> dict[str, Any]:
     """Return the options that fill some root keys, and root keys of their own, after a check of their names."""
     chosen = choices_of(choices, keys)
+    listed = list_groups([SHIPPED, *map(Path, source.folders)])
     for group, option in chosen.items():
-        names = option if group in _LISTED and isinstance(option, list) else [option]
+        names = option if group in listed and isinstance(option, list) else [option]
         if not (_GROUP.fullmatch(group) and all(isinstance(name, str) and _OPTION.fullmatch(name) for name in names)):
             raise UserError(
                 f"{source.where}: {format_value(f'{group}={option}')} is not the name of an option. {REMEDY}."

@@ -50,9 +50,9 @@ def in_steps(
     *,
     batch_size: Count,
     accumulate: Count,
-    steps: Count | None,
-    epochs: Positive | None,
-    val_every: Count | None,
+    steps: Count | None = None,
+    epochs: Positive | None = None,
+    val_every: Count | None = None,
 ) -> Lengths:
     """Return a training's lengths in optimizer steps.
 
@@ -294,11 +294,9 @@ class Builder(ModelBuilder):
         Raises:
             UserError: no length is configured, or a value is out of range.
         """
-        options = {key: self._cfg.trainer.get(key) for key in ("steps", "epochs", "val_every")}
-        options |= {"batch_size": self._cfg.data.batch_size, "accumulate": self._cfg.trainer.accumulate}
-        names = {key: f"{'data' if key == 'batch_size' else 'trainer'}.{key}" for key in options}
-        check_arguments("dinoseg.experiment.builder.in_steps", options, names)
-        return in_steps(samples, **options)
+        names = {key: f"trainer.{key}" for key in ("steps", "epochs", "val_every", "accumulate")}
+        names["batch_size"] = "data.batch_size"
+        return in_steps(samples, **self.arguments(in_steps, names))
 
     def loop_settings(self, lengths: Mapping[str, Any]) -> Settings:
         """Return the settings of the training loop.

@@ -97,7 +97,11 @@ class ModelBuilder:
         """
         absent = object()
         values = {name: self.value(key, absent) for name, key in keys.items()}
-        given = {name: value for name, value in values.items() if value is not absent}
+        given = {
+            name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            for name, value in values.items()
+            if value is not absent
+        }
         check_arguments(f"{target.__module__}.{target.__qualname__}", given, keys)
         return given
 

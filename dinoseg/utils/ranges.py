@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, SupportsIndex, TypeVar, Union, get_args, get_origin
 
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.errors import UserError, reword
 from dinoseg.utils.wording import format_value
 
 P = ParamSpec("P")
@@ -25,12 +26,13 @@ _LIST = (list, tuple)
 _LONGEST_VALUE = 200  # characters of a value in a message
 _PLAIN: dict[Any, Any] = {  # annotation to the types that a config may give for it
     **{int: Integral, float: Real, str: str, bool: bool, NoneType: NoneType},
-    **{Path: (str, Path), Sequence: _LIST, Iterable: _LIST, tuple: _LIST, Mapping: Mapping},
+    **{Path: (str, Path), PathLike: PathLike, Sequence: _LIST, Iterable: _LIST, tuple: _LIST, Mapping: Mapping},
 }
 _WORDS: dict[Any, str] = {
     **{int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"},
-    **{Path: "a path", Mapping: "a mapping"},
+    **{Path: "a path", PathLike: "a path", Mapping: "a mapping"},
 }
+_IN_PYTHON = {"=null is": "=None is", " or null": " or None", "true or false": "True or False"}
 _PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts", "a path": "paths"}
 _PLAIN_VALUES = (NoneType, bool, int, float, str, *_LIST, Mapping)
 
@@ -104,14 +106,22 @@ ChannelWeight = Annotated[float, Range("a number from -10 to 10", -10, 10)]
 def check_annotations(function: Callable[P, R]) -> Callable[P, R]:
     """Return a function that refuses arguments of another type or range than its annotations.
 
-    Numbers may be those of another library, such as NumPy's.
+    Numbers may be those of another library, such as NumPy's. Those of `*args` are not checked.
     """
     signature = inspect.signature(function)
+    annotations = {
+        each.name: Any if each.kind is each.VAR_POSITIONAL else each.annotation
+        for each in signature.parameters.values()
+    }
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
-            check_value(name, value, signature.parameters[name].annotation)
+        given = signature.bind(*args, **kwargs).arguments
+        try:
+            for name, value in given.items():
+                check_value(name, value, annotations[name])
+        except UserError as error:
+            raise reword(error, _IN_PYTHON) from None
         return function(*args, **kwargs)
 
     return checked

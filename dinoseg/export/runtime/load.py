@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.runtime import FILES, Options, file_in
 from dinoseg.utils.errors import UserError, reword
+from dinoseg.utils.ranges import check_annotations
 
 if TYPE_CHECKING:  # ONNX files need no torch
     import torch
@@ -21,6 +22,7 @@ OF_A_CALL = {  # command-line terms to the arguments of `dinoseg.load`
 }
 
 
+@check_annotations
 def load(
     path: str | PathLike[str],
     *,
