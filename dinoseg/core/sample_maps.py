@@ -157,9 +157,10 @@ def check_needed_maps(needed: Mapping[str, MapKind], kinds: Mapping[str, MapKind
     for name, kind in needed.items():
         found = kinds.get(name)
         if type(found) is not type(kind) or found.layers != kind.layers:
+            declared = f"declares {dict(kinds)}" if kinds else "declares no maps"
             raise UserError(
-                f"{loss} reads the map {name}, {kind}, but {data} declares {dict(kinds)}. Choose a dataset whose "
-                "`maps` declares it and whose samples have it, or another loss."
+                f"{loss} reads the map {name}, {kind}, but {data} {declared}. Choose a dataset whose `maps` declares "
+                "it and whose samples have it, or another loss."
             )
 
 

@@ -87,8 +87,8 @@ class ImageDataModule:
         kinds, others, augment = declared_maps(self.train), declared_maps(self.val), self.augment
         if others != kinds:
             raise UserError(
-                f"Training samples have the maps {dict(kinds)}, and validation samples {dict(others)}. Declare "
-                "the same `maps` for each split."
+                f"`maps` of the training dataset declares {dict(kinds)}, and of the validation dataset "
+                f"{dict(others)}. Declare the same maps for each split."
             )
         if not kinds:
             return

@@ -192,7 +192,7 @@ def test_augmentations_that_cannot_move_maps_are_refused():
         assert batch.maps == {} and batch.image.shape == (2, 3, 24, 32)
     with pytest.raises(UserError, match=r"data.augment.affine.shear=3.*map distance"):
         ImageDataModule(pictures(), pictures(), Augment((24, 32), affine=Affine(shear=3)), **options)
-    with pytest.raises(UserError, match="the same `maps` for each split"):
+    with pytest.raises(UserError, match="the same maps for each split"):
         ImageDataModule(pictures(), pictures(cls=Pictures), Augment((24, 32)), **options)
 
 
