@@ -198,10 +198,10 @@ def make_random_maps(
     kinds: Mapping[str, MapKind], count: int, size: tuple[int, int], num_classes: int, rng: torch.Generator
 ) -> dict[str, Tensor]:
     """Return random maps (B, H, W) or (B, N, H, W) of `count` samples, by name."""
-    return {
-        name: torch.stack([kind.make_random(size, num_classes, rng) for _ in range(count)])
-        for name, kind in kinds.items()
-    }
+    maps = {}
+    for name, kind in kinds.items():
+        maps[name] = torch.stack([kind.make_random(size, num_classes, rng) for _ in range(count)])
+    return maps
 
 
 def resize_map(values: Tensor, kind: MapKind, size: tuple[int, int]) -> Tensor:

@@ -35,9 +35,8 @@ def warp_maps(
     for name, values in maps.items():
         kind, layers = kinds[name], np.ascontiguousarray(values).reshape(-1, height, width)
         if kind.is_interpolated:
-            view = np.float32(kind.value_factor(zoom)) * np.stack(
-                [_warp_bilinear(layer, matrix, size) for layer in layers]
-            )
+            view = np.stack([_warp_bilinear(layer, matrix, size) for layer in layers])
+            view *= np.float32(kind.value_factor(zoom))
         else:
             view = layers.reshape(len(layers), -1)[:, shown]
         view[:, shown < 0] = kind.fill_value(ignore_index)
