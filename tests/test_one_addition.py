@@ -43,7 +43,7 @@ OUTSIDE = (
     "mine/config/backbone/patches.yaml",
     "mine/test_my_parts.py",
     *("mine/my_parts/boundary.py", "mine/config/loss/boundary.yaml"),
-    *("mine/my_parts/distance.py", "mine/config/data/distance_discs.yaml"),
+    *("mine/my_parts/distance.py", "mine/config/data/distance_discs.yaml", "mine/config/data/distance_folder.yaml"),
 )  # `grey` is the backbone of the copy
 OTHERS = {
     "dinoseg/losses/distance.py": '''

@@ -159,7 +159,7 @@ def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, d
 
 
 @pytest.mark.heavy
-def test_boundary_loss_of_the_docs_resumes_exactly(tmp_path, documented):
+def test_boundary_loss_of_the_docs_resumes_exactly(trained, tmp_path, documented):
     def run(folder, steps, *words):
         command = COMMANDS[-1].replace("BOUNDARY", folder)
         constant = ("optim.schedule.kind=constant", "optim.schedule.warmup=0", f"trainer.steps={steps}")
@@ -173,6 +173,9 @@ def test_boundary_loss_of_the_docs_resumes_exactly(tmp_path, documented):
     run("PARTS", 2)
     assert run("PARTS", 4, "resume=PARTS") == whole and len(whole) == 4
     assert any(boundary < 0 for *_, boundary in whole)
+    options = ("data=distance_folder", "data.classes=[dark,bright]", f"data.root={trained / 'data'}")
+    files = run("FILES", 2, *options, "data.cache=null")
+    assert run("PACKED", 2, *options, "data.cache=packed") == files and len(files) == 2
 
 
 @pytest.mark.parametrize("adapter", ["frozen", "last_blocks", "full"])

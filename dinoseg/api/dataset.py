@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from dinoseg.api.compose import compose, words_of
 from dinoseg.api.wording import python_terms
 from dinoseg.config.resolvers import lent_resolvers
-from dinoseg.core.sample_maps import declared_maps
+from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
 from dinoseg.utils.ranges import check_annotations
@@ -52,7 +52,7 @@ class SegmentationDataset(Dataset):
         self.ignore_index = data.ignore_index
         self.num_classes = len(self.classes)
         self.names = tuple(data.names)
-        self.maps = dict(declared_maps(data))
+        self.maps = dict(get_map_kinds(data))
 
     def __len__(self) -> int:
         return len(self.data)

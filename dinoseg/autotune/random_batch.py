@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dinoseg.core.sample_maps import random_maps
+from dinoseg.core.sample_maps import make_random_maps
 from dinoseg.core.shapes import Batch, ClipBatch
 from dinoseg.training.parts import TrainingParts
 
@@ -20,7 +20,7 @@ def random_batch(parts: TrainingParts, samples: int, seed: int = 0) -> Batch | C
     if not parts.has_masks:
         return ClipBatch(image, names)
     masks = _masks(parts, samples, rng)
-    maps = random_maps(parts.loss().needs_maps, samples, parts.crop, parts.num_classes, rng)
+    maps = make_random_maps(parts.loss().needs_maps, samples, parts.crop, parts.num_classes, rng)
     return Batch(image, masks, names, maps)
 
 

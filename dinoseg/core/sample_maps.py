@@ -40,15 +40,15 @@ class MapKind:
         """Return the shape of a map of `size` (H, W)."""
         return size if self.layers is None else (self.layers, *size)
 
-    def empty(self, size: tuple[int, int], ignore_index: int) -> Tensor:
+    def make_empty(self, size: tuple[int, int], ignore_index: int) -> Tensor:
         """Return a map of `size` (H, W) for an image without one: the fill value everywhere."""
         return torch.full(self.shape(size), self.fill_value(ignore_index), dtype=self.dtypes[0])
 
-    def random(self, size: tuple[int, int], num_classes: int, rng: torch.Generator) -> Tensor:
+    def make_random(self, size: tuple[int, int], num_classes: int, rng: torch.Generator) -> Tensor:
         """Return a random map of `size` (H, W), for tests and estimates."""
         return 10 * torch.randn(self.shape(size), generator=rng)
 
-    def factor(self, zoom: tuple[float, float]) -> float:
+    def value_factor(self, zoom: tuple[float, float]) -> float:
         """Return the factor of the values where each pixel becomes `zoom` pixels, vertically and horizontally.
 
         Raises:
@@ -75,7 +75,7 @@ class LabelMap(MapKind):
         """Return the ignored id."""
         return ignore_index
 
-    def random(self, size: tuple[int, int], num_classes: int, rng: torch.Generator) -> Tensor:
+    def make_random(self, size: tuple[int, int], num_classes: int, rng: torch.Generator) -> Tensor:
         """Return random class ids."""
         return torch.randint(num_classes, self.shape(size), generator=rng, dtype=self.dtypes[0])
 
@@ -91,7 +91,7 @@ class IdMap(MapKind):
         """Return 0."""
         return 0
 
-    def random(self, size: tuple[int, int], num_classes: int, rng: torch.Generator) -> Tensor:
+    def make_random(self, size: tuple[int, int], num_classes: int, rng: torch.Generator) -> Tensor:
         """Return random ids."""
         return torch.randint(10, self.shape(size), generator=rng, dtype=self.dtypes[0])
 
@@ -119,8 +119,8 @@ class DistanceMap(ValueMap):
     is_length: ClassVar[bool] = True
 
 
-def declared_maps(data: object) -> Mapping[str, MapKind]:
-    """Return the attribute `maps` of a dataset: kinds by name of what its samples have as `maps`; by default none."""
+def get_map_kinds(data: object) -> Mapping[str, MapKind]:
+    """Return the kinds by name of the maps that a dataset declares as `maps`; by default it has none."""
     return getattr(data, "maps", {})
 
 
@@ -157,9 +157,10 @@ def check_needed_maps(needed: Mapping[str, MapKind], kinds: Mapping[str, MapKind
     for name, kind in needed.items():
         found = kinds.get(name)
         if type(found) is not type(kind) or found.layers != kind.layers:
+            declared = f"declares {dict(kinds)}" if kinds else "declares no maps"
             raise UserError(
-                f"{loss} reads the map {name}, {kind}, but {data} declares {dict(kinds)}. Choose a dataset whose "
-                "`maps` declares it and whose samples have it, or another loss."
+                f"{loss} reads the map {name}, {kind}, but {data} {declared}. Choose a dataset whose `maps` declares "
+                "it and whose samples have it, or another loss."
             )
 
 
@@ -193,13 +194,14 @@ def check_maps(maps: object, kinds: Mapping[str, MapKind], size: tuple[int, int]
     return dict(found)
 
 
-def random_maps(
+def make_random_maps(
     kinds: Mapping[str, MapKind], count: int, size: tuple[int, int], num_classes: int, rng: torch.Generator
 ) -> dict[str, Tensor]:
     """Return random maps (B, H, W) or (B, N, H, W) of `count` samples, by name."""
-    return {
-        name: torch.stack([kind.random(size, num_classes, rng) for _ in range(count)]) for name, kind in kinds.items()
-    }
+    maps = {}
+    for name, kind in kinds.items():
+        maps[name] = torch.stack([kind.make_random(size, num_classes, rng) for _ in range(count)])
+    return maps
 
 
 def resize_map(values: Tensor, kind: MapKind, size: tuple[int, int]) -> Tensor:
@@ -209,7 +211,7 @@ def resize_map(values: Tensor, kind: MapKind, size: tuple[int, int]) -> Tensor:
         UserError: they hold distances, and the sides of the image change by different factors.
     """
     height, width = values.shape[-2:]
-    factor = kind.factor((size[0] / height, size[1] / width))
+    factor = kind.value_factor((size[0] / height, size[1] / width))
     if not kind.is_interpolated:
         return resize_nearest(values, size)
     resized = F.interpolate(values.reshape(-1, 1, height, width), size, mode="bilinear")

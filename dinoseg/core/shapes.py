@@ -296,7 +296,7 @@ class SegmentationData(Protocol):
     """Map-style dataset of images and masks with remapped labels.
 
     `dinoseg.data.custom.check_custom_dataset` returns one for a class that lacks only `skipped`. A dataset
-    may have `maps`, see `sample_maps.declared_maps`.
+    may have `maps`, see `sample_maps.get_map_kinds`.
     """
 
     @property

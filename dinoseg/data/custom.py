@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.channels import PixelFormat
-from dinoseg.core.sample_maps import check_map_kinds, check_maps, declared_maps
+from dinoseg.core.sample_maps import check_map_kinds, check_maps, get_map_kinds
 from dinoseg.core.shapes import Palette, Sample, SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.utils.errors import UserError
@@ -59,7 +59,7 @@ class CustomDataset:
         self.ignore_index = int(samples.ignore_index)
         self.names = [samples.names[row] for row in self.rows]
         self.lacking: Mapping[str, str] = {}
-        self.maps = check_map_kinds(declared_maps(samples), self._where)
+        self.maps = check_map_kinds(get_map_kinds(samples), self._where)
         self.skipped: Mapping[str, str] = {}
         self.split_local_names = False
         self._is_known = torch.zeros(256, dtype=torch.bool)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from dinoseg.core.sample_maps import declared_maps
+from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import Batch, Sample, SegmentationData
 from dinoseg.utils.cores import cores_here, ranks_here, share_of_cores
 from dinoseg.utils.errors import KilledProcess, UserError
@@ -80,7 +80,7 @@ class TrainViews:
         view = Sample(image=torch.from_numpy(image).permute(2, 0, 1), mask=torch.from_numpy(mask), name=whole["name"])
         if "maps" in whole:
             maps = {name: values.numpy() for name, values in whole["maps"].items()}
-            moved = self.augment.maps(maps, declared_maps(self.data), ids, self.make_rng(epoch, sample))  # type: ignore[attr-defined]
+            moved = self.augment.maps(maps, get_map_kinds(self.data), ids, self.make_rng(epoch, sample))  # type: ignore[attr-defined]
             view["maps"] = {name: torch.from_numpy(values) for name, values in moved.items()}
         return view
 

@@ -30,12 +30,13 @@ def warp_maps(
         UserError: a map holds distances, and the zooms differ.
     """
     height, width = next(iter(maps.values())).shape[-2:]
-    shown = _shown_pixels((height, width), matrix, size)
+    shown = _find_shown_pixels((height, width), matrix, size)
     views = {}
     for name, values in maps.items():
-        kind, layers = kinds[name], values.reshape(-1, height, width)
+        kind, layers = kinds[name], np.ascontiguousarray(values).reshape(-1, height, width)
         if kind.is_interpolated:
-            view = np.float32(kind.factor(zoom)) * np.stack([_warp_bilinear(layer, matrix, size) for layer in layers])
+            view = np.stack([_warp_bilinear(layer, matrix, size) for layer in layers])
+            view *= np.float32(kind.value_factor(zoom))
         else:
             view = layers.reshape(len(layers), -1)[:, shown]
         view[:, shown < 0] = kind.fill_value(ignore_index)
@@ -43,7 +44,7 @@ def warp_maps(
     return views
 
 
-def _shown_pixels(image: tuple[int, int], matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _find_shown_pixels(image: tuple[int, int], matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return the index of the pixel of an image (h, w) that each pixel of the view shows, as in its mask; -1: none."""
     pixels = np.arange(image[0] * image[1], dtype=np.int32).reshape(*image, 1)
     # as bytes: OpenCV rounds positions in the same way only for images of one type, and masks are uint8

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from dinoseg.core.sample_maps import declared_maps
+from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import Sample, SegmentationData
 from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.video.access import ImageSource, read_source
@@ -24,7 +24,7 @@ class Unmasked:
     def __init__(self, names: Sequence[str], sources: Sequence[ImageSource], labels: SegmentationData) -> None:
         self.names, self.sources = names, sources
         self.classes, self.palette, self.ignore_index = labels.classes, labels.palette, labels.ignore_index
-        self.maps = declared_maps(labels)
+        self.maps = get_map_kinds(labels)
         self.skipped: Mapping[str, str] = {}
 
     def __len__(self) -> int:
@@ -36,7 +36,7 @@ class Unmasked:
         mask = torch.full(size, self.ignore_index, dtype=torch.uint8)
         sample = Sample(image=torch.from_numpy(pixels).permute(2, 0, 1), mask=mask, name=self.names[index])
         if self.maps:
-            sample["maps"] = {name: kind.empty(size, self.ignore_index) for name, kind in self.maps.items()}
+            sample["maps"] = {name: kind.make_empty(size, self.ignore_index) for name, kind in self.maps.items()}
         return sample
 
     def mask(self, index: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dinoseg.core.sample_maps import check_needed_maps, declared_maps
+from dinoseg.core.sample_maps import check_needed_maps, get_map_kinds
 from dinoseg.core.task import refuse_layers
 from dinoseg.data.doctor.errors import check_for_errors
 from dinoseg.data.scan.class_counts import class_counts
@@ -81,7 +81,7 @@ class ImageTask(TrainingTask):
             needed = parts.unweighted_loss().needs_maps
         for split, data in (("train", train), ("val", val)):
             names = f"loss={parts.options['loss']}", f"data={parts.options['data']} ({split})"
-            check_needed_maps(needed, declared_maps(data), *names)
+            check_needed_maps(needed, get_map_kinds(data), *names)
 
     def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse a loss or a batch that the head cannot be trained with."""

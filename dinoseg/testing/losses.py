@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample
-from dinoseg.core.sample_maps import random_maps
+from dinoseg.core.sample_maps import make_random_maps
 from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction, SlotOutputs, collect_tensors, tree_map
 from dinoseg.models.heads.semantic import semantic_map
 from dinoseg.testing.modules import are_close, check_class, fixed_seed, require
@@ -81,7 +81,7 @@ class LossCase:
         mask[..., size[1] // 2 :] = self.ignore_index
         mask[1:2] = self.ignore_index
         mask[2:3, ..., 2:, :] = self.ignore_index
-        maps = random_maps(self.loss.needs_maps, count, size, self.num_classes, rng)
+        maps = make_random_maps(self.loss.needs_maps, count, size, self.num_classes, rng)
         return Batch(torch.zeros(count, 3, *size, dtype=torch.uint8), mask, names, maps)
 
     def run(self, outputs: Any, batch: Any, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:

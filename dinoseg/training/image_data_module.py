@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.metric import Metric
-from dinoseg.core.sample_maps import declared_maps
+from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.data.loader import TrainViews, advise_more_workers, check_batch_size, train_batches
@@ -87,11 +87,11 @@ class ImageDataModule:
 
     def _check_maps(self) -> None:
         """Refuse an augmentation that cannot move the maps of the training samples, and validation without them."""
-        kinds, others, augment = declared_maps(self.train), declared_maps(self.val), self.augment
+        kinds, others, augment = get_map_kinds(self.train), get_map_kinds(self.val), self.augment
         if others != kinds:
             raise UserError(
-                f"Training samples have the maps {dict(kinds)}, and validation samples {dict(others)}. Declare "
-                "the same `maps` for each split."
+                f"`maps` of the training dataset declares {dict(kinds)}, and of the validation dataset "
+                f"{dict(others)}. Declare the same maps for each split."
             )
         if not kinds:
             return

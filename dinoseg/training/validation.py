@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import lattice
-from dinoseg.core.sample_maps import MapKind, declared_maps, resize_map, resize_nearest
+from dinoseg.core.sample_maps import MapKind, get_map_kinds, resize_map, resize_nearest
 from dinoseg.core.shapes import Batch, FeatureBatch, Prediction, SegmentationData, tree_map
 from dinoseg.data.loader import eval_samples, stack_equal
 from dinoseg.inference.policy import Place, Policy
@@ -118,7 +118,7 @@ class ScoredModel:
         rows: MetricRows | None = None,
     ) -> None:
         self._model, self._engine, self._loss, self._on_batch = model, engine, loss, on_batch
-        self._rows, self._maps = rows, declared_maps(data)
+        self._rows, self._maps = rows, get_map_kinds(data)
         self._counts = make_counts(model.task, len(data.classes), data.ignore_index, background)
         self._losses: list[Tensor] = []  # read at the end, to avoid a device sync per batch
         self._predictor = Predictor(model, engine.device, engine.autocast, policy or Whole())

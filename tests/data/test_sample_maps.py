@@ -9,7 +9,15 @@ from making import Pictures, save, train_batches
 from mapped import FAR, KINDS, MappedPictures, maps_of
 
 from dinoseg import SegmentationDataset
-from dinoseg.core.sample_maps import DistanceMap, IdMap, LabelMap, ValueMap, random_maps, resize_map, resize_nearest
+from dinoseg.core.sample_maps import (
+    DistanceMap,
+    IdMap,
+    LabelMap,
+    ValueMap,
+    make_random_maps,
+    resize_map,
+    resize_nearest,
+)
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
@@ -255,7 +263,7 @@ def test_images_without_masks_have_maps_of_the_fill_value(pairs):
 
 
 def test_random_maps_have_the_declared_form():
-    maps = random_maps(KINDS, 5, (4, 6), 3, torch.Generator().manual_seed(0))
+    maps = make_random_maps(KINDS, 5, (4, 6), 3, torch.Generator().manual_seed(0))
     for name, kind in KINDS.items():
         assert maps[name].shape == (5, *kind.shape((4, 6))) and maps[name].dtype in kind.dtypes
     assert maps["twin"].max() < 3

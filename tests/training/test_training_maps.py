@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mapped import KINDS, MappedLoss, MappedPictures, check_twins, maps_of
 from omegaconf import OmegaConf
 from tiny_parts import tiny_vit
 
+from dinoseg.autotune.random_batch import random_batch
 from dinoseg.cli import ranks
 from dinoseg.core.sample_maps import DistanceMap, LabelMap, check_needed_maps
 from dinoseg.core.shapes import Batch, join_batches
@@ -171,6 +173,15 @@ def test_two_ranks_train_with_maps_as_one_process_does(tmp_path):
             assert torch.load(tmp_path / f"{rank}.pt")[cache] == pytest.approx(alone, rel=1e-4)
 
 
+def test_estimates_use_random_maps_of_the_loss():
+    parts = SimpleNamespace(shape=(3, 8, 12), crop=(8, 12), has_masks=True, num_classes=3, loss=MappedLoss)
+    maps = random_batch(parts, 2).maps
+    assert {name: values.shape for name, values in maps.items()} == {
+        **dict.fromkeys(("twin", "ids", "distance"), (2, 8, 12)),
+        "values": (2, 2, 8, 12),
+    }
+
+
 class Turned(Augment):
     """Changes the geometry in a way of its own."""
 
@@ -192,7 +203,7 @@ def test_augmentations_that_cannot_move_maps_are_refused():
         assert batch.maps == {} and batch.image.shape == (2, 3, 24, 32)
     with pytest.raises(UserError, match=r"data.augment.affine.shear=3.*map distance"):
         ImageDataModule(pictures(), pictures(), Augment((24, 32), affine=Affine(shear=3)), **options)
-    with pytest.raises(UserError, match="the same `maps` for each split"):
+    with pytest.raises(UserError, match="the same maps for each split"):
         ImageDataModule(pictures(), pictures(cls=Pictures), Augment((24, 32)), **options)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.core.sample_maps import declared_maps
+from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import FeatureBatch, FrozenFeatures, SampleLabels, SegmentationData, split_slices, stack_labels
 from dinoseg.core.sizes import Size
 from dinoseg.data.loader import TrainViews, Transform, load_in_order, sample_batches
@@ -253,7 +253,7 @@ def _mask_digests(drawn: TrainViews, index: int) -> list[str]:
 def _has_masks_only(data: SegmentationData) -> TypeGuard[PairDataset | Unmasked]:
     """Return whether a dataset reads masks without images, and its samples have no maps, which may need images."""
     files = isinstance(data, PairDataset | Unmasked) and overrides_both(type(data), "mask", "__getitem__")
-    return files and not declared_maps(data)
+    return files and not get_map_kinds(data)
 
 
 def _transforms_masks_only(augment: Transform) -> TypeGuard[Augment]:
