@@ -82,10 +82,9 @@ class SoftClDice(Loss):
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
         images, height, width = batch.mask.shape
-        scores, valid = prediction.grid, prediction.valid
-        if scores is None:
-            scores, valid = prediction.logits((height, width)), None
-        scores = at_least_float32(scores)
+        grid = prediction.grid
+        scores = at_least_float32(prediction.logits((height, width)) if grid is None else grid)
+        valid = None if grid is None else prediction.valid
         reach = self.iterations + 2
         rows = max(4 * reach, BAND // (images * scores.shape[1] * width))
         band_sums: Callable[..., Tensor] = self._band_sums
