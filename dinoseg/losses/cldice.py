@@ -109,15 +109,15 @@ class SoftClDice(Loss):
     def _band_sums(
         self, scores: Tensor, mask: Tensor, valid: tuple[float, float] | None, seen: slice, inner: slice
     ) -> Tensor:
-        """Return the sums (4, k) of the inner rows of a band that are inside both, twice, and in each skeleton."""
+        """Return the sums (4, k) of a band's inner rows: of skeletons inside the other side, and of skeletons."""
         if valid is None:
             logits = scores[:, :, seen]
         else:
             logits = upsample_at(scores, (mask.shape[-2], mask.shape[-1]), valid, (seen, slice(None)))
         labels = mask[:, None, seen].long()
-        shares = logits.softmax(1)[:, self.ids] * (labels != self.ignore_index)  # (B, k, rows, W)
-        target = (labels == self.ids.view(-1, 1, 1)).to(shares.dtype) * (labels != self.ignore_index)
-        of_shares = soft_skeleton(shares, self.iterations)
-        of_target = soft_skeleton(target, self.iterations)
-        parts = [of_shares * target, of_target * shares, of_shares, of_target]
-        return torch.stack([part[:, :, inner].sum((0, 2, 3)) for part in parts])
+        known = (labels != self.ignore_index).to(logits.dtype)
+        shares = logits.softmax(1)[:, self.ids] * known  # (B, k, rows, W)
+        target = (labels == self.ids.view(-1, 1, 1)) * known
+        of_shares, of_target = soft_skeleton(shares, self.iterations), soft_skeleton(target, self.iterations)
+        parts = torch.stack([of_shares * target, of_target * shares, of_shares, of_target])
+        return parts[..., inner, :].sum((1, 3, 4))
