@@ -49,11 +49,6 @@ def shared_scores(runs: Sequence[Mapping[str, FurtherScore]]) -> list[str]:
     return [name for name, meaning in meanings[0].items() if all(other.get(name) == meaning for other in meanings)]
 
 
-def mean_score(runs: Sequence[FurtherScore]) -> float | None:
-    """Return the mean over the runs of a side; None where one is undefined."""
-    return plain_score(np.array([run.value for run in runs], dtype=np.float64).mean())
-
-
 def further_difference(first: Sequence[FurtherScore], second: Sequence[FurtherScore]) -> Estimate:
     """Return the mean of a score over the runs of a second side minus that of a first side, paired by unit.
 

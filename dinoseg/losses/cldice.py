@@ -27,9 +27,7 @@ def soft_skeleton(shares: Tensor, iterations: int) -> Tensor:
     """
     skeleton = torch.zeros_like(shares)
     for _ in range(iterations + 1):
-        outside = -shares
-        column, row = max_pool2d(outside, (3, 1), 1, (1, 0)), max_pool2d(outside, (1, 3), 1, (0, 1))
-        eroded = -torch.maximum(column, row)
+        eroded = -torch.maximum(max_pool2d(-shares, (3, 1), 1, (1, 0)), max_pool2d(-shares, (1, 3), 1, (0, 1)))
         removed = (shares - max_pool2d(eroded, 3, 1, 1)).relu()
         skeleton = skeleton + removed - skeleton * removed
         shares = eroded
