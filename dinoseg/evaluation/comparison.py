@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from dinoseg.core.metric import plain_score
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import image_mious
-from dinoseg.evaluation.further_scores import further_difference, mean_score
+from dinoseg.evaluation.further_scores import further_difference
 from dinoseg.evaluation.image_record import ImageRecord
 from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife, leave_one_out, mean_of, widened
 from dinoseg.evaluation.sides import Side
@@ -47,7 +48,10 @@ def scores_of(records: Sequence[ImageRecord]) -> dict[str, float | None]:
     """Return all scores by name, averaged over the records of a side; None where undefined."""
     kind = _kind(records[0])
     scores = mean_scores(kind, [record.counts for record in records])
-    further = {name: mean_score([record.scores[name] for record in records]) for name in records[0].scores}
+    further = {
+        name: plain_score(np.array([record.scores[name].value for record in records], dtype=np.float64).mean())
+        for name in records[0].scores
+    }
     return {key: scores[key] for key in kind.means} | further | scores
 
 

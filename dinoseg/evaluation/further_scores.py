@@ -29,10 +29,6 @@ class FurtherScore:
     value: float | None
     left_out: Sequence[float | None]
 
-    def reordered(self, order: Sequence[int]) -> "FurtherScore":
-        """Return the score with its units in another order, given as indices."""
-        return replace(self, left_out=[self.left_out[index] for index in order])
-
 
 def further_scores(metric: Metric, counts: Sequence[Counts], units: Sequence[str]) -> dict[str, FurtherScore]:
     """Return the scores of a metric by name, without `signed` ones, from its counts and the unit of each image."""
@@ -51,12 +47,6 @@ def shared_scores(runs: Sequence[Mapping[str, FurtherScore]]) -> list[str]:
     """Return the names of the scores that all runs have, with the same direction and settings."""
     meanings = [{name: (score.better, score.settings) for name, score in scores.items()} for scores in runs]
     return [name for name, meaning in meanings[0].items() if all(other.get(name) == meaning for other in meanings)]
-
-
-def mean_score(runs: Sequence[FurtherScore]) -> float | None:
-    """Return the mean over the runs of a side; None where one is undefined."""
-    values = [run.value for run in runs if run.value is not None]
-    return sum(values) / len(values) if len(values) == len(runs) else None
 
 
 def further_difference(first: Sequence[FurtherScore], second: Sequence[FurtherScore]) -> Estimate:

@@ -216,7 +216,10 @@ def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
             else:
                 places = {unit: index for index, unit in enumerate(dict.fromkeys(other.units))}
                 by_unit = [places[unit] for unit in dict.fromkeys(first.units)]
-                scores = {name: score.reordered(by_unit) for name, score in other.scores.items()}
+                scores = {
+                    name: replace(score, left_out=[score.left_out[index] for index in by_unit])
+                    for name, score in other.scores.items()
+                }
             other = replace(other, images=first.images, units=first.units, counts=other.counts[order], scores=scores)
             if not np.array_equal(other.counts[:, 1], first.counts[:, 1]):
                 changed = np.flatnonzero((other.counts[:, 1] != first.counts[:, 1]).any(axis=1))

@@ -27,9 +27,7 @@ def soft_skeleton(shares: Tensor, iterations: int) -> Tensor:
     """
     skeleton = torch.zeros_like(shares)
     for _ in range(iterations + 1):
-        outside = -shares
-        column, row = max_pool2d(outside, (3, 1), 1, (1, 0)), max_pool2d(outside, (1, 3), 1, (0, 1))
-        eroded = -torch.maximum(column, row)
+        eroded = -torch.maximum(max_pool2d(-shares, (3, 1), 1, (1, 0)), max_pool2d(-shares, (1, 3), 1, (0, 1)))
         removed = (shares - max_pool2d(eroded, 3, 1, 1)).relu()
         skeleton = skeleton + removed - skeleton * removed
         shares = eroded
@@ -82,10 +80,9 @@ class SoftClDice(Loss):
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
         images, height, width = batch.mask.shape
-        scores, valid = prediction.grid, prediction.valid
-        if scores is None:
-            scores, valid = prediction.logits((height, width)), None
-        scores = at_least_float32(scores)
+        grid = prediction.grid
+        scores = at_least_float32(prediction.logits((height, width)) if grid is None else grid)
+        valid = None if grid is None else prediction.valid
         reach = self.iterations + 2
         rows = max(4 * reach, BAND // (images * scores.shape[1] * width))
         band_sums: Callable[..., Tensor] = self._band_sums
@@ -110,15 +107,15 @@ class SoftClDice(Loss):
     def _band_sums(
         self, scores: Tensor, mask: Tensor, valid: tuple[float, float] | None, seen: slice, inner: slice
     ) -> Tensor:
-        """Return the sums (4, k) of the inner rows of a band that are inside both, twice, and in each skeleton."""
+        """Return the sums (4, k) of a band's inner rows: of skeletons inside the other side, and of skeletons."""
         if valid is None:
             logits = scores[:, :, seen]
         else:
             logits = upsample_at(scores, (mask.shape[-2], mask.shape[-1]), valid, (seen, slice(None)))
         labels = mask[:, None, seen].long()
-        shares = logits.softmax(1)[:, self.ids] * (labels != self.ignore_index)  # (B, k, rows, W)
-        target = (labels == self.ids.view(-1, 1, 1)).to(shares.dtype) * (labels != self.ignore_index)
-        of_shares = soft_skeleton(shares, self.iterations)
-        of_target = soft_skeleton(target, self.iterations)
-        parts = [of_shares * target, of_target * shares, of_shares, of_target]
-        return torch.stack([part[:, :, inner].sum((0, 2, 3)) for part in parts])
+        known = (labels != self.ignore_index).to(logits.dtype)
+        shares = logits.softmax(1)[:, self.ids] * known  # (B, k, rows, W)
+        target = (labels == self.ids.view(-1, 1, 1)) * known
+        of_shares, of_target = soft_skeleton(shares, self.iterations), soft_skeleton(target, self.iterations)
+        parts = torch.stack([of_shares * target, of_target * shares, of_shares, of_target])
+        return parts[..., inner, :].sum((1, 3, 4))

@@ -1,7 +1,5 @@
 """Thinning of class masks to skeletons of one pixel in width, for all classes at once; no torch."""
 
-from itertools import count
-
 import numpy as np
 
 from dinoseg.metrics.surface import neighbour_edges
@@ -25,12 +23,11 @@ def thin_masks(ids: np.ndarray, background: int) -> np.ndarray:
     flat = padded.reshape(-1)
     last = np.empty(len(flat), np.intp)  # place of a pixel among the candidates
     # a pixel can only become removable after its neighbourhood has changed in one of the last two steps
-    older, newer = edges, edges
-    for step in count():
+    older = newer = edges
+    step = 0
+    while len(older) or len(newer):
         candidates = np.concatenate((older, newer))
         candidates = candidates[flat[candidates] != background]
-        if not len(candidates):
-            return padded[1:-1, 1:-1]
         numbers = np.arange(len(candidates))
         last[candidates] = numbers
         candidates = candidates[last[candidates] == numbers]  # each once
@@ -39,6 +36,8 @@ def thin_masks(ids: np.ndarray, background: int) -> np.ndarray:
         older = newer
         newer = (removed[:, None] + around).reshape(-1)
         flat[removed] = background
+        step += 1
+    return padded[1:-1, 1:-1]
 
 
 def _removable() -> np.ndarray:

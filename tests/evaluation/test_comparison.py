@@ -222,7 +222,7 @@ def test_scores_of_other_settings_are_not_compared(tmp_path, caplog):
 def test_scores_of_too_few_units_are_damaged(tmp_path):
     base = record()
     scores, _ = metric_scores(ClDice(), 0, base.images, base.units)
-    write_record(replace(base, scores={"cldice": scores["cldice"].reordered([0])}), tmp_path)
+    write_record(replace(base, scores={"cldice": replace(scores["cldice"], left_out=[0.5])}), tmp_path)
     with pytest.raises(UserError, match="cldice has the values of 1 units"):
         read_record(tmp_path)
 
