@@ -26,6 +26,11 @@ from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Natural, check_value
 from dinoseg.utils.tensor_files import check_file
 
+_PIXELS = {  # parameters of `PixelFormat` to keys
+    "channels": "data.channels",
+    **{name: f"data.pixels.{name}" for name in ("files", "order", "value_range")},
+}
+
 
 class ModelBuilder:
     """Builder of the model that a config describes.
@@ -96,7 +101,11 @@ class ModelBuilder:
         """
         absent = object()
         values = {name: self.value(key, absent) for name, key in keys.items()}
-        given = {name: value for name, value in values.items() if value is not absent}
+        given = {
+            name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            for name, value in values.items()
+            if value is not absent
+        }
         check_arguments(f"{target.__module__}.{target.__qualname__}", given, keys)
         return given
 
@@ -134,9 +143,10 @@ class ModelBuilder:
         """The format of the images of the dataset; RGB if the config has no dataset.
 
         Raises:
-            UserError: the keys of `data.pixels` contradict each other.
+            UserError: a value is out of range, or the keys of `data.pixels` contradict each other.
         """
-        return PixelFormat() if self.value("data.pixels") is None else self.part("data.pixels")
+        with name_parameters(_PIXELS):
+            return PixelFormat(**self.arguments(PixelFormat, _PIXELS))
 
     def engine(self, **overrides: Any) -> Engine:
         """Return the engine of the config, with overrides of its values."""

@@ -10,7 +10,7 @@ from timm.models import adapt_input_conv
 from dinoseg.config.nodes import instantiate
 from dinoseg.models.backbones.patch_projection import InputConvolution, PatchProjection, adapt_input_kernel
 from dinoseg.utils.errors import UserError
-from tests.tiny_parts import BACKBONES, tiny_node
+from tiny_parts import BACKBONES, tiny_node
 
 SIZE = (70, 45)
 
