@@ -79,6 +79,17 @@ def folder_of_black_and_white_masks(stand_ins, folder):
     return folder
 
 
+@stand_in("INFRARED")
+def folder_of_colour_and_infrared(stand_ins, folder):
+    shutil.copytree(stand_ins["FOLDER"], folder, dirs_exist_ok=True)
+    draw = np.random.default_rng(0)
+    for image in sorted(folder.glob("*/images/*.png")):
+        path = image.parents[1] / "nir" / f"{image.stem}.tif"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(draw.integers(0, 2**16, (50, 66)).astype(np.uint16)).save(path)
+    return folder
+
+
 @stand_in("PHOTOS")
 def photos(stand_ins, folder):
     return stand_ins["FOLDER"] / "val/images"

@@ -29,8 +29,8 @@ class PixelFormat:
     Args:
         channels: number of channels C.
         files: words in which the paths of an image's files differ, such as `[images, nir]`; that of the first file has
-            the first word. The others are found by replacing it in the file name and in the last folder with it; their
-            suffixes may differ. Empty: one file.
+            the first word. The others are found by replacing it in the file name and in the last folder with it, or in
+            the name alone; their suffixes may differ. Empty: one file.
         order: indices of the channels to use, in this order; None: all.
         value_range: lowest and highest value of files of more than 8 bits, see `read_levels`; None: that of uint16.
 
@@ -90,10 +90,15 @@ class PixelFormat:
         if len({part.dtype for part in parts}) > 1:
             parts = [to_16_bits(part) for part in parts]
         pixels = np.concatenate(parts, axis=2)
-        if self.order is not None and max(self.order) < pixels.shape[2]:
+        counts = " + ".join(f"{part.shape[2]}" for part in parts)
+        if self.order is not None:
+            if max(self.order) >= pixels.shape[2]:
+                raise UserError(
+                    f"{path} has {counts} channels, and data.pixels.order={list(self.order)}. Give numbers from 0 to "
+                    f"{pixels.shape[2] - 1}."
+                )
             pixels = pixels[..., self.order]
         if pixels.shape[2] != self.channels:
-            counts = " + ".join(f"{part.shape[2]}" for part in parts)
             raise UserError(
                 f"{path} has {counts} channels, and data.channels={self.channels}. Set data.channels, or choose "
                 "channels by data.pixels.order, such as [0,1,2]."
@@ -122,18 +127,22 @@ class PixelFormat:
     def _counterpart(self, path: Path, word: str) -> Path:
         pattern = re.compile(rf"(?<![A-Za-z0-9]){re.escape(self.files[0])}(?![A-Za-z0-9])")
         parts = [*path.absolute().parent.parts]
-        stem, words = path.stem, f"data.pixels.files=[{','.join(self.files)}]"
-        found = [number for number, part in enumerate(parts) if pattern.search(part)]
-        if not found and not pattern.search(stem):
-            raise UserError(f"{path} has no `{self.files[0]}` in its path, as {words} demands. Give such a file.")
-        for number in found[-1:]:
+        places = [number for number, part in enumerate(parts) if pattern.search(part)]
+        for number in places[-1:]:
             parts[number] = pattern.sub(lambda _: word, parts[number])
-        target = Path(*parts) / pattern.sub(lambda _: word, stem)
-        for suffix in (path.suffix, *PIXEL_SUFFIXES):
-            other = target.with_name(f"{target.name}{suffix}")
-            if other.exists():
-                return other
-        raise UserError(f"{path} has no file of `{word}`: {target}.* is missing. Add it, or correct {words}.")
+        renamed = pattern.sub(lambda _: word, path.stem)
+        words = f"data.pixels.files=[{','.join(self.files)}]"
+        if not places and renamed == path.stem:
+            raise UserError(f"{path} has no `{self.files[0]}` in its path, as {words} demands. Give such a file.")
+        targets = [Path(*parts) / renamed]
+        if renamed != path.stem:
+            targets.append(path.parent / renamed)  # a folder above may have the word by chance
+        for target in targets:
+            for suffix in (path.suffix, *PIXEL_SUFFIXES):
+                other = target.with_name(f"{target.name}{suffix}")
+                if other.exists():
+                    return other
+        raise UserError(f"{path} has no file of `{word}`: {targets[0]}.* is missing. Add it, or correct {words}.")
 
 
 def check_rgb(pixels: PixelFormat, what: str) -> None:

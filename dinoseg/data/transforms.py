@@ -376,14 +376,16 @@ class Augment:
 def _by_three(
     change: Callable[[np.ndarray, Sequence[int]], np.ndarray], image: np.ndarray, fill: Sequence[int] = ()
 ) -> np.ndarray:
-    """Return `change(part, fill of part)` of an image (H, W, C), three channels at a time.
+    """Return `change(part, fill of part)` of an image (H, W, C): three channels at a time, and the last ones alone.
 
-    OpenCV pads at most four channels with values of their own.
+    OpenCV pads at most four channels with values of their own, and interpolates pairs of channels in coarse steps.
     """
-    if image.shape[2] == 3:
+    channels = image.shape[2]
+    if channels == 3:
         return change(image, fill)
-    starts = range(0, image.shape[2], 3)
-    return np.dstack([change(np.ascontiguousarray(image[..., at : at + 3]), fill[at : at + 3]) for at in starts])
+    whole = channels - channels % 3
+    parts = [slice(at, at + 3) for at in range(0, whole, 3)] + [slice(at, at + 1) for at in range(whole, channels)]
+    return np.dstack([change(np.ascontiguousarray(image[..., part]), fill[part]) for part in parts])
 
 
 def _whole_crop_start(room: float, uniform: float) -> float:

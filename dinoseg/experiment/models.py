@@ -27,6 +27,11 @@ from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Natural, check_value
 from dinoseg.utils.tensor_files import check_file
 
+_PIXELS = {  # parameters of `PixelFormat` to keys
+    "channels": "data.channels",
+    **{name: f"data.pixels.{name}" for name in ("files", "order", "value_range")},
+}
+
 
 class ModelBuilder:
     """Builder of the model that a config describes.
@@ -144,9 +149,10 @@ class ModelBuilder:
         """The format of the images of the dataset; RGB if the config has no dataset.
 
         Raises:
-            UserError: the keys of `data.pixels` contradict each other.
+            UserError: a value is out of range, or the keys of `data.pixels` contradict each other.
         """
-        return PixelFormat() if self.value("data.pixels") is None else self.part("data.pixels")
+        with name_parameters(_PIXELS):
+            return PixelFormat(**self.arguments(PixelFormat, _PIXELS))
 
     def engine(self, **overrides: Any) -> Engine:
         """Return the engine of the config, with overrides of its values."""

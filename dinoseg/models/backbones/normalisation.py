@@ -55,7 +55,7 @@ def resolve_colours(
 def _for_channels(name: str, given: Sequence[float] | None, rgb: Sequence[float], channels: int) -> Sequence[float]:
     """Return the given values, or those of red, green and blue followed by their average."""
     if given is not None and len(given) != channels:
-        raise UserError(f"{name}={list(given)} has {len(given)} values, and channels={channels}. Give one for each.")
+        raise UserError(f"{name}={list(given)}: give {channels} numbers, one for each channel.")
     if given is not None or channels == 3:
         return rgb if given is None else given
     average = sum(rgb) / 3

@@ -78,6 +78,8 @@ def adapt_input(convolution: nn.Conv2d, channels: int, channel_weights: Sequence
             f"channel_weights={list(channel_weights)} has {len(channel_weights)} numbers, and channels={channels}. "
             "Give one for each channel."
         )
+    if channels > _COLOURS and type(convolution) is nn.Conv2d:
+        convolution.__class__ = InputConvolution
     stored = convolution.in_channels
     if channels == stored and channel_weights is None:
         return
@@ -90,5 +92,3 @@ def adapt_input(convolution: nn.Conv2d, channels: int, channel_weights: Sequence
     kernel = adapt_input_kernel(convolution.weight.detach(), channels, channel_weights)
     convolution.weight = nn.Parameter(kernel, requires_grad=convolution.weight.requires_grad)
     convolution.in_channels = channels
-    if type(convolution) is nn.Conv2d:
-        convolution.__class__ = InputConvolution

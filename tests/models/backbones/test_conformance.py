@@ -155,9 +155,9 @@ def test_a_patch_size_below_one_is_refused(build, patch_size):
 @pytest.mark.parametrize(
     ("key", "values", "rule"),
     [
-        ("mean", [0.5, 0.5], "give three numbers"),
-        ("mean", [], "give three numbers"),
-        ("std", [0.2] * 4, "give three numbers"),
+        ("mean", [0.5, 0.5], "give 3 numbers"),
+        ("mean", [], "give 3 numbers"),
+        ("std", [0.2] * 4, "give 3 numbers"),
         (
             "mean",
             [0.5, float("nan"), 0.5],

@@ -114,6 +114,6 @@ def test_weights_that_are_not_finite_floats_are_refused_by_name(tmp_path, monkey
         build("test_resnet", weights=str(file))
     spoilt = build("test_resnet").model
     torch.nn.init.constant_(next(spoilt.parameters()), float("nan"))
-    monkeypatch.setattr(timm_backbone, "_create", lambda name, download: spoilt)
+    monkeypatch.setattr(timm_backbone, "_create", lambda name, **_: spoilt)
     with pytest.raises(UserError, match=r"^weights=timm \(test_resnet\): .* holds NaN"):
         build("test_resnet", weights="timm")

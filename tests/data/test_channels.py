@@ -1,0 +1,302 @@
+"""Images of any number of channels: their files, levels, views and packed items."""
+
+import dataclasses
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinoseg.core.channels import PixelFormat, check_rgb
+from dinoseg.core.geometry import to_unit_range
+from dinoseg.core.shapes import Batch
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.custom import CustomDataset
+from dinoseg.data.packed.pack import pack
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.photometric import PhotometricDistortion
+from dinoseg.data.scan.measure import measure
+from dinoseg.data.transforms import Affine, Augment, ColorJitter
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.levels import read_levels, to_display
+
+SIZE = (21, 34)
+
+
+def levels(channels, dtype=np.uint8, seed=0, size=SIZE):
+    most = np.iinfo(dtype).max
+    return np.random.default_rng(seed).integers(0, most + 1, (*size, channels)).astype(dtype)
+
+
+def save_pages(path, pages):
+    first, *others = [Image.fromarray(page) for page in pages]
+    first.save(path, save_all=True, append_images=others)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_files_of_8_and_16_bits_keep_their_levels(suffix, channels, dtype, tmp_path):
+    image, path = levels(channels, dtype), tmp_path / f"a{suffix}"
+    order = [2, 1, 0, 3][:channels] if channels > 1 else [0]
+    cv2.imwrite(str(path), image[..., order])
+    assert np.array_equal(read_levels(path, None), image)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_pages_are_channels(dtype, tmp_path):
+    image = levels(7, dtype)
+    save_pages(tmp_path / "a.tif", np.moveaxis(image, 2, 0))
+    assert np.array_equal(PixelFormat(7).read(tmp_path / "a.tif"), image)
+    assert np.array_equal(PixelFormat(2, order=[6, 0]).read(tmp_path / "a.tif"), image[..., [6, 0]])
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2", "<f4", "<f8", "<f2", "<i4"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_keep_their_levels(order, dtype, tmp_path):
+    values = np.asarray(np.random.default_rng(0).integers(0, 200, (*SIZE, 5)).astype(dtype), order=order)
+    np.save(tmp_path / "a.npy", values)
+    value_range = None if np.dtype(dtype).kind == "u" else [-50, 205]
+    found = read_levels(tmp_path / "a.npy", value_range)
+    wanted = values if value_range is None else np.round((values.astype(float) + 50) * 257)
+    assert np.array_equal(found, wanted)
+    assert PixelFormat(5).size(tmp_path / "a.npy") == SIZE
+
+
+def test_floats_of_a_tiff_are_levels_of_their_range(tmp_path):
+    values = np.linspace(-3, 5, 21 * 34, dtype=np.float32).reshape(SIZE)
+    save_pages(tmp_path / "a.tif", [values, values[::-1]])
+    found = PixelFormat(2, value_range=(-3, 5)).read(tmp_path / "a.tif")
+    assert found.dtype == np.uint16
+    assert np.abs(found[..., 0] / 65535 * 8 - 3 - values).max() < 8 / 65535
+
+
+def test_8_bits_beside_16_keep_their_share_of_white(tmp_path):
+    rgb, infrared = levels(3), levels(1, np.uint16)[..., 0]
+    for folder, image in (("images", rgb), ("nir", infrared)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(image).save(tmp_path / folder / "a.png")
+    found = PixelFormat(4, ("images", "nir")).read(tmp_path / "images/a.png")
+    assert np.array_equal(found[..., 3], infrared)
+    of_rgb, of_all = (to_unit_range(torch.from_numpy(each)) for each in (rgb, found))
+    assert torch.equal(of_rgb, of_all[..., :3])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("images/a.jpg", "nir/a.png"),
+        ("x_images.png", "x_nir.png"),
+        ("images/sub/a_images.png", "nir/sub/a_nir.tif"),
+        ("old/images/images/a.png", "old/images/nir/a.npy"),
+    ],
+)
+def test_further_files_are_found_by_their_word(first, second, tmp_path):
+    root = tmp_path / "images" / "my_images_1"
+    for name in (first, second):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    assert PixelFormat(4, ("images", "nir")).paths(root / first) == [root / first, root / second]
+
+
+def save_sample(root, channels=4):
+    for folder, image in (("rgb", levels(3)), ("nir", levels(channels - 3, seed=1)[..., 0])):
+        (root / folder).mkdir(exist_ok=True)
+        Image.fromarray(image).save(root / folder / "a.png")
+    return root / "rgb/a.png"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"files": ["rgb", "nir"]}, "3 . 1 channels, and data.channels=3"),
+        ({"channels": 4, "files": ["rgb", "depth"]}, "no file of `depth`"),
+        ({"channels": 4, "files": ["images", "nir"]}, "no `images` in its path"),
+        ({"channels": 4, "order": [0, 1, 2, 9], "files": ["rgb", "nir"]}, "order"),
+        ({"channels": 4, "order": [0, 1]}, "2 numbers"),
+        ({"files": ["rgb"]}, "at least two"),
+        ({"value_range": (5, 5)}, "lowest < highest"),
+    ],
+)
+def test_a_format_that_does_not_fit_is_refused(values, message, tmp_path):
+    path = save_sample(tmp_path)
+    with pytest.raises(UserError, match=message):
+        PixelFormat(**values).read(path)
+
+
+def test_files_of_different_sizes_are_refused(tmp_path):
+    path = save_sample(tmp_path)
+    Image.fromarray(levels(1, size=(5, 6))[..., 0]).save(tmp_path / "nir/a.png")
+    for function in ("read", "size"):
+        with pytest.raises(UserError, match="5 x 6 pixels, and .* 21 x 34"):
+            getattr(PixelFormat(4, ("rgb", "nir")), function)(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "value_range", "message"),
+    [
+        (np.zeros((4, 4), np.float32), None, "unknown range"),
+        (np.full((4, 4), np.nan), [0, 1], "nan"),
+        (np.full((4, 4), 2.0), [0, 1], "from 2 to 2"),
+        (np.zeros((4, 4), bool), None, "bool"),
+        (np.zeros((4, 4), object), None, "object"),
+        (np.zeros((2, 4, 4, 3), np.uint8), None, "[2, 4, 4, 3]"),
+        (np.zeros((0, 4), np.uint8), None, "[0, 4]"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(values, value_range, message, tmp_path):
+    np.save(tmp_path / "a.npy", values)
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+        read_levels(tmp_path / "a.npy", value_range)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, levels(4))
+    content = path.read_bytes()
+    for part, message in ((content[:200], "truncated"), (b"no array", "no array"), (b"", "no array")):
+        path.write_bytes(part)
+        with pytest.raises(UserError, match=message):
+            read_levels(path, None)
+    with pytest.raises(UserError, match="not found"):
+        read_levels(tmp_path / "b.npy", None)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("resample", ["area", "antialias", "bilinear"])
+@pytest.mark.parametrize("padding", ["spread", "end"])
+def test_views_move_all_channels_alike(padding, resample, channels, dtype):
+    """A view of several channels is that of each channel alone."""
+    image, mask = levels(channels, dtype, size=(50, 40)), np.zeros((50, 40), np.uint8)
+    moves = {"scale": (0.4, 0.9), "padding": padding, "resample": resample, "fill": (9, 9, 9)}
+    augment = Augment((32, 48), affine=Affine(degrees=0 if padding == "end" else 20), **moves)
+    seen, _ = augment(image, mask, np.random.default_rng(3))
+    assert seen.dtype == dtype and seen.shape == (32, 48, channels)
+    for channel in range(channels):
+        alone, _ = augment(image[..., [channel]], mask, np.random.default_rng(3))
+        assert np.array_equal(seen[..., channel], alone[..., 0])
+
+
+def test_views_of_rgb_do_not_depend_on_further_channels():
+    image, mask = levels(5, size=(50, 40)), np.zeros((50, 40), np.uint8)
+    jitter = ColorJitter(0.4, 0.4, 0.4, 0.2)
+    augment, plain = (Augment((32, 48), scale=(0.5, 2), flip=0.5, color=color) for color in (jitter, ColorJitter()))
+    for seed in range(5):
+        seen, rgb = (augment(image[..., :count], mask, np.random.default_rng(seed))[0] for count in (5, 3))
+        unchanged, _ = plain(image, mask, np.random.default_rng(seed))
+        assert np.array_equal(seen[..., :3], rgb) and not np.array_equal(rgb, unchanged[..., :3])
+        assert np.array_equal(seen[..., 3:], unchanged[..., 3:])
+
+
+def test_views_of_16_bits_are_those_of_8():
+    image, mask = levels(4, size=(50, 40)), np.zeros((50, 40), np.uint8)
+    augment = Augment((32, 48), scale=(0.5, 2), color=ColorJitter(0.2, 0.2, 0.2, 0.1))
+    seen, deep = (augment(each, mask, np.random.default_rng(1))[0] for each in (image, image.astype(np.uint16) * 257))
+    assert np.abs(deep / 257 - seen).max() < 1.01
+
+
+def test_photometric_distortion_refuses_16_bits():
+    with pytest.raises(UserError, match="color=jitter"):
+        PhotometricDistortion(0.1, 0.1, 0.1, 0.1)(levels(3, np.uint16), np.zeros(9))
+
+
+def test_padding_has_the_fill_of_each_channel():
+    image, mask = levels(5, np.uint16, size=(4, 4)), np.zeros((4, 4), np.uint8)
+    seen, _ = Augment((8, 8), padding="end", fill=(0, 30, 60))(image, mask, np.random.default_rng(0))
+    assert (seen[-1, -1] == 257 * np.array([0, 30, 60, 30, 30])).all()
+
+
+def dataset(root, count=3, **values):
+    """Return a dataset of RGB in 8 bits and infrared in 16."""
+    pixels, pairs = PixelFormat(4, ("rgb", "nir"), **values), []
+    for folder in ("rgb", "nir", "masks"):
+        (root / folder).mkdir()
+    for number in range(count):
+        mask = (levels(1, seed=9)[..., 0] > 100).astype(np.uint8)
+        files = (("rgb", levels(3, seed=number)), ("nir", levels(1, np.uint16, seed=number)[..., 0]), ("masks", mask))
+        for folder, array in files:
+            Image.fromarray(array).save(root / folder / f"{number}.png")
+        pairs.append(Pair(f"{number}", root / f"rgb/{number}.png", root / f"masks/{number}.png"))
+    data = PairDataset(pairs, Labels.of(["a", "b"], None, 255), Masks())
+    data.read_as(pixels)
+    return data
+
+
+def test_packed_items_keep_channels_and_depth(tmp_path):
+    data = dataset(tmp_path)
+    packed = pack(data, cache_dir=tmp_path / "cache", workers=1)
+    for first, second in zip(data, packed, strict=True):
+        assert second["image"].dtype == torch.uint16 and second["image"].shape == (4, *SIZE)
+        assert torch.equal(first["image"], second["image"]) and torch.equal(first["mask"], second["mask"])
+    reduced = pack(data, cache_dir=tmp_path / "cache", longest=16, workers=1)
+    assert reduced[0]["image"].shape == (4, 10, 16) and np.array_equal(reduced.mask(0), reduced[0]["mask"].numpy())
+
+
+def test_a_changed_file_or_format_is_other_data(tmp_path):
+    data = dataset(tmp_path)
+    prints, hashes = {data.fingerprint()}, {data.image_hash(0)}
+    Image.fromarray(levels(1, np.uint16, seed=7)[..., 0]).save(tmp_path / "nir/0.png")
+    prints.add(data.fingerprint())
+    hashes.add(data.image_hash(0))
+    data.pairs = [dataclasses.replace(pair, image=pair.image.path) for pair in data.pairs]
+    data.read_as(PixelFormat(4, ("rgb", "nir"), order=(3, 0, 1, 2)))
+    prints.add(data.fingerprint())
+    hashes.add(data.image_hash(0))
+    assert len(prints) == len(hashes) == 3
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_the_data_check_reports_a_missing_file(images, tmp_path):
+    data = dataset(tmp_path)
+    assert not measure(data.pairs[0], data.reader, images=images).problems
+    (tmp_path / "nir/0.png").unlink()
+    record = measure(data.pairs[0], data.reader, images=images)
+    assert "no file of `nir`" in record.problems["unreadable_image"]
+
+
+def test_batches_of_16_bits_split_and_move(tmp_path):
+    batch = Batch.stack(list(dataset(tmp_path)))
+    parts = batch.to(torch.device("cpu")).split(2)
+    assert torch.equal(torch.cat([to_unit_range(part.image) for part in parts]), to_unit_range(batch.image))
+
+
+class Samples:
+    """Dataset of a class outside the package."""
+
+    classes, palette, ignore_index, names = ["a", "b"], [(0, 0, 0), (9, 9, 9)], 255, ["x"]
+
+    def __init__(self, image):
+        self.image = image
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return {"image": self.image, "mask": torch.zeros(self.image.shape[1:], dtype=torch.uint8), "name": "x"}
+
+
+def test_own_datasets_have_the_declared_channels():
+    for dtype in (torch.uint8, torch.uint16):
+        image = torch.zeros(4, 5, 6, dtype=dtype)
+        assert CustomDataset(Samples(image), channels=4)[0]["image"] is image
+        with pytest.raises(UserError, match=r"\(3, H, W\)"):
+            CustomDataset(Samples(image))[0]
+    with pytest.raises(UserError, match="uint16"):
+        CustomDataset(Samples(torch.zeros(4, 5, 6)), channels=4)[0]
+
+
+def test_figures_show_the_first_three_channels():
+    image = levels(5, np.uint16)
+    assert np.array_equal(to_display(image), np.round(image[..., :3] / 257).astype(np.uint8))
+    grey = to_display(levels(2))
+    assert grey.dtype == np.uint8 and np.array_equal(grey, levels(2)[..., [0, 0, 0]])
+
+
+def test_what_reads_rgb_only_refuses_other_channels():
+    check_rgb(PixelFormat(), "a frame of a video")
+    with pytest.raises(UserError, match=r"A frame of a video has 3 channels .* data.channels=5"):
+        check_rgb(PixelFormat(5), "a frame of a video")

@@ -1,0 +1,172 @@
+"""A training on colour and infrared images in files of their own, and all that is done with its model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from command_line import SMALL, call
+from making import save, write_video
+from safetensors.torch import load_file
+
+import dinoseg
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids
+
+SMALL_MODEL = [word for word in SMALL if not word.startswith(("trainer.steps", "data.batch_size"))]
+TRAIN = (*SMALL_MODEL, "mode=train", "data.batch_size=4", "mode.report=false", "mode.pictures=1", "head=linear")
+NIR = ("data.channels=4", "data.pixels.files=[images,nir]")
+FEW = ("trainer.steps=4", "trainer.val_every=2", "trainer.save_every=2", "mode.metrics_only=true")
+pytestmark = pytest.mark.heavy
+
+
+def render(root, split, count, seed):
+    """Write images whose class `bright` is visible in the infrared alone."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        mask = np.zeros((40, 56), np.uint8)
+        top, left = rng.integers(0, 20), rng.integers(0, 30)
+        mask[top : top + 20, left : left + 26] = 1
+        save(root / split / f"images/{number}.png", rng.integers(60, 120, (40, 56, 3)))
+        infrared = rng.integers(8000, 14000, (40, 56)) + 30000 * mask.astype(int)
+        save(root / split / f"nir/{number}.tif", infrared, dtype=np.uint16)
+        save(root / split / f"masks/{number}.png", mask)
+
+
+def run(where, *words):
+    done = call(where, *words)
+    assert done.status == 0, done.err
+    return done
+
+
+def tensors(where, name):
+    return load_file(where / name / "checkpoints/last.safetensors")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    where = tmp_path_factory.mktemp("channels")
+    render(where / "data", "train", 12, 0)
+    render(where / "data", "val", 4, 1)
+    run(where, *TRAIN, *NIR, "trainer.steps=60", "optim.optimizer.lr=1e-3", "hydra.run.dir=nir")
+    return where
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+def miou(run_folder):
+    return json.loads((run_folder / "evaluation/scores.json").read_text())["miou"]
+
+
+def test_a_fourth_channel_helps(place):
+    run(place, *TRAIN, "trainer.steps=60", "optim.optimizer.lr=1e-3", "hydra.run.dir=rgb")
+    assert miou(place / "nir") > 0.7 > 0.6 > miou(place / "rgb")
+
+
+def test_evaluation_and_prediction_read_all_files(place):
+    run(place, "mode=eval", "resume=nir", "engine=cpu", "hydra.run.dir=scored")
+    run(place, "mode=predict", "resume=nir", "input=data/val/images", "engine=cpu", "hydra.run.dir=predicted")
+    run(place, "mode=predict", "resume=nir", "input=val", "engine=cpu", "hydra.run.dir=split")
+    model = dinoseg.load(place / "nir", device="cpu")
+    for path in sorted((place / "data/val/images").iterdir()):
+        ids = read_ids(place / f"predicted/masks/{path.stem}.png")
+        assert np.array_equal(ids, read_ids(place / f"split/masks/{path.stem}.png"))
+        assert np.array_equal(ids, read_ids(place / f"scored/predictions/{path.stem}_pred.png"))
+        found = model.predict(path)
+        assert np.array_equal(ids, found.mask) and found.image.shape == (40, 56, 4)
+        assert found.overlay().shape == (40, 56, 3)
+        assert np.array_equal(model.predict(found.image).mask, ids)
+
+
+def test_exports_keep_the_channels(here):
+    run(here, "mode=export", "export=onnx", "resume=nir", "engine=cpu", "hydra.run.dir=onnx")
+    run(here, "mode=export", "export=safetensors", "resume=nir", "engine=cpu", "hydra.run.dir=file")
+    run(here, "mode=export", "export=program", "resume=nir", "engine=cpu", "hydra.run.dir=program")
+    source = dinoseg.load(here / "nir", device="cpu", precision="fp32")
+    files = {here / "onnx/model.onnx": {}, here / "file/model.safetensors": {"precision": "fp32"}}
+    for path, options in files.items():
+        model = dinoseg.load(path, device="cpu", **options)
+        for image in sorted((here / "data/val/images").iterdir()):
+            wanted, found = source.predict(image), model.predict(image)
+            assert np.array_equal(wanted.mask, found.mask)
+            np.testing.assert_allclose(wanted.probabilities, found.probabilities, atol=1e-4)
+        with pytest.raises(UserError, match=r"\[40, 56, 3\]"):
+            model.predict(np.zeros((40, 56, 3), np.uint8))
+    with pytest.raises(UserError, match="export_onnx"):
+        dinoseg.export_onnx(source, [np.zeros((40, 56, 4), np.uint8)], out_dir=here / "never")
+
+
+def test_a_resumed_training_is_that_of_one_run(place):
+    constant = ("optim.schedule.warmup=0", "optim.schedule.kind=constant")
+    run(place, *TRAIN, *NIR, *FEW, *constant, "hydra.run.dir=whole")
+    run(place, *TRAIN, *NIR, *FEW, *constant, "trainer.steps=2", "hydra.run.dir=half")
+    run(place, "mode=train", "resume=half", "trainer.steps=4", "engine=cpu", "engine.workers=0")
+    wanted, found = tensors(place, "whole"), tensors(place, "half")
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert wanted["model/backbone.model.embeddings.patch_embeddings.weight"].shape[1] == 4
+
+
+@pytest.mark.parametrize("words", [("data.cache=packed",), ("engine.workers=1",)])
+def test_caches_and_workers_change_no_bit(words, place):
+    run(place, *TRAIN, *NIR, *FEW, "hydra.run.dir=plain")
+    run(place, *TRAIN, *NIR, *FEW, *words, "hydra.run.dir=other")
+    wanted, found = tensors(place, "plain"), tensors(place, "other")
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_cached_features_have_their_channels(place):
+    fixed = ("adapter=frozen", "data.views=1", "engine.precision=fp32", "features.dtype=float32")
+    for cache in ("disk", "off"):
+        run(place, *TRAIN, *NIR, *FEW, *fixed, f"engine.cache={cache}", f"hydra.run.dir={cache}")
+    wanted, found = tensors(place, "off"), tensors(place, "disk")
+    for name in wanted:
+        torch.testing.assert_close(found[name].double(), wanted[name].double(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_fourth_channel_of_zeros_is_the_model_of_three():
+    x = torch.rand(2, 3, 40, 56)
+    zeros = {"data.channels": 4, "backbone.channel_weights": [1, 1, 1, 0]}
+    for head in ("linear", "dpt", "eomt"):
+        three, four = (dinoseg.create_model("tiny", head=head, num_classes=3, **keys).eval() for keys in ({}, zeros))
+        assert torch.equal(three(x), four(torch.cat([x, torch.zeros(2, 1, 40, 56)], 1)))
+        with pytest.raises(UserError, match=r"\(B, 4, H, W\)"):
+            four(x)
+
+
+def test_16_bits_enter_own_loops():
+    model = dinoseg.create_model("tiny", num_classes=2, **{"data.channels": 5}).eval()
+    levels = torch.from_numpy(np.random.default_rng(0).integers(0, 2**16, (1, 5, 40, 56)).astype(np.uint16))
+    assert torch.equal(model(levels), model(levels.float() / 65535))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("mode=predict", "resume=nir", "input=film.avi"), "film.avi has 3 channels"),
+        (("mode=track", "resume=nir", "input=film.avi"), "film.avi has 3 channels"),
+        (("mode=serve", "resume=nir", "mode.port=0"), "upload has 3 channels"),
+        (("mode=app", "resume=nir", "mode.port=0"), "upload has 3 channels"),
+        ((*TRAIN, "trainer=distil", "teacher=nir", "trainer.steps=1"), "takes images of 4 channels"),
+        ((*TRAIN, "data.channels=4"), "has 3 channels"),
+        (
+            (
+                *TRAIN,
+                *NIR,
+                "backbone.arch.num_hidden_layers=4",
+                "head=mask2former",
+                "head.num_heads=4",
+                "loss=mask_classification",
+            ),
+            "reads the pixels as RGB",
+        ),
+    ],
+)
+def test_another_number_of_channels_is_refused(words, message, place):
+    if not (place / "film.avi").exists():
+        write_video(place / "film.avi", 3)
+    done = call(place, *words, "engine=cpu", "hydra.run.dir=refused")
+    assert done.status != 0 and message in done.err
