@@ -276,6 +276,41 @@ def test_group_at_a_place_without_one_is_named(tmp_path):
     assert found.startswith("error: Could not override 'head@x'"), found
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("split: val", "mode=mine: its YAML file must set `_target_"),
+        ("[first, second]", "mine.yaml is not a config file (a list)"),
+        ("{_target_: my.run, _partial_: true, resume_from: newest}", "mode=mine: resume_from=newest is unknown"),
+        ("{_target_: my.run, _partial_: true, keeps_folder: maybe}", "mode=mine: keeps_folder=maybe is of type str"),
+        ("{defaults: data, _target_: my.run, _partial_: true}", "defaults"),
+    ],
+)
+def test_faulty_file_of_a_mode_is_named(tmp_path, text, message):
+    (tmp_path / "configs/mode").mkdir(parents=True)
+    (tmp_path / "configs/mode/mine.yaml").write_text(text)
+    found = refused(tmp_path, "mode=mine", "--config-dir", "configs")
+    assert found.startswith("error: ") and message in found and len(found.splitlines()) == 1, found
+
+
+@pytest.mark.parametrize("source", ["http://a.b/c", "nowhere", "file://nowhere", "pkg://no.where", "pkg://dinoseg.no"])
+def test_missing_folder_of_the_search_path_is_named(tmp_path, source):
+    found = refused(tmp_path, *TRAIN, f"hydra.searchpath=[{source}]")
+    assert f"{source} is not found" in found and len(found.splitlines()) == 1, found
+
+
+@pytest.mark.parametrize("word", ["head=[linear,mlp]", "trainer=[supervised]", "hparam=[demo]"])
+def test_list_for_a_group_of_one_option_is_refused(tmp_path, word):
+    found = refused(tmp_path, *TRAIN, word)
+    assert found.startswith(f"error: {word} is a list, and {word.partition('=')[0]} takes one option."), found
+
+
+@pytest.mark.parametrize("word", ["+head@extra=mlp", "+head@resolution.x=mlp", "+tracker=dinov3", "+prepare=idd"])
+def test_group_that_nothing_reads_is_refused(tmp_path, word):
+    found = refused(tmp_path, *TRAIN, word)
+    assert found.startswith(f"error: {word.partition('=')[0]} adds a key that nothing reads"), found
+
+
 @pytest.mark.parametrize("group", ["mode", "loss", "head"])
 def test_group_without_keys_in_a_recipe_is_named(tmp_path, group):
     (tmp_path / "configs/hparam").mkdir(parents=True)
