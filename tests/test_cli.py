@@ -280,7 +280,7 @@ def test_group_at_a_place_without_one_is_named(tmp_path):
     ("text", "message"),
     [
         ("split: val", "mode=mine: its YAML file must set `_target_"),
-        ("[first, second]", "mine.yaml is not a config file (a list)"),
+        ("[first, second]", "mode=mine: its YAML file must set `_target_"),
         ("{_target_: my.run, _partial_: true, resume_from: newest}", "mode=mine: resume_from=newest is unknown"),
         ("{_target_: my.run, _partial_: true, keeps_folder: maybe}", "mode=mine: keeps_folder=maybe is of type str"),
         ("{defaults: data, _target_: my.run, _partial_: true}", "defaults"),

@@ -288,8 +288,7 @@ def _unreadable_file(error: Exception, folders: Sequence[Path]) -> str:
     """
     for path in (path for folder in folders[1:] for path in sorted(folder.rglob("*.yaml")) if path.is_file()):
         try:
-            if OmegaConf.is_list(OmegaConf.load(path)):
-                raise ValueError("a list")
+            OmegaConf.load(path)
         except (OSError, ValueError, RecursionError, OmegaConfBaseException) as reason:
             text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
             return f"{path} is not a config file ({text}). Write keys and values into it, as UTF-8."
