@@ -293,6 +293,25 @@ def test_faulty_file_of_a_mode_is_named(tmp_path, text, message):
     assert found.startswith("error: ") and message in found and len(found.splitlines()) == 1, found
 
 
+def test_null_in_a_defaults_list_is_refused_before_training(tmp_path):
+    (tmp_path / "configs/head").mkdir(parents=True)
+    (tmp_path / "configs/head/mine.yaml").write_text("defaults: [mlp, /loss: null, _self_]")
+    write_data(tmp_path / "data")
+    found = refused(tmp_path, *TRAIN, "head=mine", "--config-dir", "configs")
+    assert "error: The defaults list of a config file sets loss@head.loss to null" in found
+
+
+def test_refused_resume_leaves_no_config(tmp_path):
+    write_data(tmp_path / "data")
+    words = [word for word in TRAIN if not word.startswith("adapter=")]
+    run = (*words, "trainer=multi_head", "heads=[linear,mlp]", "hydra.run.dir=run")
+    assert call(tmp_path, *run).status == 0
+    before = {*tmp_path.rglob("*")}
+    for words in (["resume=run/heads/mlp"], ["resume=run", "data.root=nowhere"]):
+        refused(tmp_path, "mode=train", *words, "trainer.steps=4")
+        assert {*tmp_path.rglob("*")} == before, words
+
+
 @pytest.mark.parametrize("source", ["http://a.b/c", "nowhere", "file://nowhere", "pkg://no.where", "pkg://dinoseg.no"])
 def test_missing_folder_of_the_search_path_is_named(tmp_path, source):
     found = refused(tmp_path, *TRAIN, f"hydra.searchpath=[{source}]")
