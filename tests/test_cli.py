@@ -276,6 +276,60 @@ def test_group_at_a_place_without_one_is_named(tmp_path):
     assert found.startswith("error: Could not override 'head@x'"), found
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("split: val", "mode=mine: its YAML file must set `_target_"),
+        ("[first, second]", "mode=mine: its YAML file must set `_target_"),
+        ("{_target_: my.run, _partial_: true, resume_from: newest}", "mode=mine: resume_from=newest is unknown"),
+        ("{_target_: my.run, _partial_: true, keeps_folder: maybe}", "mode=mine: keeps_folder=maybe is of type str"),
+        ("{defaults: data, _target_: my.run, _partial_: true}", "defaults"),
+    ],
+)
+def test_faulty_file_of_a_mode_is_named(tmp_path, text, message):
+    (tmp_path / "configs/mode").mkdir(parents=True)
+    (tmp_path / "configs/mode/mine.yaml").write_text(text)
+    found = refused(tmp_path, "mode=mine", "--config-dir", "configs")
+    assert found.startswith("error: ") and message in found and len(found.splitlines()) == 1, found
+
+
+def test_null_in_a_defaults_list_is_refused_before_training(tmp_path):
+    (tmp_path / "configs/head").mkdir(parents=True)
+    (tmp_path / "configs/head/mine.yaml").write_text("defaults: [mlp, /loss: null, _self_]")
+    write_data(tmp_path / "data")
+    found = refused(tmp_path, *TRAIN, "head=mine", "--config-dir", "configs")
+    assert "error: The defaults list of a config file sets loss@head.loss to null" in found
+
+
+def test_refused_resume_leaves_no_config(tmp_path):
+    write_data(tmp_path / "data")
+    words = [word for word in TRAIN if not word.startswith("adapter=")]
+    run = (*words, "trainer=multi_head", "heads=[linear,mlp]", "hydra.run.dir=run")
+    assert call(tmp_path, *run).status == 0
+    before = {*tmp_path.rglob("*")}
+    for words in (["resume=run/heads/mlp"], ["resume=run", "data.root=nowhere"]):
+        refused(tmp_path, "mode=train", *words, "trainer.steps=4")
+        assert {*tmp_path.rglob("*")} == before, words
+
+
+@pytest.mark.parametrize("source", ["http://a.b/c", "nowhere", "file://nowhere", "pkg://no.where", "pkg://dinoseg.no"])
+def test_missing_folder_of_the_search_path_is_named(tmp_path, source):
+    found = refused(tmp_path, *TRAIN, f"hydra.searchpath=[{source}]")
+    assert f"{source} is not found" in found and len(found.splitlines()) == 1, found
+
+
+@pytest.mark.parametrize("word", ["head=[linear,mlp]", "trainer=[supervised]", "hparam=[demo]"])
+def test_list_for_a_group_of_one_option_is_refused(tmp_path, word):
+    found = refused(tmp_path, *TRAIN, word)
+    assert found.startswith(f"error: {word} is a list, and {word.partition('=')[0]} takes one option."), found
+
+
+@pytest.mark.parametrize("word", ["+head@extra=mlp", "+head@resolution.x=mlp", "+tracker=dinov3", "+prepare=idd"])
+def test_group_that_nothing_reads_is_refused(tmp_path, word):
+    found = refused(tmp_path, *TRAIN, word)
+    assert found.startswith(f"error: {word.partition('=')[0]} adds a key that nothing reads"), found
+
+
 @pytest.mark.parametrize("group", ["mode", "loss", "head"])
 def test_group_without_keys_in_a_recipe_is_named(tmp_path, group):
     (tmp_path / "configs/hparam").mkdir(parents=True)

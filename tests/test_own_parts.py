@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from command_line import SLOTS, SMALL, call
+from command_line import SLOTS, SMALL, call, write_data
 from docs_pages import OURS, ROOT, blocks, commands
 from omegaconf import OmegaConf
 
@@ -28,6 +28,7 @@ MODEL = [word for word in SMALL if not word.startswith(("data=", "data.classes="
 OPTIONS = {  # of docs/extending.md
     "backbone": "patches",
     **{
+        "adapter": "biases",
         "head": "bottleneck",
         "loss": "poly",
         "metric": "rare",
@@ -132,7 +133,7 @@ def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, d
     assert all("train/variation" in row for row in read_rows(tmp_path / "RUN/metrics.jsonl") if "train/loss" in row)
     saved = checkpoint.describe(tmp_path / "RUN/checkpoints/last.safetensors")
     chosen = {group: option for group, option in saved["choices"].items() if group in OPTIONS}
-    assert chosen.pop("backbone") == "tiny"
+    assert chosen.pop("backbone") == "tiny" and chosen.pop("adapter") == "full"
     assert chosen == {group: OPTIONS[group] for group in ("head", "loss", "data", "trainer")} | {"metric": ["rare"]}
     assert "logger" not in saved["config"]
     machine = ("engine=cpu", "engine.workers=0")
@@ -150,9 +151,8 @@ def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, d
     rows = [line.split(",") for line in (tmp_path / "RUN/losses.csv").read_text().split()]
     assert [name for name, _ in rows] == ["1", "2", "mIoU", "3", "4", "mIoU"]
     run(own_backbone, *machine, "trainer.steps=2", "hydra.run.dir=BACKBONE")
-    assert "patches, adapter=full" in repr(
-        load(tmp_path / "BACKBONE", device="cpu", config_dir=tmp_path / "mine/config")
-    )
+    own = load(tmp_path / "BACKBONE", device="cpu", config_dir=tmp_path / "mine/config")
+    assert "patches, adapter=biases" in repr(own)
     run(track, "backbone=rgb", "engine=cpu", "hydra.run.dir=TRACK")
     masks = [read_ids(each) for each in sorted((tmp_path / "TRACK/masks").iterdir())]
     assert len(masks) == 7 and set(np.unique(masks)) == set(np.unique(read_ids(trained / "first.png")))
@@ -189,6 +189,21 @@ def test_own_backbone_of_the_docs_takes_adapters_and_any_size(adapter, documente
     assert torch.equal(loaded(image), model(image))
     with pytest.raises(UserError, match="no linear layers.*last_blocks"):
         create_model("patches", adapter="lora", num_classes=2, config_dir=config_dir)
+
+
+def test_own_adapter_of_the_docs_has_a_learning_rate(documented, tmp_path):
+    write_data(tmp_path / "data")
+    words = [*SMALL, "mode=train", "adapter=biases", "mode.metrics_only=true", "adapter.blocks=1"]
+    done = call(tmp_path, *documented, *words, "adapter.lr=0.5", "hydra.run.dir=RUN")
+    assert done.status == 0, done.err
+    model = load(tmp_path / "RUN", device="cpu", config_dir=documented[1])
+    trained = [name for name, each in model.named_parameters() if each.requires_grad and "backbone" in name]
+    assert trained and all(name.endswith("bias") for name in trained)
+    file = tmp_path / "mine/config/adapter/biases.yaml"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("lr:")))
+    refused = call(tmp_path, *documented, *words, "hydra.run.dir=REFUSED")
+    assert refused.status == 1 and "adapter=biases trains the backbone and has no learning rate" in refused.err
+    assert call(tmp_path, *documented, *words, "optim.optimizer.lr=0.1", "hydra.run.dir=ONE").status == 0
 
 
 def test_a_target_that_cannot_be_imported_is_named():

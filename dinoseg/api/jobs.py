@@ -101,7 +101,7 @@ def _check_fixed(fixed: Mapping[str, Any], words: Sequence[str], overrides: Mapp
     for key, value in fixed.items():
         if key in typed:
             remedy = "Call the function of the other mode." if key == "mode" else "Leave it out."
-            raise UserError(f"{key} is {format_value(str(value))} by this call's function and arguments. {remedy}")
+            raise UserError(f"{key} is set to {format_value(str(value))} by this function and its arguments. {remedy}")
 
 
 def _check_unused(job: Job) -> None:

@@ -117,7 +117,7 @@ def score(
     reference: Folder,
     prediction: Folder,
     *words: str,
-    protocol: str | None = None,
+    protocol: str | Mapping[str, Any] | None = None,
     out_dir: Folder | None = None,
     exist_ok: bool = False,
     config_dir: Folder | None = None,
@@ -129,7 +129,7 @@ def score(
         reference: folder of reference masks, in the layout of the protocol's official tool.
         prediction: folder of predictions, such as that of `predict`.
         words: overrides as typed on the command line.
-        protocol: option of the group `protocol`; None: `semantic`.
+        protocol: option of the group `protocol`, or keys of `semantic`; None: `semantic`.
         out_dir: the run folder.
         exist_ok: where `out_dir` holds a run, write to a new folder next to it, such as RUN_2.
         config_dir: folder of further config groups.
@@ -144,7 +144,7 @@ def score(
         >>> sorted(scores)
         ['accuracy', 'dice', 'mIoU', 'mean_accuracy']
     """
-    given = {"reference": fspath(reference), "prediction": fspath(prediction)}
+    given: dict[str, Any] = {"reference": fspath(reference), "prediction": fspath(prediction)}
     given |= {} if protocol is None else {"protocol": protocol}
     return Scores.read(run_mode("score", words, overrides, out_dir, exist_ok, config_dir, given=given)["run"])
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -23,6 +23,7 @@ from dinoseg.cli.typos import mode_needed
 from dinoseg.config.credentials import check_credentials
 from dinoseg.config.grammar import decode_keys
 from dinoseg.config.job import keys_with_values
+from dinoseg.config.nodes import check_partial
 from dinoseg.config.plain import BUILDS, below, to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.auto_resume import Action, Start
@@ -47,10 +48,16 @@ from dinoseg.utils.cores import limit_spinning, limit_threads_to_quota, limit_th
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.interrupt import Interrupted
 from dinoseg.utils.private import check_private
+from dinoseg.utils.ranges import check_value
 from dinoseg.utils.wording import printable
 
 AUTO = "auto"  # value of `resume` that looks for a run
 _CONFIGS = Path(__file__).parents[1] / "cfg"
+_LAUNCH_VALUES = {  # annotations of keys of a mode that are read here
+    "resume_from": Literal["best", "last"] | None,
+    "keeps_folder": bool | None,
+    "resumes_with": str | None,
+}
 _DEFAULT_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # names of run folders by cfg/hydra/run.yaml
 
 # processes of launcher plug-ins (joblib, Slurm) import only this module, through its callback, and resolve the name of
@@ -116,6 +123,7 @@ def launch(
     run_folder = out_dir  # removed after an error, unless another one is entered
     try:
         _check_groups(cfg)
+        _check_launch_keys(cfg)
         _check_words(cfg, typed)
         check_credentials(cfg.get("logger"), "logger")  # before the config is written
         devices = _join_ranks(cfg)
@@ -320,6 +328,14 @@ def _interrupt_note(cfg: DictConfig, folder: Path, location: RunLocation) -> str
     step = checkpoint.describe(last)["progress"]["step"]
     remedy = f"resume=auto hydra.sweep.dir={location.root}" if location.in_sweep else f"resume=auto or resume={folder}"
     return f"{last} holds step {step}. To resume, add {remedy} to the same command or call"
+
+
+def _check_launch_keys(cfg: DictConfig) -> None:
+    """Refuse a mode's file without a function, or with a wrong value of a key that is read here."""
+    where = f"mode={cfg.choices.mode}"
+    check_partial(cfg.mode if OmegaConf.is_dict(cfg.mode) else {}, where)
+    for key, annotation in _LAUNCH_VALUES.items():
+        check_value(f"{where}: {key}", cfg.mode.get(key), annotation)
 
 
 def _check_groups(cfg: DictConfig) -> None:

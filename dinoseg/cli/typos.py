@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,28 @@ def _check_options(override: Override, folders: Sequence[Path]) -> None:
 
 
 def _check_lists(arguments: Sequence[str], folders: Sequence[Path]) -> None:
-    """Refuse a list of options for a group that takes one: Hydra would merge their keys."""
+    """Refuse a list of options for a group that takes one, whose keys Hydra would merge, and missing folders."""
     for _, word in assignments(arguments):
         override = parsed(word) if "=[" in word else None
-        if override and isinstance(override.value(), list) and _is_group(override, folders):
-            group = _group_of(override)
-            if group not in list_groups(folders):
-                options = ", ".join(options_in(folders, group))
-                raise UserError(f"{word} is a list, and {group} takes one option. Choose one of {options}.")
+        items = override.value() if override else None
+        if not override or not isinstance(items, list):
+            continue
+        group = _group_of(override)
+        if _is_group(override, folders) and group not in list_groups(folders):
+            options = ", ".join(options_in(folders, group))
+            raise UserError(f"{word} is a list, and {group} takes one option. Choose one of {options}.")
+        absent = [item for item in items if group == "hydra.searchpath" and not _is_source(str(item))]
+        if absent:
+            raise UserError(f"{word}: {absent[0]} is not found. Give a folder as file://FOLDER, or as pkg://PACKAGE.")
+
+
+def _is_source(source: str) -> bool:
+    """Return whether an entry of Hydra's search path is a folder or package; one that refers to a key may be."""
+    schema, _, name = source.rpartition("://")
+    with suppress(ModuleNotFoundError):  # of the package above
+        if "${" in source or (schema == "pkg" and find_spec(name)):
+            return True
+    return schema in ("", "file") and Path(name).is_dir()
 
 
 def _is_group(override: Override, folders: Sequence[Path]) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -10,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.grammar import decode_keys
-from dinoseg.config.options import chosen_options
+from dinoseg.config.options import chosen_options, list_groups
 from dinoseg.config.plain import to_container
 
 
@@ -28,8 +29,9 @@ def job_config(cfg: DictConfig, hydra: Any) -> DictConfig:
     job = {key: value for key, value in to_container(cfg).items() if key != "hydra"}
     folders = [_folder(source["schema"], source["path"]) for source in hydra.runtime["config_sources"]]
     own = [folder for folder in folders if folder not in (None, str(SHIPPED))]
-    # Hydra does not record lists of options; each file of this group has a key of its own name
-    choices = {**chosen_options(hydra.runtime["choices"]), "metric": [*job.get("metric", {})]}
+    # Hydra does not record lists of options; each file of these groups has a key of its own name
+    listed = {group: [*(job.get(group) or ())] for group in list_groups([SHIPPED, *map(Path, filter(None, own))])}
+    choices = {**chosen_options(hydra.runtime["choices"]), **listed}
     whole = {**decode_keys(job), "choices": choices, "config_dirs": own}
     return expand_typed(OmegaConf.create(whole), typed)
 

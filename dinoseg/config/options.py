@@ -42,7 +42,7 @@ def option_files(folders: Sequence[Path], group: str, option: str) -> Iterator[P
     path = next((path for folder in folders if (path := folder / group / f"{option}.yaml").is_file()), None)
     if path is None:
         return
-    for entry in _read(path).get("defaults", ()):
+    for entry in _defaults_of(path):
         if isinstance(entry, str) and entry != "_self_":
             yield from option_files(folders, group, entry.removeprefix(f"/{group}/"))
     yield path
@@ -58,7 +58,7 @@ def groups_of(folders: Sequence[Path], mode: str) -> list[str]:
     return [
         name.removeprefix("optional ").strip("/").partition("@")[0]
         for path in option_files(folders, "mode", mode)
-        for entry in _read(path).get("defaults", ())
+        for entry in _defaults_of(path)
         if isinstance(entry, Mapping)
         for name in entry
     ]
@@ -70,7 +70,7 @@ def list_groups(folders: Sequence[Path]) -> set[str]:
         name.strip("/").partition("@")[0]
         for mode in options_in(folders, "mode")
         for path in option_files(folders, "mode", mode)
-        for entry in _read(path).get("defaults", ())
+        for entry in _defaults_of(path)
         if isinstance(entry, Mapping)
         for name, option in entry.items()
         if isinstance(option, list)
@@ -98,9 +98,15 @@ def _brings(path: Path, key: str, below: str) -> bool:
     return has_key(_read(path), key if is_global else below)
 
 
+def _defaults_of(path: Path) -> list[Any]:
+    defaults = _read(path).get("defaults")
+    return defaults if isinstance(defaults, list) else []
+
+
 @lru_cache(maxsize=128)  # a command line may set many keys of one option
 def _read(path: Path) -> Mapping[str, Any]:
-    return yaml.safe_load(path.read_text("utf-8")) or {}
+    content = yaml.safe_load(path.read_text("utf-8"))
+    return content if isinstance(content, dict) else {}  # Hydra refuses other files
 
 
 def recipe_name(option: str) -> str:

@@ -162,13 +162,21 @@ def drop_empty(folder: Path) -> None:
 
 
 def drop_bare(folder: Path) -> None:
-    """Remove the folder of a run that ended before it did anything: it holds only an empty log and its config."""
+    """Remove the folder of a run that ended before it did anything: it holds only an empty log and its config.
+
+    Of a run that was to be resumed, the new config is removed.
+    """
     folder = folder.absolute()
     with suppress(OSError):
         contents = set(folder.iterdir())
         if contents <= _made_paths and not (folder / LOG).stat().st_size:
             for path in contents:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        files = [path for path in folder.rglob("*") if path.name != LOG and path.is_file()]
+        newest = max((path.stat().st_mtime_ns for path in files if path.parent not in _made_paths), default=0)
+        for path in [path for path in _made_paths if path.parent.is_relative_to(folder)]:
+            if path.name.startswith("config_") and path.is_dir() and path.stat().st_mtime_ns > newest:
+                shutil.rmtree(path)
     drop_empty(folder)
 
 

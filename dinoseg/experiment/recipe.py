@@ -13,6 +13,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.models.backbones.normalisation import SATELLITE, is_satellite
 from dinoseg.training.description import GROUPS, PRECISION, locate_weights
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import as_read_back
 
 USE = "inference"  # inference strategy: a run that validates with windows is evaluated with them
@@ -48,7 +49,7 @@ def config_description(build: ModelBuilder, info: Mapping[str, Any] | None = Non
         info: description of the checkpoint that the config comes from, for groups of which it holds only values.
 
     Raises:
-        UserError: see `describe`.
+        UserError: see `describe`; or a group has no option, which no checkpoint could store.
     """
     held = build.config.get(VALUES_ONLY, ())
     unsaid = () if build.value("loss.class_weights") is None else (FOLLOWING,)
@@ -59,6 +60,11 @@ def config_description(build: ModelBuilder, info: Mapping[str, Any] | None = Non
         config |= {group: {key: build.config[group][key] for key in info["config"][group]} for group in held}
         choices |= choices_of(info["choices"], held)
         targets |= {place: name for place, name in info["targets"].items() if place.split(".")[0] in held}
+    if empty := [group for group, option in choices.items() if option is None]:
+        raise UserError(
+            f"The defaults list of a config file sets {empty[0]} to null, which no checkpoint could store. Choose an "
+            "option there, or remove the entry."
+        )
     config["backbone"] = _with_colours(config["backbone"])
     for key in (TEACHER, INITIAL):
         if key in config:

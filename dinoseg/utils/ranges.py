@@ -121,7 +121,8 @@ def check_annotations(function: Callable[P, R]) -> Callable[P, R]:
             for name, value in given.items():
                 check_value(name, value, annotations[name])
         except UserError as error:
-            raise reword(error, _IN_PYTHON) from None
+            error.args = (str(reword(error, _IN_PYTHON)),)
+            raise
         return function(*args, **kwargs)
 
     return checked
