@@ -43,7 +43,10 @@ def test_iou_and_dice_equal_numpy(seed):
         assert row["dice"] == (None if dice is None else pytest.approx(dice))
     assert scores["miou"] == pytest.approx(np.mean([iou for iou, _ in expected if iou is not None]))
     assert scores["present_classes"] == 3 and scores["ignored_pixels"] == (mask == 255).sum()
-    rows = [MeanIoU().count(PredictedImage(*pair[:1]), LabelledImage(pair[1], 4)) for pair in zip(prediction, mask, strict=True)]
+    rows = [
+        MeanIoU().count(PredictedImage(*pair[:1]), LabelledImage(pair[1], 4))
+        for pair in zip(prediction, mask, strict=True)
+    ]
     found = MeanIoU().score(rows)
     assert {key: found[key] for key in found} == pytest.approx({key: scores[key] for key in found})
 
