@@ -72,6 +72,20 @@ def folder_of_masks(stand_ins, folder):
     return folder
 
 
+@stand_in("OVERLAPS")
+def folder_of_a_mask_for_each_class(stand_ins, folder):
+    for split in ("train", "val"):
+        for label in ("smoke", "tool"):
+            pictures(folder, "ab", f"{split}/images/{{}}.png", f"{split}/masks/{label}/{{}}.png", [0, 1, 255])
+    return folder
+
+
+@stand_in("LAYERS")
+def run_of_layers(stand_ins, folder):
+    words = ("data=folder", f"data.root={stand_ins['OVERLAPS']}", "data.classes=[smoke,tool]", "task=multilabel")
+    return ran(folder, "mode=train", *words, "loss=bce_dice", "mode.metrics_only=true", *SMALL, *SHORT)
+
+
 @stand_in("BINARY")
 def folder_of_black_and_white_masks(stand_ins, folder):
     for split in ("train", "val"):

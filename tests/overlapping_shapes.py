@@ -44,7 +44,7 @@ def write_coco(root, count=3, seed=1):
         image, layers, _ = draw_pair(rng)
         name = f"train_{number}"
         masks[name] = layers
-        save(root / "train" / f"{name}.png", image)
+        save(root / "images" / f"{name}.png", image)
         images.append({"id": number, "file_name": f"{name}.png", "height": SIZE[0], "width": SIZE[1]})
         for category, layer in enumerate(layers, start=1):
             annotations.append({

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+import dinoseg
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Prediction
-from dinoseg.core.task import SEMANTIC, Multilabel
+from dinoseg.core.task import SEMANTIC, MultilabelTask
 from dinoseg.utils.errors import UserError
 
-TASKS = [SEMANTIC, Multilabel(3)]
+TASKS = [SEMANTIC, MultilabelTask(3)]
 
 
 def logits(seed=0, shape=(2, 3, 5, 6), scale=3.0):
@@ -28,7 +29,7 @@ def test_layers_are_decided_by_a_threshold_for_each_class():
     scores = logits(1)
     shares = 1 / (1 + np.exp(-scores.double().numpy()))
     for threshold, expected in ((0.5, [0.5] * 3), ([0.1, 0.5, 0.9], [0.1, 0.5, 0.9])):
-        decided = Multilabel(3, threshold).decide(scores.sigmoid())
+        decided = MultilabelTask(3, threshold).decide(scores.sigmoid())
         assert decided.dtype == torch.uint8
         np.testing.assert_array_equal(decided, shares >= np.array(expected)[:, None, None])
 
@@ -36,15 +37,24 @@ def test_layers_are_decided_by_a_threshold_for_each_class():
 @pytest.mark.parametrize("threshold", [0.0, 1.0, [0.5], [0.5, 0.5, 2.0], "half"])
 def test_wrong_thresholds_are_refused(threshold):
     with pytest.raises(UserError, match="threshold"):
-        Multilabel(3, threshold)
+        MultilabelTask(3, threshold)
 
 
 def test_predictions_of_layers_agree_at_any_size():
     grid = logits(2)
-    whole = Prediction(grid, (20, 24), (1.0, 1.0), upsample, grid=grid, task=Multilabel(3))
+    whole = Prediction(grid, (20, 24), (1.0, 1.0), upsample, grid=grid, task=MultilabelTask(3))
     layers, sampled = whole.class_ids_and_logits((slice(0, None, 4), slice(0, None, 4)))
     assert layers.shape == (2, 3, 20, 24)
     torch.testing.assert_close(layers, (upsample(grid, (20, 24), (1.0, 1.0)) >= 0).to(torch.uint8))
     torch.testing.assert_close(sampled, whole.logits()[:, :, ::4, ::4])
-    averaged = Prediction(whole.probabilities(), (20, 24), (1.0, 1.0), upsample, mixture=True, task=Multilabel(3))
+    averaged = Prediction(whole.probabilities(), (20, 24), (1.0, 1.0), upsample, mixture=True, task=MultilabelTask(3))
     torch.testing.assert_close(averaged.probabilities(), whole.probabilities(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_new_model_may_predict_a_single_class():
+    model = dinoseg.create_model("rgb", classes=["leaf"], task={"name": "multilabel", "threshold": 0.3})
+    found = model.eval().predict(np.zeros((16, 24, 3), np.uint8))
+    assert found.mask.shape == (1, 16, 24) and found.mask.dtype == bool
+    np.testing.assert_array_equal(found.mask, found.probabilities >= 0.3)
+    with pytest.raises(UserError, match="give 2 to 255"):
+        dinoseg.create_model("rgb", classes=["leaf"])

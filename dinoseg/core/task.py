@@ -40,7 +40,7 @@ class Task(ABC):
         """Return the predicted masks, uint8, of probabilities (B, K, H, W)."""
 
 
-class Semantic(Task):
+class SemanticTask(Task):
     """Each pixel has one class: softmax over the classes, and masks (B, H, W) of class ids."""
 
     has_layers = False
@@ -60,7 +60,7 @@ class Semantic(Task):
         return argmax_ids(probabilities)
 
 
-class Multilabel(Task):
+class MultilabelTask(Task):
     """A pixel has any number of classes: a sigmoid for each class, and masks (B, K, H, W) of 0 and 1.
 
     Args:
@@ -95,7 +95,7 @@ class Multilabel(Task):
         return (probabilities >= probabilities.new_tensor(self.thresholds).view(-1, 1, 1)).to(torch.uint8)
 
 
-SEMANTIC = Semantic()
+SEMANTIC = SemanticTask()
 
 
 def _clamp(probabilities: Tensor) -> Tensor:

@@ -103,8 +103,8 @@ def store_if_verified(
     Raises:
         UserError: if the file misses the required agreement; only the report is written then, with the reason.
     """
-    path, classes = files[-1], len(ready.facts.classes)
-    result = compare(ready.reference, runtime, ready.pictures, classes, ready.facts.ignore_index)
+    path, classes, task = files[-1], len(ready.facts.classes), ready.model.task
+    result = compare(ready.reference, runtime, ready.pictures, classes, ready.facts.ignore_index, task)
     proven = passes(result, options)
     report = {
         "proven": proven,

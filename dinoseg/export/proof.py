@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dinoseg.core.geometry import resize, to_unit_range
 from dinoseg.core.shapes import Prediction
+from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.pictures import Picture
 from dinoseg.export.runtime.onnx_record import GraphRecord
@@ -92,7 +93,12 @@ def thinned(probabilities: np.ndarray) -> np.ndarray:
 
 
 def compare(
-    reference: Reference, runtime: Runtime, pictures: Sequence[Picture], num_classes: int, ignore_index: int
+    reference: Reference,
+    runtime: Runtime,
+    pictures: Sequence[Picture],
+    num_classes: int,
+    ignore_index: int,
+    task: Task = SEMANTIC,
 ) -> dict[str, Any]:
     """Measure the agreement of an exported file with the trained model on images, and the latency of both.
 
@@ -104,11 +110,11 @@ def compare(
         pictures: the images.
         num_classes: of the model.
         ignore_index: of the masks.
+        task: of the model.
 
     Raises:
         UserError: if the trained model gives NaN probabilities, since NaN would agree with anything.
     """
-    task = reference.segmenter.task
     ours, theirs = (make_counts(task, num_classes, ignore_index) for _ in range(2))
     between = make_counts(task, num_classes, NO_ID)  # exported against trained classes
     equal, as_predicted, pixels, largest = 0, 0, 0, 0.0

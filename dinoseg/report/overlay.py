@@ -105,7 +105,7 @@ def legend_of(
 
     A black class is black in the legend although `blend` leaves the frame unchanged there, so that legends agree.
     """
-    if masks[0].ndim > 2:
+    if any(mask.ndim > 2 for mask in masks):
         palette = layer_colours(palette)
     present = set().union(*(_shown_ids(mask, ignore_index) for mask in masks))
     entries: list[tuple[str, Colour]] = []

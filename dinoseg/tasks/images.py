@@ -57,6 +57,7 @@ class ImageTask(TrainingTask):
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images and masks of train and val."""
         parts = self.parts
+        self._check_masks()  # before masks of another form are listed
         options = parts.arguments(ImageDataModule, SAMPLING)
         train, val = parts.dataset("train", reduced=True), parts.dataset("val")
         self._val_total = len(val)
@@ -83,6 +84,17 @@ class ImageTask(TrainingTask):
             names = f"loss={parts.options['loss']}", f"data={parts.options['data']} ({split})"
             check_needed_maps(needed, get_map_kinds(data), *names)
 
+    def _check_masks(self) -> None:
+        """Refuse a loss that needs another form of masks than the task has."""
+        parts, task = self.parts, self.parts.task
+        with torch.device("meta"):
+            needs_layers = parts.unweighted_loss().needs_layers
+        if needs_layers != task.has_layers:
+            raise UserError(
+                f"loss={parts.options['loss']} does not fit task={parts.options['task']}. Choose {task.advice}; or "
+                f"task={'multilabel' if needs_layers else 'semantic'} for this loss."
+            )
+
     def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse a loss or a batch that the head cannot be trained with."""
         parts, options = self.parts, self.parts.options
@@ -101,11 +113,7 @@ class ImageTask(TrainingTask):
         head = model.head
         with torch.device("meta"):
             loss = parts.unweighted_loss()
-        if loss.needs_layers != model.task.has_layers:
-            raise UserError(
-                f"loss={options['loss']} does not fit task={options['task']}: choose {model.task.advice}; or "
-                f"task={'multilabel' if loss.needs_layers else 'semantic'} for this loss."
-            )
+        self._check_masks()
         if head.init is not None:
             refuse_layers(model.task, f"head.init={head.init}", "Leave it out.")
         if head.slots is not None:

@@ -212,7 +212,7 @@ def _choose_location(
 
 def _val_bytes(data_module: ImageDataModule, model: SegmentationModel, measured: FeatureSize) -> int:
     """Estimate the bytes of the validation images' features, as if all these images had the size of the first."""
-    height, width = data_module.val[0]["mask"].shape
+    height, width = data_module.val[0]["mask"].shape[-2:]
     return round(measured.bytes * math.prod(model.input_size((height, width))) / measured.pixels) * len(data_module.val)
 
 

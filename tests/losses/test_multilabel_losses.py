@@ -6,7 +6,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.core.task import Multilabel
+from dinoseg.core.task import MultilabelTask
 from dinoseg.losses.multilabel import BinaryCrossEntropy, BinaryDice
 
 WEIGHTS = torch.tensor([0.25, 1.0, 3.0])
@@ -20,7 +20,7 @@ def make(seed, ignored=0.3, grid=(3, 4), size=(7, 9)):
     mask = torch.randint(0, 2, (2, 3, *size), generator=rng, dtype=torch.uint8)
     mask[torch.rand(mask.shape, generator=rng) < ignored] = IGNORED
     logits.requires_grad_()
-    prediction = Prediction(logits, size, (1.0, 1.0), upsample, task=Multilabel(3))
+    prediction = Prediction(logits, size, (1.0, 1.0), upsample, task=MultilabelTask(3))
     return prediction, Batch(torch.zeros(2, 3, *size, dtype=torch.uint8), mask, ["a", "b"]), logits
 
 

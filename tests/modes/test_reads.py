@@ -16,7 +16,7 @@ BY_OPTION = {"heads", "lrs", "teacher", "budget", "metric"}
 ELSEWHERE = {  # of another config, or in a function that the mode calls for something else
     "app": {"loss"},  # loss: in saving a model, which the app does not do
     "bench": {"slots", "tracker"},
-    "compare": {"data"},  # of the runs
+    "compare": {"data", "task"},  # of the runs
     "export": {"loss"},  # of the checkpoint
     "plan": {"slots"},
     "serve": {"loss"},  # in saving a model, too

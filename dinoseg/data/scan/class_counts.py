@@ -34,7 +34,11 @@ def class_counts(dataset: SegmentationData, cache_dir: str | Path) -> np.ndarray
 def _count(dataset: SegmentationData) -> np.ndarray:
     pixels = np.zeros(256, dtype=np.int64)
     for index in Bar(range(len(dataset)), desc="counting classes", unit="mask", delay=2, leave=False):
-        pixels += np.bincount(dataset[index]["mask"].numpy().ravel(), minlength=256)
+        mask = dataset[index]["mask"].numpy()
+        if mask.ndim > 2:  # layers
+            pixels[: len(mask)] += (mask == 1).sum(axis=(1, 2))
+        else:
+            pixels += np.bincount(mask.ravel(), minlength=256)
     return _of_classes(pixels, len(dataset.classes), dataset.ignore_index)
 
 

@@ -1,0 +1,157 @@
+"""A multi-label model from its training to its files: overlapping classes, each with a mask of its own."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from command_line import SMALL, call
+from overlapping_shapes import CLASSES, write_coco, write_overlaps
+
+import dinoseg
+from dinoseg.data.formats.folder import FolderLayout, folder_dataset
+from dinoseg.training.checkpoint import read
+from dinoseg.utils.images import read_ids, read_image
+
+pytestmark = pytest.mark.slow
+TASK = (
+    *SMALL,
+    "data.classes=[disc,square]",
+    "task=multilabel",
+    "loss=bce_dice",
+    "backbone.patch_size=4",
+    "engine.precision=fp32",
+)
+RATES = ("optim.optimizer.lr=3e-3", "head.lr=3e-3", "data.batch_size=4")
+
+
+def run(where, *words):
+    done = call(where, *words)
+    assert done.status == 0, done.err
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return the folder of a run that has learnt two overlapping shapes, and their masks."""
+    where = tmp_path_factory.mktemp("multilabel")
+    masks = write_overlaps(where / "data", train=16)
+    run(where, "mode=train", *TASK, *RATES, "trainer.steps=150", "trainer.val_every=75", "hydra.run.dir=run")
+    return where, masks
+
+
+def layer_scores(predictions, masks):
+    """Return the IoU of each class over all images, by numpy."""
+    ours, theirs = (np.stack([each[name] for name in sorted(masks)]) for each in (predictions, masks))
+    both = (ours & theirs).sum(axis=(0, 2, 3))
+    return both / (ours | theirs).sum(axis=(0, 2, 3))
+
+
+def read_layers(folder, names):
+    return {
+        name: np.stack([read_ids(folder / label / f"{name}.png") for label in CLASSES]).astype(bool) for name in names
+    }
+
+
+def scores_of(folder):
+    return json.loads((folder / "scores.json").read_text())
+
+
+def test_training_learns_classes_that_overlap(trained):
+    where, _ = trained
+    scores = scores_of(where / "run/evaluation")
+    assert scores["miou"] > 0.75 and scores["matrix"] is None
+    assert (where / "run/evaluation/report.html").is_file()
+    assert "iou" in scores["classes"][0]
+
+
+def test_evaluation_and_saved_predictions_equal_numpy(trained):
+    where, masks = trained
+    val = {name: mask for name, mask in masks.items() if name.startswith("val")}
+    run(where, "mode=eval", "resume=run", "hydra.run.dir=eval")
+    run(where, "mode=predict", "resume=run", "input=val", "mode.outputs=[probabilities]", "hydra.run.dir=val_predicted")
+    predictions = read_layers(where / "val_predicted/masks", val)
+    scores = scores_of(where / "eval")
+    ious = [row["iou"] for row in scores["classes"]]
+    assert ious == pytest.approx(layer_scores(predictions, val).tolist())
+    assert scores["miou"] == pytest.approx(np.mean(ious))
+    layout = FolderLayout(images="data/{split}/images", masks="{split}_predicted/masks")
+    back = folder_dataset(where, "val", classes=CLASSES, layout=layout, layers=True)
+    for sample in back:
+        np.testing.assert_array_equal(sample["mask"], predictions[sample["name"]])
+        shares = np.load(where / f"val_predicted/probabilities/{sample['name']}.npy")
+        assert shares.shape == (2, 32, 48) and ((shares >= 0.5) == predictions[sample["name"]]).mean() > 0.99
+    references = read_layers(where / "val_predicted/references", val)
+    assert all((references[name] == val[name]).all() for name in val)
+
+
+def test_windows_flips_and_thresholds_change_the_layers(trained):
+    where, _ = trained
+    averaged = ("inference=windows", "inference.size=24", "inference.flips=all", "inference.scales=[1.0,1.5]")
+    run(where, "mode=eval", "resume=run", *averaged, "hydra.run.dir=windows", "mode.metrics_only=true")
+    assert scores_of(where / "windows")["miou"] > 0.75
+    recalls = []
+    for threshold in (0.1, 0.9):
+        folder = f"at_{threshold}"
+        run(where, "mode=eval", "resume=run", f"task.threshold=[{threshold},0.5]", f"hydra.run.dir={folder}")
+        recalls.append([row["recall"] for row in scores_of(where / folder)["classes"]])
+    assert recalls[0][0] > recalls[1][0] and recalls[0][1] == recalls[1][1]
+
+
+def test_exported_files_equal_the_model(trained):
+    where, _ = trained
+    run(where, "mode=export", "resume=run", "export=safetensors", "hydra.run.dir=whole")
+    run(where, "mode=export", "resume=run", "export=onnx", "task.threshold=[0.4,0.6]", "hydra.run.dir=graph")
+    image = read_image(where / "data/val/images/val_0.png")
+    one, other = (dinoseg.load(where / name) for name in ("whole/model.safetensors", "graph/model.onnx"))
+    ours, theirs = one.predict(image), other.predict(image)
+    assert ours.mask.dtype == bool and ours.mask.shape == (2, 32, 48)
+    np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=1e-4)
+    np.testing.assert_array_equal(ours.mask, ours.probabilities >= 0.5)
+    np.testing.assert_array_equal(theirs.mask, theirs.probabilities >= np.float32([0.4, 0.6])[:, None, None])
+    assert ours.areas == {name: layer.sum() for name, layer in zip(CLASSES, ours.mask, strict=True)}
+    assert ours.overlay().shape == image.shape and "square" in repr(ours)
+    ours.save(where / "saved/x.png")
+    np.testing.assert_array_equal(read_ids(where / "saved/square/x.png"), ours.mask[1])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(trained):
+    where, _ = trained
+    words = ("mode=train", *TASK, *RATES, "loss=bce", "trainer.val_every=2", "mode.metrics_only=true")
+    words += ("optim.schedule.kind=constant",)
+    run(where, *words, "trainer.steps=4", "hydra.run.dir=whole_run")
+    run(where, *words, "trainer.steps=2", "hydra.run.dir=parts")
+    run(where, "mode=train", "resume=parts", "trainer.steps=4", "mode.metrics_only=true")
+    whole, parts = (read(where / name / "checkpoints/last.safetensors").tensors for name in ("whole_run", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_single_class_from_coco_is_trained(tmp_path):
+    write_coco(tmp_path / "data")
+    words = ("data=coco", "data.unlabelled=null", "data.classes=[disc]", "+data.reader.shapes.labels={square: ignore}")
+    data = ("data.reader.partition.by=fraction", "data.reader.layout.annotations=annotations/instances_train.json")
+    run(tmp_path, "mode=train", *TASK, *words, *data, "data.reader.partition.val_fraction=0.4", "hydra.run.dir=run")
+    scores = scores_of(tmp_path / "run/evaluation")
+    assert [row["id"] for row in scores["classes"]] == [0] and scores["ignored_pixels"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("loss=cross_entropy",), "loss=cross_entropy does not fit task=multilabel. Choose loss=bce"),
+        (("task=semantic",), "loss=bce_dice does not fit task=semantic"),
+        (("head=eomt", "head.blocks=1"), "task=multilabel: a head of masks or slots"),
+        (("metric=[nsd]",), "task=multilabel: metric=nsd"),
+        (("trainer=distil", "teacher=run"), "task=multilabel: trainer=distil"),
+        (("data.ignore_index=1",), "layers hold 0 and 1"),
+        (("data.cache=packed",), "stores one class per pixel"),
+        (("task.threshold=[0.5]",), "one for each of the 2 classes"),
+        (("mode=doctor",), "task=multilabel: mode=doctor"),
+        (("mode=probe",), "task=multilabel: mode=probe"),
+    ],
+)
+def test_parts_of_one_class_per_pixel_are_refused(tmp_path, words, message):
+    write_overlaps(tmp_path / "data", train=4, val=2)
+    done = call(tmp_path, "mode=train", *TASK, *words)
+    assert done.status == 1 and message in done.err, done.err
