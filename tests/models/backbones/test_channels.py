@@ -6,11 +6,11 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from timm.models import adapt_input_conv
+from tiny_parts import BACKBONES, tiny_node
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.models.backbones.patch_projection import InputConvolution, PatchProjection, adapt_input_kernel
 from dinoseg.utils.errors import UserError
-from tiny_parts import BACKBONES, tiny_node
 
 SIZE = (70, 45)
 
