@@ -27,7 +27,7 @@ SMALL_HEADS = {
     "cnn": {"channels": 16},
     "dpt": {"features": 16},
     "upernet": {"channels": 16},
-    "detail": {"fine": 4, "width": 8},
+    "detail": {"fine": 4, "width": 8, "channels": 3},
     "mask2former": {"num_queries": 6, "num_heads": 4, "hidden_dim": 64, "feedforward_dim": 32, "drop_path": 0.0},
     "eomt": {"num_queries": 6, "blocks": 2},
 }

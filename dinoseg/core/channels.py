@@ -52,7 +52,7 @@ class PixelFormat:
         if self.order is not None and len(self.order) != self.channels:
             raise UserError(
                 f"order={list(self.order)} has {len(self.order)} numbers, and data.channels={self.channels}. Give "
-                "as many."
+                "one for each channel."
             )
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise UserError(f"value_range={list(self.value_range)}: give [lowest, highest] with lowest < highest.")

@@ -29,7 +29,9 @@ from dinoseg.utils.tensor_files import check_file
 
 _PIXELS = {  # parameters of `PixelFormat` to keys
     "channels": "data.channels",
-    **{name: f"data.pixels.{name}" for name in ("files", "order", "value_range")},
+    "files": "data.pixels.files",
+    "order": "data.pixels.order",
+    "value_range": "data.pixels.value_range",
 }
 
 

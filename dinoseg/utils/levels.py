@@ -118,7 +118,7 @@ def _plane(image: Image.Image) -> np.ndarray:
 
 def _check_samples(stored: int, read: int) -> None:
     if stored != read:
-        raise Unfit(f"stores {stored} channels, of which {read} can be read. Save each channel as a page, or as .npy")
+        raise Unfit(f"stores {stored} channels, and {read} can be read. Save each channel as a page, or all as .npy")
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -171,7 +171,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[tuple[int, ...], bool, np.
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, is_fortran, dtype = read(file)
     except ValueError as error:
-        raise UserError(f"{path} is no array of numpy ({error}). Save it again by numpy.save.") from None
+        raise UserError(f"{path} cannot be read as an array ({error}). Save it again by numpy.save.") from None
     if len(shape) not in (2, 3) or not 0 < math.prod(shape) <= _MAX_NUMBERS:
         raise UserError(
             f"{path} holds an array of {list(shape)}. Save (H, W) or (H, W, C), with 1 to {_MAX_NUMBERS} numbers."

@@ -71,7 +71,7 @@ def test_heads_of_four_levels_refuse_another_number(name, dim, num_layers):
 
 
 # what a config says beside the constructor's defaults; direct: configs from before that key are built without
-OTHERS = {"detail": {"linear_skip": True}}
+OTHERS = {"detail": {"linear_skip": True, "channels": "${data.channels}"}}
 
 
 @pytest.mark.parametrize(
