@@ -10,6 +10,7 @@ from dinoseg.api.objects import check_fit, split_modules
 from dinoseg.api.wording import python_terms
 from dinoseg.config.plain import keys_of
 from dinoseg.core.contracts import Backbone, Head
+from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.initial import check_initial, load_initial_weights
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.objects import lend_objects
@@ -100,8 +101,7 @@ def create_model(
                 raise UserError(no_effect)
             with isolated(), lend_objects(objects):
                 build = ModelBuilder(cfg)
-                labels = build.labels
-                _check_count(build, num_classes, names)
+                labels = _read_labels(build, num_classes, names)
                 model, policy = build.model(), build.part("inference")
                 if init is not None:
                     check_initial(build, model)
@@ -149,10 +149,11 @@ def _whole_path(weights: str | PathLike[str]) -> str | PathLike[str]:
         return weights
 
 
-def _check_count(build: ModelBuilder, num_classes: int | None, names: list[str] | None) -> None:
-    """Refuse a single class where each pixel has one class."""
+def _read_labels(build: ModelBuilder, num_classes: int | None, names: list[str] | None) -> Labels:
+    """Return the classes; refuse a single one where each pixel has one class."""
     if names is not None and not build.task.has_layers:
         whole_number(len(names), "len(classes)" if num_classes is None else "num_classes", _CLASSES)
+    return build.labels
 
 
 def _names(num_classes: int | None, classes: Iterable[str] | None) -> list[str] | None:
