@@ -10,6 +10,7 @@ from dinoseg.api.objects import check_fit, split_modules
 from dinoseg.api.wording import python_terms
 from dinoseg.config.plain import keys_of
 from dinoseg.core.contracts import Backbone, Head
+from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.initial import check_initial, load_initial_weights
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.objects import lend_objects
@@ -31,8 +32,9 @@ _NOT_READ = (  # of these groups: what the caller's own loop does
     *(f"data.{key}" for key in ("batch_size", "augment", "views", "labelled", "folds", "fold")),
     *("data.cache", "data.workers"),
 )
-_CLASSES = Range("2 to 255. For one kind of object, give two: the background and the object", 2, 255)
-_LAYERS = Range("1 to 255", 1, 255)
+_RULE = "2 to 255. For one kind of object, give two: the background and the object"
+_CLASSES = Range(_RULE, 2, 255)
+_LAYERS = Range(_RULE, 1, 255)  # task=multilabel
 _OF_A_CALL = {"backbone.weights=": "weights=", "data.classes": "classes"}  # command-line terms to arguments
 
 
@@ -60,8 +62,7 @@ def create_model(
         head: option of the group; None: linear, or that of the recipe. Or an object of `dinoseg.core.contracts.Head`.
         adapter: option of the group; None: frozen, or that of the recipe. As for all groups, a dict with the option as
             `name` sets keys, too: `{"name": "lora", "rank": 4}`.
-        num_classes: number of classes, 2 to 255, which get the names class_0, class_1 and so on; with
-            `task="multilabel"` from 1.
+        num_classes: number of classes, 2 to 255, which get the names class_0, class_1 and so on.
         classes: their names in the order of their ids, instead of the number.
         weights: of the backbone: `pretrained` (those of the option, downloaded once), `random`, a hub id (`id@revision`
             for a revision), a folder or a file. True is `pretrained`; False and None are `random`.
@@ -81,8 +82,7 @@ def create_model(
         >>> model.classes
         ('class_0', 'class_1', 'class_2')
     """
-    is_semantic = overrides.get("task", "semantic") == "semantic"
-    names = _names(num_classes, classes, _CLASSES if is_semantic else _LAYERS)
+    names = _names(num_classes, classes)
     overrides = overrides if init is None else {**overrides, "init": init}
     given: dict[str, Any] = {"backbone": backbone, "head": head, "adapter": adapter, "data.classes": names}
     weights = "random" if weights is None or weights is False else weights
@@ -101,7 +101,7 @@ def create_model(
                 raise UserError(no_effect)
             with isolated(), lend_objects(objects):
                 build = ModelBuilder(cfg)
-                labels = build.labels
+                labels = _read_labels(build, num_classes, names)
                 model, policy = build.model(), build.part("inference")
                 if init is not None:
                     check_initial(build, model)
@@ -149,16 +149,23 @@ def _whole_path(weights: str | PathLike[str]) -> str | PathLike[str]:
         return weights
 
 
-def _names(num_classes: int | None, classes: Iterable[str] | None, rule: Range) -> list[str] | None:
+def _read_labels(build: ModelBuilder, num_classes: int | None, names: list[str] | None) -> Labels:
+    """Return the classes; refuse a single one where each pixel has one class."""
+    if names is not None and not build.task.has_layers:
+        whole_number(len(names), "len(classes)" if num_classes is None else "num_classes", _CLASSES)
+    return build.labels
+
+
+def _names(num_classes: int | None, classes: Iterable[str] | None) -> list[str] | None:
     """Return the names of the classes; None if neither is given.
 
     Raises:
-        UserError: the number breaks the rule, or differs from that of the names, or a name is invalid.
+        UserError: the number is not one of 1 to 255, or differs from that of the names, or a name is invalid.
     """
     if isinstance(classes, str):
         raise UserError(f"classes={classes!r} is one text. Give a list of names.")
     if num_classes is not None:
-        num_classes = whole_number(num_classes, "num_classes", rule)
+        num_classes = whole_number(num_classes, "num_classes", _LAYERS)
     if classes is None:
         return None if num_classes is None else [f"class_{number}" for number in range(num_classes)]
     if not isinstance(classes, Iterable):
@@ -166,7 +173,7 @@ def _names(num_classes: int | None, classes: Iterable[str] | None, rule: Range) 
     names = [str(name) for name in classes]
     if num_classes not in (None, len(names)):
         raise UserError(f"num_classes={num_classes}, but classes has {len(names)} names. Give one of them.")
-    whole_number(len(names), "len(classes)", rule)
+    whole_number(len(names), "len(classes)", _LAYERS)
     if wrong := next((name for name in names if "${" in name), None):
         raise UserError(f"classes: {wrong} holds ${{, which refers to another key of the config. Rename the class.")
     if "???" in names:
