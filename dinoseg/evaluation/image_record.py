@@ -161,8 +161,8 @@ def _check(content: dict[str, Any], counts: np.ndarray) -> None:
     for name, score in content["scores"].items():
         if score["better"] not in BETTER or len(score["left_out"]) != units:
             raise forms.SchemaError(
-                f"{name} has better={score['better']!r:.20} and the values of {len(score['left_out'])} units instead of "
-                f"{units}"
+                f"{name:.60} has better={score['better']!r:.20} and the values of {len(score['left_out'])} units "
+                f"instead of {units}"
             )
     right, reference, predicted = np.moveaxis(counts, 1, 0)
     if counts.size and (counts.min() < 0 or counts.max() > 2**40 or (right > np.minimum(reference, predicted)).any()):
