@@ -223,7 +223,7 @@ def test_scores_of_too_few_units_are_damaged(tmp_path):
     base = record()
     scores, _ = metric_scores(ClDice(), 0, base.images, base.units)
     write_record(replace(base, scores={"cldice": replace(scores["cldice"], left_out=[0.5])}), tmp_path)
-    with pytest.raises(UserError, match="cldice has the values of 1 units"):
+    with pytest.raises(UserError, match="cldice has .* the values of 1 units"):
         read_record(tmp_path)
 
 
