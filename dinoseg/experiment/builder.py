@@ -24,7 +24,7 @@ from dinoseg.training.optim import Schedule
 from dinoseg.training.trainer import Settings, check_score
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError, name_parameters
-from dinoseg.utils.ranges import Count, Positive
+from dinoseg.utils.ranges import Count, Natural, Positive, check_value
 from dinoseg.utils.wording import join_names
 
 SPLITS = ("train", "val", "test")
@@ -133,7 +133,7 @@ class Builder(ModelBuilder):
 
     def check_values(self) -> None:
         """Refuse wrong values of what a training builds or reads only once its data are listed, and its checkpoints."""
-        _ = self.seed
+        check_value("seed", self._cfg.seed, Natural)
         self.loop_settings(self.lengths(samples=1)._asdict())
         for key, others in _BUILT_LATE.items():
             node = self.value(key)

@@ -174,7 +174,7 @@ class TrainingRun:
         return model, loss, optimizer, Checkpointer(folder, info, self.start, writes=writes)
 
     def finish(self, model: SegmentationModel, checkpoints: Checkpointer, log: RunLog, **shown: bool) -> dict[str, Any]:
-        """Score the best checkpoint, draw the curves, and print the paths of all results; return scores and cost.
+        """Score the best checkpoint, and print the paths of all results; return scores and cost.
 
         Args:
             model: receives the checkpoint's weights.
@@ -185,17 +185,19 @@ class TrainingRun:
         scores = self.evaluate(model, checkpoints, **shown)
         cost = cost_of(model, self.out_dir / "metrics.jsonl")
         if self.engine.is_main:
-            print(f"curves:       {draw_curves(self.out_dir)}")
             finish_log(log, self.out_dir, self.task, scores, checkpoints)
             write_json(self.out_dir / COST, cost)
             print("\n".join(next_commands(self.out_dir, on_clips=self.task.on_clips)))
         return {**scores, **cost, "best_step": checkpoints.progress.best_step, "run": str(self.out_dir)}
 
     def evaluate(self, model: SegmentationModel, checkpoints: Checkpointer, **shown: bool) -> dict[str, Any]:
-        """Score the best checkpoint, and return the scores. The arguments are those of `finish`."""
+        """Score the best checkpoint, draw the curves, and return the scores. The arguments are those of `finish`."""
         checkpoints.load_best(model, finite=self.build.value("finite_weights"))
         provenance = provenance_of(self.build, self.out_dir, checkpoints.best)  # each of several heads has its builder
-        return self.task.evaluate(model, self.engine, provenance, **shown)
+        scores = self.task.evaluate(model, self.engine, provenance, **shown)
+        if self.engine.is_main:
+            print(f"curves:       {draw_curves(self.out_dir)}")
+        return scores
 
 
 def open_log(build: Builder, out_dir: Path, start: Checkpoint | None, engine: Engine) -> RunLog:

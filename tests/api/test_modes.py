@@ -21,6 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import dinoseg
 from dinoseg.__main__ import CONFIGS
+from dinoseg.api import modes
 from dinoseg.api.results import Comparison, Results, Scores
 from dinoseg.modes import train as train_mode
 from dinoseg.training import checkpoint
@@ -226,6 +227,13 @@ def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
     assert message in str(raised.value) and raised.value.__cause__ is None and raised.value.__context__ is None
     assert "error:" not in capsys.readouterr().err
     assert snapshot() == before and {*here.iterdir()} - left <= {here / "outputs"}
+
+
+def test_export_compares_all_given_images(monkeypatch):
+    calls = []
+    monkeypatch.setattr(modes, "run_mode", lambda *_, given: calls.append(given) or {"run": "RUN"})
+    dinoseg.export_onnx("called", [np.zeros((8, 8, 3), np.uint8)] * 17, export={"precision": "int8"})
+    assert calls[0]["export.count"] == 17 and calls[0]["export"] == "onnx"
 
 
 @pytest.mark.parametrize(
