@@ -269,19 +269,8 @@ class Builder(ModelBuilder):
         ]
 
     def optimizer(self, model: torch.nn.Module) -> Optimizer:
-        """Return the optimizer of a model's trainable parameters.
-
-        Raises:
-            UserError: nothing is trained, or the backbone is, and its adapter has no learning rate.
-        """
-        optimizer: Optimizer = self.part("optim.optimizer")(model)
-        has_rate = "lr" in self._cfg.adapter or self.value("optim.optimizer.lr") is not None
-        if not has_rate and any(group.get("backbone") for group in optimizer.param_groups):
-            raise UserError(
-                f"adapter={self.options['adapter']} trains the backbone and has no learning rate. Add `lr: 1.0e-4` to "
-                "its YAML file, or set optim.optimizer.lr."
-            )
-        return optimizer
+        """Return the optimizer of a model's trainable parameters."""
+        return self.part("optim.optimizer")(model)
 
     def schedule(self) -> Schedule:
         """Return the learning-rate schedule, which maps a step and the number of steps to a factor."""

@@ -107,13 +107,22 @@ class TrainingRun:
             warn_unread(out_dir, task.unread, task.unread_because)
 
     def check_model(self, model: SegmentationModel) -> None:
-        """Refuse a model that loss, batch, optimizer or initial weights do not fit; it may be on the meta device."""
+        """Refuse a model that loss, batch, optimizer or initial weights do not fit; it may be on the meta device.
+
+        So is a backbone that is trained by an adapter without a learning rate.
+        """
         if has_initial(self.build):
             check_initial(self.build, model)
         # by the task of this config: each of several heads has its own
         self.build.task().check_parts(model, self.engine.world_size)
         with torch.device("meta"):
-            self.build.optimizer(model)
+            optimizer = self.build.optimizer(model)
+        has_rate = "lr" in self.build.config["adapter"] or self.build.value("optim.optimizer.lr") is not None
+        if not has_rate and any(group.get("backbone") for group in optimizer.param_groups):
+            raise UserError(
+                f"adapter={self.build.options['adapter']} trains the backbone and has no learning rate. Add "
+                "`lr: 1.0e-4` to its YAML file, or set optim.optimizer.lr."
+            )
 
     @property
     def chosen_before(self) -> Mapping[str, str | None]:

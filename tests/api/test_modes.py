@@ -257,7 +257,7 @@ def test_export_compares_all_given_images(monkeypatch):
         (lambda: dinoseg.track(np.zeros(2), "data"), "The model is of type ndarray"),
         (lambda: dinoseg.score(None, "data"), "reference=None is of type NoneType. Give text or a path"),
         (lambda: dinoseg.compare("called"), "runs is of type str. Give a list"),
-        (lambda: dinoseg.compare([["typed", 3], ["called"]]), "runs: int is no run"),
+        (lambda: dinoseg.compare([["typed", 3], ["called"]]), "runs: int is not a run"),
         (lambda: dinoseg.compare(["called"]), 'several seeds of each as runs=[["a1", "a2", "a3"], ["b1", "b2", "b3"]]'),
         (lambda: dinoseg.compare(["called", "data"]), "python -m dinoseg mode=eval resume=RUN"),
         (lambda: dinoseg.export_onnx("called", []), "images holds no image"),
