@@ -41,7 +41,7 @@ def mode(cfg, *, out_dir, does):
         raise RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete")
     if does.startswith("rank") or does == "waits":
         (out_dir / f"ready{rank}").touch()
-        time.sleep(60)
+        time.sleep(600 if does == "waits" else 60)  # until a signal, or the other one's failure, ends it
     threads = {"said": os.environ["OMP_NUM_THREADS"], "here": os.environ["LOCAL_WORLD_SIZE"]}
     if does == "says its threads":
         return threads

@@ -22,14 +22,14 @@ BLOCK, HEADER = (
 )  # bytes of a block of a .wandb file, and of the header of the file and of each part of a record
 SERVER = """
 import os, sys
-folder, port = sys.argv[1:]
+folder, descriptor = sys.argv[1:]
 os.environ["_MLFLOW_SERVER_FILE_STORE"] = f"sqlite:///{folder}/mlflow.db"
 os.environ["_MLFLOW_SERVER_SERVE_ARTIFACTS"] = "true"
 os.environ["_MLFLOW_SERVER_ARTIFACT_DESTINATION"] = f"{folder}/artifacts"
 os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = "mlflow-artifacts:/"
 from mlflow.server import app
-from werkzeug.serving import run_simple
-run_simple("127.0.0.1", int(port), app, threaded=True)
+from werkzeug.serving import make_server
+make_server("127.0.0.1", 0, app, threaded=True, fd=int(descriptor)).serve_forever()
 """
 
 
@@ -76,22 +76,18 @@ def _items(items):
     return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 class MlflowServer:
     """An MLflow server on this machine, with SQLite in a folder."""
 
     def __init__(self, folder):
-        self.folder, self.port = folder, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.folder = folder
         env = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "_MLFLOW"))}
-        words = [sys.executable, "-c", SERVER, str(folder), str(self.port)]
-        with (folder / "server.log").open("w") as log:
-            self.process = subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        # the server inherits the socket, so that nobody else can take its port
+        with (folder / "server.log").open("w") as log, socket.create_server(("127.0.0.1", 0)) as listening:
+            self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            words = [sys.executable, "-c", SERVER, str(folder), str(listening.fileno())]
+            given = {"stdout": log, "stderr": subprocess.STDOUT, "pass_fds": [listening.fileno()]}
+            self.process = subprocess.Popen(words, env=env, cwd=folder, **given)
         for _ in range(1500):
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=5).close()

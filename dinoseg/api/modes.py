@@ -327,5 +327,5 @@ def _resumed(model: Source | None) -> Iterator[dict[str, Any]]:
 
 def _folder_of(run: Run | Results | Folder) -> str:
     if not isinstance(run, Run | Results | str | PathLike):
-        raise UserError(f"runs: {type(run).__name__} is no run. Give runs, results of `evaluate`, or their folders.")
+        raise UserError(f"runs: {type(run).__name__} is not a run. Give runs, results of `evaluate`, or their folders.")
     return str(run.folder) if isinstance(run, Run | Results) else fspath(run)

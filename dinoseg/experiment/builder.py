@@ -27,7 +27,7 @@ from dinoseg.training.optim import Schedule
 from dinoseg.training.trainer import Settings, check_score
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError, name_parameters
-from dinoseg.utils.ranges import Count, Positive
+from dinoseg.utils.ranges import Count, Natural, Positive, check_value
 from dinoseg.utils.wording import join_names
 
 SPLITS = ("train", "val", "test")
@@ -136,7 +136,7 @@ class Builder(ModelBuilder):
 
     def check_values(self) -> None:
         """Refuse wrong values of what a training builds or reads only once its data are listed, and its checkpoints."""
-        _ = self.seed
+        check_value("seed", self._cfg.seed, Natural)
         self.loop_settings(self.lengths(samples=1)._asdict())
         for key, others in _BUILT_LATE.items():
             node = self.value(key)
@@ -281,19 +281,8 @@ class Builder(ModelBuilder):
         return list(metrics.values())
 
     def optimizer(self, model: torch.nn.Module) -> Optimizer:
-        """Return the optimizer of a model's trainable parameters.
-
-        Raises:
-            UserError: nothing is trained, or the backbone is, and its adapter has no learning rate.
-        """
-        optimizer: Optimizer = self.part("optim.optimizer")(model)
-        has_rate = "lr" in self._cfg.adapter or self.value("optim.optimizer.lr") is not None
-        if not has_rate and any(group.get("backbone") for group in optimizer.param_groups):
-            raise UserError(
-                f"adapter={self.options['adapter']} trains the backbone and has no learning rate. Add `lr: 1.0e-4` to "
-                "its YAML file, or set optim.optimizer.lr."
-            )
-        return optimizer
+        """Return the optimizer of a model's trainable parameters."""
+        return self.part("optim.optimizer")(model)
 
     def schedule(self) -> Schedule:
         """Return the learning-rate schedule, which maps a step and the number of steps to a factor."""

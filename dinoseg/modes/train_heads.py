@@ -28,7 +28,6 @@ from dinoseg.modes.training_run import (
     next_commands,
     open_log,
 )
-from dinoseg.report.curves import draw_curves
 from dinoseg.report.table import MEANS
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
@@ -125,8 +124,6 @@ def train_heads(
             if engine.is_main:
                 print(f"\nhead {name}, best checkpoint (step {progress.best_step}):\n")
             scores[name] = head.run.evaluate(head.model, head.checkpoints, **shown)
-            if engine.is_main:
-                print(f"curves:       {draw_curves(head.run.out_dir)}")
         rows = head_rows(heads, scores, model.left_heads(), settings.score, task.data_module.lowest)
         first = rows[0]["head"]
         if first not in scores:

@@ -107,13 +107,22 @@ class TrainingRun:
             warn_unread(out_dir, task.unread, task.unread_because)
 
     def check_model(self, model: SegmentationModel) -> None:
-        """Refuse a model that loss, batch, optimizer or initial weights do not fit; it may be on the meta device."""
+        """Refuse a model that loss, batch, optimizer or initial weights do not fit; it may be on the meta device.
+
+        So is a backbone that is trained by an adapter without a learning rate.
+        """
         if has_initial(self.build):
             check_initial(self.build, model)
         # by the task of this config: each of several heads has its own
         self.build.training_task().check_parts(model, self.engine.world_size)
         with torch.device("meta"):
-            self.build.optimizer(model)
+            optimizer = self.build.optimizer(model)
+        has_rate = "lr" in self.build.config["adapter"] or self.build.value("optim.optimizer.lr") is not None
+        if not has_rate and any(group.get("backbone") for group in optimizer.param_groups):
+            raise UserError(
+                f"adapter={self.build.options['adapter']} trains the backbone and has no learning rate. Add "
+                "`lr: 1.0e-4` to its YAML file, or set optim.optimizer.lr."
+            )
 
     @property
     def chosen_before(self) -> Mapping[str, str | None]:
@@ -174,7 +183,7 @@ class TrainingRun:
         return model, loss, optimizer, Checkpointer(folder, info, self.start, writes=writes)
 
     def finish(self, model: SegmentationModel, checkpoints: Checkpointer, log: RunLog, **shown: bool) -> dict[str, Any]:
-        """Score the best checkpoint, draw the curves, and print the paths of all results; return scores and cost.
+        """Score the best checkpoint, and print the paths of all results; return scores and cost.
 
         Args:
             model: receives the checkpoint's weights.
@@ -185,17 +194,19 @@ class TrainingRun:
         scores = self.evaluate(model, checkpoints, **shown)
         cost = cost_of(model, self.out_dir / "metrics.jsonl")
         if self.engine.is_main:
-            print(f"curves:       {draw_curves(self.out_dir)}")
             finish_log(log, self.out_dir, self.task, scores, checkpoints)
             write_json(self.out_dir / COST, cost)
             print("\n".join(next_commands(self.out_dir, on_clips=self.task.on_clips)))
         return {**scores, **cost, "best_step": checkpoints.progress.best_step, "run": str(self.out_dir)}
 
     def evaluate(self, model: SegmentationModel, checkpoints: Checkpointer, **shown: bool) -> dict[str, Any]:
-        """Score the best checkpoint, and return the scores. The arguments are those of `finish`."""
+        """Score the best checkpoint, draw the curves, and return the scores. The arguments are those of `finish`."""
         checkpoints.load_best(model)
         provenance = provenance_of(self.build, self.out_dir, checkpoints.best)  # each of several heads has its builder
-        return self.task.evaluate(model, self.engine, provenance, **shown)
+        scores = self.task.evaluate(model, self.engine, provenance, **shown)
+        if self.engine.is_main:
+            print(f"curves:       {draw_curves(self.out_dir)}")
+        return scores
 
 
 def open_log(build: Builder, out_dir: Path, start: Checkpoint | None, engine: Engine) -> RunLog:

@@ -21,6 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import dinoseg
 from dinoseg.__main__ import CONFIGS
+from dinoseg.api import modes
 from dinoseg.api.results import Comparison, Results, Scores
 from dinoseg.modes import train as train_mode
 from dinoseg.training import checkpoint
@@ -228,6 +229,13 @@ def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
     assert snapshot() == before and {*here.iterdir()} - left <= {here / "outputs"}
 
 
+def test_export_compares_all_given_images(monkeypatch):
+    calls = []
+    monkeypatch.setattr(modes, "run_mode", lambda *_, given: calls.append(given) or {"run": "RUN"})
+    dinoseg.export_onnx("called", [np.zeros((8, 8, 3), np.uint8)] * 17, export={"precision": "int8"})
+    assert calls[0]["export.count"] == 17 and calls[0]["export"] == "onnx"
+
+
 @pytest.mark.parametrize(
     ("call_mode", "message"),
     [
@@ -249,7 +257,7 @@ def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
         (lambda: dinoseg.track(np.zeros(2), "data"), "The model is of type ndarray"),
         (lambda: dinoseg.score(None, "data"), "reference=None is of type NoneType. Give text or a path"),
         (lambda: dinoseg.compare("called"), "runs is of type str. Give a list"),
-        (lambda: dinoseg.compare([["typed", 3], ["called"]]), "runs: int is no run"),
+        (lambda: dinoseg.compare([["typed", 3], ["called"]]), "runs: int is not a run"),
         (lambda: dinoseg.compare(["called"]), 'several seeds of each as runs=[["a1", "a2", "a3"], ["b1", "b2", "b3"]]'),
         (lambda: dinoseg.compare(["called", "data"]), "python -m dinoseg mode=eval resume=RUN"),
         (lambda: dinoseg.export_onnx("called", []), "images holds no image"),

@@ -28,7 +28,7 @@ def test_functions_in_a_notebook(tmp_path):
     cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
     cells[4].metadata.tags = cells[5].metadata.tags = ["raises-exception"]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
+    client = nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3")
     client.execute(cwd=str(tmp_path))
     outputs = [cell.outputs for cell in notebook.cells]
     run, scores, comparison = (html(outputs[number]) for number in (1, 2, 3))

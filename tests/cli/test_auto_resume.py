@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,25 @@ def succeed(here, *words):
     done = call(here, *words)
     assert done.status == 0, done.err
     return done
+
+
+def test_auto_finds_a_named_run_of_the_job_without_a_checkpoint(here, interrupt, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    run = here / "mine/run"
+    interrupt(*AUTO, "hydra.run.dir=mine/run")
+    shutil.rmtree(run / "checkpoints")
+    (run / ".split.json.7.part").write_text("of a killed process")
+    succeed(here, *AUTO)  # the named folder is remembered, and origin.json has recipe and job
+    assert checkpoint.describe(run / "checkpoints/last.safetensors")["progress"]["step"] == 3
+    assert not (run / ".split.json.7.part").exists() and not (here / "outputs/base").exists()
+
+
+def test_resume_removes_partial_files(here):
+    succeed(here, *TRAIN, "hydra.run.dir=run")
+    part = here / "run/.split.json.7.part"
+    part.write_text("of a killed process")
+    succeed(here, *TRAIN[:-1], "trainer.steps=4", "resume=run")
+    assert not part.exists()
 
 
 def step_of(run):

@@ -24,7 +24,7 @@ def test_everything_passes_in_order(count, depth):
 
 def test_the_stages_overlap():
     """Reading item 2, the model with item 1 and writing item 0 wait for one another."""
-    at_work = threading.Barrier(3, timeout=60)
+    at_work = threading.Barrier(3, timeout=600)
 
     def meet(item, at):
         if item == at:
@@ -85,7 +85,7 @@ def test_a_failure_while_the_others_are_stuck_in_full_queues():
     read = []
 
     def write(item):
-        end = time.monotonic() + 60
+        end = time.monotonic() + 600
         while len(read) < 5 and time.monotonic() < end:  # two in the queues, and one in each stage's hands
             time.sleep(0.01)
         raise Broken
@@ -96,16 +96,17 @@ def test_a_failure_while_the_others_are_stuck_in_full_queues():
 
 
 def test_the_first_of_two_failures_is_raised():
-    failed = threading.Event()
+    failed, writers = threading.Event(), []
 
     def write(item):
+        writers.append(threading.current_thread())
         failed.set()
         raise Broken("write")
 
     def read():
         yield 1
-        failed.wait(60)
-        time.sleep(0.3)
+        failed.wait(600)
+        writers[0].join(600)  # its error is then known
         raise Broken("read")
 
     with pytest.raises(Broken, match="write"):

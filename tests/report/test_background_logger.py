@@ -19,7 +19,7 @@ class SlowLogger(Logger):
     error = OSError
 
     def __init__(self, out_dir=None, *, start_step=0, waits_in="", fails_in=""):
-        self.timeout = 0.2 if waits_in else 60.0
+        self.timeout = 0.2 if waits_in else 600.0
         self.calls, self.gate, self.waits_in, self.fails_in = [], threading.Event(), waits_in, fails_in
 
     def __getattribute__(self, name):

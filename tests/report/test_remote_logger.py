@@ -21,7 +21,7 @@ class ListLogger(RemoteLogger):
     package = "list"
     sent: list
 
-    def __init__(self, out_dir, *, start_step=0, sent, known=True, artifacts=False, group=None, timeout=9.0):
+    def __init__(self, out_dir, *, start_step=0, sent, known=True, artifacts=False, group=None, timeout=600.0):
         super().__init__(out_dir, group=group, artifacts=artifacts, timeout=timeout)
         self.sent, self.known = sent, known
 

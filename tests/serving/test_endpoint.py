@@ -148,7 +148,7 @@ def test_a_failing_model_is_status_500(tmp_path):
 def test_few_images_are_decoded_at_once(tmp_path, monkeypatch):
     most = []
     decoded = threading.Semaphore(0)
-    with client(tmp_path, lambda images: decoded.acquire(timeout=60)) as ask, ThreadPoolExecutor(8) as pool:
+    with client(tmp_path, lambda images: decoded.acquire(timeout=600)) as ask, ThreadPoolExecutor(8) as pool:
         decode = ImageDecoder.decode
         monkeypatch.setattr(ImageDecoder, "decode", lambda self, path: (most.append(1), decode(self, path))[1])
         answers = [pool.submit(ask.post, "/segment", content=encoded(picture())) for _ in range(8)]

@@ -62,6 +62,20 @@ def test_save_and_restore_is_exact(model, tmp_path, adapter):
     )
 
 
+def test_parameter_without_gradients_is_restored(model, tmp_path):
+    source = model("full").train()
+    source.head.spare = nn.Linear(2, 2)  # no gradient reaches it, so that the optimizer has no state of it
+    optimizer = adamw(source, lr=0.01)
+    checkpoints = Checkpointer(tmp_path, dict(INFO))
+    checkpoints.restore(source, optimizer, None)
+    train(source, optimizer)
+    checkpoints.save(source, optimizer, None)
+    again = Checkpointer(tmp_path, dict(INFO), start=read(tmp_path / "last.safetensors"))
+    restored = adamw(source, lr=0.01)
+    again.restore(source, restored, None)
+    assert len(restored.state) and not restored.state[source.head.spare.weight]
+
+
 def test_only_what_was_trained_is_in_the_file(model, tmp_path):
     source = model("lora")
     checkpoints = Checkpointer(tmp_path, dict(INFO))

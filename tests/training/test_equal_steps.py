@@ -136,7 +136,7 @@ class Ranks:
     """What ranks that run as threads exchange."""
 
     def __init__(self, world_size):
-        self.world_size, self.barrier, self.given = world_size, Barrier(world_size, timeout=120), [None] * world_size
+        self.world_size, self.barrier, self.given = world_size, Barrier(world_size, timeout=600), [None] * world_size
 
     def sum(self, rank, value):
         self.given[rank] = value

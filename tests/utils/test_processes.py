@@ -244,7 +244,7 @@ def test_a_script_without_guard_is_told_why(tmp_path):
     assert ended.returncode and "processes need `if __name__ == '__main__':` around" in ended.stderr
 
 
-def until(condition, seconds=120):
+def until(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

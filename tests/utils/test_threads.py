@@ -24,7 +24,7 @@ def test_nobody_shares_work_while_a_pool_is_at_work(three_threads):
 
 
 def test_as_many_calls_as_threads_run_at_once(three_threads):
-    meeting = Barrier(3, timeout=60)
+    meeting = Barrier(3, timeout=600)
     with threads(CPU) as each:
         assert sorted(each(lambda _: meeting.wait(), range(3))) == [0, 1, 2]
 

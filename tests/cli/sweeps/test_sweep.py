@@ -19,7 +19,7 @@ from dinoseg.cli.sweeps.table import SweepTable
 from dinoseg.config.nodes import instantiate
 from dinoseg.utils.errors import UserError
 
-HOLDS = "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1], 'a'), 2); print(flush=True); time.sleep(60)"
+HOLDS = "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1], 'a'), 2); print(flush=True); time.sleep(1800)"
 
 
 QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0")

@@ -128,7 +128,7 @@ def iou(counts):
 class Ranked(Engine):
     """One of two ranks, each in a thread of this process."""
 
-    rank, world_size, met, given = 0, 2, Barrier(2, timeout=60), [None, None]
+    rank, world_size, met, given = 0, 2, Barrier(2, timeout=600), [None, None]
 
     def __init__(self, rank):
         super().__init__("cpu", "fp32", workers=0)
