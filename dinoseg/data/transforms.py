@@ -318,7 +318,7 @@ class Augment:
         box = (left * width / size[0], top * height / size[1], right * width / size[0], bottom * height / size[1])
         planes = [image] if image.shape[2] == 3 and image.dtype == np.uint8 else np.moveaxis(image, 2, 0)
         shown = (right - left, bottom - top)
-        parts = [Image.fromarray(plane).resize(shown, Image.Resampling.BILINEAR, box) for plane in planes]
+        parts = [np.asarray(Image.fromarray(each).resize(shown, Image.Resampling.BILINEAR, box)) for each in planes]
         return np.dstack(parts), matrix @ _move(left, top)  # a copy that can be written
 
     def _visible(self, matrix: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -9,6 +9,7 @@ from command_line import write_data
 from portable_parts import TINY, exported, untrained
 
 import dinoseg
+from dinoseg.core.channels import PixelFormat
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
@@ -18,7 +19,6 @@ from dinoseg.export.options import GraphOptions
 from dinoseg.models.model import quantised_names
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import read_image
 
 FORMS = {
     "adapter.bits=4": ("adapter=qlora", "adapter.rank=2"),
@@ -43,7 +43,7 @@ def quantised(request, compose, tmp_path):
 
 @torch.inference_mode()
 def scores_of(model, path):
-    return model(torch.from_numpy(read_image(path).copy()).permute(2, 0, 1)[None]).scores()
+    return model(torch.from_numpy(PixelFormat().read(path).copy()).permute(2, 0, 1)[None]).scores()
 
 
 def test_the_gate_compares_the_file_with_the_trained_model(quantised, tmp_path, monkeypatch):

@@ -443,7 +443,7 @@ class Segmenter(GuardedModule, Model):
         if images.dtype in (torch.uint8, torch.uint16):
             return
         if not images.is_floating_point():
-            raise UserError(f"Images are {images.dtype}. Give uint8, uint16, or floats in 0..1.")
+            raise UserError(f"Images are {images.dtype}. Give uint8, or floats in 0..1, or uint16.")
         is_known = self._has_checked_levels and images.device.type != "cpu"
         if not (is_known or images.is_meta or torch.compiler.is_compiling()):
             least, most = images.detach().aminmax()

@@ -71,7 +71,7 @@ class ConvNext(Backbone):
         self.checkpointing = checkpointing
         self.unused: list[str] = []
         self.model = load_model(config, weights, self._cut)
-        adapt_input(self.blocks[0].downsample_layers[0], channels, channel_weights)
+        adapt_input(self.model.model.stages[0].downsample_layers[0], channels, channel_weights)
         self.model.config.num_channels = channels
         register_colours(self, *resolve_colours(weights, mean, std, channels=channels))
 
