@@ -32,7 +32,12 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
     if file is not None:
         if source.resume is not None:
             raise UserError(f"mode.model={file} and resume={source.resume} both name a model: give one of them.")
-        return _opened(source, out_dir, file)
+        model = _opened(source, out_dir, file)
+        if model.runtime.has_layers:
+            raise UserError(
+                f"mode.model={file} is a multi-label model, which dinoseg.load runs in Python. Choose another."
+            )
+        return model
     trained = source.load()
     if trained.model.head.slots is not None:
         raise UserError(
