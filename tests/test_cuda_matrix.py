@@ -38,7 +38,9 @@ def cell(head="linear", adapter="frozen", loss="cross_entropy", backbone="dinov3
 
 
 def losses():
-    return [option for option in options("loss") if read_whole("loss", option)["class_weights"] is not None]
+    found = {option: read_whole("loss", option) for option in options("loss")}
+    weighted = [option for option in found if found[option]["class_weights"] is not None]
+    return [option for option in weighted if "multilabel" not in str(found[option])]
 
 
 def check(folder, model, loss, waits, **given):

@@ -70,7 +70,8 @@ class Collector:
                 boundary = boundary_errors(mask, prediction, ignored)
                 samples = _sampled(sampled[row], mask[places], ignored, self._samples)
             else:  # of each layer; without logits, since calibration needs one class per pixel
-                boundary = sum(boundary_errors(*layers, ignored) for layers in zip(mask, prediction, strict=True))
+                pairs = zip(mask, prediction, strict=True)
+                boundary = np.stack([boundary_errors(*layers, ignored) for layers in pairs]).sum(axis=0)
                 samples = np.empty((0, len(mask)), np.float32), np.empty(0, np.uint8)
             self._rows.append((self._next, counts, boundary, *samples))
             self._store_image(image_mious(counts[None])[0], batch.image[row], prediction, mask)

@@ -140,8 +140,8 @@ class ConfusionMatrix:
         for index in ignored.values():
             classes[index] |= {"iou": None, "dice": None, "precision": None}
         return {
-            **ignored,
             **mean_scores(classes, hits, self.background),
+            **ignored,
             "ignored_pixels": int(self.counts[-3]),
             "matrix": matrix,
             "classes": classes,

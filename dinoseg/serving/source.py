@@ -35,6 +35,10 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
             raise UserError(f"mode.model={file} and resume={source.resume} both name a model: give one of them.")
         opened = _opened(source, out_dir, file)
         check_rgb(opened.facts.format, "an upload")
+        if opened.runtime.has_layers:
+            raise UserError(
+                f"mode.model={file} is a multi-label model, which dinoseg.load runs in Python. Choose another."
+            )
         return opened
     check_rgb(source.pixels, "an upload")
     trained = source.load()

@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from portable_parts import TINY, untrained
 
 import dinoseg
+from dinoseg.core.task import SEMANTIC
 from dinoseg.experiment import source
 from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
@@ -149,7 +150,8 @@ def test_a_size_is_fixed_only_where_something_says_so():
 def test_a_size_that_pictures_make_too_large_is_refused():
     head = SimpleNamespace(slots=None, fixed_size_reason="it pools", mixture=False, no_object=False)
     mean = torch.zeros(1, 3, 1, 1)
-    model = SimpleNamespace(head=head, patch_size=16, scale=1.0, longest=None, backbone=SimpleNamespace(mean=mean))
+    parts = {"head": head, "backbone": SimpleNamespace(mean=mean), "task": SEMANTIC}
+    model = SimpleNamespace(patch_size=16, scale=1.0, longest=None, **parts)
     record, reason = record_of(model, None, GraphOptions(), (8192, 8170))
     assert record.size == (8192, 8176) and record.batch == 1 and reason == "it pools"
     for picture in ((8192, 8193), (8, 32769)):

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from dinoseg.core.contracts import Head
 from dinoseg.core.shapes import Prediction
+from dinoseg.core.task import SEMANTIC
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.annotation_files import AnnotationLayout
 from dinoseg.data.splits import Partition
@@ -32,6 +33,7 @@ class Brightness(torch.nn.Module):
     """Class scores by the pixel's brightness: the answer is known for every image."""
 
     head = Head()
+    task = SEMANTIC
 
     def __init__(self):
         super().__init__()

@@ -62,9 +62,11 @@ CASES |= {
     "masks, ce, lovasz per image": mixture(masks=MASKS, ce=CE + "}", lovasz=LOVASZ + ", per_image: true}"),
     "ce twice": mixture(one=CE + ", label_smoothing: 0.2}", two=CE + "}"),
 }
-BATCHWISE = {"dice", "tversky", "lovasz", "ce_dice", "ce_dice_cldice", "ce_lovasz", "slot_contrast", "ce, hardest"}
+BATCHWISE = {"bce_dice", "dice", "tversky", "lovasz", "ce_dice", "ce_dice_cldice", "ce_lovasz", "slot_contrast"}
+BATCHWISE |= {"ce, hardest"}
 SEVERAL = {
     "mask_classification",
+    "bce_dice",
     "ce_dice",
     "ce_dice_cldice",
     "ce_lovasz",
@@ -130,6 +132,13 @@ def samples(first=0, count=IMAGES):
     masks[1] = 255
     numbers = torch.arange(first, first + count).to(torch.uint8)[:, None, None, None].expand(-1, 3, *SIZE)
     return Batch(numbers.contiguous(), masks, [str(number) for number in range(count)])
+
+
+def as_layers(batch):
+    """Return a batch with a layer for each class; all hold the pixels of class 1."""
+    ids = batch.mask[:, None]
+    layers = ((ids == torch.arange(K)[:, None, None]) | (ids == 1)).to(torch.uint8)
+    return Batch(batch.image, torch.where(ids == 255, ids, layers), batch.names)
 
 
 class Ranks:
@@ -258,7 +267,7 @@ def test_gradients_are_equal_or_the_loss_declares_that_they_are_not(name):
     clips = name in SLOTS
     loss = criterion(*CASES[name], **({} if clips else {"class_weights": torch.tensor([0.3, 1.0, 2.5])}))
     net = table("clips" if clips else "masks" if "mask" in name else "pixels")
-    check(net, loss, samples(), batchwise=name in BATCHWISE)
+    check(net, loss, as_layers(samples()) if loss.needs_layers else samples(), batchwise=name in BATCHWISE)
     assert (loss.num_divisors > 1) == (name in SEVERAL)
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -126,7 +127,7 @@ class Layers:
     """
 
     sources: Sequence[Path | Drawing | None]
-    read_layer: Callable[[Path | Drawing], np.ndarray]
+    read_layer: Callable[[Any], np.ndarray]
 
     def __str__(self) -> str:
         return ", ".join(str(source) for source in self.given)

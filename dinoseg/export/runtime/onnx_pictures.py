@@ -29,6 +29,11 @@ class GraphRuntime:
         self.compute = compute
         self.record = record
 
+    @property
+    def has_layers(self) -> bool:
+        """Whether masks have a layer for each class."""
+        return self.record.thresholds is not None
+
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""
         return np.stack(

@@ -18,6 +18,11 @@ class Runtime(Protocol):
 
     name: str  # torch | onnx
 
+    @property
+    def has_layers(self) -> bool:
+        """Whether masks have a layer for each class."""
+        ...
+
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""
         ...

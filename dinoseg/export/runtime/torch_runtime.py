@@ -19,8 +19,13 @@ class TorchRuntime:
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
 
+    @property
+    def has_layers(self) -> bool:
+        """Whether masks have a layer for each class."""
+        return self.predictor.model.task.has_layers
+
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size."""
+        """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""
         with _evaluating(self.predictor.model):
             return self.predictor.ids(images)
 

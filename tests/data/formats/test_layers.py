@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from making import save
 from overlapping_shapes import CLASSES, write_coco, write_overlaps
 
 from dinoseg.data.classes.masks import Masks
+from dinoseg.data.custom import CustomDataset
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.opened import opened
@@ -114,6 +116,29 @@ def test_options_that_need_one_class_per_pixel_are_refused(tmp_path):
         annotated_dataset(tmp_path / "coco", "train", kind="coco", classes=["background", *CLASSES], layers=True)
     with pytest.raises(UserError, match="cat_max_ratio"):
         Augment((8, 8), cat_max_ratio=0.5)(np.zeros((9, 9, 3), np.uint8), data[0]["mask"].numpy(), make_rng())
+
+
+class Drawn:
+    """A dataset of a class of its own, with two layers."""
+
+    classes, palette, ignore_index, names = ("a", "b"), ((0, 0, 0), (255, 0, 0)), 255, ["x"]
+
+    def __init__(self, mask):
+        self.mask = torch.tensor(mask)
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return {"image": torch.zeros(3, 2, 2, dtype=torch.uint8), "mask": self.mask, "name": "x"}
+
+
+def test_a_dataset_class_may_return_layers(tmp_path):
+    data = CustomDataset(Drawn([[[0, 1], [1, 255]], [[0, 0], [1, 0]]]), has_layers=True)
+    assert data[0]["mask"].dtype == torch.uint8 and class_counts(data, tmp_path).tolist() == [2, 1]
+    for mask in ([[0, 1], [1, 0]], [[[0, 2], [1, 0]], [[0, 0], [1, 0]]]):
+        with pytest.raises(UserError, match="the mask of x"):
+            CustomDataset(Drawn(mask), has_layers=True)[0]
 
 
 def make_rng():
