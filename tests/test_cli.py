@@ -211,7 +211,7 @@ def test_an_unknown_option_lists_those_there_are(place, group):
         (["loss=null"], "loss=null is unknown. Choose from ce_dice"),
         (["hparam=sarrap"], "hparam=sarrap is unknown. Did you mean hparam=sarrarp_frozen or hparam=sarrarp_full or"),
         (["backbone=dinov2"], "backbone=dinov2 is unknown. Did you mean backbone=dinov2_vitb14 or"),
-        (["backbone=[0]"], "backbone=0 is unknown. Choose from dino_vitb16"),
+        (["backbone=[0]"], "backbone=[0] is a list, and backbone takes one option"),
         (["engine=1"], "engine=1 is unknown. Choose from auto, cpu"),
         (["hparam="], "hparam= is unknown. Choose from"),
         ([f"hparam={'n' * 3000}"], "nnn is unknown. Choose from"),

@@ -9,6 +9,7 @@ run folder, by default as on the command line; `config_dir` is a folder of furth
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
+from os.path import exists, expanduser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -213,13 +214,12 @@ def track(
         >>> found["frames"], found.folder.is_dir()
         (4, True)
     """
-    backbones, backbone = list_backbones(config_dir=config_dir), None
-    if isinstance(model, str) and not Path(model).exists():
-        if model not in backbones:
-            raise UserError(f"model={model} is neither a file, a folder nor a backbone.{nearest(model, backbones)}")
-        model, backbone = None, model
-    with _resumed(model) as resumed:
-        given = {**resumed, **({"backbone": backbone} if backbone else {}), "input": input}
+    backbones = list_backbones(config_dir=config_dir)
+    is_backbone = isinstance(model, str) and not exists(expanduser(model))
+    if is_backbone and model not in backbones:
+        raise UserError(f"model={model} is neither a file, a folder nor a backbone.{nearest(str(model), backbones)}")
+    with _resumed(None if is_backbone else model) as resumed:
+        given = {**resumed, **({"backbone": model} if is_backbone else {}), "input": input}
         return Results.of(run_mode("track", words, overrides, out_dir, exist_ok, config_dir, given=given))
 
 
