@@ -172,16 +172,17 @@ def _match_layers(
     files = {path for masks in by_class for path in masks.values()}
     images = {name: path for name, path in images.items() if path not in files}
     shown = {name: [masks.get(name) for masks in by_class] for name in images}
-    used = [path for sources in shown.values() for path in sources if path is not None]
-    if twice := next((path for path, count in Counter(used).items() if count > 1), None):
+    used = Counter(path for sources in shown.values() for path in sources if path is not None)
+    if twice := next((path for path, count in used.items() if count > 1), None):
         raise UserError(f"{twice} is the mask of two images or classes by its name. Rename images or classes.")
     by_name: dict[str, Pair | Lacking] = {}
     for name, path in images.items():
         reason = f"{path} has no mask of any class. If it shows none, add an empty mask."
         pair = Pair(name, path, Layers(tuple(shown[name]), read_layer))
         by_name[name] = pair if any(shown[name]) else Lacking(name, reason, _REMEDY)
-    for path in sorted(files - {*used}):
-        by_name[str(path)] = Lacking(str(path), f"{path} has no image in {folder}.", _REMEDY)
+    for name, path in (entry for masks in by_class for entry in masks.items()):
+        if path not in used:
+            by_name[name] = Lacking(name, f"{path} has no image in {folder}.", _REMEDY)
     by_name |= {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in unread.items()}
     return by_name
 
