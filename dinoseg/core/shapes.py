@@ -241,8 +241,9 @@ class Prediction:
                 return self.class_ids(), self.as_logits(torch.einsum("bqk,bqhw->bkhw", self.masks.shares, pixels))
         scores = self.scores()
         chosen = self.as_logits(scores[:, :, places[0], places[1]]).float().clone()  # a band is overwritten by the next
-        decided = self.class_ids() if self.task.has_layers else argmax_ids(scores)
-        return decided, chosen
+        if self.task.has_layers:
+            return self.task.decide(self.task.probabilities(self.as_logits(scores).float())), chosen
+        return argmax_ids(scores), chosen
 
     def of_images(self, images: slice) -> Prediction:
         """Return the prediction for some of the images."""

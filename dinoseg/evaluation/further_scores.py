@@ -10,7 +10,7 @@ from dinoseg.evaluation.class_scores import unit_sums
 from dinoseg.evaluation.scoring.intervals import Estimate, jackknife_error, leave_one_out, mean_of, widened
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
 
-_PLAIN = (bool, int, float, str, list, tuple, type(None))
+_PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class FurtherScore:
 
     Args:
         better: max or min, which value is the best.
-        settings: the metric's plain options, as text.
+        settings: the metric's class and plain options, as text.
         value: over all units; None where undefined.
         left_out: without each unit, in the order of the units' first images; None where undefined.
     """
@@ -35,7 +35,8 @@ def further_scores(metric: Metric, counts: Sequence[Counts], units: Sequence[str
     sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
     function = FlatMetric.of(metric, counts[0])
     whole, left_out = function.scores(sums.sum(axis=0)), leave_one_out(function, sums)
-    settings = str({name: value for name, value in sorted(vars(metric).items()) if isinstance(value, _PLAIN)})
+    options = {name: value for name, value in sorted(vars(metric).items()) if isinstance(value, _PLAIN)}
+    settings = f"{type(metric).__qualname__} {options}"
     return {
         name: FurtherScore(better, settings, plain_score(whole[name]), [*map(plain_score, left_out[name])])
         for name, better in metric.scores.items()

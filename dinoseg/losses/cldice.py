@@ -40,7 +40,8 @@ class SoftClDice(Loss):
     It is 1 - 2 T_p T_s / (T_p + T_s) for each class. The topology precision T_p is the share of the predicted soft
     skeleton inside the labels, and the topology sensitivity T_s that of the labels' skeleton inside the prediction.
     Sums are over the batch, with 1 added to numerators and denominators as in the authors' code. Ignored pixels belong
-    to no class on either side.
+    to no class on either side. A class occurs if its labels have a soft skeleton, which regions wider than the erosions
+    reach lack where they fill the image.
 
     Scores are upsampled in bands of rows, and several bands again in the backward pass. Bands overlap by the reach of
     the skeleton, so that they change no value.

@@ -39,6 +39,12 @@ class WeightedSum(Loss):
         self.needs_masks = any(loss.needs_masks for loss in self.losses)
         self.needs_slots = any(loss.needs_slots for loss in self.losses)
         self.needs_layers = any(loss.needs_layers for loss in self.losses)
+        if self.needs_layers and not all(loss.needs_layers for loss in self.losses):
+            layered = [name for name, loss in zip(terms, self.losses, strict=True) if loss.needs_layers]
+            raise UserError(
+                f"terms={list(terms)}: {', '.join(layered)} of task=multilabel cannot be added to terms of one class "
+                "per pixel. Choose terms of one kind."
+            )
         self.needs_reconstruction = any(loss.needs_reconstruction for loss in self.losses)
         self.needs_similarity = any(loss.needs_similarity for loss in self.losses)
         self.needs_carried = any(loss.needs_carried for loss in self.losses)

@@ -9,7 +9,7 @@ from dinoseg.metrics.counts import mean_defined, ratio
 from dinoseg.metrics.outlines import drop_ignored
 from dinoseg.metrics.thinning import thin_masks
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Natural
+from dinoseg.utils.ranges import Natural, check_annotations
 
 
 class ClDice(Metric):
@@ -23,7 +23,7 @@ class ClDice(Metric):
         classes: ids of the classes with thin structures; None: all but class 0.
 
     Raises:
-        UserError: `count` gets an image without one of these classes among its K.
+        UserError: `classes` is empty, or `count` gets an image without one of them among its K.
 
     Examples:
         >>> import numpy as np
@@ -37,7 +37,10 @@ class ClDice(Metric):
 
     scores = {"cldice": "max", "skeleton_recall": "max"}
 
+    @check_annotations
     def __init__(self, classes: Sequence[Natural] | None = None) -> None:
+        if classes is not None and not classes:
+            raise UserError("classes=[]: name at least one class, or give None for all but class 0.")
         self.classes = classes
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
@@ -47,12 +50,13 @@ class ClDice(Metric):
         prediction, and the reference's skeleton.
         """
         background = sample.num_classes
-        scored = range(1, background) if self.classes is None else self.classes
-        if len(scored) and max(scored) >= background:
-            raise UserError(f"classes={list(scored)}: give ids of classes, from 0 to {background - 1}.")
+        chosen = range(1, background) if self.classes is None else self.classes
+        if max(chosen, default=0) >= background:
+            raise UserError(f"classes={list(chosen)}: give ids of classes, from 0 to {background - 1}.")
+        scored = [index for index in chosen if index != sample.ignore_index]
         reference, predicted, _ = drop_ignored(prediction, sample)
         for ids in (reference, predicted):
-            ids[~np.isin(ids, list(scored))] = background
+            ids[~np.isin(ids, scored)] = background
         pixels = np.zeros((4, background + 1), np.int64)
         for row, mask, other in ((0, predicted, reference), (2, reference, predicted)):
             skeleton = thin_masks(mask, background)

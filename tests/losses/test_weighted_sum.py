@@ -11,6 +11,7 @@ from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.focal import Focal
 from dinoseg.losses.lovasz import Lovasz
 from dinoseg.losses.mask_classification import MaskClassification
+from dinoseg.losses.multilabel import BinaryCrossEntropy
 from dinoseg.losses.overlap import Dice, Tversky
 from dinoseg.losses.weighted_sum import WeightedSum
 from dinoseg.utils.errors import UserError
@@ -198,3 +199,9 @@ def test_a_wrong_key_of_a_sum_is_refused(compose, override, said):
     cfg = compose("loss=ce_dice", "data.root=.", "data.classes=[a,b,c]", override)
     with pytest.raises(UserError, match=said):
         instantiate(cfg.loss.criterion)(class_weights=WEIGHTS)
+
+
+def test_terms_of_layers_and_of_ids_are_not_added():
+    terms = {"ce": CrossEntropy, "bce": BinaryCrossEntropy}
+    with pytest.raises(UserError, match="bce of task=multilabel cannot be added"):
+        WeightedSum(terms, dict.fromkeys(terms, 1.0), WEIGHTS)

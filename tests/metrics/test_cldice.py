@@ -110,3 +110,15 @@ def test_classes_outside_the_data_are_refused():
     ids = np.zeros((8, 8), np.uint8)
     with pytest.raises(UserError, match=r"classes=\[1, 4\].*from 0 to 3"):
         ClDice(classes=[1, 4]).count(PredictedImage(ids), LabelledImage(ids, CLASSES))
+
+
+def test_predictions_of_the_ignored_class_count_nowhere():
+    mask, ids = np.zeros((2, 8, 12), np.uint8)
+    mask[2], ids[2], ids[5] = 2, 2, 1
+    pair = PredictedImage(ids), LabelledImage(mask, num_classes=3, ignore_index=1)
+    assert ClDice().score([ClDice().count(*pair)]) == {"cldice": 1.0, "skeleton_recall": 1.0}
+
+
+def test_empty_classes_are_refused():
+    with pytest.raises(UserError, match=r"classes=\[\]"):
+        ClDice(classes=[])

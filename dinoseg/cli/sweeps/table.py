@@ -178,7 +178,7 @@ class SweepTable(Callback):
         row: dict[str, Any] = {"words": {key: value for key, _, value in words if key != "mode"}}
         row |= {"job": number, "process": os.getpid()}
         numbers = {name: value for name, value in scores.items() if type(value) in (int, float) and isfinite(value)}
-        further = [name for name in config.get("metric") or () if name in numbers]
+        further = [name for name in config.get("metric") or () if name in numbers and name not in SHARES]
         row |= {name: numbers.get(name) for name in (*SHARES, *further, *OTHERS, "background", "ignored_class")}
         row["further"] = further
         row |= {name: scores.get(name) for name in ("matrix", "run")}
