@@ -13,6 +13,8 @@ from tabulate import tabulate
 
 from dinoseg.core.metric import plain_score
 from dinoseg.core.shapes import SegmentationData
+from dinoseg.data.custom import CustomDataset
+from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.further_scores import further_difference
@@ -373,6 +375,6 @@ def largest_differences(
     if any(not (folder / "predictions").is_dir() for folder in folders):
         return [], "No images: a run was evaluated with mode.metrics_only=true, so its predictions were not saved."
     data = load()
-    if data[order[0]]["mask"].ndim > 2:
+    if isinstance(data, PairDataset | CustomDataset) and data.has_layers:
         return [], "No images: the masks have a layer for each class."
     return [_pair_shot(data, index, folders, (first[index] or 0.0, second[index] or 0.0)) for index in order], ""
