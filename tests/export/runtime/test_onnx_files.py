@@ -27,6 +27,12 @@ RECORD = GraphRecord(8, 1.0, None, None, None, None, None, (0.5, 0.25, 0.125), "
 LABELS = {"classes": ["dark", "bright"], "palette": [[0, 0, 0], [255, 255, 255]], "ignore_index": 255}
 
 
+@pytest.mark.parametrize("thresholds", [[0.5], [0.5, 0.5, 0.5], [0.5, 1.5]])
+def test_thresholds_that_do_not_fit_are_refused(tmp_path, thresholds):
+    with pytest.raises(UserError, match=r"threshold(?s:.*)Export the model again"):
+        load_onnx(written(tmp_path, model(replace(RECORD, thresholds=thresholds))), device="cpu")
+
+
 def changed(**values):
     return GraphRecord.of(json.loads(json.dumps({**RECORD.plain(), **values})), "model.onnx")
 
