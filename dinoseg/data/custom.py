@@ -89,8 +89,7 @@ class CustomDataset:
     def keep(self, names: Collection[str]) -> "CustomDataset":
         """Return the dataset restricted to these names, in the same order."""
         rows = [row for row, name in zip(self.rows, self.names, strict=True) if name in names]
-        options = {"channels": self.channels, "has_layers": self.has_layers}
-        return CustomDataset(self.samples, rows, self.where, **options)
+        return CustomDataset(self.samples, rows, self.where, channels=self.channels, has_layers=self.has_layers)
 
     def _check_members(self, samples: Any) -> None:
         missing = [f"`{name}` ({what})" for name, what in REQUIRED.items() if not hasattr(samples, name)]
