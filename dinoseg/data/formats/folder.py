@@ -181,9 +181,7 @@ def _match_layers(
     for place, each in zip(folders, layouts, strict=True):
         if not place.is_dir():
             log.warning("%s is missing: no image of split %s shows this class.", place, split)
-            by_class.append({})
-            continue
-        masks, unread_masks = _find(place, each.mask_suffix, each, is_mask=True)
+        masks, unread_masks = _find(place, each.mask_suffix, each, is_mask=True) if place.is_dir() else ({}, {})
         by_class.append(masks)
         unread |= unread_masks
     files = {path for masks in by_class for path in masks.values()}
