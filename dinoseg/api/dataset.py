@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from dinoseg.api.compose import compose, words_of
+from dinoseg.api.compose import compose, split_options, words_of
 from dinoseg.api.wording import python_terms
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.core.sample_maps import get_map_kinds
@@ -92,7 +92,7 @@ def open_dataset(
         transform: function of an item, such as an augmentation; its result is the item instead.
         config_dir: folder with config groups of your own, as `--config-dir` on the command line.
         overrides: further keys of the dataset's config, such as `palette=[[0, 0, 0], [0, 255, 0]]` or
-            `reader={"layout": {"images": "{split}/photos"}}`.
+            `reader={"layout": {"images": "{split}/photos"}}`; or `task="multilabel"`, for masks (K, H, W).
 
     Raises:
         UserError: an unknown option, key or split, no classes, a missing folder, or an image without a mask; when an
@@ -111,9 +111,9 @@ def open_dataset(
     """
     given: Mapping[str, Any] = {"root": root, "classes": None if classes is None else list(classes)}
     keys = {key: value for key, value in given.items() if value is not None} | overrides
+    task = {"task": keys.pop("task")} if "task" in keys else {}
+    values = {"data": name, **{f"data.{key}": value for key, value in keys.items()}, **split_options(task, config_dir)}
     with python_terms({"data.root": "root", "data.classes": "classes"}):
-        cfg = compose(
-            words_of({"data": name, **{f"data.{key}": value for key, value in keys.items()}}), config_dir=config_dir
-        )
+        cfg = compose(words_of(values), config_dir=config_dir)
         with lent_resolvers():
             return SegmentationDataset(Builder(cfg).dataset(split), transform)

@@ -49,7 +49,7 @@ class CustomDataset:
         has_layers: bool = False,
     ) -> None:
         self.channels = channels
-        self._given = where
+        self.where = where
         self._where = f"{where}: {type(samples).__module__}.{type(samples).__qualname__}"
         self._check_members(samples)
         self.samples = samples
@@ -89,8 +89,7 @@ class CustomDataset:
     def keep(self, names: Collection[str]) -> "CustomDataset":
         """Return the dataset restricted to these names, in the same order."""
         rows = [row for row, name in zip(self.rows, self.names, strict=True) if name in names]
-        options = {"channels": self.channels, "has_layers": self.has_layers}
-        return CustomDataset(self.samples, rows, self._given, **options)
+        return CustomDataset(self.samples, rows, self.where, channels=self.channels, has_layers=self.has_layers)
 
     def _check_members(self, samples: Any) -> None:
         missing = [f"`{name}` ({what})" for name, what in REQUIRED.items() if not hasattr(samples, name)]
@@ -176,8 +175,8 @@ def check_custom_dataset(
             )
         data.read_as(pixels)
         return data
-    dataset = data if isinstance(data, CustomDataset) else CustomDataset(data, has_layers=has_layers)
-    dataset.channels = pixels.channels
+    given = (data.samples, data.rows, data.where) if isinstance(data, CustomDataset) else (data,)
+    dataset = CustomDataset(*given, channels=pixels.channels, has_layers=has_layers)
     for key, value, configured in (
         ("classes", dataset.classes, list(map(str, classes))),
         ("ignore_index", dataset.ignore_index, ignore_index),

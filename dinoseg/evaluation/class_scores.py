@@ -38,9 +38,9 @@ class ClassScores:
         return (*self.means, *(f"iou/{index}" for index in range(self.num_classes)))
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        """Return each score (...) from sums (..., 3 K) of its counts; nan where undefined."""
+        """Return each score (...) from sums (..., 3 K or 4 K) of its counts; nan where undefined."""
         metric = MeanIoU()
-        counts = {"classes": sums.reshape(*sums.shape[:-1], 3, self.num_classes)}
+        counts = {"classes": sums.reshape(*sums.shape[:-1], -1, self.num_classes)}
         computed = metric.compute(counts)
         scores = {key: computed[key] for key in ("miou", "dice", "accuracy")}
         ious = metric.per_class(counts)["iou"]

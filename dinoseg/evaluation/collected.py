@@ -27,7 +27,7 @@ class Collected:
     """Results of all images, in the order of the data set.
 
     Args:
-        classes: (N, 3, K) int64: correct, reference and predicted pixels by class.
+        classes: (N, 3, K) int64: correct, reference and predicted pixels by class; of layers (N, 4, K), see `MeanIoU`.
         boundary: (N, bands, 2) int64, see `boundary_errors`.
         logits: (P, K) float32 at sampled labelled pixels.
         labels: (P,) uint8, reference classes of these pixels.
@@ -123,7 +123,7 @@ def join(parts: Iterable[tuple[list, list[tuple]]]) -> Collected:
 
 
 def image_mious(counts: np.ndarray) -> list[float | None]:
-    """Return the mean IoU of each image from counts (N, 3, K) of `MeanIoU`; None without labelled pixels."""
+    """Return the mean IoU of each image from counts (N, 3 or 4, K) of `MeanIoU`; None without labelled pixels."""
     return [plain_score(miou) for miou in MeanIoU().compute({"classes": counts})["miou"]]
 
 

@@ -57,7 +57,7 @@ class ImageRecord(EvaluatedImages):
         root: absolute path of the data set's folder.
         split: train, val or test.
         source: origin of the model.
-        counts: (N, 3, K) int64 of `MeanIoU`.
+        counts: (N, 3, K) int64 of `MeanIoU`; of layers, (N, 4, K).
         scores: scores of further metrics by name.
     """
 
@@ -117,7 +117,7 @@ def read_record(folder: Path) -> ImageRecord:
     try:
         _check_size(folder / RECORD, _LARGEST)
         content = forms.read_json(folder / RECORD, _FORM)
-        size = 24 * len(content["images"]) * len(content["classes"])
+        size = 32 * len(content["images"]) * len(content["classes"])
         _check_size(folder / COUNTS, size + _FRAMING)
         counts = forms.read_arrays(folder / COUNTS, {"classes": forms.ArrayForm("<i8", 3, size)})["classes"]
         _check(content, counts)
@@ -150,7 +150,7 @@ def _check(content: dict[str, Any], counts: np.ndarray) -> None:
         raise forms.SchemaError(f"it has {classes} classes and {len(content['palette'])} colours")
     if (
         not images
-        or counts.shape != (images, 3, classes)
+        or counts.shape not in ((images, 3, classes), (images, 4, classes))
         or len(content["units"]) != images
         or len(set(content["images"])) != images
     ):

@@ -19,6 +19,7 @@ from dinoseg.evaluation.scoring.intervals import jackknife
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.metrics.boundary_errors import DISTANCES
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
+from dinoseg.metrics.miou import count_decisions
 from dinoseg.metrics.rows import MetricRows
 from dinoseg.report.html.evaluation import ErrorAnalysis, EvaluationScores, evaluation_page
 from dinoseg.report.log import rows_of_run
@@ -163,6 +164,6 @@ def _training(folder: Path | None) -> list[dict[str, Any]] | None:
 def _write_table(path: Path, record: ImageRecord, mious: list[float | None]) -> None:
     rows: list[list[Any]] = [["image", "unit", "miou", "labelled_pixels", "wrong_pixels"]]
     for name, unit, miou, counts in zip(record.images, record.units, mious, record.counts, strict=True):
-        labelled = int(counts[1].sum())
-        rows.append([name, unit, miou, labelled, labelled - int(counts[0].sum())])
+        correct, labelled = map(int, count_decisions(counts))
+        rows.append([name, unit, miou, labelled, labelled - correct])
     write_csv(path, rows)

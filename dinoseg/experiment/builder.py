@@ -204,10 +204,10 @@ class Builder(ModelBuilder):
         check_split(split)
         pairs = self.reader()(split)
         more: dict[str, Any] = {}
-        names: dict[str, str] = {}
+        names = {"cache": "data.cache"}
         if reduced and split == "train" and self._cfg.data.get("labelled") is not None:
             labelled = {"labelled": self._cfg.data.labelled}
-            names = {"labelled": "data.labelled", "group": "data.group"}
+            names |= {"labelled": "data.labelled", "group": "data.group"}
             check_arguments("dinoseg.data.opened.opened", labelled, names)
             more = {**labelled, "group": self._cfg.data.group, "seed": self.seed}
         with name_parameters(names):

@@ -28,12 +28,15 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
     encoding uses these keys.
 
     Raises:
-        UserError: two folders of predictions, or they and the data, have different classes.
+        UserError: two folders of predictions, or they and the data, have different classes, or predictions have
+            layers.
     """
-    if "classes" not in cfg.protocol or cfg.protocol.classes is not None:
+    if "classes" not in cfg.protocol:
+        return instantiate(cfg.protocol)
+    records = {folder: record for folder in predictions if (record := read_class_record(folder)) is not None}
+    if cfg.protocol.classes is not None:
         return instantiate(cfg.protocol)
     data, rules = cfg.data, cfg.protocol
-    records = {folder: record for folder in predictions if (record := read_class_record(folder)) is not None}
     known = {str(folder / NAME): labels for folder, (labels, _) in records.items()}
     if _has_classes(data):
         labels, masks = Labels.of(data.classes, data.palette, data.ignore_index), mask_keys(data)

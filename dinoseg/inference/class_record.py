@@ -19,6 +19,7 @@ _FORM = forms.record(
     palette=forms.listing(forms.listing(forms.whole(0, 255), 3)),
     ignore_index=forms.whole(0, 255),
     masks=forms.table(forms.plain),
+    has_layers=forms.flag,
 )
 
 
@@ -48,29 +49,37 @@ def write_class_record(
     palette: Sequence[Sequence[int]],
     ignore_index: int,
     masks: Mapping[str, Any],
+    *,
+    has_layers: bool = False,
 ) -> None:
-    """Write the classes of predicted IDs; `masks` holds the arguments of `Masks` for the dataset's masks."""
+    """Write the classes of predicted IDs or layers; `masks` holds the arguments of `Masks` for the dataset's masks."""
     colors = [list(color) for color in palette]
     record = {"classes": list(classes), "palette": colors, "ignore_index": ignore_index, "masks": dict(masks)}
-    write_json(folder / NAME, record)
+    write_json(folder / NAME, {**record, "has_layers": has_layers})
 
 
 def read_class_record(folder: Path) -> tuple[Labels, dict[str, Any]] | None:
     """Return the classes and the arguments of `Masks` saved with a folder of predictions; None without such a record.
 
     Raises:
-        UserError: the file exists but is not a valid record.
+        UserError: the file exists but is not a valid record, or the masks have layers.
     """
     path = folder / NAME
     if not path.is_file():
         return None
     try:
         record = forms.read_json(path, _FORM)
-        return Labels.of(record["classes"], record["palette"], record["ignore_index"]), record["masks"]
+        labels = Labels.of(record["classes"], record["palette"], record["ignore_index"])
     except (OSError, forms.SchemaError, UserError) as error:
         raise UserError(
             f"{path} is not a valid class record ({error}). Remove it and give num_classes, or predict again."
         ) from None
+    if record["has_layers"]:
+        raise UserError(
+            f"{folder} holds predictions of task=multilabel, and mode=score compares masks of one class per pixel. "
+            "Use mode=eval with the model."
+        )
+    return labels, record["masks"]
 
 
 def references(labels: Labels, masks: Mapping[str, Any]) -> References:

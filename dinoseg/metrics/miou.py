@@ -26,13 +26,15 @@ class MeanIoU(Metric):
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
         """Return correct, reference and predicted pixels of each class among the labelled pixels: (3, K) int64.
 
+        Layers have a fourth row: the labelled pixels of each class.
+
         If `ignore_index` is one of the classes, its predictions are not counted: it can never be correct, so it is
         absent. Predicted ids of K or more are errors of the reference's class.
         """
         labelled = sample.mask != sample.ignore_index
         if sample.mask.ndim > 2:  # layers
             reference, predicted = sample.mask == 1, (prediction.ids == 1) & labelled
-            layers = np.stack([predicted & reference, reference, predicted])  # (3, K, H, W)
+            layers = np.stack([predicted & reference, reference, predicted, labelled])  # (4, K, H, W)
             return {"classes": layers.sum(axis=(2, 3), dtype=np.int64)}
         reference, predicted = sample.mask[labelled], prediction.ids[labelled]
         within = predicted[(predicted != sample.ignore_index) & (predicted < sample.num_classes)]
@@ -40,21 +42,31 @@ class MeanIoU(Metric):
         return {"classes": np.stack([np.bincount(ids, minlength=sample.num_classes) for ids in parts])}
 
     def compute(self, sums: Counts) -> dict[str, np.ndarray]:
-        """Return the means over classes, and the share of correct pixels."""
-        right, reference, _ = np.moveaxis(sums["classes"], -2, 0)
+        """Return the means over classes, and the share of correct pixels; of layers, of all decisions about a class."""
         classes = self.per_class(sums)
         return {
             "miou": mean_defined(classes["iou"]),
             "dice": mean_defined(classes["dice"]),
-            "accuracy": ratio(right.sum(-1), reference.sum(-1)),
+            "accuracy": ratio(*count_decisions(sums["classes"])),
             "mean_accuracy": mean_defined(classes["accuracy"]),
         }
 
     def per_class(self, sums: Counts) -> dict[str, np.ndarray]:
         """Return IoU, Dice and accuracy, which is the recall, of each class."""
-        right, reference, predicted = np.moveaxis(sums["classes"], -2, 0)
+        right, reference, predicted = np.moveaxis(sums["classes"][..., :3, :], -2, 0)
         return {
             "iou": ratio(right, reference + predicted - right),
             "dice": ratio(2 * right, reference + predicted),
             "accuracy": ratio(right, reference),
         }
+
+
+def count_decisions(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the correct decisions and all, each (...), from counts (..., 3, K), or of layers (..., 4, K).
+
+    A labelled pixel is one decision; with layers it is one for each class, present or absent.
+    """
+    right, reference, predicted, *labelled = np.moveaxis(counts, -2, 0).sum(-1)
+    if not labelled:
+        return right, reference
+    return labelled[0] - reference - predicted + 2 * right, labelled[0]

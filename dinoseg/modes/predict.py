@@ -105,9 +105,10 @@ def predict(
         if split is not None and run.masks is not None:
             for index, name in enumerate(split.names):
                 write_masks(folder / REFERENCES, name, split.mask(index), layers)
-        if run.masks is not None and run.count and not layers:
+        if run.masks is not None and run.count:
             keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs
-            write_class_record(run.masks, labels.classes, labels.palette, labels.ignore_index, keys)
+            facts = (labels.classes, labels.palette, labels.ignore_index)
+            write_class_record(run.masks, *facts, keys, has_layers=bool(layers))
     except OSError as error:
         raise UserError(
             f"Cannot write below {out_dir} ({error}). Free some disk space, or choose another hydra.run.dir."

@@ -85,7 +85,7 @@ class ImageTask(TrainingTask):
             check_needed_maps(needed, get_map_kinds(data), *names)
 
     def _check_masks(self) -> None:
-        """Refuse a loss that needs another form of masks than the task has."""
+        """Refuse a loss or an option of the data that needs another form of masks than the task has."""
         parts, task = self.parts, self.parts.task
         with torch.device("meta"):
             needs_layers = parts.unweighted_loss().needs_layers
@@ -94,6 +94,9 @@ class ImageTask(TrainingTask):
                 f"loss={parts.options['loss']} does not fit task={parts.options['task']}. Choose {task.advice}; or "
                 f"task={'multilabel' if needs_layers else 'semantic'} for this loss."
             )
+        for key in ("data.augment.cat_max_ratio", "data.cache"):
+            if (value := parts.value(key)) is not None:
+                refuse_layers(task, f"{key}={value}", "Leave it out.")
 
     def check_parts(self, model: SegmentationModel, world_size: int) -> None:
         """Refuse a loss or a batch that the head cannot be trained with."""

@@ -230,6 +230,21 @@ def test_datasets_train_the_weights_of_the_same_files(tmp_path):
         assert all(torch.equal(value, weights[other][name]) for name, value in weights["files"].items()), other
 
 
+class LayeredDiscs(Discs):
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return {**item, "mask": torch.stack([item["mask"] == 0, item["mask"] == 1]).long()}
+
+
+def test_datasets_of_layers_train_a_multilabel_model(tmp_path):
+    options = {"task": "multilabel", "loss": "bce"}
+    layered = {split: LayeredDiscs(dataset.names) for split, dataset in data().items()}
+    run = train(tmp_path / "run", data=layered, **options)
+    assert run.step == 2 and 0 <= run.scores["accuracy"] <= 1
+    with pytest.raises(UserError, match=r"data, .*the mask of .* int64 \(.*Return an integer tensor \(2, "):
+        train(tmp_path / "other", data=data(), **options)
+
+
 class OtherClasses(Discs):
     classes = ["ground", "leaf"]
 

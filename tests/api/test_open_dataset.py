@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from making import save
+from overlapping_shapes import write_overlaps
 from torch.utils.data import DataLoader
 
 import dinoseg
@@ -56,6 +57,13 @@ def test_a_class_file_in_the_folder_names_the_classes(root, tmp_path):
         (tmp_path / split).symlink_to(root / split)
     (tmp_path / "classes.yaml").write_text("classes: [soil, plant]\n")
     assert dinoseg.open_dataset(root=tmp_path).classes == ("soil", "plant")
+
+
+def test_multilabel_masks_have_a_layer_for_each_class(tmp_path):
+    masks = write_overlaps(tmp_path)
+    for task in ("multilabel", {"name": "multilabel", "threshold": 0.3}):
+        data = dinoseg.open_dataset(root=tmp_path, classes=["disc", "square"], task=task)
+        assert np.array_equal(data[0]["mask"], masks[data.names[0]])
 
 
 def test_nothing_is_written(root, tmp_path, monkeypatch):

@@ -3,12 +3,14 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference import image_run
 from dinoseg.inference.class_record import read_class_record, write_class_record
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
 
@@ -29,3 +31,6 @@ def test_results_are_drawn_as_they_are_asked_for(tmp_path, monkeypatch):
 def test_a_record_of_classes_comes_back(tmp_path):
     write_class_record(tmp_path, ["a", "b"], [(1, 2, 3), (4, 5, 6)], 250, {"format": "ids"})
     assert read_class_record(tmp_path) == (Labels.of(["a", "b"], [[1, 2, 3], [4, 5, 6]], 250), {"format": "ids"})
+    write_class_record(tmp_path, ["a", "b"], [(1, 2, 3), (4, 5, 6)], 250, {}, has_layers=True)
+    with pytest.raises(UserError, match="task=multilabel.*mode=eval"):
+        read_class_record(tmp_path)

@@ -42,6 +42,7 @@ def test_iou_and_dice_equal_numpy(seed):
         assert row["iou"] == (None if iou is None else pytest.approx(iou))
         assert row["dice"] == (None if dice is None else pytest.approx(dice))
     assert scores["miou"] == pytest.approx(np.mean([iou for iou, _ in expected if iou is not None]))
+    assert scores["accuracy"] == pytest.approx((prediction == mask)[mask != 255].mean())
     assert scores["present_classes"] == 3 and scores["ignored_pixels"] == (mask == 255).sum()
     pairs = zip(prediction, mask, strict=True)
     rows = [MeanIoU().count(PredictedImage(found), LabelledImage(labels, 4)) for found, labels in pairs]
@@ -52,7 +53,8 @@ def test_iou_and_dice_equal_numpy(seed):
 def test_layers_without_any_class_have_no_score():
     counts = LayerCounts(1, background=None)
     counts.update(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
-    assert counts.compute()["miou"] is None and counts.compute()["accuracy"] is None
+    assert counts.compute()["miou"] is None and counts.compute()["accuracy"] == 1
+    assert LayerCounts(1).compute()["accuracy"] is None
     with pytest.raises(ValueError, match="differ"):
         counts.update(torch.zeros(1, 2, 2), torch.zeros(1, 1, 2, 2))
 

@@ -80,6 +80,8 @@ def test_evaluation_and_saved_predictions_equal_numpy(trained):
         np.testing.assert_array_equal(sample["mask"], predictions[sample["name"]])
         shares = np.load(where / f"val_predicted/probabilities/{sample['name']}.npy")
         assert shares.shape == (2, 32, 48) and ((shares >= 0.5) == predictions[sample["name"]]).mean() > 0.99
+    score = call(where, "mode=score", "prediction=val_predicted", "reference=val_predicted/references")
+    assert score.status == 1 and "task=multilabel" in score.err and "mode=eval" in score.err
     references = read_layers(where / "val_predicted/references", val)
     assert all((references[name] == val[name]).all() for name in val)
 
@@ -144,7 +146,8 @@ def test_a_single_class_from_coco_is_trained(tmp_path):
         (("metric=[nsd]",), "task=multilabel: metric=nsd"),
         (("trainer=distil", "teacher=run"), "task=multilabel: trainer=distil"),
         (("data.ignore_index=1",), "layers hold 0 and 1"),
-        (("data.cache=packed",), "stores one class per pixel"),
+        (("data.cache=packed",), "task=multilabel: data.cache=packed"),
+        (("data.augment.cat_max_ratio=0.75",), "task=multilabel: data.augment.cat_max_ratio=0.75"),
         (("task.threshold=[0.5]",), "one for each of the 2 classes"),
         (("mode=doctor",), "task=multilabel: mode=doctor"),
         (("mode=probe",), "task=multilabel: mode=probe"),

@@ -120,26 +120,26 @@ def _one_class(splits: Sequence[Scanned]) -> Iterator[Finding]:
 
 def _binary_as_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
     for part in splits:
-        values = _values(part)
         is_class = (part.masks.ids or {}).get(255, part.ignore_index) not in (part.ignore_index, -1)
         is_single = len(part.classes) < 2 and not part.has_layers
         if part.masks.format != "ids" or is_single or is_class:
             continue
-        if "255" in values and values <= {"0", "255"}:
-            meaning = (
-                "255 is ignored, so there is nothing to learn" if part.ignore_index == 255 else "255 is not a class"
-            )
-            yield Finding(
-                "error" if part.split == "train" else "warning",
-                "binary_read_as_ids",
-                f"The masks of {part.split} hold only 0 and 255, and are read as class numbers: {meaning}.",
-                remedy="If they mean background and object, "
-                + (
-                    "write `masks: binary` in classes.yaml."
-                    if part.masks.described
-                    else f"add {_BINARY} to the command line."
-                ),
-            )
+        for where, values in _mask_values(part).items():
+            if values == {"0", "255"}:
+                meaning = (
+                    "255 is ignored, so there is nothing to learn" if part.ignore_index == 255 else "255 is not a class"
+                )
+                yield Finding(
+                    "error" if part.split == "train" else "warning",
+                    "binary_read_as_ids",
+                    f"The masks of {where} hold only 0 and 255, and are read as class numbers: {meaning}.",
+                    remedy="If they mean background and object, "
+                    + (
+                        "write `masks: binary` in classes.yaml."
+                        if part.masks.described
+                        else f"add {_BINARY} to the command line."
+                    ),
+                )
 
 
 def _home_made_idd(splits: Sequence[Scanned], data_name: str) -> Iterator[Finding]:
@@ -167,6 +167,17 @@ def home_made(files: Sequence[str], data_name: str) -> Finding:
         "Make the label maps again from the polygon files: mode=prepare data=idd.",
         stops=data_name != "idd_home_made",
     )
+
+
+def _mask_values(part: Scanned) -> dict[str, set[str]]:
+    """Return the values in a split's masks, of layers those of each class, by what they are the masks of."""
+    values = _values(part)
+    if not part.has_layers:
+        return {part.split: values}
+    return {
+        f"{name} in {part.split}": {value for value in ("0", "1", "255") if f"{index}: {value}" in values}
+        for index, name in enumerate(part.classes)
+    }
 
 
 def _values(part: Scanned) -> set[str]:

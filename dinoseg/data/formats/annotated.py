@@ -205,12 +205,13 @@ class _Maker:
 
     def __post_init__(self) -> None:
         where = "data.reader.shapes"
-        if self.layers and self.shapes.unlabelled in self.labels.classes:
+        ground = self.shapes.unlabelled
+        if self.layers and (ground in self.labels.classes or ground not in (None, Shapes.unlabelled)):
             raise UserError(
-                f"data.unlabelled={self.shapes.unlabelled}: in masks with layers, pixels outside all shapes have no "
+                f"data.unlabelled={ground}: in masks with layers, pixels outside all shapes have no "
                 "class. Set data.unlabelled=null."
             )
-        self.ground = 0 if self.layers else self._value(self.shapes.unlabelled, "data.unlabelled")
+        self.ground = 0 if self.layers else self._value(ground, "data.unlabelled")
         self.others = None if self.shapes.others is None else self._value(self.shapes.others, f"{where}.others")
         given = {
             label: self._value(name, f"{where}.labels of {label}") for label, name in (self.shapes.labels or {}).items()

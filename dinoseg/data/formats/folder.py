@@ -1,5 +1,6 @@
 """Reader of a folder of images and a folder of masks, paired by name."""
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +24,15 @@ from dinoseg.utils.images import IMAGE_SUFFIXES, PIXEL_SUFFIXES, UNREAD_SUFFIXES
 from dinoseg.utils.mask_files import check_layer_names
 from dinoseg.utils.wording import count_of, join_names
 
+log = logging.getLogger(__name__)
+
 _REMEDY = (
     "Add the missing files or remove the others; an image and its mask have the same name except for the suffixes in "
     "data.reader.layout."
 )
 
 
+_FLAT = " For masks NAME_CLASS.png in one folder, set 'data.reader.layout.mask_suffix=\"_{class}\"'."
 _CONVERT = "Convert such files to PNG, or move them away."
 _MASK_FOLDER = re.compile("mask|label|annot|seg|gt|truth", re.IGNORECASE)  # in the name of a mask folder
 
@@ -99,7 +103,7 @@ def find_pairs(
     _check_source(root, layout, partition)
     pairs = divide(split, lambda side: _pairs_of(root, side, layout, partition, match), partition)
     if not pairs:
-        images = root / layout.images.replace("{split}", layout.splits.get(split, split))
+        images = _path(root, split, layout.images, layout)
         raise UserError(
             f"Split {split} is empty: {images} holds no image named *{layout.image_suffix}.* "
             f"({', '.join(PIXEL_SUFFIXES)}). Check data.root and data.reader.layout."
@@ -124,6 +128,11 @@ def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition
 
 def _match_masks(root: Path, split: str, layout: FolderLayout) -> dict[str, Pair | Lacking]:
     """Return the pairs of images and masks of all classes, and what lacks a counterpart, by name."""
+    if "{class}" in layout.mask_suffix:
+        raise UserError(
+            f"data.reader.layout.mask_suffix={layout.mask_suffix}: {{class}} is read only with task=multilabel. Set "
+            "that task, or remove {class}."
+        )
     folders = _folder(root, split, layout.images, layout), _folder(root, split, layout.masks, layout)
     images, unread = _find(folders[0], layout.image_suffix, layout, is_mask=False)
     masks, unread_masks = _find(folders[1], layout.mask_suffix, layout, is_mask=True)
@@ -160,13 +169,19 @@ def _match_layers(
 ) -> dict[str, Pair | Lacking]:
     """Return the pairs of images and the masks of each class, and what lacks a counterpart, by name.
 
-    An image does not show a class that has no mask of its name; it needs a mask of at least one class.
+    An image does not show a class that has no mask of its name, or no folder; it needs a mask of at least one class.
     """
     folder = _folder(root, split, layout.images, layout)
     images, unread = _find(folder, layout.image_suffix, layout, is_mask=False)
     by_class: list[dict[str, Path]] = []
-    for each in class_layouts(layout, labels.classes):
-        masks, unread_masks = _find(_folder(root, split, each.masks, each), each.mask_suffix, each, is_mask=True)
+    layouts = class_layouts(layout, labels.classes)
+    folders = [_path(root, split, each.masks, each) for each in layouts]
+    if not any(place.is_dir() for place in folders):  # raises an error
+        _folder(root, split, layouts[0].masks, layouts[0], "" if layout.mask_suffix else _FLAT)
+    for place, each in zip(folders, layouts, strict=True):
+        if not place.is_dir():
+            log.warning("%s is missing: no image of split %s shows this class.", place, split)
+        masks, unread_masks = _find(place, each.mask_suffix, each, is_mask=True) if place.is_dir() else ({}, {})
         by_class.append(masks)
         unread |= unread_masks
     files = {path for masks in by_class for path in masks.values()}
@@ -212,14 +227,18 @@ def _find(folder: Path, suffix: str, layout: FolderLayout, *, is_mask: bool) -> 
     return paths, unread
 
 
-def _folder(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:
-    folder = root / pattern.replace("{split}", layout.splits.get(split, split))
+def _path(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:
+    return root / pattern.replace("{split}", layout.splits.get(split, split))
+
+
+def _folder(root: Path, split: str, pattern: str, layout: FolderLayout, remedy: str = "") -> Path:
+    folder = _path(root, split, pattern, layout)
     if not folder.is_dir():
         there = next(parent for parent in folder.parents if parent.is_dir())
         folders = sorted(path.name for path in there.iterdir() if path.is_dir())
         raise UserError(
             f"No folder {folder} for split {split} (pattern {pattern}). {there} holds the folders "
-            f"{join_names(folders, 10) or 'none'}. Check data.root and data.reader.layout."
+            f"{join_names(folders, 10) or 'none'}. Check data.root and data.reader.layout.{remedy}"
             f"{_without_splits(root, folders) if there == root else ''}"
         )
     return folder

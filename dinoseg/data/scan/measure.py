@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dinoseg.core.channels import ChannelFiles
-from dinoseg.data.annotation.drawing import MaskSource
+from dinoseg.data.annotation.drawing import Layers, MaskSource
 from dinoseg.data.classes.masks import MaskReader, fit_mask
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.video.access import ImageSource, VideoFrame, read_source
@@ -41,7 +41,7 @@ class Record:
         image_size: height and width, None if unknown.
         mask_size: height and width in the file, None if unknown.
         pixels: class id or ignore_index to number of pixels, as used in training; empty for a rejected mask.
-        raw: number or colour in the mask file to number of pixels; at most 256 entries.
+        raw: number or colour in the mask file to number of pixels; at most 256 entries. Of layers: class and value.
         problems: code to reason, of all problems that would stop a run.
         mask_digest: hash of the ids.
         decoded: whether the image was decoded; the fields below need it.
@@ -171,13 +171,16 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
         ids = fit_mask(ids, record.image_size or ids.shape, reader.masks.on_size_mismatch, image=image, path=mask)
     except UserError as error:
         record = record.with_problem("size_mismatch", str(error))
-    values = dict(_counted(ids.reshape(-1, ids.shape[-1])))
-    pixels = values if ids.ndim == 2 else _layer_counts(ids, reader.labels.ignore_index)
+    if isinstance(mask, Layers):
+        pixels, raw = _layer_counts(ids, reader.labels.ignore_index), _layer_values(ids, mask)
+    else:
+        pixels = dict(_counted(ids))
+        raw = _raw_of(mask, reader, pixels)
     return replace(
         record,
         pixels=pixels,
         mask_digest=digest(ids),
-        raw=_raw_of(mask, reader, values),
+        raw=raw,
         borders=borders(ids if ids.ndim == 2 else ids.max(axis=0)).tobytes() if record.decoded else b"",
     )
 
@@ -187,6 +190,12 @@ def _layer_counts(layers: np.ndarray, ignore_index: int) -> dict[int, int]:
     counts = dict(enumerate((layers == 1).sum(axis=(1, 2)).tolist()))
     counts.setdefault(ignore_index, int((layers == ignore_index).sum()))
     return {value: count for value, count in counts.items() if count}
+
+
+def _layer_values(layers: np.ndarray, mask: Layers) -> dict[str, int]:
+    """Return the pixels of each value in the files of layers (K, H, W), with keys such as `1: 255` for class 1."""
+    files = [index for index, source in enumerate(mask.sources) if isinstance(source, Path)]
+    return {f"{index}: {value}": count for index in files for value, count in _counted(layers[index])}
 
 
 def _raw_of(mask: MaskSource, reader: MaskReader, pixels: Mapping[int, int]) -> dict[str, int]:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 StoredRecords = dict[str, tuple[list[int] | None, Record]]  # key of a pair to the stamps of its files, and its record
 _CHUNK = 16  # successive pairs that a thread measures: frames of a video are decoded in their order
-_VERSION = 5  # version of the record format
+_VERSION = 6  # version of the record format
 _UNREADABLE = {"unreadable_image", "unreadable_mask"}
 _SMALL_COPIES, _SIZES = ("edges", "borders"), ("image_size", "mask_size")
 

@@ -42,6 +42,10 @@ def load_onnx(path: Path, *, device: str = "auto", threads: int | None = None) -
     description = parse(read_metadata(path, KEY), str(path))
     record = GraphRecord.of(description["graph"], str(path))
     facts = ModelFacts.of(description, str(path))
+    if record.thresholds is not None and len(record.thresholds) != len(facts.classes):
+        raise UserError(
+            f"{path} has {len(record.thresholds)} thresholds and {len(facts.classes)} classes. Export the model again."
+        )
     session = open_session(path, device=device, threads=threads)
     inputs = [(entry.name, entry.type, len(entry.shape)) for entry in session.get_inputs()]
     names = [entry.name for entry in session.get_outputs()]

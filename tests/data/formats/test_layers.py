@@ -10,6 +10,7 @@ from overlapping_shapes import CLASSES, write_coco, write_overlaps
 
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
+from dinoseg.data.doctor.errors import check_for_errors
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.opened import opened
@@ -17,6 +18,7 @@ from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.testing import check_dataset
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids
 
 PER_FILE = FolderLayout("{split}/images", "{split}/flat", mask_suffix="_{class}")
 
@@ -71,7 +73,6 @@ def test_ignored_shapes_and_pixels_are_ignored(tmp_path):
         np.testing.assert_array_equal(data[index]["mask"][1], 255 * masks[name][1].astype(np.uint8))
     save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
     save(tmp_path / "train/masks/disc/x.png", [[0, 1, 255], [255, 1, 0]])
-    (tmp_path / "train/masks/square").mkdir()
     layers = folder(tmp_path)[0]["mask"]
     assert layers.tolist() == [[[0, 1, 255], [255, 1, 0]], [[0, 0, 0], [0, 0, 0]]]  # no file: the class is absent
 
@@ -89,6 +90,26 @@ def test_incomplete_and_unequal_masks_are_refused(tmp_path):
     save(tmp_path / "train/masks/disc/train_0.png", np.full((32, 48), 7))
     with pytest.raises(UserError, match=r"train_0\.png holds the ids 7"):
         data[0]
+
+
+def test_missing_folders_of_all_classes_name_the_suffix(tmp_path):
+    save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
+    save(tmp_path / "train/masks/x_disc.png", np.zeros((2, 3)))
+    with pytest.raises(UserError, match=r"masks/disc.*mask_suffix=\"_\{class\}\""):
+        folder(tmp_path)
+    with pytest.raises(UserError, match=r"mask_suffix=_\{class\}.*task=multilabel"):
+        folder_dataset(tmp_path, "train", classes=CLASSES, layout=FolderLayout(mask_suffix="_{class}"))
+
+
+def test_a_class_of_0_and_255_alone_is_refused(tmp_path):
+    write_overlaps(tmp_path)
+    splits = {split: folder_dataset(tmp_path, split, classes=CLASSES, layers=True) for split in ("train", "val")}
+    check_for_errors(**splits, cache_dir=tmp_path / "cache")
+    for path in (tmp_path / "train/masks/square").iterdir():
+        save(path, 255 * read_ids(path))
+    with pytest.raises(UserError, match="square in train hold only 0 and 255(?s:.*)masks.format=binary") as caught:
+        check_for_errors(**splits, cache_dir=tmp_path / "cache")
+    assert "disc in train" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "x?"])
@@ -114,6 +135,9 @@ def test_options_that_need_one_class_per_pixel_are_refused(tmp_path):
     with pytest.raises(UserError, match="unlabelled"):
         write_coco(tmp_path / "coco")
         annotated_dataset(tmp_path / "coco", "train", kind="coco", classes=["background", *CLASSES], layers=True)
+    for unlabelled in ("ignore", "road"):
+        with pytest.raises(UserError, match=f"data.unlabelled={unlabelled}.*=null"):
+            coco(tmp_path / "coco", Shapes(unlabelled=unlabelled))
     with pytest.raises(UserError, match="cat_max_ratio"):
         Augment((8, 8), cat_max_ratio=0.5)(np.zeros((9, 9, 3), np.uint8), data[0]["mask"].numpy(), make_rng())
 

@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,12 @@ from dinoseg.utils.errors import UserError
 
 RECORD = GraphRecord(8, 1.0, None, None, None, None, None, (0.5, 0.25, 0.125), "scores", False, False, 18, "float32")
 LABELS = {"classes": ["dark", "bright"], "palette": [[0, 0, 0], [255, 255, 255]], "ignore_index": 255}
+
+
+@pytest.mark.parametrize("thresholds", [[0.5], [0.5, 0.5, 0.5], [0.5, 1.5]])
+def test_thresholds_that_do_not_fit_are_refused(tmp_path, thresholds):
+    with pytest.raises(UserError, match=r"threshold(?s:.*)Export the model again"):
+        load_onnx(written(tmp_path, model(replace(RECORD, thresholds=thresholds))), device="cpu")
 
 
 def changed(**values):
