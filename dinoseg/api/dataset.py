@@ -18,8 +18,8 @@ from dinoseg.utils.ranges import check_annotations
 class SegmentationDataset(Dataset):
     """Map-style dataset of images and masks, which `dinoseg.open_dataset` returns.
 
-    Items are dicts of `image` (3, H, W) uint8 RGB, `mask` (H, W) uint8 with class ids or `ignore_index`, and `name`;
-    also of `maps` by name, if the dataset declares some. It can be pickled, and so read by worker processes of a
+    Items are dicts of `image` (C, H, W), uint8 RGB or levels of 8 or 16 bits of other channels, `mask` (H, W) uint8 with
+    class ids or `ignore_index` (layers (K, H, W) with task=multilabel), and `name`; also of `maps` by name, if the dataset declares some. It can be pickled, and so read by worker processes of a
     DataLoader.
 
     Args:

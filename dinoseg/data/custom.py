@@ -174,8 +174,7 @@ def check_custom_dataset(
                 "task=multilabel needs masks with a layer for each class, and this dataset has one class per pixel. "
                 "Choose data=folder, data=coco or data=labelme."
             )
-        data.read_as(pixels)
-        return data
+        return data.read_as(pixels)
     dataset = data if isinstance(data, CustomDataset) else CustomDataset(data, has_layers=has_layers)
     dataset.channels = pixels.channels
     for key, value, configured in (
