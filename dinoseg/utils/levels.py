@@ -93,8 +93,8 @@ def to_display(image: np.ndarray) -> np.ndarray:
 
 def _read_channels(image: Image.Image) -> np.ndarray:
     """Return all channels (H, W, C) of an opened image file, those of a TIFF file page by page."""
-    if _is_deep(image):
-        return _read_deep(image)
+    if _is_reduced(image):
+        return _read_by_opencv(image)
     planes: list[np.ndarray] = []
     for page in _pages(image):
         planes.append(_plane(page))
@@ -119,9 +119,15 @@ def _plane(image: Image.Image) -> np.ndarray:
     upright = upright if upright.mode in _PLAIN_MODES else upright.convert(_AS.get(upright.mode, "RGB"))
     bands = len(upright.getbands())
     if isinstance(image, TiffImageFile) and image.mode != "P":
-        _check_samples(image.tag_v2.get(_SAMPLES_PER_PIXEL, 1), bands)
+        _check_samples(_count_samples(image), bands)
     values = np.asarray(upright).reshape(upright.height, upright.width, bands)
     return values.astype(np.uint16) if upright.mode.startswith("I;16") else values  # in this machine's byte order
+
+
+def _count_samples(image: Image.Image) -> int:
+    """Return the number of channels that a page stores."""
+    bands = len(image.getbands())
+    return image.tag_v2.get(_SAMPLES_PER_PIXEL, 1) if isinstance(image, TiffImageFile) else bands
 
 
 def _check_samples(stored: int, read: int) -> None:
@@ -129,33 +135,34 @@ def _check_samples(stored: int, read: int) -> None:
         raise Unfit(f"stores {stored} channels, and {read} can be read. Save each channel as a page, or all as .npy")
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Return whether an image has several channels of 16 bits, which Pillow would reduce to 8."""
+def _is_reduced(image: Image.Image) -> bool:
+    """Return whether Pillow would reduce an image: several channels of 16 bits to 8, or RGB and another one to RGB."""
     packing = str(image.tile[0].args) if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
-    return len(image.getbands()) > 1 and ";16" in packing
+    return len(image.getbands()) > 1 and (";16" in packing or ("RGBX" in packing and isinstance(image, TiffImageFile)))
 
 
-def _read_deep(image: Image.Image) -> np.ndarray:
+def _read_by_opencv(image: Image.Image) -> np.ndarray:
     import cv2
 
-    height, width, bands = image.height, image.width, len(image.getbands())
+    height, width, samples = image.height, image.width, _count_samples(image)
     file = image.fp  # type: ignore[attr-defined]
+    kind = image.tile[0].args  # type: ignore[attr-defined]
     count = 0
-    for page in _pages(image):
+    for page in _pages(image):  # check all, since OpenCV decodes all at once
         check_cost(page)
         count += 1
-        if (page.height, page.width, len(page.getbands()), _is_deep(page)) != (height, width, bands, True):
+        if (page.height, page.width, page.tile[0].args) != (height, width, kind):  # type: ignore[attr-defined]
             raise Unfit("has pages of different sizes or kinds. Save its channels as pages of one size")
-        _check_numbers(count * height * width * bands)
+        _check_numbers(count * height * width * samples)
     file.seek(0)
     _, pages = cv2.imdecodemulti(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
     if len(pages or ()) != count or any(page.shape[:2] != (height, width) for page in pages):
-        raise Unfit("cannot be decoded at 16 bits. Save its channels as pages, or as .npy")
-    _check_samples(bands, pages[0].size // (height * width))
-    levels = np.empty((height, width, count * bands), np.uint16)
+        raise Unfit("cannot be decoded at full depth. Save its channels as pages, or as .npy")
+    _check_samples(samples, pages[0].size // (height * width))
+    levels = np.empty((height, width, count * samples), pages[0].dtype)
     for number, page in enumerate(pages):
         # OpenCV returns blue, green, red, and alpha
-        levels[..., bands * number : bands * (number + 1)] = page[..., [2, 1, 0, 3][:bands]]
+        levels[..., samples * number : samples * (number + 1)] = page[..., [2, 1, 0, 3][:samples]]
     return levels
 
 
@@ -190,7 +197,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[tuple[int, ...], bool, np.
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, is_fortran, dtype = read(file)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # numpy evaluates it as a literal
+    except Exception:  # numpy parses it as a Python literal, which fails in many ways
         raise UserError(f"{path} cannot be read as an array. Save it again by numpy.save.") from None
     is_shape = len(shape) in (2, 3) and all(type(side) is int and side > 0 for side in shape)
     if not is_shape or math.prod(shape) > _MAX_NUMBERS:

@@ -72,8 +72,8 @@ def adapt_input(convolution: nn.Conv2d, channels: int, channel_weights: Sequence
         channel_weights: see `adapt_input_kernel`.
 
     Raises:
-        UserError: the weights are for neither three nor `channels` channels or are standardised, or `channel_weights` has another length or
-            no effect.
+        UserError: the weights are for neither three nor `channels` channels, or are standardised over them, or
+            `channel_weights` has another length or no effect.
     """
     if channel_weights is not None and len(channel_weights) != channels:
         raise UserError(
