@@ -137,8 +137,14 @@ def _check_samples(stored: int, read: int) -> None:
 
 def _is_reduced(image: Image.Image) -> bool:
     """Return whether Pillow would reduce an image: several channels of 16 bits to 8, or RGB and another one to RGB."""
-    packing = str(image.tile[0].args) if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
+    packing = _find_packing(image)
     return len(image.getbands()) > 1 and (";16" in packing or ("RGBX" in packing and isinstance(image, TiffImageFile)))
+
+
+def _find_packing(image: Image.Image) -> str:
+    """Return Pillow's name of how pixels are packed, such as `RGB;16L`."""
+    args = image.tile[0].args if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
+    return str(args[0] if isinstance(args, tuple) and args else args)
 
 
 def _read_by_opencv(image: Image.Image) -> np.ndarray:
@@ -146,12 +152,12 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
 
     height, width, samples = image.height, image.width, _count_samples(image)
     file = image.fp  # type: ignore[attr-defined]
-    kind = image.tile[0].args  # type: ignore[attr-defined]
+    packing = _find_packing(image)
     count = 0
     for page in _pages(image):  # check all, since OpenCV decodes all at once
         check_cost(page)
         count += 1
-        if (page.height, page.width, page.tile[0].args) != (height, width, kind):  # type: ignore[attr-defined]
+        if (page.height, page.width, _find_packing(page)) != (height, width, packing):
             raise Unfit("has pages of different sizes or kinds. Save its channels as pages of one size")
         _check_numbers(count * height * width * samples)
     file.seek(0)

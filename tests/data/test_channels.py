@@ -12,7 +12,7 @@ from dinoseg.core.shapes import Batch, join_batches
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.formats.folder import FolderLayout, folder_dataset
+from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair

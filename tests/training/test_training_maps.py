@@ -175,7 +175,9 @@ def test_two_ranks_train_with_maps_as_one_process_does(tmp_path):
 
 
 def test_estimates_use_random_maps_of_the_loss():
-    parts = SimpleNamespace(shape=(3, 8, 12), crop=(8, 12), has_masks=True, has_layers=False, num_classes=3, loss=MappedLoss)
+    parts = SimpleNamespace(
+        shape=(3, 8, 12), crop=(8, 12), has_masks=True, has_layers=False, num_classes=3, loss=MappedLoss
+    )
     maps = random_batch(parts, 2).maps
     assert {name: values.shape for name, values in maps.items()} == {
         **dict.fromkeys(("twin", "ids", "distance"), (2, 8, 12)),
