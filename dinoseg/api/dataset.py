@@ -18,9 +18,9 @@ from dinoseg.utils.ranges import check_annotations
 class SegmentationDataset(Dataset):
     """Map-style dataset of images and masks, which `dinoseg.open_dataset` returns.
 
-    Items are dicts of `image` (3, H, W) uint8 RGB, `mask` (H, W) uint8 with class ids or `ignore_index`, and `name`;
-    also of `maps` by name, if the dataset declares some. It can be pickled, and so read by worker processes of a
-    DataLoader.
+    Items are dicts of `image` (C, H, W), uint8 RGB or other channels as uint8 or uint16; `mask` (H, W) uint8 with class
+    ids or `ignore_index`, or its layers (K, H, W); and `name`; also of `maps` by name, if the dataset declares some. It
+    can be pickled, and so read by worker processes of a DataLoader.
 
     Args:
         data: the dataset as its reader returns it.

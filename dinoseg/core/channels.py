@@ -1,5 +1,6 @@
 """Images of any number of channels: which files they are read from, and how these become levels; imports no torch."""
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import ARRAY_SUFFIX, PIXEL_SUFFIXES, read_image
+from dinoseg.utils.images import IMAGE_SUFFIXES, PIXEL_SUFFIXES, read_image
 from dinoseg.utils.levels import read_levels, read_levels_size, to_16_bits
 from dinoseg.utils.ranges import Natural, Range
 
@@ -30,7 +31,7 @@ class PixelFormat:
         channels: number of channels C.
         files: words in which the paths of an image's files differ, such as `[images, nir]`; that of the first file has
             the first word. The others are found by replacing it in the file name and in the last folder with it, or in
-            the name alone; their suffixes may differ. Empty: one file.
+            one of the two; their suffixes may differ. Empty: one file.
         order: indices of the channels to use, in this order; None: all.
         value_range: lowest and highest value of files of more than 8 bits, see `read_levels`; None: that of uint16.
 
@@ -54,13 +55,20 @@ class PixelFormat:
                 f"order={list(self.order)} has {len(self.order)} numbers, and data.channels={self.channels}. Give "
                 "one for each channel."
             )
-        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
-            raise UserError(f"value_range={list(self.value_range)}: give [lowest, highest] with lowest < highest.")
+        if self.value_range is not None and not 0 < self.value_range[1] - self.value_range[0] < math.inf:
+            raise UserError(
+                f"value_range={list(self.value_range)}: give finite numbers [lowest, highest] with lowest < highest."
+            )
 
     @property
     def is_rgb(self) -> bool:
         """Whether images are read as RGB of 8 bits from one file each."""
-        return self == PixelFormat()
+        return self == _RGB
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of its files, in lower case; RGB is not read from arrays."""
+        return IMAGE_SUFFIXES if self.is_rgb else PIXEL_SUFFIXES
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values as JSON stores them; empty for RGB."""
@@ -70,8 +78,7 @@ class PixelFormat:
 
     def source(self, path: Path) -> "Path | ChannelFiles":
         """Return an image source that is read in this format."""
-        is_array = path.suffix.lower() == ARRAY_SUFFIX
-        return path if self.is_rgb and not is_array else ChannelFiles(path, self)
+        return path if self.is_rgb else ChannelFiles(path, self)
 
     def read(self, path: Path) -> np.ndarray:
         """Return an image as (H, W, C) uint8 or uint16.
@@ -82,7 +89,7 @@ class PixelFormat:
         Raises:
             UserError: a file is missing or unreadable, or they have another number of channels.
         """
-        if self.is_rgb and path.suffix.lower() != ARRAY_SUFFIX:
+        if self.is_rgb:
             return read_image(path)
         files = self.paths(path)
         parts = [read_levels(file, self.value_range) for file in files]
@@ -126,7 +133,8 @@ class PixelFormat:
 
     def _counterpart(self, path: Path, word: str) -> Path:
         pattern = re.compile(rf"(?<![A-Za-z0-9]){re.escape(self.files[0])}(?![A-Za-z0-9])")
-        parts = [*path.absolute().parent.parts]
+        parent = path.absolute().parent
+        parts = [*parent.parts]
         places = [number for number, part in enumerate(parts) if pattern.search(part)]
         for number in places[-1:]:
             parts[number] = pattern.sub(lambda _: word, parts[number])
@@ -134,15 +142,19 @@ class PixelFormat:
         words = f"data.pixels.files=[{','.join(self.files)}]"
         if not places and renamed == path.stem:
             raise UserError(f"{path} has no `{self.files[0]}` in its path, as {words} demands. Give such a file.")
-        targets = [Path(*parts) / renamed]
-        if renamed != path.stem:
-            targets.append(path.parent / renamed)  # a folder above may have the word by chance
-        for target in targets:
-            for suffix in (path.suffix, *PIXEL_SUFFIXES):
-                other = target.with_name(f"{target.name}{suffix}")
-                if other.exists():
-                    return other
+        folder = Path(*parts)
+        # a folder above, or the name, may have the word by chance
+        targets = [folder / renamed, parent / renamed, folder / path.stem]
+        for target in (target for target in targets if target != parent / path.stem):
+            found = [file for suffix in PIXEL_SUFFIXES for file in _find_file(target, suffix)]
+            if len(found) > 1:
+                raise UserError(f"{path} has two files of `{word}`: {found[0]} and {found[1]}. Keep one of them.")
+            if found:
+                return found[0]
         raise UserError(f"{path} has no file of `{word}`: {targets[0]}.* is missing. Add it, or correct {words}.")
+
+
+_RGB = PixelFormat()
 
 
 def check_rgb(pixels: PixelFormat, what: str) -> None:
@@ -196,6 +208,12 @@ class ChannelFiles:
     def size(self) -> tuple[int, int]:
         """Return height and width, see `PixelFormat.size`."""
         return self.format.size(self.path)
+
+
+def _find_file(target: Path, suffix: str) -> list[Path]:
+    """Return the file with a suffix in lower or upper case; on some file systems, both name one."""
+    files = [target.with_name(f"{target.name}{case}") for case in (suffix, suffix.upper())]
+    return [file for file in files if file.exists()][:1]
 
 
 def _check_sizes(files: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoseg.utils.levels import EXACT
 from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.transfer import to_device
 
@@ -20,7 +21,14 @@ def to_unit_range(images: Tensor) -> Tensor:
     """Return levels of 8 or 16 bits as float32 in 0..1; floats stay."""
     if images.is_floating_point():
         return images
-    return images.float() / (255 if images.dtype == torch.uint8 else 65535)
+    return images.float() / torch.iinfo(images.dtype).max
+
+
+def unify_depth(images: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return tensors of which some have levels of 8 bits and some of 16 as 16 bits, at the same share of white."""
+    if {image.dtype for image in images} != {torch.uint8, torch.uint16}:
+        return images
+    return [image if image.dtype == torch.uint16 else (image.int() * EXACT).to(torch.uint16) for image in images]
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

@@ -191,7 +191,7 @@ def check_maps(maps: object, kinds: Mapping[str, MapKind], size: tuple[int, int]
                 f"{where}: the map {name} is {form}. As {type(kind).__name__}, it has to be a tensor of {dtypes} "
                 f"{kind.shape(size)}."
             )
-    return dict(found)
+    return {name: found[name] for name in kinds}
 
 
 def make_random_maps(

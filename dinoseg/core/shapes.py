@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.core.class_ids import argmax_ids, class_ids, mixed_class_ids
-from dinoseg.core.geometry import upsample_at
+from dinoseg.core.geometry import unify_depth, upsample_at
 from dinoseg.core.task import SEMANTIC, Task
 from dinoseg.utils.transfer import to_device
 
@@ -35,14 +35,14 @@ class SampleLabels(TypedDict):
 class Sample(SampleLabels):
     """Sample of a dataset."""
 
-    image: Tensor  # (3, H, W) uint8, RGB
+    image: Tensor  # (C, H, W) uint8 or uint16; three channels are RGB
 
 
 @dataclass
 class Batch:
     """Samples of one size, stacked: each tensor, alone or in lists and dicts, has the samples as its first axis."""
 
-    image: Tensor  # (B, 3, H, W) uint8
+    image: Tensor  # (B, C, H, W) uint8 or uint16
     mask: Tensor  # (B, H, W) uint8; task=multilabel: (B, K, H, W)
     names: list[str]
     maps: dict[str, Tensor] = field(default_factory=dict)  # by name: (B, H, W) or (B, N, H, W)
@@ -55,7 +55,7 @@ class Batch:
     @classmethod
     def stack(cls, samples: Sequence[Sample]) -> Self:
         """Stack samples of equal size."""
-        return cls(torch.stack([sample["image"] for sample in samples]), **stack_labels(samples))
+        return cls(torch.stack(unify_depth([sample["image"] for sample in samples])), **stack_labels(samples))
 
     @classmethod
     def of_masks(cls, masks: Tensor) -> Self:
@@ -125,8 +125,10 @@ def stack_labels(samples: Sequence[SampleLabels]) -> dict[str, Any]:
 
 def join_batches(batches: Sequence[Batch]) -> Batch:
     """Concatenate batches of images of one size, with the same maps."""
-    columns = zip(*map(collect_tensors, batches), strict=True)
-    joined = tree_map(batches[0], lambda _: torch.cat(next(columns)))
+    # the order of a dictionary of maps is that of its source
+    ordered = [replace(batch, maps={name: batch.maps[name] for name in batches[0].maps}) for batch in batches]
+    columns = zip(*map(collect_tensors, ordered), strict=True)
+    joined = tree_map(batches[0], lambda _: torch.cat(unify_depth(next(columns))))
     return replace(joined, names=[name for batch in batches for name in batch.names])
 
 
@@ -145,7 +147,7 @@ def _select(batch: Any, samples: slice) -> Any:
 class FrozenFeatures:
     """Output of a model's frozen part for images, which the trained part takes instead of the images."""
 
-    tensors: list[Tensor]  # tokens (B, N, C) or maps (B, C, h, w); uint8 tensors are pixels and never converted
+    tensors: list[Tensor]  # tokens (B, N, C) or maps (B, C, h, w); uint8 and uint16 ones are pixels, never converted
     size: tuple[int, int]  # (H, W) of the images
     seen: tuple[int, int]  # (H, W) at which they enter the backbone
     folder: Path | None = None  # of the files they may come from; None: computed by this process

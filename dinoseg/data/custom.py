@@ -173,8 +173,7 @@ def check_custom_dataset(
                 "task=multilabel needs masks with a layer for each class, and this dataset has one class per pixel. "
                 "Choose data=folder, data=coco or data=labelme."
             )
-        data.read_as(pixels)
-        return data
+        return data.read_as(pixels)
     given = (data.samples, data.rows, data.where) if isinstance(data, CustomDataset) else (data,)
     dataset = CustomDataset(*given, channels=pixels.channels, has_layers=has_layers)
     for key, value, configured in (

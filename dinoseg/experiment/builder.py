@@ -187,8 +187,10 @@ class Builder(ModelBuilder):
         classes, ignore_index = list(self._cfg.data.classes), self._cfg.data.ignore_index
         task = self.task
         takes = inspect.signature(find).parameters
-        options = {name: value for name, value in task.reader_options.items() if name in takes}
-        checks = {"pixels": self.pixels, "has_layers": task.has_layers}
+        pixels = self.pixels
+        known = {**task.reader_options, "suffixes": pixels.suffixes}
+        options = {name: value for name, value in known.items() if name in takes}
+        checks = {"pixels": pixels, "has_layers": task.has_layers}
         return lambda split: check_custom_dataset(find(split=split, **options), classes, ignore_index, **checks)
 
     def dataset(self, split: str, *, reduced: bool = False) -> SegmentationData:

@@ -194,6 +194,13 @@ class ModelBuilder:
         Raises:
             UserError: the checkpoint does not fit, or the model is too large; the message names the part.
         """
+        data = file.info.get("config", {}).get("data") or {}
+        stored, given = data.get("channels", 3), self.value("data.channels", 3)
+        if stored != given:
+            raise UserError(
+                f"resume={file.path}: its model takes images of {stored} channels, and data.channels={given}. Give "
+                f"data.channels={stored} and such images, or choose another checkpoint."
+            )
         try:
             with loading.bounded(f"resume={file.path}"):
                 empty = self.outline()

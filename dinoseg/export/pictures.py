@@ -83,7 +83,8 @@ def _of_split(dataset: Callable[[str], SegmentationData], split: str, count: int
             sample, path = data[index], folder / f"{index}.npy"
             image = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())
             np.save(path, image)
-            stored = PixelFormat(image.shape[2])  # its channels are already in order, and in the range of their type
+            # its channels are already in order, and in the range of their type
+            stored = PixelFormat(image.shape[2], order=range(image.shape[2]))
             size = (image.shape[0], image.shape[1])
             yield Picture(path, str(sample["name"]), size, stored, sample["mask"].numpy())
     except UserError as error:
@@ -91,7 +92,7 @@ def _of_split(dataset: Callable[[str], SegmentationData], split: str, count: int
 
 
 def _of_files(images: str, count: int, pixels: PixelFormat) -> Iterator[Picture]:
-    files = [path for path in list_inputs(images, "export.images") if not is_video(path)]
+    files = [path for path in list_inputs(images, "export.images", pixels.suffixes) if not is_video(path)]
     if not files:
         raise UserError(f"export.images={images}: holds no images. {_REMEDY}")
     for path in _spread(files, count):

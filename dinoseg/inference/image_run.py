@@ -124,7 +124,7 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
         logger.info("%s of an earlier run reused", count_of(earlier, "image"))
     names = {given.path: given.name for given in left}
     with Bar(total=len(images), initial=earlier, unit="image") as bar:
-        large = {given.path for given in left if by.pixels.is_rgb and is_large(given.path)}
+        large = {given.path for given in left if _is_large(by, given)}
         held = [given for given in left if given.path not in large]
         passed = run_pipeline(_batches(held, by, run.failures), infer, write, depth=DEPTH)
         for given in (given for given in left if given.path in large):
@@ -170,12 +170,17 @@ def _write_large(by: SegmentationSettings, given: ImageInput, run: ImageRun) -> 
 
 def _results(by: SegmentationSettings, given: ImageInput, run: ImageRun) -> list[Path]:
     mask = [] if run.masks is None else mask_paths(run.masks, given.mask, by.layers)
-    pictures = [] if is_large(given.path) else [run.folder / f"{given.name}_segmentation"]
+    pictures = [] if _is_large(by, given) else [run.folder / f"{given.name}_segmentation"]
     return [*pictures, *mask]
 
 
+def _is_large(by: SegmentationSettings, given: ImageInput) -> bool:
+    """Return whether an image is read by rows, which is possible for RGB only."""
+    return by.pixels.is_rgb and is_large(given.path)
+
+
 def _batches(images: Sequence[ImageInput], by: SegmentationSettings, failures: list[str]) -> Iterator[_Batch]:
-    """Yield batches of consecutive images of one size; unreadable images go to `failures`."""
+    """Yield batches of consecutive images of one size and type; unreadable images go to `failures`."""
     batch = _Batch([], [])
     for given in images:
         try:
@@ -183,7 +188,8 @@ def _batches(images: Sequence[ImageInput], by: SegmentationSettings, failures: l
         except UserError as error:
             failures.append(str(error))
             continue
-        if batch.images and (len(batch.images) == by.batch_size or batch.images[0].shape != image.shape):
+        kinds = {(each.shape, each.dtype) for each in (image, *batch.images[:1])}
+        if len(batch.images) == by.batch_size or len(kinds) > 1:
             yield batch
             batch = _Batch([], [])
         batch.inputs.append(given)

@@ -1,7 +1,7 @@
 """User-supplied inputs of prediction: image files, videos, folders of frames and glob patterns."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from dinoseg.data.video.length import VIDEO_SUFFIXES
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries, found, is_pattern
-from dinoseg.utils.images import IMAGE_SUFFIXES, PIXEL_SUFFIXES, UNREAD_SUFFIXES, read_image, read_size
+from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_image, read_size
 from dinoseg.utils.wording import count_of, join_names
 
 _RATE = Fraction(25)  # frames per second assumed for a folder
@@ -81,48 +81,48 @@ class FolderReader:
 
 log = logging.getLogger(__name__)
 FrameReader = VideoReader | FolderReader  # both yield frames in order, each with a name
-_KINDS = (*PIXEL_SUFFIXES, *VIDEO_SUFFIXES)
-_ACCEPTED = (
-    f"Accepted are an image ({' '.join(PIXEL_SUFFIXES)}), a video ({' '.join(VIDEO_SUFFIXES)}), a folder of "
-    "them, or a quoted pattern such as 'frames/**/*.png'."
-)
 
 
-def list_inputs(source: str, key: str = "input") -> list[Path]:
+def list_inputs(source: str, key: str = "input", suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
     """Return the images and videos that a file, folder or glob pattern names, in natural order (x2 before x10).
 
     In folders and among pattern matches, hidden files and files of other types are skipped. Subfolders are not
-    searched. `key` is the config key that messages name.
+    searched. `key` is the config key that messages name, `suffixes` are those of images.
 
     Raises:
         UserError: nothing is there, it cannot be read, or it contains no image or video.
     """
+    kinds = (*suffixes, *VIDEO_SUFFIXES)
+    accepted = (
+        f"Accepted are an image ({' '.join(suffixes)}), a video ({' '.join(VIDEO_SUFFIXES)}), a folder of them, or a "
+        "quoted pattern such as 'frames/**/*.png'."
+    )
     path = Path(source).expanduser()
     if path.is_dir():
         nothing = f"The folder {path} holds no image or video directly."
     elif path.exists():
-        if path.suffix.lower() not in _KINDS:
-            raise UserError(f"{path} is of an unknown kind ({path.suffix or 'no suffix'}). {_ACCEPTED}")
+        if path.suffix.lower() not in kinds:
+            raise UserError(f"{path} is of an unknown kind ({path.suffix or 'no suffix'}). {accepted}")
         return [path]
     elif is_pattern(source):
         nothing = f"The pattern {source} matches no image or video."
     else:
-        raise UserError(f"File or folder not found: {key}={source}. Check the path. {_ACCEPTED}")
-    media, unread = found(source, _KINDS), found(source, UNREAD_SUFFIXES)
+        raise UserError(f"File or folder not found: {key}={source}. Check the path. {accepted}")
+    media, unread = found(source, kinds), found(source, UNREAD_SUFFIXES)
     left_out = f"{count_of(unread, 'file')} of unsupported formats: {join_names([path.name for path in unread])}."
     if not media:
-        raise UserError(f"{nothing} {_ACCEPTED}{f' There are {left_out} Convert them to PNG.' if unread else ''}")
+        raise UserError(f"{nothing} {accepted}{f' There are {left_out} Convert them to PNG.' if unread else ''}")
     if unread:
         log.warning("%s=%s: left out %s Convert them to PNG.", key, source, left_out)
-    if path.is_dir() and (below := [folder.name for folder in entries(path) if _has_media(folder)]):
+    if path.is_dir() and (below := [folder.name for folder in entries(path) if _has_media(folder, kinds)]):
         what = f"images or videos in {count_of(below, 'subfolder')} ({join_names(below)})"
         log.warning("%s=%s: left out %s. Give %s='%s/**/*' to include them.", key, source, what, key, path)
     return media
 
 
-def _has_media(path: Path) -> bool:
+def _has_media(path: Path, kinds: Sequence[str]) -> bool:
     """Return whether a path is a folder with an image or a video in it or below it."""
-    return path.is_dir() and any(each.suffix.lower() in _KINDS for each in path.rglob("*"))
+    return path.is_dir() and any(each.suffix.lower() in kinds for each in path.rglob("*"))
 
 
 def is_video(path: Path) -> bool:

@@ -15,7 +15,7 @@ class ImagePrediction:
     Args:
         name: the image's path relative to the input, without suffix, which is also the mask's name: `a/x`.
         path: the image file.
-        image: (H, W, 3) uint8 RGB, upright.
+        image: (H, W, 3) uint8 RGB, upright; or (H, W, C), uint8 or uint16, of other channels.
         ids: (H, W) uint8, classes 0..K-1; or layers (K, H, W) of 0 and 1.
         probabilities: (K, H, W) float32 on the model's device; None if no writer needs them.
     """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoseg.core.contracts import Loss
+from dinoseg.core.sample_maps import MapKind
 from dinoseg.core.shapes import Batch, ClipBatch, Prediction
 from dinoseg.losses.factors import checked_factors
 from dinoseg.utils.errors import UserError, name_parameters
@@ -48,7 +49,7 @@ class WeightedSum(Loss):
         self.needs_reconstruction = any(loss.needs_reconstruction for loss in self.losses)
         self.needs_similarity = any(loss.needs_similarity for loss in self.losses)
         self.needs_carried = any(loss.needs_carried for loss in self.losses)
-        self.needs_maps = {name: kind for loss in self._terms for name, kind in loss.needs_maps.items()}
+        self.needs_maps = _join_maps(self._terms)
         self._set_divisors()
 
     def forward(self, prediction: Prediction, batch: Batch | ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -112,6 +113,14 @@ class WeightedSum(Loss):
     @property
     def _terms(self) -> list[Loss]:
         return [loss for loss in self.losses if isinstance(loss, Loss)]
+
+
+def _join_maps(losses: Sequence[Loss]) -> dict[str, MapKind]:
+    needed: dict[str, MapKind] = {}
+    for name, kind in (entry for loss in losses for entry in loss.needs_maps.items()):
+        if needed.setdefault(name, kind) != kind:
+            raise UserError(f"Two terms read the map {name}: as {needed[name]} and as {kind}. Name one of them anew.")
+    return needed
 
 
 def _make(name: str, make: Callable[..., Loss], class_weights: Tensor | None) -> Loss:

@@ -77,7 +77,7 @@ def predict(
     check_outputs(outputs)
     build = Builder(cfg)
     split = _split_data(build, input)
-    images, videos = _found(input) if split is None else (_images_of(split, str(input)), [])
+    images, videos = _found(input, build.pixels.suffixes) if split is None else (_images_of(split, str(input)), [])
     if videos:
         check_rgb(build.pixels, f"the video {videos[0].path}")
         check_frame_outputs(outputs, str(videos[0].path))
@@ -119,9 +119,9 @@ def predict(
     return {**totals, "run": str(out_dir)}
 
 
-def _found(source: str | int) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
+def _found(source: str | int, suffixes: Sequence[str]) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
     """Return the images with the names of their results, and the videos, that an input refers to."""
-    paths = list_inputs(str(source))
+    paths = list_inputs(str(source), suffixes=suffixes)
     named = list(zip(paths, result_names(paths), strict=True))
     videos = [VideoInput(name, path) for path, name in named if is_video(path)]
     return [entry for entry in named if not is_video(entry[0])], videos

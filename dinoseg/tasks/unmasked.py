@@ -99,7 +99,7 @@ def list_images(
     Raises:
         UserError: nothing is found, a video cannot be read, or images are not RGB and there is a video.
     """
-    paths = list_inputs(source, "trainer.unlabelled")
+    paths = list_inputs(source, "trainer.unlabelled", pixels.suffixes)
     names = mask_names(paths, source)
     found: list[UnmaskedImage] = []
     for path, name in zip(paths, names, strict=True):

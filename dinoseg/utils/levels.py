@@ -11,15 +11,16 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import open_regular
-from dinoseg.utils.image_cost import Unfit
+from dinoseg.utils.image_cost import Unfit, check_cost
 from dinoseg.utils.images import ARRAY_SUFFIX, decode, load_upright, read_size
 
 WHITE = 65535  # highest level of 16 bits
 EXACT = 257  # 65535 / 255: 16-bit level of an 8-bit one, at the same share of white
-_MAX_NUMBERS = 2**30  # numbers of a file that are read
+_MAX_NUMBERS = 2**29  # numbers of a file that are read: as many as Pillow opens as RGB
 _MAX_PAGES = 1024  # of a TIFF file
 _SAMPLES_PER_PIXEL = 277  # TIFF tag
-_PLAIN_MODES = ("L", "LA", "RGB", "RGBA", "I;16", "I;16L", "I;16B", "I", "F")  # whose arrays are the stored values
+# whose arrays are the stored values
+_PLAIN_MODES = ("L", "LA", "RGB", "RGBA", "RGBX", "I;16", "I;16L", "I;16B", "I", "F")
 _AS = {"1": "L", "P": "RGB"}  # mode to the one that it is converted to; all others to RGB
 
 
@@ -37,20 +38,28 @@ def read_levels(path: Path, value_range: Sequence[float] | None) -> np.ndarray:
         UserError: the file is missing, truncated or no image, its range is unknown, or a value is outside of it.
     """
     values = _read_array(path) if path.suffix.lower() == ARRAY_SUFFIX else decode(path, _read_channels)
-    values = values[..., None] if values.ndim == 2 else values
+    return to_levels(values[..., None] if values.ndim == 2 else values, value_range, path)
+
+
+def to_levels(values: np.ndarray, value_range: Sequence[float] | None, name: object) -> np.ndarray:
+    """Convert the values of an image to levels, uint8 or uint16, see `read_levels`; `name` begins an error message.
+
+    Raises:
+        UserError: the range of the values is unknown, or a value is outside of it.
+    """
     if values.dtype == np.uint8 or (values.dtype == np.uint16 and value_range is None):
         return values
     if value_range is None:
         raise UserError(
-            f"{path} holds {values.dtype} values of unknown range. Declare it: "
+            f"{name} holds {values.dtype} values of unknown range. Declare it: "
             "data.pixels.value_range=[LOWEST,HIGHEST]."
         )
     lowest, highest = value_range
     least, most = float(values.min()), float(values.max())
     if not (lowest <= least and most <= highest):  # false for NaN
         raise UserError(
-            f"{path} holds values from {least:g} to {most:g}, outside data.pixels.value_range={[lowest, highest]}. "
-            "Declare a range of all values, or correct the file."
+            f"{name} holds values from {least:g} to {most:g}, outside data.pixels.value_range={[lowest, highest]}. "
+            "Declare a range of all values, or correct them."
         )
     return np.round((values.astype(np.float64) - lowest) * (WHITE / (highest - lowest))).astype(np.uint16)
 
@@ -84,15 +93,14 @@ def to_display(image: np.ndarray) -> np.ndarray:
 
 def _read_channels(image: Image.Image) -> np.ndarray:
     """Return all channels (H, W, C) of an opened image file, those of a TIFF file page by page."""
-    if _is_deep(image):
-        return _read_deep(image)
+    if _is_reduced(image):
+        return _read_by_opencv(image)
     planes: list[np.ndarray] = []
     for page in _pages(image):
         planes.append(_plane(page))
         if planes[-1].shape[:2] != planes[0].shape[:2]:
             raise Unfit("has pages of different sizes. Save its channels as pages of one size")
-        if sum(plane.size for plane in planes) > _MAX_NUMBERS:
-            raise Unfit(f"has more than {_MAX_NUMBERS} numbers. Split it")
+        _check_numbers(sum(plane.size for plane in planes))
     return np.concatenate(planes, axis=2)
 
 
@@ -111,9 +119,15 @@ def _plane(image: Image.Image) -> np.ndarray:
     upright = upright if upright.mode in _PLAIN_MODES else upright.convert(_AS.get(upright.mode, "RGB"))
     bands = len(upright.getbands())
     if isinstance(image, TiffImageFile) and image.mode != "P":
-        _check_samples(image.tag_v2.get(_SAMPLES_PER_PIXEL, 1), bands)
+        _check_samples(_count_samples(image), bands)
     values = np.asarray(upright).reshape(upright.height, upright.width, bands)
     return values.astype(np.uint16) if upright.mode.startswith("I;16") else values  # in this machine's byte order
+
+
+def _count_samples(image: Image.Image) -> int:
+    """Return the number of channels that a page stores."""
+    bands = len(image.getbands())
+    return image.tag_v2.get(_SAMPLES_PER_PIXEL, 1) if isinstance(image, TiffImageFile) else bands
 
 
 def _check_samples(stored: int, read: int) -> None:
@@ -121,27 +135,46 @@ def _check_samples(stored: int, read: int) -> None:
         raise Unfit(f"stores {stored} channels, and {read} can be read. Save each channel as a page, or all as .npy")
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Return whether an image has several channels of 16 bits, which Pillow would reduce to 8."""
-    packing = str(image.tile[0].args) if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
-    return len(image.getbands()) > 1 and ";16" in packing
+def _is_reduced(image: Image.Image) -> bool:
+    """Return whether Pillow would reduce an image: several channels of 16 bits to 8, or RGB and another one to RGB."""
+    packing = _find_packing(image)
+    return len(image.getbands()) > 1 and (";16" in packing or ("RGBX" in packing and isinstance(image, TiffImageFile)))
 
 
-def _read_deep(image: Image.Image) -> np.ndarray:
+def _find_packing(image: Image.Image) -> str:
+    """Return Pillow's name of how pixels are packed, such as `RGB;16L`."""
+    args = image.tile[0].args if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
+    return str(args[0] if isinstance(args, tuple) and args else args)
+
+
+def _read_by_opencv(image: Image.Image) -> np.ndarray:
     import cv2
 
+    height, width, samples = image.height, image.width, _count_samples(image)
     file = image.fp  # type: ignore[attr-defined]
+    packing = _find_packing(image)
+    count = 0
+    for page in _pages(image):  # check all, since OpenCV decodes all at once
+        check_cost(page)
+        count += 1
+        if (page.height, page.width, _find_packing(page)) != (height, width, packing):
+            raise Unfit("has pages of different sizes or kinds. Save its channels as pages of one size")
+        _check_numbers(count * height * width * samples)
     file.seek(0)
-    data = np.frombuffer(file.read(), np.uint8)
-    _, pages = cv2.imdecodemulti(data, cv2.IMREAD_UNCHANGED)
-    planes = [page if page.ndim == 3 else page[..., None] for page in pages or ()]
-    if not planes or planes[0].shape[:2] != (image.height, image.width):
-        raise Unfit("cannot be decoded at 16 bits. Save its channels as pages, or as .npy")
-    if len({plane.shape[:2] for plane in planes}) > 1:
-        raise Unfit("has pages of different sizes. Save its channels as pages of one size")
-    _check_samples(len(image.getbands()), planes[0].shape[2])
-    colours = [2, 1, 0, 3][: planes[0].shape[2]]  # OpenCV returns blue, green, red, and alpha
-    return np.concatenate([plane[..., colours] for plane in planes], axis=2)
+    _, pages = cv2.imdecodemulti(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    if len(pages or ()) != count or any(page.shape[:2] != (height, width) for page in pages):
+        raise Unfit("cannot be decoded at full depth. Save its channels as pages, or as .npy")
+    _check_samples(samples, pages[0].size // (height * width))
+    levels = np.empty((height, width, count * samples), pages[0].dtype)
+    for number, page in enumerate(pages):
+        # OpenCV returns blue, green, red, and alpha
+        levels[..., samples * number : samples * (number + 1)] = page[..., [2, 1, 0, 3][:samples]]
+    return levels
+
+
+def _check_numbers(count: int) -> None:
+    if count > _MAX_NUMBERS:
+        raise Unfit(f"has more than {_MAX_NUMBERS} numbers. Split it")
 
 
 def _open_array(path: Path) -> BinaryIO:
@@ -170,9 +203,10 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[tuple[int, ...], bool, np.
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, is_fortran, dtype = read(file)
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as an array ({error}). Save it again by numpy.save.") from None
-    if len(shape) not in (2, 3) or not 0 < math.prod(shape) <= _MAX_NUMBERS:
+    except Exception:  # numpy parses it as a Python literal, which fails in many ways
+        raise UserError(f"{path} cannot be read as an array. Save it again by numpy.save.") from None
+    is_shape = len(shape) in (2, 3) and all(type(side) is int and side > 0 for side in shape)
+    if not is_shape or math.prod(shape) > _MAX_NUMBERS:
         raise UserError(
             f"{path} holds an array of {list(shape)}. Save (H, W) or (H, W, C), with 1 to {_MAX_NUMBERS} numbers."
         )

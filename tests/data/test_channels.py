@@ -1,7 +1,5 @@
 """Images of any number of channels: their files, levels, views and packed items."""
 
-import dataclasses
-
 import cv2
 import numpy as np
 import pytest
@@ -10,16 +8,20 @@ from PIL import Image
 
 from dinoseg.core.channels import PixelFormat, check_rgb
 from dinoseg.core.geometry import to_unit_range
-from dinoseg.core.shapes import Batch
+from dinoseg.core.shapes import Batch, join_batches
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
+from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.data.scan.measure import measure
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
+from dinoseg.export.runtime.inputs import pictures
+from dinoseg.inference.inputs import list_inputs
+from dinoseg.utils import levels as levels_module
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.levels import read_levels, to_display
 
@@ -92,6 +94,9 @@ def test_8_bits_beside_16_keep_their_share_of_white(tmp_path):
         ("x_images.png", "x_nir.png"),
         ("images/sub/a_images.png", "nir/sub/a_nir.tif"),
         ("old/images/images/a.png", "old/images/nir/a.npy"),
+        ("images/a.png", "nir/a.TIF"),
+        ("images/a_images.png", "nir/a_images.png"),
+        ("images/a_images.png", "images/a_nir.png"),
     ],
 )
 def test_further_files_are_found_by_their_word(first, second, tmp_path):
@@ -100,6 +105,14 @@ def test_further_files_are_found_by_their_word(first, second, tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     assert PixelFormat(4, ("images", "nir")).paths(root / first) == [root / first, root / second]
+
+
+def test_two_matching_files_are_refused(tmp_path):
+    for name in ("images/a.png", "nir/a.png", "nir/a.tif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="two files of `nir`: .*a.png and .*a.tif"):
+        PixelFormat(4, ("images", "nir")).paths(tmp_path / "images/a.png")
 
 
 def save_sample(root, channels=4):
@@ -119,6 +132,7 @@ def save_sample(root, channels=4):
         ({"channels": 4, "order": [0, 1]}, "2 numbers"),
         ({"files": ["rgb"]}, "at least two"),
         ({"value_range": (5, 5)}, "lowest < highest"),
+        ({"value_range": (0, float("inf"))}, "finite"),
     ],
 )
 def test_a_format_that_does_not_fit_is_refused(values, message, tmp_path):
@@ -163,6 +177,65 @@ def test_damaged_files_are_refused(tmp_path):
             read_levels(path, None)
     with pytest.raises(UserError, match="not found"):
         read_levels(tmp_path / "b.npy", None)
+
+
+@pytest.mark.parametrize("shape", ["(-2, -2)", "(True, True)", "-" * 6000 + "1", "(2,", "('a', 2)", "7"])
+def test_hostile_headers_of_arrays_are_refused_shortly(shape, tmp_path):
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64))
+    with pytest.raises(UserError) as refused:
+        read_levels(tmp_path / "a.npy", None)
+    assert len(str(refused.value)) < len(str(tmp_path)) + 150
+
+
+def test_large_files_of_16_bits_are_refused_before_decoding(tmp_path, monkeypatch):
+    image = levels(3, np.uint16)
+    cv2.imwritemulti(str(tmp_path / "a.tif"), [image[..., ::-1]] * 3)
+    assert np.array_equal(read_levels(tmp_path / "a.tif", None), np.dstack([image] * 3))
+    monkeypatch.setattr(levels_module, "_MAX_NUMBERS", 8 * 21 * 34)
+    monkeypatch.setattr(cv2, "imdecodemulti", None)
+    with pytest.raises(UserError, match="numbers"):
+        read_levels(tmp_path / "a.tif", None)
+
+
+def test_tiff_files_with_an_unspecified_channel_are_read(tmp_path):
+    image = levels(4)
+    Image.frombytes("RGBX", SIZE[::-1], image.tobytes()).save(tmp_path / "a.tif")
+    assert np.array_equal(PixelFormat(4).read(tmp_path / "a.tif"), image)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
+def test_arrays_are_scaled_as_files_are(dtype, tmp_path):
+    values = (levels(4, np.uint16) >> 4).astype(dtype)
+    np.save(tmp_path / "a.npy", values)
+    pixels = PixelFormat(4, value_range=(0, 4095))
+    channels_first = torch.from_numpy(values.astype(np.int32) if dtype == np.uint16 else values).permute(2, 0, 1)
+    of_file, of_array, of_tensor = (
+        image for _, image in pictures([tmp_path / "a.npy", values, channels_first], pixels=pixels)
+    )
+    assert of_file.dtype == np.uint16 and of_file.max() > 60000
+    assert np.array_equal(of_file, of_array) and np.array_equal(of_file, of_tensor)
+    with pytest.raises(UserError, match="image 0 holds values .* outside"):
+        list(pictures([values + values.dtype.type(1)], pixels=pixels))
+
+
+def test_arrays_beside_images_are_no_rgb_images(tmp_path):
+    root = tmp_path / "train"
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+        Image.fromarray(levels(1)[..., 0] % 2).save(root / folder / "a.png")
+    for name in ("a", "b"):
+        np.save(root / f"images/{name}.npy", levels(4))
+    data = folder_dataset(tmp_path, "train", classes=["a", "b"])
+    assert data.names == ["a"] and not data.lacking
+    (root / "images/a.npy").unlink()
+    suffixes = PixelFormat(4).suffixes
+    data = folder_dataset(tmp_path, "train", classes=["a", "b"], suffixes=suffixes)
+    assert data.names == ["a"] and list(data.lacking) == ["b"]
+    images = str(root / "images")
+    assert [path.name for path in list_inputs(images)] == ["a.png"]
+    assert [path.name for path in list_inputs(images, suffixes=suffixes)] == ["a.png", "b.npy"]
+    assert [path.name for path, _ in pictures(images)] == ["a.png"]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -222,8 +295,7 @@ def dataset(root, count=3, **values):
             Image.fromarray(array).save(root / folder / f"{number}.png")
         pairs.append(Pair(f"{number}", root / f"rgb/{number}.png", root / f"masks/{number}.png"))
     data = PairDataset(pairs, Labels.of(["a", "b"], None, 255), Masks())
-    data.read_as(pixels)
-    return data
+    return data.read_as(pixels)
 
 
 def test_packed_items_keep_channels_and_depth(tmp_path):
@@ -242,11 +314,17 @@ def test_a_changed_file_or_format_is_other_data(tmp_path):
     Image.fromarray(levels(1, np.uint16, seed=7)[..., 0]).save(tmp_path / "nir/0.png")
     prints.add(data.fingerprint())
     hashes.add(data.image_hash(0))
-    data.pairs = [dataclasses.replace(pair, image=pair.image.path) for pair in data.pairs]
-    data.read_as(PixelFormat(4, ("rgb", "nir"), order=(3, 0, 1, 2)))
+    data = data.read_as(PixelFormat(4, ("rgb", "nir"), order=(3, 0, 1, 2)))
     prints.add(data.fingerprint())
     hashes.add(data.image_hash(0))
     assert len(prints) == len(hashes) == 3
+
+
+def test_a_dataset_is_read_in_several_formats(tmp_path):
+    data = dataset(tmp_path)
+    two, rgb = data.read_as(PixelFormat(2, ("rgb", "nir"), order=(3, 0))), data.read_as(PixelFormat())
+    assert torch.equal(two[0]["image"], data[0]["image"][[3, 0]]) and data[0]["image"].shape[0] == 4
+    assert rgb[0]["image"].dtype == torch.uint8 and rgb.read_as(PixelFormat()) is rgb
 
 
 @pytest.mark.parametrize("images", [True, False])
@@ -262,6 +340,22 @@ def test_batches_of_16_bits_split_and_move(tmp_path):
     batch = Batch.stack(list(dataset(tmp_path)))
     parts = batch.to(torch.device("cpu")).split(2)
     assert torch.equal(torch.cat([to_unit_range(part.image) for part in parts]), to_unit_range(batch.image))
+
+
+def test_batches_of_8_and_16_bits_keep_the_share_of_white():
+    images = [torch.from_numpy(levels(4, dtype)).permute(2, 0, 1) for dtype in (np.uint8, np.uint16)]
+    samples = [{"image": image, "mask": torch.zeros(SIZE), "name": "x"} for image in images]
+    wanted = torch.stack([to_unit_range(image) for image in images])
+    parts = [Batch.stack([sample]) for sample in samples]
+    for batch in (Batch.stack(samples), join_batches(parts)):
+        assert torch.equal(to_unit_range(batch.image), wanted)
+
+
+def test_joined_batches_pair_maps_by_name():
+    first, second = {"a": torch.zeros(1, 2), "b": torch.ones(1, 2)}, {"b": torch.ones(1, 2), "a": torch.zeros(1, 2)}
+    image = torch.zeros(1, 3, 2, 2)
+    joined = join_batches([Batch(image, image, ["x"], maps) for maps in (first, second)])
+    assert not joined.maps["a"].any() and joined.maps["b"].all()
 
 
 class Samples:

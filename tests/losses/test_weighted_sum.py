@@ -6,6 +6,7 @@ import torch
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample, valid_share
+from dinoseg.core.sample_maps import DistanceMap, LabelMap
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.focal import Focal
@@ -205,3 +206,18 @@ def test_terms_of_layers_and_of_ids_are_not_added():
     terms = {"ce": CrossEntropy, "bce": BinaryCrossEntropy}
     with pytest.raises(UserError, match="bce of task=multilabel cannot be added"):
         WeightedSum(terms, dict.fromkeys(terms, 1.0), WEIGHTS)
+
+
+def test_terms_that_read_one_map_as_two_kinds_are_refused():
+    def make_reader(kind):
+        loss = BinaryCrossEntropy(WEIGHTS)
+        loss.needs_maps = {"twin": kind}
+        return loss
+
+    def join(first, second):
+        terms = {"a": partial(make_reader, first), "b": partial(make_reader, second)}
+        return WeightedSum(terms, {"a": 1.0, "b": 1.0})
+
+    assert join(LabelMap(), LabelMap()).needs_maps == {"twin": LabelMap()}
+    with pytest.raises(UserError, match="Two terms read the map twin"):
+        join(LabelMap(), DistanceMap())

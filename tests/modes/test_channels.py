@@ -148,6 +148,7 @@ def test_16_bits_enter_own_loops():
     [
         (("mode=predict", "resume=nir", "input=film.avi"), "film.avi has 3 channels"),
         (("mode=track", "resume=nir", "input=film.avi"), "film.avi has 3 channels"),
+        (("mode=predict", "resume=nir", "input=data/val/images", "data.channels=3"), "Give data.channels=4"),
         (("mode=serve", "resume=nir", "mode.port=0"), "upload has 3 channels"),
         (("mode=app", "resume=nir", "mode.port=0"), "upload has 3 channels"),
         ((*TRAIN, "trainer=distil", "teacher=nir", "trainer.steps=1"), "takes images of 4 channels"),

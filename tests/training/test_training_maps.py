@@ -24,6 +24,7 @@ from dinoseg.data.custom import CustomDataset
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.inference.windows import Windows
 from dinoseg.losses.cross_entropy import CrossEntropy
@@ -174,7 +175,9 @@ def test_two_ranks_train_with_maps_as_one_process_does(tmp_path):
 
 
 def test_estimates_use_random_maps_of_the_loss():
-    parts = SimpleNamespace(shape=(3, 8, 12), crop=(8, 12), has_masks=True, num_classes=3, loss=MappedLoss)
+    parts = SimpleNamespace(
+        shape=(3, 8, 12), crop=(8, 12), has_masks=True, has_layers=False, num_classes=3, loss=MappedLoss
+    )
     maps = random_batch(parts, 2).maps
     assert {name: values.shape for name, values in maps.items()} == {
         **dict.fromkeys(("twin", "ids", "distance"), (2, 8, 12)),
@@ -205,6 +208,20 @@ def test_augmentations_that_cannot_move_maps_are_refused():
         ImageDataModule(pictures(), pictures(), Augment((24, 32), affine=Affine(shear=3)), **options)
     with pytest.raises(UserError, match="the same maps for each split"):
         ImageDataModule(pictures(), pictures(cls=Pictures), Augment((24, 32)), **options)
+
+
+def test_photometric_distortion_of_16_bits_is_refused_early():
+    class Deep(Pictures):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return sample | {"image": sample["image"].to(torch.uint16)}
+
+    color = PhotometricDistortion(0.1, 0.1, 0.1, 0.1)
+    for cls in (Pictures, Deep):
+        data = CustomDataset(cls([(24, 32)] * 2))
+        ImageDataModule(data, data, Augment((24, 32)), 2, seed=0, workers=0)
+    with pytest.raises(UserError, match="data.augment.color, a PhotometricDistortion.* have 16"):
+        ImageDataModule(data, data, Augment((24, 32), color=color), 2, seed=0, workers=0)
 
 
 def test_a_dataset_without_the_maps_of_a_loss_is_refused():

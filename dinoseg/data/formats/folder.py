@@ -20,7 +20,7 @@ from dinoseg.data.pairs.pairing import Lacking, gathered, pair_by_name
 from dinoseg.data.splits import Partition, divide, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
-from dinoseg.utils.images import IMAGE_SUFFIXES, PIXEL_SUFFIXES, UNREAD_SUFFIXES
+from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from dinoseg.utils.mask_files import check_layer_names
 from dinoseg.utils.wording import count_of, join_names
 
@@ -72,6 +72,7 @@ def folder_dataset(
     masks: Masks = Masks(),  # noqa: B008 (frozen)
     partition: Partition = Partition(),  # noqa: B008 (frozen)
     layers: bool = False,
+    suffixes: Sequence[str] = IMAGE_SUFFIXES,
 ) -> PairDataset:
     """Return the dataset of images and masks in folders.
 
@@ -85,13 +86,15 @@ def folder_dataset(
         masks: how mask files are encoded.
         partition: rule that assigns pairs to splits.
         layers: whether each class has its own mask files, see `class_layouts`, so that classes may overlap.
+        suffixes: those of images, in lower case.
 
     Raises:
         UserError: a folder is missing or empty, no image has its mask, or two files have one name; when an item is
             read: an unreadable file, differing sizes, ids without class.
     """
     labels = Labels.of(classes, palette, ignore_index)
-    match = partial(_match_layers, labels, layer_reader(masks, ignore_index).read) if layers else _match_masks
+    read_layer = layer_reader(masks, ignore_index).read
+    match = partial(_match_layers, labels, read_layer, suffixes) if layers else partial(_match_masks, suffixes)
     pairs = find_pairs(Path(root).expanduser(), split, layout, partition, match)
     return gathered(pairs, split, labels, masks)
 
@@ -106,7 +109,7 @@ def find_pairs(
         images = _path(root, split, layout.images, layout)
         raise UserError(
             f"Split {split} is empty: {images} holds no image named *{layout.image_suffix}.* "
-            f"({', '.join(PIXEL_SUFFIXES)}). Check data.root and data.reader.layout."
+            f"({', '.join(IMAGE_SUFFIXES)}). Check data.root and data.reader.layout."
         )
     return pairs
 
@@ -126,7 +129,7 @@ def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition
     return [by_name[name] for name in names]
 
 
-def _match_masks(root: Path, split: str, layout: FolderLayout) -> dict[str, Pair | Lacking]:
+def _match_masks(suffixes: Sequence[str], root: Path, split: str, layout: FolderLayout) -> dict[str, Pair | Lacking]:
     """Return the pairs of images and masks of all classes, and what lacks a counterpart, by name."""
     if "{class}" in layout.mask_suffix:
         raise UserError(
@@ -134,8 +137,8 @@ def _match_masks(root: Path, split: str, layout: FolderLayout) -> dict[str, Pair
             "that task, or remove {class}."
         )
     folders = _folder(root, split, layout.images, layout), _folder(root, split, layout.masks, layout)
-    images, unread = _find(folders[0], layout.image_suffix, layout, is_mask=False)
-    masks, unread_masks = _find(folders[1], layout.mask_suffix, layout, is_mask=True)
+    images, unread = _find(folders[0], layout.image_suffix, layout, suffixes)
+    masks, unread_masks = _find(folders[1], layout.mask_suffix, layout)
     unread = {name: path for name, path in {**unread_masks, **unread}.items() if not (name in images and name in masks)}
     by_name = pair_by_name(images, masks, folders, _REMEDY)
     by_name |= {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in unread.items()}
@@ -165,14 +168,19 @@ def class_layouts(layout: FolderLayout, classes: Sequence[str]) -> list[FolderLa
 
 
 def _match_layers(
-    labels: Labels, read_layer: Callable[[Path | Drawing], np.ndarray], root: Path, split: str, layout: FolderLayout
+    labels: Labels,
+    read_layer: Callable[[Path | Drawing], np.ndarray],
+    suffixes: Sequence[str],
+    root: Path,
+    split: str,
+    layout: FolderLayout,
 ) -> dict[str, Pair | Lacking]:
     """Return the pairs of images and the masks of each class, and what lacks a counterpart, by name.
 
     An image does not show a class that has no mask of its name, or no folder; it needs a mask of at least one class.
     """
     folder = _folder(root, split, layout.images, layout)
-    images, unread = _find(folder, layout.image_suffix, layout, is_mask=False)
+    images, unread = _find(folder, layout.image_suffix, layout, suffixes)
     by_class: list[dict[str, Path]] = []
     layouts = class_layouts(layout, labels.classes)
     folders = [_path(root, split, each.masks, each) for each in layouts]
@@ -181,7 +189,7 @@ def _match_layers(
     for place, each in zip(folders, layouts, strict=True):
         if not place.is_dir():
             log.warning("%s is missing: no image of split %s shows this class.", place, split)
-        masks, unread_masks = _find(place, each.mask_suffix, each, is_mask=True) if place.is_dir() else ({}, {})
+        masks, unread_masks = _find(place, each.mask_suffix, each) if place.is_dir() else ({}, {})
         by_class.append(masks)
         unread |= unread_masks
     files = {path for masks in by_class for path in masks.values()}
@@ -202,17 +210,22 @@ def _match_layers(
     return by_name
 
 
-def _find(folder: Path, suffix: str, layout: FolderLayout, *, is_mask: bool) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Return name to file for images below a folder whose stem ends with `suffix`: readable and unreadable kinds."""
+def _find(
+    folder: Path, suffix: str, layout: FolderLayout, suffixes: Sequence[str] | None = None
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return name to file below a folder whose stem ends with `suffix`: readable and unreadable kinds.
+
+    `suffixes` are those of images; without them, the files are masks.
+    """
     paths: dict[str, Path] = {}
     unread: dict[str, Path] = {}
-    both_here = not is_mask and layout.mask_suffix and layout.images == layout.masks
+    both_here = suffixes is not None and layout.mask_suffix and layout.images == layout.masks
     for parent, files in visible_files(folder):
         for file in files:
             path = parent / file
             excluded = any(fnmatch(file, pattern) for pattern in layout.exclude)
             kind = path.suffix.lower()
-            kinds = (*(IMAGE_SUFFIXES if is_mask else PIXEL_SUFFIXES), *UNREAD_SUFFIXES)
+            kinds = (*(suffixes or IMAGE_SUFFIXES), *UNREAD_SUFFIXES)
             other_kind = kind not in kinds or not path.stem.endswith(suffix)
             if excluded or other_kind or (both_here and path.stem.endswith(layout.mask_suffix)):
                 continue

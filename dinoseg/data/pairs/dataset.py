@@ -3,20 +3,19 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.core.channels import PixelFormat, check_rgb
+from dinoseg.core.channels import ChannelFiles, PixelFormat, check_rgb
 from dinoseg.core.sample_maps import MapKind, check_map_kinds, check_maps
 from dinoseg.core.shapes import Sample
 from dinoseg.data.annotation.drawing import Layers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
 from dinoseg.data.pairs.pair import Pair, fingerprint, image_hash
-from dinoseg.data.video.access import read_source
+from dinoseg.data.video.access import VideoFrame, first_file, read_source
 
 ComputeMaps = Callable[[Sample], dict[str, Tensor]]
 
@@ -114,20 +113,22 @@ class PairDataset:
         subset.maps, subset.compute_maps = self.maps, self.compute_maps
         return subset
 
-    def read_as(self, pixels: PixelFormat) -> None:
-        """Read the images in a format from now on.
+    def read_as(self, pixels: PixelFormat) -> "PairDataset":
+        """Return the dataset with its images read in a format.
 
         Raises:
             UserError: an image is a frame of a video, and the format is not RGB.
         """
-        pairs: list[Pair] = []
+        if pixels.is_rgb and not any(isinstance(pair.image, ChannelFiles) for pair in self.pairs):
+            return self
+        dataset, dataset.pairs = copy(self), []
         for pair in self.pairs:
-            if isinstance(pair.image, Path):
-                pair = replace(pair, image=pixels.source(pair.image))
-            else:
+            if isinstance(pair.image, VideoFrame):
                 check_rgb(pixels, str(pair.image))
-            pairs.append(pair)
-        self.pairs = pairs
+            else:
+                pair = replace(pair, image=pixels.source(first_file(pair.image)))
+            dataset.pairs.append(pair)
+        return dataset
 
     def fingerprint(self) -> str:
         """Return a hash of everything that the masks depend on."""

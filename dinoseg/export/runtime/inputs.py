@@ -12,12 +12,12 @@ from PIL import Image
 from dinoseg.core.channels import PixelFormat
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import found, is_pattern
-from dinoseg.utils.images import PIXEL_SUFFIXES, as_rgb
+from dinoseg.utils.images import as_rgb
+from dinoseg.utils.levels import WHITE, to_levels
 
 logger = logging.getLogger(__name__)
 ON_ERROR = ("stop", "skip")
 _ACCEPTED = "Give a path, an array (H, W, 3), a torch tensor (3, H, W), a Pillow image, or a list of them."
-_WHITE = 65535  # white level of 16 bits
 _SLACK = 0.5 / 255  # resizing of floats rounds: 1.0000001 is white
 
 Picture = tuple[Path | None, np.ndarray]  # its file, if any, and (H, W, C), uint8 RGB or in the model's format
@@ -54,7 +54,7 @@ def pictures(
     """
     if on_error not in ON_ERROR:
         raise UserError(f"on_error={on_error} is unknown. Choose one of {', '.join(ON_ERROR)}.")
-    return _read(_ones(source), on_error, pixels)
+    return _read(_ones(source, pixels), on_error, pixels)
 
 
 def _read(ones: Iterable[Any], on_error: str, pixels: PixelFormat) -> Iterator[Picture]:
@@ -97,8 +97,9 @@ def as_pixels(array: np.ndarray, name: str, *, channels_first: bool = False) -> 
     return np.ascontiguousarray(rgb)
 
 
-def _as_channels(array: np.ndarray, name: str, channels: int, *, channels_first: bool) -> np.ndarray:
-    """Convert an array of levels to (H, W, channels), uint8 or uint16; floats in 0..1 become uint16."""
+def _as_channels(array: np.ndarray, name: str, pixels: PixelFormat, *, channels_first: bool) -> np.ndarray:
+    """Convert an array to (H, W, C), uint8 or uint16, as a file with its values; without a range, floats are 0..1."""
+    channels = pixels.channels
     if array.ndim == 2:
         array = array[..., None]
     elif channels_first and array.ndim == 3:
@@ -106,12 +107,12 @@ def _as_channels(array: np.ndarray, name: str, channels: int, *, channels_first:
     if array.ndim != 3 or array.shape[2] != channels or not array.size:
         wanted = f"({channels}, H, W)" if channels_first else f"(H, W, {channels})"
         raise UserError(f"{name} is of {list(array.shape)} (H, W, C): give {wanted}, the channels of this model.")
-    if array.dtype in (np.uint8, np.uint16):
-        return np.ascontiguousarray(array)
-    if not np.issubdtype(array.dtype, np.floating):
-        raise UserError(f"{name} is an array of {array.dtype}: give uint8, uint16 or floats in 0..1.")
-    check_levels(float(array.min()), float(array.max()), name)
-    return np.ascontiguousarray(np.round(array.clip(0, 1) * _WHITE).astype(np.uint16))
+    if pixels.value_range is None and np.issubdtype(array.dtype, np.floating):
+        check_levels(float(array.min()), float(array.max()), name)
+        array = np.round(array.clip(0, 1) * WHITE).astype(np.uint16)
+    if array.dtype not in (np.uint8, np.uint16) and (pixels.value_range is None or array.dtype.kind not in "uif"):
+        raise UserError(f"{name} is an array of {array.dtype}: give uint8, uint16 or floats.")
+    return np.ascontiguousarray(to_levels(array, pixels.value_range, name))
 
 
 def _levels(array: np.ndarray, name: str) -> np.ndarray:
@@ -119,7 +120,7 @@ def _levels(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.uint16:
-        return np.round(array * (255 / _WHITE)).astype(np.uint8)
+        return np.round(array * (255 / WHITE)).astype(np.uint8)
     if not np.issubdtype(array.dtype, np.floating):
         raise UserError(
             f"{name} is an array of {array.dtype}: give uint8 in 0..255 (array.astype('uint8')), uint16 or floats in "
@@ -147,22 +148,22 @@ def check_levels(least: float, most: float, name: str) -> None:
         )
 
 
-def _ones(source: Any) -> Iterable[Any]:
+def _ones(source: Any, pixels: PixelFormat) -> Iterable[Any]:
     if is_one(source):
         return [source]
     if is_many_files(source):
-        return _files(source)
+        return _files(source, pixels)
     if isinstance(source, Iterable) or _is_array(source):
         return source
     raise UserError(f"{type(source).__name__} is not an image. {_ACCEPTED}")
 
 
-def _files(source: str | PathLike[str]) -> list[Path]:
+def _files(source: str | PathLike[str], pixels: PixelFormat) -> list[Path]:
     """Return the images in a folder or matched by a pattern; raise an error if there are none."""
-    files = found(source, PIXEL_SUFFIXES)
+    files = found(source, pixels.suffixes)
     if not files:
         where = f"The folder {source} holds no image directly" if _is_folder(source) else f"{source} matches no image"
-        raise UserError(f"{where}. Image files end in {' '.join(PIXEL_SUFFIXES)}.")
+        raise UserError(f"{where}. Image files end in {' '.join(pixels.suffixes)}.")
     return files
 
 
@@ -175,7 +176,7 @@ def _picture(one: Any, name: str, pixels: PixelFormat) -> Picture:
     if not pixels.is_rgb and (_is_array(one) or isinstance(one, Image.Image)):
         is_tensor = not isinstance(one, np.ndarray | Image.Image)
         array = _from_tensor(one) if is_tensor else np.asarray(one)
-        return None, _as_channels(array, name, pixels.channels, channels_first=is_tensor)
+        return None, _as_channels(array, name, pixels, channels_first=is_tensor)
     if isinstance(one, Image.Image):
         return None, as_rgb(one, name)
     if isinstance(one, np.ndarray):

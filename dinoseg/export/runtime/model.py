@@ -288,10 +288,11 @@ class Model:
 
 
 def _batches(found: Iterator[Picture], size: int) -> Iterator[list[Picture]]:
-    """Yield batches of consecutive images of one size, at most `size` long."""
+    """Yield batches of consecutive images of one size and type, at most `size` long."""
     batch: list[Picture] = list(islice(found, 1))
     for picture in found:
-        if len(batch) == size or batch[0][1].shape != picture[1].shape:
+        first, image = batch[0][1], picture[1]
+        if len(batch) == size or (first.shape, first.dtype) != (image.shape, image.dtype):
             yield batch
             batch = []
         batch.append(picture)

@@ -1,5 +1,6 @@
 """First convolutions of backbones: patch embeddings, and their adaptation to any number of channels."""
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from dinoseg.utils.errors import UserError
 
 _COLOURS = 3
+_STANDARDISED = re.compile("Std|Standard")  # in the names of classes that normalise their kernel over all channels
 
 
 class InputConvolution(nn.Conv2d):
@@ -70,8 +72,8 @@ def adapt_input(convolution: nn.Conv2d, channels: int, channel_weights: Sequence
         channel_weights: see `adapt_input_kernel`.
 
     Raises:
-        UserError: the weights are for neither three nor `channels` channels, or `channel_weights` has another length or
-            no effect.
+        UserError: the weights are for neither three nor `channels` channels, or are standardised over them, or
+            `channel_weights` has another length or no effect.
     """
     if channel_weights is not None and len(channel_weights) != channels:
         raise UserError(
@@ -88,6 +90,11 @@ def adapt_input(convolution: nn.Conv2d, channels: int, channel_weights: Sequence
             f"The weights take images of {stored} channels, and channels={channels}, "
             f"channel_weights={channel_weights}. Only weights of 3 channels can be adapted to others: set "
             f"channels={stored}, and leave channel_weights out."
+        )
+    if _STANDARDISED.search(type(convolution).__name__):
+        raise UserError(
+            f"channels={channels}: the first convolution, a {type(convolution).__name__}, standardises its weights "
+            f"over all channels. It cannot be adapted: set channels={stored}, or choose another backbone."
         )
     kernel = adapt_input_kernel(convolution.weight.detach(), channels, channel_weights)
     convolution.weight = nn.Parameter(kernel, requires_grad=convolution.weight.requires_grad)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoseg.core.contracts import Backbone, Head
-from dinoseg.core.geometry import concatenate, pad_to_multiple, widths
+from dinoseg.core.geometry import concatenate, pad_to_multiple, to_unit_range, widths
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, Natural, NotNegative, check_annotations
 
@@ -81,12 +81,12 @@ class DetailHead(Head[Tensor]):
         return self.scored(backbone.maps(images), backbone.pixels(images))
 
     def forward_frozen(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        """Return the backbone's frozen features and the images as uint8; exact for 8 bits without resizing."""
-        return [*backbone.forward_frozen(images), (images * 255).round().clamp(0, 255).to(torch.uint8)]
+        """Return the backbone's frozen features and the images as uint8 if these are exact, else as uint16."""
+        return [*backbone.forward_frozen(images), _as_levels(images)]
 
     def forward_trainable(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Return the scores for the output of `forward_frozen` on images that entered the backbone at `size` (H, W)."""
-        return self.scored(backbone.forward_trainable(frozen[:-1], size), backbone.pixels(frozen[-1].float() / 255))
+        return self.scored(backbone.forward_trainable(frozen[:-1], size), backbone.pixels(to_unit_range(frozen[-1])))
 
     def scored(self, features: list[Tensor], pixels: Tensor) -> Tensor:
         """Return class scores (B, K, H / 2, W / 2).
@@ -156,6 +156,15 @@ def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: 
     padding = (kernel_size - 1) // 2
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
+
+
+def _as_levels(images: Tensor) -> Tensor:
+    """Return images in 0..1 as levels of 8 bits; as 16 bits if one lies more than a quarter of their step beside."""
+    levels = images * 255
+    is_exact = images.is_meta or bool(((levels - levels.round()).abs() < 0.25 / 257).all())
+    dtype = torch.uint8 if is_exact else torch.uint16
+    most = torch.iinfo(dtype).max
+    return (images * most).round().clamp(0, most).int().to(dtype)
 
 
 def _first(scores: Tensor, height: int, width: int) -> Tensor:

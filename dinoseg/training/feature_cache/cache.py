@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoseg.core.geometry import unify_depth
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import FeatureBatch, FrozenFeatures, SampleLabels, SegmentationData, split_slices, stack_labels
 from dinoseg.core.sizes import Size
@@ -172,8 +173,8 @@ class FeatureCache:
         """Return features and masks of views on `device`; missing features are computed and cached."""
         rows = [self._features(view, device) for view in views]
         self._check_equal_shapes(rows)
-        stacks = [to_device(torch.stack(part), device) for part in zip(*rows, strict=True)]
-        tensors = [part.float() if part.is_floating_point() else part for part in stacks]  # uint8 tensors are pixels
+        stacks = [to_device(torch.stack(unify_depth(part)), device) for part in zip(*rows, strict=True)]
+        tensors = [part.float() if part.is_floating_point() else part for part in stacks]  # others are pixels
         size = _size(views[0].labels["mask"])
         frozen = FrozenFeatures(tensors, size, self.model.input_size(size), self.store.folder)
         return FeatureBatch(frozen, **stack_labels([view.labels for view in views])).to(device)

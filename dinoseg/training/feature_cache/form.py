@@ -31,8 +31,8 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     """Return tensors in the type in which they are stored; with int8, each is followed by its scales.
 
     There is one scale per token, that is, over the channels, which are the last axis. If a sample has numbers that
-    float16 cannot represent, all its numbers are stored in bfloat16, which takes the same space. Tensors of bytes
-    (uint8: pixels) are stored unchanged.
+    float16 cannot represent, all its numbers are stored in bfloat16, which takes the same space. Pixels
+    (uint8 or uint16) are stored unchanged.
 
     Raises:
         UserError: a number is not finite, or would not be in the stored type.
@@ -44,7 +44,7 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
                 "The frozen part of the model returns features that are not finite. Check its weights and the images, "
                 "or set engine.precision=fp32."
             )
-        if tensor.dtype == torch.uint8:
+        if not tensor.is_floating_point():
             converted.append(tensor.contiguous())
         else:
             converted += _quantised(tensor.float()) if stored == "int8" else [tensor.to(_DTYPES[stored]).contiguous()]

@@ -5,11 +5,17 @@ import timm
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from timm.layers import Conv2dSame, StdConv2d, StdConv2dSame
 from timm.models import adapt_input_conv
 from tiny_parts import BACKBONES, tiny_node
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.models.backbones.patch_projection import InputConvolution, PatchProjection, adapt_input_kernel
+from dinoseg.models.backbones.patch_projection import (
+    InputConvolution,
+    PatchProjection,
+    adapt_input,
+    adapt_input_kernel,
+)
 from dinoseg.utils.errors import UserError
 
 SIZE = (70, 45)
@@ -112,3 +118,13 @@ def test_exported_weights_keep_their_channels(name, tmp_path):
 def test_wrong_channels_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         build("dinov3", **options)
+
+
+def test_standardised_kernels_are_not_adapted():
+    for kind in (StdConv2d, StdConv2dSame):
+        with pytest.raises(UserError, match=f"{kind.__name__}, standardises"):
+            adapt_input(kind(3, 8, 4), 4, [1, 1, 1, 0])
+    padded, images = Conv2dSame(3, 8, 3, 2), torch.rand(1, 4, 9, 9)
+    wanted = padded(images[:, :3])
+    adapt_input(padded, 4, [1, 1, 1, 0])
+    torch.testing.assert_close(padded(images), wanted)

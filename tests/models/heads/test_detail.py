@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from tiny_parts import tiny_vit
 
+from dinoseg.core.geometry import to_unit_range
 from dinoseg.core.shapes import Batch
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.adapters import Frozen
@@ -149,9 +150,17 @@ def test_colours_are_jittered_in_training_alone():
 def test_the_colours_are_those_of_bytes():
     model = SegmentationModel(Frozen()(tiny_vit((0, 1))), small(24, 2)).eval()
     image = torch.randint(0, 256, (1, 3, 20, 20), dtype=torch.uint8)
-    near = (image + torch.empty(1, 3, 20, 20).uniform_(-0.4, 0.4)).clamp(0, 255) / 255
-    seen = [model.frozen(given).tensors[-1] for given in (image, image / 255, near)]
+    seen = [model.frozen(given).tensors[-1] for given in (image, image / 255)]
     assert all(torch.equal(pixels, image) for pixels in seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_cached_pixels_keep_all_levels(dtype):
+    head, backbone = small(24, 2), tiny_vit((0, 1))
+    levels = torch.arange(3 * 20 * 20).reshape(1, 3, 20, 20)
+    images = to_unit_range((levels % 256).to(dtype) if dtype == torch.uint8 else (levels * 54).to(dtype))
+    stored = head.forward_frozen(backbone, images)[-1]
+    assert stored.dtype == dtype and torch.equal(to_unit_range(stored), images)
 
 
 def lines(count, seed):
