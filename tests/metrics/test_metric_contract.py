@@ -173,7 +173,7 @@ def test_a_wrapped_metric_is_the_mean_over_images():
     one = (np.zeros((1, 1), np.uint8), np.ones((1, 1), np.uint8))
     assert score(metric, [*images, one])["error"] == pytest.approx(np.mean(expected), abs=1e-12)
     assert score(metric, [one])["error"] is None
-    assert WrappedMetric("pixels", MeanError(), is_share=False).signed == ("pixels",)
+    assert WrappedMetric("pixels", MeanError(), is_share=False).unbounded == ("pixels",)
 
 
 class Share(Metric):

@@ -153,7 +153,7 @@ def _use(facts: ModelFacts, repo_id: str) -> Iterator[str]:
     yield "from dinoseg import Model"
     yield ""
     yield f"model = Model.from_pretrained({repo_id!r})"
-    yield 'out = model.predict("picture.jpg")'
+    yield f'out = model.predict("{_text(facts.example)}")'
     yield "out.mask, out.areas, out.overlay()"
     yield "```"
     yield ""
