@@ -102,7 +102,7 @@ def _call_target(values: Mapping[str, Any], where: str, keys: Mapping[str, str])
             ) from error
         place = re.search(r"\nfull_key: (\S+)$", str(error))  # of a part within the node
         part = f"{place[1]}." if place else "."
-        if place and re.search(r"missing \d+ required", str(error.__cause__)):
+        if place and re.search(r"missing (\d+|a) required", str(error.__cause__)):
             raise UserError(
                 f"{where}.{place[1]} cannot be built ({error.__cause__}). Set `_partial_: true` there if "
                 "dinoseg passes these arguments later, else set them."
