@@ -102,6 +102,11 @@ def _call_target(values: Mapping[str, Any], where: str, keys: Mapping[str, str])
             ) from error
         place = re.search(r"\nfull_key: (\S+)$", str(error))  # of a part within the node
         part = f"{place[1]}." if place else "."
+        if place and re.search(r"missing (\d+|a) required", str(error.__cause__)):
+            raise UserError(
+                f"{where}.{place[1]} cannot be built ({error.__cause__}). Set `_partial_: true` there if "
+                "dinoseg passes these arguments later, else set them."
+            ) from error
         with name_parameters({name.removeprefix(part): keys[name] for name in keys if name.startswith(part)}):
             raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
 

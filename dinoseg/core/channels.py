@@ -107,8 +107,9 @@ class PixelFormat:
             pixels = pixels[..., self.order]
         if pixels.shape[2] != self.channels:
             raise UserError(
-                f"{path} has {counts} channels, and data.channels={self.channels}. Set data.channels, or choose "
-                "channels by data.pixels.order, such as [0,1,2]."
+                f"{path} has {counts} channels, and data.channels={self.channels}. Set "
+                f"data.channels={pixels.shape[2]}, name further files by data.pixels.files, such as [images,nir], or "
+                "choose channels by data.pixels.order, such as [0,1,2]."
             )
         return np.ascontiguousarray(pixels)
 

@@ -63,7 +63,7 @@ class Metric(ABC):
 
     Attributes:
         scores: names of the scores, the main one first, with "max" or "min": which value is the best.
-        signed: names of the scores that may lie outside 0..1.
+        unbounded: names of the scores that may lie outside 0..1; tables show them as numbers, not in percent.
         needs_logits: whether `count` needs `PredictedImage.logits`.
         takes_layers: whether `count` takes masks (K, H, W) with a layer for each class.
 
@@ -86,7 +86,7 @@ class Metric(ABC):
     """
 
     scores: Mapping[str, str]
-    signed: Collection[str] = ()
+    unbounded: Collection[str] = ()
     needs_logits: bool = False
     takes_layers: bool = False
 

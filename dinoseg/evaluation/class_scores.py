@@ -24,7 +24,7 @@ class ClassScores:
 
     num_classes: int
     background: int | None = None
-    signed: ClassVar[Collection[str]] = ()
+    unbounded: ClassVar[Collection[str]] = ()
     highest: ClassVar[Mapping[str, float]] = {}
 
     @property

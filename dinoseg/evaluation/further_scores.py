@@ -31,7 +31,7 @@ class FurtherScore:
 
 
 def further_scores(metric: Metric, counts: Sequence[Counts], units: Sequence[str]) -> dict[str, FurtherScore]:
-    """Return the scores of a metric by name, without `signed` ones, from its counts and the unit of each image."""
+    """Return the scores of a metric by name, without `unbounded` ones, from its counts and the unit of each image."""
     sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
     function = FlatMetric.of(metric, counts[0])
     whole, left_out = function.scores(sums.sum(axis=0)), leave_one_out(function, sums)
@@ -40,7 +40,7 @@ def further_scores(metric: Metric, counts: Sequence[Counts], units: Sequence[str
     return {
         name: FurtherScore(better, settings, plain_score(whole[name]), [*map(plain_score, left_out[name])])
         for name, better in metric.scores.items()
-        if name not in metric.signed
+        if name not in metric.unbounded
     }
 
 

@@ -1,6 +1,7 @@
 """Builder of the parts of an experiment from the config: data, loss, optimizer, schedule, task and loop settings."""
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -30,7 +31,9 @@ from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Count, Natural, Positive, check_value
 from dinoseg.utils.wording import join_names
 
+logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
+_NAMED = 40  # maximum number of class weights in the log
 # parts that a training builds once its data are open, with keys beside their own
 _BUILT_LATE = {"adapter": ("lr",), "head": ("layers", "lr")} | dict.fromkeys(
     ("loss.criterion", "optim.optimizer", "optim.schedule"), ()
@@ -146,7 +149,8 @@ class Builder(ModelBuilder):
         task = self.training_task()
         folders = [SHIPPED, *map(Path, self.config.get("config_dirs", ()))]
         metrics = [] if task.on_clips else options_in(folders, METRIC)
-        check_score(self.value("trainer.score"), task.score_names, metrics)
+        chosen = dict(zip(self.value(METRIC) or {}, self.metrics(), strict=True))
+        check_score(self.value("trainer.score"), task.score_names, metrics, chosen)
         config_description(self)  # refuses what a checkpoint could not store
 
     def training_task(self) -> Any:
@@ -253,7 +257,11 @@ class Builder(ModelBuilder):
         weigh = self.part("loss.class_weights")
         counted = isinstance(weights, str) and weights != "none"
         counts = self.part("loss.counts")(train) if counted else [1] * len(train.classes)
-        return self.criterion(class_weights=weigh(counts, train.classes))
+        found = weigh(counts, train.classes)
+        if weights != "none":
+            shown = [f"{name} {weight:.3f}" for name, weight in zip(train.classes, found.tolist(), strict=True)]
+            logger.info("loss.weights=%s: %s", weights, join_names(shown, _NAMED))
+        return self.criterion(class_weights=found)
 
     def unweighted_loss(self) -> Loss:
         """Return the loss with equal class weights, without counting labels."""
@@ -273,6 +281,11 @@ class Builder(ModelBuilder):
             UserError: a config node makes no metric.
         """
         nodes = self.value(METRIC) or {}
+        if "_target_" in nodes:
+            raise UserError(
+                f"metric: the YAML file of {nodes['_target_']} lacks its outer key. Put `_target_` and its arguments "
+                "below the key NAME:, the name of the file."
+            )
         metrics = {
             name: expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
             for name, node in nodes.items()

@@ -55,5 +55,5 @@ class OnnxExport(GraphOptions):
             runtime = load_onnx(files[-1], device="cpu", threads=torch.get_num_threads()).runtime
             report = store_if_verified(ready, runtime, files, out_dir, self)
         path = out_dir / NAME
-        print(f'use: import dinoseg; model = dinoseg.load("{path}"); out = model.predict("picture.jpg")')
+        print(f'use: import dinoseg; model = dinoseg.load("{path}"); out = model.predict("{ready.facts.example}")')
         return {"path": str(path), "agreement": report["agreement"]}

@@ -125,6 +125,8 @@ def _join_maps(losses: Sequence[Loss]) -> dict[str, MapKind]:
 
 def _make(name: str, make: Callable[..., Loss], class_weights: Tensor | None) -> Loss:
     """Return a term; its errors name its parameters by their place below `terms`."""
+    if isinstance(make, Loss):
+        raise UserError(f"terms.{name} is a {type(make).__name__} that is built already. Set `_partial_: true` there.")
     parameters = signature(make).parameters
     weighs = "class_weights" in parameters
     if weighs and class_weights is None:

@@ -38,9 +38,9 @@ class FlatMetric:
         return [*self.metric.scores]
 
     @property
-    def signed(self) -> Collection[str]:
+    def unbounded(self) -> Collection[str]:
         """Return the names of the scores that may lie outside 0..1."""
-        return self.metric.signed
+        return self.metric.unbounded
 
     @property
     def size(self) -> int:

@@ -1,6 +1,6 @@
 """Counts of metrics for each image of a dataset, on any number of ranks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ _TAKEN = (
     "matrix",
     "classes",
 )
+_ROUNDING = 1e-9  # shares of float64 sums may exceed 1 by this much
 Row = tuple[int, list[Counts]]  # index of an image in the dataset, and the counts of each metric
 
 
@@ -54,7 +55,7 @@ class MetricRows:
         for image, name in enumerate(batch.names):
             prediction = PredictedImage(predictions[image], None if sampled is None else sampled[image], places)
             sample = LabelledImage(masks[image], len(self._data.classes), self._data.ignore_index, name)
-            counts = [_as_arrays(metric.count(prediction, sample)) for metric in self.metrics]
+            counts = [_count_image(metric, prediction, sample) for metric in self.metrics]
             self._rows.append((self._next, counts))
             self._next += self._world
 
@@ -64,12 +65,17 @@ class MetricRows:
         Args:
             result: of `ConfusionMatrix.compute`.
             gather: returns the values of all ranks in one list, as `Engine.gather` does.
+
+        Raises:
+            UserError: a score that is not `unbounded` lies outside 0..1.
         """
         rows = sorted(gather(self._rows), key=lambda row: row[0])
         self.counts = [[counts[number] for _, counts in rows] for number in range(len(self.metrics))]
         for metric, counts in zip(self.metrics, self.counts, strict=True):
             sums = sum_counts(counts)
-            result |= {name: plain_score(value) for name, value in metric.compute(sums).items()}
+            scores = metric.compute(sums)
+            _check_bounds(metric, scores)
+            result |= {name: plain_score(value) for name, value in scores.items()}
             for name, values in metric.per_class(sums).items():
                 for row, value in zip(result["classes"], values, strict=True):
                     row[name] = plain_score(value)
@@ -92,5 +98,22 @@ def check_score_names(metrics: Iterable[Metric]) -> None:
             seen.add(name)
 
 
-def _as_arrays(counts: Counts) -> Counts:
-    return {name: np.asarray(value) for name, value in counts.items()}
+def _count_image(metric: Metric, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+    counts = {name: np.asarray(value) for name, value in metric.count(prediction, sample).items()}
+    for name, value in counts.items():
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"metric: `count` of {type(metric).__name__} returns {name}={value} for the image {sample.name}. "
+                "Return 0 in all counts of an image that has nothing to count."
+            )
+    return counts
+
+
+def _check_bounds(metric: Metric, scores: Mapping[str, np.ndarray]) -> None:
+    for name, score in scores.items():
+        if name not in metric.unbounded and (score < -_ROUNDING or score > 1 + _ROUNDING):
+            raise UserError(
+                f"metric: the score {name} of {type(metric).__name__} is {float(score):.4g}, outside 0..1. Name it in "
+                "`unbounded` of the class (is_share=false of a WrappedMetric): it is then shown as a number, not in "
+                "percent."
+            )

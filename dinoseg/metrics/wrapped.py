@@ -26,7 +26,7 @@ class WrappedMetric(Metric):
 
     def __init__(self, name: str, metric: Any, better: Literal["max", "min"] = "max", is_share: bool = True) -> None:
         self.scores = {name: better}
-        self.signed = () if is_share else (name,)
+        self.unbounded = () if is_share else (name,)
         self._name, self._metric = name, metric
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:

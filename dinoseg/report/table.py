@@ -42,7 +42,7 @@ def class_table(
         (MEANS["accuracy"], scores["accuracy"], f"of {scores['pixels']:,} pixels"),
         ("mean class accuracy", scores["mean_accuracy"], "over the classes of the reference"),
     ]
-    lines = [(name, _percent(value), note) for name, value, note in means]
+    lines = [(name, _with_sign(value), note) for name, value, note in means]
     lines += [(name, metric_text(metric, name, scores[name]), "") for metric in metrics for name in metric.scores]
     text = tabulate(
         lines,
@@ -91,7 +91,11 @@ def _text_row(row: Mapping[str, Any], name: str) -> list[str]:
 
 def metric_text(metric: Metric, name: str, score: float | None) -> str:
     """Return a score of a metric as text: in percent, or as a plain number if it may lie outside 0..1."""
-    return _percent(score) if score is None or name not in metric.signed else f"{score:.4g}"
+    return _with_sign(score) if score is None or name not in metric.unbounded else f"{score:.4g}"
+
+
+def _with_sign(score: float | None) -> str:
+    return "-" if score is None else f"{100 * score:.1f} %"
 
 
 def _percent(score: float | None) -> str:

@@ -307,8 +307,8 @@ def check_derivative(case: LossCase) -> None:
     )
     require(
         torch.autograd.gradcheck(value, trained, fast_mode=True, raise_exception=False),
-        f"{case.name}: gradients must agree with finite differences in float64, but they do not; detach nothing, or "
-        "correct the backward pass.",
+        f"{case.name}: gradients must agree with finite differences in float64, but they do not; detach nothing, "
+        "convert no scores to float32 (use dinoseg.utils.precision.at_least_float32), or correct the backward pass.",
     )
     loss.float()
 

@@ -15,7 +15,8 @@ def check_metric(metric: Metric, num_classes: int = 5, seed: int = 0) -> None:
     """Check that a metric keeps the contract of `Metric` on random images, among them ugly ones.
 
     It needs named scores, counts of equal names and shapes, the same counts when it is called again, scores of sums
-    that are vectorised over leading axes, and values in 0..1 unless they are `signed`. Ignored pixels must not count.
+    that are vectorised over leading axes, and values in 0..1 unless they are `unbounded`. Ignored pixels must not
+    count.
 
     Args:
         metric: the metric.
@@ -44,7 +45,7 @@ def _check_names(metric: Metric) -> None:
     assert scores and all(isinstance(name, str) for name in scores), f"scores={scores} must name at least one score"
     wrong = {name: better for name, better in scores.items() if better not in BETTER}
     assert not wrong, f"scores={wrong} must hold for each score one of {BETTER}"
-    assert set(metric.signed) <= set(scores), f"signed={metric.signed} must be names of scores"
+    assert set(metric.unbounded) <= set(scores), f"unbounded={metric.unbounded} must be names of scores"
 
 
 def _check_counts(metric: Metric, images: list[tuple[PredictedImage, LabelledImage]], rows: list[Counts]) -> None:
@@ -71,8 +72,8 @@ def _check_scores(metric: Metric, rows: list[Counts], num_classes: int) -> None:
             values = np.asarray(values)
             assert values.shape == shape, f"{name} has the shape {values.shape} for sums (..., *shape) with {shape}"
             defined = values[~np.isnan(values)]
-            is_share = name in metric.signed or ((defined >= -1e-9) & (defined <= 1 + 1e-9)).all()
-            assert is_share, f"{name}={defined} must lie in 0..1; else name it in `signed`"
+            is_share = name in metric.unbounded or ((defined >= -1e-9) & (defined <= 1 + 1e-9)).all()
+            assert is_share, f"{name}={defined} must lie in 0..1; else name it in `unbounded`"
         for name, values in metric.per_class(sums).items():
             expected = (*shape, num_classes)
             assert values.shape == expected, f"per_class[{name!r}] has the shape {values.shape} instead of {expected}"
@@ -93,14 +94,16 @@ def _check_scores(metric: Metric, rows: list[Counts], num_classes: int) -> None:
 def _images(
     num_classes: int, with_logits: bool, rng: np.random.Generator
 ) -> Iterator[tuple[PredictedImage, LabelledImage]]:
-    """Yield predictions and labels: random ones of odd sizes, all ignored, of one class, all correct and all wrong."""
+    """Yield predictions and labels: random ones of odd sizes, all ignored, all wrong, all correct, a single pixel."""
     first, last = 0, num_classes - 1
     for shape in _SHAPES:
         mask = rng.integers(0, num_classes, shape)
         holes = np.where(rng.random(shape) < 0.3, _IGNORED, mask)
         ids = rng.integers(0, num_classes, shape)
-        masks = (holes, np.full(shape, _IGNORED), np.full(shape, first), mask)
-        predictions = (ids, ids, np.full(shape, last), mask)
+        single = np.full(shape, first)
+        single[0, 0] = last  # shares of the reference's area are above 1 where all of it is predicted
+        masks = (holes, np.full(shape, _IGNORED), np.full(shape, first), mask, single)
+        predictions = (ids, ids, np.full(shape, last), mask, np.full(shape, last))
         for labels, predicted in zip(masks, predictions, strict=True):
             yield _pair(labels, predicted, num_classes, with_logits, rng)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Loss
+from dinoseg.core.metric import Metric
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpointer, EmergencyCheckpoint, Progress
@@ -205,16 +206,22 @@ def is_out_of_patience(progress: Progress, patience: int | None) -> bool:
     return True
 
 
-def check_score(score: str, names: Sequence[str], metrics: Sequence[str] = ()) -> None:
+def check_score(
+    score: str, names: Sequence[str], metrics: Sequence[str] = (), chosen: Mapping[str, Metric] | None = None
+) -> None:
     """Refuse a score that a validation does not compute.
 
     Args:
         score: that selects the best checkpoint.
         names: scores of the validation.
         metrics: options of the config group `metric`, which add scores.
+        chosen: metrics of the chosen options.
     """
     if score in names:
         return
+    if chosen and score in chosen:
+        found = ", ".join(chosen[score].scores)
+        raise UserError(f"trainer.score={score} is not a score: metric={score} has {found}. Choose one of these.")
     if score in metrics:
         raise UserError(f"trainer.score={score} is the score of a metric that is not chosen. Add metric=[{score}].")
     further = [name for name in metrics if name not in names]

@@ -202,6 +202,14 @@ def test_a_wrong_key_of_a_sum_is_refused(compose, override, said):
         instantiate(cfg.loss.criterion)(class_weights=WEIGHTS)
 
 
+@pytest.mark.parametrize("target", ["focal.Focal", "temporal_similarity.TemporalSimilarity"])
+def test_a_term_that_is_not_partial_is_named(compose, target):
+    term = f"+loss.criterion.terms.own={{_target_: dinoseg.losses.{target}}}"
+    cfg = compose("loss=ce_dice", "data.root=.", "data.classes=[a,b,c]", term, "+loss.criterion.factors.own=1.0")
+    with pytest.raises(UserError, match="^loss.criterion.terms.own .*Set `_partial_: true` there"):
+        instantiate(cfg.loss.criterion)(class_weights=WEIGHTS)
+
+
 def test_terms_of_layers_and_of_ids_are_not_added():
     terms = {"ce": CrossEntropy, "bce": BinaryCrossEntropy}
     with pytest.raises(UserError, match="bce of task=multilabel cannot be added"):

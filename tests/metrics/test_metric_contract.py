@@ -173,7 +173,7 @@ def test_a_wrapped_metric_is_the_mean_over_images():
     one = (np.zeros((1, 1), np.uint8), np.ones((1, 1), np.uint8))
     assert score(metric, [*images, one])["error"] == pytest.approx(np.mean(expected), abs=1e-12)
     assert score(metric, [one])["error"] is None
-    assert WrappedMetric("pixels", MeanError(), is_share=False).signed == ("pixels",)
+    assert WrappedMetric("pixels", MeanError(), is_share=False).unbounded == ("pixels",)
 
 
 class Share(Metric):
@@ -214,6 +214,28 @@ def test_check_accepts_a_small_metric():
 def test_check_names_the_broken_rule(fault, message):
     with pytest.raises(AssertionError, match=message):
         check_metric(Share(**fault))
+
+
+class AreaError(Metric):
+    """Error of the area of class K - 1 relative to that of the reference."""
+
+    scores = {"area_error": "min"}
+
+    def count(self, prediction, sample):
+        known = sample.mask != sample.ignore_index
+        sides = [(known & (side == sample.num_classes - 1)).sum() for side in (sample.mask, prediction.ids)]
+        return {"error": np.abs(sides[0] - sides[1]) * (sides[0] > 0), "area": sides[0]}
+
+    def compute(self, sums):
+        return {"area_error": sums["error"] / np.maximum(sums["area"], 1)}
+
+
+def test_check_finds_an_unbounded_metric():
+    with pytest.raises(AssertionError, match="area_error=.* must lie in 0..1; else name it in `unbounded`"):
+        check_metric(AreaError())
+    metric = AreaError()
+    metric.unbounded = ("area_error",)
+    check_metric(metric)
 
 
 def test_check_refuses_other_classes_and_directions():

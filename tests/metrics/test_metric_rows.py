@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_metric_contract import CLASSES, METRICS, OUTLINES, Share, score, ugly_case
+from test_metric_contract import CLASSES, METRICS, OUTLINES, AreaError, Share, score, ugly_case
 
 from dinoseg.core.geometry import lattice
 from dinoseg.core.metric import LabelledImage, PredictedImage
@@ -54,6 +54,30 @@ def test_flat_sums_give_the_scores_of_counts():
         sums = np.stack([flatten_counts(row) for row in rows])
         assert sums.shape == (len(rows), flat.size) and name in flat.keys
         assert float(flat.scores(sums.sum(0))[name]) == pytest.approx(score(metric, images)[name], abs=1e-12)
+
+
+def rows_of(metric, ids, mask):
+    rows = MetricRows([metric], Data())
+    batch = Batch(torch.zeros(1, 3, *mask.shape), torch.from_numpy(mask)[None], ["04"])
+    rows.add(batch, torch.from_numpy(ids)[None], torch.zeros(1, CLASSES, 1, 1))
+    return rows
+
+
+def test_a_score_outside_its_bounds_is_refused():
+    ids, mask = np.full((2, 4), CLASSES - 1, np.uint8), np.zeros((2, 4), np.uint8)
+    mask[0, 0] = CLASSES - 1
+    with pytest.raises(UserError, match="area_error of AreaError is 7, outside 0..1. Name it in `unbounded`"):
+        rows_of(AreaError(), ids, mask).add_scores({"classes": []}, list)
+    metric, result = AreaError(), {"classes": []}
+    metric.unbounded = ("area_error",)
+    rows_of(metric, ids, mask).add_scores(result, list)
+    assert result["area_error"] == 7
+
+
+def test_counts_that_are_not_finite_name_image_and_metric():
+    metric = Share(dtype=np.float64, state=np.nan)
+    with pytest.raises(UserError, match="of Share returns correct=nan for the image 04. Return 0 in all counts"):
+        rows_of(metric, np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.uint8))
 
 
 def test_equal_names_of_scores_are_refused():

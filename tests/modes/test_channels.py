@@ -82,8 +82,17 @@ def test_evaluation_and_prediction_read_all_files(place):
         assert np.array_equal(model.predict(found.image).mask, ids)
 
 
+def test_a_channel_without_effect_is_warned_of(place):
+    weights = ("backbone.channel_weights=[1,1,1,0]", "trainer.steps=1")
+    done = run(place, *TRAIN, *NIR, *weights, "adapter=frozen", "hydra.run.dir=frozen")
+    assert "channels of weight 0 have no effect, since adapter=frozen" in done.err
+    assert done.err.count("INFO mean=[") == done.err.count("INFO std=[") == 1
+    assert "no effect" not in run(place, *TRAIN, *NIR, *weights, "hydra.run.dir=full").err
+
+
 def test_exports_keep_the_channels(here):
-    run(here, "mode=export", "export=onnx", "resume=nir", "engine=cpu", "hydra.run.dir=onnx")
+    done = run(here, "mode=export", "export=onnx", "resume=nir", "engine=cpu", "hydra.run.dir=onnx")
+    assert 'model.predict("images/picture.png")' in done.out
     run(here, "mode=export", "export=safetensors", "resume=nir", "engine=cpu", "hydra.run.dir=file")
     run(here, "mode=export", "export=program", "resume=nir", "engine=cpu", "hydra.run.dir=program")
     source = dinoseg.load(here / "nir", device="cpu", precision="fp32")

@@ -9,6 +9,7 @@ from command_line import SLOTS, SMALL, call, write_data
 
 from dinoseg.report.log import read_rows
 from dinoseg.training import checkpoint
+from dinoseg.utils.atomic import write_text
 
 METRICS = ("metric=[boundary_iou,nsd,ece]", "metric.nsd.tolerance=1", "trainer.score=boundary_iou")
 MACHINE = ("engine=cpu", "engine.workers=0", "logger=[]")
@@ -63,6 +64,21 @@ def test_comparison_and_its_page_have_the_metrics_of_both_runs(run):
     assert {name: scores[name] for name in ("boundary_iou", "nsd", "ece")}.items() <= half.items()
     assert compared["others"]["half"]["differences"]["nsd"]["ci95"] is not None
     assert "boundary_iou" in (run / "compared/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("other:\n  _target_: dinoseg.metrics.BoundaryIoU", "metric=other has boundary_iou. Choose one of these."),
+        ("_target_: dinoseg.metrics.BoundaryIoU", "Put `_target_` and its arguments below the key NAME:"),
+    ],
+)
+def test_a_metric_file_with_another_key_is_explained(text, message, tmp_path):
+    write_data(tmp_path / "data")
+    write_text(tmp_path / "mine/metric/other.yaml", text)
+    words = ("--config-dir", str(tmp_path / "mine"), "mode=train", *SMALL, "metric=[other]", "trainer.score=other")
+    done = call(tmp_path, *words)
+    assert done.status == 1 and message in done.err
 
 
 def test_resuming_by_another_score_or_option_discards_the_best(run, tmp_path):

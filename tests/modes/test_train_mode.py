@@ -161,6 +161,7 @@ def test_a_start_reads_each_mask_once_and_builds_no_outline(where, monkeypatch):
     words = ("loss.weights=median", "data.workers=1", f"cache_dir={where}/c")
     stopped = call(where, "mode=train", *SMALL, *words)
     assert stopped.status == 1 and "error: enough" in stopped.err and list(where.rglob("scan_*"))
+    assert re.search(r"loss.weights=median: dark \d\.\d{3}, bright \d\.\d{3}\n", stopped.err)
     masks = where.glob("data/*/masks/*.png")
     assert not outlined and sorted(where / path for path in read) == sorted(masks)
 

@@ -1,5 +1,6 @@
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,12 @@ def test_table_shows_each_class_and_says_absent(scores):
 
 def test_table_without_background_has_no_row_without_it(scores):
     assert "background" not in class_table(scores, ["sky", "tool", "thread", "clamp"])
+
+
+def test_metrics_are_in_percent_or_numbers(scores):
+    metric = SimpleNamespace(scores={"share": "max", "area": "min"}, unbounded=("area",))
+    lines = class_table({**scores, "share": 0.4075, "area": 1.5}, NAMES, metrics=[metric]).splitlines()
+    assert [line.split() for line in lines[-2:]] == [["share", "40.8", "%"], ["area", "1.5"]]
 
 
 def test_table_of_nothing():

@@ -27,13 +27,13 @@ class ScoreFunction(Protocol):
         ...
 
     @property
-    def signed(self) -> Collection[str]:
+    def unbounded(self) -> Collection[str]:
         """Return the names of the scores that may lie outside 0..1."""
         ...
 
     @property
     def highest(self) -> Mapping[str, float]:
-        """Return the upper bound of each signed score that has one."""
+        """Return the upper bound of each unbounded score that has one."""
         ...
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
@@ -61,7 +61,7 @@ class Difference:
         return self.protocol.keys
 
     @property
-    def signed(self) -> Collection[str]:
+    def unbounded(self) -> Collection[str]:
         """Return all names: any difference may be negative."""
         return self.keys
 
@@ -139,7 +139,7 @@ def jackknife(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, Estimate]:
     found = {}
     for key in protocol.keys:
         error = jackknife_error(left_out[key])
-        share = key not in protocol.signed
+        share = key not in protocol.unbounded
         lowest, highest = (0.0, 1.0) if share else (-inf, protocol.highest.get(key, inf))
         found[key] = Estimate(values[key], error, count - 1, share=share, lowest=lowest, highest=highest)
     return found

@@ -78,6 +78,14 @@ class ModelFacts:
         """The format of the model's images."""
         return PixelFormat(**self.pixels)
 
+    @property
+    def example(self) -> str:
+        """An example of an image's path, in whose name or folder other files of the image are found."""
+        pixels = self.format
+        if pixels.files:
+            return f"{pixels.files[0]}/picture.png"
+        return "picture.jpg" if pixels.is_rgb else "picture.tif"
+
     def part(self) -> dict[str, Any]:
         """Return all but the classes as plain values, as a file's description stores them under `facts`."""
         return {key: value for key, value in asdict(self).items() if key in _PART}

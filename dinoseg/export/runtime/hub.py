@@ -153,7 +153,7 @@ def _use(facts: ModelFacts, repo_id: str) -> Iterator[str]:
     yield "from dinoseg import Model"
     yield ""
     yield f"model = Model.from_pretrained({repo_id!r})"
-    yield 'out = model.predict("picture.jpg")'
+    yield f"out = model.predict({_escape(json.dumps(facts.example))})"
     yield "out.mask, out.areas, out.overlay()"
     yield "```"
     yield ""
@@ -244,5 +244,9 @@ def _text(value: Any) -> str:
     """Return a value as a number or one code span, in which no link, emphasis or HTML is rendered."""
     if type(value) in (int, float):
         return str(value)
-    text = _UNSAFE.sub(lambda letter: f"\\x{ord(letter[0]):02x}", printable(" ".join(str(value).split())))
+    text = _escape(printable(" ".join(str(value).split())))
     return f"`{text or ' '}`"
+
+
+def _escape(text: str) -> str:
+    return _UNSAFE.sub(lambda letter: f"\\x{ord(letter[0]):02x}", text)

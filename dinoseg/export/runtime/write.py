@@ -106,7 +106,7 @@ def export_model(
         print("it holds no scores: add them with export.scores=<run folder of mode=eval>")
     weights_file = Path(str(source.settings("backbone").get("weights"))).expanduser()
     given = ', backbone="FILE"' if delta and weights_file.exists() else ""
-    print(f'use: import dinoseg; model = dinoseg.load("{path}"{given}); out = model.predict("picture.jpg")')
+    print(f'use: import dinoseg; model = dinoseg.load("{path}"{given}); out = model.predict("{facts.example}")')
     return {"path": str(path)}
 
 

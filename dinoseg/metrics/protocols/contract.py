@@ -76,8 +76,8 @@ class ScoreProtocol(ABC):
     name: str
     unit: str  # video | sequence | drive | image
     keys: Sequence[str]  # names of the scores, in the order of the table
-    signed: Collection[str] = ()  # names of scores that may lie outside 0..1
-    highest: Mapping[str, float] = {}  # upper bounds of signed scores, where their intervals end
+    unbounded: Collection[str] = ()  # names of scores that may lie outside 0..1
+    highest: Mapping[str, float] = {}  # upper bounds of unbounded scores, where their intervals end
     rules: Mapping[str, Any]  # absent_class, resolution, ignore, version, and errors of the official script
     # DAVIS only, which scores in the order of its list: folder of the reference masks
     annotations: str | None = None

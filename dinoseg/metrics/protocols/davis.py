@@ -39,7 +39,7 @@ class Sequences(ScoreProtocol):
 
     unit = "sequence"
     keys = KEYS
-    signed = ("J-Decay", "F-Decay")
+    unbounded = ("J-Decay", "F-Decay")
 
     def __init__(self, layout: DavisLayout) -> None:
         self.layout, self.annotations = layout, layout.annotations

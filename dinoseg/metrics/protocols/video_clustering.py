@@ -31,8 +31,8 @@ class VideoClustering(ScoreProtocol):
     name = "video_clustering"
     unit = "video"
     keys = (*_VIDEO_KEYS, *(f"{key}_per_frame" for key in _VIDEO_KEYS))
-    signed = tuple(key for key in keys if "ARI" in key)  # negative if worse than chance
-    highest = dict.fromkeys(signed, 1.0)
+    unbounded = tuple(key for key in keys if "ARI" in key)  # negative if worse than chance
+    highest = dict.fromkeys(unbounded, 1.0)
 
     @check_annotations
     def __init__(

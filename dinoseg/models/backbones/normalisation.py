@@ -60,7 +60,8 @@ def _for_channels(name: str, given: Sequence[float] | None, rgb: Sequence[float]
         return rgb if given is None else given
     average = sum(rgb) / 3
     values = [*rgb, *[average] * (channels - 3)] if channels > 3 else [average] * channels
-    logger.info("%s=%s for %d channels. Set it in the backbone to change this.", name, values, channels)
+    if not torch.empty(0).is_meta:  # a training also outlines the model on the meta device
+        logger.info("%s=%s for %d channels. Set it in the backbone to change this.", name, values, channels)
     return values
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from dinoseg.core.metric import Metric
 from dinoseg.report.html.charts import MAX, Axes, bar_chart, line_chart, range_around, thin
-from dinoseg.report.html.page import render
+from dinoseg.report.html.page import format_interval, render
 from dinoseg.report.html.pictures import EvaluatedImages, Shot, prediction_card
 from dinoseg.report.scores import few_units
 from dinoseg.report.table import MEANS, metric_text
@@ -112,7 +112,7 @@ def evaluation_page(
         scores=found,
         means={key: (name, _NOTES[key]) for key, name in MEANS.items() if key in found},
         metrics=[
-            (name, metric_text(metric, name, found[name]), name not in metric.signed)
+            (name, metric_text(metric, name, found[name]), _metric_interval(metric, name, scores.intervals.get(name)))
             for metric in scores.metrics
             for name in metric.scores
         ],
@@ -162,6 +162,12 @@ def boundary_rows(distances: Sequence[int], bands: np.ndarray) -> list[tuple[str
         (name, [_divide(errors, wrong), _divide(near, pixels), _divide(band[1], band[0])])
         for name, (near, errors), band in zip(names, within.tolist(), bands.tolist(), strict=True)
     ]
+
+
+def _metric_interval(metric: Metric, name: str, limits: Sequence[float] | None) -> str:
+    if limits is None:
+        return ""
+    return " .. ".join(f"{end:.4g}" for end in limits) if name in metric.unbounded else format_interval(limits)
 
 
 def _divide(part: float, whole: float) -> float | None:

@@ -27,7 +27,7 @@ class Share(ScoreProtocol):
     """Hits among tries, written in a case's file as `hits-tries`; the mean over units is a second score."""
 
     name, unit, keys, rules = "share", "video", ("share", "mean"), {"version": "1"}
-    signed = ("mean",)
+    unbounded = ("mean",)
 
     def find(self, reference, prediction):
         raise NotImplementedError
