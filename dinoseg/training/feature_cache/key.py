@@ -33,7 +33,7 @@ _SOURCES = (  # source between an image file and its features: folders and files
     *("models", "core/channels.py", "core/contracts.py", "core/geometry.py", "core/sizes.py", "core/shapes.py"),
     *("data/loader.py", "data/photometric.py", "data/transforms.py", "data/video"),
     "data/packed/read.py",
-    *("utils/images.py", "utils/precision.py", "utils/transfer.py", "training/feature_cache"),
+    *("utils/images.py", "utils/levels.py", "utils/precision.py", "utils/transfer.py", "training/feature_cache"),
 )
 
 
