@@ -24,10 +24,10 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.float() / torch.iinfo(images.dtype).max
 
 
-def unify_depth(images: Sequence[Tensor]) -> Sequence[Tensor]:
+def unify_depth(images: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors of which some have levels of 8 bits and some of 16 as 16 bits, at the same share of white."""
     if {image.dtype for image in images} != {torch.uint8, torch.uint16}:
-        return images
+        return list(images)
     return [image if image.dtype == torch.uint16 else (image.int() * EXACT).to(torch.uint16) for image in images]
 
 

@@ -119,7 +119,7 @@ def _join_maps(losses: Sequence[Loss]) -> dict[str, MapKind]:
     needed: dict[str, MapKind] = {}
     for name, kind in (entry for loss in losses for entry in loss.needs_maps.items()):
         if needed.setdefault(name, kind) != kind:
-            raise UserError(f"Two terms read the map {name}: as {needed[name]} and as {kind}. Name one of them anew.")
+            raise UserError(f"Two terms read the map {name}: as {needed[name]} and as {kind}. Rename one of them.")
     return needed
 
 

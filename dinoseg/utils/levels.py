@@ -166,9 +166,9 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
         raise Unfit("cannot be decoded at full depth. Save its channels as pages, or as .npy")
     _check_samples(samples, pages[0].size // (height * width))
     levels = np.empty((height, width, count * samples), pages[0].dtype)
-    for number, page in enumerate(pages):
+    for number, stored in enumerate(pages):
         # OpenCV returns blue, green, red, and alpha
-        levels[..., samples * number : samples * (number + 1)] = page[..., [2, 1, 0, 3][:samples]]
+        levels[..., samples * number : samples * (number + 1)] = stored[..., [2, 1, 0, 3][:samples]]
     return levels
 
 

@@ -43,7 +43,7 @@ def quantised(request, compose, tmp_path):
 
 @torch.inference_mode()
 def scores_of(model, path):
-    return model(torch.from_numpy(PixelFormat().read(path).copy()).permute(2, 0, 1)[None]).scores()
+    return model(torch.from_numpy(PixelFormat(3, order=range(3)).read(path).copy()).permute(2, 0, 1)[None]).scores()
 
 
 def test_the_gate_compares_the_file_with_the_trained_model(quantised, tmp_path, monkeypatch):

@@ -93,8 +93,8 @@ def folder_dataset(
             read: an unreadable file, differing sizes, ids without class.
     """
     labels = Labels.of(classes, palette, ignore_index)
-    read_layer = layer_reader(masks, ignore_index).read
-    match = partial(_match_layers, labels, read_layer, suffixes) if layers else partial(_match_masks, suffixes)
+    match_files = partial(_match_layers, labels, layer_reader(masks, ignore_index).read) if layers else _match_masks
+    match = partial(match_files, suffixes)
     pairs = find_pairs(Path(root).expanduser(), split, layout, partition, match)
     return gathered(pairs, split, labels, masks)
 

@@ -159,7 +159,7 @@ def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: 
 
 
 def _as_levels(images: Tensor) -> Tensor:
-    """Return images in 0..1 as levels of 8 bits; as 16 bits if one lies more than a quarter of their step beside."""
+    """Return images in 0..1 as levels of 8 bits; as 16 bits if 8 bits would round one."""
     levels = images * 255
     is_exact = images.is_meta or bool(((levels - levels.round()).abs() < 0.25 / 257).all())
     dtype = torch.uint8 if is_exact else torch.uint16

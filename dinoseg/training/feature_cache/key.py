@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 _NOTE = "origin.json"
 _LIBRARIES = ("torch", "transformers", "timm", "peft", "bitsandbytes", "pillow", "av", "opencv-python-headless")
 _SOURCES = (  # source between an image file and its features: folders and files of the package
-    *("models", "core/contracts.py", "core/geometry.py", "core/sizes.py", "core/shapes.py"),
+    *("models", "core/channels.py", "core/contracts.py", "core/geometry.py", "core/sizes.py", "core/shapes.py"),
     *("data/loader.py", "data/photometric.py", "data/transforms.py", "data/video"),
     "data/packed/read.py",
-    *("utils/images.py", "utils/precision.py", "utils/transfer.py", "training/feature_cache"),
+    *("utils/images.py", "utils/levels.py", "utils/precision.py", "utils/transfer.py", "training/feature_cache"),
 )
 
 
