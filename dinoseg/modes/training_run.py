@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Head, Loss
@@ -23,7 +22,7 @@ from dinoseg.experiment.provenance import provenance_of
 from dinoseg.experiment.recipe import HEADS, run_description
 from dinoseg.experiment.settings import settings_of
 from dinoseg.experiment.trained import check_classes
-from dinoseg.experiment.unread import warn_unread
+from dinoseg.experiment.unread import warn_of_unused_channels, warn_unread
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.curves import draw_curves
@@ -301,7 +300,7 @@ def log_start(
     logger.info("run folder:  %s", out_dir)
     if engine.is_main:
         _warn_of_other_sizes(build)
-        _warn_of_unused_channels(build, model)
+        warn_of_unused_channels(model.backbone, build.value("backbone.channel_weights"), build.options["adapter"])
         # several heads may share a setting
         warnings = [part.length_warning(steps) for part in model.modules() if isinstance(part, Head)]
         for warning in dict.fromkeys(filter(None, warnings)):
@@ -327,19 +326,6 @@ def _warn_of_other_sizes(build: Builder) -> None:
             "data.augment.relative_to=%s trains on resized images, but validation and inference do not resize. Set "
             "inference=windows inference.shortest=PIXELS, or data.augment.relative_to=image.",
             relative_to,
-        )
-
-
-def _warn_of_unused_channels(build: Builder, model: SegmentationModel) -> None:
-    """Warn if an input kernel of zeros is not trained, so that the model never uses a channel."""
-    weights = build.value("backbone.channel_weights") or []
-    kernel = next((part.weight for part in model.backbone.modules() if isinstance(part, nn.Conv2d)), None)
-    if 0 in weights and kernel is not None and not kernel.requires_grad:
-        logger.warning(
-            "backbone.channel_weights=%s: channels of weight 0 have no effect, since adapter=%s does not train the "
-            "input kernel. Choose adapter=full, or another weight.",
-            list(weights),
-            build.options["adapter"],
         )
 
 
