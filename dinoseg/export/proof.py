@@ -79,7 +79,7 @@ class Reference:
         return Prediction(outputs, size, valid, head.predict, head.mixture, task=task)
 
 
-def timed(runtime: Runtime, image: np.ndarray) -> float:
+def timed(runtime: Runtime | Reference, image: np.ndarray) -> float:
     """Return the seconds from an image (H, W, C) in memory to its class ids."""
     start = time.perf_counter()
     runtime.ids([image])

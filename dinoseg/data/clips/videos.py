@@ -7,10 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
-from dinoseg.data.annotation.drawing import Drawing, MaskSource
+from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.clips.square import square_frame, square_mask
 from dinoseg.data.splits import Partition, divide
-from dinoseg.data.video.access import ImageSource, VideoFrame, read_source, source_origin
+from dinoseg.data.video.access import VideoFrame, read_source, source_origin
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_ids, read_size
@@ -63,9 +63,9 @@ class Video:
     """
 
     name: str
-    frames: Sequence[ImageSource]
+    frames: Sequence[Path | VideoFrame]
     fps: float | None = None
-    masks: Mapping[int, MaskSource] = field(default_factory=dict)
+    masks: Mapping[int, Path | Drawing] = field(default_factory=dict)
     grey: bool = False
     dense: bool = True
     square: int | None = None
