@@ -23,6 +23,7 @@ CHECKS = (  # tests that look at all files of the package or at all options; tho
     "tests/test_language.py",
 )
 PLACES = {  # module and config group of docs/extending.md: those of the same kind in the repository
+    "my_parts.adapters": "dinoseg.models.biases",
     "my_parts.heads": "dinoseg.models.heads.bottleneck",
     "my_parts.data": "dinoseg.data.formats.discs",
     "my_parts.tasks": "dinoseg.tasks.smooth",
