@@ -208,7 +208,7 @@ def test_an_unknown_option_lists_those_there_are(place, group):
         ),
         (["head=mlp", "head.hiden=3"], "head.hiden is not a key of the config."),
         (["head=segformer"], "error: head=segformer is unknown. Choose from cnn,"),
-        (["loss=null"], "loss=null is unknown. Choose from ce_dice"),
+        (["loss=null"], "loss=null is unknown. Choose from bce"),
         (["hparam=sarrap"], "hparam=sarrap is unknown. Did you mean hparam=sarrarp_frozen or hparam=sarrarp_full or"),
         (["backbone=dinov2"], "backbone=dinov2 is unknown. Did you mean backbone=dinov2_vitb14 or"),
         (["backbone=[0]"], "backbone=[0] is a list, and backbone takes one option"),

@@ -164,7 +164,13 @@ def test_class_ids_lie_as_mode_score_takes_them(trained, tmp_path, capsys):
             assert np.array_equal(read_ids(found / f"{name}.png"), expected_ids(pixels))
         record = json.loads((found / "classes.json").read_text())
         colours = [list(colour) for colour in trained.palette]
-        assert record == {"classes": CLASSES, "palette": colours, "ignore_index": 250, "masks": {"format": "binary"}}
+        assert record == {
+            "classes": CLASSES,
+            "palette": colours,
+            "ignore_index": 250,
+            "masks": {"format": "binary"},
+            "has_layers": False,
+        }
         printed = capsys.readouterr().out
         assert (
             f"masks:        {found}, 3 PNGs of class ids" in printed and "# FOLDER: masks of the same names" in printed
