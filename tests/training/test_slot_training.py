@@ -283,7 +283,10 @@ def parts(movi, *more):
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         cfg = hydra_compose("main", [*SLOTS[1:], f"data.root={movi / 'movi'}", *more])
     engine = Engine("cpu", "fp32", workers=0, eval_batch_size=5)
-    hydra = {"overrides": {"task": []}, "runtime": {"choices": {"trainer": "slots"}, "config_sources": []}}
+    hydra = {
+        "overrides": {"task": []},
+        "runtime": {"choices": {"trainer": "slots", "data": "movi"}, "config_sources": []},
+    }
     task = Builder(job_config(cfg, OmegaConf.create(hydra))).training_task()
     task.open(engine)
     return Builder(cfg).model().eval(), engine, task.data_module, Builder(cfg).loss(None)
