@@ -192,7 +192,7 @@ def test_options_that_make_no_sense():
         with pytest.raises(UserError, match=message):
             Semantic(**options)
     for number in (0, -1, 256):
-        with pytest.raises(UserError, match=f"^num_classes={number} is out of range. Give .* from 1 to 255, or null"):
+        with pytest.raises(UserError, match=f"^num_classes={number} is out of range. Give .* from 1 to 255, or None"):
             Ade20k(num_classes=number)
 
 

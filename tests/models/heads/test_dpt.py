@@ -108,7 +108,7 @@ def test_dropout_only_in_training():
         ({"out_channels": [8, 8, 8.5, 8]}, r"out_channels=\[8, 8, 8.5, 8\] .*list of whole numbers"),
         ({"out_channels": [8, 8, [8], None]}, r"out_channels=\[8, 8, \[8\], None\] .*list of whole numbers"),
         ({"out_channels": []}, r"out_channels=\[\]: give four whole numbers"),
-        ({"out_channels": [8, 8, 8, 0]}, r"out_channels=\[8, 8, 8, 0\] .*at least 1.*null"),
+        ({"out_channels": [8, 8, 8, 0]}, r"out_channels=\[8, 8, 8, 0\] .*at least 1.*None"),
         ({"dropout": 1.5}, "dropout=1.5 .*below 1"),
     ],
 )

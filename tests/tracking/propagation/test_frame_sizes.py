@@ -83,8 +83,8 @@ def test_a_multiple_that_the_patch_does_not_divide_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"short_side": 0}, "short_side=0 is out of range. Give a whole number of at least 1, or null"),
-        ({"short_side": 2.5}, r"short_side=2\.5 is of type float. Give a whole number or null"),
+        ({"short_side": 0}, "short_side=0 is out of range. Give a whole number of at least 1, or None"),
+        ({"short_side": 2.5}, r"short_side=2\.5 is of type float. Give a whole number or None"),
         ({"long_multiple": -8}, "long_multiple=-8 is out of range"),
         ({"rounding": "nearest"}, "rounding=nearest is unknown. Choose one of up, down"),
         ({"resample": "area"}, "resample=area is unknown. Choose one of bilinear, bicubic"),
