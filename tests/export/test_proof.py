@@ -40,7 +40,7 @@ class Fixed:
 def picture(tmp_path):
     """Return a picture with its mask of two classes."""
     write_data(tmp_path, val=1)
-    return Picture(tmp_path / "val/images/0.png", "0", SIZE, read_ids(tmp_path / "val/masks/0.png").copy())
+    return Picture(tmp_path / "val/images/0.png", "0", SIZE, mask=read_ids(tmp_path / "val/masks/0.png").copy())
 
 
 def test_pixels_points_and_what_predict_gives_are_counted(picture):

@@ -48,7 +48,7 @@ def test_what_a_pass_takes_is_told_from_small_ones(options):
 
 def test_attention_that_is_written_out_is_seen_to_grow():
     class Grows(torch.nn.Module):
-        patch_size, scale = 1, 1.0
+        patch_size, scale, backbone = 1, 1.0, SimpleNamespace(channels=3)
 
         def forward(self, images, reduce):
             flat = images[0, 0].float().flatten()

@@ -13,7 +13,7 @@ from dinoseg.utils import forms
 from dinoseg.utils.units import finished
 
 ITEM, CRC = bytes([1, 2, 3, 4]), 1457978664  # an image and a mask of one pixel; of `a 1 1` and these bytes
-KEY = '{"fingerprint": "f", "longest": null, "version": 1}'
+KEY = '{"fingerprint": "f", "longest": null, "version": 2}'
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_note_that_the_machine_does_not_give_is_told_and_its_unit_made_anew(tm
 
 def test_a_store_is_read(tmp_path):
     (tmp_path / "pixels.bin").write_bytes(ITEM)
-    (tmp_path / "index.json").write_text(f'{{"key": {KEY}, "names": ["a"], "places": [[0, 1, 1, {CRC}]]}}')
+    (tmp_path / "index.json").write_text(f'{{"key": {KEY}, "names": ["a"], "places": [[0, 1, 1, {CRC}, 3, 1]]}}')
     store = open_store(tmp_path, StoreKey("f", None), ["a"])
     assert store is not None and store.read(0)[0].tolist() == [[[1, 2, 3]]]
     assert open_store(tmp_path, StoreKey("g", None), ["a"]) is None
