@@ -77,7 +77,7 @@ def _command(arguments: list[str]) -> None:
             words = with_checkpoint_keys(typed, folders)
         sys.argv[1:] = words
         # file errors: of the run folder, which Hydra creates
-        with explained(typed, folders), file_errors_as_user_errors(Path.cwd()):
+        with file_errors_as_user_errors(Path.cwd()), explained(typed, folders):
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
         _print_error(str(error))

@@ -1,5 +1,6 @@
 """Error messages for command lines that Hydra cannot compose: the mistake, and the nearest keys or options."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -46,6 +47,9 @@ def explained(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[Non
     except YAMLError as error:  # in a user's config file
         text = " ".join(str(error).split())
         raise UserError(f"A config file is not valid YAML: {text}. Correct the file.") from None
+    except OSError:  # also of Hydra, for an option that is too long for the name of a file
+        check_words(arguments, folders)
+        raise
     except Exception as error:
         if isinstance(error, HydraException | OmegaConfBaseException | ValueError | TypeError):  # of composing
             check_words(arguments, folders)
@@ -99,7 +103,7 @@ def _check_options(override: Override, folders: Sequence[Path]) -> None:
         if option not in bases.union(options):
             question = nearest(option, options, f"{group}=")
             paths = [f" For a path, set {key}={option}." for key in FILES if key.startswith(f"{group}.")]
-            remedy = paths[0] if paths and Path(option).exists() else ""
+            remedy = paths[0] if paths and os.path.exists(option) else ""
             raise UserError(f"{group}={option} is unknown.{question} Choose from {', '.join(options)}.{remedy}")
 
 

@@ -1,5 +1,6 @@
 """Options of config groups: files, or folders of files for families of options."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -39,7 +40,8 @@ def option_files(folders: Sequence[Path], group: str, option: str) -> Iterator[P
         group: of the option.
         option: name of a file; nothing is yielded without one.
     """
-    path = next((path for folder in folders if (path := folder / group / f"{option}.yaml").is_file()), None)
+    paths = [folder / group / f"{option}.yaml" for folder in folders]
+    path = next((path for path in paths if os.path.isfile(path)), None)  # False for a typed name that no file can have
     if path is None:
         return
     for entry in _defaults_of(path):
