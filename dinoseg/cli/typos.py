@@ -47,10 +47,10 @@ def explained(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[Non
     except YAMLError as error:  # in a user's config file
         text = " ".join(str(error).split())
         raise UserError(f"A config file is not valid YAML: {text}. Correct the file.") from None
-    except OSError:  # also of Hydra, for an option that is too long for the name of a file
-        check_words(arguments, folders)
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # also of an option that is too long for the name of a file
+            check_words(arguments, folders)
+            raise
         if isinstance(error, HydraException | OmegaConfBaseException | ValueError | TypeError):  # of composing
             check_words(arguments, folders)
         configs = checkpoint_configs(arguments, folders)
