@@ -67,7 +67,7 @@ def groups_of(folders: Sequence[Path], mode: str) -> list[str]:
 
 
 def list_groups(folders: Sequence[Path]) -> set[str]:
-    """Return the groups of which several options are chosen, whose entry in the defaults list of a mode is a list."""
+    """Return the groups that take a list of options: their entry in a mode's defaults list is a list."""
     return {
         name.strip("/").partition("@")[0]
         for mode in options_in(folders, "mode")

@@ -25,7 +25,7 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def unify_depth(images: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors of which some have levels of 8 bits and some of 16 as 16 bits, at the same share of white."""
+    """Convert 8-bit images to 16 bits (white stays white) if the others have 16; equal depths are unchanged."""
     if {image.dtype for image in images} != {torch.uint8, torch.uint16}:
         return list(images)
     return [image if image.dtype == torch.uint16 else (image.int() * EXACT).to(torch.uint16) for image in images]

@@ -38,9 +38,31 @@ class Sample(SampleLabels):
     image: Tensor  # (C, H, W) uint8 or uint16; three channels are RGB
 
 
+class StackedSamples:
+    """Base class of batches: each tensor, alone or in lists and dicts, has the samples as its first axis."""
+
+    names: list[str]
+
+    def to(self, device: torch.device) -> Self:
+        """Copy to `device`."""
+        return tree_map(self, partial(to_device, device=device))
+
+    def pin_memory(self) -> Self:
+        """Copy to pinned memory, from which CUDA copies asynchronously."""
+        return tree_map(self, Tensor.pin_memory)
+
+    def select(self, samples: slice) -> Self:
+        """Return some of the samples, as views of the tensors."""
+        return replace(tree_map(self, lambda part: part[samples]), names=self.names[samples])
+
+    def split(self, parts: int) -> list[Self]:
+        """Split the samples in their order into batches whose sizes differ by at most one sample."""
+        return [self.select(samples) for samples in split_slices(len(self.names), parts)]
+
+
 @dataclass
-class Batch:
-    """Samples of one size, stacked: each tensor, alone or in lists and dicts, has the samples as its first axis."""
+class Batch(StackedSamples):
+    """Samples of one size, stacked."""
 
     image: Tensor  # (B, C, H, W) uint8 or uint16
     mask: Tensor  # (B, H, W) uint8; task=multilabel: (B, K, H, W)
@@ -66,25 +88,9 @@ class Batch:
         """Return the same samples with frozen features instead of images."""
         return FeatureBatch(**{**vars(self), "image": features})
 
-    def to(self, device: torch.device) -> Self:
-        """Copy to `device`."""
-        return tree_map(self, partial(to_device, device=device))
-
-    def pin_memory(self) -> Self:
-        """Copy to pinned memory, from which CUDA copies asynchronously."""
-        return tree_map(self, Tensor.pin_memory)
-
-    def select(self, samples: slice) -> Self:
-        """Return some of the samples, as views of the tensors."""
-        return _select(self, samples)
-
-    def split(self, parts: int) -> list[Self]:
-        """Split the samples in their order into batches whose sizes differ by at most one sample."""
-        return [_select(self, samples) for samples in split_slices(len(self.names), parts)]
-
 
 @dataclass
-class ClipBatch:
+class ClipBatch(StackedSamples):
     """Clips of one length and size, stacked."""
 
     image: Tensor  # (B, T, 3, H, W) uint8
@@ -99,18 +105,6 @@ class ClipBatch:
     def stack(cls, clips: Sequence[tuple[Tensor, str]]) -> ClipBatch:
         """Stack the frames (T, 3, H, W) of clips, each with its name."""
         return cls(torch.stack([frames for frames, _ in clips]), [name for _, name in clips])
-
-    def to(self, device: torch.device) -> ClipBatch:
-        """Copy to `device`."""
-        return tree_map(self, partial(to_device, device=device))
-
-    def pin_memory(self) -> ClipBatch:
-        """Copy to pinned memory, from which CUDA copies asynchronously."""
-        return tree_map(self, Tensor.pin_memory)
-
-    def split(self, parts: int) -> list[ClipBatch]:
-        """Split the clips in their order into batches whose sizes differ by at most one clip."""
-        return [_select(self, clips) for clips in split_slices(len(self.names), parts)]
 
 
 def stack_labels(samples: Sequence[SampleLabels]) -> dict[str, Any]:
@@ -137,10 +131,6 @@ def split_slices(count: int, parts: int) -> list[slice]:
     whole, more = divmod(count, parts)
     ends = [number * whole + min(number, more) for number in range(parts + 1)]
     return [slice(first, last) for first, last in pairwise(ends)]
-
-
-def _select(batch: Any, samples: slice) -> Any:
-    return replace(tree_map(batch, lambda part: part[samples]), names=batch.names[samples])
 
 
 @dataclass
