@@ -119,8 +119,10 @@ class Run:
         return {path.name: Run(path) for path in sorted((self.folder / checkpoint.HEADS).glob("*")) if path.is_dir()}
 
     def plot(self) -> Figure:
-        """Return a matplotlib figure of the curves of loss and scores."""
-        return curves_figure(self._rows)
+        """Return a matplotlib figure of the curves of loss and scores; a star marks the best checkpoint."""
+        best = self.best_checkpoint
+        step = 0 if best is None else int(checkpoint.describe(best)["progress"]["best_step"])
+        return curves_figure(self._rows, self.config["trainer"]["score"], step)
 
     @check_annotations
     def load_model(self, which: str = "best", **options: Any) -> Model:

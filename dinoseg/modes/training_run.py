@@ -205,7 +205,8 @@ class TrainingRun:
         provenance = provenance_of(self.build, self.out_dir, checkpoints.best)  # each of several heads has its builder
         scores = self.task.evaluate(model, self.engine, provenance, **shown)
         if self.engine.is_main:
-            print(f"curves:       {draw_curves(self.out_dir)}")
+            curves = draw_curves(self.out_dir, self.build.value("trainer.score"), checkpoints.progress.best_step)
+            print(f"curves:       {curves}")
         return scores
 
 

@@ -17,7 +17,6 @@ from dinoseg.utils.images import write_png
 _BLUE, _VERMILION = "#0072B2", "#D55E00"  # these and the colours below are colour-blind safe
 _OTHERS = ("#009E73", "#CC79A7")  # colours of curves with their own label
 _STYLES = {"train": (_BLUE, "training"), "val": (_VERMILION, "validation")}
-_JUDGED = ("val/miou", "val/fg_ari")  # scores whose best value is marked
 _MANY = 40  # points above which a curve becomes a running mean over a pale line
 
 
@@ -31,10 +30,13 @@ _PANELS: tuple[Panel, ...] = (
 )
 
 
-def draw_curves(folder: Path) -> Path:
-    """Write the figure of the log of a run, or of one of its heads, to curves.png in its folder; return that path."""
+def draw_curves(folder: Path, score: str, best_step: int) -> Path:
+    """Write the figure of the log of a run, or of one of its heads, to curves.png in its folder; return that path.
+
+    `score` and `best_step` are those of `curves_figure`.
+    """
     path = folder / "curves.png"
-    write_png(path, _picture(curves_figure(rows_of_run(folder))))
+    write_png(path, _picture(curves_figure(rows_of_run(folder), score, best_step)))
     return path
 
 
@@ -44,28 +46,38 @@ def _picture(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def curves_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def curves_figure(rows: Sequence[Mapping[str, Any]], score: str, best_step: int) -> Figure:
     """Return a figure with a panel for the loss and for each score that has values.
 
     Args:
         rows: with `step` and keys such as `train/loss`. They may lack any key, hold None or non-finite values, and come
             in any order of steps.
+        score: validation score that selects the best checkpoint (`trainer.score`); it has a panel in any case.
+        best_step: step of the best checkpoint, which a star marks.
     """
-    shown = [panel for panel in _PANELS if any(len(_points(rows, key)) for key in panel[0])] or [_LOSS]
+    selecting = f"val/{score}"
+    panels = list(_PANELS)
+    if not any(selecting in keys for keys, _ in panels):
+        panels.append(({selecting: None}, score))
+    shown = [panel for panel in panels if any(len(_points(rows, key)) for key in panel[0])] or [_LOSS]
     figure = Figure(figsize=(6 * len(shown), 4), dpi=100, layout="constrained")
     for axes, (keys, title) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        _draw_panel(axes, rows, keys, title)
+        curves = {key: _points(rows, key) for key in keys}
+        _draw_panel(axes, curves, keys, title)
+        if selecting in curves:
+            _mark_best(axes, curves[selecting], best_step)
+        if any(map(len, curves.values())):
+            axes.legend(frameon=False, loc="best")
     return figure
 
 
-def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], keys: Mapping[str, str | None], title: str) -> None:
+def _draw_panel(axes: Axes, curves: Mapping[str, np.ndarray], labels: Mapping[str, str | None], title: str) -> None:
     others = iter(_OTHERS)
-    curves = [_points(rows, key) for key in keys]
-    for (key, label), points in zip(keys.items(), curves, strict=True):
-        style = _STYLES[key.split("/")[0]] if label is None else (next(others), label)
-        _draw(axes, points, style, best=key in _JUDGED)
+    for key, points in curves.items():
+        label = labels[key]
+        _draw(axes, points, _STYLES[key.split("/")[0]] if label is None else (next(others), label))
     axes.set_title(title, loc="left", fontsize=13)
-    if not any(map(len, curves)):
+    if not any(map(len, curves.values())):
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no value yet", ha="center", va="center", fontsize=14, color="#666666")
         return
@@ -74,9 +86,8 @@ def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], keys: Mapping[str
     axes.grid(color="#e3e3e3", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    if title != _LOSS[1]:
+    if title != _LOSS[1] and all((abs(points[:, 1]) <= 1).all() for points in curves.values()):
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(frameon=False, loc="best")
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
@@ -86,7 +97,7 @@ def _points(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.array(points, dtype=np.float64).reshape(-1, 2)
 
 
-def _draw(axes: Axes, points: np.ndarray, style: tuple[str, str], *, best: bool) -> None:
+def _draw(axes: Axes, points: np.ndarray, style: tuple[str, str]) -> None:
     if len(points) == 0:
         return
     colour, name = style
@@ -104,8 +115,6 @@ def _draw(axes: Axes, points: np.ndarray, style: tuple[str, str], *, best: bool)
     )
     if not few:
         axes.plot(*_running_mean(points).T, color=colour, linewidth=1.8, label=f"{name} (running mean)")
-    if best:
-        _mark_best(axes, points)
 
 
 def _running_mean(points: np.ndarray) -> np.ndarray:
@@ -115,15 +124,18 @@ def _running_mean(points: np.ndarray) -> np.ndarray:
     return np.stack([points[reach:-reach, 0], np.convolve(points[:, 1], window, mode="valid")], axis=1)
 
 
-def _mark_best(axes: Axes, points: np.ndarray) -> None:
-    step, value = points[points[:, 1].argmax()]
-    axes.plot(
-        [step],
-        [value],
-        marker="*",
-        markersize=13,
-        color=_VERMILION,
-        markeredgecolor="white",
-        linestyle="none",
-        label=f"best {100 * value:.2f} % at step {step:.0f}",
-    )
+def _mark_best(axes: Axes, points: np.ndarray, best_step: int) -> None:
+    for step, value in points[points[:, 0] == best_step]:
+        is_share = isinstance(axes.yaxis.get_major_formatter(), PercentFormatter)
+        axes.plot(
+            [step],
+            [value],
+            marker="*",
+            markersize=13,
+            color=_VERMILION,
+            markeredgecolor="white",
+            linestyle="none",
+            label=f"best {100 * value:.2f} % at step {step:.0f}"
+            if is_share
+            else f"best {value:.4g} at step {step:.0f}",
+        )

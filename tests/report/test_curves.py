@@ -24,11 +24,11 @@ def draw(rows, folder):
     for row in rows:
         log.scalars(row["step"], {key: value for key, value in row.items() if key != "step"})
     log.close()
-    return draw_curves(folder)
+    return draw_curves(folder, "miou", 10)
 
 
-def titles(rows):
-    return [axes.get_title(loc="left") for axes in curves.curves_figure(rows).axes]
+def titles(rows, score="miou"):
+    return [axes.get_title(loc="left") for axes in curves.curves_figure(rows, score, 10).axes]
 
 
 def test_scores_with_values_have_a_panel(tmp_path):
@@ -53,6 +53,28 @@ def test_nothing_to_draw_says_so_and_draws_no_line(rows, tmp_path):
     path = draw(rows, tmp_path)
     assert titles(rows) == ["loss"] and not holds(path, BLUE) and not holds(path, VERMILION)
     assert (read_image(path) != 255).any()  # the words
+
+
+@pytest.mark.parametrize(
+    ("score", "values", "title", "best"),
+    [
+        ("miou", (0.5, 0.7), "mean IoU", "best 50.00 % at step 10"),  # not the highest: the selected one counts
+        ("loss", (0.5, 0.25), "loss", "best 0.5 at step 10"),
+        ("boundary_iou", (0.25, 0.5), "boundary_iou", "best 25.00 % at step 10"),
+        ("surface_distance", (12.5, 3.0), "surface_distance", "best 12.5 at step 10"),
+    ],
+)
+def test_the_selecting_score_has_a_panel_and_the_star(score, values, title, best):
+    rows = [{"step": step, "val/loss": 2.0, "val/miou": 0.1} for step in (10, 20)]
+    rows = [{**row, f"val/{score}": value} for row, value in zip(rows, values, strict=True)]
+    assert titles(rows, score)[-1] == (title if score != "loss" else "mean IoU")
+    stars = {
+        axes.get_title(loc="left"): text.get_text()
+        for axes in curves.curves_figure(rows, score, 10).axes
+        for text in axes.get_legend().get_texts()
+        if text.get_text().startswith("best")
+    }
+    assert stars == {title: best}
 
 
 def test_points_are_finite_sorted_and_the_last_of_a_step():
