@@ -9,7 +9,9 @@ from command_line import SMALL, call
 from overlapping_shapes import CLASSES, write_coco, write_overlaps
 
 import dinoseg
+from dinoseg.core.metric import LabelledImage, PredictedImage
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
+from dinoseg.metrics import BoundaryIoU, SurfaceDice
 from dinoseg.training.checkpoint import read
 from dinoseg.utils.images import read_ids, read_image
 
@@ -86,6 +88,27 @@ def test_evaluation_and_saved_predictions_equal_numpy(trained):
     assert all((references[name] == val[name]).all() for name in val)
 
 
+def test_metrics_count_the_layers_of_each_class(trained):
+    where, masks = trained
+    run(where, "mode=predict", "resume=run", "input=val", "hydra.run.dir=for_metrics")
+    val = sorted(name for name in masks if name.startswith("val"))
+    predictions = read_layers(where / "for_metrics/masks", val)
+    words = ("metric=[boundary_iou,nsd,cldice,ece]", "metric.nsd.tolerance=1")
+    run(where, "mode=eval", "resume=run", *words, "hydra.run.dir=metrics")
+    scores = scores_of(where / "metrics")
+    for name, metric in (("boundary_iou", BoundaryIoU()), ("nsd", SurfaceDice(1))):
+        values = []
+        for layer, row in enumerate(scores["classes"]):
+            pairs = [(predictions[each][layer].astype(np.uint8), masks[each][layer].astype(np.uint8)) for each in val]
+            counts = [metric.count(PredictedImage(ids), LabelledImage(mask, 2)) for ids, mask in pairs]
+            totals = {key: sum(count[key] for count in counts) for key in counts[0]}
+            values.append(metric.per_class(totals)[name][1])
+            assert row[name] == pytest.approx(values[-1])
+        assert scores[name] == pytest.approx(np.mean(values))
+    assert 0 < scores["ece"] < 0.5 and 0 < scores["cldice"] <= 1 and "ece" in scores["classes"][0]
+    assert "nsd" in (where / "metrics/report.html").read_text()
+
+
 def test_windows_flips_and_thresholds_change_the_layers(trained):
     where, _ = trained
     averaged = ("inference=windows", "inference.size=24", "inference.flips=all", "inference.scales=[1.0,1.5]")
@@ -143,7 +166,6 @@ def test_a_single_class_from_coco_is_trained(tmp_path):
         (("loss=cross_entropy",), "loss=cross_entropy does not fit task=multilabel. Choose loss=bce"),
         (("task=semantic",), "loss=bce_dice does not fit task=semantic"),
         (("head=eomt", "head.blocks=1"), "task=multilabel: a head of masks or slots"),
-        (("metric=[nsd]",), "task=multilabel: metric=nsd"),
         (("trainer=distil", "teacher=run"), "task=multilabel: trainer=distil"),
         (("data.ignore_index=1",), "layers hold 0 and 1"),
         (("data.cache=packed",), "task=multilabel: data.cache=packed"),
