@@ -22,7 +22,6 @@ from dinoseg.core.metric import Metric
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import METRIC, config_description
-from dinoseg.metrics.layers import LayerMetric
 from dinoseg.training.feature_cache.key import hash_of
 from dinoseg.training.optim import Schedule
 from dinoseg.training.trainer import Settings, check_score
@@ -38,6 +37,7 @@ _NAMED = 40  # maximum number of class weights in the log
 _BUILT_LATE = {"adapter": ("lr",), "head": ("layers", "lr")} | dict.fromkeys(
     ("loss.criterion", "optim.optimizer", "optim.schedule"), ()
 )
+_LAYER_METRIC = {"_target_": "dinoseg.metrics.layers.LayerMetric", "_partial_": True}
 _CUSTOM_CHECK = {"_target_": "dinoseg.data.custom.check_custom_dataset", "_partial_": True}
 
 
@@ -292,7 +292,7 @@ class Builder(ModelBuilder):
             expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
             for name, node in nodes.items()
         ]
-        return [LayerMetric(metric) for metric in metrics] if self.task.has_layers else metrics
+        return [*map(instantiate(_LAYER_METRIC), metrics)] if self.task.has_layers else metrics
 
     def optimizer(self, model: torch.nn.Module) -> Optimizer:
         """Return the optimizer of a model's trainable parameters."""

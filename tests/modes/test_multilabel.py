@@ -82,8 +82,17 @@ def test_evaluation_and_saved_predictions_equal_numpy(trained):
         np.testing.assert_array_equal(sample["mask"], predictions[sample["name"]])
         shares = np.load(where / f"val_predicted/probabilities/{sample['name']}.npy")
         assert shares.shape == (2, 32, 48) and ((shares >= 0.5) == predictions[sample["name"]]).mean() > 0.99
-    score = call(where, "mode=score", "prediction=val_predicted", "reference=val_predicted/references")
-    assert score.status == 1 and "task=multilabel" in score.err and "mode=eval" in score.err
+    words = ("mode=score", "prediction=val_predicted", "mode.workers=1")
+    run(where, *words, "reference=data/val/masks", "protocol=multilabel", "protocol.nsd=true", "hydra.run.dir=scored")
+    scored = scores_of(where / "scored")
+    assert scored["scores"]["mIoU"] == pytest.approx(scores["miou"])
+    assert scored["scores"]["dice"] == pytest.approx(scores["dice"])
+    assert scored["scores"]["accuracy"] == pytest.approx(scores["accuracy"])
+    assert scored["n"] == len(val) and scored["ci95"]["NSD"] is not None
+    run(where, *words, "reference=val_predicted/references", "protocol=multilabel", "hydra.run.dir=again")
+    assert scores_of(where / "again")["scores"]["mIoU"] == pytest.approx(scores["miou"])
+    score = call(where, *words, "reference=val_predicted/references")
+    assert score.status == 1 and "task=multilabel. Set protocol=multilabel" in score.err
     references = read_layers(where / "val_predicted/references", val)
     assert all((references[name] == val[name]).all() for name in val)
 
