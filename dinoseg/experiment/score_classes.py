@@ -62,7 +62,7 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
     else:
         return make()
     runtime_arguments: dict[str, Any] = {"classes": list(labels.classes)}
-    if not (rules.get("binary") or rules.get("reduce_zero_label") or rules.ignore_index != 255):
+    if not (rules.binary or rules.get("reduce_zero_label") or rules.ignore_index != 255):
         check_arguments("dinoseg.data.classes.masks.Masks", masks)
         read = references(labels, masks, has_layers=has_layers)
         runtime_arguments |= {"references": read, "ignore_index": labels.ignore_index}

@@ -107,6 +107,10 @@ def test_references_of_0_and_255_alone_are_noted(tmp_path):
     images = [(np.ones((4, 5, 6), np.uint8), np.eye(5, 6, dtype=np.uint8)[None].repeat(4, 0) * 255, None)]
     listing = Multilabel(NAMES).find(*write(tmp_path, images))
     assert "NO CLASS IS PRESENT" in listing.notes[0]
+    binary = Multilabel(NAMES, binary=True)
+    listing = binary.find(tmp_path / "reference", tmp_path / "prediction")
+    assert not listing.notes
+    assert binary.scores(binary.measure(listing.cases[0]).sums)["mIoU"] == pytest.approx(5 / 30)
     assert not Multilabel(NAMES, ignore_index=254).find(*write(tmp_path, images)).notes
 
 

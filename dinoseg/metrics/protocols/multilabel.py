@@ -35,6 +35,7 @@ class Multilabel(ScoreProtocol):
         boundary: whether to score the Boundary IoU, too.
         nsd: whether to score the normalised surface dice, too.
         tolerance: tolerance of the surface dice in pixels, inclusive.
+        binary: references hold 0 and 255 (or 0 and 1), as predictions may, too; nothing is ignored.
     """
 
     name = "multilabel"
@@ -50,13 +51,15 @@ class Multilabel(ScoreProtocol):
         boundary: bool = False,
         nsd: bool = False,
         tolerance: NotNegative = 2,
+        binary: bool = False,
     ) -> None:
         if not classes:
             raise UserError("The protocol needs the names of the classes, whose folders hold the masks: classes=[a,b].")
         if ignore_index in (0, 1):
             raise UserError(f"ignore_index={ignore_index}: masks hold 0 and 1. Give another value, such as 255.")
         check_layer_names(classes)
-        self.classes, self.references, self.ignore_index = list(classes), references, ignore_index
+        self.classes, self.references = list(classes), references
+        self.ignore_index, self.binary = ignore_index, binary
         outlines = [BoundaryIoU()] * boundary + [SurfaceDice(tolerance)] * nsd
         metrics = [MeanIoU(), *map(LayerMetric, outlines)]
         self._pooled = PooledMetrics(metrics, self.classes, np.zeros((len(classes), 1, 1), np.uint8))
@@ -65,10 +68,11 @@ class Multilabel(ScoreProtocol):
             "absent_class": "left out of the mean; one that is only predicted counts as 0",
             "missing": "an image without a reference of a class does not show it, if it has one of another class",
             "resolution": "as stored; both sides must have the same size",
-            "ignore": f"for a class, pixels whose reference is {ignore_index}",
+            "ignore": "nothing" if binary else f"for a class, pixels whose reference is {ignore_index}",
             "accuracy": "share of correct decisions, present or absent, over the labelled pixels of all classes",
-            "aggregation": "counts of each class pooled over all images, then the mean over classes; NSD: mean over the "
-            "images of a class that either side holds, then over classes; intervals over images",
+            "aggregation": "counts of each class pooled over all images, then the mean over classes; intervals over "
+            "images",
+            "NSD": "mean over the images of a class that either side holds, then over classes",
         }
 
     def find(self, reference: Path, prediction: Path) -> Cases:
@@ -88,11 +92,11 @@ class Multilabel(ScoreProtocol):
             sides = (mask_paths(folder, case.name, self.classes) for folder in (reference, prediction))
             listing.cases[number] = replace(case, files=tuple(zip(*sides, strict=True)))
         files = (file for case in listing.cases for file, _ in case.files if file.exists())
-        if self.ignore_index == 255 and are_binary(files, self.references or read_labels):
+        if self.ignore_index == 255 and not self.binary and are_binary(files, self.references or read_labels):
             listing.notes.insert(
                 0,
                 f"reference={reference} holds 0 and 255 alone, and 255 is ignored: NO CLASS IS PRESENT. If 255 is the "
-                "object, set data.reader.masks.format=binary, and name the classes by data.classes.",
+                "object, set the protocol's binary=true.",
             )
         return listing
 
@@ -140,6 +144,8 @@ class Multilabel(ScoreProtocol):
             guess = read_labels(predicted)
             return np.zeros_like(guess), from_binary(guess, predicted)
         reference, guess = read_encoded(self.references, file, predicted)
+        if self.binary:
+            return from_binary(reference, file), from_binary(guess, predicted)
         wrong = ~np.isin(reference, (0, 1, self.ignore_index))
         refuse_ids(reference, wrong, file, f"A mask of one class holds 0, 1 and {self.ignore_index}. Correct it.")
         return reference, from_binary(guess, predicted)
