@@ -180,7 +180,6 @@ def test_a_single_class_from_coco_is_trained(tmp_path):
         (("data.cache=packed",), "task=multilabel: data.cache=packed"),
         (("data.augment.cat_max_ratio=0.75",), "task=multilabel: data.augment.cat_max_ratio=0.75"),
         (("task.threshold=[0.5]",), "one for each of the 2 classes"),
-        (("mode=doctor",), "task=multilabel: mode=doctor"),
         (("mode=probe",), "task=multilabel: mode=probe"),
     ],
 )
