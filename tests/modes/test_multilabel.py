@@ -118,6 +118,18 @@ def test_metrics_count_the_layers_of_each_class(trained):
     assert "nsd" in (where / "metrics/report.html").read_text()
 
 
+def test_doctor_reports_layers(trained):
+    where, masks = trained
+    words = ("data=folder", "data.root=data", "data.classes=[disc,square]", "task=multilabel", "hydra.run.dir=doctor")
+    done = run(where, "mode=doctor", *words)
+    pixels = sum((mask.sum(axis=0) > 1).sum() for name, mask in masks.items() if name.startswith("train"))
+    assert f"{pixels:,} pixels of train show several classes" in done.out
+    report = json.loads((where / "doctor/doctor.json").read_text())
+    shown = [sum(mask[layer].sum() for name, mask in masks.items() if name.startswith("val")) for layer in range(2)]
+    assert [row["pixels"] for row in report["splits"]["val"]["classes"]] == shown
+    assert "several classes" in (where / "doctor/doctor.html").read_text()
+
+
 def test_windows_flips_and_thresholds_change_the_layers(trained):
     where, _ = trained
     averaged = ("inference=windows", "inference.size=24", "inference.flips=all", "inference.scales=[1.0,1.5]")
