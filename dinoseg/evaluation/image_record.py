@@ -69,6 +69,11 @@ class ImageRecord(EvaluatedImages):
     counts: np.ndarray
     scores: Mapping[str, FurtherScore] = field(default_factory=dict)
 
+    @property
+    def task(self) -> str:
+        """The option of the group `task` of the model."""
+        return "multilabel" if self.counts.shape[1] == 4 else "semantic"
+
 
 def write_record(record: ImageRecord, out_dir: Path) -> None:
     """Write a record into a run folder: the counts first, so that a JSON file implies complete counts."""
