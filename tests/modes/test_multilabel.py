@@ -141,6 +141,12 @@ def test_windows_flips_and_thresholds_change_the_layers(trained):
         run(where, "mode=eval", "resume=run", f"task.threshold=[{threshold},0.5]", f"hydra.run.dir={folder}")
         recalls.append([row["recall"] for row in scores_of(where / folder)["classes"]])
     assert recalls[0][0] > recalls[1][0] and recalls[0][1] == recalls[1][1]
+    run(where, "mode=compare", "runs=[at_0.1,at_0.9]", "hydra.run.dir=compared")
+    compared = json.loads((where / "compared/compare.json").read_text())
+    first, second = (scores_of(where / f"at_{threshold}") for threshold in (0.1, 0.9))
+    gap = compared["others"]["at_0.9"]["differences"]["miou"]["value"]
+    assert gap == pytest.approx(second["miou"] - first["miou"])
+    assert compared["scores"]["accuracy"] == pytest.approx(first["accuracy"])
 
 
 def test_exported_files_equal_the_model(trained):
