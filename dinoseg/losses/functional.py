@@ -273,7 +273,7 @@ def bce_loss(
         >>> round(bce_loss(logits, targets).item(), 4)
         0.6931
     """
-    return _value(BinaryCrossEntropy, logits, targets, ignore_index, class_weights)
+    return _value(BinaryCrossEntropy, logits, targets, ignore_index, class_weights, has_layers=True)
 
 
 def binary_dice_loss(
@@ -292,7 +292,7 @@ def binary_dice_loss(
         >>> round(binary_dice_loss(logits, targets).item(), 4)
         0.3333
     """
-    return _value(BinaryDice, logits, targets, ignore_index, class_weights)
+    return _value(BinaryDice, logits, targets, ignore_index, class_weights, has_layers=True)
 
 
 def mask_classification_loss(
@@ -371,18 +371,20 @@ def compute_class_weights(counts: Sequence[int] | Tensor, scheme: str = "median"
 
 
 def _value(
-    kind: type[Loss],
+    kind: Callable[..., Loss],
     logits: Tensor | Prediction,
     targets: Tensor,
     ignore_index: int,
     class_weights: ClassWeights,
+    *,
+    has_layers: bool = False,
     **options: Any,
 ) -> Tensor:
-    """Return the value () of a loss class with these options."""
+    """Return the value () of a loss class with these options; `has_layers`: of targets (B, K, H, W)."""
     prediction = logits if isinstance(logits, Prediction) else _as_prediction(logits)
     device, images, classes = _form_of(prediction)
     ignore_index = whole_number(ignore_index, "ignore_index", INTEGERS)
-    _check_targets(targets, device, (images, classes), ignore_index, has_layers=kind.needs_layers)
+    _check_targets(targets, device, (images, classes), ignore_index, has_layers=has_layers)
     options = {name: _plain(name, value) for name, value in options.items()}
     if class_weights is None:
         loss = _unweighted(kind, classes, device, ignore_index, **options)
