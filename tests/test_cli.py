@@ -230,6 +230,7 @@ def test_an_unknown_option_lists_those_there_are(place, group):
             "adapter.rank=8: adapter=frozen has no key rank. Options that have it: adapter=lora, adapter=lora_8bit, "
             "adapter=lora_all, adapter=qlora. Choose one of them, or leave the key out.",
         ),
+        (["data.pixels.order=[2,1,0]"], "has no key pixels.order. Options that have it: data/pixels=files."),
         (["head.num_slots=3"], "head=linear has no key num_slots. Options that have it: head=slots."),
         (["trainer.temperature=2"], "trainer=supervised has no key temperature. Options that have it: trainer=distil."),
         (

@@ -80,13 +80,16 @@ def list_groups(folders: Sequence[Path]) -> set[str]:
 
 
 def options_with(folders: Sequence[Path], key: str) -> list[str]:
-    """Return the options, as GROUP=OPTION, that alone bring a key: `adapter.rank`, or a root key such as `teacher`."""
-    group, _, below = key.partition(".")
+    """Return the options, as GROUP=OPTION, that alone bring a key: `adapter.rank`, or a root key such as `teacher`.
+
+    Options of nested groups count, too: `data/pixels=files` brings `data.pixels.order`.
+    """
+    names = key.split(".")
     everywhere = {path.name for folder in folders for path in folder.glob("*/") if path.is_dir()}
-    groups = [group] if below else sorted(everywhere)
+    nested = {"/".join(names[:depth]): ".".join(names[depth:]) for depth in range(1, len(names))}
     return [
         f"{group}={option}"
-        for group in groups
+        for group, below in (nested or dict.fromkeys(sorted(everywhere), "")).items()
         for option in options_in(folders, group)
         if any(_brings(path, key, below) for path in option_files(folders, group, option))
     ]

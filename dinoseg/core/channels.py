@@ -108,8 +108,8 @@ class PixelFormat:
         if pixels.shape[2] != self.channels:
             raise UserError(
                 f"{path} has {counts} channels, and data.channels={self.channels}. Set "
-                f"data.channels={pixels.shape[2]}, name further files by data.pixels.files, such as [images,nir], or "
-                "choose channels by data.pixels.order, such as [0,1,2]."
+                f"data.channels={pixels.shape[2]}; or set data/pixels=files, and name further files by "
+                "data.pixels.files, such as [images,nir], or choose channels by data.pixels.order, such as [0,1,2]."
             )
         return np.ascontiguousarray(pixels)
 

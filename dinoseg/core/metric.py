@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 BETTER = ("max", "min")  # whether the highest or the lowest value of a score is the best
+_PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 Counts = Mapping[str, np.ndarray]  # int64 or float64, by name
 
@@ -16,7 +17,7 @@ class PredictedImage(NamedTuple):
     """Prediction of a whole image.
 
     Attributes:
-        ids: class ids (H, W); task=multilabel: 0 and 1 for each class (K, H, W).
+        ids: class ids (H, W); of a `LayerMetric`, 0 and 1 for each class (K, H, W).
         logits: class logits (K, h, w) float32 at some pixels; None unless the metric `needs_logits`.
         places: rows and columns of these pixels.
 
@@ -37,7 +38,7 @@ class LabelledImage:
     """Labels of an image.
 
     Args:
-        mask: class ids (H, W); task=multilabel: 0, 1 and `ignore_index` for each class (K, H, W).
+        mask: class ids (H, W); of a `LayerMetric`, 0, 1 and `ignore_index` for each class (K, H, W).
         num_classes: K.
         ignore_index: id of pixels that do not count; if it is one of 0..K-1, that class enters no mean.
         name: of the image.
@@ -65,7 +66,6 @@ class Metric(ABC):
         scores: names of the scores, the main one first, with "max" or "min": which value is the best.
         unbounded: names of the scores that may lie outside 0..1; tables show them as numbers, not in percent.
         needs_logits: whether `count` needs `PredictedImage.logits`.
-        takes_layers: whether `count` takes masks (K, H, W) with a layer for each class.
 
     Examples:
         >>> import numpy as np
@@ -88,7 +88,12 @@ class Metric(ABC):
     scores: Mapping[str, str]
     unbounded: Collection[str] = ()
     needs_logits: bool = False
-    takes_layers: bool = False
+
+    @property
+    def settings(self) -> str:
+        """The class and its plain options as text: runs are compared by metrics of equal settings."""
+        options = {name: value for name, value in sorted(vars(self).items()) if isinstance(value, _PLAIN)}
+        return f"{type(self).__qualname__} {options}"
 
     @abstractmethod
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:

@@ -180,9 +180,9 @@ class Augment:
             seen = self._change_colors(seen, view.colors)
         if seen.shape[:2] != self.crop:
             bottom, right = self.crop[0] - seen.shape[0], self.crop[1] - seen.shape[1]
-            seen = _by_three(
+            seen = _change_channels(
                 lambda part, fill: cv2.copyMakeBorder(part, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=fill),
-                *(seen, self._fill_of(seen)),
+                *(seen, self.fill),
             )
         return seen, self._warp_mask(mask, view.matrix)
 
@@ -283,11 +283,11 @@ class Augment:
             height, width = (max(1, round(side * zoom)) for side, zoom in zip(image.shape[:2], view.zoom, strict=True))
             size, border = (min(self.crop[0], height), min(self.crop[1], width)), cv2.BORDER_REPLICATE
         image, matrix = self._reduce(image, view)
-        return _by_three(
+        return _change_channels(
             lambda part, fill: cv2.warpAffine(
                 part, matrix[:2], size[::-1], flags=cv2.INTER_LINEAR, borderMode=border, borderValue=fill
             ),
-            *(image, self._fill_of(image)),
+            *(image, self.fill),
         )
 
     def _change_colors(self, image: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
@@ -298,12 +298,6 @@ class Augment:
             return image if channels == 2 else self.color(image.repeat(3, axis=2), uniforms)[..., :1]
         return np.dstack([self.color(np.ascontiguousarray(image[..., :3]), uniforms), image[..., 3:]])
 
-    def _fill_of(self, image: np.ndarray) -> list[int]:
-        """Return the level of padded pixels in each channel of an image."""
-        channels, mean = image.shape[2], round(sum(self.fill) / 3)
-        fill = [*self.fill, *[mean] * (channels - 3)] if channels >= 3 else [mean] * channels
-        return fill if image.dtype == np.uint8 else [EXACT * level for level in fill]
-
     def _reduce(self, image: np.ndarray, view: _View) -> tuple[np.ndarray, np.ndarray]:
         """Return an image reduced to the size of its view, where `resample` demands it, and the matrix from there."""
         zoom = min(view.zoom)
@@ -313,7 +307,10 @@ class Augment:
         size = (max(1, round(width * horizontal)), max(1, round(height * vertical)))
         matrix = view.matrix @ np.linalg.inv(_resize((size[1] / height, size[0] / width)))
         if self.resample == "area":
-            return _by_three(lambda part, _: cv2.resize(part, size, interpolation=cv2.INTER_AREA), image), matrix
+            resized = _change_channels(
+                lambda part, _: cv2.resize(part, size, interpolation=cv2.INTER_AREA), image, self.fill
+            )
+            return resized, matrix
         left, top, right, bottom = self._visible(matrix, size)
         box = (left * width / size[0], top * height / size[1], right * width / size[0], bottom * height / size[1])
         planes = [image] if image.shape[2] == 3 and image.dtype == np.uint8 else np.moveaxis(image, 2, 0)
@@ -373,19 +370,35 @@ class Augment:
         return _move(centre_x, centre_y) @ turn @ _move(-centre_x, -centre_y), shift_x, shift_y
 
 
-def _by_three(
-    change: Callable[[np.ndarray, Sequence[int]], np.ndarray], image: np.ndarray, fill: Sequence[int] = ()
+def _change_channels(
+    change: Callable[[np.ndarray, Sequence[int]], np.ndarray], image: np.ndarray, fill: Sequence[int]
 ) -> np.ndarray:
-    """Return `change(part, fill of part)` of an image (H, W, C): three channels at a time, and the last ones alone.
+    """Return `change(image, fill)` of an image (H, W, C), where `fill` is the level of padded pixels of each channel.
+
+    Args:
+        change: of at most three channels.
+        image: uint8 or uint16.
+        fill: RGB, 0..255.
+    """
+    if image.shape[2] == 3 and image.dtype == np.uint8:
+        return change(image, fill)
+    return _by_three(change, image, fill)
+
+
+def _by_three(
+    change: Callable[[np.ndarray, Sequence[int]], np.ndarray], image: np.ndarray, fill: Sequence[int]
+) -> np.ndarray:
+    """Change three channels at a time, and the last ones alone; padded pixels of further ones get the mean of `fill`.
 
     OpenCV pads at most four channels with values of their own, and interpolates pairs of channels in coarse steps.
     """
-    channels = image.shape[2]
-    if channels == 3:
-        return change(image, fill)
+    channels, mean = image.shape[2], round(sum(fill) / 3)
+    levels = [*fill, *[mean] * (channels - 3)] if channels >= 3 else [mean] * channels
+    if image.dtype != np.uint8:
+        levels = [EXACT * level for level in levels]
     whole = channels - channels % 3
     parts = [slice(at, at + 3) for at in range(0, whole, 3)] + [slice(at, at + 1) for at in range(whole, channels)]
-    return np.dstack([change(np.ascontiguousarray(image[..., part]), fill[part]) for part in parts])
+    return np.dstack([change(np.ascontiguousarray(image[..., part]), levels[part]) for part in parts])
 
 
 def _whole_crop_start(room: float, uniform: float) -> float:

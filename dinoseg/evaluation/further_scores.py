@@ -10,8 +10,6 @@ from dinoseg.evaluation.class_scores import unit_sums
 from dinoseg.evaluation.scoring.intervals import Estimate, jackknife_error, leave_one_out, mean_of, widened
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
 
-_PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
-
 
 @dataclass(frozen=True)
 class FurtherScore:
@@ -35,10 +33,8 @@ def further_scores(metric: Metric, counts: Sequence[Counts], units: Sequence[str
     sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
     function = FlatMetric.of(metric, counts[0])
     whole, left_out = function.scores(sums.sum(axis=0)), leave_one_out(function, sums)
-    options = {name: value for name, value in sorted(vars(metric).items()) if isinstance(value, _PLAIN)}
-    settings = f"{type(metric).__qualname__} {options}"
     return {
-        name: FurtherScore(better, settings, plain_score(whole[name]), [*map(plain_score, left_out[name])])
+        name: FurtherScore(better, metric.settings, plain_score(whole[name]), [*map(plain_score, left_out[name])])
         for name, better in metric.scores.items()
         if name not in metric.unbounded
     }

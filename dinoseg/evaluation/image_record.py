@@ -69,6 +69,11 @@ class ImageRecord(EvaluatedImages):
     counts: np.ndarray
     scores: Mapping[str, FurtherScore] = field(default_factory=dict)
 
+    @property
+    def task(self) -> str:
+        """The option of the group `task` of the model."""
+        return "multilabel" if self.counts.shape[1] == 4 else "semantic"
+
 
 def write_record(record: ImageRecord, out_dir: Path) -> None:
     """Write a record into a run folder: the counts first, so that a JSON file implies complete counts."""
@@ -164,6 +169,6 @@ def _check(content: dict[str, Any], counts: np.ndarray) -> None:
                 f"{name:.60} has better={score['better']!r:.20} and the values of {len(score['left_out'])} units "
                 f"instead of {units}"
             )
-    right, reference, predicted = np.moveaxis(counts, 1, 0)
+    right, reference, predicted = np.moveaxis(counts[:, :3], 1, 0)
     if counts.size and (counts.min() < 0 or counts.max() > 2**40 or (right > np.minimum(reference, predicted)).any()):
         raise forms.SchemaError("its counts are inconsistent")

@@ -196,7 +196,7 @@ def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
     """Return the records with their images in the order of the first record.
 
     Raises:
-        UserError: images, references, classes or splits differ (names the differences).
+        UserError: tasks, images, references, classes or splits differ (names the differences).
     """
     (folder, first), *others = records.items()
     found = [first]
@@ -243,7 +243,7 @@ def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
 def _differences(first: ImageRecord, other: ImageRecord) -> list[str]:
     """Return the reasons why two records cannot be compared, one line each."""
     lines = []
-    for name in ("classes", "ignore_index", "background", "split"):
+    for name in ("task", "classes", "ignore_index", "background", "split"):
         ours, theirs = getattr(first, name), getattr(other, name)
         if ours != theirs:
             shown = [join_names(each) if isinstance(each, list) else str(each) for each in (ours, theirs)]

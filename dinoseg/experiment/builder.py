@@ -20,7 +20,6 @@ from dinoseg.core.channels import check_rgb
 from dinoseg.core.contracts import Loss
 from dinoseg.core.metric import Metric
 from dinoseg.core.shapes import SegmentationData
-from dinoseg.core.task import refuse_layers
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.experiment.recipe import METRIC, config_description
 from dinoseg.training.feature_cache.key import hash_of
@@ -38,6 +37,7 @@ _NAMED = 40  # maximum number of class weights in the log
 _BUILT_LATE = {"adapter": ("lr",), "head": ("layers", "lr")} | dict.fromkeys(
     ("loss.criterion", "optim.optimizer", "optim.schedule"), ()
 )
+_LAYER_METRIC = {"_target_": "dinoseg.metrics.layers.LayerMetric", "_partial_": True}
 _CUSTOM_CHECK = {"_target_": "dinoseg.data.custom.check_custom_dataset", "_partial_": True}
 
 
@@ -277,6 +277,8 @@ class Builder(ModelBuilder):
     def metrics(self) -> list[Metric]:
         """Return the metrics of the config group `metric`, in addition to those that every validation counts.
 
+        Metrics of a task of layers count each layer by itself.
+
         Raises:
             UserError: a config node makes no metric.
         """
@@ -286,14 +288,11 @@ class Builder(ModelBuilder):
                 f"metric: the YAML file of {nodes['_target_']} lacks its outer key. Put `_target_` and its arguments "
                 "below the key NAME:, the name of the file."
             )
-        metrics = {
-            name: expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
+        metrics = [
+            expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
             for name, node in nodes.items()
-        }
-        for name, metric in metrics.items():
-            if not metric.takes_layers:
-                refuse_layers(self.task, f"metric={name}", "Leave it out: IoU and Dice are always there.")
-        return list(metrics.values())
+        ]
+        return [*map(instantiate(_LAYER_METRIC), metrics)] if self.task.has_layers else metrics
 
     def optimizer(self, model: torch.nn.Module) -> Optimizer:
         """Return the optimizer of a model's trainable parameters."""

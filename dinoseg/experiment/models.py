@@ -27,13 +27,6 @@ from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Natural, check_value
 from dinoseg.utils.tensor_files import check_file
 
-_PIXELS = {  # parameters of `PixelFormat` to keys
-    "channels": "data.channels",
-    "files": "data.pixels.files",
-    "order": "data.pixels.order",
-    "value_range": "data.pixels.value_range",
-}
-
 
 class ModelBuilder:
     """Builder of the model that a config describes.
@@ -153,8 +146,10 @@ class ModelBuilder:
         Raises:
             UserError: a value is out of range, or the keys of `data.pixels` contradict each other.
         """
-        with name_parameters(_PIXELS):
-            return PixelFormat(**self.arguments(PixelFormat, _PIXELS))
+        keys = {name: f"data.pixels.{name}" for name in self.value("data.pixels") or {}}
+        keys["channels"] = "data.channels"
+        with name_parameters(keys):
+            return PixelFormat(**self.arguments(PixelFormat, keys))
 
     def engine(self, **overrides: Any) -> Engine:
         """Return the engine of the config, with overrides of its values."""

@@ -28,14 +28,17 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
     encoding uses these keys.
 
     Raises:
-        UserError: two folders of predictions, or they and the data, have different classes, or predictions have
-            layers.
+        UserError: two folders of predictions, or they and the data, have different classes, or predictions are of
+            another task than the protocol.
     """
     if "classes" not in cfg.protocol:
         return instantiate(cfg.protocol)
-    records = {folder: record for folder in predictions if (record := read_class_record(folder)) is not None}
+    make = instantiate(cfg.protocol, instead={"_partial_": True})
+    has_layers = make.func.has_layers
+    found = {folder: read_class_record(folder, has_layers=has_layers) for folder in predictions}
+    records = {folder: record for folder, record in found.items() if record is not None}
     if cfg.protocol.classes is not None:
-        return instantiate(cfg.protocol)
+        return make()
     data, rules = cfg.data, cfg.protocol
     known = {str(folder / NAME): labels for folder, (labels, _) in records.items()}
     if _has_classes(data):
@@ -50,19 +53,20 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
         typed = {word.removeprefix(_MASKS).split(".")[0] for word in words if word.startswith(_MASKS)}
         given = mask_keys(data) if typed else {}
         masks = {**masks, **{key: given[key] for key in typed}}
-    elif rules.get("num_classes") is None and not rules.binary:
+    elif rules.get("num_classes", 0) is None and not rules.binary:
         raise UserError(
             f"protocol.num_classes=null: protocol={cfg.choices.protocol} needs the number of classes. Set their "
             "names, data.classes=[background,leaf], or protocol.num_classes=19, or protocol.binary=true for "
             "masks of 0 and 255; results of mode=predict store it."
         )
     else:
-        return instantiate(cfg.protocol)
+        return make()
     runtime_arguments: dict[str, Any] = {"classes": list(labels.classes)}
-    if not (rules.binary or rules.reduce_zero_label or rules.ignore_index != 255):
+    if not (rules.binary or rules.get("reduce_zero_label") or rules.ignore_index != 255):
         check_arguments("dinoseg.data.classes.masks.Masks", masks)
-        runtime_arguments |= {"references": references(labels, masks), "ignore_index": labels.ignore_index}
-    return instantiate(cfg.protocol, without=tuple(runtime_arguments), instead={"_partial_": True})(**runtime_arguments)
+        read = references(labels, masks, has_layers=has_layers)
+        runtime_arguments |= {"references": read, "ignore_index": labels.ignore_index}
+    return make(**runtime_arguments)
 
 
 def mask_keys(data: DictConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
+from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask, layer_reader
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
@@ -58,11 +58,11 @@ def write_class_record(
     write_json(folder / NAME, {**record, "has_layers": has_layers})
 
 
-def read_class_record(folder: Path) -> tuple[Labels, dict[str, Any]] | None:
+def read_class_record(folder: Path, *, has_layers: bool = False) -> tuple[Labels, dict[str, Any]] | None:
     """Return the classes and the arguments of `Masks` saved with a folder of predictions; None without such a record.
 
     Raises:
-        UserError: the file exists but is not a valid record, or the masks have layers.
+        UserError: the file exists but is not a valid record, or its masks have layers and shall not, or the reverse.
     """
     path = folder / NAME
     if not path.is_file():
@@ -74,18 +74,17 @@ def read_class_record(folder: Path) -> tuple[Labels, dict[str, Any]] | None:
         raise UserError(
             f"{path} is not a valid class record ({error}). Remove it and give num_classes, or predict again."
         ) from None
-    if record["has_layers"]:
-        raise UserError(
-            f"{folder} holds predictions of task=multilabel, and mode=score compares masks of one class per pixel. "
-            "Use mode=eval with the model."
-        )
+    if record["has_layers"] != has_layers:
+        task = "multilabel" if record["has_layers"] else "semantic"
+        raise UserError(f"{folder} holds predictions of task={task}. Set protocol={task}, or give other predictions.")
     return labels, record["masks"]
 
 
-def references(labels: Labels, masks: Mapping[str, Any]) -> References:
-    """Return a reader of reference masks for these classes.
+def references(labels: Labels, masks: Mapping[str, Any], *, has_layers: bool = False) -> References:
+    """Return a reader of reference masks for these classes, or with layers, of a mask of one class.
 
     Raises:
         UserError: the arguments of `Masks` are invalid.
     """
-    return References(MaskReader(labels, Masks(**masks)))
+    options = Masks(**masks)
+    return References(layer_reader(options, labels.ignore_index) if has_layers else MaskReader(labels, options))

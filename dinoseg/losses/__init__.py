@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dinoseg.losses.functional import (
+        bce_loss,
+        binary_dice_loss,
+        cldice_loss,
         compute_class_weights,
         cross_entropy_loss,
         dice_loss,
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "bce_loss",
+    "binary_dice_loss",
+    "cldice_loss",
     "compute_class_weights",
     "cross_entropy_loss",
     "dice_loss",

@@ -1,7 +1,8 @@
 """Losses as functions of tensors, for a training loop of one's choice: `loss(logits, targets)` is a scalar.
 
 All take logits (B, K, H, W) of K classes in any float type and targets (B, H, W) of any integer type, with class ids
-0..K-1 and `ignore_index`. Logits of another size are first upsampled to the targets. Instead of logits they take the
+0..K-1 and `ignore_index`; the losses of overlapping classes take targets (B, K, H, W) of 0, 1 and `ignore_index`, and
+use a sigmoid for each class. Logits of another size are first upsampled to the targets. Instead of logits they take the
 `Prediction` that `model(images, as_prediction=True)` returns, which saves the memory of logits at full size.
 """
 
@@ -17,10 +18,12 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.class_weights import class_weights as weights_by_scheme
+from dinoseg.losses.cldice import SoftClDice
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.focal import Focal
 from dinoseg.losses.lovasz import Lovasz
 from dinoseg.losses.mask_classification import FACTORS, MaskClassification
+from dinoseg.losses.multilabel import BinaryCrossEntropy, BinaryDice
 from dinoseg.losses.overlap import Dice, Tversky
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import INTEGERS, whole_number
@@ -210,6 +213,88 @@ def lovasz_loss(
     return _value(Lovasz, logits, targets, ignore_index, class_weights, per_image=per_image)
 
 
+def cldice_loss(
+    logits: Tensor | Prediction,
+    targets: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weights: ClassWeights = None,
+    iterations: int = 3,
+    classes: Sequence[int] | None = None,
+) -> Tensor:
+    """Return the soft clDice loss of thin structures (Shit et al., arXiv 2003.07311), averaged over their classes.
+
+    Args:
+        logits: (B, K, H, W), or a `Prediction`.
+        targets: (B, H, W) class ids.
+        ignore_index: target of pixels that do not count.
+        class_weights: one weight (K,) per class in the mean; None: 1 each.
+        iterations: erosions of a mask, at least half the width in pixels of the structures.
+        classes: ids of the classes with thin structures; None: all but class 0.
+
+    Raises:
+        UserError: a shape, type or value is invalid.
+
+    Examples:
+        >>> import torch
+        >>> from dinoseg.losses import cldice_loss
+        >>> targets = torch.zeros(1, 8, 8, dtype=torch.uint8)
+        >>> targets[0, 4] = 1
+        >>> logits = 20 * torch.stack([targets == 0, targets == 1], dim=1).float()
+        >>> round(cldice_loss(logits, targets).item(), 4)
+        0.0
+    """
+    ids = None if classes is None else tuple(classes)
+    return _value(SoftClDice, logits, targets, ignore_index, class_weights, iterations=iterations, classes=ids)
+
+
+def bce_loss(
+    logits: Tensor | Prediction,
+    targets: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weights: ClassWeights = None,
+) -> Tensor:
+    """Return the binary cross-entropy of overlapping classes, averaged over the labelled pixels of all classes.
+
+    Args:
+        logits: (B, K, H, W), or a `Prediction`.
+        targets: (B, K, H, W), 1 where a class is present, else 0.
+        ignore_index: target of pixels that do not count for a class.
+        class_weights: one weight (K,) per class; None: 1 each.
+
+    Raises:
+        UserError: a shape, type or value is invalid.
+
+    Examples:
+        >>> import torch
+        >>> from dinoseg.losses import bce_loss
+        >>> logits, targets = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4, dtype=torch.uint8)
+        >>> round(bce_loss(logits, targets).item(), 4)
+        0.6931
+    """
+    return _value(BinaryCrossEntropy, logits, targets, ignore_index, class_weights, has_layers=True)
+
+
+def binary_dice_loss(
+    logits: Tensor | Prediction,
+    targets: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weights: ClassWeights = None,
+) -> Tensor:
+    """Return the soft Dice loss of overlapping classes, averaged over the classes in the targets; see `bce_loss`.
+
+    Examples:
+        >>> import torch
+        >>> from dinoseg.losses import binary_dice_loss
+        >>> logits, targets = torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 4, 4, dtype=torch.uint8)
+        >>> round(binary_dice_loss(logits, targets).item(), 4)
+        0.3333
+    """
+    return _value(BinaryDice, logits, targets, ignore_index, class_weights, has_layers=True)
+
+
 def mask_classification_loss(
     prediction: Prediction,
     targets: Tensor,
@@ -291,13 +376,15 @@ def _value(
     targets: Tensor,
     ignore_index: int,
     class_weights: ClassWeights,
+    *,
+    has_layers: bool = False,
     **options: Any,
 ) -> Tensor:
-    """Return the value () of a loss class with these options."""
+    """Return the value () of a loss class with these options; `has_layers`: of targets (B, K, H, W)."""
     prediction = logits if isinstance(logits, Prediction) else _as_prediction(logits)
     device, images, classes = _form_of(prediction)
     ignore_index = whole_number(ignore_index, "ignore_index", INTEGERS)
-    _check_targets(targets, device, images, classes, ignore_index)
+    _check_targets(targets, device, (images, classes), ignore_index, has_layers=has_layers)
     options = {name: _plain(name, value) for name, value in options.items()}
     if class_weights is None:
         loss = _unweighted(kind, classes, device, ignore_index, **options)
@@ -313,25 +400,25 @@ def _value(
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Return an option as a plain value, which the cache of losses needs; `factors` are pairs."""
+    """Return an option as a plain value, which the cache of losses needs; tables and lists are tuples."""
     if isinstance(value, Tensor | np.ndarray | np.generic) and not value.ndim:
         return value.item()
-    if value is None or isinstance(value, str | int | float) or name == "factors":
+    if value is None or isinstance(value, str | int | float) or name in ("factors", "classes"):
         return value
     raise UserError(f"{name}={format_value(str(value))} is of type {type(value).__name__}. Give a single value.")
 
 
 @lru_cache(maxsize=64)
 def _unweighted(
-    kind: Callable[..., Loss], classes: int, device: torch.device, ignore_index: int, **options: Any
+    kind: Callable[..., Loss], num_classes: int, device: torch.device, ignore_index: int, **options: Any
 ) -> Loss:
     """Return a loss with equal class weights; made once, since a constructor reads the weights back from the device."""
     with torch.inference_mode(False):  # its tensors are reused in training
-        return _made(kind, torch.ones(classes), ignore_index, options).to(device)
+        return _made(kind, torch.ones(num_classes), ignore_index, options).to(device)
 
 
 def _made(kind: Callable[..., Loss], weights: Tensor, ignore_index: int, options: Mapping[str, Any]) -> Loss:
-    known = {name: dict(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    known = {name: dict(value) if name == "factors" else value for name, value in options.items()}
     return kind(weights, ignore_index, **known)
 
 
@@ -357,16 +444,33 @@ def _form_of(prediction: Prediction) -> tuple[torch.device, int, int]:
     return scores.device, scores.shape[0], scores.shape[1]
 
 
-def _check_targets(targets: Tensor, device: torch.device, images: int, classes: int, ignore_index: int) -> None:
+def _check_targets(
+    targets: Tensor, device: torch.device, sizes: tuple[int, int], ignore_index: int, *, has_layers: bool
+) -> None:
     """Refuse targets of another shape, type or device than the prediction's, and ids that are no class.
+
+    Args:
+        targets: class ids (B, H, W), or layers (B, K, H, W).
+        device: of the prediction.
+        sizes: its numbers B of images and K of classes.
+        ignore_index: target of pixels that do not count.
+        has_layers: whether the targets must be layers.
 
     Raises:
         UserError: naming what to give.
     """
+    images, classes = sizes
+    form = "a layer for each class (B, K, H, W)" if has_layers else "class ids (B, H, W)"
+    last = 1 if has_layers else classes - 1
     if not isinstance(targets, Tensor):
-        raise UserError(f"The targets are {type(targets).__name__}. Give a tensor of class ids (B, H, W).")
-    if targets.ndim != 3 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise UserError(f"The targets are {targets.dtype} {list(targets.shape)}. Give class ids (B, H, W) of integers.")
+        raise UserError(f"The targets are {type(targets).__name__}. Give a tensor of {form}.")
+    is_integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    if targets.ndim != 3 + has_layers or not is_integer:
+        raise UserError(f"The targets are {targets.dtype} {list(targets.shape)}. Give {form} of integers.")
+    if has_layers and targets.shape[1] != classes:
+        raise UserError(
+            f"The targets have {targets.shape[1]} layers, and the logits {classes}. Give one of each class."
+        )
     if targets.device != device:
         raise UserError(f"The targets are on {targets.device}, and the logits on {device}. Move the targets there.")
     if images != len(targets):
@@ -374,12 +478,12 @@ def _check_targets(targets: Tensor, device: torch.device, images: int, classes: 
     if not targets.numel():
         raise UserError(f"The targets are {list(targets.shape)}: an empty batch. Give at least one image.")
     ids = targets.long()
-    wrong = ((ids < 0) | (ids >= classes)) & (ids != ignore_index)
+    wrong = ((ids < 0) | (ids > last)) & (ids != ignore_index)
     if device.type != "cpu":  # without waiting for the device
-        torch._assert_async(~wrong.any(), f"The targets hold ids outside 0..{classes - 1} and {ignore_index}.")
+        torch._assert_async(~wrong.any(), f"The targets hold ids outside 0..{last} and {ignore_index}.")
     elif wrong.any():
         found = ids[wrong].unique()[:5].tolist()
         raise UserError(
-            f"The targets hold the ids {found}, which are neither classes (0..{classes - 1}) nor "
+            f"The targets hold the ids {found}, which are neither classes (0..{last}) nor "
             f"ignore_index={ignore_index}. Convert them, or set ignore_index."
         )

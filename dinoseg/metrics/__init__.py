@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         region_and_boundary,
         surface_dice,
     )
+    from dinoseg.metrics.layers import LayerMetric
     from dinoseg.metrics.miou import MeanIoU
     from dinoseg.metrics.outlines import BoundaryIoU, SurfaceDice
 
@@ -30,6 +31,7 @@ _HOMES = {  # modules of the classes; the functions are in `functional`
     "ClDice": "dinoseg.metrics.cldice",
     "ConfusionMatrix": "dinoseg.metrics.confusion",
     "LabelledImage": "dinoseg.core.metric",
+    "LayerMetric": "dinoseg.metrics.layers",
     "MeanIoU": "dinoseg.metrics.miou",
     "Metric": "dinoseg.core.metric",
     "PredictedImage": "dinoseg.core.metric",
@@ -41,6 +43,7 @@ __all__ = [
     "ClDice",
     "ConfusionMatrix",
     "LabelledImage",
+    "LayerMetric",
     "MeanIoU",
     "Metric",
     "PredictedImage",

@@ -20,7 +20,6 @@ class MeanIoU(Metric):
         0.25
     """
 
-    takes_layers = True
     scores = dict.fromkeys(("miou", "dice", "accuracy", "mean_accuracy"), "max")
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:

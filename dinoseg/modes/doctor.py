@@ -10,7 +10,6 @@ import numpy as np
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from dinoseg.core.task import refuse_layers
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.doctor.errors import home_made, scanned
 from dinoseg.data.doctor.examine import examine, summary
@@ -21,7 +20,7 @@ from dinoseg.data.scan.measure import Record, measure_sample
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.experiment.builder import Builder
 from dinoseg.report.html.page import render
-from dinoseg.report.overlay import blend, legend_of, reduced
+from dinoseg.report.overlay import blend, legend_of, reduced, reduced_mask
 from dinoseg.utils.atomic import write_json, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.levels import to_display
@@ -61,7 +60,6 @@ def doctor(
         UserError: the data have errors; only after all files are written.
     """
     build = Builder(cfg)
-    refuse_layers(build.task, "mode=doctor", "mode=train checks such data when it starts.")
     datasets, findings = _open_splits(build, str(cfg.data.root))
     splits = [
         scanned(split, data, _records(split, data, images=images, workers=workers, cache_dir=cfg.cache_dir))
@@ -164,7 +162,7 @@ def _records(split: str, data: DoctorData, **options: Any) -> list[Record]:
     if isinstance(data, PairDataset):
         return scan(data.pairs, data.reader, **options)
     return [
-        measure_sample(name, f"{split}: {name}", partial(data.__getitem__, index))
+        measure_sample(name, f"{split}: {name}", partial(data.__getitem__, index), data.ignore_index)
         for index, name in enumerate(data.names)
     ]
 
@@ -259,7 +257,7 @@ def _of_classes(splits: Sequence[Scanned]) -> Iterator[tuple[tuple[str, str], st
 
 def _draw_pair(frame: np.ndarray, mask: np.ndarray, data: DoctorData) -> dict[str, Any]:
     """Return an image, its mask over it, and the legend of the classes, downscaled."""
-    frame, mask = reduced(frame, _LONGEST), reduced(mask, _LONGEST)
+    frame, mask = reduced(frame, _LONGEST), reduced_mask(mask, _LONGEST)
     tinted = blend(frame, mask, data.palette, ignore_index=data.ignore_index, opacity=0.6)
     legend = legend_of([mask], data.classes, data.palette, ignore_index=data.ignore_index)
     return {"panels": [("image", frame), ("mask", tinted)], "legend": legend}

@@ -251,11 +251,11 @@ def _written(
     """Yield a summary line for each kind of result; `reference` is the folder of reference masks, or unknown."""
     if run.count:
         yield f"overlays:     {run.folder}/*_segmentation, of {count_of(run.count, 'image')}"
-        if run.masks is not None and layers:
-            yield f"masks:        {run.masks}/CLASS, {count_of(run.count, 'PNG')} of 0 and 1 for each class"
-        elif run.masks is not None:
-            yield f"masks:        {run.masks}, {count_of(run.count, 'PNG')} of class ids"
-            words = ("mode=score", f"prediction={run.folder}", f"reference={reference or 'FOLDER'}")
+        if run.masks is not None:
+            held = "CLASS, {} of 0 and 1 for each class" if layers else ", {} of class ids"
+            protocol = ("protocol=multilabel",) if layers else ()
+            yield f"masks:        {run.masks}{'/' if layers else ''}{held.format(count_of(run.count, 'PNG'))}"
+            words = ("mode=score", *protocol, f"prediction={run.folder}", f"reference={reference or 'FOLDER'}")
             names = "" if reference else "  # FOLDER: masks of the same names"
             yield f"score them:   python -m dinoseg {shlex.join(words)}{names}"
     if run.count and outputs:

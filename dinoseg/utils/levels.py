@@ -52,7 +52,7 @@ def to_levels(values: np.ndarray, value_range: Sequence[float] | None, name: obj
     if value_range is None:
         raise UserError(
             f"{name} holds {values.dtype} values of unknown range. Declare it: "
-            "data.pixels.value_range=[LOWEST,HIGHEST]."
+            "data/pixels=files data.pixels.value_range=[LOWEST,HIGHEST]."
         )
     lowest, highest = value_range
     least, most = float(values.min()), float(values.max())

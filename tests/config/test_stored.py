@@ -22,6 +22,7 @@ LINEAR = "dinoseg.models.heads.linear.LinearHead"
 CHOICES = {
     **{"backbone": "dinov2_vits14", "adapter": "lora", "head": "linear", "loss": "ce_dice", "data": "folder"},
     **{"optim": "adamw", "trainer": "supervised", "inference": "auto", "data/augment/color": "jitter"},
+    "data/pixels": "one_file",
 }
 KEYS = [key for key in SAVED if key in CHOICES or key in ("seed", "resolution")]
 SHELL = [  # names that reach, or seem to reach, any callable

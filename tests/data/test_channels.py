@@ -128,7 +128,10 @@ def save_sample(root, channels=4):
         ({"files": ["rgb", "nir"]}, "3 . 1 channels, and data.channels=3"),
         ({"channels": 4, "files": ["rgb", "depth"]}, "no file of `depth`"),
         ({"channels": 4, "files": ["images", "nir"]}, "no `images` in its path"),
-        ({"channels": 4}, r"data\.channels=3, name further files by data\.pixels\.files, such as \[images,nir\]"),
+        (
+            {"channels": 4},
+            r"data\.channels=3; or set data/pixels=files, and name .* data\.pixels\.files, such as \[images,nir\]",
+        ),
         ({"channels": 4, "order": [0, 1, 2, 9], "files": ["rgb", "nir"]}, "order"),
         ({"channels": 4, "order": [0, 1]}, "2 numbers"),
         ({"files": ["rgb"]}, "at least two"),

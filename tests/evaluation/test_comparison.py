@@ -62,6 +62,21 @@ def record(seed=0, **changes):
     return ImageRecord(**{**said, "source": "", "counts": counts, **changes})
 
 
+def as_layers(found):
+    """Return a record of the same counts as of layers, which also hold the labelled pixels of each class."""
+    return replace(found, counts=np.concatenate([found.counts, np.full((IMAGES, 1, CLASSES), 400)], axis=1))
+
+
+def test_runs_of_two_tasks_are_refused_by_name(tmp_path):
+    folders = (tmp_path / "a", tmp_path / "b")
+    with pytest.raises(UserError, match="task: semantic in the first; multilabel in the second"):
+        aligned(dict(zip(folders, (record(), as_layers(record(1))), strict=True)))
+    layers = aligned(dict(zip(folders, (as_layers(record()), as_layers(record(1))), strict=True)))
+    assert [found.task for found in layers] == ["multilabel"] * 2
+    write_record(layers[0], tmp_path)
+    assert read_record(tmp_path).task == "multilabel"
+
+
 def sides(folders, records):
     """Return a side of each run."""
     return [Side(at.name, [at], [at.name], [at], [found]) for at, found in zip(folders, records, strict=True)]

@@ -32,5 +32,6 @@ def test_a_record_of_classes_comes_back(tmp_path):
     write_class_record(tmp_path, ["a", "b"], [(1, 2, 3), (4, 5, 6)], 250, {"format": "ids"})
     assert read_class_record(tmp_path) == (Labels.of(["a", "b"], [[1, 2, 3], [4, 5, 6]], 250), {"format": "ids"})
     write_class_record(tmp_path, ["a", "b"], [(1, 2, 3), (4, 5, 6)], 250, {}, has_layers=True)
-    with pytest.raises(UserError, match="task=multilabel.*mode=eval"):
+    with pytest.raises(UserError, match="task=multilabel. Set protocol=multilabel"):
         read_class_record(tmp_path)
+    assert read_class_record(tmp_path, has_layers=True) is not None

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 import dinoseg
 from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, WeightedMasks
 from dinoseg.losses import (
+    bce_loss,
+    binary_dice_loss,
+    cldice_loss,
     compute_class_weights,
     cross_entropy_loss,
     dice_loss,
@@ -19,11 +22,12 @@ from dinoseg.losses import (
     mask_classification_loss,
     tversky_loss,
 )
+from dinoseg.losses.cldice import SoftClDice
 from dinoseg.losses.mask_classification import MaskClassification
 from dinoseg.utils.errors import UserError
 
 WEIGHTS = [0.5, 2.0, 1.0]
-LOSSES = (cross_entropy_loss, focal_loss, dice_loss, tversky_loss, lovasz_loss)
+LOSSES = (cross_entropy_loss, focal_loss, dice_loss, tversky_loss, lovasz_loss, cldice_loss)
 
 
 @pytest.fixture
@@ -197,6 +201,59 @@ def every_point(points, first):
     return points.expand(first if isinstance(first, int) else len(first), -1, -1)
 
 
+@pytest.mark.parametrize("fill", [None, 0, 1, 255])
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_losses_of_layers_equal_their_definitions(fill, weights):
+    rng = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(2, 3, 5, 7, dtype=torch.float64, generator=rng)
+    targets = torch.randint(0, 2, logits.shape, generator=rng)
+    targets[torch.rand(targets.shape, generator=rng) < 0.3] = 255
+    targets[:, 1] = 0
+    targets[0, 1, 2, 3] = 1  # one pixel
+    targets = targets if fill is None else torch.full_like(targets, fill)
+    cost = norm = dice = present = 0.0
+    for layer, weight in enumerate(weights or [1.0] * 3):
+        known = targets[:, layer] != 255
+        truth, share = targets[:, layer][known].double(), logits[:, layer][known].sigmoid()
+        cost -= weight * (truth * share.log() + (1 - truth) * (1 - share).log()).sum().item()
+        norm += weight * known.sum().item()
+        if truth.any():
+            dice += weight * (1 - 2 * (truth * share).sum() / (truth.sum() + share.sum())).item()
+            present += weight
+    found = bce_loss(logits, targets, class_weights=weights)
+    assert found.item() == pytest.approx(cost / norm if norm else 0, abs=1e-12)
+    found = binary_dice_loss(logits, targets.int(), class_weights=weights)
+    assert found.item() == pytest.approx(dice / present if present else 0, abs=1e-12)
+
+
+@pytest.mark.parametrize("loss", [bce_loss, binary_dice_loss])
+def test_layers_that_do_not_fit_are_refused(loss):
+    logits, targets = torch.randn(2, 3, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert loss(logits[:, :1], targets[:, :1]).isfinite()  # one class is enough
+    for wrong, message in (
+        (targets[:, 0], r"\[2, 4, 4\]. Give a layer for each class \(B, K, H, W\)"),
+        (targets.float(), "Give a layer for each class"),
+        (targets[:, :2], "have 2 layers, and the logits 3"),
+        (targets + 2, r"hold the ids \[2\], which are neither"),
+        (targets[:1], "There are 2 logits and 1 targets"),
+    ):
+        with pytest.raises(UserError, match=message):
+            loss(logits, wrong)
+    assert loss(logits, targets + 2, ignore_index=2) == 0
+
+
+def test_cldice_has_the_value_of_its_training(batch):
+    logits, targets = batch
+    prediction = Prediction(logits, (9, 11), (1.0, 1.0), None, grid=logits)
+    for options in ({}, {"iterations": 1, "classes": [0, 2]}):
+        criterion = SoftClDice(torch.tensor(WEIGHTS), **options)
+        expected = criterion(prediction, Batch(targets, targets, ["a", "b"]))[0]
+        assert torch.equal(cldice_loss(logits, targets, class_weights=WEIGHTS, **options), expected)
+        assert torch.equal(cldice_loss(logits, targets, class_weights=WEIGHTS, **options), expected)
+    with pytest.raises(UserError, match="classes=.*7.*give ids of classes, from 0 to 2"):
+        cldice_loss(logits, targets, classes=[7])
+
+
 def test_weights_from_counts_have_a_mean_of_one():
     assert compute_class_weights(torch.tensor([100, 300]), "inverse").tolist() == [1.5, 0.5]
     assert compute_class_weights([5, 0], "none").tolist() == [1, 1]
@@ -224,7 +281,7 @@ def test_mistakes_are_refused(logits, targets, options, message):
         cross_entropy_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3))
 
 
-LOSSES = ("cross_entropy_loss", "focal_loss", "dice_loss", "tversky_loss", "lovasz_loss")
+LOSSES = ("cross_entropy_loss", "focal_loss", "dice_loss", "tversky_loss", "lovasz_loss", "cldice_loss")
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -244,6 +301,7 @@ def test_a_softmax_over_one_class_is_refused(name):
     for weights in (None, [2.0]):
         with pytest.raises(UserError, match="1 class.*two"):
             loss(torch.randn(2, 1, 4, 4), targets, class_weights=weights)
+    targets[:, 1] = 1
     assert loss(torch.randn(2, 2, 4, 4), targets) > 0
 
 

@@ -15,7 +15,7 @@ from dinoseg.utils.images import read_ids
 
 SMALL_MODEL = [word for word in SMALL if not word.startswith(("trainer.steps", "data.batch_size"))]
 TRAIN = (*SMALL_MODEL, "mode=train", "data.batch_size=4", "mode.report=false", "mode.pictures=1", "head=linear")
-NIR = ("data.channels=4", "data.pixels.files=[images,nir]")
+NIR = ("data.channels=4", "data/pixels=files", "data.pixels.files=[images,nir]")
 FEW = ("trainer.steps=4", "trainer.val_every=2", "trainer.save_every=2", "mode.metrics_only=true")
 pytestmark = pytest.mark.heavy
 

@@ -9,7 +9,9 @@ from command_line import SMALL, call
 from overlapping_shapes import CLASSES, write_coco, write_overlaps
 
 import dinoseg
+from dinoseg.core.metric import LabelledImage, PredictedImage
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
+from dinoseg.metrics import BoundaryIoU, SurfaceDice
 from dinoseg.training.checkpoint import read
 from dinoseg.utils.images import read_ids, read_image
 
@@ -80,10 +82,52 @@ def test_evaluation_and_saved_predictions_equal_numpy(trained):
         np.testing.assert_array_equal(sample["mask"], predictions[sample["name"]])
         shares = np.load(where / f"val_predicted/probabilities/{sample['name']}.npy")
         assert shares.shape == (2, 32, 48) and ((shares >= 0.5) == predictions[sample["name"]]).mean() > 0.99
-    score = call(where, "mode=score", "prediction=val_predicted", "reference=val_predicted/references")
-    assert score.status == 1 and "task=multilabel" in score.err and "mode=eval" in score.err
+    words = ("mode=score", "prediction=val_predicted", "mode.workers=1")
+    run(where, *words, "reference=data/val/masks", "protocol=multilabel", "protocol.nsd=true", "hydra.run.dir=scored")
+    scored = scores_of(where / "scored")
+    assert scored["scores"]["mIoU"] == pytest.approx(scores["miou"])
+    assert scored["scores"]["dice"] == pytest.approx(scores["dice"])
+    assert scored["scores"]["accuracy"] == pytest.approx(scores["accuracy"])
+    assert scored["n"] == len(val) and scored["ci95"]["NSD"] is not None
+    run(where, *words, "reference=val_predicted/references", "protocol=multilabel", "hydra.run.dir=again")
+    assert scores_of(where / "again")["scores"]["mIoU"] == pytest.approx(scores["miou"])
+    score = call(where, *words, "reference=val_predicted/references")
+    assert score.status == 1 and "task=multilabel. Set protocol=multilabel" in score.err
     references = read_layers(where / "val_predicted/references", val)
     assert all((references[name] == val[name]).all() for name in val)
+
+
+def test_metrics_count_the_layers_of_each_class(trained):
+    where, masks = trained
+    run(where, "mode=predict", "resume=run", "input=val", "hydra.run.dir=for_metrics")
+    val = sorted(name for name in masks if name.startswith("val"))
+    predictions = read_layers(where / "for_metrics/masks", val)
+    words = ("metric=[boundary_iou,nsd,cldice,ece]", "metric.nsd.tolerance=1")
+    run(where, "mode=eval", "resume=run", *words, "hydra.run.dir=metrics")
+    scores = scores_of(where / "metrics")
+    for name, metric in (("boundary_iou", BoundaryIoU()), ("nsd", SurfaceDice(1))):
+        values = []
+        for layer, row in enumerate(scores["classes"]):
+            pairs = [(predictions[each][layer].astype(np.uint8), masks[each][layer].astype(np.uint8)) for each in val]
+            counts = [metric.count(PredictedImage(ids), LabelledImage(mask, 2)) for ids, mask in pairs]
+            totals = {key: sum(count[key] for count in counts) for key in counts[0]}
+            values.append(metric.per_class(totals)[name][1])
+            assert row[name] == pytest.approx(values[-1])
+        assert scores[name] == pytest.approx(np.mean(values))
+    assert 0 < scores["ece"] < 0.5 and 0 < scores["cldice"] <= 1 and "ece" in scores["classes"][0]
+    assert "nsd" in (where / "metrics/report.html").read_text()
+
+
+def test_doctor_reports_layers(trained):
+    where, masks = trained
+    words = ("data=folder", "data.root=data", "data.classes=[disc,square]", "task=multilabel", "hydra.run.dir=doctor")
+    done = run(where, "mode=doctor", *words)
+    pixels = sum((mask.sum(axis=0) > 1).sum() for name, mask in masks.items() if name.startswith("train"))
+    assert f"{pixels:,} pixels of train show several classes" in done.out
+    report = json.loads((where / "doctor/doctor.json").read_text())
+    shown = [sum(mask[layer].sum() for name, mask in masks.items() if name.startswith("val")) for layer in range(2)]
+    assert [row["pixels"] for row in report["splits"]["val"]["classes"]] == shown
+    assert "several classes" in (where / "doctor/doctor.html").read_text()
 
 
 def test_windows_flips_and_thresholds_change_the_layers(trained):
@@ -97,6 +141,12 @@ def test_windows_flips_and_thresholds_change_the_layers(trained):
         run(where, "mode=eval", "resume=run", f"task.threshold=[{threshold},0.5]", f"hydra.run.dir={folder}")
         recalls.append([row["recall"] for row in scores_of(where / folder)["classes"]])
     assert recalls[0][0] > recalls[1][0] and recalls[0][1] == recalls[1][1]
+    run(where, "mode=compare", "runs=[at_0.1,at_0.9]", "hydra.run.dir=compared")
+    compared = json.loads((where / "compared/compare.json").read_text())
+    first, second = (scores_of(where / f"at_{threshold}") for threshold in (0.1, 0.9))
+    gap = compared["others"]["at_0.9"]["differences"]["miou"]["value"]
+    assert gap == pytest.approx(second["miou"] - first["miou"])
+    assert compared["scores"]["accuracy"] == pytest.approx(first["accuracy"])
 
 
 def test_exported_files_equal_the_model(trained):
@@ -143,13 +193,11 @@ def test_a_single_class_from_coco_is_trained(tmp_path):
         (("loss=cross_entropy",), "loss=cross_entropy does not fit task=multilabel. Choose loss=bce"),
         (("task=semantic",), "loss=bce_dice does not fit task=semantic"),
         (("head=eomt", "head.blocks=1"), "task=multilabel: a head of masks or slots"),
-        (("metric=[nsd]",), "task=multilabel: metric=nsd"),
         (("trainer=distil", "teacher=run"), "task=multilabel: trainer=distil"),
         (("data.ignore_index=1",), "layers hold 0 and 1"),
         (("data.cache=packed",), "task=multilabel: data.cache=packed"),
         (("data.augment.cat_max_ratio=0.75",), "task=multilabel: data.augment.cat_max_ratio=0.75"),
         (("task.threshold=[0.5]",), "one for each of the 2 classes"),
-        (("mode=doctor",), "task=multilabel: mode=doctor"),
         (("mode=probe",), "task=multilabel: mode=probe"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 from dinoseg.data.doctor.checks.classes import check_coverage
 from dinoseg.data.doctor.checks.duplicates import check_duplicates
 from dinoseg.data.doctor.checks.files import check_orientation, check_resized
+from dinoseg.data.doctor.checks.layers import check_layers
 from dinoseg.data.doctor.checks.pairing import check_pairing
 from dinoseg.data.doctor.errors import find_errors
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
@@ -43,7 +44,7 @@ def examine(
     findings += [*check_resized(splits), *check_orientation(splits), *check_coverage(splits), *check_videos(splits)]
     findings += check_duplicates(splits, near_distance)
     for part in splits:
-        findings += check_pairing(part)
+        findings += [*check_layers(part), *check_pairing(part)]
     return by_severity([*findings, *suggest(splits)])
 
 
@@ -52,7 +53,7 @@ def summary(part: Scanned) -> dict[str, Any]:
     sizes = sorted(
         {record.image_size for record in part.records if record.image_size}, key=lambda size: (math.prod(size), size)
     )
-    labelled = int(part.counts.sum())
+    labelled = part.labelled
     return {
         "images": len(part.records),
         "smallest": _size(sizes[0]) if sizes else None,
@@ -73,7 +74,7 @@ def _class_row(part: Scanned, index: int, labelled: int) -> Mapping[str, Any]:
         "id": index,
         "class": part.classes[index],
         "pixels": pixels,
-        "share": pixels / labelled if labelled else 0.0,
+        "share": pixels / labelled * (len(part.classes) if part.has_layers else 1) if labelled else 0.0,
         "images": sum(index in record.pixels for record in part.records),
     }
 

@@ -69,6 +69,19 @@ class Scanned:
         """Return the number of ignored pixels."""
         return int(self._all_counts()[self.ignore_index])
 
+    @property
+    def labelled(self) -> int:
+        """Return the number of labelled pixels; of layers, of those of all classes together."""
+        return sum(self.count_labelled(record) for record in self.records if record.mask_digest)
+
+    def count_labelled(self, record: Record) -> int:
+        """Return the number of labelled pixels of a mask that was read."""
+        ignored = record.pixels.get(self.ignore_index, 0)
+        if not self.has_layers:
+            return sum(record.pixels.values()) - ignored
+        height, width = record.image_size or record.mask_size or (0, 0)
+        return len(self.classes) * height * width - ignored
+
     def _all_counts(self) -> np.ndarray:
         return sum((record.counts for record in self.records), np.zeros(256, dtype=np.int64))
 

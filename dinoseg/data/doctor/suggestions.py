@@ -14,12 +14,12 @@ def suggest(splits: Sequence[Scanned]) -> Iterator[Finding]:
 
 
 def constant_class(part: Scanned) -> dict[str, Any] | None:
-    """Return the most common class of a split, and the scores of predicting it everywhere.
+    """Return the most common class of a split, and the scores of predicting it everywhere; None for layers.
 
     Its IoU is its share of the labelled pixels; the IoU of every other class present is 0.
     """
     total = int(part.counts.sum())
-    if not total:
+    if not total or part.has_layers:
         return None
     commonest = int(part.counts.argmax())
     accuracy = float(part.counts[commonest]) / total

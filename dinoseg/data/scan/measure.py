@@ -43,6 +43,7 @@ class Record:
         pixels: class id or ignore_index to number of pixels, as used in training; empty for a rejected mask.
         raw: number or colour in the mask file to number of pixels; at most 256 entries. Of layers: class and value.
         problems: code to reason, of all problems that would stop a run.
+        overlap: pixels of several classes; 0 unless the mask has layers.
         mask_digest: hash of the ids.
         decoded: whether the image was decoded; the fields below need it.
         image_digest: hash of the pixels.
@@ -59,6 +60,7 @@ class Record:
     pixels: Mapping[int, int] = field(default_factory=dict)
     raw: Mapping[str, int] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
+    overlap: int = 0
     mask_digest: str = ""
     decoded: bool = False
     image_digest: str = ""
@@ -100,13 +102,14 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
         return record.with_problem("unreadable_mask", _reason(mask, error))
 
 
-def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]]) -> Record:
+def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]], ignore_index: int) -> Record:
     """Return the record of a sample that a dataset reads itself; any error becomes a problem in the record.
 
     Args:
         name: name of the sample.
         where: stands for the paths of its files.
-        read: returns the sample, whose mask holds only class ids and ignore_index.
+        read: returns the sample, whose mask holds only class ids, or layers of 0 and 1, and ignore_index.
+        ignore_index: the ignored id.
     """
     record = Record(name, where, where, decoded=True)
     try:
@@ -115,15 +118,10 @@ def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]])
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return record.with_problem("unreadable_image", reason)
     ids = np.ascontiguousarray(sample["mask"].numpy())
-    pixels = dict(_counted(ids))
-    return replace(
-        _with_pixels(record, sample["image"].permute(1, 2, 0).numpy()),
-        mask_size=(ids.shape[0], ids.shape[1]),
-        pixels=pixels,
-        raw={str(value): count for value, count in pixels.items()},
-        mask_digest=digest(ids),
-        borders=borders(ids).tobytes(),
-    )
+    record = _with_pixels(record, sample["image"].permute(1, 2, 0).numpy())
+    pixels = {} if ids.ndim > 2 else dict(_counted(ids))
+    record = replace(record, mask_size=(ids.shape[-2], ids.shape[-1]), pixels=pixels)
+    return _with_mask(record, ids, ignore_index, raw={str(value): count for value, count in pixels.items()})
 
 
 def _with_pixels(record: Record, image: np.ndarray) -> Record:
@@ -171,18 +169,22 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
         ids = fit_mask(ids, record.image_size or ids.shape, reader.masks.on_size_mismatch, image=image, path=mask)
     except UserError as error:
         record = record.with_problem("size_mismatch", str(error))
+    ignored = reader.labels.ignore_index
     if isinstance(mask, Layers):
-        pixels, raw = _layer_counts(ids, reader.labels.ignore_index), _layer_values(ids, mask)
-    else:
-        pixels = dict(_counted(ids))
-        raw = _raw_of(mask, reader, pixels)
-    return replace(
-        record,
-        pixels=pixels,
-        mask_digest=digest(ids),
-        raw=raw,
-        borders=borders(ids if ids.ndim == 2 else ids.max(axis=0)).tobytes() if record.decoded else b"",
-    )
+        return _with_mask(record, ids, ignored, raw=_layer_values(ids, mask))
+    pixels = dict(_counted(ids))
+    return _with_mask(replace(record, pixels=pixels), ids, ignored, raw=_raw_of(mask, reader, pixels))
+
+
+def _with_mask(record: Record, mask: np.ndarray, ignore_index: int, raw: Mapping[str, int]) -> Record:
+    """Return a record with the measurements of ids (H, W), whose pixels are counted, or of layers (K, H, W)."""
+    outline = mask
+    if mask.ndim > 2:
+        outline = mask.max(axis=0)
+        several = (mask == 1).sum(axis=0) > 1
+        record = replace(record, pixels=_layer_counts(mask, ignore_index), overlap=int(several.sum()))
+    small = borders(outline).tobytes() if record.decoded else b""
+    return replace(record, raw=raw, mask_digest=digest(mask), borders=small)
 
 
 def _layer_counts(layers: np.ndarray, ignore_index: int) -> dict[int, int]:

@@ -82,6 +82,7 @@ class ScoreProtocol(ABC):
     # DAVIS only, which scores in the order of its list: folder of the reference masks
     annotations: str | None = None
     max_proposals: int | None = None  # maximum segments of a prediction; None: unlimited
+    has_layers: bool = False  # whether each class has masks of its own, as with task=multilabel
 
     @abstractmethod
     def find(self, reference: Path, prediction: Path) -> Cases:

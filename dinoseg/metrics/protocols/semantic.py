@@ -1,33 +1,24 @@
 """Generic semantic segmentation: counts pooled over the whole data set, as in mmseg and Hugging Face evaluate."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
-from dinoseg.metrics.flat import FlatMetric, flatten_counts
 from dinoseg.metrics.miou import MeanIoU
 from dinoseg.metrics.outlines import BoundaryIoU, SurfaceDice
-from dinoseg.metrics.protocols.contract import BadFile, Cases, DatasetProtocol, Measured, ScoringCase
-from dinoseg.metrics.protocols.trees import Tree, match, read_both, read_labels, refuse_ids, refuse_inside
+from dinoseg.metrics.protocols.binary_masks import are_binary, from_binary
+from dinoseg.metrics.protocols.contract import Cases, DatasetProtocol, Measured, ScoringCase
+from dinoseg.metrics.protocols.pooled import PooledMetrics
+from dinoseg.metrics.protocols.trees import Tree, match, read_encoded, read_labels, refuse_ids, refuse_inside
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative, check_annotations
 from dinoseg.utils.wording import join_names
 
 _TREE = Tree()
 _BAND = 0.02  # width of the Boundary IoU band, as a share of the image diagonal
-# keys of the protocol, and names of the metrics' scores and values by class
-_SCORES = {
-    "mIoU": "miou",
-    "accuracy": "accuracy",
-    "mean_accuracy": "mean_accuracy",
-    "dice": "dice",
-    "boundary_IoU": "boundary_iou",
-    "NSD": "nsd",
-}
-_CLASS_SCORES = {"IoU": "iou", "accuracy": "accuracy", "dice": "dice", "boundary_IoU": "boundary_iou", "NSD": "nsd"}
 
 
 class Semantic(DatasetProtocol):
@@ -94,11 +85,8 @@ class Semantic(DatasetProtocol):
             metrics.append(BoundaryIoU(_BAND))
         if nsd:
             metrics.append(SurfaceDice(tolerance))
-        pixel = np.zeros((1, 1), np.uint8)
-        counts = [metric.count(PredictedImage(pixel), LabelledImage(pixel, num_classes)) for metric in metrics]
-        self._metrics = [FlatMetric.of(*pair) for pair in zip(metrics, counts, strict=True)]
-        names = [name for metric in metrics for name in metric.scores]
-        self.keys = [key for key, name in _SCORES.items() if name in names]
+        self._pooled = PooledMetrics(metrics, classes, np.zeros((1, 1), np.uint8))
+        self.keys = self._pooled.keys
         self.rules = self._rules()
 
     def _rules(self) -> dict[str, Any]:
@@ -148,7 +136,7 @@ class Semantic(DatasetProtocol):
             missing=lambda name: prediction / self.target(name),
         )
         as_ids = not self.binary and self.num_classes > 1 and self.ignore_index == 255 and not self.reduce_zero_label
-        if as_ids and _are_binary((case.files[0][0] for case in listing.cases), self.references or read_labels):
+        if as_ids and are_binary((case.files[0][0] for case in listing.cases), self.references or read_labels):
             listing.notes.insert(
                 0,
                 f"reference={reference} holds 0 and 255 alone, and 255 is ignored: THE SCORE IS OF CLASS 0 ALONE. If "
@@ -158,31 +146,18 @@ class Semantic(DatasetProtocol):
 
     def measure(self, case: ScoringCase) -> Measured:
         """Return the counts of an image for each metric, one after another."""
-        reference, prediction = self._read(case)
+        reference, prediction = read_encoded(self.references, *case.files[0])
         if self.binary:
             reference, prediction = (
-                _from_binary(numbers, path)
-                for numbers, path in zip((reference, prediction), case.files[0], strict=True)
+                from_binary(numbers, path) for numbers, path in zip((reference, prediction), case.files[0], strict=True)
             )
         ids, held = self._ids(reference, case.files[0][0])
         unknown = (prediction < 0) | (prediction >= self.num_classes)
         guess = np.where(unknown, self.num_classes, prediction)
         # an id above all classes is ignored: the protocol scores the class `ignore_index` where it is predicted
         sample = LabelledImage(np.where(held, ids, self.num_classes + 1), self.num_classes, self.num_classes + 1)
-        counts = [flatten_counts(flat.metric.count(PredictedImage(guess), sample)) for flat in self._metrics]
-        return Measured(np.concatenate(counts), {"unknown_pixels_prediction": int((unknown & held).sum())})
-
-    def _read(self, case: ScoringCase) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of reference and prediction (H, W)."""
-        if self.references is None:
-            return read_both(case)
-        (file, predicted), *_ = case.files
-        assert predicted is not None
-        prediction = read_labels(predicted)
-        try:
-            return self.references(file, predicted, (prediction.shape[0], prediction.shape[1])), prediction
-        except UserError as error:
-            raise BadFile(file, str(error).replace(f"{file} ", "it ")) from None
+        counts = self._pooled.count(PredictedImage(guess), sample)
+        return Measured(counts, {"unknown_pixels_prediction": int((unknown & held).sum())})
 
     def _ids(self, reference: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """Return a reference's class ids (H, W), and which pixels count (H, W)."""
@@ -204,50 +179,8 @@ class Semantic(DatasetProtocol):
 
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return each score (...)."""
-        found: dict[str, np.ndarray] = {}
-        for flat, part in self._parts(sums):
-            found |= flat.scores(part)
-        return {key: found[_SCORES[key]] for key in self.keys}
+        return self._pooled.scores(sums)
 
     def per_class(self, sums: np.ndarray) -> list[dict[str, Any]]:
         """Return the scores of each class."""
-        values: dict[str, np.ndarray] = {}
-        for flat, part in self._parts(sums):
-            values |= flat.metric.per_class(flat.split(part))
-        shown = {key: values[name] for key, name in _CLASS_SCORES.items() if name in values}
-        return [
-            {"id": index, "name": self.classes[index], **{key: float(each[index]) for key, each in shown.items()}}
-            for index in range(self.num_classes)
-        ]
-
-    def _parts(self, sums: np.ndarray) -> Iterator[tuple[FlatMetric, np.ndarray]]:
-        """Yield each metric with its part of flat sums (..., d)."""
-        start = 0
-        for flat in self._metrics:
-            yield flat, sums[..., start : start + flat.size]
-            start += flat.size
-
-
-def _are_binary(references: Iterable[Path], read: Callable[[Path], np.ndarray]) -> bool:
-    """Return whether references hold 0 and 255 only; the search ends at the first file with other ids."""
-    seen: set[int] = set()
-    for path in references:
-        try:
-            seen |= set(np.unique(read(path)).tolist())
-        except UserError:
-            continue  # reported by `measure`
-        if not seen <= {0, 255}:
-            return False
-    return len(seen) == 2
-
-
-def _from_binary(numbers: np.ndarray, path: Path | None) -> np.ndarray:
-    """Return a mask of 0 and 255, or of 0 and 1, as class ids (H, W).
-
-    Raises:
-        BadFile: the mask has other values.
-    """
-    assert path is not None
-    high = 255 if (numbers == 255).any() else 1
-    refuse_ids(numbers, (numbers != 0) & (numbers != high), path, f"A binary mask holds only 0 and {high}.")
-    return (numbers == high).astype(np.uint8)
+        return self._pooled.per_class(sums)

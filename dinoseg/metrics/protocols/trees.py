@@ -199,6 +199,29 @@ def read_pair(
     return reference, prediction
 
 
+def read_encoded(
+    references: Callable[..., np.ndarray] | None, file: Path, predicted: Path | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids (H, W) of a reference and its prediction.
+
+    Args:
+        references: `references(file, predicted, size)` reads a reference at its prediction's size; None: it holds ids.
+        file: reference.
+        predicted: prediction.
+
+    Raises:
+        BadFile: one is unreadable or does not fit.
+    """
+    if references is None:
+        return read_pair(file, predicted)
+    assert predicted is not None
+    prediction = read_labels(predicted)
+    try:
+        return references(file, predicted, (prediction.shape[0], prediction.shape[1])), prediction
+    except UserError as error:
+        raise BadFile(file, str(error).replace(f"{file} ", "it ")) from None
+
+
 def refuse_ids(ids: np.ndarray, wrong: np.ndarray, path: Path, rule: str) -> None:
     """Refuse a file with invalid ids.
 

@@ -15,7 +15,7 @@ def check_coverage(splits: Sequence[Scanned]) -> Iterator[Finding]:
     yield from _similar_names(splits)
     for part in splits:
         yield from _much_void(part)
-    if any(part.counts.any() for part in splits):
+    if any(part.labelled for part in splits):
         yield from _unseen(splits)
 
 
@@ -70,7 +70,7 @@ def _named(chosen: np.ndarray, part: Scanned) -> list[str]:
 
 
 def _much_void(part: Scanned) -> Iterator[Finding]:
-    labelled = int(part.counts.sum())
+    labelled = part.labelled
     if not labelled:  # an error of `check_labels`
         return
     if part.void / (labelled + part.void) > _MUCH_VOID:
@@ -81,7 +81,7 @@ def _much_void(part: Scanned) -> Iterator[Finding]:
             f"({part.ignore_index}).",
             remedy="Check the ids that are ignored: data.ignore_index, data.reader.masks.ids.",
         )
-    empty = [record.mask for record in part.records if set(record.pixels) == {part.ignore_index}]
+    empty = [record.mask for record in part.records if record.mask_digest and not part.count_labelled(record)]
     if empty:
         yield Finding(
             "warning",

@@ -1,0 +1,176 @@
+"""Metrics of layers equal independent references of each layer, on random and ugly layers."""
+
+import numpy as np
+import pytest
+from scipy import ndimage, spatial
+
+from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
+from dinoseg.metrics import BoundaryIoU, CalibrationError, ClDice, LayerMetric, SurfaceDice
+from dinoseg.metrics.wrapped import WrappedMetric
+
+CLASSES = 4
+
+
+def draw_images(seed):
+    """Return the layers of 1 to 3 images of odd sizes: empty, full, of one pixel, ignored, or random ones."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for _ in range(rng.integers(1, 4)):
+        shape = (CLASSES, *rng.integers(1, 22, 2))
+        smooth = ndimage.gaussian_filter(rng.normal(size=(2, *shape)), (0, 0, 1.5, 1.5)) > 0.05
+        mask, ids = smooth.astype(np.uint8)
+        for layer, kind in enumerate(rng.integers(0, 6, CLASSES)):
+            if kind < 2:
+                mask[layer] = kind  # empty or full
+            elif kind == 2:
+                mask[layer] = 0
+                mask[layer, rng.integers(shape[1]), rng.integers(shape[2])] = 1
+            elif kind == 3:
+                ids[layer] = mask[layer]
+        mask[rng.random(shape) < rng.choice([0, 0.2])] = 255
+        mask[rng.integers(CLASSES)] = rng.choice([0, 255])
+        logits = rng.normal(scale=3, size=shape).astype(np.float32)
+        images.append((ids, mask, logits))
+    return images
+
+
+def score(metric, images):
+    rows = [
+        metric.count(PredictedImage(ids, logits), LabelledImage(mask, CLASSES, name="x"))
+        for ids, mask, logits in images
+    ]
+    return metric.score(rows), metric.per_class({name: np.sum([row[name] for row in rows], axis=0) for name in rows[0]})
+
+
+def sides_of(images, layer):
+    """Return reference and prediction of a layer in each image, without ignored pixels."""
+    return [[(side[layer] == 1) & (mask[layer] != 255) for side in (mask, ids)] for ids, mask, _ in images]
+
+
+def boundary_iou(pairs):
+    both = either = 0
+    for pair in pairs:
+        depth = max(1, round(0.02 * float(np.hypot(*pair[0].shape))))
+        ours, theirs = (side & ~ndimage.binary_erosion(side, np.ones((3, 3)), depth) for side in pair)
+        both += (ours & theirs).sum()
+        either += (ours | theirs).sum()
+    return both / either if either else None
+
+
+def surface_dice(pairs, tolerance=2):
+    found = []
+    for pair in pairs:
+        ours, theirs = (np.argwhere(side & ~ndimage.binary_erosion(side)) for side in pair)
+        if len(ours) and len(theirs):
+            squares = spatial.distance.cdist(ours, theirs, "sqeuclidean")
+            near = (squares.min(0) <= tolerance**2).sum() + (squares.min(1) <= tolerance**2).sum()
+            found.append(near / (len(ours) + len(theirs)))
+        elif len(ours) or len(theirs):
+            found.append(0.0)
+    return np.mean(found) if found else None
+
+
+def calibration_error(images, layer):
+    """Return the ECE of a layer over 15 bins of the greater of p and 1 - p, with p the sigmoid in float64."""
+    confidence, correct = [], []
+    for _, mask, logits in images:
+        known = mask[layer] != 255
+        share = 1 / (1 + np.exp(-logits[layer][known].astype(np.float64)))
+        confidence += np.maximum(share, 1 - share).tolist()
+        correct += ((share > 0.5) == (mask[layer][known] == 1)).tolist()
+    confidence, correct = np.array(confidence), np.array(correct)
+    if not len(confidence):
+        return None
+    bins = np.ceil(confidence * 15)
+    gaps = [abs(correct[bins == each].sum() - confidence[bins == each].sum()) for each in np.unique(bins)]
+    return sum(gaps) / len(confidence)
+
+
+class Share:
+    """Share of the pixels that a mask covers, as a metric of another library."""
+
+    def reset(self):
+        self.value = None
+
+    def update(self, ids, mask):
+        self.value = (ids == 1).double().mean() if (mask == 1).any() else np.nan
+
+    def compute(self):
+        return self.value
+
+
+def mean_share(images, layer):
+    shares = [
+        (np.where(mask[layer] == 255, 0, ids[layer]) == 1).mean() for ids, mask, _ in images if (mask[layer] == 1).any()
+    ]
+    return np.mean(shares) if shares else None
+
+
+REFERENCES = {
+    "boundary_iou": (BoundaryIoU(), lambda images, layer: boundary_iou(sides_of(images, layer))),
+    "nsd": (SurfaceDice(), lambda images, layer: surface_dice(sides_of(images, layer))),
+    "ece": (CalibrationError(), calibration_error),
+    "share": (WrappedMetric("share", Share()), mean_share),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_scores_of_layers_equal_references(name):
+    metric, reference = REFERENCES[name]
+    for seed in range(150):
+        images = draw_images(seed)
+        found, by_class = score(LayerMetric(metric), images)
+        expected = [reference(images, layer) for layer in range(CLASSES)]
+        defined = [value for value in expected if value is not None]
+        assert found[name] == (pytest.approx(np.mean(defined), abs=1e-12) if defined else None), seed
+        values = [np.nan if value is None else value for value in expected]
+        np.testing.assert_allclose(by_class[name], values, atol=1e-12, err_msg=str(seed))
+
+
+def test_skeletons_of_layers_are_those_of_binary_masks():
+    for seed in range(20):
+        images = draw_images(seed)
+        _, found = score(LayerMetric(ClDice()), images)
+        for layer in range(CLASSES):
+            rows = [
+                ClDice().count(PredictedImage(ids[layer]), LabelledImage(mask[layer], 2)) for ids, mask, _ in images
+            ]
+            expected = ClDice().score(rows)
+            for name, value in expected.items():
+                assert np.isnan(found[name][layer]) if value is None else found[name][layer] == pytest.approx(value)
+
+
+def test_scores_of_sums_are_vectorised():
+    metric = LayerMetric(BoundaryIoU())
+    images = draw_images(3)
+    rows = [metric.count(PredictedImage(ids), LabelledImage(mask, CLASSES)) for ids, mask, _ in images]
+    stacked = metric.compute({"bands": np.stack([row["bands"] for row in rows])})
+    np.testing.assert_array_equal(stacked["boundary_iou"], [metric.compute(row)["boundary_iou"] for row in rows])
+
+
+def test_settings_name_the_options_of_the_metric():
+    one, other = (LayerMetric(BoundaryIoU(ratio)).settings for ratio in (0.02, 0.05))
+    assert one != other and "BoundaryIoU" in one and "0.02" in one and one != BoundaryIoU(0.02).settings
+
+
+def test_a_metric_without_values_by_class_counts_layers():
+    class Correct(Metric):
+        scores = {"correct": "max"}
+
+        def count(self, prediction, sample):
+            labelled = sample.mask != sample.ignore_index
+            return {"hits": (labelled & (prediction.ids == sample.mask)).sum(), "labelled": labelled.sum()}
+
+        def compute(self, sums):
+            with np.errstate(invalid="ignore"):
+                return {"correct": sums["hits"] / sums["labelled"]}
+
+    for seed in range(20):
+        images = draw_images(seed)
+        found, _ = score(LayerMetric(Correct()), images)
+        shares = []
+        for layer in range(CLASSES):
+            known = [mask[layer] != 255 for _, mask, _ in images]
+            hits = [(ids[layer] == mask[layer])[each] for (ids, mask, _), each in zip(images, known, strict=True)]
+            shares += [np.concatenate(hits).mean()] if np.concatenate(hits).size else []
+        assert found["correct"] == pytest.approx(np.mean(shares))
