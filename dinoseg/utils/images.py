@@ -51,6 +51,8 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # signatures of TIFF files
 _RAW_MODES = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes in which Pillow returns the stored values
 _RAW_MODES_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # the same, if packed in whole bytes
 _warned: list[str | Path] = []  # the file that the warning about scaling named
+# what Pillow raises for damaged files
+_DAMAGE = (OSError, SyntaxError, ArithmeticError, LookupError, TypeError, ValueError, struct.error)
 _NO_PICTURE = "is truncated or not an image: replace or remove it"
 _STRETCHED = {"2": 85, "4": 17}  # bits per pixel of grey files to Pillow's factor on their values
 
@@ -82,7 +84,7 @@ def as_rgb(image: Image.Image, name: str) -> np.ndarray:
         raise
     except Unfit as error:
         raise UserError(f"{name} {error}.") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{name} cannot be read as an image ({error}). Replace or remove it.") from error
 
 
@@ -297,7 +299,7 @@ def decode(path: str | Path, take: Callable[[Image.Image], T]) -> T:
             return take(image)
     except UserError:
         raise
-    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError, Unfit) as error:
+    except (*_DAMAGE, MemoryError, Image.DecompressionBombError, Unfit) as error:
         raise _explain(Path(path), error) from error
 
 
