@@ -130,7 +130,7 @@ class Layers:
     read_layer: Callable[[Any], np.ndarray]
 
     def __str__(self) -> str:
-        return ", ".join(str(source) for source in self.given)
+        return ", ".join(dict.fromkeys(map(str, self.given)))
 
     @property
     def given(self) -> list[Path | Drawing]:
@@ -152,13 +152,21 @@ class Layers:
         Raises:
             UserError: a file is unreadable or holds other numbers, or two files differ in size.
         """
-        layers = [None if source is None else self.read_layer(source) for source in self.sources]
-        sizes = {layer.shape for layer in layers if layer is not None}
+        layers = np.zeros((len(self.sources), 0, 0), np.uint8)
+        sizes: set[tuple[int, ...]] = set()
+        for index, source in enumerate(self.sources):
+            if source is None:
+                continue
+            layer = self.read_layer(source)
+            if not sizes:
+                layers = np.zeros((len(self.sources), *layer.shape), np.uint8)
+            sizes.add(layer.shape)
+            if len(sizes) == 1:
+                layers[index] = layer
         if len(sizes) > 1:
             found = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
             raise UserError(f"The masks {self} differ in size: {found} (width x height). Make them equal.")
-        empty = np.zeros(sizes.pop(), np.uint8)
-        return np.stack([empty if layer is None else layer for layer in layers])
+        return layers
 
     def digest(self) -> str:
         """Return a hash of everything that the mask depends on."""
@@ -172,6 +180,12 @@ MaskSource = Path | Drawing | Layers
 def mask_file(mask: MaskSource) -> Path:
     """Return the file that contains a mask, or its first layer."""
     return mask if isinstance(mask, Path) else mask.path
+
+
+def drawn_size(mask: MaskSource) -> tuple[int, int] | None:
+    """Return height and width of a mask that is drawn, before it is; None for files."""
+    source = mask.given[0] if isinstance(mask, Layers) else mask
+    return source.size if isinstance(source, Drawing) else None
 
 
 def mask_key(mask: MaskSource) -> str:
