@@ -66,7 +66,7 @@ def to_levels(values: np.ndarray, value_range: Sequence[float] | None, name: obj
     rows = max(1, _BAND // values[0].size)
     for start in range(0, len(values), rows):
         band = values[start : start + rows].astype(np.float64)
-        levels[start : start + rows] = np.round((band - lowest) * (WHITE / (highest - lowest)))
+        levels[start : start + rows] = np.round((band - lowest) / (highest - lowest) * WHITE)
     return levels
 
 

@@ -136,6 +136,8 @@ def save_sample(root, channels=4):
         ({"channels": 4, "order": [0, 1, 2, 9], "files": ["rgb", "nir"]}, "order"),
         ({"channels": 4, "order": [0, 1]}, "2 numbers"),
         ({"files": ["rgb"]}, "at least two"),
+        ({"files": ["rgb", "../nir"]}, "names and not of paths"),
+        ({"files": ["rgb", "/nir"]}, "names and not of paths"),
         ({"value_range": (5, 5)}, "lowest < highest"),
         ({"value_range": (0, float("inf"))}, "finite"),
     ],
@@ -284,6 +286,10 @@ def test_large_arrays_are_scaled_in_bands_of_rows(tmp_path):
     assert tracemalloc.get_traced_memory()[1] < 4 * values.nbytes  # float64 values alone have twice its bytes
     tracemalloc.stop()
     assert np.array_equal(found[..., 0], np.round(values.astype(float) * 65535))
+
+
+def test_the_smallest_ranges_are_mapped_without_overflow():
+    assert to_levels(np.array([[[0.0], [5e-324]]]), [0, 5e-324], "The image").ravel().tolist() == [0, 65535]
 
 
 def test_tiff_files_with_an_unspecified_channel_are_read(tmp_path):
