@@ -13,7 +13,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import open_regular
 from dinoseg.utils.image_cost import Unfit, check_cost, check_pages
-from dinoseg.utils.images import ARRAY_SUFFIX, decode, load_upright, read_orientation, read_size
+from dinoseg.utils.images import ARRAY_SUFFIX, check_storage, decode, load_upright, read_orientation, read_size
 
 WHITE = 65535  # highest level of 16 bits
 EXACT = 257  # 65535 / 255: 16-bit level of an 8-bit one, at the same share of white
@@ -113,8 +113,7 @@ def _read_channels(image: Image.Image) -> np.ndarray:
 
 
 def _pages(image: Image.Image) -> Iterator[Image.Image]:
-    yield image
-    for number in itertools.count(1) if isinstance(image, TiffImageFile) else ():
+    for number in itertools.count() if isinstance(image, TiffImageFile) else (0,):
         try:
             image.seek(number)
         except EOFError:
@@ -144,9 +143,13 @@ def _check_samples(stored: int, read: int) -> None:
 
 
 def _is_reduced(image: Image.Image) -> bool:
-    """Return whether Pillow would reduce an image: several channels of 16 bits to 8, or RGB and another one to RGB."""
+    """Return whether Pillow would reduce an image: several channels of 16 bits to 8, or RGB and another one to RGB.
+
+    Or it would divide three channels by a fourth one, premultiplied alpha.
+    """
     packing = _find_packing(image)
-    return len(image.getbands()) > 1 and (";16" in packing or ("RGBX" in packing and isinstance(image, TiffImageFile)))
+    is_changed = packing in ("RGBX", "RGBa") and isinstance(image, TiffImageFile)
+    return len(image.getbands()) > 1 and (";16" in packing or is_changed)
 
 
 def _find_packing(image: Image.Image) -> str:
@@ -165,6 +168,7 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
     count = 0
     for page in _pages(image):  # check all, since OpenCV decodes all at once
         check_cost(page)
+        check_storage(page)
         count += 1
         if (page.height, page.width, _find_packing(page)) != (height, width, packing):
             raise Unfit("has pages of different sizes or kinds. Save its channels as pages of one size")

@@ -27,6 +27,7 @@ from dinoseg.export.runtime.inputs import pictures
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.utils import levels as levels_module
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_image
 from dinoseg.utils.levels import read_levels, read_levels_size, to_display, to_levels
 
 SIZE = (21, 34)
@@ -254,6 +255,66 @@ def test_further_pages_have_no_tag_twice(tmp_path):
     (tmp_path / "a.tif").write_bytes(tiff_of_pages(PAGE, [(256, 4, 4), *PAGE]))
     with pytest.raises(UserError, match="TIFF tag 256 twice"):
         PixelFormat(2).read(tmp_path / "a.tif")
+
+
+def tiff_with(image, *, planes=1, kind=1, black=1):
+    """Return a TIFF file of an image (H, W, C); its channels interleaved, or in planes (2)."""
+    height, width, channels = image.shape
+    content = (image if planes == 1 else np.moveaxis(image, 2, 0)).tobytes()
+    bits = 8 * image.itemsize
+    places = 8 + len(content)
+    lists = struct.pack(f"<{channels}H", *[bits] * channels) + struct.pack(f"<{channels}H", *[kind] * channels)
+    size = len(content) // channels
+    offsets, sizes = [8 + size * c for c in range(channels)], [size] * channels
+    lists += struct.pack(f"<{2 * channels}I", *offsets, *sizes)
+    by_plane = planes == 2
+    tags = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, channels, places if channels > 1 else bits),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2 if channels > 1 else black),
+        (273, 4, channels if by_plane else 1, places + 4 * channels if by_plane else 8),
+        (277, 3, 1, channels),
+        (278, 4, 1, height),
+        (279, 4, channels if by_plane else 1, places + 8 * channels if by_plane else len(content)),
+        (284, 3, 1, planes),
+        (339, 3, channels, places + 2 * channels if channels > 1 else kind),
+    ]
+    if channels > 3:
+        tags.insert(-1, (338, 3, 1, 1))  # premultiplied alpha
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<I", places + len(lists))
+    return head + content + lists + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        (levels(3, np.uint16), {"planes": 2}, "each channel in a plane of its own"),
+        (levels(1), {"kind": 2}, "signed numbers of 8 bits"),
+        (levels(1, np.uint16), {"black": 0}, "0 as white in more than 8 bits"),
+    ],
+)
+def test_tiff_files_that_would_be_read_changed_are_refused(image, options, message, tmp_path):
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff_with(image))
+    assert np.array_equal(read_levels(path, None), image)
+    path.write_bytes(tiff_with(image, **options))
+    for read in (read_image, lambda path: read_levels(path, None)):
+        with pytest.raises(UserError, match=f"stores {message}, which is not supported. Save"):
+            read(path)
+
+
+def test_planes_of_8_bits_are_read(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff_with(levels(3), planes=2))
+    assert np.array_equal(read_levels(tmp_path / "a.tif", None), levels(3))
+    assert np.array_equal(read_image(tmp_path / "a.tif"), levels(3))
+
+
+def test_a_channel_that_is_marked_as_alpha_changes_no_other(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff_with(levels(4)))
+    assert np.array_equal(read_levels(tmp_path / "a.tif", None), levels(4))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
