@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_name
 from dinoseg.utils.images import IMAGE_SUFFIXES, PIXEL_SUFFIXES, read_image
 from dinoseg.utils.levels import read_levels, read_levels_size, to_16_bits
-from dinoseg.utils.ranges import Natural, Range
-
-Channels = Annotated[int, Range("a whole number from 1 to 1024", 1, 1024)]
+from dinoseg.utils.ranges import Channels, Natural
 
 
 @dataclass(frozen=True)

@@ -190,12 +190,11 @@ def check_storage(image: Image.Image) -> None:
         return
     tags = image.tag_v2
     is_deep = max(tags.get(_BITS, (1,))) > 8
-    samples = tags.get(_SAMPLES, 1)
-    has_planes = tags.get(_PLANES) == 2 and samples > 1
+    planes = tags.get(_SAMPLES, 1) if tags.get(_PLANES) == 2 else 1
     changed = {
         "signed numbers of 8 bits": not is_deep and _SIGNED in tags.get(_SAMPLE_FORMAT, ()),
-        "each channel in a plane of its own": has_planes
-        and (is_deep or (samples > 3 and image.tile[0].codec_name == "libtiff")),
+        "each channel in a plane of its own": planes > 1
+        and (is_deep or (planes > 3 and image.tile[0].codec_name == "libtiff")),
         "0 as white in more than 8 bits": is_deep and tags.get(_PHOTOMETRIC) == 0,
     }
     if kind := next((name for name, is_stored in changed.items() if is_stored), None):

@@ -148,8 +148,8 @@ def _is_reduced(image: Image.Image) -> bool:
     Or it would divide three channels by a fourth one, premultiplied alpha.
     """
     packing = _find_packing(image)
-    is_changed = packing in ("RGBX", "RGBa") and isinstance(image, TiffImageFile)
-    return len(image.getbands()) > 1 and (";16" in packing or is_changed)
+    has_fourth = packing in ("RGBX", "RGBa") and isinstance(image, TiffImageFile)
+    return len(image.getbands()) > 1 and (";16" in packing or has_fourth)
 
 
 def _find_packing(image: Image.Image) -> str:
@@ -162,7 +162,7 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
     import cv2
 
     height, width, samples = image.height, image.width, _count_samples(image)
-    orientation = read_orientation(image)
+    orientation = 1 if isinstance(image, TiffImageFile) else read_orientation(image)  # OpenCV turns TIFF files
     file = image.fp  # type: ignore[attr-defined]
     packing = _find_packing(image)
     count = 0
@@ -183,7 +183,7 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
     for number, stored in enumerate(pages):
         # OpenCV returns blue, green, red, and alpha
         levels[..., samples * number : samples * (number + 1)] = stored[..., [2, 1, 0, 3][:samples]]
-    return levels if isinstance(image, TiffImageFile) else _turn(levels, orientation)  # OpenCV turns TIFF files
+    return _turn(levels, orientation)
 
 
 def _turn(levels: np.ndarray, orientation: int) -> np.ndarray:

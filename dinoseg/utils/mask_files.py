@@ -24,8 +24,8 @@ def check_layer_names(classes: Sequence[str]) -> None:
     """
     known: dict[str, str] = {}
     for name in classes:
-        is_long = len(name.encode()) > _LONGEST
-        if _FORBIDDEN & {*name} or name.strip(". ") != name or _RESERVED.fullmatch(name) or is_long:
+        is_odd = _FORBIDDEN & {*name} or name.strip(". ") != name or _RESERVED.fullmatch(name)
+        if is_odd or len(name.encode()) > _LONGEST:
             raise UserError(f"The class {name} has masks of its own, and its name cannot be that of a file. Rename it.")
         other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:

@@ -152,21 +152,13 @@ class Layers:
         Raises:
             UserError: a file is unreadable or holds other numbers, or two files differ in size.
         """
-        layers = np.zeros((len(self.sources), 0, 0), np.uint8)
-        sizes: set[tuple[int, ...]] = set()
-        for index, source in enumerate(self.sources):
-            if source is None:
-                continue
-            layer = self.read_layer(source)
-            if not sizes:
-                layers = np.zeros((len(self.sources), *layer.shape), np.uint8)
-            sizes.add(layer.shape)
-            if len(sizes) == 1:
-                layers[index] = layer
+        layers = [None if source is None else self.read_layer(source) for source in self.sources]
+        sizes = {layer.shape for layer in layers if layer is not None}
         if len(sizes) > 1:
             found = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
             raise UserError(f"The masks {self} differ in size: {found} (width x height). Make them equal.")
-        return layers
+        empty = np.zeros(sizes.pop(), np.uint8)
+        return np.stack([empty if layer is None else layer for layer in layers])
 
     def digest(self) -> str:
         """Return a hash of everything that the mask depends on."""
