@@ -126,13 +126,22 @@ def test_uniform_images_are_not_too_short(tmp_path, kind, mode):
         assert read_image(tmp_path / "a").shape == (2000, 2500, 3)
 
 
-def test_strips_that_no_pixel_needs_are_refused(tmp_path):
+def test_more_or_fewer_strips_than_needed_are_refused(tmp_path):
     file = io.BytesIO()
     Image.fromarray(IMAGE[..., 0]).save(file, "TIFF")
-    image = Image.open(file)
-    image.tag_v2[273] = (8,) * 100
-    with pytest.raises(UserError, match="has 100 TIFF blocks, but its pixels need 1"):
-        as_rgb(image, "The image")
+    for rows, strips, needed in ((24, 100, 1), (6, 3, 4)):
+        image = Image.open(file)
+        image.tag_v2[278] = rows
+        image.tag_v2[273] = (8,) * strips
+        with pytest.raises(UserError, match=f"has {strips} TIFF blocks, but its pixels need {needed}"):
+            as_rgb(image, "The image")
+
+
+def test_chunks_longer_than_their_png_file_are_refused(tmp_path):
+    long = struct.pack(">I", 2**31 - 1) + b"tEXt" + bytes(20)
+    (tmp_path / "a.png").write_bytes(png_with(long, behind=True))
+    with pytest.raises(UserError, match="a PNG chunk is longer than the file"):
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(

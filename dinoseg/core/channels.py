@@ -6,16 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import is_name
 from dinoseg.utils.images import IMAGE_SUFFIXES, PIXEL_SUFFIXES, read_image
 from dinoseg.utils.levels import read_levels, read_levels_size, to_16_bits
-from dinoseg.utils.ranges import Natural, Range
-
-Channels = Annotated[int, Range("a whole number from 1 to 1024", 1, 1024)]
+from dinoseg.utils.ranges import Channels, Natural
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,11 @@ class PixelFormat:
         for name in ("files", "order", "value_range"):  # tuples, so that it can be hashed
             value = getattr(self, name)
             object.__setattr__(self, name, value if value is None else tuple(value))
-        if len(self.files) == 1 or len(set(self.files)) < len(self.files) or not all(self.files):
-            raise UserError(f"files={list(self.files)}: give different words, at least two, such as [images,nir].")
+        if len(self.files) == 1 or len(set(self.files)) < len(self.files) or not all(map(is_name, self.files)):
+            raise UserError(
+                f"files={list(self.files)}: give different words, at least two, such as [images,nir], of names and not "
+                "of paths."
+            )
         if self.order is not None and len(self.order) != self.channels:
             raise UserError(
                 f"order={list(self.order)} has {len(self.order)} numbers, and data.channels={self.channels}. Give "

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinoseg.utils.errors import UserError
+
 BETTER = ("max", "min")  # whether the highest or the lowest value of a score is the best
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
@@ -108,8 +110,15 @@ class Metric(ABC):
         return {}
 
     def score(self, rows: Iterable[Counts]) -> dict[str, float | None]:
-        """Return the scores over images from the counts of each; None where undefined."""
-        found = self.compute(sum_counts(rows))
+        """Return the scores over images from the counts of each; None where undefined.
+
+        Raises:
+            UserError: there are no images.
+        """
+        sums = sum_counts(rows)
+        if not sums:
+            raise UserError("rows: there are no counts. Give those of at least one image.")
+        found = self.compute(sums)
         return {name: plain_score(value) for name, value in found.items()}
 
 

@@ -107,6 +107,11 @@ class ValueMap(MapKind):
 
     fill: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Refuse a value that is no finite number."""
+        super().__post_init__()
+        check_value("fill", self.fill, float)
+
     def fill_value(self, ignore_index: int) -> float:
         """Return `fill`."""
         return self.fill
@@ -134,12 +139,14 @@ def check_map_kinds(kinds: object, where: str) -> dict[str, MapKind]:
     Raises:
         UserError: they are no mapping of names to kinds.
     """
-    if not isinstance(kinds, Mapping) or not all(isinstance(kind, MapKind) for kind in kinds.values()):
+    if not isinstance(kinds, Mapping) or not all(
+        isinstance(name, str) and isinstance(kind, MapKind) for name, kind in kinds.items()
+    ):
         raise UserError(
             f"{where}: `maps` is {kinds!r}. Give a dict of name to LabelMap(), IdMap(), ValueMap() or DistanceMap() of "
             "dinoseg.core.sample_maps. Fields of vectors are not supported: augmentation would have to turn them."
         )
-    return {str(name): kind for name, kind in kinds.items()}
+    return dict(kinds)
 
 
 def check_needed_maps(needed: Mapping[str, MapKind], kinds: Mapping[str, MapKind], loss: str, data: str) -> None:
@@ -179,8 +186,8 @@ def check_maps(maps: object, kinds: Mapping[str, MapKind], size: tuple[int, int]
     found = maps if isinstance(maps, Mapping) else {}
     if odd := [name for name in {**found, **kinds} if name not in found or name not in kinds]:
         raise UserError(
-            f"{where} has the maps {sorted(found)}, and `maps` of the dataset declares {sorted(kinds)}. Return the "
-            f"same; differing: {', '.join(odd)}."
+            f"{where} has the maps {sorted(map(str, found))}, and `maps` of the dataset declares {sorted(kinds)}. "
+            f"Return the same; differing: {', '.join(map(str, odd))}."
         )
     for name, kind in kinds.items():
         value = found[name]

@@ -9,6 +9,7 @@ import numpy as np
 
 from dinoseg.core.metric import BETTER
 from dinoseg.evaluation.about import EVALUATION
+from dinoseg.evaluation.class_scores import ClassScores
 from dinoseg.evaluation.further_scores import FurtherScore
 from dinoseg.evaluation.restart import RECORD as TRACKED
 from dinoseg.report.html.pictures import EvaluatedImages
@@ -23,6 +24,7 @@ _REMEDY = "Evaluate again: python -m dinoseg mode=eval resume=RUN, where RUN is 
 _MAX_CLASSES = 256
 _LARGEST = 2**28  # maximum bytes of the JSON file: names of half a million images, and a few scores without each
 _FRAMING = 4096  # bytes of an NPZ file of one array in addition to its values
+_SHARE = forms.number(-1e-6, 1 + 1e-6)  # means may be rounded
 _COLOUR = forms.row(*[forms.whole(0, 255)] * 3)
 _FORM = forms.record(
     classes=forms.listing(forms.text),
@@ -40,8 +42,8 @@ _FORM = forms.record(
         forms.record(
             better=forms.text,
             settings=forms.text,
-            value=forms.maybe(forms.number()),
-            left_out=forms.listing(forms.maybe(forms.number())),
+            value=forms.maybe(_SHARE),
+            left_out=forms.listing(forms.maybe(_SHARE)),
         )
     ),
 )
@@ -162,6 +164,8 @@ def _check(content: dict[str, Any], counts: np.ndarray) -> None:
         raise forms.SchemaError(f"{images} images of {classes} classes have counts {list(counts.shape)}")
     if (content["background"] or 0) >= classes:
         raise forms.SchemaError(f"background {content['background']} is not one of its {classes} classes")
+    if taken := content["scores"].keys() & {*ClassScores(classes, 0).keys}:
+        raise forms.SchemaError(f"its further scores have the name {min(taken)}, which is that of another score")
     units = len(set(content["units"]))
     for name, score in content["scores"].items():
         if score["better"] not in BETTER or len(score["left_out"]) != units:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.labelled import check_classes, image_count, labelled_images, ratio
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.ranges import Count, Natural, check_annotations
+from dinoseg.utils.ranges import Natural, Range, check_annotations
 
+# memory grows by the square of the number
+Erosions = Annotated[int, Range("a whole number from 1 to 64", 1, 64)]
 BAND = 2**20  # values of a band of rows: about 150 MiB with what the backward pass of 3 iterations keeps
 
 
@@ -49,7 +52,7 @@ class SoftClDice(Loss):
     Args:
         class_weights: one weight (K,) per class, in the mean over the classes that occur.
         ignore_index: mask value of unlabelled pixels.
-        iterations: erosions of a mask, at least half the width in pixels of the structures.
+        iterations: erosions of a mask, at least half the width in pixels of the structures; 1 to 64.
         classes: ids of the classes with thin structures; None: all but class 0.
 
     Raises:
@@ -65,7 +68,7 @@ class SoftClDice(Loss):
         self,
         class_weights: Tensor,
         ignore_index: int = 255,
-        iterations: Count = 3,
+        iterations: Erosions = 3,
         classes: Sequence[Natural] | None = None,
     ) -> None:
         super().__init__()

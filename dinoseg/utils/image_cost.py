@@ -19,7 +19,9 @@ MAX_FILL = 2**16  # bytes between JPEG segments, which Pillow reads one by one
 MAX_CHUNKS = 2**12  # of a PNG file, besides those of its pixels
 MAX_PACKED_CHUNKS = 2**6  # of a PNG file: each may expand a thousandfold, to 1 MiB
 MAX_TAGS = 2**12  # of a TIFF file or of EXIF: Pillow takes about 30 microseconds each
-MAX_BLOCKS = 2**18  # of a TIFF file: Pillow takes about 300 bytes each
+MAX_BLOCKS = 2**18  # of a TIFF page: Pillow takes about 300 bytes each
+MAX_PAGES = 2**10  # of a TIFF file: as many as there may be channels
+MAX_PAGE_TAGS = 2**16  # of all pages of a TIFF file
 MAX_BLOCK_PIXELS = 2**22  # always allowed in a TIFF tile, whatever the size of its image
 MAX_TILE_RATIO = 4  # largest ratio of a larger TIFF tile's pixels to its image's
 # most pixels per byte of a file; Pillow fills what a shorter one lacks with black or grey
@@ -56,10 +58,39 @@ def check_header(file: IO[bytes]) -> None:
         _check_chunks(file, stop=(b"IDAT", b"fdAT", b"IEND"))
     elif start.startswith(tuple(PREFIXES)):
         check_tags(file)
-        blocks = max((count for number, count in _read_tags(file) if number in _OFFSETS), default=0)
-        if blocks > MAX_BLOCKS:
-            raise Unfit(f"has {blocks} TIFF blocks; the limit is {MAX_BLOCKS}. Save it with larger ones")
+        _check_block_count(_read_tags(file))
     file.seek(0)
+
+
+def check_pages(image: TiffImageFile) -> None:
+    """Refuse an opened TIFF file with too many pages, or whose pages have too many tags or blocks.
+
+    Raises:
+        Unfit: if it has.
+    """
+    file = image.fp
+    assert file is not None
+    position = file.tell()
+    order, is_big = _find_directory(file)
+    offset = file.tell()
+    offsets: set[int] = set()
+    tags = 0
+    while offset and offset not in offsets:  # pages that lead back to an earlier one end there
+        offsets.add(offset)
+        count = count_tags(file, offset)
+        tags += count
+        if len(offsets) > MAX_PAGES or tags > MAX_PAGE_TAGS:
+            raise Unfit(f"has over {MAX_PAGES} pages, or {MAX_PAGE_TAGS} TIFF tags in its pages. Split it")
+        _check_block_count(_read_tags(file, offset))
+        file.seek(offset + (8 + 20 * count if is_big else 2 + 12 * count))
+        offset = min(int.from_bytes(file.read(8 if is_big else 4), order), _MAX_OFFSET)
+    file.seek(position)
+
+
+def _check_block_count(tags: list[tuple[int, int]]) -> None:
+    blocks = max((count for number, count in tags if number in _OFFSETS), default=0)
+    if blocks > MAX_BLOCKS:
+        raise Unfit(f"has {blocks} TIFF blocks; the limit is {MAX_BLOCKS}. Save it with larger ones")
 
 
 def check_tags(file: IO[bytes]) -> None:
@@ -76,9 +107,14 @@ def check_tags(file: IO[bytes]) -> None:
         raise Unfit(f"has {count} TIFF tags; the limit is {MAX_TAGS}. Save it again")
 
 
-def count_tags(file: IO[bytes]) -> int:
-    """Return how many tags the first directory of a TIFF file, or of EXIF, announces; 0 if it is truncated."""
-    order, is_big = _find_directory(file)
+def count_tags(file: IO[bytes], offset: int | None = None) -> int:
+    """Return how many tags a directory of a TIFF file, or of EXIF, announces; 0 if it is truncated.
+
+    Args:
+        file: the file.
+        offset: of the directory; None: of the first one.
+    """
+    order, is_big = _find_directory(file, offset)
     head = file.read(8 if is_big else 2)
     return int.from_bytes(head, order)
 
@@ -89,6 +125,7 @@ def check_cost(image: Image.Image) -> None:
     Raises:
         Unfit: if its file has too many scans, segments or chunks, larger or more blocks than its pixels need, or fewer
             bytes than any file of its size.
+        OSError: if a part of a PNG file is longer than the file.
     """
     if not isinstance(image, ImageFile) or image.fp is None or image.fp.closed or not image.tile:
         return  # decoded already, or never a file
@@ -101,7 +138,9 @@ def check_cost(image: Image.Image) -> None:
             raise Unfit(f"has {scans} JPEG scans; the limit is {MAX_SCANS}. Save it again")
     elif isinstance(image, PngImageFile):
         _check_length(image, _PNG_PIXELS // (1 if image.mode in ("1", "P", "L") else 8))
-        _check_chunks(image.fp, stop=(b"IEND",))  # Pillow also reads those behind the pixels
+        end = _check_chunks(image.fp, stop=(b"IEND",))  # Pillow also reads those behind the pixels
+        if end > image.fp.seek(0, io.SEEK_END):  # OpenCV reserves the memory
+            raise OSError("a PNG chunk is longer than the file")
     elif isinstance(image, TiffImageFile):
         _check_blocks(image)
     image.fp.seek(position)
@@ -164,15 +203,15 @@ def _check_segments(file: IO[bytes]) -> None:
                 raise Unfit(f"has over {most} {what}. Save it again")
 
 
-def _check_chunks(file: IO[bytes], stop: tuple[bytes, ...]) -> None:
-    """Raise if the chunks of a PNG file, up to the first of some names, are too many."""
+def _check_chunks(file: IO[bytes], stop: tuple[bytes, ...]) -> int:
+    """Return where the chunks of a PNG file end, up to the first of some names, and raise if they are too many."""
     chunks, packed, position = 0, 0, 8
     while True:
         file.seek(position)
         head = file.read(8)
         name = head[4:]
         if len(head) < 8 or name in stop:
-            return
+            return position
         chunks += name not in _PIXEL_CHUNKS
         packed += name in _PACKED_CHUNKS
         if chunks > MAX_CHUNKS:
@@ -185,7 +224,7 @@ def _check_chunks(file: IO[bytes], stop: tuple[bytes, ...]) -> None:
 def _check_blocks(image: TiffImageFile) -> None:
     assert image.fp is not None
     tags = image.tag_v2
-    numbers = [number for number, _ in _read_tags(image.fp)]
+    numbers = [number for number, _ in _read_tags(image.fp, tags.offset)]
     if twice := [number for number in _LAYOUT if numbers.count(number) > 1]:  # readers differ in which one they use
         raise Unfit(f"has the TIFF tag {twice[0]} twice. Save it again")
     if skipped := [number for number in _LAYOUT if number in numbers and number not in tags]:  # but not by libtiff
@@ -198,27 +237,28 @@ def _check_blocks(image: TiffImageFile) -> None:
     if is_tiled and columns * rows > max(MAX_BLOCK_PIXELS, MAX_TILE_RATIO * (width + 15) * (height + 15)):
         raise Unfit(f"has {width} x {height} pixels in TIFF tiles of {columns} x {rows}. Save it with smaller tiles")
     offsets = tags.get(_OFFSETS[is_tiled], ())
-    needed = math.ceil(width / columns) * math.ceil(height / rows) * tags.get(_SAMPLES, 1)
-    if len(offsets) > needed:
+    needed = math.ceil(width / columns) * math.ceil(height / rows)  # for each sample, if these are stored by themselves
+    # Pillow leaves pixels without a block black
+    if not needed <= len(offsets) <= needed * tags.get(_SAMPLES, 1):
         raise Unfit(f"has {len(offsets)} TIFF blocks, but its pixels need {needed}. Save it again")
 
 
-def _read_tags(file: IO[bytes]) -> list[tuple[int, int]]:
-    """Return number and count of values of each tag of a TIFF's first directory, at most `MAX_TAGS`."""
-    count = min(count_tags(file), MAX_TAGS)
-    order, is_big = _find_directory(file)
+def _read_tags(file: IO[bytes], offset: int | None = None) -> list[tuple[int, int]]:
+    """Return number and count of values of each tag of a directory, by default the first, at most `MAX_TAGS`."""
+    count = min(count_tags(file, offset), MAX_TAGS)
+    order, is_big = _find_directory(file, offset)
     file.seek(8 if is_big else 2, 1)
     form = struct.Struct(("<" if order == "little" else ">") + ("H2xQ8x" if is_big else "H2xI4x"))
     entries = file.read(count * form.size)
     return list(form.iter_unpack(entries[: len(entries) // form.size * form.size]))
 
 
-def _find_directory(file: IO[bytes]) -> tuple[Literal["little", "big"], bool]:
-    """Seek to a TIFF's first directory; return its byte order and whether it is a BigTIFF, as Pillow decides."""
+def _find_directory(file: IO[bytes], offset: int | None = None) -> tuple[Literal["little", "big"], bool]:
+    """Seek to a TIFF's directory, by default the first; return byte order and whether it is a BigTIFF, as in Pillow."""
     file.seek(0)
     head = file.read(16)
     order: Literal["little", "big"] = "little" if head.startswith(b"II") else "big"
     is_big = head[2:3] == bytes([_BIG])
-    offset = int.from_bytes(head[8:16] if is_big else head[4:8], order)
-    file.seek(min(offset, _MAX_OFFSET))
+    first = int.from_bytes(head[8:16] if is_big else head[4:8], order)
+    file.seek(min(first if offset is None else offset, _MAX_OFFSET))
     return order, is_big

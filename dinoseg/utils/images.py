@@ -46,11 +46,14 @@ _EXIF_START = b"Exif\0\0"  # before the tags, once or twice
 _MAX_RAW_EXIF = 2**20  # characters of EXIF as hexadecimal text
 _METADATA = {_EXIF, _RAW_EXIF, "xmp", "XML:com.adobe.xmp"}  # info keys with a possible orientation
 _BITS = 258  # TIFF tag: bits per sample
+_PHOTOMETRIC, _SAMPLES, _PLANES = 262, 277, 284  # TIFF tags
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF tag, and its value for signed integers
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # signatures of TIFF files
 _RAW_MODES = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes in which Pillow returns the stored values
 _RAW_MODES_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # the same, if packed in whole bytes
 _warned: list[str | Path] = []  # the file that the warning about scaling named
+# what Pillow raises for damaged files
+_DAMAGE = (OSError, SyntaxError, ArithmeticError, LookupError, TypeError, ValueError, struct.error)
 _NO_PICTURE = "is truncated or not an image: replace or remove it"
 _STRETCHED = {"2": 85, "4": 17}  # bits per pixel of grey files to Pillow's factor on their values
 
@@ -82,7 +85,7 @@ def as_rgb(image: Image.Image, name: str) -> np.ndarray:
         raise
     except Unfit as error:
         raise UserError(f"{name} {error}.") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{name} cannot be read as an image ({error}). Replace or remove it.") from error
 
 
@@ -170,10 +173,32 @@ def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | N
 def load_upright(image: Image.Image) -> Image.Image:
     """Return an opened image decoded and upright; its mode does not change."""
     check_cost(image)
+    check_storage(image)
     # before loading; Pillow itself rotates a TIFF while it loads one
     orientation = 1 if isinstance(image, TiffImageFile) else read_orientation(image)
     image.load()
     return image.copy() if orientation == 1 else image.transpose(_TRANSPOSES[orientation])
+
+
+def check_storage(image: Image.Image) -> None:
+    """Refuse an opened TIFF file whose values Pillow and OpenCV would return changed.
+
+    Raises:
+        Unfit: if it is of such a kind.
+    """
+    if not isinstance(image, TiffImageFile) or not image.tile:
+        return
+    tags = image.tag_v2
+    is_deep = max(tags.get(_BITS, (1,))) > 8
+    planes = tags.get(_SAMPLES, 1) if tags.get(_PLANES) == 2 else 1
+    changed = {
+        "signed numbers of 8 bits": not is_deep and _SIGNED in tags.get(_SAMPLE_FORMAT, ()),
+        "each channel in a plane of its own": planes > 1
+        and (is_deep or (planes > 3 and image.tile[0].codec_name == "libtiff")),
+        "0 as white in more than 8 bits": is_deep and tags.get(_PHOTOMETRIC) == 0,
+    }
+    if kind := next((name for name, is_stored in changed.items() if is_stored), None):
+        raise Unfit(f"stores {kind}, which is not supported. Save unsigned numbers, 0 as black, all channels together")
 
 
 def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
@@ -297,7 +322,7 @@ def decode(path: str | Path, take: Callable[[Image.Image], T]) -> T:
             return take(image)
     except UserError:
         raise
-    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError, Unfit) as error:
+    except (*_DAMAGE, MemoryError, Image.DecompressionBombError, Unfit) as error:
         raise _explain(Path(path), error) from error
 
 

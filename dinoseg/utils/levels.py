@@ -1,5 +1,6 @@
 """Reading of image files with any number of channels at full depth, as levels of 8 or 16 bits; imports no torch."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,13 +12,13 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import open_regular
-from dinoseg.utils.image_cost import Unfit, check_cost
-from dinoseg.utils.images import ARRAY_SUFFIX, decode, load_upright, read_size
+from dinoseg.utils.image_cost import Unfit, check_cost, check_pages
+from dinoseg.utils.images import ARRAY_SUFFIX, check_storage, decode, load_upright, read_orientation, read_size
 
 WHITE = 65535  # highest level of 16 bits
 EXACT = 257  # 65535 / 255: 16-bit level of an 8-bit one, at the same share of white
 _MAX_NUMBERS = 2**29  # numbers of a file that are read: as many as Pillow opens as RGB
-_MAX_PAGES = 1024  # of a TIFF file
+_BAND = 2**22  # numbers that are converted at once: 100 MiB in float64
 _SAMPLES_PER_PIXEL = 277  # TIFF tag
 # whose arrays are the stored values
 _PLAIN_MODES = ("L", "LA", "RGB", "RGBA", "RGBX", "I;16", "I;16L", "I;16B", "I", "F")
@@ -61,7 +62,12 @@ def to_levels(values: np.ndarray, value_range: Sequence[float] | None, name: obj
             f"{name} holds values from {least:g} to {most:g}, outside data.pixels.value_range={[lowest, highest]}. "
             "Declare a range of all values, or correct them."
         )
-    return np.round((values.astype(np.float64) - lowest) * (WHITE / (highest - lowest))).astype(np.uint16)
+    levels = np.empty(values.shape, np.uint16)
+    rows = max(1, _BAND // values[0].size)
+    for start in range(0, len(values), rows):
+        band = values[start : start + rows].astype(np.float64)
+        levels[start : start + rows] = np.round((band - lowest) / (highest - lowest) * WHITE)
+    return levels
 
 
 def read_levels_size(path: Path) -> tuple[int, int]:
@@ -93,6 +99,8 @@ def to_display(image: np.ndarray) -> np.ndarray:
 
 def _read_channels(image: Image.Image) -> np.ndarray:
     """Return all channels (H, W, C) of an opened image file, those of a TIFF file page by page."""
+    if isinstance(image, TiffImageFile):
+        check_pages(image)
     if _is_reduced(image):
         return _read_by_opencv(image)
     planes: list[np.ndarray] = []
@@ -105,8 +113,7 @@ def _read_channels(image: Image.Image) -> np.ndarray:
 
 
 def _pages(image: Image.Image) -> Iterator[Image.Image]:
-    yield image
-    for number in range(1, _MAX_PAGES if isinstance(image, TiffImageFile) else 1):
+    for number in itertools.count() if isinstance(image, TiffImageFile) else (0,):
         try:
             image.seek(number)
         except EOFError:
@@ -136,9 +143,13 @@ def _check_samples(stored: int, read: int) -> None:
 
 
 def _is_reduced(image: Image.Image) -> bool:
-    """Return whether Pillow would reduce an image: several channels of 16 bits to 8, or RGB and another one to RGB."""
+    """Return whether Pillow would reduce an image: several channels of 16 bits to 8, or RGB and another one to RGB.
+
+    Or it would divide three channels by a fourth one, premultiplied alpha.
+    """
     packing = _find_packing(image)
-    return len(image.getbands()) > 1 and (";16" in packing or ("RGBX" in packing and isinstance(image, TiffImageFile)))
+    has_fourth = packing in ("RGBX", "RGBa") and isinstance(image, TiffImageFile)
+    return len(image.getbands()) > 1 and (";16" in packing or has_fourth)
 
 
 def _find_packing(image: Image.Image) -> str:
@@ -151,17 +162,20 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
     import cv2
 
     height, width, samples = image.height, image.width, _count_samples(image)
+    orientation = 1 if isinstance(image, TiffImageFile) else read_orientation(image)  # OpenCV turns TIFF files
     file = image.fp  # type: ignore[attr-defined]
     packing = _find_packing(image)
     count = 0
     for page in _pages(image):  # check all, since OpenCV decodes all at once
         check_cost(page)
+        check_storage(page)
         count += 1
         if (page.height, page.width, _find_packing(page)) != (height, width, packing):
             raise Unfit("has pages of different sizes or kinds. Save its channels as pages of one size")
         _check_numbers(count * height * width * samples)
     file.seek(0)
-    _, pages = cv2.imdecodemulti(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    # not the further frames of a PNG, which Pillow counts as one page
+    _, pages = cv2.imdecodemulti(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED, range=(0, count))
     if len(pages or ()) != count or any(page.shape[:2] != (height, width) for page in pages):
         raise Unfit("cannot be decoded at full depth. Save its channels as pages, or as .npy")
     _check_samples(samples, pages[0].size // (height * width))
@@ -169,7 +183,18 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
     for number, stored in enumerate(pages):
         # OpenCV returns blue, green, red, and alpha
         levels[..., samples * number : samples * (number + 1)] = stored[..., [2, 1, 0, 3][:samples]]
-    return levels
+    return _turn(levels, orientation)
+
+
+def _turn(levels: np.ndarray, orientation: int) -> np.ndarray:
+    """Return levels (H, W, C) upright; `orientation` as in EXIF."""
+    if orientation >= 5:
+        levels = levels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        levels = levels[::-1]
+    if orientation in (2, 3, 6, 7):
+        levels = levels[:, ::-1]
+    return np.ascontiguousarray(levels)
 
 
 def _check_numbers(count: int) -> None:

@@ -1,5 +1,7 @@
 """Files of predicted masks: one PNG for all classes, or one for each class of a mask with layers; imports no torch."""
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,17 +10,29 @@ import numpy as np
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
-_FORBIDDEN = {*'/\\:*?"<>|'}  # in the name of a file or folder, on some system
+# names of files or folders that some system refuses
+_FORBIDDEN = {*'/\\:*?"<>|'}
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_LONGEST = 255  # bytes
 
 
 def check_layer_names(classes: Sequence[str]) -> None:
-    """Refuse names of classes that cannot be names of files and folders.
+    """Refuse names of classes that cannot be names of files and folders, or not of different ones, on any system.
 
     Raises:
         UserError: naming the class.
     """
-    if odd := next((name for name in classes if _FORBIDDEN & {*name} or name.strip(". ") != name), None):
-        raise UserError(f"The class {odd} has masks of its own, and its name cannot be that of a file. Rename it.")
+    known: dict[str, str] = {}
+    for name in classes:
+        is_odd = _FORBIDDEN & {*name} or name.strip(". ") != name or _RESERVED.fullmatch(name)
+        if is_odd or len(name.encode()) > _LONGEST:
+            raise UserError(f"The class {name} has masks of its own, and its name cannot be that of a file. Rename it.")
+        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise UserError(
+                f"The classes {other} and {name} have masks of their own, and some systems take both names for one "
+                "file. Rename one of them."
+            )
 
 
 def mask_paths(folder: Path, name: str, layers: Sequence[str]) -> list[Path]:

@@ -79,6 +79,7 @@ AT_LEAST_1 = Range("a whole number of at least 1", 1)
 Count = Annotated[int, AT_LEAST_1]
 Few = Annotated[int, Range("a whole number from 1 to 16", 1, 16)]
 UpTo255 = Annotated[int, Range("a whole number from 1 to 255", 1, 255)]
+Channels = Annotated[int, Range("a whole number from 1 to 1024", 1, 1024)]
 Natural = Annotated[int, Range("a whole number of at least 0", 0)]
 Byte = Annotated[int, Range("a whole number from 0 to 255", 0, 255)]
 Positive = Annotated[float, Range("a number above 0", 0, open_at=(0,))]

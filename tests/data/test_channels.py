@@ -1,5 +1,9 @@
 """Images of any number of channels: their files, levels, views and packed items."""
 
+import struct
+import tracemalloc
+import zlib
+
 import cv2
 import numpy as np
 import pytest
@@ -23,7 +27,8 @@ from dinoseg.export.runtime.inputs import pictures
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.utils import levels as levels_module
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.levels import read_levels, to_display
+from dinoseg.utils.images import read_image
+from dinoseg.utils.levels import read_levels, read_levels_size, to_display, to_levels
 
 SIZE = (21, 34)
 
@@ -135,6 +140,8 @@ def save_sample(root, channels=4):
         ({"channels": 4, "order": [0, 1, 2, 9], "files": ["rgb", "nir"]}, "order"),
         ({"channels": 4, "order": [0, 1]}, "2 numbers"),
         ({"files": ["rgb"]}, "at least two"),
+        ({"files": ["rgb", "../nir"]}, "names and not of paths"),
+        ({"files": ["rgb", "/nir"]}, "names and not of paths"),
         ({"value_range": (5, 5)}, "lowest < highest"),
         ({"value_range": (0, float("inf"))}, "finite"),
     ],
@@ -200,6 +207,153 @@ def test_large_files_of_16_bits_are_refused_before_decoding(tmp_path, monkeypatc
     monkeypatch.setattr(cv2, "imdecodemulti", None)
     with pytest.raises(UserError, match="numbers"):
         read_levels(tmp_path / "a.tif", None)
+
+
+def tiff_of_pages(*pages):
+    """Return a TIFF file of grey pages that share 4 x 4 black pixels; each page is its tags (number, type, value)."""
+    content, place = bytes(16), 8 + 16
+    for number, tags in enumerate(pages):
+        following = place + 2 + 12 * len(tags) + 4 if number + 1 < len(pages) else 0
+        entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+        content += struct.pack("<H", len(tags)) + entries + struct.pack("<I", following)
+        place = following
+    return b"II*\0" + struct.pack("<I", 24) + content
+
+
+PAGE = [(256, 4, 4), (257, 4, 4), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 4, 8), (278, 4, 4), (279, 4, 16)]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [PAGE[1:], [*PAGE[:3], (259, 3, 99), *PAGE[4:]], [*PAGE[:5], (273, 11, 8), *PAGE[6:]], []],
+    ids=["no width", "unknown compression", "fractional offset", "no tags"],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_damaged_pages_are_refused(place, page, tmp_path):
+    pages = [PAGE, PAGE]
+    pages[place] = page
+    (tmp_path / "a.tif").write_bytes(tiff_of_pages(*pages))
+    with pytest.raises(UserError, match=r"a\.tif"):
+        PixelFormat(2).read(tmp_path / "a.tif")
+
+
+def test_the_pages_of_a_file_are_bounded(tmp_path, monkeypatch):
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff_of_pages(*[PAGE] * 1024))
+    assert PixelFormat(1024).read(path).shape == (4, 4, 1024)
+    monkeypatch.setattr(Image.Image, "load", None)
+    numbers = [(number, 3, 1) for number in range(1000, 5000)]
+    for pages in ([PAGE] * 1025, [PAGE, *[[*PAGE, *numbers]] * 20]):
+        path.write_bytes(tiff_of_pages(*pages))
+        with pytest.raises(UserError, match="over 1024 pages, or 65536 TIFF tags"):
+            PixelFormat(1024).read(path)
+    content = tiff_of_pages(PAGE, PAGE)
+    end = content.rindex(struct.pack("<HHI", 273, 4, 1))
+    path.write_bytes(content[: end + 4] + struct.pack("<I", 2**20) + content[end + 8 :])
+    with pytest.raises(UserError, match="1048576 TIFF blocks"):
+        PixelFormat(2).read(path)
+
+
+def test_further_pages_have_no_tag_twice(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff_of_pages(PAGE, [(256, 4, 4), *PAGE]))
+    with pytest.raises(UserError, match="TIFF tag 256 twice"):
+        PixelFormat(2).read(tmp_path / "a.tif")
+
+
+def tiff_with(image, *, planes=1, kind=1, black=1):
+    """Return a TIFF file of an image (H, W, C); its channels interleaved, or in planes (2)."""
+    height, width, channels = image.shape
+    content = (image if planes == 1 else np.moveaxis(image, 2, 0)).tobytes()
+    bits = 8 * image.itemsize
+    places = 8 + len(content)
+    lists = struct.pack(f"<{channels}H", *[bits] * channels) + struct.pack(f"<{channels}H", *[kind] * channels)
+    size = len(content) // channels
+    offsets, sizes = [8 + size * c for c in range(channels)], [size] * channels
+    lists += struct.pack(f"<{2 * channels}I", *offsets, *sizes)
+    by_plane = planes == 2
+    tags = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, channels, places if channels > 1 else bits),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2 if channels > 1 else black),
+        (273, 4, channels if by_plane else 1, places + 4 * channels if by_plane else 8),
+        (277, 3, 1, channels),
+        (278, 4, 1, height),
+        (279, 4, channels if by_plane else 1, places + 8 * channels if by_plane else len(content)),
+        (284, 3, 1, planes),
+        (339, 3, channels, places + 2 * channels if channels > 1 else kind),
+    ]
+    if channels > 3:
+        tags.insert(-1, (338, 3, 1, 1))  # premultiplied alpha
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<I", places + len(lists))
+    return head + content + lists + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        (levels(3, np.uint16), {"planes": 2}, "each channel in a plane of its own"),
+        (levels(1), {"kind": 2}, "signed numbers of 8 bits"),
+        (levels(1, np.uint16), {"black": 0}, "0 as white in more than 8 bits"),
+    ],
+)
+def test_tiff_files_that_would_be_read_changed_are_refused(image, options, message, tmp_path):
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff_with(image))
+    assert np.array_equal(read_levels(path, None), image)
+    path.write_bytes(tiff_with(image, **options))
+    for read in (read_image, lambda path: read_levels(path, None)):
+        with pytest.raises(UserError, match=f"stores {message}, which is not supported. Save"):
+            read(path)
+
+
+def test_planes_of_8_bits_are_read(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff_with(levels(3), planes=2))
+    assert np.array_equal(read_levels(tmp_path / "a.tif", None), levels(3))
+    assert np.array_equal(read_image(tmp_path / "a.tif"), levels(3))
+
+
+def test_a_channel_that_is_marked_as_alpha_changes_no_other(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff_with(levels(4)))
+    assert np.array_equal(read_levels(tmp_path / "a.tif", None), levels(4))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_turns_files_of_16_bits(orientation, tmp_path):
+    image = levels(3, np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+    tags = exif.tobytes()[6:]
+    chunk = struct.pack(">I", len(tags)) + b"eXIf" + tags + struct.pack(">I", zlib.crc32(b"eXIf" + tags))
+    (tmp_path / "deep.png").write_bytes(content[:33] + chunk + content[33:])
+    Image.fromarray((image >> 8).astype(np.uint8)).save(tmp_path / "flat.png", exif=exif)
+    found = read_levels(tmp_path / "deep.png", None)
+    assert found.shape[:2] == read_levels_size(tmp_path / "deep.png")
+    assert np.array_equal(found >> 8, read_levels(tmp_path / "flat.png", None))
+
+
+def test_further_frames_of_a_png_are_not_decoded(tmp_path, monkeypatch):
+    cv2.imwrite(str(tmp_path / "a.png"), levels(3, np.uint16))
+    decode, asked = cv2.imdecodemulti, []
+    monkeypatch.setattr(cv2, "imdecodemulti", lambda *args, **kwargs: asked.append(kwargs) or decode(*args, **kwargs))
+    read_levels(tmp_path / "a.png", None)
+    assert asked == [{"range": (0, 1)}]
+
+
+def test_large_arrays_are_scaled_in_bands_of_rows(tmp_path):
+    values = np.random.default_rng(0).random((4096, 2048), np.float32)
+    tracemalloc.start()
+    found = to_levels(values[..., None], [0, 1], "The image")
+    assert tracemalloc.get_traced_memory()[1] < 4 * values.nbytes  # float64 values alone have twice its bytes
+    tracemalloc.stop()
+    assert np.array_equal(found[..., 0], np.round(values.astype(float) * 65535))
+
+
+def test_the_smallest_ranges_are_mapped_without_overflow():
+    assert to_levels(np.array([[[0.0], [5e-324]]]), [0, 5e-324], "The image").ravel().tolist() == [0, 65535]
 
 
 def test_tiff_files_with_an_unspecified_channel_are_read(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from making import save, train_batches, write_video
 from PIL import Image
 
+from dinoseg.core.channels import PixelFormat
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.folder import folder_dataset
@@ -314,6 +315,19 @@ def test_an_index_that_turns_an_image_is_noticed(data, cache):
     change_index(store_of(cache), lambda index: index["places"][row].__setitem__(slice(1, 3), [23, 37]))
     with pytest.raises(UserError, match="item odd does not match its checksum"):
         make(data(), cache)[row]
+
+
+def test_an_index_of_other_channels_is_noticed(cache, tmp_path):
+    values = np.random.default_rng(0).integers(0, 2**16, (8, 6, 2)).astype(np.uint16)
+    np.save(tmp_path / "a.npy", values)
+    save(tmp_path / "mask.png", values[..., 0] % 2)
+    pixels = PixelFormat(2)
+    pair = Pair("a", pixels.source(tmp_path / "a.npy"), tmp_path / "mask.png")
+    data = PairDataset([pair], Labels.of(["a", "b"], None, 255), Masks())
+    assert make(data, cache)[0]["image"].shape == (2, 8, 6)
+    change_index(store_of(cache), lambda index: index["places"][0].__setitem__(slice(4, 6), [4, 1]))
+    with pytest.raises(UserError, match="item a does not match its checksum"):
+        make(data, cache)[0]
 
 
 def test_changed_files_and_rules_are_packed_anew(data, cache, tmp_path):

@@ -191,7 +191,7 @@ def test_a_wrong_map_is_named_with_its_sample(name, value, message):
         check_dataset(Wrong(name, value))
 
 
-@pytest.mark.parametrize("maps", [{"flow": "vectors"}, ["distance"], {"distance": DistanceMap}])
+@pytest.mark.parametrize("maps", [{"flow": "vectors"}, ["distance"], {"distance": DistanceMap}, {1: DistanceMap()}])
 def test_unknown_kinds_of_maps_are_refused(maps):
     data = Pictures([(6, 8)])
     data.maps = maps
@@ -199,6 +199,9 @@ def test_unknown_kinds_of_maps_are_refused(maps):
         CustomDataset(data)
     with pytest.raises(UserError, match="layers=0 is out of range"):
         ValueMap(layers=0)
+    for fill in ("a", float("nan")):
+        with pytest.raises(UserError, match=f"fill={fill} .*number"):
+            DistanceMap(fill=fill)
 
 
 class Fickle(MappedPictures):

@@ -95,3 +95,9 @@ def test_classes_without_labels_give_no_loss():
 def test_classes_outside_the_data_are_refused(classes):
     with pytest.raises(UserError, match="from 0 to 3"):
         SoftClDice(WEIGHTS, classes=classes)
+
+
+@pytest.mark.parametrize("iterations", [0, 65, 10**6])
+def test_erosions_are_bounded(iterations):
+    with pytest.raises(UserError, match=f"iterations={iterations} .*from 1 to 64"):
+        SoftClDice(WEIGHTS, iterations=iterations)

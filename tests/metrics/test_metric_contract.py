@@ -10,6 +10,7 @@ from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
 from dinoseg.metrics import BoundaryIoU, CalibrationError, ClDice, ConfusionMatrix, MeanIoU, SurfaceDice
 from dinoseg.metrics.wrapped import WrappedMetric
 from dinoseg.testing import check_metric
+from dinoseg.utils.errors import UserError
 
 METRICS = {
     "miou": MeanIoU(),
@@ -245,3 +246,9 @@ def test_check_refuses_other_classes_and_directions():
     wrong.scores = {"share": "up"}
     with pytest.raises(AssertionError, match="must hold for each score one of"):
         check_metric(wrong)
+
+
+@pytest.mark.parametrize("metric", [MeanIoU(), ClDice()], ids=lambda metric: type(metric).__name__)
+def test_scores_of_no_images_are_refused(metric):
+    with pytest.raises(UserError, match="counts.*at least one image"):
+        metric.score([])

@@ -311,6 +311,11 @@ def test_there_are_at_most_160_runs(tmp_path):
             sides_of([str(tmp_path / str(number)) for number in range(count)])
 
 
+def stored_score(record, name, *, value=0.5, left_out=0.5):
+    units = len(set(record["units"]))
+    return {name: {"better": "max", "settings": "", "value": value, "left_out": [left_out] * units}}
+
+
 def test_a_damaged_record_is_told(runs):
     for change in (
         lambda record: record.pop("split"),
@@ -318,6 +323,10 @@ def test_a_damaged_record_is_told(runs):
         lambda record: record.update(units=["a"]),
         lambda record: record.update(images=[], units=[]),
         lambda record: record.update(palette=[[0, 0, 300]] * 2),
+        lambda record: record.update(scores=stored_score(record, "rare", value=1.5)),
+        lambda record: record.update(scores=stored_score(record, "rare", left_out=1e308)),
+        lambda record: record.update(scores=stored_score(record, "miou")),
+        lambda record: record.update(scores=stored_score(record, "iou/1")),
     ):
         with pytest.raises(UserError, match=r"damaged evaluation\.json or counts\.npz .*Evaluate again"):
             read_record(copied(runs, "damaged", change))

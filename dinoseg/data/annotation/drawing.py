@@ -130,7 +130,7 @@ class Layers:
     read_layer: Callable[[Any], np.ndarray]
 
     def __str__(self) -> str:
-        return ", ".join(str(source) for source in self.given)
+        return ", ".join(dict.fromkeys(map(str, self.given)))
 
     @property
     def given(self) -> list[Path | Drawing]:
@@ -172,6 +172,12 @@ MaskSource = Path | Drawing | Layers
 def mask_file(mask: MaskSource) -> Path:
     """Return the file that contains a mask, or its first layer."""
     return mask if isinstance(mask, Path) else mask.path
+
+
+def drawn_size(mask: MaskSource) -> tuple[int, int] | None:
+    """Return height and width of a mask that is drawn, before it is; None for files."""
+    source = mask.given[0] if isinstance(mask, Layers) else mask
+    return source.size if isinstance(source, Drawing) else None
 
 
 def mask_key(mask: MaskSource) -> str:

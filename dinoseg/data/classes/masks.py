@@ -188,10 +188,19 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: objec
     """
     if mask.shape[-2:] == size:
         return mask
+    check_fit((mask.shape[-2], mask.shape[-1]), size, rule, image=image, path=path)
     if mask.ndim > 2:
         return np.stack([fit_mask(layer, size, rule, image=image, path=path) for layer in mask])
-    sizes = f"{image} is {size[1]} x {size[0]} (width x height), its mask {path} is {mask.shape[1]} x {mask.shape[0]}."
-    height, width = size[0] / mask.shape[0], size[1] / mask.shape[1]
+    # pixel centres aligned: plain INTER_NEAREST would shift the mask by up to half a pixel
+    return cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def check_fit(found: tuple[int, int], size: tuple[int, int], rule: str, *, image: object, path: object) -> None:
+    """Refuse a mask of a size `found` (H, W) that `fit_mask` refuses, whose other arguments are the same."""
+    if found == size:
+        return
+    sizes = f"{image} is {size[1]} x {size[0]} (width x height), its mask {path} is {found[1]} x {found[0]}."
+    height, width = size[0] / found[0], size[1] / found[1]
     if abs(height / width - 1) > _PROPORTIONS:
         raise UserError(
             f"{sizes} Make them equal, or remove the pair: their aspect ratios differ by more than {_PROPORTIONS:.0%}, "
@@ -200,8 +209,6 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: objec
         )
     if rule == "error":
         raise UserError(f"{sizes} Make them equal, or resize the mask: data.reader.masks.on_size_mismatch=resize_mask.")
-    # pixel centres aligned: plain INTER_NEAREST would shift the mask by up to half a pixel
-    return cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
 def _from_binary(numbers: np.ndarray, path: Path, *, described: bool) -> np.ndarray:

@@ -301,27 +301,31 @@ class _Maker:
         except NotThere as error:
             return Lacking(name, str(error), "Put the images there, or set their folder: data.reader.layout.images.")
         if self.layers:
-            drawings = [
-                Drawing(entry.path, entry.image, size, self.ground, self._forms_of(entry, index))
-                for index in range(len(self.labels.classes))
-            ]
-            return Pair(name, image, Layers(tuple(drawings), Drawing.read))
+            layers = self._layers(entry)
+            drawings = [Drawing(entry.path, entry.image, size, self.ground, forms) for forms in layers]
+            # None saves memory and time with many classes; the first drawing states the size
+            shown = [drawing if drawing.shapes or not index else None for index, drawing in enumerate(drawings)]
+            return Pair(name, image, Layers(tuple(shown), Drawing.read))
         by_area = self.shapes.order == "area"
         drawn = sorted(entry.shapes, key=lambda shape: (not shape.crowd, -shape.area if by_area else 0))
         forms = tuple((self._id(shape), shape.form) for shape in drawn)
         return Pair(name, image, Drawing(entry.path, entry.image, size, self.ground, forms))
 
-    def _forms_of(self, entry: Entry, index: int) -> tuple[tuple[int, Form], ...]:
-        """Return the shapes of a class's layer: ignored ones, below those of the class, which have the value 1."""
-        ignored, shown = [], []
+    def _layers(self, entry: Entry) -> list[list[tuple[int, Form]]]:
+        """Return the shapes of each class's layer: ignored ones, below those of the class, which have the value 1."""
+        ignore = self.labels.ignore_index
+        ignored: list[list[tuple[int, Form]]] = [[] for _ in self.labels.classes]
+        shown: list[list[tuple[int, Form]]] = [[] for _ in self.labels.classes]
         for shape in entry.shapes:
             label = self.values.get(shape.label, self.others or 0)
-            is_class = label == index
-            if label == self.labels.ignore_index or (is_class and self._id(shape) == self.labels.ignore_index):
-                ignored.append((self.labels.ignore_index, shape.form))
-            elif is_class:
-                shown.append((1, shape.form))
-        return (*ignored, *shown)
+            if label == ignore:
+                for forms in ignored:
+                    forms.append((ignore, shape.form))
+            elif self._id(shape) == ignore:
+                ignored[label].append((ignore, shape.form))
+            else:
+                shown[label].append((1, shape.form))
+        return [below + above for below, above in zip(ignored, shown, strict=True)]
 
     def _id(self, shape: LabelledShape) -> int:
         if shape.crowd and self.shapes.crowds == IGNORE:

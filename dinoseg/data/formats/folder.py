@@ -298,14 +298,14 @@ def _check_source(root: Path, layout: FolderLayout, partition: Partition) -> Non
     named = ["{split}" in pattern for pattern in (layout.images, layout.masks)]
     if partition.by == "folder" and not all(named):
         raise UserError(
-            f"data.reader.layout.images={layout.images} and masks={layout.masks} must both contain {{split}}; "
-            "otherwise all splits are the same files. For one folder of images, set data.reader.partition.by=fraction "
-            "or lists."
+            f"data.reader.layout.images={layout.images} and data.reader.layout.masks={layout.masks} must both contain "
+            "{split}; otherwise all splits are the same files. For one folder of images, set "
+            "data.reader.partition.by=fraction or lists."
         )
     if partition.by == "fraction" and any(named):
         raise UserError(
-            f"data.reader.layout.images={layout.images} and masks={layout.masks} contain {{split}}, but "
-            "data.reader.partition.by=fraction splits one folder: name it without {split}."
+            f"data.reader.layout.images={layout.images} and data.reader.layout.masks={layout.masks} contain {{split}}, "
+            "but data.reader.partition.by=fraction splits one folder: name it without {split}."
         )
 
 

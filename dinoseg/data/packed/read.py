@@ -73,7 +73,7 @@ def _read(row: int, *, dataset: PairDataset, longest: int | None) -> Packed:
     sample = dataset[row]
     pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, C)
     image, mask = reduced(pixels, sample["mask"].numpy(), longest, dataset.ignore_index)
-    return Packed(image, mask, checksum(sample["name"], (mask.shape[0], mask.shape[1]), image, mask))
+    return Packed(image, mask, checksum(sample["name"], image, mask))
 
 
 def _use_one_thread() -> None:

@@ -15,7 +15,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.units import finished
 
 PIXELS, INDEX = "pixels.bin", "index.json"
-VERSION = 2  # format version: a store of another version is packed again
+VERSION = 3  # format version: a store of another version is packed again
 
 
 _EXTENT_FORM = forms.row(  # the fields of `Extent`, in order
@@ -95,17 +95,17 @@ class Store:
         """
         extent = self.extents[row]
         item = self._bytes(extent.offset, extent.size)
+        levels = item[: extent.image_size].view(np.uint8 if extent.depth == 1 else np.uint16)
+        image = levels.reshape(extent.height, extent.width, extent.channels)
+        mask = item[extent.image_size :].reshape(extent.height, extent.width)
         if row not in self._verified:
-            if checksum(self.names[row], (extent.height, extent.width), item) != extent.crc:
+            if checksum(self.names[row], image, mask) != extent.crc:
                 raise UserError(
                     f"{self.folder / PIXELS} is damaged: item {self.names[row]} does not match its checksum. Delete "
                     f"the folder {self.folder}: the next run packs it again. If this recurs, check the disk."
                 )
             self._verified.add(row)
-        image, mask = item[: extent.image_size], item[extent.image_size :]
-        levels = image.view(np.uint8 if extent.depth == 1 else np.uint16)
-        height, width = extent.height, extent.width
-        return levels.reshape(height, width, extent.channels), mask.reshape(height, width)
+        return image, mask
 
     def mask(self, row: int) -> np.ndarray:
         """Return a copy of a mask (H, W) uint8; skip reading its image if the item is already verified.
@@ -157,10 +157,10 @@ def write_index(folder: Path, key: StoreKey, names: Sequence[str], extents: Sequ
     write_text(folder / INDEX, json.dumps(content))
 
 
-def checksum(name: str, size: tuple[int, int], *parts: np.ndarray) -> int:
-    """Return the CRC-32 of an item's name, its size (H, W) and its bytes."""
-    crc = zlib.crc32(f"{name} {size[0]} {size[1]}".encode(errors="surrogateescape"))
-    for part in parts:
+def checksum(name: str, image: np.ndarray, mask: np.ndarray) -> int:
+    """Return the CRC-32 of an item's name, and of the shape, type and bytes of its image (H, W, C) and mask (H, W)."""
+    crc = zlib.crc32(f"{name} {image.shape} {image.dtype.itemsize}".encode(errors="surrogateescape"))
+    for part in (image, mask):
         crc = zlib.crc32(np.ascontiguousarray(part).data, crc)
     return crc
 

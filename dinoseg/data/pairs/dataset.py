@@ -11,9 +11,9 @@ from torch import Tensor
 from dinoseg.core.channels import ChannelFiles, PixelFormat, check_rgb
 from dinoseg.core.sample_maps import MapKind, check_map_kinds, check_maps
 from dinoseg.core.shapes import Sample
-from dinoseg.data.annotation.drawing import Layers
+from dinoseg.data.annotation.drawing import Layers, drawn_size
 from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
+from dinoseg.data.classes.masks import MaskReader, Masks, check_fit, fit_mask
 from dinoseg.data.pairs.pair import Pair, fingerprint, image_hash
 from dinoseg.data.video.access import VideoFrame, first_file, read_source
 
@@ -143,6 +143,7 @@ def read_pair(pair: Pair, reader: MaskReader) -> Sample:
     """
     image = read_source(pair.image)
     size, rule = (image.shape[0], image.shape[1]), reader.masks.on_size_mismatch
+    check_fit(drawn_size(pair.mask) or size, size, rule, image=pair.image, path=pair.mask)
     mask = fit_mask(reader.read(pair.mask), size, rule, image=pair.image, path=pair.mask)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (C, H, W)
     return Sample(image=pixels, mask=torch.from_numpy(mask), name=pair.name)

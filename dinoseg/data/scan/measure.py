@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from dinoseg.core.channels import ChannelFiles
-from dinoseg.data.annotation.drawing import Layers, MaskSource
-from dinoseg.data.classes.masks import MaskReader, fit_mask
+from dinoseg.data.annotation.drawing import Layers, MaskSource, drawn_size
+from dinoseg.data.classes.masks import MaskReader, check_fit, fit_mask
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.video.access import ImageSource, VideoFrame, read_source
 from dinoseg.utils.errors import UserError
@@ -158,6 +158,14 @@ def _is_jpeg(path: Path) -> bool:
 
 
 def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: MaskReader) -> Record:
+    rule, drawn = reader.masks.on_size_mismatch, drawn_size(mask)
+    if drawn is not None and record.image_size is None:  # unreadable: nothing bounds the size of the mask
+        return replace(record, mask_size=drawn)
+    if drawn is not None and record.image_size is not None:
+        try:
+            check_fit(drawn, record.image_size, rule, image=image, path=mask)
+        except UserError as error:
+            return replace(record, mask_size=drawn).with_problem("size_mismatch", str(error))
     try:
         ids = reader.read(mask)
     except UserError as error:
@@ -166,7 +174,7 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
         return replace(record, raw=_raw(mask, reader)).with_problem("foreign_ids", str(error))
     record = replace(record, mask_size=(ids.shape[-2], ids.shape[-1]))
     try:
-        ids = fit_mask(ids, record.image_size or ids.shape, reader.masks.on_size_mismatch, image=image, path=mask)
+        ids = fit_mask(ids, record.image_size or ids.shape, rule, image=image, path=mask)
     except UserError as error:
         record = record.with_problem("size_mismatch", str(error))
     ignored = reader.labels.ignore_index

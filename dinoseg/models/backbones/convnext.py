@@ -13,7 +13,7 @@ from dinoseg.models.backbones.normalisation import register_colours, resolve_col
 from dinoseg.models.backbones.patch_projection import adapt_input
 from dinoseg.models.backbones.pretrained import exported_state, load_model
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import ChannelWeight, ColourMean, ColourStd, Count
+from dinoseg.utils.ranges import Channels, ChannelWeight, ColourMean, ColourStd, Count
 
 STEM = 4  # stride of the first stage in pixels; each later stage doubles it
 
@@ -55,7 +55,7 @@ class ConvNext(Backbone):
         mean: Sequence[ColourMean] | None = None,
         std: Sequence[ColourStd] | None = None,
         checkpointing: bool = False,
-        channels: Count = 3,
+        channels: Channels = 3,
         channel_weights: Sequence[ChannelWeight] | None = None,
     ) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from dinoseg.core.contracts import Backbone
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import ColourMean, ColourStd, Count, check_annotations
+from dinoseg.utils.ranges import Channels, ColourMean, ColourStd, Count, check_annotations
 
 
 class RgbBackbone(Backbone):
@@ -40,7 +40,7 @@ class RgbBackbone(Backbone):
         layers: Sequence[int] | str = (-1,),
         mean: Sequence[ColourMean] | None = None,
         std: Sequence[ColourStd] | None = None,
-        channels: Count = 3,
+        channels: Channels = 3,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size

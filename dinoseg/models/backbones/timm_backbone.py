@@ -20,7 +20,7 @@ from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours, resolve_colours
 from dinoseg.models.backbones.patch_projection import adapt_input
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import ChannelWeight, ColourMean, ColourStd, Count
+from dinoseg.utils.ranges import Channels, ChannelWeight, ColourMean, ColourStd, Count
 from dinoseg.utils.tensor_files import check_weights, read_tensor_file
 
 _ANY_SIZE: Any = ({"dynamic_img_size": True}, {"strict_img_size": False})  # a model has one of these options or none
@@ -76,7 +76,7 @@ class TimmBackbone(Backbone):
         std: Sequence[ColourStd] | None = None,
         checkpointing: bool = False,
         final_norm: bool = True,
-        channels: Count = 3,
+        channels: Channels = 3,
         channel_weights: Sequence[ChannelWeight] | None = None,
     ) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from dinoseg.models.backbones.patch_projection import PatchProjection, adapt_inp
 from dinoseg.models.backbones.pretrained import exported_state, load_model
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
-from dinoseg.utils.ranges import ChannelWeight, ColourMean, ColourStd, Count
+from dinoseg.utils.ranges import Channels, ChannelWeight, ColourMean, ColourStd, Count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -87,7 +87,7 @@ class TransformersVit(Backbone):
         dtype: Literal["float32", "bfloat16"] = "float32",
         final_norm: bool = True,
         weights_patch_size: Count | None = None,
-        channels: Count = 3,
+        channels: Channels = 3,
         channel_weights: Sequence[ChannelWeight] | None = None,
     ) -> None:
         super().__init__()

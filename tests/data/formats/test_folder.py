@@ -269,7 +269,9 @@ def test_empty_split(tmp_path, partition):
 
 def test_partition_and_layout_must_fit(fill):
     root = fill()
-    with pytest.raises(UserError, match=r"must both contain \{split\}; otherwise"):
+    with pytest.raises(
+        UserError, match=r"and data\.reader\.layout\.masks=masks must both contain \{split\}; otherwise"
+    ):
         folder_dataset(root, "train", classes=CLASSES, layout=FLAT)
     with pytest.raises(UserError, match="name it without {split}"):
         folder_dataset(root, "train", classes=CLASSES, partition=Partition("fraction"))

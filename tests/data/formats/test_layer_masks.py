@@ -8,6 +8,7 @@ import torch
 from making import save
 from overlapping_shapes import CLASSES, write_coco, write_overlaps
 
+from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.doctor.errors import check_for_errors
@@ -15,6 +16,7 @@ from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.opened import opened
 from dinoseg.data.scan.class_counts import class_counts
+from dinoseg.data.scan.measure import measure
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.testing import check_dataset
 from dinoseg.utils.errors import UserError
@@ -117,6 +119,54 @@ def test_class_names_that_are_no_file_names_are_refused(tmp_path, name):
     write_overlaps(tmp_path, train=1)
     with pytest.raises(UserError, match="Rename it"):
         folder_dataset(tmp_path, "train", classes=[name], layers=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["Tool", "tool"], "Tool and tool"),
+        (["\u00e9tui", "e\u0301tui"], "one file"),
+        (["tool", "con"], "The class con "),
+        (["tool", "Lpt1.png"], "The class Lpt1.png "),
+        (["tool", "\u91dd" * 100], "cannot be that of a file"),
+    ],
+)
+def test_names_that_share_a_file_somewhere_are_refused(names, message, tmp_path):
+    write_overlaps(tmp_path, train=1)
+    with pytest.raises(UserError, match=message):
+        folder_dataset(tmp_path, "train", classes=names, layers=True)
+
+
+def write_claim(root, side, annotations):
+    """Write a COCO file that states another size than the 8 x 8 pixels of its image, with many classes."""
+    save(root / "train" / "a.png", np.zeros((8, 8), np.uint8))
+    image = {"id": 0, "file_name": "a.png", "height": side, "width": side}
+    names = [f"class {index}" for index in range(100)]
+    shapes = [
+        {"id": index, "image_id": 0, "category_id": index, "segmentation": [[0, 0, 9, 0, 9, 9]]}
+        for index in range(annotations)
+    ]
+    categories = [{"id": index, "name": name} for index, name in enumerate(names)]
+    content = {"images": [image], "categories": categories, "annotations": shapes}
+    (root / "annotations").mkdir()
+    (root / "annotations/instances_train.json").write_text(json.dumps(content))
+    return annotated_dataset(root, "train", kind="coco", classes=names, shapes=Shapes(unlabelled=None), layers=True)
+
+
+def test_masks_larger_than_their_image_are_not_drawn(tmp_path, monkeypatch):
+    data = write_claim(tmp_path, 13_000, 100)
+    monkeypatch.setattr(Drawing, "read", None)
+    with pytest.raises(UserError, match="its mask .* is 13000 x 13000. Make them equal"):
+        data[0]
+    assert {*measure(data.pairs[0], data.reader, images=False).problems} == {"size_mismatch"}
+    (tmp_path / "train/a.png").write_bytes(b"none")
+    assert {*measure(data.pairs[0], data.reader, images=False).problems} == {"unreadable_image"}
+
+
+def test_absent_classes_of_annotations_are_not_drawn(tmp_path):
+    data = write_claim(tmp_path, 8, 3)
+    assert [index for index, source in enumerate(data.pairs[0].mask.sources) if source is not None] == [0, 1, 2]
+    assert data[0]["mask"].any(dim=(1, 2)).sum() == 3
 
 
 def test_a_mask_that_fits_two_classes_is_refused(tmp_path):
