@@ -118,8 +118,9 @@ def _plane(image: Image.Image) -> np.ndarray:
     upright = load_upright(image)
     upright = upright if upright.mode in _PLAIN_MODES else upright.convert(_AS.get(upright.mode, "RGB"))
     bands = len(upright.getbands())
-    if isinstance(image, TiffImageFile) and image.mode != "P":
-        _check_samples(_count_samples(image), bands)
+    stored = _count_samples(image)
+    if isinstance(image, TiffImageFile) and image.mode != "P" and stored != bands:
+        raise Unfit(f"stores {stored} channels, and {bands} can be read. Save each channel as a page, or all as .npy")
     values = np.asarray(upright).reshape(upright.height, upright.width, bands)
     return values.astype(np.uint16) if upright.mode.startswith("I;16") else values  # in this machine's byte order
 
@@ -130,15 +131,15 @@ def _count_samples(image: Image.Image) -> int:
     return image.tag_v2.get(_SAMPLES_PER_PIXEL, 1) if isinstance(image, TiffImageFile) else bands
 
 
-def _check_samples(stored: int, read: int) -> None:
-    if stored != read:
-        raise Unfit(f"stores {stored} channels, and {read} can be read. Save each channel as a page, or all as .npy")
-
-
 def _is_reduced(image: Image.Image) -> bool:
-    """Return whether Pillow would reduce an image: several channels of 16 bits to 8, or RGB and another one to RGB."""
+    """Return whether Pillow would reduce or change an image.
+
+    It reduces several channels of 16 bits to 8, and RGB with another channel to RGB. It divides colours by an
+    associated alpha channel (RGBa).
+    """
     packing = _find_packing(image)
-    return len(image.getbands()) > 1 and (";16" in packing or ("RGBX" in packing and isinstance(image, TiffImageFile)))
+    is_changed = isinstance(image, TiffImageFile) and packing.startswith(("RGBX", "RGBa"))
+    return len(image.getbands()) > 1 and (";16" in packing or is_changed)
 
 
 def _find_packing(image: Image.Image) -> str:
@@ -164,7 +165,6 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
     _, pages = cv2.imdecodemulti(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
     if len(pages or ()) != count or any(page.shape[:2] != (height, width) for page in pages):
         raise Unfit("cannot be decoded at full depth. Save its channels as pages, or as .npy")
-    _check_samples(samples, pages[0].size // (height * width))
     levels = np.empty((height, width, count * samples), pages[0].dtype)
     for number, stored in enumerate(pages):
         # OpenCV returns blue, green, red, and alpha

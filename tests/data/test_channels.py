@@ -1,5 +1,8 @@
 """Images of any number of channels: their files, levels, views and packed items."""
 
+import os
+from itertools import pairwise
+
 import cv2
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from dinoseg.export.runtime.inputs import pictures
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.utils import levels as levels_module
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import stamp
 from dinoseg.utils.levels import read_levels, to_display
 
 SIZE = (21, 34)
@@ -105,6 +109,25 @@ def test_further_files_are_found_by_their_word(first, second, tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     assert PixelFormat(4, ("images", "nir")).paths(root / first) == [root / first, root / second]
+
+
+def test_a_file_of_both_replacements_comes_first(tmp_path):
+    names = ("images/x_images.png", "nir/x_nir.png", "images/x_nir.png", "nir/x_images.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for second, third in pairwise(names[1:]):
+        assert PixelFormat(4, ("images", "nir")).paths(tmp_path / names[0])[1] == tmp_path / second
+        (tmp_path / second).unlink()
+    assert PixelFormat(4, ("images", "nir")).paths(tmp_path / names[0])[1] == tmp_path / third
+
+
+def test_a_word_within_another_is_not_replaced(tmp_path):
+    (tmp_path / "nir").mkdir()
+    for name in ("myimages", "images2"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match="no `images` in its path"):
+            PixelFormat(4, ("images", "nir")).paths(tmp_path / name / "a.png")
 
 
 def test_two_matching_files_are_refused(tmp_path):
@@ -199,10 +222,24 @@ def test_large_files_of_16_bits_are_refused_before_decoding(tmp_path, monkeypatc
         read_levels(tmp_path / "a.tif", None)
 
 
+def test_pages_of_different_depths_are_refused(tmp_path):
+    cv2.imwritemulti(str(tmp_path / "a.tif"), [levels(3, np.uint16), levels(3)])
+    with pytest.raises(UserError, match="pages of different sizes or kinds"):
+        read_levels(tmp_path / "a.tif", None)
+
+
 def test_tiff_files_with_an_unspecified_channel_are_read(tmp_path):
     image = levels(4)
     Image.frombytes("RGBX", SIZE[::-1], image.tobytes()).save(tmp_path / "a.tif")
     assert np.array_equal(PixelFormat(4).read(tmp_path / "a.tif"), image)
+
+
+def test_colours_are_not_divided_by_an_associated_alpha(tmp_path):
+    image, path = levels(4), tmp_path / "a.tif"
+    Image.fromarray(image).save(path)
+    unassociated, associated = (np.array([338, 3, 1, 0, value, 0], "<u2").tobytes() for value in (2, 1))  # ExtraSamples
+    path.write_bytes(path.read_bytes().replace(unassociated, associated))
+    assert np.array_equal(read_levels(path, None), image)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
@@ -266,6 +303,17 @@ def test_views_of_rgb_do_not_depend_on_further_channels():
         assert np.array_equal(seen[..., 3:], unchanged[..., 3:])
 
 
+@pytest.mark.parametrize(("channels", "changes"), [(1, True), (2, False)])
+def test_a_single_channel_is_augmented_as_grey(channels, changes):
+    image, mask = levels(channels, size=(50, 40)), np.zeros((50, 40), np.uint8)
+    augment = Augment((50, 40), color=ColorJitter(0.4, 0.4, 0.4, 0.2))
+    seen, _ = augment(image, mask, np.random.default_rng(1))
+    grey, _ = augment(image[..., :1].repeat(3, axis=2), mask, np.random.default_rng(1))
+    assert np.array_equal(seen, grey[..., :1] if changes else image) and not np.array_equal(
+        grey[..., :1], image[..., :1]
+    )
+
+
 def test_views_of_16_bits_are_those_of_8():
     image, mask = levels(4, size=(50, 40)), np.zeros((50, 40), np.uint8)
     augment = Augment((32, 48), scale=(0.5, 2), color=ColorJitter(0.2, 0.2, 0.2, 0.1))
@@ -321,6 +369,15 @@ def test_a_changed_file_or_format_is_other_data(tmp_path):
     assert len(prints) == len(hashes) == 3
 
 
+@pytest.mark.parametrize("folder", ["rgb", "nir"])
+def test_the_stamp_of_an_image_is_that_of_its_newest_file(folder, tmp_path):
+    image = dataset(tmp_path).pairs[0].image
+    before = stamp(image)
+    later = 10**9 + max(path.stat().st_mtime_ns for path in image.paths)
+    os.utime(tmp_path / folder / "0.png", ns=(later, later))
+    assert stamp(image) != before
+
+
 def test_a_dataset_is_read_in_several_formats(tmp_path):
     data = dataset(tmp_path)
     two, rgb = data.read_as(PixelFormat(2, ("rgb", "nir"), order=(3, 0))), data.read_as(PixelFormat())
@@ -350,13 +407,6 @@ def test_batches_of_8_and_16_bits_keep_the_share_of_white():
     parts = [Batch.stack([sample]) for sample in samples]
     for batch in (Batch.stack(samples), join_batches(parts)):
         assert torch.equal(to_unit_range(batch.image), wanted)
-
-
-def test_joined_batches_pair_maps_by_name():
-    first, second = {"a": torch.zeros(1, 2), "b": torch.ones(1, 2)}, {"b": torch.ones(1, 2), "a": torch.zeros(1, 2)}
-    image = torch.zeros(1, 3, 2, 2)
-    joined = join_batches([Batch(image, image, ["x"], maps) for maps in (first, second)])
-    assert not joined.maps["a"].any() and joined.maps["b"].all()
 
 
 class Samples:
