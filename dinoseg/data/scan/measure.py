@@ -188,7 +188,7 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
 def _layer_counts(layers: np.ndarray, ignore_index: int) -> dict[int, int]:
     """Return the pixels of each class that layers (K, H, W) show, and the ignored ones of all layers."""
     counts = dict(enumerate((layers == 1).sum(axis=(1, 2)).tolist()))
-    counts.setdefault(ignore_index, int((layers == ignore_index).sum()))
+    counts[ignore_index] = int((layers == ignore_index).sum())
     return {value: count for value, count in counts.items() if count}
 
 
