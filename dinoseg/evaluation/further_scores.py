@@ -35,7 +35,7 @@ def further_scores(metric: Metric, counts: Sequence[Counts], units: Sequence[str
     sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
     function = FlatMetric.of(metric, counts[0])
     whole, left_out = function.scores(sums.sum(axis=0)), leave_one_out(function, sums)
-    options = {name: value for name, value in sorted(vars(metric).items()) if isinstance(value, _PLAIN)}
+    options = {name: value for name, value in vars(metric).items() if isinstance(value, _PLAIN)}
     settings = f"{type(metric).__qualname__} {options}"
     return {
         name: FurtherScore(better, settings, plain_score(whole[name]), [*map(plain_score, left_out[name])])
