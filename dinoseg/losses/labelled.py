@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import at_least_float32
@@ -55,11 +56,29 @@ def labelled_images(mask: Tensor, ignore_index: int) -> Tensor:
     return (mask != ignore_index).flatten(1).any(dim=1).sum()
 
 
-def image_count(batch: Batch, ignore_index: int, weights: Tensor) -> Tensor:
-    """Return `labelled_images` as a divisor (1,), with the dtype and device of `weights`."""
-    return labelled_images(to_device(batch.mask, weights.device), ignore_index).to(weights.dtype)[None]
-
-
 def ratio(total: Tensor, norm: Tensor) -> Tensor:
     """Return total / norm, or the total (also 0) where the norm is 0."""
     return total / torch.where(norm > 0, norm, 1)
+
+
+class ImageLoss(Loss):
+    """Base class of losses whose divisor is the number of images with a labelled pixel.
+
+    Args:
+        class_weights: one weight (K,) per class.
+        ignore_index: mask value of unlabelled pixels.
+    """
+
+    weight: Tensor
+    sums_over_batch = True
+
+    def __init__(self, class_weights: Tensor, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.register_buffer("weight", class_weights, persistent=False)
+        self.ignore_index = ignore_index
+        self.divisor = ("images", ignore_index)
+
+    def divisors(self, batch: Batch) -> Tensor:
+        """Return the number of images with a labelled pixel (1,)."""
+        mask = to_device(batch.mask, self.weight.device)
+        return labelled_images(mask, self.ignore_index).to(self.weight.dtype)[None]
