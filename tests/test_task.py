@@ -52,9 +52,10 @@ def test_predictions_of_layers_agree_at_any_size():
     torch.testing.assert_close(averaged.probabilities(), whole.probabilities(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("task", TASKS)
-def test_probabilities_of_half_precision_scores_are_float32(task):
-    grid = logits(3).bfloat16()
+def test_probabilities_are_float32(task, dtype):
+    grid = logits(3).to(dtype)
     prediction = Prediction(grid, (20, 24), (1.0, 1.0), upsample, grid=grid, task=task)
     torch.testing.assert_close(prediction.probabilities(), task.probabilities(prediction.scores().float()))
 

@@ -205,7 +205,10 @@ class Prediction:
     task: Task = SEMANTIC
 
     def scores(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Return per-pixel class scores (B, K, H, W) at `size` (default: that of the images); the highest wins."""
+        """Return per-pixel class scores (B, K, H, W) at `size` (default: that of the images); the highest wins.
+
+        Heads return them in float32 or better, see `upsample`.
+        """
         return self.to_pixels(self.outputs, size or self.size, self.valid)
 
     def class_ids(self, size: tuple[int, int] | None = None) -> Tensor:

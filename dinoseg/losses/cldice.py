@@ -12,7 +12,6 @@ from dinoseg.core.geometry import upsample_at
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.labelled import ImageLoss, check_classes, labelled_images, ratio
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Count, Natural, check_annotations
 
 BAND = 2**20  # values of a band of rows: about 150 MiB with what the backward pass of 3 iterations keeps
@@ -77,7 +76,7 @@ class SoftClDice(ImageLoss):
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
         images, height, width = batch.mask.shape
         grid = prediction.grid
-        scores = at_least_float32(prediction.logits((height, width)) if grid is None else grid)
+        scores = prediction.logits((height, width)) if grid is None else grid
         valid = None if grid is None else prediction.valid
         reach = self.iterations + 2
         rows = max(4 * reach, BAND // (images * scores.shape[1] * width))

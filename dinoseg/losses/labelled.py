@@ -6,7 +6,6 @@ from torch import Tensor
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.transfer import to_device
 
 UNLABELLED = -100  # internal ignore value for all data sets; the default `ignore_index` of torch's cross_entropy
@@ -15,7 +14,7 @@ UNLABELLED = -100  # internal ignore value for all data sets; the default `ignor
 def labelled_pixels(prediction: Prediction, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return logits (B, K, H, W) at mask size, in float32 or better, and the `labels` (B, H, W)."""
     height, width = batch.mask.shape[-2:]
-    return at_least_float32(prediction.logits((height, width))), labels(batch.mask, ignore_index)
+    return prediction.logits((height, width)), labels(batch.mask, ignore_index)
 
 
 def labels(mask: Tensor, ignore_index: int) -> Tensor:

@@ -8,7 +8,6 @@ from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.labelled import ImageLoss, labelled_images, ratio
 from dinoseg.losses.overlap import tversky_loss
-from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.transfer import to_device
 
 
@@ -64,6 +63,6 @@ class BinaryDice(ImageLoss):
 
 def _read_layers(prediction: Prediction, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits, targets and labelled pixels, each (B, K, H, W), in float32 or better."""
-    logits = at_least_float32(prediction.logits((batch.mask.shape[-2], batch.mask.shape[-1])))
+    logits = prediction.logits((batch.mask.shape[-2], batch.mask.shape[-1]))
     labelled = (batch.mask != ignore_index).to(logits.dtype)
     return logits, (batch.mask == 1).to(logits.dtype), labelled
