@@ -425,7 +425,8 @@ class Samples:
 def test_own_datasets_have_the_declared_channels():
     for dtype in (torch.uint8, torch.uint16):
         image = torch.zeros(4, 5, 6, dtype=dtype)
-        assert CustomDataset(Samples(image), channels=4)[0]["image"] is image
+        data = CustomDataset(Samples(image), channels=4)
+        assert data[0]["image"] is image and data.keep({"x"})[0]["image"] is image
         with pytest.raises(UserError, match=r"\(3, H, W\)"):
             CustomDataset(Samples(image))[0]
     with pytest.raises(UserError, match="uint16"):

@@ -75,6 +75,7 @@ def test_ignored_shapes_and_pixels_are_ignored(tmp_path):
     save(tmp_path / "train/masks/disc/x.png", [[0, 1, 255], [255, 1, 0]])
     layers = folder(tmp_path)[0]["mask"]
     assert layers.tolist() == [[[0, 1, 255], [255, 1, 0]], [[0, 0, 0], [0, 0, 0]]]  # no file: the class is absent
+    assert class_counts(folder(tmp_path), tmp_path / "cache").tolist() == [2, 0]
 
 
 def test_objects_cover_ignored_shapes_of_their_class(tmp_path):
@@ -171,7 +172,14 @@ class Drawn:
         return {"image": torch.zeros(3, 2, 2, dtype=torch.uint8), "mask": self.mask, "name": "x"}
 
 
+class Single(Drawn):
+    """A dataset of a single class."""
+
+    classes, palette = ("a",), ((0, 0, 0),)
+
+
 def test_a_dataset_class_may_return_layers(tmp_path):
+    assert CustomDataset(Single([[[0, 1], [1, 255]]]), has_layers=True)[0]["mask"].tolist() == [[[0, 1], [1, 255]]]
     data = CustomDataset(Drawn([[[0, 1], [1, 255]], [[0, 0], [1, 0]]]), has_layers=True)
     assert data[0]["mask"].dtype == torch.uint8 and class_counts(data, tmp_path).tolist() == [2, 1]
     assert torch.equal(data.keep({"x"})[0]["mask"], data[0]["mask"])
