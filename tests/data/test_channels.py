@@ -51,6 +51,14 @@ def test_files_of_8_and_16_bits_keep_their_levels(suffix, channels, dtype, tmp_p
     assert np.array_equal(read_levels(path, None), image)
 
 
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16B", ">u2")])
+def test_grey_of_16_bits_is_read_in_both_byte_orders(mode, dtype, tmp_path):
+    image = levels(1, np.uint16)
+    Image.frombytes(mode, SIZE[::-1], image.astype(dtype).tobytes()).save(tmp_path / "a.tif")
+    found = read_levels(tmp_path / "a.tif", None)
+    assert found.dtype == np.uint16 and np.array_equal(found, image)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_pages_are_channels(dtype, tmp_path):
     image = levels(7, dtype)
@@ -150,7 +158,7 @@ def save_sample(root, channels=4):
         ({"channels": 4, "files": ["rgb", "depth"]}, "no file of `depth`"),
         ({"channels": 4, "files": ["images", "nir"]}, "no `images` in its path"),
         ({"channels": 4}, r"data\.channels=3, name further files by data\.pixels\.files, such as \[images,nir\]"),
-        ({"channels": 4, "order": [0, 1, 2, 9], "files": ["rgb", "nir"]}, "order"),
+        ({"channels": 4, "order": [0, 1, 2, 4], "files": ["rgb", "nir"]}, "order"),
         ({"channels": 4, "order": [0, 1]}, "2 numbers"),
         ({"files": ["rgb"]}, "at least two"),
         ({"value_range": (5, 5)}, "lowest < highest"),

@@ -1,5 +1,7 @@
 """Counts of metrics over ranks and images, and what intervals are made of."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -78,15 +80,15 @@ def test_infinite_scores_are_undefined():
     assert [plain_score(value) for value in (0.5, np.nan, np.inf)] == [0.5, None, None]
 
 
-def test_shares_of_rounded_sums_are_not_refused():
-    class Tenths(Share):
+@pytest.mark.parametrize("excess", [-1e-6, -1e-12, 1e-12, 1e-6])
+def test_shares_may_exceed_their_bounds_by_rounding(excess):
+    class Excess(Share):
         def compute(self, sums):
-            return {"share": (0.1 + 0.7 + 0.2) / np.float64(0.9999999999999999)}
+            return {"share": np.float64(excess + (excess > 0))}
 
-    rows = rows_of(Tenths(), np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.uint8))
-    result = {"classes": []}
-    rows.add_scores(result, list)
-    assert result["share"] > 1
+    rows = rows_of(Excess(), np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.uint8))
+    with nullcontext() if abs(excess) < 1e-9 else pytest.raises(UserError, match="outside 0..1"):
+        rows.add_scores({"classes": []}, list)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
