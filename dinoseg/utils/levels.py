@@ -101,7 +101,7 @@ def _read_channels(image: Image.Image) -> np.ndarray:
         if planes[-1].shape[:2] != planes[0].shape[:2]:
             raise Unfit("has pages of different sizes. Save its channels as pages of one size")
         _check_numbers(sum(plane.size for plane in planes))
-    return np.concatenate(planes, axis=2)
+    return np.concatenate(planes, axis=2)  # in this machine's byte order
 
 
 def _pages(image: Image.Image) -> Iterator[Image.Image]:
@@ -121,8 +121,7 @@ def _plane(image: Image.Image) -> np.ndarray:
     stored = _count_samples(image)
     if isinstance(image, TiffImageFile) and image.mode != "P" and stored != bands:
         raise Unfit(f"stores {stored} channels, and {bands} can be read. Save each channel as a page, or all as .npy")
-    values = np.asarray(upright).reshape(upright.height, upright.width, bands)
-    return values.astype(np.uint16) if upright.mode.startswith("I;16") else values  # in this machine's byte order
+    return np.asarray(upright).reshape(upright.height, upright.width, bands)
 
 
 def _count_samples(image: Image.Image) -> int:
