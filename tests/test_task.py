@@ -32,6 +32,7 @@ def test_layers_are_decided_by_a_threshold_for_each_class():
         decided = MultilabelTask(3, threshold).decide(scores.sigmoid())
         assert decided.dtype == torch.uint8
         np.testing.assert_array_equal(decided, shares >= np.array(expected)[:, None, None])
+    assert MultilabelTask(1, 0.25).decide(torch.full((1, 1, 1, 1), 0.25)).item() == 1
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0, [0.5], [0.5, 0.5, 2.0], "half"])
@@ -49,6 +50,14 @@ def test_predictions_of_layers_agree_at_any_size():
     torch.testing.assert_close(sampled, whole.logits()[:, :, ::4, ::4])
     averaged = Prediction(whole.probabilities(), (20, 24), (1.0, 1.0), upsample, mixture=True, task=MultilabelTask(3))
     torch.testing.assert_close(averaged.probabilities(), whole.probabilities(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("task", TASKS)
+def test_probabilities_are_float32(task, dtype):
+    grid = logits(3).to(dtype)
+    prediction = Prediction(grid, (20, 24), (1.0, 1.0), upsample, grid=grid, task=task)
+    torch.testing.assert_close(prediction.probabilities(), task.probabilities(prediction.scores().float()))
 
 
 def test_a_new_model_may_predict_a_single_class():

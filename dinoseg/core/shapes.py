@@ -118,10 +118,8 @@ def stack_labels(samples: Sequence[SampleLabels]) -> dict[str, Any]:
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:
-    """Concatenate batches of images of one size, with the same maps."""
-    # the order of a dictionary of maps is that of its source
-    ordered = [replace(batch, maps={name: batch.maps[name] for name in batches[0].maps}) for batch in batches]
-    columns = zip(*map(collect_tensors, ordered), strict=True)
+    """Concatenate batches of images of one size, with the same maps in one order, that of their dataset."""
+    columns = zip(*map(collect_tensors, batches), strict=True)
     joined = tree_map(batches[0], lambda _: torch.cat(unify_depth(next(columns))))
     return replace(joined, names=[name for batch in batches for name in batch.names])
 
@@ -207,7 +205,10 @@ class Prediction:
     task: Task = SEMANTIC
 
     def scores(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Return per-pixel class scores (B, K, H, W) at `size` (default: that of the images); the highest wins."""
+        """Return per-pixel class scores (B, K, H, W) at `size` (default: that of the images); the highest wins.
+
+        Heads return them in float32 or better, see `upsample`.
+        """
         return self.to_pixels(self.outputs, size or self.size, self.valid)
 
     def class_ids(self, size: tuple[int, int] | None = None) -> Tensor:
@@ -225,7 +226,7 @@ class Prediction:
 
     def class_ids_and_logits(self, places: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
         """Return `class_ids`, and `logits` (B, K, r, c) float32 at some rows and columns, at the size of the images."""
-        if self.grid is not None and not self.task.has_layers:
+        if self.grid is not None:
             return self.class_ids(), upsample_at(self.grid, self.size, self.valid, places).float()
         if self.masks is not None:
             pixels = upsample_at(self.masks.logits, self.size, self.valid, places).sigmoid()

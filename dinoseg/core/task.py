@@ -77,7 +77,7 @@ class MultilabelTask(Task):
 
     @check_annotations
     def __init__(self, num_classes: Count, threshold: OpenShare | Sequence[OpenShare] = 0.5) -> None:
-        given = [threshold] * num_classes if isinstance(threshold, int | float) else list(threshold)
+        given = [threshold] * num_classes if isinstance(threshold, float) else list(threshold)
         if len(given) != num_classes:
             raise UserError(f"threshold={given}: give one number, or one for each of the {num_classes} classes.")
         self.thresholds = given

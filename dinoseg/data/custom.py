@@ -165,8 +165,11 @@ def check_custom_dataset(
     Raises:
         UserError: a member is missing, or differs from the config, or its masks have no layers.
     """
-    if has_layers and ignore_index < 2:
-        raise UserError(f"data.ignore_index={ignore_index}: layers hold 0 and 1. Give another value, such as 255.")
+    if has_layers and ignore_index < max(2, len(classes)):
+        raise UserError(
+            f"data.ignore_index={ignore_index}: layers hold 0 and 1, and classes have the ids 0 to {len(classes) - 1}. "
+            "Give another value, such as 255."
+        )
     if isinstance(data, PairDataset):
         if has_layers and not data.has_layers:
             raise UserError(

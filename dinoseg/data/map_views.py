@@ -33,7 +33,7 @@ def warp_maps(
     shown = _find_shown_pixels((height, width), matrix, size)
     views = {}
     for name, values in maps.items():
-        kind, layers = kinds[name], np.ascontiguousarray(values).reshape(-1, height, width)
+        kind, layers = kinds[name], values.reshape(-1, height, width)
         if kind.is_interpolated:
             view = np.stack([_warp_bilinear(layer, matrix, size) for layer in layers])
             view *= np.float32(kind.value_factor(zoom))

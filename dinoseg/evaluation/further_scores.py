@@ -41,9 +41,9 @@ def further_scores(metric: Metric, counts: Sequence[Counts], units: Sequence[str
 
 
 def shared_scores(runs: Sequence[Mapping[str, FurtherScore]]) -> list[str]:
-    """Return the names of the scores that all runs have, with the same direction and settings."""
-    meanings = [{name: (score.better, score.settings) for name, score in scores.items()} for scores in runs]
-    return [name for name, meaning in meanings[0].items() if all(other.get(name) == meaning for other in meanings)]
+    """Return the names of the scores that all runs have, with the same settings."""
+    settings = [{name: score.settings for name, score in scores.items()} for scores in runs]
+    return [name for name, value in settings[0].items() if all(other.get(name) == value for other in settings)]
 
 
 def further_difference(first: Sequence[FurtherScore], second: Sequence[FurtherScore]) -> Estimate:

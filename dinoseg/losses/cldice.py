@@ -9,12 +9,10 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 from torch.utils.checkpoint import checkpoint
 
-from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample_at
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.labelled import check_classes, image_count, labelled_images, ratio
+from dinoseg.losses.labelled import ImageLoss, check_classes, labelled_images, ratio
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.ranges import Natural, Range, check_annotations
 
 # memory grows by the square of the number
@@ -37,7 +35,7 @@ def soft_skeleton(shares: Tensor, iterations: int) -> Tensor:
     return skeleton
 
 
-class SoftClDice(Loss):
+class SoftClDice(ImageLoss):
     """Soft clDice loss (Shit et al., CVPR 2021, arXiv 2003.07311), averaged over the classes that occur in the labels.
 
     It is 1 - 2 T_p T_s / (T_p + T_s) for each class. The topology precision T_p is the share of the predicted soft
@@ -59,9 +57,7 @@ class SoftClDice(Loss):
         UserError: `classes` is empty, or holds an id that is no class.
     """
 
-    weight: Tensor
     ids: Tensor
-    sums_over_batch = True
 
     @check_annotations
     def __init__(
@@ -71,21 +67,19 @@ class SoftClDice(Loss):
         iterations: Erosions = 3,
         classes: Sequence[Natural] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(class_weights, ignore_index)
         check_classes(class_weights)
         ids = sorted({*(range(1, len(class_weights)) if classes is None else classes)})
         if not ids or ids[-1] >= len(class_weights):
             raise UserError(f"classes={ids}: give ids of classes, from 0 to {len(class_weights) - 1}.")
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
-        self.register_buffer("weight", class_weights, persistent=False)
-        self.ignore_index, self.iterations = ignore_index, iterations
-        self.divisor = ("images", ignore_index)
+        self.iterations = iterations
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
         images, height, width = batch.mask.shape
         grid = prediction.grid
-        scores = at_least_float32(prediction.logits((height, width)) if grid is None else grid)
+        scores = prediction.logits((height, width)) if grid is None else grid
         valid = None if grid is None else prediction.valid
         reach = self.iterations + 2
         rows = max(4 * reach, BAND // (images * scores.shape[1] * width))
@@ -103,10 +97,6 @@ class SoftClDice(Loss):
         losses = 1 - 2 * precision * sensitivity / (precision + sensitivity)
         value = ratio((weights * losses).sum(), weights.sum())
         return value, {"weight": labelled_images(batch.mask, self.ignore_index).to(value.dtype)}
-
-    def divisors(self, batch: Batch) -> Tensor:
-        """Return the number of images with a labelled pixel (1,)."""
-        return image_count(batch, self.ignore_index, self.weight)
 
     def _band_sums(
         self, scores: Tensor, mask: Tensor, valid: tuple[float, float] | None, seen: slice, inner: slice

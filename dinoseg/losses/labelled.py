@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.transfer import to_device
 
 UNLABELLED = -100  # internal ignore value for all data sets; the default `ignore_index` of torch's cross_entropy
@@ -14,7 +14,7 @@ UNLABELLED = -100  # internal ignore value for all data sets; the default `ignor
 def labelled_pixels(prediction: Prediction, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return logits (B, K, H, W) at mask size, in float32 or better, and the `labels` (B, H, W)."""
     height, width = batch.mask.shape[-2:]
-    return at_least_float32(prediction.logits((height, width))), labels(batch.mask, ignore_index)
+    return prediction.logits((height, width)), labels(batch.mask, ignore_index)
 
 
 def labels(mask: Tensor, ignore_index: int) -> Tensor:
@@ -55,11 +55,29 @@ def labelled_images(mask: Tensor, ignore_index: int) -> Tensor:
     return (mask != ignore_index).flatten(1).any(dim=1).sum()
 
 
-def image_count(batch: Batch, ignore_index: int, weights: Tensor) -> Tensor:
-    """Return `labelled_images` as a divisor (1,), with the dtype and device of `weights`."""
-    return labelled_images(to_device(batch.mask, weights.device), ignore_index).to(weights.dtype)[None]
-
-
 def ratio(total: Tensor, norm: Tensor) -> Tensor:
     """Return total / norm, or the total (also 0) where the norm is 0."""
     return total / torch.where(norm > 0, norm, 1)
+
+
+class ImageLoss(Loss):
+    """Base class of losses whose divisor is the number of images with a labelled pixel.
+
+    Args:
+        class_weights: one weight (K,) per class.
+        ignore_index: mask value of unlabelled pixels.
+    """
+
+    weight: Tensor
+    sums_over_batch = True
+
+    def __init__(self, class_weights: Tensor, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.register_buffer("weight", class_weights, persistent=False)
+        self.ignore_index = ignore_index
+        self.divisor = ("images", ignore_index)
+
+    def divisors(self, batch: Batch) -> Tensor:
+        """Return the number of images with a labelled pixel (1,)."""
+        mask = to_device(batch.mask, self.weight.device)
+        return labelled_images(mask, self.ignore_index).to(self.weight.dtype)[None]

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.labelled import UNLABELLED, check_classes, image_count, labelled_images, labelled_pixels, ratio
+from dinoseg.losses.labelled import UNLABELLED, ImageLoss, check_classes, labelled_images, labelled_pixels, ratio
 
 
 @torch.no_grad()
@@ -49,7 +48,7 @@ def lovasz_softmax(shares: Tensor, target: Tensor, class_weights: Tensor) -> Ten
     return ratio(total, norm)
 
 
-class Lovasz(Loss):
+class Lovasz(ImageLoss):
     """The `lovasz_softmax` loss over all labelled pixels of a batch, or its mean over the images.
 
     Args:
@@ -58,14 +57,9 @@ class Lovasz(Loss):
         per_image: whether to compute the loss per image (with its own classes) instead of over the whole batch.
     """
 
-    weight: Tensor
-
     def __init__(self, class_weights: Tensor, ignore_index: int = 255, per_image: bool = False) -> None:
-        super().__init__()
+        super().__init__(class_weights, ignore_index)
         check_classes(class_weights)
-        self.register_buffer("weight", class_weights, persistent=False)
-        self.ignore_index = ignore_index
-        self.divisor = ("images", ignore_index)
         self.per_image = per_image
         self.sums_over_batch = not per_image
 
@@ -81,7 +75,3 @@ class Lovasz(Loss):
         images = labelled_images(batch.mask, self.ignore_index).to(logits.dtype)
         value = ratio(torch.stack(values).sum(), images) if self.per_image else values[0]
         return value, {"weight": images}
-
-    def divisors(self, batch: Batch) -> Tensor:
-        """Return the number of images with a labelled pixel (1,)."""
-        return image_count(batch, self.ignore_index, self.weight)

@@ -6,14 +6,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.labelled import image_count, labelled_images, ratio
+from dinoseg.losses.labelled import ImageLoss, labelled_images, ratio
 from dinoseg.losses.overlap import tversky_loss
-from dinoseg.utils.precision import at_least_float32
 from dinoseg.utils.transfer import to_device
 
 
-class BinaryLoss(Loss):
-    """Base class of losses of masks (B, K, H, W) with 0, 1 or `ignore_index` for each class.
+class BinaryCrossEntropy(Loss):
+    """Mean of the binary cross-entropy over the labelled pixels of all classes, weighted by class.
 
     Args:
         class_weights: one weight (K,) per class.
@@ -27,25 +26,12 @@ class BinaryLoss(Loss):
         super().__init__()
         self.register_buffer("weight", class_weights, persistent=False)
         self.ignore_index = ignore_index
-
-    def _read(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits, targets and labelled pixels, each (B, K, H, W), in float32 or better."""
-        logits = at_least_float32(prediction.logits((batch.mask.shape[-2], batch.mask.shape[-1])))
-        labelled = (batch.mask != self.ignore_index).to(logits.dtype)
-        return logits, (batch.mask == 1).to(logits.dtype), labelled
-
-
-class BinaryCrossEntropy(BinaryLoss):
-    """Mean of the binary cross-entropy over the labelled pixels of all classes, weighted by class."""
-
-    def __init__(self, class_weights: Tensor, ignore_index: int = 255) -> None:
-        super().__init__(class_weights, ignore_index)
         weights = () if class_weights.is_meta else tuple(class_weights.tolist())  # meta tensors have no values
         self.divisor = ("labelled layers", ignore_index, weights)
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the summed weights of the labelled pixels of all classes."""
-        logits, target, labelled = self._read(prediction, batch)
+        logits, target, labelled = _read_layers(prediction, batch, self.ignore_index)
         weights = labelled * self.weight.to(logits.dtype)[:, None, None]
         total = binary_cross_entropy_with_logits(logits, target, weights, reduction="sum")
         return ratio(total, weights.sum()), {"weight": weights.sum()}
@@ -57,27 +43,26 @@ class BinaryCrossEntropy(BinaryLoss):
         return (labelled * self.weight).sum()[None]
 
 
-class BinaryDice(BinaryLoss):
+class BinaryDice(ImageLoss):
     """Soft Dice loss of each class by itself (Milletari et al., arXiv 1606.04797, without squares).
 
     It is the weighted mean of 1 - 2 sum(p g) / (sum p + sum g) over the classes that occur in the labels. Sums are over
     the labelled pixels of the batch, p is the sigmoid and g the labels.
     """
 
-    sums_over_batch = True
-
-    def __init__(self, class_weights: Tensor, ignore_index: int = 255) -> None:
-        super().__init__(class_weights, ignore_index)
-        self.divisor = ("images with labelled layers", ignore_index)
+    needs_layers = True
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and `weight`: the number of images with a labelled pixel."""
-        logits, target, labelled = self._read(prediction, batch)
+        logits, target, labelled = _read_layers(prediction, batch, self.ignore_index)
         shares = logits.sigmoid() * labelled
         sums = torch.cat([part.sum(dim=(0, 2, 3)) for part in (shares * target, shares, target)])
         value = tversky_loss(sums, self.weight, 0.5, 0.5)
         return value, {"weight": labelled_images(batch.mask, self.ignore_index).to(value.dtype)}
 
-    def divisors(self, batch: Batch) -> Tensor:
-        """Return the number of images with a labelled pixel (1,)."""
-        return image_count(batch, self.ignore_index, self.weight)
+
+def _read_layers(prediction: Prediction, batch: Batch, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits, targets and labelled pixels, each (B, K, H, W), in float32 or better."""
+    logits = prediction.logits((batch.mask.shape[-2], batch.mask.shape[-1]))
+    labelled = (batch.mask != ignore_index).to(logits.dtype)
+    return logits, (batch.mask == 1).to(logits.dtype), labelled

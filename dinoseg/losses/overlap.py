@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from dinoseg.core.contracts import Loss
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.full_resolution import Vjp, pixel_sums
 from dinoseg.losses.fused import KernelSpec
-from dinoseg.losses.labelled import check_classes, image_count, labelled_images, ratio
+from dinoseg.losses.labelled import ImageLoss, check_classes, labelled_images, ratio
 from dinoseg.utils.ranges import NotNegative, Positive, check_annotations
 
 
@@ -53,7 +52,7 @@ def tversky_loss(sums: Tensor, class_weights: Tensor, alpha: float, beta: float)
     return ratio((weights * (1 - index)).sum(), weights.sum())
 
 
-class Tversky(Loss):
+class Tversky(ImageLoss):
     """The `tversky_loss` of a batch.
 
     Args:
@@ -64,9 +63,6 @@ class Tversky(Loss):
             soft Jaccard loss.
     """
 
-    weight: Tensor
-    sums_over_batch = True
-
     @check_annotations
     def __init__(
         self,
@@ -75,11 +71,8 @@ class Tversky(Loss):
         alpha: NotNegative = 0.3,
         beta: Positive = 0.7,
     ) -> None:
-        super().__init__()
+        super().__init__(class_weights, ignore_index)
         check_classes(class_weights)
-        self.register_buffer("weight", class_weights, persistent=False)
-        self.ignore_index = ignore_index
-        self.divisor = ("images", ignore_index)
         self.alpha, self.beta = alpha, beta
 
     def forward(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -87,10 +80,6 @@ class Tversky(Loss):
         sums = pixel_sums(prediction, batch, self.ignore_index, overlap_sums, form=KernelSpec())
         value = tversky_loss(sums, self.weight, self.alpha, self.beta)
         return value, {"weight": labelled_images(batch.mask, self.ignore_index).to(value.dtype)}
-
-    def divisors(self, batch: Batch) -> Tensor:
-        """Return the number of images with a labelled pixel (1,)."""
-        return image_count(batch, self.ignore_index, self.weight)
 
 
 class Dice(Tversky):

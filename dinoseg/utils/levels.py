@@ -109,7 +109,7 @@ def _read_channels(image: Image.Image) -> np.ndarray:
         if planes[-1].shape[:2] != planes[0].shape[:2]:
             raise Unfit("has pages of different sizes. Save its channels as pages of one size")
         _check_numbers(sum(plane.size for plane in planes))
-    return np.concatenate(planes, axis=2)
+    return np.concatenate(planes, axis=2)  # in this machine's byte order
 
 
 def _pages(image: Image.Image) -> Iterator[Image.Image]:
@@ -125,10 +125,10 @@ def _plane(image: Image.Image) -> np.ndarray:
     upright = load_upright(image)
     upright = upright if upright.mode in _PLAIN_MODES else upright.convert(_AS.get(upright.mode, "RGB"))
     bands = len(upright.getbands())
-    if isinstance(image, TiffImageFile) and image.mode != "P":
-        _check_samples(_count_samples(image), bands)
-    values = np.asarray(upright).reshape(upright.height, upright.width, bands)
-    return values.astype(np.uint16) if upright.mode.startswith("I;16") else values  # in this machine's byte order
+    stored = _count_samples(image)
+    if isinstance(image, TiffImageFile) and image.mode != "P" and stored != bands:
+        raise Unfit(f"stores {stored} channels, and {bands} can be read. Save each channel as a page, or all as .npy")
+    return np.asarray(upright).reshape(upright.height, upright.width, bands)
 
 
 def _count_samples(image: Image.Image) -> int:
@@ -137,19 +137,15 @@ def _count_samples(image: Image.Image) -> int:
     return image.tag_v2.get(_SAMPLES_PER_PIXEL, 1) if isinstance(image, TiffImageFile) else bands
 
 
-def _check_samples(stored: int, read: int) -> None:
-    if stored != read:
-        raise Unfit(f"stores {stored} channels, and {read} can be read. Save each channel as a page, or all as .npy")
-
-
 def _is_reduced(image: Image.Image) -> bool:
-    """Return whether Pillow would reduce an image: several channels of 16 bits to 8, or RGB and another one to RGB.
+    """Return whether Pillow would reduce or change an image.
 
-    Or it would divide three channels by a fourth one, premultiplied alpha.
+    It reduces several channels of 16 bits to 8, and RGB with another channel to RGB. It divides colours by an
+    associated alpha channel (RGBa).
     """
     packing = _find_packing(image)
-    has_fourth = packing in ("RGBX", "RGBa") and isinstance(image, TiffImageFile)
-    return len(image.getbands()) > 1 and (";16" in packing or has_fourth)
+    is_changed = isinstance(image, TiffImageFile) and packing.startswith(("RGBX", "RGBa"))
+    return len(image.getbands()) > 1 and (";16" in packing or is_changed)
 
 
 def _find_packing(image: Image.Image) -> str:
@@ -178,7 +174,6 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
     _, pages = cv2.imdecodemulti(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED, range=(0, count))
     if len(pages or ()) != count or any(page.shape[:2] != (height, width) for page in pages):
         raise Unfit("cannot be decoded at full depth. Save its channels as pages, or as .npy")
-    _check_samples(samples, pages[0].size // (height * width))
     levels = np.empty((height, width, count * samples), pages[0].dtype)
     for number, stored in enumerate(pages):
         # OpenCV returns blue, green, red, and alpha

@@ -1,5 +1,6 @@
 """Images of any number of channels: their files, levels, views and packed items."""
 
+import os
 import struct
 import tracemalloc
 import zlib
@@ -27,6 +28,7 @@ from dinoseg.export.runtime.inputs import pictures
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.utils import levels as levels_module
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import stamp
 from dinoseg.utils.images import read_image
 from dinoseg.utils.levels import read_levels, read_levels_size, to_display, to_levels
 
@@ -51,6 +53,14 @@ def test_files_of_8_and_16_bits_keep_their_levels(suffix, channels, dtype, tmp_p
     order = [2, 1, 0, 3][:channels] if channels > 1 else [0]
     cv2.imwrite(str(path), image[..., order])
     assert np.array_equal(read_levels(path, None), image)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16B", ">u2")])
+def test_grey_of_16_bits_is_read_in_both_byte_orders(mode, dtype, tmp_path):
+    image = levels(1, np.uint16)
+    Image.frombytes(mode, SIZE[::-1], image.astype(dtype).tobytes()).save(tmp_path / "a.tif")
+    found = read_levels(tmp_path / "a.tif", None)
+    assert found.dtype == np.uint16 and np.array_equal(found, image)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -112,6 +122,24 @@ def test_further_files_are_found_by_their_word(first, second, tmp_path):
     assert PixelFormat(4, ("images", "nir")).paths(root / first) == [root / first, root / second]
 
 
+def test_a_file_of_both_replacements_comes_first(tmp_path):
+    names = ("images/x_images.png", "nir/x_nir.png", "images/x_nir.png", "nir/x_images.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name in names[1:]:
+        assert PixelFormat(4, ("images", "nir")).paths(tmp_path / names[0])[1] == tmp_path / name
+        (tmp_path / name).unlink()
+
+
+def test_a_word_within_another_is_not_replaced(tmp_path):
+    (tmp_path / "nir").mkdir()
+    for name in ("myimages", "images2"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match="no `images` in its path"):
+            PixelFormat(4, ("images", "nir")).paths(tmp_path / name / "a.png")
+
+
 def test_two_matching_files_are_refused(tmp_path):
     for name in ("images/a.png", "nir/a.png", "nir/a.tif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -137,7 +165,7 @@ def save_sample(root, channels=4):
             {"channels": 4},
             r"data\.channels=3; or set data/pixels=files, and name .* data\.pixels\.files, such as \[images,nir\]",
         ),
-        ({"channels": 4, "order": [0, 1, 2, 9], "files": ["rgb", "nir"]}, "order"),
+        ({"channels": 4, "order": [0, 1, 2, 4], "files": ["rgb", "nir"]}, "order"),
         ({"channels": 4, "order": [0, 1]}, "2 numbers"),
         ({"files": ["rgb"]}, "at least two"),
         ({"files": ["rgb", "../nir"]}, "names and not of paths"),
@@ -356,10 +384,24 @@ def test_the_smallest_ranges_are_mapped_without_overflow():
     assert to_levels(np.array([[[0.0], [5e-324]]]), [0, 5e-324], "The image").ravel().tolist() == [0, 65535]
 
 
+def test_pages_of_different_depths_are_refused(tmp_path):
+    cv2.imwritemulti(str(tmp_path / "a.tif"), [levels(3, np.uint16), levels(3)])
+    with pytest.raises(UserError, match="pages of different sizes or kinds"):
+        read_levels(tmp_path / "a.tif", None)
+
+
 def test_tiff_files_with_an_unspecified_channel_are_read(tmp_path):
     image = levels(4)
     Image.frombytes("RGBX", SIZE[::-1], image.tobytes()).save(tmp_path / "a.tif")
     assert np.array_equal(PixelFormat(4).read(tmp_path / "a.tif"), image)
+
+
+def test_colours_are_not_divided_by_an_associated_alpha(tmp_path):
+    image, path = levels(4), tmp_path / "a.tif"
+    Image.fromarray(image).save(path)
+    unassociated, associated = (np.array([338, 3, 1, 0, value, 0], "<u2").tobytes() for value in (2, 1))  # ExtraSamples
+    path.write_bytes(path.read_bytes().replace(unassociated, associated))
+    assert np.array_equal(read_levels(path, None), image)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
@@ -423,6 +465,17 @@ def test_views_of_rgb_do_not_depend_on_further_channels():
         assert np.array_equal(seen[..., 3:], unchanged[..., 3:])
 
 
+@pytest.mark.parametrize(("channels", "changes"), [(1, True), (2, False)])
+def test_a_single_channel_is_augmented_as_grey(channels, changes):
+    image, mask = levels(channels, size=(50, 40)), np.zeros((50, 40), np.uint8)
+    augment = Augment((50, 40), color=ColorJitter(0.4, 0.4, 0.4, 0.2))
+    seen, _ = augment(image, mask, np.random.default_rng(1))
+    grey, _ = augment(image[..., :1].repeat(3, axis=2), mask, np.random.default_rng(1))
+    assert np.array_equal(seen, grey[..., :1] if changes else image) and not np.array_equal(
+        grey[..., :1], image[..., :1]
+    )
+
+
 def test_views_of_16_bits_are_those_of_8():
     image, mask = levels(4, size=(50, 40)), np.zeros((50, 40), np.uint8)
     augment = Augment((32, 48), scale=(0.5, 2), color=ColorJitter(0.2, 0.2, 0.2, 0.1))
@@ -478,6 +531,15 @@ def test_a_changed_file_or_format_is_other_data(tmp_path):
     assert len(prints) == len(hashes) == 3
 
 
+@pytest.mark.parametrize("folder", ["rgb", "nir"])
+def test_the_stamp_of_an_image_is_that_of_its_newest_file(folder, tmp_path):
+    image = dataset(tmp_path).pairs[0].image
+    before = stamp(image)
+    later = 10**9 + max(path.stat().st_mtime_ns for path in image.paths)
+    os.utime(tmp_path / folder / "0.png", ns=(later, later))
+    assert stamp(image) != before
+
+
 def test_a_dataset_is_read_in_several_formats(tmp_path):
     data = dataset(tmp_path)
     two, rgb = data.read_as(PixelFormat(2, ("rgb", "nir"), order=(3, 0))), data.read_as(PixelFormat())
@@ -509,13 +571,6 @@ def test_batches_of_8_and_16_bits_keep_the_share_of_white():
         assert torch.equal(to_unit_range(batch.image), wanted)
 
 
-def test_joined_batches_pair_maps_by_name():
-    first, second = {"a": torch.zeros(1, 2), "b": torch.ones(1, 2)}, {"b": torch.ones(1, 2), "a": torch.zeros(1, 2)}
-    image = torch.zeros(1, 3, 2, 2)
-    joined = join_batches([Batch(image, image, ["x"], maps) for maps in (first, second)])
-    assert not joined.maps["a"].any() and joined.maps["b"].all()
-
-
 class Samples:
     """Dataset of a class outside the package."""
 
@@ -534,7 +589,8 @@ class Samples:
 def test_own_datasets_have_the_declared_channels():
     for dtype in (torch.uint8, torch.uint16):
         image = torch.zeros(4, 5, 6, dtype=dtype)
-        assert CustomDataset(Samples(image), channels=4)[0]["image"] is image
+        data = CustomDataset(Samples(image), channels=4)
+        assert data[0]["image"] is image and data.keep({"x"})[0]["image"] is image
         with pytest.raises(UserError, match=r"\(3, H, W\)"):
             CustomDataset(Samples(image))[0]
     with pytest.raises(UserError, match="uint16"):

@@ -191,6 +191,25 @@ def test_a_wrong_map_is_named_with_its_sample(name, value, message):
         check_dataset(Wrong(name, value))
 
 
+class Reversed(MappedPictures):
+    """The maps of samples have another order than the declared ones."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample | {"maps": dict(reversed(sample["maps"].items()))}
+
+
+def test_maps_have_the_order_of_their_declaration():
+    assert [*CustomDataset(Reversed([(6, 8)]))[0]["maps"]] == [*KINDS]
+
+
+def test_maps_without_declaration_are_refused():
+    data = MappedPictures([(6, 8)])
+    data.maps = {}
+    with pytest.raises(UserError, match=r"p0 has the maps .*dataset declares \[\]"):
+        CustomDataset(data)[0]
+
+
 @pytest.mark.parametrize("maps", [{"flow": "vectors"}, ["distance"], {"distance": DistanceMap}, {1: DistanceMap()}])
 def test_unknown_kinds_of_maps_are_refused(maps):
     data = Pictures([(6, 8)])
@@ -269,4 +288,5 @@ def test_random_maps_have_the_declared_form():
     maps = make_random_maps(KINDS, 5, (4, 6), 3, torch.Generator().manual_seed(0))
     for name, kind in KINDS.items():
         assert maps[name].shape == (5, *kind.shape((4, 6))) and maps[name].dtype in kind.dtypes
+        assert len(maps[name].unique()) > 2
     assert maps["twin"].max() < 3

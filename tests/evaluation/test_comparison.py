@@ -20,7 +20,7 @@ from dinoseg.evaluation.comparison import (
     scores_of,
     verdicts,
 )
-from dinoseg.evaluation.further_scores import further_scores
+from dinoseg.evaluation.further_scores import FurtherScore, further_difference, further_scores
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
 from dinoseg.evaluation.sides import Side, _by_seed, _jobs, aligned, seeds_note, units_note
 from dinoseg.experiment import run_config
@@ -200,7 +200,7 @@ def metric_scores(metric, seed, names, units):
 
 @pytest.mark.parametrize("metric", [ClDice(), ForegroundShare()])
 def test_further_scores_are_paired_by_unit(tmp_path, metric):
-    base = record()
+    base = record(units=[f"{index // 3}" for index in range(IMAGES)])
     order = np.random.default_rng(1).permutation(IMAGES)
     names, units = [base.images[index] for index in order], [base.units[index] for index in order]
     first, rows = metric_scores(metric, 0, base.images, base.units)
@@ -225,6 +225,32 @@ def test_further_scores_are_paired_by_unit(tmp_path, metric):
     assert gap["ci95"] == pytest.approx([gaps[0] - reach, gaps[0] + reach])
     assert gap["verdict"] == ("significantly worse" if metric.scores[name] == "max" else "significantly better")
     assert name in verdicts(Side("a", [], [], [], [given[0]]), [other])
+    assert [*scores_of([given[0]])][:5] == ["miou", "miou_no_background", "dice", "accuracy", name]
+
+
+def runs_of(*values):
+    """Return runs of a score over a single unit."""
+    return [FurtherScore("max", "", value, [None]) for value in values]
+
+
+def test_equal_scores_of_more_runs_differ_by_nothing():
+    first, second = runs_of(0.1, 0.1, 0.1), runs_of(0.1, 0.1)
+    assert np.mean([0.1] * 3) != np.mean([0.1] * 2)  # in the last digit
+    assert further_difference(first, second).value == 0
+
+
+def test_a_single_unit_has_the_error_of_its_runs():
+    first, second = (0.2, 0.3, 0.5), (0.6, 0.8)
+    gap = further_difference(runs_of(*first), runs_of(*second))
+    expected = stats.ttest_ind(second, first, equal_var=False)
+    assert gap.value == pytest.approx(0.7 - 1 / 3) and gap.p == pytest.approx(expected.pvalue)
+    assert further_difference(runs_of(*first), runs_of(0.6)).ci95 is None
+
+
+def test_unbounded_scores_are_not_compared():
+    metric, base = ForegroundShare(), record()
+    metric.unbounded = ("share",)
+    assert metric_scores(metric, 0, base.images, base.units)[0] == {}
 
 
 def test_scores_of_other_settings_are_not_compared(tmp_path, caplog):

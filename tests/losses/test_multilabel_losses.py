@@ -58,6 +58,14 @@ def test_dice_equals_a_loop_over_the_classes_that_occur():
 
 
 @pytest.mark.parametrize("loss", [BinaryCrossEntropy, BinaryDice])
+def test_half_precision_scores_are_computed_in_float32(loss):
+    _, batch, logits = make(4, grid=(7, 9))
+    half = logits.detach().bfloat16()
+    values = [loss(WEIGHTS)(Prediction(each, (7, 9), (1.0, 1.0), upsample), batch)[0] for each in (half, half.float())]
+    assert values[0].dtype == torch.float32 and torch.equal(*values)
+
+
+@pytest.mark.parametrize("loss", [BinaryCrossEntropy, BinaryDice])
 def test_ugly_batches_give_finite_losses(loss):
     prediction, batch, logits = make(3)
     for fill in (0, 1, IGNORED):

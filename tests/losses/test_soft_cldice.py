@@ -70,17 +70,41 @@ def test_soft_cldice_equals_plain_loops(name, iterations, classes):
     assert parts["weight"] == sum(bool((ids != 255).any()) for ids in MASKS[name])
 
 
-def test_bands_change_neither_value_nor_gradient(monkeypatch):
-    mask = random_mask((2, 83, 61), 5)
+def bars():
+    """Return images of a bar of 8 rows, whose skeleton depends on the fifth row below, at any position."""
+    rows = torch.arange(64)[None, :, None] - torch.arange(8, 40)[:, None, None]
+    return ((rows >= 0) & (rows < 8)).expand(32, 64, 16).to(torch.uint8)
+
+
+@pytest.mark.parametrize("mask", [random_mask((2, 83, 61), 5), bars()], ids=["random", "bars"])
+def test_bands_change_neither_value_nor_gradient(mask, monkeypatch):
     found = []
     for band in (2**30, 1):
         monkeypatch.setattr(cldice, "BAND", band)
         prediction, _ = make(mask, grid=(11, 8))
         prediction = replace(prediction, grid=prediction.outputs)
-        value, _ = SoftClDice(WEIGHTS)(prediction, Batch(mask, mask, ["", ""]))
+        value, _ = SoftClDice(WEIGHTS)(prediction, Batch(mask, mask, [""] * len(mask)))
         found.append((value, *torch.autograd.grad(value, prediction.outputs)))
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-10, atol=1e-14)
+
+
+def test_an_ignored_class_gives_no_loss():
+    mask = MASKS["two classes"]
+    prediction, _ = make(mask)
+    hidden = torch.where(mask == 1, 255, mask)
+    (value, _), (expected, _) = (
+        SoftClDice(WEIGHTS, ignored, classes=classes)(prediction, Batch(ids, ids, [""] * len(ids)))
+        for ids, ignored, classes in ((mask, 1, [0, 1, 2]), (hidden, 255, [0, 2]))
+    )
+    assert torch.equal(value, expected)
+
+
+def test_half_precision_scores_are_computed_in_float32():
+    prediction, batch = make(MASKS["two classes"])
+    grid = prediction.outputs.detach().bfloat16()
+    half, full = (replace(prediction, outputs=each, grid=each) for each in (grid, grid.float()))
+    assert torch.equal(*(SoftClDice(WEIGHTS)(each, batch)[0] for each in (half, full)))
 
 
 def test_classes_without_labels_give_no_loss():
@@ -91,7 +115,7 @@ def test_classes_without_labels_give_no_loss():
     assert value.item() == 0 and not prediction.outputs.grad.any()
 
 
-@pytest.mark.parametrize("classes", [[], [4]])
+@pytest.mark.parametrize("classes", [[], [4], [9, 1]])
 def test_classes_outside_the_data_are_refused(classes):
     with pytest.raises(UserError, match="from 0 to 3"):
         SoftClDice(WEIGHTS, classes=classes)

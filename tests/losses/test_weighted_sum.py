@@ -72,6 +72,8 @@ def test_terms_with_other_class_weights_have_divisors_of_their_own():
     assert loss.num_divisors == 2 and len(set(loss.divisors(batch).tolist())) == 2
     same = WeightedSum({"ce": CrossEntropy, "focal": Focal}, {"ce": 1.0, "focal": 1.0}, WEIGHTS)
     assert same.num_divisors == 1
+    layers = {"bce": BinaryCrossEntropy, "own": partial(BinaryCrossEntropy, torch.ones(3))}
+    assert WeightedSum(layers, {"bce": 1.0, "own": 1.0}, WEIGHTS).num_divisors == 2
     with torch.device("meta"):
         assert WeightedSum({"ce": CrossEntropy}, {"ce": 1.0}, torch.ones(3)).num_divisors == 1
 

@@ -36,7 +36,7 @@ def test_iou_and_dice_equal_numpy(seed):
     prediction, mask = draw(seed)
     counts = LayerCounts(4)
     for one, other in zip(prediction, mask, strict=True):
-        counts.update(torch.from_numpy(one[None]), torch.from_numpy(other[None]))
+        counts.update(torch.from_numpy(one), torch.from_numpy(other))
     scores, expected = counts.compute(), reference_scores(prediction, mask)
     for row, (iou, dice) in zip(scores["classes"], expected, strict=True):
         assert row["iou"] == (None if iou is None else pytest.approx(iou))

@@ -1,12 +1,14 @@
 """Counts of metrics over ranks and images, and what intervals are made of."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from test_metric_contract import CLASSES, METRICS, OUTLINES, AreaError, Share, score, ugly_case
 
 from dinoseg.core.geometry import lattice
-from dinoseg.core.metric import LabelledImage, PredictedImage
+from dinoseg.core.metric import LabelledImage, PredictedImage, plain_score
 from dinoseg.core.shapes import Batch
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
 from dinoseg.metrics.miou import MeanIoU
@@ -74,9 +76,25 @@ def test_a_score_outside_its_bounds_is_refused():
     assert result["area_error"] == 7
 
 
-def test_counts_that_are_not_finite_name_image_and_metric():
-    metric = Share(dtype=np.float64, state=np.nan)
-    with pytest.raises(UserError, match="of Share returns correct=nan for the image 04. Return 0 in all counts"):
+def test_infinite_scores_are_undefined():
+    assert [plain_score(value) for value in (0.5, np.nan, np.inf)] == [0.5, None, None]
+
+
+@pytest.mark.parametrize("excess", [-1e-6, -1e-12, 1e-12, 1e-6])
+def test_shares_may_exceed_their_bounds_by_rounding(excess):
+    class Excess(Share):
+        def compute(self, sums):
+            return {"share": np.float64(excess + (excess > 0))}
+
+    rows = rows_of(Excess(), np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.uint8))
+    with nullcontext() if abs(excess) < 1e-9 else pytest.raises(UserError, match="outside 0..1"):
+        rows.add_scores({"classes": []}, list)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_counts_that_are_not_finite_name_image_and_metric(value):
+    metric = Share(dtype=np.float64, state=value)
+    with pytest.raises(UserError, match=f"of Share returns correct={value} for the image 04. Return 0 in all counts"):
         rows_of(metric, np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.uint8))
 
 

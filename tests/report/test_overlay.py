@@ -27,6 +27,15 @@ def test_blend_mixes_pixel_by_pixel_and_leaves_black_classes(opacity):
     assert np.array_equal(frame, before)
 
 
+def test_black_layers_are_white_and_colours_mix_where_layers_overlap():
+    frame = random_frame(1, 4)
+    layers = np.array([[[0, 1, 0, 1]], [[0, 0, 1, 1]]], np.uint8)
+    white = (frame + 255.0) / 2
+    red = [(part + [200, 0, 0]) / 2 for part in (frame, white)]
+    expected = np.stack([frame[:, 0], white[:, 1], red[0][:, 2], red[1][:, 3]], axis=1)
+    assert np.abs(blend(frame, layers, PALETTE[:2]) - expected).max() <= 1
+
+
 def test_a_blend_by_numpy_alone_is_the_same(monkeypatch):
     levels = np.arange(256, dtype=np.uint8)
     frame = np.repeat(levels, 256).reshape(256, 256)[..., None].repeat(3, axis=2)

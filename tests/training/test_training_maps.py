@@ -183,6 +183,9 @@ def test_estimates_use_random_maps_of_the_loss():
         **dict.fromkeys(("twin", "ids", "distance"), (2, 8, 12)),
         "values": (2, 2, 8, 12),
     }
+    parts.has_layers = True
+    layers = random_batch(parts, 2).mask
+    assert layers.shape == (2, 3, 8, 12) and layers.max() == 1
 
 
 class Turned(Augment):

@@ -198,7 +198,7 @@ def _with_mask(record: Record, mask: np.ndarray, ignore_index: int, raw: Mapping
 def _layer_counts(layers: np.ndarray, ignore_index: int) -> dict[int, int]:
     """Return the pixels of each class that layers (K, H, W) show, and the ignored ones of all layers."""
     counts = dict(enumerate((layers == 1).sum(axis=(1, 2)).tolist()))
-    counts.setdefault(ignore_index, int((layers == ignore_index).sum()))
+    counts[ignore_index] = int((layers == ignore_index).sum())
     return {value: count for value, count in counts.items() if count}
 
 

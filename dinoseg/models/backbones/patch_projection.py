@@ -99,5 +99,5 @@ def adapt_input(convolution: nn.Conv2d, channels: int, channel_weights: Sequence
             f"over all channels. It cannot be adapted: set channels={stored}, or choose another backbone."
         )
     kernel = adapt_input_kernel(convolution.weight.detach(), channels, channel_weights)
-    convolution.weight = nn.Parameter(kernel, requires_grad=convolution.weight.requires_grad)
+    convolution.weight = nn.Parameter(kernel)
     convolution.in_channels = channels

@@ -342,10 +342,11 @@ def test_chosen_metrics_have_a_column_of_the_table(tmp_path, capsys):
     for number, value in enumerate((0.25, 0.5)):
         scores = {"miou": 0.5, "cldice": value, "boundary_iou": 0.75, "loss": 0.5}
         job = SimpleNamespace(_return_value=scores, overrides=["mode=train", f"seed={number}"])
-        SweepTable().on_job_end(of_job(tmp_path, number, metric={"cldice": {}, "absent": {}}), job)
+        SweepTable().on_job_end(of_job(tmp_path, number, metric={"cldice": {}, "absent": {}, "miou": {}}), job)
     SweepTable().on_multirun_end(of_job(tmp_path))
     (row,) = rows_of(tmp_path / "sweep.csv")
     assert row["cldice"] == "0.375" and float(row["cldice deviation"]) == pytest.approx(0.125 * 2**0.5)
+    assert (tmp_path / "sweep.csv").read_text().count("mIoU %,") == 1
     assert "boundary_iou" not in row and "absent" not in row and "0.3750" in capsys.readouterr().out
 
 

@@ -10,7 +10,7 @@ from overlapping_shapes import CLASSES, write_coco, write_overlaps
 
 from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.custom import CustomDataset
+from dinoseg.data.custom import CustomDataset, check_custom_dataset
 from dinoseg.data.doctor.errors import check_for_errors
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
@@ -77,6 +77,21 @@ def test_ignored_shapes_and_pixels_are_ignored(tmp_path):
     save(tmp_path / "train/masks/disc/x.png", [[0, 1, 255], [255, 1, 0]])
     layers = folder(tmp_path)[0]["mask"]
     assert layers.tolist() == [[[0, 1, 255], [255, 1, 0]], [[0, 0, 0], [0, 0, 0]]]  # no file: the class is absent
+    assert class_counts(folder(tmp_path), tmp_path / "cache").tolist() == [2, 0]
+
+
+def test_objects_cover_ignored_shapes_of_their_class(tmp_path):
+    masks = write_coco(tmp_path)
+    path = tmp_path / "annotations/instances_train.json"
+    content = json.loads(path.read_text())
+    crowd = {"iscrowd": 1, "category_id": 1}
+    ignored = [{**each, **crowd, "id": each["id"] + 1000} for each in content["annotations"]]  # all objects of an image
+    content["annotations"] += ignored
+    path.write_text(json.dumps(content))
+    data = coco(tmp_path, Shapes(unlabelled=None, crowds="ignore"))
+    for index, name in enumerate(data.names):
+        disc, square = masks[name]
+        np.testing.assert_array_equal(data[index]["mask"][0], np.where(disc, 1, 255 * square.astype(int)))
 
 
 def test_incomplete_and_unequal_masks_are_refused(tmp_path):
@@ -207,12 +222,29 @@ class Drawn:
         return {"image": torch.zeros(3, 2, 2, dtype=torch.uint8), "mask": self.mask, "name": "x"}
 
 
+class Single(Drawn):
+    """A dataset of a single class."""
+
+    classes, palette = ("a",), ((0, 0, 0),)
+
+
 def test_a_dataset_class_may_return_layers(tmp_path):
+    assert CustomDataset(Single([[[0, 1], [1, 255]]]), has_layers=True)[0]["mask"].tolist() == [[[0, 1], [1, 255]]]
     data = CustomDataset(Drawn([[[0, 1], [1, 255]], [[0, 0], [1, 0]]]), has_layers=True)
     assert data[0]["mask"].dtype == torch.uint8 and class_counts(data, tmp_path).tolist() == [2, 1]
+    assert torch.equal(data.keep({"x"})[0]["mask"], data[0]["mask"])
     for mask in ([[0, 1], [1, 0]], [[[0, 2], [1, 0]], [[0, 0], [1, 0]]]):
         with pytest.raises(UserError, match="the mask of x"):
             CustomDataset(Drawn(mask), has_layers=True)[0]
+
+
+def test_the_ignored_id_is_no_class_of_layers(tmp_path):
+    write_overlaps(tmp_path, train=1)
+    classes = [*CLASSES, "ring"]
+    data = folder_dataset(tmp_path, "train", classes=classes, ignore_index=2, layers=True)
+    with pytest.raises(UserError, match=r"data.ignore_index=2.*ids 0 to 2"):
+        check_custom_dataset(data, classes, 2, has_layers=True)
+    assert check_custom_dataset(folder(tmp_path, ignore_index=2), CLASSES, 2, has_layers=True).ignore_index == 2
 
 
 def make_rng():

@@ -19,7 +19,7 @@ from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import MaskOutputs
 from dinoseg.export.runtime.onnx_check import read_metadata
 from dinoseg.export.runtime.onnx_model import load_onnx
-from dinoseg.export.runtime.onnx_pictures import bands, pixels
+from dinoseg.export.runtime.onnx_pictures import GraphRuntime, bands, pixels
 from dinoseg.export.runtime.onnx_record import KEY, GraphRecord, Layout
 from dinoseg.models.heads.semantic import semantic_map
 from dinoseg.utils.errors import UserError
@@ -32,6 +32,14 @@ LABELS = {"classes": ["dark", "bright"], "palette": [[0, 0, 0], [255, 255, 255]]
 def test_thresholds_that_do_not_fit_are_refused(tmp_path, thresholds):
     with pytest.raises(UserError, match=r"threshold(?s:.*)Export the model again"):
         load_onnx(written(tmp_path, model(replace(RECORD, thresholds=thresholds))), device="cpu")
+
+
+def test_layers_reach_their_threshold_at_equal_probability():
+    runtime = GraphRuntime(
+        lambda images: [np.zeros((1, 3, 1, 1), np.float32)], replace(RECORD, thresholds=[0.4, 0.5, 0.6])
+    )
+    ids = runtime.ids([np.zeros((2, 2, 3), np.uint8)])
+    assert ids[0].tolist() == [[[1, 1], [1, 1]], [[1, 1], [1, 1]], [[0, 0], [0, 0]]]
 
 
 def changed(**values):

@@ -143,6 +143,10 @@ def test_colours_are_jittered_in_training_alone():
     head = small(jitter=0.5)
     assert torch.equal(head.eval().scored(maps, pixels), head.scored(maps, pixels))
     assert not torch.equal(head.train().scored(maps, pixels), head.scored(maps, pixels))
+    seen = []
+    head.stem.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    head.scored(maps, torch.zeros_like(pixels))
+    assert len(seen[0].unique()) == 6  # a shift for each channel of each image
     steady = small(jitter=0.0).train()
     assert torch.equal(steady.scored(maps, pixels), steady.scored(maps, pixels))
 
@@ -154,11 +158,17 @@ def test_the_colours_are_those_of_bytes():
     assert all(torch.equal(pixels, image) for pixels in seen)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
-def test_cached_pixels_keep_all_levels(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "change"),
+    [
+        (torch.uint8, lambda levels: levels % 256),
+        (torch.uint16, lambda levels: levels * 54),
+        (torch.uint16, lambda levels: levels % 255 * 257 + 1),  # next to levels of 8 bits
+    ],
+)
+def test_cached_pixels_keep_all_levels(dtype, change):
     head, backbone = small(24, 2), tiny_vit((0, 1))
-    levels = torch.arange(3 * 20 * 20).reshape(1, 3, 20, 20)
-    images = to_unit_range((levels % 256).to(dtype) if dtype == torch.uint8 else (levels * 54).to(dtype))
+    images = to_unit_range(change(torch.arange(3 * 20 * 20).reshape(1, 3, 20, 20)).to(dtype))
     stored = head.forward_frozen(backbone, images)[-1]
     assert stored.dtype == dtype and torch.equal(to_unit_range(stored), images)
 
