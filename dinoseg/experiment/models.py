@@ -27,7 +27,7 @@ from dinoseg.utils.errors import UserError, name_parameters
 from dinoseg.utils.ranges import Natural, check_value
 from dinoseg.utils.tensor_files import check_file
 
-_PIXELS = {  # parameters of `PixelFormat` to keys
+PIXELS = {  # parameters of `PixelFormat` to keys
     "channels": "data.channels",
     "files": "data.pixels.files",
     "order": "data.pixels.order",
@@ -153,8 +153,8 @@ class ModelBuilder:
         Raises:
             UserError: a value is out of range, or the keys of `data.pixels` contradict each other.
         """
-        with name_parameters(_PIXELS):
-            return PixelFormat(**self.arguments(PixelFormat, _PIXELS))
+        with name_parameters(PIXELS):
+            return PixelFormat(**self.arguments(PixelFormat, PIXELS))
 
     def engine(self, **overrides: Any) -> Engine:
         """Return the engine of the config, with overrides of its values."""

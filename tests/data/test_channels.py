@@ -1,5 +1,7 @@
 """Images of any number of channels: their files, levels, views and packed items."""
 
+import os
+
 import cv2
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from dinoseg.export.runtime.inputs import pictures
 from dinoseg.inference.inputs import list_inputs
 from dinoseg.utils import levels as levels_module
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import stamp
 from dinoseg.utils.levels import read_levels, to_display
 
 SIZE = (21, 34)
@@ -319,6 +322,18 @@ def test_a_changed_file_or_format_is_other_data(tmp_path):
     prints.add(data.fingerprint())
     hashes.add(data.image_hash(0))
     assert len(prints) == len(hashes) == 3
+
+
+def test_the_status_of_an_image_is_that_of_its_newest_file(tmp_path):
+    source, path = dataset(tmp_path).pairs[0].image, tmp_path / "nir/0.png"
+    os.utime(path, (1, 1))  # as unpacked from an archive
+    before = stamp(source)
+    (tmp_path / "other.png").write_bytes(path.read_bytes() + b"more")
+    os.utime(tmp_path / "other.png", (1, 1))
+    os.replace(tmp_path / "other.png", path)
+    assert stamp(source) != before
+    path.unlink()
+    assert stamp(source) is None
 
 
 def test_a_dataset_is_read_in_several_formats(tmp_path):
