@@ -50,7 +50,9 @@ _FORM = forms.table(
             **dict.fromkeys(_SIZES, _SIZE_FORM),
             decoded=forms.flag,
             pixels=forms.table(forms.whole(), r"[0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5]"),
-            raw=forms.table(forms.whole(), r"-?[0-9]{1,10}|\([0-9]{1,3}, [0-9]{1,3}, [0-9]{1,3}\)"),
+            raw=forms.table(
+                forms.whole(), r"-?[0-9]{1,10}|\([0-9]{1,3}, [0-9]{1,3}, [0-9]{1,3}\)|[0-9]{1,3}: [0-9]{1,3}"
+            ),
             problems=forms.table(forms.text),
             look=forms.maybe(forms.whole(0, 2**64 - 1)),
         ),
