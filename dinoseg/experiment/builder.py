@@ -295,6 +295,12 @@ class Builder(ModelBuilder):
                 refuse_layers(self.task, f"metric={name}", "Leave it out: IoU and Dice are always there.")
         return list(metrics.values())
 
+    @property
+    def score_metric(self) -> str | None:
+        """Return the option of `metric` that computes `trainer.score`; None if validations count it anyway."""
+        named = zip(self.value(METRIC) or {}, self.metrics(), strict=True)
+        return next((name for name, metric in named if self.value("trainer.score") in metric.scores), None)
+
     def optimizer(self, model: torch.nn.Module) -> Optimizer:
         """Return the optimizer of a model's trainable parameters."""
         return self.part("optim.optimizer")(model)
