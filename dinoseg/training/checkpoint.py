@@ -230,8 +230,7 @@ class Checkpointer:
     ) -> Progress:
         """Load the whole training state of the checkpoint to resume from, and return the progress of the run.
 
-        The best score is discarded if another score, or the same with other settings, selects the best one now, see
-        `comparable`.
+        The best score is discarded if another one, or other settings of it, select the best now, see `comparable`.
         """
         self.info = {**self.info, "frozen": frozen_fingerprint(model)}
         if self.start is not None:
