@@ -200,7 +200,9 @@ class ChannelFiles:
             OSError: a file is missing.
         """
         try:
-            return max((path.stat() for path in self.paths), key=lambda status: status.st_mtime_ns)
+            return max(
+                (path.stat() for path in self.paths), key=lambda status: max(status.st_mtime_ns, status.st_ctime_ns)
+            )
         except UserError as error:
             raise FileNotFoundError(str(error)) from None
 

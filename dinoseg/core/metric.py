@@ -123,11 +123,14 @@ class Metric(ABC):
 
 
 def sum_counts(rows: Iterable[Counts]) -> dict[str, np.ndarray]:
-    """Return the sums of the counts of images, added in their order."""
+    """Return the sums of the counts of images, int64 or float64, added in their order."""
     total: dict[str, np.ndarray] = {}
     for row in rows:
         for name, value in row.items():
-            total[name] = total[name] + value if name in total else np.asarray(value)
+            counts = np.asarray(value)
+            # sums of narrow types overflow, and booleans add up to a boolean
+            counts = counts.astype(np.float64 if counts.dtype.kind == "f" else np.int64)
+            total[name] = total[name] + counts if name in total else counts
     return total
 
 

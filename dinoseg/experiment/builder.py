@@ -294,6 +294,12 @@ class Builder(ModelBuilder):
         ]
         return [*map(instantiate(_LAYER_METRIC), metrics)] if self.task.has_layers else metrics
 
+    @property
+    def score_metric(self) -> str | None:
+        """Return the option of `metric` that computes `trainer.score`; None if validations count it anyway."""
+        named = zip(self.value(METRIC) or {}, self.metrics(), strict=True)
+        return next((name for name, metric in named if self.value("trainer.score") in metric.scores), None)
+
     def optimizer(self, model: torch.nn.Module) -> Optimizer:
         """Return the optimizer of a model's trainable parameters."""
         return self.part("optim.optimizer")(model)

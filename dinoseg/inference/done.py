@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dinoseg.core.channels import ChannelFiles
+from dinoseg.data.video.access import first_file
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.files import stamp
@@ -21,14 +23,14 @@ class DoneInputs:
         self._folder = run_folder / FOLDER
         self._found: dict[str, dict[str, Any]] = {}  # inputs with their stamps from before they were read
 
-    def holds(self, name: str, path: Path, results: Sequence[Path]) -> bool:
+    def holds(self, name: str, source: Path | ChannelFiles, results: Sequence[Path]) -> bool:
         """Return whether an input is done: its record matches the file's stamp, and all its results exist.
 
         Call this before reading the file. The stamp taken here is what `note` records, so a file replaced in the
         meantime is not mistaken for the source of the results.
         """
-        unfit = f"{path} is predicted again: the file has changed, or its results are missing."
-        made_from = self._found[name] = self._made_from(path)
+        unfit = f"{source} is predicted again: the file has changed, or its results are missing."
+        made_from = self._found[name] = self._made_from(source)
         return (
             finished(
                 self._folder / f"{name}.json",
@@ -44,6 +46,6 @@ class DoneInputs:
         """Record that all results of an input are written; `holds` must have been called for it before."""
         write_json(self._folder / f"{name}.json", self._found[name])
 
-    def _made_from(self, path: Path) -> dict[str, Any]:
-        absolute = str(path.absolute()).encode(errors="backslashreplace").decode()
-        return {"input": absolute, "stamp": list(stamp(path) or ())}
+    def _made_from(self, source: Path | ChannelFiles) -> dict[str, Any]:
+        absolute = str(first_file(source).absolute()).encode(errors="backslashreplace").decode()
+        return {"input": absolute, "stamp": list(stamp(source) or ())}

@@ -118,7 +118,11 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
                 run.failures.append(f"{prediction.path}: there is not enough memory to draw its results. Free some.")
             bar.update()
 
-    left = [given for given in images if not run.done.holds(given.name, given.path, _results(by, given, run))]
+    left = [
+        given
+        for given in images
+        if not run.done.holds(given.name, by.pixels.source(given.path), _results(by, given, run))
+    ]
     earlier = run.count = len(images) - len(left)
     if earlier:
         logger.info("%s of an earlier run reused", count_of(earlier, "image"))

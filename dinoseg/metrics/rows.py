@@ -67,11 +67,14 @@ class MetricRows:
             gather: returns the values of all ranks in one list, as `Engine.gather` does.
 
         Raises:
-            UserError: a score that is not `unbounded` lies outside 0..1.
+            UserError: a score that is not `unbounded` lies outside 0..1, or the counts of two images have other names
+                or shapes.
         """
         rows = sorted(gather(self._rows), key=lambda row: row[0])
         self.counts = [[counts[number] for _, counts in rows] for number in range(len(self.metrics))]
+        names = [self._data.names[index] for index, _ in rows]
         for metric, counts in zip(self.metrics, self.counts, strict=True):
+            _check_forms(metric, counts, names)
             sums = sum_counts(counts)
             scores = metric.compute(sums)
             _check_bounds(metric, scores)
@@ -107,6 +110,17 @@ def _count_image(metric: Metric, prediction: PredictedImage, sample: LabelledIma
                 "Return 0 in all counts of an image that has nothing to count."
             )
     return counts
+
+
+def _check_forms(metric: Metric, counts: Sequence[Counts], names: Sequence[str]) -> None:
+    """Refuse counts of other names or shapes than those of the first image, whose sums would mean nothing."""
+    forms = [[(name, value.shape) for name, value in row.items()] for row in counts]
+    odd = next((place for place, form in enumerate(forms) if form != forms[0]), None)
+    if odd is not None:
+        raise UserError(
+            f"metric: `count` of {type(metric).__name__} returns counts of {forms[odd]} for the image {names[odd]}, "
+            f"and of {forms[0]} for {names[0]}. Return the same names and shapes for every image, in the same order."
+        )
 
 
 def _check_bounds(metric: Metric, scores: Mapping[str, np.ndarray]) -> None:

@@ -15,6 +15,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.video.access import VideoFrame, first_file
 from dinoseg.experiment.builder import SPLITS, Builder
+from dinoseg.experiment.models import PIXELS
 from dinoseg.experiment.score_classes import FOLDER, mask_keys
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trained import Trained, find_trained_sizes, load_trained, longest_is_typed
@@ -176,7 +177,8 @@ def _settings(build: Builder, options: dict[str, Any], folder: Path) -> dict[str
     model = {key: build.settings(key) for key in _SETTINGS if build.value(key) is not None}
     # a typed size also applies to large images, even if it equals that of the checkpoint
     typed = {"resolution.longest on the command line": True} if longest_is_typed(folder) else {}
-    return {"resume": build.resume, "stamp": weights, **model, **typed, "mode": options}
+    pixels = {PIXELS[name]: value for name, value in build.pixels.as_dict().items()}
+    return {"resume": build.resume, "stamp": weights, **model, **pixels, **typed, "mode": options}
 
 
 def _check_earlier(folder: Path, settings: dict[str, Any]) -> None:

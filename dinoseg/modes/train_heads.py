@@ -97,6 +97,7 @@ def train_heads(
         run_description(build, task.labels),
         start,
         engine.is_main,
+        metric=build.score_metric,
         heads={name: head.checkpoints for name, head in heads.items()},
     )
     assert isinstance(task.data_module, ImageDataModule)  # checked above

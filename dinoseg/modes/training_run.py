@@ -180,7 +180,7 @@ class TrainingRun:
         folder, writes = self.out_dir / checkpoint.FOLDER, self.engine.is_main
         if writes:
             write_split(self.out_dir, self.task.split)
-        return model, loss, optimizer, Checkpointer(folder, info, self.start, writes=writes)
+        return model, loss, optimizer, Checkpointer(folder, info, self.start, writes, metric=self.build.score_metric)
 
     def finish(self, model: SegmentationModel, checkpoints: Checkpointer, log: RunLog, **shown: bool) -> dict[str, Any]:
         """Score the best checkpoint, and print the paths of all results; return scores and cost.

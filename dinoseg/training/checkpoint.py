@@ -215,6 +215,7 @@ class Checkpointer:
         start: the checkpoint to resume from, or None for a new run.
         writes: whether this rank writes files.
         progress: progress of the run.
+        metric: option of `metric` that computes the score which selects the best checkpoint; None: that of its name.
     """
 
     folder: Path
@@ -222,13 +223,14 @@ class Checkpointer:
     start: Checkpoint | None = None
     writes: bool = True
     progress: Progress = field(default_factory=Progress)
+    metric: str | None = None
 
     def restore(
         self, model: SegmentationModel, optimizer: Optimizer, ema: MovingAverage | None, scale: LossScale | None = None
     ) -> Progress:
         """Load the whole training state of the checkpoint to resume from, and return the progress of the run.
 
-        The best score is discarded if `trainer.score` or `trainer.val_images` has changed, see `comparable`.
+        The best score is discarded if another one, or other settings of it, select the best now, see `comparable`.
         """
         self.info = {**self.info, "frozen": frozen_fingerprint(model)}
         if self.start is not None:
@@ -238,7 +240,7 @@ class Checkpointer:
             if scale is not None:
                 device = next(model.parameters()).device
                 scale.restore(self.start.part("loss_scale"), device, f"resume={self.start.path}")
-            self.progress = comparable(Progress(**self.start.info["progress"]), self.start.info, self.info)
+            self.progress = comparable(Progress(**self.start.info["progress"]), self.start.info, self.info, self.metric)
         return self.progress
 
     def save(
@@ -390,30 +392,35 @@ class EmergencyCheckpoint:
         self._is_complete = True
 
 
-def comparable(progress: Progress, before: Mapping[str, Any], now: Mapping[str, Any]) -> Progress:
+def comparable(
+    progress: Progress, before: Mapping[str, Any], now: Mapping[str, Any], metric: str | None = None
+) -> Progress:
     """Return the progress of a resumed run, without its best score if another score selects the best one now.
 
     Args:
         progress: of the run.
         before: description of the checkpoint.
         now: description of the resumed run.
+        metric: see `Checkpointer`.
     """
-    old, new = _chosen_by(before), _chosen_by(now)
+    old, new = _chosen_by(before, metric), _chosen_by(now, metric)
     if progress.best is None or old == new:
         return progress
     logger.warning("Checkpoint selection changed to %s from %s; the previous best score is discarded.", new, old)
     return replace(progress, best=None, best_step=0, stale=0)
 
 
-def _chosen_by(info: Mapping[str, Any]) -> str:
-    """Return what selects a run's `best`: a score, its options and its number of images, or the last validation.
+def _chosen_by(info: Mapping[str, Any], metric: str | None) -> str:
+    """Return what selects a run's `best`: a score, its settings and its number of images, or the last validation.
 
     The score counts with `trainer.evaluate=last`, too: early stopping compares it.
     """
     config = info.get("config", {})
     trainer = config.get("trainer", {})
     score, images = trainer.get("score"), trainer.get("val_images")
-    settings = (config.get("metric") or {}).get(score) or {}  # of the metric of this name
+    settings = (config.get("metric") or {}).get(metric or score) or {}
+    if score != "loss":
+        settings = {**config.get("task", {}), **settings}  # thresholds, of which the loss is independent
     options = "".join(f" {key}={value}" for key, value in settings.items())
     chosen = f"{score}{options} of {'all images' if images is None else count_of(images, 'image')}"
     return f"the last validation ({chosen})" if trainer.get("evaluate") == "last" else chosen

@@ -316,7 +316,7 @@ class MultiHeadCheckpointer(Checkpointer):
             head.info["frozen"] = frozen_fingerprint(model.models[name])
             if self.start is not None:
                 saved = Progress(**self.start.info["heads"][name]["progress"])
-                head.progress = comparable(saved, self.start.info, self.info)
+                head.progress = comparable(saved, self.start.info, self.info, self.metric)
         return progress
 
     def save(self, model: SegmentationModel, *state: Any) -> None:

@@ -540,6 +540,18 @@ def test_the_stamp_of_an_image_is_that_of_its_newest_file(folder, tmp_path):
     assert stamp(image) != before
 
 
+def test_the_status_of_an_image_is_that_of_its_newest_file(tmp_path):
+    source, path = dataset(tmp_path).pairs[0].image, tmp_path / "nir/0.png"
+    os.utime(path, (1, 1))  # as unpacked from an archive
+    before = stamp(source)
+    (tmp_path / "other.png").write_bytes(path.read_bytes() + b"more")
+    os.utime(tmp_path / "other.png", (1, 1))
+    os.replace(tmp_path / "other.png", path)
+    assert stamp(source) != before
+    path.unlink()
+    assert stamp(source) is None
+
+
 def test_a_dataset_is_read_in_several_formats(tmp_path):
     data = dataset(tmp_path)
     two, rgb = data.read_as(PixelFormat(2, ("rgb", "nir"), order=(3, 0))), data.read_as(PixelFormat())

@@ -8,7 +8,7 @@ import torch
 from test_metric_contract import CLASSES, METRICS, OUTLINES, AreaError, Share, score, ugly_case
 
 from dinoseg.core.geometry import lattice
-from dinoseg.core.metric import LabelledImage, PredictedImage, plain_score
+from dinoseg.core.metric import LabelledImage, PredictedImage, plain_score, sum_counts
 from dinoseg.core.shapes import Batch
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
 from dinoseg.metrics.miou import MeanIoU
@@ -19,6 +19,7 @@ from dinoseg.utils.errors import UserError
 
 class Data:
     classes, ignore_index = ("a", "b", "c", "d"), 255
+    names = tuple(f"{number:02}" for number in range(99))
 
 
 def gathered(images, world_size):
@@ -96,6 +97,32 @@ def test_counts_that_are_not_finite_name_image_and_metric(value):
     metric = Share(dtype=np.float64, state=value)
     with pytest.raises(UserError, match=f"of Share returns correct={value} for the image 04. Return 0 in all counts"):
         rows_of(metric, np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.uint8))
+
+
+class Filled(Share):
+    """Counts of a form that depends on the image."""
+
+    forms = ({"correct": 1, "labelled": 1},)
+
+    def count(self, prediction, sample):
+        return {name: np.asarray(value) for name, value in self.forms[int(prediction.ids.max())].items()}
+
+
+@pytest.mark.parametrize("other", [{"right": 1, "labelled": 1}, {"correct": [1, 1], "labelled": 1}])
+def test_counts_of_different_names_or_shapes_are_refused(other):
+    metric = Filled()
+    metric.forms = (*metric.forms, other)
+    rows = rows_of(metric, np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.uint8))
+    second = torch.ones(1, 2, 4, dtype=torch.uint8)
+    rows.add(Batch(torch.zeros(1, 3, 2, 4), second, ["b"]), second, torch.zeros(1, CLASSES, 1, 1))
+    with pytest.raises(UserError, match="of Filled returns counts of .* for the image 01, and of .* for 00"):
+        rows.add_scores({"classes": []}, list)
+
+
+@pytest.mark.parametrize(("value", "total"), [(np.uint8(200), 800), (np.True_, 4), (np.float16(60000), 240000.0)])
+def test_sums_of_narrow_counts_do_not_overflow(value, total):
+    found = sum_counts([{"pixels": value}] * 4)["pixels"]
+    assert found == total and found.dtype in (np.int64, np.float64)
 
 
 def test_equal_names_of_scores_are_refused():

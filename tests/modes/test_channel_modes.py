@@ -1,6 +1,7 @@
 """A training on colour and infrared images in files of their own, and all that is done with its model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -80,6 +81,17 @@ def test_evaluation_and_prediction_read_all_files(place):
         assert np.array_equal(ids, found.mask) and found.image.shape == (40, 56, 4)
         assert found.overlay().shape == (40, 56, 3)
         assert np.array_equal(model.predict(found.image).mask, ids)
+
+
+def test_predictions_of_changed_files_or_channels_are_not_reused(here):
+    shutil.copytree("data/val", "changing")
+    words = ("mode=predict", "resume=nir", "input=changing/images", "engine=cpu", "hydra.run.dir=again")
+    run(here, *words)
+    save(here / "changing/nir/0.tif", np.zeros((40, 56)), dtype=np.uint16)
+    done = run(here, *words)
+    assert "0.png is predicted again" in done.err and "3 images of an earlier run reused" in done.err
+    other = call(here, *words, "data.pixels.order=[2,1,0,3]")
+    assert other.status == 1 and "data.pixels.order was null and is [2,1,0,3]" in other.err
 
 
 def test_a_channel_without_effect_is_warned_of(place):

@@ -89,6 +89,16 @@ def test_resuming_by_another_score_or_option_discards_the_best(run, tmp_path):
         assert done.status == 0 and "Checkpoint selection changed to" in done.err, done.err
 
 
+def test_other_classes_of_a_second_score_discard_the_best(tmp_path):
+    write_data(tmp_path / "data")
+    words = ("trainer.score=skeleton_recall", "metric=[cldice]", "mode.metrics_only=true", "hydra.run.dir=run")
+    done = call(tmp_path, "mode=train", *SMALL, *words, "logger=[]")
+    assert done.status == 0, done.err
+    length = (*MACHINE, "trainer.steps=3", "mode.metrics_only=true")
+    done = call(tmp_path, "mode=train", "resume=run", *length, "metric.cldice.classes=[0]")
+    assert done.status == 0 and "to skeleton_recall classes=[0] of all images" in done.err, done.err
+
+
 def test_auto_resume_takes_a_run_of_other_scores(tmp_path):
     write_data(tmp_path / "data")
     words = ("mode=train", *SMALL, "resume=auto", "logger=[]", "hydra.run.dir=run", "mode.metrics_only=true")

@@ -358,3 +358,24 @@ def test_change_of_selection_restarts_patience_and_discards_only_a_best_score(ca
     assert "the previous best score is discarded" in caplog.text
     caplog.clear()
     assert comparable(Progress(9), before, now) == Progress(9) and not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("score", "metric", "changed", "is_same"),
+    [
+        ("skeleton_recall", "cldice", {"metric": {"cldice": {"classes": [1]}}}, False),
+        ("skeleton_recall", "cldice", {"metric": {"cldice": {"classes": None}, "nsd": {"tolerance": 3}}}, True),
+        ("miou", None, {"task": {"threshold": 0.3}}, False),
+        ("loss", None, {"task": {"threshold": 0.3}}, True),
+        ("miou", None, {"metric": {"cldice": {"classes": [1]}}}, True),
+    ],
+)
+def test_settings_of_a_score_decide_whether_its_best_stays(score, metric, changed, is_same):
+    config = {
+        "trainer": {"score": score},
+        "task": {"threshold": 0.5},
+        "metric": {"cldice": {"classes": None}, "nsd": {"tolerance": 2}},
+    }
+    before, progress = {"config": config}, Progress(9, best=0.5, best_step=3)
+    found = comparable(progress, before, {"config": config | changed}, metric)
+    assert found == (progress if is_same else Progress(9))

@@ -8,11 +8,13 @@ import cv2
 import numpy as np
 import pytest
 from making import save
+from overlapping_shapes import CLASSES as OVERLAPPING
+from overlapping_shapes import write_overlaps
 from PIL import Image
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
-from dinoseg.data.formats.folder import folder_dataset
+from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan import scan as scan_module
@@ -261,6 +263,16 @@ def test_a_damaged_cache_costs_a_scan(fill, tmp_path, caplog, damage):
     assert "scanning again" in caplog.text
     caplog.clear()
     assert scan(data.pairs, data.reader, cache_dir=cache) == first and not caplog.text
+
+
+def test_masks_with_layers_are_scanned_once(tmp_path, monkeypatch, caplog):
+    write_overlaps(tmp_path / "data", train=2, val=1)
+    layout = FolderLayout(images="data/{split}/images", masks="data/{split}/masks")
+    data = folder_dataset(tmp_path, "train", classes=OVERLAPPING, layout=layout, layers=True)
+    first = scan(data.pairs, data.reader, cache_dir=tmp_path / "cache")
+    seen = count_reads(monkeypatch)
+    assert scan(data.pairs, data.reader, cache_dir=tmp_path / "cache") == first and not caplog.text
+    assert not seen and "1: 1" in first[0].raw
 
 
 def test_a_full_disk_keeps_the_result(fill, tmp_path, monkeypatch, caplog):
