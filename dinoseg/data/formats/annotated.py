@@ -301,10 +301,11 @@ class _Maker:
         except NotThere as error:
             return Lacking(name, str(error), "Put the images there, or set their folder: data.reader.layout.images.")
         if self.layers:
-            layers = self._layers(entry)
-            drawings = [Drawing(entry.path, entry.image, size, self.ground, forms) for forms in layers]
             # None saves memory and time with many classes; the first drawing states the size
-            shown = [drawing if drawing.shapes or not index else None for index, drawing in enumerate(drawings)]
+            shown = [
+                Drawing(entry.path, entry.image, size, self.ground, forms) if forms or not index else None
+                for index, forms in enumerate(self._layers(entry))
+            ]
             return Pair(name, image, Layers(tuple(shown), Drawing.read))
         by_area = self.shapes.order == "area"
         drawn = sorted(entry.shapes, key=lambda shape: (not shape.crowd, -shape.area if by_area else 0))
