@@ -19,7 +19,7 @@ from dinoseg.utils.wording import reasons
 logger = logging.getLogger(__name__)
 
 
-def opened(
+def prepare_dataset(
     dataset: SegmentationData,
     *,
     split: str,

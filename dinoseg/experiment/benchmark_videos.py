@@ -8,7 +8,7 @@ from typing import Any
 from dinoseg.config.nodes import expect_type, instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.core.channels import check_rgb
-from dinoseg.data.clips.videos import Video, chosen
+from dinoseg.data.clips.videos import Video, select_split
 from dinoseg.experiment.builder import Builder, check_split
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.utils.errors import UserError
@@ -117,6 +117,6 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
 
 def _videos(build: Builder, split: str) -> list[Video]:
     check_rgb(build.pixels, f"data={build.options['data']}")
-    videos = chosen(build.part("data.clips.layout"), split, build.part("data.clips.partition"))
+    videos = select_split(build.part("data.clips.layout"), split, build.part("data.clips.partition"))
     side = None if split == "train" else build.value("data.clips.eval_square")
     return videos if side is None else [replace(video, square=side) for video in videos]

@@ -66,7 +66,7 @@ class VideoReader:
             self._decoder.pixel_aspect,
             self._decoder.colour_tags,
         )
-        self.count = self._decoder.promised
+        self.count = self._decoder.declared_frames
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield each frame once; a second iteration continues where the first stopped."""

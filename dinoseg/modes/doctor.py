@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from dinoseg.core.task import refuse_layers
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.doctor.errors import home_made, scanned
+from dinoseg.data.doctor.errors import describe_split, home_made
 from dinoseg.data.doctor.examine import examine, summary
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.formats.idd_files import home_made_files
@@ -64,7 +64,7 @@ def doctor(
     refuse_layers(build.task, "mode=doctor", "mode=train checks such data when it starts.")
     datasets, findings = _open_splits(build, str(cfg.data.root))
     splits = [
-        scanned(split, data, _records(split, data, images=images, workers=workers, cache_dir=cfg.cache_dir))
+        describe_split(split, data, _records(split, data, images=images, workers=workers, cache_dir=cfg.cache_dir))
         for split, data in datasets.items()
     ]
     name = cfg.choices.data

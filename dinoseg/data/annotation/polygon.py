@@ -34,7 +34,7 @@ def check_polygon(points: np.ndarray) -> None:
         raise ValueError("its border is too long: it crosses the image many times, or extends far beyond it")
 
 
-def filled(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
+def rasterise(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
     """Fill a polygon (N, 2) exactly as pycocotools does: return the first column and a mask (H, columns) bool.
 
     The border is sampled in fifths of a pixel. Each crossing of a column's centre toggles between inside and outside

@@ -213,4 +213,4 @@ def _form(segmentation: Any, size: tuple[int, int]) -> Form | None:
             f"its mask has the size {format_json(segmentation.get('size'), 40)}, but its video the height and width "
             f"{list(size)}: both must be equal whole numbers"
         )
-    return CompressedColumns(rle.to_text(rle.checked(segmentation.get("counts"), size[0] * size[1])))
+    return CompressedColumns(rle.to_text(rle.parse_counts(segmentation.get("counts"), size[0] * size[1])))

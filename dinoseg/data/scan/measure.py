@@ -115,7 +115,7 @@ def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]])
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return record.with_problem("unreadable_image", reason)
     ids = np.ascontiguousarray(sample["mask"].numpy())
-    pixels = dict(_counted(ids))
+    pixels = dict(_count_values(ids))
     return replace(
         _with_pixels(record, sample["image"].permute(1, 2, 0).numpy()),
         mask_size=(ids.shape[0], ids.shape[1]),
@@ -174,7 +174,7 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
     if isinstance(mask, Layers):
         pixels, raw = _layer_counts(ids, reader.labels.ignore_index), _layer_values(ids, mask)
     else:
-        pixels = dict(_counted(ids))
+        pixels = dict(_count_values(ids))
         raw = _raw_of(mask, reader, pixels)
     return replace(
         record,
@@ -195,7 +195,7 @@ def _layer_counts(layers: np.ndarray, ignore_index: int) -> dict[int, int]:
 def _layer_values(layers: np.ndarray, mask: Layers) -> dict[str, int]:
     """Return the pixels of each value in the files of layers (K, H, W), with keys such as `1: 255` for class 1."""
     files = [index for index, source in enumerate(mask.sources) if isinstance(source, Path)]
-    return {f"{index}: {value}": count for index in files for value, count in _counted(layers[index])}
+    return {f"{index}: {value}": count for index in files for value, count in _count_values(layers[index])}
 
 
 def _raw_of(mask: MaskSource, reader: MaskReader, pixels: Mapping[int, int]) -> dict[str, int]:
@@ -214,13 +214,13 @@ def _raw(path: Path, reader: MaskReader) -> dict[str, int]:
     if numbers.ndim == 3 and reader.masks.format != "palette" and (numbers == numbers[..., :1]).all():
         numbers = numbers[..., 0]
     if numbers.ndim == 2:
-        return {str(value): count for value, count in _counted(numbers)[:_MAX_RAW]}
+        return {str(value): count for value, count in _count_values(numbers)[:_MAX_RAW]}
     codes = numbers[..., 0].astype(np.int32) << 16 | numbers[..., 1].astype(np.int32) << 8 | numbers[..., 2]
-    common = sorted(_counted(codes), key=lambda pair: -pair[1])[:_MAX_RAW]
+    common = sorted(_count_values(codes), key=lambda pair: -pair[1])[:_MAX_RAW]
     return {f"({code >> 16}, {code >> 8 & 255}, {code & 255})": count for code, count in common}
 
 
-def _counted(values: np.ndarray) -> list[tuple[int, int]]:
+def _count_values(values: np.ndarray) -> list[tuple[int, int]]:
     if values.dtype == np.uint8:  # several times faster than sorting, and lets other threads run
         return [pair for pair in enumerate(Image.fromarray(values).histogram()) if pair[1]]
     return list(zip(*(part.tolist() for part in np.unique(values, return_counts=True)), strict=True))

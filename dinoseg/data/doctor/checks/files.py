@@ -124,7 +124,7 @@ def _foreign_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
         "error",
         "foreign_ids",
         f"{len(bad)} of {total} masks with values that are not classes: "
-        f"{join_names([f'{value} (in {count})' for value, count in foreign.most_common()], 10)}. {_known(part)}",
+        f"{join_names([f'{value} (in {count})' for value, count in foreign.most_common()], 10)}. {_describe_ids(part)}",
         tuple(record.mask for record, _ in bad),
         f"{_advice(part, list(foreign), [record for record, _ in bad])} {_SKIP}",
         reasons=tuple(
@@ -134,7 +134,7 @@ def _foreign_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
     )
 
 
-def _known(part: Scanned) -> str:
+def _describe_ids(part: Scanned) -> str:
     if part.masks.format == "palette":
         return f"{len(part.classes)} classes have colours."
     if part.masks.format == "binary":
