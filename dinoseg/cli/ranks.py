@@ -178,7 +178,9 @@ def _watch(ranks: Sequence[BaseProcess], receiving: Any) -> Any:
         for ready in connection.wait(waiting, timeout=1.0):
             waiting.remove(ready)
             if not isinstance(ready, int):
-                result += _received(receiving)  # at once: a pipe holds 64 KiB, and the rank blocks until it is read
+                result += _receive_result(
+                    receiving
+                )  # at once: a pipe holds 64 KiB, and the rank blocks until it is read
                 continue
             number = ending[ready]
             ranks[number].join()
@@ -217,7 +219,7 @@ def _hung(ranks: Sequence[BaseProcess], numbers: Sequence[int]) -> UserError:
     )
 
 
-def _received(receiving: Any) -> list[Any]:
+def _receive_result(receiving: Any) -> list[Any]:
     try:
         return [json.loads(receiving.recv_bytes())]
     except EOFError:  # the first rank ended without a result

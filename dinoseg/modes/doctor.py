@@ -140,14 +140,14 @@ def _open_splits(build: Builder, root: str) -> tuple[dict[str, DoctorData], list
             continue
         datasets[split] = data
         if isinstance(data, PairDataset) and data.lacking:
-            findings.append(_lacking(split, data))
+            findings.append(_report_incomplete_pairs(split, data))
     if name.startswith("idd") and not datasets:
         if files := home_made_files(Path(root).expanduser()):
             findings.append(home_made(files, name))
     return datasets, findings
 
 
-def _lacking(split: str, data: PairDataset) -> Finding:
+def _report_incomplete_pairs(split: str, data: PairDataset) -> Finding:
     return Finding(
         "error",
         "no_whole_pair",

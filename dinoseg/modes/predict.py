@@ -77,7 +77,9 @@ def predict(
     check_outputs(outputs)
     build = Builder(cfg)
     split = _split_data(build, input)
-    images, videos = _found(input, build.pixels.suffixes) if split is None else (_images_of(split, str(input)), [])
+    images, videos = (
+        _find_inputs(input, build.pixels.suffixes) if split is None else (_images_of(split, str(input)), [])
+    )
     if videos:
         check_rgb(build.pixels, f"the video {videos[0].path}")
         check_frame_outputs(outputs, str(videos[0].path))
@@ -115,11 +117,11 @@ def predict(
         ) from error
     _check_failures(run, len(images) + len(videos))
     reference = None if split is None else folder / REFERENCES
-    print("\n".join(_written(run, totals, masks is True, outputs, reference, by.layers)))
+    print("\n".join(_summary_lines(run, totals, masks is True, outputs, reference, by.layers)))
     return {**totals, "run": str(out_dir)}
 
 
-def _found(source: str | int, suffixes: Sequence[str]) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
+def _find_inputs(source: str | int, suffixes: Sequence[str]) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
     """Return the images with the names of their results, and the videos, that an input refers to."""
     paths = list_inputs(str(source), suffixes=suffixes)
     named = list(zip(paths, result_names(paths), strict=True))
@@ -240,7 +242,7 @@ def _log(what: str, passed: Throughput, count: str) -> None:
         logger.info("%s: %s", what, report)
 
 
-def _written(
+def _summary_lines(
     run: ImageRun,
     totals: Mapping[str, Any],
     video_masks: bool,

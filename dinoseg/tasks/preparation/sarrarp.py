@@ -85,7 +85,7 @@ def prepare(
     root = Path(root).expanduser()
     if rate not in (1, 10):
         raise UserError(f"rate={rate}: choose 1 (frames that have a mask) or 10 frames per second.")
-    jobs = _chosen(find_jobs(root), videos)
+    jobs = _select_jobs(find_jobs(root), videos)
     work = functools.partial(prepare_video, rate=rate, keep_archive=keep_archives)
     try:
         with locked(root / _LOCK):
@@ -222,7 +222,7 @@ def _verify(folder: Path, decoded: int, step: int) -> None:
         raise UserError(f"{folder / FRAME_FOLDERS[0]} lacks the frames {join_names(lacking)}. Run again.")
 
 
-def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob]:
+def _select_jobs(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob]:
     if videos is None:
         return jobs
     known = {job.name for job in jobs} | {job.folder.name for job in jobs}
