@@ -17,7 +17,7 @@ from dinoseg.experiment.objects import lend_objects
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.load import collection_paused
 from dinoseg.export.runtime.segmenter import Segmenter
-from dinoseg.export.runtime.torch_runtime import isolated
+from dinoseg.export.runtime.torch_runtime import preserve_global_state
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range, whole_number
 from dinoseg.utils.wording import format_value, nearest
@@ -99,7 +99,7 @@ def create_model(
                 )
             if no_effect:
                 raise UserError(no_effect)
-            with isolated(), lend_objects(objects):
+            with preserve_global_state(), lend_objects(objects):
                 build = ModelBuilder(cfg)
                 labels = _read_labels(build, num_classes, names)
                 model, policy = build.model(), build.part("inference")

@@ -178,9 +178,8 @@ def _watch(ranks: Sequence[BaseProcess], receiving: Any) -> Any:
         for ready in connection.wait(waiting, timeout=1.0):
             waiting.remove(ready)
             if not isinstance(ready, int):
-                result += _receive_result(
-                    receiving
-                )  # at once: a pipe holds 64 KiB, and the rank blocks until it is read
+                # at once: a pipe holds 64 KiB, and the rank blocks until it is read
+                result += _receive_result(receiving)
                 continue
             number = ending[ready]
             ranks[number].join()

@@ -98,9 +98,9 @@ def _values_of(
         if key in BUILDS or (nests(value) and not _is_node(usual, is_argument=is_argument)):
             if value != usual:
                 raise UserError(
-                    f"{dotted_name(place)} is a component that no option of a config group names, so a checkpoint could "
-                    "not store it. Make it an option: write GROUP/NAME.yaml in a folder, and add --config-dir FOLDER "
-                    "and GROUP=NAME."
+                    f"{dotted_name(place)} is a component that no option of a config group names, so a checkpoint "
+                    "could not store it. Make it an option: write GROUP/NAME.yaml in a folder, and add --config-dir "
+                    "FOLDER and GROUP=NAME."
                 )
             if key == "_target_":
                 targets[dotted_name(steps)] = str(value)

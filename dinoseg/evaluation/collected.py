@@ -68,7 +68,7 @@ class Collector:
             ignored = self._data.ignore_index
             if mask.ndim == 2:
                 boundary = boundary_errors(mask, prediction, ignored)
-                samples = _sampled(sampled[row], mask[places], ignored, self._samples)
+                samples = _sample_pixels(sampled[row], mask[places], ignored, self._samples)
             else:  # of each layer; without logits, since calibration needs one class per pixel
                 pairs = zip(mask, prediction, strict=True)
                 boundary = np.stack([boundary_errors(*layers, ignored) for layers in pairs]).sum(axis=0)
@@ -127,7 +127,9 @@ def image_mious(counts: np.ndarray) -> list[float | None]:
     return [plain_score(miou) for miou in MeanIoU().compute({"classes": counts})["miou"]]
 
 
-def _sampled(logits: np.ndarray, labels: np.ndarray, ignore_index: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+def _sample_pixels(
+    logits: np.ndarray, labels: np.ndarray, ignore_index: int, most: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return logits (P, K) and labels (P,) of at most `most` labelled lattice points, evenly spaced."""
     flat = labels.ravel()
     places = np.flatnonzero(flat != ignore_index)

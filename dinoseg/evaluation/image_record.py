@@ -82,7 +82,7 @@ def write_record(record: ImageRecord, out_dir: Path) -> None:
     )
 
 
-def evaluated(folder: Path) -> Path:
+def find_evaluation(folder: Path) -> Path:
     """Return the folder of a run's evaluation record: the run folder, or the evaluation at the end of a training.
 
     Raises:

@@ -85,7 +85,7 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
         key = f"data.tracking.protocols.{supervision}"
         protocol = expect_type(ScoreProtocol, instantiate(node), key)  # type: ignore[type-abstract]
     annotations = {} if protocol is None or protocol.annotations is None else {"annotations": protocol.annotations}
-    videos = _videos(build.changed({"data": annotations}), split)
+    videos = _videos(build.with_changes({"data": annotations}), split)
     prompts = "none"
     if supervision != "none":
         if not any(video.masks for video in videos):
@@ -96,7 +96,8 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
         prompts = "appearing" if tracking.later else "first"
     written, annotated = None, to_container(tracking.written)
     if any(data[key] != value for key, value in annotated.items()):
-        written = {video.name: set(video.frame_names) for video in _videos(build.changed({"data": annotated}), split)}
+        annotated_videos = _videos(build.with_changes({"data": annotated}), split)
+        written = {video.name: set(video.frame_names) for video in annotated_videos}
     source = {key: to_container(data.clips[key], resolve=True) for key in ("layout", "partition")}
     if (side := build.value("data.clips.eval_square")) is not None:
         source["eval_square"] = side

@@ -58,7 +58,7 @@ class FolderReader:
         """Yield each frame."""
         return (read_image(self.path / file) for file in self._files)
 
-    def timed(self) -> Iterator[tuple[np.ndarray, None]]:
+    def timed_frames(self) -> Iterator[tuple[np.ndarray, None]]:
         """Yield each frame with None as its timestamp."""
         return ((frame, None) for frame in self)
 

@@ -108,7 +108,7 @@ class _Pipeline(Generic[Read, Done]):
 
     def transform(self, infer: Callable[[Read], Done]) -> None:
         for item in self._items(self._read):
-            with self._timing("model"):
+            with self._measure_stage("model"):
                 done = infer(item)
             if not self._put(self._done, done):
                 return
@@ -116,12 +116,12 @@ class _Pipeline(Generic[Read, Done]):
 
     def drain(self, write: Callable[[Done], None]) -> None:
         for item in self._items(self._done):
-            with self._timing("write"):
+            with self._measure_stage("write"):
                 write(item)
             self.written += 1
 
     @contextmanager
-    def _timing(self, stage: str) -> Iterator[None]:
+    def _measure_stage(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.times[stage].append(time.perf_counter() - start)

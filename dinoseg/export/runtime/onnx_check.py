@@ -324,7 +324,10 @@ class WireReader:
                     raise Damaged("it is truncated")
                 value = view[position : position + length]
                 position += length
-                values = self._packed(value, field) if wanted != DELIMITED else [_delimited(value, field.kind)]
+                if wanted == DELIMITED:
+                    values = [_read_delimited(value, field.kind)]
+                else:
+                    values = self._read_packed(value, field)
             elif wire == wanted:
                 value, position = _number(view, position, field.kind)
                 values = [value]
@@ -338,7 +341,7 @@ class WireReader:
             raise Damaged("a size is a number and a name at once")
         return fields
 
-    def _packed(self, view: memoryview, field: Field) -> list[Any]:
+    def _read_packed(self, view: memoryview, field: Field) -> list[Any]:
         """Return the numbers of a packed repeated field."""
         if (wire := _WIRE[field.kind]) in _FIXED:
             form, size = _FIXED[wire]
@@ -395,7 +398,7 @@ def _varint(view: memoryview, position: int) -> tuple[int, int]:
     raise Damaged("it is not a protobuf message: a number has more than 64 bits, or too long an encoding")
 
 
-def _delimited(view: memoryview, kind: str) -> Any:
+def _read_delimited(view: memoryview, kind: str) -> Any:
     if kind != "text":
         return view
     if len(view) > _LONGEST_TEXT:
