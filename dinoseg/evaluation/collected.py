@@ -14,7 +14,7 @@ from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.metrics.boundary_errors import boundary_errors
 from dinoseg.metrics.miou import MeanIoU
 from dinoseg.report.html.pictures import Shot
-from dinoseg.report.overlay import reduced, reduced_mask
+from dinoseg.report.overlay import downscale, downscale_mask
 from dinoseg.utils.levels import to_display
 
 SHOWN = 6  # number of best images, and of worst images
@@ -92,8 +92,8 @@ class Collector:
         if not wanting:
             return
         frame = to_display(image.permute(1, 2, 0).cpu().numpy())
-        masks = [np.array(reduced_mask(each, _LONGEST)) for each in (prediction, mask)]
-        shot = Shot(self._next, score, np.array(reduced(frame, _LONGEST)), *masks)
+        masks = [np.array(downscale_mask(each, _LONGEST)) for each in (prediction, mask)]
+        shot = Shot(self._next, score, np.array(downscale(frame, _LONGEST)), *masks)
         for heap, key in wanting:
             heapq.heappush(heap, (*key, shot))
             if len(heap) > SHOWN:

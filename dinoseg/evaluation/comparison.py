@@ -32,7 +32,7 @@ from dinoseg.evaluation.sides import Side
 from dinoseg.report.html.comparison import OtherRun
 from dinoseg.report.html.page import format_interval, percent
 from dinoseg.report.html.pictures import PairShot
-from dinoseg.report.overlay import reduced
+from dinoseg.report.overlay import downscale
 from dinoseg.report.table import MEANS
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
@@ -345,9 +345,9 @@ def _pair_shot(data: SegmentationData, index: int, folders: tuple[Path, Path], m
         ids = read_ids(path)
         if ids.ndim != 2 or ids.max() >= classes:
             raise UserError(f"{path} is not a mask of the {classes} classes.")
-        predictions.append(reduced(ids, _LONGEST))
-    frame = reduced(to_display(sample["image"].permute(1, 2, 0).numpy()), _LONGEST)
-    return PairShot(name, mious, frame, reduced(reference, _LONGEST), (predictions[0], predictions[1]))
+        predictions.append(downscale(ids, _LONGEST))
+    frame = downscale(to_display(sample["image"].permute(1, 2, 0).numpy()), _LONGEST)
+    return PairShot(name, mious, frame, downscale(reference, _LONGEST), (predictions[0], predictions[1]))
 
 
 def largest_differences(

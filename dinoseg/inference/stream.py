@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from dinoseg.report.progress import awaited
+from dinoseg.report.progress import measure_waits
 
 Read = TypeVar("Read")
 Done = TypeVar("Done")
@@ -101,7 +101,7 @@ class _Pipeline(Generic[Read, Done]):
             self._stop.set()
 
     def feed(self, read: Iterable[Read]) -> None:
-        for item in awaited(read, self.times["read"].append):
+        for item in measure_waits(read, self.times["read"].append):
             if not self._put(self._read, item):
                 return
         self._put(self._read, _End.END)

@@ -21,7 +21,7 @@ from dinoseg.data.scan.measure import Record, measure_sample
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.experiment.builder import Builder
 from dinoseg.report.html.page import render
-from dinoseg.report.overlay import blend, legend_of, reduced
+from dinoseg.report.overlay import blend, downscale, legend_of
 from dinoseg.utils.atomic import write_json, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.levels import to_display
@@ -259,7 +259,7 @@ def _of_classes(splits: Sequence[Scanned]) -> Iterator[tuple[tuple[str, str], st
 
 def _draw_pair(frame: np.ndarray, mask: np.ndarray, data: DoctorData) -> dict[str, Any]:
     """Return an image, its mask over it, and the legend of the classes, downscaled."""
-    frame, mask = reduced(frame, _LONGEST), reduced(mask, _LONGEST)
+    frame, mask = downscale(frame, _LONGEST), downscale(mask, _LONGEST)
     tinted = blend(frame, mask, data.palette, ignore_index=data.ignore_index, opacity=0.6)
     legend = legend_of([mask], data.classes, data.palette, ignore_index=data.ignore_index)
     return {"panels": [("image", frame), ("mask", tinted)], "legend": legend}

@@ -53,7 +53,7 @@ def render_videos(
         ) from error
 
 
-def missing(
+def find_missing(
     root: Path, videos: Iterable[Video], existing: Iterable[Path], description: Callable[[Path], Any], what: str
 ) -> list[Video]:
     """Return the videos that are not written yet.

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from dinoseg.report.progress import IN_NOTEBOOK, awaited, has_bar
+from dinoseg.report.progress import IN_NOTEBOOK, has_bar, measure_waits
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.utils.wording import count_of
 
@@ -97,7 +97,7 @@ class Meter:
             for window in self._windows():
                 window.waited += seconds
 
-        return awaited(batches, count, self._clock)
+        return measure_waits(batches, count, self._clock)
 
     def step(self, images: int, loss: float, rate: float) -> None:
         """Count one optimizer step over `images` images."""

@@ -74,7 +74,7 @@ class SlotDecoder(nn.Module):
         alpha = at_least_float32(F.linear(hidden, last.weight[-1:], last.bias[-1:])).softmax(dim=2)  # (B, N, S, 1)
         mean = (alpha.mT.to(hidden.dtype) @ hidden).squeeze(2)  # (B, N, hidden_dim)
         cells = self.num_cells if similarity else 0
-        return _decoded(mean, alpha.squeeze(3), last, (self.out_dim, cells), grid)
+        return _apply_last_layer(mean, alpha.squeeze(3), last, (self.out_dim, cells), grid)
 
     def _hidden(self, slots: Tensor, grid: tuple[int, int]) -> Tensor:
         first: nn.Linear = self.layers[0]  # type: ignore[assignment]
@@ -139,10 +139,12 @@ class SlotMixer(nn.Module):
         masks = at_least_float32(query @ key.mT * key.shape[-1] ** -0.5).softmax(dim=2)  # (B, N, S)
         hidden = self.mlp(masks.to(slots.dtype) @ slots + cell_codes)  # (B, N, hidden_dim)
         cells = self.num_cells if similarity else 0
-        return _decoded(hidden, masks, self.last, (self.out_dim, cells), grid)
+        return _apply_last_layer(hidden, masks, self.last, (self.out_dim, cells), grid)
 
 
-def _decoded(hidden: Tensor, masks: Tensor, last: nn.Linear, sizes: tuple[int, int], grid: tuple[int, int]) -> Decoded:
+def _apply_last_layer(
+    hidden: Tensor, masks: Tensor, last: nn.Linear, sizes: tuple[int, int], grid: tuple[int, int]
+) -> Decoded:
     """Apply the last layer of a decoder to `hidden` (B, N, hidden_dim), with masks (B, N, S) on a grid (h, w).
 
     `sizes` are the channels of the features and of the logits over cells; 0 logits: none.
