@@ -101,13 +101,13 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from dinoseg.config.plain import to_container
     from dinoseg.experiment.folder import locate_runs
     from dinoseg.utils.errors import UserError
-    from dinoseg.utils.interrupt import Interrupted, raised
+    from dinoseg.utils.interrupt import Interrupted, raise_on_signal
 
     hydra_cfg = HydraConfig.get()
     composed = job_config(cfg, hydra_cfg)
     words = to_container(hydra_cfg.overrides)["task"]  # as typed: single access would resolve each `${...}`
     try:
-        with raised(), explain_errors(words, [Path(CONFIGS), *map(Path, composed.config_dirs)]):
+        with raise_on_signal(), explain_errors(words, [Path(CONFIGS), *map(Path, composed.config_dirs)]):
             out_dir = Path(hydra_cfg.runtime.output_dir)
             return launch(composed, out_dir, words, locate_runs(hydra_cfg, out_dir))
     except UserError as error:

@@ -17,7 +17,7 @@ from dinoseg.cli.typos import explain_errors
 from dinoseg.experiment.folder import will_make
 from dinoseg.experiment.objects import lend_objects
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
-from dinoseg.utils.interrupt import Interrupted, raised
+from dinoseg.utils.interrupt import Interrupted, raise_on_signal
 from dinoseg.utils.ranges import check_annotations
 from dinoseg.utils.wording import format_value
 
@@ -123,5 +123,5 @@ def _launch(job: Job, config_dir: Folder | None, *, new_folder: bool) -> dict[st
 
     out_dir = job.location.folder
     will_make(out_dir)
-    with raised(), explain_errors(job.words, config_folders(config_dir)), file_errors_as_user_errors(out_dir):
+    with raise_on_signal(), explain_errors(job.words, config_folders(config_dir)), file_errors_as_user_errors(out_dir):
         return launch(job.cfg, out_dir, job.words, job.location, new_folder=new_folder)

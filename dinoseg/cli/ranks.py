@@ -26,7 +26,7 @@ from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.log_file import announce, configure_log
 from dinoseg.utils.cores import cores_here, count_cores, forget_share, limit_threads_to_share
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
-from dinoseg.utils.interrupt import SIGNALS, Interrupted, forward_signals, raised
+from dinoseg.utils.interrupt import SIGNALS, Interrupted, forward_signals, raise_on_signal
 from dinoseg.utils.workers import end_with_parent, without_script
 
 LAUNCH_KEYS = (
@@ -257,7 +257,7 @@ def _run_rank(
     limit_threads_to_share()
     register_resolvers()
     try:
-        with raised(), file_errors_as_user_errors(out_dir), shortages_as_user_errors():
+        with raise_on_signal(), file_errors_as_user_errors(out_dir), shortages_as_user_errors():
             result = run_mode(OmegaConf.create(cfg), out_dir)
     except UserError as error:
         print(f"error (rank {rank}): {error}", file=sys.stderr)

@@ -25,23 +25,23 @@ _LARGEST = 2**28  # maximum bytes of the JSON file: names of half a million imag
 _FRAMING = 4096  # bytes of an NPZ file of one array in addition to its values
 _COLOUR = forms.row(*[forms.whole(0, 255)] * 3)
 _FORM = forms.record(
-    classes=forms.listing(forms.text),
-    palette=forms.listing(_COLOUR),
+    classes=forms.list_of(forms.text),
+    palette=forms.list_of(_COLOUR),
     ignore_index=forms.whole(0, 255),
     background=forms.maybe(forms.whole(0, 255)),
     data=forms.text,
     root=forms.text,
     split=forms.text,
     unit=forms.text,
-    images=forms.listing(forms.text),
-    units=forms.listing(forms.text),
+    images=forms.list_of(forms.text),
+    units=forms.list_of(forms.text),
     source=forms.text,
     scores=forms.table(
         forms.record(
             better=forms.text,
             settings=forms.text,
             value=forms.maybe(forms.number()),
-            left_out=forms.listing(forms.maybe(forms.number())),
+            left_out=forms.list_of(forms.maybe(forms.number())),
         )
     ),
 )

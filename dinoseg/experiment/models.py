@@ -202,7 +202,7 @@ class ModelBuilder:
                 f"data.channels={stored} and such images, or choose another checkpoint."
             )
         try:
-            with loading.bounded(f"resume={file.path}"):
+            with loading.limit_model_size(f"resume={file.path}"):
                 empty = self.outline()
         except UserError:
             raise

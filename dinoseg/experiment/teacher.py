@@ -27,7 +27,7 @@ from dinoseg.utils.transfer import to_device
 from dinoseg.utils.wording import format_override, format_value, join_names
 
 TEACHERS = "teachers"  # folder in the cache that holds the scores of all teachers
-_CROP = forms.listing(forms.whole(1), length=2)
+_CROP = forms.list_of(forms.whole(1), length=2)
 _PROBED = 512  # maximum side in backbone pixels of the dummy image that measures cells per pixel
 _MIN = -3e4  # lowest score relative to the highest; float16 can hold it
 

@@ -44,7 +44,7 @@ class Checkpoint:
 
 
 @contextmanager
-def bounded(where: str) -> Iterator[None]:
+def limit_model_size(where: str) -> Iterator[None]:
     """Abort within the block once the modules created there are too many, or too large for this machine's memory.
 
     Raises:

@@ -70,7 +70,7 @@ class TimeLimit:
         return max(0.0, 60 * self._minutes - (self._clock() - self._began))
 
     @contextmanager
-    def validating(self) -> Iterator[None]:
+    def measure_validation(self) -> Iterator[None]:
         """Measure a validation, for which time is reserved at the end."""
         began = self._clock()
         yield

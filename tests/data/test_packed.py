@@ -27,7 +27,7 @@ from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.models.model import backbone_size
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.locks import locked
+from dinoseg.utils.locks import hold_lock
 
 SIZES = {"one": (1, 1), "odd": (37, 23), "flat": (1, 90), "video/a": (48, 64), "video/b": (48, 64), "wide": (31, 97)}
 NAMES = sorted(SIZES)
@@ -389,7 +389,7 @@ def test_a_second_build_waits_for_the_first(data, cache, monkeypatch, caplog):
     forbid_reading(monkeypatch)
     lock = cache / f".{key_folder.name}.lock"
     result = []
-    with locked(lock):
+    with hold_lock(lock):
         second = threading.Thread(target=lambda: result.append(make(data(), cache)))
         second.start()
         until(lambda: "waiting for it" in caplog.text)
@@ -412,7 +412,7 @@ def test_a_read_only_folder_still_serves_its_store(data, cache, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(packed, "locked", refuse)
+    monkeypatch.setattr(packed, "hold_lock", refuse)
     assert_same(make(data(), cache), data())
     with pytest.raises(UserError, match=r"Cannot pack to .*Permission denied"):
         make(data(), cache, 20)

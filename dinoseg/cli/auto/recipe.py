@@ -35,8 +35,8 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.locks import locked
-from dinoseg.utils.units import finished
+from dinoseg.utils.locks import hold_lock
+from dinoseg.utils.units import read_finished
 from dinoseg.utils.wording import format_override, one_line, printable
 
 AUTO = "auto"  # name of the recipe that is chosen automatically
@@ -107,7 +107,7 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     path = _path(build, given, (train, val))
     source = f"reused from {path} (remove it to choose again)"
     # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
-    with locked(path.with_suffix(".lock")):
+    with hold_lock(path.with_suffix(".lock")):
         stored = read_choices(path)
         if stored is None:
 
@@ -196,18 +196,18 @@ def _check_value(value: Any, where: str) -> None:
     if isinstance(value, dict):
         forms.table(_NUMBER, _CLASS_NAME)(value, where)
     elif isinstance(value, list):
-        forms.listing(_NUMBER)(value, where)
+        forms.list_of(_NUMBER)(value, where)
     elif not (isinstance(value, str) and value.isidentifier()):
         _NUMBER(value, where)
 
 
 _NUMBER = forms.number(0, 2**40)
-_FORM = forms.record(about=forms.text, choices=forms.listing(forms.record(words=_check_words, reason=forms.text)))
+_FORM = forms.record(about=forms.text, choices=forms.list_of(forms.record(words=_check_words, reason=forms.text)))
 
 
 def read_choices(path: Path) -> tuple[str, list[RecipeChoice]] | None:
     """Return the stored summary and choices; None if the file is absent or damaged. Damage is logged."""
-    found = finished(
+    found = read_finished(
         path,
         lambda path: forms.read_json(path, _FORM, most=_MAX_BYTES),
         damaged="The stored choices in %s are damaged (%s): choosing again.",

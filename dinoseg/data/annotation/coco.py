@@ -11,9 +11,11 @@ from dinoseg.data.annotation.entry import Annotations, Entry, LabelledShape, pol
 from dinoseg.utils import forms
 from dinoseg.utils.wording import format_value
 
-_FORM = forms.holding(
-    images=forms.listing(forms.holding(id=forms.plain, file_name=forms.text, width=forms.plain, height=forms.plain)),
-    categories=forms.listing(forms.holding(id=forms.plain, name=forms.text)),
+_FORM = forms.object_with(
+    images=forms.list_of(
+        forms.object_with(id=forms.plain, file_name=forms.text, width=forms.plain, height=forms.plain)
+    ),
+    categories=forms.list_of(forms.object_with(id=forms.plain, name=forms.text)),
 )
 
 

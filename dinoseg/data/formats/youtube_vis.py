@@ -19,7 +19,7 @@ from dinoseg.utils.wording import count_of, format_json, format_value, has_surro
 
 FRAMES_PER_SECOND = 6  # every fifth frame of 30 per second
 _MOST_BYTES = 2**31  # of the annotations
-_FORM = forms.holding(videos=forms.listing(forms.plain))
+_FORM = forms.object_with(videos=forms.list_of(forms.plain))
 
 
 class _Listed(NamedTuple):

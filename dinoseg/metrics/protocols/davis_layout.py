@@ -12,7 +12,7 @@ from dinoseg.utils.wording import join_names
 
 _SHOWN = 5  # names in a message
 TRACKED, MASKS = "track.json", "masks"  # in a finished run of mode=track
-_TRACKED_FORM = forms.holding(input=forms.text)
+_TRACKED_FORM = forms.object_with(input=forms.text)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dinoseg.utils.tensor_files import PICKLED, check_unquantised, check_weights
 PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
 _ADAPTER = "adapter_config.json"  # marks a peft adapter
 _INDEX = "model.safetensors.index.json"
-_SHARDS = forms.holding(weight_map=forms.table(forms.text))
+_SHARDS = forms.object_with(weight_map=forms.table(forms.text))
 _NEVER_DRAWN = 20  # standard deviations: float32 samplers reach about 6
 _TIMM = "timm/"  # owner of timm's weights on the hub
 _INPUT_KERNELS = {  # hub's names of the weights that read the pixels, (dim, channels, h, w)

@@ -34,9 +34,9 @@ from dinoseg.utils.atomic import atomic_file, remove_parts, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
-from dinoseg.utils.locks import locked
+from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.ranges import Count, check_annotations
-from dinoseg.utils.units import finished
+from dinoseg.utils.units import read_finished
 from dinoseg.utils.wording import count_of, join_names
 
 SPLIT_FOLDERS = TRAIN_FOLDERS + TEST_FOLDERS
@@ -88,7 +88,7 @@ def prepare(
     jobs = _select_jobs(find_jobs(root), videos)
     work = functools.partial(prepare_video, rate=rate, keep_archive=keep_archives)
     try:
-        with locked(root / _LOCK):
+        with hold_lock(root / _LOCK):
             return _prepare_all(root, jobs, work, workers)
     except OSError as error:
         raise UserError(f"Cannot write to root={root}: {error}. Check its permissions.") from None
@@ -166,7 +166,7 @@ def _done_before(job: VideoJob, rate: int) -> dict[str, int] | None:
         frames, masks = (len(png_files(job.folder / name)) for name in (FRAME_FOLDERS[0], MASK_FOLDER))
         return counts["rate"] >= rate and counts["frames"] <= frames and counts["masks"] == masks
 
-    return finished(job.folder / PREPARED, lambda path: forms.read_json(path, PREPARED_FORM), hold)
+    return read_finished(job.folder / PREPARED, lambda path: forms.read_json(path, PREPARED_FORM), hold)
 
 
 def _extract(folder: Path, rate: int) -> dict[str, int]:

@@ -107,7 +107,7 @@ class SlotPropagator:
         start = Correspondence.start(len(masks))
         correspondence, appearance, shown = self._match(frame, masks, start, known, same=locked)
         if serves is None:
-            serves = _numbered(len(masks)) if shares is None else owners(shown, shares, ids)
+            serves = _slot_ids(len(masks)) if shares is None else owners(shown, shares, ids)
         state = SlotState(
             slots=slots,
             masks=masks,
@@ -182,7 +182,7 @@ class SlotPropagator:
         return slots, masks
 
 
-def _numbered(num_slots: int) -> list[int]:
+def _slot_ids(num_slots: int) -> list[int]:
     """Return a unique ID for each slot, from 1."""
     if num_slots >= VOID:
         raise UserError(
