@@ -249,7 +249,7 @@ def _parts(
         "rank": data_module.rank,
         "world_size": data_module.world_size,
     }
-    return map(Part, batches, sample_batches(later, list, len(drawn.data), **order))
+    return map(Part, batches, sample_batches(later, list, len(views.data), **order))
 
 
 def _mask(data: SegmentationData, index: int) -> np.ndarray:
