@@ -101,7 +101,8 @@ def step_bytes(
         for _ in range(min(2, accumulate)):  # the second pass runs with the gradients of the first in memory
             before = peak.now
             ends = ends_of(predict(model, parts, samples, bf16))
-            activations, most = peak.now - before, max(most, peak.now + loss.of(samples))
+            activations = peak.now - before
+            most = max(most, peak.now + loss.of(samples))
             DummyLoss.apply(*(ends[index] for index in loss.learns)).backward()
             del ends
         gradients = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
@@ -227,7 +228,8 @@ def _real_loss(parts: TrainingParts, samples: int, bf16: bool, accelerator: bool
     with fake_tensor_mode(), cuda_operations() if accelerator else nullcontext():
         model.to_empty(device="cpu")
         prediction = predict(model, parts, samples, bf16)
-    batch, loss = random_batch(parts, samples), parts.loss()
+    batch = random_batch(parts, samples)
+    loss = parts.loss()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors made in other threads are not counted
     try:

@@ -184,7 +184,8 @@ def _watch(ranks: Sequence[BaseProcess], receiving: Any) -> Any:
             number = ending[ready]
             ranks[number].join()
             if ranks[number].exitcode and failed is None:
-                failed, deadline = number, time.monotonic() + _GRACE
+                failed = number
+                deadline = time.monotonic() + _GRACE
             elif ranks[number].exitcode and ranks[failed or 0].exitcode == _LOST:
                 failed = number  # the lost rank, whose connections close before it exits
     if failed is None:

@@ -305,7 +305,8 @@ def _unknown_key(
     override: Override, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
 ) -> str:
     """Return the message on a key that the config lacks: the modes and options that have it, else a near key."""
-    key, word = override.key_or_group, _input_line(override)
+    key = override.key_or_group
+    word = _input_line(override)
     root, _, below = key.partition(".")
     if root not in cfg:
         modes, options = modes_with(folders, root), options_with(folders, root)
@@ -335,7 +336,8 @@ def _find_misfit(
     override: Override, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
 ) -> str:
     """Return why the key of an override, or its value, does not fit a config; "" if both fit."""
-    key, value = override.key_or_group, override.value()
+    key = override.key_or_group
+    value = override.value()
     adds = override.is_add() or override.is_force_add()
     node: Any = cfg
     above: list[str] = []

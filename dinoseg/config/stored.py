@@ -94,7 +94,8 @@ def _values_of(
         raise UserError(f"~{key} removes a key that is read. Leave it out, or set {key} to another value.")
     values: dict[str, Any] = {}
     for key, value in given.items():
-        place, usual = (*steps, str(key)), option.get(key)
+        place = (*steps, str(key))
+        usual = option.get(key)
         if key in BUILDS or (nests(value) and not _is_node(usual, is_argument=is_argument)):
             if value != usual:
                 raise UserError(
@@ -325,8 +326,10 @@ def _set_values(
     is_argument = is_argument or "_target_" in node
     names = {str(key): key for key in node}
     for key, value in values.items():
-        place, name = (*steps, key), names.get(key, key)
-        what, option = f"{where}: {dotted_name(place)}={format_value(value)}", node.get(name)
+        place = (*steps, key)
+        name = names.get(key, key)
+        what = f"{where}: {dotted_name(place)}={format_value(value)}"
+        option = node.get(name)
         if key in _OF_THIS_MACHINE:
             raise UserError(f"{what} is refused: a checkpoint must not choose where files are written. {REMEDY}.")
         if name not in node and not is_argument:

@@ -313,7 +313,8 @@ def wait_for_item(iterator: Any, number: int, workers: int) -> Any:
         KilledProcess: a loading process has ended, or the pinning thread, which happens when an item is lost in
             transit.
     """
-    start, patience = time.monotonic(), _PATIENCE
+    start = time.monotonic()
+    patience = _PATIENCE
     while True:
         try:
             return next(iterator)

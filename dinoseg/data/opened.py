@@ -57,7 +57,8 @@ def prepare_dataset(
     """
     assert isinstance(dataset, PairDataset | CustomDataset)
     if labelled is not None:
-        whole, dataset = len(dataset), dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})
+        whole = len(dataset)
+        dataset = dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})
         logger.info("%d of %d images of split %s with their masks (labelled=%s)", len(dataset), whole, split, labelled)
     if not isinstance(dataset, PairDataset):
         for key, value in (("on_error", on_error), ("cache", cache)):

@@ -60,8 +60,10 @@ class Collector:
 
     def add(self, batch: Batch, ids: Tensor, logits: Tensor) -> None:
         """Add a batch, in the form that `evaluate` passes to `on_batch`."""
-        masks, predictions = batch.mask.cpu().numpy(), ids.cpu().numpy()
-        sampled, places = logits.cpu().numpy(), lattice((masks.shape[-2], masks.shape[-1]))
+        masks = batch.mask.cpu().numpy()
+        predictions = ids.cpu().numpy()
+        sampled = logits.cpu().numpy()
+        places = lattice((masks.shape[-2], masks.shape[-1]))
         for row, (mask, prediction) in enumerate(zip(masks, predictions, strict=True)):
             sample = LabelledImage(mask, len(self._data.classes), self._data.ignore_index)
             counts = MeanIoU().count(PredictedImage(prediction), sample)["classes"]

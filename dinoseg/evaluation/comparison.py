@@ -100,7 +100,8 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
         try:
             shots, reason = largest_differences(load, folders, mious[0], mious[number], len(sides) - 1)
         except UserError as error:
-            shots, reason = [], f"No images: {error}"
+            shots = []
+            reason = f"No images: {error}"
             refused[str(error)] = None
         found.append(
             OtherRun(

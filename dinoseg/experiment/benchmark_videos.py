@@ -79,7 +79,8 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
     """
     check_split(split)
     supervision = chosen_supervision(build, supervision)
-    data, protocol = build.value("data"), None
+    data = build.value("data")
+    protocol = None
     tracking = data.tracking
     if (node := tracking.protocols[supervision]) is not None:
         key = f"data.tracking.protocols.{supervision}"
@@ -94,7 +95,8 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
                 "or track without masks: resume=RUN of a slot model and mode.supervision=none."
             )
         prompts = "appearing" if tracking.later else "first"
-    written, annotated = None, to_container(tracking.written)
+    written = None
+    annotated = to_container(tracking.written)
     if any(data[key] != value for key, value in annotated.items()):
         annotated_videos = _videos(build.with_changes({"data": annotated}), split)
         written = {video.name: set(video.frame_names) for video in annotated_videos}

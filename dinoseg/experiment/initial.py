@@ -119,7 +119,8 @@ def _select_tensors(init: str, model: SegmentationModel, saved: Checkpoint) -> t
 
     Frozen tensors that the model already has are in neither.
     """
-    state, trained = model.state_dict(), trained_names(model)
+    state = model.state_dict()
+    trained = trained_names(model)
     have = {name: value for _, name, value in _checkpoint_tensors(model, saved)}
     alike = {name: value for name, value in have.items() if name in trained and value.shape == state[name].shape}
     check_weights({name: value.to("meta") for name, value in alike.items()}, f"init={init}", state)  # checks dtypes
@@ -169,7 +170,8 @@ def _check_frozen(init: str, model: SegmentationModel, saved: Checkpoint, config
     """Refuse a model whose frozen backbone differs from that of the `init` run; its checkpoint stores a hash."""
     if _frozen_dtype(config) != _frozen_dtype(saved.info["config"]):
         return  # weights of another precision have another hash
-    there, skipped = saved.part("model").keys(), quantised_names(model)
+    there = saved.part("model").keys()
+    skipped = quantised_names(model)
     updated = {name.partition(_UPDATES)[0] for name in there if _UPDATES in name}
     frozen = []
     for name, value in model.state_dict().items():

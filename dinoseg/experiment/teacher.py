@@ -45,7 +45,8 @@ class Teacher:
     """
 
     def __init__(self, build: ModelBuilder, engine: Engine, labels: SegmentationData) -> None:
-        self._given, self._engine = build.value("trainer.teacher"), engine
+        self._given = build.value("trainer.teacher")
+        self._engine = engine
         check_named(self._given)
         with self._rewrite_errors():
             self._path = checkpoint.find(self._given, "best")
@@ -104,7 +105,8 @@ class Teacher:
         pixels = to_device(image[None], predictor.device)
         with self._rewrite_errors():
             bands = predictor.run_bands(pixels, lambda bands: list(map(_grid_of, bands)), size=(height, width))
-        valid, scores = bands[0][1], torch.cat([scores for scores, _ in bands], dim=1)
+        valid = bands[0][1]
+        scores = torch.cat([scores for scores, _ in bands], dim=1)
         if not scores.isfinite().all():
             raise UserError(
                 f"teacher={self._given} returns scores that are not finite. Check it with mode=eval, or set "

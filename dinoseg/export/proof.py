@@ -123,13 +123,15 @@ def compare(
     has_fixed_size = reference.record.size is not None
     for number, picture in enumerate(pictures):
         image = picture.read()
-        wanted, expected = reference.ids([image])[0], subsample(reference.probabilities([image])[0])
+        wanted = reference.ids([image])[0]
+        expected = subsample(reference.probabilities([image])[0])
         if not np.isfinite(expected).all():
             raise UserError(
                 f"{picture.path.name}: the trained model's own probabilities are NaN, so the export cannot be "
                 "verified. Choose an earlier checkpoint."
             )
-        given, probabilities = runtime.ids([image])[0], subsample(runtime.probabilities([image])[0])
+        given = runtime.ids([image])[0]
+        probabilities = subsample(runtime.probabilities([image])[0])
         if number < TIMES:  # the passes above warm both up
             torch_seconds += [measure_seconds(reference, image) for _ in range(TIMES)]
             file_seconds += [measure_seconds(runtime, image) for _ in range(TIMES)]

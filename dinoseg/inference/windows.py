@@ -108,7 +108,9 @@ class Windows(Policy):
                 "or leave inference.multiple out."
             )
         self.overlap, self.placement, self.weights, self.average = overlap, placement, weights, average
-        self.batch_size, self.turns, self.scales = batch_size, TURNS[flips], scales
+        self.batch_size = batch_size
+        self.turns = TURNS[flips]
+        self.scales = scales
         self.shortest, self.multiple = shortest, multiple
         self.antialias = resample == "antialias"
 

@@ -65,7 +65,8 @@ class PointTargets:
         """
         if self.interpolation == "nearest":
             ids = sample_labels(target, image, points)
-            shares, weights = ids[..., None] == classes[:, None], ids != UNLABELLED
+            shares = ids[..., None] == classes[:, None]
+            weights = ids != UNLABELLED
             return shares.to(dtype), (weights if self.excludes_ignored else torch.ones_like(weights)).to(dtype)
         shares = sample_membership(target, image, points, classes, dtype)
         weights = shares.new_ones(shares.shape[:2])

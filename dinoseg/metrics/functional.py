@@ -216,7 +216,8 @@ def _select_labelled(logits: Values, targets: Values, ignore_index: int) -> tupl
             f"Logits {list(logits.shape)} and targets {list(targets.shape)} do not fit. Give (B, K, H, W) and "
             "(B, H, W)."
         )
-    rows, ids = logits.detach().movedim(1, -1).flatten(0, 2), targets.flatten().long()
+    rows = logits.detach().movedim(1, -1).flatten(0, 2)
+    ids = targets.flatten().long()
     known = ids != ignore_index
     rows, ids = rows[known], ids[known]
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < rows.shape[1]:

@@ -342,7 +342,8 @@ def _quantise_linear(linear: nn.Linear, bits: int) -> nn.Module:
     _quiet()
     import bitsandbytes as bnb
 
-    size, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    size = (linear.in_features, linear.out_features)
+    bias = linear.bias is not None
     new: Any
     if bits == 4:
         new = bnb.nn.Linear4bit(

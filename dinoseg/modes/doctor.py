@@ -117,7 +117,8 @@ def _printable(value: Any) -> Any:
 
 def _open_splits(build: Builder, root: str) -> tuple[dict[str, DoctorData], list[Finding]]:
     """Return the splits that can be listed, with findings for the others and for incomplete pairs."""
-    reader, name = build.reader(), build.options["data"]
+    reader = build.reader()
+    name = build.options["data"]
     datasets: dict[str, DoctorData] = {}
     findings = []
     for split in _SPLITS:

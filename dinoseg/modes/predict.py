@@ -85,7 +85,8 @@ def predict(
         check_frame_outputs(outputs, str(videos[0].path))
     if not images:
         check_any(videos, batch_size)
-    folder, options = Path(out_dir), VideoOptions(masks is True, frames, tuple(outputs))
+    folder = Path(out_dir)
+    options = VideoOptions(masks is True, frames, tuple(outputs))
     trained = load_trained(build)
     _refuse_slots(trained, build.resume)
     extra = {"outputs": list(outputs), "shapes": asdict(shapes)} if outputs else {}

@@ -296,9 +296,11 @@ class DistillationTask(ImageTask):
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images with masks and those without, and check the teacher."""
         super().open(engine, pictures=pictures)
-        parts, train = self.parts, self.data_module.train
+        parts = self.parts
+        train = self.data_module.train
         self._teacher = teacher = Teacher(parts, engine, train)
-        root, cap = parts.cache_dir / TEACHERS, cap_of(**parts.arguments(cap_of, {"gib": "features.gib"}))
+        root = parts.cache_dir / TEACHERS
+        cap = cap_of(**parts.arguments(cap_of, {"gib": "features.gib"}))
         store = DiskStore(root, origin(root, teacher.parts), "float16", cap)
         scores = CachedScores(teacher, store, len(train.classes))
         others = self._others()

@@ -50,7 +50,8 @@ def limit_model_size(where: str) -> Iterator[None]:
     Raises:
         UserError: they are; `where` starts the message.
     """
-    memory, parts = machine_memory(), 0
+    memory = machine_memory()
+    parts = 0
 
     def count(module: nn.Module, name: str, part: Any) -> None:
         nonlocal parts

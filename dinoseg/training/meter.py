@@ -168,7 +168,8 @@ class Meter:
 
     def _show(self, now: float, loss: float, rate: float) -> None:
         speed, waited = self._status.rates(now)
-        self._status, self._shown = _Window(now), now
+        self._status = _Window(now)
+        self._shown = now
         figures = (
             f"epoch {self._step / self._epoch:.1f}, loss {loss:.4f}, rate {rate:.1e}, {_format_speed(speed)} images/s, "
             f"waiting for data {waited:.0%}, memory {peak_memory(self.device) / 2**30:.1f} GiB, {self.left()}"

@@ -75,7 +75,8 @@ class TimeLimit:
         began = self._clock()
         yield
         seconds = self._clock() - began
-        self._validation, self._is_validated = max(self._validation, seconds), True
+        self._validation = max(self._validation, seconds)
+        self._is_validated = True
         if self._mark is not None:
             self._mark += seconds
 

@@ -49,7 +49,8 @@ def rasterise(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarra
     if not columns.size:
         return 0, np.zeros((height, 0), bool)
     rows = np.ceil(((lowest + 0.5) / _FIFTHS - 0.5).clip(0, height)).astype(np.int64)
-    first, count = int(columns.min()), int(columns.max() - columns.min()) + 1
+    first = int(columns.min())
+    count = int(columns.max() - columns.min()) + 1
     changes = np.sort((columns - first) * height + rows)  # column-major positions of the toggles
     runs = np.diff(changes, prepend=0, append=max(count * height, changes[-1]))
     inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)[: count * height]

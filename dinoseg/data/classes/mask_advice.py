@@ -83,7 +83,8 @@ def for_coloured(counts: Mapping[tuple[int, ...], int], classes: Sequence[str], 
             f"set the colour of each class: {'`masks: palette` in classes.yaml' if described else _PALETTE}."
         )
     order = sorted(counts, key=lambda color: (color != (0, 0, 0), -counts[color]))
-    colors, rest = [list(color) for color in order[: len(classes)]], [list(color) for color in order[len(classes) :]]
+    colors = [list(color) for color in order[: len(classes)]]
+    rest = [list(color) for color in order[len(classes) :]]
     if described:
         entries = {name: {"color": color} for name, color in zip(classes, colors, strict=True)}
         content = {"classes": entries, **({"ignore": {"colors": rest}} if rest else {}), "masks": "palette"}

@@ -172,7 +172,8 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
     except UserError as error:
         record = record.with_problem("size_mismatch", str(error))
     if isinstance(mask, Layers):
-        pixels, raw = _layer_counts(ids, reader.labels.ignore_index), _layer_values(ids, mask)
+        pixels = _layer_counts(ids, reader.labels.ignore_index)
+        raw = _layer_values(ids, mask)
     else:
         pixels = dict(_count_values(ids))
         raw = _raw_of(mask, reader, pixels)

@@ -69,7 +69,8 @@ class Decoder:
             raise
         self._stream.thread_type = "AUTO" if threads == 0 else "NONE"
         self._stream.codec_context.thread_count = threads
-        self._reformatter, self._threads = VideoReformatter(), threads
+        self._reformatter = VideoReformatter()
+        self._threads = threads
         self._frame: av.VideoFrame
         self._read = 0  # frames
         self._end: int | None = None  # largest time of a packet in ticks, see `_time_of`

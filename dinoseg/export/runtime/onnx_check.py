@@ -309,11 +309,13 @@ class WireReader:
             Damaged: if the message is truncated or invalid, or parsers might read it in more than one way.
         """
         fields: dict[str, list[Any]] = {}
-        schema, position = SCHEMA[kind], 0
+        schema = SCHEMA[kind]
+        position = 0
         while position < len(view):
             self._count()
             tag, position = _varint(view, position)
-            field, wire = schema.get(tag >> 3), tag & 7
+            field = schema.get(tag >> 3)
+            wire = tag & 7
             if field is None:
                 what = _REFUSED.get((kind, tag >> 3), f"field {tag >> 3} of {kind}, which dinoseg never writes")
                 raise Damaged(f"it holds {what}")
@@ -349,7 +351,8 @@ class WireReader:
                 raise Damaged("it is truncated")
             self._count(len(view) // size)
             return [value for (value,) in struct.iter_unpack(form, view)]
-        values, position = [], 0
+        values = []
+        position = 0
         while position < len(view):
             self._count()
             value, position = _number(view, position, field.kind)

@@ -377,7 +377,8 @@ class Segmenter(GuardedModule, Model):
         with preserve_global_state(), file_errors_as_user_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             source = ModelSource.of(self._config)
-            facts, info = self.facts, dict(self._info)
+            facts = self.facts
+            info = dict(self._info)
             info.setdefault("frozen", frozen_fingerprint(self.model))
             if self._has_its_checkpoint() and "facts" not in info:  # of a run folder
                 facts = with_evidence(facts, source)

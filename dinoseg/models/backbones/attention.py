@@ -145,7 +145,8 @@ class _Products(torch.autograd.Function):
         if torch.is_grad_enabled():  # double backward would silently treat the result as a constant
             raise NotImplementedError("Attention by products cannot be differentiated twice: leave out create_graph.")
         query, key, value = ctx.saved_tensors
-        of_query, room = torch.empty_like(query), _Room(query, key)
+        of_query = torch.empty_like(query)
+        room = _Room(query, key)
         of_key, of_value = (torch.zeros(part.shape, dtype=torch.float32) for part in (key, value))
         for rows, all_rows in room.pieces:
             weights = room.weights(query[rows], key[all_rows], ctx.scale)

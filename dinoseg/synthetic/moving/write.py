@@ -87,7 +87,8 @@ def render_moving_objects(
     Raises:
         UserError: a setting is out of range, or `root` is not writable or holds other data.
     """
-    root, counts = Path(root).expanduser(), (train_videos, val_videos, test_videos)
+    root = Path(root).expanduser()
+    counts = (train_videos, val_videos, test_videos)
     _check_sizes(counts, seconds, size, seed, workers)
     videos = [
         MovingVideo(seed, folder, number, seconds, (size[0], size[1]))

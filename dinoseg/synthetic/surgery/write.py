@@ -72,7 +72,8 @@ def render_dataset(
     Raises:
         UserError: a setting is out of range, or `root` is not writable or holds other videos.
     """
-    root, size = Path(root), (int(size[0]), int(size[1]))
+    root = Path(root)
+    size = (int(size[0]), int(size[1]))
     _check_sizes(train_videos, test_videos, seconds, size, seed, workers)
     first_test = max(FIRST_TEST_VIDEO, train_videos + 1)
     numbers = {"train1": range(1, train_videos + 1), "test": range(first_test, first_test + test_videos)}

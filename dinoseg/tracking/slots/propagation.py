@@ -87,11 +87,15 @@ class SlotPropagator:
         Raises:
             UserError: there are more slots than IDs, or more objects than slots.
         """
-        sizes, num_background, allowed = list(self._head.sizes), 0, None
+        sizes = list(self._head.sizes)
+        num_background = 0
+        allowed = None
         if len(sizes) == 2:
             num_background = sizes[0]
             allowed = None if frame.background is None else hold(frame.background, sizes, self._settings.hold)
-        ids, shares, serves = [0, *frame.ids()], None, None
+        ids = [0, *frame.ids()]
+        shares = None
+        serves = None
         if frame.labels is not None:
             shares = frame.shares(ids)
             if self._settings.lock_on:

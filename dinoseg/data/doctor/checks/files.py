@@ -119,7 +119,8 @@ def _foreign_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
         return
     foreign_values = [[value for value in record.raw if not _is_known(value, part)] for record, part in bad]
     foreign = Counter(value for values in foreign_values for value in values)
-    total, part = sum(len(part.records) for part in splits), bad[0][1]
+    total = sum(len(part.records) for part in splits)
+    part = bad[0][1]
     yield Finding(
         "error",
         "foreign_ids",

@@ -132,7 +132,8 @@ class SlotMixer(nn.Module):
     def forward(self, slots: Tensor, grid: tuple[int, int], *, similarity: bool = False) -> Decoded:
         """Return the decoded slots (B, S, D) on a grid (h, w); `similarity` adds the logits over cells."""
         cell_codes = self.positions(grid, slots).flatten(1).mT.expand(len(slots), -1, -1)  # (B, N, D)
-        memory, tokens = self.norm_memory(slots), cell_codes
+        memory = self.norm_memory(slots)
+        tokens = cell_codes
         for block in self.blocks:
             tokens = block(tokens, memory)
         query, key = self.query(self.norm_query(tokens)), self.key(self.norm_key(slots))
