@@ -223,8 +223,8 @@ def test_a_process_group_of_the_caller_is_refused(tmp_path):
 def test_a_worker_that_imports_the_script_is_refused(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import multiprocessing\nfrom dinoseg.api.session import isolated\n"
-        "with isolated():\n    pass\n"
+        "import multiprocessing\nfrom dinoseg.api.session import preserve_process_state\n"
+        "with preserve_process_state():\n    pass\n"
         "process = multiprocessing.get_context('spawn').Process(target=print)\nprocess.start()\nprocess.join()\n"
         "print('status', process.exitcode)\n"
     )
