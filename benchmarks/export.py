@@ -36,7 +36,7 @@ from dinoseg.experiment.source import ModelSource
 from dinoseg.export.graph import Graph, record_of
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.pictures import pictures
-from dinoseg.export.proof import TIMES, Reference, timed
+from dinoseg.export.proof import TIMES, Reference, measure_seconds
 from dinoseg.export.runtime.onnx_model import load_onnx, open_session
 from dinoseg.export.runtime.onnx_pictures import GraphRuntime
 from dinoseg.training import checkpoint
@@ -134,7 +134,7 @@ def by_hand(run, count):
         for image in images[:TIMES]:
             for _ in range(TIMES + 1):  # in turns; the first of each is left out
                 for name, runtime in runtimes.items():
-                    seconds[name].append(timed(runtime, image))
+                    seconds[name].append(measure_seconds(runtime, image))
         table(runtimes, sizes, images, seconds)
 
 

@@ -18,8 +18,15 @@ from scipy.special import ndtr, ndtri
 from tabulate import tabulate
 
 from dinoseg.evaluation.class_scores import ClassScores, unit_sums
-from dinoseg.evaluation.image_record import evaluated, read_record
-from dinoseg.evaluation.scoring.intervals import Difference, ScoreFunction, jackknife, leave_one_out, mean_of, widened
+from dinoseg.evaluation.image_record import find_evaluation, read_record
+from dinoseg.evaluation.scoring.intervals import (
+    Difference,
+    ScoreFunction,
+    combine_errors,
+    jackknife,
+    leave_one_out,
+    mean_of,
+)
 
 UNITS = (5, 10, 13, 30, 100)
 DRAWS = 1000  # of a bootstrap
@@ -69,7 +76,7 @@ def drawn_run(generator: np.random.Generator, reference: np.ndarray, shift: floa
 
 def counted_population(folders: list[Path], images: bool) -> Population:
     """Return the units of one or two evaluations; of one, the second run is the first with half of its errors."""
-    records = [read_record(evaluated(folder)) for folder in folders]
+    records = [read_record(find_evaluation(folder)) for folder in folders]
     counts = [record.counts for record in records]
     if len(counts) == 1:
         right, reference, predicted = np.moveaxis(counts[0], 1, 0)
@@ -158,7 +165,7 @@ def coverage_of_seeds(simulations: int, generator: np.random.Generator, seeds: i
             runs = [drawn_run(generator, reference, 0.0) for _ in range(2 * seeds)]
             estimate = jackknife(kind, np.concatenate(runs, axis=1))["miou"]
             mious = [float(kind.protocol.scores(run.sum(axis=0))["miou"]) for run in runs]
-            whole = widened(estimate, [mean_of(mious[:seeds]), mean_of(mious[seeds:])])
+            whole = combine_errors(estimate, [mean_of(mious[:seeds]), mean_of(mious[seeds:])])
             for place, each in enumerate((estimate, whole)):
                 low, high = each.ci95 or (0.0, 0.0)
                 held[place].append(low <= 0 <= high)

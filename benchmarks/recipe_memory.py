@@ -49,7 +49,7 @@ def main() -> int:
         ]
         need = fittings[0].as_it_is.need
         fits = ["yes" if need <= fitting.target.memory else "no" for fitting in fittings]
-        found = fittings[0].found() if fits[0] == "no" else fittings[0].as_it_is
+        found = fittings[0].find_fit() if fits[0] == "no" else fittings[0].as_it_is
         words = "nothing fits" if found is None else " ".join(map(str, found.changes))
         samples = f"{cfg.data.batch_size} x {cfg.trainer.accumulate}"
         rows.append((recipe, samples, need / GIB, *fits, words))

@@ -57,7 +57,7 @@ def _command(arguments: list[str]) -> None:
 
     from dinoseg.cli.extras import hush_schemas
     from dinoseg.cli.own_keys import with_checkpoint_keys
-    from dinoseg.cli.typos import check_words, explained
+    from dinoseg.cli.typos import check_words, explain_errors
     from dinoseg.cli.words import as_text, flags_last, is_sweep
     from dinoseg.config.options import config_folders
     from dinoseg.config.resolvers import register_resolvers
@@ -70,14 +70,14 @@ def _command(arguments: list[str]) -> None:
     argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors unchanged
     try:
-        with explained(arguments, folders), file_errors_as_user_errors(Path.cwd()):
+        with explain_errors(arguments, folders), file_errors_as_user_errors(Path.cwd()):
             typed = as_text(flags_last(arguments))
             if is_sweep(typed):  # a search would compose a wrong option only in its last trial
                 check_words(typed, folders)
             words = with_checkpoint_keys(typed, folders)
         sys.argv[1:] = words
         # file errors: of the run folder, which Hydra creates
-        with file_errors_as_user_errors(Path.cwd()), explained(typed, folders):
+        with file_errors_as_user_errors(Path.cwd()), explain_errors(typed, folders):
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
         _print_error(str(error))
@@ -96,18 +96,18 @@ def run(cfg):  # noqa: ANN001, ANN201 - hydra.main wants the bare signature
     from hydra.types import RunMode
 
     from dinoseg.cli.launch import launch
-    from dinoseg.cli.typos import explained
+    from dinoseg.cli.typos import explain_errors
     from dinoseg.config.job import job_config
     from dinoseg.config.plain import to_container
     from dinoseg.experiment.folder import locate_runs
     from dinoseg.utils.errors import UserError
-    from dinoseg.utils.interrupt import Interrupted, raised
+    from dinoseg.utils.interrupt import Interrupted, raise_on_signal
 
     hydra_cfg = HydraConfig.get()
     composed = job_config(cfg, hydra_cfg)
     words = to_container(hydra_cfg.overrides)["task"]  # as typed: single access would resolve each `${...}`
     try:
-        with raised(), explained(words, [Path(CONFIGS), *map(Path, composed.config_dirs)]):
+        with raise_on_signal(), explain_errors(words, [Path(CONFIGS), *map(Path, composed.config_dirs)]):
             out_dir = Path(hydra_cfg.runtime.output_dir)
             return launch(composed, out_dir, words, locate_runs(hydra_cfg, out_dir))
     except UserError as error:

@@ -107,7 +107,7 @@ def is_builder(node, *, inside):
     """Return whether an expression is a builder, by what it is called."""
     if isinstance(node, ast.Call):
         makes = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
-        return makes in (*BUILDERS, "of", "changed", "with_options")
+        return makes in (*BUILDERS, "of", "with_changes", "with_options")
     name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
     return name in (CALLED | INSIDE if inside else CALLED)
 

@@ -93,7 +93,7 @@ def test_clocks_and_memory_are_those_of_mps():
         batch, output = make_batch(), StepOutput(torch.device("cpu"), None)
         micro = MicroBatches(pretended_engine(), CrossEntropy(torch.ones(3)), 1, 1, undo=lambda: None)
         for part in micro.of_step(iter([batch]), output):
-            with micro.retried():
+            with micro.retry_batch():
                 if len(part.names) > 1:
                     raise MemoryError
         assert mps.calls["empty_cache"] == 1

@@ -26,8 +26,8 @@ from omegaconf import DictConfig, open_dict, read_write
 from dinoseg.api.options import CONFIGS, config_folders
 from dinoseg.cli.extras import hush_schemas
 from dinoseg.cli.own_keys import with_checkpoint_keys
-from dinoseg.cli.typos import explained
-from dinoseg.cli.words import as_text, parsed
+from dinoseg.cli.typos import explain_errors
+from dinoseg.cli.words import as_text, parse_word
 from dinoseg.config.grammar import decode_keys, write_value
 from dinoseg.config.job import job_config
 from dinoseg.config.options import options_in
@@ -72,7 +72,7 @@ def compose_job(words: Sequence[str], *, config_dir: str | PathLike[str] | None 
     folders = config_folders(config_dir)
     hush_schemas()
     words = with_checkpoint_keys(as_text(words), folders)
-    with explained(words, folders):
+    with explain_errors(words, folders):
         setbase("1.3")
         search_path = create_config_search_path(str(CONFIGS))
         for folder in folders[1:]:
@@ -142,7 +142,7 @@ def _as_word(key: str, value: Any) -> str:
     """Return a plain value as the word that Hydra parses back to the same value."""
     texts = [value] if isinstance(value, str) else []  # as typed, if Hydra does not read it as anything else
     for text in (*texts, write_value(value)):
-        override = parsed(f"{key}={text}")
+        override = parse_word(f"{key}={text}")
         if override is None or override.is_sweep_override():
             continue
         if repr(decode_keys(override.value())) == repr(value):

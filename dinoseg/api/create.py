@@ -17,7 +17,7 @@ from dinoseg.experiment.objects import lend_objects
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.load import collection_paused
 from dinoseg.export.runtime.segmenter import Segmenter
-from dinoseg.export.runtime.torch_runtime import isolated
+from dinoseg.export.runtime.torch_runtime import preserve_global_state
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Range, whole_number
 from dinoseg.utils.wording import format_value, nearest
@@ -99,10 +99,11 @@ def create_model(
                 )
             if no_effect:
                 raise UserError(no_effect)
-            with isolated(), lend_objects(objects):
+            with preserve_global_state(), lend_objects(objects):
                 build = ModelBuilder(cfg)
                 labels = _read_labels(build, num_classes, names)
-                model, policy = build.model(), build.part("inference")
+                model = build.model()
+                policy = build.part("inference")
                 if init is not None:
                     check_initial(build, model)
                     model = load_initial_weights(build, model, list(labels.classes))

@@ -11,13 +11,13 @@ from typing import Any
 from dinoseg.api.compose import Job, compose_job, find_tables, split_options, words_of
 from dinoseg.api.objects import refuse_modules, split_datasets, split_modules
 from dinoseg.api.options import config_folders
-from dinoseg.api.session import isolated
+from dinoseg.api.session import preserve_process_state
 from dinoseg.api.wording import python_terms
-from dinoseg.cli.typos import explained
+from dinoseg.cli.typos import explain_errors
 from dinoseg.experiment.folder import will_make
 from dinoseg.experiment.objects import lend_objects
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
-from dinoseg.utils.interrupt import Interrupted, raised
+from dinoseg.utils.interrupt import Interrupted, raise_on_signal
 from dinoseg.utils.ranges import check_annotations
 from dinoseg.utils.wording import format_value
 
@@ -61,7 +61,7 @@ def run_mode(
         raise UserError(f"out_dir={format_value(out_dir)}: {error} Choose another folder.") from None
     stopped: Interrupted | None = None
     try:
-        with python_terms(), isolated():
+        with python_terms(), preserve_process_state():
             try:
                 refuse_modules(overrides, "backbone", "head")
                 fixed = {"mode": mode, **split_options(given or {}, config_dir)}
@@ -119,9 +119,9 @@ def _check_unused(job: Job) -> None:
 
 
 def _launch(job: Job, config_dir: Folder | None, *, new_folder: bool) -> dict[str, Any]:
-    from dinoseg.cli.launch import launch  # its import registers resolvers, which `isolated` removes
+    from dinoseg.cli.launch import launch  # its import registers resolvers, which `preserve_process_state` removes
 
     out_dir = job.location.folder
     will_make(out_dir)
-    with raised(), explained(job.words, config_folders(config_dir)), file_errors_as_user_errors(out_dir):
+    with raise_on_signal(), explain_errors(job.words, config_folders(config_dir)), file_errors_as_user_errors(out_dir):
         return launch(job.cfg, out_dir, job.words, job.location, new_folder=new_folder)

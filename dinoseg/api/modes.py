@@ -108,8 +108,8 @@ def evaluate(
         data = {split or "val": data}
     keys = {"data": data, "mode.split": split}
     chosen = {key: value for key, value in keys.items() if value is not None}
-    with _resumed(model) as resumed:
-        given = resumed | chosen
+    with _model_override(model) as override:
+        given = override | chosen
         return Scores.read(run_mode("eval", words, overrides, out_dir, exist_ok, config_dir, given=given)["run"])
 
 
@@ -179,8 +179,8 @@ def predict(
         >>> found["images"] == len([*(found.folder / "masks").rglob("*.png")])
         True
     """
-    with _resumed(model) as resumed:
-        given = {**resumed, "input": input}
+    with _model_override(model) as override:
+        given = {**override, "input": input}
         return Results.of(run_mode("predict", words, overrides, out_dir, exist_ok, config_dir, given=given))
 
 
@@ -218,8 +218,8 @@ def track(
     is_backbone = isinstance(model, str) and not exists(expanduser(model))
     if is_backbone and model not in backbones:
         raise UserError(f"model={model} is neither a file, a folder nor a backbone.{nearest(str(model), backbones)}")
-    with _resumed(None if is_backbone else model) as resumed:
-        given = {**resumed, **({"backbone": model} if is_backbone else {}), "input": input}
+    with _model_override(None if is_backbone else model) as override:
+        given = {**override, **({"backbone": model} if is_backbone else {}), "input": input}
         return Results.of(run_mode("track", words, overrides, out_dir, exist_ok, config_dir, given=given))
 
 
@@ -292,18 +292,18 @@ def export_onnx(
             "export_onnx compares on RGB images of 8 bits, and this model reads others. Save it, and run python -m "
             "dinoseg mode=export export=onnx resume=FILE export.images=FOLDER."
         )
-    with TemporaryDirectory() as folder, _resumed(model) as resumed:
+    with TemporaryDirectory() as folder, _model_override(model) as override:
         count = 0
         for count, (_, pixels) in enumerate(pictures(images), start=1):
             write_png(Path(folder) / f"{count}.png", pixels)
         if not count:
             raise UserError("images holds no image. Give at least one, such as one of those to predict.")
-        given = {**resumed, "export": "onnx", "export.images": folder, "export.count": count}
+        given = {**override, "export": "onnx", "export.images": folder, "export.count": count}
         return Results.of(run_mode("export", words, overrides, out_dir, exist_ok, config_dir, given=given))
 
 
 @contextmanager
-def _resumed(model: Source | None) -> Iterator[dict[str, Any]]:
+def _model_override(model: Source | None) -> Iterator[dict[str, Any]]:
     """Yield the override that names a trained model to a mode.
 
     Raises:
@@ -312,8 +312,8 @@ def _resumed(model: Source | None) -> Iterator[dict[str, Any]]:
     if model is None:
         yield {}
     elif isinstance(model, Model):
-        with model.stored() as path, _resumed(path) as given:
-            yield given
+        with model.stored() as path, _model_override(path) as override:
+            yield override
     elif not isinstance(model, str | PathLike):
         raise UserError(
             f"The model is of type {type(model).__name__}. Give a Run, a run folder, a checkpoint, or a model from "

@@ -43,7 +43,7 @@ with _environment():  # torch and its OpenMP read these variables when they are 
 
 
 @contextmanager
-def isolated() -> Iterator[None]:
+def preserve_process_state() -> Iterator[None]:
     """Restore after the block, whatever ends it, the state of the process that modes change.
 
     These are Hydra and OmegaConf, the log, standard streams, random states, settings of torch and accelerate,
@@ -60,8 +60,8 @@ def isolated() -> Iterator[None]:
         )
     with ExitStack() as stack:
         # Hydra first: its lock lets one thread at a time change the process
-        for restored in (lent_hydra, added_resolvers, _environment, _interpreter, _log, _torch):
-            stack.enter_context(restored())
+        for preserve in (lent_hydra, added_resolvers, _environment, _interpreter, _log, _torch):
+            stack.enter_context(preserve())
         yield
 
 

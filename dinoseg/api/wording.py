@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from dinoseg.cli.words import parsed
+from dinoseg.cli.words import parse_word
 from dinoseg.config.grammar import decode_keys
 from dinoseg.utils.errors import UserError, reword
 
@@ -63,7 +63,7 @@ def _as_arguments(words: re.Match[str]) -> str:
 
 
 def _parse_value(text: str) -> Any:
-    override = parsed(f"key={text}")
+    override = parse_word(f"key={text}")
     return text if override is None or override.is_sweep_override() else decode_keys(override.value())
 
 

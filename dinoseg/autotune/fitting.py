@@ -60,11 +60,11 @@ class FitSearch:
         self._bound = self._name_bound_parts()
         self.as_it_is = self.smallest = self._fit(())
 
-    def found(self) -> Fit | None:
+    def find_fit(self) -> Fit | None:
         """Return the recipe with the smallest change that fits; None if none does."""
         if self.as_it_is.need <= self.target.memory:
             return self.as_it_is
-        fits = [fit for again in self._recomputing() if (fit := self._largest(again))]
+        fits = [fit for again in self._checkpointing_changes() if (fit := self._largest(again))]
         if self._bound:  # the micro-batch size affects the result, so large micro-batches are worth the time
             return max(fits, key=lambda fit: fit.parts.batch_size, default=None)
         return fits[0] if fits else None
@@ -90,7 +90,7 @@ class FitSearch:
             bound.append(f"loss={self._parts.loss_name} computes its sums")
         return " and ".join(bound)
 
-    def _recomputing(self) -> Iterator[tuple[Change, ...]]:
+    def _checkpointing_changes(self) -> Iterator[tuple[Change, ...]]:
         """Yield no change, then activation checkpointing."""
         yield ()
         modules = {"backbone": self._model.backbone, "head": self._model.head}

@@ -89,14 +89,14 @@ class RecipeCase:
         return round(factor * height), round(factor * width)
 
     @property
-    def reduced(self) -> float:
+    def scale_factor(self) -> float:
         """Factor between lengths in the model's input and in the image files."""
         return max(self.size) / max(self.facts.size)
 
     @property
     def thin(self) -> list[ClassFacts]:
         """Classes whose parts are too thin for the patch grid to resolve."""
-        return self.facts.thinner(THIN * self.patch / self.reduced)
+        return self.facts.thinner(THIN * self.patch / self.scale_factor)
 
     @property
     def sees_pixels(self) -> bool:
@@ -106,10 +106,12 @@ class RecipeCase:
 
 def longest(case: RecipeCase) -> RecipeChoice | None:
     """Reduce images that have more patches than the device can handle."""
-    if case.longest is not None or case.reduced == 1:
+    if case.longest is not None or case.scale_factor == 1:
         return None
     height, width = case.facts.size
-    lost = f"; {_named(case.thin)} become thinner still: set a larger value if they matter" if case.thin else ""
+    lost = ""
+    if case.thin:
+        lost = f"; {_join_class_names(case.thin)} become thinner still: set a larger value if they matter"
     return RecipeChoice(
         {"resolution.longest": max(case.size)},
         f"images of {height} x {width} (median) are {height * width / case.patch**2:.0f} patches, above the limit of "
@@ -145,8 +147,8 @@ def head(case: RecipeCase) -> RecipeChoice:
     reason = "it reads pixels in addition to four blocks, and no other head scored higher on three datasets"
     if case.thin:
         widths = ", ".join(f"{each.width:.0f}" for each in case.thin[:3])
-        patch = case.patch / case.reduced
-        reason += f"; half a patch is wider than {_named(case.thin)} ({widths} of {patch:.0f} px)"
+        patch = case.patch / case.scale_factor
+        reason += f"; half a patch is wider than {_join_class_names(case.thin)} ({widths} of {patch:.0f} px)"
     return RecipeChoice({"head": "detail"}, reason)
 
 
@@ -162,13 +164,13 @@ def loss(case: RecipeCase) -> RecipeChoice:
         weights = {each.name: THIN_WEIGHT for each in slender}
         return RecipeChoice(
             {"loss": "ce_dice", "loss.weights": weights, "loss.criterion.factors.dice": THIN_DICE},
-            f"thin, with less than {RARE:.0%} of the pixels: {_named(slender)}; they get a class weight of "
+            f"thin, with less than {RARE:.0%} of the pixels: {_join_class_names(slender)}; they get a class weight of "
             f"{THIN_WEIGHT:g}, and dice is doubled",
         )
     reason = "dice weighs all classes equally; class weights by rarity lower the scores of the other classes"
     rare = case.facts.rarer(RARE)
     if rare:
-        reason += f"; with less than {RARE:.0%} of the pixels: {_named(rare)}"
+        reason += f"; with less than {RARE:.0%} of the pixels: {_join_class_names(rare)}"
     return RecipeChoice({"loss": "ce_dice", "loss.weights": "none"}, reason)
 
 
@@ -266,7 +268,7 @@ def batch(images: int, facts: DatasetFacts, devices: int, accumulate: int = 1) -
     return RecipeChoice({"data.batch_size": size}, f"{images} images fit into the time, which are {steps}")
 
 
-def _named(classes: Sequence[ClassFacts]) -> str:
+def _join_class_names(classes: Sequence[ClassFacts]) -> str:
     names = [each.name for each in classes[:3]]
     more = len(classes) - len(names)
     return ", ".join(names) + (f" and {more} more" if more else "")

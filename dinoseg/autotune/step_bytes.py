@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinoseg.autotune.random_batch import random_batch
 from dinoseg.core.shapes import Prediction, tree_map
 from dinoseg.inference.memory import PeakBytes
-from dinoseg.inference.walk import walking
+from dinoseg.inference.walk import fake_tensor_mode
 from dinoseg.losses.full_resolution import LAUNCHED
 from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.frozen_casts import cache_casts
@@ -90,7 +90,7 @@ def step_bytes(
         UserError: the parts do not fit together.
     """
     model, saved = outline(parts)
-    with walking() as peak, cuda_operations() if loss.accelerator else nullcontext():
+    with fake_tensor_mode() as peak, cuda_operations() if loss.accelerator else nullcontext():
         model.to_empty(device="cpu")
         weights = peak.now - saved
         if bf16:
@@ -101,7 +101,8 @@ def step_bytes(
         for _ in range(min(2, accumulate)):  # the second pass runs with the gradients of the first in memory
             before = peak.now
             ends = ends_of(predict(model, parts, samples, bf16))
-            activations, most = peak.now - before, max(most, peak.now + loss.of(samples))
+            activations = peak.now - before
+            most = max(most, peak.now + loss.of(samples))
             DummyLoss.apply(*(ends[index] for index in loss.learns)).backward()
             del ends
         gradients = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
@@ -122,7 +123,7 @@ def step_flops(parts: TrainingParts, samples: int, *, bf16: bool) -> int:
     """
     learns = LossBytes(parts, bf16=bf16, accelerator=False).learns
     model, _ = outline(parts)
-    with walking(), FlopCounterMode(display=False) as counter:
+    with fake_tensor_mode(), FlopCounterMode(display=False) as counter:
         ends = ends_of(predict(model.to_empty(device="cpu"), parts, samples, bf16))
         DummyLoss.apply(*(ends[index] for index in learns)).backward()
     return counter.get_total_flops()
@@ -144,7 +145,7 @@ def outline(parts: TrainingParts) -> tuple[SegmentationModel, int]:
 
 
 def predict(model: SegmentationModel, parts: TrainingParts, samples: int, bf16: bool) -> Prediction:
-    """Return a model's prediction for `samples` training samples; within `walking` its tensors are fake."""
+    """Return a model's prediction for `samples` training samples; within `fake_tensor_mode` its tensors are fake."""
     images = torch.empty(samples, *parts.shape, dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16 or parts.bits is not None):
         return model(images)
@@ -224,10 +225,11 @@ def _real_loss(parts: TrainingParts, samples: int, bf16: bool, accelerator: bool
     The memory counts in addition to the model's outputs.
     """
     model, _ = outline(parts)
-    with walking(), cuda_operations() if accelerator else nullcontext():
+    with fake_tensor_mode(), cuda_operations() if accelerator else nullcontext():
         model.to_empty(device="cpu")
         prediction = predict(model, parts, samples, bf16)
-    batch, loss = random_batch(parts, samples), parts.loss()
+    batch = random_batch(parts, samples)
+    loss = parts.loss()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors made in other threads are not counted
     try:

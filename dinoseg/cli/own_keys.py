@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override, OverrideType
 
-from dinoseg.cli.words import assignments, parsed, values_of
+from dinoseg.cli.words import assignments, parse_word, values_of
 from dinoseg.config.options import groups_of
 from dinoseg.config.plain import has_key
 from dinoseg.config.stored import Source, all_keys
@@ -73,5 +73,5 @@ def _is_read(group: str, typed: Mapping[str, Sequence[str]], folders: Sequence[P
 def _overrides(arguments: Sequence[str]) -> Iterator[tuple[int, Override]]:
     """Yield position and parsed form of the words that Hydra can parse."""
     for position, word in assignments(arguments):
-        if override := parsed(word):
+        if override := parse_word(word):
             yield position, override

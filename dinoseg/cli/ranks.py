@@ -26,7 +26,7 @@ from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.log_file import announce, configure_log
 from dinoseg.utils.cores import cores_here, count_cores, forget_share, limit_threads_to_share
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors
-from dinoseg.utils.interrupt import SIGNALS, Interrupted, forward_signals, raised
+from dinoseg.utils.interrupt import SIGNALS, Interrupted, forward_signals, raise_on_signal
 from dinoseg.utils.workers import end_with_parent, without_script
 
 LAUNCH_KEYS = (
@@ -178,12 +178,14 @@ def _watch(ranks: Sequence[BaseProcess], receiving: Any) -> Any:
         for ready in connection.wait(waiting, timeout=1.0):
             waiting.remove(ready)
             if not isinstance(ready, int):
-                result += _received(receiving)  # at once: a pipe holds 64 KiB, and the rank blocks until it is read
+                # at once: a pipe holds 64 KiB, and the rank blocks until it is read
+                result += _receive_result(receiving)
                 continue
             number = ending[ready]
             ranks[number].join()
             if ranks[number].exitcode and failed is None:
-                failed, deadline = number, time.monotonic() + _GRACE
+                failed = number
+                deadline = time.monotonic() + _GRACE
             elif ranks[number].exitcode and ranks[failed or 0].exitcode == _LOST:
                 failed = number  # the lost rank, whose connections close before it exits
     if failed is None:
@@ -217,7 +219,7 @@ def _hung(ranks: Sequence[BaseProcess], numbers: Sequence[int]) -> UserError:
     )
 
 
-def _received(receiving: Any) -> list[Any]:
+def _receive_result(receiving: Any) -> list[Any]:
     try:
         return [json.loads(receiving.recv_bytes())]
     except EOFError:  # the first rank ended without a result
@@ -256,7 +258,7 @@ def _run_rank(
     limit_threads_to_share()
     register_resolvers()
     try:
-        with raised(), file_errors_as_user_errors(out_dir), shortages_as_user_errors():
+        with raise_on_signal(), file_errors_as_user_errors(out_dir), shortages_as_user_errors():
             result = run_mode(OmegaConf.create(cfg), out_dir)
     except UserError as error:
         print(f"error (rank {rank}): {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from dinoseg.cli.extras import find_plugin_failure
 from dinoseg.cli.own_keys import checkpoint_configs
-from dinoseg.cli.words import FILES, assignments, is_sweep, parsed, values_of
+from dinoseg.cli.words import FILES, assignments, is_sweep, parse_word, values_of
 from dinoseg.config.options import list_groups, modes_with, options_in, options_with
 from dinoseg.config.plain import keys_of, to_container
 from dinoseg.utils.errors import UserError
@@ -29,7 +29,7 @@ _ALL_KEYS = "Add `--cfg job` to see all keys, `--help` alone to see all groups a
 
 
 @contextmanager
-def explained(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[None]:
+def explain_errors(arguments: Sequence[str], folders: Sequence[Path]) -> Iterator[None]:
     """Turn errors of composing and running a command line into a `UserError` that names the mistake and its fix.
 
     Args:
@@ -80,7 +80,7 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
             if before.endswith("="):
                 raise UserError(f"{before} {word} has a space next to the equals sign. Write {before}{word}.")
             raise UserError(f"{word} is not KEY=VALUE.{nearest(word, options_in(folders, 'mode'), 'mode=')}")
-        override = parsed(word)
+        override = parse_word(word)
         if override is None:
             raise UserError(f"{word} cannot be parsed: {_unparsed_reason(word, words[position + 1 :])}")
         text = word.partition("=")[2]
@@ -99,7 +99,7 @@ def _check_options(override: Override, folders: Sequence[Path]) -> None:
     group = _group_of(override)
     options = options_in(folders, group)
     bases = {path.stem for folder in folders for path in (folder / group).glob("_*.yaml")}
-    for option in _chosen(override, options):
+    for option in _named_options(override, options):
         if option not in bases.union(options):
             question = nearest(option, options, f"{group}=")
             paths = [f" For a path, set {key}={option}." for key in FILES if key.startswith(f"{group}.")]
@@ -110,7 +110,7 @@ def _check_options(override: Override, folders: Sequence[Path]) -> None:
 def _check_lists(arguments: Sequence[str], folders: Sequence[Path]) -> None:
     """Refuse a list of options for a group that takes one, whose keys Hydra would merge, and missing folders."""
     for _, word in assignments(arguments):
-        override = parsed(word) if "=[" in word else None
+        override = parse_word(word) if "=[" in word else None
         items = override.value() if override else None
         if not override or not isinstance(items, list):
             continue
@@ -143,12 +143,12 @@ def _group_of(override: Override) -> str:
     return override.get_key_element().lstrip("+~").split("@")[0]
 
 
-def _typed(override: Override) -> str:
+def _input_line(override: Override) -> str:
     """Return the word of an override, as it was typed."""
     return override.input_line or ""
 
 
-def _chosen(override: Override, options: Sequence[str]) -> list[str]:
+def _named_options(override: Override, options: Sequence[str]) -> list[str]:
     """Return the options that an override names; a glob without matches is returned as it was typed."""
     value = override.value()
     if isinstance(value, list):
@@ -165,10 +165,10 @@ def _unparsed_reason(word: str, following: Sequence[str]) -> str:
     """
     for count in range(1, len(following) + 1):
         whole = " ".join((word, *following[:count]))
-        if parsed(whole) is not None:
+        if parse_word(whole) is not None:
             return f"the shell has split it at a space. Quote the whole word: '{whole}'."
     closed = _close_brackets(word)
-    if closed != word and parsed(closed) is not None:
+    if closed != word and parse_word(closed) is not None:
         return f"a bracket or brace is not closed. Write '{closed}'."
     key, _, text = word.partition("=")
     form = f'"{text}"' if _is_text(text) else '["a value"]'
@@ -212,13 +212,13 @@ def find_mistake(
         error: raised by Hydra, or by a job.
         configs: of checkpoints, whose keys may be set too.
     """
-    found = [override for _, word in assignments(arguments) if (override := parsed(word))]
+    found = [override for _, word in assignments(arguments) if (override := parse_word(word))]
     overrides = [override for override in found if not override.key_or_group.startswith("hydra")]
     groups = [override for override in overrides if _is_group(override, folders)]
     deleted = [override for override in overrides if override.is_delete()]
     options = []
     for override in groups:
-        chosen = _chosen(override, options_in(folders, _group_of(override)))
+        chosen = _named_options(override, options_in(folders, _group_of(override)))
         if chosen and override not in deleted:
             option = f"[{','.join(chosen)}]" if isinstance(override.value(), list) else chosen[0]
             options.append(f"{override.get_key_element()}={option}")
@@ -230,7 +230,7 @@ def find_mistake(
             return mode_needed(folders)
         absent = re.search(r"(?:In 'hparam/(.+)': )?Could not override '(\w+)", str(composing))
         if absent and mode.removeprefix("mode=") not in modes_with(folders, absent[2]):
-            typed = next((_typed(each) for each in groups if _group_of(each) == absent[2]), absent[2])
+            typed = next((_input_line(each) for each in groups if _group_of(each) == absent[2]), absent[2])
             return _absent_group(typed, absent[2], absent[1], mode, folders)
         if not isinstance(error, HydraException):
             return ""
@@ -256,7 +256,7 @@ def find_mistake(
         return ""
     for override in overrides:
         if "${" in str(override.value()):
-            typed = _typed(override).removeprefix("++")  # which `with_checkpoint_keys` adds
+            typed = _input_line(override).removeprefix("++")  # which `with_checkpoint_keys` adds
             return (
                 f"{typed} refers to a key that does not exist, or is not a valid value. Give a value, or the full name "
                 "of another key, such as '${seed}'."
@@ -305,7 +305,8 @@ def _unknown_key(
     override: Override, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
 ) -> str:
     """Return the message on a key that the config lacks: the modes and options that have it, else a near key."""
-    key, word = override.key_or_group, _typed(override)
+    key = override.key_or_group
+    word = _input_line(override)
     root, _, below = key.partition(".")
     if root not in cfg:
         modes, options = modes_with(folders, root), options_with(folders, root)
@@ -335,7 +336,8 @@ def _find_misfit(
     override: Override, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
 ) -> str:
     """Return why the key of an override, or its value, does not fit a config; "" if both fit."""
-    key, value = override.key_or_group, override.value()
+    key = override.key_or_group
+    value = override.value()
     adds = override.is_add() or override.is_force_add()
     node: Any = cfg
     above: list[str] = []
@@ -366,7 +368,7 @@ def _find_misfit(
     new = [str(name) for name in value if name not in node]
     if adds or not new:
         return ""
-    word = _typed(override)
+    word = _input_line(override)
     return f"{key} has no {' or '.join(new)}. To add it, put ++ before the word, in quotes: '++{word}'."
 
 

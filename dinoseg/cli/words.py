@@ -77,7 +77,7 @@ def as_text(arguments: Sequence[str]) -> list[str]:
             raise UserError(
                 f"{key}={value[:40]}... is unknown: no file name has {len(value)} characters. Give a shorter one."
             )
-        override = parsed(word)
+        override = parse_word(word)
         is_text = override is None and not value.startswith(_NESTED)
         if is_text or _names_file(key, value, override, several=several):
             words[position] = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
@@ -90,7 +90,7 @@ def is_sweep(arguments: Sequence[str]) -> bool:
 
 
 @lru_cache(maxsize=1024)  # each word is parsed about six times per launch, 1 ms each
-def parsed(word: str) -> Override | None:
+def parse_word(word: str) -> Override | None:
     """Return a word as parsed by Hydra (cached: do not modify it); None if Hydra cannot parse it."""
     try:
         return OverridesParser.create().parse_override(word)

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dinoseg.config.plain import Steps, below, dotted, resolved
+from dinoseg.config.plain import Steps, below, dotted_name, resolve_node
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import LEARNING_RATES
 from dinoseg.utils.wording import format_value
@@ -67,8 +67,8 @@ def check_numbers(values: Mapping[str, Any]) -> None:
     for steps, value in below(values, ()):
         if isinstance(value, int | float) and not abs(value) <= (most := _largest(steps)):
             raise UserError(
-                f"{dotted(steps)}={format_value(str(value))} is out of range: a run with it could not be resumed. Give "
-                f"{f'{most} at most' if abs(value) < math.inf else 'a finite number'}."
+                f"{dotted_name(steps)}={format_value(str(value))} is out of range: a run with it could not be resumed. "
+                f"Give {f'{most} at most' if abs(value) < math.inf else 'a finite number'}."
             )
 
 
@@ -79,8 +79,8 @@ def _largest(steps: Steps) -> float:
 
 def check_batch(whole: DictConfig, where: str) -> None:
     """Refuse training batches with more pixels than any machine can hold, even if each factor is small enough."""
-    crop, batch = (resolved(whole, steps) for steps in (("resolution", "crop"), ("data", "batch_size")))
-    frames = resolved(whole, ("data", "clips", "cut", "length"))
+    crop, batch = (resolve_node(whole, steps) for steps in (("resolution", "crop"), ("data", "batch_size")))
+    frames = resolve_node(whole, ("data", "clips", "cut", "length"))
     sizes = [*(crop if isinstance(crop, list) else [crop]), batch, frames]
     pixels = math.prod(abs(size) for size in sizes if isinstance(size, int | float))
     if pixels > _MAX_PIXELS:

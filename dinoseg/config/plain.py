@@ -64,7 +64,7 @@ def at(node: Any, steps: Iterable[str | int]) -> Any:
     return node
 
 
-def resolved(node: Any, steps: Iterable[Any]) -> Any:
+def resolve_node(node: Any, steps: Iterable[Any]) -> Any:
     """Return the content at the end of `steps` in an OmegaConf config, resolved and plain; None if that fails.
 
     Values below are resolved one by one, so that one that cannot be resolved does not affect the others.
@@ -75,11 +75,11 @@ def resolved(node: Any, steps: Iterable[Any]) -> Any:
     except (OmegaConfBaseException, LookupError, TypeError):
         return None
     if isinstance(node, DictConfig):
-        return {key: resolved(node, (key,)) for key in node}
-    return [resolved(node, (index,)) for index in range(len(node))] if isinstance(node, ListConfig) else node
+        return {key: resolve_node(node, (key,)) for key in node}
+    return [resolve_node(node, (index,)) for index in range(len(node))] if isinstance(node, ListConfig) else node
 
 
-def dotted(steps: Steps) -> str:
+def dotted_name(steps: Steps) -> str:
     """Return `steps` as they are typed."""
     return ".".join(map(str, steps)) or "its root"
 

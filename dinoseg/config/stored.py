@@ -16,7 +16,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from dinoseg.config.composition import SHIPPED, compose_options
 from dinoseg.config.limits import REMEDY, check_batch, check_numbers, check_text, check_value
 from dinoseg.config.options import list_groups
-from dinoseg.config.plain import BUILDS, Steps, at, below, dotted, nests, texts_of, to_container
+from dinoseg.config.plain import BUILDS, Steps, at, below, dotted_name, nests, texts_of, to_container
 from dinoseg.config.resolvers import CELLS, CLASS_FILE
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value, join_names
@@ -90,28 +90,29 @@ def _values_of(
     is_argument = is_argument or "_target_" in option
     removed = [key for key in option if key not in given and key not in _OF_THIS_MACHINE] if steps else []
     if removed:
-        key = dotted((*steps, removed[0]))
+        key = dotted_name((*steps, removed[0]))
         raise UserError(f"~{key} removes a key that is read. Leave it out, or set {key} to another value.")
     values: dict[str, Any] = {}
     for key, value in given.items():
-        place, usual = (*steps, str(key)), option.get(key)
+        place = (*steps, str(key))
+        usual = option.get(key)
         if key in BUILDS or (nests(value) and not _is_node(usual, is_argument=is_argument)):
             if value != usual:
                 raise UserError(
-                    f"{dotted(place)} is a component that no option of a config group names, so a checkpoint could not "
-                    "store it. Make it an option: write GROUP/NAME.yaml in a folder, and add --config-dir FOLDER and "
-                    "GROUP=NAME."
+                    f"{dotted_name(place)} is a component that no option of a config group names, so a checkpoint "
+                    "could not store it. Make it an option: write GROUP/NAME.yaml in a folder, and add --config-dir "
+                    "FOLDER and GROUP=NAME."
                 )
             if key == "_target_":
-                targets[dotted(steps)] = str(value)
+                targets[dotted_name(steps)] = str(value)
         elif key in _OF_THIS_MACHINE:
             continue
         elif steps and key not in option and not is_argument:
-            raise UserError(f"{dotted(place)} is not a key of the chosen options. Add it to an option's file.")
+            raise UserError(f"{dotted_name(place)} is not a key of the chosen options. Add it to an option's file.")
         elif isinstance(value, Mapping) and _is_node(usual, is_argument=is_argument):
             values[str(key)] = _values_of(node[key], value, usual, place, targets, is_argument=is_argument)
         elif not (_interpolates(value) and value == usual and not str(value).startswith(_OF_THIS_RUN)):
-            values[str(key)] = _resolved(node, key, dotted(place))
+            values[str(key)] = _resolve_value(node, key, dotted_name(place))
     return values
 
 
@@ -129,7 +130,7 @@ def _interpolates(value: Any) -> bool:
     return isinstance(value, str) and "${" in value
 
 
-def _resolved(node: DictConfig, key: Any, name: str) -> Any:
+def _resolve_value(node: DictConfig, key: Any, name: str) -> Any:
     """Return a value as a file stores it; `???` if it is not set or cannot be resolved."""
     try:
         value = node[key]
@@ -257,7 +258,7 @@ def _without_parts(given: Mapping[str, Any], option: Any, steps: Steps, targets:
     for key, value in given.items():
         usual = option.get(key) if isinstance(option, Mapping) else None
         if key == "_target_":
-            targets[dotted(steps)] = str(value)
+            targets[dotted_name(steps)] = str(value)
         elif isinstance(value, Mapping):
             values[str(key)] = _without_parts(value, usual, (*steps, str(key)), targets)
         elif key not in _OF_THIS_MACHINE and not (value == usual and (key in BUILDS or _interpolates(value))):
@@ -274,14 +275,15 @@ def _plain_group(values: Any) -> dict[str, Any]:
 def _check_values(stored: Mapping[str, Any], where: str) -> None:
     """Refuse keys that build something, and values that are not plain or out of bounds."""
     for count, (steps, value) in enumerate(below(stored, ())):
-        what = f"{where}: {dotted(steps)}={format_value(value)}"
+        what = f"{where}: {dotted_name(steps)}={format_value(value)}"
         if count > _MAX_VALUES:
             raise UserError(f"{where}: its config holds more than {_MAX_VALUES} values. {REMEDY}.")
         for key in value if isinstance(value, Mapping) else ():
             hidden = key in BUILDS if steps == _BY_CLASS else str(key).startswith("_")
             if not isinstance(key, str) or hidden or not key.isprintable() or not key:
                 raise UserError(
-                    f"{where}: {dotted(steps)} is refused: a checkpoint stores no key {format_value(key)}. {REMEDY}."
+                    f"{where}: {dotted_name(steps)} is refused: a checkpoint stores no key "
+                    f"{format_value(key)}. {REMEDY}."
                 )
         if isinstance(value, str):
             check_text(value, what)
@@ -324,8 +326,10 @@ def _set_values(
     is_argument = is_argument or "_target_" in node
     names = {str(key): key for key in node}
     for key, value in values.items():
-        place, name = (*steps, key), names.get(key, key)
-        what, option = f"{where}: {dotted(place)}={format_value(value)}", node.get(name)
+        place = (*steps, key)
+        name = names.get(key, key)
+        what = f"{where}: {dotted_name(place)}={format_value(value)}"
+        option = node.get(name)
         if key in _OF_THIS_MACHINE:
             raise UserError(f"{what} is refused: a checkpoint must not choose where files are written. {REMEDY}.")
         if name not in node and not is_argument:
@@ -339,7 +343,7 @@ def _set_values(
     for key, option in node.items():
         is_fixed = key in (*BUILDS, *_OF_THIS_MACHINE) or _interpolates(option) or nests(option)
         if str(key) not in values and not is_fixed and steps:
-            added.append(dotted((*steps, str(key))))
+            added.append(dotted_name((*steps, str(key))))
 
 
 def _check_weights(weights: Any, usual: Any, source: Source) -> None:

@@ -234,7 +234,7 @@ def _load_ahead(
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=pin and workers > 0 and torch.cuda.is_initialized(),  # models are placed before data is read
-            timeout=POLL if workers else 0,  # see `awaited`
+            timeout=POLL if workers else 0,  # see `wait_for_item`
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # otherwise the DataLoader advances the global RNG
         )
@@ -242,7 +242,7 @@ def _load_ahead(
     try:
         for number in itertools.count():
             try:
-                item = awaited(iterator, number, workers)
+                item = wait_for_item(iterator, number, workers)
             except StopIteration:
                 return
             if isinstance(item, UserError):
@@ -257,7 +257,7 @@ class WorkerIterator(_MultiProcessingDataLoaderIter):
     """Iterator over a DataLoader with processes, which neither starting nor a killed process leaves half built.
 
     torch's SIGCHLD handler would raise at any line of the program, also while another error is handled. It therefore
-    watches none of these processes: `awaited` notices within POLL seconds that one has ended.
+    watches none of these processes: `wait_for_item` notices within POLL seconds that one has ended.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -300,7 +300,7 @@ def _as_it_is(item: V) -> V:
     return item
 
 
-def awaited(iterator: Any, number: int, workers: int) -> Any:
+def wait_for_item(iterator: Any, number: int, workers: int) -> Any:
     """Return the next item of a DataLoader; log a warning if none arrives for a long time.
 
     Args:
@@ -313,20 +313,21 @@ def awaited(iterator: Any, number: int, workers: int) -> Any:
         KilledProcess: a loading process has ended, or the pinning thread, which happens when an item is lost in
             transit.
     """
-    start, patience = time.monotonic(), _PATIENCE
+    start = time.monotonic()
+    patience = _PATIENCE
     while True:
         try:
             return next(iterator)
         except (ConnectionError, EOFError) as error:  # the process died while it sent an item
-            raise _killed(error) from error
+            raise _killed_process_error(error) from error
         except RuntimeError as error:
             if str(error).startswith("DataLoader worker"):
-                raise _killed(error) from error
+                raise _killed_process_error(error) from error
             if not str(error).startswith("DataLoader timed out"):
                 raise
             pinning = getattr(iterator, "_pin_memory_thread", None)
             if pinning is not None and not pinning.is_alive():  # torch does not check it on a timeout
-                raise _killed("the thread that pins batches has stopped") from error
+                raise _killed_process_error("the thread that pins batches has stopped") from error
         if (waited := time.monotonic() - start) >= patience:
             patience = _RARER * waited
             process = number % workers  # workers take turns
@@ -338,7 +339,7 @@ def awaited(iterator: Any, number: int, workers: int) -> Any:
             )
 
 
-def _killed(reason: object) -> KilledProcess:
+def _killed_process_error(reason: object) -> KilledProcess:
     return KilledProcess(
         f"A data-loading process was killed, most likely because memory ran out ({reason}). Free some, or use fewer "
         "loading processes (engine.workers=1; 0: load in the main process), and run it again: resume a training with "

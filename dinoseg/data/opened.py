@@ -19,7 +19,7 @@ from dinoseg.utils.wording import reasons
 logger = logging.getLogger(__name__)
 
 
-def opened(
+def prepare_dataset(
     dataset: SegmentationData,
     *,
     split: str,
@@ -57,7 +57,8 @@ def opened(
     """
     assert isinstance(dataset, PairDataset | CustomDataset)
     if labelled is not None:
-        whole, dataset = len(dataset), dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})
+        whole = len(dataset)
+        dataset = dataset.keep({*labelled_names(dataset.names, labelled, seed=seed, group=group)})
         logger.info("%d of %d images of split %s with their masks (labelled=%s)", len(dataset), whole, split, labelled)
     if not isinstance(dataset, PairDataset):
         for key, value in (("on_error", on_error), ("cache", cache)):

@@ -88,7 +88,9 @@ def divide(split: str, find: Callable[[str], list[Item]], partition: Partition) 
 
 
 def _divide_into_folds(split: str, find: Callable[[str], list[Item]], partition: Partition) -> list[Item]:
-    pool = find("train") if partition.by == "fraction" else _joined({side: find(side) for side in ("train", "val")})
+    pool = (
+        find("train") if partition.by == "fraction" else _merge_items({side: find(side) for side in ("train", "val")})
+    )
     names = _fold_split([item.name for item in pool], partition)[split]
     return _select(pool, names)
 
@@ -133,7 +135,7 @@ def _fold_split(names: Sequence[str], partition: Partition) -> dict[str, list[st
     }
 
 
-def _joined(items: Mapping[str, Sequence[Item]]) -> list[Item]:
+def _merge_items(items: Mapping[str, Sequence[Item]]) -> list[Item]:
     """Return the items of several splits; append the split to each name if any name occurs in several splits.
 
     Raises:

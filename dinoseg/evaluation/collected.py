@@ -14,7 +14,7 @@ from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.metrics.boundary_errors import boundary_errors
 from dinoseg.metrics.miou import MeanIoU
 from dinoseg.report.html.pictures import Shot
-from dinoseg.report.overlay import reduced, reduced_mask
+from dinoseg.report.overlay import downscale, downscale_mask
 from dinoseg.utils.levels import to_display
 
 SHOWN = 6  # number of best images, and of worst images
@@ -60,15 +60,17 @@ class Collector:
 
     def add(self, batch: Batch, ids: Tensor, logits: Tensor) -> None:
         """Add a batch, in the form that `evaluate` passes to `on_batch`."""
-        masks, predictions = batch.mask.cpu().numpy(), ids.cpu().numpy()
-        sampled, places = logits.cpu().numpy(), lattice((masks.shape[-2], masks.shape[-1]))
+        masks = batch.mask.cpu().numpy()
+        predictions = ids.cpu().numpy()
+        sampled = logits.cpu().numpy()
+        places = lattice((masks.shape[-2], masks.shape[-1]))
         for row, (mask, prediction) in enumerate(zip(masks, predictions, strict=True)):
             sample = LabelledImage(mask, len(self._data.classes), self._data.ignore_index)
             counts = MeanIoU().count(PredictedImage(prediction), sample)["classes"]
             ignored = self._data.ignore_index
             if mask.ndim == 2:
                 boundary = boundary_errors(mask, prediction, ignored)
-                samples = _sampled(sampled[row], mask[places], ignored, self._samples)
+                samples = _sample_pixels(sampled[row], mask[places], ignored, self._samples)
             else:  # of each layer; without logits, since calibration needs one class per pixel
                 pairs = zip(mask, prediction, strict=True)
                 boundary = np.stack([boundary_errors(*layers, ignored) for layers in pairs]).sum(axis=0)
@@ -92,8 +94,8 @@ class Collector:
         if not wanting:
             return
         frame = to_display(image.permute(1, 2, 0).cpu().numpy())
-        masks = [np.array(reduced_mask(each, _LONGEST)) for each in (prediction, mask)]
-        shot = Shot(self._next, score, np.array(reduced(frame, _LONGEST)), *masks)
+        masks = [np.array(downscale_mask(each, _LONGEST)) for each in (prediction, mask)]
+        shot = Shot(self._next, score, np.array(downscale(frame, _LONGEST)), *masks)
         for heap, key in wanting:
             heapq.heappush(heap, (*key, shot))
             if len(heap) > SHOWN:
@@ -127,7 +129,9 @@ def image_mious(counts: np.ndarray) -> list[float | None]:
     return [plain_score(miou) for miou in MeanIoU().compute({"classes": counts})["miou"]]
 
 
-def _sampled(logits: np.ndarray, labels: np.ndarray, ignore_index: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+def _sample_pixels(
+    logits: np.ndarray, labels: np.ndarray, ignore_index: int, most: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return logits (P, K) and labels (P,) of at most `most` labelled lattice points, evenly spaced."""
     flat = labels.ravel()
     places = np.flatnonzero(flat != ignore_index)

@@ -19,12 +19,20 @@ from dinoseg.evaluation.class_scores import ClassScores, unit_sums
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.further_scores import further_difference
 from dinoseg.evaluation.image_record import ImageRecord
-from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife, leave_one_out, mean_of, widened
+from dinoseg.evaluation.scoring.intervals import (
+    Difference,
+    Estimate,
+    combine_errors,
+    holm,
+    jackknife,
+    leave_one_out,
+    mean_of,
+)
 from dinoseg.evaluation.sides import Side
 from dinoseg.report.html.comparison import OtherRun
 from dinoseg.report.html.page import format_interval, percent
 from dinoseg.report.html.pictures import PairShot
-from dinoseg.report.overlay import reduced
+from dinoseg.report.overlay import downscale
 from dinoseg.report.table import MEANS
 from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
@@ -92,7 +100,8 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
         try:
             shots, reason = largest_differences(load, folders, mious[0], mious[number], len(sides) - 1)
         except UserError as error:
-            shots, reason = [], f"No images: {error}"
+            shots = []
+            reason = f"No images: {error}"
             refused[str(error)] = None
         found.append(
             OtherRun(
@@ -100,7 +109,7 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
                 scores=scores_of(other.records),
                 differences=gaps | further[number - 1],
                 mious=mious[number],
-                decides=deciding(kind, counts[0], counts[number]),
+                decides=image_contributions(kind, counts[0], counts[number]),
                 shots=shots,
                 no_pictures=reason,
             )
@@ -261,7 +270,7 @@ def _with_verdicts(
     return found
 
 
-def deciding(kind: ClassScores, first: Runs, second: Runs) -> list[float | None]:
+def image_contributions(kind: ClassScores, first: Runs, second: Runs) -> list[float | None]:
     """Return each image's contribution to the mIoU difference: that of all images minus that of all others.
 
     The runs of both sides are counts (N, 3, K) of the same images.
@@ -281,7 +290,9 @@ def _difference(kind: ClassScores, first: Runs, second: Runs) -> dict[str, Estim
     by_seed = [_scores(kind, side) for side in (first, second) if len(side) > 1]
     if len(first[0]) == 1 and len(by_seed) == 2:
         found = {key: replace(gap, error=0.0, freedom=1) for key, gap in found.items()}
-    return {key: widened(gap, [mean_of(scores[key].tolist()) for scores in by_seed]) for key, gap in found.items()}
+    return {
+        key: combine_errors(gap, [mean_of(scores[key].tolist()) for scores in by_seed]) for key, gap in found.items()
+    }
 
 
 def _side_by_side(*sides: Runs) -> np.ndarray:
@@ -335,9 +346,9 @@ def _pair_shot(data: SegmentationData, index: int, folders: tuple[Path, Path], m
         ids = read_ids(path)
         if ids.ndim != 2 or ids.max() >= classes:
             raise UserError(f"{path} is not a mask of the {classes} classes.")
-        predictions.append(reduced(ids, _LONGEST))
-    frame = reduced(to_display(sample["image"].permute(1, 2, 0).numpy()), _LONGEST)
-    return PairShot(name, mious, frame, reduced(reference, _LONGEST), (predictions[0], predictions[1]))
+        predictions.append(downscale(ids, _LONGEST))
+    frame = downscale(to_display(sample["image"].permute(1, 2, 0).numpy()), _LONGEST)
+    return PairShot(name, mious, frame, downscale(reference, _LONGEST), (predictions[0], predictions[1]))
 
 
 def largest_differences(

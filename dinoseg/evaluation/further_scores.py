@@ -7,7 +7,7 @@ import numpy as np
 
 from dinoseg.core.metric import Counts, Metric, plain_score
 from dinoseg.evaluation.class_scores import unit_sums
-from dinoseg.evaluation.scoring.intervals import Estimate, jackknife_error, leave_one_out, mean_of, widened
+from dinoseg.evaluation.scoring.intervals import Estimate, combine_errors, jackknife_error, leave_one_out, mean_of
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
 
 
@@ -58,4 +58,4 @@ def further_difference(first: Sequence[FurtherScore], second: Sequence[FurtherSc
     by_seed = [mean_of(values[:, 0].tolist()) for values in np.split(scores, [len(first)]) if len(values) > 1]
     if len(gaps) == 2 and len(by_seed) == 2:  # of a single unit
         gap = replace(gap, error=0.0, freedom=1)
-    return widened(gap, by_seed)
+    return combine_errors(gap, by_seed)

@@ -27,23 +27,23 @@ _FRAMING = 4096  # bytes of an NPZ file of one array in addition to its values
 _SHARE = forms.number(-1e-6, 1 + 1e-6)  # means may be rounded
 _COLOUR = forms.row(*[forms.whole(0, 255)] * 3)
 _FORM = forms.record(
-    classes=forms.listing(forms.text),
-    palette=forms.listing(_COLOUR),
+    classes=forms.list_of(forms.text),
+    palette=forms.list_of(_COLOUR),
     ignore_index=forms.whole(0, 255),
     background=forms.maybe(forms.whole(0, 255)),
     data=forms.text,
     root=forms.text,
     split=forms.text,
     unit=forms.text,
-    images=forms.listing(forms.text),
-    units=forms.listing(forms.text),
+    images=forms.list_of(forms.text),
+    units=forms.list_of(forms.text),
     source=forms.text,
     scores=forms.table(
         forms.record(
             better=forms.text,
             settings=forms.text,
             value=forms.maybe(_SHARE),
-            left_out=forms.listing(forms.maybe(_SHARE)),
+            left_out=forms.list_of(forms.maybe(_SHARE)),
         )
     ),
 )
@@ -89,7 +89,7 @@ def write_record(record: ImageRecord, out_dir: Path) -> None:
     )
 
 
-def evaluated(folder: Path) -> Path:
+def find_evaluation(folder: Path) -> Path:
     """Return the folder of a run's evaluation record: the run folder, or the evaluation at the end of a training.
 
     Raises:

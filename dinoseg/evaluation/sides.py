@@ -11,7 +11,7 @@ import numpy as np
 
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.further_scores import FurtherScore, shared_scores
-from dinoseg.evaluation.image_record import RECORD, ImageRecord, evaluated, read_record
+from dinoseg.evaluation.image_record import RECORD, ImageRecord, find_evaluation, read_record
 from dinoseg.experiment import run_config
 from dinoseg.experiment.folder import command_line
 from dinoseg.utils.errors import UserError
@@ -57,8 +57,8 @@ def sides_of(runs: Any) -> list[Side]:
         raise _refusal(runs, f"names {join_names([str(name) for name in twice])} more than once")
     if not 2 <= len(folders) <= _MAX_RUNS:
         raise _refusal(runs, f"names {count_of(folders, 'run')}")
-    places = [evaluated(folder) for folder in folders]
-    records = aligned({folder: read_record(path) for folder, path in zip(folders, places, strict=True)})
+    places = [find_evaluation(folder) for folder in folders]
+    records = align_records({folder: read_record(path) for folder, path in zip(folders, places, strict=True)})
     names = side_names(folders, [[number] for number in range(len(folders))])
     recipes = run_config.recipes(places)
     if all(len(side) == 1 for side in given):
@@ -192,7 +192,7 @@ def _warn_of_others(names: Sequence[str], recipes: Sequence[tuple[dict[str, Any]
         )
 
 
-def aligned(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
+def align_records(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
     """Return the records with their images in the order of the first record.
 
     Raises:
@@ -280,7 +280,7 @@ def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[
         of_side = [commands[index] for index in side]
         shared = [key for key in varied if key in of_side[0] and len({command.get(key) for command in of_side}) == 1]
         words = " ".join(of_side[0][key] for key in shared)
-        names.append(words if 0 < len(words) <= _LONGEST else _joined([by_folder[index] for index in side]))
+        names.append(words if 0 < len(words) <= _LONGEST else _join_run_names([by_folder[index] for index in side]))
     return names if len(set(names)) == len(names) else [by_folder[side[0]] for side in sides]
 
 
@@ -306,7 +306,7 @@ def _by_folders(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _joined(names: Sequence[str]) -> str:
+def _join_run_names(names: Sequence[str]) -> str:
     """Join several names into one: a/0 and a/1 become a/0+1."""
     head, slash, first = names[0].rpartition("/")
     if all(name.rpartition("/")[0] == head for name in names):

@@ -10,7 +10,7 @@ from dinoseg.evaluation.about import about_run
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.report.html.evaluation import video_charts
 from dinoseg.report.html.page import percent, render
-from dinoseg.report.overlay import reduced
+from dinoseg.report.overlay import downscale
 from dinoseg.report.scores import few_units
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.files import entries
@@ -74,5 +74,5 @@ def _blend_card(folder: Path, video: str, summary: str) -> dict[str, Any]:
     found = [path for path in entries(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = sorted(found, key=lambda path: natural_order(path.name))
     places = evenly_spaced(len(paths), _FRAMES)
-    panels = [(paths[index].stem, reduced(read_image(paths[index]), _LONGEST)) for index in places]
+    panels = [(paths[index].stem, downscale(read_image(paths[index]), _LONGEST)) for index in places]
     return {"title": video, "summary": summary, "panels": panels, "legend": []}

@@ -8,7 +8,7 @@ from typing import Any
 from dinoseg.config.nodes import expect_type, instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.core.channels import check_rgb
-from dinoseg.data.clips.videos import Video, chosen
+from dinoseg.data.clips.videos import Video, select_split
 from dinoseg.experiment.builder import Builder, check_split
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 from dinoseg.utils.errors import UserError
@@ -79,13 +79,14 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
     """
     check_split(split)
     supervision = chosen_supervision(build, supervision)
-    data, protocol = build.value("data"), None
+    data = build.value("data")
+    protocol = None
     tracking = data.tracking
     if (node := tracking.protocols[supervision]) is not None:
         key = f"data.tracking.protocols.{supervision}"
         protocol = expect_type(ScoreProtocol, instantiate(node), key)  # type: ignore[type-abstract]
     annotations = {} if protocol is None or protocol.annotations is None else {"annotations": protocol.annotations}
-    videos = _videos(build.changed({"data": annotations}), split)
+    videos = _videos(build.with_changes({"data": annotations}), split)
     prompts = "none"
     if supervision != "none":
         if not any(video.masks for video in videos):
@@ -94,9 +95,11 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
                 "or track without masks: resume=RUN of a slot model and mode.supervision=none."
             )
         prompts = "appearing" if tracking.later else "first"
-    written, annotated = None, to_container(tracking.written)
+    written = None
+    annotated = to_container(tracking.written)
     if any(data[key] != value for key, value in annotated.items()):
-        written = {video.name: set(video.frame_names) for video in _videos(build.changed({"data": annotated}), split)}
+        annotated_videos = _videos(build.with_changes({"data": annotated}), split)
+        written = {video.name: set(video.frame_names) for video in annotated_videos}
     source = {key: to_container(data.clips[key], resolve=True) for key in ("layout", "partition")}
     if (side := build.value("data.clips.eval_square")) is not None:
         source["eval_square"] = side
@@ -117,6 +120,6 @@ def benchmark_videos(build: Builder, split: str, supervision: str | None) -> Ben
 
 def _videos(build: Builder, split: str) -> list[Video]:
     check_rgb(build.pixels, f"data={build.options['data']}")
-    videos = chosen(build.part("data.clips.layout"), split, build.part("data.clips.partition"))
+    videos = select_split(build.part("data.clips.layout"), split, build.part("data.clips.partition"))
     side = None if split == "train" else build.value("data.clips.eval_square")
     return videos if side is None else [replace(video, square=side) for video in videos]

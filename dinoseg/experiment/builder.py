@@ -214,7 +214,7 @@ class Builder(ModelBuilder):
         if reduced and split == "train" and self._cfg.data.get("labelled") is not None:
             labelled = {"labelled": self._cfg.data.labelled}
             names |= {"labelled": "data.labelled", "group": "data.group"}
-            check_arguments("dinoseg.data.opened.opened", labelled, names)
+            check_arguments("dinoseg.data.opened.prepare_dataset", labelled, names)
             more = {**labelled, "group": self._cfg.data.group, "seed": self.seed}
         with name_parameters(names):
             return self.part("data.opened")(pairs, split=split, reduced=reduced, **more)

@@ -124,10 +124,10 @@ def solo_runs(cfg: DictConfig, words: Sequence[str], run: Path | None) -> dict[s
     heads = named_heads(given[HEADS], given.get(RATES))
     overrides = OverridesParser.create().parse_overrides(list(words))
     if run is not None:
-        return _resumed(cfg, heads, overrides, run)
+        return _restore_runs(cfg, heads, overrides, run)
     if given["resume"] is not None:
         raise UserError(f"resume={given['resume']} holds several heads: give their run folder.")
-    return _composed(heads, overrides)
+    return _compose_runs(heads, overrides)
 
 
 def with_solo_runs(cfg: DictConfig, runs: Mapping[str, SoloRun]) -> DictConfig:
@@ -143,7 +143,7 @@ def _solo_words(head: HeadRun, overrides: Sequence[Override]) -> list[str]:
     return [*remaining, "trainer=supervised", f"head={head.option}", *rate, f"{_CACHE}=off"]
 
 
-def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[str, SoloRun]:
+def _compose_runs(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[str, SoloRun]:
     """Compose the run of each head alone from the command line."""
     if typed := next((word for word in overrides if word.key_or_group == "head"), None):
         raise UserError(f"{typed.input_line} and heads both set the heads to train: give one of them.")
@@ -170,7 +170,9 @@ def _composed(heads: Sequence[HeadRun], overrides: Sequence[Override]) -> dict[s
     return found
 
 
-def _resumed(cfg: DictConfig, heads: Sequence[HeadRun], overrides: Sequence[Override], run: Path) -> dict[str, SoloRun]:
+def _restore_runs(
+    cfg: DictConfig, heads: Sequence[HeadRun], overrides: Sequence[Override], run: Path
+) -> dict[str, SoloRun]:
     """Return the run of each head in a run's checkpoint, changed by the command line."""
     path = run / checkpoint.FOLDER / "last.safetensors"
     info = checkpoint.describe(path)

@@ -43,10 +43,10 @@ def load_initial_weights(
     """
     init = build.value("init")
     offered = _of(init, checkpoint.outline)
-    fitting, left = _fitting(init, model, offered)
+    fitting, left = _select_tensors(init, model, offered)
     _check_head(build, model, offered, fitting)
     # read only what the model has room for: an untrusted file may describe more than fits in memory
-    room = {key for key, name, _ in _named(model, offered) if name not in left}
+    room = {key for key, name, _ in _checkpoint_tensors(model, offered) if name not in left}
     saved = _of(init, partial(checkpoint.read, only=room))
     progress = saved.info["progress"]
     if share(progress) != progress:
@@ -56,7 +56,7 @@ def load_initial_weights(
         )
     if Path(init).expanduser().is_dir():
         logger.info("init=%s: reading %s.", init, saved.path)
-    taken, _ = _fitting(init, model, saved)
+    taken, _ = _select_tensors(init, model, saved)
     _check_frozen(init, model, saved, build.config)
     model.load_state_dict(taken, strict=False)
     _log_loaded(init, model, saved, taken, left, classes)
@@ -89,7 +89,7 @@ def check_initial(build: ModelBuilder, model: SegmentationModel) -> None:
             f"init={init} and head.init={model.head.init} both set the initial weights of the head. Leave one out."
         )
     offered = _of(init, checkpoint.outline)
-    fitting, _ = _fitting(init, model, offered)
+    fitting, _ = _select_tensors(init, model, offered)
     _check_head(build, model, offered, fitting)
 
 
@@ -102,25 +102,26 @@ def _of(init: Any, read: Callable[[Path], Checkpoint]) -> Checkpoint:
         raise UserError(str(error).replace("resume=", "init=")) from None
 
 
-def _named(model: SegmentationModel, saved: Checkpoint) -> list[tuple[str, str, Tensor]]:
+def _checkpoint_tensors(model: SegmentationModel, saved: Checkpoint) -> list[tuple[str, str, Tensor]]:
     """Return the key, the name in this model and the value of each tensor of a checkpoint, ignoring LoRA's renaming."""
-    names = {_unadapted(name): name for name in model.state_dict()}
+    names = {_strip_lora(name): name for name in model.state_dict()}
     have = saved.part("model")
-    return [(f"model/{name}", names.get(_unadapted(name), name), value) for name, value in have.items()]
+    return [(f"model/{name}", names.get(_strip_lora(name), name), value) for name, value in have.items()]
 
 
-def _unadapted(name: str) -> str:
+def _strip_lora(name: str) -> str:
     """Return the name that a tensor has without LoRA."""
     return name.replace(_BASE, ".")
 
 
-def _fitting(init: str, model: SegmentationModel, saved: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
+def _select_tensors(init: str, model: SegmentationModel, saved: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of a checkpoint that the model also trains, in the same shapes, and the names of the others.
 
     Frozen tensors that the model already has are in neither.
     """
-    state, trained = model.state_dict(), trained_names(model)
-    have = {name: value for _, name, value in _named(model, saved)}
+    state = model.state_dict()
+    trained = trained_names(model)
+    have = {name: value for _, name, value in _checkpoint_tensors(model, saved)}
     alike = {name: value for name, value in have.items() if name in trained and value.shape == state[name].shape}
     check_weights({name: value.to("meta") for name, value in alike.items()}, f"init={init}", state)  # checks dtypes
     taken = {name: value for name, value in alike.items() if casts(value.dtype, state[name].dtype)}
@@ -146,7 +147,7 @@ def _check_head(
     """
     theirs, ours = (
         {name for name in names if name.startswith("head.")}
-        for names in ([name for _, name, _ in _named(model, offered)], trained_names(model))
+        for names in ([name for _, name, _ in _checkpoint_tensors(model, offered)], trained_names(model))
     )
     if theirs.isdisjoint(fitting) and (theirs != ours or len(build.labels.classes) == len(offered.info["classes"])):
         raise UserError(
@@ -169,12 +170,13 @@ def _check_frozen(init: str, model: SegmentationModel, saved: Checkpoint, config
     """Refuse a model whose frozen backbone differs from that of the `init` run; its checkpoint stores a hash."""
     if _frozen_dtype(config) != _frozen_dtype(saved.info["config"]):
         return  # weights of another precision have another hash
-    there, skipped = saved.part("model").keys(), quantised_names(model)
+    there = saved.part("model").keys()
+    skipped = quantised_names(model)
     updated = {name.partition(_UPDATES)[0] for name in there if _UPDATES in name}
     frozen = []
     for name, value in model.state_dict().items():
         if name.startswith("backbone.") and _UPDATES not in name and name not in skipped:
-            layer, _, last = _unadapted(name).rpartition(".")
+            layer, _, last = _strip_lora(name).rpartition(".")
             then = f"{layer}{_BASE}{last}" if layer in updated else f"{layer}.{last}"
             frozen += [(then, value)] if then not in there else []
     if fingerprint(frozen) != saved.info["frozen"].get("backbone"):

@@ -48,7 +48,7 @@ class ModelBuilder:
         register_resolvers()
         return cls(OmegaConf.create(dict(config)))
 
-    def changed(self, changes: Mapping[str, Any]) -> Self:
+    def with_changes(self, changes: Mapping[str, Any]) -> Self:
         """Return a builder of the same config with `changes`, a nested mapping, merged into it."""
         return type(self)(OmegaConf.merge(self._cfg, changes))  # type: ignore[arg-type]
 
@@ -166,7 +166,7 @@ class ModelBuilder:
         if not untrained:
             self._check_head_file()
         with nullcontext() if initialised else NoInit():
-            return self._segmenter(self._adapted(untrained=untrained), untrained=untrained)
+            return self._segmenter(self._adapted_backbone(untrained=untrained), untrained=untrained)
 
     def outline(self) -> SegmentationModel:
         """Return the segmenter on the meta device: its parts and their shapes, without memory."""
@@ -197,7 +197,7 @@ class ModelBuilder:
                 f"data.channels={stored} and such images, or choose another checkpoint."
             )
         try:
-            with loading.bounded(f"resume={file.path}"):
+            with loading.limit_model_size(f"resume={file.path}"):
                 empty = self.outline()
         except UserError:
             raise
@@ -218,7 +218,7 @@ class ModelBuilder:
         for part, node in ((outline.backbone, self._cfg.backbone), (outline.head, self._cfg.head)):
             part.weights = node.get("weights", part.weights)
 
-    def _adapted(self, *, untrained: bool = False, layers: Sequence[int] | None = None) -> Backbone:
+    def _adapted_backbone(self, *, untrained: bool = False, layers: Sequence[int] | None = None) -> Backbone:
         """Return the backbone with its adapter; `layers` overrides the blocks that it reads."""
         adapter = instantiate(self._cfg.adapter, without=("lr",))
         torch.manual_seed(self.seed)
@@ -297,7 +297,7 @@ def build_multi_head(
             "head=linear,mlp."
         )
     layers = sorted({layer for part in backbones for layer in part.layers})
-    whole = builders[0]._adapted(layers=layers).to(device).eval()
+    whole = builders[0]._adapted_backbone(layers=layers).to(device).eval()
     drawn = torch.get_rng_state()  # each head samples its initial weights from this state, as in a run of its own
     models = []
     for each, part in zip(builders, backbones, strict=True):

@@ -17,13 +17,13 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import as_read_back
-from dinoseg.utils.units import finished
+from dinoseg.utils.units import read_finished
 from dinoseg.utils.wording import printable
 
 END = "training.json"  # in the run folder: step at which the training ended, and the result of the final evaluation
 _MAX_DEPTH = 5  # folders below the searched one: outputs/RECIPE/SWEEP/JOB, and one more
 _OPTIONS = tuple(group for group in CHOSEN if group != "hparam")  # a recipe of another name may be the same
-_ANY = forms.nested(32)
+_ANY = forms.max_depth(32)
 _PLAN = forms.record(settings=forms.table(_ANY), length=forms.table(_ANY), options=forms.table(forms.text))
 _ORIGIN = forms.record(job=forms.maybe(forms.text), sweep=forms.flag, plan=forms.maybe(_PLAN))
 _END = forms.record(step=forms.whole(), result=forms.maybe(forms.table(_ANY)))
@@ -118,4 +118,4 @@ def _read_end(folder: Path) -> dict[str, Any]:
 
 def _read(path: Path, form: forms.Form) -> dict[str, Any] | None:
     """Return the content of a record; None if it is missing or damaged, which is logged."""
-    return finished(path, lambda path: forms.read_json(path, form), damaged="%s is damaged (%s): it is ignored.")
+    return read_finished(path, lambda path: forms.read_json(path, form), damaged="%s is damaged (%s): it is ignored.")

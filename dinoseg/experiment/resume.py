@@ -55,7 +55,7 @@ def merge(
     keys = [override.key_or_group for override in overrides]
     replaced = [group for group in REPLACEABLE if group in keys and cfg.choices[group] != info["choices"].get(group)]
     stored = {key: value for key, value in saved_config(info).items() if key not in replaced}
-    source = Source(f"resume={path}", cfg.get("config_dirs", ()), trusted(to_container(cfg)["trust"]), keys)
+    source = Source(f"resume={path}", cfg.get("config_dirs", ()), parse_trust(to_container(cfg)["trust"]), keys)
     saved = compose_stored({**info, "config": stored}, source)
     ours = choices_of(to_container(cfg.choices), saved)
     choices = {group: option for group, option in to_container(cfg.choices).items() if group not in ours}
@@ -116,7 +116,7 @@ def standalone_config(
     """
     folders = [] if config_dir is None else [str(config_dir)]
     folders += [] if job is None else job.get("config_dirs", ())
-    trust = trust if job is None else [*trust, *trusted(job["trust"])]
+    trust = trust if job is None else [*trust, *parse_trust(job["trust"])]
     chosen = {"engine": "auto"}
     stored = {key: value for key, value in saved_config(info).items() if key != METRIC}
     if inference is not None:
@@ -154,7 +154,7 @@ def without_resume(cfg: DictConfig) -> DictConfig:
     return OmegaConf.create({**to_container(cfg), "resume": None})
 
 
-def trusted(trust: Any) -> list[str]:
+def parse_trust(trust: Any) -> list[str]:
     """Return the value of `trust`, or raise a UserError if it is not a list of names."""
     names = trust or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):

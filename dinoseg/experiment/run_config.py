@@ -12,7 +12,7 @@ from dinoseg.config.stored import Source, compose_stored, description_of
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import SAVED
-from dinoseg.experiment.resume import trusted
+from dinoseg.experiment.resume import parse_trust
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import SchemaError, as_read_back, read_regular
 from dinoseg.utils.yaml_text import parse_yaml
@@ -69,7 +69,7 @@ def open_saved_data(build: Builder, folder: Path, *, root: str, split: str) -> S
     try:
         config = as_read_back(config_of(config_text(path)))
         config["data"]["root"] = root
-        source = Source(str(path), build.config.get("config_dirs", ()), trusted(build.config["trust"]))
+        source = Source(str(path), build.config.get("config_dirs", ()), parse_trust(build.config["trust"]))
         description = description_of(config, ("seed", "resolution", "data", "task"), source)
         return Builder.of({**build.config, **compose_stored(description, source)}).dataset(split)
     except BROKEN as error:

@@ -35,7 +35,7 @@ class ModelSource(Builder):
         """
         engine = {"device": "cpu", "tf32": False}
         engine |= {"precision": "fp32"} if self.value("engine.precision") == "fp16" else {}
-        return load_trained(self.changed({"engine": engine}))
+        return load_trained(self.with_changes({"engine": engine}))
 
     def in_float32(self, trained: SegmentationModel) -> SegmentationModel:
         """Return the loaded model in float32, or itself if no weights are quantised or in half precision.
@@ -49,7 +49,7 @@ class ModelSource(Builder):
             changes["backbone"] = {"dtype": "float32"}
         if not changes:
             return trained
-        model = self.changed(changes).model(untrained=True).eval()
+        model = self.with_changes(changes).model(untrained=True).eval()
         model.load_state_dict(dequantised_state(trained))
         buffers = non_persistent_buffers(model)
         for name, value in non_persistent_buffers(trained).items():

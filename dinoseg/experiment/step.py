@@ -26,7 +26,7 @@ def training_parts(build: Builder, overrides: Mapping[str, Any] | None = None) -
     """
     build = build.with_options(overrides) if overrides else build
     bits = build.value("adapter.bits")
-    whole = build.changed({"adapter": {"bits": None}}) if bits in _QUANTISED else build
+    whole = build.with_changes({"adapter": {"bits": None}}) if bits in _QUANTISED else build
 
     def outline() -> SegmentationModel:
         model = whole.outline()

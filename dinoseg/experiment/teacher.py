@@ -27,7 +27,7 @@ from dinoseg.utils.transfer import to_device
 from dinoseg.utils.wording import format_override, format_value, join_names
 
 TEACHERS = "teachers"  # folder in the cache that holds the scores of all teachers
-_CROP = forms.listing(forms.whole(1), length=2)
+_CROP = forms.list_of(forms.whole(1), length=2)
 _PROBED = 512  # maximum side in backbone pixels of the dummy image that measures cells per pixel
 _MIN = -3e4  # lowest score relative to the highest; float16 can hold it
 
@@ -45,9 +45,10 @@ class Teacher:
     """
 
     def __init__(self, build: ModelBuilder, engine: Engine, labels: SegmentationData) -> None:
-        self._given, self._engine = build.value("trainer.teacher"), engine
+        self._given = build.value("trainer.teacher")
+        self._engine = engine
         check_named(self._given)
-        with self._named():
+        with self._rewrite_errors():
             self._path = checkpoint.find(self._given, "best")
             self._info = checkpoint.describe(self._path)
             self._build = ModelBuilder(standalone_config(self._path, self._info, {}, job=build.config))
@@ -58,7 +59,7 @@ class Teacher:
                 f"teacher={self._given} takes images of {theirs} channels, and data.channels={mine}. Choose a teacher "
                 f"of {mine} channels, or data.channels={theirs}."
             )
-        with self._named():
+        with self._rewrite_errors():
             self._outline = self._build.check_fits(checkpoint.outline(self._path))
             crop = self._build.settings("resolution")["crop"]
             if not forms.fits(crop, _CROP):
@@ -66,7 +67,7 @@ class Teacher:
                     f"its resolution.crop={format_value(crop)} must be [height, width] in pixels, each at least 1. "
                     "Choose another checkpoint."
                 )
-            self._digest = self._hashed()  # last: it reads the whole file
+            self._digest = self._hash_file()  # last: it reads the whole file
         if self._outline.head.slots is not None:
             raise UserError(f"teacher={self._given} is a slot model, which has no classes. Give a segmenter.")
         self._loaded: tuple[Predictor, tuple[float, float]] | None = None
@@ -102,9 +103,10 @@ class Teacher:
         seen = backbone_size((image.shape[-2], image.shape[-1]), 1.0, predictor.model.longest)
         height, width = (max(1, math.ceil(side * of - 1e-6)) for side, of in zip(seen, cells, strict=True))
         pixels = to_device(image[None], predictor.device)
-        with self._named():
+        with self._rewrite_errors():
             bands = predictor.run_bands(pixels, lambda bands: list(map(_grid_of, bands)), size=(height, width))
-        valid, scores = bands[0][1], torch.cat([scores for scores, _ in bands], dim=1)
+        valid = bands[0][1]
+        scores = torch.cat([scores for scores, _ in bands], dim=1)
         if not scores.isfinite().all():
             raise UserError(
                 f"teacher={self._given} returns scores that are not finite. Check it with mode=eval, or set "
@@ -116,8 +118,8 @@ class Teacher:
         """Return the model as a predictor of images, and its number of cells per pixel along both axes."""
         devices = [self._engine.device] if self._engine.device.type == "cuda" else []
         # the random state is restored: cached scores must not change the student's random numbers
-        with self._named(), torch.random.fork_rng(devices):
-            if self._hashed() != self._digest:
+        with self._rewrite_errors(), torch.random.fork_rng(devices):
+            if self._hash_file() != self._digest:
                 raise UserError(f"resume={self._path} has changed since this run started. Start it again.")
             model, _ = restore(self._build, self._path)
             policy = self._build.part("inference")
@@ -157,12 +159,12 @@ class Teacher:
             "teacher's score of each class: train one on data of the same classes in the same order."
         )
 
-    def _hashed(self) -> str:
+    def _hash_file(self) -> str:
         with open_regular(self._path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _rewrite_errors(self) -> Iterator[None]:
         """Rewrite errors to name the checkpoint as typed by the user (`teacher=`); an OSError becomes a UserError."""
         try:
             yield

@@ -49,7 +49,7 @@ class Prepared:
 
 
 @contextmanager
-def prepared(
+def prepare_model(
     source: ModelSource, out_dir: Path, options: GraphOptions, *, opset: int | None = None, precision: str = "float32"
 ) -> Iterator[Prepared]:
     """Load a model, as trained and as exported, and yield it with the images to verify it on.

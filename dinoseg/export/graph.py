@@ -132,10 +132,10 @@ def cannot(error: Exception, record: GraphRecord) -> str:
     """Return the error message of a failed export."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     remedy = "Set export.dynamic=false for one size." if record.size is None else "Choose another backbone or head."
-    return f"This model cannot be exported with {_opening(record)}: {reason}. {remedy}"
+    return f"This model cannot be exported with {_describe_size(record)}: {reason}. {remedy}"
 
 
-def _opening(record: GraphRecord) -> str:
+def _describe_size(record: GraphRecord) -> str:
     return "an open size" if record.size is None else f"the size {list(record.size)}"
 
 

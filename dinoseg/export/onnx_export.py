@@ -8,7 +8,7 @@ import torch
 
 from dinoseg.experiment.source import ModelSource
 from dinoseg.export import onnx_file
-from dinoseg.export.export import prepared, store_if_verified
+from dinoseg.export.export import prepare_model, store_if_verified
 from dinoseg.export.graph import trace
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.runtime.onnx_model import load_onnx
@@ -48,7 +48,7 @@ class OnnxExport(GraphOptions):
         Raises:
             UserError: if the model cannot be exported, or the file disagrees with it; no model file is left then.
         """
-        with prepared(source, out_dir, self, opset=self.opset, precision=self.precision) as ready:
+        with prepare_model(source, out_dir, self, opset=self.opset, precision=self.precision) as ready:
             model = onnx_file.to_onnx(trace(ready.model, ready.record), ready.record)
             onnx_file.finish(model, ready.record, ready.facts.description())
             files = onnx_file.write(model, ready.folder / NAME)

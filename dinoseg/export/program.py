@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dinoseg.experiment.source import ModelSource
-from dinoseg.export.export import prepared, store_if_verified
+from dinoseg.export.export import prepare_model, store_if_verified
 from dinoseg.export.graph import trace
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.runtime.onnx_pictures import GraphRuntime
@@ -32,7 +32,7 @@ class ProgramExport(GraphOptions):
         Raises:
             UserError: if the model cannot be exported, or the file disagrees with it; no model file is left then.
         """
-        with prepared(source, out_dir, self) as ready:
+        with prepare_model(source, out_dir, self) as ready:
             file = ready.folder / NAME
             about = json.dumps({"graph": ready.record.plain(), **ready.facts.description()}, allow_nan=False)
             torch.export.save(trace(ready.model, ready.record), file, extra_files={f"{KEY}.json": about})

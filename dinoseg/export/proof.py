@@ -48,7 +48,7 @@ class Reference:
         return self._predict(images).class_ids().numpy()
 
     @torch.inference_mode()
-    def predicted(self, image: np.ndarray) -> np.ndarray:
+    def predict_ids(self, image: np.ndarray) -> np.ndarray:
         """Return the class ids (H, W) that mode=predict gives an image (H, W, C), whatever the graph's input size."""
         whole = self.segmenter(torch.from_numpy(image[None].copy()).permute(0, 3, 1, 2))
         return whole.class_ids()[0].numpy()
@@ -79,14 +79,14 @@ class Reference:
         return Prediction(outputs, size, valid, head.predict, head.mixture, task=task)
 
 
-def timed(runtime: Runtime | Reference, image: np.ndarray) -> float:
+def measure_seconds(runtime: Runtime | Reference, image: np.ndarray) -> float:
     """Return the seconds from an image (H, W, C) in memory to its class ids."""
     start = time.perf_counter()
     runtime.ids([image])
     return time.perf_counter() - start
 
 
-def thinned(probabilities: np.ndarray) -> np.ndarray:
+def subsample(probabilities: np.ndarray) -> np.ndarray:
     """Subsample the rows and columns of (K, H, W) by one common step, to about `MAX` values at most."""
     step = max(1, int(np.ceil((probabilities.size / MAX) ** 0.5)))
     return np.ascontiguousarray(probabilities[:, ::step, ::step], np.float32)
@@ -123,22 +123,24 @@ def compare(
     has_fixed_size = reference.record.size is not None
     for number, picture in enumerate(pictures):
         image = picture.read()
-        wanted, expected = reference.ids([image])[0], thinned(reference.probabilities([image])[0])
+        wanted = reference.ids([image])[0]
+        expected = subsample(reference.probabilities([image])[0])
         if not np.isfinite(expected).all():
             raise UserError(
                 f"{picture.path.name}: the trained model's own probabilities are NaN, so the export cannot be "
                 "verified. Choose an earlier checkpoint."
             )
-        given, probabilities = runtime.ids([image])[0], thinned(runtime.probabilities([image])[0])
+        given = runtime.ids([image])[0]
+        probabilities = subsample(runtime.probabilities([image])[0])
         if number < TIMES:  # the passes above warm both up
-            torch_seconds += [timed(reference, image) for _ in range(TIMES)]
-            file_seconds += [timed(runtime, image) for _ in range(TIMES)]
+            torch_seconds += [measure_seconds(reference, image) for _ in range(TIMES)]
+            file_seconds += [measure_seconds(runtime, image) for _ in range(TIMES)]
         equal += int((wanted == given).sum())
         pixels += wanted.size  # of layers: of all classes
         largest = float(np.maximum(largest, np.abs(expected - probabilities).max()))  # NaN stays NaN
         between.update(torch.from_numpy(given), torch.from_numpy(wanted))
         if has_fixed_size:
-            as_predicted += int((reference.predicted(image) == given).sum())
+            as_predicted += int((reference.predict_ids(image) == given).sum())
         if picture.mask is not None:
             ours.update(torch.from_numpy(wanted), torch.from_numpy(picture.mask))
             theirs.update(torch.from_numpy(given), torch.from_numpy(picture.mask))

@@ -214,10 +214,10 @@ class CocoAnnotations(_Annotations):
             file.write(f'{json.dumps(head)[:-1]},\n"images": [')
             _join(file.write, ({"id": number, **piece["image"]} for number, piece in _pieces(self.folder)))
             file.write('],\n"annotations": [')
-            _join(file.write, self._numbered())
+            _join(file.write, self._number_annotations())
             file.write("]}\n")
 
-    def _numbered(self) -> Iterator[dict[str, Any]]:
+    def _number_annotations(self) -> Iterator[dict[str, Any]]:
         count = 0
         for number, piece in _pieces(self.folder):
             for annotation in piece["annotations"]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dinoseg.core.shapes import Prediction
-from dinoseg.inference.memory import PassCost, described, free_bytes, measure
+from dinoseg.inference.memory import PassCost, describe_images, free_bytes, measure
 from dinoseg.inference.policy import Autocast, Policy, Seen
 from dinoseg.inference.rows import MemoryRows, Rows
 from dinoseg.inference.whole import Whole
@@ -95,7 +95,7 @@ class Auto(Policy):
         if pixels > self._feasible:
             return False
         self._feasible, self._too_many = 0.0, pixels
-        facts = f"inference=auto: not enough memory for {described(rows)} in one pass"
+        facts = f"inference=auto: not enough memory for {describe_images(rows)} in one pass"
         logger.warning("%s", self._message(facts, whole=False))
         return True
 
@@ -108,7 +108,7 @@ class Auto(Policy):
                 self._cost = self._cost or measure(model, min(self.windows.size), autocast)
                 need = self._cost.of(rows.count, self._input_size(model, rows), size)
                 facts = (
-                    f"inference=auto: {described(rows)} would need about {need / 2**30:.1f} GiB in one pass; "
+                    f"inference=auto: {describe_images(rows)} would need about {need / 2**30:.1f} GiB in one pass; "
                     f"{free / 2**30:.1f} GiB are available"
                 )
                 logger.info("%s", self._message(facts, whole=need <= free))

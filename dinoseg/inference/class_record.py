@@ -15,8 +15,8 @@ from dinoseg.utils.errors import UserError
 
 NAME = "classes.json"
 _FORM = forms.record(
-    classes=forms.listing(forms.text),
-    palette=forms.listing(forms.listing(forms.whole(0, 255), 3)),
+    classes=forms.list_of(forms.text),
+    palette=forms.list_of(forms.list_of(forms.whole(0, 255), 3)),
     ignore_index=forms.whole(0, 255),
     masks=forms.table(forms.plain),
     has_layers=forms.flag,

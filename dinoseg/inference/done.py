@@ -9,10 +9,10 @@ from dinoseg.data.video.access import first_file
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.files import stamp
-from dinoseg.utils.units import finished
+from dinoseg.utils.units import read_finished
 
 FOLDER = "predicted"  # in the run folder: NAME.json for each input with complete results
-_STAMP = forms.listing(forms.whole(), 4)
+_STAMP = forms.list_of(forms.whole(), 4)
 _FORM = forms.record(input=forms.text, stamp=_STAMP)
 
 
@@ -32,7 +32,7 @@ class DoneInputs:
         unfit = f"{source} is predicted again: the file has changed, or its results are missing."
         made_from = self._found[name] = self._made_from(source)
         return (
-            finished(
+            read_finished(
                 self._folder / f"{name}.json",
                 lambda note: forms.read_json(note, _FORM),
                 lambda noted: noted == made_from and all(result.exists() for result in results),

@@ -95,7 +95,7 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
 
     def infer(batch: _Batch) -> list[ImagePrediction]:
         try:
-            return predicted(batch)
+            return predict_batch(batch)
         except OutOfMemory as error:
             if len(batch.inputs) == 1:
                 run.failures.append(f"{batch.inputs[0].path}: {error}")
@@ -103,7 +103,7 @@ def segment_images(by: SegmentationSettings, images: Sequence[ImageInput], run: 
         alone = (_Batch([given], [image]) for given, image in zip(batch.inputs, batch.images, strict=True))
         return [prediction for single in alone for prediction in infer(single)]
 
-    def predicted(batch: _Batch) -> list[ImagePrediction]:
+    def predict_batch(batch: _Batch) -> list[ImagePrediction]:
         results = by.predictor.ids_and_probabilities(batch.images, probabilities=needs_probabilities)
         return [
             ImagePrediction(given.mask, given.path, image, *result)

@@ -43,7 +43,7 @@ class Probabilities:
 
     def write(self, prediction: ImagePrediction) -> None:
         """Write the array of one image."""
-        _save(self.folder / f"{prediction.name}.npy", _known(prediction).half())
+        _save(self.folder / f"{prediction.name}.npy", _require_probabilities(prediction).half())
 
     def finish(self) -> None:
         """Do nothing: each image is complete once written."""
@@ -61,7 +61,7 @@ class Confidence:
 
     def write(self, prediction: ImagePrediction) -> None:
         """Write the array and the PNG of one image."""
-        highest = _known(prediction).max(dim=0).values
+        highest = _require_probabilities(prediction).max(dim=0).values
         _save(self.folder / f"{prediction.name}.npy", highest.half())
         levels = (highest.clamp(0, 1) * 255).round().cpu().numpy().astype(np.uint8)
         write_png(self.folder / f"{prediction.name}.png", levels)
@@ -70,7 +70,7 @@ class Confidence:
         """Do nothing: each image is complete once written."""
 
 
-def _known(prediction: ImagePrediction) -> Tensor:
+def _require_probabilities(prediction: ImagePrediction) -> Tensor:
     assert prediction.probabilities is not None, "a writer that needs probabilities gets them"
     return prediction.probabilities
 

@@ -11,7 +11,7 @@ from dinoseg.data.clips.videos import picture_files
 from dinoseg.data.video.length import VIDEO_SUFFIXES
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import entries, found, is_pattern
+from dinoseg.utils.files import entries, find_files, is_pattern
 from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_image, read_size
 from dinoseg.utils.wording import count_of, join_names
 
@@ -58,7 +58,7 @@ class FolderReader:
         """Yield each frame."""
         return (read_image(self.path / file) for file in self._files)
 
-    def timed(self) -> Iterator[tuple[np.ndarray, None]]:
+    def timed_frames(self) -> Iterator[tuple[np.ndarray, None]]:
         """Yield each frame with None as its timestamp."""
         return ((frame, None) for frame in self)
 
@@ -108,7 +108,7 @@ def list_inputs(source: str, key: str = "input", suffixes: Sequence[str] = IMAGE
         nothing = f"The pattern {source} matches no image or video."
     else:
         raise UserError(f"File or folder not found: {key}={source}. Check the path. {accepted}")
-    media, unread = found(source, kinds), found(source, UNREAD_SUFFIXES)
+    media, unread = find_files(source, kinds), find_files(source, UNREAD_SUFFIXES)
     left_out = f"{count_of(unread, 'file')} of unsupported formats: {join_names([path.name for path in unread])}."
     if not media:
         raise UserError(f"{nothing} {accepted}{f' There are {left_out} Convert them to PNG.' if unread else ''}")

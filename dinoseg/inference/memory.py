@@ -75,13 +75,13 @@ def telling_shortage(rows: Rows) -> Iterator[None]:
         if not is_shortage(error):
             raise
         raise OutOfMemory(
-            f"Not enough memory to predict {described(rows)} ({reason_of(error)}). Free some; or set "
+            f"Not enough memory to predict {describe_images(rows)} ({reason_of(error)}). Free some; or set "
             "inference=windows, with a smaller inference.size or inference.batch_size=1; or predict fewer images at "
             "once; or set resolution.longest=N to reduce the images."
         ) from None
 
 
-def described(rows: Rows) -> str:
+def describe_images(rows: Rows) -> str:
     """Return number and size of the images in words."""
     images = f"{rows.count} images" if rows.count > 1 else "an image"
     return f"{images} of {rows.size[1]} x {rows.size[0]} (width x height)"
@@ -146,7 +146,7 @@ def measure(model: SegmentationModel, side: int, autocast: Autocast) -> PassCost
     """
     patch = model.patch_size / model.scale
     cells = max(1, round(side / patch / 2))
-    small, large = (_taken(model, round(number * patch), autocast) for number in (cells, 2 * cells))
+    small, large = (_measure_pass(model, round(number * patch), autocast) for number in (cells, 2 * cells))
     growth = (large.forward - small.forward) / large.forward
     squared = (large.forward - small.forward) / (large.pixels - small.pixels) if growth > _NOISE else 0.0
     forward = large.forward - squared * large.pixels
@@ -163,7 +163,7 @@ class _Taken(NamedTuple):
 
 
 @torch.no_grad()
-def _taken(model: SegmentationModel, side: int, autocast: Autocast) -> _Taken:
+def _measure_pass(model: SegmentationModel, side: int, autocast: Autocast) -> _Taken:
     device = next(model.parameters(), torch.empty(0)).device
     images = torch.zeros(1, model.backbone.channels, side, side, dtype=torch.uint8, device=device)
     with PeakBytes() as peak:

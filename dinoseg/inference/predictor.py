@@ -40,11 +40,9 @@ class Predictor:
         Raises:
             OutOfMemory: the images need more memory than is available.
         """
-        return (
-            self.run_bands(self._stacked(images), lambda bands: torch.cat([band.class_ids() for band in bands], dim=-2))
-            .cpu()
-            .numpy()
-        )
+        stack = self._stack_images(images)
+        ids = self.run_bands(stack, lambda bands: torch.cat([band.class_ids() for band in bands], dim=-2))
+        return ids.cpu().numpy()
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[np.ndarray]) -> Tensor:
@@ -54,7 +52,7 @@ class Predictor:
             OutOfMemory: the images need more memory than is available.
         """
         return self.run_bands(
-            self._stacked(images),
+            self._stack_images(images),
             lambda bands: torch.cat([band.probabilities() for band in bands], dim=2),
         )
 
@@ -125,5 +123,5 @@ class Predictor:
                 if not self.policy.spare(self.model, rows, size=size):
                     raise
 
-    def _stacked(self, images: Sequence[np.ndarray]) -> Tensor:
+    def _stack_images(self, images: Sequence[np.ndarray]) -> Tensor:
         return to_device(torch.from_numpy(np.stack(images)), self.device).permute(0, 3, 1, 2).contiguous()

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from dinoseg.report.progress import awaited
+from dinoseg.report.progress import measure_waits
 
 Read = TypeVar("Read")
 Done = TypeVar("Done")
@@ -101,14 +101,14 @@ class _Pipeline(Generic[Read, Done]):
             self._stop.set()
 
     def feed(self, read: Iterable[Read]) -> None:
-        for item in awaited(read, self.times["read"].append):
+        for item in measure_waits(read, self.times["read"].append):
             if not self._put(self._read, item):
                 return
         self._put(self._read, _End.END)
 
     def transform(self, infer: Callable[[Read], Done]) -> None:
         for item in self._items(self._read):
-            with self._timing("model"):
+            with self._measure_stage("model"):
                 done = infer(item)
             if not self._put(self._done, done):
                 return
@@ -116,12 +116,12 @@ class _Pipeline(Generic[Read, Done]):
 
     def drain(self, write: Callable[[Done], None]) -> None:
         for item in self._items(self._done):
-            with self._timing("write"):
+            with self._measure_stage("write"):
                 write(item)
             self.written += 1
 
     @contextmanager
-    def _timing(self, stage: str) -> Iterator[None]:
+    def _measure_stage(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.times[stage].append(time.perf_counter() - start)

@@ -66,13 +66,13 @@ class VideoReader:
             self._decoder.pixel_aspect,
             self._decoder.colour_tags,
         )
-        self.count = self._decoder.promised
+        self.count = self._decoder.declared_frames
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield each frame once; a second iteration continues where the first stopped."""
-        return (frame for frame, _ in self.timed())
+        return (frame for frame, _ in self.timed_frames())
 
-    def timed(self) -> Iterator[tuple[np.ndarray, Fraction | None]]:
+    def timed_frames(self) -> Iterator[tuple[np.ndarray, Fraction | None]]:
         """Yield each frame with its timestamp in seconds from the file's start; None if the file states no timestamp.
 
         Timestamps are exact multiples of `traits.tick`. If only rounding to the file's clock makes them uneven, they
@@ -80,14 +80,15 @@ class VideoReader:
         """
         while self._waiting or self._decoder.advance():
             self._waiting = False
-            frame, shown = self._decoder.rgb_image(), self._shown()
+            frame = self._decoder.rgb_image()
+            time = self._timestamp()
             if frame.shape[:2] != self.size:
                 raise UserError(
                     f"{self.path} changes its frame size from {self.size} to {frame.shape[:2]} (H, W) after "
                     f"{self.frames_read} frames. Cut it there, or re-encode it at one size."
                 )
             self.frames_read += 1
-            yield frame, shown
+            yield frame, time
         if self._decoder.is_truncated():
             raise UserError(f"{self.path} ends early: {self.frames_read} of {self.count} frames read. {REMEDY}")
 
@@ -111,7 +112,7 @@ class VideoReader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _shown(self) -> Fraction | None:
+    def _timestamp(self) -> Fraction | None:
         if self._decoder.time is None:
             return None
         time = self._decoder.time - self._decoder.start

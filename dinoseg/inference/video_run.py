@@ -96,7 +96,7 @@ def segment_video(
         writer = stack.enter_context(VideoWriter(target, reader.rate, reader.size, like=reader.traits))
         total = min(filter(None, (reader.count, options.frames)), default=None)
         bar = stack.enter_context(Bar(total=total, unit="frame", desc=reader.path.name))
-        frames: Iterable[_Frame] = islice(reader.timed(), options.frames)
+        frames: Iterable[_Frame] = islice(reader.timed_frames(), options.frames)
 
         def infer(batch: list[_Frame]) -> list[tuple[_Frame, _Result]]:
             images = [frame for frame, _ in batch]

@@ -114,7 +114,7 @@ class VideoWriter:
                 self._container.close()
             except FFmpegError as error:
                 reason = f"{error.strerror}; "
-            stored = self._stored()
+            stored = self._count_written_frames()
             if reason or self.frames_written == 0 or stored < self.frames_written:
                 raise self._unwritable(f"{reason}{stored} of {self.frames_written} frames arrived")
             os.replace(self._part, self.path)
@@ -145,7 +145,7 @@ class VideoWriter:
             codec.color_primaries, codec.color_trc, _ = like.colours
             codec.colorspace = self._matrix or _UNTOLD
 
-    def _stored(self) -> int:
+    def _count_written_frames(self) -> int:
         try:
             with av.open(f"file:{self._part}") as written:
                 return written.streams.video[0].frames

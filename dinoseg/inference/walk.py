@@ -16,7 +16,7 @@ _FOUND = WeakSet[Any]()  # functions with an lru_cache
 
 
 @contextmanager
-def walking() -> Iterator[PeakBytes]:
+def fake_tensor_mode() -> Iterator[PeakBytes]:
     """Create fake tensors within the block and count their bytes.
 
     If an `lru_cache` missed within the block (such as that of transformers' positions), it is cleared afterwards, since

@@ -99,8 +99,8 @@ class Windows(Policy):
             )
         if self.stride is not None and any(map(operator.gt, self.stride, self.size)):
             raise UserError(
-                f"inference.stride={_listed(self.stride)} leaves pixels between windows of {_listed(self.size)} that "
-                "no window covers. Give a stride of at most inference.size."
+                f"inference.stride={_format_pair(self.stride)} leaves pixels between windows of "
+                f"{_format_pair(self.size)} that no window covers. Give a stride of at most inference.size."
             )
         if multiple is not None and shortest is None:
             raise UserError(
@@ -108,7 +108,9 @@ class Windows(Policy):
                 "or leave inference.multiple out."
             )
         self.overlap, self.placement, self.weights, self.average = overlap, placement, weights, average
-        self.batch_size, self.turns, self.scales = batch_size, TURNS[flips], scales
+        self.batch_size = batch_size
+        self.turns = TURNS[flips]
+        self.scales = scales
         self.shortest, self.multiple = shortest, multiple
         self.antialias = resample == "antialias"
 
@@ -142,7 +144,7 @@ class Windows(Policy):
         passes: list[_Pass] = []
         streams: list[Iterator[Tensor]] = []
         for scale, turns in itertools.product(self.scales, views):
-            scaled = self._scaled(grid, scale)
+            scaled = self._size_at_scale(grid, scale)
             look = _Pass(self, model, autocast, turns, seen if not passes else None)
             at_scale = rows if scaled == rows.size else ResizedRows(rows, scaled, antialias=self.antialias)
             passes.append(look)
@@ -170,7 +172,7 @@ class Windows(Policy):
             return even_starts(length, side)
         return starts(length, side, self.stride[axis] if self.stride else max(1, round(side * (1 - self.overlap))))
 
-    def _scaled(self, grid: Size, scale: float) -> Size:
+    def _size_at_scale(self, grid: Size, scale: float) -> Size:
         """Return the (H, W) of images of size `grid` at a scale, enlarged to at most `_MAX_PIXELS` pixels."""
         if self.shortest is None:
             return backbone_size(grid, scale, None)
@@ -207,7 +209,7 @@ class _Pass:
             if mirrored[axis]:
                 along[axis] = [rows.size[axis] - side - start for start in reversed(along[axis])]
         profiles = [profile(side, self.windows.weights) for side in (height, width)]
-        totals = [covered(*given) for given in zip(rows.size, along, profiles, strict=True)]
+        totals = [sum_weights(*given) for given in zip(rows.size, along, profiles, strict=True)]
         held: Tensor | None = None  # (B, K, height, W), starting at row `top`
         top = 0
         cut = _cut(rows, along, (height, width))
@@ -220,26 +222,26 @@ class _Pass:
                 profiles, totals = ([part.to(scores) for part in parts] for parts in (profiles, totals))
             for (image, first, left), part in zip(places, scores, strict=True):
                 if first > top:
-                    yield _divided(held[:, :, : first - top], totals, top)
+                    yield _divide_by_weights(held[:, :, : first - top], totals, top)
                     rest = held[:, :, first - top :].clone()
                     held[:, :, : rest.shape[2]] = rest
                     held[:, :, rest.shape[2] :] = 0
                     top = first
                 held[image, :, :, left : left + width] += part * (profiles[0][:, None] * profiles[1])
         assert held is not None
-        yield _divided(held, totals, top)
+        yield _divide_by_weights(held, totals, top)
 
     def _scores(self, crops: Tensor, places: Sequence[Place], size: Size) -> Tensor:
         """Return the values to average (n, K, h, w) for crops (n, 3, h, w): the mean over `turns`."""
         total: Tensor | None = None
         for turn in self.turns:
             with self.autocast():
-                prediction = self.model(turned(crops, turn), reduce=False)
+                prediction = self.model(apply_turn(crops, turn), reduce=False)
             if self.seen is not None and turn == _AS_IT_IS:
                 self.seen(prediction, crops, places, size)
             self.mixture = self.windows.average == "probabilities" or prediction.mixture
             scores = prediction.scores() if self.windows.average == "scores" else _probabilities(prediction)
-            scores = turned_back(scores, turn)
+            scores = undo_turn(scores, turn)
             total = scores if total is None else total + scores
         assert total is not None
         return total if len(self.turns) == 1 else total / len(self.turns)
@@ -264,7 +266,7 @@ def profile(length: int, weights: str) -> Tensor:
     return torch.sin((torch.arange(length, dtype=torch.float64) + 0.5) * (math.pi / length))
 
 
-def covered(length: int, begins: Sequence[int], weights: Tensor) -> Tensor:
+def sum_weights(length: int, begins: Sequence[int], weights: Tensor) -> Tensor:
     """Return the summed window weights (length,) at each row or column."""
     total = torch.zeros(length, dtype=weights.dtype)
     for start in begins:
@@ -272,14 +274,14 @@ def covered(length: int, begins: Sequence[int], weights: Tensor) -> Tensor:
     return total
 
 
-def turned(images: Tensor, turn: Turn) -> Tensor:
+def apply_turn(images: Tensor, turn: Turn) -> Tensor:
     """Return images (..., H, W) transposed and flipped as `turn` states."""
     images = images.transpose(-1, -2) if turn[0] else images
     return images.flip([axis for axis, flips in zip((-2, -1), turn[1:], strict=True) if flips])
 
 
-def turned_back(images: Tensor, turn: Turn) -> Tensor:
-    """Invert `turned`."""
+def undo_turn(images: Tensor, turn: Turn) -> Tensor:
+    """Invert `apply_turn`."""
     images = images.flip([axis for axis, flips in zip((-2, -1), turn[1:], strict=True) if flips])
     return images.transpose(-1, -2) if turn[0] else images
 
@@ -297,7 +299,7 @@ def _pair(key: str, given: int | Sequence[int]) -> tuple[int, int]:
     return given[0], given[1]
 
 
-def _listed(pair: tuple[int, int]) -> str:
+def _format_pair(pair: tuple[int, int]) -> str:
     return str(pair[0]) if pair[0] == pair[1] else str(list(pair))
 
 
@@ -309,7 +311,7 @@ def _cut(rows: Rows, begins: Sequence[Sequence[int]], window: Size) -> Iterator[
             yield Place(image, top, left), strip[image, :, :, left : left + window[1]]
 
 
-def _divided(band: Tensor, totals: Sequence[Tensor], top: int) -> Tensor:
+def _divide_by_weights(band: Tensor, totals: Sequence[Tensor], top: int) -> Tensor:
     """Divide weighted sums (B, K, r, W) by their weights in-place; the band starts at row `top`."""
     # window weights are separable, and so are their sums over a grid of windows
     return band.div_(totals[0][top : top + band.shape[2], None]).div_(totals[1])

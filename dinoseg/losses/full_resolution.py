@@ -153,7 +153,7 @@ class _Tiles:
         scores = pixels.flatten(1)
         back: Callable[[Tensor], tuple[Tensor, ...]] = _as_it_is
         if len(parts) > 1:
-            scores, back = _mixed(scores, *(part[image] for part in parts[1:]), fixed=self.fixed)
+            scores, back = _mix_masks(scores, *(part[image] for part in parts[1:]), fixed=self.fixed)
         if self.extra is not None:
             scores = torch.cat([scores, self.extra(image, rows.pixels, columns.pixels).to(scores).flatten(1)])
         index = image, rows.pixels, columns.pixels
@@ -239,7 +239,7 @@ def _as_it_is(pulled: Tensor) -> tuple[Tensor, ...]:
     return (pulled,)
 
 
-def _mixed(masks: Tensor, shares: Tensor, *, fixed: bool) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+def _mix_masks(masks: Tensor, shares: Tensor, *, fixed: bool) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
     """Return the logits (K, N) of masks (Q, N), which are overwritten, and the gradient function.
 
     That function returns the gradients of masks and shares; for `fixed` masks the first one is not meaningful.

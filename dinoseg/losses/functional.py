@@ -387,14 +387,14 @@ def _value(
     _check_targets(targets, device, (images, classes), ignore_index, has_layers=has_layers)
     options = {name: _plain(name, value) for name, value in options.items()}
     if class_weights is None:
-        loss = _unweighted(kind, classes, device, ignore_index, **options)
+        loss = _unweighted_loss(kind, classes, device, ignore_index, **options)
     else:
         weights = torch.as_tensor(class_weights, dtype=torch.float32).detach()
         if weights.shape != (classes,):
             raise UserError(f"class_weights has the shape {list(weights.shape)}. Give one weight per class: {classes}.")
         if not (torch.isfinite(weights) & (weights >= 0)).all():
             raise UserError(f"class_weights={weights.tolist()}: give finite numbers that are not negative.")
-        loss = _made(kind, weights, ignore_index, options).to(device)
+        loss = _build_loss(kind, weights, ignore_index, options).to(device)
     batch = Batch.of_masks(targets)
     return loss(prediction, batch)[0]
 
@@ -409,15 +409,15 @@ def _plain(name: str, value: Any) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _unweighted(
+def _unweighted_loss(
     kind: Callable[..., Loss], num_classes: int, device: torch.device, ignore_index: int, **options: Any
 ) -> Loss:
     """Return a loss with equal class weights; made once, since a constructor reads the weights back from the device."""
     with torch.inference_mode(False):  # its tensors are reused in training
-        return _made(kind, torch.ones(num_classes), ignore_index, options).to(device)
+        return _build_loss(kind, torch.ones(num_classes), ignore_index, options).to(device)
 
 
-def _made(kind: Callable[..., Loss], weights: Tensor, ignore_index: int, options: Mapping[str, Any]) -> Loss:
+def _build_loss(kind: Callable[..., Loss], weights: Tensor, ignore_index: int, options: Mapping[str, Any]) -> Loss:
     known = {name: dict(value) if name == "factors" else value for name, value in options.items()}
     return kind(weights, ignore_index, **known)
 

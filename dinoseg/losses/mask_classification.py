@@ -47,12 +47,12 @@ class PointTargets:
     interpolation: Interpolation = "nearest"
 
     @property
-    def excluded(self) -> bool:
+    def excludes_ignored(self) -> bool:
         """Return whether ignored pixels count nowhere, rather than as background of all masks."""
         return self.ignored == "excluded"
 
     @property
-    def fading(self) -> bool:
+    def fades_outside(self) -> bool:
         """Return whether maps fade to 0 beyond the centres of the outermost cells, as in `grid_sample`."""
         return self.interpolation == "bilinear"
 
@@ -65,11 +65,12 @@ class PointTargets:
         """
         if self.interpolation == "nearest":
             ids = sample_labels(target, image, points)
-            shares, weights = ids[..., None] == classes[:, None], ids != UNLABELLED
-            return shares.to(dtype), (weights if self.excluded else torch.ones_like(weights)).to(dtype)
+            shares = ids[..., None] == classes[:, None]
+            weights = ids != UNLABELLED
+            return shares.to(dtype), (weights if self.excludes_ignored else torch.ones_like(weights)).to(dtype)
         shares = sample_membership(target, image, points, classes, dtype)
         weights = shares.new_ones(shares.shape[:2])
-        if self.excluded:
+        if self.excludes_ignored:
             labelled = (target != UNLABELLED).long()
             weights = sample_membership(labelled, image, points, classes.new_ones(len(classes), 1), dtype)[..., 0]
         return shares, weights
@@ -119,7 +120,7 @@ def match(
     costs = []
     for layer in layers:
         points = random_points(len(target), num_points, target.device)
-        logits = sample_logits(at_least_float32(layer.mask_logits), points, valid, fading=targets.fading)
+        logits = sample_logits(at_least_float32(layer.mask_logits), points, valid, fading=targets.fades_outside)
         parts = pair_costs(
             logits, layer.class_logits, class_ids, *targets.at(target, image, points, class_ids, logits.dtype)
         )
@@ -166,7 +167,7 @@ def pair_costs(
     }
 
 
-def occurring(target: Tensor, num_classes: int) -> Tensor:
+def present_classes(target: Tensor, num_classes: int) -> Tensor:
     """Return which classes occur (B, K) bool in each image of `target` (B, H, W)."""
     ids = target.flatten(1)
     present = torch.zeros(len(ids), num_classes + 1, dtype=torch.bool, device=ids.device)
@@ -178,7 +179,7 @@ def _present(target: Tensor, num_classes: int) -> Tensor:
 
     On a CPU, M is the maximum number of classes of any image; elsewhere it is K, since a count would synchronise.
     """
-    present = occurring(target, num_classes)
+    present = present_classes(target, num_classes)
     classes = torch.arange(num_classes, device=target.device).where(present, num_classes)
     if classes.device.type == "cpu":
         longest = int(present.sum(1).amax()) if len(classes) else 0
@@ -272,13 +273,15 @@ class MaskClassification(Loss):
             UserError: the head predicts no masks, or an image has more classes than the head has queries.
         """
         _, terms = self._of_layers(prediction, batch)
-        return self._summed(terms), {name: term.detach() for name, term in terms[0].items()}
+        return self._sum_terms(terms), {name: term.detach() for name, term in terms[0].items()}
 
     def divisors(self, batch: Batch) -> Tensor:
         """Return (3,): number of target masks, their summed class weights, and number of images with a class loss."""
         target = labels(to_device(batch.mask, self.weight.device), self.ignore_index)
-        present = occurring(target, len(self.weight))
-        images = present.any(1).sum() if self.targets.excluded else present.new_full((), len(present), dtype=torch.long)
+        present = present_classes(target, len(self.weight))
+        images = present.new_full((), len(present), dtype=torch.long)
+        if self.targets.excludes_ignored:
+            images = present.any(1).sum()
         return torch.stack([present.sum(), (present * self.weight).sum(), images])
 
     def step_loss(
@@ -293,8 +296,8 @@ class MaskClassification(Loss):
             *(self._query_weight(counts, outputs.class_logits) for counts in (batch_divisors, divisors))
         )
         shares = {"class": of_queries, "mask": of_masks, "dice": of_masks}
-        part = self._summed([{name: shares[name] * term for name, term in each.items()} for each in terms])
-        return part, self._summed(terms).detach(), {name: term.detach() for name, term in terms[0].items()}
+        part = self._sum_terms([{name: shares[name] * term for name, term in each.items()} for each in terms])
+        return part, self._sum_terms(terms).detach(), {name: term.detach() for name, term in terms[0].items()}
 
     def _query_weight(self, counts: Tensor, class_logits: Tensor) -> Tensor:
         """Return the summed weights () of all queries, given `divisors` (3,)."""
@@ -302,7 +305,7 @@ class MaskClassification(Loss):
         _, queries, columns = class_logits.shape
         return weight + self.no_object * (images * queries - masks) if columns > len(self.weight) else weight
 
-    def _summed(self, terms: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    def _sum_terms(self, terms: Sequence[Mapping[str, Tensor]]) -> Tensor:
         return torch.stack([self.factors[name] * each[name] for each in terms for name in TERMS]).sum()
 
     def _of_layers(self, prediction: Prediction, batch: Batch) -> tuple[MaskOutputs, list[dict[str, Tensor]]]:
@@ -330,7 +333,8 @@ class MaskClassification(Loss):
         masks = at_least_float32(layer.mask_logits[matched.image, query])  # (N, h, w)
         if not len(masks):
             return {"class": class_term, "mask": masks.sum(), "dice": masks.sum()}
-        excluded, fading = self.targets.excluded, self.targets.fading
+        excluded = self.targets.excludes_ignored
+        fading = self.targets.fades_outside
         points = uncertain_points(
             masks.detach(), target, matched.image, valid, excluded=excluded, fading=fading, **self.sampling
         )
@@ -350,7 +354,7 @@ class MaskClassification(Loss):
         if logits.shape[-1] == num_classes + 1:
             weights = torch.cat([weights, weights.new_full((1,), self.no_object)])
             unmatched = num_classes
-        default = UNLABELLED if self.targets.excluded else unmatched
+        default = UNLABELLED if self.targets.excludes_ignored else unmatched
         wanted = torch.full(logits.shape[:2], default, device=logits.device)
         wanted.index_fill_(0, matched.image, unmatched)  # indexed assignment synchronises with CUDA in torch 2.11
         wanted[matched.image, query] = matched.wanted

@@ -34,7 +34,7 @@ class Hardest:
     share: float = 1.0
 
     @torch.no_grad()
-    def selected(self, costs: Tensor, labelled: Tensor) -> Tensor:
+    def select_pixels(self, costs: Tensor, labelled: Tensor) -> Tensor:
         """Return the selected pixels (B, H, W) bool by their losses; NaN losses are selected too."""
         least = torch.full_like(costs[:, :1, :1], torch.inf)
         for row, (row_costs, known) in enumerate(zip(costs, labelled, strict=True)):
@@ -100,7 +100,7 @@ class PixelMean(Loss):
         weights = None
         if self.hardest.share < 1:
             costs = pixel_values(prediction, batch, self.ignore_index, lambda *tile: self.pixel_cost(*tile)[0])
-            weights = self.hardest.selected(costs, batch.mask != self.ignore_index).to(costs.dtype)
+            weights = self.hardest.select_pixels(costs, batch.mask != self.ignore_index).to(costs.dtype)
         total, weight = pixel_sums(
             prediction, batch, self.ignore_index, self._sums, weights=weights, first_alone=True, form=self.kernel()
         )

@@ -59,7 +59,7 @@ class WeightedSum(Loss):
         """
         prediction = _scoring_once(prediction)
         terms = [loss(prediction, batch) for loss in self._terms]
-        value, parts = self._summed([(value, value.detach(), term_parts) for value, term_parts in terms])
+        value, parts = self._sum_terms([(value, value.detach(), term_parts) for value, term_parts in terms])
         first = terms[0][1]
         return value, parts if self.num_divisors > 1 or "weight" not in first else {"weight": first["weight"], **parts}
 
@@ -81,13 +81,13 @@ class WeightedSum(Loss):
             loss.step_loss(prediction, batch, loss_divisors)
             for loss, loss_divisors in zip(self._terms, given, strict=True)
         ]
-        part, parts = self._summed(terms)
+        part, parts = self._sum_terms(terms)
         alone = torch.stack(
             [factor * value for factor, (_, value, _) in zip(self.factors.values(), terms, strict=True)]
         )
         return part, alone.sum(), parts
 
-    def _summed(self, terms: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _sum_terms(self, terms: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of the terms' first values, and their second values and parts by name."""
         parts: dict[str, Tensor] = {}
         for name, (_, alone, term_parts) in zip(self.factors, terms, strict=True):

@@ -76,7 +76,7 @@ def reliability(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0
         labels: (N,) ids below K.
         temperature: divisor of the logits.
     """
-    scaled = _scaled(logits, 1 / temperature)
+    scaled = _scale_logits(logits, 1 / temperature)
     confidence = 1 / np.exp(scaled).sum(axis=1)  # probability of the largest logit, shifted to 0
     correct = logits.argmax(axis=1) == labels
     # bins include their upper end, so a confidence of 1 is in the last one
@@ -88,7 +88,7 @@ def reliability(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> float:
     """Return the mean negative log-likelihood (nats) of labels (N,) under logits (N, K) divided by a temperature."""
-    scaled = _scaled(logits, 1 / temperature)
+    scaled = _scale_logits(logits, 1 / temperature)
     of_label = scaled[np.arange(len(labels)), labels]
     return float((np.log(np.exp(scaled).sum(axis=1)) - of_label).mean())
 
@@ -112,7 +112,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(-found.x))
 
 
-def _scaled(logits: np.ndarray, factor: float) -> np.ndarray:
+def _scale_logits(logits: np.ndarray, factor: float) -> np.ndarray:
     """Return logits (N, K) as float64, shifted to a maximum of 0 and multiplied by a factor."""
     precise = logits.astype(np.float64)
     return factor * (precise - precise.max(axis=1, keepdims=True))

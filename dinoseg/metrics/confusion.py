@@ -64,7 +64,8 @@ class ConfusionMatrix:
         _check_class_ids(prediction, mask)
         if mask.device.type == "cpu" and prediction.dtype == mask.dtype == torch.uint8:
             pairs = _pairs(prediction.reshape(-1), mask.reshape(-1))
-            added, references = self._folded(pairs), pairs.sum(1).nonzero()
+            added = self._count_pairs(pairs)
+            references = pairs.sum(1).nonzero()
         else:
             references = mask.reshape(-1).long()
             bins = self._bins(prediction.reshape(-1).long(), references)
@@ -84,7 +85,7 @@ class ConfusionMatrix:
         bins = bins.where(~unknown, size**2 + 1)
         return bins.where(mask != self.ignore_index, size**2)
 
-    def _folded(self, pairs: Tensor) -> Tensor:
+    def _count_pairs(self, pairs: Tensor) -> Tensor:
         """Return the contribution of (256, 256) pairs of ids to `counts`."""
         every = torch.arange(256)
         bins = self._bins(every.repeat(256), every.repeat_interleave(256))

@@ -42,7 +42,7 @@ def parts(matrix: np.ndarray, scored: Sequence[int]) -> tuple[np.ndarray, np.nda
     return hits, block.sum(-2) - hits, rows.sum(-1) - hits
 
 
-def grouped(matrix: np.ndarray, groups: np.ndarray) -> np.ndarray:
+def group_counts(matrix: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Return the counts (..., G, G) of a matrix (..., N, N) whose id i belongs to group `groups[i]`."""
     members = np.eye(int(groups.max()) + 1, dtype=matrix.dtype)[:, groups]  # (G, N)
     return members @ matrix @ members.T

@@ -174,7 +174,7 @@ def expected_calibration_error(
     """
     if not 0 < temperature < math.inf:
         raise UserError(f"temperature={temperature}: give a number above 0.")
-    found = calibration.reliability(*_labelled(logits, targets, ignore_index), temperature).ece
+    found = calibration.reliability(*_select_labelled(logits, targets, ignore_index), temperature).ece
     return float("nan") if found is None else found
 
 
@@ -197,7 +197,7 @@ def fit_temperature(logits: Values, targets: Values, *, ignore_index: int = 255)
         >>> round(fit_temperature(logits, torch.tensor([[[0, 0, 0, 1]]])), 2)
         3.64
     """
-    return calibration.fit_temperature(*_labelled(logits, targets, ignore_index))
+    return calibration.fit_temperature(*_select_labelled(logits, targets, ignore_index))
 
 
 def _score(name: str, predictions: Values, targets: Values, num_classes: int, ignore_index: int) -> float:
@@ -207,7 +207,7 @@ def _score(name: str, predictions: Values, targets: Values, num_classes: int, ig
     return float("nan") if found is None else found
 
 
-def _labelled(logits: Values, targets: Values, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
+def _select_labelled(logits: Values, targets: Values, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the logits (N, K) and ids (N,) of labelled pixels."""
     logits, targets = as_tensor(logits, "logits"), _as_ids(targets, "targets")
     ignore_index = whole_number(ignore_index, "ignore_index", INTEGERS)
@@ -216,7 +216,8 @@ def _labelled(logits: Values, targets: Values, ignore_index: int) -> tuple[np.nd
             f"Logits {list(logits.shape)} and targets {list(targets.shape)} do not fit. Give (B, K, H, W) and "
             "(B, H, W)."
         )
-    rows, ids = logits.detach().movedim(1, -1).flatten(0, 2), targets.flatten().long()
+    rows = logits.detach().movedim(1, -1).flatten(0, 2)
+    ids = targets.flatten().long()
     known = ids != ignore_index
     rows, ids = rows[known], ids[known]
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < rows.shape[1]:

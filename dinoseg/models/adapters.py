@@ -335,14 +335,15 @@ def quantise(backbone: Backbone, bits: int) -> None:
         for name, part in list(block.named_modules()):
             if isinstance(part, nn.Linear) and part not in uncalled:
                 parent, _, child = name.rpartition(".")
-                setattr(block.get_submodule(parent), child, _quantised(part, bits))
+                setattr(block.get_submodule(parent), child, _quantise_linear(part, bits))
 
 
-def _quantised(linear: nn.Linear, bits: int) -> nn.Module:
+def _quantise_linear(linear: nn.Linear, bits: int) -> nn.Module:
     _quiet()
     import bitsandbytes as bnb
 
-    size, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    size = (linear.in_features, linear.out_features)
+    bias = linear.bias is not None
     new: Any
     if bits == 4:
         new = bnb.nn.Linear4bit(

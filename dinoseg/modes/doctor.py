@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.doctor.errors import home_made, scanned
+from dinoseg.data.doctor.errors import describe_split, home_made
 from dinoseg.data.doctor.examine import examine, summary
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.formats.idd_files import home_made_files
@@ -20,7 +20,7 @@ from dinoseg.data.scan.measure import Record, measure_sample
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.experiment.builder import Builder
 from dinoseg.report.html.page import render
-from dinoseg.report.overlay import blend, legend_of, reduced, reduced_mask
+from dinoseg.report.overlay import blend, downscale, downscale_mask, legend_of
 from dinoseg.utils.atomic import write_json, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.levels import to_display
@@ -62,7 +62,7 @@ def doctor(
     build = Builder(cfg)
     datasets, findings = _open_splits(build, str(cfg.data.root))
     splits = [
-        scanned(split, data, _records(split, data, images=images, workers=workers, cache_dir=cfg.cache_dir))
+        describe_split(split, data, _records(split, data, images=images, workers=workers, cache_dir=cfg.cache_dir))
         for split, data in datasets.items()
     ]
     name = cfg.choices.data
@@ -115,7 +115,8 @@ def _printable(value: Any) -> Any:
 
 def _open_splits(build: Builder, root: str) -> tuple[dict[str, DoctorData], list[Finding]]:
     """Return the splits that can be listed, with findings for the others and for incomplete pairs."""
-    reader, name = build.reader(), build.options["data"]
+    reader = build.reader()
+    name = build.options["data"]
     datasets: dict[str, DoctorData] = {}
     findings = []
     for split in _SPLITS:
@@ -138,14 +139,14 @@ def _open_splits(build: Builder, root: str) -> tuple[dict[str, DoctorData], list
             continue
         datasets[split] = data
         if isinstance(data, PairDataset) and data.lacking:
-            findings.append(_lacking(split, data))
+            findings.append(_report_incomplete_pairs(split, data))
     if name.startswith("idd") and not datasets:
         if files := home_made_files(Path(root).expanduser()):
             findings.append(home_made(files, name))
     return datasets, findings
 
 
-def _lacking(split: str, data: PairDataset) -> Finding:
+def _report_incomplete_pairs(split: str, data: PairDataset) -> Finding:
     return Finding(
         "error",
         "no_whole_pair",
@@ -257,7 +258,7 @@ def _of_classes(splits: Sequence[Scanned]) -> Iterator[tuple[tuple[str, str], st
 
 def _draw_pair(frame: np.ndarray, mask: np.ndarray, data: DoctorData) -> dict[str, Any]:
     """Return an image, its mask over it, and the legend of the classes, downscaled."""
-    frame, mask = reduced(frame, _LONGEST), reduced_mask(mask, _LONGEST)
+    frame, mask = downscale(frame, _LONGEST), downscale_mask(mask, _LONGEST)
     tinted = blend(frame, mask, data.palette, ignore_index=data.ignore_index, opacity=0.6)
     legend = legend_of([mask], data.classes, data.palette, ignore_index=data.ignore_index)
     return {"panels": [("image", frame), ("mask", tinted)], "legend": legend}

@@ -65,7 +65,7 @@ def plan(
     search = FitSearch(recipe, target)
     whole = search.as_it_is
     _print_step(whole, target)
-    found = _found(search)
+    found = _require_fit(search)
     command = _command(out_dir, found.words)
     _print_changes(found, target, command)
     duration = None if tflops is None else _duration(build, found, target, tflops)
@@ -110,9 +110,9 @@ def _target(build: Builder, memory: str | float | None, device: str | None) -> T
     return Target(kind, round(free), bf16=engine.half, world_size=world_size)
 
 
-def _found(search: FitSearch) -> Fit:
-    found = search.found()
-    if found is None:
+def _require_fit(search: FitSearch) -> Fit:
+    fit = search.find_fit()
+    if fit is None:
         least, target = search.smallest, search.target
         with_all = " ".join(map(str, least.changes)) or "without changes"
         raise UserError(
@@ -120,7 +120,7 @@ def _found(search: FitSearch) -> Fit:
             f"{_as_gib(least.need)}. Choose a smaller resolution.crop or resolution.scale, a smaller backbone, or an "
             "adapter that trains less: lora, qlora or frozen."
         )
-    return found
+    return fit
 
 
 def _print_step(fit: Fit, target: Target) -> None:

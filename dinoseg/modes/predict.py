@@ -15,7 +15,6 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.video.access import VideoFrame, first_file
 from dinoseg.experiment.builder import SPLITS, Builder
-from dinoseg.experiment.models import PIXELS
 from dinoseg.experiment.score_classes import FOLDER, mask_keys
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trained import Trained, find_trained_sizes, load_trained, longest_is_typed
@@ -78,13 +77,16 @@ def predict(
     check_outputs(outputs)
     build = Builder(cfg)
     split = _split_data(build, input)
-    images, videos = _found(input, build.pixels.suffixes) if split is None else (_images_of(split, str(input)), [])
+    images, videos = (
+        _find_inputs(input, build.pixels.suffixes) if split is None else (_images_of(split, str(input)), [])
+    )
     if videos:
         check_rgb(build.pixels, f"the video {videos[0].path}")
         check_frame_outputs(outputs, str(videos[0].path))
     if not images:
         check_any(videos, batch_size)
-    folder, options = Path(out_dir), VideoOptions(masks is True, frames, tuple(outputs))
+    folder = Path(out_dir)
+    options = VideoOptions(masks is True, frames, tuple(outputs))
     trained = load_trained(build)
     _refuse_slots(trained, build.resume)
     extra = {"outputs": list(outputs), "shapes": asdict(shapes)} if outputs else {}
@@ -116,11 +118,11 @@ def predict(
         ) from error
     _check_failures(run, len(images) + len(videos))
     reference = None if split is None else folder / REFERENCES
-    print("\n".join(_written(run, totals, masks is True, outputs, reference, by.layers)))
+    print("\n".join(_summary_lines(run, totals, masks is True, outputs, reference, by.layers)))
     return {**totals, "run": str(out_dir)}
 
 
-def _found(source: str | int, suffixes: Sequence[str]) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
+def _find_inputs(source: str | int, suffixes: Sequence[str]) -> tuple[list[tuple[Path, str]], list[VideoInput]]:
     """Return the images with the names of their results, and the videos, that an input refers to."""
     paths = list_inputs(str(source), suffixes=suffixes)
     named = list(zip(paths, result_names(paths), strict=True))
@@ -177,7 +179,10 @@ def _settings(build: Builder, options: dict[str, Any], folder: Path) -> dict[str
     model = {key: build.settings(key) for key in _SETTINGS if build.value(key) is not None}
     # a typed size also applies to large images, even if it equals that of the checkpoint
     typed = {"resolution.longest on the command line": True} if longest_is_typed(folder) else {}
-    pixels = {PIXELS[name]: value for name, value in build.pixels.as_dict().items()}
+    pixels = {
+        "data.channels" if name == "channels" else f"data.pixels.{name}": value
+        for name, value in build.pixels.as_dict().items()
+    }
     return {"resume": build.resume, "stamp": weights, **model, **pixels, **typed, "mode": options}
 
 
@@ -242,7 +247,7 @@ def _log(what: str, passed: Throughput, count: str) -> None:
         logger.info("%s: %s", what, report)
 
 
-def _written(
+def _summary_lines(
     run: ImageRun,
     totals: Mapping[str, Any],
     video_masks: bool,

@@ -96,7 +96,7 @@ def _model(build: Builder, layers: Sequence[int] | None) -> tuple[SegmentationMo
     blocks = sorted({*alone, *together})
     sets = dict.fromkeys([*((block,) for block in sorted(alone)), tuple(together)])
     readings = {"+".join(map(str, each)): [blocks.index(block) for block in each] for each in sets}
-    backbone = build.changed({"backbone": {"layers": blocks}}).backbone()
+    backbone = build.with_changes({"backbone": {"layers": blocks}}).backbone()
     head = LinearHead(backbone.dim, backbone.num_layers, build.value("data.num_classes"))
     sizes = {key: build.value(f"resolution.{key}") for key in ("scale", "longest")}
     return SegmentationModel(backbone, head, **sizes), readings

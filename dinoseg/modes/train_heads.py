@@ -35,7 +35,7 @@ from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.cost import COST, cost_of
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
-from dinoseg.training.loading import Checkpoint, bounded
+from dinoseg.training.loading import Checkpoint, limit_model_size
 from dinoseg.training.multi_head import (
     HeadClipping,
     MultiHeadCheckpointer,
@@ -105,7 +105,7 @@ def train_heads(
         experiment = Experiment(
             model,
             MultiHeadLoss(next(iter(heads.values())).loss),  # the config has one loss for all heads
-            MultiHeadDataModule(**task.data_module.given),
+            MultiHeadDataModule(**task.data_module.constructor_kwargs),
             optimizer,
             schedule,
             engine,
@@ -148,7 +148,7 @@ def _build_heads(
 ) -> tuple[Backbone, dict[str, HeadParts]]:
     """Return the shared backbone and the heads by name, each with the parts of a run of its own."""
     runs = {}
-    with bounded(f"resume={build.resume}") if start else nullcontext():
+    with limit_model_size(f"resume={build.resume}") if start else nullcontext():
         for name, builder in solo_builders(build).items():
             runs[name] = TrainingRun(builder, out_dir / checkpoint.HEADS / name, task, engine)
             if start is not None:

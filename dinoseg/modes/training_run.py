@@ -37,7 +37,7 @@ from dinoseg.training.optim import Schedule, warn_of_long_warmup
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.units import finished
+from dinoseg.utils.units import read_finished
 from dinoseg.utils.wording import count_of, format_override, format_value, join_names
 
 logger = logging.getLogger(__name__)
@@ -64,9 +64,9 @@ def write_split(out_dir: Path, split: Mapping[str, Sequence[str]]) -> None:
 
 
 def _read_split(path: Path) -> dict[str, list[str]] | None:
-    return finished(
+    return read_finished(
         path,
-        lambda path: forms.read_json(path, forms.table(forms.listing(forms.text))),
+        lambda path: forms.read_json(path, forms.table(forms.list_of(forms.text))),
         damaged="%s is damaged (%s): cannot check whether the data has changed since this run started.",
     )
 

@@ -22,7 +22,7 @@ def voc_palette() -> tuple[tuple[int, int, int], ...]:
     )
 
 
-def indexed(ids: np.ndarray, palette: Palette | None = None) -> Image.Image:
+def palette_image(ids: np.ndarray, palette: Palette | None = None) -> Image.Image:
     """Return ids (H, W) uint8 as a palette image; the default palette is PASCAL VOC's."""
     picture = Image.fromarray(ids)
     picture.putpalette([level for colour in palette or voc_palette() for level in colour])
@@ -32,7 +32,7 @@ def indexed(ids: np.ndarray, palette: Palette | None = None) -> Image.Image:
 def write_indexed_png(path: str | Path, ids: np.ndarray, palette: Palette | None = None) -> None:
     """Write ids (H, W) uint8 atomically as a palette PNG; the default palette is PASCAL VOC's."""
     with atomic_file(Path(path)) as part:
-        indexed(ids, palette).save(part, format="PNG", compress_level=1)
+        palette_image(ids, palette).save(part, format="PNG", compress_level=1)
 
 
 def _channel(bits: int) -> int:

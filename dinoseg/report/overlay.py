@@ -71,8 +71,8 @@ def compare(
     Frames with more than `longest` pixels on their longer side are downscaled to `longest`.
     """
     masks = {"prediction": prediction} | ({} if reference is None else {"reference": reference})
-    frame = reduced(to_display(frame), longest)
-    masks = {caption: reduced_mask(mask, longest) for caption, mask in masks.items()}
+    frame = downscale(to_display(frame), longest)
+    masks = {caption: downscale_mask(mask, longest) for caption, mask in masks.items()}
     panels = [("frame", frame)]
     for caption, mask in masks.items():
         tinted = blend(frame, mask, palette, ignore_index=ignore_index, opacity=opacity)
@@ -81,7 +81,7 @@ def compare(
     return side_by_side(panels, legend)
 
 
-def reduced(pixels: np.ndarray, longest: int | None) -> np.ndarray:
+def downscale(pixels: np.ndarray, longest: int | None) -> np.ndarray:
     """Return a frame (H, W, 3), or ids (H, W) without mixing them, downscaled to at most `longest` pixels a side."""
     import cv2
 
@@ -93,9 +93,9 @@ def reduced(pixels: np.ndarray, longest: int | None) -> np.ndarray:
     return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if pixels.ndim == 3 else cv2.INTER_NEAREST))
 
 
-def reduced_mask(mask: np.ndarray, longest: int | None) -> np.ndarray:
-    """Return ids (H, W) or layers (K, H, W) downscaled as `reduced` does."""
-    return reduced(mask, longest) if mask.ndim == 2 else np.stack([reduced(layer, longest) for layer in mask])
+def downscale_mask(mask: np.ndarray, longest: int | None) -> np.ndarray:
+    """Return ids (H, W) or layers (K, H, W) downscaled as `downscale` does."""
+    return downscale(mask, longest) if mask.ndim == 2 else np.stack([downscale(layer, longest) for layer in mask])
 
 
 def legend_of(
@@ -148,7 +148,7 @@ def side_by_side(panels: Sequence[tuple[str, np.ndarray]], legend: Legend = ()) 
     return np.asarray(canvas)
 
 
-def stacked(strips: Sequence[np.ndarray]) -> np.ndarray:
+def stack_vertically(strips: Sequence[np.ndarray]) -> np.ndarray:
     """Stack images (H, W, 3) vertically on white, aligned to the left."""
     width = max(strip.shape[1] for strip in strips)
     return np.concatenate(

@@ -19,7 +19,7 @@ def has_bar() -> bool:
     return IN_NOTEBOOK or sys.stderr.isatty()
 
 
-def awaited(
+def measure_waits(
     items: Iterable[T], tell: Callable[[float], None], clock: Callable[[], float] = time.perf_counter
 ) -> Iterator[T]:
     """Yield from `items`, and pass the waiting time for each item, in seconds, to the callback."""

@@ -180,7 +180,7 @@ def decode_video(channel: Channel) -> None:
             ratios = {"rate": reader.rate, "tick": traits.tick, "aspect": traits.aspect}
             known = {name: ratio.as_integer_ratio() for name, ratio in ratios.items()}
             channel.send({"size": reader.size, "count": reader.count, "colours": traits.colours, **known})
-            for frame, time in reader.timed():
+            for frame, time in reader.timed_frames():
                 shown = None if time is None else time.as_integer_ratio()
                 channel.send({"time": shown}, np.ascontiguousarray(frame).data.cast("B"))
         channel.send({"end": True})

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dinoseg.core.shapes import Palette
 from dinoseg.data.classes.labels import Labels
-from dinoseg.report.indexed import indexed
+from dinoseg.report.indexed import palette_image
 from dinoseg.report.overlay import blend
 from dinoseg.report.palette import lookup_table
 
@@ -85,7 +85,7 @@ class MaskEditor:
 def encode_mask(mask: np.ndarray, palette: Palette, **options: Any) -> bytes:
     """Encode class ids (H, W) uint8 as a PNG with a palette; `options` are Pillow's."""
     file = io.BytesIO()
-    indexed(mask, palette).save(file, format="PNG", compress_level=1, **options)
+    palette_image(mask, palette).save(file, format="PNG", compress_level=1, **options)
     return file.getvalue()
 
 

@@ -33,7 +33,7 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
     if file is not None:
         if source.resume is not None:
             raise UserError(f"mode.model={file} and resume={source.resume} both name a model: give one of them.")
-        opened = _opened(source, out_dir, file)
+        opened = _open_model(source, out_dir, file)
         check_rgb(opened.facts.format, "an upload")
         if opened.runtime.has_layers:
             raise UserError(
@@ -60,7 +60,7 @@ def tracker_maker(make: Callable[..., Tracker], model: Model) -> Callable[[], Tr
     return partial(make, backbone, device=predictor.device, autocast=predictor.autocast, batch_size=_BATCH)
 
 
-def _opened(source: ModelSource, out_dir: Path, file: str) -> Model:
+def _open_model(source: ModelSource, out_dir: Path, file: str) -> Model:
     """Open a one-file model with the settings that it stores; a delta's weights may be given on the command line."""
     typed = {word.lstrip("+").partition("=")[0] for word in command_line(out_dir)}
     weights = {part: source.settings(part)["weights"] for part in ("backbone", "head") if f"{part}.weights" in typed}

@@ -9,7 +9,7 @@ import cv2
 from dinoseg.report.progress import Bar
 from dinoseg.utils.atomic import remove_parts
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.locks import locked
+from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.workers import in_processes
 
 
@@ -39,7 +39,7 @@ def render_videos(
         UserError: raised by `find`; or the disk is full or not writable.
     """
     try:
-        with locked(root / _LOCK):
+        with hold_lock(root / _LOCK):
             remove_parts(root, "*/.*.part")
             videos = find()
             with Bar(total=total, initial=total - len(videos), desc="render", unit="video") as bar:
@@ -53,7 +53,7 @@ def render_videos(
         ) from error
 
 
-def missing(
+def find_missing(
     root: Path, videos: Iterable[Video], existing: Iterable[Path], description: Callable[[Path], Any], what: str
 ) -> list[Video]:
     """Return the videos that are not written yet.

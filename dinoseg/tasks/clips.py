@@ -27,7 +27,7 @@ from dinoseg.experiment.trained import Trained
 from dinoseg.metrics.clustering import contingency
 from dinoseg.metrics.protocols.video_clustering import VideoClustering
 from dinoseg.models.model import SegmentationModel
-from dinoseg.report.overlay import blend, reduced, side_by_side, stacked
+from dinoseg.report.overlay import blend, downscale, side_by_side, stack_vertically
 from dinoseg.report.palette import default_palette
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.tracking.slots.tracker import SlotFactory
@@ -210,14 +210,14 @@ def clip_strip(
     """
     shown = evenly_spaced(len(frames), _SHOWN)
     palette = default_palette(255)
-    small = {number: reduced(frames[number], longest) for number in shown}
+    small = {number: downscale(frames[number], longest) for number in shown}
     rows = [[(f"frame {number}", frame) for number, frame in small.items()]]
     for caption, masks in (("segments", segments), ("reference", references)):
         if masks is not None:
-            ids = [reduced(masks[number], longest) for number in shown]
+            ids = [downscale(masks[number], longest) for number in shown]
             tinted = [blend(*pair, palette, opacity=0.6) for pair in zip(small.values(), ids, strict=True)]
             rows.append([(caption, picture) for picture in tinted])
-    return stacked([side_by_side(row) for row in rows])
+    return stack_vertically([side_by_side(row) for row in rows])
 
 
 class ClipTask(TrainingTask):

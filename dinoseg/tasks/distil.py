@@ -237,10 +237,10 @@ def _parts(
     scores: CachedScores, data_module: ImageDataModule, batches: Iterator[Batch | LazyFeatureBatch], start: int
 ) -> Iterator[Part]:
     """Yield the batches of a feed, with a function for each sample that returns the teacher's scores."""
-    drawn = data_module.drawn
+    views = data_module.train_views
 
     def later(epoch: int, sample: int) -> Look:
-        return partial(scores.look, drawn, epoch, sample)
+        return partial(scores.look, views, epoch, sample)
 
     order = {
         "batch_size": data_module.batch_size,
@@ -249,7 +249,7 @@ def _parts(
         "rank": data_module.rank,
         "world_size": data_module.world_size,
     }
-    return map(Part, batches, sample_batches(later, list, len(drawn.data), **order))
+    return map(Part, batches, sample_batches(later, list, len(views.data), **order))
 
 
 def _mask(data: SegmentationData, index: int) -> np.ndarray:
@@ -296,13 +296,15 @@ class DistillationTask(ImageTask):
     def open(self, engine: Engine, *, pictures: int = 0) -> None:
         """List the images with masks and those without, and check the teacher."""
         super().open(engine, pictures=pictures)
-        parts, train = self.parts, self.data_module.train
+        parts = self.parts
+        train = self.data_module.train
         self._teacher = teacher = Teacher(parts, engine, train)
-        root, cap = parts.cache_dir / TEACHERS, cap_of(**parts.arguments(cap_of, {"gib": "features.gib"}))
+        root = parts.cache_dir / TEACHERS
+        cap = cap_of(**parts.arguments(cap_of, {"gib": "features.gib"}))
         store = DiskStore(root, origin(root, teacher.parts), "float16", cap)
         scores = CachedScores(teacher, store, len(train.classes))
         others = self._others()
-        self.data_module = DistillationDataModule(**self.data_module.given, scores=scores, others=others)
+        self.data_module = DistillationDataModule(**self.data_module.constructor_kwargs, scores=scores, others=others)
         without = 0 if others is None else len(others.train)
         values = count_of(len(train), "training image"), without, self._given, root
         logger.info("%s with masks, %s without; teacher %s, whose scores are cached in %s", *values)

@@ -144,8 +144,8 @@ class SmoothingTracker(Tracker):
             smoothed = mask
             if self._share:
                 probabilities = _probabilities(frame, prediction.mixture)
-                smoothed = self._smoothed(mask, probabilities, cells, prediction.valid)
-            masks.append(self._counted(mask, smoothed))
+                smoothed = self._smooth_mask(mask, probabilities, cells, prediction.valid)
+            masks.append(self._count_changes(mask, smoothed))
         return masks
 
     def flicker(self) -> dict[str, float]:
@@ -179,7 +179,7 @@ class SmoothingTracker(Tracker):
         counts = state["counts"].tolist() if state else [0, 0, 0]
         self._changed, self._compared = np.array(counts[:2], np.int64), int(counts[2])
 
-    def _smoothed(self, mask: Tensor, pixels: Tensor, features: Tensor, valid: Share) -> Tensor:
+    def _smooth_mask(self, mask: Tensor, pixels: Tensor, features: Tensor, valid: Share) -> Tensor:
         """Return the smoothed mask (H, W) of a frame with probabilities `pixels` (K, H, W); modifies `pixels`."""
         features, valid = _on_image(features, valid)
         cells = area_mean(pixels, (features.shape[-2], features.shape[-1]), valid)  # (K, h, w)
@@ -189,7 +189,7 @@ class SmoothingTracker(Tracker):
         size = (pixels.shape[-2], pixels.shape[-1])
         return pixels.add_(upsample(change[None], size, valid)[0]).max(dim=0).indices
 
-    def _counted(self, mask: Tensor, smoothed: Tensor) -> np.ndarray:
+    def _count_changes(self, mask: Tensor, smoothed: Tensor) -> np.ndarray:
         """Return the smoothed mask, and count the pixels of both masks whose class differs from the last frame."""
         now = torch.stack([mask, smoothed]).to(torch.uint8).cpu().numpy()
         if self._last is not None:

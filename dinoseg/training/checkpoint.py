@@ -36,7 +36,7 @@ from dinoseg.training.loading import (
 )
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage, tensors_of
-from dinoseg.training.sharding import gathered, is_shared
+from dinoseg.training.sharding import gather_tensors, is_shared
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 from dinoseg.utils.interrupt import Interrupted
@@ -139,7 +139,7 @@ def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None, only: Conta
         with safe_open(path, framework="pt") as file:
             info = read_description((file.metadata() or {}).get("dinoseg"), path)
             info["config"] = locate_weights(info["config"], path.parent / info["folder"])
-            names = _known(file.keys(), path) if value_of else ()
+            names = _check_names(file.keys(), path) if value_of else ()
             wanted = [key for key in names if only is None or key in only]
             return Checkpoint(path, {key: value_of(file, key) for key in wanted if value_of}, info)
     except FileNotFoundError:
@@ -148,7 +148,7 @@ def _read(path: Path, value_of: Callable[[Any, str], Tensor] | None, only: Conta
         raise UserError(f"resume={path}: not a readable checkpoint ({error}). Choose another one.") from error
 
 
-def _known(names: Sequence[str], path: Path) -> Sequence[str]:
+def _check_names(names: Sequence[str], path: Path) -> Sequence[str]:
     """Return the names of a checkpoint's tensors if they are not too many and each has a known prefix."""
     odd = next((name for name in names if name.partition("/")[0] not in _PARTS), None)
     if odd is not None or len(names) > _MAX_TENSORS:
@@ -247,7 +247,7 @@ class Checkpointer:
         self, model: SegmentationModel, optimizer: Optimizer, ema: MovingAverage | None, scale: LossScale | None = None
     ) -> None:
         """Save `last`: the weights and all state that an exact resume needs."""
-        tensors = {f"model/{name}": value for name, value in _held(model).items()}
+        tensors = {f"model/{name}": value for name, value in _trained_state(model).items()}
         state = _optimizer_state(optimizer)
         tensors |= {f"optimizer/{key}": value for key, value in state.items()}
         tensors |= {f"ema/{name}": value for name, value in (ema.average if ema else {}).items()}
@@ -277,7 +277,7 @@ class Checkpointer:
         """
         now = self.progress.after_validation(scores[name], lowest=lowest)
         if now.best_step == now.step or evaluate == "last":
-            self._write("best", {f"model/{name}": value for name, value in _held(model).items()}, now)
+            self._write("best", {f"model/{name}": value for name, value in _trained_state(model).items()}, now)
         return now
 
     @property
@@ -315,7 +315,7 @@ class Checkpointer:
         vars(self.progress).update(vars(progress))
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], progress: Progress, more: Any = None) -> None:
-        held = gathered(tensors.items(), keep=self.writes)
+        held = gather_tensors(tensors.items(), keep=self.writes)
         if self.writes:
             info = {**self.info, "progress": asdict(progress), **(more or {})}
             write(self.folder / f"{name}.safetensors", held, info)
@@ -325,7 +325,7 @@ class EmergencyCheckpoint:
     """Context manager that saves `last` in the state after the newest update if an error or a signal ends its block.
 
     Of what a checkpoint holds, a step changes only buffers (running means) before its update, so copies of these are
-    stored. An error within `updating`, such as a non-finite loss, leaves no completed step, and nothing is saved. On
+    stored. An error within `mark_update`, such as a non-finite loss, leaves no completed step, and nothing is saved. On
     CUDA the loss may not have been read yet, so `are_finite` returns whether all updates were finite. Nothing is saved
     either if weights are sharded and one rank fails, since its shard is lost.
     """
@@ -346,7 +346,7 @@ class EmergencyCheckpoint:
         self._copy_buffers()
 
     @contextmanager
-    def updating(self) -> Iterator[None]:
+    def mark_update(self) -> Iterator[None]:
         """Mark the block in which weights, optimizer, average and progress change together."""
         self._is_complete = False
         yield
@@ -426,7 +426,7 @@ def _chosen_by(info: Mapping[str, Any], metric: str | None) -> str:
     return f"the last validation ({chosen})" if trainer.get("evaluate") == "last" else chosen
 
 
-def _held(model: SegmentationModel) -> dict[str, Tensor]:
+def _trained_state(model: SegmentationModel) -> dict[str, Tensor]:
     names = trained_names(model)
     return {name: value for name, value in model.state_dict().items() if name in names}
 

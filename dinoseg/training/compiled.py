@@ -28,14 +28,16 @@ def compile_blocks(backbone: Backbone) -> None:
     """
     if backbone.is_pyramid:
         raise UserError("engine.compile=true supports vision transformers only. Leave it out for a pyramid.")
-    state, once = _State(), None
+    state = _State()
+    once = None
     for block in backbone.blocks:
         vars(block)["forward"] = once = _Once(block.forward, state)
     if once is not None:
         replayed = _CudaGraph(backbone)
         vars(backbone)["forward"] = replayed
         for watched in (backbone.with_class_attention, backbone.with_keys):
-            vars(backbone)[watched.__name__] = partial(replayed.resting, partial(once.resting, watched))
+            uncompiled = partial(once.run_uncompiled, watched)
+            vars(backbone)[watched.__name__] = partial(replayed.run_without_graph, uncompiled)
 
 
 class _State:
@@ -54,7 +56,7 @@ class _Once:
         self._chosen: tuple[Any, ...] = ()
         self._rests = False
 
-    def resting(self, call: Callable[[Tensor], T], images: Tensor) -> T:
+    def run_uncompiled(self, call: Callable[[Tensor], T], images: Tensor) -> T:
         """Return the result of `call` on images, with this block uncompiled."""
         self._rests = True
         try:
@@ -96,7 +98,7 @@ class _CudaGraph:
         self._rests = False
         self._failed = False
 
-    def resting(self, call: Callable[[Tensor], T], images: Tensor) -> T:
+    def run_without_graph(self, call: Callable[[Tensor], T], images: Tensor) -> T:
         """Return the result of `call` on images, without a graph, which would skip its hooks."""
         self._rests = True
         try:

@@ -45,7 +45,7 @@ def read_description(text: str | None, path: Path) -> dict[str, Any]:
     absent = [key for key in RULES if key not in info]
     if absent:
         raise UserError(f"{where}: its description lacks {', '.join(absent)}. {_OTHER}")
-    if not forms.fits(info, forms.nested(_DEEPEST)):
+    if not forms.fits(info, forms.max_depth(_DEEPEST)):
         raise UserError(f"{where}: its description is nested deeper than {_DEEPEST} levels. {_OTHER}")
     for key, (form, rule) in RULES.items():
         if key == "format" and forms.fits(info[key], _COUNT) and info[key] != FORMAT:
@@ -98,7 +98,7 @@ def _name(value: Any, where: str) -> None:
 
 
 def _names(value: Any, where: str) -> None:
-    forms.listing(_name)(value, where)
+    forms.list_of(_name)(value, where)
     if not 1 <= len(value) <= 255:
         raise forms.SchemaError(f"{where} are missing, or too many")
 
@@ -114,7 +114,7 @@ def _choices(value: Any, where: str) -> None:
     forms.table(_option)(value, where)
     for group in value:
         _name(group, where)
-    forms.holding(**dict.fromkeys(CHOSEN, _name))(value, where)
+    forms.object_with(**dict.fromkeys(CHOSEN, _name))(value, where)
 
 
 def _option(value: Any, where: str) -> None:
@@ -147,7 +147,7 @@ RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value,
     ),
     "frozen": (_names_by_name, "a hash for backbone and for head"),
     "config": (
-        forms.holding(seed=_COUNT, **dict.fromkeys(GROUPS, forms.holding())),
+        forms.object_with(seed=_COUNT, **dict.fromkeys(GROUPS, forms.object_with())),
         f"a seed and the groups {', '.join(GROUPS)}, each with its keys",
     ),
     "choices": (_choices, f"an option of each of {', '.join(CHOSEN)}"),
@@ -155,12 +155,14 @@ RULES: Mapping[str, tuple[forms.Form, str]] = {  # key to the form of its value,
     "folder": (_folder, "a folder"),
     "classes": (_names, f"1 to 255 names of at most {LONGEST_NAME} printable characters"),
     "palette": (
-        forms.listing(forms.listing(forms.whole(0, 255), 3)),
+        forms.list_of(forms.list_of(forms.whole(0, 255), 3)),
         "colours, each of three whole numbers from 0 to 255",
     ),
     "ignore_index": (forms.whole(0, 255), "a whole number from 0 to 255"),
 }
 HEADS = forms.table(  # of several heads: progress and the part of the config of each
-    forms.holding(progress=RULES["progress"][0], config=forms.holding(), choices=_choices, targets=RULES["targets"][0])
+    forms.object_with(
+        progress=RULES["progress"][0], config=forms.object_with(), choices=_choices, targets=RULES["targets"][0]
+    )
 )
 _OTHER = "Choose another checkpoint."

@@ -59,15 +59,15 @@ def choose_device(name: str = "auto") -> torch.device:
 def lent_accelerate() -> Iterator[None]:
     """Restore after the block what accelerate stores per process, such as the settings of a caller's `Accelerator`."""
 
-    def stored() -> dict[str, dict[str, Any]]:
+    def shared_states() -> dict[str, dict[str, Any]]:
         state = sys.modules.get("accelerate.state")  # not imported: nothing is stored
         return {} if state is None else {name: getattr(state, name)._shared_state for name in _STATES}
 
-    before = {name: dict(values) for name, values in stored().items()}
+    before = {name: dict(values) for name, values in shared_states().items()}
     try:
         yield
     finally:
-        for name, values in stored().items():
+        for name, values in shared_states().items():
             values.clear()
             values.update(before.get(name, {}))
 
@@ -186,7 +186,7 @@ class Engine:
             if self.compile:
                 compile_blocks(model.backbone)
             return model
-        model = shard(self._synchronised(model), self.device, self.world_size)
+        model = shard(self._sync_batch_norm(model), self.device, self.world_size)
         self._lockstep = Lockstep(model, self.device)
         return model
 
@@ -201,9 +201,9 @@ class Engine:
             cache_casts(model)
         if self.sharded:
             return self.accelerator.prepare_model(model, evaluation_mode=True)  # FSDP averages gradients itself
-        return self.accelerator.prepare(self._synchronised(model))
+        return self.accelerator.prepare(self._sync_batch_norm(model))
 
-    def _synchronised(self, model: Any) -> Any:
+    def _sync_batch_norm(self, model: Any) -> Any:
         several = self.world_size > 1 and self.device.type == "cuda"
         return nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
 

@@ -51,7 +51,7 @@ def measure_features(
         UserError: the model cannot be split behind its frozen part, or its features cannot be cached.
     """
     training = model.training
-    batch = Batch.stack([data_module.drawn.read(0, 0)]).to(engine.device)
+    batch = Batch.stack([data_module.train_views.read(0, 0)]).to(engine.device)
     try:
         with torch.no_grad(), engine.autocast():
             # a head may use more features in train mode; frozen parts stay in eval
@@ -142,7 +142,7 @@ def feature_cache(
         _decline(engine, reason)
         return None
     assert data_module.views is not None  # without fixed views nothing is cached
-    opened = partial(_opened, chosen == "memory", data_module, model, engine, plan)
+    opened = partial(_open_store, chosen == "memory", data_module, model, engine, plan)
     return FeatureCache(model, engine.autocast, opened, plan.drawing, data_module.views, chosen)
 
 
@@ -230,7 +230,7 @@ def _memory_room(plan: CacheOptions, engine: Engine) -> int:
     return room if cap is None else min(room, cap)
 
 
-def _opened(
+def _open_store(
     memory: bool, data_module: ImageDataModule, model: SegmentationModel, engine: Engine, plan: CacheOptions
 ) -> FeatureStore:
     """Return the feature store for the model's current weights."""

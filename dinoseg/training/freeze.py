@@ -67,7 +67,7 @@ class BackboneFreeze:
             logger.info("The backbone is frozen for %d of the %d remaining steps%s.", frozen, to_come, quicker)
 
     @contextmanager
-    def during(self, step: int, steps: int, images: Any) -> Iterator[None]:
+    def apply(self, step: int, steps: int, images: Any) -> Iterator[None]:
         """Freeze the parts while a model runs forward and backward on images, or on features of images."""
         if step >= self.length(steps):
             yield

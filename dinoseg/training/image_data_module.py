@@ -116,12 +116,12 @@ class ImageDataModule:
             )
 
     @property
-    def given(self) -> dict[str, Any]:
+    def constructor_kwargs(self) -> dict[str, Any]:
         """Return the arguments of the constructor by name."""
         return {field.name: getattr(self, field.name) for field in fields(ImageDataModule) if field.init}
 
     @property
-    def drawn(self) -> TrainViews:
+    def train_views(self) -> TrainViews:
         """Return the training images as augmented views."""
         return TrainViews(self.train, self.augment, self.seed, self.views)
 
@@ -147,8 +147,8 @@ class ImageDataModule:
         """Yield this rank's share of every batch from number `start` on, without end."""
         order = {"batch_size": self.batch_size, "start": start, "rank": self.rank, "world_size": self.world_size}
         if self.cache is not None:
-            return self.cache.train_batches(self.drawn, workers=self.workers, **order)
-        return train_batches(self.drawn, workers=self.workers, **order)
+            return self.cache.train_batches(self.train_views, workers=self.workers, **order)
+        return train_batches(self.train_views, workers=self.workers, **order)
 
     def tally(self, engine: Engine) -> Tally:
         """Return a tally of how well a training step predicts its batches."""
@@ -156,9 +156,9 @@ class ImageDataModule:
 
     def validate(self, model: SegmentationModel, loss: Loss, engine: Engine) -> Validation:
         """Return the scores of `evaluate`, `iou/CLASS` for each class, and visualised predictions of some images."""
-        return self.validate_each([self.scored(model, loss, engine)], engine)[0]
+        return self.validate_each([self.wrap_for_validation(model, loss, engine)], engine)[0]
 
-    def scored(self, model: SegmentationModel, loss: Loss, engine: Engine) -> "ValidationImages":
+    def wrap_for_validation(self, model: SegmentationModel, loss: Loss, engine: Engine) -> "ValidationImages":
         """Return a model in the form that `validate_each` takes."""
         return ValidationImages(self, model, loss, engine)
 

@@ -44,13 +44,14 @@ class Checkpoint:
 
 
 @contextmanager
-def bounded(where: str) -> Iterator[None]:
+def limit_model_size(where: str) -> Iterator[None]:
     """Abort within the block once the modules created there are too many, or too large for this machine's memory.
 
     Raises:
         UserError: they are; `where` starts the message.
     """
-    memory, parts = machine_memory(), 0
+    memory = machine_memory()
+    parts = 0
 
     def count(module: nn.Module, name: str, part: Any) -> None:
         nonlocal parts

@@ -80,6 +80,6 @@ class LossScale:
         self.started = True
 
 
-def widened(predictions: T) -> T:
+def widen_predictions(predictions: T) -> T:
     """Return predictions in float32: a loss sums over pixels, which overflows float16."""
     return tree_map(predictions, cache(at_least_float32))  # shared tensors stay shared

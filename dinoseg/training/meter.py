@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from dinoseg.report.progress import IN_NOTEBOOK, awaited, has_bar
+from dinoseg.report.progress import IN_NOTEBOOK, has_bar, measure_waits
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.utils.wording import count_of
 
@@ -89,7 +89,7 @@ class Meter:
         self._mark = self._shown = clock()
         self._row, self._status = _Window(self._mark), _Window(self._mark)
 
-    def waiting(self, batches: Iterable[T], remedy: Callable[[], str]) -> Iterator[T]:
+    def measure_waits(self, batches: Iterable[T], remedy: Callable[[], str]) -> Iterator[T]:
         """Yield from `batches` and measure the wait for each; the remedy is logged at the end if it was long."""
         self._remedy = remedy
 
@@ -97,7 +97,7 @@ class Meter:
             for window in self._windows():
                 window.waited += seconds
 
-        return awaited(batches, count, self._clock)
+        return measure_waits(batches, count, self._clock)
 
     def step(self, images: int, loss: float, rate: float) -> None:
         """Count one optimizer step over `images` images."""
@@ -127,7 +127,7 @@ class Meter:
         return {"train/images_per_s": speed, "train/data_wait": waited, "train/memory_gib": memory}
 
     @contextmanager
-    def validating(self) -> Iterator[None]:
+    def measure_validation(self) -> Iterator[None]:
         """Count the time of the block as a validation, not as training."""
         yield
         now = self._clock()
@@ -144,7 +144,7 @@ class Meter:
         if not self._visible or self._step - self._start < 2:
             return
         _, waited = self._later.rates(self._trained)
-        speed = f"trained {_formatted(median(self._speeds))} images/s (median), " if self._speeds else ""
+        speed = f"trained {_format_speed(median(self._speeds))} images/s (median), " if self._speeds else ""
         logger.info("%swaiting for data %.1f%% of the time", speed, 100 * waited)
         if waited > _MUCH and self._trained > _IN_FILE:
             logger.warning("The training spent %.0f%% of its time waiting for data. %s", 100 * waited, self._remedy())
@@ -168,9 +168,10 @@ class Meter:
 
     def _show(self, now: float, loss: float, rate: float) -> None:
         speed, waited = self._status.rates(now)
-        self._status, self._shown = _Window(now), now
+        self._status = _Window(now)
+        self._shown = now
         figures = (
-            f"epoch {self._step / self._epoch:.1f}, loss {loss:.4f}, rate {rate:.1e}, {_formatted(speed)} images/s, "
+            f"epoch {self._step / self._epoch:.1f}, loss {loss:.4f}, rate {rate:.1e}, {_format_speed(speed)} images/s, "
             f"waiting for data {waited:.0%}, memory {peak_memory(self.device) / 2**30:.1f} GiB, {self.left()}"
         )
         if self._has_bar:
@@ -179,7 +180,7 @@ class Meter:
             logger.info("step %d of %d: %s", self._step, self._steps, figures)
 
 
-def _formatted(speed: float) -> str:
+def _format_speed(speed: float) -> str:
     """Format images per second: with one decimal, or below 1 with two significant digits."""
     return f"{speed:.1f}" if speed >= 1 else f"{speed:.2g}"
 

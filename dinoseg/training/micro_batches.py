@@ -53,7 +53,7 @@ class MicroBatches:
         self._shortage: str | None = None  # reason of the newest out-of-memory error
 
     def of_step(self, stream: Iterator[Any], output: StepOutput) -> Iterator[Any]:
-        """Yield the micro-batches of the next step; run each within `retried`, and add it to `output`.
+        """Yield the micro-batches of the next step; run each within `retry_batch`, and add it to `output`.
 
         If memory does not suffice, the step starts again with smaller micro-batches and the same random draws.
 
@@ -67,7 +67,7 @@ class MicroBatches:
                 parts = [part for batch in batches for part in batch.split(self._parts)]
             self.num_batches = len(parts) * self._engine.world_size
             if self._criterion.num_divisors > 1 and self.num_batches > 1:
-                with self.retried():
+                with self.retry_batch():
                     self.divisors = self._sum_divisors(parts)
             for number, part in enumerate(parts, start=1):
                 if self._shortage is not None:
@@ -80,7 +80,7 @@ class MicroBatches:
             self._start_again(output)
 
     @contextmanager
-    def retried(self) -> Iterator[None]:
+    def retry_batch(self) -> Iterator[None]:
         """Suppress an out-of-memory error of a micro-batch, and let the step start again."""
         try:
             yield

@@ -269,7 +269,7 @@ class MultiHeadDataModule(ImageDataModule):
         left = model.left_heads()
         models = {name: each for name, each in model.models.items() if name not in left}
         inputs = partial(model.inputs, [*models.values()], self.policy or Whole(), engine.autocast)
-        scored = [self.scored(each, loss.loss, engine) for each in models.values()]
+        scored = [self.wrap_for_validation(each, loss.loss, engine) for each in models.values()]
         found = dict(zip(models, self.validate_each(scored, engine, inputs=inputs), strict=True))
         scores = {f"{name}/{key}": score for name, each in found.items() for key, score in each.scores.items()}
         pictures = {f"{name}/{sample}": rgb for name, each in found.items() for sample, rgb in each.pictures.items()}

@@ -329,7 +329,7 @@ class MovingAverage:
                 torch._foreach_copy_(averages, values)
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def use_average(self) -> Iterator[None]:
         """Swap the average into the model within the block, and restore the weights however it ends."""
         self._swap()
         try:

@@ -56,7 +56,7 @@ def local_part(value: Tensor) -> Tensor:
     return shared.to_local() if _is_distributed(value) else value.detach()
 
 
-def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
+def gather_tensors(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
     """Return tensors by name, sharded ones in full and on the CPU; an empty dict on ranks without `keep`.
 
     Tensors are gathered one after another, so that a device holds one full tensor at a time.

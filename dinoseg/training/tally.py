@@ -27,7 +27,7 @@ class Tally:
     @torch.no_grad()
     def add(self, prediction: Prediction, batch: Batch) -> None:
         """Count the predictions for a batch that were made for its loss."""
-        mask = _thinned(batch.mask)
+        mask = _subsample(batch.mask)
         self._counts.update(prediction.class_ids((mask.shape[-2], mask.shape[-1])), mask)
 
     def read(self) -> dict[str, float | None]:
@@ -37,7 +37,7 @@ class Tally:
         return {f"train/{name}": scores[name] for name in ("accuracy", "miou")}
 
 
-def _thinned(mask: Tensor) -> Tensor:
+def _subsample(mask: Tensor) -> Tensor:
     """Return every n-th ID of masks (..., H, W) in both directions: those nearest to the centres of a coarser grid."""
     height, width = mask.shape[-2:]
     apart = max(1.0, math.sqrt(height * width / _POINTS))

@@ -70,12 +70,13 @@ class TimeLimit:
         return max(0.0, 60 * self._minutes - (self._clock() - self._began))
 
     @contextmanager
-    def validating(self) -> Iterator[None]:
+    def measure_validation(self) -> Iterator[None]:
         """Measure a validation, for which time is reserved at the end."""
         began = self._clock()
         yield
         seconds = self._clock() - began
-        self._validation, self._is_validated = max(self._validation, seconds), True
+        self._validation = max(self._validation, seconds)
+        self._is_validated = True
         if self._mark is not None:
             self._mark += seconds
 

@@ -20,14 +20,14 @@ from dinoseg.training.checkpoint import Checkpointer, EmergencyCheckpoint, Progr
 from dinoseg.training.data_module import DataModule
 from dinoseg.training.engine import Engine
 from dinoseg.training.freeze import BackboneFreeze, build_freeze
-from dinoseg.training.loss_scale import LossScale, widened
+from dinoseg.training.loss_scale import LossScale, widen_predictions
 from dinoseg.training.meter import Meter
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.optim import MovingAverage, Schedule, build_ema, clip_gradients, set_learning_rates
 from dinoseg.training.step import BatchLoss, MetricsQueue, NonFiniteLoss, StepMetrics, StepOutput, batch_loss
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.interrupt import Deferral, deferred
+from dinoseg.utils.interrupt import Deferral, defer_signals
 from dinoseg.utils.ranges import Count, OpenShare, Positive
 
 logger = logging.getLogger(__name__)
@@ -140,14 +140,14 @@ def fit(experiment: Experiment) -> Progress:
     meter = Meter(progress.step, settings.steps, settings.val_every, epoch, engine.device, engine.is_main, limit=limit)
     loss: BatchLoss | None
     model.train()
-    with deferred(NOTICE) as stop, emergency, closing(meter):
+    with defer_signals(NOTICE) as stop, emergency, closing(meter):
         if progress.validation_pending:
-            with meter.validating(), limit.validating() if limit else nullcontext():
+            with meter.measure_validation(), limit.measure_validation() if limit else nullcontext():
                 validate(experiment, ema, stop)
             experiment.checkpoints.save(*state)
         if freeze is not None:
             freeze.log_length(progress.step, settings.steps)
-        batches = meter.waiting(stream, lambda: data.remedy)
+        batches = meter.measure_waits(stream, lambda: data.remedy)
         for step in range(progress.step, settings.steps):
             steps = settings.steps if limit is None else limit.fit_steps(step, settings.steps)
             if step >= steps or is_out_of_patience(progress, settings.patience):
@@ -158,17 +158,17 @@ def fit(experiment: Experiment) -> Progress:
             model.set_progress(step, steps)
             output = StepOutput(engine.device, partial(data.tally, engine) if due.log else None)
             for batch in micro.of_step(batches, output):
-                with micro.retried(), engine.sync(net, micro.is_last):
+                with micro.retry_batch(), engine.sync(net, micro.is_last):
                     batch = batch.to(engine.device)
-                    with freeze.during(step, steps, batch.image) if freeze else nullcontext():
-                        prediction = net(batch.image) if scale is None else widened(net(batch.image))
+                    with freeze.apply(step, steps, batch.image) if freeze else nullcontext():
+                        prediction = net(batch.image) if scale is None else widen_predictions(net(batch.image))
                         loss = batch_loss(criterion, prediction, batch, micro.divisors, micro.num_batches)
                         engine.backward(loss.total, scale, loss.weight)
                     output.add(loss, prediction, batch)
                 batch = prediction = loss = None  # frees the graph
             # all ranks see a stop request at the same step; a rank that fails here costs no step
             total, weight, stops = engine.total(output.total, output.weight, stop.signal)
-            with emergency.updating():
+            with emergency.mark_update():
                 before = metrics.newest_norm
                 mean, norm = engine.optimizer_step(optimizer, total, weight, clip=clip, before=before, loss_scale=scale)
                 values = StepMetrics(step, output.names, mean, norm, stops)
@@ -183,7 +183,7 @@ def fit(experiment: Experiment) -> Progress:
             if is_stopping:
                 stop.leave()
             if due.validation:
-                with meter.validating(), limit.validating() if limit else nullcontext():
+                with meter.measure_validation(), limit.measure_validation() if limit else nullcontext():
                     validate(experiment, ema, stop)
             if due.save:
                 experiment.checkpoints.save(*state)
@@ -232,7 +232,7 @@ def check_score(
 @contextmanager
 def scored_weights(model: SegmentationModel, ema: MovingAverage | None, engine: Engine) -> Iterator[None]:
     """Swap in the tensors that are scored: the moving average, if there is one, and rank 0's buffers."""
-    with ema.swapped() if ema is not None else nullcontext():
+    with ema.use_average() if ema is not None else nullcontext():
         engine.broadcast_buffers(model)  # running means differ between ranks
         yield
 

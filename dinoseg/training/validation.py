@@ -134,7 +134,7 @@ class ScoredModel:
     def add(self, batch: Batch) -> None:
         """Count the model's predictions for a batch on the device."""
         size = (batch.mask.shape[-2], batch.mask.shape[-1])
-        ids, logits, added = _predicted(self._predictor, batch, self._loss, self._maps, size)
+        ids, logits, added = _predict_batch(self._predictor, batch, self._loss, self._maps, size)
         self._losses += added
         self._counts.update(ids, batch.mask)
         if self._rows is not None:
@@ -156,7 +156,7 @@ class ScoredModel:
         return result
 
 
-def _predicted(
+def _predict_batch(
     predictor: Predictor, batch: Batch, loss: Loss | None, kinds: Mapping[str, MapKind], size: Size
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return the class IDs and logits of a batch as `_read` does, and its losses."""

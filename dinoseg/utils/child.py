@@ -95,7 +95,7 @@ class Child:
         try:
             self._channel.send(header, body)
         except (OSError, ValueError):  # its pipes are broken or closed
-            raise self._ended() from None
+            raise self._end_with_error() from None
 
     def receive(self) -> Message:
         """Return the next message.
@@ -108,7 +108,7 @@ class Child:
         except (OSError, ValueError):
             message = None
         if message is None:
-            raise self._ended()
+            raise self._end_with_error()
         return message
 
     @property
@@ -132,7 +132,7 @@ class Child:
         self._timed_out = True
         self.kill()
 
-    def _ended(self) -> ChildEnded:
+    def _end_with_error(self) -> ChildEnded:
         self.kill()
         return ChildEnded(self._timed_out)
 

@@ -36,7 +36,7 @@ def entries(folder: Path) -> list[Path]:
         _refuse(error)
 
 
-def found(source: str | PathLike[str], kinds: Collection[str]) -> list[Path]:
+def find_files(source: str | PathLike[str], kinds: Collection[str]) -> list[Path]:
     """Return the files with some suffixes in a folder or matched by a pattern, in natural order: x2 before x10.
 
     Hidden files are left out.

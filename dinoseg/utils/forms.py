@@ -167,7 +167,7 @@ def flag(value: Any, where: str) -> None:
         _refuse(value, where, "true or false")
 
 
-def nested(most: int) -> Form:
+def max_depth(most: int) -> Form:
     """Return the form of any value that is nested at most `most` levels deep."""
 
     def check(value: Any, where: str) -> None:
@@ -182,7 +182,7 @@ def nested(most: int) -> Form:
 
 def plain(value: Any, where: str) -> None:
     """Check that a value is nested only a few levels deep, whatever it holds."""
-    nested(_DEEPEST)(value, where)
+    max_depth(_DEEPEST)(value, where)
 
 
 def maybe(form: Form) -> Form:
@@ -190,7 +190,7 @@ def maybe(form: Form) -> Form:
     return lambda value, where: None if value is None else form(value, where)
 
 
-def listing(form: Form, length: int | None = None) -> Form:
+def list_of(form: Form, length: int | None = None) -> Form:
     """Return the form of a list of values of one form, with a given length or any."""
 
     def check(value: Any, where: str) -> None:
@@ -234,7 +234,7 @@ def record(**forms: Form) -> Form:
     def check(value: Any, where: str) -> None:
         if not isinstance(value, dict) or value.keys() != forms.keys():
             _refuse(value, where, f"an object of {', '.join(forms)}")
-        holding(**forms)(value, where)
+        object_with(**forms)(value, where)
 
     return check
 
@@ -245,12 +245,12 @@ def some_of(**forms: Form) -> Form:
     def check(value: Any, where: str) -> None:
         if not isinstance(value, dict) or not value.keys() <= forms.keys():
             _refuse(value, where, f"an object of some of {', '.join(forms)}")
-        holding(**{key: forms[key] for key in value})(value, where)
+        object_with(**{key: forms[key] for key in value})(value, where)
 
     return check
 
 
-def holding(**forms: Form) -> Form:
+def object_with(**forms: Form) -> Form:
     """Return the form of an object with at least these keys."""
 
     def check(value: Any, where: str) -> None:

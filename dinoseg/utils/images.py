@@ -236,7 +236,7 @@ def _warn_of_scaling(path: str | Path) -> None:
 
 
 def _stored_numbers(image: Image.Image) -> np.ndarray:
-    mark = _packing(image)  # before loading, which discards it
+    mark = _read_packing(image)  # before loading, which discards it
     check_cost(image)
     image.load()
     if image.mode == "1":
@@ -258,7 +258,7 @@ def _has_several_alphas(image: Image.Image) -> bool:
     return low != high
 
 
-def _packing(image: Image.Image) -> str:
+def _read_packing(image: Image.Image) -> str:
     """Return Pillow's mark of how pixels are packed: `4` for four bits, empty for whole bytes.
 
     Raises:

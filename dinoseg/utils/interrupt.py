@@ -72,25 +72,25 @@ class Deferral:
 
 
 @contextmanager
-def raised() -> Iterator[None]:
+def raise_on_signal() -> Iterator[None]:
     """Let each signal raise `Interrupted`, SIGTERM as well, so that partial files are removed."""
 
     def end(number: int) -> None:
         raise Interrupted(number)
 
-    with _handled(end):
+    with _handle_signals(end):
         yield
 
 
 @contextmanager
-def deferred(notice: str) -> Iterator[Deferral]:
+def defer_signals(notice: str) -> Iterator[Deferral]:
     """Defer the first signal until the work checks for it or is done; print `notice` when it comes.
 
     Raises:
         Interrupted: if a signal has come, instead of an error that it may have caused, such as the end of a worker.
     """
     deferral = Deferral(notice)
-    with _handled(deferral.receive):
+    with _handle_signals(deferral.receive):
         try:
             yield deferral
         except (RuntimeError, KilledProcess) as error:
@@ -116,7 +116,7 @@ def forward_signals(processes: Sequence[int]) -> Iterator[None]:
                     os.kill(process, number)
         deferral.receive(number)
 
-    with _handled(receive):
+    with _handle_signals(receive):
         yield
 
 
@@ -165,7 +165,7 @@ def hold_handlers(*numbers: int) -> Iterator[None]:
 
 
 @contextmanager
-def _handled(receive: Callable[[int], None]) -> Iterator[None]:
+def _handle_signals(receive: Callable[[int], None]) -> Iterator[None]:
     def handler(number: int, frame: FrameType | None) -> None:
         receive(number)
 

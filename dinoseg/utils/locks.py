@@ -53,7 +53,7 @@ def release(file: IO[str]) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[None]:
     """Hold a lock file during the block, waiting for its current holder; the file is removed at the end.
 
     Raises:

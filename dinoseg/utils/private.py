@@ -40,7 +40,7 @@ def check_private(folder: Path, key: str) -> None:
             return
         if _is_shielded(folder):
             return
-        trusted = _trusted(folder)
+        trusted = _trusted_owners(folder)
         for path in (folder, *_entries(folder, _LEVELS)):
             if others := _writers(path, trusted):
                 break
@@ -63,7 +63,7 @@ def check_private(folder: Path, key: str) -> None:
 def _is_shielded(folder: Path) -> bool:
     """Return whether other users cannot enter a folder or one of those above it."""
     resolved = folder.resolve()
-    trusted = _trusted(folder)
+    trusted = _trusted_owners(folder)
     return any(
         not _others(path, _ENTERABLE)
         for path in (resolved, *resolved.parents)
@@ -84,7 +84,7 @@ def _entries(folder: Path, levels: int) -> Iterator[Path]:
                 yield from _entries(path, levels - 1)
 
 
-def _trusted(folder: Path) -> set[int]:
+def _trusted_owners(folder: Path) -> set[int]:
     """Return the user ids that may own a folder; for root also the owner of its parent folder, as in a container."""
     user = _user()
     return {0, user} if user else {0, folder.resolve().parent.stat().st_uid}

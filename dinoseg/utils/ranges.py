@@ -116,7 +116,7 @@ def check_annotations(function: Callable[P, R]) -> Callable[P, R]:
     }
 
     @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         given = signature.bind(*args, **kwargs).arguments
         try:
             for name, value in given.items():
@@ -126,7 +126,7 @@ def check_annotations(function: Callable[P, R]) -> Callable[P, R]:
             raise
         return function(*args, **kwargs)
 
-    return checked
+    return wrapper
 
 
 def check_value(name: str, value: Any, annotation: Any) -> None:

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
 from dinoseg.api.compose import compose
-from dinoseg.api.session import isolated
+from dinoseg.api.session import preserve_process_state
 from dinoseg.experiment.log_file import configure_log
 from dinoseg.utils.errors import UserError
 
@@ -123,7 +123,7 @@ PARTS = (logged, filtered, environment, folder, arguments, streams, states, sett
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
 def test_state_is_restored(part, fails):
     before = part(change=False)
-    with suppress(ZeroDivisionError), isolated():
+    with suppress(ZeroDivisionError), preserve_process_state():
         part(change=True)
         assert part(change=False) != before
         1 / (0 if fails else 1)
@@ -133,7 +133,7 @@ def test_state_is_restored(part, fails):
 def test_settings_of_the_caller_do_not_reach_the_mode():
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.inference_mode(), isolated():
+        with torch.inference_mode(), preserve_process_state():
             assert torch.zeros(1, requires_grad=True).dtype == torch.float32
             assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         assert torch.get_default_dtype() == torch.float64
@@ -145,7 +145,7 @@ def test_open_log_files_stay_open(tmp_path):
     handler = logging.FileHandler(tmp_path / "log", "w")
     logging.getLogger().addHandler(handler)
     try:
-        with isolated():
+        with preserve_process_state():
             configure_log(None)
         logging.getLogger("of_a_caller").error("after")
     finally:
@@ -159,7 +159,7 @@ def test_loggers_that_the_caller_has_disabled_write_the_log_of_the_run():
     ours.disabled = True
     logging.disable(logging.CRITICAL)
     try:
-        with isolated():
+        with preserve_process_state():
             configure_log(None)
             assert ours.isEnabledFor(logging.ERROR)
         assert ours.disabled and logging.root.manager.disable == logging.CRITICAL
@@ -184,7 +184,7 @@ def test_a_hydra_program_can_call_modes():
             before = GlobalHydra.instance().hydra
             # a config of that name is not taken for one of that class
             assert "optimizer" in compose([*options, "trainer=slots", "slots=lock_on"]).optim
-            with isolated():
+            with preserve_process_state():
                 assert not GlobalHydra.instance().is_initialized()
             assert GlobalHydra.instance().hydra is before and "optim" in store.repo
             with pytest.raises(Exception, match="optim/adamw"):
@@ -198,10 +198,10 @@ def test_a_second_thread_waits():
 
     def second():
         entered.set()
-        with isolated():
+        with preserve_process_state():
             order.append("second")
 
-    with isolated():
+    with preserve_process_state():
         thread = threading.Thread(target=second)
         thread.start()
         entered.wait()
@@ -214,7 +214,7 @@ def test_a_second_thread_waits():
 def test_a_process_group_of_the_caller_is_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        with pytest.raises(UserError, match="destroy_process_group"), isolated():
+        with pytest.raises(UserError, match="destroy_process_group"), preserve_process_state():
             pass
     finally:
         torch.distributed.destroy_process_group()
@@ -223,8 +223,8 @@ def test_a_process_group_of_the_caller_is_refused(tmp_path):
 def test_a_worker_that_imports_the_script_is_refused(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import multiprocessing\nfrom dinoseg.api.session import isolated\n"
-        "with isolated():\n    pass\n"
+        "import multiprocessing\nfrom dinoseg.api.session import preserve_process_state\n"
+        "with preserve_process_state():\n    pass\n"
         "process = multiprocessing.get_context('spawn').Process(target=print)\nprocess.start()\nprocess.join()\n"
         "print('status', process.exitcode)\n"
     )

@@ -39,7 +39,7 @@ def changes(compose, monkeypatch):
         target = SimpleNamespace(
             kind="cpu", memory=memory * UNIT, bf16=False, world_size=world_size, need=lambda step: step.peak
         )
-        found = FitSearch(recipe_of(compose(*BASE, *words)), target, **options).found()
+        found = FitSearch(recipe_of(compose(*BASE, *words)), target, **options).find_fit()
         return None if found is None else found.changes
 
     return run
@@ -140,7 +140,7 @@ def test_smallest_fit_is_the_one_of_the_least_memory(compose, monkeypatch):
     monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: None)
     target = SimpleNamespace(kind="cpu", memory=UNIT, bf16=False, world_size=1, need=lambda step: step.peak)
     search = FitSearch(recipe_of(compose(*BASE)), target)
-    assert search.found() is None
+    assert search.find_fit() is None
     assert search.smallest.need == 10 * UNIT and not search.smallest.parts.checkpointing["backbone"]
 
 
@@ -156,11 +156,11 @@ def test_what_a_part_cannot_do_is_left_out_and_what_the_recipe_cannot_is_told(co
     monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: None)
     cfg, target = compose(*BASE, "adapter=lora"), Target("cpu", UNIT, bf16=False)
     fits = FitSearch(recipe_of(cfg), target)
-    assert fits.as_it_is.need > fits.target.memory and fits.found() is None
+    assert fits.as_it_is.need > fits.target.memory and fits.find_fit() is None
     assert fits.smallest.parts.batch_size == 1
     refused.append(True)
     with pytest.raises(UserError, match="it cannot"):
-        FitSearch(recipe_of(cfg), target).found()
+        FitSearch(recipe_of(cfg), target).find_fit()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from dinoseg.core.shapes import ClipBatch
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.step import training_parts
 from dinoseg.inference.memory import PeakBytes
-from dinoseg.inference.walk import walking
+from dinoseg.inference.walk import fake_tensor_mode
 from dinoseg.models.model import trained_names
 from dinoseg.utils.errors import UserError
 
@@ -185,9 +185,9 @@ def test_nothing_that_was_walked_is_left_behind(compose):
 def test_what_a_module_keeps_that_a_walk_has_imported_is_forgotten(tmp_path, monkeypatch):
     (tmp_path / "keeping.py").write_text("import functools\n\n\n@functools.cache\ndef kept():\n    return 1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with walking():
+    with fake_tensor_mode():
         pass
-    with walking():
+    with fake_tensor_mode():
         keeping = import_module("keeping")
         keeping.kept()
     assert keeping.kept.cache_info().currsize == 0
@@ -198,7 +198,7 @@ def test_a_cache_that_a_walk_has_not_filled_is_kept(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     kept = import_module("elsewhere").kept
     before = kept()
-    with walking():
+    with fake_tensor_mode():
         assert kept() is before
     assert kept() is before
 

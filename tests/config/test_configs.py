@@ -32,7 +32,7 @@ from transformers import AutoConfig
 from dinoseg.cli.ranks import LAUNCH_KEYS
 from dinoseg.config import checks
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.plain import resolved, to_container
+from dinoseg.config.plain import resolve_node, to_container
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.config.stored import Source, compose_stored
 from dinoseg.data.photometric import PhotometricDistortion
@@ -131,7 +131,7 @@ def check_restored(cfg):
     found = compose_stored(description, Source("resume=file", typed=["backbone.weights"]))
     whole = OmegaConf.create({**to_container(cfg), **found})
     for key in found:
-        then, now = (json.loads(json.dumps(resolved(each, (key,)))) for each in (cfg, whole))
+        then, now = (json.loads(json.dumps(resolve_node(each, (key,)))) for each in (cfg, whole))
         assert now == (absolute(then) if key in (INITIAL, TEACHER) else then), key
     return len(list(nodes(found)))
 

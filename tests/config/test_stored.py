@@ -103,7 +103,7 @@ SHELL = [  # names that reach, or seem to reach, any callable
     "dinoseg.synthetic.surgery.write.render_dataset",
     "dinoseg.tasks.preparation.sarrarp.shutil.rmtree",
     "dinoseg.data.packed.pack.pack",
-    "dinoseg.utils.locks.locked",
+    "dinoseg.utils.locks.hold_lock",
     "dinoseg.data.packed.store.write_index",
     "dinoseg.data.scan.scan.scan",
     "dinoseg.data.doctor.errors.check_for_errors",

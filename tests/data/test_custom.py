@@ -9,7 +9,7 @@ import torch
 from command_line import SMALL, call
 
 from dinoseg.data.custom import REQUIRED, CustomDataset, check_custom_dataset
-from dinoseg.data.opened import opened
+from dinoseg.data.opened import prepare_dataset
 from dinoseg.utils.errors import UserError
 
 MODULE = '''
@@ -152,10 +152,10 @@ def test_it_agrees_with_the_config_and_refuses_what_takes_files():
     whole = type("Part", (Whole,), items)()
     data = check_custom_dataset(whole, ["a", "b"], 255)
     assert data[1]["mask"].dtype == torch.uint8 and torch.equal(data[1]["mask"].long(), MASK)
-    assert opened(data, split="train", labelled=0.5).names in (["x"], ["y"])
+    assert prepare_dataset(data, split="train", labelled=0.5).names in (["x"], ["y"])
     for classes, ignored in ((["a", "c"], 255), (["a", "b"], 254)):
         with pytest.raises(UserError, match=r"but the data set of data.reader has"):
             check_custom_dataset(whole, classes, ignored)
     for options in ({"on_error": "skip"}, {"cache": "packed"}):
         with pytest.raises(UserError, match=rf"^{[*options][0]}=.* needs a reader that returns a .*PairDataset"):
-            opened(data, split="train", **options)
+            prepare_dataset(data, split="train", **options)

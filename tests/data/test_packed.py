@@ -21,14 +21,14 @@ from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.packed import pack as packed
 from dinoseg.data.packed.pack import pack
-from dinoseg.data.packed.read import paying_workers, reduced
+from dinoseg.data.packed.read import downscale_sample, paying_workers
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.models.model import backbone_size
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.locks import locked
+from dinoseg.utils.locks import hold_lock
 
 SIZES = {"one": (1, 1), "odd": (37, 23), "flat": (1, 90), "video/a": (48, 64), "video/b": (48, 64), "wide": (31, 97)}
 NAMES = sorted(SIZES)
@@ -125,18 +125,18 @@ def test_reduced_sizes_are_those_of_the_model(data, cache, longest):
 def test_reduction_averages_areas_and_takes_the_nearest_id():
     rng = np.random.default_rng(1)
     image, mask = rng.integers(0, 256, (60, 90, 3), np.uint8), rng.integers(0, 4, (60, 90), np.uint8)
-    small, ids = reduced(image, mask, 30, 255)
+    small, ids = downscale_sample(image, mask, 30, 255)
     mean = image.astype(np.float64).reshape(20, 3, 30, 3, 3).mean((1, 3))
     assert np.abs(small - mean).max() <= 0.5 + 1e-9
     assert np.array_equal(ids, mask[1::3, 1::3])
     for longest in (41, 67, 89):  # by other factors: the file's pixel whose centre is nearest
-        small, ids = reduced(image, mask, longest, 255)
+        small, ids = downscale_sample(image, mask, longest, 255)
         rows, columns = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(ids.shape, mask.shape, strict=True))
         decided = [np.abs(at % 1 - 0.5) > 0.01 for at in (rows, columns)]  # a tie may go either way
         nearest = mask[np.rint(rows).astype(int)][:, np.rint(columns).astype(int)]
         assert sum(map(np.sum, decided)) > 40
         assert np.array_equal(ids[decided[0]][:, decided[1]], nearest[decided[0]][:, decided[1]])
-    same, unchanged = reduced(image, mask, 90, 255)
+    same, unchanged = downscale_sample(image, mask, 90, 255)
     assert same is image and unchanged is mask
 
 
@@ -403,7 +403,7 @@ def test_a_second_build_waits_for_the_first(data, cache, monkeypatch, caplog):
     forbid_reading(monkeypatch)
     lock = cache / f".{key_folder.name}.lock"
     result = []
-    with locked(lock):
+    with hold_lock(lock):
         second = threading.Thread(target=lambda: result.append(make(data(), cache)))
         second.start()
         until(lambda: "waiting for it" in caplog.text)
@@ -426,7 +426,7 @@ def test_a_read_only_folder_still_serves_its_store(data, cache, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(packed, "locked", refuse)
+    monkeypatch.setattr(packed, "hold_lock", refuse)
     assert_same(make(data(), cache), data())
     with pytest.raises(UserError, match=r"Cannot pack to .*Permission denied"):
         make(data(), cache, 20)

@@ -22,7 +22,7 @@ from dinoseg.evaluation.comparison import (
 )
 from dinoseg.evaluation.further_scores import FurtherScore, further_difference, further_scores
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, read_record, write_record
-from dinoseg.evaluation.sides import Side, _by_seed, _jobs, aligned, seeds_note, units_note
+from dinoseg.evaluation.sides import Side, _by_seed, _jobs, align_records, seeds_note, units_note
 from dinoseg.experiment import run_config
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
@@ -70,8 +70,8 @@ def as_layers(found):
 def test_runs_of_two_tasks_are_refused_by_name(tmp_path):
     folders = (tmp_path / "a", tmp_path / "b")
     with pytest.raises(UserError, match="task: semantic in the first; multilabel in the second"):
-        aligned(dict(zip(folders, (record(), as_layers(record(1))), strict=True)))
-    layers = aligned(dict(zip(folders, (as_layers(record()), as_layers(record(1))), strict=True)))
+        align_records(dict(zip(folders, (record(), as_layers(record(1))), strict=True)))
+    layers = align_records(dict(zip(folders, (as_layers(record()), as_layers(record(1))), strict=True)))
     assert [found.task for found in layers] == ["multilabel"] * 2
     write_record(layers[0], tmp_path)
     assert read_record(tmp_path).task == "multilabel"
@@ -88,7 +88,7 @@ def test_images_in_another_order_are_the_same_images(tmp_path, caplog):
     units = [second.units[index] for index in order]
     mixed = replace(second, images=names, units=units, counts=second.counts[order])
     folders = [tmp_path / "a", tmp_path / "b"]
-    given = aligned(dict(zip(folders, (first, mixed), strict=True)))
+    given = align_records(dict(zip(folders, (first, mixed), strict=True)))
     assert np.array_equal(given[1].counts, second.counts) and "belong to" not in caplog.text
     other = against(sides(folders, given), pytest.fail)[0]
     assert other.scores == scores_of([second]) and other.mious[0] != pytest.approx(scores_of([first])["miou"])
@@ -107,7 +107,7 @@ def test_images_in_another_order_are_the_same_images(tmp_path, caplog):
 )
 def test_records_that_do_not_compare_are_told_apart(tmp_path, change, told):
     with pytest.raises(UserError, match="were not evaluated on the same images") as refused:
-        aligned({tmp_path / "a": record(), tmp_path / "b": record(1, **change)})
+        align_records({tmp_path / "a": record(), tmp_path / "b": record(1, **change)})
     assert f"- {told}\n" in str(refused.value)
 
 
@@ -207,7 +207,7 @@ def test_further_scores_are_paired_by_unit(tmp_path, metric):
     second, _ = metric_scores(metric, 3, names, units)
     moved = replace(base, images=names, units=units, counts=base.counts[order], scores=second)
     write_record(moved, tmp_path)
-    given = aligned({tmp_path / "a": replace(base, scores=first), tmp_path / "b": read_record(tmp_path)})
+    given = align_records({tmp_path / "a": replace(base, scores=first), tmp_path / "b": read_record(tmp_path)})
     (other,) = against(sides([tmp_path / "a", tmp_path / "b"], given), list)
     name = next(iter(metric.scores))
     gap = other.differences[name]
@@ -257,7 +257,7 @@ def test_scores_of_other_settings_are_not_compared(tmp_path, caplog):
     base = record()
     wide, narrow = (metric_scores(BoundaryIoU(ratio), 0, base.images, base.units)[0] for ratio in (0.2, 0.02))
     runs = {tmp_path / "a": replace(base, scores=wide), tmp_path / "b": replace(base, scores=narrow)}
-    assert [dict(run.scores) for run in aligned(runs)] == [{}, {}] and "boundary_iou" in caplog.text
+    assert [dict(run.scores) for run in align_records(runs)] == [{}, {}] and "boundary_iou" in caplog.text
 
 
 def test_scores_of_too_few_units_are_damaged(tmp_path):

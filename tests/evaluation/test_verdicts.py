@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from dinoseg.evaluation.class_scores import ClassScores
-from dinoseg.evaluation.comparison import _verdict, deciding, differences, mean_scores
+from dinoseg.evaluation.comparison import _verdict, differences, image_contributions, mean_scores
 from dinoseg.evaluation.scoring.intervals import Estimate
 
 KIND = ClassScores(3)
@@ -107,8 +107,8 @@ def test_images_decide_by_what_is_lost_without_them():
     whole = side_miou(second, units) - side_miou(first, units)
     expected = [whole - side_miou(second, {*units} - {unit}) + side_miou(first, {*units} - {unit}) for unit in units]
     counts = [[run.reshape(9, 3, 3) for run in side] for side in (first, second)]
-    assert deciding(KIND, *counts) == pytest.approx(expected)
-    assert deciding(KIND, *([each[:1] for each in side] for side in counts)) == [None]
+    assert image_contributions(KIND, *counts) == pytest.approx(expected)
+    assert image_contributions(KIND, *([each[:1] for each in side] for side in counts)) == [None]
 
 
 def test_a_difference_is_sure_below_a_chance_of_one_in_twenty():

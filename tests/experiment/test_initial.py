@@ -12,7 +12,7 @@ from finished_runs import rows, trained
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from dinoseg.cli.words import parsed
+from dinoseg.cli.words import parse_word
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.initial import check_initial, has_initial, load_initial_weights
 from dinoseg.experiment.recipe import config_description, recipe_of
@@ -127,11 +127,11 @@ def test_a_run_that_goes_on_has_its_own_weights_and_begins_with_no_other_run(fol
     assert info["config"]["init"] == str(folder / "gone") and info["progress"]["step"] == 3
     monkeypatch.chdir(folder)
     for words in (("mode=train", "init=./gone"), ("mode=eval",)):  # of the other modes none begins with anything
-        merged = merge(compose(*words), [parsed(word) for word in words[1:]], path, info)
+        merged = merge(compose(*words), [parse_word(word) for word in words[1:]], path, info)
         assert merged.init == str(folder / "gone") and not has_initial(Builder(merged))
     path = folder / "first/checkpoints/last.safetensors"
     with pytest.raises(UserError, match="and started without. Leave init out, or, for a new run, resume"):
-        merge(compose("mode=train", "init=tuned"), [parsed("init=tuned")], path, checkpoint.describe(path))
+        merge(compose("mode=train", "init=tuned"), [parse_word("init=tuned")], path, checkpoint.describe(path))
 
 
 def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(folder):

@@ -14,7 +14,7 @@ from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
 from dinoseg import __main__
-from dinoseg.cli.words import parsed
+from dinoseg.cli.words import parse_word
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import drop_parts, lock, lock_within, release, write_origin
 from dinoseg.experiment.past_runs import find_runs, plan_of
@@ -107,7 +107,11 @@ def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, caplog,
     saved = compose(*SMALL, "trainer.max_minutes=9.5", f"data.root={tmp_path}")
     info = config_description(Builder(saved))
     merged = merge(
-        compose(*words, "mode=train"), [parsed(word) for word in words], tmp_path / "last.safetensors", info, tell=True
+        compose(*words, "mode=train"),
+        [parse_word(word) for word in words],
+        tmp_path / "last.safetensors",
+        info,
+        tell=True,
     )
     assert merged.trainer.max_minutes == limit
     assert ("trainer.max_minutes=null instead of 9.5" in caplog.text) == (limit is None)
@@ -209,7 +213,7 @@ def test_a_relative_root_is_that_of_the_run(where, run, compose, monkeypatch, ca
     here, there, path = where / "elsewhere/data", where / "data", run / "checkpoints/last.safetensors"
 
     def merged(*words):
-        cfg = merge(compose("mode=eval", *words), [parsed(word) for word in words], path, last(run))
+        cfg = merge(compose("mode=eval", *words), [parse_word(word) for word in words], path, last(run))
         return cfg.data.root, capsys.readouterr().err
 
     assert "the run," not in merged()[1]
@@ -237,9 +241,9 @@ def test_a_root_that_is_with_the_run_alone_needs_no_word(tmp_path, monkeypatch):
 def test_a_key_that_a_checkpoint_lacks_is_added_where_that_is_said(compose, tmp_path):
     cfg = compose("mode=train", "resume=x", "data.root=.", "data.classes=[a,b]")
     info = json.loads(json.dumps(config_description(Builder(cfg))))
-    assert merge(cfg, [parsed("++head.more=1")], tmp_path / "x", info).head.more == 1
+    assert merge(cfg, [parse_word("++head.more=1")], tmp_path / "x", info).head.more == 1
     with pytest.raises(UserError, match=r"head.more is not a key of .* To add it anyway, give \+\+head.more=VALUE"):
-        merge(cfg, [parsed("head.more=1")], tmp_path / "x", info)
+        merge(cfg, [parse_word("head.more=1")], tmp_path / "x", info)
 
 
 def test_auto_finds_a_run_that_was_moved_with_its_data(where, run, found, compose, monkeypatch):

@@ -123,7 +123,7 @@ def test_a_file_that_changes_before_it_is_read_is_not_used(folder, compose, tmp_
 
 
 def test_nothing_but_its_header_is_read_of_a_file_that_is_refused(folder, compose, tmp_path, monkeypatch):
-    monkeypatch.setattr(Teacher, "_hashed", lambda self: pytest.fail("it was read whole"))
+    monkeypatch.setattr(Teacher, "_hash_file", lambda self: pytest.fail("it was read whole"))
     path = tmp_path / "best.safetensors"
     source = folder / "linear/checkpoints/best.safetensors"
     os.mkfifo(path)

@@ -19,7 +19,7 @@ class Fixed:
     """A model that gives the same class ids and probabilities for each picture."""
 
     def __init__(self, ids, probabilities, size=None, predicted=None):
-        self.record, self._ids, self._probabilities, self._predicted = (
+        self.record, self._ids, self._probabilities, self._predict_batches = (
             SimpleNamespace(size=size),
             ids,
             probabilities,
@@ -32,8 +32,8 @@ class Fixed:
     def probabilities(self, images):
         return self._probabilities[None]
 
-    def predicted(self, image):
-        return self._predicted
+    def predict_ids(self, image):
+        return self._predict_batches
 
 
 @pytest.fixture
@@ -86,6 +86,6 @@ def test_nan_which_agrees_with_anything_proves_nothing(picture):
 def test_large_probabilities_are_thinned_evenly(monkeypatch):
     monkeypatch.setattr(proof, "MAX", 100)
     values = np.arange(2 * 20 * 30, dtype=np.float32).reshape(2, 20, 30)
-    thin = proof.thinned(values)
+    thin = proof.subsample(values)
     assert thin.size <= 100 and (thin == values[:, ::4, ::4]).all()
-    assert proof.thinned(values[:, :5, :5]).shape == (2, 5, 5)
+    assert proof.subsample(values[:, :5, :5]).shape == (2, 5, 5)

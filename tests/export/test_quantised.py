@@ -14,7 +14,7 @@ from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
 from dinoseg.experiment.trained import load_trained
-from dinoseg.export.export import REPORT, prepared, store_if_verified
+from dinoseg.export.export import REPORT, prepare_model, store_if_verified
 from dinoseg.export.options import GraphOptions
 from dinoseg.models.model import quantised_names
 from dinoseg.training import checkpoint
@@ -49,7 +49,7 @@ def scores_of(model, path):
 def test_the_gate_compares_the_file_with_the_trained_model(quantised, tmp_path, monkeypatch):
     key, _, cfg = quantised
     trained = load_trained(Builder(cfg)).model
-    with prepared(ModelSource(cfg), tmp_path, GraphOptions()) as ready:
+    with prepare_model(ModelSource(cfg), tmp_path, GraphOptions()) as ready:
         picture = ready.pictures[0].path
         expected = scores_of(trained, picture)
         assert torch.equal(scores_of(ready.reference.segmenter, picture), expected)

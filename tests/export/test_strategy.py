@@ -14,7 +14,7 @@ import dinoseg
 from dinoseg.core.sizes import backbone_size
 from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
-from dinoseg.export.export import prepared
+from dinoseg.export.export import prepare_model
 from dinoseg.export.options import GraphOptions
 from dinoseg.export.strategy import Strategy, missing_strategy, warn_of_strategy
 from dinoseg.inference.windows import Windows
@@ -90,7 +90,7 @@ def test_all_images_of_the_verification_are_considered(compose, tmp_path):
     for width, is_whole in ((48, True), (56, False)):
         for number, size in enumerate([(8, 8), (32, width)]):
             save(tmp_path / f"images/{number}.png", np.zeros((*size, 3), np.uint8))
-        with prepared(ModelSource(cfg), tmp_path, GraphOptions(images=str(tmp_path / "images"))) as ready:
+        with prepare_model(ModelSource(cfg), tmp_path, GraphOptions(images=str(tmp_path / "images"))) as ready:
             assert (ready.strategy is None) == is_whole
 
 

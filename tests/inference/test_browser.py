@@ -36,7 +36,7 @@ def test_an_overlay_plays(served, tmp_path):
         VideoReader(source) as reader,
         VideoWriter(tmp_path / "out.mp4", reader.rate, reader.size, like=reader.traits) as writer,
     ):
-        for frame, time in reader.timed():
+        for frame, time in reader.timed_frames():
             writer.write(frame, time)
     (tmp_path / "page.html").write_text("<link rel=icon href=data:,><video id=v src=out.mp4 muted></video>")
     with opened_page(f"{served}/page.html") as page:

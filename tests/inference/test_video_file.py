@@ -180,7 +180,7 @@ def copy_film(source, target):
         VideoReader(source) as reader,
         VideoWriter(target, reader.rate, reader.size, like=reader.traits) as writer,
     ):
-        for frame, time in reader.timed():
+        for frame, time in reader.timed_frames():
             writer.write(frame, time)
     return av.open(str(target))
 

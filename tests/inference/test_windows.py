@@ -19,7 +19,7 @@ from dinoseg.core.sizes import with_shorter_side
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.rows import MemoryRows, ResizedRows, at_size, mean
 from dinoseg.inference.whole import Whole
-from dinoseg.inference.windows import TURNS, Windows, covered, profile, starts, turned, turned_back
+from dinoseg.inference.windows import TURNS, Windows, apply_turn, profile, starts, sum_weights, undo_turn
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
@@ -183,17 +183,17 @@ def test_the_shorter_side_is_reduced_and_rounded_as_published():
 
 def test_sides_of_scales_are_those_of_the_released_segmentor():
     policy = Windows(896, shortest=896, scales=[0.9, 0.95, 1.0, 1.05, 1.1], multiple=32)
-    sizes = [policy._scaled((480, 640), scale) for scale in policy.scales]
+    sizes = [policy._size_at_scale((480, 640), scale) for scale in policy.scales]
     assert [size[0] for size in sizes] == [832, 864, 896, 940, 985]
     assert sizes[0] == (832, int(832 * 640 / 480 + 0.5))
-    assert Windows(896, shortest=896)._scaled((480, 640), 0.9)[0] == 806
+    assert Windows(896, shortest=896)._size_at_scale((480, 640), 0.9)[0] == 806
 
 
 def test_strides_of_two_axes_turn_with_the_image():
     model, images = made(kernel=3), pictures(37, 61, count=1)
     policy = Windows((13, 24), stride=[9, 20], weights="uniform", average="scores", flips="all")
     views = [
-        turned_back(torch.from_numpy(slid(model, turned(images, turn)[0], (13, 24), (9, 20)))[None], turn).softmax(1)
+        undo_turn(torch.from_numpy(slid(model, apply_turn(images, turn)[0], (13, 24), (9, 20)))[None], turn).softmax(1)
         for turn in TURNS["all"]
     ]
     torch.testing.assert_close(run_bands(model, images, policy), torch.stack(views).mean(0), rtol=0, atol=1e-12)
@@ -208,8 +208,8 @@ def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture
     for scale, turn in itertools.product(scales, TURNS[flips]):
         size = [max(1, round(side * scale)) for side in (37, 29)]
         scaled = images if scale == 1 else F.interpolate(images, size, mode="bilinear", antialias=True)
-        scores = torch.from_numpy(slid(model, turned(scaled, turn)[0], (13, 10), (9, 7)))[None]
-        views.append(F.interpolate(turned_back(scores, turn), (37, 29), mode="bilinear").softmax(dim=1))
+        scores = torch.from_numpy(slid(model, apply_turn(scaled, turn)[0], (13, 10), (9, 7)))[None]
+        views.append(F.interpolate(undo_turn(scores, turn), (37, 29), mode="bilinear").softmax(dim=1))
     averaged = run_bands(model, images, policy)
     torch.testing.assert_close(averaged, torch.stack(views).mean(dim=0), rtol=0, atol=1e-12)
     (band,) = islice(policy.bands(model, MemoryRows(images), nullcontext), 1)
@@ -219,7 +219,7 @@ def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture
 def test_shortest_enlarges_an_image_to_at_most_64_megapixels():
     policy, model, sizes = Windows(8, shortest=16384), made(), []
     for size, scaled in (((1, 2), (5793, 11585)), ((8192, 3 * 8192), (8192, 3 * 8192)), ((2048, 1024), (11585, 5793))):
-        assert policy._scaled(size, 1.0) == scaled
+        assert policy._size_at_scale(size, 1.0) == scaled
 
     def stop(module, inputs):
         sizes.append(inputs[0].shape)
@@ -252,7 +252,7 @@ def test_every_pixel_is_covered_and_weights_sum_to_what_they_are_divided_by(size
             assert begin == 0 or begin + window <= length
             seen[begin : begin + window] += weight.numpy()
         assert (seen > 0).all()
-        np.testing.assert_allclose(covered(length, begins, weight).numpy(), seen)
+        np.testing.assert_allclose(sum_weights(length, begins, weight).numpy(), seen)
 
 
 @pytest.mark.parametrize("mixture", [False, True])
@@ -282,8 +282,8 @@ def test_freeing_rows_gives_what_keeping_all_gives_bit_for_bit(average):
             logits = model(images[image : image + 1, :, top : top + 16, left : left + 11]).logits()[0]
         part = logits.softmax(dim=0) if average == "probabilities" else logits
         kept[image, :, top : top + 16, left : left + 11] += part * (down[:, None] * across)
-    kept /= covered(61, rows, down)[:, None]
-    kept /= covered(40, columns, across)
+    kept /= sum_weights(61, rows, down)[:, None]
+    kept /= sum_weights(40, columns, across)
     assert torch.equal(freed, kept)
 
 
@@ -296,9 +296,9 @@ def test_bands_are_at_most_a_stride_and_the_last_a_window():
 
 def test_turns_are_undone_and_all_eight_differ():
     image = torch.arange(12).reshape(3, 4)
-    assert all(torch.equal(turned_back(turned(image, turn), turn), image) for turn in TURNS["all"])
-    assert len({str(turned(image, turn).tolist()) for turn in TURNS["all"]}) == 8
-    assert torch.equal(turned(image, TURNS["horizontal"][1]), image.flip(1))
+    assert all(torch.equal(undo_turn(apply_turn(image, turn), turn), image) for turn in TURNS["all"])
+    assert len({str(apply_turn(image, turn).tolist()) for turn in TURNS["all"]}) == 8
+    assert torch.equal(apply_turn(image, TURNS["horizontal"][1]), image.flip(1))
 
 
 @pytest.mark.parametrize("flips", ["horizontal", "all"])
@@ -308,7 +308,7 @@ def test_flips_average_probabilities_of_the_turned_images(flips, policy):
     parts = []
     for turn in TURNS[flips]:
         with torch.no_grad():
-            parts.append(turned_back(model(turned(images, turn)).logits().softmax(dim=1), turn))
+            parts.append(undo_turn(model(apply_turn(images, turn)).logits().softmax(dim=1), turn))
     averaged = run_bands(model, images, Whole(flips=flips))
     torch.testing.assert_close(averaged, torch.stack(parts).mean(dim=0))
     # a symmetric model sees no difference

@@ -102,13 +102,13 @@ def test_the_hardest_are_chosen_in_each_image_by_itself():
     labelled = torch.tensor([[[1, 1, 1, 0, 1]], [[1, 1, 1, 1, 1]], [[0, 0, 0, 0, 0]]]).bool()
 
     def kept(share):
-        return [row.nonzero()[:, 1].tolist() for row in Hardest(share).selected(costs, labelled)]
+        return [row.nonzero()[:, 1].tolist() for row in Hardest(share).select_pixels(costs, labelled)]
 
     assert kept(0.5) == [[1, 4], [0, 1, 2, 4], []]  # three cost as much as the third
     assert kept(0.01) == [[1], [4], []]  # one at least
     assert kept(0.51) == [[1, 2, 4], [0, 1, 2, 4], []]
     costs[0, 0, 2] = torch.nan
-    assert Hardest(0.01).selected(costs, labelled)[0, 0, 2]  # so that the loss is no number, and training stops
+    assert Hardest(0.01).select_pixels(costs, labelled)[0, 0, 2]  # so that the loss is no number, and training stops
 
 
 def test_an_image_costs_the_same_beside_others():

@@ -9,7 +9,7 @@ import pytest
 from score_making import maps
 from sklearn.metrics import confusion_matrix
 
-from dinoseg.metrics.counts import class_counts, confusion, grouped, iou, mean_defined, parts, ratio
+from dinoseg.metrics.counts import class_counts, confusion, group_counts, iou, mean_defined, parts, ratio
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
@@ -49,7 +49,7 @@ def test_parts_leave_out_rows_but_not_columns():
 
 def test_grouped_sums_blocks_and_keeps_large_counts_exact():
     matrix = np.array([[2**60, 1, 2], [3, 2**60 + 1, 5], [7, 11, 13]])
-    coarse = grouped(np.stack([matrix, matrix * 0]), np.array([0, 0, 1]))
+    coarse = group_counts(np.stack([matrix, matrix * 0]), np.array([0, 0, 1]))
     assert coarse[0].tolist() == [[2**60 + 1 + 3 + 2**60 + 1, 7], [18, 13]] and not coarse[1].any()
 
 

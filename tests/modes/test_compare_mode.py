@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.comparison import against
-from dinoseg.evaluation.image_record import COUNTS, RECORD, evaluated, read_record
+from dinoseg.evaluation.image_record import COUNTS, RECORD, find_evaluation, read_record
 from dinoseg.evaluation.sides import seeds_note, sides_of
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.run_config import open_saved_data
@@ -348,7 +348,7 @@ def test_the_evaluation_at_the_end_of_a_training_is_one(runs):
     tracked = (runs / "slots/evaluation/report.html").read_text()
     assert "mode=train" in tracked and "slots/checkpoints/best.safetensors" in tracked
     with pytest.raises(UserError, match=r"slots/evaluation is an evaluation of videos"):
-        evaluated(runs / "slots")
+        find_evaluation(runs / "slots")
     shutil.rmtree(runs / "compared", ignore_errors=True)
     done = compare(runs, "segmenter", "first")
     assert done.status == 0, done.err
@@ -369,7 +369,7 @@ def test_an_evaluation_of_videos_is_told_from_one_of_images(tmp_path):
     (tmp_path / "tracked").mkdir()
     (tmp_path / "tracked/tracking.json").write_text("{}")
     with pytest.raises(UserError, match=r"evaluation of videos.*mode=score protocol=NAME .*tracked/masks,OTHER/masks"):
-        evaluated(tmp_path / "tracked")
+        find_evaluation(tmp_path / "tracked")
 
 
 @pytest.mark.parametrize("name", [RECORD, COUNTS])

@@ -6,7 +6,7 @@ import numpy as np
 from command_line import SMALL, call
 
 from dinoseg.data.formats.folder import folder_dataset
-from dinoseg.data.opened import opened
+from dinoseg.data.opened import prepare_dataset
 from dinoseg.utils.images import write_png
 
 NAMES = (
@@ -63,6 +63,6 @@ def test_what_is_no_file_is_told_in_a_line_each_and_can_be_left_out(tmp_path):
     assert "File not found: data/train/images/gone.png." in out
     assert "Cannot read data/train/masks/gone.png (No such file or directory)." in out
     data = folder_dataset(root, "train", classes=["dark", "bright"])
-    left = opened(data, split="train", on_error="skip", cache_dir=tmp_path / "cache")
+    left = prepare_dataset(data, split="train", on_error="skip", cache_dir=tmp_path / "cache")
     assert left.names == ["a train", "b train", "one pixel train"] and len(left.skipped) == 4
     assert left[2]["image"].shape == (3, 1, 1)

@@ -161,7 +161,7 @@ def export(cfg, out_dir):
 
     def keep(ready, *_):
         found.append(ready.record)
-        ready.reference.predicted(image_of(cfg))
+        ready.reference.predict_ids(image_of(cfg))
         return {"agreement": 1.0}
 
     with (

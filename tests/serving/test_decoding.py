@@ -106,7 +106,7 @@ def test_frames_come_from_a_process_unchanged(tmp_path):
     with VideoReader(path) as reader, closing(VideoDecoder(path, **LIMITS)) as video:
         assert (video.size, video.count, video.rate) == (reader.size, reader.count, reader.rate)
         assert video.traits == reader.traits
-        for (frame, time), (wanted, shown) in zip(video.frames(), reader.timed(), strict=True):
+        for (frame, time), (wanted, shown) in zip(video.frames(), reader.timed_frames(), strict=True):
             assert (frame == wanted).all() and time == shown
 
 

@@ -16,7 +16,7 @@ from dinoseg.synthetic.moving import write as moving_objects
 from dinoseg.synthetic.moving import write as moving_write
 from dinoseg.synthetic.moving.write import OUTLINES, draw_video, render_moving_objects
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.locks import locked
+from dinoseg.utils.locks import hold_lock
 
 SMALL = {"train_videos": 2, "val_videos": 1, "test_videos": 0, "seconds": 1, "size": (32, 40), "workers": 1}
 SEEDS = [(0, 0, number) for number in range(1, 13)]
@@ -268,7 +268,7 @@ def test_a_video_that_lacks_pictures_is_drawn_anew(tmp_path: Path, caplog) -> No
 def test_two_renderings_of_one_root_work_one_after_the_other(tmp_path: Path, caplog) -> None:
     second = threading.Thread(target=render_moving_objects, args=[tmp_path], kwargs=SMALL)
     live = tmp_path / "train/.train_0001.1.part/frames/00000.png"
-    with locked(tmp_path / ".render.lock"):
+    with hold_lock(tmp_path / ".render.lock"):
         live.parent.mkdir(parents=True)
         live.write_bytes(b"of the first")
         second.start()

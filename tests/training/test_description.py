@@ -15,7 +15,7 @@ from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.checkpoint import describe, outline, read, write
 from dinoseg.training.description import FORMAT
-from dinoseg.training.loading import bounded, check_fits, check_size, load_average, load_optimizer
+from dinoseg.training.loading import check_fits, check_size, limit_model_size, load_average, load_optimizer
 from dinoseg.training.optim import MovingAverage
 from dinoseg.utils.errors import UserError
 
@@ -210,13 +210,17 @@ def test_state_that_lacks_a_parameter_is_refused_unless_it_had_none(tmp_path, id
 
 @pytest.mark.slow
 def test_a_model_larger_than_the_machine_is_not_made():
-    with pytest.raises(UserError, match="that does not fit into memory"), torch.device("meta"), bounded("resume=x"):
+    with (
+        pytest.raises(UserError, match="that does not fit into memory"),
+        torch.device("meta"),
+        limit_model_size("resume=x"),
+    ):
         nn.Linear(10**7, 10**7)
-    with pytest.raises(UserError, match="more than 50000 parts"), torch.device("meta"), bounded("resume=x"):
+    with pytest.raises(UserError, match="more than 50000 parts"), torch.device("meta"), limit_model_size("resume=x"):
         nn.ModuleList(nn.Linear(1, 1) for _ in range(10**9))
     with torch.device("meta"):
         many = nn.ModuleList(nn.Linear(2**15, 2**15) for _ in range(200))
     with pytest.raises(UserError, match="a model of 800 GiB"):
         check_size(many, "resume=x")
-    with bounded("resume=x"):
+    with limit_model_size("resume=x"):
         nn.Linear(2, 2)

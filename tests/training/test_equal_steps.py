@@ -194,7 +194,7 @@ def of_rank(net, loss, batches, ranks, rank, done):
     undo = partial(net.zero_grad, set_to_none=True)
     micro = MicroBatches(engine, loss, 1, len(batches), undo=undo)
     for batch in micro.of_step(iter(batches), output):
-        with micro.retried():
+        with micro.retry_batch():
             batch = batch.to(engine.device)
             prediction = net(batch.image)
             part = batch_loss(loss, prediction, batch, micro.divisors, micro.num_batches)

@@ -217,7 +217,7 @@ def folder(tiny_backbone, tmp_path):
         )
         model = SegmentationModel(backbone, head(24, 1, 3), longest=longest)
         plan = CacheOptions(tmp_path, 1.0, "", {"backbone": "b", "head": "h", **dict(parts)}, dtype=dtype)
-        return choice._opened(False, SimpleNamespace(augment=augment), model, engine, plan).folder
+        return choice._open_store(False, SimpleNamespace(augment=augment), model, engine, plan).folder
 
     return named
 

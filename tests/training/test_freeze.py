@@ -210,7 +210,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was():
     before = state_of(model)
     assert {part.training for part in model.backbone.modules()} == {True, False}, "what is frozen stays in eval mode"
     freeze = build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.5), is_single=True)
-    with pytest.raises(MemoryError), freeze.during(0, 10, torch.zeros(1, 3, 8, 8)):
+    with pytest.raises(MemoryError), freeze.apply(0, 10, torch.zeros(1, 3, 8, 8)):
         assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
         raise MemoryError
     assert state_of(model) == before
@@ -225,7 +225,7 @@ def test_several_ranks_expect_gradients_which_are_dropped():
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     freeze = build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.5), is_single=False)
     for step, left in ((4, True), (5, False)):
-        with freeze.during(step, 10, None):
+        with freeze.apply(step, 10, None):
             model(torch.rand(1, 3, 16, 16)).outputs.sum().backward()
             assert all(parameter.grad is not None for parameter in trained)
         dropped = {each.grad is None for each in model.backbone.parameters() if each.requires_grad}
@@ -279,7 +279,7 @@ def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeyp
     model = untrained()
     monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [model.head.norm]))
     freeze = build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.3), is_single=True)
-    with freeze.during(0, 10, None):
+    with freeze.apply(0, 10, None):
         assert all(parameter.requires_grad for parameter in model.head.parameters())
         assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
 

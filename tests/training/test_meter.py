@@ -47,7 +47,7 @@ def train(running, clock, steps, seconds=1.0, waited=0.25, first=1):
             clock.now += waited
             yield None
 
-    stream = running.waiting(batches(), lambda: "Read less.")
+    stream = running.measure_waits(batches(), lambda: "Read less.")
     for number in range(steps):
         next(stream)
         clock.now += (seconds - waited) * (1 if number else first)
@@ -55,7 +55,7 @@ def train(running, clock, steps, seconds=1.0, waited=0.25, first=1):
 
 
 def validate(running, clock, seconds):
-    with running.validating():
+    with running.measure_validation():
         clock.now += seconds
 
 

@@ -158,7 +158,7 @@ def run(micro, work, batch):
     """Call `work` with each micro-batch of a step of one batch; return the output of the step."""
     output = StepOutput(torch.device("cpu"), None)
     for part in micro.of_step(iter([batch]), output):
-        with micro.retried():
+        with micro.retry_batch():
             work(part)
             output.add(BatchLoss(torch.ones(()), torch.ones(()), {}), None, part)
     return output

@@ -203,7 +203,7 @@ def test_moving_average_follows_its_formula_and_swaps_back():
         weight += 1
     average.update(step=1000)
     torch.testing.assert_close(average.average["w"], torch.tensor([1.1, 2.1]))
-    with average.swapped():
+    with average.use_average():
         torch.testing.assert_close(weight.data, torch.tensor([1.1, 2.1]))
     torch.testing.assert_close(weight.data, torch.tensor([2.0, 3.0]))
 
@@ -267,7 +267,7 @@ def test_the_moving_average_takes_one_call_per_dtype_and_is_that_of_single_tenso
         assert all(torch.equal(average.average[name], value) for name, value in expected.items())
         assert [name for name in calls.names if name != "detach"] == ["_foreach_lerp_"] * 2 + ["_foreach_copy_"]
     before = {name: value.clone() for name, value in live.items()}
-    with average.swapped():
+    with average.use_average():
         assert all(torch.equal(live[name], value) for name, value in expected.items())
     assert all(torch.equal(live[name], value) for name, value in before.items())
 
@@ -278,7 +278,7 @@ def test_swapping_the_average_copies_few_weights_at_a_time(monkeypatch):
     average = MovingAverage(live.items(), decay=0.9)
     for value in live.values():
         value += 1
-    with Calls() as calls, average.swapped():
+    with Calls() as calls, average.use_average():
         assert all((value == float(name)).all() for name, value in live.items())
     assert all((value == float(name) + 1).all() for name, value in live.items())
     names = " ".join(name for name in calls.names if name in ("clone", "_foreach_copy_"))

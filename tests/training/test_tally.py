@@ -9,7 +9,7 @@ import torch
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.training.engine import Engine
-from dinoseg.training.tally import Tally, _centres, _thinned
+from dinoseg.training.tally import Tally, _centres, _subsample
 from dinoseg.utils.errors import UserError
 
 
@@ -54,7 +54,7 @@ def test_large_ones_by_points_that_lie_where_they_are_predicted(engine):
     assert counted["accuracy"] > 0.995 and np.isclose(
         counted["classes"][1]["pixels"] / counted["pixels"], mask.float().mean(), atol=0.01
     )
-    assert _thinned(mask).shape == (1, 97, 171)
+    assert _subsample(mask).shape == (1, 97, 171)
     assert _centres(10, 5, torch.device("cpu")).tolist() == [1, 3, 5, 7, 9]
 
 

@@ -23,7 +23,7 @@ def limited():
             is_last = number + 1 == steps
             done.append((number + 1, steps))
             if (number + 1) % val_every == 0 or is_last:
-                with limit.validating():
+                with limit.measure_validation():
                     now[0] += validation
                 done.append("validated")
         return now[0] - 100, done

@@ -29,7 +29,7 @@ from dinoseg.training.feature_choice import CacheOptions, feature_cache
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.loading import load_weights
 from dinoseg.training.optim import parameter_groups, schedule
-from dinoseg.training.sharding import gathered
+from dinoseg.training.sharding import gather_tensors
 from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.training.validation import evaluate
 
@@ -107,7 +107,7 @@ def train(
     fit(Experiment(model, loss, data_module, optimizer, schedule("constant"), engine, checkpoints, log, settings))
     names = ("step", "train/loss", "train/gradient_norm", "train/miou", "val/loss", "val/miou", *OUTLINES)
     rows = [{name: row[name] for name in names if name in row} for row in log.rows]
-    state = gathered(model.state_dict().items(), keep=True)
+    state = gather_tensors(model.state_dict().items(), keep=True)
     return {"rows": rows, "state": state, "best": checkpoints.progress.best}
 
 

@@ -189,7 +189,7 @@ def test_archives_of_arrays_that_cannot_be_read(tmp_path, caplog):
 
 def test_forms_say_where_and_what(caplog):
     caplog.set_level(logging.INFO)
-    form = forms.record(rows=forms.listing(forms.row(forms.whole(0, 9), forms.maybe(forms.text)), length=2))
+    form = forms.record(rows=forms.list_of(forms.row(forms.whole(0, 9), forms.maybe(forms.text)), length=2))
     parse_json('{"rows": [[0, null], [9, "a"]]}', form)
     for text, message in (
         ('{"rows": [[0, null], [10, "a"]]}', r"it\.rows\[1\]\[0\] is 10; it must be a whole number from 0 to 9"),
@@ -205,7 +205,7 @@ def test_forms_say_where_and_what(caplog):
         with pytest.raises(SchemaError, match=message):
             parse_json(text, form)
     with pytest.raises(SchemaError, match="is 2; it must be a number from 0 to 1"):
-        parse_json("[0, 0.5, 2]", forms.listing(forms.number(0, 1)))
+        parse_json("[0, 0.5, 2]", forms.list_of(forms.number(0, 1)))
     with pytest.raises(SchemaError, match="must be a number"):
         parse_json("1" + "0" * 400, forms.number())  # no float holds it
     with pytest.raises(SchemaError, match="must be true or false"):
@@ -214,7 +214,7 @@ def test_forms_say_where_and_what(caplog):
 
 def test_a_long_name_is_not_repeated_for_each_entry_below_it():
     seen = []
-    form = forms.table(forms.listing(lambda _, where: seen.append(len(where))))
+    form = forms.table(forms.list_of(lambda _, where: seen.append(len(where))))
     parse_json(json.dumps({"k" * 10_000: [1] * 5}), form)
     assert len(seen) == 5 and max(seen) < 80
 

@@ -12,7 +12,7 @@ from dinoseg.report.log import RunLog
 from dinoseg.training import checkpoint
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils import interrupt
-from dinoseg.utils.interrupt import Interrupted, block_signals, deferred, forward_signals, raised
+from dinoseg.utils.interrupt import Interrupted, block_signals, defer_signals, forward_signals, raise_on_signal
 
 SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
@@ -99,7 +99,7 @@ def test_a_command_that_is_stopped_before_it_begins_is_a_line(tmp_path, monkeypa
 def test_the_second_signal_ends_at_once_and_what_follows_the_first_closely_is_the_same(monkeypatch):
     now = [10.0]
     monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
-    with pytest.raises(Interrupted) as ended, deferred("wait") as stop:
+    with pytest.raises(Interrupted) as ended, defer_signals("wait") as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # torchrun passes on what the terminal has sent to all
         assert stop.signal == signal.SIGINT
@@ -109,12 +109,12 @@ def test_the_second_signal_ends_at_once_and_what_follows_the_first_closely_is_th
 
 
 def test_a_kept_signal_is_raised_in_the_end_and_hides_what_it_has_caused_only():
-    with pytest.raises(Interrupted), deferred(""):
+    with pytest.raises(Interrupted), defer_signals(""):
         signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(Interrupted), deferred(""):
+    with pytest.raises(Interrupted), defer_signals(""):
         signal.raise_signal(signal.SIGTERM)
         raise RuntimeError("DataLoader worker is killed by signal")
-    with pytest.raises(ValueError, match="a file"), deferred(""):
+    with pytest.raises(ValueError, match="a file"), defer_signals(""):
         signal.raise_signal(signal.SIGTERM)
         raise ValueError("a file")
 
@@ -122,7 +122,7 @@ def test_a_kept_signal_is_raised_in_the_end_and_hides_what_it_has_caused_only():
 def test_what_is_ignored_stays_ignored(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with raised():
+        with raise_on_signal():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -138,27 +138,27 @@ def test_signals_are_passed_on_once(monkeypatch):
 
 
 def test_what_changes_nothing_is_left_at_once_and_only_that():
-    with pytest.raises(Interrupted), deferred("") as stop, stop.at_once(allowed=True):
+    with pytest.raises(Interrupted), defer_signals("") as stop, stop.at_once(allowed=True):
         signal.raise_signal(signal.SIGTERM)
         pytest.fail("goes on")
-    with pytest.raises(Interrupted), deferred("") as stop:
+    with pytest.raises(Interrupted), defer_signals("") as stop:
         signal.raise_signal(signal.SIGTERM)
         with stop.at_once(allowed=True):
             pytest.fail("begins")
-    with pytest.raises(Interrupted), deferred("") as stop:
+    with pytest.raises(Interrupted), defer_signals("") as stop:
         with stop.at_once(allowed=True):
             pass
         with stop.at_once(allowed=False):
             signal.raise_signal(signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
-    with pytest.raises(RuntimeError, match="a worker"), deferred(""):
+    with pytest.raises(RuntimeError, match="a worker"), defer_signals(""):
         raise RuntimeError("a worker has died")
 
 
 @pytest.mark.parametrize("send", [signal.raise_signal, signal_in_thread])
 def test_blocked_signal_is_raised_after_the_block_only(send):
     ended = []
-    with pytest.raises(Interrupted) as stop, raised(), block_signals(*interrupt.SIGNALS):
+    with pytest.raises(Interrupted) as stop, raise_on_signal(), block_signals(*interrupt.SIGNALS):
         send(signal.SIGTERM)
         ended.append("block")
     assert ended == ["block"] and stop.value.number == signal.SIGTERM

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from dinoseg.utils.locks import acquire, locked, release
+from dinoseg.utils.locks import acquire, hold_lock, release
 
 KILLED = """
 import os, signal, sys, time
@@ -61,10 +61,10 @@ def test_a_lock_file_that_its_holder_removes_is_no_lock_any_more(tmp_path, caplo
     path, entered = tmp_path / "lock", threading.Event()
 
     def wait():
-        with locked(path):
+        with hold_lock(path):
             entered.set()
 
-    with locked(path):
+    with hold_lock(path):
         waiting = threading.Thread(target=wait)
         waiting.start()
         while "waiting for it" not in caplog.text:

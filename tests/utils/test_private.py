@@ -61,7 +61,7 @@ def test_a_folder_of_another_user_is_refused(cache, monkeypatch):
     if os.geteuid() == 0:
         os.chown(cache, 4321, -1)
     else:
-        monkeypatch.setattr(private, "_trusted", lambda folder: {0})
+        monkeypatch.setattr(private, "_trusted_owners", lambda folder: {0})
     with pytest.raises(UserError, match="user .*, who owns it, may write there"):
         check_private(cache, "cache_dir")
 

@@ -10,7 +10,7 @@ from dinoseg.data.packed.store import StoreKey, open_store
 from dinoseg.tasks.preparation.sarrarp import VideoJob, _done_before
 from dinoseg.tracking.video.state import STATE, TrackProgress, read_track_state
 from dinoseg.utils import forms
-from dinoseg.utils.units import finished
+from dinoseg.utils.units import read_finished
 
 ITEM, CRC = bytes([1, 2, 3, 4]), 1457978664  # an image and a mask of one pixel; of `a 1 1` and these bytes
 KEY = '{"fingerprint": "f", "longest": null, "version": 2}'
@@ -30,7 +30,7 @@ def test_a_unit_is_taken_over_or_made_anew_and_why(tmp_path, caplog, text, said)
     note, form = tmp_path / "100%s.json", forms.record(made_of=forms.whole())
     if text is not None:
         note.write_text(text)
-    content = finished(
+    content = read_finished(
         note,
         lambda path: forms.read_json(path, form),
         lambda content: content["made_of"] == 1,
@@ -45,12 +45,12 @@ def test_a_unit_is_taken_over_or_made_anew_and_why(tmp_path, caplog, text, said)
 def test_a_unit_that_lacks_a_file_is_not_finished(tmp_path, caplog):
     (tmp_path / "note").write_text("x")
     whole = (tmp_path / "note", lambda path: path.read_text(), lambda _: (tmp_path / "gone").stat().st_size > 0)
-    assert finished(*whole, damaged="%s %s", unfit="unfit") is None and not caplog.records
+    assert read_finished(*whole, damaged="%s %s", unfit="unfit") is None and not caplog.records
 
 
 def test_a_note_that_the_machine_does_not_give_is_told_and_its_unit_made_anew(tmp_path, caplog):
     (tmp_path / "note").mkdir()
-    assert finished(tmp_path / "note", lambda path: path.read_text(), damaged="%s cannot be read (%s)") is None
+    assert read_finished(tmp_path / "note", lambda path: path.read_text(), damaged="%s cannot be read (%s)") is None
     assert f"{tmp_path / 'note'} cannot be read ([Errno " in caplog.text
 
 

@@ -202,7 +202,7 @@ def time_config(
     began = time.perf_counter()
     build = Builder.of(values)
     engine = build.engine(devices=1)
-    build = build.changed({"data": {"batch_size": max(1, build.value("data.batch_size") // ranks)}})
+    build = build.with_changes({"data": {"batch_size": max(1, build.value("data.batch_size") // ranks)}})
     task = build.training_task()
     task.open(engine)
     return time_recipe(

@@ -35,8 +35,8 @@ from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.locks import locked
-from dinoseg.utils.units import finished
+from dinoseg.utils.locks import hold_lock
+from dinoseg.utils.units import read_finished
 from dinoseg.utils.wording import format_override, one_line, printable
 
 AUTO = "auto"  # name of the recipe that is chosen automatically
@@ -83,7 +83,7 @@ class ChosenRecipe:
         if not path.exists():
             write_text(path, self.text)
         folders = [f"file://{Path(each).absolute()}" for each in user_folders()]
-        search_path = [searching(folders)] if folders else []
+        search_path = [search_path_override(folders)] if folders else []
         # Hydra reads the last --config-dir
         words = [*self.words, *search_path, f"hparam={NAME}", "--config-dir", str(folder)]
         command = shlex.join(["python", "-m", "dinoseg", *words])
@@ -107,7 +107,7 @@ def choose_recipe(cfg: DictConfig, words: Sequence[str]) -> ChosenRecipe:
     path = _path(build, given, (train, val))
     source = f"reused from {path} (remove it to choose again)"
     # concurrent commands, such as the jobs of a sweep over seeds, wait and reuse the choices
-    with locked(path.with_suffix(".lock")):
+    with hold_lock(path.with_suffix(".lock")):
         stored = read_choices(path)
         if stored is None:
 
@@ -196,18 +196,18 @@ def _check_value(value: Any, where: str) -> None:
     if isinstance(value, dict):
         forms.table(_NUMBER, _CLASS_NAME)(value, where)
     elif isinstance(value, list):
-        forms.listing(_NUMBER)(value, where)
+        forms.list_of(_NUMBER)(value, where)
     elif not (isinstance(value, str) and value.isidentifier()):
         _NUMBER(value, where)
 
 
 _NUMBER = forms.number(0, 2**40)
-_FORM = forms.record(about=forms.text, choices=forms.listing(forms.record(words=_check_words, reason=forms.text)))
+_FORM = forms.record(about=forms.text, choices=forms.list_of(forms.record(words=_check_words, reason=forms.text)))
 
 
 def read_choices(path: Path) -> tuple[str, list[RecipeChoice]] | None:
     """Return the stored summary and choices; None if the file is absent or damaged. Damage is logged."""
-    found = finished(
+    found = read_finished(
         path,
         lambda path: forms.read_json(path, _FORM, most=_MAX_BYTES),
         damaged="The stored choices in %s are damaged (%s): choosing again.",
@@ -227,11 +227,14 @@ def write_choices(path: Path, about: str, choices: Iterable[RecipeChoice]) -> No
 
 def choice_lines(choices: Iterable[RecipeChoice]) -> list[str]:
     """Return one line per choice, with overrides and reason."""
-    rows = [(" ".join(f"{key}={_typed(value)}" for key, value in each.words.items()), each.reason) for each in choices]
+    rows = [
+        (" ".join(f"{key}={_format_choice(value)}" for key, value in each.words.items()), each.reason)
+        for each in choices
+    ]
     return [one_line(f"  {words}: {reason}.") for words, reason in rows]
 
 
-def _typed(value: Any) -> str:
+def _format_choice(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {number:g}" for name, number in value.items()) + "}"
     return format_override(value)
@@ -287,7 +290,7 @@ def user_folders() -> list[str]:
     return [each.path for each in HydraConfig.get().runtime.config_sources if each.provider == "command-line"]
 
 
-def searching(folders: Sequence[str]) -> str:
+def search_path_override(folders: Sequence[str]) -> str:
     """Return the override that adds folders, of any name, to Hydra's search path for configs."""
     quoted = ["'" + folder.replace("'", "\\'") + "'" for folder in folders]
     return f"{_SEARCHED}=[{','.join(quoted)}]"
@@ -311,7 +314,7 @@ def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) 
         path = Path(folder) / "hparam" / f"{name}.yaml"
         path.parent.mkdir()
         path.write_text(text, encoding="utf-8")
-        searched = searching([*map(str, folders), f"file://{folder}"])
+        searched = search_path_override([*map(str, folders), f"file://{folder}"])
         composed = compose("main", [*remaining, searched, f"hparam={name}"], return_hydra_config=True)
         cfg = job_config(composed, composed.hydra)
     own = [each for each in cfg.config_dirs if each != folder]

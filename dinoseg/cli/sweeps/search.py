@@ -120,7 +120,7 @@ class Search(Sweeper):
                 study.tell(trial.number, state=TrialState.FAIL)
             else:
                 error = {"error": row["note"]} if row["note"] else {}
-                self._tell(study, trial, *self._scored(row["returned"] | error))
+                self._tell(study, trial, *self._read_score(row["returned"] | error))
 
     def _tell(self, study: Any, trial: Any, value: float | None, error: str) -> None:
         if error:
@@ -161,9 +161,9 @@ class Search(Sweeper):
             returned = job.return_value  # raises the job's exception
         except Exception as error:  # noqa: BLE001 - of any type: the other jobs continue
             return None, f"{type(error).__name__}: {error}"
-        return self._scored(returned)
+        return self._read_score(returned)
 
-    def _scored(self, scores: Any) -> tuple[float | None, str]:
+    def _read_score(self, scores: Any) -> tuple[float | None, str]:
         found = scores if isinstance(scores, dict) else {}
         if "error" in found:
             return None, found["error"]

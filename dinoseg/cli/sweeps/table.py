@@ -66,10 +66,10 @@ def over_folds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[st
         scores: keys to summarise.
     """
     joined = []
-    for folds in _grouped(rows, settings):
+    for folds in _group_rows(rows, settings):
         row = _average(folds, "fold", settings, scores)
         if matrices := [fold["matrix"] for fold in folds if fold["matrix"] is not None]:
-            row |= _pooled(matrices, folds[0])
+            row |= _pool_scores(matrices, folds[0])
         joined.append(row)
     return joined
 
@@ -85,10 +85,10 @@ def over_seeds(rows: Sequence[Row], settings: Sequence[str], scores: Sequence[st
         settings: swept keys except the seed.
         scores: keys to summarise; integers are taken from the first seed, since seeds do not change them.
     """
-    return [_average(seeds, "seed", settings, scores) for seeds in _grouped(rows, settings)]
+    return [_average(seeds, "seed", settings, scores) for seeds in _group_rows(rows, settings)]
 
 
-def _grouped(rows: Sequence[Row], settings: Sequence[str]) -> list[list[Row]]:
+def _group_rows(rows: Sequence[Row], settings: Sequence[str]) -> list[list[Row]]:
     """Return the rows of each setting, in the order of first appearance."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -112,7 +112,7 @@ def _average(rows: Sequence[Row], name: str, settings: Sequence[str], scores: Se
     return found | {key: rows[0][key] for key in settings}
 
 
-def _pooled(matrices: Sequence[Any], fold: Row) -> Row:
+def _pool_scores(matrices: Sequence[Any], fold: Row) -> Row:
     """Return the scores of the sum of confusion matrices (K, K), whose rows are the reference.
 
     `background` and `ignored_class` of a fold's row are ids, or None.
@@ -213,7 +213,7 @@ class SweepTable(Callback):
         averaged = [] if _searches(config) else [key for key in (FOLD, SEED) if key in swept]
         printed, written = columns, columns
         if averaged:
-            _write(path.with_name(JOBS), _ranked(rows, score, sign), swept, columns)
+            _write(path.with_name(JOBS), _rank_rows(rows, score, sign), swept, columns)
         if FOLD in averaged:
             swept = [key for key in swept if key != FOLD]
             rows = over_folds(rows, swept, columns)
@@ -225,7 +225,7 @@ class SweepTable(Callback):
             printed = [count, *_with_parts(columns, [score], parts)]
             scores = [key for key in columns if key == "loss" or key not in OTHERS]
             written = [count, *_with_parts(columns, scores, parts)]
-        rows = _ranked(rows, score, sign)
+        rows = _rank_rows(rows, score, sign)
         _print(rows, swept, printed)
         _write(path, rows, swept, written)
         print(f"\nwritten to {path}{f', each job to {path.with_name(JOBS)}' if averaged else ''}")
@@ -251,7 +251,7 @@ def _print_significance(sweep: Path) -> None:
     )
 
 
-def _ranked(rows: Sequence[Row], score: str, sign: int) -> list[Row]:
+def _rank_rows(rows: Sequence[Row], score: str, sign: int) -> list[Row]:
     """Return the rows, the best first and those without a score last."""
     return sorted(rows, key=lambda row: (row.get(score) is None, sign * (row.get(score) or 0)))
 

@@ -11,9 +11,11 @@ from dinoseg.data.annotation.entry import Annotations, Entry, LabelledShape, pol
 from dinoseg.utils import forms
 from dinoseg.utils.wording import format_value
 
-_FORM = forms.holding(
-    images=forms.listing(forms.holding(id=forms.plain, file_name=forms.text, width=forms.plain, height=forms.plain)),
-    categories=forms.listing(forms.holding(id=forms.plain, name=forms.text)),
+_FORM = forms.object_with(
+    images=forms.list_of(
+        forms.object_with(id=forms.plain, file_name=forms.text, width=forms.plain, height=forms.plain)
+    ),
+    categories=forms.list_of(forms.object_with(id=forms.plain, name=forms.text)),
 )
 
 
@@ -88,6 +90,6 @@ def _shape(annotation: Mapping[str, Any], categories: Mapping[int, str], size: t
         raise ValueError("it has no segmentation, only a box: export polygons or masks")
     if drawn.get("size") != list(size):
         raise ValueError(f"its mask has the size {format_value(drawn.get('size'), 40)}, its image {list(size)}")
-    counts = rle.checked(drawn.get("counts"), size[0] * size[1])
+    counts = rle.parse_counts(drawn.get("counts"), size[0] * size[1])
     columns = CompressedColumns(rle.to_text(counts))
     return LabelledShape(categories[category], columns, float(counts[1::2].sum()), crowd)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoseg.data.annotation.polygon import figure, filled
+from dinoseg.data.annotation.polygon import figure, rasterise
 from dinoseg.data.annotation.rle import decode, from_text, values_of
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import stamp
@@ -33,7 +33,7 @@ class Polygons:
         """Set the pixels of a canvas (H, W) that the shape covers."""
         for ring in self.rings:
             points = np.frombuffer(ring).reshape(-1, 2)
-            left, mask = filled(points, (canvas.shape[0], canvas.shape[1]))
+            left, mask = rasterise(points, (canvas.shape[0], canvas.shape[1]))
             canvas[:, left : left + mask.shape[1]][mask] = value
 
 
@@ -130,17 +130,17 @@ class Layers:
     read_layer: Callable[[Any], np.ndarray]
 
     def __str__(self) -> str:
-        return ", ".join(dict.fromkeys(map(str, self.given)))
+        return ", ".join(dict.fromkeys(map(str, self.present_sources)))
 
     @property
-    def given(self) -> list[Path | Drawing]:
+    def present_sources(self) -> list[Path | Drawing]:
         """Return the sources of the classes that have one."""
         return [source for source in self.sources if source is not None]
 
     @property
     def path(self) -> Path:
         """Return the file of the first layer."""
-        return mask_file(self.given[0])
+        return mask_file(self.present_sources[0])
 
     def stat(self) -> os.stat_result:
         """Return that file's size and times."""
@@ -176,7 +176,7 @@ def mask_file(mask: MaskSource) -> Path:
 
 def drawn_size(mask: MaskSource) -> tuple[int, int] | None:
     """Return height and width of a mask that is drawn, before it is; None for files."""
-    source = mask.given[0] if isinstance(mask, Layers) else mask
+    source = mask.present_sources[0] if isinstance(mask, Layers) else mask
     return source.size if isinstance(source, Drawing) else None
 
 

@@ -54,7 +54,7 @@ class Annotations:
     entries: Sequence[Entry]
     groups: Mapping[str, str] = field(default_factory=dict)
 
-    def grouped(self) -> "Annotations":
+    def group_labels(self) -> "Annotations":
         """Return a copy with labels replaced by their groups; a label without group is unchanged.
 
         Raises:

@@ -21,7 +21,9 @@ from dinoseg.utils.wording import format_value
 _FEWEST = {"polygon": 3, "rectangle": 2, "oriented_rectangle": 4, "circle": 2, "line": 2, "linestrip": 2, "point": 1}
 _JOINED = 7  # first version with round corners of linestrips
 _EXACTLY = ("rectangle", "oriented_rectangle", "circle", "line", "point")
-_FORM = forms.holding(shapes=forms.listing(forms.holding(label=forms.plain, points=forms.plain)), imagePath=forms.plain)
+_FORM = forms.object_with(
+    shapes=forms.list_of(forms.object_with(label=forms.plain, points=forms.plain)), imagePath=forms.plain
+)
 
 
 def read_labelme(content: bytes, path: Path) -> Annotations:

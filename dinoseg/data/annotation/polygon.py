@@ -34,7 +34,7 @@ def check_polygon(points: np.ndarray) -> None:
         raise ValueError("its border is too long: it crosses the image many times, or extends far beyond it")
 
 
-def filled(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
+def rasterise(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
     """Fill a polygon (N, 2) exactly as pycocotools does: return the first column and a mask (H, columns) bool.
 
     The border is sampled in fifths of a pixel. Each crossing of a column's centre toggles between inside and outside
@@ -49,7 +49,8 @@ def filled(points: np.ndarray, size: tuple[int, int]) -> tuple[int, np.ndarray]:
     if not columns.size:
         return 0, np.zeros((height, 0), bool)
     rows = np.ceil(((lowest + 0.5) / _FIFTHS - 0.5).clip(0, height)).astype(np.int64)
-    first, count = int(columns.min()), int(columns.max() - columns.min()) + 1
+    first = int(columns.min())
+    count = int(columns.max() - columns.min()) + 1
     changes = np.sort((columns - first) * height + rows)  # column-major positions of the toggles
     runs = np.diff(changes, prepend=0, append=max(count * height, changes[-1]))
     inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)[: count * height]

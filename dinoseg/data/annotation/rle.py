@@ -22,7 +22,7 @@ def counts_of(values: np.ndarray) -> np.ndarray:
 
 
 def decode(counts: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the mask (H, W) bool of column-wise counts that `checked` has validated."""
+    """Return the mask (H, W) bool of column-wise counts that `parse_counts` has validated."""
     return values_of(counts).reshape(size[1], size[0]).T
 
 
@@ -75,7 +75,7 @@ def from_text(text: str) -> np.ndarray:
     return values
 
 
-def checked(counts: Any, pixels: int) -> np.ndarray:
+def parse_counts(counts: Any, pixels: int) -> np.ndarray:
     """Return counts (N,) int64 of a mask of `pixels` pixels, given as numbers or in the compressed form.
 
     Raises:

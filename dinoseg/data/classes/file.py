@@ -70,17 +70,17 @@ def read_class_file(path: Path, ignore_index: int) -> dict[str, Any]:
 def _read(path: Path, ignore_index: int, changed: int, size: int) -> dict[str, Any]:
     """Parse a file once per state (time and size), since the config interpolates each key separately."""
     try:
-        return _described(read_yaml(path, _LARGEST), ignore_index)
+        return _parse_content(read_yaml(path, _LARGEST), ignore_index)
     except (OSError, SchemaError) as error:
         raise UserError(f"Cannot read {path}: {error}. Correct the file.") from None
     except ValueError as error:
         raise UserError(f"{path}: {str(error).rstrip('.')}.") from None
 
 
-def _described(content: Any, ignore_index: int) -> dict[str, Any]:
-    whole = _mapping(content, "the file", ("classes", "background", "others", "ignore", "masks"))
+def _parse_content(content: Any, ignore_index: int) -> dict[str, Any]:
+    whole = _check_mapping(content, "the file", ("classes", "background", "others", "ignore", "masks"))
     classes = _classes(whole.get("classes"))
-    ignored = _mapping(whole.get("ignore", {}), "ignore", ("ids", "colors", "labels"))
+    ignored = _check_mapping(whole.get("ignore", {}), "ignore", ("ids", "colors", "labels"))
     masks = whole.get("masks", "ids")
     formats = (*get_args(MaskFormat), LABELS)
     if masks not in formats:
@@ -130,7 +130,8 @@ def _classes(node: Any) -> dict[str, dict[str, Any]]:
         raise ValueError(f"classes is {node if node else 'not given'}: {example}")
     keys = ("ids", "color", "colors", "labels")
     return {
-        _name(name): _mapping({} if entry is None else entry, f"class {name}", keys) for name, entry in node.items()
+        _name(name): _check_mapping({} if entry is None else entry, f"class {name}", keys)
+        for name, entry in node.items()
     }
 
 
@@ -144,7 +145,7 @@ def _name(value: Any) -> str:
     return value
 
 
-def _mapping(node: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
+def _check_mapping(node: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
     if not isinstance(node, dict):
         raise ValueError(f"{where} holds {node!r:.60}; it must be a mapping with the keys {', '.join(keys)}")
     if unknown := [str(key) for key in node if key not in keys]:

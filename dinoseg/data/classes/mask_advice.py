@@ -83,14 +83,15 @@ def for_coloured(counts: Mapping[tuple[int, ...], int], classes: Sequence[str], 
             f"set the colour of each class: {'`masks: palette` in classes.yaml' if described else _PALETTE}."
         )
     order = sorted(counts, key=lambda color: (color != (0, 0, 0), -counts[color]))
-    colors, rest = [list(color) for color in order[: len(classes)]], [list(color) for color in order[len(classes) :]]
+    colors = [list(color) for color in order[: len(classes)]]
+    rest = [list(color) for color in order[len(classes) :]]
     if described:
         entries = {name: {"color": color} for name, color in zip(classes, colors, strict=True)}
         content = {"classes": entries, **({"ignore": {"colors": rest}} if rest else {}), "masks": "palette"}
         line = f"replace the content of classes.yaml with: `{json.dumps(content, ensure_ascii=False)}`"
     else:
-        ignored = f" 'data.reader.masks.ignore_colors={_listed(rest)}'" if rest else ""
-        line = f"add this to the command line: `{_PALETTE} 'data.palette={_listed(colors)}'{ignored}`"
+        ignored = f" 'data.reader.masks.ignore_colors={_format_colors(rest)}'" if rest else ""
+        line = f"add this to the command line: `{_PALETTE} 'data.palette={_format_colors(colors)}'{ignored}`"
     meaning = ", ".join(f"{tuple(color)} {name}" for name, color in zip(classes, colors, strict=True))
     return (
         f"If their colours stand for classes, {line}. This assigns {meaning}{_also(rest)}: correct the order if needed."
@@ -101,7 +102,7 @@ def _also(ignored: Sequence[Sequence[int]]) -> str:
     return f", and {', '.join(str(tuple(color)) for color in ignored)} ignored" if ignored else ""
 
 
-def _listed(colors: Sequence[Sequence[int]]) -> str:
+def _format_colors(colors: Sequence[Sequence[int]]) -> str:
     return json.dumps(colors, separators=(",", ":"))
 
 

@@ -55,8 +55,8 @@ class Masks:
         """Reject unknown options, and those without effect."""
         for name, table in (("ids", self.ids), ("colors", self.colors)):
             if table:
-                object.__setattr__(self, name, _numbered(table))
-        if self.described is not None and (self.ids or None) != (_numbered(self.described.get("ids")) or None):
+                object.__setattr__(self, name, _convert_keys(table))
+        if self.described is not None and (self.ids or None) != (_convert_keys(self.described.get("ids")) or None):
             raise UserError(
                 f"data.reader.masks.ids={self.ids} would replace all ids of classes.yaml in data.root. Write them "
                 "there: at their class, or as `ignore: {ids: [...]}`. Or set data.classes too: then classes.yaml is "
@@ -76,7 +76,7 @@ class Masks:
                 )
 
 
-def _numbered(table: Mapping[Any, Any] | None) -> dict[Any, Any]:
+def _convert_keys(table: Mapping[Any, Any] | None) -> dict[Any, Any]:
     """Return a table with integer keys: a checkpoint's description is JSON, whose keys are strings."""
     return {int(key) if str(key).isdecimal() else key: value for key, value in (table or {}).items()}
 

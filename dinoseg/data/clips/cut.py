@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoseg.data.clips.videos import VOID, Video, VideoLayout, chosen
+from dinoseg.data.clips.videos import VOID, Video, VideoLayout, select_split
 from dinoseg.data.splits import Partition
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, NotNegative, Positive
@@ -216,7 +216,7 @@ def open_clips(
     Raises:
         UserError: any error of the layout, and see `Clips`.
     """
-    videos = chosen(layout, split, partition)
+    videos = select_split(layout, split, partition)
     if split != "train":
         cut = replace(cut if eval_cut is None else eval_cut, sample=False)
         videos = [replace(video, square=eval_square) for video in videos]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from dinoseg.data.annotation.drawing import Drawing, MaskSource
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
-from dinoseg.data.clips.videos import VOID, Video, VideoLayout, chosen
+from dinoseg.data.clips.videos import VOID, Video, VideoLayout, select_split
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.splits import Partition
@@ -43,8 +43,8 @@ def foreground(
         raise UserError(
             f"data.classes has {len(labels.classes)} names: give two, one for the background, one for objects."
         )
-    videos = chosen(layout, split, partition)
-    pairs = [pair for video in videos for pair in _annotated(video)]
+    videos = select_split(layout, split, partition)
+    pairs = [pair for video in videos for pair in _annotated_pairs(video)]
     if not pairs:
         raise UserError(
             f"Split {split} has {len(videos)} videos, but no masks: it cannot be used for training or scoring."
@@ -65,7 +65,7 @@ def no_masks(split: str) -> PairDataset:
     )
 
 
-def _annotated(video: Video) -> list[Pair]:
+def _annotated_pairs(video: Video) -> list[Pair]:
     positions = sorted(video.masks)
     return [
         Pair(f"{video.name}/{video.frame_name(position)}", video.frames[position], _as_class(video.masks[position]))

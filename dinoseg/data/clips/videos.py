@@ -156,7 +156,7 @@ class VideoLayout(Protocol):
         ...
 
 
-def chosen(layout: VideoLayout, split: str, partition: Partition) -> list[Video]:
+def select_split(layout: VideoLayout, split: str, partition: Partition) -> list[Video]:
     """Return the videos of a split: of the dataset's own split, or a share of its training videos in their order.
 
     Raises:

@@ -65,11 +65,11 @@ class ClipView:
             top, left = int(down * (spare[0] + 1)), int(right * (spare[1] + 1))
         seen = np.empty((len(frames), *self.crop, 3), dtype=np.uint8)
         for frame, target in zip(frames, seen, strict=True):
-            resized = frame if size == (height, width) else self._resized(frame, size)
+            resized = frame if size == (height, width) else self._resize(frame, size)
             target[:] = resized[top : top + self.crop[0], left : left + self.crop[1]]
         return np.ascontiguousarray(seen[:, :, ::-1]) if mirror < self.flip else seen
 
-    def _resized(self, frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    def _resize(self, frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Return a frame (H, W, 3) uint8 at `size` (H, W)."""
         if self.resample == "area":
             how = cv2.INTER_AREA if size[0] < frame.shape[0] or size[1] < frame.shape[1] else cv2.INTER_LINEAR

@@ -33,7 +33,7 @@ _FULL = "mode=doctor with the same data= shows the full report."
 _SHOWN = 20  # most files listed per error, each with its reason
 
 
-def scanned(split: str, dataset: PairDataset | CustomDataset, records: Sequence[Record]) -> Scanned:
+def describe_split(split: str, dataset: PairDataset | CustomDataset, records: Sequence[Record]) -> Scanned:
     """Return a split's records together with the classes and mask rules of its reader."""
     masks = dataset.reader.masks if isinstance(dataset, PairDataset) else Masks()
     return Scanned(
@@ -77,7 +77,7 @@ def check_for_errors(
         if not isinstance(data, PairDataset):
             return []
         records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
-        splits.append(scanned(split, data, records))
+        splits.append(describe_split(split, data, records))
     errors = []
     for finding in find_errors(splits, data_name=data_name, group=group):
         if finding.severity == "error" and finding.stops:

@@ -20,7 +20,7 @@ from dinoseg.data.formats.annotation_files import (
 )
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.pairs.pairing import Lacking, gathered
+from dinoseg.data.pairs.pairing import Lacking, collect_pairs
 from dinoseg.data.splits import Partition, divide, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_size
@@ -186,7 +186,7 @@ def annotated_dataset(
     labels = Labels.of(classes, palette, ignore_index)
     maker = _Maker(KINDS[kind], Path(root).expanduser(), layout, shapes, labels, layers)
     pairs = divide(split, lambda side: maker.pairs(side, partition), partition)
-    return gathered(pairs, split, labels, masks)
+    return collect_pairs(pairs, split, labels, masks)
 
 
 @dataclass

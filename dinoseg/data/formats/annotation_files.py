@@ -79,7 +79,9 @@ def find_annotations(kind: Kind, root: Path, split: str, layout: AnnotationLayou
         unpack = "Archives are not read: unpack it and give" if root.suffix.lower() in _ARCHIVES else "Give"
         raise UserError(f"data.root={root} is not a folder. {unpack} the folder that holds the annotations.")
     patterns = (kind.by_split if by_split else kind.single) if layout.annotations is None else (layout.annotations,)
-    places = list(dict.fromkeys(root / _filled(pattern, name) for pattern in patterns for name in layout.names(split)))
+    places = list(
+        dict.fromkeys(root / _insert_split(pattern, name) for pattern in patterns for name in layout.names(split))
+    )
     found = [candidate for candidate in places if (_has_json(candidate) if kind.per_image else candidate.is_file())]
     if found:
         return found[0]
@@ -111,7 +113,7 @@ def read_annotations(kind: Kind, path: Path, *, grouped: bool = False) -> Annota
     """
     held = _read(kind, path) if not kind.per_image else _of_folder(kind, path)
     try:
-        return held.grouped() if grouped else held
+        return held.group_labels() if grouped else held
     except ValueError as error:
         raise UserError(f"{path}: {error}. Set data.reader.shapes.grouped=false.") from None
 
@@ -152,7 +154,7 @@ def labels_below(kind: Kind, root: Path, layout: AnnotationLayout, *, grouped: b
     return list(dict.fromkeys(label for annotations in held for label in annotations.labels))
 
 
-def _filled(pattern: str, name: str) -> str:
+def _insert_split(pattern: str, name: str) -> str:
     return pattern.replace("{split}", name)
 
 
@@ -168,7 +170,7 @@ def _read(kind: Kind, path: Path) -> Annotations:
         status = path.stat()
         if status.st_size > LARGEST_FILE:
             raise ValueError(f"it has {status.st_size:,} bytes; the limit is {LARGEST_FILE:,}: divide it into several")
-        return _parsed(kind, path, status.st_mtime_ns, status.st_size)
+        return _parse_file(kind, path, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}). Check the path and its permissions.") from None
     except UserError:
@@ -180,6 +182,6 @@ def _read(kind: Kind, path: Path) -> Annotations:
 
 
 @functools.lru_cache(maxsize=2**14)
-def _parsed(kind: Kind, path: Path, changed: int, size: int) -> Annotations:
+def _parse_file(kind: Kind, path: Path, changed: int, size: int) -> Annotations:
     """Parse a file once per state (time and size), since the classes and every split request it."""
     return kind.read(path.read_bytes(), path)

@@ -16,7 +16,7 @@ from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks, layer_reader
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.pairs.pairing import Lacking, gathered, pair_by_name
+from dinoseg.data.pairs.pairing import Lacking, collect_pairs, pair_by_name
 from dinoseg.data.splits import Partition, divide, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
@@ -96,7 +96,7 @@ def folder_dataset(
     match_files = partial(_match_layers, labels, layer_reader(masks, ignore_index).read) if layers else _match_masks
     match = partial(match_files, suffixes)
     pairs = find_pairs(Path(root).expanduser(), split, layout, partition, match)
-    return gathered(pairs, split, labels, masks)
+    return collect_pairs(pairs, split, labels, masks)
 
 
 def find_pairs(

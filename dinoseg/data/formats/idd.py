@@ -22,7 +22,7 @@ from dinoseg.data.formats.idd_files import (
 from dinoseg.data.label_tables.read import label_table
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.pairs.pairing import Lacking, gathered
+from dinoseg.data.pairs.pairing import Lacking, collect_pairs
 from dinoseg.data.splits import Partition, divide
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
@@ -81,7 +81,7 @@ def idd(
         _check_encoding(encoding, labels, masks)
     top = Path(root).expanduser()
     pairs = divide(split, lambda side: find_pairs(top, side, encoding), partition)
-    return gathered(pairs, split, labels, masks)
+    return collect_pairs(pairs, split, labels, masks)
 
 
 def find_pairs(root: Path, split: str, encoding: str) -> list[Pair | Lacking]:

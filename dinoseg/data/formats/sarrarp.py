@@ -17,7 +17,7 @@ from dinoseg.data.formats.sarrarp_files import (
 )
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.pairs.pairing import Lacking, gathered
+from dinoseg.data.pairs.pairing import Lacking, collect_pairs
 from dinoseg.data.splits import Partition, divide
 from dinoseg.data.video.access import ImageSource, VideoFrame
 from dinoseg.data.video.index import index_videos
@@ -66,12 +66,12 @@ def sar_rarp50(
     if source == "video":
         frames, unusable = _decodable(video_folders, Path(cache_dir))
     else:
-        frames, unusable = _extracted(root, video_folders)
+        frames, unusable = _find_frames(root, video_folders)
     pairs: list[Pair | Lacking] = [*packed, *unusable]
     for name in frames:
         pairs += _video_pairs(root, video_folders[name], frames[name], source)
     chosen = pairs if split == "test" else divide(split, lambda _: pairs, partition)
-    return gathered(chosen, split, labels, Masks())
+    return collect_pairs(chosen, split, labels, Masks())
 
 
 def find_videos(root: Path, split: str) -> tuple[dict[str, Path], list[Lacking]]:
@@ -120,7 +120,7 @@ def _video_lacking(video: str, reason: str, remedy: str) -> Lacking:
     return Lacking(f"{video}/{0:09d}", reason, remedy, title=video)
 
 
-def _extracted(root: Path, video_folders: Mapping[str, Path]) -> tuple[dict[str, Frames], list[Lacking]]:
+def _find_frames(root: Path, video_folders: Mapping[str, Path]) -> tuple[dict[str, Frames], list[Lacking]]:
     """Return each video's extracted frames, and the videos without any."""
     frames: dict[str, Frames] = {name: dict(frame_files(folder)) for name, folder in video_folders.items()}
     bare = [name for name in video_folders if not frames[name]]

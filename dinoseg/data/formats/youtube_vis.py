@@ -19,7 +19,7 @@ from dinoseg.utils.wording import count_of, format_json, format_value, has_surro
 
 FRAMES_PER_SECOND = 6  # every fifth frame of 30 per second
 _MOST_BYTES = 2**31  # of the annotations
-_FORM = forms.holding(videos=forms.listing(forms.plain))
+_FORM = forms.object_with(videos=forms.list_of(forms.plain))
 
 
 class _Listed(NamedTuple):
@@ -213,4 +213,4 @@ def _form(segmentation: Any, size: tuple[int, int]) -> Form | None:
             f"its mask has the size {format_json(segmentation.get('size'), 40)}, but its video the height and width "
             f"{list(size)}: both must be equal whole numbers"
         )
-    return CompressedColumns(rle.to_text(rle.checked(segmentation.get("counts"), size[0] * size[1])))
+    return CompressedColumns(rle.to_text(rle.parse_counts(segmentation.get("counts"), size[0] * size[1])))

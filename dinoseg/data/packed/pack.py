@@ -21,7 +21,7 @@ from dinoseg.report.progress import Bar
 from dinoseg.utils.atomic import atomic_folder
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size
-from dinoseg.utils.locks import locked
+from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.wording import in_bytes, reasons
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def pack(
     store = open_store(folder, key, dataset.names)
     if store is None:
         try:
-            with locked(folder.with_name(f".{folder.name}.lock")):
+            with hold_lock(folder.with_name(f".{folder.name}.lock")):
                 # another process may have built it while this one waited for the lock
                 if open_store(folder, key, dataset.names) is None:
                     _build(dataset, folder, key, workers)

@@ -57,7 +57,7 @@ def reduced_size(size: tuple[int, int], longest: int | None) -> tuple[int, int]:
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
-def reduced(
+def downscale_sample(
     image: np.ndarray, mask: np.ndarray, longest: int | None, ignore_index: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return image and mask reduced to `longest` exactly as by `Augment` without any other change."""
@@ -72,7 +72,7 @@ def reduced(
 def _read(row: int, *, dataset: PairDataset, longest: int | None) -> Packed:
     sample = dataset[row]
     pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())  # (H, W, C)
-    image, mask = reduced(pixels, sample["mask"].numpy(), longest, dataset.ignore_index)
+    image, mask = downscale_sample(pixels, sample["mask"].numpy(), longest, dataset.ignore_index)
     return Packed(image, mask, checksum(sample["name"], image, mask))
 
 

@@ -12,7 +12,7 @@ from dinoseg.data.annotation.drawing import MAX_PIXELS
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.units import finished
+from dinoseg.utils.units import read_finished
 
 PIXELS, INDEX = "pixels.bin", "index.json"
 VERSION = 3  # format version: a store of another version is packed again
@@ -22,7 +22,7 @@ _EXTENT_FORM = forms.row(  # the fields of `Extent`, in order
     *(forms.whole(), forms.whole(1), forms.whole(1), forms.whole(0, 2**32 - 1)),
     *(forms.whole(1, 1024), forms.whole(1, 2)),
 )
-_INDEX_FORM = forms.record(key=forms.plain, names=forms.listing(forms.text), places=forms.listing(_EXTENT_FORM))
+_INDEX_FORM = forms.record(key=forms.plain, names=forms.list_of(forms.text), places=forms.list_of(_EXTENT_FORM))
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def open_store(folder: Path, key: StoreKey, names: Sequence[str]) -> Store | Non
             for extent in store.extents
         )
 
-    return finished(folder / INDEX, read, is_complete)
+    return read_finished(folder / INDEX, read, is_complete)
 
 
 def write_index(folder: Path, key: StoreKey, names: Sequence[str], extents: Sequence[Extent]) -> None:

@@ -65,17 +65,17 @@ def pair_by_name(
 
 def _explain_lacking(files: Mapping[str, Path], others: Mapping[str, Path], kind: str, folder: Path) -> dict[str, str]:
     """Return the reason of each name of files without counterpart; `kind` and `folder` are those of the others."""
-    twins = {_composed(name): path for name, path in others.items() if name not in files}
+    twins = {_normalise_name(name): path for name, path in others.items() if name not in files}
     reasons = {}
     for name in files.keys() - others.keys():
         reasons[name] = f"{files[name]} has no {kind} in {folder}."
-        if twin := twins.get(_composed(name)):
+        if twin := twins.get(_normalise_name(name)):
             reasons[name] += f" {twin} only looks the same: one has accents as separate characters (Unicode "
             reasons[name] += "NFD, as macOS writes them), the other does not (NFC). Rename one."
     return reasons
 
 
-def gathered(candidates: Iterable[Pair | Lacking], split: str, labels: Labels, masks: Masks) -> PairDataset:
+def collect_pairs(candidates: Iterable[Pair | Lacking], split: str, labels: Labels, masks: Masks) -> PairDataset:
     """Return the dataset of the complete pairs; it records the incomplete ones.
 
     Raises:
@@ -149,5 +149,5 @@ def incomplete_pairs_error(dataset: PairDataset, split: str) -> UserError:
     )
 
 
-def _composed(name: str) -> str:
+def _normalise_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)

@@ -119,7 +119,7 @@ def measure_sample(name: str, where: str, read: Callable[[], Mapping[str, Any]],
         return record.with_problem("unreadable_image", reason)
     ids = np.ascontiguousarray(sample["mask"].numpy())
     record = _with_pixels(record, sample["image"].permute(1, 2, 0).numpy())
-    pixels = {} if ids.ndim > 2 else dict(_counted(ids))
+    pixels = {} if ids.ndim > 2 else dict(_count_values(ids))
     record = replace(record, mask_size=(ids.shape[-2], ids.shape[-1]), pixels=pixels)
     return _with_mask(record, ids, ignore_index, raw={str(value): count for value, count in pixels.items()})
 
@@ -180,7 +180,7 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
     ignored = reader.labels.ignore_index
     if isinstance(mask, Layers):
         return _with_mask(record, ids, ignored, raw=_layer_values(ids, mask))
-    pixels = dict(_counted(ids))
+    pixels = dict(_count_values(ids))
     return _with_mask(replace(record, pixels=pixels), ids, ignored, raw=_raw_of(mask, reader, pixels))
 
 
@@ -205,7 +205,7 @@ def _layer_counts(layers: np.ndarray, ignore_index: int) -> dict[int, int]:
 def _layer_values(layers: np.ndarray, mask: Layers) -> dict[str, int]:
     """Return the pixels of each value in the files of layers (K, H, W), with keys such as `1: 255` for class 1."""
     files = [index for index, source in enumerate(mask.sources) if isinstance(source, Path)]
-    return {f"{index}: {value}": count for index in files for value, count in _counted(layers[index])}
+    return {f"{index}: {value}": count for index in files for value, count in _count_values(layers[index])}
 
 
 def _raw_of(mask: MaskSource, reader: MaskReader, pixels: Mapping[int, int]) -> dict[str, int]:
@@ -224,13 +224,13 @@ def _raw(path: Path, reader: MaskReader) -> dict[str, int]:
     if numbers.ndim == 3 and reader.masks.format != "palette" and (numbers == numbers[..., :1]).all():
         numbers = numbers[..., 0]
     if numbers.ndim == 2:
-        return {str(value): count for value, count in _counted(numbers)[:_MAX_RAW]}
+        return {str(value): count for value, count in _count_values(numbers)[:_MAX_RAW]}
     codes = numbers[..., 0].astype(np.int32) << 16 | numbers[..., 1].astype(np.int32) << 8 | numbers[..., 2]
-    common = sorted(_counted(codes), key=lambda pair: -pair[1])[:_MAX_RAW]
+    common = sorted(_count_values(codes), key=lambda pair: -pair[1])[:_MAX_RAW]
     return {f"({code >> 16}, {code >> 8 & 255}, {code & 255})": count for code, count in common}
 
 
-def _counted(values: np.ndarray) -> list[tuple[int, int]]:
+def _count_values(values: np.ndarray) -> list[tuple[int, int]]:
     if values.dtype == np.uint8:  # several times faster than sorting, and lets other threads run
         return [pair for pair in enumerate(Image.fromarray(values).histogram()) if pair[1]]
     return list(zip(*(part.tolist() for part in np.unique(values, return_counts=True)), strict=True))

@@ -20,7 +20,7 @@ from dinoseg.report.progress import Bar
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_text
 from dinoseg.utils.files import stamp
-from dinoseg.utils.units import finished
+from dinoseg.utils.units import read_finished
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def _check_base64(value: Any, where: str) -> None:
 _SIZE_FORM = forms.maybe(forms.row(forms.whole(1), forms.whole(1)))
 _FORM = forms.table(
     forms.record(
-        stamps=forms.listing(forms.whole(-(2**63))),
+        stamps=forms.list_of(forms.whole(-(2**63))),
         record=forms.record(
             **dict.fromkeys(("name", "image", "mask", "mask_digest", "image_digest"), forms.text),
             **dict.fromkeys(_SMALL_COPIES, _check_base64),
@@ -129,7 +129,7 @@ def _find_file(folder: Path, pairs: Sequence[Pair], reader: MaskReader) -> Path:
 
 
 def _read_records(path: Path) -> StoredRecords:
-    rows = finished(
+    rows = read_finished(
         path,
         lambda path: forms.read_json(path, _FORM),
         damaged="The stored scan in %s is damaged (%s): scanning again.",

@@ -69,12 +69,13 @@ class Decoder:
             raise
         self._stream.thread_type = "AUTO" if threads == 0 else "NONE"
         self._stream.codec_context.thread_count = threads
-        self._reformatter, self._threads = VideoReformatter(), threads
+        self._reformatter = VideoReformatter()
+        self._threads = threads
         self._frame: av.VideoFrame
         self._read = 0  # frames
         self._end: int | None = None  # largest time of a packet in ticks, see `_time_of`
         self._undecodable = 0  # packets
-        self._frames = self._decoded()
+        self._frames = self._decode_frames()
         self.rate = self._stream.guessed_rate or Fraction(0)
         self.time_base = self._stream.time_base or Fraction(1, 1000)
         self.start = Fraction(self._container.start_time or 0, av.time_base)
@@ -105,7 +106,7 @@ class Decoder:
         return frame is not None
 
     @cached_property
-    def promised(self) -> int:
+    def declared_frames(self) -> int:
         """Number of frames by the container; 0 if unknown.
 
         It may be off by one or two. Frames outside an edit list and empty time slots do not count. Without a frame
@@ -123,7 +124,7 @@ class Decoder:
         The file is whole if it holds all promised frames. With fewer frames, it is whole if its last packet has the
         announced time: decoders drop frames that refer to others before a cut.
         """
-        if self._read >= max(1, self.promised - _UNCOUNTED):
+        if self._read >= max(1, self.declared_frames - _UNCOUNTED):
             return False
         if self._stream.frames and self._undecodable > _UNCOUNTED:
             return True
@@ -133,7 +134,7 @@ class Decoder:
         """Raise a UserError if `is_truncated`."""
         if self.is_truncated():
             raise UserError(
-                f"{self.path} is truncated: {self._read} frames read, {self.promised} promised. Replace it."
+                f"{self.path} is truncated: {self._read} frames read, {self.declared_frames} promised. Replace it."
             )
 
     @cached_property
@@ -176,12 +177,12 @@ class Decoder:
         Raises:
             UserError: the frame cannot be converted.
         """
-        return self._converted("bgr24")
+        return self._convert_frame("bgr24")
 
     def rgb_image(self) -> np.ndarray:
         """Return `rgb(self.image())`, bit-identical but faster."""
         deep = any(component.bits > 8 for component in self._frame.format.components)
-        return rgb(self.image()) if deep else self._converted("rgb24")  # depths over 8 bits round differently
+        return rgb(self.image()) if deep else self._convert_frame("rgb24")  # depths over 8 bits round differently
 
     def packets(self) -> Iterator[av.Packet]:
         """Yield the packets of all streams in storage order; no frame can be decoded afterwards."""
@@ -195,7 +196,7 @@ class Decoder:
             OSError: seeking failed.
         """
         self._container.seek(round(time / 1000 / self.time_base), stream=self._stream)
-        self._frames = self._decoded()
+        self._frames = self._decode_frames()
 
     def close(self) -> None:
         """Release the file."""
@@ -208,7 +209,7 @@ class Decoder:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _converted(self, order: str) -> np.ndarray:
+    def _convert_frame(self, order: str) -> np.ndarray:
         try:
             # bicubic, as OpenCV's reader requests: pixels are bit-identical to its own
             converted = self._reformatter.reformat(
@@ -243,7 +244,7 @@ class Decoder:
         codec.options = {"max_pixels": str(min(MAX_PIXELS, 2 * max_pixels + 2**16))}
         return moving[0]
 
-    def _decoded(self) -> Generator[av.VideoFrame]:
+    def _decode_frames(self) -> Generator[av.VideoFrame]:
         silent = 0  # packets since the last frame
         try:
             for packet in self._container.demux(self._stream):

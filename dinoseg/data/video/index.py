@@ -19,7 +19,7 @@ from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
-from dinoseg.utils.locks import locked
+from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.workers import in_processes
 
 if TYPE_CHECKING:  # datasets of images do not need FFmpeg's libraries
@@ -195,5 +195,5 @@ def _index_lock(index_path: Path | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if index_path is not None:
             with contextlib.suppress(OSError):
-                stack.enter_context(locked(index_path.with_suffix(".lock")))
+                stack.enter_context(hold_lock(index_path.with_suffix(".lock")))
         yield

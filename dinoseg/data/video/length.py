@@ -35,6 +35,6 @@ def _frame_count(path: Path, *, count: bool) -> int:
 
     try:
         with Decoder(path) as decoder:
-            return sum(1 for _ in iter(decoder.advance, False)) if count else decoder.promised
+            return sum(1 for _ in iter(decoder.advance, False)) if count else decoder.declared_frames
     except (OSError, UserError):  # damaged from the first byte, or later
         return 0

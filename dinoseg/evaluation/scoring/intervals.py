@@ -168,7 +168,7 @@ def mean_of(values: Sequence[float], lowest: float = -inf, highest: float = inf)
     return Estimate(fmean(values), stdev(values) / sqrt(len(values)), len(values) - 1, lowest=lowest, highest=highest)
 
 
-def widened(estimate: Estimate, others: Sequence[Estimate]) -> Estimate:
+def combine_errors(estimate: Estimate, others: Sequence[Estimate]) -> Estimate:
     """Return an estimate whose error includes those of other estimates (F. E. Satterthwaite, 1946)."""
     parts = [(each.error**2, each.freedom) for each in (estimate, *others)]
     whole = sum(variance for variance, _ in parts)

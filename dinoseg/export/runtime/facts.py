@@ -10,21 +10,21 @@ from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 
 UNKNOWN = "unknown"
-_COLOURS = forms.listing(forms.listing(forms.whole(0, 255), 3))
-_LABELS = forms.holding(classes=forms.listing(forms.text), palette=_COLOURS, ignore_index=forms.whole(0, 255))
-_SOURCE = forms.holding(
+_COLOURS = forms.list_of(forms.list_of(forms.whole(0, 255), 3))
+_LABELS = forms.object_with(classes=forms.list_of(forms.text), palette=_COLOURS, ignore_index=forms.whole(0, 255))
+_SOURCE = forms.object_with(
     **dict.fromkeys(("name", "hash", "licence"), forms.text),
     **dict.fromkeys(("weights", "revision"), forms.maybe(forms.text)),
     gated=forms.flag,
 )
 _PIXELS = forms.record(
     channels=forms.whole(1, 1024),
-    files=forms.listing(forms.text),
-    order=forms.maybe(forms.listing(forms.whole())),
-    value_range=forms.maybe(forms.listing(forms.number(), 2)),
+    files=forms.list_of(forms.text),
+    order=forms.maybe(forms.list_of(forms.whole())),
+    value_range=forms.maybe(forms.list_of(forms.number(), 2)),
 )
 _PART: Mapping[str, forms.Form] = {  # key under `facts` to the form of its value
-    "normalisation": forms.table(forms.listing(forms.number(-1e6, 1e6))),
+    "normalisation": forms.table(forms.list_of(forms.number(-1e6, 1e6))),
     "pixels": lambda value, where: None if value == {} else _PIXELS(value, where),
     "sizes": forms.table(forms.plain),
     "scores": forms.maybe(forms.table(forms.plain)),
@@ -109,7 +109,7 @@ class ModelFacts:
             _LABELS(dict(description), "its description")
             labels = Labels.of(*(description[key] for key in ("classes", "palette", "ignore_index")))
             part = description.get("facts", {})
-            forms.holding()(part, "facts")
+            forms.object_with()(part, "facts")
             known = {key: part[key] for key in _PART if key in part}
             for key, value in known.items():
                 _PART[key](value, f"facts.{key}")

@@ -18,7 +18,7 @@ from dinoseg.utils.errors import UserError, file_errors_as_user_errors
 from dinoseg.utils.wording import printable
 
 
-def fetched(
+def fetch_model_file(
     source: str | PathLike[str], *, revision: str | None = None, token: str | None = None, runtime: str | None = None
 ) -> Path:
     """Return the model file in a local folder or a hub repository; only that file and its weights are downloaded.
@@ -33,7 +33,7 @@ def fetched(
     if not folder.is_dir():
         if folder.exists():
             raise UserError(f"{source} is a file: dinoseg.load reads it. Here, give a folder, or ORG/NAME of a hub.")
-        with _telling(str(source), token):
+        with _client_errors_as_user_errors(str(source), token):
             from huggingface_hub import snapshot_download
 
             # an ONNX file may have its weights in a second file
@@ -71,7 +71,7 @@ def push(
         )
     runtime = next((key for key, name in FILES.items() if Path(name).suffix == file.suffix), "torch")
     parts = parts_of(file, FILES[runtime])  # a large ONNX file refers to its weight file by name
-    with TemporaryDirectory() as folder, _telling(repo_id, token):
+    with TemporaryDirectory() as folder, _client_errors_as_user_errors(repo_id, token):
         from huggingface_hub import HfApi
 
         for part in parts:
@@ -90,7 +90,7 @@ def push(
 
 
 @contextmanager
-def _telling(repo: str, token: str | None) -> Iterator[None]:
+def _client_errors_as_user_errors(repo: str, token: str | None) -> Iterator[None]:
     """Turn every exception of a hub's client into one message that does not contain the token."""
     try:
         yield

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dinoseg.core.channels import PixelFormat
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import found, is_pattern
+from dinoseg.utils.files import find_files, is_pattern
 from dinoseg.utils.images import as_rgb
 from dinoseg.utils.levels import WHITE, to_levels
 
@@ -160,7 +160,7 @@ def _ones(source: Any, pixels: PixelFormat) -> Iterable[Any]:
 
 def _files(source: str | PathLike[str], pixels: PixelFormat) -> list[Path]:
     """Return the images in a folder or matched by a pattern; raise an error if there are none."""
-    files = found(source, pixels.suffixes)
+    files = find_files(source, pixels.suffixes)
     if not files:
         where = f"The folder {source} holds no image directly" if _is_folder(source) else f"{source} matches no image"
         raise UserError(f"{where}. Image files end in {' '.join(pixels.suffixes)}.")

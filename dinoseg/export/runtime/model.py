@@ -183,7 +183,7 @@ class Model:
             UserError: if an image is invalid; the message names it and the accepted kinds.
         """
         batch_size = whole_number(batch_size, "batch_size", AT_LEAST_1)
-        results = self._predicted(pictures(source, on_error=on_error, pixels=self.facts.format), batch_size)
+        results = self._predict_batches(pictures(source, on_error=on_error, pixels=self.facts.format), batch_size)
         if is_one(source):
             found = list(results)
             return found[0] if found else None
@@ -243,9 +243,9 @@ class Model:
             UserError: if there is no model, the hub does not answer, or as `dinoseg.load`.
         """
         from dinoseg import load
-        from dinoseg.export.runtime.hub import fetched
+        from dinoseg.export.runtime.hub import fetch_model_file
 
-        file = fetched(source, revision=revision, token=token, runtime=Options(**options).runtime)
+        file = fetch_model_file(source, revision=revision, token=token, runtime=Options(**options).runtime)
         return load(file, **options)
 
     def push_to_hub(
@@ -275,7 +275,7 @@ class Model:
             raise UserError(_NO_FILE)
         return push(self.file, self.facts, repo_id, private=private, revision=revision, token=token, gated=gated)
 
-    def _predicted(self, found: Iterator[Picture], batch_size: int) -> Iterator[Segmentation]:
+    def _predict_batches(self, found: Iterator[Picture], batch_size: int) -> Iterator[Segmentation]:
         for batch in _batches(found, batch_size):
             ids = self.runtime.ids([image for _, image in batch])
             for (path, image), mask in zip(batch, ids, strict=True):

@@ -309,11 +309,13 @@ class WireReader:
             Damaged: if the message is truncated or invalid, or parsers might read it in more than one way.
         """
         fields: dict[str, list[Any]] = {}
-        schema, position = SCHEMA[kind], 0
+        schema = SCHEMA[kind]
+        position = 0
         while position < len(view):
             self._count()
             tag, position = _varint(view, position)
-            field, wire = schema.get(tag >> 3), tag & 7
+            field = schema.get(tag >> 3)
+            wire = tag & 7
             if field is None:
                 what = _REFUSED.get((kind, tag >> 3), f"field {tag >> 3} of {kind}, which dinoseg never writes")
                 raise Damaged(f"it holds {what}")
@@ -324,7 +326,10 @@ class WireReader:
                     raise Damaged("it is truncated")
                 value = view[position : position + length]
                 position += length
-                values = self._packed(value, field) if wanted != DELIMITED else [_delimited(value, field.kind)]
+                if wanted == DELIMITED:
+                    values = [_read_delimited(value, field.kind)]
+                else:
+                    values = self._read_packed(value, field)
             elif wire == wanted:
                 value, position = _number(view, position, field.kind)
                 values = [value]
@@ -338,7 +343,7 @@ class WireReader:
             raise Damaged("a size is a number and a name at once")
         return fields
 
-    def _packed(self, view: memoryview, field: Field) -> list[Any]:
+    def _read_packed(self, view: memoryview, field: Field) -> list[Any]:
         """Return the numbers of a packed repeated field."""
         if (wire := _WIRE[field.kind]) in _FIXED:
             form, size = _FIXED[wire]
@@ -346,7 +351,8 @@ class WireReader:
                 raise Damaged("it is truncated")
             self._count(len(view) // size)
             return [value for (value,) in struct.iter_unpack(form, view)]
-        values, position = [], 0
+        values = []
+        position = 0
         while position < len(view):
             self._count()
             value, position = _number(view, position, field.kind)
@@ -395,7 +401,7 @@ def _varint(view: memoryview, position: int) -> tuple[int, int]:
     raise Damaged("it is not a protobuf message: a number has more than 64 bits, or too long an encoding")
 
 
-def _delimited(view: memoryview, kind: str) -> Any:
+def _read_delimited(view: memoryview, kind: str) -> Any:
     if kind != "text":
         return view
     if len(view) > _LONGEST_TEXT:

@@ -35,15 +35,15 @@ _FORM = forms.record(
     longest=forms.maybe(_SIDE),
     typical=forms.maybe(_SIDE),
     largest=forms.maybe(_SIDE),
-    size=forms.maybe(forms.listing(_SIDE, 2)),
+    size=forms.maybe(forms.list_of(_SIDE, 2)),
     batch=forms.maybe(forms.whole(1, 1024)),
-    fill=forms.listing(forms.number(-1e6, 1e6)),
+    fill=forms.list_of(forms.number(-1e6, 1e6)),
     kind=_one_of(*OUTPUTS),
     mixture=forms.flag,
     no_object=forms.flag,
     opset=forms.maybe(forms.whole(1, 1000)),
     precision=_one_of(*PRECISIONS),
-    thresholds=forms.maybe(forms.listing(forms.number(0, 1))),
+    thresholds=forms.maybe(forms.list_of(forms.number(0, 1))),
 )
 
 
@@ -146,6 +146,6 @@ def parse(text: str, where: str) -> Mapping[str, Any]:
     try:
         if len(text) > LARGEST_TEXT:
             raise forms.SchemaError(f"it has {len(text)} characters; the limit is {LARGEST_TEXT}")
-        return forms.parse_json(text, forms.holding(graph=forms.plain, classes=forms.plain))
+        return forms.parse_json(text, forms.object_with(graph=forms.plain, classes=forms.plain))
     except forms.SchemaError as error:
         raise UserError(f"{where}: its description is damaged ({error}). Export the model again.") from None

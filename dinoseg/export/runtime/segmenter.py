@@ -21,7 +21,7 @@ from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.inputs import check_levels
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.runtime import FILES
-from dinoseg.export.runtime.torch_runtime import TorchRuntime, isolated
+from dinoseg.export.runtime.torch_runtime import TorchRuntime, preserve_global_state
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
@@ -183,7 +183,7 @@ class Segmenter(GuardedModule, Model):
         """
         from dinoseg.experiment.builder import Builder  # imports the training loop
 
-        with isolated():
+        with preserve_global_state():
             optimizer = Builder.of(self._config).optimizer(self.model)
         return [{key: group[key] for key in _GROUP} for group in optimizer.param_groups]
 
@@ -283,7 +283,7 @@ class Segmenter(GuardedModule, Model):
 
         adapters.check_lora(self.model)
         adapters.check_active(self.model)
-        with isolated():
+        with preserve_global_state():
             source = ModelSource.of(self._config)
             model = source.in_float32(self.model).to(self.device)
             model.limit = self.model.limit
@@ -374,10 +374,11 @@ class Segmenter(GuardedModule, Model):
         from dinoseg.experiment.source import ModelSource  # imports the training loop
         from dinoseg.export.runtime.write import complete, with_evidence, write_model
 
-        with isolated(), file_errors_as_user_errors(path.parent):
+        with preserve_global_state(), file_errors_as_user_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             source = ModelSource.of(self._config)
-            facts, info = self.facts, dict(self._info)
+            facts = self.facts
+            info = dict(self._info)
             info.setdefault("frozen", frozen_fingerprint(self.model))
             if self._has_its_checkpoint() and "facts" not in info:  # of a run folder
                 facts = with_evidence(facts, source)

@@ -13,7 +13,7 @@ from dinoseg.experiment.trained import restore
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.runtime import Options
 from dinoseg.export.runtime.segmenter import Segmenter
-from dinoseg.export.runtime.torch_runtime import isolated
+from dinoseg.export.runtime.torch_runtime import preserve_global_state
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.trained_sizes import TrainedSizes, limit_to_trained_size
 from dinoseg.training import checkpoint
@@ -35,7 +35,7 @@ def load_torch(path: Path, options: Options) -> Segmenter:
     compute_dtype(options.precision, device)  # refuse a wrong precision before weights are read
     file = checkpoint.find(path, "best")
     origin = (file.absolute(), stamp(file))  # before it is read
-    with isolated():
+    with preserve_global_state():
         info = checkpoint.describe(file)
         facts = ModelFacts.of(info, str(file))
         changes = {"engine.device": options.device, **_weights(file, info, options)}

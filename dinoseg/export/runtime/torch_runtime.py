@@ -26,17 +26,17 @@ class TorchRuntime:
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""
-        with _evaluating(self.predictor.model):
+        with _eval_mode(self.predictor.model):
             return self.predictor.ids(images)
 
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class probabilities (B, K, H, W) float32 of images (H, W, 3) uint8 RGB of one size."""
-        with _evaluating(self.predictor.model):
+        with _eval_mode(self.predictor.model):
             return self.predictor.probabilities(images).cpu().numpy()
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Set a model to eval mode within the block, and restore the mode of each of its modules after it."""
     training = [part for part in model.modules() if part.training] if model.training else []
     model.eval()
@@ -48,7 +48,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def isolated() -> Iterator[None]:
+def preserve_global_state() -> Iterator[None]:
     """Restore OmegaConf's resolvers and torch's random state after the block, which may set them."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with lent_resolvers(), torch.random.fork_rng(devices):

@@ -45,11 +45,11 @@ _LIBRARIES = ("torch", "transformers", "timm", "peft", "numpy", "pillow")
 COUNTED = "every pixel of the split counted once, ignored pixels excluded"
 _MEASURES = ("miou", "dice", "accuracy", "mean_accuracy")
 _SHARE = forms.maybe(forms.number(0, 1))
-_SCORES = forms.holding(miou=_SHARE, pixels=forms.whole(), classes=forms.listing(forms.holding(iou=_SHARE)))
-_OFFICIAL = forms.holding(protocol=forms.text, scores=forms.table(forms.plain), ci95=forms.table(forms.plain))
-_EVALUATED = forms.holding(resume=forms.text, mode=forms.holding(split=forms.text))  # config of a mode=eval run
+_SCORES = forms.object_with(miou=_SHARE, pixels=forms.whole(), classes=forms.list_of(forms.object_with(iou=_SHARE)))
+_OFFICIAL = forms.object_with(protocol=forms.text, scores=forms.table(forms.plain), ci95=forms.table(forms.plain))
+_EVALUATED = forms.object_with(resume=forms.text, mode=forms.object_with(split=forms.text))  # config of a mode=eval run
 _LARGEST = 2**17  # bytes of a config file; dinoseg's have a twentieth
-_SPLIT = forms.table(forms.listing(forms.text))
+_SPLIT = forms.table(forms.list_of(forms.text))
 _PACKAGED = "dinoseg:"
 _NO_SOURCE = ("random", None)  # values for weights without a third-party source
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")

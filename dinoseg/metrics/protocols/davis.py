@@ -88,12 +88,12 @@ class Davis2017(Sequences):
     def measure(self, case: ScoringCase) -> Measured:
         """Return the summed statistics of the objects, and their number: (7,) float64."""
         count = _largest_id(case)
-        rule = _allowed(count, "the objects of the first annotated frame")
+        rule = _allowed_ids(count, "the objects of the first annotated frame")
         scores = []
         for file, reference, prediction in _frames(case, skip_ends=True):
             refuse_ids(prediction, prediction > count, file, rule)
             scores.append(np.stack(object_scores(reference, prediction, count)))
-        return _measured(scores, count)
+        return _measure_sequence(scores, count)
 
 
 class Davis2017Unsupervised(Sequences):
@@ -141,7 +141,7 @@ class Davis2017Unsupervised(Sequences):
         """Return the summed statistics of the matched objects, and their number: (7,) float64."""
         objects = _largest_id(case)
         proposals = 0
-        rule = _allowed(self.max_proposals, "proposals")
+        rule = _allowed_ids(self.max_proposals, "proposals")
         scores = []
         for file, reference, prediction in _frames(case, skip_ends=False):
             refuse_ids(prediction, prediction > self.max_proposals, file, rule)
@@ -153,7 +153,7 @@ class Davis2017Unsupervised(Sequences):
         series = np.stack(scores, axis=-1)[:, : max(proposals, objects)]  # (2, P, G, T)
         match = match_proposals(*series)
         matched = series[:, match, np.arange(objects)]  # (2, G, T)
-        return _measured(list(np.moveaxis(matched, -1, 0)), objects, (match + 1).tolist())
+        return _measure_sequence(list(np.moveaxis(matched, -1, 0)), objects, (match + 1).tolist())
 
 
 class Davis2016(Sequences):
@@ -183,7 +183,7 @@ class Davis2016(Sequences):
             np.stack(object_scores(reference, prediction, 1))
             for _, reference, prediction in _frames(case, skip_ends=True, read=_read_foreground)
         ]
-        return _measured(scores, 1)
+        return _measure_sequence(scores, 1)
 
 
 def _largest_id(case: ScoringCase) -> int:
@@ -216,11 +216,11 @@ def _frames(
         yield predicted, *read_pair(file, predicted, read)
 
 
-def _allowed(count: int, what: str) -> str:
+def _allowed_ids(count: int, what: str) -> str:
     return f"Only {what} are allowed: {f'1 to {count}' if count else 'none'}, and 0 for the rest."
 
 
-def _measured(scores: list[np.ndarray], count: int, proposals: list[int] | None = None) -> Measured:
+def _measure_sequence(scores: list[np.ndarray], count: int, proposals: list[int] | None = None) -> Measured:
     """Return a sequence's sums and details from J and F (2, G) of each scored frame."""
     details: dict[str, Any] = {"frames": len(scores), "objects": {}}
     if not scores or not count:

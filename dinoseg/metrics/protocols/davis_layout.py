@@ -12,7 +12,7 @@ from dinoseg.utils.wording import join_names
 
 _SHOWN = 5  # names in a message
 TRACKED, MASKS = "track.json", "masks"  # in a finished run of mode=track
-_TRACKED_FORM = forms.holding(input=forms.text)
+_TRACKED_FORM = forms.object_with(input=forms.text)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class DavisLayout:
         for name in names:
             self._add(listing, name, masks / name, prediction / name)
         if extra := sorted(predicted - set(names)):
-            listing.notes.append(f"{prediction}: not in {self.split}, and not scored: {_listed(extra)}")
+            listing.notes.append(f"{prediction}: not in {self.split}, and not scored: {_list_names(extra)}")
         return listing
 
     def _find_tracked(self, reference: Path, run: Path, name: str) -> Cases:
@@ -99,7 +99,7 @@ class DavisLayout:
             for frame in missing
         ]
         if extra := sorted(predicted.keys() - frames.keys()):
-            listing.notes.append(f"{prediction}: frames without annotation are not scored: {_listed(extra)}")
+            listing.notes.append(f"{prediction}: frames without annotation are not scored: {_list_names(extra)}")
         if not scored:
             listing.notes.append(f"{masks}: it has no frames besides the first and the last, so it adds no object")
         if not missing:
@@ -134,11 +134,13 @@ class DavisLayout:
             if (sets / year).is_dir():
                 others = [path.stem for path in sorted((sets / year).glob("*.txt"))]
                 raise UserError(
-                    f"split={self.split}: {sets / year} does not hold this list; it holds {_listed(others)}."
+                    f"split={self.split}: {sets / year} does not hold this list; it holds {_list_names(others)}."
                 )
         held = [path.name for path in sorted(sets.iterdir()) if path.is_dir()]
         hint = " Score it with davis2016." if "2016" in held else ""
-        raise UserError(f"reference={root} holds no {wanted}; ImageSets holds {_listed(held)}.{hint} Or add the list.")
+        raise UserError(
+            f"reference={root} holds no {wanted}; ImageSets holds {_list_names(held)}.{hint} Or add the list."
+        )
 
     def _masks_folder(self, root: Path) -> Path:
         folder = root / self.annotations / self.resolution
@@ -150,7 +152,7 @@ class DavisLayout:
             )
         others = [path.name for path in sorted(folder.parent.iterdir()) if path.is_dir()]
         raise UserError(
-            f"resolution={self.resolution}: {folder.parent} does not hold this folder; it holds {_listed(others)}."
+            f"resolution={self.resolution}: {folder.parent} does not hold this folder; it holds {_list_names(others)}."
         )
 
 
@@ -182,5 +184,5 @@ def _folders(folder: Path, option: str, layout: str) -> list[str]:
     return [path.name for path in entries(folder) if path.is_dir()]
 
 
-def _listed(names: Iterable[str]) -> str:
+def _list_names(names: Iterable[str]) -> str:
     return join_names(list(names), _SHOWN) or "nothing"

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dinoseg.data.label_tables.read import label_table
-from dinoseg.metrics.counts import confusion, grouped, iou, mean_defined, parts
+from dinoseg.metrics.counts import confusion, group_counts, iou, mean_defined, parts
 from dinoseg.metrics.protocols.contract import Cases, DatasetProtocol, Measured, ScoringCase
 from dinoseg.metrics.protocols.trees import Tree, match, read_labels
 from dinoseg.utils.errors import UserError
@@ -148,13 +148,13 @@ class Idd(Frames):
     def scores(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """Return the four means (...)."""
         known = self.matrix(sums)[..., : len(NAMES), : len(NAMES)]
-        level2 = grouped(known, _TO_LEVEL2)
+        level2 = group_counts(known, _TO_LEVEL2)
         misread = known[..., : len(_TO_LEVEL1), : len(_TO_LEVEL1)]  # level-3 ids misread as level 2
         return {
             "mIoU_level3": mean_defined(self.ious(sums)),
             "mIoU_level2": _mean_iou(level2),
-            "mIoU_level1": _mean_iou(grouped(level2, _TO_LEVEL1)),
-            "mIoU_level1_as_shipped": _mean_iou(grouped(misread, _TO_LEVEL1)),
+            "mIoU_level1": _mean_iou(group_counts(level2, _TO_LEVEL1)),
+            "mIoU_level1_as_shipped": _mean_iou(group_counts(misread, _TO_LEVEL1)),
         }
 
 

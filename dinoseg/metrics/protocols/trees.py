@@ -54,10 +54,10 @@ class Tree:
         ]
         at_depth = [path for path in fitting if self.depth is None or path.count("/") == self.depth]
         if not at_depth:
-            raise UserError(self._nothing(folder, option, every, fitting, wanted or bool))
+            raise UserError(self._explain_absence(folder, option, every, fitting, wanted or bool))
         return {path.removesuffix(self.ending): folder / path for path in at_depth}
 
-    def _nothing(
+    def _explain_absence(
         self, folder: Path, option: str, every: list[str], fitting: list[str], wanted: Callable[[str], bool]
     ) -> str:
         start = f"{option}={folder} does not hold {self.layout}"

@@ -36,12 +36,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, dr
     kernels, which take no mask.
     """
     if mask is None:
-        return _unmasked(query, key, value, dropout, scale)
+        return _attend_unmasked(query, key, value, dropout, scale)
     rows = mask.shape[-2]
     masked = F.scaled_dot_product_attention(
         query[..., :rows, :], key, value, attn_mask=mask, dropout_p=dropout, scale=scale
     )
-    free = _unmasked(query[..., rows:, :], key, value, dropout, scale)
+    free = _attend_unmasked(query[..., rows:, :], key, value, dropout, scale)
     return torch.cat([masked, free], dim=-2)
 
 
@@ -92,10 +92,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, **option
     if others or requested.keys() - {"dropout_p", "scale"}:
         return F.scaled_dot_product_attention(query, key, value, *others, **options)
     dropout, scale = requested.get("dropout_p", 0.0), requested.get("scale", query.shape[-1] ** -0.5)
-    return _unmasked(query, key, value, dropout, scale)
+    return _attend_unmasked(query, key, value, dropout, scale)
 
 
-def _unmasked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float) -> Tensor:
+def _attend_unmasked(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float) -> Tensor:
     """Return attention (B, heads, M, C) of M rows over all N tokens, without a mask."""
     plain = not dropout and _is_eager() and query.dim() == 4 and query.shape[2] >= _FEWEST
     alike = (
@@ -145,13 +145,14 @@ class _Products(torch.autograd.Function):
         if torch.is_grad_enabled():  # double backward would silently treat the result as a constant
             raise NotImplementedError("Attention by products cannot be differentiated twice: leave out create_graph.")
         query, key, value = ctx.saved_tensors
-        of_query, room = torch.empty_like(query), _Room(query, key)
+        of_query = torch.empty_like(query)
+        room = _Room(query, key)
         of_key, of_value = (torch.zeros(part.shape, dtype=torch.float32) for part in (key, value))
         for rows, all_rows in room.pieces:
             weights = room.weights(query[rows], key[all_rows], ctx.scale)
             slopes = room.slopes(upstream[rows], value[all_rows], weights)
-            of_query[rows] = _scaled(slopes, key[all_rows], ctx.scale)
-            of_key[all_rows] += _scaled(slopes.mT, query[rows], ctx.scale)
+            of_query[rows] = _scaled_product(slopes, key[all_rows], ctx.scale)
+            of_key[all_rows] += _scaled_product(slopes.mT, query[rows], ctx.scale)
             of_value[all_rows] += weights.mT @ upstream[rows]
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
 
@@ -178,7 +179,9 @@ class _Room:
 
     def weights(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
         """Return the softmax weights of rows (heads, M, C) over the keys (heads, N, C)."""
-        return torch.softmax(_scaled(queries, keys.mT, scale, out=self._of(0, queries)), -1, out=self._of(1, queries))
+        return torch.softmax(
+            _scaled_product(queries, keys.mT, scale, out=self._of(0, queries)), -1, out=self._of(1, queries)
+        )
 
     def slopes(self, upstream: Tensor, values: Tensor, weights: Tensor) -> Tensor:
         """Return the gradient of the scaled products, given the gradient of the attention output."""
@@ -198,7 +201,7 @@ def _runs(length: int, at_once: int) -> list[slice]:
     return [slice(start, start + at_once) for start in range(0, length, at_once)]
 
 
-def _scaled(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     return torch.baddbmm(left.new_empty(1), left, right, beta=0, alpha=scale, out=out)
 
 

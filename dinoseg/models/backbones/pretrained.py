@@ -21,7 +21,7 @@ from dinoseg.utils.tensor_files import PICKLED, check_unquantised, check_weights
 PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the package
 _ADAPTER = "adapter_config.json"  # marks a peft adapter
 _INDEX = "model.safetensors.index.json"
-_SHARDS = forms.holding(weight_map=forms.table(forms.text))
+_SHARDS = forms.object_with(weight_map=forms.table(forms.text))
 _NEVER_DRAWN = 20  # standard deviations: float32 samplers reach about 6
 _TIMM = "timm/"  # owner of timm's weights on the hub
 _INPUT_KERNELS = {  # hub's names of the weights that read the pixels, (dim, channels, h, w)
@@ -51,7 +51,7 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     from transformers import AutoModel
 
     if weights == "random":
-        with _untruncated():
+        with _skip_truncation():
             model = AutoModel.from_config(config, **_drop_pooler(config))
         cut(model)
         return model
@@ -73,13 +73,13 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     if silent := _why_silent(name, revision):
         return _from_folder(weights, Path(_fetched_before(weights, name, revision, silent)), cut, config)
     model = _from_pretrained(weights, name, cut, config=config, revision=revision)
-    folder = _fetched(name, revision)
+    folder = _find_cached_folder(name, revision)
     _check_loaded(weights, model, _loaded_files(weights, folder) if folder else ())
     return model
 
 
 @contextlib.contextmanager
-def _untruncated() -> Iterator[None]:
+def _skip_truncation() -> Iterator[None]:
     """Let transformers sample normal values without the truncation where its limits are never reached.
 
     The search for values outside the limits takes most of the time. torch samples such values again, so without any
@@ -163,7 +163,7 @@ def _loaded_files(weights: str, folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names))]
 
 
-def _fetched(name: str, revision: str) -> Path | None:
+def _find_cached_folder(name: str, revision: str) -> Path | None:
     """Return the hub cache folder of the weights, or None if the cache does not hold them under these names."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -353,10 +353,10 @@ def convnext_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     others have none). The second is left out if it is identical. Unknown keys stay unchanged, so that the loader
     refuses them.
     """
-    return {_renamed(key): value for key, value in state.items() if not _is_copy(key, value, state)}
+    return {_rename_key(key): value for key, value in state.items() if not _is_copy(key, value, state)}
 
 
-def _renamed(key: str) -> str:
+def _rename_key(key: str) -> str:
     for pattern, name in _RENAMED:
         if match := re.fullmatch(pattern, key):
             return match.expand(name)

@@ -116,8 +116,8 @@ class TimmBackbone(Backbone):
         self.dim: int | list[int] = [part.shape[1] for part in maps]
         if self.num_layers == 1 or not self.is_pyramid:
             self.dim = maps[0].shape[1]
-        self.unused = unreached(self, maps)
-        self.undecayed = _undecayed(self)
+        self.unused = find_unused_parameters(self, maps)
+        self.undecayed = _find_undecayed(self)
         self.has_class_attention = plain_attention(self.model) is not None
         self._takes_tokens = not self.is_pyramid and _is_plain(self.model)
         attend_fastest(self.model)
@@ -230,7 +230,7 @@ class TimmBackbone(Backbone):
         return maps
 
 
-def _undecayed(backbone: TimmBackbone) -> frozenset[str]:
+def _find_undecayed(backbone: TimmBackbone) -> frozenset[str]:
     """Return the names of the parameters that timm exempts from weight decay, by names or by patterns such as `a.*`."""
     patterns = backbone.model.no_weight_decay() if hasattr(backbone.model, "no_weight_decay") else ()
     names = [name for name, _ in backbone.named_parameters()]
@@ -348,7 +348,7 @@ def uncalled_linears(module: nn.Module) -> Iterator[set[str]]:
             hook.remove()
 
 
-def unreached(module: nn.Module, outputs: Sequence[Tensor]) -> list[str]:
+def find_unused_parameters(module: nn.Module, outputs: Sequence[Tensor]) -> list[str]:
     """Return the names of the parameters that no output depends on, according to the autograd graph."""
     nodes = [part.grad_fn for part in outputs]
     seen = set(nodes)

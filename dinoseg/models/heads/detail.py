@@ -78,7 +78,7 @@ class DetailHead(Head[Tensor]):
 
     def run(self, backbone: Backbone, images: Tensor) -> Tensor:
         """Return class scores of the padded input (B, K, H / 2, W / 2)."""
-        return self.scored(backbone.maps(images), backbone.pixels(images))
+        return self.compute_scores(backbone.maps(images), backbone.pixels(images))
 
     def forward_frozen(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
         """Return the backbone's frozen features and the images as uint8 if these are exact, else as uint16."""
@@ -86,9 +86,11 @@ class DetailHead(Head[Tensor]):
 
     def forward_trainable(self, backbone: Backbone, frozen: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Return the scores for the output of `forward_frozen` on images that entered the backbone at `size` (H, W)."""
-        return self.scored(backbone.forward_trainable(frozen[:-1], size), backbone.pixels(to_unit_range(frozen[-1])))
+        return self.compute_scores(
+            backbone.forward_trainable(frozen[:-1], size), backbone.pixels(to_unit_range(frozen[-1]))
+        )
 
-    def scored(self, features: list[Tensor], pixels: Tensor) -> Tensor:
+    def compute_scores(self, features: list[Tensor], pixels: Tensor) -> Tensor:
         """Return class scores (B, K, H / 2, W / 2).
 
         Args:
@@ -96,7 +98,7 @@ class DetailHead(Head[Tensor]):
             pixels: the padded, normalised images (B, C, H, W), H = h * P.
         """
         height, width = pixels.shape[-2:]
-        padded = pad_to_multiple(self._jittered(pixels), STRIDE)
+        padded = pad_to_multiple(self._jitter_pixels(pixels), STRIDE)
         details = self.stem(padded.contiguous(memory_format=torch.channels_last))  # a quarter faster on a CPU
         read = self.norm(concatenate(features).contiguous(memory_format=torch.channels_last))
         tokens = self._on_grid(self.project(read), details)
@@ -112,7 +114,7 @@ class DetailHead(Head[Tensor]):
         """Return the outputs, since `predict` only upsamples them bilinearly."""
         return outputs
 
-    def _jittered(self, pixels: Tensor) -> Tensor:
+    def _jitter_pixels(self, pixels: Tensor) -> Tensor:
         if not (self.training and self.jitter):
             return pixels
         contrast = 1 + self.jitter * torch.randn(len(pixels), 1, 1, 1, device=pixels.device)

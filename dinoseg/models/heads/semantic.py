@@ -43,18 +43,18 @@ def semantic_map(
         dtype: precision to which probabilities and scores are rounded; products are summed in float32.
     """
     # products of two bfloat16 numbers are exact in float32, where matrix units sum them too
-    rounded = partial(_rounded, dtype=dtype)
+    round_to_dtype = partial(_round_to, dtype=dtype)
     with torch.autocast(outputs.mask_logits.device.type, enabled=False):
         masks, classes = weighted_masks(outputs, no_object)
-        images = list(zip(rounded(classes), masks, strict=True))
+        images = list(zip(round_to_dtype(classes), masks, strict=True))
         if torch.is_grad_enabled():
-            return rounded(torch.stack([_image_map(*image, size, valid, dtype) for image in images]))
+            return round_to_dtype(torch.stack([_image_map(*image, size, valid, dtype) for image in images]))
         maps = classes.new_zeros(len(images), classes.shape[2], *size)
         for scores, image in zip(maps, images, strict=True):
             for part_classes, part_masks in _parts(*image, size):
                 pixels = _pixels(part_masks, size, valid, dtype)
                 scores.flatten(1).addmm_(part_classes.T, pixels.flatten(1))  # in place: no second map in memory
-    return rounded(maps)
+    return round_to_dtype(maps)
 
 
 def _image_map(
@@ -80,9 +80,9 @@ def _sum(
 
 
 def _pixels(masks: Tensor, size: tuple[int, int], valid: tuple[float, float], dtype: torch.dtype) -> Tensor:
-    return _rounded(upsample(masks[None], size, valid)[0].sigmoid(), dtype)  # (q, H, W)
+    return _round_to(upsample(masks[None], size, valid)[0].sigmoid(), dtype)  # (q, H, W)
 
 
-def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+def _round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return values rounded to a dtype of at most their own precision, in their own dtype."""
     return values if dtype == torch.float32 else values.to(dtype).to(values.dtype)

@@ -84,7 +84,7 @@ class MlflowLogger(RemoteLogger):
 
     def open_run(self, run_id: str | None, settings: Mapping[str, Any]) -> str:
         """Continue the run if the server has it, or start one; the settings are its parameters, which never change."""
-        run = self._existing(run_id)
+        run = self._find_run(run_id)
         if run is None:
             tags = {_name(key): str(value) for key, value in self._tags.items()}
             tags |= {_GROUP: self.group} if self.group else {}
@@ -131,7 +131,7 @@ class MlflowLogger(RemoteLogger):
         if self.run_id is not None:
             self._client.set_terminated(self.run_id, status=status.upper())
 
-    def _existing(self, run_id: str | None) -> Any:
+    def _find_run(self, run_id: str | None) -> Any:
         """Return a run of the server; None if there is none."""
         from mlflow.exceptions import MlflowException
 

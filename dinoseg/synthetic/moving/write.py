@@ -14,7 +14,7 @@ import numpy as np
 from dinoseg.synthetic.canvas import Canvas
 from dinoseg.synthetic.noise import Wander, fractal, mix, smoothstep
 from dinoseg.synthetic.relief import Sprite
-from dinoseg.synthetic.rendering import check_minimum, missing, render_videos
+from dinoseg.synthetic.rendering import check_minimum, find_missing, render_videos
 from dinoseg.utils.atomic import atomic_folder
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
@@ -87,7 +87,8 @@ def render_moving_objects(
     Raises:
         UserError: a setting is out of range, or `root` is not writable or holds other data.
     """
-    root, counts = Path(root).expanduser(), (train_videos, val_videos, test_videos)
+    root = Path(root).expanduser()
+    counts = (train_videos, val_videos, test_videos)
     _check_sizes(counts, seconds, size, seed, workers)
     videos = [
         MovingVideo(seed, folder, number, seconds, (size[0], size[1]))
@@ -95,7 +96,7 @@ def render_moving_objects(
         for number in range(1, count + 1)
     ]
     work = functools.partial(_write_video, root=root)
-    render_videos(root, functools.partial(_missing, root, videos), work, total=len(videos), workers=workers)
+    render_videos(root, functools.partial(_find_missing_videos, root, videos), work, total=len(videos), workers=workers)
 
 
 def _check_sizes(counts: tuple[int, int, int], seconds: int, size: Sequence[int], seed: int, workers: int) -> None:
@@ -112,19 +113,19 @@ def _check_sizes(counts: tuple[int, int, int], seconds: int, size: Sequence[int]
     check_minimum(seconds=(seconds, 1), workers=(workers, 1), seed=(seed, 0))
 
 
-def _missing(root: Path, videos: list[MovingVideo]) -> list[MovingVideo]:
+def _find_missing_videos(root: Path, videos: list[MovingVideo]) -> list[MovingVideo]:
     """Return the videos that are not written yet, and refuse a root with other content.
 
     A video with missing images is deleted and counts as missing.
     """
-    foreign = [path.name for path in _shown(root) if path.name not in FOLDERS]
+    foreign = [path.name for path in _visible_entries(root) if path.name not in FOLDERS]
     if foreign:
         raise UserError(
             f"{root} holds {join_names(foreign)}, which was not rendered by this command. Choose another root: "
             "rendering does not write into folders with other data."
         )
-    existing = [path for folder in FOLDERS for path in _shown(root / folder)]
-    absent = missing(root, videos, existing, _description, "folder")
+    existing = [path for folder in FOLDERS for path in _visible_entries(root / folder)]
+    absent = find_missing(root, videos, existing, _description, "folder")
     cut = [video for video in videos if video not in absent and not _is_complete(video, video.path(root))]
     for video in cut:
         log.warning("%s lacks images: rendering it again.", video.path(root))
@@ -133,10 +134,10 @@ def _missing(root: Path, videos: list[MovingVideo]) -> list[MovingVideo]:
 
 
 def _is_complete(video: MovingVideo, path: Path) -> bool:
-    return all(len(_shown(path / folder)) >= video.seconds * RATE for folder in PICTURES)
+    return all(len(_visible_entries(path / folder)) >= video.seconds * RATE for folder in PICTURES)
 
 
-def _shown(folder: Path) -> list[Path]:
+def _visible_entries(folder: Path) -> list[Path]:
     """Return the visible entries of a folder, or an empty list if it does not exist."""
     return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.exists() else []
 
@@ -244,7 +245,7 @@ def _make_mover(rng: np.random.Generator, size: tuple[int, int], colours: np.nda
     body = _paint_body(rng, radius, colours, label)
     return _Mover(
         body,
-        _blurred(body, radius),
+        _make_shadow(body, radius),
         radius,
         start=rng.uniform(radius, np.array([size[1], size[0]]) - radius),
         speed=side * rng.uniform(*SPEEDS) * _direction(rng),
@@ -270,7 +271,7 @@ def _paint_body(rng: np.random.Generator, radius: float, colours: np.ndarray, la
     return Sprite(np.rint(rgba).astype(np.uint8), cover, (half, half), label)
 
 
-def _blurred(body: Sprite, radius: float) -> Sprite:
+def _make_shadow(body: Sprite, radius: float) -> Sprite:
     """Return the soft shadow of a body as a sprite."""
     soft = cv2.GaussianBlur(body.rgba[..., 3], (0, 0), max(0.5, _SOFT / 3 * _DETAIL * radius))
     rgba = np.zeros_like(body.rgba)
@@ -360,7 +361,7 @@ def _rgb(hsv: np.ndarray) -> np.ndarray:
 
 def gradient(rng: np.random.Generator, size: tuple[int, int], cell: float) -> np.ndarray:
     """Return a smooth transition from one side to the other; `cell` is ignored."""
-    across = _turned(rng, size)[0]
+    across = _random_coordinates(rng, size)[0]
     return smoothstep(across.min(), across.max(), across)
 
 
@@ -376,19 +377,19 @@ def clouds(rng: np.random.Generator, size: tuple[int, int], cell: float) -> np.n
 
 def stripes(rng: np.random.Generator, size: tuple[int, int], cell: float) -> np.ndarray:
     """Return slightly bent stripes."""
-    across = _turned(rng, size)[0] + 0.25 * cell * fractal(rng, size, 3 * cell, 1)
+    across = _random_coordinates(rng, size)[0] + 0.25 * cell * fractal(rng, size, 3 * cell, 1)
     return smoothstep(-0.4, 0.4, np.sin(np.pi * across / cell))
 
 
 def checks(rng: np.random.Generator, size: tuple[int, int], cell: float) -> np.ndarray:
     """Return a chequerboard."""
-    across, along = _turned(rng, size)
+    across, along = _random_coordinates(rng, size)
     return smoothstep(-0.2, 0.2, np.sin(np.pi * across / cell) * np.sin(np.pi * along / cell))
 
 
 def dots(rng: np.random.Generator, size: tuple[int, int], cell: float) -> np.ndarray:
     """Return rows of dots."""
-    across, along = _turned(rng, size)
+    across, along = _random_coordinates(rng, size)
     return smoothstep(0.1, 0.7, np.cos(np.pi * across / cell) + np.cos(np.pi * along / cell) - 0.3)
 
 
@@ -402,7 +403,7 @@ def paint(pattern: np.ndarray, colours: Sequence[np.ndarray] | np.ndarray, grain
     return mix(flat, colours[1], pattern) * (1 + grain[..., None])
 
 
-def _turned(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _random_coordinates(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Return the coordinates across and along a random direction, each (H, W), with a random origin."""
     rows, columns = np.mgrid[0 : size[0], 0 : size[1]].astype(np.float32)
     angle, origin = rng.uniform(0, 2 * np.pi), rng.uniform(0, 100)

@@ -13,7 +13,7 @@ CLAMPS = ((150, 128, 66), (96, 104, 128), (120, 120, 122), (70, 112, 108))
 SHAFT_LENGTH = 300.0
 
 
-def _brushed(relief: Relief, strength: float, along: float, across: float) -> np.ndarray:
+def _brushed_grain(relief: Relief, strength: float, along: float, across: float) -> np.ndarray:
     """Return a grain (h, w) of streaks, `along` units long and `across` units wide."""
     rows, columns = relief.height.shape
     squeezed = (rows, max(4, round(columns * across / along)))
@@ -46,7 +46,7 @@ def paint_shaft(rng: np.random.Generator, ball: np.ndarray, unit: float, girth: 
         mark = box(relief.x, relief.y, (position, rng.uniform(-1.5, 1.5)), (1.1, rng.uniform(1, 3)), 0.2)
         relief.engrave(mark, (150, 150, 146), 0.4)
     _stain(relief, rng.uniform(-0.2, 0.2))
-    return relief.sprite(ball, (SHAFT_LENGTH - 1, 0), SHAFT, _brushed(relief, 0.30, 26, 1.2))
+    return relief.sprite(ball, (SHAFT_LENGTH - 1, 0), SHAFT, _brushed_grain(relief, 0.30, 26, 1.2))
 
 
 def paint_collar(rng: np.random.Generator, ball: np.ndarray, unit: float, girth: float) -> Sprite:
@@ -66,7 +66,7 @@ def paint_collar(rng: np.random.Generator, ball: np.ndarray, unit: float, girth:
     relief.engrave(box(relief.x, relief.y, (length * 0.45, 0), (0.6, girth), 0.2), DARK, 0.8)
     relief.add(disc(relief.x, relief.y, (length * 0.82, 0), half * 0.36), tint, 1.0, half * 0.2, half * 0.3)
     _stain(relief, rng.uniform(0, 0.3))
-    return relief.sprite(ball, (2, 0), WRIST, _brushed(relief, 0.12, 3, 1.0))
+    return relief.sprite(ball, (2, 0), WRIST, _brushed_grain(relief, 0.12, 3, 1.0))
 
 
 def paint_knuckle(rng: np.random.Generator, ball: np.ndarray, unit: float, girth: float) -> Sprite:
@@ -86,7 +86,7 @@ def paint_knuckle(rng: np.random.Generator, ball: np.ndarray, unit: float, girth
         relief.engrave(groove, DARK, 0.75)
         relief.add(disc(relief.x, relief.y, centre, half * 0.28), tint * 1.3, 1.1, 1.2, half * 0.6)
     _stain(relief, rng.uniform(0, 0.3))
-    return relief.sprite(ball, (half + 2, 0), WRIST, _brushed(relief, 0.15, 2, 1.0))
+    return relief.sprite(ball, (half + 2, 0), WRIST, _brushed_grain(relief, 0.15, 2, 1.0))
 
 
 def paint_jaw(rng: np.random.Generator, ball: np.ndarray, unit: float, length: float, slotted: bool) -> Sprite:
@@ -104,7 +104,7 @@ def paint_jaw(rng: np.random.Generator, ball: np.ndarray, unit: float, length: f
     teeth = np.maximum(np.abs(relief.x % 2.6 - 1.3) - 0.65, 2.4 - relief.y - 0.01 * relief.x)
     relief.engrave(np.maximum(teeth, length * 0.3 - relief.x), DARK, 0.7)
     _stain(relief, rng.uniform(0, 0.3))
-    return relief.sprite(ball, (3.5, 0), CLASPER, _brushed(relief, 0.10, 8, 1.0))
+    return relief.sprite(ball, (3.5, 0), CLASPER, _brushed_grain(relief, 0.10, 8, 1.0))
 
 
 def paint_holder_jaw(rng: np.random.Generator, ball: np.ndarray, unit: float, length: float) -> Sprite:
@@ -124,7 +124,7 @@ def paint_holder_jaw(rng: np.random.Generator, ball: np.ndarray, unit: float, le
     relief.engrave(np.maximum(hatch, insert + 0.4), (60, 40, 16), 0.8)
     relief.engrave(disc(relief.x, relief.y, (5, 0), 1.6), DARK, 0.8)
     _stain(relief, rng.uniform(0, 0.25))
-    return relief.sprite(ball, (5, 0), HOLDER, _brushed(relief, 0.10, 6, 1.0))
+    return relief.sprite(ball, (5, 0), HOLDER, _brushed_grain(relief, 0.10, 6, 1.0))
 
 
 def paint_suction(rng: np.random.Generator, ball: np.ndarray, unit: float, girth: float) -> Sprite:
@@ -142,7 +142,7 @@ def paint_suction(rng: np.random.Generator, ball: np.ndarray, unit: float, girth
             relief.engrave(disc(relief.x, relief.y, hole, 2.3), np.add(tint, 90), 0.4)
             relief.engrave(disc(relief.x, relief.y, hole, 1.8), (26, 8, 8), 0.95)
     _stain(relief, rng.uniform(0.1, 0.4))
-    return relief.sprite(ball, (SHAFT_LENGTH - 1, 0), SUCTION, _brushed(relief, 0.06, 30, 1.0))
+    return relief.sprite(ball, (SHAFT_LENGTH - 1, 0), SUCTION, _brushed_grain(relief, 0.06, 30, 1.0))
 
 
 def paint_clamp(rng: np.random.Generator, ball: np.ndarray, unit: float) -> Sprite:
@@ -160,7 +160,7 @@ def paint_clamp(rng: np.random.Generator, ball: np.ndarray, unit: float) -> Spri
         relief.engrave(np.maximum(ribs, 36 - relief.x), tint * 0.35, 0.8)
     relief.add(disc(relief.x, relief.y, (24.5, 0), 3.0), tint * 1.2, 0.9, 1.5, 3.4)
     _stain(relief, rng.uniform(0, 0.3))
-    return relief.sprite(ball, (33, 0), CLAMP, _brushed(relief, 0.10, 4, 1.0))
+    return relief.sprite(ball, (33, 0), CLAMP, _brushed_grain(relief, 0.10, 4, 1.0))
 
 
 def paint_needle(rng: np.random.Generator, ball: np.ndarray, unit: float) -> tuple[Sprite, float, float]:
@@ -174,5 +174,5 @@ def paint_needle(rng: np.random.Generator, ball: np.ndarray, unit: float) -> tup
     girth = thick * np.clip(1.25 * (spread - share) / (2 * spread) + 0.55, 0.55, 1.0)
     arc = np.hypot(x - radius * np.cos(share), y - radius * np.sin(share)) - girth
     relief.add(arc, vary(rng, (140, 146, 156), 0.2), 1.0, thick)
-    sprite = relief.sprite(ball, (side / 2, 0), NEEDLE, _brushed(relief, 0.05, 4, 1.0))
+    sprite = relief.sprite(ball, (side / 2, 0), NEEDLE, _brushed_grain(relief, 0.05, 4, 1.0))
     return sprite, radius, spread

@@ -14,7 +14,7 @@ import numpy as np
 from dinoseg.synthetic.canvas import Canvas
 from dinoseg.synthetic.noise import Wander
 from dinoseg.synthetic.relief import DETAIL, metal_sphere
-from dinoseg.synthetic.rendering import check_minimum, missing, render_videos
+from dinoseg.synthetic.rendering import check_minimum, find_missing, render_videos
 from dinoseg.synthetic.surgery.parts import paint_needle
 from dinoseg.synthetic.surgery.tissue import Tissue
 from dinoseg.synthetic.surgery.tools import Catheter, Clamp, Pose, Reach, Robot, Suction, Thread, curve
@@ -72,13 +72,14 @@ def render_dataset(
     Raises:
         UserError: a setting is out of range, or `root` is not writable or holds other videos.
     """
-    root, size = Path(root), (int(size[0]), int(size[1]))
+    root = Path(root)
+    size = (int(size[0]), int(size[1]))
     _check_sizes(train_videos, test_videos, seconds, size, seed, workers)
     first_test = max(FIRST_TEST_VIDEO, train_videos + 1)
     numbers = {"train1": range(1, train_videos + 1), "test": range(first_test, first_test + test_videos)}
     videos = [SurgeryVideo(seed, split, number, seconds, size) for split in SPLITS for number in numbers[split]]
     work = functools.partial(_write_video, root=root)
-    render_videos(root, functools.partial(_missing, root, videos), work, total=len(videos), workers=workers)
+    render_videos(root, functools.partial(_find_missing_videos, root, videos), work, total=len(videos), workers=workers)
 
 
 def _check_sizes(
@@ -97,12 +98,12 @@ def _check_sizes(
     check_minimum(seconds=(seconds, 1), workers=(workers, 1), seed=(seed, 0))
 
 
-def _missing(root: Path, videos: list[SurgeryVideo]) -> list[SurgeryVideo]:
+def _find_missing_videos(root: Path, videos: list[SurgeryVideo]) -> list[SurgeryVideo]:
     """Return the videos that are not written yet, and refuse a root with other content."""
     for split in SPLITS:
         (root / split).mkdir(parents=True, exist_ok=True)
     existing = [path for split in SPLITS for path in sorted((root / split).glob("*.zip"))]
-    return missing(root, videos, existing, _comment, "file")
+    return find_missing(root, videos, existing, _comment, "file")
 
 
 def _comment(path: Path) -> bytes:

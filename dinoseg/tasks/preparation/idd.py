@@ -23,7 +23,7 @@ from dinoseg.utils.atomic import remove_parts
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
-from dinoseg.utils.locks import locked
+from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.ranges import Count, check_annotations
 from dinoseg.utils.wording import join_names
 
@@ -78,7 +78,7 @@ def prepare(
     try:
         with contextlib.ExitStack() as locks:
             for labels in sorted({job.path.parents[2] for job in jobs}):  # by part, which may be prepared alone
-                locks.enter_context(locked(labels / _LOCK))
+                locks.enter_context(hold_lock(labels / _LOCK))
             return _draw_all(root, jobs, work, workers)
     except OSError as error:
         raise UserError(f"Cannot write to root={root}: {error}. Check its permissions.") from None
@@ -189,8 +189,8 @@ def _report(results: Mapping[PolygonFile, Counter[str]]) -> None:
 _BACKGROUND = "unlabeled"
 _SIDE = forms.number(1, 16384)  # pixels; a larger size in a file would only fill the memory
 _COORDINATE = forms.number(-1_000_000, 1_000_000)  # pixels; Pillow misplaces points far outside the image
-_FORM = forms.holding(imgWidth=_SIDE, imgHeight=_SIDE, objects=forms.listing(forms.table(forms.plain)))
-_OBJECT = forms.holding(label=forms.text, polygon=forms.listing(forms.row(_COORDINATE, _COORDINATE)))
+_FORM = forms.object_with(imgWidth=_SIDE, imgHeight=_SIDE, objects=forms.list_of(forms.table(forms.plain)))
+_OBJECT = forms.object_with(label=forms.text, polygon=forms.list_of(forms.row(_COORDINATE, _COORDINATE)))
 
 
 def draw_label_maps(content: bytes, path: Path, encodings: Iterable[str]) -> tuple[dict[str, np.ndarray], Counter[str]]:

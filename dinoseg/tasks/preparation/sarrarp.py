@@ -34,9 +34,9 @@ from dinoseg.utils.atomic import atomic_file, remove_parts, write_text
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, entries
 from dinoseg.utils.images import write_png
-from dinoseg.utils.locks import locked
+from dinoseg.utils.locks import hold_lock
 from dinoseg.utils.ranges import Count, check_annotations
-from dinoseg.utils.units import finished
+from dinoseg.utils.units import read_finished
 from dinoseg.utils.wording import count_of, join_names
 
 SPLIT_FOLDERS = TRAIN_FOLDERS + TEST_FOLDERS
@@ -85,10 +85,10 @@ def prepare(
     root = Path(root).expanduser()
     if rate not in (1, 10):
         raise UserError(f"rate={rate}: choose 1 (frames that have a mask) or 10 frames per second.")
-    jobs = _chosen(find_jobs(root), videos)
+    jobs = _select_jobs(find_jobs(root), videos)
     work = functools.partial(prepare_video, rate=rate, keep_archive=keep_archives)
     try:
-        with locked(root / _LOCK):
+        with hold_lock(root / _LOCK):
             return _prepare_all(root, jobs, work, workers)
     except OSError as error:
         raise UserError(f"Cannot write to root={root}: {error}. Check its permissions.") from None
@@ -166,7 +166,7 @@ def _done_before(job: VideoJob, rate: int) -> dict[str, int] | None:
         frames, masks = (len(png_files(job.folder / name)) for name in (FRAME_FOLDERS[0], MASK_FOLDER))
         return counts["rate"] >= rate and counts["frames"] <= frames and counts["masks"] == masks
 
-    return finished(job.folder / PREPARED, lambda path: forms.read_json(path, PREPARED_FORM), hold)
+    return read_finished(job.folder / PREPARED, lambda path: forms.read_json(path, PREPARED_FORM), hold)
 
 
 def _extract(folder: Path, rate: int) -> dict[str, int]:
@@ -222,7 +222,7 @@ def _verify(folder: Path, decoded: int, step: int) -> None:
         raise UserError(f"{folder / FRAME_FOLDERS[0]} lacks the frames {join_names(lacking)}. Run again.")
 
 
-def _chosen(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob]:
+def _select_jobs(jobs: list[VideoJob], videos: Sequence[str] | None) -> list[VideoJob]:
     if videos is None:
         return jobs
     known = {job.name for job in jobs} | {job.folder.name for job in jobs}

@@ -198,8 +198,8 @@ class Propagator:
         _check_finite(lengths)
         if seeds is not None:
             soft = seed(soft.permute(2, 0, 1), seeds).permute(1, 2, 0).contiguous()
-            self._first = _widened(self._first, soft.shape[2])
-            self._recent = deque((_widened(frame, soft.shape[2]) for frame in self._recent), self.settings.context)
+            self._first = _pad_labels(self._first, soft.shape[2])
+            self._recent = deque((_pad_labels(frame, soft.shape[2]) for frame in self._recent), self.settings.context)
         self._recent.append((target, soft))
         return _channels_first(soft)
 
@@ -300,7 +300,7 @@ def _grown(labels: Tensor, channels: int) -> Tensor:
     return F.pad(labels, (0, 0, 0, 0, 0, channels - len(labels)))
 
 
-def _widened(frame: ContextFrame, channels: int) -> ContextFrame:
+def _pad_labels(frame: ContextFrame, channels: int) -> ContextFrame:
     features, labels = frame
     return features, F.pad(labels, (0, channels - labels.shape[2]))
 

@@ -58,8 +58,8 @@ def input_size(size: Size, settings: PropagationSettings, patch_size: int) -> Si
     wanted = settings.short_side
     if wanted is not None and not settings.enlarge and wanted >= short:
         wanted = None
-    new_short = _rounded(wanted or short, 1, patch_size, settings.rounding)
-    new_long = _rounded(long * (new_short if wanted else short), short, multiple, settings.rounding)
+    new_short = _round_to_multiple(wanted or short, 1, patch_size, settings.rounding)
+    new_long = _round_to_multiple(long * (new_short if wanted else short), short, multiple, settings.rounding)
     return (new_short, new_long) if size[0] <= size[1] else (new_long, new_short)
 
 
@@ -73,7 +73,7 @@ def resize(frame: np.ndarray, size: Size, resample: str) -> np.ndarray:
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _rounded(dividend: int, divisor: int, multiple: int, rounding: str) -> int:
+def _round_to_multiple(dividend: int, divisor: int, multiple: int, rounding: str) -> int:
     """Return dividend / divisor rounded to a multiple, in integer arithmetic, which has no rounding errors."""
     count = dividend // (divisor * multiple) if rounding == "down" else -(-dividend // (divisor * multiple))
     return max(1, count) * multiple

@@ -103,7 +103,7 @@ def to_mask(
     ids = torch.zeros(decision_size, device=soft.device, dtype=torch.uint8)
     mode = "nearest" if settings.upsample == "nearest" else "bilinear"
     for label, channel in enumerate(soft):
-        scores = _stretched(F.interpolate(channel[None, None], decision_size, mode=mode)[0, 0], settings.min_max)
+        scores = _stretch_scores(F.interpolate(channel[None, None], decision_size, mode=mode)[0, 0], settings.min_max)
         wins = scores > best
         best = torch.where(wins, scores, best)
         ids.masked_fill_(wins, label)
@@ -128,7 +128,7 @@ def _decision_size(
     return soft.shape[1] * patch_size, soft.shape[2] * patch_size
 
 
-def _stretched(scores: Tensor, min_max: str) -> Tensor:
+def _stretch_scores(scores: Tensor, min_max: str) -> Tensor:
     if min_max == "none":
         return scores
     low, high = scores.amin(), scores.amax()

@@ -87,11 +87,15 @@ class SlotPropagator:
         Raises:
             UserError: there are more slots than IDs, or more objects than slots.
         """
-        sizes, num_background, allowed = list(self._head.sizes), 0, None
+        sizes = list(self._head.sizes)
+        num_background = 0
+        allowed = None
         if len(sizes) == 2:
             num_background = sizes[0]
             allowed = None if frame.background is None else hold(frame.background, sizes, self._settings.hold)
-        ids, shares, serves = [0, *frame.ids()], None, None
+        ids = [0, *frame.ids()]
+        shares = None
+        serves = None
         if frame.labels is not None:
             shares = frame.shares(ids)
             if self._settings.lock_on:
@@ -107,7 +111,7 @@ class SlotPropagator:
         start = Correspondence.start(len(masks))
         correspondence, appearance, shown = self._match(frame, masks, start, known, same=locked)
         if serves is None:
-            serves = _numbered(len(masks)) if shares is None else owners(shown, shares, ids)
+            serves = _slot_ids(len(masks)) if shares is None else owners(shown, shares, ids)
         state = SlotState(
             slots=slots,
             masks=masks,
@@ -182,7 +186,7 @@ class SlotPropagator:
         return slots, masks
 
 
-def _numbered(num_slots: int) -> list[int]:
+def _slot_ids(num_slots: int) -> list[int]:
     """Return a unique ID for each slot, from 1."""
     if num_slots >= VOID:
         raise UserError(

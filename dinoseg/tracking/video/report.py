@@ -153,7 +153,7 @@ def object_rows(position: int, name: str, mask: np.ndarray, background: int | No
 
 
 def _with_masks(frames: FrameReader, masks: Path) -> Iterator[_Masked]:
-    for position, (frame, time) in enumerate(frames.timed()):
+    for position, (frame, time) in enumerate(frames.timed_frames()):
         path = masks / f"{frames.frame_name(position)}.png"
         mask = read_ids(path)
         if mask.shape != frame.shape[:2]:

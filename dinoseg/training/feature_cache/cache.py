@@ -106,7 +106,7 @@ class LazyFeatureBatch:
 
     def to(self, device: torch.device) -> FeatureBatch:
         """Return the samples' features and masks on `device`."""
-        return self.cache.completed(self.views, device)
+        return self.cache.complete_batch(self.views, device)
 
     def split(self, parts: int) -> list["LazyFeatureBatch"]:
         """Split the samples in their order into batches whose sizes differ by at most one sample."""
@@ -156,8 +156,8 @@ class FeatureCache:
         batches = partial(sample_batches, read, list, samples, batch_size=batch_size, seed=drawn.seed, **order)
         stream = batches(start=start, workers=self._workers(workers))
         seen = self.views * -(-samples // batch_size)
-        stream = _followed(stream, seen, partial(batches, start=start + seen, workers=0))
-        return map(self._arrived, stream)
+        stream = _chain_batches(stream, seen, partial(batches, start=start + seen, workers=0))
+        return map(self._remember_views, stream)
 
     def eval_batches(
         self, data: SegmentationData, *, workers: int, rank: int, world_size: int
@@ -167,9 +167,9 @@ class FeatureCache:
         workers = 0 if self._validated else self._workers(workers)
         samples = load_in_order(read, range(rank, len(data), world_size), workers)
         self._validated = True
-        return (self._arrived([sample]) for sample in samples)
+        return (self._remember_views([sample]) for sample in samples)
 
-    def completed(self, views: list[View], device: torch.device) -> FeatureBatch:
+    def complete_batch(self, views: list[View], device: torch.device) -> FeatureBatch:
         """Return features and masks of views on `device`; missing features are computed and cached."""
         rows = [self._features(view, device) for view in views]
         self._check_equal_shapes(rows)
@@ -203,7 +203,7 @@ class FeatureCache:
     def _workers(self, workers: int) -> int:
         return 0 if self.place == "memory" else workers  # other processes would not see cached features
 
-    def _arrived(self, views: list[View]) -> LazyFeatureBatch:
+    def _remember_views(self, views: list[View]) -> LazyFeatureBatch:
         """Return views that were read here or in another process, and remember their masks and checked keys."""
         for view in views:
             self._masks.keep((view.key, view.labels["name"]), view.labels["mask"])
@@ -216,7 +216,7 @@ def _size(mask: Tensor) -> Size:
     return mask.shape[-2], mask.shape[-1]
 
 
-def _followed(
+def _chain_batches(
     first: Iterator[list[View]], count: int, then: Callable[[], Iterator[list[View]]]
 ) -> Iterator[list[View]]:
     yield from islice(first, count)

@@ -27,7 +27,7 @@ _DTYPES: dict[Stored, torch.dtype] = {
 }
 
 
-def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
+def round_features(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     """Return tensors in the type in which they are stored; with int8, each is followed by its scales.
 
     There is one scale per token, that is, over the channels, which are the last axis. If a sample has numbers that
@@ -46,11 +46,13 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
             )
         if not tensor.is_floating_point():
             converted.append(tensor.contiguous())
+        elif stored == "int8":
+            converted += _quantise_tokens(tensor.float())
         else:
-            converted += _quantised(tensor.float()) if stored == "int8" else [tensor.to(_DTYPES[stored]).contiguous()]
+            converted.append(tensor.to(_DTYPES[stored]).contiguous())
         if not _is_finite(converted[-1]):
             if stored == "float16":
-                return rounded(tensors, "bfloat16")
+                return round_features(tensors, "bfloat16")
             raise UserError(
                 f"Features as large as {tensor.float().abs().max():.3g} overflow in {stored}, the type of the cache. "
                 "Set features.dtype=float32, or engine.cache=off."
@@ -58,7 +60,7 @@ def rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     return converted
 
 
-def restored(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
+def restore_features(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     """Return tensors for use: those of int8 are converted to float32, others are returned unchanged.
 
     Raises:
@@ -77,12 +79,12 @@ def restored(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
 
 
 def size_of(tensors: Sequence[Tensor], stored: Stored) -> int:
-    """Return the file size in bytes of a sample with such tensors; errors are those of `rounded` and `to_bytes`."""
-    return len(to_bytes("0" * KEY_LENGTH, rounded(tensors, stored)))
+    """Return the file size in bytes of a sample with such tensors; errors: see `round_features`, `to_bytes`."""
+    return len(to_bytes("0" * KEY_LENGTH, round_features(tensors, stored)))
 
 
 def to_bytes(key: str, tensors: Sequence[Tensor]) -> bytes:
-    """Return the content of a sample's file, from the tensors that `rounded` returned.
+    """Return the content of a sample's file, from the tensors that `round_features` returned.
 
     Raises:
         UserError: it exceeds the size that would be read back.
@@ -119,7 +121,7 @@ def from_file(key: str, file: BinaryIO, *, verify: bool) -> list[Tensor]:
         raise SchemaError("it belongs to other features") from None
 
 
-def _quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def _quantise_tokens(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Return integers from -127 to 127, and the scale of each token."""
     scales = tensor.abs().amax(-1) / 127
     divisor = torch.where(scales > 0, scales, 1)[..., None]

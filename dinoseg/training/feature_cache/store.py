@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dinoseg.training.feature_cache.form import MAX_BYTES, Stored, from_file, restored, rounded, to_bytes
+from dinoseg.training.feature_cache.form import MAX_BYTES, Stored, from_file, restore_features, round_features, to_bytes
 from dinoseg.utils.atomic import atomic_file, open_no_link, write_all
 from dinoseg.utils.errors import DISK_FULL, free_space
 from dinoseg.utils.forms import SchemaError
@@ -84,11 +84,11 @@ class MemoryStore:
     def get(self, key: str) -> list[Tensor] | None:
         """Return the tensors of a key; None if they are missing."""
         cached = self._entries.get(key)
-        return None if cached is None else restored(cached, self.stored)
+        return None if cached is None else restore_features(cached, self.stored)
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Store tensors if there is room, and return them as `get` would."""
-        converted = _rounded(tensors, self.stored)
+        converted = _round_with_warning(tensors, self.stored)
         if key not in self._entries and not self._closed:
             size = sum(tensor.nbytes for tensor in converted)
             if size <= self.room():
@@ -98,7 +98,7 @@ class MemoryStore:
             else:
                 self._closed = True
                 _log_end(f"The {in_bytes(self.cap)} of memory for features are used up")
-        return restored(converted, self.stored)
+        return restore_features(converted, self.stored)
 
     def trust(self, key: str) -> None:
         """Do nothing: entries in memory are not verified."""
@@ -138,7 +138,7 @@ class DiskStore:
         """Return the tensors of a key; None if they are missing or incomplete."""
         path = self.path(key)
         try:
-            tensors = restored(_read(path, key, is_first=key not in self._seen), self.stored)
+            tensors = restore_features(_read(path, key, is_first=key not in self._seen), self.stored)
         except FileNotFoundError:
             return None
         except (OSError, SchemaError) as error:
@@ -151,7 +151,7 @@ class DiskStore:
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Store tensors if there is room, and return them as `get` would."""
-        converted = _rounded(tensors, self.stored)
+        converted = _round_with_warning(tensors, self.stored)
         if not self._closed:
             try:
                 self._write(self.path(key), to_bytes(key, converted))
@@ -161,7 +161,7 @@ class DiskStore:
                 self._closed = True
                 full = f"the disk is full, {free_space(self.root)}" if error.errno in DISK_FULL else error
                 _log_end(f"Cannot write features to {self.folder} ({full})")
-        return restored(converted, self.stored)
+        return restore_features(converted, self.stored)
 
     def trust(self, key: str) -> None:
         """Mark a key as verified: a worker of this process has read it."""
@@ -254,8 +254,8 @@ def _read(path: Path, key: str, *, is_first: bool) -> list[Tensor]:
     return tensors
 
 
-def _rounded(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
-    converted = rounded(tensors, stored)
+def _round_with_warning(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
+    converted = round_features(tensors, stored)
     if stored == "float16" and any(tensor.dtype == torch.bfloat16 for tensor in converted):
         _warn_of_wider()
     return converted

@@ -15,7 +15,7 @@ from dinoseg.cli.auto.recipe import (
     composed_with,
     read_choices,
     recipe_text,
-    searching,
+    search_path_override,
     typed_keys,
     write_choices,
 )
@@ -125,7 +125,7 @@ def test_folders_of_any_name_are_searched_beside(composing, tmp_path, name):
     part = tmp_path / name / "head" / "mine.yaml"
     part.parent.mkdir(parents=True)
     part.write_text("defaults: [linear]\nlr: 0.5\n")
-    words = [searching([f"file://{tmp_path / name}"]), "head=mine"]
+    words = [search_path_override([f"file://{tmp_path / name}"]), "head=mine"]
     assert composed_with(words, NAME, recipe_text("x", CHOICES[4:5]), known_as="auto").head.lr == 0.5
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from dinoseg.data.annotation.polygon import check_polygon, figure, filled
+from dinoseg.data.annotation.polygon import check_polygon, figure, rasterise
 from dinoseg.data.annotation.rle import counts_of
 from dinoseg.inference.annotations import edge_polygons, middle_polygons, parts_of
 
@@ -35,7 +35,7 @@ def drawn(polygons, shape, by_middles):
         if by_middles:
             canvas |= figure("polygon", [(float(x), float(y)) for x, y in points], shape)
         else:
-            left, mask = filled(points.astype(float), shape)
+            left, mask = rasterise(points.astype(float), shape)
             canvas[:, left : left + mask.shape[1]] |= mask
     return canvas
 
@@ -138,7 +138,7 @@ def test_a_polygon_far_outside_costs_no_memory():
     check_polygon(points)
     tracemalloc.start()
     try:
-        _, mask = filled(points, (64, 64))
+        _, mask = rasterise(points, (64, 64))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

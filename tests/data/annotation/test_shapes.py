@@ -4,7 +4,7 @@ from pycocotools import mask as coco
 
 from dinoseg.data.annotation import rle
 from dinoseg.data.annotation.drawing import Box, CompressedColumns, Drawing, Figure, Polygons
-from dinoseg.data.annotation.polygon import check_polygon, figure, filled
+from dinoseg.data.annotation.polygon import check_polygon, figure, rasterise
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
 
@@ -25,7 +25,9 @@ def test_run_lengths_are_those_of_pycocotools():
         counts = rle.counts_of(mask.T.ravel())
         assert rle.to_text(counts) == theirs["counts"].decode()
         np.testing.assert_array_equal(rle.from_text(theirs["counts"].decode()), counts)
-        np.testing.assert_array_equal(rle.decode(rle.checked(theirs["counts"].decode(), mask.size), mask.shape), mask)
+        np.testing.assert_array_equal(
+            rle.decode(rle.parse_counts(theirs["counts"].decode(), mask.size), mask.shape), mask
+        )
         listed = coco.frPyObjects({"counts": counts.tolist(), "size": list(mask.shape)}, *mask.shape)
         assert listed["counts"] == theirs["counts"]
 
@@ -37,7 +39,7 @@ def test_polygons_are_filled_as_pycocotools_fills_them():
         points = draw.uniform(-20, 80, (int(draw.integers(3, 12)), 2))
         points = [points, points.round(), points.round(1), np.repeat(points, 2, axis=0)][number % 4]
         theirs = coco.decode(coco.frPyObjects([points.ravel().tolist()], *size))[..., 0].astype(bool)
-        left, part = filled(points, size)
+        left, part = rasterise(points, size)
         ours = np.zeros(size, bool)
         ours[:, left : left + part.shape[1]] = part
         np.testing.assert_array_equal(ours, theirs, err_msg=f"{size} {points.tolist()}")
@@ -88,7 +90,7 @@ def test_figures_are_those_of_labelme():
 )  # fmt: skip
 def test_counts_that_are_none(counts, wrong):
     with pytest.raises(ValueError, match=wrong):
-        rle.checked(counts, 30)
+        rle.parse_counts(counts, 30)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from PIL import Image
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.clips.cut import Clips, Cut, open_clips
 from dinoseg.data.clips.foreground import foreground, no_masks
-from dinoseg.data.clips.videos import DecodedFrames, Video, chosen
+from dinoseg.data.clips.videos import DecodedFrames, Video, select_split
 from dinoseg.data.clips.view import ClipView, clip_batches
-from dinoseg.data.doctor.errors import check_groups, scanned
+from dinoseg.data.doctor.errors import check_groups, describe_split
 from dinoseg.data.formats.davis import Davis
 from dinoseg.data.formats.movi import Movi
 from dinoseg.data.formats.video_folder import VideoFolder
@@ -153,7 +153,7 @@ def test_a_share_of_the_sequences_is_held_out_whole(compose, davis):
     ]
     assert sorted(video.name for fold in folds for video in fold.videos) == ["bear", "dogs", "tennis"]
     with pytest.raises(UserError, match="partition.by=lists: video datasets have their own lists"):
-        chosen(Davis(str(davis)), "val", Partition(by="lists"))
+        select_split(Davis(str(davis)), "val", Partition(by="lists"))
 
 
 def test_the_unsupervised_test_sets_may_have_no_masks(davis):
@@ -345,7 +345,8 @@ class Named(NamedTuple):
 def test_movi_numbers_the_videos_of_each_split_anew(compose, movi):
     reader = instantiate(config(compose, "movi", movi).reader)
     splits = [
-        scanned(split, reader(split=split), [Named(name) for name in reader(split=split).names]) for split in SIDES
+        describe_split(split, reader(split=split), [Named(name) for name in reader(split=split).names])
+        for split in SIDES
     ]
     assert splits[1].records[0] == splits[0].records[0]  # 00000 is in both, as two videos
     assert not list(check_groups(splits, "^[^/]+"))
@@ -565,7 +566,7 @@ def test_unpadded_names_of_videos_and_frames(compose, tmp_path):
 
 def test_a_share_comes_as_it_is_counted(tmp_path):
     layout = Still(tmp_path, **{f"v{number}": 1 for number in range(1, 13)})
-    names = [video.name for video in chosen(layout, "train", Partition(by="fraction", val_fraction=0.1))]
+    names = [video.name for video in select_split(layout, "train", Partition(by="fraction", val_fraction=0.1))]
     assert len(names) == 11 and names == sorted(names, key=lambda name: int(name[1:]))
 
 

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 from making import save
 
-from dinoseg.data.doctor.errors import scanned
+from dinoseg.data.doctor.errors import describe_split
 from dinoseg.data.doctor.examine import examine
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.scan.scan import scan
@@ -46,7 +46,7 @@ def opened(root, split, **options):
 
 def splits_of(root, images=True, splits=("train", "val"), **options):
     sets = {split: opened(root, split, **options) for split in splits}
-    return [scanned(split, data, scan(data.pairs, data.reader, images=images)) for split, data in sets.items()]
+    return [describe_split(split, data, scan(data.pairs, data.reader, images=images)) for split, data in sets.items()]
 
 
 def found(root, *, options=None, **rules):

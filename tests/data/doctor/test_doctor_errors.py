@@ -11,7 +11,7 @@ from making import save
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.doctor.errors import check_for_errors, find_errors
 from dinoseg.data.doctor.examine import examine
-from dinoseg.data.opened import opened as as_configured
+from dinoseg.data.opened import prepare_dataset as as_configured
 from dinoseg.utils.errors import UserError
 
 

@@ -8,7 +8,7 @@ import torch
 from making import save
 
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.doctor.errors import scanned
+from dinoseg.data.doctor.errors import describe_split
 from dinoseg.data.doctor.examine import examine, summary
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.scan.measure import measure_sample
@@ -45,7 +45,7 @@ def draw_layers(root, images=8):
 
 def examined(root, cache=None):
     data = folder_dataset(root, "train", classes=CLASSES, layers=True)
-    part = scanned("train", data, scan(data.pairs, data.reader, images=True, cache_dir=cache))
+    part = describe_split("train", data, scan(data.pairs, data.reader, images=True, cache_dir=cache))
     return {finding.code: finding for finding in examine([part])}, part
 
 
@@ -126,7 +126,7 @@ def test_layers_of_a_dataset_class_are_measured(tmp_path):
             return {"image": image, "mask": torch.from_numpy(layers), "name": "4"}
 
     data = CustomDataset(Own(), has_layers=True)
-    part = scanned("train", data, [measure_sample("4", "train: 4", lambda: data[0], 255)])
+    part = describe_split("train", data, [measure_sample("4", "train: 4", lambda: data[0], 255)])
     assert part.records[0].mask_size == layers.shape[1:]
     assert part.counts.tolist() == (layers == 1).sum(axis=(1, 2)).tolist()
     assert part.records[0].overlap == ((layers == 1).sum(axis=0) > 1).sum()

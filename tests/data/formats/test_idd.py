@@ -14,7 +14,7 @@ from dinoseg.config.resolvers import register_resolvers
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.idd import idd
 from dinoseg.data.label_tables.read import label_table
-from dinoseg.data.opened import opened
+from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.splits import Partition
 from dinoseg.utils.errors import UserError
 
@@ -177,7 +177,7 @@ def test_label_maps_that_are_not_made_yet(tmp_path):
     add(tmp_path, "train", "0/b", None, polygons=True)
     command = f"python -m dinoseg mode=prepare data=idd data.root={tmp_path}"
     with pytest.raises(UserError) as caught:
-        opened(idd(tmp_path, "train", **CLASSES), split="train")
+        prepare_dataset(idd(tmp_path, "train", **CLASSES), split="train")
     assert "has no gtFine_labellevel3Ids.png in" in str(caught.value) and "\n- 0/b: " in str(caught.value)
     assert command in str(caught.value) and " on_error=skip" in str(caught.value)
     for name in ("idd_level2", "idd_cityscapes", "idd_ids"):
@@ -213,7 +213,7 @@ def test_files_that_do_not_belong_together(tmp_path):
         UserError,
         match=r"Split train has 1 image with a mask, and 1 incomplete pairs:\n- 3/c: (?s:.*)label maps\.\nTo",
     ):
-        opened(lone, split="train")
+        prepare_dataset(lone, split="train")
     shutil.rmtree(tmp_path / "gtFine/train/3")
     add(tmp_path, "train", "0/a", suffix=".jpg")
     with pytest.raises(UserError, match=r"a_leftImg8bit.jpg and .*a_leftImg8bit.png have the same name \(0/a\)"):

@@ -14,7 +14,7 @@ from dinoseg.data.custom import CustomDataset, check_custom_dataset
 from dinoseg.data.doctor.errors import check_for_errors
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
-from dinoseg.data.opened import opened
+from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.scan.measure import measure
 from dinoseg.data.transforms import Affine, Augment
@@ -196,7 +196,7 @@ def test_options_that_need_one_class_per_pixel_are_refused(tmp_path):
     write_overlaps(tmp_path, train=1)
     data = folder(tmp_path)
     with pytest.raises(UserError, match="packed"):
-        opened(data, split="train", cache="packed")
+        prepare_dataset(data, split="train", cache="packed")
     with pytest.raises(UserError, match="unlabelled"):
         write_coco(tmp_path / "coco")
         annotated_dataset(tmp_path / "coco", "train", kind="coco", classes=["background", *CLASSES], layers=True)

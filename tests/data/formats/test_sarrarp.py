@@ -5,7 +5,7 @@ import pytest
 from making import save
 
 from dinoseg.data.formats.sarrarp import BY_OPERATION, sar_rarp50
-from dinoseg.data.opened import opened
+from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.splits import regex_group
 from dinoseg.testing import check_dataset
 from dinoseg.utils.errors import UserError
@@ -104,7 +104,7 @@ def test_not_prepared_gives_the_command(add, tmp_path):
     with pytest.raises(
         UserError, match=r"(?s)video_02: .*no extracted frames.*Prepare the data set first.*on_error=skip"
     ):
-        opened(data[0], split="train")
+        prepare_dataset(data[0], split="train")
 
 
 def test_masks_and_frames_must_match(add):
@@ -119,7 +119,7 @@ def test_masks_and_frames_must_match(add):
     assert "segmentation/000000060.png has no extracted frame" in lacking["video_01/000000060"]
     lame = next(part for part in data if part.lacking)
     with pytest.raises(UserError, match=r"3 incomplete pairs:(?s:.*)mode=prepare data=sarrarp .*\nUnpack the archives"):
-        opened(lame, split="train")
+        prepare_dataset(lame, split="train")
 
 
 def test_folders_that_are_missing_or_empty(add, tmp_path):

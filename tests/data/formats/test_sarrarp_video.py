@@ -7,7 +7,7 @@ from making import save, write_video
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.formats.sarrarp import BY_OPERATION, sar_rarp50
-from dinoseg.data.opened import opened
+from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.video import index as video_index
 from dinoseg.data.video.access import VideoFrame
@@ -131,9 +131,9 @@ def test_videos_that_are_missing_damaged_or_packed(root):
     damaged = next(data for data in sides if "video_02_2" in data.lacking)
     assert "video_02_1/000000000" in damaged.names
     with pytest.raises(UserError, match=r"(?s)incomplete pairs:\n.*video_02_2: .*is truncated: .*source=frames"):
-        opened(damaged, split="train")
+        prepare_dataset(damaged, split="train")
     cache_dir = root.parent / "cache"
-    kept = opened(damaged, split="train", on_error="skip", cache_dir=cache_dir, workers=1)
+    kept = prepare_dataset(damaged, split="train", on_error="skip", cache_dir=cache_dir, workers=1)
     assert kept.names == damaged.names and "is truncated" in kept.skipped["video_02_2"]
     video.unlink()
     sides = [load(root, split, val_fraction=0.3) for split in ("train", "val")]

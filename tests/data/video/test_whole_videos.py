@@ -148,5 +148,5 @@ def test_a_video_without_any_frame_is_truncated(tmp_path, frames):
 
 def test_one_undecodable_packet_is_no_loss(tmp_path, monkeypatch):
     assert not is_damaged_truncated(tmp_path / "v.avi", 30, 1) and is_damaged_truncated(tmp_path / "v.avi", 30, 2)
-    monkeypatch.setattr(Decoder, "promised", 40)  # counts frames that a cut leaves out
+    monkeypatch.setattr(Decoder, "declared_frames", 40)  # counts frames that a cut leaves out
     assert not is_damaged_truncated(tmp_path / "v.avi", 30, 1) and is_damaged_truncated(tmp_path / "v.avi", 30, 2)

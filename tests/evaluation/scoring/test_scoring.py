@@ -15,7 +15,7 @@ from scipy import special, stats
 
 from dinoseg.evaluation.scoring import folders, intervals
 from dinoseg.evaluation.scoring.folders import ScoringResult, Unscorable, score_cases
-from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife, mean_of, widened
+from dinoseg.evaluation.scoring.intervals import Difference, Estimate, combine_errors, holm, jackknife, mean_of
 from dinoseg.evaluation.scoring.summary import difference, summary
 from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
 from dinoseg.metrics.protocols.video_clustering import VideoClustering
@@ -166,7 +166,7 @@ def test_a_paired_difference_of_means_is_that_of_the_paired_t_test():
 def test_errors_of_independent_parts_are_added_as_welch_does():
     first, second = np.random.default_rng(3).normal(0.5, 0.1, 4), np.random.default_rng(4).normal(0.3, 0.3, 6)
     expected = stats.ttest_ind(first, second, equal_var=False)
-    found = widened(replace(mean_of(first), value=first.mean() - second.mean()), [mean_of(second)])
+    found = combine_errors(replace(mean_of(first), value=first.mean() - second.mean()), [mean_of(second)])
     assert found.p == pytest.approx(expected.pvalue)
     assert found.ci95 == pytest.approx([*expected.confidence_interval()])
     assert mean_of([0.4]).ci95 is None and mean_of([]).ci95 is None

@@ -13,7 +13,7 @@ from portable_parts import TINY, exported, graph_with_weights, untrained
 import dinoseg
 from dinoseg import Model
 from dinoseg.export.runtime.facts import ModelFacts
-from dinoseg.export.runtime.hub import fetched, model_card, push
+from dinoseg.export.runtime.hub import fetch_model_file, model_card, push
 from dinoseg.utils.errors import UserError
 
 TOKEN = "hf_nobody_may_read_this"
@@ -184,7 +184,7 @@ def test_weights_beside_a_graph_go_with_it_if_it_knows_them_by_the_hubs_name(hub
         push(tmp_path / file, facts, f"me/{file}", private=None, revision=None, token=None, gated=False)
         assert {path.name for path in (hub.folder / "me" / file).iterdir()} == there
         assert (hub.folder / "me" / file / "model.onnx").read_bytes() == (tmp_path / file).read_bytes()
-    assert fetched("me/model.onnx", runtime="onnx").name == "model.onnx" and hub.asked[-1]["patterns"] == [
+    assert fetch_model_file("me/model.onnx", runtime="onnx").name == "model.onnx" and hub.asked[-1]["patterns"] == [
         "model.onnx*"
     ]
 

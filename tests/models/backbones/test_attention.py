@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinoseg.inference.walk import walking
+from dinoseg.inference.walk import fake_tensor_mode
 from dinoseg.models.backbones import attention
 from dinoseg.models.backbones.attention import attend
 from dinoseg.models.backbones.timm_backbone import TimmBackbone
@@ -195,7 +195,7 @@ def test_products_are_taken_where_they_are_faster(products, monkeypatch, faster,
 
 
 def test_estimates_count_attention_as_one_operation(products):
-    with walking() as peak:
+    with fake_tensor_mode() as peak:
         query = torch.empty(1, 3, 4000, 8, dtype=torch.bfloat16, requires_grad=True)
         attend(query, query, query, None, dropout=0.0, scale=1.0).sum().backward()
     assert not products and peak.most < 8 * query.nbytes  # no matrix of all pairs

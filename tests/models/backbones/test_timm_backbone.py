@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dinoseg.models.adapters import Full, LastBlocks, Lora
-from dinoseg.models.backbones.timm_backbone import TimmBackbone, unreached
+from dinoseg.models.backbones.timm_backbone import TimmBackbone, find_unused_parameters
 from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow  # makes timm's own models
@@ -241,7 +241,7 @@ def test_unused_parameters_are_found():
             return self.used(x) + self.idle(x).detach()
 
     part = Part()
-    assert unreached(part, [part(torch.ones(1, 2))]) == ["token", "idle.weight", "idle.bias"]
+    assert find_unused_parameters(part, [part(torch.ones(1, 2))]) == ["token", "idle.weight", "idle.bias"]
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,13 @@ def test_scores_lie_where_pixels_and_tokens_lie(patch_size, grid):
     head = passing(patch_size)
     pixels = torch.rand(2, 3, *(patch_size * side for side in grid), dtype=torch.float64)
     nothing = torch.zeros(2, 1, *grid, dtype=torch.float64)
-    of_pixels = head.scored([nothing], pixels)
+    of_pixels = head.compute_scores([nothing], pixels)
     torch.testing.assert_close(of_pixels[:, :1], F.avg_pool2d(pixels[:, :1], 2), atol=1e-12, rtol=0)
     assert of_pixels.shape == (2, 3, *(patch_size * side // 2 for side in grid)) and not of_pixels[:, 1:].any()
     for axis, side in zip((-2, -1), grid, strict=True):
         ramp = torch.arange(side, dtype=torch.float64) + 0.5
         ramp = ramp.view(1, 1, *((-1, 1) if axis == -2 else (1, -1))).expand(2, 1, *grid)
-        found = head.scored([ramp], torch.zeros_like(pixels))[0, 0].movedim(axis, 0)[:, 0]
+        found = head.compute_scores([ramp], torch.zeros_like(pixels))[0, 0].movedim(axis, 0)[:, 0]
         cells = (torch.arange(len(found)) // 2 + 0.5) * 4 / patch_size
         torch.testing.assert_close(found, cells.double().clamp(0.5, side - 0.5), atol=1e-6, rtol=0)
 
@@ -69,7 +69,7 @@ def test_a_linear_layer_on_the_tokens_adds_its_scores_where_they_lie(patch_size)
     head.linear_skip.weight.data[1] = 3
     head.linear_skip.bias.data[2] = 0.5
     pixels, tokens = torch.rand(1, 3, 3 * patch_size, 2 * patch_size).double(), torch.randn(1, 1, 3, 2).double()
-    added = head.scored([tokens], pixels) - plain.scored([tokens], pixels)
+    added = head.compute_scores([tokens], pixels) - plain.compute_scores([tokens], pixels)
     places = [(torch.arange(side * patch_size // 2).double() + 0.5) * 2 / patch_size - 0.5 for side in (3, 2)]
     rows, columns = (place.clamp(0, side - 1) for place, side in zip(places, (3, 2), strict=True))
     low = rows.floor().clamp(max=1).long()
@@ -97,7 +97,7 @@ def test_an_image_of_any_size_is_scored_as_it_is_when_padded(size, patch_size):
 def test_maps_of_a_pyramid_meet_on_its_finest_grid():
     head = small([3, 4, 5], 3, 32).eval()
     maps = [torch.randn(2, 3 + level, *(side * 2 ** (2 - level) for side in (2, 3))) for level in range(3)]
-    assert head.scored(maps, torch.randn(2, 3, 64, 96)).shape == (2, 3, 32, 48)
+    assert head.compute_scores(maps, torch.randn(2, 3, 64, 96)).shape == (2, 3, 32, 48)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 40), (21, 2)])
@@ -133,7 +133,7 @@ def test_strips_are_turned_in_training_alone(monkeypatch):
     for training, learns in ((True, True), (True, False), (False, True), (False, False)):
         rows.clear()
         with torch.set_grad_enabled(learns):
-            head.train(training).scored(maps, pixels)
+            head.train(training).compute_scores(maps, pixels)
         found.append(len(rows))
     assert found == [0, 2, 2, 2]
 
@@ -141,14 +141,14 @@ def test_strips_are_turned_in_training_alone(monkeypatch):
 def test_colours_are_jittered_in_training_alone():
     maps, pixels = [torch.randn(2, 3, 2, 2)], torch.randn(2, 3, 16, 16)
     head = small(jitter=0.5)
-    assert torch.equal(head.eval().scored(maps, pixels), head.scored(maps, pixels))
-    assert not torch.equal(head.train().scored(maps, pixels), head.scored(maps, pixels))
+    assert torch.equal(head.eval().compute_scores(maps, pixels), head.compute_scores(maps, pixels))
+    assert not torch.equal(head.train().compute_scores(maps, pixels), head.compute_scores(maps, pixels))
     seen = []
     head.stem.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    head.scored(maps, torch.zeros_like(pixels))
+    head.compute_scores(maps, torch.zeros_like(pixels))
     assert len(seen[0].unique()) == 6  # a shift for each channel of each image
     steady = small(jitter=0.0).train()
-    assert torch.equal(steady.scored(maps, pixels), steady.scored(maps, pixels))
+    assert torch.equal(steady.compute_scores(maps, pixels), steady.compute_scores(maps, pixels))
 
 
 def test_the_colours_are_those_of_bytes():

@@ -20,7 +20,7 @@ from dinoseg.modes.prepare import prepare as prepare_mode
 from dinoseg.tasks.preparation import idd as prepare_idd
 from dinoseg.tasks.preparation.idd import prepare
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.locks import locked
+from dinoseg.utils.locks import hold_lock
 
 # encoding to its file, the column of the official table, and the background
 ENCODINGS = {
@@ -229,7 +229,7 @@ def test_two_runs_at_once_leave_each_other_alone(tmp_path):
         add(tmp_path / part, "train", "0/a", [box("road", 0, 0, 9, 9)])
     half = tmp_path / "two/gtFine/train/0/.a_gtFine_labellevel3Ids.png.77.part"
     command = f"from dinoseg.tasks.preparation.idd import prepare; prepare({str(tmp_path)!r}, workers=1)"
-    with locked(tmp_path / "two/gtFine/.prepare.lock"):  # as a run on this part alone holds it
+    with hold_lock(tmp_path / "two/gtFine/.prepare.lock"):  # as a run on this part alone holds it
         half.write_bytes(b"half")
         process = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.PIPE, text=True)
         assert "Another process is using the same data" in process.stderr.readline()

@@ -15,7 +15,7 @@ from dinoseg.tasks.preparation import sarrarp
 from dinoseg.tasks.preparation import sarrarp as prepare_sarrarp
 from dinoseg.tasks.preparation.sarrarp import prepare
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.locks import locked
+from dinoseg.utils.locks import hold_lock
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_a_second_run_waits_for_the_first(add, caplog):
     root = add("train1", "video_01", frames=61)
     live = root / "train1/video_01/rgb/.000000060.png.1.part"
     second = threading.Thread(target=prepare, args=[root], kwargs={"workers": 1})
-    with locked(root / ".prepare.lock"):
+    with hold_lock(root / ".prepare.lock"):
         live.parent.mkdir(parents=True)
         live.write_bytes(b"of the first")
         second.start()

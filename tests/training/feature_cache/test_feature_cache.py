@@ -73,7 +73,7 @@ def given():
 
 def test_features_are_the_same_when_they_are_computed_and_when_they_are_kept(given):
     kept, view, passed = given
-    first, second = (kept.completed([view], CPU).image for _ in range(2))
+    first, second = (kept.complete_batch([view], CPU).image for _ in range(2))
     assert torch.equal(first.tensors[0], second.tensors[0]) and first.tensors[0].dtype == torch.float32
     assert (first.size, first.seen) == ((4, 4), (8, 8)) == (second.size, second.seen)
     assert passed == [True]  # another batch, or rank, has put it there since the view was read
@@ -82,7 +82,7 @@ def test_features_are_the_same_when_they_are_computed_and_when_they_are_kept(giv
 def test_bytes_are_pixels_that_stay_bytes(given):
     kept, view, _ = given
     view.features = [torch.arange(256, dtype=torch.uint8), torch.tensor([0.0, 4.0]).half()]
-    pixels, features = kept.completed([view], CPU).image.tensors
+    pixels, features = kept.complete_batch([view], CPU).image.tensors
     assert torch.equal(pixels[0], view.features[0]) and pixels.dtype == torch.uint8
     assert features.dtype == torch.float32 and torch.equal(features[0], view.features[1].float())
 
@@ -110,7 +110,7 @@ def test_what_another_process_has_read_whole_is_trusted(given):
     trusted = []
     kept._store = SimpleNamespace(trust=trusted.append)
     view.features = [torch.ones(2, 3)]
-    kept._arrived([view])
+    kept._remember_views([view])
     assert trusted == [view.key]
 
 
@@ -121,8 +121,8 @@ def test_files_of_other_shapes_end_in_one_error(tmp_path, changed):
     stored = FeatureCache(model, nullcontext, lambda: store, "drawing", 2, "disk")
     image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
     views = [View(f"{number:032}", {"mask": mask, "name": str(number)}, None, image) for number in range(2)]
-    model(stored.completed(views, CPU).image)
+    model(stored.complete_batch(views, CPU).image)
     for number in changed:
         store.path(views[number].key).write_bytes(to_bytes(views[number].key, [torch.zeros(5, 7, 7)]))
     with pytest.raises(UserError, match=r"folder: .*5 x 7 x 7 numbers.* Remove this folder"):
-        model(stored.completed(views, CPU).image)
+        model(stored.complete_batch(views, CPU).image)

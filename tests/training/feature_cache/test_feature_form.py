@@ -3,7 +3,7 @@ from io import BytesIO
 import pytest
 import torch
 
-from dinoseg.training.feature_cache.form import TYPES, from_file, restored, rounded, size_of, to_bytes
+from dinoseg.training.feature_cache.form import TYPES, from_file, restore_features, round_features, size_of, to_bytes
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import SchemaError
 
@@ -17,7 +17,7 @@ def tensors(shapes, seed=0):
 
 
 def written(given, stored):
-    return to_bytes(KEY, rounded(given, stored))
+    return to_bytes(KEY, round_features(given, stored))
 
 
 def read_back(given, stored):
@@ -28,7 +28,7 @@ def read_back(given, stored):
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_what_is_read_is_what_was_given_in_that_type(stored, shapes):
     given = tensors(shapes)
-    for before, after in zip(given, restored(read_back(given, stored), stored), strict=True):
+    for before, after in zip(given, restore_features(read_back(given, stored), stored), strict=True):
         assert torch.equal(before.to(getattr(torch, stored)), after)
 
 
@@ -36,18 +36,18 @@ def test_what_is_read_is_what_was_given_in_that_type(stored, shapes):
 def test_int8_is_within_half_a_step_of_its_token(shapes):
     given = tensors(shapes, seed=1)
     given[0].flatten()[0] = 0
-    for before, after in zip(given, restored(read_back(given, "int8"), "int8"), strict=True):
+    for before, after in zip(given, restore_features(read_back(given, "int8"), "int8"), strict=True):
         step = before.double().abs().amax(-1, keepdim=True) / 127
         assert (
             after.dtype == torch.float32 and ((before.double() - after.double()).abs() <= step * 0.5 * (1 + 1e-5)).all()
         )
-        again = restored(rounded([after], "int8"), "int8")[0]
+        again = restore_features(round_features([after], "int8"), "int8")[0]
         assert torch.allclose(again, after, rtol=1e-6, atol=0)
 
 
 def test_a_token_of_zeros_and_one_of_tiny_numbers_come_back():
     given = torch.stack([torch.zeros(3), torch.tensor([0, 3e-38, -1e-38]), torch.tensor([1e30, -1e30, 0])])
-    after = restored(rounded([given], "int8"), "int8")[0]
+    after = restore_features(round_features([given], "int8"), "int8")[0]
     assert torch.allclose(after, given, rtol=0.01) and not after[0].any()
 
 
@@ -62,7 +62,7 @@ def test_bytes_are_kept_as_they_are_among_features_of_any_type(stored):
     pixels = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
     given = [pixels, *tensors([(9, 4)]), pixels[:, :1], *tensors([(2, 3, 4)]), torch.full((1, 1, 1), 7e4)]
     given = given[:4] if stored in ("float32", "int8") else given  # with numbers that float16 does not have
-    after = restored(read_back(given, stored), stored)
+    after = restore_features(read_back(given, stored), stored)
     assert [part.shape for part in after] == [part.shape for part in given]
     assert all(torch.equal(after[place], given[place]) and after[place].dtype == torch.uint8 for place in (0, 2))
     assert size_of(given, stored) == len(written(given, stored))
@@ -71,19 +71,19 @@ def test_bytes_are_kept_as_they_are_among_features_of_any_type(stored):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_no_finite_number_is_refused(bad):
     with pytest.raises(UserError, match="not finite"):
-        rounded([torch.zeros(2), torch.tensor([1, bad])], "float32")
+        round_features([torch.zeros(2), torch.tensor([1, bad])], "float32")
 
 
 def test_a_sample_of_numbers_that_float16_does_not_have_is_bfloat16_and_one_beyond_these_refused():
-    assert rounded([torch.tensor([-65504.0])], "float16")[0] == -65504
+    assert round_features([torch.tensor([-65504.0])], "float16")[0] == -65504
     given = [torch.tensor([[1.0, 2.0]]), torch.tensor([[7e4, 3.0]])]
-    assert [part.dtype for part in rounded(given, "float16")] == [torch.bfloat16] * 2
+    assert [part.dtype for part in round_features(given, "float16")] == [torch.bfloat16] * 2
     for before, after in zip(given, read_back(given, "float16"), strict=True):
         assert torch.equal(before.bfloat16(), after)
     assert len(written(given, "float16")) == size_of(given, "float16")
     for stored in ("float16", "bfloat16"):
         with pytest.raises(UserError, match=r"3.4e\+38 overflow in bfloat16.*features\.dtype=float32"):
-            rounded([torch.tensor([3.4e38])], stored)
+            round_features([torch.tensor([3.4e38])], stored)
 
 
 @pytest.mark.parametrize("stored", TYPES)
@@ -118,4 +118,4 @@ def test_one_image_of_more_than_is_read_back_is_refused(monkeypatch):
 @pytest.mark.parametrize("scales", [[], [torch.ones(2)], [torch.ones(4, 3)]])
 def test_numbers_without_their_scales_are_refused(scales):
     with pytest.raises(SchemaError, match="lacks the scales"):
-        restored([torch.ones(4, 3, dtype=torch.int8), *scales], "int8")
+        restore_features([torch.ones(4, 3, dtype=torch.int8), *scales], "int8")

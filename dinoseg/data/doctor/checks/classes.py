@@ -35,7 +35,7 @@ def _similar_names(splits: Sequence[Scanned]) -> Iterator[Finding]:
 def _unseen(splits: Sequence[Scanned]) -> Iterator[Finding]:
     seen = {part.split: part.counts > 0 for part in splits}
     anywhere = np.any(list(seen.values()), axis=0)
-    never = _named(~anywhere, splits[0])
+    never = _class_names(~anywhere, splits[0])
     if never and "train" in seen:
         yield Finding(
             "warning",
@@ -48,14 +48,14 @@ def _unseen(splits: Sequence[Scanned]) -> Iterator[Finding]:
     for split, present in seen.items():
         if split == "train" or train is None:
             continue
-        if untaught := _named(present & ~train, splits[0]):
+        if untaught := _class_names(present & ~train, splits[0]):
             yield Finding(
                 "warning",
                 "class_not_in_train",
                 f"In {split} but not in train: {join_names(untaught, 20)}. These classes cannot be learned.",
                 remedy="Split the data differently, or merge or ignore these classes (data.reader.masks.ids).",
             )
-        if unscored := _named(train & ~present, splits[0]):
+        if unscored := _class_names(train & ~present, splits[0]):
             yield Finding(
                 "warning" if split == "val" else "note",
                 "class_only_in_train",
@@ -64,7 +64,7 @@ def _unseen(splits: Sequence[Scanned]) -> Iterator[Finding]:
             )
 
 
-def _named(chosen: np.ndarray, part: Scanned) -> list[str]:
+def _class_names(chosen: np.ndarray, part: Scanned) -> list[str]:
     indices = [int(index) for index in np.flatnonzero(chosen) if index != part.ignore_index]
     return [f"{index} {part.classes[index]}" for index in indices]
 

@@ -28,7 +28,7 @@ def check_duplicates(splits: Sequence[Scanned], distance: int) -> Iterator[Findi
     for first, second in combinations(splits, 2):
         yield from _across(first, second, distance)
     for part in splits:
-        yield from _repeated(part)
+        yield from _report_repeats(part)
         yield from _contradictory(part)
 
 
@@ -100,7 +100,7 @@ def _across(first: Scanned, second: Scanned, distance: int) -> Iterator[Finding]
         )
 
 
-def _repeated(part: Scanned) -> Iterator[Finding]:
+def _report_repeats(part: Scanned) -> Iterator[Finding]:
     twice = {key: records for key, records in _by_digest(part).items() if len(records) > 1}
     if twice:
         repeated = sum(len(records) - 1 for records in twice.values())

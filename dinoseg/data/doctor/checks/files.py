@@ -119,12 +119,13 @@ def _foreign_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
         return
     foreign_values = [[value for value in record.raw if not _is_known(value, part)] for record, part in bad]
     foreign = Counter(value for values in foreign_values for value in values)
-    total, part = sum(len(part.records) for part in splits), bad[0][1]
+    total = sum(len(part.records) for part in splits)
+    part = bad[0][1]
     yield Finding(
         "error",
         "foreign_ids",
         f"{len(bad)} of {total} masks with values that are not classes: "
-        f"{join_names([f'{value} (in {count})' for value, count in foreign.most_common()], 10)}. {_known(part)}",
+        f"{join_names([f'{value} (in {count})' for value, count in foreign.most_common()], 10)}. {_describe_ids(part)}",
         tuple(record.mask for record, _ in bad),
         f"{_advice(part, list(foreign), [record for record, _ in bad])} {_SKIP}",
         reasons=tuple(
@@ -134,7 +135,7 @@ def _foreign_ids(splits: Sequence[Scanned]) -> Iterator[Finding]:
     )
 
 
-def _known(part: Scanned) -> str:
+def _describe_ids(part: Scanned) -> str:
     if part.masks.format == "palette":
         return f"{len(part.classes)} classes have colours."
     if part.masks.format == "binary":

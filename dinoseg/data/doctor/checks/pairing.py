@@ -26,10 +26,10 @@ def check_pairing(part: Scanned) -> Iterator[Finding]:
         edges, borders = _unit_rows(records)
         shift = _shift(edges, borders)
         if shift:
-            yield _shifted(part, shift)
+            yield _report_shift(part, shift)
         else:
-            yield from _swapped(part, records, edges, borders)
-    yield from _shared(part)
+            yield from _report_swaps(part, records, edges, borders)
+    yield from _report_shared_masks(part)
 
 
 def swapped_pairs(edges: np.ndarray, borders: np.ndarray) -> list[tuple[int, int]]:
@@ -99,7 +99,7 @@ def _shift(edges: np.ndarray, borders: np.ndarray) -> int:
     return 0
 
 
-def _shifted(part: Scanned, shift: int) -> Finding:
+def _report_shift(part: Scanned, shift: int) -> Finding:
     side = "later" if shift > 0 else "earlier"
     return Finding(
         "error",
@@ -113,7 +113,9 @@ def _shifted(part: Scanned, shift: int) -> Finding:
     )
 
 
-def _swapped(part: Scanned, records: Sequence[Record], edges: np.ndarray, borders: np.ndarray) -> Iterator[Finding]:
+def _report_swaps(
+    part: Scanned, records: Sequence[Record], edges: np.ndarray, borders: np.ndarray
+) -> Iterator[Finding]:
     pairs = swapped_pairs(edges, borders)
     if pairs:
         yield Finding(
@@ -127,7 +129,7 @@ def _swapped(part: Scanned, records: Sequence[Record], edges: np.ndarray, border
         )
 
 
-def _shared(part: Scanned) -> Iterator[Finding]:
+def _report_shared_masks(part: Scanned) -> Iterator[Finding]:
     """Yield a finding about multi-class masks that are paired with different images."""
     groups = defaultdict(list)
     for record in part.records:

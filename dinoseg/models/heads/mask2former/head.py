@@ -162,7 +162,7 @@ class Mask2FormerHead(Head[MaskOutputs]):
             with self._backbone_precision(frozen[-1]):
                 features = backbone.forward_trainable(frozen[:-1], size)
             return self.decode(features, frozen[-1])
-        return self.predictor.classed(list(zip(frozen[::2], frozen[1::2], strict=True)))
+        return self.predictor.classify(list(zip(frozen[::2], frozen[1::2], strict=True)))
 
     def _backbone_precision(self, pixels: Tensor) -> AbstractContextManager:
         """Return the context of the backbone's pass over pixels."""

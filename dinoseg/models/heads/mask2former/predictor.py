@@ -55,9 +55,9 @@ class MaskedAttentionDecoder(nn.Module):
             mask_features: (B, dim, h, w), of stride 4.
             deep: whether to return the outputs of earlier layers.
         """
-        return self.classed(self.read(levels, mask_features, deep=deep))
+        return self.classify(self.read(levels, mask_features, deep=deep))
 
-    def classed(self, read: Sequence[tuple[Tensor, Tensor]]) -> MaskOutputs:
+    def classify(self, read: Sequence[tuple[Tensor, Tensor]]) -> MaskOutputs:
         """Return the outputs, with class logits, for the queries and masks of `read`."""
         *aux, last = (MaskOutputs(self.class_embed(queries), masks) for queries, masks in read)
         return MaskOutputs(last.class_logits, last.mask_logits, aux)
@@ -84,7 +84,7 @@ class MaskedAttentionDecoder(nn.Module):
             seen = self._masks(queries, mask_features)
             if deep:
                 read_so_far.append(seen)
-            blocked = self._blocked(seen[1], sizes[level])
+            blocked = self._blocked_positions(seen[1], sizes[level])
             queries = feed_forward(mix(read(queries, places, keys[level], cells[level], blocked), places))
         return [*read_so_far, self._masks(queries, mask_features)]
 
@@ -96,7 +96,7 @@ class MaskedAttentionDecoder(nn.Module):
         return queries, torch.einsum("bqc,bchw->bqhw", vectors, mask_features)
 
     @staticmethod
-    def _blocked(mask_logits: Tensor, size: Size) -> Tensor:
+    def _blocked_positions(mask_logits: Tensor, size: Size) -> Tensor:
         """Return blocked positions (B, 1, Q, N), True = blocked; rows that would be blocked in full are unblocked."""
         logits = F.interpolate(mask_logits.detach(), size, mode="bilinear", align_corners=False)
         blocked = logits.sigmoid().flatten(2) < 0.5

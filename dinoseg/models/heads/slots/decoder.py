@@ -74,7 +74,7 @@ class SlotDecoder(nn.Module):
         alpha = at_least_float32(F.linear(hidden, last.weight[-1:], last.bias[-1:])).softmax(dim=2)  # (B, N, S, 1)
         mean = (alpha.mT.to(hidden.dtype) @ hidden).squeeze(2)  # (B, N, hidden_dim)
         cells = self.num_cells if similarity else 0
-        return _decoded(mean, alpha.squeeze(3), last, (self.out_dim, cells), grid)
+        return _apply_last_layer(mean, alpha.squeeze(3), last, (self.out_dim, cells), grid)
 
     def _hidden(self, slots: Tensor, grid: tuple[int, int]) -> Tensor:
         first: nn.Linear = self.layers[0]  # type: ignore[assignment]
@@ -132,17 +132,20 @@ class SlotMixer(nn.Module):
     def forward(self, slots: Tensor, grid: tuple[int, int], *, similarity: bool = False) -> Decoded:
         """Return the decoded slots (B, S, D) on a grid (h, w); `similarity` adds the logits over cells."""
         cell_codes = self.positions(grid, slots).flatten(1).mT.expand(len(slots), -1, -1)  # (B, N, D)
-        memory, tokens = self.norm_memory(slots), cell_codes
+        memory = self.norm_memory(slots)
+        tokens = cell_codes
         for block in self.blocks:
             tokens = block(tokens, memory)
         query, key = self.query(self.norm_query(tokens)), self.key(self.norm_key(slots))
         masks = at_least_float32(query @ key.mT * key.shape[-1] ** -0.5).softmax(dim=2)  # (B, N, S)
         hidden = self.mlp(masks.to(slots.dtype) @ slots + cell_codes)  # (B, N, hidden_dim)
         cells = self.num_cells if similarity else 0
-        return _decoded(hidden, masks, self.last, (self.out_dim, cells), grid)
+        return _apply_last_layer(hidden, masks, self.last, (self.out_dim, cells), grid)
 
 
-def _decoded(hidden: Tensor, masks: Tensor, last: nn.Linear, sizes: tuple[int, int], grid: tuple[int, int]) -> Decoded:
+def _apply_last_layer(
+    hidden: Tensor, masks: Tensor, last: nn.Linear, sizes: tuple[int, int], grid: tuple[int, int]
+) -> Decoded:
     """Apply the last layer of a decoder to `hidden` (B, N, hidden_dim), with masks (B, N, S) on a grid (h, w).
 
     `sizes` are the channels of the features and of the logits over cells; 0 logits: none.

@@ -29,8 +29,8 @@ class Slow:
 def test_it_is_told_once_and_then_rarely(monkeypatch, caplog):
     seconds = iter(range(0, 10_000, 5))
     monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    assert loader.awaited(Slow(11), 0, 2) == "item" and not caplog.messages
-    assert loader.awaited(Slow(400), 6, 2) == "item"
+    assert loader.wait_for_item(Slow(11), 0, 2) == "item" and not caplog.messages
+    assert loader.wait_for_item(Slow(400), 6, 2) == "item"
     assert [message.split(":")[0] for message in caplog.messages] == [
         *("No batch for 60 s", "No batch for 300 s", "No batch for 1500 s")
     ]
@@ -41,19 +41,19 @@ def test_it_is_told_once_and_then_rarely(monkeypatch, caplog):
 @pytest.mark.parametrize("words", ["(pid 7) is killed by signal: Killed.", "(pid(s) 7) exited unexpectedly"])
 def test_killed_process_is_reported_with_its_remedy(words):
     with pytest.raises(UserError, match=r"because memory ran out.* 7.*engine\.workers=1.*resume=auto"):
-        loader.awaited(Slow(1, f"DataLoader worker {words}"), 0, 2)
+        loader.wait_for_item(Slow(1, f"DataLoader worker {words}"), 0, 2)
 
 
 def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="another"):
-        loader.awaited(Slow(1, "another"), 0, 2)
+        loader.wait_for_item(Slow(1, "another"), 0, 2)
 
 
 def test_a_pinning_thread_that_has_ended_is_not_waited_for():
     slow = Slow(10**9)
     slow._pin_memory_thread = SimpleNamespace(is_alive=lambda: False)
     with pytest.raises(UserError, match="the thread that pins batches has stopped"):
-        loader.awaited(slow, 0, 2)
+        loader.wait_for_item(slow, 0, 2)
 
 
 def test_what_comes_late_comes_all_the_same(monkeypatch, caplog, tmp_path):
