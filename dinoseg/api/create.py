@@ -102,8 +102,7 @@ def create_model(
             with preserve_global_state(), lend_objects(objects):
                 build = ModelBuilder(cfg)
                 labels = _read_labels(build, num_classes, names)
-                model = build.model()
-                policy = build.part("inference")
+                model, policy = build.model(), build.part("inference")
                 if init is not None:
                     check_initial(build, model)
                     model = load_initial_weights(build, model, list(labels.classes))
