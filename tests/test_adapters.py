@@ -130,7 +130,7 @@ def test_merged_updates_give_the_same_features_and_plain_names(tiny_backbone, op
     assert set(merged.state_dict()) == names
 
 
-def test_last_blocks_trains_them_and_the_norm_and_builds_no_graph_before(tiny_backbone):
+def test_last_blocks_trains_blocks_and_norm_without_other_graph(tiny_backbone):
     backbone = LastBlocks(1)(tiny_backbone())
     last = {name for name, _ in backbone.named_parameters() if ".layer.1." in name or name.startswith("model.norm.")}
     assert trainable(backbone) == last
@@ -169,7 +169,7 @@ def test_quantised_weights_are_small_close_and_stay(tiny_backbone, bits, error, 
         assert name not in kept or torch.equal(value, kept[name])
 
 
-def test_four_bits_are_nf4_with_double_quantisation_and_bfloat16_compute(tiny_backbone):
+def test_four_bits_are_nf4_with_double_quantisation_and_bfloat16(tiny_backbone):
     layer = Lora(rank=2, alpha=2, bits=4, device="cpu")(tiny_backbone()).to("cpu").blocks[0].attention.q_proj.base_layer
     state = layer.weight.quant_state
     assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, torch.bfloat16)
@@ -225,7 +225,7 @@ def test_targets_that_match_nothing_name_the_layers_there_are(tiny_backbone):
         Lora(rank=1, alpha=1, targets="mixer")(tiny_backbone())
 
 
-def test_layers_whose_weight_is_used_past_them_are_refused_or_left_whole():
+def test_layers_used_only_by_weight_are_refused_or_unquantised():
     module = FusedVit()
     module.uncalled_linears = frozenset({"blocks.0.attn.qkv", "blocks.1.attn.qkv"})
     with pytest.raises(UserError, match="targets=attention: .*blocks.0.attn.qkv directly .2 such layers.*=proj"):

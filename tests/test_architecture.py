@@ -320,7 +320,7 @@ def test_a_planted_violation_is_found(file, source, message):
         ("experiment/resume.py", "from dinoseg import __version__\nfrom dinoseg.experiment import builder"),
     ],
 )
-def test_what_is_allowed_passes(file, source):
+def test_allowed_imports_pass(file, source):
     assert not import_violations(file, source)
 
 
@@ -357,7 +357,7 @@ def test_a_planted_second_class_of_a_name_is_found():
     assert same_names(files) == {"B"}
 
 
-def test_contracts_have_defaults_so_that_nobody_asks_hasattr():
+def test_contracts_have_defaults_instead_of_hasattr():
     asking = {
         file
         for file, source in FILES.items()

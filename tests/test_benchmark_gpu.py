@@ -23,7 +23,7 @@ def told(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_without_an_accelerator_it_says_so(told, monkeypatch):
+def test_missing_accelerator_is_reported(told, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (row,), said = told()
     assert row["ratio"] is None and row["skipped"].startswith("no CUDA device is here")

@@ -113,7 +113,7 @@ def test_scores_of_all_pixels_are_never_held(monkeypatch):
     assert len(held) == 50 and max(held) == size[0] * size[1]
 
 
-def test_cells_are_looked_at_only_where_that_takes_less(monkeypatch):
+def test_class_ids_skip_upsampling_only_where_that_is_cheaper(monkeypatch):
     def refused(*_):
         raise AssertionError("all classes were upsampled")
 
@@ -150,7 +150,7 @@ def test_on_an_accelerator_a_large_batch_is_upsampled_in_parts(monkeypatch):
     assert images == [2, 2, 1] and torch.equal(ids.memory, argmax_ids(upsample(scores, size, (1.0, 1.0))))
 
 
-def test_a_prediction_of_a_grid_reads_it_and_one_without_its_scores():
+def test_grid_prediction_needs_no_scores_at_full_size():
     scores, size, valid = smooth(torch.Generator().manual_seed(0), 7, (9, 11)), (120, 150), valid_share((120, 150), 14)
     places = lattice(size)
 

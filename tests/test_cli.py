@@ -34,7 +34,7 @@ def process(where, *command):
     return subprocess.run([sys.executable, *command], cwd=where, capture_output=True, text=True)
 
 
-def test_processes_run_the_code_beside_these_tests(tmp_path):
+def test_processes_run_the_tested_package(tmp_path):
     here = Path(__file__).parents[1] / "dinoseg"
     done = process(tmp_path, "-c", "import dinoseg; print(dinoseg.__path__[0])")
     assert done.stdout.split() == [str(here)] == list(dinoseg.__path__)
@@ -152,7 +152,7 @@ def test_wrong_values_are_refused_before_data_are_listed(place, words, message):
 
 
 @pytest.mark.parametrize("word", ["data.reader.layout.splits={}", "data.background=dark", "adapter.rank='${seed}'"])
-def test_values_that_config_files_do_not_rule_out_are_left_to_signatures(place, word):
+def test_values_without_a_constraint_are_checked_by_signatures(place, word):
     assert not call(place, "mode=summary", *SMALL, "adapter=lora", word).err.startswith("error: data")
 
 
@@ -497,7 +497,7 @@ def test_every_key_of_a_file_takes_any_name(tmp_path, compose):
         assert OmegaConf.select(HydraConfig.instance().cfg if search else cfg, key) == odd
 
 
-def test_what_is_more_than_a_name_stays_so(tmp_path):
+def test_only_plain_names_are_quoted(tmp_path):
     kept = ["prediction=[a,b]", "input=null", "input='a b'", "data.classes=[a,b", "seed=${x}", "steps=1,2", "head=a,b"]
     kept += ["-m", "-cd", "a (1)", "~seed"]
     assert words.as_text(kept) == kept
@@ -519,7 +519,7 @@ def test_bad_files_are_named(place):
     assert "1.png as an image" in refused(place, *TRAIN, "data.batch_size=4", "engine.workers=1")
 
 
-def test_ids_that_are_not_classes_are_refused_with_the_word_that_maps_them(place):
+def test_ids_outside_the_classes_are_refused_with_a_mapping(place):
     for path in sorted(place.glob("data/*/masks/*.png")):
         write_png(path, np.where(read_ids(path) == 0, 64, 128).astype(np.uint8))
     message = refused(place, *TRAIN)
@@ -580,7 +580,7 @@ def test_a_model_that_no_memory_holds_is_one_message(place, monkeypatch):
     assert len(lines) == 1 and not (place / "R").exists()
 
 
-def test_the_command_line_alone_lets_the_cpu_compute_what_mps_lacks(monkeypatch, capsys):
+def test_only_the_command_line_enables_the_mps_fallback(monkeypatch, capsys):
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr("os.environ", environment := {})
     importlib.reload(dinoseg)
@@ -590,7 +590,7 @@ def test_the_command_line_alone_lets_the_cpu_compute_what_mps_lacks(monkeypatch,
     assert environment["PYTORCH_ENABLE_MPS_FALLBACK"] == "1" and "mode=train" in capsys.readouterr().out
 
 
-def test_an_interruption_before_torch_is_imported_does_not_import_it(tmp_path):
+def test_early_interruption_does_not_import_torch(tmp_path):
     code = (
         "import sys; from pathlib import Path; from omegaconf import OmegaConf; from dinoseg.cli import launch; "
         "cfg = OmegaConf.create({'mode': {'resume_from': 'last'}}); "

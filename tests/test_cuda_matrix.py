@@ -77,7 +77,7 @@ def test_each_backbone(tmp_path, backbone):
 
 
 @pytest.mark.parametrize(("first", "then"), [(True, True), (True, False), (False, True)])
-def test_a_training_goes_on_from_its_checkpoint(tmp_path, first, then):
+def test_training_resumes_from_its_checkpoint_on_cuda(tmp_path, first, then):
     """With the state of a fused optimizer, also where the part before or after it is on a CPU."""
     whole = train(tmp_path / "whole", *tiny(), steps=4, val_every=2, log_every=2)
     train(tmp_path / "cut", *tiny(), steps=2, val_every=2, log_every=2, cuda=first)

@@ -213,7 +213,7 @@ def composed_keys(node, path=""):
             yield from composed_keys(value, f"{path}{key}.")
 
 
-def test_the_page_for_users_of_other_tools_names_keys_and_options_that_exist(compose):
+def test_migration_page_names_existing_keys_and_options(compose):
     page = (ROOT / "docs/coming_from.md").read_text()
     here = re.findall(r"^\| .* \| (.*) \|$", page, flags=re.M)
     words = {word for cell in here for word in re.findall(r"`([^`]+)`", cell)}

@@ -108,7 +108,7 @@ def test_a_sound_file_is_accepted(where, sound):
     assert call(where, "mode=export", f"resume={tampered(where, sound, {})}", "engine=cpu").status == 0
 
 
-def test_a_word_beside_it_that_points_nowhere_is_one_message(where):
+def test_dangling_interpolation_with_a_checkpoint_is_one_message(where):
     done = call(where, "mode=export", "resume=outputs/base/one", "engine=cpu", "head.layers=${.x}")
     assert done.status == 1 and done.err.startswith("error: resume=") and "backbone.layers" in done.err, (
         done.err

@@ -175,7 +175,7 @@ def test_a_tile_of_four_times_the_pixels_is_read(tmp_path, monkeypatch):
         opened(tmp_path, tiff([*TILED, (322, 80), (323, 80)], block=bytes(80 * 80)), "a.tif")
 
 
-def test_no_other_format_of_pillows_is_read_under_a_familiar_name(tmp_path):
+def test_image_of_another_format_than_its_suffix_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     with pytest.raises(UserError, match="a.png as an image"):
         read_image(tmp_path / "a.png")

@@ -88,7 +88,7 @@ def test_fewer_numbers_are_upsampled_where_few_masks_matter(monkeypatch):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_prediction_reads_ids_and_logits_of_masks_without_scores_of_all_pixels(autocast):
+def test_mask_prediction_gives_ids_without_full_size_scores(autocast):
     torch.manual_seed(0)
     outputs = MaskOutputs(torch.randn(2, 9, 5), 4 * torch.randn(2, 9, 6, 7))
     size, valid, places = (45, 61), (0.9, 0.95), (slice(2, None, 5), slice(1, None, 6))

@@ -34,7 +34,7 @@ def check(folder, model, loss, **options):
     assert done.error is None and done.step == 2 and (folder / "last.safetensors").exists()
 
 
-def test_a_training_gives_what_it_gives_on_a_cpu(tmp_path):
+def test_training_on_mps_equals_training_on_a_cpu(tmp_path):
     options = {"plain": True, "clip": 0.5}
     there, here = (train_on_mps(tmp_path / str(cuda), *tiny(), cuda=cuda, **options) for cuda in (True, False))
     assert there.error is None and there.step == 3

@@ -17,7 +17,7 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.heavy
-def test_drawn_command_lines(root):
+def test_random_command_lines_have_no_fault(root):
     drawn = [words for words in lines(220, seed=1, modes=QUICK) if "mode=glob(*)" not in words]
     assert len(drawn) >= 50 and len(set(drawn)) == len(drawn)
     wrong = {words: what for words in drawn if (what := fault(root, words))}

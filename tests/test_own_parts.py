@@ -245,7 +245,7 @@ TRACK = ("mode=track", "input=clip", "engine=cpu", "mode.batch_size=3")
         (("slots=mine", "resume=slots", "labels=first.png"), "SegmentationModel"),
     ],
 )
-def test_an_own_tracker_tracks_with_a_backbone_and_with_trained_models(trained, own, tmp_path, words, kind):
+def test_own_tracker_runs_with_a_backbone_and_a_trained_model(trained, own, tmp_path, words, kind):
     done = call(trained, *own, *TRACK, *words, f"{words[0].partition('=')[0]}.shift=2", f"hydra.run.dir={tmp_path}/out")
     assert done.status == 0, done.err
     settings = json.loads((tmp_path / "out/track.json").read_text())["settings"]

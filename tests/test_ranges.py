@@ -156,7 +156,7 @@ def test_numbers_of_a_training_are_limited_as_in_checkpoints(trained, key, value
     assert str(caught.value).startswith(f"{key}={value} is ")
 
 
-def test_steps_of_a_head_are_limited_like_those_of_a_training_and_its_widths_as_before(compose):
+def test_head_steps_have_the_limit_of_a_training(compose):
     steps = [[40_000, 120_000], [90_000, 400_000], [10**6, 2 * 10**6], [0, 2**40]]
     cfg = compose("mode=train", "head=eomt", "backbone=tiny", f"head.anneal={steps}", "data.root=x", "data.classes=[a]")
     description = config_description(Builder(cfg))

@@ -126,7 +126,7 @@ def test_a_shortage_of_memory_in_a_rank_is_a_message(tmp_path, monkeypatch, capf
     assert "error (rank 1): Out of memory (DefaultCPUAllocator" in said and "Traceback" not in said
 
 
-def test_the_traceback_is_that_of_the_rank_that_broke_though_another_ends_first(tmp_path, capfd):
+def test_traceback_is_that_of_the_failing_rank(tmp_path, capfd):
     with pytest.raises(UserError, match="Rank 1 ended with status 1: see its message above"):
         run(tmp_path, "rank 1 breaks and 0 sees it")
     said = capfd.readouterr().err
@@ -134,7 +134,7 @@ def test_the_traceback_is_that_of_the_rank_that_broke_though_another_ends_first(
     assert "error (rank 0): Lost the connection to another rank (Read error" in said
 
 
-def test_a_rank_that_hangs_is_named_and_tells_where_it_stands(tmp_path, monkeypatch, capfd):
+def test_hanging_rank_is_named_with_its_position(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(ranks, "_GRACE", 0.1)
     monkeypatch.setattr(ranks, "_LAST_WORDS", 10.0)
     with pytest.raises(

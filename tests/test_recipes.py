@@ -244,7 +244,7 @@ def test_no_recipe_warms_up_for_a_number_of_steps():
     assert seen >= 10
 
 
-def test_rates_come_from_head_and_adapter_and_give_way_to_one_for_all(compose):
+def test_rates_come_from_head_and_adapter_unless_one_is_set(compose):
     cfg = compose("head=dpt", "adapter=lora")
     assert (cfg.optim.optimizer.lr, cfg.optim.optimizer.head_lr) == (None, read("head", "dpt")["lr"])
     assert cfg.optim.optimizer.backbone_lr == read("adapter", "lora")["lr"]
