@@ -124,7 +124,7 @@ def test_threads_that_compose_wait_for_one_another():
     assert not composer.is_alive() and not GlobalHydra.instance().is_initialized()
 
 
-def test_the_message_of_a_resolver_is_not_replaced_by_one_about_overrides():
+def test_resolver_error_does_not_blame_the_overrides():
     words = ["data=folder", "data.classes=3", "hydra.run.dir=runs/${len:${data.classes}}"]
     with pytest.raises(UserError, match="^data.classes=3 is not a list. Write it in brackets"):
         compose(words)

@@ -92,7 +92,7 @@ def change_colours(model, file):
 
 
 @pytest.mark.parametrize("change", [overwrite, delete, change_one_value, change_colours])
-def test_modes_read_a_copy_of_a_changed_model_or_of_a_changed_file(saved, change):
+def test_modes_read_a_copy_of_a_changed_model_or_file(saved, change):
     model = dinoseg.load(saved, device="cpu")
     with model.stored() as path:
         assert path == saved
@@ -114,7 +114,7 @@ def test_scores_of_other_weights_are_not_saved(saved, change, tmp_path):
     assert dinoseg.load(file, device="cpu").facts.scores is None
 
 
-def test_a_model_of_a_run_folder_is_the_loaded_one_after_the_run_has_another_best_checkpoint(run, tmp_path):
+def test_loaded_model_is_unchanged_by_a_new_best_checkpoint(run, tmp_path):
     folder, file = shutil.copytree(run.folder, tmp_path / "run"), tmp_path / "new.safetensors"
     best, last = (folder / f"checkpoints/{name}.safetensors" for name in ("best", "last"))
     model, images = dinoseg.load(folder, device="cpu"), torch.ones(1, 3, 8, 8)

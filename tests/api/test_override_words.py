@@ -56,7 +56,7 @@ def value(rng, depth=0):
     return {rng.choice([text(rng), f"k{number}", number]): value(rng, depth + 1) for number in range(rng.randrange(3))}
 
 
-def test_what_is_composed_equals_what_was_given():
+def test_composed_values_equal_the_given_values():
     rng = random.Random(0)
     given = {f"k{number}": value(rng) for number in range(600)}
     words = words_of({f"++probe.{key}": each for key, each in given.items()}, lambda key: False)
