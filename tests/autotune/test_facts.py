@@ -49,7 +49,7 @@ def test_the_median_counts_pixels_and_not_parts():
     assert np.isnan(median_width(np.empty((0, 3))))
 
 
-def test_thin_and_rare_classes_come_first_and_absent_ones_are_neither():
+def test_thin_rare_and_absent_classes_are_listed():
     classes = (
         ClassFacts("sky", 0.9, 200.0),
         ClassFacts("pole", 0.004, 3.0),
@@ -62,7 +62,7 @@ def test_thin_and_rare_classes_come_first_and_absent_ones_are_neither():
     assert facts.absent == ["none"]
 
 
-def test_a_data_set_of_files_is_looked_at(tmp_path, compose):
+def test_facts_of_a_folder_dataset_are_measured(tmp_path, compose):
     write_data(tmp_path / "data", train=3, val=2, size=(20, 31))
     cfg = compose("data=folder", f"data.root={tmp_path}/data", "data.classes=[dark,bright,none]")
     train, val = Builder(cfg).dataset("train"), Builder(cfg).dataset("val")
@@ -73,7 +73,7 @@ def test_a_data_set_of_files_is_looked_at(tmp_path, compose):
     assert found.absent == ["none"] and np.isnan(found.classes[2].width)
 
 
-def test_what_was_packed_smaller_is_looked_at_as_it_is_in_its_files(tmp_path, compose):
+def test_facts_of_a_reduced_store_use_the_original_files(tmp_path, compose):
     write_data(tmp_path / "data", train=3, val=2, size=(40, 60))
     lines = np.zeros((40, 60), np.uint8)
     lines[:, ::10] = 1

@@ -18,7 +18,7 @@ from dinoseg.modes.bench import matrix_peak
 BASE = [*SMALL, "engine.precision=fp32", "resolution.crop=[64,48]"]
 
 
-def test_a_step_is_what_is_counted_by_hand(compose):
+def test_step_flops_equal_a_count_by_hand(compose):
     """Two blocks of width 24 and hidden width 48 on 8 x 6 cells and five tokens beside them."""
     cells, width, hidden, samples = 48, 24, 48, 3
     tokens = cells + 5
@@ -42,7 +42,7 @@ def test_a_step_is_what_is_counted_by_hand(compose):
         ("adapter=lora", "head=eomt", "head.blocks=1", "loss=mask_classification"),
     ],
 )
-def test_a_step_is_what_is_counted_over_a_real_one(compose, words):
+def test_step_flops_equal_a_count_over_a_real_step(compose, words):
     parts = training_parts(Builder(compose(*BASE, *words)))
     model, batch, loss = parts.model().train(), random_batch(parts, 2), parts.loss()
     with FlopCounterMode(display=False) as forward:

@@ -18,7 +18,7 @@ THIN = replace(CASE, facts=replace(FACTS, classes=(WIDE, POLE)))
 TIMED = RecipeTimes(start=5, tuned=0.2, frozen=0.12, forward=0.0, val=0.1)
 
 
-def test_a_head_that_sees_pixels_is_taken_and_what_is_thinner_than_half_a_patch_is_named():
+def test_thin_classes_choose_a_head_that_sees_pixels():
     chosen = rules.head(THIN)
     assert chosen.words == {"head": "detail"} and "pole (3 of 16 px)" in chosen.reason
     wide = replace(THIN, facts=replace(FACTS, classes=(WIDE, replace(POLE, width=8.0))))
@@ -70,7 +70,7 @@ def test_rare_classes_are_named_for_the_overlap():
     assert rules.loss(CASE).reason.startswith("dice weighs all classes equally")
 
 
-def test_what_is_thin_and_rare_weighs_more_where_a_head_sees_it():
+def test_thin_and_rare_classes_get_a_higher_loss_weight():
     weighed = {"loss": "ce_dice", "loss.weights": {"pole": 3.0}, "loss.criterion.factors.dice": 2.0}
     assert rules.loss(THIN).words == weighed
     assert "thin, with less than 2% of the pixels: pole" in rules.loss(THIN).reason
@@ -88,7 +88,7 @@ def test_views_are_enlarged_for_what_learns_from_them():
     assert [choice.words["data.augment.scale"][1] for choice in scales] == [1.0, 1.5, 1.5, 1.5]
 
 
-def test_adapter_depends_on_the_backbone_and_on_the_number_of_images():
+def test_adapter_depends_on_backbone_and_number_of_images():
     few = replace(CASE, facts=replace(FACTS, images=19))
     cases = CASE, replace(CASE, parameters=10**8), few, replace(CASE, parameters=0)
     assert [rules.adapter(case).words["adapter"] for case in cases] == ["full", "lora_all", "frozen", "frozen"]
@@ -147,7 +147,7 @@ def test_what_fits_a_time_adds_up():
     assert length.limit == pytest.approx(600 - TIMED.start - 2 * 51 * TIMED.val)
 
 
-def test_fewer_images_are_validated_where_all_of_them_would_take_the_time():
+def test_slow_validation_is_reduced_to_fewer_images():
     short = length_within(10.01, 0.2, TIMED, FACTS)  # 3 s of 10: one validation, and the scoring
     assert (short.val_images, short.validations, short.images) == (10, 1, 7)
     assert length_within(30.01, 0.2, TIMED, FACTS).val_images == 30
@@ -156,7 +156,7 @@ def test_fewer_images_are_validated_where_all_of_them_would_take_the_time():
     assert [length_within(seconds, 0.2, TIMED, FACTS).validations for seconds in (100, 300, 480)] == [1, 2, 4]
 
 
-def test_views_are_cached_where_each_is_used_again_and_that_saves_time():
+def test_views_are_cached_if_reused_and_faster():
     length = length_within(600, 0.2, TIMED, FACTS)
     choice, images = rules.cached_views(length, 0.2, 0.1, FACTS)
     assert choice.words == {"data.views": 4}
