@@ -91,7 +91,7 @@ def files_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_given_folder_is_used_beside_earlier_runs(here):
+def test_given_folder_is_used_despite_earlier_runs(here):
     succeed(here, "-m", *TRAIN, "hydra.sweep.dir=outputs/base/sweep", "head=linear")
     before = files_of(here / "outputs/base/sweep")
     succeed(here, *AUTO, "trainer.steps=4", "hydra.run.dir=outputs/base/new")
@@ -315,7 +315,7 @@ def test_cells_of_one_recipe_share_no_run(here, interrupt, swept):
     assert len(list(here.glob("sweep/*/checkpoints"))) == 4
 
 
-def test_sweep_without_folder_is_new_and_said_once(here, interrupt):
+def test_sweep_without_folder_is_new_with_one_warning(here, interrupt):
     interrupt("-m", *AUTO, "hydra.sweep.dir=outputs/base/sweep")
     done = succeed(here, "-m", *AUTO, "seed=0,1")
     assert done.err.count("hydra.sweep.dir") == 1 and step_of(here / "outputs/base/sweep/0") == 2

@@ -58,7 +58,7 @@ def test_every_mode_of_a_checkpoint_takes_its_keys(here, mode):
     assert made.head.dropout == 0.5 and made.data.augment.scale == [0.8, 1.5]
 
 
-def test_a_training_goes_on_with_other_values(here):
+def test_training_resumes_with_changed_values(here):
     run(here, *SLOTS, "trainer.steps=1", "trainer.val_every=1", "mode.metrics_only=true", "hydra.run.dir=own")
     words = ("trainer.steps=2", "head.iterations=2", "data.clips.cut.length=3")
     run(here, "mode=train", "resume=own", *words, "mode.metrics_only=true", "engine.precision=fp32")

@@ -52,7 +52,7 @@ def search(folder, jobs, words=WORDS, **options):
     made.sweep(list(words))
 
 
-def test_what_was_good_is_tried_more_and_the_same_seed_chooses_the_same(tmp_path):
+def test_search_exploits_good_values_and_is_reproducible(tmp_path):
     first, second, other = Jobs(), Jobs(), Jobs()
     search(tmp_path / "a", first, trials=40)
     search(tmp_path / "b", second, trials=40)
@@ -68,7 +68,7 @@ def test_what_was_good_is_tried_more_and_the_same_seed_chooses_the_same(tmp_path
     assert sum(float(job["lr"]) < 1e-3 for job in [*lowest.done.values()][20:]) > 10
 
 
-def test_a_killed_search_runs_again_what_was_running_and_comes_to_its_number(tmp_path):
+def test_killed_search_repeats_its_running_job_and_finishes(tmp_path):
     def killed(number, rate):
         if number == 3:
             raise KeyboardInterrupt
@@ -89,7 +89,7 @@ def test_a_killed_search_runs_again_what_was_running_and_comes_to_its_number(tmp
     assert not none.done and [*more.done] == [7] and more.done[7]["lr"] != begun.done[3]["lr"]
 
 
-def test_jobs_that_are_chosen_together_are_launched_together_and_no_more_than_asked(tmp_path):
+def test_concurrent_jobs_never_exceed_the_limit(tmp_path):
     jobs, batches = Jobs(), []
     launch = jobs.launch
     jobs.launch = lambda several, initial_job_idx: (batches.append(len(several)), launch(several, initial_job_idx))[1]
@@ -108,7 +108,7 @@ def test_jobs_that_are_chosen_together_lie_apart(tmp_path, monkeypatch, at_once,
 
 
 @pytest.mark.parametrize("fault", [{"error": "no"}, {"loss": 1.0}, {"miou": float("nan")}, {"miou": None}, None])
-def test_jobs_without_a_score_count_and_three_of_them_with_no_other_end_it(tmp_path, fault, capsys):
+def test_three_jobs_without_a_score_end_the_search(tmp_path, fault, capsys):
     hopeless, once = Jobs(lambda number, rate: fault), Jobs(lambda number, rate: {"miou": 0.5} if number else fault)
     later = Jobs(lambda number, rate: fault if number else {"miou": 0.5})
     search(tmp_path / "a", hopeless, trials=9)
@@ -224,7 +224,7 @@ def test_a_storage_that_is_no_file_is_refused(tmp_path, make):
 
 
 @pytest.mark.parametrize("left", [b"", b'{"op_co', b'{"op_code":0,"worker'])
-def test_what_a_kill_has_left_of_the_first_line_begins_anew(tmp_path, left):
+def test_truncated_first_line_of_the_log_restarts_the_search(tmp_path, left):
     (tmp_path / "search.log").write_bytes(left)
     search(tmp_path, jobs := Jobs(), trials=1)
     assert [*jobs.done] == [0]
