@@ -54,7 +54,7 @@ def test_it_is_what_hydra_composes(anew, words):
     assert first == second == anew(words)
 
 
-def test_options_of_a_folder_are_read_anew_once_they_change(anew, tmp_path):
+def test_changed_options_in_a_folder_are_read_again(anew, tmp_path):
     path = tmp_path / "head/mine.yaml"
     path.parent.mkdir()
     words = (f"hydra.searchpath=['file://{tmp_path}']", "mode=train", "head=mine")

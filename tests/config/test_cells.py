@@ -45,14 +45,14 @@ def test_is_that_of_the_maps_that_a_model_gives():
     ],
     ids=str,
 )
-def test_slots_have_it_without_being_told(compose, words, grid):
+def test_slots_derive_their_positions_grid(compose, words, grid):
     cfg = compose(*words)
     assert cfg.head.positions_grid == grid
     kept = json.loads(json.dumps(config_description(Builder(cfg))["config"]))
     assert kept["head"]["positions_grid"] == grid  # written out: later images may be seen at another resolution
 
 
-def test_a_backbone_that_tells_its_patch_size_later_has_none(compose):
+def test_unknown_patch_size_leaves_positions_grid_unset(compose):
     cfg = compose("head=slots", "backbone=timm", "head.positions=linear")
     assert cfg.head.positions_grid is None
     SlotHead(8, 1, positions="linear", positions_grid=None)

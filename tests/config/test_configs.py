@@ -143,7 +143,7 @@ def test_every_recipe_resolves(recipes):
 
 
 @pytest.mark.heavy  # the same
-def test_every_recipe_is_given_back_by_a_checkpoint(recipes):
+def test_checkpoint_restores_every_recipe(recipes):
     given, expected = 0, 0
     for choice, cfg in recipes.values():
         given += check_restored(cfg)
@@ -228,7 +228,7 @@ def in_place(group, option):
     return read(group, option) if "@package _global_" in text else {group: read(group, option)}
 
 
-def test_every_option_is_given_back_by_a_checkpoint(rows):
+def test_checkpoint_restores_every_option(rows):
     given = set()
     for chosen, whole, cfg in rows:
         if whole["mode"] == "train":
@@ -347,7 +347,7 @@ def test_one_fact_is_set_in_one_place(compose):
     assert compose("cache_dir=C").loss.counts.cache_dir == "C"
 
 
-def test_groups_give_way_to_recipes_and_those_to_the_command_line(compose):
+def test_recipes_override_groups_and_command_line_overrides_both(compose):
     assert compose().data.augment.scale == [0.75, 1.5]
     assert compose("hparam=demo").data.augment.scale == [0.8, 1.25]
     assert compose("hparam=demo", "data.augment.scale=[1,1]").data.augment.scale == [1, 1]

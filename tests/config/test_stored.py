@@ -413,7 +413,7 @@ def test_a_config_file_of_a_run_is_read_as_a_checkpoint():
             compose_stored(description_of(changed, ("data", "resolution"), source), source)
 
 
-def test_what_is_resolved_is_not_resolved_again(tmp_path, monkeypatch):
+def test_resolved_values_are_not_resolved_again(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "told")
     cfg = OmegaConf.create({"a": "$", "b": "{oc.env:SECRET}", "node": {"_target_": LINEAR, "x": "${a}${b}"}})
     with pytest.raises(UserError, match="is still an interpolation after it is resolved"):
