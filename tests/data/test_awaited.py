@@ -26,7 +26,7 @@ class Slow:
         raise RuntimeError(self.error)
 
 
-def test_it_is_told_once_and_then_rarely(monkeypatch, caplog):
+def test_missing_batch_is_reported_at_growing_intervals(monkeypatch, caplog):
     seconds = iter(range(0, 10_000, 5))
     monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     assert loader.awaited(Slow(11), 0, 2) == "item" and not caplog.messages

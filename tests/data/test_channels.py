@@ -76,7 +76,7 @@ def test_floats_of_a_tiff_are_levels_of_their_range(tmp_path):
     assert np.abs(found[..., 0] / 65535 * 8 - 3 - values).max() < 8 / 65535
 
 
-def test_8_bits_beside_16_keep_their_share_of_white(tmp_path):
+def test_eight_bit_images_are_scaled_to_sixteen_bits(tmp_path):
     rgb, infrared = levels(3), levels(1, np.uint16)[..., 0]
     for folder, image in (("images", rgb), ("nir", infrared)):
         (tmp_path / folder).mkdir()
@@ -220,7 +220,7 @@ def test_arrays_are_scaled_as_files_are(dtype, tmp_path):
         list(pictures([values + values.dtype.type(1)], pixels=pixels))
 
 
-def test_arrays_beside_images_are_no_rgb_images(tmp_path):
+def test_arrays_are_read_only_for_extra_channels(tmp_path):
     root = tmp_path / "train"
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True)

@@ -108,7 +108,7 @@ def children_after_a_moment(before):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_leaves_the_workers_to_the_first(number):
+def test_workers_ignore_signals_meant_for_the_main_process(number):
     batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=2)
     next(batches)  # of the first worker: the second may have just begun
     for worker in multiprocessing.active_children():
@@ -124,7 +124,7 @@ def resetting(_):
     raise ConnectionResetError("reset by peer")
 
 
-def test_a_worker_that_is_killed_while_it_sends_is_told():
+def test_worker_killed_while_sending_raises_an_error():
     with pytest.raises(UserError, match="(?s)A data-loading process was killed.*reset by peer"):
         list(load_in_order(resetting, range(2), 1))
 
@@ -301,7 +301,7 @@ def test_clips_are_shuffled_over_all_videos_and_resumed():
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-def test_training_batches_are_pinned_by_the_loader_where_cuda_is_used(monkeypatch, cuda):
+def test_training_batches_are_pinned_if_cuda_is_used(monkeypatch, cuda):
     class Loader:
         """A DataLoader without processes and threads."""
 

@@ -138,7 +138,7 @@ def filtered(length, given, antialias):
 
 @pytest.mark.parametrize("size", [(101, 63), (200, 333), (57, 48)])
 @pytest.mark.parametrize("resample", ["antialias", "bilinear"])
-def test_reduced_images_equal_the_filter_of_the_official_pipeline(size, resample):
+def test_reduced_images_equal_the_official_resizing_filter(size, resample):
     """antialias: Pillow and torchvision, rounded after each side; bilinear: OpenCV's weights in steps of 1 / 32."""
     rng = np.random.default_rng(size)
     image, mask = rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.integers(0, 4, size, dtype=np.uint8)
@@ -336,7 +336,7 @@ def test_factors_are_uniform_or_log_uniform():
         ({"longest": 96, "affine": Affine(20, 0.1, 5)}, "4b16952a8622148d"),
     ],
 )
-def test_default_views_and_the_numbers_after_them_are_those_of_before(options, expected):
+def test_default_views_equal_recorded_digests(options, expected):
     """Digests recorded before these keys existed."""
     rng = np.random.default_rng(7)
     image = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)

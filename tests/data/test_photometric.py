@@ -191,7 +191,7 @@ def test_colours_are_distributed_as_in_the_official_pipelines(distortion, pipeli
         assert len(set(mine)) > 50 and ks_2samp(mine, official_ones).pvalue > 0.01
 
 
-def test_the_order_and_each_coin_decide_what_is_done():
+def test_random_numbers_decide_order_and_choice_of_distortions():
     image, rng = noise((20, 30), 3), np.random.default_rng(5)
     for _ in range(20):
         uniforms = rng.random(9)

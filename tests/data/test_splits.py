@@ -30,7 +30,7 @@ def test_which_names_are_held_out_never_changes():
     assert fraction_split(list("abcdefgh"), val_fraction=0.25, seed=0)["val"] == ["f", "g"]
 
 
-def test_a_share_of_the_masks_is_part_of_a_larger_one_and_comes_from_few_groups():
+def test_labelled_subsets_are_nested_and_span_few_groups():
     video, taken = regex_group(r"^(v\d+)/"), []
     for share, videos in ((0.001, 1), (0.04, 1), (0.1, 1), (0.25, 3), (0.5, 5), (1.0, 10)):
         names = labelled_names(NAMES[::-1], share, seed=2, group=r"^(v\d+)/")
@@ -195,7 +195,7 @@ def test_what_cannot_be_divided():
     assert len(divide("val", lambda split: [Thing("a"), Thing("b")], same)) == 1
 
 
-def test_folds_keep_things_apart_that_each_split_numbers_by_itself():
+def test_folds_separate_things_with_equal_names_in_two_splits():
     def numbered(split):
         return [Thing(f"v{number}/x", f"{split}{number}") for number in range(4 if split == "train" else 2)]
 

@@ -43,7 +43,7 @@ def test_polygons_are_filled_as_pycocotools_fills_them():
         np.testing.assert_array_equal(ours, theirs, err_msg=f"{size} {points.tolist()}")
 
 
-def test_one_picture_is_drawn_in_order(tmp_path):
+def test_shapes_of_one_image_are_painted_in_order(tmp_path):
     ring = np.array([[1, 1], [5, 1], [5, 4], [1, 4.0]]).tobytes()
     column = np.array([4, 1, 25])
     hole = rle.counts_of(np.array([1, 1, 1, 1, 0, 1, 1, 1, 1], bool)).tobytes()

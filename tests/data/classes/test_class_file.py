@@ -155,7 +155,7 @@ def test_ids_of_the_command_line_never_replace_those_of_the_file(load, tmp_path)
     assert instantiate(both)(split="train").reader.masks.ids == {3: 255}
 
 
-def test_data_sets_of_their_own_read_no_such_file(load, tmp_path):
+def test_built_in_datasets_ignore_a_class_file(load, tmp_path):
     describe(tmp_path, "not: {ours: 1}")
     for name, masks in (("camvid", {"ids": {11: 255}}), ("ade20k", {"reduce_zero_label": True})):
         found = to_container(load(tmp_path, data=name).data.reader.masks, resolve=True)
@@ -185,7 +185,7 @@ def test_neither_classes_nor_file(load, tmp_path):
         load(describe(tmp_path, "[1]")).data.num_classes  # noqa: B018
 
 
-def test_a_data_set_without_classes_names_its_root_and_folders_first(load, tmp_path, monkeypatch):
+def test_dataset_without_classes_reports_root_and_folders_first(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "split", [[0]])
     for name in ("images", "masks"):
@@ -203,7 +203,7 @@ def test_a_data_set_without_classes_names_its_root_and_folders_first(load, tmp_p
         load(None, data="coco").data.classes  # noqa: B018
 
 
-def test_a_checkpoint_keeps_what_the_file_said(load, tmp_path):
+def test_checkpoint_stores_the_values_of_the_class_file(load, tmp_path):
     for text in (LEAVES, COLOURED):
         describe(tmp_path, text)
         cfg = load(tmp_path)

@@ -104,7 +104,7 @@ def test_binary_masks(tmp_path):
         ([0, 254], True),
     ],
 )
-def test_what_is_advised_for_masks_that_are_not_binary(tmp_path, values, lossy):
+def test_remedy_for_non_binary_masks_depends_on_compression(tmp_path, values, lossy):
     labels, path = Labels.of(["no", "yes"], None, 255), save(tmp_path / "m.png", [values])
     with pytest.raises(UserError, match="threshold at 128" if lossy else r"data\.reader\.masks\.format=ids"):
         MaskReader(labels, Masks("binary")).read(path)
@@ -145,7 +145,7 @@ def test_table_maps_ids(tmp_path):
     np.testing.assert_array_equal(reader.read(path), [[255, 2, 2, 1, 0]])
 
 
-def test_a_table_that_numbers_anew_leaves_out_what_it_does_not_name(tmp_path):
+def test_remapping_ids_excludes_ids_not_in_the_table(tmp_path):
     reader = MaskReader(LABELS, Masks(ids={1: 0, 2: 1, 3: 255}))
     np.testing.assert_array_equal(reader.read(save(tmp_path / "a.png", [[1, 2, 3]])), [[0, 1, 255]])
     with pytest.raises(UserError, match="holds the ids 0, which are not classes"):

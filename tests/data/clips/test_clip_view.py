@@ -39,7 +39,7 @@ def test_a_frame_of_the_crop_s_own_size_stays_as_it_is():
     np.testing.assert_array_equal(ClipView((6, 9))(frames, np.random.default_rng(1)), frames)
 
 
-def test_crops_reach_every_place_and_are_mirrored_as_often_as_said():
+def test_crops_cover_every_position_and_flips_match_their_rate():
     view, frames = ClipView((10, 10), flip=0.25), places((10, 30))
     lefts, mirrored = set(), 0
     for seed in range(400):
@@ -100,7 +100,7 @@ def bicubic(frame, size):
 
 
 @pytest.mark.parametrize("size", [(20, 41), (7, 9), (33, 12), (10, 10), (5, 5)])
-def test_bicubic_resizing_and_the_centred_square_of_an_evaluation(size):
+def test_clip_view_resizes_bicubically_and_crops_the_centre(size):
     frames = clip(size, seed=size[0])
     seen = ClipView((10, 10), resample="bicubic")(frames)
     short = min(size)

@@ -342,7 +342,7 @@ class Named(NamedTuple):
     image: str = ""
 
 
-def test_movi_numbers_the_videos_of_each_split_anew(compose, movi):
+def test_movi_videos_are_numbered_within_each_split(compose, movi):
     reader = instantiate(config(compose, "movi", movi).reader)
     splits = [
         scanned(split, reader(split=split), [Named(name) for name in reader(split=split).names]) for split in SIDES
@@ -714,7 +714,7 @@ def test_cuts_that_are_none(keys, message):
         instantiate({"_target_": "dinoseg.data.clips.cut.Cut", **keys})
 
 
-def test_only_the_clip_that_is_asked_for_is_read(tmp_path):
+def test_only_frames_of_the_requested_clip_are_read(tmp_path):
     clips = open_clips(Still(tmp_path, v=10), "train", cut=Cut(length=2))
     for index in (0, 1, 4, 5, 6, 7, 8, 9):
         (tmp_path / f"v/{index}.png").unlink()

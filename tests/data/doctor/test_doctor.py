@@ -354,7 +354,7 @@ def test_masks_shifted_by_one(root):
     assert "1 place later" in findings["masks_shifted"].message
 
 
-def test_one_mask_beside_two_images(root):
+def test_one_mask_with_two_images_is_a_warning(root):
     shutil.copy(root / "train/masks/d0/f1.png", root / "train/masks/d2/f10.png")
     findings = found(root)
     assert findings.keys() == {"one_mask_many_images"} and findings["one_mask_many_images"].severity == "warning"

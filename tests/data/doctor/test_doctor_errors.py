@@ -45,7 +45,7 @@ def test_the_check_before_a_training_stops_on_errors(root, tmp_path):
     check_for_errors([1, 2], opened(root, "val"), cache_dir=tmp_path / "cache")  # no pairs of files: nothing to scan
 
 
-def test_a_fault_is_told_once_with_its_remedy(root, tmp_path):
+def test_repeated_fault_is_reported_once_with_its_remedy(root, tmp_path):
     masks = sorted((root / "train/masks").rglob("*.png"))
     for mask in masks[:3]:
         rewrite(mask, lambda pixels: pixels + 7)

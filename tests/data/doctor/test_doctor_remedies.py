@@ -39,7 +39,7 @@ def read(compose, root, *words):
 INSTANCES = [[[0, 1, 2, 255]], [[0, 1, 2, 7], [3, 4, 5, 6]]]
 
 
-def test_instances_are_told_and_the_line_makes_them_one_class(compose, tmp_path):
+def test_instance_masks_get_a_remedy_that_merges_them(compose, tmp_path):
     root = write(tmp_path / "data", INSTANCES)
     remedy, line = told(root, ["background", "person"])
     assert remedy.startswith("These look like instances. If each number is one person, add this to the command line:")
@@ -90,7 +90,7 @@ def test_many_numbers_with_gaps_may_be_instances_too(compose, tmp_path):
 
 @pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("number", [2, 3])
-def test_colours_are_told_and_the_line_makes_them_classes(compose, tmp_path, number, described):
+def test_colour_masks_get_a_remedy_that_maps_them_to_classes(compose, tmp_path, number, described):
     ids = np.array([[0, 0, 0, 1, 1, number - 1]])
     root = write(tmp_path / "data", [COLORS[ids], COLORS[ids[:, ::-1]]])
     remedy, line = told(root, ["background", "person"], DESCRIBED if described else Masks())
@@ -113,7 +113,7 @@ def test_colours_that_cannot_be_classes(tmp_path):
     assert "They hold 2 colours for 3 classes" in found(few, options={"palette": None})["foreign_ids"].remedy
 
 
-def test_grey_pictures_of_three_channels_are_told_as_numbers(tmp_path):
+def test_grey_rgb_masks_are_reported_as_ids(tmp_path):
     root = write(tmp_path / "data", [np.repeat(np.array([[0, 1, 5]])[..., None], 3, axis=2)] * 2)
     finding = found(root, options={"classes": ["a", "b", "c"], "palette": None})["foreign_ids"]
     assert "5 (in 4)" in finding.message and "'++data.reader.masks.ids={5: 255}'" in finding.remedy

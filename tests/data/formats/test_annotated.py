@@ -185,7 +185,7 @@ def test_first_and_latest_versions_of_labelme(tmp_path):
         ([[-1, 6], [1, 8]], (6, 8, 0, 2)), ([[1, 1], [2, 2]], (1, 3, 1, 3)), ([[0.6, 0.6], [2.4, 2.4]], (1, 4, 1, 4)),
     ],
 )  # fmt: skip
-def test_masks_of_labelme_are_cut_at_edges_and_lie_at_whole_pixels(tmp_path, corners, box):
+def test_labelme_masks_are_clipped_and_aligned_to_pixels(tmp_path, corners, box):
     picture = io.BytesIO()
     Image.fromarray(np.ones((3, 3), np.uint8)).save(picture, "PNG")  # 0 and 1 in bytes, as the latest versions write
     mask = {"label": "leaf", "shape_type": "mask", "points": corners, "mask": base64.b64encode(picture.getvalue())}
@@ -247,7 +247,7 @@ def test_one_file_is_divided(tmp_path, kind):
         opened(kind, tmp_path, partition=lists)
 
 
-def test_what_others_do_with_masks_is_done_with_drawn_ones(tmp_path):
+def test_annotated_dataset_can_be_scanned_packed_and_checked(tmp_path):
     root = coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=[(1, 1, [CORNERS]), (2, 2, [CORNERS])])
     data = opened("coco", root)
     records = scan(data.pairs, data.reader, cache_dir=tmp_path / "cache")
@@ -325,7 +325,7 @@ def test_json_in_other_encodings(tmp_path, encoding):
     assert opened("coco", root).mask(0).sum() == 12
 
 
-def test_bare_images_are_told_or_left_out(tmp_path, caplog):
+def test_images_without_shapes_are_background_or_skipped(tmp_path, caplog):
     root = coco(tmp_path / "train.json", images=("a.png", "b.png"))
     with caplog.at_level(logging.WARNING):
         assert len(opened("coco", root)) == 2
@@ -421,7 +421,7 @@ def test_shapes_of_labelme_that_are_refused(tmp_path, shape, wrong):
     assert opened("labelme", root).names == ["b"]
 
 
-def test_old_and_foreign_files_beside_those_of_labelme(tmp_path):
+def test_old_and_foreign_files_in_a_labelme_folder_are_skipped(tmp_path):
     root = labelme(tmp_path / "train/a.json", imageHeight=None).parent  # the width alone
     labelme(tmp_path / "train/b.json", ("leaf", "point", [[1, 1]]), image="b.png")
     (root / "train/c.json").write_text("{}")

@@ -145,7 +145,7 @@ def test_lists_pass_over_images_without_mask(fill):
     assert folder_dataset(root, "train", classes=CLASSES, layout=FLAT, partition=partition).names == ["y", "x"]
 
 
-def test_what_is_alone_is_told_and_no_item(fill):
+def test_unpaired_files_are_listed_as_missing(fill):
     root = fill(names=[f"n{i}" for i in range(9)])
     for i in range(7):
         (root / f"train/masks/n{i}.png").unlink()
@@ -209,7 +209,7 @@ def test_missing_folders(fill, tmp_path):
         folder_dataset(root, "train", classes=CLASSES, layout=FolderLayout(masks="{split}/labels"))
 
 
-def test_a_folder_without_splits_is_told_the_words_that_divide_it(fill):
+def test_unsplit_folder_error_suggests_a_partition(fill):
     root = fill("photos", "labels")
     with pytest.raises(UserError) as raised:
         folder_dataset(root, "train", classes=CLASSES)
@@ -326,7 +326,7 @@ def test_fingerprint_follows_files_and_rules(fill):
     assert len({first, *others}) == 7
 
 
-def test_fingerprint_tells_roots_apart_that_look_the_same(tmp_path):
+def test_fingerprint_differs_for_roots_with_equal_file_stats(tmp_path):
     keys = []
     for place, value in (("a", 0), ("b", 1)):
         for kind in ("images", "masks"):

@@ -179,7 +179,7 @@ def test_what_the_machine_could_not_read_is_read_again(fill, tmp_path, monkeypat
     assert list(unreadable(scan(data.pairs, data.reader, cache_dir=cache))) == ["n2"] and seen == ["n1", "n2"]
 
 
-def test_other_files_of_the_same_names_sizes_and_times_are_read_anew(fill, tmp_path, monkeypatch):
+def test_scan_reads_other_files_with_equal_names_and_times(fill, tmp_path, monkeypatch):
     data, cache, link = fill(2), tmp_path / "cache", tmp_path / "link"
     fill(2)
     for place in ("one", "two"):
@@ -200,7 +200,7 @@ def test_other_files_of_the_same_names_sizes_and_times_are_read_anew(fill, tmp_p
     assert found == [[{0: 2240}] * 2, [{1: 2240}] * 2]
 
 
-def test_equal_mask_rules_share_what_is_known(fill, tmp_path, monkeypatch):
+def test_equal_mask_rules_share_cached_scans(fill, tmp_path, monkeypatch):
     data, cache = fill(2), tmp_path / "cache"
     scan(data.pairs, data.reader, cache_dir=cache)
     seen = count_reads(monkeypatch)
@@ -273,7 +273,7 @@ def test_a_full_disk_keeps_the_result(fill, tmp_path, monkeypatch, caplog):
     assert "Cannot store" in caplog.text and not (tmp_path / "cache").exists()
 
 
-def test_what_was_scanned_before_an_interruption_is_kept(fill, tmp_path, monkeypatch):
+def test_scan_resumes_after_an_interruption(fill, tmp_path, monkeypatch):
     data, cache = fill(), tmp_path / "cache"
     monkeypatch.setattr(scan_module, "_CHUNK", 1)
     measure = scan_module.measure
@@ -320,7 +320,7 @@ def test_frames_of_a_video(tmp_path):
     assert [record.image_size for record in scan(pairs, reader, images=False)] == [None] * 3  # nothing is decoded
 
 
-def test_the_hash_stands_compression_and_scaling_and_tells_pictures_apart():
+def test_perceptual_hash_survives_compression_and_scaling():
     def bits(one, two):
         return (perceptual_hash(one) ^ perceptual_hash(two)).bit_count()
 
@@ -336,7 +336,7 @@ def test_the_hash_stands_compression_and_scaling_and_tells_pictures_apart():
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_an_image_cut_behind_its_header_is_found_without_decoding_the_others(tmp_path, monkeypatch, suffix):
+def test_truncated_image_is_found_without_decoding_the_others(tmp_path, monkeypatch, suffix):
     pairs = []
     for index in range(4):
         image = save(tmp_path / f"n{index}.{suffix}", picture(index, (200, 300)))

@@ -131,7 +131,7 @@ def test_any_order_equals_decoding_from_the_start(tmp_path):
     assert missed, "the jumps of OpenCV are exact now: is this test still hard?"
 
 
-def test_more_videos_than_are_kept_open(tmp_path):
+def test_few_videos_stay_open_at_once(tmp_path):
     paths = [write(tmp_path / f"{number}.avi", "MJPG", 4 + number) for number in range(7)]
     same(paths)
     assert len(video_access._open.readers) <= 4
@@ -143,7 +143,7 @@ def test_frames_of_equal_content(tmp_path):
     assert any(np.array_equal(frames[index], frames[index + 1]) for index in range(60))
 
 
-def test_the_kept_index_spares_the_pass(avi, tmp_path, monkeypatch, caplog):
+def test_stored_video_index_avoids_another_scan(avi, tmp_path, monkeypatch, caplog):
     cache = tmp_path / "cache"
     same([avi], cache)
     (kept,) = (cache / "videos").iterdir()
@@ -159,7 +159,7 @@ def test_the_kept_index_spares_the_pass(avi, tmp_path, monkeypatch, caplog):
     assert "indexing again" in caplog.text and len(np.load(kept)["times"]) == 61
 
 
-def test_an_index_that_cannot_be_kept(avi, tmp_path, caplog):
+def test_unwritable_index_is_a_warning(avi, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
         same([avi], tmp_path / "cache")
@@ -246,7 +246,7 @@ def test_a_frame_is_a_value(avi, tmp_path):
 
 
 @pytest.mark.parametrize("index", [61, 10_000, -1])
-def test_no_such_frame(avi, index):
+def test_frame_out_of_range_is_refused(avi, index):
     with pytest.raises(UserError, match=rf"a\.avi has no frame {index}: it has 61 frames, 0 to 60"):
         read_frame(VideoFrame(avi, index))
 
