@@ -76,7 +76,7 @@ def test_counts_are_those_of_the_confusion_matrix(ignored):
     assert found.boundary[..., 1].sum() == round((1 - expected["accuracy"]) * expected["pixels"])
 
 
-def test_kept_logits_are_those_of_labelled_pixels():
+def test_collected_logits_are_those_of_labelled_pixels():
     images = list(samples(3))
     found = collected(images)
     masks = [mask[lattice(SIZE)].numpy() for _, mask, _, _ in images]

@@ -119,7 +119,7 @@ def evaluate(trained, tmp_path):
     return run
 
 
-def test_missing_instances_are_told_and_the_other_scores_stand(evaluate, tmp_path):
+def test_missing_instances_skip_only_the_official_scores(evaluate, tmp_path):
     lost = "bonn_000001_000019_gtFine_instanceIds.png"
     (tmp_path / f"data/gtFine/val/bonn/{lost}").unlink()
     text, written, folder = evaluate()
@@ -135,7 +135,7 @@ def test_missing_instances_are_told_and_the_other_scores_stand(evaluate, tmp_pat
     assert "official_scores.json" not in written and len(written["problems.json"]["problems"]) == 2
 
 
-def test_a_reference_that_cannot_be_scored_is_told(evaluate, tmp_path):
+def test_unreadable_reference_skips_only_the_official_scores(evaluate, tmp_path):
     bad = tmp_path / "data/gtFine/val/bonn/bonn_000000_000019_gtFine_instanceIds.png"
     bad.write_bytes(b"no picture")
     text, written, folder = evaluate()
@@ -146,7 +146,7 @@ def test_a_reference_that_cannot_be_scored_is_told(evaluate, tmp_path):
 
 
 @pytest.mark.heavy
-def test_predictions_at_another_size_than_the_reference_are_told_first(evaluate, tmp_path):
+def test_size_mismatch_with_the_reference_is_reported_first(evaluate, tmp_path):
     for split in ("train", "val"):  # either is packed as it is
         text, written, _ = evaluate(f"mode.split={split}", "data.cache=packed", "resolution.longest=24")
         assert written["official_scores.json"]["n"] == 2 and "No official scores" not in text
@@ -178,7 +178,7 @@ def test_a_benchmark_that_resizes_takes_any_size(tmp_path, caplog):
     assert "prediction to 3 x 2" in caplog.text and (tmp_path / "out/problems.json").is_file()
 
 
-def test_names_that_the_benchmark_does_not_have_are_told(tmp_path, caplog):
+def test_names_outside_the_benchmark_are_reported(tmp_path, caplog):
     data = data_of(["a"], tmp_path / "data")
     assert not usable(SarRarp50(), data, tmp_path / "out", on_error="skip", tells=True)
     assert "a is not a frame name of SAR-RARP50" in caplog.text

@@ -41,7 +41,7 @@ def score(where, *words, prediction="run"):
     return done, found
 
 
-def test_the_run_folder_alone_says_everything(folders):
+def test_run_folder_alone_gives_the_classes_for_scoring(folders):
     for prediction in ("run", "run/masks"):
         done, found = score(folders, "reference=binary", prediction=prediction)
         assert done.status == 0, done.err
@@ -63,7 +63,7 @@ def test_keys_of_masks_change_how_references_are_read(folders):
     assert score(folders, *words)[1]["per_class"][1]["IoU"] == pytest.approx(0.5)
 
 
-def test_a_protocol_that_is_told_how_references_are_written_reads_them_so(folders):
+def test_protocol_reads_references_as_recorded_in_the_run(folders):
     record(folders, {"format": "ids", "reduce_zero_label": True})
     for number in range(2):
         stored = np.zeros((8, 12), np.uint8)

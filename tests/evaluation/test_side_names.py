@@ -48,7 +48,7 @@ def test_jobs_are_called_by_the_words_that_differ(swept, words, names):
     assert run_names(folders) == side_names(folders, [[0], [1]]) == names
 
 
-def test_sides_are_called_without_their_seeds_where_that_tells_them_apart(swept):
+def test_side_names_omit_seeds_if_unique_without_them(swept):
     folders = swept(*([f"head={head}", f"+seed={seed}"] for head in "ab" for seed in (0, 1)))
     assert side_names(folders, [[0, 1], [2, 3]]) == ["head=a", "head=b"]
     assert run_names(folders) == ["head=a seed=0", "head=a seed=1", "head=b seed=0", "head=b seed=1"]

@@ -101,7 +101,7 @@ def test_a_class_that_seeds_never_see_has_no_score(units, absent):
     assert found["iou/0"]["p"] is not None and found["miou"]["ci95"] is not None
 
 
-def test_images_decide_by_what_is_lost_without_them():
+def test_deciding_images_change_the_difference_most():
     first, second = [run_of(1), run_of(2)], [run_of(3, better=0.2)]
     units = range(9)
     whole = side_miou(second, units) - side_miou(first, units)
