@@ -97,7 +97,7 @@ def test_a_run_begins_with_the_best_weights_of_another(folder):
     assert rows(folder, "next")[0]["step"] == 1  # its own steps, rates and optimizer
 
 
-def test_what_does_not_fit_begins_anew_and_is_named(folder, begin):
+def test_init_leaves_mismatched_weights_random_and_names_them(folder, begin):
     more = ("data.classes=[dark,bright,other]", "data.palette=[[0,0,0],[255,255,255],[9,9,9]]")
     words = (*SHORT, "seed=5", *more)
     ours, said = begin(*words, "init=first/checkpoints/last.safetensors", classes=[*CLASSES, "other"])
@@ -110,13 +110,13 @@ def test_what_does_not_fit_begins_anew_and_is_named(folder, begin):
         torch.testing.assert_close(ours[name], fresh[name] if name in anew else value, rtol=0, atol=0)
 
 
-def test_other_classes_of_the_same_number_are_told(folder):
+def test_init_reports_other_names_of_equally_many_classes(folder):
     """Of the data, as mode=train knows them."""
     _, done = trained(folder, "renamed", *SHORT, "init=first", "data.classes=[a,b]", "trainer.steps=1", *METRICS)
     assert "init: its classes are dark, bright; those of the data start from them." in done.err
 
 
-def test_a_run_that_goes_on_has_its_own_weights_and_begins_with_no_other_run(folder, begun, compose, monkeypatch):
+def test_resumed_run_ignores_its_init_and_refuses_another(folder, begun, compose, monkeypatch):
     done = call(folder, *SHORT, "resume=begun", "init=tuned", "trainer.steps=3")
     told = f"and started with init={folder / 'gone'}. Leave init out, or, for a new run, resume."
     assert done.status == 1 and told in done.err, done.err
@@ -134,7 +134,7 @@ def test_a_run_that_goes_on_has_its_own_weights_and_begins_with_no_other_run(fol
         merge(compose("mode=train", "init=tuned"), [parsed("init=tuned")], path, checkpoint.describe(path))
 
 
-def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(folder):
+def test_unusable_init_is_refused_before_training(folder):
     sweep = ("-m", "seed=0,1", "hydra.sweep.dir=refused")
     for words, said in (
         ((*SHORT, "init=nowhere", *sweep), "init=nowhere: file or folder not found"),
@@ -221,7 +221,7 @@ def test_what_has_no_place_in_the_model_is_not_even_read(folder, begin):
     assert "; not loaded: else." in begin(*SHORT, "init=more.safetensors")[1]
 
 
-def test_ranks_that_have_read_different_checkpoints_are_told(folder, compose, monkeypatch):
+def test_init_from_different_checkpoints_on_ranks_is_refused(folder, compose, monkeypatch):
     monkeypatch.chdir(folder)
     cfg = compose(*KNOWN, "adapter=frozen", "init=frozen")
     model = Builder(cfg).model()
@@ -232,7 +232,7 @@ def test_ranks_that_have_read_different_checkpoints_are_told(folder, compose, mo
     assert load_initial_weights(Builder(cfg), model, CLASSES) is model
 
 
-def test_a_file_that_is_passed_on_says_nothing_of_the_run_that_it_began_with(folder, begun):
+def test_exported_file_omits_the_init_of_its_run(folder, begun):
     done = call(folder, "mode=export", "export=safetensors", f"resume={begun}", "hydra.run.dir=passed_on")
     assert done.status == 0, done.err
     assert "init" not in checkpoint.describe(folder / "passed_on/model.safetensors")["config"]
@@ -248,7 +248,7 @@ def test_frozen_weights_of_another_backbone_are_refused(folder, begin):
     assert done.status == 1 and "frozen backbone weights differ from" in done.err, done.err
 
 
-def test_rounded_weights_of_one_kind_are_begun_with_and_their_frozen_rest_is_held(folder, begin):
+def test_init_accepts_equally_rounded_weights_only(folder, begin):
     """A hash is of what is not rounded, on both sides."""
     words = (*KNOWN, "adapter=lora_8bit")
     trained(folder, "rounded", *words, "trainer.steps=1", *METRICS)
@@ -271,7 +271,7 @@ def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder, begun, compose,
 @pytest.mark.parametrize(
     ("recipe", "first"), [("slots_clips", "slots_rendered"), ("detail_camvid_full", "detail_camvid")]
 )
-def test_a_recipe_that_goes_on_from_another_asks_for_its_run(compose, recipe, first):
+def test_recipe_that_continues_another_needs_its_run(compose, recipe, first):
     words = (f"hparam={recipe}", "mode=train", "data.root=movi")
     cfg = compose(*words)
     with pytest.raises(UserError, match=f"starts from the weights of a run with hparam={first}: .*init=null"):
@@ -282,7 +282,7 @@ def test_a_recipe_that_goes_on_from_another_asks_for_its_run(compose, recipe, fi
     assert has_initial(Builder(compose(*words, "init=needed_by_all")))  # a run's own name
 
 
-def test_the_best_finite_weights_are_taken_whatever_type_the_frozen_ones_are_held_in(folder, compose, monkeypatch):
+def test_init_takes_the_best_finite_weights_in_any_dtype(folder, compose, monkeypatch):
     monkeypatch.chdir(folder)
     words = (*KNOWN, "init=odd")
     shutil.copytree("frozen/checkpoints", "odd/checkpoints")

@@ -34,7 +34,7 @@ def root_log():
 
 
 @pytest.mark.parametrize("launcher", ["hydra._internal.core_plugins.basic_launcher.BasicLauncher", "some.Launcher"])
-def test_jobs_at_once_are_told_apart(tmp_path, monkeypatch, root_log, launcher):
+def test_log_lines_of_concurrent_jobs_are_labelled(tmp_path, monkeypatch, root_log, launcher):
     monkeypatch.setenv(LABEL, "")
     out, err = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)

@@ -89,7 +89,7 @@ def found(where, compose):
     return look
 
 
-def test_a_run_goes_on_without_its_groups_and_keeps_them(where, run):
+def test_resumed_run_needs_no_groups_and_preserves_them(where, run):
     first = last(run)
     assert call(where, "mode=train", f"resume={run}", "trainer.steps=2", "engine=cpu").status == 0
     second = last(run)
@@ -113,7 +113,7 @@ def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, caplog,
     assert ("trainer.max_minutes=null instead of 9.5" in caplog.text) == (limit is None)
 
 
-def test_a_head_of_the_user_s_own_file_goes_on_as_it_was_made(where):
+def test_run_with_a_head_from_an_own_file_can_be_evaluated(where):
     """A file that leaves a key to its default has no such key in its runs' checkpoints."""
     whole = OmegaConf.load(Path(__main__.CONFIGS) / "head/detail.yaml")
     del whole["linear_skip"]
@@ -127,7 +127,7 @@ def test_a_head_of_the_user_s_own_file_goes_on_as_it_was_made(where):
     assert done.status == 0, done.err
 
 
-def test_what_validates_with_windows_is_evaluated_with_them_unless_told_otherwise(where, compose):
+def test_evaluation_uses_the_windows_of_validation_by_default(where, compose):
     run = where / "kept/windows"
     scored = {}
     for name, words in {"own": [], "wider": ["inference.size=[16,48]"], "whole": ["inference=whole"]}.items():
@@ -138,7 +138,7 @@ def test_what_validates_with_windows_is_evaluated_with_them_unless_told_otherwis
     assert len({json.dumps(scores["matrix"]) for scores in scored.values()}) == 3
 
 
-def test_how_a_model_is_asked_makes_no_other_run(where, found):
+def test_inference_keys_do_not_make_another_run(where, found):
     run = copied(where, "windows")
     assert train(where, "trainer.steps=2", "inference.overlap=0.5", "resume=auto", f"hydra.run.dir={run}").status == 0
     assert runs(where) == [run] and last(run)["choices"]["inference"] == "windows"
@@ -154,7 +154,7 @@ def test_a_run_of_images_does_not_say_how_slots_are_followed(run):
 
 
 @pytest.mark.heavy
-def test_a_run_whose_rate_and_warmup_were_numbers_goes_on_as_it_would_have(where):
+def test_resuming_old_rates_and_warmup_equals_one_whole_run(where):
     rates = ("optim.optimizer.lr=1e-2", "optim.schedule.warmup=2", "optim.schedule.kind=constant")
     assert train(where, "trainer.steps=4", *rates, "hydra.run.dir=whole").status == 0
     at_once = checkpoint.read(where / "whole/checkpoints/last.safetensors")
@@ -175,7 +175,7 @@ def test_a_run_whose_rate_and_warmup_were_numbers_goes_on_as_it_would_have(where
     ("override", "same"),
     [("trainer.steps=2", True), ("trainer.val_every=1", True), ("trainer.clip=7", False), ("seed=5", False)],
 )
-def test_auto_goes_on_only_with_the_same_recipe(run, found, override, same):
+def test_auto_resumes_only_the_same_recipe(run, found, override, same):
     assert found(override) == (run / "checkpoints/last.safetensors" if same else None)
 
 
@@ -184,7 +184,7 @@ def test_a_model_of_a_sweep_is_not_taken(run, found):
     assert found() is None
 
 
-def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
+def test_recipe_holds_only_what_affects_training(compose):
     def recipe(*words):
         return recipe_of(config_description(Builder(compose("data.root=.", "data.classes=[a,b]", *words))))
 
@@ -199,7 +199,7 @@ def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
     assert len({*found}) == len(found)
 
 
-def test_auto_does_not_go_on_with_other_data(where, run, found):
+def test_auto_does_not_resume_with_other_data(where, run, found):
     write_data(where / "other")
     assert found("data.root=data") and found("data.root=other") is None
 
@@ -234,7 +234,7 @@ def test_a_root_that_is_with_the_run_alone_needs_no_word(tmp_path, monkeypatch):
     assert data_root({"data": {"root": "data"}}, tmp_path / "run") == (str(tmp_path / "run/data"), "")
 
 
-def test_a_key_that_a_checkpoint_lacks_is_added_where_that_is_said(compose, tmp_path):
+def test_key_missing_in_the_checkpoint_is_added_only_with_plus(compose, tmp_path):
     cfg = compose("mode=train", "resume=x", "data.root=.", "data.classes=[a,b]")
     info = json.loads(json.dumps(config_description(Builder(cfg))))
     assert merge(cfg, [parsed("++head.more=1")], tmp_path / "x", info).head.more == 1
@@ -278,7 +278,7 @@ def test_auto_waits_for_a_lock_and_removes_partial_files(where, run, monkeypatch
     assert not half.parent.exists() and not older.exists() and not rows.exists() and mine.exists()
 
 
-def test_auto_passes_over_files_that_cannot_be_read_and_says_so(where, run, found, capsys):
+def test_auto_skips_unreadable_checkpoints_with_a_reason(where, run, found, capsys):
     path = run / "checkpoints/last.safetensors"
     saved = checkpoint.read(path)
     beside = {
@@ -316,7 +316,7 @@ def test_a_folder_locked_here_is_locked_once(tmp_path):
     release(tmp_path)
 
 
-def test_a_checkpoint_from_elsewhere_is_not_written_beside(where, run):
+def test_resuming_a_foreign_checkpoint_writes_to_a_new_folder(where, run):
     moved = where / "downloads/sub/last.safetensors"
     moved.parent.mkdir(parents=True)
     (run / "checkpoints/last.safetensors").rename(moved)

@@ -27,7 +27,7 @@ def write(tmp_path, caplog):
     return run
 
 
-def test_changes_are_counted_and_each_list_is_kept(write, tmp_path):
+def test_split_changes_are_counted_and_each_list_is_stored(write, tmp_path):
     assert write("abc") == write("abc") == "" and not list(tmp_path.glob("split_*"))
     text = write("acde")
     assert "train: 2 added (d, e), 1 removed (b); val: the same)" in text and "split_1.json" in text
@@ -40,7 +40,7 @@ def test_changes_are_counted_and_each_list_is_kept(write, tmp_path):
 
 
 @pytest.mark.parametrize("spoilt", ["", "[]", "{"])
-def test_a_list_that_cannot_be_read_is_written_anew(write, tmp_path, spoilt):
+def test_damaged_split_record_is_written_again(write, tmp_path, spoilt):
     (tmp_path / "split.json").write_text(spoilt)
     assert "is damaged (" in write("ab")
 

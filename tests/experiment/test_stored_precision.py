@@ -36,7 +36,7 @@ def test_a_run_in_float32_is_resumed_and_evaluated_in_float32(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
-def test_a_loaded_or_exported_model_predicts_in_the_float32_of_its_training(compose, tmp_path, precision):
+def test_loaded_or_exported_model_has_the_precision_of_training(compose, tmp_path, precision):
     path = untrained(compose, tmp_path, *TINY, "head=linear", f"engine.precision={precision}")
     expected = "fp32" if precision == "fp32" else "auto"
     whole = exported(path, tmp_path / "out")

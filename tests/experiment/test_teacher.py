@@ -99,7 +99,7 @@ def test_scores_of_windows_are_what_they_predict_at_its_cells(folder, compose, k
         torch.testing.assert_close(scores.softmax(0), wanted, atol=1e-5, rtol=0)
 
 
-def test_scores_depend_on_the_file_and_on_how_it_is_asked(folder, compose):
+def test_teacher_cache_key_depends_on_file_and_inference(folder, compose):
     first = teacher(compose, str(folder / "linear"))
     same = teacher(compose, str(folder / "linear/checkpoints/best.safetensors"))
     assert first.parts == same.parts
@@ -122,7 +122,7 @@ def test_a_file_that_changes_before_it_is_read_is_not_used(folder, compose, tmp_
         asked(torch.zeros(3, 9, 9, dtype=torch.uint8))
 
 
-def test_nothing_but_its_header_is_read_of_a_file_that_is_refused(folder, compose, tmp_path, monkeypatch):
+def test_refused_teacher_file_is_read_only_up_to_its_header(folder, compose, tmp_path, monkeypatch):
     monkeypatch.setattr(Teacher, "_hashed", lambda self: pytest.fail("it was read whole"))
     path = tmp_path / "best.safetensors"
     source = folder / "linear/checkpoints/best.safetensors"
@@ -169,14 +169,14 @@ def test_other_classes_are_refused(folder, compose, names, said):
         teacher(compose, str(folder / "linear"), labels)
 
 
-def test_a_model_of_slots_is_refused_whatever_its_classes_are_called(folder, compose, monkeypatch):
+def test_slot_model_is_refused_as_teacher(folder, compose, monkeypatch):
     slots = SimpleNamespace(head=SimpleNamespace(slots=True))
     monkeypatch.setattr(ModelBuilder, "check_fits", lambda *_: slots)
     with pytest.raises(UserError, match="is a slot model, which has no classes. Give a segmenter"):
         teacher(compose, str(folder / "linear"))
 
 
-def test_what_is_no_teacher_is_refused_by_its_name(folder, compose, tmp_path):
+def test_invalid_teacher_is_refused_by_name(folder, compose, tmp_path):
     text, cut = tmp_path / "text.safetensors", tmp_path / "cut.safetensors"
     text.write_text("no model")
     cut.write_bytes((folder / "linear/checkpoints/best.safetensors").read_bytes()[:-9])
@@ -225,7 +225,7 @@ def changed(folder, path, *keys, value):
         (("config", "inference", "size"), -5, "inference.size=-5 is out of range"),
     ],
 )
-def test_what_is_wrong_in_its_file_is_said_to_be_the_teacher_s(folder, compose, tmp_path, keys, value, said):
+def test_error_in_the_teacher_file_names_the_teacher(folder, compose, tmp_path, keys, value, said):
     with pytest.raises(UserError, match=f"^teacher={tmp_path}.*: .*{said}"):
         teacher(compose, changed(folder, tmp_path / "best.safetensors", *keys, value=value))(
             torch.zeros(3, 9, 9, dtype=torch.uint8)
@@ -240,7 +240,7 @@ def test_a_crop_of_a_stranger_s_takes_no_memory(folder, compose, tmp_path, crop)
     assert asked._read()[1] == pytest.approx(plain._read()[1]) == (1 / 8, 1 / 8)
 
 
-def test_large_scores_are_bounded_and_those_that_are_no_numbers_refused(folder, compose, monkeypatch):
+def test_teacher_scores_are_clamped_and_nan_is_refused(folder, compose, monkeypatch):
     asked = teacher(compose, str(folder / "linear"))
     predictor, cells = asked._read()
     with torch.no_grad():
