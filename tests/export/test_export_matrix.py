@@ -93,7 +93,7 @@ def test_a_file_answers_as_the_model_does(tmp_path, backbone, head, options):
         assert (runtime.ids(images) == reference.ids(images)).mean() >= (0.999 if near < 0.02 else 0.98)
 
 
-def test_every_head_that_can_be_exported_is_tried_on_a_transformer_and_on_a_pyramid():
+def test_each_exportable_head_is_tried_on_vit_and_pyramid():
     known = {(head, backbone in PYRAMIDS) for backbone, head, _ in CELLS}
     wanted = {(head, False) for head in HEADS} | {
         (head, True) for head in HEADS if any(refusal(backbone, "frozen", head) is None for backbone in PYRAMIDS)

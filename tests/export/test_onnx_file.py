@@ -92,7 +92,7 @@ def test_small_and_empty_channels_stay_what_they_are():
     assert [entry.name for entry in made.graph.initializer] == ["w", "free"]
 
 
-def test_what_is_written_says_what_it_is_and_nothing_of_this_machine(tmp_path, monkeypatch):
+def test_onnx_file_has_metadata_but_no_local_path(tmp_path, monkeypatch):
     made, _ = one_operator("MatMul")
     for part in (made, made.graph, *made.graph.node, *made.graph.initializer, *made.graph.input):
         part.doc_string = "/home/me/dinoseg/models/model.py:7"

@@ -62,7 +62,7 @@ def test_pixels_points_and_what_predict_gives_are_counted(picture):
     assert alone["agreement"] == alone["miou"]["exported"] == alone["miou"]["torch"] == 1
 
 
-def test_limits_are_what_is_asked_for():
+def test_proof_limits_follow_the_options():
     result = {"finite": True, "agreement": 0.999, "miou": {"torch": 0.5, "exported": 0.4990625}}
     assert proof.passes(result, GraphOptions())
     assert proof.passes(result, GraphOptions(max_miou_drop=100 * (0.5 - 0.4990625)))

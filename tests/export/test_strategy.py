@@ -58,7 +58,7 @@ def missing(compose, tmp_path):
         (("inference.scales=[0.5,1.0]",), "inference=auto inference.size=[518,518] inference.scales=[0.5,1.0]"),
     ],
 )
-def test_strategies_that_a_graph_lacks_are_named_with_their_values(missing, words, named):
+def test_strategy_missing_in_the_graph_is_named_with_its_values(missing, words, named):
     found = missing(*words)
     assert " ".join(found.words) == named and found.miou == PROGRESS["best"]
 
@@ -131,7 +131,7 @@ def test_a_file_with_its_strategy_applies_it_without_a_warning(compose, tmp_path
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["onnx", "program"])
-def test_a_windowed_run_is_exported_with_one_warning_and_both_scores(compose, tmp_path, kind):
+def test_exporting_a_windowed_run_warns_once_with_both_scores(compose, tmp_path, kind):
     write_data(tmp_path / "data")
     windowed = ("inference=windows", "inference.size=[8,8]", "inference.shortest=64")
     for name, words in (("windowed", windowed), ("plain", ())):

@@ -71,7 +71,7 @@ def test_a_file_goes_through_every_mode_as_a_checkpoint(trained, file):
     assert ours == theirs
 
 
-def test_a_folder_of_an_export_is_taken_for_its_file_by_the_runtime_that_is_asked_for(trained, file, tmp_path):
+def test_export_folder_loads_the_file_of_the_requested_runtime(trained, file, tmp_path):
     folder = shutil.copyfile(file, tmp_path / "model.safetensors").parent
     (folder / "model.onnx").touch()
     assert dinoseg.load(folder, device="cpu").file == dinoseg.Model.from_pretrained(folder).file == folder / file.name
@@ -83,7 +83,7 @@ def test_a_folder_of_an_export_is_taken_for_its_file_by_the_runtime_that_is_aske
     assert done.status == 0, done.err
 
 
-def test_a_file_says_what_it_is(trained, file, tmp_path):
+def test_file_describes_its_classes_scores_data_and_versions(trained, file, tmp_path):
     facts = dinoseg.load(file, device="cpu").facts
     scores = json.loads((trained / "segmenter/evaluation/scores.json").read_text())
     assert facts.classes == ("dark", "bright") and facts.scores["values"]["miou"] == scores["miou"]
@@ -183,7 +183,7 @@ def test_each_kind_of_model_is_the_same_from_its_file(compose, tmp_path, words):
         assert (ours.probabilities == theirs.probabilities).all() and (ours.mask == theirs.mask).all()
 
 
-def test_a_file_is_asked_as_its_training_was_unless_told(compose, tmp_path):
+def test_file_uses_the_inference_of_its_training_by_default(compose, tmp_path):
     words = (*TINY, "adapter=frozen", "head=linear", "inference=windows", "inference.size=16")
     path = untrained(compose, tmp_path, *words)
     file, image = exported(path, tmp_path / "out"), picture(40, 56)
@@ -207,7 +207,7 @@ def foreign_file(compose, folder):
     return path
 
 
-def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path, capsys):
+def test_gated_weights_are_not_exported_by_default(compose, tmp_path, capsys):
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=lora", "head=linear")
     path = untrained(compose, tmp_path, *words)
@@ -283,7 +283,7 @@ def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch
         dinoseg.load(file)
 
 
-def test_what_is_trained_of_gated_weights_is_gated_and_takes_the_rest_from_elsewhere(compose, tmp_path):
+def test_delta_with_trained_gated_weights_is_gated(compose, tmp_path):
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "head=linear")
     path = untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1")
@@ -371,7 +371,7 @@ def test_large_pictures_are_brought_to_the_scale_of_the_training(tmp_path, sound
     assert as_trained.shape == as_they_are.shape and np.abs(as_trained - as_they_are).max() > 1e-3
 
 
-def test_a_place_that_the_caller_trusts_is_asked(tmp_path, sound):
+def test_weights_from_a_trusted_source_are_loaded(tmp_path, sound):
     path = tampered(tmp_path, sound, {"config/backbone/weights": "evil/weights"})
     with pytest.raises(UserError, match="trust=.evil/weights."):
         dinoseg.load(path, device="cpu")
@@ -387,7 +387,7 @@ def test_facts_that_are_none_are_refused(tmp_path, sound):
             dinoseg.load(tampered(tmp_path, sound, {place: value}), device="cpu")
 
 
-def test_what_is_no_file_of_dinoseg_is_refused(tmp_path, trained, file, sound):
+def test_foreign_damaged_or_newer_file_is_refused(tmp_path, trained, file, sound):
     whole = file.read_bytes()
     newer = {**sound.info, "format": 99}
     checkpoint.write(tmp_path / "newer.safetensors", sound.tensors, newer)
@@ -452,13 +452,13 @@ def test_scores_of_an_evaluation_come_with_the_file(trained, tmp_path):
     assert of_slots.status == 1 and "slot model" in of_slots.err
 
 
-def test_a_run_folder_is_loaded_by_its_best_checkpoint_even_beside_a_file(compose, tmp_path):
+def test_run_folder_loads_its_best_checkpoint_despite_a_file(compose, tmp_path):
     untrained(compose, tmp_path, *TINY)
     (tmp_path / "run/model.safetensors").touch()
     assert dinoseg.load(tmp_path / "run", device="cpu").file is None
 
 
-def test_names_that_begin_like_a_path_are_kept(compose, tmp_path):
+def test_class_names_that_look_like_paths_are_unchanged(compose, tmp_path):
     path = untrained(compose, tmp_path, *TINY, "data.classes=['/road',b]", "data.group='/video'")
     file = exported(path, tmp_path / "out")
     said = checkpoint.describe(file)["config"]["data"]

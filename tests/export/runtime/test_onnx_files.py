@@ -142,7 +142,7 @@ def test_numpy_pillow_and_onnxruntime_are_enough(tmp_path):
 @pytest.mark.parametrize(
     "given", [{"inference": "windows"}, {"precision": "bf16"}, {"backbone": "b.pth"}, {"head": "h.pth"}]
 )
-def test_what_cannot_be_asked_of_a_graph_is_refused(tmp_path, given):
+def test_unsupported_option_of_an_onnx_file_is_refused(tmp_path, given):
     (key, value), path = *given.items(), written(tmp_path, model())
     with pytest.raises(UserError, match=f"^{key}={value}: .*model.onnx is an ONNX file, which processes whole images"):
         dinoseg.load(path, **given)
@@ -231,7 +231,7 @@ def test_every_cut_and_changed_byte_ends_in_an_error_or_a_model(tmp_path):
     ("change", "reason"),
     [({"version": 2}, "version"), ({"kind": "code"}, "kind"), ({"scale": 0}, "scale"), ({"size": [0, 8]}, "size")],
 )
-def test_what_a_file_says_is_checked(tmp_path, change, reason):
+def test_invalid_metadata_of_an_onnx_file_is_refused(tmp_path, change, reason):
     made = model()
     made.metadata_props[0].value = json.dumps({"graph": {**RECORD.plain(), **change}, **LABELS})
     with pytest.raises(UserError, match=reason):
@@ -289,7 +289,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("reason", LIES)
-def test_files_that_do_something_else_than_they_say_end_in_an_error(tmp_path, monkeypatch, reason):
+def test_graph_that_contradicts_its_metadata_raises_an_error(tmp_path, monkeypatch, reason):
     monkeypatch.setattr("dinoseg.export.runtime.onnx_pictures._MAX_PIXELS", 1000)
     with pytest.raises(UserError, match=reason.strip()):
         dinoseg.load(written(tmp_path, LIES[reason]())).predict(np.zeros((20, 30, 3), np.uint8))
@@ -303,14 +303,14 @@ def test_files_that_do_something_else_than_they_say_end_in_an_error(tmp_path, mo
         ("onnx_check._MAX_NODES", 1, "it has more than 1 nodes"),
     ],
 )
-def test_what_is_read_of_a_file_is_bounded(tmp_path, monkeypatch, bound, most, reason):
+def test_metadata_reading_is_bounded(tmp_path, monkeypatch, bound, most, reason):
     monkeypatch.setattr(f"dinoseg.export.runtime.{bound}", most)
     with pytest.raises(UserError, match=reason):
         read_metadata(written(tmp_path, model()), KEY)
 
 
 @pytest.mark.parametrize("no_object", [True, False])
-def test_masks_and_their_classes_are_asked_as_they_are_said_to_be(tmp_path, no_object):
+def test_mask_outputs_are_read_as_the_metadata_states(tmp_path, no_object):
     record = changed(kind="masks", mixture=True, no_object=no_object)
     made = model(record)
     del made.graph.output[:]
@@ -328,12 +328,12 @@ def test_masks_and_their_classes_are_asked_as_they_are_said_to_be(tmp_path, no_o
         dinoseg.load(written(tmp_path, made)).predict(image)
 
 
-def test_a_file_is_run_as_what_it_was_looked_at_whatever_its_name(tmp_path):
+def test_onnx_file_is_run_as_onnx_whatever_its_suffix(tmp_path):
     path = written(tmp_path, model()).rename(tmp_path / "model.ort")  # which onnxruntime has a format of its own for
     assert dinoseg.load(path, runtime="onnx").predict(np.zeros((20, 30, 3), np.uint8)).mask.sum() == 0
 
 
-def test_what_the_system_or_an_older_onnxruntime_refuses_is_one_message(tmp_path, monkeypatch):
+def test_onnx_read_errors_are_one_message(tmp_path, monkeypatch):
     path = written(tmp_path, model())
     path.chmod(0o400)  # to read is enough
     assert dinoseg.load(path).classes == ("dark", "bright")

@@ -103,7 +103,7 @@ def rich():
     return made.SerializeToString()
 
 
-def test_what_is_accepted_is_what_protobuf_reads():
+def test_accepted_bytes_are_parsed_as_protobuf_does():
     whole, rng, accepted = rich(), np.random.default_rng(0), 0
     assert same(tree(memoryview(whole), "ModelProto", WireReader()), parsed(onnx.ModelProto.FromString(whole)))
     pieces = [varint(1 << bits | tag) for bits in (0, 31, 32, 35, 63, 64, 69) for tag in (2, 8, 10, 58, 0x7FFFFFFF)]
@@ -134,7 +134,7 @@ def test_packed_numbers_are_bounded(monkeypatch, number, size):
         WireReader().message(packed, "TensorProto")
 
 
-def test_an_allocator_that_the_program_has_registered_is_kept(monkeypatch):
+def test_existing_onnxruntime_allocator_is_left_alone(monkeypatch):
     monkeypatch.setattr("onnxruntime.create_and_register_allocator", lambda *_: 1 / 0)
     onnx_model._bound_memory.__wrapped__()
 
