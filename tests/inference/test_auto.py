@@ -35,7 +35,7 @@ def picture(height, width):
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5}])
-def test_what_a_pass_takes_is_told_from_small_ones(options):
+def test_memory_estimate_scales_from_small_inputs(options):
     model = made(**options)
     cost = memory.measure(model, 256, nullcontext)
     for size in ((160, 96), (320, 320)):
@@ -114,7 +114,7 @@ def test_images_that_fit_are_seen_whole_and_nothing_is_computed(free, monkeypatc
     assert (first == second).all() and not caplog.messages
 
 
-def test_images_that_do_not_fit_are_seen_in_windows_and_it_is_said_once(free, caplog):
+def test_large_images_use_windows_and_log_it_once(free, caplog):
     model, policy, seen = made(), Auto((32, 48), memory=0.5), []
     need = memory.measure(model, 32, nullcontext).of(1, (100, 90), (100, 90))
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
@@ -138,7 +138,7 @@ def test_images_that_do_not_fit_are_seen_in_windows_and_it_is_said_once(free, ca
     assert "it is predicted in windows of 48 x 32" in message
 
 
-def test_windows_of_auto_see_pictures_at_the_scale_that_whole_ones_are_seen_at(free):
+def test_auto_windows_have_the_scale_of_whole_images(free):
     model, seen = made(), []
     limit_to_trained_size(model, TrainedSizes(typical=64, largest=80))
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
@@ -171,7 +171,7 @@ def small_memory(model, pixels):
     return model
 
 
-def test_where_memory_does_not_suffice_auto_goes_on_with_windows_and_says_so(free, caplog):
+def test_auto_falls_back_to_windows_when_out_of_memory(free, caplog):
     free(2**40)
     policy = Auto((32, 48))
     predictor = Predictor(small_memory(made(), 4 * 32 * 48), CPU, nullcontext, policy)
@@ -201,7 +201,7 @@ def test_where_nothing_suffices_it_is_one_message(free):
         Predictor(broken, CPU, nullcontext, Auto((32, 48))).ids([picture(100, 90)])
 
 
-def test_a_limit_of_addresses_bounds_what_is_free(tmp_path, monkeypatch):
+def test_address_space_limit_bounds_free_memory(tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
     (tmp_path / "self").mkdir()
     (tmp_path / "self/statm").write_text("3 2 1 1 0 1 0\n")
@@ -212,7 +212,7 @@ def test_a_limit_of_addresses_bounds_what_is_free(tmp_path, monkeypatch):
     assert memory.free_bytes(CPU) == 7 * resource.getpagesize()
 
 
-def test_whole_images_are_seen_at_the_scales_and_turned_as_auto_is_told(free):
+def test_auto_applies_scales_and_flips_to_whole_images(free):
     free(2**40)
     ours, theirs, plain = (
         Predictor(made(), CPU, nullcontext, policy).probabilities([picture(40, 50)])
@@ -225,7 +225,7 @@ def test_whole_images_are_seen_at_the_scales_and_turned_as_auto_is_told(free):
     assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
 
 
-def test_a_size_that_is_asked_for_counts_where_memory_did_not_suffice(free):
+def test_requested_size_is_used_after_running_out_of_memory(free):
     free(2**40)
     predictor = Predictor(small_memory(made(), 4 * 32 * 48), CPU, nullcontext, Auto((32, 48)))
     images = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None]
@@ -235,7 +235,7 @@ def test_a_size_that_is_asked_for_counts_where_memory_did_not_suffice(free):
     assert scores.shape[-2:] == (50, 45)
 
 
-def test_images_at_once_and_the_size_that_is_asked_for_have_to_fit(free):
+def test_batch_and_output_size_count_towards_memory(free):
     model, seen = made(), []
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
     free(1.5 * memory.measure(model, 32, nullcontext).of(1, (100, 90), (100, 90)))
@@ -247,13 +247,13 @@ def test_images_at_once_and_the_size_that_is_asked_for_have_to_fit(free):
         assert ((100, 90) in seen) == whole
 
 
-def test_what_is_free_on_a_gpu_counts_what_torch_holds_unused(monkeypatch):
+def test_free_gpu_memory_includes_unused_memory_of_torch(monkeypatch):
     for name, value in (("mem_get_info", (10, 99)), ("memory_reserved", 5), ("memory_allocated", 2)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert memory.free_bytes(torch.device("cuda")) == 13
 
 
-def test_memory_that_python_lacks_is_told_too(tmp_path):
+def test_memory_error_of_python_is_reported(tmp_path):
     write_png(tmp_path / "a.png", picture(100, 90))
     broken = made()
     broken.backbone.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
@@ -261,7 +261,7 @@ def test_memory_that_python_lacks_is_told_too(tmp_path):
         Predictor(broken, CPU, nullcontext).write_ids(tmp_path / "a.png", tmp_path / "ids.png")
 
 
-def test_probabilities_are_float32_whatever_the_model_computes_in():
+def test_probabilities_are_float32_in_any_precision():
     predictor = Predictor(made(), CPU, lambda: torch.autocast("cpu", torch.bfloat16))
     assert predictor.probabilities([picture(16, 16)]).dtype == torch.float32
 

@@ -85,7 +85,7 @@ def test_a_damaged_description_is_refused(found):
         TrainedSizes.from_info({"sizes": found})
 
 
-def test_only_larger_pictures_are_reduced_and_masks_keep_their_size(model, seen, caplog):
+def test_only_larger_images_are_reduced_and_masks_keep_size(model, seen, caplog):
     limit_to_trained_size(model, SIZES)
     for size in ((60, 64), (40, 80), (160, 120), (20, 60)):
         assert model(images(*size)).scores().shape[-2:] == size
@@ -95,13 +95,13 @@ def test_only_larger_pictures_are_reduced_and_masks_keep_their_size(model, seen,
     assert "about 32 pixels, enlarged at most to 64" in message
 
 
-def test_an_evaluation_says_it_and_changes_nothing(model, seen, caplog):
+def test_evaluation_warns_of_large_images_without_reducing_them(model, seen, caplog):
     limit_to_trained_size(model, SIZES, reduces=False)
     model(images(40, 80))
     assert seen == [(40, 80)] and "scored at full size; mode=predict and mode=track reduce them to 32" in caplog.text
 
 
-def test_nothing_is_said_without_sizes_or_where_the_model_reduces_anyway(model, seen, caplog):
+def test_unknown_sizes_or_a_reducing_model_give_no_warning(model, seen, caplog):
     limit_to_trained_size(model, None)
     model(images(40, 80))
     model.longest = 48

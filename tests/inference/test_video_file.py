@@ -124,7 +124,7 @@ class TestVideoReader:
         assert f"cut.{suffix} ends early: {reader.frames_read} of 25 frames read" in str(error.value)
 
     @pytest.mark.parametrize("content", [b"", b"no video at all" * 99, None])
-    def test_what_is_no_video_is_named_and_nothing_is_printed(self, tmp_path, content, capfd):
+    def test_invalid_video_is_named_without_decoder_output(self, tmp_path, content, capfd):
         path = tmp_path / "bad.mp4"
         if content is None:  # an mp4 without its index, which stands at the end
             content = make_video(tmp_path / "whole.mp4", codec="mp4v").read_bytes()[:-400]
@@ -168,7 +168,7 @@ class TestVideoReader:
         with VideoReader(make_video(tmp_path / "v.avi")) as reader:
             assert reader.position("12") == reader.count == 12 and reader.position("99") is None
 
-    def test_sound_that_lasts_longer_than_the_pictures_is_no_cut_video(self, tmp_path):
+    def test_video_with_longer_sound_is_not_truncated(self, tmp_path):
         for suffix in ("mkv", "ts", "webm"):
             path = write_film(tmp_path / f"v.{suffix}", seconds_of_sound=2)
             with VideoReader(path) as reader:
@@ -254,7 +254,7 @@ class TestFilms:
 
 class TestVideoWriter:
     @pytest.mark.parametrize("size", [(48, 64), (47, 63), (2, 2)])
-    def test_what_is_written_can_be_read(self, tmp_path, size):
+    def test_written_video_can_be_read(self, tmp_path, size):
         path = tmp_path / "deep" / "out.mp4"
         with VideoWriter(path, 29.97, size) as writer:
             for index in range(7):
@@ -294,7 +294,7 @@ class TestVideoWriter:
             pass
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_full_disk_is_told_once(self, tmp_path, capfd):
+    def test_full_disk_is_one_error_and_leaves_no_file(self, tmp_path, capfd):
         draw = np.random.default_rng(0)
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))

@@ -234,7 +234,7 @@ def test_shortest_enlarges_an_image_to_at_most_64_megapixels():
 
 
 @pytest.mark.parametrize(("side", "overlap", "stride"), [(896, 0.3348, 596), (512, 0.334, 341), (512, 0.0, 512)])
-def test_published_strides_can_be_said(side, overlap, stride):
+def test_windows_reproduce_published_strides(side, overlap, stride):
     assert Windows(side, overlap=overlap).starts(0, 10 * side)[1] == stride
     assert Windows(side, stride=stride).starts(0, 10 * side)[1] == stride
 
@@ -242,7 +242,7 @@ def test_published_strides_can_be_said(side, overlap, stride):
 @pytest.mark.parametrize("weights", ["cosine", "uniform"])
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("size", SIZES)
-def test_every_pixel_is_covered_and_weights_sum_to_what_they_are_divided_by(size, overlap, weights):
+def test_windows_cover_all_pixels_and_weights_add_up(size, overlap, weights):
     for length, window in itertools.product(size, (1, 7, 24)):
         begins = Windows(window, overlap=overlap).starts(0, length)
         weight = profile(min(window, length), weights)
@@ -258,7 +258,7 @@ def test_every_pixel_is_covered_and_weights_sum_to_what_they_are_divided_by(size
 @pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize("options", [{}, {"overlap": 0.0}, {"weights": "uniform"}, {"flips": "all"}, {"batch_size": 1}])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_head_without_context_gives_the_same_mask_whole_and_tiled(size, options, mixture):
+def test_tiled_and_whole_mask_agree_without_context(size, options, mixture):
     model, images = made(mixture=mixture), pictures(*size)
     tiled = run_bands(model, images, Windows((9, 12), **options))
     with torch.no_grad():
@@ -360,7 +360,7 @@ def test_scales_average_probabilities_brought_to_the_same_size(policy):
     torch.testing.assert_close(averaged, torch.stack(parts).mean(dim=0), rtol=0, atol=1e-12)
 
 
-def test_the_shorter_side_is_brought_to_a_length_and_strips_stay_within_bounds():
+def test_shorter_side_is_resized_and_windows_stay_inside():
     seen = []
     model = made()
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
@@ -371,14 +371,14 @@ def test_the_shorter_side_is_brought_to_a_length_and_strips_stay_within_bounds()
     assert set(seen) == {(8, 8)} and len(seen) == 3  # 9 windows, 4 at a time
 
 
-def test_a_size_beside_the_images_own_is_predicted_at():
+def test_windows_predict_at_a_requested_size():
     model, images = made(kernel=3), pictures(17, 23)
     own = run_bands(model, images, Windows((9, 9)))
     other = run_bands(model, images, Windows((9, 9)), size=(34, 40))
     torch.testing.assert_close(other, F.interpolate(own, (34, 40), mode="bilinear"))
 
 
-def test_ids_and_probabilities_agree_and_batches_of_images_change_nothing():
+def test_ids_and_probabilities_agree_for_any_batch_size():
     model = made(kernel=3)
     model = model.float()
     images = [(image.permute(1, 2, 0) * 255).to(torch.uint8).numpy() for image in pictures(40, 30, count=3)]
@@ -408,7 +408,7 @@ def test_a_picture_of_30_000_x_20_pixels_goes_through():
     assert (Predictor(model, torch.device("cpu"), nullcontext, Windows(512)).ids([picture]) == whole).all()
 
 
-def test_what_is_held_is_a_window_high_however_high_the_image():
+def test_memory_of_windows_is_independent_of_image_height():
     def peak(height):
         model = made(classes=30).float()
         rows = Rolling((height, 64))
