@@ -12,7 +12,7 @@ def test_one_minus_frequency():
     torch.testing.assert_close(class_weights(COUNTS, NAMES, "one_minus_frequency"), torch.tensor([0.3, 0.8, 0.9, 1.0]))
 
 
-def test_inverse_and_median_have_the_right_ratios_and_a_mean_of_one():
+def test_inverse_and_median_weights_have_exact_ratios_and_mean_1():
     for scheme in ("inverse", "median"):
         weights = class_weights(COUNTS, NAMES, scheme)
         torch.testing.assert_close(weights[1] / weights[0], torch.tensor(3.5))
@@ -33,7 +33,7 @@ def test_effective_number_by_hand():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_scheme_gives_finite_positive_weights_that_favour_the_rare(scheme):
+def test_class_weights_are_finite_and_favour_rare_classes(scheme):
     weights = class_weights(COUNTS, NAMES, scheme)
     assert weights.dtype == torch.float32 and bool((weights > 0).all()) and bool(weights.isfinite().all())
     if scheme != "none":

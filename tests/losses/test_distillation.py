@@ -108,7 +108,7 @@ def test_value_and_gradient_are_those_of_all_pixels_at_once(case, temperature):
     assert torch.allclose(found, torch.autograd.grad(reference, whole)[0], atol=1e-12)
 
 
-def test_of_a_mixture_of_masks_the_logarithm_is_held_against_the_teacher():
+def test_divergence_of_mixture_compares_its_logarithm():
     draw = torch.Generator().manual_seed(1)
     masks = torch.randn(1, 3, 2, 2, dtype=torch.float64, generator=draw).requires_grad_()
     shares = torch.rand(1, 3, K, dtype=torch.float64, generator=draw).requires_grad_()
@@ -124,7 +124,7 @@ def test_of_a_mixture_of_masks_the_logarithm_is_held_against_the_teacher():
         assert torch.allclose(own, wanted, atol=1e-6)
 
 
-def test_a_student_that_scores_as_its_teacher_has_nothing_to_learn():
+def test_student_equal_to_its_teacher_has_no_loss():
     grid = torch.randn(1, K, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     prediction = Prediction(grid, (12, 20), (1.0, 1.0), refused, grid=grid)
     own = TeacherView.of(

@@ -64,7 +64,7 @@ def test_images_are_clips_of_one_frame():
     assert value.item() == pytest.approx(reference(outputs)[0], rel=1e-12) and parts["weight"] == 3
 
 
-def test_only_what_is_told_learns():
+def test_only_predicted_features_get_a_gradient():
     outputs = outputs_of([0, 2])
     run(outputs)[0].backward()
     assert outputs.features.grad is None

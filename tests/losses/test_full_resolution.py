@@ -225,7 +225,7 @@ def test_validation_has_the_value_alone(mode):
         assert torch.equal(found, expected) and not found.requires_grad
 
 
-def test_a_sum_of_losses_asks_for_no_scores():
+def test_weighted_sum_needs_no_full_resolution_scores():
     prediction, batch = drawn(*CASES[1], 0)
     value, _ = WeightedSum({"ce": CrossEntropy, "dice": Dice}, {"ce": 1.0, "dice": 1.0}, WEIGHTS)(prediction, batch)
     torch.testing.assert_close(value, sum(LOSSES[name][0](prediction, batch)[0] for name in ("cross-entropy", "dice")))

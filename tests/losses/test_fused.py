@@ -83,7 +83,7 @@ def said_by(function, tmp_path, **environment):
 
 @pytest.mark.heavy
 @pytest.mark.slow
-def test_the_kernel_gives_what_all_logits_at_once_do_and_nan_for_a_label_that_is_no_class(tmp_path):
+def test_kernel_equals_full_logits_and_gives_nan_for_bad_labels(tmp_path):
     apart, *outsiders = said_by("interpreted", tmp_path, TRITON_INTERPRET="1")
     assert 0 < apart < 1e-6
     assert all(value != value for value in outsiders)
@@ -152,7 +152,7 @@ def test_a_kernel_that_agrees_and_is_faster_is_taken(better):
         (Way(fails=ImportError()), "does not run here (ImportError)"),
     ],
 )
-def test_a_kernel_that_fails_or_errs_is_not_taken_which_is_told_once(better, kernel, message, caplog):
+def test_failing_kernel_is_rejected_with_one_warning(better, kernel, message, caplog):
     with caplog.at_level(logging.WARNING):
         taken, _ = better(kernel)
     assert taken == [False, False]
@@ -177,7 +177,7 @@ def test_each_form_and_number_of_classes_is_tried_for_itself(monkeypatch):
     assert len(tried) == 3 * 2
 
 
-def test_a_way_agrees_in_sums_and_gradient_and_in_what_is_no_number():
+def test_trials_agree_in_sums_gradient_and_non_finite_values():
     one, other, none = torch.ones(3), torch.zeros(3), torch.full((3,), torch.nan)
     found = fused._Trial(one, one, 1.0)
     assert found.agrees(found) and not found.agrees(fused._Trial(one, other, 1.0))
@@ -191,7 +191,7 @@ def test_memory_that_does_not_suffice_is_for_others_to_mend(better):
         better(Way(fails=torch.OutOfMemoryError("none")))
 
 
-def test_the_kernel_is_for_cuda_and_grids_much_smaller_than_masks(monkeypatch):
+def test_kernel_needs_cuda_and_grids_smaller_than_masks(monkeypatch):
     pytest.importorskip("triton", reason="Triton has no wheels for this system")
     way = Fused(torch.zeros(1, 32, 32, dtype=torch.uint8), (1.0, 1.0), 255, KernelSpec(WEIGHTS))
     grid = torch.zeros(1, 5, 8, 8)
@@ -204,7 +204,7 @@ def test_the_kernel_is_for_cuda_and_grids_much_smaller_than_masks(monkeypatch):
     assert not way.takes(Pretended(torch.zeros(1, 1025, 8, 8)))
 
 
-def test_weights_of_another_number_of_classes_are_refused_before_the_kernel_reads_beyond_them():
+def test_kernel_refuses_weights_for_another_number_of_classes():
     pytest.importorskip("triton", reason="Triton has no wheels for this system")
     way = Fused(torch.zeros(1, 32, 32, dtype=torch.uint8), (1.0, 1.0), 255, KernelSpec(WEIGHTS[:3]))
     with pytest.raises(RuntimeError, match="weights for 3 classes, but the head scores 5. Give both"):

@@ -242,7 +242,7 @@ def test_class_weights_matter_and_their_scale_does_not(loss):
 
 
 @pytest.mark.parametrize("loss", PER_CLASS)
-def test_a_class_absent_from_the_labels_only_counts_where_it_takes_from_others(loss):
+def test_absent_class_counts_only_where_it_is_predicted(loss):
     mask = torch.zeros(1, 4, 4, dtype=torch.uint8)
     sure = torch.full((1, 4, 4, 4), -50.0)
     sure[:, 0] = 50.0
@@ -284,7 +284,7 @@ def test_bad_options_are_refused(make_loss, said):
 
 
 @pytest.mark.parametrize("loss", [*EVERY, functools.partial(Lovasz, per_image=True)])
-def test_a_loss_of_sums_over_a_batch_says_so_and_any_other_is_a_mean_of_its_parts(loss):
+def test_only_losses_that_sum_over_a_batch_change_when_split(loss):
     loss = loss(WEIGHTS)
     mask = random_mask((2, 8, 9), 5)
     mask[1, :5] = 255

@@ -111,7 +111,7 @@ def test_the_hardest_are_chosen_in_each_image_by_itself():
     assert Hardest(0.01).selected(costs, labelled)[0, 0, 2]  # so that the loss is no number, and training stops
 
 
-def test_an_image_costs_the_same_beside_others():
+def test_cost_of_an_image_is_independent_of_its_batch():
     prediction, batch = drawn(SIZES[0], 1)
     loss = CrossEntropy(WEIGHTS, hard_fraction=0.3)
     whole, parts = loss(prediction, batch)
@@ -208,6 +208,6 @@ def test_over_all_pixels_class_weights_change_only_the_sum():
         ),
     ],
 )
-def test_what_is_out_of_range_is_refused(make, message):
+def test_parameters_out_of_range_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

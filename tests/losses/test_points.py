@@ -50,7 +50,7 @@ def choose(masks, target, *, valid=(1.0, 1.0), num_points=40, oversample=3.0, im
     return uncertain_points(masks, target, torch.arange(len(masks)), valid, **options)
 
 
-def test_the_least_certain_candidates_are_kept(monkeypatch):
+def test_least_certain_points_are_chosen(monkeypatch):
     drawn = []
     monkeypatch.setattr(points_module, "random_points", lambda *a: drawn.append(random_points(*a)) or drawn[-1])
     masks, target = torch.randn(3, 4, 6), torch.zeros(3, 8, 9, dtype=torch.int64)

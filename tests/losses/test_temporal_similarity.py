@@ -80,7 +80,7 @@ def test_temperature_and_threshold(temperature, threshold):
     assert value.item() == pytest.approx(reference(outputs, temperature, threshold)[0], rel=1e-11)
 
 
-def test_gradients_are_those_of_the_cross_entropy_and_only_the_head_learns():
+def test_gradient_equals_cross_entropy_and_skips_the_backbone():
     outputs = outputs_of([0])
     with torch.no_grad():
         outputs.features[:, 1].abs_()
@@ -130,7 +130,7 @@ def test_a_cell_that_is_like_none_is_left_out():
     assert value == 0 and parts["weight"] == 1  # no cell at all: nothing, and no NaN
 
 
-def test_features_of_zero_are_like_all_and_features_of_nan_are_not_hidden():
+def test_zero_features_match_all_cells_and_nan_stays_nan():
     outputs = outputs_of(clips=1, length=2)
     with torch.no_grad():
         outputs.features[0, 0, :, 0, 0] = 0

@@ -66,7 +66,7 @@ class Unweighted(CrossEntropy):
         super().__init__(torch.ones(3))
 
 
-def test_terms_with_other_class_weights_have_divisors_of_their_own():
+def test_terms_with_other_class_weights_have_own_divisors():
     _, batch = make()
     loss = WeightedSum({"ce": CrossEntropy, "own": Unweighted}, {"ce": 1.0, "own": 1.0}, WEIGHTS)
     assert loss.num_divisors == 2 and len(set(loss.divisors(batch).tolist())) == 2
