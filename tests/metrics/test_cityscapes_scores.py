@@ -100,7 +100,7 @@ def test_equals_the_official_evaluation_on_varied_maps(tmp_path, ids):
     assert scores(Cityscapes(), *written(tmp_path, triples)) == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
-def test_an_instance_weighs_as_much_as_its_class_and_a_group_nothing(tmp_path):
+def test_iiou_weighs_instances_by_class_and_ignores_groups(tmp_path):
     reference = np.full((10, 20), 26)
     instances = np.full((10, 20), 26)  # a group
     instances[:5, :10], instances[:1, 10:12] = 26000, 26001
@@ -130,7 +130,7 @@ def test_predictions_are_found_by_the_start_of_their_names(tmp_path, triples):
     assert scores(Cityscapes(), reference, tmp_path / "flat") == expected
 
 
-def test_what_does_not_fit_is_told(tmp_path, triples):
+def test_unmatched_files_are_reported(tmp_path, triples):
     reference, prediction = written(tmp_path, triples)
     (prediction / path(2)).unlink()
     (reference / path(3).replace("labelIds", "instanceIds")).unlink()

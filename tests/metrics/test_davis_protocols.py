@@ -210,7 +210,7 @@ def test_sequences_without_objects_add_no_object(tmp_path, task):
     assert measured["none"].sums.tolist() == expected
 
 
-def test_an_object_that_vanishes_is_not_matched_with_an_empty_proposal_for_nothing(tmp_path):
+def test_vanished_object_gets_no_credit_for_an_empty_proposal(tmp_path):
     references = moving(1, 8, (30, 40), 1, gone=(1,))
     elsewhere = [np.zeros((30, 40), np.uint8) for _ in references]
     for ids in elsewhere:
@@ -343,7 +343,7 @@ def test_the_unsupervised_test_sets_are_lists_of_2019(tmp_path, split):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_rules_say_from_how_many_frames_on_the_official_decay_fails(task):
+def test_rules_state_when_the_official_decay_fails(task):
     assert [rule for rule in TASKS[task]().rules["differs"] if rule.startswith("from 256 evaluated frames on")]
     values = np.linspace(1, 0, 256)
     assert official_statistics(values[:255], np.uint8) == pytest.approx(official_statistics(values[:255]))
@@ -367,7 +367,7 @@ def test_ids_of_16_bits_are_refused_in_the_first_frame(tmp_path):
         Davis2017().measure(Davis2017().find(root, results).cases[0])
 
 
-def test_what_is_missing_is_a_problem_for_each_file(tmp_path):
+def test_each_missing_file_is_a_problem(tmp_path):
     root, results = write_task(tmp_path, "davis2017", sequences())
     (results / "plain" / "00003.png").unlink()
     (results / "plain" / "00004.png").unlink()
@@ -498,7 +498,7 @@ def tracked(folder, predictions, source):
     return folder
 
 
-def test_a_run_of_mode_track_is_scored_as_the_folder_of_its_sequence(tmp_path):
+def test_tracking_run_is_scored_as_one_sequence(tmp_path):
     held = sequences()
     root, results = write_task(tmp_path, "davis2017", held)
     run = tracked(tmp_path / "run", held["gone"][1], "DAVIS/JPEGImages/480p/gone")

@@ -257,7 +257,7 @@ def test_missing_video_folders_are_problems(folders):
     assert {case.unit for case in found.cases} == {"video_41", "video_42"}
 
 
-def test_predictions_of_none_of_the_videos_are_told_in_one_line(folders):
+def test_unmatched_videos_are_reported_in_one_line(folders):
     reference, prediction = folders
     for video in sorted(VIDEOS):
         (prediction / video).rename(prediction / video.replace("video", "clip"))
@@ -370,7 +370,7 @@ def test_rules_and_configs(make):
     assert tuple(classes[1:]) == CLASSES
 
 
-def test_another_tolerance_is_said_to_be_unofficial():
+def test_changed_tolerance_is_marked_as_unofficial():
     assert "not official" not in SarRarp50().rules["tolerance"]
     assert SarRarp50(3).rules["tolerance"] == "3 pixels, Euclidean, inclusive (not official, which is 10)"
     rule, finite = "a number of at least 0", "a finite number"

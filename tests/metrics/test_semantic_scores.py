@@ -279,7 +279,7 @@ def test_a_data_set_can_be_scored(tmp_path):
         assert case.unit == "a/b" and case.files == ((tmp_path / "r.png", tmp_path / "p.png"),)
 
 
-def test_a_class_that_is_ignored_counts_where_predicted_as_in_mmseg(tmp_path):
+def test_predicted_ignored_class_counts_as_in_mmseg(tmp_path):
     pairs = ugly(np.random.default_rng(0))
     pairs = [(np.where(r == 255, 3, r), p) for r, p in pairs]
     protocol = Semantic(num_classes=8, ignore_index=3)
