@@ -79,7 +79,7 @@ def test_what_cannot_be_timed_is_refused(tmp_path, here, words, message):
     assert "Traceback" not in done.err
 
 
-def test_shares_are_of_the_best_rate_and_nothing_is_started_that_cannot_be_trained(compose, tmp_path, monkeypatch):
+def test_bench_shares_use_the_best_rate_and_check_the_config(compose, tmp_path, monkeypatch):
     timed = iter([SpeedMeasurement("cpu", "fp32", 1, (8, 8), [1.0], None, 0, 5, peak) for peak in (10.0, 20.0)])
     monkeypatch.setattr(benching, "run_in_process", lambda work, item: next(timed))
     cfg = compose(*SMALL)
@@ -93,7 +93,7 @@ def test_shares_are_of_the_best_rate_and_nothing_is_started_that_cannot_be_train
         benching.bench(cfg, out_dir=tmp_path)
 
 
-def test_a_killed_process_is_told_as_want_of_memory(tmp_path, monkeypatch):
+def test_killed_bench_process_is_reported_as_out_of_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(benching, "run_in_process", lambda work, item: None)
     done = call(tmp_path, *WORDS, "mode.synthetic=true")
     assert done.status == 1 and "killed, most likely because memory ran out. mode=plan" in done.err

@@ -156,7 +156,7 @@ def swept(runs, name, cells):
 
 
 @pytest.mark.heavy
-def test_sides_of_a_sweep_are_called_by_what_it_varies(runs, monkeypatch):
+def test_sides_of_a_sweep_are_named_by_the_varied_keys(runs, monkeypatch):
     swept(runs, "varied", [{"head.hidden": str(hidden), "seed": str(seed)} for hidden in range(5) for seed in (0, 2)])
     shutil.rmtree(runs / "compared", ignore_errors=True)
     done = compare(runs, "varied")
@@ -206,7 +206,7 @@ def test_lists_are_sides_whatever_they_hold(runs, held):
     assert "a0, second are one side, but differ in more than their seed: resolution.scale" in said
 
 
-def test_one_unit_has_no_interval_unless_seeds_are_told_apart(runs):
+def test_one_unit_has_an_interval_only_over_seeds(runs):
     for name, seed in (("a0", 0), ("a1", 1), ("b0", 0), ("b1", 1)):
         of_seed(runs, "first" if name[0] == "a" else "second", name, seed)
         record = json.loads((runs / name / RECORD).read_text())
@@ -219,7 +219,7 @@ def test_one_unit_has_no_interval_unless_seeds_are_told_apart(runs):
     assert done.status == 0 and "over seeds only: there is one drive" in done.out and "no verdict" not in done.out
 
 
-def test_what_runs_cost_is_told_where_it_is_known(runs, caplog):
+def test_costs_of_runs_are_listed_where_known(runs, caplog):
     cost = runs / "second" / "cost.json"  # as of a training: its own comes before its checkpoint's
     sides = sides_of([runs / "first", runs / "second"])
     for text, said in (("[]", True), (json.dumps({**LARGE, "memory_gib": None}), False)):
@@ -231,7 +231,7 @@ def test_what_runs_cost_is_told_where_it_is_known(runs, caplog):
     assert (rows["second"]["parameters"], rows["second"]["memory_gib"], rows["second"]["seconds"]) == (7e6, None, 0.25)
 
 
-def test_every_evaluation_has_a_report_unless_told(runs):
+def test_every_evaluation_has_a_report_by_default(runs):
     page = (runs / "first/report.html").read_text()
     scores = json.loads((runs / "first/scores.json").read_text())
     assert f"<b>{100 * scores['miou']:.1f} %</b>" in page and "<h2>Training</h2>" in page
@@ -252,7 +252,7 @@ def test_every_evaluation_has_a_report_unless_told(runs):
     assert done.status == 1 and "mode.report=false" in done.err and "mode=eval resume=RUN" in done.err
 
 
-def test_what_is_not_of_the_same_images_is_refused(runs, monkeypatch, caplog):
+def test_evaluations_of_different_images_are_refused(runs, monkeypatch, caplog):
     monkeypatch.chdir(runs)
     copied(runs, "other", lambda record: record.update(classes=["dark", "light"], split="test"))
     done = compare(runs, "first", "other")
@@ -311,7 +311,7 @@ def test_there_are_at_most_160_runs(tmp_path):
             sides_of([str(tmp_path / str(number)) for number in range(count)])
 
 
-def test_a_damaged_record_is_told(runs):
+def test_damaged_record_is_refused(runs):
     for change in (
         lambda record: record.pop("split"),
         lambda record: record.update(background=7),
@@ -350,13 +350,13 @@ def test_the_evaluation_at_the_end_of_a_training_is_one(runs):
     assert Path(kept.pop("source")).resolve() == (runs / again.pop("source")).resolve() and kept == again
 
 
-def test_a_split_that_is_none_is_told_before_a_model_is_made(runs, monkeypatch):
+def test_unknown_split_is_refused_before_building_the_model(runs, monkeypatch):
     monkeypatch.setattr(evaluate, "load_trained", None)
     done = call(runs, *EVAL, "resume=segmenter", "mode.split=nope", "hydra.run.dir=refused")
     assert done.status == 1 and "split=nope is unknown. Choose one of train, val, test." in done.err
 
 
-def test_an_evaluation_of_videos_is_told_from_one_of_images(tmp_path):
+def test_video_evaluation_is_refused_with_a_remedy(tmp_path):
     (tmp_path / "tracked").mkdir()
     (tmp_path / "tracked/tracking.json").write_text("{}")
     with pytest.raises(UserError, match=r"evaluation of videos.*mode=score protocol=NAME .*tracked/masks,OTHER/masks"):
@@ -364,7 +364,7 @@ def test_an_evaluation_of_videos_is_told_from_one_of_images(tmp_path):
 
 
 @pytest.mark.parametrize("name", [RECORD, COUNTS])
-def test_what_is_larger_than_it_can_be_is_not_read(runs, name):
+def test_oversized_record_is_not_read(runs, name):
     folder = copied(runs, "damaged", lambda record: None)
     with open(folder / name, "r+b") as file:
         file.truncate(2**40)
@@ -372,7 +372,7 @@ def test_what_is_larger_than_it_can_be_is_not_read(runs, name):
         read_record(folder)
 
 
-def test_predictions_of_classes_that_are_none_cost_the_pictures_alone(runs, held):
+def test_predictions_of_unknown_classes_cost_only_the_images(runs, held):
     folder = copied(runs, "other", lambda record: None)
     for path in (folder / "predictions").glob("*_pred.png"):
         write_png(path, np.full((32, 48), 7, np.uint8))
@@ -382,7 +382,7 @@ def test_predictions_of_classes_that_are_none_cost_the_pictures_alone(runs, held
     assert "grown does not hold the images that were evaluated" in held("other", "first")[-1]
 
 
-def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs, held):
+def test_untrusted_config_costs_only_the_images(runs, held):
     folder = runs / "hostile"
     shutil.copytree(runs / "first", folder)
     config = folder / "config/config.yaml"
@@ -402,7 +402,7 @@ def test_class_ids_that_others_are_read_as_cost_no_pictures(runs, held):
     assert other.shots and "has no images" not in said
 
 
-def test_a_config_that_leaves_classes_to_their_file_costs_no_pictures(runs, held):
+def test_config_with_a_class_file_still_shows_images(runs, held):
     shutil.copytree(runs / "first", runs / "typed")
     config = (runs / "segmenter/config/config.yaml").read_text()
     (runs / "typed/config/config.yaml").write_text(config)

@@ -79,7 +79,7 @@ def test_what_the_reader_refuses_is_a_finding(where):
     assert list(report["splits"]) == ["val"]
 
 
-def test_what_is_no_whole_pair_is_a_finding_and_the_rest_is_examined(where):
+def test_unpaired_files_are_findings_and_the_rest_is_examined(where):
     (where / "data/train/masks/3.png").unlink()
     (where / "data/val/images/1.png").unlink()
     done, report, page = doctor(where, *FOLDER)

@@ -51,7 +51,7 @@ def test_the_commands_it_shows_compose(compose):
         assert cfg.choices.mode in listed()["mode"] and f"mode={cfg.choices.mode}" in words
 
 
-def test_help_of_training_lists_keys_of_other_groups_and_describes_commands(compose):
+def test_training_help_lists_keys_of_groups_and_commands(compose):
     lines = mode.of_mode("train").splitlines()
     assert max(map(len, lines[: lines.index("") - 1])) <= 120
     heading = "Keys of other groups that are set most often (options and recipes may set others):"
@@ -93,7 +93,7 @@ def test_options_of_one_s_own_have_help(tmp_path):
 
 
 @pytest.mark.parametrize("word", ["head=nothing", "head=_mask2former", "nothing=mlp", "/=x", "head=../main", "seed=1"])
-def test_help_of_what_is_no_option_is_the_overview(word):
+def test_help_of_an_unknown_option_is_the_overview(word):
     assert mode.help_for([word, "--help"]) == mode.overview()
 
 

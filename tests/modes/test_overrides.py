@@ -206,7 +206,7 @@ def observed(where, mode, cfg, word):
 
 
 @pytest.mark.parametrize(("mode", "key", "option"), list(cells()))
-def test_a_key_has_an_effect_or_it_is_said_to_have_none(compose, where, capsys, caplog, mode, key, option):
+def test_every_key_has_an_effect_or_is_reported_as_unused(compose, where, capsys, caplog, mode, key, option):
     if (mode, option) not in where.bases:
         cfg = config(compose, where, mode, option)
         where.bases[mode, option] = cfg, observed(where, mode, copy.deepcopy(cfg), "")

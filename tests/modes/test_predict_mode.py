@@ -178,7 +178,7 @@ def test_class_ids_lie_as_mode_score_takes_them(trained, tmp_path, capsys):
         assert f"python -m dinoseg mode=score prediction={tmp_path}/out{masks} reference=FOLDER  #" in printed
 
 
-def test_a_split_by_fraction_is_predicted_and_scored_under_its_own_names(trained, tmp_path, compose, capsys):
+def test_split_by_fraction_is_predicted_under_its_own_names(trained, tmp_path, compose, capsys):
     for name in ("a", "deep/a", "deep/b", "c"):
         pixels = random_image(tmp_path / f"images/{name}.png", seed=len(name))
         write_png(tmp_path / f"masks/{name}.png", expected_ids(pixels).astype(np.uint8) + 1)
@@ -243,7 +243,7 @@ def test_a_model_that_fails_leaves_nothing_half_written(trained, tmp_path):
     assert names(tmp_path / "out") == []
 
 
-def test_an_image_that_memory_does_not_suffice_for_is_named_and_the_rest_is_done(trained, tmp_path, monkeypatch):
+def test_image_out_of_memory_is_named_and_others_are_predicted(trained, tmp_path, monkeypatch):
     for name in "abc":
         random_image(tmp_path / f"in/{name}.png", seed=ord(name))
     bad = torch.tensor(read_image(tmp_path / "in/b.png")).permute(2, 0, 1)
@@ -279,7 +279,7 @@ def test_a_full_disk_is_one_message(trained, tmp_path, monkeypatch):
         predict(tmp_path / "a.png", tmp_path / "out")
 
 
-def test_the_same_again_goes_on_where_it_stopped(trained, tmp_path, monkeypatch, caplog):
+def test_repeated_command_resumes_where_it_stopped(trained, tmp_path, monkeypatch, caplog):
     folder, out = tmp_path / "in", tmp_path / "out"
     for number in range(5):
         random_image(folder / f"{number}.png", seed=number)
@@ -346,7 +346,7 @@ def test_results_of_other_settings_are_not_mixed(trained, tmp_path, changes, mes
         mode.predict(changed, **words | changes)
 
 
-def test_what_replaces_an_input_while_it_is_read_is_predicted_by_the_next_run(trained, tmp_path, caplog):
+def test_input_replaced_while_reading_is_predicted_again(trained, tmp_path, caplog):
     folder, real = tmp_path / "in", trained.model.forward
     random_image(folder / "a.png")
     random_video(folder / "v.avi")
@@ -390,7 +390,7 @@ def test_further_outputs_of_a_video_are_of_each_frame(trained, tmp_path, capsys)
     assert len(names(out / "v_palette")) == 10
 
 
-def test_shapes_for_tools_are_refused_for_videos_before_the_model_is_loaded(monkeypatch, tmp_path):
+def test_annotations_of_videos_are_refused_before_loading(monkeypatch, tmp_path):
     monkeypatch.setattr(mode, "load_trained", lambda cfg: pytest.fail("the model was loaded"))
     random_image(tmp_path / "in/a.png")
     random_video(tmp_path / "in/v.avi")
@@ -400,7 +400,7 @@ def test_shapes_for_tools_are_refused_for_videos_before_the_model_is_loaded(monk
         predict(tmp_path / "in", tmp_path / "out", outputs=["palette", "coco", "labelme"])
 
 
-def test_videos_of_which_none_can_be_read_are_named_before_the_model_is_loaded(monkeypatch, tmp_path):
+def test_unreadable_videos_are_named_before_loading_the_model(monkeypatch, tmp_path):
     monkeypatch.setattr(mode, "load_trained", lambda cfg: pytest.fail("the model was loaded"))
     (tmp_path / "in").mkdir()
     for name in ("a.mp4", "b.mkv"):
@@ -430,7 +430,7 @@ def test_mistakes_are_named_before_the_model_is_loaded(monkeypatch, tmp_path, ch
     assert not (tmp_path / "out").exists()
 
 
-def test_outputs_for_tools_are_whole_when_a_run_goes_on(trained, tmp_path):
+def test_annotation_outputs_are_complete_after_resuming(trained, tmp_path):
     cfg = OmegaConf.merge(CFG, {"data": {"background": "dark", "classes": CLASSES}})
     options = {"masks": True, "opacity": 0.5, "batch_size": 3, "outputs": ["coco", "confidence"]}
     drawn = PredictedShapes("rle")

@@ -140,7 +140,7 @@ def test_a_segmentor_that_is_not_trained_is_no_use(files, tmp_path):
     assert done.status == 1 and f"head.weights={files[0]}" in done.err
 
 
-def test_a_missing_file_of_the_head_is_named_before_the_backbone_is_fetched(tmp_path):
+def test_missing_head_file_is_named_before_fetching_the_backbone(tmp_path):
     write_png(tmp_path / "a.png", picture())
     hub = ["mode=predict", "hparam=ade20k_m2f", "backbone.weights=nobody/nothing", "input=a.png", "engine=cpu"]
     done = call(tmp_path, *hub)

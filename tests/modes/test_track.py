@@ -136,7 +136,7 @@ def test_the_overlay_shows_the_masks_that_are_saved(track, monkeypatch, upsample
     assert all(np.array_equal(*pair) for pair in zip(shown, masks("out").values(), strict=True))
 
 
-def test_own_videos_are_never_enlarged_and_get_soft_outlines_but_protocols_do_as_published(clip, compose):
+def test_own_videos_are_not_enlarged_but_protocols_are_published(clip, compose):
     own = instantiate(compose("mode=track").tracker)
     assert (own.upsample, own.enlarge, own.short_side) == ("bilinear", False, 960)
     assert instantiate(compose("mode=app").tracker) == own
@@ -167,7 +167,7 @@ def stopped(track, monkeypatch):
     assert names("cut") == ["config", "masks", "run.log", "state.safetensors"] and len(names("cut/masks")) == 7
 
 
-def test_a_stopped_run_goes_on_in_its_folder(track, stopped):
+def test_stopped_run_resumes_in_its_folder(track, stopped):
     result = track("mode.restart=cut", out="second")
     assert re.search("Resuming in cut after [36] frames", Path("second/run.log").read_text(encoding="utf-8"))
     assert result["run"] == "cut" and names("second") == ["config", "run.log"]
@@ -218,7 +218,7 @@ def test_another_run_is_not_gone_on_with(track, stopped, changes, message):
     assert track("mode.restart=cut", out="third")["frames"] == 10
 
 
-def test_two_processes_do_not_go_on_at_once(track, stopped):
+def test_concurrent_resuming_is_refused(track, stopped):
     hold = "import fcntl, sys; f = open('cut/run.log', 'a'); fcntl.flock(f, 2); print(1, flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"1\n"
@@ -237,7 +237,7 @@ def test_two_processes_do_not_go_on_at_once(track, stopped):
         (mask_folder, "write_indexed_png", r"with mode\.restart=.*out resumes"),
     ],
 )
-def test_a_full_disk_says_how_to_go_on(track, monkeypatch, module, write, said):
+def test_full_disk_error_explains_how_to_resume(track, monkeypatch, module, write, said):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 

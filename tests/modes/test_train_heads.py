@@ -98,7 +98,7 @@ def test_each_is_its_own_run(folder, run, name):
             assert mine[key.replace("val/", f"val/{name}/")] == pytest.approx(its[key], rel=1e-4, abs=1e-5)
 
 
-def test_what_is_the_same_for_all_is_computed_once(run):
+def test_shared_backbone_is_computed_once_for_all_heads(run):
     assert step_of(run.path) == 7
     validations = 4
     assert len(run.passes) == 2 * 7 + 3 * validations
@@ -202,7 +202,7 @@ def test_it_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, n
         assert_same(path / "heads" / name, run.path / "heads" / name)
 
 
-def test_the_folder_of_a_head_cannot_be_resumed_and_stays_as_it_is(folder, run):
+def test_head_folder_cannot_be_resumed_and_is_unchanged(folder, run):
     files = [path for path in (run.path / "heads/linear").iterdir() if path.is_file() and path.name != "run.log"]
     before = {path.name: path.read_bytes() for path in files}
     done = call(folder, "mode=train", "resume=many/heads/linear", "trainer.steps=9")
@@ -307,7 +307,7 @@ def test_lists_that_name_no_heads_are_refused(heads, rates, message):
     assert message in str(raised.value)
 
 
-def test_the_backbone_that_is_shared_is_compiled_where_that_is_asked_for(folder, monkeypatch):
+def test_shared_backbone_is_compiled_if_configured(folder, monkeypatch):
     compiled = []
     monkeypatch.setattr("dinoseg.training.engine.compile_blocks", compiled.append)
     words = (
@@ -326,6 +326,6 @@ def test_other_heads_are_a_run_of_their_own(folder, run):
     assert done.status == 1 and "Leave both out, or train other heads in a new run" in done.err
 
 
-def test_cells_of_a_sweep_are_looked_at_before(folder):
+def test_sweep_cells_of_many_heads_are_checked_before_training(folder):
     done = call(folder, *WORDS, "trainer=multi_head", "heads=[linear,dpt],[linear]", "hydra.sweep.dir=swept", "-m")
     assert done.status == 1 and "1 of 2 cells of this sweep cannot run" in done.err and "quarters" in done.err

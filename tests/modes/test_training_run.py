@@ -32,7 +32,7 @@ def noted(caplog):
     return note
 
 
-def test_what_differs_when_a_run_goes_on_is_told_once(noted):
+def test_changed_settings_are_reported_once_on_resume(noted):
     first, told = noted(None)
     assert first == {"engine": {"engine.precision": "fp32", **KEPT}} and not told
     assert noted(first)[1] == [] == noted({})[1] == noted(first, "bf16", tells=False)[1]
@@ -48,7 +48,7 @@ def test_what_differs_when_a_run_goes_on_is_told_once(noted):
 
 
 @pytest.mark.parametrize("said", [3, ["bf16"], {"engine.precision": 16}, None])
-def test_a_checkpoint_that_says_something_else_is_refused(noted, said):
+def test_invalid_settings_in_a_checkpoint_are_refused(noted, said):
     with pytest.raises(UserError, match="resume=run: its engine is .*; its values must be text. Choose another"):
         noted({"engine": said})
 
