@@ -93,7 +93,7 @@ def test_it_is_whole_and_stands_alone(page):
     assert all(source.startswith(("data:", "#")) for source in read.sources)
 
 
-def test_what_it_says(page):
+def test_doctor_page_shows_findings_counts_and_escaped_names(page):
     text = "".join(Reader(page).text)
     assert '"t" <1>' in text and "1 error" in text
     assert "<script>alert(1)</script>" in text and "a 'quoted\" <title>" in text and "a<b" in text

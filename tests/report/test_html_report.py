@@ -202,7 +202,7 @@ def test_bands_add_up_outwards_and_each_is_wrong_by_itself():
     assert [row[3] for row in rows] == ["50.0", "30.0", "5.0", "5.0", "0.0", "0.0"]
 
 
-def test_the_lowest_videos_come_first_and_the_histogram_goes_from_0_to_100():
+def test_worst_videos_are_first_and_histogram_spans_0_to_100():
     mious = [0.9, 0.9, 0.1, 0.1, 0.5, None]
     page = evaluation_html(report(images=6) | {"units": list("aabbcc"), "mious": mious, "unit": "video"})
     assert re.findall(r"<figcaption>(\w): ([\d.]+) over", page) == [("b", "10.0"), ("c", "50.0"), ("a", "90.0")]
@@ -212,14 +212,14 @@ def test_the_lowest_videos_come_first_and_the_histogram_goes_from_0_to_100():
     assert "1 image without a labelled pixel have none.\nMedian 50.0 %" in page
 
 
-def test_reliability_is_accuracy_over_confidence_where_a_bin_holds_enough():
+def test_reliability_omits_bins_with_few_pixels():
     bins = [(0, 0, 0.0)] * 13 + [(19, 1, 17.0), (100, 60, 95.0)]
     state = {"nll": 1.0, "ece": 0.3, "bins": bins}
     reliability, _ = calibration_charts({"pixels": 119, "temperature": 2.0, "before": state, "after": state})
     assert [label for _, _, label in reliability["curves"][0]["dots"]] == ["uncalibrated: 0.95, 0.6"]
 
 
-def test_the_matrix_shows_the_commonest_classes_in_shares_of_their_rows():
+def test_matrix_shows_the_commonest_classes_as_row_shares():
     matrix = np.diag(np.arange(1, 161))
     shown = heat_map(matrix, [f"class {index}" for index in range(160)])
     assert shown["names"] == [f"class {index}" for index in range(10, 160)] and shown["left_out"] == 10
@@ -274,7 +274,7 @@ def test_tables_have_a_row_for_each_side_and_no_further_column(sides):
     assert (f"<title>{sides} sides against run<" in page) == (sides > 1)
 
 
-def test_the_last_picture_tells_who_is_right(monkeypatch):
+def test_last_image_marks_which_model_is_right(monkeypatch):
     seen = []
     monkeypatch.setattr(pictures, "mark_pixels", lambda frame, marks: seen.append(marks) or frame)
     first, second, reference = (
@@ -332,7 +332,7 @@ def test_whiskers_begin_at_zero():
     assert '<rect x="50.0" y="4" width="25.0"' in page and "M62.5 8H100.0" in page
 
 
-def test_a_template_names_what_it_lacks():
+def test_template_error_names_the_missing_variable():
     with pytest.raises(UndefinedError, match="'rows' is undefined"):
         render("plain_table.html.jinja", heads=["a"])
 
@@ -385,7 +385,7 @@ def test_a_page_in_a_browser(tmp_path, name, width, dark):
 
 
 @pytest.mark.heavy
-def test_tables_sort_by_mouse_and_keys_and_the_matrix_tells_its_counts(tmp_path):
+def test_tables_sort_by_mouse_and_keys_and_matrix_shows_counts(tmp_path):
     path = tmp_path / "report.html"
     path.write_text(evaluation_html(report()))
     column = "[...document.querySelectorAll('#classes tbody tr')].map(row => row.cells[1].dataset.value)"
@@ -410,7 +410,7 @@ def test_tables_sort_by_mouse_and_keys_and_the_matrix_tells_its_counts(tmp_path)
 
 
 @pytest.mark.heavy
-def test_the_table_of_classes_is_whole_at_880_pixels_and_on_paper_and_keeps_its_names_on_a_phone(tmp_path):
+def test_class_table_fits_desktop_paper_and_phone(tmp_path):
     path = tmp_path / "report.html"
     path.write_text(PAGES["150 classes"])
     cut = "[...document.querySelectorAll('.wide')].filter(each => each.scrollWidth > each.clientWidth).length"

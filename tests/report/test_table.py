@@ -20,7 +20,7 @@ def scores():
     return confusion.compute()
 
 
-def test_table_shows_each_class_and_says_absent(scores):
+def test_class_table_lists_each_class_and_marks_absent_ones(scores):
     lines = class_table(scores, NAMES, 0).splitlines()
     by_name = {name: next(line for line in lines if f" {name} " in line) for name in NAMES[1:]}
     assert by_name["tool, long"].split()[-5:] == ["50.0", "66.7", "100.0", "50.0", "1"]
