@@ -52,7 +52,7 @@ def test_a_slow_image_is_killed_and_the_next_one_is_decoded(image, monkeypatch):
         assert (decoder.decode(image) == picture()).all()
 
 
-def test_dead_processes_and_unread_answers_do_not_reach_the_next_image(image, tmp_path, monkeypatch):
+def test_killed_decoder_does_not_affect_the_next_image(image, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.write_bytes(encoded(picture(8, 9), "WEBP", lossless=True))
     with closing(ImageDecoder(10_000)) as decoder:
@@ -148,7 +148,7 @@ def test_long_large_and_broken_videos_are_refused(tmp_path, monkeypatch, share):
     assert str(tmp_path) not in str(error.value)
 
 
-def test_a_video_that_is_longer_than_its_header_states_is_refused(tmp_path, monkeypatch):
+def test_video_longer_than_its_header_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "Child", InThread)
     with closing(VideoDecoder(write_video(tmp_path / "a.mp4"), **LIMITS)) as video:
         video._max_seconds = 0.2

@@ -117,7 +117,7 @@ def test_requests_in_progress_are_answered_when_it_is_stopped(server, tmp_path):
     assert not list(tmp_path.glob(".uploads*"))
 
 
-def test_a_server_without_a_model_reports_what_is_missing(tmp_path):
+def test_server_without_a_model_reports_the_missing_keys(tmp_path):
     done = call(tmp_path, "mode=serve", "engine=cpu", "mode.port=0")
     assert done.status == 1 and "resume is not set" in done.err and not list(tmp_path.glob("outputs/*/*"))
     both = call(tmp_path, "mode=serve", "engine=cpu", "mode.port=0", "mode.model=a.onnx", "mode.max_mib=0")

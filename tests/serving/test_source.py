@@ -38,7 +38,7 @@ def test_a_delta_is_given_its_backbone_from_the_command_line(compose, tmp_path, 
     ), done.err
 
 
-def test_what_an_onnx_file_cannot_do_is_refused_before_it_is_read(tmp_path, served):
+def test_unsupported_option_of_an_onnx_file_is_refused_unread(tmp_path, served):
     (tmp_path / "model.onnx").touch()
     for word in ("engine.precision=bf16", "backbone.weights=x"):
         done = served(tmp_path, "serve", "mode.model=model.onnx", word)
