@@ -112,7 +112,7 @@ def test_any_even_size(size: tuple[int, int]) -> None:
     assert mask.any() and rgb.std() > 5
 
 
-def test_finished_zips_are_kept_and_an_interrupted_one_is_made_again(tmp_path: Path) -> None:
+def test_finished_zips_are_reused_and_partial_ones_repeated(tmp_path: Path) -> None:
     render_dataset(tmp_path, **SMALL)
     kept, lost = tmp_path / "train1/video_01.zip", tmp_path / "test/video_41.zip"
     before, expected = kept.stat().st_mtime_ns, read_masks(lost)
@@ -181,7 +181,7 @@ def test_other_data_is_neither_overwritten_nor_mixed(tmp_path: Path, content: by
     assert foreign.read_bytes() == before
 
 
-def test_another_seed_or_fewer_videos_in_the_same_root_is_an_error(tmp_path: Path) -> None:
+def test_other_settings_in_the_same_root_are_refused(tmp_path: Path) -> None:
     render_dataset(tmp_path, **SMALL)
     for change in ({"seed": 1}, {"train_videos": 0}, {"seconds": 1}):
         with pytest.raises(UserError, match="not rendered with these settings"):
