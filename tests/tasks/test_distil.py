@@ -54,7 +54,7 @@ def same(first, second):
 
 
 @pytest.mark.heavy
-def test_a_run_goes_on_to_the_same_bytes_whether_scores_are_kept_or_not(folder, monkeypatch):
+def test_resuming_equals_one_run_with_or_without_cached_scores(folder, monkeypatch):
     asked, ask = [], Teacher.__call__
     monkeypatch.setattr(Teacher, "__call__", lambda teacher, image: asked.append(1) or ask(teacher, image))
     whole, done = trained(folder, "whole", *HALF, "trainer.steps=4")
@@ -72,12 +72,12 @@ def test_a_run_goes_on_to_the_same_bytes_whether_scores_are_kept_or_not(folder, 
     assert same(whole, few) and found == [size] * 2 and "at most: no more features are cached" in done.err
 
 
-def test_without_weight_and_other_images_it_is_a_supervised_training(folder, supervised, taught):
+def test_zero_weight_without_other_images_is_supervised_training(folder, supervised, taught):
     weightless, _ = trained(folder, "weightless", *WORDS, "trainer.teacher_weight=0", "trainer.steps=2")
     assert same(weightless, supervised) and not same(taught, supervised)
 
 
-def test_a_frozen_student_trains_from_kept_features(folder, kept):
+def test_frozen_student_trains_from_cached_features(folder, kept):
     whole, done = kept
     assert "Feature cache: on (engine.cache=disk)" in done.err
     live, _ = trained(folder, "live", *HALF, *FROZEN, "trainer.steps=4", "features.dtype=float32")
@@ -85,7 +85,7 @@ def test_a_frozen_student_trains_from_kept_features(folder, kept):
 
 
 @pytest.mark.heavy
-def test_a_frozen_student_goes_on_from_kept_features(folder, kept):
+def test_frozen_student_resumes_from_cached_features(folder, kept):
     trained(folder, "kept_parts", *HALF, *FROZEN, "trainer.steps=1")
     parts, _ = trained(folder, "kept_parts", *HALF, *FROZEN, "trainer.steps=4", "resume=kept_parts")
     assert same(kept[0], parts)
@@ -127,7 +127,7 @@ def test_frames_of_a_video_are_learnt_from(folder):
 
 
 @pytest.mark.heavy
-def test_a_run_goes_on_from_another_folder_and_with_another_place_of_its_teacher(folder, supervised, taught, tmp_path):
+def test_run_resumes_from_another_folder_and_teacher_path(folder, supervised, taught, tmp_path):
     shutil.copytree(folder / "taught", folder / "moved")
     info = checkpoint.describe(folder / "moved/checkpoints/last.safetensors")
     assert info["config"]["teacher"] == str(folder / "teacher") and "teacher" not in info["config"]["trainer"]
@@ -153,7 +153,7 @@ def test_a_student_in_one_file_names_no_place_of_its_teacher(folder, taught):
     assert found.mask.shape == (32, 48)
 
 
-def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folder, supervised, taught, tmp_path):
+def test_other_teacher_is_another_recipe(folder, supervised, taught, tmp_path):
     info = checkpoint.describe(folder / "taught/checkpoints/last.safetensors")
     other = json.loads(json.dumps(info))
     other["config"]["teacher"] += "2"
@@ -208,6 +208,6 @@ def test_a_command_that_cannot_teach_is_refused(folder, words, said):
 
 
 @pytest.mark.heavy
-def test_two_ranks_go_on_to_the_same_bytes(folder, compose):
+def test_two_ranks_resume_to_equal_bytes(folder, compose):
     words = (*HALF, "head=linear", "engine.devices=2", "trainer.unlabelled_batch_size=2", "trainer.steps=3")
     assert same(*whole_and_resumed_on_ranks(folder, compose, words))

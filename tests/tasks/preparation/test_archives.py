@@ -43,7 +43,7 @@ def test_what_desktops_add_is_left_out(tmp_path):
     assert held(tmp_path / "out") == CONTENT
 
 
-def test_goes_on_where_it_stopped(tmp_path):
+def test_unpacking_resumes_where_it_stopped(tmp_path):
     out = tmp_path / "out"
     archive = pack(tmp_path / "v.zip", CONTENT)
     unpack(archive, out, landmark="video_left.avi")

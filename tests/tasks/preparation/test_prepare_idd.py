@@ -113,7 +113,7 @@ def test_slanted_polygons_of_fractions(tmp_path):
         assert set(np.unique(drawn)) == {25, 255}
 
 
-def test_what_is_left_out_and_what_is_renamed(tmp_path, caplog):
+def test_deleted_and_group_polygons_are_skipped_or_renamed(tmp_path, caplog):
     objects = [
         box("cargroup", 0, 0, 9, 9), box("polegroup", 10, 0, 19, 9), box("car", 0, 0, 63, 47, deleted=1),
         box("car", 0, 0, 63, 47, deleted=True), box("road", 20, 0, 29, 9, deleted=0),
@@ -165,7 +165,7 @@ def test_both_parts_become_a_data_set(tmp_path, workers):
     assert np.unique(low.mask(0)).tolist() == [0, 6, 255]
 
 
-def test_running_again_makes_what_is_missing(tmp_path):
+def test_repeated_preparation_writes_only_missing_files(tmp_path):
     for name in "abc":
         add(tmp_path, "train", f"0/{name}", [box("road", 0, 0, 9, 9)])
     folder = tmp_path / "gtFine/train/0"
@@ -187,7 +187,7 @@ def test_running_again_makes_what_is_missing(tmp_path):
     assert label_map(tmp_path, "train", "0/a").shape == (48, 64)
 
 
-def test_corrected_polygons_are_drawn_again(tmp_path, caplog):
+def test_corrected_polygons_are_rasterised_again(tmp_path, caplog):
     paths = {name: add(tmp_path, "train", f"0/{name}", [box("road", 0, 0, 9, 9)]) for name in "abcdef"}
     prepare(tmp_path, encodings=["level3Id", "id"], workers=1)
     old = time.time() - 1e6
@@ -285,7 +285,7 @@ BAD = {
 }
 
 
-def test_bad_files_are_named_and_the_others_go_on(tmp_path):
+def test_bad_files_are_named_and_others_are_prepared(tmp_path):
     for name, (change, _) in BAD.items():
         add(tmp_path, "train", f"3/{name}", change.pop("objects", []), **change)
     folder = tmp_path / "gtFine/train/3"
@@ -331,7 +331,7 @@ def test_processes_name_what_failed_too(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(tmp_path, monkeypatch, code):
+def test_full_disk_stops_cleanly_and_the_next_run_resumes(tmp_path, monkeypatch, code):
     for name in "abcd":
         add(tmp_path, "train", f"0/{name}", [box("road", 0, 0, 9, 9)])
     write, written = prepare_idd.write_png, []

@@ -80,7 +80,7 @@ def test_processes_give_the_same_files(add):
     assert all(frames(root, f"train1/video_{n:02d}") == ["000000000", "000000060"] for n in (1, 2, 3))
 
 
-def test_running_again_does_only_what_is_missing(add, monkeypatch):
+def test_repeated_preparation_does_only_missing_work(add, monkeypatch):
     root = add("train1", "video_01")
     prepare(root, workers=1)
     seen = []
@@ -173,7 +173,7 @@ def test_an_archive_without_video(add):
     assert len(frames(root, "train1/video_01")) == 3
 
 
-def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(add, monkeypatch):
+def test_full_disk_stops_cleanly_and_the_next_run_resumes(add, monkeypatch):
     for number in (1, 2, 3):
         root = add("train1", f"video_{number:02d}")
     fail_after(monkeypatch, sarrarp, "write_png", 4, OSError(errno.ENOSPC, "No space left on device"))

@@ -53,7 +53,7 @@ def probed(data, *, readings=None, grid=Grid(), size=1):  # noqa: B008
     return Probe(model, data, data.counts(), engine(eval_batch_size=size), readings or {"0+1": [0, 1]}, grid)
 
 
-def test_a_head_that_begins_with_it_scores_what_it_says():
+def test_head_started_from_the_probe_has_the_scores_of_the_probe():
     train, val = RandomOrder(9), RandomOrder(4, seed=1)
     probe = probed(train, readings={"1": [1], "0+1": [0, 1]})
     probe.fit()

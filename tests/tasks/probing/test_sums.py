@@ -101,7 +101,7 @@ def test_nothing_to_solve_is_refused():
         summed(features, mask, (1, 1))
 
 
-def test_a_linear_head_takes_over_what_was_solved():
+def test_linear_head_reproduces_the_solved_weights():
     torch.manual_seed(0)
     head, x = LinearHead(5, 2, 3, init="probe"), torch.randn(2, 10, 4, 4) * 7 + 2
     weight, bias = torch.randn(3, 10, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
