@@ -227,7 +227,7 @@ def test_cells_on_padding_alone_are_left_out():
     torch.testing.assert_close(labels.sum(-1), torch.ones(3, 5, 9))
 
 
-def test_a_restart_goes_on_where_it_stopped(segmenter):
+def test_restored_smoothing_continues_exactly(segmenter):
     model, frames = segmenter(), video(9)
     whole = SmoothingTracker(model, NEAR)
     expected = run(whole, frames, batch=1)
@@ -291,7 +291,7 @@ def test_what_does_not_fit_is_refused(segmenter):
         SmoothingTracker(model, PropagationSettings(context=1)).load(tracker.state())
 
 
-def test_only_what_is_read_is_recorded(segmenter):
+def test_recorded_settings_are_only_those_in_use(segmenter):
     model = segmenter()
     told = SmoothingTracker(model, NEAR).settings
     assert set(told["tracker"]) == set(asdict(NEAR)) - {

@@ -165,7 +165,7 @@ class TestStreaming:
         assert torch.equal(torch.stack(soft), propagate(features, labels, settings=settings))
 
     @pytest.mark.parametrize("cut", [0, 1, 5, 11])
-    def test_a_restart_goes_on_exactly(self, name, cut, tmp_path):
+    def test_restart_from_a_saved_state_is_exact(self, name, cut, tmp_path):
         features, labels = clip(12, 6, (9, 10)), soft_labels(3, (9, 10))
         settings = PropagationSettings(**{**vars(SMALL[name][0]), "context": 4})
         whole = propagate(features, labels, settings=settings)
@@ -178,7 +178,7 @@ class TestStreaming:
         rest = [second.step(features[number], labels if number == 0 else None) for number in range(cut, 12)]
         assert torch.equal(torch.stack(rest), whole[cut:])
 
-    def test_what_is_returned_may_be_changed(self, name):
+    def test_returned_labels_may_be_modified(self, name):
         features, labels = clip(5, 6, (5, 6)), soft_labels(1, (5, 6))
         whole = propagate(features, labels, settings=SMALL[name][0])
         given, propagator = labels.clone(), Propagator(SMALL[name][0])
@@ -273,7 +273,7 @@ def test_autocast_changes_nothing():
     assert torch.equal(halved, propagate(features, labels))
 
 
-def test_lengths_of_the_features_do_not_matter_nor_do_tiny_temperatures():
+def test_feature_norms_and_tiny_temperatures_do_not_matter():
     features, labels = clip(4, 5, (6, 7)), soft_labels(2, (6, 7))
     torch.testing.assert_close(propagate(features * 300, labels), propagate(features, labels))
     cold = propagate(features, labels, temperature=1e-42)
@@ -291,7 +291,7 @@ class TestSeed:
         assert (soft[3:, 3][masks[3:] == 1] > 0.2).all() and (soft[3:, 3][masks[3:] == 0] < 1e-3).all()
         torch.testing.assert_close(soft.sum(1), torch.ones_like(soft[:, 0]))
 
-    def test_the_state_after_a_seed_goes_on_exactly(self):
+    def test_state_after_a_later_seed_restores_exactly(self):
         features, masks = moving_square(6)
         whole = propagate(features, {0: masks[0], 2: masks[2] * 2}, radius=4)
         propagator = Propagator(PropagationSettings(radius=4))

@@ -90,7 +90,7 @@ class TestAgainstLoops:
     @pytest.mark.parametrize("weight", [0.0, 0.5, 16.0])
     @pytest.mark.parametrize("seed", range(6))
     @pytest.mark.parametrize("looks", [1, 2])
-    def test_slots_and_masks_are_those_of_loops_over_cells_and_permutations(self, seed, weight, looks):
+    def test_slots_and_masks_equal_explicit_loops(self, seed, weight, looks):
         features, masks = scene(torch.Generator().manual_seed(seed))
         if seed % 3 == 1:
             masks[:, 2] = 0.0  # a slot that never wins
@@ -113,14 +113,14 @@ class TestSettling:
         for weight, expected in ((0.0, 1), (0.5, 1), (5.0, 0)):
             assert seen(features, masks, weight=weight)[2][1, :, 0, 2].argmax() == expected, weight
 
-    def test_what_a_cell_was_settled_as_is_what_is_learnt(self):
+    def test_settled_cells_update_the_known_appearance(self):
         winners = torch.tensor([[0, 0, 1, 1, 1]])
         features = torch.tensor([[[[-1.0, -1.0, 1.0, 1.0, 1.0]]], [[[-1.0, -1.0, -1.0, 1.0, 1.0]]]])
         masks = torch.stack([one_hot(winners, 2)] * 2)
         assert seen(features, masks, weight=5.0)[0].cells.tolist() == [5, 5]
         assert seen(features, masks, weight=0.0)[0].cells.tolist() == [4, 6]
 
-    def test_a_second_look_knows_from_the_first_frame_on(self):
+    def test_second_pass_knows_appearances_from_the_first_frame(self):
         looks = [[[[-1.0, -1.0, -1.0, -1.0]]], *[[[[-1.0, -1.0, 1.0, 1.0]]]] * 9]  # the second object comes later
         features, masks = torch.tensor(looks), one_hot(torch.tensor([[0, 0, 1, 1]]), 2).expand(10, -1, -1, -1)
         known, _, settled = seen(features, masks)
@@ -153,7 +153,7 @@ class TestSettling:
 
     @pytest.mark.parametrize("constant", [-3.6, 0.1, 1e6, 1e-30, 0.0])
     @pytest.mark.parametrize("offset", [0.0, 1e4])
-    def test_a_constant_channel_says_nothing(self, constant, offset):
+    def test_constant_channel_has_no_influence(self, constant, offset):
         features, masks = scene(torch.Generator().manual_seed(9), grid=(13, 17))  # cdist multiplies so many
         features = features.double() + offset
         _, found, settled = seen(features, masks, weight=16.0)
@@ -166,7 +166,7 @@ class TestSettling:
 
 
 class TestAssignment:
-    def test_a_slot_that_takes_another_s_object_is_given_back(self):
+    def test_exchanged_slots_get_their_objects_back(self):
         winners = torch.tensor([[0, 0, 1], [0, 2, 2]])
         looks = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # of the objects
         features = looks[winners].movedim(-1, 0).expand(4, -1, -1, -1)
@@ -174,7 +174,7 @@ class TestAssignment:
         masks = torch.stack([one_hot(order[winners], 3) for order in orders])
         assert torch.equal(slots_of(features, masks), orders)
 
-    def test_a_single_cell_tells_how_a_slot_looks(self):
+    def test_single_cell_suffices_for_the_appearance_of_a_slot(self):
         winners = torch.tensor([[0, 1, 2, 2, 2]])
         features = torch.tensor([5.0, -5.0, 0.0])[winners].expand(2, 1, -1, -1)
         masks = torch.stack([one_hot(winners, 3), one_hot(torch.tensor([1, 0, 2])[winners], 3)])

@@ -18,7 +18,7 @@ def settings(**values):
     return SlotTracking(lock_on=True, **values)
 
 
-def test_each_slot_sees_the_cells_of_what_it_shall_follow():
+def test_each_slot_attends_to_the_cells_of_its_object():
     allowed, serves, num_background = lock(SCENE, [0, 4, 9], settings(slots_per_object=2, background_slots=3))
     assert serves == [0, 0, 0, 4, 4, 9] and num_background == 3  # b has one cell, and one slot
     for cells, one in zip(allowed, serves, strict=True):

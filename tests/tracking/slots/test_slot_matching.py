@@ -80,7 +80,7 @@ class TestCorrespondence:
             assert torch.equal(correspondence.successors, expected)
         assert (correspondence.matrix - correspondence.matrix.mean(0)).abs().max() < 1e-12
 
-    def test_does_not_change_what_it_came_from(self):
+    def test_step_does_not_modify_the_original(self):
         start = Correspondence.start(2)
         start.step(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 0.05)
         assert torch.equal(start.matrix, torch.eye(2).double()) and start.successors.tolist() == [0, 1]
@@ -102,7 +102,7 @@ class TestOwners:
         slots = boxes((0, 1, 0, 8), (1, 3, 1, 4), (3, 4, 1, 4), (2, 5, 4, 7), (5, 6, 0, 8))
         assert owners(slots, self.shares, [0, 7, 3]) == [0, 7, 7, 3, 0]
 
-    def test_an_object_that_none_would_serve_gets_the_best_of_the_background(self):
+    def test_unserved_object_gets_the_best_background_slot(self):
         slots = boxes((0, 6, 0, 4), (0, 6, 4, 8), (0, 2, 0, 8), (4, 6, 0, 8))
         assert owners(slots, self.shares, [0, 1, 2])[:2] == [1, 2]
 

@@ -30,7 +30,7 @@ class TestWithoutLabels:
             assert mask.shape == own.shape and mask.dtype == np.uint8
             assert np.array_equal(at_cells(mask), at_cells(own) + 1)
 
-    def test_what_was_hidden_is_known_again_by_its_appearance(self):
+    def test_hidden_object_is_recognised_by_its_appearance(self):
         shown, ids = paint({RED: (8, 4), BLUE: (20, 24)})
         alone, _ = paint({BLUE: (20, 24)})
         gone, _ = paint({})
@@ -81,7 +81,7 @@ class TestWithoutLabels:
     def test_one_look_reads_no_video_ahead(self):
         SlotTracker(model_of(), SlotTracking(match="appearance")).look_ahead(pytest.fail)
 
-    def test_a_video_that_was_not_looked_at_first_is_refused(self):
+    def test_two_passes_without_looking_ahead_are_refused(self):
         tracker = SlotTracker(model_of(), SlotTracking(match="appearance", passes=2))
         with pytest.raises(UserError, match=r"slots.passes=2 needs the whole video.*look_ahead.*slots\.passes=1"):
             tracker.track(crossing(1)[0], [None])
@@ -113,7 +113,7 @@ class TestWithoutLabels:
             assert mask.shape == (64, 96) and (mask[::2, ::2] == own + 1).mean() > 0.98
 
     @pytest.mark.parametrize("match", ["auto", "overlap", "similarity", "appearance"])
-    def test_slots_that_are_drawn_anew_keep_their_ids(self, match):
+    def test_resampled_slots_preserve_their_ids(self, match):
         frames, ids = crossing(8)
         model = model_of(predictor="none", scramble=True)
         unfollowed = [
@@ -149,7 +149,7 @@ class TestWithLabels:
         for mask, own in zip(masks, ids, strict=True):
             assert np.array_equal(at_cells(mask), table[at_cells(own)])
 
-    def test_a_second_look_gives_masks_to_what_looks_as_before_whatever_its_place_among_the_slots(self):
+    def test_second_pass_follows_appearance_in_any_slot_order(self):
         frames, ids = crossing(6)
         table = np.array([0, 7, 3], np.uint8)
         model = model_of(predictor="none", scramble=True)
@@ -161,7 +161,7 @@ class TestWithLabels:
         for mask, own in zip(masks, ids, strict=True):
             assert np.array_equal(at_cells(mask), table[at_cells(own)])
 
-    def test_slots_of_a_mask_are_what_it_says_however_they_looked_before(self):
+    def test_given_mask_overrides_earlier_appearance(self):
         frame, ids = paint({RED: (8, 4), BLUE: (20, 24)})
         other, _ = paint({BLUE: (8, 4), RED: (20, 24)})
         settings = SlotTracking(
@@ -172,7 +172,7 @@ class TestWithLabels:
         assert np.array_equal(at_cells(tracker.track([frame], [ids])[0]), at_cells(ids))
 
     @pytest.mark.parametrize("match", ["similarity", "appearance"])
-    def test_what_jumps_is_followed_by_how_it_looks_and_not_by_overlap(self, match):
+    def test_jumping_object_is_followed_by_appearance_not_overlap(self, match):
         one, ids = paint({RED: (8, 4), BLUE: (20, 24)})
         other, _ = paint({BLUE: (8, 4), RED: (20, 24)})
         model = model_of(predictor="none", scramble=True)
@@ -244,7 +244,7 @@ class TestLaterObjects:
         labels[2] = wrong
         assert np.array_equal(follow(model_of(), self.frames, labels), plain)
 
-    def test_are_told_where_slots_do_not_see_them(self, caplog, monkeypatch):
+    def test_uncovered_objects_are_reported(self, caplog, monkeypatch):
         void = self.ids[0].copy()
         void[:2] = 255
         follow(model_of(), self.frames, first(void, 6))
@@ -284,7 +284,7 @@ class TestLockOn:
                 assert np.array_equal(at_cells(mask), at_cells(own))
 
     @pytest.mark.parametrize("hold", ["background", "none"])
-    def test_makes_as_many_slots_as_are_needed(self, hold):
+    def test_makes_the_required_number_of_slots(self, hold):
         model = model_of()
         frames, ids = crossing(3)
         follow(model, frames, first(ids[0], 3), lock_on=True, slots_per_object=2, background_slots=4, hold=hold)

@@ -72,7 +72,7 @@ def same(allowed, expected):
     return np.array_equal(np.ones_like(expected) if allowed is None else allowed, expected)
 
 
-def test_groups_keep_slots_of_the_background_to_it_and_let_the_others_see_all(make):
+def test_background_slots_are_limited_to_the_background(make):
     model = make(**GROUPED)
     background = background_of(model)
     assert 0 < background.mean() < 1
@@ -90,7 +90,7 @@ def test_groups_can_be_held_as_they_are_trained_or_not_at_all(make):
 
 
 @pytest.mark.parametrize(("num_extra", "kwargs"), [(0, {}), (2, {}), (2, GROUPED)])
-def test_locked_slots_see_the_labels_first_and_those_of_the_background_are_held_later(make, num_extra, kwargs):
+def test_locked_slots_start_at_labels_and_hold_the_background(make, num_extra, kwargs):
     model = make(**kwargs)
     settings = SlotTracking(lock_on=True, background_slots=3, slots_per_object=2, extra_slots=num_extra)
     background, cells = background_of(model), IDS[4::8, 4::8]
@@ -109,7 +109,7 @@ def overlaps(one, other):
     return np.array(pairs)
 
 
-def test_slots_drawn_anew_are_followed_by_sums_of_products_over_sums_of_maxima(make):
+def test_overlap_matching_uses_the_ratio_of_products_to_maxima(make):
     seen, places = spied(make(predictor="none", num_slots=16), SlotTracking(match="overlap"))
     path = np.eye(16)
     for (one, other), found in zip(pairwise(masks for _, masks in seen), places[1:], strict=True):
@@ -141,6 +141,6 @@ def test_overlap_is_the_original_s_and_soft_iou_another():
         ("always", {"hold": "none"}, False, False),
     ],
 )
-def test_the_class_attention_is_asked_for_where_it_is_used(groups, settings, first, later):
+def test_class_attention_is_requested_only_where_needed(groups, settings, first, later):
     propagator = SlotPropagator(SimpleNamespace(groups=groups), SlotTracking(**settings))
     assert (propagator.needs_background(first=True), propagator.needs_background(first=False)) == (first, later)

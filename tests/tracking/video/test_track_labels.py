@@ -97,7 +97,7 @@ def test_kinds_of_mask_files(folder, tmp_path):
     assert np.array_equal(read(ids() == 1), ids(1))  # one bit a pixel
 
 
-def test_what_255_means_is_decided_by_the_first_mask_that_shows_anything(folder, tmp_path):
+def test_first_nonempty_mask_decides_the_meaning_of_255(folder, tmp_path):
     corner = ids(255)
     mixed = ids(255)
     mixed[8:, 10:] = 2

@@ -121,7 +121,7 @@ def test_masks_are_named_as_frames(clip):
 
 
 @pytest.mark.parametrize(("stop", "done"), [(0, 0), (3, 0), (7, 0), (8, 8), (15, 8), (16, 16), (19, 16), (22, 20)])
-def test_going_on_after_a_stop_gives_the_same_masks(clip, stop, done):
+def test_restart_after_a_stop_gives_the_same_masks(clip, stop, done):
     run(clip, clip / "whole")
     run_until(clip, clip / "cut", stop)
     assert read_track_state(clip / "cut").progress.done == done
@@ -148,7 +148,7 @@ def test_a_tracker_may_look_at_the_whole_video_first(clip, source):
 
 
 @pytest.mark.parametrize(("stop", "looks"), [(0, True), (7, True), (8, False), (19, False)])
-def test_a_video_is_looked_at_first_where_none_of_it_is_done(clip, stop, looks):
+def test_tracker_looks_ahead_only_if_nothing_is_finished(clip, stop, looks):
     run_until(clip, clip / "cut", stop)
     ahead = Ahead(Patches(), SETTINGS, batch_size=4)
     run(clip, clip / "cut", restart=True, tracker=ahead)
@@ -158,7 +158,7 @@ def test_a_video_is_looked_at_first_where_none_of_it_is_done(clip, stop, looks):
 @pytest.mark.parametrize(
     ("broken", "more"), [(17, r"\. No mask was written.*slots\.passes=1"), (0, r"image: replace or remove it\.$")]
 )
-def test_a_video_that_cannot_be_looked_at_first_is_told(clip, broken, more):
+def test_unreadable_frame_fails_while_looking_ahead(clip, broken, more):
     path = clip / f"in/{broken}.png"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(UserError, match=rf"{broken}\.png.*{more}"):
@@ -198,7 +198,7 @@ def test_several_stops_and_masks_that_were_lost(clip):
 
 
 @pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
-def test_lost_masks_of_frames_that_are_done_are_told_before_the_rest_is_tracked(clip, harm):
+def test_lost_masks_of_finished_frames_are_reported_first(clip, harm):
     run_until(clip, clip / "cut", 17)
     kept = {number: (clip / f"cut/masks/{number}.png").read_bytes() for number in (4, 15)}
     for number in kept:
@@ -282,7 +282,7 @@ class CutShort:
 @pytest.mark.parametrize(
     ("batch", "count", "done"), [(4, 12, 8), (4, 13, 8), (4, 15, 8), (4, 4, 0), (4, 3, 0), (1, 9, 8), (3, 12, 9)]
 )
-def test_the_last_frames_before_an_early_end_are_tracked_anew(clip, monkeypatch, batch, count, done, save_every):
+def test_last_frames_before_an_early_end_are_tracked_again(clip, monkeypatch, batch, count, done, save_every):
     run(clip, clip / "whole", batch_size=batch)
     frames = CutShort(open_frames(str(clip / "in")), count)
     with monkeypatch.context() as patch:
@@ -294,7 +294,7 @@ def test_the_last_frames_before_an_early_end_are_tracked_anew(clip, monkeypatch,
     assert masks(clip / "cut") == masks(clip / "whole")
 
 
-def test_a_run_that_goes_on_with_too_short_an_input_once_more_keeps_where_it_stands(clip, monkeypatch):
+def test_repeated_restart_with_a_short_input_preserves_progress(clip, monkeypatch):
     run(clip, clip / "whole")
     for restart, count in ((False, 12), (True, 12), (True, 10), (True, 16)):
         with monkeypatch.context() as patch:
