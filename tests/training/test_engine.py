@@ -20,7 +20,7 @@ def test_auto_is_the_best_device_there_is():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_device_that_is_not_there_is_refused_with_those_that_are():
+def test_unavailable_device_is_refused_with_the_available_ones():
     with pytest.raises(UserError, match="engine.device=cuda is not available here. This machine has: .*cpu"):
         Engine("cuda")
 
@@ -125,6 +125,6 @@ def test_what_one_rank_decides_the_others_do_not_look_at():
     assert Engine.run_on_rank0(ranks[1], lambda: pytest.fail("it is looked at twice")) == "shared"
 
 
-def test_too_many_loading_processes_are_told_where_an_engine_begins(caplog):
+def test_engine_warns_of_too_many_loading_processes(caplog):
     Engine("cpu", "fp32", workers=10_000)
     assert [message[:40] for message in caplog.messages] == ["engine.workers=10000 starts 10000 loadin"]

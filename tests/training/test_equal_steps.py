@@ -263,7 +263,7 @@ def check(net, loss, whole, *, batchwise=False):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_equal_or_the_loss_declares_that_they_are_not(name):
+def test_gradients_are_equal_or_the_loss_declares_otherwise(name):
     clips = name in SLOTS
     loss = criterion(*CASES[name], **({} if clips else {"class_weights": torch.tensor([0.3, 1.0, 2.5])}))
     net = table("clips" if clips else "masks" if "mask" in name else "pixels")

@@ -86,7 +86,7 @@ def alike(one, two):
 
 
 @pytest.mark.parametrize("adapter", [Full, lambda: Lora(rank=2, alpha=2), lambda: LastBlocks(blocks=1)])
-def test_until_its_share_is_done_the_head_learns_as_on_a_frozen_backbone(tmp_path, adapter):
+def test_head_trains_as_on_a_frozen_backbone_until_unfreezing(tmp_path, adapter):
     seen = []
     before, _ = parts(untrained(adapter))
     model = untrained(adapter)
@@ -120,7 +120,7 @@ def test_no_rest_changes_nothing(tmp_path):
     assert seen[:2] == [(True, True)] * 2
 
 
-def test_what_rests_is_in_eval_mode_and_its_running_means_stay(tmp_path):
+def test_frozen_phase_uses_eval_mode_and_fixed_running_means(tmp_path):
     """A backbone with BatchNorm and dropout, whose features would move with its mode."""
 
     class Normed(Backbone):
@@ -168,7 +168,7 @@ def test_gone_on_with_it_is_the_same_to_the_bit(tmp_path, caplog, stop):
     assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_kept_features_give_what_live_ones_do(tmp_path):
+def test_cached_features_equal_live_ones_in_the_frozen_phase(tmp_path):
     """The cut stays where it is, behind what is frozen for good: what rests is not part of it."""
     adapter = lambda: LastBlocks(blocks=1)  # noqa: E731
     live, _ = train(tmp_path / "live", model=untrained(adapter), begin=0.5)
@@ -187,7 +187,7 @@ def test_every_backbone_can_rest(name, tmp_path):
 
 
 @pytest.mark.parametrize("head", ["detail", "eomt"])
-def test_heads_that_see_pixels_or_go_through_the_blocks_learn_over_one_that_rests(tmp_path, head):
+def test_detail_and_eomt_heads_train_on_a_frozen_backbone(tmp_path, head):
     """The queries of EoMT learn through blocks that freeze."""
     made = {
         "detail": lambda: DetailHead(24, 1, 3, 8, 4, 8, 1, jitter=0, linear_skip=True),
@@ -263,7 +263,7 @@ def test_training_from_the_start_has_no_freeze():
     assert build_freeze(model.backbone, adamw(model, lr=1.0), is_single=True) is None
 
 
-def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
+def test_only_backbone_groups_start_late(monkeypatch):
     model = untrained()
     monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [model.head.norm]))
     found = parameter_groups(model, lr=0.1, weight_decay=0.0, freeze_backbone_until=0.3)
@@ -275,7 +275,7 @@ def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
     assert not any(group["start"] for group in plain if group["backbone"])
 
 
-def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeypatch):
+def test_delayed_head_modules_get_gradients_in_the_frozen_phase(monkeypatch):
     model = untrained()
     monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [model.head.norm]))
     freeze = build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.3), is_single=True)
@@ -294,7 +294,7 @@ def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeyp
     + [(0.8, 0, "is frozen for 5 of the 6 remaining steps")]
     + [(0.9, 0, "is frozen for all of the 6 remaining steps. Set a lower optim.optimizer.freeze_b")],
 )
-def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):
+def test_run_logs_the_length_of_the_frozen_phase(caplog, begin, start, said):
     caplog.set_level(logging.INFO)
     model = untrained()
     freeze = build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=begin), is_single=True)

@@ -131,7 +131,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(data, whole, tm
     assert scores(whole) == scores(folder)
 
 
-def test_evaluation_after_training_is_mode_eval_on_its_checkpoint(whole, tmp_path):
+def test_evaluation_after_training_equals_mode_eval(whole, tmp_path):
     succeed(tmp_path, *evaluate(whole))
     assert (newest(tmp_path, "eval") / "scores.json").read_text() == scores(whole)
     pictures = sorted(path.name for path in newest(tmp_path, "eval").glob("predictions/**/*.png"))
@@ -139,7 +139,7 @@ def test_evaluation_after_training_is_mode_eval_on_its_checkpoint(whole, tmp_pat
 
 
 @pytest.mark.heavy
-def test_two_ranks_of_torchrun_go_on_in_the_folder_of_one_and_score_as_one(data, tmp_path):
+def test_torchrun_ranks_resume_a_single_run_and_score_the_same(data, tmp_path):
     arguments = ("data.batch_size=4", "trainer.save_every=2", "optim.schedule.warmup=0")
     succeed(tmp_path, *train(data, *arguments, "trainer.steps=2"))
     run = newest(tmp_path)

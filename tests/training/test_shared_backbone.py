@@ -134,7 +134,7 @@ def test_the_loss_adds_up_those_of_the_heads(made, kind):
     assert (total.item(), whole.item()) == pytest.approx((value.item() / 2, value.item()))
 
 
-def test_a_loss_that_is_not_finite_counts_as_zero_and_has_no_finite_gradient(made):
+def test_non_finite_head_loss_counts_as_zero(made):
     model = made.model(a=((1,), LinearHead), b=((0,), LinearHead)).eval()
     with torch.no_grad():
         model.models["b"].head.classify.bias[0] = torch.inf
@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_counts_as_zero_and_has_no_finite_gradient(mad
     assert finite["a"].all() and not finite["b"].any()
 
 
-def test_heads_share_the_progress_and_the_largest_minimum_of_a_batch():
+def test_heads_share_progress_and_the_largest_minimum_batch():
     heads, given = [LinearHead(24, 1, 3) for _ in range(2)], []
     for head in heads:
         head.set_progress = lambda *progress: given.append(progress)
@@ -239,7 +239,7 @@ def test_a_head_without_random_draws_equals_its_own_run(train, tiny_backbone, tm
     assert all(row["val/miou"] == max(row["val/a/miou"], row["val/b/miou"]) for row in run.rows if "val/miou" in row)
 
 
-def test_a_head_whose_loss_is_not_finite_leaves_and_the_others_train_on(train, caplog):
+def test_head_with_non_finite_loss_leaves_and_others_train(train, caplog):
     heads = {"a": ((1,), LinearHead), "b": ((0,), Failing)}
     run = train("both", heads=heads)
     assert_equal(best_of_head(run, "a"), best_of_head(train("one", heads={"a": heads["a"]}), "a"))
@@ -260,7 +260,7 @@ def test_the_run_ends_once_no_head_is_left(train, tmp_path):
     assert read(tmp_path / "none/last.safetensors").info["progress"]["step"] == 2
 
 
-def test_each_head_has_a_best_step_and_patience_is_of_the_best_of_all(train):
+def test_each_head_has_a_best_step_and_patience_uses_the_best(train):
     found = iter([(0.1, 0.3), (0.2, 0.2), (0.25, 0.1)])
 
     class Scored(MultiHeadDataModule):

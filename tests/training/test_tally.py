@@ -64,12 +64,12 @@ def test_nothing_counted_is_no_score(engine):
     assert tally.read() == {"train/accuracy": None, "train/miou": None}
 
 
-def test_what_is_no_class_is_an_error(engine):
+def test_prediction_of_an_unknown_class_is_an_error(engine):
     with pytest.raises(UserError, match="found: .7."):
         Tally(Data, engine).add(*predicted(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 7, dtype=torch.uint8)))
 
 
-def test_the_counts_are_those_of_all_ranks_and_leave_out_the_data_set_s_own_ignored_id():
+def test_tally_sums_over_ranks_and_omits_the_ignored_id():
     class Other(Data):
         ignore_index = 2
 

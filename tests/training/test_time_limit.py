@@ -49,14 +49,14 @@ def test_a_long_validation_is_no_part_of_a_step(limited):
         lambda number: 3.0 if number < 12 else 0.2,  # cached features: the first steps are the slow ones
     ],
 )
-def test_a_training_that_falls_behind_ends_validated_within_its_limit(limited, step):
+def test_slow_training_ends_validated_within_its_limit(limited, step):
     seconds, done = limited(step)
     assert 50 < seconds <= 62 and done[-1] == "validated", done
     lengths = [each[1] for each in done if each != "validated"]
     assert lengths[0] == 100 and done[-2][0] == done[-2][1]
 
 
-def test_a_late_training_ends_with_a_validation_and_a_validated_one_at_once(limited, caplog):
+def test_late_training_ends_with_exactly_one_validation(limited, caplog):
     with caplog.at_level(logging.WARNING):
         seconds, done = limited(lambda number: 70.0)
     assert done == [(1, 100), (2, 2), "validated"] and seconds == 142
@@ -66,7 +66,7 @@ def test_a_late_training_ends_with_a_validation_and_a_validated_one_at_once(limi
     assert seconds == 61 and done[-2:] == [(57, 60), "validated"]
 
 
-def test_the_time_before_the_first_step_is_not_the_duration_of_a_step(limited):
+def test_start_time_does_not_count_as_step_duration(limited):
     seconds, done = limited(lambda number: 5.0, steps=20, validation=0.0, start=0.001)
     assert done[-2:] == [(11, 11), "validated"] and seconds == pytest.approx(55.001)
 

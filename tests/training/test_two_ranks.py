@@ -146,7 +146,7 @@ def test_ranks_keep_features_in_one_place(pair):
     assert len(files) == 6 + 5 and len({path.parent for path in files}) == 1
 
 
-def test_shared_weights_are_kept_as_one_process_keeps_them_and_gone_on_with_by_any_number(pair, tmp_path):
+def test_two_ranks_save_the_weights_of_one_process_and_resume(pair, tmp_path):
     folder, ranks_of = pair[0], [rank["gone on"] for rank in pair[1]]
     file = folder / "stopped/last.safetensors"
     train(tmp_path / "stopped", **CASES["stopped"] | ALONE)
@@ -162,7 +162,7 @@ def test_shared_weights_are_kept_as_one_process_keeps_them_and_gone_on_with_by_a
 
 
 @pytest.mark.parametrize("case", ["normalised", "averaged"])
-def test_what_is_scored_with_batchnorm_is_what_is_kept(pair, case):
+def test_batchnorm_model_is_scored_as_saved(pair, case):
     folder, (first, second) = pair[0], (rank[case] for rank in pair[1])
     assert first["best"] == second["best"] and first["rows"] == second["rows"]
     model = untrained(CASES[case]["head"])
@@ -171,7 +171,7 @@ def test_what_is_scored_with_batchnorm_is_what_is_kept(pair, case):
     assert scores["loss"] == pytest.approx(first["best"], rel=1e-6)
 
 
-def test_batchnorm_of_ranks_on_a_cpu_is_that_of_as_many_parts_of_a_step(pair, tmp_path):
+def test_batchnorm_on_cpu_ranks_equals_micro_batches(pair, tmp_path):
     parts = train(tmp_path, **CASES["detailed"], batch_size=2, accumulate=2)
     whole = train(tmp_path / "whole", **CASES["detailed"])
     for rank in pair[1]:
@@ -183,7 +183,7 @@ def test_batchnorm_of_ranks_on_a_cpu_is_that_of_as_many_parts_of_a_step(pair, tm
             torch.testing.assert_close(rank["detailed"]["state"][name], parts["state"][name], atol=1e-6, rtol=1e-4)
 
 
-def test_running_statistics_are_the_first_rank_s_and_saved_as_such(pair):
+def test_running_statistics_are_saved_from_the_first_rank(pair):
     folder, (first, second) = pair[0], (rank["normalised"]["state"] for rank in pair[1])
     saved = read(folder / "normalised/last.safetensors").part("model")
     for name in saved:

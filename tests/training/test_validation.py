@@ -90,7 +90,7 @@ def test_the_loss_is_the_mean_over_images_in_batches_of_any_size(loss, policy):
     assert found[0] == found[1]
 
 
-def test_a_prediction_of_one_image_holds_what_the_head_returned_of_it():
+def test_prediction_can_be_restricted_to_some_images():
     masks = WeightedMasks(torch.rand(3, 4, 2, 2), torch.rand(3, 4, 5))
     outputs = MaskOutputs(torch.rand(3, 4, 6), masks.logits, aux=[MaskOutputs(torch.rand(3, 4, 6), masks.logits)])
     one = Prediction(outputs, (8, 8), (1.0, 1.0), upsample, masks=masks).of_images(slice(1, 2))
@@ -110,7 +110,7 @@ def test_mirrored_and_scaled_images_have_no_loss():
         assert all_["loss"] == plain["loss"] and ids.shape == (2, *SIZE)
 
 
-def test_a_try_for_which_memory_did_not_suffice_counts_for_nothing(monkeypatch):
+def test_attempt_out_of_memory_leaves_no_trace_in_scores(monkeypatch):
     monkeypatch.setattr(auto, "free_bytes", lambda device: 2**40)
     policy, model, tried = Auto((16, 24)), made(), []
 

@@ -71,7 +71,7 @@ def given():
     return kept, View("0" * 32, {"mask": mask, "name": "a"}, None, image), passed
 
 
-def test_features_are_the_same_when_they_are_computed_and_when_they_are_kept(given):
+def test_cached_features_equal_computed_features(given):
     kept, view, passed = given
     first, second = (kept.completed([view], CPU).image for _ in range(2))
     assert torch.equal(first.tensors[0], second.tensors[0]) and first.tensors[0].dtype == torch.float32
@@ -87,7 +87,7 @@ def test_bytes_are_pixels_that_stay_bytes(given):
     assert features.dtype == torch.float32 and torch.equal(features[0], view.features[1].float())
 
 
-def test_once_each_view_was_read_the_next_batch_comes_from_this_process(given, monkeypatch):
+def test_cached_views_are_loaded_in_the_main_process(given, monkeypatch):
     asked, kept = [], given[0]
     kept.place = "disk"
 

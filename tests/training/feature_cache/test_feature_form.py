@@ -26,7 +26,7 @@ def read_back(given, stored):
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shapes", SHAPES)
-def test_what_is_read_is_what_was_given_in_that_type(stored, shapes):
+def test_features_are_read_back_in_their_stored_dtype(stored, shapes):
     given = tensors(shapes)
     for before, after in zip(given, restored(read_back(given, stored), stored), strict=True):
         assert torch.equal(before.to(getattr(torch, stored)), after)
@@ -53,12 +53,12 @@ def test_a_token_of_zeros_and_one_of_tiny_numbers_come_back():
 
 @pytest.mark.parametrize("stored", TYPES)
 @pytest.mark.parametrize("shapes", SHAPES)
-def test_the_size_that_is_told_is_that_of_the_file(stored, shapes):
+def test_reported_size_equals_the_file_size(stored, shapes):
     assert size_of(tensors(shapes), stored) == len(written(tensors(shapes), stored))
 
 
 @pytest.mark.parametrize("stored", TYPES)
-def test_bytes_are_kept_as_they_are_among_features_of_any_type(stored):
+def test_bytes_among_features_are_stored_unchanged(stored):
     pixels = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
     given = [pixels, *tensors([(9, 4)]), pixels[:, :1], *tensors([(2, 3, 4)]), torch.full((1, 1, 1), 7e4)]
     given = given[:4] if stored in ("float32", "int8") else given  # with numbers that float16 does not have
@@ -69,12 +69,12 @@ def test_bytes_are_kept_as_they_are_among_features_of_any_type(stored):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_no_finite_number_is_refused(bad):
+def test_non_finite_features_are_refused(bad):
     with pytest.raises(UserError, match="not finite"):
         rounded([torch.zeros(2), torch.tensor([1, bad])], "float32")
 
 
-def test_a_sample_of_numbers_that_float16_does_not_have_is_bfloat16_and_one_beyond_these_refused():
+def test_float16_overflow_is_stored_as_bfloat16_or_refused():
     assert rounded([torch.tensor([-65504.0])], "float16")[0] == -65504
     given = [torch.tensor([[1.0, 2.0]]), torch.tensor([[7e4, 3.0]])]
     assert [part.dtype for part in rounded(given, "float16")] == [torch.bfloat16] * 2
@@ -97,7 +97,7 @@ def test_any_byte_that_is_another_is_seen(stored):
     from_file(KEY, BytesIO(content), verify=True)
 
 
-def test_a_file_that_is_cut_or_longer_is_seen_without_its_checksum_too():
+def test_truncated_or_longer_file_is_detected_without_checksum():
     content = written(tensors([(40, 3, 7)]), "float16")
     for wrong in (b"", content[:10], content[:40], content[:-64], content[:-1], content + bytes(64)):
         with pytest.raises(SchemaError):

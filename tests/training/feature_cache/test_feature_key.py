@@ -40,7 +40,7 @@ def weights():
     }
 
 
-def test_every_single_value_name_shape_and_type_of_the_weights_counts():
+def test_weights_hash_covers_every_value_name_shape_and_dtype():
     first = weights_hash(weights().items())
     assert first == weights_hash(weights().items())
     others = []
@@ -74,7 +74,7 @@ def test_scales_of_quantised_weights_count(bits, tiny_backbone):
     assert hashed(1) == hashed(1) != hashed(2)
 
 
-def test_running_means_of_what_is_frozen_count_and_nothing_that_learns():
+def test_frozen_tensors_include_running_means_of_frozen_layers():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).requires_grad_(False), nn.BatchNorm1d(2))
     model[0].requires_grad_(False)
     means = {f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
@@ -158,7 +158,7 @@ def test_own_source_that_counts_is_there(monkeypatch):
 
 
 @pytest.mark.parametrize("other", [{part: "other"} for part in PARTS])
-def test_what_was_computed_otherwise_is_not_used_and_it_is_said_what_differs(other, tmp_path, caplog):
+def test_features_of_other_settings_are_not_used_and_logged(other, tmp_path, caplog):
     caplog.set_level("INFO")
     name = origin(tmp_path, PARTS)
     store = DiskStore(tmp_path, name, "float16")
@@ -171,7 +171,7 @@ def test_what_was_computed_otherwise_is_not_used_and_it_is_said_what_differs(oth
     assert origin(tmp_path, {**PARTS, **other}) == changed and len(caplog.records) == 1
 
 
-def test_the_nearest_of_others_is_told(tmp_path, caplog):
+def test_nearest_other_origin_is_logged(tmp_path, caplog):
     caplog.set_level("INFO")
     for number in range(3):
         origin(tmp_path, {name: f"{number}{name}" for name in PARTS})
@@ -188,7 +188,7 @@ def test_a_copied_folder_is_no_other_origin(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("note", ["", "{}", "[]", '{"weights": 1}', "{" * 10_000, None])
-def test_a_damaged_note_of_an_origin_is_written_anew(note, tmp_path, caplog):
+def test_damaged_origin_note_is_written_again(note, tmp_path, caplog):
     path = tmp_path / origin(tmp_path, PARTS) / "origin.json"
     before = path.read_text()
     path.unlink()
@@ -219,7 +219,7 @@ def data(tmp_path):
     return PairDataset(made, Labels(["a", "b"], [(0, 0, 0), (9, 9, 9)], 255), Masks())
 
 
-def test_an_image_is_known_by_its_bytes_and_not_by_its_name_or_place(data, tmp_path):
+def test_image_hash_depends_on_bytes_not_on_name_or_place(data, tmp_path):
     hashes = [image_hash(data, index) for index in range(3)]
     assert len(set(hashes)) == 3
     shutil.copy(tmp_path / "0.png", tmp_path / "copy.png")
@@ -261,7 +261,7 @@ def test_images_without_files_are_known_by_their_pixels():
     assert len({image_hash(RandomOrder(), index) for index in range(4)}) == 4
 
 
-def test_a_missing_image_is_told(data, tmp_path):
+def test_missing_image_is_refused(data, tmp_path):
     (tmp_path / "2.png").unlink()
     with pytest.raises(UserError, match="2.png"):
         image_hash(data, 2)

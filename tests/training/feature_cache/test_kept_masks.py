@@ -19,7 +19,7 @@ def given(kept, drawn, read):
         found.zero_()  # who has it may change it
 
 
-def test_a_mask_is_read_once_and_given_back_as_it_is_and_as_one_s_own():
+def test_mask_is_read_once_and_returned_unchanged():
     drawn = {(f"{view}", f"{index}"): mask(1 + 7 * index, 9 - view, index) for index in range(3) for view in range(2)}
     drawn["", ""] = mask(6, 8).T
     kept, read = CachedMasks(), []
