@@ -91,7 +91,7 @@ def test_a_folder_that_may_not_be_read_is_an_error(top, monkeypatch):
             list_folder(top)
 
 
-def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
+def test_irregular_files_are_refused_without_waiting(tmp_path):
     pipe, folder, loop = tmp_path / "pipe.png", tmp_path / "folder.png", tmp_path / "loop.png"
     os.mkfifo(pipe)
     folder.mkdir()

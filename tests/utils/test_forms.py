@@ -102,7 +102,7 @@ def test_no_item_of_a_packed_store_is_larger_than_an_image(tmp_path):
         assert (open_store(tmp_path, key, ["a"]) is not None) == there
 
 
-def test_a_scan_that_was_tampered_with_is_made_anew(tmp_path, caplog):
+def test_tampered_scan_cache_is_rebuilt(tmp_path, caplog):
     reader = MaskReader(Labels.of(["a"], None, 255), Masks())
     mask = tmp_path / "m.png"
     mask.write_bytes(b"x")
@@ -259,7 +259,7 @@ def test_tensors_of_a_state_have_their_form(change, message):
 @pytest.mark.parametrize(
     "read", [lambda path: forms.read_json(path, forms.plain), lambda path: forms.read_arrays(path, {})]
 )
-def test_a_pipe_that_takes_the_place_of_a_file_after_the_check_is_not_waited_for(read, tmp_path, monkeypatch):
+def test_pipe_swapped_in_after_the_check_is_refused(read, tmp_path, monkeypatch):
     def check_then_swap(path):
         path.unlink()
         os.mkfifo(path)
@@ -270,7 +270,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_after_the_check_is_not_waited_for
         read(tmp_path / "a")
 
 
-def test_a_file_that_says_it_is_larger_than_memory_is_refused(tmp_path):
+def test_file_larger_than_memory_is_refused(tmp_path):
     (tmp_path / "a").touch()
     os.truncate(tmp_path / "a", 2**40)
     with pytest.raises(forms.SchemaError, match="1099511627776 bytes"):

@@ -22,7 +22,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_what_is_no_file_is_no_lock_and_is_not_waited_for(tmp_path, make):
+def test_irregular_lock_file_is_refused_without_waiting(tmp_path, make):
     make(tmp_path / "lock")
     with pytest.raises(OSError):
         acquire(tmp_path / "lock", wait=True)

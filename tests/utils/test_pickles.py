@@ -91,7 +91,7 @@ def test_an_archive_holds_no_more_than_its_file_has_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_view_that_repeats_its_values_is_no_larger_than_the_file(zipped, tmp_path):
+def test_expanded_tensor_view_larger_than_its_file_is_refused(zipped, tmp_path):
     state = {"a": {"b": torch.zeros(1).expand(10**4, 10**4)}, "c": torch.zeros(3)}
     torch.save(state, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=r"x\.pth: .*a tensor of the shape \[10000, 10000\] is larger than the file"):

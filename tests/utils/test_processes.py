@@ -96,7 +96,7 @@ def test_each_item_comes_with_its_result_in_order(tmp_path, workers):
     assert nobody_is_left()
 
 
-def test_what_is_finished_first_comes_first(tmp_path):
+def test_results_arrive_in_order_of_completion(tmp_path):
     pairs = list(run(functools.partial(square_first_late, folder=tmp_path), range(12), 2, in_order=False))
     assert sorted(pairs) == [(item, item * item) for item in range(12)] and pairs[0][0] != 0
 
@@ -172,7 +172,7 @@ def test_an_interrupted_loop_leaves_no_process(tmp_path, error):
 
 
 @pytest.mark.parametrize("in_order", [True, False])
-def test_a_killed_process_is_told(in_order):
+def test_killed_process_is_reported(in_order):
     with pytest.raises(UserError, match=r"^A process was killed, .* because memory ran out. Do less. \(In a script"):
         list(run(die, range(50), 2, in_order=in_order))
     assert nobody_is_left()
@@ -237,7 +237,7 @@ def test_no_process_outlives_a_killed_one(tmp_path, way):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_script_without_guard_is_told_why(tmp_path):
+def test_script_without_main_guard_gets_an_explanation(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT.format(folder=str(tmp_path))).replace('__name__ == "__main__"', "True"))
     ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
@@ -287,7 +287,7 @@ class Struck:
         return {}
 
 
-def test_a_process_of_its_own_answers_or_tells_how_it_ended(capfd):
+def test_single_process_returns_its_answer_or_failure(capfd):
     item, process, deaf = run_in_process(answers, "run_bands")
     assert item == "run_bands" and process != os.getpid() and deaf and not held()
     with pytest.raises(KeyboardInterrupt):

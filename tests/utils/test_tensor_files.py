@@ -42,7 +42,7 @@ def test_counters_may_have_another_type_that_holds_their_value(value):
 
 
 @pytest.mark.parametrize("value", [torch.tensor(7.5), torch.tensor(float("inf")), torch.tensor(7, dtype=torch.uint8)])
-def test_counters_that_lose_their_value_or_are_quantised_are_refused(value):
+def test_truncated_or_quantised_counters_are_refused(value):
     with pytest.raises(UserError, match=r"init=x: count is \w+ instead of int64"):
         check_weights({"count": value}, "init=x", {"count": torch.tensor(0)})
 
