@@ -89,7 +89,7 @@ def test_a_patch_has_a_size(family, patch_size):
         TransformersVit(family, SMALL, "random", patch_size)
 
 
-def test_what_transformers_refuses_for_reasons_of_its_own_is_refused():
+def test_arch_refused_by_transformers_is_refused():
     with pytest.raises(UserError, match=r"^arch=\{'out_indices': \[99\]\}: .*99.*Correct the value"):
         configuration("dinov2", {"out_indices": [99]})
 

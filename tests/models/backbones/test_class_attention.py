@@ -85,7 +85,7 @@ def test_it_is_transformers_own_at_any_size(family, size):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (27, 30)])
-def test_it_is_what_the_whole_model_puts_out_when_asked_for_attentions(family, size):
+def test_class_attention_equals_the_attentions_of_transformers(family, size):
     """Where the grid is the stored one: elsewhere transformers resamples positions unlike Meta."""
     backbone = build(family)
     _, found = backbone.with_class_attention(images(size))
@@ -271,7 +271,7 @@ def test_keys_are_the_projection_of_the_last_tapped_block(family, size):
     torch.testing.assert_close(maps[0], backbone(images(size))[0])
 
 
-def test_keys_of_dinov3_are_rotated_and_explain_its_class_attention():
+def test_rotated_keys_of_dinov3_explain_its_class_attention():
     backbone = build("dinov3_vit")
     attention = backbone.blocks[-1].attention
     queries = []

@@ -130,7 +130,7 @@ def test_an_earlier_stage_is_the_same_without_those_after_it():
     assert len(cut.blocks) == 2 and cut.norm is None and "layer_norm.weight" not in cut.export_state()
 
 
-def test_images_of_a_batch_do_not_see_one_another_and_eval_repeats():
+def test_images_of_a_batch_are_independent_in_eval_mode():
     backbone = shaken("quarters", arch=ARCH | {"drop_path_rate": 0.5}).requires_grad_(False)
     images = torch.rand(2, 3, 40, 33)
     both, again = backbone(images), backbone(images)
@@ -139,7 +139,7 @@ def test_images_of_a_batch_do_not_see_one_another_and_eval_repeats():
         torch.testing.assert_close(part[1:], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_stochastic_depth_acts_in_training_only_if_asked_for():
+def test_stochastic_depth_acts_only_if_configured():
     images = torch.rand(4, 3, 32, 32)
     still = build().train()
     assert torch.equal(still(images)[0], still(images)[0])

@@ -20,7 +20,7 @@ def test_quarters_end_at_the_last_block(depth, blocks):
     assert resolve_layers("quarters", depth) == blocks
 
 
-def test_what_is_returned_can_be_changed():
+def test_resolved_layers_can_be_modified_safely():
     resolve_layers("quarters", 24).append(0)
     assert resolve_layers("quarters", 24) == [4, 11, 17, 23]
 

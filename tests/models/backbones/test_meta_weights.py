@@ -370,7 +370,7 @@ def test_truncated_files_are_refused(share, zipped, saved, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"<html>404</html>", b"\x80\x04N.", pickle.dumps([1, 2], 2), b"PK\x03\x04junk"])
-def test_what_is_no_checkpoint_is_refused(content, tmp_path):
+def test_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     (tmp_path / "page.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"page\.pth: (not a readable PyTorch file|holds no )"):
         load("dino", tmp_path / "page.pth")

@@ -47,7 +47,7 @@ def test_each_patch_is_its_mean_colour(size, patch):
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
-def test_cosines_tell_colours_apart():
+def test_cosine_separates_colours():
     assert cosine([0.9, 0.2, 0.2], [0.7, 0.3, 0.3]) > 0.8
     assert cosine([0.9, 0.2, 0.2], [0.2, 0.2, 0.9]) < 0
     assert cosine([0.9, 0.9, 0.9], [0.1, 0.1, 0.1]) < -0.9  # of raw colours, all positive, it is 1
@@ -107,7 +107,7 @@ def test_heads_take_its_map_or_say_why_not(head):
     assert SegmentationModel(rgb, made).eval()(images((20, 30))).scores().shape == (2, 3, 20, 30)
 
 
-def test_what_it_cannot_serve_is_refused():
+def test_rgb_backbone_refuses_unsupported_adapters_and_heads():
     for adapter in ("full", "lora", "last_blocks"):
         with pytest.raises(UserError, match="no parameters to train. Choose adapter=frozen"):
             Builder(OmegaConf.create(load("backbone=rgb", f"adapter={adapter}"))).model()

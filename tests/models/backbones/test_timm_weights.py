@@ -47,7 +47,7 @@ def test_a_classifiers_file_loads_whole_and_cut(tmp_path, name):
     assert len(cut.blocks) == 2
 
 
-def test_a_whole_file_loads_without_its_final_norm_and_what_is_exported_so_loads_so_alone(tmp_path):
+def test_weights_load_and_export_without_the_final_norm(tmp_path):
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     save_file(timm.create_model("test_vit", num_classes=7).state_dict(), whole)
     loaded = build(weights=str(whole), final_norm=False)
