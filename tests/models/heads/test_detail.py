@@ -64,7 +64,7 @@ def test_scores_lie_where_pixels_and_tokens_lie(patch_size, grid):
 
 
 @pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
-def test_a_linear_layer_on_the_tokens_adds_its_scores_where_they_lie(patch_size):
+def test_linear_skip_adds_token_scores_at_their_positions(patch_size):
     head, plain = passing(patch_size), passing(patch_size, linear_skip=False)
     head.linear_skip.weight.data[1] = 3
     head.linear_skip.bias.data[2] = 0.5
@@ -172,7 +172,7 @@ def lines(count, seed):
     return Batch(image, mask, [str(number) for number in range(count)])
 
 
-def test_what_is_thinner_than_a_patch_is_learnt():
+def test_detail_head_learns_lines_thinner_than_a_patch():
     seen, other, found = lines(8, 0), lines(8, 1), {}
     for name, head in (("detail", small(patch_size=16, jitter=0.0)), ("linear", LinearHead(3, 1, 3))):
         model, loss = SegmentationModel(RgbBackbone(16), head).train(), CrossEntropy(torch.ones(3))

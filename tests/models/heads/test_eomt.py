@@ -20,7 +20,7 @@ def family(request):
     return request.param
 
 
-def test_no_mask_has_more_rows_than_queries_and_none_is_built_when_annealed(monkeypatch):
+def test_attention_masks_cover_only_queries_and_stop_annealed(monkeypatch):
     backbone, head = pair(anneal=[[0.2, 0.5], [0.4, 0.8]])
     calls = spy_on_attention(monkeypatch)
     built, given = [], F.interpolate
@@ -37,7 +37,7 @@ def test_no_mask_has_more_rows_than_queries_and_none_is_built_when_annealed(monk
         assert len(built) == masked
 
 
-def test_masks_open_where_the_logits_are_positive_and_everywhere_else_outside_the_patches():
+def test_attention_mask_is_open_for_positive_logits():
     logits = torch.full((1, 2, 4, 6), -1.0)
     logits[0, 0, :2, 2:4] = 1.0  # one cell of the 2 x 3 grid: row 0, column 1
     mask = attention_mask(logits, (2, 3), num_tokens=2 + 5 + 6, share=1.0)
@@ -47,7 +47,7 @@ def test_masks_open_where_the_logits_are_positive_and_everywhere_else_outside_th
     assert not mask[0, 0, 1, 7:].any()
 
 
-def test_a_query_with_an_empty_mask_still_sees_queries_and_prefix():
+def test_query_with_an_empty_mask_attends_to_queries_and_prefix():
     backbone, head = pair()
     with torch.no_grad():
         head.mask_embed[-1].weight.zero_()

@@ -58,7 +58,7 @@ def run_slowly(backbone, head, images):
     return found
 
 
-def test_training_equals_the_written_out_forward_with_dense_masks(family):
+def test_training_equals_an_explicit_forward_with_dense_masks(family):
     backbone, head = pair(family)
     images = torch.rand(2, 3, 45, 61, dtype=torch.float64)
     outputs = head.double().run(backbone.double(), images)

@@ -130,7 +130,7 @@ def test_every_parameter_gets_a_gradient():
     assert not silent
 
 
-def test_training_gives_finite_gradients_to_all_and_to_the_features():
+def test_gradients_are_finite_for_parameters_and_features():
     head = tiny().train()
     features, pixels = made()
     features = [feature.requires_grad_() for feature in features]

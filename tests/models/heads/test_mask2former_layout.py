@@ -125,7 +125,7 @@ def test_parameter_counts_of_the_released_segmentor():
     assert 6_716_043_264 + count(head) == 7_643_463_639
 
 
-def test_only_a_new_class_layer_is_trained_where_that_is_asked():
+def test_only_the_new_class_layer_is_trainable_if_configured():
     head = released(26, no_object=False, trainable="class_embed")
     trained = {name: value.numel() for name, value in head.named_parameters() if value.requires_grad}
     assert trained == {"predictor.class_embed.weight": 2048 * 26, "predictor.class_embed.bias": 26}

@@ -155,7 +155,7 @@ def test_a_new_class_layer_takes_the_place_of_the_files(whole, write, no_object)
     assert sum(value.requires_grad for value in again.parameters()) == 2
 
 
-def test_only_the_class_layer_learns_where_that_is_asked(whole, write):
+def test_only_the_class_layer_gets_gradients_if_configured(whole, write):
     head = tiny(weights=write(whole), trainable="class_embed").train()
     outputs = head.decode([torch.randn(2, 16, 2, 3) for _ in range(4)], torch.randn(2, 3, 32, 48))
     (outputs.class_logits.square().mean() + outputs.mask_logits.square().mean()).backward()
@@ -170,7 +170,7 @@ def test_only_the_class_layer_learns_where_that_is_asked(whole, write):
         ({"trainable": "class_embed"}, "trainable=class_embed without weights: .* or set trainable=all"),
     ],
 )
-def test_what_takes_a_file_is_refused_without_one_but_for_counting(options, said):
+def test_options_that_need_weights_are_refused_without_them(options, said):
     with pytest.raises(UserError, match=said):
         tiny(**options)
     with torch.device("meta"):

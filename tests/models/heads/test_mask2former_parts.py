@@ -171,7 +171,7 @@ def test_adapter_sees_16_pixels_a_token_whatever_the_patch():
             assert torch.equal(found, expected)
 
 
-def test_pixel_decoder_returns_coarse_levels_first_and_runs_in_float32():
+def test_pixel_decoder_returns_coarse_levels_first_in_float32():
     module = PixelDecoder(8, 64, 4, 16, checkpointing=False)
     pyramid = [torch.randn(2, 8, *size) for size in ((12, 8), (6, 4), (3, 2), (2, 1))]
     levels, mask_features = module(pyramid)

@@ -318,7 +318,7 @@ def test_learned_slots_have_one_number_and_keys_need_attention():
         SlotHead(DIM, 1, num_slots=3, positions_grid=[2, 3], **VIDEOSAUR).check_backbone(bare)
 
 
-def test_a_loss_of_features_refuses_a_head_that_reconstructs_none():
+def test_feature_loss_refuses_a_head_without_reconstructions():
     head = SlotHead(DIM, 1, num_slots=3, positions_grid=[2, 3], **ONLY_SIMILARITY)
     outputs = head.follow(torch.randn(1, 2, DIM, 2, 3))
     with pytest.raises(UserError, match="The head reconstructs no features.*reconstruct=true"):

@@ -100,7 +100,7 @@ class Storages(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_nothing_as_large_as_one_images_map_is_made_beside_the_result(monkeypatch, inference):
+def test_inference_allocates_only_the_resulting_semantic_map(monkeypatch, inference):
     monkeypatch.setattr(semantic, "_AT_ONCE", 3 * 20 * 30)
     outputs = draw(2, 7, 6, (4, 6))
     with inference(), Storages() as storages:

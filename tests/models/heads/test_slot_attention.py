@@ -149,7 +149,7 @@ def test_first_slots_have_the_mean_and_the_spread_of_their_group(as_std, power):
         torch.testing.assert_close(values.std(0), expected, atol=0, rtol=0.05)
 
 
-def test_first_slots_are_drawn_in_training_and_fixed_in_eval_mode():
+def test_first_slots_are_random_in_training_and_fixed_in_eval():
     module = SlotAttention(5, 4, 3)
     tokens = torch.randn(2, 6, 5)
     torch.manual_seed(1)
@@ -214,7 +214,7 @@ def test_unlike_slots_of_training_begin_anywhere():
     assert module.eval().initial_slots(tokens, [1]).equal(module.initial_slots(tokens, [1]))
 
 
-def test_unlike_slots_are_the_drawn_ones_and_what_their_tokens_tell():
+def test_cluster_slots_add_the_tokens_to_the_initial_slots():
     module = made(SlotAttention, 5, 4, 3, slot_init="clusters").eval()
     tokens = torch.randn(2, 7, 5).double()
     places = distant_tokens(module.norm_tokens(tokens), 3)
@@ -300,7 +300,7 @@ def test_predictor_agrees_with_loops(mode):
             torch.testing.assert_close(found[clip, number], torch.tensor(expected, dtype=torch.float64), **EXACT)
 
 
-def test_other_predictors_and_what_is_refused():
+def test_carry_and_none_predictors_and_bad_dimensions():
     slots = torch.randn(1, 3, 6)
     assert torch.equal(make_predictor("carry", 6)(slots), slots)
     assert make_predictor("none", 6) is None

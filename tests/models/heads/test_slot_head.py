@@ -160,7 +160,7 @@ def test_iterations_and_predictor_are_where_they_belong():
     torch.testing.assert_close(together[:, 2:], alone)  # frames know nothing of one another
 
 
-def test_reconstructions_are_normed_decodings_of_slots_taken_ahead():
+def test_reconstructions_are_normed_decodings_of_predicted_slots():
     head, features = made(steps=[0, 2], time_decoder="linear").eval(), clip()
     with torch.no_grad():
         head.norm.weight.uniform_(0.5, 2), head.norm.bias.uniform_(-1, 1)
@@ -231,14 +231,14 @@ def test_unlike_slots_begin_at_cells_that_their_group_may_see():
 
 
 @pytest.mark.parametrize("slot_init", ["gaussian", "clusters"])
-def test_places_weigh_as_much_as_contents_where_slots_begin_as_clusters(slot_init):
+def test_positions_weigh_as_much_as_contents_for_cluster_slots(slot_init):
     torch.manual_seed(0)
     place = SlotHead(400, 1, **SMALL, slot_init=slot_init, token_positions=True).token_positions
     spread, shift = place.weight.std().item(), place.bias.abs().max().item()
     assert (1.4 < spread < 1.6 and shift == 0) if slot_init == "clusters" else (spread < 0.5 and shift > 0)
 
 
-def test_the_decoder_alone_learns_for_the_first_share_of_a_training():
+def test_decoder_trains_alone_in_the_first_share_of_training():
     head = made(decoder_first=0.2, token_positions=True)
     begin, parts = head.delayed_modules
     late = {id(parameter) for part in parts for parameter in part.parameters()}
@@ -247,7 +247,7 @@ def test_the_decoder_alone_learns_for_the_first_share_of_a_training():
     assert len(made(predictor="none").delayed_modules[1]) == 1
 
 
-def test_slots_are_drawn_anew_in_each_frame_for_the_first_share_of_a_training():
+def test_slots_are_independent_per_frame_early_in_training():
     head, features = made(independent_until=0.4, first_iterations=3).train(), clip()
     head.set_progress(39, 100)
     torch.manual_seed(1)
@@ -313,7 +313,7 @@ def test_gradients_reach_everything(keys, checkpointing):
         torch.testing.assert_close(one, other)
 
 
-def test_similarity_comes_when_asked_for_the_grid_it_knows():
+def test_similarity_is_predicted_only_for_its_grid():
     head = made(similarity=True, steps=[1, 0]).train()
     outputs = head.follow(clip())
     assert outputs.similarity.shape == (2, 3, 12, 3, 4)
@@ -327,7 +327,7 @@ def test_similarity_comes_when_asked_for_the_grid_it_knows():
     assert head.masks(slots, attention, (5, 4)).shape == (2, 3, 5, 4)
 
 
-def test_masks_come_from_where_they_are_asked():
+def test_masks_come_from_the_configured_source():
     features = clip()
     for steps, own in ((1, 0), ([1, 0], 1), ([2, 1], 0)):
         head = made(steps=steps, mask_source="alpha", time_decoder="linear").eval()
@@ -342,7 +342,7 @@ def test_masks_come_from_where_they_are_asked():
         torch.testing.assert_close(pixels.sum(1), torch.ones_like(pixels[:, 0]))
 
 
-def test_eval_mode_gives_the_same_each_time_and_for_each_clip_alone():
+def test_eval_mode_is_deterministic_and_independent_of_the_batch():
     head, features = made(**GROUPED).eval(), clip()
     background = torch.rand(2, 4, 3, 4) > 0.5
     torch.manual_seed(1)
@@ -401,7 +401,7 @@ def test_half_precision():
     torch.testing.assert_close(coarse.reconstructions[1].float(), exact.reconstructions[1], atol=0.2, rtol=0.2)
 
 
-def test_a_few_steps_of_training_tell_two_halves_apart():
+def test_short_training_separates_two_halves():
     torch.manual_seed(0)
     head = SlotHead(DIM, 1, **SMALL | {"num_slots": 2, "decoder_dim": 32, "positions_grid": [4, 4]}).train()
     sides = torch.eye(DIM)[:2] * 4
@@ -466,7 +466,7 @@ def test_more_slots_than_cells_are_refused():
     assert made(num_slots=12).follow(clip()).slots.shape == (2, 4, 12, 8)
 
 
-def test_a_clip_too_short_for_its_steps_is_refused_and_an_image_is_segmented_all_the_same():
+def test_short_clip_is_refused_but_an_image_is_segmented():
     head = made(steps=2)
     with pytest.raises(UserError, match=r"steps=\[0, 1, 2\] .* clips have 2\. Give clips of 3"):
         head.follow(clip(2))
@@ -516,7 +516,7 @@ def test_seen_frame_alone_decides_the_slots():
     )
 
 
-def test_tokens_are_told_where_they_are():
+def test_token_positions_are_added_to_the_attention_input_only():
     flat = torch.ones(1, 1, DIM, 3, 4).double()
     assert made().eval().follow(flat).attention.flatten(3).std(dim=3).max() < 1e-12
     head = made(token_positions=True).eval()
