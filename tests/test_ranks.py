@@ -63,23 +63,23 @@ def run(where, does):
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory):
+def finished_ranks(tmp_path_factory):
     """Return the folder and the result of ranks that end well, and leave a cycle of references."""
     folder = tmp_path_factory.mktemp("ended")
     return folder, run(folder, "ends well")
 
 
-def test_a_result_larger_than_a_pipe_comes_back(ended):
-    assert (ended[1]["matrix"], ended[1]["world_size"]) == ([[0] * 150] * 150, "2")
+def test_a_result_larger_than_a_pipe_comes_back(finished_ranks):
+    assert (finished_ranks[1]["matrix"], finished_ranks[1]["world_size"]) == ([[0] * 150] * 150, "2")
 
 
-def test_what_a_cycle_keeps_is_freed_before_the_interpreter_ends(ended):
+def test_what_a_cycle_keeps_is_freed_before_the_interpreter_ends(finished_ranks):
     """As of a model on ranks, which keeps the group and its threads."""
-    assert [(ended[0] / f"left{rank}").read_text() for rank in range(2)] == ["False", "False"]
+    assert [(finished_ranks[0] / f"left{rank}").read_text() for rank in range(2)] == ["False", "False"]
 
 
-def test_a_rank_starts_processes_as_any_process_does(ended):
-    assert ended[1]["method"] == multiprocessing.get_context().get_start_method()
+def test_a_rank_starts_processes_as_any_process_does(finished_ranks):
+    assert finished_ranks[1]["method"] == multiprocessing.get_context().get_start_method()
 
 
 def test_ranks_share_the_processors(tmp_path, monkeypatch):

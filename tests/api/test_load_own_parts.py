@@ -61,7 +61,7 @@ def test_a_head_of_ones_own_is_loaded_in_the_same_process(mine):
     model.save("model.safetensors")
     for again in (
         dinoseg.load("model.safetensors", device="cpu", config_dir=str(mine)),
-        dinoseg.create_model(init="model.safetensors", config_dir=mine, **created()),
+        dinoseg.create_model(init="model.safetensors", config_dir=mine, **create_arguments()),
     ):
         assert torch.equal(again.eval()(IMAGES), model(IMAGES)) and type(again.head) is MyHead
     (mine / "head/later.yaml").write_text(MINE["head/mine"].replace("MyHead", "MyLater"))
@@ -75,7 +75,7 @@ def test_a_head_of_ones_own_is_loaded_in_the_same_process(mine):
         run.load_model(config_dir="nowhere")
 
 
-def created():
+def create_arguments():
     arch = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
     own = {"backbone.patch_size": 8, "backbone.arch": arch, "classes": ["dark", "bright"]}
     return {"backbone": "tiny", "head": "mine", "adapter": "full", **own}

@@ -30,7 +30,7 @@ from dinoseg.experiment.log_file import configure_log
 from dinoseg.utils.errors import UserError
 
 
-def logged(change):
+def log_settings(change):
     """Return the log's handlers and levels."""
     if change:
         configure_log(None)
@@ -40,7 +40,7 @@ def logged(change):
     return [logging.getLogger(name).level for name in names], logging.getLogger().handlers[:], threading.excepthook
 
 
-def filtered(change):
+def warning_filters(change):
     if change:
         warnings.simplefilter("ignore")
     return warnings.filters[:]
@@ -116,7 +116,19 @@ def handlers(change):
     return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), faulthandler.is_enabled()
 
 
-PARTS = (logged, filtered, environment, folder, arguments, streams, states, settings, start_method, hydra, accelerate)
+PARTS = (
+    log_settings,
+    warning_filters,
+    environment,
+    folder,
+    arguments,
+    streams,
+    states,
+    settings,
+    start_method,
+    hydra,
+    accelerate,
+)
 
 
 @pytest.mark.parametrize("fails", [False, True])

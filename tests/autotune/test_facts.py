@@ -102,7 +102,7 @@ def test_of_large_masks_fewer_are_measured(monkeypatch, tmp_path):
         def __getitem__(self, place):
             return {"mask": torch.zeros(self.size, dtype=torch.uint8)}
 
-    def measured(size, length):
+    def count_measured(size, length):
         seen = []
         with monkeypatch.context() as patch:
             patch.setattr(facts, "class_counts", lambda *_: np.array([1, 0]))
@@ -110,7 +110,7 @@ def test_of_large_masks_fewer_are_measured(monkeypatch, tmp_path):
             facts_of(Data(size, length), Data(size, 1), tmp_path)
         return len(seen)
 
-    assert [measured((16, 16), length) for length in (1, 30, 200)] == [1, 30, 48]
+    assert [count_measured((16, 16), length) for length in (1, 30, 200)] == [1, 30, 48]
     monkeypatch.setattr(facts, "_PIXELS", 16 * 16 * 24)
-    assert [measured((16, 16), length) for length in (1, 30, 200)] == [1, 15, 24]
-    assert [measured((64, 64), length) for length in (1, 7, 30, 200)] == [1, 7, 10, 8]
+    assert [count_measured((16, 16), length) for length in (1, 30, 200)] == [1, 15, 24]
+    assert [count_measured((64, 64), length) for length in (1, 7, 30, 200)] == [1, 7, 10, 8]

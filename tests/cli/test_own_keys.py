@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from command_line import SLOTS, SMALL, call, linked
+from command_line import SLOTS, SMALL, call, link_all
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
@@ -21,7 +21,7 @@ def with_checkpoint_keys(words):
 @pytest.fixture
 def here(trained_once, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return linked(trained_once, tmp_path)
+    return link_all(trained_once, tmp_path)
 
 
 def run(where, *arguments):

@@ -15,11 +15,11 @@ from config_files import (
     main_choices,
     mode_for,
     mode_of,
-    needed,
     nodes,
     options,
     read,
     read_node,
+    required_overrides,
     written_choices,
     written_targets,
 )
@@ -109,7 +109,7 @@ def recipes(compose):
     for hparam in options("hparam"):
         mode = mode_for(hparam)
         choice = main_choices(mode) | written_choices(hparam)
-        found[hparam] = choice, compose(f"mode={mode}", f"hparam={hparam}", *needed(choice))
+        found[hparam] = choice, compose(f"mode={mode}", f"hparam={hparam}", *required_overrides(choice))
     return found
 
 
@@ -206,7 +206,7 @@ def row(compose, mode, chosen):
     chosen = {"mode": mode, **{group: option for group, option in chosen.items() if option is not None}}
     words = [f"{group}={option}" for group, option in chosen.items()]
     whole = main_choices(mode) | chosen
-    return chosen, whole, compose(*words, *(needed(whole) if "data" in whole else []))
+    return chosen, whole, compose(*words, *(required_overrides(whole) if "data" in whole else []))
 
 
 def test_every_option_of_every_other_group(rows):
@@ -309,7 +309,7 @@ def leaves(node, path=""):
 
 @pytest.mark.parametrize("data", ["folder", "sarrarp"])
 def test_every_other_key_is_read(compose, data):
-    cfg = OmegaConf.to_container(compose(f"data={data}", *needed({"data": data})))
+    cfg = OmegaConf.to_container(compose(f"data={data}", *required_overrides({"data": data})))
     python = "\n".join(path.read_text() for path in FOLDER.parent.rglob("*.py"))
     configs = "\n".join(path.read_text() for path in FOLDER.rglob("*.yaml"))
     keys = list(leaves({key: value for key, value in cfg.items() if key != "choices"}))

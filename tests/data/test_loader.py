@@ -120,13 +120,13 @@ def test_workers_ignore_signals_meant_for_the_main_process(number):
         assert worker.exitcode == 0
 
 
-def resetting(_):
+def reset_connection(_):
     raise ConnectionResetError("reset by peer")
 
 
 def test_worker_killed_while_sending_raises_an_error():
     with pytest.raises(UserError, match="(?s)A data-loading process was killed.*reset by peer"):
-        list(load_in_order(resetting, range(2), 1))
+        list(load_in_order(reset_connection, range(2), 1))
 
 
 def kill_worker(before):

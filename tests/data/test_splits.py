@@ -130,23 +130,25 @@ class Thing:
     origin: str = ""
 
 
-def found(split):
+def find_things(split):
     return [Thing(f"v{video}/{split}_{frame}") for video in range(7) for frame in range(video + 1)]
 
 
 def folds(fold, count, group=r"^(v\d+)/", **options):
     partition = Partition(group=group, fold=fold, folds=count, **options)
-    return {split: [thing.name for thing in divide(split, found, partition)] for split in ("train", "val", "test")}
+    return {
+        split: [thing.name for thing in divide(split, find_things, partition)] for split in ("train", "val", "test")
+    }
 
 
 def test_folds_divide_train_and_val_together_by_group():
-    everything = sorted(thing.name for split in ("train", "val") for thing in found(split))
+    everything = sorted(thing.name for split in ("train", "val") for thing in find_things(split))
     held_out = []
     for fold in range(3):
         parts = folds(fold, 3)
         assert sorted(parts["train"] + parts["val"]) == everything
         assert not {n.split("/")[0] for n in parts["train"]} & {n.split("/")[0] for n in parts["val"]}
-        assert parts["test"] == [thing.name for thing in found("test")]
+        assert parts["test"] == [thing.name for thing in find_things("test")]
         held_out += parts["val"]
     assert sorted(held_out) == everything
 
@@ -196,13 +198,14 @@ def test_what_cannot_be_divided():
 
 
 def test_folds_separate_things_with_equal_names_in_two_splits():
-    def numbered(split):
+    def find_numbered(split):
         return [Thing(f"v{number}/x", f"{split}{number}") for number in range(4 if split == "train" else 2)]
 
     held_out = []
     for fold in range(3):
         parts = {
-            split: divide(split, numbered, Partition(group="^(.+)$", fold=fold, folds=3)) for split in ("train", "val")
+            split: divide(split, find_numbered, Partition(group="^(.+)$", fold=fold, folds=3))
+            for split in ("train", "val")
         }
         assert len({thing.origin for part in parts.values() for thing in part}) == 6
         held_out += parts["val"]

@@ -236,12 +236,12 @@ def test_seeds_note_states_the_runs_per_side():
         found = [record(units=units)]
         return [Side(name, [Path()] * runs, [], [], found) for name, runs in zip("abc", counts, strict=False)]
 
-    def told(*counts, **more):
+    def note_of(*counts, **more):
         return seeds_note(of(*counts, **more))
 
-    assert told(1, 1).startswith("one trained model per side: ")
-    assert told(3, 2) == "the variance over seeds is included in the intervals (3, 2 runs)"
-    assert told(2, 1, 2).endswith("(2, 1, 2 runs), except for b, one trained model each")
+    assert note_of(1, 1).startswith("one trained model per side: ")
+    assert note_of(3, 2) == "the variance over seeds is included in the intervals (3, 2 runs)"
+    assert note_of(2, 1, 2).endswith("(2, 1, 2 runs), except for b, one trained model each")
     assert units_note(of(1, 2, 2, units=["0"])) == "none: they need two videos, or several seeds of each side"
     assert units_note(of(2, 2, units=["0"])) == (
         "over seeds only: there is one video, so they do not generalise to others"

@@ -96,7 +96,7 @@ class Fake(Tracker):
         return self.last.copy() if self.kind == "copy" else np.full(frame.shape[:2], self.kind, np.uint8)
 
 
-def moving(seed, length, size, ids):
+def moving_squares(seed, length, size, ids):
     """Squares that walk over a frame: (T, H, W)."""
     rng = np.random.default_rng(seed)
     starts, steps = rng.integers(0, 8, (len(ids), 2)), rng.integers(0, 3, (len(ids), 2))
@@ -142,9 +142,9 @@ PROTOCOLS = {
 }
 COMPOSED = {}  # by command line, since composing takes longer than a test
 SEQUENCES = {
-    "bear": moving(1, 5, (33, 40), [1, 2]),
-    "ape": moving(2, 6, (30, 41), [1, 3]),
-    "cow": moving(3, 2, (9, 9), [1]),
+    "bear": moving_squares(1, 5, (33, 40), [1, 2]),
+    "ape": moving_squares(2, 6, (30, 41), [1, 3]),
+    "cow": moving_squares(3, 2, (9, 9), [1]),
 }
 
 
@@ -296,8 +296,8 @@ def write_youtube(root, split, videos, annotated, *, every=1):
 
 
 def test_youtube_vos_gives_each_object_where_it_appears(track, tmp_path):
-    early = moving(1, 12, (30, 40), [2])
-    late = np.where(early == 0, moving(2, 12, (30, 40), [5]), early)
+    early = moving_squares(1, 12, (30, 40), [2])
+    late = np.where(early == 0, moving_squares(2, 12, (30, 40), [5]), early)
     late[:5] = early[:5]
     first_late = early.copy()
     first_late[:5] = 0
@@ -321,7 +321,7 @@ def test_youtube_vos_gives_each_object_where_it_appears(track, tmp_path):
 
 
 def test_youtube_vos_train_prompts_later_objects_once(track, tmp_path):
-    masks = moving(1, 4, (30, 40), [2, 3])
+    masks = moving_squares(1, 4, (30, 40), [2, 3])
     masks[0][masks[0] == 3] = 0
     root = write_youtube(tmp_path / "YT", "train", {"a": masks}, {"a": range(4)})
     done = track("copy", "youtube_vos", root, split="train")
@@ -337,7 +337,7 @@ def test_youtube_vos_train_prompts_later_objects_once(track, tmp_path):
 def test_movi_is_scored_as_clusters(track, tmp_path, kind):
     root, reference = tmp_path / "movi", tmp_path / "reference"
     for name in ("0", "10", "9"):
-        for index, mask in enumerate(moving(int(name), 4, (32, 32), [1, 2, 3])):
+        for index, mask in enumerate(moving_squares(int(name), 4, (32, 32), [1, 2, 3])):
             write_frame(root / f"validation/{name}/frames/{index:05d}.png", mask)
             write_png(root / f"validation/{name}/segmentations/{index:05d}.png", mask)
             write_png(reference / f"{name}/{index:05d}.png", mask)

@@ -86,7 +86,7 @@ def test_the_official_scores_of_an_evaluation(tmp_path, data, write, split, refe
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def cityscapes_run(tmp_path_factory):
     """Return a folder with a tiny Cityscapes in data/ and a model of it in run/."""
     folder = tmp_path_factory.mktemp("cityscapes")
     write_cityscapes(folder / "data")
@@ -98,9 +98,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(trained, tmp_path):
+def evaluate(cityscapes_run, tmp_path):
     """Return a function that evaluates it on a copy of the data, and returns what it printed and wrote."""
-    shutil.copytree(trained / "data", tmp_path / "data")
+    shutil.copytree(cityscapes_run / "data", tmp_path / "data")
 
     def run(*words):
         folder = f"eval_{len(list(tmp_path.glob('eval_*')))}"
@@ -108,7 +108,7 @@ def evaluate(trained, tmp_path):
             "engine=cpu",
             "mode.metrics_only=true",
             f"data.root={tmp_path}/data",
-            f"resume={trained}/run",
+            f"resume={cityscapes_run}/run",
             f"hydra.run.dir={folder}",
         )
         done = call(tmp_path, "mode=eval", *fixed, *words)

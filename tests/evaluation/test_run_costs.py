@@ -17,12 +17,12 @@ def row(tmp_path, monkeypatch):
     """Return a function that makes the row of a run whose record of costs is some text."""
     monkeypatch.setattr(compare, "scores_of", lambda records: {"miou": 0.5, "accuracy": 0.6})
 
-    def made(text):
+    def row_of(text):
         (tmp_path / COST).write_text(text)
         record = SimpleNamespace(source=str(tmp_path / "checkpoints/best.safetensors"))
         return compare.run_rows([Side("a", [tmp_path], ["a"], [tmp_path], [record])])[0]
 
-    return made
+    return row_of
 
 
 def test_row_has_costs_and_scores(row, caplog):

@@ -17,7 +17,7 @@ def run_names(folders):
 def swept(tmp_path):
     """Return a function that makes a sweep of jobs with these words, and returns their folders."""
 
-    def made(*jobs, name="sweep"):
+    def write_sweep(*jobs, name="sweep"):
         folders = [tmp_path / name / str(number) for number in range(len(jobs))]
         for folder, words in zip(folders, jobs, strict=True):
             folder.mkdir(parents=True)
@@ -25,7 +25,7 @@ def swept(tmp_path):
         (tmp_path / name / "multirun.yaml").touch()
         return folders
 
-    return made
+    return write_sweep
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,10 @@ def test_a_command_that_is_none_or_may_not_be_read_names_nothing(swept, monkeypa
     typed.write_text("k=3\n" * 2**17)
     assert run_names(folders) == ["0", "1"]
 
-    def refused(path):
+    def refuse_access(path):
         raise PermissionError(path)
 
-    monkeypatch.setattr(run_folder, "_words", refused)
+    monkeypatch.setattr(run_folder, "_words", refuse_access)
     assert run_names(folders) == ["0", "1"]
 
 

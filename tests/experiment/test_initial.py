@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_files import INFO
 from command_line import SMALL, call, write_data
-from finished_runs import rows, trained
+from finished_runs import rows, train_run
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
@@ -37,10 +37,10 @@ KEEP = ("trainer.steps=1", "optim.optimizer.lr=1e-30")  # a step that changes no
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("runs")
     write_data(where / "data", val=2)
-    trained(where, "first", *SHORT, "seed=5")
-    trained(where, "tuned", *KNOWN, "adapter=full", *METRICS)
-    trained(where, "frozen", *KNOWN, *METRICS)
-    trained(where, "lora", *KNOWN, "adapter=lora", *METRICS)
+    train_run(where, "first", *SHORT, "seed=5")
+    train_run(where, "tuned", *KNOWN, "adapter=full", *METRICS)
+    train_run(where, "frozen", *KNOWN, *METRICS)
+    train_run(where, "lora", *KNOWN, "adapter=lora", *METRICS)
     for run in ("frozen", "lora"):
         done = call(where, "mode=export", "export=safetensors", f"resume={run}", f"hydra.run.dir=exported_{run}")
         assert done.status == 0, done.err
@@ -48,10 +48,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def begun(folder):
+def initialised_run(folder):
     """Train a run that begins with a copy of `first`, which is removed then."""
     shutil.copytree(folder / "first", folder / "gone")
-    trained(folder, "begun", *SHORT, "init=gone", "trainer.save_every=1", "optim.schedule.kind=constant")
+    train_run(folder, "begun", *SHORT, "init=gone", "trainer.save_every=1", "optim.schedule.kind=constant")
     shutil.rmtree(folder / "gone")
     return folder / "begun"
 
@@ -84,7 +84,7 @@ def test_tensors_of_another_type_are_refused_by_name(tmp_path, tiny_backbone):
 
 
 def test_a_run_begins_with_the_best_weights_of_another(folder):
-    ours, done = trained(folder, "next", *SHORT, "init=first", "seed=5", *KEEP)
+    ours, done = train_run(folder, "next", *SHORT, "init=first", "seed=5", *KEEP)
     best = checkpoint.read(folder / "first/checkpoints/best.safetensors")
     theirs = best.part("model")
     buffers = ("running_mean", "running_var", "num_batches_tracked")  # which a step changes at any rate
@@ -112,17 +112,17 @@ def test_init_leaves_mismatched_weights_random_and_names_them(folder, begin):
 
 def test_init_reports_other_names_of_equally_many_classes(folder):
     """Of the data, as mode=train knows them."""
-    _, done = trained(folder, "renamed", *SHORT, "init=first", "data.classes=[a,b]", "trainer.steps=1", *METRICS)
+    _, done = train_run(folder, "renamed", *SHORT, "init=first", "data.classes=[a,b]", "trainer.steps=1", *METRICS)
     assert "init: its classes are dark, bright; those of the data start from them." in done.err
 
 
-def test_resumed_run_ignores_its_init_and_refuses_another(folder, begun, compose, monkeypatch):
+def test_resumed_run_ignores_its_init_and_refuses_another(folder, initialised_run, compose, monkeypatch):
     done = call(folder, *SHORT, "resume=begun", "init=tuned", "trainer.steps=3")
     told = f"and started with init={folder / 'gone'}. Leave init out, or, for a new run, resume."
     assert done.status == 1 and told in done.err, done.err
     done = call(folder, "mode=train", "resume=begun", "trainer.steps=3", *METRICS)
     assert done.status == 0 and "init=" not in done.err, done.err
-    path = begun / "checkpoints/last.safetensors"
+    path = initialised_run / "checkpoints/last.safetensors"
     info = checkpoint.describe(path)
     assert info["config"]["init"] == str(folder / "gone") and info["progress"]["step"] == 3
     monkeypatch.chdir(folder)
@@ -232,8 +232,8 @@ def test_init_from_different_checkpoints_on_ranks_is_refused(folder, compose, mo
     assert load_initial_weights(Builder(cfg), model, CLASSES) is model
 
 
-def test_exported_file_omits_the_init_of_its_run(folder, begun):
-    done = call(folder, "mode=export", "export=safetensors", f"resume={begun}", "hydra.run.dir=passed_on")
+def test_exported_file_omits_the_init_of_its_run(folder, initialised_run):
+    done = call(folder, "mode=export", "export=safetensors", f"resume={initialised_run}", "hydra.run.dir=passed_on")
     assert done.status == 0, done.err
     assert "init" not in checkpoint.describe(folder / "passed_on/model.safetensors")["config"]
 
@@ -251,20 +251,20 @@ def test_frozen_weights_of_another_backbone_are_refused(folder, begin):
 def test_init_accepts_equally_rounded_weights_only(folder, begin):
     """A hash is of what is not rounded, on both sides."""
     words = (*KNOWN, "adapter=lora_8bit")
-    trained(folder, "rounded", *words, "trainer.steps=1", *METRICS)
+    train_run(folder, "rounded", *words, "trainer.steps=1", *METRICS)
     assert "init=rounded: 15 tensors loaded from step 1." in begin(*words, "init=rounded")[1]
     with pytest.raises(UserError, match="frozen backbone weights differ from"):
         begin(*words, "init=rounded", "backbone.weights=random")
 
 
-def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder, begun, compose, monkeypatch):
+def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder, initialised_run, compose, monkeypatch):
     """Compare recipes as resume=auto does: that of a command line and that of a checkpoint."""
     monkeypatch.chdir(folder)
     without, others, same = (
         recipe_of(config_description(Builder(compose(*SHORT, "optim.schedule.kind=constant", *words))))
         for words in ((), ("init=tuned",), ("init=./gone",))
     )
-    assert recipe_of(checkpoint.describe(begun / "checkpoints/last.safetensors")) == same
+    assert recipe_of(checkpoint.describe(initialised_run / "checkpoints/last.safetensors")) == same
     assert without != others != same != without
 
 

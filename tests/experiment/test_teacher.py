@@ -134,14 +134,14 @@ def test_refused_teacher_file_is_read_only_up_to_its_header(folder, compose, tmp
     os.truncate(path, 2**40)  # sparse
     with pytest.raises(UserError, match=r"teacher=.*best\.safetensors: not a readable checkpoint"):
         teacher(compose, str(path))
-    enlarged(source, path, "model/extra", 2**30)
+    write_enlarged(source, path, "model/extra", 2**30)
     with pytest.raises(UserError, match=r"teacher=.*1 tensors unexpected \(such as extra\)"):
         teacher(compose, str(path))
     with pytest.raises(UserError, match="other classes"):
         teacher(compose, str(source), Labels.of(["dark"], [[0, 0, 0]], 255))
 
 
-def enlarged(source, path, name, size):
+def write_enlarged(source, path, name, size):
     """Write a checkpoint with one more tensor, of zeros that take no space on the disk."""
     content = source.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -199,7 +199,7 @@ def test_a_foreign_config_is_held_against_config_files(folder, compose, tmp_path
         teacher(compose, str(tmp_path / "best.safetensors"))
 
 
-def changed(folder, path, *keys, value):
+def write_changed(folder, path, *keys, value):
     """Write the linear teacher's checkpoint with another value in its description."""
     source = folder / "linear/checkpoints/best.safetensors"
     info = {key: part for key, part in checkpoint.describe(source).items() if key != "format"}
@@ -227,7 +227,7 @@ def changed(folder, path, *keys, value):
 )
 def test_error_in_the_teacher_file_names_the_teacher(folder, compose, tmp_path, keys, value, said):
     with pytest.raises(UserError, match=f"^teacher={tmp_path}.*: .*{said}"):
-        teacher(compose, changed(folder, tmp_path / "best.safetensors", *keys, value=value))(
+        teacher(compose, write_changed(folder, tmp_path / "best.safetensors", *keys, value=value))(
             torch.zeros(3, 9, 9, dtype=torch.uint8)
         )
 
@@ -235,7 +235,7 @@ def test_error_in_the_teacher_file_names_the_teacher(folder, compose, tmp_path, 
 @pytest.mark.parametrize("crop", [[16384, 16384], [20, 29]])  # the latter no multiple of patches
 def test_a_crop_of_a_stranger_s_takes_no_memory(folder, compose, tmp_path, crop):
     """Cells for each pixel are counted on an image of any size, which is how the crop is used."""
-    path = changed(folder, tmp_path / "best.safetensors", "config", "resolution", "crop", value=crop)
+    path = write_changed(folder, tmp_path / "best.safetensors", "config", "resolution", "crop", value=crop)
     asked, plain = teacher(compose, path), teacher(compose, str(folder / "linear"))
     assert asked._read()[1] == pytest.approx(plain._read()[1]) == (1 / 8, 1 / 8)
 

@@ -13,7 +13,7 @@ import torch
 from command_line import write_data
 from omegaconf import OmegaConf
 from onnx import numpy_helper
-from portable_parts import TINY, untrained
+from portable_parts import TINY, write_untrained
 
 import dinoseg
 from dinoseg.core.task import SEMANTIC
@@ -39,7 +39,7 @@ _traced = {}  # an export takes seconds: what torch makes of the same model is m
 def cfg(compose, tmp_path):
     """Return the config of a tiny model with a linear head, and pictures beside it."""
     write_data(tmp_path / "data")
-    path = untrained(compose, tmp_path, *TINY, "head=linear")
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear")
     return standalone_config(
         path,
         checkpoint.describe(path),
@@ -226,7 +226,7 @@ def test_large_graph_reads_its_external_weights(cfg, out, monkeypatch):
 @pytest.mark.heavy
 def test_lora_updates_are_merged_and_a_program_is_proven_too(compose, tmp_path):
     write_data(tmp_path / "data")
-    path = untrained(compose, tmp_path, *TINY, "head=linear", "adapter=lora", "adapter.rank=2")
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", "adapter=lora", "adapter.rank=2")
     cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"}, unused=())
     (tmp_path / "out").mkdir()
     ProgramExport(images=str(tmp_path / "data/val/images"))(ModelSource(cfg), out_dir=tmp_path / "out")

@@ -24,7 +24,7 @@ from dinoseg.utils.images import write_png
 CPU = torch.device("cpu")
 
 
-def made(**options):
+def make_model(**options):
     torch.manual_seed(0)
     backbone = tiny_vit()
     return SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 5), **options).eval()
@@ -36,7 +36,7 @@ def picture(height, width):
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5}])
 def test_memory_estimate_scales_from_small_inputs(options):
-    model = made(**options)
+    model = make_model(**options)
     cost = memory.measure(model, 256, nullcontext)
     for size in ((160, 96), (320, 320)):
         batch = torch.zeros(1, 3, *size, dtype=torch.uint8)
@@ -107,7 +107,7 @@ def free(monkeypatch):
 def test_images_that_fit_are_seen_whole_and_nothing_is_computed(free, monkeypatch, caplog):
     monkeypatch.setattr(auto, "measure", None)
     free(2**40)
-    model = made()
+    model = make_model()
     first, second = (
         Predictor(model, CPU, nullcontext, *policy).ids([picture(100, 90)]) for policy in ([Auto((32, 32))], [])
     )
@@ -115,7 +115,7 @@ def test_images_that_fit_are_seen_whole_and_nothing_is_computed(free, monkeypatc
 
 
 def test_large_images_use_windows_and_log_it_once(free, caplog):
-    model, policy, seen = made(), Auto((32, 48), memory=0.5), []
+    model, policy, seen = make_model(), Auto((32, 48), memory=0.5), []
     need = memory.measure(model, 32, nullcontext).of(1, (100, 90), (100, 90))
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
     predictor = Predictor(model, CPU, nullcontext, policy)
@@ -139,7 +139,7 @@ def test_large_images_use_windows_and_log_it_once(free, caplog):
 
 
 def test_auto_windows_have_the_scale_of_whole_images(free):
-    model, seen = made(), []
+    model, seen = make_model(), []
     limit_to_trained_size(model, TrainedSizes(typical=64, largest=80))
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
     free(0)
@@ -148,7 +148,7 @@ def test_auto_windows_have_the_scale_of_whole_images(free):
 
 
 def test_the_largest_scale_is_what_has_to_fit(free):
-    model, seen = made(), []
+    model, seen = make_model(), []
     cost = memory.measure(model, 32, nullcontext)
     free((cost.of(1, (100, 90), (100, 90)) + cost.of(1, (600, 540), (100, 90))) / 2)
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
@@ -174,28 +174,28 @@ def small_memory(model, pixels):
 def test_auto_falls_back_to_windows_when_out_of_memory(free, caplog):
     free(2**40)
     policy = Auto((32, 48))
-    predictor = Predictor(small_memory(made(), 4 * 32 * 48), CPU, nullcontext, policy)
-    windows = Predictor(made(), CPU, nullcontext, policy.windows)
+    predictor = Predictor(small_memory(make_model(), 4 * 32 * 48), CPU, nullcontext, policy)
+    windows = Predictor(make_model(), CPU, nullcontext, policy.windows)
     assert (predictor.ids([picture(100, 90)]) == windows.ids([picture(100, 90)])).all()
     (message,) = caplog.messages
     assert message.startswith(
         "inference=auto: not enough memory for an image of 90 x 100 (width x height) in one pass: "
     )
     assert (predictor.ids([picture(120, 90)]) == windows.ids([picture(120, 90)])).all() and len(caplog.messages) == 1
-    whole = Predictor(made(), CPU, nullcontext)
+    whole = Predictor(make_model(), CPU, nullcontext)
     assert (predictor.ids([picture(40, 50)]) == whole.ids([picture(40, 50)])).all()
 
 
 def test_where_nothing_suffices_it_is_one_message(free):
     free(2**40)
     for policy in (Auto((32, 48)), Whole(), Auto((32, 48)).windows):
-        predictor = Predictor(small_memory(made(), 10), CPU, nullcontext, policy)
+        predictor = Predictor(small_memory(make_model(), 10), CPU, nullcontext, policy)
         for ask in (predictor.ids, predictor.probabilities):
             with pytest.raises(
                 memory.OutOfMemory, match=r"predict 2 images of 90 x 100 .*can't alloc.*inference=windows"
             ):
                 ask([picture(100, 90)] * 2)
-    broken = made()
+    broken = make_model()
     broken.backbone.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
         Predictor(broken, CPU, nullcontext, Auto((32, 48))).ids([picture(100, 90)])
@@ -215,7 +215,7 @@ def test_address_space_limit_bounds_free_memory(tmp_path, monkeypatch):
 def test_auto_applies_scales_and_flips_to_whole_images(free):
     free(2**40)
     ours, theirs, plain = (
-        Predictor(made(), CPU, nullcontext, policy).probabilities([picture(40, 50)])
+        Predictor(make_model(), CPU, nullcontext, policy).probabilities([picture(40, 50)])
         for policy in (
             Auto((32, 48), flips="horizontal", scales=(1.0, 2.0)),
             Whole(flips="horizontal", scales=(1.0, 2.0)),
@@ -227,7 +227,7 @@ def test_auto_applies_scales_and_flips_to_whole_images(free):
 
 def test_requested_size_is_used_after_running_out_of_memory(free):
     free(2**40)
-    predictor = Predictor(small_memory(made(), 4 * 32 * 48), CPU, nullcontext, Auto((32, 48)))
+    predictor = Predictor(small_memory(make_model(), 4 * 32 * 48), CPU, nullcontext, Auto((32, 48)))
     images = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None]
     scores = predictor.run_bands(
         images, lambda bands: torch.cat([band.scores() for band in bands], dim=2), size=(50, 45)
@@ -236,7 +236,7 @@ def test_requested_size_is_used_after_running_out_of_memory(free):
 
 
 def test_batch_and_output_size_count_towards_memory(free):
-    model, seen = made(), []
+    model, seen = make_model(), []
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
     free(1.5 * memory.measure(model, 32, nullcontext).of(1, (100, 90), (100, 90)))
     images = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None]
@@ -255,14 +255,14 @@ def test_free_gpu_memory_includes_unused_memory_of_torch(monkeypatch):
 
 def test_memory_error_of_python_is_reported(tmp_path):
     write_png(tmp_path / "a.png", picture(100, 90))
-    broken = made()
+    broken = make_model()
     broken.backbone.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(memory.OutOfMemory, match=r"of 90 x 100 .*none left"):
         Predictor(broken, CPU, nullcontext).write_ids(tmp_path / "a.png", tmp_path / "ids.png")
 
 
 def test_probabilities_are_float32_in_any_precision():
-    predictor = Predictor(made(), CPU, lambda: torch.autocast("cpu", torch.bfloat16))
+    predictor = Predictor(make_model(), CPU, lambda: torch.autocast("cpu", torch.bfloat16))
     assert predictor.probabilities([picture(16, 16)]).dtype == torch.float32
 
 

@@ -76,10 +76,10 @@ class TestListInputs:
             list_inputs(str(tmp_path / source))
 
     def test_a_folder_without_permission(self, tmp_path, monkeypatch):
-        def denied(self):
+        def deny_access(self):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(Path, "iterdir", denied)
+        monkeypatch.setattr(Path, "iterdir", deny_access)
         with pytest.raises(UserError, match="Permission denied"):
             list_inputs(str(tmp_path))
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pretended_cuda import Pretended
-from test_full_resolution import LOSSES, WEIGHTS, all_logits, drawn, gradient
+from test_full_resolution import LOSSES, WEIGHTS, all_logits, gradient, random_case
 
 from dinoseg.core.shapes import WeightedMasks
 from dinoseg.losses import full_resolution, fused
@@ -31,7 +31,7 @@ KERNELS = ("cross-entropy", "smoothed", "tversky")
 def apart(name, case, device="cpu"):
     """Return how far a loss and its gradient are from those of all logits at once in float64: the larger share, ()."""
     loss, reference = LOSSES[name]
-    prediction, batch = drawn(*case, seed=3, dtype=torch.float32)
+    prediction, batch = random_case(*case, seed=3, dtype=torch.float32)
     wanted = reference(all_logits(prediction.grid, case[2], prediction.valid), batch.mask.long())
     there = replace(prediction, grid=prediction.grid.detach().to(device).requires_grad_())
     value = deepcopy(loss).to(device)(there, batch.to(torch.device(device)))[0]
@@ -41,17 +41,17 @@ def apart(name, case, device="cpu"):
     return torch.stack(shares).max()  # no number, if either is none
 
 
-def interpreted():
+def print_distances_interpreted():
     """Hold losses that go by the kernel to all logits at once in float64, and print how far they are apart at most."""
     Fused.takes = lambda self, grid: True
     full_resolution.choose_faster = lambda way, tiled, grid: way
     most = torch.stack([apart(name, case) for name in KERNELS for case in CASES]).max()
-    prediction, batch = drawn(*CASES[0], seed=3, dtype=torch.float32)
+    prediction, batch = random_case(*CASES[0], seed=3, dtype=torch.float32)
     batch.mask[0, 0, 0] = 9
     print(float(most), *(float(LOSSES[name][0](prediction, batch)[0].detach()) for name in KERNELS[::2]))
 
 
-def compiled():
+def print_kernel_sizes():
     """Compile the kernel to machine code for A100 and H100."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -84,7 +84,7 @@ def said_by(function, tmp_path, **environment):
 @pytest.mark.heavy
 @pytest.mark.slow
 def test_kernel_equals_full_logits_and_gives_nan_for_bad_labels(tmp_path):
-    apart, *outsiders = said_by("interpreted", tmp_path, TRITON_INTERPRET="1")
+    apart, *outsiders = said_by("print_distances_interpreted", tmp_path, TRITON_INTERPRET="1")
     assert 0 < apart < 1e-6
     assert all(value != value for value in outsiders)
 
@@ -92,7 +92,7 @@ def test_kernel_equals_full_logits_and_gives_nan_for_bad_labels(tmp_path):
 @pytest.mark.heavy
 @pytest.mark.slow
 def test_the_kernel_compiles_for_devices_that_are_not_here(tmp_path):
-    assert min(said_by("compiled", tmp_path)) > 10_000
+    assert min(said_by("print_kernel_sizes", tmp_path)) > 10_000
 
 
 @pytest.mark.gpu
@@ -125,7 +125,7 @@ def better(monkeypatch):
     monkeypatch.setattr(fused, "_chosen", {})
     clock = iter(())
 
-    def chosen(kernel, seconds=(2.0, 1.0, 1.0)):  # tiles, the kernel compiled, the kernel
+    def choose_twice(kernel, seconds=(2.0, 1.0, 1.0)):  # tiles, the kernel compiled, the kernel
         nonlocal clock
         clock = iter([moment for took in seconds for moment in (0.0, took)])
         monkeypatch.setattr(fused.time, "perf_counter", lambda: next(clock))
@@ -133,7 +133,7 @@ def better(monkeypatch):
         grid = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
         return [fused.choose_faster(kernel, tiles, grid) is kernel for _ in range(2)], tiles
 
-    return chosen
+    return choose_twice
 
 
 def test_a_kernel_that_agrees_and_is_faster_is_taken(better):
@@ -215,7 +215,7 @@ def test_losses_ask_for_the_kernel_with_what_they_add_up(monkeypatch):
     forms = []
     monkeypatch.setattr(Fused, "takes", lambda self, grid: True)
     monkeypatch.setattr(full_resolution, "choose_faster", lambda way, tiled, grid: forms.append(way) or tiled)
-    prediction, batch = drawn(*CASES[0], seed=0, dtype=torch.float32)
+    prediction, batch = random_case(*CASES[0], seed=0, dtype=torch.float32)
     for loss in (CrossEntropy(WEIGHTS, label_smoothing=0.2), Dice(WEIGHTS), Tversky(WEIGHTS), Focal(WEIGHTS)):
         loss(prediction, batch)
     assert [(way.form.weights is not None, way.form.smoothing) for way in forms] == [(True, 0.2), *[(False, 0.0)] * 2]

@@ -19,7 +19,7 @@ class Data:
     classes, ignore_index = ("a", "b", "c", "d"), 255
 
 
-def gathered(images, world_size):
+def gather_rows(images, world_size):
     """Return the scores of ranks that exchange their rows as messages, and the rows of the first rank."""
     metrics = [METRICS["boundary_iou"], METRICS["nsd"], METRICS["ece"]]
     ranks = [MetricRows(metrics, Data(), rank, world_size) for rank in range(world_size)]
@@ -38,8 +38,8 @@ def gathered(images, world_size):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_any_number_of_ranks_gives_equal_scores(world_size):
     images = [pair for seed in range(6) for pair in ugly_case(seed)]
-    one, _ = gathered(images, 1)
-    assert gathered(images, world_size)[0] == one
+    one, _ = gather_rows(images, 1)
+    assert gather_rows(images, world_size)[0] == one
     for name, metric in OUTLINES:
         assert one[name] == score(metric, images)[name]
         assert [row[name] for row in one["classes"]] != [None] * CLASSES

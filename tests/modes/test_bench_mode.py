@@ -24,14 +24,14 @@ def here(monkeypatch):
     monkeypatch.setattr(benching, "run_in_process", in_this_process)
 
 
-def told(where, *words):
+def run_bench(where, *words):
     done = call(where, *WORDS, *QUICK, *words)
     assert done.status == 0, done.err
     return json.loads((where / "run/bench.json").read_text()), done.out
 
 
 def test_figures_of_noise_need_no_data(tmp_path, here):
-    found, out = told(tmp_path, "mode.synthetic=true", "trainer.accumulate=2")
+    found, out = run_bench(tmp_path, "mode.synthetic=true", "trainer.accumulate=2")
     assert found["data"] == "synthetic" and found["device"] == "cpu" and found["precision"] == "fp32"
     assert found["train"]["images"] == 4 and found["train"]["size"] == [32, 48] and found["inference"]["images"] == 1
     for figures in (found["train"], found["inference"]):
@@ -46,7 +46,7 @@ def test_figures_of_noise_need_no_data(tmp_path, here):
 
 def test_data_that_is_read_is_waited_for(tmp_path, here):
     write_data(tmp_path / "data", size=(40, 56))
-    found, _ = told(tmp_path)
+    found, _ = run_bench(tmp_path)
     assert found["data"] == "folder" and 0 < found["train"]["data_wait"] < 1
     assert found["train"]["size"] == [32, 48] and found["inference"]["size"] == [40, 56]
 

@@ -42,7 +42,7 @@ def compare(runs, *folders):
 
 
 @pytest.fixture
-def held(runs, compose, monkeypatch, caplog):
+def compare_sides(runs, compose, monkeypatch, caplog):
     """Return a function that holds sides against the first as mode=compare does, and returns both and what is told."""
     monkeypatch.chdir(runs)
     cfg = compose("mode=compare", "runs=[a,b]")
@@ -59,7 +59,7 @@ def held(runs, compose, monkeypatch, caplog):
     return hold
 
 
-def copied(runs, name, change):
+def copy_second_run(runs, name, change):
     """Copy the second run, with its record changed."""
     folder = runs / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -111,7 +111,7 @@ def of_seed(runs, base, name, seed):
     np.savez(folder / COUNTS, classes=counts)
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, held):
+def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, compare_sides):
     sweep = runs / "sweep"
     (sweep / "4").mkdir(parents=True)
     (sweep / "multirun.yaml").write_text("")
@@ -129,7 +129,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, held):
     assert (runs / "compared/compare.csv").is_file()
     rows = list(csv.DictReader((runs / "compared/images.csv").read_text().splitlines()))
     assert [*rows[0]] == ["image", "unit", "0+2", "resolution.scale=0.5", "resolution.scale=0.5 adds"]
-    sides, _, said = held("sweep/0", "sweep/2")  # of seeds alone each stands for itself
+    sides, _, said = compare_sides("sweep/0", "sweep/2")  # of seeds alone each stands for itself
     assert "one trained model per side" in seeds_note(sides) and "differ only in their seed" in said
     shutil.copytree(sweep / "0", runs / "again")  # of the same seed: another evaluation is what is compared
     sides = sides_of(["sweep/0", "sweep/1", "again"])
@@ -197,12 +197,12 @@ def _miou(folder):
     return np.mean(counts[0] / (counts[1] + counts[2] - counts[0]))
 
 
-def test_lists_are_sides_whatever_they_hold(runs, held):
+def test_lists_are_sides_whatever_they_hold(runs, compare_sides):
     for seed in (0, 1):
         of_seed(runs, "first", f"a{seed}", seed)
-    told = seeds_note(held(["a0", "a1"], "second")[0])
+    told = seeds_note(compare_sides(["a0", "a1"], "second")[0])
     assert "(2, 1 runs), except for second, one trained model" in told
-    said = held(["a0", "second"], "a1")[-1]
+    said = compare_sides(["a0", "second"], "a1")[-1]
     assert "a0, second are one side, but differ in more than their seed: resolution.scale" in said
 
 
@@ -254,7 +254,7 @@ def test_every_evaluation_has_a_report_by_default(runs):
 
 def test_evaluations_of_different_images_are_refused(runs, monkeypatch, caplog):
     monkeypatch.chdir(runs)
-    copied(runs, "other", lambda record: record.update(classes=["dark", "light"], split="test"))
+    copy_second_run(runs, "other", lambda record: record.update(classes=["dark", "light"], split="test"))
     done = compare(runs, "first", "other")
     assert (
         done.status == 1
@@ -267,11 +267,11 @@ def test_evaluations_of_different_images_are_refused(runs, monkeypatch, caplog):
         ({"images": ["0", "7"]}, 0, r"- 1 image only in the first \(data=folder, folder\): 1\n"),
         ({}, 1, "the references of 2 images differ: 0, 1"),
     ):
-        copied(runs, "other", lambda record, changes=changes: record.update(changes))
+        copy_second_run(runs, "other", lambda record, changes=changes: record.update(changes))
         np.savez(runs / "other" / COUNTS, classes=counts + more)
         with pytest.raises(UserError, match=said):
             sides_of(["first", "other"])
-    copied(runs, "other", lambda record: record.update(units=["0", "0"]))
+    copy_second_run(runs, "other", lambda record: record.update(units=["0", "0"]))
     sides_of(["first", "other"])
     assert "other and first group images differently (data.group)" in caplog.text
 
@@ -320,12 +320,12 @@ def test_damaged_record_is_refused(runs):
         lambda record: record.update(palette=[[0, 0, 300]] * 2),
     ):
         with pytest.raises(UserError, match=r"damaged evaluation\.json or counts\.npz .*Evaluate again"):
-            read_record(copied(runs, "damaged", change))
+            read_record(copy_second_run(runs, "damaged", change))
     by_columns, framed = io.BytesIO(), (runs / "second" / COUNTS).read_bytes()
     np.savez(by_columns, classes=np.asfortranarray(np.zeros((2, 3, 2), "<i8")))
     garbled = framed[:40] + b"x" + framed[41:]  # the archive's own message would quote all of it
     for content in (by_columns.getvalue(), garbled, b"", b"PK\x03\x04 none", np.array([{}], dtype=object).tobytes()):
-        folder = copied(runs, "damaged", lambda record: None)
+        folder = copy_second_run(runs, "damaged", lambda record: None)
         (folder / COUNTS).write_bytes(content)
         with pytest.raises(UserError, match="damaged") as refused:
             read_record(folder)
@@ -365,24 +365,24 @@ def test_video_evaluation_is_refused_with_a_remedy(tmp_path):
 
 @pytest.mark.parametrize("name", [RECORD, COUNTS])
 def test_oversized_record_is_not_read(runs, name):
-    folder = copied(runs, "damaged", lambda record: None)
+    folder = copy_second_run(runs, "damaged", lambda record: None)
     with open(folder / name, "r+b") as file:
         file.truncate(2**40)
     with pytest.raises(UserError, match=f"damaged .*{name} has 1099511627776 bytes"):
         read_record(folder)
 
 
-def test_predictions_of_unknown_classes_cost_only_the_images(runs, held):
-    folder = copied(runs, "other", lambda record: None)
+def test_predictions_of_unknown_classes_cost_only_the_images(runs, compare_sides):
+    folder = copy_second_run(runs, "other", lambda record: None)
     for path in (folder / "predictions").glob("*_pred.png"):
         write_png(path, np.full((32, 48), 7, np.uint8))
-    assert "not a mask of the 2 classes" in held("first", "other")[-1]
+    assert "not a mask of the 2 classes" in compare_sides("first", "other")[-1]
     write_data(runs / "grown", train=1, val=3)
-    copied(runs, "other", lambda record: record.update(root=str(runs / "grown")))
-    assert "grown does not hold the images that were evaluated" in held("other", "first")[-1]
+    copy_second_run(runs, "other", lambda record: record.update(root=str(runs / "grown")))
+    assert "grown does not hold the images that were evaluated" in compare_sides("other", "first")[-1]
 
 
-def test_untrusted_config_costs_only_the_images(runs, held):
+def test_untrusted_config_costs_only_the_images(runs, compare_sides):
     folder = runs / "hostile"
     shutil.copytree(runs / "first", folder)
     config = folder / "config/config.yaml"
@@ -390,24 +390,24 @@ def test_untrusted_config_costs_only_the_images(runs, held):
     done = compare(runs, "hostile", "second")
     assert done.status == 0 and "The report has no images: " in done.err and "os.path" in done.err
     config.unlink()
-    assert "The report has no images" in held("hostile", "second")[-1]
+    assert "The report has no images" in compare_sides("hostile", "second")[-1]
 
 
-def test_class_ids_that_others_are_read_as_cost_no_pictures(runs, held):
-    folder = copied(runs, "read as", lambda record: None)
+def test_class_ids_that_others_are_read_as_cost_no_pictures(runs, compare_sides):
+    folder = copy_second_run(runs, "read as", lambda record: None)
     config = OmegaConf.load(folder / "config/config.yaml")
     config.data.reader.masks.ids = {11: 255}  # whose keys are numbers in YAML and text in a checkpoint
     OmegaConf.save(config, folder / "config/config.yaml")
-    _, (other,), said = held("read as", "first")
+    _, (other,), said = compare_sides("read as", "first")
     assert other.shots and "has no images" not in said
 
 
-def test_config_with_a_class_file_still_shows_images(runs, held):
+def test_config_with_a_class_file_still_shows_images(runs, compare_sides):
     shutil.copytree(runs / "first", runs / "typed")
     config = (runs / "segmenter/config/config.yaml").read_text()
     (runs / "typed/config/config.yaml").write_text(config)
-    _, (other,), said = held("typed", "second")
+    _, (other,), said = compare_sides("typed", "second")
     assert "${class_file:palette}" in config and other.shots and "has no images" not in said
     hidden = config.replace("${class_file:palette}", "${class_file:${oc.env:HOME}}")
     (runs / "typed/config/config.yaml").write_text(hidden)
-    assert "this interpolation is refused" in held("typed", "second")[-1]
+    assert "this interpolation is refused" in compare_sides("typed", "second")[-1]

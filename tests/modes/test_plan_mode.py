@@ -19,7 +19,7 @@ from dinoseg.utils.errors import UserError
 WORDS = [*SMALL[:2], *SMALL[3:], "data.root=my data", "engine.precision=fp32"]
 
 
-def planned(where, *words):
+def run_plan(where, *words):
     done = call(where, "mode=plan", *WORDS, "hydra.run.dir=run", *words)
     assert done.status == 0, done.err
     return json.loads((where / "run/plan.json").read_text()), done.out
@@ -27,7 +27,7 @@ def planned(where, *words):
 
 @pytest.mark.heavy
 def test_what_fits_is_tried_and_started_as_it_is(tmp_path):
-    found, out = planned(tmp_path)
+    found, out = run_plan(tmp_path)
     step = found["planned"]["step"]
     assert found["changes"] == [] and found["device"] == "cpu"
     assert found["as_it_is"]["need"] == found["planned"]["need"] >= step["peak"] > step["weights"] > 10_000
@@ -39,7 +39,7 @@ def test_what_fits_is_tried_and_started_as_it_is(tmp_path):
 
 def test_hours_follow_from_operations_and_steps(tmp_path):
     words = ("mode.tflops=0.002", "trainer.steps=900")
-    found, out = planned(tmp_path, *words)
+    found, out = run_plan(tmp_path, *words)
     flops, hours = found["duration"]["flops"], found["duration"]["hours"]
     assert hours == pytest.approx(900 * flops / 2e9 / 3600) and flops > 1e6
     assert f"{hours:.3g} h for 900 steps" in out and "0.002 TFLOP/s" in out
@@ -61,7 +61,7 @@ def test_hours_follow_from_operations_and_steps(tmp_path):
 def test_plan_prints_a_training_command_that_fits_in_memory(tmp_path):
     words = ("data.batch_size=8", "resolution.crop=[320,320]", "mode.device=cuda", "mode.memory=1.03GiB")
     words = (*words, "backbone.checkpointing=true")
-    found, out = planned(tmp_path, *words)
+    found, out = run_plan(tmp_path, *words)
     (change,) = found["changes"]
     size, times = change["words"]["data.batch_size"], change["words"]["trainer.accumulate"]
     assert size * times == 8 and size < 8

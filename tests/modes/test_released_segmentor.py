@@ -25,7 +25,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(files):
+def expected_scores(files):
     """Return the scores of a picture by Meta's evaluation."""
     return by_hand(files, picture(LARGE))
 
@@ -70,13 +70,13 @@ def by_hand(files, image):
     return resize(total / counts, image.shape[:2], mode="bilinear")[0]
 
 
-def test_predict_as_released(files, expected, tmp_path):
+def test_predict_as_released(files, expected_scores, tmp_path):
     write_png(tmp_path / "street.png", picture(LARGE))
     words = ["mode=predict", "hparam=ade20k_m2f", *SMALL, *weights(files), *SMALLER, "input=street.png"]
     done = call(tmp_path, *words)
     assert done.status == 0, done.err
     found = np.load(next(tmp_path.rglob("segmentation_raw.npy")))
-    best = expected.topk(2, dim=0)
+    best = expected_scores.topk(2, dim=0)
     sure = (best.values[0] - best.values[1] > 2**-7 * best.values[0]).numpy()  # two roundings to bfloat16
     assert sure.mean() > 0.5 and len(np.unique(found)) > 3
     np.testing.assert_array_equal(found[sure], best.indices[0].numpy()[sure])
@@ -88,8 +88,8 @@ def test_the_recipe_has_the_published_windows(compose):
     assert policy.starts(0, 1500) == [0, 596, 604]
 
 
-def test_score_as_released(files, expected, tmp_path):
-    root, mask = tmp_path / "ade", (expected.argmax(dim=0).numpy() + 1).astype(np.uint8)
+def test_score_as_released(files, expected_scores, tmp_path):
+    root, mask = tmp_path / "ade", (expected_scores.argmax(dim=0).numpy() + 1).astype(np.uint8)
     for name in ("training", "validation"):
         write_png(root / f"images/{name}/a.png", picture(LARGE))
         write_png(root / f"annotations/{name}/a.png", mask)  # 0 is "other" in these files

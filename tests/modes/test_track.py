@@ -158,7 +158,7 @@ def test_the_grid_is_reported_before_the_first_frame(track):
 
 
 @pytest.fixture
-def stopped(track, monkeypatch):
+def stopped_run(track, monkeypatch):
     """Leave the folder `cut` of a run that was killed before its eighth mask."""
     with monkeypatch.context() as patch:
         fail_after(patch, mask_folder, "write_indexed_png", 7, KeyboardInterrupt())
@@ -167,7 +167,7 @@ def stopped(track, monkeypatch):
     assert names("cut") == ["config", "masks", "run.log", "state.safetensors"] and len(names("cut/masks")) == 7
 
 
-def test_stopped_run_resumes_in_its_folder(track, stopped):
+def test_stopped_run_resumes_in_its_folder(track, stopped_run):
     result = track("mode.restart=cut", out="second")
     assert re.search("Resuming in cut after [36] frames", Path("second/run.log").read_text(encoding="utf-8"))
     assert result["run"] == "cut" and names("second") == ["config", "run.log"]
@@ -209,7 +209,7 @@ def test_a_stop_in_the_report_is_gone_on_with_too(track, monkeypatch):
         (["input=masks"], "input=masks has changed"),
     ],
 )
-def test_another_run_is_not_gone_on_with(track, stopped, changes, message):
+def test_another_run_is_not_gone_on_with(track, stopped_run, changes, message):
     Image.fromarray(frame(1)[1]).save("other.png")
     before = masks("cut")
     with pytest.raises(UserError, match=message):
@@ -218,7 +218,7 @@ def test_another_run_is_not_gone_on_with(track, stopped, changes, message):
     assert track("mode.restart=cut", out="third")["frames"] == 10
 
 
-def test_concurrent_resuming_is_refused(track, stopped):
+def test_concurrent_resuming_is_refused(track, stopped_run):
     hold = "import fcntl, sys; f = open('cut/run.log', 'a'); fcntl.flock(f, 2); print(1, flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"1\n"
@@ -313,7 +313,7 @@ def test_memory_does_not_grow_with_the_video(track, monkeypatch):
     writer.release()
     Image.fromarray((still[..., 0] > 200).astype(np.uint8)).save("noise.png")
 
-    def watched(module, name):
+    def watch_memory(module, name):
         real, counted = getattr(module, name), []
 
         def call(*given, **named):
@@ -324,8 +324,8 @@ def test_memory_does_not_grow_with_the_video(track, monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    watched(mask_folder, "write_indexed_png")
-    watched(track_report, "blend")
+    watch_memory(mask_folder, "write_indexed_png")
+    watch_memory(track_report, "blend")
     changes = ["tracker.short_side=64", "tracker.context=2", "backbone.patch_size=32", "mode.batch_size=20"]
     assert track(*changes, source="v.avi", labels="noise.png")["frames"] == 2000
     for name, (early, late) in used.items():

@@ -54,21 +54,21 @@ def masks(folder):
 
 
 @pytest.fixture(scope="module")
-def stopped(trained):
+def stopped_runs(trained):
     """Stop a run of each way; return what each said."""
     return {way: stop(trained, f"stopped_{way}", *WAYS[way]).err.replace(f"{trained}/", "") for way in WAYS}
 
 
 @pytest.fixture
-def cut(trained, stopped, tmp_path):
+def cut(trained, stopped_runs, tmp_path):
     """Return a function that copies the stopped run of a way."""
     return lambda way: shutil.copytree(trained / f"stopped_{way}", tmp_path / "cut")
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_stopped_run_resumes(trained, stopped, cut, way):
-    assert f"Stopped: the same command with mode.restart=stopped_{way} resumes." in stopped[way]
-    assert "\ninterrupted: finished results are in " in stopped[way] and "training" not in stopped[way]
+def test_stopped_run_resumes(trained, stopped_runs, cut, way):
+    assert f"Stopped: the same command with mode.restart=stopped_{way} resumes." in stopped_runs[way]
+    assert "\ninterrupted: finished results are in " in stopped_runs[way] and "training" not in stopped_runs[way]
     part, whole = cut(way), trained / f"whole_{way}"
     assert len(masks(part)) == 5
     (part / "masks/.00005.png.1.part").write_bytes(b"half")  # as a kill leaves it

@@ -48,12 +48,12 @@ def run(folder):
     """Train three heads at once; return the command's end, its folder, and the images of each pass of the backbone."""
     passes, frozen = [], MultiHeadSegmenter.frozen
 
-    def counting(model, images, **options):
+    def count_images(model, images, **options):
         passes.append(len(images))
         return frozen(model, images, **options)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(MultiHeadSegmenter, "frozen", counting)
+        patched.setattr(MultiHeadSegmenter, "frozen", count_images)
         done = call(folder, *MANY, "hydra.run.dir=many")
     assert done.status == 0, done.err
     return SimpleNamespace(done=done, path=folder / "many", passes=passes)
@@ -143,17 +143,17 @@ def test_a_head_is_used_as_any_run_and_the_whole_is_not(folder, run):
     assert done.status == 1 and f"early, linear, wide). Give one of them: resume={run.path}/heads/early" in done.err
 
 
-def stopping(what, number, ends):
+def fail_at_call(what, number, ends):
     """Return `what` as it is, but that call `number` ends all as `ends` does."""
     calls = []
 
-    def called(*given, **options):
+    def call_or_raise(*given, **options):
         calls.append(1)
         if len(calls) == number:
             raise ends
         return what(*given, **options)
 
-    return called
+    return call_or_raise
 
 
 def test_reports_are_those_of_each_head(folder):
@@ -179,9 +179,9 @@ def test_it_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, n
     where = f"{kind}_{number}"
     with monkeypatch.context() as patched:
         if kind == "killed":  # by what no handler sees, before a save
-            patched.setattr(Checkpointer, "save", stopping(Checkpointer.save, number, SystemExit(9)))
+            patched.setattr(Checkpointer, "save", fail_at_call(Checkpointer.save, number, SystemExit(9)))
         else:
-            failing = stopping(MultiHeadDataModule.tally, number, OSError("truncated"))
+            failing = fail_at_call(MultiHeadDataModule.tally, number, OSError("truncated"))
             patched.setattr(MultiHeadDataModule, "tally", failing)
         with pytest.raises(OSError) if kind == "fails" else pytest.MonkeyPatch.context():
             assert call(folder, *MANY, f"hydra.run.dir={where}/base/train_x").status == 9
@@ -232,7 +232,7 @@ def test_backbones_of_heads_update_no_statistics(compose):
     assert len(models) == 2 and not any(model.backbone.training for model in models)
 
 
-def diverging(head, number):
+def diverge_at_call(head, number):
     """Return a head's forward pass, of which that number of them in training gives no numbers."""
     calls, forward = [], head.forward
 
@@ -247,7 +247,7 @@ def diverging(head, number):
 def test_a_head_that_diverges_leaves_alone(folder, run, monkeypatch):
     words = [word for word in MANY if word != HEADS]
     with monkeypatch.context() as patched:
-        patched.setattr(CnnHead, "forward", diverging(CnnHead, 9))
+        patched.setattr(CnnHead, "forward", diverge_at_call(CnnHead, 9))
         done = call(folder, *words, f"heads=[linear,{WIDE}]", "hydra.run.dir=left")
     assert done.status == 0, done.err
     note = "left the training at step 4, where its loss or gradient was not finite"
@@ -265,7 +265,7 @@ def test_a_head_that_diverges_leaves_alone(folder, run, monkeypatch):
 
 def test_the_run_fails_once_all_heads_have_left(folder, monkeypatch):
     words = [word for word in MANY if word != HEADS]
-    monkeypatch.setattr(CnnHead, "forward", diverging(CnnHead, 1))
+    monkeypatch.setattr(CnnHead, "forward", diverge_at_call(CnnHead, 1))
     done = call(folder, *words, f"heads=[{WIDE}]", "hydra.run.dir=all_left")
     assert done.status == 1 and "Step 0: the loss is nan" in done.err
 

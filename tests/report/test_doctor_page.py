@@ -54,7 +54,7 @@ def split(images, counts, **other):
     }
 
 
-def finding(severity="error", files=(), message="m", remedy="r", reasons=(), stops=True):
+def make_finding(severity="error", files=(), message="m", remedy="r", reasons=(), stops=True):
     return {"severity": severity, "code": "some_code", "message": message, "files": list(files), "remedy": remedy} | {
         "reasons": list(reasons),
         "stops_training": stops,
@@ -69,9 +69,9 @@ def doctor_page(findings, splits=(), palette=(), cards=()):
 @pytest.fixture
 def page():
     findings = [
-        finding(message="<script>alert(1)</script>", files=[f"f&{i}" for i in range(450)]),
-        finding("note", remedy="", stops=False),
-        finding("note", files=["f"], reasons=["f: damaged"]),
+        make_finding(message="<script>alert(1)</script>", files=[f"f&{i}" for i in range(450)]),
+        make_finding("note", remedy="", stops=False),
+        make_finding("note", files=["f"], reasons=["f: damaged"]),
     ]
     frame = np.zeros((30, 41, 3), np.uint8)
     frame[:, :20] = (250, 10, 5)
@@ -112,7 +112,7 @@ def test_pictures_come_back(page):
 
 
 def test_errors_that_training_only_warns_of():
-    text = "".join(Reader(doctor_page([finding(stops=False)])).text)
+    text = "".join(Reader(doctor_page([make_finding(stops=False)])).text)
     assert "some_code: training does not stop on it" in text
 
 

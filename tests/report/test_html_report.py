@@ -99,7 +99,7 @@ ODD = {
 }
 
 
-def compared(name="run"):
+def make_comparison(name="run"):
     draw, base = np.random.default_rng(0), report()
     masks = draw.integers(0, 3, (3, 20, 30)).astype(np.uint8)
     frame = draw.integers(0, 256, (20, 30, 3)).astype(np.uint8)
@@ -142,7 +142,7 @@ def comparison_html(given):
 
 
 PAGES = {name: evaluation_html(each) for name, each in ODD.items()}
-PAGES["compared"] = comparison_html(compared(HOSTILE))
+PAGES["compared"] = comparison_html(make_comparison(HOSTILE))
 
 
 class Tags(HTMLParser):
@@ -239,7 +239,7 @@ def test_errors_are_where_a_labelled_pixel_differs():
 
 
 def test_what_differs_surely_is_marked_by_more_than_a_colour():
-    base = compared()
+    base = make_comparison()
     limits = dict.fromkeys(base["scores"]) | {"miou": [0.1, 0.2], "dice": [-0.3, -0.2], "accuracy": [-0.1, 0.1]}
     verdicts = {"miou": "significantly better", "dice": "significantly worse"}
     gaps = {
@@ -262,7 +262,7 @@ def test_what_differs_surely_is_marked_by_more_than_a_colour():
 
 @pytest.mark.parametrize("sides", [1, 3, 31])
 def test_tables_have_a_row_for_each_side_and_no_further_column(sides):
-    base = compared()
+    base = make_comparison()
     others = [replace(base["others"][1], name=f"side {n}") for n in range(sides)]
     page = comparison_html(base | {"others": others})
     assert [row[0] for row in cells(page, "scores")[1:]] == ["run", *(f"side {n}" for n in range(sides))]
@@ -306,7 +306,7 @@ def test_scores_of_unbounded_metrics_are_numbers():
 
 
 def test_a_page_grows_no_further_with_its_images():
-    base, draw = compared(), np.random.default_rng(0)
+    base, draw = make_comparison(), np.random.default_rng(0)
     sizes = []
     for images in (3_000, 30_000):
         mious = draw.random(images).tolist()
@@ -326,7 +326,7 @@ def test_each_axis_has_its_own_ends():
 
 
 def test_whiskers_begin_at_zero():
-    base = compared()
+    base = make_comparison()
     gaps = {key: gap | {"value": 0.1, "ci95": [0.05, 0.2]} for key, gap in base["others"][0].differences.items()}
     page = comparison_html(base | {"others": [replace(base["others"][0], differences=gaps)]})
     assert '<rect x="50.0" y="4" width="25.0"' in page and "M62.5 8H100.0" in page

@@ -127,7 +127,7 @@ def test_interrupted_run_is_killed_and_finished_after_resuming(folder, server, n
     assert run["info"]["status"] == "FINISHED"
 
 
-def received(server):
+def received_values(server):
     """Return the values of the only run that the server has received so far."""
     try:
         return [value for run in server.runs() for value in server.history(run, "train/loss")]
@@ -150,7 +150,7 @@ def test_a_server_that_is_killed_in_mid_run_costs_one_warning(folder, tmp_path, 
                 time.sleep(0.1)
                 if step == 20:
                     deadline = time.monotonic() + 600
-                    while len(found := received(server)) < 5 and time.monotonic() < deadline:
+                    while len(found := received_values(server)) < 5 and time.monotonic() < deadline:
                         time.sleep(0.1)
                     assert found[:5] == [(step, 1 / step) for step in range(1, 6)]
                     server.kill()

@@ -18,13 +18,13 @@ def plan(compose, monkeypatch):
         images, "feature_cache", lambda data_module, model, engine, plan: SimpleNamespace(plan=plan, place=None)
     )
 
-    def planned(*words, before=None):
+    def plan_cache(*words, before=None):
         cfg = compose("data.root=.", "data.classes=[a,b]", "backbone=tiny", "data.views=2", *words)
         task = SimpleNamespace(parts=Builder(cfg), data_module=SimpleNamespace())
         ImageTask.cache_features(task, None, None, 3.0, before=before or {})
         return task.data_module.cache.plan
 
-    return planned
+    return plan_cache
 
 
 def test_feature_cache_key_depends_on_the_relevant_settings(plan):

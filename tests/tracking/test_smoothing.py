@@ -260,15 +260,15 @@ def test_memory_does_not_grow_with_the_video(segmenter):
     model, frames = segmenter(), video(4, (24, 32))
     tracker = SmoothingTracker(model, NEAR)
 
-    def held():
+    def tensor_bytes():
         gc.collect()
         tensors = (part for part in gc.get_objects() if issubclass(type(part), torch.Tensor))
         return sum(part.numel() * part.element_size() for part in tensors)
 
     run(tracker, frames * 3)
-    after = held()
+    after = tensor_bytes()
     run(tracker, frames * 60)
-    assert held() == after
+    assert tensor_bytes() == after
     assert tracker.state()["features"].shape[0] == NEAR.context + 1
 
 

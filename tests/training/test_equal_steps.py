@@ -176,12 +176,12 @@ class Short(Loss):
         self.loss, self.num_divisors, self.divisors = loss, loss.num_divisors, loss.divisors
 
     def forward(self, prediction, batch):
-        return self._checked(batch)(prediction, batch)
+        return self._check_size(batch)(prediction, batch)
 
     def step_loss(self, prediction, batch, divisors):
-        return self._checked(batch).step_loss(prediction, batch, divisors)
+        return self._check_size(batch).step_loss(prediction, batch, divisors)
 
-    def _checked(self, batch):
+    def _check_size(self, batch):
         if len(batch.names) > self.most:
             raise RuntimeError("not enough memory")
         return self.loss

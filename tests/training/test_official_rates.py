@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
-from test_freeze import Failing, alike, parts, train, untrained
+from test_freeze import Failing, alike, parts, train, untrained_model
 from tiny_parts import load
 from torch import nn
 
@@ -258,10 +258,10 @@ def test_unfrozen_backbone_has_a_second_warmup(tiny_backbone):
 
 def test_resuming_in_the_second_warmup_equals_one_run(tmp_path):
     shape = schedule("poly", warmup=2, warmup_start=0, backbone_warmup=3)
-    before = parts(untrained())[0]
+    before = parts(untrained_model())[0]
     whole, _ = train(tmp_path / "whole", begin=0.0, steps=8, schedule=shape)
     assert not alike(parts(whole)[0], before)
-    begun, last = untrained(), tmp_path / "part" / "last.safetensors"
+    begun, last = untrained_model(), tmp_path / "part" / "last.safetensors"
     with pytest.raises(OSError, match="the disk is gone"):
         train(tmp_path / "part", begin=0.0, steps=8, schedule=shape, model=begun, loss=Failing(3))
     assert alike(parts(begun)[0], before), "the backbone's rate is 0 until its warm-up's second step"

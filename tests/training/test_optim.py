@@ -161,14 +161,14 @@ def test_a_warmup_that_leaves_less_than_a_fifth_is_reported(caplog):
 def test_head_and_backbone_have_own_rates_unless_one_is_set(tiny_backbone):
     model = SegmentationModel(Full()(tiny_backbone()), LinearHead(24, 1, 3))
 
-    def found(**given):
+    def find_rates(**given):
         optimizer = adamw(model, weight_decay=0.0, **given)
         return {(name.split(".")[0], group["base_lr"]) for group in optimizer.param_groups for name in group["names"]}
 
-    assert found(head_lr=0.5, backbone_lr=0.25) == {("head", 0.5), ("backbone", 0.25)}
-    assert found(head_lr=0.5, backbone_lr=0.25, backbone_lr_scale=0.5) == {("head", 0.5), ("backbone", 0.125)}
-    assert found(lr=1.0, head_lr=0.5, backbone_lr=0.25) == {("head", 1.0), ("backbone", 1.0)}
-    assert found(lr=1.0, backbone_lr_scale=0.5) == {("head", 1.0), ("backbone", 0.5)}
+    assert find_rates(head_lr=0.5, backbone_lr=0.25) == {("head", 0.5), ("backbone", 0.25)}
+    assert find_rates(head_lr=0.5, backbone_lr=0.25, backbone_lr_scale=0.5) == {("head", 0.5), ("backbone", 0.125)}
+    assert find_rates(lr=1.0, head_lr=0.5, backbone_lr=0.25) == {("head", 1.0), ("backbone", 1.0)}
+    assert find_rates(lr=1.0, backbone_lr_scale=0.5) == {("head", 1.0), ("backbone", 0.5)}
     with pytest.raises(UserError, match="lr is not set"):
         adamw(model)
 
@@ -230,7 +230,7 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def ragged(*, seed=0):
+def ragged_tensors(*, seed=0):
     """Return tensors of two floating dtypes, each dtype with odd shapes, and an integer count."""
     rng = torch.Generator().manual_seed(seed)
     shapes = [(), (1,), (3, 5), (0,), (2, 3, 7), (129,)] * 20
@@ -239,8 +239,8 @@ def ragged(*, seed=0):
 
 
 def test_gradients_are_scaled_in_one_call_per_dtype():
-    parameters = [nn.Parameter(value) for value in ragged() if value.is_floating_point()]
-    for parameter, gradient in zip(parameters, ragged(seed=1), strict=False):
+    parameters = [nn.Parameter(value) for value in ragged_tensors() if value.is_floating_point()]
+    for parameter, gradient in zip(parameters, ragged_tensors(seed=1), strict=False):
         parameter.grad = gradient
     parameters.append(nn.Parameter(torch.ones(2)))  # no gradient has reached it
     scale = torch.tensor(1 / 3, dtype=torch.float64)
@@ -253,11 +253,11 @@ def test_gradients_are_scaled_in_one_call_per_dtype():
 
 
 def test_moving_average_takes_one_call_per_dtype():
-    live = {str(number): value for number, value in enumerate(ragged())}
+    live = {str(number): value for number, value in enumerate(ragged_tensors())}
     average = MovingAverage(live.items(), decay=0.9)
     expected = {name: value.clone() for name, value in live.items()}
     for step in (0, 7, 1000):
-        for value, new in zip(live.values(), ragged(seed=step + 1), strict=True):
+        for value, new in zip(live.values(), ragged_tensors(seed=step + 1), strict=True):
             value.copy_(new)
         share = 1 - min(0.9, (1 + step) / (10 + step))
         for name, value in live.items():

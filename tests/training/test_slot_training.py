@@ -115,17 +115,17 @@ def test_a_run_keeps_how_its_slots_are_followed(here):
     assert read(best).info["choices"]["slots"] == "free"
     ask = ("mode=eval", "engine=cpu", "engine.precision=fp32", "mode.metrics_only=true")
 
-    def followed(name, *more):
+    def slots_of_run(name, *more):
         run(here, *ask, f"hydra.run.dir={name}", *more)
         config = OmegaConf.load(here / name / "config/config.yaml")
         return config.slots.match, config.slots.temperature, config.slots.lock_on
 
-    assert followed("own", "resume=run") == ("similarity", 0.5, False)
+    assert slots_of_run("own", "resume=run") == ("similarity", 0.5, False)
     assert json.loads((here / "own/scores.json").read_text()) == json.loads(
         (here / "run/evaluation/scores.json").read_text()
     )
-    assert followed("other", "resume=run", "slots.match=appearance") == ("appearance", 0.5, False)
-    assert followed(
+    assert slots_of_run("other", "resume=run", "slots.match=appearance") == ("appearance", 0.5, False)
+    assert slots_of_run(
         "group", "resume=run", "slots=lock_on", "slots.temperature=0.2", "mode.supervision=first_frame"
     ) == (
         "auto",

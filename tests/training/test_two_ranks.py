@@ -70,7 +70,7 @@ class Uneven(Stripes):
         return sample | {"image": sample["image"] // (1 + index)}
 
 
-def untrained(head, adapter=Full, dtype="float32"):
+def untrained_model(head, adapter=Full, dtype="float32"):
     torch.manual_seed(0)
     return SegmentationModel(adapter()(tiny_vit(dtype=dtype)), head())
 
@@ -92,7 +92,7 @@ def train(
 ):
     """Train with plain SGD, which hides no factor of the gradient, and return what this rank has of it."""
     engine, log = Engine("cpu", "fp32", workers=0, sharding=sharding, cache=cache), Rows()
-    model = engine.place(untrained(head, adapter, dtype))
+    model = engine.place(untrained_model(head, adapter, dtype))
     sets = (Uneven([(24, 32)] * 6), Uneven([(24, 32)] * val))
     order = {"batch_size": batch_size, "seed": 0, "workers": 0, "rank": engine.rank, "world_size": engine.world_size}
     order["metrics"] = [BoundaryIoU(), SurfaceDice()]
@@ -165,7 +165,7 @@ def test_two_ranks_save_the_weights_of_one_process_and_resume(pair, tmp_path):
 def test_batchnorm_model_is_scored_as_saved(pair, case):
     folder, (first, second) = pair[0], (rank[case] for rank in pair[1])
     assert first["best"] == second["best"] and first["rows"] == second["rows"]
-    model = untrained(CASES[case]["head"])
+    model = untrained_model(CASES[case]["head"])
     load_weights(model, read(folder / case / "best.safetensors"))
     scores = evaluate(model, Uneven([(24, 32)] * 5), Engine("cpu", "fp32"), loss=CrossEntropy(WEIGHTS))
     assert scores["loss"] == pytest.approx(first["best"], rel=1e-6)
@@ -179,7 +179,7 @@ def test_batchnorm_on_cpu_ranks_equals_micro_batches(pair, tmp_path):
         assert learnt["train/loss"] == pytest.approx(parts["rows"][0]["train/loss"], rel=1e-6)
         assert learnt["train/gradient_norm"] == pytest.approx(parts["rows"][0]["train/gradient_norm"], rel=1e-5)
         assert learnt["train/loss"] != pytest.approx(whole["rows"][0]["train/loss"], rel=1e-4)
-        for name, _ in untrained(CASES["detailed"]["head"]).named_parameters():
+        for name, _ in untrained_model(CASES["detailed"]["head"]).named_parameters():
             torch.testing.assert_close(rank["detailed"]["state"][name], parts["state"][name], atol=1e-6, rtol=1e-4)
 
 

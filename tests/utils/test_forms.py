@@ -295,12 +295,12 @@ def sizes_read(monkeypatch):
     """Return a list that collects the number of bytes of each read from an archive."""
     sizes, read = [], zipfile.ZipExtFile.read
 
-    def counted(self, size=-1):
+    def read_and_count(self, size=-1):
         content = read(self, size)
         sizes.append(len(content))
         return content
 
-    monkeypatch.setattr(zipfile.ZipExtFile, "read", counted)
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", read_and_count)
     return sizes
 
 

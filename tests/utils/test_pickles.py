@@ -21,7 +21,7 @@ def text(value):
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 
 
-def named(module, name):
+def global_opcode(module, name):
     return f"c{module}\n{name}\n".encode()
 
 
@@ -29,18 +29,18 @@ def number(value):
     return b"J" + struct.pack("<i", value)
 
 
-def called(times):
+def nested_hex_call(times):
     """Return a text that is encoded as hexadecimal digits so many times: each one doubles it."""
-    first = named("_codecs", "encode") * (times + 1) + text("a") + text("latin1") + b"\x86R"
+    first = global_opcode("_codecs", "encode") * (times + 1) + text("a") + text("latin1") + b"\x86R"
     return first + (text("hex") + b"\x86R") * times
 
 
 ASKING = {
-    "bytearray": named("builtins", "bytearray") + number(2**30) + b"\x85R",
-    "Python 2's": named("__builtin__", "bytearray") + number(2**30) + b"\x85R",
-    "an object": named("builtins", "bytearray") + number(2**30) + b"\x85\x81",
-    "bytes": called(30),
-    "a tensor": named("torch", "FloatTensor") + number(2**30) + b"\x85R",
+    "bytearray": global_opcode("builtins", "bytearray") + number(2**30) + b"\x85R",
+    "Python 2's": global_opcode("__builtin__", "bytearray") + number(2**30) + b"\x85R",
+    "an object": global_opcode("builtins", "bytearray") + number(2**30) + b"\x85\x81",
+    "bytes": nested_hex_call(30),
+    "a tensor": global_opcode("torch", "FloatTensor") + number(2**30) + b"\x85R",
 }
 
 

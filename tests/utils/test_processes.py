@@ -227,13 +227,13 @@ def test_no_process_outlives_a_killed_one(tmp_path, way):
     process = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         until(lambda: len(list(folder.iterdir())) > 5)
-        assert len(living(process.pid)) >= 3
+        assert len(living_processes(process.pid)) >= 3
         process.send_signal(way)
         assert process.wait(120) != 0
-        until(lambda: not living(process.pid))
+        until(lambda: not living_processes(process.pid))
         assert len(list(folder.iterdir())) < 1000
     finally:
-        if living(process.pid):
+        if living_processes(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -251,7 +251,7 @@ def until(condition, seconds=600):
         time.sleep(0.01)
 
 
-def living(group):
+def living_processes(group):
     """Return the processes of a group that run."""
     found = []
     for process in filter(str.isdigit, os.listdir("/proc")):
@@ -272,10 +272,10 @@ def answers(item):
         raise ValueError("not foreseen")
     if item == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    return item, os.getpid(), held()
+    return item, os.getpid(), is_sigint_blocked()
 
 
-def held():
+def is_sigint_blocked():
     return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
@@ -289,10 +289,10 @@ class Struck:
 
 def test_single_process_returns_its_answer_or_failure(capfd):
     item, process, deaf = run_in_process(answers, "run_bands")
-    assert item == "run_bands" and process != os.getpid() and deaf and not held()
+    assert item == "run_bands" and process != os.getpid() and deaf and not is_sigint_blocked()
     with pytest.raises(KeyboardInterrupt):
         run_in_process(Struck(), "never")
-    assert nobody_is_left() and not held() and not capfd.readouterr().err
+    assert nobody_is_left() and not is_sigint_blocked() and not capfd.readouterr().err
     assert run_in_process(answers, "killed") is None
     with pytest.raises(UserError, match="no such item"):
         run_in_process(answers, "refused")

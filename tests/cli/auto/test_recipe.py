@@ -491,11 +491,11 @@ def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeyp
         write_png(tmp_path / f"data/val/masks/{number}.png", torch.zeros(4, 4, dtype=torch.uint8).numpy())
     clock, asked = [0.0], []
 
-    def evaluated(model, data, engine, *, policy, loss, batches):
+    def time_evaluation(model, data, engine, *, policy, loss, batches):
         asked.append((policy, loss))
         clock[0] += sum(batch.image.numel() + batch.mask.numel() for batch in batches)
 
-    monkeypatch.setattr(timing, "evaluate", evaluated)
+    monkeypatch.setattr(timing, "evaluate", time_evaluation)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
     engine = instantiate(cfg.engine)

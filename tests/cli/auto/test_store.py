@@ -87,13 +87,13 @@ def test_each_choice_is_a_line_with_its_reason():
 
 
 @pytest.fixture
-def composing():
+def config_context():
     register_resolvers()
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         yield
 
 
-def test_recipe_has_lower_priority_than_typed_values(composing):
+def test_recipe_has_lower_priority_than_typed_values(config_context):
     text = recipe_text("few images", CHOICES)
     assert text.startswith("# @package _global_\n") and "# head: poles are thin\n" in text
     words = ["mode=train", "hparam=auto", "head=mlp", "data.batch_size=3", "data.classes=[a,b]"]
@@ -107,7 +107,7 @@ def test_recipe_has_lower_priority_than_typed_values(composing):
     assert typed_keys(words) == {"mode", "hparam", "head", "data.batch_size", "data.classes"}
 
 
-def test_a_recipe_without_groups_composes(composing):
+def test_a_recipe_without_groups_composes(config_context):
     cfg = composed_with([], NAME, recipe_text("x", CHOICES[4:5]), known_as="auto")
     assert cfg.data.batch_size == 2 and cfg.choices.head == "linear"
 
@@ -121,7 +121,7 @@ def test_line_break_in_a_class_name_adds_no_key_to_the_recipe(end):
 
 
 @pytest.mark.parametrize("name", ["more", "more of them", "a,b", "it's", "a=b", "[x]"])
-def test_config_folder_with_any_name_is_searched(composing, tmp_path, name):
+def test_config_folder_with_any_name_is_searched(config_context, tmp_path, name):
     part = tmp_path / name / "head" / "mine.yaml"
     part.parent.mkdir(parents=True)
     part.write_text("defaults: [linear]\nlr: 0.5\n")
@@ -129,7 +129,7 @@ def test_config_folder_with_any_name_is_searched(composing, tmp_path, name):
     assert composed_with(words, NAME, recipe_text("x", CHOICES[4:5]), known_as="auto").head.lr == 0.5
 
 
-def test_classes_have_their_names_in_a_recipe(composing, tmp_path):
+def test_classes_have_their_names_in_a_recipe(config_context, tmp_path):
     names = [
         "höhe",
         "\U0001f6b2",

@@ -69,12 +69,12 @@ def test_search_exploits_good_values_and_is_reproducible(tmp_path):
 
 
 def test_killed_search_repeats_its_running_job_and_finishes(tmp_path):
-    def killed(number, rate):
+    def interrupt_fourth(number, rate):
         if number == 3:
             raise KeyboardInterrupt
         return {"miou": rate}
 
-    whole, begun, rest = Jobs(), Jobs(killed), Jobs()
+    whole, begun, rest = Jobs(), Jobs(interrupt_fourth), Jobs()
     search(tmp_path / "whole", whole, trials=6)
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path / "cut", begun, trials=6)
@@ -156,13 +156,13 @@ def test_a_storage_is_of_one_search_and_one_process(tmp_path):
         locks.release(held)
 
 
-def ended(number, rate):
+def interrupt(number, rate):
     raise KeyboardInterrupt
 
 
-def begun(folder, words=WORDS):
+def start_search(folder, words=WORDS):
     """Leave a search whose first job is at work, and return that job's rate."""
-    jobs = Jobs(ended)
+    jobs = Jobs(interrupt)
     with pytest.raises(KeyboardInterrupt):
         search(folder, jobs, words)
     return jobs.done[0]["lr"]
@@ -170,7 +170,7 @@ def begun(folder, words=WORDS):
 
 @pytest.mark.parametrize(("note", "numbers"), [("", {"miou": 0.5}), ("broken", {})])
 def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, capsys, note, numbers):
-    begun(tmp_path)
+    start_search(tmp_path)
     row = {"words": {}, "job": 0, "process": 1, "note": note, "returned": numbers, "further": []}
     JobResults(tmp_path).store(0, row)
     rest = Jobs()
@@ -189,10 +189,10 @@ def test_a_file_that_is_no_search_is_left_as_it_is(tmp_path, text):
 def change(entry):
     """Return a change of the storage: each line that has all of an entry's keys gets its values."""
 
-    def changed(lines):
+    def update_lines(lines):
         return [line | entry if entry.keys() <= line.keys() else line for line in lines]
 
-    return changed
+    return update_lines
 
 
 @pytest.mark.parametrize(

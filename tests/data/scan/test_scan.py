@@ -49,7 +49,7 @@ def fill(tmp_path):
     return write
 
 
-def scanned(data, **options):
+def scan_by_name(data, **options):
     return {record.name: record for record in scan(data.pairs, data.reader, **options)}
 
 
@@ -220,11 +220,11 @@ def test_a_jpeg_mask_is_a_problem_though_its_ids_are_right(fill, tmp_path):
 def count_reads(monkeypatch):
     seen, measure = [], scan_module.measure
 
-    def counted(pair, *rest, **options):
+    def measure_and_count(pair, *rest, **options):
         seen.append(pair.name)
         return measure(pair, *rest, **options)
 
-    monkeypatch.setattr(scan_module, "measure", counted)
+    monkeypatch.setattr(scan_module, "measure", measure_and_count)
     return seen
 
 

@@ -198,11 +198,11 @@ def test_jumps_that_miss_are_made_good(tmp_path, monkeypatch, honest):
     path = write(tmp_path / "a.avi", "XVID", 300)
     opened = []
 
-    def lying(path):
+    def open_lying(path):
         opened.append(path)
         return Lying(video_index.open_decoder(path), honest)
 
-    monkeypatch.setattr(video_access, "open_decoder", lying)
+    monkeypatch.setattr(video_access, "open_decoder", open_lying)
     truth = sequential(path)
     for index in (250, 3, 299, 120):
         np.testing.assert_array_equal(read_frame(VideoFrame(path, index)), truth[index])

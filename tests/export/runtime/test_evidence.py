@@ -32,7 +32,7 @@ def best(tmp_path):
     return path
 
 
-def evaluated(folder, of, split="test"):
+def write_evaluation(folder, of, split="test"):
     (folder / "config").mkdir(parents=True)
     (folder / "scores.json").write_text(json.dumps(SCORES))
     OmegaConf.save({"resume": str(of), "mode": {"split": split}}, folder / "config/config.yaml")
@@ -52,12 +52,12 @@ def test_scores_belong_to_the_training_that_saved_the_checkpoint(best):
 
 def test_scores_of_another_checkpoint_are_refused(best, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = evaluated(tmp_path / "scored", "run/../run/checkpoints/best.safetensors")
+    folder = write_evaluation(tmp_path / "scored", "run/../run/checkpoints/best.safetensors")
     assert scores_of(best, (), folder)["split"] == "test"
     (tmp_path / "scored/official_scores.json").write_text(json.dumps(OFFICIAL))
     official = scores_of(best, (), folder)["official"]
     assert official == {"unit": None, "rules": None, "interval": None} | OFFICIAL
-    other = evaluated(tmp_path / "other", best.with_stem("last"))
+    other = write_evaluation(tmp_path / "other", best.with_stem("last"))
     with pytest.raises(UserError, match="those scores belong to .*last.safetensors, not to .*best.safetensors"):
         scores_of(best, (), other)
     (tmp_path / "scored/scores.json").write_text("{}")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import numpy as np
 import pytest
-from portable_parts import TINY, exported, graph_with_weights, untrained
+from portable_parts import TINY, export_file, graph_with_weights, write_untrained
 
 import dinoseg
 from dinoseg import Model
@@ -47,7 +47,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def file(compose, tmp_path):
-    return exported(untrained(compose, tmp_path, *TINY, "adapter=full", "head=linear"), tmp_path / "out")
+    return export_file(write_untrained(compose, tmp_path, *TINY, "adapter=full", "head=linear"), tmp_path / "out")
 
 
 def test_a_model_comes_back_from_the_hub(hub, file):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from portable_parts import TINY, exported, untrained
+from portable_parts import TINY, export_file, write_untrained
 
 HEAVY = (
     *("timm", "transformers", "peft", "accelerate", "bitsandbytes", "torchvision", "scipy", "sklearn", "matplotlib"),
@@ -40,8 +40,8 @@ print(json.dumps(found))
 def test_a_load_imports_what_its_model_needs(compose, tmp_path):
     works = []
     for kind, (words, imports) in KINDS.items():
-        path = untrained(compose, tmp_path / kind, *words, "head=linear")
-        file = exported(path, tmp_path / kind / "out")
+        path = write_untrained(compose, tmp_path / kind, *words, "head=linear")
+        file = export_file(path, tmp_path / kind / "out")
         works += [imports, f"import dinoseg; dinoseg.load({str(file)!r}, device='cpu')"]
     words = [sys.executable, "-c", CODE, json.dumps(HEAVY), json.dumps(works)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -180,15 +180,15 @@ def by_hand(attention, tokens, weight, bias, prefix, grid):
         for head in range(heads):
             columns = slice(head * dim, (head + 1) * dim)
             queries, keys = projected[image].chunk(3, dim=-1)[:2]
-            query = normed(attention.q_norm, queries[0, columns])
-            scores = torch.stack([query @ normed(attention.k_norm, key[columns]) / math.sqrt(dim) for key in keys])
+            query = layer_norm(attention.q_norm, queries[0, columns])
+            scores = torch.stack([query @ layer_norm(attention.k_norm, key[columns]) / math.sqrt(dim) for key in keys])
             weights = scores.exp() / scores.exp().sum()
             for cell in range(math.prod(grid)):
                 out[image, head, cell // grid[1], cell % grid[1]] = weights[prefix + cell]
     return out
 
 
-def normed(norm, vector):
+def layer_norm(norm, vector):
     if isinstance(norm, nn.Identity):
         return vector
     spread = ((vector - vector.mean()).square().mean() + norm.eps).sqrt()

@@ -61,19 +61,19 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     file = tmp_path / "w.safetensors"
     state = {name: value.clone() for name, value in build().export_state().items()}
 
-    def refused(changed, match):
+    def check_refused(changed, match):
         save_file(changed, file)
         with pytest.raises(UserError, match=match):
             build(weights=str(file))
 
-    refused(
+    check_refused(
         {k: v for k, v in state.items() if k != "norm.bias"}, r"w\.safetensors: tensors are 1 missing \(norm.bias\)"
     )
-    refused(state | {"extra": torch.zeros(1)}, r"1 unexpected \(extra\)\. Choose the name")
-    refused(state | {"head2.weight": torch.zeros(1)}, r"1 unexpected \(head2.weight\)")
-    refused(state | {"blocks.6.norm1.weight": torch.zeros(64)}, r"1 unexpected \(blocks.6.norm1.weight\)")
-    refused(state | {"pos_embed": torch.zeros(1, 197, 64)}, r"1 of another shape \(pos_embed\)")
-    refused({"norm.bias": torch.zeros(9)}, r"\d+ missing \(.*, \.\.\.\); 1 of another shape \(norm.bias\)")
+    check_refused(state | {"extra": torch.zeros(1)}, r"1 unexpected \(extra\)\. Choose the name")
+    check_refused(state | {"head2.weight": torch.zeros(1)}, r"1 unexpected \(head2.weight\)")
+    check_refused(state | {"blocks.6.norm1.weight": torch.zeros(64)}, r"1 unexpected \(blocks.6.norm1.weight\)")
+    check_refused(state | {"pos_embed": torch.zeros(1, 197, 64)}, r"1 of another shape \(pos_embed\)")
+    check_refused({"norm.bias": torch.zeros(9)}, r"\d+ missing \(.*, \.\.\.\); 1 of another shape \(norm.bias\)")
 
 
 def test_files_that_are_no_weights_are_named(tmp_path):

@@ -190,11 +190,11 @@ def test_lora_updates_are_not_exported():
 def test_unreachable_hub_is_queried_once(monkeypatch, caplog):
     asked = []
 
-    def refused(self, name, **options):
+    def refuse_connection(self, name, **options):
         asked.append((name, options["revision"]))
         raise ConnectionError("connection refused\nsee elsewhere")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse_connection)
     said = "the hub is unreachable \\(connection refused\\).*weights=PATH.*tiny_surgical"
     with pytest.raises(UserError, match=said) as caught:
         build("dinov3_vit", weights="nobody/nothing@v1")

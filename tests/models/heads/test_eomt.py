@@ -147,7 +147,7 @@ def test_maps_have_the_size_of_the_image(family, size, no_object):
     assert torch.isfinite(prediction.logits()).all()
 
 
-def trained(model):
+def trainable_names(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -160,7 +160,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(adapter, progress)
     parts = [outputs, *outputs.aux]
     sum(part.class_logits.square().mean() + part.mask_logits.square().mean() for part in parts).backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert reached == trained(model)
+    assert reached == trainable_names(model)
     assert {f"head.{name}" for name, _ in model.head.named_parameters()} <= reached
     for name, parameter in model.named_parameters():
         if name in reached and "lora_A" not in name:  # their partner starts at zero

@@ -92,11 +92,11 @@ def test_deformable_attention_equals_loops(sizes, ratio):
 def test_sampling_stays_in_float32_under_autocast(monkeypatch):
     seen = []
 
-    def watched(values, sizes, points, weights):
+    def sample_and_watch(values, sizes, points, weights):
         seen.extend(part.dtype for part in (values, points, weights))
         return sample(values, sizes, points, weights)
 
-    monkeypatch.setattr(deformable, "sample", watched)
+    monkeypatch.setattr(deformable, "sample", sample_and_watch)
     with torch.autocast("cpu", torch.bfloat16):
         read = DeformableAttention(8, 2, 1)(torch.randn(1, 3, 8), torch.rand(3, 2), torch.randn(1, 4, 8), [(2, 2)])
     assert set(seen) == {torch.float32} and read.dtype == torch.bfloat16

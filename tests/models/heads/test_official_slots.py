@@ -228,17 +228,17 @@ def test_loss_masks_and_gradients_of_a_step_equal_the_formula(monkeypatch, kind,
             start = w["slot_attention.mean"] + noise.numpy() * np.exp(w["slot_attention.log_variance"])
         return start
 
-    def expected(w):
+    def expected_loss(w):
         return loss_of(kind, to_tokens(features), to_tokens(keys), w, formula(w))
 
-    assert value.item() == pytest.approx(expected(weights), rel=1e-10)
+    assert value.item() == pytest.approx(expected_loss(weights), rel=1e-10)
     masks = run(to_tokens(features), weights, formula(weights), DECODERS[kind])[2]
     assert outputs.alphas[0].detach().flatten(3).numpy() == pytest.approx(masks, rel=1e-8, abs=1e-12)
     rng, step = np.random.default_rng(seed), 1e-6
     checked = 0
     for name, parameter in head.named_parameters():
         way = rng.standard_normal(parameter.shape)
-        ends = [expected(weights | {name: weights[name] + sign * step * way}) for sign in (1, -1)]
+        ends = [expected_loss(weights | {name: weights[name] + sign * step * way}) for sign in (1, -1)]
         gradient = 0.0 if parameter.grad is None else (parameter.grad.numpy() * way).sum()
         assert gradient == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=2e-4, abs=2e-8), name
         checked += abs(gradient) > 1e-7

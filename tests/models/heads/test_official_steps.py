@@ -152,7 +152,7 @@ def test_a_step_of_eomt(size, seed, monkeypatch):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9 * largest.item())
 
 
-def averaged(images, side, starts, scores):
+def average_windows(images, side, starts, scores):
     """Return the mean over windows along both axes, brought to the images' own size."""
     (height, width), low = images.shape[-2:], min(images.shape[-2:])
     size = [side if length == low else int(side * length / low + 0.5) for length in (height, width)]
@@ -194,6 +194,6 @@ def test_evaluation_by_windows(size):
         policy = Windows(48, shortest=48, weights="uniform", average="scores", **placement)
         bands = policy.bands(model, MemoryRows(images), nullcontext)
         found = torch.cat([band.scores().clone() for band in bands], dim=2)
-        expected = averaged(images, 48, starts, scores)
+        expected = average_windows(images, 48, starts, scores)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
         assert torch.equal(found.argmax(1), expected.argmax(1))

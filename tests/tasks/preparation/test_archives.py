@@ -21,7 +21,7 @@ def pack(path, content, method=zipfile.ZIP_DEFLATED):
     return path
 
 
-def held(folder):
+def folder_contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
@@ -29,7 +29,7 @@ def held(folder):
 def test_with_and_without_a_top_folder(tmp_path, top):
     archive = pack(tmp_path / "video_07.zip", {top + name: data for name, data in CONTENT.items()})
     assert unpack(archive, tmp_path / "out", landmark="video_left.avi") == 3
-    assert held(tmp_path / "out") == CONTENT
+    assert folder_contents(tmp_path / "out") == CONTENT
 
 
 def test_what_desktops_add_is_left_out(tmp_path):
@@ -40,7 +40,7 @@ def test_what_desktops_add_is_left_out(tmp_path):
         "segmentation/._0.png": b"x",
     }
     unpack(pack(tmp_path / "v.zip", {**junk, **CONTENT}), tmp_path / "out", landmark="video_left.avi")
-    assert held(tmp_path / "out") == CONTENT
+    assert folder_contents(tmp_path / "out") == CONTENT
 
 
 def test_unpacking_resumes_where_it_stopped(tmp_path):
@@ -51,7 +51,7 @@ def test_unpacking_resumes_where_it_stopped(tmp_path):
     (out / "action_discrete.txt").unlink()
     (out / "segmentation/000000000.png").write_bytes(b"MASK")
     unpack(archive, out, landmark="video_left.avi")
-    assert held(out) == CONTENT and (out / "video_left.avi").stat().st_mtime_ns == before
+    assert folder_contents(out) == CONTENT and (out / "video_left.avi").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_more_than_the_disk_has_free(tmp_path, monkeypatch):
     monkeypatch.setattr(sarrarp.shutil, "disk_usage", lambda _: usage._replace(free=100))
     with pytest.raises(UserError, match="unpacks to 0 MiB, .*out has 0 MiB free. Free some space"):
         unpack(pack(tmp_path / "v.zip", CONTENT), tmp_path / "out", landmark="video_left.avi")
-    assert held(tmp_path / "out") == {}
+    assert folder_contents(tmp_path / "out") == {}
 
 
 def test_damage_is_reported_and_nothing_half_written(tmp_path):
@@ -105,7 +105,7 @@ def test_damage_is_reported_and_nothing_half_written(tmp_path):
     archive.write_bytes(data)
     with pytest.raises(UserError, match=r"v\.zip is damaged .*video_left\.avi.*download it again"):
         unpack(archive, tmp_path / "out", landmark="video_left.avi")
-    assert held(tmp_path / "out") == {}
+    assert folder_contents(tmp_path / "out") == {}
     archive.write_bytes(data[:500])
     with pytest.raises(UserError, match=r"v\.zip is damaged"):
         unpack(archive, tmp_path / "out", landmark="video_left.avi")

@@ -56,7 +56,7 @@ def label_map(part, split, name, encoding="level3Id"):
         return np.asarray(image)
 
 
-def painted(boxes, encoding):
+def paint_boxes(boxes, encoding):
     """Paint boxes of known labels, one after the other, by slices: the reference."""
     _, column, background = ENCODINGS[encoding]
     values = {row["name"]: int(row[column]) for row in label_table("idd")}
@@ -73,7 +73,7 @@ def test_every_label_in_every_encoding(tmp_path, encoding):
     counts = prepare(tmp_path, encodings=[encoding], workers=1)
     assert counts == {"train": {"files": 1, "written": 1, "kept": 0}}
     drawn = label_map(tmp_path, "train", "0/000001", encoding)
-    np.testing.assert_array_equal(drawn, painted(boxes, encoding))
+    np.testing.assert_array_equal(drawn, paint_boxes(boxes, encoding))
     assert len(np.unique(drawn)) == {
         "id": 40, "csId": 31, "csTrainId": 20, "level4Id": 31, "level3Id": 27, "level2Id": 17, "level1Id": 8
     }[encoding]  # fmt: skip
@@ -92,7 +92,7 @@ def test_overlap_order_and_borders(tmp_path):
     prepare(tmp_path, encodings=list(ENCODINGS), workers=1)
     for encoding in ENCODINGS:
         for name, order in (("0/a", boxes), ("0/b", boxes[::-1])):
-            np.testing.assert_array_equal(label_map(tmp_path, "train", name, encoding), painted(order, encoding))
+            np.testing.assert_array_equal(label_map(tmp_path, "train", name, encoding), paint_boxes(order, encoding))
     assert (label_map(tmp_path, "train", "0/a") != label_map(tmp_path, "train", "0/b")).any()
 
 
@@ -138,7 +138,7 @@ def test_deleted_and_group_polygons_are_skipped_or_renamed(tmp_path, caplog):
         f"\n- conegroup (2): {first}\n- group (1): {first}\n- traffic cone (2): {first}, {second}"
     ]
     boxes = [("car", 0, 0, 9, 9), ("polegroup", 10, 0, 19, 9), ("road", 20, 0, 29, 9), ("sky", 30, 0, 39, 9)]
-    np.testing.assert_array_equal(label_map(tmp_path, "train", "0/a", "id"), painted(boxes, "id"))
+    np.testing.assert_array_equal(label_map(tmp_path, "train", "0/a", "id"), paint_boxes(boxes, "id"))
     assert (label_map(tmp_path, "val", "1/b", "id") == 35).all()
 
 
@@ -159,7 +159,7 @@ def test_both_parts_become_a_data_set(tmp_path, workers):
     data = idd(tmp_path, "train", classes=[str(i) for i in range(26)])
     assert data.names == [f"{part}/7/{name}" for part in parts for name in "ab"]
     for index in range(4):
-        expected = painted([("road", 0, 20, 63, 47), ("sky", 0, 0, 63, 9)], "level3Id")
+        expected = paint_boxes([("road", 0, 20, 63, 47), ("sky", 0, 0, 63, 9)], "level3Id")
         np.testing.assert_array_equal(data[index]["mask"].numpy(), expected)
     low = idd(tmp_path, "val", classes=[str(i) for i in range(7)], encoding="level1Id")
     assert np.unique(low.mask(0)).tolist() == [0, 6, 255]
@@ -213,7 +213,7 @@ def test_corrected_polygons_are_rasterised_again(tmp_path, caplog):
     assert "5 label maps rasterised, 5 of them again since their polygons have changed; 5 reused." in caplog.text
     for name, label in (("a", "sky"), ("b", "sky"), ("c", "road"), ("e", "road")):
         np.testing.assert_array_equal(
-            label_map(tmp_path, "train", f"0/{name}"), painted([(label, 0, 0, 9, 9)], "level3Id")
+            label_map(tmp_path, "train", f"0/{name}"), paint_boxes([(label, 0, 0, 9, 9)], "level3Id")
         )
     assert label_map(tmp_path, "train", "0/f").tolist() == [[9]]
     paths["d"].unlink()
@@ -414,6 +414,6 @@ def test_each_data_set_prepares_its_own_encoding(tmp_path, name, encoding, caplo
     assert f"{tmp_path} is ready. Counts of each of its folders (also in {tmp_path}/prepared.json):" in caplog.text
     assert json.loads((tmp_path / "prepared.json").read_text()) == {"val": {"files": 1, "written": 1, "kept": 0}}
     np.testing.assert_array_equal(
-        label_map(tmp_path, "val", "0/a", encoding), painted([("road", 0, 0, 9, 9)], encoding)
+        label_map(tmp_path, "val", "0/a", encoding), paint_boxes([("road", 0, 0, 9, 9)], encoding)
     )
     assert len(list(tmp_path.rglob("*.png"))) == 1

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from slot_scene import crossing
+from slot_scene import crossing_squares
 
 from dinoseg.models.heads.slots.head import SlotHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.slots.tracker import SlotTracker
 
-FRAMES, IDS = crossing(5)
+FRAMES, IDS = crossing_squares(5)
 GROUPED = {"groups": "always", "num_slots": (2, 3)}
 FIRST = [np.where(IDS[0] == 1, 1, 0), None, np.where(IDS[2] == 2, 8, 0), None, None]  # blue is told of later
 

@@ -47,7 +47,7 @@ def pixels(number):
     return np.random.default_rng(number).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
 
 
-def given(value=1):
+def given_mask(value=1):
     mask = np.zeros(SIZE, np.uint8)
     mask[3:12, 4:15] = value
     return mask
@@ -60,8 +60,8 @@ def clip(tmp_path):
     (tmp_path / "labels").mkdir()
     for number in range(23):
         Image.fromarray(pixels(number)).save(tmp_path / f"in/{number}.png")
-    Image.fromarray(given(3)).save(tmp_path / "labels/0.png")
-    Image.fromarray(given(2)[:, ::-1]).save(tmp_path / "labels/10.png")
+    Image.fromarray(given_mask(3)).save(tmp_path / "labels/0.png")
+    Image.fromarray(given_mask(2)[:, ::-1]).save(tmp_path / "labels/10.png")
     return tmp_path
 
 
@@ -113,7 +113,7 @@ def test_masks_are_named_as_frames(clip):
     passed = run(clip, clip / "out")
     assert passed.items == 23 and passed.seconds > 0
     assert masks(clip / "out").keys() == {f"{number}.png" for number in range(23)}
-    assert np.array_equal(read_ids(clip / "out/masks/0.png"), given(3))
+    assert np.array_equal(read_ids(clip / "out/masks/0.png"), given_mask(3))
     assert 2 not in read_ids(clip / "out/masks/9.png") and 2 in read_ids(clip / "out/masks/10.png")
     video(clip / "v.avi", 11)
     assert run(clip, clip / "out2", "v.avi").items == 11
@@ -317,7 +317,7 @@ def test_a_broken_frame_and_a_broken_mask_stop_at_their_place(clip):
     (clip / "in/17.png").write_bytes(good)
     run(clip, clip / "cut", restart=True)
     assert masks(clip / "cut") == masks(clip / "whole")
-    Image.fromarray(given(2)[:-1]).save(clip / "labels/10.png")
+    Image.fromarray(given_mask(2)[:-1]).save(clip / "labels/10.png")
     with pytest.raises(UserError, match=r"10\.png is 19 x 28 pixels.* 10 masks so far"):
         run(clip, clip / "other")
 
@@ -331,7 +331,7 @@ def test_a_broken_frame_and_a_broken_mask_stop_at_their_place(clip):
         ),
         (lambda clip: (clip / "in/3.png").rename(clip / "in/3a.png"), r"input=.*in has changed in"),
         (
-            lambda clip: Image.fromarray(given(4)).save(clip / "labels/0.png"),
+            lambda clip: Image.fromarray(given_mask(4)).save(clip / "labels/0.png"),
             r"labels=.*/labels has changed in the first 16 frames",
         ),
         (lambda clip: shutil.copy(clip / "labels/0.png", clip / "labels/2.png"), "labels=.*/labels has changed in"),
@@ -354,7 +354,7 @@ def test_another_input_or_other_labels_are_refused(clip, change, message):
 def test_frames_and_labels_that_were_not_reached_may_change(clip):
     run_until(clip, clip / "cut", 14)
     Image.fromarray(pixels(23)).save(clip / "in/23.png")
-    Image.fromarray(given(8)).save(clip / "labels/21.png")
+    Image.fromarray(given_mask(8)).save(clip / "labels/21.png")
     run(clip, clip / "cut", restart=True)
     run(clip, clip / "whole")
     assert masks(clip / "cut") == masks(clip / "whole") and len(masks(clip / "cut")) == 24

@@ -16,12 +16,12 @@ def tensors(shapes, seed=0):
     return [torch.randn(shape, generator=made) * 10 ** (number - 1) for number, shape in enumerate(shapes)]
 
 
-def written(given, stored):
+def encode_features(given, stored):
     return to_bytes(KEY, rounded(given, stored))
 
 
 def read_back(given, stored):
-    return from_file(KEY, BytesIO(written(given, stored)), verify=True)
+    return from_file(KEY, BytesIO(encode_features(given, stored)), verify=True)
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
@@ -54,7 +54,7 @@ def test_a_token_of_zeros_and_one_of_tiny_numbers_come_back():
 @pytest.mark.parametrize("stored", TYPES)
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_reported_size_equals_the_file_size(stored, shapes):
-    assert size_of(tensors(shapes), stored) == len(written(tensors(shapes), stored))
+    assert size_of(tensors(shapes), stored) == len(encode_features(tensors(shapes), stored))
 
 
 @pytest.mark.parametrize("stored", TYPES)
@@ -65,7 +65,7 @@ def test_bytes_among_features_are_stored_unchanged(stored):
     after = restored(read_back(given, stored), stored)
     assert [part.shape for part in after] == [part.shape for part in given]
     assert all(torch.equal(after[place], given[place]) and after[place].dtype == torch.uint8 for place in (0, 2))
-    assert size_of(given, stored) == len(written(given, stored))
+    assert size_of(given, stored) == len(encode_features(given, stored))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -80,7 +80,7 @@ def test_float16_overflow_is_stored_as_bfloat16_or_refused():
     assert [part.dtype for part in rounded(given, "float16")] == [torch.bfloat16] * 2
     for before, after in zip(given, read_back(given, "float16"), strict=True):
         assert torch.equal(before.bfloat16(), after)
-    assert len(written(given, "float16")) == size_of(given, "float16")
+    assert len(encode_features(given, "float16")) == size_of(given, "float16")
     for stored in ("float16", "bfloat16"):
         with pytest.raises(UserError, match=r"3.4e\+38 overflow in bfloat16.*features\.dtype=float32"):
             rounded([torch.tensor([3.4e38])], stored)
@@ -88,7 +88,7 @@ def test_float16_overflow_is_stored_as_bfloat16_or_refused():
 
 @pytest.mark.parametrize("stored", TYPES)
 def test_any_byte_that_is_another_is_seen(stored):
-    content = bytearray(written(tensors([(3, 2, 2), (2, 3)]), stored))
+    content = bytearray(encode_features(tensors([(3, 2, 2), (2, 3)]), stored))
     for place in range(len(content)):
         content[place] ^= 0x10
         with pytest.raises(SchemaError):
@@ -98,7 +98,7 @@ def test_any_byte_that_is_another_is_seen(stored):
 
 
 def test_truncated_or_longer_file_is_detected_without_checksum():
-    content = written(tensors([(40, 3, 7)]), "float16")
+    content = encode_features(tensors([(40, 3, 7)]), "float16")
     for wrong in (b"", content[:10], content[:40], content[:-64], content[:-1], content + bytes(64)):
         with pytest.raises(SchemaError):
             from_file(KEY, BytesIO(wrong), verify=False)
@@ -106,13 +106,13 @@ def test_truncated_or_longer_file_is_detected_without_checksum():
 
 def test_features_of_another_key_are_none():
     with pytest.raises(SchemaError, match="other features"):
-        from_file(KEY[::-1], BytesIO(written(tensors([(4, 2, 2)]), "float16")), verify=True)
+        from_file(KEY[::-1], BytesIO(encode_features(tensors([(4, 2, 2)]), "float16")), verify=True)
 
 
 def test_one_image_of_more_than_is_read_back_is_refused(monkeypatch):
     monkeypatch.setattr("dinoseg.training.feature_cache.form.MAX_BYTES", 2**10)
     with pytest.raises(UserError, match=r"resolution\.longest"):
-        written([torch.zeros(300, 1, 1)], "float32")
+        encode_features([torch.zeros(300, 1, 1)], "float32")
 
 
 @pytest.mark.parametrize("scales", [[], [torch.ones(2)], [torch.ones(4, 3)]])

@@ -61,7 +61,7 @@ def test_weights_hash_covers_every_value_name_shape_and_dtype():
 @pytest.mark.slow  # bitsandbytes is imported
 @pytest.mark.parametrize("bits", [4, 8])
 def test_scales_of_quantised_weights_count(bits, tiny_backbone):
-    def hashed(factor):
+    def hash_scaled(factor):
         backbone = tiny_backbone()
         for block in backbone.blocks:
             block.mlp.up_proj.weight.data *= factor  # the same whole numbers, of another scale
@@ -71,7 +71,7 @@ def test_scales_of_quantised_weights_count(bits, tiny_backbone):
         assert weights_hash(frozen_tensors(model)) == first
         return first
 
-    assert hashed(1) == hashed(1) != hashed(2)
+    assert hash_scaled(1) == hash_scaled(1) != hash_scaled(2)
 
 
 def test_frozen_tensors_include_running_means_of_frozen_layers():
@@ -88,7 +88,7 @@ def test_layout_in_memory_does_not_count():
 
 
 @pytest.fixture
-def written(tmp_path, monkeypatch):
+def make_module(tmp_path, monkeypatch):
     """Return what makes a module of a name, whose file holds a text."""
 
     def make(name, text):
@@ -103,10 +103,10 @@ def written(tmp_path, monkeypatch):
     return make
 
 
-def test_code_counts_with_what_a_module_inherits_and_libraries(written, monkeypatch):
+def test_code_counts_with_what_a_module_inherits_and_libraries(make_module, monkeypatch):
     def model(text, base="from torch import nn\nclass Base(nn.Module): pass\n"):
-        written("base", base)
-        return nn.Sequential(nn.Linear(1, 1), written("mine", text).Mine())
+        make_module("base", base)
+        return nn.Sequential(nn.Linear(1, 1), make_module("mine", text).Mine())
 
     text = "from base import Base\nclass Mine(Base): pass\n"
     first = code_hash([model(text)])
@@ -117,14 +117,14 @@ def test_code_counts_with_what_a_module_inherits_and_libraries(written, monkeypa
     assert first != code_hash([model(text)])
 
 
-def test_code_that_draws_views_counts(written):
-    def drawn(text):
-        module = written("views", text)
+def test_code_that_draws_views_counts(make_module):
+    def hashes_of(text):
+        module = make_module("views", text)
         return [code_hash([], each) for each in (module.Draw(), module.draw, functools.partial(module.draw, 1))]
 
     text = "class Base: pass\nclass Draw(Base): pass\ndef draw(*given): return given\n"
-    first, later = drawn(text), drawn(text + "# changed\n")
-    assert first == drawn(text) and not {*first, code_hash([])} & {*later} and code_hash([]) not in first
+    first, later = hashes_of(text), hashes_of(text + "# changed\n")
+    assert first == hashes_of(text) and not {*first, code_hash([])} & {*later} and code_hash([]) not in first
 
 
 def test_own_code_that_computes_counts():

@@ -35,7 +35,7 @@ def age(folder, seconds):
         os.utime(path, (then, then))
 
 
-def kept(store):
+def stored_numbers(store):
     return [number for number, key in enumerate(KEYS) if key in store]
 
 
@@ -128,7 +128,7 @@ def test_damaged_or_foreign_file_is_replaced_with_a_warning(kind, tmp_path, capl
     (told,) = [record.getMessage() for record in caplog.records]
     assert str(path) in told and "cannot be used" in told
     fill(store, [0, 2])
-    assert kept(store) == ([1, 2] if kind == "folder" else [0, 1, 2])
+    assert stored_numbers(store) == ([1, 2] if kind == "folder" else [0, 1, 2])
     if kind == "folder":
         assert "is a folder" in caplog.text and "Remove it" in caplog.text
     else:
@@ -175,16 +175,16 @@ def test_least_recently_used_files_of_other_runs_are_evicted(tmp_path, caplog):
     assert store.get(KEYS[10]) is not None  # used now, so no longer old
     assert store.room() == 6 * SIZE
     fill(store, [12])
-    assert kept(old) == [0, 1, 2, 3] and kept(store) == [10, 11, 12]
+    assert stored_numbers(old) == [0, 1, 2, 3] and stored_numbers(store) == [10, 11, 12]
     fill(store, [13])
-    assert kept(old) == [2, 3]  # some more than needed, so that the next one need not look
+    assert stored_numbers(old) == [2, 3]  # some more than needed, so that the next one need not look
     fill(store, range(14, 17))
-    assert kept(old) == [] and kept(store) == [10, 11, 12, 13, 14, 15, 16]
+    assert stored_numbers(old) == [] and stored_numbers(store) == [10, 11, 12, 13, 14, 15, 16]
     assert not caplog.records
     fill(store, [17])
-    assert kept(store) == [10, 12, 13, 14, 15, 16, 17]
+    assert stored_numbers(store) == [10, 12, 13, 14, 15, 16, 17]
     fill(store, [18, 19])
-    assert kept(store) == [10, 12, 13, 14, 15, 16, 17] and store.room() == 0
+    assert stored_numbers(store) == [10, 12, 13, 14, 15, 16, 17] and store.room() == 0
     (told,) = [record.getMessage() for record in caplog.records]
     assert "0.0 MiB at most: no more features are cached" in told and "the next run caches more" in told
     assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= store.cap
@@ -200,7 +200,7 @@ def test_a_file_server_s_clock_may_differ_by_some_seconds(tmp_path):
 def test_memory_store_respects_its_cap_with_one_warning(caplog):
     store = MemoryStore("float16", cap=2 * 2 * torch.zeros(SHAPE).numel() + 1)
     fill(store, range(5))
-    assert kept(store) == [0, 1] and store.room() == 1
+    assert stored_numbers(store) == [0, 1] and store.room() == 1
     assert len(caplog.records) == 1 and "used up" in caplog.text
     assert torch.equal(store.put(KEYS[9], features(9))[0], features(9)[0].half())
 
@@ -213,7 +213,7 @@ def test_some_room_is_left_on_the_disk(tmp_path, monkeypatch, caplog):
     for number in range(3):
         fill(store, [number])
         free[0] -= SIZE
-    assert kept(store) == [0, 1] and "0.0 MiB are free" in caplog.text
+    assert stored_numbers(store) == [0, 1] and "0.0 MiB are free" in caplog.text
 
 
 class Usage:
@@ -243,7 +243,7 @@ def test_full_disk_stops_caching_but_not_the_run(number, tmp_path, monkeypatch, 
     assert ("the disk is full" in told) == (number != errno.EIO) and str(tmp_path) in told
     again = DiskStore(tmp_path, "a", "float16")
     fill(again, [2, 3])
-    assert kept(again) == [0, 1, 2, 3] and all(again.get(KEYS[each]) is not None for each in range(4))
+    assert stored_numbers(again) == [0, 1, 2, 3] and all(again.get(KEYS[each]) is not None for each in range(4))
 
 
 def test_unwritable_cache_folder_is_a_warning(tmp_path, caplog):
