@@ -242,7 +242,7 @@ def test_blocks_without_linear_layers():
         Lora(rank=1, alpha=1)(module)
 
 
-def test_last_blocks_leaves_alone_what_no_feature_depends_on():
+def test_last_blocks_does_not_train_unused_parameters():
     module = FusedVit()
     module.unused = ("blocks.1.mlp.fc1.bias",)
     assert "blocks.1.mlp.fc1.bias" not in trainable(LastBlocks(1)(module))

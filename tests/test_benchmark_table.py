@@ -83,7 +83,7 @@ def test_a_script_runs_at_tiny_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("script", sorted(FOLDER.glob("*.py")), ids=lambda script: script.stem)
-def test_scripts_name_what_there_is(script):
+def test_benchmark_scripts_import_existing_names(script):
     for node in ast.walk(ast.parse(script.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dinoseg":
             exec(ast.unparse(node))

@@ -21,7 +21,7 @@ def test_one_that_would_not_end_is_stopped(monkeypatch, text):
 
 
 @pytest.mark.parametrize("text", ["(", "[", "(" * 500, "a{2,1}", "*"])
-def test_one_that_is_none_is_refused(text):
+def test_invalid_pattern_is_refused(text):
     with pytest.raises(UserError, match="adapter.targets=.* is not a regular expression"):
         Pattern(text, "adapter.targets")
     with pytest.raises(UserError, match="1001 characters"):

@@ -84,7 +84,7 @@ def test_any_number_of_threads_and_bands_gives_the_same(mode, monkeypatch):
         torch.set_num_threads(threads)
 
 
-def test_scores_that_are_no_numbers_give_some_class():
+def test_nan_scores_still_give_valid_class_ids():
     scores = torch.randn(1, 5, 6, 7)
     scores[0, 2, 3, 3] = torch.nan
     assert class_ids(scores, (96, 112), (1.0, 1.0)).max() < 5

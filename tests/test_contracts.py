@@ -73,7 +73,7 @@ def test_pixels_are_normalised_and_padded():
 
 
 @pytest.mark.parametrize(("adapt", "calls"), [(Frozen(), [4, 4, 4]), (LastBlocks(1), [12])])
-def test_what_does_not_learn_sees_a_few_images_at_a_time(adapt, calls):
+def test_frozen_backbone_runs_in_small_chunks(adapt, calls):
     model, seen = SegmentationModel(adapt(Least()), Scores()), []
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     images = torch.rand(12, 3, 6, 9)

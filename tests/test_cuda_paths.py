@@ -115,7 +115,7 @@ def tiny():
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_step_waits_for_nothing_and_learns_what_a_cpu_does(tmp_path, bf16):
+def test_step_on_cuda_never_waits_and_equals_a_cpu(tmp_path, bf16):
     options = {"precision": "bf16" if bf16 else "fp32", "plain": True, "clip": 0.5}
     there, here = (train(tmp_path, *tiny(), cuda=cuda, **options) for cuda in (True, False))
     assert there.data_module.steps == [{}, {}, LOGGED] and there.data_module.validations == [VALIDATION]

@@ -85,7 +85,7 @@ def test_maps_of_every_kind_of_backbone(name):
 
 
 @pytest.mark.parametrize(("size", "scale", "longest"), [((64, 1), 1.0, None), ((61, 90), 0.5, None), ((61, 90), 1, 40)])
-def test_sizes_are_those_of_images_and_of_what_the_backbone_saw(size, scale, longest):
+def test_frozen_features_store_image_and_input_sizes(size, scale, longest):
     model = model_of(Frozen()(deep_vit()), scale=scale, longest=longest)
     frozen = check_cut(model, size)
     assert frozen.size == size and frozen.seen == model.input_size(size)

@@ -20,7 +20,7 @@ def site(tmp_path_factory):
     return folder
 
 
-def test_nothing_is_fetched_from_elsewhere(site):
+def test_documentation_site_fetches_nothing_external(site):
     for page in [*PAGES[1:], *LOG]:
         text = (site / page.relative_to(ROOT / "docs").with_suffix(".html")).read_text()
         assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^>]+>", text), page

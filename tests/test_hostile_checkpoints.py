@@ -87,7 +87,7 @@ def test_a_tampered_file_is_refused(where, sound, case):
 
 
 @pytest.mark.parametrize("mode", ["predict", "eval", "export", "track", "train"])
-def test_every_mode_refuses_what_runs(where, sound, mode):
+def test_every_mode_refuses_targets_in_a_checkpoint(where, sound, mode):
     path, before = write_tampered(where, sound, CASES["a hook in the head"](where)), files(where)
     source = ("input=data/val/images",) if mode in ("predict", "track") else ()
     done = call(where, f"mode={mode}", f"resume={path}", "engine=cpu", *source)
@@ -95,7 +95,7 @@ def test_every_mode_refuses_what_runs(where, sound, mode):
     assert files(where) == before
 
 
-def test_weights_that_are_not_finite_are_refused(where, sound):
+def test_non_finite_weights_are_refused(where, sound):
     name = "model/head.classify.weight"
     path = write_tampered(where, sound, {}, {name: torch.full_like(sound.tensors[name], float("nan"))})
     export = ("mode=export", f"resume={path}", "engine=cpu")

@@ -78,7 +78,7 @@ def read_both(tmp_path, data, name):
     ids=["scans", "tile", "tile of the other byte order", "two tiles", "width", "height", "strips", "long"],
 )
 @pytest.mark.filterwarnings("ignore:Tag data larger than file")
-def test_what_costs_more_than_its_pixels_is_refused(tmp_path, data, reason):
+def test_image_that_costs_more_than_its_pixels_is_refused(tmp_path, data, reason):
     name = "a.tif" if data[:2] in (b"II", b"MM") else "a.jpg"
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=f"{name} has .*{reason}"):
@@ -146,7 +146,7 @@ def test_strips_that_no_pixel_needs_are_refused(tmp_path):
     ],
     ids=["scans", "behind the end", "tile", "tile of the other byte order", "strip"],
 )
-def test_what_encoders_write_is_read(tmp_path, data, name):
+def test_images_of_common_encoders_are_read(tmp_path, data, name):
     first, second = read_both(tmp_path, data, name)
     assert first.shape in ((24, 32, 3), (16, 16, 3)) and (first == second).all()
 

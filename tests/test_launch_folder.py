@@ -79,7 +79,7 @@ def test_occupied_folder_and_resumed_checkpoint_are_logged(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["../../elsewhere", "/tmp", "a/b", "..", "", 3, None])
-def test_a_name_that_is_none_moves_nothing(recipe):
+def test_invalid_recipe_name_does_not_change_the_folder(recipe):
     assert _below_recipe(NAMED, "base", recipe) == NAMED
 
 

@@ -62,7 +62,7 @@ def test_all_masks_that_are_left_out_count_together():
     assert mixed_class_ids(logits, shares, (40, 60), (1.0, 1.0)).eq(0).all()
 
 
-def test_of_equal_scores_it_is_the_first(monkeypatch):
+def test_ties_are_won_by_the_first_class(monkeypatch):
     monkeypatch.setattr(module, "_CACHED", 1)  # tiles of a column
     assert mixed_class_ids(torch.zeros(1, 2, 3, 3), torch.eye(2)[None], (9, 9), (1.0, 1.0)).eq(0).all()
     more = 2**-7  # by a mask that is left out, the first is no less; a logit of 40 is all of a share

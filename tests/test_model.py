@@ -85,7 +85,7 @@ def test_resolution_out_of_range_is_refused(tiny_backbone, head):
         SegmentationModel(tiny_backbone(), head(2), longest=0)
 
 
-def test_a_checkpoint_holds_what_training_changes(tiny_backbone):
+def test_checkpoint_stores_only_trained_tensors(tiny_backbone):
     def names(adapter, weights):
         backbone = adapter(tiny_backbone())
         backbone.weights = weights

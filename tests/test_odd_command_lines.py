@@ -49,7 +49,7 @@ def test_random_command_lines_have_no_fault(root):
         *("resolution.crop=[1,1]", "resolution.scale=nan", "data.classes=[]", "backbone.arch=3", "=", "--x"),
     ],
 )
-def test_what_cannot_be_is_one_message(root, word):
+def test_impossible_value_is_one_message(root, word):
     assert not fault(root, ("mode=summary", *BASES["summary"], word))
 
 

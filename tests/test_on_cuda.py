@@ -127,7 +127,7 @@ def test_each_backbone_trains_as_on_a_cpu(tmp_path, backbone):
 
 
 @pytest.mark.parametrize("adapter", QUANTISED)
-def test_quantised_blocks_learn_what_they_do_on_a_cpu(tmp_path, adapter):
+def test_quantised_blocks_train_as_on_a_cpu(tmp_path, adapter):
     """With kernels of their own, which round otherwise."""
     beside_a_cpu(tmp_path, 0.05, 0.3, adapter=adapter)
 
@@ -198,7 +198,7 @@ def measure_step(values):
 
 @pytest.mark.parametrize("adapter", ["frozen", "lora", "full"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_a_step_takes_is_foretold(compose, adapter, checkpointing):
+def test_memory_of_a_step_is_estimated(compose, adapter, checkpointing):
     words = ("backbone=dinov3_vits16", "backbone.weights=random", f"adapter={adapter}", "head=linear")
     words += ("data.root=none", "data.classes=[a,b,c]", "resolution.crop=[256,256]", "data.batch_size=8")
     cfg = compose(*words, f"backbone.checkpointing={str(checkpointing).lower()}", "engine.precision=bf16")

@@ -229,7 +229,7 @@ class NoLogger:
         ),
     ],
 )
-def test_what_makes_no_logger_is_refused(tmp_path, node, message):
+def test_invalid_logger_is_refused(tmp_path, node, message):
     with pytest.raises(UserError, match=message):
         RunLog(tmp_path, logger_factories(Builder(OmegaConf.create({"logger": {"mine": node}}))))
 
@@ -274,7 +274,7 @@ def test_an_own_tracker_of_slots_validates_a_training(trained, own, tmp_path):
     assert json.loads((tmp_path / "out/evaluation/tracking.json").read_text())["tracker"]["shift"] == 1
 
 
-def test_what_makes_no_trackers_is_refused(trained, own):
+def test_invalid_trackers_are_refused(trained, own):
     remedy = "Set its `_target_` to a class that inherits from dinoseg.tracking.tracker.Tracker, and `_partial_: true`"
     backbone = ("labels=first.png", "backbone=rgb")
     for words, message in (

@@ -73,7 +73,7 @@ def test_a_result_larger_than_a_pipe_comes_back(finished_ranks):
     assert (finished_ranks[1]["matrix"], finished_ranks[1]["world_size"]) == ([[0] * 150] * 150, "2")
 
 
-def test_what_a_cycle_keeps_is_freed_before_the_interpreter_ends(finished_ranks):
+def test_cyclic_references_are_freed_at_exit(finished_ranks):
     """As of a model on ranks, which keeps the group and its threads."""
     assert [(finished_ranks[0] / f"left{rank}").read_text() for rank in range(2)] == ["False", "False"]
 

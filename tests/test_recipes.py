@@ -254,7 +254,7 @@ def test_rates_come_from_head_and_adapter_unless_one_is_set(compose):
         assert read("head", base)["lr"] > 0, head
 
 
-def test_a_head_or_adapter_of_one_s_own_needs_no_rate(compose):
+def test_own_head_or_adapter_needs_no_rate(compose):
     assert compose("~head").optim.optimizer.head_lr == 1e-3
     assert compose("~adapter").optim.optimizer.backbone_lr == 1e-4
 

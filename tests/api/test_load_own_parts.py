@@ -98,7 +98,7 @@ def test_parts_that_only_train_are_not_needed_to_predict(mine, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["trainer/method", "loss/criterion", "data/reader"])
-def test_nothing_of_a_file_is_built(place, tmp_path):
+def test_loading_never_instantiates_targets_from_a_file(place, tmp_path):
     """Nor of the parts that loading leaves out."""
     file, ran = tmp_path / "model.safetensors", tmp_path / "ran"
     dinoseg.create_model("rgb", num_classes=2).save(file)

@@ -66,7 +66,7 @@ def test_multilabel_masks_have_a_layer_for_each_class(tmp_path):
         assert np.array_equal(data[0]["mask"], masks[data.names[0]])
 
 
-def test_nothing_is_written(root, tmp_path, monkeypatch):
+def test_opening_a_dataset_writes_nothing(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dinoseg.open_dataset(root=root, classes=["ground", "leaf"])[0]
     assert not list(tmp_path.iterdir())

@@ -89,7 +89,7 @@ def test_facts_of_a_reduced_store_use_the_original_files(tmp_path, compose):
     assert [each.classes[1].width for _, each in found] == [1, 1] and found[0][1].classes[0].width > 7
 
 
-def test_of_large_masks_fewer_are_measured(monkeypatch, tmp_path):
+def test_fewer_large_masks_are_measured(monkeypatch, tmp_path):
     class Data:
         classes, ignore_index = ("a", "b"), 255
 

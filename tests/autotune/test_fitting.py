@@ -68,7 +68,7 @@ def fit(changes):
         (43, None),
     ],
 )
-def test_what_costs_least_comes_first(fit, memory, words):
+def test_cheapest_change_is_tried_first(fit, memory, words):
     assert fit(memory, "adapter=lora") == words
 
 

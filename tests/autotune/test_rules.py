@@ -83,7 +83,7 @@ def test_thin_and_rare_classes_get_a_higher_loss_weight():
         assert rules.loss(named).words == weighed
 
 
-def test_views_are_enlarged_for_what_learns_from_them():
+def test_views_are_enlarged_only_for_trained_or_pixel_parts():
     scales = [rules.zoom(trains=trains, pixels=pixels) for trains, pixels in ((0, 0), (0, 1), (1, 0), (1, 1))]
     assert [choice.words["data.augment.scale"][1] for choice in scales] == [1.0, 1.5, 1.5, 1.5]
 
@@ -139,7 +139,7 @@ def test_times_of_both_phases_are_averaged_by_their_share():
     assert replace(TIMED, tuned=None).of(0.0) == 0.12 and replace(TIMED, frozen=None).of(1.0) == 0.2
 
 
-def test_what_fits_a_time_adds_up():
+def test_length_within_a_time_budget_adds_up():
     length = length_within(600, 0.2, TIMED, FACTS)
     spent = TIMED.start + (length.validations + 2) * 51 * TIMED.val
     assert length.validations == 5 and length.spent == pytest.approx(spent) and length.val_images is None

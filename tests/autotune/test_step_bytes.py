@@ -64,7 +64,7 @@ def test_the_peak_is_that_of_a_real_training(compose, words):
     assert step.peak == pytest.approx(peak.most, rel=0.06)
 
 
-def test_parts_are_what_a_model_and_its_graph_hold(compose):
+def test_step_bytes_equal_memory_of_the_model_and_its_graph(compose):
     """By hooks on what autograd keeps, which know nothing of how storages are counted."""
     cfg = compose(*BASE, "adapter=lora", "adapter.rank=2", "adapter.dropout=0.0", "head=mlp", "trainer.ema=0.9")
     step, model = foretold(cfg, world_size=2), Builder(cfg).model(untrained=True).train()
@@ -174,7 +174,7 @@ def test_checkpointing_repeats_the_operations_of_cuda(compose):
     assert F.dropout is dropout
 
 
-def test_nothing_that_was_walked_is_left_behind(compose):
+def test_walking_leaves_no_meta_tensors_behind(compose):
     """Transformers keeps the positions of DINOv3 by their size: those without numbers would be used in training."""
     cfg = compose(*BASE, "adapter=frozen")
     foretold(cfg)

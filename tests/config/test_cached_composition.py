@@ -49,7 +49,7 @@ def anew():
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_it_is_what_hydra_composes(anew, words):
+def test_cached_composition_equals_hydra(anew, words):
     first, second = compose_with_flags(words), compose_with_flags(words)
     assert first == second == anew(words)
 

@@ -59,7 +59,7 @@ def test_unknown_patch_size_leaves_positions_grid_unset(compose):
     assert compose("head=slots", "backbone=timm", "backbone.patch_size=16").head.positions_grid == [33, 33]
 
 
-def test_what_cannot_be_had_is_not_set(compose):
+def test_unknown_patch_size_stays_unset_in_a_description(compose):
     cfg = compose("head=slots", "backbone.patch_size=???")
     assert describe(cfg, ("head",))["config"]["head"]["positions_grid"] == "???"
 

@@ -50,12 +50,12 @@ def test_elements_that_fit_are_accepted():
 
 
 @pytest.mark.parametrize("value", [None, 5, "x", [1], {"a": 1}])
-def test_what_a_group_of_keys_describes_is_no_plain_value(value):
+def test_plain_value_for_a_group_of_keys_is_refused(value):
     with pytest.raises(UserError, match=r"mode\.shapes=.* set one of them, as mode\.shapes\.KEY="):
         check_arguments("dinoseg.modes.predict.predict", {"shapes": value}, {"shapes": "mode.shapes"})
 
 
-def test_brackets_are_no_remedy_for_what_they_do_not_make_fit():
+def test_brackets_are_not_suggested_where_they_do_not_help():
     with pytest.raises(UserError, match=r"outputs=null is of type NoneType\. Give a list of texts\.$"):
         check_arguments("dinoseg.modes.predict.predict", {"outputs": None})
 

@@ -151,7 +151,7 @@ def test_checkpoint_restores_every_recipe(recipes):
     assert given == expected >= 10 * len(recipes)
 
 
-def test_what_launch_reads_of_each_mode():
+def test_modes_declare_their_launch_keys():
     said = {mode: read_node("mode", mode) for mode in options("mode")}
     read = dict.fromkeys(("eval", "export", "predict", "serve", "track"), "best") | {"train": "last"}
     assert {mode: said[mode].get("resume_from") for mode in read} == read  # a mode that is added may read one, too
@@ -285,7 +285,7 @@ def test_hidden_options_are_bases_and_bases_hold_the_gaps():
         assert users, f"nothing starts from {path}"
 
 
-def test_every_backbone_sets_only_what_its_family_knows(rows):
+def test_backbone_options_set_only_keys_of_their_family(rows):
     found = {chosen["backbone"]: cfg.backbone for chosen, _, cfg in rows if "backbone" in chosen}
     for option, node in found.items():
         backbone = OmegaConf.to_container(node)

@@ -269,12 +269,12 @@ def test_options_of_nested_groups_are_stored():
         ("data.reader.masks.ids", [{"_target_": LINEAR}]),
     ],
 )
-def test_a_component_that_is_no_option_is_refused(key, value):
+def test_component_outside_the_options_is_refused(key, value):
     with pytest.raises(UserError, match="is a component that no option of a config group names.*Make it an option"):
         describe(compose_job(**{key: value}), KEYS)
 
 
-def test_what_cannot_be_stored_is_refused():
+def test_config_that_cannot_be_stored_is_refused():
     cfg = compose_job()
     del cfg.data.augment.affine
     with pytest.raises(UserError, match="~data.augment.affine removes a key"):
@@ -359,7 +359,7 @@ ODD = {  # place, value, what the refusal says
 
 
 @pytest.mark.parametrize(("place", "value", "says"), ODD.values(), ids=ODD)
-def test_what_a_checkpoint_does_not_store_is_refused(sound, place, value, says):
+def test_foreign_content_of_a_checkpoint_is_refused(sound, place, value, says):
     with pytest.raises(UserError, match=says) as caught:
         load(plant_value(sound, place, value))
     assert str(caught.value).startswith("resume=file: ") and str(caught.value).isprintable()
@@ -389,7 +389,7 @@ def test_trusted_source_of_weights_may_name_any_commit(sound):
         load(stored, trust=[f"my-org/my-dino@{'b2' * 20}"])
 
 
-def test_values_alone_are_taken_of_groups_that_are_not_used(sound):
+def test_unused_groups_of_a_checkpoint_provide_only_values(sound):
     stored = {**sound, "choices": {**sound["choices"], "data": "gone", "loss": "gone"}}
     found = compose_stored(stored, Source("resume=file"), unused=("data", "loss"))
     assert found["data"]["num_classes"] == 2 and "_target_" not in json.dumps([found["data"], found["loss"]])

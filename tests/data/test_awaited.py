@@ -56,7 +56,7 @@ def test_a_pinning_thread_that_has_ended_is_not_waited_for():
         loader.awaited(slow, 0, 2)
 
 
-def test_what_comes_late_comes_all_the_same(monkeypatch, caplog, tmp_path):
+def test_late_batch_is_still_returned(monkeypatch, caplog, tmp_path):
     def read(key):
         while key == 2 and not (tmp_path / "told").exists():
             time.sleep(0.01)

@@ -162,7 +162,7 @@ def test_files_of_different_sizes_are_refused(tmp_path):
         (np.zeros((0, 4), np.uint8), None, "[0, 4]"),
     ],
 )
-def test_arrays_that_are_no_images_are_refused(values, value_range, message, tmp_path):
+def test_arrays_that_are_not_images_are_refused(values, value_range, message, tmp_path):
     np.save(tmp_path / "a.npy", values)
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         read_levels(tmp_path / "a.npy", value_range)
@@ -391,7 +391,7 @@ def test_figures_show_the_first_three_channels():
     assert grey.dtype == np.uint8 and np.array_equal(grey, levels(2)[..., [0, 0, 0]])
 
 
-def test_what_reads_rgb_only_refuses_other_channels():
+def test_rgb_only_readers_refuse_other_channels():
     check_rgb(PixelFormat(), "a frame of a video")
     with pytest.raises(UserError, match=r"A frame of a video has 3 channels .* data.channels=5"):
         check_rgb(PixelFormat(5), "a frame of a video")

@@ -147,7 +147,7 @@ def test_items_that_do_not_fit_are_named(item, said):
         CustomDataset(type("Part", (Whole,), {"__getitem__": lambda self, index: item})())[0]
 
 
-def test_it_agrees_with_the_config_and_refuses_what_takes_files():
+def test_custom_dataset_must_agree_with_the_config():
     items = {"__getitem__": lambda self, index: {"image": IMAGE, "mask": MASK, "name": self.names[index]}}
     whole = type("Part", (Whole,), items)()
     data = check_custom_dataset(whole, ["a", "b"], 255)

@@ -39,7 +39,7 @@ def test_skipping_unreadable_samples_preserves_the_order(data, tmp_path, caplog)
         assert (sample["mask"] == number % 2).all()
 
 
-def test_nothing_left_is_an_error(data, tmp_path):
+def test_split_without_usable_images_is_an_error(data, tmp_path):
     for index in range(6):
         (tmp_path / f"data/train/images/n{index}.png").write_bytes(b"")
     with pytest.raises(

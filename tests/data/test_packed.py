@@ -475,7 +475,7 @@ def test_a_store_that_is_cut_while_it_is_read_ends_no_process(data, cache):
         dataset[last]
 
 
-def test_names_that_are_no_text_are_packed(cache, tmp_path):
+def test_undecodable_names_are_packed(cache, tmp_path):
     write(tmp_path / "data", {os.fsdecode(b"caf\xe9"): (5, 7), "x": (4, 4)})
     source = folder_dataset(tmp_path / "data", "train", classes=["a", "b", "c"])
     assert_same(make(source, cache), source)

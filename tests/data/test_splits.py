@@ -186,7 +186,7 @@ def test_bad_partitions(options, message):
         Partition(**options)
 
 
-def test_what_cannot_be_divided():
+def test_impossible_partitions_are_refused():
     with pytest.raises(UserError, match="^partition.folds=9: there are only 7 groups"):
         folds(0, 9)
     with pytest.raises(UserError, match="^partition.group=.* does not match the name v0/train_0"):

@@ -227,7 +227,7 @@ def test_scores_of_too_few_units_are_damaged(tmp_path):
         read_record(tmp_path)
 
 
-def test_the_best_come_first_and_what_has_no_score_last():
+def test_runs_are_ranked_best_first_and_unscored_last():
     assert best_first([0.2, None, 0.5, 0.0, 0.5, None]) == [2, 4, 0, 3, 1, 5]
 
 

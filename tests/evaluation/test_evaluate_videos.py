@@ -574,7 +574,7 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
     assert json.loads((tmp_path / "run/tracking.json").read_text())["tracker"]["kind"] == "slots"
 
 
-def test_who_tracks(compose, tmp_path, monkeypatch):
+def test_evaluation_tracks_only_untrained_models_on_videos(compose, tmp_path, monkeypatch):
     cfg = compose("mode=eval", "data=davis2016", "data.root=none")
     assert tracks_untrained(Builder(cfg))
     for changes, tracks in (

@@ -184,7 +184,7 @@ def test_names_outside_the_benchmark_are_reported(tmp_path, caplog):
     assert "a is not a frame name of SAR-RARP50" in caplog.text
 
 
-def test_whatever_stops_the_official_scores_leaves_the_others(tmp_path, caplog):
+def test_failed_official_scores_leave_the_others(tmp_path, caplog):
     data = data_of(["1/a", "1/b"], tmp_path / "data")
     assert official_scores(IddLite(), data, tmp_path / "out", "skip") is None  # no prediction was written
     assert "Nothing is left to score" in caplog.text
@@ -192,7 +192,7 @@ def test_whatever_stops_the_official_scores_leaves_the_others(tmp_path, caplog):
     assert "Nothing is left to score" in row["reason"]
 
 
-def test_a_killed_process_is_answered_with_what_this_mode_has(tmp_path, caplog, monkeypatch):
+def test_killed_process_suggests_scoring_separately(tmp_path, caplog, monkeypatch):
     data = data_of(["1/a", "1/b"], tmp_path / "data")
 
     def kill(*_, remedy, **__):

@@ -127,13 +127,13 @@ def test_a_reference_of_another_size_names_the_key_that_mends_it(folders):
 @pytest.mark.parametrize(
     "content", ["[]", "{", '{"classes": "ab"}', '{"classes": [1], "palette": [], "ignore_index": 0, "masks": {}}']
 )
-def test_a_record_that_is_none_is_one_message(folders, content):
+def test_invalid_class_record_is_one_message(folders, content):
     (folders / "run/masks/classes.json").write_text(content)
     done, _ = score(folders, "reference=binary")
     assert done.status == 1 and "classes.json is not a valid class record" in done.err and "Traceback" not in done.err
 
 
-def test_an_evaluations_pictures_point_to_what_there_is(folders):
+def test_overlays_of_an_evaluation_are_refused_with_a_remedy(folders):
     write_png(folders / "eval/predictions/0_pred.png", np.zeros((8, 12), np.uint8))
     done, _ = score(folders, "reference=binary", "protocol.num_classes=2", prediction="eval/predictions")
     assert done.status == 1 and "mode=predict resume=RUN input=IMAGES" in done.err

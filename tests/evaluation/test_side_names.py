@@ -76,7 +76,7 @@ def test_a_run_of_no_sweep_is_called_by_its_folder(swept, tmp_path):
     assert side_names([named_so, *folders[1:]], [[0], [1, 2], [3, 4]]) == ["head=a", "0", "2"]
 
 
-def test_a_command_that_is_none_or_may_not_be_read_names_nothing(swept, monkeypatch):
+def test_unreadable_command_gives_no_run_name(swept, monkeypatch):
     folders = swept(["k=1"], ["k=2"])
     typed = folders[0] / "config/overrides.txt"
     typed.unlink()

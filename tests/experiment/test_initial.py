@@ -179,7 +179,7 @@ def test_a_run_that_does_not_fit_is_refused_by_either_check(folder, compose, mon
         load_initial_weights(Builder(cfg), Builder(cfg).model(), CLASSES)
 
 
-def test_what_a_run_has_learnt_of_a_backbone_is_not_left_out(begin):
+def test_init_refuses_to_drop_trained_backbone_weights(begin):
     """The check without weights cannot tell numbers of the same shapes apart."""
     with pytest.raises(UserError, match="that this model does not train or has in another shape, but"):
         begin(*KNOWN, "init=tuned")
@@ -213,7 +213,7 @@ def test_an_adapter_may_come_later_on_the_same_weights_alone(begin, of, adapter,
             begin(*words, f"init={of}", "backbone.weights=random")
 
 
-def test_what_has_no_place_in_the_model_is_not_even_read(folder, begin):
+def test_init_does_not_load_unknown_tensors(folder, begin):
     file = checkpoint.read(folder / "first/checkpoints/best.safetensors")
     more = {"model/else": torch.full((3,), torch.nan), "ema/else": torch.full((3,), torch.nan)}
     kept = {key: value for key, value in file.info.items() if key != "format"}

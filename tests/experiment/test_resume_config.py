@@ -334,7 +334,7 @@ def test_other_classes_or_another_order_are_refused(where, run):
     assert done.status == 1 and "the data has the classes a, b, c" in done.err and "trained on dark, bright" in done.err
 
 
-def test_nothing_but_model_data_and_training_comes_from_the_file(compose, tmp_path):
+def test_checkpoint_provides_only_model_data_and_training(compose, tmp_path):
     cfg = compose("mode=train", "resume=x", "data.root=.", "data.classes=[a,b]")
     sound = json.loads(json.dumps(config_description(Builder(cfg))))
     kept = sound["config"]

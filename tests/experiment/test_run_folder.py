@@ -132,7 +132,7 @@ def test_a_run_folder_with_too_long_a_name(tmp_path):
     assert done.status == 1 and "no file name has 300 characters. Give a shorter one." in done.err
 
 
-def test_errors_that_are_no_file_s_keep_their_traceback():
+def test_errors_unrelated_to_files_preserve_their_traceback():
     for error in (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), OSError("a hub does not answer")):
         with pytest.raises(OSError) as raised, file_errors_as_user_errors(Path()):
             raise error

@@ -63,7 +63,7 @@ def test_a_resumed_run_with_an_image_less(tmp_path):
     assert "train: 1 removed (3); val: the same" in (tmp_path / "run/run.log").read_text()
 
 
-def test_names_that_are_no_text_can_be_printed_and_logged(tmp_path):
+def test_undecodable_names_can_be_printed_and_logged(tmp_path):
     code = (
         "import logging, os, pathlib; from dinoseg.experiment.log_file import configure_log;"
         "configure_log(pathlib.Path('.'));"

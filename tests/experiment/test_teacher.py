@@ -84,7 +84,7 @@ def test_scores_are_of_the_probabilities_that_the_model_predicts(folder, compose
 
 
 @pytest.mark.parametrize(("kind", "cell"), [("windows", 4), ("direct", 4), ("pixels", 1)])
-def test_scores_of_windows_are_what_they_predict_at_its_cells(folder, compose, kind, cell):
+def test_teacher_scores_of_windows_equal_predictions_at_cells(folder, compose, kind, cell):
     """Exactly; between cells of 4 px no grid holds what windows predict, and the more the scores say the less it does.
 
     The nearest grid in the least squares differs by 0.081 where this one does by 0.100 (`direct`, 150 x 210).

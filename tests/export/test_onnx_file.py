@@ -76,7 +76,7 @@ def test_products_with_int8_weights_are_computed_in_float32():
     assert (np.abs(run_onnx(made, given) - wanted) / np.abs(wanted).max(axis=(0, 1))).max() < 1e-5
 
 
-def test_small_and_empty_channels_stay_what_they_are():
+def test_small_and_empty_channels_survive_short_precisions():
     made, given = one_operator("MatMul")
     weights = numpy_helper.to_array(made.graph.initializer[0]).copy()
     weights[:, 3] = 0
@@ -110,7 +110,7 @@ def test_onnx_file_has_metadata_but_no_local_path(tmp_path, monkeypatch):
     assert json.loads(read_metadata(files[1], KEY))["graph"]["precision"] == "int8"
 
 
-def test_whole_weights_are_left_as_they_are():
+def test_full_precision_weights_are_unchanged():
     made, given = one_operator("Conv")
     wanted = run_onnx(made, given)
     onnx_file.finish(made, RECORD, LABELS)

@@ -43,7 +43,7 @@ def picture(tmp_path):
     return Picture(tmp_path / "val/images/0.png", "0", SIZE, mask=read_ids(tmp_path / "val/masks/0.png").copy())
 
 
-def test_pixels_points_and_what_predict_gives_are_counted(picture):
+def test_proof_counts_pixels_points_and_predictions(picture):
     ids, half = picture.mask.copy(), np.full((2, *SIZE), 0.5, np.float32)
     given = ids.copy()
     given[0, :24] = 1 - given[0, :24]  # 24 of 1,536 pixels

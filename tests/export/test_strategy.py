@@ -64,7 +64,7 @@ def test_strategy_missing_in_the_graph_is_named_with_its_values(find_missing, wo
 
 
 @pytest.mark.parametrize("words", [(), ("inference=whole",), ("inference=windows", "inference.size=[32,48]")])
-def test_one_pass_over_the_whole_image_is_what_a_graph_applies(find_missing, words):
+def test_whole_image_strategy_is_not_missing_in_a_graph(find_missing, words):
     assert find_missing(*words) is None
 
 

@@ -147,7 +147,7 @@ def test_auto_windows_have_the_scale_of_whole_images(free):
     assert seen[2:] == [(64, 32)] and probabilities.shape == (1, 5, 200, 100)
 
 
-def test_the_largest_scale_is_what_has_to_fit(free):
+def test_largest_scale_decides_if_an_image_fits(free):
     model, seen = make_model(), []
     cost = memory.measure(model, 32, nullcontext)
     free((cost.of(1, (100, 90), (100, 90)) + cost.of(1, (600, 540), (100, 90))) / 2)

@@ -69,7 +69,7 @@ class TestListInputs:
             ("*.txt", "matches no image or video"),
         ],
     )
-    def test_nothing_to_read_is_named(self, tmp_path, source, message):
+    def test_source_without_images_is_named(self, tmp_path, source, message):
         (tmp_path / "empty").mkdir()
         touch(tmp_path, "notes.txt", "bare", "empty/deep/a.png")
         with pytest.raises(UserError, match=message):
@@ -84,7 +84,7 @@ class TestListInputs:
             list_inputs(str(tmp_path))
 
 
-def test_pictures_of_kinds_that_are_not_read_are_reported(tmp_path, caplog):
+def test_images_of_unsupported_formats_are_reported(tmp_path, caplog):
     for name in ("a.png", "b.gif", "c.HEIC", "notes.txt"):
         (tmp_path / name).touch()
     assert [path.name for path in list_inputs(str(tmp_path))] == ["a.png"]

@@ -219,7 +219,7 @@ class TestFilms:
         assert np.abs(np.array(seen) - colours).max() < 4
 
     @pytest.mark.parametrize("turned", [False, True])
-    def test_pixels_that_are_no_squares(self, tmp_path, turned):
+    def test_pixel_aspect_ratio_is_copied(self, tmp_path, turned):
         with av.open(str(tmp_path / "in.mp4"), "w") as file:
             stream = file.add_stream("libx264", rate=10)
             stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"

@@ -271,7 +271,7 @@ def test_tiled_and_whole_mask_agree_without_context(size, options, mixture):
 
 
 @pytest.mark.parametrize("average", ["probabilities", "scores"])
-def test_freeing_rows_gives_what_keeping_all_gives_bit_for_bit(average):
+def test_freeing_rows_equals_keeping_all_rows(average):
     model, images = make_model(kernel=5), pictures(61, 40)
     freed = run_bands(model, images, Windows((16, 11), overlap=0.4, average=average))
     rows, columns = starts(61, 16, 10), starts(40, 11, 7)

@@ -207,7 +207,7 @@ def test_half_precision_is_left_before_upsampling(dtype):
         assert torch.equal(found, gradient(expected, single).to(dtype))
 
 
-def test_nothing_is_differentiated_twice():
+def test_double_differentiation_is_refused():
     for loss, _ in LOSSES.values():
         prediction, batch = random_case(*CASES[0], 0)
         with pytest.raises(NotImplementedError, match="cannot be differentiated twice: leave out create_graph"):
@@ -231,7 +231,7 @@ def test_weighted_sum_needs_no_full_resolution_scores():
     torch.testing.assert_close(value, sum(LOSSES[name][0](prediction, batch)[0] for name in ("cross-entropy", "dice")))
 
 
-def test_a_label_that_is_no_class_is_an_error():
+def test_label_outside_the_classes_is_an_error():
     for loss, _ in LOSSES.values():
         prediction, batch = random_case(*CASES[0], 0)
         batch.mask[0, 0, 0] = 5

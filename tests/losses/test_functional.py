@@ -229,7 +229,7 @@ LOSSES = ("cross_entropy_loss", "focal_loss", "dice_loss", "tversky_loss", "lova
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("wrong", [-1, -100, 3, 254])
-def test_targets_that_are_no_class_are_refused(name, wrong):
+def test_targets_outside_the_classes_are_refused(name, wrong):
     loss, logits = getattr(dinoseg.losses, name), torch.randn(2, 3, 4, 4)
     targets = torch.zeros(2, 4, 4, dtype=torch.int16)
     targets[1, 2, 2] = wrong

@@ -91,14 +91,14 @@ def test_kernel_equals_full_logits_and_gives_nan_for_bad_labels(tmp_path):
 
 @pytest.mark.heavy
 @pytest.mark.slow
-def test_the_kernel_compiles_for_devices_that_are_not_here(tmp_path):
+def test_kernel_compiles_for_other_devices(tmp_path):
     assert min(said_by("print_kernel_sizes", tmp_path)) > 10_000
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("case", [*CASES, ((33, 47), 2, (512, 700), 0.2), ((64, 64), 1, (1024, 1024), 0.5)])
-def test_on_a_device_the_kernel_gives_what_all_logits_at_once_do(monkeypatch, name, case):
+def test_kernel_on_a_gpu_equals_full_logits(monkeypatch, name, case):
     taken = []
     monkeypatch.setattr(Fused, "takes", lambda self, grid: grid.is_cuda)
     monkeypatch.setattr(full_resolution, "choose_faster", lambda way, tiled, grid: taken.append(way) or way)
@@ -211,7 +211,7 @@ def test_kernel_refuses_weights_for_another_number_of_classes():
         way.sums([torch.zeros(1, 5, 8, 8)], None)
 
 
-def test_losses_ask_for_the_kernel_with_what_they_add_up(monkeypatch):
+def test_losses_request_the_kernel_with_their_weights(monkeypatch):
     forms = []
     monkeypatch.setattr(Fused, "takes", lambda self, grid: True)
     monkeypatch.setattr(full_resolution, "choose_faster", lambda way, tiled, grid: forms.append(way) or tiled)

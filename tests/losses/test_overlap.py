@@ -193,7 +193,7 @@ def test_lovasz_keeps_its_digits_on_many_pixels():
     assert single.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
-def test_what_equals_what():
+def test_special_cases_of_tversky_and_focal_equal_others():
     prediction, batch = make(MASKS["many"])
     same = Tversky(WEIGHTS, alpha=0.5, beta=0.5)(prediction, batch)[0]
     torch.testing.assert_close(Dice(WEIGHTS)(prediction, batch)[0], same)

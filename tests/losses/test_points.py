@@ -19,7 +19,7 @@ def centres(height, width):
 
 @pytest.mark.parametrize("image", [(24, 32), (19, 27), (17, 8), (1, 1)])
 @pytest.mark.parametrize("size", [(40, 50), (7, 5), (24, 32)])
-def test_pixel_centres_read_what_the_prediction_shows_there(image, size):
+def test_points_at_pixel_centres_equal_upsampling(image, size):
     valid = valid_share(image, 8)
     maps = torch.randn(2, 3, math.ceil(image[0] / 8), math.ceil(image[1] / 8), dtype=torch.float64)
     sampled = sample_logits(maps, centres(*size).expand(2, -1, -1), valid)

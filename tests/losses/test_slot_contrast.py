@@ -63,7 +63,7 @@ def test_gradients_reach_both_frames_and_zero_slots_are_safe():
     assert slots.grad.isfinite().all() and slots.grad[:, 0].any() and slots.grad[:, -1].any()
 
 
-def test_slots_that_are_not_carried_are_not_compared():
+def test_independent_slots_are_not_compared():
     slots = (-torch.rand(2, 3, 4, 5)).requires_grad_()
     value, _ = run(outputs_of(slots, carried=False))
     value.backward()

@@ -25,7 +25,7 @@ def test_likelihood_is_torchs_cross_entropy(temperature):
 
 
 @pytest.mark.parametrize("sharp", [0.25, 1.0, 6.0])
-def test_the_temperature_undoes_what_sharpened(sharp):
+def test_temperature_undoes_sharpening(sharp):
     logits, labels = pixels(20_000, sharp=sharp)
     found = fit_temperature(logits, labels)
     assert found == pytest.approx(sharp, rel=0.05)

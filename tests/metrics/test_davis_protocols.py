@@ -354,7 +354,7 @@ def test_rules_state_when_the_official_decay_fails(task):
     assert not official_statistics(values, np.uint8)[2] == pytest.approx(official_statistics(values)[2])
 
 
-def test_masks_of_davis2016_are_known_for_what_they_are(tmp_path):
+def test_davis2016_masks_are_recognised(tmp_path):
     held = {"a": ([ids * 255 for ids in moving_squares(1, 4, (30, 40), 1)], moving_squares(1, 4, (30, 40), 1))}
     root, results = write_task(tmp_path, "davis2017", held)
     with pytest.raises(BadFile, match="holds only void .* with davis2016"):
@@ -424,7 +424,7 @@ def test_other_resolutions(tmp_path):
         Davis2017().find(root, results)
 
 
-def test_folders_that_are_no_davis(tmp_path):
+def test_folders_without_davis_are_refused(tmp_path):
     root, results = write_task(tmp_path, "davis2017", three_frames())
     with pytest.raises(UserError, match="holds no Annotations_unsupervised"):
         Davis2017Unsupervised().find(root, results)

@@ -148,7 +148,7 @@ def test_missing_and_extra_predictions_are_reported(tmp_path):
     assert "drive9" in found.notes[0] and "late" in found.notes[0]
 
 
-def test_folders_that_are_not_laid_out_so(tmp_path):
+def test_wrong_folder_depth_is_refused_with_a_suggestion(tmp_path):
     pairs = maps(np.random.default_rng(7), range(26))[:2]
     reference, prediction = tree(tmp_path, pairs, lambda number: f"val/{path(number)}")
     with pytest.raises(UserError, match=r"not at that depth. Try reference=\S+reference/val\."):

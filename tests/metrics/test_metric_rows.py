@@ -74,7 +74,7 @@ def test_a_score_outside_its_bounds_is_refused():
     assert result["area_error"] == 7
 
 
-def test_counts_that_are_not_finite_name_image_and_metric():
+def test_non_finite_counts_name_image_and_metric():
     metric = Share(dtype=np.float64, state=np.nan)
     with pytest.raises(UserError, match="of Share returns correct=nan for the image 04. Return 0 in all counts"):
         rows_of(metric, np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.uint8))

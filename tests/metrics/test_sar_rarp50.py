@@ -174,7 +174,7 @@ def test_the_mean_over_images_equals_its_definition(folders):
     assert SarRarp50().scores(sum(challenge.values()))["mIoU"] > scores["mIoU_seed_per_image"] + 0.2
 
 
-def test_nothing_but_background_has_no_mean_over_images(tmp_path):
+def test_background_only_images_have_no_mean_over_images(tmp_path):
     for root in ("real", "predicted"):
         save(tmp_path / root / "video_41/segmentation/000000000.png", EMPTY)
     protocol = SarRarp50Seed()

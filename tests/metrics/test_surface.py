@@ -173,7 +173,7 @@ def test_boundary_ious_of_a_map_equal_those_of_its_masks(shape):
 
 
 @pytest.mark.parametrize("tolerance", [-1.0, math.nan, math.inf])
-def test_a_tolerance_that_is_no_distance(tolerance):
+def test_invalid_tolerance_is_refused(tolerance):
     with pytest.raises(ValueError, match="at least 0"):
         surface_dice(FULL, FULL, tolerance)
 

@@ -73,7 +73,7 @@ def test_slots_of_clips_are_timed(tmp_path, here):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_timed_is_refused(tmp_path, here, words, message):
+def test_invalid_bench_options_are_refused(tmp_path, here, words, message):
     done = call(tmp_path, *WORDS, *words)
     assert done.status == 1 and message in done.err, done.err
     assert "Traceback" not in done.err

@@ -276,7 +276,7 @@ def test_evaluations_of_different_images_are_refused(runs, monkeypatch, caplog):
     assert "other and first group images differently (data.group)" in caplog.text
 
 
-def test_what_are_no_two_runs_is_refused(runs, monkeypatch):
+def test_fewer_than_two_runs_are_refused(runs, monkeypatch):
     monkeypatch.chdir(runs)
     for asked, said in (
         (None, "runs=null names no run. Give at least two run folders"),

@@ -71,7 +71,7 @@ def test_errors_give_status_1_and_keep_the_report(where):
     assert "foreign_ids" in page and "Traceback" not in done.err
 
 
-def test_what_the_reader_refuses_is_a_finding(where):
+def test_reader_error_is_a_finding(where):
     shutil.rmtree(where / "data/train/masks")
     done, report, page = doctor(where, *FOLDER)
     assert done.status == 1 and codes(report, "error") == ["split_unreadable"]
@@ -92,7 +92,7 @@ def test_unpaired_files_are_findings_and_the_rest_is_examined(where):
     assert report["splits"]["val"]["images"] == 2 and "Training stops: fix" in done.err
 
 
-def test_a_name_that_is_no_utf8(where):
+def test_undecodable_file_name_is_reported_escaped(where):
     for kind in ("images", "masks"):
         file = os.fsencode(where / "data/train" / kind)
         os.rename(file + b"/2.png", file + b"/caf\xe9.png")

@@ -85,7 +85,7 @@ def test_help_of_a_recipe_shows_its_settings():
     assert text.startswith("CamVid: street scenes, 11 classes.\n") and "  trainer={steps: " in text
 
 
-def test_options_of_one_s_own_have_help(tmp_path):
+def test_own_options_have_help(tmp_path):
     (tmp_path / "head").mkdir()
     (tmp_path / "head/mine.yaml").write_text("# Mine.\ndefaults: [mlp, _self_]\nwidth: 3  # channels\n")
     text = mode.help_for(["--config-dir", str(tmp_path), "head=mine", "--help"])

@@ -26,7 +26,7 @@ def run_plan(where, *words):
 
 
 @pytest.mark.heavy
-def test_what_fits_is_tried_and_started_as_it_is(tmp_path):
+def test_fitting_config_is_planned_unchanged(tmp_path):
     found, out = run_plan(tmp_path)
     step = found["planned"]["step"]
     assert found["changes"] == [] and found["device"] == "cpu"
@@ -155,7 +155,7 @@ def test_planned_command_preserves_unchanged_overrides(monkeypatch, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_values_that_are_none_are_refused(tmp_path, words, message):
+def test_invalid_plan_options_are_refused(tmp_path, words, message):
     done = call(tmp_path, "mode=plan", *WORDS, "hydra.run.dir=run", *words)
     assert done.status == 1 and re.search(message, done.err), done.err
     assert "Traceback" not in done.err

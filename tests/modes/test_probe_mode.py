@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     return where
 
 
-def test_every_block_and_what_the_head_reads_is_probed(folder):
+def test_every_block_and_the_layers_of_the_head_are_probed(folder):
     words = ("head=multiscale", "head.layers=[0,1]", "adapter=frozen", "mode=probe", STRONG, "hydra.run.dir=P")
     done = call(folder, *SMALL, *words)
     assert done.status == 0, done.err

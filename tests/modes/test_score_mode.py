@@ -279,6 +279,6 @@ def test_many_notes_are_counted(folders, run):
         ({}, ("protocol.num_classes=0",), "protocol.num_classes=0 is out of range. Give a whole number of at least 1"),
     ],
 )
-def test_what_must_be_given(folders, run, folders_given, words, message):
+def test_missing_arguments_of_score_are_refused(folders, run, folders_given, words, message):
     nothing, done, _ = run(*words, **folders_given)
     assert done.status == 1 and nothing is None and message in done.err and "None" not in done.err

@@ -285,7 +285,7 @@ def test_the_run_fails_once_all_heads_have_left(folder, monkeypatch):
         (("trainer=multi_head", "heads=[linear,dpt]"), "quarters"),
     ],
 )
-def test_what_cannot_be_is_refused_and_leaves_nothing(folder, words, message):
+def test_impossible_heads_are_refused_and_leave_no_folder(folder, words, message):
     done = call(folder, *WORDS, *words, "hydra.run.dir=refused")
     assert done.status == 1 and message in done.err.replace("\n", " "), done.err
     assert not (folder / "refused").exists()

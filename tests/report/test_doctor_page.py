@@ -116,6 +116,6 @@ def test_errors_that_training_only_warns_of():
     assert "some_code: training does not stop on it" in text
 
 
-def test_nothing_found():
+def test_page_without_findings_has_no_images():
     text = "".join(Reader(doctor_page([])).text)
     assert "None." in text and "Pictures" not in text and "Splits" not in text

@@ -238,7 +238,7 @@ def test_errors_are_where_a_labelled_pixel_differs():
     assert [name for name, _ in shown["legend"]] == ["a", "b", "ignored"]
 
 
-def test_what_differs_surely_is_marked_by_more_than_a_colour():
+def test_significant_differences_are_marked_beyond_colour():
     base = make_comparison()
     limits = dict.fromkeys(base["scores"]) | {"miou": [0.1, 0.2], "dice": [-0.3, -0.2], "accuracy": [-0.1, 0.1]}
     verdicts = {"miou": "significantly better", "dice": "significantly worse"}

@@ -163,7 +163,7 @@ def test_some_scenes_have_moving_ground_new_light_or_shadows() -> None:
     assert np.array_equal(mask, same) and (dark <= bright).all() and (dark < bright)[mask == 0].any()
 
 
-def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
+def test_two_processes_write_the_same_as_one(tmp_path: Path) -> None:
     for workers in (1, 2):
         render_moving_objects(tmp_path / str(workers), **{**SMALL, "workers": workers})
     one, two = contents(tmp_path / "1"), contents(tmp_path / "2")

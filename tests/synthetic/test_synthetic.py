@@ -125,7 +125,7 @@ def test_finished_zips_are_reused_and_partial_ones_repeated(tmp_path: Path) -> N
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
+def test_two_processes_write_the_same_as_one(tmp_path: Path) -> None:
     for workers in (1, 2):
         render_dataset(tmp_path / str(workers), **{**SMALL, "workers": workers})
     for name in ("train1/video_01.zip", "test/video_41.zip"):

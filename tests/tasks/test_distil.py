@@ -185,7 +185,7 @@ def test_other_teacher_is_another_recipe(folder, supervised_run, taught, tmp_pat
         (("features.gib=-1",), "features.gib=-1 is out of range. Give a number above 0"),
     ],
 )
-def test_what_does_not_go_together_is_refused(folder, compose, words, said):
+def test_incompatible_options_are_refused(folder, compose, words, said):
     assert said in refusal(compose, folder, (*WORDS, "trainer.steps=1"), words)
 
 

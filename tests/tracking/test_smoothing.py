@@ -186,7 +186,7 @@ def test_a_still_noisy_scene_flickers_less(settings):
     assert (found[4:] == right).mean() > (alone(model, frames)[4:] == right).mean() + 0.02
 
 
-def test_whole_propagation_is_that_of_the_first_frame(segmenter):
+def test_full_smoothing_equals_propagation_from_the_first_frame(segmenter):
     """A smoothing of 1 keeps nothing of later frames on the grid: their labels are those propagated from frame 0."""
     model, frames = segmenter(), video(4, (40, 48))
     images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
@@ -272,7 +272,7 @@ def test_memory_does_not_grow_with_the_video(segmenter):
     assert tracker.state()["features"].shape[0] == NEAR.context + 1
 
 
-def test_what_does_not_fit_is_refused(segmenter):
+def test_invalid_smoothing_is_refused(segmenter):
     model, frames = segmenter(), video(2)
     for share in (-0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match=f"mode.smoothing={share}: give a share from 0"):

@@ -245,7 +245,7 @@ def test_find_takes_run_folders_checkpoint_folders_and_files(tmp_path):
         ("", "it holds neither checkpoints/best.safetensors"),
     ],
 )
-def test_what_names_no_checkpoint_is_one_error(tmp_path, monkeypatch, target, said):
+def test_path_without_a_checkpoint_is_one_error(tmp_path, monkeypatch, target, said):
     monkeypatch.chdir(tmp_path)
     for name in ("run10", "run2"):
         (tmp_path / "runs" / name / checkpoint.FOLDER).mkdir(parents=True)
@@ -265,7 +265,7 @@ def test_links_are_followed(tmp_path):
     assert find(tmp_path / "run_2", "last").samefile(path) and find(tmp_path / "file", "last").samefile(path)
 
 
-def test_files_that_are_no_checkpoint(tmp_path):
+def test_invalid_checkpoint_files_are_refused(tmp_path):
     (tmp_path / "text").write_text("hello")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
     save_file({"x": torch.zeros(1)}, tmp_path / "newer", {"dinoseg": json.dumps({**INFO, "format": 99})})

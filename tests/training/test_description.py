@@ -85,7 +85,7 @@ def file_of(path, text, tensors=None):
 
 
 @pytest.mark.parametrize(("key", "value", "says"), ODD.values(), ids=ODD)
-def test_what_dinoseg_does_not_write_is_refused(tmp_path, key, value, says):
+def test_invalid_description_value_is_refused(tmp_path, key, value, says):
     text = json.dumps({"format": FORMAT, **INFO, key: value})
     path = file_of(tmp_path / "x.safetensors", text)
     for look in (describe, outline, read):
@@ -98,12 +98,12 @@ def test_what_dinoseg_does_not_write_is_refused(tmp_path, key, value, says):
 @pytest.mark.parametrize(
     "text", [DEEP, "{", "1e999999", "9" * 5000, "[]", "null", "3", "", None, "{}"], ids=lambda text: str(text)[:8]
 )
-def test_text_that_is_no_description_is_refused(tmp_path, text):
+def test_text_without_a_description_is_refused(tmp_path, text):
     with pytest.raises(UserError, match="cannot be read|but not a checkpoint|lacks"):
         describe(file_of(tmp_path / "x.safetensors", text))
 
 
-def test_what_dinoseg_writes_is_read(tmp_path):
+def test_written_description_is_read_back(tmp_path):
     progress = {"step": 3, "best": 0.5, "best_step": 0, "stale": 1}
     write(tmp_path / "x.safetensors", {"model/x": torch.ones(2, 3)}, {**INFO, "progress": progress})
     assert describe(tmp_path / "x.safetensors")["progress"]["step"] == 3

@@ -212,7 +212,7 @@ def test_only_the_writing_rank_reports_the_saved_step(train, tmp_path, caplog, w
     assert ("and that step is saved" in caplog.text) == writes == (tmp_path / "last.safetensors").exists()
 
 
-def test_no_best_is_chosen_by_a_score_that_is_no_number(train, tmp_path, monkeypatch):
+def test_nan_score_selects_no_best_checkpoint(train, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageDataModule, "validate", lambda *_: Validation({"miou": math.nan}, {}))
     error = train(tmp_path).error
     assert isinstance(error, NonFiniteLoss) and str(error).startswith("val/miou is nan at step 3")

@@ -119,7 +119,7 @@ def test_images_of_one_size_are_scored_at_once_by_their_size():
     assert found == [16, 8, 1, 1, 1] and engine.images_at_once() == 4
 
 
-def test_what_one_rank_decides_the_others_do_not_look_at():
+def test_only_rank_0_runs_a_shared_decision():
     ranks = [SimpleNamespace(is_main=main, broadcast=lambda found: found or "shared") for main in (True, False)]
     assert Engine.run_on_rank0(ranks[0], lambda: "found") == "found"
     assert Engine.run_on_rank0(ranks[1], lambda: pytest.fail("it is looked at twice")) == "shared"

@@ -125,7 +125,7 @@ def test_later_steps_reuse_the_found_split(train, caplog):
     assert [len(names) for names in parted.loss.seen if len(names) > 2] == [5, 3]
 
 
-def test_what_does_not_fit_by_itself_ends_with_what_helps(train):
+def test_single_sample_out_of_memory_ends_with_a_remedy(train):
     with pytest.raises(OutOfMemory, match=r"a batch of 1 sample \(\[enforce fail.*backbone.checkpointing=true"):
         train(0)
 
@@ -207,7 +207,7 @@ def test_random_draws_are_those_of_a_step_that_began_in_parts():
 
 
 @pytest.mark.parametrize("sums", [False, True])
-def test_the_warning_names_what_parts_change(sums, caplog):
+def test_split_warning_names_affected_statistics(sums, caplog):
     run(micro_batches(loss=Dice(torch.ones(2)) if sums else None), only_one_sample, TWO)
     assert ("the loss its sums" in caplog.text) == sums and (
         "BatchNorm computes its statistics per micro-batch"

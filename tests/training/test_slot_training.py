@@ -264,7 +264,7 @@ def test_videos_without_masks_have_a_loss_alone(here):
         (("backbone=rgb", "head.num_slots=[2,2]", "head.groups=always"), "needs a backbone with a class token"),
     ],
 )
-def test_what_does_not_fit_is_refused(movi, compose, more, message):
+def test_incompatible_slot_options_are_refused(movi, compose, more, message):
     gone = {"head=linear": ("head.", "hparam"), "backbone=rgb": "backbone.", "data=folder": ("data.clips", "hparam")}
     words = tuple(each for each in SLOTS if not each.startswith(gone.get(more[0], "none")))
     said = refusal(compose, movi, (*words, "trainer.steps=1", "trainer.val_every=1"), more)

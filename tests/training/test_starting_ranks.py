@@ -140,7 +140,7 @@ def test_ranks_share_a_machine(environment, monkeypatch, said, usable, share):
 
 @pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "WORLD_SIZE"])
 @pytest.mark.parametrize("said", ["0", "x", "-1", "1.5", "9" * 5000])
-def test_a_number_of_ranks_that_is_none_is_refused(environment, name, said):
+def test_invalid_number_of_ranks_is_refused(environment, name, said):
     environment[name] = said
     with pytest.raises(UserError, match=f"^{name}={said[:60]} must be a whole number of ranks, 1 or more") as raised:
         cores.limit_threads_to_share()

@@ -58,7 +58,7 @@ def test_large_ones_by_points_that_lie_where_they_are_predicted(engine):
     assert _centres(10, 5, torch.device("cpu")).tolist() == [1, 3, 5, 7, 9]
 
 
-def test_nothing_counted_is_no_score(engine):
+def test_empty_tally_has_no_scores(engine):
     tally = Tally(Data, engine)
     tally.add(*prediction_and_batch(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 255, dtype=torch.uint8)))
     assert tally.read() == {"train/accuracy": None, "train/miou": None}

@@ -271,7 +271,7 @@ def test_validation_images_match_their_prediction_and_mask(run, monkeypatch):
         assert np.array_equal(predicted, expected)
 
 
-def test_pictures_are_spread_over_what_the_first_rank_validates():
+def test_validation_images_are_spread_over_the_first_rank():
     assert spread(10, 3, 1) == [0, 4, 9] and spread(10, 3, 4) == [0, 4, 8]
     assert spread(2, 5, 1) == [0, 1] and spread(5, 0, 1) == []
 

@@ -128,7 +128,7 @@ def test_partial_files_are_removed_but_not_targets_of_links(tmp_path):
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["target", "a"]
 
 
-def test_a_name_that_is_no_text_is_written_as_escapes(tmp_path):
+def test_undecodable_name_is_written_as_escapes(tmp_path):
     write_text(tmp_path / "a.txt", os.fsdecode(b"caf\xe9"))
     assert (tmp_path / "a.txt").read_text() == "caf\\udce9"
 

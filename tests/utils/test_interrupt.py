@@ -137,7 +137,7 @@ def test_signals_are_passed_on_once(monkeypatch):
     assert sent == [(7, signal.SIGTERM), (8, signal.SIGTERM)]
 
 
-def test_what_changes_nothing_is_left_at_once_and_only_that():
+def test_interruptible_block_ends_at_once():
     with pytest.raises(Interrupted), deferred("") as stop, stop.at_once(allowed=True):
         signal.raise_signal(signal.SIGTERM)
         pytest.fail("goes on")

@@ -59,7 +59,7 @@ def write(path, value, *, zipped, compress=zipfile.ZIP_STORED):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", ASKING)
-def test_what_would_fill_the_memory_is_not_read(kind, zipped, tmp_path, monkeypatch):
+def test_file_that_would_fill_the_memory_is_not_read(kind, zipped, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch has read it"))
     path = write(tmp_path / "x.pth", ASKING[kind], zipped=zipped)
     assert path.stat().st_size < 2000
@@ -99,7 +99,7 @@ def test_expanded_tensor_view_larger_than_its_file_is_refused(zipped, tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_weights_are_saved_with_is_read(zipped, tmp_path):
+def test_common_contents_of_weight_files_are_read(zipped, tmp_path):
     layer = torch.nn.Linear(2, 3)
     layer.bias.origin = "kept beside the values"
     optimizer = torch.optim.AdamW(layer.parameters())

@@ -150,7 +150,7 @@ class CancellingPool(workers_module.ProcessPoolExecutor):
         super().shutdown(**named)
 
 
-def test_what_waits_for_a_process_is_dropped_at_the_end(tmp_path, monkeypatch):
+def test_waiting_items_are_dropped_when_closed(tmp_path, monkeypatch):
     monkeypatch.setattr(CancellingPool, "go", tmp_path / "go", raising=False)
     monkeypatch.setattr(workers_module, "ProcessPoolExecutor", CancellingPool)
     results = run(functools.partial(wait_for_go, folder=tmp_path), range(200), 2)

@@ -22,7 +22,7 @@ def test_a_written_file_stands_alone_and_others_may_read_it(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
-def test_what_cannot_be_written_leaves_the_older_file(tmp_path, monkeypatch, error):
+def test_failed_write_preserves_the_older_file(tmp_path, monkeypatch, error):
     def save(tensors, part, header):
         part.write_bytes(b"half")
         raise error

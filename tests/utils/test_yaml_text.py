@@ -53,7 +53,7 @@ def test_unsafe_yaml_is_one_error_in_bounded_time(text, says):
     assert time.process_time() - begin < 2 and len(str(caught.value)) < 1000
 
 
-def test_what_this_program_writes_is_read_back():
+def test_own_yaml_is_read_back():
     config = {
         "seed": 0,
         "a": {"lr": 1e-5, "none": None, "on": "yes", "day": "2026-01-01", "text": "1e-3", "list": [1, [2.5, True]]},

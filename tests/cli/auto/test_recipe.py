@@ -105,7 +105,7 @@ def test_typed_values_override_the_chosen_ones(folder):
 @pytest.mark.parametrize(
     "typed", ["loss", "loss.criterion", "loss.criterion.factors", "loss.criterion.factors.dice", "loss.weights"]
 )
-def test_what_goes_with_a_typed_loss_is_left_to_it(typed):
+def test_choices_that_belong_to_a_typed_loss_are_dropped(typed):
     words = {"loss": "ce_dice", "loss.weights": {"pole": 3.0}, "loss.criterion.factors.dice": 2.0}
     ((choice,), taken) = drop_typed([RecipeChoice({"head": "detail", **words}, "")], frozenset({typed, "data.root"}))
     gone = {"loss": {*words}, "loss.weights": {"loss.weights"}}.get(typed, {"loss.criterion.factors.dice"})
@@ -211,7 +211,7 @@ def test_run_resumes_with_weights_for_unusual_class_names(folder):
         (["data.root=nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_chosen_is_refused_and_leaves_nothing(folder, words, said):
+def test_impossible_choice_is_refused_and_leaves_no_folder(folder, words, said):
     done = call(folder, *AUTO, *words, "hydra.run.dir=R")
     assert done.status == 1 and said in done.err, done.err
     assert not (folder / "R").exists()

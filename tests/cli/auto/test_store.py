@@ -38,7 +38,7 @@ def test_stored_choices_are_read_back_equal(tmp_path):
     assert read_choices(path) == ("few images", CHOICES)
 
 
-def test_what_would_not_be_read_back_is_not_written(tmp_path):
+def test_unreadable_choices_are_not_written(tmp_path):
     with pytest.raises(SchemaError, match="data.root"):
         write_choices(tmp_path / "choices.json", "x", [RecipeChoice({"data.root": "elsewhere"}, "")])
 

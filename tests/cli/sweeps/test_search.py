@@ -135,7 +135,7 @@ def test_three_jobs_without_a_score_end_the_search(tmp_path, fault, capsys):
         ({"words": ["mode=train", "lr=interval(2,1)"]}, "from the lower to the higher end"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(tmp_path, options, said):
+def test_invalid_search_is_refused(tmp_path, options, said):
     jobs = Jobs()
     with pytest.raises(UserError, match=said):
         search(tmp_path, jobs, **options)
@@ -179,7 +179,7 @@ def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, capsys, note,
 
 
 @pytest.mark.parametrize("text", [b"notes", b"\x80weights\n\n", b"[]\n", b'{"op_code":6,"w":1}\n'])
-def test_a_file_that_is_no_search_is_left_as_it_is(tmp_path, text):
+def test_foreign_file_at_the_search_log_is_unchanged(tmp_path, text):
     (tmp_path / "search.log").write_bytes(text)
     with pytest.raises(UserError, match="search.log does not hold a search"):
         search(tmp_path, Jobs())
@@ -217,7 +217,7 @@ def test_a_damaged_storage_is_refused(tmp_path, damage):
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
-def test_a_storage_that_is_no_file_is_refused(tmp_path, make):
+def test_storage_that_is_not_a_file_is_refused(tmp_path, make):
     make(tmp_path / "search.log")
     with pytest.raises(UserError, match="search.log is a (folder|named pipe). Put a file there"):
         search(tmp_path, Jobs())

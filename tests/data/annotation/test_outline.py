@@ -74,7 +74,7 @@ def test_all_parts_together_are_the_picture():
         assert {part.value for part in large} <= {1, 2} and all(part.mask.sum() >= 5 for part in large)
 
 
-def test_what_hangs_together_by_corners_is_one_part():
+def test_pixels_touching_at_corners_form_one_part():
     corners = np.eye(3, dtype=np.uint8)
     assert [part.mask.sum() for part in parts_of(corners, leave_out=0, joined=False, min_area=3)] == [3]
     assert [part.mask.sum() for part in parts_of(corners, leave_out=0, joined=True, min_area=3)] == [3]

@@ -86,7 +86,7 @@ def test_figures_are_those_of_labelme():
         ([10**30, -(10**30)], "whole numbers"), ([True, 29], "whole numbers"), (None, "whole numbers"), ("", "add up"),
     ],
 )  # fmt: skip
-def test_counts_that_are_none(counts, wrong):
+def test_invalid_run_lengths_are_refused(counts, wrong):
     with pytest.raises(ValueError, match=wrong):
         rle.checked(counts, 30)
 
@@ -99,6 +99,6 @@ def test_counts_that_are_none(counts, wrong):
         ([[0, 0], [1e6, 1e6]] * 10, "crosses the image many times"),
     ],
 )  # fmt: skip
-def test_polygons_that_are_none(points, wrong):
+def test_invalid_polygons_are_refused(points, wrong):
     with pytest.raises(ValueError, match=wrong):
         check_polygon(np.array(points, float))

@@ -286,7 +286,7 @@ def test_a_changed_file_is_read_again(tmp_path):
         (b"classes: [\x00]", "not plain YAML"),
     ],
 )
-def test_what_makes_no_sense(tmp_path, text, message):
+def test_invalid_class_file_is_refused(tmp_path, text, message):
     file = tmp_path / "classes.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message) as caught:

@@ -74,7 +74,7 @@ def test_larger_than_need_be():
         ({"crop": [8, 8], "scale": [2, 1]}, r"1 <= least <= largest"),
     ],
 )
-def test_views_that_are_none(options, message):
+def test_invalid_clip_views_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         ClipView(**options)
 

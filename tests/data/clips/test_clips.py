@@ -709,7 +709,7 @@ def test_files_that_do_not_fit(tmp_path):
         ({"fps": 8, "fps_tolerance": -1}, r"fps_tolerance=-1 is out of range"),
     ],
 )
-def test_cuts_that_are_none(keys, message):
+def test_invalid_clip_cuts_are_refused(keys, message):
     with pytest.raises(UserError, match=message):
         instantiate({"_target_": "dinoseg.data.clips.cut.Cut", **keys})
 

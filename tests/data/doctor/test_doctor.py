@@ -31,7 +31,7 @@ def root(tmp_path):
     return write_clean(tmp_path)
 
 
-def test_a_clean_set_has_only_notes_on_what_to_expect(root):
+def test_clean_dataset_has_only_informative_notes(root):
     assert findings_by_code(root) == {}
     findings = examine(splits_of(root))
     assert [f.code for f in findings] == ["constant_class_baseline"] * 2 + ["class_imbalance"]
@@ -81,7 +81,7 @@ def test_colors_without_class(root):
     assert findings_by_code(root, options={"masks": Masks("palette", ignore_colors=[(1, 2, 3)])}) == {}
 
 
-def test_what_binary_masks_hold_instead(root):
+def test_foreign_ids_in_binary_masks_get_a_fitting_remedy(root):
     for path in root.glob("*/masks/*/*.png"):
         rewrite(path, lambda mask: (mask > 0) * 255)
     two = {"classes": CLASSES[:2], "palette": None, "masks": Masks("binary")}

@@ -121,7 +121,7 @@ def test_jpeg_masks_that_were_left_out_stop_nothing(root, tmp_path, caplog):
     assert list(kept.skipped) == ["d0/f2"]
 
 
-def test_a_name_that_is_no_utf8(root, tmp_path, caplog):
+def test_undecodable_file_name_is_reported_escaped(root, tmp_path, caplog):
     for kind, pixels in zip(("images", "masks"), scene(50), strict=True):
         plain = save(root / f"train/{kind}/plain.png", pixels + 40 * (kind == "masks"))
         os.rename(plain, os.fsencode(plain.parent) + b"/caf\xe9.png")

@@ -69,7 +69,7 @@ def test_the_line_holds_whatever_a_class_is_called(compose, tmp_path, name):
         (["a", "b"], [[[0, 1, 4]], [[0, 2, 4]]]),  # not counted
     ],
 )
-def test_numbers_that_are_no_counts_are_no_instances(tmp_path, classes, masks):
+def test_scattered_ids_are_not_reported_as_instances(tmp_path, classes, masks):
     options = {"classes": classes, "palette": None}
     remedy = findings_by_code(write(tmp_path / "data", masks), options=options)["foreign_ids"].remedy
     assert "instances" not in remedy and "++data.reader.masks.ids" in remedy

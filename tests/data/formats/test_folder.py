@@ -71,7 +71,7 @@ def test_one_folder_for_images_and_masks(tmp_path):
     assert data.names == ["p.q", "r"]
 
 
-def test_split_names_on_disk_and_what_a_desktop_leaves(fill):
+def test_split_folder_names_are_mapped_and_desktop_files_skipped(fill):
     root = fill("train_images", "train_masks")
     fill("valid_images", "valid_masks", ["v"])
     (root / "valid_images/._v.png").write_bytes(b"junk")
@@ -182,7 +182,7 @@ def test_names_that_only_look_alike(fill):
     assert f"{apart}.png only looks" in data.lacking[composed]
 
 
-def test_names_that_are_no_text(fill):
+def test_undecodable_names_are_split_and_recorded(fill):
     root = fill("images", "masks", ["x", "y", os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8")])
     partition = Partition("fraction", val_fraction=0.5)
     data = folder_dataset(root, "train", classes=CLASSES, layout=FLAT, partition=partition)
@@ -245,7 +245,7 @@ def test_swapped_folders_are_named(fill, masks):
 
 
 @pytest.mark.parametrize("ending", ["gif", "HEIC", "jp2", "avif"])
-def test_pictures_of_kinds_that_are_not_read_are_reported(fill, ending):
+def test_images_of_unsupported_formats_are_reported(fill, ending):
     root = fill()
     images, masks = root / "train/images", root / "train/masks"
     (images / "x.png").rename(images / f"x.{ending}")

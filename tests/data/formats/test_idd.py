@@ -172,7 +172,7 @@ def test_folds_keep_drives_whole(tmp_path, shared):
     assert len(seen) == len(set(seen)) == 20
 
 
-def test_label_maps_that_are_not_made_yet(tmp_path):
+def test_missing_label_maps_name_the_preparation_command(tmp_path):
     add(tmp_path, "train", "0/a", polygons=True)
     add(tmp_path, "train", "0/b", None, polygons=True)
     command = f"python -m dinoseg mode=prepare data=idd data.root={tmp_path}"
@@ -220,7 +220,7 @@ def test_files_that_do_not_belong_together(tmp_path):
         idd(tmp_path, "train", **CLASSES)
 
 
-def test_folders_that_are_not_there(tmp_path):
+def test_missing_idd_folders_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"does not hold IDD: no leftImg8bit or gtFine in it.* It holds nothing\. Give"):
         idd(tmp_path / "gone", "train", **CLASSES)
     (tmp_path / "idd-20k-II.tar.gz").write_bytes(b"")

@@ -79,7 +79,7 @@ def test_the_second_run_decodes_nothing_first(root, monkeypatch):
     assert load(root, "train")[0]["image"].shape == (3, 32, 48)
 
 
-def test_what_else_reads_pairs_takes_frames_of_videos(root):
+def test_video_frames_can_be_scanned_and_packed(root):
     data = load(root, "test")
     records = scan(data.pairs, data.reader, workers=1)
     assert [record.image_size for record in records] == [(32, 48)] * 4 and not any(r.problems for r in records)

@@ -80,7 +80,7 @@ def test_resized_and_turned_masks_count_as_training_sees_them(fill, tmp_path):
             np.testing.assert_array_equal(record.counts, np.bincount(data.mask(index).ravel(), minlength=256))
 
 
-def test_what_stands_in_the_file(tmp_path):
+def test_raw_counts_are_the_values_in_the_file(tmp_path):
     mask = save(tmp_path / "m.png", [[0, 0, 5], [1, 255, 255]])
     save(tmp_path / "i.png", np.zeros((2, 3, 3)))
 
@@ -161,7 +161,7 @@ def test_reasons_list_twenty_and_count_all(fill, tmp_path):
 
 @pytest.mark.parametrize("side", ["images", "masks"])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError(), cv2.error("no memory")])
-def test_what_the_machine_could_not_read_is_read_again(fill, tmp_path, monkeypatch, side, error):
+def test_file_that_failed_by_a_machine_error_is_read_again(fill, tmp_path, monkeypatch, side, error):
     data, cache, openings = fill(3), tmp_path / "cache", Image.open
     if isinstance(error, cv2.error):
         error.code = cv2.Error.StsNoMem

@@ -251,7 +251,7 @@ def test_frame_out_of_range_is_refused(avi, index):
         read_frame(VideoFrame(avi, index))
 
 
-def test_files_that_are_no_whole_video(avi, tmp_path, capfd):
+def test_truncated_or_missing_videos_are_refused(avi, tmp_path, capfd):
     with pytest.raises(UserError, match=r"Cannot read the video .*gone\.avi: No such file"):
         read_frame(VideoFrame(tmp_path / "gone.avi", 0))
     (tmp_path / "text.avi").write_text("no video")

@@ -200,7 +200,7 @@ def test_the_paired_difference_is_of_the_cases_that_both_have():
     )
 
 
-def test_nothing_shared_has_no_difference():
+def test_runs_without_shared_units_have_no_difference():
     scored = [score_cases(Share(), cases(*each), where="P") for each in (["a/1-2", "b/1-2"], ["c/1-2", "a/1-3"])]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -261,7 +261,7 @@ def test_files_that_cannot_be_scored_are_all_named():
     )
 
 
-def test_processes_give_what_one_gives():
+def test_several_processes_equal_one():
     names = [f"v{index % 5}/{'bad' if index % 7 == 3 else index}={index}-{index + 9}" for index in range(30)]
     alone, many = (
         summary(Share(), score_cases(Share(), cases(*names), where="P", workers=workers, on_error="skip"))

@@ -37,7 +37,7 @@ print(json.dumps(found))
 
 @pytest.mark.heavy  # processes that import torch, timm and transformers
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process that has imported torch")
-def test_a_load_imports_what_its_model_needs(compose, tmp_path):
+def test_loading_imports_only_dependencies_of_the_model(compose, tmp_path):
     works = []
     for kind, (words, imports) in KINDS.items():
         path = write_untrained(compose, tmp_path / kind, *words, "head=linear")

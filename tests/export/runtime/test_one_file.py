@@ -46,7 +46,7 @@ def file(trained, tmp_path_factory):
     return shutil.copyfile(trained / "exported/model.safetensors", path)
 
 
-def test_a_file_predicts_what_mode_predict_does(trained, file, tmp_path, monkeypatch):
+def test_file_predicts_the_same_as_mode_predict(trained, file, tmp_path, monkeypatch):
     words = ("engine=cpu", "input=clip", "hydra.run.dir=predicted")
     assert call(trained, "mode=predict", "resume=segmenter", *words).status == 0
     monkeypatch.chdir(tmp_path)
@@ -96,7 +96,7 @@ def test_file_describes_its_classes_scores_data_and_versions(trained, file, tmp_
     assert again.scores == facts.scores and again.data == facts.data
 
 
-def test_nothing_of_hydra_or_chance_is_left_in_the_program(file):
+def test_loading_leaves_hydra_and_random_state_unchanged(file):
     OmegaConf.register_new_resolver("len", lambda value: "mine", replace=True)
     OmegaConf.clear_resolver("cells")
     state = torch.random.get_rng_state()
@@ -240,7 +240,7 @@ def test_gated_weights_are_not_exported_by_default(compose, tmp_path, capsys):
         dinoseg.load(delta, device="cpu", backbone="dinoseg:tiny_surgical")
 
 
-def test_weights_that_are_not_finite_become_no_file(compose, tmp_path):
+def test_non_finite_weights_are_not_exported(compose, tmp_path):
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=frozen", "head=linear")
     path = write_untrained(compose, tmp_path, *words)  # the checkpoint itself is sound: it holds the head alone
@@ -350,7 +350,7 @@ CHANGED = {
 
 
 @pytest.mark.parametrize(("tensors", "message"), CHANGED.values(), ids=CHANGED)
-def test_tensors_that_are_not_the_models_are_refused(tmp_path, sound, tensors, message):
+def test_foreign_tensors_are_refused(tmp_path, sound, tensors, message):
     with pytest.raises(UserError, match=message):
         dinoseg.load(write_tampered(tmp_path, sound, {}, tensors(sound)), device="cpu")
 
@@ -381,7 +381,7 @@ def test_weights_from_a_trusted_source_are_loaded(tmp_path, sound):
         dinoseg.load(path, device="cpu", trust=["evil/weights"])
 
 
-def test_facts_that_are_none_are_refused(tmp_path, sound):
+def test_invalid_facts_are_refused(tmp_path, sound):
     for place, value in (("facts", 3), ("facts/scores", [1]), ("facts/delta", "no"), ("facts/versions", {"torch": 2})):
         with pytest.raises(UserError, match="evil.safetensors: .*facts"):
             dinoseg.load(write_tampered(tmp_path, sound, {place: value}), device="cpu")

@@ -212,7 +212,7 @@ def test_functions_of_the_files_own_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00", b"no model at all", b"\x3a\xff\xff\xff\xff\x7f", b"\x80" * 40])
-def test_a_file_that_is_none_is_refused(tmp_path, content):
+def test_foreign_onnx_file_is_refused(tmp_path, content):
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
     with pytest.raises(UserError, match="not an ONNX file of dinoseg"):

@@ -154,7 +154,7 @@ GROWING = """if True:
 
 
 @pytest.mark.parametrize("operator", ["ConstantOfShape", "Tile", "Concat"])
-def test_what_a_graph_computes_is_bounded_in_memory(tmp_path, operator):
+def test_memory_of_a_graph_is_bounded(tmp_path, operator):
     sizes = numpy_helper.from_array(np.int64([2**28]), "sizes")
     times = numpy_helper.from_array(np.int64([1, 1, 2**10, 2**8]), "times")
     nodes = {

@@ -295,7 +295,7 @@ def test_a_mask_by_place_stays_torchs(products):
     torch.testing.assert_close(found, F.scaled_dot_product_attention(*parts, attn_mask=mask))
 
 
-def test_nothing_is_hooked_where_torchs_attention_is_as_fast(monkeypatch):
+def test_no_hook_is_installed_where_torch_is_as_fast(monkeypatch):
     monkeypatch.setattr(attention, "_products_are_faster", lambda: False)
     assert not any(module._forward_pre_hooks for module in TimmBackbone("test_vit", "random", 16).modules())
 

@@ -44,6 +44,6 @@ def test_other_words_and_too_few_blocks_are_refused():
 
 
 @pytest.mark.parametrize("layers", [["a"], [1.5], [0, "-1"], [True], [None], (-1, 1.0)])
-def test_numbers_that_are_not_whole_are_refused(layers):
+def test_non_integer_layers_are_refused(layers):
     with pytest.raises(UserError, match=r"layers=\[.*\]: block numbers are integers.*such as \[-1\]"):
         resolve_layers(layers, 3)

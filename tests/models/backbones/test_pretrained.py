@@ -175,7 +175,7 @@ def test_a_tensor_too_many_is_left_over_whatever_its_type(tmp_path):
         build("vit", 1, tmp_path / "w.safetensors")
 
 
-def test_what_the_hubs_client_fetches_is_checked(tmp_path, monkeypatch):
+def test_weights_fetched_from_the_hub_are_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     folder = tmp_path / "models--some--body" / "snapshots" / ("01" * 20)
     folder.mkdir(parents=True)

@@ -78,7 +78,7 @@ def test_one_map_of_a_pyramid_has_one_width():
     assert build("test_convnext", [1, 0], patch_size=8).dim == [32, 24]
 
 
-def test_the_last_map_is_what_timm_gives_by_hand(plain):
+def test_last_map_equals_timm(plain):
     backbone = build(plain).eval()
     torch.manual_seed(0)
     theirs = timm.create_model(plain, num_classes=0, dynamic_img_size=True).eval()
@@ -117,7 +117,7 @@ def test_each_tapped_layer_has_passed_the_final_norm():
 
 
 @pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224"])
-def test_without_the_final_norm_maps_are_what_the_blocks_put_out(name):
+def test_maps_without_final_norm_are_the_outputs_of_blocks(name):
     backbone = build(name, (2, 0), final_norm=False).eval()
     assert not list(backbone.norm.parameters())
     outputs = {}
@@ -310,7 +310,7 @@ def test_layers_out_of_range_are_refused_with_the_range():
         build(layers=(6,))
 
 
-def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch):
+def test_failed_download_suggests_a_local_path(monkeypatch):
     def fail(*_, **__):
         raise OSError("no route to host")
 

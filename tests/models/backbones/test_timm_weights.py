@@ -76,7 +76,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     check_refused({"norm.bias": torch.zeros(9)}, r"\d+ missing \(.*, \.\.\.\); 1 of another shape \(norm.bias\)")
 
 
-def test_files_that_are_no_weights_are_named(tmp_path):
+def test_invalid_weight_files_are_named(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"1234")
     (tmp_path / "broken.pth").write_bytes(b"1234")
     (tmp_path / "empty.pth").write_bytes(b"")
@@ -103,7 +103,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("fault", "said"), [(torch.int8, "is int8"), (None, "holds NaN or infinity")])
-def test_weights_that_are_not_finite_floats_are_refused_by_name(tmp_path, monkeypatch, fault, said):
+def test_weights_that_are_not_finite_floats_are_refused_by_file(tmp_path, monkeypatch, fault, said):
     file = tmp_path / "w.safetensors"
     state = build("test_resnet").export_state()  # with counters of batches, which are whole numbers
     save_file(state, file)

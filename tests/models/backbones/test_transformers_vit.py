@@ -49,7 +49,7 @@ def test_last_map_is_the_model_output_without_prefix_tokens(family):
 
 
 @pytest.mark.parametrize("adapter", [None, LastBlocks(blocks=1), Full()])
-def test_without_the_final_norm_maps_are_what_the_blocks_put_out(family, adapter):
+def test_maps_without_final_norm_are_the_outputs_of_blocks(family, adapter):
     backbone = build(family, (2, 0), final_norm=False).eval()
     backbone = backbone if adapter is None else adapter(backbone)
     assert not list(backbone.norm.parameters())
@@ -221,7 +221,7 @@ def test_without_a_hub_weights_fetched_before_are_read(monkeypatch, tmp_path):
     assert state.keys() == kept.keys() and all(torch.equal(state[name], kept[name]) for name in kept)
 
 
-def test_gated_weights_say_what_to_do(monkeypatch):
+def test_gated_weights_explain_how_to_get_access(monkeypatch):
     monkeypatch.setattr(pretrained, "_why_silent", lambda name, revision: "")
     with pytest.raises(UserError, match="accept the licence.*log in.*weights=PATH"):
         build("dinov3_vit", weights="nobody/nothing@v1")

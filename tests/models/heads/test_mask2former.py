@@ -101,7 +101,7 @@ def test_four_maps_of_one_width_may_be_listed():
         ((384, 4, 2), {"drop_path": -0.1}, "drop_path=-0.1 "),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments, options, expected):
+def test_invalid_mask2former_options_are_refused(arguments, options, expected):
     with torch.device("meta"), pytest.raises(UserError) as raised:
         Mask2FormerHead(*arguments, **options)
     assert expected in str(raised.value)

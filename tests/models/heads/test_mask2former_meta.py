@@ -213,7 +213,7 @@ def test_an_odd_shape_is_named(whole, write):
 
 
 @pytest.mark.parametrize(("change", "said"), [(torch.Tensor.char, "is int8"), (lambda value: value / 0, "holds NaN")])
-def test_tensors_that_are_not_finite_floats_are_named(whole, write, change, said):
+def test_non_finite_or_integer_tensors_are_named(whole, write, change, said):
     name = next(name for name, value in whole.items() if value.ndim == 2)
     assert refusal(write(whole | {name: change(whole[name])})).startswith(f"{name} {said}")
 

@@ -122,7 +122,7 @@ def test_a_token_that_no_slot_may_see_changes_nothing():
     assert weights[..., 5].eq(0).all()
 
 
-def test_nothing_to_see_at_all_leaves_finite_slots_and_gradients():
+def test_attention_without_tokens_leaves_finite_slots():
     module = make_module(SlotAttention, 5, 4, 7)
     tokens = torch.randn(1, 6, 5).double().requires_grad_()
     slots, weights = module(tokens, torch.randn(1, 3, 4).double(), 2, torch.zeros(1, 3, 6, dtype=torch.bool))

@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_layers_one_after_the_other():
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
 
 
-def test_positions_are_what_they_are_called():
+def test_positions_follow_their_definitions():
     like = torch.zeros((), dtype=torch.float64)
     linear = Positions("linear", (9, 9))((3, 5), like)
     assert linear[0].tolist() == [[-1] * 5, [0] * 5, [1] * 5]  # channel 0 is the row

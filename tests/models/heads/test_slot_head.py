@@ -448,7 +448,7 @@ def test_short_training_separates_two_halves():
         ({"positions_grid": None, "positions": "linear", "similarity": True}, r"similarity=true needs the grid of"),
     ],
 )
-def test_what_cannot_be_is_refused(keys, message):
+def test_invalid_slot_head_options_are_refused(keys, message):
     with pytest.raises(UserError, match=message):
         make_head(**keys)
 

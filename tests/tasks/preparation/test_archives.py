@@ -32,7 +32,7 @@ def test_with_and_without_a_top_folder(tmp_path, top):
     assert folder_contents(tmp_path / "out") == CONTENT
 
 
-def test_what_desktops_add_is_left_out(tmp_path):
+def test_files_added_by_desktops_are_not_unpacked(tmp_path):
     junk = {
         "__MACOSX/._video_left.avi": b"x",
         ".DS_Store": b"x",
@@ -114,7 +114,7 @@ def test_damage_is_reported_and_nothing_half_written(tmp_path):
         unpack(archive, tmp_path / "out", landmark="video_left.avi")
 
 
-def test_names_that_are_no_text_are_damage(tmp_path):
+def test_undecodable_name_in_an_archive_is_damage(tmp_path):
     archive = pack(tmp_path / "v.zip", {"\u00e9.txt": b"a"})
     archive.write_bytes(archive.read_bytes().replace("\u00e9".encode(), b"\xff\xfe"))
     with pytest.raises(UserError, match=r"v\.zip is damaged"):

@@ -320,7 +320,7 @@ def test_bad_files_are_named_and_others_are_prepared(tmp_path):
     assert len(list(tmp_path.rglob("*.png"))) == 2
 
 
-def test_processes_name_what_failed_too(tmp_path):
+def test_failed_files_are_named_with_several_processes(tmp_path):
     for number in range(40):  # more than are under way at a time
         add(tmp_path, "train", f"3/{number:02d}", [box("road", 0, 0, 9, 9)], imgWidth=-1 if number == 30 else 64)
     with pytest.raises(
@@ -381,7 +381,7 @@ def test_no_torch_in_the_worker_processes():
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
 
 
-def test_what_cannot_be_prepared(tmp_path):
+def test_impossible_preparation_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"encodings=\['level3'\]: choose some of id, csId, csTrainId, level4Id, "):
         prepare(tmp_path, encodings=["level3"])
     with pytest.raises(UserError, match=r"encodings=\[\]: choose"):

@@ -148,7 +148,7 @@ class Ranked(Engine):
         return self.each(value)[0]
 
 
-def test_two_ranks_find_what_one_does():
+def test_two_ranks_find_the_same_as_one():
     train, val = RandomOrder(9), RandomOrder(5, seed=1)
 
     def run(probe):

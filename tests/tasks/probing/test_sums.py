@@ -79,7 +79,7 @@ def test_solutions_are_those_of_least_squares(strength, cells):
         np.testing.assert_allclose(found.bias.numpy(), expected[-1], rtol=1e-5, atol=1e-5)
 
 
-def test_what_has_no_spread_and_a_class_that_is_absent_get_zeros():
+def test_constant_features_and_absent_classes_get_zero_weights():
     features, mask = random_features((12, 12), (3, 3))
     features[:, 1], mask = 1e3, mask.where(mask != 2, 255)
     (found,) = next(solve(sums_of(features, mask, (1, 1)), [1e-3]))
@@ -89,7 +89,7 @@ def test_what_has_no_spread_and_a_class_that_is_absent_get_zeros():
     torch.testing.assert_close(found.bias.sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
-def test_nothing_to_solve_is_refused():
+def test_unsolvable_probe_is_refused():
     features, mask = random_features((12, 12), (3, 3))
     with pytest.raises(UserError, match="No pixel of the training masks is labelled"):
         list(solve(sums_of(features, torch.full_like(mask, 255), (1, 1)), [1.0]))

@@ -171,7 +171,7 @@ def test_missing_first_mask_and_size_mismatches_are_refused():
         follow(TINY["dino"], [frames[0], frames[1], frames[2][1:]], [masks[0], None, None], batch=1)
 
 
-def test_the_settings_say_what_masks_depend_on():
+def test_tracker_settings_cover_all_influences_on_masks():
     def settings(**changes):
         backbone = Patches()
         how = changes.pop("settings", DINOV3)

@@ -143,7 +143,7 @@ class TestSettling:
         )
         assert settled.dtype == torch.float32
 
-    def test_slots_may_be_what_they_were_however_they_look(self):
+    def test_slots_can_be_fixed_despite_their_appearance(self):
         winners = torch.tensor([[0, 0, 1, 1]])
         features = torch.tensor([-1.0, 1.0])[winners].expand(1, 1, -1)
         known = run_appearance(features[None], one_hot(winners, 2)[None])[0]

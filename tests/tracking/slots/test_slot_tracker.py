@@ -96,7 +96,7 @@ class TestWithoutLabels:
         tracker.track(frames, [None] * 3)
         assert told == [5.0] * 3 * looks
 
-    def test_nothing_to_look_at_first_is_nothing_known(self):
+    def test_looking_ahead_at_no_frames_learns_nothing(self):
         tracker = SlotTracker(model_of(), SlotTracking(match="appearance", passes=2))
         tracker.look_ahead(lambda: [])
         assert tracker.track([], []) == [] and tracker.state() == {}
@@ -237,7 +237,7 @@ class TestLaterObjects:
         for mask, own in zip(masks[1:], self.ids[1:], strict=True):
             assert np.array_equal(at_cells(mask), at_cells(own))
 
-    def test_of_known_objects_a_later_mask_changes_nothing(self):
+    def test_later_mask_of_known_objects_changes_nothing(self):
         wrong = np.where(self.ids[2] == 0, 0, 3 - self.ids[2])
         labels = first(self.ids[0], 6)
         plain = follow(model_of(), self.frames, labels)
@@ -274,7 +274,7 @@ class TestLaterObjects:
 
 
 class TestLockOn:
-    def test_slots_that_know_nothing_follow_what_they_were_shown(self):
+    def test_locked_identical_slots_follow_the_first_mask(self):
         frames, ids = crossing_squares()
         labels = first(ids[0], len(frames))
         assert not np.array_equal(at_cells(follow(model_of([GREY]), frames, None)[0]) - 1, at_cells(ids[0]))
@@ -300,7 +300,7 @@ class TestLockOn:
         with pytest.raises(UserError, match=r"slots.lock_on=true.*is missing.*slots.lock_on=false"):
             follow(model_of(), crossing_squares(1)[0], lock_on=True)
 
-    def test_extra_slots_see_what_stands_out_of_the_background(self):
+    def test_extra_slots_attend_to_unlabelled_foreground(self):
         model = model_of([GREY, GREY])
         frames, ids = crossing_squares(2)
         labels = np.where(ids[0] == 1, 1, 0)
@@ -312,7 +312,7 @@ class TestLockOn:
         assert np.array_equal(at_cells(masks[1]), np.where(at_cells(ids[1]) == 1, 1, 0))
 
     @pytest.mark.parametrize("key", [{"extra_slots": 2}, {"hold": "background"}, {"hold": "both"}])
-    def test_what_needs_class_attention(self, key):
+    def test_missing_class_attention_is_refused_only_where_needed(self, key):
         (word,) = (f"slots.{name}={value}" for name, value in key.items())
         with pytest.raises(UserError, match=rf"{word}.* needs a backbone with a class token"):
             SlotTracker(model_of(class_attention=False), SlotTracking(lock_on=True, **key))
@@ -423,7 +423,7 @@ class TestState:
 
 
 class TestSettings:
-    def test_say_what_masks_depend_on(self):
+    def test_cover_all_influences_on_masks(self):
         plain = SlotTracker(model_of()).settings
         assert json.loads(json.dumps(plain)) == plain
         others = [
@@ -493,7 +493,7 @@ class TestBadInput:
             follow(model_of(), self.frames, first(np.zeros(shape, np.uint8), 3))
 
     @pytest.mark.parametrize(("dtype", "value"), [(np.int32, 300), (np.int16, -1), (np.float32, 0.5)])
-    def test_labels_that_are_no_ids(self, dtype, value):
+    def test_labels_that_are_not_ids_are_refused(self, dtype, value):
         labels = np.zeros((32, 48), dtype)
         labels[3, 4] = value
         with pytest.raises(UserError, match=r"A mask of type .* ids are whole numbers from 0 .* to 254"):
@@ -517,7 +517,7 @@ class TestBadInput:
         with pytest.raises(UserError, match=r"3 slots cannot track 3 objects.*background.*head.num_slots"):
             follow(model, [frame], [ids])
 
-    def test_slots_that_are_not_finite(self):
+    def test_non_finite_slots_are_refused(self):
         model = model_of([(float("nan"), 0.0, 0.0), RED])
         with pytest.raises(UserError, match=r"not finite.*engine.precision=fp32"):
             follow(model, self.frames)

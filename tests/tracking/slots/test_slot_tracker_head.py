@@ -70,7 +70,7 @@ def test_labels_are_followed_and_a_restart_changes_nothing(make, kwargs, lock_on
 
 
 @pytest.mark.parametrize("kwargs", [{}, GROUPED])
-def test_locked_slots_have_no_share_of_cells_that_are_not_theirs(make, kwargs):
+def test_locked_slots_ignore_cells_of_others(make, kwargs):
     tracker = SlotTracker(make(**kwargs), SlotTracking(lock_on=True, slots_per_object=2, background_slots=3))
     frame, ids = (
         np.repeat(np.repeat(pixels[0], 2, axis=0), 2, axis=1) for pixels in (FRAMES, IDS)

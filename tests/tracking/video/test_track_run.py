@@ -166,7 +166,7 @@ def test_unreadable_frame_fails_while_looking_ahead(clip, broken, more):
     assert not (clip / "out/masks").exists() or not masks(clip / "out")
 
 
-def test_a_tracker_that_dies_leaves_what_can_be_gone_on_with(clip, monkeypatch):
+def test_failed_tracker_leaves_a_resumable_run(clip, monkeypatch):
     run(clip, clip / "whole")
     real = PropagationTracker.track
     batches = iter([True, True, True, True, False])

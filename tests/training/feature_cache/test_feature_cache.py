@@ -105,7 +105,7 @@ def test_cached_views_are_loaded_in_the_main_process(cache_and_view, monkeypatch
     assert asked[2:] == [(1, 0)]
 
 
-def test_what_another_process_has_read_whole_is_trusted(cache_and_view):
+def test_features_read_by_another_process_are_trusted(cache_and_view):
     kept, view, _ = cache_and_view
     trusted = []
     kept._store = SimpleNamespace(trust=trusted.append)

@@ -103,7 +103,7 @@ def make_module(tmp_path, monkeypatch):
     return make
 
 
-def test_code_counts_with_what_a_module_inherits_and_libraries(make_module, monkeypatch):
+def test_code_hash_covers_base_classes_and_libraries(make_module, monkeypatch):
     def model(text, base="from torch import nn\nclass Base(nn.Module): pass\n"):
         make_module("base", base)
         return nn.Sequential(nn.Linear(1, 1), make_module("mine", text).Mine())
@@ -202,7 +202,7 @@ def test_a_root_that_cannot_be_written_is_left_to_the_store(tmp_path):
     assert origin(tmp_path / "root", PARTS)
 
 
-def test_pixels_that_are_no_file_s_count_with_their_shape():
+def test_image_hash_of_generated_pixels_depends_on_shape():
     data = [{"image": torch.zeros(shape, dtype=torch.uint8)} for shape in ((3, 2, 6), (3, 6, 2), (3, 2, 6))]
     assert image_hash(data, 0) == image_hash(data, 2) != image_hash(data, 1)
 

@@ -254,7 +254,7 @@ def test_unwritable_cache_folder_is_a_warning(tmp_path, caplog):
     assert len([record for record in caplog.records if "Cannot write features" in record.getMessage()]) == 1
 
 
-def test_what_a_killed_process_left_half_written_goes(tmp_path):
+def test_remains_of_a_killed_process_are_removed(tmp_path):
     fill(DiskStore(tmp_path, "a", "float16"), [0])
     part = tmp_path / "a" / f".{KEYS[1]}.features.999999999-{atomic._machine()}-00000000.part"
     part.write_bytes(b"half")

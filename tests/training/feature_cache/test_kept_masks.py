@@ -28,7 +28,7 @@ def test_mask_is_read_once_and_returned_unchanged():
     assert read == list(drawn)
 
 
-def test_what_has_no_room_is_read_again():
+def test_masks_beyond_the_cap_are_read_again():
     drawn = {(f"{number}", ""): mask(20, 50, number) for number in range(3)}  # of some 1,000 bytes each
     kept, read = CachedMasks(cap=1200), []
     for _ in range(2):
