@@ -81,7 +81,7 @@ def test_lora_builds_no_graph_below_its_first_layer(tiny_backbone):
     assert seen == [False]
 
 
-def test_lora_in_the_last_blocks_only(tiny_backbone):
+def test_lora_can_be_limited_to_the_last_blocks(tiny_backbone):
     backbone = Lora(rank=2, alpha=2, blocks=1)(tiny_backbone())
     assert trainable(backbone) and all(".layer.1." in name for name in trainable(backbone))
     seen = []
@@ -93,7 +93,7 @@ def test_lora_in_the_last_blocks_only(tiny_backbone):
     ("rank", "alpha", "rslora", "scale"),
     [(4, 8, False, 2.0), (32, 32, True, math.sqrt(32)), (32, 32, False, 1.0), (9, 6, True, 2.0)],
 )
-def test_scale_of_the_update(rank, alpha, rslora, scale):
+def test_update_scale_is_alpha_over_rank(rank, alpha, rslora, scale):
     module, tokens = FusedVit(), torch.rand(1, 3, 8)
     layer = train_updates(Lora(rank=rank, alpha=alpha, rslora=rslora)(module)).blocks[0]["attn"]["proj"]
     low, high = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -143,7 +143,7 @@ def test_last_blocks_trains_blocks_and_norm_without_other_graph(tiny_backbone):
 
 @pytest.mark.parametrize("blocks", [0, 3, -1])
 @pytest.mark.parametrize("adapter", [LastBlocks, lambda blocks: Lora(rank=1, alpha=1, blocks=blocks)])
-def test_more_blocks_than_there_are(tiny_backbone, adapter, blocks):
+def test_more_blocks_than_exist_are_refused(tiny_backbone, adapter, blocks):
     with pytest.raises(UserError, match=f"^blocks={blocks}(:| is).* 1"):
         adapter(blocks)(tiny_backbone())
 
@@ -215,7 +215,7 @@ def test_lora_rank_must_be_positive(rank):
         (lambda: LastBlocks(1, bits=8), "^bits=8 with the adapter last_blocks"),
     ],
 )
-def test_refused_before_there_is_a_backbone(build, message):
+def test_invalid_adapter_is_refused_before_the_backbone_is_built(build, message):
     with pytest.raises(UserError, match=message):
         build()
 
@@ -235,7 +235,7 @@ def test_layers_used_only_by_weight_are_refused_or_unquantised():
     assert quantised_names(module)
 
 
-def test_blocks_without_linear_layers():
+def test_blocks_without_linear_layers_are_refused():
     module = nn.Module()
     module.blocks = nn.ModuleList([nn.Conv2d(1, 1, 1)])
     with pytest.raises(UserError, match="no linear layers.*last_blocks or full"):
@@ -248,7 +248,7 @@ def test_last_blocks_does_not_train_unused_parameters():
     assert "blocks.1.mlp.fc1.bias" not in trainable(LastBlocks(1)(module))
 
 
-def test_bits_without_bitsandbytes():
+def test_bits_without_bitsandbytes_are_refused():
     with (
         patch.object(adapters, "find_spec", return_value=None),
         pytest.raises(UserError, match=r"pip install '\.\[quant"),

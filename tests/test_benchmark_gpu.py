@@ -31,7 +31,7 @@ def test_missing_accelerator_is_reported(run_script, monkeypatch):
 
 
 @pytest.mark.heavy
-def test_all_of_it_runs_on_a_processor_at_tiny_sizes(run_script):
+def test_gpu_benchmark_runs_on_a_processor_at_tiny_sizes(run_script):
     rows, said = run_script("--tiny")
     assert len(rows) == 6 and all(row["ratio"] > 0 for row in rows)
     assert [row["what"] for row in rows[:4]] == [

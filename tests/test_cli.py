@@ -156,7 +156,7 @@ def test_values_without_a_constraint_are_checked_by_signatures(place, word):
     assert not call(place, "mode=summary", *SMALL, "adapter=lora", word).err.startswith("error: data")
 
 
-def test_a_typo_in_a_real_process(place):
+def test_typo_is_one_message_in_a_real_process(place):
     done = process(place, "-m", "dinoseg", *TRAIN, "head=liner")
     assert done.returncode == 1 and "linear" in done.stderr and "Traceback" not in done.stderr
 
@@ -529,7 +529,7 @@ def test_ids_outside_the_classes_are_refused_with_a_mapping(place):
     assert mapped.status == 0, mapped.err
 
 
-def test_it_trains_evaluates_and_predicts(place):
+def test_command_line_trains_evaluates_and_predicts(place):
     trained = call(place, *TRAIN, draws=True)
     assert trained.status == 0, trained.err
     assert "dark" in trained.out and "scores:" in trained.out
@@ -560,7 +560,7 @@ def test_it_trains_evaluates_and_predicts(place):
     assert other.status == 1 and "was trained with head=linear" in other.err
 
 
-def test_show_the_composed_config(place):
+def test_composed_config_is_shown(place):
     done = call(place, *TRAIN, "--cfg", "job")
     assert done.status == 0 and "_target_: dinoseg.training.trainer.Settings" in done.out and "steps: 2" in done.out
     assert not (place / "outputs").exists()

@@ -69,7 +69,7 @@ def anchors(page):
 
 
 @pytest.mark.parametrize("page", [*PAGES, *LOG], ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(page):
+def test_links_lead_to_existing_targets(page):
     for target in LINK.findall(without_code(page)):
         if re.match(r"https?://", target):
             continue

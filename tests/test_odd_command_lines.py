@@ -54,7 +54,7 @@ def test_impossible_value_is_one_message(root, word):
 
 
 @pytest.mark.parametrize("word", ["data.root=[]", "data.root={}", "data.prepare.root=3", "data.root=~nobody_here/x"])
-def test_a_folder_is_text(root, word):
+def test_folder_name_is_read_as_text(root, word):
     assert not fault(root, ("mode=prepare", *BASES["prepare"], word))
 
 

@@ -11,7 +11,7 @@ from docs_pages import ROOT, blocks
 CHECKS = (  # tests that look at all files of the package or at all options; those of an addition's own are its author's
     "tests/test_architecture.py::test_imports_go_down_and_through_their_doors",
     "tests/test_architecture.py::test_config_ends_at_the_edge",
-    "tests/config/test_configs.py::test_every_option_of_every_other_group",
+    "tests/config/test_configs.py::test_every_option_of_every_other_group_composes",
     "tests/config/test_configs.py::test_modes_declare_their_launch_keys",
     "tests/config/test_configs.py::test_backbone_options_set_only_keys_of_their_family",
     "tests/modes/test_reads.py::test_mode_composes_exactly_the_keys_its_code_reads[balance]",

@@ -112,7 +112,7 @@ def test_the_group_is_left_however_a_mode_ends(tmp_path, monkeypatch):
         ("rank 1 is killed", "Rank 1 was killed by SIGKILL.*resume=auto resumes"),
     ],
 )
-def test_one_that_fails_ends_all(tmp_path, monkeypatch, does, message):
+def test_failing_rank_ends_all(tmp_path, monkeypatch, does, message):
     monkeypatch.setattr(ranks, "_GRACE", 0.1)
     with pytest.raises(UserError, match=message):
         run(tmp_path, does)

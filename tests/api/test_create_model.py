@@ -264,7 +264,7 @@ def test_a_folder_with_a_card_is_read_back(tmp_path):
         assert type(back) is dinoseg.Segmenter and same(back, model)
 
 
-def test_weights_of_a_restricted_licence_need_a_word(tmp_path):
+def test_weights_of_a_restricted_licence_need_consent(tmp_path):
     packaged = dinoseg.create_model("tiny_surgical", num_classes=2, adapter="lora")
     packaged.save(tmp_path / "delta.safetensors", delta=True)
     whole = dinoseg.load(tmp_path / "delta.safetensors", device="cpu")
@@ -292,7 +292,7 @@ def test_each_family_of_backbones_is_created_saved_and_copied(family, tmp_path):
     model.train()(images(40, 48)).sum().backward()
 
 
-def test_a_loop_of_lightnings_kind_takes_a_model():
+def test_lightning_style_loop_trains_a_model():
     """A stand-in for Lightning: a module that holds the model, moves it, and toggles its modes."""
 
     class Module(nn.Module):
@@ -344,7 +344,7 @@ def test_numbers_and_iterables_of_other_libraries_are_taken():
             model.predict(image, batch_size=wrong)
 
 
-def test_a_model_that_load_would_refuse_is_not_saved(tmp_path):
+def test_model_that_load_would_refuse_is_not_saved(tmp_path):
     file = tmp_path / "model.safetensors"
     model = tiny()
     with torch.no_grad():

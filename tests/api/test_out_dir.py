@@ -52,7 +52,7 @@ def contents():
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_used_folder_is_refused_and_unchanged(here, name):
+def test_used_folder_is_refused_and_unchanged(here, name):
     before = contents()
     with pytest.raises(UserError, match=r"out_dir=.*used holds files.*exist_ok=True"):
         CALLS[name](out_dir="used")

@@ -115,7 +115,7 @@ def test_scores_are_found_in_any_spelling():
     assert ours._ipython_key_completions_() == ["miou"]
 
 
-def test_confusion_matrices_are_added_moved_and_shown():
+def test_confusion_matrices_add_move_and_print():
     first, second = ConfusionMatrix(2), ConfusionMatrix(2)
     first.update(torch.tensor([[0, 1]]), torch.tensor([[0, 255]]))
     second.update(torch.tensor([[1, 1]]), torch.tensor([[1, 0]]))

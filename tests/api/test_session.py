@@ -205,7 +205,7 @@ def test_a_hydra_program_can_call_modes():
         store.repo.pop("optim")
 
 
-def test_a_second_thread_waits():
+def test_second_thread_waits():
     order, entered = [], threading.Event()
 
     def second():

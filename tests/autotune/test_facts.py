@@ -16,7 +16,7 @@ def widths(mask, num_classes=2):
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 8])
-def test_lines_are_as_wide_as_they_are(width):
+def test_line_width_is_measured_exactly(width):
     upright = np.zeros((40, 60), np.uint8)
     upright[:, 20 : 20 + width] = 1
     found = dict(widths(upright))

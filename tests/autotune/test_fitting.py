@@ -72,7 +72,7 @@ def test_cheapest_change_is_tried_first(fit, memory, words):
     assert fit(memory, "adapter=lora") == words
 
 
-def test_batch_norm_is_spared_by_computing_again(fit):
+def test_checkpointing_is_tried_before_splitting_batch_norm(fit):
     assert fit(79, "adapter=lora", "head=linear") == "backbone.checkpointing=true"
     assert (
         fit(60, "adapter=lora", "head=linear") == "backbone.checkpointing=true data.batch_size=4 trainer.accumulate=2"
@@ -80,13 +80,13 @@ def test_batch_norm_is_spared_by_computing_again(fit):
     assert fit(120, "adapter=lora", "head=linear", "data.batch_size=2", "trainer.accumulate=4") == ""
 
 
-def test_statistics_that_stand_still_are_not_spared(compose):
+def test_frozen_statistics_do_not_restrict_the_batch(compose):
     fits = FitSearch(recipe_of(compose(*BASE, "head=linear")), Target("cpu", UNIT, bf16=False))
     fits._model.eval()
     assert not fits._name_bound_parts()
 
 
-def test_a_loss_that_takes_sums_over_a_batch_is_spared_and_named(fit, changes):
+def test_loss_that_sums_over_a_batch_is_split_last_and_named(fit, changes):
     words = ("adapter=lora", "loss=ce_dice")
     assert fit(79, *words) == "backbone.checkpointing=true"
     assert fit(79, *words, "data.batch_size=2", "trainer.accumulate=4") == ""
@@ -183,7 +183,7 @@ def test_memory_need_includes_overhead_beyond_tensors():
     assert Target("cpu", 0, bf16=True).need(step) == 1_750_000_000 + 3 * 2**27
 
 
-def test_a_changed_config_is_one_of_its_own(compose):
+def test_changed_config_is_a_copy(compose):
     cfg = compose(*BASE)
     change = fitting.Change({"adapter": "lora", "adapter.blocks": 1, "data.batch_size": 2}, "")
     new = Builder(cfg).with_options(change.words)

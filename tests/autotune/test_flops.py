@@ -53,7 +53,7 @@ def test_step_flops_equal_a_count_over_a_real_step(compose, words):
     assert step_flops(parts, 2, bf16=False) == forward.get_total_flops() + backward.get_total_flops() > 1_000_000
 
 
-def test_a_device_multiplies_at_some_rate(monkeypatch):
+def test_matrix_peak_of_a_device_is_measured(monkeypatch):
     assert 1e8 < matrix_peak(torch.device("cpu"), torch.float32) < 1e15
     monkeypatch.setattr(bench, "_SIDES", {"cpu": 8})
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=count().__next__))  # a second for each product

@@ -41,7 +41,7 @@ def test_thin_classes_choose_a_head_that_sees_pixels():
         ((1080, 1920), 32.0, "cuda", None, [1056, 1920]),  # resolution.scale=0.5
     ],
 )
-def test_sizes_are_whole_patches_and_no_more_than_a_device_bears(size, patch, device, longest, crop):
+def test_sizes_are_whole_patches_within_device_limits(size, patch, device, longest, crop):
     case = replace(CASE, facts=replace(FACTS, size=size), patch=patch, device=device)
     chosen = rules.longest(case)
     assert (chosen and chosen.words["resolution.longest"]) == longest
@@ -120,7 +120,7 @@ def test_phases_depend_on_how_many_images_fit_into_the_time(case, tuned, mixed, 
     [(12_000, 184, 1, 8), (6_000, 184, 1, 4), (5_999, 184, 1, 2), (0, 184, 1, 2), (12_000, 5, 1, 5)]
     + [(12_000, 5, 2, 4), (0, 184, 4, 4)],
 )
-def test_a_batch_is_small_where_steps_are_few(images, there, devices, size):
+def test_batch_is_small_if_steps_are_few(images, there, devices, size):
     assert rules.batch(images, replace(FACTS, images=there), devices).words == {"data.batch_size": size}
 
 
@@ -129,7 +129,7 @@ def test_a_closed_form_of_a_few_images_takes_a_share_above_zero(images, share):
     assert rules.closed_form(1.0, 1.0, replace(FACTS, images=images)).words["data.labelled"] == share
 
 
-def test_parts_of_a_step_count():
+def test_batch_choice_counts_accumulated_micro_batches():
     chosen = rules.batch(12_000, FACTS, 1, accumulate=2)
     assert chosen.words == {"data.batch_size": 4} and "which are 1500 steps" in chosen.reason
 

@@ -24,7 +24,7 @@ NO_MODULE = ModuleNotFoundError("No module named 'optuna'\nmore")
         (["mode=train", "data.root=hydra/launcher=ray"], NO_MODULE, None),
     ],
 )
-def test_the_package_is_that_of_the_words(words, error, package):
+def test_missing_package_is_named_with_its_extra(words, error, package):
     said = missing_extra(words, error)
     assert (f"pip install '{package}'" in said and "\n" not in said) if package else said == ""
     assert ("in your clone of dinoseg, pip" in said) == bool(package and package.startswith("."))

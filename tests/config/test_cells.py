@@ -24,7 +24,7 @@ def cells(crop, patch_size, scale=1.0, longest=None):
     return OmegaConf.create({"resolution": resolution, "backbone": {"patch_size": patch_size}, "grid": GRID}).grid
 
 
-def test_is_that_of_the_maps_that_a_model_gives():
+def test_cells_equal_the_grid_of_the_feature_maps():
     draw = np.random.default_rng(0)
     for _ in range(200):
         crop = tuple(map(int, draw.integers(1, 200, 2)))

@@ -67,12 +67,12 @@ def test_a_word_that_yaml_reads_as_false_is_to_be_quoted(key):
 
 
 @pytest.mark.parametrize("scale", [0, 17, float("nan")])
-def test_a_picture_is_not_seen_at_a_scale_that_takes_hours(scale):
+def test_image_scale_is_limited_to_prevent_hours_of_work(scale):
     with pytest.raises(UserError, match="scales=.* is out of range. Give a number above 0 and at most 16 for each"):
         check_arguments("dinoseg.inference.windows.Windows", {"scales": [1.0, scale]})
 
 
-def test_no_key_of_a_number_takes_text():
+def test_numeric_keys_refuse_text():
     """The launcher refuses text for keys that hold a number in config files, without reading signatures."""
     count = 0
     for group in GROUPS:

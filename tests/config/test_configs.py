@@ -209,7 +209,7 @@ def row(compose, mode, chosen):
     return chosen, whole, compose(*words, *(required_overrides(whole) if "data" in whole else []))
 
 
-def test_every_option_of_every_other_group(rows):
+def test_every_option_of_every_other_group_composes(rows):
     tried, checked, values = set(), 0, 0
     for chosen, whole, cfg in rows:
         found, written = check(cfg), sum(written_targets(*pair) for pair in whole.items())
@@ -253,7 +253,7 @@ def test_a_wrong_key_or_a_missing_one_is_found():
             check_binds("head", wrong)
 
 
-def test_hidden_options_are_bases_and_bases_hold_the_gaps():
+def test_hidden_options_are_bases_with_missing_values():
     hidden = sorted(path for path in FOLDER.glob("*/_*.yaml") if path.stem != OPTION)  # which only calls choose
     assert {path.stem for path in hidden} == {
         "_annotated",
@@ -323,7 +323,7 @@ def test_every_other_key_is_read(compose, data):
     assert not unread
 
 
-def test_one_fact_is_set_in_one_place(compose):
+def test_shared_facts_are_set_once(compose):
     cfg = compose(
         "hparam=sarrarp_lora", "adapter.rank=4", "backbone=dinov2_vits14", "resolution.crop=[30,50]", "data.root=X"
     )
@@ -360,7 +360,7 @@ def test_recipes_override_groups_and_command_line_overrides_both(compose):
     assert compose("hparam=sarrarp_full").trainer.steps == compose("hparam=sarrarp_lora").trainer.steps
 
 
-def test_a_recipe_chooses_the_changes_of_colours(compose, tmp_path):
+def test_recipe_chooses_its_colour_augmentation(compose, tmp_path):
     copy = tmp_path / "cfg"
     shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("local"))
     text = (
@@ -382,7 +382,7 @@ def test_a_recipe_chooses_the_changes_of_colours(compose, tmp_path):
         instantiate(cfg.data.augment)
 
 
-def test_a_machine_s_own_paths_win_over_recipes_only(tmp_path):
+def test_local_paths_override_only_recipes(tmp_path):
     copy = tmp_path / "cfg"
     shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("local"))
     register_resolvers()

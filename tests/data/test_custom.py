@@ -68,7 +68,7 @@ def run(folder, *words):
     return done
 
 
-def test_it_goes_through_train_eval_and_plan(folder):
+def test_custom_dataset_trains_evaluates_and_is_planned(folder):
     done = run(folder, "mode=train", "mode.report=false", "mode.pictures=0", "hydra.run.dir=run", "data.labelled=0.5")
     assert done.status == 0 and "3 of 6 images of split train" in done.err, done.err
     done = call(folder, "--config-dir", "own", "mode=eval", "resume=run", "engine=cpu", "engine.workers=0")

@@ -40,7 +40,7 @@ def assert_same(first, second):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(workers):
+def test_workers_do_not_change_the_batches(workers):
     options = {"batch_size": 4, "seed": 5}
     alone = take(train_batches(Pictures(SIZES), AUGMENT, **options), 8)
     assert alone[0].image.shape == (4, 3, 12, 10) and alone[0].mask.shape == (4, 12, 10)
@@ -90,7 +90,7 @@ def test_seed_and_epoch_change_the_view():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_global_chance_is_left_alone(workers):
+def test_global_random_state_is_unchanged(workers):
     torch.manual_seed(3)
     before = torch.get_rng_state()
     take(train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=workers), 3)
@@ -223,7 +223,7 @@ def test_workers_end_with_the_iterator():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_users_mistake_comes_out_as_it_is(workers):
+def test_user_errors_pass_through_workers(workers):
     before = multiprocessing.active_children()  # of other tests
     spoilt = Pictures(SIZES, error_at=4)
     for items in (

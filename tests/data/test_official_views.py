@@ -369,6 +369,6 @@ def test_default_views_equal_recorded_digests(options, expected):
         ({"relative_to": "short", "longest": 0}, "longest=0"),
     ],
 )
-def test_settings_out_of_range(options, message):
+def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         instantiate({"_target_": "dinoseg.data.transforms.Augment", "crop": list(CROP), **options})

@@ -20,7 +20,7 @@ def data(tmp_path):
     return lambda: folder_dataset(tmp_path / "data", "train", classes=["a", "b"])
 
 
-def test_as_it_is(data):
+def test_plain_dataset_is_returned_unchanged(data):
     found = data()
     assert opened(found, split="train") is found
 

@@ -95,7 +95,7 @@ def test_full_size_items_are_those_of_the_files(data, cache, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["index.json", "pixels.bin"]
 
 
-def test_an_item_may_be_written_to_without_harm(data, cache):
+def test_returned_item_can_be_modified_safely(data, cache):
     dataset = make(data(), cache)
     dataset[1]["image"].zero_()
     dataset[1]["mask"].zero_()
@@ -189,7 +189,7 @@ def test_verified_mask_is_read_without_its_image(data, cache, monkeypatch):
     assert read == [4 * area for area in areas] + areas
 
 
-def test_it_is_small_to_send_and_opened_by_each_process(data, cache):
+def test_packed_dataset_pickles_small_and_is_reopened(data, cache):
     dataset = make(data(), cache)
     unread = len(pickle.dumps(dataset))
     item = dataset[3]
@@ -400,7 +400,7 @@ def test_a_second_build_waits_for_the_first(data, cache, monkeypatch, caplog):
     assert len(result) == 1 and len(result[0]) == len(NAMES)
 
 
-def test_a_folder_that_cannot_be_written_to(data, tmp_path):
+def test_unwritable_folder_is_refused(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"Cannot pack to .*file.*cache_dir=FOLDER.*[(]cache=null"):
         make(data(), tmp_path / "file")
@@ -419,7 +419,7 @@ def test_a_read_only_folder_still_serves_its_store(data, cache, monkeypatch):
 
 
 @pytest.mark.parametrize(("key", "value"), [("longest", 0), ("longest", -3), ("workers", 0)])
-def test_numbers_out_of_range(data, cache, key, value):
+def test_numbers_out_of_range_are_refused(data, cache, key, value):
     with pytest.raises(UserError, match=f"{key}={value}: give"):
         make(data(), cache, **{key: value})
 

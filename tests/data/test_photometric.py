@@ -228,7 +228,7 @@ def test_the_whole_image_is_changed_before_it_is_scaled():
     assert different > 6
 
 
-def test_coins_do_not_move_the_view():
+def test_colour_distortion_does_not_move_the_view():
     image, mask = noise((40, 60), 2), np.random.default_rng(0).integers(0, 9, (40, 60), dtype=np.uint8)
     for seed in range(5):
         views = [
@@ -252,6 +252,6 @@ def test_the_contract_has_no_colours():
         ({"probability": 1.5}, "probability=1.5"),
     ],
 )
-def test_settings_out_of_range(options, message):
+def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         instantiate({"_target_": "dinoseg.data.photometric.PhotometricDistortion", **AMOUNTS, "hue": 0.1, **options})

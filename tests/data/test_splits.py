@@ -68,7 +68,7 @@ def test_neither_side_is_empty(fraction, held_out):
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
-def test_fraction_out_of_range(fraction):
+def test_fraction_out_of_range_is_refused(fraction):
     with pytest.raises(UserError, match="val_fraction=.*between 0 and 1"):
         fraction_split(NAMES, val_fraction=fraction, seed=0)
 
@@ -78,7 +78,7 @@ def test_one_group_cannot_be_split():
         fraction_split(NAMES[:4], val_fraction=0.5, seed=0, group=regex_group("^v."))
 
 
-def test_bad_group_patterns():
+def test_bad_group_patterns_are_refused():
     with pytest.raises(UserError, match=r"group=\( is not a regular expression"):
         regex_group("(")
     with pytest.raises(UserError, match=r"group=x\+ does not match the name v0"):
@@ -92,7 +92,7 @@ def test_bad_group_patterns():
     assert regex_group("^(x*)v")("v0") == ""
 
 
-def test_name_lists(tmp_path):
+def test_name_lists_are_read(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeffa/b.jpg\r\n\r\n  v1.5 \r\nc.PNG".encode())
     assert read_name_list(path) == ["a/b", "v1.5", "c"]
@@ -119,7 +119,7 @@ def test_name_lists(tmp_path):
     assert time.process_time() - begin < 2 and len(str(caught.value)) < 1000
 
 
-def test_split_table():
+def test_split_table_lists_each_split():
     table = split_table({"train": Pictures([(2, 2)] * 2), "val": Pictures([(2, 2)])})
     assert table == {"train": ["p0", "p1"], "val": ["p0"]}
 
@@ -181,7 +181,7 @@ def test_folds_of_equal_groups_depend_on_the_seed():
         ({"fold": -1, "folds": 3}, "^fold=-1"),
     ],
 )
-def test_bad_partitions(options, message):
+def test_bad_partitions_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         Partition(**options)
 

@@ -70,7 +70,7 @@ def test_any_size_gives_the_crop(size, crop):
         assert set(np.unique(ids)) <= {0, 1, 2, 3, 4, 255}
 
 
-def test_chance_depends_on_rng_alone():
+def test_views_depend_only_on_rng():
     image, mask = noise(70, 50)
     augment = Augment((40, 40), **ALL)
     first, again, other = (augment(image, mask, rng(seed)) for seed in (1, 1, 2))
@@ -187,7 +187,7 @@ def test_half_a_turn_of_hue_makes_red_cyan():
         ("ColorJitter", {"hue": 0.6}, "hue=0.6.*0 to 0.5"),
     ],
 )
-def test_settings_out_of_range(name, options, message):
+def test_settings_out_of_range_are_refused(name, options, message):
     crop = {"crop": [5, 5]} if name == "Augment" else {}
     with pytest.raises(UserError, match=message):
         instantiate({"_target_": f"dinoseg.data.transforms.{name}", **crop, **options})

@@ -481,7 +481,7 @@ def test_a_video_that_cannot_be_tracked_is_named_or_left_out(track, tmp_path, sp
     assert json.loads((done.folder / "problems.json").read_text())["problems"][0]["reason"] == problem["reason"]
 
 
-def test_masks_that_are_missing(track, tmp_path):
+def test_missing_masks_are_reported(track, tmp_path):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     break_first_mask(root)
     with pytest.raises(UserError, match="Video ape has 1 frame without mask: 00000"):
@@ -501,7 +501,7 @@ def test_unscorable_masks_are_saved_and_named(track, tmp_path):
     assert len(list((folder / "masks").rglob("*.png"))) == 13
 
 
-def test_words_without_meaning(compose, track, tmp_path):
+def test_invalid_tracking_options_are_refused(compose, track, tmp_path):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     for words, options, message in (
         (("data=davis2017",), {"supervision": "all"}, "mode.supervision=all is unknown. Choose one of none, first"),

@@ -113,7 +113,7 @@ def test_other_classes_are_refused(folders):
     assert "data=binary has the classes background, object, and run/masks/classes.json has background, leaf" in done.err
 
 
-def test_a_reference_of_another_size_names_the_key_that_mends_it(folders):
+def test_size_mismatch_names_the_key_that_fixes_it(folders):
     for number in range(2):
         truth = np.zeros((4, 6), np.uint8)
         truth[:2] = 255

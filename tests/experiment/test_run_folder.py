@@ -120,7 +120,7 @@ def test_undecodable_overrides_are_stored_as_typed(tmp_path):
         ),
     ],
 )
-def test_the_system_speaks_in_messages(tmp_path, monkeypatch, make, said):
+def test_system_errors_become_messages(tmp_path, monkeypatch, make, said):
     make(tmp_path, monkeypatch)
     done = call(tmp_path, "mode=score")
     assert done.status == 1 and done.err.startswith("error: Cannot read or write ") and said in done.err

@@ -45,7 +45,7 @@ def test_damaged_split_record_is_written_again(write, tmp_path, spoilt):
     assert "is damaged (" in write("ab")
 
 
-def test_a_resumed_run_with_an_image_less(tmp_path):
+def test_resumed_run_records_a_removed_image(tmp_path):
     for split, count in (("train", 4), ("val", 2)):
         for number in range(count):
             for kind, color in (("images", (90, 30, 9 * number)), ("masks", number % 2)):

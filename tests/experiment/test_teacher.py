@@ -189,7 +189,7 @@ def test_invalid_teacher_is_refused_by_name(folder, compose, tmp_path):
             teacher(compose, path)
 
 
-def test_a_foreign_config_is_held_against_config_files(folder, compose, tmp_path):
+def test_foreign_config_is_checked_against_config_files(folder, compose, tmp_path):
     info = checkpoint.describe(folder / "linear/checkpoints/best.safetensors")
     saved = checkpoint.read(folder / "linear/checkpoints/best.safetensors")
     hostile = json.loads(json.dumps({key: value for key, value in info.items() if key != "format"}))

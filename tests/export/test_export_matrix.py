@@ -78,7 +78,7 @@ def runtime_of(folder, made, record):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(("backbone", "head", "options"), CELLS)
-def test_a_file_answers_as_the_model_does(tmp_path, backbone, head, options):
+def test_exported_file_equals_the_model(tmp_path, backbone, head, options):
     model, made, record, reason = trace_tiny(backbone, head, options)
     reference, runtime = Reference(model, record), runtime_of(tmp_path, made, record)
     fixed = head in ONE_SIZE or options != GraphOptions()

@@ -71,7 +71,7 @@ def test_proof_limits_follow_the_options():
     assert not proof.passes({**result, "finite": False}, GraphOptions())
 
 
-def test_nan_which_agrees_with_anything_proves_nothing(picture):
+def test_nan_outputs_fail_the_proof(picture):
     zeros, nan = np.zeros(SIZE, np.uint8), np.full((2, *SIZE), np.nan, np.float32)
     with pytest.raises(UserError, match=r"0.png: the trained model's own probabilities are NaN"):
         proof.compare(Fixed(zeros, nan), SimpleNamespace(), [picture], 2, 255)

@@ -67,7 +67,7 @@ def test_the_gate_compares_the_file_with_the_trained_model(quantised_checkpoint,
     assert report["agreement"] == 0 and report["trained_with"] == key and not report["proven"]
 
 
-def test_one_file_answers_as_the_trained_model(quantised_checkpoint, tmp_path):
+def test_one_file_equals_the_trained_model(quantised_checkpoint, tmp_path):
     _, path, cfg = quantised_checkpoint
     model = dinoseg.load(export_file(path, tmp_path / "out"), precision="fp32").runtime.predictor.model
     trained, picture = load_trained(Builder(cfg)).model, tmp_path / "data/val/images/0.png"

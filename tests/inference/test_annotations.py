@@ -163,6 +163,6 @@ def test_palette_probabilities_and_confidence(tmp_path):
         (lambda p: PredictedShapes(tolerance=float("nan")), "give a tolerance from 0 pixels"),
     ],
 )
-def test_words_that_are_refused(tmp_path, make, wrong):
+def test_invalid_annotation_options_are_refused(tmp_path, make, wrong):
     with pytest.raises(UserError, match=wrong):
         make(tmp_path)

@@ -46,7 +46,7 @@ def test_memory_estimate_scales_from_small_inputs(options):
         assert cost.of(3, model.input_size(size), size) == 3 * cost.of(1, model.input_size(size), size)
 
 
-def test_attention_that_is_written_out_is_seen_to_grow():
+def test_growth_of_explicit_attention_is_estimated():
     class Grows(torch.nn.Module):
         patch_size, scale, backbone = 1, 1.0, SimpleNamespace(channels=3)
 
@@ -186,7 +186,7 @@ def test_auto_falls_back_to_windows_when_out_of_memory(free, caplog):
     assert (predictor.ids([picture(40, 50)]) == whole.ids([picture(40, 50)])).all()
 
 
-def test_where_nothing_suffices_it_is_one_message(free):
+def test_insufficient_memory_is_one_message(free):
     free(2**40)
     for policy in (Auto((32, 48)), Whole(), Auto((32, 48)).windows):
         predictor = Predictor(small_memory(make_model(), 10), CPU, nullcontext, policy)

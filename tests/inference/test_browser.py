@@ -30,7 +30,7 @@ def server_url(tmp_path):
     server.server_close()
 
 
-def test_an_overlay_plays(server_url, tmp_path):
+def test_overlay_plays_in_a_browser(server_url, tmp_path):
     source = write_film(tmp_path / "in.mkv", frames=48)
     with (
         VideoReader(source) as reader,

@@ -13,7 +13,7 @@ def touch(folder, *names):
 
 
 class TestListInputs:
-    def test_a_file_of_either_kind(self, tmp_path):
+    def test_single_image_or_video_is_listed(self, tmp_path):
         touch(tmp_path, "a.JPG", "b.Mp4")
         assert list_inputs(str(tmp_path / "a.JPG")) == [tmp_path / "a.JPG"]
         assert list_inputs(str(tmp_path / "b.Mp4")) == [tmp_path / "b.Mp4"]
@@ -31,13 +31,13 @@ class TestListInputs:
         assert "images or videos in 2 subfolders (deep, other)" in message
         assert [path.name for path in list_inputs(message.split("'")[1])] == ["a.png", "b.png", "c.mp4"]
 
-    def test_frames_come_as_they_are_counted(self, tmp_path):
+    def test_frames_are_sorted_numerically(self, tmp_path):
         touch(tmp_path, "frame10.png", "frame2.png", "frame1.png")
         expected = ["frame1.png", "frame2.png", "frame10.png"]
         for source in (tmp_path, tmp_path / "*.png"):
             assert [path.name for path in list_inputs(str(source))] == expected
 
-    def test_patterns(self, tmp_path):
+    def test_glob_patterns_are_expanded(self, tmp_path):
         touch(tmp_path, "x1.png", "x2.png", "y.png", "deep/x3.png", "x.txt")
         assert [path.name for path in list_inputs(f"{tmp_path}/x?.png")] == ["x1.png", "x2.png"]
         assert [path.name for path in list_inputs(f"{tmp_path}/x*")] == ["x1.png", "x2.png"]
@@ -75,7 +75,7 @@ class TestListInputs:
         with pytest.raises(UserError, match=message):
             list_inputs(str(tmp_path / source))
 
-    def test_a_folder_without_permission(self, tmp_path, monkeypatch):
+    def test_folder_without_permission_is_refused(self, tmp_path, monkeypatch):
         def deny_access(self):
             raise PermissionError(13, "Permission denied")
 

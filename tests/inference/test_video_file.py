@@ -192,13 +192,13 @@ def times_of(file):
 class TestFilms:
     """Colours, rate and times of what is read arrive in what is written."""
 
-    def test_rate(self, tmp_path):
+    def test_frame_rate_is_preserved(self, tmp_path):
         with copy_film(write_film(tmp_path / "in.mkv"), tmp_path / "out.mp4") as copy:
             picture = copy.streams.video[0]
             assert picture.codec_context.name == "h264" and picture.codec_context.pix_fmt == "yuv420p"
             assert picture.average_rate == Fraction(24000, 1001) and picture.frames == 24 and not copy.streams.audio
 
-    def test_uneven_times(self, tmp_path):
+    def test_uneven_frame_times_are_preserved(self, tmp_path):
         ticks = [0, 3000, 6000, 21000, 24000, 30000, 90000, 93000]
         source = write_film(tmp_path / "in.mp4", rate=Fraction(30), frames=8, times=ticks)
         with copy_film(source, tmp_path / "out.mp4") as copy, av.open(str(source)) as original:
@@ -231,7 +231,7 @@ class TestFilms:
         with copy_film(tmp_path / "in.mp4", tmp_path / "out.mp4") as copy:
             assert copy.streams.video[0].sample_aspect_ratio == (Fraction(3, 4) if turned else Fraction(4, 3))
 
-    def test_gaps_of_a_quarter_of_an_hour_and_of_years(self, tmp_path):
+    def test_long_gaps_between_frames_are_preserved(self, tmp_path):
         traits = VideoTraits(Fraction(1, 2**19), Fraction(1), (2, 2, 2))
         with VideoWriter(tmp_path / "out.mp4", 10, (16, 16), like=traits) as writer:
             for time in (0, 900, 1800, 2700):
@@ -246,7 +246,7 @@ class TestFilms:
                 writer.write(np.zeros((16, 16, 3), np.uint8), Fraction(time))
         assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
-    def test_the_index_stands_in_front(self, tmp_path):
+    def test_index_is_at_the_start_of_the_file(self, tmp_path):
         copy_film(write_film(tmp_path / "in.mp4"), tmp_path / "out.mp4").close()
         data = (tmp_path / "out.mp4").read_bytes()
         assert data.index(b"moov") < data.index(b"mdat")
@@ -268,7 +268,7 @@ class TestVideoWriter:
         assert len(frames) == 7
         assert np.abs(frames[6].reshape(-1, 3).mean(axis=0) - (180, 0, 200)).max() < 12
 
-    def test_an_exception_leaves_nothing(self, tmp_path):
+    def test_exception_leaves_no_file(self, tmp_path):
         with pytest.raises(RuntimeError), VideoWriter(tmp_path / "out.mp4", 25, (48, 64)) as writer:
             writer.write(np.zeros((48, 64, 3), np.uint8))
             raise RuntimeError
@@ -289,7 +289,7 @@ class TestVideoWriter:
             writer.close()
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_video_of_no_frame_is_none(self, tmp_path):
+    def test_video_without_frames_writes_no_file(self, tmp_path):
         with pytest.raises(UserError, match="0 of 0 frames arrived"), VideoWriter(tmp_path / "out.mp4", 25, (48, 64)):
             pass
         assert list(tmp_path.iterdir()) == []

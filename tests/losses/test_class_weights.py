@@ -70,7 +70,7 @@ def test_names_of_strangers_are_shown_in_one_short_line():
     assert "\n" not in said and "\x1b" not in said and len(said) < 700 and "class 29 and 170 more" in said
 
 
-def test_bad_input():
+def test_bad_input_is_refused():
     with pytest.raises(UserError, match="^scheme: dog is not a class. The classes are road, car, pole, cat"):
         class_weights(COUNTS, NAMES, {"dog": 2.0})
     with pytest.raises(UserError, match="^scheme=best is unknown. Choose one of none, one_minus_frequency"):

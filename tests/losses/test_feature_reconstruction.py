@@ -107,7 +107,7 @@ def test_other_heads_are_refused():
         run(torch.zeros(2, 3, 4, 4))
 
 
-def test_the_option_of_the_command_line(compose):
+def test_command_line_option_builds_the_loss(compose):
     cfg = compose("loss=feature_reconstruction", "data.root=.", "data.classes=[a,b]")
     assert cfg.loss.weights == "none" and cfg.loss.class_weights is None and cfg.loss.counts is None
     assert type(instantiate(cfg.loss.criterion)()) is FeatureReconstruction

@@ -186,7 +186,7 @@ def test_trials_agree_in_sums_gradient_and_non_finite_values():
         assert not fused._Trial(one, ends, 1.0).agrees(fused._Trial(one, one, 2.0))
 
 
-def test_memory_that_does_not_suffice_is_for_others_to_mend(better):
+def test_kernel_passes_on_out_of_memory_errors(better):
     with pytest.raises(torch.OutOfMemoryError):
         better(Way(fails=torch.OutOfMemoryError("none")))
 

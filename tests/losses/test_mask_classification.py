@@ -202,7 +202,7 @@ def test_agrees_with_transformers(monkeypatch, ignored, points, options):
 
 
 @pytest.mark.parametrize("columns", [K + 1, K])
-def test_gradients(fixed_points, columns):
+def test_gradients_equal_finite_differences(fixed_points, columns):
     prediction, batch = make(MASKS["one image without labels"], columns=columns, aux=1)
     criterion = MaskClassification(WEIGHTS.double())
 

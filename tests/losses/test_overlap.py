@@ -120,7 +120,7 @@ def check(value, expected, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", MASKS)
 class TestAgainstLoops:
-    def test_focal(self, name, dtype):
+    def test_focal_equals_its_formula(self, name, dtype):
         prediction, batch = make(MASKS[name], dtype)
         for gamma in (0.0, 0.5, 2.0):
             value, parts = Focal(WEIGHTS, gamma=gamma)(prediction, batch)
@@ -128,7 +128,7 @@ class TestAgainstLoops:
             check(value, focal_by_hand(found, gamma, WEIGHTS.tolist()), dtype)
             check(parts["weight"], sum(WEIGHTS[k].item() for _, k, _ in found), dtype)
 
-    def test_dice_and_tversky(self, name, dtype):
+    def test_dice_and_tversky_equal_their_formulas(self, name, dtype):
         prediction, batch = make(MASKS[name], dtype)
         found = pixels(prediction, batch.mask)
         value, parts = Dice(WEIGHTS)(prediction, batch)
@@ -139,7 +139,7 @@ class TestAgainstLoops:
             check(value, tversky_by_hand(found, alpha, beta, WEIGHTS.tolist()), dtype)
             check(parts["weight"], len({image for _, _, image in found}), dtype)
 
-    def test_lovasz(self, name, dtype):
+    def test_lovasz_equals_its_formula(self, name, dtype):
         prediction, batch = make(MASKS[name], dtype)
         found = pixels(prediction, batch.mask)
         images = sorted({image for _, _, image in found})
@@ -251,7 +251,7 @@ def test_absent_class_counts_only_where_it_is_predicted(loss):
 
 
 @pytest.mark.parametrize("loss", EVERY)
-def test_mask_heads_too(loss):
+def test_overlap_losses_work_with_mask_heads(loss):
     """A mixture's scores enter as log-probabilities, so the shares are the scores divided by their sum."""
     masks = torch.randn(2, 5, 3, 4, requires_grad=True)
     outputs = MaskOutputs(torch.randn(2, 5, 5), masks)

@@ -77,7 +77,7 @@ def test_unlabelled_candidates_are_left_to_the_last():
 
 
 @pytest.mark.parametrize("importance, oversample, num_points", [(0.0, 3.0, 7), (1.0, 1.0, 7), (0.75, 2.5, 1)])
-def test_extreme_shares(importance, oversample, num_points):
+def test_extreme_shares_of_points_are_valid(importance, oversample, num_points):
     target = torch.zeros(2, 3, 3, dtype=torch.int64)
     options = {"importance": importance, "oversample": oversample, "num_points": num_points}
     assert choose(torch.randn(2, 2, 2), target, **options).shape == (2, num_points, 2)

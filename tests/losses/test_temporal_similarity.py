@@ -74,7 +74,7 @@ def test_value_and_weight_against_plain_loops(steps, grid):
 
 
 @pytest.mark.parametrize("temperature, threshold", [(1.0, -1), (0.25, 0.5), (0.01, 0.0), (0.15, -0.3)])
-def test_temperature_and_threshold(temperature, threshold):
+def test_value_equals_the_reference_at_any_temperature(temperature, threshold):
     outputs = outputs_of()
     value, _ = run(outputs, TemporalSimilarity(temperature, threshold))
     assert value.item() == pytest.approx(reference(outputs, temperature, threshold)[0], rel=1e-11)
@@ -214,7 +214,7 @@ def test_bad_keys_are_refused(keys, said):
         TemporalSimilarity(**keys)
 
 
-def test_the_sum_of_the_command_line(compose):
+def test_command_line_sum_builds_the_loss(compose):
     cfg = compose("loss=video_similarity", "data.root=.", "data.classes=[a,b]")
     assert cfg.loss.weights == "none" and cfg.loss.class_weights is None and cfg.loss.counts is None
     criterion = instantiate(cfg.loss.criterion)()
@@ -227,7 +227,7 @@ def test_the_sum_of_the_command_line(compose):
     assert parts["weight"] == 4 and parts["similarity"] == similarity
 
 
-def test_the_similarity_alone(compose):
+def test_similarity_can_be_the_only_loss(compose):
     cfg = compose(
         "loss=video_similarity", "data.root=.", "data.classes=[a,b]", "loss.criterion.factors.reconstruction=0"
     )

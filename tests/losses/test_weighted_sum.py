@@ -76,7 +76,7 @@ def test_terms_with_other_class_weights_have_own_divisors():
         assert WeightedSum({"ce": CrossEntropy}, {"ce": 1.0}, torch.ones(3)).num_divisors == 1
 
 
-def test_a_term_alone_and_a_factor_of_zero():
+def test_single_term_and_zero_factor_are_valid():
     prediction, batch = make()
     dice = Dice(WEIGHTS)(prediction, batch)[0]
     assert WeightedSum({"d": Dice}, {"d": 1}, WEIGHTS)(prediction, batch)[0] == dice
@@ -156,7 +156,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("option", EXPECTED)
-def test_options_of_the_command_line(compose, option):
+def test_command_line_options_build_the_sum(compose, option):
     cfg = compose(f"loss={option}", "data.root=.", "data.classes=[a,b,c]", "data.ignore_index=9", "loss.weights=median")
     assert cfg.loss.class_weights.scheme == "median"
     assert instantiate(cfg.loss.class_weights)([4, 2, 1], cfg.data.classes).shape == (3,)

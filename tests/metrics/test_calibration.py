@@ -47,7 +47,7 @@ def test_reliability_is_that_of_a_loop():
     assert found.ece == pytest.approx(ece)
 
 
-def test_odd_pixels():
+def test_extreme_and_empty_logits_are_scored():
     sure = np.array([[1e4, -1e4], [-1e4, 1e4]], np.float32)
     assert reliability(sure, np.array([0, 1])).ece == 0
     assert math.isfinite(negative_log_likelihood(sure, np.array([1, 0])))

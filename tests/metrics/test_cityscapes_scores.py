@@ -111,7 +111,7 @@ def test_iiou_weighs_instances_by_class_and_ignores_groups(tmp_path):
     assert found["IoU_classes"] == 50 / 200 / 2  # sky is only predicted, and counts as 0
 
 
-def test_rows_of_the_classes(tmp_path, triples):
+def test_per_class_rows_follow_the_scored_ids(tmp_path, triples):
     protocol = Cityscapes()
     total = sum(unit_sums(protocol, *write_triples(tmp_path, triples)).values())
     rows, means = protocol.per_class(total), protocol.scores(total)

@@ -224,7 +224,7 @@ def test_cuda_counts_the_same_and_is_not_waited_for():
         ),
     ],
 )
-def test_wrong_tensors(prediction, mask, message):
+def test_wrong_tensors_are_refused(prediction, mask, message):
     with pytest.raises(ValueError, match=message):
         ConfusionMatrix(2).update(prediction, mask)
 

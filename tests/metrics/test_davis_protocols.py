@@ -416,7 +416,7 @@ def test_the_set_decides_and_its_ways_to_be_written(tmp_path):
     assert [case.name for case in Davis2016(split="mine").find(root, results).cases] == ["void"]
 
 
-def test_other_resolutions(tmp_path):
+def test_resolution_selects_the_annotation_folder(tmp_path):
     root, results = write_task(tmp_path, "davis2017", three_frames())
     shutil.move(root / "Annotations/480p", root / "Annotations/Full-Resolution")
     assert Davis2017(resolution="Full-Resolution").find(root, results).cases

@@ -360,7 +360,7 @@ def test_a_data_set_s_frame_gives_the_same_case(folders, make):
 
 
 @pytest.mark.parametrize("make", PROTOCOLS)
-def test_rules_and_configs(make):
+def test_rules_and_configs_are_complete(make):
     protocol = make()
     assert {"absent_class", "resolution", "ignore", "aggregation", "version", "differs"} <= protocol.rules.keys()
     node = yaml.safe_load((CFG / "protocol" / f"{protocol.name}.yaml").read_text())

@@ -179,7 +179,7 @@ def test_files_that_cannot_be_scored_are_named(tmp_path):
     assert semantic.measure(ScoringCase("a", "a", ((good, deep),))).sums.tolist() == [0] * 4 + [3] * 4 + [0] * 4
 
 
-def test_options_that_make_no_sense():
+def test_invalid_options_are_refused():
     for options, message in (
         ({}, "needs the number of classes. Give num_classes=19, .* or binary=true"),
         ({"num_classes": 0}, "^num_classes=0 is out of range. Give a whole number of at least 1"),

@@ -37,7 +37,7 @@ def test_every_group_and_option_is_listed_and_no_hidden_one():
     assert hidden and not any(name in mode.overview().split() for name in hidden)
 
 
-def test_it_fits_a_terminal():
+def test_help_fits_a_terminal():
     assert max(map(len, mode.overview().splitlines())) <= 120
 
 
@@ -105,7 +105,7 @@ def test_a_new_option_appears_by_itself(monkeypatch, tmp_path):
     assert listed_options() == {"head": ["linear", "new"]}
 
 
-def test_the_mode_prints_it(capsys):
+def test_mode_prints_its_help(capsys):
     mode.show(None, out_dir=None)
     assert capsys.readouterr().out == mode.overview() + "\n"
 

@@ -70,7 +70,7 @@ def by_hand(files, image):
     return resize(total / counts, image.shape[:2], mode="bilinear")[0]
 
 
-def test_predict_as_released(files, expected_scores, tmp_path):
+def test_predictions_equal_the_released_segmentor(files, expected_scores, tmp_path):
     write_png(tmp_path / "street.png", picture(LARGE))
     words = ["mode=predict", "hparam=ade20k_m2f", *SMALL, *weights(files), *SMALLER, "input=street.png"]
     done = call(tmp_path, *words)
@@ -88,7 +88,7 @@ def test_the_recipe_has_the_published_windows(compose):
     assert policy.starts(0, 1500) == [0, 596, 604]
 
 
-def test_score_as_released(files, expected_scores, tmp_path):
+def test_scores_equal_the_released_segmentor(files, expected_scores, tmp_path):
     root, mask = tmp_path / "ade", (expected_scores.argmax(dim=0).numpy() + 1).astype(np.uint8)
     for name in ("training", "validation"):
         write_png(root / f"images/{name}/a.png", picture(LARGE))
@@ -101,7 +101,7 @@ def test_score_as_released(files, expected_scores, tmp_path):
 
 
 @pytest.mark.parametrize(("recipe", "columns"), [("idd_m2f", 26), ("idd_m2f_no_object", 27)])
-def test_train_a_new_class_layer(files, tmp_path, recipe, columns):
+def test_new_class_layer_can_be_trained(files, tmp_path, recipe, columns):
     for split in ("train", "val"):
         write_png(tmp_path / f"idd/leftImg8bit/{split}/1/a_leftImg8bit.png", picture())
         mask = np.random.default_rng(1).choice([0, 3, 25, 255], SIZE).astype(np.uint8)
@@ -131,7 +131,7 @@ def test_train_a_new_class_layer(files, tmp_path, recipe, columns):
     assert read_ids(next(tmp_path.rglob("segmentation_colored.png"))).shape[:2] == SIZE
 
 
-def test_a_segmentor_that_is_not_trained_is_no_use(files, tmp_path):
+def test_untrained_segmentor_is_refused(files, tmp_path):
     write_png(tmp_path / "a.png", picture())
     done = call(tmp_path, "mode=predict", "hparam=idd_m2f", *SMALL, *weights(files), "input=a.png")
     assert done.status == 1 and "this mode needs a trained model" in done.err

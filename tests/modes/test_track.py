@@ -86,7 +86,7 @@ def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-def test_a_folder_of_frames(track):
+def test_folder_of_frames_is_tracked(track):
     result = track()
     assert result["frames"] == 10 and result["objects"] == [1, 5] and result["frames_per_s"] > 0
     log = Path("out/run.log").read_text(encoding="utf-8")
@@ -115,7 +115,7 @@ def test_a_folder_of_frames(track):
         assert overlay.size == SIZE and len(list(overlay)) == 10
 
 
-def test_a_video_and_another_protocol(track):
+def test_video_is_tracked_with_another_protocol(track):
     writer = cv2.VideoWriter("v.avi", cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 12.5, SIZE[::-1])
     for number in range(6):
         writer.write(frame(number)[0][..., ::-1])
@@ -180,7 +180,7 @@ def test_stopped_run_resumes_in_its_folder(track, stopped_run):
         track("mode.restart=cut", out="third")
 
 
-def test_a_stop_in_the_report_is_gone_on_with_too(track, monkeypatch):
+def test_run_stopped_in_its_report_resumes(track, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
@@ -209,7 +209,7 @@ def test_a_stop_in_the_report_is_gone_on_with_too(track, monkeypatch):
         (["input=masks"], "input=masks has changed"),
     ],
 )
-def test_another_run_is_not_gone_on_with(track, stopped_run, changes, message):
+def test_different_run_is_not_resumed(track, stopped_run, changes, message):
     Image.fromarray(frame(1)[1]).save("other.png")
     before = masks("cut")
     with pytest.raises(UserError, match=message):
@@ -285,7 +285,7 @@ def test_a_mask_for_every_frame_is_warned_of(track):
 
 
 @pytest.mark.parametrize(("name", "settings"), [("crw", CRW), ("dino", DINO), ("dinov3", DINOV3)])
-def test_the_configs_are_the_protocols(compose, name, settings):
+def test_configs_equal_the_protocols(compose, name, settings):
     assert asdict(instantiate(compose("mode=track", f"tracker={name}").tracker)) == asdict(settings)
     written = yaml.safe_load((FOLDER / "tracker" / f"{name}.yaml").read_text())
     assert list(written) == ["_target_", *asdict(settings)]  # every key, in the fields' order

@@ -102,7 +102,7 @@ def test_stopped_run_does_not_resume_at_another_scale(trained, cut):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_standing_that_lacks_a_tensor_is_refused(trained, cut, way):
+def test_track_state_without_a_tensor_is_refused(trained, cut, way):
     part = cut(way)
     path = part / "state.safetensors"
     with safe_open(path, framework="pt") as file:

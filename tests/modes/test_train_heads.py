@@ -83,7 +83,7 @@ def step_of(path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_is_its_own_run(folder, run, name):
+def test_each_head_is_its_own_run(folder, run, name):
     words = (run.path / "heads" / name / "config/overrides.txt").read_text().split("\n")
     assert "engine.cache=off" in words, "cached features are rounded"
     done = call(folder, *filter(None, words), f"hydra.run.dir=alone_{name}")
@@ -114,7 +114,7 @@ def test_the_log_has_the_values_of_each_head(run):
     assert [path.name for path in (run.path / "validation/step_00002").iterdir()]
 
 
-def test_the_best_stands_first(run):
+def test_best_head_is_listed_first(run):
     with open(run.path / "leaderboard.csv", encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
     assert {row["head"] for row in table} == {*NAMES}
@@ -175,7 +175,7 @@ def test_reports_are_those_of_each_head(folder):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(("kind", "number"), [("killed", 1), ("killed", 3), ("fails", 4)])
-def test_it_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, number):
+def test_run_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, number):
     where = f"{kind}_{number}"
     with monkeypatch.context() as patched:
         if kind == "killed":  # by what no handler sees, before a save

@@ -85,7 +85,7 @@ def page():
     return doctor_page(findings, splits, ((0, 0, 0), (1, 2, 3)), [card])
 
 
-def test_it_is_whole_and_stands_alone(page):
+def test_doctor_page_is_complete_and_self_contained(page):
     read = Reader(page)
     assert page.startswith("<!doctype html>") and "prefers-color-scheme: dark" in page
     assert read.tags.count("script") == 1

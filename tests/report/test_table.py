@@ -42,7 +42,7 @@ def test_metrics_are_in_percent_or_numbers(scores):
     assert [line.split() for line in lines[-2:]] == [["share", "40.8", "%"], ["area", "1.5"]]
 
 
-def test_table_of_nothing():
+def test_table_without_pixels_marks_all_classes_absent():
     text = class_table(ConfusionMatrix(4).compute(), NAMES)
     assert text.count("absent") == 4 and "mIoU" in text
 

@@ -24,7 +24,7 @@ def pages(tmp_path):
         yield app.pages, ask
 
 
-def test_an_upload_is_stored_under_a_name_of_the_server(pages, tmp_path):
+def test_upload_is_stored_under_a_generated_name(pages, tmp_path):
     known, ask = pages
     headers = {"content-disposition": 'attachment; filename="../../../etc/passwd"'}
     assert ask.post("/upload/one?name=../../x", content=b"content", headers=headers).status_code == 204

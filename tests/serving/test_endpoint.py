@@ -123,7 +123,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, caplog):
     assert "full" in caplog.text
 
 
-def test_health_and_metrics(tmp_path):
+def test_health_and_metrics_are_served(tmp_path):
     with client(tmp_path) as ask:
         ask.post("/segment", content=encode_image(picture()))
         ask.post("/segment", content=b"no image")

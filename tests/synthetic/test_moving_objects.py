@@ -73,7 +73,7 @@ def test_no_object_begins_hidden() -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 75), (61, 47), (160, 96)])
-def test_any_size(size: tuple[int, int]) -> None:
+def test_any_size_is_rendered(size: tuple[int, int]) -> None:
     for seed in range(3):
         rgb, mask = list(draw_video(seed, 2, size))[-1]
         assert rgb.shape == (*size, 3) and mask.shape == size and rgb.dtype == mask.dtype == np.uint8

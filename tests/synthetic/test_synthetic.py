@@ -105,7 +105,7 @@ def test_the_thread_is_about_three_pixels_thick() -> None:
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 200), (130, 34), (360, 640)])
-def test_any_even_size(size: tuple[int, int]) -> None:
+def test_any_even_size_is_rendered(size: tuple[int, int]) -> None:
     rgb, mask = list(render_clip(1, 2, size))[-1]
     assert rgb.shape == (*size, 3) and mask.shape == size
     assert rgb.dtype == mask.dtype == np.uint8

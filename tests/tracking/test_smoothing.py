@@ -313,7 +313,7 @@ def test_a_state_that_is_not_whole_is_refused(segmenter, lost):
 
 
 class TestBlend:
-    def test_it_mixes_and_feeds_back(self):
+    def test_smoothing_mixes_and_feeds_back(self):
         draw = torch.Generator().manual_seed(0)
         features = torch.randn(5, 6, 4, 7, generator=draw)
         own = torch.rand(5, 3, 4, 7, generator=draw).softmax(1)

@@ -450,7 +450,7 @@ def test_resumed_run_preserves_its_cache_choice_unless_changed(train, monkeypatc
 
 
 @pytest.mark.parametrize(("memory", "disk", "place"), [(10**6, 10**6, "memory"), (10, 10**6, "disk"), (10, 10, None)])
-def test_auto_caches_in_memory_else_on_disk(train, monkeypatch, caplog, memory, disk, place):
+def test_auto_caches_in_memory_or_else_on_disk(train, monkeypatch, caplog, memory, disk, place):
     monkeypatch.setattr(choice, "_memory_room", lambda *_: memory)
     monkeypatch.setattr(choice, "_disk_room", lambda *_: disk)
     with caplog.at_level(logging.INFO):

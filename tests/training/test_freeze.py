@@ -100,7 +100,7 @@ def test_head_trains_as_on_a_frozen_backbone_until_unfreezing(tmp_path, adapter)
     assert any(parameter.requires_grad for parameter in rested.backbone.parameters()), "it is trained, all the same"
 
 
-def test_from_its_share_on_it_learns_with_moments_of_its_own(tmp_path):
+def test_backbone_trains_after_its_frozen_share(tmp_path):
     seen, before = [], parts(untrained_model())[0]
     learnt, optimizer = train(tmp_path, begin=0.4, steps=5, watch=lambda _, maps: seen.append(maps[0].requires_grad))
     assert seen[:5] == [False, False, True, True, True]
@@ -114,7 +114,7 @@ def test_from_its_share_on_it_learns_with_moments_of_its_own(tmp_path):
     assert counts == {True: {3.0}, False: {5.0}}
 
 
-def test_no_rest_changes_nothing(tmp_path):
+def test_zero_frozen_share_changes_nothing(tmp_path):
     seen = []
     train(tmp_path, begin=0.0, steps=2, watch=lambda part, maps: seen.append((part.training, maps[0].requires_grad)))
     assert seen[:2] == [(True, True)] * 2
@@ -153,7 +153,7 @@ def test_frozen_phase_uses_eval_mode_and_fixed_running_means(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [2, 4], ids=["while it rests", "afterwards"])
-def test_gone_on_with_it_is_the_same_to_the_bit(tmp_path, caplog, stop):
+def test_resuming_the_frozen_phase_is_exact(tmp_path, caplog, stop):
     caplog.set_level(logging.INFO)
     whole, _ = train(tmp_path / "whole", begin=0.5, steps=6, ema=0.5)
     with pytest.raises(OSError, match="gone"):
@@ -178,7 +178,7 @@ def test_cached_features_equal_live_ones_in_the_frozen_phase(tmp_path):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_can_rest(name, tmp_path):
+def test_every_backbone_can_be_frozen_first(name, tmp_path):
     backbone = instantiate(OmegaConf.to_container(OmegaConf.merge(tiny_node(name), {"layers": [-1]})))
     model = SegmentationModel(Full()(backbone), LinearHead(backbone.dim, backbone.num_layers, 3))
     before, head = parts(model)
@@ -205,7 +205,7 @@ def test_detail_and_eomt_heads_train_on_a_frozen_backbone(tmp_path, head):
     assert not still
 
 
-def test_an_error_on_the_way_leaves_the_model_as_it_was():
+def test_error_in_the_frozen_phase_restores_the_model():
     model = untrained_model(lambda: LastBlocks(blocks=1)).train()
     before = state_of(model)
     assert {part.training for part in model.backbone.modules()} == {True, False}, "what is frozen stays in eval mode"
@@ -232,7 +232,7 @@ def test_several_ranks_expect_gradients_which_are_dropped():
         assert dropped == {left} and all(parameter.grad is not None for parameter in model.head.parameters())
 
 
-def test_its_schedule_begins_with_it():
+def test_schedule_of_the_backbone_starts_when_unfrozen():
     """As of a training that is those steps alone, with their warm-up, of all that learns then."""
     model, shape = untrained_model(), schedule("cosine", warmup=0.25)
     optimizer = adamw(model, head_lr=0.5, backbone_lr=0.1, freeze_backbone_until=0.35)

@@ -303,7 +303,7 @@ def test_fused_adamw_equals_single_operations(dtype):
         torch.testing.assert_close(one, two)
 
 
-def test_other_bad_input():
+def test_other_bad_input_is_refused():
     with pytest.raises(UserError, match="Nothing is trainable"):
         parameter_groups(smallest().requires_grad_(False), lr=1.0, weight_decay=0.0)
     with pytest.raises(UserError, match="min_lr_ratio=0: kind=exponential never reaches 0. Give the final share"):

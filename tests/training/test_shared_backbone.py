@@ -84,7 +84,7 @@ def shared_parts(tiny_backbone):
     return SimpleNamespace(model=model, passes=passes)
 
 
-def test_each_gets_its_own_blocks_of_one_pass(shared_parts):
+def test_each_head_gets_its_own_blocks_of_one_pass(shared_parts):
     layers = {"a": (-1,), "b": (0,), "c": (0, 1), "d": (1, 0)}
     model = shared_parts.model(**{name: (each, LinearHead) for name, each in layers.items()}).eval()
     for images in (IMAGES, IMAGES[:, :, :1, :1], IMAGES.float() / 255):

@@ -43,7 +43,7 @@ def test_small_images_are_counted_whole(engine):
     assert tally.read() == {"train/accuracy": expected["accuracy"], "train/miou": expected["miou"]}
 
 
-def test_large_ones_by_points_that_lie_where_they_are_predicted(engine):
+def test_large_images_are_counted_at_sampled_points(engine):
     mask = torch.zeros(1, 540, 957, dtype=torch.uint8)
     mask[:, 200:, 300:] = 1
     scores = torch.nn.functional.one_hot(mask.long(), 3).permute(0, 3, 1, 2).float()

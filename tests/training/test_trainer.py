@@ -83,7 +83,7 @@ def run(tiny_backbone, tmp_path):
     return train
 
 
-def test_it_learns_and_keeps_its_best(run, tmp_path):
+def test_training_learns_and_stores_the_best(run, tmp_path):
     done = run(steps=40, val_every=10, lr=1e-2)
     losses = [row["train/loss"] for row in done.rows if "train/loss" in row]
     assert len(losses) == 40 and losses[-1] < 0.3 * losses[0]
@@ -193,7 +193,7 @@ def test_moving_average_is_scored_and_saved(run, tmp_path):
         ({"score": "matrix"}, "trainer.score=matrix is not a score"),
     ],
 )
-def test_bad_settings(run, options, message):
+def test_bad_settings_are_refused(run, options, message):
     with pytest.raises(UserError, match=message):
         run(**options)
 

@@ -29,7 +29,7 @@ def top(tmp_path):
     return tmp_path / "set"
 
 
-def test_visible_files_in_order(top):
+def test_visible_files_are_sorted(top):
     assert names(top) == ["a.png", "b.png", "in/c", "in/deep/d"]
     (top / "x.png").mkdir()
     (top / "gone").symlink_to(top / "nowhere")  # a file that cannot be read is its reader's to tell

@@ -38,7 +38,7 @@ def test_locking_a_file_keeps_its_content(tmp_path):
     assert (tmp_path / "run.log").read_text() == "step 1\n"
 
 
-def test_one_holder_at_a_time(tmp_path):
+def test_lock_has_one_holder_at_a_time(tmp_path):
     first = acquire(tmp_path / "deep/lock")
     assert first is not None and acquire(tmp_path / "deep/lock") is None
     release(first)

@@ -132,7 +132,7 @@ def test_same_command_reuses_its_choices_on_any_machine_speed(folder, monkeypatc
 
 @pytest.mark.heavy
 @pytest.mark.usefixtures("choice_alone")
-def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypatch):
+def test_length_is_chosen_if_it_is_not_typed_again(folder, monkeypatch):
     words = (*AUTO, "budget.minutes=1", "mode=plan")
     assert (
         "; set on the command line: trainer.steps; chosen now:"
@@ -231,7 +231,7 @@ def write_halves(folder):
         write_png(folder / f"data/train/masks/{number}.png", halves)
 
 
-def test_ranks_of_a_launcher_do_not_choose(folder, monkeypatch):
+def test_launcher_ranks_do_not_choose(folder, monkeypatch):
     monkeypatch.setattr("dinoseg.cli.launch._share_job", lambda cfg, folder, start: start())
     for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -509,7 +509,7 @@ def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeyp
 
 
 @pytest.mark.parametrize("text", ["}{", "data: [1\n", "\ta: 1\n", "a: \x00\n"])
-def test_a_recipe_that_was_edited_to_no_yaml_is_named(folder, text):
+def test_recipe_edited_to_invalid_yaml_is_named(folder, text):
     path = folder / "config/hparam/chosen.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(text)

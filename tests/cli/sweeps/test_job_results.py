@@ -15,7 +15,7 @@ def no_locks(monkeypatch):
     monkeypatch.setattr(job_results, "_held", {})
 
 
-def test_a_sweep_that_came_to_no_job_leaves_no_folder(tmp_path):
+def test_sweep_without_jobs_leaves_no_folder(tmp_path):
     assert JobResults(tmp_path).claim(keep=False)
     job_results._release_all()
     assert not [*tmp_path.iterdir()]

@@ -98,7 +98,7 @@ def test_concurrent_jobs_never_exceed_the_limit(tmp_path):
 
 
 @pytest.mark.parametrize(("at_once", "apart"), [(1, False), (2, True)])
-def test_jobs_that_are_chosen_together_lie_apart(tmp_path, monkeypatch, at_once, apart):
+def test_concurrent_jobs_are_sampled_apart(tmp_path, monkeypatch, at_once, apart):
     import optuna
 
     given = {}
@@ -142,7 +142,7 @@ def test_invalid_search_is_refused(tmp_path, options, said):
     assert not jobs.done
 
 
-def test_a_storage_is_of_one_search_and_one_process(tmp_path):
+def test_search_storage_belongs_to_one_search_and_process(tmp_path):
     search(tmp_path, Jobs(), trials=1)
     with pytest.raises(UserError, match="holds another search"):
         search(tmp_path, Jobs(), words=[*WORDS[:2], "head=linear"])
@@ -230,13 +230,13 @@ def test_truncated_first_line_of_the_log_restarts_the_search(tmp_path, left):
     assert [*jobs.done] == [0]
 
 
-def test_a_lock_of_a_killed_process_is_not_waited_for(tmp_path):
+def test_lock_of_a_killed_process_is_not_awaited(tmp_path):
     (tmp_path / "search.log.lock").symlink_to("somewhere/search.log")
     search(tmp_path, jobs := Jobs(), trials=1)
     assert [*jobs.done] == [0]
 
 
-def test_a_search_continues_with_other_fixed_words(tmp_path, capsys):
+def test_search_resumes_with_other_fixed_overrides(tmp_path, capsys):
     with pytest.raises(UserError, match="from the lower"):
         search(tmp_path, Jobs(), words=["mode=train", "lr=interval(2,1)"])
     search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)"], trials=1)
@@ -257,7 +257,7 @@ def test_a_search_continues_with_other_fixed_words(tmp_path, capsys):
         ("a=x,'y z',[1,2]", CategoricalDistribution(["x", "'y z'", "[1,2]"])),
     ],
 )
-def test_words_of_hydra_are_spaces_of_optuna(word, space):
+def test_sweep_syntax_of_hydra_maps_to_optuna(word, space):
     found = _values(OverridesParser.create().parse_override(word))
     assert type(found) is type(space)
     if isinstance(space, CategoricalDistribution):

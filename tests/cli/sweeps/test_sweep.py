@@ -124,7 +124,7 @@ def test_glob_in_a_sweep_is_expanded_and_checked(tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_cell_by_itself_is_named_by_no_value(tmp_path):
+def test_single_impossible_cell_is_listed(tmp_path):
     done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=mask_classification")
     assert done.status == 1 and "1 of 1 cell of this sweep cannot run" in done.err
     assert "- each: loss=mask_classification needs a head" in done.err and not (tmp_path / "outputs").exists()
@@ -277,7 +277,7 @@ def test_settings_of_folds_are_ranked_by_their_pooled_score(tmp_path):
     assert [row["data.fold"] for row in rows_of(tmp_path / "jobs.csv")] == ["0", "0", "1", "1"]
 
 
-def test_a_folder_is_of_one_sweep(tmp_path, monkeypatch, capsys):
+def test_folder_belongs_to_one_sweep(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dinoseg.cli.sweeps.table.impossible_cells", lambda _: ([], 0))
     SweepTable().on_multirun_start(of_job(tmp_path))
     SweepTable().on_multirun_end(of_job(tmp_path))
@@ -293,7 +293,7 @@ def test_a_folder_is_of_one_sweep(tmp_path, monkeypatch, capsys):
         other.kill()
 
 
-def test_a_damaged_row_costs_no_table(table, tmp_path, capsys):
+def test_damaged_row_does_not_prevent_the_table(table, tmp_path, capsys):
     (tmp_path / ".jobs").mkdir()
     for number, text in enumerate(("", "[]", '{"job": 1}')):
         (tmp_path / f".jobs/{90 + number}.json").write_text(text)

@@ -66,7 +66,7 @@ def test_pycocotools_reads_the_polygons_to_the_pixel():
     np.testing.assert_array_equal(again, ids)
 
 
-def test_all_parts_together_are_the_picture():
+def test_all_parts_together_equal_the_image():
     for ids in pictures():
         parts = list(parts_of(ids, leave_out=0, joined=False, min_area=1))
         assert sum(int(part.mask.sum()) for part in parts) == (ids > 0).sum()

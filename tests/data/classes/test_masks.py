@@ -31,7 +31,7 @@ def test_grey_palette_and_equal_channels_give_the_stored_ids(tmp_path):
 
 
 @pytest.mark.parametrize("rules", [{}, {"ids": {7: 2, 255: 1, 9: 255}}, {"others": "c"}, {"reduce_zero_label": True}])
-def test_bytes_and_wide_numbers_are_looked_up_alike(tmp_path, rules):
+def test_wide_ids_are_looked_up_like_bytes(tmp_path, rules):
     reader = MaskReader(LABELS, Masks(**rules))
     rng = np.random.default_rng(0)
     known = np.flatnonzero(reader._table[:256] >= 0)
@@ -48,7 +48,7 @@ def test_bytes_and_wide_numbers_are_looked_up_alike(tmp_path, rules):
                 reader.read(save(tmp_path / "foreign.png", [[known[0], number]], dtype=kind))
 
 
-def test_zero_can_mean_nothing(tmp_path):
+def test_zero_can_be_ignored(tmp_path):
     reader = MaskReader(LABELS, Masks(reduce_zero_label=True))
     np.testing.assert_array_equal(reader.read(save(tmp_path / "z.png", [[0, 1, 3, 255]])), [[255, 0, 2, 255]])
     with pytest.raises(UserError, match="holds the ids 4, which are not classes"):
@@ -77,7 +77,7 @@ def test_unknown_colours_are_listed(tmp_path):
         MaskReader(LABELS, Masks("palette", described={"ids": None})).read(path)
 
 
-def test_binary_masks(tmp_path):
+def test_binary_masks_are_read(tmp_path):
     reader = MaskReader(Labels.of(["no", "yes"], None, 255), Masks("binary"))
     np.testing.assert_array_equal(reader.read(save(tmp_path / "b.png", [[0, 255]])), [[0, 1]])
     one_bit = tmp_path / "one.png"
@@ -170,7 +170,7 @@ def test_several_colours_can_be_one_class(tmp_path):
     np.testing.assert_array_equal(MaskReader(LABELS, rules).read(path), [[0, 1, 2], [1, 1, 255]])
 
 
-def test_coloured_picture_read_as_ids(tmp_path):
+def test_coloured_image_read_as_ids_is_refused(tmp_path):
     path = save(tmp_path / "c.png", [[[0, 1, 0]]])
     with pytest.raises(UserError, match="colour image.*format=palette"):
         MaskReader(LABELS, Masks()).read(path)
@@ -198,7 +198,7 @@ def test_coloured_picture_read_as_ids(tmp_path):
         ({"format": "palette", "ignore_colors": [[256, 0, 0]]}, r"Colour \[256, 0, 0\]"),
     ],
 )
-def test_rules_that_make_no_sense(arguments, message):
+def test_invalid_mask_rules_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         MaskReader(LABELS, Masks(**arguments))
 
@@ -216,6 +216,6 @@ def test_rules_that_make_no_sense(arguments, message):
         (["a"], None, -1, "ignore_index=-1"),
     ],
 )
-def test_labels_that_make_no_sense(classes, palette, ignore, message):
+def test_invalid_labels_are_refused(classes, palette, ignore, message):
     with pytest.raises(UserError, match=message):
         Labels.of(classes, palette, ignore)

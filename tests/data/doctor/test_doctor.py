@@ -38,7 +38,7 @@ def test_clean_dataset_has_only_informative_notes(root):
     assert {f.severity for f in findings} == {"note"}
 
 
-def test_unreadable_files(root):
+def test_unreadable_files_are_findings(root):
     image, mask = root / "train/images/d0/f1.png", root / "val/masks/v/f2.png"
     for path in (image, mask):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -48,7 +48,7 @@ def test_unreadable_files(root):
     assert all(f.severity == "error" and "1 of 16" in f.message for f in findings.values())
 
 
-def test_ids_without_class(root):
+def test_ids_without_class_are_findings(root):
     rewrite(root / "train/masks/d0/f0.png", lambda mask: np.where(mask == 2, 9, mask))
     rewrite(root / "val/masks/v/f3.png", lambda mask: np.where(mask == 2, 9, 2) + (mask == 1) * 10)
     findings = findings_by_code(root)
@@ -64,7 +64,7 @@ def test_ids_without_class(root):
     assert findings_by_code(root, options={"masks": Masks(ids={9: 2, 12: 255})}) == {}
 
 
-def test_colors_without_class(root):
+def test_colors_without_class_are_findings(root):
     table = np.array(PALETTE, np.uint8)
     for path in root.glob("*/masks/*/*.png"):
         rewrite(path, lambda mask: table[mask])
@@ -96,7 +96,7 @@ def test_foreign_ids_in_binary_masks_get_a_fitting_remedy(root):
 
 
 @pytest.mark.parametrize("turn", [1, 3, 6])
-def test_images_turned_by_exif(root, turn):
+def test_images_turned_by_exif_are_findings(root, turn):
     for name, kept in (("d0/f2", turn), ("d1/f5", 1)):
         image = Image.open(root / f"train/images/{name}.png")
         exif = image.getexif()
@@ -114,7 +114,7 @@ def test_images_turned_by_exif(root, turn):
 
 
 @pytest.mark.parametrize("rule", ["error", "resize_mask"])
-def test_sizes(root, rule):
+def test_size_mismatches_are_findings(root, rule):
     for name in ("d0/f1", "d2/f9"):
         rewrite(root / f"train/masks/{name}.png", lambda mask: mask[::2, ::2])
     findings = findings_by_code(root, options={"masks": Masks(on_size_mismatch=rule)})
@@ -146,7 +146,7 @@ def test_masks_saved_with_loss(root):
     assert findings["mask_is_jpeg"].severity == "error" and "whatever their suffix" in findings["mask_is_jpeg"].message
 
 
-def test_classes_in_one_split_or_none(root):
+def test_classes_missing_in_splits_are_findings(root):
     for path in (root / "val/masks/v").iterdir():
         rewrite(path, lambda mask: np.where(mask == 2, 1, mask))
     findings = findings_by_code(root, options={"classes": (*CLASSES, "moon"), "palette": None})
@@ -160,7 +160,7 @@ def test_classes_in_one_split_or_none(root):
     assert "In val but not in train: 1 left." in findings["class_not_in_train"].message
 
 
-def test_void(root):
+def test_void_masks_are_findings(root):
     rewrite(root / "train/masks/d0/f0.png", lambda mask: mask * 0 + 255)
     findings = findings_by_code(root)
     assert findings.keys() == {"all_void"} and findings["all_void"].files[0].endswith("d0/f0.png")
@@ -234,7 +234,7 @@ def test_idd_labels_of_another_name(tmp_path):
     assert home_made_files(tmp_path) == [] == home_made_files(tmp_path / "gone")
 
 
-def test_a_drive_on_both_sides(root):
+def test_drive_in_two_splits_is_a_finding(root):
     for kind in ("images", "masks"):
         (root / f"val/{kind}/d1").mkdir()
         shutil.move(root / f"train/{kind}/d1/f4.png", root / f"val/{kind}/d1/f4.png")
@@ -336,7 +336,7 @@ def swap(one, two):
     two.write_bytes(kept)
 
 
-def test_a_swapped_pair(root):
+def test_swapped_pair_is_a_finding(root):
     swap(root / "train/masks/d0/f1.png", root / "train/masks/d2/f10.png")
     findings = findings_by_code(root)
     assert findings.keys() == {"swapped_pair"} and findings["swapped_pair"].severity == "warning"
@@ -344,7 +344,7 @@ def test_a_swapped_pair(root):
     assert findings["swapped_pair"].look == (("train", "d0/f1"), ("train", "d2/f10"))
 
 
-def test_masks_shifted_by_one(root):
+def test_masks_shifted_by_one_are_findings(root):
     masks = sorted((root / "train/masks").rglob("*.png"))
     contents = [mask.read_bytes() for mask in masks]
     for index, mask in enumerate(masks):
@@ -427,7 +427,7 @@ def test_sizes_are_ordered_by_their_pixels(root):
     assert (rows["smallest"], rows["largest"]) == ({"width": 201, "height": 123}, {"width": 317, "height": 211})
 
 
-def test_summary(root):
+def test_summary_counts_images_and_classes(root):
     rows = summary(splits_of(root)[0])
     assert rows["images"] == 12 and rows["void_share"] == 0
     assert rows["smallest"] == rows["largest"] == {"width": 128, "height": 96}
@@ -468,7 +468,7 @@ def test_idd_lite_is_clean(lite):
 @real
 @absent
 @pytest.mark.parametrize("plant", ["ids", "truncated", "drive", "swap"])
-def test_every_plant_in_idd_lite_is_found(lite, plant):
+def test_every_planted_fault_in_idd_lite_is_found(lite, plant):
     masks = sorted((lite / "gtFine/train").rglob("*_label.png"))
     images = sorted((lite / "leftImg8bit/train").rglob("*_image.jpg"))
     if plant == "ids":

@@ -81,7 +81,7 @@ def mask_of_boxes(*boxes):
     return ids
 
 
-def test_coco_of_polygons_masks_and_crowds(tmp_path):
+def test_coco_polygons_masks_and_crowds_are_read(tmp_path):
     counts = [0, 8, 72]  # the first column
     rle = {"size": list(SIZE), "counts": counts}
     crowd = {
@@ -107,7 +107,7 @@ def test_coco_of_polygons_masks_and_crowds(tmp_path):
     check_dataset(data)
 
 
-def test_coco_export_of_cvat(tmp_path):
+def test_coco_export_of_cvat_is_read(tmp_path):
     brush = {"id": 2, "image_id": 2, "category_id": 2, "iscrowd": 1, "area": 8.0, "bbox": [0.0, 0.0, 0.0, 7.0]}
     polygon = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [CORNERS], "area": 12.0, "iscrowd": 0}
     rows = [polygon, brush | {"segmentation": {"counts": [0, 8, 72], "size": list(SIZE)}}]
@@ -129,7 +129,7 @@ def test_coco_export_of_cvat(tmp_path):
     np.testing.assert_array_equal(data.mask(1), mask_of_boxes((2, 0, 8, 0, 1)))
 
 
-def test_no_annotation_file(tmp_path):
+def test_missing_annotation_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"No file of COCO for split train in .*: looked for annotations/instances_tr"):
         open_annotated("coco", tmp_path)
 
@@ -228,7 +228,7 @@ def test_classes_of_a_checkpoint_and_the_background(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["coco", "labelme"])
-def test_one_file_is_divided(tmp_path, kind):
+def test_one_annotation_file_can_be_partitioned(tmp_path, kind):
     names = [f"{number}.png" for number in range(5)]
     if kind == "coco":
         coco(tmp_path / "annotations.json", images=names)
@@ -341,7 +341,7 @@ def test_images_without_shapes_are_background_or_skipped(tmp_path, caplog):
     )  # what is wrong is told, and not left out unsaid
 
 
-def test_images_that_are_missing_or_outside(tmp_path):
+def test_missing_and_outside_images_are_reported(tmp_path):
     root = coco(tmp_path / "train.json", images=("a.png", "b.png"))
     (root / "b.png").unlink()
     data = open_annotated("coco", root)
@@ -384,7 +384,7 @@ def test_images_that_are_missing_or_outside(tmp_path):
         ({"images": ["a.png", "a.jpg"]}, "names 1 image more than once"),
     ],
 )  # fmt: skip
-def test_files_of_coco_that_are_refused(tmp_path, changes, wrong):
+def test_invalid_coco_files_are_refused(tmp_path, changes, wrong):
     root = coco(tmp_path / "train.json", **changes)
     with pytest.raises(UserError, match=wrong):
         open_annotated("coco", root)
@@ -398,7 +398,7 @@ def test_files_of_coco_that_are_refused(tmp_path, changes, wrong):
         ('{"images": [], "images": []}', "twice"), (b"\xff\xfe\x00", "not a readable COCO"), ("[]", "an object with"),
     ],
 )  # fmt: skip
-def test_json_that_is_refused(tmp_path, text, wrong):
+def test_invalid_json_is_refused(tmp_path, text, wrong):
     (tmp_path / "train.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=wrong):
         open_annotated("coco", tmp_path)
@@ -419,7 +419,7 @@ def test_json_that_is_refused(tmp_path, text, wrong):
         ({"label": "a", "points": [[1, 1], [0, 1]], "shape_type": "mask", "mask": "AAAA"}, "PNG of 0 x 1 pixels"),
     ],
 )  # fmt: skip
-def test_shapes_of_labelme_that_are_refused(tmp_path, shape, wrong):
+def test_invalid_labelme_shapes_are_refused(tmp_path, shape, wrong):
     root = labelme(tmp_path / "train/a.json", shape).parent
     with pytest.raises(UserError, match=wrong):
         open_annotated("labelme", root)

@@ -35,7 +35,7 @@ def fill(tmp_path):
     return write
 
 
-def test_sample_shapes_and_values(fill):
+def test_samples_have_the_expected_shapes_and_values(fill):
     data = folder_dataset(fill(), "train", classes=CLASSES)
     assert data.names == ["x", "y", "z"] and len(data) == 3
     assert data.classes == ("a", "b") and data.palette == tuple(default_palette(2)) and data.ignore_index == 255
@@ -93,7 +93,7 @@ def test_linked_folders_are_followed(fill, tmp_path):
         folder_dataset(root, "train", classes=CLASSES)
 
 
-def test_links_in_circles_are_left(fill, tmp_path):
+def test_link_cycles_are_skipped(fill, tmp_path):
     root = fill()
     for folder in ("images", "masks"):
         (root / f"train/{folder}/again").symlink_to(root / f"train/{folder}")
@@ -101,7 +101,7 @@ def test_links_in_circles_are_left(fill, tmp_path):
     assert folder_dataset(root, "train", classes=CLASSES).names == ["x", "y", "z"]
 
 
-def test_fraction(fill):
+def test_fraction_splits_the_names(fill):
     root = fill("images", "masks", [f"v{i // 2}_{i}" for i in range(10)])
     partition = Partition("fraction", val_fraction=0.4, seed=1, group=r"^v\d+")
     train, val = (
@@ -114,7 +114,7 @@ def test_fraction(fill):
         folder_dataset(root, "test", classes=CLASSES, layout=FLAT, partition=partition)
 
 
-def test_lists(fill):
+def test_name_lists_define_the_splits(fill):
     root = fill("images", "masks", ["a", "sub/b", "c"])
     (root / "masks/c.png").unlink()
     (root / "train.txt").write_text("sub/b.png\na\n")
@@ -172,7 +172,7 @@ def test_a_missing_mask_moves_no_other_pair_to_the_other_side(fill):
         assert list(data.lacking) == [lost] and data.names == [name for name in before if name != lost]
 
 
-def test_names_that_only_look_alike(fill):
+def test_similar_names_are_distinguished(fill):
     composed, apart = "caf\u00e9", "cafe\u0301"
     root = fill(names=["x", composed])
     (root / f"train/masks/{composed}.png").rename(root / f"train/masks/{apart}.png")
@@ -192,14 +192,14 @@ def test_undecodable_names_are_split_and_recorded(fill):
     assert json.loads((root / "split.json").read_text()) == {"train": data.names, "val": other.names}
 
 
-def test_two_files_of_one_name(fill):
+def test_two_files_of_one_name_are_refused(fill):
     root = fill()
     save(root / "train/images/x.jpg", np.zeros((4, 6, 3)))
     with pytest.raises(UserError, match=r"x\.jpg and .*x\.png have the same name \(x\)"):
         folder_dataset(root, "train", classes=CLASSES)
 
 
-def test_missing_folders(fill, tmp_path):
+def test_missing_folders_are_refused(fill, tmp_path):
     root = fill()
     with pytest.raises(UserError, match=r"data\.root=.*gone is not a folder"):
         folder_dataset(tmp_path / "gone", "train", classes=CLASSES)
@@ -259,7 +259,7 @@ def test_images_of_unsupported_formats_are_reported(fill, ending):
 
 
 @pytest.mark.parametrize("partition", [Partition(), Partition("fraction")])
-def test_empty_split(tmp_path, partition):
+def test_empty_split_is_refused(tmp_path, partition):
     layout = FolderLayout() if partition.by == "folder" else FLAT
     for folder in ("train/images", "train/masks", "images", "masks"):
         Path(tmp_path, folder).mkdir(parents=True)
@@ -275,7 +275,7 @@ def test_partition_and_layout_must_fit(fill):
         folder_dataset(root, "train", classes=CLASSES, partition=Partition("fraction"))
 
 
-def test_sizes_that_differ(fill):
+def test_size_mismatches_are_refused(fill):
     root = fill(size=(40, 60))
     mask = np.zeros((20, 30), np.uint8)
     mask[:, 15:] = 1

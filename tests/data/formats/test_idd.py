@@ -200,7 +200,7 @@ def test_the_test_split_has_no_public_labels(tmp_path):
     assert idd(tmp_path, "test", **CLASSES).names == ["0/b"]
 
 
-def test_files_that_do_not_belong_together(tmp_path):
+def test_unpaired_idd_files_are_reported(tmp_path):
     add(tmp_path, "train", "0/a")
     add(tmp_path, "train", "0/b", None)
     bare = idd(tmp_path, "train", **CLASSES)
@@ -233,7 +233,7 @@ def test_missing_idd_folders_are_reported(tmp_path):
         idd(tmp_path, "val", **CLASSES)
 
 
-def test_settings_that_do_not_fit(tmp_path):
+def test_incompatible_settings_are_refused(tmp_path):
     add(tmp_path, "train", "0/a")
     with pytest.raises(UserError, match=r"encoding=level3 is unknown. Choose one of id, csId, .*, home_made"):
         idd(tmp_path, "train", **CLASSES, encoding="level3")
@@ -245,7 +245,7 @@ def test_settings_that_do_not_fit(tmp_path):
     assert merged.mask(0).tolist() == [[0, 1], [255, 255]]
 
 
-def test_items_that_are_wrong(tmp_path):
+def test_invalid_items_are_refused(tmp_path):
     add(tmp_path, "train", "0/a", [[26, 0], [0, 0]])
     add(tmp_path, "train", "0/b", [[0, 0]])
     add(tmp_path, "train", "0/c")

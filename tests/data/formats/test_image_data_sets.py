@@ -37,7 +37,7 @@ def scatter_values(values, shape):
     return RNG.permutation(np.resize(np.array(values), shape[0] * shape[1])).reshape(shape)
 
 
-def test_cityscapes(load, tmp_path):
+def test_cityscapes_is_read(load, tmp_path):
     raw, images = {}, {}
     for split, city in (("train", "aachen"), ("train", "ulm"), ("val", "lindau"), ("test", "bonn")):
         for frame in range(2):
@@ -77,7 +77,7 @@ def voc_palette():
     return sum((index >> (3 * place + np.arange(3)) & 1) << (7 - place) for place in range(3))
 
 
-def test_pascal_voc(load, tmp_path):
+def test_pascal_voc_is_read(load, tmp_path):
     root = tmp_path / "VOCdevkit/VOC2012"
     lists = {"train": ["2007_000032", "2011_003271"], "val": ["2007_000033"]}
     lists["trainval"] = sorted(lists["train"] + lists["val"])
@@ -110,7 +110,7 @@ def test_pascal_voc(load, tmp_path):
         instantiate(data.reader)(split="val")
 
 
-def test_ade20k(load, tmp_path):
+def test_ade20k_is_read(load, tmp_path):
     files = {}
     for split, names in (
         ("training", ["ADE_train_00000001", "ADE_train_00000002"]),
@@ -137,7 +137,7 @@ def test_ade20k(load, tmp_path):
     ("name", "images", "masks"),
     [("camvid", "{}/images", "{}/masks"), ("camvid_segnet", "{}", "{}annot")],
 )
-def test_camvid(load, tmp_path, name, images, masks):
+def test_camvid_is_read(load, tmp_path, name, images, masks):
     expected = {}
     for split, stems in (
         ("train", ["0001TP_006690", "0006R0_f00930", "0016E5_00390"]),
@@ -165,7 +165,7 @@ def test_camvid(load, tmp_path, name, images, masks):
 @pytest.mark.parametrize(
     ("name", "folders"), [("binary", {"train": "train/{}", "val": "val/{}"}), ("person", {"val": "valid_{}"})]
 )
-def test_black_and_white(load, tmp_path, name, folders):
+def test_black_and_white_masks_are_read(load, tmp_path, name, folders):
     expected = scatter_values([0, 1], (5, 6))
     for split, folder in folders.items():
         save(tmp_path / folder.format("images") / "7.jpg", np.zeros((5, 6, 3)))

@@ -142,7 +142,7 @@ def test_a_pair_is_bad_exactly_where_reading_it_fails(fill, tmp_path):
     assert len(data.keep(set(data.names) - bad.keys())) == 1
 
 
-def test_proportions_that_no_resizing_mends(fill, tmp_path):
+def test_masks_of_other_proportions_are_a_size_mismatch(fill, tmp_path):
     data = fill(1, on_size_mismatch="resize_mask")
     save(tmp_path / "train/masks/n0.png", ids(0, (56, 40)))
     with pytest.raises(UserError):
@@ -209,7 +209,7 @@ def test_equal_mask_rules_share_cached_scans(fill, tmp_path, monkeypatch):
     assert seen == [] and other.fingerprint() == data.fingerprint()
 
 
-def test_a_jpeg_mask_is_a_problem_though_its_ids_are_right(fill, tmp_path):
+def test_jpeg_mask_is_a_problem_even_with_valid_ids(fill, tmp_path):
     data = fill(2)
     save(tmp_path / "train/masks/n1.png", np.zeros((40, 56)), format="JPEG")
     assert (data.mask(1) == 0).all()
@@ -292,7 +292,7 @@ def test_scan_resumes_after_an_interruption(fill, tmp_path, monkeypatch):
     assert seen == ["n3", "n4"]
 
 
-def test_threads_give_the_records_of_one(fill, tmp_path, monkeypatch):
+def test_threads_return_the_same_records(fill, tmp_path, monkeypatch):
     data = fill(10)
     spoil(tmp_path / "train")
     monkeypatch.setattr(scan_module, "_CHUNK", 3)
@@ -308,7 +308,7 @@ class Frame(VideoFrame):
         return picture(self.index)
 
 
-def test_frames_of_a_video(tmp_path):
+def test_frames_of_a_video_are_scanned(tmp_path):
     video = Path(tmp_path / "v.avi")
     video.write_bytes(b"frames")
     pairs = [Pair(f"v/{seed}", Frame(video, seed), save(tmp_path / f"{seed}.png", ids(seed))) for seed in (0, 1, 9)]

@@ -194,7 +194,7 @@ class Lying:
 
 
 @pytest.mark.parametrize("honest", [True, False])
-def test_jumps_that_miss_are_made_good(tmp_path, monkeypatch, honest):
+def test_inexact_seeks_are_corrected(tmp_path, monkeypatch, honest):
     path = write(tmp_path / "a.avi", "XVID", 300)
     opened = []
 
@@ -237,7 +237,7 @@ def test_processes_and_threads_do_not_disturb_one_another(avi, method):
         assert list(threads.map(lambda _: checksums(avi, indices), range(9))) == [wanted] * 9
 
 
-def test_a_frame_is_a_value(avi, tmp_path):
+def test_frame_is_a_hashable_value(avi, tmp_path):
     frame = VideoFrame(avi, 5, tmp_path)
     assert pickle.loads(pickle.dumps(frame)) == frame == VideoFrame(avi, 5)
     assert {frame: 1}[VideoFrame(avi, 5)] and frame != VideoFrame(avi, 6)
@@ -270,7 +270,7 @@ def test_truncated_or_missing_videos_are_refused(avi, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("workers", [1, 2, None])
-def test_many_videos_at_once(tmp_path, workers):
+def test_many_videos_are_read_concurrently(tmp_path, workers):
     paths = [write(tmp_path / f"{number}.avi", "MJPG", number + 1) for number in range(4)]
     (tmp_path / "bad.avi").write_text("no video")
     found, wrong = index_videos(

@@ -291,12 +291,12 @@ def test_killed_scoring_process_raises_an_error():
         ({"on_error": "skip"}, "Nothing is left to score in P: 1 problem, such as a/bad-1: it is bad"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         score_cases(Share(), cases("a/bad-1"), where="P", **options)
 
 
-def test_tables():
+def test_tables_show_scores_and_intervals():
     scored = score_cases(Share(), cases("a/1-2", "b/1-4"), where="P")
     text = scores_table(summary(Share(), scored))
     assert "share" in text and "33.33" in text and re.search(r"-121\.33 \.\. 196\.33 +2$", text, flags=re.M)

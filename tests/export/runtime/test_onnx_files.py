@@ -104,7 +104,7 @@ def test_layouts_follow_the_size_policy_or_fit_one_size():
     assert fixed.layout((1, 30_000)) == Layout((1, 64), (48, 64))
 
 
-def test_a_file_is_a_model_to_use(tmp_path):
+def test_onnx_file_is_a_usable_model(tmp_path):
     image = np.zeros((20, 30, 3), np.uint8)
     image[:, 16:] = 255
     for record in (

@@ -18,7 +18,7 @@ out = model.predict("picture.png")
 """
 
 
-def test_three_lines_in_an_empty_environment(trained, tmp_path_factory):
+def test_three_lines_predict_in_an_empty_environment(trained, tmp_path_factory):
     where, folder = tmp_path_factory.mktemp("elsewhere"), tmp_path_factory.mktemp("wheel")
     words = ("resume=segmenter", "engine=cpu")
     assert call(trained, "mode=export", "export=safetensors", *words, "hydra.run.dir=one").status == 0

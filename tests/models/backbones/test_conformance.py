@@ -40,7 +40,7 @@ def noise(batch, size):
 
 
 @pytest.mark.slow
-def test_it_keeps_the_contract(name):
+def test_backbone_fulfils_the_contract(name):
     node = tiny_node(name)
     check_backbone(lambda layers: instantiate(OmegaConf.to_container(OmegaConf.merge(node, {"layers": layers}))))
 

@@ -283,7 +283,7 @@ def test_names_of_published_sizes_are_backbone_options(option):
     assert config.hidden_size // config.num_attention_heads == (128 if option == "dinov3_vit7b16" else 64)
 
 
-def test_the_largest_is_taken_whole():
+def test_largest_published_model_is_converted_completely():
     layout = VitLayout("dinov3_vit", 4096, 40, 16, 4, gated=True)
     state = published_state(layout, hidden=8192, qkv_bias=False, local=True)
     state["rope_embed.periods"] = torch.ones(32)

@@ -59,7 +59,7 @@ def test_padding_leaves_the_direction_of_a_colour():
     torch.testing.assert_close(torch.cosine_similarity(inside, border, dim=1), torch.ones(1, 1))
 
 
-def test_it_fits_where_a_frozen_backbone_does():
+def test_rgb_backbone_works_with_frozen_adapter():
     backbone = Frozen()(RgbBackbone())
     assert not list(backbone.parameters()) and not backbone.state_dict()
     model = SegmentationModel(backbone, LinearHead(3, 1, 2)).train()
@@ -84,7 +84,7 @@ def test_a_head_learns_on_colours():
 
 
 @pytest.mark.parametrize("untrained", [False, True])
-def test_it_is_built_from_its_config(untrained):
+def test_rgb_backbone_is_built_from_its_config(untrained):
     cfg = OmegaConf.create(load("backbone=rgb", "adapter=frozen", "head=linear"))
     model = Builder(cfg).model(untrained=untrained)
     assert isinstance(model.backbone, RgbBackbone) and (model.patch_size, model.backbone.dim) == (8, 3)

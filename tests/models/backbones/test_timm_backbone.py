@@ -329,7 +329,7 @@ def test_model_without_checkpointing_is_refused():
         build("dla46_c", patch_size=32, checkpointing=True)
 
 
-def test_it_builds_on_the_meta_device():
+def test_backbone_builds_on_the_meta_device():
     with torch.device("meta"):
         backbone = build("vit_large_patch16_224", "quarters", patch_size=16)
     assert (backbone.dim, backbone.layers) == (1024, [4, 11, 17, 23])

@@ -194,7 +194,7 @@ def test_checkpointing_changes_no_gradient(family, adapter, monkeypatch):
 
 @pytest.mark.parametrize("adapter", [Frozen(), Lora(2, 2)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_backbone_held_in_half(family, adapter, checkpointing):
+def test_half_precision_backbone_works_with_float32_head(family, adapter, checkpointing):
     held = {"dtype": "bfloat16", "checkpointing": checkpointing}
     model = SegmentationModel(*pair(family, adapter=adapter, held=held)).train()
     images = torch.rand(2, 3, 40, 33)
@@ -213,7 +213,7 @@ def test_a_backbone_held_in_half(family, adapter, checkpointing):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_half_precision(family, training):
+def test_half_precision_stays_close_to_float32(family, training):
     model = SegmentationModel(*pair(family, adapter=Lora(2, 2))).train(training)
     images = torch.rand(2, 3, 40, 33)
     with torch.autocast("cpu", torch.bfloat16):
@@ -299,7 +299,7 @@ def test_parameters_are_those_of_the_published_head():
     assert sum(parameter.numel() for parameter in head.parameters()) == expected
 
 
-def test_its_config_builds_it(compose):
+def test_config_builds_the_head(compose):
     cfg = compose(
         "data=camvid",
         "data.root=.",

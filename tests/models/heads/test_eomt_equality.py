@@ -101,7 +101,7 @@ def published_model(backbone, head, size):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_it_equals_transformers_own_model_of_the_published_code(masked):
+def test_head_equals_the_model_of_transformers(masked):
     backbone, head = pair()
     images = torch.rand(2, 3, 64, 64)
     model = published_model(backbone, head, size=64)

@@ -192,7 +192,7 @@ def test_scores_are_the_published_semantic_map(no_object, size, valid):
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_it_learns_a_mask_and_a_class_for_each_half():
+def test_head_learns_a_mask_and_a_class_for_each_half():
     head = tiny(2, drop_path=0.0).train()
     features, pixels = random_inputs(batch=2, rows=2, columns=4)
     masks = torch.zeros(2, 2, 8, 16)

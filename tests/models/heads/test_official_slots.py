@@ -290,7 +290,7 @@ def test_initial_weights_are_those_of_the_published_code():
         ({"groups": "always", "num_slots": [2, 2]}, r"Set groups=off"),
     ],
 )
-def test_invalid_options(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         SlotHead(DIM, 1, **{"num_slots": 3, "positions_grid": [2, 3]} | VIDEOSAUR | options)
 
@@ -332,6 +332,6 @@ def test_feature_loss_refuses_a_head_without_reconstructions():
         (lambda: TemporalSimilarity(unmatched="zero"), r"^unmatched=zero is unknown. Choose skip or"),
     ],
 )
-def test_invalid_options_of_losses(make, message):
+def test_invalid_loss_options_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

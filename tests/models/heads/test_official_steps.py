@@ -52,7 +52,7 @@ def official_linear_loss(features, mask, parameters):
 
 
 @pytest.mark.parametrize(("size", "seed"), [((48, 48), 0), ((32, 80), 1), ((64, 48), 2)])
-def test_a_step_of_the_linear_probe(size, seed):
+def test_linear_probe_step_equals_the_official_code(size, seed):
     model, batch = linear_model().train(), make_batch(size, seed)
     with torch.no_grad():
         (features,) = model.backbone(batch.image)
@@ -116,7 +116,7 @@ def image_of(number, matches):
 
 
 @pytest.mark.parametrize(("size", "seed"), [((48, 48), 0), ((32, 80), 1), ((64, 48), 2)])
-def test_a_step_of_eomt(size, seed, monkeypatch):
+def test_eomt_step_equals_the_official_code(size, seed, monkeypatch):
     model, batch, draws = (
         SegmentationModel(*pair(anneal=[[0, 50], [50, 90]])).double().train(),
         make_batch(size, seed),
@@ -178,7 +178,7 @@ def spread(length, side=48):
 
 @pytest.mark.parametrize("size", [(37, 61), (113, 57), (48, 97)])
 @torch.no_grad()
-def test_evaluation_by_windows(size):
+def test_windowed_evaluation_equals_the_official_code(size):
     images = torch.rand(1, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     linear, eomt = linear_model().eval(), SegmentationModel(*pair()).double().eval()
 

@@ -385,7 +385,7 @@ def test_a_segmenter_gives_soft_masks_of_images(tiny_backbone):
     assert torch.isfinite(prediction.logits()).all()
 
 
-def test_half_precision():
+def test_half_precision_stays_close_to_float32():
     head, features = (
         make_head(steps=1, time_decoder="attention", iterations=2, **GROUPED).float().train(),
         clip().float(),
@@ -493,7 +493,7 @@ def test_groups_need_a_class_token():
         make_head(**GROUPED).check_backbone(without)
 
 
-def test_other_numbers_of_slots_than_trained_with():
+def test_other_numbers_of_slots_than_trained_are_accepted():
     features = clip()
     for keys, sizes in (({}, [5]), (GROUPED, [1, 4]), ({"predictor": "none"}, [2])):
         head = make_head(**keys).eval()

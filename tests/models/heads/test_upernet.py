@@ -12,7 +12,7 @@ def small(in_dim=12, **options):
 
 
 @pytest.mark.parametrize("in_dim", [384, [96, 192, 384, 768]])
-def test_parameter_count(in_dim):
+def test_parameter_count_equals_the_formula(in_dim):
     with torch.device("meta"):
         head = UperNetHead(in_dim, 4, 150)
     dims = [512] * 4 if isinstance(in_dim, int) else in_dim

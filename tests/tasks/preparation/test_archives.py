@@ -26,7 +26,7 @@ def folder_contents(folder):
 
 
 @pytest.mark.parametrize("top", ["", "video_07/", "./video_07/", "train1/Video 7/"])
-def test_with_and_without_a_top_folder(tmp_path, top):
+def test_archives_with_and_without_top_folder_are_unpacked(tmp_path, top):
     archive = pack(tmp_path / "video_07.zip", {top + name: data for name, data in CONTENT.items()})
     assert unpack(archive, tmp_path / "out", landmark="video_left.avi") == 3
     assert folder_contents(tmp_path / "out") == CONTENT
@@ -90,7 +90,7 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_more_than_the_disk_has_free(tmp_path, monkeypatch):
+def test_archive_larger_than_the_free_disk_is_refused(tmp_path, monkeypatch):
     usage = sarrarp.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(sarrarp.shutil, "disk_usage", lambda _: usage._replace(free=100))
     with pytest.raises(UserError, match="unpacks to 0 MiB, .*out has 0 MiB free. Free some space"):

@@ -358,7 +358,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     assert (label_map(tmp_path, "train", "0/b") == 255).all()
 
 
-def test_killed_in_the_middle(tmp_path):
+def test_killed_preparation_resumes(tmp_path):
     for number in range(150):
         add(tmp_path, "train", f"0/{number:03d}", [box("road", 0, 0, 900, 900)], imgWidth=1000, imgHeight=1000)
     process = run_until_written("idd", f"prepare({str(tmp_path)!r}, workers=1)", 7)

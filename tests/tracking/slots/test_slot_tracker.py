@@ -475,11 +475,11 @@ class TestSettings:
 class TestBadInput:
     frames, ids = crossing_squares(3)
 
-    def test_a_head_without_slots(self):
+    def test_head_without_slots_is_refused(self):
         with pytest.raises(UserError, match="no slots to track.*head=slots"):
             SlotTracker(SegmentationModel(Colours(), LinearHead(3, 1, 2)))
 
-    def test_frames_of_another_size(self):
+    def test_frames_of_another_size_are_refused(self):
         tracker = SlotTracker(model_of())
         tracker.track(self.frames[:1], [None])
         with pytest.raises(UserError, match="A frame is 32 x 40 pixels, but the first frame 32 x 48"):
@@ -488,7 +488,7 @@ class TestBadInput:
             SlotTracker(model_of()).track([self.frames[0], self.frames[1][:30]], [None, None])
 
     @pytest.mark.parametrize(("shape", "shown"), [((16, 24), "16 x 24"), ((32, 48, 3), "32 x 48 x 3")])
-    def test_labels_of_another_size(self, shape, shown):
+    def test_labels_of_another_size_are_refused(self, shape, shown):
         with pytest.raises(UserError, match=f"A mask is {shown} pixels, but the first frame 32 x 48"):
             follow(model_of(), self.frames, first(np.zeros(shape, np.uint8), 3))
 
@@ -508,7 +508,7 @@ class TestBadInput:
             tracker.track(self.frames[2:], [self.ids[2]])
 
     @pytest.mark.parametrize("lock_on", [False, True])
-    def test_more_objects_than_slots(self, lock_on):
+    def test_more_objects_than_slots_are_refused(self, lock_on):
         frame, ids = paint({RED: (8, 4), BLUE: (20, 24), GREEN: (4, 36)})
         model = model_of([GREY, RED, BLUE])
         if lock_on:  # makes its own

@@ -247,7 +247,7 @@ def test_another_batch_size_is_warned_of(clip, caplog):
     assert read_track_state(clip / "cut").progress.batch_size == 3
 
 
-def test_a_video_that_ends_early_is_gone_on_with_when_mended(clip):
+def test_video_that_ended_early_resumes_once_fixed(clip):
     whole = video(clip / "v.avi").read_bytes()
     run(clip, clip / "whole", "v.avi")
     (clip / "v.avi").write_bytes(whole[: int(0.7 * len(whole))])
