@@ -90,7 +90,7 @@ def test_nan_scores_still_give_valid_class_ids():
     assert class_ids(scores, (96, 112), (1.0, 1.0)).max() < 5
 
 
-def test_scores_of_all_pixels_are_never_held(monkeypatch):
+def test_scores_of_all_pixels_are_never_in_memory(monkeypatch):
     held = []
 
     def record_sizes(function):

@@ -17,7 +17,7 @@ from dinoseg.utils.interrupt import Interrupted
 NAMED = Path("outputs/base/eval_2026-01-02_03-04-05")
 
 
-def test_an_evaluation_lies_below_its_recipe(tmp_path):
+def test_evaluation_folder_is_below_its_recipe(tmp_path):
     write_data(tmp_path / "data")
     words = ("mode=train", "hparam=camvid", *SMALL, "mode.metrics_only=true", "mode.report=false")
     done = call(tmp_path, *words, "hydra.run.dir=run")
@@ -83,7 +83,7 @@ def test_invalid_recipe_name_does_not_change_the_folder(recipe):
     assert _below_recipe(NAMED, "base", recipe) == NAMED
 
 
-def test_a_folder_that_the_user_named_stays():
+def test_folder_named_by_the_user_is_unchanged():
     for folder in (Path("mine"), Path("outputs/base/mine"), NAMED / "0", NAMED.with_name(f"{NAMED.name}_mine")):
         assert _below_recipe(folder, "base", "person") == folder
     assert _below_recipe(NAMED, "base", "person") == Path("outputs/person") / NAMED.name

@@ -18,7 +18,7 @@ def head(request):
 
 @pytest.mark.parametrize("size", [(32, 40), (33, 41), (1, 1), (7, 100)])
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.25])
-def test_scores_have_the_images_size_whatever_it_is(tiny_backbone, head, size, scale):
+def test_scores_have_the_size_of_the_images(tiny_backbone, head, size, scale):
     model = SegmentationModel(tiny_backbone(), head(5), scale=scale).eval()
     prediction = model(torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8))
     assert prediction.logits().shape == (2, 5, *size)

@@ -58,5 +58,5 @@ def test_folder_name_is_read_as_text(root, word):
     assert not fault(root, ("mode=prepare", *BASES["prepare"], word))
 
 
-def test_a_group_that_is_taken_away_and_chosen_is_one_message(root):
+def test_removing_and_choosing_a_group_is_one_message(root):
     assert not fault(root, ("mode=summary", "features.gib={a: 1}", "~mode", "mode=-"))

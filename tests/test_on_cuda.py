@@ -142,7 +142,7 @@ def test_step_synchronises_only_where_expected(tmp_path, head, precision):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler
-def test_compiled_blocks_learn_the_same(tmp_path, caplog):
+def test_compiled_blocks_train_the_same(tmp_path, caplog):
     plain, compiled = (train(tmp_path / str(way), *cell(adapter="full"), compile=way) for way in (False, True))
     agree(compiled, plain)
     assert "torch cannot compile here" not in caplog.text

@@ -93,7 +93,7 @@ def test_ranks_share_the_processors(tmp_path, monkeypatch):
         assert run(tmp_path, "says its threads") == {"said": threads, "here": "2"}
 
 
-def test_the_group_is_left_however_a_mode_ends(tmp_path, monkeypatch):
+def test_process_group_is_closed_however_a_mode_ends(tmp_path, monkeypatch):
     import torch
 
     monkeypatch.setenv("RANK", "1")

@@ -97,7 +97,7 @@ def test_arguments_without_effect_are_refused(options, word):
         dinoseg.create_model("rgb", num_classes=2, **options)
 
 
-def test_arguments_with_effect_are_taken():
+def test_arguments_with_effect_are_accepted():
     options = {
         "seed": 3,
         "hparam": "base",

@@ -334,7 +334,7 @@ def test_a_model_has_two_to_255_classes(count):
         dinoseg.create_model("rgb", num_classes=count)
 
 
-def test_numbers_and_iterables_of_other_libraries_are_taken():
+def test_numbers_and_iterables_of_other_libraries_are_accepted():
     assert dinoseg.create_model("rgb", num_classes=np.int64(3)).num_classes == 3
     assert dinoseg.create_model("rgb", classes=(name for name in "ab")).classes == ("a", "b")
     model, image = dinoseg.create_model("rgb", num_classes=2, seed=enum.IntEnum("Seed", "ONE").ONE), np.zeros((8, 8, 3))
@@ -398,7 +398,7 @@ def test_unfrozen_blocks_are_trained_at_the_rate_of_the_backbone():
 
 
 @pytest.mark.parametrize("weights", ["~nosuchuser/x", "x" * 5000, "a\ud800", 5, None])
-def test_odd_weights_are_one_error_or_the_default(weights):
+def test_invalid_weights_are_one_error_or_the_default(weights):
     if weights is None:
         assert dinoseg.create_model("tiny", num_classes=2, weights=None).num_classes == 2
         return

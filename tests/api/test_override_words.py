@@ -123,7 +123,7 @@ def test_a_dotted_name_that_cannot_be_written_is_refused():
         words_of({"labels.ä": 1})
 
 
-def test_entries_of_heads_are_words_that_hydra_parses_back():
+def test_entries_of_heads_are_parsed_back_by_hydra():
     keys = {"weights": "Döhe.pth", "note": "null", "channels": 16, "drop": 0.5, "norm": None, "on": True}
     words = [f"++probe.{key}={write_value(value)}" for key, value in keys.items()]
     assert to_container(compose(words).probe) == keys

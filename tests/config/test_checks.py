@@ -61,7 +61,7 @@ def test_brackets_are_not_suggested_where_they_do_not_help():
 
 
 @pytest.mark.parametrize("key", ["cache", "workers"])
-def test_a_word_that_yaml_reads_as_false_is_to_be_quoted(key):
+def test_value_that_yaml_reads_as_false_must_be_quoted(key):
     with pytest.raises(UserError, match=rf'{key}=False is of type bool.* write such a word in quotes \("off"\)\.$'):
         check_arguments("dinoseg.training.engine.Engine", {key: OmegaConf.create("word: off").word})
 

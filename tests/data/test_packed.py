@@ -102,7 +102,7 @@ def test_returned_item_can_be_modified_safely(data, cache):
     assert_same(dataset, data())
 
 
-def test_keep_takes_rows_of_the_same_store(data, cache, monkeypatch):
+def test_keep_selects_rows_of_the_same_store(data, cache, monkeypatch):
     names = ["video/b", "flat", "unknown"]
     kept = make(data(), cache).keep(names)
     assert_same(kept, data().keep(names))
@@ -446,7 +446,7 @@ def test_processes_are_used_where_they_pay(monkeypatch, cores, items, expected):
     assert paying_workers(items) == expected
 
 
-def test_two_roots_that_look_the_same_have_stores_of_their_own(cache, tmp_path):
+def test_roots_with_equal_file_stats_have_own_stores(cache, tmp_path):
     masks = []
     for place, value in (("a", 0), ("b", 1)):
         for kind in ("images", "masks"):

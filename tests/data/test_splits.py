@@ -26,7 +26,7 @@ def test_parts_are_disjoint_complete_and_independent_of_order():
     assert fraction_split(NAMES, val_fraction=0.25, seed=4) != parts
 
 
-def test_which_names_are_held_out_never_changes():
+def test_held_out_names_are_stable():
     assert fraction_split(list("abcdefgh"), val_fraction=0.25, seed=0)["val"] == ["f", "g"]
 
 

@@ -129,7 +129,7 @@ def test_images_with_the_largest_differences_are_shown(tmp_path, monkeypatch):
     assert all(after - before == pytest.approx(gaps[index]) for index, (before, after) in shots)
 
 
-def test_pictures_are_of_the_first_run_and_of_the_other(tmp_path, monkeypatch):
+def test_images_show_the_first_run_and_the_other(tmp_path, monkeypatch):
     asked, folders = [], [tmp_path / name for name in "abc"]
     monkeypatch.setattr(
         comparison,

@@ -169,7 +169,7 @@ def data_of(names, folder):
     return PairDataset(pairs, Labels.of(["road"], None, 255), Masks())
 
 
-def test_a_benchmark_that_resizes_takes_any_size(tmp_path, caplog):
+def test_resizing_benchmark_accepts_any_size(tmp_path, caplog):
     data = data_of(["1/a", "1/b"], tmp_path / "data")
     data.longest = 3
     assert usable(IddLite(), data, tmp_path / "out", on_error="stop", tells=True) and not caplog.records

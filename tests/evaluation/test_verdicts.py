@@ -111,7 +111,7 @@ def test_deciding_images_change_the_difference_most():
     assert deciding(KIND, *([each[:1] for each in side] for side in counts)) == [None]
 
 
-def test_a_difference_is_sure_below_a_chance_of_one_in_twenty():
+def test_difference_is_significant_below_p_of_5_percent():
     said = [
         _verdict(Estimate(value), chance) for value, chance in ((0.1, 0.049), (-0.1, 0.049), (0.1, 0.05), (0.1, None))
     ]

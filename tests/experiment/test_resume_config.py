@@ -179,7 +179,7 @@ def test_auto_resumes_only_the_same_recipe(run, find_run, override, same):
     assert find_run(override) == (run / "checkpoints/last.safetensors" if same else None)
 
 
-def test_a_model_of_a_sweep_is_not_taken(run, find_run):
+def test_auto_does_not_resume_a_job_of_a_sweep(run, find_run):
     write_origin(run / "config", None, None, in_sweep=True)
     assert find_run() is None
 

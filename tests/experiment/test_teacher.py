@@ -233,7 +233,7 @@ def test_error_in_the_teacher_file_names_the_teacher(folder, compose, tmp_path, 
 
 
 @pytest.mark.parametrize("crop", [[16384, 16384], [20, 29]])  # the latter no multiple of patches
-def test_a_crop_of_a_stranger_s_takes_no_memory(folder, compose, tmp_path, crop):
+def test_huge_crop_in_a_file_allocates_no_memory(folder, compose, tmp_path, crop):
     """Cells for each pixel are counted on an image of any size, which is how the crop is used."""
     path = write_changed(folder, tmp_path / "best.safetensors", "config", "resolution", "crop", value=crop)
     asked, plain = teacher(compose, path), teacher(compose, str(folder / "linear"))

@@ -147,7 +147,7 @@ def test_graph_size_is_fixed_only_by_an_option():
     assert GraphOptions(size=[32768, 2048]).fixed_size_reason == (32768, 2048)  # as large as any
 
 
-def test_a_size_that_pictures_make_too_large_is_refused():
+def test_size_too_large_for_the_images_is_refused():
     head = SimpleNamespace(slots=None, fixed_size_reason="it pools", mixture=False, no_object=False)
     mean = torch.zeros(1, 3, 1, 1)
     parts = {"head": head, "backbone": SimpleNamespace(mean=mean), "task": SEMANTIC}
@@ -159,7 +159,7 @@ def test_a_size_that_pictures_make_too_large_is_refused():
             record_of(model, None, GraphOptions(), picture)
 
 
-def test_pictures_are_spread_over_a_folder(tmp_path):
+def test_proof_images_are_spread_over_a_folder(tmp_path):
     for number in range(10):
         write_png(tmp_path / f"{number}.png", np.zeros((number + 1, 4, 3), np.uint8))
     (tmp_path / "run.log").touch()  # of something else: a run's folder holds its config, too

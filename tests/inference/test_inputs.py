@@ -48,7 +48,7 @@ class TestListInputs:
             "y.png",
         }
 
-    def test_a_name_that_looks_like_a_pattern_is_a_name_first(self, tmp_path):
+    def test_existing_name_with_glob_characters_is_a_file(self, tmp_path):
         touch(tmp_path, "frame[1].png", "frame1.png")
         assert list_inputs(str(tmp_path / "frame[1].png")) == [tmp_path / "frame[1].png"]
 

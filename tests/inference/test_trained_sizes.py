@@ -45,7 +45,7 @@ def test_sizes_are_those_that_the_model_was_fed():
 
 
 @pytest.mark.parametrize("enlarged", [0.8, 1.0, 1.5])
-def test_no_picture_of_the_training_or_its_validation_is_reduced(enlarged, model):
+def test_images_of_training_and_validation_are_not_reduced(enlarged, model):
     trained, scored = [(30, 40)] * 99 + [(300, 4)], [(20, 40), (7, 470)]
     sizes = TrainedSizes.of(trained, scored, longest=None, enlarged=enlarged)
     assert sizes == TrainedSizes(40, 470)

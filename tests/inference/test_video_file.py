@@ -206,7 +206,7 @@ class TestFilms:
             assert times == times_of(original) == [Fraction(tick, 90000) for tick in ticks]
 
     @pytest.mark.parametrize("matrix", [1, 5, 9, 0, 8])  # BT.709, BT.601, BT.2020; RGB and YCgCo, which are not written
-    def test_colours_look_as_they_did(self, tmp_path, matrix):
+    def test_colours_are_preserved(self, tmp_path, matrix):
         tags = (matrix or 1, 1, matrix)
         traits = VideoTraits(Fraction(1, 10), Fraction(1), tags)
         colours = [(200, 40, 40), (30, 180, 60), (40, 60, 220)]

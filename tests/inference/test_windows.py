@@ -404,7 +404,7 @@ def test_probabilities_of_windows_are_those_of_the_whole_image(mixture, average)
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
 
 
-def test_a_picture_of_30_000_x_20_pixels_goes_through():
+def test_image_of_30_000_x_20_pixels_is_predicted():
     model = make_model().float()
     picture = np.zeros((20, 30_000, 3), np.uint8)
     whole = Predictor(model, torch.device("cpu"), nullcontext).ids([picture])
@@ -448,6 +448,6 @@ class Rolling:
         ({"size": [3, 4, 5]}, r"inference\.size=\[3, 4, 5\]: give one number"),
     ],
 )
-def test_a_wrong_word_is_refused(options, message):
+def test_invalid_option_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         Windows(**{"size": 8, **options})

@@ -44,7 +44,7 @@ def test_a_single_class_set_is_allowed():
     assert class_weights([5], ["a"], "inverse").tolist() == [1.0]
 
 
-def test_weights_by_name_are_taken_as_they_are():
+def test_weights_by_name_are_used_unchanged():
     weights = class_weights(COUNTS, NAMES, {"pole": 3, "cat": 0.5})
     assert weights.tolist() == [1.0, 1.0, 3.0, 0.5] and weights.dtype == torch.float32
     assert class_weights(COUNTS, NAMES, {}).tolist() == [1.0] * 4

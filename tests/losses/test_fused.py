@@ -136,7 +136,7 @@ def better(monkeypatch):
     return choose_twice
 
 
-def test_a_kernel_that_agrees_and_is_faster_is_taken(better):
+def test_faster_and_equal_kernel_is_chosen(better):
     kernel = Way()
     taken, tiles = better(kernel)
     assert taken == [True, True]
@@ -159,7 +159,7 @@ def test_failing_kernel_is_rejected_with_one_warning(better, kernel, message, ca
     assert len(caplog.messages) == 1 and message in caplog.text
 
 
-def test_a_slower_kernel_is_not_taken(better, caplog):
+def test_slower_kernel_is_not_chosen(better, caplog):
     with caplog.at_level("WARNING"):
         assert better(Way(), seconds=(2.0, 1.0, 2.5))[0] == [False, False]
     assert not caplog.messages

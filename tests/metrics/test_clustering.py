@@ -98,7 +98,7 @@ def test_ari_equals_scikit_learn(case):
     assert ari(true, predicted) == pytest.approx(metrics.adjusted_rand_score(true, predicted), abs=1e-12)
 
 
-def test_ari_of_segments_on_their_own_and_of_chance():
+def test_ari_of_single_segments_and_of_random_ids():
     assert ari(np.arange(9), np.arange(9)[::-1]) == 1.0  # 0 / 0
     assert ari(np.zeros(9, int), np.arange(9)) == 0.0
     rng = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from dinoseg.metrics.counts import class_counts, confusion, grouped, iou, mean_d
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
-def test_confusion_is_scikit_learns(dtype):
+def test_confusion_equals_scikit_learn(dtype):
     rng = np.random.default_rng(0)
     assert confusion(np.zeros((3, 3), dtype), np.zeros((3, 3), dtype), 1).tolist() == [[9]]
     for size in (2, 27, 200):

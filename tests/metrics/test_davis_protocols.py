@@ -147,7 +147,7 @@ def test_davis2016_scores_one_foreground(tmp_path):
     assert measured["plain"].details["frames"] == 7
 
 
-def test_davis2016_takes_any_way_to_write_a_foreground(tmp_path):
+def test_davis2016_accepts_any_foreground_value(tmp_path):
     held = {"a": (moving_squares(1, 5, (30, 40), 1),) * 2}
     root, results = write_task(tmp_path, "davis2016", held)
     for index, ids in enumerate(held["a"][0]):

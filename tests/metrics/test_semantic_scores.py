@@ -196,7 +196,7 @@ def test_invalid_options_are_refused():
             Ade20k(num_classes=number)
 
 
-def test_ade20k_looks_at_labelled_pixels_alone(tmp_path):
+def test_ade20k_scores_only_labelled_pixels(tmp_path):
     reference = save(tmp_path / "reference.png", [[0, 0, 1, 2]])
     prediction = save(tmp_path / "prediction.png", [[255, 9, 1, 1]])
     sums = Ade20k(num_classes=2).measure(ScoringCase("a", "a", ((reference, prediction),))).sums

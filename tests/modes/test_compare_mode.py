@@ -197,7 +197,7 @@ def _miou(folder):
     return np.mean(counts[0] / (counts[1] + counts[2] - counts[0]))
 
 
-def test_lists_are_sides_whatever_they_hold(runs, compare_sides):
+def test_every_list_of_runs_is_a_side(runs, compare_sides):
     for seed in (0, 1):
         of_seed(runs, "first", f"a{seed}", seed)
     told = seeds_note(compare_sides(["a0", "a1"], "second")[0])

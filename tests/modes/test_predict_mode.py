@@ -150,7 +150,7 @@ def test_an_opaque_overlay_shows_the_classes_colours(trained_model, tmp_path):
     assert np.abs(last[10:20, 4:30].reshape(-1, 3).mean(axis=0) - (0, 90, 255)).max() < 12
 
 
-def test_class_ids_lie_as_mode_score_takes_them(trained_model, tmp_path, capsys):
+def test_class_ids_have_the_layout_of_mode_score(trained_model, tmp_path, capsys):
     folder = tmp_path / "in"
     images = {name: random_image(folder / f"{name}.png", seed=len(name)) for name in ("a", "deep/a", "deep/frame10")}
     trained_model.ignore_index = 250

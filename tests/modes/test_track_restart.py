@@ -156,7 +156,7 @@ def test_refused_tracking_leaves_no_folder(trained, way, more, message):
         ("segmenter", ("tracker=crw", "tracker.temperature=0.1"), None),
     ],
 )  # fmt: skip
-def test_words_without_effect_are_named_once(trained, way, more, idle):
+def test_overrides_without_effect_are_named_once(trained, way, more, idle):
     own = [word for word in WAYS[way] if word.split("=")[0] not in {each.split("=")[0] for each in more}]
     done = track(trained, "idle", *own, *more)
     shutil.rmtree(trained / "idle")

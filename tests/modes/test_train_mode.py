@@ -128,7 +128,7 @@ def test_validation_and_scoring_can_use_fewer_images(where):
     assert refused.status == 1 and "trainer.val_images=0 is out of range" in refused.err
 
 
-def test_pictures_and_loggers_can_be_left_out(where):
+def test_images_and_loggers_can_be_disabled(where):
     done = train(where, "mode.pictures=0", "trainer.steps=1", "logger=[]")
     assert not (where / "run/validation").exists() and not (where / "run/tensorboard").exists()
     assert "TensorBoard" not in done.out and (where / "run/metrics.jsonl").exists()

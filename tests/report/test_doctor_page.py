@@ -103,7 +103,7 @@ def test_doctor_page_shows_findings_counts_and_escaped_names(page):
     assert "1 a<b&c" in text and "75.00" in text and "v<al: pixels" in text
 
 
-def test_pictures_come_back(page):
+def test_images_are_embedded_in_the_page(page):
     data = next(each for each in Reader(page).sources if each.startswith("data:image/webp;base64,")).partition(",")[2]
     image = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     assert image.shape == (30, 41, 3)

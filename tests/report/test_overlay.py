@@ -93,7 +93,7 @@ def test_compare_shows_the_frames_whole_and_cuts_no_label(size, with_reference):
     assert np.array_equal(shown, enlarged)
 
 
-def test_a_name_wider_than_the_picture_widens_it():
+def test_name_wider_than_the_image_widens_it():
     frame = random_frame(100, 300)
     name = "W" * 200
     narrow = side_by_side([("a", frame)], [("b", (1, 2, 3))])

@@ -104,7 +104,7 @@ def test_a_mask_is_where_its_object_is_seen(seed: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("outline", OUTLINES)
-def test_a_mask_holds_the_pixels_whose_centres_lie_inside(outline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mask_holds_pixels_whose_centres_are_inside(outline, monkeypatch: pytest.MonkeyPatch) -> None:
     points = outline(np.random.default_rng(3))
     assert np.linalg.norm(points, axis=1).max() == pytest.approx(1)
     monkeypatch.setattr(moving_objects, "OUTLINES", (lambda rng: points,))

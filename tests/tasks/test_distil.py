@@ -91,7 +91,7 @@ def test_frozen_student_resumes_from_cached_features(folder, cached_run):
     assert same(cached_run[0], parts)
 
 
-def test_packed_and_reduced_images_are_taught_as_their_files_are(folder, monkeypatch):
+def test_packed_images_are_distilled_like_their_files(folder, monkeypatch):
     sizes, ask = set(), Teacher.__call__
     monkeypatch.setattr(
         Teacher, "__call__", lambda teacher, image: sizes.add(tuple(image.shape)) or ask(teacher, image)
@@ -110,7 +110,7 @@ def test_packed_and_reduced_images_are_taught_as_their_files_are(folder, monkeyp
     ],
     ids=lambda words: words[0],
 )
-def test_students_of_any_kind_are_taught(folder, student):
+def test_students_of_any_kind_are_distilled(folder, student):
     """A step of so large a weight lets it say nearly what its teacher says."""
     words = (*HALF, *student, "trainer.steps=12", "trainer.teacher_weight=20", "optim.optimizer.lr=3e-3")
     train_run(folder, "student", *words)
@@ -119,7 +119,7 @@ def test_students_of_any_kind_are_taught(folder, student):
     assert sum(found[-3:]) < 0.8 * sum(found[:3]), found
 
 
-def test_frames_of_a_video_are_learnt_from(folder):
+def test_student_learns_from_frames_of_a_video(folder):
     write_film(folder / "film.mp4", frames=24)
     more = ("trainer.unlabelled=film.mp4", "trainer.unlabelled_every=0.25", "trainer.unlabelled_batch_size=4")
     _, done = train_run(folder, "video", *WORDS, *more, "trainer.steps=1")

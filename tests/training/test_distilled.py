@@ -186,7 +186,7 @@ def test_distilled_loss_adds_weighted_divergence_on_all_images():
     assert DistilledLoss(criterion)(prediction, plain)[0] == criterion(prediction, plain)[0]
 
 
-def test_a_batch_whose_masks_ignore_all_is_taught_all_the_same():
+def test_fully_ignored_batch_still_learns_from_the_teacher():
     batch = ScoredBatch([batch_of(2, 0), batch_of(1, 10)]).to(CPU)
     grid = torch.randn(3, 2, 6, 5, generator=torch.Generator().manual_seed(0))
     prediction = Prediction(grid, (6, 5), (1.0, 1.0), lambda *_: grid, grid=grid)
@@ -207,7 +207,7 @@ def test_distilled_loss_has_the_requirements_of_its_mask_loss():
         assert (loss.needs_masks, loss.sums_over_batch) == (own.needs_masks, own.sums_over_batch)
 
 
-def test_views_that_do_not_say_where_they_lie_are_refused():
+def test_views_without_a_place_are_refused():
     class Other(Augment):
         def __call__(self, image, mask, rng):
             return image, mask

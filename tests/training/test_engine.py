@@ -36,7 +36,7 @@ def test_unavailable_device_is_refused_with_the_available_ones():
         ({"bf16": True, "architecture": "aarch64"}, False),
     ],
 )
-def test_auto_takes_bfloat16_where_it_is_faster(monkeypatch, has, faster):
+def test_auto_chooses_bfloat16_where_it_is_faster(monkeypatch, has, faster):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert Engine("cpu", "auto").half == faster
     assert Engine("cpu", "bf16").half and not Engine("cpu", "fp32").half

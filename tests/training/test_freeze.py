@@ -247,7 +247,7 @@ def test_schedule_of_the_backbone_starts_when_unfrozen():
         assert set_learning_rates(plain, shape, step, 20) == 0.5 * shape(step, 20)
 
 
-def test_frozen_steps_are_the_share_whatever_its_rounding():
+def test_frozen_steps_match_the_share_despite_rounding():
     """0.07 * 100 is more than 7, and 0.35 * 20 is not."""
     model = untrained_model()
     for share, steps, first in ((0.07, 100, 7), (0.35, 20, 7), (0.4, 1060, 424), (0.5, 5, 3)):

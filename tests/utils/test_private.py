@@ -74,7 +74,7 @@ def test_root_takes_the_cache_of_the_user_who_owns_the_project(cache):
     check_private(cache / "cache", "cache_dir")
 
 
-def test_a_file_system_without_permissions_is_reported_and_taken(cache, monkeypatch, capsys):
+def test_file_system_without_permissions_is_used_with_a_warning(cache, monkeypatch, capsys):
     cache.chmod(0o777)
     (cache / "made").touch()
     (cache / "made").chmod(0o777)

@@ -80,7 +80,7 @@ def test_a_single_value_that_is_not_finite_is_found(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_are_copied_whatever_the_layout(shape):
+def test_values_are_copied_from_any_memory_layout(shape):
     source = torch.rand(shape, dtype=torch.float64)
     target = torch.zeros(shape)
     copy_values(target, source)

@@ -81,7 +81,7 @@ def test_a_video_prepared_before_is_not_extracted_again(tmp_path):
     assert _done_before(job, 1) is None
 
 
-def test_the_standing_of_a_track_is_read(tmp_path):
+def test_track_state_is_read(tmp_path):
     header = (
         '{"format": 1, "progress": {"done": 4, "frames": "ab", "labels": "cd", "batch_size": 2}, '
         '"settings": {"kind": "propagation", "tracker": {"radius": 12, "short": null}}}'

@@ -463,7 +463,7 @@ def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch, words):
 
 @pytest.mark.usefixtures("choice_alone")
 @pytest.mark.parametrize(("patch", "head"), [(8, "detail"), (7, "multiscale")])
-def test_patches_of_an_odd_size_have_a_head_of_their_own(folder, patch, head):
+def test_odd_patch_sizes_choose_another_head(folder, patch, head):
     words = [word for word in AUTO if "patch_size" not in word and "num_hidden_layers" not in word]
     words += [f"backbone.patch_size={patch}", "backbone.arch.num_hidden_layers=4", "budget.minutes=1", "mode=plan"]
     done = call(folder, *words, "hydra.run.dir=R")

@@ -55,7 +55,7 @@ def test_instance_masks_get_a_remedy_that_merges_them(compose, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["null", "a person's", 'say "x"', "Käfer, rot", "x=[1]", "back\\slash"])
-def test_the_line_holds_whatever_a_class_is_called(compose, tmp_path, name):
+def test_suggested_line_works_for_any_class_name(compose, tmp_path, name):
     root = write(tmp_path / "data", INSTANCES)
     _, line = remedy_and_line(root, ["background", name])
     (word,) = shlex.split(line)

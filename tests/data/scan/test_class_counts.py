@@ -72,7 +72,7 @@ def test_bad_ids_are_reported(load, tmp_path):
         class_counts(load(), tmp_path / "c")
 
 
-def test_two_roots_that_look_the_same_are_counted_apart(tmp_path):
+def test_roots_with_equal_file_stats_are_counted_separately(tmp_path):
     counts = []
     for place, value in (("a", 0), ("b", 1)):
         for kind in ("images", "masks"):

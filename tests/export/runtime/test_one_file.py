@@ -361,7 +361,7 @@ def test_a_file_of_more_tensors_than_any_model_has_is_refused(file, monkeypatch)
         dinoseg.load(file, device="cpu")
 
 
-def test_large_pictures_are_brought_to_the_scale_of_the_training(tmp_path, sound):
+def test_large_images_are_reduced_to_the_training_scale(tmp_path, sound):
     said = sound.info["sizes"]
     image = picture(200, 300)
     as_trained, as_they_are = (

@@ -70,7 +70,7 @@ def write_model(folder, made):
 @pytest.mark.parametrize(
     ("size", "content"), [((37, 50), (37, 50)), ((90, 41), (30, 14)), ((1, 1), (5, 3)), ((4, 200), (1, 33))]
 )
-def test_pictures_enter_as_torch_resizes_them(size, content):
+def test_images_are_resized_as_in_torch(size, content):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     given = pixels(image, Layout(content, (40, 56)), (0.5, 0.25, 0.125))
     floats = torch.from_numpy(image).permute(2, 0, 1)[None].double() / 255

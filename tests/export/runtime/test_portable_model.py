@@ -74,7 +74,7 @@ def test_prediction_has_mask_areas_probabilities_and_overlay(model):
         lambda rgb: rgb[:, ::-1][:, ::-1],
     ],
 )
-def test_a_picture_of_any_kind_is_the_same_picture(model, given):
+def test_images_in_all_supported_forms_are_equivalent(model, given):
     rgb = picture()
     assert (model.predict(given(rgb)).image == rgb).all()
 
@@ -121,7 +121,7 @@ def test_invalid_image_is_refused_with_a_remedy(model, given, message):
         model.predict(given)
 
 
-def test_pictures_of_one_size_go_together_and_keep_their_order(model):
+def test_images_of_one_size_are_batched_in_order(model):
     images = [picture(5, 7), picture(5, 7), picture(5, 7), picture(4, 7), picture(5, 7)]
     found = model.predict(images, batch_size=2)
     assert [out.image.shape for out in found] == [image.shape for image in images]
@@ -151,7 +151,7 @@ def test_a_folder_is_read_as_it_goes_in_the_order_of_numbers(model, tmp_path, ca
         model.predict(tmp_path, on_error="pass")
 
 
-def test_odd_picture_files_are_right_or_refused(model, tmp_path):
+def test_unusual_image_files_are_read_correctly_or_refused(model, tmp_path):
     rgb = picture(6, 9)
     turned = Image.fromarray(rgb)
     exif = turned.getexif()

@@ -183,7 +183,7 @@ def test_products_are_differentiated_once():
         (False, torch.bfloat16, 0.0, False),
     ],
 )
-def test_products_are_taken_where_they_are_faster(products, monkeypatch, faster, dtype, dropout, taken, learns):
+def test_products_are_used_where_they_are_faster(products, monkeypatch, faster, dtype, dropout, taken, learns):
     monkeypatch.setattr(attention, "_products_are_faster", lambda: faster)
     query, key, value, _ = (part.to(dtype) for part in draw(1, 130))
     for rows in (130, 5):  # those of many rows alone

@@ -36,7 +36,7 @@ def test_numbers_out_of_range_are_refused_with_the_range(layers):
         resolve_layers(layers, 3)
 
 
-def test_other_words_and_too_few_blocks_are_refused():
+def test_unknown_words_and_too_few_blocks_are_refused():
     with pytest.raises(UserError, match=r"layers=thirds: give a list.*quarters"):
         resolve_layers("thirds", 12)
     with pytest.raises(UserError, match=r"layers=quarters needs four blocks.* has 3\..*linear or cnn"):

@@ -205,7 +205,7 @@ def test_checkpoints_of_the_pretraining_give_the_teacher(kind, prefix, chunked, 
     assert torch.equal(found, load(kind, save_state(state))(images)[-1])
 
 
-def test_a_lone_student_is_taken():
+def test_checkpoint_of_a_student_alone_is_loaded():
     state = state_of("dino")
     assert (
         unwrap({"student": {f"module.backbone.{name}": value for name, value in state.items()}}).keys() == state.keys()
@@ -314,7 +314,7 @@ def test_other_sizes_name_the_remedy(kind, changes, remedy, save_state):
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (7, 5), (1, 2, 3, 4, 5)])
-def test_no_odd_shape_gets_past_the_checks(kind, shape, monkeypatch, tmp_path):
+def test_wrong_shapes_are_refused(kind, shape, monkeypatch, tmp_path):
     """Whatever a tensor's shape: a message, and not an error from the middle of the conversion."""
     state = state_of(kind)
     monkeypatch.setattr("dinoseg.models.backbones.pretrained.read_weights", lambda _: odd)

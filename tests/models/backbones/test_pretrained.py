@@ -164,7 +164,7 @@ def test_the_files_that_are_loaded_are_checked_and_no_others(tmp_path):
         build("vit", 1, tmp_path)
 
 
-def test_a_tensor_too_many_is_left_over_whatever_its_type(tmp_path):
+def test_additional_tensor_of_any_dtype_is_refused(tmp_path):
     state = shaken("vit", 1).export_state()
     save_file(state | {"position_ids": torch.arange(3)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="unexpected or of another shape .position_ids"):

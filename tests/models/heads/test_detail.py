@@ -48,7 +48,7 @@ def pass_through_head(patch_size, **options):
 
 @pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
 @pytest.mark.parametrize("grid", [(1, 1), (3, 2), (5, 7)])
-def test_scores_lie_where_pixels_and_tokens_lie(patch_size, grid):
+def test_scores_are_aligned_with_pixels_and_tokens(patch_size, grid):
     head = pass_through_head(patch_size)
     pixels = torch.rand(2, 3, *(patch_size * side for side in grid), dtype=torch.float64)
     nothing = torch.zeros(2, 1, *grid, dtype=torch.float64)

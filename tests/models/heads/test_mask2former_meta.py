@@ -204,7 +204,7 @@ def test_a_file_of_another_segmentor_is_refused_with_the_remedy(whole, write, op
     assert expected in message and "tensors have another shape" in message
 
 
-def test_an_odd_shape_is_named(whole, write):
+def test_wrong_shape_is_named(whole, write):
     name = "segmentation_model.0.spm.stem.0.weight"
     message = refusal(write(whole | {name: torch.ones(64, 1, 3, 3)}))
     assert (

@@ -69,7 +69,7 @@ def test_the_no_object_column_weighs_but_gives_no_class():
     torch.testing.assert_close(semantic_map(outputs, (4, 4), (1.0, 1.0), no_object=False)[0, 2], torch.ones(4, 4))
 
 
-def test_few_masks_are_held_at_a_time(monkeypatch):
+def test_few_masks_are_in_memory_at_once(monkeypatch):
     sizes, given = [], semantic.upsample
 
     def spy(masks, size, valid):

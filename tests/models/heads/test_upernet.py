@@ -32,7 +32,7 @@ def test_a_mirrored_map_gives_a_mirrored_output():
     check_mirrored(mirror_weights(small()), [(1, 1), (2, 3), (3, 2), (4, 4), (5, 5), (9, 1)], [12] * 4)
 
 
-def test_a_pyramid_is_taken_as_it_is():
+def test_pyramid_is_used_unchanged():
     head = small([3, 4, 5, 6]).eval()
     maps = [torch.randn(2, 3 + level, *(side * 2 ** (3 - level) for side in (3, 1))) for level in range(4)]
     assert head(maps).shape == (2, 3, 24, 8)

@@ -50,7 +50,7 @@ def test_sums_over_cells_are_sums_over_all_pixels(size, grid, valid):
     torch.testing.assert_close(variance, cells.var(dim=0))
 
 
-def test_how_images_lie_in_batches_changes_nothing():
+def test_sums_are_independent_of_the_batches():
     features, mask = random_features((13, 17), (3, 4))
     whole, single = sums_of(features, mask, (1, 1)), Sums(4, WEIGHTINGS)
     for image in range(3):

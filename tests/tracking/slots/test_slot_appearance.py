@@ -128,7 +128,7 @@ class TestSettling:
         again = run_appearance(features, masks, known=replace(known, whole=True))[2]
         assert again[0].argmax(0).tolist() == [[0, 0, 0, 0]] and again[9].argmax(0).tolist() == [[0, 0, 1, 1]]
 
-    def test_a_slot_that_has_never_won_a_cell_looks_like_none(self):
+    def test_slot_without_cells_matches_no_appearance(self):
         features = torch.tensor([[[[-1.0, 0.0, 1.0]]]] * 2)  # zero is what no feature adds up to
         masks = torch.tensor([[0.9, 0.5, 0.1], [0.0, 0.0, 0.0], [0.1, 0.5, 0.9]])[None, :, None].expand(2, -1, -1, -1)
         known, _, settled = run_appearance(features, masks, weight=100.0)

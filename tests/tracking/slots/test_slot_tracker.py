@@ -62,7 +62,7 @@ class TestWithoutLabels:
         with pytest.raises(ValueError, match=name):
             tracker.load(state)
 
-    def test_two_looks_know_the_whole_video_before_its_first_frame(self):
+    def test_two_passes_know_the_video_before_its_first_frame(self):
         frames, ids = crossing_squares(6)
         settings = SlotTracking(match="appearance", passes=2)
         model = model_of()
@@ -78,7 +78,7 @@ class TestWithoutLabels:
             assert np.array_equal(at_cells(mask), at_cells(own) + 1)
         assert torch.equal(tracker.state()["won"], state["won"])
 
-    def test_one_look_reads_no_video_ahead(self):
+    def test_one_pass_does_not_look_ahead(self):
         SlotTracker(model_of(), SlotTracking(match="appearance")).look_ahead(pytest.fail)
 
     def test_two_passes_without_looking_ahead_are_refused(self):
@@ -87,7 +87,7 @@ class TestWithoutLabels:
             tracker.track(crossing_squares(1)[0], [None])
 
     @pytest.mark.parametrize("looks", [1, 2])
-    def test_looks_count_as_the_settings_say(self, looks, monkeypatch):
+    def test_number_of_passes_follows_the_settings(self, looks, monkeypatch):
         told, real = [], Appearance.step
         monkeypatch.setattr(Appearance, "step", lambda *given, **more: told.append(given[5]) or real(*given, **more))
         frames = crossing_squares(3)[0]

@@ -30,7 +30,7 @@ def test_the_palette_is_pascal_vocs():
     assert voc_palette()[255] == (224, 224, 192) and voc_palette()[8] == (64, 0, 0)
 
 
-def test_an_indexed_picture_keeps_ids_and_shows_colours(tmp_path):
+def test_indexed_image_has_ids_and_colours(tmp_path):
     ids = np.random.default_rng(0).integers(0, 256, (40, 50)).astype(np.uint8)
     write_indexed_png(tmp_path / "a/b.png", ids)
     with Image.open(tmp_path / "a/b.png") as image:

@@ -134,7 +134,7 @@ def test_restart_after_a_stop_gives_the_same_masks(clip, stop, done):
 
 
 @pytest.mark.parametrize("source", ["in", "v.mkv"])
-def test_a_tracker_may_look_at_the_whole_video_first(clip, source):
+def test_tracker_can_look_ahead_at_the_whole_video(clip, source):
     video(clip / "v.mkv")
     (clip / "labels/10.png").rename(clip / "labels/000000010.png" if source == "v.mkv" else clip / "labels/10.png")
     (clip / "labels/0.png").rename(clip / "labels/000000000.png" if source == "v.mkv" else clip / "labels/0.png")

@@ -135,7 +135,7 @@ def test_damaged_or_foreign_file_is_replaced_with_a_warning(kind, tmp_path, capl
         assert torch.equal(store.get(KEYS[0])[0], features(0)[0].half()) and not path.is_symlink()
 
 
-def test_a_file_that_was_checked_is_still_held_against_its_size(tmp_path):
+def test_checked_file_is_still_compared_with_its_size(tmp_path):
     store = DiskStore(tmp_path, "a", "float16")
     fill(store, [0])
     assert store.get(KEYS[0]) is not None
