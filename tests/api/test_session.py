@@ -30,7 +30,7 @@ from dinoseg.experiment.log_file import configure_log
 from dinoseg.utils.errors import UserError
 
 
-def log_settings(change):
+def logged(change):
     """Return the log's handlers and levels."""
     if change:
         configure_log(None)
@@ -40,7 +40,7 @@ def log_settings(change):
     return [logging.getLogger(name).level for name in names], logging.getLogger().handlers[:], threading.excepthook
 
 
-def warning_filters(change):
+def filtered(change):
     if change:
         warnings.simplefilter("ignore")
     return warnings.filters[:]
@@ -117,8 +117,8 @@ def handlers(change):
 
 
 PARTS = (
-    log_settings,
-    warning_filters,
+    logged,
+    filtered,
     environment,
     folder,
     arguments,

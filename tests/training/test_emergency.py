@@ -107,7 +107,7 @@ def without_timings(rows):
     return [{key: value for key, value in row.items() if key not in timings} for row in rows]
 
 
-def raise_truncated():
+def truncated():
     raise UserError("7.png is truncated")
 
 
@@ -125,7 +125,7 @@ STOPS = [({"batch": 8}, 4), ({"batch": 9}, 4), ({"validation": 1}, 3), ({"valida
 @pytest.mark.parametrize(
     ("fails", "where", "step"),
     [
-        *((fails, *stop) for fails in (raise_truncated, terminate) for stop in STOPS),
+        *((fails, *stop) for fails in (truncated, terminate) for stop in STOPS),
         *((crash, *STOPS[place]) for place in (1, 2)),
     ],
 )
@@ -173,14 +173,14 @@ def test_unchanged_or_unwanted_state_is_not_saved(train, tmp_path):
     def again():
         raise Interrupted(signal.SIGTERM, again=True)
 
-    assert isinstance(train(tmp_path / "first", batch=0, fails=raise_truncated).error, UserError)
+    assert isinstance(train(tmp_path / "first", batch=0, fails=truncated).error, UserError)
     assert isinstance(train(tmp_path / "second", batch=4, fails=again).error, Interrupted)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_original_error_is_raised_if_saving_fails(train, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint.Checkpointer, "save", lambda *_: crash())
-    assert str(train(tmp_path, batch=4, fails=raise_truncated).error) == "7.png is truncated"
+    assert str(train(tmp_path, batch=4, fails=truncated).error) == "7.png is truncated"
     assert "Training stopped after step 2, which could not be saved: a worker has died" in caplog.text
 
 
@@ -208,7 +208,7 @@ def test_a_validation_that_cannot_be_logged_is_pending(train, tmp_path, monkeypa
 
 @pytest.mark.parametrize("writes", [True, False])
 def test_only_the_writing_rank_reports_the_saved_step(train, tmp_path, caplog, writes):
-    train(tmp_path, batch=4, fails=raise_truncated, writes=writes)
+    train(tmp_path, batch=4, fails=truncated, writes=writes)
     assert ("and that step is saved" in caplog.text) == writes == (tmp_path / "last.safetensors").exists()
 
 

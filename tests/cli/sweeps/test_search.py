@@ -189,10 +189,10 @@ def test_foreign_file_at_the_search_log_is_unchanged(tmp_path, text):
 def change(entry):
     """Return a change of the storage: each line that has all of an entry's keys gets its values."""
 
-    def update_lines(lines):
+    def changed(lines):
         return [line | entry if entry.keys() <= line.keys() else line for line in lines]
 
-    return update_lines
+    return changed
 
 
 @pytest.mark.parametrize(
