@@ -116,19 +116,7 @@ def handlers(change):
     return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), faulthandler.is_enabled()
 
 
-PARTS = (
-    logged,
-    filtered,
-    environment,
-    folder,
-    arguments,
-    streams,
-    states,
-    settings,
-    start_method,
-    hydra,
-    accelerate,
-)
+PARTS = (logged, filtered, environment, folder, arguments, streams, states, settings, start_method, hydra, accelerate)
 
 
 @pytest.mark.parametrize("fails", [False, True])
