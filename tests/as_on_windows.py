@@ -50,7 +50,7 @@ class StandIn(types.ModuleType):
 def refuse_open_files(change):
     """Return a function of the file system that refuses, as Windows does, to touch files that are open or mapped."""
 
-    def refusing(*paths, **options):
+    def refuse_if_open(*paths, **options):
         if options.get("dir_fd") is None and options.get("src_dir_fd") is None:
             links = map("/proc/self/fd/{}".format, os.listdir("/proc/self/fd"))
             held = [os.readlink(link) for link in links if os.path.lexists(link)]
@@ -61,7 +61,7 @@ def refuse_open_files(change):
                     raise PermissionError(errno.EACCES, f"{change.__name__}: open on Windows", path)
         return change(*paths, **options)
 
-    return refusing
+    return refuse_if_open
 
 
 def fsync(number, flush=os.fsync):
@@ -90,7 +90,7 @@ def symlink(source, target, target_is_directory=False):
     raise OSError(errno.EPERM, "links take a privilege on Windows", target)
 
 
-def locking(number, mode, size):
+def lock_bytes(number, mode, size):
     try:
         flock(number, LOCK_EX | LOCK_NB)
     except BlockingIOError:
@@ -128,7 +128,7 @@ def install():
         faulthandler: StandIn(faulthandler, ["register"]),
         psutil: StandIn(psutil, Process=Process),
     }
-    msvcrt = StandIn(types.ModuleType("msvcrt"), LK_NBLCK=2, locking=locking)
+    msvcrt = StandIn(types.ModuleType("msvcrt"), LK_NBLCK=2, locking=lock_bytes)
     real = builtins.__import__
 
     def windows_import(name, globals=None, locals=None, fromlist=(), level=0):

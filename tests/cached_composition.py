@@ -40,12 +40,12 @@ def _own_options(repo):
 def _defaults_of(own):
     """Return the options' paths and what decides which others they take: lists of defaults, and headers."""
     return tuple(
-        source if isinstance(source, str) else tuple((path, *_deciding(text)) for path, text in source)
+        source if isinstance(source, str) else tuple((path, *_key_lines(text)) for path, text in source)
         for source in own
     )
 
 
-def _deciding(text):
+def _key_lines(text):
     try:
         parsed = yaml.load(text, yaml.CSafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError):

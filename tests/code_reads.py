@@ -43,7 +43,7 @@ class Code:
                         self.names[module].setdefault(target.id, f"{module}.{target.id}")
                         self.parts.setdefault(f"{module}.{target.id}", (module, node))
 
-    def meant(self, module, node):
+    def names_in(self, module, node):
         """Return the parts of the package that names in a piece of code stand for."""
         for each in ast.walk(node):
             if isinstance(each, ast.Name):
@@ -83,16 +83,16 @@ class Code:
                 _, module, node = called
                 pieces = [node]
             for piece in pieces:
-                names, named, keys = self.told(module, piece)
+                names, named, keys = self.references_in(module, piece)
                 waiting += names
                 attributes |= named
                 found |= keys
         return found
 
-    def told(self, module, piece):
+    def references_in(self, module, piece):
         """Return the parts, attributes and keys that a piece of code names."""
         if piece not in self.seen:
-            names = [name for name in self.meant(module, piece) if name]
+            names = [name for name in self.names_in(module, piece) if name]
             found = [each for each in ast.walk(piece) if isinstance(each, ast.Attribute)]
             inside = any(
                 name in BUILDERS and self.names[module][name].startswith(module) for name in self.names[module]

@@ -118,7 +118,7 @@ def train_both(where):
     return where
 
 
-def linked(source, folder):
+def link_all(source, folder):
     """Link all that lies in a folder into another, and return that."""
     for path in source.iterdir():
         (folder / path.name).symlink_to(path)

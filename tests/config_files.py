@@ -19,12 +19,12 @@ def options(group):
 
 
 @cache
-def _parsed(group, option):
+def _parse_option(group, option):
     return yaml.safe_load((FOLDER / group / f"{option}.yaml").read_text()) or {}
 
 
 def read(group, option):
-    return deepcopy(_parsed(group, option))  # tests change what they get
+    return deepcopy(_parse_option(group, option))  # tests change what they get
 
 
 def read_node(group, option):
@@ -107,7 +107,7 @@ def mode_for(hparam):
     return "train" if groups_of("train").keys() >= written_choices(hparam).keys() - {"hparam"} else "eval"
 
 
-def needed(choice):
+def required_overrides(choice):
     """Return what only the user can know: here stands a value for it."""
     own_classes = choice.get("data", "folder") in ("folder", "coco", "labelme")
     return [

@@ -110,6 +110,6 @@ def trained_once(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(trained_once, tmp_path_factory):
     """Link all of `trained_once` in a folder that a test file writes into."""
-    from command_line import linked
+    from command_line import link_all
 
-    return linked(trained_once, tmp_path_factory.mktemp("trained"))
+    return link_all(trained_once, tmp_path_factory.mktemp("trained"))

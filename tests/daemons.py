@@ -8,7 +8,7 @@ HANG = 1800  # seconds; only a state that is never reached takes so long
 
 
 @contextmanager
-def running(command, log, env):
+def run_daemon(command, log, env):
     """Run a daemon in the foreground and end it after the block; its output goes to `log`."""
     with open(log, "wb") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env) as daemon:
         try:

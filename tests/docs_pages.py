@@ -9,7 +9,7 @@ PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {*LOG})]
 OURS = "python -m dinoseg "
 
 
-def joined(block):
+def join_lines(block):
     """Return the lines of a block, those that a backslash continues as one."""
     return re.sub(r" \\\n +", " ", block).splitlines()
 
@@ -22,7 +22,7 @@ def blocks(page, languages="bash|python"):
 
 def commands(page):
     """Return the commands of a page, or of a part of one: each line of its bash blocks, continuation lines joined."""
-    lines = [line.strip() for _, block in blocks(page, "bash") for line in joined(block)]
+    lines = [line.strip() for _, block in blocks(page, "bash") for line in join_lines(block)]
     return [line for line in lines if line and not line.startswith("#")]
 
 

@@ -178,12 +178,12 @@ def write_polygons(pattern):
 
 
 @stand_in("EXPORTED")
-def exported(stand_ins, folder):
+def export_run(stand_ins, folder):
     return ran(folder, "mode=export", "export=safetensors", f"resume={stand_ins['RUN']}")
 
 
 @stand_in("EVALUATED")
-def evaluated(stand_ins, folder):
+def evaluate_run(stand_ins, folder):
     return ran(folder, "mode=eval", f"resume={stand_ins['RUN']}", "mode.metrics_only=true")
 
 

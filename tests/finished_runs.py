@@ -14,7 +14,7 @@ from dinoseg.training import checkpoint
 from dinoseg.training.engine import Engine
 
 
-def trained(folder, run, *words):
+def train_run(folder, run, *words):
     """Train into a run folder, and return the tensors of its last checkpoint and what the command said."""
     done = call(folder, *words, f"hydra.run.dir={run}")
     assert done.status == 0, done.err

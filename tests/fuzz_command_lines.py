@@ -212,7 +212,7 @@ def prepare(root):
 
 
 @contextlib.contextmanager
-def _copied(root):
+def _temporary_copy(root):
     """Give a copy of what was prepared: what one command line leaves is not there for the next."""
     with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
         shutil.copytree(root / "here", f"{folder}/here", ignore=lambda *_: ["pipe"])
@@ -223,7 +223,7 @@ def _copied(root):
 def warm_up(root):
     """Run what works once in this process: its children import and read nothing anew."""
     for name, base in BASES.items():
-        with _copied(root) as kept, _short(_mode(name)):
+        with _temporary_copy(root) as kept, _short(_mode(name)):
             done = call(kept / "here", _mode(name), *base)
         assert done.status == (name in ("prepare", "export onnx")), f"{name}: {done.err}"  # nothing there; see `_short`
 
@@ -265,7 +265,7 @@ def _short(mode):
     return contextlib.nullcontext()
 
 
-def tried(root, words, seconds=SECONDS):
+def try_line(root, words, seconds=SECONDS):
     """Return `fault` of a command line in a process of its own, which is ended when it hangs."""
     reader, writer = os.pipe()
     with tempfile.TemporaryFile() as streams:  # what processes of its own print, and what no stream of Python's shows
@@ -298,9 +298,9 @@ def _shard(tasks, seconds, results):
         prepare(root)
         warm_up(root)
         for number, words in tasks:
-            with _copied(root) as kept:
+            with _temporary_copy(root) as kept:
                 begin = time.monotonic()
-                found = tried(kept, words, seconds)
+                found = try_line(kept, words, seconds)
                 results.put((number, words, found, time.monotonic() - begin))
 
 

@@ -19,7 +19,7 @@ TINY = (  # a transformer of 2 blocks
 PROGRESS = {"step": 3, "best": 0.5, "best_step": 3, "stale": 0, "validation_pending": False}
 
 
-def untrained(compose, folder, *words, **info):
+def write_untrained(compose, folder, *words, **info):
     """Write the checkpoint of a model whose trained weights are random, with other `info` in it; return its path."""
     cfg = compose("data=folder", "data.classes=[dark,bright]", "data.root=/data/of/mine", "engine=cpu", *words)
     build = Builder(cfg)
@@ -36,7 +36,7 @@ def untrained(compose, folder, *words, **info):
     return path
 
 
-def exported(path, folder, **options):
+def export_file(path, folder, **options):
     """Write the one-file model of a checkpoint and return its path."""
     cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"})
     folder.mkdir(exist_ok=True)

@@ -68,12 +68,12 @@ class Pretended(Tensor):
         kwargs = kwargs or {}
         _look(func.overloadpacket, args, kwargs)
         _place.check(func, args, kwargs)
-        found = func(*_mapped(_real, args), **_mapped(_real, kwargs))
+        found = func(*_map_tensors(_real, args), **_map_tensors(_real, kwargs))
         returns = func._schema.returns
         if returns and returns[0].alias_info is not None and returns[0].alias_info.is_write:
             return kwargs.get("out", args[0] if args else None)
-        _mapped(_place.hold, found)
-        return _mapped(_pretended, found)
+        _map_tensors(_place.hold, found)
+        return _map_tensors(_pretend, found)
 
     def __repr__(self, **_: Any) -> str:
         """Return what its memory says."""
@@ -131,19 +131,19 @@ def _real(value: Tensor) -> Tensor:
     return value.memory if isinstance(value, Pretended) else value
 
 
-def _pretended(value: Tensor) -> Tensor:
+def _pretend(value: Tensor) -> Tensor:
     return value if isinstance(value, Pretended) else Pretended(value)
 
 
-def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+def _map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Return arguments, or what came of them, with each tensor replaced."""
     if isinstance(value, Tensor):
         return function(value)
     if type(value) in (tuple, list):
-        return type(value)([_mapped(function, each) for each in value])
+        return type(value)([_map_tensors(function, each) for each in value])
     if type(value) is dict:
-        return {key: _mapped(function, each) for key, each in value.items()}
-    return _mapped(function, tuple(value)) if isinstance(value, tuple) else value
+        return {key: _map_tensors(function, each) for key, each in value.items()}
+    return _map_tensors(function, tuple(value)) if isinstance(value, tuple) else value
 
 
 def _look(name: Any, args: Any, kwargs: Any) -> None:
@@ -162,7 +162,7 @@ def _look(name: Any, args: Any, kwargs: Any) -> None:
         if type(each) is not Pretended and (each.ndim or joins):  # elsewhere a scalar of the host serves
             on_host.append(each)
 
-    _mapped(plain, (args, kwargs))
+    _map_tensors(plain, (args, kwargs))
     if name in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
         indices = [index for index in args[1] if index is not None]
         chosen = [index for index in indices if index.dtype in (torch.bool, torch.uint8)]
@@ -198,7 +198,7 @@ def is_pinned(tensor: Tensor) -> bool:
     return getattr(tensor, "_pinned", False)
 
 
-def _pinned(tensor: Tensor) -> Tensor:
+def _mark_pinned(tensor: Tensor) -> Tensor:
     tensor._pinned = True  # type: ignore[attr-defined]
     return tensor
 
@@ -210,9 +210,9 @@ class _Placing(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         own = args[0] if args and isinstance(args[0], Tensor) else None
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
-            return _moved(func, own, args[1:], kwargs)
+            return _move(func, own, args[1:], kwargs)
         if func is Tensor.pin_memory:
-            return own if is_pinned(own) else _pinned(own.clone())
+            return own if is_pinned(own) else _mark_pinned(own.clone())
         if func is Tensor.is_pinned:
             return is_pinned(args[0])
         if func is Tensor.tolist and isinstance(own, Pretended):
@@ -229,13 +229,13 @@ class _Placing(TorchFunctionMode):
             kwargs.pop("device", None)
             if func in _FROM_DATA:
                 _waits.add("copy to the device")
-            return _mapped(_pretended, _mapped(_place.hold, func(*_mapped(_real, args), **kwargs)))
+            return _map_tensors(_pretend, _map_tensors(_place.hold, func(*_map_tensors(_real, args), **kwargs)))
         pinned = kwargs.pop("pin_memory", False)
         made = func(*args, **kwargs)
-        return _pinned(made) if pinned else made
+        return _mark_pinned(made) if pinned else made
 
 
-def _moved(func: Any, own: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _move(func: Any, own: Tensor, args: Any, kwargs: Any) -> Tensor:
     if func is Tensor.to:
         copied = kwargs.pop("copy", False)
         if args and isinstance(args[0], Tensor):

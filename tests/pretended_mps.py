@@ -82,20 +82,20 @@ def pretended_mps() -> Iterator[Mps]:
     """Let MPS be there, as far as Python can see."""
     place = Mps()
 
-    def counted(name: str, result: Any = None) -> Any:
+    def count_calls(name: str, result: Any = None) -> Any:
         def call(*_: Any) -> Any:
             place.calls[name] += 1
             return result
 
         return call
 
-    patches = {name: counted(name) for name in ("synchronize", "empty_cache", "set_rng_state")}
-    patches |= {name: counted(name, 0) for name in ("driver_allocated_memory", "current_allocated_memory")}
+    patches = {name: count_calls(name) for name in ("synchronize", "empty_cache", "set_rng_state")}
+    patches |= {name: count_calls(name, 0) for name in ("driver_allocated_memory", "current_allocated_memory")}
     patches |= {
-        "recommended_max_memory": counted("recommended_max_memory", 2**34),
+        "recommended_max_memory": count_calls("recommended_max_memory", 2**34),
         "Event": partial(_TimedEvent, place.calls),
     }
-    patches |= {"get_rng_state": counted("get_rng_state", torch.zeros(0))}
+    patches |= {"get_rng_state": count_calls("get_rng_state", torch.zeros(0))}
     with ExitStack() as stack:
         for name, stand_in in patches.items():
             stack.enter_context(mock.patch.object(torch.mps, name, stand_in, create=True))

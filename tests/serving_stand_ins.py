@@ -36,7 +36,7 @@ def picture(height=4, width=6, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
-def encoded(pixels, kind="PNG", **options):
+def encode_image(pixels, kind="PNG", **options):
     file = io.BytesIO()
     (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(file, kind, **options)
     return file.getvalue()

@@ -81,7 +81,7 @@ def test_lora_builds_no_graph_below_its_first_layer(tiny_backbone):
     assert seen == [False]
 
 
-def test_lora_in_the_last_blocks_only(tiny_backbone):
+def test_lora_can_be_limited_to_the_last_blocks(tiny_backbone):
     backbone = Lora(rank=2, alpha=2, blocks=1)(tiny_backbone())
     assert trainable(backbone) and all(".layer.1." in name for name in trainable(backbone))
     seen = []
@@ -93,7 +93,7 @@ def test_lora_in_the_last_blocks_only(tiny_backbone):
     ("rank", "alpha", "rslora", "scale"),
     [(4, 8, False, 2.0), (32, 32, True, math.sqrt(32)), (32, 32, False, 1.0), (9, 6, True, 2.0)],
 )
-def test_scale_of_the_update(rank, alpha, rslora, scale):
+def test_update_scale_is_alpha_over_rank(rank, alpha, rslora, scale):
     module, tokens = FusedVit(), torch.rand(1, 3, 8)
     layer = train_updates(Lora(rank=rank, alpha=alpha, rslora=rslora)(module)).blocks[0]["attn"]["proj"]
     low, high = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -130,7 +130,7 @@ def test_merged_updates_give_the_same_features_and_plain_names(tiny_backbone, op
     assert set(merged.state_dict()) == names
 
 
-def test_last_blocks_trains_them_and_the_norm_and_builds_no_graph_before(tiny_backbone):
+def test_last_blocks_trains_blocks_and_norm_without_other_graph(tiny_backbone):
     backbone = LastBlocks(1)(tiny_backbone())
     last = {name for name, _ in backbone.named_parameters() if ".layer.1." in name or name.startswith("model.norm.")}
     assert trainable(backbone) == last
@@ -143,7 +143,7 @@ def test_last_blocks_trains_them_and_the_norm_and_builds_no_graph_before(tiny_ba
 
 @pytest.mark.parametrize("blocks", [0, 3, -1])
 @pytest.mark.parametrize("adapter", [LastBlocks, lambda blocks: Lora(rank=1, alpha=1, blocks=blocks)])
-def test_more_blocks_than_there_are(tiny_backbone, adapter, blocks):
+def test_more_blocks_than_exist_are_refused(tiny_backbone, adapter, blocks):
     with pytest.raises(UserError, match=f"^blocks={blocks}(:| is).* 1"):
         adapter(blocks)(tiny_backbone())
 
@@ -169,7 +169,7 @@ def test_quantised_weights_are_small_close_and_stay(tiny_backbone, bits, error, 
         assert name not in kept or torch.equal(value, kept[name])
 
 
-def test_four_bits_are_nf4_with_double_quantisation_and_bfloat16_compute(tiny_backbone):
+def test_four_bits_are_nf4_with_double_quantisation_and_bfloat16(tiny_backbone):
     layer = Lora(rank=2, alpha=2, bits=4, device="cpu")(tiny_backbone()).to("cpu").blocks[0].attention.q_proj.base_layer
     state = layer.weight.quant_state
     assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, torch.bfloat16)
@@ -215,7 +215,7 @@ def test_lora_rank_must_be_positive(rank):
         (lambda: LastBlocks(1, bits=8), "^bits=8 with the adapter last_blocks"),
     ],
 )
-def test_refused_before_there_is_a_backbone(build, message):
+def test_invalid_adapter_is_refused_before_the_backbone_is_built(build, message):
     with pytest.raises(UserError, match=message):
         build()
 
@@ -225,7 +225,7 @@ def test_targets_that_match_nothing_name_the_layers_there_are(tiny_backbone):
         Lora(rank=1, alpha=1, targets="mixer")(tiny_backbone())
 
 
-def test_layers_whose_weight_is_used_past_them_are_refused_or_left_whole():
+def test_layers_used_only_by_weight_are_refused_or_unquantised():
     module = FusedVit()
     module.uncalled_linears = frozenset({"blocks.0.attn.qkv", "blocks.1.attn.qkv"})
     with pytest.raises(UserError, match="targets=attention: .*blocks.0.attn.qkv directly .2 such layers.*=proj"):
@@ -235,20 +235,20 @@ def test_layers_whose_weight_is_used_past_them_are_refused_or_left_whole():
     assert quantised_names(module)
 
 
-def test_blocks_without_linear_layers():
+def test_blocks_without_linear_layers_are_refused():
     module = nn.Module()
     module.blocks = nn.ModuleList([nn.Conv2d(1, 1, 1)])
     with pytest.raises(UserError, match="no linear layers.*last_blocks or full"):
         Lora(rank=1, alpha=1)(module)
 
 
-def test_last_blocks_leaves_alone_what_no_feature_depends_on():
+def test_last_blocks_does_not_train_unused_parameters():
     module = FusedVit()
     module.unused = ("blocks.1.mlp.fc1.bias",)
     assert "blocks.1.mlp.fc1.bias" not in trainable(LastBlocks(1)(module))
 
 
-def test_bits_without_bitsandbytes():
+def test_bits_without_bitsandbytes_are_refused():
     with (
         patch.object(adapters, "find_spec", return_value=None),
         pytest.raises(UserError, match=r"pip install '\.\[quant"),

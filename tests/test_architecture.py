@@ -90,7 +90,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 500, 80
 LARGEST_PACKAGE = 0.18  # of the lines: above it a package is two
 
 
-def imported(source):
+def find_imports(source):
     """Yield (line, full dotted name) of everything imported anywhere in a file, and `.` for a relative import."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -103,7 +103,7 @@ def imported(source):
 def import_violations(file, source):
     """Return what a file of the package imports against the rules, one line each."""
     found = []
-    for line, name in imported(source):
+    for line, name in find_imports(source):
         if (file, name) in EXCEPTIONS:
             continue
         if name.startswith(".") or name.endswith(".*"):
@@ -146,11 +146,11 @@ def broken_rules(file, imported):
 def circles(files):
     """Return the circles of imports between files, between subpackages, and between packages of the top level."""
     by_file = {file: {other for other in map(file_of(files), names(source)) if other} for file, source in files.items()}
-    graphs = (by_file, joined(by_file, package_of), joined(by_file, top_level))
+    graphs = (by_file, join_graph(by_file, package_of), join_graph(by_file, top_level))
     return sorted({" - ".join(sorted(circle)) for graph in graphs for circle in _strongly_connected(graph)})
 
 
-def joined(graph, group):
+def join_graph(graph, group):
     """Return a graph of imports between groups of files; what a group imports of itself does not count."""
     whole = {}
     for file, others in graph.items():
@@ -165,7 +165,7 @@ def package_of(file):
 
 
 def names(source):
-    return (name for _, name in imported(source))
+    return (name for _, name in find_imports(source))
 
 
 def file_of(files):
@@ -183,12 +183,12 @@ def file_of(files):
 
 def _strongly_connected(graph):
     """Return the sets of nodes of which each leads to each."""
-    reached = {node: _reached(graph, node) for node in graph}
+    reached = {node: _reach(graph, node) for node in graph}
     circles = {frozenset(other for other in reached[node] if node in reached[other]) for node in graph}
     return [circle for circle in circles if circle]
 
 
-def _reached(graph, start):
+def _reach(graph, start):
     reached, waiting = set(), [start]
     while waiting:
         new = graph.get(waiting.pop(), set()) - reached
@@ -219,7 +219,7 @@ def size_violations(file, source):
 def test_imports_go_down_and_through_their_doors():
     visited, names, violations = 0, 0, []
     for file, source in FILES.items():
-        visited, names = visited + 1, names + len(list(imported(source)))
+        visited, names = visited + 1, names + len(list(find_imports(source)))
         violations += import_violations(file, source)
     assert visited == len(list(PACKAGE.glob("**/*.py"))) >= 50 and names > 5 * visited
     assert not violations, "\n".join(violations)
@@ -320,7 +320,7 @@ def test_a_planted_violation_is_found(file, source, message):
         ("experiment/resume.py", "from dinoseg import __version__\nfrom dinoseg.experiment import builder"),
     ],
 )
-def test_what_is_allowed_passes(file, source):
+def test_allowed_imports_pass(file, source):
     assert not import_violations(file, source)
 
 
@@ -357,7 +357,7 @@ def test_a_planted_second_class_of_a_name_is_found():
     assert same_names(files) == {"B"}
 
 
-def test_contracts_have_defaults_so_that_nobody_asks_hasattr():
+def test_contracts_have_defaults_instead_of_hasattr():
     asking = {
         file
         for file, source in FILES.items()
@@ -437,7 +437,7 @@ def test_planted_functions_of_configs_are_found():
 def test_hidden_names_stay_inside_their_file():
     seen, hidden = 0, []
     for file, source in FILES.items():
-        for line, name in imported(source):
+        for line, name in find_imports(source):
             seen += name.startswith("dinoseg.")
             if name.startswith("dinoseg.") and any(
                 part.startswith("_") and part != "__version__" for part in name.split(".")

@@ -9,7 +9,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def told(tmp_path, monkeypatch, capsys):
+def run_script(tmp_path, monkeypatch, capsys):
     """Return a runner of the script: its rows, and what it prints."""
     monkeypatch.syspath_prepend(str(FOLDER))
     import gpu  # type: ignore[import-not-found]
@@ -23,16 +23,16 @@ def told(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_without_an_accelerator_it_says_so(told, monkeypatch):
+def test_missing_accelerator_is_reported(run_script, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (row,), said = told()
+    (row,), said = run_script()
     assert row["ratio"] is None and row["skipped"].startswith("no CUDA device is here")
     assert said.startswith("Not measured: no CUDA device is here")
 
 
 @pytest.mark.heavy
-def test_all_of_it_runs_on_a_processor_at_tiny_sizes(told):
-    rows, said = told("--tiny")
+def test_gpu_benchmark_runs_on_a_processor_at_tiny_sizes(run_script):
+    rows, said = run_script("--tiny")
     assert len(rows) == 6 and all(row["ratio"] > 0 for row in rows)
     assert [row["what"] for row in rows[:4]] == [
         f"vits16, 32 x 48, {task}, bfloat16, images/s" for task in ("inference", "frozen", "lora", "full")

@@ -48,7 +48,7 @@ def test_ratios_stand_in_one_table_with_their_references(table):
     assert all(text in said.out for text in ("by hand", "2.50", "sum, memory", "pip install other", "run.py --only"))
 
 
-def test_what_is_below_its_promise_ends_with_1_but_not_at_tiny_sizes(table):
+def test_score_below_its_promise_exits_with_status_1(table):
     status, rows, said = table(["below", "good"])
     assert status == 1 and [row["verdict"] for row in rows] == ["BELOW", "", ""] and "BELOW" in said.out
     assert table(["below"], "--quick")[0] == 0
@@ -83,7 +83,7 @@ def test_a_script_runs_at_tiny_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("script", sorted(FOLDER.glob("*.py")), ids=lambda script: script.stem)
-def test_scripts_name_what_there_is(script):
+def test_benchmark_scripts_import_existing_names(script):
     for node in ast.walk(ast.parse(script.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dinoseg":
             exec(ast.unparse(node))

@@ -10,7 +10,7 @@ from dinoseg.utils.errors import UserError
 
 
 @pytest.mark.parametrize("text", ["^(a|aa)+$"])
-def test_one_that_would_not_end_is_stopped(monkeypatch, text):
+def test_endless_pattern_is_stopped(monkeypatch, text):
     monkeypatch.setattr(bounded_regex, "_SECONDS", 0.05)
     with pytest.raises(UserError, match="takes more than 0.05 s on the name aaa"):
         Pattern(text, "data.group").search("a" * 60 + "!")
@@ -21,13 +21,13 @@ def test_one_that_would_not_end_is_stopped(monkeypatch, text):
 
 
 @pytest.mark.parametrize("text", ["(", "[", "(" * 500, "a{2,1}", "*"])
-def test_one_that_is_none_is_refused(text):
+def test_invalid_pattern_is_refused(text):
     with pytest.raises(UserError, match="adapter.targets=.* is not a regular expression"):
         Pattern(text, "adapter.targets")
     with pytest.raises(UserError, match="1001 characters"):
         Pattern("a" * 1001, "adapter.targets")
 
 
-def test_one_that_is_sound_is_searched():
+def test_valid_pattern_is_searched():
     found = Pattern(r"^(video_[^_/]+)", "data.group").search("video_11_2/3")
     assert found.group(1) == "video_11" and Pattern("x", "data.group").search("y") is None

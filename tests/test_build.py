@@ -23,7 +23,7 @@ def config(backbone, head):
     return OmegaConf.create({**load(), "adapter": load("adapter=frozen")["adapter"], **parts})
 
 
-def test_no_random_number_is_drawn_for_parameters():
+def test_building_without_initialisation_uses_no_random_numbers():
     cfg = config("timm_vit", "linear")
     Builder(cfg).model(initialised=False)
     state = torch.get_rng_state()
@@ -75,7 +75,7 @@ def test_shared_tensors_of_an_outline_stay_shared():
 
 
 @pytest.mark.parametrize("odd", ["tensor", "listed", "parameter", "own"])
-def test_an_outline_with_tensors_that_are_not_registered_is_left_as_it_is(odd):
+def test_outline_with_unregistered_tensors_is_not_allocated(odd):
     class Own(torch.nn.Module):
         pass
 
@@ -100,7 +100,7 @@ def test_an_outline_has_the_unused_parameters_of_the_model(name):
     assert Builder(cfg).outline().backbone.unused == Builder(cfg).model().backbone.unused
 
 
-def test_a_tuned_resnet_with_weights_of_a_file_is_evaluated_and_resumed(tmp_path):
+def test_resnet_with_weights_from_a_file_can_be_resumed(tmp_path):
     write_data(tmp_path / "data")
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
     words = [word for word in SMALL if not word.startswith(("backbone", "adapter"))]

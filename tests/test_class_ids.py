@@ -84,41 +84,41 @@ def test_any_number_of_threads_and_bands_gives_the_same(mode, monkeypatch):
         torch.set_num_threads(threads)
 
 
-def test_scores_that_are_no_numbers_give_some_class():
+def test_nan_scores_still_give_valid_class_ids():
     scores = torch.randn(1, 5, 6, 7)
     scores[0, 2, 3, 3] = torch.nan
     assert class_ids(scores, (96, 112), (1.0, 1.0)).max() < 5
 
 
-def test_scores_of_all_pixels_are_never_held(monkeypatch):
+def test_scores_of_all_pixels_are_never_in_memory(monkeypatch):
     held = []
 
-    def counted(function):
-        def counting(*given):
+    def record_sizes(function):
+        def call_and_record(*given):
             made = function(*given)
             held.append(made.numel() * given[0].shape[1])
             return made
 
-        return counting
+        return call_and_record
 
     scores, size = smooth(torch.Generator().manual_seed(0), 50, (20, 30)), (384, 576)
     wanted = argmax_ids(upsample(scores, size, (1.0, 1.0)))
-    monkeypatch.setattr(rooms, "_best", counted(rooms._best))
+    monkeypatch.setattr(rooms, "_best", record_sizes(rooms._best))
     assert torch.equal(class_ids(scores, size, (1.0, 1.0)), wanted)
     assert max(held) <= rooms._AT_ONCE and sum(held) < size[0] * size[1] * 50 / 10
     held.clear()
-    monkeypatch.setattr(rooms, "upsample", counted(upsample))
+    monkeypatch.setattr(rooms, "upsample", record_sizes(upsample))
     monkeypatch.setattr(rooms, "_LOOK", 1e9)
     assert torch.equal(class_ids(scores, size, (1.0, 1.0)), wanted)
     assert len(held) == 50 and max(held) == size[0] * size[1]
 
 
-def test_cells_are_looked_at_only_where_that_takes_less(monkeypatch):
-    def refused(*_):
+def test_class_ids_skip_upsampling_only_where_that_is_cheaper(monkeypatch):
+    def refuse_upsampling(*_):
         raise AssertionError("all classes were upsampled")
 
     draw = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(rooms, "_one_by_one", refused)
+    monkeypatch.setattr(rooms, "_one_by_one", refuse_upsampling)
     class_ids(smooth(draw, 12, (20, 30)), (320, 480), (1.0, 1.0))
     for scores, size in (
         (torch.randn(1, 12, 20, 30, generator=draw), (320, 480)),
@@ -150,14 +150,14 @@ def test_on_an_accelerator_a_large_batch_is_upsampled_in_parts(monkeypatch):
     assert images == [2, 2, 1] and torch.equal(ids.memory, argmax_ids(upsample(scores, size, (1.0, 1.0))))
 
 
-def test_a_prediction_of_a_grid_reads_it_and_one_without_its_scores():
+def test_grid_prediction_needs_no_scores_at_full_size():
     scores, size, valid = smooth(torch.Generator().manual_seed(0), 7, (9, 11)), (120, 150), valid_share((120, 150), 14)
     places = lattice(size)
 
-    def refused(*_):
+    def refuse_scores(*_):
         raise AssertionError("scores at full size were asked for")
 
-    of_grid = Prediction(scores, size, valid, refused, grid=scores)
+    of_grid = Prediction(scores, size, valid, refuse_scores, grid=scores)
     of_scores = Prediction(scores, size, valid, upsample)
     assert torch.equal(of_grid.class_ids(), of_scores.class_ids())
     assert torch.equal(of_grid.class_ids((31, 57)), of_scores.class_ids((31, 57)))

@@ -34,7 +34,7 @@ def process(where, *command):
     return subprocess.run([sys.executable, *command], cwd=where, capture_output=True, text=True)
 
 
-def test_processes_run_the_code_beside_these_tests(tmp_path):
+def test_processes_run_the_tested_package(tmp_path):
     here = Path(__file__).parents[1] / "dinoseg"
     done = process(tmp_path, "-c", "import dinoseg; print(dinoseg.__path__[0])")
     assert done.stdout.split() == [str(here)] == list(dinoseg.__path__)
@@ -57,7 +57,7 @@ def place(tmp_path):
     return tmp_path
 
 
-def refused(place, *arguments):
+def error_message(place, *arguments):
     """Run what must fail, and return its message after checking that it is clean and left no trained run."""
     done = call(place, *arguments)
     assert done.status == 1, done.out + done.err
@@ -152,11 +152,11 @@ def test_wrong_values_are_refused_before_data_are_listed(place, words, message):
 
 
 @pytest.mark.parametrize("word", ["data.reader.layout.splits={}", "data.background=dark", "adapter.rank='${seed}'"])
-def test_values_that_config_files_do_not_rule_out_are_left_to_signatures(place, word):
+def test_values_without_a_constraint_are_checked_by_signatures(place, word):
     assert not call(place, "mode=summary", *SMALL, "adapter=lora", word).err.startswith("error: data")
 
 
-def test_a_typo_in_a_real_process(place):
+def test_typo_is_one_message_in_a_real_process(place):
     done = process(place, "-m", "dinoseg", *TRAIN, "head=liner")
     assert done.returncode == 1 and "linear" in done.stderr and "Traceback" not in done.stderr
 
@@ -173,7 +173,7 @@ def test_options_of_a_search_path_can_be_chosen(tmp_path):
 
 @pytest.mark.parametrize("group", ["backbone", "adapter", "head", "loss", "data", "mode", "hparam"])
 def test_an_unknown_option_lists_those_there_are(place, group):
-    message = refused(place, *TRAIN, f"{group}=nonsense")
+    message = error_message(place, *TRAIN, f"{group}=nonsense")
     assert f"error: {group}=nonsense is unknown." in message
     listed = message.split("Choose from ")[1].strip().removesuffix(".").split(", ")
     files = [path for path in os.listdir(f"{CONFIGS}/{group}") if path.endswith(".yaml") and not path.startswith("_")]
@@ -249,7 +249,7 @@ def test_an_unknown_option_lists_those_there_are(place, group):
     ],
 )
 def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments, message):
-    found = refused(place, *arguments)
+    found = error_message(place, *arguments)
     assert found.startswith("error: ") and message in found and "HYDRA" not in found and len(found.splitlines()) == 1
 
 
@@ -268,12 +268,12 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(place, arguments,
 def test_unreadable_config_file_is_one_message(tmp_path, content, message):
     (tmp_path / "configs/head").mkdir(parents=True)
     (tmp_path / "configs/head/mine.yaml").write_text(content, "latin1")
-    found = refused(tmp_path, *TRAIN, "head=mine", "--config-dir", "configs")
+    found = error_message(tmp_path, *TRAIN, "head=mine", "--config-dir", "configs")
     assert found.startswith("error: ") and message in found and len(found.splitlines()) == 1
 
 
 def test_group_at_a_place_without_one_is_named(tmp_path):
-    found = refused(tmp_path, *TRAIN, "head@x=mlp")
+    found = error_message(tmp_path, *TRAIN, "head@x=mlp")
     assert found.startswith("error: Could not override 'head@x'"), found
 
 
@@ -290,7 +290,7 @@ def test_group_at_a_place_without_one_is_named(tmp_path):
 def test_faulty_file_of_a_mode_is_named(tmp_path, text, message):
     (tmp_path / "configs/mode").mkdir(parents=True)
     (tmp_path / "configs/mode/mine.yaml").write_text(text)
-    found = refused(tmp_path, "mode=mine", "--config-dir", "configs")
+    found = error_message(tmp_path, "mode=mine", "--config-dir", "configs")
     assert found.startswith("error: ") and message in found and len(found.splitlines()) == 1, found
 
 
@@ -298,7 +298,7 @@ def test_null_in_a_defaults_list_is_refused_before_training(tmp_path):
     (tmp_path / "configs/head").mkdir(parents=True)
     (tmp_path / "configs/head/mine.yaml").write_text("defaults: [mlp, /loss: null, _self_]")
     write_data(tmp_path / "data")
-    found = refused(tmp_path, *TRAIN, "head=mine", "--config-dir", "configs")
+    found = error_message(tmp_path, *TRAIN, "head=mine", "--config-dir", "configs")
     assert "error: The defaults list of a config file sets loss@head.loss to null" in found
 
 
@@ -309,25 +309,25 @@ def test_refused_resume_leaves_no_config(tmp_path):
     assert call(tmp_path, *run).status == 0
     before = {*tmp_path.rglob("*")}
     for words in (["resume=run/heads/mlp"], ["resume=run", "data.root=nowhere"]):
-        refused(tmp_path, "mode=train", *words, "trainer.steps=4")
+        error_message(tmp_path, "mode=train", *words, "trainer.steps=4")
         assert {*tmp_path.rglob("*")} == before, words
 
 
 @pytest.mark.parametrize("source", ["http://a.b/c", "nowhere", "file://nowhere", "pkg://no.where", "pkg://dinoseg.no"])
 def test_missing_folder_of_the_search_path_is_named(tmp_path, source):
-    found = refused(tmp_path, *TRAIN, f"hydra.searchpath=[{source}]")
+    found = error_message(tmp_path, *TRAIN, f"hydra.searchpath=[{source}]")
     assert f"{source} is not found" in found and len(found.splitlines()) == 1, found
 
 
 @pytest.mark.parametrize("word", ["head=[linear,mlp]", "trainer=[supervised]", "hparam=[demo]"])
 def test_list_for_a_group_of_one_option_is_refused(tmp_path, word):
-    found = refused(tmp_path, *TRAIN, word)
+    found = error_message(tmp_path, *TRAIN, word)
     assert found.startswith(f"error: {word} is a list, and {word.partition('=')[0]} takes one option."), found
 
 
 @pytest.mark.parametrize("word", ["+head@extra=mlp", "+head@resolution.x=mlp", "+tracker=dinov3", "+prepare=idd"])
 def test_group_that_nothing_reads_is_refused(tmp_path, word):
-    found = refused(tmp_path, *TRAIN, word)
+    found = error_message(tmp_path, *TRAIN, word)
     assert found.startswith(f"error: {word.partition('=')[0]} adds a key that nothing reads"), found
 
 
@@ -335,7 +335,7 @@ def test_group_that_nothing_reads_is_refused(tmp_path, word):
 def test_group_without_keys_in_a_recipe_is_named(tmp_path, group):
     (tmp_path / "configs/hparam").mkdir(parents=True)
     (tmp_path / "configs/hparam/mine.yaml").write_text(f"# @package _global_\n{group}:\n  # steps: 3\n")
-    found = refused(tmp_path, *TRAIN, "hparam=mine", "--config-dir", "configs")
+    found = error_message(tmp_path, *TRAIN, "hparam=mine", "--config-dir", "configs")
     assert found.startswith(f"error: {group} is null, ") and len(found.splitlines()) == 1, found
 
 
@@ -370,7 +370,7 @@ def test_group_without_keys_in_a_recipe_is_named(tmp_path, group):
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
 )
 def test_a_mistake_while_training_is_one_message(place, arguments, parts):
-    message = refused(place, *TRAIN, *arguments)
+    message = error_message(place, *TRAIN, *arguments)
     assert all(part in message for part in parts), message
     assert message.count("error: ") <= 1
 
@@ -440,7 +440,7 @@ def test_a_training_of_other_values_is_refused(site, compose, arguments, parts):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_in_another_mode_is_one_message(place, arguments, part):
-    assert part in refused(place, *arguments)
+    assert part in error_message(place, *arguments)
 
 
 ODD_NAMES = [
@@ -498,7 +498,7 @@ def test_every_key_of_a_file_takes_any_name(tmp_path, compose):
         assert OmegaConf.select(HydraConfig.instance().cfg if search else cfg, key) == odd
 
 
-def test_what_is_more_than_a_name_stays_so(tmp_path):
+def test_only_plain_names_are_quoted(tmp_path):
     kept = ["prediction=[a,b]", "input=null", "input='a b'", "data.classes=[a,b", "seed=${x}", "steps=1,2", "head=a,b"]
     kept += ["-m", "-cd", "a (1)", "~seed"]
     assert words.as_text(kept) == kept
@@ -508,29 +508,29 @@ def test_what_is_more_than_a_name_stays_so(tmp_path):
 
 def test_bad_files_are_named(place):
     (place / "data/train/masks/2.png").unlink()
-    assert "2" in refused(place, *TRAIN, "loss.weights=median")
+    assert "2" in error_message(place, *TRAIN, "loss.weights=median")
     write_png(place / "data/train/masks/2.png", np.zeros((32, 40), np.uint8))
-    message = refused(place, *TRAIN, "data.batch_size=4")
+    message = error_message(place, *TRAIN, "data.batch_size=4")
     assert "2.png" in message and "resize_mask" in message
     write_png(place / "data/train/masks/2.png", np.full((32, 48), 9, np.uint8))
-    assert "masks/2.png: 9\n" in refused(place, *TRAIN, "data.batch_size=4")
+    assert "masks/2.png: 9\n" in error_message(place, *TRAIN, "data.batch_size=4")
     whole = (place / "data/train/images/1.png").read_bytes()
     (place / "data/train/images/1.png").write_bytes(whole[: len(whole) // 2])
     write_png(place / "data/train/masks/2.png", np.zeros((32, 48), np.uint8))
-    assert "1.png as an image" in refused(place, *TRAIN, "data.batch_size=4", "engine.workers=1")
+    assert "1.png as an image" in error_message(place, *TRAIN, "data.batch_size=4", "engine.workers=1")
 
 
-def test_ids_that_are_not_classes_are_refused_with_the_word_that_maps_them(place):
+def test_ids_outside_the_classes_are_refused_with_a_mapping(place):
     for path in sorted(place.glob("data/*/masks/*.png")):
         write_png(path, np.where(read_ids(path) == 0, 64, 128).astype(np.uint8))
-    message = refused(place, *TRAIN)
+    message = error_message(place, *TRAIN)
     assert "6 of 6 masks with values that are not classes: 64 (in 6), 128 (in 6)" in message
     assert "To ignore them: '++data.reader.masks.ids={64: 255, 128: 255}' (with these quotes)" in message
     mapped = call(place, *TRAIN, "++data.reader.masks.ids={64: 0, 128: 1}", "mode.metrics_only=true")
     assert mapped.status == 0, mapped.err
 
 
-def test_it_trains_evaluates_and_predicts(place):
+def test_command_line_trains_evaluates_and_predicts(place):
     trained = call(place, *TRAIN, draws=True)
     assert trained.status == 0, trained.err
     assert "dark" in trained.out and "scores:" in trained.out
@@ -561,7 +561,7 @@ def test_it_trains_evaluates_and_predicts(place):
     assert other.status == 1 and "was trained with head=linear" in other.err
 
 
-def test_show_the_composed_config(place):
+def test_composed_config_is_shown(place):
     done = call(place, *TRAIN, "--cfg", "job")
     assert done.status == 0 and "_target_: dinoseg.training.trainer.Settings" in done.out and "steps: 2" in done.out
     assert not (place / "outputs").exists()
@@ -569,7 +569,7 @@ def test_show_the_composed_config(place):
 
 def test_a_model_that_no_memory_holds_is_one_message(place, monkeypatch):
     monkeypatch.setattr("dinoseg.config.stored.check_numbers", lambda values: None)  # it would refuse this head
-    said = refused(
+    said = error_message(
         place, *TRAIN, "data.root=data", "head=detail", "head.layers=[-1]", f"head.fine={10**9}", "hydra.run.dir=R"
     )
     lines = [line for line in said.splitlines() if " INFO " not in line]
@@ -581,7 +581,7 @@ def test_a_model_that_no_memory_holds_is_one_message(place, monkeypatch):
     assert len(lines) == 1 and not (place / "R").exists()
 
 
-def test_the_command_line_alone_lets_the_cpu_compute_what_mps_lacks(monkeypatch, capsys):
+def test_only_the_command_line_enables_the_mps_fallback(monkeypatch, capsys):
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr("os.environ", environment := {})
     importlib.reload(dinoseg)
@@ -591,7 +591,7 @@ def test_the_command_line_alone_lets_the_cpu_compute_what_mps_lacks(monkeypatch,
     assert environment["PYTORCH_ENABLE_MPS_FALLBACK"] == "1" and "mode=train" in capsys.readouterr().out
 
 
-def test_an_interruption_before_torch_is_imported_does_not_import_it(tmp_path):
+def test_early_interruption_does_not_import_torch(tmp_path):
     code = (
         "import sys; from pathlib import Path; from omegaconf import OmegaConf; from dinoseg.cli import launch; "
         "cfg = OmegaConf.create({'mode': {'resume_from': 'last'}}); "

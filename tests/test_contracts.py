@@ -58,7 +58,7 @@ class GridScores(Head):
         return outputs["scores"]
 
 
-def test_a_head_on_a_grid_says_its_scores_once():
+def test_grid_head_defines_its_scores_once():
     prediction = SegmentationModel(Least(), GridScores())(torch.rand(2, 3, 6, 9))
     assert prediction.grid is prediction.outputs["scores"] and prediction.grid.shape == (2, 3, 2, 3)
     assert torch.equal(prediction.scores(), upsample(prediction.grid, (6, 9), (6 / 8, 9 / 12)))
@@ -73,7 +73,7 @@ def test_pixels_are_normalised_and_padded():
 
 
 @pytest.mark.parametrize(("adapt", "calls"), [(Frozen(), [4, 4, 4]), (LastBlocks(1), [12])])
-def test_what_does_not_learn_sees_a_few_images_at_a_time(adapt, calls):
+def test_frozen_backbone_runs_in_small_chunks(adapt, calls):
     model, seen = SegmentationModel(adapt(Least()), Scores()), []
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     images = torch.rand(12, 3, 6, 9)
@@ -110,7 +110,7 @@ def test_blocks_are_those_that_a_backbone_keeps():
         Lora(1, 1)(Frozen()(Backbone()))
 
 
-def test_a_loss_says_what_it_needs():
+def test_loss_requirements_default_to_none():
     assert (Loss().needs_masks, Loss().needs_slots, Loss().needs_similarity) == (False, False, False)
 
 
@@ -133,7 +133,7 @@ def test_a_part_that_keeps_no_contract_is_refused(compose):
         Builder(cfg).criterion(class_weights=torch.ones(2))
 
 
-def test_a_score_protocol_of_videos_that_keeps_no_contract_is_refused():
+def test_video_protocol_without_the_contract_is_refused():
     tracking = {"supervision": "none", "protocols": {"none": {"_target_": "torch.nn.Identity"}}}
     cfg = OmegaConf.create({"data": {"tracking": tracking}, "choices": {}})
     expected = (

@@ -55,29 +55,29 @@ def check(folder, model, loss, waits, **given):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_each_head(tmp_path, head):
+def test_each_head_trains_on_pretended_cuda(tmp_path, head):
     """With bf16; the tests below of losses and adapters train in fp32."""
     loss = "mask_classification" if "num_queries" in SMALL_HEADS.get(head, {}) else "cross_entropy"
     check(tmp_path, *cell(head, loss=loss), WAITS.get(loss, {}), precision="bf16")
 
 
 @pytest.mark.parametrize("loss", losses())
-def test_each_loss(tmp_path, loss):
+def test_each_loss_trains_on_pretended_cuda(tmp_path, loss):
     check(tmp_path, *cell("mask2former" if loss == "mask_classification" else "linear", loss=loss), WAITS.get(loss, {}))
 
 
 @pytest.mark.parametrize("adapter", [each for each in FILES["adapter"] if each not in QUANTISED])
-def test_each_adapter(tmp_path, adapter):
+def test_each_adapter_trains_on_pretended_cuda(tmp_path, adapter):
     check(tmp_path, *cell(adapter=adapter), {}, ema=0.5)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_each_backbone(tmp_path, backbone):
+def test_each_backbone_trains_on_pretended_cuda(tmp_path, backbone):
     check(tmp_path, *cell(adapter="full", backbone=backbone), {})
 
 
 @pytest.mark.parametrize(("first", "then"), [(True, True), (True, False), (False, True)])
-def test_a_training_goes_on_from_its_checkpoint(tmp_path, first, then):
+def test_training_resumes_from_its_checkpoint_on_cuda(tmp_path, first, then):
     """With the state of a fused optimizer, also where the part before or after it is on a CPU."""
     whole = train(tmp_path / "whole", *tiny(), steps=4, val_every=2, log_every=2)
     train(tmp_path / "cut", *tiny(), steps=2, val_every=2, log_every=2, cuda=first)

@@ -115,7 +115,7 @@ def tiny():
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_step_waits_for_nothing_and_learns_what_a_cpu_does(tmp_path, bf16):
+def test_step_on_cuda_never_waits_and_equals_a_cpu(tmp_path, bf16):
     options = {"precision": "bf16" if bf16 else "fp32", "plain": True, "clip": 0.5}
     there, here = (train(tmp_path, *tiny(), cuda=cuda, **options) for cuda in (True, False))
     assert there.data_module.steps == [{}, {}, LOGGED] and there.data_module.validations == [VALIDATION]
@@ -135,7 +135,7 @@ def drop(batch):
 
 
 @pytest.mark.parametrize("logged", [1, 9])
-def test_a_loss_that_is_not_finite_updates_nothing_and_is_told_by_its_step_and_samples(tmp_path, logged):
+def test_non_finite_loss_updates_nothing_and_names_its_step(tmp_path, logged):
     whole = train(tmp_path / "whole", *tiny(), steps=2, val_every=9, log_every=9)
     ended = train(tmp_path / "cut", *tiny(), steps=5, val_every=9, log_every=logged, at=2, fails=spoil)
     plain = train(tmp_path / "plain", *tiny(), cuda=False, steps=5, val_every=9, log_every=1, at=2, fails=spoil)
@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_is_told_by_its_step_and_s
 
 
 @pytest.mark.parametrize(("at", "saved"), [(2, True), (3, False)])
-def test_what_ends_a_training_between_a_step_and_its_reading_keeps_only_whole_steps(tmp_path, at, saved, caplog):
+def test_failure_between_step_and_reading_saves_only_whole_steps(tmp_path, at, saved, caplog):
     """The file is gone in the step after the one that nobody has read."""
 
     def fails(batch):
@@ -231,7 +231,7 @@ def test_costs_of_masks_go_to_the_host_in_one_transfer():
         torch.testing.assert_close(one.memory, other)
 
 
-def test_a_tracked_batch_waits_once_for_its_masks_and_twice_for_each_frame():
+def test_tracking_waits_once_per_batch_and_twice_per_frame():
     def track(cuda):
         torch.manual_seed(0)
         backbone = tiny_vit()

@@ -72,7 +72,7 @@ def check_cut(model, size=(37, 51)):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_maps_of_a_frozen_backbone_go_on_to_any_head(name):
+def test_frozen_maps_suffice_for_any_head(name):
     layers = [0, 1, 2, 3] if name in ("dpt", "upernet") else [1, 3]
     frozen = check_cut(model_of(Frozen()(deep_vit(layers)), name))
     assert [part.shape for part in frozen.tensors] == [(3, 5 * 7, 24)] * len(layers)
@@ -85,7 +85,7 @@ def test_maps_of_every_kind_of_backbone(name):
 
 
 @pytest.mark.parametrize(("size", "scale", "longest"), [((64, 1), 1.0, None), ((61, 90), 0.5, None), ((61, 90), 1, 40)])
-def test_sizes_are_those_of_images_and_of_what_the_backbone_saw(size, scale, longest):
+def test_frozen_features_store_image_and_input_sizes(size, scale, longest):
     model = model_of(Frozen()(deep_vit()), scale=scale, longest=longest)
     frozen = check_cut(model, size)
     assert frozen.size == size and frozen.seen == model.input_size(size)
@@ -112,7 +112,7 @@ def test_tokens_enter_the_first_trained_block_of_timm(layers):
 
 @pytest.mark.parametrize("deep", [True, False])
 @pytest.mark.parametrize("trained", ["all", "class_embed"])
-def test_mask2former_goes_on_from_maps_and_pixels_or_from_its_queries_and_masks(trained, deep):
+def test_mask2former_resumes_from_maps_or_from_queries_and_masks(trained, deep):
     torch.manual_seed(1)
     head = Mask2FormerHead(
         24, 4, 3, num_heads=4, hidden_dim=64, feedforward_dim=8, num_queries=3, drop_path=0.3, deep_supervision=deep
@@ -130,7 +130,7 @@ def test_mask2former_goes_on_from_maps_and_pixels_or_from_its_queries_and_masks(
 @pytest.mark.parametrize(
     ("name", "adapter"), [(name, Frozen()) for name in BACKBONES] + [("dinov3", LastBlocks(1)), ("timm", LastBlocks(1))]
 )
-def test_details_go_on_from_maps_and_bytes(name, adapter):
+def test_detail_head_resumes_from_maps_and_bytes(name, adapter):
     backbone = adapter(BACKBONES[name]([-1, -1] if name == "rgb" else [1, 3]))
     torch.manual_seed(1)
     head = DetailHead(backbone.dim, 2, 3, backbone.patch_size, fine=4, width=8, linear_skip=True)
@@ -152,7 +152,7 @@ def test_a_pyramid_is_cut_as_a_whole_alone():
         model_of(LastBlocks(1)(BACKBONES["convnext"]([-1]))).frozen(torch.zeros(1, 3, 64, 64))
 
 
-def test_positions_drawn_at_random_are_not_drawn_twice():
+def test_random_positions_are_not_sampled_twice():
     backbone = LastBlocks(1)(deep_vit(pos_embed_rescale=2.0))
     assert backbone.first_trained == 0
     assert Frozen()(backbone).first_trained is None

@@ -149,7 +149,7 @@ QUICK = {one for one in ALONE[::4] if not any(word in one for word in LONG)}  # 
 @pytest.mark.parametrize(
     "command", [pytest.param(one, marks=[] if one in QUICK else [pytest.mark.heavy]) for one in ALONE]
 )
-def test_command(command, stand_ins, tmp_path, monkeypatch):
+def test_documented_command_runs(command, stand_ins, tmp_path, monkeypatch):
     monkeypatch.setattr(benching, "run_in_process", in_this_process)
     done = call(tmp_path, *as_run(command, stand_ins))
     # the stand-ins are as alike and as few as no data set is: whether the doctor finds that is not at issue
@@ -196,7 +196,7 @@ def test_a_server_answers_and_stops(command, stand_ins, tmp_path):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("command", RANKS)
-def test_ranks(command, stand_ins, tmp_path):
+def test_documented_ranks_run(command, stand_ins, tmp_path):
     launcher, _, words = command.partition(" -m dinoseg ")
     program = [str(Path(sys.executable).with_name("torchrun")), *shlex.split(launcher)[1:], "-m", "dinoseg"]
     done = subprocess.run(
@@ -213,7 +213,7 @@ def composed_keys(node, path=""):
             yield from composed_keys(value, f"{path}{key}.")
 
 
-def test_the_page_for_users_of_other_tools_names_keys_and_options_that_exist(compose):
+def test_migration_page_names_existing_keys_and_options(compose):
     page = (ROOT / "docs/coming_from.md").read_text()
     here = re.findall(r"^\| .* \| (.*) \|$", page, flags=re.M)
     words = {word for cell in here for word in re.findall(r"`([^`]+)`", cell)}
@@ -242,7 +242,7 @@ def run_small(mode, words, overrides, *options, **named):
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # transformers, without a GPU
 @pytest.mark.parametrize(("page", "code"), PYTHON)
-def test_python(page, code, stand_ins, tmp_path, monkeypatch):
+def test_documented_python_runs(page, code, stand_ins, tmp_path, monkeypatch):
     if "import lightning" in code:
         pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
     monkeypatch.chdir(tmp_path)

@@ -20,13 +20,13 @@ def site(tmp_path_factory):
     return folder
 
 
-def test_nothing_is_fetched_from_elsewhere(site):
+def test_documentation_site_fetches_nothing_external(site):
     for page in [*PAGES[1:], *LOG]:
         text = (site / page.relative_to(ROOT / "docs").with_suffix(".html")).read_text()
         assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^>]+>", text), page
 
 
-def test_the_page_of_the_api_has_an_entry_with_an_example_for_each_name(site):
+def test_api_page_has_an_entry_and_example_for_each_name(site):
     names = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(), flags=re.M)
     text = (site / "api.html").read_text()
     entries = re.split(r'id="(dinoseg(?:\.(?:losses|metrics|testing))?\.\w+)" class="doc doc-heading"', text)

@@ -15,7 +15,7 @@ def test_no_line_is_longer_than_those_of_the_code():
     assert long == [] and len(lines) > 3000  # Markdown cannot wrap a row of a table
 
 
-def test_the_architecture_names_every_package_and_files_that_exist():
+def test_architecture_page_names_all_packages_and_existing_files():
     page = (ROOT / "docs/architecture.md").read_text()
     paths = [*ROOT.glob("*"), *ROOT.glob("*/**/*")]
     files = {path.relative_to(ROOT).as_posix() for path in paths if ".venv" not in path.parts}
@@ -69,7 +69,7 @@ def anchors(page):
 
 
 @pytest.mark.parametrize("page", [*PAGES, *LOG], ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(page):
+def test_links_lead_to_existing_targets(page):
     for target in LINK.findall(without_code(page)):
         if re.match(r"https?://", target):
             continue
@@ -120,7 +120,7 @@ def test_the_readme_is_short_and_leads_to_the_contents():
     assert len(text.split()) <= 500 and "docs/index.md" in LINK.findall(text)
 
 
-def test_the_page_of_the_config_names_every_group_and_shared_key_and_options_that_exist():
+def test_config_page_names_all_groups_and_existing_options():
     page = (ROOT / "docs/config.md").read_text()
     named = set(re.findall(r"`([^`]+)`", page))
     folders = {path.parent for path in (ROOT / "dinoseg/cfg").rglob("*.yaml")}

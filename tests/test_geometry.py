@@ -34,7 +34,7 @@ def reference(grid, size, valid):
     return upper * (1 - down) + lower * down
 
 
-def test_upsample_agrees_with_the_written_out_formula_on_any_sizes():
+def test_upsample_agrees_with_the_explicit_formula_at_any_size():
     draw = random.Random(0)
     for _ in range(1500):
         patch = draw.choice([8, 14, 16])
@@ -91,7 +91,7 @@ def test_tiles_are_those_of_upsample_and_their_gradient_its_own():
 
 
 @pytest.mark.parametrize("size", [(6, 5), (12, 5), (6, 10)], ids=["neither", "rows", "columns"])
-def test_a_tile_whose_pixels_are_cells_along_an_axis_has_memory_of_its_own(size):
+def test_tile_aligned_with_cells_has_its_own_memory(size):
     grid = torch.randn(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
     expected, read = upsample(grid, size, (1.0, 1.0))[0], grid.detach()[0]
     ((rows,), (columns,)) = (spans(*sides, 1.0, sides[0], grid) for sides in zip(size, (6, 5), strict=True))
@@ -110,7 +110,7 @@ def test_a_run_that_reads_few_cells_is_one_product():
     assert [piece.weights.shape[1] for piece in spans(480, 240, 1.0, 480, grid)[0].pieces] == [49, 50, 50, 50, 49]
 
 
-def test_pieces_are_worth_a_product_of_their_own_and_for_a_cpu_alone():
+def test_resizing_is_split_into_pieces_only_on_a_cpu():
     grid = torch.empty(1)
     assert [len(piece.weights) for piece in spans(150, 140, 1.0, 150, grid)[0].pieces] == [64, 64, 22]
     assert not spans(64, 60, 1.0, 64, grid)[0].pieces

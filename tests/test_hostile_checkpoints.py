@@ -28,7 +28,7 @@ def sound(where):
     return checkpoint.read(where / "outputs/base/one/checkpoints/last.safetensors")
 
 
-def tampered(where, sound, changes, tensors=None):
+def write_tampered(where, sound, changes, tensors=None):
     """Write a checkpoint with values put at places of its description, and return its path."""
     info = copy.deepcopy(sound.info)
     for place, value in changes.items():
@@ -80,24 +80,24 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_tampered_file_is_refused(where, sound, case):
-    path, before = tampered(where, sound, case(where)), files(where)
+    path, before = write_tampered(where, sound, case(where)), files(where)
     done = call(where, "mode=export", f"resume={path}", "engine=cpu")
     assert done.status == 1 and done.err.startswith("error: ") and "Traceback" not in done.err, done.err
     assert files(where) == before and len(done.err) < 1500
 
 
 @pytest.mark.parametrize("mode", ["predict", "eval", "export", "track", "train"])
-def test_every_mode_refuses_what_runs(where, sound, mode):
-    path, before = tampered(where, sound, CASES["a hook in the head"](where)), files(where)
+def test_every_mode_refuses_targets_in_a_checkpoint(where, sound, mode):
+    path, before = write_tampered(where, sound, CASES["a hook in the head"](where)), files(where)
     source = ("input=data/val/images",) if mode in ("predict", "track") else ()
     done = call(where, f"mode={mode}", f"resume={path}", "engine=cpu", *source)
     assert done.status == 1 and "a checkpoint stores no key _target_" in done.err, done.err
     assert files(where) == before
 
 
-def test_weights_that_are_not_finite_are_refused(where, sound):
+def test_non_finite_weights_are_refused(where, sound):
     name = "model/head.classify.weight"
-    path = tampered(where, sound, {}, {name: torch.full_like(sound.tensors[name], float("nan"))})
+    path = write_tampered(where, sound, {}, {name: torch.full_like(sound.tensors[name], float("nan"))})
     export = ("mode=export", f"resume={path}", "engine=cpu")
     refused = call(where, *export)
     assert refused.status == 1 and "hold NaN or infinity" in refused.err
@@ -105,10 +105,10 @@ def test_weights_that_are_not_finite_are_refused(where, sound):
 
 def test_a_sound_file_is_accepted(where, sound):
     assert json.dumps(sound.info) and os.path.exists(sound.path)
-    assert call(where, "mode=export", f"resume={tampered(where, sound, {})}", "engine=cpu").status == 0
+    assert call(where, "mode=export", f"resume={write_tampered(where, sound, {})}", "engine=cpu").status == 0
 
 
-def test_a_word_beside_it_that_points_nowhere_is_one_message(where):
+def test_dangling_interpolation_with_a_checkpoint_is_one_message(where):
     done = call(where, "mode=export", "resume=outputs/base/one", "engine=cpu", "head.layers=${.x}")
     assert done.status == 1 and done.err.startswith("error: resume=") and "backbone.layers" in done.err, (
         done.err

@@ -47,7 +47,7 @@ def hidden(data, number, kind):
     return data.replace(struct.pack("<HHI", number, 4, 1), struct.pack("<HHI", number, kind, 1))
 
 
-def skipped(data, number):
+def skipped_tag(data, number):
     """Return a TIFF file whose tag of that number is in 8 bytes that Pillow skips, after a tag of the file's length."""
     return hidden(data, number, 16).replace(
         struct.pack("<HHII", 277, 4, 1, 1), struct.pack("<HHII", 285, 1, len(data), 0)
@@ -58,7 +58,7 @@ PLAIN = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1)]
 TILED = [*PLAIN, (324, 0), (325, 0)]
 
 
-def opened(tmp_path, data, name):
+def read_both(tmp_path, data, name):
     (tmp_path / name).write_bytes(data)
     return read_image(tmp_path / name), as_rgb(Image.open(io.BytesIO(data)), "The image")
 
@@ -73,12 +73,12 @@ def opened(tmp_path, data, name):
         (hidden(tiff([*TILED, (322, 26_000), (323, 256)]), 322, 17), "the TIFF tag 322 in an unsupported form"),
         (hidden(tiff([*TILED, (322, 256), (323, 26_000)]), 323, 99), "the TIFF tag 323 in an unsupported form"),
         (hidden(tiff([*PLAIN, (273, 0), (279, 0)]), 273, 17), "the TIFF tag 273 in an unsupported form"),
-        (skipped(tiff([*TILED, (322, 26_000), (323, 256)]), 322), "the TIFF tag 322 in an unsupported form"),
+        (skipped_tag(tiff([*TILED, (322, 26_000), (323, 256)]), 322), "the TIFF tag 322 in an unsupported form"),
     ],
     ids=["scans", "tile", "tile of the other byte order", "two tiles", "width", "height", "strips", "long"],
 )
 @pytest.mark.filterwarnings("ignore:Tag data larger than file")
-def test_what_costs_more_than_its_pixels_is_refused(tmp_path, data, reason):
+def test_image_that_costs_more_than_its_pixels_is_refused(tmp_path, data, reason):
     name = "a.tif" if data[:2] in (b"II", b"MM") else "a.jpg"
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=f"{name} has .*{reason}"):
@@ -155,14 +155,14 @@ def test_chunks_longer_than_their_png_file_are_refused(tmp_path):
     ],
     ids=["scans", "behind the end", "tile", "tile of the other byte order", "strip"],
 )
-def test_what_encoders_write_is_read(tmp_path, data, name):
-    first, second = opened(tmp_path, data, name)
+def test_images_of_common_encoders_are_read(tmp_path, data, name):
+    first, second = read_both(tmp_path, data, name)
     assert first.shape in ((24, 32, 3), (16, 16, 3)) and (first == second).all()
 
 
 def test_many_segments_of_other_metadata_are_read(tmp_path):
     xmp = b"\xff\xe1\0\x09http://"
-    first, second = opened(tmp_path, jpeg_with(xmp * 100), "a.jpg")
+    first, second = read_both(tmp_path, jpeg_with(xmp * 100), "a.jpg")
     assert first.shape == (24, 32, 3) and (first == second).all()
 
 
@@ -172,19 +172,19 @@ def test_many_chunks_of_pixels_are_read(tmp_path, monkeypatch):
     start = data.index(b"IDAT") + 4
     pixels = data[start : start + int.from_bytes(data[start - 8 : start - 4], "big")]
     chunks = [chunk(b"IDAT", pixels[at : at + 16]) for at in range(0, len(pixels), 16)]
-    first, second = opened(tmp_path, data[: start - 8] + b"".join(chunks) + chunk(b"IEND", b""), "a.png")
+    first, second = read_both(tmp_path, data[: start - 8] + b"".join(chunks) + chunk(b"IEND", b""), "a.png")
     assert len(chunks) > 100 and (first == IMAGE).all() and (second == IMAGE).all()
 
 
 def test_a_tile_of_four_times_the_pixels_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("dinoseg.utils.image_cost.MAX_BLOCK_PIXELS", 100)
-    first, second = opened(tmp_path, tiff([*TILED, (322, 32), (323, 32)], block=bytes(32 * 32)), "a.tif")
+    first, second = read_both(tmp_path, tiff([*TILED, (322, 32), (323, 32)], block=bytes(32 * 32)), "a.tif")
     assert first.shape == (16, 16, 3) and (first == second).all()
     with pytest.raises(UserError, match="in TIFF tiles of 80 x 80"):
-        opened(tmp_path, tiff([*TILED, (322, 80), (323, 80)], block=bytes(80 * 80)), "a.tif")
+        read_both(tmp_path, tiff([*TILED, (322, 80), (323, 80)], block=bytes(80 * 80)), "a.tif")
 
 
-def test_no_other_format_of_pillows_is_read_under_a_familiar_name(tmp_path):
+def test_image_of_another_format_than_its_suffix_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     with pytest.raises(UserError, match="a.png as an image"):
         read_image(tmp_path / "a.png")

@@ -73,7 +73,7 @@ def test_16_bit_grey_keeps_its_numbers_and_alpha_is_dropped(tmp_path):
     assert read_ids(write_png(tmp_path / "c.png", 8, 4, [3, 255])).tolist() == [[3]]
 
 
-def test_files_whose_numbers_would_be_changed_are_refused_by_kind(tmp_path):
+def test_files_that_do_not_preserve_ids_are_refused_by_kind(tmp_path):
     Image.new("CMYK", (4, 4)).save(tmp_path / "cmyk.jpg")
     for path, kind in (
         (write_tiff(tmp_path / "float.tif", 32, 3, struct.pack("<4f", 1, 2, 300, 4)), "F;32F, by Pillow's name"),
@@ -90,7 +90,7 @@ def test_files_whose_numbers_would_be_changed_are_refused_by_kind(tmp_path):
         assert "Save it as a grey PNG" in text and "truncated" not in text
 
 
-def test_what_keeps_a_file_from_being_read_is_told(tmp_path, monkeypatch):
+def test_unreadable_file_is_refused_with_its_reason(tmp_path, monkeypatch):
     Image.new("L", (40, 40)).save(tmp_path / "a.png")
     Image.fromarray(np.random.default_rng(0).integers(0, 99, (40, 40), np.uint8)).save(tmp_path / "part.png")
     (tmp_path / "part.png").write_bytes((tmp_path / "part.png").read_bytes()[:900])
@@ -108,7 +108,7 @@ def test_what_keeps_a_file_from_being_read_is_told(tmp_path, monkeypatch):
         read_ids(tmp_path / "part.png")
 
 
-def test_grey_pictures_of_16_bits_are_scaled_and_it_is_warned_once(tmp_path, caplog):
+def test_sixteen_bit_grey_images_are_scaled_with_one_warning(tmp_path, caplog):
     images._warned.clear()
     levels = np.array([[0, 128, 129, 257], [32767, 65278, 65407, 65535]], np.uint16)
     Image.fromarray(levels).save(tmp_path / "deep.png")
@@ -127,7 +127,7 @@ def test_grey_pictures_of_16_bits_are_scaled_and_it_is_warned_once(tmp_path, cap
         read_image(tmp_path / "real.tif")
 
 
-def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+def test_file_without_read_permission_is_refused(tmp_path, monkeypatch):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "a.png").chmod(0)
     if os.access(tmp_path / "a.png", os.R_OK):  # some users may read all
@@ -141,7 +141,7 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     assert "truncated" not in str(error.value)
 
 
-def test_grey_pictures_of_12_bits_are_scaled_by_what_is_white_there(tmp_path, caplog):
+def test_twelve_bit_grey_images_are_scaled_by_their_white_level(tmp_path, caplog):
     levels = np.arange(0, 4096, 273)  # 0..4095
     pairs = levels.reshape(-1, 2)
     packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)

@@ -46,7 +46,7 @@ def texts(path):
 FILES = sorted([path for ending in ("py", "yaml", "html", "js") for path in (ROOT / "dinoseg").rglob(f"*.{ending}")])
 
 
-def test_no_text_for_users_has_a_phrase_that_only_this_project_uses():
+def test_user_texts_contain_no_banned_phrase():
     found = [(path, text) for path in FILES for text in texts(path)]
     wrong = [f"{path.relative_to(ROOT)}: {text}" for path, text in found if BANNED.search(text)]
     assert not wrong, "\n".join(wrong)
@@ -62,5 +62,5 @@ def test_no_text_for_users_has_a_phrase_that_only_this_project_uses():
         ('label = "goes on"', False),
     ],
 )
-def test_messages_are_all_strings_of_several_words_but_docstrings(source, wrong):
+def test_messages_are_strings_of_several_words_except_docstrings(source, wrong):
     assert any(BANNED.search(text) for text in messages(source)) == wrong

@@ -17,7 +17,7 @@ from dinoseg.utils.interrupt import Interrupted
 NAMED = Path("outputs/base/eval_2026-01-02_03-04-05")
 
 
-def test_an_evaluation_lies_below_its_recipe(tmp_path):
+def test_evaluation_folder_is_below_its_recipe(tmp_path):
     write_data(tmp_path / "data")
     words = ("mode=train", "hparam=camvid", *SMALL, "mode.metrics_only=true", "mode.report=false")
     done = call(tmp_path, *words, "hydra.run.dir=run")
@@ -43,7 +43,7 @@ def test_an_evaluation_lies_below_its_recipe(tmp_path):
 LISTED = "resume=.*last.safetensors: resumes with (.*)"
 
 
-def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):
+def test_occupied_folder_and_resumed_checkpoint_are_logged(tmp_path):
     write_data(tmp_path / "data")
     quiet = ("mode.metrics_only=true", "mode.report=false")
     words = ("mode=train", *SMALL, *quiet, "resolution.crop=32", "data.on_error=stop")
@@ -79,17 +79,17 @@ def test_a_folder_that_is_taken_and_what_a_run_goes_on_with_are_said(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["../../elsewhere", "/tmp", "a/b", "..", "", 3, None])
-def test_a_name_that_is_none_moves_nothing(recipe):
+def test_invalid_recipe_name_does_not_change_the_folder(recipe):
     assert _below_recipe(NAMED, "base", recipe) == NAMED
 
 
-def test_a_folder_that_the_user_named_stays():
+def test_folder_named_by_the_user_is_unchanged():
     for folder in (Path("mine"), Path("outputs/base/mine"), NAMED / "0", NAMED.with_name(f"{NAMED.name}_mine")):
         assert _below_recipe(folder, "base", "person") == folder
     assert _below_recipe(NAMED, "base", "person") == Path("outputs/person") / NAMED.name
 
 
-def test_a_mode_goes_on_in_a_folder_of_its_own_alone(tmp_path):
+def test_mode_resumes_only_in_its_own_folder(tmp_path):
     cfg = OmegaConf.create({"mode": {"resumes_with": "predict.json"}})
 
     def resumes_with(*names):
@@ -137,7 +137,7 @@ def test_a_rank_of_torchrun_keeps_to_its_share_of_the_processors(second_rank, tm
     assert launch.launch(second_rank, tmp_path / "new", []) == "1"
 
 
-def test_a_process_that_is_no_rank_keeps_the_threads_that_torch_gives_it(second_rank, tmp_path, monkeypatch):
+def test_single_process_uses_the_default_threads_of_torch(second_rank, tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name)
     second_rank.mode.devices = 1
@@ -146,7 +146,7 @@ def test_a_process_that_is_no_rank_keeps_the_threads_that_torch_gives_it(second_
     assert launch.launch(second_rank, tmp_path / "new", []) is None
 
 
-def test_the_first_rank_alone_says_what_is_left(second_rank, tmp_path, monkeypatch):
+def test_only_the_first_rank_reports_saved_results(second_rank, tmp_path, monkeypatch):
     def stop(cfg, folder):
         raise KeyboardInterrupt
 
@@ -158,14 +158,14 @@ def test_the_first_rank_alone_says_what_is_left(second_rank, tmp_path, monkeypat
         assert (stopped.value.note, stopped.value.status) == (said, 130)
 
 
-def test_a_process_that_knows_the_callback_alone_can_name_a_jobs_folder():
+def test_worker_process_can_resolve_the_folder_of_a_job():
     OmegaConf.clear_resolver("recipe_name")  # as in a process that joblib or Slurm has started
     importlib.reload(launch)
     cfg = OmegaConf.create({"dir": "outputs/${recipe_name:${choice}}", "choice": "sarrarp_lora"})
     assert cfg.dir == "outputs/sarrarp_lora"
 
 
-def test_a_shortage_keeps_the_error_that_it_is_told_for(second_rank, tmp_path, monkeypatch):
+def test_out_of_memory_error_preserves_its_cause(second_rank, tmp_path, monkeypatch):
     error = MemoryError()
 
     def short(cfg, folder):

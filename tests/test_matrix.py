@@ -181,7 +181,7 @@ def test_the_matrix_is_whole():
         *(("lora_all", backbone) for backbone in ("dinov3", "convnext", "timm_vit")),
     ],
 )
-def test_of_weights_from_a_file_only_what_was_trained_is_kept(configs, tmp_path, backbone, adapter):
+def test_checkpoint_omits_untrained_weights_of_a_file(configs, tmp_path, backbone, adapter):
     cfg = cell_config(configs, backbone, adapter, "linear")
     source = instantiate(cfg.backbone)
     with torch.no_grad():

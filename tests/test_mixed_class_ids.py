@@ -62,7 +62,7 @@ def test_all_masks_that_are_left_out_count_together():
     assert mixed_class_ids(logits, shares, (40, 60), (1.0, 1.0)).eq(0).all()
 
 
-def test_of_equal_scores_it_is_the_first(monkeypatch):
+def test_ties_are_won_by_the_first_class(monkeypatch):
     monkeypatch.setattr(module, "_CACHED", 1)  # tiles of a column
     assert mixed_class_ids(torch.zeros(1, 2, 3, 3), torch.eye(2)[None], (9, 9), (1.0, 1.0)).eq(0).all()
     more = 2**-7  # by a mask that is left out, the first is no less; a logit of 40 is all of a share
@@ -88,7 +88,7 @@ def test_fewer_numbers_are_upsampled_where_few_masks_matter(monkeypatch):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_prediction_reads_ids_and_logits_of_masks_without_scores_of_all_pixels(autocast):
+def test_mask_prediction_gives_ids_without_full_size_scores(autocast):
     torch.manual_seed(0)
     outputs = MaskOutputs(torch.randn(2, 9, 5), 4 * torch.randn(2, 9, 6, 7))
     size, valid, places = (45, 61), (0.9, 0.95), (slice(2, None, 5), slice(1, None, 6))

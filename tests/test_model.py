@@ -18,7 +18,7 @@ def head(request):
 
 @pytest.mark.parametrize("size", [(32, 40), (33, 41), (1, 1), (7, 100)])
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.25])
-def test_scores_have_the_images_size_whatever_it_is(tiny_backbone, head, size, scale):
+def test_scores_have_the_size_of_the_images(tiny_backbone, head, size, scale):
     model = SegmentationModel(tiny_backbone(), head(5), scale=scale).eval()
     prediction = model(torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8))
     assert prediction.logits().shape == (2, 5, *size)
@@ -68,9 +68,7 @@ def test_backbone_size_only_ever_reduces_to_longest(size, scale, longest, expect
     ("resolution", "seen"),
     [({}, (33, 41)), ({"scale": 0.5}, (16, 20)), ({"scale": 2.0}, (66, 82)), ({"longest": 20}, (16, 20))],
 )
-def test_the_backbone_sees_a_resized_image_and_the_head_which_part_of_the_grid_it_fills(
-    tiny_backbone, head, resolution, seen
-):
+def test_model_resizes_images_and_passes_the_valid_grid_share(tiny_backbone, head, resolution, seen):
     model = SegmentationModel(tiny_backbone(), head(2), **resolution).eval()
     images = torch.full((2, 3, 33, 41), 51, dtype=torch.uint8)
     pixels, prediction = model.pixels(images), model(images)
@@ -87,7 +85,7 @@ def test_resolution_out_of_range_is_refused(tiny_backbone, head):
         SegmentationModel(tiny_backbone(), head(2), longest=0)
 
 
-def test_a_checkpoint_holds_what_training_changes(tiny_backbone):
+def test_checkpoint_stores_only_trained_tensors(tiny_backbone):
     def names(adapter, weights):
         backbone = adapter(tiny_backbone())
         backbone.weights = weights
@@ -114,7 +112,7 @@ def test_a_checkpoint_holds_running_means_of_trained_parts_alone(tiny_backbone):
         assert "backbone.constant" not in names
 
 
-def test_a_fingerprint_tells_names_shapes_and_values_apart():
+def test_fingerprint_depends_on_names_shapes_and_values():
     zeros = torch.zeros(2, 3)
     others = [("b", zeros)], [("a", zeros.T)], [("a", zeros + 1)], [("a", zeros), ("b", zeros)], []
     assert len({fingerprint(tensors) for tensors in ([("a", zeros)], *others)}) == 6

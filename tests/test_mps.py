@@ -34,7 +34,7 @@ def check(folder, model, loss, **options):
     assert done.error is None and done.step == 2 and (folder / "last.safetensors").exists()
 
 
-def test_a_training_gives_what_it_gives_on_a_cpu(tmp_path):
+def test_training_on_mps_equals_training_on_a_cpu(tmp_path):
     options = {"plain": True, "clip": 0.5}
     there, here = (train_on_mps(tmp_path / str(cuda), *tiny(), cuda=cuda, **options) for cuda in (True, False))
     assert there.error is None and there.step == 3
@@ -44,20 +44,20 @@ def test_a_training_gives_what_it_gives_on_a_cpu(tmp_path):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("head", HEADS)
-def test_each_head(tmp_path, head):
+def test_each_head_trains_on_pretended_mps(tmp_path, head):
     loss = "mask_classification" if "num_queries" in SMALL_HEADS.get(head, {}) else "cross_entropy"
     check(tmp_path, *cell(head, loss=loss))
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("loss", sorted({*losses()} - {"cross_entropy", "mask_classification"}))  # those of the heads
-def test_each_loss(tmp_path, loss):
+def test_each_loss_trains_on_pretended_mps(tmp_path, loss):
     check(tmp_path, *cell(loss=loss))
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("adapter", [each for each in FILES["adapter"] if each not in QUANTISED])
-def test_each_adapter(tmp_path, adapter):
+def test_each_adapter_trains_on_pretended_mps(tmp_path, adapter):
     check(tmp_path, *cell(adapter=adapter), ema=0.5)
 
 

@@ -41,7 +41,7 @@ def test_committed_outputs_are_complete_portable_and_small(path):
 
 
 @notebooks
-def test_lines_are_at_most_120_characters_and_links_lead_to_files(path):
+def test_lines_have_at_most_120_characters_and_links_exist(path):
     cells = nbformat.read(path, as_version=4).cells
     assert [line for cell in cells for line in cell.source.splitlines() if len(line) > 120] == []
     links = [link for cell in cells for link in re.findall(r"\]\(([^)#]+)", cell.source)]

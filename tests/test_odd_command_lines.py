@@ -17,7 +17,7 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.heavy
-def test_drawn_command_lines(root):
+def test_random_command_lines_have_no_fault(root):
     drawn = [words for words in lines(220, seed=1, modes=QUICK) if "mode=glob(*)" not in words]
     assert len(drawn) >= 50 and len(set(drawn)) == len(drawn)
     wrong = {words: what for words in drawn if (what := fault(root, words))}
@@ -49,14 +49,14 @@ def test_drawn_command_lines(root):
         *("resolution.crop=[1,1]", "resolution.scale=nan", "data.classes=[]", "backbone.arch=3", "=", "--x"),
     ],
 )
-def test_what_cannot_be_is_one_message(root, word):
+def test_impossible_value_is_one_message(root, word):
     assert not fault(root, ("mode=summary", *BASES["summary"], word))
 
 
 @pytest.mark.parametrize("word", ["data.root=[]", "data.root={}", "data.prepare.root=3", "data.root=~nobody_here/x"])
-def test_a_folder_is_text(root, word):
+def test_folder_name_is_read_as_text(root, word):
     assert not fault(root, ("mode=prepare", *BASES["prepare"], word))
 
 
-def test_a_group_that_is_taken_away_and_chosen_is_one_message(root):
+def test_removing_and_choosing_a_group_is_one_message(root):
     assert not fault(root, ("mode=summary", "features.gib={a: 1}", "~mode", "mode=-"))

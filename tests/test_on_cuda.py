@@ -104,7 +104,7 @@ def beside_a_cpu(folder, close=1e-3, turned=0.05, **given):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_each_head_learns_what_it_does_on_a_cpu(tmp_path, head):
+def test_each_head_trains_as_on_a_cpu(tmp_path, head):
     masks = "num_queries" in SMALL_HEADS.get(head, {})
     # points are drawn on the device, by a generator of its own
     close, loss = ((0.2, 1.0), "mask_classification") if masks else ((1e-3, 0.05), "cross_entropy")
@@ -117,24 +117,24 @@ def test_each_loss_is_that_of_a_cpu(tmp_path, loss):
 
 
 @pytest.mark.parametrize("adapter", [each for each in FILES["adapter"] if each not in QUANTISED])
-def test_each_adapter_learns_what_it_does_on_a_cpu(tmp_path, adapter):
+def test_each_adapter_trains_as_on_a_cpu(tmp_path, adapter):
     beside_a_cpu(tmp_path, adapter=adapter)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_each_backbone_learns_what_it_does_on_a_cpu(tmp_path, backbone):
+def test_each_backbone_trains_as_on_a_cpu(tmp_path, backbone):
     beside_a_cpu(tmp_path, 5e-3, 0.5, adapter="full", backbone=backbone)  # of ConvNeXt a CPU's own ways are 0.14 apart
 
 
 @pytest.mark.parametrize("adapter", QUANTISED)
-def test_quantised_blocks_learn_what_they_do_on_a_cpu(tmp_path, adapter):
+def test_quantised_blocks_train_as_on_a_cpu(tmp_path, adapter):
     """With kernels of their own, which round otherwise."""
     beside_a_cpu(tmp_path, 0.05, 0.3, adapter=adapter)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_step_waits_for_the_device_where_it_is_said_to(tmp_path, head, precision):
+def test_step_synchronises_only_where_expected(tmp_path, head, precision):
     loss = "mask_classification" if "num_queries" in SMALL_HEADS.get(head, {}) else "cross_entropy"
     done = train(tmp_path, *cell(head, loss=loss), precision=precision, watch=True, steps=4, val_every=4, log_every=4)
     waits = sum(WAITS.get(loss, {}).values())
@@ -142,7 +142,7 @@ def test_a_step_waits_for_the_device_where_it_is_said_to(tmp_path, head, precisi
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler
-def test_compiled_blocks_learn_the_same(tmp_path, caplog):
+def test_compiled_blocks_train_the_same(tmp_path, caplog):
     plain, compiled = (train(tmp_path / str(way), *cell(adapter="full"), compile=way) for way in (False, True))
     agree(compiled, plain)
     assert "torch cannot compile here" not in caplog.text
@@ -180,7 +180,7 @@ def test_cuda_graphs_follow_images_weights_and_sizes():
 
 
 @pytest.mark.parametrize(("first", "then"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])
-def test_a_training_goes_on_from_its_checkpoint(tmp_path, first, then):
+def test_training_resumes_from_its_checkpoint(tmp_path, first, then):
     whole = train(tmp_path / "whole", *tiny(), adam=True, steps=4, val_every=2)
     train(tmp_path / "cut", *tiny(), device=first, adam=True, steps=2, val_every=2)
     start = read(tmp_path / "cut" / "last.safetensors")
@@ -198,7 +198,7 @@ def measure_step(values):
 
 @pytest.mark.parametrize("adapter", ["frozen", "lora", "full"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_a_step_takes_is_foretold(compose, adapter, checkpointing):
+def test_memory_of_a_step_is_estimated(compose, adapter, checkpointing):
     words = ("backbone=dinov3_vits16", "backbone.weights=random", f"adapter={adapter}", "head=linear")
     words += ("data.root=none", "data.classes=[a,b,c]", "resolution.crop=[256,256]", "data.batch_size=8")
     cfg = compose(*words, f"backbone.checkpointing={str(checkpointing).lower()}", "engine.precision=bf16")

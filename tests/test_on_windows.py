@@ -16,7 +16,7 @@ from dinoseg.utils.interrupt import forward_signals
 
 
 @pytest.mark.heavy
-def test_every_module_and_whole_runs_need_nothing_that_windows_lacks(tmp_path):
+def test_modules_and_runs_need_nothing_that_windows_lacks(tmp_path):
     command = [sys.executable, Path(__file__).with_name("as_on_windows.py"), tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     modules, *ended = done.stdout.splitlines()
@@ -45,7 +45,7 @@ def test_a_search_makes_no_links(tmp_path, monkeypatch):
     assert not study.get_trials() and (tmp_path / "search.log").is_file()
 
 
-def test_on_windows_signals_are_not_passed_on_since_the_console_sends_them_to_all(monkeypatch):
+def test_signals_are_not_forwarded_on_windows(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(os, "kill", lambda process, number: sent.append(process))
     sent = []

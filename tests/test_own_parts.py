@@ -69,7 +69,7 @@ class ShiftTracker(Tracker):
 TRACKER_CONFIG = "_target_: my_parts.trackers.ShiftTracker\n_partial_: true\nshift: 1\n"
 
 
-def written(folder, files, monkeypatch):
+def write_package(folder, files, monkeypatch):
     """Write the files of a package and a config folder; yield the words that name the config folder."""
     monkeypatch.syspath_prepend(folder / "mine")
     for name, text in files.items():
@@ -89,21 +89,21 @@ def own(tmp_path, monkeypatch):
         "mine/config/tracker/whole.yaml": TRACKER_CONFIG.replace("_partial_: true\n", ""),
         "mine/config/tracker/foreign.yaml": "_target_: types.SimpleNamespace\n",
     }
-    yield from written(tmp_path, files, monkeypatch)
+    yield from write_package(tmp_path, files, monkeypatch)
 
 
 @pytest.fixture
-def documented(tmp_path, monkeypatch):
+def documented_parts(tmp_path, monkeypatch):
     """Write the files of docs/extending.md."""
     texts = [text for _, text in blocks(PAGE, "python|yaml")]
-    yield from written(tmp_path, {text.split()[1]: text for text in texts}, monkeypatch)
+    yield from write_package(tmp_path, {text.split()[1]: text for text in texts}, monkeypatch)
 
 
-def test_the_parts_of_the_docs_are_listed(documented):
-    listed, usual = help_for([*documented, "--help"]), help_for(["--help"])
+def test_the_parts_of_the_docs_are_listed(documented_parts):
+    listed, usual = help_for([*documented_parts, "--help"]), help_for(["--help"])
     for option in OPTIONS.values():
         assert f" {option}" in listed and f" {option}" not in usual
-    keys = help_for([*documented, "mode=balance", "--help"])
+    keys = help_for([*documented_parts, "mode=balance", "--help"])
     assert keys.startswith("Keys of mode=balance") and "mode.split=train " in keys and "Its groups: data\n" in keys
     files = [text for _, text in blocks(PAGE, "python") if "/my_parts/" in text.split()[1]]
     assert max(sum(1 for line in text.splitlines() if line) for text in files) <= 22
@@ -111,11 +111,11 @@ def test_the_parts_of_the_docs_are_listed(documented):
 
 
 @pytest.mark.parametrize("part", ["backbone", "head", "loss", "dataset"])
-def test_the_parts_of_the_docs_keep_their_contracts(part, documented):
+def test_the_parts_of_the_docs_keep_their_contracts(part, documented_parts):
     getattr(importlib.import_module("test_my_parts"), f"test_{part}")()
 
 
-def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, documented):
+def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, documented_parts):
     def run(command, *words):
         """Run a command with a small model in the folder of the package."""
         given = {"input=VIDEO": f"input={trained / 'clip'}", "labels=MASK": f"labels={trained / 'first.png'}"}
@@ -159,7 +159,7 @@ def test_the_commands_of_the_docs_use_one_part_of_each_kind(trained, tmp_path, d
 
 
 @pytest.mark.heavy
-def test_boundary_loss_of_the_docs_resumes_exactly(trained, tmp_path, documented):
+def test_boundary_loss_of_the_docs_resumes_exactly(trained, tmp_path, documented_parts):
     def run(folder, steps, *words):
         command = COMMANDS[-1].replace("BOUNDARY", folder)
         constant = ("optim.schedule.kind=constant", "optim.schedule.warmup=0", f"trainer.steps={steps}")
@@ -179,8 +179,8 @@ def test_boundary_loss_of_the_docs_resumes_exactly(trained, tmp_path, documented
 
 
 @pytest.mark.parametrize("adapter", ["frozen", "last_blocks", "full"])
-def test_own_backbone_of_the_docs_takes_adapters_and_any_size(adapter, documented, tmp_path):
-    config_dir = documented[1]
+def test_own_backbone_of_the_docs_takes_adapters_and_any_size(adapter, documented_parts, tmp_path):
+    config_dir = documented_parts[1]
     model = create_model("patches", adapter=adapter, head="dpt", num_classes=2, config_dir=config_dir).eval()
     assert model(torch.rand(2, 3, 37, 50)).shape == (2, 2, 37, 50)
     model.save(tmp_path / "model.safetensors")
@@ -191,19 +191,19 @@ def test_own_backbone_of_the_docs_takes_adapters_and_any_size(adapter, documente
         create_model("patches", adapter="lora", num_classes=2, config_dir=config_dir)
 
 
-def test_own_adapter_of_the_docs_has_a_learning_rate(documented, tmp_path):
+def test_own_adapter_of_the_docs_has_a_learning_rate(documented_parts, tmp_path):
     write_data(tmp_path / "data")
     words = [*SMALL, "mode=train", "adapter=biases", "mode.metrics_only=true", "adapter.blocks=1"]
-    done = call(tmp_path, *documented, *words, "adapter.lr=0.5", "hydra.run.dir=RUN")
+    done = call(tmp_path, *documented_parts, *words, "adapter.lr=0.5", "hydra.run.dir=RUN")
     assert done.status == 0, done.err
-    model = load(tmp_path / "RUN", device="cpu", config_dir=documented[1])
+    model = load(tmp_path / "RUN", device="cpu", config_dir=documented_parts[1])
     trained = [name for name, each in model.named_parameters() if each.requires_grad and "backbone" in name]
     assert trained and all(name.endswith("bias") for name in trained)
     file = tmp_path / "mine/config/adapter/biases.yaml"
     file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("lr:")))
-    refused = call(tmp_path, *documented, *words, "hydra.run.dir=REFUSED")
+    refused = call(tmp_path, *documented_parts, *words, "hydra.run.dir=REFUSED")
     assert refused.status == 1 and "adapter=biases trains the backbone and has no learning rate" in refused.err
-    assert call(tmp_path, *documented, *words, "optim.optimizer.lr=0.1", "hydra.run.dir=ONE").status == 0
+    assert call(tmp_path, *documented_parts, *words, "optim.optimizer.lr=0.1", "hydra.run.dir=ONE").status == 0
 
 
 def test_a_target_that_cannot_be_imported_is_named():
@@ -229,7 +229,7 @@ class NoLogger:
         ),
     ],
 )
-def test_what_makes_no_logger_is_refused(tmp_path, node, message):
+def test_invalid_logger_is_refused(tmp_path, node, message):
     with pytest.raises(UserError, match=message):
         RunLog(tmp_path, logger_factories(Builder(OmegaConf.create({"logger": {"mine": node}}))))
 
@@ -245,7 +245,7 @@ TRACK = ("mode=track", "input=clip", "engine=cpu", "mode.batch_size=3")
         (("slots=mine", "resume=slots", "labels=first.png"), "SegmentationModel"),
     ],
 )
-def test_an_own_tracker_tracks_with_a_backbone_and_with_trained_models(trained, own, tmp_path, words, kind):
+def test_own_tracker_runs_with_a_backbone_and_a_trained_model(trained, own, tmp_path, words, kind):
     done = call(trained, *own, *TRACK, *words, f"{words[0].partition('=')[0]}.shift=2", f"hydra.run.dir={tmp_path}/out")
     assert done.status == 0, done.err
     settings = json.loads((tmp_path / "out/track.json").read_text())["settings"]
@@ -274,7 +274,7 @@ def test_an_own_tracker_of_slots_validates_a_training(trained, own, tmp_path):
     assert json.loads((tmp_path / "out/evaluation/tracking.json").read_text())["tracker"]["shift"] == 1
 
 
-def test_what_makes_no_trackers_is_refused(trained, own):
+def test_invalid_trackers_are_refused(trained, own):
     remedy = "Set its `_target_` to a class that inherits from dinoseg.tracking.tracker.Tracker, and `_partial_: true`"
     backbone = ("labels=first.png", "backbone=rgb")
     for words, message in (

@@ -63,23 +63,23 @@ def run(where, does):
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory):
+def finished_ranks(tmp_path_factory):
     """Return the folder and the result of ranks that end well, and leave a cycle of references."""
     folder = tmp_path_factory.mktemp("ended")
     return folder, run(folder, "ends well")
 
 
-def test_a_result_larger_than_a_pipe_comes_back(ended):
-    assert (ended[1]["matrix"], ended[1]["world_size"]) == ([[0] * 150] * 150, "2")
+def test_a_result_larger_than_a_pipe_comes_back(finished_ranks):
+    assert (finished_ranks[1]["matrix"], finished_ranks[1]["world_size"]) == ([[0] * 150] * 150, "2")
 
 
-def test_what_a_cycle_keeps_is_freed_before_the_interpreter_ends(ended):
+def test_cyclic_references_are_freed_at_exit(finished_ranks):
     """As of a model on ranks, which keeps the group and its threads."""
-    assert [(ended[0] / f"left{rank}").read_text() for rank in range(2)] == ["False", "False"]
+    assert [(finished_ranks[0] / f"left{rank}").read_text() for rank in range(2)] == ["False", "False"]
 
 
-def test_a_rank_starts_processes_as_any_process_does(ended):
-    assert ended[1]["method"] == multiprocessing.get_context().get_start_method()
+def test_a_rank_starts_processes_as_any_process_does(finished_ranks):
+    assert finished_ranks[1]["method"] == multiprocessing.get_context().get_start_method()
 
 
 def test_ranks_share_the_processors(tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_ranks_share_the_processors(tmp_path, monkeypatch):
         assert run(tmp_path, "says its threads") == {"said": threads, "here": "2"}
 
 
-def test_the_group_is_left_however_a_mode_ends(tmp_path, monkeypatch):
+def test_process_group_is_closed_however_a_mode_ends(tmp_path, monkeypatch):
     import torch
 
     monkeypatch.setenv("RANK", "1")
@@ -112,7 +112,7 @@ def test_the_group_is_left_however_a_mode_ends(tmp_path, monkeypatch):
         ("rank 1 is killed", "Rank 1 was killed by SIGKILL.*resume=auto resumes"),
     ],
 )
-def test_one_that_fails_ends_all(tmp_path, monkeypatch, does, message):
+def test_failing_rank_ends_all(tmp_path, monkeypatch, does, message):
     monkeypatch.setattr(ranks, "_GRACE", 0.1)
     with pytest.raises(UserError, match=message):
         run(tmp_path, does)
@@ -126,7 +126,7 @@ def test_a_shortage_of_memory_in_a_rank_is_a_message(tmp_path, monkeypatch, capf
     assert "error (rank 1): Out of memory (DefaultCPUAllocator" in said and "Traceback" not in said
 
 
-def test_the_traceback_is_that_of_the_rank_that_broke_though_another_ends_first(tmp_path, capfd):
+def test_traceback_is_that_of_the_failing_rank(tmp_path, capfd):
     with pytest.raises(UserError, match="Rank 1 ended with status 1: see its message above"):
         run(tmp_path, "rank 1 breaks and 0 sees it")
     said = capfd.readouterr().err
@@ -134,7 +134,7 @@ def test_the_traceback_is_that_of_the_rank_that_broke_though_another_ends_first(
     assert "error (rank 0): Lost the connection to another rank (Read error" in said
 
 
-def test_a_rank_that_hangs_is_named_and_tells_where_it_stands(tmp_path, monkeypatch, capfd):
+def test_hanging_rank_is_named_with_its_position(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(ranks, "_GRACE", 0.1)
     monkeypatch.setattr(ranks, "_LAST_WORDS", 10.0)
     with pytest.raises(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from command_line import SMALL, call, write_data
-from config_files import needed, options, read, written_choices
+from config_files import options, read, required_overrides, written_choices
 from omegaconf import OmegaConf
 
 from dinoseg.models.heads.eomt import annealing_windows
@@ -156,14 +156,14 @@ OFFICIAL = {  # recipe: its numbers, and its warm-ups in steps
 
 @pytest.mark.parametrize("hparam", ORIGINALS)
 def test_a_recipe_carries_the_numbers_of_its_original(compose, hparam):
-    cfg = compose(f"hparam={hparam}", *needed(written_choices(hparam)))
+    cfg = compose(f"hparam={hparam}", *required_overrides(written_choices(hparam)))
     wanted = ORIGINALS[hparam]
     assert {key: OmegaConf.select(cfg, key) for key in wanted} == wanted
 
 
 @pytest.mark.parametrize("hparam", OFFICIAL)
 def test_a_recipe_has_the_numbers_of_an_official_one(compose, hparam):
-    cfg = compose(f"hparam={hparam}", *needed(written_choices(hparam)))
+    cfg = compose(f"hparam={hparam}", *required_overrides(written_choices(hparam)))
     wanted, warmups = OFFICIAL[hparam]
     found = {key: OmegaConf.select(cfg, key) for key in wanted}
     assert {key: to_plain(value) for key, value in found.items()} == wanted
@@ -183,7 +183,7 @@ STOPS = {"sarrarp_lora": 6, "schism_linear": 2, "schism_cnn": 2, "idd_m2f": 10, 
 
 @pytest.mark.parametrize("hparam", STOPS)
 def test_a_recipe_stops_early_where_its_original_does(compose, hparam):
-    patience = compose(f"hparam={hparam}", *needed(written_choices(hparam))).trainer.patience
+    patience = compose(f"hparam={hparam}", *required_overrides(written_choices(hparam))).trainer.patience
     progress = Progress(step=1, best=0.5, best_step=1)
     while not is_out_of_patience(progress, patience):
         progress.stale += 1
@@ -244,7 +244,7 @@ def test_no_recipe_warms_up_for_a_number_of_steps():
     assert seen >= 10
 
 
-def test_rates_come_from_head_and_adapter_and_give_way_to_one_for_all(compose):
+def test_rates_come_from_head_and_adapter_unless_one_is_set(compose):
     cfg = compose("head=dpt", "adapter=lora")
     assert (cfg.optim.optimizer.lr, cfg.optim.optimizer.head_lr) == (None, read("head", "dpt")["lr"])
     assert cfg.optim.optimizer.backbone_lr == read("adapter", "lora")["lr"]
@@ -254,7 +254,7 @@ def test_rates_come_from_head_and_adapter_and_give_way_to_one_for_all(compose):
         assert read("head", base)["lr"] > 0, head
 
 
-def test_a_head_or_adapter_of_one_s_own_needs_no_rate(compose):
+def test_own_head_or_adapter_needs_no_rate(compose):
     assert compose("~head").optim.optimizer.head_lr == 1e-3
     assert compose("~adapter").optim.optimizer.backbone_lr == 1e-4
 

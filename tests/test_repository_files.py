@@ -30,7 +30,7 @@ def test_the_security_policy_leads_to_the_guarantees():
     assert "## What is promised" in (ROOT / link).read_text("utf-8")
 
 
-def test_the_container_copies_what_the_package_needs_and_installs_as_documented():
+def test_container_copies_the_package_and_installs_as_documented():
     text = (ROOT / "Dockerfile").read_text("utf-8")
     copied = {word for line in re.findall(r"^COPY (.*) \S+$", text, flags=re.M) for word in line.split()}
     assert all((ROOT / name).exists() for name in copied)

@@ -27,7 +27,7 @@ SHOWN = r"a\x1b]0;owned\x07\r\x9b31m\u202egnp.\u2066\x7fz"
         ("one\u2028two", r"one\u2028two"),
     ],
 )
-def test_what_steers_a_terminal_is_escaped(text, escaped):
+def test_terminal_control_codes_are_escaped(text, escaped):
     assert printable(text) == str(UserError(text)) == escaped
 
 

@@ -35,7 +35,7 @@ BASE = ("data.classes=[a,b,c]", "data.root=none", "engine=cpu")
 
 
 @cache
-def _composed(overrides):
+def _compose_tiny(overrides):
     register_resolvers()
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         return OmegaConf.to_container(compose("main", [*BASE, *overrides]))
@@ -43,7 +43,7 @@ def _composed(overrides):
 
 def load(*overrides):
     """Compose a config as the command line does, the same words once; interpolations stay as they are typed."""
-    return copy.deepcopy(_composed(overrides))
+    return copy.deepcopy(_compose_tiny(overrides))
 
 
 def tiny_node(name):

@@ -62,7 +62,7 @@ def test_mistakes_have_the_messages_of_the_command_line(overrides, message):
         compose(words_of(overrides))
 
 
-def test_options_of_a_folder_of_the_callers_own(tmp_path):
+def test_own_config_folder_provides_options(tmp_path):
     (tmp_path / "head").mkdir()
     (tmp_path / "head/mine.yaml").write_text("defaults: [mlp, _self_]\nlr: 5.0\n")
     assert compose(["head=mine"], config_dir=tmp_path).head.lr == 5
@@ -74,7 +74,7 @@ def test_options_of_a_folder_of_the_callers_own(tmp_path):
             refused()
 
 
-def test_the_callers_hydra_is_neither_changed_nor_read(tmp_path):
+def test_hydra_state_of_the_caller_is_neither_changed_nor_read(tmp_path):
     (tmp_path / "main.yaml").write_text("x: 1\n")
     OmegaConf.register_new_resolver("len", lambda value: "mine", replace=True)
     try:
@@ -102,7 +102,7 @@ def test_options_are_sorted_names_of_files():
     assert not [name for name in dinoseg.list_datasets() if name.startswith("_")] and dinoseg.list_heads("x*") == []
 
 
-def test_threads_that_compose_wait_for_one_another():
+def test_concurrent_composing_is_serialised():
     GlobalHydra.instance().clear()
     inside, end = threading.Event(), threading.Event()
 
@@ -124,7 +124,7 @@ def test_threads_that_compose_wait_for_one_another():
     assert not composer.is_alive() and not GlobalHydra.instance().is_initialized()
 
 
-def test_the_message_of_a_resolver_is_not_replaced_by_one_about_overrides():
+def test_resolver_error_does_not_blame_the_overrides():
     words = ["data=folder", "data.classes=3", "hydra.run.dir=runs/${len:${data.classes}}"]
     with pytest.raises(UserError, match="^data.classes=3 is not a list. Write it in brackets"):
         compose(words)

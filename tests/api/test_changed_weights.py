@@ -63,7 +63,7 @@ def test_changed_weights_are_scored_as_their_saved_file(run, change, tmp_path):
 
 
 @pytest.fixture
-def saved(tmp_path):
+def model_file(tmp_path):
     """Return the file of a model with scores."""
     model = dinoseg.create_model("rgb", head="mlp", classes=["dark", "bright"])
     model.facts = replace(model.facts, scores={"split": "val", "values": {"miou": 0.5}, "per_class": {}})
@@ -92,29 +92,29 @@ def change_colours(model, file):
 
 
 @pytest.mark.parametrize("change", [overwrite, delete, change_one_value, change_colours])
-def test_modes_read_a_copy_of_a_changed_model_or_of_a_changed_file(saved, change):
-    model = dinoseg.load(saved, device="cpu")
+def test_modes_read_a_copy_of_a_changed_model_or_file(model_file, change):
+    model = dinoseg.load(model_file, device="cpu")
     with model.stored() as path:
-        assert path == saved
-    change(model, saved)
+        assert path == model_file
+    change(model, model_file)
     with model.stored() as path:
-        assert path != saved
+        assert path != model_file
         again = dinoseg.load(path, device="cpu")
     images = torch.rand(1, 3, 16, 16)
     assert torch.equal(again(images), model(images))
 
 
 @pytest.mark.parametrize("change", [change_one_value, change_colours])
-def test_scores_of_other_weights_are_not_saved(saved, change, tmp_path):
-    model, file = dinoseg.load(saved, device="cpu"), tmp_path / "new.safetensors"
+def test_scores_of_other_weights_are_not_saved(model_file, change, tmp_path):
+    model, file = dinoseg.load(model_file, device="cpu"), tmp_path / "new.safetensors"
     model.save(file)
     assert dinoseg.load(file, device="cpu").facts.scores is not None
-    change(model, saved)
+    change(model, model_file)
     model.save(file)
     assert dinoseg.load(file, device="cpu").facts.scores is None
 
 
-def test_a_model_of_a_run_folder_is_the_loaded_one_after_the_run_has_another_best_checkpoint(run, tmp_path):
+def test_loaded_model_is_unchanged_by_a_new_best_checkpoint(run, tmp_path):
     folder, file = shutil.copytree(run.folder, tmp_path / "run"), tmp_path / "new.safetensors"
     best, last = (folder / f"checkpoints/{name}.safetensors" for name in ("best", "last"))
     model, images = dinoseg.load(folder, device="cpu"), torch.ones(1, 3, 8, 8)

@@ -21,7 +21,7 @@ def create(kind, **options):
 
 
 @pytest.fixture(params=KINDS)
-def saved(request, tmp_path):
+def saved_model(request, tmp_path):
     """Return the name of a kind of model, a model whose trained weights are noise, and its file."""
     model, file = create(request.param, num_classes=3), tmp_path / "model.safetensors"
     with torch.no_grad():
@@ -32,16 +32,16 @@ def saved(request, tmp_path):
     return request.param, model, file
 
 
-def test_a_model_starts_from_a_saved_one(saved):
-    kind, model, file = saved
+def test_a_model_starts_from_a_saved_one(saved_model):
+    kind, model, file = saved_model
     new = create(kind, num_classes=3, init=file)
     assert torch.equal(new(IMAGES), model(IMAGES)) and not torch.equal(create(kind, num_classes=3)(IMAGES), new(IMAGES))
     new.train()(IMAGES).sum().backward()
     assert len(new.trainable_parameters()) and new.facts.scores is None
 
 
-def test_another_number_of_classes_starts_with_a_new_class_layer(saved, caplog, tmp_path):
-    kind, model, file = saved
+def test_another_number_of_classes_starts_with_a_new_class_layer(saved_model, caplog, tmp_path):
+    kind, model, file = saved_model
     with caplog.at_level(logging.WARNING):
         new = create(kind, num_classes=5, init=str(file))
     state, theirs = new.state_dict(), model.state_dict()
@@ -97,7 +97,7 @@ def test_arguments_without_effect_are_refused(options, word):
         dinoseg.create_model("rgb", num_classes=2, **options)
 
 
-def test_arguments_with_effect_are_taken():
+def test_arguments_with_effect_are_accepted():
     options = {
         "seed": 3,
         "hparam": "base",

@@ -58,7 +58,7 @@ def model(request):
     return made
 
 
-def test_logits_are_those_of_the_inner_model_at_the_size_of_the_images(model):
+def test_logits_equal_those_of_the_inner_model_at_image_size(model):
     model.eval()
     for pixels in (images(), images() / 255):
         logits = model(pixels)
@@ -118,7 +118,7 @@ def test_a_state_dict_goes_into_another_model(model):
         other.load_state_dict({})
 
 
-def test_groups_hold_each_trained_parameter_once_with_the_configs_rates(model):
+def test_parameter_groups_have_the_rates_of_the_config(model):
     found = model.trainable_parameters()
     ids = [id(value) for group in found for value in group["params"]]
     assert sorted(ids) == sorted(id(value) for value in model.parameters() if value.requires_grad)
@@ -131,7 +131,7 @@ def test_groups_hold_each_trained_parameter_once_with_the_configs_rates(model):
     torch.optim.SGD(found, momentum=0.9)
 
 
-def test_a_model_learns_in_a_plain_loop_and_predicts_between_steps(model):
+def test_model_learns_in_a_plain_loop_and_predicts_between_steps(model):
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW([{**group, "lr": 1e-2} for group in model.trainable_parameters()])
     mask = (images()[:, 0] > 128).to(torch.uint8)
@@ -167,7 +167,7 @@ def test_prediction_in_train_mode_is_that_of_eval_mode():
     assert (one.probabilities == other.probabilities).all() and (one.mask == other.mask).all()
 
 
-def test_a_seed_decides_the_weights_and_the_callers_random_state_is_unchanged(tmp_path):
+def test_seed_sets_weights_and_leaves_the_global_random_state(tmp_path):
     state = torch.get_rng_state()
     models = [tiny(), tiny(), tiny(seed=1)]
     models[0].trainable_parameters()
@@ -264,7 +264,7 @@ def test_a_folder_with_a_card_is_read_back(tmp_path):
         assert type(back) is dinoseg.Segmenter and same(back, model)
 
 
-def test_weights_of_a_restricted_licence_need_a_word(tmp_path):
+def test_weights_of_a_restricted_licence_need_consent(tmp_path):
     packaged = dinoseg.create_model("tiny_surgical", num_classes=2, adapter="lora")
     packaged.save(tmp_path / "delta.safetensors", delta=True)
     whole = dinoseg.load(tmp_path / "delta.safetensors", device="cpu")
@@ -292,7 +292,7 @@ def test_each_family_of_backbones_is_created_saved_and_copied(family, tmp_path):
     model.train()(images(40, 48)).sum().backward()
 
 
-def test_a_loop_of_lightnings_kind_takes_a_model():
+def test_lightning_style_loop_trains_a_model():
     """A stand-in for Lightning: a module that holds the model, moves it, and toggles its modes."""
 
     class Module(nn.Module):
@@ -316,7 +316,7 @@ def test_a_loop_of_lightnings_kind_takes_a_model():
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("adapter", ["qlora", "lora_8bit"])
-def test_a_quantised_model_is_saved_in_float32_and_can_be_used_afterwards(adapter, tmp_path):
+def test_quantised_model_is_saved_in_float32_and_stays_usable(adapter, tmp_path):
     pytest.importorskip("bitsandbytes")
     arch = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     keys = {**TINY, "backbone.arch": arch}
@@ -334,7 +334,7 @@ def test_a_model_has_two_to_255_classes(count):
         dinoseg.create_model("rgb", num_classes=count)
 
 
-def test_numbers_and_iterables_of_other_libraries_are_taken():
+def test_numbers_and_iterables_of_other_libraries_are_accepted():
     assert dinoseg.create_model("rgb", num_classes=np.int64(3)).num_classes == 3
     assert dinoseg.create_model("rgb", classes=(name for name in "ab")).classes == ("a", "b")
     model, image = dinoseg.create_model("rgb", num_classes=2, seed=enum.IntEnum("Seed", "ONE").ONE), np.zeros((8, 8, 3))
@@ -344,7 +344,7 @@ def test_numbers_and_iterables_of_other_libraries_are_taken():
             model.predict(image, batch_size=wrong)
 
 
-def test_a_model_that_load_would_refuse_is_not_saved(tmp_path):
+def test_model_that_load_would_refuse_is_not_saved(tmp_path):
     file = tmp_path / "model.safetensors"
     model = tiny()
     with torch.no_grad():
@@ -398,7 +398,7 @@ def test_unfrozen_blocks_are_trained_at_the_rate_of_the_backbone():
 
 
 @pytest.mark.parametrize("weights", ["~nosuchuser/x", "x" * 5000, "a\ud800", 5, None])
-def test_odd_weights_are_one_error_or_the_default(weights):
+def test_invalid_weights_are_one_error_or_the_default(weights):
     if weights is None:
         assert dinoseg.create_model("tiny", num_classes=2, weights=None).num_classes == 2
         return

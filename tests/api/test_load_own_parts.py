@@ -61,7 +61,7 @@ def test_a_head_of_ones_own_is_loaded_in_the_same_process(mine):
     model.save("model.safetensors")
     for again in (
         dinoseg.load("model.safetensors", device="cpu", config_dir=str(mine)),
-        dinoseg.create_model(init="model.safetensors", config_dir=mine, **created()),
+        dinoseg.create_model(init="model.safetensors", config_dir=mine, **create_arguments()),
     ):
         assert torch.equal(again.eval()(IMAGES), model(IMAGES)) and type(again.head) is MyHead
     (mine / "head/later.yaml").write_text(MINE["head/mine"].replace("MyHead", "MyLater"))
@@ -75,7 +75,7 @@ def test_a_head_of_ones_own_is_loaded_in_the_same_process(mine):
         run.load_model(config_dir="nowhere")
 
 
-def created():
+def create_arguments():
     arch = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
     own = {"backbone.patch_size": 8, "backbone.arch": arch, "classes": ["dark", "bright"]}
     return {"backbone": "tiny", "head": "mine", "adapter": "full", **own}
@@ -98,7 +98,7 @@ def test_parts_that_only_train_are_not_needed_to_predict(mine, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["trainer/method", "loss/criterion", "data/reader"])
-def test_nothing_of_a_file_is_built(place, tmp_path):
+def test_loading_never_instantiates_targets_from_a_file(place, tmp_path):
     """Nor of the parts that loading leaves out."""
     file, ran = tmp_path / "model.safetensors", tmp_path / "ran"
     dinoseg.create_model("rgb", num_classes=2).save(file)

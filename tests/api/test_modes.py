@@ -304,11 +304,11 @@ def test_any_other_error_passes_and_restores(here, monkeypatch):
 def test_models_are_freed(here, monkeypatch):
     models, fit = [], train_mode.fit
 
-    def watched(experiment):
+    def fit_and_remember(experiment):
         models.append(weakref.ref(experiment.model))
         return fit(experiment)
 
-    monkeypatch.setattr(train_mode, "fit", watched)
+    monkeypatch.setattr(train_mode, "fit", fit_and_remember)
     keys = KEYS | {"mode": SHORT, "trainer": {"steps": 1}}
     run = dinoseg.train(None, "data=folder", **keys, out_dir="freed")
     assert models[0]() is None and run.step == 1

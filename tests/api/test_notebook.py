@@ -23,7 +23,7 @@ dinoseg.train(None, *words, out_dir="stopped", trainer={"steps": 10**6, "val_eve
 )
 
 
-def test_functions_in_a_notebook(tmp_path):
+def test_functions_run_in_a_notebook(tmp_path):
     write_data(tmp_path / "data")
     cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
     cells[4].metadata.tags = cells[5].metadata.tags = ["raises-exception"]

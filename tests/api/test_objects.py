@@ -135,7 +135,7 @@ def test_a_model_of_objects_is_exported(tmp_path):
     assert all((found.mask == mask).mean() > 0.98 for found, mask in zip(model.predict(images()), masks, strict=True))
 
 
-def test_a_file_of_a_model_with_objects_is_refused_and_the_remedy_named(tmp_path):
+def test_saving_a_model_with_objects_is_refused_with_a_remedy(tmp_path):
     model = dinoseg.create_model("rgb", head=BottleneckHead(3, 1, 2), classes=CLASSES)
     for write in (model.save, model.save_pretrained, lambda path: model.push_to_hub("org/name")):
         with pytest.raises(UserError, match=r"head is an object of BottleneckHead.*head/NAME.yaml.*config_dir="):

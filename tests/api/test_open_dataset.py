@@ -44,7 +44,7 @@ def test_items_are_images_masks_and_names(root):
     assert len(dinoseg.open_dataset(root=root, classes=["ground", "leaf"], split="val")) == 1
 
 
-def test_a_transform_and_keys_of_the_config(root):
+def test_transform_and_config_keys_are_accepted(root):
     options = {"palette": [[0, 0, 0], [9, 9, 9]], "reader": {"masks": {"ids": {0: 1, 1: 0}}}}
     data = dinoseg.open_dataset(root=root, classes=["leaf", "ground"], transform=crop, **options)
     assert data[0]["seen"] and data[0]["image"].shape == (3, 8, 8) and data.palette[1] == (9, 9, 9)
@@ -66,7 +66,7 @@ def test_multilabel_masks_have_a_layer_for_each_class(tmp_path):
         assert np.array_equal(data[0]["mask"], masks[data.names[0]])
 
 
-def test_nothing_is_written(root, tmp_path, monkeypatch):
+def test_opening_a_dataset_writes_nothing(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dinoseg.open_dataset(root=root, classes=["ground", "leaf"])[0]
     assert not list(tmp_path.iterdir())

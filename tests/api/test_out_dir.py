@@ -52,14 +52,14 @@ def contents():
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_used_folder_is_refused_and_unchanged(here, name):
+def test_used_folder_is_refused_and_unchanged(here, name):
     before = contents()
     with pytest.raises(UserError, match=r"out_dir=.*used holds files.*exist_ok=True"):
         CALLS[name](out_dir="used")
     assert contents() == before
 
 
-def test_a_used_folder_stays_beside_the_new_one(here):
+def test_existing_out_dir_is_not_overwritten(here):
     scores = dinoseg.evaluate("trained", **QUICK, out_dir="used", exist_ok=True)
     assert scores.folder == here / "used_2" and (here / "used/checkpoints").is_dir()
 

@@ -56,7 +56,7 @@ def value(rng, depth=0):
     return {rng.choice([text(rng), f"k{number}", number]): value(rng, depth + 1) for number in range(rng.randrange(3))}
 
 
-def test_what_is_composed_equals_what_was_given():
+def test_composed_values_equal_the_given_values():
     rng = random.Random(0)
     given = {f"k{number}": value(rng) for number in range(600)}
     words = words_of({f"++probe.{key}": each for key, each in given.items()}, lambda key: False)
@@ -123,7 +123,7 @@ def test_a_dotted_name_that_cannot_be_written_is_refused():
         words_of({"labels.ä": 1})
 
 
-def test_entries_of_heads_are_words_that_hydra_parses_back():
+def test_entries_of_heads_are_parsed_back_by_hydra():
     keys = {"weights": "Döhe.pth", "note": "null", "channels": 16, "drop": 0.5, "norm": None, "on": True}
     words = [f"++probe.{key}={write_value(value)}" for key, value in keys.items()]
     assert to_container(compose(words).probe) == keys

@@ -72,7 +72,7 @@ def train_rank(rank, store, folder):
 
 
 @pytest.mark.heavy
-def test_gradients_of_two_processes_are_those_of_the_joint_batch(tmp_path):
+def test_gradients_of_two_processes_equal_the_joint_batch(tmp_path):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.multiprocessing.spawn(train_rank, (tmp_path / "store", tmp_path), nprocs=2)
     model = tiny()

@@ -31,7 +31,7 @@ PUBLIC = [
 ]
 
 
-def test_an_import_is_cheap():
+def test_import_is_cheap():
     code = f"import sys, dinoseg, dinoseg.losses, dinoseg.metrics; print({{*{HEAVY}}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
@@ -55,7 +55,7 @@ def test_names_are_listed_and_seen_by_editors(package):
         package.create_modle  # noqa: B018
 
 
-def test_the_help_of_the_package_names_what_is_public():
+def test_package_docstring_lists_every_public_name():
     for name in {*dinoseg.__all__} - {"__version__", "Segmentation", "SegmentationDataset"}:
         assert name in dinoseg.__doc__, name
 

@@ -44,7 +44,7 @@ def test_one_argument_holds_an_option_and_its_keys(given, expected):
     assert words(**given) == expected
 
 
-def test_name_that_is_no_option_is_a_key():
+def test_unknown_option_name_becomes_a_key():
     assert words(**{"backbone": {"name": "vit_tiny_patch16_224"}, "hparam": "demo"})[0].startswith("backbone")
     assert words_of({"backbone": {"name": "test_vit"}}) == ["backbone.name=test_vit"]
 
@@ -115,7 +115,7 @@ def test_scores_are_found_in_any_spelling():
     assert ours._ipython_key_completions_() == ["miou"]
 
 
-def test_confusion_matrices_are_added_moved_and_shown():
+def test_confusion_matrices_add_move_and_print():
     first, second = ConfusionMatrix(2), ConfusionMatrix(2)
     first.update(torch.tensor([[0, 1]]), torch.tensor([[0, 255]]))
     second.update(torch.tensor([[1, 1]]), torch.tensor([[1, 0]]))

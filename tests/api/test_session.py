@@ -154,7 +154,7 @@ def test_open_log_files_stay_open(tmp_path):
     assert "after" in (tmp_path / "log").read_text()
 
 
-def test_loggers_that_the_caller_has_disabled_write_the_log_of_the_run():
+def test_disabled_loggers_still_write_the_run_log():
     ours = logging.getLogger("dinoseg.training.trainer")
     ours.disabled = True
     logging.disable(logging.CRITICAL)
@@ -193,7 +193,7 @@ def test_a_hydra_program_can_call_modes():
         store.repo.pop("optim")
 
 
-def test_a_second_thread_waits():
+def test_second_thread_waits():
     order, entered = [], threading.Event()
 
     def second():

@@ -16,7 +16,7 @@ def widths(mask, num_classes=2):
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 8])
-def test_lines_are_as_wide_as_they_are(width):
+def test_line_width_is_measured_exactly(width):
     upright = np.zeros((40, 60), np.uint8)
     upright[:, 20 : 20 + width] = 1
     found = dict(widths(upright))
@@ -49,7 +49,7 @@ def test_the_median_counts_pixels_and_not_parts():
     assert np.isnan(median_width(np.empty((0, 3))))
 
 
-def test_thin_and_rare_classes_come_first_and_absent_ones_are_neither():
+def test_thin_rare_and_absent_classes_are_listed():
     classes = (
         ClassFacts("sky", 0.9, 200.0),
         ClassFacts("pole", 0.004, 3.0),
@@ -62,7 +62,7 @@ def test_thin_and_rare_classes_come_first_and_absent_ones_are_neither():
     assert facts.absent == ["none"]
 
 
-def test_a_data_set_of_files_is_looked_at(tmp_path, compose):
+def test_facts_of_a_folder_dataset_are_measured(tmp_path, compose):
     write_data(tmp_path / "data", train=3, val=2, size=(20, 31))
     cfg = compose("data=folder", f"data.root={tmp_path}/data", "data.classes=[dark,bright,none]")
     train, val = Builder(cfg).dataset("train"), Builder(cfg).dataset("val")
@@ -73,7 +73,7 @@ def test_a_data_set_of_files_is_looked_at(tmp_path, compose):
     assert found.absent == ["none"] and np.isnan(found.classes[2].width)
 
 
-def test_what_was_packed_smaller_is_looked_at_as_it_is_in_its_files(tmp_path, compose):
+def test_facts_of_a_reduced_store_use_the_original_files(tmp_path, compose):
     write_data(tmp_path / "data", train=3, val=2, size=(40, 60))
     lines = np.zeros((40, 60), np.uint8)
     lines[:, ::10] = 1
@@ -89,7 +89,7 @@ def test_what_was_packed_smaller_is_looked_at_as_it_is_in_its_files(tmp_path, co
     assert [each.classes[1].width for _, each in found] == [1, 1] and found[0][1].classes[0].width > 7
 
 
-def test_of_large_masks_fewer_are_measured(monkeypatch, tmp_path):
+def test_fewer_large_masks_are_measured(monkeypatch, tmp_path):
     class Data:
         classes, ignore_index = ("a", "b"), 255
 
@@ -102,7 +102,7 @@ def test_of_large_masks_fewer_are_measured(monkeypatch, tmp_path):
         def __getitem__(self, place):
             return {"mask": torch.zeros(self.size, dtype=torch.uint8)}
 
-    def measured(size, length):
+    def count_measured(size, length):
         seen = []
         with monkeypatch.context() as patch:
             patch.setattr(facts, "class_counts", lambda *_: np.array([1, 0]))
@@ -110,7 +110,7 @@ def test_of_large_masks_fewer_are_measured(monkeypatch, tmp_path):
             facts_of(Data(size, length), Data(size, 1), tmp_path)
         return len(seen)
 
-    assert [measured((16, 16), length) for length in (1, 30, 200)] == [1, 30, 48]
+    assert [count_measured((16, 16), length) for length in (1, 30, 200)] == [1, 30, 48]
     monkeypatch.setattr(facts, "_PIXELS", 16 * 16 * 24)
-    assert [measured((16, 16), length) for length in (1, 30, 200)] == [1, 15, 24]
-    assert [measured((64, 64), length) for length in (1, 7, 30, 200)] == [1, 7, 10, 8]
+    assert [count_measured((16, 16), length) for length in (1, 30, 200)] == [1, 15, 24]
+    assert [count_measured((64, 64), length) for length in (1, 7, 30, 200)] == [1, 7, 10, 8]

@@ -68,11 +68,11 @@ def fit(changes):
         (43, None),
     ],
 )
-def test_what_costs_least_comes_first(fit, memory, words):
+def test_cheapest_change_is_tried_first(fit, memory, words):
     assert fit(memory, "adapter=lora") == words
 
 
-def test_batch_norm_is_spared_by_computing_again(fit):
+def test_checkpointing_is_tried_before_splitting_batch_norm(fit):
     assert fit(79, "adapter=lora", "head=linear") == "backbone.checkpointing=true"
     assert (
         fit(60, "adapter=lora", "head=linear") == "backbone.checkpointing=true data.batch_size=4 trainer.accumulate=2"
@@ -80,13 +80,13 @@ def test_batch_norm_is_spared_by_computing_again(fit):
     assert fit(120, "adapter=lora", "head=linear", "data.batch_size=2", "trainer.accumulate=4") == ""
 
 
-def test_statistics_that_stand_still_are_not_spared(compose):
+def test_frozen_statistics_do_not_restrict_the_batch(compose):
     fits = FitSearch(recipe_of(compose(*BASE, "head=linear")), Target("cpu", UNIT, bf16=False))
     fits._model.eval()
     assert not fits._name_bound_parts()
 
 
-def test_a_loss_that_takes_sums_over_a_batch_is_spared_and_named(fit, changes):
+def test_loss_that_sums_over_a_batch_is_split_last_and_named(fit, changes):
     words = ("adapter=lora", "loss=ce_dice")
     assert fit(79, *words) == "backbone.checkpointing=true"
     assert fit(79, *words, "data.batch_size=2", "trainer.accumulate=4") == ""
@@ -95,7 +95,7 @@ def test_a_loss_that_takes_sums_over_a_batch_is_spared_and_named(fit, changes):
     assert named in parts.reason and "at random" not in parts.reason
 
 
-def test_a_sum_whose_divisors_are_known_after_the_forward_pass_is_named(changes):
+def test_sum_with_late_divisors_is_named_in_the_reason(changes):
     words = ["loss=ce_dice", "~loss.criterion.terms.dice", "~loss.criterion.factors.dice"]
     hard = "{_target_: dinoseg.losses.cross_entropy.CrossEntropy, _partial_: true, hard_fraction: 0.1}"
     words += [f"+loss.criterion.terms.hard={hard}", "+loss.criterion.factors.hard=1.0"]
@@ -107,7 +107,7 @@ def test_a_frozen_backbone_has_nothing_to_compute_again(fit):
     assert fit(9, "adapter=frozen") is None
 
 
-def test_each_device_gets_as_many(fit):
+def test_batch_is_divided_equally_among_devices(fit):
     assert fit(60, "adapter=lora", world_size=4) == ""
     assert fit(59, "adapter=lora", world_size=4) == "data.batch_size=4 trainer.accumulate=2"
     assert fit(49, "adapter=lora", world_size=4) == "backbone.checkpointing=true"
@@ -115,13 +115,13 @@ def test_each_device_gets_as_many(fit):
     assert fit(69, *words, world_size=4) == "data.batch_size=4 trainer.accumulate=3"  # not 6, which 4 do not share
 
 
-def test_each_device_gets_as_many_as_the_head_needs(fit, monkeypatch):
+def test_each_device_gets_the_minimum_batch_of_the_head(fit, monkeypatch):
     monkeypatch.setattr(MlpHead, "min_batch_size", 2)
     assert fit(50, "adapter=lora") == "backbone.checkpointing=true data.batch_size=2 trainer.accumulate=4"
     assert fit(45, "adapter=lora", world_size=2) is None
 
 
-def test_a_step_is_asked_for_as_the_device_takes_it(compose, monkeypatch):
+def test_step_bytes_uses_precision_and_world_size_of_the_target(compose, monkeypatch):
     asked = []
     monkeypatch.setattr(fitting, "LossBytes", lambda parts, **how: asked.append(how))
     monkeypatch.setattr(fitting, "step_bytes", lambda parts, loss, **how: asked.append(how) or StepBytes(*[0] * 8))
@@ -144,7 +144,7 @@ def test_smallest_fit_is_the_one_of_the_least_memory(compose, monkeypatch):
     assert search.smallest.need == 10 * UNIT and not search.smallest.parts.checkpointing["backbone"]
 
 
-def test_what_a_part_cannot_do_is_left_out_and_what_the_recipe_cannot_is_told(compose, monkeypatch):
+def test_unsupported_changes_are_skipped_and_bad_recipes_raise(compose, monkeypatch):
     refused = []
 
     def take(parts, loss, *, samples, **_):
@@ -177,13 +177,13 @@ def test_other_amounts_are_refused(text):
         memory_of(text)
 
 
-def test_what_lies_beside_tensors_counts():
+def test_memory_need_includes_overhead_beyond_tensors():
     step = StepBytes(*[0] * 7, peak=10**9)
     assert Target("cuda", 0, bf16=True).need(step) == 1_080_000_000 + 2**30
     assert Target("cpu", 0, bf16=True).need(step) == 1_750_000_000 + 3 * 2**27
 
 
-def test_a_changed_config_is_one_of_its_own(compose):
+def test_changed_config_is_a_copy(compose):
     cfg = compose(*BASE)
     change = fitting.Change({"adapter": "lora", "adapter.blocks": 1, "data.batch_size": 2}, "")
     new = Builder(cfg).with_options(change.words)

@@ -18,7 +18,7 @@ from dinoseg.modes.bench import matrix_peak
 BASE = [*SMALL, "engine.precision=fp32", "resolution.crop=[64,48]"]
 
 
-def test_a_step_is_what_is_counted_by_hand(compose):
+def test_step_flops_equal_a_count_by_hand(compose):
     """Two blocks of width 24 and hidden width 48 on 8 x 6 cells and five tokens beside them."""
     cells, width, hidden, samples = 48, 24, 48, 3
     tokens = cells + 5
@@ -42,7 +42,7 @@ def test_a_step_is_what_is_counted_by_hand(compose):
         ("adapter=lora", "head=eomt", "head.blocks=1", "loss=mask_classification"),
     ],
 )
-def test_a_step_is_what_is_counted_over_a_real_one(compose, words):
+def test_step_flops_equal_a_count_over_a_real_step(compose, words):
     parts = training_parts(Builder(compose(*BASE, *words)))
     model, batch, loss = parts.model().train(), random_batch(parts, 2), parts.loss()
     with FlopCounterMode(display=False) as forward:
@@ -53,7 +53,7 @@ def test_a_step_is_what_is_counted_over_a_real_one(compose, words):
     assert step_flops(parts, 2, bf16=False) == forward.get_total_flops() + backward.get_total_flops() > 1_000_000
 
 
-def test_a_device_multiplies_at_some_rate(monkeypatch):
+def test_matrix_peak_of_a_device_is_measured(monkeypatch):
     assert 1e8 < matrix_peak(torch.device("cpu"), torch.float32) < 1e15
     monkeypatch.setattr(bench, "_SIDES", {"cpu": 8})
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=count().__next__))  # a second for each product

@@ -18,7 +18,7 @@ THIN = replace(CASE, facts=replace(FACTS, classes=(WIDE, POLE)))
 TIMED = RecipeTimes(start=5, tuned=0.2, frozen=0.12, forward=0.0, val=0.1)
 
 
-def test_a_head_that_sees_pixels_is_taken_and_what_is_thinner_than_half_a_patch_is_named():
+def test_thin_classes_choose_a_head_that_sees_pixels():
     chosen = rules.head(THIN)
     assert chosen.words == {"head": "detail"} and "pole (3 of 16 px)" in chosen.reason
     wide = replace(THIN, facts=replace(FACTS, classes=(WIDE, replace(POLE, width=8.0))))
@@ -41,7 +41,7 @@ def test_a_head_that_sees_pixels_is_taken_and_what_is_thinner_than_half_a_patch_
         ((1080, 1920), 32.0, "cuda", None, [1056, 1920]),  # resolution.scale=0.5
     ],
 )
-def test_sizes_are_whole_patches_and_no_more_than_a_device_bears(size, patch, device, longest, crop):
+def test_sizes_are_whole_patches_within_device_limits(size, patch, device, longest, crop):
     case = replace(CASE, facts=replace(FACTS, size=size), patch=patch, device=device)
     chosen = rules.longest(case)
     assert (chosen and chosen.words["resolution.longest"]) == longest
@@ -70,7 +70,7 @@ def test_rare_classes_are_named_for_the_overlap():
     assert rules.loss(CASE).reason.startswith("dice weighs all classes equally")
 
 
-def test_what_is_thin_and_rare_weighs_more_where_a_head_sees_it():
+def test_thin_and_rare_classes_get_a_higher_loss_weight():
     weighed = {"loss": "ce_dice", "loss.weights": {"pole": 3.0}, "loss.criterion.factors.dice": 2.0}
     assert rules.loss(THIN).words == weighed
     assert "thin, with less than 2% of the pixels: pole" in rules.loss(THIN).reason
@@ -83,12 +83,12 @@ def test_what_is_thin_and_rare_weighs_more_where_a_head_sees_it():
         assert rules.loss(named).words == weighed
 
 
-def test_views_are_enlarged_for_what_learns_from_them():
+def test_views_are_enlarged_only_for_trained_or_pixel_parts():
     scales = [rules.zoom(trains=trains, pixels=pixels) for trains, pixels in ((0, 0), (0, 1), (1, 0), (1, 1))]
     assert [choice.words["data.augment.scale"][1] for choice in scales] == [1.0, 1.5, 1.5, 1.5]
 
 
-def test_adapter_depends_on_the_backbone_and_on_the_number_of_images():
+def test_adapter_depends_on_backbone_and_number_of_images():
     few = replace(CASE, facts=replace(FACTS, images=19))
     cases = CASE, replace(CASE, parameters=10**8), few, replace(CASE, parameters=0)
     assert [rules.adapter(case).words["adapter"] for case in cases] == ["full", "lora_all", "frozen", "frozen"]
@@ -120,7 +120,7 @@ def test_phases_depend_on_how_many_images_fit_into_the_time(case, tuned, mixed, 
     [(12_000, 184, 1, 8), (6_000, 184, 1, 4), (5_999, 184, 1, 2), (0, 184, 1, 2), (12_000, 5, 1, 5)]
     + [(12_000, 5, 2, 4), (0, 184, 4, 4)],
 )
-def test_a_batch_is_small_where_steps_are_few(images, there, devices, size):
+def test_batch_is_small_if_steps_are_few(images, there, devices, size):
     assert rules.batch(images, replace(FACTS, images=there), devices).words == {"data.batch_size": size}
 
 
@@ -129,7 +129,7 @@ def test_a_closed_form_of_a_few_images_takes_a_share_above_zero(images, share):
     assert rules.closed_form(1.0, 1.0, replace(FACTS, images=images)).words["data.labelled"] == share
 
 
-def test_parts_of_a_step_count():
+def test_batch_choice_counts_accumulated_micro_batches():
     chosen = rules.batch(12_000, FACTS, 1, accumulate=2)
     assert chosen.words == {"data.batch_size": 4} and "which are 1500 steps" in chosen.reason
 
@@ -139,7 +139,7 @@ def test_times_of_both_phases_are_averaged_by_their_share():
     assert replace(TIMED, tuned=None).of(0.0) == 0.12 and replace(TIMED, frozen=None).of(1.0) == 0.2
 
 
-def test_what_fits_a_time_adds_up():
+def test_length_within_a_time_budget_adds_up():
     length = length_within(600, 0.2, TIMED, FACTS)
     spent = TIMED.start + (length.validations + 2) * 51 * TIMED.val
     assert length.validations == 5 and length.spent == pytest.approx(spent) and length.val_images is None
@@ -147,7 +147,7 @@ def test_what_fits_a_time_adds_up():
     assert length.limit == pytest.approx(600 - TIMED.start - 2 * 51 * TIMED.val)
 
 
-def test_fewer_images_are_validated_where_all_of_them_would_take_the_time():
+def test_slow_validation_is_reduced_to_fewer_images():
     short = length_within(10.01, 0.2, TIMED, FACTS)  # 3 s of 10: one validation, and the scoring
     assert (short.val_images, short.validations, short.images) == (10, 1, 7)
     assert length_within(30.01, 0.2, TIMED, FACTS).val_images == 30
@@ -156,7 +156,7 @@ def test_fewer_images_are_validated_where_all_of_them_would_take_the_time():
     assert [length_within(seconds, 0.2, TIMED, FACTS).validations for seconds in (100, 300, 480)] == [1, 2, 4]
 
 
-def test_views_are_cached_where_each_is_used_again_and_that_saves_time():
+def test_views_are_cached_if_reused_and_faster():
     length = length_within(600, 0.2, TIMED, FACTS)
     choice, images = rules.cached_views(length, 0.2, 0.1, FACTS)
     assert choice.words == {"data.views": 4}

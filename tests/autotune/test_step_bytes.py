@@ -64,7 +64,7 @@ def test_the_peak_is_that_of_a_real_training(compose, words):
     assert step.peak == pytest.approx(peak.most, rel=0.06)
 
 
-def test_parts_are_what_a_model_and_its_graph_hold(compose):
+def test_step_bytes_equal_memory_of_the_model_and_its_graph(compose):
     """By hooks on what autograd keeps, which know nothing of how storages are counted."""
     cfg = compose(*BASE, "adapter=lora", "adapter.rank=2", "adapter.dropout=0.0", "head=mlp", "trainer.ema=0.9")
     step, model = foretold(cfg, world_size=2), Builder(cfg).model(untrained=True).train()
@@ -92,7 +92,7 @@ def test_parts_are_what_a_model_and_its_graph_hold(compose):
     assert step.activations == pytest.approx(by_hand, rel=0.02)
 
 
-def test_more_samples_and_less_that_is_kept_show(compose):
+def test_memory_follows_batch_checkpointing_and_precision(compose):
     cfg = compose(*BASE, "adapter=full")
     loss = loss_of(cfg)  # the outputs, of which it is, are those of each
     one, four = foretold(cfg, loss, samples=1), foretold(cfg, loss, samples=4)
@@ -174,7 +174,7 @@ def test_checkpointing_repeats_the_operations_of_cuda(compose):
     assert F.dropout is dropout
 
 
-def test_nothing_that_was_walked_is_left_behind(compose):
+def test_walking_leaves_no_meta_tensors_behind(compose):
     """Transformers keeps the positions of DINOv3 by their size: those without numbers would be used in training."""
     cfg = compose(*BASE, "adapter=frozen")
     foretold(cfg)
@@ -182,7 +182,7 @@ def test_nothing_that_was_walked_is_left_behind(compose):
     assert torch.isfinite(model(random_batch(training_parts(Builder(cfg)), 1).image).scores()).all()
 
 
-def test_what_a_module_keeps_that_a_walk_has_imported_is_forgotten(tmp_path, monkeypatch):
+def test_caches_filled_while_walking_are_cleared(tmp_path, monkeypatch):
     (tmp_path / "keeping.py").write_text("import functools\n\n\n@functools.cache\ndef kept():\n    return 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     with fake_tensor_mode():
@@ -193,7 +193,7 @@ def test_what_a_module_keeps_that_a_walk_has_imported_is_forgotten(tmp_path, mon
     assert keeping.kept.cache_info().currsize == 0
 
 
-def test_a_cache_that_a_walk_has_not_filled_is_kept(tmp_path, monkeypatch):
+def test_caches_filled_before_walking_are_left_alone(tmp_path, monkeypatch):
     (tmp_path / "elsewhere.py").write_text("import functools\n\n\n@functools.cache\ndef kept():\n    return object()\n")
     monkeypatch.syspath_prepend(tmp_path)
     kept = import_module("elsewhere").kept
@@ -203,7 +203,7 @@ def test_a_cache_that_a_walk_has_not_filled_is_kept(tmp_path, monkeypatch):
     assert kept() is before
 
 
-def test_drawn_batches_have_the_recipe_s_sizes_and_classes(compose):
+def test_random_batches_have_the_sizes_and_classes_of_the_recipe(compose):
     parts = training_parts(Builder(compose(*BASE, "resolution.crop=[33,7]")))
     batch = random_batch(parts, 5)
     assert batch.image.shape == (5, 3, 33, 7) and batch.mask.shape == (5, 33, 7) and len(batch.names) == 5

@@ -32,7 +32,7 @@ def test_steps_are_timed_with_their_batches_once_warm(compose, monkeypatch):
     assert len(saved) == 1  # the end is that of a training that is stopped
 
 
-def test_steps_go_on_for_as_long_as_is_asked(compose, monkeypatch):
+def test_trial_runs_for_at_least_the_given_seconds(compose, monkeypatch):
     cfg = compose(*BASE)
     clock = SimpleNamespace(perf_counter=count().__next__, monotonic=lambda: 0.0)  # a step takes 3 s
     monkeypatch.setattr(trial, "time", clock)
@@ -43,12 +43,12 @@ def test_steps_go_on_for_as_long_as_is_asked(compose, monkeypatch):
         assert (len(found.seconds), len(found.waited)) == (timed, timed), lasting
 
 
-def test_the_later_half_of_the_steps_tells_what_one_takes():
+def test_step_time_is_the_median_of_the_later_half():
     assert _later_median([9.0]) == 9 and _later_median([9.0, 2.0]) == 2 and _later_median([9.0, 3.0, 1.0]) == 2
     assert _later_median([9.0, 9.0, 9.0, 1.0, 5.0, 2.0]) == 2
 
 
-def test_a_backbone_that_is_frozen_at_first_is_timed_as_it_is_trained_later(compose, caplog, monkeypatch):
+def test_backbone_frozen_at_first_is_timed_as_trained(compose, caplog, monkeypatch):
     cfg = compose(*BASE, "optim.optimizer.freeze_backbone_until=0.9")
     trained, parts = [], training_parts(Builder(cfg))
 

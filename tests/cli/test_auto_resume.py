@@ -36,7 +36,7 @@ def here(tmp_path, monkeypatch):
 def interrupt(here, monkeypatch):
     """Return a function that trains until a signal stops the run after one step."""
 
-    def stopped(*words):
+    def stop_training(*words):
         whole = ImageDataModule.train_batches
 
         def batches(self, start):
@@ -51,10 +51,10 @@ def interrupt(here, monkeypatch):
         assert done.status == 143, done.err
         return done
 
-    return stopped
+    return stop_training
 
 
-def succeed(here, *words):
+def run_checked(here, *words):
     done = call(here, *words)
     assert done.status == 0, done.err
     return done
@@ -66,16 +66,16 @@ def test_auto_finds_a_named_run_of_the_job_without_a_checkpoint(here, interrupt,
     interrupt(*AUTO, "hydra.run.dir=mine/run")
     shutil.rmtree(run / "checkpoints")
     (run / ".split.json.7.part").write_text("of a killed process")
-    succeed(here, *AUTO)  # the named folder is remembered, and origin.json has recipe and job
+    run_checked(here, *AUTO)  # the named folder is remembered, and origin.json has recipe and job
     assert checkpoint.describe(run / "checkpoints/last.safetensors")["progress"]["step"] == 3
     assert not (run / ".split.json.7.part").exists() and not (here / "outputs/base").exists()
 
 
 def test_resume_removes_partial_files(here):
-    succeed(here, *TRAIN, "hydra.run.dir=run")
+    run_checked(here, *TRAIN, "hydra.run.dir=run")
     part = here / "run/.split.json.7.part"
     part.write_text("of a killed process")
-    succeed(here, *TRAIN[:-1], "trainer.steps=4", "resume=run")
+    run_checked(here, *TRAIN[:-1], "trainer.steps=4", "resume=run")
     assert not part.exists()
 
 
@@ -91,29 +91,29 @@ def files_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_given_folder_is_used_beside_earlier_runs(here):
-    succeed(here, "-m", *TRAIN, "hydra.sweep.dir=outputs/base/sweep", "head=linear")
+def test_given_folder_is_used_despite_earlier_runs(here):
+    run_checked(here, "-m", *TRAIN, "hydra.sweep.dir=outputs/base/sweep", "head=linear")
     before = files_of(here / "outputs/base/sweep")
-    succeed(here, *AUTO, "trainer.steps=4", "hydra.run.dir=outputs/base/new")
+    run_checked(here, *AUTO, "trainer.steps=4", "hydra.run.dir=outputs/base/new")
     assert step_of(here / "outputs/base/new") == 4 and files_of(here / "outputs/base/sweep") == before
 
 
 def test_given_folder_resumes_its_checkpoint(here, interrupt):
     interrupt(*AUTO, "hydra.run.dir=mine")
     assert step_of(here / "mine") == 2
-    succeed(here, *AUTO, "hydra.run.dir=mine", "trainer.steps=4")
+    run_checked(here, *AUTO, "hydra.run.dir=mine", "trainer.steps=4")
     assert step_of(here / "mine") == 4 and not (here / "mine_2").exists()
 
 
 def test_given_folder_without_checkpoint_is_started_in(here):
     (here / "mine").mkdir()
     (here / "mine/run.log").write_text("killed before its first save\n")
-    succeed(here, *AUTO, "hydra.run.dir=mine")
+    run_checked(here, *AUTO, "hydra.run.dir=mine")
     assert step_of(here / "mine") == 3 and not (here / "mine_2").exists()
 
 
 def test_given_folder_of_another_recipe_is_an_error(here):
-    succeed(here, *TRAIN, "hydra.run.dir=mine")
+    run_checked(here, *TRAIN, "hydra.run.dir=mine")
     before = files_of(here / "mine")
     done = call(here, *AUTO, "hydra.run.dir=mine", "head=mlp", "trainer.clip=7")
     assert done.status == 1 and "head" in done.err and "trainer.clip" in done.err and "data.root" not in done.err
@@ -121,9 +121,9 @@ def test_given_folder_of_another_recipe_is_an_error(here):
 
 
 def test_finished_run_in_given_folder_exits_with_one_line(here):
-    succeed(here, *TRAIN, "hydra.run.dir=mine")
+    run_checked(here, *TRAIN, "hydra.run.dir=mine")
     before = files_of(here / "mine")
-    done = succeed(here, *AUTO, "hydra.run.dir=mine")
+    done = run_checked(here, *AUTO, "hydra.run.dir=mine")
     (line,) = done.err.splitlines()
     assert "resume=mine" in line.replace(f"{here}/", "") and "trainer.steps" in line and not done.out
     assert files_of(here / "mine") == before
@@ -139,15 +139,15 @@ def test_locked_given_folder_is_an_error(here, monkeypatch):
 def test_local_config_gives_a_folder(here):
     (here / "own/local").mkdir(parents=True)
     (here / "own/local/default.yaml").write_text("# @package _global_\nhydra: {run: {dir: mine}}\n")
-    succeed(here, "--config-dir", "own", *AUTO)
-    done = succeed(here, "--config-dir", "own", *AUTO)
+    run_checked(here, "--config-dir", "own", *AUTO)
+    done = run_checked(here, "--config-dir", "own", *AUTO)
     assert step_of(here / "mine") == 3 and "finished" in done.err and not (here / "mine_2").exists()
 
 
 def test_folder_named_by_the_time_is_not_given(here, interrupt):
     dated = "hydra.run.dir=elsewhere/train_${now:%f}"
     interrupt(*AUTO, dated)
-    succeed(here, *AUTO, dated)
+    run_checked(here, *AUTO, dated)
     (run,) = (here / "elsewhere").iterdir()
     assert step_of(run) == 3
 
@@ -155,17 +155,17 @@ def test_folder_named_by_the_time_is_not_given(here, interrupt):
 @pytest.mark.parametrize("folder", ["outputs/mine", "elsewhere/mine"])
 def test_interrupted_run_is_found_without_its_folder(here, interrupt, folder):
     interrupt(*TRAIN, f"hydra.run.dir={folder}")
-    succeed(here, *AUTO)
+    run_checked(here, *AUTO)
     assert step_of(here / folder) == 3 and not runs(here)
 
 
 def test_newest_unfinished_run_of_equal_length_is_resumed(here, interrupt):
     interrupt(*TRAIN)
     (run,) = runs(here)
-    done = succeed(here, *AUTO, "trainer.steps=4")
+    done = run_checked(here, *AUTO, "trainer.steps=4")
     assert step_of(run) == 2 and len(runs(here)) == 2
     assert "trainer.steps" in done.err and str(run) in done.err and f"{here / 'outputs'}:" in done.err
-    succeed(here, *AUTO, "trainer.val_every=2", "trainer.patience=9")
+    run_checked(here, *AUTO, "trainer.val_every=2", "trainer.patience=9")
     assert step_of(run) == 3 and len(runs(here)) == 2
 
 
@@ -180,16 +180,16 @@ def test_time_limit_of_a_config_file_outlives_resumes(here, interrupt):
 
 
 def test_finished_run_is_left_alone(here):
-    succeed(here, *AUTO)
+    run_checked(here, *AUTO)
     (run,) = runs(here)
     before = files_of(run)
-    done = succeed(here, *AUTO)
+    done = run_checked(here, *AUTO)
     assert len(runs(here)) == 2 and files_of(run) == before and f"{run} is finished" in done.err
 
 
 def test_jobs_of_a_sweep_are_no_single_runs(here, interrupt):
     interrupt("-m", *TRAIN, "hydra.sweep.dir=outputs/base/sweep")
-    succeed(here, *AUTO)
+    run_checked(here, *AUTO)
     assert step_of(here / "outputs/base/sweep/0") == 2 and len(runs(here)) == 1
 
 
@@ -207,7 +207,7 @@ def test_missing_evaluation_is_written_without_training(here, monkeypatch):
     trained = step_of(run)
     assert trained < 99 and not (run / "evaluation").exists()
     monkeypatch.setattr(ImageDataModule, "train_batches", lambda *_, **__: iter(()))
-    succeed(here, *words, *early)
+    run_checked(here, *words, *early)
     assert (run / "evaluation/scores.json").exists() and step_of(run) == trained and runs(here) == [run]
 
 
@@ -218,9 +218,9 @@ def test_requeued_slurm_job_resumes_its_run(here, interrupt, monkeypatch):
     interrupt(*AUTO, "hydra.run.dir=outputs/base/train_other_name", "trainer.steps=4")
     (mine,) = {*runs(here)} - {other}
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    succeed(here, *AUTO, "trainer.steps=4")
+    run_checked(here, *AUTO, "trainer.steps=4")
     assert (step_of(other), step_of(mine)) == (2, 4)
-    done = succeed(here, *AUTO, "trainer.steps=4")
+    done = run_checked(here, *AUTO, "trainer.steps=4")
     assert f"resume={mine}" in done.err and len(done.err.splitlines()) == 1 and len(runs(here)) == 2
     assert step_of(mine) == 4
 
@@ -233,8 +233,8 @@ def test_job_without_checkpoint_starts_again_in_its_folder(here, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(ImageDataModule, "train_batches", end)
         assert call(here, *AUTO).status == 9
-    succeed(here, *AUTO, "head=mlp")  # the next line of the same script
-    succeed(here, *AUTO)
+    run_checked(here, *AUTO, "head=mlp")  # the next line of the same script
+    run_checked(here, *AUTO)
     assert sorted(
         checkpoint.describe(run / "checkpoints/last.safetensors")["choices"]["head"] for run in runs(here)
     ) == [
@@ -253,7 +253,7 @@ def test_array_tasks_resume_their_own_runs(here, interrupt, monkeypatch):
         mine[task] = here / f"outputs/base/train_{task}"
     for task, steps in (("0", {"0": 3, "1": 2}), ("1", {"0": 3, "1": 3})):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
-        succeed(here, *AUTO)
+        run_checked(here, *AUTO)
         assert {name: step_of(run) for name, run in mine.items()} == steps
     assert len(runs(here)) == 2
 
@@ -264,7 +264,7 @@ def test_restarted_torchrun_resumes_its_run(here, interrupt, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     interrupt(*AUTO, "hydra.run.dir=outputs/base/train_newer")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a1b2")
-    succeed(here, *AUTO)
+    run_checked(here, *AUTO)
     assert [step_of(run) for run in runs(here)] == [3, 2]
 
 
@@ -289,7 +289,7 @@ def test_sweep_resumes_by_recipe_and_seed(here, interrupt):
     sweep, folder = ("-m", *AUTO, "hydra.sweep.dir=sweep"), here / "sweep"
     stopped = interrupt(*sweep, "seed=0,1")
     assert step_of(folder / "0") == 2 and f"resume=auto hydra.sweep.dir={folder}" in stopped.err
-    done = succeed(here, *sweep, "seed=2,0,1")
+    done = run_checked(here, *sweep, "seed=2,0,1")
     seeds = {
         path.name: checkpoint.describe(path / "checkpoints/last.safetensors")["config"]["seed"]
         for path in folder.iterdir()
@@ -297,7 +297,7 @@ def test_sweep_resumes_by_recipe_and_seed(here, interrupt):
     }
     assert sorted(seeds.values()) == [0, 1, 2] and seeds["0"] == 0 and step_of(folder / "0") == 3, done.err
     before = files_of(folder / "0")
-    again = succeed(here, *sweep, "seed=0,1,2")
+    again = run_checked(here, *sweep, "seed=0,1,2")
     assert files_of(folder / "0") == before and len(list(folder.glob("*/checkpoints"))) == 3
     rows = (folder / "jobs.csv").read_text().splitlines()
     assert len(rows) == 4 and str(folder / "0") in rows[1] + rows[2] + rows[3], again.err
@@ -307,17 +307,17 @@ def test_sweep_resumes_by_recipe_and_seed(here, interrupt):
 def test_cells_of_one_recipe_share_no_run(here, interrupt, swept):
     sweep = ("-m", *AUTO, "hydra.sweep.dir=sweep", swept)
     interrupt(*sweep)
-    succeed(here, *sweep)
+    run_checked(here, *sweep)
     assert {path.parent.name for path in here.glob("sweep/*/checkpoints")} == {"0", "1"}
     before = files_of(here / "sweep/1")
-    done = succeed(here, *sweep, "mode.pictures=1")  # near misses are named by the word that differs
+    done = run_checked(here, *sweep, "mode.pictures=1")  # near misses are named by the word that differs
     assert done.err.count("mode.pictures") >= 2 and files_of(here / "sweep/1") == before
     assert len(list(here.glob("sweep/*/checkpoints"))) == 4
 
 
-def test_sweep_without_folder_is_new_and_said_once(here, interrupt):
+def test_sweep_without_folder_is_new_with_one_warning(here, interrupt):
     interrupt("-m", *AUTO, "hydra.sweep.dir=outputs/base/sweep")
-    done = succeed(here, "-m", *AUTO, "seed=0,1")
+    done = run_checked(here, "-m", *AUTO, "seed=0,1")
     assert done.err.count("hydra.sweep.dir") == 1 and step_of(here / "outputs/base/sweep/0") == 2
 
 
@@ -327,7 +327,7 @@ def test_loser_of_a_race_starts_a_new_run(here, interrupt, monkeypatch):
     monkeypatch.setattr("dinoseg.cli.resuming.PATIENCE", 0)
     with open(run / "run.log", "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        done = succeed(here, *AUTO)
+        done = run_checked(here, *AUTO)
     assert str(run) in done.err and step_of(run) == 2 and len(runs(here)) == 2
 
 
@@ -362,7 +362,7 @@ def test_run_finished_before_its_lock_is_free_is_left_alone(here, interrupt, mon
 
     monkeypatch.setattr(resuming, "lock_within", finish_first)
     monkeypatch.setattr(ImageDataModule, "train_batches", check_free)
-    succeed(here, *AUTO)
+    run_checked(here, *AUTO)
     assert step_of(run) == 2 and len(runs(here)) == 2
 
 
@@ -370,7 +370,7 @@ def test_unreadable_checkpoint_is_named_and_skipped(here, interrupt):
     interrupt(*AUTO)
     (run,) = runs(here)
     (run / "checkpoints/last.safetensors").write_bytes(b"cut")
-    done = succeed(here, *AUTO)
+    done = run_checked(here, *AUTO)
     assert str(run / "checkpoints/last.safetensors") in done.err and len(runs(here)) == 2
 
 

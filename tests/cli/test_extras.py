@@ -24,13 +24,13 @@ NO_MODULE = ModuleNotFoundError("No module named 'optuna'\nmore")
         (["mode=train", "data.root=hydra/launcher=ray"], NO_MODULE, None),
     ],
 )
-def test_the_package_is_that_of_the_words(words, error, package):
+def test_missing_package_is_named_with_its_extra(words, error, package):
     said = missing_extra(words, error)
     assert (f"pip install '{package}'" in said and "\n" not in said) if package else said == ""
     assert ("in your clone of dinoseg, pip" in said) == bool(package and package.startswith("."))
 
 
-def test_every_option_that_is_shipped_says_its_extra_in_its_file():
+def test_config_file_of_each_plugin_names_its_extra():
     folder = Path(__file__).parents[2] / "dinoseg/cfg/hydra"
     options = [path for group in ("launcher", "sweeper") for path in (folder / group).glob("*.yaml")]
     assert len(options) == 5

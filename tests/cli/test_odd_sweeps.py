@@ -21,7 +21,7 @@ from command_line import call
         (("~hparam",), "error: ~hparam removes a key that is read. Leave it out"),
     ],
 )
-def test_an_option_that_is_none_is_one_message(tmp_path, words, says):
+def test_unknown_option_is_one_message(tmp_path, words, says):
     done = call(tmp_path, "mode=summary", *words)
     assert done.status == 1 and done.err.count("\n") == 1 and done.err.startswith(says), done.err
 

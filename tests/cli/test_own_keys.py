@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from command_line import SLOTS, SMALL, call, linked
+from command_line import SLOTS, SMALL, call, link_all
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
@@ -21,7 +21,7 @@ def with_checkpoint_keys(words):
 @pytest.fixture
 def here(trained_once, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return linked(trained_once, tmp_path)
+    return link_all(trained_once, tmp_path)
 
 
 def run(where, *arguments):
@@ -58,7 +58,7 @@ def test_every_mode_of_a_checkpoint_takes_its_keys(here, mode):
     assert made.head.dropout == 0.5 and made.data.augment.scale == [0.8, 1.5]
 
 
-def test_a_training_goes_on_with_other_values(here):
+def test_training_resumes_with_changed_values(here):
     run(here, *SLOTS, "trainer.steps=1", "trainer.val_every=1", "mode.metrics_only=true", "hydra.run.dir=own")
     words = ("trainer.steps=2", "head.iterations=2", "data.clips.cut.length=3")
     run(here, "mode=train", "resume=own", *words, "mode.metrics_only=true", "engine.precision=fp32")
@@ -83,7 +83,7 @@ def test_a_training_goes_on_with_other_values(here):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_key_of_neither_is_a_typo(here, arguments, message):
+def test_key_unknown_to_config_and_checkpoint_is_a_typo(here, arguments, message):
     done = call(here, "mode=eval", "engine=cpu", *arguments)
     assert done.status == 1 and message in done.err and done.err.count("error: ") == 1, done.err
     assert "Traceback" not in done.err and not list(here.glob("outputs/**/scores.json"))
@@ -117,11 +117,11 @@ def test_only_keys_that_all_named_checkpoints_have_are_theirs(here):
         ["mode=eval", "resume=slots", "engine=cpu", "tracker.short_side=96", "mode.split=val", "resume", "a=[b"],
     ],
 )
-def test_other_words_stay_as_they_are(here, arguments):
+def test_other_overrides_are_unchanged(here, arguments):
     assert with_checkpoint_keys(arguments) == arguments
 
 
-def test_how_slots_are_followed_is_the_checkpoint_s_own(here):
+def test_slot_overrides_apply_to_the_checkpoint(here):
     assert with_checkpoint_keys(["resume=slots", "slots.match=auto"]) == ["resume=slots", "++slots.match=auto"]
     assert with_checkpoint_keys(["resume=segmenter", "slots.match=auto"]) == ["resume=segmenter", "slots.match=auto"]
     anew = ["resume=slots", "slots=lock_on", "slots.match=auto"]
@@ -160,7 +160,7 @@ def test_messages_show_keys_as_typed(here):
     assert done.status == 1 and "head.dropout='${absent}' refers" in done.err and "++" not in done.err
 
 
-def test_messages_of_a_job_lack_the_signs_that_were_added():
+def test_job_messages_omit_added_plus_signs():
     error = InterpolationKeyError("absent")
     for word, shown in (("++head.dropout='${absent}'", "head.dropout='${absent}' refers"), ("++seed=1", " seed=1 (")):
         message = find_mistake(["mode=summary", word], [SHIPPED], error)

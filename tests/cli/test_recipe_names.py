@@ -44,7 +44,7 @@ def test_run_folder_and_checkpoint_use_the_recipe_name(tmp_path, compose, monkey
         (["hparam=mine", "resolution=3"], "error: resolution=3: resolution is a group of keys."),
     ],
 )
-def test_errors_beside_own_recipes(own, tmp_path, words, message):
+def test_errors_are_reported_with_own_recipes_present(own, tmp_path, words, message):
     done = call(tmp_path, "--config-dir", own, "mode=summary", *words)
     assert done.status == 1 and message in done.err, done.err
 

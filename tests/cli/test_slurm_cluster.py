@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from command_line import SMALL, write_data
-from daemons import running, wait_until
+from daemons import run_daemon, wait_until
 
 from dinoseg.training.checkpoint import describe
 
@@ -85,7 +85,7 @@ def environment(tmp_path_factory):
             [FOUND["slurmctld"], "-D"],
             [FOUND["slurmd"], "-D", "-N", node],
         ):
-            daemon = running(command, folder / f"{Path(command[0]).name}.out", ours)
+            daemon = run_daemon(command, folder / f"{Path(command[0]).name}.out", ours)
             daemons.append(stack.enter_context(daemon))
             if len(daemons) == 1:
                 wait_until((folder / "munge.socket").exists, daemons)

@@ -8,7 +8,7 @@ from command_line import call
 import dinoseg
 
 
-def test_it_prints_versions_and_composes_nothing(tmp_path):
+def test_version_is_printed_without_composing(tmp_path):
     done = call(tmp_path, "--version")
     assert done.status == 0 and not done.err and not list(tmp_path.iterdir())
     assert done.out.startswith(f"dinoseg {dinoseg.__version__}\ntorch {torch.__version__} (")

@@ -20,7 +20,7 @@ COMMANDS = (
 )
 
 
-def composed(words):
+def compose_with_flags(words):
     """Return the config and every flag in it."""
     register_resolvers()
     with initialize_config_dir(CONFIGS, version_base="1.3"):
@@ -40,7 +40,7 @@ def anew():
         for each in PATCHES:
             each.stop()
         try:
-            return composed(words)
+            return compose_with_flags(words)
         finally:
             for each in PATCHES:
                 each.start()
@@ -49,12 +49,12 @@ def anew():
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_it_is_what_hydra_composes(anew, words):
-    first, second = composed(words), composed(words)
+def test_cached_composition_equals_hydra(anew, words):
+    first, second = compose_with_flags(words), compose_with_flags(words)
     assert first == second == anew(words)
 
 
-def test_options_of_a_folder_are_read_anew_once_they_change(anew, tmp_path):
+def test_changed_options_in_a_folder_are_read_again(anew, tmp_path):
     path = tmp_path / "head/mine.yaml"
     path.parent.mkdir()
     words = (f"hydra.searchpath=['file://{tmp_path}']", "mode=train", "head=mine")
@@ -66,16 +66,16 @@ def test_options_of_a_folder_are_read_anew_once_they_change(anew, tmp_path):
         "# @package other\ndefaults: [mlp]\nlr: 0.25\n",
     ):
         path.write_text(text)
-        found.append(composed(words))
-        assert found[-1] == composed(words) == anew(words)
+        found.append(compose_with_flags(words))
+        assert found[-1] == compose_with_flags(words) == anew(words)
     assert [cfg["head"].get("lr") for cfg, _ in found[:3]] == [0.5, 0.25, 0.25]
     assert len({repr(each) for each in found}) == 4
     path.unlink()
     with pytest.raises(ConfigCompositionException, match="mine"):
-        composed(words)
+        compose_with_flags(words)
 
 
 def test_an_unknown_option_is_refused_each_time(anew):
-    for refuse in (composed, composed, anew):
+    for refuse in (compose_with_flags, compose_with_flags, anew):
         with pytest.raises(ConfigCompositionException, match="nothing"):
             refuse(["head=nothing"])

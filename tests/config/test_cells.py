@@ -24,7 +24,7 @@ def cells(crop, patch_size, scale=1.0, longest=None):
     return OmegaConf.create({"resolution": resolution, "backbone": {"patch_size": patch_size}, "grid": GRID}).grid
 
 
-def test_is_that_of_the_maps_that_a_model_gives():
+def test_cells_equal_the_grid_of_the_feature_maps():
     draw = np.random.default_rng(0)
     for _ in range(200):
         crop = tuple(map(int, draw.integers(1, 200, 2)))
@@ -45,21 +45,21 @@ def test_is_that_of_the_maps_that_a_model_gives():
     ],
     ids=str,
 )
-def test_slots_have_it_without_being_told(compose, words, grid):
+def test_slots_derive_their_positions_grid(compose, words, grid):
     cfg = compose(*words)
     assert cfg.head.positions_grid == grid
     kept = json.loads(json.dumps(config_description(Builder(cfg))["config"]))
     assert kept["head"]["positions_grid"] == grid  # written out: later images may be seen at another resolution
 
 
-def test_a_backbone_that_tells_its_patch_size_later_has_none(compose):
+def test_unknown_patch_size_leaves_positions_grid_unset(compose):
     cfg = compose("head=slots", "backbone=timm", "head.positions=linear")
     assert cfg.head.positions_grid is None
     SlotHead(8, 1, positions="linear", positions_grid=None)
     assert compose("head=slots", "backbone=timm", "backbone.patch_size=16").head.positions_grid == [33, 33]
 
 
-def test_what_cannot_be_had_is_not_set(compose):
+def test_unknown_patch_size_stays_unset_in_a_description(compose):
     cfg = compose("head=slots", "backbone.patch_size=???")
     assert describe(cfg, ("head",))["config"]["head"]["positions_grid"] == "???"
 

@@ -50,29 +50,29 @@ def test_elements_that_fit_are_accepted():
 
 
 @pytest.mark.parametrize("value", [None, 5, "x", [1], {"a": 1}])
-def test_what_a_group_of_keys_describes_is_no_plain_value(value):
+def test_plain_value_for_a_group_of_keys_is_refused(value):
     with pytest.raises(UserError, match=r"mode\.shapes=.* set one of them, as mode\.shapes\.KEY="):
         check_arguments("dinoseg.modes.predict.predict", {"shapes": value}, {"shapes": "mode.shapes"})
 
 
-def test_brackets_are_no_remedy_for_what_they_do_not_make_fit():
+def test_brackets_are_not_suggested_where_they_do_not_help():
     with pytest.raises(UserError, match=r"outputs=null is of type NoneType\. Give a list of texts\.$"):
         check_arguments("dinoseg.modes.predict.predict", {"outputs": None})
 
 
 @pytest.mark.parametrize("key", ["cache", "workers"])
-def test_a_word_that_yaml_reads_as_false_is_to_be_quoted(key):
+def test_value_that_yaml_reads_as_false_must_be_quoted(key):
     with pytest.raises(UserError, match=rf'{key}=False is of type bool.* write such a word in quotes \("off"\)\.$'):
         check_arguments("dinoseg.training.engine.Engine", {key: OmegaConf.create("word: off").word})
 
 
 @pytest.mark.parametrize("scale", [0, 17, float("nan")])
-def test_a_picture_is_not_seen_at_a_scale_that_takes_hours(scale):
+def test_image_scale_is_limited_to_prevent_hours_of_work(scale):
     with pytest.raises(UserError, match="scales=.* is out of range. Give a number above 0 and at most 16 for each"):
         check_arguments("dinoseg.inference.windows.Windows", {"scales": [1.0, scale]})
 
 
-def test_no_key_of_a_number_takes_text():
+def test_numeric_keys_refuse_text():
     """The launcher refuses text for keys that hold a number in config files, without reading signatures."""
     count = 0
     for group in GROUPS:

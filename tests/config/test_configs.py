@@ -15,11 +15,11 @@ from config_files import (
     main_choices,
     mode_for,
     mode_of,
-    needed,
     nodes,
     options,
     read,
     read_node,
+    required_overrides,
     written_choices,
     written_targets,
 )
@@ -109,7 +109,7 @@ def recipes(compose):
     for hparam in options("hparam"):
         mode = mode_for(hparam)
         choice = main_choices(mode) | written_choices(hparam)
-        found[hparam] = choice, compose(f"mode={mode}", f"hparam={hparam}", *needed(choice))
+        found[hparam] = choice, compose(f"mode={mode}", f"hparam={hparam}", *required_overrides(choice))
     return found
 
 
@@ -143,7 +143,7 @@ def test_every_recipe_resolves(recipes):
 
 
 @pytest.mark.heavy  # the same
-def test_every_recipe_is_given_back_by_a_checkpoint(recipes):
+def test_checkpoint_restores_every_recipe(recipes):
     given, expected = 0, 0
     for choice, cfg in recipes.values():
         given += check_restored(cfg)
@@ -151,7 +151,7 @@ def test_every_recipe_is_given_back_by_a_checkpoint(recipes):
     assert given == expected >= 10 * len(recipes)
 
 
-def test_what_launch_reads_of_each_mode():
+def test_modes_declare_their_launch_keys():
     said = {mode: read_node("mode", mode) for mode in options("mode")}
     read = dict.fromkeys(("eval", "export", "predict", "serve", "track"), "best") | {"train": "last"}
     assert {mode: said[mode].get("resume_from") for mode in read} == read  # a mode that is added may read one, too
@@ -206,10 +206,10 @@ def row(compose, mode, chosen):
     chosen = {"mode": mode, **{group: option for group, option in chosen.items() if option is not None}}
     words = [f"{group}={option}" for group, option in chosen.items()]
     whole = main_choices(mode) | chosen
-    return chosen, whole, compose(*words, *(needed(whole) if "data" in whole else []))
+    return chosen, whole, compose(*words, *(required_overrides(whole) if "data" in whole else []))
 
 
-def test_every_option_of_every_other_group(rows):
+def test_every_option_of_every_other_group_composes(rows):
     tried, checked, values = set(), 0, 0
     for chosen, whole, cfg in rows:
         found, written = check(cfg), sum(written_targets(*pair) for pair in whole.items())
@@ -228,7 +228,7 @@ def in_place(group, option):
     return read(group, option) if "@package _global_" in text else {group: read(group, option)}
 
 
-def test_every_option_is_given_back_by_a_checkpoint(rows):
+def test_checkpoint_restores_every_option(rows):
     given = set()
     for chosen, whole, cfg in rows:
         if whole["mode"] == "train":
@@ -253,7 +253,7 @@ def test_a_wrong_key_or_a_missing_one_is_found():
             check_binds("head", wrong)
 
 
-def test_hidden_options_are_bases_and_bases_hold_the_gaps():
+def test_hidden_options_are_bases_with_missing_values():
     hidden = sorted(path for path in FOLDER.glob("*/_*.yaml") if path.stem != OPTION)  # which only calls choose
     assert {path.stem for path in hidden} == {
         "_annotated",
@@ -285,7 +285,7 @@ def test_hidden_options_are_bases_and_bases_hold_the_gaps():
         assert users, f"nothing starts from {path}"
 
 
-def test_every_backbone_sets_only_what_its_family_knows(rows):
+def test_backbone_options_set_only_keys_of_their_family(rows):
     found = {chosen["backbone"]: cfg.backbone for chosen, _, cfg in rows if "backbone" in chosen}
     for option, node in found.items():
         backbone = OmegaConf.to_container(node)
@@ -309,7 +309,7 @@ def leaves(node, path=""):
 
 @pytest.mark.parametrize("data", ["folder", "sarrarp"])
 def test_every_other_key_is_read(compose, data):
-    cfg = OmegaConf.to_container(compose(f"data={data}", *needed({"data": data})))
+    cfg = OmegaConf.to_container(compose(f"data={data}", *required_overrides({"data": data})))
     python = "\n".join(path.read_text() for path in FOLDER.parent.rglob("*.py"))
     configs = "\n".join(path.read_text() for path in FOLDER.rglob("*.yaml"))
     keys = list(leaves({key: value for key, value in cfg.items() if key != "choices"}))
@@ -323,7 +323,7 @@ def test_every_other_key_is_read(compose, data):
     assert not unread
 
 
-def test_one_fact_is_set_in_one_place(compose):
+def test_shared_facts_are_set_once(compose):
     cfg = compose(
         "hparam=sarrarp_lora", "adapter.rank=4", "backbone=dinov2_vits14", "resolution.crop=[30,50]", "data.root=X"
     )
@@ -347,7 +347,7 @@ def test_one_fact_is_set_in_one_place(compose):
     assert compose("cache_dir=C").loss.counts.cache_dir == "C"
 
 
-def test_groups_give_way_to_recipes_and_those_to_the_command_line(compose):
+def test_recipes_override_groups_and_command_line_overrides_both(compose):
     assert compose().data.augment.scale == [0.75, 1.5]
     assert compose("hparam=demo").data.augment.scale == [0.8, 1.25]
     assert compose("hparam=demo", "data.augment.scale=[1,1]").data.augment.scale == [1, 1]
@@ -360,7 +360,7 @@ def test_groups_give_way_to_recipes_and_those_to_the_command_line(compose):
     assert compose("hparam=sarrarp_full").trainer.steps == compose("hparam=sarrarp_lora").trainer.steps
 
 
-def test_a_recipe_chooses_the_changes_of_colours(compose, tmp_path):
+def test_recipe_chooses_its_colour_augmentation(compose, tmp_path):
     copy = tmp_path / "cfg"
     shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("local"))
     text = (
@@ -382,7 +382,7 @@ def test_a_recipe_chooses_the_changes_of_colours(compose, tmp_path):
         instantiate(cfg.data.augment)
 
 
-def test_a_machine_s_own_paths_win_over_recipes_only(tmp_path):
+def test_local_paths_override_only_recipes(tmp_path):
     copy = tmp_path / "cfg"
     shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("local"))
     register_resolvers()

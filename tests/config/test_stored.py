@@ -131,7 +131,7 @@ SHELL = [  # names that reach, or seem to reach, any callable
 register_resolvers()
 
 
-def composed(choices=CHOICES, folders=(), **changes):
+def compose_job(choices=CHOICES, folders=(), **changes):
     """Return a job's config of these options, with values at dotted keys."""
     cfg = compose_options({"engine": "auto", **choices}, folders)
     cfg = OmegaConf.merge(cfg, {"choices": choices, "config_dirs": list(folders), "data": {"root": "."}})
@@ -149,10 +149,10 @@ def as_read(description):
 @pytest.fixture(scope="module")
 def sound():
     """Return the description of a run as its checkpoint holds it."""
-    return as_read(describe(composed(), KEYS))
+    return as_read(describe(compose_job(), KEYS))
 
 
-def planted(sound, place, value):
+def plant_value(sound, place, value):
     """Return a description whose config has a value at a place."""
     description = copy.deepcopy(sound)
     node, (*above, last) = description["config"], place.split("/")
@@ -167,7 +167,7 @@ def load(description, **options):
 
 
 def test_a_stored_config_is_the_config_of_the_run(sound):
-    cfg = composed(**{"head.layers": [-2], "adapter.rank": 4, "data.reader.masks.ids": {3: 255}})
+    cfg = compose_job(**{"head.layers": [-2], "adapter.rank": 4, "data.reader.masks.ids": {3: 255}})
     description = as_read(describe(cfg, KEYS))
     for stored in (description, as_read(describe(OmegaConf.merge(cfg, load(description)), KEYS))):
         found = OmegaConf.merge(cfg, load(stored))
@@ -185,14 +185,14 @@ def test_a_stored_config_is_the_config_of_the_run(sound):
     [("supervised", set()), ("multi_head", {"heads", "lrs"}), ("distil", {"teacher"}), ("slots", set())],
 )
 def test_options_bring_root_keys_of_their_own_but_no_groups(trainer, brought, caplog):
-    stored = as_read(describe(composed({**CHOICES, "trainer": trainer}), KEYS))
+    stored = as_read(describe(compose_job({**CHOICES, "trainer": trainer}), KEYS))
     assert load(stored).keys() == {*KEYS} | brought and not caplog.messages
 
 
 def test_interpolations_of_options_follow_the_command_line(sound):
     found = load(sound)
     assert found["inference"]["size"] == "${resolution.crop}" and found["adapter"]["device"] == "${engine.device}"
-    typed = as_read(describe(composed(**{"inference.size": "${resolution.longest}"}), KEYS))
+    typed = as_read(describe(compose_job(**{"inference.size": "${resolution.longest}"}), KEYS))
     assert typed["config"]["inference"]["size"] is None
 
 
@@ -202,7 +202,7 @@ def test_values_stay_when_a_config_file_changes(tmp_path, caplog):
     text = f"{{_target_: {LINEAR}, _partial_: true, layers: [-1], lr: 0.1, num_classes: 2, dropout: 0.5}}"
     file.write_text(text)
     choices = {**CHOICES, "head": "mine"}
-    stored = as_read(describe(composed(choices, [str(tmp_path)]), KEYS))
+    stored = as_read(describe(compose_job(choices, [str(tmp_path)]), KEYS))
     file.write_text(text.replace("0.5", "0.25, init: normal"))
     found = load(stored, folders=[tmp_path])
     assert found["head"]["dropout"] == 0.5 and found["head"]["init"] == "normal"
@@ -253,7 +253,7 @@ def test_names_of_options_do_not_leave_the_groups(sound, group, option):
 
 def test_options_of_nested_groups_are_stored():
     choices = {**CHOICES, "data": "sarrarp", "data/augment/color": "photometric", "protocol@data.official": "idd"}
-    stored = as_read(describe(composed(choices), KEYS))
+    stored = as_read(describe(compose_job(choices), KEYS))
     assert stored["choices"] == choices
     found = load(stored)
     assert found["data"]["official"]["_target_"].endswith("Idd")
@@ -270,26 +270,26 @@ def test_options_of_nested_groups_are_stored():
         ("data.reader.masks.ids", [{"_target_": LINEAR}]),
     ],
 )
-def test_a_component_that_is_no_option_is_refused(key, value):
+def test_component_outside_the_options_is_refused(key, value):
     with pytest.raises(UserError, match="is a component that no option of a config group names.*Make it an option"):
-        describe(composed(**{key: value}), KEYS)
+        describe(compose_job(**{key: value}), KEYS)
 
 
-def test_what_cannot_be_stored_is_refused():
-    cfg = composed()
+def test_config_that_cannot_be_stored_is_refused():
+    cfg = compose_job()
     del cfg.data.augment.affine
     with pytest.raises(UserError, match="~data.augment.affine removes a key"):
         describe(cfg, KEYS)
     with pytest.raises(UserError, match="trainer.more is not a key of the chosen options"):
-        describe(composed(**{"trainer.more": 1}), KEYS)
+        describe(compose_job(**{"trainer.more": 1}), KEYS)
     with pytest.raises(UserError, match=r"data.classes=.* holds \$\{"):
-        describe(composed(**{"data.classes": ["a", "\\${b}"]}), KEYS)
+        describe(compose_job(**{"data.classes": ["a", "\\${b}"]}), KEYS)
 
 
 def test_components_can_be_unset(sound):
-    stored = as_read(describe(composed(**{"data.augment.affine": None}), KEYS))
+    stored = as_read(describe(compose_job(**{"data.augment.affine": None}), KEYS))
     assert load(stored)["data"]["augment"]["affine"] is None
-    assert load(planted(sound, "data/reader", None))["data"]["reader"] is None
+    assert load(plant_value(sound, "data/reader", None))["data"]["reader"] is None
 
 
 @pytest.mark.parametrize("target", SHELL, ids=ascii)
@@ -298,7 +298,7 @@ def test_a_target_is_refused_anywhere(sound, target):
     for place in ("head", "loss/criterion", "loss/criterion/terms/ce", "data/reader", "backbone/arch/hidden_act", "x"):
         for value in ({"_target_": target}, [{"_target_": target, "_partial_": True}]):
             with pytest.raises(UserError, match="a checkpoint stores no key _target_"):
-                load(planted(sound, place, value))
+                load(plant_value(sound, place, value))
     assert set(sys.modules) == before
 
 
@@ -360,46 +360,48 @@ ODD = {  # place, value, what the refusal says
 
 
 @pytest.mark.parametrize(("place", "value", "says"), ODD.values(), ids=ODD)
-def test_what_a_checkpoint_does_not_store_is_refused(sound, place, value, says):
+def test_foreign_content_of_a_checkpoint_is_refused(sound, place, value, says):
     with pytest.raises(UserError, match=says) as caught:
-        load(planted(sound, place, value))
+        load(plant_value(sound, place, value))
     assert str(caught.value).startswith("resume=file: ") and str(caught.value).isprintable()
 
 
 def test_weights_are_given_to_classes_of_any_name(sound):
     names = ["it's", "a.b/c", "~", "k: v", "no", "1e3", "_background_", "h\xf6he", "grass (wet)"]
-    assert load(planted(sound, "loss/weights", dict.fromkeys(names, 3.0)))["loss"]["weights"]["a.b/c"] == 3.0
+    assert load(plant_value(sound, "loss/weights", dict.fromkeys(names, 3.0)))["loss"]["weights"]["a.b/c"] == 3.0
     for name in ("_target_", "_partial_", "_args_", "_convert_", "_recursive_", "a\nb"):
         with pytest.raises(UserError, match=r"loss.weights is refused: a checkpoint stores no key"):
-            load(planted(sound, "loss/weights", {name: 3.0}))
+            load(plant_value(sound, "loss/weights", {name: 3.0}))
 
 
 def test_the_command_line_may_allow_a_source_of_weights(sound):
-    mine = planted(sound, "backbone/weights", "my-org/my-dino")
+    mine = plant_value(sound, "backbone/weights", "my-org/my-dino")
     for options in ({"trust": ["my-org/my-dino"]}, {"typed": ["backbone.weights"]}):
         assert load(mine, **options)["backbone"]["weights"] == "my-org/my-dino"
     at_commit = f"facebook/dinov2-small@{'a1' * 20}"
-    assert load(planted(sound, "backbone/weights", at_commit))["backbone"]["weights"] == at_commit
+    assert load(plant_value(sound, "backbone/weights", at_commit))["backbone"]["weights"] == at_commit
 
 
 def test_trusted_source_of_weights_may_name_any_commit(sound):
     weights = f"my-org/my-dino@{'a1' * 20}"
-    stored = planted(sound, "backbone/weights", weights)
+    stored = plant_value(sound, "backbone/weights", weights)
     assert load(stored, trust=["my-org/my-dino"])["backbone"]["weights"] == weights
     with pytest.raises(UserError, match="its option does not name it"):
         load(stored, trust=[f"my-org/my-dino@{'b2' * 20}"])
 
 
-def test_values_alone_are_taken_of_groups_that_are_not_used(sound):
+def test_unused_groups_of_a_checkpoint_provide_only_values(sound):
     stored = {**sound, "choices": {**sound["choices"], "data": "gone", "loss": "gone"}}
     found = compose_stored(stored, Source("resume=file"), unused=("data", "loss"))
     assert found["data"]["num_classes"] == 2 and "_target_" not in json.dumps([found["data"], found["loss"]])
     with pytest.raises(UserError, match="stores no key _target_"):
-        compose_stored(planted(stored, "loss/criterion", {"_target_": "x"}), Source("resume=file"), unused=("loss",))
+        compose_stored(
+            plant_value(stored, "loss/criterion", {"_target_": "x"}), Source("resume=file"), unused=("loss",)
+        )
 
 
 def test_a_config_file_of_a_run_is_read_as_a_checkpoint():
-    cfg = to_container(composed(**{"data.batch_size": 3}))
+    cfg = to_container(compose_job(**{"data.batch_size": 3}))
     source = Source("config.yaml")
     found = compose_stored(description_of(cfg, ("data", "resolution"), source), source)
     assert found["data"] == cfg["data"] and found["data"]["batch_size"] == 3
@@ -410,11 +412,11 @@ def test_a_config_file_of_a_run_is_read_as_a_checkpoint():
         ("data.reader.partition._partial_", True, "stores no key _partial_"),
     ):
         with pytest.raises(UserError, match=says):
-            changed = to_container(composed(**{key: value}))
+            changed = to_container(compose_job(**{key: value}))
             compose_stored(description_of(changed, ("data", "resolution"), source), source)
 
 
-def test_what_is_resolved_is_not_resolved_again(tmp_path, monkeypatch):
+def test_resolved_values_are_not_resolved_again(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "told")
     cfg = OmegaConf.create({"a": "$", "b": "{oc.env:SECRET}", "node": {"_target_": LINEAR, "x": "${a}${b}"}})
     with pytest.raises(UserError, match="is still an interpolation after it is resolved"):

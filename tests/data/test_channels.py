@@ -91,7 +91,7 @@ def test_floats_of_a_tiff_are_levels_of_their_range(tmp_path):
     assert np.abs(found[..., 0] / 65535 * 8 - 3 - values).max() < 8 / 65535
 
 
-def test_8_bits_beside_16_keep_their_share_of_white(tmp_path):
+def test_eight_bit_images_are_scaled_to_sixteen_bits(tmp_path):
     rgb, infrared = levels(3), levels(1, np.uint16)[..., 0]
     for folder, image in (("images", rgb), ("nir", infrared)):
         (tmp_path / folder).mkdir()
@@ -200,7 +200,7 @@ def test_files_of_different_sizes_are_refused(tmp_path):
         (np.zeros((0, 4), np.uint8), None, "[0, 4]"),
     ],
 )
-def test_arrays_that_are_no_images_are_refused(values, value_range, message, tmp_path):
+def test_arrays_that_are_not_images_are_refused(values, value_range, message, tmp_path):
     np.save(tmp_path / "a.npy", values)
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         read_levels(tmp_path / "a.npy", value_range)
@@ -419,7 +419,7 @@ def test_arrays_are_scaled_as_files_are(dtype, tmp_path):
         list(pictures([values + values.dtype.type(1)], pixels=pixels))
 
 
-def test_arrays_beside_images_are_no_rgb_images(tmp_path):
+def test_arrays_are_read_only_for_extra_channels(tmp_path):
     root = tmp_path / "train"
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True)
@@ -616,7 +616,7 @@ def test_figures_show_the_first_three_channels():
     assert grey.dtype == np.uint8 and np.array_equal(grey, levels(2)[..., [0, 0, 0]])
 
 
-def test_what_reads_rgb_only_refuses_other_channels():
+def test_rgb_only_readers_refuse_other_channels():
     check_rgb(PixelFormat(), "a frame of a video")
     with pytest.raises(UserError, match=r"A frame of a video has 3 channels .* data.channels=5"):
         check_rgb(PixelFormat(5), "a frame of a video")

@@ -68,7 +68,7 @@ def run(folder, *words):
     return done
 
 
-def test_it_goes_through_train_eval_and_plan(folder):
+def test_custom_dataset_trains_evaluates_and_is_planned(folder):
     done = run(folder, "mode=train", "mode.report=false", "mode.pictures=0", "hydra.run.dir=run", "data.labelled=0.5")
     assert done.status == 0 and "3 of 6 images of split train" in done.err, done.err
     done = call(folder, "--config-dir", "own", "mode=eval", "resume=run", "engine=cpu", "engine.workers=0")
@@ -147,7 +147,7 @@ def test_items_that_do_not_fit_are_named(item, said):
         CustomDataset(type("Part", (Whole,), {"__getitem__": lambda self, index: item})())[0]
 
 
-def test_it_agrees_with_the_config_and_refuses_what_takes_files():
+def test_custom_dataset_must_agree_with_the_config():
     items = {"__getitem__": lambda self, index: {"image": IMAGE, "mask": MASK, "name": self.names[index]}}
     whole = type("Part", (Whole,), items)()
     data = check_custom_dataset(whole, ["a", "b"], 255)

@@ -95,7 +95,7 @@ def test_overrides_reach_the_objects(tmp_path):
         ("person", "person", 193, 48, {0, 1}),
     ],
 )
-def test_real_data(name, folder, train, val, ids, tmp_path):
+def test_real_data_is_readable(name, folder, train, val, ids, tmp_path):
     root = DATA / folder
     if not root.is_dir():
         pytest.skip(f"no real data in {root}: set DINOSEG_DATA")
@@ -137,7 +137,7 @@ def test_real_sizes_that_differ_are_no_silent_matter():
     assert 0 < refused < len(data)
 
 
-def test_prepare_mode(tmp_path, caplog, compose):
+def test_prepare_mode_runs_for_each_dataset(tmp_path, caplog, compose):
     def preparation(name, root, *words):
         return compose("mode=prepare", f"data={name}", f"data.root='{root}'", *words)
 

@@ -40,7 +40,7 @@ def assert_same(first, second):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(workers):
+def test_workers_do_not_change_the_batches(workers):
     options = {"batch_size": 4, "seed": 5}
     alone = take(train_batches(Pictures(SIZES), AUGMENT, **options), 8)
     assert alone[0].image.shape == (4, 3, 12, 10) and alone[0].mask.shape == (4, 12, 10)
@@ -90,7 +90,7 @@ def test_seed_and_epoch_change_the_view():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_global_chance_is_left_alone(workers):
+def test_global_random_state_is_unchanged(workers):
     torch.manual_seed(3)
     before = torch.get_rng_state()
     take(train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=workers), 3)
@@ -108,7 +108,7 @@ def children_after_a_moment(before):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_leaves_the_workers_to_the_first(number):
+def test_workers_ignore_signals_meant_for_the_main_process(number):
     batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=2)
     next(batches)  # of the first worker: the second may have just begun
     for worker in multiprocessing.active_children():
@@ -120,13 +120,13 @@ def test_a_signal_to_all_processes_leaves_the_workers_to_the_first(number):
         assert worker.exitcode == 0
 
 
-def resetting(_):
+def reset_connection(_):
     raise ConnectionResetError("reset by peer")
 
 
-def test_a_worker_that_is_killed_while_it_sends_is_told():
+def test_worker_killed_while_sending_raises_an_error():
     with pytest.raises(UserError, match="(?s)A data-loading process was killed.*reset by peer"):
-        list(load_in_order(resetting, range(2), 1))
+        list(load_in_order(reset_connection, range(2), 1))
 
 
 def kill_worker(before):
@@ -223,7 +223,7 @@ def test_workers_end_with_the_iterator():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_users_mistake_comes_out_as_it_is(workers):
+def test_user_errors_pass_through_workers(workers):
     before = multiprocessing.active_children()  # of other tests
     spoilt = Pictures(SIZES, error_at=4)
     for items in (
@@ -301,7 +301,7 @@ def test_clips_are_shuffled_over_all_videos_and_resumed():
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-def test_training_batches_are_pinned_by_the_loader_where_cuda_is_used(monkeypatch, cuda):
+def test_training_batches_are_pinned_if_cuda_is_used(monkeypatch, cuda):
     class Loader:
         """A DataLoader without processes and threads."""
 

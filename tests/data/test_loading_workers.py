@@ -33,7 +33,7 @@ def test_engine_resolves_auto_and_keeps_a_number():
 
 
 @pytest.mark.parametrize(("workers", "cores", "told"), [(16, 1, 0), (17, 1, 1), (32, 8, 0), (33, 8, 1)])
-def test_more_processes_than_processors_can_do_with_are_told(workers, cores, told, monkeypatch, caplog):
+def test_too_many_loading_processes_are_reported(workers, cores, told, monkeypatch, caplog):
     monkeypatch.setattr(loader, "cores_here", lambda: cores)
     loader.warn_of_many(workers)
     assert len(caplog.messages) == told

@@ -44,7 +44,7 @@ def side_resized(size, pick, given):
     return tuple(math.floor(Fraction(given * each, side) + Fraction(1, 2)) for each in size)
 
 
-def fitted(size, crop, factor):
+def jittered_size(size, crop, factor):
     """Return (H, W) as torchvision's ScaleJitter computes it."""
     ratio = min(crop[0] / size[0], crop[1] / size[1]) * factor
     return tuple(max(1, int(each * ratio)) for each in size)
@@ -54,7 +54,7 @@ def drawn_size(size, options, uniform):
     least, largest = options["scale"]
     factor = least + (largest - least) * uniform
     if options["relative_to"] == "fit":
-        return fitted(size, CROP, factor)
+        return jittered_size(size, CROP, factor)
     pick = min if options["relative_to"] == "short" else max
     return side_resized(size, pick, int(options["base"] * factor))
 
@@ -125,7 +125,7 @@ def test_pixels_equal_a_resized_padded_and_cropped_image(size, flip):
         assert (seen[height:] == FILL).all() and (seen[:, width:] == FILL).all()
 
 
-def filtered(length, given, antialias):
+def triangle_weights(length, given, antialias):
     """Return the weights (given, length) of a triangle filter, as wide as two pixels of the result or of the image."""
     step = length / given
     centres, width = (np.arange(given) + 0.5) * step, max(step, 1) if antialias else 1
@@ -138,13 +138,15 @@ def filtered(length, given, antialias):
 
 @pytest.mark.parametrize("size", [(101, 63), (200, 333), (57, 48)])
 @pytest.mark.parametrize("resample", ["antialias", "bilinear"])
-def test_reduced_images_equal_the_filter_of_the_official_pipeline(size, resample):
+def test_reduced_images_equal_the_official_resizing_filter(size, resample):
     """antialias: Pillow and torchvision, rounded after each side; bilinear: OpenCV's weights in steps of 1 / 32."""
     rng = np.random.default_rng(size)
     image, mask = rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.integers(0, 4, size, dtype=np.uint8)
     for factor, flip in ((0.0, 1.0), (0.1, 0.0), (0.2, 1.0), (0.3, 0.0)):
         height, width = drawn_size(size, SHORT, factor)
-        rows, columns = (filtered(*pair, resample == "antialias") for pair in zip(size, (height, width), strict=True))
+        rows, columns = (
+            triangle_weights(*pair, resample == "antialias") for pair in zip(size, (height, width), strict=True)
+        )
         full = np.einsum("yh,hwc,xw->yxc", rows, image.astype(np.float64), columns)
         top, left = starts((height, width), left=0.9, top=0.3)
         part = (full[:, ::-1] if flip < 0.5 else full)[top : top + CROP[0], left : left + CROP[1]]
@@ -272,7 +274,7 @@ def official_view(size, options, rng):
     """Return height, width, top and left of a crop as the official pipelines draw them."""
     factor = rng.uniform(*options["scale"])
     if options["relative_to"] == "fit":
-        height, width = fitted(size, CROP, factor)
+        height, width = jittered_size(size, CROP, factor)
     else:
         height, width = side_resized(size, min, int(options["base"] * factor))
     box = (rng.integers(0, max(0, height - CROP[0]) + 1), rng.integers(0, max(0, width - CROP[1]) + 1))
@@ -336,7 +338,7 @@ def test_factors_are_uniform_or_log_uniform():
         ({"longest": 96, "affine": Affine(20, 0.1, 5)}, "4b16952a8622148d"),
     ],
 )
-def test_default_views_and_the_numbers_after_them_are_those_of_before(options, expected):
+def test_default_views_equal_recorded_digests(options, expected):
     """Digests recorded before these keys existed."""
     rng = np.random.default_rng(7)
     image = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)
@@ -367,6 +369,6 @@ def test_default_views_and_the_numbers_after_them_are_those_of_before(options, e
         ({"relative_to": "short", "longest": 0}, "longest=0"),
     ],
 )
-def test_settings_out_of_range(options, message):
+def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         instantiate({"_target_": "dinoseg.data.transforms.Augment", "crop": list(CROP), **options})

@@ -20,12 +20,12 @@ def data(tmp_path):
     return lambda: folder_dataset(tmp_path / "data", "train", classes=["a", "b"])
 
 
-def test_as_it_is(data):
+def test_plain_dataset_is_returned_unchanged(data):
     found = data()
     assert prepare_dataset(found, split="train") is found
 
 
-def test_what_cannot_be_read_is_left_out_without_shifting_anything(data, tmp_path, caplog):
+def test_skipping_unreadable_samples_preserves_the_order(data, tmp_path, caplog):
     (tmp_path / "data/train/images/n1.png").write_bytes(b"no picture")
     save(tmp_path / "data/train/masks/n3.png", np.full((23, 30), 7))
     save(tmp_path / "data/train/masks/n4.png", np.full((5, 5), 1))
@@ -39,7 +39,7 @@ def test_what_cannot_be_read_is_left_out_without_shifting_anything(data, tmp_pat
         assert (sample["mask"] == number % 2).all()
 
 
-def test_nothing_left_is_an_error(data, tmp_path):
+def test_split_without_usable_images_is_an_error(data, tmp_path):
     for index in range(6):
         (tmp_path / f"data/train/images/n{index}.png").write_bytes(b"")
     with pytest.raises(
@@ -61,7 +61,7 @@ def test_packed_and_skipped_together(data, tmp_path):
     assert counts.tolist() == [20 * 30 + 22 * 30 + 24 * 30, 23 * 30 + 25 * 30]  # of the files, not of the reduced masks
 
 
-def test_what_is_no_whole_pair_stops_or_is_left_out(data, tmp_path):
+def test_incomplete_pairs_are_refused_or_skipped(data, tmp_path):
     masks, images = tmp_path / "data/train/masks", tmp_path / "data/train/images"
     (masks / "n1.png").unlink()
     (images / "n4.png").unlink()
@@ -89,7 +89,7 @@ def test_a_jpeg_mask_is_left_out(data, tmp_path):
     assert list(kept.skipped) == ["n2"] and "JPEG" in kept.skipped["n2"]
 
 
-def test_only_what_is_trained_on_is_reduced(data, tmp_path, compose):
+def test_only_training_images_are_reduced(data, tmp_path, compose):
     root, kept = f"data.root={tmp_path / 'data'}", f"cache_dir={tmp_path / 'cache'}"
     cfg = compose(root, kept, "data.classes=[a,b]", "data.cache=packed", "data.workers=1", "resolution.longest=15")
     scored, trained = Builder(cfg).dataset("train"), Builder(cfg).dataset("train", reduced=True)

@@ -96,14 +96,14 @@ def test_full_size_items_are_those_of_the_files(data, cache, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["index.json", "pixels.bin"]
 
 
-def test_an_item_may_be_written_to_without_harm(data, cache):
+def test_returned_item_can_be_modified_safely(data, cache):
     dataset = make(data(), cache)
     dataset[1]["image"].zero_()
     dataset[1]["mask"].zero_()
     assert_same(dataset, data())
 
 
-def test_keep_takes_rows_of_the_same_store(data, cache, monkeypatch):
+def test_keep_selects_rows_of_the_same_store(data, cache, monkeypatch):
     names = ["video/b", "flat", "unknown"]
     kept = make(data(), cache).keep(names)
     assert_same(kept, data().keep(names))
@@ -179,7 +179,7 @@ def test_batches_are_those_of_the_files(data, cache, workers):
         assert torch.equal(mine.image, theirs.image) and torch.equal(mine.mask, theirs.mask)
 
 
-def test_a_mask_alone_is_read_without_its_image_once_both_were_checked(data, cache, monkeypatch):
+def test_verified_mask_is_read_without_its_image(data, cache, monkeypatch):
     dataset, plain, read = make(data(), cache), data(), []
     fromfile = np.fromfile
     monkeypatch.setattr(np, "fromfile", lambda *args, **at: read.append(at["count"]) or fromfile(*args, **at))
@@ -190,7 +190,7 @@ def test_a_mask_alone_is_read_without_its_image_once_both_were_checked(data, cac
     assert read == [4 * area for area in areas] + areas
 
 
-def test_it_is_small_to_send_and_opened_by_each_process(data, cache):
+def test_packed_dataset_pickles_small_and_is_reopened(data, cache):
     dataset = make(data(), cache)
     unread = len(pickle.dumps(dataset))
     item = dataset[3]
@@ -204,7 +204,7 @@ def sum_of(dataset, index):
     return int(dataset[index]["image"].sum())
 
 
-def test_its_size_is_told_before(data, cache, caplog):
+def test_packing_reports_its_size_first(data, cache, caplog):
     with caplog.at_level(logging.INFO):
         make(data(), cache, 40)
     told = caplog.messages[0]
@@ -213,14 +213,14 @@ def test_its_size_is_told_before(data, cache, caplog):
     assert caplog.messages[-1].startswith("reading 6 packed images")
 
 
-def test_the_size_told_is_that_of_the_file(data, cache):
+def test_estimated_size_equals_the_file_size(data, cache):
     for longest in (None, 40):
         expected = sum(4 * h * w for h, w in packed._sizes(data(), longest))
         size = (make(data(), cache, longest).store.folder / "pixels.bin").stat().st_size
         assert size == expected
 
 
-def test_too_little_room_is_said_before(data, cache, monkeypatch):
+def test_too_little_disk_space_is_refused_before_packing(data, cache, monkeypatch):
     make(data(), cache)
     room = shutil.disk_usage(cache)._replace(free=5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
@@ -296,7 +296,7 @@ def test_a_damaged_item_is_noticed(data, cache, place):
         lambda folder: change_index(folder, lambda index: index["places"][0].__setitem__(0, 10**9)),
     ],
 )
-def test_a_store_that_is_not_whole_is_packed_anew(data, cache, caplog, damage):
+def test_damaged_store_is_packed_again(data, cache, caplog, damage):
     make(data(), cache)
     damage(store_of(cache))
     assert_same(make(data(), cache), data())
@@ -330,7 +330,7 @@ def test_an_index_of_other_channels_is_noticed(cache, tmp_path):
         make(data, cache)[0]
 
 
-def test_changed_files_and_rules_are_packed_anew(data, cache, tmp_path):
+def test_changed_files_and_rules_are_packed_again(data, cache, tmp_path):
     old = make(data(), cache, 40).store.folder
     path = tmp_path / "data/train/masks/odd.png"
     save(path, np.ones((37, 23)))
@@ -378,7 +378,7 @@ def test_bad_files_are_all_named_by_any_number_of_processes(data, cache, tmp_pat
 
 
 @pytest.mark.heavy
-def test_a_killed_process_is_told(data, cache):
+def test_killed_packing_process_raises_an_error(data, cache):
     with pytest.raises(UserError, match=r"was killed.*fewer than workers=2 and run again"):
         make(Deadly(data()), cache, workers=2)
 
@@ -414,7 +414,7 @@ def test_a_second_build_waits_for_the_first(data, cache, monkeypatch, caplog):
     assert len(result) == 1 and len(result[0]) == len(NAMES)
 
 
-def test_a_folder_that_cannot_be_written_to(data, tmp_path):
+def test_unwritable_folder_is_refused(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"Cannot pack to .*file.*cache_dir=FOLDER.*[(]cache=null"):
         make(data(), tmp_path / "file")
@@ -433,12 +433,12 @@ def test_a_read_only_folder_still_serves_its_store(data, cache, monkeypatch):
 
 
 @pytest.mark.parametrize(("key", "value"), [("longest", 0), ("longest", -3), ("workers", 0)])
-def test_numbers_out_of_range(data, cache, key, value):
+def test_numbers_out_of_range_are_refused(data, cache, key, value):
     with pytest.raises(UserError, match=f"{key}={value}: give"):
         make(data(), cache, **{key: value})
 
 
-def test_frames_of_videos_are_packed_and_their_sizes_found_once_a_video(cache, tmp_path, monkeypatch):
+def test_video_frames_are_packed_with_one_size_per_video(cache, tmp_path, monkeypatch):
     pairs = []
     for video, size in (("u", (48, 32)), ("v", (64, 48))):
         write_video(tmp_path / f"{video}.avi", 12, size)
@@ -460,7 +460,7 @@ def test_processes_are_used_where_they_pay(monkeypatch, cores, items, expected):
     assert paying_workers(items) == expected
 
 
-def test_two_roots_that_look_the_same_have_stores_of_their_own(cache, tmp_path):
+def test_roots_with_equal_file_stats_have_own_stores(cache, tmp_path):
     masks = []
     for place, value in (("a", 0), ("b", 1)):
         for kind in ("images", "masks"):
@@ -470,7 +470,7 @@ def test_two_roots_that_look_the_same_have_stores_of_their_own(cache, tmp_path):
     assert masks == [0, 1]
 
 
-def test_a_store_that_is_removed_while_it_is_used_is_told(data, cache):
+def test_store_removed_during_use_raises_an_error(data, cache):
     for spoil in (shutil.rmtree, lambda folder: (folder / "pixels.bin").write_bytes(b"")):
         dataset = make(data(), cache)
         again = pickle.loads(pickle.dumps(dataset))  # as a loading process has it
@@ -489,14 +489,14 @@ def test_a_store_that_is_cut_while_it_is_read_ends_no_process(data, cache):
         dataset[last]
 
 
-def test_names_that_are_no_text_are_packed(cache, tmp_path):
+def test_undecodable_names_are_packed(cache, tmp_path):
     write(tmp_path / "data", {os.fsdecode(b"caf\xe9"): (5, 7), "x": (4, 4)})
     source = folder_dataset(tmp_path / "data", "train", classes=["a", "b", "c"])
     assert_same(make(source, cache), source)
     assert_same(make(source, cache), source)  # read back from its index
 
 
-def test_what_is_no_pair_is_told_of_a_packed_set_too(data, cache, tmp_path):
+def test_packed_dataset_lists_unpaired_files(data, cache, tmp_path):
     (tmp_path / "data/train/masks/odd.png").unlink()
     dataset = make(data(), cache)
     assert list(dataset.lacking) == list(dataset.keep(["flat"]).lacking) == ["odd"] and dataset.remedy

@@ -28,7 +28,7 @@ def noise(size, seed):
     return image
 
 
-def truncated(values):
+def clip_to_uint8(values):
     return np.clip(values, 0, 255).astype(np.uint8)
 
 
@@ -40,19 +40,19 @@ def brighter(image, number):
     return image + np.float64(number)
 
 
-def multiplied(image, factor):
+def multiply(image, factor):
     return image * np.float64(factor)
 
 
-def contrasted(image, factor):
+def change_contrast(image, factor):
     return image * np.float64(factor) + (1 - factor) * grey(image).mean()
 
 
-def saturated(image, factor):
+def change_saturation(image, factor):
     return image * np.float64(factor) + (1 - factor) * grey(image)[..., None]
 
 
-def turned(image, share):
+def rotate_hue(image, share):
     """Rotate the hue of each pixel by the standard library."""
     turns = []
     for pixel in image.reshape(-1, 3) / 255:
@@ -64,7 +64,7 @@ def turned(image, share):
 def hsv_changed(image, saturation=1.0, hue=0):
     """Multiply S and add to H in OpenCV's 8-bit HSV."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-    hsv[..., 1] = truncated(hsv[..., 1] * np.float64(saturation))
+    hsv[..., 1] = clip_to_uint8(hsv[..., 1] * np.float64(saturation))
     hsv[..., 0] = (hsv[..., 0].astype(int) + hue) % 180
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
@@ -79,8 +79,8 @@ def one(distortion, step, uniform, image):
 def assert_truncated(ours, exact):
     """Assert that bytes are truncated float64 values; next to a whole number, float32 may lie on its other side."""
     near = np.abs(exact - np.round(exact)) < 1e-3
-    assert np.array_equal(ours[~near], truncated(exact)[~near])
-    assert np.abs(ours.astype(int) - truncated(exact)).max() <= 1
+    assert np.array_equal(ours[~near], clip_to_uint8(exact)[~near])
+    assert np.abs(ours.astype(int) - clip_to_uint8(exact)).max() <= 1
 
 
 def distances(ours, theirs):
@@ -94,13 +94,13 @@ def test_changes_equal_the_formulas(size):
         around = 0.5 + uniform  # the factor of contrast and saturation
         for distortion in (MMSEG, DINOV3):
             assert_truncated(one(distortion, 0, uniform, image), brighter(image, 64 * uniform - 32))
-            assert_truncated(one(distortion, 1, uniform, image), multiplied(image, around))
-        assert_truncated(one(EOMT, 0, uniform, image), multiplied(image, 1 + 32 / 255 * (2 * uniform - 1)))
-        assert_truncated(one(EOMT, 1, uniform, image), contrasted(image, around))
+            assert_truncated(one(distortion, 1, uniform, image), multiply(image, around))
+        assert_truncated(one(EOMT, 0, uniform, image), multiply(image, 1 + 32 / 255 * (2 * uniform - 1)))
+        assert_truncated(one(EOMT, 1, uniform, image), change_contrast(image, around))
         for distortion in (DINOV3, EOMT):
-            assert_truncated(one(distortion, 2, uniform, image), saturated(image, around))
+            assert_truncated(one(distortion, 2, uniform, image), change_saturation(image, around))
             hue = distortion.hue * (2 * uniform - 1)
-            assert_truncated(one(distortion, 3, uniform, image), turned(image, hue))
+            assert_truncated(one(distortion, 3, uniform, image), rotate_hue(image, hue))
         assert np.array_equal(one(MMSEG, 2, uniform, image), hsv_changed(image, saturation=around))
         assert np.array_equal(one(MMSEG, 3, uniform, image), hsv_changed(image, hue=int(36 * uniform) - 18))
 
@@ -144,7 +144,7 @@ def mmseg(image, rng):
         rng,
         image,
         lambda each: brighter(each, rng.uniform(-32, 32)),
-        lambda each: multiplied(each, rng.uniform(0.5, 1.5)),
+        lambda each: multiply(each, rng.uniform(0.5, 1.5)),
         lambda each: hsv_changed(each, saturation=rng.uniform(0.5, 1.5)),
         lambda each: hsv_changed(each, hue=rng.integers(-18, 18)),
     )
@@ -155,9 +155,9 @@ def dinov3(image, rng):
         rng,
         image,
         lambda each: brighter(each, rng.uniform(-32, 32)),
-        lambda each: multiplied(each, rng.uniform(0.5, 1.5)),
-        lambda each: saturated(each, rng.uniform(0.5, 1.5)),
-        lambda each: turned(each, rng.uniform(-0.5, 0.5)),
+        lambda each: multiply(each, rng.uniform(0.5, 1.5)),
+        lambda each: change_saturation(each, rng.uniform(0.5, 1.5)),
+        lambda each: rotate_hue(each, rng.uniform(-0.5, 0.5)),
     )
 
 
@@ -165,10 +165,10 @@ def eomt(image, rng):
     return official(
         rng,
         image,
-        lambda each: multiplied(each, rng.uniform(1 - 32 / 255, 1 + 32 / 255)),
-        lambda each: contrasted(each, rng.uniform(0.5, 1.5)),
-        lambda each: saturated(each, rng.uniform(0.5, 1.5)),
-        lambda each: turned(each, rng.uniform(-18 / 360, 18 / 360)),
+        lambda each: multiply(each, rng.uniform(1 - 32 / 255, 1 + 32 / 255)),
+        lambda each: change_contrast(each, rng.uniform(0.5, 1.5)),
+        lambda each: change_saturation(each, rng.uniform(0.5, 1.5)),
+        lambda each: rotate_hue(each, rng.uniform(-18 / 360, 18 / 360)),
     )
 
 
@@ -178,7 +178,7 @@ def official(rng, image, brightness, contrast, saturation, hue):
     order = [brightness, contrast, saturation, hue] if first else [brightness, saturation, hue, contrast]
     for change in order:
         if rng.random() < 0.5:
-            image = truncated(change(image))
+            image = clip_to_uint8(change(image))
     return image
 
 
@@ -191,7 +191,7 @@ def test_colours_are_distributed_as_in_the_official_pipelines(distortion, pipeli
         assert len(set(mine)) > 50 and ks_2samp(mine, official_ones).pvalue > 0.01
 
 
-def test_the_order_and_each_coin_decide_what_is_done():
+def test_random_numbers_decide_order_and_choice_of_distortions():
     image, rng = noise((20, 30), 3), np.random.default_rng(5)
     for _ in range(20):
         uniforms = rng.random(9)
@@ -228,7 +228,7 @@ def test_the_whole_image_is_changed_before_it_is_scaled():
     assert different > 6
 
 
-def test_coins_do_not_move_the_view():
+def test_colour_distortion_does_not_move_the_view():
     image, mask = noise((40, 60), 2), np.random.default_rng(0).integers(0, 9, (40, 60), dtype=np.uint8)
     for seed in range(5):
         views = [
@@ -252,6 +252,6 @@ def test_the_contract_has_no_colours():
         ({"probability": 1.5}, "probability=1.5"),
     ],
 )
-def test_settings_out_of_range(options, message):
+def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         instantiate({"_target_": "dinoseg.data.photometric.PhotometricDistortion", **AMOUNTS, "hue": 0.1, **options})

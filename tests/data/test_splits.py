@@ -26,11 +26,11 @@ def test_parts_are_disjoint_complete_and_independent_of_order():
     assert fraction_split(NAMES, val_fraction=0.25, seed=4) != parts
 
 
-def test_which_names_are_held_out_never_changes():
+def test_held_out_names_are_stable():
     assert fraction_split(list("abcdefgh"), val_fraction=0.25, seed=0)["val"] == ["f", "g"]
 
 
-def test_a_share_of_the_masks_is_part_of_a_larger_one_and_comes_from_few_groups():
+def test_labelled_subsets_are_nested_and_span_few_groups():
     video, taken = regex_group(r"^(v\d+)/"), []
     for share, videos in ((0.001, 1), (0.04, 1), (0.1, 1), (0.25, 3), (0.5, 5), (1.0, 10)):
         names = labelled_names(NAMES[::-1], share, seed=2, group=r"^(v\d+)/")
@@ -68,7 +68,7 @@ def test_neither_side_is_empty(fraction, held_out):
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
-def test_fraction_out_of_range(fraction):
+def test_fraction_out_of_range_is_refused(fraction):
     with pytest.raises(UserError, match="val_fraction=.*between 0 and 1"):
         fraction_split(NAMES, val_fraction=fraction, seed=0)
 
@@ -78,7 +78,7 @@ def test_one_group_cannot_be_split():
         fraction_split(NAMES[:4], val_fraction=0.5, seed=0, group=regex_group("^v."))
 
 
-def test_bad_group_patterns():
+def test_bad_group_patterns_are_refused():
     with pytest.raises(UserError, match=r"group=\( is not a regular expression"):
         regex_group("(")
     with pytest.raises(UserError, match=r"group=x\+ does not match the name v0"):
@@ -92,7 +92,7 @@ def test_bad_group_patterns():
     assert regex_group("^(x*)v")("v0") == ""
 
 
-def test_name_lists(tmp_path):
+def test_name_lists_are_read(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeffa/b.jpg\r\n\r\n  v1.5 \r\nc.PNG".encode())
     assert read_name_list(path) == ["a/b", "v1.5", "c"]
@@ -119,7 +119,7 @@ def test_name_lists(tmp_path):
     assert time.process_time() - begin < 2 and len(str(caught.value)) < 1000
 
 
-def test_split_table():
+def test_split_table_lists_each_split():
     table = split_table({"train": Pictures([(2, 2)] * 2), "val": Pictures([(2, 2)])})
     assert table == {"train": ["p0", "p1"], "val": ["p0"]}
 
@@ -130,23 +130,25 @@ class Thing:
     origin: str = ""
 
 
-def found(split):
+def find_things(split):
     return [Thing(f"v{video}/{split}_{frame}") for video in range(7) for frame in range(video + 1)]
 
 
 def folds(fold, count, group=r"^(v\d+)/", **options):
     partition = Partition(group=group, fold=fold, folds=count, **options)
-    return {split: [thing.name for thing in divide(split, found, partition)] for split in ("train", "val", "test")}
+    return {
+        split: [thing.name for thing in divide(split, find_things, partition)] for split in ("train", "val", "test")
+    }
 
 
 def test_folds_divide_train_and_val_together_by_group():
-    everything = sorted(thing.name for split in ("train", "val") for thing in found(split))
+    everything = sorted(thing.name for split in ("train", "val") for thing in find_things(split))
     held_out = []
     for fold in range(3):
         parts = folds(fold, 3)
         assert sorted(parts["train"] + parts["val"]) == everything
         assert not {n.split("/")[0] for n in parts["train"]} & {n.split("/")[0] for n in parts["val"]}
-        assert parts["test"] == [thing.name for thing in found("test")]
+        assert parts["test"] == [thing.name for thing in find_things("test")]
         held_out += parts["val"]
     assert sorted(held_out) == everything
 
@@ -179,12 +181,12 @@ def test_folds_of_equal_groups_depend_on_the_seed():
         ({"fold": -1, "folds": 3}, "^fold=-1"),
     ],
 )
-def test_bad_partitions(options, message):
+def test_bad_partitions_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         Partition(**options)
 
 
-def test_what_cannot_be_divided():
+def test_impossible_partitions_are_refused():
     with pytest.raises(UserError, match="^partition.folds=9: there are only 7 groups"):
         folds(0, 9)
     with pytest.raises(UserError, match="^partition.group=.* does not match the name v0/train_0"):
@@ -195,14 +197,15 @@ def test_what_cannot_be_divided():
     assert len(divide("val", lambda split: [Thing("a"), Thing("b")], same)) == 1
 
 
-def test_folds_keep_things_apart_that_each_split_numbers_by_itself():
-    def numbered(split):
+def test_folds_separate_things_with_equal_names_in_two_splits():
+    def find_numbered(split):
         return [Thing(f"v{number}/x", f"{split}{number}") for number in range(4 if split == "train" else 2)]
 
     held_out = []
     for fold in range(3):
         parts = {
-            split: divide(split, numbered, Partition(group="^(.+)$", fold=fold, folds=3)) for split in ("train", "val")
+            split: divide(split, find_numbered, Partition(group="^(.+)$", fold=fold, folds=3))
+            for split in ("train", "val")
         }
         assert len({thing.origin for part in parts.values() for thing in part}) == 6
         held_out += parts["val"]

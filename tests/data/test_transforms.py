@@ -70,7 +70,7 @@ def test_any_size_gives_the_crop(size, crop):
         assert set(np.unique(ids)) <= {0, 1, 2, 3, 4, 255}
 
 
-def test_chance_depends_on_rng_alone():
+def test_views_depend_only_on_rng():
     image, mask = noise(70, 50)
     augment = Augment((40, 40), **ALL)
     first, again, other = (augment(image, mask, rng(seed)) for seed in (1, 1, 2))
@@ -108,7 +108,7 @@ def test_image_and_mask_move_together(settings):
     assert abs(balance) <= 0.06 * edge
 
 
-def test_what_is_outside_is_ignored():
+def test_pixels_outside_the_image_are_ignored():
     image, mask = np.full((50, 50, 3), 200, np.uint8), np.ones((50, 50), np.uint8)
     seen, ids = Augment((50, 50), affine=Affine(degrees=45), ignore_index=7)(image, mask, rng(5))
     assert set(np.unique(ids)) == {1, 7}
@@ -187,14 +187,14 @@ def test_half_a_turn_of_hue_makes_red_cyan():
         ("ColorJitter", {"hue": 0.6}, "hue=0.6.*0 to 0.5"),
     ],
 )
-def test_settings_out_of_range(name, options, message):
+def test_settings_out_of_range_are_refused(name, options, message):
     crop = {"crop": [5, 5]} if name == "Augment" else {}
     with pytest.raises(UserError, match=message):
         instantiate({"_target_": f"dinoseg.data.transforms.{name}", **crop, **options})
 
 
 @pytest.mark.parametrize("longest", [None, 50])
-def test_where_a_view_lies_is_said_by_the_numbers_that_draw_it(longest):
+def test_place_of_a_view_matches_its_augmentation(longest):
     """The pixels of a ramp say where they were."""
     across, down = np.meshgrid(np.arange(80), np.arange(60))
     image = np.stack([3 * across, 4 * down, np.zeros_like(down)], axis=-1).astype(np.uint8)

@@ -26,7 +26,7 @@ class Slow:
         raise RuntimeError(self.error)
 
 
-def test_it_is_told_once_and_then_rarely(monkeypatch, caplog):
+def test_missing_batch_is_reported_at_growing_intervals(monkeypatch, caplog):
     seconds = iter(range(0, 10_000, 5))
     monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     assert loader.wait_for_item(Slow(11), 0, 2) == "item" and not caplog.messages
@@ -56,7 +56,7 @@ def test_a_pinning_thread_that_has_ended_is_not_waited_for():
         loader.wait_for_item(slow, 0, 2)
 
 
-def test_what_comes_late_comes_all_the_same(monkeypatch, caplog, tmp_path):
+def test_late_batch_is_still_returned(monkeypatch, caplog, tmp_path):
     def read(key):
         while key == 2 and not (tmp_path / "told").exists():
             time.sleep(0.01)

@@ -33,7 +33,7 @@ def samples(count, *, ignored=0.2, seed=0):
         yield *tensors, torch.from_numpy(draw.normal(size=(CLASSES, *places))).float()
 
 
-def collected(images, world_size=1, ignore_index=255):
+def collect(images, world_size=1, ignore_index=255):
     data = Data(images=len(images), classes=["a", "b", "c", "d"], ignore_index=ignore_index)
     parts = []
     for rank in range(world_size):
@@ -47,7 +47,7 @@ def collected(images, world_size=1, ignore_index=255):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_any_number_of_ranks_collects_the_same(world_size):
     images = list(samples(17))
-    one, several = collected(images), collected(images, world_size)
+    one, several = collect(images), collect(images, world_size)
     for name in ("classes", "boundary", "logits", "labels"):
         assert np.array_equal(getattr(one, name), getattr(several, name)), name
     for name in ("best", "worst"):
@@ -61,7 +61,7 @@ def test_any_number_of_ranks_collects_the_same(world_size):
 @pytest.mark.parametrize("ignored", [255, 0, 1])
 def test_counts_are_those_of_the_confusion_matrix(ignored):
     images = list(samples(5, ignored=0.2 if ignored == 255 else 0))
-    found, whole = collected(images, ignore_index=ignored), ConfusionMatrix(CLASSES, ignored, background=1)
+    found, whole = collect(images, ignore_index=ignored), ConfusionMatrix(CLASSES, ignored, background=1)
     for _, mask, prediction, _ in images:
         whole.update(prediction, mask)
     scores, expected = ClassScores(CLASSES, background=1).scores(found.classes.sum(axis=0).reshape(-1)), whole.compute()
@@ -76,9 +76,9 @@ def test_counts_are_those_of_the_confusion_matrix(ignored):
     assert found.boundary[..., 1].sum() == round((1 - expected["accuracy"]) * expected["pixels"])
 
 
-def test_kept_logits_are_those_of_labelled_pixels():
+def test_collected_logits_are_those_of_labelled_pixels():
     images = list(samples(3))
-    found = collected(images)
+    found = collect(images)
     masks = [mask[lattice(SIZE)].numpy() for _, mask, _, _ in images]
     logits = [each.numpy()[:, mask != 255].T for (_, _, _, each), mask in zip(images, masks, strict=True)]
     assert np.array_equal(found.labels, np.concatenate([mask[mask != 255] for mask in masks]))
@@ -87,29 +87,29 @@ def test_kept_logits_are_those_of_labelled_pixels():
 
 def test_few_images_stand_once_and_those_without_labels_nowhere():
     bare, one = list(samples(2, ignored=1.1)), list(samples(1))
-    found = collected([*bare, *one])
+    found = collect([*bare, *one])
     assert [shot.index for shot in found.best] == [2] and not found.worst
     assert image_mious(found.classes)[:2] == [None, None]
-    assert len(collected(bare).labels) == 0
+    assert len(collect(bare).labels) == 0
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_images_that_score_the_same_stand_once_the_earlier_ones(world_size):
-    found = collected(list(samples(1)) * 17, world_size)
+    found = collect(list(samples(1)) * 17, world_size)
     assert [shot.index for shot in found.best] == [0, 1, 2] and [shot.index for shot in found.worst] == [3, 4, 5]
     image, mask, _, logits = next(samples(1))
-    found = collected([*samples(8), *[(image, mask, mask, logits)] * 8], world_size)
+    found = collect([*samples(8), *[(image, mask, mask, logits)] * 8], world_size)
     assert [shot.index for shot in found.best] == [8, 9, 10, 11, 12, 13]
 
 
 def test_logits_of_many_images_take_no_more_memory(monkeypatch):
     monkeypatch.setattr(collected_module, "_LOGITS", 6 * CLASSES * 3)
-    found = collected(list(samples(3)))
+    found = collect(list(samples(3)))
     assert len(found.labels) == 18 and found.logits.shape == (18, CLASSES)
 
 
 def test_paired_intervals_leave_the_same_units_out_of_both():
-    first, second = (unit_sums(collected(list(samples(9, seed=seed))).classes, list("aabbccdde")) for seed in (0, 1))
+    first, second = (unit_sums(collect(list(samples(9, seed=seed))).classes, list("aabbccdde")) for seed in (0, 1))
     second[:, :CLASSES] //= 2  # right pixels: worse in every unit
     gaps = jackknife(Difference(ClassScores(CLASSES)), np.concatenate([first, second], axis=1))
 
@@ -128,7 +128,7 @@ def test_paired_intervals_leave_the_same_units_out_of_both():
 
 
 def test_intervals_are_of_whole_units():
-    counts, kind = collected(list(samples(12))).classes, ClassScores(CLASSES)
+    counts, kind = collect(list(samples(12))).classes, ClassScores(CLASSES)
     same = jackknife(kind, unit_sums(np.repeat(counts[:1], 12, axis=0), [str(n // 3) for n in range(12)]))
     value = float(kind.scores(counts[0].reshape(-1))["miou"])
     assert same["miou"].ci95 == pytest.approx([value, value])
@@ -138,6 +138,6 @@ def test_intervals_are_of_whole_units():
 
 
 def test_a_run_against_itself_differs_by_nothing():
-    sums, kind = unit_sums(collected(list(samples(6))).classes, list("abcdef")), ClassScores(CLASSES)
+    sums, kind = unit_sums(collect(list(samples(6))).classes, list("abcdef")), ClassScores(CLASSES)
     gaps = jackknife(Difference(kind), np.concatenate([sums, sums], axis=1))
     assert all((gap.value, gap.ci95, gap.p) == (0.0, [0.0, 0.0], 1.0) for gap in gaps.values())

@@ -105,7 +105,7 @@ def test_images_in_another_order_are_the_same_images(tmp_path, caplog):
         ({"images": [*record().images[1:], "x"]}, "1 image only in the first (data=x, x): 00"),
     ],
 )
-def test_records_that_do_not_compare_are_told_apart(tmp_path, change, told):
+def test_incomparable_records_are_refused_with_the_difference(tmp_path, change, told):
     with pytest.raises(UserError, match="were not evaluated on the same images") as refused:
         align_records({tmp_path / "a": record(), tmp_path / "b": record(1, **change)})
     assert f"- {told}\n" in str(refused.value)
@@ -126,7 +126,7 @@ def test_a_record_that_contradicts_itself_is_damaged(tmp_path, change, told):
         read_record(tmp_path)
 
 
-def test_the_images_that_gain_and_lose_most_are_shown_by_the_size_of_the_difference(tmp_path, monkeypatch):
+def test_images_with_the_largest_differences_are_shown(tmp_path, monkeypatch):
     folders = (tmp_path / "a", tmp_path / "b")
     for folder in folders:
         (folder / "predictions").mkdir(parents=True)
@@ -144,7 +144,7 @@ def test_the_images_that_gain_and_lose_most_are_shown_by_the_size_of_the_differe
     assert all(after - before == pytest.approx(gaps[index]) for index, (before, after) in shots)
 
 
-def test_pictures_are_of_the_first_run_and_of_the_other(tmp_path, monkeypatch):
+def test_images_show_the_first_run_and_the_other(tmp_path, monkeypatch):
     asked, folders = [], [tmp_path / name for name in "abc"]
     monkeypatch.setattr(
         comparison,
@@ -155,7 +155,7 @@ def test_pictures_are_of_the_first_run_and_of_the_other(tmp_path, monkeypatch):
     assert asked == [(folders[0], folders[1]), (folders[0], folders[2])]
 
 
-def test_what_is_wrong_with_the_data_is_told_once(tmp_path, monkeypatch, caplog):
+def test_unreadable_data_is_reported_once(tmp_path, monkeypatch, caplog):
     folders, asked = [tmp_path / name for name in "abcd"], []
     for folder in folders:
         (folder / "predictions").mkdir(parents=True)
@@ -268,21 +268,21 @@ def test_scores_of_too_few_units_are_damaged(tmp_path):
         read_record(tmp_path)
 
 
-def test_the_best_come_first_and_what_has_no_score_last():
+def test_runs_are_ranked_best_first_and_unscored_last():
     assert best_first([0.2, None, 0.5, 0.0, 0.5, None]) == [2, 4, 0, 3, 1, 5]
 
 
-def test_seeds_are_told_by_how_many_runs_sides_have():
+def test_seeds_note_states_the_runs_per_side():
     def of(*counts, units=("0", "1")):
         found = [record(units=units)]
         return [Side(name, [Path()] * runs, [], [], found) for name, runs in zip("abc", counts, strict=False)]
 
-    def told(*counts, **more):
+    def note_of(*counts, **more):
         return seeds_note(of(*counts, **more))
 
-    assert told(1, 1).startswith("one trained model per side: ")
-    assert told(3, 2) == "the variance over seeds is included in the intervals (3, 2 runs)"
-    assert told(2, 1, 2).endswith("(2, 1, 2 runs), except for b, one trained model each")
+    assert note_of(1, 1).startswith("one trained model per side: ")
+    assert note_of(3, 2) == "the variance over seeds is included in the intervals (3, 2 runs)"
+    assert note_of(2, 1, 2).endswith("(2, 1, 2 runs), except for b, one trained model each")
     assert units_note(of(1, 2, 2, units=["0"])) == "none: they need two videos, or several seeds of each side"
     assert units_note(of(2, 2, units=["0"])) == (
         "over seeds only: there is one video, so they do not generalise to others"
@@ -326,7 +326,7 @@ def test_tables_fit_a_terminal_of_120_columns(tmp_path):
     assert max(map(len, costs_table([row]).splitlines())) <= 120
 
 
-def test_runs_whose_config_nobody_knows_stand_each_for_itself():
+def test_runs_of_unknown_config_are_not_grouped():
     known = [({"head.lr": 1}, seed) for seed in (0, 1)]
     assert _by_seed([None, None, *known]) == [[0], [1], [2, 3]]
     assert _by_seed([known[0], None, known[1]]) == [[0, 2], [1]]
@@ -366,7 +366,7 @@ def with_config(folder, seed=0, **data):
     return folder
 
 
-def test_what_a_class_file_says_makes_no_other_recipe(tmp_path):
+def test_class_file_values_do_not_separate_recipes(tmp_path):
     left = {"background": "${class_file:background}", "reader": {"ids": "${class_file:ids,shapes}"}}
     trained = with_config(tmp_path / "trained", **left)
     evaluated = with_config(tmp_path / "evaluated", 1, background=None, reader={"ids": {11: 255, 12: 0}})

@@ -96,7 +96,7 @@ class Fake(Tracker):
         return self.last.copy() if self.kind == "copy" else np.full(frame.shape[:2], self.kind, np.uint8)
 
 
-def moving(seed, length, size, ids):
+def moving_squares(seed, length, size, ids):
     """Squares that walk over a frame: (T, H, W)."""
     rng = np.random.default_rng(seed)
     starts, steps = rng.integers(0, 8, (len(ids), 2)), rng.integers(0, 3, (len(ids), 2))
@@ -142,9 +142,9 @@ PROTOCOLS = {
 }
 COMPOSED = {}  # by command line, since composing takes longer than a test
 SEQUENCES = {
-    "bear": moving(1, 5, (33, 40), [1, 2]),
-    "ape": moving(2, 6, (30, 41), [1, 3]),
-    "cow": moving(3, 2, (9, 9), [1]),
+    "bear": moving_squares(1, 5, (33, 40), [1, 2]),
+    "ape": moving_squares(2, 6, (30, 41), [1, 3]),
+    "cow": moving_squares(3, 2, (9, 9), [1]),
 }
 
 
@@ -194,7 +194,7 @@ def test_davis_2017_scores_as_mode_score_does(track, tmp_path, kind, batch):
     np.testing.assert_array_equal(done.log[0], SEQUENCES["bear"][0])
 
 
-def test_masks_are_indexed_with_the_palette_and_blends_are_halves(track, tmp_path):
+def test_masks_use_the_davis_palette_and_blends_are_half(track, tmp_path):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     folder = track("perfect", "davis2017", root).folder
     for name, masks in SEQUENCES.items():
@@ -227,7 +227,7 @@ def test_metrics_only_and_no_official_scores(track, tmp_path, capsys):
     assert "mode.official=false" in capsys.readouterr().out
 
 
-def test_the_report_has_each_object_the_curves_and_the_worst_sequences(track, tmp_path):
+def test_report_has_objects_curves_and_worst_sequences(track, tmp_path):
     done = track("copy", "davis2017", write_davis(tmp_path / "DAVIS", SEQUENCES))
     page = (done.folder / "report.html").read_text()
     assert f"{100 * done.scores['scores']['J&F-Mean']:.1f} %" in page and "fewer than 10" in page
@@ -260,7 +260,7 @@ def test_void_in_a_given_mask_is_background(track, tmp_path):
     assert set(np.unique(done.log[0])) == {0, 1, 2}
 
 
-def test_unsupervised_davis_is_scored_against_its_own_annotations(track, tmp_path):
+def test_unsupervised_davis_uses_its_own_annotations(track, tmp_path):
     root = write_davis(tmp_path / "DAVIS", {name: masks.clip(max=1) for name, masks in SEQUENCES.items()})
     write_davis(root, SEQUENCES, annotations="Annotations_unsupervised")
     done = track("perfect", "davis2017", root, supervision="none")
@@ -296,8 +296,8 @@ def write_youtube(root, split, videos, annotated, *, every=1):
 
 
 def test_youtube_vos_gives_each_object_where_it_appears(track, tmp_path):
-    early = moving(1, 12, (30, 40), [2])
-    late = np.where(early == 0, moving(2, 12, (30, 40), [5]), early)
+    early = moving_squares(1, 12, (30, 40), [2])
+    late = np.where(early == 0, moving_squares(2, 12, (30, 40), [5]), early)
     late[:5] = early[:5]
     first_late = early.copy()
     first_late[:5] = 0
@@ -320,8 +320,8 @@ def test_youtube_vos_gives_each_object_where_it_appears(track, tmp_path):
         assert not track("copy", "youtube_vos", root, *more, restart=str(done.folder)).log
 
 
-def test_youtube_vos_train_gives_later_objects_once_and_is_scored_without_supervision(track, tmp_path):
-    masks = moving(1, 4, (30, 40), [2, 3])
+def test_youtube_vos_train_prompts_later_objects_once(track, tmp_path):
+    masks = moving_squares(1, 4, (30, 40), [2, 3])
     masks[0][masks[0] == 3] = 0
     root = write_youtube(tmp_path / "YT", "train", {"a": masks}, {"a": range(4)})
     done = track("copy", "youtube_vos", root, split="train")
@@ -337,7 +337,7 @@ def test_youtube_vos_train_gives_later_objects_once_and_is_scored_without_superv
 def test_movi_is_scored_as_clusters(track, tmp_path, kind):
     root, reference = tmp_path / "movi", tmp_path / "reference"
     for name in ("0", "10", "9"):
-        for index, mask in enumerate(moving(int(name), 4, (32, 32), [1, 2, 3])):
+        for index, mask in enumerate(moving_squares(int(name), 4, (32, 32), [1, 2, 3])):
             write_frame(root / f"validation/{name}/frames/{index:05d}.png", mask)
             write_png(root / f"validation/{name}/segmentations/{index:05d}.png", mask)
             write_png(reference / f"{name}/{index:05d}.png", mask)
@@ -354,7 +354,7 @@ def test_ranks_share_the_videos(track, tmp_path):
     assert [path.name for path in (second.folder / "masks").iterdir()] == ["ape"] and second.scores is None
 
 
-def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch, caplog):
+def test_stopped_evaluation_resumes(track, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     whole = track("copy", "davis2017", root)
@@ -395,7 +395,7 @@ def test_a_stopped_evaluation_goes_on(track, tmp_path, monkeypatch, caplog):
             track("copy", "davis2017", root, restart=str(stopped))
 
 
-def test_ctrl_c_names_the_folder_to_go_on_from(track, tmp_path, caplog):
+def test_interrupt_names_the_folder_to_resume_from(track, tmp_path, caplog):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     with pytest.MonkeyPatch.context() as patch:
         fail_after(patch, videos, "write_indexed_png", 8, KeyboardInterrupt())
@@ -481,7 +481,7 @@ def test_a_video_that_cannot_be_tracked_is_named_or_left_out(track, tmp_path, sp
     assert json.loads((done.folder / "problems.json").read_text())["problems"][0]["reason"] == problem["reason"]
 
 
-def test_masks_that_are_missing(track, tmp_path):
+def test_missing_masks_are_reported(track, tmp_path):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     break_first_mask(root)
     with pytest.raises(UserError, match="Video ape has 1 frame without mask: 00000"):
@@ -492,7 +492,7 @@ def test_masks_that_are_missing(track, tmp_path):
         track("copy", "youtube_vos", root, "data.tracking.later=false")
 
 
-def test_masks_that_cannot_be_scored_are_kept_and_named(track, tmp_path):
+def test_unscorable_masks_are_saved_and_named(track, tmp_path):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     with pytest.raises(UserError, match="(?s)ape/00001.png: holds the ids 9 .*The masks are saved: mode.restart="):
         track(9, "davis2017", root)
@@ -501,7 +501,7 @@ def test_masks_that_cannot_be_scored_are_kept_and_named(track, tmp_path):
     assert len(list((folder / "masks").rglob("*.png"))) == 13
 
 
-def test_words_without_meaning(compose, track, tmp_path):
+def test_invalid_tracking_options_are_refused(compose, track, tmp_path):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     for words, options, message in (
         (("data=davis2017",), {"supervision": "all"}, "mode.supervision=all is unknown. Choose one of none, first"),
@@ -525,7 +525,7 @@ def test_more_slots_than_proposals_are_refused_before_tracking(compose, tmp_path
             track_split(Builder(cfg), trained, tmp_path, "val", "none", options)
 
 
-def test_slots_made_for_masks_that_are_not_given_are_refused_before_tracking(compose, tmp_path):
+def test_slots_without_given_masks_are_refused_before_tracking(compose, tmp_path):
     cfg = compose("mode=eval", "data=davis2017", f"data.root={write_unsupervised(tmp_path)}", "slots=lock_on")
     trained = SimpleNamespace(
         model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=5))), engine=None
@@ -574,7 +574,7 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
     assert json.loads((tmp_path / "run/tracking.json").read_text())["tracker"]["kind"] == "slots"
 
 
-def test_who_tracks(compose, tmp_path, monkeypatch):
+def test_evaluation_tracks_only_untrained_models_on_videos(compose, tmp_path, monkeypatch):
     cfg = compose("mode=eval", "data=davis2016", "data.root=none")
     assert tracks_untrained(Builder(cfg))
     for changes, tracks in (

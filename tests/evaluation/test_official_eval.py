@@ -86,7 +86,7 @@ def test_the_official_scores_of_an_evaluation(tmp_path, data, write, split, refe
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def cityscapes_run(tmp_path_factory):
     """Return a folder with a tiny Cityscapes in data/ and a model of it in run/."""
     folder = tmp_path_factory.mktemp("cityscapes")
     write_cityscapes(folder / "data")
@@ -98,9 +98,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(trained, tmp_path):
+def evaluate(cityscapes_run, tmp_path):
     """Return a function that evaluates it on a copy of the data, and returns what it printed and wrote."""
-    shutil.copytree(trained / "data", tmp_path / "data")
+    shutil.copytree(cityscapes_run / "data", tmp_path / "data")
 
     def run(*words):
         folder = f"eval_{len(list(tmp_path.glob('eval_*')))}"
@@ -108,7 +108,7 @@ def evaluate(trained, tmp_path):
             "engine=cpu",
             "mode.metrics_only=true",
             f"data.root={tmp_path}/data",
-            f"resume={trained}/run",
+            f"resume={cityscapes_run}/run",
             f"hydra.run.dir={folder}",
         )
         done = call(tmp_path, "mode=eval", *fixed, *words)
@@ -119,7 +119,7 @@ def evaluate(trained, tmp_path):
     return run
 
 
-def test_missing_instances_are_told_and_the_other_scores_stand(evaluate, tmp_path):
+def test_missing_instances_skip_only_the_official_scores(evaluate, tmp_path):
     lost = "bonn_000001_000019_gtFine_instanceIds.png"
     (tmp_path / f"data/gtFine/val/bonn/{lost}").unlink()
     text, written, folder = evaluate()
@@ -135,7 +135,7 @@ def test_missing_instances_are_told_and_the_other_scores_stand(evaluate, tmp_pat
     assert "official_scores.json" not in written and len(written["problems.json"]["problems"]) == 2
 
 
-def test_a_reference_that_cannot_be_scored_is_told(evaluate, tmp_path):
+def test_unreadable_reference_skips_only_the_official_scores(evaluate, tmp_path):
     bad = tmp_path / "data/gtFine/val/bonn/bonn_000000_000019_gtFine_instanceIds.png"
     bad.write_bytes(b"no picture")
     text, written, folder = evaluate()
@@ -146,7 +146,7 @@ def test_a_reference_that_cannot_be_scored_is_told(evaluate, tmp_path):
 
 
 @pytest.mark.heavy
-def test_predictions_at_another_size_than_the_reference_are_told_first(evaluate, tmp_path):
+def test_size_mismatch_with_the_reference_is_reported_first(evaluate, tmp_path):
     for split in ("train", "val"):  # either is packed as it is
         text, written, _ = evaluate(f"mode.split={split}", "data.cache=packed", "resolution.longest=24")
         assert written["official_scores.json"]["n"] == 2 and "No official scores" not in text
@@ -169,7 +169,7 @@ def data_of(names, folder):
     return PairDataset(pairs, Labels.of(["road"], None, 255), Masks())
 
 
-def test_a_benchmark_that_resizes_takes_any_size(tmp_path, caplog):
+def test_resizing_benchmark_accepts_any_size(tmp_path, caplog):
     data = data_of(["1/a", "1/b"], tmp_path / "data")
     data.longest = 3
     assert usable(IddLite(), data, tmp_path / "out", on_error="stop", tells=True) and not caplog.records
@@ -178,13 +178,13 @@ def test_a_benchmark_that_resizes_takes_any_size(tmp_path, caplog):
     assert "prediction to 3 x 2" in caplog.text and (tmp_path / "out/problems.json").is_file()
 
 
-def test_names_that_the_benchmark_does_not_have_are_told(tmp_path, caplog):
+def test_names_outside_the_benchmark_are_reported(tmp_path, caplog):
     data = data_of(["a"], tmp_path / "data")
     assert not usable(SarRarp50(), data, tmp_path / "out", on_error="skip", tells=True)
     assert "a is not a frame name of SAR-RARP50" in caplog.text
 
 
-def test_whatever_stops_the_official_scores_leaves_the_others(tmp_path, caplog):
+def test_failed_official_scores_leave_the_others(tmp_path, caplog):
     data = data_of(["1/a", "1/b"], tmp_path / "data")
     assert official_scores(IddLite(), data, tmp_path / "out", "skip") is None  # no prediction was written
     assert "Nothing is left to score" in caplog.text
@@ -192,7 +192,7 @@ def test_whatever_stops_the_official_scores_leaves_the_others(tmp_path, caplog):
     assert "Nothing is left to score" in row["reason"]
 
 
-def test_a_killed_process_is_answered_with_what_this_mode_has(tmp_path, caplog, monkeypatch):
+def test_killed_process_suggests_scoring_separately(tmp_path, caplog, monkeypatch):
     data = data_of(["1/a", "1/b"], tmp_path / "data")
 
     def kill(*_, remedy, **__):

@@ -17,15 +17,15 @@ def row(tmp_path, monkeypatch):
     """Return a function that makes the row of a run whose record of costs is some text."""
     monkeypatch.setattr(compare, "scores_of", lambda records: {"miou": 0.5, "accuracy": 0.6})
 
-    def made(text):
+    def row_of(text):
         (tmp_path / COST).write_text(text)
         record = SimpleNamespace(source=str(tmp_path / "checkpoints/best.safetensors"))
         return compare.run_rows([Side("a", [tmp_path], ["a"], [tmp_path], [record])])[0]
 
-    return made
+    return row_of
 
 
-def test_costs_stand_beside_scores(row, caplog):
+def test_row_has_costs_and_scores(row, caplog):
     assert row(json.dumps(GOOD)) == {
         "run": "a",
         "miou": 0.5,
@@ -53,7 +53,7 @@ def test_costs_stand_beside_scores(row, caplog):
         json.dumps(GOOD | {"parameters": 10**30}),
     ],
 )
-def test_damaged_costs_are_left_out_and_told(row, caplog, text):
+def test_damaged_costs_are_dropped_with_a_warning(row, caplog, text):
     found = row(text)
     assert found["miou"] == 0.5 and {found[key] for key in ("parameters", "trainable", "memory_gib", "seconds")} == {
         None

@@ -41,7 +41,7 @@ def score(where, *words, prediction="run"):
     return done, found
 
 
-def test_the_run_folder_alone_says_everything(folders):
+def test_run_folder_alone_gives_the_classes_for_scoring(folders):
     for prediction in ("run", "run/masks"):
         done, found = score(folders, "reference=binary", prediction=prediction)
         assert done.status == 0, done.err
@@ -63,7 +63,7 @@ def test_keys_of_masks_change_how_references_are_read(folders):
     assert score(folders, *words)[1]["per_class"][1]["IoU"] == pytest.approx(0.5)
 
 
-def test_a_protocol_that_is_told_how_references_are_written_reads_them_so(folders):
+def test_protocol_reads_references_as_recorded_in_the_run(folders):
     record(folders, {"format": "ids", "reduce_zero_label": True})
     for number in range(2):
         stored = np.zeros((8, 12), np.uint8)
@@ -113,7 +113,7 @@ def test_other_classes_are_refused(folders):
     assert "data=binary has the classes background, object, and run/masks/classes.json has background, leaf" in done.err
 
 
-def test_a_reference_of_another_size_names_the_key_that_mends_it(folders):
+def test_size_mismatch_names_the_key_that_fixes_it(folders):
     for number in range(2):
         truth = np.zeros((4, 6), np.uint8)
         truth[:2] = 255
@@ -127,13 +127,13 @@ def test_a_reference_of_another_size_names_the_key_that_mends_it(folders):
 @pytest.mark.parametrize(
     "content", ["[]", "{", '{"classes": "ab"}', '{"classes": [1], "palette": [], "ignore_index": 0, "masks": {}}']
 )
-def test_a_record_that_is_none_is_one_message(folders, content):
+def test_invalid_class_record_is_one_message(folders, content):
     (folders / "run/masks/classes.json").write_text(content)
     done, _ = score(folders, "reference=binary")
     assert done.status == 1 and "classes.json is not a valid class record" in done.err and "Traceback" not in done.err
 
 
-def test_an_evaluations_pictures_point_to_what_there_is(folders):
+def test_overlays_of_an_evaluation_are_refused_with_a_remedy(folders):
     write_png(folders / "eval/predictions/0_pred.png", np.zeros((8, 12), np.uint8))
     done, _ = score(folders, "reference=binary", "protocol.num_classes=2", prediction="eval/predictions")
     assert done.status == 1 and "mode=predict resume=RUN input=IMAGES" in done.err

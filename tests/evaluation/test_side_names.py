@@ -17,7 +17,7 @@ def run_names(folders):
 def swept(tmp_path):
     """Return a function that makes a sweep of jobs with these words, and returns their folders."""
 
-    def made(*jobs, name="sweep"):
+    def write_sweep(*jobs, name="sweep"):
         folders = [tmp_path / name / str(number) for number in range(len(jobs))]
         for folder, words in zip(folders, jobs, strict=True):
             folder.mkdir(parents=True)
@@ -25,7 +25,7 @@ def swept(tmp_path):
         (tmp_path / name / "multirun.yaml").touch()
         return folders
 
-    return made
+    return write_sweep
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,12 @@ def swept(tmp_path):
         (("k=1", "k=1"), ["0", "1"]),
     ],
 )
-def test_jobs_are_called_by_the_words_that_differ(swept, words, names):
+def test_jobs_are_named_by_the_overrides_that_differ(swept, words, names):
     folders = swept(*([word, "same=1"] for word in words))
     assert run_names(folders) == side_names(folders, [[0], [1]]) == names
 
 
-def test_sides_are_called_without_their_seeds_where_that_tells_them_apart(swept):
+def test_side_names_omit_seeds_if_unique_without_them(swept):
     folders = swept(*([f"head={head}", f"+seed={seed}"] for head in "ab" for seed in (0, 1)))
     assert side_names(folders, [[0, 1], [2, 3]]) == ["head=a", "head=b"]
     assert run_names(folders) == ["head=a seed=0", "head=a seed=1", "head=b seed=0", "head=b seed=1"]
@@ -56,13 +56,13 @@ def test_sides_are_called_without_their_seeds_where_that_tells_them_apart(swept)
     assert side_names(folders, [[0, 2], [1], [3]]) == ["seed=0", "head=a seed=1", "head=b seed=1"]
 
 
-def test_a_link_to_a_job_is_called_as_the_job(swept, tmp_path):
+def test_link_to_a_job_is_named_as_the_job(swept, tmp_path):
     folders = swept(["head=a"], ["head=b"])
     (tmp_path / "linked").symlink_to(folders[0])
     assert run_names([tmp_path / "linked", folders[1]]) == ["head=a", "head=b"]
 
 
-def test_a_run_of_no_sweep_is_called_by_its_folder(swept, tmp_path):
+def test_single_run_is_named_by_its_folder(swept, tmp_path):
     alone = tmp_path / ("alone" * 20)
     alone.mkdir()
     write_config({}, alone, ["mode=train", "head=c", "data.root=elsewhere"])
@@ -76,7 +76,7 @@ def test_a_run_of_no_sweep_is_called_by_its_folder(swept, tmp_path):
     assert side_names([named_so, *folders[1:]], [[0], [1, 2], [3, 4]]) == ["head=a", "0", "2"]
 
 
-def test_a_command_that_is_none_or_may_not_be_read_names_nothing(swept, monkeypatch):
+def test_unreadable_command_gives_no_run_name(swept, monkeypatch):
     folders = swept(["k=1"], ["k=2"])
     typed = folders[0] / "config/overrides.txt"
     typed.unlink()
@@ -86,10 +86,10 @@ def test_a_command_that_is_none_or_may_not_be_read_names_nothing(swept, monkeypa
     typed.write_text("k=3\n" * 2**17)
     assert run_names(folders) == ["0", "1"]
 
-    def refused(path):
+    def refuse_access(path):
         raise PermissionError(path)
 
-    monkeypatch.setattr(run_folder, "_words", refused)
+    monkeypatch.setattr(run_folder, "_words", refuse_access)
     assert run_names(folders) == ["0", "1"]
 
 
@@ -102,7 +102,7 @@ def test_names_of_several_folders_are_joined_and_stay_apart(tmp_path):
     assert side_names(others, [[0, 3], [1], [2]]) == ["a/0+b/1", "a/1", "b/0"]
 
 
-def test_folders_are_called_by_the_shortest_paths_that_differ(tmp_path):
+def test_folders_are_named_by_their_shortest_different_paths(tmp_path):
     folders = [tmp_path / name for name in ("a/eval_1", "b/eval_1", "b/eval_2")]
     assert run_names(folders) == ["a/eval_1", "b/eval_1", "b/eval_2"]
     assert run_names(folders[1:]) == ["eval_1", "eval_2"]

@@ -101,7 +101,7 @@ def test_a_class_that_seeds_never_see_has_no_score(units, absent):
     assert found["iou/0"]["p"] is not None and found["miou"]["ci95"] is not None
 
 
-def test_images_decide_by_what_is_lost_without_them():
+def test_deciding_images_change_the_difference_most():
     first, second = [run_of(1), run_of(2)], [run_of(3, better=0.2)]
     units = range(9)
     whole = side_miou(second, units) - side_miou(first, units)
@@ -111,7 +111,7 @@ def test_images_decide_by_what_is_lost_without_them():
     assert image_contributions(KIND, *([each[:1] for each in side] for side in counts)) == [None]
 
 
-def test_a_difference_is_sure_below_a_chance_of_one_in_twenty():
+def test_difference_is_significant_below_p_of_5_percent():
     said = [
         _verdict(Estimate(value), chance) for value, chance in ((0.1, 0.049), (-0.1, 0.049), (0.1, 0.05), (0.1, None))
     ]

@@ -49,6 +49,6 @@ def test_each_is_trained_at_each_rate_but_those_with_one():
         (["linear"], 0.1, "give a list of learning rates above 0"),
     ],
 )
-def test_what_means_no_heads_is_refused(heads, rates, message):
+def test_invalid_heads_are_refused(heads, rates, message):
     with pytest.raises(UserError, match=message):
         named_heads(heads, rates)

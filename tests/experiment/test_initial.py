@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_files import INFO
 from command_line import SMALL, call, write_data
-from finished_runs import rows, trained
+from finished_runs import rows, train_run
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
@@ -37,10 +37,10 @@ KEEP = ("trainer.steps=1", "optim.optimizer.lr=1e-30")  # a step that changes no
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("runs")
     write_data(where / "data", val=2)
-    trained(where, "first", *SHORT, "seed=5")
-    trained(where, "tuned", *KNOWN, "adapter=full", *METRICS)
-    trained(where, "frozen", *KNOWN, *METRICS)
-    trained(where, "lora", *KNOWN, "adapter=lora", *METRICS)
+    train_run(where, "first", *SHORT, "seed=5")
+    train_run(where, "tuned", *KNOWN, "adapter=full", *METRICS)
+    train_run(where, "frozen", *KNOWN, *METRICS)
+    train_run(where, "lora", *KNOWN, "adapter=lora", *METRICS)
     for run in ("frozen", "lora"):
         done = call(where, "mode=export", "export=safetensors", f"resume={run}", f"hydra.run.dir=exported_{run}")
         assert done.status == 0, done.err
@@ -48,10 +48,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def begun(folder):
+def initialised_run(folder):
     """Train a run that begins with a copy of `first`, which is removed then."""
     shutil.copytree(folder / "first", folder / "gone")
-    trained(folder, "begun", *SHORT, "init=gone", "trainer.save_every=1", "optim.schedule.kind=constant")
+    train_run(folder, "begun", *SHORT, "init=gone", "trainer.save_every=1", "optim.schedule.kind=constant")
     shutil.rmtree(folder / "gone")
     return folder / "begun"
 
@@ -84,7 +84,7 @@ def test_tensors_of_another_type_are_refused_by_name(tmp_path, tiny_backbone):
 
 
 def test_a_run_begins_with_the_best_weights_of_another(folder):
-    ours, done = trained(folder, "next", *SHORT, "init=first", "seed=5", *KEEP)
+    ours, done = train_run(folder, "next", *SHORT, "init=first", "seed=5", *KEEP)
     best = checkpoint.read(folder / "first/checkpoints/best.safetensors")
     theirs = best.part("model")
     buffers = ("running_mean", "running_var", "num_batches_tracked")  # which a step changes at any rate
@@ -97,7 +97,7 @@ def test_a_run_begins_with_the_best_weights_of_another(folder):
     assert rows(folder, "next")[0]["step"] == 1  # its own steps, rates and optimizer
 
 
-def test_what_does_not_fit_begins_anew_and_is_named(folder, begin):
+def test_init_leaves_mismatched_weights_random_and_names_them(folder, begin):
     more = ("data.classes=[dark,bright,other]", "data.palette=[[0,0,0],[255,255,255],[9,9,9]]")
     words = (*SHORT, "seed=5", *more)
     ours, said = begin(*words, "init=first/checkpoints/last.safetensors", classes=[*CLASSES, "other"])
@@ -110,19 +110,19 @@ def test_what_does_not_fit_begins_anew_and_is_named(folder, begin):
         torch.testing.assert_close(ours[name], fresh[name] if name in anew else value, rtol=0, atol=0)
 
 
-def test_other_classes_of_the_same_number_are_told(folder):
+def test_init_reports_other_names_of_equally_many_classes(folder):
     """Of the data, as mode=train knows them."""
-    _, done = trained(folder, "renamed", *SHORT, "init=first", "data.classes=[a,b]", "trainer.steps=1", *METRICS)
+    _, done = train_run(folder, "renamed", *SHORT, "init=first", "data.classes=[a,b]", "trainer.steps=1", *METRICS)
     assert "init: its classes are dark, bright; those of the data start from them." in done.err
 
 
-def test_a_run_that_goes_on_has_its_own_weights_and_begins_with_no_other_run(folder, begun, compose, monkeypatch):
+def test_resumed_run_ignores_its_init_and_refuses_another(folder, initialised_run, compose, monkeypatch):
     done = call(folder, *SHORT, "resume=begun", "init=tuned", "trainer.steps=3")
     told = f"and started with init={folder / 'gone'}. Leave init out, or, for a new run, resume."
     assert done.status == 1 and told in done.err, done.err
     done = call(folder, "mode=train", "resume=begun", "trainer.steps=3", *METRICS)
     assert done.status == 0 and "init=" not in done.err, done.err
-    path = begun / "checkpoints/last.safetensors"
+    path = initialised_run / "checkpoints/last.safetensors"
     info = checkpoint.describe(path)
     assert info["config"]["init"] == str(folder / "gone") and info["progress"]["step"] == 3
     monkeypatch.chdir(folder)
@@ -134,7 +134,7 @@ def test_a_run_that_goes_on_has_its_own_weights_and_begins_with_no_other_run(fol
         merge(compose("mode=train", "init=tuned"), [parse_word("init=tuned")], path, checkpoint.describe(path))
 
 
-def test_a_run_that_cannot_be_begun_with_is_refused_before_anything_is_trained(folder):
+def test_unusable_init_is_refused_before_training(folder):
     sweep = ("-m", "seed=0,1", "hydra.sweep.dir=refused")
     for words, said in (
         ((*SHORT, "init=nowhere", *sweep), "init=nowhere: file or folder not found"),
@@ -179,7 +179,7 @@ def test_a_run_that_does_not_fit_is_refused_by_either_check(folder, compose, mon
         load_initial_weights(Builder(cfg), Builder(cfg).model(), CLASSES)
 
 
-def test_what_a_run_has_learnt_of_a_backbone_is_not_left_out(begin):
+def test_init_refuses_to_drop_trained_backbone_weights(begin):
     """The check without weights cannot tell numbers of the same shapes apart."""
     with pytest.raises(UserError, match="that this model does not train or has in another shape, but"):
         begin(*KNOWN, "init=tuned")
@@ -213,7 +213,7 @@ def test_an_adapter_may_come_later_on_the_same_weights_alone(begin, of, adapter,
             begin(*words, f"init={of}", "backbone.weights=random")
 
 
-def test_what_has_no_place_in_the_model_is_not_even_read(folder, begin):
+def test_init_does_not_load_unknown_tensors(folder, begin):
     file = checkpoint.read(folder / "first/checkpoints/best.safetensors")
     more = {"model/else": torch.full((3,), torch.nan), "ema/else": torch.full((3,), torch.nan)}
     kept = {key: value for key, value in file.info.items() if key != "format"}
@@ -221,7 +221,7 @@ def test_what_has_no_place_in_the_model_is_not_even_read(folder, begin):
     assert "; not loaded: else." in begin(*SHORT, "init=more.safetensors")[1]
 
 
-def test_ranks_that_have_read_different_checkpoints_are_told(folder, compose, monkeypatch):
+def test_init_from_different_checkpoints_on_ranks_is_refused(folder, compose, monkeypatch):
     monkeypatch.chdir(folder)
     cfg = compose(*KNOWN, "adapter=frozen", "init=frozen")
     model = Builder(cfg).model()
@@ -232,8 +232,8 @@ def test_ranks_that_have_read_different_checkpoints_are_told(folder, compose, mo
     assert load_initial_weights(Builder(cfg), model, CLASSES) is model
 
 
-def test_a_file_that_is_passed_on_says_nothing_of_the_run_that_it_began_with(folder, begun):
-    done = call(folder, "mode=export", "export=safetensors", f"resume={begun}", "hydra.run.dir=passed_on")
+def test_exported_file_omits_the_init_of_its_run(folder, initialised_run):
+    done = call(folder, "mode=export", "export=safetensors", f"resume={initialised_run}", "hydra.run.dir=passed_on")
     assert done.status == 0, done.err
     assert "init" not in checkpoint.describe(folder / "passed_on/model.safetensors")["config"]
 
@@ -248,30 +248,30 @@ def test_frozen_weights_of_another_backbone_are_refused(folder, begin):
     assert done.status == 1 and "frozen backbone weights differ from" in done.err, done.err
 
 
-def test_rounded_weights_of_one_kind_are_begun_with_and_their_frozen_rest_is_held(folder, begin):
+def test_init_accepts_equally_rounded_weights_only(folder, begin):
     """A hash is of what is not rounded, on both sides."""
     words = (*KNOWN, "adapter=lora_8bit")
-    trained(folder, "rounded", *words, "trainer.steps=1", *METRICS)
+    train_run(folder, "rounded", *words, "trainer.steps=1", *METRICS)
     assert "init=rounded: 15 tensors loaded from step 1." in begin(*words, "init=rounded")[1]
     with pytest.raises(UserError, match="frozen backbone weights differ from"):
         begin(*words, "init=rounded", "backbone.weights=random")
 
 
-def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder, begun, compose, monkeypatch):
+def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder, initialised_run, compose, monkeypatch):
     """Compare recipes as resume=auto does: that of a command line and that of a checkpoint."""
     monkeypatch.chdir(folder)
     without, others, same = (
         recipe_of(config_description(Builder(compose(*SHORT, "optim.schedule.kind=constant", *words))))
         for words in ((), ("init=tuned",), ("init=./gone",))
     )
-    assert recipe_of(checkpoint.describe(begun / "checkpoints/last.safetensors")) == same
+    assert recipe_of(checkpoint.describe(initialised_run / "checkpoints/last.safetensors")) == same
     assert without != others != same != without
 
 
 @pytest.mark.parametrize(
     ("recipe", "first"), [("slots_clips", "slots_rendered"), ("detail_camvid_full", "detail_camvid")]
 )
-def test_a_recipe_that_goes_on_from_another_asks_for_its_run(compose, recipe, first):
+def test_recipe_that_continues_another_needs_its_run(compose, recipe, first):
     words = (f"hparam={recipe}", "mode=train", "data.root=movi")
     cfg = compose(*words)
     with pytest.raises(UserError, match=f"starts from the weights of a run with hparam={first}: .*init=null"):
@@ -282,7 +282,7 @@ def test_a_recipe_that_goes_on_from_another_asks_for_its_run(compose, recipe, fi
     assert has_initial(Builder(compose(*words, "init=needed_by_all")))  # a run's own name
 
 
-def test_the_best_finite_weights_are_taken_whatever_type_the_frozen_ones_are_held_in(folder, compose, monkeypatch):
+def test_init_takes_the_best_finite_weights_in_any_dtype(folder, compose, monkeypatch):
     monkeypatch.chdir(folder)
     words = (*KNOWN, "init=odd")
     shutil.copytree("frozen/checkpoints", "odd/checkpoints")

@@ -34,7 +34,7 @@ def root_log():
 
 
 @pytest.mark.parametrize("launcher", ["hydra._internal.core_plugins.basic_launcher.BasicLauncher", "some.Launcher"])
-def test_jobs_at_once_are_told_apart(tmp_path, monkeypatch, root_log, launcher):
+def test_log_lines_of_concurrent_jobs_are_labelled(tmp_path, monkeypatch, root_log, launcher):
     monkeypatch.setenv(LABEL, "")
     out, err = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
@@ -57,7 +57,7 @@ def test_jobs_at_once_are_told_apart(tmp_path, monkeypatch, root_log, launcher):
     assert (tmp_path / "run.log").read_text().count("job") == 0
 
 
-def test_a_step_that_begins_is_on_the_terminal_alone(tmp_path, monkeypatch, root_log):
+def test_started_step_is_shown_only_on_the_terminal(tmp_path, monkeypatch, root_log):
     err = io.StringIO()
     monkeypatch.setattr(sys, "stderr", err)
     configure_log(tmp_path)

@@ -52,7 +52,7 @@ def where(place, monkeypatch):
     return place
 
 
-def copied(where, name):
+def copy_run(where, name):
     """Copy a kept run to where a run of this recipe lies, and return its folder."""
     return Path(shutil.copytree(where / "kept" / name, where / "outputs/base/train_0"))
 
@@ -60,7 +60,7 @@ def copied(where, name):
 @pytest.fixture
 def run(where):
     """Return a copy of the run with head=mlp."""
-    return copied(where, "mlp")
+    return copy_run(where, "mlp")
 
 
 def train(where, *arguments):
@@ -76,7 +76,7 @@ def last(run):
 
 
 @pytest.fixture
-def found(where, compose):
+def find_run(where, compose):
     """Return a function that looks for the newest run of the recipe that some words compose, of any length."""
 
     def look(*words, prefer="last"):
@@ -89,7 +89,7 @@ def found(where, compose):
     return look
 
 
-def test_a_run_goes_on_without_its_groups_and_keeps_them(where, run):
+def test_resumed_run_needs_no_groups_and_preserves_them(where, run):
     first = last(run)
     assert call(where, "mode=train", f"resume={run}", "trainer.steps=2", "engine=cpu").status == 0
     second = last(run)
@@ -117,7 +117,7 @@ def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, caplog,
     assert ("trainer.max_minutes=null instead of 9.5" in caplog.text) == (limit is None)
 
 
-def test_a_head_of_the_user_s_own_file_goes_on_as_it_was_made(where):
+def test_run_with_a_head_from_an_own_file_can_be_evaluated(where):
     """A file that leaves a key to its default has no such key in its runs' checkpoints."""
     whole = OmegaConf.load(Path(__main__.CONFIGS) / "head/detail.yaml")
     del whole["linear_skip"]
@@ -131,7 +131,7 @@ def test_a_head_of_the_user_s_own_file_goes_on_as_it_was_made(where):
     assert done.status == 0, done.err
 
 
-def test_what_validates_with_windows_is_evaluated_with_them_unless_told_otherwise(where, compose):
+def test_evaluation_uses_the_windows_of_validation_by_default(where, compose):
     run = where / "kept/windows"
     scored = {}
     for name, words in {"own": [], "wider": ["inference.size=[16,48]"], "whole": ["inference=whole"]}.items():
@@ -142,13 +142,13 @@ def test_what_validates_with_windows_is_evaluated_with_them_unless_told_otherwis
     assert len({json.dumps(scores["matrix"]) for scores in scored.values()}) == 3
 
 
-def test_how_a_model_is_asked_makes_no_other_run(where, found):
-    run = copied(where, "windows")
+def test_inference_keys_do_not_make_another_run(where, find_run):
+    run = copy_run(where, "windows")
     assert train(where, "trainer.steps=2", "inference.overlap=0.5", "resume=auto", f"hydra.run.dir={run}").status == 0
     assert runs(where) == [run] and last(run)["choices"]["inference"] == "windows"
     assert last(run)["config"]["inference"]["overlap"] == 0.5
     best = run / "checkpoints/best.safetensors"
-    assert found("inference=whole", prefer="best") == best
+    assert find_run("inference=whole", prefer="best") == best
     done = call(where, "mode=eval", "resume=auto")
     assert "resume=auto resumes trainings. For mode=eval, name the run: resume=RUN." in done.err
 
@@ -158,7 +158,7 @@ def test_a_run_of_images_does_not_say_how_slots_are_followed(run):
 
 
 @pytest.mark.heavy
-def test_a_run_whose_rate_and_warmup_were_numbers_goes_on_as_it_would_have(where):
+def test_resuming_old_rates_and_warmup_equals_one_whole_run(where):
     rates = ("optim.optimizer.lr=1e-2", "optim.schedule.warmup=2", "optim.schedule.kind=constant")
     assert train(where, "trainer.steps=4", *rates, "hydra.run.dir=whole").status == 0
     at_once = checkpoint.read(where / "whole/checkpoints/last.safetensors")
@@ -179,16 +179,16 @@ def test_a_run_whose_rate_and_warmup_were_numbers_goes_on_as_it_would_have(where
     ("override", "same"),
     [("trainer.steps=2", True), ("trainer.val_every=1", True), ("trainer.clip=7", False), ("seed=5", False)],
 )
-def test_auto_goes_on_only_with_the_same_recipe(run, found, override, same):
-    assert found(override) == (run / "checkpoints/last.safetensors" if same else None)
+def test_auto_resumes_only_the_same_recipe(run, find_run, override, same):
+    assert find_run(override) == (run / "checkpoints/last.safetensors" if same else None)
 
 
-def test_a_model_of_a_sweep_is_not_taken(run, found):
+def test_auto_does_not_resume_a_job_of_a_sweep(run, find_run):
     write_origin(run / "config", None, None, in_sweep=True)
-    assert found() is None
+    assert find_run() is None
 
 
-def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
+def test_recipe_holds_only_what_affects_training(compose):
     def recipe(*words):
         return recipe_of(config_description(Builder(compose("data.root=.", "data.classes=[a,b]", *words))))
 
@@ -203,32 +203,32 @@ def test_a_recipe_is_what_is_trained_and_nothing_beside(compose):
     assert len({*found}) == len(found)
 
 
-def test_auto_does_not_go_on_with_other_data(where, run, found):
+def test_auto_does_not_resume_with_other_data(where, run, find_run):
     write_data(where / "other")
-    assert found("data.root=data") and found("data.root=other") is None
+    assert find_run("data.root=data") and find_run("data.root=other") is None
 
 
 def test_a_relative_root_is_that_of_the_run(where, run, compose, monkeypatch, capsys):
     """Also in a folder that has one of the same name."""
     here, there, path = where / "elsewhere/data", where / "data", run / "checkpoints/last.safetensors"
 
-    def merged(*words):
+    def merge_root(*words):
         cfg = merge(compose("mode=eval", *words), [parse_word(word) for word in words], path, last(run))
         return cfg.data.root, capsys.readouterr().err
 
-    assert "the run," not in merged()[1]
+    assert "the run," not in merge_root()[1]
     write_data(here, val=1)
     monkeypatch.chdir(here.parent)
     done = call(here.parent, "mode=eval", f"resume={run}", "engine=cpu", *QUIET[:2], "hydra.run.dir=evaluated")
     root = OmegaConf.load("evaluated/config/config.yaml").data.root
     warning = f"warning: data.root=data means {there}, as in the run, not {here}. To use that one, set "
     assert root == str(there) and f"{warning}data.root={here}." in done.err, done.err
-    assert merged()[0] == root
+    assert merge_root()[0] == root
     for given in ("data.root=data", f"data.root={here}"):
-        root, said = merged(given)
+        root, said = merge_root(given)
         assert (here.parent / root) == here and "the run," not in said
     there.rename(where / "moved")
-    root, said = merged()
+    root, said = merge_root()
     assert root == str(here) and f"{there}, the data of the run, does not exist: using data.root=data" in said
 
 
@@ -238,7 +238,7 @@ def test_a_root_that_is_with_the_run_alone_needs_no_word(tmp_path, monkeypatch):
     assert data_root({"data": {"root": "data"}}, tmp_path / "run") == (str(tmp_path / "run/data"), "")
 
 
-def test_a_key_that_a_checkpoint_lacks_is_added_where_that_is_said(compose, tmp_path):
+def test_key_missing_in_the_checkpoint_is_added_only_with_plus(compose, tmp_path):
     cfg = compose("mode=train", "resume=x", "data.root=.", "data.classes=[a,b]")
     info = json.loads(json.dumps(config_description(Builder(cfg))))
     assert merge(cfg, [parse_word("++head.more=1")], tmp_path / "x", info).head.more == 1
@@ -246,14 +246,14 @@ def test_a_key_that_a_checkpoint_lacks_is_added_where_that_is_said(compose, tmp_
         merge(cfg, [parse_word("head.more=1")], tmp_path / "x", info)
 
 
-def test_auto_finds_a_run_that_was_moved_with_its_data(where, run, found, compose, monkeypatch):
+def test_auto_finds_a_run_that_was_moved_with_its_data(where, run, find_run, compose, monkeypatch):
     moved = where / "moved"
     moved.mkdir()
     for name in ("data", "outputs"):
         (where / name).rename(moved / name)
     monkeypatch.chdir(moved)
     path = moved / run.relative_to(where) / "checkpoints/last.safetensors"
-    assert found("trainer.steps=2") == path
+    assert find_run("trainer.steps=2") == path
     assert merge(compose("mode=train"), [], path, checkpoint.describe(path)).data.root == str(moved / "data")
 
 
@@ -282,7 +282,7 @@ def test_auto_waits_for_a_lock_and_removes_partial_files(where, run, monkeypatch
     assert not half.parent.exists() and not older.exists() and not rows.exists() and mine.exists()
 
 
-def test_auto_passes_over_files_that_cannot_be_read_and_says_so(where, run, found, capsys):
+def test_auto_skips_unreadable_checkpoints_with_a_reason(where, run, find_run, capsys):
     path = run / "checkpoints/last.safetensors"
     saved = checkpoint.read(path)
     beside = {
@@ -292,7 +292,7 @@ def test_auto_passes_over_files_that_cannot_be_read_and_says_so(where, run, foun
     write_tensors(beside["other"], saved.tensors, {})
     beside["cut"].parent.mkdir(parents=True)
     beside["cut"].write_bytes(path.read_bytes()[:1000])
-    assert found("trainer.steps=2") == path
+    assert find_run("trainer.steps=2") == path
     told = capsys.readouterr().err.splitlines()
     for name, reason in (("cut", "not a readable"), ("new", "written in format 99"), ("other", "not a checkpoint of")):
         (line,) = [line for line in told if str(beside[name]) in line]
@@ -320,7 +320,7 @@ def test_a_folder_locked_here_is_locked_once(tmp_path):
     release(tmp_path)
 
 
-def test_a_checkpoint_from_elsewhere_is_not_written_beside(where, run):
+def test_resuming_a_foreign_checkpoint_writes_to_a_new_folder(where, run):
     moved = where / "downloads/sub/last.safetensors"
     moved.parent.mkdir(parents=True)
     (run / "checkpoints/last.safetensors").rename(moved)
@@ -338,7 +338,7 @@ def test_other_classes_or_another_order_are_refused(where, run):
     assert done.status == 1 and "the data has the classes a, b, c" in done.err and "trained on dark, bright" in done.err
 
 
-def test_nothing_but_model_data_and_training_comes_from_the_file(compose, tmp_path):
+def test_checkpoint_provides_only_model_data_and_training(compose, tmp_path):
     cfg = compose("mode=train", "resume=x", "data.root=.", "data.classes=[a,b]")
     sound = json.loads(json.dumps(config_description(Builder(cfg))))
     kept = sound["config"]

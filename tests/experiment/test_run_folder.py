@@ -67,7 +67,7 @@ def test_dropping_never_fails(tmp_path):
     assert tmp_path.is_dir() and not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_export_left_goes_with_the_next_one_that_is_asked_for_that_folder(tmp_path):
+def test_new_run_removes_remains_of_a_killed_export(tmp_path):
     half = tmp_path / f"run/.export.999999999-{_machine()}-00000000.part"
     half.mkdir(parents=True)
     (half / "model.onnx").write_bytes(b"half")
@@ -77,7 +77,7 @@ def test_what_a_killed_export_left_goes_with_the_next_one_that_is_asked_for_that
     assert folder == tmp_path / "run_2" and [path.name for path in (tmp_path / "run").iterdir()] == ["run.log"]
 
 
-def test_a_log_that_says_something_is_kept_and_is_no_result(tmp_path):
+def test_nonempty_log_is_preserved_and_is_no_result(tmp_path):
     folder = claim(tmp_path / "run")
     write_config({}, folder, [])
     (folder / "run.log").write_text("what was left out, and why")
@@ -97,7 +97,7 @@ def test_configs_of_continuations_take_the_next_free_name(tmp_path):
     assert (tmp_path / "config_2/overrides.txt").read_text() == "seed=3\n"
 
 
-def test_words_that_are_no_text_are_kept_as_they_were_typed(tmp_path):
+def test_undecodable_overrides_are_stored_as_typed(tmp_path):
     write_config(OmegaConf.create({"root": "caf\udce9"}), tmp_path, ["data.root=caf\udce9"])  # as Python reads argv
     assert (tmp_path / "config/overrides.txt").read_bytes() == b"data.root=caf\xe9\n"
     assert run_folder.command_line(tmp_path) == ["data.root=caf\ufffd"]
@@ -120,7 +120,7 @@ def test_words_that_are_no_text_are_kept_as_they_were_typed(tmp_path):
         ),
     ],
 )
-def test_the_system_speaks_in_messages(tmp_path, monkeypatch, make, said):
+def test_system_errors_become_messages(tmp_path, monkeypatch, make, said):
     make(tmp_path, monkeypatch)
     done = call(tmp_path, "mode=score")
     assert done.status == 1 and done.err.startswith("error: Cannot read or write ") and said in done.err
@@ -132,7 +132,7 @@ def test_a_run_folder_with_too_long_a_name(tmp_path):
     assert done.status == 1 and "no file name has 300 characters. Give a shorter one." in done.err
 
 
-def test_errors_that_are_no_file_s_keep_their_traceback():
+def test_errors_unrelated_to_files_preserve_their_traceback():
     for error in (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), OSError("a hub does not answer")):
         with pytest.raises(OSError) as raised, file_errors_as_user_errors(Path()):
             raise error
@@ -145,7 +145,7 @@ def test_errors_that_are_no_file_s_keep_their_traceback():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
-def test_a_log_on_a_full_disk_says_so_once(tmp_path, capsys, caplog):
+def test_log_on_a_full_disk_reports_once_and_stops(tmp_path, capsys, caplog):
     handler = LogFile("/dev/full")
     root = logging.getLogger()
     root.addHandler(handler)
@@ -170,7 +170,7 @@ def test_rows_on_a_full_disk_are_an_error_and_close_the_rest(tmp_path):
     assert closed
 
 
-def test_words_that_another_has_kept_are_shown_harmless(tmp_path, caplog):
+def test_stored_overrides_are_shown_without_control_codes(tmp_path, caplog):
     (tmp_path / "config").mkdir()
     (tmp_path / "config/overrides.txt").write_bytes(b"tracker.\x1b[2J=3\nslots.\xff=1\n")
     warn_unread(tmp_path, ("tracker", "slots"), "Because.")
@@ -178,7 +178,7 @@ def test_words_that_another_has_kept_are_shown_harmless(tmp_path, caplog):
     assert "No effect here: tracker.\\x1b[2J=3, slots." in said and "\x1b" not in said
 
 
-def test_what_is_no_command_has_no_words(tmp_path):
+def test_invalid_overrides_file_yields_no_command_line(tmp_path):
     assert run_folder.command_line(tmp_path) == run_folder.last_command_line(tmp_path) == []
     write_config({}, tmp_path, ["a=1"])
     with (tmp_path / "config/overrides.txt").open("r+b") as file:

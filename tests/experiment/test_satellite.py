@@ -47,7 +47,7 @@ def test_a_renamed_file_of_weights_changes_nothing(tmp_path):
     assert torch.isfinite(model.eval()(torch.rand(1, 3, 32, 48))).all()
 
 
-def test_words_for_resampled_patches():
+def test_overrides_for_resampled_patches_are_printed():
     arch = {"image_size": 518}
     words = _settings({"patch_size": 16, "weights_patch_size": 14, "arch": arch, "mean": None, "final_norm": False})
     assert " ".join(words) == (

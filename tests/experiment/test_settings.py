@@ -4,7 +4,7 @@ from dinoseg.experiment.settings import check_same_settings
 from dinoseg.utils.errors import UserError
 
 
-def test_settings_are_the_same_however_they_were_read_and_each_that_differs_is_named(tmp_path):
+def test_each_changed_setting_is_named(tmp_path):
     before = {"mode": {"skip": 1, "size": [2, 3]}, "stamp": 3}
     check_same_settings(tmp_path, before, {"mode": {"skip": 1, "size": (2, 3)}, "stamp": 3})
     for now, said in (

@@ -27,7 +27,7 @@ def write(tmp_path, caplog):
     return run
 
 
-def test_changes_are_counted_and_each_list_is_kept(write, tmp_path):
+def test_split_changes_are_counted_and_each_list_is_stored(write, tmp_path):
     assert write("abc") == write("abc") == "" and not list(tmp_path.glob("split_*"))
     text = write("acde")
     assert "train: 2 added (d, e), 1 removed (b); val: the same)" in text and "split_1.json" in text
@@ -40,12 +40,12 @@ def test_changes_are_counted_and_each_list_is_kept(write, tmp_path):
 
 
 @pytest.mark.parametrize("spoilt", ["", "[]", "{"])
-def test_a_list_that_cannot_be_read_is_written_anew(write, tmp_path, spoilt):
+def test_damaged_split_record_is_written_again(write, tmp_path, spoilt):
     (tmp_path / "split.json").write_text(spoilt)
     assert "is damaged (" in write("ab")
 
 
-def test_a_resumed_run_with_an_image_less(tmp_path):
+def test_resumed_run_records_a_removed_image(tmp_path):
     for split, count in (("train", 4), ("val", 2)):
         for number in range(count):
             for kind, color in (("images", (90, 30, 9 * number)), ("masks", number % 2)):
@@ -63,7 +63,7 @@ def test_a_resumed_run_with_an_image_less(tmp_path):
     assert "train: 1 removed (3); val: the same" in (tmp_path / "run/run.log").read_text()
 
 
-def test_names_that_are_no_text_can_be_printed_and_logged(tmp_path):
+def test_undecodable_names_can_be_printed_and_logged(tmp_path):
     code = (
         "import logging, os, pathlib; from dinoseg.experiment.log_file import configure_log;"
         "configure_log(pathlib.Path('.'));"

@@ -3,7 +3,7 @@
 import pytest
 from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
-from portable_parts import TINY, exported, untrained
+from portable_parts import TINY, export_file, write_untrained
 
 import dinoseg
 from dinoseg.experiment.resume import merge, standalone_config
@@ -36,10 +36,10 @@ def test_a_run_in_float32_is_resumed_and_evaluated_in_float32(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
-def test_a_loaded_or_exported_model_predicts_in_the_float32_of_its_training(compose, tmp_path, precision):
-    path = untrained(compose, tmp_path, *TINY, "head=linear", f"engine.precision={precision}")
+def test_loaded_or_exported_model_has_the_precision_of_training(compose, tmp_path, precision):
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", f"engine.precision={precision}")
     expected = "fp32" if precision == "fp32" else "auto"
-    whole = exported(path, tmp_path / "out")
+    whole = export_file(path, tmp_path / "out")
     dinoseg.load(whole, device="cpu").save(tmp_path / "again.safetensors")
     for file in (path, whole, tmp_path / "again.safetensors"):
         assert dinoseg.load(file, device="cpu")._precision == expected
@@ -47,7 +47,7 @@ def test_a_loaded_or_exported_model_predicts_in_the_float32_of_its_training(comp
 
 
 def test_a_typed_precision_of_an_export_counts(compose, tmp_path):
-    path = untrained(compose, tmp_path, *TINY, "head=linear", "engine.precision=fp32")
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", "engine.precision=fp32")
     for number, (typed, stored) in enumerate({"bf16": None, "auto": None, "fp32": "fp32"}.items()):
         cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu", "engine.precision": typed})
         export_model(ModelSource(cfg), out_dir=(folder := tmp_path / str(number)))
@@ -55,12 +55,12 @@ def test_a_typed_precision_of_an_export_counts(compose, tmp_path):
 
 
 def test_a_machine_s_engine_may_lack_a_precision(compose, tmp_path):
-    path = untrained(compose, tmp_path, *TINY, "head=linear", "engine.precision=fp32")
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", "engine.precision=fp32")
     cfg = compose("mode=eval", "data=folder", "data.root=x", "data.classes=[dark,bright]", "~engine.precision")
     assert merge(cfg, [], path, checkpoint.describe(path)).engine.precision == "fp32"
 
 
 def test_another_stored_precision_is_refused(compose, tmp_path):
-    path = untrained(compose, tmp_path, *TINY, "head=linear", precision="fp8")
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", precision="fp8")
     with pytest.raises(UserError, match=r"its precision is fp8; it must be fp32\. Choose another checkpoint"):
         dinoseg.load(path, device="cpu")

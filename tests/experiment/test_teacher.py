@@ -84,7 +84,7 @@ def test_scores_are_of_the_probabilities_that_the_model_predicts(folder, compose
 
 
 @pytest.mark.parametrize(("kind", "cell"), [("windows", 4), ("direct", 4), ("pixels", 1)])
-def test_scores_of_windows_are_what_they_predict_at_its_cells(folder, compose, kind, cell):
+def test_teacher_scores_of_windows_equal_predictions_at_cells(folder, compose, kind, cell):
     """Exactly; between cells of 4 px no grid holds what windows predict, and the more the scores say the less it does.
 
     The nearest grid in the least squares differs by 0.081 where this one does by 0.100 (`direct`, 150 x 210).
@@ -99,7 +99,7 @@ def test_scores_of_windows_are_what_they_predict_at_its_cells(folder, compose, k
         torch.testing.assert_close(scores.softmax(0), wanted, atol=1e-5, rtol=0)
 
 
-def test_scores_depend_on_the_file_and_on_how_it_is_asked(folder, compose):
+def test_teacher_cache_key_depends_on_file_and_inference(folder, compose):
     first = teacher(compose, str(folder / "linear"))
     same = teacher(compose, str(folder / "linear/checkpoints/best.safetensors"))
     assert first.parts == same.parts
@@ -122,7 +122,7 @@ def test_a_file_that_changes_before_it_is_read_is_not_used(folder, compose, tmp_
         asked(torch.zeros(3, 9, 9, dtype=torch.uint8))
 
 
-def test_nothing_but_its_header_is_read_of_a_file_that_is_refused(folder, compose, tmp_path, monkeypatch):
+def test_refused_teacher_file_is_read_only_up_to_its_header(folder, compose, tmp_path, monkeypatch):
     monkeypatch.setattr(Teacher, "_hash_file", lambda self: pytest.fail("it was read whole"))
     path = tmp_path / "best.safetensors"
     source = folder / "linear/checkpoints/best.safetensors"
@@ -134,14 +134,14 @@ def test_nothing_but_its_header_is_read_of_a_file_that_is_refused(folder, compos
     os.truncate(path, 2**40)  # sparse
     with pytest.raises(UserError, match=r"teacher=.*best\.safetensors: not a readable checkpoint"):
         teacher(compose, str(path))
-    enlarged(source, path, "model/extra", 2**30)
+    write_enlarged(source, path, "model/extra", 2**30)
     with pytest.raises(UserError, match=r"teacher=.*1 tensors unexpected \(such as extra\)"):
         teacher(compose, str(path))
     with pytest.raises(UserError, match="other classes"):
         teacher(compose, str(source), Labels.of(["dark"], [[0, 0, 0]], 255))
 
 
-def enlarged(source, path, name, size):
+def write_enlarged(source, path, name, size):
     """Write a checkpoint with one more tensor, of zeros that take no space on the disk."""
     content = source.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -169,14 +169,14 @@ def test_other_classes_are_refused(folder, compose, names, said):
         teacher(compose, str(folder / "linear"), labels)
 
 
-def test_a_model_of_slots_is_refused_whatever_its_classes_are_called(folder, compose, monkeypatch):
+def test_slot_model_is_refused_as_teacher(folder, compose, monkeypatch):
     slots = SimpleNamespace(head=SimpleNamespace(slots=True))
     monkeypatch.setattr(ModelBuilder, "check_fits", lambda *_: slots)
     with pytest.raises(UserError, match="is a slot model, which has no classes. Give a segmenter"):
         teacher(compose, str(folder / "linear"))
 
 
-def test_what_is_no_teacher_is_refused_by_its_name(folder, compose, tmp_path):
+def test_invalid_teacher_is_refused_by_name(folder, compose, tmp_path):
     text, cut = tmp_path / "text.safetensors", tmp_path / "cut.safetensors"
     text.write_text("no model")
     cut.write_bytes((folder / "linear/checkpoints/best.safetensors").read_bytes()[:-9])
@@ -189,7 +189,7 @@ def test_what_is_no_teacher_is_refused_by_its_name(folder, compose, tmp_path):
             teacher(compose, path)
 
 
-def test_a_foreign_config_is_held_against_config_files(folder, compose, tmp_path):
+def test_foreign_config_is_checked_against_config_files(folder, compose, tmp_path):
     info = checkpoint.describe(folder / "linear/checkpoints/best.safetensors")
     saved = checkpoint.read(folder / "linear/checkpoints/best.safetensors")
     hostile = json.loads(json.dumps({key: value for key, value in info.items() if key != "format"}))
@@ -199,7 +199,7 @@ def test_a_foreign_config_is_held_against_config_files(folder, compose, tmp_path
         teacher(compose, str(tmp_path / "best.safetensors"))
 
 
-def changed(folder, path, *keys, value):
+def write_changed(folder, path, *keys, value):
     """Write the linear teacher's checkpoint with another value in its description."""
     source = folder / "linear/checkpoints/best.safetensors"
     info = {key: part for key, part in checkpoint.describe(source).items() if key != "format"}
@@ -225,22 +225,22 @@ def changed(folder, path, *keys, value):
         (("config", "inference", "size"), -5, "inference.size=-5 is out of range"),
     ],
 )
-def test_what_is_wrong_in_its_file_is_said_to_be_the_teacher_s(folder, compose, tmp_path, keys, value, said):
+def test_error_in_the_teacher_file_names_the_teacher(folder, compose, tmp_path, keys, value, said):
     with pytest.raises(UserError, match=f"^teacher={tmp_path}.*: .*{said}"):
-        teacher(compose, changed(folder, tmp_path / "best.safetensors", *keys, value=value))(
+        teacher(compose, write_changed(folder, tmp_path / "best.safetensors", *keys, value=value))(
             torch.zeros(3, 9, 9, dtype=torch.uint8)
         )
 
 
 @pytest.mark.parametrize("crop", [[16384, 16384], [20, 29]])  # the latter no multiple of patches
-def test_a_crop_of_a_stranger_s_takes_no_memory(folder, compose, tmp_path, crop):
+def test_huge_crop_in_a_file_allocates_no_memory(folder, compose, tmp_path, crop):
     """Cells for each pixel are counted on an image of any size, which is how the crop is used."""
-    path = changed(folder, tmp_path / "best.safetensors", "config", "resolution", "crop", value=crop)
+    path = write_changed(folder, tmp_path / "best.safetensors", "config", "resolution", "crop", value=crop)
     asked, plain = teacher(compose, path), teacher(compose, str(folder / "linear"))
     assert asked._read()[1] == pytest.approx(plain._read()[1]) == (1 / 8, 1 / 8)
 
 
-def test_large_scores_are_bounded_and_those_that_are_no_numbers_refused(folder, compose, monkeypatch):
+def test_teacher_scores_are_clamped_and_nan_is_refused(folder, compose, monkeypatch):
     asked = teacher(compose, str(folder / "linear"))
     predictor, cells = asked._read()
     with torch.no_grad():

@@ -14,7 +14,7 @@ from dinoseg.experiment.unread import warn_unread
         ([], ["slots"], None),
     ],
 )  # fmt: skip
-def test_what_was_typed_without_effect_is_named(tmp_path, caplog, words, unread, named):
+def test_overrides_without_effect_are_named(tmp_path, caplog, words, unread, named):
     (tmp_path / "config").mkdir()
     (tmp_path / "config/overrides.txt").write_text("\n".join(words) + "\n")
     warn_unread(tmp_path, unread, "Because.")

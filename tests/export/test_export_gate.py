@@ -13,7 +13,7 @@ import torch
 from command_line import write_data
 from omegaconf import OmegaConf
 from onnx import numpy_helper
-from portable_parts import TINY, untrained
+from portable_parts import TINY, write_untrained
 
 import dinoseg
 from dinoseg.core.task import SEMANTIC
@@ -39,7 +39,7 @@ _traced = {}  # an export takes seconds: what torch makes of the same model is m
 def cfg(compose, tmp_path):
     """Return the config of a tiny model with a linear head, and pictures beside it."""
     write_data(tmp_path / "data")
-    path = untrained(compose, tmp_path, *TINY, "head=linear")
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear")
     return standalone_config(
         path,
         checkpoint.describe(path),
@@ -135,19 +135,19 @@ def test_a_file_that_does_not_run_is_refused_with_its_words(cfg, out, monkeypatc
         ({"opset": 99}, "export.opset=99: give 18"),
     ],
 )
-def test_what_contradicts_itself_is_refused_before_anything_is_read(words, reason):
+def test_contradictory_options_are_refused_before_reading(words, reason):
     with pytest.raises(UserError, match=reason):
         OnnxExport(**words)
 
 
-def test_a_size_is_fixed_only_where_something_says_so():
+def test_graph_size_is_fixed_only_by_an_option():
     assert GraphOptions().why_fixed is None and GraphOptions(dynamic=True).why_fixed is None
     assert "export.dynamic" in GraphOptions(dynamic=False).why_fixed
     assert "export.pixels" in GraphOptions(pixels=True).why_fixed
     assert GraphOptions(size=[32768, 2048]).fixed_size_reason == (32768, 2048)  # as large as any
 
 
-def test_a_size_that_pictures_make_too_large_is_refused():
+def test_size_too_large_for_the_images_is_refused():
     head = SimpleNamespace(slots=None, fixed_size_reason="it pools", mixture=False, no_object=False)
     mean = torch.zeros(1, 3, 1, 1)
     parts = {"head": head, "backbone": SimpleNamespace(mean=mean), "task": SEMANTIC}
@@ -159,7 +159,7 @@ def test_a_size_that_pictures_make_too_large_is_refused():
             record_of(model, None, GraphOptions(), picture)
 
 
-def test_pictures_are_spread_over_a_folder(tmp_path):
+def test_proof_images_are_spread_over_a_folder(tmp_path):
     for number in range(10):
         write_png(tmp_path / f"{number}.png", np.zeros((number + 1, 4, 3), np.uint8))
     (tmp_path / "run.log").touch()  # of something else: a run's folder holds its config, too
@@ -174,7 +174,7 @@ def test_pictures_are_spread_over_a_folder(tmp_path):
     assert len(pictures(str(tmp_path), 99, tmp_path, **unused)) == 10
 
 
-def test_what_the_data_set_or_the_model_cannot_be_is_refused_before_anything_is_traced(cfg, out, monkeypatch):
+def test_unusable_size_or_dataset_is_refused_before_tracing(cfg, out, monkeypatch):
     monkeypatch.setattr(onnx_export, "trace", lambda *_: pytest.fail("it was traced"))
     with pytest.raises(
         UserError, match=r"size=\[500, 500\]: give multiples of the patch size, 8 px, such as \[496, 496\]"
@@ -195,7 +195,7 @@ def test_what_the_data_set_or_the_model_cannot_be_is_refused_before_anything_is_
         ("large", r"0.png \(300 x 400\) needs 0.0 GiB for the comparison of scores"),
     ],
 )
-def test_pictures_that_prove_nothing_are_refused_before_a_model_is_made(tmp_path, monkeypatch, images, reason):
+def test_unusable_images_are_refused_before_building_the_model(tmp_path, monkeypatch, images, reason):
     out, cfg = tmp_path, OmegaConf.create({"resume": "run", "data": {"classes": ["dark", "bright"]}})
     (out / "film").mkdir()
     (out / "film/a.mp4").touch()
@@ -208,7 +208,7 @@ def test_pictures_that_prove_nothing_are_refused_before_a_model_is_made(tmp_path
         ProgramExport(images=str(out / images))(ModelSource(cfg), out_dir=out)
 
 
-def test_scores_that_are_not_there_are_told_of_before_a_model_is_made(tmp_path, monkeypatch):
+def test_missing_scores_are_refused_before_building_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "load_trained", lambda *_: pytest.fail("a model was made"))
     with pytest.raises(UserError, match="export.scores=.*none is not a run folder of mode=eval"):
         cfg = OmegaConf.create({"resume": "run"})
@@ -216,7 +216,7 @@ def test_scores_that_are_not_there_are_told_of_before_a_model_is_made(tmp_path, 
 
 
 @pytest.mark.heavy
-def test_weights_beside_a_large_file_are_read_from_there(cfg, out, monkeypatch):
+def test_large_graph_reads_its_external_weights(cfg, out, monkeypatch):
     monkeypatch.setattr(onnx_file, "LARGEST", 1000)
     OnnxExport()(ModelSource(cfg), out_dir=out)
     assert sorted(path.name for path in out.iterdir()) == [REPORT, "model.onnx", "model.onnx.data"]
@@ -226,7 +226,7 @@ def test_weights_beside_a_large_file_are_read_from_there(cfg, out, monkeypatch):
 @pytest.mark.heavy
 def test_lora_updates_are_merged_and_a_program_is_proven_too(compose, tmp_path):
     write_data(tmp_path / "data")
-    path = untrained(compose, tmp_path, *TINY, "head=linear", "adapter=lora", "adapter.rank=2")
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", "adapter=lora", "adapter.rank=2")
     cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"}, unused=())
     (tmp_path / "out").mkdir()
     ProgramExport(images=str(tmp_path / "data/val/images"))(ModelSource(cfg), out_dir=tmp_path / "out")

@@ -61,14 +61,14 @@ def tiny(backbone, head):
 
 
 @cache
-def traced(backbone, head, options):
+def trace_tiny(backbone, head, options):
     """Return a tiny model, what ONNX makes of it, how it is asked, and why its size is fixed."""
     model = tiny(backbone, head)
     record, reason = record_of(model, None, options, SIZES[0], opset=18)
     return model, onnx_file.to_onnx(trace(model, record), record), record, reason
 
 
-def answering(folder, made, record):
+def runtime_of(folder, made, record):
     """Return what computes for a file of a traced model, which stays as it is."""
     about = {"classes": ["a", "b", "c"], "palette": [[0, 0, 0], [1, 1, 1], [2, 2, 2]], "ignore_index": 255}
     made = copy.deepcopy(made)
@@ -78,9 +78,9 @@ def answering(folder, made, record):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(("backbone", "head", "options"), CELLS)
-def test_a_file_answers_as_the_model_does(tmp_path, backbone, head, options):
-    model, made, record, reason = traced(backbone, head, options)
-    reference, runtime = Reference(model, record), answering(tmp_path, made, record)
+def test_exported_file_equals_the_model(tmp_path, backbone, head, options):
+    model, made, record, reason = trace_tiny(backbone, head, options)
+    reference, runtime = Reference(model, record), runtime_of(tmp_path, made, record)
     fixed = head in ONE_SIZE or options != GraphOptions()
     assert (reason is not None) == fixed == (record.size is not None)
     draw = np.random.default_rng(0)
@@ -93,7 +93,7 @@ def test_a_file_answers_as_the_model_does(tmp_path, backbone, head, options):
         assert (runtime.ids(images) == reference.ids(images)).mean() >= (0.999 if near < 0.02 else 0.98)
 
 
-def test_every_head_that_can_be_exported_is_tried_on_a_transformer_and_on_a_pyramid():
+def test_each_exportable_head_is_tried_on_vit_and_pyramid():
     known = {(head, backbone in PYRAMIDS) for backbone, head, _ in CELLS}
     wanted = {(head, False) for head in HEADS} | {
         (head, True) for head in HEADS if any(refusal(backbone, "frozen", head) is None for backbone in PYRAMIDS)
@@ -103,12 +103,12 @@ def test_every_head_that_can_be_exported_is_tried_on_a_transformer_and_on_a_pyra
 
 @pytest.mark.heavy
 def test_shorter_weights_give_smaller_files_and_nearly_the_same(tmp_path):
-    model, made, record, _ = traced("dinov3", "linear", GraphOptions())
+    model, made, record, _ = trace_tiny("dinov3", "linear", GraphOptions())
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
     wanted = Reference(model, record).probabilities([image])
     sizes = {}
     for precision in PRECISIONS:
-        runtime = answering(tmp_path, made, replace(record, precision=precision))
+        runtime = runtime_of(tmp_path, made, replace(record, precision=precision))
         np.testing.assert_allclose(runtime.probabilities([image]), wanted, atol=0.05)
         sizes[precision] = (tmp_path / f"{precision}.onnx").stat().st_size
     assert sizes["int8"] < 0.65 * sizes["float32"] and sizes["float16"] < 0.75 * sizes["float32"]

@@ -47,7 +47,7 @@ def one_operator(name):
     return made, draw.normal(size=given).astype(np.float32)
 
 
-def computed(made, given):
+def run_onnx(made, given):
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
         file.write(made.SerializeToString())
         file.flush()
@@ -58,10 +58,10 @@ def computed(made, given):
 @pytest.mark.parametrize(("precision", "near", "kind"), [("float16", 1e-3, 10), ("int8", 0.05, 3)])
 def test_each_channel_keeps_its_own_scale(name, precision, near, kind):
     made, given = one_operator(name)
-    wanted = computed(made, given)
+    wanted = run_onnx(made, given)
     shorten(made, precision)
     axis = tuple(side for side in range(wanted.ndim) if side != (1 if "Conv" in name else wanted.ndim - 1))
-    error = np.abs(computed(made, given) - wanted).max(axis=axis) / np.abs(wanted).max(axis=axis)
+    error = np.abs(run_onnx(made, given) - wanted).max(axis=axis) / np.abs(wanted).max(axis=axis)
     assert error.max() < near
     kinds = {entry.name: entry.data_type for entry in made.graph.initializer}
     assert kinds[f"w.{precision}"] == kind and "w" not in kinds and kinds["free"] == TensorProto.FLOAT
@@ -73,10 +73,10 @@ def test_products_with_int8_weights_are_computed_in_float32():
     scale = np.abs(weights).max(axis=0) / 127
     shorten(made, "int8")
     wanted = given.astype(np.float64) @ (np.round(weights / scale) * scale)
-    assert (np.abs(computed(made, given) - wanted) / np.abs(wanted).max(axis=(0, 1))).max() < 1e-5
+    assert (np.abs(run_onnx(made, given) - wanted) / np.abs(wanted).max(axis=(0, 1))).max() < 1e-5
 
 
-def test_small_and_empty_channels_stay_what_they_are():
+def test_small_and_empty_channels_survive_short_precisions():
     made, given = one_operator("MatMul")
     weights = numpy_helper.to_array(made.graph.initializer[0]).copy()
     weights[:, 3] = 0
@@ -85,14 +85,14 @@ def test_small_and_empty_channels_stay_what_they_are():
     for precision in ("float16", "int8"):
         short = onnx.ModelProto.FromString(made.SerializeToString())
         shorten(short, precision)
-        found = computed(short, given)
+        found = run_onnx(short, given)
         assert np.isfinite(found).all() and (found[..., 3] == 0).all()
     made.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights[:, : MIN // 32 - 1], "w"))
     shorten(made, "int8")
     assert [entry.name for entry in made.graph.initializer] == ["w", "free"]
 
 
-def test_what_is_written_says_what_it_is_and_nothing_of_this_machine(tmp_path, monkeypatch):
+def test_onnx_file_has_metadata_but_no_local_path(tmp_path, monkeypatch):
     made, _ = one_operator("MatMul")
     for part in (made, made.graph, *made.graph.node, *made.graph.initializer, *made.graph.input):
         part.doc_string = "/home/me/dinoseg/models/model.py:7"
@@ -110,9 +110,9 @@ def test_what_is_written_says_what_it_is_and_nothing_of_this_machine(tmp_path, m
     assert json.loads(read_metadata(files[1], KEY))["graph"]["precision"] == "int8"
 
 
-def test_whole_weights_are_left_as_they_are():
+def test_full_precision_weights_are_unchanged():
     made, given = one_operator("Conv")
-    wanted = computed(made, given)
+    wanted = run_onnx(made, given)
     onnx_file.finish(made, RECORD, LABELS)
-    assert (computed(made, given) == wanted).all()
+    assert (run_onnx(made, given) == wanted).all()
     assert [entry.name for entry in made.graph.initializer] == ["w", "free"]

@@ -9,7 +9,7 @@ from dinoseg.models.model import SegmentationModel
 
 
 @pytest.mark.heavy
-def test_a_program_takes_pictures_of_even_and_odd_numbers_of_patches(patch_size=14):
+def test_program_accepts_even_and_odd_numbers_of_patches(patch_size=14):
     """Patches of 14 px, as DINOv2 has, fill cells of 4 px where their number is even, and else do not."""
     torch.manual_seed(0)
     backbone = RgbBackbone(patch_size)

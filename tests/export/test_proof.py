@@ -43,7 +43,7 @@ def picture(tmp_path):
     return Picture(tmp_path / "val/images/0.png", "0", SIZE, mask=read_ids(tmp_path / "val/masks/0.png").copy())
 
 
-def test_pixels_points_and_what_predict_gives_are_counted(picture):
+def test_proof_counts_pixels_points_and_predictions(picture):
     ids, half = picture.mask.copy(), np.full((2, *SIZE), 0.5, np.float32)
     given = ids.copy()
     given[0, :24] = 1 - given[0, :24]  # 24 of 1,536 pixels
@@ -62,7 +62,7 @@ def test_pixels_points_and_what_predict_gives_are_counted(picture):
     assert alone["agreement"] == alone["miou"]["exported"] == alone["miou"]["torch"] == 1
 
 
-def test_limits_are_what_is_asked_for():
+def test_proof_limits_follow_the_options():
     result = {"finite": True, "agreement": 0.999, "miou": {"torch": 0.5, "exported": 0.4990625}}
     assert proof.passes(result, GraphOptions())
     assert proof.passes(result, GraphOptions(max_miou_drop=100 * (0.5 - 0.4990625)))
@@ -71,7 +71,7 @@ def test_limits_are_what_is_asked_for():
     assert not proof.passes({**result, "finite": False}, GraphOptions())
 
 
-def test_nan_which_agrees_with_anything_proves_nothing(picture):
+def test_nan_outputs_fail_the_proof(picture):
     zeros, nan = np.zeros(SIZE, np.uint8), np.full((2, *SIZE), np.nan, np.float32)
     with pytest.raises(UserError, match=r"0.png: the trained model's own probabilities are NaN"):
         proof.compare(Fixed(zeros, nan), SimpleNamespace(), [picture], 2, 255)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from command_line import write_data
-from portable_parts import TINY, exported, untrained
+from portable_parts import TINY, export_file, write_untrained
 
 import dinoseg
 from dinoseg.core.channels import PixelFormat
@@ -28,10 +28,10 @@ FORMS = {
 
 
 @pytest.fixture(params=FORMS)
-def quantised(request, compose, tmp_path):
+def quantised_checkpoint(request, compose, tmp_path):
     """Return the key that a tiny model computes with, its checkpoint and the config to use it."""
     write_data(tmp_path / "data")
-    path = untrained(compose, tmp_path, *TINY, "head=linear", *FORMS[request.param])
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", *FORMS[request.param])
     cfg = standalone_config(
         path,
         checkpoint.describe(path),
@@ -46,8 +46,8 @@ def scores_of(model, path):
     return model(torch.from_numpy(PixelFormat(3, order=range(3)).read(path).copy()).permute(2, 0, 1)[None]).scores()
 
 
-def test_the_gate_compares_the_file_with_the_trained_model(quantised, tmp_path, monkeypatch):
-    key, _, cfg = quantised
+def test_the_gate_compares_the_file_with_the_trained_model(quantised_checkpoint, tmp_path, monkeypatch):
+    key, _, cfg = quantised_checkpoint
     trained = load_trained(Builder(cfg)).model
     with prepare_model(ModelSource(cfg), tmp_path, GraphOptions()) as ready:
         picture = ready.pictures[0].path
@@ -67,9 +67,9 @@ def test_the_gate_compares_the_file_with_the_trained_model(quantised, tmp_path, 
     assert report["agreement"] == 0 and report["trained_with"] == key and not report["proven"]
 
 
-def test_one_file_answers_as_the_trained_model(quantised, tmp_path):
-    _, path, cfg = quantised
-    model = dinoseg.load(exported(path, tmp_path / "out"), precision="fp32").runtime.predictor.model
+def test_one_file_equals_the_trained_model(quantised_checkpoint, tmp_path):
+    _, path, cfg = quantised_checkpoint
+    model = dinoseg.load(export_file(path, tmp_path / "out"), precision="fp32").runtime.predictor.model
     trained, picture = load_trained(Builder(cfg)).model, tmp_path / "data/val/images/0.png"
     expected = scores_of(trained, picture)
     assert (scores_of(model, picture) - expected).norm() < 5e-3 * expected.norm()
@@ -78,7 +78,7 @@ def test_one_file_answers_as_the_trained_model(quantised, tmp_path):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_saving_quantised_weights_states_the_change(compose, tmp_path, caplog, bits):
     """Only the whole file computes in float32; with `delta`, loading quantises again."""
-    path = untrained(compose, tmp_path, *TINY, "head=linear", *FORMS[f"adapter.bits={bits}"])
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", *FORMS[f"adapter.bits={bits}"])
     model = dinoseg.load(path, device="cpu", precision="fp32")
     images = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

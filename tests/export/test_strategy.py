@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from command_line import call, write_data
 from making import save
-from portable_parts import PROGRESS, TINY, exported, untrained
+from portable_parts import PROGRESS, TINY, export_file, write_untrained
 
 import dinoseg
 from dinoseg.core.sizes import backbone_size
@@ -25,11 +25,11 @@ WINDOWS = ("inference=windows", "inference.size=[16,24]")
 
 
 @pytest.fixture
-def missing(compose, tmp_path):
+def find_missing(compose, tmp_path):
     """Return a function that returns the strategy that a graph of a model with some overrides lacks."""
 
     def find(*words, sizes=((32, 48),), **info):
-        path = untrained(compose, tmp_path, *TINY, "head=linear", *words, **info)
+        path = write_untrained(compose, tmp_path, *TINY, "head=linear", *words, **info)
         cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"}, unused=())
         return missing_strategy(ModelSource(cfg).load_on_cpu(), sizes)
 
@@ -58,20 +58,20 @@ def missing(compose, tmp_path):
         (("inference.scales=[0.5,1.0]",), "inference=auto inference.size=[518,518] inference.scales=[0.5,1.0]"),
     ],
 )
-def test_strategies_that_a_graph_lacks_are_named_with_their_values(missing, words, named):
-    found = missing(*words)
+def test_strategy_missing_in_the_graph_is_named_with_its_values(find_missing, words, named):
+    found = find_missing(*words)
     assert " ".join(found.words) == named and found.miou == PROGRESS["best"]
 
 
 @pytest.mark.parametrize("words", [(), ("inference=whole",), ("inference=windows", "inference.size=[32,48]")])
-def test_one_pass_over_the_whole_image_is_what_a_graph_applies(missing, words):
-    assert missing(*words) is None
+def test_whole_image_strategy_is_not_missing_in_a_graph(find_missing, words):
+    assert find_missing(*words) is None
 
 
-def test_windows_are_compared_with_each_size(missing):
+def test_windows_are_compared_with_each_size(find_missing):
     words = ("inference=windows", "inference.size=[32,48]")
-    assert missing(*words, sizes=[(8, 9), (32, 48)]) is None
-    assert missing(*words, sizes=[(8, 9), (32, 49)]) is not None
+    assert find_missing(*words, sizes=[(8, 9), (32, 48)]) is None
+    assert find_missing(*words, sizes=[(8, 9), (32, 49)]) is not None
     sizes = {"typical": 32, "largest": 40}  # `whole` reduces images larger than all of the training, windows do not
     model = SimpleNamespace(longest=None, scale=1.0, reduced_size=lambda size: backbone_size(size, 1.0, 32))
     assert not Windows(64).equals_single_pass(model, (sizes["largest"] + 1, 8), None)
@@ -85,7 +85,7 @@ def test_windows_are_compared_with_each_size(missing):
 
 
 def test_all_images_of_the_verification_are_considered(compose, tmp_path):
-    path = untrained(compose, tmp_path, *TINY, "head=linear", "inference=windows", "inference.size=[32,48]")
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", "inference=windows", "inference.size=[32,48]")
     cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu"}, unused=())
     for width, is_whole in ((48, True), (56, False)):
         for number, size in enumerate([(8, 8), (32, width)]):
@@ -94,11 +94,11 @@ def test_all_images_of_the_verification_are_considered(compose, tmp_path):
             assert (ready.strategy is None) == is_whole
 
 
-def test_only_scores_of_the_exported_step_are_stated(missing):
-    assert missing(*WINDOWS, "trainer.score=dice").miou is None
-    assert missing(*WINDOWS, "trainer.score=miou").miou == PROGRESS["best"]
-    assert missing(*WINDOWS, "trainer.score=miou", facts={}).miou is None  # a file, whose strategy may be another
-    assert missing(*WINDOWS, "trainer.score=miou", progress=PROGRESS | {"step": 4}).miou is None
+def test_only_scores_of_the_exported_step_are_stated(find_missing):
+    assert find_missing(*WINDOWS, "trainer.score=dice").miou is None
+    assert find_missing(*WINDOWS, "trainer.score=miou").miou == PROGRESS["best"]
+    assert find_missing(*WINDOWS, "trainer.score=miou", facts={}).miou is None  # a file, whose strategy may be another
+    assert find_missing(*WINDOWS, "trainer.score=miou", progress=PROGRESS | {"step": 4}).miou is None
 
 
 def test_the_warning_states_scores_and_remedy(caplog):
@@ -118,8 +118,8 @@ def test_the_warning_states_scores_and_remedy(caplog):
 
 @pytest.mark.parametrize("words", [(), WINDOWS])
 def test_a_file_with_its_strategy_applies_it_without_a_warning(compose, tmp_path, caplog, words):
-    path = untrained(compose, tmp_path, *TINY, "head=linear", *words)
-    file = exported(path, tmp_path / "out")
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", *words)
+    file = export_file(path, tmp_path / "out")
     assert not [message for message in caplog.messages if "does not apply" in message]
     write_data(tmp_path / "data")
     image = read_image(tmp_path / "data/val/images/0.png")
@@ -131,11 +131,11 @@ def test_a_file_with_its_strategy_applies_it_without_a_warning(compose, tmp_path
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["onnx", "program"])
-def test_a_windowed_run_is_exported_with_one_warning_and_both_scores(compose, tmp_path, kind):
+def test_exporting_a_windowed_run_warns_once_with_both_scores(compose, tmp_path, kind):
     write_data(tmp_path / "data")
     windowed = ("inference=windows", "inference.size=[8,8]", "inference.shortest=64")
     for name, words in (("windowed", windowed), ("plain", ())):
-        untrained(compose, tmp_path / name, *TINY, "head=linear", *words)
+        write_untrained(compose, tmp_path / name, *TINY, "head=linear", *words)
         given = ["mode=export", f"export={kind}", f"resume={name}/run", "engine=cpu", "data.root=data"]
         done = call(tmp_path, *given, f"hydra.run.dir={name}/out")
         assert done.status == 0, done.err

@@ -61,7 +61,7 @@ def read_back(tmp_path, tool, *, classes=CLASSES, unlabelled="background"):
 
 @pytest.mark.parametrize("objects", ["component", "class"])
 @pytest.mark.parametrize("form", ["rle", "polygons"])
-def test_what_is_written_is_read_back_to_the_pixel(tmp_path, form, objects):
+def test_written_annotations_are_read_back_to_the_pixel(tmp_path, form, objects):
     write(tmp_path, TOOLS, PredictedShapes(form, objects, tolerance=0))
     for tool in TOOLS:
         data = read_back(tmp_path, tool)
@@ -70,7 +70,7 @@ def test_what_is_written_is_read_back_to_the_pixel(tmp_path, form, objects):
             np.testing.assert_array_equal(data[index]["mask"], blobs(index), err_msg=tool)
 
 
-def test_classes_and_colours_come_back_with_what_was_corrected(tmp_path):
+def test_classes_and_colours_are_read_back_with_annotations(tmp_path):
     out = write(tmp_path, TOOLS, PredictedShapes("rle"))
     for tool in TOOLS:
         said = read_class_file(out / tool / "classes.yaml", 255)
@@ -82,7 +82,7 @@ def test_classes_and_colours_come_back_with_what_was_corrected(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
 @pytest.mark.parametrize("form", ["rle", "polygons"])
-def test_cocos_own_reader_takes_what_is_written(tmp_path, form):
+def test_coco_api_reads_written_annotations(tmp_path, form):
     out = write(tmp_path, ["coco"], PredictedShapes(form, tolerance=0))
     theirs = COCO(str(out / "coco/annotations.json"))
     assert theirs.dataset["info"]["description"] and theirs.dataset["licenses"] == []
@@ -124,7 +124,7 @@ def test_small_parts_are_left_out(tmp_path):
     assert areas and min(areas) >= 20
 
 
-def test_a_stopped_run_and_the_one_that_goes_on_make_one_whole_file(tmp_path):
+def test_stopped_and_resumed_run_write_one_complete_file(tmp_path):
     shapes = PredictedShapes()
     write(tmp_path, ["coco"], shapes, finish=False, names=("a", "b/c"))
     assert not (tmp_path / "out/coco/annotations.json").exists()
@@ -163,6 +163,6 @@ def test_palette_probabilities_and_confidence(tmp_path):
         (lambda p: PredictedShapes(tolerance=float("nan")), "give a tolerance from 0 pixels"),
     ],
 )
-def test_words_that_are_refused(tmp_path, make, wrong):
+def test_invalid_annotation_options_are_refused(tmp_path, make, wrong):
     with pytest.raises(UserError, match=wrong):
         make(tmp_path)

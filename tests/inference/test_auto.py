@@ -24,7 +24,7 @@ from dinoseg.utils.images import write_png
 CPU = torch.device("cpu")
 
 
-def made(**options):
+def make_model(**options):
     torch.manual_seed(0)
     backbone = tiny_vit()
     return SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 5), **options).eval()
@@ -35,8 +35,8 @@ def picture(height, width):
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5}])
-def test_what_a_pass_takes_is_told_from_small_ones(options):
-    model = made(**options)
+def test_memory_estimate_scales_from_small_inputs(options):
+    model = make_model(**options)
     cost = memory.measure(model, 256, nullcontext)
     for size in ((160, 96), (320, 320)):
         batch = torch.zeros(1, 3, *size, dtype=torch.uint8)
@@ -46,7 +46,7 @@ def test_what_a_pass_takes_is_told_from_small_ones(options):
         assert cost.of(3, model.input_size(size), size) == 3 * cost.of(1, model.input_size(size), size)
 
 
-def test_attention_that_is_written_out_is_seen_to_grow():
+def test_growth_of_explicit_attention_is_estimated():
     class Grows(torch.nn.Module):
         patch_size, scale, backbone = 1, 1.0, SimpleNamespace(channels=3)
 
@@ -107,15 +107,15 @@ def free(monkeypatch):
 def test_images_that_fit_are_seen_whole_and_nothing_is_computed(free, monkeypatch, caplog):
     monkeypatch.setattr(auto, "measure", None)
     free(2**40)
-    model = made()
+    model = make_model()
     first, second = (
         Predictor(model, CPU, nullcontext, *policy).ids([picture(100, 90)]) for policy in ([Auto((32, 32))], [])
     )
     assert (first == second).all() and not caplog.messages
 
 
-def test_images_that_do_not_fit_are_seen_in_windows_and_it_is_said_once(free, caplog):
-    model, policy, seen = made(), Auto((32, 48), memory=0.5), []
+def test_large_images_use_windows_and_log_it_once(free, caplog):
+    model, policy, seen = make_model(), Auto((32, 48), memory=0.5), []
     need = memory.measure(model, 32, nullcontext).of(1, (100, 90), (100, 90))
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
     predictor = Predictor(model, CPU, nullcontext, policy)
@@ -138,8 +138,8 @@ def test_images_that_do_not_fit_are_seen_in_windows_and_it_is_said_once(free, ca
     assert "it is predicted in windows of 48 x 32" in message
 
 
-def test_windows_of_auto_see_pictures_at_the_scale_that_whole_ones_are_seen_at(free):
-    model, seen = made(), []
+def test_auto_windows_have_the_scale_of_whole_images(free):
+    model, seen = make_model(), []
     limit_to_trained_size(model, TrainedSizes(typical=64, largest=80))
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
     free(0)
@@ -147,8 +147,8 @@ def test_windows_of_auto_see_pictures_at_the_scale_that_whole_ones_are_seen_at(f
     assert seen[2:] == [(64, 32)] and probabilities.shape == (1, 5, 200, 100)
 
 
-def test_the_largest_scale_is_what_has_to_fit(free):
-    model, seen = made(), []
+def test_largest_scale_decides_if_an_image_fits(free):
+    model, seen = make_model(), []
     cost = memory.measure(model, 32, nullcontext)
     free((cost.of(1, (100, 90), (100, 90)) + cost.of(1, (600, 540), (100, 90))) / 2)
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
@@ -171,37 +171,37 @@ def small_memory(model, pixels):
     return model
 
 
-def test_where_memory_does_not_suffice_auto_goes_on_with_windows_and_says_so(free, caplog):
+def test_auto_falls_back_to_windows_when_out_of_memory(free, caplog):
     free(2**40)
     policy = Auto((32, 48))
-    predictor = Predictor(small_memory(made(), 4 * 32 * 48), CPU, nullcontext, policy)
-    windows = Predictor(made(), CPU, nullcontext, policy.windows)
+    predictor = Predictor(small_memory(make_model(), 4 * 32 * 48), CPU, nullcontext, policy)
+    windows = Predictor(make_model(), CPU, nullcontext, policy.windows)
     assert (predictor.ids([picture(100, 90)]) == windows.ids([picture(100, 90)])).all()
     (message,) = caplog.messages
     assert message.startswith(
         "inference=auto: not enough memory for an image of 90 x 100 (width x height) in one pass: "
     )
     assert (predictor.ids([picture(120, 90)]) == windows.ids([picture(120, 90)])).all() and len(caplog.messages) == 1
-    whole = Predictor(made(), CPU, nullcontext)
+    whole = Predictor(make_model(), CPU, nullcontext)
     assert (predictor.ids([picture(40, 50)]) == whole.ids([picture(40, 50)])).all()
 
 
-def test_where_nothing_suffices_it_is_one_message(free):
+def test_insufficient_memory_is_one_message(free):
     free(2**40)
     for policy in (Auto((32, 48)), Whole(), Auto((32, 48)).windows):
-        predictor = Predictor(small_memory(made(), 10), CPU, nullcontext, policy)
+        predictor = Predictor(small_memory(make_model(), 10), CPU, nullcontext, policy)
         for ask in (predictor.ids, predictor.probabilities):
             with pytest.raises(
                 memory.OutOfMemory, match=r"predict 2 images of 90 x 100 .*can't alloc.*inference=windows"
             ):
                 ask([picture(100, 90)] * 2)
-    broken = made()
+    broken = make_model()
     broken.backbone.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
         Predictor(broken, CPU, nullcontext, Auto((32, 48))).ids([picture(100, 90)])
 
 
-def test_a_limit_of_addresses_bounds_what_is_free(tmp_path, monkeypatch):
+def test_address_space_limit_bounds_free_memory(tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
     (tmp_path / "self").mkdir()
     (tmp_path / "self/statm").write_text("3 2 1 1 0 1 0\n")
@@ -212,10 +212,10 @@ def test_a_limit_of_addresses_bounds_what_is_free(tmp_path, monkeypatch):
     assert memory.free_bytes(CPU) == 7 * resource.getpagesize()
 
 
-def test_whole_images_are_seen_at_the_scales_and_turned_as_auto_is_told(free):
+def test_auto_applies_scales_and_flips_to_whole_images(free):
     free(2**40)
     ours, theirs, plain = (
-        Predictor(made(), CPU, nullcontext, policy).probabilities([picture(40, 50)])
+        Predictor(make_model(), CPU, nullcontext, policy).probabilities([picture(40, 50)])
         for policy in (
             Auto((32, 48), flips="horizontal", scales=(1.0, 2.0)),
             Whole(flips="horizontal", scales=(1.0, 2.0)),
@@ -225,9 +225,9 @@ def test_whole_images_are_seen_at_the_scales_and_turned_as_auto_is_told(free):
     assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
 
 
-def test_a_size_that_is_asked_for_counts_where_memory_did_not_suffice(free):
+def test_requested_size_is_used_after_running_out_of_memory(free):
     free(2**40)
-    predictor = Predictor(small_memory(made(), 4 * 32 * 48), CPU, nullcontext, Auto((32, 48)))
+    predictor = Predictor(small_memory(make_model(), 4 * 32 * 48), CPU, nullcontext, Auto((32, 48)))
     images = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None]
     scores = predictor.run_bands(
         images, lambda bands: torch.cat([band.scores() for band in bands], dim=2), size=(50, 45)
@@ -235,8 +235,8 @@ def test_a_size_that_is_asked_for_counts_where_memory_did_not_suffice(free):
     assert scores.shape[-2:] == (50, 45)
 
 
-def test_images_at_once_and_the_size_that_is_asked_for_have_to_fit(free):
-    model, seen = made(), []
+def test_batch_and_output_size_count_towards_memory(free):
+    model, seen = make_model(), []
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
     free(1.5 * memory.measure(model, 32, nullcontext).of(1, (100, 90), (100, 90)))
     images = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None]
@@ -247,22 +247,22 @@ def test_images_at_once_and_the_size_that_is_asked_for_have_to_fit(free):
         assert ((100, 90) in seen) == whole
 
 
-def test_what_is_free_on_a_gpu_counts_what_torch_holds_unused(monkeypatch):
+def test_free_gpu_memory_includes_unused_memory_of_torch(monkeypatch):
     for name, value in (("mem_get_info", (10, 99)), ("memory_reserved", 5), ("memory_allocated", 2)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert memory.free_bytes(torch.device("cuda")) == 13
 
 
-def test_memory_that_python_lacks_is_told_too(tmp_path):
+def test_memory_error_of_python_is_reported(tmp_path):
     write_png(tmp_path / "a.png", picture(100, 90))
-    broken = made()
+    broken = make_model()
     broken.backbone.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(memory.OutOfMemory, match=r"of 90 x 100 .*none left"):
         Predictor(broken, CPU, nullcontext).write_ids(tmp_path / "a.png", tmp_path / "ids.png")
 
 
-def test_probabilities_are_float32_whatever_the_model_computes_in():
-    predictor = Predictor(made(), CPU, lambda: torch.autocast("cpu", torch.bfloat16))
+def test_probabilities_are_float32_in_any_precision():
+    predictor = Predictor(make_model(), CPU, lambda: torch.autocast("cpu", torch.bfloat16))
     assert predictor.probabilities([picture(16, 16)]).dtype == torch.float32
 
 

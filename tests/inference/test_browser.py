@@ -20,7 +20,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def served(tmp_path):
+def server_url(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -30,7 +30,7 @@ def served(tmp_path):
     server.server_close()
 
 
-def test_an_overlay_plays(served, tmp_path):
+def test_overlay_plays_in_a_browser(server_url, tmp_path):
     source = write_film(tmp_path / "in.mkv", frames=48)
     with (
         VideoReader(source) as reader,
@@ -39,7 +39,7 @@ def test_an_overlay_plays(served, tmp_path):
         for frame, time in reader.timed_frames():
             writer.write(frame, time)
     (tmp_path / "page.html").write_text("<link rel=icon href=data:,><video id=v src=out.mp4 muted></video>")
-    with opened_page(f"{served}/page.html") as page:
+    with opened_page(f"{server_url}/page.html") as page:
         page.wait_for_function("document.getElementById('v').readyState >= 2", timeout=120_000)
         page.evaluate("document.getElementById('v').play()")
         page.wait_for_function("document.getElementById('v').currentTime > 0.5", timeout=120_000)

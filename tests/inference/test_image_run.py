@@ -14,7 +14,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
 
-def test_results_are_drawn_as_they_are_asked_for(tmp_path, monkeypatch):
+def test_run_renders_with_opacity_palette_and_ignore_index(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(image_run, "write_image_results", lambda *_, **named: drawn.append(named))
     write_png(tmp_path / "a.png", np.zeros((4, 6, 3), np.uint8))

@@ -13,7 +13,7 @@ def touch(folder, *names):
 
 
 class TestListInputs:
-    def test_a_file_of_either_kind(self, tmp_path):
+    def test_single_image_or_video_is_listed(self, tmp_path):
         touch(tmp_path, "a.JPG", "b.Mp4")
         assert list_inputs(str(tmp_path / "a.JPG")) == [tmp_path / "a.JPG"]
         assert list_inputs(str(tmp_path / "b.Mp4")) == [tmp_path / "b.Mp4"]
@@ -31,13 +31,13 @@ class TestListInputs:
         assert "images or videos in 2 subfolders (deep, other)" in message
         assert [path.name for path in list_inputs(message.split("'")[1])] == ["a.png", "b.png", "c.mp4"]
 
-    def test_frames_come_as_they_are_counted(self, tmp_path):
+    def test_frames_are_sorted_numerically(self, tmp_path):
         touch(tmp_path, "frame10.png", "frame2.png", "frame1.png")
         expected = ["frame1.png", "frame2.png", "frame10.png"]
         for source in (tmp_path, tmp_path / "*.png"):
             assert [path.name for path in list_inputs(str(source))] == expected
 
-    def test_patterns(self, tmp_path):
+    def test_glob_patterns_are_expanded(self, tmp_path):
         touch(tmp_path, "x1.png", "x2.png", "y.png", "deep/x3.png", "x.txt")
         assert [path.name for path in list_inputs(f"{tmp_path}/x?.png")] == ["x1.png", "x2.png"]
         assert [path.name for path in list_inputs(f"{tmp_path}/x*")] == ["x1.png", "x2.png"]
@@ -48,7 +48,7 @@ class TestListInputs:
             "y.png",
         }
 
-    def test_a_name_that_looks_like_a_pattern_is_a_name_first(self, tmp_path):
+    def test_existing_name_with_glob_characters_is_a_file(self, tmp_path):
         touch(tmp_path, "frame[1].png", "frame1.png")
         assert list_inputs(str(tmp_path / "frame[1].png")) == [tmp_path / "frame[1].png"]
 
@@ -69,22 +69,22 @@ class TestListInputs:
             ("*.txt", "matches no image or video"),
         ],
     )
-    def test_nothing_to_read_is_named(self, tmp_path, source, message):
+    def test_source_without_images_is_named(self, tmp_path, source, message):
         (tmp_path / "empty").mkdir()
         touch(tmp_path, "notes.txt", "bare", "empty/deep/a.png")
         with pytest.raises(UserError, match=message):
             list_inputs(str(tmp_path / source))
 
-    def test_a_folder_without_permission(self, tmp_path, monkeypatch):
-        def denied(self):
+    def test_folder_without_permission_is_refused(self, tmp_path, monkeypatch):
+        def deny_access(self):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(Path, "iterdir", denied)
+        monkeypatch.setattr(Path, "iterdir", deny_access)
         with pytest.raises(UserError, match="Permission denied"):
             list_inputs(str(tmp_path))
 
 
-def test_pictures_of_kinds_that_are_not_read_are_reported(tmp_path, caplog):
+def test_images_of_unsupported_formats_are_reported(tmp_path, caplog):
     for name in ("a.png", "b.gif", "c.HEIC", "notes.txt"):
         (tmp_path / name).touch()
     assert [path.name for path in list_inputs(str(tmp_path))] == ["a.png"]

@@ -162,7 +162,7 @@ class _Usage:
         self.free = free
 
 
-def test_files_that_are_not_regular_are_refused_unopened(tmp_path):
+def test_irregular_files_are_refused_unopened(tmp_path):
     os.mkfifo(tmp_path / "a.png")  # reading it would wait for ever
     with pytest.raises(UserError, match="a.png"):
         open_rows(tmp_path / "a.png", CPU)

@@ -17,12 +17,12 @@ from dinoseg.utils.errors import UserError
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"), "[enforce fail] DefaultCPUAllo"),
     ],
 )
-def test_a_shortage_is_told_by_the_line_that_tells_it(error, reason):
+def test_out_of_memory_error_quotes_the_relevant_line(error, reason):
     found = as_out_of_memory(error)
     assert isinstance(found, OutOfMemory) and str(found).startswith(f"Out of memory ({reason}")
 
 
-def test_the_reason_of_what_tells_no_shortage_is_its_first_line():
+def test_reason_of_another_error_is_its_first_line():
     assert reason_of(UserError("a mask is missing\n- of 3.png")) == "a mask is missing"
 
 

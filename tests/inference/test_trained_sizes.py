@@ -26,7 +26,7 @@ def model(tiny_backbone):
 
 
 @pytest.fixture
-def seen(model):
+def seen_sizes(model):
     """Collect the sizes that the backbone is given."""
     sizes = []
     model.backbone.register_forward_pre_hook(lambda _, given: sizes.append(tuple(given[0].shape[-2:])))
@@ -45,7 +45,7 @@ def test_sizes_are_those_that_the_model_was_fed():
 
 
 @pytest.mark.parametrize("enlarged", [0.8, 1.0, 1.5])
-def test_no_picture_of_the_training_or_its_validation_is_reduced(enlarged, model):
+def test_images_of_training_and_validation_are_not_reduced(enlarged, model):
     trained, scored = [(30, 40)] * 99 + [(300, 4)], [(20, 40), (7, 470)]
     sizes = TrainedSizes.of(trained, scored, longest=None, enlarged=enlarged)
     assert sizes == TrainedSizes(40, 470)
@@ -85,30 +85,32 @@ def test_a_damaged_description_is_refused(found):
         TrainedSizes.from_info({"sizes": found})
 
 
-def test_only_larger_pictures_are_reduced_and_masks_keep_their_size(model, seen, caplog):
+def test_only_larger_images_are_reduced_and_masks_keep_size(model, seen_sizes, caplog):
     limit_to_trained_size(model, SIZES)
     for size in ((60, 64), (40, 80), (160, 120), (20, 60)):
         assert model(images(*size)).scores().shape[-2:] == size
-    assert seen == [(60, 64), (16, 32), (32, 24), (20, 60)]
+    assert seen_sizes == [(60, 64), (16, 32), (32, 24), (20, 60)]
     (message,) = caplog.messages
     assert "Images of 80 x 40 (width x height) are larger than those" in message and "resolution.longest" in message
     assert "about 32 pixels, enlarged at most to 64" in message
 
 
-def test_an_evaluation_says_it_and_changes_nothing(model, seen, caplog):
+def test_evaluation_warns_of_large_images_without_reducing_them(model, seen_sizes, caplog):
     limit_to_trained_size(model, SIZES, reduces=False)
     model(images(40, 80))
-    assert seen == [(40, 80)] and "scored at full size; mode=predict and mode=track reduce them to 32" in caplog.text
+    assert (
+        seen_sizes == [(40, 80)] and "scored at full size; mode=predict and mode=track reduce them to 32" in caplog.text
+    )
 
 
-def test_nothing_is_said_without_sizes_or_where_the_model_reduces_anyway(model, seen, caplog):
+def test_unknown_sizes_or_a_reducing_model_give_no_warning(model, seen_sizes, caplog):
     limit_to_trained_size(model, None)
     model(images(40, 80))
     model.longest = 48
     limit_to_trained_size(model, SIZES)
     with caplog.at_level(logging.INFO):
         model(images(40, 80))
-    assert seen == [(40, 80), (24, 48)] and not caplog.messages
+    assert seen_sizes == [(40, 80), (24, 48)] and not caplog.messages
 
 
 def test_a_model_that_is_served_keeps_the_scale(model):

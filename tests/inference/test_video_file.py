@@ -124,7 +124,7 @@ class TestVideoReader:
         assert f"cut.{suffix} ends early: {reader.frames_read} of 25 frames read" in str(error.value)
 
     @pytest.mark.parametrize("content", [b"", b"no video at all" * 99, None])
-    def test_what_is_no_video_is_named_and_nothing_is_printed(self, tmp_path, content, capfd):
+    def test_invalid_video_is_named_without_decoder_output(self, tmp_path, content, capfd):
         path = tmp_path / "bad.mp4"
         if content is None:  # an mp4 without its index, which stands at the end
             content = make_video(tmp_path / "whole.mp4", codec="mp4v").read_bytes()[:-400]
@@ -168,7 +168,7 @@ class TestVideoReader:
         with VideoReader(make_video(tmp_path / "v.avi")) as reader:
             assert reader.position("12") == reader.count == 12 and reader.position("99") is None
 
-    def test_sound_that_lasts_longer_than_the_pictures_is_no_cut_video(self, tmp_path):
+    def test_video_with_longer_sound_is_not_truncated(self, tmp_path):
         for suffix in ("mkv", "ts", "webm"):
             path = write_film(tmp_path / f"v.{suffix}", seconds_of_sound=2)
             with VideoReader(path) as reader:
@@ -192,13 +192,13 @@ def times_of(file):
 class TestFilms:
     """Colours, rate and times of what is read arrive in what is written."""
 
-    def test_rate(self, tmp_path):
+    def test_frame_rate_is_preserved(self, tmp_path):
         with copy_film(write_film(tmp_path / "in.mkv"), tmp_path / "out.mp4") as copy:
             picture = copy.streams.video[0]
             assert picture.codec_context.name == "h264" and picture.codec_context.pix_fmt == "yuv420p"
             assert picture.average_rate == Fraction(24000, 1001) and picture.frames == 24 and not copy.streams.audio
 
-    def test_uneven_times(self, tmp_path):
+    def test_uneven_frame_times_are_preserved(self, tmp_path):
         ticks = [0, 3000, 6000, 21000, 24000, 30000, 90000, 93000]
         source = write_film(tmp_path / "in.mp4", rate=Fraction(30), frames=8, times=ticks)
         with copy_film(source, tmp_path / "out.mp4") as copy, av.open(str(source)) as original:
@@ -206,7 +206,7 @@ class TestFilms:
             assert times == times_of(original) == [Fraction(tick, 90000) for tick in ticks]
 
     @pytest.mark.parametrize("matrix", [1, 5, 9, 0, 8])  # BT.709, BT.601, BT.2020; RGB and YCgCo, which are not written
-    def test_colours_look_as_they_did(self, tmp_path, matrix):
+    def test_colours_are_preserved(self, tmp_path, matrix):
         tags = (matrix or 1, 1, matrix)
         traits = VideoTraits(Fraction(1, 10), Fraction(1), tags)
         colours = [(200, 40, 40), (30, 180, 60), (40, 60, 220)]
@@ -219,7 +219,7 @@ class TestFilms:
         assert np.abs(np.array(seen) - colours).max() < 4
 
     @pytest.mark.parametrize("turned", [False, True])
-    def test_pixels_that_are_no_squares(self, tmp_path, turned):
+    def test_pixel_aspect_ratio_is_copied(self, tmp_path, turned):
         with av.open(str(tmp_path / "in.mp4"), "w") as file:
             stream = file.add_stream("libx264", rate=10)
             stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -231,7 +231,7 @@ class TestFilms:
         with copy_film(tmp_path / "in.mp4", tmp_path / "out.mp4") as copy:
             assert copy.streams.video[0].sample_aspect_ratio == (Fraction(3, 4) if turned else Fraction(4, 3))
 
-    def test_gaps_of_a_quarter_of_an_hour_and_of_years(self, tmp_path):
+    def test_long_gaps_between_frames_are_preserved(self, tmp_path):
         traits = VideoTraits(Fraction(1, 2**19), Fraction(1), (2, 2, 2))
         with VideoWriter(tmp_path / "out.mp4", 10, (16, 16), like=traits) as writer:
             for time in (0, 900, 1800, 2700):
@@ -246,7 +246,7 @@ class TestFilms:
                 writer.write(np.zeros((16, 16, 3), np.uint8), Fraction(time))
         assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
-    def test_the_index_stands_in_front(self, tmp_path):
+    def test_index_is_at_the_start_of_the_file(self, tmp_path):
         copy_film(write_film(tmp_path / "in.mp4"), tmp_path / "out.mp4").close()
         data = (tmp_path / "out.mp4").read_bytes()
         assert data.index(b"moov") < data.index(b"mdat")
@@ -254,7 +254,7 @@ class TestFilms:
 
 class TestVideoWriter:
     @pytest.mark.parametrize("size", [(48, 64), (47, 63), (2, 2)])
-    def test_what_is_written_can_be_read(self, tmp_path, size):
+    def test_written_video_can_be_read(self, tmp_path, size):
         path = tmp_path / "deep" / "out.mp4"
         with VideoWriter(path, 29.97, size) as writer:
             for index in range(7):
@@ -268,7 +268,7 @@ class TestVideoWriter:
         assert len(frames) == 7
         assert np.abs(frames[6].reshape(-1, 3).mean(axis=0) - (180, 0, 200)).max() < 12
 
-    def test_an_exception_leaves_nothing(self, tmp_path):
+    def test_exception_leaves_no_file(self, tmp_path):
         with pytest.raises(RuntimeError), VideoWriter(tmp_path / "out.mp4", 25, (48, 64)) as writer:
             writer.write(np.zeros((48, 64, 3), np.uint8))
             raise RuntimeError
@@ -289,12 +289,12 @@ class TestVideoWriter:
             writer.close()
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_video_of_no_frame_is_none(self, tmp_path):
+    def test_video_without_frames_writes_no_file(self, tmp_path):
         with pytest.raises(UserError, match="0 of 0 frames arrived"), VideoWriter(tmp_path / "out.mp4", 25, (48, 64)):
             pass
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_full_disk_is_told_once(self, tmp_path, capfd):
+    def test_full_disk_is_one_error_and_leaves_no_file(self, tmp_path, capfd):
         draw = np.random.default_rng(0)
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))

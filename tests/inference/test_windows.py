@@ -43,7 +43,7 @@ class PixelHead(Head):
         return upsample(outputs, size, valid)
 
 
-def made(scale=1.0, longest=None, **options):
+def make_model(scale=1.0, longest=None, **options):
     torch.manual_seed(0)
     return (
         SegmentationModel(RgbBackbone(patch_size=1), PixelHead(**options), scale=scale, longest=longest).double().eval()
@@ -83,7 +83,7 @@ def slid(model, image, crop, stride):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("crop", "overlap", "stride"), [((24, 24), 0.334, (16, 16)), ((10, 13), 0.25, (8, 10))])
 def test_published_windows_are_those_of_mmsegmentation(size, crop, overlap, stride):
-    model, images = made(kernel=3), pictures(*size)
+    model, images = make_model(kernel=3), pictures(*size)
     policy = Windows(crop, overlap=overlap, weights="uniform", average="scores", batch_size=3)
     expected = np.stack([slid(model, image, crop, stride) for image in images])
     np.testing.assert_allclose(run_bands(model, images, policy).numpy(), expected, atol=1e-12)
@@ -126,7 +126,7 @@ ODD = [(37, 61), (61, 37), (33, 33), (17, 90), (31, 24), (101, 77), (20, 40)]
 
 @pytest.mark.parametrize("size", ODD)
 def test_a_linear_head_is_evaluated_as_by_dinov3(size):
-    model, images = made(kernel=3), pictures(*size, count=1)
+    model, images = make_model(kernel=3), pictures(*size, count=1)
     options = {"weights": "uniform", "average": "scores", "batch_size": 3}
     found = run_bands(model, images, Windows(24, shortest=24, stride=16, **options))
     torch.testing.assert_close(found[0], official_linear(model, images[0], 24, 16), rtol=0, atol=1e-6)
@@ -134,7 +134,7 @@ def test_a_linear_head_is_evaluated_as_by_dinov3(size):
 
 @pytest.mark.parametrize("size", ODD)
 def test_dinov2_evaluation_resizes_without_antialiasing(size):
-    model, images = made(kernel=3), pictures(*size, count=1)
+    model, images = make_model(kernel=3), pictures(*size, count=1)
     options = {"weights": "uniform", "average": "scores", "resample": "bilinear"}
     found = run_bands(model, images, Windows(24, shortest=24, stride=16, **options))
     expected = official_linear(model, images[0], 24, 16, antialias=False)
@@ -153,7 +153,7 @@ def test_bilinear_resizing_is_that_of_opencv():
 
 @pytest.mark.parametrize("size", ODD)
 def test_eomt_is_evaluated_as_in_its_code(size):
-    model, images = made(kernel=3, mixture=True), pictures(*size, count=1)
+    model, images = make_model(kernel=3, mixture=True), pictures(*size, count=1)
     options = {"weights": "uniform", "average": "scores", "batch_size": 3}
     found = run_bands(model, images, Windows(24, shortest=24, placement="even", **options))
     torch.testing.assert_close(found[0], official_eomt(model, images[0], 24), rtol=0, atol=1e-6)
@@ -190,7 +190,7 @@ def test_sides_of_scales_are_those_of_the_released_segmentor():
 
 
 def test_strides_of_two_axes_turn_with_the_image():
-    model, images = made(kernel=3), pictures(37, 61, count=1)
+    model, images = make_model(kernel=3), pictures(37, 61, count=1)
     policy = Windows((13, 24), stride=[9, 20], weights="uniform", average="scores", flips="all")
     views = [
         undo_turn(torch.from_numpy(slid(model, apply_turn(images, turn)[0], (13, 24), (9, 20)))[None], turn).softmax(1)
@@ -202,7 +202,7 @@ def test_strides_of_two_axes_turn_with_the_image():
 @pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize(("flips", "scales"), [("horizontal", (1.0, 0.7)), ("all", (1.0,))])
 def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture):
-    model, images = made(kernel=3, mixture=mixture), pictures(37, 29, count=1)
+    model, images = make_model(kernel=3, mixture=mixture), pictures(37, 29, count=1)
     policy = Windows((13, 10), overlap=0.3, weights="uniform", average="scores", flips=flips, scales=scales)
     views = []
     for scale, turn in itertools.product(scales, TURNS[flips]):
@@ -217,7 +217,7 @@ def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture
 
 
 def test_shortest_enlarges_an_image_to_at_most_64_megapixels():
-    policy, model, sizes = Windows(8, shortest=16384), made(), []
+    policy, model, sizes = Windows(8, shortest=16384), make_model(), []
     for size, scaled in (((1, 2), (5793, 11585)), ((8192, 3 * 8192), (8192, 3 * 8192)), ((2048, 1024), (11585, 5793))):
         assert policy._size_at_scale(size, 1.0) == scaled
 
@@ -234,7 +234,7 @@ def test_shortest_enlarges_an_image_to_at_most_64_megapixels():
 
 
 @pytest.mark.parametrize(("side", "overlap", "stride"), [(896, 0.3348, 596), (512, 0.334, 341), (512, 0.0, 512)])
-def test_published_strides_can_be_said(side, overlap, stride):
+def test_windows_reproduce_published_strides(side, overlap, stride):
     assert Windows(side, overlap=overlap).starts(0, 10 * side)[1] == stride
     assert Windows(side, stride=stride).starts(0, 10 * side)[1] == stride
 
@@ -242,7 +242,7 @@ def test_published_strides_can_be_said(side, overlap, stride):
 @pytest.mark.parametrize("weights", ["cosine", "uniform"])
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("size", SIZES)
-def test_every_pixel_is_covered_and_weights_sum_to_what_they_are_divided_by(size, overlap, weights):
+def test_windows_cover_all_pixels_and_weights_add_up(size, overlap, weights):
     for length, window in itertools.product(size, (1, 7, 24)):
         begins = Windows(window, overlap=overlap).starts(0, length)
         weight = profile(min(window, length), weights)
@@ -258,8 +258,8 @@ def test_every_pixel_is_covered_and_weights_sum_to_what_they_are_divided_by(size
 @pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize("options", [{}, {"overlap": 0.0}, {"weights": "uniform"}, {"flips": "all"}, {"batch_size": 1}])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_head_without_context_gives_the_same_mask_whole_and_tiled(size, options, mixture):
-    model, images = made(mixture=mixture), pictures(*size)
+def test_tiled_and_whole_mask_agree_without_context(size, options, mixture):
+    model, images = make_model(mixture=mixture), pictures(*size)
     tiled = run_bands(model, images, Windows((9, 12), **options))
     with torch.no_grad():
         prediction = model(images)
@@ -271,8 +271,8 @@ def test_a_head_without_context_gives_the_same_mask_whole_and_tiled(size, option
 
 
 @pytest.mark.parametrize("average", ["probabilities", "scores"])
-def test_freeing_rows_gives_what_keeping_all_gives_bit_for_bit(average):
-    model, images = made(kernel=5), pictures(61, 40)
+def test_freeing_rows_equals_keeping_all_rows(average):
+    model, images = make_model(kernel=5), pictures(61, 40)
     freed = run_bands(model, images, Windows((16, 11), overlap=0.4, average=average))
     rows, columns = starts(61, 16, 10), starts(40, 11, 7)
     down, across = profile(16, "cosine"), profile(11, "cosine")
@@ -288,7 +288,7 @@ def test_freeing_rows_gives_what_keeping_all_gives_bit_for_bit(average):
 
 
 def test_bands_are_at_most_a_stride_and_the_last_a_window():
-    model, images = made(), pictures(61, 40)
+    model, images = make_model(), pictures(61, 40)
     bands = Windows((16, 16), overlap=0.5).bands(model, MemoryRows(images), nullcontext)
     with torch.no_grad():
         assert [band.scores().shape[2] for band in bands] == [8] * 5 + [5, 16]
@@ -304,7 +304,7 @@ def test_turns_are_undone_and_all_eight_differ():
 @pytest.mark.parametrize("flips", ["horizontal", "all"])
 @pytest.mark.parametrize("policy", [Whole, lambda **options: Windows((12, 9), **options)])
 def test_flips_average_probabilities_of_the_turned_images(flips, policy):
-    model, images = made(kernel=3), pictures(17, 23)
+    model, images = make_model(kernel=3), pictures(17, 23)
     parts = []
     for turn in TURNS[flips]:
         with torch.no_grad():
@@ -345,7 +345,7 @@ def test_streams_of_other_bands_are_averaged_row_by_row():
 
 @pytest.mark.parametrize("policy", [Whole, lambda **options: Windows(500, **options)])
 def test_scales_average_probabilities_brought_to_the_same_size(policy):
-    model, images, scales = made(kernel=3, longest=30), pictures(17, 40), (1.0, 0.5, 1.7)
+    model, images, scales = make_model(kernel=3, longest=30), pictures(17, 40), (1.0, 0.5, 1.7)
     parts = []
     for scale in scales:
         small = F.interpolate(images, (13, 30), mode="bilinear", antialias=True) if scale == 1 else None
@@ -360,9 +360,9 @@ def test_scales_average_probabilities_brought_to_the_same_size(policy):
     torch.testing.assert_close(averaged, torch.stack(parts).mean(dim=0), rtol=0, atol=1e-12)
 
 
-def test_the_shorter_side_is_brought_to_a_length_and_strips_stay_within_bounds():
+def test_shorter_side_is_resized_and_windows_stay_inside():
     seen = []
-    model = made()
+    model = make_model()
     model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
     assert run_bands(model, pictures(20, 35), Windows(40, shortest=30)).shape == (2, 4, 20, 35)
     assert set(seen) == {(30, 40)}
@@ -371,15 +371,15 @@ def test_the_shorter_side_is_brought_to_a_length_and_strips_stay_within_bounds()
     assert set(seen) == {(8, 8)} and len(seen) == 3  # 9 windows, 4 at a time
 
 
-def test_a_size_beside_the_images_own_is_predicted_at():
-    model, images = made(kernel=3), pictures(17, 23)
+def test_windows_predict_at_a_requested_size():
+    model, images = make_model(kernel=3), pictures(17, 23)
     own = run_bands(model, images, Windows((9, 9)))
     other = run_bands(model, images, Windows((9, 9)), size=(34, 40))
     torch.testing.assert_close(other, F.interpolate(own, (34, 40), mode="bilinear"))
 
 
-def test_ids_and_probabilities_agree_and_batches_of_images_change_nothing():
-    model = made(kernel=3)
+def test_ids_and_probabilities_agree_for_any_batch_size():
+    model = make_model(kernel=3)
     model = model.float()
     images = [(image.permute(1, 2, 0) * 255).to(torch.uint8).numpy() for image in pictures(40, 30, count=3)]
     predictor = Predictor(model, torch.device("cpu"), nullcontext, Windows((16, 16), batch_size=5))
@@ -393,7 +393,10 @@ def test_ids_and_probabilities_agree_and_batches_of_images_change_nothing():
 @pytest.mark.parametrize("average", ["probabilities", "scores"])
 @pytest.mark.parametrize("mixture", [False, True])
 def test_probabilities_of_windows_are_those_of_the_whole_image(mixture, average):
-    model, image = made(mixture=mixture).float(), np.random.default_rng(0).integers(0, 256, (17, 23, 3), dtype=np.uint8)
+    model, image = (
+        make_model(mixture=mixture).float(),
+        np.random.default_rng(0).integers(0, 256, (17, 23, 3), dtype=np.uint8),
+    )
     whole, tiled = (
         Predictor(model, torch.device("cpu"), nullcontext, policy).probabilities([image])
         for policy in (Whole(), Windows(9, average=average))
@@ -401,16 +404,16 @@ def test_probabilities_of_windows_are_those_of_the_whole_image(mixture, average)
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
 
 
-def test_a_picture_of_30_000_x_20_pixels_goes_through():
-    model = made().float()
+def test_image_of_30_000_x_20_pixels_is_predicted():
+    model = make_model().float()
     picture = np.zeros((20, 30_000, 3), np.uint8)
     whole = Predictor(model, torch.device("cpu"), nullcontext).ids([picture])
     assert (Predictor(model, torch.device("cpu"), nullcontext, Windows(512)).ids([picture]) == whole).all()
 
 
-def test_what_is_held_is_a_window_high_however_high_the_image():
+def test_memory_of_windows_is_independent_of_image_height():
     def peak(height):
-        model = made(classes=30).float()
+        model = make_model(classes=30).float()
         rows = Rolling((height, 64))
         held = []
         with torch.no_grad():
@@ -445,6 +448,6 @@ class Rolling:
         ({"size": [3, 4, 5]}, r"inference\.size=\[3, 4, 5\]: give one number"),
     ],
 )
-def test_a_wrong_word_is_refused(options, message):
+def test_invalid_option_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         Windows(**{"size": 8, **options})

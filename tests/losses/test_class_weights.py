@@ -12,7 +12,7 @@ def test_one_minus_frequency():
     torch.testing.assert_close(class_weights(COUNTS, NAMES, "one_minus_frequency"), torch.tensor([0.3, 0.8, 0.9, 1.0]))
 
 
-def test_inverse_and_median_have_the_right_ratios_and_a_mean_of_one():
+def test_inverse_and_median_weights_have_exact_ratios_and_mean_1():
     for scheme in ("inverse", "median"):
         weights = class_weights(COUNTS, NAMES, scheme)
         torch.testing.assert_close(weights[1] / weights[0], torch.tensor(3.5))
@@ -33,7 +33,7 @@ def test_effective_number_by_hand():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_scheme_gives_finite_positive_weights_that_favour_the_rare(scheme):
+def test_class_weights_are_finite_and_favour_rare_classes(scheme):
     weights = class_weights(COUNTS, NAMES, scheme)
     assert weights.dtype == torch.float32 and bool((weights > 0).all()) and bool(weights.isfinite().all())
     if scheme != "none":
@@ -44,7 +44,7 @@ def test_a_single_class_set_is_allowed():
     assert class_weights([5], ["a"], "inverse").tolist() == [1.0]
 
 
-def test_weights_by_name_are_taken_as_they_are():
+def test_weights_by_name_are_used_unchanged():
     weights = class_weights(COUNTS, NAMES, {"pole": 3, "cat": 0.5})
     assert weights.tolist() == [1.0, 1.0, 3.0, 0.5] and weights.dtype == torch.float32
     assert class_weights(COUNTS, NAMES, {}).tolist() == [1.0] * 4
@@ -70,7 +70,7 @@ def test_names_of_strangers_are_shown_in_one_short_line():
     assert "\n" not in said and "\x1b" not in said and len(said) < 700 and "class 29 and 170 more" in said
 
 
-def test_bad_input():
+def test_bad_input_is_refused():
     with pytest.raises(UserError, match="^scheme: dog is not a class. The classes are road, car, pole, cat"):
         class_weights(COUNTS, NAMES, {"dog": 2.0})
     with pytest.raises(UserError, match="^scheme=best is unknown. Choose one of none, one_minus_frequency"):

@@ -14,7 +14,7 @@ from dinoseg.losses.distillation import TeacherView, divergence
 K = 4
 
 
-def upsampled(grid, size, valid):
+def upsample_by_loops(grid, size, valid):
     """Return (K, H, W) of a grid (K, h, w) of which the share `valid` lies on the image: pixel centres aligned."""
     out = torch.zeros(len(grid), *size, dtype=torch.float64)
     for y in range(size[0]):
@@ -36,7 +36,7 @@ def bilinear(grid, down, along):
     return total
 
 
-def expected(scores, seen, matrices, image, size, temperature, covered=(1.0, 1.0)):
+def expected_divergence(scores, seen, matrices, image, size, temperature, covered=(1.0, 1.0)):
     """Return T^2 KL of scores (B, K, H, W) and the teacher's: the mean over pixels inside, then over the views."""
     means = []
     for own, teacher, matrix in zip(scores, seen, matrices, strict=True):
@@ -78,7 +78,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(full_resolution, "CACHED", 4 * K * 5)
 
 
-def refused(outputs, size, valid):
+def refuse_scores(outputs, size, valid):
     raise AssertionError("scores were asked for at full size")
 
 
@@ -99,34 +99,34 @@ def test_value_and_gradient_are_those_of_all_pixels_at_once(case, temperature):
     seen = [TeacherView(one.scores, one.valid, share @ back) for one, back in zip(made, exact, strict=True)]
     for one, own in zip(made, seen, strict=True):
         assert torch.allclose(one.place.double(), own.place, atol=1e-5)
-    value = divergence(Prediction(grid, size, valid, refused, grid=grid), seen, size, temperature)
+    value = divergence(Prediction(grid, size, valid, refuse_scores, grid=grid), seen, size, temperature)
     found = torch.autograd.grad(value, grid)[0]
     whole = grid.detach().requires_grad_()
-    scores = torch.stack([upsampled(own, size, valid) for own in whole])
-    reference = expected(scores, teacher, matrices, image, size, temperature, covered)
+    scores = torch.stack([upsample_by_loops(own, size, valid) for own in whole])
+    reference = expected_divergence(scores, teacher, matrices, image, size, temperature, covered)
     assert value.item() == pytest.approx(reference.item(), rel=1e-9, abs=1e-12)
     assert torch.allclose(found, torch.autograd.grad(reference, whole)[0], atol=1e-12)
 
 
-def test_of_a_mixture_of_masks_the_logarithm_is_held_against_the_teacher():
+def test_divergence_of_mixture_compares_its_logarithm():
     draw = torch.Generator().manual_seed(1)
     masks = torch.randn(1, 3, 2, 2, dtype=torch.float64, generator=draw).requires_grad_()
     shares = torch.rand(1, 3, K, dtype=torch.float64, generator=draw).requires_grad_()
     teacher = torch.randn(1, K, 2, 2, dtype=torch.float64, generator=draw)
     mixture = WeightedMasks(masks, shares)
-    prediction = Prediction(None, (6, 5), (1.0, 1.0), refused, mixture=True, masks=mixture)
+    prediction = Prediction(None, (6, 5), (1.0, 1.0), refuse_scores, mixture=True, masks=mixture)
     value = divergence(prediction, [TeacherView.of(teacher[0].float(), (1.0, 1.0), matrix(), (6, 5))], (6, 5), 2.0)
     found = torch.autograd.grad(value, [masks, shares])
-    scores = torch.einsum("qk,qhw->khw", shares[0], upsampled(masks[0], (6, 5), (1.0, 1.0)).sigmoid()).log()
-    reference = expected(scores[None], teacher, [matrix()], (6, 5), (6, 5), 2.0)
+    scores = torch.einsum("qk,qhw->khw", shares[0], upsample_by_loops(masks[0], (6, 5), (1.0, 1.0)).sigmoid()).log()
+    reference = expected_divergence(scores[None], teacher, [matrix()], (6, 5), (6, 5), 2.0)
     assert value.item() == pytest.approx(reference.item(), rel=1e-5)
     for own, wanted in zip(found, torch.autograd.grad(reference, [masks, shares]), strict=True):
         assert torch.allclose(own, wanted, atol=1e-6)
 
 
-def test_a_student_that_scores_as_its_teacher_has_nothing_to_learn():
+def test_student_equal_to_its_teacher_has_no_loss():
     grid = torch.randn(1, K, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    prediction = Prediction(grid, (12, 20), (1.0, 1.0), refused, grid=grid)
+    prediction = Prediction(grid, (12, 20), (1.0, 1.0), refuse_scores, grid=grid)
     own = TeacherView.of(
         grid.detach()[0] - 7, (1.0, 1.0), matrix(), (12, 20)
     )  # a number on all scores of a pixel says nothing

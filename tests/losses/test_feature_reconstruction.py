@@ -64,7 +64,7 @@ def test_images_are_clips_of_one_frame():
     assert value.item() == pytest.approx(reference(outputs)[0], rel=1e-12) and parts["weight"] == 3
 
 
-def test_only_what_is_told_learns():
+def test_only_predicted_features_get_a_gradient():
     outputs = outputs_of([0, 2])
     run(outputs)[0].backward()
     assert outputs.features.grad is None
@@ -107,7 +107,7 @@ def test_other_heads_are_refused():
         run(torch.zeros(2, 3, 4, 4))
 
 
-def test_the_option_of_the_command_line(compose):
+def test_command_line_option_builds_the_loss(compose):
     cfg = compose("loss=feature_reconstruction", "data.root=.", "data.classes=[a,b]")
     assert cfg.loss.weights == "none" and cfg.loss.class_weights is None and cfg.loss.counts is None
     assert type(instantiate(cfg.loss.criterion)()) is FeatureReconstruction

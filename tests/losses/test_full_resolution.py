@@ -86,7 +86,7 @@ def all_logits(grid, size, valid):
     return F.grid_sample(grid.double(), places, padding_mode="border", align_corners=False)
 
 
-def drawn(image, patch, size, ignored, seed, dtype=torch.float64, absent=2):
+def random_case(image, patch, size, ignored, seed, dtype=torch.float64, absent=2):
     draw = torch.Generator().manual_seed(seed)
     grid = 3 * torch.randn(2, 5, -(-image[0] // patch), -(-image[1] // patch), dtype=torch.float64, generator=draw)
     mask = torch.randint(0, 5, (2, *size), generator=draw)
@@ -94,10 +94,10 @@ def drawn(image, patch, size, ignored, seed, dtype=torch.float64, absent=2):
     mask[torch.rand(mask.shape, generator=draw) < ignored] = 255
     batch = Batch(torch.zeros(2, 3, 1, 1), mask.to(torch.uint8), ["", ""])
     grid = grid.to(dtype).requires_grad_()
-    return Prediction(grid, image, valid_share(image, patch), refused, grid=grid), batch
+    return Prediction(grid, image, valid_share(image, patch), refuse_scores, grid=grid), batch
 
 
-def refused(outputs, size, valid):
+def refuse_scores(outputs, size, valid):
     raise AssertionError("scores were asked for at full size")
 
 
@@ -117,7 +117,7 @@ def small_tiles(monkeypatch):
 def test_value_and_gradient_are_those_of_all_logits_at_once(name, case):
     loss, reference = LOSSES[name]
     for seed, (dtype, within) in itertools.product(range(3), ((torch.float64, 1e-12), (torch.float32, 1e-6))):
-        prediction, batch = drawn(*case, seed, dtype)
+        prediction, batch = random_case(*case, seed, dtype)
         value, _ = loss(prediction, batch)
         found = gradient(value, prediction.grid)
         assert value.dtype == found.dtype == dtype
@@ -133,7 +133,7 @@ def test_value_and_gradient_are_those_of_all_logits_at_once(name, case):
 def test_masks_are_mixed_tile_by_tile(name, case):
     loss, reference = LOSSES[name]
     for dtype, within in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
-        prediction, batch, exact = mixed(case, dtype)
+        prediction, batch, exact = random_mixture(case, dtype)
         value, _ = loss(prediction, batch)
         found = torch.autograd.grad(value, prediction.masks)
         masks, shares = exact
@@ -147,20 +147,20 @@ def test_masks_are_mixed_tile_by_tile(name, case):
         assert torch.equal(torch.autograd.grad(again, prediction.masks.shares)[0], found[1]) and again == value
 
 
-def mixed(case, dtype):
+def random_mixture(case, dtype):
     """Return a prediction of 7 masks, a batch, and logits and shares of these in float64."""
-    grid, batch = drawn(*case, 0)
+    grid, batch = random_case(*case, 0)
     draw = torch.Generator().manual_seed(1)
     masks = torch.cat([grid.grid.detach(), torch.randn(grid.grid[:, :2].shape, generator=draw).double()], dim=1)
     shares = torch.randn(2, 7, 6, generator=draw).double().softmax(-1)[..., :5]
     rounded = [part.to(dtype) for part in (masks, shares)]
     parts = WeightedMasks(*(part.clone().requires_grad_() for part in rounded))
-    prediction = Prediction(None, grid.size, grid.valid, refused, mixture=True, masks=parts)
+    prediction = Prediction(None, grid.size, grid.valid, refuse_scores, mixture=True, masks=parts)
     return prediction, batch, [part.double().requires_grad_() for part in rounded]
 
 
 def test_a_score_of_zero_is_held_above_it():
-    prediction, batch, _ = mixed(CASES[1], torch.float32)
+    prediction, batch, _ = random_mixture(CASES[1], torch.float32)
     with torch.no_grad():
         prediction.masks.shares[:, :, 3] = 0
     value, _ = CrossEntropy(torch.ones(5))(prediction, batch)
@@ -169,7 +169,7 @@ def test_a_score_of_zero_is_held_above_it():
 
 def test_another_gradient_of_the_value_scales_that_of_the_grid():
     for loss, _ in LOSSES.values():
-        prediction, batch = drawn(*CASES[1], 0)
+        prediction, batch = random_case(*CASES[1], 0)
         value, parts = loss(prediction, batch)
         once, twice = gradient(value, prediction.grid), gradient(2 * loss(prediction, batch)[0], prediction.grid)
         torch.testing.assert_close(twice, 2 * once, rtol=1e-12, atol=0)
@@ -185,7 +185,7 @@ def test_any_number_of_threads_gives_the_same_bits(name):
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            prediction, batch = drawn(*CASES[2], 0, torch.float32)
+            prediction, batch = random_case(*CASES[2], 0, torch.float32)
             value, parts = loss(prediction, batch)
             found.append((value.detach(), parts["weight"], gradient(value, prediction.grid)))
             assert torch.get_num_threads() == count
@@ -197,19 +197,19 @@ def test_any_number_of_threads_gives_the_same_bits(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_left_before_upsampling(dtype):
     for loss, _ in LOSSES.values():
-        prediction, batch = drawn(*CASES[1], 0, dtype)
+        prediction, batch = random_case(*CASES[1], 0, dtype)
         with torch.autocast("cpu", torch.bfloat16):
             value, _ = loss(prediction, batch)
         found = gradient(value, prediction.grid)
         single = prediction.grid.detach().float().requires_grad_()
-        expected, _ = loss(Prediction(single, prediction.size, prediction.valid, refused, grid=single), batch)
+        expected, _ = loss(Prediction(single, prediction.size, prediction.valid, refuse_scores, grid=single), batch)
         assert torch.equal(value, expected) and found.dtype == dtype
         assert torch.equal(found, gradient(expected, single).to(dtype))
 
 
-def test_nothing_is_differentiated_twice():
+def test_double_differentiation_is_refused():
     for loss, _ in LOSSES.values():
-        prediction, batch = drawn(*CASES[0], 0)
+        prediction, batch = random_case(*CASES[0], 0)
         with pytest.raises(NotImplementedError, match="cannot be differentiated twice: leave out create_graph"):
             torch.autograd.grad(loss(prediction, batch)[0], prediction.grid, create_graph=True)
 
@@ -217,23 +217,23 @@ def test_nothing_is_differentiated_twice():
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_validation_has_the_value_alone(mode):
     for loss, _ in LOSSES.values():
-        prediction, batch = drawn(*CASES[1], 0)
+        prediction, batch = random_case(*CASES[1], 0)
         expected = loss(prediction, batch)[0]
         with mode():
             outputs = prediction.grid * 1
-            found, _ = loss(Prediction(outputs, prediction.size, prediction.valid, refused, grid=outputs), batch)
+            found, _ = loss(Prediction(outputs, prediction.size, prediction.valid, refuse_scores, grid=outputs), batch)
         assert torch.equal(found, expected) and not found.requires_grad
 
 
-def test_a_sum_of_losses_asks_for_no_scores():
-    prediction, batch = drawn(*CASES[1], 0)
+def test_weighted_sum_needs_no_full_resolution_scores():
+    prediction, batch = random_case(*CASES[1], 0)
     value, _ = WeightedSum({"ce": CrossEntropy, "dice": Dice}, {"ce": 1.0, "dice": 1.0}, WEIGHTS)(prediction, batch)
     torch.testing.assert_close(value, sum(LOSSES[name][0](prediction, batch)[0] for name in ("cross-entropy", "dice")))
 
 
-def test_a_label_that_is_no_class_is_an_error():
+def test_label_outside_the_classes_is_an_error():
     for loss, _ in LOSSES.values():
-        prediction, batch = drawn(*CASES[0], 0)
+        prediction, batch = random_case(*CASES[0], 0)
         batch.mask[0, 0, 0] = 5
         with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
             loss(prediction, batch)

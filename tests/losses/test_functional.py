@@ -76,13 +76,13 @@ def costs_of_pixels(loss, logits, targets):
 
 
 @pytest.mark.parametrize("loss", [cross_entropy_loss, focal_loss])
-def test_hard_pixels_are_those_with_the_highest_loss_of_each_image(batch, loss):
+def test_hard_pixels_have_the_highest_loss_of_each_image(batch, loss):
     costs = costs_of_pixels(loss, *batch).flatten(1)
     hardest = [row[row > 0].topk(math.ceil(0.25 * int((row > 0).sum()))).values for row in costs]
     assert loss(*batch, hard_fraction=0.25).item() == pytest.approx(torch.cat(hardest).mean().item(), abs=1e-12)
 
 
-def test_the_lovasz_extension_of_hard_predictions_is_one_minus_iou():
+def test_lovasz_of_hard_predictions_is_one_minus_iou():
     targets = torch.tensor([[[0, 0, 1, 1], [0, 1, 1, 255]]])
     predicted = torch.tensor([[[0, 1, 1, 1], [0, 0, 1, 1]]])
     logits = 1e4 * F.one_hot(predicted, 2).movedim(-1, 1).double()
@@ -286,7 +286,7 @@ LOSSES = ("cross_entropy_loss", "focal_loss", "dice_loss", "tversky_loss", "lova
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("wrong", [-1, -100, 3, 254])
-def test_targets_that_are_no_class_are_refused(name, wrong):
+def test_targets_outside_the_classes_are_refused(name, wrong):
     loss, logits = getattr(dinoseg.losses, name), torch.randn(2, 3, 4, 4)
     targets = torch.zeros(2, 4, 4, dtype=torch.int16)
     targets[1, 2, 2] = wrong

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pretended_cuda import Pretended
-from test_full_resolution import LOSSES, WEIGHTS, all_logits, drawn, gradient
+from test_full_resolution import LOSSES, WEIGHTS, all_logits, gradient, random_case
 
 from dinoseg.core.shapes import WeightedMasks
 from dinoseg.losses import full_resolution, fused
@@ -31,7 +31,7 @@ KERNELS = ("cross-entropy", "smoothed", "tversky")
 def apart(name, case, device="cpu"):
     """Return how far a loss and its gradient are from those of all logits at once in float64: the larger share, ()."""
     loss, reference = LOSSES[name]
-    prediction, batch = drawn(*case, seed=3, dtype=torch.float32)
+    prediction, batch = random_case(*case, seed=3, dtype=torch.float32)
     wanted = reference(all_logits(prediction.grid, case[2], prediction.valid), batch.mask.long())
     there = replace(prediction, grid=prediction.grid.detach().to(device).requires_grad_())
     value = deepcopy(loss).to(device)(there, batch.to(torch.device(device)))[0]
@@ -41,17 +41,17 @@ def apart(name, case, device="cpu"):
     return torch.stack(shares).max()  # no number, if either is none
 
 
-def interpreted():
+def print_distances_interpreted():
     """Hold losses that go by the kernel to all logits at once in float64, and print how far they are apart at most."""
     Fused.takes = lambda self, grid: True
     full_resolution.choose_faster = lambda way, tiled, grid: way
     most = torch.stack([apart(name, case) for name in KERNELS for case in CASES]).max()
-    prediction, batch = drawn(*CASES[0], seed=3, dtype=torch.float32)
+    prediction, batch = random_case(*CASES[0], seed=3, dtype=torch.float32)
     batch.mask[0, 0, 0] = 9
     print(float(most), *(float(LOSSES[name][0](prediction, batch)[0].detach()) for name in KERNELS[::2]))
 
 
-def compiled():
+def print_kernel_sizes():
     """Compile the kernel to machine code for A100 and H100."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -83,22 +83,22 @@ def said_by(function, tmp_path, **environment):
 
 @pytest.mark.heavy
 @pytest.mark.slow
-def test_the_kernel_gives_what_all_logits_at_once_do_and_nan_for_a_label_that_is_no_class(tmp_path):
-    apart, *outsiders = said_by("interpreted", tmp_path, TRITON_INTERPRET="1")
+def test_kernel_equals_full_logits_and_gives_nan_for_bad_labels(tmp_path):
+    apart, *outsiders = said_by("print_distances_interpreted", tmp_path, TRITON_INTERPRET="1")
     assert 0 < apart < 1e-6
     assert all(value != value for value in outsiders)
 
 
 @pytest.mark.heavy
 @pytest.mark.slow
-def test_the_kernel_compiles_for_devices_that_are_not_here(tmp_path):
-    assert min(said_by("compiled", tmp_path)) > 10_000
+def test_kernel_compiles_for_other_devices(tmp_path):
+    assert min(said_by("print_kernel_sizes", tmp_path)) > 10_000
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("case", [*CASES, ((33, 47), 2, (512, 700), 0.2), ((64, 64), 1, (1024, 1024), 0.5)])
-def test_on_a_device_the_kernel_gives_what_all_logits_at_once_do(monkeypatch, name, case):
+def test_kernel_on_a_gpu_equals_full_logits(monkeypatch, name, case):
     taken = []
     monkeypatch.setattr(Fused, "takes", lambda self, grid: grid.is_cuda)
     monkeypatch.setattr(full_resolution, "choose_faster", lambda way, tiled, grid: taken.append(way) or way)
@@ -125,7 +125,7 @@ def better(monkeypatch):
     monkeypatch.setattr(fused, "_chosen", {})
     clock = iter(())
 
-    def chosen(kernel, seconds=(2.0, 1.0, 1.0)):  # tiles, the kernel compiled, the kernel
+    def choose_twice(kernel, seconds=(2.0, 1.0, 1.0)):  # tiles, the kernel compiled, the kernel
         nonlocal clock
         clock = iter([moment for took in seconds for moment in (0.0, took)])
         monkeypatch.setattr(fused.time, "perf_counter", lambda: next(clock))
@@ -133,10 +133,10 @@ def better(monkeypatch):
         grid = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
         return [fused.choose_faster(kernel, tiles, grid) is kernel for _ in range(2)], tiles
 
-    return chosen
+    return choose_twice
 
 
-def test_a_kernel_that_agrees_and_is_faster_is_taken(better):
+def test_faster_and_equal_kernel_is_chosen(better):
     kernel = Way()
     taken, tiles = better(kernel)
     assert taken == [True, True]
@@ -152,14 +152,14 @@ def test_a_kernel_that_agrees_and_is_faster_is_taken(better):
         (Way(fails=ImportError()), "does not run here (ImportError)"),
     ],
 )
-def test_a_kernel_that_fails_or_errs_is_not_taken_which_is_told_once(better, kernel, message, caplog):
+def test_failing_kernel_is_rejected_with_one_warning(better, kernel, message, caplog):
     with caplog.at_level(logging.WARNING):
         taken, _ = better(kernel)
     assert taken == [False, False]
     assert len(caplog.messages) == 1 and message in caplog.text
 
 
-def test_a_slower_kernel_is_not_taken(better, caplog):
+def test_slower_kernel_is_not_chosen(better, caplog):
     with caplog.at_level("WARNING"):
         assert better(Way(), seconds=(2.0, 1.0, 2.5))[0] == [False, False]
     assert not caplog.messages
@@ -177,7 +177,7 @@ def test_each_form_and_number_of_classes_is_tried_for_itself(monkeypatch):
     assert len(tried) == 3 * 2
 
 
-def test_a_way_agrees_in_sums_and_gradient_and_in_what_is_no_number():
+def test_trials_agree_in_sums_gradient_and_non_finite_values():
     one, other, none = torch.ones(3), torch.zeros(3), torch.full((3,), torch.nan)
     found = fused._Trial(one, one, 1.0)
     assert found.agrees(found) and not found.agrees(fused._Trial(one, other, 1.0))
@@ -186,12 +186,12 @@ def test_a_way_agrees_in_sums_and_gradient_and_in_what_is_no_number():
         assert not fused._Trial(one, ends, 1.0).agrees(fused._Trial(one, one, 2.0))
 
 
-def test_memory_that_does_not_suffice_is_for_others_to_mend(better):
+def test_kernel_passes_on_out_of_memory_errors(better):
     with pytest.raises(torch.OutOfMemoryError):
         better(Way(fails=torch.OutOfMemoryError("none")))
 
 
-def test_the_kernel_is_for_cuda_and_grids_much_smaller_than_masks(monkeypatch):
+def test_kernel_needs_cuda_and_grids_smaller_than_masks(monkeypatch):
     pytest.importorskip("triton", reason="Triton has no wheels for this system")
     way = Fused(torch.zeros(1, 32, 32, dtype=torch.uint8), (1.0, 1.0), 255, KernelSpec(WEIGHTS))
     grid = torch.zeros(1, 5, 8, 8)
@@ -204,18 +204,18 @@ def test_the_kernel_is_for_cuda_and_grids_much_smaller_than_masks(monkeypatch):
     assert not way.takes(Pretended(torch.zeros(1, 1025, 8, 8)))
 
 
-def test_weights_of_another_number_of_classes_are_refused_before_the_kernel_reads_beyond_them():
+def test_kernel_refuses_weights_for_another_number_of_classes():
     pytest.importorskip("triton", reason="Triton has no wheels for this system")
     way = Fused(torch.zeros(1, 32, 32, dtype=torch.uint8), (1.0, 1.0), 255, KernelSpec(WEIGHTS[:3]))
     with pytest.raises(RuntimeError, match="weights for 3 classes, but the head scores 5. Give both"):
         way.sums([torch.zeros(1, 5, 8, 8)], None)
 
 
-def test_losses_ask_for_the_kernel_with_what_they_add_up(monkeypatch):
+def test_losses_request_the_kernel_with_their_weights(monkeypatch):
     forms = []
     monkeypatch.setattr(Fused, "takes", lambda self, grid: True)
     monkeypatch.setattr(full_resolution, "choose_faster", lambda way, tiled, grid: forms.append(way) or tiled)
-    prediction, batch = drawn(*CASES[0], seed=0, dtype=torch.float32)
+    prediction, batch = random_case(*CASES[0], seed=0, dtype=torch.float32)
     for loss in (CrossEntropy(WEIGHTS, label_smoothing=0.2), Dice(WEIGHTS), Tversky(WEIGHTS), Focal(WEIGHTS)):
         loss(prediction, batch)
     assert [(way.form.weights is not None, way.form.smoothing) for way in forms] == [(True, 0.2), *[(False, 0.0)] * 2]

@@ -202,7 +202,7 @@ def test_agrees_with_transformers(monkeypatch, ignored, points, options):
 
 
 @pytest.mark.parametrize("columns", [K + 1, K])
-def test_gradients(fixed_points, columns):
+def test_gradients_equal_finite_differences(fixed_points, columns):
     prediction, batch = make(MASKS["one image without labels"], columns=columns, aux=1)
     criterion = MaskClassification(WEIGHTS.double())
 
@@ -287,7 +287,7 @@ def test_class_weights_reach_the_class_term_only(fixed_points):
     assert abs(plain["class"] - heavy["class"]) > 1e-3
 
 
-def test_as_many_classes_as_queries_and_more():
+def test_more_classes_than_queries_are_refused():
     prediction, batch = make(MASKS["many"], queries=3)
     assert MaskClassification(WEIGHTS)(prediction, batch)[0].isfinite()
     prediction, batch = make(MASKS["many"], queries=2)

@@ -120,7 +120,7 @@ def check(value, expected, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", MASKS)
 class TestAgainstLoops:
-    def test_focal(self, name, dtype):
+    def test_focal_equals_its_formula(self, name, dtype):
         prediction, batch = make(MASKS[name], dtype)
         for gamma in (0.0, 0.5, 2.0):
             value, parts = Focal(WEIGHTS, gamma=gamma)(prediction, batch)
@@ -128,7 +128,7 @@ class TestAgainstLoops:
             check(value, focal_by_hand(found, gamma, WEIGHTS.tolist()), dtype)
             check(parts["weight"], sum(WEIGHTS[k].item() for _, k, _ in found), dtype)
 
-    def test_dice_and_tversky(self, name, dtype):
+    def test_dice_and_tversky_equal_their_formulas(self, name, dtype):
         prediction, batch = make(MASKS[name], dtype)
         found = pixels(prediction, batch.mask)
         value, parts = Dice(WEIGHTS)(prediction, batch)
@@ -139,7 +139,7 @@ class TestAgainstLoops:
             check(value, tversky_by_hand(found, alpha, beta, WEIGHTS.tolist()), dtype)
             check(parts["weight"], len({image for _, _, image in found}), dtype)
 
-    def test_lovasz(self, name, dtype):
+    def test_lovasz_equals_its_formula(self, name, dtype):
         prediction, batch = make(MASKS[name], dtype)
         found = pixels(prediction, batch.mask)
         images = sorted({image for _, _, image in found})
@@ -193,7 +193,7 @@ def test_lovasz_keeps_its_digits_on_many_pixels():
     assert single.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
-def test_what_equals_what():
+def test_special_cases_of_tversky_and_focal_equal_others():
     prediction, batch = make(MASKS["many"])
     same = Tversky(WEIGHTS, alpha=0.5, beta=0.5)(prediction, batch)[0]
     torch.testing.assert_close(Dice(WEIGHTS)(prediction, batch)[0], same)
@@ -242,7 +242,7 @@ def test_class_weights_matter_and_their_scale_does_not(loss):
 
 
 @pytest.mark.parametrize("loss", PER_CLASS)
-def test_a_class_absent_from_the_labels_only_counts_where_it_takes_from_others(loss):
+def test_absent_class_counts_only_where_it_is_predicted(loss):
     mask = torch.zeros(1, 4, 4, dtype=torch.uint8)
     sure = torch.full((1, 4, 4, 4), -50.0)
     sure[:, 0] = 50.0
@@ -251,7 +251,7 @@ def test_a_class_absent_from_the_labels_only_counts_where_it_takes_from_others(l
 
 
 @pytest.mark.parametrize("loss", EVERY)
-def test_mask_heads_too(loss):
+def test_overlap_losses_work_with_mask_heads(loss):
     """A mixture's scores enter as log-probabilities, so the shares are the scores divided by their sum."""
     masks = torch.randn(2, 5, 3, 4, requires_grad=True)
     outputs = MaskOutputs(torch.randn(2, 5, 5), masks)
@@ -284,7 +284,7 @@ def test_bad_options_are_refused(make_loss, said):
 
 
 @pytest.mark.parametrize("loss", [*EVERY, functools.partial(Lovasz, per_image=True)])
-def test_a_loss_of_sums_over_a_batch_says_so_and_any_other_is_a_mean_of_its_parts(loss):
+def test_only_losses_that_sum_over_a_batch_change_when_split(loss):
     loss = loss(WEIGHTS)
     mask = random_mask((2, 8, 9), 5)
     mask[1, :5] = 255

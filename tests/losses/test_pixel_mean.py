@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_full_resolution import WEIGHTS, all_logits, gradient, refused
+from test_full_resolution import WEIGHTS, all_logits, gradient, refuse_scores
 
 from dinoseg.core.geometry import valid_share
 from dinoseg.core.shapes import Batch, Prediction
@@ -21,7 +21,7 @@ from dinoseg.utils.errors import UserError
 SIZES = [(21, 34), (40, 7), (1, 1), (1, 60), (33, 33)]
 
 
-def drawn(size, seed, dtype=torch.float64):
+def random_blocks(size, seed, dtype=torch.float64):
     """Return a prediction, and masks of blocks: void between some, an image of one class, one all void."""
     draw = torch.Generator().manual_seed(seed)
     blocks = torch.tensor([0, 1, 3, 4])[torch.randint(0, 4, (4, -(-size[0] // 9), -(-size[1] // 9)), generator=draw)]
@@ -32,7 +32,7 @@ def drawn(size, seed, dtype=torch.float64):
     grid = 3 * torch.randn(4, 5, -(-size[0] // 8), -(-size[1] // 8), dtype=torch.float64, generator=draw)
     grid = grid.to(dtype).requires_grad_()
     batch = Batch(torch.zeros(4, 3, 1, 1), mask.to(torch.uint8), [""] * 4)
-    return Prediction(grid, size, valid_share(size, 8), refused, grid=grid), batch
+    return Prediction(grid, size, valid_share(size, 8), refuse_scores, grid=grid), batch
 
 
 def entropy(log_shares, target, smoothing=0.0):
@@ -41,7 +41,7 @@ def entropy(log_shares, target, smoothing=0.0):
     return (1 - smoothing) * own + smoothing / 5 * sum(-log_shares[k] * WEIGHTS[k].double() for k in range(5))
 
 
-def faded(log_shares, target):
+def focal_costs(log_shares, target):
     own = log_shares.gather(0, target[None])[0]
     return -WEIGHTS.double()[target] * (1 - own.exp()) ** 2 * own
 
@@ -69,7 +69,7 @@ LOSSES = {
         CrossEntropy(WEIGHTS, label_smoothing=0.2, hard_fraction=0.1),
         by_mean(lambda *of: entropy(*of, smoothing=0.2), 0.1),
     ),
-    "focal": (Focal(WEIGHTS, hard_fraction=0.25), by_mean(faded, 0.25)),
+    "focal": (Focal(WEIGHTS, hard_fraction=0.25), by_mean(focal_costs, 0.25)),
 }
 
 
@@ -86,7 +86,7 @@ def test_value_and_gradient_are_those_of_all_pixels_at_once(name, seed):
     loss, reference = LOSSES[name]
     for size in SIZES[seed::2]:
         for dtype, within in ((torch.float64, 1e-11), (torch.float32, 2e-6)):
-            prediction, batch = drawn(size, seed, dtype)
+            prediction, batch = random_blocks(size, seed, dtype)
             value, parts = loss(prediction, batch)
             found = gradient(value, prediction.grid)
             exact = prediction.grid.detach().double().requires_grad_()
@@ -101,18 +101,18 @@ def test_the_hardest_are_chosen_in_each_image_by_itself():
     costs = torch.tensor([[[0.0, 5.0, 1.0, 9.0, 3.0]], [[7.0, 7.0, 7.0, 1.0, 8.0]], [[1.0, 2.0, 3.0, 4.0, 5.0]]])
     labelled = torch.tensor([[[1, 1, 1, 0, 1]], [[1, 1, 1, 1, 1]], [[0, 0, 0, 0, 0]]]).bool()
 
-    def kept(share):
+    def select_hardest(share):
         return [row.nonzero()[:, 1].tolist() for row in Hardest(share).select_pixels(costs, labelled)]
 
-    assert kept(0.5) == [[1, 4], [0, 1, 2, 4], []]  # three cost as much as the third
-    assert kept(0.01) == [[1], [4], []]  # one at least
-    assert kept(0.51) == [[1, 2, 4], [0, 1, 2, 4], []]
+    assert select_hardest(0.5) == [[1, 4], [0, 1, 2, 4], []]  # three cost as much as the third
+    assert select_hardest(0.01) == [[1], [4], []]  # one at least
+    assert select_hardest(0.51) == [[1, 2, 4], [0, 1, 2, 4], []]
     costs[0, 0, 2] = torch.nan
     assert Hardest(0.01).select_pixels(costs, labelled)[0, 0, 2]  # so that the loss is no number, and training stops
 
 
-def test_an_image_costs_the_same_beside_others():
-    prediction, batch = drawn(SIZES[0], 1)
+def test_cost_of_an_image_is_independent_of_its_batch():
+    prediction, batch = random_blocks(SIZES[0], 1)
     loss = CrossEntropy(WEIGHTS, hard_fraction=0.3)
     whole, parts = loss(prediction, batch)
     total = norm = 0.0
@@ -127,7 +127,7 @@ def test_weights_of_pixels_take_no_kernel(monkeypatch):
     """The kernel of CUDA takes all pixels alike."""
     asked = []
     monkeypatch.setattr(full_resolution.Fused, "takes", lambda fused, grid: asked.append(fused.form) or False)
-    prediction, batch = drawn(SIZES[0], 0)
+    prediction, batch = random_blocks(SIZES[0], 0)
     CrossEntropy(WEIGHTS, hard_fraction=0.5)(prediction, batch)
     assert not asked
     Dice(WEIGHTS)(prediction, batch)
@@ -170,7 +170,7 @@ def test_the_mean_over_all_pixels_is_that_of_mmsegmentation(make, size):
         grid = draw.normal(0, 3, (3, 5, -(-size[0] // 8), -(-size[1] // 8)))
         value, slope = official(grid, mask)
         given = torch.from_numpy(grid).requires_grad_()
-        prediction = Prediction(given, size, (1.0, 1.0), refused, grid=given)
+        prediction = Prediction(given, size, (1.0, 1.0), refuse_scores, grid=given)
         batch = Batch(torch.zeros(3, 3, 1, 1), torch.from_numpy(mask), [""] * 3)
         loss = make(torch.ones(5), average="all")
         found, parts = loss(prediction, batch)
@@ -180,7 +180,7 @@ def test_the_mean_over_all_pixels_is_that_of_mmsegmentation(make, size):
 
 
 def test_over_all_pixels_class_weights_change_only_the_sum():
-    prediction, batch = drawn(SIZES[0], 4)
+    prediction, batch = random_blocks(SIZES[0], 4)
     labelled, all_pixels = (CrossEntropy(WEIGHTS, average=average) for average in ("labelled", "all"))
     value, parts = labelled(prediction, batch)
     found, counted = all_pixels(prediction, batch)
@@ -208,6 +208,6 @@ def test_over_all_pixels_class_weights_change_only_the_sum():
         ),
     ],
 )
-def test_what_is_out_of_range_is_refused(make, message):
+def test_parameters_out_of_range_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

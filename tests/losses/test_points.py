@@ -19,7 +19,7 @@ def centres(height, width):
 
 @pytest.mark.parametrize("image", [(24, 32), (19, 27), (17, 8), (1, 1)])
 @pytest.mark.parametrize("size", [(40, 50), (7, 5), (24, 32)])
-def test_pixel_centres_read_what_the_prediction_shows_there(image, size):
+def test_points_at_pixel_centres_equal_upsampling(image, size):
     valid = valid_share(image, 8)
     maps = torch.randn(2, 3, math.ceil(image[0] / 8), math.ceil(image[1] / 8), dtype=torch.float64)
     sampled = sample_logits(maps, centres(*size).expand(2, -1, -1), valid)
@@ -50,7 +50,7 @@ def choose(masks, target, *, valid=(1.0, 1.0), num_points=40, oversample=3.0, im
     return uncertain_points(masks, target, torch.arange(len(masks)), valid, **options)
 
 
-def test_the_least_certain_candidates_are_kept(monkeypatch):
+def test_least_certain_points_are_chosen(monkeypatch):
     drawn = []
     monkeypatch.setattr(points_module, "random_points", lambda *a: drawn.append(random_points(*a)) or drawn[-1])
     masks, target = torch.randn(3, 4, 6), torch.zeros(3, 8, 9, dtype=torch.int64)
@@ -77,7 +77,7 @@ def test_unlabelled_candidates_are_left_to_the_last():
 
 
 @pytest.mark.parametrize("importance, oversample, num_points", [(0.0, 3.0, 7), (1.0, 1.0, 7), (0.75, 2.5, 1)])
-def test_extreme_shares(importance, oversample, num_points):
+def test_extreme_shares_of_points_are_valid(importance, oversample, num_points):
     target = torch.zeros(2, 3, 3, dtype=torch.int64)
     options = {"importance": importance, "oversample": oversample, "num_points": num_points}
     assert choose(torch.randn(2, 2, 2), target, **options).shape == (2, num_points, 2)

@@ -47,7 +47,7 @@ def test_value_against_plain_loops(shape, temperature):
     assert parts["weight"] == shape[0] * (shape[1] - 1)
 
 
-def test_slots_that_stay_themselves_cost_least_and_exchanged_ones_most():
+def test_constant_slots_cost_least_and_swapped_slots_most():
     same = torch.eye(4, dtype=torch.float64).expand(1, 2, 4, 4).clone()
     exchanged = same.clone()
     exchanged[0, 1] = same[0, 1, [1, 0, 3, 2]]
@@ -55,7 +55,7 @@ def test_slots_that_stay_themselves_cost_least_and_exchanged_ones_most():
     assert run(outputs_of(exchanged))[0] == pytest.approx(10 + math.log(1 + 3 * math.exp(-10)))
 
 
-def test_gradients_reach_both_frames_and_a_slot_of_zeros_does_no_harm():
+def test_gradients_reach_both_frames_and_zero_slots_are_safe():
     slots = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     slots[0, 1, 2] = 0
     slots.requires_grad_()
@@ -63,7 +63,7 @@ def test_gradients_reach_both_frames_and_a_slot_of_zeros_does_no_harm():
     assert slots.grad.isfinite().all() and slots.grad[:, 0].any() and slots.grad[:, -1].any()
 
 
-def test_slots_that_are_not_carried_are_not_compared():
+def test_independent_slots_are_not_compared():
     slots = (-torch.rand(2, 3, 4, 5)).requires_grad_()
     value, _ = run(outputs_of(slots, carried=False))
     value.backward()

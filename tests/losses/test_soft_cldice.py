@@ -16,7 +16,7 @@ CROSS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
 SQUARE = tuple(itertools.product((-1, 0, 1), repeat=2))
 
 
-def pooled(values, places, extreme):
+def pool_neighbours(values, places, extreme):
     """Return the minimum or maximum over the neighbours of each pixel that are in the image."""
     return {
         (y, x): extreme(values[y + dy, x + dx] for dy, dx in places if (y + dy, x + dx) in values) for y, x in values
@@ -26,8 +26,8 @@ def pooled(values, places, extreme):
 def skeleton_by_hand(values, iterations):
     skeleton = dict.fromkeys(values, 0.0)
     for _ in range(iterations + 1):
-        eroded = pooled(values, CROSS, min)
-        opened = pooled(eroded, SQUARE, max)
+        eroded = pool_neighbours(values, CROSS, min)
+        opened = pool_neighbours(eroded, SQUARE, max)
         for place, value in values.items():
             removed = max(value - opened[place], 0.0)
             skeleton[place] += max(removed - skeleton[place] * removed, 0.0)

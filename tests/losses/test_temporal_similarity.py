@@ -74,13 +74,13 @@ def test_value_and_weight_against_plain_loops(steps, grid):
 
 
 @pytest.mark.parametrize("temperature, threshold", [(1.0, -1), (0.25, 0.5), (0.01, 0.0), (0.15, -0.3)])
-def test_temperature_and_threshold(temperature, threshold):
+def test_value_equals_the_reference_at_any_temperature(temperature, threshold):
     outputs = outputs_of()
     value, _ = run(outputs, TemporalSimilarity(temperature, threshold))
     assert value.item() == pytest.approx(reference(outputs, temperature, threshold)[0], rel=1e-11)
 
 
-def test_gradients_are_those_of_the_cross_entropy_and_only_the_head_learns():
+def test_gradient_equals_cross_entropy_and_skips_the_backbone():
     outputs = outputs_of([0])
     with torch.no_grad():
         outputs.features[:, 1].abs_()
@@ -130,7 +130,7 @@ def test_a_cell_that_is_like_none_is_left_out():
     assert value == 0 and parts["weight"] == 1  # no cell at all: nothing, and no NaN
 
 
-def test_features_of_zero_are_like_all_and_features_of_nan_are_not_hidden():
+def test_zero_features_match_all_cells_and_nan_stays_nan():
     outputs = outputs_of(clips=1, length=2)
     with torch.no_grad():
         outputs.features[0, 0, :, 0, 0] = 0
@@ -214,7 +214,7 @@ def test_bad_keys_are_refused(keys, said):
         TemporalSimilarity(**keys)
 
 
-def test_the_sum_of_the_command_line(compose):
+def test_command_line_sum_builds_the_loss(compose):
     cfg = compose("loss=video_similarity", "data.root=.", "data.classes=[a,b]")
     assert cfg.loss.weights == "none" and cfg.loss.class_weights is None and cfg.loss.counts is None
     criterion = instantiate(cfg.loss.criterion)()
@@ -227,7 +227,7 @@ def test_the_sum_of_the_command_line(compose):
     assert parts["weight"] == 4 and parts["similarity"] == similarity
 
 
-def test_the_similarity_alone(compose):
+def test_similarity_can_be_the_only_loss(compose):
     cfg = compose(
         "loss=video_similarity", "data.root=.", "data.classes=[a,b]", "loss.criterion.factors.reconstruction=0"
     )

@@ -66,7 +66,7 @@ class Unweighted(CrossEntropy):
         super().__init__(torch.ones(3))
 
 
-def test_terms_with_other_class_weights_have_divisors_of_their_own():
+def test_terms_with_other_class_weights_have_own_divisors():
     _, batch = make()
     loss = WeightedSum({"ce": CrossEntropy, "own": Unweighted}, {"ce": 1.0, "own": 1.0}, WEIGHTS)
     assert loss.num_divisors == 2 and len(set(loss.divisors(batch).tolist())) == 2
@@ -78,7 +78,7 @@ def test_terms_with_other_class_weights_have_divisors_of_their_own():
         assert WeightedSum({"ce": CrossEntropy}, {"ce": 1.0}, torch.ones(3)).num_divisors == 1
 
 
-def test_a_term_alone_and_a_factor_of_zero():
+def test_single_term_and_zero_factor_are_valid():
     prediction, batch = make()
     dice = Dice(WEIGHTS)(prediction, batch)[0]
     assert WeightedSum({"d": Dice}, {"d": 1}, WEIGHTS)(prediction, batch)[0] == dice
@@ -158,7 +158,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("option", EXPECTED)
-def test_options_of_the_command_line(compose, option):
+def test_command_line_options_build_the_sum(compose, option):
     cfg = compose(f"loss={option}", "data.root=.", "data.classes=[a,b,c]", "data.ignore_index=9", "loss.weights=median")
     assert cfg.loss.class_weights.scheme == "median"
     assert instantiate(cfg.loss.class_weights)([4, 2, 1], cfg.data.classes).shape == (3,)

@@ -17,7 +17,7 @@ def test_no_other_assignment_has_a_greater_sum(shape):
     assert scores[np.arange(shape[0]), columns].sum() == pytest.approx(max(sums))
 
 
-def test_what_cannot_be_assigned_is_refused():
+def test_impossible_assignment_is_refused():
     with pytest.raises(ValueError, match="3 rows cannot each have a column of their own among 2"):
         best_assignment(np.zeros((3, 2)))
     with pytest.raises(ValueError, match="invalid"):

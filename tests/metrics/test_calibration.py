@@ -25,7 +25,7 @@ def test_likelihood_is_torchs_cross_entropy(temperature):
 
 
 @pytest.mark.parametrize("sharp", [0.25, 1.0, 6.0])
-def test_the_temperature_undoes_what_sharpened(sharp):
+def test_temperature_undoes_sharpening(sharp):
     logits, labels = pixels(20_000, sharp=sharp)
     found = fit_temperature(logits, labels)
     assert found == pytest.approx(sharp, rel=0.05)
@@ -47,7 +47,7 @@ def test_reliability_is_that_of_a_loop():
     assert found.ece == pytest.approx(ece)
 
 
-def test_odd_pixels():
+def test_extreme_and_empty_logits_are_scored():
     sure = np.array([[1e4, -1e4], [-1e4, 1e4]], np.float32)
     assert reliability(sure, np.array([0, 1])).ece == 0
     assert math.isfinite(negative_log_likelihood(sure, np.array([1, 0])))

@@ -75,7 +75,7 @@ def mean(values):
     return sum(defined) / len(defined) if defined else np.nan
 
 
-def written(root, triples):
+def write_triples(root, triples):
     """Write references, instances and predictions."""
     folders = tree(root, [triple[:2] for triple in triples], path)
     for number, triple in enumerate(triples):
@@ -97,23 +97,23 @@ def test_equals_the_official_evaluation_on_varied_maps(tmp_path, ids):
     rng = np.random.default_rng(len(ids))
     triples = [(reference, guess, instances_of(rng, reference)) for reference, guess in maps(rng, ids)]
     expected = official(triples)
-    assert scores(Cityscapes(), *written(tmp_path, triples)) == pytest.approx(expected, abs=1e-9, nan_ok=True)
+    assert scores(Cityscapes(), *write_triples(tmp_path, triples)) == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
-def test_an_instance_weighs_as_much_as_its_class_and_a_group_nothing(tmp_path):
+def test_iiou_weighs_instances_by_class_and_ignores_groups(tmp_path):
     reference = np.full((10, 20), 26)
     instances = np.full((10, 20), 26)  # a group
     instances[:5, :10], instances[:1, 10:12] = 26000, 26001
     guess = np.full((10, 20), 23)
     guess[:5, :10] = 26
-    found = scores(Cityscapes(), *written(tmp_path, [(reference, guess, instances)]))
+    found = scores(Cityscapes(), *write_triples(tmp_path, [(reference, guess, instances)]))
     assert found["iIoU_classes"] == found["iIoU_categories"] == 0.5
     assert found["IoU_classes"] == 50 / 200 / 2  # sky is only predicted, and counts as 0
 
 
-def test_rows_of_the_classes(tmp_path, triples):
+def test_per_class_rows_follow_the_scored_ids(tmp_path, triples):
     protocol = Cityscapes()
-    total = sum(unit_sums(protocol, *written(tmp_path, triples)).values())
+    total = sum(unit_sums(protocol, *write_triples(tmp_path, triples)).values())
     rows, means = protocol.per_class(total), protocol.scores(total)
     assert [row["id"] for row in rows] == SCORED and rows[0]["name"] == "road" and rows[-1]["name"] == "bicycle"
     assert np.nanmean([row["IoU"] for row in rows]) == pytest.approx(means["IoU_classes"])
@@ -122,7 +122,7 @@ def test_rows_of_the_classes(tmp_path, triples):
 
 
 def test_predictions_are_found_by_the_start_of_their_names(tmp_path, triples):
-    reference, prediction = written(tmp_path, triples)
+    reference, prediction = write_triples(tmp_path, triples)
     expected = scores(Cityscapes(), reference, prediction)
     for number in range(len(triples)):
         old = prediction / path(number)
@@ -130,8 +130,8 @@ def test_predictions_are_found_by_the_start_of_their_names(tmp_path, triples):
     assert scores(Cityscapes(), reference, tmp_path / "flat") == expected
 
 
-def test_what_does_not_fit_is_told(tmp_path, triples):
-    reference, prediction = written(tmp_path, triples)
+def test_unmatched_files_are_reported(tmp_path, triples):
+    reference, prediction = write_triples(tmp_path, triples)
     (prediction / path(2)).unlink()
     (reference / path(3).replace("labelIds", "instanceIds")).unlink()
     twice = save(prediction / "other" / path(5).split("/")[1], triples[5][1])
@@ -157,10 +157,10 @@ def test_train_ids_are_refused_with_the_remedy(tmp_path):
     rng = np.random.default_rng(4)
     reference = rng.integers(7, 34, (20, 30))
     good = [(reference, rng.integers(7, 34, (20, 30)), reference)]
-    folders = written(tmp_path / "good", good)
+    folders = write_triples(tmp_path / "good", good)
     assert len(Cityscapes().find(*folders).cases) == 1
     for name, guess in (("all", rng.integers(0, 19, (20, 30))), ("void", rng.choice([*range(19), 255], (20, 30)))):
-        folders = written(tmp_path / name, [(reference, guess, reference)])
+        folders = write_triples(tmp_path / name, [(reference, guess, reference)])
         with pytest.raises(UserError, match=r"holds train ids \(0..18\).*takes label ids"):
             Cityscapes().find(*folders)
 

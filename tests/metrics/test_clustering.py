@@ -98,7 +98,7 @@ def test_ari_equals_scikit_learn(case):
     assert ari(true, predicted) == pytest.approx(metrics.adjusted_rand_score(true, predicted), abs=1e-12)
 
 
-def test_ari_of_segments_on_their_own_and_of_chance():
+def test_ari_of_single_segments_and_of_random_ids():
     assert ari(np.arange(9), np.arange(9)[::-1]) == 1.0  # 0 / 0
     assert ari(np.zeros(9, int), np.arange(9)) == 0.0
     rng = np.random.default_rng(0)
@@ -107,7 +107,7 @@ def test_ari_of_segments_on_their_own_and_of_chance():
 
 
 @pytest.mark.parametrize("scale", [10**6, 10**7, 3 * 10**7, 2**33, 10**12, 10**15])
-def test_ari_of_as_many_pixels_as_a_long_video_has(scale):
+def test_ari_is_exact_for_pixel_counts_of_long_videos(scale):
     counts = np.random.default_rng(1).integers(0, scale, (6, 5))
 
     def pairs(numbers):
@@ -265,7 +265,7 @@ def test_videos_score_as_defined(tmp_path, ignore, matching):
     assert measured["partly"].details == {"frames": 3, "objects": 1, "segments": 2}
 
 
-def test_a_video_without_foreground_counts_for_fg_ari_and_not_for_mbo(tmp_path):
+def test_video_without_foreground_counts_for_fg_ari_only(tmp_path):
     protocol = VideoClustering()
     held = videos()
     only = {"empty": held["empty"]}
@@ -381,7 +381,7 @@ def test_a_video_of_too_many_segments_is_refused(tmp_path):
     assert error.value.path == folders[1] / "a" / "00001.png"
 
 
-def test_what_is_missing_is_a_problem_for_each_file(tmp_path):
+def test_each_missing_file_is_a_problem(tmp_path):
     reference, prediction = write_videos(tmp_path, videos())
     (prediction / "a" / "00001.png").unlink()
     shutil.rmtree(prediction / "b")

@@ -94,7 +94,7 @@ def test_equals_a_loop_over_pixels(case, dtype):
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
 
 
-def test_a_stray_prediction_of_an_ignored_class_is_a_miss_of_the_true_class_alone():
+def test_predicted_ignored_class_is_only_a_miss():
     confusion = ConfusionMatrix(3, ignore_index=0, background=0)
     confusion.update(torch.tensor([[[1] * 9 + [0], [2] * 10]]), torch.tensor([[[1] * 10, [2] * 10]]))
     scores = confusion.compute()
@@ -125,7 +125,7 @@ def test_only_a_background_is_left_out():
     assert len({found["miou"] for found in scores.values()}) == 1
 
 
-def test_always_predicting_the_commonest_class_is_a_score_of_its_own():
+def test_commonest_class_baseline_has_its_own_score():
     mask = torch.tensor([[[1, 1, 1, 0, 2, 255]]])
     confusion = ConfusionMatrix(4)
     confusion.update(torch.ones_like(mask), mask)
@@ -224,7 +224,7 @@ def test_cuda_counts_the_same_and_is_not_waited_for():
         ),
     ],
 )
-def test_wrong_tensors(prediction, mask, message):
+def test_wrong_tensors_are_refused(prediction, mask, message):
     with pytest.raises(ValueError, match=message):
         ConfusionMatrix(2).update(prediction, mask)
 

@@ -13,7 +13,7 @@ from dinoseg.metrics.counts import class_counts, confusion, group_counts, iou, m
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
-def test_confusion_is_scikit_learns(dtype):
+def test_confusion_equals_scikit_learn(dtype):
     rng = np.random.default_rng(0)
     assert confusion(np.zeros((3, 3), dtype), np.zeros((3, 3), dtype), 1).tolist() == [[9]]
     for size in (2, 27, 200):
@@ -24,7 +24,7 @@ def test_confusion_is_scikit_learns(dtype):
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_class_counts_are_those_of_the_matrix_and_outsiders_are_only_missed():
+def test_class_counts_equal_the_confusion_matrix():
     rng = np.random.default_rng(1)
     for reference, prediction in maps(rng, range(6)):
         prediction = np.where(rng.random(prediction.shape) < 0.1, 9, prediction)
@@ -53,7 +53,7 @@ def test_grouped_sums_blocks_and_keeps_large_counts_exact():
     assert coarse[0].tolist() == [[2**60 + 1 + 3 + 2**60 + 1, 7], [18, 13]] and not coarse[1].any()
 
 
-def test_ratios_are_exact_fractions_and_nan_where_there_is_nothing():
+def test_ratios_are_exact_and_undefined_ones_are_nan():
     hits, wrong, missed = np.array([3, 0, 0, 2**24 + 1]), np.array([1, 5, 0, 0]), np.array([2, 0, 0, 2])
     expected = [float(Fraction(3, 6)), 0.0, np.nan, float(Fraction(2**24 + 1, 2**24 + 3))]
     np.testing.assert_array_equal(iou(hits, wrong, missed), expected)
@@ -61,7 +61,7 @@ def test_ratios_are_exact_fractions_and_nan_where_there_is_nothing():
     assert np.isnan(mean_defined(np.full(3, np.nan))) and np.isnan(ratio(np.int64(0), np.int64(0)))
 
 
-def test_protocols_need_no_torch_nor_what_takes_a_process_long_to_start():
+def test_protocols_import_no_heavy_dependency():
     names = ", ".join(
         f"dinoseg.metrics.protocols.{name}" for name in ("idd_lite", "cityscapes", "ade20k", "semantic", "davis")
     )

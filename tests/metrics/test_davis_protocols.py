@@ -44,7 +44,7 @@ def write_frames(folder, maps, palette=True):
             write(folder / f"{index:05d}.png", ids, palette)
 
 
-def moving(seed, length, size, count, *, gone=(), jitter=3):
+def moving_squares(seed, length, size, count, *, gone=(), jitter=3):
     """Squares of ids 1..count that walk; `gone` leave after the first frame, and the last half of the frames too."""
     rng = np.random.default_rng(seed)
     places, steps = rng.uniform((2, 2), np.array(size) / 2, (count, 2)), rng.uniform(-2, 3, (count, 2))
@@ -62,21 +62,23 @@ def moving(seed, length, size, count, *, gone=(), jitter=3):
 
 def sequences():
     """Name to references and predictions: different sizes and lengths, void, vanished, absent and missed objects."""
-    plain = moving(1, 9, (60, 80), 3), moving(1, 9, (60, 80), 3, jitter=6)
-    gone = moving(2, 6, (45, 61), 4, gone=(2, 3)), moving(2, 6, (45, 61), 4, gone=(1, 3), jitter=5)
-    void = moving(3, 4, (90, 124), 2), moving(3, 4, (90, 124), 2, jitter=8)
+    plain = moving_squares(1, 9, (60, 80), 3), moving_squares(1, 9, (60, 80), 3, jitter=6)
+    gone = moving_squares(2, 6, (45, 61), 4, gone=(2, 3)), moving_squares(2, 6, (45, 61), 4, gone=(1, 3), jitter=5)
+    void = moving_squares(3, 4, (90, 124), 2), moving_squares(3, 4, (90, 124), 2, jitter=8)
     for reference, prediction in zip(*void, strict=True):
         reference[10:30, 10:60] = 255
         prediction[12:25, 20:50] = 1
-    late = moving(4, 5, (33, 40), 5), moving(4, 5, (33, 40), 3)
+    late = moving_squares(4, 5, (33, 40), 5), moving_squares(4, 5, (33, 40), 3)
     late[0][0][late[0][0] > 3] = 0  # ids 4 and 5 are not in the first frame: no objects
-    hole = [np.where(ids == 1, 0, ids) for ids in moving(5, 7, (50, 70), 3)]  # id 1 is nowhere, and still an object
-    return {"plain": plain, "gone": gone, "void": void, "late": late, "hole": (hole, moving(5, 7, (50, 70), 3))}
+    hole = [
+        np.where(ids == 1, 0, ids) for ids in moving_squares(5, 7, (50, 70), 3)
+    ]  # id 1 is nowhere, and still an object
+    return {"plain": plain, "gone": gone, "void": void, "late": late, "hole": (hole, moving_squares(5, 7, (50, 70), 3))}
 
 
 def three_frames():
     """One sequence, with exactly one scored frame where the ends are skipped."""
-    return {"short": (moving(6, 3, (40, 50), 2), moving(6, 3, (40, 50), 2))}
+    return {"short": (moving_squares(6, 3, (40, 50), 2), moving_squares(6, 3, (40, 50), 2))}
 
 
 def write_task(folder, task, held, year=None):
@@ -96,7 +98,7 @@ def score(protocol, root, results):
     return {key: float(value) for key, value in protocol.scores(sums.sum(axis=0)).items()}, measured, sums
 
 
-def named(rows):
+def mean_scores(rows):
     means = np.mean(rows, axis=0)
     return dict(zip(KEYS, [(means[0] + means[3]) / 2, *means], strict=True))
 
@@ -116,7 +118,7 @@ def test_objects_of_all_sequences_score_as_by_the_official_way(tmp_path, task, m
     scores, measured, _ = score(TASKS[task](), *write_task(tmp_path, task, held))
     expected = {name: official_sequence(task, *maps) for name, maps in held.items()}
     assert list(scores) == list(KEYS)
-    assert scores == pytest.approx(named([row for rows in expected.values() for row in rows]), abs=1e-12)
+    assert scores == pytest.approx(mean_scores([row for rows in expected.values() for row in rows]), abs=1e-12)
     for name, rows in expected.items():
         details = measured[name].details["objects"]
         assert list(details) == [str(index + 1) for index in range(len(rows))]
@@ -141,12 +143,12 @@ def test_davis2016_scores_one_foreground(tmp_path):
             for measure in (official_region, official_boundary)
         ]
         rows.append([value for series in pairs for value in official_statistics(np.array(series))])
-    assert scores == pytest.approx(named(rows), abs=1e-12)
+    assert scores == pytest.approx(mean_scores(rows), abs=1e-12)
     assert measured["plain"].details["frames"] == 7
 
 
-def test_davis2016_takes_any_way_to_write_a_foreground(tmp_path):
-    held = {"a": (moving(1, 5, (30, 40), 1),) * 2}
+def test_davis2016_accepts_any_foreground_value(tmp_path):
+    held = {"a": (moving_squares(1, 5, (30, 40), 1),) * 2}
     root, results = write_task(tmp_path, "davis2016", held)
     for index, ids in enumerate(held["a"][0]):
         kinds = [np.dstack([ids * 0, ids * 255, ids]), ids * 255, ids > 0, ids, ids.astype(np.uint16) * 256]
@@ -197,7 +199,7 @@ def test_sequences_without_a_scored_frame_add_nothing(tmp_path, task, length):
 def test_unsupervised_scores_every_frame_of_short_sequences(tmp_path, length):
     held = {"tiny": tuple(frames[:length] for frames in three_frames()["short"])}
     scores, *_ = score(Davis2017Unsupervised(), *write_task(tmp_path, "davis2017_unsupervised", held))
-    assert scores == pytest.approx(named(official_sequence("davis2017_unsupervised", *held["tiny"])), abs=1e-12)
+    assert scores == pytest.approx(mean_scores(official_sequence("davis2017_unsupervised", *held["tiny"])), abs=1e-12)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -210,8 +212,8 @@ def test_sequences_without_objects_add_no_object(tmp_path, task):
     assert measured["none"].sums.tolist() == expected
 
 
-def test_an_object_that_vanishes_is_not_matched_with_an_empty_proposal_for_nothing(tmp_path):
-    references = moving(1, 8, (30, 40), 1, gone=(1,))
+def test_vanished_object_gets_no_credit_for_an_empty_proposal(tmp_path):
+    references = moving_squares(1, 8, (30, 40), 1, gone=(1,))
     elsewhere = [np.zeros((30, 40), np.uint8) for _ in references]
     for ids in elsewhere:
         ids[25:, 30:] = 1
@@ -223,11 +225,13 @@ def test_an_object_that_vanishes_is_not_matched_with_an_empty_proposal_for_nothi
     write_frames(results / "wrong", elsewhere)
     scores = score(Davis2017Unsupervised(), root, results)[0]
     assert scores["J-Mean"] == 7 / 8
-    assert scores == pytest.approx(named(official_sequence("davis2017_unsupervised", references, elsewhere)), abs=1e-12)
+    assert scores == pytest.approx(
+        mean_scores(official_sequence("davis2017_unsupervised", references, elsewhere)), abs=1e-12
+    )
 
 
 def test_proposals_in_a_sequence_without_objects_are_free(tmp_path):
-    held = {"none": ([np.zeros((20, 30), np.uint8)] * 2, moving(1, 2, (20, 30), 2))}
+    held = {"none": ([np.zeros((20, 30), np.uint8)] * 2, moving_squares(1, 2, (20, 30), 2))}
     root, results = write_task(tmp_path, "davis2017_unsupervised", held)
     protocol = Davis2017Unsupervised()
     assert protocol.measure(protocol.find(root, results).cases[0]).sums.tolist() == [0.0] * 7
@@ -343,22 +347,27 @@ def test_the_unsupervised_test_sets_are_lists_of_2019(tmp_path, split):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_rules_say_from_how_many_frames_on_the_official_decay_fails(task):
+def test_rules_state_when_the_official_decay_fails(task):
     assert [rule for rule in TASKS[task]().rules["differs"] if rule.startswith("from 256 evaluated frames on")]
     values = np.linspace(1, 0, 256)
     assert official_statistics(values[:255], np.uint8) == pytest.approx(official_statistics(values[:255]))
     assert not official_statistics(values, np.uint8)[2] == pytest.approx(official_statistics(values)[2])
 
 
-def test_masks_of_davis2016_are_known_for_what_they_are(tmp_path):
-    held = {"a": ([ids * 255 for ids in moving(1, 4, (30, 40), 1)], moving(1, 4, (30, 40), 1))}
+def test_davis2016_masks_are_recognised(tmp_path):
+    held = {"a": ([ids * 255 for ids in moving_squares(1, 4, (30, 40), 1)], moving_squares(1, 4, (30, 40), 1))}
     root, results = write_task(tmp_path, "davis2017", held)
     with pytest.raises(BadFile, match="holds only void .* with davis2016"):
         Davis2017().measure(Davis2017().find(root, results).cases[0])
 
 
 def test_ids_of_16_bits_are_refused_in_the_first_frame(tmp_path):
-    held = {"a": ([ids.astype(np.uint16) * 300 for ids in moving(1, 3, (30, 40), 1)], moving(1, 3, (30, 40), 1))}
+    held = {
+        "a": (
+            [ids.astype(np.uint16) * 300 for ids in moving_squares(1, 3, (30, 40), 1)],
+            moving_squares(1, 3, (30, 40), 1),
+        )
+    }
     root, results = tmp_path / "DAVIS", tmp_path / "results"
     write_set(root, "2017", held)
     write_frames(root / "Annotations/480p/a", held["a"][0], palette=False)
@@ -367,7 +376,7 @@ def test_ids_of_16_bits_are_refused_in_the_first_frame(tmp_path):
         Davis2017().measure(Davis2017().find(root, results).cases[0])
 
 
-def test_what_is_missing_is_a_problem_for_each_file(tmp_path):
+def test_each_missing_file_is_a_problem(tmp_path):
     root, results = write_task(tmp_path, "davis2017", sequences())
     (results / "plain" / "00003.png").unlink()
     (results / "plain" / "00004.png").unlink()
@@ -407,7 +416,7 @@ def test_the_set_decides_and_its_ways_to_be_written(tmp_path):
     assert [case.name for case in Davis2016(split="mine").find(root, results).cases] == ["void"]
 
 
-def test_other_resolutions(tmp_path):
+def test_resolution_selects_the_annotation_folder(tmp_path):
     root, results = write_task(tmp_path, "davis2017", three_frames())
     shutil.move(root / "Annotations/480p", root / "Annotations/Full-Resolution")
     assert Davis2017(resolution="Full-Resolution").find(root, results).cases
@@ -415,7 +424,7 @@ def test_other_resolutions(tmp_path):
         Davis2017().find(root, results)
 
 
-def test_folders_that_are_no_davis(tmp_path):
+def test_folders_without_davis_are_refused(tmp_path):
     root, results = write_task(tmp_path, "davis2017", three_frames())
     with pytest.raises(UserError, match="holds no Annotations_unsupervised"):
         Davis2017Unsupervised().find(root, results)
@@ -488,27 +497,27 @@ def test_real_sequences(tmp_path):
         for measure in (official_region, official_boundary)
         for value in official_statistics(np.array([measure(*pair) for pair in pairs]))
     ]
-    assert score(protocol, root, tmp_path / "results")[0] == pytest.approx(named([expected]), abs=1e-15)
+    assert score(protocol, root, tmp_path / "results")[0] == pytest.approx(mean_scores([expected]), abs=1e-15)
 
 
-def tracked(folder, predictions, source):
+def write_tracking_run(folder, predictions, source):
     """Write a run folder of mode=track."""
     write_frames(folder / "masks", predictions)
     (folder / "track.json").write_text(json.dumps({"input": source, "frames": len(predictions)}))
     return folder
 
 
-def test_a_run_of_mode_track_is_scored_as_the_folder_of_its_sequence(tmp_path):
+def test_tracking_run_is_scored_as_one_sequence(tmp_path):
     held = sequences()
     root, results = write_task(tmp_path, "davis2017", held)
-    run = tracked(tmp_path / "run", held["gone"][1], "DAVIS/JPEGImages/480p/gone")
+    run = write_tracking_run(tmp_path / "run", held["gone"][1], "DAVIS/JPEGImages/480p/gone")
     protocol = Davis2017()
     _, measured, _ = score(protocol, root, results)
     found, alone, _ = score(protocol, root, run)
     assert list(alone) == ["gone"] and np.array_equal(alone["gone"].sums, measured["gone"].sums)
     assert protocol.find(root, run).notes == [f"{run}: the run of one sequence, gone; others of val are not scored"]
     masks = root / "Annotations/480p/gone"  # a video of one's own, whose masks lie in a folder
-    other = tracked(tmp_path / "own", held["gone"][1], "clips/own.mp4")
+    other = write_tracking_run(tmp_path / "own", held["gone"][1], "clips/own.mp4")
     assert score(protocol, masks, other)[0] == found and list(score(protocol, masks, other)[1]) == ["own"]
     with pytest.raises(UserError, match="is a run of mode=track on own, which is not a sequence in"):
         protocol.find(root, other)

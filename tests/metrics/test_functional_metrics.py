@@ -95,7 +95,7 @@ def test_mistakes_are_refused(ids):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
-def test_void_pixels_are_background_whatever_their_type(dtype):
+def test_void_pixels_of_any_dtype_are_background(dtype):
     ids = torch.zeros(16, 16, dtype=torch.uint8)
     ids[4:12, 4:12] = 1
     shifted, void = ids.roll(2, 0), torch.zeros(16, 16, dtype=torch.bool)

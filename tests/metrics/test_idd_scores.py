@@ -98,7 +98,7 @@ def test_every_resolution_is_pillows_nearest(tmp_path, resolution, shape):
     np.testing.assert_array_equal(measured.sums, expected)
 
 
-def test_void_counts_as_the_official_script_says(tmp_path):
+def test_void_pixels_count_as_in_the_official_script(tmp_path):
     reference = np.zeros((240, 426), int)
     prediction = reference.copy()
     reference[:60], prediction[:60] = 255, 0  # never a false positive
@@ -107,7 +107,7 @@ def test_void_counts_as_the_official_script_says(tmp_path):
     assert found["mIoU_level3"] == 0.5 and found["mIoU_level2"] == found["mIoU_level1"] == 1
 
 
-def test_a_palette_file_gives_its_indices_and_other_sizes_are_resized(tmp_path):
+def test_palette_masks_are_read_as_ids_and_resized(tmp_path):
     ids = np.random.default_rng(3).integers(0, 26, (54, 96), dtype=np.uint8)
     picture = Image.fromarray(ids)
     picture.putpalette(list(range(255, -1, -1)) * 3)
@@ -117,7 +117,7 @@ def test_a_palette_file_gives_its_indices_and_other_sizes_are_resized(tmp_path):
     assert scores(Idd(1080), tmp_path / "reference", tmp_path / "prediction")["mIoU_level3"] == 1
 
 
-def test_unknown_ids_are_counted_beside_the_scores(tmp_path):
+def test_unknown_ids_are_counted_separately(tmp_path):
     reference, prediction = np.full((20, 20), 255), np.zeros((20, 20), int)
     reference[:2], prediction[:3] = 30, 39
     pair = save(tmp_path / "a.png", reference), save(tmp_path / "b.png", prediction)
@@ -125,7 +125,7 @@ def test_unknown_ids_are_counted_beside_the_scores(tmp_path):
     assert details == {"unknown_pixels_reference": 40, "unknown_pixels_prediction": 60}
 
 
-def test_frames_of_a_drive_are_one_unit_and_classes_have_their_names(tmp_path):
+def test_frames_of_a_drive_are_one_unit_with_named_classes(tmp_path):
     protocol = Idd(240)
     pairs = maps(np.random.default_rng(5), range(26))
     sums = unit_sums(protocol, *tree(tmp_path, pairs, path))
@@ -137,7 +137,7 @@ def test_frames_of_a_drive_are_one_unit_and_classes_have_their_names(tmp_path):
     assert mean == pytest.approx(protocol.scores(sum(sums.values()))["mIoU_level3"], abs=1e-12)
 
 
-def test_missing_and_extra_predictions_are_told(tmp_path):
+def test_missing_and_extra_predictions_are_reported(tmp_path):
     reference, prediction = tree(tmp_path, maps(np.random.default_rng(6), range(26)), path)
     (prediction / path(4)).unlink()
     save(prediction / f"drive9/late{ENDING}", [[0]])
@@ -148,7 +148,7 @@ def test_missing_and_extra_predictions_are_told(tmp_path):
     assert "drive9" in found.notes[0] and "late" in found.notes[0]
 
 
-def test_folders_that_are_not_laid_out_so(tmp_path):
+def test_wrong_folder_depth_is_refused_with_a_suggestion(tmp_path):
     pairs = maps(np.random.default_rng(7), range(26))[:2]
     reference, prediction = tree(tmp_path, pairs, lambda number: f"val/{path(number)}")
     with pytest.raises(UserError, match=r"not at that depth. Try reference=\S+reference/val\."):

@@ -22,7 +22,7 @@ class Data:
     names = tuple(f"{number:02}" for number in range(99))
 
 
-def gathered(images, world_size):
+def gather_rows(images, world_size):
     """Return the scores of ranks that exchange their rows as messages, and the rows of the first rank."""
     metrics = [METRICS["boundary_iou"], METRICS["nsd"], METRICS["ece"]]
     ranks = [MetricRows(metrics, Data(), rank, world_size) for rank in range(world_size)]
@@ -41,8 +41,8 @@ def gathered(images, world_size):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_any_number_of_ranks_gives_equal_scores(world_size):
     images = [pair for seed in range(6) for pair in ugly_case(seed)]
-    one, _ = gathered(images, 1)
-    assert gathered(images, world_size)[0] == one
+    one, _ = gather_rows(images, 1)
+    assert gather_rows(images, world_size)[0] == one
     for name, metric in OUTLINES:
         assert one[name] == score(metric, images)[name]
         assert [row[name] for row in one["classes"]] != [None] * CLASSES
@@ -93,7 +93,7 @@ def test_shares_may_exceed_their_bounds_by_rounding(excess):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_counts_that_are_not_finite_name_image_and_metric(value):
+def test_non_finite_counts_name_image_and_metric(value):
     metric = Share(dtype=np.float64, state=value)
     with pytest.raises(UserError, match=f"of Share returns correct={value} for the image 04. Return 0 in all counts"):
         rows_of(metric, np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.uint8))

@@ -61,7 +61,7 @@ def folders(tmp_path):
     return tmp_path / "real", tmp_path / "predicted"
 
 
-def summed(protocol, reference, prediction):
+def sums_of_videos(protocol, reference, prediction):
     """Return the sums of each video as the runner gets them."""
     units = {}
     for case in protocol.find(reference, prediction).cases:
@@ -102,7 +102,7 @@ def official(tolerance=10.0):
 @pytest.mark.parametrize("tolerance", [10.0, 2.0, 0.0])
 def test_scores_equal_the_definition(folders, tolerance):
     protocol = SarRarp50(tolerance)
-    videos, _ = summed(protocol, *folders)
+    videos, _ = sums_of_videos(protocol, *folders)
     expected = official(tolerance)  # (videos, 2, 9)
     assert list(videos) == sorted(VIDEOS)
 
@@ -149,7 +149,7 @@ def test_scores_equal_monai(folders):
 
 def test_the_mean_over_images_equals_its_definition(folders):
     protocol = SarRarp50Seed()
-    videos, _ = summed(protocol, *folders)
+    videos, _ = sums_of_videos(protocol, *folders)
     images, classes = [], {label: [] for label in range(1, 10)}
     for reference, prediction in (frame for frames in VIDEOS.values() for frame in frames):
         values = []
@@ -170,18 +170,18 @@ def test_the_mean_over_images_equals_its_definition(folders):
     for row in rows:
         assert row["name"] == CLASSES[row["id"] - 1]
         assert row["iou"] == pytest.approx(np.mean(classes[row["id"]]), abs=1e-12)
-    challenge, _ = summed(SarRarp50(), *folders)
+    challenge, _ = sums_of_videos(SarRarp50(), *folders)
     assert SarRarp50().scores(sum(challenge.values()))["mIoU"] > scores["mIoU_seed_per_image"] + 0.2
 
 
-def test_nothing_but_background_has_no_mean_over_images(tmp_path):
+def test_background_only_images_have_no_mean_over_images(tmp_path):
     for root in ("real", "predicted"):
         save(tmp_path / root / "video_41/segmentation/000000000.png", EMPTY)
     protocol = SarRarp50Seed()
-    videos, _ = summed(protocol, tmp_path / "real", tmp_path / "predicted")
+    videos, _ = sums_of_videos(protocol, tmp_path / "real", tmp_path / "predicted")
     assert np.isnan(protocol.scores(videos["video_41"])["mIoU_seed_per_image"])
     assert np.isnan([row["iou"] for row in protocol.per_class(videos["video_41"])]).all()
-    official_videos, _ = summed(SarRarp50(), tmp_path / "real", tmp_path / "predicted")
+    official_videos, _ = sums_of_videos(SarRarp50(), tmp_path / "real", tmp_path / "predicted")
     assert SarRarp50().scores(official_videos["video_41"])["score"] == 1
 
 
@@ -203,7 +203,7 @@ def test_missing_files_are_counted_and_noted(folders, protocol):
         f"/video_44/segmentation: 1 files for 2 {refused}; {missing}, 1: 000000000.png",
         ": folders without reference are not scored: video_99",
     ]
-    _, units = summed(protocol, reference, prediction)
+    _, units = sums_of_videos(protocol, reference, prediction)
     rows = {name: [one.details for one in measured] for name, measured in units.items()}
     assert [sum(row["missing"] for row in rows[name]) for name in sorted(VIDEOS)] == [1, 0, 0, 1]
     assert [sum(row["frames"] for row in rows[name]) for name in sorted(VIDEOS)] == [5, 4, 1, 2]
@@ -237,7 +237,7 @@ def test_predictions_inside_the_references_are_refused(folders, make):
 def test_an_empty_folder_scores_zero(tmp_path):
     save(tmp_path / "real/video_41/segmentation/000000000.png", EMPTY)
     (tmp_path / "predicted/video_41/segmentation").mkdir(parents=True)
-    videos, _ = summed(SarRarp50(), tmp_path / "real", tmp_path / "predicted")
+    videos, _ = sums_of_videos(SarRarp50(), tmp_path / "real", tmp_path / "predicted")
     assert SarRarp50().scores(videos["video_41"]) == {"mIoU": 0, "mNSD": 0, "score": 0}
 
 
@@ -257,7 +257,7 @@ def test_missing_video_folders_are_problems(folders):
     assert {case.unit for case in found.cases} == {"video_41", "video_42"}
 
 
-def test_predictions_of_none_of_the_videos_are_told_in_one_line(folders):
+def test_unmatched_videos_are_reported_in_one_line(folders):
     reference, prediction = folders
     for video in sorted(VIDEOS):
         (prediction / video).rename(prediction / video.replace("video", "clip"))
@@ -360,7 +360,7 @@ def test_a_data_set_s_frame_gives_the_same_case(folders, make):
 
 
 @pytest.mark.parametrize("make", PROTOCOLS)
-def test_rules_and_configs(make):
+def test_rules_and_configs_are_complete(make):
     protocol = make()
     assert {"absent_class", "resolution", "ignore", "aggregation", "version", "differs"} <= protocol.rules.keys()
     node = yaml.safe_load((CFG / "protocol" / f"{protocol.name}.yaml").read_text())
@@ -370,7 +370,7 @@ def test_rules_and_configs(make):
     assert tuple(classes[1:]) == CLASSES
 
 
-def test_another_tolerance_is_said_to_be_unofficial():
+def test_changed_tolerance_is_marked_as_unofficial():
     assert "not official" not in SarRarp50().rules["tolerance"]
     assert SarRarp50(3).rules["tolerance"] == "3 pixels, Euclidean, inclusive (not official, which is 10)"
     rule, finite = "a number of at least 0", "a finite number"

@@ -16,7 +16,7 @@ def path(number):
     return f"part{number % 2}/image {number}.png"
 
 
-def pooled(pairs, num_classes, ignore=255):
+def pooled_scores(pairs, num_classes, ignore=255):
     """Return the pooled scores by sets of pixel places, class by class."""
     reference = np.concatenate([pair[0].ravel() for pair in pairs])
     guess = np.concatenate([pair[1].ravel() for pair in pairs])[reference != ignore]
@@ -50,7 +50,7 @@ def ugly(rng):
 def test_pooled_scores_equal_their_definition(tmp_path, seed):
     pairs = ugly(np.random.default_rng(seed))
     found = scores(Semantic(num_classes=8), *tree(tmp_path, pairs, path))
-    assert found == pytest.approx(pooled(pairs, 8), abs=1e-12)
+    assert found == pytest.approx(pooled_scores(pairs, 8), abs=1e-12)
 
 
 def test_pooled_scores_equal_scikit_learn(tmp_path):
@@ -89,7 +89,7 @@ def test_reduced_zero_labels_are_the_ade20k_files(tmp_path):
     reference, prediction = tree(tmp_path, [(r, np.maximum(p, 1) - 1) for r, p in stored], path)
     found = scores(Semantic(num_classes=10, reduce_zero_label=True), reference, prediction)
     shifted = [(np.where(r == 0, 255, r - 1), np.maximum(p, 1) - 1) for r, p in stored]
-    assert found == pytest.approx(pooled(shifted, 10), abs=1e-12)
+    assert found == pytest.approx(pooled_scores(shifted, 10), abs=1e-12)
     reference, prediction = tree(tmp_path / "files", [(r, np.maximum(p, 1)) for r, p in stored], path)
     official = scores(Ade20k(num_classes=10), reference, prediction)
     assert official == pytest.approx({"mIoU": found["mIoU"], "pixel_accuracy": found["accuracy"]}, abs=1e-12)
@@ -127,7 +127,7 @@ def test_outlines_are_compared_class_by_class(tmp_path, tolerance):
             distance = np.sqrt(((ours[:, None] - theirs[None]) ** 2).sum(-1))
             near = sum((distance.min(axis) <= tolerance).sum() for axis in (0, 1)) if distance.size else 0
             shares.append(near / (len(ours) + len(theirs)))
-    expected = pooled(pairs, 8) | {"boundary_IoU": np.mean(both[:7] / either[:7]), "NSD": np.mean(shares)}
+    expected = pooled_scores(pairs, 8) | {"boundary_IoU": np.mean(both[:7] / either[:7]), "NSD": np.mean(shares)}
     assert found == pytest.approx(expected, abs=1e-12)
     total = sum(unit_sums(protocol, tmp_path / "reference", tmp_path / "prediction").values())
     rows = protocol.per_class(total)
@@ -179,7 +179,7 @@ def test_files_that_cannot_be_scored_are_named(tmp_path):
     assert semantic.measure(ScoringCase("a", "a", ((good, deep),))).sums.tolist() == [0] * 4 + [3] * 4 + [0] * 4
 
 
-def test_options_that_make_no_sense():
+def test_invalid_options_are_refused():
     for options, message in (
         ({}, "needs the number of classes. Give num_classes=19, .* or binary=true"),
         ({"num_classes": 0}, "^num_classes=0 is out of range. Give a whole number of at least 1"),
@@ -196,7 +196,7 @@ def test_options_that_make_no_sense():
             Ade20k(num_classes=number)
 
 
-def test_ade20k_looks_at_labelled_pixels_alone(tmp_path):
+def test_ade20k_scores_only_labelled_pixels(tmp_path):
     reference = save(tmp_path / "reference.png", [[0, 0, 1, 2]])
     prediction = save(tmp_path / "prediction.png", [[255, 9, 1, 1]])
     sums = Ade20k(num_classes=2).measure(ScoringCase("a", "a", ((reference, prediction),))).sums
@@ -279,10 +279,10 @@ def test_a_data_set_can_be_scored(tmp_path):
         assert case.unit == "a/b" and case.files == ((tmp_path / "r.png", tmp_path / "p.png"),)
 
 
-def test_a_class_that_is_ignored_counts_where_predicted_as_in_mmseg(tmp_path):
+def test_predicted_ignored_class_counts_as_in_mmseg(tmp_path):
     pairs = ugly(np.random.default_rng(0))
     pairs = [(np.where(r == 255, 3, r), p) for r, p in pairs]
     protocol = Semantic(num_classes=8, ignore_index=3)
-    assert scores(protocol, *tree(tmp_path, pairs, path)) == pytest.approx(pooled(pairs, 8, ignore=3), abs=1e-12)
+    assert scores(protocol, *tree(tmp_path, pairs, path)) == pytest.approx(pooled_scores(pairs, 8, ignore=3), abs=1e-12)
     assert "class 3 counts as 0" in protocol.rules["ignored_class"]
     assert "ignored_class" not in Semantic(num_classes=8).rules

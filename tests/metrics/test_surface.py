@@ -148,7 +148,7 @@ def test_maps_that_are_slices_are_read_as_they_are():
     assert (boundary_ious(*slices, range(4)) == boundary_ious(*copies, range(4))).all()
 
 
-def banded(mask, ratio):
+def boundary_band(mask, ratio):
     """The mask less d erosions by a 3 x 3 square, outside of the image empty."""
     depth = max(1, round(ratio * math.sqrt(mask.shape[0] ** 2 + mask.shape[1] ** 2)))
     return mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), iterations=depth, border_value=0)
@@ -157,7 +157,7 @@ def banded(mask, ratio):
 @pytest.mark.parametrize("ratio", [0.001, 0.02, 0.06, 0.3])
 @pytest.mark.parametrize("case", MASKS)
 def test_boundary_iou_equals_repeated_erosion(case, ratio):
-    reference, prediction = (banded(mask, ratio) for mask in MASKS[case])
+    reference, prediction = (boundary_band(mask, ratio) for mask in MASKS[case])
     both, either = boundary_iou(*MASKS[case], ratio)
     assert (both, either) == ((reference & prediction).sum(), (reference | prediction).sum())
 
@@ -173,7 +173,7 @@ def test_boundary_ious_of_a_map_equal_those_of_its_masks(shape):
 
 
 @pytest.mark.parametrize("tolerance", [-1.0, math.nan, math.inf])
-def test_a_tolerance_that_is_no_distance(tolerance):
+def test_invalid_tolerance_is_refused(tolerance):
     with pytest.raises(ValueError, match="at least 0"):
         surface_dice(FULL, FULL, tolerance)
 

@@ -21,7 +21,7 @@ def test_shipped_data_sets(compose, names, expected):
         assert Builder(compose(f"data={name}", "data.root=X")).background == expected, name
 
 
-def test_own_data_says_it_by_name_or_id_or_not_at_all(compose, tmp_path):
+def test_background_of_own_data_is_a_name_an_id_or_none(compose, tmp_path):
     folder = ("data=folder", f"data.root='{tmp_path}'")
     assert Builder(compose(*folder, "data.classes=[background,leaf]")).background is None
     assert Builder(compose(*folder, "data.classes=[leaf,soil]", "data.background=soil")).background == 1
@@ -33,7 +33,7 @@ def test_own_data_says_it_by_name_or_id_or_not_at_all(compose, tmp_path):
 
 
 @pytest.mark.parametrize("value", [2, -1, True, "sky"])
-def test_what_is_no_class_is_no_background(value):
+def test_background_that_is_no_class_is_refused(value):
     with pytest.raises(UserError, match=rf"data.background={value} is not a class.*0 to 1: dark, bright"):
         _ = Builder(
             OmegaConf.create({"data": {"background": value, "classes": ["dark", "bright"]}, "choices": {}})
@@ -67,7 +67,7 @@ def test_the_best_can_be_chosen_without_background(where):
     )
 
 
-def test_choosing_without_a_background_that_nobody_named_is_refused(where):
+def test_score_without_background_needs_a_background(where):
     done = train(where, "trainer.score=miou_no_background")
     assert done.status == 1 and "data=folder has no background. Set its class (data.background=NAME)" in done.err
 

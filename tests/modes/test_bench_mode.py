@@ -24,14 +24,14 @@ def here(monkeypatch):
     monkeypatch.setattr(benching, "run_in_process", in_this_process)
 
 
-def told(where, *words):
+def run_bench(where, *words):
     done = call(where, *WORDS, *QUICK, *words)
     assert done.status == 0, done.err
     return json.loads((where / "run/bench.json").read_text()), done.out
 
 
 def test_figures_of_noise_need_no_data(tmp_path, here):
-    found, out = told(tmp_path, "mode.synthetic=true", "trainer.accumulate=2")
+    found, out = run_bench(tmp_path, "mode.synthetic=true", "trainer.accumulate=2")
     assert found["data"] == "synthetic" and found["device"] == "cpu" and found["precision"] == "fp32"
     assert found["train"]["images"] == 4 and found["train"]["size"] == [32, 48] and found["inference"]["images"] == 1
     for figures in (found["train"], found["inference"]):
@@ -46,7 +46,7 @@ def test_figures_of_noise_need_no_data(tmp_path, here):
 
 def test_data_that_is_read_is_waited_for(tmp_path, here):
     write_data(tmp_path / "data", size=(40, 56))
-    found, _ = told(tmp_path)
+    found, _ = run_bench(tmp_path)
     assert found["data"] == "folder" and 0 < found["train"]["data_wait"] < 1
     assert found["train"]["size"] == [32, 48] and found["inference"]["size"] == [40, 56]
 
@@ -73,13 +73,13 @@ def test_slots_of_clips_are_timed(tmp_path, here):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_timed_is_refused(tmp_path, here, words, message):
+def test_invalid_bench_options_are_refused(tmp_path, here, words, message):
     done = call(tmp_path, *WORDS, *words)
     assert done.status == 1 and message in done.err, done.err
     assert "Traceback" not in done.err
 
 
-def test_shares_are_of_the_best_rate_and_nothing_is_started_that_cannot_be_trained(compose, tmp_path, monkeypatch):
+def test_bench_shares_use_the_best_rate_and_check_the_config(compose, tmp_path, monkeypatch):
     timed = iter([SpeedMeasurement("cpu", "fp32", 1, (8, 8), [1.0], None, 0, 5, peak) for peak in (10.0, 20.0)])
     monkeypatch.setattr(benching, "run_in_process", lambda work, item: next(timed))
     cfg = compose(*SMALL)
@@ -93,7 +93,7 @@ def test_shares_are_of_the_best_rate_and_nothing_is_started_that_cannot_be_train
         benching.bench(cfg, out_dir=tmp_path)
 
 
-def test_a_killed_process_is_told_as_want_of_memory(tmp_path, monkeypatch):
+def test_killed_bench_process_is_reported_as_out_of_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(benching, "run_in_process", lambda work, item: None)
     done = call(tmp_path, *WORDS, "mode.synthetic=true")
     assert done.status == 1 and "killed, most likely because memory ran out. mode=plan" in done.err

@@ -42,7 +42,7 @@ def compare(runs, *folders):
 
 
 @pytest.fixture
-def held(runs, compose, monkeypatch, caplog):
+def compare_sides(runs, compose, monkeypatch, caplog):
     """Return a function that holds sides against the first as mode=compare does, and returns both and what is told."""
     monkeypatch.chdir(runs)
     cfg = compose("mode=compare", "runs=[a,b]")
@@ -59,7 +59,7 @@ def held(runs, compose, monkeypatch, caplog):
     return hold
 
 
-def copied(runs, name, change):
+def copy_second_run(runs, name, change):
     """Copy the second run, with its record changed."""
     folder = runs / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -111,7 +111,7 @@ def of_seed(runs, base, name, seed):
     np.savez(folder / COUNTS, classes=counts)
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, held):
+def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, compare_sides):
     sweep = runs / "sweep"
     (sweep / "4").mkdir(parents=True)
     (sweep / "multirun.yaml").write_text("")
@@ -129,7 +129,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_side(runs, held):
     assert (runs / "compared/compare.csv").is_file()
     rows = list(csv.DictReader((runs / "compared/images.csv").read_text().splitlines()))
     assert [*rows[0]] == ["image", "unit", "0+2", "resolution.scale=0.5", "resolution.scale=0.5 adds"]
-    sides, _, said = held("sweep/0", "sweep/2")  # of seeds alone each stands for itself
+    sides, _, said = compare_sides("sweep/0", "sweep/2")  # of seeds alone each stands for itself
     assert "one trained model per side" in seeds_note(sides) and "differ only in their seed" in said
     shutil.copytree(sweep / "0", runs / "again")  # of the same seed: another evaluation is what is compared
     sides = sides_of(["sweep/0", "sweep/1", "again"])
@@ -156,7 +156,7 @@ def swept(runs, name, cells):
 
 
 @pytest.mark.heavy
-def test_sides_of_a_sweep_are_called_by_what_it_varies(runs, monkeypatch):
+def test_sides_of_a_sweep_are_named_by_the_varied_keys(runs, monkeypatch):
     swept(runs, "varied", [{"head.hidden": str(hidden), "seed": str(seed)} for hidden in range(5) for seed in (0, 2)])
     shutil.rmtree(runs / "compared", ignore_errors=True)
     done = compare(runs, "varied")
@@ -197,16 +197,16 @@ def _miou(folder):
     return np.mean(counts[0] / (counts[1] + counts[2] - counts[0]))
 
 
-def test_lists_are_sides_whatever_they_hold(runs, held):
+def test_every_list_of_runs_is_a_side(runs, compare_sides):
     for seed in (0, 1):
         of_seed(runs, "first", f"a{seed}", seed)
-    told = seeds_note(held(["a0", "a1"], "second")[0])
+    told = seeds_note(compare_sides(["a0", "a1"], "second")[0])
     assert "(2, 1 runs), except for second, one trained model" in told
-    said = held(["a0", "second"], "a1")[-1]
+    said = compare_sides(["a0", "second"], "a1")[-1]
     assert "a0, second are one side, but differ in more than their seed: resolution.scale" in said
 
 
-def test_one_unit_has_no_interval_unless_seeds_are_told_apart(runs):
+def test_one_unit_has_an_interval_only_over_seeds(runs):
     for name, seed in (("a0", 0), ("a1", 1), ("b0", 0), ("b1", 1)):
         of_seed(runs, "first" if name[0] == "a" else "second", name, seed)
         record = json.loads((runs / name / RECORD).read_text())
@@ -219,7 +219,7 @@ def test_one_unit_has_no_interval_unless_seeds_are_told_apart(runs):
     assert done.status == 0 and "over seeds only: there is one drive" in done.out and "no verdict" not in done.out
 
 
-def test_what_runs_cost_is_told_where_it_is_known(runs, caplog):
+def test_costs_of_runs_are_listed_where_known(runs, caplog):
     cost = runs / "second" / "cost.json"  # as of a training: its own comes before its checkpoint's
     sides = sides_of([runs / "first", runs / "second"])
     for text, said in (("[]", True), (json.dumps({**LARGE, "memory_gib": None}), False)):
@@ -231,7 +231,7 @@ def test_what_runs_cost_is_told_where_it_is_known(runs, caplog):
     assert (rows["second"]["parameters"], rows["second"]["memory_gib"], rows["second"]["seconds"]) == (7e6, None, 0.25)
 
 
-def test_every_evaluation_has_a_report_unless_told(runs):
+def test_every_evaluation_has_a_report_by_default(runs):
     page = (runs / "first/report.html").read_text()
     scores = json.loads((runs / "first/scores.json").read_text())
     assert f"<b>{100 * scores['miou']:.1f} %</b>" in page and "<h2>Training</h2>" in page
@@ -252,9 +252,9 @@ def test_every_evaluation_has_a_report_unless_told(runs):
     assert done.status == 1 and "mode.report=false" in done.err and "mode=eval resume=RUN" in done.err
 
 
-def test_what_is_not_of_the_same_images_is_refused(runs, monkeypatch, caplog):
+def test_evaluations_of_different_images_are_refused(runs, monkeypatch, caplog):
     monkeypatch.chdir(runs)
-    copied(runs, "other", lambda record: record.update(classes=["dark", "light"], split="test"))
+    copy_second_run(runs, "other", lambda record: record.update(classes=["dark", "light"], split="test"))
     done = compare(runs, "first", "other")
     assert (
         done.status == 1
@@ -267,16 +267,16 @@ def test_what_is_not_of_the_same_images_is_refused(runs, monkeypatch, caplog):
         ({"images": ["0", "7"]}, 0, r"- 1 image only in the first \(data=folder, folder\): 1\n"),
         ({}, 1, "the references of 2 images differ: 0, 1"),
     ):
-        copied(runs, "other", lambda record, changes=changes: record.update(changes))
+        copy_second_run(runs, "other", lambda record, changes=changes: record.update(changes))
         np.savez(runs / "other" / COUNTS, classes=counts + more)
         with pytest.raises(UserError, match=said):
             sides_of(["first", "other"])
-    copied(runs, "other", lambda record: record.update(units=["0", "0"]))
+    copy_second_run(runs, "other", lambda record: record.update(units=["0", "0"]))
     sides_of(["first", "other"])
     assert "other and first group images differently (data.group)" in caplog.text
 
 
-def test_what_are_no_two_runs_is_refused(runs, monkeypatch):
+def test_fewer_than_two_runs_are_refused(runs, monkeypatch):
     monkeypatch.chdir(runs)
     for asked, said in (
         (None, "runs=null names no run. Give at least two run folders"),
@@ -316,7 +316,7 @@ def stored_score(record, name, *, value=0.5, left_out=0.5):
     return {name: {"better": "max", "settings": "", "value": value, "left_out": [left_out] * units}}
 
 
-def test_a_damaged_record_is_told(runs):
+def test_damaged_record_is_refused(runs):
     for change in (
         lambda record: record.pop("split"),
         lambda record: record.update(background=7),
@@ -329,12 +329,12 @@ def test_a_damaged_record_is_told(runs):
         lambda record: record.update(scores=stored_score(record, "iou/1")),
     ):
         with pytest.raises(UserError, match=r"damaged evaluation\.json or counts\.npz .*Evaluate again"):
-            read_record(copied(runs, "damaged", change))
+            read_record(copy_second_run(runs, "damaged", change))
     by_columns, framed = io.BytesIO(), (runs / "second" / COUNTS).read_bytes()
     np.savez(by_columns, classes=np.asfortranarray(np.zeros((2, 3, 2), "<i8")))
     garbled = framed[:40] + b"x" + framed[41:]  # the archive's own message would quote all of it
     for content in (by_columns.getvalue(), garbled, b"", b"PK\x03\x04 none", np.array([{}], dtype=object).tobytes()):
-        folder = copied(runs, "damaged", lambda record: None)
+        folder = copy_second_run(runs, "damaged", lambda record: None)
         (folder / COUNTS).write_bytes(content)
         with pytest.raises(UserError, match="damaged") as refused:
             read_record(folder)
@@ -359,13 +359,13 @@ def test_the_evaluation_at_the_end_of_a_training_is_one(runs):
     assert Path(kept.pop("source")).resolve() == (runs / again.pop("source")).resolve() and kept == again
 
 
-def test_a_split_that_is_none_is_told_before_a_model_is_made(runs, monkeypatch):
+def test_unknown_split_is_refused_before_building_the_model(runs, monkeypatch):
     monkeypatch.setattr(evaluate, "load_trained", None)
     done = call(runs, *EVAL, "resume=segmenter", "mode.split=nope", "hydra.run.dir=refused")
     assert done.status == 1 and "split=nope is unknown. Choose one of train, val, test." in done.err
 
 
-def test_an_evaluation_of_videos_is_told_from_one_of_images(tmp_path):
+def test_video_evaluation_is_refused_with_a_remedy(tmp_path):
     (tmp_path / "tracked").mkdir()
     (tmp_path / "tracked/tracking.json").write_text("{}")
     with pytest.raises(UserError, match=r"evaluation of videos.*mode=score protocol=NAME .*tracked/masks,OTHER/masks"):
@@ -373,25 +373,25 @@ def test_an_evaluation_of_videos_is_told_from_one_of_images(tmp_path):
 
 
 @pytest.mark.parametrize("name", [RECORD, COUNTS])
-def test_what_is_larger_than_it_can_be_is_not_read(runs, name):
-    folder = copied(runs, "damaged", lambda record: None)
+def test_oversized_record_is_not_read(runs, name):
+    folder = copy_second_run(runs, "damaged", lambda record: None)
     with open(folder / name, "r+b") as file:
         file.truncate(2**40)
     with pytest.raises(UserError, match=f"damaged .*{name} has 1099511627776 bytes"):
         read_record(folder)
 
 
-def test_predictions_of_classes_that_are_none_cost_the_pictures_alone(runs, held):
-    folder = copied(runs, "other", lambda record: None)
+def test_predictions_of_unknown_classes_cost_only_the_images(runs, compare_sides):
+    folder = copy_second_run(runs, "other", lambda record: None)
     for path in (folder / "predictions").glob("*_pred.png"):
         write_png(path, np.full((32, 48), 7, np.uint8))
-    assert "not a mask of the 2 classes" in held("first", "other")[-1]
+    assert "not a mask of the 2 classes" in compare_sides("first", "other")[-1]
     write_data(runs / "grown", train=1, val=3)
-    copied(runs, "other", lambda record: record.update(root=str(runs / "grown")))
-    assert "grown does not hold the images that were evaluated" in held("other", "first")[-1]
+    copy_second_run(runs, "other", lambda record: record.update(root=str(runs / "grown")))
+    assert "grown does not hold the images that were evaluated" in compare_sides("other", "first")[-1]
 
 
-def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs, held):
+def test_untrusted_config_costs_only_the_images(runs, compare_sides):
     folder = runs / "hostile"
     shutil.copytree(runs / "first", folder)
     config = folder / "config/config.yaml"
@@ -399,24 +399,24 @@ def test_a_config_that_is_not_to_be_trusted_costs_the_pictures_alone(runs, held)
     done = compare(runs, "hostile", "second")
     assert done.status == 0 and "The report has no images: " in done.err and "os.path" in done.err
     config.unlink()
-    assert "The report has no images" in held("hostile", "second")[-1]
+    assert "The report has no images" in compare_sides("hostile", "second")[-1]
 
 
-def test_class_ids_that_others_are_read_as_cost_no_pictures(runs, held):
-    folder = copied(runs, "read as", lambda record: None)
+def test_class_ids_that_others_are_read_as_cost_no_pictures(runs, compare_sides):
+    folder = copy_second_run(runs, "read as", lambda record: None)
     config = OmegaConf.load(folder / "config/config.yaml")
     config.data.reader.masks.ids = {11: 255}  # whose keys are numbers in YAML and text in a checkpoint
     OmegaConf.save(config, folder / "config/config.yaml")
-    _, (other,), said = held("read as", "first")
+    _, (other,), said = compare_sides("read as", "first")
     assert other.shots and "has no images" not in said
 
 
-def test_a_config_that_leaves_classes_to_their_file_costs_no_pictures(runs, held):
+def test_config_with_a_class_file_still_shows_images(runs, compare_sides):
     shutil.copytree(runs / "first", runs / "typed")
     config = (runs / "segmenter/config/config.yaml").read_text()
     (runs / "typed/config/config.yaml").write_text(config)
-    _, (other,), said = held("typed", "second")
+    _, (other,), said = compare_sides("typed", "second")
     assert "${class_file:palette}" in config and other.shots and "has no images" not in said
     hidden = config.replace("${class_file:palette}", "${class_file:${oc.env:HOME}}")
     (runs / "typed/config/config.yaml").write_text(hidden)
-    assert "this interpolation is refused" in held("typed", "second")[-1]
+    assert "this interpolation is refused" in compare_sides("typed", "second")[-1]

@@ -30,7 +30,7 @@ def codes(report, severity):
     return [finding["code"] for finding in report["findings"] if finding["severity"] == severity]
 
 
-def test_a_clean_set(where):
+def test_clean_dataset_has_no_errors(where):
     done, report, page = doctor(where, *FOLDER, "mode.samples=4")
     assert done.status == 0 and "error" not in done.err
     assert report["errors"] == report["warnings"] == 0 and report["notes"] == len(codes(report, "note"))
@@ -71,7 +71,7 @@ def test_errors_give_status_1_and_keep_the_report(where):
     assert "foreign_ids" in page and "Traceback" not in done.err
 
 
-def test_what_the_reader_refuses_is_a_finding(where):
+def test_reader_error_is_a_finding(where):
     shutil.rmtree(where / "data/train/masks")
     done, report, page = doctor(where, *FOLDER)
     assert done.status == 1 and codes(report, "error") == ["split_unreadable"]
@@ -79,7 +79,7 @@ def test_what_the_reader_refuses_is_a_finding(where):
     assert list(report["splits"]) == ["val"]
 
 
-def test_what_is_no_whole_pair_is_a_finding_and_the_rest_is_examined(where):
+def test_unpaired_files_are_findings_and_the_rest_is_examined(where):
     (where / "data/train/masks/3.png").unlink()
     (where / "data/val/images/1.png").unlink()
     done, report, page = doctor(where, *FOLDER)
@@ -92,7 +92,7 @@ def test_what_is_no_whole_pair_is_a_finding_and_the_rest_is_examined(where):
     assert report["splits"]["val"]["images"] == 2 and "Training stops: fix" in done.err
 
 
-def test_a_name_that_is_no_utf8(where):
+def test_undecodable_file_name_is_reported_escaped(where):
     for kind in ("images", "masks"):
         file = os.fsencode(where / "data/train" / kind)
         os.rename(file + b"/2.png", file + b"/caf\xe9.png")
@@ -116,7 +116,7 @@ def test_an_error_that_training_only_warns_of(where):
     assert "ERROR group_on_both_sides (training does not stop on it)" in done.out
 
 
-def test_no_folder_at_all(tmp_path):
+def test_missing_folder_is_a_finding(tmp_path):
     done, report, _ = doctor(tmp_path, *FOLDER)
     assert done.status == 1 and codes(report, "error") == ["split_unreadable"] * 2
     assert report["splits"] == {} and "data.root=data is not a folder" in done.out
@@ -138,12 +138,12 @@ def test_a_test_split_that_is_the_val_split_is_left_out(where):
     assert "Split test is left out: it is val, file by file." in done.out
 
 
-def test_masks_only(where):
+def test_doctor_can_skip_reading_images(where):
     done, report, _ = doctor(where, *FOLDER, "mode.images=false")
     assert done.status == 0 and "class_imbalance" in codes(report, "note")
 
 
-def test_more_files_than_are_shown(where):
+def test_long_file_lists_are_shortened(where):
     for index in range(12):
         write_png(where / f"data/train/masks/x{index}.png", np.full((32, 48), 9, np.uint8))
         write_png(where / f"data/train/images/x{index}.png", np.zeros((32, 48, 3), np.uint8))
@@ -161,6 +161,6 @@ def test_more_files_than_are_shown(where):
         ("data.classes=???", "data.classes is not set"),
     ],
 )
-def test_options_out_of_range(where, option, message):
+def test_options_out_of_range_are_refused(where, option, message):
     done = call(where, *FOLDER, option)
     assert done.status == 1 and message in done.err

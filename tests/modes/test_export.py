@@ -37,7 +37,7 @@ def test_merged_weights_are_the_base_and_its_update(tmp_path):
 
 
 @pytest.mark.heavy
-def test_without_the_final_norm_the_words_that_read_the_file_are_told(tmp_path):
+def test_export_without_final_norm_prints_the_keys_to_load_it(tmp_path):
     train(tmp_path, "backbone.final_norm=false")
     done = export(tmp_path)
     assert done.status == 0, done.err

@@ -14,7 +14,7 @@ from dinoseg.modes import help as mode
 FILES = [path for path in Path(CONFIGS).glob("*/*.yaml") if path.parent.name not in ("hydra", "local")]
 
 
-def listed():
+def listed_options():
     """Return group to options, as the overview prints them."""
     groups, group = {}, None
     for line in mode.overview().partition("Groups and their options")[2].splitlines()[1:]:
@@ -30,14 +30,14 @@ def test_every_group_and_option_is_listed_and_no_hidden_one():
         group = path.parent.relative_to(CONFIGS).as_posix()
         if not path.stem.startswith("_") and group.partition("/")[0] not in ("hydra", "local"):
             expected.setdefault(group, set()).add(path.stem)
-    assert listed().keys() == expected.keys() and len(expected) >= 10
-    for group, names in listed().items():
+    assert listed_options().keys() == expected.keys() and len(expected) >= 10
+    for group, names in listed_options().items():
         assert len(names) == len({*names}) and {*names} == expected[group]
     hidden = [path.stem for path in FILES if path.stem.startswith("_")]
     assert hidden and not any(name in mode.overview().split() for name in hidden)
 
 
-def test_it_fits_a_terminal():
+def test_help_fits_a_terminal():
     assert max(map(len, mode.overview().splitlines())) <= 120
 
 
@@ -48,10 +48,10 @@ def test_the_commands_it_shows_compose(compose):
     for line in [line for line in lines if line.startswith(("mode=", "-m mode="))]:
         words = [word for word in line.split() if "=" in word]
         cfg = compose(*[word if "[" in word else word.partition(",")[0] for word in words])
-        assert cfg.choices.mode in listed()["mode"] and f"mode={cfg.choices.mode}" in words
+        assert cfg.choices.mode in listed_options()["mode"] and f"mode={cfg.choices.mode}" in words
 
 
-def test_help_of_training_lists_keys_of_other_groups_and_describes_commands(compose):
+def test_training_help_lists_keys_of_groups_and_commands(compose):
     lines = mode.of_mode("train").splitlines()
     assert max(map(len, lines[: lines.index("") - 1])) <= 120
     heading = "Keys of other groups that are set most often (options and recipes may set others):"
@@ -85,7 +85,7 @@ def test_help_of_a_recipe_shows_its_settings():
     assert text.startswith("CamVid: street scenes, 11 classes.\n") and "  trainer={steps: " in text
 
 
-def test_options_of_one_s_own_have_help(tmp_path):
+def test_own_options_have_help(tmp_path):
     (tmp_path / "head").mkdir()
     (tmp_path / "head/mine.yaml").write_text("# Mine.\ndefaults: [mlp, _self_]\nwidth: 3  # channels\n")
     text = mode.help_for(["--config-dir", str(tmp_path), "head=mine", "--help"])
@@ -93,7 +93,7 @@ def test_options_of_one_s_own_have_help(tmp_path):
 
 
 @pytest.mark.parametrize("word", ["head=nothing", "head=_mask2former", "nothing=mlp", "/=x", "head=../main", "seed=1"])
-def test_help_of_what_is_no_option_is_the_overview(word):
+def test_help_of_an_unknown_option_is_the_overview(word):
     assert mode.help_for([word, "--help"]) == mode.overview()
 
 
@@ -102,10 +102,10 @@ def test_a_new_option_appears_by_itself(monkeypatch, tmp_path):
         (tmp_path / "cfg" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "cfg" / name).touch()
     monkeypatch.setattr(mode, "CONFIGS", tmp_path / "cfg")
-    assert listed() == {"head": ["linear", "new"]}
+    assert listed_options() == {"head": ["linear", "new"]}
 
 
-def test_the_mode_prints_it(capsys):
+def test_mode_prints_its_help(capsys):
     mode.show(None, out_dir=None)
     assert capsys.readouterr().out == mode.overview() + "\n"
 

@@ -34,7 +34,7 @@ def run(where, *words):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def multilabel_run(tmp_path_factory):
     """Return the folder of a run that has learnt two overlapping shapes, and their masks."""
     where = tmp_path_factory.mktemp("multilabel")
     masks = write_overlaps(where / "data", train=16)
@@ -68,15 +68,15 @@ def scores_of(folder):
     return json.loads((folder / "scores.json").read_text())
 
 
-def test_training_learns_classes_that_overlap(trained):
-    where, _ = trained
+def test_training_learns_classes_that_overlap(multilabel_run):
+    where, _ = multilabel_run
     scores = scores_of(where / "run/evaluation")
     assert scores["miou"] > 0.75 and scores["matrix"] is None
     assert (where / "run/evaluation/report.html").is_file()
 
 
-def test_evaluation_and_saved_predictions_equal_numpy(trained):
-    where, masks = trained
+def test_evaluation_and_saved_predictions_equal_numpy(multilabel_run):
+    where, masks = multilabel_run
     val = {name: mask for name, mask in masks.items() if name.startswith("val")}
     run(where, "mode=eval", "resume=run", "hydra.run.dir=eval")
     run(where, "mode=predict", "resume=run", "input=val", "mode.outputs=[probabilities]", "hydra.run.dir=val_predicted")
@@ -106,8 +106,8 @@ def test_evaluation_and_saved_predictions_equal_numpy(trained):
     assert all((references[name] == val[name]).all() for name in val)
 
 
-def test_metrics_count_the_layers_of_each_class(trained):
-    where, masks = trained
+def test_metrics_count_the_layers_of_each_class(multilabel_run):
+    where, masks = multilabel_run
     run(where, "mode=predict", "resume=run", "input=val", "hydra.run.dir=for_metrics")
     val = sorted(name for name in masks if name.startswith("val"))
     predictions = read_layers(where / "for_metrics/masks", val)
@@ -127,8 +127,8 @@ def test_metrics_count_the_layers_of_each_class(trained):
     assert "nsd" in (where / "metrics/report.html").read_text()
 
 
-def test_doctor_reports_layers(trained):
-    where, masks = trained
+def test_doctor_reports_layers(multilabel_run):
+    where, masks = multilabel_run
     words = ("data=folder", "data.root=data", "data.classes=[disc,square]", "task=multilabel", "hydra.run.dir=doctor")
     done = run(where, "mode=doctor", *words)
     pixels = sum((mask.sum(axis=0) > 1).sum() for name, mask in masks.items() if name.startswith("train"))
@@ -139,8 +139,8 @@ def test_doctor_reports_layers(trained):
     assert "several classes" in (where / "doctor/doctor.html").read_text()
 
 
-def test_windows_flips_and_thresholds_change_the_layers(trained):
-    where, _ = trained
+def test_windows_flips_and_thresholds_change_the_layers(multilabel_run):
+    where, _ = multilabel_run
     averaged = ("inference=windows", "inference.size=24", "inference.flips=all", "inference.scales=[1.0,1.5]")
     run(where, "mode=eval", "resume=run", *averaged, "hydra.run.dir=windows", "mode.metrics_only=true")
     assert scores_of(where / "windows")["miou"] > 0.75
@@ -158,8 +158,8 @@ def test_windows_flips_and_thresholds_change_the_layers(trained):
     assert compared["scores"]["accuracy"] == pytest.approx(first["accuracy"])
 
 
-def test_exported_files_equal_the_model(trained):
-    where, _ = trained
+def test_exported_files_equal_the_model(multilabel_run):
+    where, _ = multilabel_run
     run(where, "mode=export", "resume=run", "export=safetensors", "hydra.run.dir=whole")
     run(where, "mode=export", "resume=run", "export=onnx", "task.threshold=[0.4,0.6]", "hydra.run.dir=graph")
     image = read_image(where / "data/val/images/val_0.png")
@@ -175,8 +175,8 @@ def test_exported_files_equal_the_model(trained):
     np.testing.assert_array_equal(read_ids(where / "saved/square/x.png"), ours.mask[1])
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(trained):
-    where, _ = trained
+def test_a_resumed_run_equals_an_uninterrupted_one(multilabel_run):
+    where, _ = multilabel_run
     words = ("mode=train", *TASK, *RATES, "loss=bce", "trainer.val_every=2", "mode.metrics_only=true")
     words += ("optim.schedule.kind=constant",)
     run(where, *words, "trainer.steps=4", "hydra.run.dir=whole_run")

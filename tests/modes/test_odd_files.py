@@ -30,7 +30,7 @@ def write(root, split, name, size=(32, 48)):
     write_png(root / split / "masks" / f"{name}.png", (image.mean(axis=-1) > 127).astype(np.uint8))
 
 
-def test_names_of_any_letters_train_and_are_told(tmp_path):
+def test_names_in_any_script_train_and_are_reported(tmp_path):
     for name in NAMES:
         write(tmp_path / "data", "train", name)
     for name in NAMES[:3]:
@@ -41,7 +41,7 @@ def test_names_of_any_letters_train_and_are_told(tmp_path):
     assert r"Cannot read data/val/masks/new\nline val.png as an image" in done.out
 
 
-def test_what_is_no_file_is_told_in_a_line_each_and_can_be_left_out(tmp_path):
+def test_unreadable_files_are_reported_and_can_be_skipped(tmp_path):
     root = tmp_path / "data"
     for split in ("train", "val"):
         for name in ("a", "b"):

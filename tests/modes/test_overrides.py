@@ -12,7 +12,7 @@ from command_line import in_this_process, write_data
 from config_files import options, read
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from portable_parts import TINY, untrained
+from portable_parts import TINY, write_untrained
 
 import dinoseg
 from dinoseg.cli.ranks import LAUNCH_KEYS
@@ -99,7 +99,7 @@ def where(compose, tmp_path_factory):
     """Return a folder with images, and a checkpoint of a model that was trained on smaller ones."""
     folder = tmp_path_factory.mktemp("overrides")
     write_data(folder / "data", size=(40, 130))
-    path = untrained(compose, folder, *WORDS[:-2], "adapter=full", sizes=SIZES)
+    path = write_untrained(compose, folder, *WORDS[:-2], "adapter=full", sizes=SIZES)
     return SimpleNamespace(folder=folder, checkpoint=path, bases={}, number=iter(range(10**6)))
 
 
@@ -123,11 +123,11 @@ def mean_of(tensor):
 
 
 @contextmanager
-def watching():
+def watch_models():
     """Give a list of what models see and what comes of it, while it is made."""
     seen, pixels = [], SegmentationModel.pixels
 
-    def watched(self, *words, **keys):
+    def watch_pixels(self, *words, **keys):
         found = pixels(self, *words, **keys)
         seen.append((tuple(found.shape), mean_of(found)))
         return found
@@ -141,7 +141,7 @@ def watching():
         return watched_bands
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(SegmentationModel, "pixels", watched))
+        stack.enter_context(patch.object(SegmentationModel, "pixels", watch_pixels))
         for kind in (Auto, Whole, Windows):
             stack.enter_context(patch.object(kind, "bands", watch(kind.bands)))
         yield seen
@@ -189,13 +189,13 @@ def run(mode, cfg, out_dir):
     return instantiate(cfg.mode, without=LAUNCH_KEYS)(cfg, out_dir=out_dir)
 
 
-def observed(where, mode, cfg, word):
+def observe_mode(where, mode, cfg, word):
     """Return what a mode does by a config, beside what it says."""
     out = where.folder / f"out_{next(where.number)}"
     (out / "config").mkdir(parents=True)
     (out / "config/overrides.txt").write_text(f"{word}\n", encoding="utf-8")
     with (
-        watching() as seen,
+        watch_models() as seen,
         redirect_stdout(io.StringIO()) as said,
         patch("dinoseg.modes.bench.run_in_process", in_this_process),
         patch("dinoseg.modes.bench.matrix_peak", lambda *_, **__: 1.0),
@@ -206,10 +206,10 @@ def observed(where, mode, cfg, word):
 
 
 @pytest.mark.parametrize(("mode", "key", "option"), list(cells()))
-def test_a_key_has_an_effect_or_it_is_said_to_have_none(compose, where, capsys, caplog, mode, key, option):
+def test_every_key_has_an_effect_or_is_reported_as_unused(compose, where, capsys, caplog, mode, key, option):
     if (mode, option) not in where.bases:
         cfg = config(compose, where, mode, option)
-        where.bases[mode, option] = cfg, observed(where, mode, copy.deepcopy(cfg), "")
+        where.bases[mode, option] = cfg, observe_mode(where, mode, copy.deepcopy(cfg), "")
     cfg, base = where.bases[mode, option]
     capsys.readouterr()
     caplog.clear()
@@ -217,7 +217,7 @@ def test_a_key_has_an_effect_or_it_is_said_to_have_none(compose, where, capsys, 
     OmegaConf.update(cfg, key, OTHER[key])
     changed = None
     try:
-        changed = observed(where, mode, cfg, f"{key}={OTHER[key]}")
+        changed = observe_mode(where, mode, cfg, f"{key}={OTHER[key]}")
     except UserError as error:
         assert key in str(error)
     said = f"No effect here: {key}=" in capsys.readouterr().err + caplog.text

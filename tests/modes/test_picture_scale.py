@@ -39,7 +39,7 @@ def test_a_checkpoint_knows_the_sizes(run):
         ("large.png", ("resolution.longest=64",), False),
     ],
 )
-def test_what_is_larger_is_reduced_unless_the_user_says_a_size(run, source, words, warns):
+def test_larger_images_are_reduced_unless_a_size_is_set(run, source, words, warns):
     out = "_".join(("out", source.partition(".")[0], *words)).replace(".", "_").replace("=", "_")
     done = call(run, "mode=predict", "resume=run", f"input={source}", "engine=cpu", f"hydra.run.dir={out}", *words)
     assert done.status == 0 and ("are larger than those of the training" in done.err) == warns
@@ -47,7 +47,7 @@ def test_what_is_larger_is_reduced_unless_the_user_says_a_size(run, source, word
     assert read_ids(mask).shape == ((100, 160) if source == "large.png" else (64, 70))
 
 
-def test_a_size_that_is_typed_when_a_folder_goes_on_is_another_setting(run):
+def test_typed_size_is_a_changed_setting_when_resuming(run):
     words = ("mode=predict", "resume=run", "input=large.png", "engine=cpu", "hydra.run.dir=resumes_with")
     said = "hydra.run.dir=.*: settings differ from that run: resolution.longest on the command line was "
     assert call(run, *words).status == 0

@@ -19,15 +19,15 @@ from dinoseg.utils.errors import UserError
 WORDS = [*SMALL[:2], *SMALL[3:], "data.root=my data", "engine.precision=fp32"]
 
 
-def planned(where, *words):
+def run_plan(where, *words):
     done = call(where, "mode=plan", *WORDS, "hydra.run.dir=run", *words)
     assert done.status == 0, done.err
     return json.loads((where / "run/plan.json").read_text()), done.out
 
 
 @pytest.mark.heavy
-def test_what_fits_is_tried_and_started_as_it_is(tmp_path):
-    found, out = planned(tmp_path)
+def test_fitting_config_is_planned_unchanged(tmp_path):
+    found, out = run_plan(tmp_path)
     step = found["planned"]["step"]
     assert found["changes"] == [] and found["device"] == "cpu"
     assert found["as_it_is"]["need"] == found["planned"]["need"] >= step["peak"] > step["weights"] > 10_000
@@ -39,7 +39,7 @@ def test_what_fits_is_tried_and_started_as_it_is(tmp_path):
 
 def test_hours_follow_from_operations_and_steps(tmp_path):
     words = ("mode.tflops=0.002", "trainer.steps=900")
-    found, out = planned(tmp_path, *words)
+    found, out = run_plan(tmp_path, *words)
     flops, hours = found["duration"]["flops"], found["duration"]["hours"]
     assert hours == pytest.approx(900 * flops / 2e9 / 3600) and flops > 1e6
     assert f"{hours:.3g} h for 900 steps" in out and "0.002 TFLOP/s" in out
@@ -58,10 +58,10 @@ def test_hours_follow_from_operations_and_steps(tmp_path):
         assert refused.status == 1 and message in refused.err
 
 
-def test_what_does_not_fit_is_changed_by_a_command_that_trains_so(tmp_path):
+def test_plan_prints_a_training_command_that_fits_in_memory(tmp_path):
     words = ("data.batch_size=8", "resolution.crop=[320,320]", "mode.device=cuda", "mode.memory=1.03GiB")
     words = (*words, "backbone.checkpointing=true")
-    found, out = planned(tmp_path, *words)
+    found, out = run_plan(tmp_path, *words)
     (change,) = found["changes"]
     size, times = change["words"]["data.batch_size"], change["words"]["trainer.accumulate"]
     assert size * times == 8 and size < 8
@@ -105,7 +105,7 @@ def test_the_printed_command_trains_as_the_recipe_would(tmp_path, monkeypatch):
         assert ("Random numbers (dropout, mask points) are sampled per micro-batch" in done.out) == bool(sizes)
 
 
-def test_a_device_that_is_not_here_computes_as_the_config_says(compose, monkeypatch):
+def test_absent_device_is_planned_with_the_configured_precision(compose, monkeypatch):
     target = planning._target(Builder(compose(*WORDS, "engine.precision=bf16")), "24GB", "cuda")
     assert (target.kind, target.memory, target.bf16) == ("cuda", 24 * 10**9, True)
     monkeypatch.setattr(planning, "free_bytes", lambda device: math.inf)
@@ -113,13 +113,13 @@ def test_a_device_that_is_not_here_computes_as_the_config_says(compose, monkeypa
         planning._target(Builder(compose(*WORDS)), None, None)
 
 
-def test_ranks_of_a_cpu_share_what_is_free_and_have_each_what_is_said(compose, monkeypatch):
+def test_cpu_ranks_share_free_memory_but_not_a_given_amount(compose, monkeypatch):
     monkeypatch.setattr(planning, "free_bytes", lambda device: 6000)
     cfg = compose(*WORDS, "engine.devices=3", "data.batch_size=6")
     assert [planning._target(Builder(cfg), said, None).memory for said in (None, "1MiB")] == [2000, 2**20]
 
 
-def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_path):
+def test_planned_command_preserves_unchanged_overrides(monkeypatch, tmp_path):
     typed = ["mode=plan", "+mode.memory=1GiB", "adapter=full", "++adapter.rank=2", "adapters=x", "data.root=a b"]
     monkeypatch.setattr(planning, "last_command_line", lambda folder: [*typed, "hydra.run.dir=run"])
     sources = [SimpleNamespace(provider=name, path=name) for name in ("main", "command-line")]
@@ -155,7 +155,7 @@ def test_a_command_keeps_what_was_typed_but_for_what_changes(monkeypatch, tmp_pa
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_values_that_are_none_are_refused(tmp_path, words, message):
+def test_invalid_plan_options_are_refused(tmp_path, words, message):
     done = call(tmp_path, "mode=plan", *WORDS, "hydra.run.dir=run", *words)
     assert done.status == 1 and re.search(message, done.err), done.err
     assert "Traceback" not in done.err

@@ -54,7 +54,7 @@ def expected_ids(frame):
 
 
 @pytest.fixture
-def trained(monkeypatch):
+def trained_model(monkeypatch):
     palette = [(0, 0, 0), (200, 40, 0), (0, 90, 255)]
     engine = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
     fake = Trained(Brightness().eval(), engine, CLASSES, palette, 255, {})
@@ -92,7 +92,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir() if path.name not in ("predict.json", "predicted"))
 
 
-def test_an_image_is_segmented_at_its_own_size(trained, tmp_path, caplog):
+def test_an_image_is_segmented_at_its_own_size(trained_model, tmp_path, caplog):
     pixels = random_image(tmp_path / "in" / "a.png", (21, 33))
     with caplog.at_level("INFO"):
         totals = predict(tmp_path / "in" / "a.png", tmp_path / "out")
@@ -103,7 +103,7 @@ def test_an_image_is_segmented_at_its_own_size(trained, tmp_path, caplog):
     assert names(tmp_path / "out") == ["a_segmentation"]
 
 
-def test_a_folder_of_several_sizes_and_equal_stems(trained, tmp_path):
+def test_a_folder_of_several_sizes_and_equal_stems(trained_model, tmp_path):
     folder = tmp_path / "in"
     images = {}
     for index in range(5):
@@ -118,11 +118,11 @@ def test_a_folder_of_several_sizes_and_equal_stems(trained, tmp_path):
     for name, pixels in images.items():
         raw = np.load(tmp_path / "out" / f"{name}_segmentation" / "segmentation_raw.npy")
         assert np.array_equal(raw, expected_ids(pixels)), name
-    assert max(batch[0] for batch in trained.model.batches) == 3  # batched by size, never above the limit
+    assert max(batch[0] for batch in trained_model.model.batches) == 3  # batched by size, never above the limit
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_a_video_gives_an_overlay_and_masks(trained, tmp_path, masks, caplog):
+def test_a_video_gives_an_overlay_and_masks(trained_model, tmp_path, masks, caplog):
     video = random_video(tmp_path / "v.avi")
     with caplog.at_level("INFO"):
         totals = predict(video, tmp_path / "out", masks=masks)
@@ -140,20 +140,20 @@ def test_a_video_gives_an_overlay_and_masks(trained, tmp_path, masks, caplog):
         assert names(tmp_path / "out" / "v_masks") == [f"{index:09d}.png" for index in range(10)]
         ids = read_ids(tmp_path / "out" / "v_masks" / "000000004.png")
         assert ids.shape == (32, 48) and (ids[:, :18] == 2).all() and (ids[:, 24:] == 0).all()
-    assert {batch[0] for batch in trained.model.batches} == {3, 1}
+    assert {batch[0] for batch in trained_model.model.batches} == {3, 1}
 
 
-def test_an_opaque_overlay_shows_the_classes_colours(trained, tmp_path):
+def test_an_opaque_overlay_shows_the_classes_colours(trained_model, tmp_path):
     predict(random_video(tmp_path / "v.avi"), tmp_path / "out", opacity=1.0)
     with VideoReader(tmp_path / "out/v_overlay.mp4") as reader:
         last = list(reader)[-1]
     assert np.abs(last[10:20, 4:30].reshape(-1, 3).mean(axis=0) - (0, 90, 255)).max() < 12
 
 
-def test_class_ids_lie_as_mode_score_takes_them(trained, tmp_path, capsys):
+def test_class_ids_have_the_layout_of_mode_score(trained_model, tmp_path, capsys):
     folder = tmp_path / "in"
     images = {name: random_image(folder / f"{name}.png", seed=len(name)) for name in ("a", "deep/a", "deep/frame10")}
-    trained.ignore_index = 250
+    trained_model.ignore_index = 250
     for masks in (None, True, False):
         predict(f"{folder}/**/*.png", tmp_path / f"out{masks}", masks=masks)
         found = tmp_path / f"out{masks}/masks"
@@ -163,7 +163,7 @@ def test_class_ids_lie_as_mode_score_takes_them(trained, tmp_path, capsys):
         for name, pixels in images.items():
             assert np.array_equal(read_ids(found / f"{name}.png"), expected_ids(pixels))
         record = json.loads((found / "classes.json").read_text())
-        colours = [list(colour) for colour in trained.palette]
+        colours = [list(colour) for colour in trained_model.palette]
         assert record == {
             "classes": CLASSES,
             "palette": colours,
@@ -178,7 +178,7 @@ def test_class_ids_lie_as_mode_score_takes_them(trained, tmp_path, capsys):
         assert f"python -m dinoseg mode=score prediction={tmp_path}/out{masks} reference=FOLDER  #" in printed
 
 
-def test_a_split_by_fraction_is_predicted_and_scored_under_its_own_names(trained, tmp_path, compose, capsys):
+def test_split_by_fraction_is_predicted_under_its_own_names(trained_model, tmp_path, compose, capsys):
     for name in ("a", "deep/a", "deep/b", "c"):
         pixels = random_image(tmp_path / f"images/{name}.png", seed=len(name))
         write_png(tmp_path / f"masks/{name}.png", expected_ids(pixels).astype(np.uint8) + 1)
@@ -203,7 +203,7 @@ def test_a_split_by_fraction_is_predicted_and_scored_under_its_own_names(trained
     assert scores["mIoU"] == 1.0
 
 
-def test_bad_files_are_named_and_the_rest_is_done(trained, tmp_path):
+def test_bad_files_are_named_and_the_rest_is_done(trained_model, tmp_path):
     folder = tmp_path / "in"
     for name in "aeg":
         random_image(folder / f"{name}.png")
@@ -227,40 +227,40 @@ def test_bad_files_are_named_and_the_rest_is_done(trained, tmp_path):
     ]
 
 
-def test_a_model_that_fails_leaves_nothing_half_written(trained, tmp_path):
+def test_a_model_that_fails_leaves_nothing_half_written(trained_model, tmp_path):
     video = random_video(tmp_path / "v.avi")
     batches = iter([True, True, False])
-    real = trained.model.forward
+    real = trained_model.model.forward
 
     def forward(images):
         if not next(batches):
             raise RuntimeError("broken")
         return real(images)
 
-    trained.model.forward = forward
+    trained_model.model.forward = forward
     with pytest.raises(RuntimeError, match="broken"):
         predict(video, tmp_path / "out", masks=True)
     assert names(tmp_path / "out") == []
 
 
-def test_an_image_that_memory_does_not_suffice_for_is_named_and_the_rest_is_done(trained, tmp_path, monkeypatch):
+def test_image_out_of_memory_is_named_and_others_are_predicted(trained_model, tmp_path, monkeypatch):
     for name in "abc":
         random_image(tmp_path / f"in/{name}.png", seed=ord(name))
     bad = torch.tensor(read_image(tmp_path / "in/b.png")).permute(2, 0, 1)
-    real, draw = trained.model.forward, image_run.write_image_results
+    real, draw = trained_model.model.forward, image_run.write_image_results
 
     def forward(images):
         if any(torch.equal(image, bad) for image in images):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return real(images)
 
-    def written(folder, *given, **named):
+    def write_or_fail(folder, *given, **named):
         if folder.name.startswith("c"):
             raise MemoryError
         draw(folder, *given, **named)
 
-    trained.model.forward = forward
-    monkeypatch.setattr(image_run, "write_image_results", written)
+    trained_model.model.forward = forward
+    monkeypatch.setattr(image_run, "write_image_results", write_or_fail)
     with pytest.raises(UserError, match="2 of 3 inputs failed") as error:
         predict(tmp_path / "in", tmp_path / "out")
     assert "in/b.png: Not enough memory to predict an image of 30 x 20 (width x height) (CUDA" in str(error.value)
@@ -268,7 +268,7 @@ def test_an_image_that_memory_does_not_suffice_for_is_named_and_the_rest_is_done
     assert names(tmp_path / "out") == ["a_segmentation"] and [*(tmp_path / "out/predicted").iterdir()][0].stem == "a"
 
 
-def test_a_full_disk_is_one_message(trained, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_message(trained_model, tmp_path, monkeypatch):
     random_image(tmp_path / "a.png")
 
     def full(*_, **__):
@@ -279,40 +279,40 @@ def test_a_full_disk_is_one_message(trained, tmp_path, monkeypatch):
         predict(tmp_path / "a.png", tmp_path / "out")
 
 
-def test_the_same_again_goes_on_where_it_stopped(trained, tmp_path, monkeypatch, caplog):
+def test_repeated_command_resumes_where_it_stopped(trained_model, tmp_path, monkeypatch, caplog):
     folder, out = tmp_path / "in", tmp_path / "out"
     for number in range(5):
         random_image(folder / f"{number}.png", seed=number)
     random_video(folder / "v.avi")
     write, written = image_run.write_image_results, []
 
-    def stopped(where, *given, **named):
+    def write_then_interrupt(where, *given, **named):
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(where)
         write(where, *given, **named)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(image_run, "write_image_results", stopped)
+        patch.setattr(image_run, "write_image_results", write_then_interrupt)
         predict(folder, out, batch_size=1)
     assert len(list(out.glob("*_segmentation"))) == 3
-    trained.model.batches.clear()
+    trained_model.model.batches.clear()
     with caplog.at_level("INFO"):
         totals = predict(folder, out, batch_size=1)
     assert "3 images of an earlier run reused" in caplog.text and totals["images"] == 5
-    assert len(trained.model.batches) == 2 + 10  # two images, ten frames
+    assert len(trained_model.model.batches) == 2 + 10  # two images, ten frames
     whole = tmp_path / "whole"
     predict(folder, whole, batch_size=1)
     for path in whole.rglob("*"):
         if path.is_file() and "predict" not in str(path.relative_to(whole)):
             assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
-    trained.model.batches.clear()
+    trained_model.model.batches.clear()
     predict(folder, out, batch_size=1)
-    assert trained.model.batches == []
+    assert trained_model.model.batches == []
     random_image(folder / "2.png", seed=99)
     (out / "v_overlay.mp4").unlink()
     predict(folder, out, batch_size=1)
-    assert len(trained.model.batches) == 1 + 10 and "2.png is predicted again" in caplog.text
+    assert len(trained_model.model.batches) == 1 + 10 and "2.png is predicted again" in caplog.text
     with pytest.raises(
         UserError, match=r"settings differ.*frames was null and is 2.*start over without hydra\.run\.dir"
     ):
@@ -333,7 +333,7 @@ def test_the_same_again_goes_on_where_it_stopped(trained, tmp_path, monkeypatch,
         ({"cfg": {"head": {"layers": [1]}}}, "head.layers"),
     ],
 )
-def test_results_of_other_settings_are_not_mixed(trained, tmp_path, changes, message):
+def test_results_of_other_settings_are_not_mixed(trained_model, tmp_path, changes, message):
     parts = {"resolution": {"scale": 1.0}, "inference": {"flip": False}, "backbone": {"dtype": "float32"}}
     cfg = OmegaConf.merge(CFG, parts, {"adapter": {"alpha": 1}, "head": {"layers": [0]}})
     random_image(tmp_path / "in/a.png")
@@ -346,8 +346,8 @@ def test_results_of_other_settings_are_not_mixed(trained, tmp_path, changes, mes
         mode.predict(changed, **words | changes)
 
 
-def test_what_replaces_an_input_while_it_is_read_is_predicted_by_the_next_run(trained, tmp_path, caplog):
-    folder, real = tmp_path / "in", trained.model.forward
+def test_input_replaced_while_reading_is_predicted_again(trained_model, tmp_path, caplog):
+    folder, real = tmp_path / "in", trained_model.model.forward
     random_image(folder / "a.png")
     random_video(folder / "v.avi")
 
@@ -358,14 +358,14 @@ def test_what_replaces_an_input_while_it_is_read_is_predicted_by_the_next_run(tr
             random_video(folder / "new.avi", frames=4).replace(folder / "v.avi")
         return real(images)
 
-    trained.model.forward = forward
+    trained_model.model.forward = forward
     assert predict(folder, tmp_path / "out")["frames"] == 10
-    trained.model.forward = real
+    trained_model.model.forward = real
     assert predict(folder, tmp_path / "out")["frames"] == 4
     assert "a.png is predicted again" in caplog.text and "v.avi is predicted again" in caplog.text
 
 
-def test_further_outputs_of_a_video_are_of_each_frame(trained, tmp_path, capsys):
+def test_further_outputs_of_a_video_are_of_each_frame(trained_model, tmp_path, capsys):
     out, outputs = tmp_path / "out", ["palette", "probabilities", "confidence"]
     video = random_video(tmp_path / "v.avi")
     predict(video, out, masks=True, outputs=outputs)
@@ -382,15 +382,15 @@ def test_further_outputs_of_a_video_are_of_each_frame(trained, tmp_path, capsys)
         np.testing.assert_allclose(np.load(out / f"v_confidence/{name}.npy"), shares.max(axis=0), atol=1e-3)
         for folder in ("v_masks", "v_palette"):
             assert np.array_equal(read_ids(out / folder / f"{name}.png"), shares.argmax(axis=0))
-    trained.model.batches.clear()
+    trained_model.model.batches.clear()
     predict(video, out, masks=True, outputs=outputs)
-    assert trained.model.batches == []
+    assert trained_model.model.batches == []
     shutil.rmtree(out / "v_palette")
     predict(video, out, masks=True, outputs=outputs)
     assert len(names(out / "v_palette")) == 10
 
 
-def test_shapes_for_tools_are_refused_for_videos_before_the_model_is_loaded(monkeypatch, tmp_path):
+def test_annotations_of_videos_are_refused_before_loading(monkeypatch, tmp_path):
     monkeypatch.setattr(mode, "load_trained", lambda cfg: pytest.fail("the model was loaded"))
     random_image(tmp_path / "in/a.png")
     random_video(tmp_path / "in/v.avi")
@@ -400,7 +400,7 @@ def test_shapes_for_tools_are_refused_for_videos_before_the_model_is_loaded(monk
         predict(tmp_path / "in", tmp_path / "out", outputs=["palette", "coco", "labelme"])
 
 
-def test_videos_of_which_none_can_be_read_are_named_before_the_model_is_loaded(monkeypatch, tmp_path):
+def test_unreadable_videos_are_named_before_loading_the_model(monkeypatch, tmp_path):
     monkeypatch.setattr(mode, "load_trained", lambda cfg: pytest.fail("the model was loaded"))
     (tmp_path / "in").mkdir()
     for name in ("a.mp4", "b.mkv"):
@@ -430,7 +430,7 @@ def test_mistakes_are_named_before_the_model_is_loaded(monkeypatch, tmp_path, ch
     assert not (tmp_path / "out").exists()
 
 
-def test_outputs_for_tools_are_whole_when_a_run_goes_on(trained, tmp_path):
+def test_annotation_outputs_are_complete_after_resuming(trained_model, tmp_path):
     cfg = OmegaConf.merge(CFG, {"data": {"background": "dark", "classes": CLASSES}})
     options = {"masks": True, "opacity": 0.5, "batch_size": 3, "outputs": ["coco", "confidence"]}
     drawn = PredictedShapes("rle")

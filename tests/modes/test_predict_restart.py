@@ -6,7 +6,7 @@ import shutil
 from command_line import call
 
 
-def test_the_same_command_goes_on_in_its_folder(trained_once, tmp_path):
+def test_repeated_command_resumes_in_its_folder(trained_once, tmp_path):
     words = ("mode=predict", f"resume={trained_once}/segmenter", f"input={trained_once}/clip", "engine=cpu")
     words += ("hydra.run.dir=out",)
     first = call(tmp_path, *words)
@@ -29,7 +29,7 @@ def test_the_same_command_goes_on_in_its_folder(trained_once, tmp_path):
     assert "Wait for it, or choose another hydra.run.dir." in busy.err and not (tmp_path / "out_2").exists()
 
 
-def test_another_model_is_told_in_a_sentence(trained_once, tmp_path):
+def test_other_model_is_refused_in_one_sentence(trained_once, tmp_path):
     (tmp_path / "one").symlink_to(trained_once / "segmenter")
     shutil.copytree(trained_once / "segmenter/checkpoints", tmp_path / "two/checkpoints")
     words = ("mode=predict", f"input={trained_once}/clip/00000.png", "engine=cpu", "hydra.run.dir=out")

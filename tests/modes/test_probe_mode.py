@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     return where
 
 
-def test_every_block_and_what_the_head_reads_is_probed(folder):
+def test_every_block_and_the_layers_of_the_head_are_probed(folder):
     words = ("head=multiscale", "head.layers=[0,1]", "adapter=frozen", "mode=probe", STRONG, "hydra.run.dir=P")
     done = call(folder, *SMALL, *words)
     assert done.status == 0, done.err
@@ -36,7 +36,7 @@ def test_every_block_and_what_the_head_reads_is_probed(folder):
     assert [float(row["val_miou"]) for row in rows] == [row["val_miou"] for row in found["readings"]]
 
 
-def test_training_begins_with_what_was_solved_and_goes_on_without(folder, monkeypatch):
+def test_head_starts_from_the_probe_but_resumes_without_it(folder, monkeypatch):
     shown = {}
 
     def watch(checkpoints, model, *others):
@@ -68,7 +68,7 @@ def test_training_begins_with_what_was_solved_and_goes_on_without(folder, monkey
         (("mode=probe", "mode.held_out=1"), "out of range"),
     ],
 )
-def test_what_cannot_be_done_is_said(folder, words, message):
+def test_impossible_probe_is_refused_with_the_reason(folder, words, message):
     done = call(folder, *SMALL, *words)
     assert done.status == 1 and message in done.err.replace("\n", " "), done.err
 

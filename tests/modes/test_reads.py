@@ -54,7 +54,7 @@ def keys(compose):
 
 
 @pytest.mark.parametrize("mode", sorted(set(options("mode")) - {"help"}))
-def test_a_mode_composes_the_keys_that_its_code_reads_and_no_other(mode, keys):
+def test_mode_composes_exactly_the_keys_its_code_reads(mode, keys):
     found = read_by_code(mode) & (set().union(*keys.values()) | {*GROUPS})
     assert found - FOR_ALL - BY_OPTION - ELSEWHERE.get(mode, set()) <= keys[mode]
     assert ELSEWHERE.get(mode, set()) <= found - keys[mode]

@@ -25,7 +25,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(files):
+def expected_scores(files):
     """Return the scores of a picture by Meta's evaluation."""
     return by_hand(files, picture(LARGE))
 
@@ -70,13 +70,13 @@ def by_hand(files, image):
     return resize(total / counts, image.shape[:2], mode="bilinear")[0]
 
 
-def test_predict_as_released(files, expected, tmp_path):
+def test_predictions_equal_the_released_segmentor(files, expected_scores, tmp_path):
     write_png(tmp_path / "street.png", picture(LARGE))
     words = ["mode=predict", "hparam=ade20k_m2f", *SMALL, *weights(files), *SMALLER, "input=street.png"]
     done = call(tmp_path, *words)
     assert done.status == 0, done.err
     found = np.load(next(tmp_path.rglob("segmentation_raw.npy")))
-    best = expected.topk(2, dim=0)
+    best = expected_scores.topk(2, dim=0)
     sure = (best.values[0] - best.values[1] > 2**-7 * best.values[0]).numpy()  # two roundings to bfloat16
     assert sure.mean() > 0.5 and len(np.unique(found)) > 3
     np.testing.assert_array_equal(found[sure], best.indices[0].numpy()[sure])
@@ -88,8 +88,8 @@ def test_the_recipe_has_the_published_windows(compose):
     assert policy.starts(0, 1500) == [0, 596, 604]
 
 
-def test_score_as_released(files, expected, tmp_path):
-    root, mask = tmp_path / "ade", (expected.argmax(dim=0).numpy() + 1).astype(np.uint8)
+def test_scores_equal_the_released_segmentor(files, expected_scores, tmp_path):
+    root, mask = tmp_path / "ade", (expected_scores.argmax(dim=0).numpy() + 1).astype(np.uint8)
     for name in ("training", "validation"):
         write_png(root / f"images/{name}/a.png", picture(LARGE))
         write_png(root / f"annotations/{name}/a.png", mask)  # 0 is "other" in these files
@@ -101,7 +101,7 @@ def test_score_as_released(files, expected, tmp_path):
 
 
 @pytest.mark.parametrize(("recipe", "columns"), [("idd_m2f", 26), ("idd_m2f_no_object", 27)])
-def test_train_a_new_class_layer(files, tmp_path, recipe, columns):
+def test_new_class_layer_can_be_trained(files, tmp_path, recipe, columns):
     for split in ("train", "val"):
         write_png(tmp_path / f"idd/leftImg8bit/{split}/1/a_leftImg8bit.png", picture())
         mask = np.random.default_rng(1).choice([0, 3, 25, 255], SIZE).astype(np.uint8)
@@ -131,7 +131,7 @@ def test_train_a_new_class_layer(files, tmp_path, recipe, columns):
     assert read_ids(next(tmp_path.rglob("segmentation_colored.png"))).shape[:2] == SIZE
 
 
-def test_a_segmentor_that_is_not_trained_is_no_use(files, tmp_path):
+def test_untrained_segmentor_is_refused(files, tmp_path):
     write_png(tmp_path / "a.png", picture())
     done = call(tmp_path, "mode=predict", "hparam=idd_m2f", *SMALL, *weights(files), "input=a.png")
     assert done.status == 1 and "this mode needs a trained model" in done.err
@@ -140,7 +140,7 @@ def test_a_segmentor_that_is_not_trained_is_no_use(files, tmp_path):
     assert done.status == 1 and f"head.weights={files[0]}" in done.err
 
 
-def test_a_missing_file_of_the_head_is_named_before_the_backbone_is_fetched(tmp_path):
+def test_missing_head_file_is_named_before_fetching_the_backbone(tmp_path):
     write_png(tmp_path / "a.png", picture())
     hub = ["mode=predict", "hparam=ade20k_m2f", "backbone.weights=nobody/nothing", "input=a.png", "engine=cpu"]
     done = call(tmp_path, *hub)

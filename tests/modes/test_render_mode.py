@@ -16,7 +16,7 @@ SARRARP = (
 )
 
 
-def test_operations_are_drawn_and_the_next_step_is_named(tmp_path):
+def test_operations_are_rendered_and_the_next_step_is_named(tmp_path):
     done = call(tmp_path, *SARRARP, "render.train_videos=1", "render.test_videos=2", "render.seed=3")
     assert done.status == 0, done.err
     assert "Wrote 1 training and 2 test videos of 1 s at 48 x 80 under data" in done.out
@@ -25,7 +25,7 @@ def test_operations_are_drawn_and_the_next_step_is_named(tmp_path):
     assert found == ["test/video_41.zip", "test/video_42.zip", "train1/video_01.zip"]
 
 
-def test_moving_objects_are_drawn_and_drawn_on(tmp_path):
+def test_moving_objects_are_rendered_and_extended(tmp_path):
     first = call(tmp_path, *MOVI, "render.train_videos=1", "render.val_videos=1")
     assert first.status == 0, first.err
     assert "Wrote 1 training and 1 validation videos of 1 s at 32 x 48 under data" in first.out
@@ -62,7 +62,7 @@ def test_settings_that_a_mode_leaves_out_are_the_data_set_s(compose):
         ((*SARRARP, "render.val_videos=3"), "render=sarrarp has no key val_videos. Options that have it: render=movi."),
     ],
 )
-def test_settings_out_of_range_are_named_before_anything_is_written(tmp_path, words, message):
+def test_settings_out_of_range_are_refused_before_writing(tmp_path, words, message):
     done = call(tmp_path, *words)
     assert done.status == 1 and message in done.err and "Traceback" not in done.err
     assert not (tmp_path / "data").exists()

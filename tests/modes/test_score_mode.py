@@ -91,7 +91,7 @@ def test_a_folder_is_scored_without_torch(folders):
     assert "mIoU" in done.stdout and "95 % interval" in done.stdout and "scores.json" in done.stdout
 
 
-def test_the_number_of_units_stands_beside_each_interval(folders, run):
+def test_each_interval_shows_its_number_of_units(folders, run):
     result, done, _ = run()
     row = next(line for line in done.out.splitlines() if line.startswith("mIoU "))
     assert row.split()[-1] == "6" and " .. " in row and "over images" in done.out
@@ -136,7 +136,7 @@ def test_every_bad_file_is_named_then_skipped_on_request(folders, run):
     assert f"3 files could not be scored and are left out; see `problems` in {folder}/scores.json" in done.err
 
 
-def test_both_folders_are_looked_at_before_it_stops(folders, run):
+def test_both_prediction_folders_are_checked_before_stopping(folders, run):
     masks(folders / "second", np.random.default_rng(1))
     (folders / "prediction/1/5.png").unlink()
     (folders / "second/prediction/0/2.png").write_bytes(b"no picture")
@@ -156,7 +156,7 @@ def test_both_folders_are_looked_at_before_it_stops(folders, run):
     assert "Left out of this difference: 2 files" in done.out
 
 
-def test_what_one_cannot_be_compared_on_is_told(folders, run):
+def test_disjoint_predictions_have_no_difference(folders, run):
     shutil.copytree(folders / "prediction", folders / "other")
     for side, lost in (("prediction", (0, 1, 2)), ("other", (3, 4, 5))):
         for number in lost:
@@ -179,7 +179,7 @@ def test_predictions_in_the_folder_of_references(folders, run):
     assert "is the reference itself" in done.err + done.out
 
 
-def test_masks_of_0_and_255_are_warned_of_unless_they_are_said_to_be_binary(tmp_path, run):
+def test_masks_of_0_and_255_give_a_warning_unless_binary(tmp_path, run):
     rng = np.random.default_rng(0)
     for number in range(3):
         truth = rng.random((20, 30)) < 0.3
@@ -194,7 +194,7 @@ def test_masks_of_0_and_255_are_warned_of_unless_they_are_said_to_be_binary(tmp_
     assert "prediction/0.png" in note and note in done.err
 
 
-def test_a_block_of_no_class_is_told(folders, run):
+def test_predicted_ids_outside_the_classes_are_reported(folders, run):
     for number in (2, 5):
         path = folders / f"prediction/{number % 2}/{number}.png"
         ids = np.array(Image.open(path))
@@ -218,7 +218,7 @@ def test_one_foreign_id_may_be_one_to_ignore(folders, run):
     assert result["n"] == 6
 
 
-def test_a_root_in_place_of_a_split_is_answered_with_the_split_that_fits(tmp_path, run):
+def test_root_instead_of_a_split_is_refused_with_a_suggestion(tmp_path, run):
     rng = np.random.default_rng(0)
     for split, drives in (("test", "9"), ("train", "123"), ("val", "45")):
         for drive in drives:
@@ -241,7 +241,7 @@ def test_a_root_in_place_of_a_split_is_answered_with_the_split_that_fits(tmp_pat
         assert "Check that split and names match" in done.err and done.err.count("_label.png") == 2
 
 
-def test_pictures_of_an_evaluation_are_told_from_its_predictions(tmp_path, run):
+def test_overlays_are_not_scored_as_predictions(tmp_path, run):
     ids = np.eye(6, dtype=np.uint8)
     write_png(tmp_path / "reference/1/a_label.png", ids)
     for kind in ("pred", "vis"):
@@ -279,6 +279,6 @@ def test_many_notes_are_counted(folders, run):
         ({}, ("protocol.num_classes=0",), "protocol.num_classes=0 is out of range. Give a whole number of at least 1"),
     ],
 )
-def test_what_must_be_given(folders, run, folders_given, words, message):
+def test_missing_arguments_of_score_are_refused(folders, run, folders_given, words, message):
     nothing, done, _ = run(*words, **folders_given)
     assert done.status == 1 and nothing is None and message in done.err and "None" not in done.err

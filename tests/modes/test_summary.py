@@ -33,7 +33,7 @@ def summary(where, *arguments):
     return json.loads(path.read_text()), done.out
 
 
-def test_the_published_recipe(offline, tmp_path):
+def test_summary_of_the_published_recipe(offline, tmp_path):
     counts, out = summary(tmp_path, "hparam=sarrarp_lora")
     assert counts == LARGE
     assert "backbone=dinov3_vitl16 adapter=lora_all head=mlp" in out

@@ -86,7 +86,7 @@ def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-def test_a_folder_of_frames(track):
+def test_folder_of_frames_is_tracked(track):
     result = track()
     assert result["frames"] == 10 and result["objects"] == [1, 5] and result["frames_per_s"] > 0
     log = Path("out/run.log").read_text(encoding="utf-8")
@@ -115,7 +115,7 @@ def test_a_folder_of_frames(track):
         assert overlay.size == SIZE and len(list(overlay)) == 10
 
 
-def test_a_video_and_another_protocol(track):
+def test_video_is_tracked_with_another_protocol(track):
     writer = cv2.VideoWriter("v.avi", cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 12.5, SIZE[::-1])
     for number in range(6):
         writer.write(frame(number)[0][..., ::-1])
@@ -136,7 +136,7 @@ def test_the_overlay_shows_the_masks_that_are_saved(track, monkeypatch, upsample
     assert all(np.array_equal(*pair) for pair in zip(shown, masks("out").values(), strict=True))
 
 
-def test_own_videos_are_never_enlarged_and_get_soft_outlines_but_protocols_do_as_published(clip, compose):
+def test_own_videos_are_not_enlarged_but_protocols_are_published(clip, compose):
     own = instantiate(compose("mode=track").tracker)
     assert (own.upsample, own.enlarge, own.short_side) == ("bilinear", False, 960)
     assert instantiate(compose("mode=app").tracker) == own
@@ -158,7 +158,7 @@ def test_the_grid_is_reported_before_the_first_frame(track):
 
 
 @pytest.fixture
-def stopped(track, monkeypatch):
+def stopped_run(track, monkeypatch):
     """Leave the folder `cut` of a run that was killed before its eighth mask."""
     with monkeypatch.context() as patch:
         fail_after(patch, mask_folder, "write_indexed_png", 7, KeyboardInterrupt())
@@ -167,7 +167,7 @@ def stopped(track, monkeypatch):
     assert names("cut") == ["config", "masks", "run.log", "state.safetensors"] and len(names("cut/masks")) == 7
 
 
-def test_a_stopped_run_goes_on_in_its_folder(track, stopped):
+def test_stopped_run_resumes_in_its_folder(track, stopped_run):
     result = track("mode.restart=cut", out="second")
     assert re.search("Resuming in cut after [36] frames", Path("second/run.log").read_text(encoding="utf-8"))
     assert result["run"] == "cut" and names("second") == ["config", "run.log"]
@@ -180,7 +180,7 @@ def test_a_stopped_run_goes_on_in_its_folder(track, stopped):
         track("mode.restart=cut", out="third")
 
 
-def test_a_stop_in_the_report_is_gone_on_with_too(track, monkeypatch):
+def test_run_stopped_in_its_report_resumes(track, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
@@ -209,7 +209,7 @@ def test_a_stop_in_the_report_is_gone_on_with_too(track, monkeypatch):
         (["input=masks"], "input=masks has changed"),
     ],
 )
-def test_another_run_is_not_gone_on_with(track, stopped, changes, message):
+def test_different_run_is_not_resumed(track, stopped_run, changes, message):
     Image.fromarray(frame(1)[1]).save("other.png")
     before = masks("cut")
     with pytest.raises(UserError, match=message):
@@ -218,7 +218,7 @@ def test_another_run_is_not_gone_on_with(track, stopped, changes, message):
     assert track("mode.restart=cut", out="third")["frames"] == 10
 
 
-def test_two_processes_do_not_go_on_at_once(track, stopped):
+def test_concurrent_resuming_is_refused(track, stopped_run):
     hold = "import fcntl, sys; f = open('cut/run.log', 'a'); fcntl.flock(f, 2); print(1, flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"1\n"
@@ -237,7 +237,7 @@ def test_two_processes_do_not_go_on_at_once(track, stopped):
         (mask_folder, "write_indexed_png", r"with mode\.restart=.*out resumes"),
     ],
 )
-def test_a_full_disk_says_how_to_go_on(track, monkeypatch, module, write, said):
+def test_full_disk_error_explains_how_to_resume(track, monkeypatch, module, write, said):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -285,7 +285,7 @@ def test_a_mask_for_every_frame_is_warned_of(track):
 
 
 @pytest.mark.parametrize(("name", "settings"), [("crw", CRW), ("dino", DINO), ("dinov3", DINOV3)])
-def test_the_configs_are_the_protocols(compose, name, settings):
+def test_configs_equal_the_protocols(compose, name, settings):
     assert asdict(instantiate(compose("mode=track", f"tracker={name}").tracker)) == asdict(settings)
     written = yaml.safe_load((FOLDER / "tracker" / f"{name}.yaml").read_text())
     assert list(written) == ["_target_", *asdict(settings)]  # every key, in the fields' order
@@ -313,7 +313,7 @@ def test_memory_does_not_grow_with_the_video(track, monkeypatch):
     writer.release()
     Image.fromarray((still[..., 0] > 200).astype(np.uint8)).save("noise.png")
 
-    def watched(module, name):
+    def watch_memory(module, name):
         real, counted = getattr(module, name), []
 
         def call(*given, **named):
@@ -324,8 +324,8 @@ def test_memory_does_not_grow_with_the_video(track, monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    watched(mask_folder, "write_indexed_png")
-    watched(track_report, "blend")
+    watch_memory(mask_folder, "write_indexed_png")
+    watch_memory(track_report, "blend")
     changes = ["tracker.short_side=64", "tracker.context=2", "backbone.patch_size=32", "mode.batch_size=20"]
     assert track(*changes, source="v.avi", labels="noise.png")["frames"] == 2000
     for name, (early, late) in used.items():

@@ -54,21 +54,21 @@ def masks(folder):
 
 
 @pytest.fixture(scope="module")
-def stopped(trained):
+def stopped_runs(trained):
     """Stop a run of each way; return what each said."""
     return {way: stop(trained, f"stopped_{way}", *WAYS[way]).err.replace(f"{trained}/", "") for way in WAYS}
 
 
 @pytest.fixture
-def cut(trained, stopped, tmp_path):
+def cut(trained, stopped_runs, tmp_path):
     """Return a function that copies the stopped run of a way."""
     return lambda way: shutil.copytree(trained / f"stopped_{way}", tmp_path / "cut")
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_stopped_run_goes_on(trained, stopped, cut, way):
-    assert f"Stopped: the same command with mode.restart=stopped_{way} resumes." in stopped[way]
-    assert "\ninterrupted: finished results are in " in stopped[way] and "training" not in stopped[way]
+def test_stopped_run_resumes(trained, stopped_runs, cut, way):
+    assert f"Stopped: the same command with mode.restart=stopped_{way} resumes." in stopped_runs[way]
+    assert "\ninterrupted: finished results are in " in stopped_runs[way] and "training" not in stopped_runs[way]
     part, whole = cut(way), trained / f"whole_{way}"
     assert len(masks(part)) == 5
     (part / "masks/.00005.png.1.part").write_bytes(b"half")  # as a kill leaves it
@@ -84,15 +84,15 @@ def test_a_stopped_run_goes_on(trained, stopped, cut, way):
 
 
 @pytest.mark.parametrize(("way", "count"), [("segmenter", 1), ("slots", 1 + 7), ("backbone", 1)])
-def test_a_model_sees_as_many_frames_as_asked_for_in_the_engine_s_precision(trained, monkeypatch, way, count):
+def test_model_gets_batches_of_frames_in_engine_precision(trained, monkeypatch, way, count):
     passes = []
     monkeypatch.setattr(engine.Engine, "autocast", lambda _: nullcontext(passes.append(1)))
     track(trained, f"passes_{way}", *WAYS[way], "mode.batch_size=7")
     assert len(passes) == 1 + count  # the first for what is kept of the provenance
 
 
-def test_a_run_does_not_go_on_at_another_scale(trained, cut):
-    """At the same it does: test_a_stopped_run_goes_on."""
+def test_stopped_run_does_not_resume_at_another_scale(trained, cut):
+    """At the same it does: test_stopped_run_resumes."""
     part = cut("segmenter")
     before = masks(part)
     on = (*WAYS["segmenter"], f"mode.restart={part}")
@@ -102,7 +102,7 @@ def test_a_run_does_not_go_on_at_another_scale(trained, cut):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_standing_that_lacks_a_tensor_is_refused(trained, cut, way):
+def test_track_state_without_a_tensor_is_refused(trained, cut, way):
     part = cut(way)
     path = part / "state.safetensors"
     with safe_open(path, framework="pt") as file:
@@ -115,7 +115,7 @@ def test_a_standing_that_lacks_a_tensor_is_refused(trained, cut, way):
     assert masks(part) == before
 
 
-def test_a_standing_after_a_number_of_frames_that_is_none_is_refused(cut):
+def test_track_state_with_an_invalid_frame_count_is_refused(cut):
     part = cut("backbone")
     standing = read_track_state(part)
     tracker = SimpleNamespace(settings=standing.settings, load=lambda tensors: None)
@@ -138,7 +138,7 @@ def test_a_standing_after_a_number_of_frames_that_is_none_is_refused(cut):
         ("backbone", ("mode.smoothing=0",), "mode.smoothing=0 is for the classes of a trained segmenter"),
     ],
 )
-def test_what_is_refused_leaves_nothing(trained, way, more, message):
+def test_refused_tracking_leaves_no_folder(trained, way, more, message):
     done = track(trained, "refused", *WAYS[way], *more, status=1)
     assert message in done.err
     assert not (trained / "refused").exists(), [path.name for path in (trained / "refused").iterdir()]
@@ -156,7 +156,7 @@ def test_what_is_refused_leaves_nothing(trained, way, more, message):
         ("segmenter", ("tracker=crw", "tracker.temperature=0.1"), None),
     ],
 )  # fmt: skip
-def test_words_without_effect_are_named_once(trained, way, more, idle):
+def test_overrides_without_effect_are_named_once(trained, way, more, idle):
     own = [word for word in WAYS[way] if word.split("=")[0] not in {each.split("=")[0] for each in more}]
     done = track(trained, "idle", *own, *more)
     shutil.rmtree(trained / "idle")

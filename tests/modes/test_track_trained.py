@@ -65,7 +65,7 @@ def test_slots_are_no_classes_to_predict(trained):
     assert "resume=slots/checkpoints/best.safetensors is a slot model" in done.err and "mode=track" in done.err
 
 
-def test_what_a_trained_model_cannot_use_is_refused(trained):
+def test_unsupported_options_of_a_trained_model_are_refused(trained):
     for more, message in (
         (("resume=segmenter", "labels=first.png"), "labels"),
         (("resume=segmenter", "mode.smoothing=1.5"), "mode.smoothing=1.5 is out of range. Give a number from 0 to 1"),

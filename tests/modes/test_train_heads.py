@@ -48,12 +48,12 @@ def run(folder):
     """Train three heads at once; return the command's end, its folder, and the images of each pass of the backbone."""
     passes, frozen = [], MultiHeadSegmenter.frozen
 
-    def counting(model, images, **options):
+    def count_images(model, images, **options):
         passes.append(len(images))
         return frozen(model, images, **options)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(MultiHeadSegmenter, "frozen", counting)
+        patched.setattr(MultiHeadSegmenter, "frozen", count_images)
         done = call(folder, *MANY, "hydra.run.dir=many")
     assert done.status == 0, done.err
     return SimpleNamespace(done=done, path=folder / "many", passes=passes)
@@ -83,7 +83,7 @@ def step_of(path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_is_its_own_run(folder, run, name):
+def test_each_head_is_its_own_run(folder, run, name):
     words = (run.path / "heads" / name / "config/overrides.txt").read_text().split("\n")
     assert "engine.cache=off" in words, "cached features are rounded"
     done = call(folder, *filter(None, words), f"hydra.run.dir=alone_{name}")
@@ -98,7 +98,7 @@ def test_each_is_its_own_run(folder, run, name):
             assert mine[key.replace("val/", f"val/{name}/")] == pytest.approx(its[key], rel=1e-4, abs=1e-5)
 
 
-def test_what_is_the_same_for_all_is_computed_once(run):
+def test_shared_backbone_is_computed_once_for_all_heads(run):
     assert step_of(run.path) == 7
     validations = 4
     assert len(run.passes) == 2 * 7 + 3 * validations
@@ -114,7 +114,7 @@ def test_the_log_has_the_values_of_each_head(run):
     assert [path.name for path in (run.path / "validation/step_00002").iterdir()]
 
 
-def test_the_best_stands_first(run):
+def test_best_head_is_listed_first(run):
     with open(run.path / "leaderboard.csv", encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
     assert {row["head"] for row in table} == {*NAMES}
@@ -143,17 +143,17 @@ def test_a_head_is_used_as_any_run_and_the_whole_is_not(folder, run):
     assert done.status == 1 and f"early, linear, wide). Give one of them: resume={run.path}/heads/early" in done.err
 
 
-def stopping(what, number, ends):
+def fail_at_call(what, number, ends):
     """Return `what` as it is, but that call `number` ends all as `ends` does."""
     calls = []
 
-    def called(*given, **options):
+    def call_or_raise(*given, **options):
         calls.append(1)
         if len(calls) == number:
             raise ends
         return what(*given, **options)
 
-    return called
+    return call_or_raise
 
 
 def test_reports_are_those_of_each_head(folder):
@@ -175,13 +175,13 @@ def test_reports_are_those_of_each_head(folder):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(("kind", "number"), [("killed", 1), ("killed", 3), ("fails", 4)])
-def test_it_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, number):
+def test_run_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, number):
     where = f"{kind}_{number}"
     with monkeypatch.context() as patched:
         if kind == "killed":  # by what no handler sees, before a save
-            patched.setattr(Checkpointer, "save", stopping(Checkpointer.save, number, SystemExit(9)))
+            patched.setattr(Checkpointer, "save", fail_at_call(Checkpointer.save, number, SystemExit(9)))
         else:
-            failing = stopping(MultiHeadDataModule.tally, number, OSError("truncated"))
+            failing = fail_at_call(MultiHeadDataModule.tally, number, OSError("truncated"))
             patched.setattr(MultiHeadDataModule, "tally", failing)
         with pytest.raises(OSError) if kind == "fails" else pytest.MonkeyPatch.context():
             assert call(folder, *MANY, f"hydra.run.dir={where}/base/train_x").status == 9
@@ -202,7 +202,7 @@ def test_it_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, n
         assert_same(path / "heads" / name, run.path / "heads" / name)
 
 
-def test_the_folder_of_a_head_cannot_be_resumed_and_stays_as_it_is(folder, run):
+def test_head_folder_cannot_be_resumed_and_is_unchanged(folder, run):
     files = [path for path in (run.path / "heads/linear").iterdir() if path.is_file() and path.name != "run.log"]
     before = {path.name: path.read_bytes() for path in files}
     done = call(folder, "mode=train", "resume=many/heads/linear", "trainer.steps=9")
@@ -232,7 +232,7 @@ def test_backbones_of_heads_update_no_statistics(compose):
     assert len(models) == 2 and not any(model.backbone.training for model in models)
 
 
-def diverging(head, number):
+def diverge_at_call(head, number):
     """Return a head's forward pass, of which that number of them in training gives no numbers."""
     calls, forward = [], head.forward
 
@@ -247,7 +247,7 @@ def diverging(head, number):
 def test_a_head_that_diverges_leaves_alone(folder, run, monkeypatch):
     words = [word for word in MANY if word != HEADS]
     with monkeypatch.context() as patched:
-        patched.setattr(CnnHead, "forward", diverging(CnnHead, 9))
+        patched.setattr(CnnHead, "forward", diverge_at_call(CnnHead, 9))
         done = call(folder, *words, f"heads=[linear,{WIDE}]", "hydra.run.dir=left")
     assert done.status == 0, done.err
     note = "left the training at step 4, where its loss or gradient was not finite"
@@ -265,7 +265,7 @@ def test_a_head_that_diverges_leaves_alone(folder, run, monkeypatch):
 
 def test_the_run_fails_once_all_heads_have_left(folder, monkeypatch):
     words = [word for word in MANY if word != HEADS]
-    monkeypatch.setattr(CnnHead, "forward", diverging(CnnHead, 1))
+    monkeypatch.setattr(CnnHead, "forward", diverge_at_call(CnnHead, 1))
     done = call(folder, *words, f"heads=[{WIDE}]", "hydra.run.dir=all_left")
     assert done.status == 1 and "Step 0: the loss is nan" in done.err
 
@@ -285,7 +285,7 @@ def test_the_run_fails_once_all_heads_have_left(folder, monkeypatch):
         (("trainer=multi_head", "heads=[linear,dpt]"), "quarters"),
     ],
 )
-def test_what_cannot_be_is_refused_and_leaves_nothing(folder, words, message):
+def test_impossible_heads_are_refused_and_leave_no_folder(folder, words, message):
     done = call(folder, *WORDS, *words, "hydra.run.dir=refused")
     assert done.status == 1 and message in done.err.replace("\n", " "), done.err
     assert not (folder / "refused").exists()
@@ -307,7 +307,7 @@ def test_lists_that_name_no_heads_are_refused(heads, rates, message):
     assert message in str(raised.value)
 
 
-def test_the_backbone_that_is_shared_is_compiled_where_that_is_asked_for(folder, monkeypatch):
+def test_shared_backbone_is_compiled_if_configured(folder, monkeypatch):
     compiled = []
     monkeypatch.setattr("dinoseg.training.engine.compile_blocks", compiled.append)
     words = (
@@ -326,6 +326,6 @@ def test_other_heads_are_a_run_of_their_own(folder, run):
     assert done.status == 1 and "Leave both out, or train other heads in a new run" in done.err
 
 
-def test_cells_of_a_sweep_are_looked_at_before(folder):
+def test_sweep_cells_of_many_heads_are_checked_before_training(folder):
     done = call(folder, *WORDS, "trainer=multi_head", "heads=[linear,dpt],[linear]", "hydra.sweep.dir=swept", "-m")
     assert done.status == 1 and "1 of 2 cells of this sweep cannot run" in done.err and "quarters" in done.err

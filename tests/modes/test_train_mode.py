@@ -51,7 +51,7 @@ def test_progress_can_be_leafed_through(where):
 @pytest.mark.parametrize(
     "word", ["schedule.kind=unknown", "optimizer.layer_decay_rule=unknown", "optimizer.betas=[0.9]"]
 )
-def test_options_of_rates_are_refused_before_the_data_are_checked(where, word):
+def test_invalid_optimizer_options_are_refused_before_data_check(where, word):
     done = call(where, "mode=train", *SMALL, f"optim.{word}")
     assert done.status == 1 and f"error: optim.{word}" in done.err, done.err
     assert "Checking the data" not in done.err
@@ -77,7 +77,7 @@ def test_wrong_values_are_refused_before_data_are_listed(where, word):
     ("adapter", "heads"),
     [("frozen", ()), ("full", ()), ("frozen", ("trainer=multi_head", "heads=[linear,cnn]"))],
 )
-def test_the_warmup_of_a_backbone_that_is_not_trained_has_no_effect(where, adapter, heads):
+def test_warmup_of_a_frozen_backbone_has_no_effect(where, adapter, heads):
     words = (f"adapter={adapter}", *heads, "optim.schedule.backbone_warmup=500", "mode.pictures=0")
     output = train(where, *words, "mode.report=false").err
     line = "optim.schedule.backbone_warmup=500 has no effect: the backbone is not trained. Set it to null, or choose"
@@ -114,21 +114,21 @@ def test_next_commands_after_training_on_clips():
     ]
 
 
-def test_the_best_checkpoint_that_is_gone_is_not_replaced_by_the_last(where):
+def test_missing_best_checkpoint_is_not_replaced_by_the_last(where):
     train(where, "mode.pictures=0")
     (where / "run/checkpoints/best.safetensors").unlink()
     done = call(where, "mode=train", "resume=run")
     assert done.status == 1 and "best.safetensors is missing, though step" in done.err
 
 
-def test_fewer_images_are_validated_and_scored_where_that_is_asked_for(where):
+def test_validation_and_scoring_can_use_fewer_images(where):
     done = train(where, "trainer.val_images=2", "trainer.max_minutes=9", "mode.pictures=0")
     assert "scored on:    2 of 6 validation images (trainer.val_images); mode=eval scores all" in done.out
     refused = call(where, "mode=train", *SMALL, "trainer.val_images=0")
     assert refused.status == 1 and "trainer.val_images=0 is out of range" in refused.err
 
 
-def test_pictures_and_loggers_can_be_left_out(where):
+def test_images_and_loggers_can_be_disabled(where):
     done = train(where, "mode.pictures=0", "trainer.steps=1", "logger=[]")
     assert not (where / "run/validation").exists() and not (where / "run/tensorboard").exists()
     assert "TensorBoard" not in done.out and (where / "run/metrics.jsonl").exists()
@@ -139,7 +139,7 @@ def test_pictures_and_loggers_can_be_left_out(where):
 
 
 @pytest.mark.parametrize(("matrix", "told"), [([[90, 0], [10, 0]], True), ([[89, 1], [1, 9]], False)])
-def test_a_run_that_is_not_better_than_a_constant_is_told_so(where, monkeypatch, matrix, told):
+def test_score_no_better_than_a_constant_is_reported(where, monkeypatch, matrix, told):
     known = {"matrix": matrix, "miou": 0.45 if told else 0.9, "accuracy": 0.9}
     monkeypatch.setattr(images, "evaluate_images", lambda *_, **__: known)
     done = train(where, "trainer.steps=1", "mode.report=false")

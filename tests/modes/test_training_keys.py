@@ -208,12 +208,12 @@ def observe(where, words):
             *BASE,
             *(word.replace("=BROKEN", f"={where}/BROKEN").replace("=SIZES", f"={where}/SIZES") for word in known),
         )
-        OBSERVED[words] = done, found(folder)
+        OBSERVED[words] = done, results_of(folder)
         shutil.rmtree(folder)
     return OBSERVED[words]
 
 
-def found(folder):
+def results_of(folder):
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "config" not in path.parts)
     files = {re.sub(r"[0-9a-f]{12,}", "HASH", name) for name in files}
     rows = [json.loads(line) for path in folder.rglob("metrics.jsonl") for line in path.read_text().splitlines()]

@@ -16,7 +16,7 @@ KEPT = {"engine.cache": "disk", "features.dtype": "float16"}
 
 
 @pytest.fixture
-def noted(caplog):
+def note_settings(caplog):
     """Return a function that notes what a job is computed by after its checkpoint's, and gives it and what is told."""
 
     def note(before, precision="fp32", kept=KEPT, **options):
@@ -32,25 +32,27 @@ def noted(caplog):
     return note
 
 
-def test_what_differs_when_a_run_goes_on_is_told_once(noted):
-    first, told = noted(None)
+def test_changed_settings_are_reported_once_on_resume(note_settings):
+    first, told = note_settings(None)
     assert first == {"engine": {"engine.precision": "fp32", **KEPT}} and not told
-    assert noted(first)[1] == [] == noted({})[1] == noted(first, "bf16", tells=False)[1]
-    assert noted(first, kept={**KEPT, "engine.cache": "memory"})[1] == []  # the same numbers
-    (told,) = noted(first, "bf16")[1]
+    assert note_settings(first)[1] == [] == note_settings({})[1] == note_settings(first, "bf16", tells=False)[1]
+    assert note_settings(first, kept={**KEPT, "engine.cache": "memory"})[1] == []  # the same numbers
+    (told,) = note_settings(first, "bf16")[1]
     assert "engine.precision was fp32 and is bf16. Set the earlier" in told and "features" not in told
-    then, (told,) = noted(first, "bf16", kept={})
+    then, (told,) = note_settings(first, "bf16", kept={})
     assert "; features.dtype was float16 and is null. Set the earlier" in told
-    assert then["engine"]["engine.cache"] == "off" and "was null and is float16" in noted(then)[1][0]
-    assert noted({"engine": KEPT | {"features.dtype": None}}, kept={**KEPT, "features.dtype": "float32"})[1] == []
-    assert noted({"engine": KEPT | {"teacher": "a"}})[1] == []  # no student
-    assert "teacher was a and is b" in noted({"engine": {"teacher": "a"}}, kept={**KEPT, "teacher": "b"})[1][0]
+    assert then["engine"]["engine.cache"] == "off" and "was null and is float16" in note_settings(then)[1][0]
+    assert (
+        note_settings({"engine": KEPT | {"features.dtype": None}}, kept={**KEPT, "features.dtype": "float32"})[1] == []
+    )
+    assert note_settings({"engine": KEPT | {"teacher": "a"}})[1] == []  # no student
+    assert "teacher was a and is b" in note_settings({"engine": {"teacher": "a"}}, kept={**KEPT, "teacher": "b"})[1][0]
 
 
 @pytest.mark.parametrize("said", [3, ["bf16"], {"engine.precision": 16}, None])
-def test_a_checkpoint_that_says_something_else_is_refused(noted, said):
+def test_invalid_settings_in_a_checkpoint_are_refused(note_settings, said):
     with pytest.raises(UserError, match="resume=run: its engine is .*; its values must be text. Choose another"):
-        noted({"engine": said})
+        note_settings({"engine": said})
 
 
 def test_log_of_a_resumed_run_continues_at_its_step(compose, tmp_path):

@@ -81,7 +81,7 @@ def test_the_end_of_a_training_reaches_the_logger(status):
 
 
 @pytest.mark.parametrize("where", ["config", "scalars", "close"])
-def test_a_logger_that_never_returns_is_dropped_once_in_a_bounded_time(tmp_path, caplog, where):
+def test_hanging_logger_is_dropped_in_bounded_time(tmp_path, caplog, where):
     slow = SlowLogger(waits_in=where)
     log = RunLog(tmp_path, {"slow": lambda *_, **__: slow})
     use(log, tmp_path)

@@ -7,7 +7,7 @@ ROWS = [
 ]
 
 
-def test_the_table_has_what_is_known():
+def test_costs_table_shows_known_values():
     said = costs_table(ROWS)
     assert "75.00" in said and "300,000,000" in said and "0.0125" in said and said.splitlines()[-1].count("-") == 6
     assert "GiB" not in costs_table(ROWS[1:]) and "mIoU" in costs_table(ROWS[1:])

@@ -49,7 +49,7 @@ def test_scores_with_values_have_a_panel(tmp_path):
         [{"step": 3, "train/loss": float("inf")}],
     ],
 )
-def test_nothing_to_draw_says_so_and_draws_no_line(rows, tmp_path):
+def test_empty_curves_show_a_note_and_no_line(rows, tmp_path):
     path = draw(rows, tmp_path)
     assert titles(rows) == ["loss"] and not holds(path, BLUE) and not holds(path, VERMILION)
     assert (read_image(path) != 255).any()  # the words

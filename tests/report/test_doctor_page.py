@@ -54,7 +54,7 @@ def split(images, counts, **other):
     }
 
 
-def finding(severity="error", files=(), message="m", remedy="r", reasons=(), stops=True):
+def make_finding(severity="error", files=(), message="m", remedy="r", reasons=(), stops=True):
     return {"severity": severity, "code": "some_code", "message": message, "files": list(files), "remedy": remedy} | {
         "reasons": list(reasons),
         "stops_training": stops,
@@ -69,9 +69,9 @@ def doctor_page(findings, splits=(), palette=(), cards=()):
 @pytest.fixture
 def page():
     findings = [
-        finding(message="<script>alert(1)</script>", files=[f"f&{i}" for i in range(450)]),
-        finding("note", remedy="", stops=False),
-        finding("note", files=["f"], reasons=["f: damaged"]),
+        make_finding(message="<script>alert(1)</script>", files=[f"f&{i}" for i in range(450)]),
+        make_finding("note", remedy="", stops=False),
+        make_finding("note", files=["f"], reasons=["f: damaged"]),
     ]
     frame = np.zeros((30, 41, 3), np.uint8)
     frame[:, :20] = (250, 10, 5)
@@ -85,7 +85,7 @@ def page():
     return doctor_page(findings, splits, ((0, 0, 0), (1, 2, 3)), [card])
 
 
-def test_it_is_whole_and_stands_alone(page):
+def test_doctor_page_is_complete_and_self_contained(page):
     read = Reader(page)
     assert page.startswith("<!doctype html>") and "prefers-color-scheme: dark" in page
     assert read.tags.count("script") == 1
@@ -93,7 +93,7 @@ def test_it_is_whole_and_stands_alone(page):
     assert all(source.startswith(("data:", "#")) for source in read.sources)
 
 
-def test_what_it_says(page):
+def test_doctor_page_shows_findings_counts_and_escaped_names(page):
     text = "".join(Reader(page).text)
     assert '"t" <1>' in text and "1 error" in text
     assert "<script>alert(1)</script>" in text and "a 'quoted\" <title>" in text and "a<b" in text
@@ -103,7 +103,7 @@ def test_what_it_says(page):
     assert "1 a<b&c" in text and "75.00" in text and "v<al: pixels" in text
 
 
-def test_pictures_come_back(page):
+def test_images_are_embedded_in_the_page(page):
     data = next(each for each in Reader(page).sources if each.startswith("data:image/webp;base64,")).partition(",")[2]
     image = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     assert image.shape == (30, 41, 3)
@@ -112,10 +112,10 @@ def test_pictures_come_back(page):
 
 
 def test_errors_that_training_only_warns_of():
-    text = "".join(Reader(doctor_page([finding(stops=False)])).text)
+    text = "".join(Reader(doctor_page([make_finding(stops=False)])).text)
     assert "some_code: training does not stop on it" in text
 
 
-def test_nothing_found():
+def test_page_without_findings_has_no_images():
     text = "".join(Reader(doctor_page([])).text)
     assert "None." in text and "Pictures" not in text and "Splits" not in text

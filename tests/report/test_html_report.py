@@ -99,7 +99,7 @@ ODD = {
 }
 
 
-def compared(name="run"):
+def make_comparison(name="run"):
     draw, base = np.random.default_rng(0), report()
     masks = draw.integers(0, 3, (3, 20, 30)).astype(np.uint8)
     frame = draw.integers(0, 256, (20, 30, 3)).astype(np.uint8)
@@ -142,7 +142,7 @@ def comparison_html(given):
 
 
 PAGES = {name: evaluation_html(each) for name, each in ODD.items()}
-PAGES["compared"] = comparison_html(compared(HOSTILE))
+PAGES["compared"] = comparison_html(make_comparison(HOSTILE))
 
 
 class Tags(HTMLParser):
@@ -202,7 +202,7 @@ def test_bands_add_up_outwards_and_each_is_wrong_by_itself():
     assert [row[3] for row in rows] == ["50.0", "30.0", "5.0", "5.0", "0.0", "0.0"]
 
 
-def test_the_lowest_videos_come_first_and_the_histogram_goes_from_0_to_100():
+def test_worst_videos_are_first_and_histogram_spans_0_to_100():
     mious = [0.9, 0.9, 0.1, 0.1, 0.5, None]
     page = evaluation_html(report(images=6) | {"units": list("aabbcc"), "mious": mious, "unit": "video"})
     assert re.findall(r"<figcaption>(\w): ([\d.]+) over", page) == [("b", "10.0"), ("c", "50.0"), ("a", "90.0")]
@@ -212,14 +212,14 @@ def test_the_lowest_videos_come_first_and_the_histogram_goes_from_0_to_100():
     assert "1 image without a labelled pixel have none.\nMedian 50.0 %" in page
 
 
-def test_reliability_is_accuracy_over_confidence_where_a_bin_holds_enough():
+def test_reliability_omits_bins_with_few_pixels():
     bins = [(0, 0, 0.0)] * 13 + [(19, 1, 17.0), (100, 60, 95.0)]
     state = {"nll": 1.0, "ece": 0.3, "bins": bins}
     reliability, _ = calibration_charts({"pixels": 119, "temperature": 2.0, "before": state, "after": state})
     assert [label for _, _, label in reliability["curves"][0]["dots"]] == ["uncalibrated: 0.95, 0.6"]
 
 
-def test_the_matrix_shows_the_commonest_classes_in_shares_of_their_rows():
+def test_matrix_shows_the_commonest_classes_as_row_shares():
     matrix = np.diag(np.arange(1, 161))
     shown = heat_map(matrix, [f"class {index}" for index in range(160)])
     assert shown["names"] == [f"class {index}" for index in range(10, 160)] and shown["left_out"] == 10
@@ -238,8 +238,8 @@ def test_errors_are_where_a_labelled_pixel_differs():
     assert [name for name, _ in shown["legend"]] == ["a", "b", "ignored"]
 
 
-def test_what_differs_surely_is_marked_by_more_than_a_colour():
-    base = compared()
+def test_significant_differences_are_marked_beyond_colour():
+    base = make_comparison()
     limits = dict.fromkeys(base["scores"]) | {"miou": [0.1, 0.2], "dice": [-0.3, -0.2], "accuracy": [-0.1, 0.1]}
     verdicts = {"miou": "significantly better", "dice": "significantly worse"}
     gaps = {
@@ -262,7 +262,7 @@ def test_what_differs_surely_is_marked_by_more_than_a_colour():
 
 @pytest.mark.parametrize("sides", [1, 3, 31])
 def test_tables_have_a_row_for_each_side_and_no_further_column(sides):
-    base = compared()
+    base = make_comparison()
     others = [replace(base["others"][1], name=f"side {n}") for n in range(sides)]
     page = comparison_html(base | {"others": others})
     assert [row[0] for row in cells(page, "scores")[1:]] == ["run", *(f"side {n}" for n in range(sides))]
@@ -274,7 +274,7 @@ def test_tables_have_a_row_for_each_side_and_no_further_column(sides):
     assert (f"<title>{sides} sides against run<" in page) == (sides > 1)
 
 
-def test_the_last_picture_tells_who_is_right(monkeypatch):
+def test_last_image_marks_which_model_is_right(monkeypatch):
     seen = []
     monkeypatch.setattr(pictures, "mark_pixels", lambda frame, marks: seen.append(marks) or frame)
     first, second, reference = (
@@ -306,7 +306,7 @@ def test_scores_of_unbounded_metrics_are_numbers():
 
 
 def test_a_page_grows_no_further_with_its_images():
-    base, draw = compared(), np.random.default_rng(0)
+    base, draw = make_comparison(), np.random.default_rng(0)
     sizes = []
     for images in (3_000, 30_000):
         mious = draw.random(images).tolist()
@@ -326,13 +326,13 @@ def test_each_axis_has_its_own_ends():
 
 
 def test_whiskers_begin_at_zero():
-    base = compared()
+    base = make_comparison()
     gaps = {key: gap | {"value": 0.1, "ci95": [0.05, 0.2]} for key, gap in base["others"][0].differences.items()}
     page = comparison_html(base | {"others": [replace(base["others"][0], differences=gaps)]})
     assert '<rect x="50.0" y="4" width="25.0"' in page and "M62.5 8H100.0" in page
 
 
-def test_a_template_names_what_it_lacks():
+def test_template_error_names_the_missing_variable():
     with pytest.raises(UndefinedError, match="'rows' is undefined"):
         render("plain_table.html.jinja", heads=["a"])
 
@@ -385,7 +385,7 @@ def test_a_page_in_a_browser(tmp_path, name, width, dark):
 
 
 @pytest.mark.heavy
-def test_tables_sort_by_mouse_and_keys_and_the_matrix_tells_its_counts(tmp_path):
+def test_tables_sort_by_mouse_and_keys_and_matrix_shows_counts(tmp_path):
     path = tmp_path / "report.html"
     path.write_text(evaluation_html(report()))
     column = "[...document.querySelectorAll('#classes tbody tr')].map(row => row.cells[1].dataset.value)"
@@ -410,7 +410,7 @@ def test_tables_sort_by_mouse_and_keys_and_the_matrix_tells_its_counts(tmp_path)
 
 
 @pytest.mark.heavy
-def test_the_table_of_classes_is_whole_at_880_pixels_and_on_paper_and_keeps_its_names_on_a_phone(tmp_path):
+def test_class_table_fits_desktop_paper_and_phone(tmp_path):
     path = tmp_path / "report.html"
     path.write_text(PAGES["150 classes"])
     cut = "[...document.querySelectorAll('.wide')].filter(each => each.scrollWidth > each.clientWidth).length"

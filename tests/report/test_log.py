@@ -38,7 +38,7 @@ def test_rows_are_readable_at_once_and_reach_tensorboard(tmp_path):
     log.close()
 
 
-def test_going_on_drops_what_a_killed_run_wrote_beyond(tmp_path, monkeypatch):
+def test_resuming_drops_rows_written_after_the_checkpoint(tmp_path, monkeypatch):
     # files of one second and process differ by a number without leading zeros alone: the tenth would be read first
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     with RunLog(tmp_path, BOARD) as log:
@@ -170,7 +170,7 @@ def test_a_logger_receives_everything_and_only_finite_values(tmp_path):
         (Interrupted(signal.SIGTERM), "killed"),
     ],
 )
-def test_loggers_receive_whether_an_error_or_a_signal_ended_the_training(tmp_path, error, status):
+def test_loggers_receive_how_the_training_ended(tmp_path, error, status):
     calls = []
     with pytest.raises(type(error)), RunLog(tmp_path, {"mine": partial(Recorder, calls=calls)}):
         raise error
@@ -179,7 +179,7 @@ def test_loggers_receive_whether_an_error_or_a_signal_ended_the_training(tmp_pat
     assert [call for call in calls if call[0] == "close"] == [("close", status), ("close", "finished")]
 
 
-def test_loggers_are_closed_as_failed_if_another_refuses_its_settings(tmp_path):
+def test_loggers_are_closed_as_failed_if_another_is_refused(tmp_path):
     def refuse(out_dir, *, start_step):
         raise UserError("refused")
 
@@ -190,7 +190,7 @@ def test_loggers_are_closed_as_failed_if_another_refuses_its_settings(tmp_path):
 
 
 @pytest.mark.parametrize("fails_in", METHODS)
-def test_a_logger_that_fails_is_dropped_with_one_warning_and_the_others_go_on(tmp_path, caplog, fails_in):
+def test_failing_logger_is_dropped_with_one_warning(tmp_path, caplog, fails_in):
     failed, other = [], []
     loggers = {"mine": partial(Recorder, calls=failed, fails_in=fails_in), "other": partial(Recorder, calls=other)}
     use_all(RunLog(tmp_path, loggers))
@@ -208,7 +208,7 @@ def test_without_loggers_no_folder_is_made(tmp_path):
     assert sorted(item.name for item in tmp_path.iterdir()) == ["metrics.jsonl", "validation"]
 
 
-def test_pictures_are_files_by_step_and_going_on_drops_later_ones(tmp_path):
+def test_images_are_files_by_step_and_resuming_drops_later_ones(tmp_path):
     with RunLog(tmp_path) as log:
         for step in (500, 1000):
             log.images(step, {"a": np.full((1, 2, 3), step % 251, np.uint8), "b/c": np.zeros((1, 2, 3), np.uint8)})

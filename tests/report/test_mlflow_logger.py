@@ -45,7 +45,7 @@ def values_of(server, run):
     return dict(found)
 
 
-def test_a_run_has_the_values_of_metrics_jsonl_and_a_resumed_one_goes_on_in_it(folder, server):
+def test_mlflow_run_equals_metrics_jsonl_and_is_resumed(folder, server):
     done = train(folder, server, "trial", "logger.mlflow.tags={who: me}", "trainer.steps=2", "hydra.run.dir=run")
     (run,) = server.runs("trial")
     assert f"MLflow:       {server.url}/#/experiments/" in done.out and run["info"]["run_id"] in done.out
@@ -67,7 +67,7 @@ def test_a_run_has_the_values_of_metrics_jsonl_and_a_resumed_one_goes_on_in_it(f
     assert run["info"]["status"] == "FINISHED"
 
 
-def test_jobs_of_a_sweep_have_one_group_and_the_checkpoint_is_an_artifact(folder, server):
+def test_sweep_jobs_share_a_group_and_upload_checkpoints(folder, server):
     train(
         *(folder, server, "sweep", "-m", "seed=0,1", "trainer.steps=1", "logger.mlflow.artifacts=true"),
         "hydra.sweep.dir=swept",
@@ -108,7 +108,7 @@ def test_a_deleted_run_is_replaced_by_a_new_one(folder, server):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_training_is_killed_and_finished_once_it_has_resumed(folder, server, number):
+def test_interrupted_run_is_killed_and_finished_after_resuming(folder, server, number):
     name = f"stopped_{number}"
     names = (f"logger.mlflow.tracking_uri={server.url}", f"logger.mlflow.experiment={name}")
     words = [*TRAIN, "logger=mlflow", *names, "trainer.steps=4000", "trainer.val_every=4000", "hydra.run.dir=run"]
@@ -127,7 +127,7 @@ def test_an_interrupted_training_is_killed_and_finished_once_it_has_resumed(fold
     assert run["info"]["status"] == "FINISHED"
 
 
-def received(server):
+def received_values(server):
     """Return the values of the only run that the server has received so far."""
     try:
         return [value for run in server.runs() for value in server.history(run, "train/loss")]
@@ -150,7 +150,7 @@ def test_a_server_that_is_killed_in_mid_run_costs_one_warning(folder, tmp_path, 
                 time.sleep(0.1)
                 if step == 20:
                     deadline = time.monotonic() + 600
-                    while len(found := received(server)) < 5 and time.monotonic() < deadline:
+                    while len(found := received_values(server)) < 5 and time.monotonic() < deadline:
                         time.sleep(0.1)
                     assert found[:5] == [(step, 1 / step) for step in range(1, 6)]
                     server.kill()

@@ -50,7 +50,7 @@ def test_a_blend_by_numpy_alone_is_the_same(monkeypatch):
         assert opacity not in (0, 0.5, 1) or np.array_equal(alone, usual)
 
 
-def test_legend_names_only_what_is_there():
+def test_legend_lists_only_present_classes():
     masks = [np.array([[0, 2]], np.uint8), np.array([[255, 2]], np.uint8)]
     classes = ["ground", "car", "tree"]
     assert legend_of(masks, classes, PALETTE) == [
@@ -62,7 +62,7 @@ def test_legend_names_only_what_is_there():
 
 
 @pytest.mark.parametrize("opacity", [0.0, 0.6, 1.0])
-def test_the_legend_has_the_colours_of_the_palette_at_any_opacity(opacity):
+def test_legend_has_palette_colours_at_any_opacity(opacity):
     mask = np.zeros((40, 64), np.uint8)
     mask[:, 32:] = 1
     picture = compare(random_frame(40, 64), mask, classes=["ground", "car"], palette=PALETTE, opacity=opacity)
@@ -102,7 +102,7 @@ def test_compare_shows_the_frames_whole_and_cuts_no_label(size, with_reference):
     assert np.array_equal(shown, enlarged)
 
 
-def test_a_name_wider_than_the_picture_widens_it():
+def test_name_wider_than_the_image_widens_it():
     frame = random_frame(100, 300)
     name = "W" * 200
     narrow = side_by_side([("a", frame)], [("b", (1, 2, 3))])
@@ -118,6 +118,6 @@ def test_letters_grow_with_the_frames():
     assert large_text > 3 * small_text
 
 
-def test_letters_are_no_higher_than_a_tenth_of_a_frame_that_is_wide():
+def test_letters_are_at_most_a_tenth_of_a_wide_frame():
     frame = np.zeros((20, 5000, 3), np.uint8)
     assert side_by_side([("a", frame), ("b", frame)], [("name", (1, 2, 3))]).shape[0] < 100

@@ -21,7 +21,7 @@ def test_the_first_colours_are_far_apart():
 
 
 @pytest.mark.parametrize("num_classes", [0, -1, 257])
-def test_impossible_palettes(num_classes):
+def test_impossible_palettes_are_refused(num_classes):
     with pytest.raises(ValueError, match="1 to 256"):
         default_palette(num_classes)
 

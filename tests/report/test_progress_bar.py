@@ -22,7 +22,7 @@ def stderr(monkeypatch):
     return replace
 
 
-def test_in_a_pipe_there_are_whole_lines(stderr, monkeypatch):
+def test_pipe_gets_whole_lines(stderr, monkeypatch):
     monkeypatch.setattr(progress, "_EVERY", 0.0)
     written = stderr(False)
     with Bar(total=3, unit="image", desc="predicting") as bar:
@@ -33,13 +33,13 @@ def test_in_a_pipe_there_are_whole_lines(stderr, monkeypatch):
     assert "\r" not in written.getvalue() and "left" in lines[0] and "images/s" in lines[0]
 
 
-def test_in_a_pipe_lines_are_few(stderr):
+def test_pipe_gets_few_lines(stderr):
     written = stderr(False)
     assert list(Bar(range(1000), unit="file")) == list(range(1000))
     assert written.getvalue() == ""  # it was over before the first was due
 
 
-def test_on_a_terminal_it_is_a_bar(stderr):
+def test_terminal_gets_a_bar(stderr):
     written = stderr(True)
     list(Bar(range(3), unit="file"))
     assert "\r" in written.getvalue() and "3/3" in written.getvalue()

@@ -55,7 +55,7 @@ def log(folder, sent, steps, **options):
         run.checkpoint(folder / "best")
 
 
-def test_each_value_is_sent_once_though_a_killed_run_had_logged_more(tmp_path):
+def test_resumed_run_sends_each_value_once(tmp_path):
     sent = []
     log(tmp_path, sent, [1, 2, 3])
     assert sent == [
@@ -79,7 +79,7 @@ def test_each_value_is_sent_once_though_a_killed_run_had_logged_more(tmp_path):
     }
 
 
-def test_a_validation_after_the_last_row_is_sent_though_its_step_is_known(tmp_path):
+def test_validation_after_the_last_row_is_sent(tmp_path):
     sent = []
     log(tmp_path, sent, [1, 2])
     logger = ListLogger(tmp_path, sent=sent)

@@ -20,7 +20,7 @@ def scores():
     return confusion.compute()
 
 
-def test_table_shows_each_class_and_says_absent(scores):
+def test_class_table_lists_each_class_and_marks_absent_ones(scores):
     lines = class_table(scores, NAMES, 0).splitlines()
     by_name = {name: next(line for line in lines if f" {name} " in line) for name in NAMES[1:]}
     assert by_name["tool, long"].split()[-5:] == ["50.0", "66.7", "100.0", "50.0", "1"]
@@ -42,7 +42,7 @@ def test_metrics_are_in_percent_or_numbers(scores):
     assert [line.split() for line in lines[-2:]] == [["share", "40.8", "%"], ["area", "1.5"]]
 
 
-def test_table_of_nothing():
+def test_table_without_pixels_marks_all_classes_absent():
     text = class_table(ConfusionMatrix(4).compute(), NAMES)
     assert text.count("absent") == 4 and "mIoU" in text
 

@@ -54,7 +54,7 @@ def values_of(rows):
     return dict(found)
 
 
-def test_a_run_has_the_values_of_metrics_jsonl_and_a_resumed_one_goes_on_in_it(folder):
+def test_wandb_run_equals_metrics_jsonl_and_is_resumed(folder):
     done = call(folder, *TRAIN, *WANDB, "logger.wandb.tags=[a,b]", "trainer.steps=2", "hydra.run.dir=run")
     assert done.status == 0 and "wandb sync " in done.out and "TensorBoard:" in done.out, done.err
     runs, rows, summary = wandb_run(folder / "run")
@@ -76,7 +76,7 @@ def test_a_run_has_the_values_of_metrics_jsonl_and_a_resumed_one_goes_on_in_it(f
     check_same(values_of(rows), json_lines(folder / "run"))
 
 
-def test_jobs_of_a_sweep_have_one_group_and_the_checkpoint_is_an_artifact(folder):
+def test_sweep_jobs_share_a_group_and_upload_checkpoints(folder):
     words = ("seed=0,1", "trainer.steps=1", "logger.wandb.artifacts=true", "hydra.sweep.dir=swept")
     done = call(folder, "-m", *TRAIN, *WANDB, *words)
     assert done.status == 0, done.err
@@ -103,7 +103,7 @@ def check_no_key(folder):
 
 
 @pytest.mark.heavy
-def test_a_server_receives_the_values_of_metrics_jsonl_and_no_key_is_stored(folder):
+def test_server_receives_metrics_and_no_key_is_stored(folder):
     server = WandbServer()
     try:
         out, err = (

@@ -24,7 +24,7 @@ def pages(tmp_path):
         yield app.pages, ask
 
 
-def test_an_upload_is_stored_under_a_name_of_the_server(pages, tmp_path):
+def test_upload_is_stored_under_a_generated_name(pages, tmp_path):
     known, ask = pages
     headers = {"content-disposition": 'attachment; filename="../../../etc/passwd"'}
     assert ask.post("/upload/one?name=../../x", content=b"content", headers=headers).status_code == 204
@@ -44,7 +44,7 @@ def test_uploads_are_refused_when_large_busy_or_of_no_page(pages):
     assert ask.post("/upload/three", content=b"x").status_code == 409
 
 
-def test_nobody_reaches_the_files_of_another_page(pages, tmp_path):
+def test_files_of_another_page_are_not_accessible(pages, tmp_path):
     known, ask = pages
     (tmp_path / "overlay.mp4").write_bytes(bytes(range(100)))
     known["one"].files |= {"overlay.mp4": tmp_path / "overlay.mp4", "mask.png": b"mask"}

@@ -110,7 +110,7 @@ def drag(page, *points):
     page.mouse.up()
 
 
-def test_an_image_its_classes_and_a_corrected_mask(scene):
+def test_app_shows_classes_and_corrects_a_mask(scene):
     folder, address = scene
     ids = read_ids(folder / "predicted/masks/first.png")
     with opened_page(address) as page:

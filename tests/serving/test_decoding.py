@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from child_functions import stuck
 from PIL import Image
-from serving_stand_ins import InThread, encoded, picture
+from serving_stand_ins import InThread, encode_image, picture
 
 from dinoseg.data.video.length import count_frames
 from dinoseg.inference.video_file import VideoReader
@@ -25,7 +25,7 @@ LIMITS = {"max_pixels": 2000, "max_seconds": 1.0}
 @pytest.fixture
 def image(tmp_path):
     path = tmp_path / "upload"
-    path.write_bytes(encoded(picture()))
+    path.write_bytes(encode_image(picture()))
     return path
 
 
@@ -52,9 +52,9 @@ def test_a_slow_image_is_killed_and_the_next_one_is_decoded(image, monkeypatch):
         assert (decoder.decode(image) == picture()).all()
 
 
-def test_dead_processes_and_unread_answers_do_not_reach_the_next_image(image, tmp_path, monkeypatch):
+def test_killed_decoder_does_not_affect_the_next_image(image, tmp_path, monkeypatch):
     other = tmp_path / "other"
-    other.write_bytes(encoded(picture(8, 9), "WEBP", lossless=True))
+    other.write_bytes(encode_image(picture(8, 9), "WEBP", lossless=True))
     with closing(ImageDecoder(10_000)) as decoder:
         assert (decoder.decode(image) == picture()).all()
         decoder._child.kill()
@@ -69,7 +69,7 @@ def test_dead_processes_and_unread_answers_do_not_reach_the_next_image(image, tm
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not bound memory")
 def test_memory_of_decoding_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "_IMAGE_MEMORY", (0, 2**23))
-    (tmp_path / "a").write_bytes(encoded(Image.new("RGB", (2000, 2000))))
+    (tmp_path / "a").write_bytes(encode_image(Image.new("RGB", (2000, 2000))))
     with closing(ImageDecoder(2**22)) as decoder, pytest.raises(UserError, match="Not enough memory"):
         decoder.decode(tmp_path / "a")
 
@@ -148,7 +148,7 @@ def test_long_large_and_broken_videos_are_refused(tmp_path, monkeypatch, share):
     assert str(tmp_path) not in str(error.value)
 
 
-def test_a_video_that_is_longer_than_its_header_states_is_refused(tmp_path, monkeypatch):
+def test_video_longer_than_its_header_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "Child", InThread)
     with closing(VideoDecoder(write_video(tmp_path / "a.mp4"), **LIMITS)) as video:
         video._max_seconds = 0.2

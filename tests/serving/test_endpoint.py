@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image
-from serving_stand_ins import client, encoded, picture
+from serving_stand_ins import client, encode_image, picture
 
 from dinoseg.serving.decoding import ImageDecoder
 from dinoseg.utils.images import read_image
@@ -28,7 +28,7 @@ def read_refusal(response):
 def test_an_image_gives_its_mask_with_the_palette(tmp_path):
     image = picture()
     with client(tmp_path) as ask:
-        mask = read_mask(ask.post("/segment", content=encoded(image)))
+        mask = read_mask(ask.post("/segment", content=encode_image(image)))
     assert mask.mode == "P" and mask.getpalette()[:6] == [0, 0, 0, 255, 0, 0]
     assert (np.asarray(mask) == (image.mean(axis=-1) > 127)).all()
     assert not list(tmp_path.iterdir())
@@ -38,13 +38,13 @@ def test_images_are_read_as_in_prediction(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a phone held upright
     image = tmp_path / "a.jpg"
-    image.write_bytes(encoded(picture(8, 12), "JPEG", exif=exif))
+    image.write_bytes(encode_image(picture(8, 12), "JPEG", exif=exif))
     with client(tmp_path) as ask:
         mask = read_mask(ask.post("/segment", content=image.read_bytes()))
     assert (np.asarray(mask) == (read_image(image).mean(axis=-1) > 127)).all() and mask.size == (8, 12)
 
 
-FAKE_SIZE = encoded(Image.new("1", (8, 8))).replace((8).to_bytes(4, "big") * 2, (2**31 - 1).to_bytes(4, "big") * 2)
+FAKE_SIZE = encode_image(Image.new("1", (8, 8))).replace((8).to_bytes(4, "big") * 2, (2**31 - 1).to_bytes(4, "big") * 2)
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ FAKE_SIZE = encoded(Image.new("1", (8, 8))).replace((8).to_bytes(4, "big") * 2, 
         (b"", "not an image"),
         (b"GET / HTTP/1.1", "not an image"),
         (b"--x\r\nContent-Disposition: form-data; name=a; filename=../../a.png\r\n\r\n", "not an image"),
-        (encoded(picture(), "GIF"), "not an image"),
-        (encoded(picture(64, 64))[:-2000], "truncated"),
-        (encoded(picture(64, 64), "JPEG")[:-500], "truncated"),
-        (encoded(np.zeros((101, 100, 3), np.uint8)), "100 x 101 pixels"),
-        (encoded(Image.new("1", (20_000, 20_000))), "too large"),  # 50 KB that would be 400 million pixels
+        (encode_image(picture(), "GIF"), "not an image"),
+        (encode_image(picture(64, 64))[:-2000], "truncated"),
+        (encode_image(picture(64, 64), "JPEG")[:-500], "truncated"),
+        (encode_image(np.zeros((101, 100, 3), np.uint8)), "100 x 101 pixels"),
+        (encode_image(Image.new("1", (20_000, 20_000))), "too large"),  # 50 KB that would be 400 million pixels
         (FAKE_SIZE, "is truncated or not an image"),
-        (encoded(Image.fromarray(np.ones((4, 6), np.float32)), "TIFF"), "floating-point"),
+        (encode_image(Image.fromarray(np.ones((4, 6), np.float32)), "TIFF"), "floating-point"),
         (b"#EXTM3U\nfile:///etc/passwd\n", "not an image"),
         (b"\0\0\0\x18ftypisom" + bytes(64), "not an image"),
     ],
@@ -69,7 +69,7 @@ def test_hostile_uploads_are_refused_in_one_sentence(tmp_path, data, reason):
     with client(tmp_path) as ask:
         status, detail = read_refusal(ask.post("/segment", content=data))
         assert status == 400 and reason in detail and str(tmp_path) not in detail
-        assert ask.post("/segment", content=encoded(picture())).status_code == 200
+        assert ask.post("/segment", content=encode_image(picture())).status_code == 200
     assert not list(tmp_path.iterdir())
 
 
@@ -85,13 +85,13 @@ def test_too_many_bytes_are_refused(tmp_path, announced):
     content = bytes(2**20 + 1) if announced else stream()
     with client(tmp_path, max_mib=1.0) as ask:
         status, detail = read_refusal(ask.post("/segment", content=content))
-        assert ask.post("/segment", content=encoded(picture()) + bytes(2**19)).status_code == 200
+        assert ask.post("/segment", content=encode_image(picture()) + bytes(2**19)).status_code == 200
     assert status == 413 and "larger than 1 MiB" in detail
     assert not list(tmp_path.iterdir())
 
 
 def test_other_host_names_and_other_sites_are_refused(tmp_path):
-    image = encoded(picture())
+    image = encode_image(picture())
     with client(tmp_path) as ask:
         assert ask.get("/health", headers={"host": "evil.example"}).status_code == 400
         assert ask.post("/segment", content=image, headers={"host": "[::1]:80"}).status_code == 200
@@ -123,9 +123,9 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, caplog):
     assert "full" in caplog.text
 
 
-def test_health_and_metrics(tmp_path):
+def test_health_and_metrics_are_served(tmp_path):
     with client(tmp_path) as ask:
-        ask.post("/segment", content=encoded(picture()))
+        ask.post("/segment", content=encode_image(picture()))
         ask.post("/segment", content=b"no image")
         health = ask.get("/health").json()
         lines = dict(line.rsplit(" ", 1) for line in ask.get("/metrics").text.splitlines())
@@ -140,7 +140,7 @@ def test_a_failing_model_is_status_500(tmp_path):
 
     with client(tmp_path, fail) as ask:
         with pytest.raises(ZeroDivisionError):
-            ask.post("/segment", content=encoded(picture()))
+            ask.post("/segment", content=encode_image(picture()))
         assert 'code="500"} 1' in ask.get("/metrics").text
     assert not list(tmp_path.iterdir())
 
@@ -151,7 +151,7 @@ def test_few_images_are_decoded_at_once(tmp_path, monkeypatch):
     with client(tmp_path, lambda images: decoded.acquire(timeout=600)) as ask, ThreadPoolExecutor(8) as pool:
         decode = ImageDecoder.decode
         monkeypatch.setattr(ImageDecoder, "decode", lambda self, path: (most.append(1), decode(self, path))[1])
-        answers = [pool.submit(ask.post, "/segment", content=encoded(picture())) for _ in range(8)]
+        answers = [pool.submit(ask.post, "/segment", content=encode_image(picture())) for _ in range(8)]
         while len(most) < 4:
             time.sleep(0.01)
         time.sleep(0.3)
@@ -169,6 +169,6 @@ def test_the_model_serves_one_request_at_a_time(tmp_path):
 
     pictures = [picture(4 + seed % 3, 6, seed) for seed in range(12)]
     with client(tmp_path, check) as ask, ThreadPoolExecutor(6) as pool:
-        masks = list(pool.map(lambda image: read_mask(ask.post("/segment", content=encoded(image))), pictures))
+        masks = list(pool.map(lambda image: read_mask(ask.post("/segment", content=encode_image(image))), pictures))
     for image, mask in zip(pictures, masks, strict=True):
         assert (np.asarray(mask) == (image.mean(axis=-1) > 127)).all()

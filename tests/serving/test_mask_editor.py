@@ -62,7 +62,7 @@ def test_points_outside_and_many_points_are_harmless(points):
 
 
 @pytest.mark.parametrize("points", [[], "text", None, [[1]], [[float("nan"), 1]], [["a", "b"]], {"x": 1}])
-def test_what_is_no_line_is_refused(points):
+def test_invalid_stroke_is_refused(points):
     with pytest.raises((ValueError, TypeError)):
         make_editor().paint(points, 2, 1)
 

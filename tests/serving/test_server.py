@@ -14,7 +14,7 @@ from http.client import HTTPConnection
 import pytest
 import uvicorn
 from command_line import call
-from serving_stand_ins import encoded, picture
+from serving_stand_ins import encode_image, picture
 
 from dinoseg.serving import server as server_module
 from dinoseg.serving.server import bind_socket, list_hosts, serve_until_signal
@@ -88,7 +88,7 @@ def post(port, body):
 @pytest.mark.heavy
 def test_requests_in_progress_are_answered_when_it_is_stopped(server, tmp_path):
     process, port = server
-    bodies = [encoded(picture(40 + number % 4, 60, seed=number)) for number in range(20)]
+    bodies = [encode_image(picture(40 + number % 4, 60, seed=number)) for number in range(20)]
     wanted = [post(port, body) for body in bodies]
     assert {status for status, _ in wanted} == {200}
     for _ in range(10):  # clients that send half a request, or leave before the response
@@ -117,7 +117,7 @@ def test_requests_in_progress_are_answered_when_it_is_stopped(server, tmp_path):
     assert not list(tmp_path.glob(".uploads*"))
 
 
-def test_a_server_without_a_model_reports_what_is_missing(tmp_path):
+def test_server_without_a_model_reports_the_missing_keys(tmp_path):
     done = call(tmp_path, "mode=serve", "engine=cpu", "mode.port=0")
     assert done.status == 1 and "resume is not set" in done.err and not list(tmp_path.glob("outputs/*/*"))
     both = call(tmp_path, "mode=serve", "engine=cpu", "mode.port=0", "mode.model=a.onnx", "mode.max_mib=0")

@@ -2,14 +2,14 @@
 
 import pytest
 from command_line import call
-from portable_parts import exported, untrained
+from portable_parts import export_file, write_untrained
 
 from dinoseg.experiment.builder import Builder
 from dinoseg.utils.tensor_files import write_tensors
 
 
 @pytest.fixture
-def served(monkeypatch):
+def start_mode(monkeypatch):
     """Return a function that starts and stops a mode, and says what it wrote."""
     for mode in ("serve", "app"):
         monkeypatch.setattr(f"dinoseg.modes.{mode}.serve_until_signal", lambda *_, **__: None)
@@ -17,29 +17,29 @@ def served(monkeypatch):
 
 
 @pytest.mark.heavy
-def test_a_delta_is_given_its_backbone_from_the_command_line(compose, tmp_path, served):
+def test_a_delta_is_given_its_backbone_from_the_command_line(compose, tmp_path, start_mode):
     weights, moved = tmp_path / "backbone.safetensors", tmp_path / "moved.safetensors"
     backbone = Builder(compose("backbone=tiny_surgical", "data.classes=[a]")).backbone()
     write_tensors(weights, backbone.export_state(), {})
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=frozen", "head=linear")
-    delta = exported(untrained(compose, tmp_path, *words), tmp_path / "out", delta=True, gated=True)
+    delta = export_file(write_untrained(compose, tmp_path, *words), tmp_path / "out", delta=True, gated=True)
     weights.rename(moved)
     for mode in ("serve", "app"):
-        done = served(tmp_path, mode, f"mode.model={delta}")
+        done = start_mode(tmp_path, mode, f"mode.model={delta}")
         assert done.status == 1 and "resume=" not in done.err
         assert f"mode.model={delta}: " in done.err and "Set its current path: backbone.weights=PATH." in done.err
-        done = served(tmp_path, mode, f"mode.model={delta}", f"backbone.weights={moved}")
+        done = start_mode(tmp_path, mode, f"mode.model={delta}", f"backbone.weights={moved}")
         assert done.status == 0, done.err
-    done = served(tmp_path, "serve", f"resume={delta}", f"backbone.weights={moved}")
+    done = start_mode(tmp_path, "serve", f"resume={delta}", f"backbone.weights={moved}")
     assert done.status == 0, done.err
-    done = served(tmp_path, "serve", f"mode.model={delta}", f"backbone.weights={moved}", "inference=windows")
+    done = start_mode(tmp_path, "serve", f"mode.model={delta}", f"backbone.weights={moved}", "inference=windows")
     assert (
         done.status == 0 and ("No effect here: inference=windows. mode.model uses its stored settings") in done.err
     ), done.err
 
 
-def test_what_an_onnx_file_cannot_do_is_refused_before_it_is_read(tmp_path, served):
+def test_unsupported_option_of_an_onnx_file_is_refused_unread(tmp_path, start_mode):
     (tmp_path / "model.onnx").touch()
     for word in ("engine.precision=bf16", "backbone.weights=x"):
-        done = served(tmp_path, "serve", "mode.model=model.onnx", word)
+        done = start_mode(tmp_path, "serve", "mode.model=model.onnx", word)
         assert done.status == 1 and f"{word}: model.onnx is an ONNX file" in done.err, done.err

@@ -26,7 +26,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def test_what_is_read_back_is_what_was_drawn(tmp_path: Path) -> None:
+def test_rendered_videos_are_read_back_exactly(tmp_path: Path) -> None:
     render_moving_objects(tmp_path, **{**SMALL, "test_videos": 1, "seconds": 2, "seed": 5})
     for number, (split, folder) in enumerate((("train", "train"), ("val", "validation"), ("test", "test"))):
         clips = open_clips(Movi(str(tmp_path)), split, cut=Cut(length=24))
@@ -48,7 +48,7 @@ def test_same_seed_same_frames_any_other_seed_other_frames() -> None:
     assert len({frame.tobytes() for frame in frames}) == len(frames)
 
 
-def test_every_object_is_seen_in_the_first_frame_and_keeps_its_id() -> None:
+def test_every_object_is_visible_first_and_preserves_its_id() -> None:
     counts, shares = set(), []
     for seed in SEEDS:
         masks = np.stack([mask for _, mask in draw_video(seed, 24, (96, 128))])
@@ -73,7 +73,7 @@ def test_no_object_begins_hidden() -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 75), (61, 47), (160, 96)])
-def test_any_size(size: tuple[int, int]) -> None:
+def test_any_size_is_rendered(size: tuple[int, int]) -> None:
     for seed in range(3):
         rgb, mask = list(draw_video(seed, 2, size))[-1]
         assert rgb.shape == (*size, 3) and mask.shape == size and rgb.dtype == mask.dtype == np.uint8
@@ -104,7 +104,7 @@ def test_a_mask_is_where_its_object_is_seen(seed: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("outline", OUTLINES)
-def test_a_mask_holds_the_pixels_whose_centres_lie_inside(outline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mask_holds_pixels_whose_centres_are_inside(outline, monkeypatch: pytest.MonkeyPatch) -> None:
     points = outline(np.random.default_rng(3))
     assert np.linalg.norm(points, axis=1).max() == pytest.approx(1)
     monkeypatch.setattr(moving_objects, "OUTLINES", (lambda rng: points,))
@@ -137,7 +137,7 @@ def test_objects_fly_straight_and_are_thrown_back() -> None:
                 assert angle == pytest.approx(mover.turn[0] + mover.turn[1] * index * step)
 
 
-def test_neither_objects_nor_ground_are_flat_and_colours_alone_do_not_separate_them() -> None:
+def test_rendered_objects_are_textured_and_share_colours() -> None:
     inside, scores = [], []
     for seed in SEEDS:
         rgb, mask = next(draw_video(seed, 1, (128, 128)))
@@ -151,7 +151,7 @@ def test_neither_objects_nor_ground_are_flat_and_colours_alone_do_not_separate_t
     assert np.mean(scores) < 0.8
 
 
-def test_some_grounds_drift_some_lights_change_and_some_things_drop_shadows() -> None:
+def test_some_scenes_have_moving_ground_new_light_or_shadows() -> None:
     scenes = [moving_objects._Scene(seed, (32, 32)) for seed in range(24)]
     still = [np.array_equal(scene._seen_ground(0), scene._seen_ground(1)) for scene in scenes]
     for some in (still, [scene._shadows for scene in scenes], [scene._light is None for scene in scenes]):
@@ -163,7 +163,7 @@ def test_some_grounds_drift_some_lights_change_and_some_things_drop_shadows() ->
     assert np.array_equal(mask, same) and (dark <= bright).all() and (dark < bright)[mask == 0].any()
 
 
-def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
+def test_two_processes_write_the_same_as_one(tmp_path: Path) -> None:
     for workers in (1, 2):
         render_moving_objects(tmp_path / str(workers), **{**SMALL, "workers": workers})
     one, two = contents(tmp_path / "1"), contents(tmp_path / "2")
@@ -171,7 +171,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_finished_videos_are_kept_and_an_interrupted_one_is_made_again(tmp_path: Path, monkeypatch) -> None:
+def test_finished_videos_are_reused_and_partial_ones_repeated(tmp_path: Path, monkeypatch) -> None:
     render_moving_objects(tmp_path / "whole", **SMALL)
     write, written = moving_write.write_png, []
 
@@ -194,7 +194,7 @@ def test_finished_videos_are_kept_and_an_interrupted_one_is_made_again(tmp_path:
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_a_video_says_what_it_was_made_from(tmp_path: Path) -> None:
+def test_video_records_its_rendering_settings(tmp_path: Path) -> None:
     render_moving_objects(tmp_path, **{**SMALL, "seed": 4})
     said = json.loads((tmp_path / "validation/validation_0001/rendering.json").read_text())
     assert said == {
@@ -234,7 +234,7 @@ def test_other_data_is_neither_overwritten_nor_mixed(tmp_path: Path, place: str)
     assert set(contents(tmp_path)) == {place, ".DS_Store"}
 
 
-def test_another_seed_or_fewer_videos_in_the_same_root_is_an_error(tmp_path: Path) -> None:
+def test_other_settings_in_the_same_root_are_refused(tmp_path: Path) -> None:
     render_moving_objects(tmp_path, **SMALL)
     before = contents(tmp_path)
     for change in ({"seed": 1}, {"train_videos": 1}, {"seconds": 2}, {"size": (40, 32)}):
@@ -256,7 +256,7 @@ def test_a_read_only_root_is_named(tmp_path: Path) -> None:
         render_moving_objects(tmp_path / "new", **SMALL)
 
 
-def test_a_video_that_lacks_pictures_is_drawn_anew(tmp_path: Path, caplog) -> None:
+def test_video_with_missing_frames_is_rendered_again(tmp_path: Path, caplog) -> None:
     render_moving_objects(tmp_path / "whole", **SMALL)
     render_moving_objects(tmp_path / "cut", **SMALL)
     (tmp_path / "cut/train/train_0002/segmentations/00003.png").unlink()  # as two renderings at once left it

@@ -105,14 +105,14 @@ def test_the_thread_is_about_three_pixels_thick() -> None:
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 200), (130, 34), (360, 640)])
-def test_any_even_size(size: tuple[int, int]) -> None:
+def test_any_even_size_is_rendered(size: tuple[int, int]) -> None:
     rgb, mask = list(render_clip(1, 2, size))[-1]
     assert rgb.shape == (*size, 3) and mask.shape == size
     assert rgb.dtype == mask.dtype == np.uint8
     assert mask.any() and rgb.std() > 5
 
 
-def test_finished_zips_are_kept_and_an_interrupted_one_is_made_again(tmp_path: Path) -> None:
+def test_finished_zips_are_reused_and_partial_ones_repeated(tmp_path: Path) -> None:
     render_dataset(tmp_path, **SMALL)
     kept, lost = tmp_path / "train1/video_01.zip", tmp_path / "test/video_41.zip"
     before, expected = kept.stat().st_mtime_ns, read_masks(lost)
@@ -125,7 +125,7 @@ def test_finished_zips_are_kept_and_an_interrupted_one_is_made_again(tmp_path: P
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
+def test_two_processes_write_the_same_as_one(tmp_path: Path) -> None:
     for workers in (1, 2):
         render_dataset(tmp_path / str(workers), **{**SMALL, "workers": workers})
     for name in ("train1/video_01.zip", "test/video_41.zip"):
@@ -181,7 +181,7 @@ def test_other_data_is_neither_overwritten_nor_mixed(tmp_path: Path, content: by
     assert foreign.read_bytes() == before
 
 
-def test_another_seed_or_fewer_videos_in_the_same_root_is_an_error(tmp_path: Path) -> None:
+def test_other_settings_in_the_same_root_are_refused(tmp_path: Path) -> None:
     render_dataset(tmp_path, **SMALL)
     for change in ({"seed": 1}, {"train_videos": 0}, {"seconds": 1}):
         with pytest.raises(UserError, match="not rendered with these settings"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from command_line import SMALL, call, write_data
 from films import write_film
-from finished_runs import rows, trained, whole_and_resumed_on_ranks
+from finished_runs import rows, train_run, whole_and_resumed_on_ranks
 from refused_trainings import refusal
 
 import dinoseg
@@ -30,23 +30,23 @@ FROZEN = ("adapter=frozen", "data.views=2", "engine.cache=disk", "trainer.unlabe
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("distil")
     write_data(where / "data", train=6, val=1)
-    trained(where, "teacher", *PLAIN, "backbone.patch_size=4", "head=mlp", "trainer.steps=3")
+    train_run(where, "teacher", *PLAIN, "backbone.patch_size=4", "head=mlp", "trainer.steps=3")
     return where
 
 
 @pytest.fixture(scope="module")
-def supervised(folder):
-    return trained(folder, "supervised", *PLAIN, "trainer.steps=2")[0]
+def supervised_run(folder):
+    return train_run(folder, "supervised", *PLAIN, "trainer.steps=2")[0]
 
 
 @pytest.fixture(scope="module")
 def taught(folder):
-    return trained(folder, "taught", *WORDS, "trainer.steps=2", f"data.root={folder / 'data'}")[0]
+    return train_run(folder, "taught", *WORDS, "trainer.steps=2", f"data.root={folder / 'data'}")[0]
 
 
 @pytest.fixture(scope="module")
-def kept(folder):
-    return trained(folder, "kept", *HALF, *FROZEN, "trainer.steps=4")
+def cached_run(folder):
+    return train_run(folder, "kept", *HALF, *FROZEN, "trainer.steps=4")
 
 
 def same(first, second):
@@ -54,50 +54,50 @@ def same(first, second):
 
 
 @pytest.mark.heavy
-def test_a_run_goes_on_to_the_same_bytes_whether_scores_are_kept_or_not(folder, monkeypatch):
+def test_resuming_equals_one_run_with_or_without_cached_scores(folder, monkeypatch):
     asked, ask = [], Teacher.__call__
     monkeypatch.setattr(Teacher, "__call__", lambda teacher, image: asked.append(1) or ask(teacher, image))
-    whole, done = trained(folder, "whole", *HALF, "trainer.steps=4")
+    whole, done = train_run(folder, "whole", *HALF, "trainer.steps=4")
     assert "3 training images with masks, 3 without; teacher teacher" in done.err
     assert all(row["train/teacher"] > 0 for row in rows(folder, "whole") if "train/loss" in row)
     assert len(asked) == 6  # each image once, in four batches of two and two
-    trained(folder, "parts", *HALF, "trainer.steps=2", "engine.workers=2")
-    parts, _ = trained(folder, "parts", *HALF, "trainer.steps=4", "resume=parts")
+    train_run(folder, "parts", *HALF, "trainer.steps=2", "engine.workers=2")
+    parts, _ = train_run(folder, "parts", *HALF, "trainer.steps=4", "resume=parts")
     assert same(whole, parts) and len(asked) == 6
     (size,) = {path.stat().st_size for path in (folder / "outputs/.cache/teachers").rglob("*.features")}
-    few, done = trained(
+    few, done = train_run(
         folder, "few", *HALF, "trainer.steps=4", f"features.gib={2.5 * size / 2**30}", "cache_dir=small"
     )
     found = [path.stat().st_size for path in (folder / "small/teachers").rglob("*.features")]
     assert same(whole, few) and found == [size] * 2 and "at most: no more features are cached" in done.err
 
 
-def test_without_weight_and_other_images_it_is_a_supervised_training(folder, supervised, taught):
-    weightless, _ = trained(folder, "weightless", *WORDS, "trainer.teacher_weight=0", "trainer.steps=2")
-    assert same(weightless, supervised) and not same(taught, supervised)
+def test_zero_weight_without_other_images_is_supervised_training(folder, supervised_run, taught):
+    weightless, _ = train_run(folder, "weightless", *WORDS, "trainer.teacher_weight=0", "trainer.steps=2")
+    assert same(weightless, supervised_run) and not same(taught, supervised_run)
 
 
-def test_a_frozen_student_trains_from_kept_features(folder, kept):
-    whole, done = kept
+def test_frozen_student_trains_from_cached_features(folder, cached_run):
+    whole, done = cached_run
     assert "Feature cache: on (engine.cache=disk)" in done.err
-    live, _ = trained(folder, "live", *HALF, *FROZEN, "trainer.steps=4", "features.dtype=float32")
+    live, _ = train_run(folder, "live", *HALF, *FROZEN, "trainer.steps=4", "features.dtype=float32")
     assert all(torch.allclose(live[name], whole[name], atol=1e-2) for name in live if name.startswith("model/"))
 
 
 @pytest.mark.heavy
-def test_a_frozen_student_goes_on_from_kept_features(folder, kept):
-    trained(folder, "kept_parts", *HALF, *FROZEN, "trainer.steps=1")
-    parts, _ = trained(folder, "kept_parts", *HALF, *FROZEN, "trainer.steps=4", "resume=kept_parts")
-    assert same(kept[0], parts)
+def test_frozen_student_resumes_from_cached_features(folder, cached_run):
+    train_run(folder, "kept_parts", *HALF, *FROZEN, "trainer.steps=1")
+    parts, _ = train_run(folder, "kept_parts", *HALF, *FROZEN, "trainer.steps=4", "resume=kept_parts")
+    assert same(cached_run[0], parts)
 
 
-def test_packed_and_reduced_images_are_taught_as_their_files_are(folder, monkeypatch):
+def test_packed_images_are_distilled_like_their_files(folder, monkeypatch):
     sizes, ask = set(), Teacher.__call__
     monkeypatch.setattr(
         Teacher, "__call__", lambda teacher, image: sizes.add(tuple(image.shape)) or ask(teacher, image)
     )
     words = ("data.cache=packed", "resolution.longest=24", "resolution.crop=[16,24]", "cache_dir=packed")
-    trained(folder, "packed", *WORDS, *words, "trainer.steps=2")
+    train_run(folder, "packed", *WORDS, *words, "trainer.steps=2")
     assert sizes == {(3, 32, 48)}
 
 
@@ -110,24 +110,24 @@ def test_packed_and_reduced_images_are_taught_as_their_files_are(folder, monkeyp
     ],
     ids=lambda words: words[0],
 )
-def test_students_of_any_kind_are_taught(folder, student):
+def test_students_of_any_kind_are_distilled(folder, student):
     """A step of so large a weight lets it say nearly what its teacher says."""
     words = (*HALF, *student, "trainer.steps=12", "trainer.teacher_weight=20", "optim.optimizer.lr=3e-3")
-    trained(folder, "student", *words)
+    train_run(folder, "student", *words)
     found = [row["train/teacher"] for row in rows(folder, "student") if "train/loss" in row]
     shutil.rmtree(folder / "student")
     assert sum(found[-3:]) < 0.8 * sum(found[:3]), found
 
 
-def test_frames_of_a_video_are_learnt_from(folder):
+def test_student_learns_from_frames_of_a_video(folder):
     write_film(folder / "film.mp4", frames=24)
     more = ("trainer.unlabelled=film.mp4", "trainer.unlabelled_every=0.25", "trainer.unlabelled_batch_size=4")
-    _, done = trained(folder, "video", *WORDS, *more, "trainer.steps=1")
+    _, done = train_run(folder, "video", *WORDS, *more, "trainer.steps=1")
     assert "6 training images with masks, 4 without" in done.err
 
 
 @pytest.mark.heavy
-def test_a_run_goes_on_from_another_folder_and_with_another_place_of_its_teacher(folder, supervised, taught, tmp_path):
+def test_run_resumes_from_another_folder_and_teacher_path(folder, supervised_run, taught, tmp_path):
     shutil.copytree(folder / "taught", folder / "moved")
     info = checkpoint.describe(folder / "moved/checkpoints/last.safetensors")
     assert info["config"]["teacher"] == str(folder / "teacher") and "teacher" not in info["config"]["trainer"]
@@ -153,7 +153,7 @@ def test_a_student_in_one_file_names_no_place_of_its_teacher(folder, taught):
     assert found.mask.shape == (32, 48)
 
 
-def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folder, supervised, taught, tmp_path):
+def test_other_teacher_is_another_recipe(folder, supervised_run, taught, tmp_path):
     info = checkpoint.describe(folder / "taught/checkpoints/last.safetensors")
     other = json.loads(json.dumps(info))
     other["config"]["teacher"] += "2"
@@ -185,7 +185,7 @@ def test_another_teacher_is_another_recipe_and_older_checkpoints_have_none(folde
         (("features.gib=-1",), "features.gib=-1 is out of range. Give a number above 0"),
     ],
 )
-def test_what_does_not_go_together_is_refused(folder, compose, words, said):
+def test_incompatible_options_are_refused(folder, compose, words, said):
     assert said in refusal(compose, folder, (*WORDS, "trainer.steps=1"), words)
 
 
@@ -208,6 +208,6 @@ def test_a_command_that_cannot_teach_is_refused(folder, words, said):
 
 
 @pytest.mark.heavy
-def test_two_ranks_go_on_to_the_same_bytes(folder, compose):
+def test_two_ranks_resume_to_equal_bytes(folder, compose):
     words = (*HALF, "head=linear", "engine.devices=2", "trainer.unlabelled_batch_size=2", "trainer.steps=3")
     assert same(*whole_and_resumed_on_ranks(folder, compose, words))

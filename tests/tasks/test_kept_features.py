@@ -18,16 +18,16 @@ def plan(compose, monkeypatch):
         images, "feature_cache", lambda data_module, model, engine, plan: SimpleNamespace(plan=plan, place=None)
     )
 
-    def planned(*words, before=None):
+    def plan_cache(*words, before=None):
         cfg = compose("data.root=.", "data.classes=[a,b]", "backbone=tiny", "data.views=2", *words)
         task = SimpleNamespace(parts=Builder(cfg), data_module=SimpleNamespace())
         ImageTask.cache_features(task, None, None, 3.0, before=before or {})
         return task.data_module.cache.plan
 
-    return planned
+    return plan_cache
 
 
-def test_settings_that_features_depend_on_are_told_apart(plan):
+def test_feature_cache_key_depends_on_the_relevant_settings(plan):
     first = plan()
     rates = plan("head.lr=1", "optim.optimizer.lr=1")
     assert (rates.parts, rates.drawing) == (first.parts, first.drawing)
@@ -47,7 +47,7 @@ def test_keys_of_features_reach_them(plan):
     assert (found.dtype, found.gib, found.epochs, found.before) == ("int8", 3, 3.0, "disk")
 
 
-def test_a_run_that_goes_on_has_its_features_as_they_were(plan):
+def test_resumed_run_preserves_the_dtype_of_its_features(plan):
     assert plan().dtype == "float16" == plan(before={}).dtype
     kept = {"engine.cache": "disk", "features.dtype": "float32"}
     assert plan(before=kept).dtype == "float32" and plan("features.dtype=int8", before=kept).dtype == "int8"

@@ -186,7 +186,7 @@ def test_a_still_noisy_scene_flickers_less(settings):
     assert (found[4:] == right).mean() > (alone(model, frames)[4:] == right).mean() + 0.02
 
 
-def test_whole_propagation_is_that_of_the_first_frame(segmenter):
+def test_full_smoothing_equals_propagation_from_the_first_frame(segmenter):
     """A smoothing of 1 keeps nothing of later frames on the grid: their labels are those propagated from frame 0."""
     model, frames = segmenter(), video(4, (40, 48))
     images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
@@ -227,7 +227,7 @@ def test_cells_on_padding_alone_are_left_out():
     torch.testing.assert_close(labels.sum(-1), torch.ones(3, 5, 9))
 
 
-def test_a_restart_goes_on_where_it_stopped(segmenter):
+def test_restored_smoothing_continues_exactly(segmenter):
     model, frames = segmenter(), video(9)
     whole = SmoothingTracker(model, NEAR)
     expected = run(whole, frames, batch=1)
@@ -260,19 +260,19 @@ def test_memory_does_not_grow_with_the_video(segmenter):
     model, frames = segmenter(), video(4, (24, 32))
     tracker = SmoothingTracker(model, NEAR)
 
-    def held():
+    def tensor_bytes():
         gc.collect()
         tensors = (part for part in gc.get_objects() if issubclass(type(part), torch.Tensor))
         return sum(part.numel() * part.element_size() for part in tensors)
 
     run(tracker, frames * 3)
-    after = held()
+    after = tensor_bytes()
     run(tracker, frames * 60)
-    assert held() == after
+    assert tensor_bytes() == after
     assert tracker.state()["features"].shape[0] == NEAR.context + 1
 
 
-def test_what_does_not_fit_is_refused(segmenter):
+def test_invalid_smoothing_is_refused(segmenter):
     model, frames = segmenter(), video(2)
     for share in (-0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match=f"mode.smoothing={share}: give a share from 0"):
@@ -291,7 +291,7 @@ def test_what_does_not_fit_is_refused(segmenter):
         SmoothingTracker(model, PropagationSettings(context=1)).load(tracker.state())
 
 
-def test_only_what_is_read_is_recorded(segmenter):
+def test_recorded_settings_are_only_those_in_use(segmenter):
     model = segmenter()
     told = SmoothingTracker(model, NEAR).settings
     assert set(told["tracker"]) == set(asdict(NEAR)) - {
@@ -313,7 +313,7 @@ def test_a_state_that_is_not_whole_is_refused(segmenter, lost):
 
 
 class TestBlend:
-    def test_it_mixes_and_feeds_back(self):
+    def test_smoothing_mixes_and_feeds_back(self):
         draw = torch.Generator().manual_seed(0)
         features = torch.randn(5, 6, 4, 7, generator=draw)
         own = torch.rand(5, 3, 4, 7, generator=draw).softmax(1)

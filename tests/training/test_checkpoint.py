@@ -76,7 +76,7 @@ def test_parameter_without_gradients_is_restored(model, tmp_path):
     assert len(restored.state) and not restored.state[source.head.spare.weight]
 
 
-def test_only_what_was_trained_is_in_the_file(model, tmp_path):
+def test_only_trained_parameters_are_saved(model, tmp_path):
     source = model("lora")
     checkpoints = Checkpointer(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
@@ -118,7 +118,7 @@ def test_evaluate_last_saves_weights_of_each_validation(model, tmp_path):
     assert run.stale == 2
 
 
-def test_moving_average_is_kept(model, tmp_path):
+def test_moving_average_is_saved_and_restored(model, tmp_path):
     source = model("frozen")
     optimizer = adamw(source, lr=0.1)
     average = MovingAverage([("w", source.head.classify.weight)], 0.9)
@@ -204,7 +204,7 @@ def test_other_frozen_weights_are_refused(model, tmp_path):
         load_weights(other, read(tmp_path / "best.safetensors"))
 
 
-def test_training_cannot_go_on_from_best(model, tmp_path):
+def test_training_cannot_resume_from_best(model, tmp_path):
     source = model("frozen")
     checkpoints = Checkpointer(tmp_path, dict(INFO))
     checkpoints.restore(source, adamw(source, lr=1.0), None)
@@ -245,7 +245,7 @@ def test_find_takes_run_folders_checkpoint_folders_and_files(tmp_path):
         ("", "it holds neither checkpoints/best.safetensors"),
     ],
 )
-def test_what_names_no_checkpoint_is_one_error(tmp_path, monkeypatch, target, said):
+def test_path_without_a_checkpoint_is_one_error(tmp_path, monkeypatch, target, said):
     monkeypatch.chdir(tmp_path)
     for name in ("run10", "run2"):
         (tmp_path / "runs" / name / checkpoint.FOLDER).mkdir(parents=True)
@@ -265,7 +265,7 @@ def test_links_are_followed(tmp_path):
     assert find(tmp_path / "run_2", "last").samefile(path) and find(tmp_path / "file", "last").samefile(path)
 
 
-def test_files_that_are_no_checkpoint(tmp_path):
+def test_invalid_checkpoint_files_are_refused(tmp_path):
     (tmp_path / "text").write_text("hello")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
     save_file({"x": torch.zeros(1)}, tmp_path / "newer", {"dinoseg": json.dumps({**INFO, "format": 99})})
@@ -352,7 +352,7 @@ def test_a_best_score_of_another_selection_is_discarded(model, tmp_path, caplog,
     assert re.search(change, caplog.text)
 
 
-def test_change_of_selection_restarts_patience_and_discards_only_a_best_score(caplog):
+def test_changed_selection_restarts_patience_and_discards_best(caplog):
     before, now = ({"config": {"trainer": {"score": score}}} for score in ("miou", "loss"))
     assert comparable(Progress(9, best=0.5, best_step=3, stale=2), before, now) == Progress(9)
     assert "the previous best score is discarded" in caplog.text

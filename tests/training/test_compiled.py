@@ -28,7 +28,7 @@ def shapes(monkeypatch):
     return noted
 
 
-def test_blocks_are_compiled_for_the_first_size_that_comes_twice_and_no_other(shapes):
+def test_blocks_are_compiled_for_the_first_repeated_size(shapes):
     backbone = tiny_vit().eval()
     names, blocks = set(backbone.state_dict()), len(backbone.blocks)
     sizes = [(16, 16), (32, 24), (32, 24), (16, 16), (16, 16), (32, 24)]
@@ -46,7 +46,7 @@ def test_blocks_are_compiled_for_the_first_size_that_comes_twice_and_no_other(sh
     assert set(backbone.state_dict()) == names
 
 
-def test_what_is_compiled_is_for_one_type_and_mask_and_no_export(shapes, monkeypatch):
+def test_compiled_block_serves_one_dtype_and_mask_and_no_export(shapes, monkeypatch):
     once, tokens = compiled._Once(lambda tokens, **_: tokens, compiled._State()), torch.zeros(1, 2, 3)
     for _ in range(3):
         once(tokens, attention_mask=None)
@@ -58,7 +58,7 @@ def test_what_is_compiled_is_for_one_type_and_mask_and_no_export(shapes, monkeyp
     assert len(shapes) == 2
 
 
-def test_the_last_block_rests_where_its_attention_is_asked_for(shapes):
+def test_last_block_is_not_compiled_for_its_attention(shapes):
     backbone, image = TimmBackbone("test_vit", "random", None).eval(), torch.rand(1, 3, 32, 48)
     plain = backbone.with_class_attention(image)
     compile_blocks(backbone)
@@ -70,7 +70,7 @@ def test_the_last_block_rests_where_its_attention_is_asked_for(shapes):
     torch.testing.assert_close(found, plain)
 
 
-def test_where_torch_cannot_compile_blocks_run_as_ever_and_it_is_said_once(monkeypatch, caplog):
+def test_failing_compilation_falls_back_with_one_warning(monkeypatch, caplog):
     def fails(plain, **_):
         def run(*_, **__):
             raise torch._dynamo.exc.TorchDynamoException("no compiler\nand a long story")
@@ -98,7 +98,7 @@ def test_a_pyramid_and_shared_weights_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_an_engine_compiles_the_blocks_of_what_it_places_if_it_is_told(shapes, wanted):
+def test_engine_compiles_blocks_of_placed_models_if_configured(shapes, wanted):
     model = SegmentationModel(Frozen()(tiny_vit()), LinearHead(24, 1, 3)).eval()
     placed = Engine("cpu", "fp32", compile=wanted).place(model)
     for _ in range(2):

@@ -85,7 +85,7 @@ def file_of(path, text, tensors=None):
 
 
 @pytest.mark.parametrize(("key", "value", "says"), ODD.values(), ids=ODD)
-def test_what_dinoseg_does_not_write_is_refused(tmp_path, key, value, says):
+def test_invalid_description_value_is_refused(tmp_path, key, value, says):
     text = json.dumps({"format": FORMAT, **INFO, key: value})
     path = file_of(tmp_path / "x.safetensors", text)
     for look in (describe, outline, read):
@@ -98,12 +98,12 @@ def test_what_dinoseg_does_not_write_is_refused(tmp_path, key, value, says):
 @pytest.mark.parametrize(
     "text", [DEEP, "{", "1e999999", "9" * 5000, "[]", "null", "3", "", None, "{}"], ids=lambda text: str(text)[:8]
 )
-def test_text_that_is_no_description_is_refused(tmp_path, text):
+def test_text_without_a_description_is_refused(tmp_path, text):
     with pytest.raises(UserError, match="cannot be read|but not a checkpoint|lacks"):
         describe(file_of(tmp_path / "x.safetensors", text))
 
 
-def test_what_dinoseg_writes_is_read(tmp_path):
+def test_written_description_is_read_back(tmp_path):
     progress = {"step": 3, "best": 0.5, "best_step": 0, "stale": 1}
     write(tmp_path / "x.safetensors", {"model/x": torch.ones(2, 3)}, {**INFO, "progress": progress})
     assert describe(tmp_path / "x.safetensors")["progress"]["step"] == 3
@@ -112,7 +112,7 @@ def test_what_dinoseg_writes_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "a" * 101, "a\nb", "\x1b[2J"])
-def test_a_run_cannot_begin_with_names_that_its_checkpoint_could_not_hold(name):
+def test_class_names_a_checkpoint_cannot_store_are_refused(name):
     with pytest.raises(UserError, match="give names of 1 to 100 printable"):
         Labels.of(["fine", name], None, 255)
 
@@ -191,7 +191,7 @@ ODD_STATE = {
 
 
 @pytest.mark.parametrize("changes", [*ODD_STATE.values(), {}], ids=[*ODD_STATE, "sound"])
-def test_state_that_adamw_has_not_kept_is_refused(tmp_path, changes):
+def test_state_of_another_optimizer_than_adamw_is_refused(tmp_path, changes):
     optimizer = optimizer_of(nn.Linear(2, 3, bias=False))
     state = {f"optimizer/weight/{key}": value for key, value in (MOMENTS | changes).items() if value is not None}
     write(tmp_path / "x.safetensors", state, INFO)
@@ -200,7 +200,7 @@ def test_state_that_adamw_has_not_kept_is_refused(tmp_path, changes):
 
 
 @pytest.mark.parametrize(("idle", "refused"), [(0, True), (1, False), (None, True)])
-def test_state_that_lacks_a_parameter_is_refused_unless_it_had_none(tmp_path, idle, refused):
+def test_missing_parameter_state_is_refused_unless_idle(tmp_path, idle, refused):
     optimizer = optimizer_of(nn.Linear(2, 3))
     state = {f"optimizer/weight/{key}": value for key, value in MOMENTS.items()}
     write(tmp_path / "x.safetensors", state, INFO | ({} if idle is None else {"idle": idle}))

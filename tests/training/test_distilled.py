@@ -85,7 +85,7 @@ def test_each_image_of_a_batch_comes_with_its_own_scores(tmp_path):
                 assert shown.sum() > 40 and far[shown].median() < 1.5
 
 
-def test_scores_are_asked_for_once_and_used_as_they_are_kept(tmp_path):
+def test_teacher_scores_are_computed_once_and_then_cached(tmp_path):
     asked = []
 
     def ask(image):
@@ -116,7 +116,7 @@ def test_scores_are_asked_for_once_and_used_as_they_are_kept(tmp_path):
         assert len(asked) == count + 1 and torch.equal(anew.scores, first.scores)
 
 
-def test_scores_that_no_memory_is_for_are_refused_by_the_image_s_name():
+def test_scores_above_the_memory_limit_are_refused_by_image_name():
     kept = CachedScores(
         lambda image: (torch.zeros(2, 1, 1).expand(2, 2**14, 2**14), (1.0, 1.0)), MemoryStore("float32", 0), 2
     )
@@ -124,7 +124,7 @@ def test_scores_that_no_memory_is_for_are_refused_by_the_image_s_name():
         kept.look(views(), 0, 1)
 
 
-def test_images_without_masks_are_ignored_everywhere_and_known_by_their_files(tmp_path):
+def test_images_without_masks_are_ignored_and_hashed_by_file(tmp_path):
     for name in "ab":
         write_png(tmp_path / f"{name}.png", np.full((4, 5, 3), ord(name), np.uint8))
     data = Unmasked(["a", "b"], [tmp_path / "a.png", tmp_path / "b.png"], Ramps())
@@ -151,7 +151,7 @@ def batch_of(count, first, features=False):
 
 @pytest.mark.parametrize("counts", [(3, 5), (5, 3)])
 @pytest.mark.parametrize("parts", [1, 2, 3])
-def test_each_sample_keeps_its_scores_in_whatever_parts_a_batch_goes_through(parts, counts):
+def test_each_sample_has_its_own_scores_in_any_split_of_a_batch(parts, counts):
     whole = ScoredBatch([batch_of(counts[0], 0), batch_of(counts[1], 10)])
     assert len(whole.names) == 3  # in more parts than these a batch would have some without one kind
     names = []
@@ -167,13 +167,13 @@ def test_each_sample_keeps_its_scores_in_whatever_parts_a_batch_goes_through(par
     assert sorted(map(int, names)) == [*range(counts[0]), *range(10, 10 + counts[1])]
 
 
-def test_what_is_frozen_is_joined_as_images_are():
+def test_frozen_features_are_joined_like_images():
     batch = ScoredBatch([batch_of(1, 0, features=True), batch_of(2, 10, features=True)]).to(CPU)
     assert [len(part) for part in batch.image.tensors] == [3, 3] and batch.image.seen == (12, 10)
     assert [len(part) for part in batch.with_masks.image.tensors] == [1, 1]
 
 
-def test_the_loss_is_that_of_masks_and_the_weighed_divergence_on_all_images():
+def test_distilled_loss_adds_weighted_divergence_on_all_images():
     batch = ScoredBatch([batch_of(2, 0), batch_of(1, 10)]).to(CPU)
     grid = torch.randn(3, 2, 6, 5, generator=torch.Generator().manual_seed(0))
     prediction = Prediction(grid, (6, 5), (1.0, 1.0), lambda *_: grid, grid=grid)
@@ -186,7 +186,7 @@ def test_the_loss_is_that_of_masks_and_the_weighed_divergence_on_all_images():
     assert DistilledLoss(criterion)(prediction, plain)[0] == criterion(prediction, plain)[0]
 
 
-def test_a_batch_whose_masks_ignore_all_is_taught_all_the_same():
+def test_fully_ignored_batch_still_learns_from_the_teacher():
     batch = ScoredBatch([batch_of(2, 0), batch_of(1, 10)]).to(CPU)
     grid = torch.randn(3, 2, 6, 5, generator=torch.Generator().manual_seed(0))
     prediction = Prediction(grid, (6, 5), (1.0, 1.0), lambda *_: grid, grid=grid)
@@ -199,7 +199,7 @@ def test_a_batch_whose_masks_ignore_all_is_taught_all_the_same():
     assert DistilledLoss(CrossEntropy(torch.ones(2)), 0.0)(prediction, batch)[1]["weight"] == 0
 
 
-def test_what_the_loss_of_masks_needs_is_asked_for():
+def test_distilled_loss_has_the_requirements_of_its_mask_loss():
     plain, sums = CrossEntropy(torch.ones(2)), CrossEntropy(torch.ones(2))
     sums.needs_masks = sums.sums_over_batch = True
     for own in (plain, sums):
@@ -207,7 +207,7 @@ def test_what_the_loss_of_masks_needs_is_asked_for():
         assert (loss.needs_masks, loss.sums_over_batch) == (own.needs_masks, own.sums_over_batch)
 
 
-def test_views_that_do_not_say_where_they_lie_are_refused():
+def test_views_without_a_place_are_refused():
     class Other(Augment):
         def __call__(self, image, mask, rng):
             return image, mask

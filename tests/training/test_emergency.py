@@ -102,7 +102,7 @@ def same(first, second, names=("last", "best")):
         assert [key for key in one.tensors if not one.tensors[key].equal(two.tensors[key])] == []
 
 
-def untimed(rows):
+def without_timings(rows):
     timings = ("train/images_per_s", "train/data_wait", "train/memory_gib")
     return [{key: value for key, value in row.items() if key not in timings} for row in rows]
 
@@ -129,7 +129,7 @@ STOPS = [({"batch": 8}, 4), ({"batch": 9}, 4), ({"validation": 1}, 3), ({"valida
         *((crash, *STOPS[place]) for place in (1, 2)),
     ],
 )
-def test_what_was_trained_is_saved_and_goes_on_bit_for_bit(train, whole, tmp_path, fails, where, step):
+def test_interrupted_training_is_saved_and_resumes_exactly(train, whole, tmp_path, fails, where, step):
     """Also in the middle of a step, between its two batches, and in the validation after the last step."""
     ended = train(tmp_path, fails=fails, **where)
     assert isinstance(ended.error, Interrupted if fails is terminate else (UserError, RuntimeError))
@@ -138,7 +138,7 @@ def test_what_was_trained_is_saved_and_goes_on_bit_for_bit(train, whole, tmp_pat
     gone_on = train(tmp_path, start=True)
     assert gone_on.error is None
     same(whole.folder, tmp_path)
-    assert untimed(ended.rows + gone_on.rows) == untimed(whole.rows)
+    assert without_timings(ended.rows + gone_on.rows) == without_timings(whole.rows)
 
 
 def failing_at(number, whole, fails):
@@ -163,13 +163,13 @@ def test_a_rank_that_is_lost_before_the_update_costs_no_step(train, tmp_path, mo
 
 
 @pytest.mark.parametrize("at", [1, 2])
-def test_a_loss_that_is_not_finite_leaves_what_was_saved_before(train, tmp_path, monkeypatch, at):
+def test_non_finite_loss_preserves_the_earlier_checkpoint(train, tmp_path, monkeypatch, at):
     """The steps that led to it are of no use: going on from them would end there again."""
     monkeypatch.setattr(Engine, "total", failing_at(at, Engine.total, lambda: torch.tensor([math.nan, 1.0, 0.0])))
     assert isinstance(train(tmp_path).error, NonFiniteLoss) and not list(tmp_path.iterdir())
 
 
-def test_what_is_not_new_or_not_wanted_is_not_saved(train, tmp_path):
+def test_unchanged_or_unwanted_state_is_not_saved(train, tmp_path):
     def again():
         raise Interrupted(signal.SIGTERM, again=True)
 
@@ -178,7 +178,7 @@ def test_what_is_not_new_or_not_wanted_is_not_saved(train, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_an_error_that_cannot_be_saved_is_told_first(train, tmp_path, monkeypatch, caplog):
+def test_original_error_is_raised_if_saving_fails(train, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint.Checkpointer, "save", lambda *_: crash())
     assert str(train(tmp_path, batch=4, fails=truncated).error) == "7.png is truncated"
     assert "Training stopped after step 2, which could not be saved: a worker has died" in caplog.text
@@ -207,12 +207,12 @@ def test_a_validation_that_cannot_be_logged_is_pending(train, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("writes", [True, False])
-def test_only_the_rank_that_writes_says_that_a_step_is_saved(train, tmp_path, caplog, writes):
+def test_only_the_writing_rank_reports_the_saved_step(train, tmp_path, caplog, writes):
     train(tmp_path, batch=4, fails=truncated, writes=writes)
     assert ("and that step is saved" in caplog.text) == writes == (tmp_path / "last.safetensors").exists()
 
 
-def test_no_best_is_chosen_by_a_score_that_is_no_number(train, tmp_path, monkeypatch):
+def test_nan_score_selects_no_best_checkpoint(train, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageDataModule, "validate", lambda *_: Validation({"miou": math.nan}, {}))
     error = train(tmp_path).error
     assert isinstance(error, NonFiniteLoss) and str(error).startswith("val/miou is nan at step 3")

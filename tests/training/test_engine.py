@@ -20,7 +20,7 @@ def test_auto_is_the_best_device_there_is():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_device_that_is_not_there_is_refused_with_those_that_are():
+def test_unavailable_device_is_refused_with_the_available_ones():
     with pytest.raises(UserError, match="engine.device=cuda is not available here. This machine has: .*cpu"):
         Engine("cuda")
 
@@ -36,7 +36,7 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are():
         ({"bf16": True, "architecture": "aarch64"}, False),
     ],
 )
-def test_auto_takes_bfloat16_where_it_is_faster(monkeypatch, has, faster):
+def test_auto_chooses_bfloat16_where_it_is_faster(monkeypatch, has, faster):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert Engine("cpu", "auto").half == faster
     assert Engine("cpu", "bf16").half and not Engine("cpu", "fp32").half
@@ -119,12 +119,12 @@ def test_images_of_one_size_are_scored_at_once_by_their_size():
     assert found == [16, 8, 1, 1, 1] and engine.images_at_once() == 4
 
 
-def test_what_one_rank_decides_the_others_do_not_look_at():
+def test_only_rank_0_runs_a_shared_decision():
     ranks = [SimpleNamespace(is_main=main, broadcast=lambda found: found or "shared") for main in (True, False)]
     assert Engine.run_on_rank0(ranks[0], lambda: "found") == "found"
     assert Engine.run_on_rank0(ranks[1], lambda: pytest.fail("it is looked at twice")) == "shared"
 
 
-def test_too_many_loading_processes_are_told_where_an_engine_begins(caplog):
+def test_engine_warns_of_too_many_loading_processes(caplog):
     Engine("cpu", "fp32", workers=10_000)
     assert [message[:40] for message in caplog.messages] == ["engine.workers=10000 starts 10000 loadin"]

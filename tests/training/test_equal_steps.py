@@ -176,12 +176,12 @@ class Short(Loss):
         self.loss, self.num_divisors, self.divisors = loss, loss.num_divisors, loss.divisors
 
     def forward(self, prediction, batch):
-        return self._checked(batch)(prediction, batch)
+        return self._check_size(batch)(prediction, batch)
 
     def step_loss(self, prediction, batch, divisors):
-        return self._checked(batch).step_loss(prediction, batch, divisors)
+        return self._check_size(batch).step_loss(prediction, batch, divisors)
 
-    def _checked(self, batch):
+    def _check_size(self, batch):
         if len(batch.names) > self.most:
             raise RuntimeError("not enough memory")
         return self.loss
@@ -263,7 +263,7 @@ def check(net, loss, whole, *, batchwise=False):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_equal_or_the_loss_declares_that_they_are_not(name):
+def test_gradients_are_equal_or_the_loss_declares_otherwise(name):
     clips = name in SLOTS
     loss = criterion(*CASES[name], **({} if clips else {"class_weights": torch.tensor([0.3, 1.0, 2.5])}))
     net = table("clips" if clips else "masks" if "mask" in name else "pixels")

@@ -117,7 +117,7 @@ def train(data, tiny_backbone, tmp_path):
 
 
 @pytest.fixture
-def computed(monkeypatch):
+def counted_images(monkeypatch):
     """Count the images that pass the frozen part."""
     passed, frozen = [], SegmentationModel.frozen
     monkeypatch.setattr(
@@ -139,28 +139,28 @@ def test_training_on_features_is_training_on_images(train, adapter, monkeypatch,
     assert opened == ["0"] * 4  # what is measured, the size of the validation images, and the picture of each of two
 
 
-def test_checked_crops_are_cached_and_known_by_their_masks(train, data, computed):
+def test_checked_crops_are_cached_and_known_by_their_masks(train, data, counted_images):
     checked = Augment((12, 11), scale=(0.8, 1.5), flip=0.5, cat_max_ratio=0.4)
     live = train(augment=checked)[0]
     assert train("disk", augment=checked)[0] == live
-    computed.clear()
-    assert train("disk", augment=checked)[0] == live and sum(computed) == MEASURED
+    counted_images.clear()
+    assert train("disk", augment=checked)[0] == live and sum(counted_images) == MEASURED
     for pair in data.pairs[:2]:  # other labels may move the crops
         write_png(pair.mask, np.eye(*read_image(pair.mask).shape[:2], dtype=np.uint8))
     live = train(augment=checked)[0]
-    computed.clear()
-    assert train("disk", augment=checked)[0] == live and MEASURED < sum(computed) < MEASURED + 10
+    counted_images.clear()
+    assert train("disk", augment=checked)[0] == live and MEASURED < sum(counted_images) < MEASURED + 10
 
 
-def test_what_is_kept_is_computed_once(train, computed):
+def test_cached_features_are_computed_once(train, counted_images):
     train("disk", steps=9)
-    assert sum(computed) == MEASURED + 10 + 5  # two views of each of five images, and these as they are
-    computed.clear()
+    assert sum(counted_images) == MEASURED + 10 + 5  # two views of each of five images, and these as they are
+    counted_images.clear()
     train("disk", steps=9)
-    assert sum(computed) == MEASURED
-    computed.clear()
+    assert sum(counted_images) == MEASURED
+    counted_images.clear()
     train("disk", steps=9, views=3)
-    assert sum(computed) == MEASURED + 5  # the third view of each
+    assert sum(counted_images) == MEASURED + 5  # the third view of each
 
 
 def test_each_view_of_a_mask_is_decoded_once(train, monkeypatch):
@@ -175,7 +175,7 @@ def test_features_in_other_processes_are_the_same(train):
     assert train("disk", workers=2)[0] == train("disk", workers=1)[0] == train()[0]
 
 
-def test_each_view_is_read_by_the_training_s_own_process_once_it_was_read_by_any(train, monkeypatch):
+def test_cached_views_are_read_in_the_main_process(train, monkeypatch):
     loaded, load = [], loader._load_ahead
     monkeypatch.setattr(loader, "_load_ahead", lambda read, keys, n, **_: loaded.append(n) or load(read, keys, n))
     rows, data_module, _ = train("disk", workers=2, steps=9)
@@ -186,7 +186,7 @@ def test_each_view_is_read_by_the_training_s_own_process_once_it_was_read_by_any
     assert [next(batches).names for _ in range(3)]
 
 
-def test_a_run_that_goes_on_is_as_one_without_a_stop(train, tmp_path):
+def test_resumed_run_equals_an_uninterrupted_one(train, tmp_path):
     whole, _, model = train("disk")
     first = train("disk", steps=3)[0]
     later, _, resumed = train("disk", start=tmp_path / "run_disk_3_None/last.safetensors")
@@ -196,12 +196,12 @@ def test_a_run_that_goes_on_is_as_one_without_a_stop(train, tmp_path):
 
 
 @pytest.mark.parametrize(("other", "told"), [({"seed": 1}, "weights"), ({"scale": 2.0}, "sizes")])
-def test_features_of_other_weights_or_preprocessing_are_not_used(train, computed, caplog, other, told):
+def test_features_of_other_weights_or_preprocessing_are_not_used(train, counted_images, caplog, other, told):
     train("disk", steps=3)
-    computed.clear()
+    counted_images.clear()
     with caplog.at_level(logging.INFO):
         rows = train("disk", steps=3, **other)[0]
-    assert sum(computed) == 1 + 6 + 5 and f"with other {told}:" in caplog.text
+    assert sum(counted_images) == 1 + 6 + 5 and f"with other {told}:" in caplog.text
     assert rows == train(steps=3, **other)[0]
 
 
@@ -209,7 +209,7 @@ def test_features_of_other_weights_or_preprocessing_are_not_used(train, computed
 def folder(tiny_backbone, tmp_path):
     """Return a function that gives the folder for the features of a model and its settings."""
 
-    def named(*, augment=AUGMENT, head=LinearHead, longest=None, blocks=0, parts=(), dtype="float16", **other):
+    def folder_of(*, augment=AUGMENT, head=LinearHead, longest=None, blocks=0, parts=(), dtype="float16", **other):
         torch.manual_seed(0)
         backbone = (LastBlocks(blocks) if blocks else FROZEN)(tiny_backbone())
         engine = SimpleNamespace(
@@ -219,7 +219,7 @@ def folder(tiny_backbone, tmp_path):
         plan = CacheOptions(tmp_path, 1.0, "", {"backbone": "b", "head": "h", **dict(parts)}, dtype=dtype)
         return choice._open_store(False, SimpleNamespace(augment=augment), model, engine, plan).folder
 
-    return named
+    return folder_of
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def folder(tiny_backbone, tmp_path):
         *({"augment": Upside((24, 33))}, {"blocks": 1}, {"parts": {"backbone": "other"}}),
     ],
 )
-def test_features_that_another_setting_would_change_are_kept_apart(change, folder):
+def test_features_of_other_settings_have_their_own_folder(change, folder):
     assert folder() == folder() != folder(**change)
 
 
@@ -246,7 +246,7 @@ def test_where_a_backbone_is_cut_counts(folder, monkeypatch):
     assert folder() != whole
 
 
-def test_views_that_are_never_drawn_take_no_room(train, caplog, monkeypatch, tmp_path):
+def test_unused_views_are_not_counted_in_the_cache_size(train, caplog, monkeypatch, tmp_path):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(choice, "in_bytes", str)
     for epochs in (0.5, 3.5):
@@ -263,7 +263,7 @@ def test_measuring_features_keeps_the_mode_of_the_model(train, training):
     assert model.training == model.head.training == training
 
 
-def test_what_is_not_seen_whole_is_read_by_its_own_number(data):
+def test_image_predicted_in_windows_is_read_by_its_own_index(data):
     policy = SimpleNamespace(is_single_pass=lambda model, size, autocast: size != (1, 9))
     share = {"batch_size": 2, "seed": 0, "workers": 0, "policy": policy, "rank": 1, "world_size": 2}
     views = [SimpleNamespace(size=size) for size in ((19, 23), (1, 9))]
@@ -280,7 +280,7 @@ def test_ranks_of_a_machine_share_its_memory(monkeypatch, tmp_path):
     assert [choice._memory_room(plan, SimpleNamespace(world_size=world_size)) for world_size in (1, 3)] == [600, 200]
 
 
-def test_settings_of_a_head_count_where_features_are_of_its_own_making(folder):
+def test_head_settings_count_only_for_features_of_the_head(folder):
     class Cut(LinearHead):
         def forward_frozen(self, backbone, images):
             return super().forward_frozen(backbone, images)
@@ -298,9 +298,7 @@ def test_masks_go_with_images_that_a_class_of_ones_own_changes(train, data):
         assert train("disk", views=1, steps=5, **options)[0] == live
 
 
-def test_a_training_goes_on_where_the_disk_is_full_and_the_next_one_keeps_the_rest(
-    train, computed, caplog, monkeypatch
-):
+def test_training_continues_on_a_full_disk_and_caches_later(train, counted_images, caplog, monkeypatch):
     live, real, left = train(steps=3)[0], store.write_all, [4]
 
     def write(file, data):
@@ -312,13 +310,13 @@ def test_a_training_goes_on_where_the_disk_is_full_and_the_next_one_keeps_the_re
     with monkeypatch.context() as patch:
         patch.setattr(store, "write_all", write)
         assert train("disk", steps=3)[0] == live and "the disk is full" in caplog.text
-    computed.clear()
-    assert train("disk", steps=3)[0] == live and sum(computed) == MEASURED + (6 + 5 - 4)
-    computed.clear()
-    assert train("disk", steps=3)[0] == live and sum(computed) == MEASURED
+    counted_images.clear()
+    assert train("disk", steps=3)[0] == live and sum(counted_images) == MEASURED + (6 + 5 - 4)
+    counted_images.clear()
+    assert train("disk", steps=3)[0] == live and sum(counted_images) == MEASURED
 
 
-def test_an_image_that_float16_does_not_hold_is_trained_on_beside_others(train, monkeypatch):
+def test_image_beyond_float16_trains_with_the_others(train, monkeypatch):
     frozen = SegmentationModel.frozen
 
     def large(model, images):
@@ -336,17 +334,17 @@ def test_an_image_that_float16_does_not_hold_is_trained_on_beside_others(train, 
     assert kinds == {torch.float16, torch.bfloat16}
 
 
-def test_trainings_that_go_on_at_once_share_what_is_kept(train, computed):
+def test_concurrent_trainings_share_the_cache(train, counted_images):
     feeds = [train("disk", epochs=9)[1] for _ in range(2)]
-    computed.clear()
+    counted_images.clear()
     for ours, theirs in itertools.islice(zip(*(data_module.train_batches(0) for data_module in feeds), strict=True), 5):
         pairs_of = [views.to(torch.device("cpu")).image.tensors[0] for views in (ours, theirs)]
         assert torch.equal(*pairs_of)
-    assert sum(computed) == 10  # by one of the two
+    assert sum(counted_images) == 10  # by one of the two
     assert not any(view.features is None for view in next(feeds[0].train_batches(0)).views)
 
 
-def test_what_lets_batches_come_sooner_depends_on_what_is_read(train, data, tmp_path):
+def test_remedy_for_slow_loading_depends_on_the_source(train, data, tmp_path):
     _, live, _ = train(epochs=2, workers=2)
     assert live.remedy.startswith("Decode images only once (data.cache=packed). If cores are idle, use more")
     _, kept, _ = train("disk", epochs=2, workers=2)
@@ -359,7 +357,7 @@ def test_what_lets_batches_come_sooner_depends_on_what_is_read(train, data, tmp_
 
 
 @pytest.mark.parametrize("adapter", [FROZEN, LastBlocks(1)])
-def test_a_head_that_sees_the_pixels_trains_from_what_is_kept_as_live(train, computed, adapter):
+def test_detail_head_trains_from_cached_features_as_live(train, counted_images, adapter):
     def rows(*cache, **options):
         torch.manual_seed(1)
         head = DetailHead(24, 1, 3, patch_size=8, fine=4, width=8, jitter=0.3, linear_skip=True)
@@ -367,9 +365,9 @@ def test_a_head_that_sees_the_pixels_trains_from_what_is_kept_as_live(train, com
 
     live = rows()
     for _ in range(2):
-        computed.clear()
+        counted_images.clear()
         assert rows("disk") == live
-    assert len(computed) == MEASURED, "the second one reads what the first has kept"
+    assert len(counted_images) == MEASURED, "the second one reads what the first has kept"
     assert rows("memory", dtype="int8")[0]["train/loss"] == pytest.approx(live[0]["train/loss"], rel=2e-2)
 
 
@@ -381,12 +379,12 @@ def test_rounded_features_train_nearly_the_same(train):
         assert rounded == pytest.approx(live, rel=error) and rounded != live, dtype
 
 
-def test_images_that_are_not_seen_whole_are_not_validated_by_features(train, computed):
+def test_images_in_windows_are_not_validated_by_features(train, counted_images):
     windows = {"policy": Windows(16)}
     live = train(**windows)[0]
-    computed.clear()
+    counted_images.clear()
     assert train("memory", **windows)[0] == live
-    assert sum(computed) == 1 + 10
+    assert sum(counted_images) == 1 + 10
     assert not Whole(flips="horizontal").is_single_pass(None, (1, 1), None) and Whole().is_single_pass(
         None, (1, 1), None
     )
@@ -418,22 +416,22 @@ def test_the_view_of_a_mask_alone_is_that_with_its_image(data):
         assert np.array_equal(seen, AUGMENT.mask(mask, np.random.default_rng(index)))
 
 
-def test_auto_says_why_it_trains_on_images(train, caplog, monkeypatch):
-    def told(**options):
+def test_auto_explains_why_it_trains_on_images(train, caplog, monkeypatch):
+    def explain(**options):
         caplog.clear()
         with caplog.at_level(logging.INFO):
             assert train("auto", **options)[1].cache is None
         return caplog.text
 
-    assert "data.views=4 to cache 4 fixed augmentations" in told(views=None, epochs=9)
-    assert "adapter.blocks=4" in told(adapter=Lora(2, 4), epochs=9)
-    assert "repeat no view" in told(epochs=2.0)
+    assert "data.views=4 to cache 4 fixed augmentations" in explain(views=None, epochs=9)
+    assert "adapter.blocks=4" in explain(adapter=Lora(2, 4), epochs=9)
+    assert "repeat no view" in explain(epochs=2.0)
     monkeypatch.setattr(choice, "_memory_room", lambda *_: 10)
     monkeypatch.setattr(choice, "_disk_room", lambda *_: 11)
-    assert "MiB are free in memory and 0.0 MiB in files" in told(epochs=20)
+    assert "MiB are free in memory and 0.0 MiB in files" in explain(epochs=20)
 
 
-def test_a_run_that_goes_on_keeps_to_what_it_has_chosen_unless_told_otherwise(train, monkeypatch, caplog):
+def test_resumed_run_preserves_its_cache_choice_unless_changed(train, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     for before in ("disk", "memory"):
         assert train("auto", epochs=20, before=before)[1].cache.place == before
@@ -452,7 +450,7 @@ def test_a_run_that_goes_on_keeps_to_what_it_has_chosen_unless_told_otherwise(tr
 
 
 @pytest.mark.parametrize(("memory", "disk", "place"), [(10**6, 10**6, "memory"), (10, 10**6, "disk"), (10, 10, None)])
-def test_auto_caches_in_memory_else_on_disk(train, monkeypatch, caplog, memory, disk, place):
+def test_auto_caches_in_memory_or_else_on_disk(train, monkeypatch, caplog, memory, disk, place):
     monkeypatch.setattr(choice, "_memory_room", lambda *_: memory)
     monkeypatch.setattr(choice, "_disk_room", lambda *_: disk)
     with caplog.at_level(logging.INFO):
@@ -470,6 +468,6 @@ def test_auto_caches_in_memory_else_on_disk(train, monkeypatch, caplog, memory, 
         ({"cache": "disk", "dtype": "int4"}, "features.dtype=int4 is unknown"),
     ],
 )
-def test_what_cannot_be_kept_is_refused(train, options, told):
+def test_impossible_cache_is_refused(train, options, told):
     with pytest.raises(UserError, match=told):
         train(**options)

@@ -30,7 +30,7 @@ from dinoseg.training.optim import adamw, parameter_groups, schedule, set_learni
 from dinoseg.training.trainer import Experiment, Settings, fit
 
 
-def untrained(adapter=Full, head=None, backbone=None):
+def untrained_model(adapter=Full, head=None, backbone=None):
     torch.manual_seed(0)
     backbone = backbone() if backbone else tiny_vit()
     return SegmentationModel(adapter()(backbone), head() if head else LinearHead(24, 1, 3))
@@ -52,7 +52,7 @@ class Failing(CrossEntropy):
 
 def train(folder, *, begin=0.5, steps=6, start=None, model=None, watch=None, **options):
     """Train on stripes, and return the model and its optimizer."""
-    model = model or untrained()
+    model = model or untrained_model()
     engine = Engine("cpu", "fp32", workers=0, cache="memory" if options.get("kept") else "off")
     data_module = ImageDataModule(
         *(Stripes([(24, 32)] * 6), Stripes([(24, 32)] * 2), Augment((24, 32))),
@@ -86,13 +86,13 @@ def alike(one, two):
 
 
 @pytest.mark.parametrize("adapter", [Full, lambda: Lora(rank=2, alpha=2), lambda: LastBlocks(blocks=1)])
-def test_until_its_share_is_done_the_head_learns_as_on_a_frozen_backbone(tmp_path, adapter):
+def test_head_trains_as_on_a_frozen_backbone_until_unfreezing(tmp_path, adapter):
     seen = []
-    before, _ = parts(untrained(adapter))
-    model = untrained(adapter)
+    before, _ = parts(untrained_model(adapter))
+    model = untrained_model(adapter)
     rested, _ = train(tmp_path / "rested", model=model, begin=0.999, watch=lambda _, maps: seen.append(maps))
     assert not any(map_.requires_grad for maps in seen for map_ in maps), "no gradient is computed"
-    frozen = untrained(adapter)
+    frozen = untrained_model(adapter)
     frozen.backbone.requires_grad_(False)
     frozen, _ = train(tmp_path / "frozen", model=frozen.train(), begin=0.0)
     assert alike(parts(rested)[0], before)
@@ -100,8 +100,8 @@ def test_until_its_share_is_done_the_head_learns_as_on_a_frozen_backbone(tmp_pat
     assert any(parameter.requires_grad for parameter in rested.backbone.parameters()), "it is trained, all the same"
 
 
-def test_from_its_share_on_it_learns_with_moments_of_its_own(tmp_path):
-    seen, before = [], parts(untrained())[0]
+def test_backbone_trains_after_its_frozen_share(tmp_path):
+    seen, before = [], parts(untrained_model())[0]
     learnt, optimizer = train(tmp_path, begin=0.4, steps=5, watch=lambda _, maps: seen.append(maps[0].requires_grad))
     assert seen[:5] == [False, False, True, True, True]
     after = parts(learnt)[0]
@@ -114,13 +114,13 @@ def test_from_its_share_on_it_learns_with_moments_of_its_own(tmp_path):
     assert counts == {True: {3.0}, False: {5.0}}
 
 
-def test_no_rest_changes_nothing(tmp_path):
+def test_zero_frozen_share_changes_nothing(tmp_path):
     seen = []
     train(tmp_path, begin=0.0, steps=2, watch=lambda part, maps: seen.append((part.training, maps[0].requires_grad)))
     assert seen[:2] == [(True, True)] * 2
 
 
-def test_what_rests_is_in_eval_mode_and_its_running_means_stay(tmp_path):
+def test_frozen_phase_uses_eval_mode_and_fixed_running_means(tmp_path):
     """A backbone with BatchNorm and dropout, whose features would move with its mode."""
 
     class Normed(Backbone):
@@ -140,7 +140,7 @@ def test_what_rests_is_in_eval_mode_and_its_running_means_stay(tmp_path):
     def watch(part, _):
         modes.append({module.training for module in part.modules()})
 
-    model = untrained(backbone=Normed)
+    model = untrained_model(backbone=Normed)
     before = parts(model)[0]
     for parameter in model.backbone.parameters():
         parameter.requires_grad_(True)
@@ -153,7 +153,7 @@ def test_what_rests_is_in_eval_mode_and_its_running_means_stay(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [2, 4], ids=["while it rests", "afterwards"])
-def test_gone_on_with_it_is_the_same_to_the_bit(tmp_path, caplog, stop):
+def test_resuming_the_frozen_phase_is_exact(tmp_path, caplog, stop):
     caplog.set_level(logging.INFO)
     whole, _ = train(tmp_path / "whole", begin=0.5, steps=6, ema=0.5)
     with pytest.raises(OSError, match="gone"):
@@ -168,17 +168,17 @@ def test_gone_on_with_it_is_the_same_to_the_bit(tmp_path, caplog, stop):
     assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_kept_features_give_what_live_ones_do(tmp_path):
+def test_cached_features_equal_live_ones_in_the_frozen_phase(tmp_path):
     """The cut stays where it is, behind what is frozen for good: what rests is not part of it."""
     adapter = lambda: LastBlocks(blocks=1)  # noqa: E731
-    live, _ = train(tmp_path / "live", model=untrained(adapter), begin=0.5)
-    kept, _ = train(tmp_path / "kept", model=untrained(adapter), begin=0.5, kept=True)
+    live, _ = train(tmp_path / "live", model=untrained_model(adapter), begin=0.5)
+    kept, _ = train(tmp_path / "kept", model=untrained_model(adapter), begin=0.5, kept=True)
     for one, two in zip(parts(live), parts(kept), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_can_rest(name, tmp_path):
+def test_every_backbone_can_be_frozen_first(name, tmp_path):
     backbone = instantiate(OmegaConf.to_container(OmegaConf.merge(tiny_node(name), {"layers": [-1]})))
     model = SegmentationModel(Full()(backbone), LinearHead(backbone.dim, backbone.num_layers, 3))
     before, head = parts(model)
@@ -187,14 +187,14 @@ def test_every_backbone_can_rest(name, tmp_path):
 
 
 @pytest.mark.parametrize("head", ["detail", "eomt"])
-def test_heads_that_see_pixels_or_go_through_the_blocks_learn_over_one_that_rests(tmp_path, head):
+def test_detail_and_eomt_heads_train_on_a_frozen_backbone(tmp_path, head):
     """The queries of EoMT learn through blocks that freeze."""
     made = {
         "detail": lambda: DetailHead(24, 1, 3, 8, 4, 8, 1, jitter=0, linear_skip=True),
         "eomt": lambda: EomtHead(24, 1, 3, patch_size=8, num_queries=5, blocks=1),
     }[head]
     loss = MaskClassification(torch.ones(3), num_points=16) if head == "eomt" else None
-    model = untrained(head=made)
+    model = untrained_model(head=made)
     before, fresh = parts(model)
     model, _ = train(tmp_path, model=model, begin=0.999, steps=2, loss=loss)
     assert alike(parts(model)[0], before)
@@ -205,8 +205,8 @@ def test_heads_that_see_pixels_or_go_through_the_blocks_learn_over_one_that_rest
     assert not still
 
 
-def test_an_error_on_the_way_leaves_the_model_as_it_was():
-    model = untrained(lambda: LastBlocks(blocks=1)).train()
+def test_error_in_the_frozen_phase_restores_the_model():
+    model = untrained_model(lambda: LastBlocks(blocks=1)).train()
     before = state_of(model)
     assert {part.training for part in model.backbone.modules()} == {True, False}, "what is frozen stays in eval mode"
     freeze = build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.5), is_single=True)
@@ -221,7 +221,7 @@ def state_of(model):
 
 
 def test_several_ranks_expect_gradients_which_are_dropped():
-    model = untrained()
+    model = untrained_model()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     freeze = build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.5), is_single=False)
     for step, left in ((4, True), (5, False)):
@@ -232,9 +232,9 @@ def test_several_ranks_expect_gradients_which_are_dropped():
         assert dropped == {left} and all(parameter.grad is not None for parameter in model.head.parameters())
 
 
-def test_its_schedule_begins_with_it():
+def test_schedule_of_the_backbone_starts_when_unfrozen():
     """As of a training that is those steps alone, with their warm-up, of all that learns then."""
-    model, shape = untrained(), schedule("cosine", warmup=0.25)
+    model, shape = untrained_model(), schedule("cosine", warmup=0.25)
     optimizer = adamw(model, head_lr=0.5, backbone_lr=0.1, freeze_backbone_until=0.35)
     restarted = build_freeze(model.backbone, optimizer, is_single=True).restart(shape)
     for step in range(20):
@@ -247,9 +247,9 @@ def test_its_schedule_begins_with_it():
         assert set_learning_rates(plain, shape, step, 20) == 0.5 * shape(step, 20)
 
 
-def test_frozen_steps_are_the_share_whatever_its_rounding():
+def test_frozen_steps_match_the_share_despite_rounding():
     """0.07 * 100 is more than 7, and 0.35 * 20 is not."""
-    model = untrained()
+    model = untrained_model()
     for share, steps, first in ((0.07, 100, 7), (0.35, 20, 7), (0.4, 1060, 424), (0.5, 5, 3)):
         freeze = build_freeze(model.backbone, adamw(model, lr=1.0, freeze_backbone_until=share), is_single=True)
         factor = freeze.restart(lambda step, steps, backbone=False: (step, steps, backbone))
@@ -259,12 +259,12 @@ def test_frozen_steps_are_the_share_whatever_its_rounding():
 
 
 def test_training_from_the_start_has_no_freeze():
-    model = untrained()
+    model = untrained_model()
     assert build_freeze(model.backbone, adamw(model, lr=1.0), is_single=True) is None
 
 
-def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
-    model = untrained()
+def test_only_backbone_groups_start_late(monkeypatch):
+    model = untrained_model()
     monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [model.head.norm]))
     found = parameter_groups(model, lr=0.1, weight_decay=0.0, freeze_backbone_until=0.3)
     for group in found:
@@ -275,8 +275,8 @@ def test_the_groups_of_what_rests_are_the_backbone_s_alone(monkeypatch):
     assert not any(group["start"] for group in plain if group["backbone"])
 
 
-def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeypatch):
-    model = untrained()
+def test_delayed_head_modules_get_gradients_in_the_frozen_phase(monkeypatch):
+    model = untrained_model()
     monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [model.head.norm]))
     freeze = build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=0.3), is_single=True)
     with freeze.apply(0, 10, None):
@@ -294,9 +294,9 @@ def test_what_begins_late_in_a_head_has_gradients_while_a_backbone_rests(monkeyp
     + [(0.8, 0, "is frozen for 5 of the 6 remaining steps")]
     + [(0.9, 0, "is frozen for all of the 6 remaining steps. Set a lower optim.optimizer.freeze_b")],
 )
-def test_a_run_says_how_long_its_backbone_rests(caplog, begin, start, said):
+def test_run_logs_the_length_of_the_frozen_phase(caplog, begin, start, said):
     caplog.set_level(logging.INFO)
-    model = untrained()
+    model = untrained_model()
     freeze = build_freeze(model.backbone, adamw(model, lr=1e-3, freeze_backbone_until=begin), is_single=True)
     freeze.log_length(start, 6)
     assert said in caplog.text and bool(caplog.text) == bool(said)

@@ -81,7 +81,7 @@ def test_frozen_weights_are_cast_once_and_nothing_else_changes(adapter):
     assert torch.equal(model.backbone(images.float())[0], plain.backbone(images.float())[0])
 
 
-def test_changed_weights_and_another_type_are_cast_anew():
+def test_changed_weights_or_dtype_are_cast_again():
     layer = nn.Linear(3, 2).requires_grad_(False)
     engine, inputs = Engine("cpu", "bf16"), torch.randn(4, 3)
     model = engine.prepare(nn.Sequential(layer))
@@ -106,7 +106,7 @@ def test_changed_weights_and_another_type_are_cast_anew():
     assert layer.weight.grad.dtype == torch.float32
 
 
-def test_merged_lora_updates_are_cast_anew():
+def test_merged_lora_updates_are_cast_again():
     model = Engine("cpu", "bf16").prepare(segmenter(Lora(2, 4)))
     step(model)
     merge(model.backbone)
@@ -116,7 +116,7 @@ def test_merged_lora_updates_are_cast_anew():
     assert step(model)["scores"].equal(step(plain)["scores"])
 
 
-def test_assigned_data_is_cast_anew():
+def test_assigned_data_is_cast_again():
     layer = Engine("cpu", "bf16").prepare(nn.Sequential(nn.Linear(3, 2).requires_grad_(False)))[0]
     for value in (1.0, 2.0):
         layer.weight.data = torch.full((2, 3), value)

@@ -41,7 +41,7 @@ def test_lengths_in_steps(given, steps, val_every):
         ({"batch_size": 0}, "data.batch_size=0 is out of range. Give a whole number of at least 1"),
     ],
 )
-def test_what_is_no_length_is_refused(given, message):
+def test_invalid_length_is_refused(given, message):
     trainer = GIVEN | given
     cfg = OmegaConf.create({"data": {"batch_size": trainer.pop("batch_size")}, "trainer": trainer})
     with pytest.raises(UserError, match=message):
@@ -49,7 +49,7 @@ def test_what_is_no_length_is_refused(given, message):
 
 
 @pytest.mark.heavy
-def test_a_run_in_epochs_and_what_the_command_line_says_of_its_length(tmp_path):
+def test_length_in_epochs_is_converted_and_changed_on_resume(tmp_path):
     write_data(tmp_path / "data")  # 4 images in batches of 2
     small = [override for override in SMALL if not override.startswith("trainer.steps")]
 
@@ -75,7 +75,7 @@ def test_a_run_in_epochs_and_what_the_command_line_says_of_its_length(tmp_path):
 
 
 @pytest.mark.parametrize("word", ["trainer.clip=-1", "trainer.steps=2.5"])
-def test_what_a_trainer_does_not_take_is_refused_before_weights_are_read(tmp_path, word):
+def test_invalid_trainer_option_is_refused_before_weights(tmp_path, word):
     write_data(tmp_path / "data")
     done = call(tmp_path, "mode=train", *SMALL, "backbone.weights=nowhere.safetensors", word)
     assert done.status == 1 and f"error: {word} is " in done.err, done.err

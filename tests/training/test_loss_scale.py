@@ -51,12 +51,12 @@ class Burst(torch.autograd.Function):
     ("capability", "expected"),
     [((9, 0), torch.bfloat16), ((7, 5), torch.float16), ((7, 0), torch.float16), ((6, 1), torch.float32)],
 )
-def test_auto_takes_float16_on_gpus_with_tensor_cores_and_no_bfloat16(capability, expected):
+def test_auto_chooses_float16_on_gpus_without_bfloat16(capability, expected):
     with pretended_cuda(capability):
         assert compute_dtype("auto", torch.device("cuda")) == expected
 
 
-def test_a_step_in_float16_waits_for_nothing_and_learns_what_float32_does(tmp_path):
+def test_float16_step_never_waits_and_trains_like_float32(tmp_path):
     half = train_in_fp16(tmp_path / "half", *tiny(), clip=0.5, plain=True)
     whole = train(tmp_path / "whole", *tiny(), clip=0.5, plain=True)
     assert half.error is None and half.data_module.validations == [VALIDATION]
@@ -89,7 +89,7 @@ def test_accumulated_batches_have_one_scale(tmp_path):
     assert done.error is None and done.step == 2
 
 
-def test_a_loss_or_a_gradient_that_stays_infinite_ends_the_training(tmp_path, monkeypatch):
+def test_repeated_infinite_loss_or_gradient_ends_the_training(tmp_path, monkeypatch):
     class Infinite(CrossEntropy):
         def forward(self, prediction, batch):
             value, parts = super().forward(prediction, batch)

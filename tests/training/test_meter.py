@@ -111,7 +111,7 @@ def test_a_pipe_gets_a_line_every_ten_seconds(caplog, capsys):
     assert last.endswith(" left")
 
 
-def test_slow_steps_are_told_by_digits_that_say_something(caplog):
+def test_slow_rates_are_logged_with_significant_digits(caplog):
     clock = Clock()
     with caplog.at_level(logging.INFO), closing(meter(clock)) as running:
         train(running, clock, 3, seconds=100.0, waited=0.0)
@@ -130,7 +130,7 @@ def test_a_terminal_gets_a_bar_and_other_ranks_nothing(caplog, capsys, terminal,
         assert "100/100" in shown and "epoch 12.5, loss 0.5000, rate 1.0e-04, 4.0 images/s" in shown
 
 
-def test_rows_tell_of_the_time_since_the_last_row_without_validations():
+def test_rows_measure_time_since_the_last_row_without_validation():
     clock = Clock()
     with closing(meter(clock)) as running:
         train(running, clock, 5)
@@ -143,7 +143,7 @@ def test_rows_tell_of_the_time_since_the_last_row_without_validations():
 
 
 @pytest.mark.parametrize(("waited", "warned"), [(0.02, False), (0.25, True)])
-def test_the_end_tells_the_share_of_waiting_and_what_to_do_about_much_of_it(caplog, waited, warned):
+def test_summary_has_the_waiting_share_and_a_remedy(caplog, waited, warned):
     clock = Clock()
     with caplog.at_level(logging.INFO), closing(meter(clock, terminal=True)) as running:
         for steps, first in ((11, 50), (10, 1), (10, 1)):
@@ -157,7 +157,7 @@ def test_the_end_tells_the_share_of_waiting_and_what_to_do_about_much_of_it(capl
         assert told == ["The training spent 25% of its time waiting for data. Read less."]
 
 
-def test_ranks_that_show_nothing_and_runs_of_a_step_tell_no_end(caplog):
+def test_hidden_ranks_and_short_runs_have_no_summary(caplog):
     for visible, steps in ((False, 90), (True, 1), (True, 0)):
         clock = Clock()
         with caplog.at_level(logging.INFO), closing(meter(clock, terminal=True, visible=visible)) as running:

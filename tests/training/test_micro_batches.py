@@ -118,19 +118,19 @@ def test_a_step_is_over_the_same_images_in_parts_that_fit(train, most, late, cap
     )
 
 
-def test_later_steps_go_on_in_the_parts_that_were_found(train, caplog):
+def test_later_steps_reuse_the_found_split(train, caplog):
     whole, parted = train(steps=3), train(2, steps=3)
     assert distance(whole.gradients, parted.gradients) < 1e-4  # Adam divides by small numbers
     assert sum(record.levelno == logging.WARNING for record in caplog.records) == 2
     assert [len(names) for names in parted.loss.seen if len(names) > 2] == [5, 3]
 
 
-def test_what_does_not_fit_by_itself_ends_with_what_helps(train):
+def test_single_sample_out_of_memory_ends_with_a_remedy(train):
     with pytest.raises(OutOfMemory, match=r"a batch of 1 sample \(\[enforce fail.*backbone.checkpointing=true"):
         train(0)
 
 
-def test_a_head_that_normalises_over_images_keeps_as_many_as_it_needs(train):
+def test_split_batches_preserve_the_minimum_size_of_the_head(train):
     class Two(MlpHead):
         min_batch_size = 2
 
@@ -139,7 +139,7 @@ def test_a_head_that_normalises_over_images_keeps_as_many_as_it_needs(train):
         train(2, head=Two(24, 1, 3, 8), batch_size=5)
 
 
-def test_running_means_are_those_of_the_step_that_came_to_its_end(train):
+def test_running_means_are_those_of_the_completed_step(train):
     short = train(4, late=2, accumulate=1, head=LinearHead(24, 1, 3)).model.head.state_dict()
     name = next(name for name in short if name.endswith("num_batches_tracked"))
     assert short[name] == 2
@@ -170,7 +170,7 @@ def only_one_sample(batch):
         raise MemoryError
 
 
-def test_other_errors_pass_and_several_ranks_are_told_what_to_give():
+def test_other_errors_pass_and_several_ranks_get_a_remedy():
     def fail(error):
         def work(_):
             raise error
@@ -207,7 +207,7 @@ def test_random_draws_are_those_of_a_step_that_began_in_parts():
 
 
 @pytest.mark.parametrize("sums", [False, True])
-def test_the_warning_names_what_parts_change(sums, caplog):
+def test_split_warning_names_affected_statistics(sums, caplog):
     run(micro_batches(loss=Dice(torch.ones(2)) if sums else None), only_one_sample, TWO)
     assert ("the loss its sums" in caplog.text) == sums and (
         "BatchNorm computes its statistics per micro-batch"

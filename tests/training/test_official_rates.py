@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
-from test_freeze import Failing, alike, parts, train, untrained
+from test_freeze import Failing, alike, parts, train, untrained_model
 from tiny_parts import load
 from torch import nn
 
@@ -245,7 +245,7 @@ def test_several_heads_warm_up_each_as_alone(tiny_backbone):
             assert sorted({(group["lr"], group["weight_decay"]) for group in groups}) == expected
 
 
-def test_a_backbone_that_is_frozen_at_first_warms_up_second_after_that(tiny_backbone):
+def test_unfrozen_backbone_has_a_second_warmup(tiny_backbone):
     model = SegmentationModel(Full()(tiny_backbone()), LinearHead(24, 1, 3))
     optimizer = adamw(model, lr=1.0, freeze_backbone_until=0.5)
     freeze = build_freeze(model.backbone, optimizer, is_single=True)
@@ -256,12 +256,12 @@ def test_a_backbone_that_is_frozen_at_first_warms_up_second_after_that(tiny_back
         assert found == {False: head, True: backbone}
 
 
-def test_a_run_that_resumes_within_the_second_warmup_is_the_uninterrupted_one(tmp_path):
+def test_resuming_in_the_second_warmup_equals_one_run(tmp_path):
     shape = schedule("poly", warmup=2, warmup_start=0, backbone_warmup=3)
-    before = parts(untrained())[0]
+    before = parts(untrained_model())[0]
     whole, _ = train(tmp_path / "whole", begin=0.0, steps=8, schedule=shape)
     assert not alike(parts(whole)[0], before)
-    begun, last = untrained(), tmp_path / "part" / "last.safetensors"
+    begun, last = untrained_model(), tmp_path / "part" / "last.safetensors"
     with pytest.raises(OSError, match="the disk is gone"):
         train(tmp_path / "part", begin=0.0, steps=8, schedule=shape, model=begun, loss=Failing(3))
     assert alike(parts(begun)[0], before), "the backbone's rate is 0 until its warm-up's second step"

@@ -117,7 +117,7 @@ def test_schedule_formulas_at_the_middle():
     assert schedule("cosine")(0, 1) == 1.0
 
 
-def test_warmup_is_a_share_of_the_length_so_a_short_trial_reaches_its_rate():
+def test_warmup_is_a_share_of_the_length():
     for steps, rise in ((50, 5), (2000, 200), (3, 0)):
         values = [schedule("constant", warmup=0.1)(step, steps) for step in range(steps)]
         assert values == pytest.approx([(step + 1) / (rise + 1) for step in range(rise)] + [1.0] * (steps - rise))
@@ -158,17 +158,17 @@ def test_a_warmup_that_leaves_less_than_a_fifth_is_reported(caplog):
     assert "rises for 81 steps" in caplog.text and "Set optim.schedule.backbone_warmup to" in caplog.text
 
 
-def test_head_and_backbone_have_rates_of_their_own_and_one_for_all_wins(tiny_backbone):
+def test_head_and_backbone_have_own_rates_unless_one_is_set(tiny_backbone):
     model = SegmentationModel(Full()(tiny_backbone()), LinearHead(24, 1, 3))
 
-    def found(**given):
+    def find_rates(**given):
         optimizer = adamw(model, weight_decay=0.0, **given)
         return {(name.split(".")[0], group["base_lr"]) for group in optimizer.param_groups for name in group["names"]}
 
-    assert found(head_lr=0.5, backbone_lr=0.25) == {("head", 0.5), ("backbone", 0.25)}
-    assert found(head_lr=0.5, backbone_lr=0.25, backbone_lr_scale=0.5) == {("head", 0.5), ("backbone", 0.125)}
-    assert found(lr=1.0, head_lr=0.5, backbone_lr=0.25) == {("head", 1.0), ("backbone", 1.0)}
-    assert found(lr=1.0, backbone_lr_scale=0.5) == {("head", 1.0), ("backbone", 0.5)}
+    assert find_rates(head_lr=0.5, backbone_lr=0.25) == {("head", 0.5), ("backbone", 0.25)}
+    assert find_rates(head_lr=0.5, backbone_lr=0.25, backbone_lr_scale=0.5) == {("head", 0.5), ("backbone", 0.125)}
+    assert find_rates(lr=1.0, head_lr=0.5, backbone_lr=0.25) == {("head", 1.0), ("backbone", 1.0)}
+    assert find_rates(lr=1.0, backbone_lr_scale=0.5) == {("head", 1.0), ("backbone", 0.5)}
     with pytest.raises(UserError, match="lr is not set"):
         adamw(model)
 
@@ -181,7 +181,7 @@ def test_set_learning_rates_scales_every_group():
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
 
 
-def test_what_begins_late_has_no_rate_before_and_comes_to_it_evenly(monkeypatch):
+def test_delayed_modules_start_at_zero_and_warm_up_linearly(monkeypatch):
     model = smallest()
     late = model.head.norm
     monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [late]))
@@ -230,7 +230,7 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def ragged(*, seed=0):
+def ragged_tensors(*, seed=0):
     """Return tensors of two floating dtypes, each dtype with odd shapes, and an integer count."""
     rng = torch.Generator().manual_seed(seed)
     shapes = [(), (1,), (3, 5), (0,), (2, 3, 7), (129,)] * 20
@@ -238,9 +238,9 @@ def ragged(*, seed=0):
     return [*(value.bfloat16() if number % 4 == 3 else value for number, value in enumerate(found)), torch.tensor(seed)]
 
 
-def test_gradients_are_scaled_in_one_call_per_dtype_as_one_by_one():
-    parameters = [nn.Parameter(value) for value in ragged() if value.is_floating_point()]
-    for parameter, gradient in zip(parameters, ragged(seed=1), strict=False):
+def test_gradients_are_scaled_in_one_call_per_dtype():
+    parameters = [nn.Parameter(value) for value in ragged_tensors() if value.is_floating_point()]
+    for parameter, gradient in zip(parameters, ragged_tensors(seed=1), strict=False):
         parameter.grad = gradient
     parameters.append(nn.Parameter(torch.ones(2)))  # no gradient has reached it
     scale = torch.tensor(1 / 3, dtype=torch.float64)
@@ -252,12 +252,12 @@ def test_gradients_are_scaled_in_one_call_per_dtype_as_one_by_one():
     assert calls.names.count("_foreach_mul_") == 2 and "mul_" not in calls.names
 
 
-def test_the_moving_average_takes_one_call_per_dtype_and_is_that_of_single_tensors():
-    live = {str(number): value for number, value in enumerate(ragged())}
+def test_moving_average_takes_one_call_per_dtype():
+    live = {str(number): value for number, value in enumerate(ragged_tensors())}
     average = MovingAverage(live.items(), decay=0.9)
     expected = {name: value.clone() for name, value in live.items()}
     for step in (0, 7, 1000):
-        for value, new in zip(live.values(), ragged(seed=step + 1), strict=True):
+        for value, new in zip(live.values(), ragged_tensors(seed=step + 1), strict=True):
             value.copy_(new)
         share = 1 - min(0.9, (1 + step) / (10 + step))
         for name, value in live.items():
@@ -286,7 +286,7 @@ def test_swapping_the_average_copies_few_weights_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adamw_takes_the_fused_kernel_and_learns_what_single_operations_do(dtype):
+def test_fused_adamw_equals_single_operations(dtype):
     models = [SegmentationModel(RgbBackbone(), LinearHead(3, 1, 2)).to(dtype) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     fused = adamw(models[0], lr=1e-2, weight_decay=0.1)
@@ -303,7 +303,7 @@ def test_adamw_takes_the_fused_kernel_and_learns_what_single_operations_do(dtype
         torch.testing.assert_close(one, two)
 
 
-def test_other_bad_input():
+def test_other_bad_input_is_refused():
     with pytest.raises(UserError, match="Nothing is trainable"):
         parameter_groups(smallest().requires_grad_(False), lr=1.0, weight_decay=0.0)
     with pytest.raises(UserError, match="min_lr_ratio=0: kind=exponential never reaches 0. Give the final share"):

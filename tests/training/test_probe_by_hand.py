@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from finished_runs import rows, trained
+from finished_runs import rows, train_run
 from making import save
 from torch import nn
 
@@ -41,19 +41,19 @@ def test_a_training_of_the_linear_probe_equals_a_loop_in_pytorch(tmp_path, monke
     heads, features, masks = [], [], []
     forward, loss = LinearHead.forward, CrossEntropy.forward
 
-    def recorded(head, maps):
+    def forward_and_record(head, maps):
         if head.training:
             heads.append({name: value.detach().double() for name, value in head.state_dict().items()})
             features.append(torch.cat(maps, 1).detach().double())
         return forward(head, maps)
 
-    def counted(criterion, prediction, batch):
+    def loss_and_record(criterion, prediction, batch):
         masks.append(batch.mask.long())
         return loss(criterion, prediction, batch)
 
-    monkeypatch.setattr(LinearHead, "forward", recorded)
-    monkeypatch.setattr(CrossEntropy, "forward", counted)
-    tensors, _ = trained(tmp_path, "run", *WORDS)
+    monkeypatch.setattr(LinearHead, "forward", forward_and_record)
+    monkeypatch.setattr(CrossEntropy, "forward", loss_and_record)
+    tensors, _ = train_run(tmp_path, "run", *WORDS)
 
     norm, classify = nn.BatchNorm2d(features[0].shape[1]).double(), nn.Conv2d(features[0].shape[1], 3, 1).double()
     plain = nn.ModuleDict({"norm": norm, "classify": classify})

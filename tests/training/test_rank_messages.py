@@ -39,7 +39,7 @@ def meet_and_exchange(cfg, *, out_dir):
 
 
 @pytest.fixture(scope="module")
-def exchanged(tmp_path_factory):
+def exchanged_report(tmp_path_factory):
     """Return what rank 0 of two local ranks reports, on a machine whose settings name another interface."""
     node = {"_target_": "test_rank_messages.meet_and_exchange", "_partial_": True, "keeps_folder": False}
     others = [name for name in psutil.net_if_addrs() if not name.startswith("lo")]
@@ -51,13 +51,13 @@ def exchanged(tmp_path_factory):
         )
 
 
-def test_local_ranks_listen_on_loopback_only(exchanged):
-    assert len(exchanged["addresses"]) >= 2 and {*exchanged["addresses"]} == {"127.0.0.1"}
+def test_local_ranks_listen_on_loopback_only(exchanged_report):
+    assert len(exchanged_report["addresses"]) >= 2 and {*exchanged_report["addresses"]} == {"127.0.0.1"}
 
 
-def test_ranks_exchange_values(exchanged):
-    assert exchanged["rows"] == [[0, {"0": [0]}], [1, {"1": [1] * 10}]]
-    assert (exchanged["chosen"], exchanged["decided"]) == ("first", [0, [0.5, None]])
+def test_ranks_exchange_values(exchanged_report):
+    assert exchanged_report["rows"] == [[0, {"0": [0]}], [1, {"1": [1] * 10}]]
+    assert (exchanged_report["chosen"], exchanged_report["decided"]) == ("first", [0, [0.5, None]])
 
 
 def test_messages_keep_types_and_arrays():

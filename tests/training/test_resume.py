@@ -47,7 +47,7 @@ def data(tmp_path_factory):
 def whole(data, tmp_path_factory):
     """Return the run folder of a training of 20 steps."""
     where = tmp_path_factory.mktemp("whole")
-    succeed(where, *train(data))
+    run_checked(where, *train(data))
     return newest(where)
 
 
@@ -71,7 +71,7 @@ def evaluate(run):
     return ["mode=eval", f"resume={run}", "engine=cpu", "engine.workers=0"]
 
 
-def succeed(where, *arguments):
+def run_checked(where, *arguments):
     done = call(where, *arguments)
     assert done.status == 0, done.err
 
@@ -80,7 +80,7 @@ def newest(where: Path, kind="train") -> Path:
     return max((where / "outputs/base").glob(f"{kind}_*"), key=lambda path: path.stat().st_mtime)
 
 
-def untimed(path: Path) -> list[dict]:
+def without_timings(path: Path) -> list[dict]:
     """Return the rows without what tells of the machine."""
     timed = {"train/images_per_s", "train/data_wait", "train/memory_gib"}
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
@@ -118,9 +118,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(data, whole, tm
     folder = kill_at(tmp_path, 7, *train(data, workers=2))
     stood_at = checkpoint.read(folder / "checkpoints/last.safetensors").info["progress"]["step"]
     assert 7 <= stood_at < 20
-    succeed(tmp_path, *train(data, "resume=auto"))
+    run_checked(tmp_path, *train(data, "resume=auto"))
     assert len(list((tmp_path / "outputs/base").glob("train_*"))) == 1, "it goes on in its own folder"
-    first, second = (untimed(path / "metrics.jsonl") for path in (whole, folder))
+    first, second = (without_timings(path / "metrics.jsonl") for path in (whole, folder))
     odd = next((pair for pair in zip(first, second, strict=True) if pair[0] != pair[1]), None)
     assert odd is None and sum("train/miou" in row for row in first) == 20
     for name in ("last", "best"):
@@ -131,17 +131,17 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(data, whole, tm
     assert scores(whole) == scores(folder)
 
 
-def test_evaluation_after_training_is_mode_eval_on_its_checkpoint(whole, tmp_path):
-    succeed(tmp_path, *evaluate(whole))
+def test_evaluation_after_training_equals_mode_eval(whole, tmp_path):
+    run_checked(tmp_path, *evaluate(whole))
     assert (newest(tmp_path, "eval") / "scores.json").read_text() == scores(whole)
     pictures = sorted(path.name for path in newest(tmp_path, "eval").glob("predictions/**/*.png"))
     assert pictures == sorted(f"{n}_{kind}.png" for n in range(3) for kind in ("pred", "vis"))
 
 
 @pytest.mark.heavy
-def test_two_ranks_of_torchrun_go_on_in_the_folder_of_one_and_score_as_one(data, tmp_path):
+def test_torchrun_ranks_resume_a_single_run_and_score_the_same(data, tmp_path):
     arguments = ("data.batch_size=4", "trainer.save_every=2", "optim.schedule.warmup=0")
-    succeed(tmp_path, *train(data, *arguments, "trainer.steps=2"))
+    run_checked(tmp_path, *train(data, *arguments, "trainer.steps=2"))
     run = newest(tmp_path)
     first = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -159,7 +159,7 @@ def test_two_ranks_of_torchrun_go_on_in_the_folder_of_one_and_score_as_one(data,
     assert done.returncode == 0, done.stderr
     written = list((tmp_path / "outputs/base").glob("eval_*/scores.json"))
     assert len(written) == 1 and written[0].read_text() == scores(run)
-    succeed(tmp_path, *evaluate(run), "mode.metrics_only=true")
+    run_checked(tmp_path, *evaluate(run), "mode.metrics_only=true")
     assert (newest(tmp_path, "eval") / "scores.json").read_text() == scores(run)
 
 
@@ -185,7 +185,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(data, copy, tmp_path):
     assert "Traceback" not in failed.err
     assert last.read_bytes() == before
     assert not list(copy.glob("checkpoints/.*"))
-    succeed(tmp_path, *longer)
+    run_checked(tmp_path, *longer)
     assert checkpoint.describe(last)["progress"]["step"] == 23
 
 

@@ -18,7 +18,7 @@ class SlotHead(LinearHead):
 @pytest.mark.parametrize(
     ("head", "quantised", "said"), [(SlotHead, [], "slot models"), (LinearHead, ["a"], "4-bit and 8-bit layers")]
 )
-def test_what_cannot_be_shared_out_is_refused(monkeypatch, head, quantised, said):
+def test_model_that_cannot_be_sharded_is_refused(monkeypatch, head, quantised, said):
     monkeypatch.setattr(sharding, "quantised_names", lambda _: quantised)
     with pytest.raises(UserError, match=said):
         sharding.shard(SegmentationModel(Full()(tiny_vit()), head(24, 1, 3)), torch.device("cpu"), 2)

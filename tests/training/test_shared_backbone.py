@@ -67,7 +67,7 @@ class Failing(LinearHead):
 
 
 @pytest.fixture
-def made(tiny_backbone):
+def shared_parts(tiny_backbone):
     """Return a maker of a model of several heads, and the passes of the backbone so far."""
     whole, passes = tiny_backbone((0, 1)).requires_grad_(False).eval(), []
     whole.norm.register_forward_hook(lambda *_: passes.append(1))
@@ -84,25 +84,25 @@ def made(tiny_backbone):
     return SimpleNamespace(model=model, passes=passes)
 
 
-def test_each_gets_its_own_blocks_of_one_pass(made):
+def test_each_head_gets_its_own_blocks_of_one_pass(shared_parts):
     layers = {"a": (-1,), "b": (0,), "c": (0, 1), "d": (1, 0)}
-    model = made.model(**{name: (each, LinearHead) for name, each in layers.items()}).eval()
+    model = shared_parts.model(**{name: (each, LinearHead) for name, each in layers.items()}).eval()
     for images in (IMAGES, IMAGES[:, :, :1, :1], IMAGES.float() / 255):
-        made.passes.clear()
+        shared_parts.passes.clear()
         predictions = model(images).heads
-        assert len(made.passes) == 2, "a norm for each of two blocks"
+        assert len(shared_parts.passes) == 2, "a norm for each of two blocks"
         for name, prediction in predictions.items():
             assert torch.equal(prediction.scores(), model.models[name].eval()(images).scores())
 
 
-def test_a_head_with_a_way_of_its_own_runs_the_backbone(made):
-    model = made.model(a=((1,), Own)).eval()
+def test_a_head_with_a_way_of_its_own_runs_the_backbone(shared_parts):
+    model = shared_parts.model(a=((1,), Own)).eval()
     assert torch.equal(model(IMAGES).heads["a"].scores(), model.models["a"].eval()(IMAGES).scores())
-    assert not made.passes
+    assert not shared_parts.passes
 
 
-def test_a_head_that_changes_its_features_is_named(made):
-    model = made.model(a=((1,), LinearHead), b=((1,), Rough))
+def test_a_head_that_changes_its_features_is_named(shared_parts):
+    model = shared_parts.model(a=((1,), LinearHead), b=((1,), Rough))
     with pytest.raises(UserError, match="b modified its input features in place"):
         model.train()(IMAGES)
 
@@ -121,8 +121,8 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_the_loss_adds_up_those_of_the_heads(made, kind):
-    model, loss = made.model(a=((1,), LinearHead), b=((0,), LinearHead)).eval(), LOSSES[kind]()
+def test_the_loss_adds_up_those_of_the_heads(shared_parts, kind):
+    model, loss = shared_parts.model(a=((1,), LinearHead), b=((0,), LinearHead)).eval(), LOSSES[kind]()
     prediction, batch = model(IMAGES), Batch(IMAGES, MASKS, ["x", "y"])
     both, alone = MultiHeadLoss(loss), {name: loss(each, batch) for name, each in prediction.heads.items()}
     value, parts = both(prediction, batch)
@@ -134,8 +134,8 @@ def test_the_loss_adds_up_those_of_the_heads(made, kind):
     assert (total.item(), whole.item()) == pytest.approx((value.item() / 2, value.item()))
 
 
-def test_a_loss_that_is_not_finite_counts_as_zero_and_has_no_finite_gradient(made):
-    model = made.model(a=((1,), LinearHead), b=((0,), LinearHead)).eval()
+def test_non_finite_head_loss_counts_as_zero(shared_parts):
+    model = shared_parts.model(a=((1,), LinearHead), b=((0,), LinearHead)).eval()
     with torch.no_grad():
         model.models["b"].head.classify.bias[0] = torch.inf
     prediction, batch = model(IMAGES), Batch(IMAGES, MASKS, ["x", "y"])
@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_counts_as_zero_and_has_no_finite_gradient(mad
     assert finite["a"].all() and not finite["b"].any()
 
 
-def test_heads_share_the_progress_and_the_largest_minimum_of_a_batch():
+def test_heads_share_progress_and_the_largest_minimum_batch():
     heads, given = [LinearHead(24, 1, 3) for _ in range(2)], []
     for head in heads:
         head.set_progress = lambda *progress: given.append(progress)
@@ -182,12 +182,12 @@ def test_heads_are_clipped_apart_and_leave_with_their_step():
 
 
 @pytest.fixture
-def train(made, tmp_path):
+def train(shared_parts, tmp_path):
     """Train heads by name; return the model, the rows of the log and the checkpoints."""
 
     def run(folder, start=False, data=MultiHeadDataModule, heads=None, info=INFO, **options):
         folder, engine = tmp_path / folder, Engine("cpu", "fp32", workers=0)
-        model, loss = made.model(**heads), CrossEntropy(torch.ones(3))
+        model, loss = shared_parts.model(**heads), CrossEntropy(torch.ones(3))
         images = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)])
         module = data(*images, Augment((24, 32)), 3, seed=0, workers=0)
         solo = {name: Checkpointer(folder / "heads" / name, dict(info)) for name in heads}
@@ -239,7 +239,7 @@ def test_a_head_without_random_draws_equals_its_own_run(train, tiny_backbone, tm
     assert all(row["val/miou"] == max(row["val/a/miou"], row["val/b/miou"]) for row in run.rows if "val/miou" in row)
 
 
-def test_a_head_whose_loss_is_not_finite_leaves_and_the_others_train_on(train, caplog):
+def test_head_with_non_finite_loss_leaves_and_others_train(train, caplog):
     heads = {"a": ((1,), LinearHead), "b": ((0,), Failing)}
     run = train("both", heads=heads)
     assert_equal(best_of_head(run, "a"), best_of_head(train("one", heads={"a": heads["a"]}), "a"))
@@ -260,7 +260,7 @@ def test_the_run_ends_once_no_head_is_left(train, tmp_path):
     assert read(tmp_path / "none/last.safetensors").info["progress"]["step"] == 2
 
 
-def test_each_head_has_a_best_step_and_patience_is_of_the_best_of_all(train):
+def test_each_head_has_a_best_step_and_patience_uses_the_best(train):
     found = iter([(0.1, 0.3), (0.2, 0.2), (0.25, 0.1)])
 
     class Scored(MultiHeadDataModule):
@@ -277,11 +277,11 @@ def test_each_head_has_a_best_step_and_patience_is_of_the_best_of_all(train):
     assert not (run.folder / "best.safetensors").exists()
 
 
-def test_score_that_is_not_finite_is_no_best_of_a_head(made, tmp_path):
+def test_score_that_is_not_finite_is_no_best_of_a_head(shared_parts, tmp_path):
     head = Checkpointer(tmp_path, dict(INFO))
     checkpoints = MultiHeadCheckpointer(tmp_path, dict(INFO), heads={"a": head})
     scores = {"a/loss": torch.nan, "loss": 0.5}
-    checkpoints.save_if_best(made.model(a=((1,), LinearHead)), scores, "loss", lowest=True)
+    checkpoints.save_if_best(shared_parts.model(a=((1,), LinearHead)), scores, "loss", lowest=True)
     assert head.progress.best is None and not head.best.exists()
 
 

@@ -88,7 +88,7 @@ def test_each_member_of_the_family_learns(here, more):
 
 
 @pytest.mark.parametrize("following", [(), ("slots.match=appearance", "slots.passes=2", "slots.appearance=3")])
-def test_validation_is_the_protocol_s_score_and_evaluation_repeats_it(here, following):
+def test_validation_has_the_score_of_the_protocol(here, following):
     lengths = ("trainer.steps=4", "trainer.val_every=2", "trainer.score=mbo")
     light = ("mode.metrics_only=true",) * bool(following)  # what is drawn is looked at once
     done = run(here, *SLOTS, *lengths, *following, *light, "hydra.run.dir=run")
@@ -115,17 +115,17 @@ def test_a_run_keeps_how_its_slots_are_followed(here):
     assert read(best).info["choices"]["slots"] == "free"
     ask = ("mode=eval", "engine=cpu", "engine.precision=fp32", "mode.metrics_only=true")
 
-    def followed(name, *more):
+    def slots_of_run(name, *more):
         run(here, *ask, f"hydra.run.dir={name}", *more)
         config = OmegaConf.load(here / name / "config/config.yaml")
         return config.slots.match, config.slots.temperature, config.slots.lock_on
 
-    assert followed("own", "resume=run") == ("similarity", 0.5, False)
+    assert slots_of_run("own", "resume=run") == ("similarity", 0.5, False)
     assert json.loads((here / "own/scores.json").read_text()) == json.loads(
         (here / "run/evaluation/scores.json").read_text()
     )
-    assert followed("other", "resume=run", "slots.match=appearance") == ("appearance", 0.5, False)
-    assert followed(
+    assert slots_of_run("other", "resume=run", "slots.match=appearance") == ("appearance", 0.5, False)
+    assert slots_of_run(
         "group", "resume=run", "slots=lock_on", "slots.temperature=0.2", "mode.supervision=first_frame"
     ) == (
         "auto",
@@ -153,7 +153,7 @@ def test_how_slots_are_followed_makes_no_other_run(here):
         ("appearance", "slots"),
     ],
 )
-def test_a_checkpoint_that_follows_slots_in_ways_that_are_none_is_refused(here, plain, node, message):
+def test_checkpoint_with_invalid_slots_is_refused(here, plain, node, message):
     shutil.copytree(plain, here / "run")
     best = here / "run/checkpoints/best.safetensors"
     found = read(best)
@@ -163,7 +163,7 @@ def test_a_checkpoint_that_follows_slots_in_ways_that_are_none_is_refused(here, 
     assert done.status == 1 and "Traceback" not in done.err and re.search(f"error: .*{message}", done.err), done.err
 
 
-def test_videos_whose_masks_are_all_empty_are_scored_and_said(here):
+def test_videos_with_empty_masks_are_scored_with_a_note(here):
     shutil.copytree(here / "movi", here / "bare", symlinks=False)
     for path in (here / "bare/validation").rglob("segmentations/*.png"):
         write_png(path, np.zeros((32, 32), np.uint8))
@@ -264,7 +264,7 @@ def test_videos_without_masks_have_a_loss_alone(here):
         (("backbone=rgb", "head.num_slots=[2,2]", "head.groups=always"), "needs a backbone with a class token"),
     ],
 )
-def test_what_does_not_fit_is_refused(movi, compose, more, message):
+def test_incompatible_slot_options_are_refused(movi, compose, more, message):
     gone = {"head=linear": ("head.", "hparam"), "backbone=rgb": "backbone.", "data=folder": ("data.clips", "hparam")}
     words = tuple(each for each in SLOTS if not each.startswith(gone.get(more[0], "none")))
     said = refusal(compose, movi, (*words, "trainer.steps=1", "trainer.val_every=1"), more)
@@ -292,7 +292,7 @@ def parts(movi, *more):
     return Builder(cfg).model().eval(), engine, task.data_module, Builder(cfg).loss(None)
 
 
-def test_the_loss_of_a_validation_sees_frames_as_far_apart_as_training(movi):
+def test_validation_loss_uses_the_frame_distance_of_training(movi):
     model, engine, data_module, loss = parts(
         movi, "data.clips.cut.stride=3", "data.clips.cut.length=3", "head.steps=[0,1]"
     )

@@ -51,7 +51,7 @@ def test_a_task_of_slurm_is_a_rank(environment, nodes, first):
 
 
 @pytest.mark.parametrize("own", [{"WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": None}])
-def test_what_is_no_task_among_several_stays_as_it_is(environment, own):
+def test_single_task_environment_is_left_alone(environment, own):
     """torchrun below srun, a single task, and the shell of an sbatch script, which is no step."""
     environment |= TASK | {name: value for name, value in own.items() if value}
     for name in (name for name, value in own.items() if value is None):
@@ -80,7 +80,7 @@ def test_what_is_no_task_among_several_stays_as_it_is(environment, own):
         ("SLURM_STEP_NODELIST", "[", "SLURM_STEP_NODELIST=\\[ must name"),
     ],
 )
-def test_a_variable_of_slurm_that_is_none_of_a_task_is_named(environment, name, value, said):
+def test_invalid_slurm_variable_is_named(environment, name, value, said):
     environment |= TASK
     del environment[name]
     if value is not None:
@@ -140,7 +140,7 @@ def test_ranks_share_a_machine(environment, monkeypatch, said, usable, share):
 
 @pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "WORLD_SIZE"])
 @pytest.mark.parametrize("said", ["0", "x", "-1", "1.5", "9" * 5000])
-def test_a_number_of_ranks_that_is_none_is_refused(environment, name, said):
+def test_invalid_number_of_ranks_is_refused(environment, name, said):
     environment[name] = said
     with pytest.raises(UserError, match=f"^{name}={said[:60]} must be a whole number of ranks, 1 or more") as raised:
         cores.limit_threads_to_share()
@@ -174,14 +174,14 @@ def test_processors_that_nothing_is_known_of_are_cores(environment, monkeypatch,
     assert environment["OMP_NUM_THREADS"] == "3"
 
 
-def test_threads_that_are_said_stay(environment, monkeypatch):
+def test_given_thread_count_is_unchanged(environment, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", pytest.fail)
     environment |= {"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}
     cores.limit_threads_to_share()
     assert environment["OMP_NUM_THREADS"] == "1"
 
 
-def test_where_ranks_meet_may_be_said_beside_slurm(environment):
+def test_given_master_address_overrides_slurm(environment):
     environment |= TASK | {"MASTER_ADDR": "n7", "MASTER_PORT": "9", "SLURM_STEP_NODELIST": "", "SLURM_JOB_ID": ""}
     join_slurm()
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"], environment["RANK"]) == ("n7", "9", "2")
@@ -202,7 +202,7 @@ def test_ranks_that_do_not_meet_say_where_and_for_how_long(environment, rank, ch
         meet(torch.device("cpu"), 1.0, 60.0)
 
 
-def test_ranks_at_work_wait_as_long_as_is_set_and_are_not_warned_of_gradients_that_lie_alike(environment, monkeypatch):
+def test_ranks_use_the_given_timeout_and_ignore_equal_strides(environment, monkeypatch):
     environment |= {"RANK": "1", "WORLD_SIZE": "2"}
     told = {}
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 1, 2)]))
@@ -267,7 +267,7 @@ def rank_processes(parent: int, number: int) -> list[int]:
 
 
 @pytest.mark.heavy
-def test_torchrun_starts_killed_ranks_again_and_they_go_on(data, tmp_path):  # noqa: F811
+def test_torchrun_restarts_killed_ranks_and_they_resume(data, tmp_path):  # noqa: F811
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
     lengths = ("trainer.steps=60", "trainer.save_every=1", "trainer.val_every=60")
     words = light(train(data, "data.batch_size=4", *lengths, "resume=auto"))

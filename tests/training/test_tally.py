@@ -22,7 +22,7 @@ def engine():
     return Engine("cpu", "fp32", workers=0)
 
 
-def predicted(scores, mask):
+def prediction_and_batch(scores, mask):
     def to_pixels(outputs, size, valid):
         return torch.nn.functional.interpolate(outputs, size, mode="bilinear")
 
@@ -37,18 +37,18 @@ def test_small_images_are_counted_whole(engine):
         scores = torch.randn(2, 3, 19, 23, generator=draw, requires_grad=True)
         mask = torch.randint(0, 3, (2, 19, 23), generator=draw).to(torch.uint8)
         mask[:, :3] = 255
-        tally.add(*predicted(scores, mask))
+        tally.add(*prediction_and_batch(scores, mask))
         whole.update(scores.argmax(dim=1), mask)
     expected = whole.compute()
     assert tally.read() == {"train/accuracy": expected["accuracy"], "train/miou": expected["miou"]}
 
 
-def test_large_ones_by_points_that_lie_where_they_are_predicted(engine):
+def test_large_images_are_counted_at_sampled_points(engine):
     mask = torch.zeros(1, 540, 957, dtype=torch.uint8)
     mask[:, 200:, 300:] = 1
     scores = torch.nn.functional.one_hot(mask.long(), 3).permute(0, 3, 1, 2).float()
     tally = Tally(Data, engine)
-    tally.add(*predicted(scores, mask))
+    tally.add(*prediction_and_batch(scores, mask))
     counted = tally._counts.compute()
     assert 0.9 * 128**2 < counted["pixels"] <= 1.03 * 128**2
     assert counted["accuracy"] > 0.995 and np.isclose(
@@ -58,18 +58,20 @@ def test_large_ones_by_points_that_lie_where_they_are_predicted(engine):
     assert _centres(10, 5, torch.device("cpu")).tolist() == [1, 3, 5, 7, 9]
 
 
-def test_nothing_counted_is_no_score(engine):
+def test_empty_tally_has_no_scores(engine):
     tally = Tally(Data, engine)
-    tally.add(*predicted(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 255, dtype=torch.uint8)))
+    tally.add(*prediction_and_batch(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 255, dtype=torch.uint8)))
     assert tally.read() == {"train/accuracy": None, "train/miou": None}
 
 
-def test_what_is_no_class_is_an_error(engine):
+def test_prediction_of_an_unknown_class_is_an_error(engine):
     with pytest.raises(UserError, match="found: .7."):
-        Tally(Data, engine).add(*predicted(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 7, dtype=torch.uint8)))
+        Tally(Data, engine).add(
+            *prediction_and_batch(torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 7, dtype=torch.uint8))
+        )
 
 
-def test_the_counts_are_those_of_all_ranks_and_leave_out_the_data_set_s_own_ignored_id():
+def test_tally_sums_over_ranks_and_omits_the_ignored_id():
     class Other(Data):
         ignore_index = 2
 
@@ -80,5 +82,5 @@ def test_the_counts_are_those_of_all_ranks_and_leave_out_the_data_set_s_own_igno
     mask[:, 2:] = 2
     scores = torch.zeros(1, 3, 4, 4)
     scores[:, 0] = 1
-    tally.add(*predicted(scores, mask))
+    tally.add(*prediction_and_batch(scores, mask))
     assert tally.read() == {"train/accuracy": 0.5, "train/miou": 0.25}

@@ -83,7 +83,7 @@ def run(tiny_backbone, tmp_path):
     return train
 
 
-def test_it_learns_and_keeps_its_best(run, tmp_path):
+def test_training_learns_and_stores_the_best(run, tmp_path):
     done = run(steps=40, val_every=10, lr=1e-2)
     losses = [row["train/loss"] for row in done.rows if "train/loss" in row]
     assert len(losses) == 40 and losses[-1] < 0.3 * losses[0]
@@ -113,7 +113,7 @@ def test_scores_are_those_of_a_loop_over_whole_images(run):
     assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_a_batch_is_shown_with_its_classes_and_its_logits_on_the_lattice(run):
+def test_on_batch_receives_class_ids_and_lattice_logits(run):
     done, shown = run(steps=2), []
     evaluate(done.model, done.data_module.val, done.engine, on_batch=lambda *batch: shown.append(batch))
     for batch, ids, logits in shown:
@@ -172,7 +172,7 @@ def test_a_loss_that_is_the_score_is_stated_once(run, caplog):
     assert any(re.fullmatch(line, message) for message in caplog.messages), caplog.messages
 
 
-def test_the_moving_average_is_what_is_scored_and_kept(run, tmp_path):
+def test_moving_average_is_scored_and_saved(run, tmp_path):
     done = run(steps=3, val_every=3, ema=0.5)
     best, last = (read(tmp_path / f"{name}.safetensors") for name in ("best", "last"))
     assert best.tensors["model/head.classify.weight"].equal(last.tensors["ema/head.classify.weight"])
@@ -193,7 +193,7 @@ def test_the_moving_average_is_what_is_scored_and_kept(run, tmp_path):
         ({"score": "matrix"}, "trainer.score=matrix is not a score"),
     ],
 )
-def test_bad_settings(run, options, message):
+def test_bad_settings_are_refused(run, options, message):
     with pytest.raises(UserError, match=message):
         run(**options)
 
@@ -204,7 +204,7 @@ def test_an_undefined_score_is_refused_by_name(run, monkeypatch):
         run(steps=1)
 
 
-def test_rows_tell_how_each_logged_step_predicts_its_own_batches(run):
+def test_logged_rows_score_the_batches_of_their_step(run):
     options = {"steps": 8, "val_every": 8, "log_every": 4, "lr": 1e-2, "accumulate": 2}
     rows = [row for row in run(**options).rows if "train/loss" in row]
     assert [row["step"] for row in rows] == [4, 8]
@@ -214,7 +214,7 @@ def test_rows_tell_how_each_logged_step_predicts_its_own_batches(run):
         assert row["train/miou"] == every[row["step"]]["train/miou"]
 
 
-def test_a_head_is_told_how_much_of_the_training_is_done(run):
+def test_head_receives_the_training_progress(run):
     class Annealed(LinearHead):
         def set_progress(self, step, steps):
             given.append((step, steps))
@@ -244,21 +244,21 @@ def test_the_speed_of_training_has_no_validation_in_it(run, monkeypatch):
     assert [row["train/images_per_s"] for row in rows if "train/images_per_s" in row] == [6, 6, 6, 6]
 
 
-def test_validations_tell_of_each_class(run):
+def test_validation_rows_have_the_iou_of_each_class(run):
     (row,) = [row for row in run(steps=2).rows if "val/loss" in row]
     shares = [row.get(f"val/iou/{name}") for name in Stripes.classes]
     assert row["val/miou"] == pytest.approx(np.mean([share for share in shares if share is not None]))
     assert None not in shares[:2]
 
 
-def test_the_lowest_loss_can_be_what_is_best(run):
+def test_lowest_loss_can_select_the_best_checkpoint(run):
     done = run(steps=6, val_every=1, lr=0.1, score="loss")
     losses = {row["step"]: row["val/loss"] for row in done.rows if "val/loss" in row}
     assert done.progress.best == min(losses.values())
     assert losses[done.progress.best_step] == done.progress.best
 
 
-def test_validation_pictures_are_of_their_own_image_prediction_and_mask(run, monkeypatch):
+def test_validation_images_match_their_prediction_and_mask(run, monkeypatch):
     done = run(steps=1)
     monkeypatch.setattr(feeding, "compare", lambda *given, **_: given)
     done.data_module.pictures = 4
@@ -271,7 +271,7 @@ def test_validation_pictures_are_of_their_own_image_prediction_and_mask(run, mon
         assert np.array_equal(predicted, expected)
 
 
-def test_pictures_are_spread_over_what_the_first_rank_validates():
+def test_validation_images_are_spread_over_the_first_rank():
     assert spread(10, 3, 1) == [0, 4, 9] and spread(10, 3, 4) == [0, 4, 8]
     assert spread(2, 5, 1) == [0, 1] and spread(5, 0, 1) == []
 
@@ -290,7 +290,7 @@ def slow(monkeypatch):
     return now
 
 
-def test_a_training_ends_validated_and_saved_within_its_time_limit(run, tmp_path, slow):
+def test_training_ends_validated_and_saved_within_its_limit(run, tmp_path, slow):
     start = None
     for step in (12, 24):  # the limit of a resumed run counts anew
         done = run(steps=40, val_every=30, max_minutes=1, start=start)

@@ -70,7 +70,7 @@ class Uneven(Stripes):
         return sample | {"image": sample["image"] // (1 + index)}
 
 
-def untrained(head, adapter=Full, dtype="float32"):
+def untrained_model(head, adapter=Full, dtype="float32"):
     torch.manual_seed(0)
     return SegmentationModel(adapter()(tiny_vit(dtype=dtype)), head())
 
@@ -92,7 +92,7 @@ def train(
 ):
     """Train with plain SGD, which hides no factor of the gradient, and return what this rank has of it."""
     engine, log = Engine("cpu", "fp32", workers=0, sharding=sharding, cache=cache), Rows()
-    model = engine.place(untrained(head, adapter, dtype))
+    model = engine.place(untrained_model(head, adapter, dtype))
     sets = (Uneven([(24, 32)] * 6), Uneven([(24, 32)] * val))
     order = {"batch_size": batch_size, "seed": 0, "workers": 0, "rank": engine.rank, "world_size": engine.world_size}
     order["metrics"] = [BoundaryIoU(), SurfaceDice()]
@@ -146,7 +146,7 @@ def test_ranks_keep_features_in_one_place(pair):
     assert len(files) == 6 + 5 and len({path.parent for path in files}) == 1
 
 
-def test_shared_weights_are_kept_as_one_process_keeps_them_and_gone_on_with_by_any_number(pair, tmp_path):
+def test_two_ranks_save_the_weights_of_one_process_and_resume(pair, tmp_path):
     folder, ranks_of = pair[0], [rank["gone on"] for rank in pair[1]]
     file = folder / "stopped/last.safetensors"
     train(tmp_path / "stopped", **CASES["stopped"] | ALONE)
@@ -162,16 +162,16 @@ def test_shared_weights_are_kept_as_one_process_keeps_them_and_gone_on_with_by_a
 
 
 @pytest.mark.parametrize("case", ["normalised", "averaged"])
-def test_what_is_scored_with_batchnorm_is_what_is_kept(pair, case):
+def test_batchnorm_model_is_scored_as_saved(pair, case):
     folder, (first, second) = pair[0], (rank[case] for rank in pair[1])
     assert first["best"] == second["best"] and first["rows"] == second["rows"]
-    model = untrained(CASES[case]["head"])
+    model = untrained_model(CASES[case]["head"])
     load_weights(model, read(folder / case / "best.safetensors"))
     scores = evaluate(model, Uneven([(24, 32)] * 5), Engine("cpu", "fp32"), loss=CrossEntropy(WEIGHTS))
     assert scores["loss"] == pytest.approx(first["best"], rel=1e-6)
 
 
-def test_batchnorm_of_ranks_on_a_cpu_is_that_of_as_many_parts_of_a_step(pair, tmp_path):
+def test_batchnorm_on_cpu_ranks_equals_micro_batches(pair, tmp_path):
     parts = train(tmp_path, **CASES["detailed"], batch_size=2, accumulate=2)
     whole = train(tmp_path / "whole", **CASES["detailed"])
     for rank in pair[1]:
@@ -179,11 +179,11 @@ def test_batchnorm_of_ranks_on_a_cpu_is_that_of_as_many_parts_of_a_step(pair, tm
         assert learnt["train/loss"] == pytest.approx(parts["rows"][0]["train/loss"], rel=1e-6)
         assert learnt["train/gradient_norm"] == pytest.approx(parts["rows"][0]["train/gradient_norm"], rel=1e-5)
         assert learnt["train/loss"] != pytest.approx(whole["rows"][0]["train/loss"], rel=1e-4)
-        for name, _ in untrained(CASES["detailed"]["head"]).named_parameters():
+        for name, _ in untrained_model(CASES["detailed"]["head"]).named_parameters():
             torch.testing.assert_close(rank["detailed"]["state"][name], parts["state"][name], atol=1e-6, rtol=1e-4)
 
 
-def test_running_statistics_are_the_first_rank_s_and_saved_as_such(pair):
+def test_running_statistics_are_saved_from_the_first_rank(pair):
     folder, (first, second) = pair[0], (rank["normalised"]["state"] for rank in pair[1])
     saved = read(folder / "normalised/last.safetensors").part("model")
     for name in saved:

@@ -36,13 +36,13 @@ class Data:
         return {"image": image, "mask": mask, "name": self.names[index]}
 
 
-def made():
+def make_model():
     torch.manual_seed(0)
     backbone = tiny_vit()
     return SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 3)).eval()
 
 
-def scored(model, policy):
+def evaluate_all(model, policy):
     seen = []
     engine = Engine("cpu", precision="fp32", workers=0, eval_batch_size=2)
     scores = evaluate(
@@ -57,7 +57,9 @@ def scored(model, policy):
 
 
 def test_the_loss_of_windows_is_the_mean_over_windows():
-    scores, [(batch, ids, logits)] = scored(model := made(), Windows((16, 24), overlap=0.5, weights="uniform"))
+    scores, [(batch, ids, logits)] = evaluate_all(
+        model := make_model(), Windows((16, 24), overlap=0.5, weights="uniform")
+    )
     losses = []
     for top in starts(24, 16, 8):
         for left in starts(40, 24, 12):
@@ -83,14 +85,16 @@ class Unlike(Data):
 @pytest.mark.parametrize("policy", [None, Windows((16, 24), overlap=0.5, weights="uniform")], ids=["", "windows"])
 def test_the_loss_is_the_mean_over_images_in_batches_of_any_size(loss, policy):
     found = [
-        evaluate(made(), Unlike(), Engine("cpu", "fp32", workers=0, eval_batch_size=count), policy=policy, loss=loss)
+        evaluate(
+            make_model(), Unlike(), Engine("cpu", "fp32", workers=0, eval_batch_size=count), policy=policy, loss=loss
+        )
         for count in (1, 2)
     ]
     assert found[0].pop("loss") == pytest.approx(found[1].pop("loss"), rel=1e-5)
     assert found[0] == found[1]
 
 
-def test_a_prediction_of_one_image_holds_what_the_head_returned_of_it():
+def test_prediction_can_be_restricted_to_some_images():
     masks = WeightedMasks(torch.rand(3, 4, 2, 2), torch.rand(3, 4, 5))
     outputs = MaskOutputs(torch.rand(3, 4, 6), masks.logits, aux=[MaskOutputs(torch.rand(3, 4, 6), masks.logits)])
     one = Prediction(outputs, (8, 8), (1.0, 1.0), upsample, masks=masks).of_images(slice(1, 2))
@@ -105,22 +109,23 @@ def test_mirrored_and_scaled_images_have_no_loss():
     for average in ("probabilities", "scores"):
         options = {"size": (16, 24), "overlap": 0.5, "weights": "uniform", "average": average}
         (plain, _), (all_, [(_, ids, _)]) = (
-            scored(made(), Windows(**options, **more)) for more in ({}, {"flips": "all", "scales": (1.0, 0.5)})
+            evaluate_all(make_model(), Windows(**options, **more))
+            for more in ({}, {"flips": "all", "scales": (1.0, 0.5)})
         )
         assert all_["loss"] == plain["loss"] and ids.shape == (2, *SIZE)
 
 
-def test_a_try_for_which_memory_did_not_suffice_counts_for_nothing(monkeypatch):
+def test_attempt_out_of_memory_leaves_no_trace_in_scores(monkeypatch):
     monkeypatch.setattr(auto, "free_bytes", lambda device: 2**40)
-    policy, model, tried = Auto((16, 24)), made(), []
+    policy, model, tried = Auto((16, 24)), make_model(), []
 
     def whole(grid, size, valid):
         tried.append(size)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(shapes, "class_ids", whole)
-    scores, [(_, ids, _)] = scored(model, policy)
+    scores, [(_, ids, _)] = evaluate_all(model, policy)
     assert tried == [SIZE]
     monkeypatch.undo()
-    expected, [(_, wanted, _)] = scored(made(), policy.windows)
+    expected, [(_, wanted, _)] = evaluate_all(make_model(), policy.windows)
     assert scores["loss"] == expected["loss"] and torch.equal(ids, wanted)

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from config_files import needed, written_choices
+from config_files import required_overrides, written_choices
 from torch import nn
 
 from dinoseg.models.adapters import Full
@@ -115,5 +115,5 @@ def test_norms_and_embeddings_of_two_axes_are_not_decayed(module):
     ],
 )
 def test_official_recipes_keep_their_weight_decay(compose, hparam, rule):
-    optimizer = compose(f"hparam={hparam}", *needed(written_choices(hparam))).optim.optimizer
+    optimizer = compose(f"hparam={hparam}", *required_overrides(written_choices(hparam))).optim.optimizer
     assert (optimizer.weight_decay, optimizer.weight_decay_on) == rule

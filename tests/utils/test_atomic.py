@@ -62,7 +62,7 @@ def test_a_link_at_the_place_of_a_lock_is_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_json_refuses_what_json_cannot_say_and_leaves_the_old_file(tmp_path):
+def test_invalid_json_is_refused_and_preserves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
@@ -109,7 +109,7 @@ def test_a_temporary_folder_is_private_until_the_end(tmp_path):
     assert (tmp_path / "deep" / "masks" / "1.png").exists()
 
 
-def test_a_folder_takes_the_place_of_another_and_holds_nothing_of_a_killed_process(tmp_path):
+def test_atomic_folder_replaces_another_and_cleans_up(tmp_path):
     for name in ("a", f".a.999999999-{_machine()}-00000000.part"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old.txt").touch()
@@ -118,7 +118,7 @@ def test_a_folder_takes_the_place_of_another_and_holds_nothing_of_a_killed_proce
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "new.txt"]
 
 
-def test_what_is_half_written_goes_and_what_a_link_leads_to_stays(tmp_path):
+def test_partial_files_are_removed_but_not_targets_of_links(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "target/a").touch()
     (tmp_path / ".1.part").symlink_to(tmp_path / "target")
@@ -128,7 +128,7 @@ def test_what_is_half_written_goes_and_what_a_link_leads_to_stays(tmp_path):
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["target", "a"]
 
 
-def test_a_name_that_is_no_text_is_written_as_escapes(tmp_path):
+def test_undecodable_name_is_written_as_escapes(tmp_path):
     write_text(tmp_path / "a.txt", os.fsdecode(b"caf\xe9"))
     assert (tmp_path / "a.txt").read_text() == "caf\\udce9"
 
@@ -150,7 +150,7 @@ KILLED = """if True:
 """
 
 
-def test_the_next_process_clears_what_a_killed_one_has_left_and_nothing_of_a_living_one(tmp_path):
+def test_next_process_removes_only_files_of_killed_processes(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b/old.txt").touch()
     done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], env={"PYTHONPATH": os.pathsep.join(sys.path)})

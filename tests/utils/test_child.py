@@ -13,7 +13,7 @@ from dinoseg.utils.child import Child, ChildEnded
 MEMORY = 2**28
 
 
-def answered(child, seconds=60.0):
+def ask_child(child, seconds=60.0):
     try:
         with child.deadline(seconds):
             child.send({"number": 1}, b"bytes")
@@ -26,20 +26,20 @@ def test_modules_of_the_working_folder_are_not_imported(tmp_path, monkeypatch):
     (tmp_path / "json.py").write_text("raise SystemExit('a stranger')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
-    assert answered(Child(echo, MEMORY)) == ({"number": 1}, b"bytes")
+    assert ask_child(Child(echo, MEMORY)) == ({"number": 1}, b"bytes")
 
 
 def test_a_deadline_begins_once_the_process_is_ready(tmp_path, monkeypatch):
     (tmp_path / "slow_to_import.py").write_text("import time\nfrom child_functions import echo\ntime.sleep(6)\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(echo, "__module__", "slow_to_import")
-    assert answered(Child(echo, MEMORY), seconds=5.0) == ({"number": 1}, b"bytes")
+    assert ask_child(Child(echo, MEMORY), seconds=5.0) == ({"number": 1}, b"bytes")
 
 
 def test_a_process_that_is_never_ready_is_killed(monkeypatch):
     monkeypatch.setattr(child_module, "_START_SECONDS", 1e-3)
     with pytest.raises(ChildEnded, match="too late"):
-        answered(Child(stuck, MEMORY))
+        ask_child(Child(stuck, MEMORY))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")

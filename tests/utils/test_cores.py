@@ -79,7 +79,7 @@ def test_without_control_groups_there_is_no_quota(groups):
         ("800000", {"OMP_NUM_THREADS": "5"}, "5"),
     ],
 )
-def test_threads_follow_a_quota_unless_they_are_said(groups, monkeypatch, quota, environment, threads):
+def test_threads_follow_the_quota_unless_set(groups, monkeypatch, quota, environment, threads):
     groups("0::/\n", {"cpu.max": f"{quota} 100000\n"})
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     os.environ.update(environment)
@@ -87,7 +87,7 @@ def test_threads_follow_a_quota_unless_they_are_said(groups, monkeypatch, quota,
     assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
-def test_the_threads_of_a_job_are_not_taken_for_the_users_by_the_ranks_of_the_next(groups, monkeypatch):
+def test_threads_of_one_job_are_not_inherited_by_the_next(groups, monkeypatch):
     groups("0::/\n", {"cpu.max": "800000 100000\n"})
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     cores.limit_threads_to_quota()
@@ -122,7 +122,7 @@ def test_without_psutil_only_windows_does_not_know_its_memory(groups, monkeypatc
 
 
 @pytest.mark.parametrize("said", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
-def test_how_threads_wait_stays_as_it_is_said(monkeypatch, said):
+def test_given_waiting_policy_is_unchanged(monkeypatch, said):
     monkeypatch.setattr(os, "environ", {**said})
     cores.limit_spinning()
     assert os.environ == said

@@ -29,7 +29,7 @@ def top(tmp_path):
     return tmp_path / "set"
 
 
-def test_visible_files_in_order(top):
+def test_visible_files_are_sorted(top):
     assert names(top) == ["a.png", "b.png", "in/c", "in/deep/d"]
     (top / "x.png").mkdir()
     (top / "gone").symlink_to(top / "nowhere")  # a file that cannot be read is its reader's to tell
@@ -91,7 +91,7 @@ def test_a_folder_that_may_not_be_read_is_an_error(top, monkeypatch):
             list_folder(top)
 
 
-def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
+def test_irregular_files_are_refused_without_waiting(tmp_path):
     pipe, folder, loop = tmp_path / "pipe.png", tmp_path / "folder.png", tmp_path / "loop.png"
     os.mkfifo(pipe)
     folder.mkdir()

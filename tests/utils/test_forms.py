@@ -102,7 +102,7 @@ def test_no_item_of_a_packed_store_is_larger_than_an_image(tmp_path):
         assert (open_store(tmp_path, key, ["a"]) is not None) == there
 
 
-def test_a_scan_that_was_tampered_with_is_made_anew(tmp_path, caplog):
+def test_tampered_scan_cache_is_rebuilt(tmp_path, caplog):
     reader = MaskReader(Labels.of(["a"], None, 255), Masks())
     mask = tmp_path / "m.png"
     mask.write_bytes(b"x")
@@ -164,7 +164,7 @@ def test_arrays_of_another_form_are_refused_before_they_are_made(tmp_path, conte
         read_arrays(tmp_path / "a.npz", {"a": ArrayForm("<f8", 1, 2**20)})
 
 
-def test_archives_of_arrays_that_cannot_be_read(tmp_path, caplog):
+def test_unreadable_array_archives_are_refused(tmp_path, caplog):
     path, form = tmp_path / "a.npz", {"a": ArrayForm("<f8", 1, 2**20)}
     np.savez(path, a=np.arange(3.0))
     assert read_arrays(path, form)["a"].tolist() == [0, 1, 2]
@@ -230,7 +230,7 @@ def test_json_keeps_pairs_and_bytes_of_file_names():
     assert parse_json(r'["\ud83d\ude00", "a\udcff"]', forms.plain) == ["\U0001f600", "a\udcff"]
 
 
-def test_names_that_lead_elsewhere_are_none():
+def test_names_that_lead_elsewhere_are_invalid():
     assert all(map(is_name, ("a", "...", ".hidden", "a b", "é", "-a")))
     assert not any(map(is_name, ("", ".", "..", "/", "a/b", "/etc", "a\0b")))
 
@@ -259,7 +259,7 @@ def test_tensors_of_a_state_have_their_form(change, message):
 @pytest.mark.parametrize(
     "read", [lambda path: forms.read_json(path, forms.plain), lambda path: forms.read_arrays(path, {})]
 )
-def test_a_pipe_that_takes_the_place_of_a_file_after_the_check_is_not_waited_for(read, tmp_path, monkeypatch):
+def test_pipe_swapped_in_after_the_check_is_refused(read, tmp_path, monkeypatch):
     def check_then_swap(path):
         path.unlink()
         os.mkfifo(path)
@@ -270,7 +270,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_after_the_check_is_not_waited_for
         read(tmp_path / "a")
 
 
-def test_a_file_that_says_it_is_larger_than_memory_is_refused(tmp_path):
+def test_file_larger_than_memory_is_refused(tmp_path):
     (tmp_path / "a").touch()
     os.truncate(tmp_path / "a", 2**40)
     with pytest.raises(forms.SchemaError, match="1099511627776 bytes"):
@@ -295,12 +295,12 @@ def sizes_read(monkeypatch):
     """Return a list that collects the number of bytes of each read from an archive."""
     sizes, read = [], zipfile.ZipExtFile.read
 
-    def counted(self, size=-1):
+    def read_and_count(self, size=-1):
         content = read(self, size)
         sizes.append(len(content))
         return content
 
-    monkeypatch.setattr(zipfile.ZipExtFile, "read", counted)
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", read_and_count)
     return sizes
 
 

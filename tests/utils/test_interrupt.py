@@ -35,7 +35,7 @@ def train(where, *options):
 
 
 @SIGNALS
-def test_a_signal_saves_the_step_it_came_in_and_says_so(tmp_path, monkeypatch, number, status):
+def test_signal_saves_the_current_step_and_reports_it(tmp_path, monkeypatch, number, status):
     write_data(tmp_path / "data")
     strike(monkeypatch, 2, number)
     done = train(tmp_path, "trainer.steps=9", "trainer.val_every=3")
@@ -48,7 +48,7 @@ def test_a_signal_saves_the_step_it_came_in_and_says_so(tmp_path, monkeypatch, n
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "handlers are put back"
 
 
-def test_a_validation_whose_pictures_cannot_be_kept_is_logged_once(tmp_path, monkeypatch):
+def test_validation_with_unsaved_images_is_logged_once(tmp_path, monkeypatch):
     def full(self, step, named):
         raise OSError(28, "No space left on device", "a.png")
 
@@ -64,7 +64,7 @@ def test_a_validation_whose_pictures_cannot_be_kept_is_logged_once(tmp_path, mon
     assert sum("val/miou" in row for row in path.read_text().splitlines()) == 1
 
 
-def test_a_signal_before_the_first_step_says_that_nothing_is_saved(tmp_path, monkeypatch):
+def test_signal_before_the_first_step_reports_nothing_saved(tmp_path, monkeypatch):
     write_data(tmp_path / "data")
     monkeypatch.setattr(ImageDataModule, "__post_init__", lambda self: signal.raise_signal(signal.SIGTERM))
     done = train(tmp_path)
@@ -73,7 +73,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_is_saved(tmp_path, mon
 
 
 @SIGNALS
-def test_other_modes_say_what_is_finished(tmp_path, monkeypatch, number, status):
+def test_interrupted_modes_report_finished_results(tmp_path, monkeypatch, number, status):
     from dinoseg.modes import score
 
     def stop(cfg, *, out_dir, **_):
@@ -96,7 +96,7 @@ def test_a_command_that_is_stopped_before_it_begins_is_a_line(tmp_path, monkeypa
     assert (done.status, done.err) == (130, "\ninterrupted\n")
 
 
-def test_the_second_signal_ends_at_once_and_what_follows_the_first_closely_is_the_same(monkeypatch):
+def test_second_signal_ends_at_once_but_echoes_are_merged(monkeypatch):
     now = [10.0]
     monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
     with pytest.raises(Interrupted) as ended, defer_signals("wait") as stop:
@@ -108,7 +108,7 @@ def test_the_second_signal_ends_at_once_and_what_follows_the_first_closely_is_th
     assert ended.value.again and ended.value.status == 143
 
 
-def test_a_kept_signal_is_raised_in_the_end_and_hides_what_it_has_caused_only():
+def test_deferred_signal_is_raised_last_and_hides_its_effects():
     with pytest.raises(Interrupted), defer_signals(""):
         signal.raise_signal(signal.SIGTERM)
     with pytest.raises(Interrupted), defer_signals(""):
@@ -119,7 +119,7 @@ def test_a_kept_signal_is_raised_in_the_end_and_hides_what_it_has_caused_only():
         raise ValueError("a file")
 
 
-def test_what_is_ignored_stays_ignored(monkeypatch):
+def test_ignored_signal_stays_ignored(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with raise_on_signal():
@@ -137,7 +137,7 @@ def test_signals_are_passed_on_once(monkeypatch):
     assert sent == [(7, signal.SIGTERM), (8, signal.SIGTERM)]
 
 
-def test_what_changes_nothing_is_left_at_once_and_only_that():
+def test_interruptible_block_ends_at_once():
     with pytest.raises(Interrupted), defer_signals("") as stop, stop.at_once(allowed=True):
         signal.raise_signal(signal.SIGTERM)
         pytest.fail("goes on")

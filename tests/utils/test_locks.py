@@ -22,7 +22,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_what_is_no_file_is_no_lock_and_is_not_waited_for(tmp_path, make):
+def test_irregular_lock_file_is_refused_without_waiting(tmp_path, make):
     make(tmp_path / "lock")
     with pytest.raises(OSError):
         acquire(tmp_path / "lock", wait=True)
@@ -38,7 +38,7 @@ def test_locking_a_file_keeps_its_content(tmp_path):
     assert (tmp_path / "run.log").read_text() == "step 1\n"
 
 
-def test_one_holder_at_a_time(tmp_path):
+def test_lock_has_one_holder_at_a_time(tmp_path):
     first = acquire(tmp_path / "deep/lock")
     assert first is not None and acquire(tmp_path / "deep/lock") is None
     release(first)

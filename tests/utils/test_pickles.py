@@ -21,7 +21,7 @@ def text(value):
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 
 
-def named(module, name):
+def global_opcode(module, name):
     return f"c{module}\n{name}\n".encode()
 
 
@@ -29,18 +29,18 @@ def number(value):
     return b"J" + struct.pack("<i", value)
 
 
-def called(times):
+def nested_hex_call(times):
     """Return a text that is encoded as hexadecimal digits so many times: each one doubles it."""
-    first = named("_codecs", "encode") * (times + 1) + text("a") + text("latin1") + b"\x86R"
+    first = global_opcode("_codecs", "encode") * (times + 1) + text("a") + text("latin1") + b"\x86R"
     return first + (text("hex") + b"\x86R") * times
 
 
 ASKING = {
-    "bytearray": named("builtins", "bytearray") + number(2**30) + b"\x85R",
-    "Python 2's": named("__builtin__", "bytearray") + number(2**30) + b"\x85R",
-    "an object": named("builtins", "bytearray") + number(2**30) + b"\x85\x81",
-    "bytes": called(30),
-    "a tensor": named("torch", "FloatTensor") + number(2**30) + b"\x85R",
+    "bytearray": global_opcode("builtins", "bytearray") + number(2**30) + b"\x85R",
+    "Python 2's": global_opcode("__builtin__", "bytearray") + number(2**30) + b"\x85R",
+    "an object": global_opcode("builtins", "bytearray") + number(2**30) + b"\x85\x81",
+    "bytes": nested_hex_call(30),
+    "a tensor": global_opcode("torch", "FloatTensor") + number(2**30) + b"\x85R",
 }
 
 
@@ -59,7 +59,7 @@ def write(path, value, *, zipped, compress=zipfile.ZIP_STORED):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", ASKING)
-def test_what_would_fill_the_memory_is_not_read(kind, zipped, tmp_path, monkeypatch):
+def test_file_that_would_fill_the_memory_is_not_read(kind, zipped, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch has read it"))
     path = write(tmp_path / "x.pth", ASKING[kind], zipped=zipped)
     assert path.stat().st_size < 2000
@@ -91,7 +91,7 @@ def test_an_archive_holds_no_more_than_its_file_has_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_view_that_repeats_its_values_is_no_larger_than_the_file(zipped, tmp_path):
+def test_expanded_tensor_view_larger_than_its_file_is_refused(zipped, tmp_path):
     state = {"a": {"b": torch.zeros(1).expand(10**4, 10**4)}, "c": torch.zeros(3)}
     torch.save(state, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=r"x\.pth: .*a tensor of the shape \[10000, 10000\] is larger than the file"):
@@ -99,7 +99,7 @@ def test_a_view_that_repeats_its_values_is_no_larger_than_the_file(zipped, tmp_p
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_weights_are_saved_with_is_read(zipped, tmp_path):
+def test_common_contents_of_weight_files_are_read(zipped, tmp_path):
     layer = torch.nn.Linear(2, 3)
     layer.bias.origin = "kept beside the values"
     optimizer = torch.optim.AdamW(layer.parameters())

@@ -49,7 +49,7 @@ def test_a_folder_below_that_others_may_write_to_is_refused(place, cache, monkey
     check_private(cache, "cache_dir")
 
 
-def test_a_folder_below_one_that_nobody_else_enters_is_private(tmp_path, monkeypatch):
+def test_folder_below_a_private_one_is_private(tmp_path, monkeypatch):
     in_group(monkeypatch, "lab")
     (tmp_path / "home/cache").mkdir(parents=True)
     (tmp_path / "home/cache").chmod(0o775)
@@ -74,7 +74,7 @@ def test_root_takes_the_cache_of_the_user_who_owns_the_project(cache):
     check_private(cache / "cache", "cache_dir")
 
 
-def test_a_file_system_without_permissions_is_reported_and_taken(cache, monkeypatch, capsys):
+def test_file_system_without_permissions_is_used_with_a_warning(cache, monkeypatch, capsys):
     cache.chmod(0o777)
     (cache / "made").touch()
     (cache / "made").chmod(0o777)
@@ -84,7 +84,7 @@ def test_a_file_system_without_permissions_is_reported_and_taken(cache, monkeypa
 
 
 @pytest.mark.parametrize(("members", "is_taken"), [([], True), ([NAME], True), (["bob"], False)])
-def test_ones_own_folder_is_taken_also_where_a_private_group_may_write(cache, monkeypatch, members, is_taken):
+def test_own_folder_may_be_writable_by_a_private_group(cache, monkeypatch, members, is_taken):
     in_group(monkeypatch, NAME, members)
     cache.chmod(0o775)
     if is_taken:
@@ -119,7 +119,7 @@ def test_a_folder_that_the_umask_would_share_is_made_private(umask, made, cache)
     assert folder.stat().st_mode & 0o077 == (0 if made else 0o055)
 
 
-def test_a_folder_that_cannot_be_made_is_left_to_those_who_write_there(tmp_path):
+def test_uncreatable_cache_folder_passes_the_check(tmp_path):
     (tmp_path / "file").touch()
     before = os.umask(0o002)
     try:
@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_made_is_left_to_those_who_write_there(tmp_path)
         os.umask(before)
 
 
-def test_a_shared_cache_has_to_be_asked_for(cache):
+def test_shared_cache_has_to_be_enabled(cache):
     (cache / "cache").mkdir()
     (cache / "cache").chmod(0o777)
     words = ("mode=doctor", "data.root=nowhere", "cache_dir=cache")

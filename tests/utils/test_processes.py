@@ -96,7 +96,7 @@ def test_each_item_comes_with_its_result_in_order(tmp_path, workers):
     assert nobody_is_left()
 
 
-def test_what_is_finished_first_comes_first(tmp_path):
+def test_results_arrive_in_order_of_completion(tmp_path):
     pairs = list(run(functools.partial(square_first_late, folder=tmp_path), range(12), 2, in_order=False))
     assert sorted(pairs) == [(item, item * item) for item in range(12)] and pairs[0][0] != 0
 
@@ -150,7 +150,7 @@ class CancellingPool(workers_module.ProcessPoolExecutor):
         super().shutdown(**named)
 
 
-def test_what_waits_for_a_process_is_dropped_at_the_end(tmp_path, monkeypatch):
+def test_waiting_items_are_dropped_when_closed(tmp_path, monkeypatch):
     monkeypatch.setattr(CancellingPool, "go", tmp_path / "go", raising=False)
     monkeypatch.setattr(workers_module, "ProcessPoolExecutor", CancellingPool)
     results = run(functools.partial(wait_for_go, folder=tmp_path), range(200), 2)
@@ -172,7 +172,7 @@ def test_an_interrupted_loop_leaves_no_process(tmp_path, error):
 
 
 @pytest.mark.parametrize("in_order", [True, False])
-def test_a_killed_process_is_told(in_order):
+def test_killed_process_is_reported(in_order):
     with pytest.raises(UserError, match=r"^A process was killed, .* because memory ran out. Do less. \(In a script"):
         list(run(die, range(50), 2, in_order=in_order))
     assert nobody_is_left()
@@ -227,17 +227,17 @@ def test_no_process_outlives_a_killed_one(tmp_path, way):
     process = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         until(lambda: len(list(folder.iterdir())) > 5)
-        assert len(living(process.pid)) >= 3
+        assert len(living_processes(process.pid)) >= 3
         process.send_signal(way)
         assert process.wait(120) != 0
-        until(lambda: not living(process.pid))
+        until(lambda: not living_processes(process.pid))
         assert len(list(folder.iterdir())) < 1000
     finally:
-        if living(process.pid):
+        if living_processes(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_script_without_guard_is_told_why(tmp_path):
+def test_script_without_main_guard_gets_an_explanation(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT.format(folder=str(tmp_path))).replace('__name__ == "__main__"', "True"))
     ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
@@ -251,7 +251,7 @@ def until(condition, seconds=600):
         time.sleep(0.01)
 
 
-def living(group):
+def living_processes(group):
     """Return the processes of a group that run."""
     found = []
     for process in filter(str.isdigit, os.listdir("/proc")):
@@ -272,10 +272,10 @@ def answers(item):
         raise ValueError("not foreseen")
     if item == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    return item, os.getpid(), held()
+    return item, os.getpid(), is_sigint_blocked()
 
 
-def held():
+def is_sigint_blocked():
     return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
@@ -287,12 +287,12 @@ class Struck:
         return {}
 
 
-def test_a_process_of_its_own_answers_or_tells_how_it_ended(capfd):
+def test_single_process_returns_its_answer_or_failure(capfd):
     item, process, deaf = run_in_process(answers, "run_bands")
-    assert item == "run_bands" and process != os.getpid() and deaf and not held()
+    assert item == "run_bands" and process != os.getpid() and deaf and not is_sigint_blocked()
     with pytest.raises(KeyboardInterrupt):
         run_in_process(Struck(), "never")
-    assert nobody_is_left() and not held() and not capfd.readouterr().err
+    assert nobody_is_left() and not is_sigint_blocked() and not capfd.readouterr().err
     assert run_in_process(answers, "killed") is None
     with pytest.raises(UserError, match="no such item"):
         run_in_process(answers, "refused")

@@ -22,7 +22,7 @@ def test_a_written_file_stands_alone_and_others_may_read_it(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
-def test_what_cannot_be_written_leaves_the_older_file(tmp_path, monkeypatch, error):
+def test_failed_write_preserves_the_older_file(tmp_path, monkeypatch, error):
     def save(tensors, part, header):
         part.write_bytes(b"half")
         raise error
@@ -42,7 +42,7 @@ def test_counters_may_have_another_type_that_holds_their_value(value):
 
 
 @pytest.mark.parametrize("value", [torch.tensor(7.5), torch.tensor(float("inf")), torch.tensor(7, dtype=torch.uint8)])
-def test_counters_that_lose_their_value_or_are_quantised_are_refused(value):
+def test_truncated_or_quantised_counters_are_refused(value):
     with pytest.raises(UserError, match=r"init=x: count is \w+ instead of int64"):
         check_weights({"count": value}, "init=x", {"count": torch.tensor(0)})
 
@@ -80,7 +80,7 @@ def test_a_single_value_that_is_not_finite_is_found(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_are_copied_whatever_the_layout(shape):
+def test_values_are_copied_from_any_memory_layout(shape):
     source = torch.rand(shape, dtype=torch.float64)
     target = torch.zeros(shape)
     copy_values(target, source)

@@ -16,20 +16,20 @@ def three_threads():
     torch.set_num_threads(before)
 
 
-def test_nobody_shares_work_while_a_pool_is_at_work(three_threads):
+def test_pool_threads_run_torch_single_threaded(three_threads):
     with threads(CPU) as each:
         assert torch.get_num_threads() == 1
         assert list(each(lambda _: torch.get_num_threads(), range(6))) == [1] * 6
     assert torch.get_num_threads() == 3
 
 
-def test_as_many_calls_as_threads_run_at_once(three_threads):
+def test_calls_run_concurrently_on_all_threads(three_threads):
     meeting = Barrier(3, timeout=600)
     with threads(CPU) as each:
         assert sorted(each(lambda _: meeting.wait(), range(3))) == [0, 1, 2]
 
 
-def test_another_thread_that_takes_its_threads_back_meanwhile_changes_nothing(three_threads):
+def test_other_threads_do_not_change_the_pool(three_threads):
     with threads(CPU) as each:
         other = Thread(target=torch.set_num_threads, args=(3,))  # what threads to come begin with
         other.start()

@@ -26,7 +26,7 @@ KEY = '{"fingerprint": "f", "longest": null, "version": 2}'
         ('{"made_of": 1', ["is damaged (Expecting"]),
     ],
 )
-def test_a_unit_is_taken_over_or_made_anew_and_why(tmp_path, caplog, text, said):
+def test_unit_is_reused_or_rebuilt_with_a_reason(tmp_path, caplog, text, said):
     note, form = tmp_path / "100%s.json", forms.record(made_of=forms.whole())
     if text is not None:
         note.write_text(text)
@@ -48,7 +48,7 @@ def test_a_unit_that_lacks_a_file_is_not_finished(tmp_path, caplog):
     assert read_finished(*whole, damaged="%s %s", unfit="unfit") is None and not caplog.records
 
 
-def test_a_note_that_the_machine_does_not_give_is_told_and_its_unit_made_anew(tmp_path, caplog):
+def test_unreadable_note_is_reported_and_its_unit_rebuilt(tmp_path, caplog):
     (tmp_path / "note").mkdir()
     assert read_finished(tmp_path / "note", lambda path: path.read_text(), damaged="%s cannot be read (%s)") is None
     assert f"{tmp_path / 'note'} cannot be read ([Errno " in caplog.text
@@ -81,7 +81,7 @@ def test_a_video_prepared_before_is_not_extracted_again(tmp_path):
     assert _done_before(job, 1) is None
 
 
-def test_the_standing_of_a_track_is_read(tmp_path):
+def test_track_state_is_read(tmp_path):
     header = (
         '{"format": 1, "progress": {"done": 4, "frames": "ab", "labels": "cd", "batch_size": 2}, '
         '"settings": {"kind": "propagation", "tracker": {"radius": 12, "short": null}}}'

@@ -46,14 +46,14 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
         (r'"\uD800": 1', "half of a surrogate pair"),
     ],
 )
-def test_what_is_not_plain_is_one_error_at_once(text, says):
+def test_unsafe_yaml_is_one_error_in_bounded_time(text, says):
     begin = time.process_time()
     with pytest.raises(SchemaError, match=says) as caught:
         parse_yaml(text)
     assert time.process_time() - begin < 2 and len(str(caught.value)) < 1000
 
 
-def test_what_this_program_writes_is_read_back():
+def test_own_yaml_is_read_back():
     config = {
         "seed": 0,
         "a": {"lr": 1e-5, "none": None, "on": "yes", "day": "2026-01-01", "text": "1e-3", "list": [1, [2.5, True]]},
@@ -65,7 +65,7 @@ def test_dates_are_text_as_in_hydra():
     assert parse_yaml("seed: 2026-01-01") == {"seed": "2026-01-01"}
 
 
-def test_a_file_is_looked_at_before_it_is_read(tmp_path):
+def test_file_is_checked_before_reading(tmp_path):
     (tmp_path / "large.yaml").write_text("#" * 101)
     with pytest.raises(SchemaError, match="101 bytes; the limit is 100"):
         read_yaml(tmp_path / "large.yaml", 100)

@@ -52,7 +52,7 @@ def config_of(run):
     return OmegaConf.load(run / "config/config.yaml")
 
 
-def test_a_run_is_trained_by_what_was_chosen_and_its_recipe_gives_it_again(folder):
+def test_recorded_recipe_reproduces_the_chosen_run(folder):
     done = call(folder, *AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")
     assert done.status == 0, done.err
     cfg, first = config_of(folder / "R"), checkpoint.describe(folder / "R/checkpoints/last.safetensors")
@@ -73,7 +73,7 @@ def test_a_run_is_trained_by_what_was_chosen_and_its_recipe_gives_it_again(folde
 
 
 @pytest.mark.heavy
-def test_the_command_of_a_recipe_finds_the_folder_that_was_named_before(folder):
+def test_recipe_command_includes_the_config_folder(folder):
     part = folder / "my, own/head/mine.yaml"
     part.parent.mkdir(parents=True)
     part.write_text("defaults: [linear]\nlr: 0.5\n")
@@ -85,7 +85,7 @@ def test_the_command_of_a_recipe_finds_the_folder_that_was_named_before(folder):
     assert again.status == 0 and config_of(folder / "S").head.lr == 0.5, again.err
 
 
-def test_what_is_typed_is_taken_as_it_is(folder):
+def test_typed_values_override_the_chosen_ones(folder):
     words = ("head=mlp", "optim.optimizer.lr=1e-3", "data.batch_size=3", "resolution.crop=[24,24]", "loss=focal")
     taken = "data.batch_size, head, loss, resolution.crop, trainer.steps"
     done = call(folder, *AUTO, FEW, *words, "budget.minutes=1", "hydra.run.dir=R")
@@ -105,7 +105,7 @@ def test_what_is_typed_is_taken_as_it_is(folder):
 @pytest.mark.parametrize(
     "typed", ["loss", "loss.criterion", "loss.criterion.factors", "loss.criterion.factors.dice", "loss.weights"]
 )
-def test_what_goes_with_a_typed_loss_is_left_to_it(typed):
+def test_choices_that_belong_to_a_typed_loss_are_dropped(typed):
     words = {"loss": "ce_dice", "loss.weights": {"pole": 3.0}, "loss.criterion.factors.dice": 2.0}
     ((choice,), taken) = drop_typed([RecipeChoice({"head": "detail", **words}, "")], frozenset({typed, "data.root"}))
     gone = {"loss": {*words}, "loss.weights": {"loss.weights"}}.get(typed, {"loss.criterion.factors.dice"})
@@ -113,7 +113,7 @@ def test_what_goes_with_a_typed_loss_is_left_to_it(typed):
 
 
 @pytest.mark.heavy
-def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(folder, monkeypatch):
+def test_same_command_reuses_its_choices_on_any_machine_speed(folder, monkeypatch):
     words = (*AUTO, "trainer.epochs=1", "budget.minutes=1")
     first = call(folder, *words, "hydra.run.dir=R")
     assert first.status == 0 and "; chosen now:" in first.out, first.err
@@ -132,7 +132,7 @@ def test_the_same_command_chooses_the_same_however_fast_the_machine_then_is(fold
 
 @pytest.mark.heavy
 @pytest.mark.usefixtures("choice_alone")
-def test_a_length_that_was_typed_once_is_chosen_where_it_is_not(folder, monkeypatch):
+def test_length_is_chosen_if_it_is_not_typed_again(folder, monkeypatch):
     words = (*AUTO, "budget.minutes=1", "mode=plan")
     assert (
         "; set on the command line: trainer.steps; chosen now:"
@@ -159,7 +159,7 @@ def test_images_of_a_step_in_parts_count_against_the_time(folder):
 
 
 @pytest.mark.heavy
-def test_a_run_goes_on_with_what_was_chosen_for_it(folder, monkeypatch):
+def test_resumed_run_uses_its_recorded_choices(folder, monkeypatch):
     words = (*AUTO, "budget.minutes=1")
     first = call(folder, *words, FEW)
     assert first.status == 0, first.err
@@ -177,7 +177,7 @@ def test_a_run_goes_on_with_what_was_chosen_for_it(folder, monkeypatch):
     assert checkpoint.describe(run / "checkpoints/last.safetensors")["config"]["data"]["batch_size"] == 2
 
 
-def test_a_run_goes_on_whose_classes_of_any_name_have_weights(folder):
+def test_run_resumes_with_weights_for_unusual_class_names(folder):
     part = folder / "own/hparam/mine.yaml"
     part.parent.mkdir(parents=True)
     part.write_text(
@@ -211,14 +211,14 @@ def test_a_run_goes_on_whose_classes_of_any_name_have_weights(folder):
         (["data.root=nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_chosen_is_refused_and_leaves_nothing(folder, words, said):
+def test_impossible_choice_is_refused_and_leaves_no_folder(folder, words, said):
     done = call(folder, *AUTO, *words, "hydra.run.dir=R")
     assert done.status == 1 and said in done.err, done.err
     assert not (folder / "R").exists()
 
 
 @pytest.mark.heavy
-def test_a_class_without_a_pixel_is_named_before_anything_is_trained(folder):
+def test_class_without_pixels_is_reported_before_training(folder):
     done = call(folder, *AUTO, FEW, "data.classes=[dark,bright,lamp]", "budget.minutes=1", "hydra.run.dir=R")
     assert done.status == 0 and "3 classes; without a pixel in train: lamp; 1 min" in done.out, done.out + done.err
 
@@ -231,7 +231,7 @@ def write_halves(folder):
         write_png(folder / f"data/train/masks/{number}.png", halves)
 
 
-def test_ranks_of_a_launcher_do_not_choose(folder, monkeypatch):
+def test_launcher_ranks_do_not_choose(folder, monkeypatch):
     monkeypatch.setattr("dinoseg.cli.launch._share_job", lambda cfg, folder, start: start())
     for name, value in {"WORLD_SIZE": "3", "RANK": "0", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -385,7 +385,7 @@ def test_a_rank_is_timed_with_its_share_of_a_batch(tmp_path, compose, monkeypatc
 
 
 @pytest.mark.heavy
-def test_of_two_that_are_started_at_once_one_chooses_and_the_other_one_takes_the_same(folder, monkeypatch):
+def test_concurrent_starts_share_one_choice(folder, monkeypatch):
     words = (*AUTO, FEW, "budget.minutes=1", "mode=plan")
     assert call(folder, *words, "hydra.run.dir=R").status == 0
     (path,) = (folder / "outputs/.cache").glob("choices_*")
@@ -408,7 +408,7 @@ def test_of_two_that_are_started_at_once_one_chooses_and_the_other_one_takes_the
 
 @pytest.mark.heavy
 @pytest.mark.usefixtures("choice_alone")
-def test_choices_that_cannot_be_kept_are_taken_all_the_same(folder, monkeypatch):
+def test_choices_are_used_even_if_they_cannot_be_stored(folder, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
@@ -422,7 +422,7 @@ def test_choices_that_cannot_be_kept_are_taken_all_the_same(folder, monkeypatch)
 @pytest.mark.parametrize(
     ("words", "minutes"), [((), 30), pytest.param(("budget.minutes=9",), 9, marks=pytest.mark.heavy)]
 )
-def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words, minutes):
+def test_timing_gets_the_given_or_default_minutes(folder, monkeypatch, words, minutes):
     asked = []
     monkeypatch.setattr(
         "dinoseg.cli.auto.choose.run_in_process",
@@ -438,7 +438,7 @@ def test_what_is_timed_knows_the_minutes_typed_or_not(folder, monkeypatch, words
 
 
 @pytest.mark.usefixtures("choice_alone")
-def test_what_is_timed_has_an_image_for_each_device(folder, monkeypatch):
+def test_timing_batch_has_an_image_for_each_device(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(
         "dinoseg.cli.auto.choose.run_in_process",
@@ -463,7 +463,7 @@ def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch, words):
 
 @pytest.mark.usefixtures("choice_alone")
 @pytest.mark.parametrize(("patch", "head"), [(8, "detail"), (7, "multiscale")])
-def test_patches_of_an_odd_size_have_a_head_of_their_own(folder, patch, head):
+def test_odd_patch_sizes_choose_another_head(folder, patch, head):
     words = [word for word in AUTO if "patch_size" not in word and "num_hidden_layers" not in word]
     words += [f"backbone.patch_size={patch}", "backbone.arch.num_hidden_layers=4", "budget.minutes=1", "mode=plan"]
     done = call(folder, *words, "hydra.run.dir=R")
@@ -491,11 +491,11 @@ def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeyp
         write_png(tmp_path / f"data/val/masks/{number}.png", torch.zeros(4, 4, dtype=torch.uint8).numpy())
     clock, asked = [0.0], []
 
-    def evaluated(model, data, engine, *, policy, loss, batches):
+    def time_evaluation(model, data, engine, *, policy, loss, batches):
         asked.append((policy, loss))
         clock[0] += sum(batch.image.numel() + batch.mask.numel() for batch in batches)
 
-    monkeypatch.setattr(timing, "evaluate", evaluated)
+    monkeypatch.setattr(timing, "evaluate", time_evaluation)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     cfg = compose(*SMALL, f"data.root={tmp_path}/data")
     engine = instantiate(cfg.engine)
@@ -509,7 +509,7 @@ def test_a_validation_is_timed_on_images_of_all_sizes(tmp_path, compose, monkeyp
 
 
 @pytest.mark.parametrize("text", ["}{", "data: [1\n", "\ta: 1\n", "a: \x00\n"])
-def test_a_recipe_that_was_edited_to_no_yaml_is_named(folder, text):
+def test_recipe_edited_to_invalid_yaml_is_named(folder, text):
     path = folder / "config/hparam/chosen.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(text)
@@ -518,7 +518,7 @@ def test_a_recipe_that_was_edited_to_no_yaml_is_named(folder, text):
     assert str(path) in done.err and len(done.err.splitlines()) == 1
 
 
-def test_a_trained_and_a_frozen_backbone_are_timed_in_one_process(tmp_path, compose, monkeypatch):
+def test_trained_and_frozen_backbone_are_timed_in_one_process(tmp_path, compose, monkeypatch):
     write_data(tmp_path / "data")
     monkeypatch.setattr(timing, "_MAX", 0.1)
     cfg = compose(*SMALL, f"data.root={tmp_path}/data", "adapter=full", "data.batch_size=2")

@@ -31,14 +31,14 @@ CHOICES = [
 ]
 
 
-def test_what_is_kept_is_read_back_equal(tmp_path):
+def test_stored_choices_are_read_back_equal(tmp_path):
     path = tmp_path / "cache" / "choices.json"
     assert read_choices(path) is None
     write_choices(path, "few images", CHOICES)
     assert read_choices(path) == ("few images", CHOICES)
 
 
-def test_what_would_not_be_read_back_is_not_written(tmp_path):
+def test_unreadable_choices_are_not_written(tmp_path):
     with pytest.raises(SchemaError, match="data.root"):
         write_choices(tmp_path / "choices.json", "x", [RecipeChoice({"data.root": "elsewhere"}, "")])
 
@@ -63,7 +63,7 @@ def test_what_would_not_be_read_back_is_not_written(tmp_path):
         3,
     ],
 )
-def test_a_damaged_file_is_none_and_is_told(tmp_path, caplog, words):
+def test_damaged_choices_file_is_ignored_with_a_warning(tmp_path, caplog, words):
     path = tmp_path / "choices.json"
     path.write_text(json.dumps({"about": "x", "choices": [{"words": words, "reason": "y"}]}))
     assert read_choices(path) is None and "choosing again" in caplog.text
@@ -87,13 +87,13 @@ def test_each_choice_is_a_line_with_its_reason():
 
 
 @pytest.fixture
-def composing():
+def config_context():
     register_resolvers()
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         yield
 
 
-def test_a_recipe_composes_below_what_is_typed(composing):
+def test_recipe_has_lower_priority_than_typed_values(config_context):
     text = recipe_text("few images", CHOICES)
     assert text.startswith("# @package _global_\n") and "# head: poles are thin\n" in text
     words = ["mode=train", "hparam=auto", "head=mlp", "data.batch_size=3", "data.classes=[a,b]"]
@@ -107,13 +107,13 @@ def test_a_recipe_composes_below_what_is_typed(composing):
     assert typed_keys(words) == {"mode", "hparam", "head", "data.batch_size", "data.classes"}
 
 
-def test_a_recipe_without_groups_composes(composing):
+def test_a_recipe_without_groups_composes(config_context):
     cfg = composed_with([], NAME, recipe_text("x", CHOICES[4:5]), known_as="auto")
     assert cfg.data.batch_size == 2 and cfg.choices.head == "linear"
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029", "\x0b", "\x00", "\ud800", "\ufffe"])
-def test_a_name_that_ends_a_comment_says_nothing(end):
+def test_line_break_in_a_class_name_adds_no_key_to_the_recipe(end):
     name = f"pole{end}engine: {{_target_: os.system}}{end}"
     text = recipe_text(f"without a pixel: {name}", [RecipeChoice({"head": "detail"}, f"{name} is thin")])
     assert yaml.safe_load(text) == {"defaults": [{"override /head": "detail"}]}
@@ -121,7 +121,7 @@ def test_a_name_that_ends_a_comment_says_nothing(end):
 
 
 @pytest.mark.parametrize("name", ["more", "more of them", "a,b", "it's", "a=b", "[x]"])
-def test_folders_of_any_name_are_searched_beside(composing, tmp_path, name):
+def test_config_folder_with_any_name_is_searched(config_context, tmp_path, name):
     part = tmp_path / name / "head" / "mine.yaml"
     part.parent.mkdir(parents=True)
     part.write_text("defaults: [linear]\nlr: 0.5\n")
@@ -129,7 +129,7 @@ def test_folders_of_any_name_are_searched_beside(composing, tmp_path, name):
     assert composed_with(words, NAME, recipe_text("x", CHOICES[4:5]), known_as="auto").head.lr == 0.5
 
 
-def test_classes_have_their_names_in_a_recipe(composing, tmp_path):
+def test_classes_have_their_names_in_a_recipe(config_context, tmp_path):
     names = [
         "höhe",
         "\U0001f6b2",

@@ -15,7 +15,7 @@ def no_locks(monkeypatch):
     monkeypatch.setattr(job_results, "_held", {})
 
 
-def test_a_sweep_that_came_to_no_job_leaves_no_folder(tmp_path):
+def test_sweep_without_jobs_leaves_no_folder(tmp_path):
     assert JobResults(tmp_path).claim(keep=False)
     job_results._release_all()
     assert not [*tmp_path.iterdir()]
@@ -24,7 +24,7 @@ def test_a_sweep_that_came_to_no_job_leaves_no_folder(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_link_instead_of_the_folder_is_refused_and_its_target_unchanged(tmp_path, keep):
+def test_symbolic_link_as_job_folder_is_refused(tmp_path, keep):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/0.json").write_text("of another")
     (tmp_path / ".jobs").symlink_to(tmp_path / "precious")
@@ -44,7 +44,7 @@ def test_a_new_sweep_removes_earlier_results_and_nothing_else(tmp_path):
     JobResults(tmp_path).release(keep=True)
 
 
-def test_results_of_a_sweep_that_ends_early_are_kept(tmp_path):
+def test_results_of_an_interrupted_sweep_are_stored(tmp_path):
     assert JobResults(tmp_path).claim(keep=False)
     JobResults(tmp_path).store(0, ROW)
     job_results._release_all()

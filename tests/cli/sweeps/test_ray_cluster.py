@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from command_line import SMALL, write_data
-from daemons import running, wait_until
+from daemons import run_daemon, wait_until
 
 pytest.importorskip("ray", reason="needs ray and hydra-ray-launcher")
 pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="needs hydra-ray-launcher")
@@ -32,11 +32,11 @@ def cluster(tmp_path_factory, environment):
     """Return the address of a cluster of two nodes with one processor each."""
     folder = tmp_path_factory.mktemp("ray")  # a short path: sockets lie below it
     head = [*RAY, "--head", "--port=0", "--node-ip-address=127.0.0.2", "--include-dashboard=false"]
-    with running([*head, f"--temp-dir={folder}/ray"], folder / "head.log", environment) as first:
+    with run_daemon([*head, f"--temp-dir={folder}/ray"], folder / "head.log", environment) as first:
         address = folder / "ray/ray_current_cluster"
         wait_until(lambda: address.is_file() and address.read_text(), [first])
         node = [*RAY, f"--address={address.read_text()}", "--node-ip-address=127.0.0.3"]
-        with running(node, folder / "node.log", environment) as second:
+        with run_daemon(node, folder / "node.log", environment) as second:
             check = [sys.executable, "-c", ALIVE, address.read_text()]
             wait_until(
                 lambda: not subprocess.run(check, env=environment, capture_output=True).returncode, [first, second]

@@ -52,7 +52,7 @@ def search(folder, jobs, words=WORDS, **options):
     made.sweep(list(words))
 
 
-def test_what_was_good_is_tried_more_and_the_same_seed_chooses_the_same(tmp_path):
+def test_search_exploits_good_values_and_is_reproducible(tmp_path):
     first, second, other = Jobs(), Jobs(), Jobs()
     search(tmp_path / "a", first, trials=40)
     search(tmp_path / "b", second, trials=40)
@@ -68,13 +68,13 @@ def test_what_was_good_is_tried_more_and_the_same_seed_chooses_the_same(tmp_path
     assert sum(float(job["lr"]) < 1e-3 for job in [*lowest.done.values()][20:]) > 10
 
 
-def test_a_killed_search_runs_again_what_was_running_and_comes_to_its_number(tmp_path):
-    def killed(number, rate):
+def test_killed_search_repeats_its_running_job_and_finishes(tmp_path):
+    def interrupt_fourth(number, rate):
         if number == 3:
             raise KeyboardInterrupt
         return {"miou": rate}
 
-    whole, begun, rest = Jobs(), Jobs(killed), Jobs()
+    whole, begun, rest = Jobs(), Jobs(interrupt_fourth), Jobs()
     search(tmp_path / "whole", whole, trials=6)
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path / "cut", begun, trials=6)
@@ -89,7 +89,7 @@ def test_a_killed_search_runs_again_what_was_running_and_comes_to_its_number(tmp
     assert not none.done and [*more.done] == [7] and more.done[7]["lr"] != begun.done[3]["lr"]
 
 
-def test_jobs_that_are_chosen_together_are_launched_together_and_no_more_than_asked(tmp_path):
+def test_concurrent_jobs_never_exceed_the_limit(tmp_path):
     jobs, batches = Jobs(), []
     launch = jobs.launch
     jobs.launch = lambda several, initial_job_idx: (batches.append(len(several)), launch(several, initial_job_idx))[1]
@@ -98,7 +98,7 @@ def test_jobs_that_are_chosen_together_are_launched_together_and_no_more_than_as
 
 
 @pytest.mark.parametrize(("at_once", "apart"), [(1, False), (2, True)])
-def test_jobs_that_are_chosen_together_lie_apart(tmp_path, monkeypatch, at_once, apart):
+def test_concurrent_jobs_are_sampled_apart(tmp_path, monkeypatch, at_once, apart):
     import optuna
 
     given = {}
@@ -108,7 +108,7 @@ def test_jobs_that_are_chosen_together_lie_apart(tmp_path, monkeypatch, at_once,
 
 
 @pytest.mark.parametrize("fault", [{"error": "no"}, {"loss": 1.0}, {"miou": float("nan")}, {"miou": None}, None])
-def test_jobs_without_a_score_count_and_three_of_them_with_no_other_end_it(tmp_path, fault, capsys):
+def test_three_jobs_without_a_score_end_the_search(tmp_path, fault, capsys):
     hopeless, once = Jobs(lambda number, rate: fault), Jobs(lambda number, rate: {"miou": 0.5} if number else fault)
     later = Jobs(lambda number, rate: fault if number else {"miou": 0.5})
     search(tmp_path / "a", hopeless, trials=9)
@@ -135,14 +135,14 @@ def test_jobs_without_a_score_count_and_three_of_them_with_no_other_end_it(tmp_p
         ({"words": ["mode=train", "lr=interval(2,1)"]}, "from the lower to the higher end"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(tmp_path, options, said):
+def test_invalid_search_is_refused(tmp_path, options, said):
     jobs = Jobs()
     with pytest.raises(UserError, match=said):
         search(tmp_path, jobs, **options)
     assert not jobs.done
 
 
-def test_a_storage_is_of_one_search_and_one_process(tmp_path):
+def test_search_storage_belongs_to_one_search_and_process(tmp_path):
     search(tmp_path, Jobs(), trials=1)
     with pytest.raises(UserError, match="holds another search"):
         search(tmp_path, Jobs(), words=[*WORDS[:2], "head=linear"])
@@ -156,13 +156,13 @@ def test_a_storage_is_of_one_search_and_one_process(tmp_path):
         locks.release(held)
 
 
-def ended(number, rate):
+def interrupt(number, rate):
     raise KeyboardInterrupt
 
 
-def begun(folder, words=WORDS):
+def start_search(folder, words=WORDS):
     """Leave a search whose first job is at work, and return that job's rate."""
-    jobs = Jobs(ended)
+    jobs = Jobs(interrupt)
     with pytest.raises(KeyboardInterrupt):
         search(folder, jobs, words)
     return jobs.done[0]["lr"]
@@ -170,7 +170,7 @@ def begun(folder, words=WORDS):
 
 @pytest.mark.parametrize(("note", "numbers"), [("", {"miou": 0.5}), ("broken", {})])
 def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, capsys, note, numbers):
-    begun(tmp_path)
+    start_search(tmp_path)
     row = {"words": {}, "job": 0, "process": 1, "note": note, "returned": numbers, "further": []}
     JobResults(tmp_path).store(0, row)
     rest = Jobs()
@@ -179,7 +179,7 @@ def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, capsys, note,
 
 
 @pytest.mark.parametrize("text", [b"notes", b"\x80weights\n\n", b"[]\n", b'{"op_code":6,"w":1}\n'])
-def test_a_file_that_is_no_search_is_left_as_it_is(tmp_path, text):
+def test_foreign_file_at_the_search_log_is_unchanged(tmp_path, text):
     (tmp_path / "search.log").write_bytes(text)
     with pytest.raises(UserError, match="search.log does not hold a search"):
         search(tmp_path, Jobs())
@@ -217,26 +217,26 @@ def test_a_damaged_storage_is_refused(tmp_path, damage):
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
-def test_a_storage_that_is_no_file_is_refused(tmp_path, make):
+def test_storage_that_is_not_a_file_is_refused(tmp_path, make):
     make(tmp_path / "search.log")
     with pytest.raises(UserError, match="search.log is a (folder|named pipe). Put a file there"):
         search(tmp_path, Jobs())
 
 
 @pytest.mark.parametrize("left", [b"", b'{"op_co', b'{"op_code":0,"worker'])
-def test_what_a_kill_has_left_of_the_first_line_begins_anew(tmp_path, left):
+def test_truncated_first_line_of_the_log_restarts_the_search(tmp_path, left):
     (tmp_path / "search.log").write_bytes(left)
     search(tmp_path, jobs := Jobs(), trials=1)
     assert [*jobs.done] == [0]
 
 
-def test_a_lock_of_a_killed_process_is_not_waited_for(tmp_path):
+def test_lock_of_a_killed_process_is_not_awaited(tmp_path):
     (tmp_path / "search.log.lock").symlink_to("somewhere/search.log")
     search(tmp_path, jobs := Jobs(), trials=1)
     assert [*jobs.done] == [0]
 
 
-def test_a_search_continues_with_other_fixed_words(tmp_path, capsys):
+def test_search_resumes_with_other_fixed_overrides(tmp_path, capsys):
     with pytest.raises(UserError, match="from the lower"):
         search(tmp_path, Jobs(), words=["mode=train", "lr=interval(2,1)"])
     search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)"], trials=1)
@@ -257,7 +257,7 @@ def test_a_search_continues_with_other_fixed_words(tmp_path, capsys):
         ("a=x,'y z',[1,2]", CategoricalDistribution(["x", "'y z'", "[1,2]"])),
     ],
 )
-def test_words_of_hydra_are_spaces_of_optuna(word, space):
+def test_sweep_syntax_of_hydra_maps_to_optuna(word, space):
     found = _values(OverridesParser.create().parse_override(word))
     assert type(found) is type(space)
     if isinstance(space, CategoricalDistribution):

@@ -60,7 +60,7 @@ def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
     assert all(row["mIoU %"] in table for row in rows)
 
 
-def test_a_failed_job_is_named_and_the_others_go_on(tmp_path):
+def test_failed_job_is_reported_and_other_jobs_run(tmp_path):
     """Jobs whose data are missing are told in a message, one that crashes with its traceback."""
     write_data(tmp_path / "data")
     words = ("data.root=nowhere,data", "head.num_classes=1,2")
@@ -118,13 +118,13 @@ def test_an_unknown_score_is_refused_before_data_and_model(tmp_path):
     assert done.status == 1 and "1 of 2 cells" in done.err and "- trainer.score=iou: trainer.score=iou is" in done.err
 
 
-def test_what_a_pattern_of_hydra_stands_for_is_looked_at_too(tmp_path):
+def test_glob_in_a_sweep_is_expanded_and_checked(tmp_path):
     done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=glob(*ss*)")
     assert done.status == 1 and "cells of this sweep cannot run" in done.err and "loss=mask_classification" in done.err
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_cell_by_itself_is_named_by_no_value(tmp_path):
+def test_single_impossible_cell_is_listed(tmp_path):
     done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=mask_classification")
     assert done.status == 1 and "1 of 1 cell of this sweep cannot run" in done.err
     assert "- each: loss=mask_classification needs a head" in done.err and not (tmp_path / "outputs").exists()
@@ -139,7 +139,7 @@ def test_a_cell_by_itself_is_named_by_no_value(tmp_path):
         ({"mode": {}, "resume": None}, UserError("no"), ""),  # no mode that trains
     ],
 )
-def test_only_what_is_trained_anew_is_looked_at(monkeypatch, keys, error, reason):
+def test_sweep_checks_only_new_trainings(monkeypatch, keys, error, reason):
     def fail(*_):
         raise error
 
@@ -150,7 +150,7 @@ def test_only_what_is_trained_anew_is_looked_at(monkeypatch, keys, error, reason
     assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: composed), composed, []) == reason
 
 
-def test_a_cell_is_looked_at_with_its_own_choices(monkeypatch):
+def test_sweep_cell_is_checked_with_its_own_choices(monkeypatch):
     def tell(cfg, *_):
         raise UserError(cfg.choices.head)
 
@@ -226,7 +226,7 @@ def test_the_best_job_comes_first_and_failures_last(table, capsys):
     assert shown.index("75.00") < shown.index("25.00") < shown.index("ValueError: broken")
 
 
-def test_a_job_that_failed_in_another_process_ends_the_command_with_status_1(table, tmp_path, monkeypatch):
+def test_job_failing_in_another_process_sets_exit_status_1(table, tmp_path, monkeypatch):
     monkeypatch.setattr("dinoseg.cli.sweeps.table.os.getpid", iter(range(9)).__next__)
     with pytest.raises(SystemExit) as ended:
         table({"miou": 0.5}, {"error": "no"})
@@ -250,7 +250,7 @@ def test_a_sweep_without_the_result_of_a_job_fails(tmp_path, monkeypatch, capsys
     assert f"error: 1 of 2 jobs stored no result in {tmp_path}" in capsys.readouterr().err
 
 
-def test_rows_of_a_search_that_goes_on_are_kept(tmp_path):
+def test_rows_of_a_resumed_search_are_preserved(tmp_path):
     for number in (0, 2):  # the second after a kill, or with more trials
         SweepTable().on_multirun_start(search := of_job(tmp_path, number, {"storage": "search.log"}))
         job = SimpleNamespace(_return_value={"miou": 0.5}, overrides=["mode=train", f"seed={number}"])
@@ -277,7 +277,7 @@ def test_settings_of_folds_are_ranked_by_their_pooled_score(tmp_path):
     assert [row["data.fold"] for row in rows_of(tmp_path / "jobs.csv")] == ["0", "0", "1", "1"]
 
 
-def test_a_folder_is_of_one_sweep(tmp_path, monkeypatch, capsys):
+def test_folder_belongs_to_one_sweep(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dinoseg.cli.sweeps.table.impossible_cells", lambda _: ([], 0))
     SweepTable().on_multirun_start(of_job(tmp_path))
     SweepTable().on_multirun_end(of_job(tmp_path))
@@ -293,7 +293,7 @@ def test_a_folder_is_of_one_sweep(tmp_path, monkeypatch, capsys):
         other.kill()
 
 
-def test_a_damaged_row_costs_no_table(table, tmp_path, capsys):
+def test_damaged_row_does_not_prevent_the_table(table, tmp_path, capsys):
     (tmp_path / ".jobs").mkdir()
     for number, text in enumerate(("", "[]", '{"job": 1}')):
         (tmp_path / f".jobs/{90 + number}.json").write_text(text)
@@ -362,7 +362,7 @@ def test_intervals_of_shares_end_at_0_and_100_percent(tmp_path):
     assert ends[0] > 0 and ends[1] == 100 and ends[2] == 0 and ends[3] < 100
 
 
-def test_seeds_that_all_failed_are_told(tmp_path, capsys):
+def test_row_of_failed_seeds_reports_the_failure(tmp_path, capsys):
     (row,) = end_sweep(tmp_path, [([f"seed={seed}"], {"error": "no"}) for seed in range(2)])
     assert row["note"] == "0 of 2 seeds: no" and row["seeds"] == "0" and "0 of 2 seeds: no" in capsys.readouterr().out
 

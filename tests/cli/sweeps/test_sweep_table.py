@@ -13,7 +13,7 @@ def test_pooled_means_leave_out_the_ignored_class(ignored, miou):
     assert row["folds"] == 2 and row["miou"] == pytest.approx(miou)
 
 
-def test_a_number_of_many_digits_is_shown_by_six_and_written_whole(tmp_path, capsys):
+def test_long_number_is_rounded_on_screen_but_not_in_the_file(tmp_path, capsys):
     rows = [
         {"job": 0, "lr": "0.0012345678901234567", "data.root": "1.2.3.4.5.6.7", "miou": 0.5, "run": "r", "note": ""}
     ]

@@ -29,7 +29,7 @@ def pictures():
     yield rings.T.copy()
 
 
-def drawn(polygons, shape, by_middles):
+def draw_polygons(polygons, shape, by_middles):
     canvas = np.zeros(shape, bool)
     for points in polygons:
         if by_middles:
@@ -50,7 +50,7 @@ def test_parts_become_polygons_and_pixels_again(joined):
             whole[part.top : part.top + height, part.left : part.left + width] = part.mask
             np.testing.assert_array_equal(part.counts(*ids.shape), counts_of(whole.T.ravel()))
             for by_middles, polygons in ((False, edge_polygons), (True, middle_polygons)):
-                again = drawn(polygons(part, 0), ids.shape, by_middles)
+                again = draw_polygons(polygons(part, 0), ids.shape, by_middles)
                 np.testing.assert_array_equal(again, whole, err_msg=f"{by_middles} {ids.shape}")
             seen += 1
     assert seen >= 25
@@ -66,7 +66,7 @@ def test_pycocotools_reads_the_polygons_to_the_pixel():
     np.testing.assert_array_equal(again, ids)
 
 
-def test_all_parts_together_are_the_picture():
+def test_all_parts_together_equal_the_image():
     for ids in pictures():
         parts = list(parts_of(ids, leave_out=0, joined=False, min_area=1))
         assert sum(int(part.mask.sum()) for part in parts) == (ids > 0).sum()
@@ -74,7 +74,7 @@ def test_all_parts_together_are_the_picture():
         assert {part.value for part in large} <= {1, 2} and all(part.mask.sum() >= 5 for part in large)
 
 
-def test_what_hangs_together_by_corners_is_one_part():
+def test_pixels_touching_at_corners_form_one_part():
     corners = np.eye(3, dtype=np.uint8)
     assert [part.mask.sum() for part in parts_of(corners, leave_out=0, joined=False, min_area=3)] == [3]
     assert [part.mask.sum() for part in parts_of(corners, leave_out=0, joined=True, min_area=3)] == [3]
@@ -91,7 +91,7 @@ def test_a_tolerance_leaves_points_out_and_moves_little():
     )
     for one, other in zip(exact, few, strict=True):
         assert sum(map(len, other)) < 0.6 * sum(map(len, one))
-        before, after = drawn(one, ids.shape, False), drawn(other, ids.shape, False)
+        before, after = draw_polygons(one, ids.shape, False), draw_polygons(other, ids.shape, False)
         scores.append((before & after).sum() / (before | after).sum())
     assert min(scores) > 0.85
 
@@ -117,7 +117,7 @@ def test_polygons_partly_outside_are_those_of_pycocotools():
     outside = covered = 0
     for size, points in random_polygons(500):
         whole = coco.decode(coco.frPyObjects([points.ravel().tolist()], *size))[..., 0].astype(bool)
-        np.testing.assert_array_equal(drawn([points], size, by_middles=False), whole)
+        np.testing.assert_array_equal(draw_polygons([points], size, by_middles=False), whole)
         outside += bool((points < 0).any() or (points > size[::-1]).any())
         covered += whole.any()
     assert outside > 300 and covered > 150
@@ -129,7 +129,7 @@ def test_polygons_of_thousands_of_points_are_filled_exactly():
     radii = 30 + 8 * np.sin(9 * angles)
     points = np.stack([40 + radii * np.cos(angles), 40 + radii * np.sin(angles)], axis=1)
     whole = coco.decode(coco.frPyObjects([points.ravel().tolist()], 80, 80))[..., 0].astype(bool)
-    np.testing.assert_array_equal(drawn([points], (80, 80), by_middles=False), whole)
+    np.testing.assert_array_equal(draw_polygons([points], (80, 80), by_middles=False), whole)
     assert whole.any() and not whole.all()
 
 

@@ -45,7 +45,7 @@ def test_polygons_are_filled_as_pycocotools_fills_them():
         np.testing.assert_array_equal(ours, theirs, err_msg=f"{size} {points.tolist()}")
 
 
-def test_one_picture_is_drawn_in_order(tmp_path):
+def test_shapes_of_one_image_are_painted_in_order(tmp_path):
     ring = np.array([[1, 1], [5, 1], [5, 4], [1, 4.0]]).tobytes()
     column = np.array([4, 1, 25])
     hole = rle.counts_of(np.array([1, 1, 1, 1, 0, 1, 1, 1, 1], bool)).tobytes()
@@ -88,7 +88,7 @@ def test_figures_are_those_of_labelme():
         ([10**30, -(10**30)], "whole numbers"), ([True, 29], "whole numbers"), (None, "whole numbers"), ("", "add up"),
     ],
 )  # fmt: skip
-def test_counts_that_are_none(counts, wrong):
+def test_invalid_run_lengths_are_refused(counts, wrong):
     with pytest.raises(ValueError, match=wrong):
         rle.parse_counts(counts, 30)
 
@@ -101,6 +101,6 @@ def test_counts_that_are_none(counts, wrong):
         ([[0, 0], [1e6, 1e6]] * 10, "crosses the image many times"),
     ],
 )  # fmt: skip
-def test_polygons_that_are_none(points, wrong):
+def test_invalid_polygons_are_refused(points, wrong):
     with pytest.raises(ValueError, match=wrong):
         check_polygon(np.array(points, float))

@@ -60,7 +60,7 @@ def put(root, pixels, name="x", **options):
         save(root / f"{split}/masks/{name}.png", pixels, **options)
 
 
-def test_numbers_are_merged_and_ignored(load, tmp_path):
+def test_ids_are_merged_and_ignored(load, tmp_path):
     describe(tmp_path, LEAVES)
     put(tmp_path, [[0, 1, 2], [9, 7, 255], [2, 300, 0]], dtype=np.uint16)
     cfg = load(tmp_path)
@@ -74,7 +74,7 @@ def test_numbers_are_merged_and_ignored(load, tmp_path):
             data.mask(0)
 
 
-def test_every_other_number_can_be_a_class(load, tmp_path):
+def test_any_id_can_be_a_class(load, tmp_path):
     for text, expected in (
         ("classes: [ground, person]\nothers: person", [0, 1, 1, 1, 255, 1]),
         ("classes: [ground, person]\nothers: ground", [0, 1, 0, 0, 255, 0]),
@@ -91,7 +91,7 @@ def test_every_other_number_can_be_a_class(load, tmp_path):
         instantiate(load(tmp_path, "data.classes=[a,b]", "data.reader.masks.others=c").data.reader)(split="val")
 
 
-def test_a_position_is_no_class_where_ids_are_given(load, tmp_path):
+def test_positions_are_no_classes_if_ids_are_given(load, tmp_path):
     describe(tmp_path, "classes: {a: {ids: [10]}, b: {ids: [20, 255]}}")
     put(tmp_path, [[10, 20], [255, 10]])
     data = instantiate(load(tmp_path, "data.ignore_index=254").data.reader)(split="train")
@@ -120,7 +120,7 @@ def test_colours_are_merged_and_ignored(load, tmp_path, indexed):
         data.mask(0)
 
 
-def test_names_alone_and_black_and_white(load, tmp_path):
+def test_class_file_supports_plain_names_and_binary_masks(load, tmp_path):
     describe(tmp_path, "\ufeffclasses: [sea, land]\nignore: {ids: [3]}\n")
     put(tmp_path, [[0, 1, 3, 255]])
     data = instantiate(load(tmp_path).data.reader)(split="train")
@@ -134,7 +134,7 @@ def test_names_alone_and_black_and_white(load, tmp_path):
     np.testing.assert_array_equal(instantiate(load(tmp_path).data.reader)(split="train").mask(0), [[0, 1]])
 
 
-def test_the_command_line_wins(load, tmp_path):
+def test_command_line_overrides_the_class_file(load, tmp_path):
     describe(tmp_path, "my own: {format: [of, classes]}")
     put(tmp_path, [[0, 1, 255]])
     cfg = load(tmp_path, "data.classes=[a,b]")
@@ -155,7 +155,7 @@ def test_ids_of_the_command_line_never_replace_those_of_the_file(load, tmp_path)
     assert instantiate(both)(split="train").reader.masks.ids == {3: 255}
 
 
-def test_data_sets_of_their_own_read_no_such_file(load, tmp_path):
+def test_built_in_datasets_ignore_a_class_file(load, tmp_path):
     describe(tmp_path, "not: {ours: 1}")
     for name, masks in (("camvid", {"ids": {11: 255}}), ("ade20k", {"reduce_zero_label": True})):
         found = to_container(load(tmp_path, data=name).data.reader.masks, resolve=True)
@@ -163,7 +163,7 @@ def test_data_sets_of_their_own_read_no_such_file(load, tmp_path):
     assert load(None, data="person").data.palette == [[0, 0, 0], [0, 255, 0]]
 
 
-def test_neither_classes_nor_file(load, tmp_path):
+def test_missing_classes_and_file_are_reported(load, tmp_path):
     message = (
         rf"^No folder {tmp_path}/train/images .*\. data\.classes is not set\. .*: data\.classes=\[background,leaf\]\. "
         rf"Or write them into {tmp_path}/classes\.yaml: `classes:"
@@ -185,7 +185,7 @@ def test_neither_classes_nor_file(load, tmp_path):
         load(describe(tmp_path, "[1]")).data.num_classes  # noqa: B018
 
 
-def test_a_data_set_without_classes_names_its_root_and_folders_first(load, tmp_path, monkeypatch):
+def test_dataset_without_classes_reports_root_and_folders_first(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "split", [[0]])
     for name in ("images", "masks"):
@@ -203,7 +203,7 @@ def test_a_data_set_without_classes_names_its_root_and_folders_first(load, tmp_p
         load(None, data="coco").data.classes  # noqa: B018
 
 
-def test_a_checkpoint_keeps_what_the_file_said(load, tmp_path):
+def test_checkpoint_stores_the_values_of_the_class_file(load, tmp_path):
     for text in (LEAVES, COLOURED):
         describe(tmp_path, text)
         cfg = load(tmp_path)
@@ -286,7 +286,7 @@ def test_a_changed_file_is_read_again(tmp_path):
         (b"classes: [\x00]", "not plain YAML"),
     ],
 )
-def test_what_makes_no_sense(tmp_path, text, message):
+def test_invalid_class_file_is_refused(tmp_path, text, message):
     file = tmp_path / "classes.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message) as caught:
@@ -294,7 +294,7 @@ def test_what_makes_no_sense(tmp_path, text, message):
     assert str(file) in str(caught.value) and str(caught.value).endswith(".")
 
 
-def test_the_examples_of_the_docs(load, tmp_path):
+def test_documented_class_files_are_valid(load, tmp_path):
     page = (Path(__file__).parents[3] / "docs/data.md").read_text()
     numbers, colours = re.findall(r"```yaml\n(classes:.*?)```", page, flags=re.S)
     put(describe(tmp_path / "numbers", numbers), [[0, 1, 2, 7]])

@@ -31,7 +31,7 @@ def test_grey_palette_and_equal_channels_give_the_stored_ids(tmp_path):
 
 
 @pytest.mark.parametrize("rules", [{}, {"ids": {7: 2, 255: 1, 9: 255}}, {"others": "c"}, {"reduce_zero_label": True}])
-def test_bytes_and_wide_numbers_are_looked_up_alike(tmp_path, rules):
+def test_wide_ids_are_looked_up_like_bytes(tmp_path, rules):
     reader = MaskReader(LABELS, Masks(**rules))
     rng = np.random.default_rng(0)
     known = np.flatnonzero(reader._table[:256] >= 0)
@@ -48,7 +48,7 @@ def test_bytes_and_wide_numbers_are_looked_up_alike(tmp_path, rules):
                 reader.read(save(tmp_path / "foreign.png", [[known[0], number]], dtype=kind))
 
 
-def test_zero_can_mean_nothing(tmp_path):
+def test_zero_can_be_ignored(tmp_path):
     reader = MaskReader(LABELS, Masks(reduce_zero_label=True))
     np.testing.assert_array_equal(reader.read(save(tmp_path / "z.png", [[0, 1, 3, 255]])), [[255, 0, 2, 255]])
     with pytest.raises(UserError, match="holds the ids 4, which are not classes"):
@@ -77,7 +77,7 @@ def test_unknown_colours_are_listed(tmp_path):
         MaskReader(LABELS, Masks("palette", described={"ids": None})).read(path)
 
 
-def test_binary_masks(tmp_path):
+def test_binary_masks_are_read(tmp_path):
     reader = MaskReader(Labels.of(["no", "yes"], None, 255), Masks("binary"))
     np.testing.assert_array_equal(reader.read(save(tmp_path / "b.png", [[0, 255]])), [[0, 1]])
     one_bit = tmp_path / "one.png"
@@ -104,7 +104,7 @@ def test_binary_masks(tmp_path):
         ([0, 254], True),
     ],
 )
-def test_what_is_advised_for_masks_that_are_not_binary(tmp_path, values, lossy):
+def test_remedy_for_non_binary_masks_depends_on_compression(tmp_path, values, lossy):
     labels, path = Labels.of(["no", "yes"], None, 255), save(tmp_path / "m.png", [values])
     with pytest.raises(UserError, match="threshold at 128" if lossy else r"data\.reader\.masks\.format=ids"):
         MaskReader(labels, Masks("binary")).read(path)
@@ -145,7 +145,7 @@ def test_table_maps_ids(tmp_path):
     np.testing.assert_array_equal(reader.read(path), [[255, 2, 2, 1, 0]])
 
 
-def test_a_table_that_numbers_anew_leaves_out_what_it_does_not_name(tmp_path):
+def test_remapping_ids_excludes_ids_not_in_the_table(tmp_path):
     reader = MaskReader(LABELS, Masks(ids={1: 0, 2: 1, 3: 255}))
     np.testing.assert_array_equal(reader.read(save(tmp_path / "a.png", [[1, 2, 3]])), [[0, 1, 255]])
     with pytest.raises(UserError, match="holds the ids 0, which are not classes"):
@@ -170,7 +170,7 @@ def test_several_colours_can_be_one_class(tmp_path):
     np.testing.assert_array_equal(MaskReader(LABELS, rules).read(path), [[0, 1, 2], [1, 1, 255]])
 
 
-def test_coloured_picture_read_as_ids(tmp_path):
+def test_coloured_image_read_as_ids_is_refused(tmp_path):
     path = save(tmp_path / "c.png", [[[0, 1, 0]]])
     with pytest.raises(UserError, match="colour image.*format=palette"):
         MaskReader(LABELS, Masks()).read(path)
@@ -198,7 +198,7 @@ def test_coloured_picture_read_as_ids(tmp_path):
         ({"format": "palette", "ignore_colors": [[256, 0, 0]]}, r"Colour \[256, 0, 0\]"),
     ],
 )
-def test_rules_that_make_no_sense(arguments, message):
+def test_invalid_mask_rules_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         MaskReader(LABELS, Masks(**arguments))
 
@@ -216,6 +216,6 @@ def test_rules_that_make_no_sense(arguments, message):
         (["a"], None, -1, "ignore_index=-1"),
     ],
 )
-def test_labels_that_make_no_sense(classes, palette, ignore, message):
+def test_invalid_labels_are_refused(classes, palette, ignore, message):
     with pytest.raises(UserError, match=message):
         Labels.of(classes, palette, ignore)

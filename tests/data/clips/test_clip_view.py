@@ -18,7 +18,7 @@ def places(size):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 20), (40, 13), (3, 2), (1, 1), (8, 100)])
-def test_any_size_covers_the_crop_and_every_frame_is_cut_alike(size):
+def test_crop_fits_any_size_and_is_equal_for_all_frames(size):
     view = ClipView((8, 8), scale=(1.0, 2.0), flip=0.5)
     frame = clip(size, 1)
     for seed in range(5):
@@ -27,19 +27,19 @@ def test_any_size_covers_the_crop_and_every_frame_is_cut_alike(size):
         assert seen.flags.c_contiguous
 
 
-def test_without_chance_it_is_the_middle():
+def test_view_without_randomness_is_centred():
     frames = clip((20, 40))
     seen = ClipView((10, 10), scale=(1.0, 3.0), flip=1.0)(frames)
     by_hand = [cv2.resize(frame, (20, 10), interpolation=cv2.INTER_AREA)[:, 5:15] for frame in frames]
     np.testing.assert_array_equal(seen, by_hand)
 
 
-def test_a_frame_of_the_crop_s_own_size_stays_as_it_is():
+def test_frame_of_crop_size_is_unchanged():
     frames = clip((6, 9))
     np.testing.assert_array_equal(ClipView((6, 9))(frames, np.random.default_rng(1)), frames)
 
 
-def test_crops_reach_every_place_and_are_mirrored_as_often_as_said():
+def test_crops_cover_every_position_and_flips_match_their_rate():
     view, frames = ClipView((10, 10), flip=0.25), places((10, 30))
     lefts, mirrored = set(), 0
     for seed in range(400):
@@ -59,7 +59,7 @@ def test_all_positions_of_a_crop_are_equally_likely():
     assert np.abs(np.bincount(lefts) / 3000 - 1 / 3).max() < 0.04
 
 
-def test_larger_than_need_be():
+def test_zoom_shows_only_a_part_of_a_clip():
     view, frames = ClipView((8, 8), scale=(2.0, 2.0)), places((8, 8))
     seen = view(frames, np.random.default_rng(0)).astype(int)
     assert np.ptp(seen[0, :, 0, 0]) in (3, 4) and np.ptp(seen[0, 0, :, 1]) in (3, 4)
@@ -74,7 +74,7 @@ def test_larger_than_need_be():
         ({"crop": [8, 8], "scale": [2, 1]}, r"1 <= least <= largest"),
     ],
 )
-def test_views_that_are_none(options, message):
+def test_invalid_clip_views_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         ClipView(**options)
 
@@ -100,7 +100,7 @@ def bicubic(frame, size):
 
 
 @pytest.mark.parametrize("size", [(20, 41), (7, 9), (33, 12), (10, 10), (5, 5)])
-def test_bicubic_resizing_and_the_centred_square_of_an_evaluation(size):
+def test_clip_view_resizes_bicubically_and_crops_the_centre(size):
     frames = clip(size, seed=size[0])
     seen = ClipView((10, 10), resample="bicubic")(frames)
     short = min(size)

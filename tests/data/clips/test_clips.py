@@ -124,7 +124,7 @@ def test_davis_2016_of_both_releases(compose, tmp_path):
         assert data.names == [f"cows/{index:05d}" for index in range(3)]
 
 
-def test_objects_against_background(compose, davis):
+def test_davis_frames_form_a_foreground_dataset(compose, davis):
     data = instantiate(config(compose, "davis2017", davis, "data.ignore_index=9").reader)(split="train")
     assert len(data) == 12 and data.names[7:9] == ["dogs/00000", "dogs/00001"] and data.classes == tuple(CLASSES)
     for index, sample in enumerate(data):
@@ -180,7 +180,7 @@ def test_the_unsupervised_test_sets_may_have_no_masks(davis):
         unsupervised.videos("test-dev")
 
 
-def test_davis_that_is_not_whole(davis):
+def test_incomplete_davis_is_refused(davis):
     def videos(split="train", **keys):
         return Davis(str(davis), **keys).videos(split)
 
@@ -270,7 +270,7 @@ def test_youtube_vos_objects_that_appear_late(compose, youtube):
     assert appears(clips_of(compose, "youtube_vos", youtube, "val")[1]) == {2: 0, 4: 3}
 
 
-def test_youtube_vos_all_frames(compose, youtube):
+def test_youtube_vos_can_use_all_frames(compose, youtube):
     clips = clips_of(compose, "youtube_vos", youtube, "train", "data.all_frames=true", "data.clips.cut.length=6")
     assert clips.videos[0].fps == 30 and len(clips.videos[1].frames) == 31
     assert [span.start for span in clips.spans] == [0, 6, 0, 6, 12, 18, 24]
@@ -280,7 +280,7 @@ def test_youtube_vos_all_frames(compose, youtube):
     assert clips_of(compose, "youtube_vos", youtube, "test", "data.all_frames=true").videos[1].masks.keys() == {0, 15}
 
 
-def test_youtube_vos_that_is_not_whole(youtube):
+def test_incomplete_youtube_vos_is_refused(youtube):
     layout = YoutubeVos(str(youtube))
     with pytest.raises(UserError, match="No folder .*trial.* for split trial; .* holds .*train"):
         layout.videos("trial")
@@ -342,7 +342,7 @@ class Named(NamedTuple):
     image: str = ""
 
 
-def test_movi_numbers_the_videos_of_each_split_anew(compose, movi):
+def test_movi_videos_are_numbered_within_each_split(compose, movi):
     reader = instantiate(config(compose, "movi", movi).reader)
     splits = [
         describe_split(split, reader(split=split), [Named(name) for name in reader(split=split).names])
@@ -401,7 +401,7 @@ def test_movi_may_call_its_validation_as_other_data_do(movi):
         Movi(str(movi)).videos("val")
 
 
-def test_movi_that_is_not_whole(movi):
+def test_incomplete_movi_is_refused(movi):
     with pytest.raises(
         UserError, match="No folder .*other for split other; its parent folder holds test, train, validation"
     ):
@@ -428,7 +428,7 @@ def folder(tmp_path):
     return root
 
 
-def test_videos_and_folders_of_frames(compose, folder):
+def test_videos_and_folders_of_frames_are_read(compose, folder):
     keys = ("data.clips.cut.length=4", "data.clips.cut.stride=2")
     clips = clips_of(compose, "videos", folder, "train", *keys)
     assert [video.name for video in clips.videos] == ["two", "x/frames", "x/one"]
@@ -446,7 +446,7 @@ def test_videos_and_folders_of_frames(compose, folder):
         no_masks("val")
 
 
-def test_frame_rate(compose, folder):
+def test_clips_are_cut_at_the_configured_frame_rate(compose, folder):
     keys = ("data.clips.cut.fps=20", "data.clips.cut.length=3", "data.clips.cut.step=5")
     with pytest.raises(UserError, match=r"frame rate of video x/frames is unknown\. Set data\.folder_fps=NUMBER"):
         clips_of(compose, "videos", folder, "train", *keys)
@@ -458,7 +458,7 @@ def test_frame_rate(compose, folder):
         clips_of(compose, "videos", folder, "train", "data.clips.cut.fps=25")
 
 
-def test_videos_that_cannot_be_read(compose, folder, caplog):
+def test_unreadable_videos_are_refused(compose, folder, caplog):
     (folder / "bad.mp4").write_text("no video")
     with pytest.raises(UserError, match=r"1 video of 4 cannot be read:\n- Cannot read .*bad\.mp4.*\n.*on_error=skip"):
         clips_of(compose, "videos", folder, "train")
@@ -468,7 +468,7 @@ def test_videos_that_cannot_be_read(compose, folder, caplog):
     assert "1 of 4 videos are left out" in caplog.text and "bad.mp4" in caplog.text
 
 
-def test_folders_without_videos(folder, tmp_path):
+def test_folders_without_videos_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"No folder .*gone for split val"):
         VideoFolder(str(tmp_path), "gone").videos("val")
     (tmp_path / "empty/val").mkdir(parents=True)
@@ -512,7 +512,7 @@ def test_sizes_of_files_are_compared_without_decoding_a_video(tmp_path):
 NUMBERED = ("frame1", "frame2", "frame10", "frame11", "frame100")
 
 
-def test_numbered_names_come_as_they_are_counted():
+def test_numbered_names_are_sorted_numerically():
     counted = [
         "",
         "01",
@@ -564,7 +564,7 @@ def test_unpadded_names_of_videos_and_frames(compose, tmp_path):
     assert data.names == [f"{video}/{frame}" for video in ("v2", "v10") for frame in NUMBERED]
 
 
-def test_a_share_comes_as_it_is_counted(tmp_path):
+def test_fractional_split_is_sorted_numerically(tmp_path):
     layout = Still(tmp_path, **{f"v{number}": 1 for number in range(1, 13)})
     names = [video.name for video in select_split(layout, "train", Partition(by="fraction", val_fraction=0.1))]
     assert len(names) == 11 and names == sorted(names, key=lambda name: int(name[1:]))
@@ -580,7 +580,7 @@ def test_hidden_folders_are_no_videos(compose, movi, youtube):
 
 
 @pytest.mark.parametrize(("link", "above"), [("x/round", "."), ("x/frames/again", "x")])
-def test_a_link_in_a_circle_and_a_link_to_a_video(folder, tmp_path, link, above):
+def test_link_cycles_are_skipped_and_linked_videos_read(folder, tmp_path, link, above):
     (folder / link).symlink_to(folder / above)
     save(tmp_path / "elsewhere/0.png", np.zeros((4, 4, 3)))
     (folder / "far").symlink_to(tmp_path / "elsewhere")
@@ -588,7 +588,7 @@ def test_a_link_in_a_circle_and_a_link_to_a_video(folder, tmp_path, link, above)
     assert [video.name for video in videos] == ["far", "two", "x/frames", "x/one"]
 
 
-def test_one_image_set_is_not_trained_and_scored_on(compose, davis):
+def test_same_image_set_for_train_and_val_is_refused(compose, davis):
     (davis / "ImageSets/2017/train.txt").unlink()
     (davis / "ImageSets/2017/test-dev.txt").unlink()
     (davis / "ImageSets/2017/val.txt").write_text("bear\ndogs\ntennis")
@@ -622,7 +622,7 @@ def test_one_image_set_is_not_trained_and_scored_on(compose, davis):
         (Cut(per_video=7), [0]),
     ],
 )
-def test_cuts(tmp_path, cut, starts):
+def test_cuts_select_the_expected_frames(tmp_path, cut, starts):
     clips = open_clips(Still(tmp_path, v=10), "train", cut=cut)
     assert [span.start for span in clips.spans] == starts
     for clip in clips:
@@ -651,7 +651,7 @@ def test_val_and_test_have_a_cut_of_their_own(tmp_path):
     assert len(open_clips(layout, "val", cut=Cut(length=3))) == 3
 
 
-def test_short_videos(tmp_path):
+def test_short_videos_are_skipped_or_padded(tmp_path):
     layout = Still(tmp_path, short=5, long=9, tiny=1)
     with pytest.raises(UserError, match=r"Video short has 5 frames; 4 at stride 2 need 7\. Set .*short=pad or skip"):
         open_clips(layout, "train", cut=Cut(length=4, stride=2))
@@ -667,7 +667,7 @@ def test_short_videos(tmp_path):
     assert tiny["frame_names"] == ["0"] * 4 and tiny["annotated"].tolist() == [True, False, False, False]
 
 
-def test_files_that_do_not_fit(tmp_path):
+def test_mismatched_files_are_refused(tmp_path):
     (video,) = Still(tmp_path, v=6).videos("train")
     clips = Clips([video], Cut(length=3))
     save(tmp_path / "v/1.png", pixels("v", 1, (6, 8)))
@@ -710,12 +710,12 @@ def test_files_that_do_not_fit(tmp_path):
         ({"fps": 8, "fps_tolerance": -1}, r"fps_tolerance=-1 is out of range"),
     ],
 )
-def test_cuts_that_are_none(keys, message):
+def test_invalid_clip_cuts_are_refused(keys, message):
     with pytest.raises(UserError, match=message):
         instantiate({"_target_": "dinoseg.data.clips.cut.Cut", **keys})
 
 
-def test_only_the_clip_that_is_asked_for_is_read(tmp_path):
+def test_only_frames_of_the_requested_clip_are_read(tmp_path):
     clips = open_clips(Still(tmp_path, v=10), "train", cut=Cut(length=2))
     for index in (0, 1, 4, 5, 6, 7, 8, 9):
         (tmp_path / f"v/{index}.png").unlink()

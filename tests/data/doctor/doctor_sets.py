@@ -40,16 +40,16 @@ def write_clean(root):
     return root
 
 
-def opened(root, split, **options):
+def open_split(root, split, **options):
     return folder_dataset(root, split, **{"classes": CLASSES, "palette": PALETTE, **options})
 
 
 def splits_of(root, images=True, splits=("train", "val"), **options):
-    sets = {split: opened(root, split, **options) for split in splits}
+    sets = {split: open_split(root, split, **options) for split in splits}
     return [describe_split(split, data, scan(data.pairs, data.reader, images=images)) for split, data in sets.items()]
 
 
-def found(root, *, options=None, **rules):
+def findings_by_code(root, *, options=None, **rules):
     """Return code to finding, of all but notes on what to expect."""
     expected = {"constant_class_baseline", "class_imbalance"}
     findings = examine(splits_of(root, **(options or {})), **rules)

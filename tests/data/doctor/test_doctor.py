@@ -8,7 +8,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
-from doctor_sets import CLASSES, PALETTE, found, opened, rewrite, scene, splits_of, write, write_clean
+from doctor_sets import CLASSES, PALETTE, findings_by_code, open_split, rewrite, scene, splits_of, write, write_clean
 from making import DATA, save, write_video
 from PIL import Image
 
@@ -31,27 +31,27 @@ def root(tmp_path):
     return write_clean(tmp_path)
 
 
-def test_a_clean_set_has_only_notes_on_what_to_expect(root):
-    assert found(root) == {}
+def test_clean_dataset_has_only_informative_notes(root):
+    assert findings_by_code(root) == {}
     findings = examine(splits_of(root))
     assert [f.code for f in findings] == ["constant_class_baseline"] * 2 + ["class_imbalance"]
     assert {f.severity for f in findings} == {"note"}
 
 
-def test_unreadable_files(root):
+def test_unreadable_files_are_findings(root):
     image, mask = root / "train/images/d0/f1.png", root / "val/masks/v/f2.png"
     for path in (image, mask):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    findings = found(root)
+    findings = findings_by_code(root)
     assert findings.keys() == {"unreadable_image", "unreadable_mask"}
     assert findings["unreadable_image"].files == (str(image),) and findings["unreadable_mask"].files == (str(mask),)
     assert all(f.severity == "error" and "1 of 16" in f.message for f in findings.values())
 
 
-def test_ids_without_class(root):
+def test_ids_without_class_are_findings(root):
     rewrite(root / "train/masks/d0/f0.png", lambda mask: np.where(mask == 2, 9, mask))
     rewrite(root / "val/masks/v/f3.png", lambda mask: np.where(mask == 2, 9, 2) + (mask == 1) * 10)
-    findings = found(root)
+    findings = findings_by_code(root)
     assert findings.keys() == {"foreign_ids"}
     assert findings["foreign_ids"].severity == "error" and "2 of 16 masks" in findings["foreign_ids"].message
     assert "9 (in 2), 12 (in 1)" in findings["foreign_ids"].message
@@ -59,50 +59,50 @@ def test_ids_without_class(root):
     assert findings["foreign_ids"].reasons[1] == f"{root}/val/masks/v/f3.png: 9, 12"
     # all of them, as a shell takes them
     assert "'++data.reader.masks.ids={9: 255, 12: 255}'" in findings["foreign_ids"].remedy
-    described = found(root, options={"masks": Masks(described={"ids": None})})["foreign_ids"]
+    described = findings_by_code(root, options={"masks": Masks(described={"ids": None})})["foreign_ids"]
     assert "`ignore: {ids: [9, 12]}`" in described.remedy and "data.reader.masks" not in described.remedy
-    assert found(root, options={"masks": Masks(ids={9: 2, 12: 255})}) == {}
+    assert findings_by_code(root, options={"masks": Masks(ids={9: 2, 12: 255})}) == {}
 
 
-def test_colors_without_class(root):
+def test_colors_without_class_are_findings(root):
     table = np.array(PALETTE, np.uint8)
     for path in root.glob("*/masks/*/*.png"):
         rewrite(path, lambda mask: table[mask])
-    assert found(root, options={"masks": Masks("palette")}) == {}
+    assert findings_by_code(root, options={"masks": Masks("palette")}) == {}
     odd = root / "train/masks/d1/f5.png"
     pixels = table[scene(5)[1]]
     pixels[3, 4:6] = (1, 2, 3)
     save(odd, pixels)
-    findings = found(root, options={"masks": Masks("palette")})
+    findings = findings_by_code(root, options={"masks": Masks("palette")})
     assert findings.keys() == {"foreign_ids"} and "(1, 2, 3) (in 1)" in findings["foreign_ids"].message
     assert "'data.reader.masks.ignore_colors=[[1, 2, 3]]'" in findings["foreign_ids"].remedy
-    described = found(root, options={"masks": Masks("palette", described={"ids": None})})["foreign_ids"]
+    described = findings_by_code(root, options={"masks": Masks("palette", described={"ids": None})})["foreign_ids"]
     assert "`ignore: {colors: [[1, 2, 3]]}`" in described.remedy and "data.palette" not in described.remedy
-    assert found(root, options={"masks": Masks("palette", ignore_colors=[(1, 2, 3)])}) == {}
+    assert findings_by_code(root, options={"masks": Masks("palette", ignore_colors=[(1, 2, 3)])}) == {}
 
 
-def test_what_binary_masks_hold_instead(root):
+def test_foreign_ids_in_binary_masks_get_a_fitting_remedy(root):
     for path in root.glob("*/masks/*/*.png"):
         rewrite(path, lambda mask: (mask > 0) * 255)
     two = {"classes": CLASSES[:2], "palette": None, "masks": Masks("binary")}
     rewrite(root / "train/masks/d0/f0.png", lambda mask: np.where(mask == 0, 3, mask))
     rewrite(root / "train/masks/d0/f1.png", lambda mask: np.where(mask == 255, 250, mask))
-    assert "threshold at 128" in found(root, options=two)["foreign_ids"].remedy
+    assert "threshold at 128" in findings_by_code(root, options=two)["foreign_ids"].remedy
     for path in root.glob("*/masks/*/*.png"):
         rewrite(path, lambda mask: np.where(mask > 128, 7, mask % 4))
-    assert "format=ids" in found(root, options=two)["foreign_ids"].remedy
+    assert "format=ids" in findings_by_code(root, options=two)["foreign_ids"].remedy
     named = two | {"masks": Masks("binary", described={"ids": None})}
-    assert "`masks: ids` in classes.yaml" in found(root, options=named)["foreign_ids"].remedy
+    assert "`masks: ids` in classes.yaml" in findings_by_code(root, options=named)["foreign_ids"].remedy
 
 
 @pytest.mark.parametrize("turn", [1, 3, 6])
-def test_images_turned_by_exif(root, turn):
+def test_images_turned_by_exif_are_findings(root, turn):
     for name, kept in (("d0/f2", turn), ("d1/f5", 1)):
         image = Image.open(root / f"train/images/{name}.png")
         exif = image.getexif()
         exif[0x0112] = kept
         image.save(root / f"train/images/{name}.png", exif=exif)
-    findings = found(root)
+    findings = findings_by_code(root)
     assert ("size_mismatch" in findings) == (turn == 6)  # only a quarter turn shows in the size
     assert ("turned_by_exif" in findings) == (turn != 1)
     if turn != 1:
@@ -114,10 +114,10 @@ def test_images_turned_by_exif(root, turn):
 
 
 @pytest.mark.parametrize("rule", ["error", "resize_mask"])
-def test_sizes(root, rule):
+def test_size_mismatches_are_findings(root, rule):
     for name in ("d0/f1", "d2/f9"):
         rewrite(root / f"train/masks/{name}.png", lambda mask: mask[::2, ::2])
-    findings = found(root, options={"masks": Masks(on_size_mismatch=rule)})
+    findings = findings_by_code(root, options={"masks": Masks(on_size_mismatch=rule)})
     (only,) = findings.values()
     expected = ("warning", "resized_masks") if rule == "resize_mask" else ("error", "size_mismatch")
     assert (only.severity, only.code) == expected and len(only.files) == 2
@@ -129,7 +129,7 @@ def test_sizes(root, rule):
 def test_masks_of_other_proportions_cannot_be_resized(root):
     rewrite(root / "train/masks/d0/f1.png", lambda mask: mask[::2, ::2])
     rewrite(root / "train/masks/d2/f9.png", lambda mask: mask.T)
-    findings = found(root, options={"masks": Masks(on_size_mismatch="resize_mask")})
+    findings = findings_by_code(root, options={"masks": Masks(on_size_mismatch="resize_mask")})
     assert findings.keys() == {"size_mismatch", "resized_masks"}
     only = findings["size_mismatch"]
     assert only.severity == "error" and "1 of 16" in only.message and "resize_mask" not in only.remedy
@@ -140,33 +140,33 @@ def test_masks_of_other_proportions_cannot_be_resized(root):
 def test_masks_saved_with_loss(root):
     path = root / "train/masks/d0/f2.png"
     save(path, np.full((96, 128), 1), format="JPEG", quality=100)  # under the name of a PNG, and by luck no other ids
-    findings = found(root)
+    findings = findings_by_code(root)
     assert findings.keys() == {"mask_is_jpeg"} and findings["mask_is_jpeg"].files == (str(path),)
     assert "does not restore the ids" in findings["mask_is_jpeg"].remedy
     assert findings["mask_is_jpeg"].severity == "error" and "whatever their suffix" in findings["mask_is_jpeg"].message
 
 
-def test_classes_in_one_split_or_none(root):
+def test_classes_missing_in_splits_are_findings(root):
     for path in (root / "val/masks/v").iterdir():
         rewrite(path, lambda mask: np.where(mask == 2, 1, mask))
-    findings = found(root, options={"classes": (*CLASSES, "moon"), "palette": None})
+    findings = findings_by_code(root, options={"classes": (*CLASSES, "moon"), "palette": None})
     assert findings.keys() == {"class_never_seen", "class_only_in_train"}
     assert "In no mask at all: 3 moon (1 of 4 classes)." in findings["class_never_seen"].message
     assert "In train but not in val: 2 right." in findings["class_only_in_train"].message
     for path in (root / "train/masks").rglob("*.png"):
         rewrite(path, lambda mask: np.where(mask == 1, 2, mask))
-    findings = found(root)
+    findings = findings_by_code(root)
     assert findings["class_not_in_train"].severity == "warning"
     assert "In val but not in train: 1 left." in findings["class_not_in_train"].message
 
 
-def test_void(root):
+def test_void_masks_are_findings(root):
     rewrite(root / "train/masks/d0/f0.png", lambda mask: mask * 0 + 255)
-    findings = found(root)
+    findings = findings_by_code(root)
     assert findings.keys() == {"all_void"} and findings["all_void"].files[0].endswith("d0/f0.png")
     for path in (root / "val/masks/v").iterdir():
         rewrite(path, lambda mask: np.where(mask == 0, 255, mask))
-    findings = found(root)
+    findings = findings_by_code(root)
     assert findings["much_void"].severity == "warning" and "pixels of val are ignored" in findings["much_void"].message
 
 
@@ -178,8 +178,8 @@ def test_binary_masks_read_as_ids(root):
     errors = [finding for finding in examine(parts) if finding.code == "binary_read_as_ids"]
     assert [each.severity for each in errors] == ["error", "warning"]  # train and val
     assert all("format=binary" in each.remedy for each in errors)
-    assert found(root, options={**two, "masks": Masks("binary")}) == {}
-    assert found(root, options={**two, "masks": Masks(ids={255: 1})}) == {}
+    assert findings_by_code(root, options={**two, "masks": Masks("binary")}) == {}
+    assert findings_by_code(root, options={**two, "masks": Masks(ids={255: 1})}) == {}
     parts = splits_of(root, **two, ignore_index=254)
     messages = [finding.message for finding in examine(parts) if finding.code == "binary_read_as_ids"]
     assert len(messages) == 2 and "255 is not a class" in messages[0]
@@ -188,14 +188,14 @@ def test_binary_masks_read_as_ids(root):
 def test_one_class_is_an_error(root):
     for path in root.glob("*/masks/*/*.png"):
         rewrite(path, lambda mask: np.where(mask > 0, 255, 0))
-    finding = found(root, options={"classes": CLASSES[:1], "palette": None})["one_class"]
+    finding = findings_by_code(root, options={"classes": CLASSES[:1], "palette": None})["one_class"]
     assert finding.severity == "error" and finding.stops
     assert f"data.classes=[background,{CLASSES[0]}]" in finding.remedy and "format=binary" in finding.remedy
 
 
 def test_names_that_differ_in_blanks_or_case_are_similar(root):
     names = [CLASSES[0], "Cat ", "cat", *CLASSES[3:]]
-    finding = found(root, options={"classes": names})["similar_class_names"]
+    finding = findings_by_code(root, options={"classes": names})["similar_class_names"]
     assert finding.severity == "warning" and "'Cat ', 'cat'" in finding.message
 
 
@@ -209,13 +209,13 @@ def test_idd_labels_without_road(root, remapped):
     for path in root.glob("*/masks/*/*.png"):
         rewrite(path, lambda mask: (home_made if remapped else official)[mask])
     idd = {"classes": IDD, "palette": None}
-    findings = found(root, options=idd, data_name="idd")
+    findings = findings_by_code(root, options=idd, data_name="idd")
     assert ("home_made_idd" in findings) == remapped
-    assert "home_made_idd" not in found(root, options=idd, data_name="folder")
+    assert "home_made_idd" not in findings_by_code(root, options=idd, data_name="folder")
     named = {"classes": ["road", "rail track", "autorickshaw", "obs-str-bar-fallback", *IDD[4:]], "palette": None}
-    assert ("home_made_idd" in found(root, options=named)) == remapped
+    assert ("home_made_idd" in findings_by_code(root, options=named)) == remapped
     with_remap = {**idd, "masks": Masks(ids={255: 0, 0: 255, 3: 255})}  # what is in the files counts, not the classes
-    assert ("home_made_idd" in found(root, options=with_remap, data_name="idd_home_made")) == remapped
+    assert ("home_made_idd" in findings_by_code(root, options=with_remap, data_name="idd_home_made")) == remapped
     if remapped:
         # on purpose, so training only warns
         parts = splits_of(root, **with_remap)
@@ -234,11 +234,11 @@ def test_idd_labels_of_another_name(tmp_path):
     assert home_made_files(tmp_path) == [] == home_made_files(tmp_path / "gone")
 
 
-def test_a_drive_on_both_sides(root):
+def test_drive_in_two_splits_is_a_finding(root):
     for kind in ("images", "masks"):
         (root / f"val/{kind}/d1").mkdir()
         shutil.move(root / f"train/{kind}/d1/f4.png", root / f"val/{kind}/d1/f4.png")
-    findings = found(root)
+    findings = findings_by_code(root)
     assert findings.keys() == {"group_on_both_sides"} and "1 video or drive " in findings[[*findings][0]].message
     assert "both in train and in val: d1. " in findings["group_on_both_sides"].message
     assert "Official splits can have this" in findings["group_on_both_sides"].message
@@ -246,17 +246,17 @@ def test_a_drive_on_both_sides(root):
     assert {file.rsplit("/", 1)[1] for file in findings["group_on_both_sides"].files} == {
         f"f{n}.png" for n in range(4, 8)
     }
-    assert found(root, group=r"f\d+$").keys() == {"group_on_both_sides"}  # f0 to f3 are in both
-    assert found(root, group=r"^.*$") == {}
+    assert findings_by_code(root, group=r"f\d+$").keys() == {"group_on_both_sides"}  # f0 to f3 are in both
+    assert findings_by_code(root, group=r"^.*$") == {}
     with pytest.raises(UserError, match=r"data\.group=\^nothing does not match the name"):
-        found(root, group="^nothing")
+        findings_by_code(root, group="^nothing")
 
 
 def test_names_without_folder_are_no_groups(tmp_path):
     write(tmp_path, "train", ["x", "y"])
     write(tmp_path, "val", ["x", "z"], first=50)
-    assert found(tmp_path) == {}
-    assert found(tmp_path, group="^(.)").keys() == {"group_on_both_sides"}
+    assert findings_by_code(tmp_path) == {}
+    assert findings_by_code(tmp_path, group="^(.)").keys() == {"group_on_both_sides"}
 
 
 def test_duplicates_across_splits(root):
@@ -269,7 +269,7 @@ def test_duplicates_across_splits(root):
     assert done
     save(root / "val/masks/v/f1.png", cv2.resize(scene(7)[1], (124, 93), interpolation=cv2.INTER_NEAREST))
     save(root / "val/masks/v/f0.png", scene(3)[1])
-    findings = found(root)
+    findings = findings_by_code(root)
     assert findings.keys() == {"duplicate_across_splits", "near_duplicate_across_splits"}
     assert findings["duplicate_across_splits"].severity == "error"
     assert findings["duplicate_across_splits"].files == (f"{root}/train/images/d0/f3.png = {root}/val/images/v/f0.bmp",)
@@ -281,15 +281,15 @@ def test_duplicates_across_splits(root):
 def test_duplicates_inside_a_split(root):
     for kind in ("images", "masks"):
         shutil.copy(root / f"train/{kind}/d0/f0.png", root / f"train/{kind}/d2/f8.png")
-    findings = found(root)
+    findings = findings_by_code(root)
     assert findings.keys() == {"duplicate_in_split"} and findings["duplicate_in_split"].severity == "note"
     rewrite(root / "train/masks/d2/f8.png", lambda mask: np.where(mask == 1, 2, mask))
-    findings = found(root)
+    findings = findings_by_code(root)
     assert findings.keys() == {"duplicate_in_split", "one_image_two_masks"}
     image = scene(0)[0]
     image[:, :, 0] = np.clip(image[:, :, 0].astype(int) + 3, 0, 255)
     save(root / "train/images/d2/f8.png", image)
-    assert found(root) == {}  # nearly equal images within a split are normal
+    assert findings_by_code(root) == {}  # nearly equal images within a split are normal
 
 
 def test_near_pairs_against_counting_bits():
@@ -336,27 +336,27 @@ def swap(one, two):
     two.write_bytes(kept)
 
 
-def test_a_swapped_pair(root):
+def test_swapped_pair_is_a_finding(root):
     swap(root / "train/masks/d0/f1.png", root / "train/masks/d2/f10.png")
-    findings = found(root)
+    findings = findings_by_code(root)
     assert findings.keys() == {"swapped_pair"} and findings["swapped_pair"].severity == "warning"
     assert findings["swapped_pair"].files == (f"{root}/train/masks/d0/f1.png <-> {root}/train/masks/d2/f10.png",)
     assert findings["swapped_pair"].look == (("train", "d0/f1"), ("train", "d2/f10"))
 
 
-def test_masks_shifted_by_one(root):
+def test_masks_shifted_by_one_are_findings(root):
     masks = sorted((root / "train/masks").rglob("*.png"))
     contents = [mask.read_bytes() for mask in masks]
     for index, mask in enumerate(masks):
         mask.write_bytes(contents[index - 1])
-    findings = found(root)
+    findings = findings_by_code(root)
     assert findings.keys() == {"masks_shifted"} and findings["masks_shifted"].severity == "error"
     assert "1 place later" in findings["masks_shifted"].message
 
 
-def test_one_mask_beside_two_images(root):
+def test_one_mask_with_two_images_is_a_warning(root):
     shutil.copy(root / "train/masks/d0/f1.png", root / "train/masks/d2/f10.png")
-    findings = found(root)
+    findings = findings_by_code(root)
     assert findings.keys() == {"one_mask_many_images"} and findings["one_mask_many_images"].severity == "warning"
 
 
@@ -387,7 +387,7 @@ def test_masks_against_the_video(operation, tmp_path):
 
     def codes(names):
         (tmp_path / "all.txt").write_text("".join(f"{number:09d}\n" for number in names))
-        return found(tmp_path, options=options)
+        return findings_by_code(tmp_path, options=options)
 
     assert codes((0, 60, 120)) == {}
     (operation / ".prepared.json").write_text(json.dumps({"decoded": 125}))
@@ -409,7 +409,7 @@ def test_masks_against_the_video(operation, tmp_path):
 def test_constant_class_against_plain_arithmetic(root):
     train, val = splits_of(root)
     for part, split in ((train, "train"), (val, "val")):
-        pixels = np.concatenate([data.ravel() for data in map(opened(root, split).mask, range(len(part.records)))])
+        pixels = np.concatenate([data.ravel() for data in map(open_split(root, split).mask, range(len(part.records)))])
         guess = np.zeros_like(pixels)
         ious = [((pixels == k) & (guess == k)).sum() / ((pixels == k) | (guess == k)).sum() for k in range(3)]
         assert constant_class(part) == {
@@ -427,7 +427,7 @@ def test_sizes_are_ordered_by_their_pixels(root):
     assert (rows["smallest"], rows["largest"]) == ({"width": 201, "height": 123}, {"width": 317, "height": 211})
 
 
-def test_summary(root):
+def test_summary_counts_images_and_classes(root):
     rows = summary(splits_of(root)[0])
     assert rows["images"] == 12 and rows["void_share"] == 0
     assert rows["smallest"] == rows["largest"] == {"width": 128, "height": 96}
@@ -456,7 +456,7 @@ def lite(tmp_path):
 
 
 def faults(root, options):
-    return {code: f for code, f in found(root, options=options).items() if f.severity != "note"}
+    return {code: f for code, f in findings_by_code(root, options=options).items() if f.severity != "note"}
 
 
 @real
@@ -468,7 +468,7 @@ def test_idd_lite_is_clean(lite):
 @real
 @absent
 @pytest.mark.parametrize("plant", ["ids", "truncated", "drive", "swap"])
-def test_every_plant_in_idd_lite_is_found(lite, plant):
+def test_every_planted_fault_in_idd_lite_is_found(lite, plant):
     masks = sorted((lite / "gtFine/train").rglob("*_label.png"))
     images = sorted((lite / "leftImg8bit/train").rglob("*_image.jpg"))
     if plant == "ids":
@@ -523,12 +523,12 @@ def test_other_real_sets_are_examined():
 def test_jpeg_masks_come_before_the_ids_that_they_change(root):
     path = root / "train/masks/d0/f2.png"
     save(path, np.full((96, 128), 99), format="JPEG")
-    assert list(found(root))[:2] == ["mask_is_jpeg", "foreign_ids"]
+    assert list(findings_by_code(root))[:2] == ["mask_is_jpeg", "foreign_ids"]
 
 
 def test_ids_in_the_alpha_channel_are_a_warning(root):
     for path in root.rglob("masks/**/*.png"):
         ids = np.array(Image.open(path))
         Image.fromarray(np.dstack([np.zeros_like(ids)] * 3 + [ids])).save(path)
-    finding = found(root)["ids_in_alpha"]
+    finding = findings_by_code(root)["ids_in_alpha"]
     assert finding.severity == "warning" and "16 of 16 masks" in finding.message and "grey PNG" in finding.remedy

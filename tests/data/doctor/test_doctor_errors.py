@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from doctor_sets import opened, rewrite, scene, splits_of, write, write_clean
+from doctor_sets import open_split, rewrite, scene, splits_of, write, write_clean
 from making import save
 
 from dinoseg.data.classes.masks import Masks
@@ -24,11 +24,11 @@ def test_the_check_before_a_training_reads_no_image(root, tmp_path, caplog):
     for path in (root / "train/images").rglob("*.png"):
         path.write_bytes(path.read_bytes()[:300] + b"IEND")  # the header and the end are there
     cache = tmp_path / "cache"
-    check_for_errors(opened(root, "train"), opened(root, "val"), cache_dir=cache)
+    check_for_errors(open_split(root, "train"), open_split(root, "val"), cache_dir=cache)
     assert not caplog.records
     (root / "val/masks/v").rename(root / "val/masks/d0")
     (root / "val/images/v").rename(root / "val/images/d0")
-    check_for_errors(opened(root, "train"), opened(root, "val"), cache_dir=cache)
+    check_for_errors(open_split(root, "train"), open_split(root, "val"), cache_dir=cache)
     (told,) = [record.getMessage() for record in caplog.records]
     assert "train and in val: d0" in told and "Put all frames of a video or drive into one split" in told
 
@@ -40,17 +40,19 @@ def test_the_check_before_a_training_stops_on_errors(root, tmp_path):
         UserError,
         match=r"errors that stop a training(?s:.*)cannot be read(?s:.*)v/f1.png(?s:.*): 7 \(in(?s:.*)mode=doctor",
     ):
-        check_for_errors(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
+        check_for_errors(open_split(root, "train"), open_split(root, "val"), cache_dir=tmp_path / "cache")
     assert [f.code for f in find_errors(splits_of(root, images=False))] == ["unreadable_mask", "foreign_ids"]
-    check_for_errors([1, 2], opened(root, "val"), cache_dir=tmp_path / "cache")  # no pairs of files: nothing to scan
+    check_for_errors(
+        [1, 2], open_split(root, "val"), cache_dir=tmp_path / "cache"
+    )  # no pairs of files: nothing to scan
 
 
-def test_a_fault_is_told_once_with_its_remedy(root, tmp_path):
+def test_repeated_fault_is_reported_once_with_its_remedy(root, tmp_path):
     masks = sorted((root / "train/masks").rglob("*.png"))
     for mask in masks[:3]:
         rewrite(mask, lambda pixels: pixels + 7)
     with pytest.raises(UserError) as caught:
-        check_for_errors(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
+        check_for_errors(open_split(root, "train"), open_split(root, "val"), cache_dir=tmp_path / "cache")
     told = str(caught.value)
     assert all(told.count(str(mask)) == 1 for mask in masks[:3]) and told.count("Correct the masks") == 1
     assert "'++data.reader.masks.ids={7: 255, 8: 255, 9: 255}'" in told
@@ -64,7 +66,9 @@ def test_advice_is_left_to_the_doctor(root, tmp_path, caplog):
         "palette": None,
         "masks": Masks(on_size_mismatch="resize_mask"),
     }
-    check_for_errors(opened(root, "train", **options), opened(root, "val", **options), cache_dir=tmp_path / "cache")
+    check_for_errors(
+        open_split(root, "train", **options), open_split(root, "val", **options), cache_dir=tmp_path / "cache"
+    )
     assert not caplog.records
     advice = {each.code for each in examine(splits_of(root, **options))}
     assert {"all_void", "resized_masks", "similar_class_names", "class_never_seen"} <= advice
@@ -77,21 +81,21 @@ def test_train_and_val_of_the_same_files(root, tmp_path, caplog, how):
         (root / "val").symlink_to(root / "train")
     elif how == "copied":
         shutil.copytree(root / "train", root / "val")
-    val = opened(root, "train" if how == "same" else "val")
+    val = open_split(root, "train" if how == "same" else "val")
     message = "train and val are the same data: 12 files of 12 images of val(?s:.*)Give val separate images"
     if how == "copied":  # the name, the mask and the length of the image tell so: likely, not certain
-        check_for_errors(opened(root, "train"), val, cache_dir=tmp_path / "cache")
+        check_for_errors(open_split(root, "train"), val, cache_dir=tmp_path / "cache")
         assert re.search(message, caplog.text)
         return
     with pytest.raises(UserError, match=message):
-        check_for_errors(opened(root, "train"), val, cache_dir=tmp_path / "cache")
+        check_for_errors(open_split(root, "train"), val, cache_dir=tmp_path / "cache")
 
 
 def test_some_files_on_both_sides_only_warn(root, tmp_path, caplog):
     for kind in ("images", "masks"):
         (root / f"val/{kind}/d0").mkdir()
         os.symlink(root / f"train/{kind}/d0/f1.png", root / f"val/{kind}/d0/f1.png")
-    check_for_errors(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
+    check_for_errors(open_split(root, "train"), open_split(root, "val"), cache_dir=tmp_path / "cache")
     assert "1 file of 5 images of val also in train" in caplog.text
     errors = {each.code: each for each in examine(splits_of(root)) if each.severity == "error"}
     # mode=doctor calls them errors, on which training does not stop
@@ -109,7 +113,7 @@ def test_equal_names_and_masks_are_no_copies(tmp_path):
 
 def test_jpeg_masks_that_were_left_out_stop_nothing(root, tmp_path, caplog):
     save(root / "train/masks/d0/f2.png", scene(2)[1] * 0 + 1, format="JPEG", quality=100)
-    train, val = (opened(root, split) for split in ("train", "val"))
+    train, val = (open_split(root, split) for split in ("train", "val"))
     with pytest.raises(UserError, match="1 of 16 masks as JPEG files, whatever"):
         check_for_errors(train, val, cache_dir=tmp_path / "cache")
     kept = as_configured(train, split="train", on_error="skip", cache_dir=tmp_path / "cache")
@@ -117,12 +121,12 @@ def test_jpeg_masks_that_were_left_out_stop_nothing(root, tmp_path, caplog):
     assert list(kept.skipped) == ["d0/f2"]
 
 
-def test_a_name_that_is_no_utf8(root, tmp_path, caplog):
+def test_undecodable_file_name_is_reported_escaped(root, tmp_path, caplog):
     for kind, pixels in zip(("images", "masks"), scene(50), strict=True):
         plain = save(root / f"train/{kind}/plain.png", pixels + 40 * (kind == "masks"))
         os.rename(plain, os.fsencode(plain.parent) + b"/caf\xe9.png")
     with pytest.raises(UserError, match=r"caf\\xe9\.png: 40, 41, 42") as caught:
-        check_for_errors(opened(root, "train"), opened(root, "val"), cache_dir=tmp_path / "cache")
+        check_for_errors(open_split(root, "train"), open_split(root, "val"), cache_dir=tmp_path / "cache")
     str(caught.value).encode("utf-8")
 
 
@@ -132,7 +136,7 @@ def test_a_split_without_labels_stops_training(root, tmp_path, splits, value):
     for split in splits:
         for path in (root / split / "masks").rglob("*.png"):
             rewrite(path, lambda mask: mask * 0 + value)
-    data = [opened(root, split, masks=Masks(ids={7: 255})) for split in ("train", "val")]
+    data = [open_split(root, split, masks=Masks(ids={7: 255})) for split in ("train", "val")]
     with pytest.raises(UserError) as caught:
         check_for_errors(*data, cache_dir=tmp_path / "cache")
     message = str(caught.value)
@@ -142,8 +146,8 @@ def test_a_split_without_labels_stops_training(root, tmp_path, splits, value):
 
 def test_transposed_mask_names_the_orientation(root):
     rewrite(root / "train/masks/d0/f0.png", lambda mask: mask.T)
-    names = opened(root, "train").names
+    names = open_split(root, "train").names
     with pytest.raises(UserError, match="96 x 128") as caught:
-        opened(root, "train")[names.index("d0/f0")]
+        open_split(root, "train")[names.index("d0/f0")]
     assert "EXIF" in str(caught.value)
     assert "resize_mask" not in str(caught.value)

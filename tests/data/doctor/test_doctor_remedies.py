@@ -5,7 +5,7 @@ import shlex
 
 import numpy as np
 import pytest
-from doctor_sets import found
+from doctor_sets import findings_by_code
 from making import save
 
 from dinoseg.config.nodes import instantiate
@@ -24,9 +24,9 @@ def write(root, masks):
     return root
 
 
-def told(root, classes, masks=Masks()):  # noqa: B008 (frozen)
+def remedy_and_line(root, classes, masks=Masks()):  # noqa: B008 (frozen)
     """Return the remedy for foreign ids, and what stands in it to be pasted."""
-    finding = found(root, options={"classes": classes, "palette": None, "masks": masks})["foreign_ids"]
+    finding = findings_by_code(root, options={"classes": classes, "palette": None, "masks": masks})["foreign_ids"]
     assert finding.severity == "error"
     return finding.remedy, re.search("`(.*?)`", finding.remedy, re.DOTALL)[1]
 
@@ -39,25 +39,25 @@ def read(compose, root, *words):
 INSTANCES = [[[0, 1, 2, 255]], [[0, 1, 2, 7], [3, 4, 5, 6]]]
 
 
-def test_instances_are_told_and_the_line_makes_them_one_class(compose, tmp_path):
+def test_instance_masks_get_a_remedy_that_merges_them(compose, tmp_path):
     root = write(tmp_path / "data", INSTANCES)
-    remedy, line = told(root, ["background", "person"])
+    remedy, line = remedy_and_line(root, ["background", "person"])
     assert remedy.startswith("These look like instances. If each number is one person, add this to the command line:")
     assert "If each is a class, name it in data.classes." in remedy
     expected = [[[0, 1, 1, 255]], [[0, 1, 1, 1], [1, 1, 1, 1]]]
     assert read(compose, root, "data.classes=[background,person]", *shlex.split(line)) == expected
-    remedy, line = told(root, ["background", "person"], DESCRIBED)
+    remedy, line = remedy_and_line(root, ["background", "person"], DESCRIBED)
     assert "add this line to classes.yaml: `others:" in remedy and "name it in classes.yaml" in remedy
     (root / "classes.yaml").write_text(f"classes: [background, person]\n{line}\n")
     assert read(compose, root) == expected
     options = {"classes": ["background", "person"], "palette": None, "masks": Masks(others="person")}
-    assert "foreign_ids" not in found(root, options=options)
+    assert "foreign_ids" not in findings_by_code(root, options=options)
 
 
 @pytest.mark.parametrize("name", ["null", "a person's", 'say "x"', "Käfer, rot", "x=[1]", "back\\slash"])
-def test_the_line_holds_whatever_a_class_is_called(compose, tmp_path, name):
+def test_suggested_line_works_for_any_class_name(compose, tmp_path, name):
     root = write(tmp_path / "data", INSTANCES)
-    _, line = told(root, ["background", name])
+    _, line = remedy_and_line(root, ["background", name])
     (word,) = shlex.split(line)
     assert compose("data=folder", f"data.root={root}", "data.classes=[a,b]", word).data.reader.masks.others == name
 
@@ -69,16 +69,16 @@ def test_the_line_holds_whatever_a_class_is_called(compose, tmp_path, name):
         (["a", "b"], [[[0, 1, 4]], [[0, 2, 4]]]),  # not counted
     ],
 )
-def test_numbers_that_are_no_counts_are_no_instances(tmp_path, classes, masks):
+def test_scattered_ids_are_not_reported_as_instances(tmp_path, classes, masks):
     options = {"classes": classes, "palette": None}
-    remedy = found(write(tmp_path / "data", masks), options=options)["foreign_ids"].remedy
+    remedy = findings_by_code(write(tmp_path / "data", masks), options=options)["foreign_ids"].remedy
     assert "instances" not in remedy and "++data.reader.masks.ids" in remedy
 
 
 def test_many_numbers_with_gaps_may_be_instances_too(compose, tmp_path):
     numbers = [0, *range(3, 50, 2)]
     root = write(tmp_path / "data", [[numbers], [numbers]])
-    remedy, line = told(root, ["background", "person"])
+    remedy, line = remedy_and_line(root, ["background", "person"])
     assert (
         "do not look like class ids" in remedy
         and "name it in" not in remedy
@@ -90,10 +90,10 @@ def test_many_numbers_with_gaps_may_be_instances_too(compose, tmp_path):
 
 @pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("number", [2, 3])
-def test_colours_are_told_and_the_line_makes_them_classes(compose, tmp_path, number, described):
+def test_colour_masks_get_a_remedy_that_maps_them_to_classes(compose, tmp_path, number, described):
     ids = np.array([[0, 0, 0, 1, 1, number - 1]])
     root = write(tmp_path / "data", [COLORS[ids], COLORS[ids[:, ::-1]]])
-    remedy, line = told(root, ["background", "person"], DESCRIBED if described else Masks())
+    remedy, line = remedy_and_line(root, ["background", "person"], DESCRIBED if described else Masks())
     ignored = [[255 if index == 2 else index for index in row] for row in ids.tolist()]
     if described:
         (root / "classes.yaml").write_text(line)
@@ -107,13 +107,13 @@ def test_colours_are_told_and_the_line_makes_them_classes(compose, tmp_path, num
 
 def test_colours_that_cannot_be_classes(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3))
-    remedy = found(write(tmp_path / "noise", noise), options={"palette": None})["foreign_ids"].remedy
+    remedy = findings_by_code(write(tmp_path / "noise", noise), options={"palette": None})["foreign_ids"].remedy
     assert "There are more colours than classes" in remedy
     few = write(tmp_path / "few", [COLORS[[[0, 1]]]] * 2)
-    assert "They hold 2 colours for 3 classes" in found(few, options={"palette": None})["foreign_ids"].remedy
+    assert "They hold 2 colours for 3 classes" in findings_by_code(few, options={"palette": None})["foreign_ids"].remedy
 
 
-def test_grey_pictures_of_three_channels_are_told_as_numbers(tmp_path):
+def test_grey_rgb_masks_are_reported_as_ids(tmp_path):
     root = write(tmp_path / "data", [np.repeat(np.array([[0, 1, 5]])[..., None], 3, axis=2)] * 2)
-    finding = found(root, options={"classes": ["a", "b", "c"], "palette": None})["foreign_ids"]
+    finding = findings_by_code(root, options={"classes": ["a", "b", "c"], "palette": None})["foreign_ids"]
     assert "5 (in 4)" in finding.message and "'++data.reader.masks.ids={5: 255}'" in finding.remedy

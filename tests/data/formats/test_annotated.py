@@ -35,7 +35,7 @@ def load(kind, root, *overrides):
         return compose(f"data/{kind}", [f"data.root='{root}'", resolution, "+cache_dir=cache", *overrides]).data
 
 
-def opened(kind, root, split="train", classes=CLASSES, layout=None, partition=None, **shapes):
+def open_annotated(kind, root, split="train", classes=CLASSES, layout=None, partition=None, **shapes):
     rules = Shapes(**{"order": "area" if kind == "coco" else "file"} | shapes)
     places = {"layout": layout or AnnotationLayout(), "partition": partition or Partition()}
     return annotated_dataset(root, split, kind=kind, classes=classes, shapes=rules, **places)
@@ -73,7 +73,7 @@ def labelme(path, *shapes, image="a.png", size=SIZE, **changes):
     return path.parent
 
 
-def filled(*boxes):
+def mask_of_boxes(*boxes):
     """Return a mask with boxes of (id, top, bottom, left, right)."""
     ids = np.zeros(SIZE, np.uint8)
     for value, top, bottom, left, right in boxes:
@@ -81,7 +81,7 @@ def filled(*boxes):
     return ids
 
 
-def test_coco_of_polygons_masks_and_crowds(tmp_path):
+def test_coco_polygons_masks_and_crowds_are_read(tmp_path):
     counts = [0, 8, 72]  # the first column
     rle = {"size": list(SIZE), "counts": counts}
     crowd = {
@@ -97,17 +97,17 @@ def test_coco_of_polygons_masks_and_crowds(tmp_path):
         annotations=[(1, 2, small), (1, 1, [CORNERS]), (1, 1, rle), crowd],
         images=("a.png", "b.png"),
     ).parent
-    data = opened("coco", root)
+    data = open_annotated("coco", root)
     assert data.classes == ("background", "leaf", "stem") and data.names == ["a", "b"]
     # the small one is seen on the large one, and the crowd of the whole picture below all
     np.testing.assert_array_equal(
-        data.mask(0), np.where(filled((1, 1, 4, 1, 5), (1, 0, 8, 0, 1), (0, 2, 3, 2, 4)), 1, 2)
+        data.mask(0), np.where(mask_of_boxes((1, 1, 4, 1, 5), (1, 0, 8, 0, 1), (0, 2, 3, 2, 4)), 1, 2)
     )
     assert not data.mask(1).any()
     check_dataset(data)
 
 
-def test_coco_export_of_cvat(tmp_path):
+def test_coco_export_of_cvat_is_read(tmp_path):
     brush = {"id": 2, "image_id": 2, "category_id": 2, "iscrowd": 1, "area": 8.0, "bbox": [0.0, 0.0, 0.0, 7.0]}
     polygon = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [CORNERS], "area": 12.0, "iscrowd": 0}
     rows = [polygon, brush | {"segmentation": {"counts": [0, 8, 72], "size": list(SIZE)}}]
@@ -123,30 +123,30 @@ def test_coco_export_of_cvat(tmp_path):
     for name in names:
         save(tmp_path / "images/default" / name, np.zeros((*SIZE, 3)))
     (tmp_path / "all.txt").write_text("\n".join(names))
-    data = opened("coco", tmp_path, partition=Partition("lists", {"train": "all.txt"}))
+    data = open_annotated("coco", tmp_path, partition=Partition("lists", {"train": "all.txt"}))
     assert data.names == ["walk/frame_000000", "walk/frame_000001"]
-    np.testing.assert_array_equal(data.mask(0), filled((1, 1, 4, 1, 5)))
-    np.testing.assert_array_equal(data.mask(1), filled((2, 0, 8, 0, 1)))
+    np.testing.assert_array_equal(data.mask(0), mask_of_boxes((1, 1, 4, 1, 5)))
+    np.testing.assert_array_equal(data.mask(1), mask_of_boxes((2, 0, 8, 0, 1)))
 
 
-def test_no_annotation_file(tmp_path):
+def test_missing_annotation_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"No file of COCO for split train in .*: looked for annotations/instances_tr"):
-        opened("coco", tmp_path)
+        open_annotated("coco", tmp_path)
 
 
 def test_order_of_the_file_and_holes_that_cover_each_other(tmp_path):
     small = [[2, 2, 4, 2, 4, 3, 2, 3]]
     root = coco(tmp_path / "train.json", annotations=[(1, 2, small), (1, 1, [CORNERS])])
-    by_area, by_file = opened("coco", root), opened("coco", root, order="file")
-    np.testing.assert_array_equal(by_area.mask(0), filled((1, 1, 4, 1, 5), (2, 2, 3, 2, 4)))
-    np.testing.assert_array_equal(by_file.mask(0), filled((1, 1, 4, 1, 5)))
+    by_area, by_file = open_annotated("coco", root), open_annotated("coco", root, order="file")
+    np.testing.assert_array_equal(by_area.mask(0), mask_of_boxes((1, 1, 4, 1, 5), (2, 2, 3, 2, 4)))
+    np.testing.assert_array_equal(by_file.mask(0), mask_of_boxes((1, 1, 4, 1, 5)))
     assert by_area.fingerprint() != by_file.fingerprint()
 
 
 def test_a_small_mask_is_seen_on_a_large_polygon(tmp_path):
     one = {"size": list(SIZE), "counts": [8 + 2, 1, 69]}  # the pixel of column 1 and row 2
     root = coco(tmp_path / "train.json", annotations=[(1, 2, one), (1, 1, [CORNERS])])
-    np.testing.assert_array_equal(opened("coco", root).mask(0), filled((1, 1, 4, 1, 5), (2, 2, 3, 1, 2)))
+    np.testing.assert_array_equal(open_annotated("coco", root).mask(0), mask_of_boxes((1, 1, 4, 1, 5), (2, 2, 3, 1, 2)))
 
 
 def test_labelme_draws_as_it_does_itself(tmp_path):
@@ -161,20 +161,20 @@ def test_labelme_draws_as_it_does_itself(tmp_path):
         ("__ignore__", "rectangle", [[0, 7], [0, 7]]),
         mask,
     ).parent
-    data = opened("labelme", root, labels={"__ignore__": "ignore"})
+    data = open_annotated("labelme", root, labels={"__ignore__": "ignore"})
     assert data.classes == ("background", "leaf", "stem")
-    expected = filled((1, 1, 5, 1, 6), (2, 1, 3, 4, 7), (2, 5, 7, 7, 9), (0, 5, 6, 8, 9), (255, 7, 8, 0, 1))
+    expected = mask_of_boxes((1, 1, 5, 1, 6), (2, 1, 3, 4, 7), (2, 5, 7, 7, 9), (0, 5, 6, 8, 9), (255, 7, 8, 0, 1))
     np.testing.assert_array_equal(data.mask(0), expected)
 
 
 def test_first_and_latest_versions_of_labelme(tmp_path):
     first = {"label": "leaf", "line_color": None, "points": [[1, 1], [4, 1], [4, 3], [1, 3]]}
     root = labelme(tmp_path / "train/a.json", first, imageHeight=None, imageWidth=None).parent
-    np.testing.assert_array_equal(opened("labelme", root).mask(0), filled((1, 1, 4, 1, 5)))
+    np.testing.assert_array_equal(open_annotated("labelme", root).mask(0), mask_of_boxes((1, 1, 4, 1, 5)))
     strip, drawn = ("leaf", "linestrip", [[1, 30], [30, 1], [59, 30]]), []
     for version in ("6.3.1", "7.0.0", "odd"):
         labelme(tmp_path / "train/a.json", strip, size=(60, 60), version=version)
-        drawn.append(opened("labelme", root).mask(0))
+        drawn.append(open_annotated("labelme", root).mask(0))
     assert (drawn[1] != drawn[0]).any() and (drawn[1] >= drawn[0]).all()  # corners are round from version 7 on
     np.testing.assert_array_equal(drawn[2], drawn[0])
 
@@ -185,12 +185,12 @@ def test_first_and_latest_versions_of_labelme(tmp_path):
         ([[-1, 6], [1, 8]], (6, 8, 0, 2)), ([[1, 1], [2, 2]], (1, 3, 1, 3)), ([[0.6, 0.6], [2.4, 2.4]], (1, 4, 1, 4)),
     ],
 )  # fmt: skip
-def test_masks_of_labelme_are_cut_at_edges_and_lie_at_whole_pixels(tmp_path, corners, box):
+def test_labelme_masks_are_clipped_and_aligned_to_pixels(tmp_path, corners, box):
     picture = io.BytesIO()
     Image.fromarray(np.ones((3, 3), np.uint8)).save(picture, "PNG")  # 0 and 1 in bytes, as the latest versions write
     mask = {"label": "leaf", "shape_type": "mask", "points": corners, "mask": base64.b64encode(picture.getvalue())}
     root = labelme(tmp_path / "train/a.json", mask | {"mask": mask["mask"].decode()}).parent
-    np.testing.assert_array_equal(opened("labelme", root).mask(0), filled((1, *box)))
+    np.testing.assert_array_equal(open_annotated("labelme", root).mask(0), mask_of_boxes((1, *box)))
 
 
 def test_labels_are_merged_ignored_and_given_to_the_rest(tmp_path):
@@ -199,10 +199,10 @@ def test_labels_are_merged_ignored_and_given_to_the_rest(tmp_path):
     with pytest.raises(
         UserError, match=r"labels that are not classes: old leaf \(1\), odd \(1\). data.classes has ground"
     ):
-        opened("coco", root, classes=["ground", "leaf"], unlabelled="ground")
+        open_annotated("coco", root, classes=["ground", "leaf"], unlabelled="ground")
     given = {"classes": ["ground", "leaf"], "unlabelled": "ignore", "others": "ignore"}
-    data = opened("coco", root, **given, labels={"old leaf": "leaf"})
-    expected = np.where(filled((1, 1, 4, 1, 5), (1, 1, 2, 6, 9)), 1, 255)
+    data = open_annotated("coco", root, **given, labels={"old leaf": "leaf"})
+    expected = np.where(mask_of_boxes((1, 1, 4, 1, 5), (1, 1, 2, 6, 9)), 1, 255)
     np.testing.assert_array_equal(data.mask(0), expected)
     (root / "classes.yaml").write_text(
         "classes: {earth: , plant: {labels: [leaf, old leaf]}}\nignore: {labels: [odd]}\nmasks: labels"
@@ -210,7 +210,7 @@ def test_labels_are_merged_ignored_and_given_to_the_rest(tmp_path):
     cfg = load("coco", root, "data.unlabelled=earth")
     data = instantiate(cfg.reader)(split="train")
     assert data.classes == ("earth", "plant") and cfg.num_classes == 2
-    np.testing.assert_array_equal(data.mask(0), filled((1, 1, 4, 1, 5), (1, 1, 2, 6, 9), (255, 3, 4, 6, 9)))
+    np.testing.assert_array_equal(data.mask(0), mask_of_boxes((1, 1, 4, 1, 5), (1, 1, 2, 6, 9), (255, 3, 4, 6, 9)))
     with pytest.raises(UserError, match="data.unlabelled=background is not a class: data.classes has earth, plant"):
         instantiate(load("coco", root).reader)(split="train")
     (root / "classes.yaml").write_text("classes: [background, leaf]")
@@ -228,37 +228,37 @@ def test_classes_of_a_checkpoint_and_the_background(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["coco", "labelme"])
-def test_one_file_is_divided(tmp_path, kind):
+def test_one_annotation_file_can_be_partitioned(tmp_path, kind):
     names = [f"{number}.png" for number in range(5)]
     if kind == "coco":
         coco(tmp_path / "annotations.json", images=names)
     for name in names if kind == "labelme" else ():
         labelme(tmp_path / name.replace("png", "json"), ("leaf", "rectangle", [[1, 1], [2, 2]]), image=name)
     with pytest.raises(UserError, match=r"divide it by data\.reader\.partition\.by=fraction"):
-        opened(kind, tmp_path)
-    parts = [opened(kind, tmp_path, split, partition=Partition("fraction")) for split in ("train", "val")]
+        open_annotated(kind, tmp_path)
+    parts = [open_annotated(kind, tmp_path, split, partition=Partition("fraction")) for split in ("train", "val")]
     named = sorted(name for part in parts for name in part.names)
     assert named == [*"01234"] and all(len(part) for part in parts)
     (tmp_path / "chosen.txt").write_text("3.png\n1")
     lists = Partition("lists", {"train": "chosen.txt"})
-    assert opened(kind, tmp_path, partition=lists).names == ["1", "3"]
+    assert open_annotated(kind, tmp_path, partition=lists).names == ["1", "3"]
     (tmp_path / "chosen.txt").write_text("nobody")
     with pytest.raises(UserError, match="has 1 name without annotation: nobody"):
-        opened(kind, tmp_path, partition=lists)
+        open_annotated(kind, tmp_path, partition=lists)
 
 
-def test_what_others_do_with_masks_is_done_with_drawn_ones(tmp_path):
+def test_annotated_dataset_can_be_scanned_packed_and_checked(tmp_path):
     root = coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=[(1, 1, [CORNERS]), (2, 2, [CORNERS])])
-    data = opened("coco", root)
+    data = open_annotated("coco", root)
     records = scan(data.pairs, data.reader, cache_dir=tmp_path / "cache")
     assert [record.problems for record in records] == [{}, {}] and records[1].pixels == {0: 68, 2: 12}
-    other = opened("coco", root, labels={"stem": "leaf"})
+    other = open_annotated("coco", root, labels={"stem": "leaf"})
     assert scan(other.pairs, other.reader, cache_dir=tmp_path / "cache")[1].pixels == {0: 68, 1: 12}
     packed = pack(data, cache_dir=tmp_path / "cache", workers=1)
     np.testing.assert_array_equal(packed.mask(1), data.mask(1))
     coco(tmp_path / "train.json", size=(9, 10), images=("a.png", "b.png"))
     with pytest.raises(UserError, match=r"a\.png is 10 x 8 .*train\.json, image a\.png is 10 x 9"):
-        opened("coco", root)[0]
+        open_annotated("coco", root)[0]
 
 
 def test_names_that_no_disk_can_have_and_names_with_dots(tmp_path):
@@ -267,38 +267,42 @@ def test_names_that_no_disk_can_have_and_names_with_dots(tmp_path):
     content["images"] = content["images"][:2]
     content["images"][0]["file_name"] = "a.v2"
     (root / "train.json").write_text(json.dumps(content))
-    assert opened("coco", root).pairs[0].image == root / "a.v2.png"
+    assert open_annotated("coco", root).pairs[0].image == root / "a.v2.png"
     content["images"][0]["file_name"] = "a" * 5000
     (root / "train.json").write_text(json.dumps(content))
-    assert opened("coco", root).names == ["b"]
+    assert open_annotated("coco", root).names == ["b"]
 
 
 def test_a_file_that_is_larger_than_any_is_not_read(tmp_path, monkeypatch):
     root = coco(tmp_path / "train.json")
     monkeypatch.setattr("dinoseg.data.formats.annotation_files.LARGEST_FILE", 100)
     with pytest.raises(UserError, match="bytes; the limit is 100: divide it into several"):
-        opened("coco", root)
+        open_annotated("coco", root)
 
 
 def test_archives_are_named_and_not_read(tmp_path):
     (tmp_path / "export.zip").write_bytes(b"PK")
     with pytest.raises(UserError, match="export.zip exists, but archives are not read: unpack it"):
-        opened("coco", tmp_path)
+        open_annotated("coco", tmp_path)
     with pytest.raises(UserError, match="Archives are not read: unpack it and give the folder"):
-        opened("coco", tmp_path / "export.zip")
+        open_annotated("coco", tmp_path / "export.zip")
 
 
 def test_crowds_may_be_ignored(tmp_path):
     crowd = {"image_id": 1, "category_id": 2, "iscrowd": 1, "segmentation": {"size": list(SIZE), "counts": [0, 80]}}
     root = coco(tmp_path / "train.json", annotations=[(1, 1, [CORNERS]), crowd])
-    expected = np.where(filled((1, 1, 4, 1, 5)), 1, 255)
-    np.testing.assert_array_equal(opened("coco", root, crowds="ignore").mask(0), expected)
-    np.testing.assert_array_equal(opened("coco", root, order="file").mask(0), np.where(expected == 1, 1, 2))  # below
+    expected = np.where(mask_of_boxes((1, 1, 4, 1, 5)), 1, 255)
+    np.testing.assert_array_equal(open_annotated("coco", root, crowds="ignore").mask(0), expected)
+    np.testing.assert_array_equal(
+        open_annotated("coco", root, order="file").mask(0), np.where(expected == 1, 1, 2)
+    )  # below
     small = crowd | {"segmentation": [[2, 2, 4, 2, 4, 3, 2, 3]]}
     coco(tmp_path / "train.json", annotations=[small, (1, 1, [CORNERS])])
-    np.testing.assert_array_equal(opened("coco", root).mask(0), filled((1, 1, 4, 1, 5)))  # however small
+    np.testing.assert_array_equal(open_annotated("coco", root).mask(0), mask_of_boxes((1, 1, 4, 1, 5)))  # however small
     coco(tmp_path / "train.json", annotations=[crowd | {"segmentation": [CORNERS]}])
-    np.testing.assert_array_equal(opened("coco", root, crowds="ignore").mask(0), filled((255, 1, 4, 1, 5)))
+    np.testing.assert_array_equal(
+        open_annotated("coco", root, crowds="ignore").mask(0), mask_of_boxes((255, 1, 4, 1, 5))
+    )
 
 
 def test_supercategories_may_be_the_classes(tmp_path):
@@ -311,46 +315,48 @@ def test_supercategories_may_be_the_classes(tmp_path):
     assert load("coco", root).classes == ["background", "car", "oak", "elm", "sky"]
     cfg = load("coco", root, "data.reader.shapes.grouped=true")
     assert cfg.classes == ["background", "vehicle", "tree", "sky"]
-    expected = filled((2, 1, 4, 1, 5), (2, 1, 2, 6, 9), (3, 3, 4, 6, 9))
+    expected = mask_of_boxes((2, 1, 4, 1, 5), (2, 1, 2, 6, 9), (3, 3, 4, 6, 9))
     np.testing.assert_array_equal(instantiate(cfg.reader)(split="train").mask(0), expected)
     coco(tmp_path / "train.json")
     with pytest.raises(UserError, match=r"no groups \(supercategory\).*Set data.reader.shapes.grouped=false"):
-        opened("coco", root, grouped=True)
+        open_annotated("coco", root, grouped=True)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-32"])
 def test_json_in_other_encodings(tmp_path, encoding):
     root = coco(tmp_path / "train.json")
     (root / "train.json").write_text((root / "train.json").read_text(), encoding=encoding)
-    assert opened("coco", root).mask(0).sum() == 12
+    assert open_annotated("coco", root).mask(0).sum() == 12
 
 
-def test_bare_images_are_told_or_left_out(tmp_path, caplog):
+def test_images_without_shapes_are_background_or_skipped(tmp_path, caplog):
     root = coco(tmp_path / "train.json", images=("a.png", "b.png"))
     with caplog.at_level(logging.WARNING):
-        assert len(opened("coco", root)) == 2
+        assert len(open_annotated("coco", root)) == 2
     assert "1 of 2 images have no shape and are read as background" in caplog.text
-    assert opened("coco", root, without_shapes="skip").names == ["a"]
+    assert open_annotated("coco", root, without_shapes="skip").names == ["a"]
     coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=[(1, 1, [CORNERS]), (2, 1, [[1, 2, 3]])])
-    assert "b" in opened("coco", root, without_shapes="skip").lacking  # what is wrong is told, and not left out unsaid
+    assert (
+        "b" in open_annotated("coco", root, without_shapes="skip").lacking
+    )  # what is wrong is told, and not left out unsaid
 
 
-def test_images_that_are_missing_or_outside(tmp_path):
+def test_missing_and_outside_images_are_reported(tmp_path):
     root = coco(tmp_path / "train.json", images=("a.png", "b.png"))
     (root / "b.png").unlink()
-    data = opened("coco", root)
+    data = open_annotated("coco", root)
     assert data.names == ["a"] and "names the image b.png, which is not in" in data.lacking["b"]
     for name in ("../../x.png", "/etc/x.png", "..\\x.png", "C:\\x.png", "a/../../x.png", ".", "", "a\0.png"):
         content = json.loads((root / "train.json").read_text())
         content["images"][0]["file_name"] = name
         (root / "train.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match="outside of the image folder|must be a name"):
-            opened("coco", root)
+            open_annotated("coco", root)
     save(root / "pictures/b.png", np.zeros((*SIZE, 3)))
     coco(root / "train.json", images=("b.png",))
-    assert opened("coco", root, layout=AnnotationLayout(images="pictures")).names == ["b"]
+    assert open_annotated("coco", root, layout=AnnotationLayout(images="pictures")).names == ["b"]
     with pytest.raises(UserError, match="no folder .*nowhere"):
-        opened("coco", root, layout=AnnotationLayout(images="nowhere"))
+        open_annotated("coco", root, layout=AnnotationLayout(images="nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -378,10 +384,10 @@ def test_images_that_are_missing_or_outside(tmp_path):
         ({"images": ["a.png", "a.jpg"]}, "names 1 image more than once"),
     ],
 )  # fmt: skip
-def test_files_of_coco_that_are_refused(tmp_path, changes, wrong):
+def test_invalid_coco_files_are_refused(tmp_path, changes, wrong):
     root = coco(tmp_path / "train.json", **changes)
     with pytest.raises(UserError, match=wrong):
-        opened("coco", root)
+        open_annotated("coco", root)
 
 
 @pytest.mark.parametrize(
@@ -392,10 +398,10 @@ def test_files_of_coco_that_are_refused(tmp_path, changes, wrong):
         ('{"images": [], "images": []}', "twice"), (b"\xff\xfe\x00", "not a readable COCO"), ("[]", "an object with"),
     ],
 )  # fmt: skip
-def test_json_that_is_refused(tmp_path, text, wrong):
+def test_invalid_json_is_refused(tmp_path, text, wrong):
     (tmp_path / "train.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=wrong):
-        opened("coco", tmp_path)
+        open_annotated("coco", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -413,18 +419,18 @@ def test_json_that_is_refused(tmp_path, text, wrong):
         ({"label": "a", "points": [[1, 1], [0, 1]], "shape_type": "mask", "mask": "AAAA"}, "PNG of 0 x 1 pixels"),
     ],
 )  # fmt: skip
-def test_shapes_of_labelme_that_are_refused(tmp_path, shape, wrong):
+def test_invalid_labelme_shapes_are_refused(tmp_path, shape, wrong):
     root = labelme(tmp_path / "train/a.json", shape).parent
     with pytest.raises(UserError, match=wrong):
-        opened("labelme", root)
+        open_annotated("labelme", root)
     labelme(tmp_path / "train/b.json", ("leaf", "point", [[1, 1]]), image="b.png")
-    assert opened("labelme", root).names == ["b"]
+    assert open_annotated("labelme", root).names == ["b"]
 
 
-def test_old_and_foreign_files_beside_those_of_labelme(tmp_path):
+def test_old_and_foreign_files_in_a_labelme_folder_are_skipped(tmp_path):
     root = labelme(tmp_path / "train/a.json", imageHeight=None).parent  # the width alone
     labelme(tmp_path / "train/b.json", ("leaf", "point", [[1, 1]]), image="b.png")
     (root / "train/c.json").write_text("{}")
-    data = opened("labelme", root)
+    data = open_annotated("labelme", root)
     assert data.names == ["b"] and "not an image size:" in data.lacking["a"]
     assert "an object with shapes" in str(data.lacking)

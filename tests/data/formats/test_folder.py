@@ -35,7 +35,7 @@ def fill(tmp_path):
     return write
 
 
-def test_sample_shapes_and_values(fill):
+def test_samples_have_the_expected_shapes_and_values(fill):
     data = folder_dataset(fill(), "train", classes=CLASSES)
     assert data.names == ["x", "y", "z"] and len(data) == 3
     assert data.classes == ("a", "b") and data.palette == tuple(default_palette(2)) and data.ignore_index == 255
@@ -71,7 +71,7 @@ def test_one_folder_for_images_and_masks(tmp_path):
     assert data.names == ["p.q", "r"]
 
 
-def test_split_names_on_disk_and_what_a_desktop_leaves(fill):
+def test_split_folder_names_are_mapped_and_desktop_files_skipped(fill):
     root = fill("train_images", "train_masks")
     fill("valid_images", "valid_masks", ["v"])
     (root / "valid_images/._v.png").write_bytes(b"junk")
@@ -93,7 +93,7 @@ def test_linked_folders_are_followed(fill, tmp_path):
         folder_dataset(root, "train", classes=CLASSES)
 
 
-def test_links_in_circles_are_left(fill, tmp_path):
+def test_link_cycles_are_skipped(fill, tmp_path):
     root = fill()
     for folder in ("images", "masks"):
         (root / f"train/{folder}/again").symlink_to(root / f"train/{folder}")
@@ -101,7 +101,7 @@ def test_links_in_circles_are_left(fill, tmp_path):
     assert folder_dataset(root, "train", classes=CLASSES).names == ["x", "y", "z"]
 
 
-def test_fraction(fill):
+def test_fraction_splits_the_names(fill):
     root = fill("images", "masks", [f"v{i // 2}_{i}" for i in range(10)])
     partition = Partition("fraction", val_fraction=0.4, seed=1, group=r"^v\d+")
     train, val = (
@@ -114,7 +114,7 @@ def test_fraction(fill):
         folder_dataset(root, "test", classes=CLASSES, layout=FLAT, partition=partition)
 
 
-def test_lists(fill):
+def test_name_lists_define_the_splits(fill):
     root = fill("images", "masks", ["a", "sub/b", "c"])
     (root / "masks/c.png").unlink()
     (root / "train.txt").write_text("sub/b.png\na\n")
@@ -145,7 +145,7 @@ def test_lists_pass_over_images_without_mask(fill):
     assert folder_dataset(root, "train", classes=CLASSES, layout=FLAT, partition=partition).names == ["y", "x"]
 
 
-def test_what_is_alone_is_told_and_no_item(fill):
+def test_unpaired_files_are_listed_as_missing(fill):
     root = fill(names=[f"n{i}" for i in range(9)])
     for i in range(7):
         (root / f"train/masks/n{i}.png").unlink()
@@ -172,7 +172,7 @@ def test_a_missing_mask_moves_no_other_pair_to_the_other_side(fill):
         assert list(data.lacking) == [lost] and data.names == [name for name in before if name != lost]
 
 
-def test_names_that_only_look_alike(fill):
+def test_similar_names_are_distinguished(fill):
     composed, apart = "caf\u00e9", "cafe\u0301"
     root = fill(names=["x", composed])
     (root / f"train/masks/{composed}.png").rename(root / f"train/masks/{apart}.png")
@@ -182,7 +182,7 @@ def test_names_that_only_look_alike(fill):
     assert f"{apart}.png only looks" in data.lacking[composed]
 
 
-def test_names_that_are_no_text(fill):
+def test_undecodable_names_are_split_and_recorded(fill):
     root = fill("images", "masks", ["x", "y", os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8")])
     partition = Partition("fraction", val_fraction=0.5)
     data = folder_dataset(root, "train", classes=CLASSES, layout=FLAT, partition=partition)
@@ -192,14 +192,14 @@ def test_names_that_are_no_text(fill):
     assert json.loads((root / "split.json").read_text()) == {"train": data.names, "val": other.names}
 
 
-def test_two_files_of_one_name(fill):
+def test_two_files_of_one_name_are_refused(fill):
     root = fill()
     save(root / "train/images/x.jpg", np.zeros((4, 6, 3)))
     with pytest.raises(UserError, match=r"x\.jpg and .*x\.png have the same name \(x\)"):
         folder_dataset(root, "train", classes=CLASSES)
 
 
-def test_missing_folders(fill, tmp_path):
+def test_missing_folders_are_refused(fill, tmp_path):
     root = fill()
     with pytest.raises(UserError, match=r"data\.root=.*gone is not a folder"):
         folder_dataset(tmp_path / "gone", "train", classes=CLASSES)
@@ -209,7 +209,7 @@ def test_missing_folders(fill, tmp_path):
         folder_dataset(root, "train", classes=CLASSES, layout=FolderLayout(masks="{split}/labels"))
 
 
-def test_a_folder_without_splits_is_told_the_words_that_divide_it(fill):
+def test_unsplit_folder_error_suggests_a_partition(fill):
     root = fill("photos", "labels")
     with pytest.raises(UserError) as raised:
         folder_dataset(root, "train", classes=CLASSES)
@@ -245,7 +245,7 @@ def test_swapped_folders_are_named(fill, masks):
 
 
 @pytest.mark.parametrize("ending", ["gif", "HEIC", "jp2", "avif"])
-def test_pictures_of_kinds_that_are_not_read_are_reported(fill, ending):
+def test_images_of_unsupported_formats_are_reported(fill, ending):
     root = fill()
     images, masks = root / "train/images", root / "train/masks"
     (images / "x.png").rename(images / f"x.{ending}")
@@ -259,7 +259,7 @@ def test_pictures_of_kinds_that_are_not_read_are_reported(fill, ending):
 
 
 @pytest.mark.parametrize("partition", [Partition(), Partition("fraction")])
-def test_empty_split(tmp_path, partition):
+def test_empty_split_is_refused(tmp_path, partition):
     layout = FolderLayout() if partition.by == "folder" else FLAT
     for folder in ("train/images", "train/masks", "images", "masks"):
         Path(tmp_path, folder).mkdir(parents=True)
@@ -277,7 +277,7 @@ def test_partition_and_layout_must_fit(fill):
         folder_dataset(root, "train", classes=CLASSES, partition=Partition("fraction"))
 
 
-def test_sizes_that_differ(fill):
+def test_size_mismatches_are_refused(fill):
     root = fill(size=(40, 60))
     mask = np.zeros((20, 30), np.uint8)
     mask[:, 15:] = 1
@@ -328,7 +328,7 @@ def test_fingerprint_follows_files_and_rules(fill):
     assert len({first, *others}) == 7
 
 
-def test_fingerprint_tells_roots_apart_that_look_the_same(tmp_path):
+def test_fingerprint_differs_for_roots_with_equal_file_stats(tmp_path):
     keys = []
     for place, value in (("a", 0), ("b", 1)):
         for kind in ("images", "masks"):

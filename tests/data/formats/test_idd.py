@@ -172,7 +172,7 @@ def test_folds_keep_drives_whole(tmp_path, shared):
     assert len(seen) == len(set(seen)) == 20
 
 
-def test_label_maps_that_are_not_made_yet(tmp_path):
+def test_missing_label_maps_name_the_preparation_command(tmp_path):
     add(tmp_path, "train", "0/a", polygons=True)
     add(tmp_path, "train", "0/b", None, polygons=True)
     command = f"python -m dinoseg mode=prepare data=idd data.root={tmp_path}"
@@ -200,7 +200,7 @@ def test_the_test_split_has_no_public_labels(tmp_path):
     assert idd(tmp_path, "test", **CLASSES).names == ["0/b"]
 
 
-def test_files_that_do_not_belong_together(tmp_path):
+def test_unpaired_idd_files_are_reported(tmp_path):
     add(tmp_path, "train", "0/a")
     add(tmp_path, "train", "0/b", None)
     bare = idd(tmp_path, "train", **CLASSES)
@@ -220,7 +220,7 @@ def test_files_that_do_not_belong_together(tmp_path):
         idd(tmp_path, "train", **CLASSES)
 
 
-def test_folders_that_are_not_there(tmp_path):
+def test_missing_idd_folders_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"does not hold IDD: no leftImg8bit or gtFine in it.* It holds nothing\. Give"):
         idd(tmp_path / "gone", "train", **CLASSES)
     (tmp_path / "idd-20k-II.tar.gz").write_bytes(b"")
@@ -233,7 +233,7 @@ def test_folders_that_are_not_there(tmp_path):
         idd(tmp_path, "val", **CLASSES)
 
 
-def test_settings_that_do_not_fit(tmp_path):
+def test_incompatible_settings_are_refused(tmp_path):
     add(tmp_path, "train", "0/a")
     with pytest.raises(UserError, match=r"encoding=level3 is unknown. Choose one of id, csId, .*, home_made"):
         idd(tmp_path, "train", **CLASSES, encoding="level3")
@@ -245,7 +245,7 @@ def test_settings_that_do_not_fit(tmp_path):
     assert merged.mask(0).tolist() == [[0, 1], [255, 255]]
 
 
-def test_items_that_are_wrong(tmp_path):
+def test_invalid_items_are_refused(tmp_path):
     add(tmp_path, "train", "0/a", [[26, 0], [0, 0]])
     add(tmp_path, "train", "0/b", [[0, 0]])
     add(tmp_path, "train", "0/c")

@@ -20,7 +20,7 @@ def root(tmp_path):
     return tmp_path / "idd"
 
 
-def test_it_trains_and_warns(root, tmp_path):
+def test_home_made_idd_trains_with_a_warning(root, tmp_path):
     done = call(tmp_path, "mode=train", *OVERRIDES, "data=idd_home_made", f"data.root={root}", "trainer.val_every=2")
     assert done.status == 0, done.err
     assert "data=idd_home_made trains on a custom remap: 255 is void in IDD but road here, and" in done.err

@@ -32,18 +32,18 @@ def picture(path, shape):
     return pixels
 
 
-def scattered(values, shape):
+def scatter_values(values, shape):
     """Return a mask in which every value occurs."""
     return RNG.permutation(np.resize(np.array(values), shape[0] * shape[1])).reshape(shape)
 
 
-def test_cityscapes(load, tmp_path):
+def test_cityscapes_is_read(load, tmp_path):
     raw, images = {}, {}
     for split, city in (("train", "aachen"), ("train", "ulm"), ("val", "lindau"), ("test", "bonn")):
         for frame in range(2):
             stem = f"{city}/{city}_{frame:06d}_000019"
             images[stem] = picture(tmp_path / f"leftImg8bit/{split}/{stem}_leftImg8bit.png", (7, 9))
-            raw[stem] = scattered([*range(34), 255], (7, 9))
+            raw[stem] = scatter_values([*range(34), 255], (7, 9))
             for kind in ("labelIds", "instanceIds", "labelTrainIds", "color"):
                 pixels = raw[stem] if kind == "labelIds" else np.full((7, 9), 30)
                 save(tmp_path / f"gtFine/{split}/{stem}_gtFine_{kind}.png", pixels)
@@ -77,11 +77,11 @@ def voc_palette():
     return sum((index >> (3 * place + np.arange(3)) & 1) << (7 - place) for place in range(3))
 
 
-def test_pascal_voc(load, tmp_path):
+def test_pascal_voc_is_read(load, tmp_path):
     root = tmp_path / "VOCdevkit/VOC2012"
     lists = {"train": ["2007_000032", "2011_003271"], "val": ["2007_000033"]}
     lists["trainval"] = sorted(lists["train"] + lists["val"])
-    ids = scattered([*range(21), 255], (6, 8)).astype(np.uint8)
+    ids = scatter_values([*range(21), 255], (6, 8)).astype(np.uint8)
     for name in (*lists["trainval"], "2008_000001", "2009_000002"):
         save(root / f"JPEGImages/{name}.jpg", np.zeros((6, 8, 3)))
     for number, name in enumerate(lists["trainval"]):
@@ -110,14 +110,14 @@ def test_pascal_voc(load, tmp_path):
         instantiate(data.reader)(split="val")
 
 
-def test_ade20k(load, tmp_path):
+def test_ade20k_is_read(load, tmp_path):
     files = {}
     for split, names in (
         ("training", ["ADE_train_00000001", "ADE_train_00000002"]),
         ("validation", ["ADE_val_00000001"]),
     ):
         for name in names:
-            files[name] = scattered(range(151), (13, 12)).astype(np.uint8)
+            files[name] = scatter_values(range(151), (13, 12)).astype(np.uint8)
             save(tmp_path / f"images/{split}/{name}.jpg", np.zeros((13, 12, 3)))
             save(tmp_path / f"annotations/{split}/{name}.png", files[name])
     data = load("ade20k", tmp_path)
@@ -137,7 +137,7 @@ def test_ade20k(load, tmp_path):
     ("name", "images", "masks"),
     [("camvid", "{}/images", "{}/masks"), ("camvid_segnet", "{}", "{}annot")],
 )
-def test_camvid(load, tmp_path, name, images, masks):
+def test_camvid_is_read(load, tmp_path, name, images, masks):
     expected = {}
     for split, stems in (
         ("train", ["0001TP_006690", "0006R0_f00930", "0016E5_00390"]),
@@ -146,7 +146,7 @@ def test_camvid(load, tmp_path, name, images, masks):
     ):
         for stem in stems:
             save(tmp_path / images.format(split) / f"{stem}.png", np.zeros((4, 5, 3)))
-            ids = scattered(range(12), (4, 5))
+            ids = scatter_values(range(12), (4, 5))
             save(tmp_path / masks.format(split) / f"{stem}.png", ids)
             expected[stem] = np.where(ids == 11, 255, ids)
         (tmp_path / f"{split}.txt").write_text("/SegNet/CamVid/...")
@@ -165,8 +165,8 @@ def test_camvid(load, tmp_path, name, images, masks):
 @pytest.mark.parametrize(
     ("name", "folders"), [("binary", {"train": "train/{}", "val": "val/{}"}), ("person", {"val": "valid_{}"})]
 )
-def test_black_and_white(load, tmp_path, name, folders):
-    expected = scattered([0, 1], (5, 6))
+def test_black_and_white_masks_are_read(load, tmp_path, name, folders):
+    expected = scatter_values([0, 1], (5, 6))
     for split, folder in folders.items():
         save(tmp_path / folder.format("images") / "7.jpg", np.zeros((5, 6, 3)))
         save(tmp_path / folder.format("masks") / "7.png", expected * 255)

@@ -130,7 +130,7 @@ def test_a_class_of_0_and_255_alone_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "x?"])
-def test_class_names_that_are_no_file_names_are_refused(tmp_path, name):
+def test_class_names_unusable_as_file_names_are_refused(tmp_path, name):
     write_overlaps(tmp_path, train=1)
     with pytest.raises(UserError, match="Rename it"):
         folder_dataset(tmp_path, "train", classes=[name], layers=True)

@@ -54,7 +54,7 @@ def test_official_layout_takes_only_frames_with_masks(add):
     assert len({data.fingerprint() for data in (train, val, test)}) == 3
 
 
-def test_older_layout(add):
+def test_older_sarrarp_layout_is_read(add):
     for number in range(1, 4):
         root = add("train", f"video_{number}", frames="frames")
     add("test", "video_9", frames="frames")
@@ -88,7 +88,7 @@ def test_operation_names():
     assert [operation(v) for v in ("video_11_1", "video_11", "video_1")] == ["video_11", "video_11", "video_1"]
 
 
-def test_not_prepared_gives_the_command(add, tmp_path):
+def test_unprepared_data_names_the_command(add, tmp_path):
     root = add("train1", "video_01")
     (root / "train1/video_02").mkdir()
     (root / "train1/video_02/video_left.avi").write_bytes(b"")
@@ -122,7 +122,7 @@ def test_masks_and_frames_must_match(add):
         prepare_dataset(lame, split="train")
 
 
-def test_folders_that_are_missing_or_empty(add, tmp_path):
+def test_missing_or_empty_folders_are_refused(add, tmp_path):
     with pytest.raises(UserError, match="lacks the folders train1, train2, train"):
         load(tmp_path, "val")
     root = add("train1", "video_01")

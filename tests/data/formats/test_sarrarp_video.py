@@ -35,7 +35,7 @@ def load(root, split, source="video", **options):
     return sar_rarp50(root, split, classes=CLASSES, partition=partition, source=source, cache_dir=cache_dir)
 
 
-def test_equals_the_extracted_frames(root):
+def test_video_frames_equal_the_extracted_ones(root):
     for place in LENGTHS:
         assert not (root / place / "rgb").exists()
     straight = {split: load(root, split) for split in ("train", "val", "test")}
@@ -79,7 +79,7 @@ def test_the_second_run_decodes_nothing_first(root, monkeypatch):
     assert load(root, "train")[0]["image"].shape == (3, 32, 48)
 
 
-def test_what_else_reads_pairs_takes_frames_of_videos(root):
+def test_video_frames_can_be_scanned_and_packed(root):
     data = load(root, "test")
     records = scan(data.pairs, data.reader, workers=1)
     assert [record.image_size for record in records] == [(32, 48)] * 4 and not any(r.problems for r in records)
@@ -144,7 +144,7 @@ def test_videos_that_are_missing_damaged_or_packed(root):
         load(root, "train", val_fraction=0.3)
 
 
-def test_config(compose, root):
+def test_config_selects_the_video_reader(compose, root):
     keys = ("data=sarrarp", f"data.root={root}", f"cache_dir={root.parent / 'kept'}", "data.fold=1", "data.folds=2")
     data = instantiate(compose(*keys, "data.source=video").data.reader)(split="train")
     assert isinstance(data.pairs[0].image, VideoFrame) and list((root.parent / "kept/videos").glob("*.npz"))

@@ -74,7 +74,7 @@ def root(tmp_path):
     return folder
 
 
-def expected(video, frame):
+def expected_mask(video, frame):
     first, second = masks_of(video)[:, frame]
     return np.where(second, 2, np.where(first, 1, 0))
 
@@ -88,11 +88,11 @@ def test_clips_are_read_back_equal(compose, root, place):
     for clips in (train, val):
         for clip in clips:
             for frame, mask in enumerate(clip["masks"].numpy()):
-                np.testing.assert_array_equal(mask, expected(clip["name"], frame))
+                np.testing.assert_array_equal(mask, expected_mask(clip["name"], frame))
             assert clip["annotated"].all() and clip["frame_names"][:2] == ["00000", "00005"]
     pairs = instantiate(data.reader)(split="val")
     assert len(pairs) == 6
-    np.testing.assert_array_equal(pairs[1]["mask"], expected(list(VIDEOS)[2], 1) > 0)
+    np.testing.assert_array_equal(pairs[1]["mask"], expected_mask(list(VIDEOS)[2], 1) > 0)
 
 
 def test_polygons_and_videos_without_objects(root):
@@ -283,7 +283,7 @@ def test_slots_are_trained_evaluated_and_checked(root):
     rows = np.floor((np.arange(24) + 0.5) * 32 / 24).astype(int)
     true, found = [], []
     for frame in range(6):
-        square = expected(video, frame)[:, 4:36][rows][:, rows]
+        square = expected_mask(video, frame)[:, 4:36][rows][:, rows]
         np.testing.assert_array_equal(read_ids(root / f"eval/references/{video}/{5 * frame:05d}.png"), square)
         true.append(square.ravel())
         found.append(read_ids(root / f"eval/masks/{video}/{5 * frame:05d}.png").ravel())

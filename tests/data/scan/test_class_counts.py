@@ -24,7 +24,7 @@ def load(tmp_path):
     return build
 
 
-def test_counts_are_exact_and_kept(load, tmp_path, monkeypatch):
+def test_class_counts_are_exact_and_cached(load, tmp_path, monkeypatch):
     cache = tmp_path / "new/cache"
     counts = class_counts(load(), cache)
     assert counts.dtype == np.int64 and counts.tolist() == [5, 3, 0, 2]
@@ -39,7 +39,7 @@ def test_masks_that_were_scanned_are_not_read_again(load, tmp_path, monkeypatch)
     assert class_counts(data, tmp_path / "c").tolist() == [5, 3, 0, 2]
 
 
-def test_a_changed_file_or_rule_is_counted_anew(load, tmp_path):
+def test_changed_file_or_mask_rule_is_counted_again(load, tmp_path):
     assert class_counts(load(), tmp_path / "c").tolist() == [5, 3, 0, 2]
     assert class_counts(load(masks=Masks(ids={1: 2})), tmp_path / "c").tolist() == [5, 0, 3, 2]
     save(tmp_path / "train/masks/x.png", [[2, 2, 2], [2, 2, 2]])
@@ -72,7 +72,7 @@ def test_bad_ids_are_reported(load, tmp_path):
         class_counts(load(), tmp_path / "c")
 
 
-def test_two_roots_that_look_the_same_are_counted_apart(tmp_path):
+def test_roots_with_equal_file_stats_are_counted_separately(tmp_path):
     counts = []
     for place, value in (("a", 0), ("b", 1)):
         for kind in ("images", "masks"):

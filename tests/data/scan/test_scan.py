@@ -51,7 +51,7 @@ def fill(tmp_path):
     return write
 
 
-def scanned(data, **options):
+def scan_by_name(data, **options):
     return {record.name: record for record in scan(data.pairs, data.reader, **options)}
 
 
@@ -82,7 +82,7 @@ def test_resized_and_turned_masks_count_as_training_sees_them(fill, tmp_path):
             np.testing.assert_array_equal(record.counts, np.bincount(data.mask(index).ravel(), minlength=256))
 
 
-def test_what_stands_in_the_file(tmp_path):
+def test_raw_counts_are_the_values_in_the_file(tmp_path):
     mask = save(tmp_path / "m.png", [[0, 0, 5], [1, 255, 255]])
     save(tmp_path / "i.png", np.zeros((2, 3, 3)))
 
@@ -144,7 +144,7 @@ def test_a_pair_is_bad_exactly_where_reading_it_fails(fill, tmp_path):
     assert len(data.keep(set(data.names) - bad.keys())) == 1
 
 
-def test_proportions_that_no_resizing_mends(fill, tmp_path):
+def test_masks_of_other_proportions_are_a_size_mismatch(fill, tmp_path):
     data = fill(1, on_size_mismatch="resize_mask")
     save(tmp_path / "train/masks/n0.png", ids(0, (56, 40)))
     with pytest.raises(UserError):
@@ -163,7 +163,7 @@ def test_reasons_list_twenty_and_count_all(fill, tmp_path):
 
 @pytest.mark.parametrize("side", ["images", "masks"])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError(), cv2.error("no memory")])
-def test_what_the_machine_could_not_read_is_read_again(fill, tmp_path, monkeypatch, side, error):
+def test_file_that_failed_by_a_machine_error_is_read_again(fill, tmp_path, monkeypatch, side, error):
     data, cache, openings = fill(3), tmp_path / "cache", Image.open
     if isinstance(error, cv2.error):
         error.code = cv2.Error.StsNoMem
@@ -181,7 +181,7 @@ def test_what_the_machine_could_not_read_is_read_again(fill, tmp_path, monkeypat
     assert list(unreadable(scan(data.pairs, data.reader, cache_dir=cache))) == ["n2"] and seen == ["n1", "n2"]
 
 
-def test_other_files_of_the_same_names_sizes_and_times_are_read_anew(fill, tmp_path, monkeypatch):
+def test_scan_reads_other_files_with_equal_names_and_times(fill, tmp_path, monkeypatch):
     data, cache, link = fill(2), tmp_path / "cache", tmp_path / "link"
     fill(2)
     for place in ("one", "two"):
@@ -202,7 +202,7 @@ def test_other_files_of_the_same_names_sizes_and_times_are_read_anew(fill, tmp_p
     assert found == [[{0: 2240}] * 2, [{1: 2240}] * 2]
 
 
-def test_equal_mask_rules_share_what_is_known(fill, tmp_path, monkeypatch):
+def test_equal_mask_rules_share_cached_scans(fill, tmp_path, monkeypatch):
     data, cache = fill(2), tmp_path / "cache"
     scan(data.pairs, data.reader, cache_dir=cache)
     seen = count_reads(monkeypatch)
@@ -211,7 +211,7 @@ def test_equal_mask_rules_share_what_is_known(fill, tmp_path, monkeypatch):
     assert seen == [] and other.fingerprint() == data.fingerprint()
 
 
-def test_a_jpeg_mask_is_a_problem_though_its_ids_are_right(fill, tmp_path):
+def test_jpeg_mask_is_a_problem_even_with_valid_ids(fill, tmp_path):
     data = fill(2)
     save(tmp_path / "train/masks/n1.png", np.zeros((40, 56)), format="JPEG")
     assert (data.mask(1) == 0).all()
@@ -222,11 +222,11 @@ def test_a_jpeg_mask_is_a_problem_though_its_ids_are_right(fill, tmp_path):
 def count_reads(monkeypatch):
     seen, measure = [], scan_module.measure
 
-    def counted(pair, *rest, **options):
+    def measure_and_count(pair, *rest, **options):
         seen.append(pair.name)
         return measure(pair, *rest, **options)
 
-    monkeypatch.setattr(scan_module, "measure", counted)
+    monkeypatch.setattr(scan_module, "measure", measure_and_count)
     return seen
 
 
@@ -285,7 +285,7 @@ def test_a_full_disk_keeps_the_result(fill, tmp_path, monkeypatch, caplog):
     assert "Cannot store" in caplog.text and not (tmp_path / "cache").exists()
 
 
-def test_what_was_scanned_before_an_interruption_is_kept(fill, tmp_path, monkeypatch):
+def test_scan_resumes_after_an_interruption(fill, tmp_path, monkeypatch):
     data, cache = fill(), tmp_path / "cache"
     monkeypatch.setattr(scan_module, "_CHUNK", 1)
     measure = scan_module.measure
@@ -304,7 +304,7 @@ def test_what_was_scanned_before_an_interruption_is_kept(fill, tmp_path, monkeyp
     assert seen == ["n3", "n4"]
 
 
-def test_threads_give_the_records_of_one(fill, tmp_path, monkeypatch):
+def test_threads_return_the_same_records(fill, tmp_path, monkeypatch):
     data = fill(10)
     spoil(tmp_path / "train")
     monkeypatch.setattr(scan_module, "_CHUNK", 3)
@@ -320,7 +320,7 @@ class Frame(VideoFrame):
         return picture(self.index)
 
 
-def test_frames_of_a_video(tmp_path):
+def test_frames_of_a_video_are_scanned(tmp_path):
     video = Path(tmp_path / "v.avi")
     video.write_bytes(b"frames")
     pairs = [Pair(f"v/{seed}", Frame(video, seed), save(tmp_path / f"{seed}.png", ids(seed))) for seed in (0, 1, 9)]
@@ -332,7 +332,7 @@ def test_frames_of_a_video(tmp_path):
     assert [record.image_size for record in scan(pairs, reader, images=False)] == [None] * 3  # nothing is decoded
 
 
-def test_the_hash_stands_compression_and_scaling_and_tells_pictures_apart():
+def test_perceptual_hash_survives_compression_and_scaling():
     def bits(one, two):
         return (perceptual_hash(one) ^ perceptual_hash(two)).bit_count()
 
@@ -348,7 +348,7 @@ def test_the_hash_stands_compression_and_scaling_and_tells_pictures_apart():
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_an_image_cut_behind_its_header_is_found_without_decoding_the_others(tmp_path, monkeypatch, suffix):
+def test_truncated_image_is_found_without_decoding_the_others(tmp_path, monkeypatch, suffix):
     pairs = []
     for index in range(4):
         image = save(tmp_path / f"n{index}.{suffix}", picture(index, (200, 300)))

@@ -131,7 +131,7 @@ def test_any_order_equals_decoding_from_the_start(tmp_path):
     assert missed, "the jumps of OpenCV are exact now: is this test still hard?"
 
 
-def test_more_videos_than_are_kept_open(tmp_path):
+def test_few_videos_stay_open_at_once(tmp_path):
     paths = [write(tmp_path / f"{number}.avi", "MJPG", 4 + number) for number in range(7)]
     same(paths)
     assert len(video_access._open.readers) <= 4
@@ -143,7 +143,7 @@ def test_frames_of_equal_content(tmp_path):
     assert any(np.array_equal(frames[index], frames[index + 1]) for index in range(60))
 
 
-def test_the_kept_index_spares_the_pass(avi, tmp_path, monkeypatch, caplog):
+def test_stored_video_index_avoids_another_scan(avi, tmp_path, monkeypatch, caplog):
     cache = tmp_path / "cache"
     same([avi], cache)
     (kept,) = (cache / "videos").iterdir()
@@ -159,7 +159,7 @@ def test_the_kept_index_spares_the_pass(avi, tmp_path, monkeypatch, caplog):
     assert "indexing again" in caplog.text and len(np.load(kept)["times"]) == 61
 
 
-def test_an_index_that_cannot_be_kept(avi, tmp_path, caplog):
+def test_unwritable_index_is_a_warning(avi, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
         same([avi], tmp_path / "cache")
@@ -194,15 +194,15 @@ class Lying:
 
 
 @pytest.mark.parametrize("honest", [True, False])
-def test_jumps_that_miss_are_made_good(tmp_path, monkeypatch, honest):
+def test_inexact_seeks_are_corrected(tmp_path, monkeypatch, honest):
     path = write(tmp_path / "a.avi", "XVID", 300)
     opened = []
 
-    def lying(path):
+    def open_lying(path):
         opened.append(path)
         return Lying(video_index.open_decoder(path), honest)
 
-    monkeypatch.setattr(video_access, "open_decoder", lying)
+    monkeypatch.setattr(video_access, "open_decoder", open_lying)
     truth = sequential(path)
     for index in (250, 3, 299, 120):
         np.testing.assert_array_equal(read_frame(VideoFrame(path, index)), truth[index])
@@ -237,7 +237,7 @@ def test_processes_and_threads_do_not_disturb_one_another(avi, method):
         assert list(threads.map(lambda _: checksums(avi, indices), range(9))) == [wanted] * 9
 
 
-def test_a_frame_is_a_value(avi, tmp_path):
+def test_frame_is_a_hashable_value(avi, tmp_path):
     frame = VideoFrame(avi, 5, tmp_path)
     assert pickle.loads(pickle.dumps(frame)) == frame == VideoFrame(avi, 5)
     assert {frame: 1}[VideoFrame(avi, 5)] and frame != VideoFrame(avi, 6)
@@ -246,12 +246,12 @@ def test_a_frame_is_a_value(avi, tmp_path):
 
 
 @pytest.mark.parametrize("index", [61, 10_000, -1])
-def test_no_such_frame(avi, index):
+def test_frame_out_of_range_is_refused(avi, index):
     with pytest.raises(UserError, match=rf"a\.avi has no frame {index}: it has 61 frames, 0 to 60"):
         read_frame(VideoFrame(avi, index))
 
 
-def test_files_that_are_no_whole_video(avi, tmp_path, capfd):
+def test_truncated_or_missing_videos_are_refused(avi, tmp_path, capfd):
     with pytest.raises(UserError, match=r"Cannot read the video .*gone\.avi: No such file"):
         read_frame(VideoFrame(tmp_path / "gone.avi", 0))
     (tmp_path / "text.avi").write_text("no video")
@@ -270,7 +270,7 @@ def test_files_that_are_no_whole_video(avi, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("workers", [1, 2, None])
-def test_many_videos_at_once(tmp_path, workers):
+def test_many_videos_are_read_concurrently(tmp_path, workers):
     paths = [write(tmp_path / f"{number}.avi", "MJPG", number + 1) for number in range(4)]
     (tmp_path / "bad.avi").write_text("no video")
     found, wrong = index_videos(

@@ -59,7 +59,7 @@ def test_every_reader_accepts_a_whole_video(whole, tmp_path):
         assert sum(1 for _ in reader) == frames
 
 
-def test_announced_length_leaves_out_frames_that_are_not_shown(whole):
+def test_announced_length_excludes_hidden_frames(whole):
     path, frames = whole
     assert promised_frames(path) == frames
     with VideoReader(path) as reader:

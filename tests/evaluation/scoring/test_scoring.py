@@ -97,7 +97,7 @@ def test_units_left_out_in_parts_are_those_of_one_go(monkeypatch):
     assert sizes.count((2, 4)) == 4 and (1, 4) in sizes and sizes.count((9, 4)) == 1  # the rows by themselves
 
 
-def test_an_interval_of_a_share_is_within_what_it_can_be():
+def test_interval_of_a_share_stays_within_0_and_1():
     shares = [Estimate(value, error, 1, share=True) for value in (1e-9, 0.02, 0.5, 1 - 1e-9) for error in (1e-9, 0.3)]
     for each in shares:
         low, high = each.ci95
@@ -106,7 +106,7 @@ def test_an_interval_of_a_share_is_within_what_it_can_be():
     assert Estimate(0.02, 0.3, 1).ci95[0] < 0
 
 
-def test_an_interval_ends_at_the_highest_that_a_score_can_be_and_a_difference_may_be_more(monkeypatch):
+def test_interval_is_clipped_for_scores_but_not_for_differences(monkeypatch):
     sums = np.array([[9, 10, 0.9, 1], [1, 10, 0.1, 1]])
     free = jackknife(Share(), sums)["mean"]
     monkeypatch.setattr(Share, "highest", {"mean": 1.0})
@@ -119,7 +119,7 @@ def test_an_interval_ends_at_the_highest_that_a_score_can_be_and_a_difference_ma
     assert VideoClustering.highest == {key: 1.0 for key in VideoClustering.keys if "ARI" in key}
 
 
-def test_one_unit_or_a_score_that_rests_on_one_has_no_interval():
+def test_score_of_one_unit_has_no_interval():
     scored = score_cases(Share(), cases("a/1-2"), where="P")
     assert summary(Share(), scored)["ci95"] == {"share": None, "mean": None}
     sums = np.array([[0.3, 0.7, 1, 1], [0.0, 0.0, 1, 1], [0.0, 0.0, 0, 1]])
@@ -135,7 +135,7 @@ def test_units_that_are_alike_have_an_interval_of_no_width():
 
 
 @pytest.mark.parametrize("runs", [(1, 3), (3, 1), (1, 5), (2, 3)])
-def test_the_same_scores_do_not_differ_however_many_runs_have_them(runs):
+def test_equal_scores_do_not_differ_for_any_number_of_runs(runs):
     """A mean of three equal numbers may be another one in the last place, and so surely another than one of two."""
     for sums in np.random.default_rng(0).integers(1, 20, (40, 4, 4)).astype(float):
         found = jackknife(Difference(Share(), *runs), np.tile(sums, (1, sum(runs))))
@@ -155,7 +155,7 @@ def test_the_paired_difference_leaves_the_same_units_out_of_both():
     assert row["n"] == 5 and row["value"] == pytest.approx(0.1) and row["left_out"] == 16
 
 
-def test_a_paired_difference_of_means_is_that_of_the_paired_t_test():
+def test_paired_difference_equals_the_paired_t_test():
     sides = np.random.default_rng(2).uniform(0, 1, (2, 13))
     sums = np.concatenate([np.stack([side, side, side, np.ones(13)], axis=1) for side in sides], axis=1)
     found, expected = jackknife(Difference(Share()), sums)["mean"], stats.ttest_rel(sides[1], sides[0])
@@ -200,7 +200,7 @@ def test_the_paired_difference_is_of_the_cases_that_both_have():
     )
 
 
-def test_nothing_shared_has_no_difference():
+def test_runs_without_shared_units_have_no_difference():
     scored = [score_cases(Share(), cases(*each), where="P") for each in (["a/1-2", "b/1-2"], ["c/1-2", "a/1-3"])]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -211,7 +211,7 @@ def test_nothing_shared_has_no_difference():
 
 
 @pytest.mark.slow
-def test_the_paired_difference_of_many_cases_takes_no_square_of_them():
+def test_paired_difference_takes_linear_time():
     many = cases(*(f"v{index}/a=1-2" for index in range(30_000)))
     measured = [(case, Share().measure(case)) for case in many.cases]
     sums = np.tile([1.0, 2, 0.5, 1], (len(measured), 1))
@@ -225,7 +225,7 @@ def test_the_paired_difference_of_many_cases_takes_no_square_of_them():
     ("frames", "workers", "processes"),
     [(1, None, 1), (60, None, 8), (20, 3, 3), (1, 5, 5), (6, None, 1), (10, None, 2)],
 )
-def test_processes_follow_the_frames_or_what_is_asked_for(monkeypatch, frames, workers, processes):
+def test_process_count_follows_the_frames_or_the_argument(monkeypatch, frames, workers, processes):
     given = []
 
     def alone(work, items, workers, **_):
@@ -261,7 +261,7 @@ def test_files_that_cannot_be_scored_are_all_named():
     )
 
 
-def test_processes_give_what_one_gives():
+def test_several_processes_equal_one():
     names = [f"v{index % 5}/{'bad' if index % 7 == 3 else index}={index}-{index + 9}" for index in range(30)]
     alone, many = (
         summary(Share(), score_cases(Share(), cases(*names), where="P", workers=workers, on_error="skip"))
@@ -277,7 +277,7 @@ class Deadly(Share):
         os._exit(9)
 
 
-def test_a_killed_process_is_told():
+def test_killed_scoring_process_raises_an_error():
     with pytest.raises(UserError, match=r"was killed.*Lower mode\.workers"):
         score_cases(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2)
     with pytest.raises(UserError, match="was killed.* Do another thing") as error:
@@ -291,12 +291,12 @@ def test_a_killed_process_is_told():
         ({"on_error": "skip"}, "Nothing is left to score in P: 1 problem, such as a/bad-1: it is bad"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         score_cases(Share(), cases("a/bad-1"), where="P", **options)
 
 
-def test_tables():
+def test_tables_show_scores_and_intervals():
     scored = score_cases(Share(), cases("a/1-2", "b/1-4"), where="P")
     text = scores_table(summary(Share(), scored))
     assert "share" in text and "33.33" in text and re.search(r"-121\.33 \.\. 196\.33 +2$", text, flags=re.M)
@@ -305,7 +305,7 @@ def test_tables():
     assert re.search(r"\+0\.00 \.\. \+0\.00 +2$", text, flags=re.M)
 
 
-def test_a_table_of_one_unit_says_why_it_has_no_interval():
+def test_table_of_one_unit_explains_the_missing_interval():
     scored = score_cases(Share(), cases("a/1-2"), where="P")
     text = scores_table(summary(Share(), scored))
     assert "over videos\n" in text and len(re.findall(r"- \(needs two videos\) +1$", text, flags=re.M)) == 2

@@ -32,14 +32,14 @@ def best(tmp_path):
     return path
 
 
-def evaluated(folder, of, split="test"):
+def write_evaluation(folder, of, split="test"):
     (folder / "config").mkdir(parents=True)
     (folder / "scores.json").write_text(json.dumps(SCORES))
     OmegaConf.save({"resume": str(of), "mode": {"split": split}}, folder / "config/config.yaml")
     return str(folder)
 
 
-def test_scores_are_those_of_the_end_of_the_training_that_chose_this_file(best):
+def test_scores_belong_to_the_training_that_saved_the_checkpoint(best):
     found = scores_of(best, ("dark", "bright"), None)
     assert found["split"] == "val" and found["protocol"] == COUNTED and found["ci95"] == {"miou": [0.4, 0.6]}
     assert found["values"] == {"miou": 0.5, "dice": None, "accuracy": None, "mean_accuracy": None}
@@ -50,14 +50,14 @@ def test_scores_are_those_of_the_end_of_the_training_that_chose_this_file(best):
     assert scores_of(best, (), None) is None
 
 
-def test_scores_of_an_evaluation_are_of_this_checkpoint_and_say_their_split(best, tmp_path, monkeypatch):
+def test_scores_of_another_checkpoint_are_refused(best, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = evaluated(tmp_path / "scored", "run/../run/checkpoints/best.safetensors")
+    folder = write_evaluation(tmp_path / "scored", "run/../run/checkpoints/best.safetensors")
     assert scores_of(best, (), folder)["split"] == "test"
     (tmp_path / "scored/official_scores.json").write_text(json.dumps(OFFICIAL))
     official = scores_of(best, (), folder)["official"]
     assert official == {"unit": None, "rules": None, "interval": None} | OFFICIAL
-    other = evaluated(tmp_path / "other", best.with_stem("last"))
+    other = write_evaluation(tmp_path / "other", best.with_stem("last"))
     with pytest.raises(UserError, match="those scores belong to .*last.safetensors, not to .*best.safetensors"):
         scores_of(best, (), other)
     (tmp_path / "scored/scores.json").write_text("{}")
@@ -65,7 +65,7 @@ def test_scores_of_an_evaluation_are_of_this_checkpoint_and_say_their_split(best
         scores_of(best, (), folder)
 
 
-def test_data_are_told_by_counts_and_a_hash_of_names(best):
+def test_data_is_described_by_counts_and_a_hash_of_names(best):
     split = best.parents[1] / "split.json"
     assert data_of(best, "mine") == {"name": "mine"}
     split.write_text('{"train": ["a", "b"]}')
@@ -87,7 +87,7 @@ def test_data_are_told_by_counts_and_a_hash_of_names(best):
         ("timm", {"weights": "who/knows", "name": "resnet"}, ("who/knows", None, "unknown", False)),
     ],
 )
-def test_the_licence_of_weights_is_told_by_their_names_and_no_place_is(option, backbone, expected):
+def test_licence_of_weights_follows_from_their_name(option, backbone, expected):
     found = source_of({"backbone": backbone, "choices": {"backbone": option}}, "abc")
     assert tuple(found[key] for key in ("weights", "revision", "licence", "gated")) == expected
     assert found["hash"] == "abc" and found["name"] == ("timm resnet" if option == "timm" else option)
@@ -100,20 +100,20 @@ def test_a_folder_of_a_hub_ids_name_is_a_folder(tmp_path, monkeypatch):
     assert found["weights"] == "dinov2-small@main" and found["revision"] is None
 
 
-def test_scores_that_are_not_there_are_told_before_the_model_is_made(best, tmp_path, monkeypatch):
+def test_missing_scores_are_reported_before_loading_the_model(best, tmp_path, monkeypatch):
     monkeypatch.setattr(source, "load_trained", lambda cfg: pytest.fail("the model was made"))
     cfg = OmegaConf.create({"resume": str(best), "backbone": {"weights": "random"}})
     with pytest.raises(UserError, match="export.scores=.*nowhere is not a run folder"):
         write.export_model(ModelSource(cfg), out_dir=tmp_path, scores=str(tmp_path / "nowhere"))
 
 
-def test_no_place_of_this_machine_is_kept():
+def test_exported_config_holds_no_local_path():
     config = {"a": "~/x/y.pth", "b": ["./z", "../q/r", "plain/z"], "classes": ["/road"], "c": "/home/me/w"}
     kept = {"a": "y.pth", "b": ["z", "r", "plain/z"], "classes": ["/road"], "c": "w"}
     assert write._strip_folders(config) == kept
 
 
-def test_a_head_of_others_is_not_passed_on_unless_asked():
+def test_foreign_head_is_not_exported_by_default():
     with pytest.raises(UserError, match="weights of the head head.pth"):
         write._check_licence({"gated": False}, "head.pth", ["model/head.classify.weight"])
     write._check_licence({"gated": False}, "head.pth", ["model/backbone.norm.weight"])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import numpy as np
 import pytest
-from portable_parts import TINY, exported, graph_with_weights, untrained
+from portable_parts import TINY, export_file, graph_with_weights, write_untrained
 
 import dinoseg
 from dinoseg import Model
@@ -47,7 +47,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def file(compose, tmp_path):
-    return exported(untrained(compose, tmp_path, *TINY, "adapter=full", "head=linear"), tmp_path / "out")
+    return export_file(write_untrained(compose, tmp_path, *TINY, "adapter=full", "head=linear"), tmp_path / "out")
 
 
 def test_a_model_comes_back_from_the_hub(hub, file):
@@ -64,7 +64,7 @@ def test_a_model_comes_back_from_the_hub(hub, file):
     assert not any(TOKEN.encode() in path.read_bytes() for path in hub.folder.rglob("*") if path.is_file())
 
 
-def test_gated_weights_are_not_uploaded_unless_asked(hub, file):
+def test_gated_weights_are_not_uploaded_by_default(hub, file):
     model = dinoseg.load(file, device="cpu")
     of_meta = {**model.facts.backbone, "licence": "DINOv3 License", "gated": True}
     model.facts = ModelFacts(
@@ -76,7 +76,7 @@ def test_gated_weights_are_not_uploaded_unless_asked(hub, file):
     model.push_to_hub("me/mine", gated=True)
 
 
-def test_a_hub_that_does_not_answer_is_one_message_without_the_token(file, monkeypatch):
+def test_hub_failure_is_one_message_without_the_token(file, monkeypatch):
     model = dinoseg.load(file, device="cpu")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -104,7 +104,7 @@ def test_a_place_without_a_model_is_refused(tmp_path, file):
             Model.from_pretrained(source)
 
 
-def test_the_card_holds_scores_and_licence_and_nothing_that_a_file_makes_up():
+def test_model_card_has_scores_and_licence_and_escapes_markup():
     official = {"protocol": "IDD", "scores": {"miou": 0.5}, "ci95": {"miou": [0.4, 0.6]}, "n": 12, "unit": "image"}
     scores = {
         "split": "val",
@@ -144,7 +144,7 @@ def test_names_in_the_card_are_spans_of_code(name):
     assert re.fullmatch(r"\| 0 \| `[^`|]+` \| \(0, 0, 0\) \| - \|", line)
 
 
-def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_hub_client_names_the_package_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     facts = ModelFacts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
     (tmp_path / "model.safetensors").touch()
@@ -158,7 +158,7 @@ def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
             ask()
 
 
-def test_odd_numbers_and_codes_of_a_file_are_harmless_in_the_card_and_on_a_terminal():
+def test_model_card_omits_invalid_numbers_and_control_codes():
     scores = {"values": {"miou": 10**400, "dice": float("nan")}, "per_class": [1]}
     facts = ModelFacts(("a",), ((0, 0, 0),), 255, scores=scores, backbone={"name": "\x1b[2J"})
     card = model_card(facts, "me/mine")
@@ -166,7 +166,7 @@ def test_odd_numbers_and_codes_of_a_file_are_harmless_in_the_card_and_on_a_termi
     assert "\x1b" not in card + repr(Model(SimpleNamespace(name="onnx"), facts))
 
 
-def test_weights_beside_a_graph_go_with_it_if_it_knows_them_by_the_hubs_name(hub, tmp_path):
+def test_external_weights_are_uploaded_with_their_graph(hub, tmp_path):
     facts = ModelFacts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
     graph_with_weights(tmp_path, "mine.onnx.data").rename(tmp_path / "mine.onnx")
     graph_with_weights(tmp_path, "model.onnx.data")
@@ -189,7 +189,7 @@ def test_weights_beside_a_graph_go_with_it_if_it_knows_them_by_the_hubs_name(hub
     ]
 
 
-def test_gated_weights_that_say_nothing_of_where_they_are_count_as_in_the_file(hub, tmp_path):
+def test_gated_weights_count_as_in_the_file_unless_stated(hub, tmp_path):
     facts = ModelFacts(("a",), ((0, 0, 0),), 255, backbone={"gated": True})
     graph_with_weights(tmp_path, None)
     with pytest.raises(UserError, match="gated=True"):

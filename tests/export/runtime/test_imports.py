@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from portable_parts import TINY, exported, untrained
+from portable_parts import TINY, export_file, write_untrained
 
 HEAVY = (
     *("timm", "transformers", "peft", "accelerate", "bitsandbytes", "torchvision", "scipy", "sklearn", "matplotlib"),
@@ -37,11 +37,11 @@ print(json.dumps(found))
 
 @pytest.mark.heavy  # processes that import torch, timm and transformers
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process that has imported torch")
-def test_a_load_imports_what_its_model_needs(compose, tmp_path):
+def test_loading_imports_only_dependencies_of_the_model(compose, tmp_path):
     works = []
     for kind, (words, imports) in KINDS.items():
-        path = untrained(compose, tmp_path / kind, *words, "head=linear")
-        file = exported(path, tmp_path / kind / "out")
+        path = write_untrained(compose, tmp_path / kind, *words, "head=linear")
+        file = export_file(path, tmp_path / kind / "out")
         works += [imports, f"import dinoseg; dinoseg.load({str(file)!r}, device='cpu')"]
     words = [sys.executable, "-c", CODE, json.dumps(HEAVY), json.dumps(works)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -15,9 +15,9 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from portable_parts import TINY, exported, untrained
+from portable_parts import TINY, export_file, write_untrained
 from safetensors.torch import load_file
-from test_hostile_checkpoints import CASES, tampered
+from test_hostile_checkpoints import CASES, write_tampered
 
 import dinoseg
 from dinoseg.experiment.builder import Builder
@@ -46,7 +46,7 @@ def file(trained, tmp_path_factory):
     return shutil.copyfile(trained / "exported/model.safetensors", path)
 
 
-def test_a_file_predicts_what_mode_predict_does(trained, file, tmp_path, monkeypatch):
+def test_file_predicts_the_same_as_mode_predict(trained, file, tmp_path, monkeypatch):
     words = ("engine=cpu", "input=clip", "hydra.run.dir=predicted")
     assert call(trained, "mode=predict", "resume=segmenter", *words).status == 0
     monkeypatch.chdir(tmp_path)
@@ -71,7 +71,7 @@ def test_a_file_goes_through_every_mode_as_a_checkpoint(trained, file):
     assert ours == theirs
 
 
-def test_a_folder_of_an_export_is_taken_for_its_file_by_the_runtime_that_is_asked_for(trained, file, tmp_path):
+def test_export_folder_loads_the_file_of_the_requested_runtime(trained, file, tmp_path):
     folder = shutil.copyfile(file, tmp_path / "model.safetensors").parent
     (folder / "model.onnx").touch()
     assert dinoseg.load(folder, device="cpu").file == dinoseg.Model.from_pretrained(folder).file == folder / file.name
@@ -83,7 +83,7 @@ def test_a_folder_of_an_export_is_taken_for_its_file_by_the_runtime_that_is_aske
     assert done.status == 0, done.err
 
 
-def test_a_file_says_what_it_is(trained, file, tmp_path):
+def test_file_describes_its_classes_scores_data_and_versions(trained, file, tmp_path):
     facts = dinoseg.load(file, device="cpu").facts
     scores = json.loads((trained / "segmenter/evaluation/scores.json").read_text())
     assert facts.classes == ("dark", "bright") and facts.scores["values"]["miou"] == scores["miou"]
@@ -92,11 +92,11 @@ def test_a_file_says_what_it_is(trained, file, tmp_path):
     assert facts.versions["torch"] == torch.__version__.partition("+")[0] and not facts.delta
     assert facts.normalisation["mean"] != facts.normalisation["std"] and "_target_" not in facts.sizes["inference"]
     assert str(trained).encode() not in file.read_bytes()[: 2**20]
-    again = dinoseg.load(exported(file, tmp_path / "again"), device="cpu").facts
+    again = dinoseg.load(export_file(file, tmp_path / "again"), device="cpu").facts
     assert again.scores == facts.scores and again.data == facts.data
 
 
-def test_nothing_of_hydra_or_chance_is_left_in_the_program(file):
+def test_loading_leaves_hydra_and_random_state_unchanged(file):
     OmegaConf.register_new_resolver("len", lambda value: "mine", replace=True)
     OmegaConf.clear_resolver("cells")
     state = torch.random.get_rng_state()
@@ -170,23 +170,23 @@ QUICK = ("packaged, LoRA",)
     ],
 )
 def test_each_kind_of_model_is_the_same_from_its_file(compose, tmp_path, words):
-    path, image = untrained(compose, tmp_path, *words), picture()
+    path, image = write_untrained(compose, tmp_path, *words), picture()
     theirs = dinoseg.load(path, device="cpu").predict(image)
     assert len(theirs.probabilities.std(axis=(1, 2)).nonzero()[0])
     for delta in (False, True):
         if delta and words[0] != "backbone=tiny_surgical":
             with pytest.raises(UserError, match="export.delta=true: this backbone cannot be downloaded"):
-                exported(path, tmp_path / "delta", delta=True)
+                export_file(path, tmp_path / "delta", delta=True)
             continue
-        file = exported(path, tmp_path / ("delta" if delta else "whole"), delta=delta)
+        file = export_file(path, tmp_path / ("delta" if delta else "whole"), delta=delta)
         ours = dinoseg.load(file, device="cpu").predict(image)
         assert (ours.probabilities == theirs.probabilities).all() and (ours.mask == theirs.mask).all()
 
 
-def test_a_file_is_asked_as_its_training_was_unless_told(compose, tmp_path):
+def test_file_uses_the_inference_of_its_training_by_default(compose, tmp_path):
     words = (*TINY, "adapter=frozen", "head=linear", "inference=windows", "inference.size=16")
-    path = untrained(compose, tmp_path, *words)
-    file, image = exported(path, tmp_path / "out"), picture(40, 56)
+    path = write_untrained(compose, tmp_path, *words)
+    file, image = export_file(path, tmp_path / "out"), picture(40, 56)
     model, whole = dinoseg.load(file, device="cpu"), dinoseg.load(file, device="cpu", inference="whole")
     assert model.facts.sizes["inference"]["option"] == "windows" and model.facts.sizes["inference"]["size"] == 16
     ours, theirs, other = (
@@ -207,23 +207,23 @@ def foreign_file(compose, folder):
     return path
 
 
-def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path, capsys):
+def test_gated_weights_are_not_exported_by_default(compose, tmp_path, capsys):
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=lora", "head=linear")
-    path = untrained(compose, tmp_path, *words)
+    path = write_untrained(compose, tmp_path, *words)
     with pytest.raises(UserError, match="DINOv3 License.*export.delta=true.*export.gated=true"):
-        exported(path, tmp_path / "out")
+        export_file(path, tmp_path / "out")
     assert not (tmp_path / "out/model.safetensors").exists()
     image = picture()
     theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
-    whole = exported(path, tmp_path / "out", gated=True)
+    whole = export_file(path, tmp_path / "out", gated=True)
     assert dinoseg.load(whole.parent, device="cpu").file == whole
     with pytest.raises(UserError, match="^backbone=.* holds its own backbone. Leave it out"):
         dinoseg.load(whole, backbone=weights)
     weights_elsewhere = weights.rename(tmp_path / "moved.safetensors")
     assert (dinoseg.load(whole, device="cpu").predict(image).probabilities == theirs).all()
     weights_elsewhere.rename(weights)
-    delta = exported(path, tmp_path / "delta", delta=True)
+    delta = export_file(path, tmp_path / "delta", delta=True)
     printed = capsys.readouterr().out
     assert 'backbone="FILE"' in printed and "it holds no scores" in printed
     assert delta.stat().st_size < whole.stat().st_size / 4
@@ -240,14 +240,14 @@ def test_gated_weights_are_not_passed_on_unless_asked(compose, tmp_path, capsys)
         dinoseg.load(delta, device="cpu", backbone="dinoseg:tiny_surgical")
 
 
-def test_weights_that_are_not_finite_become_no_file(compose, tmp_path):
+def test_non_finite_weights_are_not_exported(compose, tmp_path):
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=frozen", "head=linear")
-    path = untrained(compose, tmp_path, *words)  # the checkpoint itself is sound: it holds the head alone
+    path = write_untrained(compose, tmp_path, *words)  # the checkpoint itself is sound: it holds the head alone
     sound = load_file(weights)
     write_tensors(weights, sound | {"norm.weight": sound["norm.weight"] / 0}, {})
     with pytest.raises(UserError, match="norm.weight holds NaN or infinity"):
-        exported(path, tmp_path / "out", gated=True)
+        export_file(path, tmp_path / "out", gated=True)
     assert not list((tmp_path / "out").iterdir())
     write_tensors(weights, sound, {})
     held = checkpoint.read(path)
@@ -255,7 +255,7 @@ def test_weights_that_are_not_finite_become_no_file(compose, tmp_path):
     checkpoint.write(path, held.tensors, {key: value for key, value in held.info.items() if key != "format"})
     for delta in (True, False):
         with pytest.raises(UserError, match="best.safetensors: 1 of its tensors hold NaN"):
-            exported(path, tmp_path / "out", gated=True, delta=delta)
+            export_file(path, tmp_path / "out", gated=True, delta=delta)
 
 
 @pytest.mark.heavy
@@ -268,8 +268,8 @@ def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch
     (fetched / "refs/main").write_text(commit)
     some = Builder(compose(*words, "data.classes=[a]", "backbone.weights=random")).backbone()
     write_tensors(fetched / "snapshots" / commit / "model.safetensors", some.export_state(), {})
-    path = untrained(compose, tmp_path, *words)
-    file = exported(path, tmp_path / "out", delta=True)
+    path = write_untrained(compose, tmp_path, *words)
+    file = export_file(path, tmp_path / "out", delta=True)
     image = picture()
     theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
     (fetched / "refs/main").write_text("f" * 40)  # what main is now is another one, which is not here
@@ -283,13 +283,13 @@ def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch
         dinoseg.load(file)
 
 
-def test_what_is_trained_of_gated_weights_is_gated_and_takes_the_rest_from_elsewhere(compose, tmp_path):
+def test_delta_with_trained_gated_weights_is_gated(compose, tmp_path):
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "head=linear")
-    path = untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1")
+    path = write_untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1")
     with pytest.raises(UserError, match="export.gated=true"):
-        exported(path, tmp_path / "out", delta=True)
-    delta, image = exported(path, tmp_path / "out", delta=True, gated=True), picture()
+        export_file(path, tmp_path / "out", delta=True)
+    delta, image = export_file(path, tmp_path / "out", delta=True, gated=True), picture()
     theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
     moved = weights.rename(tmp_path / "moved.safetensors")
     assert (dinoseg.load(delta, device="cpu", backbone=moved).predict(image).probabilities == theirs).all()
@@ -301,10 +301,10 @@ def test_what_is_trained_of_gated_weights_is_gated_and_takes_the_rest_from_elsew
 def test_a_file_of_a_file_keeps_its_sources(compose, tmp_path):
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=frozen", "head=linear")
-    first = exported(untrained(compose, tmp_path, *words), tmp_path / "out", gated=True)
+    first = export_file(write_untrained(compose, tmp_path, *words), tmp_path / "out", gated=True)
     with pytest.raises(UserError, match="DINOv3 License"):
-        exported(first, tmp_path / "again")
-    again = exported(first, tmp_path / "again", gated=True)
+        export_file(first, tmp_path / "again")
+    again = export_file(first, tmp_path / "again", gated=True)
     assert dinoseg.load(again).facts.backbone["weights"] == weights.name
 
 
@@ -327,7 +327,7 @@ TAMPERED = CASES | MORE
 
 @pytest.mark.parametrize("case", TAMPERED.values(), ids=TAMPERED)
 def test_a_tampered_file_is_refused(tmp_path, sound, case):
-    path = tampered(tmp_path, sound, case(tmp_path))
+    path = write_tampered(tmp_path, sound, case(tmp_path))
     with pytest.raises(UserError) as refused:
         dinoseg.load(path, device="cpu")
     assert str(path) in str(refused.value) and len(str(refused.value)) < 1000
@@ -350,9 +350,9 @@ CHANGED = {
 
 
 @pytest.mark.parametrize(("tensors", "message"), CHANGED.values(), ids=CHANGED)
-def test_tensors_that_are_not_the_models_are_refused(tmp_path, sound, tensors, message):
+def test_foreign_tensors_are_refused(tmp_path, sound, tensors, message):
     with pytest.raises(UserError, match=message):
-        dinoseg.load(tampered(tmp_path, sound, {}, tensors(sound)), device="cpu")
+        dinoseg.load(write_tampered(tmp_path, sound, {}, tensors(sound)), device="cpu")
 
 
 def test_a_file_of_more_tensors_than_any_model_has_is_refused(file, monkeypatch):
@@ -361,18 +361,18 @@ def test_a_file_of_more_tensors_than_any_model_has_is_refused(file, monkeypatch)
         dinoseg.load(file, device="cpu")
 
 
-def test_large_pictures_are_brought_to_the_scale_of_the_training(tmp_path, sound):
+def test_large_images_are_reduced_to_the_training_scale(tmp_path, sound):
     said = sound.info["sizes"]
     image = picture(200, 300)
     as_trained, as_they_are = (
-        dinoseg.load(tampered(tmp_path, sound, {"sizes": sizes}), device="cpu").predict(image).probabilities
+        dinoseg.load(write_tampered(tmp_path, sound, {"sizes": sizes}), device="cpu").predict(image).probabilities
         for sizes in (said, {**said, "largest": 10**6})
     )
     assert as_trained.shape == as_they_are.shape and np.abs(as_trained - as_they_are).max() > 1e-3
 
 
-def test_a_place_that_the_caller_trusts_is_asked(tmp_path, sound):
-    path = tampered(tmp_path, sound, {"config/backbone/weights": "evil/weights"})
+def test_weights_from_a_trusted_source_are_loaded(tmp_path, sound):
+    path = write_tampered(tmp_path, sound, {"config/backbone/weights": "evil/weights"})
     with pytest.raises(UserError, match="trust=.evil/weights."):
         dinoseg.load(path, device="cpu")
     with pytest.raises(
@@ -381,13 +381,13 @@ def test_a_place_that_the_caller_trusts_is_asked(tmp_path, sound):
         dinoseg.load(path, device="cpu", trust=["evil/weights"])
 
 
-def test_facts_that_are_none_are_refused(tmp_path, sound):
+def test_invalid_facts_are_refused(tmp_path, sound):
     for place, value in (("facts", 3), ("facts/scores", [1]), ("facts/delta", "no"), ("facts/versions", {"torch": 2})):
         with pytest.raises(UserError, match="evil.safetensors: .*facts"):
-            dinoseg.load(tampered(tmp_path, sound, {place: value}), device="cpu")
+            dinoseg.load(write_tampered(tmp_path, sound, {place: value}), device="cpu")
 
 
-def test_what_is_no_file_of_dinoseg_is_refused(tmp_path, trained, file, sound):
+def test_foreign_damaged_or_newer_file_is_refused(tmp_path, trained, file, sound):
     whole = file.read_bytes()
     newer = {**sound.info, "format": 99}
     checkpoint.write(tmp_path / "newer.safetensors", sound.tensors, newer)
@@ -452,15 +452,15 @@ def test_scores_of_an_evaluation_come_with_the_file(trained, tmp_path):
     assert of_slots.status == 1 and "slot model" in of_slots.err
 
 
-def test_a_run_folder_is_loaded_by_its_best_checkpoint_even_beside_a_file(compose, tmp_path):
-    untrained(compose, tmp_path, *TINY)
+def test_run_folder_loads_its_best_checkpoint_despite_a_file(compose, tmp_path):
+    write_untrained(compose, tmp_path, *TINY)
     (tmp_path / "run/model.safetensors").touch()
     assert dinoseg.load(tmp_path / "run", device="cpu").file is None
 
 
-def test_names_that_begin_like_a_path_are_kept(compose, tmp_path):
-    path = untrained(compose, tmp_path, *TINY, "data.classes=['/road',b]", "data.group='/video'")
-    file = exported(path, tmp_path / "out")
+def test_class_names_that_look_like_paths_are_unchanged(compose, tmp_path):
+    path = write_untrained(compose, tmp_path, *TINY, "data.classes=['/road',b]", "data.group='/video'")
+    file = export_file(path, tmp_path / "out")
     said = checkpoint.describe(file)["config"]["data"]
     assert dinoseg.load(file).classes == ("/road", "b") and said["group"] == "/video" and said["root"] == "???"
 

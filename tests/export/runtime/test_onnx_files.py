@@ -31,7 +31,7 @@ LABELS = {"classes": ["dark", "bright"], "palette": [[0, 0, 0], [255, 255, 255]]
 @pytest.mark.parametrize("thresholds", [[0.5], [0.5, 0.5, 0.5], [0.5, 1.5]])
 def test_thresholds_that_do_not_fit_are_refused(tmp_path, thresholds):
     with pytest.raises(UserError, match=r"threshold(?s:.*)Export the model again"):
-        load_onnx(written(tmp_path, model(replace(RECORD, thresholds=thresholds))), device="cpu")
+        load_onnx(write_model(tmp_path, model(replace(RECORD, thresholds=thresholds))), device="cpu")
 
 
 def test_layers_reach_their_threshold_at_equal_probability():
@@ -42,7 +42,7 @@ def test_layers_reach_their_threshold_at_equal_probability():
     assert ids[0].tolist() == [[[1, 1], [1, 1]], [[1, 1], [1, 1]], [[0, 0], [0, 0]]]
 
 
-def changed(**values):
+def changed_record(**values):
     return GraphRecord.of(json.loads(json.dumps({**RECORD.plain(), **values})), "model.onnx")
 
 
@@ -69,7 +69,7 @@ def model(record=RECORD, labels=LABELS, nodes=None, initializers=(), opsets=("",
     return made
 
 
-def written(folder, made):
+def write_model(folder, made):
     path = folder / "model.onnx"
     path.write_bytes(made.SerializeToString())
     return path
@@ -78,7 +78,7 @@ def written(folder, made):
 @pytest.mark.parametrize(
     ("size", "content"), [((37, 50), (37, 50)), ((90, 41), (30, 14)), ((1, 1), (5, 3)), ((4, 200), (1, 33))]
 )
-def test_pictures_enter_as_torch_resizes_them(size, content):
+def test_images_are_resized_as_in_torch(size, content):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     given = pixels(image, Layout(content, (40, 56)), (0.5, 0.25, 0.125))
     floats = torch.from_numpy(image).permute(2, 0, 1)[None].double() / 255
@@ -96,27 +96,31 @@ def test_scores_and_masks_reach_pixels_as_in_torch(size):
     np.testing.assert_allclose(given, upsample(maps.double(), size, layout.valid)[0], atol=1e-5)
     masks, classes = 9 * torch.randn(1, 7, *grid, generator=draw), torch.randn(1, 7, 4, generator=draw)
     for no_object in (True, False):
-        record = changed(kind="masks", mixture=True, no_object=no_object)
+        record = changed_record(kind="masks", mixture=True, no_object=no_object)
         given = np.concatenate(list(bands([classes[0].numpy(), masks[0].numpy()], size, layout.valid, record)), axis=1)
         wanted = semantic_map(MaskOutputs(classes, masks), size, layout.valid, no_object)[0]
         np.testing.assert_allclose(given, wanted, atol=1e-5)
 
 
 def test_layouts_follow_the_size_policy_or_fit_one_size():
-    assert changed(longest=64).layout((100, 200)) == Layout((32, 64), (32, 64))
-    assert changed(typical=48, largest=99).layout((100, 50)) == Layout((48, 24), (48, 24))
-    assert changed(typical=48, largest=100).layout((100, 50)).content == (100, 50)
-    fixed = changed(size=[48, 64], batch=1)
+    assert changed_record(longest=64).layout((100, 200)) == Layout((32, 64), (32, 64))
+    assert changed_record(typical=48, largest=99).layout((100, 50)) == Layout((48, 24), (48, 24))
+    assert changed_record(typical=48, largest=100).layout((100, 50)).content == (100, 50)
+    fixed = changed_record(size=[48, 64], batch=1)
     assert fixed.layout((43, 61)) == Layout((43, 61), (48, 64))  # its own grid: as it is
     assert fixed.layout((480, 320)) == Layout((48, 32), (48, 64))
     assert fixed.layout((1, 30_000)) == Layout((1, 64), (48, 64))
 
 
-def test_a_file_is_a_model_to_use(tmp_path):
+def test_onnx_file_is_a_usable_model(tmp_path):
     image = np.zeros((20, 30, 3), np.uint8)
     image[:, 16:] = 255
-    for record in (RECORD, changed(size=[24, 32], batch=1), changed(kind="pixels", size=[24, 32], batch=2)):
-        path = written(tmp_path, model(record))
+    for record in (
+        RECORD,
+        changed_record(size=[24, 32], batch=1),
+        changed_record(kind="pixels", size=[24, 32], batch=2),
+    ):
+        path = write_model(tmp_path, model(record))
         out = dinoseg.load(path).predict([image, image, 255 - image])
         assert (out[1].mask == (image[..., 0] > 0)).all() and (out[2].mask == (image[..., 0] == 0)).all()
         assert out[0].probabilities.shape == (2, 20, 30)
@@ -124,7 +128,7 @@ def test_a_file_is_a_model_to_use(tmp_path):
 
 
 def test_numpy_pillow_and_onnxruntime_are_enough(tmp_path):
-    written(tmp_path, model())
+    write_model(tmp_path, model())
     code = """if True:
         import sys
         for name in ("torch", "hydra", "omegaconf", "safetensors", "onnx", "cv2", "matplotlib", "scipy"):
@@ -150,8 +154,8 @@ def test_numpy_pillow_and_onnxruntime_are_enough(tmp_path):
 @pytest.mark.parametrize(
     "given", [{"inference": "windows"}, {"precision": "bf16"}, {"backbone": "b.pth"}, {"head": "h.pth"}]
 )
-def test_what_cannot_be_asked_of_a_graph_is_refused(tmp_path, given):
-    (key, value), path = *given.items(), written(tmp_path, model())
+def test_unsupported_option_of_an_onnx_file_is_refused(tmp_path, given):
+    (key, value), path = *given.items(), write_model(tmp_path, model())
     with pytest.raises(UserError, match=f"^{key}={value}: .*model.onnx is an ONNX file, which processes whole images"):
         dinoseg.load(path, **given)
     assert (
@@ -161,7 +165,7 @@ def test_what_cannot_be_asked_of_a_graph_is_refused(tmp_path, given):
 
 def test_a_device_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="engine.device=cuda: this onnxruntime computes on cpu"):
-        load_onnx(written(tmp_path, model()), device="cuda")
+        load_onnx(write_model(tmp_path, model()), device="cuda")
 
 
 def external(location, length=4096, more=()):
@@ -176,7 +180,7 @@ def huge():
     return TensorProto(name="huge", data_type=TensorProto.FLOAT, dims=[2**20, 2**20], raw_data=b"1234")
 
 
-def looping():
+def branch_nodes():
     body = helper.make_graph([], "body", [], [])
     return [helper.make_node("If", ["image"], ["scores"], then_branch=body, else_branch=body)]
 
@@ -194,7 +198,7 @@ HOSTILE = {
     "a tensor of 4398046511104 bytes has 4": lambda: model(initializers=[huge()]),
     "operators of 'evil'": lambda: model(nodes=[helper.make_node("Run", ["image"], ["scores"], domain="evil")]),
     "operators of 'evil' ": lambda: model(opsets=("", "evil")),
-    "graphs inside graphs": lambda: model(nodes=looping()),
+    "graphs inside graphs": lambda: model(nodes=branch_nodes()),
 }
 
 
@@ -205,18 +209,18 @@ def test_hostile_files_are_refused_before_onnxruntime_sees_them(tmp_path, monkey
     (tmp_path / "link.data").symlink_to(tmp_path / "secret")
     monkeypatch.setattr("dinoseg.export.runtime.onnx_model.open_session", lambda *_, **__: pytest.fail("it was opened"))
     with pytest.raises(UserError, match=reason.strip()):
-        dinoseg.load(written(tmp_path, HOSTILE[reason]()))
+        dinoseg.load(write_model(tmp_path, HOSTILE[reason]()))
 
 
 def test_functions_of_the_files_own_are_refused(tmp_path):
     made = model()
     made.functions.append(onnx.FunctionProto(name="Mine"))
     with pytest.raises(UserError, match="functions or training code"):
-        read_metadata(written(tmp_path, made), KEY)
+        read_metadata(write_model(tmp_path, made), KEY)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00", b"no model at all", b"\x3a\xff\xff\xff\xff\x7f", b"\x80" * 40])
-def test_a_file_that_is_none_is_refused(tmp_path, content):
+def test_foreign_onnx_file_is_refused(tmp_path, content):
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
     with pytest.raises(UserError, match="not an ONNX file of dinoseg"):
@@ -239,22 +243,22 @@ def test_every_cut_and_changed_byte_ends_in_an_error_or_a_model(tmp_path):
     ("change", "reason"),
     [({"version": 2}, "version"), ({"kind": "code"}, "kind"), ({"scale": 0}, "scale"), ({"size": [0, 8]}, "size")],
 )
-def test_what_a_file_says_is_checked(tmp_path, change, reason):
+def test_invalid_metadata_of_an_onnx_file_is_refused(tmp_path, change, reason):
     made = model()
     made.metadata_props[0].value = json.dumps({"graph": {**RECORD.plain(), **change}, **LABELS})
     with pytest.raises(UserError, match=reason):
-        dinoseg.load(written(tmp_path, made))
+        dinoseg.load(write_model(tmp_path, made))
 
 
 def test_a_description_of_no_end_is_refused(tmp_path):
     with pytest.raises(UserError, match="its description is damaged"):
-        dinoseg.load(written(tmp_path, model(labels={**LABELS, "classes": ["x" * 2**20]})))
+        dinoseg.load(write_model(tmp_path, model(labels={**LABELS, "classes": ["x" * 2**20]})))
 
 
-def lying(nodes=None, **changes):
+def lying_model(nodes=None, **changes):
     """Return a model whose description says something else than its graph does."""
     made = model(
-        record=changed(**changes.pop("record", {})), labels={**LABELS, **changes.pop("labels", {})}, nodes=nodes
+        record=changed_record(**changes.pop("record", {})), labels={**LABELS, **changes.pop("labels", {})}, nodes=nodes
     )
     for part, value in changes.items():
         getattr(made.graph, part)[0].CopyFrom(value)
@@ -264,23 +268,23 @@ def lying(nodes=None, **changes):
 SCORES = [helper.make_node("AveragePool", ["image"], ["grid"], kernel_shape=[8, 8], strides=[8, 8])]
 WHOLE = helper.make_tensor_value_info("scores", TensorProto.INT64, ["batch", 3, "h", "w"])
 LIES = {
-    "its inputs or outputs differ from": lambda: lying(record={"kind": "masks", "mixture": True}),
-    "its inputs or outputs differ from ": lambda: lying(
+    "its inputs or outputs differ from": lambda: lying_model(record={"kind": "masks", "mixture": True}),
+    "its inputs or outputs differ from ": lambda: lying_model(
         input=helper.make_tensor_value_info("picture", TensorProto.FLOAT, ["batch", 3, "height", "width"]),
         nodes=[
             helper.make_node("AveragePool", ["picture"], ["grid"], kernel_shape=[8, 8], strides=[8, 8]),
             helper.make_node("Conv", ["grid", "weight", "bias"], ["scores"]),
         ],
     ),
-    r"returns float32 \[1, 2, 3, 4\] for 1 images, which are not scores of its 3 classes": lambda: lying(
+    r"returns float32 \[1, 2, 3, 4\] for 1 images, which are not scores of its 3 classes": lambda: lying_model(
         labels={"classes": ["a", "b", "c"], "palette": [[0, 0, 0]] * 3}
     ),
-    r"returns int64 \[1, 3, 3, 4\] for 1 images": lambda: lying(
+    r"returns int64 \[1, 3, 3, 4\] for 1 images": lambda: lying_model(
         labels={"classes": ["a", "b", "c"], "palette": [[0, 0, 0]] * 3},
         nodes=[*SCORES, helper.make_node("Cast", ["grid"], ["scores"], to=TensorProto.INT64)],
         output=WHOLE,
     ),
-    r"returns float32 \[1, 2, 1, 1, 3, 4\] for 1 images": lambda: lying(
+    r"returns float32 \[1, 2, 1, 1, 3, 4\] for 1 images": lambda: lying_model(
         nodes=[
             *SCORES,
             helper.make_node("Conv", ["grid", "weight", "bias"], ["flat"]),
@@ -289,18 +293,18 @@ LIES = {
         ],
         output=helper.make_tensor_value_info("scores", TensorProto.FLOAT, None),
     ),
-    r"onnxruntime cannot process images \[1, 3, 24, 32\] with it": lambda: lying(
+    r"onnxruntime cannot process images \[1, 3, 24, 32\] with it": lambda: lying_model(
         input=helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 8, 8])
     ),
-    "20 x 30 would enter the model at .*; the limit is 1000 pixels": lambda: lying(record={"scale": 64.0}),
+    "20 x 30 would enter the model at .*; the limit is 1000 pixels": lambda: lying_model(record={"scale": 64.0}),
 }
 
 
 @pytest.mark.parametrize("reason", LIES)
-def test_files_that_do_something_else_than_they_say_end_in_an_error(tmp_path, monkeypatch, reason):
+def test_graph_that_contradicts_its_metadata_raises_an_error(tmp_path, monkeypatch, reason):
     monkeypatch.setattr("dinoseg.export.runtime.onnx_pictures._MAX_PIXELS", 1000)
     with pytest.raises(UserError, match=reason.strip()):
-        dinoseg.load(written(tmp_path, LIES[reason]())).predict(np.zeros((20, 30, 3), np.uint8))
+        dinoseg.load(write_model(tmp_path, LIES[reason]())).predict(np.zeros((20, 30, 3), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -311,15 +315,15 @@ def test_files_that_do_something_else_than_they_say_end_in_an_error(tmp_path, mo
         ("onnx_check._MAX_NODES", 1, "it has more than 1 nodes"),
     ],
 )
-def test_what_is_read_of_a_file_is_bounded(tmp_path, monkeypatch, bound, most, reason):
+def test_metadata_reading_is_bounded(tmp_path, monkeypatch, bound, most, reason):
     monkeypatch.setattr(f"dinoseg.export.runtime.{bound}", most)
     with pytest.raises(UserError, match=reason):
-        read_metadata(written(tmp_path, model()), KEY)
+        read_metadata(write_model(tmp_path, model()), KEY)
 
 
 @pytest.mark.parametrize("no_object", [True, False])
-def test_masks_and_their_classes_are_asked_as_they_are_said_to_be(tmp_path, no_object):
-    record = changed(kind="masks", mixture=True, no_object=no_object)
+def test_mask_outputs_are_read_as_the_metadata_states(tmp_path, no_object):
+    record = changed_record(kind="masks", mixture=True, no_object=no_object)
     made = model(record)
     del made.graph.output[:]
     queries = np.float32([[[9, 0, 0], [0, 9, 0]]])[..., : 2 + no_object]  # one of each class
@@ -329,20 +333,22 @@ def test_masks_and_their_classes_are_asked_as_they_are_said_to_be(tmp_path, no_o
         made.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     image = np.zeros((16, 24, 3), np.uint8)
     image[:, 12:] = 255
-    assert (dinoseg.load(written(tmp_path, made)).predict(image).mask == (image[..., 0] > 0)).all()
+    assert (dinoseg.load(write_model(tmp_path, made)).predict(image).mask == (image[..., 0] > 0)).all()
     wrong = json.loads(json.dumps({"graph": {**record.plain(), "no_object": not no_object}, **LABELS}))
     made.metadata_props[0].value = json.dumps(wrong)
     with pytest.raises(UserError, match="which are not scores of its 2 classes"):
-        dinoseg.load(written(tmp_path, made)).predict(image)
+        dinoseg.load(write_model(tmp_path, made)).predict(image)
 
 
-def test_a_file_is_run_as_what_it_was_looked_at_whatever_its_name(tmp_path):
-    path = written(tmp_path, model()).rename(tmp_path / "model.ort")  # which onnxruntime has a format of its own for
+def test_onnx_file_is_run_as_onnx_whatever_its_suffix(tmp_path):
+    path = write_model(tmp_path, model()).rename(
+        tmp_path / "model.ort"
+    )  # which onnxruntime has a format of its own for
     assert dinoseg.load(path, runtime="onnx").predict(np.zeros((20, 30, 3), np.uint8)).mask.sum() == 0
 
 
-def test_what_the_system_or_an_older_onnxruntime_refuses_is_one_message(tmp_path, monkeypatch):
-    path = written(tmp_path, model())
+def test_onnx_read_errors_are_one_message(tmp_path, monkeypatch):
+    path = write_model(tmp_path, model())
     path.chmod(0o400)  # to read is enough
     assert dinoseg.load(path).classes == ("dark", "bright")
     newer = model(opsets=("", "ai.onnx"))
@@ -356,7 +362,7 @@ def test_what_the_system_or_an_older_onnxruntime_refuses_is_one_message(tmp_path
 
 def written_new(folder, made):
     (folder / "newer").mkdir()
-    return written(folder / "newer", made)
+    return write_model(folder / "newer", made)
 
 
 def _no_disk(*_, **__):

@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 from onnx import TensorProto, helper, numpy_helper
-from test_onnx_files import model, written
+from test_onnx_files import model, write_model
 
 import dinoseg
 from dinoseg.export.runtime import onnx_model
@@ -25,7 +25,7 @@ def varint(number):
     return bytes([group | 128 for group in groups[:-1]] + groups[-1:])
 
 
-def delimited(tag, content):
+def delimited_field(tag, content):
     return varint(tag) + varint(len(content)) + content
 
 
@@ -35,22 +35,22 @@ LOOP = helper.make_node(
 FOREIGN = helper.make_node("Gelu", ["image"], ["scores"], domain="com.microsoft").SerializeToString()
 # fields whose tags parsers cut to 32 bits
 HIDDEN = {
-    "a graph with a loop": lambda: delimited(7 << 3 | 2 | 1 << 40, delimited(1 << 3 | 2, LOOP)),
-    "foreign operators": lambda: delimited(7 << 3 | 2 | 1 << 32, delimited(1 << 3 | 2, FOREIGN)),
-    "a function": lambda: delimited(25 << 3 | 2 | 1 << 35, onnx.FunctionProto(name="Mine").SerializeToString()),
-    "a field of number 0": lambda: delimited(2, b"1"),
-    "an unknown field": lambda: delimited(99 << 3 | 2, b"1"),
-    "a second graph": lambda: delimited(7 << 3 | 2, delimited(1 << 3 | 2, FOREIGN)),
+    "a graph with a loop": lambda: delimited_field(7 << 3 | 2 | 1 << 40, delimited_field(1 << 3 | 2, LOOP)),
+    "foreign operators": lambda: delimited_field(7 << 3 | 2 | 1 << 32, delimited_field(1 << 3 | 2, FOREIGN)),
+    "a function": lambda: delimited_field(25 << 3 | 2 | 1 << 35, onnx.FunctionProto(name="Mine").SerializeToString()),
+    "a field of number 0": lambda: delimited_field(2, b"1"),
+    "an unknown field": lambda: delimited_field(99 << 3 | 2, b"1"),
+    "a second graph": lambda: delimited_field(7 << 3 | 2, delimited_field(1 << 3 | 2, FOREIGN)),
     "a version of 70 bits": lambda: varint(1 << 3) + varint(1 << 69 | 10),
-    "a group": lambda: varint(7 << 3 | 3) + delimited(1 << 3 | 2, LOOP) + varint(7 << 3 | 4),
-    "a tag longer than it has to be": lambda: b"\xba\x80\x80\x80\x00" + delimited(0, b"")[1:],
+    "a group": lambda: varint(7 << 3 | 3) + delimited_field(1 << 3 | 2, LOOP) + varint(7 << 3 | 4),
+    "a tag longer than it has to be": lambda: b"\xba\x80\x80\x80\x00" + delimited_field(0, b"")[1:],
 }
 
 
 @pytest.mark.parametrize("what", HIDDEN)
 def test_fields_that_parsers_may_read_otherwise_are_refused(tmp_path, monkeypatch, what):
     monkeypatch.setattr("dinoseg.export.runtime.onnx_model.open_session", lambda *_, **__: pytest.fail("it was opened"))
-    path = written(tmp_path, model())
+    path = write_model(tmp_path, model())
     path.write_bytes(path.read_bytes() + HIDDEN[what]())
     with pytest.raises(UserError, match="not an ONNX file of dinoseg"):
         dinoseg.load(path)
@@ -68,12 +68,12 @@ def tree(view, kind, reader):
     return found
 
 
-def parsed(message):
+def plain_fields(message):
     """Return all that protobuf finds in a message, which has to know each field."""
     assert not len(UnknownFieldSet(message))
     found = {}
     for field, value in message.ListFields():
-        plain = (lambda each: parsed(each)) if field.type == field.TYPE_MESSAGE else (lambda each: each)
+        plain = (lambda each: plain_fields(each)) if field.type == field.TYPE_MESSAGE else (lambda each: each)
         found[field.name] = [plain(each) for each in value] if field.is_repeated else plain(value)
     return found
 
@@ -103,9 +103,9 @@ def rich():
     return made.SerializeToString()
 
 
-def test_what_is_accepted_is_what_protobuf_reads():
+def test_accepted_bytes_are_parsed_as_protobuf_does():
     whole, rng, accepted = rich(), np.random.default_rng(0), 0
-    assert same(tree(memoryview(whole), "ModelProto", WireReader()), parsed(onnx.ModelProto.FromString(whole)))
+    assert same(tree(memoryview(whole), "ModelProto", WireReader()), plain_fields(onnx.ModelProto.FromString(whole)))
     pieces = [varint(1 << bits | tag) for bits in (0, 31, 32, 35, 63, 64, 69) for tag in (2, 8, 10, 58, 0x7FFFFFFF)]
     for _ in range(4000):
         changed = bytearray(whole)
@@ -119,7 +119,7 @@ def test_what_is_accepted_is_what_protobuf_reads():
             continue
         accepted += 1
         try:
-            known = parsed(onnx.ModelProto.FromString(bytes(changed)))
+            known = plain_fields(onnx.ModelProto.FromString(bytes(changed)))
         except DecodeError:  # then no runtime runs it
             continue
         assert same(found, known), bytes(changed)
@@ -129,12 +129,12 @@ def test_what_is_accepted_is_what_protobuf_reads():
 @pytest.mark.parametrize(("number", "size"), [(4, 4), (10, 8)])
 def test_packed_numbers_are_bounded(monkeypatch, number, size):
     monkeypatch.setattr("dinoseg.export.runtime.onnx_check._MAX_FIELDS", 50)
-    packed = memoryview(delimited(number << 3 | 2, bytes(size * 50)))
+    packed = memoryview(delimited_field(number << 3 | 2, bytes(size * 50)))
     with pytest.raises(Damaged, match="more than 50 fields"):
         WireReader().message(packed, "TensorProto")
 
 
-def test_an_allocator_that_the_program_has_registered_is_kept(monkeypatch):
+def test_existing_onnxruntime_allocator_is_left_alone(monkeypatch):
     monkeypatch.setattr("onnxruntime.create_and_register_allocator", lambda *_: 1 / 0)
     onnx_model._bound_memory.__wrapped__()
 
@@ -154,7 +154,7 @@ GROWING = """if True:
 
 
 @pytest.mark.parametrize("operator", ["ConstantOfShape", "Tile", "Concat"])
-def test_what_a_graph_computes_is_bounded_in_memory(tmp_path, operator):
+def test_memory_of_a_graph_is_bounded(tmp_path, operator):
     sizes = numpy_helper.from_array(np.int64([2**28]), "sizes")
     times = numpy_helper.from_array(np.int64([1, 1, 2**10, 2**8]), "times")
     nodes = {
@@ -167,7 +167,7 @@ def test_what_a_graph_computes_is_bounded_in_memory(tmp_path, operator):
             for step in range(10)
         ],
     }[operator]
-    path = written(
+    path = write_model(
         tmp_path,
         model(
             nodes=[

@@ -46,7 +46,7 @@ def picture(height=5, width=7):
     return draw.integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
-def test_one_picture_gives_all_that_is_asked(model):
+def test_prediction_has_mask_areas_probabilities_and_overlay(model):
     image = picture()
     out = model.predict(image)
     assert out.mask.dtype == np.uint8 and (out.mask == (image[..., 0] > 127)).all()
@@ -74,12 +74,12 @@ def test_one_picture_gives_all_that_is_asked(model):
         lambda rgb: rgb[:, ::-1][:, ::-1],
     ],
 )
-def test_a_picture_of_any_kind_is_the_same_picture(model, given):
+def test_images_in_all_supported_forms_are_equivalent(model, given):
     rgb = picture()
     assert (model.predict(given(rgb)).image == rgb).all()
 
 
-def test_a_mask_is_saved_whole_or_told_what_is_wrong(model, tmp_path):
+def test_mask_is_saved_or_the_error_is_reported(model, tmp_path):
     out = model.predict(picture())
     out.save(tmp_path / "deeper/mask.png")
     assert (read_ids(tmp_path / "deeper/mask.png") == out.mask).all()
@@ -87,7 +87,7 @@ def test_a_mask_is_saved_whole_or_told_what_is_wrong(model, tmp_path):
         out.save(tmp_path / "deeper/mask.png/x.png")
 
 
-def test_grey_has_three_channels_and_a_tensor_is_read_channels_first(model):
+def test_grey_and_channels_first_images_are_converted(model):
     grey = picture()[..., 0]
     for given in (grey, grey[..., None], Image.fromarray(grey), torch.from_numpy(grey), torch.from_numpy(grey)[None]):
         assert (model.predict(given).image == grey[..., None]).all()
@@ -116,12 +116,12 @@ def test_grey_has_three_channels_and_a_tensor_is_read_channels_first(model):
         (Image.fromarray(np.zeros((5, 7), np.float32)), "holds floating-point values"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_the_remedy(model, given, message):
+def test_invalid_image_is_refused_with_a_remedy(model, given, message):
     with pytest.raises(UserError, match=message):
         model.predict(given)
 
 
-def test_pictures_of_one_size_go_together_and_keep_their_order(model):
+def test_images_of_one_size_are_batched_in_order(model):
     images = [picture(5, 7), picture(5, 7), picture(5, 7), picture(4, 7), picture(5, 7)]
     found = model.predict(images, batch_size=2)
     assert [out.image.shape for out in found] == [image.shape for image in images]
@@ -151,7 +151,7 @@ def test_a_folder_is_read_as_it_goes_in_the_order_of_numbers(model, tmp_path, ca
         model.predict(tmp_path, on_error="pass")
 
 
-def test_odd_picture_files_are_right_or_refused(model, tmp_path):
+def test_unusual_image_files_are_read_correctly_or_refused(model, tmp_path):
     rgb = picture(6, 9)
     turned = Image.fromarray(rgb)
     exif = turned.getexif()
@@ -171,7 +171,7 @@ def test_odd_picture_files_are_right_or_refused(model, tmp_path):
             model.predict(tmp_path / name)
 
 
-def test_facts_come_back_and_what_is_none_is_refused():
+def test_facts_round_trip_and_invalid_facts_are_refused():
     facts = ModelFacts(
         *(getattr(FACTS, key) for key in ("classes", "palette", "ignore_index")), {"mean": [0.5, 0.5, 0.5]}
     )
@@ -202,7 +202,7 @@ def test_no_torch_is_imported():
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "renamed.onnx"])
-def test_weights_beside_a_file_are_saved_with_it_under_the_name_that_it_knows(tmp_path, name):
+def test_external_weights_are_saved_under_their_referenced_name(tmp_path, name):
     file = graph_with_weights(tmp_path, "model.onnx.data").rename(tmp_path / name)
     (tmp_path / f"{name}.data").touch()  # which a renamed one does not know
     (tmp_path / "model.onnx.data").write_bytes(b"weights.")

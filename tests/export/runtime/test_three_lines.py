@@ -18,7 +18,7 @@ out = model.predict("picture.png")
 """
 
 
-def test_three_lines_in_an_empty_environment(trained, tmp_path_factory):
+def test_three_lines_predict_in_an_empty_environment(trained, tmp_path_factory):
     where, folder = tmp_path_factory.mktemp("elsewhere"), tmp_path_factory.mktemp("wheel")
     words = ("resume=segmenter", "engine=cpu")
     assert call(trained, "mode=export", "export=safetensors", *words, "hydra.run.dir=one").status == 0
@@ -59,7 +59,7 @@ except ModuleNotFoundError:
 """
 
 
-def test_an_onnx_file_runs_where_nothing_but_numpy_pillow_and_onnxruntime_is_installed(trained, tmp_path_factory):
+def test_onnx_file_needs_only_numpy_pillow_and_onnxruntime(trained, tmp_path_factory):
     where, folder = tmp_path_factory.mktemp("elsewhere"), tmp_path_factory.mktemp("wheel")
     shutil.copytree(trained / "clip", where / "clip")
     words = ("resume=segmenter", "engine=cpu")

@@ -35,7 +35,7 @@ def vit(family, **arch):
         ("num_channels", 4, "images are RGB"),
     ],
 )
-def test_wrong_values_of_a_transformer(family, key, value, rule):
+def test_wrong_transformer_values_are_refused(family, key, value, rule):
     with pytest.raises(UserError, match=rf"^arch\.{key}={value}\b.*{rule}.*\.$"):
         vit(family, **{key: value})
 
@@ -52,7 +52,7 @@ def test_wrong_values_of_a_transformer(family, key, value, rule):
         ("dinov2", "image_size", -1, "Give at least patch_size=8"),
     ],
 )
-def test_wrong_values_of_one_family(family, key, value, rule):
+def test_wrong_values_of_one_family_are_refused(family, key, value, rule):
     with pytest.raises(UserError, match=rf"^arch\.{key}={value}\b.*{rule}"):
         vit(family, **{key: value})
 
@@ -70,7 +70,7 @@ def test_wrong_values_of_one_family(family, key, value, rule):
         ("drop_path_rate", -0.1, "is not a probability"),
     ],
 )
-def test_wrong_values_of_a_convnext(key, value, rule):
+def test_wrong_convnext_values_are_refused(key, value, rule):
     with pytest.raises(UserError, match=rf"^arch\.{key}={re.escape(str(value))}.*{rule}"):
         ConvNext(STAGES | {key: value}, "random", 32)
 
@@ -89,12 +89,12 @@ def test_a_patch_has_a_size(family, patch_size):
         TransformersVit(family, SMALL, "random", patch_size)
 
 
-def test_what_transformers_refuses_for_reasons_of_its_own_is_refused():
+def test_arch_refused_by_transformers_is_refused():
     with pytest.raises(UserError, match=r"^arch=\{'out_indices': \[99\]\}: .*99.*Correct the value"):
         configuration("dinov2", {"out_indices": [99]})
 
 
-def test_values_that_can_be_arrive():
+def test_valid_values_reach_the_model():
     config = configuration("dinov3_vit", SMALL | {"patch_size": 8, "hidden_act": "silu", "pos_embed_rescale": None})
     assert (config.hidden_size, config.patch_size, config.hidden_act, config.pos_embed_rescale) == (24, 8, "silu", None)
 

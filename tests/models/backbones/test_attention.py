@@ -43,7 +43,7 @@ def draw(rows, tokens, seed=0, batch=2):
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(3, 11), (1, 2), (7, 7), (2, 40)])
-def test_masked_rows_and_free_rows_equal_attention_with_a_dense_mask(rows, tokens):
+def test_masked_attention_equals_attention_with_a_dense_mask(rows, tokens):
     query, key, value, mask = draw(rows, tokens)
     dense = torch.ones(2, tokens, tokens, dtype=torch.bool)
     dense[:, :rows] = mask[:, 0]
@@ -145,7 +145,7 @@ def test_products_of_bfloat16_equal_attention_of_one_call(monkeypatch, tokens, h
 
 
 @pytest.mark.parametrize("scale", [0.02, 0.1, 0.4])
-def test_products_round_as_attention_that_is_written_out_in_bfloat16(scale):
+def test_attention_by_products_rounds_like_bfloat16(scale):
     """Both against float64: values and gradients, from even attention to sharp one."""
 
     def in_float64(query, key, value):
@@ -183,7 +183,7 @@ def test_products_are_differentiated_once():
         (False, torch.bfloat16, 0.0, False),
     ],
 )
-def test_products_are_taken_where_they_are_faster(products, monkeypatch, faster, dtype, dropout, taken, learns):
+def test_products_are_used_where_they_are_faster(products, monkeypatch, faster, dtype, dropout, taken, learns):
     monkeypatch.setattr(attention, "_products_are_faster", lambda: faster)
     query, key, value, _ = (part.to(dtype) for part in draw(1, 130))
     for rows in (130, 5):  # those of many rows alone
@@ -228,7 +228,7 @@ def in_bfloat16(backbone, images=IMAGES):
         return backbone(images)[0]
 
 
-def test_blocks_of_timm_attend_by_products_and_learn_as_by_torchs_attention(products, timm_backbone, monkeypatch):
+def test_timm_blocks_use_products_with_equal_gradients(products, timm_backbone, monkeypatch):
     products.clear()
     blocks = len(timm_backbone.blocks)
     in_bfloat16(timm_backbone).square().sum().backward()
@@ -275,7 +275,7 @@ def test_a_block_that_fails_leaves_torchs_attention_as_it_was(products, timm_bac
         ({"dropout_p": 0.5}, False),
     ],
 )
-def test_what_timm_asks_of_attention_is_kept(products, options, taken):
+def test_intercepted_attention_preserves_timm_options(products, options, taken):
     parts = [(part / 3).bfloat16() for part in draw(1, 130)[:3]]
     torch.manual_seed(0)
     with attention._INTERCEPTED:
@@ -295,7 +295,7 @@ def test_a_mask_by_place_stays_torchs(products):
     torch.testing.assert_close(found, F.scaled_dot_product_attention(*parts, attn_mask=mask))
 
 
-def test_nothing_is_hooked_where_torchs_attention_is_as_fast(monkeypatch):
+def test_no_hook_is_installed_where_torch_is_as_fast(monkeypatch):
     monkeypatch.setattr(attention, "_products_are_faster", lambda: False)
     assert not any(module._forward_pre_hooks for module in TimmBackbone("test_vit", "random", 16).modules())
 
@@ -312,7 +312,7 @@ def test_nothing_is_hooked_where_torchs_attention_is_as_fast(monkeypatch):
         ((2, 3, 130, 4, 5),) * 3,  # windows apart
     ],
 )
-def test_other_axes_and_shared_heads_and_values_of_another_width_stay_torchs(products, of_query, of_key, of_value):
+def test_unsupported_attention_shapes_use_torch(products, of_query, of_key, of_value):
     parts = [torch.randn(shape).bfloat16() for shape in (of_query, of_key, of_value)]
     found = attend(*parts, None, dropout=0.0, scale=0.3)
     assert not products
@@ -351,7 +351,7 @@ def test_a_block_that_is_interrupted_is_forgotten_at_the_next(timm_backbone):
     assert not modes()
 
 
-def test_a_hook_that_fails_before_a_block_leaves_the_modes_of_others(timm_backbone):
+def test_failing_hook_restores_the_function_modes(timm_backbone):
     def fail(*_):
         raise ValueError("before")
 
@@ -416,7 +416,7 @@ def test_products_are_taken_of_enough_rows_on_a_cpu(products):
 
 
 @pytest.mark.parametrize("odd", range(3))
-def test_what_is_of_two_kinds_is_cast_by_torch(products, odd):
+def test_mixed_dtypes_use_the_attention_of_torch(products, odd):
     parts = [part.bfloat16() for part in draw(1, 130)[:3]]
     expected = F.scaled_dot_product_attention(*parts, scale=0.1)
     parts[odd] = parts[odd].float()
@@ -426,7 +426,7 @@ def test_what_is_of_two_kinds_is_cast_by_torch(products, odd):
 
 
 @pytest.mark.parametrize(("bf16", "amx", "faster"), [(True, False, True), (True, True, False), (False, False, False)])
-def test_products_are_faster_where_torchs_attention_does_not_use_the_processors(monkeypatch, bf16, amx, faster):
+def test_products_are_chosen_by_cpu_features(monkeypatch, bf16, amx, faster):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert attention._products_are_faster.__wrapped__() == faster

@@ -85,7 +85,7 @@ def test_it_is_transformers_own_at_any_size(family, size):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (27, 30)])
-def test_it_is_what_the_whole_model_puts_out_when_asked_for_attentions(family, size):
+def test_class_attention_equals_the_attentions_of_transformers(family, size):
     """Where the grid is the stored one: elsewhere transformers resamples positions unlike Meta."""
     backbone = build(family)
     _, found = backbone.with_class_attention(images(size))
@@ -180,15 +180,15 @@ def by_hand(attention, tokens, weight, bias, prefix, grid):
         for head in range(heads):
             columns = slice(head * dim, (head + 1) * dim)
             queries, keys = projected[image].chunk(3, dim=-1)[:2]
-            query = normed(attention.q_norm, queries[0, columns])
-            scores = torch.stack([query @ normed(attention.k_norm, key[columns]) / math.sqrt(dim) for key in keys])
+            query = layer_norm(attention.q_norm, queries[0, columns])
+            scores = torch.stack([query @ layer_norm(attention.k_norm, key[columns]) / math.sqrt(dim) for key in keys])
             weights = scores.exp() / scores.exp().sum()
             for cell in range(math.prod(grid)):
                 out[image, head, cell // grid[1], cell % grid[1]] = weights[prefix + cell]
     return out
 
 
-def normed(norm, vector):
+def layer_norm(norm, vector):
     if isinstance(norm, nn.Identity):
         return vector
     spread = ((vector - vector.mean()).square().mean() + norm.eps).sqrt()
@@ -271,7 +271,7 @@ def test_keys_are_the_projection_of_the_last_tapped_block(family, size):
     torch.testing.assert_close(maps[0], backbone(images(size))[0])
 
 
-def test_keys_of_dinov3_are_rotated_and_explain_its_class_attention():
+def test_rotated_keys_of_dinov3_explain_its_class_attention():
     backbone = build("dinov3_vit")
     attention = backbone.blocks[-1].attention
     queries = []

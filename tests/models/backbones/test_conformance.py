@@ -40,7 +40,7 @@ def noise(batch, size):
 
 
 @pytest.mark.slow
-def test_it_keeps_the_contract(name):
+def test_backbone_fulfils_the_contract(name):
     node = tiny_node(name)
     check_backbone(lambda layers: instantiate(OmegaConf.to_container(OmegaConf.merge(node, {"layers": layers}))))
 
@@ -62,7 +62,7 @@ def test_normalisation_is_inside(build):
     torch.testing.assert_close(inside(images)[0], plain(by_hand)[0])
 
 
-def test_prefix_tokens_are_dropped_and_positions_kept(build):
+def test_prefix_tokens_are_dropped_and_positions_preserved(build):
     """What changes in the image's corner changes the map there the most: no token is out of place."""
     backbone = build()
     images = noise(1, (4 * backbone.patch_size, 6 * backbone.patch_size))
@@ -74,7 +74,7 @@ def test_prefix_tokens_are_dropped_and_positions_kept(build):
         assert divmod(int(difference.argmax()), 6) == (row, column)
 
 
-def test_the_class_token_s_attention_comes_with_the_maps_or_is_not_told_of(build, name):
+def test_class_attention_is_returned_with_the_maps_if_supported(build, name):
     backbone = build()
     assert getattr(backbone, "has_class_attention", False) == (name in WITH_CLASS_TOKEN)
     if name in WITH_CLASS_TOKEN:
@@ -85,7 +85,7 @@ def test_the_class_token_s_attention_comes_with_the_maps_or_is_not_told_of(build
         assert (found > 0).all() and (total < 1).all() and (total > 0.4).all()  # of these few tokens most are patches
 
 
-def test_a_frozen_backbone_rests_while_a_head_trains(build):
+def test_frozen_backbone_stays_in_eval_mode_while_a_head_trains(build):
     model = SegmentationModel(Frozen()(build()), Head()).train()
     assert not any(part.training for part in model.backbone.modules() if list(part.parameters()))
     images = noise(1, (64, 96))
@@ -179,7 +179,7 @@ def test_colours_that_cannot_be_are_refused(build, key, values, rule):
         build(**{key: values})
 
 
-def test_every_option_of_the_command_line_is_one_of_these_families():
+def test_every_backbone_option_belongs_to_a_tested_family():
     from config_files import options, read
 
     def base(option):

@@ -59,7 +59,7 @@ def meta_state():
     return state | {"norms.3.weight": state["norm.weight"].clone(), "norms.3.bias": state["norm.bias"].clone()}
 
 
-def padded(images):
+def pad_by_hand(images):
     """Normalise and pad without the backbone's help."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -83,7 +83,7 @@ def test_maps_cover_any_size_each_stage_on_its_grid(size):
 def test_the_last_map_is_the_models_own_output():
     backbone = shaken()
     images = torch.rand(2, 3, 45, 70)
-    tokens = backbone.model(padded(images)).last_hidden_state[:, 1:]  # without the averaged one
+    tokens = backbone.model(pad_by_hand(images)).last_hidden_state[:, 1:]  # without the averaged one
     torch.testing.assert_close(backbone(images)[0], tokens.transpose(1, 2).unflatten(2, (2, 3)))
 
 
@@ -94,7 +94,7 @@ def test_metas_file_gives_the_maps_of_timms_convnext(tmp_path):
     theirs = ConvNeXt(depths=DEPTHS, dims=WIDTHS, num_classes=0, ls_init_value=0.5).eval()
     theirs.load_state_dict(checkpoint_filter_fn(dict(state), theirs))
     images = torch.rand(2, 3, 50, 90)
-    maps = theirs.forward_intermediates(padded(images), intermediates_only=True)
+    maps = theirs.forward_intermediates(pad_by_hand(images), intermediates_only=True)
     last = F.layer_norm(maps[3].permute(0, 2, 3, 1), (24,), state["norm.weight"], state["norm.bias"], 1e-6)
     for ours, expected in zip(backbone(images), [last.permute(0, 3, 1, 2), maps[0], maps[2]], strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
@@ -130,7 +130,7 @@ def test_an_earlier_stage_is_the_same_without_those_after_it():
     assert len(cut.blocks) == 2 and cut.norm is None and "layer_norm.weight" not in cut.export_state()
 
 
-def test_images_of_a_batch_do_not_see_one_another_and_eval_repeats():
+def test_images_of_a_batch_are_independent_in_eval_mode():
     backbone = shaken("quarters", arch=ARCH | {"drop_path_rate": 0.5}).requires_grad_(False)
     images = torch.rand(2, 3, 40, 33)
     both, again = backbone(images), backbone(images)
@@ -139,7 +139,7 @@ def test_images_of_a_batch_do_not_see_one_another_and_eval_repeats():
         torch.testing.assert_close(part[1:], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_stochastic_depth_acts_in_training_only_if_asked_for():
+def test_stochastic_depth_acts_only_if_configured():
     images = torch.rand(4, 3, 32, 32)
     still = build().train()
     assert torch.equal(still(images)[0], still(images)[0])
@@ -154,7 +154,7 @@ def test_normalisation_is_inside():
     by_hand = (images - torch.tensor((0.1, 0.2, 0.3)).view(3, 1, 1)) / torch.tensor((0.5, 0.6, 0.7)).view(3, 1, 1)
     torch.testing.assert_close(given(images)[0], none(by_hand)[0])
     odd = torch.rand(2, 3, 33, 40)
-    torch.testing.assert_close(build().pixels(odd), padded(odd))
+    torch.testing.assert_close(build().pixels(odd), pad_by_hand(odd))
 
 
 def test_checkpointing_changes_no_gradient():

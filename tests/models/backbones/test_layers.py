@@ -20,7 +20,7 @@ def test_quarters_end_at_the_last_block(depth, blocks):
     assert resolve_layers("quarters", depth) == blocks
 
 
-def test_what_is_returned_can_be_changed():
+def test_resolved_layers_can_be_modified_safely():
     resolve_layers("quarters", 24).append(0)
     assert resolve_layers("quarters", 24) == [4, 11, 17, 23]
 
@@ -36,7 +36,7 @@ def test_numbers_out_of_range_are_refused_with_the_range(layers):
         resolve_layers(layers, 3)
 
 
-def test_other_words_and_too_few_blocks_are_refused():
+def test_unknown_words_and_too_few_blocks_are_refused():
     with pytest.raises(UserError, match=r"layers=thirds: give a list.*quarters"):
         resolve_layers("thirds", 12)
     with pytest.raises(UserError, match=r"layers=quarters needs four blocks.* has 3\..*linear or cnn"):
@@ -44,6 +44,6 @@ def test_other_words_and_too_few_blocks_are_refused():
 
 
 @pytest.mark.parametrize("layers", [["a"], [1.5], [0, "-1"], [True], [None], (-1, 1.0)])
-def test_numbers_that_are_not_whole_are_refused(layers):
+def test_non_integer_layers_are_refused(layers):
     with pytest.raises(UserError, match=r"layers=\[.*\]: block numbers are integers.*such as \[-1\]"):
         resolve_layers(layers, 3)

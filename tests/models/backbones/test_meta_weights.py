@@ -60,7 +60,7 @@ def kind(request):
 
 
 @pytest.fixture
-def saved(tmp_path):
+def save_state(tmp_path):
     def save(state, name="meta.pth"):
         torch.save(state, tmp_path / name)
         return tmp_path / name
@@ -133,23 +133,23 @@ def timm_eva(state, kind, _grid):
 
 
 @pytest.mark.parametrize("grid", [(SIDE, SIDE), (3, 3), (4, 9), (11, 2)])
-def test_features_of_every_block_are_those_of_timm(kind, grid, saved):
+def test_features_of_every_block_are_those_of_timm(kind, grid, save_state):
     state = state_of(kind)
     reference = (timm_eva if KINDS[kind][0] == "dinov3_vit" else timm_vit)(state, kind, grid).eval()
     images = torch.randn(2, 3, grid[0] * PATCH, grid[1] * PATCH)
     with torch.no_grad():
         expected = reference.forward_intermediates(images, norm=True, intermediates_only=True)
-        found = load(kind, saved(state))(images)
+        found = load(kind, save_state(state))(images)
     assert len(found) == len(expected) == DEPTH
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.abs().max() > 1
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
-def test_stored_periods_are_used_and_exported(saved, tmp_path):
+def test_stored_periods_are_used_and_exported(save_state, tmp_path):
     state = state_of("dinov3")
     state["rope_embed.periods"] = state["rope_embed.periods"] * 1.5
-    model = load("dinov3", saved(state))
+    model = load("dinov3", save_state(state))
     torch.testing.assert_close(model.model.rope_embeddings.inv_freq, 1 / state["rope_embed.periods"].float())
     images = torch.randn(1, 3, 24, 40)
     save_file(model.export_state(), tmp_path / "own.safetensors")
@@ -158,18 +158,18 @@ def test_stored_periods_are_used_and_exported(saved, tmp_path):
     assert not any("rope" in name for name in by_config)
 
 
-def test_local_norm_goes_to_its_place_or_nowhere(saved):
+def test_local_norm_goes_to_its_place_or_nowhere(save_state):
     family, arch, _ = KINDS["dinov3_7b"]
     state = state_of("dinov3_7b")
-    path = str(saved(state))
+    path = str(save_state(state))
     model = TransformersVit(family, arch, path, PATCH, local_cls_norm=True)
     assert torch.equal(model.local_cls_norm.weight, state["local_cls_norm.weight"])
     assert torch.equal(model.local_cls_norm.bias, state["local_cls_norm.bias"])
     assert TransformersVit(family, arch, path, PATCH).local_cls_norm is None
 
 
-def test_each_converted_tensor_has_memory_of_its_own(kind, saved, tmp_path):
-    state = load(kind, saved(state_of(kind))).model.state_dict()
+def test_each_converted_tensor_has_memory_of_its_own(kind, save_state, tmp_path):
+    state = load(kind, save_state(state_of(kind))).model.state_dict()
     save_file(state, tmp_path / "copy.safetensors")
     assert sum(v.numel() for v in load_file(tmp_path / "copy.safetensors").values()) == sum(
         v.numel() for v in state.values()
@@ -193,7 +193,7 @@ def test_same_names_in_any_file_format(name, tmp_path):
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("prefix", ["backbone.", "module.backbone."])
 @pytest.mark.parametrize("kind", ["dino", "dinov2", "dinov3"])
-def test_checkpoints_of_the_pretraining_give_the_teacher(kind, prefix, chunked, saved):
+def test_checkpoints_of_the_pretraining_give_the_teacher(kind, prefix, chunked, save_state):
     state = state_of(kind)
     names = {name: name.replace("blocks.", "blocks.0.") if chunked else name for name in state}
     teacher = {prefix + names[name]: value for name, value in state.items()}
@@ -201,11 +201,11 @@ def test_checkpoints_of_the_pretraining_give_the_teacher(kind, prefix, chunked, 
     student = {name: torch.zeros_like(value) for name, value in teacher.items()}
     whole = {"student": student, "teacher": teacher, "epoch": 7, "args": argparse.Namespace(lr=1), "dino_loss": {}}
     images = torch.randn(1, 3, 20, 30)
-    found = load(kind, saved(whole, "checkpoint.pth"))(images)[-1]
-    assert torch.equal(found, load(kind, saved(state))(images)[-1])
+    found = load(kind, save_state(whole, "checkpoint.pth"))(images)[-1]
+    assert torch.equal(found, load(kind, save_state(state))(images)[-1])
 
 
-def test_a_lone_student_is_taken():
+def test_checkpoint_of_a_student_alone_is_loaded():
     state = state_of("dino")
     assert (
         unwrap({"student": {f"module.backbone.{name}": value for name, value in state.items()}}).keys() == state.keys()
@@ -249,7 +249,7 @@ def test_input_is_left_as_it_was(kind):
     assert all(torch.equal(state[name], value) for name, value in before.items())
 
 
-def published(layout, **options):
+def published_state(layout, **options):
     sizes = {"width": layout.width, "depth": layout.depth, "patch": layout.patch_size, "heads": layout.width // 64}
     extras = {
         "registers": layout.registers,
@@ -267,7 +267,7 @@ def test_another_published_size_is_named(layout):
         rf"f\.pth: the file holds .*width {layout.width}, {layout.depth} blocks, patches of {layout.patch_size} px"
     )
     with pytest.raises(UserError, match=rf"{message}.*but the backbone is .*width 24.*backbone {OPTIONS[layout]}\b"):
-        from_meta(published(layout), _config(family, {**arch, "patch_size": PATCH}), "f.pth")
+        from_meta(published_state(layout), _config(family, {**arch, "patch_size": PATCH}), "f.pth")
 
 
 def option_config(option):
@@ -283,18 +283,18 @@ def test_names_of_published_sizes_are_backbone_options(option):
     assert config.hidden_size // config.num_attention_heads == (128 if option == "dinov3_vit7b16" else 64)
 
 
-def test_the_largest_is_taken_whole():
+def test_largest_published_model_is_converted_completely():
     layout = VitLayout("dinov3_vit", 4096, 40, 16, 4, gated=True)
-    state = published(layout, hidden=8192, qkv_bias=False, local=True)
+    state = published_state(layout, hidden=8192, qkv_bias=False, local=True)
     state["rope_embed.periods"] = torch.ones(32)
     converted = from_meta(state, option_config("dinov3_vit7b16"), "f.pth")
     assert sum(value.numel() for name, value in converted.items() if "inv_freq" not in name) == 6_716_043_264
 
 
 @pytest.mark.parametrize(("given", "wanted"), [("dinov2", "dinov2_reg"), ("dino", "dinov2"), ("dinov3", "dino")])
-def test_another_family_is_refused(given, wanted, saved):
+def test_another_family_is_refused(given, wanted, save_state):
     with pytest.raises(UserError, match=r"meta\.pth: the file holds a DINO.* but the backbone is a DINO.*Set family"):
-        load(wanted, saved(state_of(given)))
+        load(wanted, save_state(state_of(given)))
 
 
 @pytest.mark.parametrize(
@@ -308,13 +308,13 @@ def test_another_family_is_refused(given, wanted, saved):
         ("dino", {"intermediate_size": 48}, "another shape"),
     ],
 )
-def test_other_sizes_name_the_remedy(kind, changes, remedy, saved):
+def test_other_sizes_name_the_remedy(kind, changes, remedy, save_state):
     with pytest.raises(UserError, match=remedy):
-        load(kind, saved(state_of(kind)), layers=[-1], **changes)
+        load(kind, save_state(state_of(kind)), layers=[-1], **changes)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (7, 5), (1, 2, 3, 4, 5)])
-def test_no_odd_shape_gets_past_the_checks(kind, shape, monkeypatch, tmp_path):
+def test_wrong_shapes_are_refused(kind, shape, monkeypatch, tmp_path):
     """Whatever a tensor's shape: a message, and not an error from the middle of the conversion."""
     state = state_of(kind)
     monkeypatch.setattr("dinoseg.models.backbones.pretrained.read_weights", lambda _: odd)
@@ -326,23 +326,23 @@ def test_no_odd_shape_gets_past_the_checks(kind, shape, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("mask", [None, 1.0, math.nan])
-def test_a_key_bias_in_effect_is_refused(mask, saved):
+def test_a_key_bias_in_effect_is_refused(mask, save_state):
     state = state_of("dinov3")
     if mask is None:
         del state["blocks.1.attn.qkv.bias_mask"]
     else:
         state["blocks.1.attn.qkv.bias_mask"].fill_(mask)
     with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv\.bias(_mask)?\b"):
-        load("dinov3", saved(state))
+        load("dinov3", save_state(state))
 
 
-def test_zero_key_bias_needs_no_mask(saved):
+def test_zero_key_bias_needs_no_mask(save_state):
     state = state_of("dinov3")
-    masked = saved(state)
+    masked = save_state(state)
     plain = {name: value for name, value in state.items() if not name.endswith("bias_mask")}
     plain |= {name: value * state[f"{name}_mask"] for name, value in plain.items() if name.endswith("qkv.bias")}
     images = torch.randn(1, 3, 20, 30)
-    assert torch.equal(load("dinov3", saved(plain, "plain.pth"))(images)[-1], load("dinov3", masked)(images)[-1])
+    assert torch.equal(load("dinov3", save_state(plain, "plain.pth"))(images)[-1], load("dinov3", masked)(images)[-1])
 
 
 class Evil:
@@ -361,7 +361,7 @@ def test_code_in_a_file_is_not_run(zipped, tmp_path, capsys):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.99, 0.9999])
-def test_truncated_files_are_refused(share, zipped, saved, tmp_path):
+def test_truncated_files_are_refused(share, zipped, save_state, tmp_path):
     torch.save(state_of("dinov2"), tmp_path / "whole.pth", _use_new_zipfile_serialization=zipped)
     content = (tmp_path / "whole.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[: int(len(content) * share)])
@@ -370,7 +370,7 @@ def test_truncated_files_are_refused(share, zipped, saved, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"<html>404</html>", b"\x80\x04N.", pickle.dumps([1, 2], 2), b"PK\x03\x04junk"])
-def test_what_is_no_checkpoint_is_refused(content, tmp_path):
+def test_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     (tmp_path / "page.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"page\.pth: (not a readable PyTorch file|holds no )"):
         load("dino", tmp_path / "page.pth")
@@ -387,9 +387,9 @@ def test_what_is_no_checkpoint_is_refused(content, tmp_path):
         ({"downsample_layers.0.0.weight": torch.zeros(1)}, "holds a DINOv3 ConvNeXt.*dinov3_convnext_tiny"),
     ],
 )
-def test_other_content_is_refused(content, message, saved):
+def test_other_content_is_refused(content, message, save_state):
     with pytest.raises(UserError, match=rf"meta\.pth: .*{message}"):
-        load("dino", saved(content))
+        load("dino", save_state(content))
 
 
 def test_a_vit_is_refused_where_a_convnext_is_meant():
@@ -469,23 +469,23 @@ def without_registers(state, images):
 
 @pytest.mark.parametrize("wrapper", [None, "teacher", "model", "state_dict"])
 @pytest.mark.parametrize("scales", ["ls{}.gamma", "gamma_{}"])
-def test_surgenet_files_are_read(wrapper, scales, saved):
+def test_surgenet_files_are_read(wrapper, scales, save_state):
     state = surgenet_state()
     stored = {re.sub(r"ls([12])\.gamma", lambda match: scales.format(match[1]), name): state[name] for name in state}
     if wrapper:
         stored = {wrapper: {f"backbone.{name}": value for name, value in stored.items()}, "epoch": 50}
     images = torch.randn(2, 3, 3 * PATCH, 4 * PATCH)
-    found = load("dinov3", saved(stored), **SURGENET)(images)[-1]
+    found = load("dinov3", save_state(stored), **SURGENET)(images)[-1]
     torch.testing.assert_close(found, without_registers(state, images), atol=2e-5, rtol=0)
-    silent = load("dinov3", saved(surgenet_state(key_bias=False), "silent.pth"), **SURGENET)(images)[-1]
+    silent = load("dinov3", save_state(surgenet_state(key_bias=False), "silent.pth"), **SURGENET)(images)[-1]
     assert (silent - found).abs().max() > 1e-2  # keys are rotated after the bias, which therefore counts
 
 
-def test_a_key_bias_needs_the_setting(saved):
+def test_a_key_bias_needs_the_setting(save_state):
     with pytest.raises(UserError, match=r"key bias.*set arch\.key_bias=true"):
-        load("dinov3", saved(surgenet_state()), **SURGENET | {"key_bias": False})
+        load("dinov3", save_state(surgenet_state()), **SURGENET | {"key_bias": False})
     with pytest.raises(UserError, match=r"Set arch\.num_register_tokens=0\b"):
-        load("dinov3", saved(surgenet_state()))
+        load("dinov3", save_state(surgenet_state()))
 
 
 @pytest.mark.parametrize("size", ["s", "b", "l"])
@@ -502,21 +502,21 @@ def test_options_for_surgenet_have_its_sizes(size):
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "dinov2_reg", "dino"])
-def test_patch_kernels_are_resampled_as_in_timm(kind, saved):
+def test_patch_kernels_are_resampled_as_in_timm(kind, save_state):
     """The kernel of another patch size is that of timm, and all else stays."""
     state = state_of(kind)
     family, arch, _ = KINDS[kind]
-    model = TransformersVit(family, arch, str(saved(state)), 10, weights_patch_size=PATCH).eval()
+    model = TransformersVit(family, arch, str(save_state(state)), 10, weights_patch_size=PATCH).eval()
     kernel = model.model.embeddings.patch_embeddings.projection
     expected = resample_patch_embed(state["patch_embed.proj.weight"], [10, 10])
     torch.testing.assert_close(kernel.weight, expected)
     assert (kernel.stride, model.patch_size, model.model.config.patch_size) == ((10, 10), 10, 10)
     images = torch.randn(2, 3, 3 * PATCH, 4 * PATCH)
     enlarged = F.interpolate(images, scale_factor=10 / PATCH, mode="bicubic")
-    before, after = load(kind, saved(state), layers=[-1])(images)[-1], model(enlarged)[-1]
+    before, after = load(kind, save_state(state), layers=[-1])(images)[-1], model(enlarged)[-1]
     assert before.shape == after.shape == (2, WIDTH, 3, 4)
     with pytest.raises(UserError, match="patches of 8 px"):
-        TransformersVit(family, arch, str(saved(state)), 10)
+        TransformersVit(family, arch, str(save_state(state)), 10)
 
 
 def test_resampled_patches_see_enlarged_images_alike():

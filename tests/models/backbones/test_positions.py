@@ -60,7 +60,7 @@ def test_stored_grid_comes_back_untouched(offset, antialias):
     assert interpolate(positions, (5, 5), offset=offset, antialias=antialias) is positions
 
 
-def test_offset_matters():
+def test_position_offset_matters():
     """Without it, features of DINO and DINOv2 would differ from Meta's."""
     positions = torch.randn(1, 1 + 37 * 37, 2)
     with_offset = interpolate(positions, (20, 30), offset=0.1, antialias=False)

@@ -81,7 +81,7 @@ def test_every_other_file_is_refused(tmp_path, kind):
             pytest.fail(name)
 
 
-def test_transformers_keeps_quiet_while_loading_and_speaks_afterwards(tmp_path, capfd):
+def test_transformers_is_silent_only_while_loading(tmp_path, capfd):
     save_file(shaken("dinov3_vit", 1).export_state(), tmp_path / "cut.safetensors")
     seen = []
     handler = logging.Handler()
@@ -110,7 +110,7 @@ def test_bars_that_were_off_stay_off(tmp_path):
         their_logging.enable_progress_bar()
 
 
-def test_a_folder_that_asks_for_an_adapter_is_refused(tmp_path):
+def test_folder_of_an_adapter_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="holds adapter_config.json. Give the full weights"):
         load_model(None, str(tmp_path), lambda model: None)
@@ -126,7 +126,7 @@ def spoilt(value, fault):
     ("fault", "said"),
     [("int8", "is int8"), ("nan", "holds NaN or infinity"), ("-inf", "holds NaN or infinity")],
 )
-def test_weights_that_are_not_finite_floats_are_refused_by_file_and_name(tmp_path, monkeypatch, kind, fault, said):
+def test_weights_that_are_not_finite_floats_are_refused_by_name(tmp_path, monkeypatch, kind, fault, said):
     state = shaken(kind, 1).export_state()
     name = next(key for key in state if in_block(kind, 1) in key and key.endswith("weight"))
     state[name] = spoilt(state[name], fault)
@@ -164,7 +164,7 @@ def test_the_files_that_are_loaded_are_checked_and_no_others(tmp_path):
         build("vit", 1, tmp_path)
 
 
-def test_a_tensor_too_many_is_left_over_whatever_its_type(tmp_path):
+def test_additional_tensor_of_any_dtype_is_refused(tmp_path):
     state = shaken("vit", 1).export_state()
     save_file(state | {"position_ids": torch.arange(3)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="unexpected or of another shape .position_ids"):
@@ -175,7 +175,7 @@ def test_a_tensor_too_many_is_left_over_whatever_its_type(tmp_path):
         build("vit", 1, tmp_path / "w.safetensors")
 
 
-def test_what_the_hubs_client_fetches_is_checked(tmp_path, monkeypatch):
+def test_weights_fetched_from_the_hub_are_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     folder = tmp_path / "models--some--body" / "snapshots" / ("01" * 20)
     folder.mkdir(parents=True)

@@ -47,7 +47,7 @@ def test_each_patch_is_its_mean_colour(size, patch):
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
-def test_cosines_tell_colours_apart():
+def test_cosine_separates_colours():
     assert cosine([0.9, 0.2, 0.2], [0.7, 0.3, 0.3]) > 0.8
     assert cosine([0.9, 0.2, 0.2], [0.2, 0.2, 0.9]) < 0
     assert cosine([0.9, 0.9, 0.9], [0.1, 0.1, 0.1]) < -0.9  # of raw colours, all positive, it is 1
@@ -59,7 +59,7 @@ def test_padding_leaves_the_direction_of_a_colour():
     torch.testing.assert_close(torch.cosine_similarity(inside, border, dim=1), torch.ones(1, 1))
 
 
-def test_it_fits_where_a_frozen_backbone_does():
+def test_rgb_backbone_works_with_frozen_adapter():
     backbone = Frozen()(RgbBackbone())
     assert not list(backbone.parameters()) and not backbone.state_dict()
     model = SegmentationModel(backbone, LinearHead(3, 1, 2)).train()
@@ -84,7 +84,7 @@ def test_a_head_learns_on_colours():
 
 
 @pytest.mark.parametrize("untrained", [False, True])
-def test_it_is_built_from_its_config(untrained):
+def test_rgb_backbone_is_built_from_its_config(untrained):
     cfg = OmegaConf.create(load("backbone=rgb", "adapter=frozen", "head=linear"))
     model = Builder(cfg).model(untrained=untrained)
     assert isinstance(model.backbone, RgbBackbone) and (model.patch_size, model.backbone.dim) == (8, 3)
@@ -107,7 +107,7 @@ def test_heads_take_its_map_or_say_why_not(head):
     assert SegmentationModel(rgb, made).eval()(images((20, 30))).scores().shape == (2, 3, 20, 30)
 
 
-def test_what_it_cannot_serve_is_refused():
+def test_rgb_backbone_refuses_unsupported_adapters_and_heads():
     for adapter in ("full", "lora", "last_blocks"):
         with pytest.raises(UserError, match="no parameters to train. Choose adapter=frozen"):
             Builder(OmegaConf.create(load("backbone=rgb", f"adapter={adapter}"))).model()

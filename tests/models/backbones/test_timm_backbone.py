@@ -78,7 +78,7 @@ def test_one_map_of_a_pyramid_has_one_width():
     assert build("test_convnext", [1, 0], patch_size=8).dim == [32, 24]
 
 
-def test_the_last_map_is_what_timm_gives_by_hand(plain):
+def test_last_map_equals_timm(plain):
     backbone = build(plain).eval()
     torch.manual_seed(0)
     theirs = timm.create_model(plain, num_classes=0, dynamic_img_size=True).eval()
@@ -90,7 +90,7 @@ def test_the_last_map_is_what_timm_gives_by_hand(plain):
     torch.testing.assert_close(backbone(images)[0], tokens.transpose(1, 2).unflatten(2, grid))
 
 
-def test_positions_at_non_square_sizes_are_interpolated_as_timm_does_it():
+def test_positions_are_interpolated_as_in_timm():
     backbone = build().eval()
     own = backbone.model.pos_embed  # (1, 1 + 10 * 10, 64)
     grid = own[:, 1:].reshape(1, 10, 10, 64).permute(0, 3, 1, 2)
@@ -117,7 +117,7 @@ def test_each_tapped_layer_has_passed_the_final_norm():
 
 
 @pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224"])
-def test_without_the_final_norm_maps_are_what_the_blocks_put_out(name):
+def test_maps_without_final_norm_are_the_outputs_of_blocks(name):
     backbone = build(name, (2, 0), final_norm=False).eval()
     assert not list(backbone.norm.parameters())
     outputs = {}
@@ -143,7 +143,7 @@ def test_without_the_final_norm_a_pyramid_is_the_same(name):
 
 
 @pytest.mark.parametrize("adapter", [Full(), LastBlocks(blocks=1)])
-def test_without_the_final_norm_trained_blocks_go_on_from_the_cut(adapter):
+def test_trained_blocks_resume_from_the_cut_without_final_norm(adapter):
     backbone = adapter(build(layers=(1, -1), final_norm=False))
     images = torch.rand(1, 3, 33, 40)
     whole = backbone(images)
@@ -170,7 +170,7 @@ def test_maps_of_a_pyramid_are_those_of_features_only(pyramid):
 
 
 @pytest.mark.parametrize(("name", "patch"), [("test_vit", 16), ("test_resnet", 8), ("test_vit2", 16)])
-def test_an_earlier_layer_is_the_same_with_and_without_what_comes_after(name, patch):
+def test_early_layer_is_the_same_without_the_later_blocks(name, patch):
     images = torch.rand(1, 3, 64, 96)
     whole, cut = build(name, (2, -1)).eval(), build(name, (2,), patch_size=patch).eval()
     cut.load_state_dict({key: value for key, value in whole.state_dict().items() if key in cut.state_dict()})
@@ -180,7 +180,7 @@ def test_an_earlier_layer_is_the_same_with_and_without_what_comes_after(name, pa
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_convnext", "test_resnet"])
-def test_images_of_a_batch_do_not_see_one_another_and_eval_repeats(name):
+def test_images_of_a_batch_are_independent_in_eval_mode(name):
     backbone = build(name).requires_grad_(False).eval()
     images = torch.rand(2, 3, 40, 33)
     both = backbone(images)[0]
@@ -253,7 +253,7 @@ def test_unused_parameters_are_found():
         ("test_convnext", 8, None),
     ],
 )
-def test_linear_layers_of_which_only_the_weight_is_used_are_known(name, patch, own, monkeypatch):
+def test_linear_layers_used_only_by_weight_are_listed(name, patch, own, monkeypatch):
     backbone = build(name, (1,), patch_size=patch)
     called, given = set(), nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: called.add(self) or given(self, x))
@@ -265,7 +265,7 @@ def test_linear_layers_of_which_only_the_weight_is_used_are_known(name, patch, o
     assert not any(part._forward_hooks for part in linears.values())
 
 
-def test_lora_finds_the_fused_projections_and_last_blocks_its_blocks():
+def test_lora_finds_fused_projections_and_last_blocks_its_blocks():
     lora = Lora(rank=2, alpha=2)(build())
     trained = {name for name, parameter in lora.named_parameters() if parameter.requires_grad}
     assert len(trained) == 6 * 2 * 2 and all("attn.qkv" in name or "attn.proj" in name for name in trained)
@@ -310,7 +310,7 @@ def test_layers_out_of_range_are_refused_with_the_range():
         build(layers=(6,))
 
 
-def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch):
+def test_failed_download_suggests_a_local_path(monkeypatch):
     def fail(*_, **__):
         raise OSError("no route to host")
 
@@ -321,7 +321,7 @@ def test_weights_that_cannot_be_fetched_say_what_to_do(monkeypatch):
         build("levit_512", weights="timm", patch_size=64)
 
 
-def test_a_model_that_cannot_checkpoint_says_so():
+def test_model_without_checkpointing_is_refused():
     with pytest.raises(
         UserError,
         match="checkpointing=true: dla46_c does not support activation checkpointing. Set it to false",
@@ -329,7 +329,7 @@ def test_a_model_that_cannot_checkpoint_says_so():
         build("dla46_c", patch_size=32, checkpointing=True)
 
 
-def test_it_builds_on_the_meta_device():
+def test_backbone_builds_on_the_meta_device():
     with torch.device("meta"):
         backbone = build("vit_large_patch16_224", "quarters", patch_size=16)
     assert (backbone.dim, backbone.layers) == (1024, [4, 11, 17, 23])

@@ -22,7 +22,7 @@ def test_a_stage_is_all_that_runs_since_the_tap_before():
     assert len(stages(model, ["tail"])[0]) == 6
 
 
-def test_a_tap_may_lie_inside_a_module():
+def test_tap_can_be_inside_a_module():
     model = toy()
     model.stem = nn.Identity()
     model.stem.inner = nn.ReLU()

@@ -47,7 +47,7 @@ def test_a_classifiers_file_loads_whole_and_cut(tmp_path, name):
     assert len(cut.blocks) == 2
 
 
-def test_a_whole_file_loads_without_its_final_norm_and_what_is_exported_so_loads_so_alone(tmp_path):
+def test_weights_load_and_export_without_the_final_norm(tmp_path):
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     save_file(timm.create_model("test_vit", num_classes=7).state_dict(), whole)
     loaded = build(weights=str(whole), final_norm=False)
@@ -61,22 +61,22 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     file = tmp_path / "w.safetensors"
     state = {name: value.clone() for name, value in build().export_state().items()}
 
-    def refused(changed, match):
+    def check_refused(changed, match):
         save_file(changed, file)
         with pytest.raises(UserError, match=match):
             build(weights=str(file))
 
-    refused(
+    check_refused(
         {k: v for k, v in state.items() if k != "norm.bias"}, r"w\.safetensors: tensors are 1 missing \(norm.bias\)"
     )
-    refused(state | {"extra": torch.zeros(1)}, r"1 unexpected \(extra\)\. Choose the name")
-    refused(state | {"head2.weight": torch.zeros(1)}, r"1 unexpected \(head2.weight\)")
-    refused(state | {"blocks.6.norm1.weight": torch.zeros(64)}, r"1 unexpected \(blocks.6.norm1.weight\)")
-    refused(state | {"pos_embed": torch.zeros(1, 197, 64)}, r"1 of another shape \(pos_embed\)")
-    refused({"norm.bias": torch.zeros(9)}, r"\d+ missing \(.*, \.\.\.\); 1 of another shape \(norm.bias\)")
+    check_refused(state | {"extra": torch.zeros(1)}, r"1 unexpected \(extra\)\. Choose the name")
+    check_refused(state | {"head2.weight": torch.zeros(1)}, r"1 unexpected \(head2.weight\)")
+    check_refused(state | {"blocks.6.norm1.weight": torch.zeros(64)}, r"1 unexpected \(blocks.6.norm1.weight\)")
+    check_refused(state | {"pos_embed": torch.zeros(1, 197, 64)}, r"1 of another shape \(pos_embed\)")
+    check_refused({"norm.bias": torch.zeros(9)}, r"\d+ missing \(.*, \.\.\.\); 1 of another shape \(norm.bias\)")
 
 
-def test_files_that_are_no_weights_are_named(tmp_path):
+def test_invalid_weight_files_are_named(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"1234")
     (tmp_path / "broken.pth").write_bytes(b"1234")
     (tmp_path / "empty.pth").write_bytes(b"")
@@ -103,7 +103,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("fault", "said"), [(torch.int8, "is int8"), (None, "holds NaN or infinity")])
-def test_weights_that_are_not_finite_floats_are_refused_by_name(tmp_path, monkeypatch, fault, said):
+def test_weights_that_are_not_finite_floats_are_refused_by_file(tmp_path, monkeypatch, fault, said):
     file = tmp_path / "w.safetensors"
     state = build("test_resnet").export_state()  # with counters of batches, which are whole numbers
     save_file(state, file)

@@ -38,7 +38,7 @@ def test_maps_cover_any_size(family, size):
     assert [tuple(part.shape) for part in maps] == [(2, 24, -(-size[0] // patch), -(-size[1] // patch))] * 2
 
 
-def test_last_map_is_the_models_own_output_without_its_prefix_tokens(family):
+def test_last_map_is_the_model_output_without_prefix_tokens(family):
     backbone = build(family).eval()
     images = torch.rand(2, 3, 45, 53)  # 56 x 56 padded: elsewhere transformers resamples positions unlike Meta
     pixels = pad_to_multiple((images - backbone.mean) / backbone.std, backbone.patch_size)
@@ -49,7 +49,7 @@ def test_last_map_is_the_models_own_output_without_its_prefix_tokens(family):
 
 
 @pytest.mark.parametrize("adapter", [None, LastBlocks(blocks=1), Full()])
-def test_without_the_final_norm_maps_are_what_the_blocks_put_out(family, adapter):
+def test_maps_without_final_norm_are_the_outputs_of_blocks(family, adapter):
     backbone = build(family, (2, 0), final_norm=False).eval()
     backbone = backbone if adapter is None else adapter(backbone)
     assert not list(backbone.norm.parameters())
@@ -62,7 +62,7 @@ def test_without_the_final_norm_maps_are_what_the_blocks_put_out(family, adapter
         assert torch.equal(part, tokens[:, backbone.num_prefix :].transpose(1, 2).reshape(part.shape))
 
 
-def test_a_whole_file_loads_without_its_final_norm_and_what_is_exported_so_loads_so_alone(tmp_path, family):
+def test_weights_load_and_export_without_the_final_norm(tmp_path, family):
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     save_file(build(family).export_state(), whole)
     loaded = build(family, weights=str(whole), final_norm=False)
@@ -74,7 +74,7 @@ def test_a_whole_file_loads_without_its_final_norm_and_what_is_exported_so_loads
         build(family, weights=str(cut))
 
 
-def test_an_earlier_layer_is_the_same_with_and_without_the_blocks_after_it(family):
+def test_early_layer_is_the_same_without_the_later_blocks(family):
     images = torch.rand(1, 3, 30, 30)
     whole, cut = build(family, (0, 2)).eval(), build(family, (0,)).eval()
     cut.load_state_dict({k: v for k, v in whole.state_dict().items() if k in cut.state_dict()})
@@ -118,7 +118,7 @@ def test_a_norm_of_pre_training_is_counted_but_never_trained():
     assert {name for name, p in backbone.named_parameters() if p.grad is None} == set(backbone.unused)
 
 
-def test_positions_are_not_rescaled_at_random_in_training_unless_asked():
+def test_positions_are_rescaled_in_training_only_if_configured():
     images = torch.rand(1, 3, 32, 32)
     still = build("dinov3_vit").train()
     assert torch.equal(still(images)[0], still(images)[0])
@@ -187,21 +187,21 @@ def test_lora_updates_are_not_exported():
         Lora(rank=1, alpha=1)(build("dinov3_vit")).export_state()
 
 
-def test_an_unreachable_hub_is_asked_once(monkeypatch, caplog):
+def test_unreachable_hub_is_queried_once(monkeypatch, caplog):
     asked = []
 
-    def refused(self, name, **options):
+    def refuse_connection(self, name, **options):
         asked.append((name, options["revision"]))
         raise ConnectionError("connection refused\nsee elsewhere")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse_connection)
     said = "the hub is unreachable \\(connection refused\\).*weights=PATH.*tiny_surgical"
     with pytest.raises(UserError, match=said) as caught:
         build("dinov3_vit", weights="nobody/nothing@v1")
     assert asked == [("nobody/nothing", "v1")] and not caplog.records and "\n" not in str(caught.value)
 
 
-def test_a_repository_of_an_adapter_is_refused_before_its_base_is_fetched(monkeypatch, tmp_path):
+def test_adapter_repository_is_refused_before_fetching_its_base(monkeypatch, tmp_path):
     listed = SimpleNamespace(siblings=[SimpleNamespace(rfilename="adapter_config.json")])
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *given, **options: listed)
     with pytest.raises(UserError, match="weights=some/body@main: holds adapter_config.json"):
@@ -221,7 +221,7 @@ def test_without_a_hub_weights_fetched_before_are_read(monkeypatch, tmp_path):
     assert state.keys() == kept.keys() and all(torch.equal(state[name], kept[name]) for name in kept)
 
 
-def test_gated_weights_say_what_to_do(monkeypatch):
+def test_gated_weights_explain_how_to_get_access(monkeypatch):
     monkeypatch.setattr(pretrained, "_why_silent", lambda name, revision: "")
     with pytest.raises(UserError, match="accept the licence.*log in.*weights=PATH"):
         build("dinov3_vit", weights="nobody/nothing@v1")

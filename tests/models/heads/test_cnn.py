@@ -146,7 +146,7 @@ def reference(state, maps, patch_size, num_blocks, pixel_shuffle, activation):
         (10, (2, 3), 1, {"num_blocks": 1, "pixel_shuffle": 0}),
     ],
 )
-def test_forward_is_what_the_description_says(patch_size, grid, num_layers, options):
+def test_forward_equals_the_documented_reference(patch_size, grid, num_layers, options):
     head = small(patch_size, num_layers, **options).double().eval()
     for part in head.modules():
         if isinstance(part, torch.nn.BatchNorm2d):

@@ -23,7 +23,7 @@ def small(in_dim=3, num_layers=1, patch_size=8, **options):
     return DetailHead(in_dim, num_layers, 3, patch_size, **{"fine": 4, "width": 8, "linear_skip": True, **options})
 
 
-def passing(patch_size, **options):
+def pass_through_head(patch_size, **options):
     """Return a head that passes on: each score of class 0 is the sum of its 2 x 2 pixels' first colour and a token."""
     head = small(1, 1, patch_size, fine=12, width=49, blocks=0, **options).double().eval()
     for name, parameter in head.named_parameters():
@@ -48,8 +48,8 @@ def passing(patch_size, **options):
 
 @pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
 @pytest.mark.parametrize("grid", [(1, 1), (3, 2), (5, 7)])
-def test_scores_lie_where_pixels_and_tokens_lie(patch_size, grid):
-    head = passing(patch_size)
+def test_scores_are_aligned_with_pixels_and_tokens(patch_size, grid):
+    head = pass_through_head(patch_size)
     pixels = torch.rand(2, 3, *(patch_size * side for side in grid), dtype=torch.float64)
     nothing = torch.zeros(2, 1, *grid, dtype=torch.float64)
     of_pixels = head.compute_scores([nothing], pixels)
@@ -64,8 +64,8 @@ def test_scores_lie_where_pixels_and_tokens_lie(patch_size, grid):
 
 
 @pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
-def test_a_linear_layer_on_the_tokens_adds_its_scores_where_they_lie(patch_size):
-    head, plain = passing(patch_size), passing(patch_size, linear_skip=False)
+def test_linear_skip_adds_token_scores_at_their_positions(patch_size):
+    head, plain = pass_through_head(patch_size), pass_through_head(patch_size, linear_skip=False)
     head.linear_skip.weight.data[1] = 3
     head.linear_skip.bias.data[2] = 0.5
     pixels, tokens = torch.rand(1, 3, 3 * patch_size, 2 * patch_size).double(), torch.randn(1, 1, 3, 2).double()
@@ -182,7 +182,7 @@ def lines(count, seed):
     return Batch(image, mask, [str(number) for number in range(count)])
 
 
-def test_what_is_thinner_than_a_patch_is_learnt():
+def test_detail_head_learns_lines_thinner_than_a_patch():
     seen, other, found = lines(8, 0), lines(8, 1), {}
     for name, head in (("detail", small(patch_size=16, jitter=0.0)), ("linear", LinearHead(3, 1, 3))):
         model, loss = SegmentationModel(RgbBackbone(16), head).train(), CrossEntropy(torch.ones(3))

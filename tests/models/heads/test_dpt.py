@@ -68,7 +68,7 @@ def test_a_mirrored_map_gives_a_mirrored_output(batch_norm):
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 @pytest.mark.parametrize("side", [8, 9])
-def test_each_level_lies_where_its_tokens_lie(level, side):
+def test_each_level_is_aligned_with_its_tokens(level, side):
     """A head that only passes on: a ramp over the tokens must be the same ramp in the output, away from the border."""
     head = small(1, features=1, out_channels=[1, 1, 1, 1], batch_norm=False).double().eval()
     for name, parameter in head.named_parameters():

@@ -20,7 +20,7 @@ def family(request):
     return request.param
 
 
-def test_no_mask_has_more_rows_than_queries_and_none_is_built_when_annealed(monkeypatch):
+def test_attention_masks_cover_only_queries_and_stop_annealed(monkeypatch):
     backbone, head = pair(anneal=[[0.2, 0.5], [0.4, 0.8]])
     calls = spy_on_attention(monkeypatch)
     built, given = [], F.interpolate
@@ -37,7 +37,7 @@ def test_no_mask_has_more_rows_than_queries_and_none_is_built_when_annealed(monk
         assert len(built) == masked
 
 
-def test_masks_open_where_the_logits_are_positive_and_everywhere_else_outside_the_patches():
+def test_attention_mask_is_open_for_positive_logits():
     logits = torch.full((1, 2, 4, 6), -1.0)
     logits[0, 0, :2, 2:4] = 1.0  # one cell of the 2 x 3 grid: row 0, column 1
     mask = attention_mask(logits, (2, 3), num_tokens=2 + 5 + 6, share=1.0)
@@ -47,7 +47,7 @@ def test_masks_open_where_the_logits_are_positive_and_everywhere_else_outside_th
     assert not mask[0, 0, 1, 7:].any()
 
 
-def test_a_query_with_an_empty_mask_still_sees_queries_and_prefix():
+def test_query_with_an_empty_mask_attends_to_queries_and_prefix():
     backbone, head = pair()
     with torch.no_grad():
         head.mask_embed[-1].weight.zero_()
@@ -147,7 +147,7 @@ def test_maps_have_the_size_of_the_image(family, size, no_object):
     assert torch.isfinite(prediction.logits()).all()
 
 
-def trained(model):
+def trainable_names(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -160,7 +160,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(adapter, progress)
     parts = [outputs, *outputs.aux]
     sum(part.class_logits.square().mean() + part.mask_logits.square().mean() for part in parts).backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert reached == trained(model)
+    assert reached == trainable_names(model)
     assert {f"head.{name}" for name, _ in model.head.named_parameters()} <= reached
     for name, parameter in model.named_parameters():
         if name in reached and "lora_A" not in name:  # their partner starts at zero
@@ -194,7 +194,7 @@ def test_checkpointing_changes_no_gradient(family, adapter, monkeypatch):
 
 @pytest.mark.parametrize("adapter", [Frozen(), Lora(2, 2)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_backbone_held_in_half(family, adapter, checkpointing):
+def test_half_precision_backbone_works_with_float32_head(family, adapter, checkpointing):
     held = {"dtype": "bfloat16", "checkpointing": checkpointing}
     model = SegmentationModel(*pair(family, adapter=adapter, held=held)).train()
     images = torch.rand(2, 3, 40, 33)
@@ -213,7 +213,7 @@ def test_a_backbone_held_in_half(family, adapter, checkpointing):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_half_precision(family, training):
+def test_half_precision_stays_close_to_float32(family, training):
     model = SegmentationModel(*pair(family, adapter=Lora(2, 2))).train(training)
     images = torch.rand(2, 3, 40, 33)
     with torch.autocast("cpu", torch.bfloat16):
@@ -299,7 +299,7 @@ def test_parameters_are_those_of_the_published_head():
     assert sum(parameter.numel() for parameter in head.parameters()) == expected
 
 
-def test_its_config_builds_it(compose):
+def test_config_builds_the_head(compose):
     cfg = compose(
         "data=camvid",
         "data.root=.",

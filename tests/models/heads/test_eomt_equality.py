@@ -58,7 +58,7 @@ def run_slowly(backbone, head, images):
     return found
 
 
-def test_training_equals_the_written_out_forward_with_dense_masks(family):
+def test_training_equals_an_explicit_forward_with_dense_masks(family):
     backbone, head = pair(family)
     images = torch.rand(2, 3, 45, 61, dtype=torch.float64)
     outputs = head.double().run(backbone.double(), images)
@@ -70,7 +70,7 @@ def test_training_equals_the_written_out_forward_with_dense_masks(family):
         torch.testing.assert_close(found.mask_logits, masks)
 
 
-def published(backbone, head, size):
+def published_model(backbone, head, size):
     """Transformers' own model of the published code, with the same weights; images of one size only."""
     from transformers import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
@@ -101,10 +101,10 @@ def published(backbone, head, size):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_it_equals_transformers_own_model_of_the_published_code(masked):
+def test_head_equals_the_model_of_transformers(masked):
     backbone, head = pair()
     images = torch.rand(2, 3, 64, 64)
-    model = published(backbone, head, size=64)
+    model = published_model(backbone, head, size=64)
     model.attn_mask_probs.fill_(float(masked))
     expected = model(backbone.pixels(images))
     outputs = head.train(masked).run(backbone, images)

@@ -18,7 +18,7 @@ def tiny(num_classes=3, **options):
     return Mask2FormerHead(DIM, 4, num_classes, **{**TINY, **options})
 
 
-def made(batch=2, rows=3, columns=2, patch=16):
+def random_inputs(batch=2, rows=3, columns=2, patch=16):
     generator = torch.Generator().manual_seed(2)
     features = [torch.randn(batch, DIM, rows, columns, generator=generator) for _ in range(4)]
     return features, torch.randn(batch, 3, rows * patch, columns * patch, generator=generator)
@@ -101,7 +101,7 @@ def test_four_maps_of_one_width_may_be_listed():
         ((384, 4, 2), {"drop_path": -0.1}, "drop_path=-0.1 "),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments, options, expected):
+def test_invalid_mask2former_options_are_refused(arguments, options, expected):
     with torch.device("meta"), pytest.raises(UserError) as raised:
         Mask2FormerHead(*arguments, **options)
     assert expected in str(raised.value)
@@ -121,7 +121,7 @@ def test_every_parameter_gets_a_gradient():
     for name, parameter in head.named_parameters():
         if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):  # these start at zero
             torch.nn.init.normal_(parameter, std=0.1)
-    objective(head.decode(*made())).backward()
+    objective(head.decode(*random_inputs())).backward()
     silent = [
         name
         for name, parameter in head.named_parameters()
@@ -130,9 +130,9 @@ def test_every_parameter_gets_a_gradient():
     assert not silent
 
 
-def test_training_gives_finite_gradients_to_all_and_to_the_features():
+def test_gradients_are_finite_for_parameters_and_features():
     head = tiny().train()
-    features, pixels = made()
+    features, pixels = random_inputs()
     features = [feature.requires_grad_() for feature in features]
     outputs = head.decode(features, pixels)
     assert len(outputs.aux) == 9 and outputs.aux[0].class_logits.shape == outputs.class_logits.shape
@@ -142,7 +142,7 @@ def test_training_gives_finite_gradients_to_all_and_to_the_features():
 
 
 def test_maps_and_pixels_in_half_precision_are_taken_to_float32():
-    features, pixels = made()
+    features, pixels = random_inputs()
     halved = [part.bfloat16() for part in (*features, pixels)]
     with torch.no_grad():
         outputs = tiny().eval().decode(halved[:4], halved[4])
@@ -156,7 +156,7 @@ def test_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         head = tiny(drop_path=0.5, checkpointing=checkpointing).train()
         torch.manual_seed(4)  # the same paths are dropped, in the recomputation too
-        objective(head.decode(*made())).backward()
+        objective(head.decode(*random_inputs())).backward()
         gradients.append({name: parameter.grad for name, parameter in head.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-3, msg=name)
@@ -164,7 +164,7 @@ def test_checkpointing_changes_no_gradient():
 
 def test_paths_are_dropped_in_training_only():
     head = tiny(drop_path=0.5)
-    case = made()
+    case = random_inputs()
     assert torch.equal(head.eval().decode(*case).mask_logits, head.decode(*case).mask_logits)
     assert not torch.equal(head.train().decode(*case).mask_logits, head.decode(*case).mask_logits)
 
@@ -192,9 +192,9 @@ def test_scores_are_the_published_semantic_map(no_object, size, valid):
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_it_learns_a_mask_and_a_class_for_each_half():
+def test_head_learns_a_mask_and_a_class_for_each_half():
     head = tiny(2, drop_path=0.0).train()
-    features, pixels = made(batch=2, rows=2, columns=4)
+    features, pixels = random_inputs(batch=2, rows=2, columns=4)
     masks = torch.zeros(2, 2, 8, 16)
     masks[:, 0, :, 8:] = masks[:, 1, :, :8] = 1
     classes = torch.tensor([[0, 1, 2, 2, 2]] * 2)  # the first two queries; the others are no object

@@ -103,20 +103,20 @@ def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def released(num_classes=150, **options):
+def released_head(num_classes=150, **options):
     with torch.device("meta"):
         return Mask2FormerHead(4096, 4, num_classes, hidden_dim=2048, feedforward_dim=4096, **options)
 
 
 def test_names_and_shapes_are_those_of_the_released_file():
     expected = {name: shape for pattern, shape in FILE for name in names_in_file(pattern)}
-    found = {meta_name(name): "x".join(map(str, value.shape)) for name, value in released().state_dict().items()}
+    found = {meta_name(name): "x".join(map(str, value.shape)) for name, value in released_head().state_dict().items()}
     assert len(expected) == 479
     assert found == expected
 
 
 def test_parameter_counts_of_the_released_segmentor():
-    head = released()
+    head = released_head()
     class_layer = count(head.predictor.class_embed)
     assert count(head.adapter) == 227_084_736
     assert count(head.pixel_decoder) == 233_719_168
@@ -125,8 +125,8 @@ def test_parameter_counts_of_the_released_segmentor():
     assert 6_716_043_264 + count(head) == 7_643_463_639
 
 
-def test_only_a_new_class_layer_is_trained_where_that_is_asked():
-    head = released(26, no_object=False, trainable="class_embed")
+def test_only_the_new_class_layer_is_trainable_if_configured():
+    head = released_head(26, no_object=False, trainable="class_embed")
     trained = {name: value.numel() for name, value in head.named_parameters() if value.requires_grad}
     assert trained == {"predictor.class_embed.weight": 2048 * 26, "predictor.class_embed.bias": 26}
     assert sum(trained.values()) == 53_274

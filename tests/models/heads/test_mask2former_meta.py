@@ -155,7 +155,7 @@ def test_a_new_class_layer_takes_the_place_of_the_files(whole, write, no_object)
     assert sum(value.requires_grad for value in again.parameters()) == 2
 
 
-def test_only_the_class_layer_learns_where_that_is_asked(whole, write):
+def test_only_the_class_layer_gets_gradients_if_configured(whole, write):
     head = tiny(weights=write(whole), trainable="class_embed").train()
     outputs = head.decode([torch.randn(2, 16, 2, 3) for _ in range(4)], torch.randn(2, 3, 32, 48))
     (outputs.class_logits.square().mean() + outputs.mask_logits.square().mean()).backward()
@@ -170,7 +170,7 @@ def test_only_the_class_layer_learns_where_that_is_asked(whole, write):
         ({"trainable": "class_embed"}, "trainable=class_embed without weights: .* or set trainable=all"),
     ],
 )
-def test_what_takes_a_file_is_refused_without_one_but_for_counting(options, said):
+def test_options_that_need_weights_are_refused_without_them(options, said):
     with pytest.raises(UserError, match=said):
         tiny(**options)
     with torch.device("meta"):
@@ -204,7 +204,7 @@ def test_a_file_of_another_segmentor_is_refused_with_the_remedy(whole, write, op
     assert expected in message and "tensors have another shape" in message
 
 
-def test_an_odd_shape_is_named(whole, write):
+def test_wrong_shape_is_named(whole, write):
     name = "segmentation_model.0.spm.stem.0.weight"
     message = refusal(write(whole | {name: torch.ones(64, 1, 3, 3)}))
     assert (
@@ -213,7 +213,7 @@ def test_an_odd_shape_is_named(whole, write):
 
 
 @pytest.mark.parametrize(("change", "said"), [(torch.Tensor.char, "is int8"), (lambda value: value / 0, "holds NaN")])
-def test_tensors_that_are_not_finite_floats_are_named(whole, write, change, said):
+def test_non_finite_or_integer_tensors_are_named(whole, write, change, said):
     name = next(name for name, value in whole.items() if value.ndim == 2)
     assert refusal(write(whole | {name: change(whole[name])})).startswith(f"{name} {said}")
 

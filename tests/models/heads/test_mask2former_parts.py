@@ -92,11 +92,11 @@ def test_deformable_attention_equals_loops(sizes, ratio):
 def test_sampling_stays_in_float32_under_autocast(monkeypatch):
     seen = []
 
-    def watched(values, sizes, points, weights):
+    def sample_and_watch(values, sizes, points, weights):
         seen.extend(part.dtype for part in (values, points, weights))
         return sample(values, sizes, points, weights)
 
-    monkeypatch.setattr(deformable, "sample", watched)
+    monkeypatch.setattr(deformable, "sample", sample_and_watch)
     with torch.autocast("cpu", torch.bfloat16):
         read = DeformableAttention(8, 2, 1)(torch.randn(1, 3, 8), torch.rand(3, 2), torch.randn(1, 4, 8), [(2, 2)])
     assert set(seen) == {torch.float32} and read.dtype == torch.bfloat16
@@ -171,7 +171,7 @@ def test_adapter_sees_16_pixels_a_token_whatever_the_patch():
             assert torch.equal(found, expected)
 
 
-def test_pixel_decoder_returns_coarse_levels_first_and_runs_in_float32():
+def test_pixel_decoder_returns_coarse_levels_first_in_float32():
     module = PixelDecoder(8, 64, 4, 16, checkpointing=False)
     pyramid = [torch.randn(2, 8, *size) for size in ((12, 8), (6, 4), (3, 2), (2, 1))]
     levels, mask_features = module(pyramid)

@@ -16,7 +16,7 @@ def test_parameter_count_of_the_original():
 
 
 @pytest.mark.parametrize("in_dim", [5, [3, 4, 8]])
-def test_it_is_a_linear_head_over_all_maps(in_dim):
+def test_head_is_a_linear_head_over_all_maps(in_dim):
     torch.manual_seed(0)
     head = multiscale_head(in_dim, 3, 2).eval()
     grids = [(5, 3)] * 3 if in_dim == 5 else [(20, 12), (10, 6), (5, 3)]

@@ -228,17 +228,17 @@ def test_loss_masks_and_gradients_of_a_step_equal_the_formula(monkeypatch, kind,
             start = w["slot_attention.mean"] + noise.numpy() * np.exp(w["slot_attention.log_variance"])
         return start
 
-    def expected(w):
+    def expected_loss(w):
         return loss_of(kind, to_tokens(features), to_tokens(keys), w, formula(w))
 
-    assert value.item() == pytest.approx(expected(weights), rel=1e-10)
+    assert value.item() == pytest.approx(expected_loss(weights), rel=1e-10)
     masks = run(to_tokens(features), weights, formula(weights), DECODERS[kind])[2]
     assert outputs.alphas[0].detach().flatten(3).numpy() == pytest.approx(masks, rel=1e-8, abs=1e-12)
     rng, step = np.random.default_rng(seed), 1e-6
     checked = 0
     for name, parameter in head.named_parameters():
         way = rng.standard_normal(parameter.shape)
-        ends = [expected(weights | {name: weights[name] + sign * step * way}) for sign in (1, -1)]
+        ends = [expected_loss(weights | {name: weights[name] + sign * step * way}) for sign in (1, -1)]
         gradient = 0.0 if parameter.grad is None else (parameter.grad.numpy() * way).sum()
         assert gradient == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=2e-4, abs=2e-8), name
         checked += abs(gradient) > 1e-7
@@ -290,7 +290,7 @@ def test_initial_weights_are_those_of_the_published_code():
         ({"groups": "always", "num_slots": [2, 2]}, r"Set groups=off"),
     ],
 )
-def test_invalid_options(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         SlotHead(DIM, 1, **{"num_slots": 3, "positions_grid": [2, 3]} | VIDEOSAUR | options)
 
@@ -318,7 +318,7 @@ def test_learned_slots_have_one_number_and_keys_need_attention():
         SlotHead(DIM, 1, num_slots=3, positions_grid=[2, 3], **VIDEOSAUR).check_backbone(bare)
 
 
-def test_a_loss_of_features_refuses_a_head_that_reconstructs_none():
+def test_feature_loss_refuses_a_head_without_reconstructions():
     head = SlotHead(DIM, 1, num_slots=3, positions_grid=[2, 3], **ONLY_SIMILARITY)
     outputs = head.follow(torch.randn(1, 2, DIM, 2, 3))
     with pytest.raises(UserError, match="The head reconstructs no features.*reconstruct=true"):
@@ -332,6 +332,6 @@ def test_a_loss_of_features_refuses_a_head_that_reconstructs_none():
         (lambda: TemporalSimilarity(unmatched="zero"), r"^unmatched=zero is unknown. Choose skip or"),
     ],
 )
-def test_invalid_options_of_losses(make, message):
+def test_invalid_loss_options_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

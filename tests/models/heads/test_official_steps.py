@@ -52,7 +52,7 @@ def official_linear_loss(features, mask, parameters):
 
 
 @pytest.mark.parametrize(("size", "seed"), [((48, 48), 0), ((32, 80), 1), ((64, 48), 2)])
-def test_a_step_of_the_linear_probe(size, seed):
+def test_linear_probe_step_equals_the_official_code(size, seed):
     model, batch = linear_model().train(), make_batch(size, seed)
     with torch.no_grad():
         (features,) = model.backbone(batch.image)
@@ -116,7 +116,7 @@ def image_of(number, matches):
 
 
 @pytest.mark.parametrize(("size", "seed"), [((48, 48), 0), ((32, 80), 1), ((64, 48), 2)])
-def test_a_step_of_eomt(size, seed, monkeypatch):
+def test_eomt_step_equals_the_official_code(size, seed, monkeypatch):
     model, batch, draws = (
         SegmentationModel(*pair(anneal=[[0, 50], [50, 90]])).double().train(),
         make_batch(size, seed),
@@ -152,7 +152,7 @@ def test_a_step_of_eomt(size, seed, monkeypatch):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9 * largest.item())
 
 
-def averaged(images, side, starts, scores):
+def average_windows(images, side, starts, scores):
     """Return the mean over windows along both axes, brought to the images' own size."""
     (height, width), low = images.shape[-2:], min(images.shape[-2:])
     size = [side if length == low else int(side * length / low + 0.5) for length in (height, width)]
@@ -178,7 +178,7 @@ def spread(length, side=48):
 
 @pytest.mark.parametrize("size", [(37, 61), (113, 57), (48, 97)])
 @torch.no_grad()
-def test_evaluation_by_windows(size):
+def test_windowed_evaluation_equals_the_official_code(size):
     images = torch.rand(1, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     linear, eomt = linear_model().eval(), SegmentationModel(*pair()).double().eval()
 
@@ -194,6 +194,6 @@ def test_evaluation_by_windows(size):
         policy = Windows(48, shortest=48, weights="uniform", average="scores", **placement)
         bands = policy.bands(model, MemoryRows(images), nullcontext)
         found = torch.cat([band.scores().clone() for band in bands], dim=2)
-        expected = averaged(images, 48, starts, scores)
+        expected = average_windows(images, 48, starts, scores)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
         assert torch.equal(found.argmax(1), expected.argmax(1))

@@ -36,7 +36,7 @@ def test_linear_parameter_counts_of_the_original(dim, num_layers, expected):
 
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("image", [(123, 90), (112, 141)])
-def test_scores_lie_on_the_image_s_pixels(name, image):
+def test_scores_are_aligned_with_the_pixels(name, image):
     """Outputs that say where their cell lies must become scores that say where the pixel lies."""
     head = HEADS[name](6, 4).eval()
     grid = [math.ceil(side / 14) for side in image]

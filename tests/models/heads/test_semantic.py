@@ -69,7 +69,7 @@ def test_the_no_object_column_weighs_but_gives_no_class():
     torch.testing.assert_close(semantic_map(outputs, (4, 4), (1.0, 1.0), no_object=False)[0, 2], torch.ones(4, 4))
 
 
-def test_few_masks_are_held_at_a_time(monkeypatch):
+def test_few_masks_are_in_memory_at_once(monkeypatch):
     sizes, given = [], semantic.upsample
 
     def spy(masks, size, valid):
@@ -100,7 +100,7 @@ class Storages(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_nothing_as_large_as_one_images_map_is_made_beside_the_result(monkeypatch, inference):
+def test_inference_allocates_only_the_resulting_semantic_map(monkeypatch, inference):
     monkeypatch.setattr(semantic, "_AT_ONCE", 3 * 20 * 30)
     outputs = draw(2, 7, 6, (4, 6))
     with inference(), Storages() as storages:

@@ -13,7 +13,7 @@ from dinoseg.utils.errors import UserError
 EXACT = {"atol": 1e-12, "rtol": 1e-10}
 
 
-def made(kind, *args, **kwargs):
+def make_module(kind, *args, **kwargs):
     """Return a module in float64 with every parameter moved away from its first value."""
     torch.manual_seed(3)
     module = kind(*args, **kwargs).double()
@@ -23,7 +23,7 @@ def made(kind, *args, **kwargs):
     return module
 
 
-def normed(row, norm):
+def norm_row(row, norm):
     mean = sum(row) / len(row)
     variance = sum((x - mean) ** 2 for x in row) / len(row)
     parts = zip(row, norm.weight.tolist(), norm.bias.tolist(), strict=True)
@@ -58,14 +58,14 @@ def gru(cell, seen, before):
     return after
 
 
-def looped(module, tokens, slots, iterations, allowed=None):
+def attend_by_loops(module, tokens, slots, iterations, allowed=None):
     """Slot attention of one clip: tokens and slots are lists of rows."""
-    tokens = [normed(token, module.norm_tokens) for token in tokens]
+    tokens = [norm_row(token, module.norm_tokens) for token in tokens]
     keys = [times(module.key.weight, token) for token in tokens]
     values = [times(module.value.weight, token) for token in tokens]
     dim = len(slots[0])
     for _ in range(iterations):
-        queries = [times(module.query.weight, normed(slot, module.norm_slots)) for slot in slots]
+        queries = [times(module.query.weight, norm_row(slot, module.norm_slots)) for slot in slots]
         weights = [[0.0] * len(tokens) for _ in slots]
         for n, key in enumerate(keys):
             open_to = [s for s in range(len(slots)) if allowed is None or allowed[s][n]]
@@ -78,7 +78,7 @@ def looped(module, tokens, slots, iterations, allowed=None):
             seen = [sum(w / total * value[i] for w, value in zip(row, values, strict=True)) for i in range(dim)]
             updated = gru(module.gru, seen, slot)
             first, _, second = module.mlp
-            inner = [max(0.0, x) for x in times(first.weight, normed(updated, module.norm_mlp), first.bias)]
+            inner = [max(0.0, x) for x in times(first.weight, norm_row(updated, module.norm_mlp), first.bias)]
             after.append([x + y for x, y in zip(updated, times(second.weight, inner, second.bias), strict=True)])
         slots = after
     return slots, weights
@@ -87,7 +87,7 @@ def looped(module, tokens, slots, iterations, allowed=None):
 @pytest.mark.parametrize("iterations", [1, 3])
 @pytest.mark.parametrize("masked", [False, True])
 def test_agrees_with_loops(iterations, masked):
-    module = made(SlotAttention, 5, 4, 7)
+    module = make_module(SlotAttention, 5, 4, 7)
     tokens, slots = torch.randn(2, 9, 5).double() * 3, torch.randn(2, 3, 4).double()
     allowed = torch.rand(2, 3, 9) > 0.5 if masked else None
     if masked:
@@ -96,7 +96,7 @@ def test_agrees_with_loops(iterations, masked):
     found, weights = module(tokens, slots, iterations, allowed)
     for clip in range(2):
         own = allowed[clip].tolist() if masked else None
-        expected = looped(module, tokens[clip].tolist(), slots[clip].tolist(), iterations, own)
+        expected = attend_by_loops(module, tokens[clip].tolist(), slots[clip].tolist(), iterations, own)
         torch.testing.assert_close(found[clip], torch.tensor(expected[0], dtype=torch.float64), **EXACT)
         torch.testing.assert_close(weights[clip], torch.tensor(expected[1], dtype=torch.float64), **EXACT)
 
@@ -112,7 +112,7 @@ def test_weights_sum_to_one_over_the_slots_where_any_may_see():
 
 
 def test_a_token_that_no_slot_may_see_changes_nothing():
-    module = made(SlotAttention, 5, 4, 7)
+    module = make_module(SlotAttention, 5, 4, 7)
     tokens, slots = torch.randn(1, 6, 5).double(), torch.randn(1, 3, 4).double()
     allowed = torch.ones(1, 3, 6, dtype=torch.bool)
     allowed[:, :, 5] = False
@@ -122,8 +122,8 @@ def test_a_token_that_no_slot_may_see_changes_nothing():
     assert weights[..., 5].eq(0).all()
 
 
-def test_nothing_to_see_at_all_leaves_finite_slots_and_gradients():
-    module = made(SlotAttention, 5, 4, 7)
+def test_attention_without_tokens_leaves_finite_slots():
+    module = make_module(SlotAttention, 5, 4, 7)
     tokens = torch.randn(1, 6, 5).double().requires_grad_()
     slots, weights = module(tokens, torch.randn(1, 3, 4).double(), 2, torch.zeros(1, 3, 6, dtype=torch.bool))
     assert weights.eq(0).all() and torch.isfinite(slots).all()
@@ -149,7 +149,7 @@ def test_first_slots_have_the_mean_and_the_spread_of_their_group(as_std, power):
         torch.testing.assert_close(values.std(0), expected, atol=0, rtol=0.05)
 
 
-def test_first_slots_are_drawn_in_training_and_fixed_in_eval_mode():
+def test_first_slots_are_random_in_training_and_fixed_in_eval():
     module = SlotAttention(5, 4, 3)
     tokens = torch.randn(2, 6, 5)
     torch.manual_seed(1)
@@ -207,15 +207,15 @@ def test_half_precision_chooses_as_float32_does():
 
 
 def test_unlike_slots_of_training_begin_anywhere():
-    module, tokens = made(SlotAttention, 5, 4, 3, slot_init="clusters").train(), torch.randn(1, 7, 5).double()
+    module, tokens = make_module(SlotAttention, 5, 4, 3, slot_init="clusters").train(), torch.randn(1, 7, 5).double()
     module._noise = lambda batch, count: torch.zeros(batch, count, 4).double()  # so that they differ by their tokens
     firsts = {module.initial_slots(tokens, [1]).flatten().tolist()[0] for _ in range(100)}
     assert len(firsts) == 7
     assert module.eval().initial_slots(tokens, [1]).equal(module.initial_slots(tokens, [1]))
 
 
-def test_unlike_slots_are_the_drawn_ones_and_what_their_tokens_tell():
-    module = made(SlotAttention, 5, 4, 3, slot_init="clusters").eval()
+def test_cluster_slots_add_the_tokens_to_the_initial_slots():
+    module = make_module(SlotAttention, 5, 4, 3, slot_init="clusters").eval()
     tokens = torch.randn(2, 7, 5).double()
     places = distant_tokens(module.norm_tokens(tokens), 3)
     found, seed = module.initial_slots(tokens, [3]), module.cluster_init
@@ -223,7 +223,7 @@ def test_unlike_slots_are_the_drawn_ones_and_what_their_tokens_tell():
     drawn = module.initial_slots(tokens, [3])
     for clip in range(2):
         for slot in range(3):
-            row = normed(tokens[clip, places[clip, slot]].tolist(), module.norm_tokens)
+            row = norm_row(tokens[clip, places[clip, slot]].tolist(), module.norm_tokens)
             told = torch.tensor(times(seed.weight, row, seed.bias), dtype=torch.float64)
             torch.testing.assert_close(found[clip, slot], drawn[clip, slot] + told, **EXACT)
     module.cluster_init = seed
@@ -277,7 +277,7 @@ def test_gaussian_starts_within_xaviers_bound():
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_predictor_agrees_with_loops(mode):
-    predictor = made(SaviPredictor, 8)
+    predictor = make_module(SaviPredictor, 8)
     slots = torch.randn(2, 5, 8).double()
     found = getattr(predictor, mode)()(slots).detach()
     attention = predictor.attention
@@ -294,13 +294,13 @@ def test_predictor_agrees_with_loops(mode):
                 shares = softmax(logits)
                 joined += [sum(w * value[i] for w, value in zip(shares, values, strict=True)) for i in range(2)]
             seen = times(attention.out_proj.weight, joined, attention.out_proj.bias)
-            middle = normed([x + y for x, y in zip(row, seen, strict=True)], predictor.norm_attention)
+            middle = norm_row([x + y for x, y in zip(row, seen, strict=True)], predictor.norm_attention)
             inner = [max(0.0, x) for x in times(predictor.mlp[0].weight, middle, predictor.mlp[0].bias)]
-            expected = normed([x + y for x, y in zip(middle, inner, strict=True)], predictor.norm_mlp)
+            expected = norm_row([x + y for x, y in zip(middle, inner, strict=True)], predictor.norm_mlp)
             torch.testing.assert_close(found[clip, number], torch.tensor(expected, dtype=torch.float64), **EXACT)
 
 
-def test_other_predictors_and_what_is_refused():
+def test_carry_and_none_predictors_and_bad_dimensions():
     slots = torch.randn(1, 3, 6)
     assert torch.equal(make_predictor("carry", 6)(slots), slots)
     assert make_predictor("none", 6) is None

@@ -17,7 +17,7 @@ def decoder(kind="learned", grid=(3, 4), **kwargs):
     return SlotDecoder(6, 5, 11, Positions(kind, grid), **kwargs).double()
 
 
-def painted(module, slots, positions):
+def decode_by_loops(module, slots, positions):
     """Each slot and cell through all four layers by itself, then the mean of the slots by their alpha."""
     features, alphas = [], []
     for place in positions.flatten(1).T:
@@ -43,7 +43,7 @@ def test_agrees_with_loops(kind, grid):
         found = module(slots, grid)
         assert found.features.shape == (2, 5, *grid) and found.alpha.shape == (2, 3, *grid) and found.similarity is None
         for clip in range(2):
-            features, alphas = painted(module, slots[clip], module.positions(grid, slots))
+            features, alphas = decode_by_loops(module, slots[clip], module.positions(grid, slots))
             torch.testing.assert_close(found.features[clip].flatten(1).T, features, atol=1e-12, rtol=1e-10)
             torch.testing.assert_close(found.alpha[clip].flatten(1).T, alphas, atol=1e-12, rtol=1e-10)
 
@@ -54,7 +54,7 @@ def test_similarity_is_painted_like_features():
     slots = torch.randn(1, 3, 6).double()
     with torch.no_grad():
         found, without = module(slots, (3, 4), similarity=True), module(slots, (3, 4))
-        expected, _ = painted(module, slots[0], module.positions((3, 4), slots))
+        expected, _ = decode_by_loops(module, slots[0], module.positions((3, 4), slots))
     torch.testing.assert_close(found.features[0].flatten(1).T, expected[:, :5], atol=1e-12, rtol=1e-10)
     torch.testing.assert_close(found.similarity[0].flatten(1).T, expected[:, 5:], atol=1e-12, rtol=1e-10)
     torch.testing.assert_close(without.features, found.features)
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_layers_one_after_the_other():
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
 
 
-def test_positions_are_what_they_are_called():
+def test_positions_follow_their_definitions():
     like = torch.zeros((), dtype=torch.float64)
     linear = Positions("linear", (9, 9))((3, 5), like)
     assert linear[0].tolist() == [[-1] * 5, [0] * 5, [1] * 5]  # channel 0 is the row
@@ -103,7 +103,7 @@ def cubic(distance):
     return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
 
 
-def resampled(line, length):
+def resample_cubic(line, length):
     found = []
     for number in range(length):
         place = (number + 0.5) * len(line) / length - 0.5
@@ -118,8 +118,8 @@ def test_stored_positions_are_resampled_bicubically(kind):
     like = torch.zeros((), dtype=torch.float64)
     stored, found = positions((4, 6), like).detach(), positions((7, 5), like).detach()
     for channel in range(4):
-        rows = [resampled(row, 5) for row in stored[channel].tolist()]
-        columns = [resampled(column, 7) for column in zip(*rows, strict=True)]
+        rows = [resample_cubic(row, 5) for row in stored[channel].tolist()]
+        columns = [resample_cubic(column, 7) for column in zip(*rows, strict=True)]
         expected = torch.tensor(columns, dtype=torch.float64).T
         torch.testing.assert_close(found[channel], expected, atol=1e-9, rtol=1e-9)
     if kind == "learned":

@@ -16,7 +16,7 @@ GROUPED = {"num_slots": [2, 3], "groups": "always"}
 DIM = 6
 
 
-def made(**kwargs):
+def make_head(**kwargs):
     torch.manual_seed(0)
     return SlotHead(DIM, 1, **SMALL | kwargs).double()
 
@@ -101,7 +101,7 @@ def test_the_config_gives_the_published_head(compose):
 
 @pytest.mark.parametrize(("steps", "num_sources"), [(0, 4), (1, 3), ([1], 3), ([0, 3], 1), ([2, 0], 2)])
 def test_outputs_have_their_shapes(steps, num_sources):
-    head, features = made(steps=steps, time_decoder="linear").train(num_sources > 1), clip()
+    head, features = make_head(steps=steps, time_decoder="linear").train(num_sources > 1), clip()
     outputs = head.follow(features)
     assert outputs.features is features and outputs.steps == head.steps
     assert outputs.slots.shape == (2, num_sources, 3, 8) and outputs.attention.shape == (2, num_sources, 3, 3, 4)
@@ -118,9 +118,9 @@ def test_a_predictor_that_no_frame_would_train_is_refused():
         with pytest.raises(
             UserError, match=f"clips of {frames} frames have none.*clips of {frames + 1} frames or more"
         ):
-            made(steps=steps).follow(clip(frames))
-        made(steps=steps).eval().follow(clip(frames))
-        made(steps=steps, predictor="carry").follow(clip(frames))
+            make_head(steps=steps).follow(clip(frames))
+        make_head(steps=steps).eval().follow(clip(frames))
+        make_head(steps=steps, predictor="carry").follow(clip(frames))
 
 
 @pytest.mark.parametrize("predictor", ["savi", "carry", "none"])
@@ -128,7 +128,7 @@ def test_a_predictor_that_no_frame_would_train_is_refused():
 @pytest.mark.parametrize("grid", [(3, 4), (5, 3)])
 def test_frame_by_frame_is_the_same_as_the_clip(predictor, groups, grid):
     keys = {"num_slots": [2, 1]} if groups != "off" else {}
-    head = made(groups=groups, predictor=predictor, steps=[1, 0], iterations=2, first_iterations=3, **keys).eval()
+    head = make_head(groups=groups, predictor=predictor, steps=[1, 0], iterations=2, first_iterations=3, **keys).eval()
     features = clip(5, grid)
     background = torch.rand(2, 5, *grid) > 0.4 if groups != "off" else None
     outputs = head.follow(features, background)
@@ -147,7 +147,7 @@ def test_frame_by_frame_is_the_same_as_the_clip(predictor, groups, grid):
 
 
 def test_iterations_and_predictor_are_where_they_belong():
-    head, features = made(iterations=2, first_iterations=4).eval(), clip(3)
+    head, features = make_head(iterations=2, first_iterations=4).eval(), clip(3)
     tokens = [features[:, time].flatten(2).mT for time in range(3)]
     slots, _ = head.slot_attention(tokens[0], head.slot_attention.initial_slots(tokens[0], [3]), 4)
     for time in (1, 2):
@@ -155,13 +155,13 @@ def test_iterations_and_predictor_are_where_they_belong():
     outputs = head.follow(features)
     torch.testing.assert_close(outputs.slots[:, 2], slots)
     torch.testing.assert_close(outputs.attention[:, 2].flatten(2), weights)
-    drawn = made(predictor="none").eval()
+    drawn = make_head(predictor="none").eval()
     together, alone = drawn.follow(features).slots, drawn.follow(features[:, 2:]).slots
     torch.testing.assert_close(together[:, 2:], alone)  # frames know nothing of one another
 
 
-def test_reconstructions_are_normed_decodings_of_slots_taken_ahead():
-    head, features = made(steps=[0, 2], time_decoder="linear").eval(), clip()
+def test_reconstructions_are_normed_decodings_of_predicted_slots():
+    head, features = make_head(steps=[0, 2], time_decoder="linear").eval(), clip()
     with torch.no_grad():
         head.norm.weight.uniform_(0.5, 2), head.norm.bias.uniform_(-1, 1)
     outputs = head.follow(features)
@@ -178,7 +178,7 @@ def test_slots_see_and_give_back_standardised_channels():
     torch.manual_seed(2)
     scale, shift = torch.rand(DIM, 1, 1).double() * 9 + 0.1, torch.randn(DIM, 1, 1).double() * 5
     seen, features = clip(), clip() * scale + shift
-    head = made(standardise=True).train()
+    head = make_head(standardise=True).train()
     outputs = head.follow(features)
     pixels = outputs.features.transpose(0, 2).flatten(1)
     torch.testing.assert_close(pixels.mean(1), torch.zeros(DIM).double())
@@ -189,7 +189,7 @@ def test_slots_see_and_give_back_standardised_channels():
     for _ in range(2):
         head.follow(features)  # the mean over batches: of the same three times the same
     torch.testing.assert_close(head.standardiser.running_mean, pixels.mean(1))
-    plain = made().train()
+    plain = make_head().train()
     plain.load_state_dict(head.state_dict(), strict=False)
     head.eval(), plain.eval()
     with torch.no_grad():
@@ -213,14 +213,14 @@ def test_channels_of_half_precision_are_counted_in_float32():
 
 
 def test_a_single_cell_has_no_variance_to_train_on():
-    head, cell = made(standardise=True, num_slots=1, predictor="none"), clip(1, (1, 1), 1)
+    head, cell = make_head(standardise=True, num_slots=1, predictor="none"), clip(1, (1, 1), 1)
     with pytest.raises(UserError, match="standardise=true .*computes mean and variance over the cells of a batch"):
         head.train().follow(cell)
     assert head.standardiser.running_var.isfinite().all() and head.eval().follow(cell).slots.isfinite().all()
 
 
 def test_unlike_slots_begin_at_cells_that_their_group_may_see():
-    head = made(**GROUPED, slot_init="clusters").eval()
+    head = make_head(**GROUPED, slot_init="clusters").eval()
     features, background = clip(1), torch.zeros(2, 1, 3, 4, dtype=torch.bool)
     background[..., 0] = True
     tokens, allowed = features[:, 0].flatten(2).mT, allowed_cells(background[:, 0], head.sizes).flatten(2)
@@ -231,24 +231,24 @@ def test_unlike_slots_begin_at_cells_that_their_group_may_see():
 
 
 @pytest.mark.parametrize("slot_init", ["gaussian", "clusters"])
-def test_places_weigh_as_much_as_contents_where_slots_begin_as_clusters(slot_init):
+def test_positions_weigh_as_much_as_contents_for_cluster_slots(slot_init):
     torch.manual_seed(0)
     place = SlotHead(400, 1, **SMALL, slot_init=slot_init, token_positions=True).token_positions
     spread, shift = place.weight.std().item(), place.bias.abs().max().item()
     assert (1.4 < spread < 1.6 and shift == 0) if slot_init == "clusters" else (spread < 0.5 and shift > 0)
 
 
-def test_the_decoder_alone_learns_for_the_first_share_of_a_training():
-    head = made(decoder_first=0.2, token_positions=True)
+def test_decoder_trains_alone_in_the_first_share_of_training():
+    head = make_head(decoder_first=0.2, token_positions=True)
     begin, parts = head.delayed_modules
     late = {id(parameter) for part in parts for parameter in part.parameters()}
     names = {name.split(".")[0] for name, parameter in head.named_parameters() if id(parameter) in late}
     assert begin == 0.2 and names == {"slot_attention", "token_positions", "predictor"}
-    assert len(made(predictor="none").delayed_modules[1]) == 1
+    assert len(make_head(predictor="none").delayed_modules[1]) == 1
 
 
-def test_slots_are_drawn_anew_in_each_frame_for_the_first_share_of_a_training():
-    head, features = made(independent_until=0.4, first_iterations=3).train(), clip()
+def test_slots_are_independent_per_frame_early_in_training():
+    head, features = make_head(independent_until=0.4, first_iterations=3).train(), clip()
     head.set_progress(39, 100)
     torch.manual_seed(1)
     outputs = head.follow(features)
@@ -263,11 +263,11 @@ def test_slots_are_drawn_anew_in_each_frame_for_the_first_share_of_a_training():
     assert head.follow(features).carried
     head.set_progress(0, 100)
     head.eval()
-    assert head.follow(features).carried and not made(predictor="none").eval().follow(features).carried
+    assert head.follow(features).carried and not make_head(predictor="none").eval().follow(features).carried
 
 
 def test_groups_see_only_their_side():
-    head, features = made(**GROUPED), clip()
+    head, features = make_head(**GROUPED), clip()
     assert head.sizes == [2, 3] and head.num_slots == 5
     background = torch.rand(2, 4, 3, 4) > 0.5
     background[0, 0], background[1, 0] = True, False  # one side is empty
@@ -280,7 +280,7 @@ def test_groups_see_only_their_side():
         of_background, of_foreground = outputs.attention[:, time, :2].sum(1), outputs.attention[:, time, 2:].sum(1)
         torch.testing.assert_close(of_background, background[:, time].double())
         torch.testing.assert_close(of_foreground, (~background[:, time]).double())
-    first = made(**GROUPED | {"groups": "initial"}).follow(features, background).attention
+    first = make_head(**GROUPED | {"groups": "initial"}).follow(features, background).attention
     torch.testing.assert_close(first[:, 0, :2].sum(1), background[:, 0].double())
     assert (first[:, 1:] > 0).all()
     assert all(torch.isfinite(part).all() for part in (outputs.slots, *outputs.reconstructions))
@@ -300,7 +300,7 @@ def test_groups_see_only_their_side():
 def test_gradients_reach_everything(keys, checkpointing):
     gradients = []
     for recompute in (False, checkpointing):
-        head, features = made(checkpointing=recompute, **keys).train(), clip()
+        head, features = make_head(checkpointing=recompute, **keys).train(), clip()
         background = torch.rand(2, 4, 3, 4) > 0.5 if head.groups != "off" else None
         torch.manual_seed(1)
         outputs = head.follow(features, background)
@@ -313,8 +313,8 @@ def test_gradients_reach_everything(keys, checkpointing):
         torch.testing.assert_close(one, other)
 
 
-def test_similarity_comes_when_asked_for_the_grid_it_knows():
-    head = made(similarity=True, steps=[1, 0]).train()
+def test_similarity_is_predicted_only_for_its_grid():
+    head = make_head(similarity=True, steps=[1, 0]).train()
     outputs = head.follow(clip())
     assert outputs.similarity.shape == (2, 3, 12, 3, 4)
     expected = head.decoder(outputs.slots[:, 1], (3, 4), similarity=True).similarity
@@ -327,10 +327,10 @@ def test_similarity_comes_when_asked_for_the_grid_it_knows():
     assert head.masks(slots, attention, (5, 4)).shape == (2, 3, 5, 4)
 
 
-def test_masks_come_from_where_they_are_asked():
+def test_masks_come_from_the_configured_source():
     features = clip()
     for steps, own in ((1, 0), ([1, 0], 1), ([2, 1], 0)):
-        head = made(steps=steps, mask_source="alpha", time_decoder="linear").eval()
+        head = make_head(steps=steps, mask_source="alpha", time_decoder="linear").eval()
         outputs = head.follow(features)
         masks = head.masks(outputs.slots[:, 1], outputs.attention[:, 1], (3, 4))
         torch.testing.assert_close(masks, outputs.alphas[own][:, 1])
@@ -342,8 +342,8 @@ def test_masks_come_from_where_they_are_asked():
         torch.testing.assert_close(pixels.sum(1), torch.ones_like(pixels[:, 0]))
 
 
-def test_eval_mode_gives_the_same_each_time_and_for_each_clip_alone():
-    head, features = made(**GROUPED).eval(), clip()
+def test_eval_mode_is_deterministic_and_independent_of_the_batch():
+    head, features = make_head(**GROUPED).eval(), clip()
     background = torch.rand(2, 4, 3, 4) > 0.5
     torch.manual_seed(1)
     first = head.follow(features, background)
@@ -385,8 +385,11 @@ def test_a_segmenter_gives_soft_masks_of_images(tiny_backbone):
     assert torch.isfinite(prediction.logits()).all()
 
 
-def test_half_precision():
-    head, features = made(steps=1, time_decoder="attention", iterations=2, **GROUPED).float().train(), clip().float()
+def test_half_precision_stays_close_to_float32():
+    head, features = (
+        make_head(steps=1, time_decoder="attention", iterations=2, **GROUPED).float().train(),
+        clip().float(),
+    )
     background = torch.rand(2, 4, 3, 4) > 0.5
     with torch.autocast("cpu", torch.bfloat16):
         outputs = head.follow(features, background)
@@ -401,7 +404,7 @@ def test_half_precision():
     torch.testing.assert_close(coarse.reconstructions[1].float(), exact.reconstructions[1], atol=0.2, rtol=0.2)
 
 
-def test_a_few_steps_of_training_tell_two_halves_apart():
+def test_short_training_separates_two_halves():
     torch.manual_seed(0)
     head = SlotHead(DIM, 1, **SMALL | {"num_slots": 2, "decoder_dim": 32, "positions_grid": [4, 4]}).train()
     sides = torch.eye(DIM)[:2] * 4
@@ -445,9 +448,9 @@ def test_a_few_steps_of_training_tell_two_halves_apart():
         ({"positions_grid": None, "positions": "linear", "similarity": True}, r"similarity=true needs the grid of"),
     ],
 )
-def test_what_cannot_be_is_refused(keys, message):
+def test_invalid_slot_head_options_are_refused(keys, message):
     with pytest.raises(UserError, match=message):
-        made(**keys)
+        make_head(**keys)
 
 
 @pytest.mark.parametrize(("dim", "layers"), [(384, 4), ([96, 192, 384], 3)])
@@ -457,17 +460,17 @@ def test_several_maps_are_refused(dim, layers):
 
 
 def test_more_slots_than_cells_are_refused():
-    head = made(num_slots=13)
+    head = make_head(num_slots=13)
     message = r"num_slots=13 .* 3 x 4 = 12 cells.*num_slots=12 or fewer"
     with pytest.raises(UserError, match=message):
         head.follow(clip())
     with pytest.raises(UserError, match=message):
         head.step(clip()[:, 0])
-    assert made(num_slots=12).follow(clip()).slots.shape == (2, 4, 12, 8)
+    assert make_head(num_slots=12).follow(clip()).slots.shape == (2, 4, 12, 8)
 
 
-def test_a_clip_too_short_for_its_steps_is_refused_and_an_image_is_segmented_all_the_same():
-    head = made(steps=2)
+def test_short_clip_is_refused_but_an_image_is_segmented():
+    head = make_head(steps=2)
     with pytest.raises(UserError, match=r"steps=\[0, 1, 2\] .* clips have 2\. Give clips of 3"):
         head.follow(clip(2))
     with pytest.raises(UserError, match=r"clips have 1\. Give clips of 3"):
@@ -480,34 +483,34 @@ def test_a_clip_too_short_for_its_steps_is_refused_and_an_image_is_segmented_all
 
 def test_groups_need_a_class_token():
     plain = Backbone()
-    made().check_backbone(plain)
-    made(**GROUPED).check_backbone(PixelMaps())
+    make_head().check_backbone(plain)
+    make_head(**GROUPED).check_backbone(PixelMaps())
     with pytest.raises(UserError, match=r"groups=always needs a backbone with a class token.*groups=off"):
-        made(**GROUPED).check_backbone(plain)
+        make_head(**GROUPED).check_backbone(plain)
     without = PixelMaps()
     without.has_class_attention = False
     with pytest.raises(UserError, match="needs a backbone with a class token"):
-        made(**GROUPED).check_backbone(without)
+        make_head(**GROUPED).check_backbone(without)
 
 
-def test_other_numbers_of_slots_than_trained_with():
+def test_other_numbers_of_slots_than_trained_are_accepted():
     features = clip()
     for keys, sizes in (({}, [5]), (GROUPED, [1, 4]), ({"predictor": "none"}, [2])):
-        head = made(**keys).eval()
+        head = make_head(**keys).eval()
         allowed = torch.ones(2, sum(sizes), 3, 4, dtype=torch.bool)
         allowed[:, 0, :2] = False
         slots, attention = head.step(features[:, 0], None, allowed, sizes)
         assert slots.shape == (2, sum(sizes), 8) and attention[:, 0, :2].eq(0).all()
         slots, attention = head.step(features[:, 1], slots, None, sizes)
         assert slots.shape == (2, sum(sizes), 8) and head.decode(slots, (3, 4))[1].shape == attention.shape
-        other = made(**keys | {"num_slots": sizes if keys == GROUPED else sizes[0]}).eval()
+        other = make_head(**keys | {"num_slots": sizes if keys == GROUPED else sizes[0]}).eval()
         torch.testing.assert_close(
             other.step(features[:, 0], None, allowed)[0], head.step(features[:, 0], None, allowed, sizes)[0]
         )
 
 
 def test_seen_frame_alone_decides_the_slots():
-    head, features = made(steps=1).eval(), clip()
+    head, features = make_head(steps=1).eval(), clip()
     later = features.clone()
     later[:, 2:] += 1
     first, second = head.follow(features), head.follow(later)
@@ -516,16 +519,16 @@ def test_seen_frame_alone_decides_the_slots():
     )
 
 
-def test_tokens_are_told_where_they_are():
+def test_token_positions_are_added_to_the_attention_input_only():
     flat = torch.ones(1, 1, DIM, 3, 4).double()
-    assert made().eval().follow(flat).attention.flatten(3).std(dim=3).max() < 1e-12
-    head = made(token_positions=True).eval()
+    assert make_head().eval().follow(flat).attention.flatten(3).std(dim=3).max() < 1e-12
+    head = make_head(token_positions=True).eval()
     assert head.follow(flat).attention.flatten(3).std(dim=3).max() > 1e-4
-    assert count(head) == count(made()) + 3 * DIM
+    assert count(head) == count(make_head()) + 3 * DIM
     rows, columns = torch.meshgrid(torch.linspace(-1, 1, 3), torch.linspace(-1, 1, 4), indexing="ij")
     code = torch.einsum("ck,khw->chw", head.token_positions.weight, torch.stack([rows, columns]).double())
     code = code + head.token_positions.bias[:, None, None]
-    plain = made().eval()
+    plain = make_head().eval()
     plain.load_state_dict({name: value for name, value in head.state_dict().items() if "token_positions" not in name})
     features = clip(1)
     outputs = head.follow(features)

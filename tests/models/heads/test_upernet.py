@@ -12,7 +12,7 @@ def small(in_dim=12, **options):
 
 
 @pytest.mark.parametrize("in_dim", [384, [96, 192, 384, 768]])
-def test_parameter_count(in_dim):
+def test_parameter_count_equals_the_formula(in_dim):
     with torch.device("meta"):
         head = UperNetHead(in_dim, 4, 150)
     dims = [512] * 4 if isinstance(in_dim, int) else in_dim
@@ -32,7 +32,7 @@ def test_a_mirrored_map_gives_a_mirrored_output():
     check_mirrored(mirror_weights(small()), [(1, 1), (2, 3), (3, 2), (4, 4), (5, 5), (9, 1)], [12] * 4)
 
 
-def test_a_pyramid_is_taken_as_it_is():
+def test_pyramid_is_used_unchanged():
     head = small([3, 4, 5, 6]).eval()
     maps = [torch.randn(2, 3 + level, *(side * 2 ** (3 - level) for side in (3, 1))) for level in range(4)]
     assert head(maps).shape == (2, 3, 24, 8)

@@ -21,18 +21,18 @@ def pack(path, content, method=zipfile.ZIP_DEFLATED):
     return path
 
 
-def held(folder):
+def folder_contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("top", ["", "video_07/", "./video_07/", "train1/Video 7/"])
-def test_with_and_without_a_top_folder(tmp_path, top):
+def test_archives_with_and_without_top_folder_are_unpacked(tmp_path, top):
     archive = pack(tmp_path / "video_07.zip", {top + name: data for name, data in CONTENT.items()})
     assert unpack(archive, tmp_path / "out", landmark="video_left.avi") == 3
-    assert held(tmp_path / "out") == CONTENT
+    assert folder_contents(tmp_path / "out") == CONTENT
 
 
-def test_what_desktops_add_is_left_out(tmp_path):
+def test_files_added_by_desktops_are_not_unpacked(tmp_path):
     junk = {
         "__MACOSX/._video_left.avi": b"x",
         ".DS_Store": b"x",
@@ -40,10 +40,10 @@ def test_what_desktops_add_is_left_out(tmp_path):
         "segmentation/._0.png": b"x",
     }
     unpack(pack(tmp_path / "v.zip", {**junk, **CONTENT}), tmp_path / "out", landmark="video_left.avi")
-    assert held(tmp_path / "out") == CONTENT
+    assert folder_contents(tmp_path / "out") == CONTENT
 
 
-def test_goes_on_where_it_stopped(tmp_path):
+def test_unpacking_resumes_where_it_stopped(tmp_path):
     out = tmp_path / "out"
     archive = pack(tmp_path / "v.zip", CONTENT)
     unpack(archive, out, landmark="video_left.avi")
@@ -51,7 +51,7 @@ def test_goes_on_where_it_stopped(tmp_path):
     (out / "action_discrete.txt").unlink()
     (out / "segmentation/000000000.png").write_bytes(b"MASK")
     unpack(archive, out, landmark="video_left.avi")
-    assert held(out) == CONTENT and (out / "video_left.avi").stat().st_mtime_ns == before
+    assert folder_contents(out) == CONTENT and (out / "video_left.avi").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -90,12 +90,12 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_more_than_the_disk_has_free(tmp_path, monkeypatch):
+def test_archive_larger_than_the_free_disk_is_refused(tmp_path, monkeypatch):
     usage = sarrarp.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(sarrarp.shutil, "disk_usage", lambda _: usage._replace(free=100))
     with pytest.raises(UserError, match="unpacks to 0 MiB, .*out has 0 MiB free. Free some space"):
         unpack(pack(tmp_path / "v.zip", CONTENT), tmp_path / "out", landmark="video_left.avi")
-    assert held(tmp_path / "out") == {}
+    assert folder_contents(tmp_path / "out") == {}
 
 
 def test_damage_is_reported_and_nothing_half_written(tmp_path):
@@ -105,7 +105,7 @@ def test_damage_is_reported_and_nothing_half_written(tmp_path):
     archive.write_bytes(data)
     with pytest.raises(UserError, match=r"v\.zip is damaged .*video_left\.avi.*download it again"):
         unpack(archive, tmp_path / "out", landmark="video_left.avi")
-    assert held(tmp_path / "out") == {}
+    assert folder_contents(tmp_path / "out") == {}
     archive.write_bytes(data[:500])
     with pytest.raises(UserError, match=r"v\.zip is damaged"):
         unpack(archive, tmp_path / "out", landmark="video_left.avi")
@@ -114,7 +114,7 @@ def test_damage_is_reported_and_nothing_half_written(tmp_path):
         unpack(archive, tmp_path / "out", landmark="video_left.avi")
 
 
-def test_names_that_are_no_text_are_damage(tmp_path):
+def test_undecodable_name_in_an_archive_is_damage(tmp_path):
     archive = pack(tmp_path / "v.zip", {"\u00e9.txt": b"a"})
     archive.write_bytes(archive.read_bytes().replace("\u00e9".encode(), b"\xff\xfe"))
     with pytest.raises(UserError, match=r"v\.zip is damaged"):

@@ -56,7 +56,7 @@ def label_map(part, split, name, encoding="level3Id"):
         return np.asarray(image)
 
 
-def painted(boxes, encoding):
+def paint_boxes(boxes, encoding):
     """Paint boxes of known labels, one after the other, by slices: the reference."""
     _, column, background = ENCODINGS[encoding]
     values = {row["name"]: int(row[column]) for row in label_table("idd")}
@@ -73,7 +73,7 @@ def test_every_label_in_every_encoding(tmp_path, encoding):
     counts = prepare(tmp_path, encodings=[encoding], workers=1)
     assert counts == {"train": {"files": 1, "written": 1, "kept": 0}}
     drawn = label_map(tmp_path, "train", "0/000001", encoding)
-    np.testing.assert_array_equal(drawn, painted(boxes, encoding))
+    np.testing.assert_array_equal(drawn, paint_boxes(boxes, encoding))
     assert len(np.unique(drawn)) == {
         "id": 40, "csId": 31, "csTrainId": 20, "level4Id": 31, "level3Id": 27, "level2Id": 17, "level1Id": 8
     }[encoding]  # fmt: skip
@@ -92,7 +92,7 @@ def test_overlap_order_and_borders(tmp_path):
     prepare(tmp_path, encodings=list(ENCODINGS), workers=1)
     for encoding in ENCODINGS:
         for name, order in (("0/a", boxes), ("0/b", boxes[::-1])):
-            np.testing.assert_array_equal(label_map(tmp_path, "train", name, encoding), painted(order, encoding))
+            np.testing.assert_array_equal(label_map(tmp_path, "train", name, encoding), paint_boxes(order, encoding))
     assert (label_map(tmp_path, "train", "0/a") != label_map(tmp_path, "train", "0/b")).any()
 
 
@@ -113,7 +113,7 @@ def test_slanted_polygons_of_fractions(tmp_path):
         assert set(np.unique(drawn)) == {25, 255}
 
 
-def test_what_is_left_out_and_what_is_renamed(tmp_path, caplog):
+def test_deleted_and_group_polygons_are_skipped_or_renamed(tmp_path, caplog):
     objects = [
         box("cargroup", 0, 0, 9, 9), box("polegroup", 10, 0, 19, 9), box("car", 0, 0, 63, 47, deleted=1),
         box("car", 0, 0, 63, 47, deleted=True), box("road", 20, 0, 29, 9, deleted=0),
@@ -138,7 +138,7 @@ def test_what_is_left_out_and_what_is_renamed(tmp_path, caplog):
         f"\n- conegroup (2): {first}\n- group (1): {first}\n- traffic cone (2): {first}, {second}"
     ]
     boxes = [("car", 0, 0, 9, 9), ("polegroup", 10, 0, 19, 9), ("road", 20, 0, 29, 9), ("sky", 30, 0, 39, 9)]
-    np.testing.assert_array_equal(label_map(tmp_path, "train", "0/a", "id"), painted(boxes, "id"))
+    np.testing.assert_array_equal(label_map(tmp_path, "train", "0/a", "id"), paint_boxes(boxes, "id"))
     assert (label_map(tmp_path, "val", "1/b", "id") == 35).all()
 
 
@@ -159,13 +159,13 @@ def test_both_parts_become_a_data_set(tmp_path, workers):
     data = idd(tmp_path, "train", classes=[str(i) for i in range(26)])
     assert data.names == [f"{part}/7/{name}" for part in parts for name in "ab"]
     for index in range(4):
-        expected = painted([("road", 0, 20, 63, 47), ("sky", 0, 0, 63, 9)], "level3Id")
+        expected = paint_boxes([("road", 0, 20, 63, 47), ("sky", 0, 0, 63, 9)], "level3Id")
         np.testing.assert_array_equal(data[index]["mask"].numpy(), expected)
     low = idd(tmp_path, "val", classes=[str(i) for i in range(7)], encoding="level1Id")
     assert np.unique(low.mask(0)).tolist() == [0, 6, 255]
 
 
-def test_running_again_makes_what_is_missing(tmp_path):
+def test_repeated_preparation_writes_only_missing_files(tmp_path):
     for name in "abc":
         add(tmp_path, "train", f"0/{name}", [box("road", 0, 0, 9, 9)])
     folder = tmp_path / "gtFine/train/0"
@@ -187,7 +187,7 @@ def test_running_again_makes_what_is_missing(tmp_path):
     assert label_map(tmp_path, "train", "0/a").shape == (48, 64)
 
 
-def test_corrected_polygons_are_drawn_again(tmp_path, caplog):
+def test_corrected_polygons_are_rasterised_again(tmp_path, caplog):
     paths = {name: add(tmp_path, "train", f"0/{name}", [box("road", 0, 0, 9, 9)]) for name in "abcdef"}
     prepare(tmp_path, encodings=["level3Id", "id"], workers=1)
     old = time.time() - 1e6
@@ -213,7 +213,7 @@ def test_corrected_polygons_are_drawn_again(tmp_path, caplog):
     assert "5 label maps rasterised, 5 of them again since their polygons have changed; 5 reused." in caplog.text
     for name, label in (("a", "sky"), ("b", "sky"), ("c", "road"), ("e", "road")):
         np.testing.assert_array_equal(
-            label_map(tmp_path, "train", f"0/{name}"), painted([(label, 0, 0, 9, 9)], "level3Id")
+            label_map(tmp_path, "train", f"0/{name}"), paint_boxes([(label, 0, 0, 9, 9)], "level3Id")
         )
     assert label_map(tmp_path, "train", "0/f").tolist() == [[9]]
     paths["d"].unlink()
@@ -285,7 +285,7 @@ BAD = {
 }
 
 
-def test_bad_files_are_named_and_the_others_go_on(tmp_path):
+def test_bad_files_are_named_and_others_are_prepared(tmp_path):
     for name, (change, _) in BAD.items():
         add(tmp_path, "train", f"3/{name}", change.pop("objects", []), **change)
     folder = tmp_path / "gtFine/train/3"
@@ -320,7 +320,7 @@ def test_bad_files_are_named_and_the_others_go_on(tmp_path):
     assert len(list(tmp_path.rglob("*.png"))) == 2
 
 
-def test_processes_name_what_failed_too(tmp_path):
+def test_failed_files_are_named_with_several_processes(tmp_path):
     for number in range(40):  # more than are under way at a time
         add(tmp_path, "train", f"3/{number:02d}", [box("road", 0, 0, 9, 9)], imgWidth=-1 if number == 30 else 64)
     with pytest.raises(
@@ -331,7 +331,7 @@ def test_processes_name_what_failed_too(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(tmp_path, monkeypatch, code):
+def test_full_disk_stops_cleanly_and_the_next_run_resumes(tmp_path, monkeypatch, code):
     for name in "abcd":
         add(tmp_path, "train", f"0/{name}", [box("road", 0, 0, 9, 9)])
     write, written = prepare_idd.write_png, []
@@ -358,7 +358,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     assert (label_map(tmp_path, "train", "0/b") == 255).all()
 
 
-def test_killed_in_the_middle(tmp_path):
+def test_killed_preparation_resumes(tmp_path):
     for number in range(150):
         add(tmp_path, "train", f"0/{number:03d}", [box("road", 0, 0, 900, 900)], imgWidth=1000, imgHeight=1000)
     process = run_until_written("idd", f"prepare({str(tmp_path)!r}, workers=1)", 7)
@@ -381,7 +381,7 @@ def test_no_torch_in_the_worker_processes():
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
 
 
-def test_what_cannot_be_prepared(tmp_path):
+def test_impossible_preparation_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"encodings=\['level3'\]: choose some of id, csId, csTrainId, level4Id, "):
         prepare(tmp_path, encodings=["level3"])
     with pytest.raises(UserError, match=r"encodings=\[\]: choose"):
@@ -414,6 +414,6 @@ def test_each_data_set_prepares_its_own_encoding(tmp_path, name, encoding, caplo
     assert f"{tmp_path} is ready. Counts of each of its folders (also in {tmp_path}/prepared.json):" in caplog.text
     assert json.loads((tmp_path / "prepared.json").read_text()) == {"val": {"files": 1, "written": 1, "kept": 0}}
     np.testing.assert_array_equal(
-        label_map(tmp_path, "val", "0/a", encoding), painted([("road", 0, 0, 9, 9)], encoding)
+        label_map(tmp_path, "val", "0/a", encoding), paint_boxes([("road", 0, 0, 9, 9)], encoding)
     )
     assert len(list(tmp_path.rglob("*.png"))) == 1

@@ -80,7 +80,7 @@ def test_processes_give_the_same_files(add):
     assert all(frames(root, f"train1/video_{n:02d}") == ["000000000", "000000060"] for n in (1, 2, 3))
 
 
-def test_running_again_does_only_what_is_missing(add, monkeypatch):
+def test_repeated_preparation_does_only_missing_work(add, monkeypatch):
     root = add("train1", "video_01")
     prepare(root, workers=1)
     seen = []
@@ -161,7 +161,7 @@ def test_masks_are_counted(add, masks, message):
     assert not (root / "train1/video_01/.prepared.json").exists()
 
 
-def test_an_archive_without_video(add):
+def test_archive_without_video_is_refused(add):
     root = add("train1", "video_01")
     with zipfile.ZipFile(root / "train1/video_02.zip", "w") as opened:
         opened.writestr("segmentation/000000000.png", "")
@@ -173,7 +173,7 @@ def test_an_archive_without_video(add):
     assert len(frames(root, "train1/video_01")) == 3
 
 
-def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(add, monkeypatch):
+def test_full_disk_stops_cleanly_and_the_next_run_resumes(add, monkeypatch):
     for number in (1, 2, 3):
         root = add("train1", f"video_{number:02d}")
     fail_after(monkeypatch, sarrarp, "write_png", 4, OSError(errno.ENOSPC, "No space left on device"))
@@ -185,7 +185,7 @@ def test_a_full_disk_stops_cleanly_and_the_next_run_goes_on(add, monkeypatch):
     assert len(prepare(root, workers=1)) == 3
 
 
-def test_killed_in_the_middle(add):
+def test_killed_preparation_resumes(add):
     root = add("train1", "video_01", frames=3000)
     process = run_until_written("sarrarp", f"prepare({str(root)!r}, rate=10, workers=1)", 25)
     target = root / "train1/video_01/rgb"
@@ -217,7 +217,7 @@ def test_a_second_run_waits_for_the_first(add, caplog):
     assert frames(root, "train1/video_01") == ["000000000", "000000060"] and not live.exists()
 
 
-def test_choice_of_videos(add):
+def test_videos_can_be_selected(add):
     root = add("train1", "video_01", frames=10)
     add("test", "video_41", frames=10)
     assert list(prepare(root, workers=1, videos=["test/video_41"])) == ["test/video_41"]
@@ -225,7 +225,7 @@ def test_choice_of_videos(add):
         prepare(root, videos=["video_1"])
 
 
-def test_settings_and_folders_that_cannot_work(tmp_path, add):
+def test_impossible_settings_and_folders_are_refused(tmp_path, add):
     with pytest.raises(UserError, match="rate=5: choose 1"):
         prepare(tmp_path, rate=5)
     with pytest.raises(UserError, match="workers=0"):

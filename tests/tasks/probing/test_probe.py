@@ -48,14 +48,14 @@ def engine(**options):
     return Engine("cpu", "fp32", workers=0, **options)
 
 
-def probed(data, *, readings=None, grid=Grid(), size=1):  # noqa: B008
+def make_probe(data, *, readings=None, grid=Grid(), size=1):  # noqa: B008
     model = SegmentationModel(tiny_vit((0, 1)).requires_grad_(False), LinearHead(24, 2, 4))
     return Probe(model, data, data.counts(), engine(eval_batch_size=size), readings or {"0+1": [0, 1]}, grid)
 
 
-def test_a_head_that_begins_with_it_scores_what_it_says():
+def test_head_started_from_the_probe_has_the_scores_of_the_probe():
     train, val = RandomOrder(9), RandomOrder(4, seed=1)
-    probe = probed(train, readings={"1": [1], "0+1": [0, 1]})
+    probe = make_probe(train, readings={"1": [1], "0+1": [0, 1]})
     probe.fit()
     alone, together = probe.choose()
     probe.score([alone, together], val)
@@ -70,7 +70,7 @@ def test_a_head_that_begins_with_it_scores_what_it_says():
 
 def test_batches_change_nothing_and_all_images_are_solved_from():
     train = RandomOrder(9)
-    single, joined = probed(train), probed(train, size=3)
+    single, joined = make_probe(train), make_probe(train, size=3)
     for probe in (single, joined):
         probe.fit()
     (first,), (second,) = single.choose(), joined.choose()
@@ -82,7 +82,7 @@ def test_batches_change_nothing_and_all_images_are_solved_from():
 
 
 def test_one_image_is_summed_up_once_and_chooses_itself():
-    probe = probed(RandomOrder(1))
+    probe = make_probe(RandomOrder(1))
     assert (probe.held_out, probe.rest) == ([0], [])
     probe.fit()
     (found,) = probe.choose()
@@ -148,7 +148,7 @@ class Ranked(Engine):
         return self.each(value)[0]
 
 
-def test_two_ranks_find_what_one_does():
+def test_two_ranks_find_the_same_as_one():
     train, val = RandomOrder(9), RandomOrder(5, seed=1)
 
     def run(probe):
@@ -157,8 +157,8 @@ def test_two_ranks_find_what_one_does():
         probe.score(found, val)
         return probe, found
 
-    alone, expected = run(probed(train))
-    probes = [probed(train) for _ in range(2)]
+    alone, expected = run(make_probe(train))
+    probes = [make_probe(train) for _ in range(2)]
     for rank, probe in enumerate(probes):
         probe.engine = Ranked(rank)
     with ThreadPoolExecutor(2) as threads:

@@ -19,13 +19,13 @@ UGLY = [  # image, grid, share of the grid that the image covers
 WEIGHTINGS = torch.tensor([[1.0, 1.0, 1.0], [0.5, 2.0, 0.0]], dtype=torch.float64)
 
 
-def drawn(size, grid, images=3, dim=4, classes=3):
+def random_features(size, grid, images=3, dim=4, classes=3):
     torch.manual_seed(hash((size, grid)) % 1000)
     mask = torch.randint(0, classes + 1, (images, *size))
     return torch.randn(images, dim, *grid, dtype=torch.float64), mask.where(mask < classes, 255)
 
 
-def summed(features, mask, valid, weightings=WEIGHTINGS):
+def sums_of(features, mask, valid, weightings=WEIGHTINGS):
     sums = Sums(features.shape[1], weightings)
     sums.add(features, cell_labels(mask, weightings, 255, features.shape[-2:], valid))
     return sums
@@ -39,8 +39,8 @@ def pixels(features, mask, valid):
 
 @pytest.mark.parametrize(("size", "grid", "valid"), UGLY)
 def test_sums_over_cells_are_sums_over_all_pixels(size, grid, valid):
-    features, mask = drawn(size, grid)
-    sums, (rows, labels) = summed(features, mask, valid), pixels(features, mask, valid)
+    features, mask = random_features(size, grid)
+    sums, (rows, labels) = sums_of(features, mask, valid), pixels(features, mask, valid)
     for gram, weights in zip(sums.gram, WEIGHTINGS, strict=True):
         torch.testing.assert_close(gram, (rows * weights[labels, None]).T @ rows, rtol=0, atol=1e-8)
     torch.testing.assert_close(sums.cross, rows.T @ F.one_hot(labels, 3).double(), rtol=0, atol=1e-8)
@@ -50,9 +50,9 @@ def test_sums_over_cells_are_sums_over_all_pixels(size, grid, valid):
     torch.testing.assert_close(variance, cells.var(dim=0))
 
 
-def test_how_images_lie_in_batches_changes_nothing():
-    features, mask = drawn((13, 17), (3, 4))
-    whole, single = summed(features, mask, (1, 1)), Sums(4, WEIGHTINGS)
+def test_sums_are_independent_of_the_batches():
+    features, mask = random_features((13, 17), (3, 4))
+    whole, single = sums_of(features, mask, (1, 1)), Sums(4, WEIGHTINGS)
     for image in range(3):
         one = slice(image, image + 1)
         single.add(features[one], cell_labels(mask[one], WEIGHTINGS, 255, (3, 4), (1, 1)))
@@ -63,10 +63,10 @@ def test_how_images_lie_in_batches_changes_nothing():
 @pytest.mark.parametrize("strength", [1e-8, 1e-2, 1.0])
 @pytest.mark.parametrize("cells", [(6, 5), (2, 2)])  # the latter: fewer cells than features
 def test_solutions_are_those_of_least_squares(strength, cells):
-    features, mask = drawn((24, 20), cells, dim=13)
+    features, mask = random_features((24, 20), cells, dim=13)
     features = features * torch.linspace(0.1, 9, 13).double()[:, None, None] + 3
     rows, labels = pixels(features, mask, (1, 1))
-    for weights, (found,) in zip(WEIGHTINGS, solve(summed(features, mask, (1, 1)), [strength]), strict=True):
+    for weights, (found,) in zip(WEIGHTINGS, solve(sums_of(features, mask, (1, 1)), [strength]), strict=True):
         # rows of zeros that ask for small weights make least squares a ridge
         share = (weights[labels] / weights[labels].sum()).numpy()
         x, y = rows[:, :-1].numpy(), F.one_hot(labels, 3).double().numpy()
@@ -79,29 +79,29 @@ def test_solutions_are_those_of_least_squares(strength, cells):
         np.testing.assert_allclose(found.bias.numpy(), expected[-1], rtol=1e-5, atol=1e-5)
 
 
-def test_what_has_no_spread_and_a_class_that_is_absent_get_zeros():
-    features, mask = drawn((12, 12), (3, 3))
+def test_constant_features_and_absent_classes_get_zero_weights():
+    features, mask = random_features((12, 12), (3, 3))
     features[:, 1], mask = 1e3, mask.where(mask != 2, 255)
-    (found,) = next(solve(summed(features, mask, (1, 1)), [1e-3]))
+    (found,) = next(solve(sums_of(features, mask, (1, 1)), [1e-3]))
     assert (found.weight[:, 1] == 0).all() and (found.weight[2] == 0).all() and found.bias[2] == 0
     assert found.weight[0].abs().max() > 0
     torch.testing.assert_close(found.weight[0], -found.weight[1])  # the scores of all classes add up to 1
     torch.testing.assert_close(found.bias.sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
-def test_nothing_to_solve_is_refused():
-    features, mask = drawn((12, 12), (3, 3))
+def test_unsolvable_probe_is_refused():
+    features, mask = random_features((12, 12), (3, 3))
     with pytest.raises(UserError, match="No pixel of the training masks is labelled"):
-        list(solve(summed(features, torch.full_like(mask, 255), (1, 1)), [1.0]))
+        list(solve(sums_of(features, torch.full_like(mask, 255), (1, 1)), [1.0]))
     features[0, 0, 0, 0] = torch.inf
     with pytest.raises(UserError, match="Features are not finite"):
-        list(solve(summed(features, mask, (1, 1)), [1.0]))
+        list(solve(sums_of(features, mask, (1, 1)), [1.0]))
     mask[0, 0, 0] = 7
     with pytest.raises(UserError, match="id 7, which is neither one of the classes 0..2"):
-        summed(features, mask, (1, 1))
+        sums_of(features, mask, (1, 1))
 
 
-def test_a_linear_head_takes_over_what_was_solved():
+def test_linear_head_reproduces_the_solved_weights():
     torch.manual_seed(0)
     head, x = LinearHead(5, 2, 3, init="probe"), torch.randn(2, 10, 4, 4) * 7 + 2
     weight, bias = torch.randn(3, 10, dtype=torch.float64), torch.randn(3, dtype=torch.float64)

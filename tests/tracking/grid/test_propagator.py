@@ -120,7 +120,7 @@ class TestAgainstDense:
         ("frames", "channels", "grid", "labels"),
         [(6, 8, (9, 17), 3), (10, 5, (19, 10), 2), (4, 3, (1, 13), 1), (3, 4, (2, 2), 2), (2, 1, (1, 1), 1)],
     )
-    def test_random_features(self, name, frames, channels, grid, labels):
+    def test_random_features_equal_the_reference(self, name, frames, channels, grid, labels):
         compare(name, clip(frames, channels, grid), soft_labels(labels, grid))
 
     def test_the_protocol_itself_on_a_grid_wider_than_its_window(self, name):
@@ -132,13 +132,13 @@ class TestAgainstDense:
         compare(name, clip(4, 6, (9, 11)), ids)
 
     @pytest.mark.parametrize("seed", range(3))
-    def test_ties_everywhere(self, name, seed):
+    def test_ties_equal_the_reference(self, name, seed):
         compare(name, tied_clip(6, (10, 9), seed), soft_labels(3, (10, 9)))
 
-    def test_identical_features(self, name):
+    def test_identical_features_equal_the_reference(self, name):
         compare(name, torch.eye(4)[0].expand(5, 9, 10, 4).permute(0, 3, 1, 2), soft_labels(2, (9, 10)))
 
-    def test_zero_features(self, name):
+    def test_zero_features_equal_the_reference(self, name):
         compare(name, torch.zeros(3, 4, 5, 6), soft_labels(2, (5, 6)))
 
     @pytest.mark.parametrize("top_k", [1, 2, 10_000])
@@ -165,7 +165,7 @@ class TestStreaming:
         assert torch.equal(torch.stack(soft), propagate(features, labels, settings=settings))
 
     @pytest.mark.parametrize("cut", [0, 1, 5, 11])
-    def test_a_restart_goes_on_exactly(self, name, cut, tmp_path):
+    def test_restart_from_a_saved_state_is_exact(self, name, cut, tmp_path):
         features, labels = clip(12, 6, (9, 10)), soft_labels(3, (9, 10))
         settings = PropagationSettings(**{**vars(SMALL[name][0]), "context": 4})
         whole = propagate(features, labels, settings=settings)
@@ -178,7 +178,7 @@ class TestStreaming:
         rest = [second.step(features[number], labels if number == 0 else None) for number in range(cut, 12)]
         assert torch.equal(torch.stack(rest), whole[cut:])
 
-    def test_what_is_returned_may_be_changed(self, name):
+    def test_returned_labels_may_be_modified(self, name):
         features, labels = clip(5, 6, (5, 6)), soft_labels(1, (5, 6))
         whole = propagate(features, labels, settings=SMALL[name][0])
         given, propagator = labels.clone(), Propagator(SMALL[name][0])
@@ -273,7 +273,7 @@ def test_autocast_changes_nothing():
     assert torch.equal(halved, propagate(features, labels))
 
 
-def test_lengths_of_the_features_do_not_matter_nor_do_tiny_temperatures():
+def test_feature_norms_and_tiny_temperatures_do_not_matter():
     features, labels = clip(4, 5, (6, 7)), soft_labels(2, (6, 7))
     torch.testing.assert_close(propagate(features * 300, labels), propagate(features, labels))
     cold = propagate(features, labels, temperature=1e-42)
@@ -291,7 +291,7 @@ class TestSeed:
         assert (soft[3:, 3][masks[3:] == 1] > 0.2).all() and (soft[3:, 3][masks[3:] == 0] < 1e-3).all()
         torch.testing.assert_close(soft.sum(1), torch.ones_like(soft[:, 0]))
 
-    def test_the_state_after_a_seed_goes_on_exactly(self):
+    def test_state_after_a_later_seed_restores_exactly(self):
         features, masks = moving_square(6)
         whole = propagate(features, {0: masks[0], 2: masks[2] * 2}, radius=4)
         propagator = Propagator(PropagationSettings(radius=4))
@@ -430,7 +430,7 @@ class TestToMask:
         ({"window": "disc"}, "window=disc is unknown. Choose one of circle, square"),
     ],
 )
-def test_bad_parameters(changes, message):
+def test_bad_parameters_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         propagate(clip(2, 3, (4, 5)), torch.zeros(4, 5, dtype=torch.long), **changes)
 
@@ -444,7 +444,7 @@ def test_bad_parameters(changes, message):
         ({"radius": 0, "inclusive": False}, "radius=0 with inclusive=false leaves no cell"),
     ],
 )
-def test_bad_settings(changes, message):
+def test_bad_settings_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         check_annotations(PropagationSettings)(**changes)
 
@@ -473,7 +473,7 @@ class TestBadInput:
         with pytest.raises(UserError, match=message):
             propagate(features, labels)
 
-    def test_frames_of_another_size(self):
+    def test_frames_of_another_size_are_refused(self):
         propagator = Propagator()
         with pytest.raises(UserError, match=r"Give \(C, h, w\)"):
             propagator.step(self.features)

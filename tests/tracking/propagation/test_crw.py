@@ -92,7 +92,7 @@ def resident():
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read as Linux shows it")
-def test_features_of_passed_frames_are_let_go(tmp_path, monkeypatch):
+def test_features_of_past_frames_are_freed(tmp_path, monkeypatch):
     write_clip(tmp_path, 400)
     real, used = mask_folder.write_indexed_png, []
 

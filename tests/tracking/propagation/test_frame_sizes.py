@@ -90,6 +90,6 @@ def test_a_multiple_that_the_patch_does_not_divide_is_refused():
         ({"resample": "area"}, "resample=area is unknown. Choose one of bilinear, bicubic"),
     ],
 )
-def test_bad_sizes(changes, message):
+def test_bad_sizes_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         check_annotations(PropagationSettings)(**changes)

@@ -131,7 +131,7 @@ def test_an_object_below_the_grid_is_warned_of(caplog):
     assert "tracker.short_side" in caplog.text and 3 not in found[1]
 
 
-def test_going_on_from_a_state_changes_nothing():
+def test_tracking_from_a_restored_state_changes_nothing():
     frames, masks = clip()
     later = np.where(masks[2] == 7, 30, 0).astype(np.uint8)
     for name, settings in TINY.items():
@@ -161,7 +161,7 @@ def test_frames_pass_the_backbone_in_batches():
     assert backbone.seen == [(3, 3, 32, 48), (3, 3, 32, 48), (1, 3, 32, 48)]
 
 
-def test_what_is_refused():
+def test_missing_first_mask_and_size_mismatches_are_refused():
     frames, masks = clip(3)
     with pytest.raises(UserError, match="first frame has no mask. Give it"):
         follow(DINOV3, frames, [None, masks[1], None])
@@ -171,7 +171,7 @@ def test_what_is_refused():
         follow(TINY["dino"], [frames[0], frames[1], frames[2][1:]], [masks[0], None, None], batch=1)
 
 
-def test_the_settings_say_what_masks_depend_on():
+def test_tracker_settings_cover_all_influences_on_masks():
     def settings(**changes):
         backbone = Patches()
         how = changes.pop("settings", DINOV3)

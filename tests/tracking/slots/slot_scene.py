@@ -22,7 +22,7 @@ def paint(places, size=(32, 48)):
     return frame, ids
 
 
-def crossing(length=6, size=(32, 48)):
+def crossing_squares(length=6, size=(32, 48)):
     """A red and a blue square that change places, a cell a frame; frames and ids (red 1, blue 2)."""
     steps = [{RED: (8, 4 + 4 * time), BLUE: (20, 4 * length - 4 * time)} for time in range(length)]
     frames, ids = zip(*(paint(step, size) for step in steps), strict=True)
@@ -75,7 +75,7 @@ class ColourSlots(Head):
     def step(self, features, slots=None, allowed=None, sizes=None):
         self.seen.append((allowed, sizes))
         if slots is None or self.predictor is None:
-            slots = self._drawn(features, sum(sizes or self.sizes))
+            slots = self._choose_rows(features, sum(sizes or self.sizes))
         apart = (slots[..., None, None] - features[:, None]).square().sum(2)  # (1, S, h, w)
         logits = -apart * 200
         if allowed is not None:
@@ -91,7 +91,7 @@ class ColourSlots(Head):
         assert tuple(attention.shape[2:]) == grid
         return attention
 
-    def _drawn(self, features, count):
+    def _choose_rows(self, features, count):
         rows = torch.arange(count, device=features.device) % len(self.colours)
         if self.scramble:  # another order in each frame, which depends on what is seen
             rows = rows.roll(int(features[0, 0].argmax()))

@@ -24,7 +24,7 @@ def scene(generator, frames=6, slots=4, width=5, grid=(4, 6)):
     return features, torch.rand(frames, slots, *grid, generator=generator)
 
 
-def seen(features, masks, valid=WHOLE, weight=2.0, known=None):
+def run_appearance(features, masks, valid=WHOLE, weight=2.0, known=None):
     """What is known in the end; the slots (T, S) that each of the first frame's is; and the masks (T, S, h, w)."""
     known = Appearance.empty(masks.shape[1], features.shape[1]) if known is None else known
     last, found, settled = torch.arange(masks.shape[1]), [], []
@@ -36,7 +36,7 @@ def seen(features, masks, valid=WHOLE, weight=2.0, known=None):
 
 
 def slots_of(features, masks, valid=WHOLE):
-    return seen(features, masks, valid)[1]
+    return run_appearance(features, masks, valid)[1]
 
 
 def far(token, looked, deviation):
@@ -90,15 +90,15 @@ class TestAgainstLoops:
     @pytest.mark.parametrize("weight", [0.0, 0.5, 16.0])
     @pytest.mark.parametrize("seed", range(6))
     @pytest.mark.parametrize("looks", [1, 2])
-    def test_slots_and_masks_are_those_of_loops_over_cells_and_permutations(self, seed, weight, looks):
+    def test_slots_and_masks_equal_explicit_loops(self, seed, weight, looks):
         features, masks = scene(torch.Generator().manual_seed(seed))
         if seed % 3 == 1:
             masks[:, 2] = 0.0  # a slot that never wins
         if seed % 3 == 2:
             masks[2:4, 1] = 0.0  # and one that is hidden for two frames
-        known, found, settled = seen(features, masks, weight=weight)
+        known, found, settled = run_appearance(features, masks, weight=weight)
         if looks == 2:
-            again, found, settled = seen(features, masks, weight=weight, known=replace(known, whole=True))
+            again, found, settled = run_appearance(features, masks, weight=weight, known=replace(known, whole=True))
             assert again.sums is known.sums and again.cells is known.cells and again.moments is known.moments
         expected, by_cell = by_hand(features, masks, weight, looks)
         assert np.array_equal(found.numpy(), expected)
@@ -111,54 +111,56 @@ class TestSettling:
         features = torch.tensor([[[[-1.0, -1.0, 1.0, 1.0, 1.0]]], [[[-1.0, -1.0, -1.0, 1.0, 1.0]]]])
         masks = torch.stack([one_hot(winners, 2)] * 2)  # the third cell's mask stays behind
         for weight, expected in ((0.0, 1), (0.5, 1), (5.0, 0)):
-            assert seen(features, masks, weight=weight)[2][1, :, 0, 2].argmax() == expected, weight
+            assert run_appearance(features, masks, weight=weight)[2][1, :, 0, 2].argmax() == expected, weight
 
-    def test_what_a_cell_was_settled_as_is_what_is_learnt(self):
+    def test_settled_cells_update_the_known_appearance(self):
         winners = torch.tensor([[0, 0, 1, 1, 1]])
         features = torch.tensor([[[[-1.0, -1.0, 1.0, 1.0, 1.0]]], [[[-1.0, -1.0, -1.0, 1.0, 1.0]]]])
         masks = torch.stack([one_hot(winners, 2)] * 2)
-        assert seen(features, masks, weight=5.0)[0].cells.tolist() == [5, 5]
-        assert seen(features, masks, weight=0.0)[0].cells.tolist() == [4, 6]
+        assert run_appearance(features, masks, weight=5.0)[0].cells.tolist() == [5, 5]
+        assert run_appearance(features, masks, weight=0.0)[0].cells.tolist() == [4, 6]
 
-    def test_a_second_look_knows_from_the_first_frame_on(self):
+    def test_second_pass_knows_appearances_from_the_first_frame(self):
         looks = [[[[-1.0, -1.0, -1.0, -1.0]]], *[[[[-1.0, -1.0, 1.0, 1.0]]]] * 9]  # the second object comes later
         features, masks = torch.tensor(looks), one_hot(torch.tensor([[0, 0, 1, 1]]), 2).expand(10, -1, -1, -1)
-        known, _, settled = seen(features, masks)
+        known, _, settled = run_appearance(features, masks)
         assert settled[0].argmax(0).tolist() == [[0, 0, 1, 1]]
-        again = seen(features, masks, known=replace(known, whole=True))[2]
+        again = run_appearance(features, masks, known=replace(known, whole=True))[2]
         assert again[0].argmax(0).tolist() == [[0, 0, 0, 0]] and again[9].argmax(0).tolist() == [[0, 0, 1, 1]]
 
-    def test_a_slot_that_has_never_won_a_cell_looks_like_none(self):
+    def test_slot_without_cells_matches_no_appearance(self):
         features = torch.tensor([[[[-1.0, 0.0, 1.0]]]] * 2)  # zero is what no feature adds up to
         masks = torch.tensor([[0.9, 0.5, 0.1], [0.0, 0.0, 0.0], [0.1, 0.5, 0.9]])[None, :, None].expand(2, -1, -1, -1)
-        known, _, settled = seen(features, masks, weight=100.0)
+        known, _, settled = run_appearance(features, masks, weight=100.0)
         assert known.cells[1] == 0 and not settled[:, 1].any()
 
     def test_masks_of_a_weight_of_nothing_are_the_slots_own(self):
         features, masks = scene(torch.Generator().manual_seed(0))
         own = masks.softmax(1)
-        _, found, settled = seen(features, own, weight=0.0)
+        _, found, settled = run_appearance(features, own, weight=0.0)
         assert torch.allclose(
             settled, torch.stack([mask[order] for mask, order in zip(own, found, strict=True)]), atol=1e-3
         )
         assert settled.dtype == torch.float32
 
-    def test_slots_may_be_what_they_were_however_they_look(self):
+    def test_slots_can_be_fixed_despite_their_appearance(self):
         winners = torch.tensor([[0, 0, 1, 1]])
         features = torch.tensor([-1.0, 1.0])[winners].expand(1, 1, -1)
-        known = seen(features[None], one_hot(winners, 2)[None])[0]
+        known = run_appearance(features[None], one_hot(winners, 2)[None])[0]
         swapped, last = one_hot(1 - winners, 2), torch.arange(2)
         assert known.step(features, swapped, WHOLE, last, 2.0).successors.tolist() == [1, 0]
         assert known.step(features, swapped, WHOLE, last, 2.0, same=True).successors.tolist() == [0, 1]
 
     @pytest.mark.parametrize("constant", [-3.6, 0.1, 1e6, 1e-30, 0.0])
     @pytest.mark.parametrize("offset", [0.0, 1e4])
-    def test_a_constant_channel_says_nothing(self, constant, offset):
+    def test_constant_channel_has_no_influence(self, constant, offset):
         features, masks = scene(torch.Generator().manual_seed(9), grid=(13, 17))  # cdist multiplies so many
         features = features.double() + offset
-        _, found, settled = seen(features, masks, weight=16.0)
+        _, found, settled = run_appearance(features, masks, weight=16.0)
         padded = torch.cat([features, torch.full_like(features[:, :1], constant)], dim=1)
-        _, same, by_cell = seen(padded, masks, weight=16.0 * 6 / 5)  # means over six channels in place of five
+        _, same, by_cell = run_appearance(
+            padded, masks, weight=16.0 * 6 / 5
+        )  # means over six channels in place of five
         assert torch.equal(same, found)
         scale = (16 / 2) / (16 * 6 / 5 / 2)
         apart, expected = by_cell.double().log().diff(dim=1), scale * settled.double().log().diff(dim=1)
@@ -166,7 +168,7 @@ class TestSettling:
 
 
 class TestAssignment:
-    def test_a_slot_that_takes_another_s_object_is_given_back(self):
+    def test_exchanged_slots_get_their_objects_back(self):
         winners = torch.tensor([[0, 0, 1], [0, 2, 2]])
         looks = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # of the objects
         features = looks[winners].movedim(-1, 0).expand(4, -1, -1, -1)
@@ -174,7 +176,7 @@ class TestAssignment:
         masks = torch.stack([one_hot(order[winners], 3) for order in orders])
         assert torch.equal(slots_of(features, masks), orders)
 
-    def test_a_single_cell_tells_how_a_slot_looks(self):
+    def test_single_cell_suffices_for_the_appearance_of_a_slot(self):
         winners = torch.tensor([[0, 1, 2, 2, 2]])
         features = torch.tensor([5.0, -5.0, 0.0])[winners].expand(2, 1, -1, -1)
         masks = torch.stack([one_hot(winners, 3), one_hot(torch.tensor([1, 0, 2])[winners], 3)])
@@ -184,7 +186,7 @@ class TestAssignment:
         features = torch.zeros(3, 2, 2, 2)
         winners = torch.tensor([[0, 1], [2, 3]])
         masks = one_hot(winners, 4).expand(3, -1, -1, -1)
-        known = seen(features[:1], masks[:1])[0]
+        known = run_appearance(features[:1], masks[:1])[0]
         last = torch.tensor([2, 0, 3, 1])
         assert torch.equal(known.step(features[1], masks[1], WHOLE, last, 2.0).successors, last)
 
@@ -209,8 +211,8 @@ class TestPadding:
     )
     def test_does_not_count(self, valid, rows, columns):
         features, masks = scene(torch.Generator().manual_seed(5))
-        known, found, settled = seen(features, masks, valid)
-        cut, expected, by_cell = seen(features[..., :rows, :columns], masks[..., :rows, :columns])
+        known, found, settled = run_appearance(features, masks, valid)
+        cut, expected, by_cell = run_appearance(features[..., :rows, :columns], masks[..., :rows, :columns])
         assert torch.equal(found, expected) and known.cells.sum() == 6 * rows * columns
         assert torch.equal(known.moments, cut.moments) and settled.isfinite().all()
         assert torch.allclose(settled[..., :rows, :columns], by_cell)
@@ -219,6 +221,6 @@ class TestPadding:
 def test_half_precision_is_summed_in_double():
     features, masks = scene(torch.Generator().manual_seed(2))
     features = (features / 50).to(torch.bfloat16)
-    known, found, _ = seen(features, masks.to(torch.bfloat16))
-    same, expected, _ = seen(features.double(), masks.to(torch.bfloat16))
+    known, found, _ = run_appearance(features, masks.to(torch.bfloat16))
+    same, expected, _ = run_appearance(features.double(), masks.to(torch.bfloat16))
     assert torch.equal(found, expected) and torch.equal(known.sums, same.sums) and known.sums.dtype == torch.float64

@@ -18,21 +18,21 @@ def settings(**values):
     return SlotTracking(lock_on=True, **values)
 
 
-def test_each_slot_sees_the_cells_of_what_it_shall_follow():
+def test_each_slot_attends_to_the_cells_of_its_object():
     allowed, serves, num_background = lock(SCENE, [0, 4, 9], settings(slots_per_object=2, background_slots=3))
     assert serves == [0, 0, 0, 4, 4, 9] and num_background == 3  # b has one cell, and one slot
     for cells, one in zip(allowed, serves, strict=True):
         assert torch.equal(cells, SCENE[[0, 4, 9].index(one)].bool())
 
 
-def test_cells_go_to_what_covers_most_of_them():
+def test_each_cell_goes_to_the_object_covering_it_most():
     shares = torch.tensor([[[0.6, 0.3, 0.5]], [[0.4, 0.5, 0.5]], [[0.0, 0.2, 0.0]]])
     allowed, serves, _ = lock(shares, [0, 1, 2], settings(background_slots=1))
     assert serves == [0, 1, 2]
     assert allowed[:, 0].int().tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]  # 2 has its best cell together with 1
 
 
-def test_extra_slots_see_what_class_attention_calls_foreground():
+def test_extra_slots_attend_to_the_foreground():
     background = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 1], [0, 1, 1, 1]]).bool()
     allowed, serves, num_background = lock(SCENE, [0, 1, 2], settings(background_slots=2, extra_slots=5), background)
     assert serves == [0, 0, 1, 2, 0, 0] and num_background == 2

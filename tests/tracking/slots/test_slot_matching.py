@@ -22,12 +22,12 @@ class TestSoftIou:
         expected = [[np.minimum(x, y).sum() / np.maximum(x, y).sum() for y in b] for x in a]
         np.testing.assert_allclose(soft_iou(one, other).numpy(), expected, rtol=1e-5)
 
-    def test_of_hard_masks_is_the_iou(self):
+    def test_hard_masks_give_the_iou(self):
         one, other = draw(4, 8, 8) > 0.5, draw(5, 8, 8, seed=3) > 0.7
         expected = [[float((x & y).sum() / (x | y).sum()) for y in other] for x in one]
         np.testing.assert_allclose(soft_iou(one.float(), other.float()).numpy(), expected, rtol=1e-6)
 
-    def test_of_empty_masks_is_zero(self):
+    def test_empty_masks_give_zero(self):
         assert not soft_iou(torch.zeros(2, 3, 3), torch.cat([torch.zeros(1, 3, 3), torch.ones(1, 3, 3)])).any()
 
 
@@ -80,7 +80,7 @@ class TestCorrespondence:
             assert torch.equal(correspondence.successors, expected)
         assert (correspondence.matrix - correspondence.matrix.mean(0)).abs().max() < 1e-12
 
-    def test_does_not_change_what_it_came_from(self):
+    def test_step_does_not_modify_the_original(self):
         start = Correspondence.start(2)
         start.step(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 0.05)
         assert torch.equal(start.matrix, torch.eye(2).double()) and start.successors.tolist() == [0, 1]
@@ -98,11 +98,11 @@ class TestOwners:
     shares = boxes((0, 6, 0, 8), (1, 4, 1, 4), (2, 5, 5, 7))
     shares[0] -= shares[1] + shares[2]
 
-    def test_slots_serve_what_they_overlap_most(self):
+    def test_slots_serve_the_object_they_overlap_most(self):
         slots = boxes((0, 1, 0, 8), (1, 3, 1, 4), (3, 4, 1, 4), (2, 5, 4, 7), (5, 6, 0, 8))
         assert owners(slots, self.shares, [0, 7, 3]) == [0, 7, 7, 3, 0]
 
-    def test_an_object_that_none_would_serve_gets_the_best_of_the_background(self):
+    def test_unserved_object_gets_the_best_background_slot(self):
         slots = boxes((0, 6, 0, 4), (0, 6, 4, 8), (0, 2, 0, 8), (4, 6, 0, 8))
         assert owners(slots, self.shares, [0, 1, 2])[:2] == [1, 2]
 
@@ -144,7 +144,7 @@ class TestGive:
         with pytest.raises(UserError, match="4 slots cannot track 4 objects"):
             give(own, {10: np.zeros(4)})
 
-    def test_nothing_new_changes_nothing(self):
+    def test_empty_assignment_changes_nothing(self):
         own = [0]
         give(own, {})
         assert own == [0]
@@ -172,5 +172,5 @@ class TestWinners:
         assert found.shape == size and clear.mean() > 0.99
         assert np.array_equal(found[clear], classes.argmax(0)[clear])
 
-    def test_of_equal_slots_the_first_wins(self):
+    def test_ties_are_won_by_the_first_slot(self):
         assert not winners(torch.ones(3, 2, 2), (4, 4), (1, 1)).any()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
-from slot_scene import BLUE, GREEN, GREY, RED, Colours, at_cells, crossing, model_of, paint
+from slot_scene import BLUE, GREEN, GREY, RED, Colours, at_cells, crossing_squares, model_of, paint
 
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
@@ -25,12 +25,12 @@ def first(mask, length):
 
 class TestWithoutLabels:
     def test_masks_number_the_slots(self):
-        frames, ids = crossing()
+        frames, ids = crossing_squares()
         for mask, own in zip(follow(model_of(), frames), ids, strict=True):
             assert mask.shape == own.shape and mask.dtype == np.uint8
             assert np.array_equal(at_cells(mask), at_cells(own) + 1)
 
-    def test_what_was_hidden_is_known_again_by_its_appearance(self):
+    def test_hidden_object_is_recognised_by_its_appearance(self):
         shown, ids = paint({RED: (8, 4), BLUE: (20, 24)})
         alone, _ = paint({BLUE: (20, 24)})
         gone, _ = paint({})
@@ -44,7 +44,7 @@ class TestWithoutLabels:
             assert [one] == np.unique(before[at_cells(ids) == then])
 
     def test_appearance_is_that_of_all_frames_and_of_no_padding(self):
-        frames, _ = crossing(4, (32, 49))  # of 8 x 13 cells, the last column a quarter of a cell wide
+        frames, _ = crossing_squares(4, (32, 49))  # of 8 x 13 cells, the last column a quarter of a cell wide
         tracker = SlotTracker(model_of(predictor="none"), SlotTracking(match="appearance"))
         tracker.track(frames, [None] * 4)
         state = tracker.state()
@@ -56,14 +56,14 @@ class TestWithoutLabels:
     )
     def test_a_state_without_sense_is_refused(self, name, value):
         tracker = SlotTracker(model_of(), SlotTracking(match="appearance"))
-        tracker.track(crossing(1)[0], [None])
+        tracker.track(crossing_squares(1)[0], [None])
         state = tracker.state()
         state[name].view(-1)[:] = value
         with pytest.raises(ValueError, match=name):
             tracker.load(state)
 
-    def test_two_looks_know_the_whole_video_before_its_first_frame(self):
-        frames, ids = crossing(6)
+    def test_two_passes_know_the_video_before_its_first_frame(self):
+        frames, ids = crossing_squares(6)
         settings = SlotTracking(match="appearance", passes=2)
         model = model_of()
         tracker = SlotTracker(model, settings, batch_size=4)
@@ -78,43 +78,43 @@ class TestWithoutLabels:
             assert np.array_equal(at_cells(mask), at_cells(own) + 1)
         assert torch.equal(tracker.state()["won"], state["won"])
 
-    def test_one_look_reads_no_video_ahead(self):
+    def test_one_pass_does_not_look_ahead(self):
         SlotTracker(model_of(), SlotTracking(match="appearance")).look_ahead(pytest.fail)
 
-    def test_a_video_that_was_not_looked_at_first_is_refused(self):
+    def test_two_passes_without_looking_ahead_are_refused(self):
         tracker = SlotTracker(model_of(), SlotTracking(match="appearance", passes=2))
         with pytest.raises(UserError, match=r"slots.passes=2 needs the whole video.*look_ahead.*slots\.passes=1"):
-            tracker.track(crossing(1)[0], [None])
+            tracker.track(crossing_squares(1)[0], [None])
 
     @pytest.mark.parametrize("looks", [1, 2])
-    def test_looks_count_as_the_settings_say(self, looks, monkeypatch):
+    def test_number_of_passes_follows_the_settings(self, looks, monkeypatch):
         told, real = [], Appearance.step
         monkeypatch.setattr(Appearance, "step", lambda *given, **more: told.append(given[5]) or real(*given, **more))
-        frames = crossing(3)[0]
+        frames = crossing_squares(3)[0]
         tracker = SlotTracker(model_of(), SlotTracking(match="appearance", appearance=5.0, passes=looks))
         tracker.look_ahead(lambda: [(frames, [None] * 3)])
         tracker.track(frames, [None] * 3)
         assert told == [5.0] * 3 * looks
 
-    def test_nothing_to_look_at_first_is_nothing_known(self):
+    def test_looking_ahead_at_no_frames_learns_nothing(self):
         tracker = SlotTracker(model_of(), SlotTracking(match="appearance", passes=2))
         tracker.look_ahead(lambda: [])
         assert tracker.track([], []) == [] and tracker.state() == {}
 
     @pytest.mark.parametrize("size", [(30, 45), (29, 33), (33, 49)])
     def test_padding_is_cropped(self, size):
-        frames, ids = crossing(3, size)
+        frames, ids = crossing_squares(3, size)
         for mask, own in zip(follow(model_of(), frames), ids, strict=True):
             assert mask.shape == size and (mask == own + 1).mean() > 0.97
 
     def test_frames_are_seen_at_the_scale_of_the_model(self):
-        large = [np.kron(frame, np.ones((2, 2, 1), np.uint8)) for frame in crossing(3)[0]]
-        for mask, own in zip(follow(model_of(scale=0.5), large), crossing(3)[1], strict=True):
+        large = [np.kron(frame, np.ones((2, 2, 1), np.uint8)) for frame in crossing_squares(3)[0]]
+        for mask, own in zip(follow(model_of(scale=0.5), large), crossing_squares(3)[1], strict=True):
             assert mask.shape == (64, 96) and (mask[::2, ::2] == own + 1).mean() > 0.98
 
     @pytest.mark.parametrize("match", ["auto", "overlap", "similarity", "appearance"])
-    def test_slots_that_are_drawn_anew_keep_their_ids(self, match):
-        frames, ids = crossing(8)
+    def test_resampled_slots_preserve_their_ids(self, match):
+        frames, ids = crossing_squares(8)
         model = model_of(predictor="none", scramble=True)
         unfollowed = [
             model.head.step(model.backbone(model.pixels(as_tensor(frame)))[0])[1][0].argmax(0) for frame in frames
@@ -129,8 +129,8 @@ class TestWithoutLabels:
     def test_more_slots_than_ids_are_refused(self):
         model = model_of([GREY] * 255)
         with pytest.raises(UserError, match="head.num_slots=255 exceeds the mask ids 1 to 254"):
-            follow(model, crossing(1)[0])
-        assert follow(model_of([GREY] * 254), crossing(1)[0])[0].max() <= 254
+            follow(model, crossing_squares(1)[0])
+        assert follow(model_of([GREY] * 254), crossing_squares(1)[0])[0].max() <= 254
 
 
 def as_tensor(frame):
@@ -141,7 +141,7 @@ class TestWithLabels:
     @pytest.mark.parametrize("match", ["auto", "overlap", "similarity", "appearance"])
     @pytest.mark.parametrize("predictor", ["carry", "none"])
     def test_objects_that_change_places_keep_their_ids(self, match, predictor):
-        frames, ids = crossing()
+        frames, ids = crossing_squares()
         table = np.array([0, 7, 3], np.uint8)
         masks = follow(
             model_of(predictor=predictor, scramble=True), frames, first(table[ids[0]], len(frames)), match=match
@@ -149,8 +149,8 @@ class TestWithLabels:
         for mask, own in zip(masks, ids, strict=True):
             assert np.array_equal(at_cells(mask), table[at_cells(own)])
 
-    def test_a_second_look_gives_masks_to_what_looks_as_before_whatever_its_place_among_the_slots(self):
-        frames, ids = crossing(6)
+    def test_second_pass_follows_appearance_in_any_slot_order(self):
+        frames, ids = crossing_squares(6)
         table = np.array([0, 7, 3], np.uint8)
         model = model_of(predictor="none", scramble=True)
         tracker = SlotTracker(model, SlotTracking(match="appearance", passes=2))
@@ -161,7 +161,7 @@ class TestWithLabels:
         for mask, own in zip(masks, ids, strict=True):
             assert np.array_equal(at_cells(mask), table[at_cells(own)])
 
-    def test_slots_of_a_mask_are_what_it_says_however_they_looked_before(self):
+    def test_given_mask_overrides_earlier_appearance(self):
         frame, ids = paint({RED: (8, 4), BLUE: (20, 24)})
         other, _ = paint({BLUE: (8, 4), RED: (20, 24)})
         settings = SlotTracking(
@@ -172,7 +172,7 @@ class TestWithLabels:
         assert np.array_equal(at_cells(tracker.track([frame], [ids])[0]), at_cells(ids))
 
     @pytest.mark.parametrize("match", ["similarity", "appearance"])
-    def test_what_jumps_is_followed_by_how_it_looks_and_not_by_overlap(self, match):
+    def test_jumping_object_is_followed_by_appearance_not_overlap(self, match):
         one, ids = paint({RED: (8, 4), BLUE: (20, 24)})
         other, _ = paint({BLUE: (8, 4), RED: (20, 24)})
         model = model_of(predictor="none", scramble=True)
@@ -205,20 +205,20 @@ class TestWithLabels:
             assert mask[22, 26 + 4 * time] == 5 and (mask == 5).sum() < 40
 
     def test_a_frame_without_objects_gives_empty_masks(self):
-        frames, ids = crossing(3)
+        frames, ids = crossing_squares(3)
         for settings in ({}, {"lock_on": True}):
             masks = follow(model_of(), frames, first(np.zeros_like(ids[0]), 3), **settings)
             assert not np.any(masks)
 
     def test_labels_of_any_integer_type_do(self):
-        frames, ids = crossing(2)
+        frames, ids = crossing_squares(2)
         expected = follow(model_of(), frames, [ids[0], None])
         for kind in (np.int64, np.uint16, np.int32):
             assert np.array_equal(follow(model_of(), frames, [ids[0].astype(kind), None]), expected)
 
 
 class TestLaterObjects:
-    frames, ids = crossing(6)
+    frames, ids = crossing_squares(6)
 
     @pytest.mark.parametrize("predictor", ["carry", "none"])
     def test_get_a_slot_of_the_background(self, predictor):
@@ -237,14 +237,14 @@ class TestLaterObjects:
         for mask, own in zip(masks[1:], self.ids[1:], strict=True):
             assert np.array_equal(at_cells(mask), at_cells(own))
 
-    def test_of_known_objects_a_later_mask_changes_nothing(self):
+    def test_later_mask_of_known_objects_changes_nothing(self):
         wrong = np.where(self.ids[2] == 0, 0, 3 - self.ids[2])
         labels = first(self.ids[0], 6)
         plain = follow(model_of(), self.frames, labels)
         labels[2] = wrong
         assert np.array_equal(follow(model_of(), self.frames, labels), plain)
 
-    def test_are_told_where_slots_do_not_see_them(self, caplog, monkeypatch):
+    def test_uncovered_objects_are_reported(self, caplog, monkeypatch):
         void = self.ids[0].copy()
         void[:2] = 255
         follow(model_of(), self.frames, first(void, 6))
@@ -274,8 +274,8 @@ class TestLaterObjects:
 
 
 class TestLockOn:
-    def test_slots_that_know_nothing_follow_what_they_were_shown(self):
-        frames, ids = crossing()
+    def test_locked_identical_slots_follow_the_first_mask(self):
+        frames, ids = crossing_squares()
         labels = first(ids[0], len(frames))
         assert not np.array_equal(at_cells(follow(model_of([GREY]), frames, None)[0]) - 1, at_cells(ids[0]))
         for settings in ({}, {"slots_per_object": 3, "background_slots": 1}):
@@ -284,9 +284,9 @@ class TestLockOn:
                 assert np.array_equal(at_cells(mask), at_cells(own))
 
     @pytest.mark.parametrize("hold", ["background", "none"])
-    def test_makes_as_many_slots_as_are_needed(self, hold):
+    def test_makes_the_required_number_of_slots(self, hold):
         model = model_of()
-        frames, ids = crossing(3)
+        frames, ids = crossing_squares(3)
         follow(model, frames, first(ids[0], 3), lock_on=True, slots_per_object=2, background_slots=4, hold=hold)
         (allowed, sizes), *later = model.head.seen
         assert sizes == [8] and allowed.shape == (1, 8, 8, 12)
@@ -298,11 +298,11 @@ class TestLockOn:
 
     def test_needs_the_first_mask(self):
         with pytest.raises(UserError, match=r"slots.lock_on=true.*is missing.*slots.lock_on=false"):
-            follow(model_of(), crossing(1)[0], lock_on=True)
+            follow(model_of(), crossing_squares(1)[0], lock_on=True)
 
-    def test_extra_slots_see_what_stands_out_of_the_background(self):
+    def test_extra_slots_attend_to_unlabelled_foreground(self):
         model = model_of([GREY, GREY])
-        frames, ids = crossing(2)
+        frames, ids = crossing_squares(2)
         labels = np.where(ids[0] == 1, 1, 0)
         masks = follow(model, frames, first(labels, 2), lock_on=True, background_slots=2, extra_slots=3)
         allowed, sizes = model.head.seen[0]
@@ -312,18 +312,18 @@ class TestLockOn:
         assert np.array_equal(at_cells(masks[1]), np.where(at_cells(ids[1]) == 1, 1, 0))
 
     @pytest.mark.parametrize("key", [{"extra_slots": 2}, {"hold": "background"}, {"hold": "both"}])
-    def test_what_needs_class_attention(self, key):
+    def test_missing_class_attention_is_refused_only_where_needed(self, key):
         (word,) = (f"slots.{name}={value}" for name, value in key.items())
         with pytest.raises(UserError, match=rf"{word}.* needs a backbone with a class token"):
             SlotTracker(model_of(class_attention=False), SlotTracking(lock_on=True, **key))
-        frames, ids = crossing(2)
+        frames, ids = crossing_squares(2)
         model = model_of([GREY, RED, BLUE], class_attention=False)
         masks = follow(model, frames, first(ids[0], 2), lock_on=True, hold="none")
         assert np.array_equal(at_cells(masks[1]), at_cells(ids[1]))
 
 
 class TestGroups:
-    frames, ids = crossing(3)
+    frames, ids = crossing_squares(3)
     colours = (GREY, GREY, RED, BLUE, GREEN)
 
     @pytest.mark.parametrize(("groups", "forced"), [("initial", [True, False, False]), ("always", [True] * 3)])
@@ -366,7 +366,7 @@ class TestState:
     def make(self, story, batch_size=2, *, ahead=True):
         settings, kwargs = STORIES[story]
         tracker = SlotTracker(model_of(**kwargs), SlotTracking(**settings), batch_size=batch_size)
-        frames, ids = crossing(6)
+        frames, ids = crossing_squares(6)
         if ahead:
             tracker.look_ahead(lambda: [(frames, self.labels(story, ids))])
         return tracker
@@ -379,7 +379,7 @@ class TestState:
         return labels
 
     def test_a_restart_changes_nothing(self, story):
-        frames, ids = crossing(6)
+        frames, ids = crossing_squares(6)
         labels = self.labels(story, ids)
         whole = self.make(story).track(frames, labels)
         assert len({int(value) for mask in whole for value in np.unique(mask)}) == 3
@@ -398,14 +398,14 @@ class TestState:
             assert after.settings == before.settings
 
     def test_batches_change_nothing(self, story):
-        frames, ids = crossing(6)
+        frames, ids = crossing_squares(6)
         labels = self.labels(story, ids)
         whole = self.make(story).track(frames, labels)
         for batch_size in (1, 4, 100):
             assert np.array_equal(self.make(story, batch_size).track(frames, labels), whole)
 
     def test_does_not_grow(self, story):
-        frames, ids = crossing(6)
+        frames, ids = crossing_squares(6)
         tracker = self.make(story)
         tracker.track(frames, self.labels(story, ids))
         sizes = {name: (value.shape, value.untyped_storage().nbytes()) for name, value in tracker.state().items()}
@@ -416,14 +416,14 @@ class TestState:
     def test_is_empty_before_the_first_frame(self, story):
         tracker = self.make(story)
         assert tracker.state() == {} and tracker.track([], []) == []
-        frames, ids = crossing(2)
+        frames, ids = crossing_squares(2)
         masks = tracker.track(frames, self.labels(story, ids * 3)[:2])
         tracker.load({})
         assert tracker.state() == {} and np.array_equal(tracker.track(frames, self.labels(story, ids * 3)[:2]), masks)
 
 
 class TestSettings:
-    def test_say_what_masks_depend_on(self):
+    def test_cover_all_influences_on_masks(self):
         plain = SlotTracker(model_of()).settings
         assert json.loads(json.dumps(plain)) == plain
         others = [
@@ -473,13 +473,13 @@ class TestSettings:
 
 
 class TestBadInput:
-    frames, ids = crossing(3)
+    frames, ids = crossing_squares(3)
 
-    def test_a_head_without_slots(self):
+    def test_head_without_slots_is_refused(self):
         with pytest.raises(UserError, match="no slots to track.*head=slots"):
             SlotTracker(SegmentationModel(Colours(), LinearHead(3, 1, 2)))
 
-    def test_frames_of_another_size(self):
+    def test_frames_of_another_size_are_refused(self):
         tracker = SlotTracker(model_of())
         tracker.track(self.frames[:1], [None])
         with pytest.raises(UserError, match="A frame is 32 x 40 pixels, but the first frame 32 x 48"):
@@ -488,12 +488,12 @@ class TestBadInput:
             SlotTracker(model_of()).track([self.frames[0], self.frames[1][:30]], [None, None])
 
     @pytest.mark.parametrize(("shape", "shown"), [((16, 24), "16 x 24"), ((32, 48, 3), "32 x 48 x 3")])
-    def test_labels_of_another_size(self, shape, shown):
+    def test_labels_of_another_size_are_refused(self, shape, shown):
         with pytest.raises(UserError, match=f"A mask is {shown} pixels, but the first frame 32 x 48"):
             follow(model_of(), self.frames, first(np.zeros(shape, np.uint8), 3))
 
     @pytest.mark.parametrize(("dtype", "value"), [(np.int32, 300), (np.int16, -1), (np.float32, 0.5)])
-    def test_labels_that_are_no_ids(self, dtype, value):
+    def test_labels_that_are_not_ids_are_refused(self, dtype, value):
         labels = np.zeros((32, 48), dtype)
         labels[3, 4] = value
         with pytest.raises(UserError, match=r"A mask of type .* ids are whole numbers from 0 .* to 254"):
@@ -508,7 +508,7 @@ class TestBadInput:
             tracker.track(self.frames[2:], [self.ids[2]])
 
     @pytest.mark.parametrize("lock_on", [False, True])
-    def test_more_objects_than_slots(self, lock_on):
+    def test_more_objects_than_slots_are_refused(self, lock_on):
         frame, ids = paint({RED: (8, 4), BLUE: (20, 24), GREEN: (4, 36)})
         model = model_of([GREY, RED, BLUE])
         if lock_on:  # makes its own
@@ -517,7 +517,7 @@ class TestBadInput:
         with pytest.raises(UserError, match=r"3 slots cannot track 3 objects.*background.*head.num_slots"):
             follow(model, [frame], [ids])
 
-    def test_slots_that_are_not_finite(self):
+    def test_non_finite_slots_are_refused(self):
         model = model_of([(float("nan"), 0.0, 0.0), RED])
         with pytest.raises(UserError, match=r"not finite.*engine.precision=fp32"):
             follow(model, self.frames)

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from slot_scene import crossing
+from slot_scene import crossing_squares
 
 from dinoseg.models.heads.slots.head import SlotHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.slots.tracker import SlotTracker
 
-FRAMES, IDS = crossing(5)
+FRAMES, IDS = crossing_squares(5)
 GROUPED = {"groups": "always", "num_slots": (2, 3)}
 FIRST = [np.where(IDS[0] == 1, 1, 0), None, np.where(IDS[2] == 2, 8, 0), None, None]  # blue is told of later
 
@@ -70,7 +70,7 @@ def test_labels_are_followed_and_a_restart_changes_nothing(make, kwargs, lock_on
 
 
 @pytest.mark.parametrize("kwargs", [{}, GROUPED])
-def test_locked_slots_have_no_share_of_cells_that_are_not_theirs(make, kwargs):
+def test_locked_slots_ignore_cells_of_others(make, kwargs):
     tracker = SlotTracker(make(**kwargs), SlotTracking(lock_on=True, slots_per_object=2, background_slots=3))
     frame, ids = (
         np.repeat(np.repeat(pixels[0], 2, axis=0), 2, axis=1) for pixels in (FRAMES, IDS)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from slot_scene import crossing
+from slot_scene import crossing_squares
 
 from dinoseg.models.heads.slots.head import SlotHead
 from dinoseg.models.model import SegmentationModel
@@ -16,7 +16,7 @@ from dinoseg.tracking.slots.propagation import SlotPropagator
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.slots.tracker import SlotTracker
 
-FRAMES, _ = crossing(4)
+FRAMES, _ = crossing_squares(4)
 IDS = np.zeros((32, 48), np.uint8)  # of whole cells of 8 px
 IDS[8:24, 8:24], IDS[0:8, 32:48] = 1, 2
 GROUPED = {"groups": "always", "num_slots": (2, 3)}
@@ -34,7 +34,7 @@ def make(tiny_backbone):
     return build
 
 
-def spied(model, settings, labels=None):
+def spy_on_tracker(model, settings, labels=None):
     """Return (allowed, soft masks) of each frame, and the places of its slots."""
     seen, step, masks = [], model.head.step, model.head.masks
 
@@ -72,11 +72,11 @@ def same(allowed, expected):
     return np.array_equal(np.ones_like(expected) if allowed is None else allowed, expected)
 
 
-def test_groups_keep_slots_of_the_background_to_it_and_let_the_others_see_all(make):
+def test_background_slots_are_limited_to_the_background(make):
     model = make(**GROUPED)
     background = background_of(model)
     assert 0 < background.mean() < 1
-    seen, _ = spied(model, SlotTracking())
+    seen, _ = spy_on_tracker(model, SlotTracking())
     for (allowed, _), behind in zip(seen, background, strict=True):
         assert same(allowed, np.stack([behind, behind, *[np.ones_like(behind)] * 3]))
 
@@ -84,17 +84,17 @@ def test_groups_keep_slots_of_the_background_to_it_and_let_the_others_see_all(ma
 def test_groups_can_be_held_as_they_are_trained_or_not_at_all(make):
     model = make(**GROUPED)
     background = background_of(model)
-    both, none = (spied(make(**GROUPED), SlotTracking(hold=side))[0] for side in ("both", "none"))
+    both, none = (spy_on_tracker(make(**GROUPED), SlotTracking(hold=side))[0] for side in ("both", "none"))
     for (held, _), (free, _), behind in zip(both, none, background, strict=True):
         assert same(held, np.stack([behind] * 2 + [~behind] * 3)) and free is None
 
 
 @pytest.mark.parametrize(("num_extra", "kwargs"), [(0, {}), (2, {}), (2, GROUPED)])
-def test_locked_slots_see_the_labels_first_and_those_of_the_background_are_held_later(make, num_extra, kwargs):
+def test_locked_slots_start_at_labels_and_hold_the_background(make, num_extra, kwargs):
     model = make(**kwargs)
     settings = SlotTracking(lock_on=True, background_slots=3, slots_per_object=2, extra_slots=num_extra)
     background, cells = background_of(model), IDS[4::8, 4::8]
-    seen, _ = spied(model, settings, IDS)
+    seen, _ = spy_on_tracker(model, settings, IDS)
     extra = (cells == 0) & ~background[0]  # the labels call it background, the class token looks at it
     assert extra.any()
     first = np.stack([cells == 0] * 3 + [cells == 1] * 2 + [cells == 2] * 2 + [extra] * num_extra)
@@ -109,8 +109,8 @@ def overlaps(one, other):
     return np.array(pairs)
 
 
-def test_slots_drawn_anew_are_followed_by_sums_of_products_over_sums_of_maxima(make):
-    seen, places = spied(make(predictor="none", num_slots=16), SlotTracking(match="overlap"))
+def test_overlap_matching_uses_the_ratio_of_products_to_maxima(make):
+    seen, places = spy_on_tracker(make(predictor="none", num_slots=16), SlotTracking(match="overlap"))
     path = np.eye(16)
     for (one, other), found in zip(pairwise(masks for _, masks in seen), places[1:], strict=True):
         edges = np.exp(overlaps(one, other) / 0.05)
@@ -141,6 +141,6 @@ def test_overlap_is_the_original_s_and_soft_iou_another():
         ("always", {"hold": "none"}, False, False),
     ],
 )
-def test_the_class_attention_is_asked_for_where_it_is_used(groups, settings, first, later):
+def test_class_attention_is_requested_only_where_needed(groups, settings, first, later):
     propagator = SlotPropagator(SimpleNamespace(groups=groups), SlotTracking(**settings))
     assert (propagator.needs_background(first=True), propagator.needs_background(first=False)) == (first, later)

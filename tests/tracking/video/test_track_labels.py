@@ -97,7 +97,7 @@ def test_kinds_of_mask_files(folder, tmp_path):
     assert np.array_equal(read(ids() == 1), ids(1))  # one bit a pixel
 
 
-def test_what_255_means_is_decided_by_the_first_mask_that_shows_anything(folder, tmp_path):
+def test_first_nonempty_mask_decides_the_meaning_of_255(folder, tmp_path):
     corner = ids(255)
     mixed = ids(255)
     mixed[8:, 10:] = 2
@@ -128,7 +128,7 @@ def test_what_255_means_is_decided_by_the_first_mask_that_shows_anything(folder,
         (np.stack([ids(128), ids(0), ids(0)], axis=-1), "m.png is a colour image.*grey or palette PNG"),
     ],
 )
-def test_masks_of_no_use(folder, tmp_path, pixels, message):
+def test_unusable_masks_are_refused(folder, tmp_path, pixels, message):
     path = tmp_path / ("m.tif" if pixels.min() < 0 else "m.png")
     Image.fromarray(pixels).save(path)
     with pytest.raises(UserError, match=message.replace("m.png", f"{path.name}")):
@@ -167,7 +167,7 @@ def test_a_broken_mask_is_named(folder, tmp_path):
         (["frame1", "frame3", "4"], r"has 2 masks without frame in .*: 4\.png, frame3\.png. Masks are named like"),
     ],
 )
-def test_folders_of_no_use(folder, tmp_path, names, message):
+def test_unusable_folders_are_refused(folder, tmp_path, names, message):
     (tmp_path / "masks").mkdir()
     for name in names:
         picture(tmp_path / "masks" / f"{name}.png", ids())
@@ -175,7 +175,7 @@ def test_folders_of_no_use(folder, tmp_path, names, message):
         find_labels(str(tmp_path / "masks"), open_frames(str(folder)))
 
 
-def test_labels_that_do_not_fit_a_video(video, tmp_path):
+def test_labels_that_do_not_fit_a_video_are_refused(video, tmp_path):
     frames = open_frames(str(video))
     for name in ("0", "9"):
         picture(tmp_path / "late" / f"{name}.png", ids())
@@ -187,7 +187,7 @@ def test_labels_that_do_not_fit_a_video(video, tmp_path):
         find_labels(str(tmp_path / "twice"), frames)
 
 
-def test_files_of_no_use(folder, tmp_path):
+def test_unusable_files_are_refused(folder, tmp_path):
     frames = open_frames(str(folder))
     with pytest.raises(UserError, match="File or folder not found: labels=nowhere. Give the mask of the first frame"):
         find_labels("nowhere", frames)
@@ -198,7 +198,7 @@ def test_files_of_no_use(folder, tmp_path):
         find_labels(str(later), frames)
 
 
-def test_inputs_of_no_use(folder, tmp_path):
+def test_unusable_inputs_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="File or folder not found: nowhere. Give a video .* or a folder of its frames"):
         open_frames("nowhere")
     with pytest.raises(UserError, match=r"input=.*frame1\.png is neither a video nor a folder"):

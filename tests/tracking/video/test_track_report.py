@@ -30,7 +30,7 @@ def test_the_palette_is_pascal_vocs():
     assert voc_palette()[255] == (224, 224, 192) and voc_palette()[8] == (64, 0, 0)
 
 
-def test_an_indexed_picture_keeps_ids_and_shows_colours(tmp_path):
+def test_indexed_image_has_ids_and_colours(tmp_path):
     ids = np.random.default_rng(0).integers(0, 256, (40, 50)).astype(np.uint8)
     write_indexed_png(tmp_path / "a/b.png", ids)
     with Image.open(tmp_path / "a/b.png") as image:
@@ -103,7 +103,7 @@ def test_the_overlay_of_a_video_has_its_times(tmp_path):
         assert [frame.pts * frame.time_base * 90000 for frame in overlay.decode(video=0)] == ticks
 
 
-def test_a_replaced_mask_is_named_and_leaves_nothing_half_written(run):
+def test_replaced_mask_is_named_and_no_partial_report_is_left(run):
     write_indexed_png(run / "out/masks/00002.png", np.zeros((3, 3), np.uint8))
     with pytest.raises(UserError, match=r"00002\.png differs in size from its frame"):
         write_track_report(FolderReader(run / "in"), run / "out", opacity=0.5)

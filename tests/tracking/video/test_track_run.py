@@ -47,7 +47,7 @@ def pixels(number):
     return np.random.default_rng(number).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
 
 
-def given(value=1):
+def given_mask(value=1):
     mask = np.zeros(SIZE, np.uint8)
     mask[3:12, 4:15] = value
     return mask
@@ -60,8 +60,8 @@ def clip(tmp_path):
     (tmp_path / "labels").mkdir()
     for number in range(23):
         Image.fromarray(pixels(number)).save(tmp_path / f"in/{number}.png")
-    Image.fromarray(given(3)).save(tmp_path / "labels/0.png")
-    Image.fromarray(given(2)[:, ::-1]).save(tmp_path / "labels/10.png")
+    Image.fromarray(given_mask(3)).save(tmp_path / "labels/0.png")
+    Image.fromarray(given_mask(2)[:, ::-1]).save(tmp_path / "labels/10.png")
     return tmp_path
 
 
@@ -113,7 +113,7 @@ def test_masks_are_named_as_frames(clip):
     passed = run(clip, clip / "out")
     assert passed.items == 23 and passed.seconds > 0
     assert masks(clip / "out").keys() == {f"{number}.png" for number in range(23)}
-    assert np.array_equal(read_ids(clip / "out/masks/0.png"), given(3))
+    assert np.array_equal(read_ids(clip / "out/masks/0.png"), given_mask(3))
     assert 2 not in read_ids(clip / "out/masks/9.png") and 2 in read_ids(clip / "out/masks/10.png")
     video(clip / "v.avi", 11)
     assert run(clip, clip / "out2", "v.avi").items == 11
@@ -121,7 +121,7 @@ def test_masks_are_named_as_frames(clip):
 
 
 @pytest.mark.parametrize(("stop", "done"), [(0, 0), (3, 0), (7, 0), (8, 8), (15, 8), (16, 16), (19, 16), (22, 20)])
-def test_going_on_after_a_stop_gives_the_same_masks(clip, stop, done):
+def test_restart_after_a_stop_gives_the_same_masks(clip, stop, done):
     run(clip, clip / "whole")
     run_until(clip, clip / "cut", stop)
     assert read_track_state(clip / "cut").progress.done == done
@@ -134,7 +134,7 @@ def test_going_on_after_a_stop_gives_the_same_masks(clip, stop, done):
 
 
 @pytest.mark.parametrize("source", ["in", "v.mkv"])
-def test_a_tracker_may_look_at_the_whole_video_first(clip, source):
+def test_tracker_can_look_ahead_at_the_whole_video(clip, source):
     video(clip / "v.mkv")
     (clip / "labels/10.png").rename(clip / "labels/000000010.png" if source == "v.mkv" else clip / "labels/10.png")
     (clip / "labels/0.png").rename(clip / "labels/000000000.png" if source == "v.mkv" else clip / "labels/0.png")
@@ -148,7 +148,7 @@ def test_a_tracker_may_look_at_the_whole_video_first(clip, source):
 
 
 @pytest.mark.parametrize(("stop", "looks"), [(0, True), (7, True), (8, False), (19, False)])
-def test_a_video_is_looked_at_first_where_none_of_it_is_done(clip, stop, looks):
+def test_tracker_looks_ahead_only_if_nothing_is_finished(clip, stop, looks):
     run_until(clip, clip / "cut", stop)
     ahead = Ahead(Patches(), SETTINGS, batch_size=4)
     run(clip, clip / "cut", restart=True, tracker=ahead)
@@ -158,7 +158,7 @@ def test_a_video_is_looked_at_first_where_none_of_it_is_done(clip, stop, looks):
 @pytest.mark.parametrize(
     ("broken", "more"), [(17, r"\. No mask was written.*slots\.passes=1"), (0, r"image: replace or remove it\.$")]
 )
-def test_a_video_that_cannot_be_looked_at_first_is_told(clip, broken, more):
+def test_unreadable_frame_fails_while_looking_ahead(clip, broken, more):
     path = clip / f"in/{broken}.png"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(UserError, match=rf"{broken}\.png.*{more}"):
@@ -166,7 +166,7 @@ def test_a_video_that_cannot_be_looked_at_first_is_told(clip, broken, more):
     assert not (clip / "out/masks").exists() or not masks(clip / "out")
 
 
-def test_a_tracker_that_dies_leaves_what_can_be_gone_on_with(clip, monkeypatch):
+def test_failed_tracker_leaves_a_resumable_run(clip, monkeypatch):
     run(clip, clip / "whole")
     real = PropagationTracker.track
     batches = iter([True, True, True, True, False])
@@ -198,7 +198,7 @@ def test_several_stops_and_masks_that_were_lost(clip):
 
 
 @pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
-def test_lost_masks_of_frames_that_are_done_are_told_before_the_rest_is_tracked(clip, harm):
+def test_lost_masks_of_finished_frames_are_reported_first(clip, harm):
     run_until(clip, clip / "cut", 17)
     kept = {number: (clip / f"cut/masks/{number}.png").read_bytes() for number in (4, 15)}
     for number in kept:
@@ -247,7 +247,7 @@ def test_another_batch_size_is_warned_of(clip, caplog):
     assert read_track_state(clip / "cut").progress.batch_size == 3
 
 
-def test_a_video_that_ends_early_is_gone_on_with_when_mended(clip):
+def test_video_that_ended_early_resumes_once_fixed(clip):
     whole = video(clip / "v.avi").read_bytes()
     run(clip, clip / "whole", "v.avi")
     (clip / "v.avi").write_bytes(whole[: int(0.7 * len(whole))])
@@ -282,7 +282,7 @@ class CutShort:
 @pytest.mark.parametrize(
     ("batch", "count", "done"), [(4, 12, 8), (4, 13, 8), (4, 15, 8), (4, 4, 0), (4, 3, 0), (1, 9, 8), (3, 12, 9)]
 )
-def test_the_last_frames_before_an_early_end_are_tracked_anew(clip, monkeypatch, batch, count, done, save_every):
+def test_last_frames_before_an_early_end_are_tracked_again(clip, monkeypatch, batch, count, done, save_every):
     run(clip, clip / "whole", batch_size=batch)
     frames = CutShort(open_frames(str(clip / "in")), count)
     with monkeypatch.context() as patch:
@@ -294,7 +294,7 @@ def test_the_last_frames_before_an_early_end_are_tracked_anew(clip, monkeypatch,
     assert masks(clip / "cut") == masks(clip / "whole")
 
 
-def test_a_run_that_goes_on_with_too_short_an_input_once_more_keeps_where_it_stands(clip, monkeypatch):
+def test_repeated_restart_with_a_short_input_preserves_progress(clip, monkeypatch):
     run(clip, clip / "whole")
     for restart, count in ((False, 12), (True, 12), (True, 10), (True, 16)):
         with monkeypatch.context() as patch:
@@ -317,7 +317,7 @@ def test_a_broken_frame_and_a_broken_mask_stop_at_their_place(clip):
     (clip / "in/17.png").write_bytes(good)
     run(clip, clip / "cut", restart=True)
     assert masks(clip / "cut") == masks(clip / "whole")
-    Image.fromarray(given(2)[:-1]).save(clip / "labels/10.png")
+    Image.fromarray(given_mask(2)[:-1]).save(clip / "labels/10.png")
     with pytest.raises(UserError, match=r"10\.png is 19 x 28 pixels.* 10 masks so far"):
         run(clip, clip / "other")
 
@@ -331,7 +331,7 @@ def test_a_broken_frame_and_a_broken_mask_stop_at_their_place(clip):
         ),
         (lambda clip: (clip / "in/3.png").rename(clip / "in/3a.png"), r"input=.*in has changed in"),
         (
-            lambda clip: Image.fromarray(given(4)).save(clip / "labels/0.png"),
+            lambda clip: Image.fromarray(given_mask(4)).save(clip / "labels/0.png"),
             r"labels=.*/labels has changed in the first 16 frames",
         ),
         (lambda clip: shutil.copy(clip / "labels/0.png", clip / "labels/2.png"), "labels=.*/labels has changed in"),
@@ -354,7 +354,7 @@ def test_another_input_or_other_labels_are_refused(clip, change, message):
 def test_frames_and_labels_that_were_not_reached_may_change(clip):
     run_until(clip, clip / "cut", 14)
     Image.fromarray(pixels(23)).save(clip / "in/23.png")
-    Image.fromarray(given(8)).save(clip / "labels/21.png")
+    Image.fromarray(given_mask(8)).save(clip / "labels/21.png")
     run(clip, clip / "cut", restart=True)
     run(clip, clip / "whole")
     assert masks(clip / "cut") == masks(clip / "whole") and len(masks(clip / "cut")) == 24

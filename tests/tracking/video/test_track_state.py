@@ -30,14 +30,14 @@ def test_other_settings_are_named(tmp_path):
         check_same_settings(tmp_path, {"kind": "slots", "tracker": {"radius": 12}}, {"kind": "slots"})
 
 
-def test_settings_are_compared_by_their_whole_names_and_as_json_gives_them_back(tmp_path):
+def test_settings_are_compared_by_full_name_as_json(tmp_path):
     check_same_settings(tmp_path, {"size": [3, 4], "by_id": {"1": 2}}, {"size": (3, 4), "by_id": {1: 2}})
     then = {"first": {"view": {"size": 3}}, "second": {"view": {"size": 4}}}
     with pytest.raises(UserError, match=r"first\.view\.size was 3 and is 5\. Use"):
         check_same_settings(tmp_path, then, {**then, "first": {"view": {"size": 5}}})
 
 
-def test_folders_that_hold_nothing_to_go_on_with(tmp_path):
+def test_folders_without_a_usable_state_are_refused(tmp_path):
     with pytest.raises(UserError, match="not an unfinished run of mode=track"):
         read_track_state(tmp_path / "nowhere")
     path = tmp_path / STATE

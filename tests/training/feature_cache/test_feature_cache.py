@@ -53,42 +53,42 @@ def test_a_view_is_known_by_its_image_and_all_that_draws_it(read):
 
 
 @pytest.fixture
-def given():
+def cache_and_view():
     """Return a cache over a frozen part that gives thirds, in float16 and under an autocast to bfloat16, and a view."""
 
     def frozen(images):
         passed.append(torch.is_autocast_enabled("cpu"))
         return FrozenFeatures([torch.full((1, 2, 3), 1 / 3)], (4, 4), (8, 8))
 
-    def opened():
+    def open_store():
         return MemoryStore("float16", 2**20)
 
     passed = []
     model = nn.Linear(1, 1)  # whose device is asked
     model.frozen, model.input_size = frozen, lambda size: tuple(2 * side for side in size)
-    kept = FeatureCache(model, lambda: torch.autocast("cpu", torch.bfloat16), opened, "drawing", 2, "memory")
+    kept = FeatureCache(model, lambda: torch.autocast("cpu", torch.bfloat16), open_store, "drawing", 2, "memory")
     image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
     return kept, View("0" * 32, {"mask": mask, "name": "a"}, None, image), passed
 
 
-def test_features_are_the_same_when_they_are_computed_and_when_they_are_kept(given):
-    kept, view, passed = given
+def test_cached_features_equal_computed_features(cache_and_view):
+    kept, view, passed = cache_and_view
     first, second = (kept.complete_batch([view], CPU).image for _ in range(2))
     assert torch.equal(first.tensors[0], second.tensors[0]) and first.tensors[0].dtype == torch.float32
     assert (first.size, first.seen) == ((4, 4), (8, 8)) == (second.size, second.seen)
     assert passed == [True]  # another batch, or rank, has put it there since the view was read
 
 
-def test_bytes_are_pixels_that_stay_bytes(given):
-    kept, view, _ = given
+def test_bytes_are_pixels_that_stay_bytes(cache_and_view):
+    kept, view, _ = cache_and_view
     view.features = [torch.arange(256, dtype=torch.uint8), torch.tensor([0.0, 4.0]).half()]
     pixels, features = kept.complete_batch([view], CPU).image.tensors
     assert torch.equal(pixels[0], view.features[0]) and pixels.dtype == torch.uint8
     assert features.dtype == torch.float32 and torch.equal(features[0], view.features[1].float())
 
 
-def test_once_each_view_was_read_the_next_batch_comes_from_this_process(given, monkeypatch):
-    asked, kept = [], given[0]
+def test_cached_views_are_loaded_in_the_main_process(cache_and_view, monkeypatch):
+    asked, kept = [], cache_and_view[0]
     kept.place = "disk"
 
     def batches(*_, start, workers, **__):
@@ -105,8 +105,8 @@ def test_once_each_view_was_read_the_next_batch_comes_from_this_process(given, m
     assert asked[2:] == [(1, 0)]
 
 
-def test_what_another_process_has_read_whole_is_trusted(given):
-    kept, view, _ = given
+def test_features_read_by_another_process_are_trusted(cache_and_view):
+    kept, view, _ = cache_and_view
     trusted = []
     kept._store = SimpleNamespace(trust=trusted.append)
     view.features = [torch.ones(2, 3)]

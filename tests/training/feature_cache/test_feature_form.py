@@ -16,17 +16,17 @@ def tensors(shapes, seed=0):
     return [torch.randn(shape, generator=made) * 10 ** (number - 1) for number, shape in enumerate(shapes)]
 
 
-def written(given, stored):
+def encode_features(given, stored):
     return to_bytes(KEY, round_features(given, stored))
 
 
 def read_back(given, stored):
-    return from_file(KEY, BytesIO(written(given, stored)), verify=True)
+    return from_file(KEY, BytesIO(encode_features(given, stored)), verify=True)
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shapes", SHAPES)
-def test_what_is_read_is_what_was_given_in_that_type(stored, shapes):
+def test_features_are_read_back_in_their_stored_dtype(stored, shapes):
     given = tensors(shapes)
     for before, after in zip(given, restore_features(read_back(given, stored), stored), strict=True):
         assert torch.equal(before.to(getattr(torch, stored)), after)
@@ -53,34 +53,34 @@ def test_a_token_of_zeros_and_one_of_tiny_numbers_come_back():
 
 @pytest.mark.parametrize("stored", TYPES)
 @pytest.mark.parametrize("shapes", SHAPES)
-def test_the_size_that_is_told_is_that_of_the_file(stored, shapes):
-    assert size_of(tensors(shapes), stored) == len(written(tensors(shapes), stored))
+def test_reported_size_equals_the_file_size(stored, shapes):
+    assert size_of(tensors(shapes), stored) == len(encode_features(tensors(shapes), stored))
 
 
 @pytest.mark.parametrize("stored", TYPES)
-def test_bytes_are_kept_as_they_are_among_features_of_any_type(stored):
+def test_bytes_among_features_are_stored_unchanged(stored):
     pixels = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
     given = [pixels, *tensors([(9, 4)]), pixels[:, :1], *tensors([(2, 3, 4)]), torch.full((1, 1, 1), 7e4)]
     given = given[:4] if stored in ("float32", "int8") else given  # with numbers that float16 does not have
     after = restore_features(read_back(given, stored), stored)
     assert [part.shape for part in after] == [part.shape for part in given]
     assert all(torch.equal(after[place], given[place]) and after[place].dtype == torch.uint8 for place in (0, 2))
-    assert size_of(given, stored) == len(written(given, stored))
+    assert size_of(given, stored) == len(encode_features(given, stored))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_no_finite_number_is_refused(bad):
+def test_non_finite_features_are_refused(bad):
     with pytest.raises(UserError, match="not finite"):
         round_features([torch.zeros(2), torch.tensor([1, bad])], "float32")
 
 
-def test_a_sample_of_numbers_that_float16_does_not_have_is_bfloat16_and_one_beyond_these_refused():
+def test_float16_overflow_is_stored_as_bfloat16_or_refused():
     assert round_features([torch.tensor([-65504.0])], "float16")[0] == -65504
     given = [torch.tensor([[1.0, 2.0]]), torch.tensor([[7e4, 3.0]])]
     assert [part.dtype for part in round_features(given, "float16")] == [torch.bfloat16] * 2
     for before, after in zip(given, read_back(given, "float16"), strict=True):
         assert torch.equal(before.bfloat16(), after)
-    assert len(written(given, "float16")) == size_of(given, "float16")
+    assert len(encode_features(given, "float16")) == size_of(given, "float16")
     for stored in ("float16", "bfloat16"):
         with pytest.raises(UserError, match=r"3.4e\+38 overflow in bfloat16.*features\.dtype=float32"):
             round_features([torch.tensor([3.4e38])], stored)
@@ -88,7 +88,7 @@ def test_a_sample_of_numbers_that_float16_does_not_have_is_bfloat16_and_one_beyo
 
 @pytest.mark.parametrize("stored", TYPES)
 def test_any_byte_that_is_another_is_seen(stored):
-    content = bytearray(written(tensors([(3, 2, 2), (2, 3)]), stored))
+    content = bytearray(encode_features(tensors([(3, 2, 2), (2, 3)]), stored))
     for place in range(len(content)):
         content[place] ^= 0x10
         with pytest.raises(SchemaError):
@@ -97,8 +97,8 @@ def test_any_byte_that_is_another_is_seen(stored):
     from_file(KEY, BytesIO(content), verify=True)
 
 
-def test_a_file_that_is_cut_or_longer_is_seen_without_its_checksum_too():
-    content = written(tensors([(40, 3, 7)]), "float16")
+def test_truncated_or_longer_file_is_detected_without_checksum():
+    content = encode_features(tensors([(40, 3, 7)]), "float16")
     for wrong in (b"", content[:10], content[:40], content[:-64], content[:-1], content + bytes(64)):
         with pytest.raises(SchemaError):
             from_file(KEY, BytesIO(wrong), verify=False)
@@ -106,13 +106,13 @@ def test_a_file_that_is_cut_or_longer_is_seen_without_its_checksum_too():
 
 def test_features_of_another_key_are_none():
     with pytest.raises(SchemaError, match="other features"):
-        from_file(KEY[::-1], BytesIO(written(tensors([(4, 2, 2)]), "float16")), verify=True)
+        from_file(KEY[::-1], BytesIO(encode_features(tensors([(4, 2, 2)]), "float16")), verify=True)
 
 
 def test_one_image_of_more_than_is_read_back_is_refused(monkeypatch):
     monkeypatch.setattr("dinoseg.training.feature_cache.form.MAX_BYTES", 2**10)
     with pytest.raises(UserError, match=r"resolution\.longest"):
-        written([torch.zeros(300, 1, 1)], "float32")
+        encode_features([torch.zeros(300, 1, 1)], "float32")
 
 
 @pytest.mark.parametrize("scales", [[], [torch.ones(2)], [torch.ones(4, 3)]])

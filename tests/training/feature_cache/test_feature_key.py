@@ -40,7 +40,7 @@ def weights():
     }
 
 
-def test_every_single_value_name_shape_and_type_of_the_weights_counts():
+def test_weights_hash_covers_every_value_name_shape_and_dtype():
     first = weights_hash(weights().items())
     assert first == weights_hash(weights().items())
     others = []
@@ -61,7 +61,7 @@ def test_every_single_value_name_shape_and_type_of_the_weights_counts():
 @pytest.mark.slow  # bitsandbytes is imported
 @pytest.mark.parametrize("bits", [4, 8])
 def test_scales_of_quantised_weights_count(bits, tiny_backbone):
-    def hashed(factor):
+    def hash_scaled(factor):
         backbone = tiny_backbone()
         for block in backbone.blocks:
             block.mlp.up_proj.weight.data *= factor  # the same whole numbers, of another scale
@@ -71,10 +71,10 @@ def test_scales_of_quantised_weights_count(bits, tiny_backbone):
         assert weights_hash(frozen_tensors(model)) == first
         return first
 
-    assert hashed(1) == hashed(1) != hashed(2)
+    assert hash_scaled(1) == hash_scaled(1) != hash_scaled(2)
 
 
-def test_running_means_of_what_is_frozen_count_and_nothing_that_learns():
+def test_frozen_tensors_include_running_means_of_frozen_layers():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).requires_grad_(False), nn.BatchNorm1d(2))
     model[0].requires_grad_(False)
     means = {f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
@@ -88,7 +88,7 @@ def test_layout_in_memory_does_not_count():
 
 
 @pytest.fixture
-def written(tmp_path, monkeypatch):
+def make_module(tmp_path, monkeypatch):
     """Return what makes a module of a name, whose file holds a text."""
 
     def make(name, text):
@@ -103,10 +103,10 @@ def written(tmp_path, monkeypatch):
     return make
 
 
-def test_code_counts_with_what_a_module_inherits_and_libraries(written, monkeypatch):
+def test_code_hash_covers_base_classes_and_libraries(make_module, monkeypatch):
     def model(text, base="from torch import nn\nclass Base(nn.Module): pass\n"):
-        written("base", base)
-        return nn.Sequential(nn.Linear(1, 1), written("mine", text).Mine())
+        make_module("base", base)
+        return nn.Sequential(nn.Linear(1, 1), make_module("mine", text).Mine())
 
     text = "from base import Base\nclass Mine(Base): pass\n"
     first = code_hash([model(text)])
@@ -117,14 +117,14 @@ def test_code_counts_with_what_a_module_inherits_and_libraries(written, monkeypa
     assert first != code_hash([model(text)])
 
 
-def test_code_that_draws_views_counts(written):
-    def drawn(text):
-        module = written("views", text)
+def test_code_that_draws_views_counts(make_module):
+    def hashes_of(text):
+        module = make_module("views", text)
         return [code_hash([], each) for each in (module.Draw(), module.draw, functools.partial(module.draw, 1))]
 
     text = "class Base: pass\nclass Draw(Base): pass\ndef draw(*given): return given\n"
-    first, later = drawn(text), drawn(text + "# changed\n")
-    assert first == drawn(text) and not {*first, code_hash([])} & {*later} and code_hash([]) not in first
+    first, later = hashes_of(text), hashes_of(text + "# changed\n")
+    assert first == hashes_of(text) and not {*first, code_hash([])} & {*later} and code_hash([]) not in first
 
 
 def test_own_code_that_computes_counts():
@@ -158,7 +158,7 @@ def test_own_source_that_counts_is_there(monkeypatch):
 
 
 @pytest.mark.parametrize("other", [{part: "other"} for part in PARTS])
-def test_what_was_computed_otherwise_is_not_used_and_it_is_said_what_differs(other, tmp_path, caplog):
+def test_features_of_other_settings_are_not_used_and_logged(other, tmp_path, caplog):
     caplog.set_level("INFO")
     name = origin(tmp_path, PARTS)
     store = DiskStore(tmp_path, name, "float16")
@@ -171,7 +171,7 @@ def test_what_was_computed_otherwise_is_not_used_and_it_is_said_what_differs(oth
     assert origin(tmp_path, {**PARTS, **other}) == changed and len(caplog.records) == 1
 
 
-def test_the_nearest_of_others_is_told(tmp_path, caplog):
+def test_nearest_other_origin_is_logged(tmp_path, caplog):
     caplog.set_level("INFO")
     for number in range(3):
         origin(tmp_path, {name: f"{number}{name}" for name in PARTS})
@@ -188,7 +188,7 @@ def test_a_copied_folder_is_no_other_origin(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("note", ["", "{}", "[]", '{"weights": 1}', "{" * 10_000, None])
-def test_a_damaged_note_of_an_origin_is_written_anew(note, tmp_path, caplog):
+def test_damaged_origin_note_is_written_again(note, tmp_path, caplog):
     path = tmp_path / origin(tmp_path, PARTS) / "origin.json"
     before = path.read_text()
     path.unlink()
@@ -202,7 +202,7 @@ def test_a_root_that_cannot_be_written_is_left_to_the_store(tmp_path):
     assert origin(tmp_path / "root", PARTS)
 
 
-def test_pixels_that_are_no_file_s_count_with_their_shape():
+def test_image_hash_of_generated_pixels_depends_on_shape():
     data = [{"image": torch.zeros(shape, dtype=torch.uint8)} for shape in ((3, 2, 6), (3, 6, 2), (3, 2, 6))]
     assert image_hash(data, 0) == image_hash(data, 2) != image_hash(data, 1)
 
@@ -219,7 +219,7 @@ def data(tmp_path):
     return PairDataset(made, Labels(["a", "b"], [(0, 0, 0), (9, 9, 9)], 255), Masks())
 
 
-def test_an_image_is_known_by_its_bytes_and_not_by_its_name_or_place(data, tmp_path):
+def test_image_hash_depends_on_bytes_not_on_name_or_place(data, tmp_path):
     hashes = [image_hash(data, index) for index in range(3)]
     assert len(set(hashes)) == 3
     shutil.copy(tmp_path / "0.png", tmp_path / "copy.png")
@@ -261,7 +261,7 @@ def test_images_without_files_are_known_by_their_pixels():
     assert len({image_hash(RandomOrder(), index) for index in range(4)}) == 4
 
 
-def test_a_missing_image_is_told(data, tmp_path):
+def test_missing_image_is_refused(data, tmp_path):
     (tmp_path / "2.png").unlink()
     with pytest.raises(UserError, match="2.png"):
         image_hash(data, 2)

@@ -35,7 +35,7 @@ def age(folder, seconds):
         os.utime(path, (then, then))
 
 
-def kept(store):
+def stored_numbers(store):
     return [number for number, key in enumerate(KEYS) if key in store]
 
 
@@ -44,7 +44,7 @@ def store(request, tmp_path):
     return DiskStore(tmp_path, "a", "float16") if request.param == "disk" else MemoryStore("float16", 2**20)
 
 
-def test_what_is_kept_is_given_back_as_put_has_said(store):
+def test_stored_features_are_returned_as_put_returned_them(store):
     assert store.get(KEYS[0]) is None and KEYS[0] not in store
     said = store.put(KEYS[0], features())
     assert KEYS[0] in store and KEYS[1] not in store
@@ -54,7 +54,7 @@ def test_what_is_kept_is_given_back_as_put_has_said(store):
 
 
 @pytest.mark.parametrize("kind", ["disk", "memory"])
-def test_int8_is_given_back_as_put_has_said(kind, tmp_path):
+def test_int8_features_are_returned_as_put_returned_them(kind, tmp_path):
     store = DiskStore(tmp_path, "a", "int8") if kind == "disk" else MemoryStore("int8", 2**20)
     said = store.put(KEYS[0], [*features(), torch.ones(5, 2)])
     found = store.get(KEYS[0])
@@ -62,7 +62,7 @@ def test_int8_is_given_back_as_put_has_said(kind, tmp_path):
     assert all(map(torch.equal, found, said)) and torch.allclose(found[0], features()[0], atol=0.02)
 
 
-def test_memory_holds_no_more_than_what_is_kept():
+def test_memory_store_copies_only_the_stored_features():
     store, batch = MemoryStore("float32", 2**20), torch.randn(16, *SHAPE)
     store.put(KEYS[0], [batch[0]])
     batch.zero_()
@@ -70,7 +70,7 @@ def test_memory_holds_no_more_than_what_is_kept():
     assert found.any() and found.untyped_storage().nbytes() == found.nbytes
 
 
-def test_features_of_one_origin_are_none_of_another(tmp_path):
+def test_features_of_one_origin_are_hidden_from_another(tmp_path):
     fill(DiskStore(tmp_path, "a", "float16"), [0])
     assert DiskStore(tmp_path, "b", "float16").get(KEYS[0]) is None
     assert DiskStore(tmp_path, "a", "float16").get(KEYS[0]) is not None
@@ -119,7 +119,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_or_foreign_file_counts_as_not_there_is_told_and_written_anew(kind, tmp_path, caplog):
+def test_damaged_or_foreign_file_is_replaced_with_a_warning(kind, tmp_path, caplog):
     fill(DiskStore(tmp_path, "a", "float16"), [0, 1])
     path = tmp_path / "a" / f"{KEYS[0]}.features"
     DAMAGE[kind](path)
@@ -128,14 +128,14 @@ def test_a_damaged_or_foreign_file_counts_as_not_there_is_told_and_written_anew(
     (told,) = [record.getMessage() for record in caplog.records]
     assert str(path) in told and "cannot be used" in told
     fill(store, [0, 2])
-    assert kept(store) == ([1, 2] if kind == "folder" else [0, 1, 2])
+    assert stored_numbers(store) == ([1, 2] if kind == "folder" else [0, 1, 2])
     if kind == "folder":
         assert "is a folder" in caplog.text and "Remove it" in caplog.text
     else:
         assert torch.equal(store.get(KEYS[0])[0], features(0)[0].half()) and not path.is_symlink()
 
 
-def test_a_file_that_was_checked_is_still_held_against_its_size(tmp_path):
+def test_checked_file_is_still_compared_with_its_size(tmp_path):
     store = DiskStore(tmp_path, "a", "float16")
     fill(store, [0])
     assert store.get(KEYS[0]) is not None
@@ -144,7 +144,7 @@ def test_a_file_that_was_checked_is_still_held_against_its_size(tmp_path):
         assert store.get(KEYS[0]) is None
 
 
-def test_features_stay_where_their_file_is_cut_while_they_are_used(tmp_path):
+def test_loaded_features_survive_truncation_of_their_file(tmp_path):
     store = DiskStore(tmp_path, "a", "float16")
     fill(store, [0])
     (found,) = store.get(KEYS[0])
@@ -152,7 +152,7 @@ def test_features_stay_where_their_file_is_cut_while_they_are_used(tmp_path):
     assert torch.equal(found, features()[0].half())
 
 
-def test_features_that_are_held_outlive_their_file_and_nobody_writes_to_it(tmp_path):
+def test_loaded_features_are_independent_of_their_file(tmp_path):
     store = DiskStore(tmp_path, "a", "float16")
     fill(store, [0])
     (found,) = store.get(KEYS[0])
@@ -165,7 +165,7 @@ def test_features_that_are_held_outlive_their_file_and_nobody_writes_to_it(tmp_p
     assert torch.equal(found, features(0)[0].half())
 
 
-def test_what_other_runs_have_not_used_for_longest_makes_room_and_own_files_never(tmp_path, caplog):
+def test_least_recently_used_files_of_other_runs_are_evicted(tmp_path, caplog):
     fill(DiskStore(tmp_path, "old", "float16"), range(4))
     fill(DiskStore(tmp_path, "a", "float16"), [10, 11])
     age(tmp_path / "old", 1000)
@@ -175,16 +175,16 @@ def test_what_other_runs_have_not_used_for_longest_makes_room_and_own_files_neve
     assert store.get(KEYS[10]) is not None  # used now, so no longer old
     assert store.room() == 6 * SIZE
     fill(store, [12])
-    assert kept(old) == [0, 1, 2, 3] and kept(store) == [10, 11, 12]
+    assert stored_numbers(old) == [0, 1, 2, 3] and stored_numbers(store) == [10, 11, 12]
     fill(store, [13])
-    assert kept(old) == [2, 3]  # some more than needed, so that the next one need not look
+    assert stored_numbers(old) == [2, 3]  # some more than needed, so that the next one need not look
     fill(store, range(14, 17))
-    assert kept(old) == [] and kept(store) == [10, 11, 12, 13, 14, 15, 16]
+    assert stored_numbers(old) == [] and stored_numbers(store) == [10, 11, 12, 13, 14, 15, 16]
     assert not caplog.records
     fill(store, [17])
-    assert kept(store) == [10, 12, 13, 14, 15, 16, 17]
+    assert stored_numbers(store) == [10, 12, 13, 14, 15, 16, 17]
     fill(store, [18, 19])
-    assert kept(store) == [10, 12, 13, 14, 15, 16, 17] and store.room() == 0
+    assert stored_numbers(store) == [10, 12, 13, 14, 15, 16, 17] and store.room() == 0
     (told,) = [record.getMessage() for record in caplog.records]
     assert "0.0 MiB at most: no more features are cached" in told and "the next run caches more" in told
     assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= store.cap
@@ -197,10 +197,10 @@ def test_a_file_server_s_clock_may_differ_by_some_seconds(tmp_path):
         assert DiskStore(tmp_path, "a", "float16", cap=3 * SIZE).room() == room
 
 
-def test_memory_takes_no_more_than_its_cap_and_says_so_once(caplog):
+def test_memory_store_respects_its_cap_with_one_warning(caplog):
     store = MemoryStore("float16", cap=2 * 2 * torch.zeros(SHAPE).numel() + 1)
     fill(store, range(5))
-    assert kept(store) == [0, 1] and store.room() == 1
+    assert stored_numbers(store) == [0, 1] and store.room() == 1
     assert len(caplog.records) == 1 and "used up" in caplog.text
     assert torch.equal(store.put(KEYS[9], features(9))[0], features(9)[0].half())
 
@@ -213,7 +213,7 @@ def test_some_room_is_left_on_the_disk(tmp_path, monkeypatch, caplog):
     for number in range(3):
         fill(store, [number])
         free[0] -= SIZE
-    assert kept(store) == [0, 1] and "0.0 MiB are free" in caplog.text
+    assert stored_numbers(store) == [0, 1] and "0.0 MiB are free" in caplog.text
 
 
 class Usage:
@@ -222,7 +222,7 @@ class Usage:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_full_disk_ends_the_keeping_and_not_the_run_and_the_next_one_goes_on(number, tmp_path, monkeypatch, caplog):
+def test_full_disk_stops_caching_but_not_the_run(number, tmp_path, monkeypatch, caplog):
     real, left = atomic.write_all, [2]
 
     def write(file, data):
@@ -243,10 +243,10 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run_and_the_next_one_goes_on(n
     assert ("the disk is full" in told) == (number != errno.EIO) and str(tmp_path) in told
     again = DiskStore(tmp_path, "a", "float16")
     fill(again, [2, 3])
-    assert kept(again) == [0, 1, 2, 3] and all(again.get(KEYS[each]) is not None for each in range(4))
+    assert stored_numbers(again) == [0, 1, 2, 3] and all(again.get(KEYS[each]) is not None for each in range(4))
 
 
-def test_a_folder_that_cannot_be_written_is_told_and_ends_nothing(tmp_path, caplog):
+def test_unwritable_cache_folder_is_a_warning(tmp_path, caplog):
     (tmp_path / "root").write_text("no folder")
     store = DiskStore(tmp_path / "root", "a", "float16")
     assert store.room() > 0 and store.get(KEYS[0]) is None
@@ -254,7 +254,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_ends_nothing(tmp_path, capl
     assert len([record for record in caplog.records if "Cannot write features" in record.getMessage()]) == 1
 
 
-def test_what_a_killed_process_left_half_written_goes(tmp_path):
+def test_remains_of_a_killed_process_are_removed(tmp_path):
     fill(DiskStore(tmp_path, "a", "float16"), [0])
     part = tmp_path / "a" / f".{KEYS[1]}.features.999999999-{atomic._machine()}-00000000.part"
     part.write_bytes(b"half")
@@ -281,7 +281,7 @@ def test_runs_that_share_a_folder_give_each_other_nothing_wrong(tmp_path, caplog
     assert names and all(name.endswith(".features") and not name.startswith(".") for name in names)
 
 
-def test_features_that_float16_does_not_hold_are_kept_and_told_once(tmp_path, caplog):
+def test_features_beyond_float16_are_cached_with_one_warning(tmp_path, caplog):
     stores._warn_of_wider.cache_clear()
     large = [7e4 * part for part in features()]
     for store in (DiskStore(tmp_path, "a", "float16"), MemoryStore("float16", 2**20)):
