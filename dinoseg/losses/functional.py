@@ -6,7 +6,7 @@ use a sigmoid for each class. Logits of another size are first upsampled to the 
 `Prediction` that `model(images, as_prediction=True)` returns, which saves the memory of logits at full size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -244,8 +244,7 @@ def cldice_loss(
         >>> round(cldice_loss(logits, targets).item(), 4)
         0.0
     """
-    ids = None if classes is None else tuple(classes)
-    return _value(SoftClDice, logits, targets, ignore_index, class_weights, iterations=iterations, classes=ids)
+    return _value(SoftClDice, logits, targets, ignore_index, class_weights, iterations=iterations, classes=classes)
 
 
 def bce_loss(
@@ -283,7 +282,18 @@ def binary_dice_loss(
     ignore_index: int = 255,
     class_weights: ClassWeights = None,
 ) -> Tensor:
-    """Return the soft Dice loss of overlapping classes, averaged over the classes in the targets; see `bce_loss`.
+    """Return the soft Dice loss of overlapping classes, averaged over the classes in the targets.
+
+    Sums are over the labelled pixels of the batch, for each class by itself.
+
+    Args:
+        logits: (B, K, H, W), or a `Prediction`.
+        targets: (B, K, H, W), 1 where a class is present, else 0.
+        ignore_index: target of pixels that do not count for a class.
+        class_weights: one weight (K,) per class in the mean; None: 1 each.
+
+    Raises:
+        UserError: a shape, type or value is invalid.
 
     Examples:
         >>> import torch
@@ -401,8 +411,10 @@ def _value(
 
 def _plain(name: str, value: Any) -> Any:
     """Return an option as a plain value, which the cache of losses needs; tables and lists are tuples."""
-    if isinstance(value, Tensor | np.ndarray | np.generic) and not value.ndim:
-        return value.item()
+    if isinstance(value, Tensor | np.ndarray | np.generic) and (name == "classes" or not value.ndim):
+        value = value.tolist()
+    if name == "classes" and isinstance(value, Iterable) and not isinstance(value, str):
+        return tuple(value)
     if value is None or isinstance(value, str | int | float) or name in ("factors", "classes"):
         return value
     raise UserError(f"{name}={format_value(str(value))} is of type {type(value).__name__}. Give a single value.")
@@ -471,6 +483,8 @@ def _check_targets(
         raise UserError(
             f"The targets have {targets.shape[1]} layers, and the logits {classes}. Give one of each class."
         )
+    if has_layers and ignore_index in (0, 1):
+        raise UserError(f"ignore_index={ignore_index}: layers hold 0 and 1. Give another value, such as 255.")
     if targets.device != device:
         raise UserError(f"The targets are on {targets.device}, and the logits on {device}. Move the targets there.")
     if images != len(targets):

@@ -240,6 +240,9 @@ def test_layers_that_do_not_fit_are_refused(loss):
         with pytest.raises(UserError, match=message):
             loss(logits, wrong)
     assert loss(logits, targets + 2, ignore_index=2) == 0
+    for ignored in (0, 1):  # would leave out all pixels of a class, or all others
+        with pytest.raises(UserError, match=f"ignore_index={ignored}: layers hold 0 and 1"):
+            loss(logits, targets, ignore_index=ignored)
 
 
 def test_cldice_has_the_value_of_its_training(batch):
@@ -250,8 +253,14 @@ def test_cldice_has_the_value_of_its_training(batch):
         expected = criterion(prediction, Batch(targets, targets, ["a", "b"]))[0]
         assert torch.equal(cldice_loss(logits, targets, class_weights=WEIGHTS, **options), expected)
         assert torch.equal(cldice_loss(logits, targets, class_weights=WEIGHTS, **options), expected)
+    expected = cldice_loss(logits, targets, classes=[0, 2])
+    for classes in ((2, 0), {0, 2}, range(0, 3, 2), np.array([0, 2]), torch.tensor([0, 2])):
+        assert cldice_loss(logits, targets, classes=classes) == expected
     with pytest.raises(UserError, match="classes=.*7.*give ids of classes, from 0 to 2"):
         cldice_loss(logits, targets, classes=[7])
+    for classes in (1, "12", [True], np.array(1)):
+        with pytest.raises(UserError, match="classes=.* Give a list of whole numbers"):
+            cldice_loss(logits, targets, classes=classes)
 
 
 def test_weights_from_counts_have_a_mean_of_one():
