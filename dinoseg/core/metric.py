@@ -94,8 +94,7 @@ class Metric(ABC):
     @property
     def settings(self) -> str:
         """The class and its plain options as text: runs are compared by metrics of equal settings."""
-        options = {name: value for name, value in sorted(vars(self).items()) if isinstance(value, _PLAIN)}
-        return f"{type(self).__qualname__} {options}"
+        return format_settings(self, vars(self))
 
     @abstractmethod
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
@@ -120,6 +119,12 @@ class Metric(ABC):
             raise UserError("rows: there are no counts. Give those of at least one image.")
         found = self.compute(sums)
         return {name: plain_score(value) for name, value in found.items()}
+
+
+def format_settings(metric: object, attributes: Mapping[str, object]) -> str:
+    """Return the class of a metric and those attributes that are plain values as text."""
+    options = {name: value for name, value in sorted(attributes.items()) if isinstance(value, _PLAIN)}
+    return f"{type(metric).__qualname__} {options}"
 
 
 def sum_counts(rows: Iterable[Counts]) -> dict[str, np.ndarray]:

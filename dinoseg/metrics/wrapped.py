@@ -5,7 +5,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage
+from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, format_settings
 from dinoseg.metrics.counts import ratio
 
 
@@ -28,6 +28,14 @@ class WrappedMetric(Metric):
         self.scores = {name: better}
         self.unbounded = () if is_share else (name,)
         self._name, self._metric = name, metric
+        metric.reset()  # `settings` are those of a metric without a state
+
+    @property
+    def settings(self) -> str:
+        """The classes and plain options of both metrics as text."""
+        # private attributes, such as those of torchmetrics, may be a state
+        options = {name: value for name, value in vars(self._metric).items() if name[0] != "_"}
+        return f"{super().settings} of {format_settings(self._metric, options)}"
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
         """Return the value of an image, and whether it is finite."""

@@ -177,6 +177,19 @@ def test_a_wrapped_metric_is_the_mean_over_images():
     assert WrappedMetric("pixels", MeanError(), is_share=False).unbounded == ("pixels",)
 
 
+def test_settings_of_a_wrapped_metric_name_its_own_options():
+    def wrap(power):
+        metric = MeanError()
+        metric.power = power
+        return WrappedMetric("error", metric, "min")
+
+    metric = wrap(1)
+    before = metric.settings
+    score(metric, [(np.zeros((2, 2), np.uint8), np.ones((2, 2), np.uint8))])
+    assert metric.settings == before == wrap(1).settings
+    assert "MeanError" in before and before != wrap(2).settings
+
+
 class Share(Metric):
     """Share of correct labelled pixels, with faults on request."""
 
