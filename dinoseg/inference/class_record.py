@@ -62,7 +62,7 @@ def read_class_record(folder: Path, *, has_layers: bool = False) -> tuple[Labels
     """Return the classes and the arguments of `Masks` saved with a folder of predictions; None without such a record.
 
     Raises:
-        UserError: the file exists but is not a valid record, or its masks have layers and shall not, or the reverse.
+        UserError: the file exists but is not a valid record, or its masks are of another task.
     """
     path = folder / NAME
     if not path.is_file():

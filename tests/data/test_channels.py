@@ -396,14 +396,6 @@ def test_tiff_files_with_an_unspecified_channel_are_read(tmp_path):
     assert np.array_equal(PixelFormat(4).read(tmp_path / "a.tif"), image)
 
 
-def test_colours_are_not_divided_by_an_associated_alpha(tmp_path):
-    image, path = levels(4), tmp_path / "a.tif"
-    Image.fromarray(image).save(path)
-    unassociated, associated = (np.array([338, 3, 1, 0, value, 0], "<u2").tobytes() for value in (2, 1))  # ExtraSamples
-    path.write_bytes(path.read_bytes().replace(unassociated, associated))
-    assert np.array_equal(read_levels(path, None), image)
-
-
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
 def test_arrays_are_scaled_as_files_are(dtype, tmp_path):
     values = (levels(4, np.uint16) >> 4).astype(dtype)

@@ -263,7 +263,7 @@ def test_training_from_the_start_has_no_freeze():
     assert build_freeze(model.backbone, adamw(model, lr=1.0), is_single=True) is None
 
 
-def test_only_backbone_groups_start_late(monkeypatch):
+def test_backbone_and_delayed_groups_start_late(monkeypatch):
     model = untrained_model()
     monkeypatch.setattr(type(model.head), "delayed_modules", (0.3, [model.head.norm]))
     found = parameter_groups(model, lr=0.1, weight_decay=0.0, freeze_backbone_until=0.3)

@@ -304,7 +304,7 @@ class _Maker:
             # None saves memory and time with many classes; the first drawing states the size
             shown = [
                 Drawing(entry.path, entry.image, size, self.ground, forms) if forms or not index else None
-                for index, forms in enumerate(self._layers(entry))
+                for index, forms in enumerate(self._group_shapes(entry))
             ]
             return Pair(name, image, Layers(tuple(shown), Drawing.read))
         by_area = self.shapes.order == "area"
@@ -312,7 +312,7 @@ class _Maker:
         forms = tuple((self._id(shape), shape.form) for shape in drawn)
         return Pair(name, image, Drawing(entry.path, entry.image, size, self.ground, forms))
 
-    def _layers(self, entry: Entry) -> list[list[tuple[int, Form]]]:
+    def _group_shapes(self, entry: Entry) -> list[list[tuple[int, Form]]]:
         """Return the shapes of each class's layer: ignored ones, below those of the class, which have the value 1."""
         ignore = self.labels.ignore_index
         ignored: list[list[tuple[int, Form]]] = [[] for _ in self.labels.classes]

@@ -29,8 +29,8 @@ class Multilabel(ScoreProtocol):
 
     Args:
         classes: class names.
-        references: reads another encoding of references. `references(path, prediction, size)` returns 0, 1 and
-            `ignore_index` (H, W) at the prediction's size. None: the files hold these values.
+        references: reads another encoding. `references(path)` returns 0, 1 and `ignore_index` (H, W);
+            `references(path, prediction, size)` does so at the prediction's size. None: the files hold these values.
         ignore_index: reference value whose pixels do not count for the class.
         boundary: whether to score the Boundary IoU, too.
         nsd: whether to score the normalised surface dice, too.

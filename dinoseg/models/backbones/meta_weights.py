@@ -287,15 +287,15 @@ def _tensor(name: str, value: Tensor, family: str) -> Tensor:
 def _split(name: str, target: str, state: Mapping[str, Tensor], config: Any, source: str) -> dict[str, Tensor]:
     """Split a fused qkv tensor into q, k and v, without a key bias that the model does not have."""
     if name.endswith(".bias_mask"):
-        return {}  # `_mask_bias` applies it to the bias
+        return {}  # `_split_bias` applies it to the bias
     family = config.model_type
     parts = dict(zip(_QKV.get(family, _QKV["vit"]), state[name].chunk(3), strict=True))
     if family == "dinov3_vit" and name.endswith(".bias"):
-        parts = _mask_bias(name, state, config.key_bias, source)
+        parts = _split_bias(name, state, config.key_bias, source)
     return {target.format(part): value.clone() for part, value in parts.items()}  # safetensors refuses shared views
 
 
-def _mask_bias(name: str, state: Mapping[str, Tensor], key_bias: bool, source: str) -> dict[str, Tensor]:
+def _split_bias(name: str, state: Mapping[str, Tensor], key_bias: bool, source: str) -> dict[str, Tensor]:
     """Return the biases of q and v, and of k with `key_bias`, after Meta's bias mask."""
     mask = state.get(f"{name}_mask")
     query, key, value = (state[name] if mask is None else state[name] * mask).chunk(3)

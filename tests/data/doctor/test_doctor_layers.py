@@ -71,14 +71,6 @@ def test_counts_of_layers_equal_numpy(tmp_path):
     assert "no_labels" not in findings and "binary_read_as_ids" not in findings
 
 
-def test_stored_scans_of_layers_are_read_again(tmp_path, caplog):
-    draw_layers(tmp_path)
-    first = examined(tmp_path, tmp_path / "cache")
-    with caplog.at_level(logging.WARNING):
-        assert examined(tmp_path, tmp_path / "cache") == first
-    assert "damaged" not in caplog.text
-
-
 def test_faulty_layers_are_errors_that_name_the_file(tmp_path):
     draw_layers(tmp_path)
     for number, mask in ((1, np.full((9, 9), 1)), (2, np.full((3, 3), 7))):
