@@ -159,11 +159,11 @@ def _is_jpeg(path: Path) -> bool:
 
 def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: MaskReader) -> Record:
     rule, drawn = reader.masks.on_size_mismatch, drawn_size(mask)
-    if drawn is not None and record.image_size is None:  # unreadable: nothing bounds the size of the mask
-        return replace(record, mask_size=drawn)
-    if drawn is not None and record.image_size is not None:
+    if drawn is not None:
+        if record.problems:  # of the image: nothing bounds the size of the mask
+            return replace(record, mask_size=drawn)
         try:
-            check_fit(drawn, record.image_size, rule, image=image, path=mask)
+            check_fit(drawn, record.image_size or drawn, rule, image=image, path=mask)
         except UserError as error:
             return replace(record, mask_size=drawn).with_problem("size_mismatch", str(error))
     try:

@@ -1,7 +1,5 @@
 """What mode=doctor reports on masks with a layer for each class, against numpy."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -43,9 +41,9 @@ def draw_layers(root, images=8):
     return layers
 
 
-def examined(root, cache=None):
+def examined(root):
     data = folder_dataset(root, "train", classes=CLASSES, layers=True)
-    part = describe_split("train", data, scan(data.pairs, data.reader, images=True, cache_dir=cache))
+    part = describe_split("train", data, scan(data.pairs, data.reader, images=True))
     return {finding.code: finding for finding in examine([part])}, part
 
 

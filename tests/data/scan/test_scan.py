@@ -12,6 +12,7 @@ from overlapping_shapes import CLASSES as OVERLAPPING
 from overlapping_shapes import write_overlaps
 from PIL import Image
 
+from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
@@ -330,6 +331,13 @@ def test_frames_of_a_video_are_scanned(tmp_path):
     assert unreadable(records) == {"v/9": f"Frame 9 of {video} cannot be decoded."}
     assert scan(pairs, reader, cache_dir=tmp_path / "cache") == records
     assert [record.image_size for record in scan(pairs, reader, images=False)] == [None] * 3  # nothing is decoded
+
+
+def test_drawn_masks_of_frames_are_counted_without_decoding(tmp_path):
+    drawing = Drawing(tmp_path / "a.json", "0", (40, 56), 1, ())
+    reader = MaskReader(Labels.of(CLASSES, None, 255), Masks())
+    (record,) = scan([Pair("0", Frame(save(tmp_path / "v.png", ids(0)), 0), drawing)], reader, images=False)
+    assert record.image_size is None and record.pixels == {1: 40 * 56}
 
 
 def test_perceptual_hash_survives_compression_and_scaling():
