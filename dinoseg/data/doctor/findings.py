@@ -79,7 +79,8 @@ class Scanned:
         ignored = record.pixels.get(self.ignore_index, 0)
         if not self.has_layers:
             return sum(record.pixels.values()) - ignored
-        height, width = record.image_size or record.mask_size or (0, 0)
+        # masks with problems are counted as they are, others at the size of their image
+        height, width = (not record.problems and record.image_size) or record.mask_size or (0, 0)
         return len(self.classes) * height * width - ignored
 
     def _all_counts(self) -> np.ndarray:
