@@ -236,7 +236,7 @@ def _warn_of_scaling(path: str | Path) -> None:
 
 
 def _stored_numbers(image: Image.Image) -> np.ndarray:
-    mark = _read_packing(image)  # before loading, which discards it
+    mark = _check_packing(image)  # before loading, which discards it
     check_cost(image)
     image.load()
     if image.mode == "1":
@@ -258,16 +258,20 @@ def _has_several_alphas(image: Image.Image) -> bool:
     return low != high
 
 
-def _read_packing(image: Image.Image) -> str:
+def find_packing(image: Image.Image) -> str:
+    """Return Pillow's name of how the pixels of an opened image are packed, such as `RGB;16L`; empty once decoded."""
+    packing = image.tile[0].args if isinstance(image, ImageFile) and image.tile else ""
+    return str(next(iter(packing), "") if isinstance(packing, tuple) else packing)
+
+
+def _check_packing(image: Image.Image) -> str:
     """Return Pillow's mark of how pixels are packed: `4` for four bits, empty for whole bytes.
 
     Raises:
         Unfit: if Pillow would clip, scale or invert ids.
     """
-    tiles = image.tile if isinstance(image, ImageFile) else []
-    packed = tiles[0].args if tiles else ""
-    name = next(iter(packed), "") if isinstance(packed, tuple) else packed
-    mark = str(name).partition(";")[2]
+    name = find_packing(image)
+    mark = name.partition(";")[2]
     unchanged = image.mode in _RAW_MODES or (image.mode in _RAW_MODES_UNMARKED and mark in ("", "R", "L"))
     unchanged = unchanged or (image.mode == "L" and mark in _STRETCHED)
     signed = image.mode == "L" and isinstance(image, TiffImageFile) and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ())

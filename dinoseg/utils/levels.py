@@ -13,7 +13,15 @@ from PIL.TiffImagePlugin import TiffImageFile
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import open_regular
 from dinoseg.utils.image_cost import Unfit, check_cost, check_pages
-from dinoseg.utils.images import ARRAY_SUFFIX, check_storage, decode, load_upright, read_orientation, read_size
+from dinoseg.utils.images import (
+    ARRAY_SUFFIX,
+    check_storage,
+    decode,
+    find_packing,
+    load_upright,
+    read_orientation,
+    read_size,
+)
 
 WHITE = 65535  # highest level of 16 bits
 EXACT = 257  # 65535 / 255: 16-bit level of an 8-bit one, at the same share of white
@@ -143,15 +151,9 @@ def _is_reduced(image: Image.Image) -> bool:
     It reduces several channels of 16 bits to 8, and RGB with another channel to RGB. It divides colours by an
     associated alpha channel (RGBa).
     """
-    packing = _find_packing(image)
+    packing = find_packing(image)
     is_changed = isinstance(image, TiffImageFile) and packing.startswith(("RGBX", "RGBa"))
     return len(image.getbands()) > 1 and (";16" in packing or is_changed)
-
-
-def _find_packing(image: Image.Image) -> str:
-    """Return Pillow's name of how pixels are packed, such as `RGB;16L`."""
-    args = image.tile[0].args if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
-    return str(args[0] if isinstance(args, tuple) and args else args)
 
 
 def _read_by_opencv(image: Image.Image) -> np.ndarray:
@@ -160,13 +162,13 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
     height, width, samples = image.height, image.width, _count_samples(image)
     orientation = 1 if isinstance(image, TiffImageFile) else read_orientation(image)  # OpenCV turns TIFF files
     file = image.fp  # type: ignore[attr-defined]
-    packing = _find_packing(image)
+    packing = find_packing(image)
     count = 0
     for page in _pages(image):  # check all, since OpenCV decodes all at once
         check_cost(page)
         check_storage(page)
         count += 1
-        if (page.height, page.width, _find_packing(page)) != (height, width, packing):
+        if (page.height, page.width, find_packing(page)) != (height, width, packing):
             raise Unfit("has pages of different sizes or kinds. Save its channels as pages of one size")
         _check_numbers(count * height * width * samples)
     file.seek(0)
