@@ -282,18 +282,7 @@ def binary_dice_loss(
     ignore_index: int = 255,
     class_weights: ClassWeights = None,
 ) -> Tensor:
-    """Return the soft Dice loss of overlapping classes, averaged over the classes in the targets.
-
-    Sums are over the labelled pixels of the batch, for each class by itself.
-
-    Args:
-        logits: (B, K, H, W), or a `Prediction`.
-        targets: (B, K, H, W), 1 where a class is present, else 0.
-        ignore_index: target of pixels that do not count for a class.
-        class_weights: one weight (K,) per class in the mean; None: 1 each.
-
-    Raises:
-        UserError: a shape, type or value is invalid.
+    """Return the soft Dice loss of overlapping classes, averaged over the classes in the targets; see `bce_loss`.
 
     Examples:
         >>> import torch

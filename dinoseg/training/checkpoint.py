@@ -419,9 +419,8 @@ def _chosen_by(info: Mapping[str, Any], metric: str | None) -> str:
     trainer = config.get("trainer", {})
     score, images = trainer.get("score"), trainer.get("val_images")
     settings = (config.get("metric") or {}).get(metric or score) or {}
-    if score != "loss":
-        settings = {**config.get("task", {}), **settings}  # thresholds, of which the loss is independent
-    options = "".join(f" {key}={value}" for key, value in settings.items())
+    thresholds = {} if score == "loss" else config.get("task", {})  # of which the loss is independent
+    options = "".join(f" {key}={value}" for key, value in [*thresholds.items(), *settings.items()])
     chosen = f"{score}{options} of {'all images' if images is None else count_of(images, 'image')}"
     return f"the last validation ({chosen})" if trainer.get("evaluate") == "last" else chosen
 

@@ -27,7 +27,7 @@ def test_blend_mixes_pixel_by_pixel_and_leaves_black_classes(opacity):
     assert np.array_equal(frame, before)
 
 
-def test_black_layers_are_white_and_colours_mix_where_layers_overlap():
+def test_overlapping_layers_mix_their_colours():
     frame = random_frame(1, 4)
     layers = np.array([[[0, 1, 0, 1]], [[0, 0, 1, 1]]], np.uint8)
     white = (frame + 255.0) / 2

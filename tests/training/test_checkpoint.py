@@ -366,6 +366,7 @@ def test_changed_selection_restarts_patience_and_discards_best(caplog):
         ("skeleton_recall", "cldice", {"metric": {"cldice": {"classes": [1]}}}, False),
         ("skeleton_recall", "cldice", {"metric": {"cldice": {"classes": None}, "nsd": {"tolerance": 3}}}, True),
         ("miou", None, {"task": {"threshold": 0.3}}, False),
+        ("share", "share", {"task": {"threshold": 0.3}}, False),  # this metric has a threshold of its own
         ("loss", None, {"task": {"threshold": 0.3}}, True),
         ("miou", None, {"metric": {"cldice": {"classes": [1]}}}, True),
     ],
@@ -374,7 +375,7 @@ def test_settings_of_a_score_decide_whether_its_best_stays(score, metric, change
     config = {
         "trainer": {"score": score},
         "task": {"threshold": 0.5},
-        "metric": {"cldice": {"classes": None}, "nsd": {"tolerance": 2}},
+        "metric": {"cldice": {"classes": None}, "nsd": {"tolerance": 2}, "share": {"threshold": 0.9}},
     }
     before, progress = {"config": config}, Progress(9, best=0.5, best_step=3)
     found = comparable(progress, before, {"config": config | changed}, metric)

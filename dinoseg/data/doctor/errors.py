@@ -185,7 +185,7 @@ def _values(part: Scanned) -> set[str]:
 
 
 def _no_labels(part: Scanned) -> Iterator[Finding]:
-    if part.void and not part.labelled:
+    if part.void and not part.num_labelled:
         yield Finding(
             "warning" if part.split == "test" else "error",
             "no_labels",

@@ -53,7 +53,7 @@ def summary(part: Scanned) -> dict[str, Any]:
     sizes = sorted(
         {record.image_size for record in part.records if record.image_size}, key=lambda size: (math.prod(size), size)
     )
-    labelled = part.labelled
+    labelled = part.num_labelled
     return {
         "images": len(part.records),
         "smallest": _size(sizes[0]) if sizes else None,

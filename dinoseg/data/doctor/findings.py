@@ -70,7 +70,7 @@ class Scanned:
         return int(self._all_counts()[self.ignore_index])
 
     @property
-    def labelled(self) -> int:
+    def num_labelled(self) -> int:
         """Return the number of labelled pixels; of layers, of those of all classes together."""
         return sum(self.count_labelled(record) for record in self.records if record.mask_digest)
 

@@ -41,7 +41,7 @@ def draw_layers(root, images=8):
     return layers
 
 
-def examined(root):
+def examine_layers(root):
     data = folder_dataset(root, "train", classes=CLASSES, layers=True)
     part = describe_split("train", data, scan(data.pairs, data.reader, images=True))
     return {finding.code: finding for finding in examine([part])}, part
@@ -49,11 +49,11 @@ def examined(root):
 
 def test_counts_of_layers_equal_numpy(tmp_path):
     layers = draw_layers(tmp_path)
-    findings, part = examined(tmp_path)
+    findings, part = examine_layers(tmp_path)
     shown = summary(part)
     ignored = sum((mask == 255).sum() for mask in layers.values())
     labelled = sum((mask != 255).sum() for mask in layers.values())
-    assert part.labelled == labelled and part.void == ignored
+    assert part.num_labelled == labelled and part.void == ignored
     assert shown["void_share"] == pytest.approx(ignored / (ignored + labelled)) and shown["constant_class"] is None
     for index, row in enumerate(shown["classes"]):
         present = [(mask[index] == 1).sum() for mask in layers.values()]
@@ -73,9 +73,9 @@ def test_layers_larger_than_their_image_count_their_own_pixels(tmp_path):
     for name, side in (("a", 8), ("b", 4)):
         save(tmp_path / f"train/images/{name}.png", np.zeros((side, side, 3), np.uint8))
         save(tmp_path / f"train/masks/disc/{name}.png", np.full((8, 8), 255, np.uint8))
-    findings, part = examined(tmp_path)
+    findings, part = examine_layers(tmp_path)
     assert findings["size_mismatch"].severity == "error"
-    assert part.labelled == 2 * 3 * 64 and part.void == 2 * 64
+    assert part.num_labelled == 2 * 3 * 64 and part.void == 2 * 64
 
 
 def test_faulty_layers_are_errors_that_name_the_file(tmp_path):
@@ -84,7 +84,7 @@ def test_faulty_layers_are_errors_that_name_the_file(tmp_path):
         for name in CLASSES[:3]:
             save(tmp_path / f"train/masks/{name}/{number}.png", mask)
     save(tmp_path / "train/masks/disc/3.png", np.zeros((2, 2)))
-    findings, _ = examined(tmp_path)
+    findings, _ = examine_layers(tmp_path)
     reasons = "\n".join(findings["unreadable_mask"].reasons)
     assert "disc/2.png holds the ids 7" in reasons and "differ in size" in reasons
     assert "1.png" in findings["size_mismatch"].files[0]
@@ -95,9 +95,9 @@ def test_layers_without_a_labelled_pixel_are_an_error(tmp_path):
         save(tmp_path / f"train/images/{number}.png", np.zeros((20, 20, 3)))
         for name in CLASSES:
             save(tmp_path / f"train/masks/{name}/{number}.png", np.full((20, 20), 255))
-    assert "no_labels" in examined(tmp_path)[0]
+    assert "no_labels" in examine_layers(tmp_path)[0]
     save(tmp_path / "train/masks/disc/0.png", np.zeros((20, 20)))
-    findings, _ = examined(tmp_path)
+    findings, _ = examine_layers(tmp_path)
     assert "no_labels" not in findings and "disc" in findings["class_never_seen"].message
 
 
@@ -107,7 +107,7 @@ def test_classes_that_never_overlap_are_noted(tmp_path):
         mask = np.zeros((20, 20))
         mask[row] = 1
         save(tmp_path / f"train/masks/{name}/0.png", mask)
-    finding = examined(tmp_path)[0]["overlaps"]
+    finding = examine_layers(tmp_path)[0]["overlaps"]
     assert finding.message.startswith("0 pixels") and "task=semantic" in finding.remedy
 
 

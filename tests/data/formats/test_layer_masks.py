@@ -168,7 +168,7 @@ def write_claim(root, side, annotations):
     return annotated_dataset(root, "train", kind="coco", classes=names, shapes=Shapes(unlabelled=None), layers=True)
 
 
-def test_masks_larger_than_their_image_are_not_drawn(tmp_path, monkeypatch):
+def test_masks_larger_than_their_image_are_refused(tmp_path, monkeypatch):
     data = write_claim(tmp_path, 13_000, 100)
     monkeypatch.setattr(Drawing, "read", None)
     with pytest.raises(UserError, match="its mask .* is 13000 x 13000. Make them equal"):
@@ -178,7 +178,7 @@ def test_masks_larger_than_their_image_are_not_drawn(tmp_path, monkeypatch):
     assert {*measure(data.pairs[0], data.reader, images=False).problems} == {"unreadable_image"}
 
 
-def test_absent_classes_of_annotations_are_not_drawn(tmp_path):
+def test_absent_classes_cost_no_mask(tmp_path):
     data = write_claim(tmp_path, 8, 3)
     assert [index for index, source in enumerate(data.pairs[0].mask.sources) if source is not None] == [0, 1, 2]
     assert data[0]["mask"].any(dim=(1, 2)).sum() == 3

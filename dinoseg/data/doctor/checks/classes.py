@@ -15,7 +15,7 @@ def check_coverage(splits: Sequence[Scanned]) -> Iterator[Finding]:
     yield from _similar_names(splits)
     for part in splits:
         yield from _much_void(part)
-    if any(part.labelled for part in splits):
+    if any(part.num_labelled for part in splits):
         yield from _unseen(splits)
 
 
@@ -70,7 +70,7 @@ def _class_names(chosen: np.ndarray, part: Scanned) -> list[str]:
 
 
 def _much_void(part: Scanned) -> Iterator[Finding]:
-    labelled = part.labelled
+    labelled = part.num_labelled
     if not labelled:  # an error of `check_labels`
         return
     if part.void / (labelled + part.void) > _MUCH_VOID:

@@ -34,7 +34,7 @@ def _missing_files(part: Scanned) -> Iterator[Finding]:
 
 def _overlaps(part: Scanned) -> Iterator[Finding]:
     shown = [record for record in part.records if record.overlap]
-    if len(part.classes) > 1 and part.labelled:
+    if len(part.classes) > 1 and part.num_labelled:
         yield Finding(
             "note",
             "overlaps",
