@@ -10,6 +10,7 @@ from dinoseg.core.geometry import lattice
 from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, plain_score, sum_counts
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.metrics.confusion import SCORES
+from dinoseg.metrics.layers import LayerMetric
 from dinoseg.utils.errors import UserError
 
 # other names in the scores of an evaluation
@@ -95,10 +96,15 @@ def check_score_names(metrics: Iterable[Metric]) -> None:
         for name in metric.scores:
             if name in seen:
                 raise UserError(
-                    f"metric: the score {name} of {type(metric).__name__} has the name of another score. Leave one of "
+                    f"metric: the score {name} of {_class_name(metric)} has the name of another score. Leave one of "
                     "the two out, or rename it."
                 )
             seen.add(name)
+
+
+def _class_name(metric: Metric) -> str:
+    """Return the name of a metric's class; of a `LayerMetric`, that of the metric of one layer."""
+    return type(metric.metric if isinstance(metric, LayerMetric) else metric).__name__
 
 
 def _count_image(metric: Metric, prediction: PredictedImage, sample: LabelledImage) -> Counts:
@@ -106,7 +112,7 @@ def _count_image(metric: Metric, prediction: PredictedImage, sample: LabelledIma
     for name, value in counts.items():
         if not np.isfinite(value).all():
             raise UserError(
-                f"metric: `count` of {type(metric).__name__} returns {name}={value} for the image {sample.name}. "
+                f"metric: `count` of {_class_name(metric)} returns {name}={value} for the image {sample.name}. "
                 "Return 0 in all counts of an image that has nothing to count."
             )
     return counts
@@ -118,7 +124,7 @@ def _check_forms(metric: Metric, counts: Sequence[Counts], names: Sequence[str])
     odd = next((place for place, form in enumerate(forms) if form != forms[0]), None)
     if odd is not None:
         raise UserError(
-            f"metric: `count` of {type(metric).__name__} returns counts of {forms[odd]} for the image {names[odd]}, "
+            f"metric: `count` of {_class_name(metric)} returns counts of {forms[odd]} for the image {names[odd]}, "
             f"and of {forms[0]} for {names[0]}. Return the same names and shapes for every image, in the same order."
         )
 
@@ -127,7 +133,7 @@ def _check_bounds(metric: Metric, scores: Mapping[str, np.ndarray]) -> None:
     for name, score in scores.items():
         if name not in metric.unbounded and (score < -_ROUNDING or score > 1 + _ROUNDING):
             raise UserError(
-                f"metric: the score {name} of {type(metric).__name__} is {float(score):.4g}, outside 0..1. Name it in "
+                f"metric: the score {name} of {_class_name(metric)} is {float(score):.4g}, outside 0..1. Name it in "
                 "`unbounded` of the class (is_share=false of a WrappedMetric): it is then shown as a number, not in "
                 "percent."
             )

@@ -11,6 +11,7 @@ from dinoseg.core.geometry import lattice
 from dinoseg.core.metric import LabelledImage, PredictedImage, plain_score, sum_counts
 from dinoseg.core.shapes import Batch
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
+from dinoseg.metrics.layers import LayerMetric
 from dinoseg.metrics.miou import MeanIoU
 from dinoseg.metrics.rows import MetricRows, check_score_names
 from dinoseg.training.rank_messages import decode_message, encode_message
@@ -75,6 +76,13 @@ def test_a_score_outside_its_bounds_is_refused():
     metric.unbounded = ("area_error",)
     rows_of(metric, ids, mask).add_scores(result, list)
     assert result["area_error"] == 7
+
+
+def test_errors_of_layers_name_the_metric_of_a_layer():
+    ids, mask = np.ones((CLASSES, 2, 4), np.uint8), np.zeros((CLASSES, 2, 4), np.uint8)
+    mask[:, 0, 0] = 1
+    with pytest.raises(UserError, match="area_error of AreaError is 7, outside 0..1. Name it in `unbounded`"):
+        rows_of(LayerMetric(AreaError()), ids, mask).add_scores({"classes": []}, list)
 
 
 def test_infinite_scores_are_undefined():
