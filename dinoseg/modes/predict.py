@@ -259,9 +259,10 @@ def _summary_lines(
     if run.count:
         yield f"overlays:     {run.folder}/*_segmentation, of {count_of(run.count, 'image')}"
         if run.masks is not None:
-            held = "CLASS, {} of 0 and 1 for each class" if layers else ", {} of class ids"
+            count = count_of(run.count, "PNG")
+            files = f"/CLASS, {count} of 0 and 1 for each class" if layers else f", {count} of class ids"
             protocol = ("protocol=multilabel",) if layers else ()
-            yield f"masks:        {run.masks}{'/' if layers else ''}{held.format(count_of(run.count, 'PNG'))}"
+            yield f"masks:        {run.masks}{files}"
             words = ("mode=score", *protocol, f"prediction={run.folder}", f"reference={reference or 'FOLDER'}")
             names = "" if reference else "  # FOLDER: masks of the same names"
             yield f"score them:   python -m dinoseg {shlex.join(words)}{names}"
