@@ -12,8 +12,8 @@ from dinoseg.tracking.video.state import STATE, TrackProgress, read_track_state
 from dinoseg.utils import forms
 from dinoseg.utils.units import read_finished
 
-ITEM, CRC = bytes([1, 2, 3, 4]), 1457978664  # an image and a mask of one pixel; of `a 1 1` and these bytes
-KEY = '{"fingerprint": "f", "longest": null, "version": 2}'
+ITEM, CRC = bytes([1, 2, 3, 4]), 158664065  # an image and a mask of one pixel; of `a (1, 1, 3) 1` and these bytes
+KEY = '{"fingerprint": "f", "longest": null, "version": 3}'
 
 
 @pytest.mark.parametrize(
