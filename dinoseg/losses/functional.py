@@ -466,7 +466,10 @@ def _check_targets(
         raise UserError(f"The targets are {type(targets).__name__}. Give a tensor of {form}.")
     is_integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     if targets.ndim != 3 + has_layers or not is_integer:
-        raise UserError(f"The targets are {targets.dtype} {list(targets.shape)}. Give {form} of integers.")
+        others = "cross_entropy_loss take (B, H, W)" if has_layers else "bce_loss take (B, K, H, W)"
+        raise UserError(
+            f"The targets are {targets.dtype} {list(targets.shape)}. Give {form} of integers; losses such as {others}."
+        )
     if has_layers and targets.shape[1] != classes:
         raise UserError(
             f"The targets have {targets.shape[1]} layers, and the logits {classes}. Give one of each class."

@@ -105,7 +105,7 @@ def test_incomplete_and_unequal_masks_are_refused(tmp_path):
     with pytest.raises(UserError, match="differ in size"):
         data[0]
     save(tmp_path / "train/masks/disc/train_0.png", np.full((32, 48), 7))
-    with pytest.raises(UserError, match=r"train_0\.png holds the ids 7"):
+    with pytest.raises(UserError, match=r"train_0\.png holds the ids 7\. A mask of one class has the id 0 where"):
         data[0]
 
 
