@@ -118,6 +118,19 @@ def test_missing_folders_of_all_classes_name_the_suffix(tmp_path):
         folder_dataset(tmp_path, "train", classes=CLASSES, layout=FolderLayout(mask_suffix="_{class}"))
 
 
+def test_folders_of_classes_name_the_task_that_reads_them(tmp_path):
+    write_overlaps(tmp_path, train=2)
+    with pytest.raises(UserError, match=f"in a folder: {', '.join(sorted(CLASSES))}.*Set task=multilabel"):
+        folder_dataset(tmp_path, "train", classes=CLASSES)
+
+
+def test_a_missing_class_folder_names_folders_of_no_class(tmp_path, caplog):
+    write_overlaps(tmp_path, train=2)
+    (tmp_path / "train/masks" / CLASSES[0]).rename(tmp_path / "train/masks/typo")
+    assert len(folder(tmp_path)) == 2
+    assert f"masks/{CLASSES[0]} is missing" in caplog.text and "Folders of no class: typo." in caplog.text
+
+
 def test_a_class_of_0_and_255_alone_is_refused(tmp_path):
     write_overlaps(tmp_path)
     splits = {split: folder_dataset(tmp_path, split, classes=CLASSES, layers=True) for split in ("train", "val")}
