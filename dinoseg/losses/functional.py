@@ -229,7 +229,7 @@ def cldice_loss(
         targets: (B, H, W) class ids.
         ignore_index: target of pixels that do not count.
         class_weights: one weight (K,) per class in the mean; None: 1 each.
-        iterations: erosions of a mask, at least half the width in pixels of the structures.
+        iterations: erosions of a mask, at least half the width in pixels of the structures: wider ones add no loss.
         classes: ids of the classes with thin structures; None: all but class 0.
 
     Raises:

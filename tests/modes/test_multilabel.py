@@ -49,8 +49,8 @@ def layer_scores(predictions, masks):
     return both / (ours | theirs).sum(axis=(0, 2, 3))
 
 
-def test_evaluations_of_layers_are_compared(trained):
-    where, _ = trained
+def test_evaluations_of_layers_are_compared(multilabel_run):
+    where, _ = multilabel_run
     for name, threshold in (("half", 0.5), ("low", 0.01)):
         run(where, "mode=eval", "resume=run", "engine=cpu", f"task.threshold={threshold}", f"hydra.run.dir={name}")
     run(where, "mode=compare", "runs=[half,low]", "hydra.run.dir=compared")
