@@ -229,7 +229,7 @@ def cldice_loss(
         targets: (B, H, W) class ids.
         ignore_index: target of pixels that do not count.
         class_weights: one weight (K,) per class in the mean; None: 1 each.
-        iterations: erosions of a mask, at least half the width in pixels of the structures.
+        iterations: erosions of a mask, at least half the width in pixels of the structures: wider ones add no loss.
         classes: ids of the classes with thin structures; None: all but class 0.
 
     Raises:
@@ -467,7 +467,10 @@ def _check_targets(
         raise UserError(f"The targets are {type(targets).__name__}. Give a tensor of {form}.")
     is_integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     if targets.ndim != 3 + has_layers or not is_integer:
-        raise UserError(f"The targets are {targets.dtype} {list(targets.shape)}. Give {form} of integers.")
+        others = "cross_entropy_loss take (B, H, W)" if has_layers else "bce_loss take (B, K, H, W)"
+        raise UserError(
+            f"The targets are {targets.dtype} {list(targets.shape)}. Give {form} of integers; losses such as {others}."
+        )
     if has_layers and targets.shape[1] != classes:
         raise UserError(
             f"The targets have {targets.shape[1]} layers, and the logits {classes}. Give one of each class."

@@ -205,7 +205,7 @@ def _check_class_ids(prediction: Tensor, mask: Tensor) -> None:
         raise ValueError(f"Prediction {tuple(prediction.shape)} and mask {tuple(mask.shape)} differ.")
     for name, ids in (("prediction", prediction), ("mask", mask)):
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ValueError(f"The {name} is {ids.dtype}; class ids must be integers.")
+            raise ValueError(f"The {name} is {ids.dtype}; class ids must be integers. Count layers by MeanIoU.")
 
 
 def _pairs(prediction: Tensor, mask: Tensor) -> Tensor:

@@ -31,15 +31,17 @@ def class_table(
     rows = [_text_row(row, classes[row["id"]]) for row in scores["classes"]]
     table = tabulate(rows, headers=headers, disable_numparse=True, colalign=("right", "left", *["right"] * 5))
     present = f"over {scores['present_classes']} of {len(scores['classes'])} classes"
+    is_layered = scores["matrix"] is None
     objects: list[tuple[str, float | None, str]] = []
     if background is not None:
         note = f"without class {background}, {classes[background]}"
         objects = [(MEANS["miou_no_background"], scores["miou_no_background"], note)]
+    decided = "of all decisions, present or absent" if is_layered else f"of {scores['pixels']:,} pixels"
     means = [
         (MEANS["miou"], scores["miou"], present),
         *objects,
         (MEANS["dice"], scores["dice"], present),
-        (MEANS["accuracy"], scores["accuracy"], f"of {scores['pixels']:,} pixels"),
+        (MEANS["accuracy"], scores["accuracy"], decided),
         ("mean class accuracy", scores["mean_accuracy"], "over the classes of the reference"),
     ]
     lines = [(name, _with_sign(value), note) for name, value, note in means]

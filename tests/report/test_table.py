@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.metrics.layer_counts import LayerCounts
 from dinoseg.report.table import class_statistics, class_table, write_scores_csv
 from dinoseg.utils.atomic import write_json
 
@@ -45,6 +46,13 @@ def test_metrics_are_in_percent_or_numbers(scores):
 def test_table_without_pixels_marks_all_classes_absent():
     text = class_table(ConfusionMatrix(4).compute(), NAMES)
     assert text.count("absent") == 4 and "mIoU" in text
+
+
+def test_accuracy_of_layers_counts_decisions_of_all_classes():
+    counts = LayerCounts(2)
+    counts.update(torch.ones(1, 2, 1, 4), torch.tensor([[[[1, 1, 0, 255]], [[0, 0, 0, 1]]]]))
+    lines = class_table(counts.compute(), ["smoke", "tool"]).splitlines()
+    assert "pixel accuracy 42.9 % of all decisions, present or absent" in [" ".join(line.split()) for line in lines]
 
 
 def test_csv_and_json_hold_the_numbers(scores, tmp_path):

@@ -18,6 +18,7 @@ from dinoseg.data.classes.mask_advice import HIGHEST_ID, for_binary, for_colors,
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import has_one_bit, read_ids, read_image
 
+LAYER_VALUES = ("absent", "present")  # meanings of 0 and 1 in a mask of one class
 _PROPORTIONS = 0.05  # largest relative difference in aspect ratio for which a mask is resized
 
 
@@ -140,10 +141,15 @@ class MaskReader:
         foreign = [v for v in np.unique(numbers) if not 0 <= v <= HIGHEST_ID or self._table[v] < 0]
         known = np.flatnonzero((self._table >= 0) & (self._table != ignore))
         stand = "" if known.size == last + 1 == known[-1] + 1 else f", stored in files as {_some(known)}"
+        described = self.masks.described is not None
+        if self.labels.classes == LAYER_VALUES:
+            return UserError(
+                f"{path} holds the ids {_some(foreign)}. A mask of one class has the id 0 where it is absent, 1 where "
+                f"it is present, and {ignore} is ignored{stand}. {for_ids(foreign, ignore, described=described)}"
+            )
         return UserError(
             f"{path} holds the ids {_some(foreign)}, which are not classes: data.classes has ids 0 to "
-            f"{last}{stand}, and {ignore} is ignored. "
-            + for_ids(foreign, ignore, described=self.masks.described is not None)
+            f"{last}{stand}, and {ignore} is ignored. {for_ids(foreign, ignore, described=described)}"
         )
 
     def _from_colors(self, pixels: np.ndarray, path: Path) -> np.ndarray:
@@ -170,7 +176,7 @@ def layer_reader(masks: Masks, ignore_index: int) -> MaskReader:
     given = {"format=palette": masks.format == "palette", "reduce_zero_label": masks.reduce_zero_label}
     if wrong := next((name for name, is_set in given.items() if is_set), None):
         raise UserError(f"data.reader.masks.{wrong} has no effect on masks of one class each. Leave it out.")
-    return MaskReader(Labels.of(["absent", "present"], None, ignore_index), masks)
+    return MaskReader(Labels.of(LAYER_VALUES, None, ignore_index), masks)
 
 
 def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: object, path: object) -> np.ndarray:

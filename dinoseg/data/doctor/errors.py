@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
+from dinoseg.core.channels import ChannelFiles
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
@@ -70,7 +71,8 @@ def check_for_errors(
     `PairDataset` are not checked.
 
     Raises:
-        UserError: a problem would stop the run later, or leaves no labels to train on.
+        UserError: a problem would stop the run later, or leaves no labels to train on; or the first image of a split
+            has another number of channels.
     """
     splits: list[Scanned] = []
     for split, data in (("train", train), ("val", val)):
@@ -88,6 +90,9 @@ def check_for_errors(
     if errors:
         messages = "".join(f"\n- {error.message}{_each(error)}\n  {error.remedy}".rstrip() for error in errors)
         raise UserError(printable(f"The dataset has errors that stop a training:{messages}\n{_FULL}"))
+    for data in (train, val):
+        if isinstance(data, PairDataset) and data.pairs and isinstance(data.pairs[0].image, ChannelFiles):
+            data.pairs[0].image.read()  # the scan reads headers, which do not tell the number of channels
     return splits
 
 

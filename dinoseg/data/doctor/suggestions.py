@@ -45,7 +45,7 @@ def _imbalance(splits: Sequence[Scanned]) -> Iterator[Finding]:
         yield Finding(
             "note",
             "class_imbalance",
-            f"The most frequent class of {part.split} has {there.max() / there.min():.0f} times the pixels of the "
+            f"The most frequent class of {part.split} has {there.max() / there.min():.1f} times the pixels of the "
             "rarest.",
             remedy="If the rare classes matter: loss.weights=median.",
         )

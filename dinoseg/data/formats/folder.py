@@ -93,7 +93,9 @@ def folder_dataset(
             read: an unreadable file, differing sizes, ids without class.
     """
     labels = Labels.of(classes, palette, ignore_index)
-    match_files = partial(_match_layers, labels, layer_reader(masks, ignore_index).read) if layers else _match_masks
+    match_files = partial(_match_masks, labels)
+    if layers:
+        match_files = partial(_match_layers, labels, layer_reader(masks, ignore_index).read)
     match = partial(match_files, suffixes)
     pairs = find_pairs(Path(root).expanduser(), split, layout, partition, match)
     return collect_pairs(pairs, split, labels, masks)
@@ -129,7 +131,9 @@ def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition
     return [by_name[name] for name in names]
 
 
-def _match_masks(suffixes: Sequence[str], root: Path, split: str, layout: FolderLayout) -> dict[str, Pair | Lacking]:
+def _match_masks(
+    labels: Labels, suffixes: Sequence[str], root: Path, split: str, layout: FolderLayout
+) -> dict[str, Pair | Lacking]:
     """Return the pairs of images and masks of all classes, and what lacks a counterpart, by name."""
     if "{class}" in layout.mask_suffix:
         raise UserError(
@@ -139,6 +143,12 @@ def _match_masks(suffixes: Sequence[str], root: Path, split: str, layout: Folder
     folders = _folder(root, split, layout.images, layout), _folder(root, split, layout.masks, layout)
     images, unread = _find(folders[0], layout.image_suffix, layout, suffixes)
     masks, unread_masks = _find(folders[1], layout.mask_suffix, layout)
+    of_classes = sorted({name.partition("/")[0] for name in masks if "/" in name})
+    if images and of_classes and set(of_classes) <= set(labels.classes) and not masks.keys() & images.keys():
+        raise UserError(
+            f"{folders[1]} has the masks of each class in a folder: {join_names(of_classes, 10)}. Set task=multilabel, "
+            "or put one mask of all classes for each image there."
+        )
     unread = {name: path for name, path in {**unread_masks, **unread}.items() if not (name in images and name in masks)}
     by_name = pair_by_name(images, masks, folders, _REMEDY)
     by_name |= {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in unread.items()}
@@ -188,7 +198,9 @@ def _match_layers(
         _folder(root, split, layouts[0].masks, layouts[0], "" if layout.mask_suffix else _FLAT)
     for place, each in zip(folders, layouts, strict=True):
         if not place.is_dir():
-            log.warning("%s is missing: no image of split %s shows this class.", place, split)
+            others = sorted(path.name for path in place.parent.glob("*/") if path.name not in labels.classes)
+            unused = f" Folders of no class: {join_names(others, 10)}." if others else ""
+            log.warning("%s is missing: no image of split %s shows this class.%s", place, split, unused)
         masks, unread_masks = _find(place, each.mask_suffix, each) if place.is_dir() else ({}, {})
         by_class.append(masks)
         unread |= unread_masks

@@ -8,6 +8,7 @@ import pytest
 from doctor_sets import open_split, rewrite, scene, splits_of, write, write_clean
 from making import save
 
+from dinoseg.core.channels import PixelFormat
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.doctor.errors import check_for_errors, find_errors
 from dinoseg.data.doctor.examine import examine
@@ -31,6 +32,12 @@ def test_the_check_before_a_training_reads_no_image(root, tmp_path, caplog):
     check_for_errors(open_split(root, "train"), open_split(root, "val"), cache_dir=cache)
     (told,) = [record.getMessage() for record in caplog.records]
     assert "train and in val: d0" in told and "Put all frames of a video or drive into one split" in told
+
+
+def test_images_of_another_number_of_channels_stop_a_training(root, tmp_path):
+    train, val = (open_split(root, split).read_as(PixelFormat(channels=4)) for split in ("train", "val"))
+    with pytest.raises(UserError, match=r"has 3 channels, and data\.channels=4\. Set data\.channels=3"):
+        check_for_errors(train, val, cache_dir=tmp_path / "cache")
 
 
 def test_the_check_before_a_training_stops_on_errors(root, tmp_path):

@@ -105,7 +105,7 @@ def test_incomplete_and_unequal_masks_are_refused(tmp_path):
     with pytest.raises(UserError, match="differ in size"):
         data[0]
     save(tmp_path / "train/masks/disc/train_0.png", np.full((32, 48), 7))
-    with pytest.raises(UserError, match=r"train_0\.png holds the ids 7"):
+    with pytest.raises(UserError, match=r"train_0\.png holds the ids 7\. A mask of one class has the id 0 where"):
         data[0]
 
 
@@ -116,6 +116,19 @@ def test_missing_folders_of_all_classes_name_the_suffix(tmp_path):
         folder(tmp_path)
     with pytest.raises(UserError, match=r"mask_suffix=_\{class\}.*task=multilabel"):
         folder_dataset(tmp_path, "train", classes=CLASSES, layout=FolderLayout(mask_suffix="_{class}"))
+
+
+def test_folders_of_classes_name_the_task_that_reads_them(tmp_path):
+    write_overlaps(tmp_path, train=2)
+    with pytest.raises(UserError, match=f"in a folder: {', '.join(sorted(CLASSES))}.*Set task=multilabel"):
+        folder_dataset(tmp_path, "train", classes=CLASSES)
+
+
+def test_a_missing_class_folder_names_folders_of_no_class(tmp_path, caplog):
+    write_overlaps(tmp_path, train=2)
+    (tmp_path / "train/masks" / CLASSES[0]).rename(tmp_path / "train/masks/typo")
+    assert len(folder(tmp_path)) == 2
+    assert f"masks/{CLASSES[0]} is missing" in caplog.text and "Folders of no class: typo." in caplog.text
 
 
 def test_a_class_of_0_and_255_alone_is_refused(tmp_path):
