@@ -175,7 +175,7 @@ def mask_file(mask: MaskSource) -> Path:
 
 
 def drawn_size(mask: MaskSource) -> tuple[int, int] | None:
-    """Return height and width of a mask that is drawn, before it is; None for files."""
+    """Return the stated height and width of a mask from an annotation file, without drawing it; None for mask files."""
     source = mask.present_sources[0] if isinstance(mask, Layers) else mask
     return source.size if isinstance(source, Drawing) else None
 

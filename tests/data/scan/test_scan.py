@@ -333,7 +333,7 @@ def test_frames_of_a_video_are_scanned(tmp_path):
     assert [record.image_size for record in scan(pairs, reader, images=False)] == [None] * 3  # nothing is decoded
 
 
-def test_drawn_masks_of_frames_are_counted_without_decoding(tmp_path):
+def test_counting_masks_of_frames_decodes_no_video(tmp_path):
     drawing = Drawing(tmp_path / "a.json", "0", (40, 56), 1, ())
     reader = MaskReader(Labels.of(CLASSES, None, 255), Masks())
     (record,) = scan([Pair("0", Frame(save(tmp_path / "v.png", ids(0)), 0), drawing)], reader, images=False)
