@@ -140,7 +140,7 @@ def test_non_finite_loss_updates_nothing_and_names_its_step(tmp_path, logged):
     ended = train(tmp_path / "cut", *tiny(), steps=5, val_every=9, log_every=logged, at=2, fails=spoil)
     plain = train(tmp_path / "plain", *tiny(), cuda=False, steps=5, val_every=9, log_every=1, at=2, fails=spoil)
     assert isinstance(ended.error, NonFiniteLoss) and str(ended.error) == str(plain.error)
-    assert str(ended.error).startswith("Step 2: the loss is nan")
+    assert str(ended.error).startswith("Step 3: the loss is nan")
     learnt = {name for name, value in whole.state.items() if value.is_floating_point() and "running" not in name}
     assert all(ended.state[name].equal(whole.state[name]) for name in learnt)
     assert not (tmp_path / "cut").exists() or not list((tmp_path / "cut").iterdir())
