@@ -157,7 +157,7 @@ def test_failure_between_step_and_reading_saves_only_whole_steps(tmp_path, at, s
     feed_at = at
     model, loss = tiny()
     bad = at == 3
-    if bad:  # the loss of step 2 is no number, and step 3 has no file
+    if bad:  # the loss of step 3 is no number, and step 4 has no file
 
         class Spoiling(CrossEntropy):
             def forward(self, prediction, batch):
@@ -173,7 +173,7 @@ def test_failure_between_step_and_reading_saves_only_whole_steps(tmp_path, at, s
     assert str(ended.error) == "a file is gone"
     assert bool(list(tmp_path.glob("last*"))) == saved
     assert ("Training stopped after step 2, and that step is saved." in caplog.text) == saved
-    assert ("The loss of step 2 was not finite: nothing is saved." in caplog.text) != saved
+    assert ("The loss of step 3 was not finite: nothing is saved." in caplog.text) != saved
 
 
 @pytest.mark.parametrize(("ranks", "stops"), [(1, [True]), (2, [False, True])])
