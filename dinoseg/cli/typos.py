@@ -94,7 +94,7 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
             )
         key = override.get_key_element().lstrip("+")
         if key in swept:
-            raise UserError(f"{swept[key]} and {word} set the same key, and a sweep runs only the last. Give one of them.")
+            raise UserError(f"{swept[key]} and {word} set the same key, and a sweep runs only the last. Give one.")
         if override.is_sweep_override():
             swept[key] = word
         if _is_group(override, folders) and not (override.is_delete() or has_more_folders):

@@ -285,7 +285,7 @@ class MultiHeadDataModule(ImageDataModule):
 
 
 def leaving_note(step: int) -> str:
-    """Return a text that states at which step (0-based) and why a head has left; the text counts from 1, as log rows."""
+    """Return a text that states why a head has left and at which step: given from 0, stated from 1 as in log rows."""
     return f"left the training at step {step + 1}, where its loss or gradient was not finite"
 
 
