@@ -140,7 +140,7 @@ def test_non_finite_loss_updates_nothing_and_names_its_step(tmp_path, logged):
     ended = train(tmp_path / "cut", *tiny(), steps=5, val_every=9, log_every=logged, at=2, fails=spoil)
     plain = train(tmp_path / "plain", *tiny(), cuda=False, steps=5, val_every=9, log_every=1, at=2, fails=spoil)
     assert isinstance(ended.error, NonFiniteLoss) and str(ended.error) == str(plain.error)
-    assert str(ended.error).startswith("Step 2: the loss is nan")
+    assert str(ended.error).startswith("Step 3: the loss is nan")
     learnt = {name for name, value in whole.state.items() if value.is_floating_point() and "running" not in name}
     assert all(ended.state[name].equal(whole.state[name]) for name in learnt)
     assert not (tmp_path / "cut").exists() or not list((tmp_path / "cut").iterdir())
@@ -157,7 +157,7 @@ def test_failure_between_step_and_reading_saves_only_whole_steps(tmp_path, at, s
     feed_at = at
     model, loss = tiny()
     bad = at == 3
-    if bad:  # the loss of step 2 is no number, and step 3 has no file
+    if bad:  # the loss of step 3 is no number, and step 4 has no file
 
         class Spoiling(CrossEntropy):
             def forward(self, prediction, batch):
@@ -173,7 +173,7 @@ def test_failure_between_step_and_reading_saves_only_whole_steps(tmp_path, at, s
     assert str(ended.error) == "a file is gone"
     assert bool(list(tmp_path.glob("last*"))) == saved
     assert ("Training stopped after step 2, and that step is saved." in caplog.text) == saved
-    assert ("The loss of step 2 was not finite: nothing is saved." in caplog.text) != saved
+    assert ("The loss of step 3 was not finite: nothing is saved." in caplog.text) != saved
 
 
 @pytest.mark.parametrize(("ranks", "stops"), [(1, [True]), (2, [False, True])])

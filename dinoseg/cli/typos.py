@@ -61,7 +61,7 @@ def explain_errors(arguments: Sequence[str], folders: Sequence[Path]) -> Iterato
 
 
 def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
-    """Refuse words that are not KEY=VALUE, unknown options of groups, and values that need a sweep or a search.
+    """Refuse words that are not KEY=VALUE, unknown options of groups, values that need a sweep, and lost sweeps.
 
     Args:
         arguments: the command line, without the program's name.
@@ -73,6 +73,7 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
     several = is_sweep(arguments)
     words = [word for _, word in assignments(arguments)]
     searches = several and any(word.startswith("hydra/sweeper=") for word in words)
+    swept: dict[str, str] = {}  # words with several values, by key
     has_more_folders = any(word.startswith("hydra.searchpath=") for word in words)  # whose options only Hydra finds
     for position, word in enumerate(words):
         if "=" not in word and not word.startswith("~"):
@@ -91,6 +92,11 @@ def check_words(arguments: Sequence[str], folders: Sequence[Path]) -> None:
                 f"{word} gives several values. For a list use brackets: '{override.key_or_group}=[{text}]'. For a run "
                 "with each of them, add -m."
             )
+        key = override.get_key_element().lstrip("+")
+        if key in swept:
+            raise UserError(f"{swept[key]} and {word} set the same key, and a sweep runs only the last. Give one.")
+        if override.is_sweep_override():
+            swept[key] = word
         if _is_group(override, folders) and not (override.is_delete() or has_more_folders):
             _check_options(override, folders)
 

@@ -285,8 +285,8 @@ class MultiHeadDataModule(ImageDataModule):
 
 
 def leaving_note(step: int) -> str:
-    """Return a text that states at which step and why a head has left."""
-    return f"left the training at step {step}, where its loss or gradient was not finite"
+    """Return a text that states why a head has left and at which step: given from 0, stated from 1 as in log rows."""
+    return f"left the training at step {step + 1}, where its loss or gradient was not finite"
 
 
 def best_of(values: Sequence[float | None], *, lowest: bool) -> float | None:

@@ -108,7 +108,7 @@ class StepMetrics:
     On CUDA they are copied to pinned memory while the next step is prepared, so that reading them takes no time.
 
     Args:
-        step: 0-based number of the step.
+        step: number of the step, from 1, as in the log rows.
         names: of this rank's samples.
         loss: mean loss.
         norm: gradient norm before clipping.

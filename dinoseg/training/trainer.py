@@ -171,7 +171,7 @@ def fit(experiment: Experiment) -> Progress:
             with emergency.mark_update():
                 before = metrics.newest_norm
                 mean, norm = engine.optimizer_step(optimizer, total, weight, clip=clip, before=before, loss_scale=scale)
-                values = StepMetrics(step, output.names, mean, norm, stops)
+                values = StepMetrics(step + 1, output.names, mean, norm, stops)
                 is_stopping = metrics.add(values, read=due.log or due.save, stop_requested=stop.signal > 0)
                 if ema is not None:
                     ema.update(step)

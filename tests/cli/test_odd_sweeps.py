@@ -26,6 +26,13 @@ def test_unknown_option_is_one_message(tmp_path, words, says):
     assert done.status == 1 and done.err.count("\n") == 1 and done.err.startswith(says), done.err
 
 
+@pytest.mark.parametrize("last", ["seed=3,4", "++seed=3,4", "seed=5"])
+def test_a_key_that_is_swept_twice_is_refused(tmp_path, last):  # Hydra runs only the last values
+    done = call(tmp_path, "-m", "mode=summary", "seed=1,2", last)
+    assert done.status == 1 and done.err.startswith(f"error: seed=1,2 and {last} set the same key"), done.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_flags_may_stand_between_words(tmp_path):
     done = call(tmp_path, "mode=summary", "--cfg", "job", "--package", "data", "data.batch_size=3")
     assert done.status == 0 and "batch_size: 3\n" in done.out, done.err

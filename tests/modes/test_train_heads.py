@@ -250,7 +250,7 @@ def test_a_head_that_diverges_leaves_alone(folder, run, monkeypatch):
         patched.setattr(CnnHead, "forward", diverge_at_call(CnnHead, 9))
         done = call(folder, *words, f"heads=[linear,{WIDE}]", "hydra.run.dir=left")
     assert done.status == 0, done.err
-    note = "left the training at step 4, where its loss or gradient was not finite"
+    note = "left the training at step 5, where its loss or gradient was not finite"
     assert done.err.count(f"wide: {note}. The other heads continue.") == 1
     assert_same(folder / "left/heads/linear", run.path / "heads/linear")
     with open(folder / "left/leaderboard.csv", encoding="utf-8", newline="") as file:
@@ -267,7 +267,7 @@ def test_the_run_fails_once_all_heads_have_left(folder, monkeypatch):
     words = [word for word in MANY if word != HEADS]
     monkeypatch.setattr(CnnHead, "forward", diverge_at_call(CnnHead, 1))
     done = call(folder, *words, f"heads=[{WIDE}]", "hydra.run.dir=all_left")
-    assert done.status == 1 and "Step 0: the loss is nan" in done.err
+    assert done.status == 1 and "Step 1: the loss is nan" in done.err
 
 
 @pytest.mark.parametrize(

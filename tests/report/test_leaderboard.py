@@ -37,7 +37,7 @@ def test_the_best_head_is_first_and_those_without_a_score_last(tmp_path, capsys)
     assert [row["head"] for row in table] == ["good", "slow", "lost"]
     assert table[0]["val_miou"] == "0.75" and table[1]["parameters"] == "1000" and table[2]["miou"] == ""
     assert table[2]["best_step"] == table[2]["val_miou"] == ""
-    assert table[2]["note"].startswith("left the training at step 3") and not table[0]["note"]
+    assert table[2]["note"].startswith("left the training at step 4") and not table[0]["note"]
 
 
 def test_the_lowest_loss_is_first():

@@ -96,11 +96,11 @@ def test_repeated_infinite_loss_or_gradient_ends_the_training(tmp_path, monkeypa
             return value * math.inf, parts
 
     ended = train_in_fp16(tmp_path / "loss", tiny()[0], Infinite(torch.ones(3)), steps=3, val_every=9, log_every=1)
-    assert isinstance(ended.error, NonFiniteLoss) and str(ended.error).startswith("Step 0: the loss is inf")
+    assert isinstance(ended.error, NonFiniteLoss) and str(ended.error).startswith("Step 1: the loss is inf")
     assert "engine.precision=fp32" in str(ended.error)
     monkeypatch.setattr("dinoseg.training.loss_scale._MAX_OVERFLOWS", 2)
     ended = train_in_fp16(tmp_path / "grad", tiny()[0], Overflowing(*range(9)), steps=9, val_every=9, log_every=1)
-    assert isinstance(ended.error, NonFiniteLoss) and str(ended.error).startswith("Step 2: the loss is")
+    assert isinstance(ended.error, NonFiniteLoss) and str(ended.error).startswith("Step 3: the loss is")
 
 
 def test_a_run_in_float16_resumes_exactly(tmp_path):

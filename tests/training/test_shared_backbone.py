@@ -243,7 +243,7 @@ def test_head_with_non_finite_loss_leaves_and_others_train(train, caplog):
     heads = {"a": ((1,), LinearHead), "b": ((0,), Failing)}
     run = train("both", heads=heads)
     assert_equal(best_of_head(run, "a"), best_of_head(train("one", heads={"a": heads["a"]}), "a"))
-    assert caplog.text.count("b: left the training at step 2, where its loss or gradient was not finite") == 1
+    assert caplog.text.count("b: left the training at step 3, where its loss or gradient was not finite") == 1
     assert run.model.left_heads() == {"b": 2}
     bests = {name: head.progress.best_step for name, head in run.checkpoints.heads.items()}
     assert bests["b"] == 2 and [row["step"] for row in run.rows if "val/b/miou" in row] == [2]
@@ -255,7 +255,7 @@ def test_head_with_non_finite_loss_leaves_and_others_train(train, caplog):
 
 
 def test_the_run_ends_once_no_head_is_left(train, tmp_path):
-    with pytest.raises(NonFiniteLoss, match="Step 2: the loss is nan"):
+    with pytest.raises(NonFiniteLoss, match="Step 3: the loss is nan"):
         train("none", heads={"a": ((1,), Failing)})
     assert read(tmp_path / "none/last.safetensors").info["progress"]["step"] == 2
 

@@ -46,7 +46,8 @@ class ObjectChannels:
         if lost:
             logger.warning(
                 "Frame %d: too small for the centre of a grid cell, so not tracked: object %s. Set a larger "
-                "tracker.short_side, or tracker.first=bilinear.",
+                "tracker.short_side, or tracker.first=bilinear. If these ids are no objects, the mask was "
+                "saved with smooth edges: save it without.",
                 frame,
                 join_names(lost),
             )

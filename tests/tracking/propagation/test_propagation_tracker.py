@@ -128,7 +128,7 @@ def test_an_object_below_the_grid_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         found = follow(TINY["crw"], frames, [first, *[None] * 8])  # bilinear reads four pixels, not this one
     assert "Frame 0: too small for the centre of a grid cell, so not tracked: object 3." in caplog.text
-    assert "tracker.short_side" in caplog.text and 3 not in found[1]
+    assert "tracker.short_side" in caplog.text and "smooth edges" in caplog.text and 3 not in found[1]
 
 
 def test_tracking_from_a_restored_state_changes_nothing():
