@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, groupby
 from typing import Literal, Protocol
 
 import torch
@@ -28,7 +27,6 @@ LAYER_DECAY_RULES = {"beit": 1, "eomt": 0}  # levels that the head, and the para
 ScheduleKind = Literal["constant", "cosine", "poly", "exponential", "one_cycle"]
 _MIN_PAST_WARMUP = 0.2  # share of the steps
 _FUSED = ("cpu", "cuda", "mps")  # devices with fused AdamW kernels
-_SWAPPED_BYTES = 2**26  # of trained weights, cloned at once when they are swapped with their average
 _RISE = 0.1  # share of the training in which late groups ramp up to their rate
 
 
@@ -339,14 +337,12 @@ class MovingAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for all_averages, all_values in self._pairs():
-            ends = accumulate(value.nbytes for value in all_values)
-            rows = zip(ends, all_averages, all_values, strict=True)
-            for _, chunk in groupby(rows, key=lambda row: row[0] // _SWAPPED_BYTES):
-                _, averages, values = map(list, zip(*chunk, strict=True))
-                trained = [value.clone() for value in values]
-                torch._foreach_copy_(values, averages)
-                torch._foreach_copy_(averages, trained)
+        # one tensor at a time: a copy of all weights may not fit into memory
+        for averages, values in self._pairs():
+            for average, value in zip(averages, values, strict=True):
+                trained = value.clone()
+                value.copy_(average)
+                average.copy_(trained)
 
     def _pairs(self) -> Iterator[tuple[list[Tensor], ...]]:
         """Yield the averages and the live tensors of each dtype."""
