@@ -155,7 +155,7 @@ def _merge_items(items: Mapping[str, Sequence[Item]]) -> list[Item]:
 
 
 def fraction_split(
-    names: Sequence[str], *, val_fraction: float, seed: int, group: Callable[[str], str] = str
+    names: Sequence[str], *, val_fraction: OpenShare, seed: int, group: Callable[[str], str] = str
 ) -> dict[str, list[str]]:
     """Split names into `train` and `val`, keeping each group on one side; each side gets at least one group.
 
@@ -163,10 +163,8 @@ def fraction_split(
     library version, and an added group moves few others.
 
     Raises:
-        UserError: `val_fraction` is not between 0 and 1, or there are fewer than two groups.
+        UserError: there are fewer than two groups.
     """
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction={val_fraction}: give a share between 0 and 1, such as 0.2.")
     groups = sorted({group(name) for name in names}, key=lambda key: _shuffle_key(key, seed))
     if len(groups) < 2:
         raise UserError(
