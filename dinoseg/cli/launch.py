@@ -60,8 +60,7 @@ _LAUNCH_VALUES = {  # annotations of keys of a mode that are read here
 }
 _DEFAULT_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # names of run folders by cfg/hydra/run.yaml
 
-# processes of launcher plug-ins (joblib, Slurm) import only this module, through its callback, and resolve the name of
-# the job's folder
+# processes of launcher plug-ins (joblib, Slurm) import only this module, through its callback
 register_resolvers()
 hush_schemas()
 
