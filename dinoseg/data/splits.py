@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol, TypeVar, cast
 
-from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import evenly_spaced
 from dinoseg.utils.bounded_regex import Pattern
 from dinoseg.utils.errors import UserError
@@ -266,11 +265,6 @@ def labelled_names(
     key = regex_group(group)
     ordered = sorted(names, key=lambda name: (_shuffle_key(key(name), seed), _shuffle_key(name, seed)))
     return ordered[: max(1, round(labelled * len(names)))]
-
-
-def split_table(datasets: Mapping[str, SegmentationData]) -> dict[str, list[str]]:
-    """Return the names in each split, as saved with a run's results."""
-    return {split: list(data.names) for split, data in datasets.items()}
 
 
 def _shuffle_key(name: str, seed: int) -> tuple[bytes, str]:

@@ -2,7 +2,6 @@ import time
 from dataclasses import dataclass
 
 import pytest
-from making import Pictures
 
 from dinoseg.data.splits import (
     Partition,
@@ -11,7 +10,6 @@ from dinoseg.data.splits import (
     labelled_names,
     read_name_list,
     regex_group,
-    split_table,
 )
 from dinoseg.utils.errors import UserError
 
@@ -111,11 +109,6 @@ def test_name_lists_are_read(tmp_path):
     ) as caught:
         read_name_list(path)
     assert time.process_time() - begin < 2 and len(str(caught.value)) < 1000
-
-
-def test_split_table_lists_each_split():
-    table = split_table({"train": Pictures([(2, 2)] * 2), "val": Pictures([(2, 2)])})
-    assert table == {"train": ["p0", "p1"], "val": ["p0"]}
 
 
 @dataclass(frozen=True)
