@@ -119,7 +119,7 @@ def adamw(
     head_lr: LearningRate | None = None,
     backbone_lr: LearningRate | None = None,
     weight_decay: NotNegative = 0.01,
-    betas: Sequence[LowShare] = (0.9, 0.999),
+    betas: tuple[LowShare, LowShare] = (0.9, 0.999),
     backbone_lr_scale: RateFactor = 1.0,
     layer_decay: HighShare | None = None,
     layer_decay_rule: Literal["beit", "eomt"] = "beit",
@@ -133,7 +133,7 @@ def adamw(
     on features that do not change (Kumar et al., arXiv 2202.10054).
 
     Raises:
-        UserError: no learning rate is set, `betas` are not two numbers, an option is unknown, or nothing is trainable.
+        UserError: no learning rate is set, or nothing is trainable.
     """
     rate, backbone_rate = (head_lr, backbone_lr) if lr is None else (lr, None)
     if rate is None:
@@ -149,8 +149,6 @@ def adamw(
         weight_decay_on=weight_decay_on,
         freeze_backbone_until=freeze_backbone_until,
     )
-    if len(betas) != 2:
-        raise UserError(f"optim.optimizer.betas={list(betas)}: give two numbers, such as [0.9, 0.999].")
     fused = all(parameter.device.type in _FUSED for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), fused=fused)
 
