@@ -124,7 +124,7 @@ def launch(
         _check_groups(cfg)
         _check_launch_keys(cfg)
         _check_words(cfg, typed)
-        check_credentials(cfg.get("logger"), "logger")  # before the config is written
+        check_credentials(cfg.get("logger"))  # before the config is written
         devices = _join_ranks(cfg)
         if devices == 1:  # ranks started from here set their own limits
             limit_threads_to_quota()

@@ -23,7 +23,7 @@ def logger_factories(build: ModelBuilder) -> dict[str, LoggerFactory]:
         UserError: a config node makes no logger, holds credentials, or needs a package that is not installed. The class
             is only known when the function is called.
     """
-    check_credentials(build.value("logger"), "logger")
+    check_credentials(build.value("logger"))
     return {str(name): _factory(f"logger.{name}", node) for name, node in (build.value("logger") or {}).items()}
 
 
