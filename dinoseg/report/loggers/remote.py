@@ -1,5 +1,6 @@
 """Base class of loggers that send values to an experiment tracker, and the record of the tracked run."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -12,7 +13,6 @@ from dinoseg.report.loggers.logger import Logger
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Positive
 
 _SWEEP = "multirun.yaml"  # in the folder of a sweep
 _MAX_BYTES = 2**20  # of a record: an entry has about 30
@@ -51,7 +51,9 @@ class RemoteLogger(Logger):
 
     package = ""
 
-    def __init__(self, out_dir: Path, *, group: str | None, artifacts: bool, timeout: Positive) -> None:
+    def __init__(self, out_dir: Path, *, group: str | None, artifacts: bool, timeout: float) -> None:
+        if not 0 < timeout < math.inf:  # for loggers of other packages, whose annotations are not checked
+            raise UserError(f"logger.{self.package}.timeout={timeout}: give seconds above 0.")
         self.out_dir, self.artifacts = out_dir, artifacts
         self.timeout: float = timeout
         self.run_name, found = _place(out_dir.absolute())
