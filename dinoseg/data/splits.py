@@ -207,6 +207,21 @@ def regex_group(pattern: str | None, parameter: str = "group") -> Callable[[str]
     return group
 
 
+def file_list(split: str, partition: Partition) -> str:
+    """Return the file that names the items of a split.
+
+    Raises:
+        UserError: there is none.
+    """
+    lists = partition.lists or {}
+    if split not in lists:
+        raise UserError(
+            f"No file list for split {split}: data.reader.partition.lists has {', '.join(lists) or 'none'}. "
+            f"Add `{split}: <file>`."
+        )
+    return lists[split]
+
+
 def read_name_list(path: Path, parameter: str = "lists") -> list[str]:
     """Read one name per line; drop image suffixes and blank lines.
 
