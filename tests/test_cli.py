@@ -383,7 +383,7 @@ def test_a_mistake_while_training_is_one_message(place, arguments, parts):
         (["trainer.steps=1.5"], ["steps=1.5 is of type float", "Give a whole number"]),
         (["trainer.steps=true"], ["steps=True is of type bool", "Give a whole number"]),
         (["optim.optimizer.lr=fast"], ["lr=fast is of type str", "Give a number"]),
-        (["optim.optimizer.betas=[0.9]"], ["betas=[0.9]", "two numbers"]),
+        (["optim.optimizer.betas=[0.9]"], ["betas=[0.9]", "2 numbers"]),
         (["data.classes=dark"], ["classes=dark is of type str", "list of texts"]),
         (["data.classes=null"], ["data.classes=null is not a list"]),
         (["resolution.crop=wide"], ["resolution.crop=wide is of type str"]),

@@ -158,11 +158,11 @@ def test_only_the_first_rank_reports_saved_results(second_rank, tmp_path, monkey
         assert (stopped.value.note, stopped.value.status) == (said, 130)
 
 
-def test_worker_process_can_resolve_the_folder_of_a_job():
-    OmegaConf.clear_resolver("recipe_name")  # as in a process that joblib or Slurm has started
+def test_worker_process_can_resolve_the_config_of_a_job():
+    OmegaConf.clear_resolver("len")  # as in a process that joblib or Slurm has started
     importlib.reload(launch)
-    cfg = OmegaConf.create({"dir": "outputs/${recipe_name:${choice}}", "choice": "sarrarp_lora"})
-    assert cfg.dir == "outputs/sarrarp_lora"
+    cfg = OmegaConf.create({"num_classes": "${len:${classes}}", "classes": ["background", "leaf"]})
+    assert cfg.num_classes == 2
 
 
 def test_out_of_memory_error_preserves_its_cause(second_rank, tmp_path, monkeypatch):

@@ -135,6 +135,22 @@ def training_config(compose):
     return compose("mode=train", *options, "backbone.mean=[0,0,0]", "data.root=x", "data.classes=[a,b]")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("optim.optimizer.betas", [0.9], "Give a list of 2 numbers."),
+        ("inference.size", [3, 4, 5], "Give a whole number or a list of 2 whole numbers."),
+        ("inference.stride", [4, 4, 4], "Give a whole number or a list of 2 whole numbers or null."),
+    ],
+)
+def test_a_list_of_another_length_is_refused_by_its_key(training_config, key, value, rule):
+    cfg = copy.deepcopy(training_config)
+    OmegaConf.update(cfg, key, value)
+    with pytest.raises(UserError) as caught:
+        instantiate(OmegaConf.select(cfg, key.rpartition(".")[0]))
+    assert str(caught.value).startswith(f"{key}={value}") and str(caught.value).endswith(rule)
+
+
 NAN, INFINITY = float("nan"), float("inf")
 
 

@@ -105,7 +105,7 @@ def create_model(
                 model, policy = build.model(), build.part("inference")
                 if init is not None:
                     check_initial(build, model)
-                    model = load_initial_weights(build, model, list(labels.classes))
+                    load_initial_weights(build, model, list(labels.classes))
                 if objects and model.head.slots is None:
                     check_fit(model, len(labels.classes))
         except UserError as error:

@@ -4,7 +4,7 @@ from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 
-from dinoseg.config.options import RECIPES, options_in
+from dinoseg.config.options import options_in
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import check_annotations
 
@@ -59,7 +59,7 @@ def list_recipes(filter: str = "*", *, config_dir: str | PathLike[str] | None = 
         >>> dinoseg.list_recipes("dpt_*")
         ['dpt_camvid', 'dpt_sarrarp']
     """
-    return _options(RECIPES, filter, config_dir)
+    return _options("hparam", filter, config_dir)
 
 
 def list_datasets(filter: str = "*", *, config_dir: str | PathLike[str] | None = None) -> list[str]:

@@ -12,9 +12,9 @@ from dinoseg.training.parts import TrainingParts
 _PIECES = 4  # of a mask along each side: a typical number of classes per image
 
 
-def random_batch(parts: TrainingParts, samples: int, seed: int = 0) -> Batch | ClipBatch:
+def random_batch(parts: TrainingParts, samples: int) -> Batch | ClipBatch:
     """Return a batch of noise; its masks consist of rectangles with random classes, and its maps are noise."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (samples, *parts.shape), dtype=torch.uint8, generator=rng)
     names = [f"random {number}" for number in range(samples)]
     if not parts.has_masks:

@@ -60,8 +60,7 @@ _LAUNCH_VALUES = {  # annotations of keys of a mode that are read here
 }
 _DEFAULT_NAME = re.compile(r"[a-z]+_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # names of run folders by cfg/hydra/run.yaml
 
-# processes of launcher plug-ins (joblib, Slurm) import only this module, through its callback, and resolve the name of
-# the job's folder
+# processes of launcher plug-ins (joblib, Slurm) import only this module, through its callback
 register_resolvers()
 hush_schemas()
 
@@ -125,7 +124,7 @@ def launch(
         _check_groups(cfg)
         _check_launch_keys(cfg)
         _check_words(cfg, typed)
-        check_credentials(cfg.get("logger"), "logger")  # before the config is written
+        check_credentials(cfg.get("logger"))  # before the config is written
         devices = _join_ranks(cfg)
         if devices == 1:  # ranks started from here set their own limits
             limit_threads_to_quota()

@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
@@ -12,6 +11,7 @@ from hydra.errors import HydraException
 
 from dinoseg.config.grammar import write_value
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import path_exists
 from dinoseg.utils.wording import ESCAPED_BYTES, has_surrogates
 
 FILES = {  # keys whose values are paths
@@ -112,17 +112,10 @@ def _names_file(key: str, value: str, override: Override | None, *, several: boo
     """Return whether a value is a path as it stands: neither a list of paths nor text in quotes."""
     if key.lstrip("+") not in FILES or value == "null":
         return False
-    exists = _exists(value)
+    exists = path_exists(value)
     if override is None:
         return exists or not (value.startswith(_NESTED) and value.endswith(("]", "}", "'", '"')))
     if override.is_sweep_override():
         return exists or not several
     more = isinstance(override.value(), list | dict) or "${" in value or re.fullmatch(r"'.*'|\".*\"", value)
     return override.value() != value and (exists or not more)
-
-
-def _exists(value: str) -> bool:
-    try:
-        return Path(value).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, or not valid as a path
-        return False

@@ -2,27 +2,27 @@
 
 from omegaconf import DictConfig
 
-from dinoseg.config.plain import below, to_container
+from dinoseg.config.plain import below, dotted_name, to_container
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.urls import has_credentials
 
 
-def check_credentials(node: DictConfig | None, key: str) -> None:
-    """Refuse URLs with a user or a password at and below a config node.
+def check_credentials(node: DictConfig | None) -> None:
+    """Refuse URLs with a user or a password in the config of loggers.
 
     Interpolations pass: run folders store them unresolved.
 
     Args:
-        node: the config node, if there is one.
-        key: its full key.
+        node: the config group `logger`, if there is one.
 
     Raises:
         UserError: naming the key of the URL, without its value.
     """
     for steps, value in below(to_container(node), ()) if node else ():
         if isinstance(value, str) and has_credentials(value):
+            name = dotted_name(("logger", *steps))
             raise UserError(
-                f"{'.'.join(map(str, (key, *steps)))} is a URL with a user or a password, which the run folder would "
+                f"{name} is a URL with a user or a password, which the run folder would "
                 "store. Leave them out of it, and set them in the environment: MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or WANDB_API_KEY."
             )

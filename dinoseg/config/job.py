@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.grammar import decode_keys
-from dinoseg.config.options import chosen_options, list_groups
+from dinoseg.config.options import list_groups
 from dinoseg.config.plain import to_container
 
 
@@ -31,7 +31,8 @@ def job_config(cfg: DictConfig, hydra: Any) -> DictConfig:
     own = [folder for folder in folders if folder not in (None, str(SHIPPED))]
     # Hydra does not record lists of options; each file of these groups has a key of its own name
     listed = {group: [*(job.get(group) or ())] for group in list_groups([SHIPPED, *map(Path, filter(None, own))])}
-    choices = {**chosen_options(hydra.runtime["choices"]), **listed}
+    chosen = {group: option for group, option in hydra.runtime["choices"].items() if not group.startswith("hydra/")}
+    choices = {**chosen, **listed}
     whole = {**decode_keys(job), "choices": choices, "config_dirs": own}
     return expand_typed(OmegaConf.create(whole), typed)
 

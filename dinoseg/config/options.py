@@ -1,4 +1,4 @@
-"""Options of config groups: files, or folders of files for families of options."""
+"""Options of config groups, and the files that set their keys."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-RECIPES = "hparam"  # the group whose options have families
 
 
 def config_folders(arguments: Sequence[str], shipped: Path) -> list[Path]:
@@ -21,10 +19,8 @@ def config_folders(arguments: Sequence[str], shipped: Path) -> list[Path]:
 
 
 def options_of(group: Path) -> list[str]:
-    """Return the options in a group's folder, recipes of a family as `family/option`."""
-    pattern = "**/*.yaml" if group.name == RECIPES else "*.yaml"  # folders of other groups hold nested groups
-    names = (path.relative_to(group).with_suffix("") for path in group.glob(pattern))
-    return sorted(name.as_posix() for name in names if not name.name.startswith("_"))
+    """Return the options in a group's folder; its own folders hold nested groups."""
+    return sorted(path.stem for path in group.glob("*.yaml") if not path.name.startswith("_"))
 
 
 def options_in(folders: Iterable[Path], group: str) -> list[str]:
@@ -112,18 +108,3 @@ def _defaults_of(path: Path) -> list[Any]:
 def _read(path: Path) -> Mapping[str, Any]:
     content = yaml.safe_load(path.read_text("utf-8"))
     return content if isinstance(content, dict) else {}  # Hydra refuses other files
-
-
-def recipe_name(option: str) -> str:
-    """Return the name of a recipe in run folders and checkpoints, whose family becomes a prefix."""
-    return option.replace("/", "_")
-
-
-def chosen_options(choices: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dict from group to option, as a run's config holds it.
-
-    Args:
-        choices: Hydra's, including nested groups that only files choose.
-    """
-    chosen = {group: option for group, option in choices.items() if not group.startswith("hydra/")}
-    return {group: recipe_name(str(option)) if group == RECIPES else option for group, option in chosen.items()}

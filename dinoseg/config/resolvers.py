@@ -12,7 +12,6 @@ from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import InterpolationResolutionError
 
 from dinoseg.config.nodes import instantiate, not_set
-from dinoseg.config.options import recipe_name
 from dinoseg.core.sizes import backbone_size
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import join_names
@@ -36,12 +35,10 @@ def register_resolvers() -> None:
       replace an absent `classes.yaml`.
     - `${cells:${resolution},${backbone.patch_size}}` is the number of rows and columns of cells in a training crop;
       null if the patch size is null.
-    - `${recipe_name:sarrarp_lora}` is the name of a recipe.
     """
     OmegaConf.register_new_resolver("len", _length, replace=True)
     OmegaConf.register_new_resolver(CELLS, _cells, replace=True)
     OmegaConf.register_new_resolver(CLASS_FILE, _resolve_class_file, replace=True)
-    OmegaConf.register_new_resolver("recipe_name", recipe_name, replace=True)
 
 
 @contextmanager

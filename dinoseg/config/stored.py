@@ -19,6 +19,7 @@ from dinoseg.config.options import list_groups
 from dinoseg.config.plain import BUILDS, Steps, at, below, dotted_name, nests, texts_of, to_container
 from dinoseg.config.resolvers import CELLS, CLASS_FILE
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.files import path_exists
 from dinoseg.utils.wording import format_value, join_names
 
 logger = logging.getLogger(__name__)
@@ -355,7 +356,7 @@ def _check_weights(weights: Any, usual: Any, source: Source) -> None:
         name = at_commit[1] if at_commit else weights
         if name == usual or {name, weights} & {*source.trust} or _BUILT_IN_WEIGHTS.fullmatch(weights):
             return
-    if not isinstance(weights, str) or not _exists(weights):
+    if not isinstance(weights, str) or not path_exists(weights):
         message = (
             f"{source.where}: its config sets backbone.weights={format_value(weights)}, which is neither a file nor a "
             "folder on this machine"
@@ -366,10 +367,3 @@ def _check_weights(weights: Any, usual: Any, source: Source) -> None:
             f"{message}, and its option does not name it, so nothing is downloaded. Set backbone.weights=PATH, or "
             f"allow this source: trust=[{format_value(weights)}]."
         )
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long, an unknown home directory, or invalid characters
-        return False

@@ -342,5 +342,5 @@ class Loss(nn.Module):
 
 
 def safe_divide(part: Tensor, total: Tensor) -> Tensor:
-    """Return part / total, and 0 where the total is 0."""
+    """Return part / total; 0 where both are 0."""
     return part / torch.where(total > 0, total, 1)

@@ -233,12 +233,12 @@ def _load_ahead(
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_it_is,
-            pin_memory=pin and workers > 0 and torch.cuda.is_initialized(),  # models are placed before data is read
-            timeout=POLL if workers else 0,  # see `wait_for_item`
+            pin_memory=pin and torch.cuda.is_initialized(),  # models are placed before data is read
+            timeout=POLL,  # see `wait_for_item`
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # otherwise the DataLoader advances the global RNG
         )
-    iterator: Any = WorkerIterator(loader) if workers else iter(loader)
+    iterator = WorkerIterator(loader)
     try:
         for number in itertools.count():
             try:
@@ -249,8 +249,7 @@ def _load_ahead(
                 raise item
             yield item
     finally:
-        if workers:
-            iterator.close()
+        iterator.close()
 
 
 class WorkerIterator(_MultiProcessingDataLoaderIter):
@@ -304,7 +303,7 @@ def wait_for_item(iterator: Any, number: int, workers: int) -> Any:
     """Return the next item of a DataLoader; log a warning if none arrives for a long time.
 
     Args:
-        iterator: iterator of a DataLoader whose timeout is POLL, or that has no workers.
+        iterator: iterator of a DataLoader whose timeout is POLL.
         number: index of the item, from 0.
         workers: number of worker processes.
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol, TypeVar, cast
 
-from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.sizes import evenly_spaced
 from dinoseg.utils.bounded_regex import Pattern
 from dinoseg.utils.errors import UserError
@@ -155,7 +154,7 @@ def _merge_items(items: Mapping[str, Sequence[Item]]) -> list[Item]:
 
 
 def fraction_split(
-    names: Sequence[str], *, val_fraction: float, seed: int, group: Callable[[str], str] = str
+    names: Sequence[str], *, val_fraction: OpenShare, seed: int, group: Callable[[str], str] = str
 ) -> dict[str, list[str]]:
     """Split names into `train` and `val`, keeping each group on one side; each side gets at least one group.
 
@@ -163,10 +162,8 @@ def fraction_split(
     library version, and an added group moves few others.
 
     Raises:
-        UserError: `val_fraction` is not between 0 and 1, or there are fewer than two groups.
+        UserError: there are fewer than two groups.
     """
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction={val_fraction}: give a share between 0 and 1, such as 0.2.")
     groups = sorted({group(name) for name in names}, key=lambda key: _shuffle_key(key, seed))
     if len(groups) < 2:
         raise UserError(
@@ -208,6 +205,21 @@ def regex_group(pattern: str | None, parameter: str = "group") -> Callable[[str]
         return key
 
     return group
+
+
+def file_list(split: str, partition: Partition) -> str:
+    """Return the file that names the items of a split.
+
+    Raises:
+        UserError: there is none.
+    """
+    lists = partition.lists or {}
+    if split not in lists:
+        raise UserError(
+            f"No file list for split {split}: data.reader.partition.lists has {', '.join(lists) or 'none'}. "
+            f"Add `{split}: <file>`."
+        )
+    return lists[split]
 
 
 def read_name_list(path: Path, parameter: str = "lists") -> list[str]:
@@ -268,11 +280,6 @@ def labelled_names(
     key = regex_group(group)
     ordered = sorted(names, key=lambda name: (_shuffle_key(key(name), seed), _shuffle_key(name, seed)))
     return ordered[: max(1, round(labelled * len(names)))]
-
-
-def split_table(datasets: Mapping[str, SegmentationData]) -> dict[str, list[str]]:
-    """Return the names in each split, as saved with a run's results."""
-    return {split: list(data.names) for split, data in datasets.items()}
 
 
 def _shuffle_key(name: str, seed: int) -> tuple[bytes, str]:

@@ -25,7 +25,7 @@ _BASE = ".base_layer."  # part of the names of the original tensors of a layer w
 
 def load_initial_weights(
     build: ModelBuilder, model: SegmentationModel, classes: list[str], share: Callable[[Any], Any] = lambda value: value
-) -> SegmentationModel:
+) -> None:
     """Load the trained weights of the run that `init` names into a new model, where they fit, and log the result.
 
     Args:
@@ -33,9 +33,6 @@ def load_initial_weights(
         model: as built, on the CPU.
         classes: class names of the data.
         share: broadcasts a value from rank 0.
-
-    Returns:
-        The same model.
 
     Raises:
         UserError: the run does not exist, nothing of it fits, backbone weights that it trained would be left out, or
@@ -60,7 +57,6 @@ def load_initial_weights(
     _check_frozen(init, model, saved, build.config)
     model.load_state_dict(taken, strict=False)
     _log_loaded(init, model, saved, taken, left, classes)
-    return model
 
 
 def has_initial(build: ModelBuilder) -> bool:

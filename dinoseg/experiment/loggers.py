@@ -10,7 +10,6 @@ from dinoseg.config.nodes import expect_type, instantiate, type_errors_as_user_e
 from dinoseg.experiment.models import ModelBuilder
 from dinoseg.report.log import LoggerFactory
 from dinoseg.report.loggers.logger import Logger
-from dinoseg.utils.errors import UserError
 
 _REMEDY = (
     "Let its `_target_` name a class that inherits dinoseg.report.loggers.logger.Logger, and set `_partial_: true`."
@@ -21,29 +20,23 @@ def logger_factories(build: ModelBuilder) -> dict[str, LoggerFactory]:
     """Return a function for each logger of a config, by name, that opens it for a run.
 
     Raises:
-        UserError: a config node makes no logger, holds credentials, or needs a package that is not installed. Arguments
-            and class are only known when the function is called.
+        UserError: a config node makes no logger, holds credentials, or needs a package that is not installed. The class
+            is only known when the function is called.
     """
-    check_credentials(build.value("logger"), "logger")
+    check_credentials(build.value("logger"))
     return {str(name): _factory(f"logger.{name}", node) for name, node in (build.value("logger") or {}).items()}
 
 
 def _factory(key: str, node: Any) -> LoggerFactory:
     with type_errors_as_user_errors(key, _REMEDY):
         make = instantiate(node)
-    if not callable(make):
-        raise UserError(f"{key} gives {type(make).__name__}, which makes no loggers. {_REMEDY}")
+        # here, since a TypeError inside the constructor drops the logger, but one of its arguments ends the run
+        signature(make).bind(Path(), start_step=0)
     made = make.func if isinstance(make, partial) else make
     if isclass(made) and issubclass(made, Logger):
         made.check_installed()
 
     def open_logger(out_dir: Path, *, start_step: int) -> Logger:
-        # a TypeError inside the constructor drops the logger, but one of its arguments ends the run
-        with type_errors_as_user_errors(key, _REMEDY):
-            try:
-                signature(make).bind(out_dir, start_step=start_step)
-            except ValueError:  # a class without a signature
-                return expect_type(Logger, make(out_dir, start_step=start_step), key)
         return expect_type(Logger, make(out_dir, start_step=start_step), key)
 
     return open_logger

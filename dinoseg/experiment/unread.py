@@ -21,7 +21,7 @@ def warn_unread(out_dir: Path, unread: Collection[str], reason: str) -> None:
         unread: groups such as `slots`, with all of their keys, and keys such as `tracker.short_side`.
         reason: sentence on who does not read them.
     """
-    idle = [word for word in last_command_line(out_dir) if _is_below(_key(word), unread)]
+    idle = [word for word in last_command_line(out_dir) if is_below(_key(word), unread)]
     if idle:
         logger.warning("No effect here: %s. %s", printable(join_names(idle)), reason)
 
@@ -48,5 +48,6 @@ def _key(word: str) -> str:
     return word.lstrip("+~").split("=")[0].replace("/", ".")  # a nested group fills the key of its path
 
 
-def _is_below(key: str, names: Collection[str]) -> bool:
+def is_below(key: str, names: Collection[str]) -> bool:
+    """Return whether a key is one of some names, or below one."""
     return any(key == name or key.startswith(f"{name}.") for name in names)

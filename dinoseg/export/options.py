@@ -1,7 +1,6 @@
 """Options that graph exports share: keys of `export`, checked against one another before the model is built."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dinoseg.core.sizes import Size
@@ -32,7 +31,7 @@ class GraphOptions:
     """
 
     dynamic: bool | None = None
-    size: Sequence[Count] | None = None
+    size: tuple[Count, Count] | None = None
     pixels: bool = False
     images: str = "val"
     count: Count = 16
@@ -66,9 +65,7 @@ class GraphOptions:
         return "export.dynamic is false" if self.dynamic is False else None
 
 
-def _check_size(size: Sequence[int]) -> None:
-    if len(size) != 2:
-        raise UserError(f"export.size={list(size)}: give [H,W], such as [512,512], or null.")
+def _check_size(size: Size) -> None:
     if max(size) > LARGEST_SIDE or math.prod(size) > MAX_PIXELS:
         side = math.isqrt(MAX_PIXELS)
         raise UserError(

@@ -39,11 +39,11 @@ class Auto(Policy):
 
     def __init__(
         self,
-        size: Count | Sequence[Count],
+        size: Count | tuple[Count, Count],
         *,
         memory: HighShare = 0.8,
         overlap: Overlap = 0.25,
-        stride: Count | Sequence[Count] | None = None,
+        stride: Count | tuple[Count, Count] | None = None,
         placement: Placement = "stride",
         weights: Weights = "cosine",
         batch_size: Count = 4,

@@ -74,10 +74,10 @@ class Windows(Policy):
 
     def __init__(
         self,
-        size: Count | Sequence[Count],
+        size: Count | tuple[Count, Count],
         *,
         overlap: Overlap = 0.25,
-        stride: Count | Sequence[Count] | None = None,
+        stride: Count | tuple[Count, Count] | None = None,
         placement: Placement = "stride",
         weights: Weights = "cosine",
         average: Literal["probabilities", "scores"] = "probabilities",
@@ -88,8 +88,8 @@ class Windows(Policy):
         multiple: Count | None = None,
         resample: Literal["antialias", "bilinear"] = "antialias",
     ) -> None:
-        self.size = _pair("size", size)
-        self.stride = None if stride is None else _pair("stride", stride)
+        self.size = _pair(size)
+        self.stride = None if stride is None else _pair(stride)
         if not scales:
             raise UserError("inference.scales=[] has no scale. Give [1.0] for the original size.")
         if self.stride is not None and placement == "even":
@@ -286,17 +286,9 @@ def undo_turn(images: Tensor, turn: Turn) -> Tensor:
     return images.transpose(-1, -2) if turn[0] else images
 
 
-def _pair(key: str, given: int | Sequence[int]) -> tuple[int, int]:
-    """Return (down, across) of one number or two.
-
-    Raises:
-        UserError: other numbers of numbers.
-    """
-    if isinstance(given, int):
-        return given, given
-    if len(given) != 2:
-        raise UserError(f"inference.{key}={list(given)}: give one number of pixels, or [HEIGHT, WIDTH].")
-    return given[0], given[1]
+def _pair(given: int | tuple[int, int]) -> tuple[int, int]:
+    """Return (down, across) of one number or two."""
+    return (given, given) if isinstance(given, int) else (given[0], given[1])
 
 
 def _format_pair(pair: tuple[int, int]) -> str:

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 from torch.utils.checkpoint import checkpoint
 
+from dinoseg.core.contracts import safe_divide
 from dinoseg.core.geometry import upsample_at
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.labelled import ImageLoss, check_classes, labelled_images, ratio
+from dinoseg.losses.labelled import ImageLoss, check_classes, labelled_images
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural, Range, check_annotations
 
@@ -95,7 +96,7 @@ class SoftClDice(ImageLoss):
         precision, sensitivity = (sums[:2] + 1) / (sums[2:] + 1)
         weights = torch.where(sums[3] > 0, self.weight[self.ids].to(sums.dtype), 0)
         losses = 1 - 2 * precision * sensitivity / (precision + sensitivity)
-        value = ratio((weights * losses).sum(), weights.sum())
+        value = safe_divide((weights * losses).sum(), weights.sum())
         return value, {"weight": labelled_images(batch.mask, self.ignore_index).to(value.dtype)}
 
     def _band_sums(

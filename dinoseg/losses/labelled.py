@@ -1,6 +1,5 @@
-"""Shared functions of the losses: logits and labels at mask size, class weights and safe ratios."""
+"""Shared functions of the losses: logits and labels at mask size, class weights and numbers of images."""
 
-import torch
 from torch import Tensor
 
 from dinoseg.core.contracts import Loss
@@ -53,11 +52,6 @@ def weights_of(class_weights: Tensor, scores: Tensor) -> Tensor:
 def labelled_images(mask: Tensor, ignore_index: int) -> Tensor:
     """Return the number of images with a labelled pixel."""
     return (mask != ignore_index).flatten(1).any(dim=1).sum()
-
-
-def ratio(total: Tensor, norm: Tensor) -> Tensor:
-    """Return total / norm, or the total (also 0) where the norm is 0."""
-    return total / torch.where(norm > 0, norm, 1)
 
 
 class ImageLoss(Loss):

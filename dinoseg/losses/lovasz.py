@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from dinoseg.core.contracts import safe_divide
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.labelled import UNLABELLED, ImageLoss, check_classes, labelled_images, labelled_pixels, ratio
+from dinoseg.losses.labelled import UNLABELLED, ImageLoss, check_classes, labelled_images, labelled_pixels
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def lovasz_softmax(shares: Tensor, target: Tensor, class_weights: Tensor) -> Ten
         errors = torch.where(is_class, 1 - shares[:, k], shares[:, k])
         total = total + class_weights[k] * errors.dot(jaccard_steps(errors, is_class))
         norm = norm + class_weights[k]
-    return ratio(total, norm)
+    return safe_divide(total, norm)
 
 
 class Lovasz(ImageLoss):
@@ -73,5 +74,5 @@ class Lovasz(ImageLoss):
             lovasz_softmax(part[ids != UNLABELLED], ids[ids != UNLABELLED], class_weights) for part, ids in groups
         ]
         images = labelled_images(batch.mask, self.ignore_index).to(logits.dtype)
-        value = ratio(torch.stack(values).sum(), images) if self.per_image else values[0]
+        value = safe_divide(torch.stack(values).sum(), images) if self.per_image else values[0]
         return value, {"weight": images}

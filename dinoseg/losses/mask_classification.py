@@ -13,7 +13,7 @@ from torch import Tensor
 from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, ClipBatch, MaskOutputs, Prediction
 from dinoseg.losses.factors import checked_factors
-from dinoseg.losses.labelled import UNLABELLED, labels, ratio
+from dinoseg.losses.labelled import UNLABELLED, labels
 from dinoseg.losses.points import (
     random_points,
     sample_labels,
@@ -360,7 +360,7 @@ class MaskClassification(Loss):
         wanted[matched.image, query] = matched.wanted
         total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weights, reduction="sum")
         norm = torch.where(wanted == UNLABELLED, 0, weights[wanted.clamp(min=0)]).sum()
-        return ratio(total, norm)
+        return safe_divide(total, norm)
 
 
 def mask_losses(logits: Tensor, inside: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

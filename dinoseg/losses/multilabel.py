@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dinoseg.core.contracts import Loss
+from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, Prediction
-from dinoseg.losses.labelled import ImageLoss, labelled_images, ratio
+from dinoseg.losses.labelled import ImageLoss, labelled_images
 from dinoseg.losses.overlap import tversky_loss
 from dinoseg.utils.transfer import to_device
 
@@ -34,7 +34,7 @@ class BinaryCrossEntropy(Loss):
         logits, target, labelled = _read_layers(prediction, batch, self.ignore_index)
         weights = labelled * self.weight.to(logits.dtype)[:, None, None]
         total = binary_cross_entropy_with_logits(logits, target, weights, reduction="sum")
-        return ratio(total, weights.sum()), {"weight": weights.sum()}
+        return safe_divide(total, weights.sum()), {"weight": weights.sum()}
 
     def divisors(self, batch: Batch) -> Tensor:
         """Return the summed weights (1,) of the labelled pixels of all classes."""

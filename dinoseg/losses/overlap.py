@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from dinoseg.core.contracts import safe_divide
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.full_resolution import Vjp, pixel_sums
 from dinoseg.losses.fused import KernelSpec
-from dinoseg.losses.labelled import ImageLoss, check_classes, labelled_images, ratio
+from dinoseg.losses.labelled import ImageLoss, check_classes, labelled_images
 from dinoseg.utils.ranges import NotNegative, Positive, check_annotations
 
 
@@ -49,7 +50,7 @@ def tversky_loss(sums: Tensor, class_weights: Tensor, alpha: float, beta: float)
     denominator = hits + alpha * (claimed - hits) + beta * (wanted - hits)
     index = hits / torch.where(present, denominator, 1)
     weights = torch.where(present, class_weights.to(sums.dtype), 0)
-    return ratio((weights * (1 - index)).sum(), weights.sum())
+    return safe_divide((weights * (1 - index)).sum(), weights.sum())
 
 
 class Tversky(ImageLoss):

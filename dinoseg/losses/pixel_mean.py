@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dinoseg.core.contracts import Loss
+from dinoseg.core.contracts import Loss, safe_divide
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.full_resolution import Vjp, pixel_sums, pixel_values
 from dinoseg.losses.fused import KernelSpec
-from dinoseg.losses.labelled import UNLABELLED, check_classes, labels, ratio
+from dinoseg.losses.labelled import UNLABELLED, check_classes, labels
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import HighShare
 from dinoseg.utils.transfer import to_device
@@ -105,7 +105,7 @@ class PixelMean(Loss):
             prediction, batch, self.ignore_index, self._sums, weights=weights, first_alone=True, form=self.kernel()
         )
         weight = total.new_full((), batch.mask.numel()) if self.average == "all" else weight.detach()
-        return ratio(total, weight), {"weight": weight}
+        return safe_divide(total, weight), {"weight": weight}
 
     def divisors(self, batch: Batch) -> Tensor:
         """Return the summed weights (1,) of the labelled pixels, hardest or not, or the number of all pixels."""

@@ -1,5 +1,7 @@
 """Slot contrast loss: each slot must match itself in the next frame, among all other slots."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,10 +39,8 @@ class SlotContrast(Loss):
     sums_over_batch = True
 
     @check_annotations
-    def __init__(self, temperature: Temperature = 0.1, softmax_over: str = "next") -> None:
+    def __init__(self, temperature: Temperature = 0.1, softmax_over: Literal["next", "previous"] = "next") -> None:
         super().__init__()
-        if softmax_over not in ("next", "previous"):
-            raise UserError(f"softmax_over={softmax_over} is unknown. Choose next or previous.")
         self.softmax_over = softmax_over
         self.temperature = temperature
 

@@ -1,7 +1,7 @@
 """Temporal similarity loss: slots predict the cells of the next frame with similar features."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,10 +69,13 @@ class TemporalSimilarity(Loss):
     needs_similarity = True
 
     @check_annotations
-    def __init__(self, temperature: Positive = 0.075, threshold: Similarity = 0.0, unmatched: str = "skip") -> None:
+    def __init__(
+        self,
+        temperature: Positive = 0.075,
+        threshold: Similarity = 0.0,
+        unmatched: Literal["skip", "uniform"] = "skip",
+    ) -> None:
         super().__init__()
-        if unmatched not in ("skip", "uniform"):
-            raise UserError(f"unmatched={unmatched} is unknown. Choose skip or uniform.")
         self.unmatched = unmatched
         self.temperature = temperature
         self.threshold = threshold

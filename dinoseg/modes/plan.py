@@ -17,6 +17,7 @@ from dinoseg.autotune.target import KINDS, Target, memory_of
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import last_command_line
 from dinoseg.experiment.step import check_trainer, training_parts
+from dinoseg.experiment.unread import is_below
 from dinoseg.inference.memory import free_bytes
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
@@ -166,15 +167,11 @@ def _duration(build: Builder, found: Fit, target: Target, tflops: float) -> dict
 def _command(out_dir: Path, words: Words) -> str:
     """Return the command that trains with the typed words, of which `words` replaces those that change."""
     gone = ("mode", "hydra.run.dir", *words)
-    remaining = [word for word in last_command_line(out_dir) if not _is_of(word.lstrip("+~").partition("=")[0], gone)]
+    remaining = [word for word in last_command_line(out_dir) if not is_below(word.lstrip("+~").partition("=")[0], gone)]
     new = [f"{key}={format_override(value)}" for key, value in words.items()]
     sources = HydraConfig.get().runtime.config_sources
     flags = [flag for source in sources if source.provider == "command-line" for flag in ("--config-dir", source.path)]
     return shlex.join(["python", "-m", "dinoseg", "mode=train", *remaining, *new, *flags])
-
-
-def _is_of(key: str, gone: tuple[str, ...]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in gone)
 
 
 def _as_gib(amount: float) -> str:

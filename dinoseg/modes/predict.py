@@ -77,9 +77,7 @@ def predict(
     check_outputs(outputs)
     build = Builder(cfg)
     split = _split_data(build, input)
-    images, videos = (
-        _find_inputs(input, build.pixels.suffixes) if split is None else (_images_of(split, str(input)), [])
-    )
+    images, videos = _find_inputs(input, build.pixels.suffixes) if split is None else (_images_of(split), [])
     if videos:
         check_rgb(build.pixels, f"the video {videos[0].path}")
         check_frame_outputs(outputs, str(videos[0].path))
@@ -146,7 +144,7 @@ def _split_data(build: Builder, source: str | int) -> PairDataset | None:
     return data
 
 
-def _images_of(data: PairDataset, source: str) -> list[tuple[Path, str]]:
+def _images_of(data: PairDataset) -> list[tuple[Path, str]]:
     """Return the images of a split with the names of their results."""
     paths = [first_file(pair.image) for pair in data.pairs if not isinstance(pair.image, VideoFrame)]
     return list(zip(paths, result_names(paths), strict=True))

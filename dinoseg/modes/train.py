@@ -13,7 +13,7 @@ from dinoseg.experiment.log_file import announce
 from dinoseg.experiment.loggers import logger_factories
 from dinoseg.experiment.past_runs import write_end
 from dinoseg.modes.train_heads import train_heads
-from dinoseg.modes.training_run import TrainingRun, build_schedule, check_data_on_rank0, log_start, open_log
+from dinoseg.modes.training_run import TrainingRun, check_data_on_rank0
 from dinoseg.training.trainer import Experiment, fit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Natural
@@ -56,14 +56,15 @@ def train(
         announce("Checking the data")
         sizes = check_data_on_rank0(task, engine)
         if has_initial(build):
-            made = load_initial_weights(build, made, list(task.labels.classes), engine.broadcast)
-        model, loss, optimizer, checkpoints = job.parts(engine.place(made), sizes)
-        schedule = build_schedule(build, engine, length.steps, optimizer)
-        log_start(build, job.start, model, task, engine, out_dir, length.steps)
+            load_initial_weights(build, made, list(task.labels.classes), engine.broadcast)
+        model = engine.place(made)
+        loss, optimizer, checkpoints = job.parts(model, sizes)
+        schedule = job.build_schedule(length.steps, optimizer)
+        job.log_start(model, length.steps)
         epochs = length.steps * cfg.trainer.accumulate / task.data_module.epoch
         cached = task.cache_features(model, engine, epochs, before=job.chosen_before)
         job.note(checkpoints, cached)
-        with open_log(build, out_dir, job.start, engine) as log:
+        with job.open_log() as log:
             parts = (model, loss, task.data_module, optimizer, schedule, engine, checkpoints, log)
             run = fit(Experiment(*parts, settings))
             if run.best is None:

@@ -19,15 +19,7 @@ from dinoseg.experiment.past_runs import write_end
 from dinoseg.experiment.recipe import run_description
 from dinoseg.experiment.trained import check_classes
 from dinoseg.models.model import SegmentationModel
-from dinoseg.modes.training_run import (
-    TrainingRun,
-    build_schedule,
-    check_data_on_rank0,
-    finish_log,
-    log_start,
-    next_commands,
-    open_log,
-)
+from dinoseg.modes.training_run import RunContext, TrainingRun, check_data_on_rank0, next_commands
 from dinoseg.report.table import MEANS
 from dinoseg.tasks.task import TrainingTask
 from dinoseg.training import checkpoint
@@ -85,13 +77,14 @@ def train_heads(
     """
     _check_task(build, task, engine)
     start = _read_start(build, task)
+    job = RunContext(build, out_dir, task, engine, start)
     backbone, heads = _build_heads(build, task, engine, out_dir, start)
     model = MultiHeadSegmenter(backbone, {name: head.model for name, head in heads.items()})
     engine.place(model)
     optimizer = join_optimizers([head.optimizer for head in heads.values()])
-    schedule = build_schedule(build, engine, settings.steps, optimizer)
+    schedule = job.build_schedule(settings.steps, optimizer)
     logger.info("%s on one backbone: %s", count_of(heads, "head"), join_names([*heads]))
-    log_start(build, start, model, task, engine, out_dir, settings.steps)
+    job.log_start(model, settings.steps)
     checkpoints = MultiHeadCheckpointer(
         out_dir / checkpoint.FOLDER,
         run_description(build, task.labels),
@@ -101,7 +94,7 @@ def train_heads(
         heads={name: head.checkpoints for name, head in heads.items()},
     )
     assert isinstance(task.data_module, ImageDataModule)  # checked above
-    with open_log(build, out_dir, start, engine) as log:
+    with job.open_log() as log:
         experiment = Experiment(
             model,
             MultiHeadLoss(next(iter(heads.values())).loss),  # the config has one loss for all heads
@@ -130,7 +123,7 @@ def train_heads(
         if first not in scores:
             raise UserError(f"trainer.steps={settings.steps}: this run has done {step}, without validation.")
         if engine.is_main:
-            finish_log(log, out_dir, task, scores[first], heads[first].checkpoints)
+            job.finish_log(log, scores[first], heads[first].checkpoints)
             write_leaderboard(rows, out_dir)
             print("\n".join(next_commands(out_dir / checkpoint.HEADS / first, on_clips=task.on_clips)))
     costs = {name: cost_of(head.model, out_dir / "metrics.jsonl") for name, head in heads.items()}
@@ -158,7 +151,7 @@ def _build_heads(
     heads: dict[str, HeadParts] = {}
     for (name, run), model in zip(runs.items(), models, strict=True):
         run.check_model(model)
-        _, loss, optimizer, checkpoints = run.parts(model, sizes)
+        loss, optimizer, checkpoints = run.parts(model, sizes)
         run.note(checkpoints, {}, tells=not heads)
         rate = max(group["base_lr"] for group in optimizer.param_groups)
         heads[name] = HeadParts(run, model, checkpoints, optimizer, loss, rate)

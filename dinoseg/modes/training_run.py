@@ -4,6 +4,7 @@ import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,102 @@ def _change(side: str, before: Sequence[str], now: Sequence[str]) -> str:
     return f"{side}: {', '.join(named)}"
 
 
-class TrainingRun:
+@dataclass
+class RunContext:
+    """A run folder, and what its training is built from.
+
+    Args:
+        build: of the whole config; `resume` names a checkpoint file to resume from, or is None.
+        out_dir: the run folder.
+        task: data and checks of the training task.
+        engine: device and ranks.
+        start: the checkpoint that is resumed; None: a new run.
+    """
+
+    build: Builder
+    out_dir: Path
+    task: TrainingTask
+    engine: Engine
+    start: Checkpoint | None = None
+
+    def build_schedule(self, steps: int, optimizer: Optimizer) -> Schedule:
+        """Return the learning-rate schedule, and warn of warm-ups that are too long or without effect.
+
+        Args:
+            steps: length of the training.
+            optimizer: whose parameter groups the schedule is for.
+        """
+        build = self.build
+        if self.engine.is_main:
+            trains_backbone = any(group["backbone"] for group in optimizer.param_groups)
+            backbone_warmup = build.value("optim.schedule.backbone_warmup")
+            if backbone_warmup is not None and not trains_backbone:
+                logger.warning(
+                    "optim.schedule.backbone_warmup=%s has no effect: the backbone is not trained. Set it to null, or "
+                    "choose an adapter that trains the backbone.",
+                    backbone_warmup,
+                )
+                backbone_warmup = None
+            warn_of_long_warmup(steps, build.value("optim.schedule.warmup", 0), backbone_warmup or 0)
+        return build.schedule()
+
+    def log_start(self, model: SegmentationModel, steps: int) -> None:
+        """Log where a training starts, its device, model, batch and data, and what the model does not suit.
+
+        Args:
+            model: that is trained.
+            steps: length of the training.
+        """
+        build, task, engine = self.build, self.task, self.engine
+        if self.start is not None:
+            _log_resume(self.start, steps)
+        options, counts = build.options, count_numbers(model.parameters())
+        heads = count_of(build.value(HEADS), "head") if build.value(HEADS) else f"head={options['head']}"
+        ranks = f", {engine.world_size} ranks" if engine.world_size > 1 else ""
+        accumulate = build.value("trainer.accumulate")
+        batches = f", {accumulate} batches per step" if accumulate > 1 else ""
+        samples = build.value("data.batch_size")
+        train, val = len(task.data_module.train), len(task.data_module.val)
+        logger.info("device:      %s, precision %s%s", engine.device, engine.precision, ranks)
+        logger.info("model:       backbone=%s adapter=%s %s", options["backbone"], options["adapter"], heads)
+        logger.info("parameters:  %s trained, %s in total", f"{counts['trainable']:,}", f"{counts['total']:,}")
+        logger.info("training:    %d steps, batch of %d %s%s", steps, samples, task.what, batches)
+        logger.info("data:        %d training and %d validation %s", train, val, task.what)
+        logger.info("run folder:  %s", self.out_dir)
+        if engine.is_main:
+            _warn_of_other_sizes(build)
+            warn_of_unused_channels(model.backbone, build.value("backbone.channel_weights"), options["adapter"])
+            # several heads may share a setting
+            warnings = [part.length_warning(steps) for part in model.modules() if isinstance(part, Head)]
+            for warning in dict.fromkeys(filter(None, warnings)):
+                logger.warning("%s", warning)
+
+    def open_log(self) -> RunLog:
+        """Return the log of the run; the caller must close it."""
+        progress = self.start.info["progress"] if self.start else {}
+        log = RunLog(
+            self.out_dir,
+            logger_factories(self.build),
+            start_step=progress.get("step", 0),
+            validation_pending=progress.get("validation_pending", False),
+            visible=self.engine.is_main,
+        )
+        log.config(settings_of(self.build))
+        return log
+
+    def finish_log(self, log: RunLog, scores: Mapping[str, Any], checkpoints: Checkpointer) -> None:
+        """Log the scores and the best checkpoint of the run, and print the paths of all results."""
+        log.scores(scores)
+        log.checkpoint(checkpoints.best)
+        log.close()
+        for line in log.views:
+            print(line)
+        step = checkpoint.describe(checkpoints.best)["progress"]["step"]
+        print(f"checkpoint:   {checkpoints.best} (step {step})")
+        list_skipped(self.task.skipped, self.out_dir)
+
+
+class TrainingRun(RunContext):
     """Training of one model in its run folder.
 
     Args:
@@ -97,8 +193,7 @@ class TrainingRun:
     """
 
     def __init__(self, build: Builder, out_dir: Path, task: TrainingTask, engine: Engine) -> None:
-        self.build, self.out_dir, self.task, self.engine = build, out_dir, task, engine
-        self.start: Checkpoint | None = None
+        super().__init__(build, out_dir, task, engine)
         if build.resume:
             self.start, outline = _start(build, task.labels)
             self.check_model(outline)
@@ -163,10 +258,8 @@ class TrainingRun:
                 "; ".join(other),
             )
 
-    def parts(
-        self, model: SegmentationModel, sizes: TrainedSizes | None
-    ) -> tuple[SegmentationModel, Loss, Optimizer, Checkpointer]:
-        """Return the initial model, loss, optimizer and checkpoints, and record which images the run trains on.
+    def parts(self, model: SegmentationModel, sizes: TrainedSizes | None) -> tuple[Loss, Optimizer, Checkpointer]:
+        """Return loss, optimizer and checkpoints, initialise the head, and record which images the run trains on.
 
         Args:
             model: on the device.
@@ -180,7 +273,7 @@ class TrainingRun:
         folder, writes = self.out_dir / checkpoint.FOLDER, self.engine.is_main
         if writes:
             write_split(self.out_dir, self.task.split)
-        return model, loss, optimizer, Checkpointer(folder, info, self.start, writes, metric=self.build.score_metric)
+        return loss, optimizer, Checkpointer(folder, info, self.start, writes, metric=self.build.score_metric)
 
     def finish(self, model: SegmentationModel, checkpoints: Checkpointer, log: RunLog, **shown: bool) -> dict[str, Any]:
         """Score the best checkpoint, and print the paths of all results; return scores and cost.
@@ -194,7 +287,7 @@ class TrainingRun:
         scores = self.evaluate(model, checkpoints, **shown)
         cost = cost_of(model, self.out_dir / "metrics.jsonl")
         if self.engine.is_main:
-            finish_log(log, self.out_dir, self.task, scores, checkpoints)
+            self.finish_log(log, scores, checkpoints)
             write_json(self.out_dir / COST, cost)
             print("\n".join(next_commands(self.out_dir, on_clips=self.task.on_clips)))
         return {**scores, **cost, "best_step": checkpoints.progress.best_step, "run": str(self.out_dir)}
@@ -208,104 +301,6 @@ class TrainingRun:
             curves = draw_curves(self.out_dir, self.build.value("trainer.score"), checkpoints.progress.best_step)
             print(f"curves:       {curves}")
         return scores
-
-
-def open_log(build: Builder, out_dir: Path, start: Checkpoint | None, engine: Engine) -> RunLog:
-    """Return the log of a run, new or resumed from `start`; the caller must close it."""
-    progress = start.info["progress"] if start else {}
-    log = RunLog(
-        out_dir,
-        logger_factories(build),
-        start_step=progress.get("step", 0),
-        validation_pending=progress.get("validation_pending", False),
-        visible=engine.is_main,
-    )
-    log.config(settings_of(build))
-    return log
-
-
-def finish_log(
-    log: RunLog, out_dir: Path, task: TrainingTask, scores: Mapping[str, Any], checkpoints: Checkpointer
-) -> None:
-    """Log the scores and the best checkpoint of a run, and print the paths of all results."""
-    log.scores(scores)
-    log.checkpoint(checkpoints.best)
-    log.close()
-    for line in log.views:
-        print(line)
-    step = checkpoint.describe(checkpoints.best)["progress"]["step"]
-    print(f"checkpoint:   {checkpoints.best} (step {step})")
-    list_skipped(task.skipped, out_dir)
-
-
-def build_schedule(build: Builder, engine: Engine, steps: int, optimizer: Optimizer) -> Schedule:
-    """Return the learning-rate schedule, and warn of warm-ups that are too long or without effect.
-
-    Args:
-        build: of the whole config.
-        engine: device and ranks.
-        steps: length of the training.
-        optimizer: whose parameter groups the schedule is for.
-    """
-    if engine.is_main:
-        trains_backbone = any(group["backbone"] for group in optimizer.param_groups)
-        backbone_warmup = build.value("optim.schedule.backbone_warmup")
-        if backbone_warmup is not None and not trains_backbone:
-            logger.warning(
-                "optim.schedule.backbone_warmup=%s has no effect: the backbone is not trained. Set it to null, or "
-                "choose an adapter that trains the backbone.",
-                backbone_warmup,
-            )
-            backbone_warmup = None
-        warn_of_long_warmup(steps, build.value("optim.schedule.warmup", 0), backbone_warmup or 0)
-    return build.schedule()
-
-
-def log_start(
-    build: Builder,
-    start: Checkpoint | None,
-    model: SegmentationModel,
-    task: TrainingTask,
-    engine: Engine,
-    out_dir: Path,
-    steps: int,
-) -> None:
-    """Log where a training starts, its device, model, batch, data and run folder; warn of heads that it does not suit.
-
-    Args:
-        build: of the whole config.
-        start: the checkpoint that is resumed; None: a new run.
-        model: that is trained.
-        task: the training task, with open data.
-        engine: device and ranks.
-        out_dir: the run folder.
-        steps: length of the training.
-    """
-    if start is not None:
-        _log_resume(start, steps)
-    options, counts = build.options, count_numbers(model.parameters())
-    heads = count_of(build.value(HEADS), "head") if build.value(HEADS) else f"head={options['head']}"
-    ranks = f", {engine.world_size} ranks" if engine.world_size > 1 else ""
-    accumulate = build.value("trainer.accumulate")
-    batches = f", {accumulate} batches per step" if accumulate > 1 else ""
-    logger.info("device:      %s, precision %s%s", engine.device, engine.precision, ranks)
-    logger.info("model:       backbone=%s adapter=%s %s", options["backbone"], options["adapter"], heads)
-    logger.info("parameters:  %s trained, %s in total", f"{counts['trainable']:,}", f"{counts['total']:,}")
-    logger.info("training:    %d steps, batch of %d %s%s", steps, build.value("data.batch_size"), task.what, batches)
-    logger.info(
-        "data:        %d training and %d validation %s",
-        len(task.data_module.train),
-        len(task.data_module.val),
-        task.what,
-    )
-    logger.info("run folder:  %s", out_dir)
-    if engine.is_main:
-        _warn_of_other_sizes(build)
-        warn_of_unused_channels(model.backbone, build.value("backbone.channel_weights"), build.options["adapter"])
-        # several heads may share a setting
-        warnings = [part.length_warning(steps) for part in model.modules() if isinstance(part, Head)]
-        for warning in dict.fromkeys(filter(None, warnings)):
-            logger.warning("%s", warning)
 
 
 def _log_resume(start: Checkpoint, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Class colours: a default palette, and masks as RGB images."""
+"""Class colours: a default palette, and a table of colours by class id."""
 
 from __future__ import annotations
 
@@ -27,17 +27,6 @@ def default_palette(num_classes: int) -> list[tuple[int, int, int]]:
 def layer_colours(palette: Palette) -> list[tuple[int, int, int]]:
     """Return the colours of the layers of a mask: white instead of black, which marks the class of no object."""
     return [(255, 255, 255) if max(colour) == 0 else colour for colour in palette]
-
-
-def colorize(mask: np.ndarray, palette: Palette, ignore_index: int = 255) -> np.ndarray:
-    """Return a mask (H, W) of class ids as (H, W, 3) uint8 RGB; ignored pixels become a light beige.
-
-    Raises:
-        ValueError: an id has no colour in the palette.
-    """
-    if mask.size and (highest := int(mask[mask != ignore_index].max(initial=0))) >= len(palette):
-        raise ValueError(f"Class id {highest} has no colour in a palette of {len(palette)}.")
-    return lookup_table(palette, ignore_index).take(mask, axis=0)  # 4 times as fast as indexing
 
 
 def lookup_table(palette: Palette, ignore_index: int = 255) -> np.ndarray:

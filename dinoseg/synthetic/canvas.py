@@ -26,18 +26,15 @@ class Canvas:
         `squash` shrinks it across its axis, as a turn out of the image plane does.
         """
         forward = _placement(sprite, place, scale)
-        height, width = sprite.rgba.shape[:2]
-        window = self._window(forward, width, height)
-        if window is None:
+        warped = self._warp(sprite.rgba, forward)
+        if warped is None:
             return
-        left, top, right, bottom = window
-        forward[:, 2] -= left, top
-        seen = cv2.warpAffine(sprite.rgba, forward, (right - left, bottom - top), flags=cv2.INTER_LINEAR)
+        seen, corner = warped
         cover = seen[..., 3]
         colour = cv2.cvtColor(seen, cv2.COLOR_RGBA2RGB)
         if gain != 1.0:
             colour = cv2.convertScaleAbs(colour, alpha=gain)
-        self.lay(colour, cover, sprite.label, (left, top))
+        self.lay(colour, cover, sprite.label, corner)
 
     def shade(self, sprite: Sprite, place: np.ndarray, scale: float, lift: float) -> None:
         """Draw the soft shadow of a part that floats `lift` units above the surface."""
@@ -47,14 +44,10 @@ class Canvas:
         room_x = (sprite.shadow.shape[1] * 4 - sprite.rgba.shape[1]) // 8 * 4
         forward[:, 2] -= forward[:, :2] @ (room_x - 1.5, room_y - 1.5)
         forward[:, :2] *= 4
-        height, width = sprite.shadow.shape
-        window = self._window(forward, width, height)
-        if window is None:
-            return
-        left, top, right, bottom = window
-        forward[:, 2] -= left, top
-        dark = cv2.warpAffine(sprite.shadow, forward, (right - left, bottom - top), flags=cv2.INTER_LINEAR)
-        self._darken(dark, SHADE, (left, top))
+        warped = self._warp(sprite.shadow, forward)
+        if warped is not None:
+            dark, corner = warped
+            self._darken(dark, SHADE, corner)
 
     def stroke(self, points: np.ndarray, thick: int, window: tuple[int, int, int, int]) -> np.ndarray:
         """Return the coverage (h, w) uint8 of a line of `thick` pixels along `points` (N, 2) in a window."""
@@ -100,9 +93,16 @@ class Canvas:
         factor = cv2.cvtColor(cv2.bitwise_not(factor), cv2.COLOR_GRAY2RGB)
         self.rgb[part] = cv2.multiply(self.rgb[part], factor, scale=1 / 255)
 
-    def _window(self, forward: np.ndarray, width: int, height: int) -> tuple[int, int, int, int] | None:
+    def _warp(self, pixels: np.ndarray, forward: np.ndarray) -> tuple[np.ndarray, tuple[int, int]] | None:
+        """Return the visible part of moved pixels, and its corner (x, y) in the frame; None if nothing is visible."""
+        height, width = pixels.shape[:2]
         corners = np.array([(0, 0), (width, 0), (0, height), (width, height)], np.float64)
-        return self.around(corners @ forward[:, :2].T + forward[:, 2], 1)
+        window = self.around(corners @ forward[:, :2].T + forward[:, 2], 1)
+        if window is None:
+            return None
+        left, top, right, bottom = window
+        forward[:, 2] -= left, top
+        return cv2.warpAffine(pixels, forward, (right - left, bottom - top), flags=cv2.INTER_LINEAR), (left, top)
 
 
 def _placement(sprite: Sprite, place: np.ndarray, scale: float) -> np.ndarray:

@@ -78,12 +78,5 @@ def find_missing(
     return [video for path, video in wanted.items() if not path.exists()]
 
 
-def check_minimum(**settings: tuple[int, int]) -> None:
-    """Refuse settings, each given with its minimum, that are below it."""
-    for name, (value, least) in settings.items():
-        if value < least:
-            raise UserError(f"{name}={value} is too small: give a whole number of at least {least}.")
-
-
 def _use_one_thread() -> None:
     cv2.setNumThreads(1)

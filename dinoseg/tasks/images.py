@@ -10,7 +10,7 @@ from dinoseg.core.sample_maps import check_needed_maps, get_map_kinds
 from dinoseg.core.task import refuse_layers
 from dinoseg.data.doctor.errors import check_for_errors
 from dinoseg.data.scan.class_counts import class_counts
-from dinoseg.data.splits import evenly_spaced_subset, split_table
+from dinoseg.data.splits import evenly_spaced_subset
 from dinoseg.data.transforms import Augment
 from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.collected import Collector
@@ -50,6 +50,8 @@ class ImageTask(TrainingTask):
     def __init__(self, parts: Builder, *, val_images: Count | None = None) -> None:
         super().__init__(parts)
         self._val_images = val_images
+        with torch.device("meta"):
+            self._loss = parts.unweighted_loss()  # for its requirements
         self._metrics = parts.metrics()
         check_score_names(self._metrics)
         self.score_names = (*self.score_names, *(name for metric in self._metrics for name in metric.scores))
@@ -61,7 +63,7 @@ class ImageTask(TrainingTask):
         options = parts.arguments(ImageDataModule, SAMPLING)
         train, val = parts.dataset("train", reduced=True), parts.dataset("val")
         self._val_total = len(val)
-        self.split = split_table({"train": train, "val": val})
+        self.split = {"train": list(train.names), "val": list(val.names)}
         self.data_module = ImageDataModule(
             train=train,
             val=evenly_spaced_subset(val, self._val_images),
@@ -78,17 +80,14 @@ class ImageTask(TrainingTask):
             **options,
         )
         self.labels = self.labelled = self.data_module.train
-        with torch.device("meta"):
-            needed = parts.unweighted_loss().needs_maps
         for split, data in (("train", train), ("val", val)):
             names = f"loss={parts.options['loss']}", f"data={parts.options['data']} ({split})"
-            check_needed_maps(needed, get_map_kinds(data), *names)
+            check_needed_maps(self._loss.needs_maps, get_map_kinds(data), *names)
 
     def _check_masks(self) -> None:
         """Refuse a loss or an option of the data that needs another form of masks than the task has."""
         parts, task = self.parts, self.parts.task
-        with torch.device("meta"):
-            needs_layers = parts.unweighted_loss().needs_layers
+        needs_layers = self._loss.needs_layers
         if needs_layers != task.has_layers:
             raise UserError(
                 f"loss={parts.options['loss']} does not fit task={parts.options['task']}. Choose {task.advice}; or "
@@ -114,8 +113,6 @@ class ImageTask(TrainingTask):
         names = parts.class_names
         parts.part("loss.class_weights")([1] * len(names), names)  # refuses an unknown scheme or class name
         head = model.head
-        with torch.device("meta"):
-            loss = parts.unweighted_loss()
         self._check_masks()
         if head.init is not None:
             refuse_layers(model.task, f"head.init={head.init}", "Leave it out.")
@@ -130,7 +127,7 @@ class ImageTask(TrainingTask):
                 f"data.batch_size={parts.value('data.batch_size')}: head={options['head']} is trained on "
                 f"{head.min_batch_size} images or more per device. Set data.batch_size={least} or choose another head."
             )
-        if loss.needs_masks and not head.mixture:
+        if self._loss.needs_masks and not head.mixture:
             raise UserError(
                 "loss=mask_classification needs a head that predicts masks: head=mask2former, head=mask2former_meta or "
                 "head=eomt. For other heads choose a loss on pixels, such as loss=cross_entropy or loss=ce_dice."

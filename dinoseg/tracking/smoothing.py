@@ -71,9 +71,6 @@ class SmoothingTracker(Tracker):
         sizes: image sizes of its training, to which larger frames are reduced; None: no reduction.
         autocast: context manager factory of the precision.
         batch_size: frames per forward pass.
-
-    Raises:
-        UserError: `smoothing` is outside 0..1.
     """
 
     unread_because = (
@@ -90,11 +87,6 @@ class SmoothingTracker(Tracker):
         autocast: Autocast = nullcontext,
         batch_size: int = 4,
     ) -> None:
-        if not 0 <= smoothing <= 1:
-            raise UserError(
-                f"mode.smoothing={smoothing}: give a share from 0 (each frame separately) to 1 (only the first frame "
-                "is segmented and then propagated)."
-            )
         super().__init__(device=next(model.parameters()).device, autocast=autocast, batch_size=batch_size)
         self._model, self._share, self._sizes = model, smoothing, sizes
         limit_to_trained_size(model, sizes)

@@ -36,8 +36,8 @@ def compile_blocks(backbone: Backbone) -> None:
         replayed = _CudaGraph(backbone)
         vars(backbone)["forward"] = replayed
         for watched in (backbone.with_class_attention, backbone.with_keys):
-            uncompiled = partial(once.run_uncompiled, watched)
-            vars(backbone)[watched.__name__] = partial(replayed.run_without_graph, uncompiled)
+            uncompiled = partial(once.run_plain, watched)
+            vars(backbone)[watched.__name__] = partial(replayed.run_plain, uncompiled)
 
 
 class _State:
@@ -46,7 +46,21 @@ class _State:
     failed = False
 
 
-class _Once:
+class _Replacement:
+    """Replacement of a module's `forward` that can be suspended."""
+
+    _rests = False
+
+    def run_plain(self, call: Callable[[Tensor], T], images: Tensor) -> T:
+        """Return the result of `call` on images, with the module's own `forward`, which calls all hooks."""
+        self._rests = True
+        try:
+            return call(images)
+        finally:
+            self._rests = False
+
+
+class _Once(_Replacement):
     """A block's `forward`, compiled for one shape and type of tokens, with or without gradients and mask."""
 
     def __init__(self, plain: Callable[..., Any], state: _State) -> None:
@@ -54,15 +68,6 @@ class _Once:
         self._compiled = torch.compile(plain, dynamic=False)
         self._last: tuple[Any, ...] = ()
         self._chosen: tuple[Any, ...] = ()
-        self._rests = False
-
-    def run_uncompiled(self, call: Callable[[Tensor], T], images: Tensor) -> T:
-        """Return the result of `call` on images, with this block uncompiled."""
-        self._rests = True
-        try:
-            return call(images)
-        finally:
-            self._rests = False
 
     def __call__(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen = (tokens.shape, tokens.dtype, torch.is_grad_enabled(), kwargs.get("attention_mask") is None)
@@ -82,7 +87,7 @@ class _Once:
             return self._plain(tokens, *args, **kwargs)
 
 
-class _CudaGraph:
+class _CudaGraph(_Replacement):
     """A backbone's `forward` in eval mode without gradients, replayed as one CUDA graph for repeated shapes.
 
     A fast GPU waits for the CPU to launch several hundred kernels in a pass. A graph is one launch.
@@ -95,16 +100,7 @@ class _CudaGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._images = torch.empty(0)
         self._maps: list[Tensor] = []
-        self._rests = False
         self._failed = False
-
-    def run_without_graph(self, call: Callable[[Tensor], T], images: Tensor) -> T:
-        """Return the result of `call` on images, without a graph, which would skip its hooks."""
-        self._rests = True
-        try:
-            return call(images)
-        finally:
-            self._rests = False
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         training = self._backbone.training or torch.is_grad_enabled()

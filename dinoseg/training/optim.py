@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, groupby
 from typing import Literal, Protocol
 
 import torch
@@ -28,7 +27,6 @@ LAYER_DECAY_RULES = {"beit": 1, "eomt": 0}  # levels that the head, and the para
 ScheduleKind = Literal["constant", "cosine", "poly", "exponential", "one_cycle"]
 _MIN_PAST_WARMUP = 0.2  # share of the steps
 _FUSED = ("cpu", "cuda", "mps")  # devices with fused AdamW kernels
-_SWAPPED_BYTES = 2**26  # of trained weights, cloned at once when they are swapped with their average
 _RISE = 0.1  # share of the training in which late groups ramp up to their rate
 
 
@@ -121,7 +119,7 @@ def adamw(
     head_lr: LearningRate | None = None,
     backbone_lr: LearningRate | None = None,
     weight_decay: NotNegative = 0.01,
-    betas: Sequence[LowShare] = (0.9, 0.999),
+    betas: tuple[LowShare, LowShare] = (0.9, 0.999),
     backbone_lr_scale: RateFactor = 1.0,
     layer_decay: HighShare | None = None,
     layer_decay_rule: Literal["beit", "eomt"] = "beit",
@@ -135,7 +133,7 @@ def adamw(
     on features that do not change (Kumar et al., arXiv 2202.10054).
 
     Raises:
-        UserError: no learning rate is set, `betas` are not two numbers, an option is unknown, or nothing is trainable.
+        UserError: no learning rate is set, or nothing is trainable.
     """
     rate, backbone_rate = (head_lr, backbone_lr) if lr is None else (lr, None)
     if rate is None:
@@ -151,8 +149,6 @@ def adamw(
         weight_decay_on=weight_decay_on,
         freeze_backbone_until=freeze_backbone_until,
     )
-    if len(betas) != 2:
-        raise UserError(f"optim.optimizer.betas={list(betas)}: give two numbers, such as [0.9, 0.999].")
     fused = all(parameter.device.type in _FUSED for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), fused=fused)
 
@@ -339,14 +335,12 @@ class MovingAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for all_averages, all_values in self._pairs():
-            ends = accumulate(value.nbytes for value in all_values)
-            rows = zip(ends, all_averages, all_values, strict=True)
-            for _, chunk in groupby(rows, key=lambda row: row[0] // _SWAPPED_BYTES):
-                _, averages, values = map(list, zip(*chunk, strict=True))
-                trained = [value.clone() for value in values]
-                torch._foreach_copy_(values, averages)
-                torch._foreach_copy_(averages, trained)
+        # one tensor at a time: a copy of all weights may not fit into memory
+        for averages, values in self._pairs():
+            for average, value in zip(averages, values, strict=True):
+                trained = value.clone()
+                value.copy_(average)
+                average.copy_(trained)
 
     def _pairs(self) -> Iterator[tuple[list[Tensor], ...]]:
         """Yield the averages and the live tensors of each dtype."""

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -229,14 +229,6 @@ def check_score(
     raise UserError(f"trainer.score={score} is not a score. Choose one of {', '.join(names)}{remedy}.")
 
 
-@contextmanager
-def scored_weights(model: SegmentationModel, ema: MovingAverage | None, engine: Engine) -> Iterator[None]:
-    """Swap in the tensors that are scored: the moving average, if there is one, and rank 0's buffers."""
-    with ema.use_average() if ema is not None else nullcontext():
-        engine.broadcast_buffers(model)  # running means differ between ranks
-        yield
-
-
 def log_step(
     experiment: Experiment,
     output: StepOutput,
@@ -269,7 +261,8 @@ def validate(experiment: Experiment, ema: MovingAverage | None, stop: Deferral) 
     step = checkpoints.progress.step
     engine.seed(data.seed, step)
     began = perf_counter()
-    with scored_weights(model, ema, engine):
+    with ema.use_average() if ema is not None else nullcontext():
+        engine.broadcast_buffers(model)  # running means differ between ranks
         with stop.at_once(allowed=engine.world_size == 1):  # a resumed run starts with the pending validation
             scores, pictures = data.validate(model, experiment.criterion, engine)
         progress = save_if_best(experiment, scores)

@@ -65,6 +65,14 @@ def is_name(text: str) -> bool:
     return text not in ("", ".", "..") and not {*separators} & {*text}
 
 
+def path_exists(text: str) -> bool:
+    """Return whether a text is the path of a file or folder that exists."""
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown home directory, or invalid characters
+        return False
+
+
 def check_regular(path: str | Path) -> None:
     """Refuse a path that is no regular file: reading a named pipe, for example, may block forever.
 

@@ -305,13 +305,13 @@ def open_bounded(path: str | Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def open_image(path: str | Path, formats: tuple[str, ...] = FORMATS) -> Iterator[ImageFile]:
+def open_image(path: str | Path) -> Iterator[ImageFile]:
     """Open an image file without decoding it.
 
     Raises:
         UserError, OSError: as `open_bounded`, or if it is no image of these formats (Pillow's names).
     """
-    with open_bounded(path) as file, Image.open(file, formats=formats) as image:
+    with open_bounded(path) as file, Image.open(file, formats=FORMATS) as image:
         yield image
 
 

@@ -432,12 +432,6 @@ def test_a_read_only_folder_still_serves_its_store(data, cache, monkeypatch):
         make(data(), cache, 20)
 
 
-@pytest.mark.parametrize(("key", "value"), [("longest", 0), ("longest", -3), ("workers", 0)])
-def test_numbers_out_of_range_are_refused(data, cache, key, value):
-    with pytest.raises(UserError, match=f"{key}={value}: give"):
-        make(data(), cache, **{key: value})
-
-
 def test_video_frames_are_packed_with_one_size_per_video(cache, tmp_path, monkeypatch):
     pairs = []
     for video, size in (("u", (48, 32)), ("v", (64, 48))):

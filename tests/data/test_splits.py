@@ -2,7 +2,6 @@ import time
 from dataclasses import dataclass
 
 import pytest
-from making import Pictures
 
 from dinoseg.data.splits import (
     Partition,
@@ -11,7 +10,6 @@ from dinoseg.data.splits import (
     labelled_names,
     read_name_list,
     regex_group,
-    split_table,
 )
 from dinoseg.utils.errors import UserError
 
@@ -67,12 +65,6 @@ def test_neither_side_is_empty(fraction, held_out):
     assert len(fraction_split(["a", "b", "c"], val_fraction=fraction, seed=0)["val"]) == held_out
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
-def test_fraction_out_of_range_is_refused(fraction):
-    with pytest.raises(UserError, match="val_fraction=.*between 0 and 1"):
-        fraction_split(NAMES, val_fraction=fraction, seed=0)
-
-
 def test_one_group_cannot_be_split():
     with pytest.raises(UserError, match=r"1 group\(s\).*v0.*two are needed"):
         fraction_split(NAMES[:4], val_fraction=0.5, seed=0, group=regex_group("^v."))
@@ -117,11 +109,6 @@ def test_name_lists_are_read(tmp_path):
     ) as caught:
         read_name_list(path)
     assert time.process_time() - begin < 2 and len(str(caught.value)) < 1000
-
-
-def test_split_table_lists_each_split():
-    table = split_table({"train": Pictures([(2, 2)] * 2), "val": Pictures([(2, 2)])})
-    assert table == {"train": ["p0", "p1"], "val": ["p0"]}
 
 
 @dataclass(frozen=True)

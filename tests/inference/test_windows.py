@@ -443,9 +443,7 @@ class Rolling:
         ({"scales": []}, r"inference.scales=\[\] has no scale"),
         ({"placement": "even", "stride": 4}, r"inference\.stride has no effect with inference\.placement=even"),
         ({"stride": [4, 9]}, r"inference\.stride=\[4, 9\] leaves pixels between windows of 8"),
-        ({"stride": [4, 4, 4]}, r"inference\.stride=\[4, 4, 4\]: give one number"),
         ({"multiple": 32}, r"inference\.multiple=32 rounds the sides that inference\.shortest sets"),
-        ({"size": [3, 4, 5]}, r"inference\.size=\[3, 4, 5\]: give one number"),
     ],
 )
 def test_invalid_option_is_refused(options, message):

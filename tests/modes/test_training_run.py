@@ -62,7 +62,7 @@ def test_log_of_a_resumed_run_continues_at_its_step(compose, tmp_path):
             log.scalars(step, {"val/miou": 0.5})
     build = Builder(compose("mode=train", "logger=[]", "data.root=none", "data.classes=[a,b]"))
     start = SimpleNamespace(info={"progress": {"step": 2, "validation_pending": True}})
-    training_run.open_log(build, tmp_path, start, SimpleNamespace(is_main=True)).close()
+    training_run.RunContext(build, tmp_path, None, SimpleNamespace(is_main=True), start).open_log().close()
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 2, "train/loss": 1.0}]
 
 
@@ -76,5 +76,5 @@ def test_end_of_a_run_is_logged_before_the_log_closes(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(training_run.checkpoint, "describe", lambda path: {"progress": {"step": 3}})
     checkpoints, task = SimpleNamespace(best=tmp_path / "best.safetensors"), SimpleNamespace(skipped={})
-    training_run.finish_log(log, tmp_path, task, {"miou": 0.5}, checkpoints)
+    training_run.RunContext(None, tmp_path, task, None).finish_log(log, {"miou": 0.5}, checkpoints)
     assert calls == [{"miou": 0.5}, checkpoints.best, "close"]

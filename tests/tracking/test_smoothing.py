@@ -272,11 +272,8 @@ def test_memory_does_not_grow_with_the_video(segmenter):
     assert tracker.state()["features"].shape[0] == NEAR.context + 1
 
 
-def test_invalid_smoothing_is_refused(segmenter):
+def test_labels_for_a_trained_segmenter_are_refused(segmenter):
     model, frames = segmenter(), video(2)
-    for share in (-0.1, 1.5, float("nan")):
-        with pytest.raises(UserError, match=f"mode.smoothing={share}: give a share from 0"):
-            SmoothingTracker(model, smoothing=share)
     tracker = SmoothingTracker(model, NEAR)
     with pytest.raises(UserError, match="labels are given, but a trained segmenter"):
         tracker.track(frames, [np.zeros((37, 50), np.uint8), None])

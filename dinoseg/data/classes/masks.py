@@ -17,6 +17,7 @@ from dinoseg.data.classes.labels import Labels, as_color
 from dinoseg.data.classes.mask_advice import HIGHEST_ID, for_binary, for_colors, for_ids
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import has_one_bit, read_ids, read_image
+from dinoseg.utils.wording import join_names
 
 LAYER_VALUES = ("absent", "present")  # meanings of 0 and 1 in a mask of one class
 _PROPORTIONS = 0.05  # largest relative difference in aspect ratio for which a mask is resized
@@ -309,6 +310,5 @@ def _color_code(rgb: np.ndarray) -> np.ndarray:
     return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
 
 
-def _some(values: Sequence | np.ndarray, limit: int = 10) -> str:
-    shown = ", ".join(str(value) for value in values[:limit])
-    return shown if len(values) <= limit else f"{shown} and {len(values) - limit} more"
+def _some(values: Sequence | np.ndarray) -> str:
+    return join_names([str(value) for value in values], 10)

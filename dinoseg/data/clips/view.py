@@ -1,6 +1,6 @@
 """Random crop of a clip, shared by all its frames, and batches of such clips."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Literal
 
@@ -14,7 +14,7 @@ from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.square import resize_bicubic
 from dinoseg.data.loader import CLIP, VIEW, make_rng, sample_batches
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Share
+from dinoseg.utils.ranges import Count, Share
 
 
 class ClipView:
@@ -33,15 +33,13 @@ class ClipView:
 
     def __init__(
         self,
-        crop: Sequence[int],
+        crop: tuple[Count, Count],
         *,
-        scale: Sequence[float] = (1.0, 1.0),
+        scale: tuple[float, float] = (1.0, 1.0),
         flip: Share = 0.0,
         resample: Literal["area", "bicubic"] = "area",
     ) -> None:
-        if len(crop) != 2 or min(crop) < 1:
-            raise UserError(f"crop={list(crop)}: give [height, width] in pixels, each at least 1.")
-        if len(scale) != 2 or not 1 <= scale[0] <= scale[1]:
+        if not 1 <= scale[0] <= scale[1]:
             raise UserError(f"scale={list(scale)}: give [least, largest] with 1 <= least <= largest.")
         self.resample = resample
         self.crop, self.scale, self.flip = (int(crop[0]), int(crop[1])), (float(scale[0]), float(scale[1])), flip

@@ -21,7 +21,7 @@ from dinoseg.data.formats.annotation_files import (
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, collect_pairs
-from dinoseg.data.splits import Partition, divide, read_name_list
+from dinoseg.data.splits import Partition, divide, file_list, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import IMAGE_SUFFIXES, read_size
 from dinoseg.utils.wording import count_of, format_value, join_names
@@ -252,14 +252,8 @@ class _Maker:
         )
 
     def _of_list(self, entries: Sequence[Entry], split: str, partition: Partition) -> list[Entry]:
-        lists = partition.lists or {}
-        if split not in lists:
-            raise UserError(
-                f"No file list for split {split}: data.reader.partition.lists has {', '.join(lists) or 'none'}. Add "
-                f"`{split}: <file>`."
-            )
         by_name = {name_of(entry): entry for entry in entries}
-        names = read_name_list(self.root / lists[split], "partition.lists")
+        names = read_name_list(self.root / file_list(split, partition), "partition.lists")
         if absent := [name for name in names if name not in by_name]:
             raise UserError(
                 f"The file list of split {split} has {count_of(absent, 'name')} without annotation: "

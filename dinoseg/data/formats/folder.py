@@ -17,7 +17,7 @@ from dinoseg.data.classes.masks import Masks, layer_reader
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, collect_pairs, pair_by_name
-from dinoseg.data.splits import Partition, divide, read_name_list
+from dinoseg.data.splits import Partition, divide, file_list, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
 from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
@@ -121,7 +121,7 @@ def _pairs_of(root: Path, split: str, layout: FolderLayout, partition: Partition
     by_name = match(root, split, layout)
     if partition.by != "lists":
         return [by_name[name] for name in sorted(by_name)]
-    names = read_name_list(root / _list_of(split, partition), "partition.lists")
+    names = read_name_list(root / file_list(split, partition), "partition.lists")
     if absent := [name for name in names if name not in by_name]:
         raise UserError(
             f"The file list of split {split} has {count_of(absent, 'name')} without image and mask under "
@@ -319,13 +319,3 @@ def _check_source(root: Path, layout: FolderLayout, partition: Partition) -> Non
             f"data.reader.layout.images={layout.images} and data.reader.layout.masks={layout.masks} contain {{split}}, "
             "but data.reader.partition.by=fraction splits one folder: name it without {split}."
         )
-
-
-def _list_of(split: str, partition: Partition) -> str:
-    lists = partition.lists or {}
-    if split not in lists:
-        raise UserError(
-            f"No file list for split {split}: data.reader.partition.lists has {', '.join(lists) or 'none'}. "
-            f"Add `{split}: <file>`."
-        )
-    return lists[split]

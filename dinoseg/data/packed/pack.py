@@ -22,6 +22,7 @@ from dinoseg.utils.atomic import atomic_folder
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size
 from dinoseg.utils.locks import hold_lock
+from dinoseg.utils.ranges import Count
 from dinoseg.utils.wording import in_bytes, reasons
 
 log = logging.getLogger(__name__)
@@ -92,8 +93,8 @@ def pack(
     dataset: PairDataset,
     *,
     cache_dir: str | Path,
-    longest: int | None = None,
-    workers: int | None = None,
+    longest: Count | None = None,
+    workers: Count | None = None,
 ) -> PackedDataset:
     """Return the dataset read from its packed store, which is built if it does not exist yet.
 
@@ -110,10 +111,6 @@ def pack(
         UserError: the folder cannot be written to or has too little space, or files cannot be read or change while
             they are packed; when an item is read: a damaged store.
     """
-    if longest is not None and longest < 1:
-        raise UserError(f"longest={longest}: give a number of pixels, or null for no limit.")
-    if workers is not None and workers < 1:
-        raise UserError(f"workers={workers}: give the number of packing processes, 1 or more.")
     key = StoreKey(dataset.fingerprint(), longest)
     folder = Path(cache_dir).expanduser() / key.folder
     store = open_store(folder, key, dataset.names)

@@ -22,7 +22,6 @@ PACKAGED = "dinoseg:"  # weights=dinoseg:NAME is a file that ships inside the pa
 _ADAPTER = "adapter_config.json"  # marks a peft adapter
 _INDEX = "model.safetensors.index.json"
 _SHARDS = forms.object_with(weight_map=forms.table(forms.text))
-_NEVER_DRAWN = 20  # standard deviations: float32 samplers reach about 6
 _TIMM = "timm/"  # owner of timm's weights on the hub
 _INPUT_KERNELS = {  # hub's names of the weights that read the pixels, (dim, channels, h, w)
     "embeddings.patch_embeddings.weight",
@@ -51,8 +50,7 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     from transformers import AutoModel
 
     if weights == "random":
-        with _skip_truncation():
-            model = AutoModel.from_config(config, **_drop_pooler(config))
+        model = AutoModel.from_config(config, **_drop_pooler(config))
         cut(model)
         return model
     if weights.startswith(PACKAGED):
@@ -76,31 +74,6 @@ def load_model(config: Any, weights: str, cut: Callable[[Any], None], local_cls_
     folder = _find_cached_folder(name, revision)
     _check_loaded(weights, model, _loaded_files(weights, folder) if folder else ())
     return model
-
-
-@contextlib.contextmanager
-def _skip_truncation() -> Iterator[None]:
-    """Let transformers sample normal values without the truncation where its limits are never reached.
-
-    The search for values outside the limits takes most of the time. torch samples such values again, so without any
-    the initial values are the same.
-    """
-    from transformers import initialization
-
-    functions: dict[str, Any] = initialization.TORCH_INIT_FUNCTIONS
-    truncated = functions["trunc_normal_"]
-
-    def normal(tensor: Tensor, mean: float, std: float, a: float, b: float, generator: Any = None) -> Tensor:
-        applies = min(mean - a, b - mean) < _NEVER_DRAWN * std
-        if applies:
-            return truncated(tensor, mean=mean, std=std, a=a, b=b, generator=generator)
-        return nn.init.normal_(tensor, mean, std, generator=generator)
-
-    functions["trunc_normal_"] = normal
-    try:
-        yield
-    finally:
-        functions["trunc_normal_"] = truncated
 
 
 def _why_silent(name: str, revision: str) -> str:

@@ -56,7 +56,11 @@ class CnnHead(Head[Tensor]):
     ) -> None:
         super().__init__()
         _check_blocks(patch_size, num_blocks, channels, pixel_shuffle)
-        _check_layers(kernel_size, activation)
+        if kernel_size % 2 == 0:
+            raise UserError(
+                f"kernel_size={kernel_size}: only an odd kernel preserves the grid size, which the residual "
+                "connection needs. Give an odd number, such as 3."
+            )
         width = one_grid_width("cnn", in_dim, num_layers)
         self.patch_size = patch_size
         self.num_smooth = num_blocks - pixel_shuffle
@@ -128,12 +132,4 @@ def _check_blocks(patch_size: int, num_blocks: int, channels: int, pixel_shuffle
         raise UserError(
             f"channels={channels}: each of pixel_shuffle={pixel_shuffle} shuffles divides the channels by "
             f"four. Give a multiple of {4**pixel_shuffle}, or fewer shuffles."
-        )
-
-
-def _check_layers(kernel_size: int, activation: str) -> None:
-    if kernel_size % 2 == 0:
-        raise UserError(
-            f"kernel_size={kernel_size}: only an odd kernel preserves the grid size, which the residual "
-            "connection needs. Give an odd number, such as 3."
         )

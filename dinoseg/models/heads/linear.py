@@ -1,13 +1,13 @@
 """Linear head, as in the linear probe of DINOv2."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from dinoseg.core.contracts import Head
 from dinoseg.core.geometry import concatenate, widths
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import Count, LowShare, check_annotations
 
 _STD = 0.01  # of the weights of init=normal
@@ -36,11 +36,9 @@ class LinearHead(Head[Tensor]):
         num_layers: int,
         num_classes: Count,
         dropout: LowShare = 0.0,
-        init: str | None = None,
+        init: Literal["probe", "normal"] | None = None,
     ) -> None:
         super().__init__()
-        if init not in (None, "probe", "normal"):
-            raise UserError(f"init={init} is unknown. Choose probe, normal, or null for PyTorch's default.")
         width = sum(widths(in_dim, num_layers))
         self.dropout = nn.Dropout2d(dropout)
         self.norm = nn.BatchNorm2d(width)

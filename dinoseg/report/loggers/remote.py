@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class RemoteLogger(Logger):
     package = ""
 
     def __init__(self, out_dir: Path, *, group: str | None, artifacts: bool, timeout: float) -> None:
-        if not 0 < timeout < math.inf:
+        if not 0 < timeout < math.inf:  # for loggers of other packages, whose annotations are not checked
             raise UserError(f"logger.{self.package}.timeout={timeout}: give seconds above 0.")
         self.out_dir, self.artifacts = out_dir, artifacts
         self.timeout: float = timeout
@@ -93,20 +93,11 @@ class RemoteLogger(Logger):
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Send the values that were not sent before."""
-        new = {name: value for name, value in values.items() if step > self._logged.get(name, -1)}
-        if new:
-            self.send_scalars(step, new)
-            self._logged |= dict.fromkeys(new, step)
-            self._store()
+        self._send(step, values, self.send_scalars)
 
     def images(self, step: int, named: Mapping[str, np.ndarray]) -> None:
         """Send the images that were not sent before, as `validation/NAME`."""
-        new = {f"validation/{name}": rgb for name, rgb in named.items()}
-        new = {name: rgb for name, rgb in new.items() if step > self._logged.get(name, -1)}
-        if new:
-            self.send_images(step, new)
-            self._logged |= dict.fromkeys(new, step)
-            self._store()
+        self._send(step, {f"validation/{name}": rgb for name, rgb in named.items()}, self.send_images)
 
     def scores(self, values: Mapping[str, Any]) -> None:
         """Send each score that is a number as `final/NAME`."""
@@ -141,6 +132,14 @@ class RemoteLogger(Logger):
     def send_checkpoint(self, path: Path) -> None:
         """Upload a file."""
         raise NotImplementedError
+
+    def _send(self, step: int, named: Mapping[str, Any], send: Callable[[int, Mapping[str, Any]], None]) -> None:
+        """Send what was not sent before, and record its step."""
+        new = {name: value for name, value in named.items() if step > self._logged.get(name, -1)}
+        if new:
+            send(step, new)
+            self._logged |= dict.fromkeys(new, step)
+            self._store()
 
     def _store(self) -> None:
         write_json(self._path, {"id": self.run_id, "logged": self._logged})

@@ -36,8 +36,6 @@ def _check_names(project: str, tags: Sequence[str]) -> None:
             f"logger.wandb.project={format_value(project)} is not a name of a W&B project: use at most {_MAX_PROJECT} "
             "characters, without / \\ # ? % :"
         )
-    if isinstance(tags, str):
-        raise UserError(f"logger.wandb.tags={format_value(tags)} is not a list: set logger.wandb.tags=[TAG,TAG].")
     for tag in tags:
         if not 1 <= len(str(tag)) <= _MAX_TAG:
             raise UserError(

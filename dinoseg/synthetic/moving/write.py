@@ -14,7 +14,7 @@ import numpy as np
 from dinoseg.synthetic.canvas import Canvas
 from dinoseg.synthetic.noise import Wander, fractal, mix, smoothstep
 from dinoseg.synthetic.relief import Sprite
-from dinoseg.synthetic.rendering import check_minimum, find_missing, render_videos
+from dinoseg.synthetic.rendering import find_missing, render_videos
 from dinoseg.utils.atomic import atomic_folder
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
@@ -74,7 +74,7 @@ def render_moving_objects(
     val_videos: Natural = 64,
     test_videos: Natural = 0,
     seconds: Count = 2,
-    size: Sequence[int] = (128, 128),
+    size: tuple[int, int] = (128, 128),
     seed: Natural = 0,
     workers: Count = 2,
 ) -> None:
@@ -89,7 +89,7 @@ def render_moving_objects(
     """
     root = Path(root).expanduser()
     counts = (train_videos, val_videos, test_videos)
-    _check_sizes(counts, seconds, size, seed, workers)
+    _check_sizes(counts, size)
     videos = [
         MovingVideo(seed, folder, number, seconds, (size[0], size[1]))
         for folder, count in zip(FOLDERS, counts, strict=True)
@@ -99,18 +99,17 @@ def render_moving_objects(
     render_videos(root, functools.partial(_find_missing_videos, root, videos), work, total=len(videos), workers=workers)
 
 
-def _check_sizes(counts: tuple[int, int, int], seconds: int, size: Sequence[int], seed: int, workers: int) -> None:
+def _check_sizes(counts: tuple[int, int, int], size: tuple[int, int]) -> None:
     if min(counts) < 0 or sum(counts) == 0:
         raise UserError(
             f"train_videos={counts[0]}, val_videos={counts[1]} and test_videos={counts[2]} give no videos to render. "
             "None may be negative and one must be at least 1."
         )
-    if len(size) != 2 or min(size) < _SMALLEST:
+    if min(size) < _SMALLEST:
         raise UserError(
             f"size={list(size)} cannot be a frame's [height, width]: both must be at least {_SMALLEST}. "
             "Take for example [128, 128]."
         )
-    check_minimum(seconds=(seconds, 1), workers=(workers, 1), seed=(seed, 0))
 
 
 def _find_missing_videos(root: Path, videos: list[MovingVideo]) -> list[MovingVideo]:

@@ -14,7 +14,7 @@ import numpy as np
 from dinoseg.synthetic.canvas import Canvas
 from dinoseg.synthetic.noise import Wander
 from dinoseg.synthetic.relief import DETAIL, metal_sphere
-from dinoseg.synthetic.rendering import check_minimum, find_missing, render_videos
+from dinoseg.synthetic.rendering import find_missing, render_videos
 from dinoseg.synthetic.surgery.parts import paint_needle
 from dinoseg.synthetic.surgery.tissue import Tissue
 from dinoseg.synthetic.surgery.tools import Catheter, Clamp, Pose, Reach, Robot, Suction, Thread, curve
@@ -74,7 +74,7 @@ def render_dataset(
     """
     root = Path(root)
     size = (int(size[0]), int(size[1]))
-    _check_sizes(train_videos, test_videos, seconds, size, seed, workers)
+    _check_sizes(train_videos, test_videos, size)
     first_test = max(FIRST_TEST_VIDEO, train_videos + 1)
     numbers = {"train1": range(1, train_videos + 1), "test": range(first_test, first_test + test_videos)}
     videos = [SurgeryVideo(seed, split, number, seconds, size) for split in SPLITS for number in numbers[split]]
@@ -82,9 +82,7 @@ def render_dataset(
     render_videos(root, functools.partial(_find_missing_videos, root, videos), work, total=len(videos), workers=workers)
 
 
-def _check_sizes(
-    train_videos: int, test_videos: int, seconds: int, size: tuple[int, int], seed: int, workers: int
-) -> None:
+def _check_sizes(train_videos: int, test_videos: int, size: tuple[int, int]) -> None:
     if train_videos < 0 or test_videos < 0 or train_videos + test_videos == 0:
         raise UserError(
             f"train_videos={train_videos} and test_videos={test_videos} give no videos to render. "
@@ -95,7 +93,6 @@ def _check_sizes(
             f"size={list(size)} cannot be a video's (height, width): both must be even and at least 16. "
             "Take for example [192, 320]."
         )
-    check_minimum(seconds=(seconds, 1), workers=(workers, 1), seed=(seed, 0))
 
 
 def _find_missing_videos(root: Path, videos: list[SurgeryVideo]) -> list[SurgeryVideo]:

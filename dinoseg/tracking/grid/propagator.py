@@ -192,10 +192,7 @@ class Propagator:
         if self._first is None:
             _check_finite(lengths)
             return self._start(target, seeds)
-        _check_same(target, self._first[0])
-        with torch.autocast(target.device.type, enabled=False):  # half precision would create ties
-            soft = match(target, [self._first, *self._recent], self.settings)
-        _check_finite(lengths)
+        soft = self._match(target, lengths, self._first)
         if seeds is not None:
             soft = seed(soft.permute(2, 0, 1), seeds).permute(1, 2, 0).contiguous()
             self._first = _pad_labels(self._first, soft.shape[2])
@@ -216,13 +213,18 @@ class Propagator:
         if self._first is None:
             return self.step(features, labels)
         target, lengths = _unit(features)
-        _check_same(target, self._first[0])
-        with torch.autocast(target.device.type, enabled=False):
-            soft = match(target, [self._first, *self._recent], self.settings)
-        _check_finite(lengths)
+        soft = self._match(target, lengths, self._first)
         mixed = torch.lerp(_on_grid(labels, target).permute(1, 2, 0), soft, share)  # (h, w, L)
         self._recent.append((target, mixed))
         return _channels_first(mixed)
+
+    def _match(self, target: Tensor, lengths: Tensor, first: ContextFrame) -> Tensor:
+        """Return the labels (h, w, L) that a frame of the features `target` takes from earlier frames."""
+        _check_same(target, first[0])
+        with torch.autocast(target.device.type, enabled=False):  # half precision would create ties
+            soft = match(target, [first, *self._recent], self.settings)
+        _check_finite(lengths)
+        return soft
 
     def state(self) -> dict[str, Tensor]:
         """Return the stacked tensors of frame 0 and the recent frames; empty before frame 0."""

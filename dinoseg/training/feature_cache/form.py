@@ -60,7 +60,7 @@ def round_features(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
     return converted
 
 
-def restore_features(tensors: Sequence[Tensor], stored: Stored) -> list[Tensor]:
+def restore_features(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors for use: those of int8 are converted to float32, others are returned unchanged.
 
     Raises:

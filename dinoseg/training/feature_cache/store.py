@@ -84,7 +84,7 @@ class MemoryStore:
     def get(self, key: str) -> list[Tensor] | None:
         """Return the tensors of a key; None if they are missing."""
         cached = self._entries.get(key)
-        return None if cached is None else restore_features(cached, self.stored)
+        return None if cached is None else restore_features(cached)
 
     def put(self, key: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Store tensors if there is room, and return them as `get` would."""
@@ -98,7 +98,7 @@ class MemoryStore:
             else:
                 self._closed = True
                 _log_end(f"The {in_bytes(self.cap)} of memory for features are used up")
-        return restore_features(converted, self.stored)
+        return restore_features(converted)
 
     def trust(self, key: str) -> None:
         """Do nothing: entries in memory are not verified."""
@@ -138,7 +138,7 @@ class DiskStore:
         """Return the tensors of a key; None if they are missing or incomplete."""
         path = self.path(key)
         try:
-            tensors = restore_features(_read(path, key, is_first=key not in self._seen), self.stored)
+            tensors = restore_features(_read(path, key, is_first=key not in self._seen))
         except FileNotFoundError:
             return None
         except (OSError, SchemaError) as error:
@@ -161,7 +161,7 @@ class DiskStore:
                 self._closed = True
                 full = f"the disk is full, {free_space(self.root)}" if error.errno in DISK_FULL else error
                 _log_end(f"Cannot write features to {self.folder} ({full})")
-        return restore_features(converted, self.stored)
+        return restore_features(converted)
 
     def trust(self, key: str) -> None:
         """Mark a key as verified: a worker of this process has read it."""

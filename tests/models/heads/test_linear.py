@@ -62,7 +62,7 @@ def test_normal_weights():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"init": "zeros"}, "init=zeros is unknown. Choose probe, normal, or null"),
+        ({"init": "zeros"}, "init=zeros is unknown. Choose one of probe, normal or None"),
         ({"dropout": 1.0}, "dropout=1.0 .*at least 0 and below 1"),
         ({"dropout": -0.1}, "dropout=-0.1"),
     ],

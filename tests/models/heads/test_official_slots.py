@@ -328,8 +328,8 @@ def test_feature_loss_refuses_a_head_without_reconstructions():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SlotContrast(softmax_over="all"), r"^softmax_over=all is unknown. Choose next or"),
-        (lambda: TemporalSimilarity(unmatched="zero"), r"^unmatched=zero is unknown. Choose skip or"),
+        (lambda: SlotContrast(softmax_over="all"), r"^softmax_over=all is unknown. Choose one of next, previous"),
+        (lambda: TemporalSimilarity(unmatched="zero"), r"^unmatched=zero is unknown. Choose one of skip, uniform"),
     ],
 )
 def test_invalid_loss_options_are_refused(make, message):

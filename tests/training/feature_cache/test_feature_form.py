@@ -28,7 +28,7 @@ def read_back(given, stored):
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_features_are_read_back_in_their_stored_dtype(stored, shapes):
     given = tensors(shapes)
-    for before, after in zip(given, restore_features(read_back(given, stored), stored), strict=True):
+    for before, after in zip(given, restore_features(read_back(given, stored)), strict=True):
         assert torch.equal(before.to(getattr(torch, stored)), after)
 
 
@@ -36,18 +36,18 @@ def test_features_are_read_back_in_their_stored_dtype(stored, shapes):
 def test_int8_is_within_half_a_step_of_its_token(shapes):
     given = tensors(shapes, seed=1)
     given[0].flatten()[0] = 0
-    for before, after in zip(given, restore_features(read_back(given, "int8"), "int8"), strict=True):
+    for before, after in zip(given, restore_features(read_back(given, "int8")), strict=True):
         step = before.double().abs().amax(-1, keepdim=True) / 127
         assert (
             after.dtype == torch.float32 and ((before.double() - after.double()).abs() <= step * 0.5 * (1 + 1e-5)).all()
         )
-        again = restore_features(round_features([after], "int8"), "int8")[0]
+        again = restore_features(round_features([after], "int8"))[0]
         assert torch.allclose(again, after, rtol=1e-6, atol=0)
 
 
 def test_a_token_of_zeros_and_one_of_tiny_numbers_come_back():
     given = torch.stack([torch.zeros(3), torch.tensor([0, 3e-38, -1e-38]), torch.tensor([1e30, -1e30, 0])])
-    after = restore_features(round_features([given], "int8"), "int8")[0]
+    after = restore_features(round_features([given], "int8"))[0]
     assert torch.allclose(after, given, rtol=0.01) and not after[0].any()
 
 
@@ -62,7 +62,7 @@ def test_bytes_among_features_are_stored_unchanged(stored):
     pixels = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
     given = [pixels, *tensors([(9, 4)]), pixels[:, :1], *tensors([(2, 3, 4)]), torch.full((1, 1, 1), 7e4)]
     given = given[:4] if stored in ("float32", "int8") else given  # with numbers that float16 does not have
-    after = restore_features(read_back(given, stored), stored)
+    after = restore_features(read_back(given, stored))
     assert [part.shape for part in after] == [part.shape for part in given]
     assert all(torch.equal(after[place], given[place]) and after[place].dtype == torch.uint8 for place in (0, 2))
     assert size_of(given, stored) == len(encode_features(given, stored))
@@ -118,4 +118,4 @@ def test_one_image_of_more_than_is_read_back_is_refused(monkeypatch):
 @pytest.mark.parametrize("scales", [[], [torch.ones(2)], [torch.ones(4, 3)]])
 def test_numbers_without_their_scales_are_refused(scales):
     with pytest.raises(SchemaError, match="lacks the scales"):
-        restore_features([torch.ones(4, 3, dtype=torch.int8), *scales], "int8")
+        restore_features([torch.ones(4, 3, dtype=torch.int8), *scales])
