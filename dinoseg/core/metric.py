@@ -1,7 +1,7 @@
 """Base class of metrics, and what a metric counts: an image's prediction and its labels; no torch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from dinoseg.utils.errors import UserError
 
 BETTER = ("max", "min")  # whether the highest or the lowest value of a score is the best
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+_NUMBERS = "buif"  # kinds of NumPy's types: booleans, integers, floats
 
 Counts = Mapping[str, np.ndarray]  # int64 or float64, by name
 
@@ -92,6 +93,11 @@ class Metric(ABC):
     needs_logits: bool = False
 
     @property
+    def class_name(self) -> str:
+        """The name of the class, for messages; of a metric that wraps one of the user, that of the user's."""
+        return type(self).__name__
+
+    @property
     def settings(self) -> str:
         """The class and its plain options as text: runs are compared by metrics of equal settings."""
         return format_settings(self, vars(self))
@@ -125,6 +131,48 @@ def format_settings(metric: object, attributes: Mapping[str, object]) -> str:
     """Return the class of a metric and those attributes that are plain values as text."""
     options = {name: value for name, value in sorted(attributes.items()) if isinstance(value, _PLAIN)}
     return f"{type(metric).__qualname__} {options}"
+
+
+def count_image(metric: Metric, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+    """Return the counts of one image by `metric.count`.
+
+    Raises:
+        UserError: they are not finite numbers by name.
+    """
+    counts = metric.count(prediction, sample)
+    where = f"metric: `count` of {metric.class_name} returns"
+    if not isinstance(counts, Mapping):
+        raise UserError(f"{where} a {type(counts).__name__}. Return a dict of numbers by name.")
+    arrays = {name: np.asarray(value) for name, value in counts.items()}
+    for name, value in arrays.items():
+        if value.dtype.kind not in _NUMBERS:
+            raise UserError(f"{where} {name} of type {value.dtype}. Return integers or floats.")
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"{where} {name}={value} for the image {sample.name}. "
+                "Return 0 in all counts of an image that has nothing to count."
+            )
+    return arrays
+
+
+def check_forms(metric: Metric, counts: Sequence[Counts], names: Sequence[str]) -> None:
+    """Refuse counts of other names or shapes than the first ones, whose sums would mean nothing.
+
+    Args:
+        metric: of the counts.
+        counts: of each image.
+        names: of the images.
+
+    Raises:
+        UserError: naming two images.
+    """
+    forms = [[(name, np.shape(value)) for name, value in row.items()] for row in counts]
+    odd = next((place for place, form in enumerate(forms) if form != forms[0]), None)
+    if odd is not None:
+        raise UserError(
+            f"metric: `count` of {metric.class_name} returns counts of {forms[odd]} for the image {names[odd]}, "
+            f"and of {forms[0]} for {names[0]}. Return the same names and shapes for every image, in the same order."
+        )
 
 
 def sum_counts(rows: Iterable[Counts]) -> dict[str, np.ndarray]:
