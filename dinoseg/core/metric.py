@@ -1,9 +1,10 @@
 """Base class of metrics, and what a metric counts: an image's prediction and its labels; no torch."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -99,7 +100,7 @@ class Metric(ABC):
 
     @property
     def settings(self) -> str:
-        """The class and its plain options as text: runs are compared by metrics of equal settings."""
+        """The class and its plain values and arrays as text: runs are compared by metrics of equal settings."""
         return format_settings(self, vars(self))
 
     @abstractmethod
@@ -128,9 +129,22 @@ class Metric(ABC):
 
 
 def format_settings(metric: object, attributes: Mapping[str, object]) -> str:
-    """Return the class of a metric and those attributes that are plain values as text."""
-    options = {name: value for name, value in sorted(attributes.items()) if isinstance(value, _PLAIN)}
-    return f"{type(metric).__qualname__} {options}"
+    """Return the class of a metric and those attributes that are plain values, arrays or tensors as text."""
+    known = {name: value for name, value in sorted(attributes.items()) if isinstance(value, _PLAIN) or _is_array(value)}
+    return f"{type(metric).__qualname__} {_format_option(known)}"
+
+
+def _is_array(value: object) -> bool:
+    return hasattr(value, "tolist")  # numbers of NumPy and tensors, too
+
+
+def _format_option(value: Any) -> Any:
+    """Return a plain value in which each array is a hash of its values."""
+    if isinstance(value, Mapping):
+        return {name: _format_option(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_format_option(part) for part in value]
+    return hashlib.sha256(repr(value.tolist()).encode()).hexdigest() if _is_array(value) else value
 
 
 def count_image(metric: Metric, prediction: PredictedImage, sample: LabelledImage) -> Counts:
