@@ -103,6 +103,17 @@ class Metric(ABC):
         """The class and its plain values and arrays as text: runs are compared by metrics of equal settings."""
         return format_settings(self, vars(self))
 
+    def check_classes(self, num_classes: int, *, has_layers: bool = False) -> None:  # noqa: B027
+        """Refuse options that do not fit the classes of the data, before any image is counted; by default, all fit.
+
+        Args:
+            num_classes: K of the data.
+            has_layers: whether masks have a layer for each class, which `LayerMetric` counts one by one.
+
+        Raises:
+            UserError: naming the parameter.
+        """
+
     @abstractmethod
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
         """Return the counts of one image; their names and shapes are those of every image of the dataset."""
