@@ -38,6 +38,7 @@ def test_best_checkpoint_and_scores_are_those_of_the_metric(run):
         assert next(csv.reader(file))[-2:] == ["boundary_iou", "nsd"]
     page = (run / "run/evaluation/report.html").read_text()
     assert "boundary_iou" in page and f"{100 * max(values):.1f} %" in page
+    assert f"validation: 6, {values[-1]:.4g}" in page  # in the curve of trainer.score
 
 
 def test_evaluation_takes_metrics_of_the_run_or_of_the_command(run):
