@@ -219,3 +219,8 @@ def test_tables_and_unions_have_ranges_too():
     with pytest.raises(UserError, match="finite number for each"):
         check_arguments(target, {"factors": {"a": 1.0, "b": float("inf")}})
     check_arguments("dinoseg.training.trainer.Settings", {"clip": None, "ema": 0.5, "steps": 1})
+
+
+def test_a_mapping_to_other_values_names_their_types():
+    with pytest.raises(UserError, match="is of type dict of int and str. Give a mapping to numbers"):
+        check_value("factors", {"ce": 1, "dice": "a"}, Mapping[str, float])

@@ -291,6 +291,10 @@ class Builder(ModelBuilder):
         has_layers = self.task.has_layers
         metrics: list[Metric] = []
         for name, node in nodes.items():
+            if not OmegaConf.is_dict(node):
+                raise UserError(
+                    f"metric.{name}={node} is no metric. Choose options of the group metric: metric=[NAME]."
+                )
             metric = expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
             with name_parameters(argument_keys(node)):
                 metric.check_classes(len(self.class_names), has_layers=has_layers)

@@ -119,5 +119,7 @@ def test_scores_and_classes_that_do_not_fit_are_refused(tmp_path):
     classes = call(tmp_path, "mode=train", *SMALL, "metric=cldice", "metric.cldice.classes=[5]", "hydra.run.dir=run")
     assert classes.status == 1 and "metric.cldice.classes=[5]: give ids of classes, from 0 to 1" in classes.err
     assert not (tmp_path / "run/metrics.jsonl").exists()  # before the first step
+    foreign = call(tmp_path, "mode=train", *SMALL, "metric=[../loss/bce]")
+    assert foreign.status == 1 and "is no metric. Choose options of the group metric" in foreign.err
     clips = call(tmp_path, *SLOTS, "metric=[nsd]")
     assert clips.status == 1 and "metric=[nsd] scores images with masks" in clips.err
