@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from collections.abc import Mapping
 from types import UnionType
 from typing import get_args
 
@@ -21,7 +22,7 @@ from dinoseg.experiment.recipe import config_description
 from dinoseg.report.loggers.logger import Logger
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Range
+from dinoseg.utils.ranges import Range, check_value
 from dinoseg.utils.wording import format_value
 
 OWN_CHECK = {  # numbers whose rule is no range

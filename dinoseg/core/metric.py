@@ -141,12 +141,9 @@ class Metric(ABC):
 
 def format_settings(metric: object, attributes: Mapping[str, object]) -> str:
     """Return the class of a metric and those attributes that are plain values, arrays or tensors as text."""
-    known = {name: value for name, value in sorted(attributes.items()) if isinstance(value, _PLAIN) or _is_array(value)}
+    options = sorted(attributes.items())
+    known = {name: value for name, value in options if isinstance(value, _PLAIN) or hasattr(value, "tolist")}
     return f"{type(metric).__qualname__} {_format_option(known)}"
-
-
-def _is_array(value: object) -> bool:
-    return hasattr(value, "tolist")  # numbers of NumPy and tensors, too
 
 
 def _format_option(value: Any) -> Any:
@@ -155,7 +152,8 @@ def _format_option(value: Any) -> Any:
         return {name: _format_option(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [_format_option(part) for part in value]
-    return hashlib.sha256(repr(value.tolist()).encode()).hexdigest() if _is_array(value) else value
+    # arrays and numbers of NumPy, and tensors
+    return hashlib.sha256(repr(value.tolist()).encode()).hexdigest() if hasattr(value, "tolist") else value
 
 
 def count_image(metric: Metric, prediction: PredictedImage, sample: LabelledImage) -> Counts:

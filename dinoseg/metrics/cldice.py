@@ -45,12 +45,11 @@ class ClDice(Metric):
 
     def check_classes(self, num_classes: int, *, has_layers: bool = False) -> None:
         """Refuse ids that are no class, and a choice of layers, which are all scored."""
-        if self.classes is None:
-            return
-        if has_layers:
-            raise UserError(f"classes={[*self.classes]}: each class has its own mask and score. Leave it out.")
-        if max(self.classes) >= num_classes:
-            raise UserError(f"classes={[*self.classes]}: give ids of classes, from 0 to {num_classes - 1}.")
+        chosen = [*(self.classes or ())]
+        if chosen and has_layers:
+            raise UserError(f"classes={chosen}: each class has its own mask and score. Leave it out.")
+        if max(chosen, default=0) >= num_classes:
+            raise UserError(f"classes={chosen}: give ids of classes, from 0 to {num_classes - 1}.")
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
         """Return for each class (4, K) int64 the pixels of skeletons: predicted and true, those in the other, and all.

@@ -94,8 +94,7 @@ def _prediction(info: Mapping[str, Any], score: str | None) -> dict[str, Any]:
     # the loss has no thresholds, and needs no slots that are followed
     for group in ("inference",) if score == "loss" else ("inference", "slots", "task"):
         found[group] = choices.get(group)
-        values = config.get(group) or {}
-        found |= {f"{group}.{key}": value for key, value in values.items() if key != "batch_size"}
+        found |= {f"{group}.{key}": value for key, value in config.get(group, {}).items() if key != "batch_size"}
     return found
 
 

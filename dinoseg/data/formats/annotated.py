@@ -300,9 +300,10 @@ class _Maker:
                 return Lacking(name, reason, "Correct the shapes in the annotation tool, and export again.")
             size = size_of_image(entry, image)
             if len(entry.shapes) > MAX_SHAPES:
-                reason = f"{entry.path}: {entry.image} has {len(entry.shapes)} shapes, over {MAX_SHAPES}."
                 return Lacking(
-                    name, reason, "Split the image, or draw its masks to files and read them by data=folder."
+                    name,
+                    f"{entry.path}: {entry.image} has {len(entry.shapes)} shapes, over {MAX_SHAPES}.",
+                    "Split the image, or draw its shapes into a mask file for data=folder.",
                 )
         except NotThere as error:
             return Lacking(name, str(error), "Put the images there, or set their folder: data.reader.layout.images.")
