@@ -293,7 +293,7 @@ class Builder(ModelBuilder):
         for name, node in nodes.items():
             if not OmegaConf.is_dict(node):
                 raise UserError(
-                    f"metric.{name}={node} is no metric. Choose options of the group metric: metric=[NAME]."
+                    f"metric.{name}={node} is not a metric. Choose options of the group metric: metric=[NAME]."
                 )
             metric = expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
             with name_parameters(argument_keys(node)):

@@ -120,6 +120,6 @@ def test_scores_and_classes_that_do_not_fit_are_refused(tmp_path):
     assert classes.status == 1 and "metric.cldice.classes=[5]: give ids of classes, from 0 to 1" in classes.err
     assert not (tmp_path / "run/metrics.jsonl").exists()  # before the first step
     foreign = call(tmp_path, "mode=train", *SMALL, "metric=[../loss/bce]")
-    assert foreign.status == 1 and "is no metric. Choose options of the group metric" in foreign.err
+    assert foreign.status == 1 and "is not a metric. Choose options of the group metric" in foreign.err
     clips = call(tmp_path, *SLOTS, "metric=[nsd]")
     assert clips.status == 1 and "metric=[nsd] scores images with masks" in clips.err
