@@ -71,6 +71,7 @@ EXCEPTIONS = {
 }
 ASK_OTHERS = (  # files that use hasattr, on objects of other libraries, of users or of the operating system
     "api/objects",
+    "core/metric",
     "core/shapes",
     "data/custom",
     "experiment/log_file",

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from collections.abc import Mapping
 from types import UnionType
 from typing import get_args
 
@@ -21,7 +22,7 @@ from dinoseg.experiment.recipe import config_description
 from dinoseg.report.loggers.logger import Logger
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Range
+from dinoseg.utils.ranges import Range, check_value
 from dinoseg.utils.wording import format_value
 
 OWN_CHECK = {  # numbers whose rule is no range
@@ -235,3 +236,8 @@ def test_tables_and_unions_have_ranges_too():
     with pytest.raises(UserError, match="finite number for each"):
         check_arguments(target, {"factors": {"a": 1.0, "b": float("inf")}})
     check_arguments("dinoseg.training.trainer.Settings", {"clip": None, "ema": 0.5, "steps": 1})
+
+
+def test_a_mapping_to_other_values_names_their_types():
+    with pytest.raises(UserError, match="is of type dict of int and str. Give a mapping to numbers"):
+        check_value("factors", {"ce": 1, "dice": "a"}, Mapping[str, float])

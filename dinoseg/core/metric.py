@@ -1,9 +1,10 @@
 """Base class of metrics, and what a metric counts: an image's prediction and its labels; no torch."""
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from dinoseg.utils.errors import UserError
 
 BETTER = ("max", "min")  # whether the highest or the lowest value of a score is the best
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+_NUMBERS = "buif"  # kinds of NumPy's types: booleans, integers, floats
 
 Counts = Mapping[str, np.ndarray]  # int64 or float64, by name
 
@@ -92,9 +94,25 @@ class Metric(ABC):
     needs_logits: bool = False
 
     @property
+    def class_name(self) -> str:
+        """The name of the class, for messages; of a metric that wraps one of the user, that of the user's."""
+        return type(self).__name__
+
+    @property
     def settings(self) -> str:
-        """The class and its plain options as text: runs are compared by metrics of equal settings."""
+        """The class and its plain values and arrays as text: runs are compared by metrics of equal settings."""
         return format_settings(self, vars(self))
+
+    def check_classes(self, num_classes: int, *, has_layers: bool = False) -> None:  # noqa: B027
+        """Refuse options that do not fit the classes of the data, before any image is counted; by default, all fit.
+
+        Args:
+            num_classes: K of the data.
+            has_layers: whether masks have a layer for each class, which `LayerMetric` counts one by one.
+
+        Raises:
+            UserError: naming the parameter.
+        """
 
     @abstractmethod
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
@@ -122,9 +140,62 @@ class Metric(ABC):
 
 
 def format_settings(metric: object, attributes: Mapping[str, object]) -> str:
-    """Return the class of a metric and those attributes that are plain values as text."""
-    options = {name: value for name, value in sorted(attributes.items()) if isinstance(value, _PLAIN)}
-    return f"{type(metric).__qualname__} {options}"
+    """Return the class of a metric and those attributes that are plain values, arrays or tensors as text."""
+    options = sorted(attributes.items())
+    known = {name: value for name, value in options if isinstance(value, _PLAIN) or hasattr(value, "tolist")}
+    return f"{type(metric).__qualname__} {_format_option(known)}"
+
+
+def _format_option(value: Any) -> Any:
+    """Return a plain value in which each array is a hash of its values."""
+    if isinstance(value, Mapping):
+        return {name: _format_option(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_format_option(part) for part in value]
+    # arrays and numbers of NumPy, and tensors
+    return hashlib.sha256(repr(value.tolist()).encode()).hexdigest() if hasattr(value, "tolist") else value
+
+
+def count_image(metric: Metric, prediction: PredictedImage, sample: LabelledImage) -> Counts:
+    """Return the counts of one image by `metric.count`.
+
+    Raises:
+        UserError: they are not finite numbers by name.
+    """
+    counts = metric.count(prediction, sample)
+    where = f"metric: `count` of {metric.class_name} returns"
+    if not isinstance(counts, Mapping):
+        raise UserError(f"{where} a {type(counts).__name__}. Return a dict of numbers by name.")
+    arrays = {name: np.asarray(value) for name, value in counts.items()}
+    for name, value in arrays.items():
+        if value.dtype.kind not in _NUMBERS:
+            raise UserError(f"{where} {name} of type {value.dtype}. Return integers or floats.")
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"{where} {name}={value} for the image {sample.name}. "
+                "Return 0 in all counts of an image that has nothing to count."
+            )
+    return arrays
+
+
+def check_forms(metric: Metric, counts: Sequence[Counts], names: Sequence[str]) -> None:
+    """Refuse counts of other names or shapes than the first ones, whose sums would mean nothing.
+
+    Args:
+        metric: of the counts.
+        counts: of each image.
+        names: of the images.
+
+    Raises:
+        UserError: naming two images.
+    """
+    forms = [[(name, np.shape(value)) for name, value in row.items()] for row in counts]
+    odd = next((place for place, form in enumerate(forms) if form != forms[0]), None)
+    if odd is not None:
+        raise UserError(
+            f"metric: `count` of {metric.class_name} returns counts of {forms[odd]} for the image {names[odd]}, "
+            f"and of {forms[0]} for {names[0]}. Return the same names and shapes for every image, in the same order."
+        )
 
 
 def sum_counts(rows: Iterable[Counts]) -> dict[str, np.ndarray]:

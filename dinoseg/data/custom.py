@@ -11,6 +11,7 @@ from dinoseg.core.sample_maps import check_map_kinds, check_maps, get_map_kinds
 from dinoseg.core.shapes import Palette, Sample, SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.mask_files import check_layer_names
 from dinoseg.utils.wording import count_of, join_names
 
 REQUIRED = {  # members of a dataset class, and their meaning
@@ -163,8 +164,11 @@ def check_custom_dataset(
         has_layers: whether masks have a layer (H, W) of 0, 1 and `ignore_index` for each class.
 
     Raises:
-        UserError: a member is missing, or differs from the config, or its masks have no layers.
+        UserError: a member is missing, or differs from the config, or its masks have no layers, or the name of a class
+            with a layer cannot be that of a file, as predictions need.
     """
+    if has_layers:
+        check_layer_names(list(map(str, classes)))
     if has_layers and ignore_index < max(2, len(classes)):
         raise UserError(
             f"data.ignore_index={ignore_index}: layers hold 0 and 1, and classes have the ids 0 to {len(classes) - 1}. "

@@ -105,6 +105,7 @@ def report_images(
             provenance.folder, provenance.config, {"model": record.source, "data": record.root}, engine.device
         ),
         training=_training(provenance.training),
+        selecting=provenance.score,
     )
     write_text(out_dir / PAGE, page)
     print(f"report:       {out_dir}/{PAGE}, and {TABLE}")

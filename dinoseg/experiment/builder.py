@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from dinoseg.config.checks import check_arguments
 from dinoseg.config.composition import SHIPPED, compose_options
-from dinoseg.config.nodes import check_partial, expect_type, instantiate, not_set
+from dinoseg.config.nodes import argument_keys, check_partial, expect_type, instantiate, not_set
 from dinoseg.config.options import options_in
 from dinoseg.config.plain import to_container
 from dinoseg.core.channels import check_rgb
@@ -280,7 +280,7 @@ class Builder(ModelBuilder):
         Metrics of a task of layers count each layer by itself.
 
         Raises:
-            UserError: a config node makes no metric.
+            UserError: a config node makes no metric, or its options do not fit the classes.
         """
         nodes = self.value(METRIC) or {}
         if "_target_" in nodes:
@@ -288,11 +288,18 @@ class Builder(ModelBuilder):
                 f"metric: the YAML file of {nodes['_target_']} lacks its outer key. Put `_target_` and its arguments "
                 "below the key NAME:, the name of the file."
             )
-        metrics = [
-            expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
-            for name, node in nodes.items()
-        ]
-        return [*map(instantiate(_LAYER_METRIC), metrics)] if self.task.has_layers else metrics
+        has_layers = self.task.has_layers
+        metrics: list[Metric] = []
+        for name, node in nodes.items():
+            if not OmegaConf.is_dict(node):
+                raise UserError(
+                    f"metric.{name}={node} is not a metric. Choose options of the group metric: metric=[NAME]."
+                )
+            metric = expect_type(Metric, instantiate(node), f"{METRIC}.{name}")  # type: ignore[type-abstract]
+            with name_parameters(argument_keys(node)):
+                metric.check_classes(len(self.class_names), has_layers=has_layers)
+            metrics.append(instantiate(_LAYER_METRIC)(metric) if has_layers else metric)
+        return metrics
 
     @property
     def score_metric(self) -> str | None:

@@ -20,6 +20,7 @@ class Provenance:
         model: checkpoint of the evaluated model, or its released weights.
         folder: run folder that stores the command line.
         training: run folder of the model's training; None if unknown.
+        score: that selected the checkpoint (`trainer.score`); None if unknown.
     """
 
     choices: Mapping[str, str]
@@ -29,6 +30,7 @@ class Provenance:
     model: str
     folder: Path
     training: Path | None
+    score: str | None
 
 
 def provenance_of(build: ModelBuilder, out_dir: Path, best: Path | None = None) -> Provenance:
@@ -47,4 +49,5 @@ def provenance_of(build: ModelBuilder, out_dir: Path, best: Path | None = None) 
         model=str(best or build.resume or to_container(build.value("head")).get("weights")),
         folder=folder,
         training=training,
+        score=build.value("trainer.score"),
     )

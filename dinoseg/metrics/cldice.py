@@ -23,7 +23,7 @@ class ClDice(Metric):
         classes: ids of the classes with thin structures; None: all but class 0.
 
     Raises:
-        UserError: `classes` is empty, or `count` gets an image without one of them among its K.
+        UserError: `classes` is empty, or, by `check_classes` and `count`, holds an id that is no class.
 
     Examples:
         >>> import numpy as np
@@ -43,6 +43,14 @@ class ClDice(Metric):
             raise UserError("classes=[]: name at least one class, or give None for all but class 0.")
         self.classes = classes
 
+    def check_classes(self, num_classes: int, *, has_layers: bool = False) -> None:
+        """Refuse ids that are no class, and a choice of layers, which are all scored."""
+        chosen = [*(self.classes or ())]
+        if chosen and has_layers:
+            raise UserError(f"classes={chosen}: each class has its own mask and score. Leave it out.")
+        if max(chosen, default=0) >= num_classes:
+            raise UserError(f"classes={chosen}: give ids of classes, from 0 to {num_classes - 1}.")
+
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
         """Return for each class (4, K) int64 the pixels of skeletons: predicted and true, those in the other, and all.
 
@@ -50,9 +58,8 @@ class ClDice(Metric):
         prediction, and the reference's skeleton.
         """
         background = sample.num_classes
+        self.check_classes(background)
         chosen = range(1, background) if self.classes is None else self.classes
-        if max(chosen, default=0) >= background:
-            raise UserError(f"classes={list(chosen)}: give ids of classes, from 0 to {background - 1}.")
         scored = [index for index in chosen if index != sample.ignore_index]
         reference, predicted, _ = drop_ignored(prediction, sample)
         for ids in (reference, predicted):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage
+from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, check_forms, count_image
 from dinoseg.metrics.counts import mean_defined
 
 
@@ -33,6 +33,11 @@ class LayerMetric(Metric):
         self.metric = metric
 
     @property
+    def class_name(self) -> str:
+        """The name of the class of the metric of one layer."""
+        return self.metric.class_name
+
+    @property
     def settings(self) -> str:
         """The class and options of the metric of one layer."""
         return f"layers of {self.metric.settings}"
@@ -45,13 +50,13 @@ class LayerMetric(Metric):
             if logits is not None:  # the sigmoid of a logit is the softmax of 0 and this logit
                 logits = np.stack([np.zeros_like(logits[layer]), logits[layer]])
             seen = prediction._replace(ids=prediction.ids[layer], logits=logits)
-            rows.append(self.metric.count(seen, replace(sample, mask=mask, num_classes=2)))
+            rows.append(count_image(self.metric, seen, replace(sample, mask=mask, num_classes=2)))
+        check_forms(self.metric, rows, [f"{sample.name} (layer {layer})" for layer in range(len(rows))])
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def compute(self, sums: Counts) -> dict[str, np.ndarray]:
         """Return the mean of each score over the classes."""
-        values = self.per_class(sums)
-        return {name: mean_defined(values[name]) for name in self.scores}
+        return {name: mean_defined(value) for name, value in self.per_class(sums).items() if name in self.scores}
 
     def per_class(self, sums: Counts) -> dict[str, np.ndarray]:
         """Return the scores of each class, and the metric's own values of id 1."""

@@ -7,10 +7,18 @@ import numpy as np
 from torch import Tensor
 
 from dinoseg.core.geometry import lattice
-from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, plain_score, sum_counts
+from dinoseg.core.metric import (
+    Counts,
+    LabelledImage,
+    Metric,
+    PredictedImage,
+    check_forms,
+    count_image,
+    plain_score,
+    sum_counts,
+)
 from dinoseg.core.shapes import Batch, SegmentationData
 from dinoseg.metrics.confusion import SCORES
-from dinoseg.metrics.layers import LayerMetric
 from dinoseg.utils.errors import UserError
 
 # other names in the scores of an evaluation
@@ -56,7 +64,7 @@ class MetricRows:
         for image, name in enumerate(batch.names):
             prediction = PredictedImage(predictions[image], None if sampled is None else sampled[image], places)
             sample = LabelledImage(masks[image], len(self._data.classes), self._data.ignore_index, name)
-            counts = [_count_image(metric, prediction, sample) for metric in self.metrics]
+            counts = [count_image(metric, prediction, sample) for metric in self.metrics]
             self._rows.append((self._next, counts))
             self._next += self._world
 
@@ -68,17 +76,17 @@ class MetricRows:
             gather: returns the values of all ranks in one list, as `Engine.gather` does.
 
         Raises:
-            UserError: a score that is not `unbounded` lies outside 0..1, or the counts of two images have other names
-                or shapes.
+            UserError: a score that is not `unbounded` lies outside 0..1, the scores are others than those of the class,
+                or the counts of two images have other names or shapes.
         """
         rows = sorted(gather(self._rows), key=lambda row: row[0])
         self.counts = [[counts[number] for _, counts in rows] for number in range(len(self.metrics))]
         names = [self._data.names[index] for index, _ in rows]
         for metric, counts in zip(self.metrics, self.counts, strict=True):
-            _check_forms(metric, counts, names)
+            check_forms(metric, counts, names)
             sums = sum_counts(counts)
             scores = metric.compute(sums)
-            _check_bounds(metric, scores)
+            _check_scores(metric, scores)
             result |= {name: plain_score(value) for name, value in scores.items()}
             for name, values in metric.per_class(sums).items():
                 for row, value in zip(result["classes"], values, strict=True):
@@ -96,44 +104,27 @@ def check_score_names(metrics: Iterable[Metric]) -> None:
         for name in metric.scores:
             if name in seen:
                 raise UserError(
-                    f"metric: the score {name} of {_class_name(metric)} has the name of another score. Leave one of "
+                    f"metric: the score {name} of {metric.class_name} has the name of another score. Leave one of "
                     "the two out, or rename it."
                 )
             seen.add(name)
 
 
-def _class_name(metric: Metric) -> str:
-    """Return the name of a metric's class; of a `LayerMetric`, that of the metric of one layer."""
-    return type(metric.metric if isinstance(metric, LayerMetric) else metric).__name__
-
-
-def _count_image(metric: Metric, prediction: PredictedImage, sample: LabelledImage) -> Counts:
-    counts = {name: np.asarray(value) for name, value in metric.count(prediction, sample).items()}
-    for name, value in counts.items():
-        if not np.isfinite(value).all():
-            raise UserError(
-                f"metric: `count` of {_class_name(metric)} returns {name}={value} for the image {sample.name}. "
-                "Return 0 in all counts of an image that has nothing to count."
-            )
-    return counts
-
-
-def _check_forms(metric: Metric, counts: Sequence[Counts], names: Sequence[str]) -> None:
-    """Refuse counts of other names or shapes than those of the first image, whose sums would mean nothing."""
-    forms = [[(name, value.shape) for name, value in row.items()] for row in counts]
-    odd = next((place for place, form in enumerate(forms) if form != forms[0]), None)
-    if odd is not None:
+def _check_scores(metric: Metric, scores: Mapping[str, np.ndarray]) -> None:
+    if scores.keys() != metric.scores.keys():
         raise UserError(
-            f"metric: `count` of {_class_name(metric)} returns counts of {forms[odd]} for the image {names[odd]}, "
-            f"and of {forms[0]} for {names[0]}. Return the same names and shapes for every image, in the same order."
+            f"metric: `compute` of {metric.class_name} returns the scores {[*scores]}, and its `scores` are "
+            f"{[*metric.scores]}. Return exactly these."
         )
-
-
-def _check_bounds(metric: Metric, scores: Mapping[str, np.ndarray]) -> None:
     for name, score in scores.items():
+        if np.shape(score) != ():
+            raise UserError(
+                f"metric: `compute` of {metric.class_name} returns {name} of shape {np.shape(score)}. Return a number "
+                "for sums of one dataset."
+            )
         if name not in metric.unbounded and (score < -_ROUNDING or score > 1 + _ROUNDING):
             raise UserError(
-                f"metric: the score {name} of {_class_name(metric)} is {float(score):.4g}, outside 0..1. Name it in "
+                f"metric: the score {name} of {metric.class_name} is {float(score):.4g}, outside 0..1. Name it in "
                 "`unbounded` of the class (is_share=false of a WrappedMetric): it is then shown as a number, not in "
                 "percent."
             )

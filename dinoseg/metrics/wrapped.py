@@ -32,9 +32,10 @@ class WrappedMetric(Metric):
 
     @property
     def settings(self) -> str:
-        """The classes and plain options of both metrics as text."""
+        """The classes and options of both metrics as text."""
         # private attributes, such as those of torchmetrics, may be a state
         options = {name: value for name, value in vars(self._metric).items() if name[0] != "_"}
+        options |= vars(self._metric).get("_buffers", {})  # of a module
         return f"{super().settings} of {format_settings(self._metric, options)}"
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:

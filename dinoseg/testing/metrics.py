@@ -1,10 +1,20 @@
 """Check of the metric contract, in the manner of scikit-learn's `check_estimator`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
-from dinoseg.core.metric import BETTER, Counts, LabelledImage, Metric, PredictedImage, sum_counts
+from dinoseg.core.metric import (
+    BETTER,
+    Counts,
+    LabelledImage,
+    Metric,
+    PredictedImage,
+    check_forms,
+    count_image,
+    sum_counts,
+)
+from dinoseg.utils.errors import UserError
 
 _SHAPES = ((17, 23), (1, 1), (1, 40), (31, 2), (8, 8))  # odd sizes, a single pixel, single rows and columns
 _IGNORED = 255
@@ -35,7 +45,11 @@ def check_metric(metric: Metric, num_classes: int = 5, seed: int = 0) -> None:
     _check_names(metric)
     for classes in (num_classes, 1):
         images = list(_images(classes, metric.needs_logits, np.random.default_rng(seed)))
-        rows = [metric.count(*image) for image in images]
+        try:
+            rows = [count_image(metric, *image) for image in images]
+            check_forms(metric, rows, [f"{labels.mask.shape}" for _, labels in images])
+        except UserError as error:
+            raise AssertionError(str(error)) from error
         _check_counts(metric, images, rows)
         _check_scores(metric, rows, classes)
 
@@ -49,13 +63,9 @@ def _check_names(metric: Metric) -> None:
 
 
 def _check_counts(metric: Metric, images: list[tuple[PredictedImage, LabelledImage]], rows: list[Counts]) -> None:
-    shapes = _shapes(rows[0])
     for (prediction, sample), row in zip(images, rows, strict=True):
-        assert _shapes(row) == shapes, f"counts {_shapes(row)} must have the names and shapes {shapes} of other images"
         for name, value in row.items():
-            kind = np.asarray(value).dtype
-            assert kind in _DTYPES, f"counts[{name!r}] is {kind}; it must be int64 or float64"
-            assert np.isfinite(value).all(), f"counts[{name!r}] must be finite"
+            assert value.dtype in _DTYPES, f"counts[{name!r}] is {value.dtype}; it must be int64 or float64"
         again = metric.count(prediction, sample)
         assert _are_equal(row, again), "counts of an image must be the same when it is counted again: keep no state"
         other = np.where(sample.mask == _IGNORED, 0, prediction.ids).astype(prediction.ids.dtype)
@@ -120,10 +130,6 @@ def _pair(
     for array in arrays:
         array.setflags(write=False)  # a metric must not change what others read
     return PredictedImage(arrays[1], logits, places), LabelledImage(arrays[0], num_classes, _IGNORED, "image")
-
-
-def _shapes(row: Counts) -> Mapping[str, tuple[int, ...]]:
-    return {name: np.shape(value) for name, value in row.items()}
 
 
 def _are_equal(first: Counts, second: Counts) -> bool:

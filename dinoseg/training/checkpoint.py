@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.models.model import SegmentationModel, trained_names
-from dinoseg.training.description import FORMAT, IDLE, locate_weights, read_description
+from dinoseg.training.description import FORMAT, IDLE, changed_prediction, locate_weights, read_description
 from dinoseg.training.loading import (
     CASTS,
     CONSTANTS,
@@ -403,14 +403,14 @@ def comparable(
         now: description of the resumed run.
         metric: see `Checkpointer`.
     """
-    old, new = _chosen_by(before, metric), _chosen_by(now, metric)
+    old, new = _chosen_by(before, now, metric), _chosen_by(now, before, metric)
     if progress.best is None or old == new:
         return progress
     logger.warning("Checkpoint selection changed to %s from %s; the previous best score is discarded.", new, old)
     return replace(progress, best=None, best_step=0, stale=0)
 
 
-def _chosen_by(info: Mapping[str, Any], metric: str | None) -> str:
+def _chosen_by(info: Mapping[str, Any], other: Mapping[str, Any], metric: str | None) -> str:
     """Return what selects a run's `best`: a score, its settings and its number of images, or the last validation.
 
     The score counts with `trainer.evaluate=last`, too: early stopping compares it.
@@ -419,8 +419,8 @@ def _chosen_by(info: Mapping[str, Any], metric: str | None) -> str:
     trainer = config.get("trainer", {})
     score, images = trainer.get("score"), trainer.get("val_images")
     settings = (config.get("metric") or {}).get(metric or score) or {}
-    thresholds = {} if score == "loss" else config.get("task", {})  # of which the loss is independent
-    options = "".join(f" {key}={value}" for key, value in [*thresholds.items(), *settings.items()])
+    changed = changed_prediction(info, other, score)
+    options = "".join(f" {key}={value}" for key, value in [*changed.items(), *settings.items()])
     chosen = f"{score}{options} of {'all images' if images is None else count_of(images, 'image')}"
     return f"the last validation ({chosen})" if trainer.get("evaluate") == "last" else chosen
 

@@ -82,6 +82,22 @@ def locate_weights(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {**config, **{part: {**node, **_whole_path(node.get("weights"), folder)} for part, node in parts.items()}}
 
 
+def changed_prediction(info: Mapping[str, Any], other: Mapping[str, Any], score: str | None) -> dict[str, Any]:
+    """Return the settings, besides model, metric and data, that change a validation's score against `other`."""
+    here, there = _prediction(info, score), _prediction(other, score)
+    return {key: here.get(key) for key in {**there, **here} if here.get(key) != there.get(key)}
+
+
+def _prediction(info: Mapping[str, Any], score: str | None) -> dict[str, Any]:
+    config, choices = info.get("config", {}), info.get("choices", {})
+    found = {"data.background": config["data"].get("background")} if score == "miou_no_background" else {}
+    # the loss has no thresholds, and needs no slots that are followed
+    for group in ("inference",) if score == "loss" else ("inference", "slots", "task"):
+        found[group] = choices.get(group)
+        found |= {f"{group}.{key}": value for key, value in config.get(group, {}).items() if key != "batch_size"}
+    return found
+
+
 def _whole_path(weights: Any, folder: Path) -> dict[str, str]:
     if not isinstance(weights, str) or weights in ("random", "timm"):
         return {}

@@ -1,5 +1,6 @@
 """Reading of image files with any number of channels at full depth, as levels of 8 or 16 bits; imports no torch."""
 
+import io
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from dinoseg.utils.images import (
 WHITE = 65535  # highest level of 16 bits
 EXACT = 257  # 65535 / 255: 16-bit level of an 8-bit one, at the same share of white
 _MAX_NUMBERS = 2**29  # numbers of a file that are read: as many as Pillow opens as RGB
+_MAX_HEADER = 2**14  # bytes of a .npy file's header: more than numpy parses
 _BAND = 2**22  # numbers that are converted at once: 100 MiB in float64
 _SAMPLES_PER_PIXEL = 277  # TIFF tag
 # whose arrays are the stored values
@@ -159,10 +161,13 @@ def _is_reduced(image: Image.Image) -> bool:
 def _read_by_opencv(image: Image.Image) -> np.ndarray:
     import cv2
 
-    height, width, samples = image.height, image.width, _count_samples(image)
+    height, width = image.height, image.width
     orientation = 1 if isinstance(image, TiffImageFile) else read_orientation(image)  # OpenCV turns TIFF files
     file = image.fp  # type: ignore[attr-defined]
     packing = find_packing(image)
+    # OpenCV returns blue, green, red and alpha, also of the grey and alpha of a PNG
+    channels = [0, 3] if packing.startswith("LA") else [2, 1, 0, 3][: _count_samples(image)]
+    samples = len(channels)
     count = 0
     for page in _pages(image):  # check all, since OpenCV decodes all at once
         check_cost(page)
@@ -178,8 +183,7 @@ def _read_by_opencv(image: Image.Image) -> np.ndarray:
         raise Unfit("cannot be decoded at full depth. Save its channels as pages, or as .npy")
     levels = np.empty((height, width, count * samples), pages[0].dtype)
     for number, stored in enumerate(pages):
-        # OpenCV returns blue, green, red, and alpha
-        levels[..., samples * number : samples * (number + 1)] = stored[..., [2, 1, 0, 3][:samples]]
+        levels[..., samples * number : samples * (number + 1)] = stored[..., channels]
     return _turn(levels, orientation)
 
 
@@ -221,10 +225,11 @@ def _read_array(path: Path) -> np.ndarray:
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Return shape, memory order and type of a .npy file; never unpickles anything."""
+    head = io.BytesIO(file.read(_MAX_HEADER))  # numpy reads a header of any length before it refuses it
     try:
-        version = np.lib.format.read_magic(file)
+        version = np.lib.format.read_magic(head)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read(file)
+        shape, is_fortran, dtype = read(head)
     except Exception:  # numpy parses it as a Python literal, which fails in many ways
         raise UserError(f"{path} cannot be read as an array. Save it again by numpy.save.") from None
     is_shape = len(shape) in (2, 3) and all(type(side) is int and side > 0 for side in shape)
@@ -234,4 +239,5 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[tuple[int, ...], bool, np.
         )
     if dtype.kind not in "uif":
         raise UserError(f"{path} holds {dtype} values. Save uint8, uint16 or floats.")
+    file.seek(head.tell())
     return shape, is_fortran, dtype

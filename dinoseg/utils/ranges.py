@@ -234,6 +234,8 @@ def _describe_type(annotation: Any) -> str:
     if _PLAIN.get(kind) is _LIST:
         count = "" if kind is not tuple or ... in arguments else f"{len(arguments)} "
         return f"a list of {count}{_describe_items(arguments[0])}" if arguments else "a list"
+    if _PLAIN.get(kind) is Mapping and arguments:
+        return f"a mapping to {_describe_items(arguments[1])}"
     return str(_WORDS.get(kind) or getattr(kind, "__name__", kind))
 
 
@@ -247,7 +249,8 @@ def _describe_items(annotation: Any) -> str:
 
 
 def _type_name(value: Any) -> str:
-    inner = sorted({type(item).__name__ for item in value}) if isinstance(value, _LIST) else []
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, _LIST) else ()
+    inner = sorted({type(item).__name__ for item in items})
     return type(value).__name__ + (f" of {' and '.join(inner)}" if inner else "")
 
 

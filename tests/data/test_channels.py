@@ -55,6 +55,21 @@ def test_files_of_8_and_16_bits_keep_their_levels(suffix, channels, dtype, tmp_p
     assert np.array_equal(read_levels(path, None), image)
 
 
+def png_chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_png_files_of_grey_and_alpha_have_two_channels(dtype, tmp_path):
+    image = levels(2, dtype)
+    header = struct.pack(">IIBBBBB", *SIZE[::-1], 8 * image.itemsize, 4, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in image)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(rows), b"IEND": b""}
+    content = b"".join(png_chunk(*chunk) for chunk in chunks.items())
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    assert np.array_equal(read_levels(tmp_path / "a.png", None), image)
+
+
 @pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16B", ">u2")])
 def test_grey_of_16_bits_is_read_in_both_byte_orders(mode, dtype, tmp_path):
     image = levels(1, np.uint16)
@@ -227,6 +242,17 @@ def test_hostile_headers_of_arrays_are_refused_shortly(shape, tmp_path):
     assert len(str(refused.value)) < len(str(tmp_path)) + 150
 
 
+def test_long_headers_of_arrays_are_not_read(tmp_path):
+    with open(tmp_path / "a.npy", "wb") as file:
+        file.write(b"\x93NUMPY\x02\x00" + (2**28).to_bytes(4, "little") + b" " * 99)
+        file.truncate(2**28 + 100)  # sparse
+    tracemalloc.start()
+    with pytest.raises(UserError, match="as an array"):
+        read_levels(tmp_path / "a.npy", None)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
 def test_large_files_of_16_bits_are_refused_before_decoding(tmp_path, monkeypatch):
     image = levels(3, np.uint16)
     cv2.imwritemulti(str(tmp_path / "a.tif"), [image[..., ::-1]] * 3)
@@ -355,7 +381,7 @@ def test_orientation_turns_files_of_16_bits(orientation, tmp_path):
     exif[0x0112] = orientation
     content = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
     tags = exif.tobytes()[6:]
-    chunk = struct.pack(">I", len(tags)) + b"eXIf" + tags + struct.pack(">I", zlib.crc32(b"eXIf" + tags))
+    chunk = png_chunk(b"eXIf", tags)
     (tmp_path / "deep.png").write_bytes(content[:33] + chunk + content[33:])
     Image.fromarray((image >> 8).astype(np.uint8)).save(tmp_path / "flat.png", exif=exif)
     found = read_levels(tmp_path / "deep.png", None)

@@ -110,6 +110,15 @@ def test_classes_outside_the_data_are_refused():
     ids = np.zeros((8, 8), np.uint8)
     with pytest.raises(UserError, match=r"classes=\[1, 4\].*from 0 to 3"):
         ClDice(classes=[1, 4]).count(PredictedImage(ids), LabelledImage(ids, CLASSES))
+    with pytest.raises(UserError, match=r"classes=\[1, 4\].*from 0 to 3"):
+        ClDice(classes=[1, 4]).check_classes(CLASSES)
+    ClDice(classes=[1, 3]).check_classes(CLASSES)
+
+
+def test_layers_cannot_be_chosen():
+    ClDice().check_classes(1, has_layers=True)
+    with pytest.raises(UserError, match=r"classes=\[0\]: each class has its own mask"):
+        ClDice(classes=[0]).check_classes(CLASSES, has_layers=True)
 
 
 def test_predictions_of_the_ignored_class_count_nowhere():

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage, spatial
 
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
@@ -188,6 +189,27 @@ def test_settings_of_a_wrapped_metric_name_its_own_options():
     score(metric, [(np.zeros((2, 2), np.uint8), np.ones((2, 2), np.uint8))])
     assert metric.settings == before == wrap(1).settings
     assert "MeanError" in before and before != wrap(2).settings
+
+
+@pytest.mark.parametrize("convert", [np.array, torch.tensor, lambda weights: {"of classes": [np.array(weights)]}])
+def test_settings_tell_arrays_and_tensors_apart(convert):
+    def weighted(*weights):
+        metric = MeanIoU()
+        metric.weights = convert(weights * 400)
+        return metric.settings
+
+    assert weighted(0.5, 1.0) == weighted(0.5, 1.0)
+    assert weighted(0.5, 1.0, 1.0, 1.0) != weighted(0.5, 1.0, 0.9, 1.0)  # printed arrays of 1600 values are equal
+
+
+def test_settings_of_a_wrapped_module_have_its_buffers():
+    def wrap(threshold):
+        module = torch.nn.Module()
+        module.reset = lambda: None
+        module.register_buffer("threshold", torch.tensor(threshold))
+        return WrappedMetric("error", module).settings
+
+    assert wrap(0.5) == wrap(0.5) != wrap(0.6)
 
 
 class Share(Metric):

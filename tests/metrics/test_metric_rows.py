@@ -14,6 +14,7 @@ from dinoseg.metrics.flat import FlatMetric, flatten_counts
 from dinoseg.metrics.layers import LayerMetric
 from dinoseg.metrics.miou import MeanIoU
 from dinoseg.metrics.rows import MetricRows, check_score_names
+from dinoseg.testing import check_metric
 from dinoseg.training.rank_messages import decode_message, encode_message
 from dinoseg.utils.errors import UserError
 
@@ -124,6 +125,65 @@ def test_counts_of_different_names_or_shapes_are_refused(other):
     second = torch.ones(1, 2, 4, dtype=torch.uint8)
     rows.add(Batch(torch.zeros(1, 3, 2, 4), second, ["b"]), second, torch.zeros(1, CLASSES, 1, 1))
     with pytest.raises(UserError, match="of Filled returns counts of .* for the image 01, and of .* for 00"):
+        rows.add_scores({"classes": []}, list)
+
+
+ODD_COUNTS = {
+    "text": {"correct": "1", "labelled": 1},
+    "object": {"correct": None, "labelled": 1},
+    "complex": {"correct": 1j, "labelled": 1},
+    "time": {"correct": np.timedelta64(1), "labelled": 1},
+    "tuple": (1, 1),
+}
+
+
+class Returned(Share):
+    def __init__(self, counts):
+        self.counts = counts
+
+    def count(self, prediction, sample):
+        return self.counts
+
+
+@pytest.mark.parametrize("kind", ODD_COUNTS)
+@pytest.mark.parametrize("wrap", [lambda metric: metric, LayerMetric])
+def test_counts_that_are_no_numbers_are_refused(wrap, kind):
+    metric, layers = Returned(ODD_COUNTS[kind]), np.zeros((1, 2, 4), np.uint8)
+    with pytest.raises(UserError, match="`count` of Returned returns"):
+        rows_of(wrap(metric), layers, layers)
+    with pytest.raises(AssertionError, match="`count` of Returned returns"):
+        check_metric(metric)
+
+
+def test_layers_of_different_counts_are_refused():
+    metric = Filled()
+    metric.forms = (*metric.forms, {"correct": 1, "labelled": 1, "other": 1})
+    layers = np.stack([np.zeros((2, 4), np.uint8), np.ones((2, 4), np.uint8)])
+    with pytest.raises(UserError, match=r"of Filled returns counts of .* for the image 04 \(layer 1\)"):
+        rows_of(LayerMetric(metric), layers, layers)
+
+
+class OtherScores(Share):
+    def __init__(self, scores):
+        super().__init__()
+        self.found = scores
+
+    def compute(self, sums):
+        return self.found
+
+
+@pytest.mark.parametrize("scores", [{}, {"share": 1.0, "miou": 1.0}, {"share": [0.5, 0.5]}])
+def test_scores_that_do_not_fit_the_class_are_refused(scores):
+    layers = np.zeros((1, 2, 4), np.uint8)
+    rows = rows_of(OtherScores(scores), layers, layers)
+    with pytest.raises(UserError, match="`compute` of OtherScores returns"):
+        rows.add_scores({"classes": []}, list)
+
+
+def test_missing_scores_of_layers_are_refused():
+    layers = np.zeros((1, 2, 4), np.uint8)
+    rows = rows_of(LayerMetric(OtherScores({})), layers, layers)
+    with pytest.raises(UserError, match="`compute` of OtherScores returns"):
         rows.add_scores({"classes": []}, list)
 
 

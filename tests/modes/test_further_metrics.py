@@ -38,6 +38,7 @@ def test_best_checkpoint_and_scores_are_those_of_the_metric(run):
         assert next(csv.reader(file))[-2:] == ["boundary_iou", "nsd"]
     page = (run / "run/evaluation/report.html").read_text()
     assert "boundary_iou" in page and f"{100 * max(values):.1f} %" in page
+    assert f"validation: 6, {values[-1]:.4g}" in page  # in the curve of trainer.score
 
 
 def test_evaluation_takes_metrics_of_the_run_or_of_the_command(run):
@@ -108,12 +109,17 @@ def test_auto_resume_takes_a_run_of_other_scores(tmp_path):
     assert checkpoint.describe(tmp_path / "run/checkpoints/last.safetensors")["choices"]["metric"] == ["nsd"]
 
 
-def test_scores_without_their_metric_are_refused(tmp_path):
+def test_scores_and_classes_that_do_not_fit_are_refused(tmp_path):
     write_data(tmp_path / "data")
     absent = call(tmp_path, "mode=train", *SMALL, "trainer.score=nsd")
     assert absent.status == 1 and "Add metric=[nsd]" in absent.err
     wrong = call(tmp_path, "mode=train", *SMALL, "metric=nsd", "trainer.score=nds")
     assert wrong.status == 1 and "mean_accuracy" in wrong.err
     assert "metric=[NAME] adds boundary_iou, cldice, ece" in wrong.err
+    classes = call(tmp_path, "mode=train", *SMALL, "metric=cldice", "metric.cldice.classes=[5]", "hydra.run.dir=run")
+    assert classes.status == 1 and "metric.cldice.classes=[5]: give ids of classes, from 0 to 1" in classes.err
+    assert not (tmp_path / "run/metrics.jsonl").exists()  # before the first step
+    foreign = call(tmp_path, "mode=train", *SMALL, "metric=[../loss/bce]")
+    assert foreign.status == 1 and "is not a metric. Choose options of the group metric" in foreign.err
     clips = call(tmp_path, *SLOTS, "metric=[nsd]")
     assert clips.status == 1 and "metric=[nsd] scores images with masks" in clips.err

@@ -199,6 +199,7 @@ def test_a_single_class_from_coco_is_trained(tmp_path):
         (("data.augment.cat_max_ratio=0.75",), "task=multilabel: data.augment.cat_max_ratio=0.75"),
         (("task.threshold=[0.5]",), "one for each of the 2 classes"),
         (("mode=probe",), "task=multilabel: mode=probe"),
+        (("metric=cldice", "metric.cldice.classes=[1]"), "metric.cldice.classes=[1]: each class has its own mask"),
     ],
 )
 def test_parts_of_one_class_per_pixel_are_refused(tmp_path, words, message):

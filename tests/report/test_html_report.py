@@ -345,6 +345,17 @@ def test_training_curves_are_in_percent_within_their_own_range():
 
 
 @pytest.mark.parametrize(
+    ("score", "titles"), [("area_error", ["mIoU", "area_error"]), ("miou", ["mIoU"]), (None, ["mIoU"])]
+)
+def test_training_curves_have_the_selecting_score_once(score, titles):
+    rows = [{"step": step, "val/miou": 0.5, "val/area_error": 3.0 + step} for step in range(3)]
+    charts = training_charts(rows, score)
+    assert [chart["title"] for chart in charts] == titles
+    if score == "area_error":
+        assert charts[1]["curves"][0]["dots"][-1][-1] == "validation: 2, 5"
+
+
+@pytest.mark.parametrize(
     ("given", "low", "high"), [([], 0, 1), ([3.0], 2.8, 3.2), ([0.0], -0.5, 0.5), ([-1e-9, 1e9], -1e9, 2e9)]
 )
 def test_axes_always_have_a_length(given, low, high):

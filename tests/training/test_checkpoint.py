@@ -369,14 +369,31 @@ def test_changed_selection_restarts_patience_and_discards_best(caplog):
         ("share", "share", {"task": {"threshold": 0.3}}, False),  # this metric has a threshold of its own
         ("loss", None, {"task": {"threshold": 0.3}}, True),
         ("miou", None, {"metric": {"cldice": {"classes": [1]}}}, True),
+        ("miou", None, {"inference": {"flips": "all", "batch_size": 4}}, False),
+        ("loss", None, {"inference": {"flips": "all", "batch_size": 4}}, False),
+        ("miou", None, {"inference": {"flips": "none", "batch_size": 1}}, True),
+        ("fg_ari", None, {"slots": {"match": "overlap"}}, False),
+        ("loss", None, {"slots": {"match": "overlap"}}, True),
+        ("miou_no_background", None, {"data": {"background": "b"}}, False),
+        ("miou", None, {"data": {"background": "b"}}, True),
     ],
 )
 def test_settings_of_a_score_decide_whether_its_best_stays(score, metric, changed, is_same):
     config = {
         "trainer": {"score": score},
         "task": {"threshold": 0.5},
+        "data": {"background": "a"},
+        "inference": {"flips": "none", "batch_size": 4},
+        "slots": {"match": "auto"},
         "metric": {"cldice": {"classes": None}, "nsd": {"tolerance": 2}, "share": {"threshold": 0.9}},
     }
     before, progress = {"config": config}, Progress(9, best=0.5, best_step=3)
     found = comparable(progress, before, {"config": config | changed}, metric)
     assert found == (progress if is_same else Progress(9))
+
+
+def test_another_inference_option_discards_the_best(caplog):
+    config, progress = {"trainer": {"score": "miou"}}, Progress(9, best=0.5, best_step=3)
+    before, now = ({"config": config, "choices": {"inference": option}} for option in ("whole", "windows"))
+    assert comparable(progress, before, now) == Progress(9)
+    assert "to miou inference=windows of all images from miou inference=whole of all images" in caplog.text

@@ -28,6 +28,7 @@ from dinoseg.utils.wording import count_of, format_value, join_names
 
 log = logging.getLogger(__name__)
 IGNORE = "ignore"
+MAX_SHAPES = 2**15  # of an image, which take 15 s to draw; dense datasets have some thousands
 
 
 class NotThere(ValueError):
@@ -292,6 +293,12 @@ class _Maker:
                 reason = entry.wrong if str(entry.path) in entry.wrong else f"{entry.path}: {entry.wrong}."
                 return Lacking(name, reason, "Correct the shapes in the annotation tool, and export again.")
             size = size_of_image(entry, image)
+            if len(entry.shapes) > MAX_SHAPES:
+                return Lacking(
+                    name,
+                    f"{entry.path}: {entry.image} has {len(entry.shapes)} shapes, over {MAX_SHAPES}.",
+                    "Split the image, or draw its shapes into a mask file for data=folder.",
+                )
         except NotThere as error:
             return Lacking(name, str(error), "Put the images there, or set their folder: data.reader.layout.images.")
         if self.layers:

@@ -89,6 +89,7 @@ def evaluation_page(
     subtitle: str,
     about: Mapping[str, Any],
     training: Sequence[Mapping[str, Any]] | None = None,
+    selecting: str | None = None,
 ) -> str:
     """Return the page as HTML.
 
@@ -100,6 +101,7 @@ def evaluation_page(
         subtitle: a line below the title.
         about: see `evaluation.about.about_run`.
         training: rows of the training's metrics.jsonl; None without these.
+        selecting: score of its validations that selected the checkpoint; None if unknown.
     """
     units = evaluated.count_units()
     found = scores.values
@@ -136,7 +138,7 @@ def evaluation_page(
         else video_charts(_group_scores(evaluated.units, errors.mious), "mIoU %"),
         calibration=calibration and {**calibration, "charts": calibration_charts(calibration)},
         min_bin_pixels=_MIN_BIN_PIXELS,
-        training=training_charts(training or []),
+        training=training_charts(training or [], selecting),
         max_points=MAX,
         official=scores.official,
         about=about,
@@ -216,10 +218,13 @@ def calibration_charts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the curves of a training's log; scores are in percent."""
+def training_charts(rows: Sequence[Mapping[str, Any]], selecting: str | None = None) -> list[dict[str, Any]]:
+    """Return the curves of a training's log, mIoU and accuracy in percent; with that of another selecting score."""
+    shown = list(_TRAINING_CURVES)
+    if selecting is not None and not any(f"val/{selecting}" in keys.values() for _, keys, _, _ in shown):
+        shown.append((selecting, {"validation": f"val/{selecting}"}, selecting, 1))
     charts = []
-    for title, keys, name, factor in _TRAINING_CURVES:
+    for title, keys, name, factor in shown:
         curves = [(label, points) for label, key in keys.items() if (points := _finite_points(rows, key, factor))]
         if not curves:
             continue

@@ -14,6 +14,7 @@ import dinoseg
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.data.annotation.rle import to_text
+from dinoseg.data.formats import annotated
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
 from dinoseg.data.formats.annotation_files import AnnotationLayout
 from dinoseg.data.packed.pack import pack
@@ -434,3 +435,10 @@ def test_old_and_foreign_files_in_a_labelme_folder_are_skipped(tmp_path):
     data = open_annotated("labelme", root)
     assert data.names == ["b"] and "not an image size:" in data.lacking["a"]
     assert "an object with shapes" in str(data.lacking)
+
+
+def test_images_of_too_many_shapes_are_left_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(annotated, "MAX_SHAPES", 2)
+    boxes = [(1, 1, [CORNERS])] * 2 + [(2, 1, [CORNERS])] * 3
+    data = open_annotated("coco", coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=boxes))
+    assert data.names == ["a"] and "b.png has 3 shapes, over 2" in data.lacking["b"]

@@ -149,6 +149,14 @@ def test_class_names_unusable_as_file_names_are_refused(tmp_path, name):
         folder_dataset(tmp_path, "train", classes=[name], layers=True)
 
 
+@pytest.mark.parametrize("is_own", [True, False])
+def test_class_names_of_any_layers_are_checked(is_own, tmp_path):
+    write_coco(tmp_path)
+    data = Drawn([[[0, 1], [1, 255]], [[0, 0], [1, 0]]]) if is_own else coco(tmp_path)
+    with pytest.raises(UserError, match="The class a/b .* Rename it"):
+        check_custom_dataset(data, ["a/b", "c"], 255, has_layers=True)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
