@@ -101,6 +101,7 @@ DINOV2_PROBE = PROBE | {
     **{"optim.schedule.kind": "poly", "optim.schedule.power": 1.0},
     **{"data.augment.color.hue": 0.1, "data.augment.color.space": "hsv", "data.augment.resample": "bilinear"},
     "inference.resample": "bilinear",
+    **{"trainer.val_every": 10000, "trainer.evaluate": "last"},
 }
 EOMT = {  # tue-mps/eomt: configs, training/mask_classification_semantic.py, datasets/transforms.py
     **{
