@@ -101,7 +101,7 @@ def create_model(
                 raise UserError(no_effect)
             with preserve_global_state(), lend_objects(objects):
                 build = ModelBuilder(cfg)
-                labels = _read_labels(build, num_classes, names)
+                labels = _read_labels(build, num_classes)
                 model, policy = build.model(), build.part("inference")
                 if init is not None:
                     check_initial(build, model)
@@ -149,10 +149,10 @@ def _whole_path(weights: str | PathLike[str]) -> str | PathLike[str]:
         return weights
 
 
-def _read_labels(build: ModelBuilder, num_classes: int | None, names: list[str] | None) -> Labels:
+def _read_labels(build: ModelBuilder, num_classes: int | None) -> Labels:
     """Return the classes; refuse a single one where each pixel has one class."""
-    if names is not None and not build.task.has_layers:
-        whole_number(len(names), "len(classes)" if num_classes is None else "num_classes", _CLASSES)
+    if not build.task.has_layers:
+        whole_number(len(build.labels.classes), "len(classes)" if num_classes is None else "num_classes", _CLASSES)
     return build.labels
 
 

@@ -421,3 +421,9 @@ def test_a_model_on_the_meta_device_has_shapes_but_no_values(tmp_path):
             read()
     with torch.device("meta"), pytest.raises(UserError, match="outside of torch.device"):
         tiny()
+
+
+def test_one_class_of_a_key_is_refused():
+    with pytest.raises(UserError, match="give 2 to 255"):
+        dinoseg.create_model("tiny_surgical", **{"data.classes": ["a"]})
+    assert dinoseg.create_model("tiny_surgical", task="multilabel", **{"data.classes": ["a"]}).classes == ("a",)
