@@ -269,7 +269,7 @@ def check_active(model: nn.Module) -> None:
     Raises:
         UserError: a model loaded from its file would apply them, merged ones for the second time.
     """
-    layers: list[Any] = [part for part in model.modules() if hasattr(part, "lora_alpha")]
+    layers: list[Any] = [part for part in model.modules() if "lora_alpha" in vars(part)]
     if not all(map(_is_as_configured, layers)):
         raise UserError(
             "LoRA layers of the model are merged, switched off or scaled by peft, so a file of it would give other "
