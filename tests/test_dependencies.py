@@ -15,7 +15,7 @@ FIXED = {  # first version without published advisories of its own, by November 
     "pillow": "13",
     "jinja2": "3.1.6",
     "tqdm": "4.66.3",
-    "onnx": "1.21",
+    "onnx": "1.22",
     "starlette": "1.3.1",
     "fastapi": "0.109.1",
     "mlflow-skinny": "3.16",

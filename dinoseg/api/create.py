@@ -1,11 +1,12 @@
 """`dinoseg.create_model`: a new model from options of the config groups."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from dinoseg.api.compose import compose, find_tables, split_options, words_of
+from dinoseg.api.dataset import TRAINING_KEYS
 from dinoseg.api.objects import check_fit, split_modules
 from dinoseg.api.wording import python_terms
 from dinoseg.config.plain import keys_of
@@ -29,8 +30,7 @@ _READ = (  # groups and keys that change a model, its parameter groups or its fi
 )
 _NOT_READ = (  # of these groups: what the caller's own loop does
     *("optim.optimizer.betas", "optim.optimizer.freeze_backbone_until"),
-    *(f"data.{key}" for key in ("batch_size", "augment", "views", "labelled", "folds", "fold")),
-    *("data.cache", "data.workers"),
+    *(f"data.{key}" for key in (*TRAINING_KEYS, "folds", "fold", "cache")),
 )
 _RULE = "2 to 255. For one kind of object, give two: the background and the object"
 _CLASSES = Range(_RULE, 2, 255)
@@ -101,7 +101,7 @@ def create_model(
                 raise UserError(no_effect)
             with preserve_global_state(), lend_objects(objects):
                 build = ModelBuilder(cfg)
-                labels = _read_labels(build, num_classes, names)
+                labels = _read_labels(build, num_classes)
                 model, policy = build.model(), build.part("inference")
                 if init is not None:
                     check_initial(build, model)
@@ -149,10 +149,10 @@ def _whole_path(weights: str | PathLike[str]) -> str | PathLike[str]:
         return weights
 
 
-def _read_labels(build: ModelBuilder, num_classes: int | None, names: list[str] | None) -> Labels:
+def _read_labels(build: ModelBuilder, num_classes: int | None) -> Labels:
     """Return the classes; refuse a single one where each pixel has one class."""
-    if names is not None and not build.task.has_layers:
-        whole_number(len(names), "len(classes)" if num_classes is None else "num_classes", _CLASSES)
+    if not build.task.has_layers:
+        whole_number(len(build.labels.classes), "len(classes)" if num_classes is None else "num_classes", _CLASSES)
     return build.labels
 
 
@@ -168,9 +168,12 @@ def _names(num_classes: int | None, classes: Iterable[str] | None) -> list[str] 
         num_classes = whole_number(num_classes, "num_classes", _LAYERS)
     if classes is None:
         return None if num_classes is None else [f"class_{number}" for number in range(num_classes)]
-    if not isinstance(classes, Iterable):
+    if not isinstance(classes, Iterable) or isinstance(classes, Mapping | Set):  # a set has no order
         raise UserError(f"classes={classes!r} is not a list. Give the names of the classes, or num_classes=2.")
-    names = [str(name) for name in classes]
+    names = list(classes)
+    if others := [name for name in names if not isinstance(name, str)]:
+        raise UserError(f"classes: {others[0]!r} is of type {type(others[0]).__name__}. Give names, which are text.")
+    names = [str(name) for name in names]  # such as NumPy's
     if num_classes not in (None, len(names)):
         raise UserError(f"num_classes={num_classes}, but classes has {len(names)} names. Give one of them.")
     whole_number(len(names), "len(classes)", _LAYERS)

@@ -12,7 +12,10 @@ from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.ranges import check_annotations
+
+TRAINING_KEYS = ("augment", "batch_size", "labelled", "views", "workers")  # keys of `data` that only a training reads
 
 
 class SegmentationDataset(Dataset):
@@ -95,8 +98,8 @@ def open_dataset(
             `reader={"layout": {"images": "{split}/photos"}}`; or `task="multilabel"`, for masks (K, H, W).
 
     Raises:
-        UserError: an unknown option, key or split, no classes, a missing folder, or an image without a mask; when an
-            item is read: an unreadable file, or a mask value that is not a class.
+        UserError: an unknown option, key or split, a key that only a training reads, no classes, a missing folder, or
+            an image without a mask; when an item is read: an unreadable file, or a mask value that is not a class.
 
     Examples:
         >>> import dinoseg, numpy, pathlib, PIL.Image, tempfile
@@ -109,6 +112,8 @@ def open_dataset(
         >>> data[0]["image"].shape, data[0]["mask"].unique(), data[0]["name"]
         (torch.Size([3, 32, 48]), tensor([1], dtype=torch.uint8), 'a')
     """
+    if idle := next((key for key in TRAINING_KEYS if key in overrides), None):
+        raise UserError(f"{idle} has no effect on a dataset of your own loop. Leave it out, or train by dinoseg.train.")
     given: Mapping[str, Any] = {"root": root, "classes": None if classes is None else list(classes)}
     keys = {key: value for key, value in given.items() if value is not None} | overrides
     task = {"task": keys.pop("task")} if "task" in keys else {}

@@ -74,7 +74,7 @@ def run_mode(
                 overrides, datasets = split_datasets(overrides)
                 typed += words_of({**overrides, **folder}, find_tables(typed, overrides, config_dir))
                 job = compose_job(typed, config_dir=config_dir)
-                if folder and not exist_ok:
+                if job.location.is_given and not exist_ok:
                     _check_unused(job)
                 with lend_objects({**modules, **datasets}):
                     return _launch(job, config_dir, new_folder=exist_ok)

@@ -139,6 +139,36 @@ class Metric(ABC):
         return {name: plain_score(value) for name, value in found.items()}
 
 
+def check_image(prediction: PredictedImage, sample: LabelledImage) -> None:
+    """Refuse ids that a metric would count wrongly: of another shape or type, or labels that are no class.
+
+    Predicted ids of K or more pass: they are errors of the reference's class.
+
+    Raises:
+        UserError: naming the ids.
+    """
+    ids, mask = np.asarray(prediction.ids), np.asarray(sample.mask)
+    where = f"{sample.name}: " if sample.name else ""
+    for name, array in (("prediction", ids), ("mask", mask)):
+        if array.dtype.kind not in "biu":
+            raise UserError(f"{where}The {name} is of {array.dtype}. Give ids of an integer type.")
+    if ids.shape != mask.shape:
+        raise UserError(f"{where}The prediction is {list(ids.shape)}, and the mask {list(mask.shape)}. Give one size.")
+    has_layers = mask.ndim > 2
+    if has_layers and len(mask) != sample.num_classes:
+        raise UserError(f"{where}The mask has {len(mask)} layers. Give one for each class: {sample.num_classes}.")
+    last = 1 if has_layers else sample.num_classes - 1
+    unknown = mask[(mask < 0) | (mask > last)]
+    unknown = unknown[unknown != sample.ignore_index]
+    if unknown.size:
+        raise UserError(
+            f"{where}The mask holds {unknown[0]}, which is neither in 0..{last} nor ignore_index="
+            f"{sample.ignore_index}. Convert it, or set ignore_index."
+        )
+    if has_layers and ids.max(initial=0) > 1:
+        raise UserError(f"{where}The prediction holds {ids.max()}. Layers hold 0 and 1: give ids > 0.")
+
+
 def format_settings(metric: object, attributes: Mapping[str, object]) -> str:
     """Return the class of a metric and those attributes that are plain values, arrays or tensors as text."""
     options = sorted(attributes.items())

@@ -55,6 +55,7 @@ def load_initial_weights(
         logger.info("init=%s: reading %s.", init, saved.path)
     taken, _ = _select_tensors(init, model, saved)
     _check_frozen(init, model, saved, build.config)
+    _check_scale(init, saved, build.settings("adapter"))
     model.load_state_dict(taken, strict=False)
     _log_loaded(init, model, saved, taken, left, classes)
 
@@ -180,6 +181,19 @@ def _check_frozen(init: str, model: SegmentationModel, saved: Checkpoint, config
             f"init={init}: its frozen backbone weights differ from those of this model (backbone.weights, "
             "backbone.final_norm, or the blocks that are read). Set the values it was trained with."
         )
+
+
+def _check_scale(init: str, saved: Checkpoint, adapter: Mapping[str, Any]) -> None:
+    """Refuse LoRA updates at another scale than in their training: it is no tensor, and changes the features."""
+    if not any(_UPDATES in name for name in saved.part("model")):
+        return
+    theirs = {"alpha": saved.info["config"]["adapter"].get("rank"), **saved.info["config"]["adapter"]}  # its default
+    for key in ("alpha", "rslora"):
+        if adapter.get(key) != theirs.get(key):
+            raise UserError(
+                f"init={init}: its LoRA updates were trained with adapter.{key}={theirs.get(key)}, not "
+                f"{adapter.get(key)}, which changes the features that its head reads. Set the value of the training."
+            )
 
 
 def _frozen_dtype(config: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -245,6 +245,11 @@ class ModelBuilder:
             runtime_arguments["patch_size"] = adapted.patch_size
         weightless = {"weights": None} if untrained and "weights" in keys else None
         check_partial(self._cfg.head, "head")
+        if "num_classes" in keys and self._cfg.head.num_classes != self.value("data.num_classes"):
+            raise UserError(
+                f"head.num_classes={self._cfg.head.num_classes}, and data.classes has "
+                f"{self.value('data.num_classes')}. Leave head.num_classes out: it follows from the classes."
+            )
         make = instantiate(self._cfg.head, without=("layers", "lr", *runtime_arguments), instead=weightless)
         head = expect_type(Head, make(**runtime_arguments), "head")
         sizes = self.arguments(SegmentationModel, {"scale": "resolution.scale", "longest": "resolution.longest"})

@@ -358,13 +358,15 @@ def compute_class_weights(counts: Sequence[int] | Tensor, scheme: str = "median"
         scheme: one_minus_frequency, inverse, median or effective_number, as `loss.weights` on the command line.
 
     Raises:
-        UserError: the scheme is unknown, or there are no pixels.
+        UserError: a count is not a whole number, the scheme is unknown, or there are no pixels.
 
     Examples:
         >>> from dinoseg.losses import compute_class_weights
         >>> compute_class_weights([900, 100], "one_minus_frequency")
         tensor([0.1000, 0.9000])
     """
+    if isinstance(counts, Mapping) or not all(float(count).is_integer() and count >= 0 for count in counts):
+        raise UserError("counts: give a whole number of pixels of at least 0 for each class, in the order of the ids.")
     numbers = [int(count) for count in counts]
     return weights_by_scheme(numbers, [str(number) for number in range(len(numbers))], scheme)
 
@@ -391,8 +393,10 @@ def _value(
         weights = torch.as_tensor(class_weights, dtype=torch.float32).detach()
         if weights.shape != (classes,):
             raise UserError(f"class_weights has the shape {list(weights.shape)}. Give one weight per class: {classes}.")
-        if not (torch.isfinite(weights) & (weights >= 0)).all():
-            raise UserError(f"class_weights={weights.tolist()}: give finite numbers that are not negative.")
+        if not (torch.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+            raise UserError(
+                f"class_weights={weights.tolist()}: give finite numbers of at least 0, one of them above 0."
+            )
         loss = _build_loss(kind, weights, ignore_index, options).to(device)
     batch = Batch.of_masks(targets)
     return loss(prediction, batch)[0]

@@ -6,6 +6,7 @@ from torch import Tensor
 from dinoseg.core.contracts import safe_divide
 from dinoseg.core.shapes import Batch, Prediction
 from dinoseg.losses.labelled import UNLABELLED, ImageLoss, check_classes, labelled_images, labelled_pixels
+from dinoseg.utils.ranges import check_annotations
 
 
 @torch.no_grad()
@@ -58,6 +59,7 @@ class Lovasz(ImageLoss):
         per_image: whether to compute the loss per image (with its own classes) instead of over the whole batch.
     """
 
+    @check_annotations
     def __init__(self, class_weights: Tensor, ignore_index: int = 255, per_image: bool = False) -> None:
         super().__init__(class_weights, ignore_index)
         check_classes(class_weights)

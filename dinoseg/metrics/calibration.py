@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage
+from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, check_image
 from dinoseg.metrics.counts import ratio
 
 BINS = 15  # equal-width bins over the confidence, as in C. Guo et al. (2017)
@@ -57,6 +57,7 @@ class CalibrationError(Metric):
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
         """Return correct pixels (BINS,) int64, sums of the confidence (BINS,) float64, and the number of pixels."""
         assert prediction.logits is not None
+        check_image(prediction, sample)
         labels = sample.mask[prediction.places]
         known = labels != sample.ignore_index
         found = reliability(prediction.logits[:, known].T, labels[known])

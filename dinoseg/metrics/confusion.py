@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import AT_LEAST_1, whole_number
+from dinoseg.utils.ranges import AT_LEAST_1, INTEGERS, Range, whole_number
 
 SCORES = ("accuracy", "dice", "mean_accuracy", "miou")  # of `ConfusionMatrix.compute` for any classes
 _AT_ONCE = 2**18  # pixels per chunk
@@ -25,6 +25,9 @@ class ConfusionMatrix:
         ignore_index: ignored id; if it is one of 0..K-1, that class can never be correct and enters no mean.
         background: id of the background class, which `miou_no_background` leaves out; None without one.
 
+    Raises:
+        UserError: an argument is not a whole number, or `background` is no class.
+
     Examples:
         >>> import torch
         >>> from dinoseg.metrics import ConfusionMatrix
@@ -37,9 +40,11 @@ class ConfusionMatrix:
     def __init__(self, num_classes: int, ignore_index: int = 255, background: int | None = None) -> None:
         # not by annotations: every logged step of a training makes one
         self.num_classes = whole_number(num_classes, "num_classes", AT_LEAST_1)
-        self.ignore_index = ignore_index
-        self.background = background
-        self.counts = torch.zeros(num_classes**2 + 3, dtype=torch.int64)
+        self.ignore_index = whole_number(ignore_index, "ignore_index", INTEGERS)
+        last = self.num_classes - 1
+        ids = Range(f"the id of a class, from 0 to {last}, or None", 0, last)
+        self.background = None if background is None else whole_number(background, "background", ids)
+        self.counts = torch.zeros(self.num_classes**2 + 3, dtype=torch.int64)
 
     @property
     def matrix(self) -> Tensor:

@@ -164,7 +164,8 @@ def expected_calibration_error(
         temperature: divisor of the logits, above 0.
 
     Raises:
-        UserError: a shape or type does not fit, a target is not a class, a logit is NaN, or the temperature is invalid.
+        UserError: a shape or type does not fit, a target is not a class, a logit is NaN or infinite, or the temperature
+            is invalid.
 
     Examples:
         >>> import torch
@@ -187,8 +188,8 @@ def fit_temperature(logits: Values, targets: Values, *, ignore_index: int = 255)
         ignore_index: target of pixels that do not count.
 
     Raises:
-        UserError: a shape or type does not fit, a target is not a class, or a logit is NaN.
-        ValueError: there are no pixels, or there is only one class.
+        UserError: a shape or type does not fit, a target is not a class, or a logit is NaN or infinite.
+        ValueError: there are no pixels.
 
     Examples:
         >>> import torch
@@ -197,7 +198,10 @@ def fit_temperature(logits: Values, targets: Values, *, ignore_index: int = 255)
         >>> round(fit_temperature(logits, torch.tensor([[[0, 0, 0, 1]]])), 2)
         3.64
     """
-    return calibration.fit_temperature(*_select_labelled(logits, targets, ignore_index))
+    rows, ids = _select_labelled(logits, targets, ignore_index)
+    if not np.isfinite(rows[np.arange(len(ids)), ids]).all():
+        raise UserError("Some pixels have the probability 0 for their class, so that no temperature is the best.")
+    return calibration.fit_temperature(rows, ids)
 
 
 def _score(name: str, predictions: Values, targets: Values, num_classes: int, ignore_index: int) -> float:
@@ -216,6 +220,8 @@ def _select_labelled(logits: Values, targets: Values, ignore_index: int) -> tupl
             f"Logits {list(logits.shape)} and targets {list(targets.shape)} do not fit. Give (B, K, H, W) and "
             "(B, H, W)."
         )
+    if logits.shape[1] < 2:
+        raise UserError("With 1 class every probability is 1. Give logits of at least two classes.")
     rows = logits.detach().movedim(1, -1).flatten(0, 2)
     ids = targets.flatten().long()
     known = ids != ignore_index
@@ -224,8 +230,8 @@ def _select_labelled(logits: Values, targets: Values, ignore_index: int) -> tupl
         raise UserError(
             f"Some targets are not classes: give ids below {rows.shape[1]}, or {ignore_index} for no label."
         )
-    if rows.isnan().any():
-        raise UserError("Some logits of labelled pixels are NaN. Check the images and weights that they come from.")
+    if not rows.amax(1).isfinite().all():  # one of -inf is a probability of 0
+        raise UserError("Some logits of labelled pixels are NaN or infinite. Check the images and weights behind them.")
     return _array(rows.double()), _array(ids)
 
 

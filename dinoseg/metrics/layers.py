@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, check_forms, count_image
+from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, check_forms, check_image, count_image
 from dinoseg.metrics.counts import mean_defined
 
 
@@ -44,6 +44,7 @@ class LayerMetric(Metric):
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
         """Return the counts of each layer by name, (K, *shape)."""
+        check_image(prediction, sample)
         rows = []
         for layer, mask in enumerate(sample.mask):
             logits = prediction.logits

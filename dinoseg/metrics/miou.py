@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage
+from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, check_image
 from dinoseg.metrics.counts import mean_defined, ratio
 
 
@@ -30,6 +30,7 @@ class MeanIoU(Metric):
         If `ignore_index` is one of the classes, its predictions are not counted: it can never be correct, so it is
         absent. Predicted ids of K or more are errors of the reference's class.
         """
+        check_image(prediction, sample)
         labelled = sample.mask != sample.ignore_index
         if sample.mask.ndim > 2:  # layers
             reference, predicted = sample.mask == 1, (prediction.ids == 1) & labelled

@@ -6,10 +6,10 @@ classes, that class is not scored.
 
 import numpy as np
 
-from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage
+from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, check_image
 from dinoseg.metrics.counts import mean_defined, ratio
 from dinoseg.metrics.surface import boundary_ious, surface_dices
-from dinoseg.utils.ranges import HighShare, NotNegative
+from dinoseg.utils.ranges import HighShare, NotNegative, check_annotations
 
 
 class BoundaryIoU(Metric):
@@ -30,6 +30,7 @@ class BoundaryIoU(Metric):
 
     scores = {"boundary_iou": "max"}
 
+    @check_annotations
     def __init__(self, ratio: HighShare = 0.02) -> None:
         self.ratio = ratio
 
@@ -68,6 +69,7 @@ class SurfaceDice(Metric):
 
     scores = {"nsd": "max"}
 
+    @check_annotations
     def __init__(self, tolerance: NotNegative = 2) -> None:
         self.tolerance = tolerance
 
@@ -92,6 +94,7 @@ class SurfaceDice(Metric):
 
 def drop_ignored(prediction: PredictedImage, sample: LabelledImage) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Return the ids (H, W) of both sides, K where a pixel is in no class, and the classes that either side holds."""
+    check_image(prediction, sample)
     size = sample.num_classes
     known = sample.mask != sample.ignore_index
     sides = [np.where(known, np.minimum(ids, size), size).astype(np.uint16) for ids in (sample.mask, prediction.ids)]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, format_settings
+from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, check_image, format_settings
 from dinoseg.metrics.counts import ratio
 
 
@@ -40,6 +40,7 @@ class WrappedMetric(Metric):
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
         """Return the value of an image, and whether it is finite."""
+        check_image(prediction, sample)
         ids = np.where(sample.mask == sample.ignore_index, sample.ignore_index, prediction.ids)
         self._metric.reset()
         self._metric.update(*(torch.from_numpy(side.astype(np.int64))[None] for side in (ids, sample.mask)))

@@ -5,6 +5,7 @@ Calling an adapter modifies the backbone in place and returns it.
 """
 
 import logging
+import math
 from copy import copy, deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -263,17 +264,28 @@ def write_adapter(model: SegmentationModel, folder: Path, prefix: str) -> None:
 
 
 def check_active(model: nn.Module) -> None:
-    """Refuse a model whose LoRA layers peft has merged or switched off, which its state dict does not say.
+    """Refuse a model whose LoRA layers peft has merged, switched off or scaled, which its state dict does not say.
 
     Raises:
         UserError: a model loaded from its file would apply them, merged ones for the second time.
     """
-    layers = [part for part in model.modules() if type(part).__module__.startswith("peft.")]
-    if any(getattr(part, "merged", False) or getattr(part, "disable_adapters", False) for part in layers):
+    layers: list[Any] = [part for part in model.modules() if "lora_alpha" in vars(part)]
+    if not all(map(_is_as_configured, layers)):
         raise UserError(
-            "LoRA layers of the model are merged or switched off by peft, so a file of it would give other results. "
-            "Undo that before saving: call unmerge() and enable_adapters(True) on each layer."
+            "LoRA layers of the model are merged, switched off or scaled by peft, so a file of it would give other "
+            'results. Undo that before saving: call unmerge(), enable_adapters(True), set_adapter("default") and '
+            "unscale_layer() on each layer."
         )
+
+
+def _is_as_configured(layer: Any) -> bool:
+    """Return whether a LoRA layer of peft adds its update at the scale of its rank and alpha."""
+    if layer.merged or layer.disable_adapters or not layer.active_adapters:
+        return False
+    return all(
+        layer.scaling[name] in (alpha / layer.r[name], alpha / math.sqrt(layer.r[name]))
+        for name, alpha in layer.lora_alpha.items()
+    )
 
 
 def dequantised_state(model: nn.Module) -> dict[str, Tensor]:

@@ -199,6 +199,17 @@ def non_persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name not in state}
 
 
+def stateless_modules(model: nn.Module) -> dict[str, str]:
+    """Return the classes of the modules without parameters, buffers and children, such as activations, by name."""
+    modules = dict(model.named_modules())
+    stateful = {
+        name.rpartition(".")[0] for named in (model.named_parameters(), model.named_buffers()) for name, _ in named
+    }
+    return {
+        name: type(part).__name__ for name, part in modules.items() if name not in stateful and not any(part.children())
+    }
+
+
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a hash of the names, shapes and sampled values of tensors, in the given order."""
     digest = hashlib.sha256()

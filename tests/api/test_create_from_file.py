@@ -107,3 +107,20 @@ def test_arguments_with_effect_are_accepted():
     options |= {"optim": {"optimizer": {"lr": 0.5, "layer_decay": 0.9}}, "data": {"ignore_index": 9}, "head.lr": 0.1}
     model = dinoseg.create_model("tiny_surgical", adapter="full", num_classes=2, **options)
     assert model.ignore_index == 9 and max(group["lr"] for group in model.trainable_parameters()) == 0.5
+
+
+@pytest.mark.parametrize("changed", [{"alpha": 4}, {"rslora": True}])
+def test_lora_updates_of_another_scale_are_refused(changed, tmp_path):
+    lora = {"name": "lora", "rank": 8}
+    for saved, new in (({}, changed), (changed, {})):
+        model = dinoseg.create_model("tiny_surgical", adapter={**lora, **saved}, num_classes=2)
+        model.save(tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match="^init=.*LoRA updates.*(alpha|rslora)"):
+            dinoseg.create_model(
+                "tiny_surgical", adapter={**lora, **new}, num_classes=2, init=tmp_path / "model.safetensors"
+            )
+    same = {**lora, "alpha": 8}
+    model = dinoseg.create_model("tiny_surgical", adapter=lora, num_classes=2).eval()
+    model.save(tmp_path / "model.safetensors")
+    new = dinoseg.create_model("tiny_surgical", adapter=same, num_classes=2, init=tmp_path / "model.safetensors")
+    assert torch.equal(new.eval()(IMAGES), model(IMAGES))

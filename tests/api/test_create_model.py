@@ -421,3 +421,20 @@ def test_a_model_on_the_meta_device_has_shapes_but_no_values(tmp_path):
             read()
     with torch.device("meta"), pytest.raises(UserError, match="outside of torch.device"):
         tiny()
+
+
+def test_one_class_of_a_key_is_refused():
+    with pytest.raises(UserError, match="give 2 to 255"):
+        dinoseg.create_model("tiny_surgical", **{"data.classes": ["a"]})
+    assert dinoseg.create_model("tiny_surgical", task="multilabel", **{"data.classes": ["a"]}).classes == ("a",)
+
+
+@pytest.mark.parametrize("classes", [{"a", "b"}, {0: "a", 1: "b"}, {"a": 0, "b": 1}, [1, 2], ["a", None], [b"a", b"b"]])
+def test_names_without_order_or_text_are_refused(classes):
+    with pytest.raises(UserError, match="^classes"):
+        dinoseg.create_model("tiny_surgical", classes=classes)
+
+
+def test_another_number_of_classes_of_the_head_is_refused():
+    with pytest.raises(UserError, match="num_classes.*7.*classes has 2"):
+        dinoseg.create_model("tiny_surgical", num_classes=2, head={"name": "linear", "num_classes": 7})

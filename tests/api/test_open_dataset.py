@@ -93,6 +93,9 @@ def test_workers_of_a_loader_read_it(root, method):
         ({"classes": None}, "classes is not set|classes are not set"),
         ({"classes": ["only"]}, "1"),
         ({"nonsense": 1}, "data.nonsense is not a key"),
+        ({"batch_size": 2}, "^batch_size has no effect"),
+        ({"labelled": 0.5}, "^labelled has no effect"),
+        ({"augment": {"flip": 0}}, "^augment has no effect"),
     ],
 )
 def test_mistakes_are_refused(root, arguments, message):

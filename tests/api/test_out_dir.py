@@ -59,6 +59,17 @@ def test_used_folder_is_refused_and_unchanged(here, name):
     assert contents() == before
 
 
+@pytest.mark.parametrize(
+    "given", [["hydra.run.dir=used"], {"hydra.run.dir": "used"}, {"hydra": {"run": {"dir": "used"}}}]
+)
+def test_used_folder_of_an_override_is_refused(here, given):
+    words, options = (given, {}) if isinstance(given, list) else ([], given)
+    with pytest.raises(UserError, match="used holds files"):
+        dinoseg.evaluate("trained", *words, **QUICK, **options)
+    assert not Path("used_2").exists()
+    assert dinoseg.evaluate("trained", *words, **QUICK, **options, exist_ok=True).folder.name == "used_2"
+
+
 def test_existing_out_dir_is_not_overwritten(here):
     scores = dinoseg.evaluate("trained", **QUICK, out_dir="used", exist_ok=True)
     assert scores.folder == here / "used_2" and (here / "used/checkpoints").is_dir()

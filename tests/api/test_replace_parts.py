@@ -53,3 +53,30 @@ def test_a_backbone_of_ones_own_may_name_its_blocks():
     for blocks in (nn.ModuleList([nn.Linear(2, 2)]), nn.ModuleList()):
         backbone.blocks = blocks
         assert backbone.blocks is blocks and backbone._modules["blocks"] is blocks
+
+
+@pytest.mark.parametrize("added", [nn.Linear(2, 2), nn.Parameter(torch.zeros(2)), nn.BatchNorm2d(2).running_mean])
+def test_what_is_added_beside_the_parts_is_refused(model, added, tmp_path):
+    if isinstance(added, nn.Module | nn.Parameter):
+        model.extra = added
+    else:
+        model.register_buffer("extra", added)
+    for refused in (lambda: model.save(tmp_path / "model.safetensors"), model.trainable_parameters):
+        with pytest.raises(UserError, match="^extra.* was added"):
+            refused()
+    del model.extra
+    model.save(tmp_path / "model.safetensors")
+
+
+def test_another_activation_is_not_saved(model, tmp_path):
+    model.head.layers[1] = nn.Tanh()
+    with pytest.raises(UserError, match=r"ReLU or Tanh, at head\.layers\.1"):
+        model.save(tmp_path / "model.safetensors")
+
+
+def test_scores_of_another_activation_are_refused(model, tmp_path):
+    model.save(tmp_path / "model.safetensors")
+    loaded = dinoseg.load(tmp_path / "model.safetensors", device="cpu")
+    loaded.head.layers[1] = nn.Tanh()
+    with pytest.raises(UserError, match=r"head\.layers\.1"):
+        dinoseg.evaluate(loaded, data={"root": str(tmp_path)}, out_dir=tmp_path / "run")

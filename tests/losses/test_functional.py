@@ -270,6 +270,19 @@ def test_weights_from_counts_have_a_mean_of_one():
         compute_class_weights([1, 2], "most")
 
 
+@pytest.mark.parametrize("counts", [[10.9, 1.9], [-1, 5], [1, float("nan")], {0: 900, 1: 100}, torch.tensor([0.5, 3])])
+def test_counts_of_classes_are_whole_numbers(counts):
+    with pytest.raises(UserError, match="^counts: give a whole number"):
+        compute_class_weights(counts)
+    assert compute_class_weights(torch.tensor([9.0, 1.0]), "inverse").tolist() == pytest.approx([0.2, 1.8])
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_per_image_of_lovasz_is_true_or_false(value):
+    with pytest.raises(UserError, match="^per_image="):
+        dinoseg.losses.lovasz_loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long), per_image=value)
+
+
 @pytest.mark.parametrize(
     ("logits", "targets", "options", "message"),
     [
@@ -325,9 +338,9 @@ def test_a_loss_trains_after_it_was_used_in_inference_mode(name):
     assert logits.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("weights", [[1.0, -1.0, 1.0], [1.0, float("nan"), 1.0]])
+@pytest.mark.parametrize("weights", [[1.0, -1.0, 1.0], [1.0, float("nan"), 1.0], [0, 0, 0]])
 def test_class_weights_are_finite_and_not_negative(weights):
-    with pytest.raises(UserError, match="class_weights=.*give finite numbers that are not negative"):
+    with pytest.raises(UserError, match="class_weights=.*give finite numbers of at least 0, one of them above 0"):
         dinoseg.losses.dice_loss(torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long), class_weights=weights)
 
 

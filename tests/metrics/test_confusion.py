@@ -241,3 +241,19 @@ def test_names_of_scores_are_those_of_an_empty_matrix(background):
     scores = ConfusionMatrix(2, background=background).compute()
     own = [] if background is None else ["miou_no_background"]
     assert sorted(name for name, value in scores.items() if value is None) == sorted([*SCORES, *own])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for key in ("ignore_index", "background") for value in (1.0, True, "1")]
+    + [("background", -1), ("background", 2), ("ignore_index", None)],
+)
+def test_arguments_that_name_no_class_are_refused(key, value):
+    with pytest.raises(UserError, match=f"^{key}="):
+        ConfusionMatrix(2, **{key: value})
+
+
+def test_numbers_of_numpy_are_whole_numbers():
+    matrix = ConfusionMatrix(np.uint8(20), np.uint8(255), np.int64(1))
+    matrix.update(np.array([[0, 19, 1]]), np.array([[0, 19, 1]]))
+    assert json.loads(json.dumps(matrix.compute()))["background"] == 1 and matrix.compute()["miou"] == 1

@@ -191,3 +191,28 @@ def test_arrays_of_any_byte_order_are_scored(kind):
 def test_masked_arrays_and_objects_are_refused(ids):
     with pytest.raises(UserError, match=r"prediction is .*array"):
         metrics.mean_iou(ids, np.array([[0, 1]]), 2)
+
+
+@pytest.mark.parametrize("logit", [math.inf, -math.inf])
+def test_infinite_logits_that_decide_a_score_are_refused(logit):
+    logits, targets = torch.zeros(1, 2, 1, 3), torch.tensor([[[0, 1, 255]]])
+    logits[:, :, 0, 2] = math.nan  # of an ignored pixel
+    assert metrics.expected_calibration_error(logits, targets) == 0
+    logits[0, :, 0, 0] = logit
+    for function in (metrics.expected_calibration_error, metrics.fit_temperature):
+        with pytest.raises(UserError, match="NaN or infinite"):
+            function(logits, targets)
+
+
+def test_a_class_of_probability_0_has_an_error_and_no_temperature():
+    logits, targets = torch.zeros(1, 3, 1, 2), torch.tensor([[[0, 2]]])
+    logits[0, 2] = -math.inf
+    assert metrics.expected_calibration_error(logits, targets) == 0
+    with pytest.raises(UserError, match="probability 0"):
+        metrics.fit_temperature(logits, targets)
+
+
+def test_logits_of_one_class_have_no_calibration():
+    for function in (metrics.expected_calibration_error, metrics.fit_temperature):
+        with pytest.raises(UserError, match="two classes"):
+            function(torch.randn(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8))

@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage, spatial
 
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
-from dinoseg.metrics import BoundaryIoU, CalibrationError, ClDice, ConfusionMatrix, MeanIoU, SurfaceDice
+from dinoseg.metrics import BoundaryIoU, CalibrationError, ClDice, ConfusionMatrix, LayerMetric, MeanIoU, SurfaceDice
 from dinoseg.metrics.wrapped import WrappedMetric
 from dinoseg.testing import check_metric
 from dinoseg.utils.errors import UserError
@@ -137,6 +137,47 @@ def test_an_ignored_class_has_no_outline_of_its_own():
     for name, metric in OUTLINES:
         assert score(metric, [(ids, mask)], ignored=0)[name] == 0.0  # of class 1, which the prediction lacks
         assert score(metric, [(ids, ids)], ignored=0)[name] is None
+
+
+IDS = np.arange(16, dtype=np.uint8).reshape(4, 4) % 2
+WRONG_IDS = {  # prediction, mask, K and the message
+    "one row": (IDS[:1], IDS, 2, r"\[1, 4\].*\[4, 4\]"),
+    "probabilities": (IDS * 0.7, IDS, 2, "float64"),
+    "labels": (IDS, IDS * 7, 2, "holds 7"),
+    "negative labels": (IDS, IDS.astype(int) - 1, 2, "holds -1"),
+}
+WRONG_LAYERS = {
+    "bytes": (IDS[None] * 255, IDS[None], 1, "holds 255"),
+    "labels": (IDS[None], IDS[None] * 7, 1, "holds 7"),
+    "more layers": (IDS[None].repeat(2, 0), IDS[None], 1, r"\[2, 4, 4\].*\[1, 4, 4\]"),
+    "more classes": (IDS[None], IDS[None], 2, "1 layers.*2"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_IDS)
+@pytest.mark.parametrize("name", METRICS)
+def test_ids_that_would_be_counted_wrongly_are_refused(name, case):
+    ids, mask, classes, message = WRONG_IDS[case]
+    prediction = PredictedImage(ids, np.zeros((classes, 4, 4), np.float32))
+    with pytest.raises(UserError, match=f"^x: .*{message}"):
+        METRICS[name].count(prediction, LabelledImage(mask, classes, name="x"))
+
+
+@pytest.mark.parametrize("case", WRONG_LAYERS)
+@pytest.mark.parametrize("metric", [MeanIoU(), *(LayerMetric(metric) for metric in METRICS.values())])
+def test_layers_that_would_be_counted_wrongly_are_refused(metric, case):
+    ids, mask, classes, message = WRONG_LAYERS[case]
+    prediction = PredictedImage(ids, np.zeros((classes, 4, 4), np.float32))
+    with pytest.raises(UserError, match=message):
+        metric.count(prediction, LabelledImage(mask, classes))
+
+
+@pytest.mark.parametrize(
+    ("metric", "value"), [(BoundaryIoU, 2), (BoundaryIoU, 0), (SurfaceDice, -1), (SurfaceDice, "2")]
+)
+def test_options_of_outline_metrics_have_their_range(metric, value):
+    with pytest.raises(UserError, match=f"={value} is"):
+        metric(value)
 
 
 def test_sums_of_images_do_not_depend_on_their_split():

@@ -26,7 +26,7 @@ from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
 from dinoseg.models import adapters
-from dinoseg.models.model import SegmentationModel, non_persistent_buffers, quantised_names
+from dinoseg.models.model import SegmentationModel, non_persistent_buffers, quantised_names, stateless_modules
 from dinoseg.training.checkpoint import find
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.utils.errors import UserError, file_errors_as_user_errors, reword
@@ -179,10 +179,11 @@ class Segmenter(GuardedModule, Model):
             Groups with `params`, `lr` and `weight_decay`, in which each trainable parameter occurs once.
 
         Raises:
-            UserError: nothing is trainable.
+            UserError: nothing is trainable, or a parameter was added beside the parts.
         """
         from dinoseg.experiment.builder import Builder  # imports the training loop
 
+        self._refuse_additions()
         with preserve_global_state():
             optimizer = Builder.of(self._config).optimizer(self.model)
         return [{key: group[key] for key in _GROUP} for group in optimizer.param_groups]
@@ -369,11 +370,21 @@ class Segmenter(GuardedModule, Model):
                 "torch.save(model.state_dict(), PATH)."
             )
 
+    def _refuse_additions(self) -> None:
+        """Refuse parameters and buffers beside the parts, which the optimizer and a file would leave out."""
+        added = [name for name in self.state_dict() if not name.startswith("model.")]
+        if added:
+            raise UserError(
+                f"{added[0]} was added to the model, whose parameter groups and file hold its own parts only. Make it "
+                "an attribute of another module, which holds this model, too."
+            )
+
     def _write(self, path: Path, *, delta: bool, gated: bool) -> ModelFacts:
         """Write the model's file and return the facts in it."""
         from dinoseg.experiment.source import ModelSource  # imports the training loop
         from dinoseg.export.runtime.write import complete, with_evidence, write_model
 
+        self._refuse_additions()
         with preserve_global_state(), file_errors_as_user_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             source = ModelSource.of(self._config)
@@ -408,16 +419,20 @@ class Segmenter(GuardedModule, Model):
         file, before = self._checkpoint
         return before is not None and stamp(file) == before and find(self.source, "best").absolute() == file
 
-    def _checksums(self) -> dict[str, int]:
-        """Return a CRC-32 of each parameter and buffer but quantised ones, which vary by device (0.3 s per GB)."""
+    def _checksums(self) -> dict[str, int | str]:
+        """Return a CRC-32 of each parameter and buffer but quantised ones, which vary by device (0.3 s per GB).
+
+        Modules without either are their class.
+        """
         self._check_values()
         skipped = quantised_names(self.model)
         state = self.model.state_dict() | non_persistent_buffers(self.model)
-        return {
+        sums = {
             name: crc32(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
             for name, value in state.items()
             if name not in skipped
         }
+        return {**sums, **stateless_modules(self.model)}
 
     def _check_values(self) -> None:
         """Refuse a model on the meta device, whose tensors hold no values."""

@@ -23,7 +23,7 @@ from dinoseg.export.runtime.facts import UNKNOWN, ModelFacts
 from dinoseg.export.runtime.runtime import FILES
 from dinoseg.inference.trained_sizes import KEY, TrainedSizes
 from dinoseg.models.adapters import check_active
-from dinoseg.models.model import SegmentationModel, non_persistent_buffers, trained_names
+from dinoseg.models.model import SegmentationModel, non_persistent_buffers, stateless_modules, trained_names
 from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import FOLDER
 from dinoseg.training.description import PRECISION
@@ -291,7 +291,12 @@ def _tensors(
         empty.backbone.weights, empty.head.weights = "random", None
     state, wanted = model.state_dict(), empty.state_dict()
     held = {name: state[name] for name in (trained_names(model) if delta else state)}
-    if mistake := misfits({name: wanted[name] for name in trained_names(empty)}, held):
+    mistake = misfits({name: wanted[name] for name in trained_names(empty)}, held)
+    if changed := stateless_modules(model).items() ^ stateless_modules(empty).items():
+        mistake = (
+            mistake or f"another module, {' or '.join(kind for _, kind in sorted(changed)[:2])}, at {min(changed)[0]}"
+        )
+    if mistake:
         raise UserError(
             f"The model is not that of its config: {mistake}. A part was replaced, or with delta=True frozen or "
             "unfrozen, after the model was created. Choose parts by the arguments of create_model, write a whole file, "

@@ -17,6 +17,7 @@ from scipy import stats
 from dinoseg.cli.sweeps import table as sweep_table
 from dinoseg.cli.sweeps.table import SweepTable
 from dinoseg.config.nodes import instantiate
+from dinoseg.models.heads.linear import LinearHead
 from dinoseg.utils.errors import UserError
 
 HOLDS = "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1], 'a'), 2); print(flush=True); time.sleep(1800)"
@@ -60,10 +61,18 @@ def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
     assert all(row["mIoU %"] in table for row in rows)
 
 
-def test_failed_job_is_reported_and_other_jobs_run(tmp_path):
+def test_failed_job_is_reported_and_other_jobs_run(tmp_path, monkeypatch):
     """Jobs whose data are missing are told in a message, one that crashes with its traceback."""
     write_data(tmp_path / "data")
-    words = ("data.root=nowhere,data", "head.num_classes=1,2")
+    words, forward, crashes = ("data.root=nowhere,data", "head.lr=0.01,0.02"), LinearHead.forward, [True]
+
+    def crash_once(head, features):
+        if crashes:
+            crashes.pop()
+            raise RuntimeError("weights for another head")
+        return forward(head, features)
+
+    monkeypatch.setattr(LinearHead, "forward", crash_once)
     done = call(tmp_path, "-m", "mode=train", *SMALL, *QUIET, *words)
     assert done.status == 1 and done.err.count("Traceback") == 1
     assert done.err.count("error: data.root=nowhere is not a folder") == 2
@@ -75,8 +84,9 @@ def test_failed_job_is_reported_and_other_jobs_run(tmp_path):
     assert bad[2]["note"].startswith("RuntimeError: ")
     assert "data.root=nowhere is not a folder" in " ".join(done.out.split())
     assert (folder / "3/checkpoints/best.safetensors").is_file() and not (folder / "0/checkpoints").exists()
+    crashes.append(True)
     with pytest.raises(RuntimeError, match="weights for"):  # a single run shows where it broke
-        call(tmp_path, "mode=train", *SMALL, "head.num_classes=1")
+        call(tmp_path, "mode=train", *SMALL)
 
 
 def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path):
