@@ -267,6 +267,16 @@ def _run_rank(
         sending.send_bytes(json.dumps(result).encode())
 
 
+def join_ranks() -> None:
+    """Set the variables by which this process joins the ranks that Slurm, torchrun or a user has started.
+
+    Raises:
+        UserError: see `join_slurm` and `listen_on_loopback`.
+    """
+    join_slurm()
+    listen_on_loopback()
+
+
 def _use_loopback() -> None:
     """Let the ranks of one machine exchange tensors over loopback only."""
     if sys.platform in _LOOPBACK:
@@ -281,8 +291,8 @@ def listen_on_loopback() -> None:
         UserError: the port of rank 0 is in use.
     """
     environment = os.environ
-    # torchrun serves the store itself
-    if environment.get("MASTER_ADDR") not in ("127.0.0.1", "localhost") or "TORCHELASTIC_RUN_ID" in environment:
+    is_local = "WORLD_SIZE" in environment and environment.get("MASTER_ADDR") in ("127.0.0.1", "localhost")
+    if not is_local or "TORCHELASTIC_RUN_ID" in environment:  # torchrun serves the store itself
         return
     _use_loopback()
     port = environment.get("MASTER_PORT", "")

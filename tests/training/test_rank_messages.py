@@ -97,7 +97,7 @@ def test_ranks_started_by_hand_listen_on_loopback_only():
 def test_taken_port_of_rank_0_is_an_error(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0"}.items():
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "2"}.items():
             monkeypatch.setenv(name, value)
         for name in ("TORCHELASTIC_RUN_ID", "DINOSEG_STORE_SOCKET"):
             monkeypatch.delenv(name, raising=False)
