@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoseg.cli.extras import hush_schemas
-from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_slurm, run_mode, run_ranks, shortages_as_user_errors
+from dinoseg.cli.ranks import LAUNCH_KEYS, is_first_rank, join_ranks, run_mode, run_ranks, shortages_as_user_errors
 from dinoseg.cli.typos import mode_needed
 from dinoseg.config.credentials import check_credentials
 from dinoseg.config.grammar import decode_keys
@@ -163,7 +163,7 @@ def _join_ranks(cfg: DictConfig) -> int:
     if "data" in cfg and cfg.shared_cache is not True:  # other modes read and write nothing there
         check_private(Path(cfg.cache_dir).expanduser(), "cache_dir")
     if "devices" in cfg.mode:
-        join_slurm()
+        join_ranks()
         if "WORLD_SIZE" in os.environ:
             limit_threads_to_share()
     devices = cfg.mode.get("devices", 1)

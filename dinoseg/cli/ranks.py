@@ -250,9 +250,7 @@ def _run_rank(
     }
     if store is not None:
         os.environ["DINOSEG_STORE_SOCKET"] = str(store.detach())
-    if sys.platform in _LOOPBACK:
-        os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK[sys.platform]
-        os.environ["NCCL_SOCKET_IFNAME"] = f"={_LOOPBACK[sys.platform]}"
+    _use_loopback()
     if "SLURM_CPUS_ON_NODE" in os.environ:  # these ranks share the cores of the process that started them
         os.environ["SLURM_CPUS_ON_NODE"] = str(min(count_cores(), cores_here()))
     limit_threads_to_share()
@@ -267,6 +265,45 @@ def _run_rank(
         sys.exit(stop.status)
     if rank == 0:
         sending.send_bytes(json.dumps(result).encode())
+
+
+def join_ranks() -> None:
+    """Set the variables by which this process joins the ranks that Slurm, torchrun or a user has started.
+
+    Raises:
+        UserError: see `join_slurm` and `listen_on_loopback`.
+    """
+    join_slurm()
+    listen_on_loopback()
+
+
+def _use_loopback() -> None:
+    """Let the ranks of one machine exchange tensors over loopback only."""
+    if sys.platform in _LOOPBACK:
+        os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK[sys.platform]
+        os.environ["NCCL_SOCKET_IFNAME"] = f"={_LOOPBACK[sys.platform]}"
+
+
+def listen_on_loopback() -> None:
+    """Let ranks that a user has started with MASTER_ADDR=127.0.0.1 listen on loopback only.
+
+    Raises:
+        UserError: the port of rank 0 is in use.
+    """
+    environment = os.environ
+    is_local = "WORLD_SIZE" in environment and environment.get("MASTER_ADDR") in ("127.0.0.1", "localhost")
+    if not is_local or "TORCHELASTIC_RUN_ID" in environment:  # torchrun serves the store itself
+        return
+    _use_loopback()
+    port = environment.get("MASTER_PORT", "")
+    if environment.get("RANK") != "0" or "DINOSEG_STORE_SOCKET" in environment or not port.isdecimal():
+        return
+    try:
+        # torch itself would listen on all interfaces
+        store = socket.create_server(("127.0.0.1", int(port)))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"Rank 0 cannot listen on MASTER_PORT={port} ({error}). Choose a free port.") from error
+    environment["DINOSEG_STORE_SOCKET"] = str(store.detach())
 
 
 def join_slurm() -> None:

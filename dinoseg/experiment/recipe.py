@@ -100,7 +100,9 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     # the inference strategy and the scores do not affect training
     left = (*USES, METRIC)
     config = {key: value for key, value in as_read_back(saved_config(info)).items() if key not in left}
-    targets = {place: target for place, target in info["targets"].items() if place.split(".")[0] not in left}
+    targets = {
+        f"{place}._target_": target for place, target in info["targets"].items() if place.split(".")[0] not in left
+    }
     config = locate_weights(config, Path(info["folder"]))
     trainer = {key: value for key, value in config["trainer"].items() if key not in LENGTHS}
     # the background affects a score, but not training
@@ -108,7 +110,7 @@ def recipe_of(info: Mapping[str, Any]) -> dict[str, Any]:
     head = dict(config["head"])
     if "mask_classification" not in repr(targets):
         head.pop("deep_supervision", None)  # no other loss reads it
-    return {**config, "trainer": trainer, "data": data, "head": head, "targets": targets}
+    return {**config, "trainer": trainer, "data": data, "head": head, **targets}
 
 
 def saved_config(info: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def _connect(timeout: timedelta) -> tuple[Any, int, int]:
     """Return torch's store, this rank's number and the number of ranks.
 
     Rank 0 hosts the store: on the socket of `DINOSEG_STORE_SOCKET`, which `cli/ranks.py` opens for ranks of one
-    machine, else on all interfaces.
+    machine unless torchrun or Slurm starts them, else on all interfaces.
     """
     environment = os.environ
     if "DINOSEG_STORE_SOCKET" not in environment:

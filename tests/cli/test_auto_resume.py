@@ -117,6 +117,7 @@ def test_given_folder_of_another_recipe_is_an_error(here):
     before = files_of(here / "mine")
     done = call(here, *AUTO, "hydra.run.dir=mine", "head=mlp", "trainer.clip=7")
     assert done.status == 1 and "head" in done.err and "trainer.clip" in done.err and "data.root" not in done.err
+    assert "target" not in done.err  # options are named, not their classes
     assert files_of(here / "mine") == before
 
 

@@ -2,7 +2,12 @@
 
 import os
 import pickle
+import socket
+import subprocess
+import sys
 from collections import namedtuple
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -10,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.numpy import save
 
-from dinoseg.cli.ranks import run_ranks
+from dinoseg.cli.ranks import listen_on_loopback, run_ranks
 from dinoseg.training.rank_messages import decode_message, encode_message
 from dinoseg.utils.errors import UserError
 
@@ -20,7 +25,7 @@ NESTED = save({"json": np.frombuffer(b"[" * 2**17, np.uint8)})
 
 def listening_addresses():
     sockets = psutil.Process().net_connections("inet")
-    return [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
+    return [each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN]
 
 
 def meet_and_exchange(cfg, *, out_dir):
@@ -53,6 +58,53 @@ def exchanged_report(tmp_path_factory):
 
 def test_local_ranks_listen_on_loopback_only(exchanged_report):
     assert len(exchanged_report["addresses"]) >= 2 and {*exchanged_report["addresses"]} == {"127.0.0.1"}
+
+
+BY_HAND = """
+from dinoseg.cli.ranks import listen_on_loopback
+from test_rank_messages import meet_and_exchange
+listen_on_loopback()
+report = meet_and_exchange(None, out_dir=None)
+print(*report["addresses"])
+"""
+
+
+def test_ranks_started_by_hand_listen_on_loopback_only():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ours = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    others = [name for name in psutil.net_if_addrs() if not name.startswith("lo")]
+    if others:
+        ours["GLOO_SOCKET_IFNAME"] = others[0]
+    ours["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", BY_HAND]
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    env=os.environ | ours | {"RANK": rank, "LOCAL_RANK": rank},
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for rank in "01"
+        ]
+        printed = [rank.communicate()[0] for rank in ranks]
+    assert {*printed[0].split()} == {"127.0.0.1"} and len(printed[0].split()) >= 2
+
+
+def test_taken_port_of_rank_0_is_an_error(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        for name in ("TORCHELASTIC_RUN_ID", "DINOSEG_STORE_SOCKET"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            monkeypatch.setenv(name, "")  # restored afterwards
+        with pytest.raises(UserError, match=f"MASTER_PORT={port}"):
+            listen_on_loopback()
 
 
 def test_ranks_exchange_values(exchanged_report):
