@@ -216,8 +216,7 @@ def file_list(split: str, partition: Partition) -> str:
     lists = partition.lists or {}
     if split not in lists:
         raise UserError(
-            f"No file list for split {split}: data.reader.partition.lists has {', '.join(lists) or 'none'}. "
-            f"Add `{split}: <file>`."
+            f"No file list for split {split}: partition.lists has {', '.join(lists) or 'none'}. Add `{split}: <file>`."
         )
     return lists[split]
 
