@@ -65,3 +65,26 @@ def write_plain(path, frames, *, codec="libx264", slots=None, pixels=None, optio
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     return path
+
+
+def append_empty_slots(path, number):
+    """Add empty time slots behind the last frame of an AVI file that has video alone."""
+    data = bytearray(path.read_bytes())
+
+    def grow(at, amount):
+        (value,) = struct.unpack_from("<I", data, at)
+        struct.pack_into("<I", data, at, value + amount)
+        return value
+
+    frames = data.index(b"movi")
+    size = grow(frames - 4, 8 * number)
+    data[frames + size : frames + size] = b"00dc\0\0\0\0" * number
+    index = data.index(b"idx1", frames + size)
+    rows = b"".join(struct.pack("<4sIII", b"00dc", 0, size + 8 * row, 0) for row in range(number))
+    end = index + 8 + grow(index + 4, len(rows))
+    data[end:end] = rows
+    grow(data.index(b"strh") + 8 + 32, number)
+    grow(data.index(b"avih") + 8 + 16, number)
+    grow(4, 8 * number + len(rows))
+    path.write_bytes(data)
+    return path

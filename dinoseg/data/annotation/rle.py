@@ -82,6 +82,8 @@ def parse_counts(counts: Any, pixels: int) -> np.ndarray:
         ValueError: they are not counts of such a mask.
     """
     if isinstance(counts, str):
+        if len(counts) > _DIGITS * (pixels + 1):
+            raise ValueError(f"its counts have {len(counts)} characters, more than a mask of {pixels} pixels needs")
         values = from_text(counts)
     elif isinstance(counts, Sequence) and all(type(count) is int and abs(count) <= pixels for count in counts):
         values = np.array(counts, np.int64)

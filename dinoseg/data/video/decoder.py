@@ -1,5 +1,6 @@
 """Video decoder: upright frames in sequence, each with its time; all decoding in the package happens here."""
 
+import os
 import re
 import struct
 from collections.abc import Generator, Iterator, Mapping
@@ -30,8 +31,30 @@ _COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 _CLOCK = re.compile(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d+)?)")
 MAX_PIXELS = 2**27  # per frame: 16384 x 8192, more than any video has, since a file of a kilobyte may claim any size
 _MAX_SILENT = 10_000  # packets without a frame: minutes that lack the initial key frame
+_MAX_AVI_CHUNKS = 1000  # before an AVI file's index, which has a handful
+_MAX_AVI_INDEX = 2**26  # bytes: four million frames
 _UNCOUNTED = 1  # frames, or packets, that a whole file may lack: some writers count dropped frames
 REMEDY = "It is truncated, damaged or not a video: replace it, or re-encode it (ffmpeg -i IN OUT.mp4)."
+
+
+def count_slots(path: str | Path, stream: int) -> int:
+    """Return the number of time slots of a stream in the index at the end of an AVI file; 0 if it has none.
+
+    Empty slots count: FFmpeg's index leaves out those behind the last frame.
+    """
+    with open(path, "rb") as file:
+        file.seek(12)  # behind "RIFF", the size and "AVI "
+        head = file.read(8)
+        for _ in range(_MAX_AVI_CHUNKS):
+            if head[:4] in (b"", b"idx1"):
+                break
+            size = int.from_bytes(head[4:], "little")
+            file.seek(size + size % 2, os.SEEK_CUR)
+            head = file.read(8)
+        size = int.from_bytes(head[4:], "little") if head[:4] == b"idx1" else 0
+        entries = file.read(min(size, _MAX_AVI_INDEX))
+    ids = np.frombuffer(entries[: len(entries) // 16 * 16], "S4, V12")["f0"]
+    return int(np.isin(ids, [b"%02ddc" % stream, b"%02ddb" % stream]).sum())
 
 
 class Decoder:
@@ -141,9 +164,11 @@ class Decoder:
     def _index(self) -> list[IndexEntry]:
         """The container's index of all packets of the video, in decoding order; empty if it has none."""
         entries = list(self._stream.index_entries)
-        # a truncated AVI file lacks its index, of which FFmpeg then makes the part that it has seen
-        if self._is_slotted and entries and entries[-1].timestamp < self._announced_end():
-            return []
+        if self._is_slotted and entries and entries[-1].timestamp < self._stream.frames - 1 - _UNCOUNTED:
+            # a truncated file lacks its own index, of which FFmpeg then makes the part that it has seen; in a whole one
+            # the last slots are empty
+            is_whole = count_slots(self.path, self._stream.index) >= self._stream.frames
+            return entries if is_whole else []
         return entries
 
     @property
@@ -158,10 +183,10 @@ class Decoder:
     def _announced_end(self) -> float:
         """Return the earliest time of the last packet of a whole file, in ticks, see `_time_of`."""
         frame = 1 / (self.rate * self.time_base) if self.rate else Fraction(0)  # ticks
-        if self._is_slotted:
-            last = Fraction(self._stream.frames - 1)
-        elif self._stream.frames and self._index:
+        if self._stream.frames and self._index:
             last = Fraction(self._index[-1].timestamp)
+        elif self._is_slotted:
+            last = Fraction(self._stream.frames - 1)
         else:
             last = (self.start + Fraction(self._seconds())) / self.time_base - frame
         return float(last - _UNCOUNTED * frame - frame / 2)

@@ -85,6 +85,7 @@ def test_figures_are_those_of_labelme():
         ("o" * 8 + "0", "too large"),
         ("oooooo0", "each must be from 0 to 30"),
         ([10, -1, 21], "each must be"), ("N", "each must be"), ([30, 1], "add up to 31"), ([], "add up to 0"),
+        ("0" * 218, "more than a mask of 30"),
         ([10**30, -(10**30)], "whole numbers"), ([True, 29], "whole numbers"), (None, "whole numbers"), ("", "add up"),
     ],
 )  # fmt: skip

@@ -3,7 +3,7 @@
 import av
 import numpy as np
 import pytest
-from films import write_edits, write_plain
+from films import append_empty_slots, write_edits, write_plain
 
 from dinoseg.data.video.access import VideoFrame, read_frame
 from dinoseg.data.video.decoder import Decoder
@@ -38,6 +38,7 @@ WHOLE = {  # how to write a video, and its number of frames
     "repeated.mp4": (lambda path: write_cut(path, *[(1000, DELAY)] * 5), 150),
     "gaps.avi": (lambda path: write_plain(path, 60, codec="mpeg4", slots=GAPS, pixels=noise), 60),
     "gaps_h264.avi": (lambda path: write_plain(path, 60, slots=GAPS, pixels=noise), 60),
+    "late_gaps.avi": (lambda path: append_empty_slots(write_plain(path, 60, codec="mjpeg", pixels=noise), 20), 60),
     "gaps.mp4": (lambda path: write_plain(path, 60, slots=GAPS, pixels=noise, options=FAST), 60),
     "plain.mp4": (lambda path: write_plain(path, 60, pixels=noise, options=FAST), 60),
     "plain.ts": (lambda path: write_plain(path, 60), 60),
@@ -91,6 +92,7 @@ TRUNCATED = {  # shares of a file's bytes that do not hold the last frames shown
     "repeated.mp4": [0.2],
     "gaps.avi": [0.5, 0.9],
     "gaps_h264.avi": [0.5, 0.9],
+    "late_gaps.avi": [0.5, 0.9, 0.995],
     "gaps.mp4": [0.5, 0.9],
     "plain.mp4": [0.5, 0.9],
     "plain.mkv": [0.5, 0.9],
