@@ -187,13 +187,18 @@ def _check_scale(init: str, saved: Checkpoint, adapter: Mapping[str, Any]) -> No
     """Refuse LoRA updates at another scale than in their training: it is no tensor, and changes the features."""
     if not any(_UPDATES in name for name in saved.part("model")):
         return
-    theirs = {"alpha": saved.info["config"]["adapter"].get("rank"), **saved.info["config"]["adapter"]}  # its default
-    for key in ("alpha", "rslora"):
-        if adapter.get(key) != theirs.get(key):
+    theirs, ours = map(_scale_of, (saved.info["config"]["adapter"], adapter))
+    for key, value in theirs.items():
+        if ours[key] != value:
             raise UserError(
-                f"init={init}: its LoRA updates were trained with adapter.{key}={theirs.get(key)}, not "
-                f"{adapter.get(key)}, which changes the features that its head reads. Set the value of the training."
+                f"init={init}: its LoRA updates were trained with adapter.{key}={value}, not {ours[key]}, "
+                "which changes the features that its head reads. Set the value of the training."
             )
+
+
+def _scale_of(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that set the scale of LoRA updates, with their defaults."""
+    return {"alpha": adapter.get("alpha", adapter.get("rank")), "rslora": adapter.get("rslora", False)}
 
 
 def _frozen_dtype(config: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from dinoseg.inference.rows import MemoryRows, Rows
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Flips, Overlap, Placement, Weights, Windows
 from dinoseg.models.model import SegmentationModel, Size, backbone_size
-from dinoseg.utils.ranges import Count, HighShare, Scale
+from dinoseg.utils.ranges import Count, HighShare, Scale, check_annotations
 
 logger = logging.getLogger(__name__)
 _AMPLE = 2**14  # bytes per input pixel, over twice what any model here needs; if this fits, no measurement is made
@@ -37,6 +37,7 @@ class Auto(Policy):
         scales: see `Windows`; applies to whole images too.
     """
 
+    @check_annotations
     def __init__(
         self,
         size: Count | tuple[Count, Count],

@@ -18,7 +18,7 @@ from dinoseg.inference.policy import Autocast, Place, Policy, Seen
 from dinoseg.inference.rows import ResizedRows, Rows, at_size, mean
 from dinoseg.models.model import SegmentationModel, Size, backbone_size
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, Range, Scale
+from dinoseg.utils.ranges import Count, Range, Scale, check_annotations
 
 Overlap = Annotated[float, Range("a number from 0 to 0.9", 0, 0.9)]
 Shortest = Annotated[int, Range("a whole number from 1 to 16384", 1, 2**14)]
@@ -72,6 +72,7 @@ class Windows(Policy):
             leaves gaps, or `scales` is empty.
     """
 
+    @check_annotations
     def __init__(
         self,
         size: Count | tuple[Count, Count],
@@ -288,7 +289,7 @@ def undo_turn(images: Tensor, turn: Turn) -> Tensor:
 
 def _pair(given: int | tuple[int, int]) -> tuple[int, int]:
     """Return (down, across) of one number or two."""
-    return (given, given) if isinstance(given, int) else (given[0], given[1])
+    return (given[0], given[1]) if isinstance(given, tuple | list) else (given, given)
 
 
 def _format_pair(pair: tuple[int, int]) -> str:

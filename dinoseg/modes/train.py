@@ -68,7 +68,10 @@ def train(
             parts = (model, loss, task.data_module, optimizer, schedule, engine, checkpoints, log)
             run = fit(Experiment(*parts, settings))
             if run.best is None:
-                raise UserError(f"trainer.steps={length.steps}: this run has done {run.step}, without validation.")
+                raise UserError(
+                    f"trainer.steps={length.steps}: this run has done {run.step}, without a validation by these "
+                    "settings, and its checkpoints are unchanged. Raise trainer.steps, or score it by mode=eval."
+                )
             if engine.is_main:
                 write_end(out_dir, run.step)
             scores = job.finish(model, checkpoints, log, **shown)

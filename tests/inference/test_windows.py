@@ -443,9 +443,15 @@ class Rolling:
         ({"scales": []}, r"inference.scales=\[\] has no scale"),
         ({"placement": "even", "stride": 4}, r"inference\.stride has no effect with inference\.placement=even"),
         ({"stride": [4, 9]}, r"inference\.stride=\[4, 9\] leaves pixels between windows of 8"),
+        ({"size": [8, 8, 3]}, r"size=\[8, 8, 3\]"),
+        ({"stride": [4]}, r"stride=\[4\]"),
         ({"multiple": 32}, r"inference\.multiple=32 rounds the sides that inference\.shortest sets"),
     ],
 )
 def test_invalid_option_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         Windows(**{"size": 8, **options})
+
+
+def test_size_may_be_a_number_of_numpy():
+    assert Windows(np.int64(8), stride=np.int64(4)).size == (8, 8)

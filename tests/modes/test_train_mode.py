@@ -189,6 +189,14 @@ def test_evaluate_change_discards_the_previous_best(where):
     assert read(where / "run/checkpoints/best.safetensors").info["progress"]["best_step"] == 3
 
 
+def test_finished_run_stays_with_another_inference(where):
+    train(where)
+    best = (where / "run/checkpoints/best.safetensors").read_bytes()
+    done = call(where, "mode=train", "resume=run", "inference=windows", "inference.size=16")
+    assert done.status == 1 and "without a validation by these settings" in done.err and "mode=eval" in done.err
+    assert (where / "run/checkpoints/best.safetensors").read_bytes() == best
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -14,7 +14,7 @@ from dinoseg.data.clips.cut import Clips
 from dinoseg.data.clips.square import resize_bicubic
 from dinoseg.data.loader import CLIP, VIEW, make_rng, sample_batches
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, Share
+from dinoseg.utils.ranges import Count, Share, check_annotations
 
 
 class ClipView:
@@ -31,6 +31,7 @@ class ClipView:
         UserError: a value is out of range.
     """
 
+    @check_annotations
     def __init__(
         self,
         crop: tuple[Count, Count],

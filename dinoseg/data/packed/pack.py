@@ -22,7 +22,7 @@ from dinoseg.utils.atomic import atomic_folder
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_size
 from dinoseg.utils.locks import hold_lock
-from dinoseg.utils.ranges import Count
+from dinoseg.utils.ranges import Count, check_annotations
 from dinoseg.utils.wording import in_bytes, reasons
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class PackedDataset(PairDataset):
         return base if self.longest is None else hashlib.sha256(f"{base} longest={self.longest}".encode()).hexdigest()
 
 
+@check_annotations
 def pack(
     dataset: PairDataset,
     *,

@@ -111,3 +111,11 @@ def test_clip_view_resizes_bicubically_and_crops_the_centre(size):
     assert np.abs(square_frame(frames[0], 13) - bicubic(middle, (13, 13))).max() <= 0.51
     nearest = [int((place + 0.5) * short / 13) for place in range(13)]
     np.testing.assert_array_equal(square_mask(frames[0, ..., 0], 13), middle[nearest][:, nearest, 0])
+
+
+@pytest.mark.parametrize(
+    "options", [{"crop": [5]}, {"crop": [0, 5]}, {"crop": [5, 6], "scale": [1.0, 2.0, 3.0]}, {"crop": [5, 6, 3]}]
+)
+def test_clip_view_refuses_other_numbers_of_sides(options):
+    with pytest.raises(UserError, match=f"{[*options][-1]}="):
+        ClipView(**options)
