@@ -65,11 +65,10 @@ def test_occupied_folder_and_resumed_checkpoint_are_logged(tmp_path):
     assert resumes_with(
         "resume=run", "optim.optimizer.lr=0.5", "trainer.steps=3", "seed=0", "data.root=./data", *small
     ) == ["optim.optimizer.lr=0.5 instead of null, trainer.steps=3 instead of 2"]
-    assert resumes_with(
-        "resume=run", "optim.optimizer.betas=[0.5,0.9]", "data.on_error=skip", "inference=windows", *small
-    ) == [
-        "optim.optimizer.betas=[0.5,0.9] instead of [0.9,0.999], data.on_error=skip instead of stop, inference=windows "
-        "instead of auto"
+    betas = "optim.optimizer.betas=[0.5,0.9]"
+    assert resumes_with("resume=run", betas, "data.on_error=skip", "inference=windows", "trainer.steps=4", *small) == [
+        f"{betas} instead of [0.9,0.999], data.on_error=skip instead of stop, inference=windows instead of auto, "
+        "trainer.steps=4 instead of 3"
     ]
     used = call(tmp_path, "mode=eval", "resume=run", "seed=3", *small)
     assert used.status == 0 and "resumes with" not in used.err, used.err

@@ -291,7 +291,8 @@ def listen_on_loopback() -> None:
         UserError: the port of rank 0 is in use.
     """
     environment = os.environ
-    is_local = "WORLD_SIZE" in environment and environment.get("MASTER_ADDR") in ("127.0.0.1", "localhost")
+    # not "localhost", which some schedulers give rank 0 of several machines
+    is_local = "WORLD_SIZE" in environment and environment.get("MASTER_ADDR") == "127.0.0.1"
     if not is_local or "TORCHELASTIC_RUN_ID" in environment:  # torchrun serves the store itself
         return
     _use_loopback()

@@ -206,7 +206,7 @@ def test_a_run_is_exported_and_the_file_evaluated(here):
         ([], {"mode": "eval"}, "mode is set to train by this function and its arguments. Call the function of"),
         ([], {"mode": {"name": "eval"}}, "mode is set to train"),
         (["demo", "mode=eval"], {}, "mode is set to train"),
-        ([{"head": "mlp"}], {}, "recipe={'head': 'mlp'} is of type dict. Give text or None"),
+        ([{"head": "mlp"}], {}, "recipe={'head': 'mlp'} is of type dict of str. Give text or None"),
         ([None, {"head": "mlp"}], {}, "{'head': 'mlp'} is of type dict, not a word"),
         ([], {"out_dir": 3}, "out_dir=3 is of type int. Give text or a path or None"),
         ([], {"config_dir": ["a"]}, "config_dir=['a'] is of type list of str"),

@@ -112,10 +112,10 @@ def test_nodes_without_a_config_name_parameters():
 
 
 def test_partial_nodes_can_be_pickled(compose):
-    node = OmegaConf.create({"loss": {"_target_": "dinoseg.losses.slot_contrast.SlotContrast", "_partial_": True}}).loss
-    node.softmax_over = "all"
-    make = pickle.loads(pickle.dumps(instantiate(node)))
-    assert refusal(make).startswith("loss.softmax_over=all is unknown")
+    head = {"_target_": "dinoseg.models.heads.cnn.CnnHead", "_partial_": True, "kernel_size": 4}
+    make = pickle.loads(pickle.dumps(instantiate(OmegaConf.create({"head": head}).head)))
+    sizes = {"in_dim": 8, "num_layers": 1, "num_classes": 2, "patch_size": 8}
+    assert refusal(lambda: make(**sizes)).startswith("head.kernel_size=4: only an odd kernel")
 
 
 @pytest.mark.parametrize(

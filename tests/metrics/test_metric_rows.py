@@ -148,7 +148,7 @@ class Returned(Share):
 @pytest.mark.parametrize("kind", ODD_COUNTS)
 @pytest.mark.parametrize("wrap", [lambda metric: metric, LayerMetric])
 def test_counts_that_are_no_numbers_are_refused(wrap, kind):
-    metric, layers = Returned(ODD_COUNTS[kind]), np.zeros((1, 2, 4), np.uint8)
+    metric, layers = Returned(ODD_COUNTS[kind]), np.zeros((CLASSES, 2, 4), np.uint8)
     with pytest.raises(UserError, match="`count` of Returned returns"):
         rows_of(wrap(metric), layers, layers)
     with pytest.raises(AssertionError, match="`count` of Returned returns"):
@@ -158,7 +158,8 @@ def test_counts_that_are_no_numbers_are_refused(wrap, kind):
 def test_layers_of_different_counts_are_refused():
     metric = Filled()
     metric.forms = (*metric.forms, {"correct": 1, "labelled": 1, "other": 1})
-    layers = np.stack([np.zeros((2, 4), np.uint8), np.ones((2, 4), np.uint8)])
+    layers = np.zeros((CLASSES, 2, 4), np.uint8)
+    layers[1] = 1
     with pytest.raises(UserError, match=r"of Filled returns counts of .* for the image 04 \(layer 1\)"):
         rows_of(LayerMetric(metric), layers, layers)
 
@@ -174,14 +175,14 @@ class OtherScores(Share):
 
 @pytest.mark.parametrize("scores", [{}, {"share": 1.0, "miou": 1.0}, {"share": [0.5, 0.5]}])
 def test_scores_that_do_not_fit_the_class_are_refused(scores):
-    layers = np.zeros((1, 2, 4), np.uint8)
+    layers = np.zeros((CLASSES, 2, 4), np.uint8)
     rows = rows_of(OtherScores(scores), layers, layers)
     with pytest.raises(UserError, match="`compute` of OtherScores returns"):
         rows.add_scores({"classes": []}, list)
 
 
 def test_missing_scores_of_layers_are_refused():
-    layers = np.zeros((1, 2, 4), np.uint8)
+    layers = np.zeros((CLASSES, 2, 4), np.uint8)
     rows = rows_of(LayerMetric(OtherScores({})), layers, layers)
     with pytest.raises(UserError, match="`compute` of OtherScores returns"):
         rows.add_scores({"classes": []}, list)

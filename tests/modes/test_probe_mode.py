@@ -60,7 +60,7 @@ def test_head_starts_from_the_probe_but_resumes_without_it(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("mode=train", "head.init=zeros"), "head.init=zeros is unknown. Choose probe, normal, or null"),
+        (("mode=train", "head.init=zeros"), "head.init=zeros is unknown. Choose one of probe, normal or null"),
         (("mode=train", "head=mlp", "+head.init=probe"), "does not take init"),
         (("mode=probe", "mode.layers=[5]"), "this backbone has 2 blocks"),
         (("mode=probe", "mode.strengths=[]"), "the list is empty"),

@@ -18,6 +18,7 @@ ELSEWHERE = {  # of another config, or in a function that the mode calls for som
     "bench": {"slots", "tracker"},
     "compare": {"data"},  # of the runs
     "export": {"loss"},  # of the checkpoint
+    "eval": {"trainer"},  # of the checkpoint
     "plan": {"slots"},
     "serve": {"loss"},  # in saving a model, too
     "train": {"slots", "tracker"},  # slots: with trainer=slots; tracker: of mode=eval and mode=track
