@@ -56,7 +56,7 @@ def test_a_backbone_of_ones_own_may_name_its_blocks():
 
 
 @pytest.mark.parametrize("added", [nn.Linear(2, 2), nn.Parameter(torch.zeros(2)), nn.BatchNorm2d(2).running_mean])
-def test_what_is_added_beside_the_parts_is_refused(model, added, tmp_path):
+def test_tensors_added_to_a_model_are_refused(model, added, tmp_path):
     if isinstance(added, nn.Module | nn.Parameter):
         model.extra = added
     else:

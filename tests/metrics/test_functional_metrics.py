@@ -204,7 +204,7 @@ def test_infinite_logits_that_decide_a_score_are_refused(logit):
             function(logits, targets)
 
 
-def test_a_class_of_probability_0_has_an_error_and_no_temperature():
+def test_probability_0_of_a_class_has_no_temperature():
     logits, targets = torch.zeros(1, 3, 1, 2), torch.tensor([[[0, 2]]])
     logits[0, 2] = -math.inf
     assert metrics.expected_calibration_error(logits, targets) == 0

@@ -233,7 +233,7 @@ def test_settings_of_a_wrapped_metric_name_its_own_options():
 
 
 @pytest.mark.parametrize("convert", [np.array, torch.tensor, lambda weights: {"of classes": [np.array(weights)]}])
-def test_settings_tell_arrays_and_tensors_apart(convert):
+def test_settings_differ_by_arrays_and_tensors(convert):
     def weighted(*weights):
         metric = MeanIoU()
         metric.weights = convert(weights * 400)
