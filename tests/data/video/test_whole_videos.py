@@ -6,7 +6,7 @@ import pytest
 from films import append_empty_slots, write_edits, write_plain
 
 from dinoseg.data.video.access import VideoFrame, read_frame
-from dinoseg.data.video.decoder import Decoder
+from dinoseg.data.video.decoder import Decoder, count_slots
 from dinoseg.data.video.index import find_index
 from dinoseg.data.video.length import count_frames, promised_frames
 from dinoseg.inference.video_file import VideoReader
@@ -152,3 +152,12 @@ def test_one_undecodable_packet_is_no_loss(tmp_path, monkeypatch):
     assert not is_damaged_truncated(tmp_path / "v.avi", 30, 1) and is_damaged_truncated(tmp_path / "v.avi", 30, 2)
     monkeypatch.setattr(Decoder, "declared_frames", 40)  # counts frames that a cut leaves out
     assert not is_damaged_truncated(tmp_path / "v.avi", 30, 1) and is_damaged_truncated(tmp_path / "v.avi", 30, 2)
+
+
+def test_slots_are_counted_behind_a_chunk_of_odd_size(tmp_path):
+    path = write_plain(tmp_path / "v.avi", 30, codec="mjpeg")
+    data = bytearray(path.read_bytes())
+    index = data.index(b"idx1")
+    data[index:index] = b"JUNK\x03\0\0\0abc\0"
+    path.write_bytes(data)
+    assert count_slots(path, 0) == 30 and count_slots(path, 1) == 0
