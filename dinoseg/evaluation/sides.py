@@ -273,7 +273,7 @@ def side_names(folders: Sequence[Path], sides: Sequence[Sequence[int]]) -> list[
     by_folder = _by_folders(folders)
     commands = [_command(folder) for folder in folders]
     swept = [command for command in commands if command]
-    keys = dict.fromkeys(key for command in swept for key in command if not key.startswith("hydra"))
+    keys = dict.fromkeys(key for command in swept for key in command if not key.startswith(("hydra", "resume")))
     varied = [key for key in keys if len({command.get(key) for command in swept}) > 1]
     names = []
     for side in sides:

@@ -56,6 +56,11 @@ def test_side_names_omit_seeds_if_unique_without_them(swept):
     assert side_names(folders, [[0, 2], [1], [3]]) == ["seed=0", "head=a seed=1", "head=b seed=1"]
 
 
+def test_side_names_omit_the_resuming_of_a_sweep(swept):
+    folders = swept(["head=a"], ["head=b", "resume=auto"])
+    assert run_names(folders) == ["head=a", "head=b"]
+
+
 def test_link_to_a_job_is_named_as_the_job(swept, tmp_path):
     folders = swept(["head=a"], ["head=b"])
     (tmp_path / "linked").symlink_to(folders[0])
