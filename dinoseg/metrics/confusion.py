@@ -161,7 +161,10 @@ class ConfusionMatrix:
                 f"the ignore index {self.ignore_index}. Correct the masks, the classes or the ignore index."
             )
         if predictions:
-            raise ValueError(f"{predictions} predicted ids lie outside 0..{self.num_classes - 1}.")
+            raise ValueError(
+                f"{predictions} predicted ids lie outside 0..{self.num_classes - 1}. Give class ids, such as 0 and 1 "
+                "instead of 0 and 255."
+            )
 
 
 def mean_scores(classes: list[dict[str, Any]], hits: int, background: int | None) -> dict[str, Any]:
@@ -207,7 +210,10 @@ def as_tensor(value: Any, name: str) -> Tensor:
 
 def _check_class_ids(prediction: Tensor, mask: Tensor) -> None:
     if prediction.shape != mask.shape:
-        raise ValueError(f"Prediction {tuple(prediction.shape)} and mask {tuple(mask.shape)} differ.")
+        raise ValueError(
+            f"Prediction {tuple(prediction.shape)} and mask {tuple(mask.shape)} differ. Give class ids of one size, "
+            "such as logits.argmax(1)."
+        )
     for name, ids in (("prediction", prediction), ("mask", mask)):
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"The {name} is {ids.dtype}; class ids must be integers. Count layers by MeanIoU.")
