@@ -130,8 +130,10 @@ class Metric(ABC):
         """Return the scores over images from the counts of each; None where undefined.
 
         Raises:
-            UserError: there are no images.
+            UserError: there are no images, or `rows` is one image's counts.
         """
+        if isinstance(rows, Mapping):
+            raise UserError("rows: these are the counts of one image. Give a list: [metric.count(...)].")
         sums = sum_counts(rows)
         if not sums:
             raise UserError("rows: there are no counts. Give those of at least one image.")

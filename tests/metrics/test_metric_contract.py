@@ -328,3 +328,10 @@ def test_check_refuses_other_classes_and_directions():
 def test_scores_of_no_images_are_refused(metric):
     with pytest.raises(UserError, match="counts.*at least one image"):
         metric.score([])
+
+
+def test_counts_of_one_image_outside_a_list_are_refused():
+    ids = np.zeros((4, 4), np.int64)
+    metric = MeanIoU()
+    with pytest.raises(UserError, match="rows: these are the counts of one image. Give a list"):
+        metric.score(metric.count(PredictedImage(ids), LabelledImage(ids, 2)))
