@@ -45,7 +45,7 @@ def cross_entropy_loss(
     """Return the cross-entropy over labelled pixels, averaged over their class weights; 0 without labelled pixels.
 
     Args:
-        logits: (B, K, H, W), or a `Prediction`.
+        logits: (B, K, H, W), or a `Prediction`; upsampled to the targets if of another size.
         targets: (B, H, W) class ids.
         ignore_index: target of pixels that do not count.
         class_weights: one weight (K,) per class; None: 1 each.
