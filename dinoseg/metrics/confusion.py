@@ -216,7 +216,10 @@ def _check_class_ids(prediction: Tensor, mask: Tensor) -> None:
         )
     for name, ids in (("prediction", prediction), ("mask", mask)):
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ValueError(f"The {name} is {ids.dtype}; class ids must be integers. Count layers by MeanIoU.")
+            raise ValueError(
+                f"The {name} is {ids.dtype}. Give ids of an integer type, such as {name}.long(). "
+                "Count layers by MeanIoU."
+            )
 
 
 def _pairs(prediction: Tensor, mask: Tensor) -> Tensor:

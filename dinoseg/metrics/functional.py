@@ -29,7 +29,7 @@ def mean_iou(predictions: Values, targets: Values, num_classes: int, *, ignore_i
 
     Raises:
         UserError: a target is neither a class nor `ignore_index`.
-        ValueError: the shapes differ, or a tensor is not of an integer type.
+        ValueError: the shapes differ, a tensor is not of an integer type, or a prediction is no class.
 
     Examples:
         >>> import torch
@@ -100,8 +100,8 @@ def boundary_iou(prediction: Values, target: Values, num_classes: int, *, ratio:
     """Return the Boundary IoU (B. Cheng et al., 2021) of each class of an image, (K,) float64; NaN without pixels.
 
     Args:
-        prediction: class ids (H, W) of any integer type.
-        target: class ids (H, W).
+        prediction: class ids (H, W) of any integer type; ids outside 0..K-1, such as 255, belong to no class.
+        target: class ids (H, W) in the same form.
         num_classes: K.
         ratio: width of the boundary bands, as a share of the image diagonal, in (0, 1].
 
@@ -129,8 +129,8 @@ def surface_dice(prediction: Values, target: Values, num_classes: int, *, tolera
     """Return the normalised surface Dice (NSD) of each class of an image, (K,) float64; NaN for absent classes.
 
     Args:
-        prediction: class ids (H, W) of any integer type.
-        target: class ids (H, W).
+        prediction: class ids (H, W) of any integer type; ids outside 0..K-1, such as 255, belong to no class.
+        target: class ids (H, W) in the same form.
         num_classes: K.
         tolerance: distance in pixels up to which outlines agree, at least 0.
 

@@ -112,9 +112,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 def _check_frame(reference: np.ndarray, prediction: np.ndarray, count: int) -> None:
     if reference.shape != prediction.shape or reference.ndim != 2:
-        raise ValueError(
-            f"The reference is {reference.shape} and the prediction {prediction.shape}; both must be (H, W)."
-        )
+        raise ValueError(f"Reference {reference.shape} and prediction {prediction.shape}: give ids (H, W) of one size.")
     if count > 255:
         raise ValueError(f"A frame has {count} masks; the limit is 255.")
 

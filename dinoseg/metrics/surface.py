@@ -105,7 +105,7 @@ def boundary_ious(
 
 def _check_sizes(reference: np.ndarray, prediction: np.ndarray) -> None:
     if reference.shape != prediction.shape or reference.ndim != 2:
-        raise ValueError(f"Reference {reference.shape} and prediction {prediction.shape} must both be (H, W).")
+        raise ValueError(f"Reference {reference.shape} and prediction {prediction.shape}: give ids (H, W) of one size.")
 
 
 def _edges(ids: np.ndarray) -> np.ndarray:

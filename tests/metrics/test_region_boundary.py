@@ -193,9 +193,9 @@ def test_the_inputs_are_left_alone_and_must_fit():
     before = maps.copy()
     pair_scores(*maps, 2, 2, maps[0] == 3)
     assert np.array_equal(maps, before)
-    with pytest.raises(ValueError, match=r"\(12, 15\) and the prediction \(12, 14\)"):
+    with pytest.raises(ValueError, match=r"\(12, 15\) and prediction \(12, 14\)"):
         pair_scores(maps[0], maps[1, :, 1:], 1, 1)
-    with pytest.raises(ValueError, match="both must be"):
+    with pytest.raises(ValueError, match="of one size"):
         pair_scores(maps, maps, 1, 1)
 
 
