@@ -292,10 +292,11 @@ def _tensors(
     state, wanted = model.state_dict(), empty.state_dict()
     held = {name: state[name] for name in (trained_names(model) if delta else state)}
     mistake = misfits({name: wanted[name] for name in trained_names(empty)}, held)
-    if changed := stateless_modules(model).items() ^ stateless_modules(empty).items():
-        mistake = (
-            mistake or f"another module, {' or '.join(kind for _, kind in sorted(changed)[:2])}, at {min(changed)[0]}"
-        )
+    changed = stateless_modules(model).items() ^ stateless_modules(empty).items()
+    if changed and not mistake:
+        first = min(place for place, _ in changed)
+        kinds = sorted(kind for place, kind in changed if place == first)
+        mistake = f"another module, {' or '.join(kinds)}, at {first}"
     if mistake:
         raise UserError(
             f"The model is not that of its config: {mistake}. A part was replaced, or with delta=True frozen or "
