@@ -165,8 +165,8 @@ class Decoder:
         """The container's index of all packets of the video, in decoding order; empty if it has none."""
         entries = list(self._stream.index_entries)
         if self._is_slotted and entries and entries[-1].timestamp < self._stream.frames - 1 - _UNCOUNTED:
-            # a truncated file lacks its own index, of which FFmpeg then makes the part that it has seen; in a whole one
-            # the last slots are empty
+            # the last slots of a whole file are empty; a truncated file lacks its own index, and FFmpeg makes one of
+            # the packets that it has seen
             is_whole = count_slots(self.path, self._stream.index) >= self._stream.frames
             return entries if is_whole else []
         return entries

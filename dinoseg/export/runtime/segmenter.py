@@ -371,7 +371,7 @@ class Segmenter(GuardedModule, Model):
             )
 
     def _refuse_additions(self) -> None:
-        """Refuse parameters and buffers beside the parts, which the optimizer and a file would leave out."""
+        """Refuse parameters and buffers that were added to the model: the optimizer and a file would omit them."""
         added = [name for name in self.state_dict() if not name.startswith("model.")]
         if added:
             raise UserError(

@@ -134,7 +134,7 @@ class RemoteLogger(Logger):
         raise NotImplementedError
 
     def _send(self, step: int, named: Mapping[str, Any], send: Callable[[int, Mapping[str, Any]], None]) -> None:
-        """Send what was not sent before, and record its step."""
+        """Send those values or images that this run has not sent for the step, and record the step."""
         new = {name: value for name, value in named.items() if step > self._logged.get(name, -1)}
         if new:
             send(step, new)
