@@ -39,7 +39,7 @@ def by_hand(positions, grid, offset, antialias):
     stored = positions[0, 1:].double().numpy().reshape(side, side, -1)
     row = smooth_row if antialias else plain_row
     rows, columns = (np.stack([row(side / (n + offset), cell, side) for cell in range(n)]) for n in grid)
-    wanted = np.einsum("yr,xc,rck->yxk", rows, columns, stored).reshape(1, grid[0] * grid[1], -1)
+    wanted = np.einsum("yr,xc,rck->yxk", rows, columns, stored, optimize=True).reshape(1, grid[0] * grid[1], -1)
     return torch.cat([positions[:, :1].double(), torch.from_numpy(wanted)], dim=1)
 
 
