@@ -154,16 +154,16 @@ def image_histogram(mious: Sequence[float | None]) -> dict[str, Any]:
 
 
 def boundary_rows(distances: Sequence[int], bands: np.ndarray) -> list[tuple[str, list[float | None]]]:
-    """Return the name of each band around boundaries, and its shares.
+    """Return the name of each distance from boundaries, and its shares; the last row holds all pixels farther away.
 
-    These are of all errors and of all pixels within the distance, and of wrong pixels in the band alone.
+    These are of all errors and of all pixels at the distance, and of wrong pixels in the band alone.
     """
     pixels, wrong = bands.sum(axis=0)
-    within = np.cumsum(bands, axis=0)
-    names = [f"within {end} px" for end in distances] + ["anywhere"]
+    shown = np.concatenate([np.cumsum(bands[:-1], axis=0), bands[-1:]])
+    names = [f"within {end} px" for end in distances] + [f"beyond {distances[-1]} px"]
     return [
         (name, [_divide(errors, wrong), _divide(near, pixels), _divide(band[1], band[0])])
-        for name, (near, errors), band in zip(names, within.tolist(), bands.tolist(), strict=True)
+        for name, (near, errors), band in zip(names, shown.tolist(), bands.tolist(), strict=True)
     ]
 
 
