@@ -132,7 +132,7 @@ class ModelBuilder:
             raise UserError(not_set(f"data.{min(absent)}"))
         if OmegaConf.is_list(data.classes) and (unnamed := OmegaConf.missing_keys(data.classes)):
             raise UserError(not_set(f"data.classes{min(unnamed)}"))
-        return Labels.of(data.classes, data.palette, data.ignore_index)
+        return Labels.of(data.classes, data.palette, data.ignore_index, has_layers=self.task.has_layers)
 
     @property
     def task(self) -> Task:

@@ -39,7 +39,7 @@ def default_palette(num_classes: int) -> list[tuple[int, int, int]]:
 
 
 def layer_colours(palette: Palette) -> list[tuple[int, int, int]]:
-    """Return the colours of the layers of a mask: white instead of black, which marks the class of no object."""
+    """Return the colours of classes that may overlap: white instead of black, which stands for no class."""
     return [(255, 255, 255) if max(colour) == 0 else colour for colour in palette]
 
 

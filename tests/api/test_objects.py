@@ -242,6 +242,7 @@ def test_datasets_of_layers_train_a_multilabel_model(tmp_path):
     layered = {split: LayeredDiscs(dataset.names) for split, dataset in data().items()}
     run = train(tmp_path / "run", data=layered, **options)
     assert run.step == 2 and 0 <= run.scores["accuracy"] <= 1
+    assert run.load_model("last").palette[0] == (255, 255, 255)  # instead of black
     with pytest.raises(UserError, match=r"data, .*the mask of .* int64 \(.*Return an integer tensor \(2, "):
         train(tmp_path / "other", data=data(), **options)
 

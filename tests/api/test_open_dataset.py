@@ -64,6 +64,8 @@ def test_multilabel_masks_have_a_layer_for_each_class(tmp_path):
     for task in ("multilabel", {"name": "multilabel", "threshold": 0.3}):
         data = dinoseg.open_dataset(root=tmp_path, classes=["disc", "square"], task=task)
         assert np.array_equal(data[0]["mask"], masks[data.names[0]])
+    model = dinoseg.create_model("rgb", classes=data.classes, task="multilabel")
+    assert model.palette == data.palette and (0, 0, 0) not in data.palette
 
 
 def test_opening_a_dataset_writes_nothing(root, tmp_path, monkeypatch):

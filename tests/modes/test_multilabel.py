@@ -72,6 +72,10 @@ def test_evaluation_and_saved_predictions_equal_numpy(multilabel_run):
     run(where, "mode=eval", "resume=run", "hydra.run.dir=eval")
     run(where, "mode=predict", "resume=run", "input=val", "mode.outputs=[probabilities]", "hydra.run.dir=val_predicted")
     predictions = read_layers(where / "val_predicted/masks", val)
+    palette = json.loads((where / "val_predicted/masks/classes.json").read_text())["palette"]
+    drawn = read_image(where / f"val_predicted/{min(val)}_segmentation/segmentation_colored.png")
+    coloured = drawn[predictions[min(val)].any(axis=0)]
+    assert sorted(map(list, {tuple(colour) for colour in coloured.tolist()})) == sorted(palette)
     scores = scores_of(where / "eval")
     ious = [row["iou"] for row in scores["classes"]]
     assert ious == pytest.approx(layer_scores(predictions, val).tolist())
@@ -156,6 +160,9 @@ def test_exported_files_equal_the_model(multilabel_run):
     image = read_image(where / "data/val/images/val_0.png")
     one, other = (dinoseg.load(where / name) for name in ("whole/model.safetensors", "graph/model.onnx"))
     ours, theirs = one.predict(image), other.predict(image)
+    assert one.palette == other.palette and (0, 0, 0) not in one.palette
+    drawn = {tuple(colour) for colour in ours.overlay(1.0)[ours.mask.any(axis=0)].tolist()}
+    assert drawn == set(one.palette)
     assert ours.mask.dtype == bool and ours.mask.shape == (2, 32, 48)
     np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=1e-4)
     np.testing.assert_array_equal(ours.mask, ours.probabilities >= 0.5)

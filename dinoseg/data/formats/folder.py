@@ -92,7 +92,7 @@ def folder_dataset(
         UserError: a folder is missing or empty, no image has its mask, or two files have one name; when an item is
             read: an unreadable file, differing sizes, ids without class.
     """
-    labels = Labels.of(classes, palette, ignore_index)
+    labels = Labels.of(classes, palette, ignore_index, has_layers=layers)
     match_files = partial(_match_masks, labels)
     if layers:
         match_files = partial(_match_layers, labels, layer_reader(masks, ignore_index).read)

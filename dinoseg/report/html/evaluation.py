@@ -11,7 +11,6 @@ from dinoseg.core.metric import Metric
 from dinoseg.report.html.charts import MAX, Axes, bar_chart, line_chart, range_around, thin
 from dinoseg.report.html.page import format_interval, render
 from dinoseg.report.html.pictures import EvaluatedImages, Shot, prediction_card
-from dinoseg.report.palette import layer_colours
 from dinoseg.report.scores import few_units
 from dinoseg.report.table import MEANS, metric_text
 from dinoseg.utils.wording import count_of
@@ -124,7 +123,7 @@ def evaluation_page(
         units=units,
         images=len(evaluated.images),
         classes=evaluated.classes,
-        palette=evaluated.palette if found["matrix"] else layer_colours(evaluated.palette),
+        palette=evaluated.palette,
         heat_map=found["matrix"] and heat_map(np.asarray(found["matrix"], dtype=np.int64), evaluated.classes),
         histogram=image_histogram(errors.mious),
         defined=[miou for miou in errors.mious if miou is not None],
