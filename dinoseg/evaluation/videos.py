@@ -23,8 +23,9 @@ from dinoseg.experiment.provenance import Provenance
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol, ScoringCase
-from dinoseg.report.indexed import voc_palette, write_indexed_png
+from dinoseg.report.indexed import write_indexed_png
 from dinoseg.report.overlay import blend
+from dinoseg.report.palette import default_palette
 from dinoseg.report.progress import Bar
 from dinoseg.tracking.tracker import LabelledFrames, Tracker
 from dinoseg.training.engine import Engine
@@ -376,7 +377,7 @@ def write_masks(
         tracker: tracker without any frame yet.
         folder: folder of the masks.
         prompts: see `prompted_frames`.
-        blends: folder of <frame>.jpg, blends of frame and mask in equal parts; None: not written.
+        blends: folder of <frame>.jpg, frames tinted and outlined by their masks; None: not written.
         written: names of the frames to write; None: all.
         batch_size: frames passed to the tracker at once.
 
@@ -408,7 +409,7 @@ def write_masks(
                     continue
                 write_indexed_png(for_masks / f"{frame.name}.png", ids)
                 if for_blends is not None:
-                    tinted = blend(frame.image, ids, voc_palette(), opacity=0.5)
+                    tinted = blend(frame.image, ids, default_palette(256), opacity=0.5, outline=None)
                     Image.fromarray(tinted).save(for_blends / f"{frame.name}.jpg", quality=_JPEG_QUALITY)
 
         return run_pipeline(_batches(prompted_frames(video, prompts), batch_size), follow, write, depth=_DEPTH)
