@@ -206,7 +206,7 @@ def write_tables(out_dir: Path, first: Side, others: Sequence[OtherRun]) -> None
     labels = score_labels(first)
     heads: list[Any] = ["score", first.name]
     for other in others:
-        heads += [other.name, "difference", "low", "high", "p", "verdict"]
+        heads += [other.name, *(f"{other.name} {part}" for part in ("difference", "low", "high", "p", "verdict"))]
     lines = [heads]
     for key, value in scores_of(first.records).items():
         line = [labels[key], value]

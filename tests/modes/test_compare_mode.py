@@ -82,7 +82,10 @@ def test_two_runs_are_compared(runs):
     called = ["mIoU", "mean Dice", "pixel accuracy", "IoU dark", "IoU bright"]  # as on the page; keys in compare.json
     assert [row["score"] for row in rows] == called and all(name in done.out for name in called)
     assert [*found["scores"]] == ["miou", "dice", "accuracy", "iou/0", "iou/1"]
+    parts = [f"second {part}" for part in ("difference", "low", "high", "p", "verdict")]
+    assert [*rows[0]] == ["score", "first", "second", *parts]
     assert float(rows[0]["second"]) == pytest.approx(scores[1])
+    assert float(rows[0]["second difference"]) == pytest.approx(scores[1] - scores[0])
     assert "intervals are over 2 images: with fewer than 10" in done.err
     ranked = list(csv.DictReader((runs / "compared/runs.csv").read_text().splitlines()))
     assert [float(row["miou"]) for row in ranked] == pytest.approx(sorted(scores, reverse=True))
