@@ -1,5 +1,6 @@
 """Classes and groups for mode=score: from the data on the command line, or from a record stored with predictions."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from dinoseg.inference.class_record import NAME, read_class_record, references
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol
 from dinoseg.metrics.protocols.davis_layout import tracked_sequence
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import join_names
 
 FOLDER = "masks"  # in a run folder of mode=predict: id masks and their class record
 GROUP, _MASKS = "data.group", "data.reader.masks."
+_READ = (GROUP, "data.on_error")
+_CLASS_KEYS = ("data.classes", "data.palette", "data.ignore_index", "data.root", "data.reader")
+logger = logging.getLogger(__name__)
 
 
 def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> ScoreProtocol:
@@ -70,6 +75,16 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
         read = references(labels, masks, has_layers=has_layers)
         runtime_arguments |= {"references": read, "ignore_index": labels.ignore_index}
     return make(**runtime_arguments)
+
+
+def warn_of_unread_data(out_dir: Path, *, reads_classes: bool) -> None:
+    """Warn once of typed keys of `data` without effect; `reads_classes`: whether the protocol takes any classes."""
+    read = (*_READ, *(_CLASS_KEYS if reads_classes else ()))
+    below = tuple(f"{key}." for key in read)
+    typed = sorted(key for key in _typed_keys(out_dir) if key.startswith(("data.", "data/")))
+    unread = [key for key in typed if key not in read and not key.startswith(below)]
+    if unread:
+        logger.warning("No effect here: %s. mode=score reads %s of data.", join_names(unread), join_names(list(read)))
 
 
 def score_groups(

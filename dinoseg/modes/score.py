@@ -11,7 +11,7 @@ from dinoseg.config.nodes import argument_keys
 from dinoseg.evaluation.score_report import result_of, write_problems
 from dinoseg.evaluation.scoring.folders import ScoringResult, Unscorable, score_cases
 from dinoseg.evaluation.scoring.summary import difference
-from dinoseg.experiment.score_classes import FOLDER, score_groups, score_protocol
+from dinoseg.experiment.score_classes import FOLDER, score_groups, score_protocol, warn_of_unread_data
 from dinoseg.inference.class_record import NAME
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol
 from dinoseg.metrics.protocols.davis import Sequences
@@ -48,6 +48,7 @@ def run(
     folders = _folders(reference, prediction)
     runs = folders[1:]
     protocol = score_protocol(cfg, runs, out_dir)
+    warn_of_unread_data(out_dir, reads_classes="classes" in cfg.protocol)
     find_groups = partial(score_groups, cfg.data.get("group"), protocol, runs, out_dir)
     if not isinstance(protocol, Sequences):  # these protocols read run folders of mode=track themselves
         folders[1:] = [each / MASKS if tracked_sequence(each) else each for each in folders[1:]]

@@ -119,6 +119,12 @@ def test_typed_groups_are_the_units_of_intervals(folders, run):
     assert done.status == 1 and nothing is None and "data.group=drive does not match the name 0/0" in done.err
 
 
+def test_typed_keys_of_data_without_effect_are_named(folders, run):
+    _, done, _ = run("data.fold=0", "data.on_error=skip", "data.reader.masks.format=ids", "data.group=null")
+    (line,) = [line for line in done.err.splitlines() if "No effect here" in line]
+    assert "No effect here: data.fold. mode=score reads data.group" in line
+
+
 def test_groups_of_a_named_dataset_are_the_units(tmp_path, run):
     for name, ids in (("0016E5_1", 0), ("0016E5_2", 1)):
         write_png(tmp_path / f"reference/{name}.png", np.full((8, 12), ids, np.uint8))
