@@ -14,6 +14,7 @@ from PIL import Image
 
 from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.clips.videos import VOID, Video
+from dinoseg.data.splits import find_groups
 from dinoseg.evaluation.restart import RECORD, earlier_run, log_copied, take_over
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
@@ -228,7 +229,15 @@ def evaluate_videos(
         print(f"masks:        {tracking.masks}/<video>/<frame>.png, indexed, with the palette of DAVIS")
         print(f"blends:       {tracking.blends or 'none'}")
         scored_by = data.protocol if options.official else None
-        result |= score_masks(scored_by, data.videos, tracking.masks, out_dir, problems=problems, skip=tracking.skip)
+        result |= score_masks(
+            scored_by,
+            data.videos,
+            tracking.masks,
+            out_dir,
+            group=provenance.group,
+            problems=problems,
+            skip=tracking.skip,
+        )
         if options.report:
             report_videos(provenance, out_dir, tracking.blends, split=data.split)
     engine.close()
@@ -241,6 +250,7 @@ def score_masks(
     folder: Path,
     out_dir: Path,
     *,
+    group: str | None = None,
     problems: Sequence[tuple[Path, str]] = (),
     skip: bool = False,
 ) -> dict[str, Any]:
@@ -254,6 +264,7 @@ def score_masks(
         videos: videos of the data set.
         folder: folder of the masks.
         out_dir: the run folder; masks without a file of their own are written into its folder references.
+        group: regular expression of `data.group`, whose groups of videos are the units of the intervals.
         problems: folder and reason of each video that was left out.
         skip: whether to leave out files that cannot be scored.
 
@@ -284,10 +295,12 @@ def score_masks(
     listing = Cases(cases, left)
     if bare := [video.name for video in videos if video not in known]:
         listing.notes.append(f"{count_of(bare, 'video')} without references not scored: {join_names(bare)}")
+    groups, notes = find_groups(group, [case.name for case in cases], "data.group")
+    listing.notes += notes
     try:
         where = f"the data set and {folder}"
         on_error: OnError = "skip" if skip else "stop"
-        scored = score_cases(protocol, listing, where=where, on_error=on_error, remedy=advice)
+        scored = score_cases(protocol, listing, where=where, groups=groups, on_error=on_error, remedy=advice)
     except Unscorable as error:
         write_problems(out_dir, {folder: error.problems})
         raise UserError(f"{error}\n{advice}") from error

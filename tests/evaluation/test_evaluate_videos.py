@@ -620,6 +620,20 @@ def test_propagation_from_the_command_line(tmp_path, monkeypatch):
     assert other.status == 1 and "settings differ from that run: tracker.radius was 12 and is 6. Use" in other.err
 
 
+def test_intervals_are_over_groups_of_videos(tmp_path):
+    clips = []
+    for name in ("1_a", "1_b", "2_a"):
+        masks = {number: tmp_path / f"{name}/{number}.png" for number in range(2)}
+        for number, path in masks.items():
+            for file in (path, tmp_path / f"out/masks/{name}/{number}.png"):
+                write_png(make_parent(file), np.eye(8, dtype=np.uint8))
+        clips.append(Video(name, [tmp_path / f"{name}/frames/{number}.png" for number in masks], 12, masks))
+    videos.score_masks(VideoClustering(), clips, tmp_path / "out/masks", tmp_path / "out", group="^[0-9]")
+    result = json.loads((tmp_path / "out/scores.json").read_text())
+    assert (result["n"], result["unit"], result["scored_unit"]) == (2, "group", "video")
+    assert [row["group"] for row in result["per_video"]] == ["1", "1", "2"]
+
+
 @pytest.mark.parametrize("square", [None, 8])
 def test_a_broken_reference_is_left_out_or_named(tmp_path, square):
     clips, shown = [], np.pad(np.ones((3, 8), np.uint8), ((2, 3), (0, 0)))

@@ -40,9 +40,10 @@ SHARES = {  # keys of a job's scores in 0..1 to columns in percent, as in the sc
     "FG-ARI": "FG-ARI %",
     "mBO": "mBO %",
 }
-_BOUNDS = {**dict.fromkeys(SHARES, (0.0, 1.0)), "FG-ARI": (-0.5, 1.0), "loss": (0.0, inf)}
+LOSS = "val/loss"  # column of a job's `loss`, as in metrics.jsonl: a swept `loss=` has a column, too
+_BOUNDS = {**dict.fromkeys(SHARES, (0.0, 1.0)), "FG-ARI": (-0.5, 1.0), LOSS: (0.0, inf)}
 JOBS = "jobs.csv"  # one row per job, where folds or seeds are averaged
-OTHERS = {"loss": ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
+OTHERS = {LOSS: ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
 RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first one that any job has is the sort key; without any, the lowest loss
 _ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
 _ON_THIS_MACHINE = (".JoblibLauncher", ".LocalLauncher")  # their jobs end with the sweep; those of a cluster go on
@@ -180,7 +181,7 @@ class SweepTable(Callback):
         numbers = {name: value for name, value in scores.items() if type(value) in (int, float) and isfinite(value)}
         further = [name for name in config.get("metric") or () if name in numbers and name not in SHARES]
         row |= {name: numbers.get(name) for name in (*SHARES, *further, *OTHERS, "background", "ignored_class")}
-        row["further"] = further
+        row |= {LOSS: numbers.get("loss"), "further": further}
         row |= {name: scores.get(name) for name in ("matrix", "run")}
         _job_results(config).store(number, row | {"returned": numbers, "note": scores.get("error", "")})
 
@@ -199,7 +200,7 @@ class SweepTable(Callback):
             )
         further = dict.fromkeys(name for row in jobs for name in row["further"])
         columns = [key for key in (*SHARES, *further, *OTHERS) if any(row.get(key) is not None for row in jobs)]
-        score, sign = next(((key, -1) for key in RANKED if key in columns), ("loss", 1))
+        score, sign = next(((key, -1) for key in RANKED if key in columns), (LOSS, 1))
         if score in columns or any(row["note"] for row in jobs):
             self._report(config, jobs, columns, score, sign)
         if len(jobs) < self._cells or any(row["note"] and row["process"] != os.getpid() for row in jobs):
@@ -223,7 +224,7 @@ class SweepTable(Callback):
         if averaged:
             count, parts = ("seeds", (DEVIATION, LOW, HIGH)) if SEED in averaged else ("folds", (DEVIATION,))
             printed = [count, *_with_parts(columns, [score], parts)]
-            scores = [key for key in columns if key == "loss" or key not in OTHERS]
+            scores = [key for key in columns if key == LOSS or key not in OTHERS]
             written = [count, *_with_parts(columns, scores, parts)]
         rows = _rank_rows(rows, score, sign)
         _print(rows, swept, printed)

@@ -133,7 +133,7 @@ def evaluation_page(
         },
         boundary=boundary_rows(errors.distances, errors.boundary),
         videos=[]
-        if units == len(evaluated.units)
+        if len({*evaluated.units}) == len(evaluated.units)
         else video_charts(_group_scores(evaluated.units, errors.mious), "mIoU %"),
         calibration=calibration and {**calibration, "charts": calibration_charts(calibration)},
         min_bin_pixels=_MIN_BIN_PIXELS,
