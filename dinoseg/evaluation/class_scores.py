@@ -58,6 +58,7 @@ def unit_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
 
 
 def metric_intervals(metric: Metric, counts: Sequence[Counts], units: Sequence[str]) -> dict[str, list[float] | None]:
-    """Return the 95 % interval of each score of a metric, from its counts and the unit of each image."""
+    """Return the 95 % interval of each score of a metric but `totals`, from its counts and the unit of each image."""
     sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
-    return {key: estimate.ci95 for key, estimate in jackknife(FlatMetric.of(metric, counts[0]), sums).items()}
+    found = jackknife(FlatMetric.of(metric, counts[0]), sums)
+    return {key: estimate.ci95 for key, estimate in found.items() if key not in metric.totals}
