@@ -72,6 +72,13 @@ def test_a_wrapped_metric_is_the_mean_over_images():
     assert score(metric, [one])["error"] is None
 
 
+def test_shape_metrics_keep_the_contract_with_matched_pixels():
+    check_metric(WrappedMetric("x", Hausdorff(), "min", is_share=False, ignored="match"), CLASSES)
+    check_metric(WrappedMetric("iou", ClassIoU(), ignored="remove"), CLASSES)
+    with pytest.raises(AssertionError, match="must not count"):
+        check_metric(WrappedMetric("iou", ClassIoU(), ignored="match"), CLASSES)
+
+
 def test_removed_pixels_are_seen_by_no_wrapped_metric():
     metric = WrappedMetric("iou", ClassIoU(), ignored="remove")
     for seed in range(30):
