@@ -53,7 +53,7 @@ class ClassScores:
 def metric_intervals(
     metric: Metric, counts: Sequence[Counts], units: Sequence[str], scored: np.ndarray
 ) -> dict[str, list[float] | None]:
-    """Return the 95 % interval of each score of a metric.
+    """Return the 95 % interval of each score of a metric but `totals`.
 
     Args:
         metric: the metric.
@@ -62,4 +62,5 @@ def metric_intervals(
         scored: which units (U,) have labelled pixels.
     """
     sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)[scored]
-    return {key: estimate.ci95 for key, estimate in jackknife(FlatMetric.of(metric, counts[0]), sums).items()}
+    found = jackknife(FlatMetric.of(metric, counts[0]), sums)
+    return {key: estimate.ci95 for key, estimate in found.items() if key not in metric.totals}

@@ -24,6 +24,7 @@ from dinoseg.cli.sweeps.lifetime import end_with_sweep, note_sweep
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
+from dinoseg.core.metric import INFINITE_IMAGES
 from dinoseg.evaluation.scoring.intervals import mean_of
 from dinoseg.experiment.folder import locate_runs
 from dinoseg.experiment.log_file import LABEL
@@ -104,6 +105,8 @@ def _average(rows: Sequence[Row], name: str, settings: Sequence[str], scores: Se
     found["note"] = f"{whole} of {count_of(rows, name)}: {notes[0]}" if notes else ""
     for key in scores:
         values = [row[key] for row in rows if row.get(key) is not None]
+        if any(row.get(f"{key}{INFINITE_IMAGES}") for row in rows):  # so is the mean
+            values = []
         mean = mean_of(values, *_BOUNDS.get(key, (-inf, inf)))
         low, high = mean.ci95 or (None, None)
         found[key] = None if not values else values[0] if isinstance(values[0], int) else mean.value
@@ -179,7 +182,8 @@ class SweepTable(Callback):
         row: dict[str, Any] = {"words": {key: value for key, _, value in words if key != "mode"}}
         row |= {"job": number, "process": os.getpid()}
         numbers = {name: value for name, value in scores.items() if type(value) in (int, float) and isfinite(value)}
-        further = [name for name in config.get("metric") or () if name in numbers and name not in SHARES]
+        chosen = [name for name in config.get("metric") or () if name in scores and name not in SHARES]
+        further = [key for name in chosen for key in (name, f"{name}{INFINITE_IMAGES}") if key in scores]
         row |= {name: numbers.get(name) for name in (*SHARES, *further, *OTHERS, "background", "ignored_class")}
         row |= {LOSS: numbers.get("loss"), "further": further}
         row |= {name: scores.get(name) for name in ("matrix", "run")}

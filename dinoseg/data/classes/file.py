@@ -30,7 +30,7 @@ from dinoseg.data.classes.labels import as_color
 from dinoseg.data.classes.mask_advice import HIGHEST_ID
 from dinoseg.data.classes.masks import MaskFormat
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import check_regular
+from dinoseg.utils.files import Stamp, check_regular, stamp
 from dinoseg.utils.forms import SchemaError
 from dinoseg.utils.yaml_text import read_yaml
 
@@ -60,15 +60,14 @@ def read_class_file(path: Path, ignore_index: int) -> dict[str, Any]:
     """
     try:
         check_regular(path)
-        stat = path.stat()
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}. Check data.root.") from None
-    return _read(path, ignore_index, stat.st_mtime_ns, stat.st_size)
+    return _read(path, ignore_index, stamp(path))
 
 
 @lru_cache(maxsize=16)
-def _read(path: Path, ignore_index: int, changed: int, size: int) -> dict[str, Any]:
-    """Parse a file once per state (time and size), since the config interpolates each key separately."""
+def _read(path: Path, ignore_index: int, _stamp: Stamp | None) -> dict[str, Any]:
+    """Parse a file once per state, since the config interpolates each key separately."""
     try:
         return _parse_content(read_yaml(path, _LARGEST), ignore_index)
     except (OSError, SchemaError) as error:

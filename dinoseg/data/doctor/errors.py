@@ -18,6 +18,7 @@ from dinoseg.data.custom import CustomDataset
 from dinoseg.data.doctor.checks.files import check_files
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.scan.measure import Record
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.splits import regex_group
@@ -202,7 +203,7 @@ def _no_labels(part: Scanned) -> Iterator[Finding]:
 def check_same_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
     """Yield a finding of the images of two splits that are one file, or a copy of it.
 
-    A copy has the same name, the same length and the same mask of several classes. Training stops if nearly all of a
+    A copy has the same name, the same mask of several classes and the same content. Training stops if nearly all of a
     split are the other's very files; copies only log a warning.
     """
     for first, second in combinations(splits, 2):
@@ -226,10 +227,14 @@ def check_same_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
 
 def same_files(first: Scanned, second: Scanned) -> list[tuple[Record, Record]]:
     """Return the pairs of the second split that are also in the first, each preceded by its twin there."""
-    twins = {key: record for record in reversed(first.records) for key in _identity(record)}
+    files = {os.path.realpath(record.image): record for record in reversed(first.records)}
+    suspects = {_copy_key(record): record for record in reversed(first.records)}
+    suspects.pop(None, None)  # images that cannot be compared
     both = []
     for record in second.records:
-        twin = next((twins[key] for key in _identity(record) if key in twins), None)
+        twin, suspect = files.get(os.path.realpath(record.image)), suspects.get(_copy_key(record))
+        if twin is None and suspect is not None and _have_same_content(suspect, record):
+            twin = suspect
         both += [] if twin is None else [(twin, record)]
     return both
 
@@ -238,10 +243,18 @@ def _is_one_file(pair: tuple[Record, Record]) -> bool:
     return os.path.realpath(pair[0].image) == os.path.realpath(pair[1].image)
 
 
-def _identity(record: Record) -> Iterator[tuple[str | int, ...]]:
-    yield (os.path.realpath(record.image),)
-    if record.mask_digest and len(record.pixels) > 1 and os.path.isfile(record.image):
-        yield record.name, record.mask_digest, os.path.getsize(record.image)
+def _copy_key(record: Record) -> tuple[str, str, int] | None:
+    """Return what copies have in common; the length alone says nothing for uncompressed files, such as .npy and BMP."""
+    if not record.mask_digest or len(record.pixels) < 2 or not os.path.isfile(record.image):
+        return None
+    return record.name, record.mask_digest, os.path.getsize(record.image)
+
+
+def _have_same_content(first: Record, second: Record) -> bool:
+    """Return whether two images have the same pixels, or the same bytes if one was not decoded."""
+    if first.image_digest and second.image_digest:
+        return first.image_digest == second.image_digest
+    return image_hash(Path(first.image)) == image_hash(Path(second.image))
 
 
 def check_groups(splits: Sequence[Scanned], group: str | None) -> Iterator[Finding]:

@@ -28,6 +28,7 @@ from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import FOLDER
 from dinoseg.training.description import PRECISION
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint, misfits
+from dinoseg.training.progress import Progress
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, format_value
@@ -160,7 +161,7 @@ def write_model(
     description = {**config_description(ModelBuilder.of(stored), info), "folder": "."}
     made = {**description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
     remaining = {key: value for key, value in info.items() if key != PRECISION}  # which the config states
-    checkpoint.write(path, tensors, {"progress": asdict(checkpoint.Progress()), **remaining, **made})
+    checkpoint.write(path, tensors, {"progress": asdict(Progress()), **remaining, **made})
     return len(tensors), facts.backbone
 
 

@@ -224,8 +224,9 @@ def test_checkpoint_stores_the_values_of_the_class_file(load, tmp_path):
 
 def test_a_changed_file_is_read_again(tmp_path):
     file = describe(tmp_path, "classes: [a, b]") / "classes.yaml"
+    os.utime(file, ns=(1, 1))
     assert read_class_file(file, 255)["classes"] == ["a", "b"]
-    file.write_text("classes: [a, c]")
+    file.write_text("classes: [a, c]")  # of the same length
     os.utime(file, ns=(1, 1))
     assert read_class_file(file, 255) == {**NOT_DESCRIBED, "classes": ["a", "c"], "described": {"ids": None}}
     with pytest.raises(UserError, match="Cannot read .*gone: No such file.*Check data.root"):
