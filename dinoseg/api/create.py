@@ -122,7 +122,7 @@ def create_model(
 
 def _no_effect(overrides: Mapping[str, Any]) -> str:
     """Return the message on keys that do not change the model; "" if all do."""
-    idle = [key for key in keys_of(overrides) if not _is_used(key.lstrip("+~"))]
+    idle = [key for key in keys_of(overrides) if not _is_used(key.lstrip("+~").replace("/", "."))]
     if not idle:
         return ""
     return (

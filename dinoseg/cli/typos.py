@@ -19,7 +19,14 @@ from yaml import YAMLError
 from dinoseg.cli.extras import find_plugin_failure
 from dinoseg.cli.own_keys import checkpoint_configs
 from dinoseg.cli.words import FILES, assignments, is_sweep, parse_word, values_of
-from dinoseg.config.options import list_groups, modes_with, options_in, options_with
+from dinoseg.config.options import (
+    list_groups,
+    modes_with,
+    nested_groups,
+    nested_keys,
+    options_in,
+    options_with,
+)
 from dinoseg.config.plain import keys_of, to_container
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value, join_names, nearest
@@ -177,6 +184,9 @@ def _unparsed_reason(word: str, following: Sequence[str]) -> str:
     if closed != word and parse_word(closed) is not None:
         return f"a bracket or brace is not closed. Write '{closed}'."
     key, _, text = word.partition("=")
+    dotted = f"{key.replace('/', '.')}={text}"
+    if dotted != word and parse_word(dotted) is not None:
+        return f"only groups have slashes, and their keys have dots. Write '{dotted}'."
     form = f'"{text}"' if _is_text(text) else '["a value"]'
     return (
         "brackets, braces or quotes are not closed, or the text inside them holds special characters. Quote the whole "
@@ -308,11 +318,17 @@ def _unreadable_file(error: Exception, folders: Sequence[Path]) -> str:
 
 
 def _unknown_key(
-    override: Override, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
+    key: str, word: str, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
 ) -> str:
-    """Return the message on a key that the config lacks: the modes and options that have it, else a near key."""
-    key = override.key_or_group
-    word = _input_line(override)
+    """Return the message on a key that the config lacks: the modes and options that have it, else a near key.
+
+    Args:
+        key: the full key.
+        word: that sets it.
+        cfg: config of the chosen options alone.
+        choices: option of each group.
+        folders: of config groups, the shipped one first.
+    """
     root, _, below = key.partition(".")
     if root not in cfg:
         modes, options = modes_with(folders, root), options_with(folders, root)
@@ -325,8 +341,22 @@ def _unknown_key(
     if options := options_with(folders, key):
         chosen = f"{root}={choices[root]}" if root in choices else f"the {root} of the checkpoint"
         remedy = "Choose one of them, or leave the key out." if root in choices else "Leave the key out."
+        if len(options) == 1 and "/" in options[0]:  # a nested group, whose option stands beside those of the groups
+            remedy = f"Write {options[0]} {word}, or leave the key out."
         return f"{word}: {chosen} has no key {below}. Options that have it: {join_names(options, 8)}. {remedy}"
-    return f"{key} is not a key of the config.{nearest(key, [*keys_of(cfg)])} {_ALL_KEYS}"
+    known = [*keys_of(cfg)]
+    nested = nested_keys(folders)
+    alike = [each for each in (*known, *nested) if each.rpartition(".")[2] == key.rpartition(".")[2]]
+    found = nearest(key, known)
+    if alike and not {*alike} & {*known}:
+        found = "".join(f" {each} is one, with {nested[each]}." for each in alike)
+    return f"{key} is not a key of the config.{found} {_ALL_KEYS}"
+
+
+def _nested_options(key: str, folders: Sequence[Path]) -> list[str]:
+    """Return the options of the nested group at a key such as `data.pixels`; none for another key."""
+    group = key.replace(".", "/")
+    return options_in(folders, group) if group in nested_groups(folders) else []
 
 
 def _compose(options: Sequence[str], folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -360,13 +390,18 @@ def _find_misfit(
             where = ".".join(above)
             return f"{key}: {where} is a single value and has no keys below it. Set it as {where}=VALUE."
         if part not in named:
-            return "" if adds else _unknown_key(override, cfg, choices, folders)
+            return "" if adds else _unknown_key(key, _input_line(override), cfg, choices, folders)
         node = named[part]
         above.append(part)
     if isinstance(node, list) and isinstance(value, Mapping):
         return f"{key} is a list. Write it in brackets: {key}=[...]."
     if not isinstance(node, Mapping):
         return ""
+    word = _input_line(override)
+    nested = _nested_options(key, folders)
+    if nested and (not isinstance(value, Mapping) or "name" in value):
+        options = ", ".join(f"{key.replace('.', '/')}={each}" for each in nested)
+        return f"{word}: {key} has options, which are words of their own. Choose one: {options}."
     if not isinstance(value, Mapping):
         names = "|".join(str(name) for name in node if not str(name).startswith("_"))
         text = "null" if value is None else value
@@ -374,7 +409,8 @@ def _find_misfit(
     new = [str(name) for name in value if name not in node]
     if adds or not new:
         return ""
-    word = _input_line(override)
+    if nested:
+        return _unknown_key(f"{key}.{new[0]}", f"'{word}'", cfg, choices, folders)
     return f"{key} has no {' or '.join(new)}. To add it, put ++ before the word, in quotes: '++{word}'."
 
 

@@ -1,6 +1,7 @@
 """Official scores of mode=eval predictions, by the protocol of the data set's benchmark."""
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def official_scores(
     If that fails, log the reason and return None, so that the scores computed so far are not lost.
     """
     folder = out_dir / FOLDER
-    remedy = f"Score these predictions separately: mode=score prediction={folder} mode.workers=1, with their reference."
+    words = f"mode=score {shlex.quote(f'prediction={folder}')} mode.workers=1"
+    remedy = f"Score these predictions separately: {words}, with their reference."
     listing = Cases([])
     for pair in _of_files(data).pairs:
         try:

@@ -1,6 +1,7 @@
 """mode=eval on videos: masks of tracked objects, written in the benchmark's layout and scored by its protocol."""
 
 import logging
+import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -96,10 +97,11 @@ class VideoTracking:
         except OSError as error:
             raise UserError(
                 f"Cannot write below {self.out_dir} ({error}). Free some space, and resume with "
-                f"mode.restart={self.out_dir}."
+                f"{shlex.quote(f'mode.restart={self.out_dir}')}."
             ) from error
         except KeyboardInterrupt:
-            logger.warning("Stopped: the same command with mode.restart=%s reuses the finished videos.", self.out_dir)
+            word = shlex.quote(f"mode.restart={self.out_dir}")
+            logger.warning("Stopped: the same command with %s reuses the finished videos.", word)
             raise
         frames, seconds = sum(video.frames for video in tracked), time.perf_counter() - start
         rate = f"{frames / seconds:.2f} frames/s including reading and writing"
@@ -283,7 +285,7 @@ def score_masks(
     if protocol.annotations is None:  # DAVIS scores in the order of its list, other protocols by name
         known.sort(key=lambda video: video.name)
     left_out = {path for path, _ in problems}
-    advice = f"The masks are saved: mode.restart={out_dir} reuses them."
+    advice = f"The masks are saved: {shlex.quote(f'mode.restart={out_dir}')} reuses them."
     cases, left = [], list(problems)
     for video in (video for video in known if folder / video.name not in left_out):
         try:

@@ -68,6 +68,11 @@ class ModelBuilder:
         return to_container(self._cfg)
 
     @property
+    def config_dirs(self) -> list[str]:
+        """The folders of config groups beside the shipped one."""
+        return [*self._cfg.get("config_dirs", ())]
+
+    @property
     def yaml(self) -> str:
         """The whole config as YAML."""
         return OmegaConf.to_yaml(self._cfg)

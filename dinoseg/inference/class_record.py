@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask, layer_reader
+from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
@@ -124,5 +124,4 @@ def references(labels: Labels, masks: Mapping[str, Any], *, has_layers: bool = F
     Raises:
         UserError: the arguments of `Masks` are invalid.
     """
-    options = Masks(**masks)
-    return References(layer_reader(options, labels.ignore_index) if has_layers else MaskReader(labels, options))
+    return References(MaskReader(labels, Masks(**masks), has_layers=has_layers))

@@ -1,6 +1,7 @@
 """mode=track: tracking of objects through a video, from the mask of its first frame or with a trained model."""
 
 import logging
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -109,7 +110,7 @@ def _resume_note(folder: Path) -> Iterator[None]:
 def _next_run(folder: Path) -> str:
     """Return what the same command does next, given the files that a stopped run has left."""
     if (folder / STATE).is_file():
-        return f"the same command with mode.restart={folder} resumes"
+        return f"the same command with {shlex.quote(f'mode.restart={folder}')} resumes"
     return "the same command starts over, since no state was saved yet (mode.save_every)"
 
 

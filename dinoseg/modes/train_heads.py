@@ -126,7 +126,8 @@ def train_heads(
         if engine.is_main:
             job.finish_log(log, scores[first], heads[first].checkpoints)
             write_leaderboard(rows, out_dir)
-            print("\n".join(next_commands(out_dir / checkpoint.HEADS / first, on_clips=task.on_clips)))
+            run = out_dir / checkpoint.HEADS / first
+            print("\n".join(next_commands(run, job.build.config_dirs, on_clips=task.on_clips)))
     costs = {name: cost_of(head.model, out_dir / "metrics.jsonl") for name, head in heads.items()}
     best = {"best_step": heads[first].checkpoints.progress.best_step, "run": str(heads[first].run.out_dir)}
     result = {**scores[first], **costs[first], **best, "head": first}

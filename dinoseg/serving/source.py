@@ -1,5 +1,6 @@
 """Loading of the served model: from a run, a checkpoint or a one-file model."""
 
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -65,7 +66,8 @@ def _open_model(source: ModelSource, out_dir: Path, file: str) -> Model:
     typed = {word.lstrip("+").partition("=")[0] for word in command_line(out_dir)}
     weights = {part: source.settings(part)["weights"] for part in ("backbone", "head") if f"{part}.weights" in typed}
     unread = {key for key in typed if key.partition(".")[0] in _OF_THE_FILE} - {f"{part}.weights" for part in weights}
-    warn_unread(out_dir, unread, f"mode.model uses its stored settings; give resume={file} to override them.")
+    remedy = f"give {shlex.quote(f'resume={file}')} to override them."
+    warn_unread(out_dir, unread, f"mode.model uses its stored settings; {remedy}")
     engine = source.settings("engine")
     machine = {"device": engine["device"], "precision": engine["precision"], "trust": list(source.config["trust"])}
     try:

@@ -190,6 +190,18 @@ def test_classes_by_number_name_or_dataset():
 
 
 @pytest.mark.parametrize(
+    "spelling",
+    [
+        {"data": {"channels": 1, "pixels": {"name": "files", "value_range": [0, 4095]}}},
+        {"data.channels": 1, "data/pixels": "files", "data.pixels.value_range": [0, 4095]},
+    ],
+)
+def test_range_of_values_is_chosen_with_its_option(spelling):
+    model = dinoseg.create_model("rgb", num_classes=2, **spelling)
+    assert model.facts.pixels == {"channels": 1, "files": [], "order": None, "value_range": [0, 4095]}
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({}, "has no classes. Give num_classes=2"),

@@ -390,6 +390,17 @@ def with_config(folder, seed=0, **data):
     return folder
 
 
+def test_groups_that_only_train_do_not_separate_recipes(tmp_path):
+    loss = {"criterion": {"_target_": "a.Loss", "factor": 1, "ignore_index": "${data.ignore_index}"}}
+    folders = [with_config(tmp_path / str(seed), seed) for seed in range(3)]
+    stored = {"criterion": {"factor": 1}}
+    for folder, option, values in zip(folders, ("mine", "mine", "ours"), (loss, stored, stored), strict=True):
+        path = folder / "config/config.yaml"
+        more = {"loss": values, "choices": {"loss": option, "mode": folder.name}}
+        path.write_text(OmegaConf.to_yaml({**OmegaConf.load(path), **more}))
+    assert _by_seed(run_config.recipes(folders)) == [[0, 1], [2]]
+
+
 def test_class_file_values_do_not_separate_recipes(tmp_path):
     left = {"background": "${class_file:background}", "reader": {"ids": "${class_file:ids,shapes}"}}
     trained = with_config(tmp_path / "trained", **left)

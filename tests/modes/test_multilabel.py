@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import SMALL, call
+from making import save
 from overlapping_shapes import CLASSES, write_coco, write_overlaps
 
 import dinoseg
@@ -192,6 +193,27 @@ def test_a_single_class_from_coco_is_trained(tmp_path):
     run(tmp_path, "mode=train", *TASK, *words, *data, "data.reader.partition.val_fraction=0.4", "hydra.run.dir=run")
     scores = scores_of(tmp_path / "run/evaluation")
     assert [row["id"] for row in scores["classes"]] == [0] and scores["ignored_pixels"] > 0
+
+
+@pytest.mark.heavy
+def test_modes_agree_on_a_single_class_of_0_and_255(tmp_path):
+    masks = write_overlaps(tmp_path / "data", train=2, val=2)
+    for name, layers in masks.items():
+        save(tmp_path / "data" / name.split("_")[0] / "masks/disc" / f"{name}.png", 255 * layers[0].astype(np.uint8))
+    task, remedy = ("data.classes=[disc]", "task=multilabel"), "data.reader.masks.format=binary"
+    training = ("mode=train", *TASK, *task, "trainer.steps=1")
+    refused = call(tmp_path, *training, "hydra.run.dir=refused")
+    assert refused.status == 1 and f"add {remedy}" in refused.err
+    run(tmp_path, *training, remedy, "hydra.run.dir=run")
+    run(tmp_path, "mode=doctor", "data=folder", "data.root=data", *task, remedy, "hydra.run.dir=doctor")
+    report = json.loads((tmp_path / "doctor/doctor.json").read_text())
+    pixels = sum(int(masks[f"val_{number}"][0].sum()) for number in range(2))
+    assert report["splits"]["val"]["classes"][0]["pixels"] == pixels
+    run(tmp_path, "mode=predict", "resume=run", "input=data/val/images", "hydra.run.dir=predicted")
+    sides = ("prediction=predicted/masks", "reference=data/val/masks", "protocol=multilabel", "mode.workers=1")
+    run(tmp_path, "mode=score", *sides, "hydra.run.dir=scored")
+    evaluated = scores_of(tmp_path / "run/evaluation")["miou"]
+    assert scores_of(tmp_path / "scored")["scores"]["mIoU"] == pytest.approx(evaluated) and evaluated > 0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@
 - `masks: ids` (the default): a mask file holds numbers. `ids` lists those of a class; without it, a class has its
   position. `color` is only for drawing.
 - `masks: palette`: a mask file holds colours. A class has a `color`, or several `colors` that are merged.
-- `masks: binary`: a mask file holds 0 and 255.
+- `masks: binary`: a mask file holds 0 and 255: two classes, or with `task=multilabel` one class of any number.
 - `masks: labels`: masks are labelled shapes of an annotation tool. A class has `labels`; without them, its own name is
   its label.
 - `ignore`: the `ids`, `colors` or `labels` that are ignored.
@@ -165,8 +165,6 @@ def _refuse_idle(classes: Mapping[str, Mapping[str, Any]], ignored: Mapping[str,
         if idle_keys := [key for key in idle if key in entry]:
             remedy = f"remove it, or write `masks: {user[idle_keys[0]]}`"
             raise ValueError(f"{idle_keys[0]} of {where} has no effect with masks: {masks}: {remedy}")
-    if masks == "binary" and len(classes) != 2:
-        raise ValueError(f"masks: binary needs 2 classes, for 0 and 255; there are {len(classes)}: correct one of them")
 
 
 def _colors(entry: Mapping[str, Any], where: str) -> list[list[int]]:

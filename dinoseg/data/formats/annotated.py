@@ -187,7 +187,7 @@ def annotated_dataset(
     labels = Labels.of(classes, palette, ignore_index, has_layers=layers)
     maker = _Maker(KINDS[kind], Path(root).expanduser(), layout, shapes, labels, layers)
     pairs = divide(split, lambda side: maker.pairs(side, partition), partition)
-    return collect_pairs(pairs, split, labels, masks)
+    return collect_pairs(pairs, split, labels, masks, has_layers=layers)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import numpy as np
 
 from dinoseg.data.annotation.drawing import Drawing, Layers
 from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import Masks, layer_reader
+from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, collect_pairs, pair_by_name
@@ -95,10 +95,10 @@ def folder_dataset(
     labels = Labels.of(classes, palette, ignore_index, has_layers=layers)
     match_files = partial(_match_masks, labels)
     if layers:
-        match_files = partial(_match_layers, labels, layer_reader(masks, ignore_index).read)
+        match_files = partial(_match_layers, labels, MaskReader(labels, masks, has_layers=True).read)
     match = partial(match_files, suffixes)
     pairs = find_pairs(Path(root).expanduser(), split, layout, partition, match)
-    return collect_pairs(pairs, split, labels, masks)
+    return collect_pairs(pairs, split, labels, masks, has_layers=layers)
 
 
 def find_pairs(

@@ -75,7 +75,9 @@ def _explain_lacking(files: Mapping[str, Path], others: Mapping[str, Path], kind
     return reasons
 
 
-def collect_pairs(candidates: Iterable[Pair | Lacking], split: str, labels: Labels, masks: Masks) -> PairDataset:
+def collect_pairs(
+    candidates: Iterable[Pair | Lacking], split: str, labels: Labels, masks: Masks, *, has_layers: bool = False
+) -> PairDataset:
     """Return the dataset of the complete pairs; it records the incomplete ones.
 
     Raises:
@@ -90,7 +92,7 @@ def collect_pairs(candidates: Iterable[Pair | Lacking], split: str, labels: Labe
         else:
             lacking[candidate.title or candidate.name] = candidate.reason
             remedies[candidate.remedy] = None
-    dataset = PairDataset(whole, labels, masks, lacking, "\n".join(remedies))
+    dataset = PairDataset(whole, labels, masks, lacking, "\n".join(remedies), has_layers=has_layers)
     if not whole:
         raise incomplete_pairs_error(dataset, split)
     _refuse_swapped(dataset, split)

@@ -9,6 +9,8 @@ from making import save
 from overlapping_shapes import CLASSES, write_coco, write_overlaps
 
 from dinoseg.data.annotation.drawing import Drawing
+from dinoseg.data.classes.file import read_class_file
+from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset, check_custom_dataset
 from dinoseg.data.doctor.errors import check_for_errors
@@ -18,6 +20,7 @@ from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.scan.measure import measure
 from dinoseg.data.transforms import Affine, Augment
+from dinoseg.inference.class_record import references
 from dinoseg.testing import check_dataset
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
@@ -54,6 +57,31 @@ def test_a_file_for_each_class_equals_folders_of_classes(tmp_path):
     assert one.names == other.names
     for ours, theirs in zip(one, other, strict=True):
         np.testing.assert_array_equal(ours["mask"], theirs["mask"])
+
+
+@pytest.mark.parametrize("classes", [["a"], ["a", "b", "c"], ["a", "b", "c", "d", "e"]])
+@pytest.mark.parametrize("rules", [{"format": "binary"}, {"ids": {128: 1, 255: 1}}, {"others": "present"}])
+def test_layers_of_0_and_255_suit_any_number_of_classes(classes, rules, tmp_path):
+    expected = np.arange(6 * len(classes)).reshape(-1, 2, 3) % 5 % 2
+    save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
+    for name, layer in zip(classes, expected, strict=True):
+        save(tmp_path / "train/masks" / name / "x.png", (255 if rules != {"others": "present"} else 7) * layer)
+    data = folder_dataset(tmp_path, "train", classes=classes, layers=True, masks=Masks(**rules))
+    assert data[0]["mask"].tolist() == data.keep({"x"})[0]["mask"].tolist() == expected.tolist()
+    assert len(data.keep(set())) == 0
+    record = measure(data.pairs[0], data.reader, images=False)
+    assert not record.problems
+    scored = references(Labels.of(classes, None, 255), rules, has_layers=True)
+    assert scored(tmp_path / "train/masks" / classes[0] / "x.png").tolist() == expected[0].tolist()
+
+
+def test_a_class_file_of_binary_masks_names_one_class(tmp_path):
+    (tmp_path / "classes.yaml").write_text("classes: [a]\nmasks: binary")
+    assert read_class_file(tmp_path / "classes.yaml", 255)["format"] == "binary"
+    save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
+    save(tmp_path / "train/masks/x.png", np.zeros((2, 3)))
+    with pytest.raises(UserError, match=r"format=binary needs 2 classes, data.classes has 1\..*task=multilabel"):
+        folder_dataset(tmp_path, "train", classes=["a"], masks=Masks(format="binary"))
 
 
 def test_shapes_of_coco_keep_their_overlaps(tmp_path):
