@@ -54,11 +54,13 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
 
 def tracker_maker(make: Callable[..., Tracker], model: Model) -> Callable[[], Tracker] | None:
     """Return a function that makes trackers of a model's backbone; None where torch does not run the model."""
-    if not isinstance(model.runtime, TorchRuntime) or not isinstance(model.runtime.predictor.model, SegmentationModel):
+    runtime = model.runtime
+    if not isinstance(runtime, TorchRuntime) or not isinstance(runtime.predictor.model, SegmentationModel):
         return None
-    predictor = model.runtime.predictor
-    backbone = model.runtime.predictor.model.backbone
-    return partial(make, backbone, device=predictor.device, autocast=predictor.autocast, batch_size=_BATCH)
+    predictor = runtime.predictor
+    return partial(
+        make, predictor.model.backbone, device=predictor.device, autocast=predictor.autocast, batch_size=_BATCH
+    )
 
 
 def _open_model(source: ModelSource, out_dir: Path, file: str) -> Model:
