@@ -255,7 +255,7 @@ def further_differences(sides: Sequence[Side]) -> list[dict[str, dict[str, Any]]
     scored = first[0].scored_units
     gaps = [
         {
-            name: further_difference(*([run.scores[name] for run in side] for side in (first, other)), scored)
+            name: further_difference([run.scores[name] for run in first], [run.scores[name] for run in other], scored)
             for name in scores
         }
         for other in others
