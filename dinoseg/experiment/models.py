@@ -259,8 +259,9 @@ class ModelBuilder:
         head = expect_type(Head, make(**runtime_arguments), "head")
         sizes = self.arguments(SegmentationModel, {"scale": "resolution.scale", "longest": "resolution.longest"})
         self._check_crop(adapted.patch_size)
+        num_classes = None if head.slots is not None else self.value("data.num_classes")
         with name_parameters(argument_keys(self._cfg.head)):
-            return SegmentationModel(adapted, head, task=self.task, **sizes)
+            return SegmentationModel(adapted, head, task=self.task, num_classes=num_classes, **sizes)
 
     def _check_crop(self, patch_size: int) -> None:
         resolution = self.settings("resolution")

@@ -122,9 +122,9 @@ def _check_scores(metric: Metric, rows: list[Counts], num_classes: int) -> None:
         for name, values in metric.per_class(sums).items():
             expected = (*shape, num_classes)
             assert values.shape == expected, f"per_class[{name!r}] has the shape {values.shape} instead of {expected}"
-    for name, value in metric.compute(nothing).items():
-        is_undefined = np.isnan(value) or name in metric.totals
-        assert is_undefined, f"{name}={value} of counts of 0 must be nan: no image has anything to count"
+    for name, score in metric.compute(nothing).items():
+        is_undefined = np.isnan(score) or name in metric.totals
+        assert is_undefined, f"{name}={score} of counts of 0 must be nan: no image has anything to count"
     each = [metric.compute(row) for row in rows]
     for name, values in metric.compute(stacked).items():
         alone = [one[name] for one in each]

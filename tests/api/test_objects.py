@@ -163,7 +163,7 @@ class ThreeLayers(PatchBackbone):
     ("options", "message"),
     [
         ({"head": BottleneckHead(5, 1, 2)}, r"BottleneckHead fails for maps \[\[1, 3, 2, 2\]\]"),
-        ({"head": BottleneckHead(3, 1, 7)}, r"scores \[1, 7, 16, 16\].*2 classes"),
+        ({"head": BottleneckHead(3, 1, 7)}, "BottleneckHead scores 7 classes, and the model has 2"),
         ({"head": BottleneckHead}, "head is the class BottleneckHead. Give an object"),
         ({"head": nn.Conv2d(3, 2, 1)}, "Conv2d is not a dinoseg.core.contracts.Head"),
         ({"head": lambda maps: maps}, "function is not a dinoseg.core.contracts.Head"),

@@ -403,7 +403,7 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
         evaluation: folder of a mode=eval run; None: the evaluation at the end of the training.
 
     Raises:
-        UserError: if the folder holds no scores, or those of another checkpoint.
+        UserError: if the folder holds no scores, those of another checkpoint, or of an earlier state of it.
     """
     if evaluation is None:
         folder, split = path.parent.parent / "evaluation", "val"
@@ -416,6 +416,8 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
         split = _split_of(folder, path)
     where = f"export.scores={folder}"
     scores = _read(folder / "scores.json", _SCORES, where)
+    if (folder / "scores.json").stat().st_mtime < path.stat().st_mtime:
+        raise UserError(f"{where}: those scores are older than {path}, which was saved again. Run mode=eval again.")
     found = {
         "split": split,
         "protocol": COUNTED,
