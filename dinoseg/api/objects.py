@@ -80,13 +80,13 @@ def split_datasets(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         return dict(overrides), {}
     if others := [key for key in given if key not in SPLITS]:
         raise UserError(
-            f"data has datasets of splits, and {others[0]} beside them. Give the datasets alone, for "
-            f"{join_names(SPLITS)}; or keys of an option."
+            f"data has datasets for splits, and the key {others[0]}. Give datasets only, for {join_names(SPLITS)}; or "
+            "only keys of an option."
         )
     if path := next((each for each in given.values() if isinstance(each, str | PathLike)), None):
         raise UserError(
-            f"data: {format_value(str(path))} is no dataset. Give an object, such as one of dinoseg.open_dataset; or, "
-            'for a folder with all splits, data={"root": FOLDER}.'
+            f"data: {format_value(str(path))} is not a dataset. Give an object, such as one of dinoseg.open_dataset; "
+            'or, for a folder with all splits, data={"root": FOLDER}.'
         )
     datasets = {split: _check_dataset(each, split) for split, each in given.items()}
     first, *others = datasets

@@ -268,6 +268,12 @@ def find_mistake(
         if override in groups or key in keys:
             return f"~{key} removes a key that is read. Leave it out, or set {key} to another value."
     if isinstance(error, HydraException):
+        absent = re.match(r"Could not override '([\w.]+)'", str(error))
+        if absent and is_sweep(arguments):  # the options of the first job have it
+            return (
+                f"{absent[1]} is not a key of all options that this sweep chooses. Leave it out, or sweep over the "
+                "options that have it."
+            )
         return _shorten(error)
     if not isinstance(error, OmegaConfBaseException):
         return ""

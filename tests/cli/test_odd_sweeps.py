@@ -26,6 +26,10 @@ from dinoseg.config.composition import SHIPPED
             ("-m", "mode=train", "metric=[nsd],[]", "head.nonsense=1"),
             "error: head.nonsense is not a key of the config.",
         ),
+        (
+            ("-m", "mode=train", "metric=[nsd],[]", "metric.nsd.tolerance=3"),
+            "error: metric.nsd.tolerance is not a key of all",
+        ),
         (("~hparam",), "error: ~hparam removes a key that is read. Leave it out"),
     ],
 )
