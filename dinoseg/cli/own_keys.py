@@ -58,11 +58,10 @@ def _reused_config(path: str, typed: Mapping[str, Sequence[str]], folders: Seque
 
     info = checkpoint.describe(checkpoint.find(path, "last"))
     again = {group for group, option in info["choices"].items() if typed.get(group, [option]) != [option]}
-    keys = [key for key in info["config"] if key in SAVED and key not in again and _is_read(key, typed, folders)]
-    config = {key: info["config"][key] for key in keys}
+    config = {key: value for key, value in info["config"].items() if key in SAVED and _is_read(key, typed, folders)}
     with suppress(UserError):  # reported when the checkpoint is used
         config = all_keys({**info, "config": config}, Source(f"resume={path}", folders[1:]))
-    return {key: config[key] for key in keys}
+    return {key: value for key, value in config.items() if key not in again and _is_read(key, typed, folders)}
 
 
 def _is_read(group: str, typed: Mapping[str, Sequence[str]], folders: Sequence[Path]) -> bool:

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from dinoseg.cli.extras import find_plugin_failure
 from dinoseg.cli.own_keys import checkpoint_configs
-from dinoseg.cli.words import FILES, assignments, is_sweep, parse_word, values_of
+from dinoseg.cli.words import FILES, assignments, is_sweep, lists_of, parse_word, values_of
 from dinoseg.config.options import (
     list_groups,
     modes_with,
@@ -123,14 +123,14 @@ def _check_options(override: Override, folders: Sequence[Path]) -> None:
 def _check_lists(arguments: Sequence[str], folders: Sequence[Path]) -> None:
     """Refuse a list of options for a group that takes one, whose keys Hydra would merge, and missing folders."""
     for _, word in assignments(arguments):
-        override = parse_word(word) if "=[" in word else None
-        items = override.value() if override else None
-        if not override or not isinstance(items, list):
+        override = parse_word(word) if "[" in word else None
+        if not override or not (lists := lists_of(override)):
             continue
         group = _group_of(override)
         if _is_group(override, folders) and group not in list_groups(folders):
             options = ", ".join(options_in(folders, group))
             raise UserError(f"{word} is a list, and {group} takes one option. Choose one of {options}.")
+        items = [item for each in lists for item in each]
         absent = [item for item in items if group == "hydra.searchpath" and not _is_source(str(item))]
         if absent:
             raise UserError(f"{word}: {absent[0]} is not found. Give a folder as file://FOLDER, or as pkg://PACKAGE.")
@@ -164,8 +164,8 @@ def _input_line(override: Override) -> str:
 def _named_options(override: Override, options: Sequence[str]) -> list[str]:
     """Return the options that an override names; a glob without matches is returned as it was typed."""
     value = override.value()
-    if isinstance(value, list):
-        return [str(option) for option in value]
+    if lists := lists_of(override):
+        return [str(option) for each in lists for option in each]
     return (value.filter(options) if isinstance(value, Glob) else []) or values_of(override)
 
 
@@ -235,8 +235,9 @@ def find_mistake(
     options = []
     for override in groups:
         chosen = _named_options(override, options_in(folders, _group_of(override)))
-        if chosen and override not in deleted:
-            option = f"[{','.join(chosen)}]" if isinstance(override.value(), list) else chosen[0]
+        lists = lists_of(override)
+        if (chosen or lists) and override not in deleted:
+            option = f"[{','.join(map(str, lists[0]))}]" if lists else chosen[0]
             options.append(f"{override.get_key_element()}={option}")
     mode = next((option for option in options if option.startswith("mode=")), None)
     try:
@@ -267,6 +268,12 @@ def find_mistake(
         if override in groups or key in keys:
             return f"~{key} removes a key that is read. Leave it out, or set {key} to another value."
     if isinstance(error, HydraException):
+        absent = re.match(r"Could not override '([\w.]+)'", str(error))
+        if absent and is_sweep(arguments):  # the options of the first job have it
+            return (
+                f"{absent[1]} is not a key of all options that this sweep chooses. Leave it out, or sweep over the "
+                "options that have it."
+            )
         return _shorten(error)
     if not isinstance(error, OmegaConfBaseException):
         return ""

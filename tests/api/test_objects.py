@@ -261,7 +261,12 @@ class FloatDiscs(Discs):
     ("overrides", "message"),
     [
         ({"data": Discs(["a"])}, "data is one dataset.*random_split"),
-        ({"data": {"train": Discs(["a"])}}, r'lacks data=\{"val": DATASET\}'),
+        ({"data": {"train": Discs(["a"])}}, r'no dataset for val, .* data=\{"train": DATASET, "val": DATASET\}'),
+        ({"data": {"train": Discs(["a"]), "valid": Discs(["a"])}}, "and the key valid. Give .* train, val, test"),
+        (
+            {"data": {"train": "FOLDER/train", "val": "FOLDER/val"}},
+            'FOLDER/train is not a dataset.*data={"root": FOLDER}',
+        ),
         ({"data": {**data(), "val": OtherClasses(["d"])}}, "classes of train is .*'disc'.* of val .*'leaf'"),
         ({"data": {**data(), "val": torch.utils.data.TensorDataset(torch.zeros(2))}}, "data, val: .* lacks `names`"),
         ({"data": {**data(), "val": FloatDiscs(["d"])}}, "data, val: .*FloatDiscs: the image of d is float32"),

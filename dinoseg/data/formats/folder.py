@@ -141,8 +141,8 @@ def _match_masks(
             "that task, or remove {class}."
         )
     folders = _folder(root, split, layout.images, layout), _folder(root, split, layout.masks, layout)
-    images, unread = _find(folders[0], layout.image_suffix, layout, suffixes)
-    masks, unread_masks = _find(folders[1], layout.mask_suffix, layout)
+    images, unread, _ = _find(folders[0], layout.image_suffix, layout, suffixes)
+    masks, unread_masks, _ = _find(folders[1], layout.mask_suffix, layout)
     of_classes = sorted({name.partition("/")[0] for name in masks if "/" in name})
     if images and of_classes and set(of_classes) <= set(labels.classes) and not masks.keys() & images.keys():
         raise UserError(
@@ -190,8 +190,9 @@ def _match_layers(
     An image does not show a class that has no mask of its name, or no folder; it needs a mask of at least one class.
     """
     folder = _folder(root, split, layout.images, layout)
-    images, unread = _find(folder, layout.image_suffix, layout, suffixes)
+    images, unread, _ = _find(folder, layout.image_suffix, layout, suffixes)
     by_class: list[dict[str, Path]] = []
+    by_name: dict[str, Pair | Lacking] = {}
     layouts = class_layouts(layout, labels.classes)
     folders = [_path(root, split, each.masks, each) for each in layouts]
     if not any(place.is_dir() for place in folders):  # raises an error
@@ -201,17 +202,21 @@ def _match_layers(
             others = sorted(path.name for path in place.parent.glob("*/") if path.name not in labels.classes)
             unused = f" Folders of no class: {join_names(others, 10)}." if others else ""
             log.warning("%s is missing: no image of split %s shows this class.%s", place, split, unused)
-        masks, unread_masks = _find(place, each.mask_suffix, each) if place.is_dir() else ({}, {})
+        masks, unread_masks, mask_folders = _find(place, each.mask_suffix, each) if place.is_dir() else ({}, {}, {})
         by_class.append(masks)
         unread |= unread_masks
+        for name, path in mask_folders.items():
+            if name in images and name not in masks:
+                by_name[name] = Lacking(name, f"{path} is a folder, not a mask.", "Replace each folder by the mask.")
     files = {path for masks in by_class for path in masks.values()}
     images = {name: path for name, path in images.items() if path not in files}
     shown = {name: [masks.get(name) for masks in by_class] for name in images}
     used = Counter(path for sources in shown.values() for path in sources if path is not None)
     if twice := next((path for path, count in used.items() if count > 1), None):
         raise UserError(f"{twice} is the mask of two images or classes by its name. Rename images or classes.")
-    by_name: dict[str, Pair | Lacking] = {}
     for name, path in images.items():
+        if name in by_name:
+            continue
         reason = f"{path} has no mask of any class. If it shows none, add an empty mask."
         pair = Pair(name, path, Layers(tuple(shown[name]), read_layer))
         by_name[name] = pair if any(shown[name]) else Lacking(name, reason, _REMEDY)
@@ -224,15 +229,18 @@ def _match_layers(
 
 def _find(
     folder: Path, suffix: str, layout: FolderLayout, suffixes: Sequence[str] | None = None
-) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Return name to file below a folder whose stem ends with `suffix`: readable and unreadable kinds.
+) -> tuple[dict[str, Path], dict[str, Path], dict[str, Path]]:
+    """Return name to path below a folder whose stem ends with `suffix`: readable files, unreadable ones, folders.
 
     `suffixes` are those of images; without them, the files are masks.
     """
     paths: dict[str, Path] = {}
     unread: dict[str, Path] = {}
+    folders: dict[str, Path] = {}  # named as files
     both_here = suffixes is not None and layout.mask_suffix and layout.images == layout.masks
     for parent, files in visible_files(folder):
+        if parent.suffix.lower() in IMAGE_SUFFIXES and parent.stem.endswith(suffix) and parent != folder:
+            folders[(parent.parent / parent.stem.removesuffix(suffix)).relative_to(folder).as_posix()] = parent
         for file in files:
             path = parent / file
             excluded = any(fnmatch(file, pattern) for pattern in layout.exclude)
@@ -249,7 +257,7 @@ def _find(
             if name in paths:
                 raise UserError(f"{paths[name]} and {path} have the same name ({name}): keep one of them.")
             paths[name] = path
-    return paths, unread
+    return paths, unread, folders
 
 
 def _path(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:

@@ -159,6 +159,19 @@ def test_a_missing_class_folder_names_folders_of_no_class(tmp_path, caplog):
     assert f"masks/{CLASSES[0]} is missing" in caplog.text and "Folders of no class: typo." in caplog.text
 
 
+@pytest.mark.parametrize("layout", [FolderLayout(), PER_FILE])
+def test_a_folder_instead_of_a_mask_is_no_absent_class(layout, tmp_path):
+    save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
+    for name in ("disc/x.png", "square/x.png") if layout != PER_FILE else ("x_disc.png", "x_square.png"):
+        place = tmp_path / layout.masks.format(split="train") / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir() if "square" in name else save(place, np.ones((2, 3)))
+    with pytest.raises(UserError, match=r"square\S*\.png is a folder, not a mask"):
+        folder(tmp_path, layout=layout)
+    place.rename(place.with_name("tiles.tif"))  # a folder of another name is one of a tree
+    assert folder(tmp_path, layout=layout)[0]["mask"].sum() == 6
+
+
 def test_a_class_of_0_and_255_alone_is_refused(tmp_path):
     write_overlaps(tmp_path)
     splits = {split: folder_dataset(tmp_path, split, classes=CLASSES, layers=True) for split in ("train", "val")}
