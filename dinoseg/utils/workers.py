@@ -180,7 +180,7 @@ def end_with_parent(*endings: Connection) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel, *endings])
-        util._run_finalizers(0)  # those that wait for threads have lower priorities
+        util._run_finalizers(0)  # type: ignore[attr-defined]  # those that wait for threads have lower priorities
         os._exit(1)
 
 
