@@ -438,8 +438,8 @@ class Segmenter(GuardedModule, Model):
         """Refuse a model on the meta device, whose tensors hold no values."""
         if self.device.type == "meta":
             raise UserError(
-                "The model is on the meta device, which holds no values. Create it outside of torch.device('meta'), or "
-                "call model.to_empty(device=DEVICE) and model.load_state_dict(STATE)."
+                "The model is on the meta device, which holds no values. Call model.to_empty(device=DEVICE) and "
+                "model.load_state_dict(STATE)."
             )
 
     def _check_images(self, images: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.inference.predictor import Predictor
+from dinoseg.utils.torch_defaults import default_precision_and_device, default_settings
 
 T = TypeVar("T", bound=nn.Module)
 _CONTAINERS = (list, tuple, dict, OrderedDict)  # of references to modules; hooks are in an OrderedDict
@@ -37,11 +38,13 @@ class TorchRuntime:
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""
-        return self.predictor.ids(images)
+        with default_precision_and_device():
+            return self.predictor.ids(images)
 
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class probabilities (B, K, H, W) float32 of images (H, W, 3) uint8 RGB of one size."""
-        return self.predictor.probabilities(images).cpu().numpy()
+        with default_precision_and_device():
+            return self.predictor.probabilities(images).cpu().numpy()
 
 
 def replicate_in_eval_mode(model: T) -> T:
@@ -92,7 +95,7 @@ def _replace_modules(value: Any, replicas: dict[int, Any]) -> Any:
 
 @contextmanager
 def preserve_global_state() -> Iterator[None]:
-    """Restore OmegaConf's resolvers and torch's random state after the block, which may set them."""
+    """Restore OmegaConf's resolvers, torch's random state and settings after the block, which has default settings."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with lent_resolvers(), torch.random.fork_rng(devices):
+    with lent_resolvers(), torch.random.fork_rng(devices), default_settings():
         yield
