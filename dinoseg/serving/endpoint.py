@@ -11,25 +11,16 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from starlette.middleware.base import RequestResponseEndpoint
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from dinoseg.serving.decoding import MIB
+from dinoseg.serving.guard import SiteGuard
 from dinoseg.serving.mask_editor import encode_mask
 from dinoseg.serving.shared import SharedModel
 from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-_HEADERS = {
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-resource-policy": "same-origin",
-    # NiceGUI compiles its templates in the browser
-    "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
-}
 
 
 class TooLarge(UserError):
@@ -46,18 +37,10 @@ def build_endpoint(shared: SharedModel, uploads: Path, *, hosts: Sequence[str], 
         max_mib: largest request, in MiB.
     """
     app = FastAPI(title="dinoseg", docs_url=None, redoc_url=None)  # these pages load scripts from other hosts
+    app.add_middleware(SiteGuard)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     statuses: Counter[int] = Counter()
     seconds = {"total": 0.0}  # over all requests
-
-    @app.middleware("http")
-    async def protect(request: Request, call_next: RequestResponseEndpoint) -> Response:
-        origin = request.headers.get("origin", "")
-        if origin and origin.lower().partition("://")[2] != request.headers.get("host", "").lower():
-            return PlainTextResponse("Requests from pages of other sites are refused.", 403)
-        response = await call_next(request)
-        response.headers.update(_HEADERS)
-        return response
 
     @app.post("/segment")
     async def segment(request: Request) -> Response:
