@@ -173,6 +173,8 @@ def decode_video(channel: Channel) -> None:
     request = message[0]
     path = Path(request["path"])
     try:
+        if not is_video(path):
+            raise UserError(f"{path} is not a video. Convert it to MP4.")
         if has_more_packets(path, request["packets"]):
             raise UserError(f"{path} has more than {request['packets']} packets. Cut it, or re-encode it.")
         with VideoReader(path, max_pixels=request["max_pixels"]) as reader:
