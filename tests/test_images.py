@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -89,6 +90,28 @@ def test_files_that_do_not_preserve_ids_are_refused_by_kind(tmp_path):
         text = str(error.value)
         assert text.startswith(f"{path} has a format that does not preserve ids") and kind in text
         assert "Save it as a grey PNG" in text and "truncated" not in text
+
+
+def test_masks_and_rgb_images_of_several_pages_are_refused(tmp_path):
+    pages = [Image.new("L", (5, 4), level) for level in (0, 1, 1)]
+    for name in ("a.tif", "a.png"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+    with pytest.raises(UserError, match=r"a.tif has 3 pages.*data.pixels.order=\[0,1,2\]"):
+        read_image(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="a.tif has 3 pages.*task=multilabel"):
+        read_ids(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="a.png has 3 frames"):
+        read_ids(tmp_path / "a.png")
+    assert read_size(tmp_path / "a.tif") == (4, 5)
+
+
+def test_reduced_copies_in_tiff_files_are_left_out(tmp_path):
+    pixels = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(pixels, photometric="minisblack")
+        file.write(pixels[::2, ::2], photometric="minisblack", subfiletype=1)
+    assert np.array_equal(read_ids(tmp_path / "a.tif"), pixels)
+    assert np.array_equal(read_image(tmp_path / "a.tif")[..., 0], pixels)
 
 
 def test_unreadable_file_is_refused_with_its_reason(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Strict reading and writing of image files: a truncated or foreign file is an error that names it."""
 
-import functools
 import io
 import logging
 import struct
@@ -20,14 +19,15 @@ from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import open_regular
 from dinoseg.utils.image_cost import MAX_TAGS, Unfit, check_cost, check_header, count_tags
-from dinoseg.utils.tiff import BLACK_IS_ZERO, PALETTE, RGB, WHITE_IS_ZERO, TiffPage, TiffFile, is_tiff
+from dinoseg.utils.tiff import BLACK_IS_ZERO, PALETTE, RGB, WHITE_IS_ZERO, TiffFile, TiffPage, is_tiff
 from dinoseg.utils.truncation import check_jpeg, check_png
 
 UNREAD_SUFFIXES = (  # of unsupported image formats; such files among images are reported
     *(".gif", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jfif", ".jpe", ".tga", ".psd", ".svg"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
 )
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+TIFF_SUFFIXES = (".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", *TIFF_SUFFIXES, ".webp")
 ARRAY_SUFFIX = ".npy"  # an array (H, W, C) of numpy as an image
 PIXEL_SUFFIXES = (*IMAGE_SUFFIXES, ARRAY_SUFFIX)
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow's names of the formats that it reads here; it could read others
@@ -74,9 +74,13 @@ def read_image(path: str | Path) -> np.ndarray:
         UserError: if the file is missing, truncated or no image, has several pages, or holds other values than levels
             of 8 or 16 bits.
     """
-    return np.asarray(
-        decode(path, functools.partial(_upright_rgb, path), lambda file: _rgb_of_page(path, file.page)),
-    )
+
+    def read_page(file: TiffFile) -> np.ndarray:
+        channels = sum(page.samples for page in file.pages)
+        key = "data/pixels=files data.pixels.order=[0,1,2]" if channels == 3 else f"data.channels={channels}"
+        return _rgb_of_page(path, file.get_only_page(f"If its pages are channels, set {key}"))
+
+    return decode(path, lambda image: np.asarray(_upright_rgb(path, image)), read_page)
 
 
 def as_rgb(image: Image.Image, name: str) -> np.ndarray:
@@ -106,11 +110,12 @@ def read_ids(path: str | Path) -> np.ndarray:
     Raises:
         UserError: if the file is missing, truncated or no image, has several pages or frames, or holds no integers.
     """
-    return decode(path, _stored_numbers, lambda file: _ids_of_page(file.page))
+    remedy = "If each page is the mask of a class, set task=multilabel"
+    return decode(path, _stored_numbers, lambda file: _ids_of_page(file.get_only_page(remedy)))
 
 
 def read_ids_of_page(path: str | Path, page: int, count: int) -> np.ndarray:
-    """Read the stored values (H, W) of one page of a TIFF mask, see `read_ids`.
+    """Read the stored values of one page of a TIFF mask, see `read_ids`.
 
     Args:
         path: the file.
@@ -121,12 +126,15 @@ def read_ids_of_page(path: str | Path, page: int, count: int) -> np.ndarray:
         UserError: see `read_ids`, or it has another number of pages.
     """
 
+    def refuse(image: Image.Image) -> np.ndarray:
+        raise Unfit(f"is no TIFF file with a page for each of {count} classes. Save it as one")
+
     def read_page(file: TiffFile) -> np.ndarray:
         if len(file.pages) != count:
             raise Unfit(f"has {len(file.pages)} pages, and one for each of {count} classes is needed. Save it again")
         return _ids_of_page(file.pages[page])
 
-    return decode(path, _stored_numbers, read_page)
+    return decode(path, refuse, read_page)
 
 
 def read_valid(path: str | Path) -> np.ndarray | None:
@@ -162,7 +170,7 @@ def varies_in_alpha(path: str | Path) -> bool:
     Raises:
         UserError: if the file is missing or no image.
     """
-    return decode(path, _has_several_alphas, lambda file: file.page.has_alpha and np.ptp(file.page.read()[..., -1]) > 0)
+    return decode(path, _has_several_alphas, _page_has_several_alphas)
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -357,6 +365,11 @@ def _ids_of_page(page: TiffPage) -> np.ndarray:
     if page.bits == 1:
         values = values.astype(np.uint8) if page.photometric != WHITE_IS_ZERO else 1 - values.astype(np.uint8)
     return np.ascontiguousarray(values[..., :3] if colors == 3 else values[..., 0])
+
+
+def _page_has_several_alphas(file: TiffFile) -> bool:
+    page = file.pages[0]
+    return page.has_alpha and bool(np.ptp(page.read()[..., -1]) > 0)
 
 
 def _has_several_alphas(image: Image.Image) -> bool:

@@ -219,15 +219,14 @@ class TiffFile:
         if not self.pages:
             raise Unfit("holds no TIFF image. Replace or remove it")
 
-    @property
-    def page(self) -> TiffPage:
-        """Return the only page, of one image.
+    def get_only_page(self, remedy: str) -> TiffPage:
+        """Return the page of a file that has one; others are refused, with a remedy.
 
         Raises:
             Unfit: there are several.
         """
         if len(self.pages) > 1:
-            raise Unfit(f"has {len(self.pages)} pages, and one image is read here. Save each page as a file")
+            raise Unfit(f"has {len(self.pages)} pages, and one is read here. {remedy}, or save each page as a file")
         return self.pages[0]
 
     def read_valid(self) -> np.ndarray | None:

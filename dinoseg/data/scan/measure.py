@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dinoseg.core.channels import ChannelFiles
-from dinoseg.data.annotation.drawing import Layers, MaskSource, drawn_size
+from dinoseg.data.annotation.drawing import Layers, MaskPage, MaskSource, drawn_size
 from dinoseg.data.classes.masks import MaskReader, check_fit, fit_mask
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.video.access import ImageSource, VideoFrame, read_source
@@ -204,7 +204,7 @@ def _layer_counts(layers: np.ndarray, ignore_index: int) -> dict[int, int]:
 
 def _layer_values(layers: np.ndarray, mask: Layers) -> dict[str, int]:
     """Return the pixels of each value in the files of layers (K, H, W), with keys such as `1: 255` for class 1."""
-    files = [index for index, source in enumerate(mask.sources) if isinstance(source, Path)]
+    files = [index for index, source in enumerate(mask.sources) if isinstance(source, Path | MaskPage)]
     return {f"{index}: {value}": count for index in files for value, count in _count_values(layers[index])}
 
 
