@@ -204,6 +204,19 @@ def has_one_bit(path: str | Path) -> bool:
     return decode(path, lambda image: image.mode == "1", lambda file: file.pages[0].bits == 1)
 
 
+def is_deep(path: str | Path) -> bool:
+    """Return whether an image stores levels of 9 to 16 bits, by its header.
+
+    Raises:
+        UserError: if the file is missing or no image.
+    """
+    return decode(
+        path,
+        lambda image: ";16" in image.mode or ";16" in find_packing(image),
+        lambda file: file.pages[0].is_unsigned and 8 < file.pages[0].bits <= 16,
+    )
+
+
 def has_colors(path: str | Path) -> bool:
     """Return whether an image has several channels by its header.
 

@@ -112,6 +112,16 @@ def to_display(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(shown if shown.dtype == np.uint8 else np.round(shown / EXACT).astype(np.uint8))
 
 
+def find_peak(levels: np.ndarray) -> int:
+    """Return the highest of uint16 levels (H, W, C), apart from channels of 8 bits; 0 if there are no others."""
+    if levels.dtype == np.uint8:
+        return 0
+    peaks = levels.max(axis=(0, 1))
+    # `to_16_bits` multiplies levels of 8 bits
+    deep = [channel for channel, peak in enumerate(peaks) if (levels[..., channel] % EXACT).any()]
+    return int(max(peaks[deep], default=0))
+
+
 def _read_channels(image: Image.Image) -> np.ndarray:
     """Return all channels (H, W, C) of an opened image file."""
     if _is_reduced(image):

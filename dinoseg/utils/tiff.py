@@ -40,6 +40,7 @@ class TiffPage:
     Attributes:
         height, width: size as stored.
         samples: number of channels.
+        is_unsigned: whether its values are unsigned integers.
         is_float: whether its values are floats.
         is_lossy: whether it is compressed by JPEG.
         bits: bits of each value.
@@ -55,6 +56,7 @@ class TiffPage:
         self.photometric = int(page.photometric)
         self.has_alpha = bool(page.extrasamples) and int(page.extrasamples[0]) in _ALPHA
         self.is_lossy = int(page.compression) == _JPEG
+        self.is_unsigned = page.dtype is not None and page.dtype.kind in "bu"
         self.is_float = page.dtype is not None and page.dtype.kind == "f"
         self.kind = int(page.subfiletype)
 

@@ -17,6 +17,8 @@ from dinoseg.core.shapes import Batch, join_batches
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
+from dinoseg.data.doctor.checks.files import check_range
+from dinoseg.data.doctor.errors import check_for_errors, describe_split
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs.dataset import PairDataset
@@ -590,6 +592,35 @@ def test_the_data_check_reports_a_missing_file(images, tmp_path):
     (tmp_path / "nir/0.png").unlink()
     record = measure(data.pairs[0], data.reader, images=images)
     assert "no file of `nir`" in record.problems["unreadable_image"]
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sixteen_bit_images_of_fewer_bits_get_a_warning(bits, channels, tmp_path, caplog):
+    pixels = PixelFormat() if channels == 3 else PixelFormat(channels)
+    for number in range(2):
+        image = np.random.default_rng(number).integers(0, 2**bits, (*SIZE, 1 if channels == 3 else channels))
+        image[0, 0] = 2**bits - 1
+        (tmp_path / f"{number}.tif").write_bytes(tiff_with(image.astype(np.uint16)))
+        Image.fromarray((levels(1)[..., 0] > 100).astype(np.uint8)).save(tmp_path / f"{number}.png")
+    pairs = [Pair(name, tmp_path / f"{name}.tif", tmp_path / f"{name}.png") for name in "01"]
+    train, val = (PairDataset([pair], Labels.of(["a", "b"], None, 255), Masks()).read_as(pixels) for pair in pairs)
+    check_for_errors(train, val, cache_dir=tmp_path)
+    message = f"highest level of the images of 16 bits that were read (2) is {2**bits - 1}"
+    assert caplog.text.count(message) == caplog.text.count(f"data.pixels.value_range=[0,{2**bits - 1}]") == (bits < 16)
+    record = measure(train.pairs[0], train.reader, images=True)
+    findings = check_range([describe_split("train", train, [record])])
+    assert [finding.severity for finding in findings] == ["warning"] * (bits < 16)
+
+
+def test_declared_ranges_and_8_bits_get_no_warning(tmp_path):
+    for number, folder in enumerate(("declared", "mixed", "flat")):
+        (tmp_path / folder).mkdir()
+        data = dataset(tmp_path / folder, count=1, **({} if number else {"value_range": (0, 4095)}))
+        infrared = levels(1)[..., 0] if folder == "flat" else levels(1, np.uint16)[..., 0] % 4096
+        Image.fromarray(infrared).save(tmp_path / folder / "nir/0.png")
+        peak = measure(data.pairs[0], data.reader, images=True).peak
+        assert peak == (infrared.max() if folder == "mixed" else 0)  # colours of 8 bits are not counted
 
 
 def test_batches_of_16_bits_split_and_move(tmp_path):

@@ -14,8 +14,8 @@ from PIL import Image
 from dinoseg.core.channels import ChannelFiles
 from dinoseg.data.annotation.drawing import Layers, MaskPage, MaskSource, drawn_size
 from dinoseg.data.classes.masks import MaskReader, check_fit, fit_mask
-from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.video.access import ImageSource, VideoFrame, read_source
+from dinoseg.data.pairs.pair import Pair, ignore_invalid
+from dinoseg.data.video.access import ImageSource, VideoFrame, read_peak, read_source
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, open_regular
 from dinoseg.utils.images import read_ids, read_image, read_size
@@ -42,6 +42,7 @@ class Record:
         mask_size: height and width in the file, None if unknown.
         pixels: class id or ignore_index to number of pixels, as used in training; empty for a rejected mask.
         raw: number or colour in the mask file to number of pixels; at most 256 entries. Of layers: class and value.
+        peak: highest level of an image of 16 bits whose range is not declared; 0 if unknown.
         problems: code to reason, of all problems that would stop a run.
         overlap: pixels of several classes; 0 unless the mask has layers.
         mask_digest: hash of the ids.
@@ -59,6 +60,7 @@ class Record:
     mask_size: tuple[int, int] | None = None
     pixels: Mapping[int, int] = field(default_factory=dict)
     raw: Mapping[str, int] = field(default_factory=dict)
+    peak: int = 0
     problems: Mapping[str, str] = field(default_factory=dict)
     overlap: int = 0
     mask_digest: str = ""
@@ -90,7 +92,11 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
     """
     record, image, mask = Record(pair.name, str(pair.image), str(pair.mask), decoded=images), pair.image, pair.mask
     try:
-        record = _with_pixels(record, read_source(image)) if images else replace(record, image_size=_header_size(image))
+        if images:
+            pixels = read_source(image)
+            record = replace(_with_pixels(record, pixels), peak=read_peak(image, pixels))
+        else:
+            record = replace(record, image_size=_header_size(image))
     except Exception as error:  # a decoder may raise anything on a damaged file
         record = record.with_problem("unreadable_image", _reason(image, error))
     try:
@@ -178,10 +184,12 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
     except UserError as error:
         record = record.with_problem("size_mismatch", str(error))
     ignored = reader.labels.ignore_index
-    if isinstance(mask, Layers):
-        return _with_mask(record, ids, ignored, raw=_layer_values(ids, mask))
-    pixels = dict(_count_values(ids))
-    return _with_mask(replace(record, pixels=pixels), ids, ignored, raw=_raw_of(mask, reader, pixels))
+    is_layers = isinstance(mask, Layers)
+    raw = _layer_values(ids, mask) if is_layers else _raw_of(mask, reader, dict(_count_values(ids)))
+    if not record.problems:
+        ids = ignore_invalid(ids, image, ignored, rule=rule, path=mask)
+    record = record if is_layers else replace(record, pixels=dict(_count_values(ids)))
+    return _with_mask(record, ids, ignored, raw=raw)
 
 
 def _with_mask(record: Record, mask: np.ndarray, ignore_index: int, raw: Mapping[str, int]) -> Record:
