@@ -151,6 +151,24 @@ def test_more_or_fewer_strips_than_needed_are_refused(tmp_path):
                 read(tmp_path / "a.tif")
 
 
+@pytest.mark.parametrize("tile", [None, (16, 32)])
+def test_jpeg_blocks_of_another_size_or_cut_are_refused(tmp_path, tile):
+    path = tmp_path / "a.tif"
+    smooth = np.asarray(Image.fromarray(IMAGE[:3, :3]).resize((32, 24)))
+    options = {"shape": (24, 32, 3), "dtype": np.uint8, "photometric": "rgb", "compression": "jpeg", "tile": tile}
+    blocks = [smooth[:16], np.pad(smooth[16:], ((0, 8), (0, 0), (0, 0)))] if tile else [smooth]
+    coded = [imagecodecs.jpeg8_encode(np.ascontiguousarray(block), colorspace="rgb", level=95) for block in blocks]
+    wide = imagecodecs.jpeg8_encode(np.zeros((64, 32, 3), np.uint8), colorspace="rgb")
+    cut = coded[0][: (coded[0].rindex(b"\xff\xda") + len(coded[0])) // 2] + b"\xff\xd9"
+    for first, reason in ((coded[0], ""), (wide, "block 0 is a JPEG file of 32 x 64"), (cut, "truncated")):
+        tifffile.imwrite(path, iter([first, *coded[1:]]), rowsperstrip=None if tile else 24, **options)
+        if not reason:
+            assert np.abs(read_image(path).astype(int) - smooth).mean() < 8
+            continue
+        with pytest.raises(UserError, match=reason):
+            read_image(path)
+
+
 def test_strips_without_data_are_refused(tmp_path):
     (tmp_path / "a.tif").write_bytes(strips_of(6, 4, missing=[2]))
     for read in (read_image, read_ids):

@@ -90,7 +90,8 @@ def as_rgb(image: Image.Image, name: str) -> np.ndarray:
         UserError: if it is truncated, or holds other values than levels of 8 or 16 bits; `name` begins the message.
     """
     try:
-        if isinstance(image, TiffImageFile) and image.tile:  # not loaded: Pillow would change or refuse some
+        # not loaded yet: Pillow would change or refuse some
+        if isinstance(image, TiffImageFile) and image.tile and image.fp is not None:
             return _rgb_of_page(name, TiffFile(image.fp).stored_pages[image.tell()])
         return np.asarray(_upright_rgb(name, image))
     except UserError:
@@ -328,7 +329,7 @@ def _eight_bits(path: str | Path, levels: np.ndarray, white: int) -> np.ndarray:
 
 def scale(values: np.ndarray, lowest: float, highest: float, dtype: type) -> np.ndarray:
     """Map values linearly from lowest..highest to the range of an unsigned type, in bands of rows."""
-    scaled = np.empty(values.shape, dtype)
+    scaled: np.ndarray = np.empty(values.shape, dtype)
     rows = max(1, _BAND // values[0].size)
     for start in range(0, len(values), rows):
         band = values[start : start + rows].astype(np.float64)
@@ -347,8 +348,9 @@ def _warn_of_scaling(path: str | Path) -> None:
 
 
 def _stored_numbers(image: Image.Image) -> np.ndarray:
-    if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
-        raise Unfit(f"has {image.n_frames} frames, and a mask has one. Save the one that is meant")
+    frames = getattr(image, "n_frames", 1)
+    if image.format in ("PNG", "WEBP") and frames > 1:
+        raise Unfit(f"has {frames} frames, and a mask has one. Save the one that is meant")
     mark = _check_packing(image)  # before loading, which discards it
     load_whole(image)
     if image.mode == "1":

@@ -6,13 +6,13 @@ The only door to tifffile, which is imported when the first TIFF file is read. I
 import math
 import re
 from functools import cached_property
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
 from dinoseg.utils.image_cost import Unfit, check_pages, check_scans, read_tags
-from dinoseg.utils.truncation import check_jpeg
+from dinoseg.utils.truncation import check_jpeg, find_jpeg_size
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes of TIFF and BigTIFF files of both byte orders
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, _MASK, CMYK, YCBCR = range(7)  # values of PhotometricInterpretation
@@ -49,7 +49,7 @@ class TiffPage:
         has_alpha: whether the channel after the colours is an alpha channel.
     """
 
-    def __init__(self, page: Any, file: BinaryIO) -> None:
+    def __init__(self, page: Any, file: IO[bytes]) -> None:
         self._page, self._file = page, file
         self.height, self.width, self.samples = page.imagelength, page.imagewidth, page.samplesperpixel
         self.bits = page.bitspersample if isinstance(page.bitspersample, int) else 0  # 0: of different depths
@@ -95,8 +95,8 @@ class TiffPage:
         is_contiguous = page.planarconfig == 1
         depth, inner = (1, self.samples) if is_contiguous else (self.samples, 1)
         values = np.empty((depth, self.height, self.width, inner), page.dtype.newbyteorder("="))
-        for index, (offset, length) in enumerate(zip(page.dataoffsets, page.databytecounts, strict=True)):
-            block, (plane, _, top, left, _), _ = self._decode(index, offset, length)
+        for index in range(len(page.dataoffsets)):
+            block, (plane, _, top, left, _), _ = self._decode(index, rows, columns)
             height, width = min(rows, self.height - top), min(columns, self.width - left)
             part = block[0, :height, :width]
             if part.shape != (height, width, inner):
@@ -134,7 +134,9 @@ class TiffPage:
         """Return the highest value of unsigned integers of its depth."""
         return 2**self.bits - 1
 
-    def _decode(self, index: int, offset: int, length: int) -> tuple[np.ndarray, tuple[int, ...], tuple[int, ...]]:
+    def _decode(self, index: int, rows: int, columns: int) -> tuple[np.ndarray, tuple[int, ...], tuple[int, ...]]:
+        """Return a block of up to so many rows and columns, its place, and its shape."""
+        offset, length = self._page.dataoffsets[index], self._page.databytecounts[index]
         if not offset or not length:
             raise Unfit(f"has no data for its TIFF block {index}: its pixels are missing. Save it with all blocks")
         self._file.seek(0, 2)
@@ -146,6 +148,9 @@ class TiffPage:
             if not self.is_lossy:
                 return self._page.decode(data, index)
             check_scans(data)
+            height, width = find_jpeg_size(data)
+            if not (0 < height <= rows and 0 < width <= columns):  # tifffile would read the first pixels
+                raise Unfit(f"is damaged: its TIFF block {index} is a JPEG file of {width} x {height}. Replace it")
             tables = self._page.jpegtables
             found = self._page.decode(data, index, jpegtables=tables)
             check_jpeg(data, found[0][0], lambda data: self._page.decode(data, index, jpegtables=tables)[0][0])
@@ -205,7 +210,7 @@ class TiffFile:
         Unfit: it is damaged, or has too many pages, tags or blocks.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         import tifffile
 
         check_pages(file)
@@ -242,7 +247,7 @@ class TiffFile:
         return np.logical_and.reduce(valid)
 
 
-def is_tiff(file: BinaryIO) -> bool:
+def is_tiff(file: IO[bytes]) -> bool:
     """Return whether a file begins as a TIFF file; it is then at its start."""
     file.seek(0)
     start = file.read(4)

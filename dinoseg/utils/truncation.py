@@ -46,6 +46,16 @@ def check_jpeg(data: bytes, pixels: np.ndarray, decode: Callable[[bytes], np.nda
         raise Unfit("has JPEG data for only a part of its pixels: it is truncated. Replace it")
 
 
+def find_jpeg_size(data: bytes) -> tuple[int, int]:
+    """Return height and width that the header of a JPEG file states; (0, 0) if it states none."""
+    for marker, _, content in _segments(data):
+        if marker in _FRAMES and len(content) >= 5:
+            return int.from_bytes(content[1:3], "big"), int.from_bytes(content[3:5], "big")
+        if marker == _SCAN:
+            break
+    return 0, 0
+
+
 def check_png(file: IO[bytes], last_row: np.ndarray) -> None:
     """Refuse a PNG file of fewer pixels than its header states.
 

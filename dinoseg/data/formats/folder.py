@@ -219,9 +219,9 @@ def _match_layers(
         reason = f"{path} has no mask of any class. If it shows none, add an empty mask."
         pair = Pair(name, path, Layers(tuple(shown[name]), read_layer))
         by_name[name] = pair if any(shown[name]) else Lacking(name, reason, _REMEDY)
-    for name, path in (entry for masks in by_class for entry in masks.items()):
-        if path not in used:
-            by_name[name] = Lacking(name, f"{path} has no image in {folder}.", _REMEDY)
+    for name, mask in (entry for masks in by_class for entry in masks.items()):
+        if mask not in used:
+            by_name[name] = Lacking(name, f"{mask_file(mask)} has no image in {folder}.", _REMEDY)
     by_name |= {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in unread.items()}
     return by_name
 

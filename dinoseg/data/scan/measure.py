@@ -184,11 +184,14 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
     except UserError as error:
         record = record.with_problem("size_mismatch", str(error))
     ignored = reader.labels.ignore_index
-    is_layers = isinstance(mask, Layers)
-    raw = _layer_values(ids, mask) if is_layers else _raw_of(mask, reader, dict(_count_values(ids)))
+    if isinstance(mask, Layers):
+        raw = _layer_values(ids, mask)
+    else:
+        raw = _raw_of(mask, reader, dict(_count_values(ids)))
     if not record.problems:
         ids = ignore_invalid(ids, image, ignored, rule=rule, path=mask)
-    record = record if is_layers else replace(record, pixels=dict(_count_values(ids)))
+    if ids.ndim == 2:
+        record = replace(record, pixels=dict(_count_values(ids)))
     return _with_mask(record, ids, ignored, raw=raw)
 
 
