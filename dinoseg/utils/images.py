@@ -128,7 +128,7 @@ def read_ids_of_page(path: str | Path, page: int, count: int) -> np.ndarray:
     """
 
     def refuse(image: Image.Image) -> np.ndarray:
-        raise Unfit(f"is no TIFF file with a page for each of {count} classes. Save it as one")
+        raise Unfit(f"has one page, and one for each of {count} classes is needed. Save it as TIFF of several pages")
 
     def read_page(file: TiffFile) -> np.ndarray:
         if len(file.pages) != count:
