@@ -3,6 +3,7 @@
 `decode_images` and `decode_video` run in such a process; `ImageDecoder` and `VideoDecoder` are its ends in the server.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -143,6 +144,7 @@ class VideoDecoder(_Decoder):
 def decode_images(channel: Channel) -> None:
     """Answer each request with the pixels of the image that it names."""
     warnings.simplefilter("ignore")  # about odd metadata
+    logging.getLogger("tifffile").disabled = True  # it logs each odd tag
     while (message := channel.receive()) is not None:
         request = message[0]
         try:

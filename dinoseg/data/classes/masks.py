@@ -12,7 +12,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from dinoseg.data.annotation.drawing import MaskSource
+from dinoseg.data.annotation.drawing import Drawing, Layers, MaskPage, MaskSource, mask_file
 from dinoseg.data.classes.labels import Labels, as_color
 from dinoseg.data.classes.mask_advice import HIGHEST_ID, for_binary, for_colors, for_ids
 from dinoseg.utils.errors import UserError
@@ -120,11 +120,11 @@ class MaskReader:
         Raises:
             UserError: the file is unreadable, or holds a number or colour that has no class.
         """
-        if not isinstance(path, Path):
+        if isinstance(path, Drawing | Layers):
             return path.read()
-        if self.masks.format == "palette":
+        if self.masks.format == "palette" and isinstance(path, Path):
             return self._from_colors(read_image(path), path)
-        numbers = _one_channel(read_ids(path), path)
+        numbers = _one_channel(read_ids(path) if isinstance(path, Path) else path.read(), path)
         if self.masks.format == "binary":
             return _from_binary(numbers, path, described=self.masks.described is not None)
         return self._from_ids(numbers, path)
@@ -135,7 +135,7 @@ class MaskReader:
         options = {option.name: getattr(masks, option.name) or None for option in fields(masks) if option.compare}
         return json.dumps([labels.classes, labels.ignore_index, labels.palette, options], sort_keys=True)
 
-    def _from_ids(self, numbers: np.ndarray, path: Path) -> np.ndarray:
+    def _from_ids(self, numbers: np.ndarray, path: Path | MaskPage) -> np.ndarray:
         ids: np.ndarray | None = None  # (H, W) int16
         if numbers.dtype == np.uint8:
             ids = cv2.LUT(numbers, self._table[:256])  # less than half the time of indexing
@@ -145,7 +145,7 @@ class MaskReader:
             raise self._foreign_ids_error(numbers, path)
         return ids.astype(np.uint8)
 
-    def _foreign_ids_error(self, numbers: np.ndarray, path: Path) -> UserError:
+    def _foreign_ids_error(self, numbers: np.ndarray, path: Path | MaskPage) -> UserError:
         """Return the error for a mask with ids that no class has."""
         last = 1 if self.has_layers else len(self.labels.classes) - 1
         ignore = self.labels.ignore_index
@@ -216,10 +216,10 @@ def check_fit(found: tuple[int, int], size: tuple[int, int], rule: str, *, image
         raise UserError(f"{sizes} Make them equal, or resize the mask: data.reader.masks.on_size_mismatch=resize_mask.")
 
 
-def _from_binary(numbers: np.ndarray, path: Path, *, described: bool) -> np.ndarray:
+def _from_binary(numbers: np.ndarray, path: Path | MaskPage, *, described: bool) -> np.ndarray:
     ids = (numbers == 255).astype(np.uint8)
     other = numbers[(numbers != 0) & (ids == 0)]
-    if other.size and numbers.max() == 1 and has_one_bit(path):
+    if other.size and numbers.max() == 1 and has_one_bit(mask_file(path)):
         return numbers.astype(np.uint8)
     if other.size:
         advice = for_binary(np.unique(numbers).tolist(), described=described)
@@ -227,7 +227,7 @@ def _from_binary(numbers: np.ndarray, path: Path, *, described: bool) -> np.ndar
     return ids
 
 
-def _one_channel(numbers: np.ndarray, path: Path) -> np.ndarray:
+def _one_channel(numbers: np.ndarray, path: Path | MaskPage) -> np.ndarray:
     if numbers.ndim == 2:
         return numbers
     first = numbers[..., 0]

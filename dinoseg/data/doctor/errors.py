@@ -8,6 +8,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from dinoseg.core.channels import ChannelFiles
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.doctor.checks.files import check_files
+from dinoseg.data.doctor.checks.files import check_files, check_range
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.scan.measure import Record
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.splits import regex_group
+from dinoseg.data.video.access import ImageSource, read_peak
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, join_names, one_line, printable
 
@@ -53,7 +55,7 @@ def find_errors(splits: Sequence[Scanned], *, data_name: str = "", group: str | 
         data_name: the option of `data=`.
         group: regular expression on the name that gives an image's group; None: the name's first folder.
     """
-    findings = [*check_files(splits), *check_labels(splits, data_name)]
+    findings = [*check_files(splits), *check_range(splits), *check_labels(splits, data_name)]
     return by_severity([*findings, *check_same_files(splits), *check_groups(splits, group)])
 
 
@@ -80,6 +82,8 @@ def check_for_errors(
         if not isinstance(data, PairDataset):
             return []
         records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
+        if records and not records[0].problems:  # the scan reads headers, which do not tell the range
+            records[0] = replace(records[0], peak=_read_peak(data.pairs[0].image))
         splits.append(describe_split(split, data, records))
     errors = []
     for finding in find_errors(splits, data_name=data_name, group=group):
@@ -95,6 +99,13 @@ def check_for_errors(
         if isinstance(data, PairDataset) and data.pairs and isinstance(data.pairs[0].image, ChannelFiles):
             data.pairs[0].image.read()  # the scan reads headers, which do not tell the number of channels
     return splits
+
+
+def _read_peak(image: ImageSource) -> int:
+    try:
+        return read_peak(image)
+    except UserError:  # raised again when the image is read
+        return 0
 
 
 def _each(finding: Finding) -> str:

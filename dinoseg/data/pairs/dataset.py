@@ -14,7 +14,7 @@ from dinoseg.core.shapes import Sample
 from dinoseg.data.annotation.drawing import drawn_size
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, check_fit, fit_mask
-from dinoseg.data.pairs.pair import Pair, fingerprint, image_hash
+from dinoseg.data.pairs.pair import Pair, fingerprint, ignore_invalid, image_hash
 from dinoseg.data.video.access import VideoFrame, first_file, read_source
 
 ComputeMaps = Callable[[Sample], dict[str, Tensor]]
@@ -149,12 +149,17 @@ def read_pair(pair: Pair, reader: MaskReader) -> Sample:
     size, rule = (image.shape[0], image.shape[1]), reader.masks.on_size_mismatch
     check_fit(drawn_size(pair.mask) or size, size, rule, image=pair.image, path=pair.mask)
     mask = fit_mask(reader.read(pair.mask), size, rule, image=pair.image, path=pair.mask)
+    mask = ignore_invalid(mask, pair.image, reader.labels.ignore_index, rule=rule, path=pair.mask)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (C, H, W)
     return Sample(image=pixels, mask=torch.from_numpy(mask), name=pair.name)
 
 
 def read_mask(pair: Pair, reader: MaskReader) -> np.ndarray:
-    """Return the class ids (H, W) alone, equal to those of `read_pair`; open the image only if its size is needed."""
-    if reader.masks.on_size_mismatch == "resize_mask":
+    """Return the class ids (H, W) alone, equal to those of `read_pair`.
+
+    Only a TIFF image, which may have an internal mask, or one whose size is needed, is opened.
+    """
+    rule = reader.masks.on_size_mismatch
+    if rule == "resize_mask":
         return read_pair(pair, reader)["mask"].numpy()
-    return reader.read(pair.mask)
+    return ignore_invalid(reader.read(pair.mask), pair.image, reader.labels.ignore_index, rule=rule, path=pair.mask)

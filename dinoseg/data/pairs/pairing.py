@@ -12,7 +12,7 @@ from dinoseg.data.classes.masks import Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import open_image, read_image
+from dinoseg.utils.images import has_colors, read_image
 from dinoseg.utils.wording import count_of, reasons
 
 _MASK_COLORS = 32  # a mask has more colours only if objects have ids
@@ -125,8 +125,7 @@ def _is_mask(dataset: PairDataset, path: Path) -> bool:
 def _has_colors(path: Path) -> bool:
     """Return whether an image file has several channels by its header; single-channel masks are not decoded here."""
     try:
-        with open_image(path) as image:
-            return len(image.getbands()) > 1
+        return has_colors(path)
     except Exception:  # a decoder may raise anything on a damaged file
         return False
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from making import save
 from overlapping_shapes import CLASSES, write_coco, write_overlaps
+from PIL import Image
 
 from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.classes.file import read_class_file
@@ -82,6 +83,27 @@ def test_a_class_file_of_binary_masks_names_one_class(tmp_path):
     save(tmp_path / "train/masks/x.png", np.zeros((2, 3)))
     with pytest.raises(UserError, match=r"format=binary needs 2 classes, data.classes has 1\..*task=multilabel"):
         folder_dataset(tmp_path, "train", classes=["a"], masks=Masks(format="binary"))
+
+
+@pytest.mark.parametrize("form", ["ids", "binary"])
+def test_pages_of_tiff_masks_are_the_classes(form, tmp_path):
+    masks, folders = write_overlaps(tmp_path, train=3), folder(tmp_path)
+    factor = 255 if form == "binary" else 1
+    for name in folders.names:
+        pages = [Image.fromarray(factor * layer.astype(np.uint8)) for layer in masks[name]]
+        (tmp_path / "train/pages").mkdir(exist_ok=True)
+        pages[0].save(tmp_path / f"train/pages/{name}.tif", save_all=True, append_images=pages[1:])
+    data = folder(tmp_path, layout=FolderLayout(masks="{split}/pages"), masks=Masks(format=form))
+    assert data.names == folders.names and data.fingerprint() != folders.fingerprint()
+    for index, name in enumerate(data.names):
+        np.testing.assert_array_equal(data[index]["mask"], masks[name])
+    record = measure(data.pairs[0], data.reader, images=False)
+    assert not record.problems and record.pixels == measure(folders.pairs[0], folders.reader, images=False).pixels
+    pages[0].save(tmp_path / f"train/pages/{name}.tif", save_all=True, append_images=pages)
+    with pytest.raises(UserError, match="has 3 pages, and one for each of 2 classes"):
+        data[2]
+    with pytest.raises(UserError, match="has 3 pages.*task=multilabel"):
+        read_ids(tmp_path / f"train/pages/{name}.tif")
 
 
 def test_shapes_of_coco_keep_their_overlaps(tmp_path):
