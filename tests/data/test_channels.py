@@ -8,6 +8,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -364,6 +365,21 @@ def test_zero_as_white_is_inverted(dtype, tmp_path):
     image = levels(1, dtype)
     (tmp_path / "a.tif").write_bytes(tiff_with(image, black=0))
     assert np.array_equal(read_levels(tmp_path / "a.tif", None), np.iinfo(dtype).max - image)
+
+
+@pytest.mark.parametrize("bands", [2, 4, 6, 8])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.float32])
+def test_tiff_bands_stored_together_or_in_planes_are_read(dtype, bands, tmp_path):
+    values = levels(bands, np.uint16).astype(dtype)
+    value_range = None if dtype in (np.uint8, np.uint16) else (0, 65535)
+    expected = values if dtype == np.uint8 else values.astype(np.uint16)
+    for compression, tile, order in ((None, None, ">"), ("lzw", (16, 16), "<"), ("zstd", (16, 16), ">")):
+        options = {"compression": compression, "tile": tile, "byteorder": order, "photometric": "minisblack"}
+        options["bigtiff"] = order == ">"
+        for planes, stored in (("contig", values), ("separate", values.transpose(2, 0, 1))):
+            tifffile.imwrite(tmp_path / "a.tif", stored, planarconfig=planes, **options)
+            assert np.array_equal(PixelFormat(bands, value_range=value_range).read(tmp_path / "a.tif"), expected)
+            assert read_levels_size(tmp_path / "a.tif") == SIZE
 
 
 def test_planes_of_16_bits_are_read(tmp_path):
