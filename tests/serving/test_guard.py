@@ -1,22 +1,18 @@
 """Web sockets satisfy what requests have to: host, origin, and a limited number."""
 
-from contextlib import contextmanager
-
 import pytest
 from fastapi.testclient import TestClient
 from serving_stand_ins import shared_model
-from starlette.routing import WebSocketRoute
-from starlette.websockets import WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from dinoseg.serving import guard
 from dinoseg.serving.endpoint import build_endpoint
 from dinoseg.serving.server import list_hosts
 
 
-async def echo(socket):
+async def echo(socket: WebSocket):
     await socket.accept()
-    while True:
-        text = await socket.receive_text()
+    async for text in socket.iter_text():
         if text == "malformed":
             raise ValueError("text\nof a visitor")
         await socket.send_text(text)
@@ -27,15 +23,14 @@ def connect(tmp_path):
     """Return a function that opens a web socket on the endpoint's application."""
     with shared_model() as shared:
         application = build_endpoint(shared, tmp_path, hosts=list_hosts("127.0.0.1", []), max_mib=1.0)
-        application.router.routes.append(WebSocketRoute("/echo", echo))
+        application.add_api_websocket_route("/echo", echo)
         with TestClient(application) as ask:
             yield lambda **headers: ask.websocket_connect("ws://localhost/echo", headers=headers)
 
 
-@contextmanager
-def refused():
-    with pytest.raises(WebSocketDisconnect):
-        yield
+def assert_refused(connection):
+    with pytest.raises(WebSocketDisconnect), connection:
+        pytest.fail("The web socket is accepted.")
 
 
 @pytest.mark.parametrize("headers", [{}, {"origin": "http://localhost"}, {"origin": "https://LOCALHOST"}])
@@ -49,20 +44,17 @@ def test_web_socket_of_the_own_site_is_accepted(connect, headers):
     "origin", ["http://evil.example", "null", "http://localhost.evil.example", "http://localhost:81"]
 )
 def test_web_sockets_of_other_sites_are_refused(connect, origin):
-    with refused(), connect(origin=origin):
-        pass
+    assert_refused(connect(origin=origin))
 
 
 def test_web_sockets_under_other_host_names_are_refused(connect):
-    with refused(), connect(host="evil.example", origin="http://evil.example"):
-        pass
+    assert_refused(connect(host="evil.example", origin="http://evil.example"))
 
 
 def test_number_of_web_sockets_is_limited(connect, monkeypatch):
     monkeypatch.setattr(guard, "MAX_SOCKETS", 2)
     with connect(), connect():
-        with refused(), connect():
-            pass
+        assert_refused(connect())
     with connect() as socket:
         socket.send_text("a")
 
