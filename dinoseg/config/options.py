@@ -28,14 +28,14 @@ def options_in(folders: Iterable[Path], group: str) -> list[str]:
     return sorted({option for folder in folders for option in options_of(folder / group)})
 
 
-def nested_groups(folders: Iterable[Path]) -> set[str]:
-    """Return the groups in folders of other groups, such as `data/pixels`."""
-    return {
-        path.relative_to(folder).as_posix()
-        for folder in folders
-        for path in folder.glob("*/**/")
-        if path.parent != folder and options_of(path)
-    }
+def nested_groups(folders: Sequence[Path]) -> set[str]:
+    """Return the groups in folders of other groups, such as `data/pixels`, of the first folder, which is shipped.
+
+    The others may hold anything beside config groups, and take long to search.
+    """
+    shipped = folders[0]
+    paths = [path for path in shipped.glob("*/**/") if path.parent != shipped]
+    return {path.relative_to(shipped).as_posix() for path in paths if options_of(path)}
 
 
 def option_files(folders: Sequence[Path], group: str, option: str) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from torch import nn
 
 import dinoseg
 from dinoseg.export.runtime.torch_runtime import replicate_in_eval_mode
+from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 ARCH = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
@@ -120,3 +121,14 @@ def test_replica_of_each_head_computes_as_eval_mode(head):
     with torch.inference_mode():
         found = replicate_in_eval_mode(model.model)(images).scores()
         assert torch.equal(found, model.eval().model(images).scores())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_traced_modules_are_replicated_and_scripted_ones_need_eval_mode():
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.9)).train())
+    replica = replicate_in_eval_mode(traced)
+    assert traced.training and torch.equal(replica(torch.ones(2, 3)), traced.eval()(torch.ones(2, 3)))
+    held = nn.Sequential(torch.jit.script(nn.Dropout(0.9)))
+    with pytest.raises(UserError, match="TorchScript module in training mode"):
+        replicate_in_eval_mode(held)
+    assert torch.equal(replicate_in_eval_mode(held.eval())(torch.ones(3)), torch.ones(3))

@@ -13,6 +13,7 @@ from torch import nn
 
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.inference.predictor import Predictor
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.torch_defaults import default_precision_and_device, default_settings
 
 T = TypeVar("T", bound=nn.Module)
@@ -53,14 +54,21 @@ def replicate_in_eval_mode(model: T) -> T:
     A module has one mode for all threads. A prediction that switched it would change the forward passes of a training
     loop in another thread. The replica has other module objects, and the same tensors, hooks and attributes. Where an
     attribute refers to a module, in a bound method or a container too, the replica's refers to the replica.
+
+    Raises:
+        UserError: a module of TorchScript, which cannot be replicated, is in training mode.
     """
     replicas: dict[int, Any] = {}  # of modules, and of containers with modules, by the identity of the original
-    parts = list(model.modules())
+    parts = [part for part in model.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    scripted = [part for part in model.modules() if isinstance(part, torch.jit.ScriptModule)]
+    if any(part.training for part in scripted):
+        raise UserError("The model holds a TorchScript module in training mode. Call model.eval() before predict.")
     for part in parts:
         plain = part._modules.get("_orig_mod", part)  # a module of `torch.compile` always calls the original
         assert plain is not None
         if id(plain) not in replicas:
-            replicas[id(plain)] = plain.__new__(type(plain))
+            # not the class's own `__new__`: that of torch.fx makes a class without a forward pass
+            replicas[id(plain)] = object.__new__(type(plain))
         replicas[id(part)] = replicas[id(plain)]
     for part in parts:
         if "_orig_mod" not in part._modules:
@@ -78,10 +86,9 @@ def _replace_modules(value: Any, replicas: dict[int, Any]) -> Any:
     if isinstance(value, MethodType):
         return MethodType(value.__func__, _replace_modules(value.__self__, replicas))
     if isinstance(value, partial):
-        function, args, keywords = (
-            _replace_modules(each, replicas) for each in (value.func, value.args, value.keywords)
-        )
-        return partial(function, *args, **keywords)
+        function = _replace_modules(value.func, replicas)
+        args = _replace_modules(value.args, replicas)
+        return partial(function, *args, **_replace_modules(value.keywords, replicas))
     if type(value) not in _CONTAINERS or not value:
         return value
     if id(value) not in replicas:
