@@ -19,8 +19,8 @@ _REACH = 11  # length of a strip convolution in cells: 44 px
 class DetailHead(Head[Tensor]):
     """Tokens fused with convolutional pixel features at output stride 4; features at stride 2 refine the scores.
 
-    Squares of 2 x 2 pixels enter the first convolutions as channels, 12 for RGB. The fused grid is scored and upsampled
-    bilinearly, and a 3x3 convolution of the features at stride 2 is added. Thin structures are thus not averaged away,
+    Squares of 2 x 2 pixels enter the first convolutions as channels, 12 for RGB. The fused grid is scored, smoothed and
+    upsampled, and a 3x3 convolution of the features at stride 2 is added. Thin structures are thus not averaged away,
     and most of the work is done on the coarser grid. Strip convolutions along rows and columns capture long, thin
     shapes (after Hou et al., arXiv 2003.13328). ViTMatte (Yao et al., arXiv 2305.15272) and Dino U-Net (arXiv
     2508.20909) also combine a transformer with a convolutional branch.
@@ -108,7 +108,7 @@ class DetailHead(Head[Tensor]):
         tokens = self._on_grid(self.project(read), details)
         coarse = self.classify(self.fuse(torch.cat([tokens, details], dim=1)))  # (B, K, ceil(H / 4), ceil(W / 4))
         # four scores per cell by pixel shuffle instead imprinted the 4 px grid on the outlines of masks
-        scores = F.interpolate(coarse, finest.shape[-2:], mode="bilinear") + self.refine(finest)
+        scores = F.interpolate(_smooth(coarse), finest.shape[-2:], mode="bilinear") + self.refine(finest)
         if self.patch_size % STRIDE:  # the last cells may extend beyond the image
             scores = _first(scores, height // _FINEST, width // _FINEST)
         if self.linear_skip is None:
@@ -163,6 +163,15 @@ def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: 
     padding = (kernel_size - 1) // 2
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
+
+
+def _smooth(scores: Tensor) -> Tensor:
+    """Filter scores (B, K, h, w) by (1, 2, 1) / 4 along both axes, with replicated borders.
+
+    Upsampled without it, sharp edges lie midway between two cells more often than elsewhere.
+    """
+    corners = F.avg_pool2d(scores, 2, stride=1, padding=1, count_include_pad=False)  # (B, K, h + 1, w + 1)
+    return F.avg_pool2d(corners, 2, stride=1)
 
 
 def _as_levels(images: Tensor) -> Tensor:
