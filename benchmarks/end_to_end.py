@@ -198,6 +198,7 @@ def by_lightly(args: argparse.Namespace, steps: int, trained: str, precision: st
         model="dinov2/vits14-linear",
         steps=steps,
         batch_size=args.batch,
+        gradient_accumulation_steps=1,  # auto accumulates to 16 images a step, whatever the batch
         num_workers=0,
         accelerator="cpu",
         precision="bf16-mixed" if precision == "bf16" else "32-true",

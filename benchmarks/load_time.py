@@ -50,9 +50,10 @@ def imports_of(file: Path) -> str:
     """Return the imports that a model of this file needs."""
     if file.suffix == ".onnx":
         return "import numpy, onnxruntime"
-    config = checkpoint.describe(checkpoint.find(file, "best"))["config"]
-    library = "import timm" if "timm" in config["backbone"]["_target_"] else TRANSFORMERS
-    return f"import torch; {library}" + ("; import peft" if config["adapter"]["_target_"].endswith("Lora") else "")
+    targets = checkpoint.describe(checkpoint.find(file, "best"))["targets"]
+    module = targets["backbone"].split(".")[-2]
+    libraries = {"timm_backbone": "; import timm", "rgb": ""}.get(module, f"; {TRANSFORMERS}")
+    return f"import torch{libraries}" + ("; import peft" if targets["adapter"].endswith(".Lora") else "")
 
 
 def timed(code: str) -> tuple[float, float]:

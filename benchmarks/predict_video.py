@@ -187,7 +187,7 @@ def write(by: SegmentationSettings, folder: Path, frames: list[np.ndarray], ids:
 
 def whole(by: SegmentationSettings, path: Path, folder: Path, masks: bool) -> Throughput | None:
     out = Path(tempfile.mkdtemp(dir=folder))
-    video = VideoInput("v", partial(VideoReader, path), path)
+    video = VideoInput("v", path)
     return segment_video(by, video, ImageRun(out, None, DoneInputs(out)), VideoOptions(masks))
 
 

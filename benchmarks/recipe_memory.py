@@ -64,7 +64,7 @@ def config(recipe: str) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = compose("main", [f"hparam={recipe}", *GIVEN.get(recipe, ())], return_hydra_config=True)
-    return job_config(composed, composed.hydra.runtime)
+    return job_config(composed, composed.hydra)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def main():
         ):
             found = protocol.find(root / layout / "reference", root / layout / "prediction")
             scored = score_cases(protocol, found, where=layout, workers=1)
-            scores = summary(protocol, scored, resamples=0)["scores"]
+            scores = summary(protocol, scored)["scores"]
             rows += [(protocol.name, key, value) for key, value in scores.items()]
     rows += other_ways(data)
     shown = [(rule, key, f"{100 * value:.2f}") for rule, key, value in rows]

@@ -55,6 +55,7 @@ def _command(arguments: list[str]) -> None:
         sys.exit(1)
     import hydra
 
+    from dinoseg.cli.completion import hide_base_options
     from dinoseg.cli.extras import hush_schemas
     from dinoseg.cli.own_keys import with_checkpoint_keys
     from dinoseg.cli.typos import check_words, explain_errors
@@ -77,7 +78,7 @@ def _command(arguments: list[str]) -> None:
             words = with_checkpoint_keys(typed, folders)
         sys.argv[1:] = words
         # file errors: of the run folder, which Hydra creates
-        with file_errors_as_user_errors(Path.cwd()), explain_errors(typed, folders):
+        with file_errors_as_user_errors(Path.cwd()), explain_errors(typed, folders), hide_base_options(typed):
             hydra.main(version_base="1.3", config_path=CONFIGS, config_name="main")(run)()
     except UserError as error:
         _print_error(str(error))

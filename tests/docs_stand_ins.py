@@ -182,6 +182,11 @@ def export_run(stand_ins, folder):
     return ran(folder, "mode=export", "export=safetensors", f"resume={stand_ins['RUN']}")
 
 
+@stand_in("EXPORTED_ONNX")
+def export_graph(stand_ins, folder):
+    return ran(folder, "mode=export", "export=onnx", f"resume={stand_ins['RUN']}")
+
+
 @stand_in("EVALUATED")
 def evaluate_run(stand_ins, folder):
     return ran(folder, "mode=eval", f"resume={stand_ins['RUN']}", "mode.metrics_only=true")

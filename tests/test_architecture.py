@@ -54,7 +54,7 @@ DOORS = {  # dependency -> the packages and files that may import it
     "onnxscript": ("export",),
     "onnxruntime": ("export/runtime",),
     "huggingface_hub": ("models/backbones", "export/runtime"),
-    "nicegui": ("serving/app", "serving/page"),
+    "nicegui": ("serving/app", "serving/page", "serving/sockets"),
     "fastapi": ("serving",),
     "starlette": ("serving",),
     "uvicorn": ("serving",),

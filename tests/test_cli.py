@@ -230,7 +230,28 @@ def test_an_unknown_option_lists_those_there_are(place, group):
             "adapter.rank=8: adapter=frozen has no key rank. Options that have it: adapter=lora, adapter=lora_8bit, "
             "adapter=lora_all, adapter=qlora. Choose one of them, or leave the key out.",
         ),
-        (["data.pixels.order=[2,1,0]"], "has no key pixels.order. Options that have it: data/pixels=files."),
+        (
+            ["data.pixels.order=[2,1,0]"],
+            "has no key pixels.order. Options that have it: data/pixels=files. Write data/pixels=files "
+            "data.pixels.order=[2,1,0], or",
+        ),
+        (
+            ["data.pixels={order:[2,1,0]}"],
+            "has no key pixels.order. Options that have it: data/pixels=files. Write data/pixels=files "
+            "'data.pixels={order:[2,1,0]}', or",
+        ),
+        (
+            ["data.pixels={name:files}"],
+            "data.pixels has options, which are words of their own. Choose one: data/pixels",
+        ),
+        (
+            ["data.order=[0]"],
+            "data.order is not a key of the config. data.pixels.order is one, with data/pixels=files.",
+        ),
+        (
+            ["data/pixels.order=[0]"],
+            "cannot be parsed: only groups have slashes, and their keys have dots. Write 'data.",
+        ),
         (["head.num_slots=3"], "head=linear has no key num_slots. Options that have it: head=slots."),
         (["trainer.temperature=2"], "trainer=supervised has no key temperature. Options that have it: trainer=distil."),
         (

@@ -11,6 +11,9 @@ from omegaconf import OmegaConf
 
 from dinoseg.cli import launch
 from dinoseg.cli.launch import _below_recipe
+from dinoseg.data.formats import sarrarp
+from dinoseg.data.formats.idd_files import prepare_command
+from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Interrupted
 
@@ -177,3 +180,17 @@ def test_out_of_memory_error_preserves_its_cause(second_rank, tmp_path, monkeypa
     error = RuntimeError("shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="shapes"):
         launch.launch(second_rank, tmp_path / "run", [])
+
+
+def test_commands_that_are_printed_quote_blanks(tmp_path, monkeypatch):
+    cfg = OmegaConf.create({"mode": {"resume_from": "last"}})
+    run = tmp_path / "a run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints/last.safetensors").touch()
+    monkeypatch.setattr(checkpoint, "describe", lambda _: {"progress": {"step": 3}})
+    note = launch._interrupt_note(cfg, run, launch.RunLocation(run, tmp_path))
+    assert f"add resume=auto or 'resume={run}' to" in note
+    note = launch._interrupt_note(cfg, run, launch.RunLocation(run, run.parent / "a b", in_sweep=True))
+    assert f"add resume=auto 'hydra.sweep.dir={tmp_path}/a b' to" in note
+    assert sarrarp.prepare_command(run).endswith(f" 'data.root={run}'")
+    assert prepare_command(run, "level3Id").endswith(f" 'data.root={run}'")

@@ -2,6 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from dinoseg.core.geometry import upsample
+from dinoseg.core.shapes import WeightedMasks
 from dinoseg.models.adapters import Frozen, Full, Lora
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
@@ -117,3 +119,33 @@ def test_fingerprint_depends_on_names_shapes_and_values():
     others = [("b", zeros)], [("a", zeros.T)], [("a", zeros + 1)], [("a", zeros), ("b", zeros)], []
     assert len({fingerprint(tensors) for tensors in ([("a", zeros)], *others)}) == 6
     assert fingerprint([("a", zeros)]) == fingerprint([("a", torch.zeros(2, 3))])
+
+
+class MaskHead(LinearHead):
+    """Two masks of shares of each class."""
+
+    def grid_scores(self, outputs):
+        return None
+
+    def weighted_masks(self, outputs):
+        return WeightedMasks(outputs[:, :2], torch.ones(len(outputs), 2, outputs.shape[1]))
+
+
+class PixelHead(LinearHead):
+    """Scores of pixels alone, neither a grid nor masks."""
+
+    def grid_scores(self, outputs):
+        return None
+
+    def predict(self, outputs, size, valid):
+        return upsample(outputs, size, valid)
+
+
+@pytest.mark.parametrize("kind", [LinearHead, MaskHead, PixelHead])
+@pytest.mark.parametrize("outputs", [2, 4])
+def test_scores_of_unnamed_classes_are_refused(tiny_backbone, kind, outputs):
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    SegmentationModel(tiny_backbone(), kind(24, 1, outputs), num_classes=outputs)(images).class_ids()
+    model = SegmentationModel(tiny_backbone(), kind(24, 1, outputs), num_classes=3)
+    with pytest.raises(UserError, match=f"{kind.__name__} scores {outputs} classes, and the model has 3"):
+        model(images).class_ids()

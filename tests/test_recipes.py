@@ -8,7 +8,7 @@ from config_files import options, read, required_overrides, written_choices
 from omegaconf import OmegaConf
 
 from dinoseg.models.heads.eomt import annealing_windows
-from dinoseg.training.checkpoint import Progress
+from dinoseg.training.progress import Progress
 from dinoseg.training.trainer import is_out_of_patience
 
 ADAM = {"optim.optimizer.lr": 1e-4, "optim.optimizer.weight_decay": 0.0, "optim.schedule.kind": "constant"}

@@ -30,7 +30,7 @@ from dinoseg.cli.typos import explain_errors
 from dinoseg.cli.words import as_text, parse_word
 from dinoseg.config.grammar import decode_keys, write_value
 from dinoseg.config.job import job_config
-from dinoseg.config.options import options_in
+from dinoseg.config.options import nested_groups, options_in
 from dinoseg.config.plain import at, to_container
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.experiment.folder import RunLocation, locate_runs
@@ -104,16 +104,34 @@ def find_tables(
 def split_options(overrides: Mapping[str, Any], config_dir: str | PathLike[str] | None) -> dict[str, Any]:
     """Return overrides in which `data={"name": "camvid", "root": R}` is `data="camvid"` and `data.root=R`.
 
-    A `name` that is no option of the group is a key, such as the name of a model of timm.
+    The option of a nested group is found at any depth, with dots or slashes: `data={"pixels": "files"}` is
+    `data/pixels=files`. A `name` that is no option of the group is a key, such as the name of a model of timm.
     """
+    folders = config_folders(config_dir)
+    nested = nested_groups(folders)
     split: dict[str, Any] = {}
-    for group, value in overrides.items():
-        if isinstance(value, Mapping) and value.get("name") in options_in(config_folders(config_dir), group):
-            split[group] = value["name"]
-            split |= {f"{group}.{key}": each for key, each in value.items() if key != "name"}
-        else:
-            split[group] = value
+    for key, value in overrides.items():
+        split |= _split_option(key, value, folders, nested)
     return split
+
+
+def _split_option(key: str, value: Any, folders: Sequence[Path], nested: set[str]) -> dict[str, Any]:
+    group = key.lstrip("+").replace(".", "/")
+    if group in nested:
+        if isinstance(value, str):
+            return {group: value}
+        key = group.replace("/", ".")
+    if not isinstance(value, Mapping):
+        return {key: value}
+    given = dict(value)
+    options = {group: given.pop("name")} if value.get("name") in options_in(folders, group) else {}
+    if options or any(each.startswith(f"{group}/") for each in nested):
+        parts: dict[str, Any] = {}
+        for name, each in given.items():
+            parts |= _split_option(f"{key}.{name}", each, folders, nested)
+        if options or not nested.isdisjoint(parts):
+            return options | parts
+    return {key: value}
 
 
 def words_of(overrides: Mapping[str, Any], is_table: Callable[[str], bool] | None = None) -> list[str]:
@@ -147,6 +165,8 @@ def _as_word(key: str, value: Any) -> str:
             continue
         if repr(decode_keys(override.value())) == repr(value):
             return f"{key}={text}"
+    if parse_word(f"{key}=null") is None:
+        raise UserError(f"{key} is not the name of a key. Write its words with dots, such as head.layers.")
     raise UserError(f"{key}={format_value(value)} cannot be written as an override. Set it in a YAML file of your own.")
 
 

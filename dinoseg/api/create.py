@@ -102,7 +102,7 @@ def create_model(
             with preserve_global_state(), lend_objects(objects):
                 build = ModelBuilder(cfg)
                 labels = _read_labels(build, num_classes)
-                model, policy = build.model(), build.part("inference")
+                model, policy = build.model().to("cpu"), build.part("inference")
                 if init is not None:
                     check_initial(build, model)
                     load_initial_weights(build, model, list(labels.classes))
@@ -117,12 +117,12 @@ def create_model(
         if model.head.slots is not None:
             raise UserError(f"head={head} is a head of slots, which has no classes. Choose another, or use mode=train.")
         facts = ModelFacts(labels.classes, labels.palette, labels.ignore_index, pixels=build.pixels.as_dict())
-        return Segmenter(model, facts, build.config, info={}, policy=policy).to("cpu").train()
+        return Segmenter(model, facts, build.config, info={}, policy=policy).train()
 
 
 def _no_effect(overrides: Mapping[str, Any]) -> str:
     """Return the message on keys that do not change the model; "" if all do."""
-    idle = [key for key in keys_of(overrides) if not _is_used(key.lstrip("+~"))]
+    idle = [key for key in keys_of(overrides) if not _is_used(key.lstrip("+~").replace("/", "."))]
     if not idle:
         return ""
     return (

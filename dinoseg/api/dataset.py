@@ -1,13 +1,15 @@
 """`dinoseg.open_dataset`: images and masks of a config's dataset for a torch DataLoader."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from dinoseg.api.compose import compose, split_options, words_of
+from dinoseg.api.compose import compose, find_tables, split_options, words_of
 from dinoseg.api.wording import python_terms
+from dinoseg.config.plain import keys_of
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.core.sample_maps import get_map_kinds
 from dinoseg.core.shapes import SegmentationData
@@ -95,7 +97,9 @@ def open_dataset(
         transform: function of an item, such as an augmentation; its result is the item instead.
         config_dir: folder with config groups of your own, as `--config-dir` on the command line.
         overrides: further keys of the dataset's config, such as `palette=[[0, 0, 0], [0, 255, 0]]` or
-            `reader={"layout": {"images": "{split}/photos"}}`; or `task="multilabel"`, for masks (K, H, W).
+            `reader={"layout": {"images": "{split}/photos"}}`, or an option with its keys, such as
+            `pixels={"name": "files", "value_range": [0, 4095]}`. Full names and `data={...}` are accepted, too; and
+            `task="multilabel"`, for masks (K, H, W).
 
     Raises:
         UserError: an unknown option, key or split, a key that only a training reads, no classes, a missing folder, or
@@ -112,13 +116,24 @@ def open_dataset(
         >>> data[0]["image"].shape, data[0]["mask"].unique(), data[0]["name"]
         (torch.Size([3, 32, 48]), tensor([1], dtype=torch.uint8), 'a')
     """
-    if idle := next((key for key in TRAINING_KEYS if key in overrides), None):
-        raise UserError(f"{idle} has no effect on a dataset of your own loop. Leave it out, or train by dinoseg.train.")
     given: Mapping[str, Any] = {"root": root, "classes": None if classes is None else list(classes)}
     keys = {key: value for key, value in given.items() if value is not None} | overrides
-    task = {"task": keys.pop("task")} if "task" in keys else {}
-    values = {"data": name, **{f"data.{key}": value for key, value in keys.items()}, **split_options(task, config_dir)}
+    table = keys.pop("data", {})
+    keys |= table if isinstance(table, Mapping) else {"name": table}
+    name = keys.pop("name", name)
+    values = split_options({_whole_key(key): value for key, value in keys.items()}, config_dir)
+    for key in TRAINING_KEYS:
+        if any(f"{each.replace('/', '.')}.".startswith(f"data.{key}.") for each in keys_of(values)):
+            raise UserError(
+                f"{key} has no effect on a dataset of your own loop. Leave it out, or train by dinoseg.train."
+            )
+    values = {"data": name, **values}
     with python_terms({"data.root": "root", "data.classes": "classes"}):
-        cfg = compose(words_of(values), config_dir=config_dir)
+        cfg = compose(words_of(values, find_tables((), values, config_dir)), config_dir=config_dir)
         with lent_resolvers():
             return SegmentationDataset(Builder(cfg).dataset(split), transform)
+
+
+def _whole_key(key: str) -> str:
+    """Return the full key of an argument of `open_dataset`: `palette` is `data.palette`."""
+    return key if re.match(r"\+*(data|task)\b", key) else f"data.{key}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dinoseg.experiment.builder import SPLITS
 from dinoseg.experiment.objects import OPTION
 from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import format_value, join_names
 
 CONTRACTS: Mapping[str, type[nn.Module]] = {"backbone": Backbone, "head": Head, "loss": Loss}
 _OF_BACKBONES = ("dim", "depth", "patch_size", "num_layers", "mean", "std")  # attributes without a default
@@ -74,8 +76,18 @@ def split_datasets(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
             'data is one dataset, without a split. Give data={"train": DATASET, "val": DATASET}; '
             "torch.utils.data.random_split divides one."
         )
-    if not isinstance(given, Mapping) or not given or not given.keys() <= {*SPLITS}:
+    if not isinstance(given, Mapping) or given.keys().isdisjoint(SPLITS):
         return dict(overrides), {}
+    if others := [key for key in given if key not in SPLITS]:
+        raise UserError(
+            f"data has datasets for splits, and the key {others[0]}. Give datasets only, for {join_names(SPLITS)}; or "
+            "only keys of an option."
+        )
+    if path := next((each for each in given.values() if isinstance(each, str | PathLike)), None):
+        raise UserError(
+            f"data: {format_value(str(path))} is not a dataset. Give an object, such as one of dinoseg.open_dataset; "
+            'or, for a folder with all splits, data={"root": FOLDER}.'
+        )
     datasets = {split: _check_dataset(each, split) for split, each in given.items()}
     first, *others = datasets
     keys = _keys_of(datasets[first])

@@ -40,13 +40,14 @@ with _environment():  # torch and its OpenMP read these variables when they are 
     import torch
 
     from dinoseg.training.engine import lent_accelerate
+    from dinoseg.utils.torch_defaults import default_settings
 
 
 @contextmanager
 def preserve_process_state() -> Iterator[None]:
     """Restore after the block, whatever ends it, the state of the process that modes change.
 
-    These are Hydra and OmegaConf, the log, standard streams, random states, settings of torch and accelerate,
+    These are Hydra and OmegaConf, the log, standard streams, random states, settings of torch, NumPy and accelerate,
     multiprocessing's start method, environment variables, the current folder, `sys.argv` and warning filters. Calls
     from several threads run one after another.
 
@@ -122,10 +123,8 @@ def _torch() -> Iterator[None]:
         )
     settings: tuple[tuple[Any, Any], ...] = (
         (torch.get_num_threads, torch.set_num_threads),
-        (torch.get_default_dtype, torch.set_default_dtype),
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
-        (torch.is_grad_enabled, torch.set_grad_enabled),
     )
     cudnn: Any = torch.backends.cudnn
     flags = {name: getattr(cudnn, name) for name in ("benchmark", "deterministic")}
@@ -134,9 +133,7 @@ def _torch() -> Iterator[None]:
     on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     on_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
-        with torch.inference_mode(False), lent_accelerate():
-            torch.set_default_dtype(torch.float32)
-            torch.set_grad_enabled(True)
+        with default_settings(), lent_accelerate():
             yield
     finally:
         for (get, change), value in zip(settings, before, strict=True):

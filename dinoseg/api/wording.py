@@ -20,8 +20,8 @@ _TERMS = {  # in this order, longer ones first
     "For a run with each of them, add -m": "For a run with each of them, write a loop",
     "the command line": "the call",
 }
-_VALUE = r"(?:\[(?:[^][]|\[[^][]*\])*\]|\$\{[^{}]*\}|[^\s,;()'\"{}]*[^\s,;:.()'\"{}])"
-_WORD = rf"([a-z]\w*(?:\.\w+)*)=({_VALUE})"
+_VALUE = r"(?:\[(?:[^][]|\[[^][]*\])*\]|\$\{[^{}]*\}|[^\s,;()'\"{}]*[^\s,;:.?()'\"{}])"
+_WORD = rf"((?:data(?:/\w+)+|[a-z]\w*(?:\.\w+)*))=({_VALUE})"
 _WORDS = re.compile(rf"(?:python -m dinoseg )?(?<![\w.=/+~'\"&?-]){_WORD}(?: {_WORD})*")
 _PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*")  # such as FOLDER, which the caller replaces
 
@@ -44,15 +44,16 @@ def python_terms(arguments: Mapping[str, str] | None = None) -> Iterator[None]:
 def _as_arguments(words: re.Match[str]) -> str:
     """Return words of the command line as keyword arguments; a single plain word such as `head=mlp` is one already.
 
-    Whole commands stay unchanged.
+    The option of a nested group is a value of its table: `data/pixels=files` is `data={"pixels": "files"}`. Whole
+    commands stay unchanged.
     """
     found = re.findall(_WORD, words[0])
-    is_plain = len(found) == 1 and not re.search(r"\..*=|=\[", words[0])
+    is_plain = len(found) == 1 and not re.search(r"[./].*=|=\[", words[0])
     if is_plain or words[0].startswith("python"):
         return words[0]
     arguments: dict[str, Any] = {}
     for key, text in found:
-        *above, name = key.split(".")
+        *above, name = re.split("[./]", key)
         table = arguments
         for each in above:
             if not isinstance(table.get(each, {}), dict):  # an option and its keys: adapter=lora adapter.rank=4

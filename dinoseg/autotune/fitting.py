@@ -71,7 +71,9 @@ class FitSearch:
 
     def _largest(self, changes: tuple[Change, ...]) -> Fit | None:
         """Return the fit with the largest batch size; None if no batch size fits, or a part refuses the changes."""
-        sizes = self._sizes()
+        sizes = self._sizes() if changes else self._sizes()[1:]  # the recipe as it is does not fit
+        if not sizes:
+            return None
         try:
             least = self._fit((*changes, *self._micro_batches(sizes[-1])))
             self.smallest = min(self.smallest, least, key=lambda fit: fit.need)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -325,7 +326,9 @@ def _interrupt_note(cfg: DictConfig, folder: Path, location: RunLocation) -> str
     from dinoseg.training import checkpoint
 
     step = checkpoint.describe(last)["progress"]["step"]
-    remedy = f"resume=auto hydra.sweep.dir={location.root}" if location.in_sweep else f"resume=auto or resume={folder}"
+    remedy = f"resume=auto or {shlex.quote(f'resume={folder}')}"
+    if location.in_sweep:
+        remedy = f"resume=auto {shlex.quote(f'hydra.sweep.dir={location.root}')}"
     return f"{last} holds step {step}. To resume, add {remedy} to the same command or call"
 
 

@@ -57,10 +57,10 @@ def _reused_config(path: str, typed: Mapping[str, Sequence[str]], folders: Seque
     from dinoseg.training import checkpoint
 
     info = checkpoint.describe(checkpoint.find(path, "last"))
-    config = {key: value for key, value in info["config"].items() if key in SAVED}
+    again = {group for group, option in info["choices"].items() if typed.get(group, [option]) != [option]}
+    config = {key: value for key, value in info["config"].items() if key in SAVED and _is_read(key, typed, folders)}
     with suppress(UserError):  # reported when the checkpoint is used
         config = all_keys({**info, "config": config}, Source(f"resume={path}", folders[1:]))
-    again = {group for group, option in info["choices"].items() if typed.get(group, [option]) != [option]}
     return {key: value for key, value in config.items() if key not in again and _is_read(key, typed, folders)}
 
 

@@ -1,6 +1,7 @@
 """Search of `resume=auto`: the runs that a command may resume, the lock of the chosen one, and what the user reads."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,7 +100,8 @@ def _report(action: Action, folder: Path, step: int, *, in_sweep: bool) -> None:
     elif action is Action.NOTHING and in_sweep:
         _print_note(f"{folder} is finished at step {step}: its result is reused.")
     elif action is Action.NOTHING:
-        _print_note(f"{folder} is finished at step {step}. To train on: resume={folder} trainer.steps=MORE")
+        word = shlex.quote(f"resume={folder}")
+        _print_note(f"{folder} is finished at step {step}. To train on: {word} trainer.steps=MORE")
 
 
 def _print_note(message: str) -> None:

@@ -18,8 +18,15 @@ from yaml import YAMLError
 
 from dinoseg.cli.extras import find_plugin_failure
 from dinoseg.cli.own_keys import checkpoint_configs
-from dinoseg.cli.words import FILES, assignments, is_sweep, parse_word, values_of
-from dinoseg.config.options import list_groups, modes_with, options_in, options_with
+from dinoseg.cli.words import FILES, assignments, is_sweep, lists_of, parse_word, values_of
+from dinoseg.config.options import (
+    list_groups,
+    modes_with,
+    nested_groups,
+    nested_keys,
+    options_in,
+    options_with,
+)
 from dinoseg.config.plain import keys_of, to_container
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value, join_names, nearest
@@ -116,14 +123,14 @@ def _check_options(override: Override, folders: Sequence[Path]) -> None:
 def _check_lists(arguments: Sequence[str], folders: Sequence[Path]) -> None:
     """Refuse a list of options for a group that takes one, whose keys Hydra would merge, and missing folders."""
     for _, word in assignments(arguments):
-        override = parse_word(word) if "=[" in word else None
-        items = override.value() if override else None
-        if not override or not isinstance(items, list):
+        override = parse_word(word) if "[" in word else None
+        if not override or not (lists := lists_of(override)):
             continue
         group = _group_of(override)
         if _is_group(override, folders) and group not in list_groups(folders):
             options = ", ".join(options_in(folders, group))
             raise UserError(f"{word} is a list, and {group} takes one option. Choose one of {options}.")
+        items = [item for each in lists for item in each]
         absent = [item for item in items if group == "hydra.searchpath" and not _is_source(str(item))]
         if absent:
             raise UserError(f"{word}: {absent[0]} is not found. Give a folder as file://FOLDER, or as pkg://PACKAGE.")
@@ -157,8 +164,8 @@ def _input_line(override: Override) -> str:
 def _named_options(override: Override, options: Sequence[str]) -> list[str]:
     """Return the options that an override names; a glob without matches is returned as it was typed."""
     value = override.value()
-    if isinstance(value, list):
-        return [str(option) for option in value]
+    if lists := lists_of(override):
+        return [str(option) for each in lists for option in each]
     return (value.filter(options) if isinstance(value, Glob) else []) or values_of(override)
 
 
@@ -177,6 +184,9 @@ def _unparsed_reason(word: str, following: Sequence[str]) -> str:
     if closed != word and parse_word(closed) is not None:
         return f"a bracket or brace is not closed. Write '{closed}'."
     key, _, text = word.partition("=")
+    dotted = f"{key.replace('/', '.')}={text}"
+    if dotted != word and parse_word(dotted) is not None:
+        return f"only groups have slashes, and their keys have dots. Write '{dotted}'."
     form = f'"{text}"' if _is_text(text) else '["a value"]'
     return (
         "brackets, braces or quotes are not closed, or the text inside them holds special characters. Quote the whole "
@@ -225,8 +235,9 @@ def find_mistake(
     options = []
     for override in groups:
         chosen = _named_options(override, options_in(folders, _group_of(override)))
-        if chosen and override not in deleted:
-            option = f"[{','.join(chosen)}]" if isinstance(override.value(), list) else chosen[0]
+        lists = lists_of(override)
+        if (chosen or lists) and override not in deleted:
+            option = f"[{','.join(map(str, lists[0]))}]" if lists else chosen[0]
             options.append(f"{override.get_key_element()}={option}")
     mode = next((option for option in options if option.startswith("mode=")), None)
     try:
@@ -257,6 +268,12 @@ def find_mistake(
         if override in groups or key in keys:
             return f"~{key} removes a key that is read. Leave it out, or set {key} to another value."
     if isinstance(error, HydraException):
+        absent = re.match(r"Could not override '([\w.]+)'", str(error))
+        if absent and is_sweep(arguments):  # the options of the first job have it
+            return (
+                f"{absent[1]} is not a key of all options that this sweep chooses. Leave it out, or sweep over the "
+                "options that have it."
+            )
         return _shorten(error)
     if not isinstance(error, OmegaConfBaseException):
         return ""
@@ -308,11 +325,17 @@ def _unreadable_file(error: Exception, folders: Sequence[Path]) -> str:
 
 
 def _unknown_key(
-    override: Override, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
+    key: str, word: str, cfg: Mapping[str, Any], choices: Mapping[str, str], folders: Sequence[Path]
 ) -> str:
-    """Return the message on a key that the config lacks: the modes and options that have it, else a near key."""
-    key = override.key_or_group
-    word = _input_line(override)
+    """Return the message on a key that the config lacks: the modes and options that have it, else a near key.
+
+    Args:
+        key: the full key.
+        word: that sets it.
+        cfg: config of the chosen options alone.
+        choices: option of each group.
+        folders: of config groups, the shipped one first.
+    """
     root, _, below = key.partition(".")
     if root not in cfg:
         modes, options = modes_with(folders, root), options_with(folders, root)
@@ -325,8 +348,22 @@ def _unknown_key(
     if options := options_with(folders, key):
         chosen = f"{root}={choices[root]}" if root in choices else f"the {root} of the checkpoint"
         remedy = "Choose one of them, or leave the key out." if root in choices else "Leave the key out."
+        if len(options) == 1 and "/" in options[0]:  # a nested group, whose option stands beside those of the groups
+            remedy = f"Write {options[0]} {word}, or leave the key out."
         return f"{word}: {chosen} has no key {below}. Options that have it: {join_names(options, 8)}. {remedy}"
-    return f"{key} is not a key of the config.{nearest(key, [*keys_of(cfg)])} {_ALL_KEYS}"
+    known = [*keys_of(cfg)]
+    nested = nested_keys(folders)
+    alike = [each for each in (*known, *nested) if each.rpartition(".")[2] == key.rpartition(".")[2]]
+    found = nearest(key, known)
+    if alike and not {*alike} & {*known}:
+        found = "".join(f" {each} is one, with {nested[each]}." for each in alike)
+    return f"{key} is not a key of the config.{found} {_ALL_KEYS}"
+
+
+def _nested_options(key: str, folders: Sequence[Path]) -> list[str]:
+    """Return the options of the nested group at a key such as `data.pixels`; none for another key."""
+    group = key.replace(".", "/")
+    return options_in(folders, group) if group in nested_groups(folders) else []
 
 
 def _compose(options: Sequence[str], folders: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -360,13 +397,18 @@ def _find_misfit(
             where = ".".join(above)
             return f"{key}: {where} is a single value and has no keys below it. Set it as {where}=VALUE."
         if part not in named:
-            return "" if adds else _unknown_key(override, cfg, choices, folders)
+            return "" if adds else _unknown_key(key, _input_line(override), cfg, choices, folders)
         node = named[part]
         above.append(part)
     if isinstance(node, list) and isinstance(value, Mapping):
         return f"{key} is a list. Write it in brackets: {key}=[...]."
     if not isinstance(node, Mapping):
         return ""
+    word = _input_line(override)
+    nested = _nested_options(key, folders)
+    if nested and (not isinstance(value, Mapping) or "name" in value):
+        options = ", ".join(f"{key.replace('.', '/')}={each}" for each in nested)
+        return f"{word}: {key} has options, which are words of their own. Choose one: {options}."
     if not isinstance(value, Mapping):
         names = "|".join(str(name) for name in node if not str(name).startswith("_"))
         text = "null" if value is None else value
@@ -374,7 +416,8 @@ def _find_misfit(
     new = [str(name) for name in value if name not in node]
     if adds or not new:
         return ""
-    word = _input_line(override)
+    if nested:
+        return _unknown_key(f"{key}.{new[0]}", f"'{word}'", cfg, choices, folders)
     return f"{key} has no {' or '.join(new)}. To add it, put ++ before the word, in quotes: '++{word}'."
 
 

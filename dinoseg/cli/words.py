@@ -4,9 +4,10 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from dinoseg.config.grammar import write_value
@@ -106,6 +107,14 @@ def values_of(override: Override) -> list[str]:
         value = override.value()
         return [value if isinstance(value, str) else write_value(value)]
     return [value.text if isinstance(value, QuotedString) else str(value) for value in override.sweep_iterator()]
+
+
+def lists_of(override: Override) -> list[list[Any]]:
+    """Return the values of an override as lists, one for each run of a sweep; none if no run's value is a list."""
+    value = override.value()
+    values = value.list if isinstance(value, ChoiceSweep) else [value]
+    is_listed = any(isinstance(each, list) for each in values)
+    return [each if isinstance(each, list) else [each] for each in values] if is_listed else []
 
 
 def _names_file(key: str, value: str, override: Override | None, *, several: bool) -> bool:

@@ -14,6 +14,8 @@ from dinoseg.config.grammar import decode_keys
 from dinoseg.config.options import list_groups
 from dinoseg.config.plain import to_container
 
+SEARCH_PATH = "hydra.searchpath"
+
 
 def job_config(cfg: DictConfig, hydra: Any) -> DictConfig:
     """Return the whole config of a job.
@@ -53,6 +55,21 @@ def expand_typed(cfg: DictConfig, typed: Sequence[Override]) -> DictConfig:
     if "trainer.steps" in keys_with_values(typed):
         changes["trainer"] = {"epochs": None}
     return OmegaConf.merge(cfg, changes)  # type: ignore[return-value]
+
+
+def search_path_override(folders: Sequence[str]) -> str:
+    """Return the override that adds folders, of any name, to Hydra's search path for configs."""
+    quoted = ["'" + folder.replace("'", "\\'") + "'" for folder in folders]
+    return f"{SEARCH_PATH}=[{','.join(quoted)}]"
+
+
+def folder_words(folders: Sequence[str]) -> list[str]:
+    """Return the words of a command line that add folders of config groups; an option of the first one counts."""
+    if not folders:
+        return []
+    first, *others = folders
+    more = [search_path_override([f"file://{folder}" for folder in others])] if others else []
+    return [*more, "--config-dir", first]  # a flag that Hydra takes once
 
 
 def keys_with_values(typed: Sequence[Override]) -> set[str]:

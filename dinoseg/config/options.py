@@ -28,6 +28,16 @@ def options_in(folders: Iterable[Path], group: str) -> list[str]:
     return sorted({option for folder in folders for option in options_of(folder / group)})
 
 
+def nested_groups(folders: Sequence[Path]) -> set[str]:
+    """Return the groups in folders of other groups, such as `data/pixels`, of the first folder, which is shipped.
+
+    The others may hold anything beside config groups, and take long to search.
+    """
+    shipped = folders[0]
+    paths = [path for path in shipped.glob("*/**/") if path.parent != shipped]
+    return {path.relative_to(shipped).as_posix() for path in paths if options_of(path)}
+
+
 def option_files(folders: Sequence[Path], group: str, option: str) -> Iterator[Path]:
     """Yield the files that set an option's keys: those of its group in its defaults list, and its own, which overrides.
 
@@ -89,6 +99,18 @@ def options_with(folders: Sequence[Path], key: str) -> list[str]:
         for option in options_in(folders, group)
         if any(_brings(path, key, below) for path in option_files(folders, group, option))
     ]
+
+
+def nested_keys(folders: Sequence[Path]) -> dict[str, str]:
+    """Return the keys that options of nested groups set, such as `data.pixels.order`, and one option for each."""
+    return {
+        f"{group.replace('/', '.')}.{key}": f"{group}={option}"
+        for group in sorted(nested_groups(folders))
+        for option in options_in(folders, group)
+        for path in option_files(folders, group, option)
+        for key in _read(path)
+        if not key.startswith("_")
+    }
 
 
 def _brings(path: Path, key: str, below: str) -> bool:

@@ -23,6 +23,7 @@ from dinoseg.utils.files import path_exists
 from dinoseg.utils.wording import format_value, join_names
 
 logger = logging.getLogger(__name__)
+VALUES_ONLY = "values_only"  # root key of a config: groups that it does not build, whose values alone it holds
 _OF_THIS_MACHINE = ("cache_dir",)
 _OF_THIS_RUN = (f"${{{CLASS_FILE}:", f"${{{CELLS}:")  # interpolations whose value another run cannot know
 _BY_CLASS = ("loss", "weights")  # its keys are class names, with any letters and signs
@@ -39,7 +40,7 @@ def describe(cfg: DictConfig, keys: Collection[str]) -> dict[str, Any]:
 
     `config` holds every value, resolved, so that a later change of a config file changes no trained model. Left out are
     interpolations of the options themselves, and what belongs to this machine. `targets` are the names of classes by
-    place; they are compared, and never built.
+    place; they are compared, and never built. A group of `VALUES_ONLY` has no targets.
 
     Args:
         cfg: the whole config of a job.
@@ -51,10 +52,11 @@ def describe(cfg: DictConfig, keys: Collection[str]) -> dict[str, Any]:
     """
     config = to_container(cfg)
     choices = choices_of(config["choices"], keys)
-    options = to_container(compose_options(choices, config.get("config_dirs", ())))
+    given = {key: config[key] for key in keys if key not in config.get(VALUES_ONLY, ())}
+    options = to_container(compose_options(choices_of(choices, given), config.get("config_dirs", ())))
     targets: dict[str, str] = {}
-    given = {key: config[key] for key in keys}
     values = _values_of(cfg, given, options, (), targets, is_argument=False)
+    values |= {key: config[key] for key in keys if key not in given}
     check_numbers(values)
     return {"choices": choices, "config": values, "targets": targets}
 

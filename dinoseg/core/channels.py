@@ -13,7 +13,7 @@ import numpy as np
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import is_name
 from dinoseg.utils.images import IMAGE_SUFFIXES, PIXEL_SUFFIXES, read_image
-from dinoseg.utils.levels import read_levels, read_levels_size, to_16_bits
+from dinoseg.utils.levels import join_levels, read_levels, read_levels_size
 from dinoseg.utils.ranges import Channels, Natural
 
 
@@ -96,9 +96,7 @@ class PixelFormat:
         files = self.paths(path)
         parts = [read_levels(file, self.value_range) for file in files]
         _check_sizes(files, [(part.shape[0], part.shape[1]) for part in parts])
-        if len({part.dtype for part in parts}) > 1:
-            parts = [to_16_bits(part) for part in parts]
-        pixels = np.concatenate(parts, axis=2)
+        pixels = join_levels(parts)
         counts = " + ".join(f"{part.shape[2]}" for part in parts)
         if self.order is not None:
             if max(self.order) >= pixels.shape[2]:

@@ -11,6 +11,8 @@ import numpy as np
 from dinoseg.utils.errors import UserError
 
 BETTER = ("max", "min")  # whether the highest or the lowest value of a score is the best
+# suffixes of the scores that stand beside a score which may be infinite
+INFINITE_IMAGES, FINITE_MEAN = "_infinite_images", "_finite_mean"
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 _NUMBERS = "buif"  # kinds of NumPy's types: booleans, integers, floats
 
@@ -68,7 +70,11 @@ class Metric(ABC):
 
     Attributes:
         scores: names of the scores, the main one first, with "max" or "min": which value is the best.
-        unbounded: names of the scores that may lie outside 0..1; tables show them as numbers, not in percent.
+        unbounded: names of the scores that may lie outside 0..1; tables show them as numbers, not in percent. Such a
+            score may be infinite in its worst direction if there are also NAME_infinite_images and NAME_finite_mean,
+            which then rank it.
+        totals: names of the unbounded scores that are numbers of images: masks with layers add them up over the
+            classes, and they have no interval.
         needs_logits: whether `count` needs `PredictedImage.logits`.
 
     Examples:
@@ -91,6 +97,7 @@ class Metric(ABC):
 
     scores: Mapping[str, str]
     unbounded: Collection[str] = ()
+    totals: Collection[str] = ()
     needs_logits: bool = False
 
     @property
@@ -205,7 +212,7 @@ def count_image(metric: Metric, prediction: PredictedImage, sample: LabelledImag
         if not np.isfinite(value).all():
             raise UserError(
                 f"{where} {name}={value} for the image {sample.name}. "
-                "Return 0 in all counts of an image that has nothing to count."
+                "Return 0 in all counts of an image that has nothing to count, and count infinite values by themselves."
             )
     return arrays
 
@@ -242,7 +249,13 @@ def sum_counts(rows: Iterable[Counts]) -> dict[str, np.ndarray]:
     return total
 
 
+def split_infinite(scores: Mapping[str, Any], name: str) -> tuple[int, float | None]:
+    """Return how many images have an infinite value of a score, and the score of the others; None if undefined."""
+    infinite = int(scores.get(f"{name}{INFINITE_IMAGES}") or 0)
+    return infinite, scores[f"{name}{FINITE_MEAN}" if infinite else name]
+
+
 def plain_score(value: np.ndarray | float) -> float | None:
-    """Return a score as a number for JSON; None if it is undefined."""
+    """Return a score as a number for JSON; None if it is undefined or infinite."""
     number = float(value)
     return number if np.isfinite(number) else None

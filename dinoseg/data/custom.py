@@ -10,6 +10,7 @@ from dinoseg.core.channels import PixelFormat
 from dinoseg.core.sample_maps import check_map_kinds, check_maps, get_map_kinds
 from dinoseg.core.shapes import Palette, Sample, SegmentationData
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.report.palette import layer_colours
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.mask_files import check_layer_names
 from dinoseg.utils.wording import count_of, join_names
@@ -56,7 +57,8 @@ class CustomDataset:
         self.samples = samples
         self.rows = range(len(samples)) if rows is None else rows
         self.classes: list[str] = list(map(str, samples.classes))
-        self.palette: Palette = _colors(samples.palette)
+        colors = _colors(samples.palette)
+        self.palette: Palette = layer_colours(colors) if has_layers else colors
         self.ignore_index = int(samples.ignore_index)
         self.names = [samples.names[row] for row in self.rows]
         self.lacking: Mapping[str, str] = {}

@@ -207,6 +207,26 @@ def regex_group(pattern: str | None, parameter: str = "group") -> Callable[[str]
     return group
 
 
+def group_names(pattern: str | None, names: Sequence[str], parameter: str) -> dict[str, str]:
+    """Return the group of each name by a regular expression, see `regex_group`; empty without one.
+
+    Raises:
+        UserError: the pattern is no regular expression, or does not match a name.
+    """
+    if pattern is None:
+        return {}
+    group = regex_group(pattern, parameter)
+    return {name: group(name) for name in names}
+
+
+def find_groups(pattern: str | None, names: Sequence[str], parameter: str) -> tuple[dict[str, str], list[str]]:
+    """Return the groups as `group_names` does, and notes; without groups if the pattern is for names of other data."""
+    try:
+        return group_names(pattern, names, parameter), []
+    except UserError as error:
+        return {}, [f"{error} Until then each image or video is a unit of the intervals, which may be too narrow."]
+
+
 def file_list(split: str, partition: Partition) -> str:
     """Return the file that names the items of a split.
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from dinoseg.core.metric import Counts, Metric
 from dinoseg.evaluation.scoring.intervals import jackknife
+from dinoseg.evaluation.scoring.units import unit_sums
 from dinoseg.metrics.counts import mean_defined
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
 from dinoseg.metrics.miou import MeanIoU
@@ -49,15 +50,17 @@ class ClassScores:
         return scores | {f"iou/{index}": ious[..., index] for index in range(self.num_classes)}
 
 
-def unit_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
-    """Return the sums (U, d) of per-image counts (N, ...) by unit, in the order of the units' first images."""
-    places = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
-    sums = np.zeros((len(places), *counts.shape[1:]), counts.dtype)
-    np.add.at(sums, [places[unit] for unit in units], counts)
-    return sums.reshape(len(places), -1)
+def metric_intervals(
+    metric: Metric, counts: Sequence[Counts], units: Sequence[str], scored: np.ndarray
+) -> dict[str, list[float] | None]:
+    """Return the 95 % interval of each score of a metric but `totals`.
 
-
-def metric_intervals(metric: Metric, counts: Sequence[Counts], units: Sequence[str]) -> dict[str, list[float] | None]:
-    """Return the 95 % interval of each score of a metric, from its counts and the unit of each image."""
-    sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
-    return {key: estimate.ci95 for key, estimate in jackknife(FlatMetric.of(metric, counts[0]), sums).items()}
+    Args:
+        metric: the metric.
+        counts: its counts of each image.
+        units: the unit of each image.
+        scored: which units (U,) have labelled pixels.
+    """
+    sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)[scored]
+    found = jackknife(FlatMetric.of(metric, counts[0]), sums)
+    return {key: estimate.ci95 for key, estimate in found.items() if key not in metric.totals}

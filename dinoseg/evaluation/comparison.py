@@ -15,7 +15,7 @@ from dinoseg.core.metric import plain_score
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.evaluation.class_scores import ClassScores, unit_sums
+from dinoseg.evaluation.class_scores import ClassScores
 from dinoseg.evaluation.collected import image_mious
 from dinoseg.evaluation.further_scores import further_difference
 from dinoseg.evaluation.image_record import ImageRecord
@@ -28,6 +28,7 @@ from dinoseg.evaluation.scoring.intervals import (
     leave_one_out,
     mean_of,
 )
+from dinoseg.evaluation.scoring.units import unit_sums
 from dinoseg.evaluation.sides import Side
 from dinoseg.report.html.comparison import OtherRun
 from dinoseg.report.html.page import format_interval, percent
@@ -75,7 +76,7 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
     first = sides[0]
     kind = _kind(first.records[0])
     counts = [[record.counts for record in side.records] for side in sides]
-    sums = [[unit_sums(each, first.records[0].units) for each in side] for side in counts]
+    sums = _scored_sums(sides)
     mious = [mean_mious(side) for side in sides]
     found: list[OtherRun] = []
     refused: dict[str, None] = {}
@@ -122,10 +123,14 @@ def against(sides: Sequence[Side], open_data: Callable[[], SegmentationData]) ->
 def count_worse(sides: Sequence[Side]) -> int:
     """Return how many sides have a significantly lower mIoU than the best side."""
     order = best_first([scores_of(side.records)["miou"] for side in sides])
-    units = sides[0].records[0].units
-    sums = [[unit_sums(record.counts, units) for record in sides[index].records] for index in order]
-    gaps = differences(_kind(sides[0].records[0]), sums)
+    gaps = differences(_kind(sides[0].records[0]), _scored_sums([sides[index] for index in order]))
     return sum(gap["miou"]["verdict"] == SURELY_WORSE for gap in gaps)
+
+
+def _scored_sums(sides: Sequence[Side]) -> list[list[np.ndarray]]:
+    """Return the sums (U, d) of each run of each side, over the units with labelled pixels."""
+    scored = sides[0].records[0].scored_units  # the references of all runs are equal, and so are their units
+    return [[unit_sums(record.counts, record.units)[scored] for record in side.records] for side in sides]
 
 
 def mean_mious(side: Side) -> list[float | None]:
@@ -201,7 +206,7 @@ def write_tables(out_dir: Path, first: Side, others: Sequence[OtherRun]) -> None
     labels = score_labels(first)
     heads: list[Any] = ["score", first.name]
     for other in others:
-        heads += [other.name, "difference", "low", "high", "p", "verdict"]
+        heads += [other.name, *(f"{other.name} {part}" for part in ("difference", "low", "high", "p", "verdict"))]
     lines = [heads]
     for key, value in scores_of(first.records).items():
         line = [labels[key], value]
@@ -247,8 +252,12 @@ def further_differences(sides: Sequence[Side]) -> list[dict[str, dict[str, Any]]
     """Return the differences of the scores of further metrics in the form of `differences`."""
     first, *others = [side.records for side in sides]
     scores = first[0].scores
+    scored = first[0].scored_units
     gaps = [
-        {name: further_difference(*([run.scores[name] for run in side] for side in (first, other))) for name in scores}
+        {
+            name: further_difference([run.scores[name] for run in first], [run.scores[name] for run in other], scored)
+            for name in scores
+        }
         for other in others
     ]
     return _with_verdicts(gaps, [[name] for name in scores], [name for name in scores if scores[name].better == "min"])

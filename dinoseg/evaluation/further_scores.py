@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dinoseg.core.metric import Counts, Metric, plain_score
-from dinoseg.evaluation.class_scores import unit_sums
 from dinoseg.evaluation.scoring.intervals import Estimate, combine_errors, jackknife_error, leave_one_out, mean_of
+from dinoseg.evaluation.scoring.units import unit_sums
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
 
 
@@ -46,12 +46,14 @@ def shared_scores(runs: Sequence[Mapping[str, FurtherScore]]) -> list[str]:
     return [name for name, value in settings[0].items() if all(other.get(name) == value for other in settings)]
 
 
-def further_difference(first: Sequence[FurtherScore], second: Sequence[FurtherScore]) -> Estimate:
+def further_difference(first: Sequence[FurtherScore], second: Sequence[FurtherScore], scored: np.ndarray) -> Estimate:
     """Return the mean of a score over the runs of a second side minus that of a first side, paired by unit.
 
-    The error is that over units and, for sides with several runs, over runs, as in `comparison.differences`.
+    The error is that over the `scored` units (U,) and, for sides with several runs, over runs, as in
+    `comparison.differences`.
     """
     scores = np.array([[run.value, *run.left_out] for run in (*first, *second)], dtype=np.float64)
+    scores = scores[:, [True, *scored]]
     relative = scores - scores[:1]  # means of equal scores over different numbers of runs may differ in a digit
     gaps = relative[len(first) :].mean(axis=0) - relative[: len(first)].mean(axis=0)
     gap = Estimate(float(gaps[0]), jackknife_error(gaps[1:]), len(gaps) - 2)

@@ -1,6 +1,7 @@
 """Report of an image evaluation, with the record that comparisons need."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,15 @@ from typing import Any
 import numpy as np
 
 from dinoseg.core.shapes import SegmentationData
-from dinoseg.data.splits import regex_group
+from dinoseg.data.splits import find_groups
 from dinoseg.evaluation.about import about_run
-from dinoseg.evaluation.class_scores import ClassScores, metric_intervals, unit_sums
+from dinoseg.evaluation.class_scores import ClassScores, metric_intervals
 from dinoseg.evaluation.collected import Collected, Collector, image_mious, join
 from dinoseg.evaluation.further_scores import further_scores
 from dinoseg.evaluation.image_record import ImageRecord, write_record
 from dinoseg.evaluation.official import SCORES as OFFICIAL_SCORES
 from dinoseg.evaluation.scoring.intervals import jackknife
+from dinoseg.evaluation.scoring.units import are_scored, unit_sums
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.metrics.boundary_errors import DISTANCES
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
@@ -29,6 +31,7 @@ from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.errors import UserError
 
 PAGE, TABLE = "report.html", "images.csv"  # in a run folder
+logger = logging.getLogger(__name__)
 
 
 def report_images(
@@ -61,7 +64,9 @@ def report_images(
         return
     collected, official, choices = join(parts), _official(scores, out_dir), provenance.choices
     names = list(data.names)
-    groups = groups_of(provenance.group, names)
+    groups = _group_images(provenance.group, names, official)
+    sums = unit_sums(collected.classes, groups)
+    scored = are_scored(sums)
     record = ImageRecord(
         classes=list(data.classes),
         palette=data.palette,
@@ -70,7 +75,7 @@ def report_images(
         data=choices["data"],
         root=provenance.root,
         split=split,
-        unit=_unit(groups, official),
+        unit=_unit(groups, int(scored.sum()), official),
         images=names,
         units=groups,
         source=provenance.model,
@@ -82,10 +87,10 @@ def report_images(
         },
     )
     write_record(record, out_dir)
-    kind, sums = ClassScores(len(data.classes), background), unit_sums(collected.classes, groups)
-    intervals = {key: estimate.ci95 for key, estimate in jackknife(kind, sums).items()}
+    kind = ClassScores(len(data.classes), background)
+    intervals = {key: estimate.ci95 for key, estimate in jackknife(kind, sums[scored]).items()}
     for metric, counts in zip(rows.metrics, rows.counts, strict=True):
-        intervals |= metric_intervals(metric, counts, groups)
+        intervals |= metric_intervals(metric, counts, groups, scored)
     mious = image_mious(collected.classes)
     _write_table(out_dir / TABLE, record, mious)
     page = evaluation_page(
@@ -111,21 +116,17 @@ def report_images(
     print(f"report:       {out_dir}/{PAGE}, and {TABLE}")
 
 
-def groups_of(pattern: str | None, names: list[str]) -> list[str]:
-    """Return each image's group by a regular expression (`data.group`), such as its video.
-
-    An image is its own group without a pattern, or if the pattern does not match all names.
-    """
-    try:
-        group = regex_group(pattern, "data.group")
-        return [group(name) for name in names]
-    except UserError:  # the pattern is for another data set's names: neither the split nor a report needs it
-        return names
+def _group_images(pattern: str | None, names: list[str], official: Mapping[str, Any] | None) -> list[str]:
+    """Return the group of each image by `data.group`, such as its video; each image is one without groups."""
+    groups, notes = find_groups(pattern, names, "data.group")
+    for note in notes if official is None else ():  # the official scores have the same note
+        logger.warning("%s", note)
+    return [groups.get(name, name) for name in names]
 
 
-def _unit(groups: list[str], official: Mapping[str, Any] | None) -> str:
-    """Return the name of the groups: the benchmark's unit if the number of groups matches."""
-    if official is not None and official["n"] == len(set(groups)):
+def _unit(groups: list[str], scored: int, official: Mapping[str, Any] | None) -> str:
+    """Return the name of the groups: the benchmark's unit if it has as many as there are `scored` groups."""
+    if official is not None and official["n"] == scored:
         return str(official["unit"])
     return "image" if len(set(groups)) == len(groups) else "group"
 

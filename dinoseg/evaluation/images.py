@@ -35,6 +35,7 @@ def evaluate_images(
     policy: Policy | None = None,
     background: int | None = None,
     protocol: DatasetProtocol | None = None,
+    group: str | None = None,
     on_error: OnError = "stop",
     collector: Collector | None = None,
     rows: MetricRows | None = None,
@@ -44,7 +45,8 @@ def evaluate_images(
     Predictions lie in `out_dir`/predictions: <name>_vis.png (frame | prediction | reference) and <name>_pred.png (class
     ids at full size), or <class>/<name>_pred.png of a mask with layers. A protocol's scores go to official_scores.json,
     and the predictions in the benchmark's layout to `out_dir`/official. If the protocol cannot score them,
-    problems.json gives the reasons; the other scores stand.
+    problems.json gives the reasons; the other scores stand. `group` is the regular expression of `data.group`, for its
+    intervals.
     The collector and the rows of further metrics receive every batch of this rank.
     """
 
@@ -69,7 +71,7 @@ def evaluate_images(
         if not metrics_only:
             print(f"images:       {out_dir / 'predictions'}")
         if protocol is not None:
-            scores = {**scores, "official": official_scores(protocol, data, out_dir, on_error)}
+            scores = {**scores, "official": official_scores(protocol, data, out_dir, on_error, group)}
     return scores
 
 

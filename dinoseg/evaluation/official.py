@@ -1,6 +1,7 @@
 """Official scores of mode=eval predictions, by the protocol of the data set's benchmark."""
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from dinoseg.data.annotation.drawing import mask_file
 from dinoseg.data.packed.read import reduced_size
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
+from dinoseg.data.splits import find_groups
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
 from dinoseg.metrics.protocols.contract import BadFile, Cases, DatasetProtocol, ScoringCase
@@ -44,22 +46,27 @@ def usable(protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, *, 
 
 
 def official_scores(
-    protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, on_error: OnError
+    protocol: DatasetProtocol, data: SegmentationData, out_dir: Path, on_error: OnError, group: str | None = None
 ) -> dict[str, Any] | None:
     """Score the predictions in `out_dir`/official against the original reference files; write official_scores.json.
 
+    `group` is the regular expression of `data.group`, whose groups are the units of the intervals.
     If that fails, log the reason and return None, so that the scores computed so far are not lost.
     """
     folder = out_dir / FOLDER
-    remedy = f"Score these predictions separately: mode=score prediction={folder} mode.workers=1, with their reference."
+    words = f"mode=score {shlex.quote(f'prediction={folder}')} mode.workers=1"
+    remedy = f"Score these predictions separately: {words}, with their reference."
     listing = Cases([])
     for pair in _of_files(data).pairs:
         try:
             listing.cases.append(_case(protocol, pair, folder))
         except BadFile as error:
             listing.problems.append((error.path, error.reason))
+    groups, notes = find_groups(group, [case.name for case in listing.cases], "data.group")
+    listing.notes += notes
+    where = f"the data set and {folder}"
     try:
-        scored = score_cases(protocol, listing, where=f"the data set and {folder}", on_error=on_error, remedy=remedy)
+        scored = score_cases(protocol, listing, where=where, groups=groups, on_error=on_error, remedy=remedy)
     except UserError as error:
         _log_error(error, out_dir)
         return None

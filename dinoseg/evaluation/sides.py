@@ -86,7 +86,7 @@ def sides_of(runs: Any) -> list[Side]:
 def units_note(sides: Sequence[Side]) -> str:
     """Return a note on the units of the intervals."""
     record = sides[0].records[0]
-    units = len(set(record.units))
+    units = record.count_units()
     if units > 1:
         return f"over {count_of(units, record.unit)}"
     if not _has_intervals(sides):
@@ -111,7 +111,7 @@ def seeds_note(sides: Sequence[Side]) -> str:
 def _has_intervals(sides: Sequence[Side]) -> bool:
     """Return whether there are several units, or several runs of the first side and of another."""
     first, *others = [len(side.folders) for side in sides]
-    return len(set(sides[0].records[0].units)) > 1 or min(first, max(others)) > 1
+    return sides[0].records[0].count_units() > 1 or min(first, max(others)) > 1
 
 
 def _expand_sweeps(runs: Any) -> list[list[Path]]:
@@ -211,7 +211,7 @@ def align_records(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
                     "%s and %s group images differently (data.group): intervals use %s of the second.",
                     where,
                     folder,
-                    count_of(len({*first.units}), first.unit),
+                    count_of(first.count_units(), first.unit),
                 )
             else:
                 places = {unit: index for index, unit in enumerate(dict.fromkeys(other.units))}

@@ -1,6 +1,7 @@
 """mode=eval on videos: masks of tracked objects, written in the benchmark's layout and scored by its protocol."""
 
 import logging
+import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from PIL import Image
 
 from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.clips.videos import VOID, Video
+from dinoseg.data.splits import find_groups
 from dinoseg.evaluation.restart import RECORD, earlier_run, log_copied, take_over
 from dinoseg.evaluation.score_report import report, write_problems
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
@@ -23,8 +25,9 @@ from dinoseg.experiment.provenance import Provenance
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.inference.stream import Throughput, run_pipeline
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol, ScoringCase
-from dinoseg.report.indexed import voc_palette, write_indexed_png
+from dinoseg.report.indexed import write_indexed_png
 from dinoseg.report.overlay import blend
+from dinoseg.report.palette import default_palette
 from dinoseg.report.progress import Bar
 from dinoseg.tracking.tracker import LabelledFrames, Tracker
 from dinoseg.training.engine import Engine
@@ -94,10 +97,11 @@ class VideoTracking:
         except OSError as error:
             raise UserError(
                 f"Cannot write below {self.out_dir} ({error}). Free some space, and resume with "
-                f"mode.restart={self.out_dir}."
+                f"{shlex.quote(f'mode.restart={self.out_dir}')}."
             ) from error
         except KeyboardInterrupt:
-            logger.warning("Stopped: the same command with mode.restart=%s reuses the finished videos.", self.out_dir)
+            word = shlex.quote(f"mode.restart={self.out_dir}")
+            logger.warning("Stopped: the same command with %s reuses the finished videos.", word)
             raise
         frames, seconds = sum(video.frames for video in tracked), time.perf_counter() - start
         rate = f"{frames / seconds:.2f} frames/s including reading and writing"
@@ -227,7 +231,15 @@ def evaluate_videos(
         print(f"masks:        {tracking.masks}/<video>/<frame>.png, indexed, with the palette of DAVIS")
         print(f"blends:       {tracking.blends or 'none'}")
         scored_by = data.protocol if options.official else None
-        result |= score_masks(scored_by, data.videos, tracking.masks, out_dir, problems=problems, skip=tracking.skip)
+        result |= score_masks(
+            scored_by,
+            data.videos,
+            tracking.masks,
+            out_dir,
+            group=provenance.group,
+            problems=problems,
+            skip=tracking.skip,
+        )
         if options.report:
             report_videos(provenance, out_dir, tracking.blends, split=data.split)
     engine.close()
@@ -240,6 +252,7 @@ def score_masks(
     folder: Path,
     out_dir: Path,
     *,
+    group: str | None = None,
     problems: Sequence[tuple[Path, str]] = (),
     skip: bool = False,
 ) -> dict[str, Any]:
@@ -253,6 +266,7 @@ def score_masks(
         videos: videos of the data set.
         folder: folder of the masks.
         out_dir: the run folder; masks without a file of their own are written into its folder references.
+        group: regular expression of `data.group`, whose groups of videos are the units of the intervals.
         problems: folder and reason of each video that was left out.
         skip: whether to leave out files that cannot be scored.
 
@@ -271,7 +285,7 @@ def score_masks(
     if protocol.annotations is None:  # DAVIS scores in the order of its list, other protocols by name
         known.sort(key=lambda video: video.name)
     left_out = {path for path, _ in problems}
-    advice = f"The masks are saved: mode.restart={out_dir} reuses them."
+    advice = f"The masks are saved: {shlex.quote(f'mode.restart={out_dir}')} reuses them."
     cases, left = [], list(problems)
     for video in (video for video in known if folder / video.name not in left_out):
         try:
@@ -283,10 +297,12 @@ def score_masks(
     listing = Cases(cases, left)
     if bare := [video.name for video in videos if video not in known]:
         listing.notes.append(f"{count_of(bare, 'video')} without references not scored: {join_names(bare)}")
+    groups, notes = find_groups(group, [case.name for case in cases], "data.group")
+    listing.notes += notes
     try:
         where = f"the data set and {folder}"
         on_error: OnError = "skip" if skip else "stop"
-        scored = score_cases(protocol, listing, where=where, on_error=on_error, remedy=advice)
+        scored = score_cases(protocol, listing, where=where, groups=groups, on_error=on_error, remedy=advice)
     except Unscorable as error:
         write_problems(out_dir, {folder: error.problems})
         raise UserError(f"{error}\n{advice}") from error
@@ -376,7 +392,7 @@ def write_masks(
         tracker: tracker without any frame yet.
         folder: folder of the masks.
         prompts: see `prompted_frames`.
-        blends: folder of <frame>.jpg, blends of frame and mask in equal parts; None: not written.
+        blends: folder of <frame>.jpg, frames tinted and outlined by their masks; None: not written.
         written: names of the frames to write; None: all.
         batch_size: frames passed to the tracker at once.
 
@@ -408,7 +424,7 @@ def write_masks(
                     continue
                 write_indexed_png(for_masks / f"{frame.name}.png", ids)
                 if for_blends is not None:
-                    tinted = blend(frame.image, ids, voc_palette(), opacity=0.5)
+                    tinted = blend(frame.image, ids, default_palette(256), opacity=0.5, outline=None)
                     Image.fromarray(tinted).save(for_blends / f"{frame.name}.jpg", quality=_JPEG_QUALITY)
 
         return run_pipeline(_batches(prompted_frames(video, prompts), batch_size), follow, write, depth=_DEPTH)

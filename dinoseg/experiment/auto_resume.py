@@ -3,6 +3,7 @@
 All inputs are plain data. `past_runs.py` reads them from run folders, `cli/resuming.py` locks the chosen folder.
 """
 
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -157,7 +158,7 @@ def decide_in_folder(request: Request, folder: Path, run: PastRun | None) -> Dec
     if differences := [*_setting_differences(run.plan, request.plan)]:
         raise UserError(
             f"resume=auto: {folder} holds a run of another recipe: {'; '.join(differences)}. Set these keys as in that "
-            f"run, or choose another hydra.run.dir. To change the run, set resume={folder}."
+            f"run, or choose another hydra.run.dir. To change the run, set {shlex.quote(f'resume={folder}')}."
         )
     action = _next_action(run)
     return Decision(Action.RESUME if action != Action.RESUME and _is_extended(run, request) else action, run)
@@ -181,7 +182,8 @@ def find_near_misses(request: Request, runs: Sequence[PastRun]) -> list[str]:
         if differences:
             found.append(f"not resumed: {run.folder} differs in {'; '.join(differences)}")
         elif run.is_finished:
-            found.append(f"not resumed: {run.folder} is finished; resume={run.folder} with a larger length trains on")
+            word = shlex.quote(f"resume={run.folder}")
+            found.append(f"not resumed: {run.folder} is finished; {word} with a larger length trains on")
     return found[:_MAX_NEAR_MISSES]
 
 

@@ -147,7 +147,7 @@ class Builder(ModelBuilder):
             later = ("patch_size",) if node.get("patch_size", 0) is None else ()
             instantiate(node, without=(*others, *later))
         task = self.training_task()
-        folders = [SHIPPED, *map(Path, self.config.get("config_dirs", ()))]
+        folders = [SHIPPED, *map(Path, self.config_dirs)]
         metrics = [] if task.on_clips else options_in(folders, METRIC)
         chosen = dict(zip(self.value(METRIC) or {}, self.metrics(), strict=True))
         check_score(self.value("trainer.score"), task.score_names, metrics, chosen)

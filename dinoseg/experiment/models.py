@@ -68,6 +68,11 @@ class ModelBuilder:
         return to_container(self._cfg)
 
     @property
+    def config_dirs(self) -> list[str]:
+        """The folders of config groups beside the shipped one."""
+        return [*self._cfg.get("config_dirs", ())]
+
+    @property
     def yaml(self) -> str:
         """The whole config as YAML."""
         return OmegaConf.to_yaml(self._cfg)
@@ -132,7 +137,7 @@ class ModelBuilder:
             raise UserError(not_set(f"data.{min(absent)}"))
         if OmegaConf.is_list(data.classes) and (unnamed := OmegaConf.missing_keys(data.classes)):
             raise UserError(not_set(f"data.classes{min(unnamed)}"))
-        return Labels.of(data.classes, data.palette, data.ignore_index)
+        return Labels.of(data.classes, data.palette, data.ignore_index, has_layers=self.task.has_layers)
 
     @property
     def task(self) -> Task:
@@ -254,8 +259,9 @@ class ModelBuilder:
         head = expect_type(Head, make(**runtime_arguments), "head")
         sizes = self.arguments(SegmentationModel, {"scale": "resolution.scale", "longest": "resolution.longest"})
         self._check_crop(adapted.patch_size)
+        num_classes = None if head.slots is not None else self.value("data.num_classes")
         with name_parameters(argument_keys(self._cfg.head)):
-            return SegmentationModel(adapted, head, task=self.task, **sizes)
+            return SegmentationModel(adapted, head, task=self.task, num_classes=num_classes, **sizes)
 
     def _check_crop(self, patch_size: int) -> None:
         resolution = self.settings("resolution")

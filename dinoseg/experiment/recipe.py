@@ -1,5 +1,6 @@
 """Description of a run for its checkpoints, and the settings that identify its recipe."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 
 from dinoseg import __version__
-from dinoseg.config.stored import choices_of, describe
+from dinoseg.config.stored import VALUES_ONLY, describe
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
 from dinoseg.experiment.models import ModelBuilder
@@ -24,7 +25,6 @@ TEACHER = "teacher"  # the run that teaches a student
 INITIAL = "init"  # the run whose weights initialise a new one
 METRIC = "metric"  # further metrics of validations and evaluations
 OPTIONAL = (*USES, HEADS, RATES, TEACHER, INITIAL, METRIC)  # root keys that a checkpoint omits if they are not set
-VALUES_ONLY = "values_only"  # key of a loaded config: groups that build nothing of a model, without their options
 SAVED = ("seed", *GROUPS, *OPTIONAL)  # root keys of a config that a checkpoint saves
 # keys of `trainer` that may change when a run resumes
 LENGTHS = ("steps", "epochs", "max_minutes", "patience", "val_every", "val_images", "save_every", "log_every", "score")
@@ -54,11 +54,10 @@ def config_description(build: ModelBuilder, info: Mapping[str, Any] | None = Non
     held = build.config.get(VALUES_ONLY, ())
     unsaid = () if build.value("loss.class_weights") is None else (FOLLOWING,)
     saved = [key for key in SAVED if key not in unsaid and build.config.get(key) is not None]
-    description = describe(build.cfg, [key for key in saved if key not in held])
+    description = describe(build.cfg, saved)
     config, choices, targets = (description[part] for part in ("config", "choices", "targets"))
     if held and info is not None:
         config |= {group: {key: build.config[group][key] for key in info["config"][group]} for group in held}
-        choices |= choices_of(info["choices"], held)
         targets |= {place: name for place, name in info["targets"].items() if place.split(".")[0] in held}
     if empty := [group for group, option in choices.items() if option is None]:
         raise UserError(
@@ -145,7 +144,7 @@ def data_root(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
     if is_there:
         return str(there), (
             f"warning: data.root={root} means {there}, as in the run, not {here}. To use that one, set "
-            f"data.root={here}."
+            f"{shlex.quote(f'data.root={here}')}."
         )
     return str(here), (
         f"{there}, the data of the run, does not exist: using data.root={root} of the current folder, {here}."

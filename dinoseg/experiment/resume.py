@@ -14,16 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg.config.composition import SHIPPED, compose_options
 from dinoseg.config.grammar import decode_keys
 from dinoseg.config.job import expand_typed
-from dinoseg.config.options import options_in
+from dinoseg.config.options import groups_of, options_in
 from dinoseg.config.plain import has_key, keys_of, to_container
-from dinoseg.config.stored import Source, choices_of, compose_stored
+from dinoseg.config.stored import VALUES_ONLY, Source, choices_of, compose_stored
 from dinoseg.experiment.recipe import (
     INITIAL,
     METRIC,
     SAVED,
     USE,
     USES,
-    VALUES_ONLY,
     absolute,
     data_root,
     saved_config,
@@ -56,13 +55,18 @@ def merge(
     replaced = [group for group in REPLACEABLE if group in keys and cfg.choices[group] != info["choices"].get(group)]
     stored = {key: value for key, value in saved_config(info).items() if key not in replaced}
     source = Source(f"resume={path}", cfg.get("config_dirs", ()), parse_trust(to_container(cfg)["trust"]), keys)
-    saved = compose_stored({**info, "config": stored}, source)
+    folders = [SHIPPED, *map(Path, cfg.get("config_dirs", ()))]
+    # a training reads all groups of its recipe; `slots` comes with its trainer
+    read = stored if "trainer" in cfg else groups_of(folders, cfg.choices.mode)
+    unused = [key for key in stored if key not in read and choices_of(info["choices"], [key])]
+    saved = compose_stored({**info, "config": stored}, source, unused=unused)
     ours = choices_of(to_container(cfg.choices), saved)
     choices = {group: option for group, option in to_container(cfg.choices).items() if group not in ours}
     choices |= {**choices_of(info["choices"], saved), "hparam": info["choices"]["hparam"]}
     choices |= {group: info["choices"][group] for group in replaced if group in info["choices"]}
     # settings of this machine and run
     facts = {**to_container(cfg), "resume": str(path), "choices": choices}
+    facts |= {VALUES_ONLY: unused} if unused else {}
     facts |= {INITIAL: None}  # only a new run takes it from the command line
     merged = OmegaConf.create({**facts, **saved})
     _keep_precision(merged, info, keys)

@@ -6,9 +6,9 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
-from dinoseg.config.plain import flatten
+from dinoseg.config.plain import BUILDS, flatten
 from dinoseg.config.resolvers import CLASS_FILE
-from dinoseg.config.stored import Source, compose_stored, description_of
+from dinoseg.config.stored import Source, choices_of, compose_stored, description_of
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import SAVED
@@ -21,7 +21,7 @@ BROKEN = (OSError, UnicodeError, KeyError, TypeError, AssertionError, SchemaErro
 _LARGEST = 2**17  # maximum bytes of a config file; typical files have a twentieth
 # interpolation in a training's config; its evaluations store the value
 _OF_CLASS_FILE = f"${{{CLASS_FILE}:"
-_ELSEWHERE = ("seed", "data.root", "metric.")  # may differ within a recipe
+_ELSEWHERE = ("seed", "data.root", "metric.", "choices.metric")  # may differ within a recipe
 
 
 def config_file(folder: Path) -> Path:
@@ -79,7 +79,8 @@ def open_saved_data(build: Builder, folder: Path, *, root: str, split: str) -> S
 def recipes(folders: Sequence[Path]) -> list[tuple[dict[str, Any], Any] | None]:
     """Return the training recipe of each evaluated model, by full key, and its seed; None without a readable config.
 
-    Keys that one config leaves to the data's class file are removed from all: other configs may store their values.
+    Keys that one config leaves to the data's class file are removed from all: other configs may store their values. So
+    are names of classes and interpolations: a mode that does not build a group stores its values alone.
     """
     found = [_recipe_keys(folder) for folder in folders]
     left = {key for recipe in found if recipe for key, value in recipe[0].items() if _is_of_class_file(value)}
@@ -89,7 +90,12 @@ def recipes(folders: Sequence[Path]) -> list[tuple[dict[str, Any], Any] | None]:
         return any(".".join(parts[:count]) in left for count in range(1, len(parts) + 1))
 
     return [
-        recipe and ({key: value for key, value in recipe[0].items() if not is_left(key)}, recipe[1]) for recipe in found
+        recipe
+        and (
+            {key: value for key, value in recipe[0].items() if not (is_left(key) or "${" in str(value))},
+            recipe[1],
+        )
+        for recipe in found
     ]
 
 
@@ -97,9 +103,11 @@ def _recipe_keys(folder: Path) -> tuple[dict[str, Any], Any] | None:
     try:
         config = config_of(config_text(config_file(folder)))
         whole = dict(flatten({key: config[key] for key in SAVED if key in config}))
+        options = dict(flatten({"choices": choices_of(config.get("choices", {}), SAVED)}))
     except (UserError, *BROKEN):
         return None
-    return {key: value for key, value in whole.items() if not key.startswith(_ELSEWHERE)}, whole.get("seed")
+    values = {key: value for key, value in whole.items() if key.rpartition(".")[2] not in BUILDS} | options
+    return {key: value for key, value in values.items() if not key.startswith(_ELSEWHERE)}, whole.get("seed")
 
 
 def _is_of_class_file(value: Any) -> bool:

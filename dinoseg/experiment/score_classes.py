@@ -1,5 +1,6 @@
-"""Classes for mode=score: from the data on the command line, or from a record stored with the predictions."""
+"""Classes and groups for mode=score: from the data on the command line, or from a record stored with predictions."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,19 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.data.classes.file import NAME as CLASS_FILE
 from dinoseg.data.classes.labels import Labels
+from dinoseg.data.splits import find_groups, group_names
 from dinoseg.experiment.folder import command_line
 from dinoseg.inference.class_record import NAME, read_class_record, references
-from dinoseg.metrics.protocols.contract import ScoreProtocol
+from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol
+from dinoseg.metrics.protocols.davis_layout import tracked_sequence
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import join_names
 
 FOLDER = "masks"  # in a run folder of mode=predict: id masks and their class record
-_MASKS = "data.reader.masks."
+GROUP, _MASKS = "data.group", "data.reader.masks."
+_READ = (GROUP, "data.on_error")
+_CLASS_KEYS = ("data.classes", "data.palette", "data.ignore_index", "data.root", "data.reader")
+logger = logging.getLogger(__name__)
 
 
 def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) -> ScoreProtocol:
@@ -40,19 +47,20 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
     if cfg.protocol.classes is not None:
         return make()
     data, rules = cfg.data, cfg.protocol
-    known = {str(folder / NAME): labels for folder, (labels, _) in records.items()}
+    known = {str(folder / NAME): record.labels for folder, record in records.items()}
     if _has_classes(data):
         labels, masks = Labels.of(data.classes, data.palette, data.ignore_index), mask_keys(data)
         _refuse_others({f"data={cfg.choices.data}": labels, **known})
     elif records:
         _refuse_others(known)
-        labels, masks = next(iter(records.values()))
-        words = {word.split("=")[0].lstrip("+") for word in command_line(out_dir)}
+        record = next(iter(records.values()))
+        labels = record.labels
+        words = _typed_keys(out_dir)
         if "data.ignore_index" in words:
             labels = Labels.of(labels.classes, labels.palette, data.ignore_index)
         typed = {word.removeprefix(_MASKS).split(".")[0] for word in words if word.startswith(_MASKS)}
         given = mask_keys(data) if typed else {}
-        masks = {**masks, **{key: given[key] for key in typed}}
+        masks = {**record.masks, **{key: given[key] for key in typed}}
     elif rules.get("num_classes", 0) is None and not rules.binary:
         raise UserError(
             f"protocol.num_classes=null: protocol={cfg.choices.protocol} needs the number of classes. Set their "
@@ -67,6 +75,66 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
         read = references(labels, masks, has_layers=has_layers)
         runtime_arguments |= {"references": read, "ignore_index": labels.ignore_index}
     return make(**runtime_arguments)
+
+
+def warn_of_unread_data(out_dir: Path, *, reads_classes: bool) -> None:
+    """Warn once of typed keys of `data` without effect; `reads_classes`: whether the protocol takes any classes."""
+    read = (*_READ, *(_CLASS_KEYS if reads_classes else ()))
+    below = tuple(f"{key}." for key in read)
+    typed = sorted(key for key in _typed_keys(out_dir) if key.startswith(("data.", "data/")))
+    unread = [key for key in typed if key not in read and not key.startswith(below)]
+    if unread:
+        logger.warning("No effect here: %s. mode=score reads %s of data.", join_names(unread), join_names(list(read)))
+
+
+def score_groups(
+    pattern: str | None, protocol: ScoreProtocol, predictions: Sequence[Path], out_dir: Path, cases: Cases
+) -> dict[str, str]:
+    """Return the group of each case for the intervals, by its name; add a note to the cases if groups do not fit.
+
+    Groups come from the first of these that exists: a typed `data.group`, that of `data=`, what a run of mode=predict
+    or mode=track stored, the protocol.
+
+    Args:
+        pattern: `data.group` of the config, typed or that of `data=`.
+        protocol: the protocol.
+        predictions: folders of predictions.
+        out_dir: the run folder.
+        cases: cases of one of the folders.
+
+    Raises:
+        UserError: the typed `data.group` does not match a name, or a record is damaged or of another task.
+    """
+    names = [case.name for case in cases.cases]
+    if GROUP in _typed_keys(out_dir):
+        return group_names(pattern, names, GROUP)
+    if pattern is None:
+        found = [_stored_groups(folder, names, has_layers=protocol.has_layers) for folder in predictions]
+        stored = [groups for groups in found if groups]
+        if stored:
+            if any(groups != stored[0] for groups in stored):
+                cases.notes.append(
+                    f"The predictions group images differently ({NAME}): intervals use the groups of the first. Set "
+                    f"{GROUP} to choose others."
+                )
+            return stored[0]
+        pattern = protocol.group
+    groups, notes = find_groups(pattern, names, GROUP)
+    cases.notes += notes
+    return groups
+
+
+def _stored_groups(folder: Path, names: Sequence[str], *, has_layers: bool) -> dict[str, str]:
+    """Return the groups that a run of mode=predict stored; of mode=track, all frames are one video's."""
+    video = tracked_sequence(folder)
+    if video is not None:
+        return dict.fromkeys(names, video)
+    record = read_class_record(folder, has_layers=has_layers)
+    return {} if record is None else {name: record.groups[name] for name in names if name in record.groups}
+
+
+def _typed_keys(out_dir: Path) -> set[str]:
+    return {word.split("=")[0].lstrip("+") for word in command_line(out_dir)}
 
 
 def mask_keys(data: DictConfig) -> dict[str, Any]:

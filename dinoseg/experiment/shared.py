@@ -9,11 +9,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dinoseg.config.plain import to_container
-from dinoseg.config.stored import Source, compose_stored, describe
+from dinoseg.config.stored import VALUES_ONLY, Source, compose_stored, describe
 from dinoseg.experiment.heads import SOLO
 
 # keys that are shared in another form, or not at all
-_OF_A_RANK = (SOLO, "choices", "config_dirs", "cache_dir", "logger")
+_OF_A_RANK = (SOLO, VALUES_ONLY, "choices", "config_dirs", "cache_dir", "logger")
 
 
 def describe_job(cfg: DictConfig) -> dict[str, Any]:
@@ -24,7 +24,8 @@ def describe_job(cfg: DictConfig) -> dict[str, Any]:
     """
     solo = {name: describe_job(OmegaConf.create(run)) for name, run in to_container(cfg).get(SOLO, {}).items()}
     keys = [str(key) for key in cfg if key not in _OF_A_RANK]
-    return {**describe(cfg, keys), "hparam": cfg.choices.hparam, SOLO: solo}
+    held = [*cfg.get(VALUES_ONLY, ())]
+    return {**describe(cfg, keys), "hparam": cfg.choices.hparam, SOLO: solo, VALUES_ONLY: held}
 
 
 def compose_shared(shared: Mapping[str, Any], own: Mapping[str, Any]) -> DictConfig:
@@ -41,4 +42,6 @@ def compose_shared(shared: Mapping[str, Any], own: Mapping[str, Any]) -> DictCon
     choices = {**own["choices"], **shared["choices"], "hparam": shared["hparam"]}
     solo = {name: to_container(compose_shared(run, own)) for name, run in shared[SOLO].items()}
     more = {"choices": choices, **({SOLO: solo} if solo else {})}
-    return OmegaConf.create({**own, **compose_stored(shared, source), **more})
+    held = shared[VALUES_ONLY]
+    more |= {VALUES_ONLY: held} if held else {}
+    return OmegaConf.create({**own, **compose_stored(shared, source, unused=held), **more})

@@ -1,5 +1,6 @@
 """Export of a trained backbone to a file for `backbone.weights=FILE`."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,7 @@ def export_backbone(
     path = out_dir / "backbone.safetensors"
     write_tensors(path, state, {})
     words = [f"backbone.weights={path}", *_settings(source.settings("backbone"))]
-    print(f"written to {path}: {len(state)} tensors, {path.stat().st_size / 1e6:.2f} MB. Use: {' '.join(words)}")
+    print(f"written to {path}: {len(state)} tensors, {path.stat().st_size / 1e6:.2f} MB. Use: {shlex.join(words)}")
     return {"path": str(path)}
 
 
@@ -54,6 +55,7 @@ def _settings(backbone: Mapping[str, Any]) -> Iterator[str]:
             yield f"backbone.{key}={format_override(backbone[key])}"
     if trained := backbone.get("weights_patch_size"):
         side, arch = backbone["patch_size"], backbone["arch"]
-        yield f"backbone.patch_size={side} backbone.weights_patch_size=null"
+        yield f"backbone.patch_size={side}"
+        yield "backbone.weights_patch_size=null"
         if "image_size" in arch:
             yield f"backbone.arch.image_size={arch['image_size'] // trained * side}"

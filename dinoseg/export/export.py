@@ -83,7 +83,7 @@ def prepare_model(
         limit_to_trained_size(reference, sizes)
         model.limit = reference.limit
         rounding = _rounding(source)
-        folders = source.config.get("config_dirs", ())
+        folders = source.config_dirs
         strategy = missing_strategy(trained, [picture.size for picture in found], folders)
         yield Prepared(Reference(reference, record), model, record, reason, facts, found, folder, rounding, strategy)
 

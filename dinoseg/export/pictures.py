@@ -16,6 +16,7 @@ from dinoseg.experiment.builder import SPLITS
 from dinoseg.inference.inputs import is_video, list_inputs
 from dinoseg.inference.memory import free_bytes
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import in_bytes
 
 T = TypeVar("T")
 _COPIES = 4  # class-score arrays of an image in memory at once
@@ -70,8 +71,8 @@ def pictures(
         needed = _COPIES * 4 * num_classes * math.prod(picture.size)
         if needed > free:
             raise UserError(
-                f"{picture.name} ({picture.size[0]} x {picture.size[1]}) needs {needed / 2**30:.1f} GiB for the "
-                f"comparison of scores, and {free / 2**30:.1f} are free. Set export.images to smaller images."
+                f"{picture.name} ({picture.size[0]} x {picture.size[1]}) needs {in_bytes(needed)} for the "
+                f"comparison of scores, and {in_bytes(free)} are free. Set export.images to smaller images."
             )
     return found
 

@@ -14,6 +14,7 @@ from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Flips, Overlap, Placement, Weights, Windows
 from dinoseg.models.model import SegmentationModel, Size, backbone_size
 from dinoseg.utils.ranges import Count, HighShare, Scale, check_annotations
+from dinoseg.utils.wording import in_bytes
 
 logger = logging.getLogger(__name__)
 _AMPLE = 2**14  # bytes per input pixel, over twice what any model here needs; if this fits, no measurement is made
@@ -109,8 +110,8 @@ class Auto(Policy):
                 self._cost = self._cost or measure(model, min(self.windows.size), autocast)
                 need = self._cost.of(rows.count, self._input_size(model, rows), size)
                 facts = (
-                    f"inference=auto: {describe_images(rows)} would need about {need / 2**30:.1f} GiB in one pass; "
-                    f"{free / 2**30:.1f} GiB are available"
+                    f"inference=auto: {describe_images(rows)} would need about {in_bytes(need)} in one pass; "
+                    f"{in_bytes(free)} are available"
                 )
                 logger.info("%s", self._message(facts, whole=need <= free))
             if need > free:

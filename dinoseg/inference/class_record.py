@@ -1,6 +1,7 @@
-"""`classes.json` of a prediction folder: the classes of its IDs and the encoding of the reference masks."""
+"""`classes.json` of a prediction folder: the classes of its IDs, the reference masks' encoding, images' groups."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask, layer_reader
+from dinoseg.data.classes.masks import MaskReader, Masks, fit_mask
 from dinoseg.utils import forms
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError
@@ -20,7 +21,23 @@ _FORM = forms.record(
     ignore_index=forms.whole(0, 255),
     masks=forms.table(forms.plain),
     has_layers=forms.flag,
+    groups=forms.table(forms.text),
 )
+
+
+@dataclass(frozen=True)
+class ClassRecord:
+    """Classes of a folder of predictions.
+
+    Args:
+        labels: the classes.
+        masks: arguments of `Masks` for the dataset's masks.
+        groups: the group of each image by its name, such as its video (`data.group`); empty without groups.
+    """
+
+    labels: Labels
+    masks: dict[str, Any]
+    groups: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -51,15 +68,36 @@ def write_class_record(
     masks: Mapping[str, Any],
     *,
     has_layers: bool = False,
+    groups: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the classes of predicted IDs or layers; `masks` holds the arguments of `Masks` for the dataset's masks."""
-    colors = [list(color) for color in palette]
-    record = {"classes": list(classes), "palette": colors, "ignore_index": ignore_index, "masks": dict(masks)}
-    write_json(folder / NAME, {**record, "has_layers": has_layers})
+    """Write the classes of predicted IDs or layers.
+
+    Args:
+        folder: folder of the predictions.
+        classes: class names.
+        palette: one colour per class.
+        ignore_index: ID of ignored pixels.
+        masks: arguments of `Masks` for the dataset's masks.
+        has_layers: whether each class has masks of its own.
+        groups: the group of each image by its name. Groups of other images that the folder's record has stay in it.
+    """
+    stored: dict[str, str] = {}
+    with suppress(UserError):  # a damaged record is replaced
+        earlier = read_class_record(folder, has_layers=has_layers)
+        stored = {} if earlier is None else earlier.groups
+    record = {
+        "classes": list(classes),
+        "palette": [list(color) for color in palette],
+        "ignore_index": ignore_index,
+        "masks": dict(masks),
+        "has_layers": has_layers,
+        "groups": {**stored, **(groups or {})},
+    }
+    write_json(folder / NAME, record)
 
 
-def read_class_record(folder: Path, *, has_layers: bool = False) -> tuple[Labels, dict[str, Any]] | None:
-    """Return the classes and the arguments of `Masks` saved with a folder of predictions; None without such a record.
+def read_class_record(folder: Path, *, has_layers: bool = False) -> ClassRecord | None:
+    """Return the record of a folder of predictions; None without one.
 
     Raises:
         UserError: the file exists but is not a valid record, or its masks are of another task.
@@ -77,7 +115,7 @@ def read_class_record(folder: Path, *, has_layers: bool = False) -> tuple[Labels
     if record["has_layers"] != has_layers:
         task = "multilabel" if record["has_layers"] else "semantic"
         raise UserError(f"{folder} holds predictions of task={task}. Set protocol={task}, or give other predictions.")
-    return labels, record["masks"]
+    return ClassRecord(labels, record["masks"], record["groups"])
 
 
 def references(labels: Labels, masks: Mapping[str, Any], *, has_layers: bool = False) -> References:
@@ -86,5 +124,4 @@ def references(labels: Labels, masks: Mapping[str, Any], *, has_layers: bool = F
     Raises:
         UserError: the arguments of `Masks` are invalid.
     """
-    options = Masks(**masks)
-    return References(layer_reader(options, labels.ignore_index) if has_layers else MaskReader(labels, options))
+    return References(MaskReader(labels, Masks(**masks), has_layers=has_layers))

@@ -15,6 +15,7 @@ from dinoseg.inference.memory import free_bytes
 from dinoseg.inference.rows import MemoryRows, Rows
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import ImageTooLarge, open_bounded, read_image, read_size
+from dinoseg.utils.wording import in_bytes
 
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)  # that Pillow opens
 _MAX_SIDE = 2**20  # pixels of a file that is read by rows
@@ -91,13 +92,13 @@ class FileRows(Rows):
         if memory > free_bytes(torch.device("cpu")):
             raise UserError(
                 f"{self.path} of {self.size[1]} x {self.size[0]} pixels (width x height) is progressive or interlaced, "
-                f"and decoding it needs {memory / 2**30:.1f} GiB of memory. Free some, or save it as baseline: "
+                f"and decoding it needs {in_bytes(memory)} of memory. Free some, or save it as baseline: "
                 "vips copy IN OUT.tif."
             )
         if max(self.size) > _MAX_SIDE or needed > free:
             raise UserError(
                 f"{self.path} of {self.size[1]} x {self.size[0]} pixels (width x height) needs "
-                f"{needed / 2**30:.1f} GiB in {tempfile.gettempdir()}, where {free / 2**30:.1f} are free, and sides of "
+                f"{in_bytes(needed)} in {tempfile.gettempdir()}, where {in_bytes(free)} are free, and sides of "
                 f"at most {_MAX_SIDE}. Reduce or split it, or set TMPDIR to a larger disk."
             )
 

@@ -20,6 +20,7 @@ from dinoseg.inference.rows import Rows
 from dinoseg.models.model import SegmentationModel, Size, backbone_size
 from dinoseg.utils.cores import PROC, group_folders, read_text
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.wording import in_bytes
 
 _NOISE = 0.02  # relative difference in bytes per pixel between two sizes that counts as none
 _FRAME_BYTES = 4  # per pixel: RGB and class ID
@@ -186,7 +187,7 @@ def check_frames(path: Path, size: Size, count: int) -> None:
     if needed > free:
         raise UserError(
             f"{path} has frames of {size[1]} x {size[0]} pixels; up to {count} of them at a time need "
-            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free. Lower mode.batch_size, or downscale it "
+            f"{in_bytes(needed)}, and {in_bytes(free)} are free. Lower mode.batch_size, or downscale it "
             "(ffmpeg -i IN -vf scale=1920:-2 OUT.mp4)."
         )
 

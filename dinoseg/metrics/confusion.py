@@ -126,14 +126,14 @@ class ConfusionMatrix:
         """Return the scores as plain numbers in 0..1, ready for JSON; None means undefined.
 
         A class in neither the reference nor the prediction has no score ("absent") and enters no mean; nor does the
-        class `ignore_index`. A class's `accuracy` is its recall.
+        class `ignore_index`. The recall of a class is also called its accuracy, as in `mean_accuracy`.
 
         Returns:
             `miou`, `background` (its id) and `miou_no_background` (both only with a background class),
             `ignored_class` (only where `ignore_index` is a class), `dice`
             (means over the present classes), `accuracy` (share of the pixels), `mean_accuracy` (mean recall over the
             reference's classes), `present_classes`, `pixels`, `ignored_pixels`, `matrix`, and `classes`: for each class
-            `id`, `iou`, `dice`, `accuracy`, `precision`, `recall`, `pixels` (reference), `predicted_pixels`.
+            `id`, `iou`, `dice`, `precision`, `recall`, `pixels` (reference), `predicted_pixels`.
 
         Raises:
             UserError: a mask held an id that is neither a class nor the ignore index.
@@ -247,14 +247,12 @@ def _class_scores(matrix: list[list[int]], index: int) -> dict[str, Any]:
 
 def class_scores(index: int, hit: int, reference: int, predicted: int) -> dict[str, Any]:
     """Return the scores of a class from its correct, reference and predicted pixels."""
-    recall = _ratio(hit, reference)
     return {
         "id": index,
         "iou": _ratio(hit, reference + predicted - hit),
         "dice": _ratio(2 * hit, reference + predicted),
-        "accuracy": recall,
         "precision": _ratio(hit, predicted),
-        "recall": recall,
+        "recall": _ratio(hit, reference),
         "pixels": reference,
         "predicted_pixels": predicted,
     }

@@ -30,6 +30,7 @@ class LayerMetric(Metric):
 
     def __init__(self, metric: Metric) -> None:
         self.scores, self.unbounded, self.needs_logits = metric.scores, metric.unbounded, metric.needs_logits
+        self.totals = metric.totals
         self.metric = metric
 
     @property
@@ -56,8 +57,12 @@ class LayerMetric(Metric):
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def compute(self, sums: Counts) -> dict[str, np.ndarray]:
-        """Return the mean of each score over the classes."""
-        return {name: mean_defined(value) for name, value in self.per_class(sums).items() if name in self.scores}
+        """Return the mean of each score over the classes, and the sum of `totals`."""
+        return {
+            name: value.sum(axis=-1) if name in self.totals else mean_defined(value)
+            for name, value in self.per_class(sums).items()
+            if name in self.scores
+        }
 
     def per_class(self, sums: Counts) -> dict[str, np.ndarray]:
         """Return the scores of each class, and the metric's own values of id 1."""

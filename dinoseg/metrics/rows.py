@@ -8,6 +8,8 @@ from torch import Tensor
 
 from dinoseg.core.geometry import lattice
 from dinoseg.core.metric import (
+    FINITE_MEAN,
+    INFINITE_IMAGES,
     Counts,
     LabelledImage,
     Metric,
@@ -76,8 +78,9 @@ class MetricRows:
             gather: returns the values of all ranks in one list, as `Engine.gather` does.
 
         Raises:
-            UserError: a score that is not `unbounded` lies outside 0..1, the scores are others than those of the class,
-                or the counts of two images have other names or shapes.
+            UserError: a score that is not `unbounded` lies outside 0..1, a score is infinite without a number of such
+                images, the scores are others than those of the class, or the counts of two images have other names or
+                shapes.
         """
         rows = sorted(gather(self._rows), key=lambda row: row[0])
         self.counts = [[counts[number] for _, counts in rows] for number in range(len(self.metrics))]
@@ -127,4 +130,9 @@ def _check_scores(metric: Metric, scores: Mapping[str, np.ndarray]) -> None:
                 f"metric: the score {name} of {metric.class_name} is {float(score):.4g}, outside 0..1. Name it in "
                 "`unbounded` of the class (is_share=false of a WrappedMetric): it is then shown as a number, not in "
                 "percent."
+            )
+        if np.isinf(score) and f"{name}{INFINITE_IMAGES}" not in scores:
+            raise UserError(
+                f"metric: the score {name} of {metric.class_name} is {float(score)}. Return nan where it is undefined; "
+                f"if single images can be infinite, add the scores {name}{INFINITE_IMAGES} and {name}{FINITE_MEAN}."
             )

@@ -1,12 +1,25 @@
 """A metric of another library, such as torchmetrics, as a `Metric`."""
 
+import math
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from dinoseg.core.metric import Counts, LabelledImage, Metric, PredictedImage, check_image, format_settings
+from dinoseg.core.metric import (
+    FINITE_MEAN,
+    INFINITE_IMAGES,
+    Counts,
+    LabelledImage,
+    Metric,
+    PredictedImage,
+    check_image,
+    format_settings,
+)
 from dinoseg.metrics.counts import ratio
+from dinoseg.utils.errors import UserError
+
+_METHODS = ("update", "compute", "reset")
 
 
 class WrappedMetric(Metric):
@@ -14,20 +27,47 @@ class WrappedMetric(Metric):
 
     A metric that pools counts over a dataset, such as torchmetrics' JaccardIndex, thus gives another number than in its
     own library: its state is never summed, so that scores do not depend on the number of ranks and have intervals.
-    Images for which it is not finite are left out.
+
+    An image enters no mean if no pixel counts or its value is nan. One image of infinite value makes the mean infinite.
+    So a metric that is no share has two more scores, NAME_infinite_images and NAME_finite_mean, the mean of the others.
 
     Args:
         name: of the score.
-        metric: its `update` takes predicted and reference ids (1, H, W) int64; ignored pixels hold the ignore index in
-            both.
+        metric: its `update` takes predicted and reference ids 0..K-1 int64, see `ignored`.
         better: "max" or "min", the best value.
         is_share: whether its values lie in 0..1.
+        ignored: what the metric receives for ignored pixels. "remove": ids (1, P) of the other pixels, for metrics that
+            count pixels. "match": ids (1, H, W), where both masks have the same class at these pixels, for metrics of
+            shape: the ignored class, or class 0 if `ignore_index` is no class.
+
+    Raises:
+        UserError: `ignored` is missing, or the metric lacks a method.
     """
 
-    def __init__(self, name: str, metric: Any, better: Literal["max", "min"] = "max", is_share: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        metric: Any,
+        better: Literal["max", "min"] = "max",
+        is_share: bool = True,
+        ignored: Literal["remove", "match"] | None = None,
+    ) -> None:
+        if ignored not in ("remove", "match"):
+            raise UserError(
+                f"ignored={ignored}: choose what {name} receives for ignored pixels. Set ignored=remove for a metric "
+                "that counts pixels, such as an IoU; or ignored=match for one of shape, such as a distance of outlines."
+            )
+        if missing := [method for method in _METHODS if not callable(getattr(metric, method, None))]:
+            raise UserError(
+                f"metric: {type(metric).__name__} has no {' and no '.join(missing)}. Wrap it in a class with "
+                f"{', '.join(_METHODS)}."
+            )
         self.scores = {name: better}
-        self.unbounded = () if is_share else (name,)
-        self._name, self._metric = name, metric
+        if not is_share:
+            self.scores |= {f"{name}{INFINITE_IMAGES}": "min", f"{name}{FINITE_MEAN}": better}
+            self.unbounded, self.totals = tuple(self.scores), (f"{name}{INFINITE_IMAGES}",)
+        self._name, self._metric, self._ignored = name, metric, ignored
+        self._worst = math.inf if better == "min" else -math.inf
         metric.reset()  # `settings` are those of a metric without a state
 
     @property
@@ -39,16 +79,48 @@ class WrappedMetric(Metric):
         return f"{super().settings} of {format_settings(self._metric, options)}"
 
     def count(self, prediction: PredictedImage, sample: LabelledImage) -> Counts:
-        """Return the value of an image, and whether it is finite."""
+        """Return the value of an image, and whether it is finite or infinite.
+
+        Raises:
+            UserError: a counted pixel of the prediction is no class, or the value is infinite in the best direction.
+        """
         check_image(prediction, sample)
-        ids = np.where(sample.mask == sample.ignore_index, sample.ignore_index, prediction.ids)
+        counted = sample.mask != sample.ignore_index
+        value = self._score_image(prediction.ids, sample, counted) if counted.any() else math.nan
+        if value == -self._worst:
+            better = self.scores[self._name]
+            raise UserError(
+                f"{sample.name}: {self._name} is {value}, the best value there is with better={better}. If it is the "
+                f"worst, set better={'min' if better == 'max' else 'max'}."
+            )
+        is_finite = math.isfinite(value)
+        counts = {"images": is_finite, "infinite": math.isinf(value)}
+        numbers = {name: np.array(count, np.int64) for name, count in counts.items()}
+        return {"value": np.array(value if is_finite else 0.0), **numbers}
+
+    def _score_image(self, ids: np.ndarray, sample: LabelledImage, counted: np.ndarray) -> float:
+        """Return the metric of an image in which some pixels (H, W) bool are counted."""
+        unknown = ids[counted & ((ids < 0) | (ids >= sample.num_classes))]
+        if unknown.size:
+            raise UserError(
+                f"{sample.name}: The prediction holds {unknown[0]}, and {self._name} takes the classes "
+                f"0..{sample.num_classes - 1}. Convert it."
+            )
+        if self._ignored == "remove":
+            sides = [ids[counted], sample.mask[counted]]
+        else:
+            matched = sample.ignore_index if 0 <= sample.ignore_index < sample.num_classes else 0
+            sides = [np.where(counted, ids, matched), np.where(counted, sample.mask, matched)]
         self._metric.reset()
-        self._metric.update(*(torch.from_numpy(side.astype(np.int64))[None] for side in (ids, sample.mask)))
+        self._metric.update(*(torch.from_numpy(side.astype(np.int64))[None] for side in sides))
         value = float(self._metric.compute())
         self._metric.reset()
-        is_finite = np.isfinite(value)
-        return {"value": np.array(value if is_finite else 0.0), "images": np.array(is_finite, np.int64)}
+        return value
 
     def compute(self, sums: Counts) -> dict[str, np.ndarray]:
-        """Return the mean over images."""
-        return {self._name: ratio(sums["value"], sums["images"])}
+        """Return the mean over images, which is infinite if one of them is."""
+        mean = ratio(sums["value"], sums["images"])
+        found = {self._name: np.where(sums["infinite"] > 0, self._worst, mean)}
+        if self._name in self.unbounded:
+            found |= {f"{self._name}{INFINITE_IMAGES}": sums["infinite"], f"{self._name}{FINITE_MEAN}": mean}
+        return found

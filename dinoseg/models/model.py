@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class SegmentationModel(nn.Module):
         scale: backbone pixels per image pixel; 0.5 halves the resolution.
         longest: larger images are reduced to this length of the longer side in pixels, before `scale` is applied.
         task: meaning of the class scores.
+        num_classes: number of classes that have a name, which the head must score; None: any number, as of slots.
     """
 
     @check_annotations
@@ -40,12 +42,14 @@ class SegmentationModel(nn.Module):
         scale: Scale = 1.0,
         longest: Count | None = None,
         task: Task = SEMANTIC,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         head.check_backbone(backbone)
         if head.mixture or head.slots is not None:
             refuse_layers(task, f"a head of masks or slots, {type(head).__name__},", "Choose head=linear or head=dpt.")
         self.task = task
+        self.num_classes = num_classes
         self.backbone = backbone
         self.head = head
         self.patch_size = backbone.patch_size
@@ -57,6 +61,9 @@ class SegmentationModel(nn.Module):
         """Return the prediction for images of one size, or for the output of `frozen`.
 
         `reduce`: limit the resolution to `longest`; False for crops that already have the right resolution.
+
+        Raises:
+            UserError: the head scores another number of classes, such as after its class layer was replaced.
         """
         head = self.head
         if isinstance(images, FrozenFeatures):
@@ -72,7 +79,24 @@ class SegmentationModel(nn.Module):
             outputs = head.run(self.backbone, pixels)
         valid = valid_share(seen, self.patch_size)
         grid, masks = head.grid_scores(outputs), head.weighted_masks(outputs)
-        return Prediction(outputs, size, valid, head.predict, head.mixture, grid, masks, self.task)
+        if grid is not None:
+            self._check_classes(grid.shape[1])
+        if masks is not None:
+            self._check_classes(masks.shares.shape[-1])
+        return Prediction(outputs, size, valid, self._predict_pixels, head.mixture, grid, masks, self.task)
+
+    def _predict_pixels(self, outputs: Any, size: Size, valid: tuple[float, float]) -> Tensor:
+        scores = self.head.predict(outputs, size, valid)
+        self._check_classes(scores.shape[1])
+        return scores
+
+    def _check_classes(self, found: int) -> None:
+        """Refuse another number of classes than there are names: ids beyond them would mean nothing."""
+        if self.num_classes not in (None, found):
+            raise UserError(
+                f"head: {type(self.head).__name__} scores {found} classes, and the model has {self.num_classes}. Give "
+                f"its class layer {self.num_classes} outputs, or the model {found} classes."
+            )
 
     @torch.no_grad()
     def frozen(self, images: Tensor, *, reduce: bool = True) -> FrozenFeatures:

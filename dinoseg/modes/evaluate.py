@@ -73,6 +73,7 @@ def run(
     place = (data, engine.rank, engine.world_size)
     collector, background = Collector(*place) if report else None, build.background
     rows = MetricRows(metrics, *place)
+    provenance = provenance_of(build, out_dir)
     scores = evaluate_images(
         trained.model,
         data,
@@ -82,12 +83,12 @@ def run(
         policy=trained.policy,
         background=background,
         protocol=protocol,
+        group=provenance.group,
         on_error=on_error,
         collector=collector,
         rows=rows,
     )
     if collector is not None:
-        provenance = provenance_of(build, out_dir)
         report_images(provenance, collector, scores, rows, data, engine, out_dir, split=split, background=background)
     if engine.is_main:
         print(f"checkpoint:   {cfg.resume or source}")

@@ -13,6 +13,7 @@ from dinoseg.core.channels import check_rgb
 from dinoseg.core.task import Task, refuse_layers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.splits import find_groups
 from dinoseg.data.video.access import VideoFrame, first_file
 from dinoseg.experiment.builder import SPLITS, Builder
 from dinoseg.experiment.score_classes import FOLDER, mask_keys
@@ -106,10 +107,16 @@ def predict(
         if split is not None and run.masks is not None:
             for index, name in enumerate(split.names):
                 write_masks(folder / REFERENCES, name, split.mask(index), layers)
+        facts = (labels.classes, labels.palette, labels.ignore_index)
+        keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs
+        for video in videos:
+            written = folder / f"{video.name}_masks"
+            if options.masks and written.is_dir():
+                groups = {path.stem: video.name for path in written.rglob("*.png")}
+                write_class_record(written, *facts, keys, has_layers=bool(layers), groups=groups)
         if run.masks is not None and run.count:
-            keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs
-            facts = (labels.classes, labels.palette, labels.ignore_index)
-            write_class_record(run.masks, *facts, keys, has_layers=bool(layers))
+            groups, _ = find_groups(build.value("data.group"), targets, "data.group")
+            write_class_record(run.masks, *facts, keys, has_layers=bool(layers), groups=groups)
     except OSError as error:
         raise UserError(
             f"Cannot write below {out_dir} ({error}). Free some disk space, or choose another hydra.run.dir."

@@ -1,5 +1,6 @@
 """mode=render: rendering of a synthetic dataset, to try and measure everything without a download."""
 
+import shlex
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -38,4 +39,4 @@ def render(cfg: DictConfig, *, out_dir: Path) -> None:
     height, width = settings["size"]
     print(f"Wrote {videos} videos of {settings['seconds']} s at {height} x {width} under {cfg.data.root}")
     step = f"prepare data={data}" if data in options_in(folders, "prepare") else "train hparam=slots_rendered"
-    print(f"Next: python -m dinoseg mode={step} data.root={cfg.data.root}")
+    print(f"Next: python -m dinoseg mode={step} {shlex.quote(f'data.root={cfg.data.root}')}")

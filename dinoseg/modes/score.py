@@ -1,6 +1,7 @@
 """mode=score: official benchmark scores of prediction folders; needs no model and no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from dinoseg.config.nodes import argument_keys
 from dinoseg.evaluation.score_report import result_of, write_problems
 from dinoseg.evaluation.scoring.folders import ScoringResult, Unscorable, score_cases
 from dinoseg.evaluation.scoring.summary import difference
-from dinoseg.experiment.score_classes import FOLDER, score_protocol
+from dinoseg.experiment.score_classes import FOLDER, score_groups, score_protocol, warn_of_unread_data
 from dinoseg.inference.class_record import NAME
-from dinoseg.metrics.protocols.contract import ScoreProtocol
+from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol
 from dinoseg.metrics.protocols.davis import Sequences
 from dinoseg.metrics.protocols.davis_layout import MASKS, tracked_sequence
 from dinoseg.report.scores import difference_table, scores_table
@@ -45,11 +46,14 @@ def run(
             folder lists all of them.
     """
     folders = _folders(reference, prediction)
-    protocol = score_protocol(cfg, folders[1:], out_dir)
+    runs = folders[1:]
+    protocol = score_protocol(cfg, runs, out_dir)
+    warn_of_unread_data(out_dir, reads_classes="classes" in cfg.protocol)
+    find_groups = partial(score_groups, cfg.data.get("group"), protocol, runs, out_dir)
     if not isinstance(protocol, Sequences):  # these protocols read run folders of mode=track themselves
         folders[1:] = [each / MASKS if tracked_sequence(each) else each for each in folders[1:]]
     with name_parameters(argument_keys(cfg.protocol)):
-        scored = _score_all(protocol, folders[0], folders[1:], out_dir, workers=workers, on_error=on_error)
+        scored = _score_all(protocol, folders[0], folders[1:], out_dir, find_groups, workers=workers, on_error=on_error)
     results = [
         {
             "reference": str(folders[0]),
@@ -64,7 +68,7 @@ def run(
     if len(results) == 2:
         gap = difference(protocol, *scored)
         written = {**results[0], "second": results[1], "difference": gap}
-        print(f"\n{difference_table(gap, protocol.unit)}")
+        print(f"\n{difference_table(gap, written['unit'])}")
     write_json(out_dir / "scores.json", written)
     print(f"\nscores:       {out_dir}/scores.json")
     return {**written["scores"], "run": str(out_dir)}
@@ -75,6 +79,7 @@ def _score_all(
     reference: Path,
     predictions: Sequence[Path],
     out_dir: Path,
+    find_groups: Callable[[Cases], dict[str, str]],
     *,
     workers: int | None,
     on_error: OnError,
@@ -87,7 +92,10 @@ def _score_all(
             if folder.resolve() == reference.resolve():
                 listing.notes.insert(0, f"prediction={folder} is the reference itself: its scores are meaningless.")
             where = f"reference={reference} and prediction={folder}"
-            scored.append(score_cases(protocol, listing, where=where, workers=workers, on_error=on_error))
+            groups = find_groups(listing)
+            scored.append(
+                score_cases(protocol, listing, where=where, groups=groups, workers=workers, on_error=on_error)
+            )
         except Unscorable as error:
             problems[folder] = error.problems
             messages.append(str(error))

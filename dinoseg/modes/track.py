@@ -1,8 +1,10 @@
 """mode=track: tracking of objects through a video, from the mask of its first frame or with a trained model."""
 
 import logging
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from omegaconf import DictConfig
 
 from dinoseg.core.channels import check_rgb
 from dinoseg.core.task import refuse_layers
+from dinoseg.data.classes.labels import as_color
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import lock, release
 from dinoseg.experiment.settings import check_same_settings
@@ -32,8 +35,8 @@ from dinoseg.tracking.video.state import (
 )
 from dinoseg.utils.atomic import remove_parts
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.ranges import Count, Share
-from dinoseg.utils.wording import count_of
+from dinoseg.utils.ranges import Count, Natural, Share
+from dinoseg.utils.wording import count_of, format_value
 
 logger = logging.getLogger(__name__)
 _NO_SMOOTHING = (
@@ -52,6 +55,8 @@ def track(
     save_every: Count,
     batch_size: Count,
     opacity: Share,
+    outline: Natural | None,
+    palette: Sequence[Sequence[int]] | None,
     smoothing: Share | None,
 ) -> dict[str, Any]:
     """Track the objects of `labels` through `input`; return counts and rates.
@@ -60,7 +65,7 @@ def track(
     `resume` or released, predicts the classes of each frame, smoothed over time by `smoothing` (None: 0.5). A slot
     model tracks its own segments or, with `labels`, the objects.
 
-    Writes masks/<frame>.png (IDs with a palette), overlay.mp4, objects.csv and, at the end, track.json. They go to
+    Writes masks/<frame>.png (IDs with `palette`), overlay.mp4, objects.csv and, at the end, track.json. They go to
     `out_dir`, or to the folder of the unfinished run that `restart` names.
 
     Raises:
@@ -70,16 +75,25 @@ def track(
     if smoothing is not None and not is_trained(build):
         raise UserError(_NO_SMOOTHING.format(smoothing))
     check_rgb(build.pixels, f"a frame of {input}")
+    given = _read_palette(palette)
     folder = Path(out_dir if restart is None else restart).expanduser()
     with _unfinished_run(folder, restart) as state:
         frames, masks = _open_input(input, labels, needs_labels=not is_trained(build))
         with frames:
             tracker, colours = _build_tracker(build, batch_size, smoothing, labels, out_dir)
+            colours = replace(colours, palette=(*given, *colours.palette[len(given) :]))
             warn_unread(out_dir, tracker.unread, tracker.unread_because)
             start = None if state is None else _go_on(tracker, state, folder)
             job = TrackJob(tracker, frames, masks, folder, start, batch_size, save_every, colours)
             with _resume_note(folder):
-                return write_results(job, track_video(job), str(input), opacity)
+                return write_results(job, track_video(job), str(input), opacity, outline)
+
+
+def _read_palette(palette: Sequence[Sequence[int]] | None) -> tuple[tuple[int, int, int], ...]:
+    try:
+        return tuple(map(as_color, palette or ()))
+    except UserError as error:
+        raise UserError(f"mode.palette={format_value(palette)}: {error}") from None
 
 
 @contextmanager
@@ -96,7 +110,7 @@ def _resume_note(folder: Path) -> Iterator[None]:
 def _next_run(folder: Path) -> str:
     """Return what the same command does next, given the files that a stopped run has left."""
     if (folder / STATE).is_file():
-        return f"the same command with mode.restart={folder} resumes"
+        return f"the same command with {shlex.quote(f'mode.restart={folder}')} resumes"
     return "the same command starts over, since no state was saved yet (mode.save_every)"
 
 

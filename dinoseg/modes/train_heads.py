@@ -11,6 +11,7 @@ from tabulate import tabulate
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Backbone, Loss
+from dinoseg.core.metric import INFINITE_IMAGES
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.heads import head_description, solo_builders
 from dinoseg.experiment.initial import has_initial
@@ -113,7 +114,7 @@ def train_heads(
         scores = {}
         for name, head in heads.items():
             progress = head.checkpoints.progress
-            if progress.best is None:
+            if not progress.has_best:
                 continue
             if engine.is_main:
                 print(f"\nhead {name}, best checkpoint (step {progress.best_step}):\n")
@@ -125,7 +126,8 @@ def train_heads(
         if engine.is_main:
             job.finish_log(log, scores[first], heads[first].checkpoints)
             write_leaderboard(rows, out_dir)
-            print("\n".join(next_commands(out_dir / checkpoint.HEADS / first, on_clips=task.on_clips)))
+            run = out_dir / checkpoint.HEADS / first
+            print("\n".join(next_commands(run, job.build.config_dirs, on_clips=task.on_clips)))
     costs = {name: cost_of(head.model, out_dir / "metrics.jsonl") for name, head in heads.items()}
     best = {"best_step": heads[first].checkpoints.progress.best_step, "run": str(heads[first].run.out_dir)}
     result = {**scores[first], **costs[first], **best, "head": first}
@@ -179,16 +181,18 @@ def head_rows(
         progress = head.checkpoints.progress
         row: dict[str, Any] = {"head": name}
         row["learning_rate"] = head.rate
-        row[f"val_{score}"] = progress.best
-        row["best_step"] = None if progress.best is None else progress.best_step
+        row[f"val_{score}"] = None if progress.best_infinite else progress.best
+        if any(each.checkpoints.progress.best_infinite for each in heads.values()):
+            row[f"val_{score}{INFINITE_IMAGES}"] = progress.best_infinite
+        row["best_step"] = progress.best_step if progress.has_best else None
         row["miou"] = scores.get(name, {}).get("miou")
         row["accuracy"] = scores.get(name, {}).get("accuracy")
         row["parameters"] = sum(parameter.numel() for parameter in head.model.head.parameters())
         row["note"] = leaving_note(left[name]) if name in left else ""
         row["run"] = str(head.run.out_dir)
         rows.append(row)
-    sign = 1 if score in lowest else -1
-    return sorted(rows, key=lambda row: (row[f"val_{score}"] is None, sign * (row[f"val_{score}"] or 0.0)))
+    progresses = {name: head.checkpoints.progress for name, head in heads.items()}
+    return sorted(rows, key=lambda row: progresses[row["head"]].rank(lowest=score in lowest))
 
 
 def write_leaderboard(rows: Sequence[Mapping[str, Any]], out_dir: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from dinoseg.config.job import folder_words
 from dinoseg.core.contracts import Head, Loss
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.labels import Labels
@@ -289,7 +290,7 @@ class TrainingRun(RunContext):
         if self.engine.is_main:
             self.finish_log(log, scores, checkpoints)
             write_json(self.out_dir / COST, cost)
-            print("\n".join(next_commands(self.out_dir, on_clips=self.task.on_clips)))
+            print("\n".join(next_commands(self.out_dir, self.build.config_dirs, on_clips=self.task.on_clips)))
         return {**scores, **cost, "best_step": checkpoints.progress.best_step, "run": str(self.out_dir)}
 
     def evaluate(self, model: SegmentationModel, checkpoints: Checkpointer, **shown: bool) -> dict[str, Any]:
@@ -325,11 +326,13 @@ def _warn_of_other_sizes(build: Builder) -> None:
         )
 
 
-def next_commands(run: Path, *, on_clips: bool) -> list[str]:
+def next_commands(run: Path, config_dirs: Sequence[str], *, on_clips: bool) -> list[str]:
     """Return a line for each command that uses a finished training, and for the one that advises on its data."""
     uses = ["mode=track {} input=VIDEO"] if on_clips else ["mode=predict {} input=PATH", "mode=export {} export=onnx"]
     resume = shlex.quote(f"resume={run}")
-    lines = ["next:", *(f"  python -m dinoseg {use.format(resume)}" for use in ("mode=eval {}", *uses))]
+    own = shlex.join(folder_words(config_dirs))
+    commands = (f"python -m dinoseg {use.format(resume)} {own}".rstrip() for use in ("mode=eval {}", *uses))
+    lines = ["next:", *(f"  {command}" for command in commands)]
     return lines if on_clips else [*lines, "data advice:  mode=doctor with the same data settings"]
 
 

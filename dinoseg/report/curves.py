@@ -60,14 +60,17 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], score: str, best_step: int)
     if not any(selecting in keys for keys, _ in panels):
         panels.append(({selecting: None}, score))
     shown = [panel for panel in panels if any(len(_points(rows, key)) for key in panel[0])] or [_LOSS]
-    figure = Figure(figsize=(6 * len(shown), 4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(6 * len(shown), 4.5), dpi=100, layout="constrained")
     for axes, (keys, title) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         curves = {key: _points(rows, key) for key in keys}
         _draw_panel(axes, curves, keys, title)
         if selecting in curves:
             _mark_best(axes, curves[selecting], best_step)
         if any(map(len, curves.values())):
-            axes.legend(frameon=False, loc="best")
+            # below the label of the axis, since a legend inside covers a curve
+            axes.legend(
+                frameon=False, loc="upper left", bbox_to_anchor=(0, -0.16), borderaxespad=0, ncols=2, fontsize=9
+            )
     return figure
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dinoseg.report.palette import IGNORE_COLOUR, layer_colours, lookup_table
+from dinoseg.report.palette import IGNORE_COLOUR, lookup_table
 from dinoseg.utils.levels import to_display
 
 if TYPE_CHECKING:  # imports torch, which drawing does not need
@@ -24,35 +25,96 @@ _INK, _PAPER, _EDGE = (20, 20, 20), (255, 255, 255), (150, 150, 150)
 
 
 def blend(
-    frame: np.ndarray, mask: np.ndarray, palette: Palette, *, ignore_index: int = 255, opacity: float = 0.5
+    frame: np.ndarray,
+    mask: np.ndarray,
+    palette: Palette,
+    *,
+    ignore_index: int = 255,
+    opacity: float = 0.5,
+    outline: int | None = 0,
 ) -> np.ndarray:
     """Tint a frame (H, W, 3) by the classes of `mask` (H, W); `opacity` 0..1, 1 = colours only.
 
-    Classes whose colour is black leave the frame unchanged, at any opacity below 1. Layers (K, H, W) tint it one after
-    the other, so that colours mix where classes overlap.
+    Classes whose colour is black leave the frame unchanged, at any opacity below 1. Layers (K, H, W) are hatched in
+    the colours of their classes where these overlap, and always outlined.
+
+    Args:
+        frame: (H, W, 3) uint8.
+        mask: class ids (H, W), or layers (K, H, W) of 0, 1 and `ignore_index`.
+        palette: one colour per class.
+        ignore_index: id of ignored pixels.
+        opacity: opacity of the colours.
+        outline: width in pixels of the outline inside each region of a mask (H, W); None: by the frame's size.
     """
     if mask.ndim > 2:
         return _blend_layers(frame, mask, palette, ignore_index, opacity)
     table = lookup_table(palette, ignore_index)
+    drawn = _tint(frame, mask, table, opacity)
+    width = default_outline(frame.shape[:2]) if outline is None else outline
+    if width:
+        edges = find_edges(mask, width) & (table.max(axis=1) > 0).take(mask)
+        drawn[edges] = table[mask[edges]]
+    return drawn
+
+
+def default_outline(size: tuple[int, int]) -> int:
+    """Return the width in pixels of outlines that are visible in a frame of this height and width."""
+    return max(1, round(max(size) / 400))
+
+
+def find_edges(ids: np.ndarray, width: int) -> np.ndarray:
+    """Return where ids (H, W) have another id at most `width` pixels to the left, right, above or below, as bool."""
+    edges = np.zeros(ids.shape, bool)
+    for axis, shift in product((0, 1), range(1, width + 1)):
+        along, found = (np.swapaxes(values, 0, axis) for values in (ids, edges))  # views
+        differs = along[shift:] != along[:-shift]
+        found[shift:] |= differs
+        found[:-shift] |= differs
+    return edges
+
+
+def _tint(frame: np.ndarray, ids: np.ndarray, table: np.ndarray, opacity: float) -> np.ndarray:
+    """Return a frame (H, W, 3) mixed with the colours `table[ids]`; below opacity 1, black leaves it unchanged."""
     plain = (table.max(axis=1) == 0) & (opacity < 1)
-    colours = table.take(mask, axis=0)
+    colours = table.take(ids, axis=0)
     try:
         import cv2
     except ImportError:  # fallback for inference with numpy alone
         tinted = (frame * np.float32(1 - opacity) + colours * np.float32(opacity)).round().astype(np.uint8)
-        return np.where(plain.take(mask)[..., None], frame, tinted)
+        return np.where(plain.take(ids)[..., None], frame, tinted)
     tinted = np.asarray(cv2.addWeighted(frame, 1 - opacity, colours, opacity, 0))
-    return np.asarray(cv2.copyTo(frame, plain.astype(np.uint8).take(mask), tinted))
+    return np.asarray(cv2.copyTo(frame, plain.astype(np.uint8).take(ids), tinted))
 
 
 def _blend_layers(
     frame: np.ndarray, layers: np.ndarray, palette: Palette, ignore_index: int, opacity: float
 ) -> np.ndarray:
-    drawn = frame if opacity < 1 else np.zeros_like(frame)
-    for layer, colour in zip(layers.astype(np.uint8), layer_colours(palette), strict=True):
-        tinted = blend(drawn, layer, [(0, 0, 0), colour], ignore_index=ignore_index, opacity=opacity)
-        drawn = np.where(layer[..., None] == 0, drawn, tinted)
+    height, width = layers.shape[1:]
+    table = np.array([*palette, IGNORE_COLOUR, (0, 0, 0)], np.uint8)  # black stands for no class
+    outline = default_outline((height, width))
+    rows, columns = np.ogrid[:height, :width]
+    stripes = ((rows + columns) // (4 * outline)).astype(np.uint16)
+    shown = [layer == 1 for layer in layers] + [(layers == ignore_index).any(axis=0)]
+    drawn = _tint(frame, _choose_by_stripe(shown, stripes), table, opacity)
+    edges = _choose_by_stripe([here & find_edges(here, outline) for here in shown], stripes)
+    is_edge = edges < len(shown)
+    drawn[is_edge] = table[edges[is_edge]]
     return drawn
+
+
+def _choose_by_stripe(layers: Sequence[np.ndarray], stripes: np.ndarray) -> np.ndarray:
+    """Return the index of a layer (H, W) bool that holds the pixel, in turns from stripe to stripe; else their number.
+
+    A pixel of n layers takes the one whose rank among these is its stripe modulo n.
+    """
+    count = np.sum(layers, axis=0, dtype=np.uint16)
+    turn = stripes % np.maximum(count, 1)
+    chosen = np.full_like(count, len(layers))
+    rank = np.zeros_like(count)
+    for index, here in enumerate(layers):
+        chosen[here & (rank == turn)] = index
+        rank += here
+    return chosen
 
 
 def compare(
@@ -105,8 +167,6 @@ def legend_of(
 
     A black class is black in the legend although `blend` leaves the frame unchanged there, so that legends agree.
     """
-    if any(mask.ndim > 2 for mask in masks):
-        palette = layer_colours(palette)
     present = set().union(*(_shown_ids(mask, ignore_index) for mask in masks))
     entries: list[tuple[str, Colour]] = []
     for index in sorted(present - {ignore_index}):

@@ -11,13 +11,27 @@ if TYPE_CHECKING:
     from dinoseg.core.shapes import Palette
 
 IGNORE_COLOUR = (224, 224, 192)
-_LEVELS = 8  # per colour channel: the candidates of the default palette
+# Black, and eight colours whose smallest CIEDE2000 difference is largest for trichromats, deuteranopes and protanopes,
+# found by a search. They differ by 14.9 at least, from black, IGNORE_COLOUR and the reds of tissue too.
+_FIRST = (
+    (0, 0, 0),
+    (34, 119, 255),
+    (204, 255, 0),
+    (204, 0, 136),
+    (204, 102, 0),
+    (85, 255, 255),
+    (34, 187, 255),
+    (238, 119, 153),
+    (221, 170, 102),
+)
+_LEVELS = 8  # per colour channel: the candidates of the further colours
 
 
 def default_palette(num_classes: int) -> list[tuple[int, int, int]]:
     """Return `num_classes` (1..256) distinct colours; class 0 is black, which reads as "nothing here".
 
-    Each colour is the candidate farthest from all previous colours, so a longer palette starts with any shorter one.
+    The first nine also differ for deuteranopes and protanopes. Each further one is the candidate farthest from all
+    previous colours, so a longer palette starts with any shorter one.
     """
     if not 1 <= num_classes <= 256:
         raise ValueError(f"A palette has 1 to 256 colours, not {num_classes}.")
@@ -25,7 +39,7 @@ def default_palette(num_classes: int) -> list[tuple[int, int, int]]:
 
 
 def layer_colours(palette: Palette) -> list[tuple[int, int, int]]:
-    """Return the colours of the layers of a mask: white instead of black, which marks the class of no object."""
+    """Return the colours of classes that may overlap: white instead of black, which stands for no class."""
     return [(255, 255, 255) if max(colour) == 0 else colour for colour in palette]
 
 
@@ -44,11 +58,11 @@ def _farthest_colours() -> tuple[tuple[int, int, int], ...]:
     bright = candidates.max(axis=1) >= 180
     vivid = np.ptp(candidates, axis=1) >= 70  # greys and pale tones vanish on a photograph
     candidates = candidates[bright & vivid]
-    chosen = [np.zeros(3)]
-    distance = _distance(candidates, np.array(IGNORE_COLOUR, dtype=float))
+    chosen = [np.array(colour, dtype=float) for colour in _FIRST]
+    distance = np.min([_distance(candidates, colour) for colour in [*chosen, np.array(IGNORE_COLOUR)]], axis=0)
     while len(chosen) < 256:
-        distance = np.minimum(distance, _distance(candidates, chosen[-1]))
         chosen.append(candidates[distance.argmax()])
+        distance = np.minimum(distance, _distance(candidates, chosen[-1]))
     return tuple((int(red), int(green), int(blue)) for red, green, blue in chosen)
 
 

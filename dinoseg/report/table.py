@@ -10,7 +10,7 @@ from tabulate import tabulate
 from dinoseg.core.metric import Metric
 from dinoseg.utils.csv_text import write_csv_table
 
-_COLUMNS = ("iou", "dice", "accuracy", "precision", "recall")
+_COLUMNS = ("iou", "dice", "precision", "recall")
 MEANS = {  # labels of scores that are one number over all classes
     "miou": "mIoU",
     "miou_no_background": "mIoU without background",
@@ -27,7 +27,7 @@ def class_table(
     `background` is the background class of the matrix, `metrics` are further metrics of the scores. A class is "absent"
     if neither the reference nor the prediction contains it; "-" is an undefined score.
     """
-    headers = ["id", "class", "IoU %", "Dice %", "accuracy = recall %", "precision %", "pixels"]
+    headers = ["id", "class", "IoU %", "Dice %", "recall %", "precision %", "pixels"]
     rows = [_text_row(row, classes[row["id"]]) for row in scores["classes"]]
     table = tabulate(rows, headers=headers, disable_numparse=True, colalign=("right", "left", *["right"] * 5))
     present = f"over {scores['present_classes']} of {len(scores['classes'])} classes"

@@ -3,6 +3,7 @@
 `decode_images` and `decode_video` run in such a process; `ImageDecoder` and `VideoDecoder` are its ends in the server.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -143,6 +144,7 @@ class VideoDecoder(_Decoder):
 def decode_images(channel: Channel) -> None:
     """Answer each request with the pixels of the image that it names."""
     warnings.simplefilter("ignore")  # about odd metadata
+    logging.getLogger("tifffile").disabled = True  # it logs each odd tag
     while (message := channel.receive()) is not None:
         request = message[0]
         try:
@@ -173,6 +175,8 @@ def decode_video(channel: Channel) -> None:
     request = message[0]
     path = Path(request["path"])
     try:
+        if not is_video(path):
+            raise UserError(f"{path} is not a video. Convert it to MP4.")
         if has_more_packets(path, request["packets"]):
             raise UserError(f"{path} has more than {request['packets']} packets. Cut it, or re-encode it.")
         with VideoReader(path, max_pixels=request["max_pixels"]) as reader:

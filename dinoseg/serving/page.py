@@ -26,6 +26,8 @@ from dinoseg.tracking.tracker import Tracker
 from dinoseg.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
+_MAX_TEXT = 300  # characters of a message; names of files are a visitor's
+_MAX_WAITING_STROKES = 20  # of a page; further ones are dropped
 _OBJECTS = Labels(("background", *(f"object {i}" for i in range(1, 10))), tuple(default_palette(10)), 255)
 
 
@@ -36,6 +38,29 @@ class Stage(Element, component="stage.js"):
         """Set properties of the component."""
         self._props.update(props)
         self.update()
+
+
+class Slider(ui.slider):
+    """A slider that takes numbers of its range only."""
+
+    def _event_args_to_value(self, e: GenericEventArguments) -> float:
+        if not isinstance(e.args, int | float):
+            return self.value
+        return min(max(self.props["min"], e.args), self.props["max"])
+
+
+class Switch(ui.switch):
+    """A switch that takes true and false only."""
+
+    def _event_args_to_value(self, e: GenericEventArguments) -> bool:
+        return e.args is True
+
+
+class Checkbox(ui.checkbox):
+    """A checkbox that takes true and false only."""
+
+    def _event_args_to_value(self, e: GenericEventArguments) -> bool:
+        return e.args is True
 
 
 @dataclass(frozen=True)
@@ -69,17 +94,19 @@ class Page:
 
     def __init__(self, context: PageContext, token: str) -> None:
         self.folder = context.uploads / secrets.token_hex(16)
-        self.upload = self.folder / "upload"
-        self.files: dict[str, Path | bytes] = {}  # by the name in their address
+        self.files: dict[str, Path | bytes | Callable[[], bytes]] = {}  # by the name in their address
         self.is_busy = False
+        self.is_receiving = False
         self._context = context
         self._address = f"/files/{token}"
         facts = context.model.facts
         self._classes = Labels(facts.classes, facts.palette, facts.ignore_index)
+        self._next: Path | None = None  # the upload that is opened next
+        self._opened = self.folder / "none"  # the upload that is shown; it is never written again
         self._name = ""  # of the upload, without its suffix
-        self._image = np.zeros((1, 1, 3), np.uint8)  # or the first frame of a video
-        self._predicted = np.zeros((1, 1), np.uint8)  # the model's mask of it
-        self._editor = MaskEditor(self._predicted, self._classes)
+        self._clear_masks()
+        self._painting = asyncio.Lock()
+        self._strokes = 0  # that wait or are painted
         self._label = 0  # that the brush paints
         self._video: VideoDecoder | None = None  # that is processed
         self._is_cancelled = False
@@ -89,11 +116,22 @@ class Page:
         self._shares: dict[int, ui.label] = {}
         self._build(f"/upload/{token}")
 
+    def add_upload(self, path: Path) -> None:
+        """Let a complete file be opened next; the page shows the former upload until then."""
+        if self._next is not None:
+            self._next.unlink(missing_ok=True)
+        self._next = path
+
     def close(self) -> None:
-        """Cancel the work of the page, and remove its files."""
+        """Cancel the work of the page, and remove its files and masks."""
         self._cancel()
         self.files.clear()
+        self._clear_masks()  # widgets and handlers refer to one another, so that the page is collected much later
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _clear_masks(self) -> None:
+        self._predicted = np.zeros((1, 1), np.uint8)  # the model's mask of the image or the first frame
+        self._editor = MaskEditor(self._predicted, self._classes)
 
     # ---- widgets
 
@@ -101,14 +139,14 @@ class Page:
         ui.add_css(Path(__file__).with_name("style.css"))
         with ui.element("div").classes("columns"):
             self._stage = Stage().on("uploaded", self._open_upload).on("stroke", self._paint)
-            self._stage.on("failed", lambda event: self._tell(str(event.args), is_error=True))
+            self._stage.on("failed", lambda event: self._tell(str(event.args), is_error=True))  # to upload
             hint = f"up to {self._context.max_mib:g} MiB, videos up to {self._context.max_seconds:g} s"
             self._stage.show(url=upload_address, hint=hint, maxMib=self._context.max_mib)
             with ui.element("aside"):
                 with ui.card():
                     ui.label("dinoseg").classes("heading")
                     self._status = ui.label("No file uploaded yet.").props("role=status")
-                    self._progress = ui.linear_progress(0, show_value=False)
+                    self._progress = ui.element("q-linear-progress")  # NiceGUI's takes values from the browser
                     self._cancel_button = _add_button("Cancel", self._cancel, "outline")
                 with ui.card() as self._video_card:
                     self._build_video_card()
@@ -134,7 +172,7 @@ class Page:
         self._legend = ui.element("div").classes("legend")
         with ui.element("div") as self._tools:
             self._opacity = _add_slider("Opacity: {} %", 0, 100, self._show_brush)
-            self._brush = ui.switch("Brush: paints the chosen class", on_change=self._show_brush)
+            self._brush = Switch("Brush: paints the chosen class", on_change=self._show_brush)
             self._radius = _add_slider("Brush radius: {} px", 1, MAX_RADIUS, self._show_brush)
             self._zoom = _add_slider("Zoom: {}", 1, 8, self._show_brush)
             with ui.element("div").classes("buttons"):
@@ -144,13 +182,13 @@ class Page:
                 _add_button("Download overlay", partial(self._download, "overlay.jpg"), "outline")
 
     def _tell(self, text: str, *, is_error: bool = False) -> None:
-        self._status.text = text
+        self._status.text = text[:_MAX_TEXT]
         self._status.style(f"color: {'var(--q-negative)' if is_error else 'inherit'}")
 
     def _show_progress(self) -> None:
         self._progress.visible = self._cancel_button.visible = self.is_busy and self._frames > 0
         if self.is_busy and self._frames_done:
-            self._progress.value = self._frames_done / max(self._frames_done, self._frames)
+            self._progress.props["value"] = self._frames_done / max(self._frames_done, self._frames)
             self._tell(f"Frame {self._frames_done} of {self._frames}")
 
     @contextmanager
@@ -178,30 +216,52 @@ class Page:
     # ---- the upload and its mask
 
     async def _open_upload(self, event: GenericEventArguments) -> None:
-        if self.is_busy:
+        path = self._next
+        if self.is_busy or path is None:
             return
+        self._next = None
         with self._work("Segmenting ..."):
-            self._image, self._predicted, self._frames = await asyncio.to_thread(self._segment_upload)
+            try:
+                shown, predicted, frames = await asyncio.to_thread(self._segment_file, path)
+                self._check_frame(0)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+            self._opened.unlink(missing_ok=True)
+            self._opened = path
+            self._predicted = predicted
+            self._frames = frames
             self._name = Path(str(event.args)).stem[:100]
-            self.files["image.jpg"] = encode_image(self._image)
-            self._radius.value = min(MAX_RADIUS, 2 + min(self._predicted.shape) // 40)
+            self.files |= {
+                "image.jpg": shown,
+                # encoded for a browser that asks, not for each stroke
+                "layer.png": lambda: self._editor.encode_layer(),
+                "mask.png": lambda: encode_mask(self._editor.mask, self._editor.labels.palette),
+                "overlay.jpg": self._encode_overlay,
+            }
+            self._radius.value = min(MAX_RADIUS, 2 + min(predicted.shape) // 40)
             self._opacity.value = 50
-            self._edit(self._predicted, self._classes)
-            height, width = self._predicted.shape
-            frames = f"{self._frames} frames of " if self._frames else ""
-            self._tell(f"{event.args}: {frames}{width} x {height} pixels")
+            self._edit(predicted, self._classes)
+            height, width = predicted.shape
+            text = f"{frames} frames of " if frames else ""
+            self._tell(f"{event.args}: {text}{width} x {height} pixels")
 
-    def _segment_upload(self) -> tuple[np.ndarray, np.ndarray, int]:
-        if not is_video(self.upload):
-            return *self._context.model.segment_file(self.upload), 0
-        with closing(self._open_video()) as video:
+    def _segment_file(self, path: Path) -> tuple[bytes, np.ndarray, int]:
+        """Return an image or a first frame as JPEG, its mask, and the number of frames (0: an image)."""
+        if not is_video(path):
+            image, mask = self._context.model.segment_file(path)
+            return encode_image(image), mask, 0
+        with closing(self._open_video(path)) as video:
             frame, _ = next(video.frames())
-        return frame, self._context.model.segment([frame])[0], max(1, video.count)
+        return encode_image(frame), self._context.model.segment([frame])[0], max(1, video.count)
 
-    def _open_video(self) -> VideoDecoder:
-        return VideoDecoder(
-            self.upload, max_pixels=self._context.model.max_pixels, max_seconds=self._context.max_seconds
-        )
+    def _encode_overlay(self) -> bytes:
+        shown = self.files["image.jpg"]
+        assert isinstance(shown, bytes)
+        return self._editor.encode_overlay(shown, self._opacity.value / 100)
+
+    def _open_video(self, path: Path) -> VideoDecoder:
+        return VideoDecoder(path, max_pixels=self._context.model.max_pixels, max_seconds=self._context.max_seconds)
 
     def _reset(self) -> None:
         self._edit(self._predicted, self._classes)
@@ -217,13 +277,13 @@ class Page:
 
     def _list_labels(self) -> None:
         labels = self._editor.labels
-        counts = self._editor.count_pixels()
+        counts = self._editor.counts
         self._legend.clear()
         self._names.clear()
         self._shares.clear()
         with self._legend:
             for label in sorted(range(len(labels.classes)), key=lambda label: -counts[label]):
-                box = ui.checkbox(value=True, on_change=partial(self._toggle_visible, label))
+                box = Checkbox(value=True, on_change=partial(self._toggle_visible, label))
                 box.props(f'dense aria-label="Show {label}"')
                 ui.element("i").style(f"background: rgb{labels.palette[label]}")
                 button = ui.button(labels.classes[label], on_click=partial(self._choose, label), color=None)
@@ -252,9 +312,8 @@ class Page:
         self._show_mask()
 
     def _show_mask(self) -> None:
-        self.files["layer.png"] = self._editor.encode_layer()
         self._stage.show(mask=f"{self._address}/layer.png?{secrets.token_hex(4)}")
-        self._show_shares(self._editor.count_pixels())
+        self._show_shares(self._editor.counts)
 
     def _show_shares(self, counts: np.ndarray) -> None:
         for label, text in self._shares.items():
@@ -265,23 +324,26 @@ class Page:
         self._stage.show(paint=self._brush.value, color=color, radius=self._radius.value)
         self._stage.show(zoom=self._zoom.value, opacity=self._opacity.value / 100)
 
-    def _paint(self, event: GenericEventArguments) -> None:
-        if not self.is_busy:
-            with suppress(TypeError, ValueError):  # of a stroke that no page sends
-                self._editor.paint(event.args, self._radius.value, self._label)
-            self._show_mask()
+    async def _paint(self, event: GenericEventArguments) -> None:
+        if self.is_busy or self._strokes >= _MAX_WAITING_STROKES:
+            return
+        self._strokes += 1
+        stroke = (event.args, self._radius.value, self._label)
+        try:
+            async with self._painting:
+                with suppress(TypeError, ValueError):  # of a stroke that no page sends
+                    await asyncio.to_thread(self._editor.paint, *stroke)
+        finally:
+            self._strokes -= 1
+        self._show_mask()
 
-    def _undo(self) -> None:
+    async def _undo(self) -> None:
         if not self.is_busy:
-            self._editor.undo()
+            async with self._painting:
+                self._editor.undo()
             self._show_mask()
 
     def _download(self, name: str) -> None:
-        if name == "mask.png":
-            self.files[name] = encode_mask(self._editor.mask, self._editor.labels.palette)
-        elif name == "overlay.jpg":
-            drawn = self._editor.draw(self._image, self._editor.mask, self._opacity.value / 100)
-            self.files[name] = encode_image(drawn)
         ui.download.from_url(f"{self._address}/{name}", f"{self._name}_{name}")
 
     # ---- videos
@@ -311,7 +373,7 @@ class Page:
         draw = partial(editor.draw, opacity=self._opacity.value / 100)
 
         def work() -> np.ndarray:
-            with closing(self._open_video()) as self._video:
+            with closing(self._open_video(self._opened)) as self._video:
                 self._check_frame(0)
                 palette = editor.labels.palette
                 return write_labelled_video(self._video, self.folder, palette, segment, draw, self._check_frame)
@@ -342,8 +404,8 @@ def _add_button(text: str, on_click: Callable[[], Any], props: str = "") -> ui.b
     return ui.button(text, on_click=on_click).props(f"no-caps {props}")
 
 
-def _add_slider(text: str, low: int, high: int, on_change: Callable[[], Any]) -> ui.slider:
+def _add_slider(text: str, low: int, high: int, on_change: Callable[[], Any]) -> Slider:
     label = ui.label().classes("quiet")
-    slider = ui.slider(min=low, max=high, value=low, on_change=on_change)
+    slider = Slider(min=low, max=high, value=low, on_change=on_change)
     label.bind_text_from(slider, "value", text.format)
     return slider.props(f'aria-label="{text.partition(":")[0]}"')

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 Port = Annotated[int, Range("a port from 0 to 65535", 0, 65535)]
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _CONNECTIONS = 256  # at once, which bounds memory and files; requests on further ones get a 503
+_HEADER_BYTES = 2**16  # of a request; browsers send all cookies of a host, whatever their port
+_MESSAGE_BYTES = 2**19  # of a web socket; a brush stroke of 20,000 points has up to 320 kB
 _LAST_SECONDS = 30  # for requests in progress at a stop signal
 
 
@@ -66,11 +68,22 @@ def serve_until_signal(app: ASGIApp, listener: socket.socket) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        http="h11",  # httptools collects headers and chunk extensions without a limit
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+        ws_max_size=_MESSAGE_BYTES,
         limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
+    logging.getLogger("uvicorn.error").addFilter(_drop_traceback)
     print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     try:
         uvicorn.Server(config).run([listener])
     except Interrupted:
         print("stopped")  # uvicorn raises the signal again when it has finished
+
+
+def _drop_traceback(record: logging.LogRecord) -> bool:
+    """Log one line for invalid text on a web socket; only errors of the application have a traceback."""
+    if not record.getMessage().startswith("Exception in ASGI application"):
+        record.exc_info = None
+    return True

@@ -1,5 +1,6 @@
 """Loading of the served model: from a run, a checkpoint or a one-file model."""
 
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -53,11 +54,13 @@ def load_served(source: ModelSource, out_dir: Path, file: str | None) -> Model:
 
 def tracker_maker(make: Callable[..., Tracker], model: Model) -> Callable[[], Tracker] | None:
     """Return a function that makes trackers of a model's backbone; None where torch does not run the model."""
-    if not isinstance(model.runtime, TorchRuntime) or not isinstance(model.runtime.predictor.model, SegmentationModel):
+    runtime = model.runtime
+    if not isinstance(runtime, TorchRuntime) or not isinstance(runtime.predictor.model, SegmentationModel):
         return None
-    predictor = model.runtime.predictor
-    backbone = model.runtime.predictor.model.backbone
-    return partial(make, backbone, device=predictor.device, autocast=predictor.autocast, batch_size=_BATCH)
+    predictor = runtime.predictor
+    return partial(
+        make, predictor.model.backbone, device=predictor.device, autocast=predictor.autocast, batch_size=_BATCH
+    )
 
 
 def _open_model(source: ModelSource, out_dir: Path, file: str) -> Model:
@@ -65,7 +68,8 @@ def _open_model(source: ModelSource, out_dir: Path, file: str) -> Model:
     typed = {word.lstrip("+").partition("=")[0] for word in command_line(out_dir)}
     weights = {part: source.settings(part)["weights"] for part in ("backbone", "head") if f"{part}.weights" in typed}
     unread = {key for key in typed if key.partition(".")[0] in _OF_THE_FILE} - {f"{part}.weights" for part in weights}
-    warn_unread(out_dir, unread, f"mode.model uses its stored settings; give resume={file} to override them.")
+    remedy = f"give {shlex.quote(f'resume={file}')} to override them."
+    warn_unread(out_dir, unread, f"mode.model uses its stored settings; {remedy}")
     engine = source.settings("engine")
     machine = {"device": engine["device"], "precision": engine["precision"], "trust": list(source.config["trust"])}
     try:

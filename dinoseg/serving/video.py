@@ -11,7 +11,7 @@ from dinoseg.core.shapes import Palette
 from dinoseg.inference.stream import run_pipeline
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.serving.decoding import TimedFrame, VideoDecoder
-from dinoseg.serving.mask_editor import encode_mask
+from dinoseg.serving.mask_editor import count_pixels, encode_mask
 from dinoseg.utils.atomic import atomic_file
 
 _BATCH = 4  # frames in a batch
@@ -54,7 +54,7 @@ def write_labelled_video(
             for (frame, time), mask in zip(*done, strict=True):
                 writer.write(draw(frame, mask), time)
                 archive.writestr(f"{written:09d}.png", encode_mask(mask, palette))
-                counts += np.bincount(mask.ravel(), minlength=256)
+                counts += count_pixels(mask)
                 written += 1
             progress(written)
 

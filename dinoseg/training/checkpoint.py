@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dinoseg.core.metric import split_infinite
 from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.description import FORMAT, IDLE, changed_prediction, locate_weights, read_description
 from dinoseg.training.loading import (
@@ -36,6 +37,7 @@ from dinoseg.training.loading import (
 )
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import MovingAverage, tensors_of
+from dinoseg.training.progress import Progress
 from dinoseg.training.sharding import gather_tensors, is_shared
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
@@ -49,23 +51,6 @@ HEADS = "heads"  # subfolder of a multi-head run, with one folder per head
 ONE_FILE = "model"  # stem of the file that mode=export writes
 _PARTS = ("model", "optimizer", "ema", "loss_scale", CONSTANTS)  # prefixes of tensor names, before the slash
 _MAX_TENSORS = 50_000  # ten times those of the largest backbone with its training state
-
-
-@dataclass
-class Progress:
-    """Progress of a run."""
-
-    step: int = 0  # optimizer steps done
-    best: float | None = None  # best validation score so far
-    best_step: int = 0
-    stale: int = 0  # validations since the best one
-    validation_pending: bool = False  # whether a validation is pending at this step: a resumed run starts with it
-
-    def after_validation(self, score: float, *, lowest: bool) -> "Progress":
-        """Return the progress after a validation with this score; `lowest`: whether the lowest one is the best."""
-        if self.best is None or (score < self.best if lowest else score > self.best):
-            return Progress(self.step, best=score, best_step=self.step)
-        return replace(self, stale=self.stale + 1, validation_pending=False)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -275,7 +260,8 @@ class Checkpointer:
         Returns:
             The updated progress, which `commit` sets once the rest of the validation is saved.
         """
-        now = self.progress.after_validation(scores[name], lowest=lowest)
+        infinite, score = split_infinite(scores, name)
+        now = self.progress.after_validation(score, infinite, lowest=lowest)
         if now.best_step == now.step or evaluate == "last":
             self._write("best", {f"model/{name}": value for name, value in _trained_state(model).items()}, now)
         return now
@@ -404,10 +390,10 @@ def comparable(
         metric: see `Checkpointer`.
     """
     old, new = _chosen_by(before, now, metric), _chosen_by(now, before, metric)
-    if progress.best is None or old == new:
+    if not progress.has_best or old == new:
         return progress
     logger.warning("Checkpoint selection changed to %s from %s; the previous best score is discarded.", new, old)
-    return replace(progress, best=None, best_step=0, stale=0)
+    return replace(progress, best=None, best_infinite=0, best_step=0, stale=0)
 
 
 def _chosen_by(info: Mapping[str, Any], other: Mapping[str, Any], metric: str | None) -> str:

@@ -21,7 +21,7 @@ _MAX_OPTIONS = 100  # of one group
 PRECISION = "precision"  # key of an explicit `engine.precision=fp32`, which later runs of the model keep
 IDLE = "idle"  # key in `last`: number of parameters without optimizer state
 _COUNT = forms.whole()
-_COUNTS = ("step", "best_step", "stale")  # in the progress
+_COUNTS = ("step", "best_step", "best_infinite", "stale")  # in the progress
 
 
 def read_description(text: str | None, path: Path) -> dict[str, Any]:

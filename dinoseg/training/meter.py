@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from dinoseg.report.progress import IN_NOTEBOOK, has_bar, measure_waits
 from dinoseg.training.time_limit import TimeLimit
-from dinoseg.utils.wording import count_of
+from dinoseg.utils.wording import count_of, in_bytes
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -172,7 +172,7 @@ class Meter:
         self._shown = now
         figures = (
             f"epoch {self._step / self._epoch:.1f}, loss {loss:.4f}, rate {rate:.1e}, {_format_speed(speed)} images/s, "
-            f"waiting for data {waited:.0%}, memory {peak_memory(self.device) / 2**30:.1f} GiB, {self.left()}"
+            f"waiting for data {waited:.0%}, memory {in_bytes(peak_memory(self.device))}, {self.left()}"
         )
         if self._has_bar:
             self.bar.set_postfix_str(figures, refresh=False)

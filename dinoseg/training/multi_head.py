@@ -15,17 +15,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Backbone, Head, Loss
+from dinoseg.core.metric import FINITE_MEAN, INFINITE_IMAGES, split_infinite
 from dinoseg.core.shapes import Batch, FrozenFeatures, Prediction
 from dinoseg.inference.memory import is_shortage
 from dinoseg.inference.policy import Autocast, Policy
 from dinoseg.inference.whole import Whole
 from dinoseg.models.model import SegmentationModel
-from dinoseg.training.checkpoint import Checkpointer, Progress, comparable
+from dinoseg.training.checkpoint import Checkpointer, comparable
 from dinoseg.training.data_module import Validation
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.training.optim import clip_norm
+from dinoseg.training.progress import Progress
 from dinoseg.utils.devices import empty_cache
 from dinoseg.utils.errors import UserError
 
@@ -274,7 +276,11 @@ class MultiHeadDataModule(ImageDataModule):
         scores = {f"{name}/{key}": score for name, each in found.items() for key, score in each.scores.items()}
         pictures = {f"{name}/{sample}": rgb for name, each in found.items() for sample, rgb in each.pictures.items()}
         for key in self.score_names:
-            scores[key] = best_of([each.scores[key] for each in found.values()], lowest=key in self.lowest)
+            # `KEY_infinite_images` and `KEY_finite_mean` are those of the same head, set with `KEY`
+            if key not in scores:
+                best = best_of([each.scores for each in found.values()], key, lowest=key in self.lowest)
+                keys = (key, f"{key}{INFINITE_IMAGES}", f"{key}{FINITE_MEAN}")
+                scores |= {name: best[name] for name in keys if name in best}
         return Validation(scores, pictures)
 
     def _report_left(self, model: MultiHeadSegmenter) -> None:
@@ -289,13 +295,15 @@ def leaving_note(step: int) -> str:
     return f"left the training at step {step + 1}, where its loss or gradient was not finite"
 
 
-def best_of(values: Sequence[float | None], *, lowest: bool) -> float | None:
-    """Return the highest or the lowest of the finite values; NaN if there are others only, None if all are None."""
-    known = [value for value in values if value is not None]
-    finite = [value for value in known if math.isfinite(value)]
-    if finite:
-        return min(finite) if lowest else max(finite)
-    return math.nan if known else None
+def best_of(heads: Sequence[Mapping[str, Any]], name: str, *, lowest: bool) -> Mapping[str, Any]:
+    """Return the scores of the head that is best by one of them; NaN is worse than numbers, and None than NaN."""
+
+    def rank(scores: Mapping[str, Any]) -> tuple[float, ...]:
+        infinite, value = split_infinite(scores, name)
+        finite = value if value is not None and math.isfinite(value) else None
+        return *Progress(best=finite, best_infinite=infinite).rank(lowest=lowest), value is None
+
+    return min(heads, key=rank)
 
 
 @dataclass
@@ -339,8 +347,10 @@ class MultiHeadCheckpointer(Checkpointer):
         """Save `best` of each head whose `HEAD/NAME` beats all its previous ones; return the progress of the run."""
         assert isinstance(model, MultiHeadSegmenter)
         for head, checkpoints in self.heads.items():
-            score = scores.get(f"{head}/{name}")
-            if score is not None and math.isfinite(score):
+            own = {key.removeprefix(f"{head}/"): score for key, score in scores.items() if key.startswith(f"{head}/")}
+            infinite, score = split_infinite(own, name) if own else (0, None)  # without scores, it has left
+            if infinite if score is None else math.isfinite(score):
                 checkpoints.progress.step = self.progress.step
-                checkpoints.commit(checkpoints.save_if_best(model.models[head], {name: score}, name, lowest=lowest))
-        return self.progress.after_validation(scores[name], lowest=lowest)
+                checkpoints.commit(checkpoints.save_if_best(model.models[head], own, name, lowest=lowest))
+        infinite, score = split_infinite(scores, name)
+        return self.progress.after_validation(score, infinite, lowest=lowest)

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Loss
-from dinoseg.core.metric import Metric
+from dinoseg.core.metric import INFINITE_IMAGES, Metric, split_infinite
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
-from dinoseg.training.checkpoint import Checkpointer, EmergencyCheckpoint, Progress
+from dinoseg.training.checkpoint import Checkpointer, EmergencyCheckpoint
 from dinoseg.training.data_module import DataModule
 from dinoseg.training.engine import Engine
 from dinoseg.training.freeze import BackboneFreeze, build_freeze
@@ -24,11 +24,13 @@ from dinoseg.training.loss_scale import LossScale, widen_predictions
 from dinoseg.training.meter import Meter
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.optim import MovingAverage, Schedule, build_ema, clip_gradients, set_learning_rates
+from dinoseg.training.progress import Progress
 from dinoseg.training.step import BatchLoss, MetricsQueue, NonFiniteLoss, StepMetrics, StepOutput, batch_loss
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Deferral, defer_signals
 from dinoseg.utils.ranges import Count, OpenShare, Positive
+from dinoseg.utils.wording import count_of
 
 logger = logging.getLogger(__name__)
 NOTICE = "stopping: `last` is saved after this step (a second signal ends it at once, unsaved)"
@@ -268,7 +270,8 @@ def validate(experiment: Experiment, ema: MovingAverage | None, stop: Deferral) 
         progress = save_if_best(experiment, scores)
     log.images(step, pictures)
     # last: if anything fails before, the resumed run repeats the validation
-    log.scalars(step, {f"val/{key}": value for key, value in scores.items() if isinstance(value, float)})
+    is_logged = {key: isinstance(value, float) or f"{key}{INFINITE_IMAGES}" in scores for key, value in scores.items()}
+    log.scalars(step, {f"val/{key}": value for key, value in scores.items() if is_logged[key]})
     checkpoints.commit(progress)
     logger.info(validation_line(experiment, scores, perf_counter() - began))
 
@@ -281,10 +284,10 @@ def save_if_best(experiment: Experiment, scores: Mapping[str, Any]) -> Progress:
         NonFiniteLoss: it is not finite.
     """
     name, checkpoints = experiment.settings.score, experiment.checkpoints
-    score = scores[name]
-    if score is None:
+    infinite, score = split_infinite(scores, name)
+    if score is None and not infinite:
         raise UserError(f"trainer.score={name} is undefined: the validation data has no pixels or objects for it.")
-    if not math.isfinite(score):
+    if score is not None and not math.isfinite(score):
         raise NonFiniteLoss(
             f"val/{name} is {score} at step {checkpoints.progress.step}: it cannot select checkpoints. Set a lower "
             "optim.optimizer.lr, or check the validation data."
@@ -296,13 +299,16 @@ def save_if_best(experiment: Experiment, scores: Mapping[str, Any]) -> Progress:
 def validation_line(experiment: Experiment, scores: Mapping[str, Any], seconds: float) -> str:
     """Return the step, the score and its best value, the loss and the duration of a validation as one line."""
 
-    def text(score: float) -> str:
+    def text(infinite: int, score: float | None) -> str:
+        if infinite:
+            others = "" if score is None else f", {score:.4f} for the others"
+            return f"infinite for {count_of(infinite, 'image')}{others}"
+        assert score is not None  # `save_if_best` refuses undefined scores
         return f"{score:.4f}" if name in experiment.data.lowest else f"{100 * score:.2f} %"
 
     name, progress = experiment.settings.score, experiment.checkpoints.progress
-    assert progress.best is not None  # set by the first validation
     value = None if name == "loss" else scores.get("loss")
     loss = "" if value is None else f", val/loss {value:.4f}"
-    best = f"best {text(progress.best)} at step {progress.best_step}"
+    best = f"best {text(progress.best_infinite, progress.best)} at step {progress.best_step}"
     step = f"step {progress.step} of {experiment.settings.steps}"
-    return f"{step}: val/{name} {text(scores[name])} ({best}){loss}, in {seconds:.1f} s"
+    return f"{step}: val/{name} {text(*split_infinite(scores, name))} ({best}){loss}, in {seconds:.1f} s"

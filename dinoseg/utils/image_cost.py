@@ -1,16 +1,15 @@
 """Limits on what an image file may cost to open and to decode, checked on its bytes before Pillow parses them."""
 
 import io
-import math
 import re
 import struct
 from typing import IO, Literal
 
 from PIL import Image
 from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import MARKER, JpegImageFile
+from PIL.JpegImagePlugin import MARKER as JPEG_MARKERS
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import PREFIXES, TiffImageFile
 
 MAX_SCANS = 32  # of a JPEG file: each is a pass over all pixels; progressive encoders write about ten
 MAX_SEGMENTS = 2**10  # of a JPEG file; a profile or depth map takes up to 255
@@ -22,20 +21,16 @@ MAX_TAGS = 2**12  # of a TIFF file or of EXIF: Pillow takes about 30 microsecond
 MAX_BLOCKS = 2**18  # of a TIFF page: Pillow takes about 300 bytes each
 MAX_PAGES = 2**10  # of a TIFF file: as many as there may be channels
 MAX_PAGE_TAGS = 2**16  # of all pages of a TIFF file
-MAX_BLOCK_PIXELS = 2**22  # always allowed in a TIFF tile, whatever the size of its image
-MAX_TILE_RATIO = 4  # largest ratio of a larger TIFF tile's pixels to its image's
 # most pixels per byte of a file; Pillow fills what a shorter one lacks with black or grey
 _PNG_PIXELS = 8 * 1032  # of 1 bit, where deflate writes 1032 bytes as one
 _JPEG_PIXELS = 8 * 64  # one bit for a block of 8 x 8 in a first scan of Huffman codes
 _SCAN, _END, _EXIF = 0xDA, 0xD9, 0xE1
-_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # markers with a length, and the end
+MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # markers with a length, and the end
 _PIXEL_CHUNKS = (b"IDAT", b"fdAT", b"fcTL")
 _PACKED_CHUNKS = (b"iCCP", b"zTXt", b"iTXt")
 _BIG = 43  # version number of BigTIFF
 _MAX_OFFSET = 2**40  # behind the end of any file; seeking much further is a system error
-_WIDTH, _HEIGHT, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 277, 278, 322, 323  # TIFF tags
 _OFFSETS = (273, 324)  # TIFF tags: of strips, of tiles
-_LAYOUT = (_WIDTH, _HEIGHT, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT, *_OFFSETS)
 
 
 class Unfit(Exception):
@@ -56,21 +51,18 @@ def check_header(file: IO[bytes]) -> None:
         _check_segments(file)
     elif start.startswith(b"\x89PNG"):
         _check_chunks(file, stop=(b"IDAT", b"fdAT", b"IEND"))
-    elif start.startswith(tuple(PREFIXES)):
-        check_tags(file)
-        _check_block_count(_read_tags(file))
+    elif start.startswith((b"II", b"MM")):
+        check_pages(file)
     file.seek(0)
 
 
-def check_pages(image: TiffImageFile) -> None:
-    """Refuse an opened TIFF file with too many pages, or whose pages have too many tags or blocks.
+def check_pages(file: IO[bytes]) -> None:
+    """Refuse a TIFF file with too many pages, or whose pages have too many tags or blocks.
 
     Raises:
-        Unfit: if it has.
+        Unfit: if it has, or a tag is longer than the file.
     """
-    file = image.fp
-    assert file is not None
-    position = file.tell()
+    size = file.seek(0, io.SEEK_END)
     order, is_big = _find_directory(file)
     offset = file.tell()
     offsets: set[int] = set()
@@ -79,32 +71,17 @@ def check_pages(image: TiffImageFile) -> None:
         offsets.add(offset)
         count = count_tags(file, offset)
         tags += count
+        if count > MAX_TAGS:
+            raise Unfit(f"has {count} TIFF tags; the limit is {MAX_TAGS}. Save it again")
         if len(offsets) > MAX_PAGES or tags > MAX_PAGE_TAGS:
             raise Unfit(f"has over {MAX_PAGES} pages, or {MAX_PAGE_TAGS} TIFF tags in its pages. Split it")
-        _check_block_count(_read_tags(file, offset))
+        for number, values in read_tags(file, offset):
+            if number in _OFFSETS and values > MAX_BLOCKS:
+                raise Unfit(f"has {values} TIFF blocks; the limit is {MAX_BLOCKS}. Save it with larger ones")
+            if values > size:
+                raise Unfit(f"is truncated: its TIFF tag {number} is longer than the file. Replace it")
         file.seek(offset + (8 + 20 * count if is_big else 2 + 12 * count))
         offset = min(int.from_bytes(file.read(8 if is_big else 4), order), _MAX_OFFSET)
-    file.seek(position)
-
-
-def _check_block_count(tags: list[tuple[int, int]]) -> None:
-    blocks = max((count for number, count in tags if number in _OFFSETS), default=0)
-    if blocks > MAX_BLOCKS:
-        raise Unfit(f"has {blocks} TIFF blocks; the limit is {MAX_BLOCKS}. Save it with larger ones")
-
-
-def check_tags(file: IO[bytes]) -> None:
-    """Refuse a TIFF file of too many tags, or of a kind that Pillow misreads.
-
-    Raises:
-        Unfit: if it has too many tags, or is a BigTIFF in big-endian order.
-    """
-    file.seek(0)
-    if file.read(4) == b"MM\0+":  # Pillow takes it for a classic TIFF, libtiff does not
-        raise Unfit("is a BigTIFF in big-endian order. Save it in little-endian order")
-    count = count_tags(file)
-    if count > MAX_TAGS:
-        raise Unfit(f"has {count} TIFF tags; the limit is {MAX_TAGS}. Save it again")
 
 
 def count_tags(file: IO[bytes], offset: int | None = None) -> int:
@@ -123,8 +100,7 @@ def check_cost(image: Image.Image) -> None:
     """Refuse an opened image that takes far more time or memory to decode than its size warrants.
 
     Raises:
-        Unfit: if its file has too many scans, segments or chunks, larger or more blocks than its pixels need, or fewer
-            bytes than any file of its size.
+        Unfit: if its file has too many scans, segments or chunks, or fewer bytes than any file of its size.
         OSError: if a part of a PNG file is longer than the file.
     """
     if not isinstance(image, ImageFile) or image.fp is None or image.fp.closed or not image.tile:
@@ -133,16 +109,12 @@ def check_cost(image: Image.Image) -> None:
     if isinstance(image, JpegImageFile):
         _check_length(image, _JPEG_PIXELS)
         image.fp.seek(0)
-        scans = count_scans(image.fp.read())
-        if scans > MAX_SCANS:
-            raise Unfit(f"has {scans} JPEG scans; the limit is {MAX_SCANS}. Save it again")
+        check_scans(image.fp.read())
     elif isinstance(image, PngImageFile):
         _check_length(image, _PNG_PIXELS // (1 if image.mode in ("1", "P", "L") else 8))
         end = _check_chunks(image.fp, stop=(b"IEND",))  # Pillow also reads those behind the pixels
         if end > image.fp.seek(0, io.SEEK_END):  # OpenCV reserves the memory
             raise OSError("a PNG chunk is longer than the file")
-    elif isinstance(image, TiffImageFile):
-        _check_blocks(image)
     image.fp.seek(position)
 
 
@@ -156,6 +128,17 @@ def _check_length(image: ImageFile, most_pixels: int) -> None:
         )
 
 
+def check_scans(data: bytes) -> None:
+    """Refuse a JPEG file of too many scans: each is a pass over all pixels.
+
+    Raises:
+        Unfit: if it has.
+    """
+    scans = count_scans(data)
+    if scans > MAX_SCANS:
+        raise Unfit(f"has {scans} JPEG scans; the limit is {MAX_SCANS}. Save it again")
+
+
 def count_scans(data: bytes) -> int:
     """Return the number of scans of the first image of a JPEG file; exact only above `MAX_SCANS`.
 
@@ -166,7 +149,7 @@ def count_scans(data: bytes) -> int:
     if found <= MAX_SCANS:
         return found
     scans, segments, position = 0, 0, 2
-    while (match := _MARKER.search(data, position)) and match[1][0] != _END:
+    while (match := MARKER.search(data, position)) and match[1][0] != _END:
         scans += match[1][0] == _SCAN
         segments += match[1][0] != _SCAN
         if segments > MAX_SEGMENTS:
@@ -187,12 +170,12 @@ def _check_segments(file: IO[bytes]) -> None:
                 return
             fill += 1
             position += 1
-        elif marker not in MARKER or head[1] == _SCAN:
+        elif marker not in JPEG_MARKERS or head[1] == _SCAN:
             return
         else:
             segments += 1
             of_exif += head[1] == _EXIF and head[4:] == b"Exif\0\0"
-            has_length = MARKER[marker][2] is not None
+            has_length = JPEG_MARKERS[marker][2] is not None
             position += 2 + (max(2, int.from_bytes(head[2:4], "big")) if has_length else 0)
         for count, most, what in (
             (segments, MAX_SEGMENTS, "JPEG segments"),
@@ -221,29 +204,7 @@ def _check_chunks(file: IO[bytes], stop: tuple[bytes, ...]) -> int:
         position += 12 + int.from_bytes(head[:4], "big")
 
 
-def _check_blocks(image: TiffImageFile) -> None:
-    assert image.fp is not None
-    tags = image.tag_v2
-    numbers = [number for number, _ in _read_tags(image.fp, tags.offset)]
-    if twice := [number for number in _LAYOUT if numbers.count(number) > 1]:  # readers differ in which one they use
-        raise Unfit(f"has the TIFF tag {twice[0]} twice. Save it again")
-    if skipped := [number for number in _LAYOUT if number in numbers and number not in tags]:  # but not by libtiff
-        raise Unfit(f"has the TIFF tag {skipped[0]} in an unsupported form. Save it again")
-    width, height = tags[_WIDTH], tags[_HEIGHT]
-    is_tiled = _TILE_WIDTH in tags or _TILE_HEIGHT in tags
-    columns, rows = (tags.get(_TILE_WIDTH), tags.get(_TILE_HEIGHT)) if is_tiled else (width, tags.get(_ROWS, height))
-    if not (isinstance(columns, int) and isinstance(rows, int) and min(columns, rows) > 0):
-        raise Unfit(f"has TIFF blocks of {columns} x {rows} pixels. Save it again")
-    if is_tiled and columns * rows > max(MAX_BLOCK_PIXELS, MAX_TILE_RATIO * (width + 15) * (height + 15)):
-        raise Unfit(f"has {width} x {height} pixels in TIFF tiles of {columns} x {rows}. Save it with smaller tiles")
-    offsets = tags.get(_OFFSETS[is_tiled], ())
-    needed = math.ceil(width / columns) * math.ceil(height / rows)  # for each sample, if these are stored by themselves
-    # Pillow leaves pixels without a block black
-    if not needed <= len(offsets) <= needed * tags.get(_SAMPLES, 1):
-        raise Unfit(f"has {len(offsets)} TIFF blocks, but its pixels need {needed}. Save it again")
-
-
-def _read_tags(file: IO[bytes], offset: int | None = None) -> list[tuple[int, int]]:
+def read_tags(file: IO[bytes], offset: int | None = None) -> list[tuple[int, int]]:
     """Return number and count of values of each tag of a directory, by default the first, at most `MAX_TAGS`."""
     count = min(count_tags(file, offset), MAX_TAGS)
     order, is_big = _find_directory(file, offset)
@@ -254,11 +215,11 @@ def _read_tags(file: IO[bytes], offset: int | None = None) -> list[tuple[int, in
 
 
 def _find_directory(file: IO[bytes], offset: int | None = None) -> tuple[Literal["little", "big"], bool]:
-    """Seek to a TIFF's directory, by default the first; return byte order and whether it is a BigTIFF, as in Pillow."""
+    """Seek to a TIFF's directory, by default the first; return byte order and whether it is a BigTIFF."""
     file.seek(0)
     head = file.read(16)
     order: Literal["little", "big"] = "little" if head.startswith(b"II") else "big"
-    is_big = head[2:3] == bytes([_BIG])
+    is_big = int.from_bytes(head[2:4], order) == _BIG
     first = int.from_bytes(head[8:16] if is_big else head[4:8], order)
     file.seek(min(first if offset is None else offset, _MAX_OFFSET))
     return order, is_big

@@ -1,6 +1,5 @@
 """Strict reading and writing of image files: a truncated or foreign file is an error that names it."""
 
-import functools
 import io
 import logging
 import struct
@@ -12,22 +11,26 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
-from PIL.PngImagePlugin import PngInfo
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dinoseg.utils.atomic import atomic_file
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import open_regular
 from dinoseg.utils.image_cost import MAX_TAGS, Unfit, check_cost, check_header, count_tags
+from dinoseg.utils.tiff import BLACK_IS_ZERO, PALETTE, RGB, WHITE_IS_ZERO, TiffFile, TiffPage, is_tiff
+from dinoseg.utils.truncation import check_jpeg, check_png
 
 UNREAD_SUFFIXES = (  # of unsupported image formats; such files among images are reported
     *(".gif", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jfif", ".jpe", ".tga", ".psd", ".svg"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
 )
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+TIFF_SUFFIXES = (".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", *TIFF_SUFFIXES, ".webp")
 ARRAY_SUFFIX = ".npy"  # an array (H, W, C) of numpy as an image
 PIXEL_SUFFIXES = (*IMAGE_SUFFIXES, ARRAY_SUFFIX)
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of these formats; it could read others
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # Pillow's names of the formats that it reads here; it could read others
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _ORIENTATION = 0x0112  # EXIF and TIFF tag; 1 is upright
@@ -43,18 +46,17 @@ _TRANSPOSES = {
 }
 _EXIF, _RAW_EXIF = "exif", "Raw profile type exif"  # info keys
 _EXIF_START = b"Exif\0\0"  # before the tags, once or twice
+_BAND = 2**22  # numbers that are converted at once: 100 MiB in float64
 _MAX_RAW_EXIF = 2**20  # characters of EXIF as hexadecimal text
 _METADATA = {_EXIF, _RAW_EXIF, "xmp", "XML:com.adobe.xmp"}  # info keys with a possible orientation
-_BITS = 258  # TIFF tag: bits per sample
-_PHOTOMETRIC, _SAMPLES, _PLANES = 262, 277, 284  # TIFF tags
-_SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF tag, and its value for signed integers
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # signatures of TIFF files
 _RAW_MODES = ("1", "P", "I", "I;16", "I;16L", "I;16B")  # modes in which Pillow returns the stored values
 _RAW_MODES_UNMARKED = ("L", "LA", "RGB", "RGBA", "RGBX")  # the same, if packed in whole bytes
+_LOSSY = ("JPEG", "MPO", "WEBP")  # Pillow's names; lossless WebP is rare
 _warned: list[str | Path] = []  # the file that the warning about scaling named
 # what Pillow raises for damaged files
 _DAMAGE = (OSError, SyntaxError, ArithmeticError, LookupError, TypeError, ValueError, struct.error)
 _NO_PICTURE = "is truncated or not an image: replace or remove it"
+_FULL_DEPTH = "data/pixels=files data.pixels.value_range=[LOWEST,HIGHEST]"
 _STRETCHED = {"2": 85, "4": 17}  # bits per pixel of grey files to Pillow's factor on their values
 
 
@@ -65,21 +67,32 @@ class ImageTooLarge(UserError):
 def read_image(path: str | Path) -> np.ndarray:
     """Read an image as (H, W, 3) uint8 RGB, upright by the orientation in its header.
 
-    16-bit grey images are scaled from 0..65535 to 0..255, with one warning per process; 12-bit ones from 0..4095.
+    Images of 16 bits are scaled from 0..65535 to 0..255, with one warning per process; TIFF files of 12 bits per value
+    from 0..4095.
 
     Raises:
-        UserError: if the file is missing, truncated or no image, or holds other values than levels of 8 or 16 bits.
+        UserError: if the file is missing, truncated or no image, has several pages, or holds other values than levels
+            of 8 or 16 bits.
     """
-    return np.asarray(decode(path, functools.partial(_upright_rgb, path)))
+
+    def read_page(file: TiffFile) -> np.ndarray:
+        channels = sum(page.samples for page in file.pages)
+        key = "data/pixels=files data.pixels.order=[0,1,2]" if channels == 3 else f"data.channels={channels}"
+        return _rgb_of_page(path, file.get_only_page(f"If its pages are channels, set {key}"))
+
+    return decode(path, lambda image: np.asarray(_upright_rgb(path, image)), read_page)
 
 
 def as_rgb(image: Image.Image, name: str) -> np.ndarray:
-    """Convert an opened image as `read_image` does: (H, W, 3) uint8 RGB, upright, only the first frame.
+    """Convert an opened image as `read_image` does: (H, W, 3) uint8 RGB, upright, only the current frame.
 
     Raises:
         UserError: if it is truncated, or holds other values than levels of 8 or 16 bits; `name` begins the message.
     """
     try:
+        # not loaded yet: Pillow would change or refuse some
+        if isinstance(image, TiffImageFile) and image.tile and image.fp is not None:
+            return _rgb_of_page(name, TiffFile(image.fp).stored_pages[image.tell()])
         return np.asarray(_upright_rgb(name, image))
     except UserError:
         raise
@@ -93,12 +106,45 @@ def read_ids(path: str | Path) -> np.ndarray:
     """Read the stored values of a mask file: (H, W) for grey and palette files, (H, W, 3) for RGB ones.
 
     Palette files give their indices, not their colours. Files of 1, 2 or 4 bits per pixel give 0..1, 0..3 or 0..15;
-    16-bit files keep their values.
+    others keep their values.
 
     Raises:
-        UserError: if the file is missing, truncated or no image, or Pillow would change its values.
+        UserError: if the file is missing, truncated or no image, has several pages or frames, or holds no integers.
     """
-    return decode(path, _stored_numbers)
+    remedy = "If each page is the mask of a class, set task=multilabel"
+    return decode(path, _stored_numbers, lambda file: _ids_of_page(file.get_only_page(remedy)))
+
+
+def read_ids_of_page(path: str | Path, page: int, count: int) -> np.ndarray:
+    """Read the stored values of one page of a TIFF mask, see `read_ids`.
+
+    Args:
+        path: the file.
+        page: index of the page.
+        count: number of pages that the file must have.
+
+    Raises:
+        UserError: see `read_ids`, or it has another number of pages.
+    """
+
+    def refuse(image: Image.Image) -> np.ndarray:
+        raise Unfit(f"has one page, and one for each of {count} classes is needed. Save it as TIFF of several pages")
+
+    def read_page(file: TiffFile) -> np.ndarray:
+        if len(file.pages) != count:
+            raise Unfit(f"has {len(file.pages)} pages, and one for each of {count} classes is needed. Save it again")
+        return _ids_of_page(file.pages[page])
+
+    return decode(path, refuse, read_page)
+
+
+def read_valid(path: str | Path) -> np.ndarray | None:
+    """Return which pixels (H, W) the internal masks of a TIFF file mark as valid; None without such masks.
+
+    Raises:
+        UserError: if the file is missing, truncated or no image.
+    """
+    return decode(path, lambda image: None, TiffFile.read_valid)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
@@ -107,7 +153,7 @@ def read_size(path: str | Path) -> tuple[int, int]:
     Raises:
         UserError: if the file is missing or no image.
     """
-    return decode(path, _upright_size)
+    return decode(path, _upright_size, lambda file: file.pages[0].size)
 
 
 def is_turned(path: str | Path) -> bool:
@@ -116,7 +162,7 @@ def is_turned(path: str | Path) -> bool:
     Raises:
         UserError: if the file is missing or no image.
     """
-    return decode(path, lambda image: read_orientation(image) != 1)
+    return decode(path, lambda image: read_orientation(image) != 1, lambda file: file.pages[0].orientation != 1)
 
 
 def varies_in_alpha(path: str | Path) -> bool:
@@ -125,7 +171,7 @@ def varies_in_alpha(path: str | Path) -> bool:
     Raises:
         UserError: if the file is missing or no image.
     """
-    return decode(path, _has_several_alphas)
+    return decode(path, _has_several_alphas, _page_has_several_alphas)
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -134,12 +180,13 @@ def read_orientation(image: Image.Image) -> int:
     It is read from EXIF or TIFF tags, else from XMP; damaged or far too many tags mean 1 (upright). PNG metadata behind
     the pixels is not read: a reader of the header does not see it.
     """
-    if not isinstance(image, TiffImageFile) and not _METADATA & image.info.keys():
+    if not _METADATA & image.info.keys():
         return 1
     exif = image.info.get(_EXIF, b"")
     if not isinstance(exif, bytes) or len(image.info.get(_RAW_EXIF, "")) > _MAX_RAW_EXIF:
         return 1  # text of a PNG chunk that is named exif, or too much of it
-    if count_tags(io.BytesIO(exif.removeprefix(_EXIF_START).removeprefix(_EXIF_START))) > MAX_TAGS:
+    tags = exif.removeprefix(_EXIF_START).removeprefix(_EXIF_START)
+    if tags.startswith(b"MM\0+") or count_tags(io.BytesIO(tags)) > MAX_TAGS:  # Pillow reads the former otherwise
         return 1
     try:
         # not `PngImageFile.getexif`, which decodes all pixels to read the chunks behind them
@@ -155,7 +202,42 @@ def has_one_bit(path: str | Path) -> bool:
     Raises:
         UserError: if the file is missing or no image.
     """
-    return decode(path, lambda image: image.mode == "1")
+    return decode(path, lambda image: image.mode == "1", lambda file: file.pages[0].bits == 1)
+
+
+def is_deep(path: str | Path) -> bool:
+    """Return whether an image stores levels of 9 to 16 bits, by its header.
+
+    Raises:
+        UserError: if the file is missing or no image.
+    """
+    return decode(
+        path,
+        lambda image: ";16" in image.mode or ";16" in find_packing(image),
+        lambda file: file.pages[0].is_unsigned and 8 < file.pages[0].bits <= 16,
+    )
+
+
+def has_colors(path: str | Path) -> bool:
+    """Return whether an image has several channels by its header.
+
+    Raises:
+        UserError: if the file is missing or no image.
+    """
+    return decode(path, lambda image: len(image.getbands()) > 1, lambda file: file.pages[0].samples > 1)
+
+
+def lossy_format(path: str | Path) -> str | None:
+    """Return the name of an image's format if it changes values: JPEG, WebP, or TIFF with JPEG; else None.
+
+    Raises:
+        UserError: if the file is missing or no image.
+    """
+    return decode(
+        path,
+        lambda image: image.format if image.format in _LOSSY else None,
+        lambda file: "TIFF" if file.pages[0].is_lossy else None,
+    )
 
 
 def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | None = None) -> None:
@@ -172,73 +254,105 @@ def write_png(path: str | Path, pixels: np.ndarray, *, note: tuple[str, str] | N
 
 def load_upright(image: Image.Image) -> Image.Image:
     """Return an opened image decoded and upright; its mode does not change."""
-    check_cost(image)
-    check_storage(image)
-    # before loading; Pillow itself rotates a TIFF while it loads one
-    orientation = 1 if isinstance(image, TiffImageFile) else read_orientation(image)
-    image.load()
+    orientation = read_orientation(image)  # before loading
+    load_whole(image)
     return image.copy() if orientation == 1 else image.transpose(_TRANSPOSES[orientation])
 
 
-def check_storage(image: Image.Image) -> None:
-    """Refuse an opened TIFF file whose values Pillow and OpenCV would return changed.
+def load_whole(image: Image.Image) -> None:
+    """Decode an opened image; refuse it if its file costs far more than its pixels, or lacks some of them.
 
     Raises:
-        Unfit: if it is of such a kind.
+        Unfit: if it does.
     """
-    if not isinstance(image, TiffImageFile) or not image.tile:
-        return
-    tags = image.tag_v2
-    is_deep = max(tags.get(_BITS, (1,))) > 8
-    planes = tags.get(_SAMPLES, 1) if tags.get(_PLANES) == 2 else 1
-    changed = {
-        "signed numbers of 8 bits": not is_deep and _SIGNED in tags.get(_SAMPLE_FORMAT, ()),
-        "each channel in a plane of its own": planes > 1
-        and (is_deep or (planes > 3 and image.tile[0].codec_name == "libtiff")),
-        "0 as white in more than 8 bits": is_deep and tags.get(_PHOTOMETRIC) == 0,
-    }
-    if kind := next((name for name, is_stored in changed.items() if is_stored), None):
-        raise Unfit(f"stores {kind}, which is not supported. Save unsigned numbers, 0 as black, all channels together")
+    check_cost(image)
+    data = b""
+    if isinstance(image, JpegImageFile | PngImageFile) and image.tile and image.fp is not None:
+        position = image.fp.tell()
+        image.fp.seek(0)
+        data = image.fp.read()  # before loading, which may close the file
+        image.fp.seek(position)
+    image.load()
+    if data and isinstance(image, PngImageFile):
+        check_png(io.BytesIO(data), np.asarray(image.crop((0, image.height - 1, image.width, image.height))))
+    elif data:
+        check_jpeg(data, np.asarray(image), lambda changed: np.asarray(Image.open(io.BytesIO(changed))))
 
 
 def _upright_rgb(path: str | Path, image: Image.Image) -> Image.Image:
+    is_reduced = ";16" in find_packing(image)  # of several channels, by Pillow
     upright = load_upright(image)
-    if image.mode == "F":
-        raise Unfit("holds floating-point values of unknown range. Convert it to 8 bits")
-    if image.mode.startswith("I"):
-        upright = _eight_bits(path, upright, bits=12 if _bits(image) == (12,) else 16)
+    if image.mode == "F" or image.mode.startswith("I"):
+        upright = Image.fromarray(_eight_bits(path, np.asarray(upright), white=65535))
+    elif is_reduced:
+        _warn_of_scaling(path)
     upright.info.pop("transparency", None)  # dropped: Pillow would warn about a palette's transparency
     return upright.convert("RGB")
 
 
-def _eight_bits(path: str | Path, image: Image.Image, bits: int) -> Image.Image:
-    levels, white = np.asarray(image).astype(np.int64), 2**bits - 1
+def _rgb_of_page(path: str | Path, page: TiffPage) -> np.ndarray:
+    """Return a page of a TIFF file as (H, W, 3) uint8 RGB."""
+    if page.is_float:
+        raise Unfit(_unknown_range(page.samples))
+    levels = page.read_levels()
+    colors = levels.shape[2] - (page.has_alpha and page.photometric in (BLACK_IS_ZERO, WHITE_IS_ZERO))
+    if colors not in (1, 3) and page.photometric != RGB:
+        raise Unfit(
+            f"has {levels.shape[2]} channels, and 1 or 3 are read as RGB. Set data.channels={levels.shape[2]}; or "
+            "choose channels by data/pixels=files data.pixels.order=[0,1,2]"
+        )
+    levels = levels[..., :1].repeat(3, axis=2) if colors == 1 else levels[..., :3]
+    return np.ascontiguousarray(_eight_bits(path, levels, white=page.white if page.bits < 16 else 65535))
+
+
+def _unknown_range(channels: int) -> str:
+    """Return the text about floats as RGB."""
+    named = "" if channels == 3 else f"data.channels={channels} "
+    return f"holds floating-point values of unknown range. Declare it: {named}{_FULL_DEPTH}; or convert it to 8 bits"
+
+
+def _eight_bits(path: str | Path, levels: np.ndarray, white: int) -> np.ndarray:
+    """Scale levels of 0..white to uint8."""
+    if levels.dtype == np.uint8:
+        return levels
+    if levels.dtype.kind == "f":
+        raise Unfit(_unknown_range(1))
     if levels.min() < 0 or levels.max() > white:
-        raise Unfit(f"holds values from {levels.min()} to {levels.max()}, not {bits}-bit levels. Convert it to 8 bits")
-    if bits == 16:  # 12-bit files mostly use their full range
+        raise Unfit(
+            f"holds values from {levels.min()} to {levels.max()}, not levels from 0 to {white}. Declare their range: "
+            f"{_FULL_DEPTH}; or convert it to 8 bits"
+        )
+    if white == 65535:  # files of fewer bits mostly use their full range
         _warn_of_scaling(path)
-    return Image.fromarray(np.round(levels * (255 / white)).astype(np.uint8))
+    return scale(levels, 0, white, np.uint8)
 
 
-def _bits(image: Image.Image) -> tuple[int, ...]:
-    """Return the bits of each sample of a TIFF file."""
-    return image.tag_v2.get(_BITS, ()) if isinstance(image, TiffImageFile) else ()
+def scale(values: np.ndarray, lowest: float, highest: float, dtype: type) -> np.ndarray:
+    """Map values linearly from lowest..highest to the range of an unsigned type, in bands of rows."""
+    scaled: np.ndarray = np.empty(values.shape, dtype)
+    rows = max(1, _BAND // values[0].size)
+    for start in range(0, len(values), rows):
+        band = values[start : start + rows].astype(np.float64)
+        scaled[start : start + rows] = np.round((band - lowest) / (highest - lowest) * np.iinfo(dtype).max)
+    return scaled
 
 
 def _warn_of_scaling(path: str | Path) -> None:
     if not _warned:
         _warned.append(path)
         log.warning(
-            "16-bit grey images, such as %s, are scaled from 0..65535 to 0..255. If yours use a smaller range, such as "
-            "0..4095, they become dark: convert them to 8 bits first.",
+            "16-bit images, such as %s, are scaled from 0..65535 to 0..255. If yours use a smaller range, such as "
+            "0..4095, they become dark: declare it by data/pixels=files data.pixels.value_range=[0,4095].",
             path,
         )
 
 
 def _stored_numbers(image: Image.Image) -> np.ndarray:
+    frames = getattr(image, "n_frames", 1)
+    if image.format in ("PNG", "WEBP") and frames > 1:
+        raise Unfit(f"has {frames} frames, and a mask has one. Save the one that is meant")
     mark = _check_packing(image)  # before loading, which discards it
-    check_cost(image)
-    image.load()
+    load_whole(image)
     if image.mode == "1":
         return np.asarray(image, np.uint8)
     if image.mode == "L" and mark in _STRETCHED:
@@ -248,6 +362,29 @@ def _stored_numbers(image: Image.Image) -> np.ndarray:
     if image.mode in ("L", "P", "I", "RGB"):
         return np.asarray(image)
     return np.asarray(image.convert("L" if image.mode == "LA" else "RGB"))
+
+
+def _ids_of_page(page: TiffPage) -> np.ndarray:
+    """Return the stored integers of a page of a TIFF file: (H, W), or (H, W, 3) of RGB."""
+    colors = 3 if page.photometric == RGB else 1
+    kinds = {
+        "floating-point numbers": page.is_float,
+        "0 as white": page.photometric == WHITE_IS_ZERO and page.bits > 1,
+        "colours of more than 8 bits": colors == 3 and page.bits != 8,
+        f"{page.samples} channels": page.samples - page.has_alpha != colors,
+        "colours that are not RGB": page.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE),
+    }
+    if kind := next((name for name, is_stored in kinds.items() if is_stored), None):
+        raise Unfit(f"has a format that does not preserve ids ({kind}). Save it as a grey PNG of 8 or 16 bits")
+    values = page.read()
+    if page.bits == 1:
+        values = values.astype(np.uint8) if page.photometric != WHITE_IS_ZERO else 1 - values.astype(np.uint8)
+    return np.ascontiguousarray(values[..., :3] if colors == 3 else values[..., 0])
+
+
+def _page_has_several_alphas(file: TiffFile) -> bool:
+    page = file.pages[0]
+    return page.has_alpha and bool(np.ptp(page.read()[..., -1]) > 0)
 
 
 def _has_several_alphas(image: Image.Image) -> bool:
@@ -274,17 +411,14 @@ def _check_packing(image: Image.Image) -> str:
     mark = name.partition(";")[2]
     unchanged = image.mode in _RAW_MODES or (image.mode in _RAW_MODES_UNMARKED and mark in ("", "R", "L"))
     unchanged = unchanged or (image.mode == "L" and mark in _STRETCHED)
-    signed = image.mode == "L" and isinstance(image, TiffImageFile) and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ())
-    if signed or not unchanged:
-        kind = "signed 8-bit numbers" if signed else f"{name if mark else image.mode}, by Pillow's name"
+    if not unchanged:
+        kind = f"{name if mark else image.mode}, by Pillow's name"
         raise Unfit(f"has a format that does not preserve ids ({kind}). Save it as a grey PNG of 8 or 16 bits")
     return mark
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     swapped = read_orientation(image) in _SWAPPED
-    if isinstance(image, TiffImageFile) and _ORIENTATION in image.tag_v2:
-        swapped = False  # Pillow has already swapped the size by this tag, but would not by XMP
     return (image.width, image.height) if swapped else (image.height, image.width)
 
 
@@ -304,30 +438,32 @@ def open_bounded(path: str | Path) -> Iterator[BinaryIO]:
         yield file
 
 
-@contextmanager
-def open_image(path: str | Path) -> Iterator[ImageFile]:
-    """Open an image file without decoding it.
+def decode(path: str | Path, take: Callable[[Image.Image], T], take_tiff: Callable[[TiffFile], T]) -> T:
+    """Return `take` of an opened image file that is not decoded yet, or `take_tiff` of a TIFF file.
 
     Raises:
-        UserError, OSError: as `open_bounded`, or if it is no image of these formats (Pillow's names).
-    """
-    with open_bounded(path) as file, Image.open(file, formats=FORMATS) as image:
-        yield image
-
-
-def decode(path: str | Path, take: Callable[[Image.Image], T]) -> T:
-    """Return `take` of an opened image file.
-
-    Raises:
-        UserError: if the file is missing, truncated or no image, or `take` raises one of Pillow's errors or `Unfit`.
+        UserError: if the file is missing, truncated or no image of these formats, or one of the two raises an error of
+            a reader or `Unfit`.
     """
     try:
-        with open_image(path) as image:
-            return take(image)
+        with open_bounded(path) as file:
+            if is_tiff(file):
+                opened = TiffFile(file)
+                _check_size(opened.pages[0])
+                return take_tiff(opened)
+            with Image.open(file, formats=FORMATS) as image:
+                return take(image)
     except UserError:
         raise
     except (*_DAMAGE, MemoryError, Image.DecompressionBombError, Unfit) as error:
         raise _explain(Path(path), error) from error
+
+
+def _check_size(page: TiffPage) -> None:
+    """Raise Pillow's error for a page of more pixels than its limit."""
+    limit, pixels = 2 * (Image.MAX_IMAGE_PIXELS or 2**62), page.height * page.width
+    if pixels > limit:
+        raise Image.DecompressionBombError(f"Image size ({pixels} pixels) exceeds limit of {limit} pixels")
 
 
 def _explain(path: Path, error: Exception) -> UserError:
@@ -347,10 +483,7 @@ def _explain(path: Path, error: Exception) -> UserError:
     if isinstance(error, Unfit):
         return UserError(f"{path} {error}.")
     if isinstance(error, UnidentifiedImageError):
-        with path.open("rb") as file:
-            is_tiff = file.read(4) in _TIFF
-        kind = "is truncated, or has an unsupported format, such as floating point: replace it, or convert it to 8 bits"
-        return UserError(f"{unreadable}. It {kind if is_tiff else _NO_PICTURE}.")
+        return UserError(f"{unreadable}. It {_NO_PICTURE}.")
     if isinstance(error, OSError) and error.errno is not None:
         return UserError(f"Cannot read {path} ({error.strerror}). Check the path and its disk.")
     return UserError(f"{unreadable} ({error}). It {_NO_PICTURE}.")

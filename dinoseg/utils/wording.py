@@ -36,7 +36,7 @@ def count_of(things: Collection | int, noun: str, plural: str | None = None) -> 
     return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
 
 
-def in_bytes(size: int) -> str:
+def in_bytes(size: float) -> str:
     """Format a size such as `2.50 GiB` or `3.1 MiB`."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker, util
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -92,7 +92,7 @@ def run_in_process(work: Callable[[T], R], item: T, *, timeout: float | None = N
     Args:
         work: maps the item to the result.
         item: what to work on.
-        timeout: seconds after which the process is killed; None: never.
+        timeout: seconds after which the process ends; it is killed if that takes longer than 10 s. None: never.
 
     Raises:
         UserError: if `work` raises it.
@@ -101,12 +101,14 @@ def run_in_process(work: Callable[[T], R], item: T, *, timeout: float | None = N
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(work, item, sending))
+    ending, closed = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(work, item, sending, ending))
     resource_tracker.ensure_running()  # starting it later would unblock signals
     try:
         with block_signals(signal.SIGINT), without_script(work):
             process.start()
         sending.close()
+        ending.close()
         if not receiving.poll(timeout):
             raise TimeoutError
         result = receiving.recv()
@@ -117,7 +119,9 @@ def run_in_process(work: Callable[[T], R], item: T, *, timeout: float | None = N
             raise RuntimeError("A process of this job failed; see its traceback above.") from None
         return None
     finally:
+        closed.close()
         if process.pid is not None:
+            process.join(_ENDING)
             process.kill()
             process.join()
         receiving.close()
@@ -145,8 +149,8 @@ def without_script(*needed: Any) -> Iterator[None]:
         script |= before
 
 
-def _answer(work: Callable[[Any], Any], item: Any, sending: Connection) -> None:
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def _answer(work: Callable[[Any], Any], item: Any, sending: Connection, ending: Connection) -> None:
+    threading.Thread(target=end_with_parent, args=(ending,), daemon=True).start()
     try:
         sending.send(work(item))
     except UserError as error:
@@ -168,11 +172,15 @@ def _start_worker(work: Callable[[Any], Any], catch: ErrorTypes, start: Callable
         start()
 
 
-def end_with_parent() -> None:
-    """End this process when its parent is killed: it would wait for work forever."""
+def end_with_parent(*endings: Connection) -> None:
+    """End this process when its parent is killed, or closes the other end of one of the connections.
+
+    Its semaphores, such as those of a data loader's queues, are removed first: they would be reported as leaked.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None:
-        parent.join()
+        connection.wait([parent.sentinel, *endings])
+        util._run_finalizers(0)  # type: ignore[attr-defined]  # those that wait for threads have lower priorities
         os._exit(1)
 
 

@@ -16,6 +16,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from caller_settings import foreign_settings
 from command_line import SMALL, call, write_data
 from hydra.core.global_hydra import GlobalHydra
 
@@ -47,7 +48,8 @@ def place(tmp_path_factory):
         patch.chdir(folder)
         torch.manual_seed(7)
         before = snapshot()
-        dinoseg.train(None, "data=folder", **KEYS, out_dir="called")
+        with foreign_settings():
+            dinoseg.train(None, "data=folder", **KEYS, out_dir="called")
         assert snapshot() == before
     return folder
 

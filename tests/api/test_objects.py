@@ -163,7 +163,7 @@ class ThreeLayers(PatchBackbone):
     ("options", "message"),
     [
         ({"head": BottleneckHead(5, 1, 2)}, r"BottleneckHead fails for maps \[\[1, 3, 2, 2\]\]"),
-        ({"head": BottleneckHead(3, 1, 7)}, r"scores \[1, 7, 16, 16\].*2 classes"),
+        ({"head": BottleneckHead(3, 1, 7)}, "BottleneckHead scores 7 classes, and the model has 2"),
         ({"head": BottleneckHead}, "head is the class BottleneckHead. Give an object"),
         ({"head": nn.Conv2d(3, 2, 1)}, "Conv2d is not a dinoseg.core.contracts.Head"),
         ({"head": lambda maps: maps}, "function is not a dinoseg.core.contracts.Head"),
@@ -242,6 +242,7 @@ def test_datasets_of_layers_train_a_multilabel_model(tmp_path):
     layered = {split: LayeredDiscs(dataset.names) for split, dataset in data().items()}
     run = train(tmp_path / "run", data=layered, **options)
     assert run.step == 2 and 0 <= run.scores["accuracy"] <= 1
+    assert run.load_model("last").palette[0] == (255, 255, 255)  # instead of black
     with pytest.raises(UserError, match=r"data, .*the mask of .* int64 \(.*Return an integer tensor \(2, "):
         train(tmp_path / "other", data=data(), **options)
 
@@ -260,7 +261,12 @@ class FloatDiscs(Discs):
     ("overrides", "message"),
     [
         ({"data": Discs(["a"])}, "data is one dataset.*random_split"),
-        ({"data": {"train": Discs(["a"])}}, r'lacks data=\{"val": DATASET\}'),
+        ({"data": {"train": Discs(["a"])}}, r'no dataset for val, .* data=\{"train": DATASET, "val": DATASET\}'),
+        ({"data": {"train": Discs(["a"]), "valid": Discs(["a"])}}, "and the key valid. Give .* train, val, test"),
+        (
+            {"data": {"train": "FOLDER/train", "val": "FOLDER/val"}},
+            'FOLDER/train is not a dataset.*data={"root": FOLDER}',
+        ),
         ({"data": {**data(), "val": OtherClasses(["d"])}}, "classes of train is .*'disc'.* of val .*'leaf'"),
         ({"data": {**data(), "val": torch.utils.data.TensorDataset(torch.zeros(2))}}, "data, val: .* lacks `names`"),
         ({"data": {**data(), "val": FloatDiscs(["d"])}}, "data, val: .*FloatDiscs: the image of d is float32"),

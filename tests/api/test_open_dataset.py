@@ -8,6 +8,7 @@ import pytest
 import torch
 from making import save
 from overlapping_shapes import write_overlaps
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import dinoseg
@@ -64,6 +65,35 @@ def test_multilabel_masks_have_a_layer_for_each_class(tmp_path):
     for task in ("multilabel", {"name": "multilabel", "threshold": 0.3}):
         data = dinoseg.open_dataset(root=tmp_path, classes=["disc", "square"], task=task)
         assert np.array_equal(data[0]["mask"], masks[data.names[0]])
+    model = dinoseg.create_model("rgb", classes=data.classes, task="multilabel")
+    assert model.palette == data.palette and (0, 0, 0) not in data.palette
+
+
+WIDE = {"name": "files", "value_range": [0, 4095]}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"pixels": WIDE},
+        {"pixels": "files", "pixels.value_range": [0, 4095]},
+        {"data": {"pixels": WIDE}},
+        {"data/pixels": "files", "data.pixels.value_range": [0, 4095]},
+        {"data/pixels": "files", "pixels": {"value_range": [0, 4095]}},
+    ],
+)
+def test_options_of_nested_groups_are_chosen_in_any_spelling(spelling, tmp_path):
+    save(tmp_path / "train/masks/a.png", np.ones((4, 6)))
+    (tmp_path / "train/images").mkdir()
+    Image.fromarray(np.full((4, 6), 4095, np.uint16)).save(tmp_path / "train/images/a.png")
+    item = dinoseg.open_dataset(root=tmp_path, classes=["ground", "leaf"], channels=1, **spelling)[0]
+    assert item["image"].dtype == torch.uint16 and item["image"].int().unique().tolist() == [65535]
+
+
+def test_a_nested_option_that_is_missing_is_written_out(root):
+    with pytest.raises(UserError) as caught:
+        dinoseg.open_dataset(root=root, classes=["ground", "leaf"], pixels={"value_range": [0, 4095]})
+    assert 'Write data={"pixels": {"name": "files", "value_range": [0, 4095]}}, or' in str(caught.value)
 
 
 def test_opening_a_dataset_writes_nothing(root, tmp_path, monkeypatch):
@@ -96,6 +126,10 @@ def test_workers_of_a_loader_read_it(root, method):
         ({"batch_size": 2}, "^batch_size has no effect"),
         ({"labelled": 0.5}, "^labelled has no effect"),
         ({"augment": {"flip": 0}}, "^augment has no effect"),
+        ({"data": {"augment": {"color": "photometric"}}}, "^augment has no effect"),
+        ({"value_range": [0, 1]}, r'data.pixels.value_range is one, with data={"pixels": "files"}'),
+        ({"pixels": "file"}, r'data={"pixels": "file"} is unknown. Did you mean data={"pixels": "files"}'),
+        ({"a/b": 1}, "data.a/b is not the name of a key"),
     ],
 )
 def test_mistakes_are_refused(root, arguments, message):

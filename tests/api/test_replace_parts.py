@@ -48,6 +48,15 @@ def test_modules_inside_a_part_are_replaced():
     assert not torch.equal(model(IMAGES), before)
 
 
+def test_class_layer_of_another_size_is_refused_by_both_numbers():
+    model = dinoseg.create_model("rgb", head="linear", num_classes=3).eval()
+    for outputs in (2, 7):
+        model.head.classify = nn.Conv2d(3, outputs, 1)
+        for use in (model, lambda images: model.predict(images[0].permute(1, 2, 0).numpy())):
+            with pytest.raises(UserError, match=f"LinearHead scores {outputs} classes, and the model has 3"):
+                use(IMAGES)
+
+
 def test_a_backbone_of_ones_own_may_name_its_blocks():
     backbone = Backbone()
     for blocks in (nn.ModuleList([nn.Linear(2, 2)]), nn.ModuleList()):

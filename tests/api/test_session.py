@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from caller_settings import foreign_settings
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -131,14 +132,25 @@ def test_state_is_restored(part, fails):
 
 
 def test_settings_of_the_caller_do_not_reach_the_mode():
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.inference_mode(), preserve_process_state():
-            assert torch.zeros(1, requires_grad=True).dtype == torch.float32
-            assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        assert torch.get_default_dtype() == torch.float64
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with foreign_settings():
+        with preserve_process_state():
+            tensor = torch.zeros(1, requires_grad=True)
+            assert tensor.dtype == torch.float32 and tensor.device.type == "cpu" and not tensor.is_inference()
+            assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+            assert np.geterr()["invalid"] == "warn"
+        assert torch.get_default_dtype() == torch.float64 and torch.get_default_device().type == "meta"
+        assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+        assert np.geterr()["invalid"] == "raise"
+
+
+def test_autocast_around_a_mode_caches_no_old_weights():
+    weight = torch.nn.Parameter(torch.ones(1, 1))
+    with torch.autocast("cpu", torch.bfloat16), preserve_process_state():
+        for value in (1, 2):
+            with torch.no_grad():
+                weight.fill_(value)
+            with torch.autocast("cpu", torch.bfloat16):  # as the engine enters it in each step
+                assert torch.nn.functional.linear(torch.ones(1, 1), weight) == value
 
 
 def test_open_log_files_stay_open(tmp_path):

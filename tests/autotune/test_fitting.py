@@ -72,6 +72,20 @@ def test_cheapest_change_is_tried_first(fit, memory, words):
     assert fit(memory, "adapter=lora") == words
 
 
+def test_no_step_is_estimated_twice(compose, monkeypatch):
+    tried = []
+
+    def take(parts, loss, *, samples, **_):
+        tried.append((samples, parts.checkpointing["backbone"]))
+        return StepBytes(*[0] * 7, peak=10)
+
+    monkeypatch.setattr(fitting, "step_bytes", take)
+    monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: None)
+    target = SimpleNamespace(kind="cpu", memory=9, bf16=False, world_size=1, need=lambda step: step.peak)
+    assert FitSearch(recipe_of(compose(*BASE, "adapter=lora", "data.batch_size=1")), target).find_fit() is None
+    assert tried == [(1, False), (1, True)]
+
+
 def test_checkpointing_is_tried_before_splitting_batch_norm(fit):
     assert fit(79, "adapter=lora", "head=linear") == "backbone.checkpointing=true"
     assert (

@@ -3,6 +3,9 @@
 import pytest
 from command_line import call
 
+from dinoseg.cli.typos import check_words
+from dinoseg.config.composition import SHIPPED
+
 
 @pytest.mark.parametrize(
     ("words", "says"),
@@ -17,13 +20,27 @@ from command_line import call
         ),
         (("hydra.sweep.dir={}",), "error: hydra.sweep.dir={} leaves hydra.sweep.dir without a valid value."),
         (("data=\u202etxt",), "error: data=\\u202etxt is unknown. Choose from "),
-        (("-m", "head=[1],[2]"), "error: head=[1] is unknown. Choose from cnn, "),
+        (("-m", "head=[1],[2]"), "error: head=[1],[2] is a list, and head takes one option. Choose one of cnn, "),
+        (("-m", "mode=train", "metric=[nsd],[nsdd]"), "error: metric=nsdd is unknown. Did you mean metric=nsd?"),
+        (
+            ("-m", "mode=train", "metric=[nsd],[]", "head.nonsense=1"),
+            "error: head.nonsense is not a key of the config.",
+        ),
+        (
+            ("-m", "mode=train", "metric=[nsd],[]", "metric.nsd.tolerance=3"),
+            "error: metric.nsd.tolerance is not a key of all",
+        ),
         (("~hparam",), "error: ~hparam removes a key that is read. Leave it out"),
     ],
 )
 def test_unknown_option_is_one_message(tmp_path, words, says):
     done = call(tmp_path, "mode=summary", *words)
     assert done.status == 1 and done.err.count("\n") == 1 and done.err.startswith(says), done.err
+
+
+@pytest.mark.parametrize("word", ["metric=[nsd],[boundary_iou,cldice]", "logger=[],[tensorboard]", "metric=nsd,[]"])
+def test_lists_of_options_can_be_swept(word):
+    check_words(["-m", "mode=train", word], [SHIPPED])
 
 
 @pytest.mark.parametrize("last", ["seed=3,4", "++seed=3,4", "seed=5"])

@@ -8,6 +8,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -17,6 +18,8 @@ from dinoseg.core.shapes import Batch, join_batches
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
+from dinoseg.data.doctor.checks.files import check_range
+from dinoseg.data.doctor.errors import check_for_errors, describe_split
 from dinoseg.data.formats.folder import folder_dataset
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs.dataset import PairDataset
@@ -31,6 +34,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import stamp
 from dinoseg.utils.images import read_image
 from dinoseg.utils.levels import read_levels, read_levels_size, to_display, to_levels
+from dinoseg.utils.tiff import TiffPage
 
 SIZE = (21, 34)
 
@@ -257,8 +261,8 @@ def test_large_files_of_16_bits_are_refused_before_decoding(tmp_path, monkeypatc
     image = levels(3, np.uint16)
     cv2.imwritemulti(str(tmp_path / "a.tif"), [image[..., ::-1]] * 3)
     assert np.array_equal(read_levels(tmp_path / "a.tif", None), np.dstack([image] * 3))
-    monkeypatch.setattr(levels_module, "_MAX_NUMBERS", 8 * 21 * 34)
-    monkeypatch.setattr(cv2, "imdecodemulti", None)
+    monkeypatch.setattr(levels_module, "MAX_NUMBERS", 8 * 21 * 34)
+    monkeypatch.setattr(TiffPage, "read", None)
     with pytest.raises(UserError, match="numbers"):
         read_levels(tmp_path / "a.tif", None)
 
@@ -345,22 +349,42 @@ def tiff_with(image, *, planes=1, kind=1, black=1):
     return head + content + lists + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
-@pytest.mark.parametrize(
-    ("image", "options", "message"),
-    [
-        (levels(3, np.uint16), {"planes": 2}, "each channel in a plane of its own"),
-        (levels(1), {"kind": 2}, "signed numbers of 8 bits"),
-        (levels(1, np.uint16), {"black": 0}, "0 as white in more than 8 bits"),
-    ],
-)
-def test_tiff_files_that_would_be_read_changed_are_refused(image, options, message, tmp_path):
-    path = tmp_path / "a.tif"
-    path.write_bytes(tiff_with(image))
-    assert np.array_equal(read_levels(path, None), image)
-    path.write_bytes(tiff_with(image, **options))
-    for read in (read_image, lambda path: read_levels(path, None)):
-        with pytest.raises(UserError, match=f"stores {message}, which is not supported. Save"):
-            read(path)
+def test_values_that_are_no_levels_need_a_range(tmp_path):
+    values = levels(1).view(np.int8)
+    (tmp_path / "a.tif").write_bytes(tiff_with(levels(1), kind=2))
+    with pytest.raises(UserError, match="int8 values of unknown range"):
+        read_levels(tmp_path / "a.tif", None)
+    with pytest.raises(UserError, match=r"values from -\d+ to \d+.*data.pixels.value_range"):
+        read_image(tmp_path / "a.tif")
+    expected = to_levels(values, [-128, 127], "The image")
+    assert np.array_equal(read_levels(tmp_path / "a.tif", [-128, 127]), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_zero_as_white_is_inverted(dtype, tmp_path):
+    image = levels(1, dtype)
+    (tmp_path / "a.tif").write_bytes(tiff_with(image, black=0))
+    assert np.array_equal(read_levels(tmp_path / "a.tif", None), np.iinfo(dtype).max - image)
+
+
+@pytest.mark.parametrize("bands", [2, 4, 6, 8])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.float32])
+def test_tiff_bands_stored_together_or_in_planes_are_read(dtype, bands, tmp_path):
+    values = levels(bands, np.uint16).astype(dtype)
+    value_range = None if dtype in (np.uint8, np.uint16) else (0, 65535)
+    expected = values if dtype == np.uint8 else values.astype(np.uint16)
+    for compression, tile, order in ((None, None, ">"), ("lzw", (16, 16), "<"), ("zstd", (16, 16), ">")):
+        options = {"compression": compression, "tile": tile, "byteorder": order, "photometric": "minisblack"}
+        options["bigtiff"] = order == ">"
+        for planes, stored in (("contig", values), ("separate", values.transpose(2, 0, 1))):
+            tifffile.imwrite(tmp_path / "a.tif", stored, planarconfig=planes, **options)
+            assert np.array_equal(PixelFormat(bands, value_range=value_range).read(tmp_path / "a.tif"), expected)
+            assert read_levels_size(tmp_path / "a.tif") == SIZE
+
+
+def test_planes_of_16_bits_are_read(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff_with(levels(3, np.uint16), planes=2))
+    assert np.array_equal(read_levels(tmp_path / "a.tif", None), levels(3, np.uint16))
 
 
 def test_planes_of_8_bits_are_read(tmp_path):
@@ -410,10 +434,10 @@ def test_the_smallest_ranges_are_mapped_without_overflow():
     assert to_levels(np.array([[[0.0], [5e-324]]]), [0, 5e-324], "The image").ravel().tolist() == [0, 65535]
 
 
-def test_pages_of_different_depths_are_refused(tmp_path):
-    cv2.imwritemulti(str(tmp_path / "a.tif"), [levels(3, np.uint16), levels(3)])
-    with pytest.raises(UserError, match="pages of different sizes or kinds"):
-        read_levels(tmp_path / "a.tif", None)
+def test_pages_of_different_depths_are_scaled_as_files(tmp_path):
+    save_pages(tmp_path / "a.tif", [levels(3), levels(1, np.uint16)[..., 0]])
+    found = read_levels(tmp_path / "a.tif", None)
+    assert np.array_equal(found, np.dstack([levels(3).astype(np.uint16) * 257, levels(1, np.uint16)]))
 
 
 def test_tiff_files_with_an_unspecified_channel_are_read(tmp_path):
@@ -584,6 +608,35 @@ def test_the_data_check_reports_a_missing_file(images, tmp_path):
     (tmp_path / "nir/0.png").unlink()
     record = measure(data.pairs[0], data.reader, images=images)
     assert "no file of `nir`" in record.problems["unreadable_image"]
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sixteen_bit_images_of_fewer_bits_get_a_warning(bits, channels, tmp_path, caplog):
+    pixels = PixelFormat() if channels == 3 else PixelFormat(channels)
+    for number in range(2):
+        image = np.random.default_rng(number).integers(0, 2**bits, (*SIZE, 1 if channels == 3 else channels))
+        image[0, 0] = 2**bits - 1
+        (tmp_path / f"{number}.tif").write_bytes(tiff_with(image.astype(np.uint16)))
+        Image.fromarray((levels(1)[..., 0] > 100).astype(np.uint8)).save(tmp_path / f"{number}.png")
+    pairs = [Pair(name, tmp_path / f"{name}.tif", tmp_path / f"{name}.png") for name in "01"]
+    train, val = (PairDataset([pair], Labels.of(["a", "b"], None, 255), Masks()).read_as(pixels) for pair in pairs)
+    check_for_errors(train, val, cache_dir=tmp_path)
+    message = f"highest level of the images of 16 bits that were read (2) is {2**bits - 1}"
+    assert caplog.text.count(message) == caplog.text.count(f"data.pixels.value_range=[0,{2**bits - 1}]") == (bits < 16)
+    record = measure(train.pairs[0], train.reader, images=True)
+    findings = check_range([describe_split("train", train, [record])])
+    assert [finding.severity for finding in findings] == ["warning"] * (bits < 16)
+
+
+def test_declared_ranges_and_8_bits_get_no_warning(tmp_path):
+    for number, folder in enumerate(("declared", "mixed", "flat")):
+        (tmp_path / folder).mkdir()
+        data = dataset(tmp_path / folder, count=1, **({} if number else {"value_range": (0, 4095)}))
+        infrared = levels(1)[..., 0] if folder == "flat" else levels(1, np.uint16)[..., 0] % 4096
+        Image.fromarray(infrared).save(tmp_path / folder / "nir/0.png")
+        peak = measure(data.pairs[0], data.reader, images=True).peak
+        assert peak == (infrared.max() if folder == "mixed" else 0)  # colours of 8 bits are not counted
 
 
 def test_batches_of_16_bits_split_and_move(tmp_path):

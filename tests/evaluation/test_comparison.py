@@ -228,6 +228,30 @@ def test_further_scores_are_paired_by_unit(tmp_path, metric):
     assert [*scores_of([given[0]])][:5] == ["miou", "miou_no_background", "dice", "accuracy", name]
 
 
+def test_videos_without_a_labelled_pixel_are_no_units(tmp_path):
+    labelled, units = IMAGES - 3, [f"{index // 3}" for index in range(IMAGES)]
+
+    def compare_two(count):
+        given = {}
+        for seed in (0, 1):
+            run = record(seed, units=units)
+            run.counts[labelled:] = 0
+            kept = {"images": run.images[:count], "units": units[:count], "counts": run.counts[:count]}
+            score = metric_scores(ClDice(), seed, run.images[:labelled], units[:labelled])[0]["cldice"]
+            if count > labelled:  # without the last video, the score is the same
+                score = replace(score, left_out=[*score.left_out, score.value])
+            given[tmp_path / f"{seed}"] = replace(run, **kept, scores={"cldice": score})
+        two = sides([*given], align_records(given))
+        return against(two, list)[0].differences, units_note(two)
+
+    found = compare_two(IMAGES)
+    assert found == compare_two(labelled) and found[1] == "over 3 videos"
+    assert all(found[0][key]["ci95"] for key in ("miou", "cldice"))
+
+
+ONE = np.array([True])  # the only unit is scored
+
+
 def runs_of(*values):
     """Return runs of a score over a single unit."""
     return [FurtherScore("max", "", value, [None]) for value in values]
@@ -236,15 +260,15 @@ def runs_of(*values):
 def test_equal_scores_of_more_runs_differ_by_nothing():
     first, second = runs_of(0.1, 0.1, 0.1), runs_of(0.1, 0.1)
     assert np.mean([0.1] * 3) != np.mean([0.1] * 2)  # in the last digit
-    assert further_difference(first, second).value == 0
+    assert further_difference(first, second, ONE).value == 0
 
 
 def test_a_single_unit_has_the_error_of_its_runs():
     first, second = (0.2, 0.3, 0.5), (0.6, 0.8)
-    gap = further_difference(runs_of(*first), runs_of(*second))
+    gap = further_difference(runs_of(*first), runs_of(*second), ONE)
     expected = stats.ttest_ind(second, first, equal_var=False)
     assert gap.value == pytest.approx(0.7 - 1 / 3) and gap.p == pytest.approx(expected.pvalue)
-    assert further_difference(runs_of(*first), runs_of(0.6)).ci95 is None
+    assert further_difference(runs_of(*first), runs_of(0.6), ONE).ci95 is None
 
 
 def test_unbounded_scores_are_not_compared():
@@ -274,7 +298,7 @@ def test_runs_are_ranked_best_first_and_unscored_last():
 
 def test_seeds_note_states_the_runs_per_side():
     def of(*counts, units=("0", "1")):
-        found = [record(units=units)]
+        found = [record(units=[units[index % len(units)] for index in range(IMAGES)])]
         return [Side(name, [Path()] * runs, [], [], found) for name, runs in zip("abc", counts, strict=False)]
 
     def note_of(*counts, **more):
@@ -364,6 +388,17 @@ def with_config(folder, seed=0, **data):
     (folder / "config").mkdir(parents=True)
     (folder / "config/config.yaml").write_text(OmegaConf.to_yaml(config))
     return folder
+
+
+def test_groups_that_only_train_do_not_separate_recipes(tmp_path):
+    loss = {"criterion": {"_target_": "a.Loss", "factor": 1, "ignore_index": "${data.ignore_index}"}}
+    folders = [with_config(tmp_path / str(seed), seed) for seed in range(3)]
+    stored = {"criterion": {"factor": 1}}
+    for folder, option, values in zip(folders, ("mine", "mine", "ours"), (loss, stored, stored), strict=True):
+        path = folder / "config/config.yaml"
+        more = {"loss": values, "choices": {"loss": option, "mode": folder.name}}
+        path.write_text(OmegaConf.to_yaml({**OmegaConf.load(path), **more}))
+    assert _by_seed(run_config.recipes(folders)) == [[0, 1], [2]]
 
 
 def test_class_file_values_do_not_separate_recipes(tmp_path):

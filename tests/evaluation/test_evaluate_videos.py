@@ -28,7 +28,8 @@ from dinoseg.modes import evaluate as mode
 from dinoseg.modes import score
 from dinoseg.modes.evaluate import run as evaluate
 from dinoseg.modes.evaluate import track_split, tracks_untrained
-from dinoseg.report.indexed import voc_palette, write_indexed_png
+from dinoseg.report.indexed import write_indexed_png
+from dinoseg.report.palette import default_palette
 from dinoseg.tracking.tracker import Tracker
 from dinoseg.training import engine
 from dinoseg.utils.errors import UserError
@@ -194,7 +195,7 @@ def test_davis_2017_scores_as_mode_score_does(track, tmp_path, kind, batch):
     np.testing.assert_array_equal(done.log[0], SEQUENCES["bear"][0])
 
 
-def test_masks_use_the_davis_palette_and_blends_are_half(track, tmp_path):
+def test_masks_use_the_davis_palette_and_blends_bright_colours(track, tmp_path):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES)
     folder = track("perfect", "davis2017", root).folder
     for name, masks in SEQUENCES.items():
@@ -209,9 +210,10 @@ def test_masks_use_the_davis_palette_and_blends_are_half(track, tmp_path):
     frame = np.asarray(Image.open(root / "JPEGImages/480p/bear/00000.png")).astype(float)
     blend = np.asarray(Image.open(folder / "blends/bear/00000.jpg")).astype(float)
     mask = SEQUENCES["bear"][0]
-    half = np.where(mask[..., None] > 0, (frame + np.array(voc_palette())[mask]) / 2, frame)
-    assert np.median(np.abs(blend - half)) < 4  # JPEG blurs colours at the edges
+    half = np.where(mask[..., None] > 0, (frame + np.array(default_palette(256))[mask]) / 2, frame)
+    assert np.median(np.abs(blend - half)) < 4  # JPEG blurs colours at the edges, and objects are outlined
     assert np.abs(blend - half)[20:, 20:].max() < 4 and np.abs(half - frame).max() > 40
+    assert blend[mask == 1].mean(axis=0)[2] > 150  # the frame has 90, and the colour of object 1 has 255
 
 
 def test_metrics_only_and_no_official_scores(track, tmp_path, capsys):
@@ -616,6 +618,20 @@ def test_propagation_from_the_command_line(tmp_path, monkeypatch):
     assert "mode.restart=run: 3 videos reused: ape, bear, cow" in on.err
     other = call(tmp_path, "mode=eval", *words, "tracker.radius=6", "mode.restart=run", "hydra.run.dir=other")
     assert other.status == 1 and "settings differ from that run: tracker.radius was 12 and is 6. Use" in other.err
+
+
+def test_intervals_are_over_groups_of_videos(tmp_path):
+    clips = []
+    for name in ("1_a", "1_b", "2_a"):
+        masks = {number: tmp_path / f"{name}/{number}.png" for number in range(2)}
+        for number, path in masks.items():
+            for file in (path, tmp_path / f"out/masks/{name}/{number}.png"):
+                write_png(make_parent(file), np.eye(8, dtype=np.uint8))
+        clips.append(Video(name, [tmp_path / f"{name}/frames/{number}.png" for number in masks], 12, masks))
+    videos.score_masks(VideoClustering(), clips, tmp_path / "out/masks", tmp_path / "out", group="^[0-9]")
+    result = json.loads((tmp_path / "out/scores.json").read_text())
+    assert (result["n"], result["unit"], result["scored_unit"]) == (2, "group", "video")
+    assert [row["group"] for row in result["per_video"]] == ["1", "1", "2"]
 
 
 @pytest.mark.parametrize("square", [None, 8])

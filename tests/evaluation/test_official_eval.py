@@ -22,7 +22,7 @@ from dinoseg.utils.images import write_png
 
 def write_sarrarp(root):
     rng = np.random.default_rng(0)
-    for folder, videos in (("train1", (1, 2, 3)), ("test", (41, 42))):
+    for folder, videos in (("train1", (1, 2, 3)), ("test", ("41_1", "41_2", 42))):
         for video in videos:
             for frame in (0, 60):
                 place = root / folder / f"video_{video}"
@@ -57,9 +57,9 @@ def write_cityscapes(root):
 @pytest.mark.parametrize(
     ("data", "write", "split", "reference", "unit"),
     [
-        ("sarrarp", write_sarrarp, "test", "test", 2),
+        ("sarrarp", write_sarrarp, "test", "test", 2),  # operations, of three videos
         ("idd_lite", write_idd_lite, "val", "gtFine/val", 2),
-        ("cityscapes", write_cityscapes, "val", "gtFine/val", 2),
+        ("cityscapes", write_cityscapes, "val", "gtFine/val", 1),  # a city
     ],
 )
 def test_the_official_scores_of_an_evaluation(tmp_path, data, write, split, reference, unit):
@@ -78,6 +78,7 @@ def test_the_official_scores_of_an_evaluation(tmp_path, data, write, split, refe
     scored = json.loads((tmp_path / "again/scores.json").read_text())
     assert official["scores"] == scored["scores"] and official["ci95"] == scored["ci95"]
     assert official["protocol"] == scored["protocol"] and official["n"] == scored["n"] == unit
+    assert len({*json.loads((tmp_path / "eval/evaluation.json").read_text())["units"]}) == unit
     assert all(value is None or 0 <= value <= 1 for value in official["scores"].values())
     if data != "sarrarp":
         return
@@ -149,7 +150,7 @@ def test_unreadable_reference_skips_only_the_official_scores(evaluate, tmp_path)
 def test_size_mismatch_with_the_reference_is_reported_first(evaluate, tmp_path):
     for split in ("train", "val"):  # either is packed as it is
         text, written, _ = evaluate(f"mode.split={split}", "data.cache=packed", "resolution.longest=24")
-        assert written["official_scores.json"]["n"] == 2 and "No official scores" not in text
+        assert len(written["official_scores.json"]["per_image"]) == 2 and "No official scores" not in text
     for kind in ("labelIds", "instanceIds"):
         path = tmp_path / f"data/gtFine/val/bonn/bonn_000000_000019_gtFine_{kind}.png"
         Image.open(path).resize((24, 16), Image.Resampling.NEAREST).save(path)

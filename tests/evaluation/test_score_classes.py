@@ -28,8 +28,8 @@ def folders(tmp_path):
     return tmp_path
 
 
-def record(folder, masks, classes=CLASSES, ignore_index=255):
-    write_class_record(folder / "run/masks", classes, [(0, 0, 0), (0, 255, 0)], ignore_index, masks)
+def record(folder, masks, classes=CLASSES, ignore_index=255, run="run", **more):
+    write_class_record(folder / f"{run}/masks", classes, [(0, 0, 0), (0, 255, 0)], ignore_index, masks, **more)
 
 
 def score(where, *words, prediction="run"):
@@ -48,6 +48,27 @@ def test_run_folder_alone_gives_the_classes_for_scoring(folders):
         rows = {row["name"]: row["IoU"] for row in found["per_class"]}
         assert rows == {"background": pytest.approx(4 / 6), "leaf": pytest.approx(2 / 4)}
         assert "leaf" in done.out and "50.00" in done.out
+
+
+def test_intervals_are_over_the_recorded_groups(folders):
+    assert score(folders, "reference=binary")[1]["n"] == 2
+    record(folders, {"format": "binary"}, groups={"0": "drive", "1": "drive"})
+    done, found = score(folders, "reference=binary")
+    assert found["n"] == 1 and found["unit"] == "group" and "needs two groups" in done.out
+    assert score(folders, "reference=binary", "protocol.classes=[a,b]", "protocol.binary=true")[1]["n"] == 1
+    assert score(folders, "reference=binary", "data.group=null")[1]["n"] == 2
+    shutil.copytree(folders / "run", folders / "other_run")
+    record(folders, {"format": "binary"}, run="other_run", groups={"1": "another"})
+    done, found = score(folders, "reference=binary", prediction="[run,other_run]")
+    assert found["difference"]["mIoU"]["n"] == 1 and "group images differently" in done.err
+
+
+def test_frames_of_a_tracked_video_are_one_group(folders):
+    (folders / "run/track.json").write_text('{"input": "films/one.mp4"}')
+    (folders / "run/masks/classes.json").unlink()
+    done, found = score(folders, "reference=binary", "protocol.binary=true")
+    assert done.status == 0, done.err
+    assert found["n"] == 1 and {row["group"] for row in found["per_image"]} == {"one"}
 
 
 def test_keys_of_masks_change_how_references_are_read(folders):

@@ -14,12 +14,15 @@ from command_line import SMALL, call, write_data
 from omegaconf import OmegaConf
 
 from dinoseg import __main__
+from dinoseg.cli.own_keys import with_checkpoint_keys
 from dinoseg.cli.words import parse_word
+from dinoseg.config.composition import SHIPPED
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.folder import drop_parts, lock, lock_within, release, write_origin
 from dinoseg.experiment.past_runs import find_runs, plan_of
 from dinoseg.experiment.recipe import config_description, data_root, recipe_of
 from dinoseg.experiment.resume import _same_path, merge
+from dinoseg.experiment.shared import compose_shared, describe_job
 from dinoseg.training import checkpoint, loading
 from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError
@@ -349,6 +352,41 @@ def test_checkpoint_provides_only_model_data_and_training(compose, tmp_path):
         info = {**sound, "config": {**kept, group: {**kept[group], "more": evil}}}
         with pytest.raises(UserError, match=rf"{group}\.more is refused: a checkpoint stores no key _target_"):
             merge(cfg, [], tmp_path / "x", info)
+
+
+@pytest.mark.parametrize("mode", ["predict", "export", "track", "app"])
+def test_modes_that_predict_need_no_loss_and_metric(mode, compose, tmp_path, monkeypatch):
+    info = description_with_own_parts(compose)
+    cfg = compose(f"mode={mode}", "resume=x")
+    merged = merge(cfg, [], tmp_path / "x", info)
+    assert merged.loss == info["config"]["loss"] and merged.choices.loss == "mine"
+    described = config_description(Builder(merged), info)
+    assert described["config"]["loss"] == info["config"]["loss"] and described["targets"] == info["targets"]
+    monkeypatch.setattr(checkpoint, "find", lambda *_: tmp_path / "x")
+    monkeypatch.setattr(checkpoint, "describe", lambda _: info)
+    assert with_checkpoint_keys([f"mode={mode}", "resume=x", "head.channels=8"], [SHIPPED])[-1] == "++head.channels=8"
+
+
+@pytest.mark.parametrize(("mode", "part"), [("eval", "metric"), ("train", "loss")])
+def test_modes_that_score_or_train_name_a_missing_part(mode, part, compose, tmp_path):
+    info = description_with_own_parts(compose)
+    with pytest.raises(UserError, match=f"{part}=mine is not an option on this machine.*--config-dir"):
+        merge(compose(f"mode={mode}", "resume=x"), [], tmp_path / "x", info)
+    if mode == "eval":
+        typed = compose("mode=eval", "resume=x", "metric=[nsd]")
+        merged = merge(typed, [parse_word("metric=[nsd]")], tmp_path / "x", info)
+        shared = compose_shared(json.loads(json.dumps(describe_job(merged))), OmegaConf.to_container(typed))
+        assert [*shared.metric] == ["nsd"] and shared.loss == merged.loss == info["config"]["loss"]
+
+
+def description_with_own_parts(compose):
+    """Return the description of a training whose loss and metric are options of another machine."""
+    cfg = compose("mode=train", "head=cnn", "metric=[nsd]", "data.root=.", "data.classes=[a,b]")
+    info = json.loads(json.dumps(config_description(Builder(cfg))))
+    info["choices"] |= {"loss": "mine", "metric": ["mine"]}
+    info["targets"]["loss.criterion"] = "mine.Loss"
+    info["config"]["metric"] = {"mine": info["config"]["metric"]["nsd"]}
+    return info
 
 
 def test_a_fused_optimizer_counts_its_steps_on_its_device(tmp_path):

@@ -191,7 +191,7 @@ def test_unusable_size_or_dataset_is_refused_before_tracing(cfg, out, monkeypatc
         ("none", "File or folder not found"),
         ("cut", "cut.png as an image..*truncated"),
         ("film", "holds no images"),
-        ("large", r"0.png \(300 x 400\) needs 0.0 GiB for the comparison of scores"),
+        ("large", r"0.png \(300 x 400\) needs [.0-9]+ MiB for the comparison of scores"),
     ],
 )
 def test_unusable_images_are_refused_before_building_the_model(tmp_path, monkeypatch, images, reason):

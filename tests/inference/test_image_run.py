@@ -7,7 +7,7 @@ import pytest
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.inference import image_run
-from dinoseg.inference.class_record import read_class_record, write_class_record
+from dinoseg.inference.class_record import ClassRecord, read_class_record, write_class_record
 from dinoseg.inference.done import DoneInputs
 from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
 from dinoseg.utils.errors import UserError
@@ -29,9 +29,13 @@ def test_run_renders_with_opacity_palette_and_ignore_index(tmp_path, monkeypatch
 
 
 def test_a_record_of_classes_comes_back(tmp_path):
-    write_class_record(tmp_path, ["a", "b"], [(1, 2, 3), (4, 5, 6)], 250, {"format": "ids"})
-    assert read_class_record(tmp_path) == (Labels.of(["a", "b"], [[1, 2, 3], [4, 5, 6]], 250), {"format": "ids"})
-    write_class_record(tmp_path, ["a", "b"], [(1, 2, 3), (4, 5, 6)], 250, {}, has_layers=True)
+    facts = (["a", "b"], [(1, 2, 3), (4, 5, 6)], 250)
+    write_class_record(tmp_path, *facts, {"format": "ids"}, groups={"1": "a"})
+    labels = Labels.of(["a", "b"], [[1, 2, 3], [4, 5, 6]], 250)
+    assert read_class_record(tmp_path) == ClassRecord(labels, {"format": "ids"}, {"1": "a"})
+    write_class_record(tmp_path, *facts, {"format": "ids"}, groups={"2": "b"})  # of more images in the same folder
+    assert read_class_record(tmp_path).groups == {"1": "a", "2": "b"}
+    write_class_record(tmp_path, *facts, {}, has_layers=True)
     with pytest.raises(UserError, match="task=multilabel. Set protocol=multilabel"):
         read_class_record(tmp_path)
     assert read_class_record(tmp_path, has_layers=True) is not None

@@ -37,7 +37,6 @@ def loop_counts(prediction, mask, index, ignore_index):
         "dice": share(2 * both, len(ours) + len(theirs)),
         "precision": share(both, len(ours)),
         "recall": share(both, len(theirs)),
-        "accuracy": share(both, len(theirs)),
         "pixels": len(theirs),
         "predicted_pixels": len(ours),
     }

@@ -14,6 +14,7 @@ from PIL import Image
 import dinoseg
 from dinoseg.evaluation.scoring.folders import Unscorable
 from dinoseg.evaluation.scoring.folders import score_cases as run_score
+from dinoseg.evaluation.scoring.summary import difference, summary
 from dinoseg.metrics.protocols.contract import BadFile
 from dinoseg.metrics.protocols.davis import KEYS, Davis2016, Davis2017, Davis2017Unsupervised
 from dinoseg.utils.errors import UserError
@@ -193,6 +194,22 @@ def test_sequences_without_a_scored_frame_add_nothing(tmp_path, task, length):
     assert measured["tiny"].details == {"frames": 0, "objects": {}}
     assert np.isnan(protocol.scores(sums[1])["J-Mean"])
     assert np.isfinite(list(scores.values())).all()
+
+
+@pytest.mark.parametrize("task", ["davis2017", "davis2016"])
+def test_intervals_count_sequences_with_a_scored_frame(tmp_path, task):
+    plain, other = sequences()["plain"], sequences()["hole"]
+    held = {"plain": plain, "other": other} | {f"tiny{index}": ([side[0]] * 2 for side in plain) for index in range(3)}
+    if task == "davis2017":  # objects that are given in the first frame
+        held["none"] = ([np.zeros((20, 30), np.uint8)] * 4,) * 2
+    root, results = write_task(tmp_path, task, held)
+    protocol = TASKS[task]()
+    scored = run_score(protocol, protocol.find(root, results), where="W", workers=1)
+    result, gap = summary(protocol, scored), difference(protocol, scored, scored)
+    write_set(root, "2016" if task == "davis2016" else "2017", ["plain", "other"])
+    few = summary(protocol, run_score(protocol, protocol.find(root, results), where="W", workers=1))
+    assert result["n"] == few["n"] == gap["J-Mean"]["n"] == 2 and len(result["per_video"]) == len(held)
+    assert result["ci95"] == few["ci95"] and result["unit"] == "sequence"
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -500,6 +517,28 @@ def test_real_sequences(tmp_path):
     assert score(protocol, root, tmp_path / "results")[0] == pytest.approx(mean_scores([expected]), abs=1e-15)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_folders_of_masks_of_one_video_are_scored(tmp_path, task):
+    held = sequences()
+    root, results = write_task(tmp_path, task, held)
+    protocol, masks = TASKS[task](), root / MASKS[task] / "480p/gone"
+    expected = score(protocol, root, results)[1]["gone"]
+    shutil.copytree(results / "gone", tmp_path / "mine")
+    _, measured, _ = score(protocol, masks, tmp_path / "mine")
+    assert list(measured) == ["gone"] and np.array_equal(measured["gone"].sums, expected.sums)
+    assert np.array_equal(score(protocol, root, results / "gone")[1]["gone"].sums, expected.sums)
+    pair = [
+        run_score(protocol, protocol.find(masks, each), where="W", workers=1) for each in (tmp_path / "mine", masks)
+    ]
+    gap = difference(protocol, *pair)["J-Mean"]
+    assert gap["value"] > 0 and gap["n"] == 1 and gap["ci95"] is None
+    with pytest.raises(UserError, match="masks of one video, mine, which is not a sequence in"):
+        protocol.find(root, tmp_path / "mine")
+    (tmp_path / "mine/00002.png").unlink()
+    (problem,) = protocol.find(masks, tmp_path / "mine").problems
+    assert problem[0] == tmp_path / "mine/00002.png"
+
+
 def write_tracking_run(folder, predictions, source):
     """Write a run folder of mode=track."""
     write_frames(folder / "masks", predictions)
@@ -515,11 +554,12 @@ def test_tracking_run_is_scored_as_one_sequence(tmp_path):
     _, measured, _ = score(protocol, root, results)
     found, alone, _ = score(protocol, root, run)
     assert list(alone) == ["gone"] and np.array_equal(alone["gone"].sums, measured["gone"].sums)
-    assert protocol.find(root, run).notes == [f"{run}: the run of one sequence, gone; others of val are not scored"]
+    (note,) = protocol.find(root, run).notes
+    assert note == f"{run}/masks: masks of one sequence, gone; others of val are not scored"
     masks = root / "Annotations/480p/gone"  # a video of one's own, whose masks lie in a folder
     other = write_tracking_run(tmp_path / "own", held["gone"][1], "clips/own.mp4")
-    assert score(protocol, masks, other)[0] == found and list(score(protocol, masks, other)[1]) == ["own"]
-    with pytest.raises(UserError, match="is a run of mode=track on own, which is not a sequence in"):
+    assert score(protocol, masks, other)[0] == found and list(score(protocol, masks, other)[1]) == ["gone"]
+    with pytest.raises(UserError, match="masks of one video, own, which is not a sequence in"):
         protocol.find(root, other)
     with pytest.raises(UserError, match="holds no masks. Give a folder of PNG masks"):
         protocol.find(tmp_path, other)

@@ -110,7 +110,7 @@ REFERENCES = {
     "boundary_iou": (BoundaryIoU(), lambda images, layer: boundary_iou(sides_of(images, layer))),
     "nsd": (SurfaceDice(), lambda images, layer: surface_dice(sides_of(images, layer))),
     "ece": (CalibrationError(), calibration_error),
-    "share": (WrappedMetric("share", Share()), mean_share),
+    "share": (WrappedMetric("share", Share(), ignored="match"), mean_share),
 }
 
 

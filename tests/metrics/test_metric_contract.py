@@ -199,7 +199,7 @@ class MeanError:
         self.wrong = self.pixels = 0
 
     def update(self, ids, mask):
-        assert ids.shape == mask.shape and ids.ndim == 3
+        assert ids.shape == mask.shape and len(ids) == 1
         self.wrong += int((ids != mask).sum())
         self.pixels += ids.numel()
 
@@ -207,23 +207,11 @@ class MeanError:
         return self.wrong / self.pixels if self.pixels > 1 else float("nan")
 
 
-def test_a_wrapped_metric_is_the_mean_over_images():
-    metric = WrappedMetric("error", MeanError(), "min")
-    check_metric(metric)
-    assert metric.scores == {"error": "min"}
-    images = [pair for seed in range(20) for pair in ugly_case(seed) if pair[0].size > 1]
-    expected = [((ids != mask) & (mask != 255)).sum() / ids.size for ids, mask in images]
-    one = (np.zeros((1, 1), np.uint8), np.ones((1, 1), np.uint8))
-    assert score(metric, [*images, one])["error"] == pytest.approx(np.mean(expected), abs=1e-12)
-    assert score(metric, [one])["error"] is None
-    assert WrappedMetric("pixels", MeanError(), is_share=False).unbounded == ("pixels",)
-
-
 def test_settings_of_a_wrapped_metric_name_its_own_options():
     def wrap(power):
         metric = MeanError()
         metric.power = power
-        return WrappedMetric("error", metric, "min")
+        return WrappedMetric("error", metric, "min", ignored="remove")
 
     metric = wrap(1)
     before = metric.settings
@@ -246,9 +234,9 @@ def test_settings_differ_by_arrays_and_tensors(convert):
 def test_settings_of_a_wrapped_module_have_its_buffers():
     def wrap(threshold):
         module = torch.nn.Module()
-        module.reset = lambda: None
+        module.reset = module.update = module.compute = lambda: None
         module.register_buffer("threshold", torch.tensor(threshold))
-        return WrappedMetric("error", module).settings
+        return WrappedMetric("error", module, ignored="remove").settings
 
     assert wrap(0.5) == wrap(0.5) != wrap(0.6)
 
@@ -259,18 +247,23 @@ class Share(Metric):
     scores = {"share": "max"}
 
     def __init__(self, **faults):
-        self.fault = SimpleNamespace(**{"dtype": np.int64, "factor": 1, "name": "share", "ignores": True} | faults)
+        usual = {"dtype": np.int64, "factor": 1, "name": "share", "void": 0, "undefined": np.nan}
+        self.fault = SimpleNamespace(**usual | faults)
         self.calls = 0
 
     def count(self, prediction, sample):
         self.calls += 1
-        known = (sample.mask != sample.ignore_index) | (not self.fault.ignores)
+        known = sample.mask != sample.ignore_index
         correct = (prediction.ids == sample.mask)[known].sum() + getattr(self.fault, "state", 0) * self.calls
-        return {"correct": np.array(correct, self.fault.dtype), "pixels": known.sum()}
+        if hasattr(self.fault, "errors"):
+            correct = known.sum() - correct
+        pixels = known.size if hasattr(self.fault, "size") and known.any() else known.sum()
+        void = 0 if known.any() else self.fault.void
+        return {"correct": np.array(correct + void, self.fault.dtype), "pixels": pixels + void}
 
     def compute(self, sums):
         pixels = np.maximum(sums["pixels"], 1)
-        shares = self.fault.factor * sums["correct"] / pixels
+        shares = np.where(sums["pixels"] > 0, self.fault.factor * sums["correct"] / pixels, self.fault.undefined)
         return {self.fault.name: shares.mean() if hasattr(self.fault, "scalar") else shares}
 
 
@@ -286,6 +279,11 @@ def test_check_accepts_a_small_metric():
         ({"name": "other"}, "scores are"),
         ({"state": 1}, "keep no state"),
         ({"scalar": True}, "has the shape"),
+        ({"size": True}, "right half is ignored.*enlarge a denominator"),
+        ({"size": True, "errors": True}, "right half is ignored.*enlarge a denominator"),
+        ({"undefined": 0}, "share=0.0 of counts of 0 must be nan"),
+        ({"undefined": 1}, "share=1.0 of counts of 0 must be nan"),
+        ({"void": 1}, "without labelled pixels.*must be 0"),
     ],
 )
 def test_check_names_the_broken_rule(fault, message):
@@ -304,7 +302,7 @@ class AreaError(Metric):
         return {"error": np.abs(sides[0] - sides[1]) * (sides[0] > 0), "area": sides[0]}
 
     def compute(self, sums):
-        return {"area_error": sums["error"] / np.maximum(sums["area"], 1)}
+        return {"area_error": np.where(sums["area"] > 0, sums["error"] / np.maximum(sums["area"], 1), np.nan)}
 
 
 def test_check_finds_an_unbounded_metric():
@@ -313,6 +311,17 @@ def test_check_finds_an_unbounded_metric():
     metric = AreaError()
     metric.unbounded = ("area_error",)
     check_metric(metric)
+
+
+def test_check_finds_an_infinite_score():
+    class Infinite(AreaError):
+        unbounded = ("area_error",)
+
+        def compute(self, sums):
+            return {"area_error": np.where(sums["area"] > 0, super().compute(sums)["area_error"], np.inf)}
+
+    with pytest.raises(AssertionError, match="area_error is infinite.*area_error_infinite_images"):
+        check_metric(Infinite())
 
 
 def test_check_refuses_other_classes_and_directions():

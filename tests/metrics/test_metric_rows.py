@@ -101,6 +101,13 @@ def test_shares_may_exceed_their_bounds_by_rounding(excess):
         rows.add_scores({"classes": []}, list)
 
 
+def test_an_infinite_score_without_its_images_is_refused():
+    metric = AreaError()
+    metric.unbounded, metric.compute = ("area_error",), lambda sums: {"area_error": np.array(np.inf)}
+    with pytest.raises(UserError, match="area_error of AreaError is inf.*area_error_infinite_images"):
+        rows_of(metric, np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.uint8)).add_scores({"classes": []}, list)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_non_finite_counts_name_image_and_metric(value):
     metric = Share(dtype=np.float64, state=value)

@@ -82,7 +82,10 @@ def test_two_runs_are_compared(runs):
     called = ["mIoU", "mean Dice", "pixel accuracy", "IoU dark", "IoU bright"]  # as on the page; keys in compare.json
     assert [row["score"] for row in rows] == called and all(name in done.out for name in called)
     assert [*found["scores"]] == ["miou", "dice", "accuracy", "iou/0", "iou/1"]
+    parts = [f"second {part}" for part in ("difference", "low", "high", "p", "verdict")]
+    assert [*rows[0]] == ["score", "first", "second", *parts]
     assert float(rows[0]["second"]) == pytest.approx(scores[1])
+    assert float(rows[0]["second difference"]) == pytest.approx(scores[1] - scores[0])
     assert "intervals are over 2 images: with fewer than 10" in done.err
     ranked = list(csv.DictReader((runs / "compared/runs.csv").read_text().splitlines()))
     assert [float(row["miou"]) for row in ranked] == pytest.approx(sorted(scores, reverse=True))
@@ -93,6 +96,22 @@ def test_two_runs_are_compared(runs):
     assert f"{cost['parameters']:,}" in done.out
     page = (runs / "compared/report.html").read_text()
     assert "second against first" in page and page.count("<img") >= 5 and "IoU bright" in done.out
+
+
+def test_groups_without_labels_are_in_no_interval(runs):
+    for name, ignored in (("a_1", False), ("a_2", True), ("b_1", False), ("void_1", True)):
+        image = np.random.default_rng(len(name)).integers(0, 256, (32, 48, 3)).astype(np.uint8)
+        mask = np.where(ignored, 255, image.mean(axis=-1) > 127)
+        write_png(runs / f"grouped/val/images/{name}.png", image)
+        write_png(runs / f"grouped/val/masks/{name}.png", mask.astype(np.uint8))
+    words = ("data.root=grouped", "data.group='^[a-z]+'", "mode.metrics_only=true")
+    done = call(runs, *EVAL, "resume=segmenter", "hydra.run.dir=few", *words)
+    assert done.status == 0, done.err
+    shutil.copytree(runs / "few", runs / "again_few")
+    assert "over 2 groups" in (runs / "few/report.html").read_text()
+    done = compare(runs, "few", "again_few")
+    assert "intervals:    over 2 groups" in done.out and "over 2 groups: with fewer" in done.err
+    assert json.loads((runs / "compared/compare.json").read_text())["units"] == 2
 
 
 def of_seed(runs, base, name, seed):

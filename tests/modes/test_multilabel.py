@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import SMALL, call
+from making import save
 from overlapping_shapes import CLASSES, write_coco, write_overlaps
 
 import dinoseg
@@ -72,6 +73,10 @@ def test_evaluation_and_saved_predictions_equal_numpy(multilabel_run):
     run(where, "mode=eval", "resume=run", "hydra.run.dir=eval")
     run(where, "mode=predict", "resume=run", "input=val", "mode.outputs=[probabilities]", "hydra.run.dir=val_predicted")
     predictions = read_layers(where / "val_predicted/masks", val)
+    palette = json.loads((where / "val_predicted/masks/classes.json").read_text())["palette"]
+    drawn = read_image(where / f"val_predicted/{min(val)}_segmentation/segmentation_colored.png")
+    coloured = drawn[predictions[min(val)].any(axis=0)]
+    assert sorted(map(list, {tuple(colour) for colour in coloured.tolist()})) == sorted(palette)
     scores = scores_of(where / "eval")
     ious = [row["iou"] for row in scores["classes"]]
     assert ious == pytest.approx(layer_scores(predictions, val).tolist())
@@ -156,6 +161,9 @@ def test_exported_files_equal_the_model(multilabel_run):
     image = read_image(where / "data/val/images/val_0.png")
     one, other = (dinoseg.load(where / name) for name in ("whole/model.safetensors", "graph/model.onnx"))
     ours, theirs = one.predict(image), other.predict(image)
+    assert one.palette == other.palette and (0, 0, 0) not in one.palette
+    drawn = {tuple(colour) for colour in ours.overlay(1.0)[ours.mask.any(axis=0)].tolist()}
+    assert drawn == set(one.palette)
     assert ours.mask.dtype == bool and ours.mask.shape == (2, 32, 48)
     np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=1e-4)
     np.testing.assert_array_equal(ours.mask, ours.probabilities >= 0.5)
@@ -185,6 +193,27 @@ def test_a_single_class_from_coco_is_trained(tmp_path):
     run(tmp_path, "mode=train", *TASK, *words, *data, "data.reader.partition.val_fraction=0.4", "hydra.run.dir=run")
     scores = scores_of(tmp_path / "run/evaluation")
     assert [row["id"] for row in scores["classes"]] == [0] and scores["ignored_pixels"] > 0
+
+
+@pytest.mark.heavy
+def test_modes_agree_on_a_single_class_of_0_and_255(tmp_path):
+    masks = write_overlaps(tmp_path / "data", train=2, val=2)
+    for name, layers in masks.items():
+        save(tmp_path / "data" / name.split("_")[0] / "masks/disc" / f"{name}.png", 255 * layers[0].astype(np.uint8))
+    task, remedy = ("data.classes=[disc]", "task=multilabel"), "data.reader.masks.format=binary"
+    training = ("mode=train", *TASK, *task, "trainer.steps=1")
+    refused = call(tmp_path, *training, "hydra.run.dir=refused")
+    assert refused.status == 1 and f"add {remedy}" in refused.err
+    run(tmp_path, *training, remedy, "hydra.run.dir=run")
+    run(tmp_path, "mode=doctor", "data=folder", "data.root=data", *task, remedy, "hydra.run.dir=doctor")
+    report = json.loads((tmp_path / "doctor/doctor.json").read_text())
+    pixels = sum(int(masks[f"val_{number}"][0].sum()) for number in range(2))
+    assert report["splits"]["val"]["classes"][0]["pixels"] == pixels
+    run(tmp_path, "mode=predict", "resume=run", "input=data/val/images", "hydra.run.dir=predicted")
+    sides = ("prediction=predicted/masks", "reference=data/val/masks", "protocol=multilabel", "mode.workers=1")
+    run(tmp_path, "mode=score", *sides, "hydra.run.dir=scored")
+    evaluated = scores_of(tmp_path / "run/evaluation")["miou"]
+    assert scores_of(tmp_path / "scored")["scores"]["mIoU"] == pytest.approx(evaluated) and evaluated > 0
 
 
 @pytest.mark.parametrize(

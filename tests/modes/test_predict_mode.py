@@ -137,7 +137,10 @@ def test_a_video_gives_an_overlay_and_masks(trained_model, tmp_path, masks, capl
     assert np.abs(bright - (125, 170, 252)).max() < 20  # half white, half the class's blue
     assert overlay[0][:, 20:].mean() < 12  # black classes leave the frame alone
     if masks:
-        assert names(tmp_path / "out" / "v_masks") == [f"{index:09d}.png" for index in range(10)]
+        numbers = [f"{index:09d}" for index in range(10)]
+        assert names(tmp_path / "out" / "v_masks") == [*(f"{number}.png" for number in numbers), "classes.json"]
+        record = json.loads((tmp_path / "out/v_masks/classes.json").read_text())
+        assert record["groups"] == dict.fromkeys(numbers, "v")
         ids = read_ids(tmp_path / "out" / "v_masks" / "000000004.png")
         assert ids.shape == (32, 48) and (ids[:, :18] == 2).all() and (ids[:, 24:] == 0).all()
     assert {batch[0] for batch in trained_model.model.batches} == {3, 1}
@@ -170,6 +173,7 @@ def test_class_ids_have_the_layout_of_mode_score(trained_model, tmp_path, capsys
             "ignore_index": 250,
             "masks": {"format": "binary"},
             "has_layers": False,
+            "groups": {},
         }
         printed = capsys.readouterr().out
         assert (
@@ -189,10 +193,12 @@ def test_split_by_fraction_is_predicted_under_its_own_names(trained_model, tmp_p
         "data.reader.partition.val_fraction=0.5",
     )
     words += ("++data.reader.masks.ids={1: 0, 2: 1, 3: 2}",)
+    words += ("data.group='^.*/|$'",)
     cfg, out = compose(*words), tmp_path / "out"
     mode.predict(cfg, out_dir=out, input="val", masks=None, opacity=0.5, batch_size=2)
     names = Builder(cfg).dataset("val").names
-    assert len(names) == 2
+    groups = json.loads((out / "masks/classes.json").read_text())["groups"]
+    assert groups == {name: name.rpartition("/")[0] and "deep/" for name in names}
     for folder in ("masks", "references"):
         found = (out / folder).rglob("*.png")
         assert sorted(path.relative_to(out / folder).with_suffix("").as_posix() for path in found) == names
@@ -200,7 +206,7 @@ def test_split_by_fraction_is_predicted_under_its_own_names(trained_model, tmp_p
     scores = score.run(
         compose("mode=score"), out_dir=tmp_path, reference=str(out / "references"), prediction=str(out), workers=1
     )
-    assert scores["mIoU"] == 1.0
+    assert scores["mIoU"] == 1.0 and json.loads((tmp_path / "scores.json").read_text())["n"] == len({*groups.values()})
 
 
 def test_bad_files_are_named_and_the_rest_is_done(trained_model, tmp_path):

@@ -105,6 +105,40 @@ def test_each_interval_shows_its_number_of_units(folders, run):
     assert row.split()[-1] == "10" and "over shared images" in done.out
 
 
+def test_typed_groups_are_the_units_of_intervals(folders, run):
+    masks(folders / "better", np.random.default_rng(0), wrong=0.1)
+    both = {"prediction": "[prediction,better/prediction]"}
+    result, done, _ = run("data.group='^./'", **both)
+    assert (result["n"], result["unit"], result["difference"]["mIoU"]["n"]) == (2, "group", 2)
+    assert [row["group"] for row in result["per_image"]] == ["0/"] * 3 + ["1/"] * 3
+    assert "over groups" in done.out and "over shared groups" in done.out and "over 2 groups: with fewer" in done.err
+    result, done, _ = run("data.group='^'", **both)  # all images are one group, as the frames of one drive
+    assert result["n"] == 1 and {*result["ci95"].values()} == {None} and "needs two groups" in done.out
+    assert {row["ci95"] for row in result["difference"].values()} == {None}
+    nothing, done, _ = run("data.group=drive")
+    assert done.status == 1 and nothing is None and "data.group=drive does not match the name 0/0" in done.err
+
+
+def test_typed_keys_of_data_without_effect_are_named(folders, run):
+    _, done, _ = run("data.fold=0", "data.on_error=skip", "data.reader.masks.format=ids", "data.group=null")
+    (line,) = [line for line in done.err.splitlines() if "No effect here" in line]
+    assert "No effect here: data.fold. mode=score reads data.group" in line
+
+
+def test_groups_of_a_named_dataset_are_the_units(tmp_path, run):
+    for name, ids in (("0016E5_1", 0), ("0016E5_2", 1)):
+        write_png(tmp_path / f"reference/{name}.png", np.full((8, 12), ids, np.uint8))
+        write_png(tmp_path / f"prediction/{name}.png", np.eye(8, 12, dtype=np.uint8))
+    words = ("protocol.num_classes=null", "data=camvid")
+    result, done, _ = run(*words, prediction="[prediction,reference]")
+    assert result["n"] == 1 and result["ci95"]["mIoU"] is result["difference"]["mIoU"]["ci95"] is None
+    assert run(*words, "data.group=null")[0]["n"] == 2
+    write_png(tmp_path / "reference/_3.png", np.zeros((8, 12), np.uint8))  # without a drive, and no group was typed
+    write_png(tmp_path / "prediction/_3.png", np.zeros((8, 12), np.uint8))
+    result, done, _ = run(*words)
+    assert result["n"] == 3 and "data.group=^([^_]+) does not match the name _3" in done.err
+
+
 def test_more_processes_give_the_same(folders, run):
     masks(folders, np.random.default_rng(1), count=20)
     one, _, _ = run()

@@ -19,6 +19,7 @@ from dinoseg.cli.launch import launch
 from dinoseg.config.nodes import instantiate
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.modes import track as mode
+from dinoseg.report.palette import default_palette
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3
 from dinoseg.tracking.video import mask_folder
 from dinoseg.tracking.video import report as track_report
@@ -100,7 +101,7 @@ def test_folder_of_frames_is_tracked(track):
             here = found[f"{number:05d}.png"] == label
             assert (here & (ids == label)).sum() / (here | (ids == label)).sum() > 0.55, (number, label)
     with Image.open("out/masks/00004.png") as image:
-        assert image.mode == "P" and image.getpalette()[15:18] == [128, 0, 128]
+        assert image.mode == "P" and tuple(image.getpalette()[15:18]) == default_palette(6)[5]
     with open("out/objects.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 20 and rows[0] == {
@@ -134,6 +135,26 @@ def test_the_overlay_shows_the_masks_that_are_saved(track, monkeypatch, upsample
     monkeypatch.setattr(track_report, "blend", lambda *given, **named: shown.append(given[1]) or blend(*given, **named))
     track("tracker.short_side=18", f"tracker.upsample={upsample}", "mode.batch_size=10")
     assert all(np.array_equal(*pair) for pair in zip(shown, masks("out").values(), strict=True))
+
+
+def test_tracks_are_bright_and_outlined_in_the_colours_of_the_masks(track, monkeypatch):
+    overlays, blend = [], track_report.blend
+
+    def keep_overlay(*given, **named):
+        overlays.append(blend(*given, **named))
+        return overlays[-1]
+
+    monkeypatch.setattr(track_report, "blend", keep_overlay)
+    track("mode.batch_size=10")
+    track("mode.outline=0", "mode.palette=[[0,0,0],[9,250,9]]", "mode.opacity=1", "mode.batch_size=10", out="own")
+    for out, overlay, width in (("out", overlays[0], 1), ("own", overlays[10], 20)):
+        with Image.open(f"{out}/masks/00000.png") as image:
+            ids, colours = np.asarray(image), np.array(image.getpalette()).reshape(-1, 3)
+        for label in (1, 5):
+            rows, columns = np.nonzero(ids == label)
+            edge = (rows < rows.min() + width) | (columns < columns.min() + width)
+            assert (overlay[rows[edge], columns[edge]] == colours[label]).all() and colours[label].max() > 200
+    assert colours[1].tolist() == [9, 250, 9] and tuple(colours[5]) == default_palette(6)[5]
 
 
 def test_own_videos_are_not_enlarged_but_protocols_are_published(clip, compose):
@@ -256,6 +277,9 @@ def test_full_disk_error_explains_how_to_resume(track, monkeypatch, module, writ
         ({"labels": "empty.png"}, "labels=empty.png has no object"),
         ({"labels": "small.png"}, "small.png is 35 x 50 pixels, but the frames are 36 x 50"),
         ({"changes": ["mode.opacity=2"]}, r"mode\.opacity=2 is out of range. Give a number from 0"),
+        ({"changes": ["mode.outline=-1"]}, r"mode\.outline=-1 is out of range. Give a whole number of at least 0"),
+        ({"changes": ["mode.palette=[1,2,3]"]}, r"mode\.palette=\[1, 2, 3\] .*Give a list of lists"),
+        ({"changes": ["mode.palette=[[0,0,300]]"]}, r"mode\.palette=\[\[0, 0, 300\]\]: .* whole numbers from 0 to 255"),
         ({"changes": ["mode.batch_size=0"]}, r"mode\.batch_size=0 is out of range. Give a whole number of at least 1"),
         ({"changes": ["mode.save_every=0"]}, r"mode\.save_every=0"),
         ({"changes": ["mode.restart=nowhere"]}, "mode.restart=nowhere: not an unfinished run of mode=track"),

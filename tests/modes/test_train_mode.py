@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -107,11 +108,24 @@ def test_a_run_logs_its_setup_and_prints_next_commands(where):
 
 
 def test_next_commands_after_training_on_clips():
-    assert next_commands(Path("runs/a b"), on_clips=True) == [
+    assert next_commands(Path("runs/a b"), [], on_clips=True) == [
         "next:",
         "  python -m dinoseg mode=eval 'resume=runs/a b'",
         "  python -m dinoseg mode=track 'resume=runs/a b' input=VIDEO",
     ]
+
+
+def test_next_commands_name_the_folders_of_own_parts(where, tmp_path):
+    folders = [tmp_path / name for name in ("my parts", "it's, more")]
+    for number, folder in enumerate(folders):
+        (folder / "loss").mkdir(parents=True)
+        (folder / "loss" / f"mine_{number}.yaml").write_text("defaults: [cross_entropy]\n")
+    line = next_commands(where / "run", [*map(str, folders)], on_clips=False)[1]
+    words = shlex.split(line)[5:]  # after the mode and the run
+    assert words[-2:] == ["--config-dir", str(folders[0])]
+    for option in ("mine_0", "mine_1"):
+        done = call(where, "mode=train", f"loss={option}", "--cfg", "job", *words)
+        assert done.status == 0, done.err
 
 
 def test_missing_best_checkpoint_is_not_replaced_by_the_last(where):

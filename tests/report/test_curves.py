@@ -1,9 +1,11 @@
+import itertools
 import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dinoseg.report import curves
 from dinoseg.report.curves import draw_curves
@@ -75,6 +77,24 @@ def test_the_selecting_score_has_a_panel_and_the_star(score, values, title, best
         if text.get_text().startswith("best")
     }
     assert stars == {title: best}
+
+
+@pytest.mark.parametrize("steps", [(10, 20), range(10, 1000, 10)])  # points, and running means with longer names
+def test_legends_cover_neither_curves_nor_labels(steps):
+    kinds = ("train/loss", "val/loss", "train/miou", "val/miou", "val/miou_no_background")
+    figure = curves.curves_figure([{"step": step, **dict.fromkeys(kinds, 0.5)} for step in steps], "miou", 10)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    for axes in figure.axes:
+        legend = axes.get_legend().get_window_extent(renderer)
+        others = [
+            axes.bbox,
+            *(label.get_window_extent(renderer) for label in (axes.xaxis.label, *axes.get_xticklabels())),
+        ]
+        assert not any(legend.overlaps(box) for box in others)
+        assert legend.x0 >= 0 and legend.y0 >= 0 and legend.x1 <= figure.bbox.x1
+    for left, right in itertools.pairwise(axes.get_legend().get_window_extent(renderer) for axes in figure.axes):
+        assert left.x1 <= right.x0
 
 
 def test_points_are_finite_sorted_and_the_last_of_a_step():

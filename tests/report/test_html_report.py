@@ -196,9 +196,9 @@ def cells(page, section):
 def test_bands_add_up_outwards_and_each_is_wrong_by_itself():
     bands = np.array([[10, 5], [10, 3], [20, 1], [20, 1], [20, 0], [20, 0]])
     rows = cells(evaluation_html(report() | {"boundary": bands}), "boundary")[1:]
-    assert [row[0] for row in rows] == [*(f"within {end} px" for end in (1, 2, 4, 8, 16)), "anywhere"]
-    assert [row[1] for row in rows] == ["50.0", "80.0", "90.0", "100.0", "100.0", "100.0"]
-    assert [row[2] for row in rows] == ["10.0", "20.0", "40.0", "60.0", "80.0", "100.0"]
+    assert [row[0] for row in rows] == [*(f"within {end} px" for end in (1, 2, 4, 8, 16)), "beyond 16 px"]
+    assert [row[1] for row in rows] == ["50.0", "80.0", "90.0", "100.0", "100.0", "0.0"]
+    assert [row[2] for row in rows] == ["10.0", "20.0", "40.0", "60.0", "80.0", "20.0"]
     assert [row[3] for row in rows] == ["50.0", "30.0", "5.0", "5.0", "0.0", "0.0"]
 
 

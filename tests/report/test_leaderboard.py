@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from torch import nn
 
 from dinoseg.modes.train_heads import head_rows, write_leaderboard
-from dinoseg.training.checkpoint import Progress
+from dinoseg.training.progress import Progress
 
 
 def head(rate, size, best=None, best_step=0):

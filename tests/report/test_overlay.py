@@ -27,13 +27,55 @@ def test_blend_mixes_pixel_by_pixel_and_leaves_black_classes(opacity):
     assert np.array_equal(frame, before)
 
 
-def test_overlapping_layers_mix_their_colours():
-    frame = random_frame(1, 4)
-    layers = np.array([[[0, 1, 0, 1]], [[0, 0, 1, 1]]], np.uint8)
-    white = (frame + 255.0) / 2
-    red = [(part + [200, 0, 0]) / 2 for part in (frame, white)]
-    expected = np.stack([frame[:, 0], white[:, 1], red[0][:, 2], red[1][:, 3]], axis=1)
-    assert np.abs(blend(frame, layers, PALETTE[:2]) - expected).max() <= 1
+LAYER_COLOURS = [(250, 0, 250), (200, 0, 0), (0, 100, 250)]
+
+
+def colours_in(picture):
+    return {tuple(colour) for colour in picture.reshape(-1, 3).tolist()}
+
+
+@pytest.mark.parametrize("has_bools", [True, False])
+def test_each_class_is_visible_where_layers_overlap(has_bools):
+    layers = np.zeros((3, 60, 90), np.uint8)
+    layers[0, 10:50, 10:80] = layers[1, 20:40, 20:40] = layers[2, 20:40, 30:60] = 1
+    drawn = blend(random_frame(60, 90), layers.astype(bool) if has_bools else layers, LAYER_COLOURS, opacity=1)
+    assert colours_in(drawn[24:36, 33:38]) == set(LAYER_COLOURS)  # all three, without an edge
+    assert colours_in(drawn[24:36, 24:29]) == set(LAYER_COLOURS[:2])
+    assert colours_in(drawn[12:18, 12:78]) == {LAYER_COLOURS[0]} and colours_in(drawn[:10]) == {(0, 0, 0)}
+
+
+def test_layers_are_outlined_and_pixels_of_no_class_unchanged():
+    frame = random_frame(60, 90)
+    layers = np.zeros((3, 60, 90), np.uint8)
+    layers[0, 10:50, 10:80] = 1
+    layers[1, 20:40, 20:40] = 255
+    drawn = blend(frame, layers, LAYER_COLOURS, opacity=0)
+    assert (drawn[10:50, [10, 79]] == LAYER_COLOURS[0]).all() and (drawn[[10, 49], 10:80] == LAYER_COLOURS[0]).all()
+    assert np.array_equal(drawn[12:18, 12:78], frame[12:18, 12:78]) and np.array_equal(drawn[:10], frame[:10])
+    coloured = blend(frame, layers, LAYER_COLOURS, opacity=1)
+    assert colours_in(coloured[24:36, 24:36]) == {LAYER_COLOURS[0], IGNORE_COLOUR}
+
+
+@pytest.mark.parametrize("width", [0, 1, 3])
+def test_outline_is_inside_the_region_and_in_its_full_colour(width):
+    frame = random_frame(30, 40)
+    mask = np.zeros((30, 40), np.uint8)
+    mask[5:25, 5:20], mask[5:25, 20:35] = 1, 2
+    drawn, plain = (blend(frame, mask, PALETTE, opacity=0.4, outline=each) for each in (width, 0))
+    inner = np.zeros((30, 40), bool)
+    inner[5 + width : 25 - width, 5 + width : 20 - width] = inner[5 + width : 25 - width, 20 + width : 35 - width] = (
+        True
+    )
+    edge = (mask > 0) & ~inner
+    assert np.array_equal(drawn[~edge], plain[~edge]) and np.array_equal(drawn[edge], np.array(PALETTE)[mask[edge]])
+
+
+def test_default_outline_grows_with_the_frame():
+    for side, width in ((40, 1), (1280, 3), (3840, 10)):
+        mask = np.zeros((40, side), np.uint8)
+        mask[:, side // 2 :] = 1
+        shown = blend(np.full((40, side, 3), 9, np.uint8), mask, PALETTE, opacity=0, outline=None)
+        assert ((shown[20] == PALETTE[1]).all(axis=1)).sum() == width
 
 
 def test_a_blend_by_numpy_alone_is_the_same(monkeypatch):
@@ -43,11 +85,14 @@ def test_a_blend_by_numpy_alone_is_the_same(monkeypatch):
     for opacity in np.linspace(0, 1, 21):
         monkeypatch.undo()
         usual = blend(frame, mask, palette, opacity=opacity)
+        layered = blend(frame, np.stack([mask > 100, mask < 200]), LAYER_COLOURS[:2])
         monkeypatch.setitem(sys.modules, "cv2", None)
         alone = blend(frame, mask, palette, opacity=opacity)
         # a processor without fused products rounds once more: a level here and there
         assert (alone == usual).mean() > 0.98 and np.abs(alone.astype(int) - usual).max() <= 1
         assert opacity not in (0, 0.5, 1) or np.array_equal(alone, usual)
+        layers = np.stack([mask > 100, mask < 200])
+        assert np.abs(blend(frame, layers, LAYER_COLOURS[:2]).astype(int) - layered).max() <= 1
 
 
 def test_legend_lists_only_present_classes():

@@ -62,6 +62,8 @@ def test_csv_and_json_hold_the_numbers(scores, tmp_path):
     with open(tmp_path / "deep" / "scores.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == NAMES
+    heads = ["id", "class", "iou", "dice", "precision", "recall", "pixels", "predicted_pixels"]
+    assert [*rows[0]] == heads and "accuracy" not in scores["classes"][0]  # of a class, it is the recall
     assert float(rows[0]["iou"]) == scores["classes"][0]["iou"]
     assert rows[3]["iou"] == "" and rows[2]["precision"] == "" and rows[2]["iou"] == "0.0"
 

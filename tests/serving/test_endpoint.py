@@ -34,6 +34,35 @@ def test_an_image_gives_its_mask_with_the_palette(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_image_in_a_form_gives_the_same_mask(tmp_path):
+    image = encode_image(picture(300, 400))
+    with client(tmp_path, max_pixels=120_000) as ask:
+        body = ask.post("/segment", content=image)
+        for fields in ({}, {"threshold": "0.5", "b": "c"}):
+            form = ask.post("/segment", files={"any": ("../../a.png", image, "image/png")}, data=fields)
+            assert form.status_code == 200 and form.content == body.content
+    assert not list(tmp_path.iterdir())
+
+
+def test_forms_are_bounded(tmp_path):
+    image = encode_image(picture())
+    with client(tmp_path, max_mib=1.0) as ask:
+        two = ask.post("/segment", files=[("a", ("a.png", image)), ("b", ("b.png", image))])
+        assert read_refusal(two)[0] == 400 and "one file" in two.text.lower() or "number of files is 1" in two.text
+        none = ask.post("/segment", files={"a": (None, "text")})
+        assert read_refusal(none)[0] == 400 and "curl -F" in none.text
+        assert ask.post("/segment", files={"a": ("a.png", bytes(2**20))}).status_code == 413
+        many = ask.post("/segment", files=[("a", (None, "text"))] * 20)
+        assert read_refusal(many)[0] == 400 and "fields is 16" in many.text
+        large = ask.post("/segment", files=[("a", (None, "t" * 70_000))])
+        assert read_refusal(large)[0] == 400 and "64KB" in large.text
+        for content_type in ("multipart/form-data", "multipart/form-data; boundary=x"):
+            broken = ask.post("/segment", content=b"--y\r\nno form", headers={"content-type": content_type})
+            assert read_refusal(broken)[0] == 400
+        assert 'code="500"' not in ask.get("/metrics").text
+    assert not list(tmp_path.iterdir())
+
+
 def test_images_are_read_as_in_prediction(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a phone held upright

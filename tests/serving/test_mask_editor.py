@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from dinoseg.data.classes.labels import Labels
-from dinoseg.serving.mask_editor import MaskEditor, encode_mask
+from dinoseg.serving import mask_editor
+from dinoseg.serving.mask_editor import MaskEditor, count_pixels, encode_mask
 
 LABELS = Labels(("dark", "red", "green"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), 255)
 
@@ -24,7 +25,7 @@ def test_a_click_paints_a_disc(radius):
     distance = np.hypot(columns - 30, rows - 20)
     assert (editor.mask[distance <= radius - 1] == 2).all()
     assert (editor.mask[distance > radius + 1] == 0).all()
-    assert editor.count_pixels()[2] == (editor.mask == 2).sum()
+    assert editor.counts[2] == (editor.mask == 2).sum()
 
 
 def test_a_stroke_joins_its_points():
@@ -40,10 +41,35 @@ def test_strokes_are_undone_in_reverse_order():
     for number, point in enumerate(([3, 3], [8, 5], [59, 39]), 1):
         editor.paint([point], 4, number % 3)
         states.append(editor.mask.copy())
+        assert (editor.counts == np.bincount(editor.mask.ravel(), minlength=256)).all()
     for state in reversed(states):
         assert (editor.mask == state).all()
         editor.undo()
-    assert (editor.mask == states[0]).all()
+    assert (editor.mask == states[0]).all() and editor.counts[0] == editor.mask.size
+
+
+def test_memory_of_undo_is_bounded(monkeypatch):
+    monkeypatch.setattr(mask_editor, "_MAX_UNDO_BYTES", 5000)
+    editor = make_editor()
+    for _ in range(50):
+        editor.paint([[0, 0], [60, 40]], 100, 1)
+    assert sum(former.nbytes for _, _, former in editor._strokes) == 2 * 40 * 60
+    for number in range(50):
+        editor.paint([[3, 3]], 1, number % 2)
+    assert len(editor._strokes) == 50  # small ones are limited in number
+
+
+def test_long_stroke_is_cut(monkeypatch):
+    monkeypatch.setattr(mask_editor, "_MAX_PAINTED", 100)
+    editor = make_editor()
+    editor.paint([[5, 5], [15, 5], [55, 35]], 2, 1)
+    assert editor.mask[5, 5:15].all() and not editor.mask[20:].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (600, 900)])
+def test_pixels_are_counted_in_parts(shape):
+    mask = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    assert (count_pixels(mask) == np.bincount(mask.ravel(), minlength=256)).all()
 
 
 def test_the_given_mask_is_not_changed():

@@ -9,13 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from http.client import HTTPConnection
 
 import pytest
 import uvicorn
 from command_line import call
 from serving_stand_ins import encode_image, picture
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
 
+from dinoseg.serving import guard
 from dinoseg.serving import server as server_module
 from dinoseg.serving.server import bind_socket, list_hosts, serve_until_signal
 from dinoseg.utils.errors import UserError
@@ -48,8 +53,49 @@ def test_connections_are_bounded(monkeypatch, capsys):
     with bind_socket("127.0.0.1", 0) as listener:
         serve_until_signal(lambda: None, listener)
     assert configs[0].limit_concurrency == server_module._CONNECTIONS == 256  # as docs/security.md says
+    assert guard.MAX_SOCKETS == 64 and configs[0].ws_max_size == 2**19
     assert configs[0].timeout_graceful_shutdown == 30 and not configs[0].server_header
     assert re.search(r"listening on http://127.0.0.1:\d+\n", capsys.readouterr().out)
+
+
+@pytest.fixture
+def running_app(monkeypatch):
+    """The port of a small application that is served in a thread."""
+    servers = []
+    run = uvicorn.Server.run
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: (servers.append(self), run(self, sockets)))
+    with bind_socket("127.0.0.1", 0) as listener:
+        application = Starlette(routes=[Route("/", lambda request: Response("answer"))])
+        thread = threading.Thread(target=serve_until_signal, args=(application, listener))
+        thread.start()
+        yield listener.getsockname()[1]
+        servers[0].should_exit = True
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"GET / HTTP/1.1\r\nhost: localhost\r\n" + b"a: b\r\n" * 10,
+        b"GET /",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\na: ",
+        b"POST / HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n1;",
+    ],
+    ids=["headers", "address", "value", "chunk"],
+)
+def test_long_headers_end_the_connection(running_app, start):
+    with socket.create_connection(("127.0.0.1", running_app), timeout=20) as client:
+        client.sendall(start)
+        sent = 0
+        with suppress(ConnectionError):
+            while sent < 2**25:
+                client.sendall(b"a" * 2**16 if start[-1:] != b"\n" else b"a: b\r\n" * 2**13)
+                sent += 2**16
+    assert sent < 2**24  # the kernel's buffers take a few MB
+    connection = HTTPConnection("127.0.0.1", running_app, timeout=20)
+    connection.request("GET", "/", headers={"cookie": "a" * 50_000})
+    assert connection.getresponse().read() == b"answer"
+    connection.close()
 
 
 @pytest.fixture

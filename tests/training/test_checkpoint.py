@@ -12,8 +12,9 @@ from dinoseg.models.adapters import Frozen, Full, Lora
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import Checkpointer, Progress, comparable, find, load_weights, read, write
+from dinoseg.training.checkpoint import Checkpointer, comparable, find, load_weights, read, write
 from dinoseg.training.optim import MovingAverage, adamw
+from dinoseg.training.progress import Progress
 from dinoseg.utils.errors import UserError
 
 ADAPTERS = {"frozen": Frozen(), "full": Full(), "lora": Lora(rank=2, alpha=2)}

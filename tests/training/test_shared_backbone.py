@@ -1,5 +1,6 @@
 """Several heads on one frozen backbone: one pass and one loss for all, and none has an influence on another."""
 
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ from dinoseg.training.multi_head import (
     join_optimizers,
 )
 from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.progress import Progress
 from dinoseg.training.step import NonFiniteLoss
 from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils.errors import UserError
@@ -307,7 +309,24 @@ def test_logged_loss_is_the_lowest_of_the_heads(train):
 
 
 def test_the_best_of_the_heads_is_finite_where_any_is():
-    assert best_of([0.2, None, torch.nan, 0.5], lowest=False) == 0.5
-    assert best_of([2.0, torch.inf, 1.0], lowest=True) == 1.0
-    assert best_of([torch.nan, None], lowest=True) != best_of([torch.nan, None], lowest=True)
-    assert best_of([None], lowest=True) is None
+    def best(*values, lowest):
+        return best_of([{"x": value} for value in values], "x", lowest=lowest)["x"]
+
+    assert best(0.2, None, torch.nan, 0.5, lowest=False) == 0.5
+    assert best(2.0, torch.inf, 1.0, lowest=True) == 1.0
+    assert math.isnan(best(None, torch.nan, lowest=True))
+    assert best(None, lowest=True) is None
+
+
+def test_head_with_fewest_infinite_images_is_the_best(shared_parts, tmp_path):
+    def head_scores(infinite, mean):
+        return {"x": None if infinite else mean, "x_infinite_images": infinite, "x_finite_mean": mean}
+
+    heads = [head_scores(3.0, 1.0), head_scores(2.0, 9.0), head_scores(2.0, 8.0)]
+    assert best_of(heads, "x", lowest=True) is heads[2]
+    assert best_of([*heads, head_scores(0.0, 99.0)], "x", lowest=True)["x"] == 99.0
+    head = Checkpointer(tmp_path, dict(INFO))
+    checkpoints = MultiHeadCheckpointer(tmp_path, dict(INFO), heads={"a": head}, progress=Progress(4))
+    scores = heads[2] | {f"a/{key}": value for key, value in heads[2].items()}
+    found = checkpoints.save_if_best(shared_parts.model(a=((1,), LinearHead)), scores, "x", lowest=True)
+    assert found == head.progress == Progress(4, best=8.0, best_infinite=2, best_step=4) and head.best.exists()

@@ -24,6 +24,7 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.meter import Meter
 from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.progress import Progress
 from dinoseg.training.time_limit import TimeLimit
 from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.training.validation import evaluate
@@ -202,6 +203,25 @@ def test_an_undefined_score_is_refused_by_name(run, monkeypatch):
     monkeypatch.setattr(ImageDataModule, "validate", lambda *_: Validation({"miou": None}, {}))
     with pytest.raises(UserError, match="trainer.score=miou is undefined"):
         run(steps=1)
+
+
+def test_fewest_infinite_images_select_the_best_checkpoint(run, monkeypatch, caplog):
+    found = iter([(2, None), (2, 5.0), (3, 1.0), (1, 9.0), (1, 9.5), (1, 8.0)])
+
+    def validate(*_):
+        infinite, mean = next(found)
+        return Validation({"x": None, "x_infinite_images": float(infinite), "x_finite_mean": mean}, {})
+
+    monkeypatch.setattr(ImageDataModule, "validate", validate)
+    monkeypatch.setattr(ImageDataModule, "__post_init__", lambda self: vars(self).update(score_names="x", lowest="x"))
+    with caplog.at_level("INFO"):
+        done = run(steps=6, val_every=1, score="x", lr=0.0)
+    assert done.progress == Progress(6, best=8.0, best_infinite=1, best_step=6)
+    lines = [message.partition(", in ")[0] for message in caplog.messages if "val/x" in message]
+    assert lines[0].endswith("val/x infinite for 2 images (best infinite for 2 images at step 1)")
+    best = "infinite for 1 image, 9.0000 for the others"
+    assert lines[4].endswith(f"val/x infinite for 1 image, 9.5000 for the others (best {best} at step 4)")
+    assert [(row["val/x"], row["val/x_infinite_images"]) for row in done.rows if "val/x" in row][-1] == (None, 1.0)
 
 
 def test_logged_rows_score_the_batches_of_their_step(run):

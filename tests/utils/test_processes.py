@@ -305,3 +305,28 @@ def test_a_process_of_its_own_is_killed_at_its_time_limit():
     with pytest.raises(TimeoutError):
         run_in_process(time.sleep, 600, timeout=0.05)
     assert not multiprocessing.active_children()
+
+
+def hold_semaphore(path):
+    """Create a semaphore that has a name, as a data loader's queues do, and write the name."""
+    semaphore = multiprocessing.get_context("spawn").Semaphore()
+    path.with_suffix(".part").write_text(semaphore._semlock.name)
+    path.with_suffix(".part").rename(path)
+    time.sleep(600)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="semaphores have no names there")
+def test_process_at_its_time_limit_leaves_no_semaphore(tmp_path, monkeypatch):
+    from _multiprocessing import sem_unlink
+
+    name = tmp_path / "name"
+
+    def poll(connection, _timeout):
+        until(name.exists)
+        return False
+
+    monkeypatch.setattr("multiprocessing.connection.Connection.poll", poll)
+    with pytest.raises(TimeoutError):
+        run_in_process(hold_semaphore, name, timeout=1)
+    with pytest.raises(FileNotFoundError):
+        sem_unlink(name.read_text())

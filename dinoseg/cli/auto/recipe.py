@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinoseg import __version__
 from dinoseg.autotune.rules import RecipeChoice
 from dinoseg.cli.auto.choose import Budget, choose
-from dinoseg.config.job import job_config
+from dinoseg.config.job import SEARCH_PATH, job_config, search_path_override
 from dinoseg.config.plain import BUILDS, to_container
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.core.task import refuse_layers
@@ -44,7 +44,6 @@ NAME = "chosen"  # of the written recipe
 GROUPS = ("adapter", "head", "loss")  # config groups whose option is chosen
 # overrides that do not affect the choices
 _OF_A_RUN = ("seed", "resume", "budget", "logger", "metric", "hydra", "mode", "hparam")
-_SEARCHED = "hydra.searchpath"
 _IMPLIED_BY = {  # from chosen keys to other keys that replace them if typed
     "loss.weights": ("loss",),
     "loss.criterion.factors.dice": ("loss", "loss.criterion", "loss.criterion.factors"),
@@ -290,12 +289,6 @@ def user_folders() -> list[str]:
     return [each.path for each in HydraConfig.get().runtime.config_sources if each.provider == "command-line"]
 
 
-def search_path_override(folders: Sequence[str]) -> str:
-    """Return the override that adds folders, of any name, to Hydra's search path for configs."""
-    quoted = ["'" + folder.replace("'", "\\'") + "'" for folder in folders]
-    return f"{_SEARCHED}=[{','.join(quoted)}]"
-
-
 def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) -> DictConfig:
     """Return the config of a command line with a recipe of the given text instead of its own.
 
@@ -308,8 +301,8 @@ def composed_with(words: Sequence[str], name: str, text: str, *, known_as: str) 
         known_as: the recipe's name in `choices`, under which its runs are listed.
     """
     overrides = OverridesParser.create().parse_overrides(list(words))
-    remaining = [str(each.input_line) for each in overrides if each.key_or_group not in ("hparam", _SEARCHED)]
-    folders = [folder for each in overrides if each.key_or_group == _SEARCHED for folder in each.value() or ()]  # type: ignore[union-attr]
+    remaining = [str(each.input_line) for each in overrides if each.key_or_group not in ("hparam", SEARCH_PATH)]
+    folders = [folder for each in overrides if each.key_or_group == SEARCH_PATH for folder in each.value() or ()]  # type: ignore[union-attr]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "hparam" / f"{name}.yaml"
         path.parent.mkdir()

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from dinoseg.cli.sweeps.job_results import JobResults
 from dinoseg.config.checks import check_arguments
+from dinoseg.core.metric import INFINITE_IMAGES
 from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import SchemaError, read_regular
@@ -168,6 +169,8 @@ class Search(Sweeper):
         if "error" in found:
             return None, found["error"]
         value = found.get(self.score)
+        if value is None and found.get(f"{self.score}{INFINITE_IMAGES}"):
+            return (math.inf if self.direction == "minimize" else -math.inf), ""
         if not isinstance(value, int | float) or not math.isfinite(value):
             numbers = ", ".join(key for key, value in found.items() if isinstance(value, int | float)) or "none"
             print(f"hydra.sweeper.score={self.score} is {value}, not a number: {numbers}.", file=sys.stderr)

@@ -24,6 +24,7 @@ from dinoseg.cli.sweeps.lifetime import end_with_sweep, note_sweep
 from dinoseg.config.job import job_config
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
+from dinoseg.core.metric import INFINITE_IMAGES
 from dinoseg.evaluation.scoring.intervals import mean_of
 from dinoseg.experiment.folder import locate_runs
 from dinoseg.experiment.log_file import LABEL
@@ -40,9 +41,10 @@ SHARES = {  # keys of a job's scores in 0..1 to columns in percent, as in the sc
     "FG-ARI": "FG-ARI %",
     "mBO": "mBO %",
 }
-_BOUNDS = {**dict.fromkeys(SHARES, (0.0, 1.0)), "FG-ARI": (-0.5, 1.0), "loss": (0.0, inf)}
+LOSS = "val/loss"  # column of a job's `loss`, as in metrics.jsonl: a swept `loss=` has a column, too
+_BOUNDS = {**dict.fromkeys(SHARES, (0.0, 1.0)), "FG-ARI": (-0.5, 1.0), LOSS: (0.0, inf)}
 JOBS = "jobs.csv"  # one row per job, where folds or seeds are averaged
-OTHERS = {"loss": ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
+OTHERS = {LOSS: ".4f", "parameters": ",", "trainable": ",", "images_per_s": ".1f", "memory_gib": ".2f"}
 RANKED = ("miou", "J&F-Mean", "FG-ARI")  # the first one that any job has is the sort key; without any, the lowest loss
 _ONE_BY_ONE = ".BasicLauncher"  # Hydra's own launcher, without a plug-in
 _ON_THIS_MACHINE = (".JoblibLauncher", ".LocalLauncher")  # their jobs end with the sweep; those of a cluster go on
@@ -103,6 +105,8 @@ def _average(rows: Sequence[Row], name: str, settings: Sequence[str], scores: Se
     found["note"] = f"{whole} of {count_of(rows, name)}: {notes[0]}" if notes else ""
     for key in scores:
         values = [row[key] for row in rows if row.get(key) is not None]
+        if any(row.get(f"{key}{INFINITE_IMAGES}") for row in rows):  # so is the mean
+            values = []
         mean = mean_of(values, *_BOUNDS.get(key, (-inf, inf)))
         low, high = mean.ci95 or (None, None)
         found[key] = None if not values else values[0] if isinstance(values[0], int) else mean.value
@@ -178,9 +182,10 @@ class SweepTable(Callback):
         row: dict[str, Any] = {"words": {key: value for key, _, value in words if key != "mode"}}
         row |= {"job": number, "process": os.getpid()}
         numbers = {name: value for name, value in scores.items() if type(value) in (int, float) and isfinite(value)}
-        further = [name for name in config.get("metric") or () if name in numbers and name not in SHARES]
+        chosen = [name for name in config.get("metric") or () if name in scores and name not in SHARES]
+        further = [key for name in chosen for key in (name, f"{name}{INFINITE_IMAGES}") if key in scores]
         row |= {name: numbers.get(name) for name in (*SHARES, *further, *OTHERS, "background", "ignored_class")}
-        row["further"] = further
+        row |= {LOSS: numbers.get("loss"), "further": further}
         row |= {name: scores.get(name) for name in ("matrix", "run")}
         _job_results(config).store(number, row | {"returned": numbers, "note": scores.get("error", "")})
 
@@ -199,7 +204,7 @@ class SweepTable(Callback):
             )
         further = dict.fromkeys(name for row in jobs for name in row["further"])
         columns = [key for key in (*SHARES, *further, *OTHERS) if any(row.get(key) is not None for row in jobs)]
-        score, sign = next(((key, -1) for key in RANKED if key in columns), ("loss", 1))
+        score, sign = next(((key, -1) for key in RANKED if key in columns), (LOSS, 1))
         if score in columns or any(row["note"] for row in jobs):
             self._report(config, jobs, columns, score, sign)
         if len(jobs) < self._cells or any(row["note"] and row["process"] != os.getpid() for row in jobs):
@@ -223,7 +228,7 @@ class SweepTable(Callback):
         if averaged:
             count, parts = ("seeds", (DEVIATION, LOW, HIGH)) if SEED in averaged else ("folds", (DEVIATION,))
             printed = [count, *_with_parts(columns, [score], parts)]
-            scores = [key for key in columns if key == "loss" or key not in OTHERS]
+            scores = [key for key in columns if key == LOSS or key not in OTHERS]
             written = [count, *_with_parts(columns, scores, parts)]
         rows = _rank_rows(rows, score, sign)
         _print(rows, swept, printed)

@@ -13,6 +13,7 @@ from dinoseg.data.annotation.polygon import figure, rasterise
 from dinoseg.data.annotation.rle import decode, from_text, values_of
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import stamp
+from dinoseg.utils.images import read_ids_of_page
 
 MAX_PIXELS = 178_956_970  # per image: Pillow's own limit
 
@@ -118,22 +119,53 @@ class Drawing:
 
 
 @dataclass(frozen=True)
+class MaskPage:
+    """Page of a TIFF file that is the mask of one class.
+
+    Args:
+        path: the file.
+        index: index of the page.
+        count: number of pages that the file must have.
+    """
+
+    path: Path
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"page {self.index + 1} of {self.path}"
+
+    def stat(self) -> os.stat_result:
+        """Return the file's size and times."""
+        return self.path.stat()
+
+    def read(self) -> np.ndarray:
+        """Return the stored numbers, see `read_ids_of_page`."""
+        return read_ids_of_page(self.path, self.index, self.count)
+
+    def digest(self) -> str:
+        """Return a text that differs for each page."""
+        return f"{self.index}/{self.count}"
+
+
+@dataclass(frozen=True)
 class Layers:
     """Mask of an image with a layer for each class, so that classes may overlap.
 
     Args:
-        sources: file or drawing of each class, in id order; None for a class that the image does not show.
+        sources: file, page or drawing of each class, in id order; None for a class that the image does not show.
         read_layer: returns a source as (H, W) uint8: 1 where the class is, 0, or ignore_index.
     """
 
-    sources: Sequence[Path | Drawing | None]
+    sources: Sequence[Path | MaskPage | Drawing | None]
     read_layer: Callable[[Any], np.ndarray]
 
     def __str__(self) -> str:
-        return ", ".join(dict.fromkeys(map(str, self.present_sources)))
+        files = (source.path if isinstance(source, MaskPage) else source for source in self.present_sources)
+        return ", ".join(dict.fromkeys(map(str, files)))
 
     @property
-    def present_sources(self) -> list[Path | Drawing]:
+    def present_sources(self) -> list[Path | MaskPage | Drawing]:
         """Return the sources of the classes that have one."""
         return [source for source in self.sources if source is not None]
 
@@ -166,7 +198,7 @@ class Layers:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-MaskSource = Path | Drawing | Layers
+MaskSource = Path | MaskPage | Drawing | Layers
 
 
 def mask_file(mask: MaskSource) -> Path:

@@ -15,7 +15,8 @@ from dinoseg.data.annotation.drawing import Box, Figure, Form, check_mask_size
 from dinoseg.data.annotation.entry import Annotations, Entry, LabelledShape, points_of, size_of, text
 from dinoseg.data.annotation.polygon import FARTHEST, MAX_RADIUS, check_polygon
 from dinoseg.utils import forms
-from dinoseg.utils.image_cost import Unfit, check_cost, check_header
+from dinoseg.utils.image_cost import Unfit, check_header
+from dinoseg.utils.images import load_whole
 from dinoseg.utils.wording import format_value
 
 _FEWEST = {"polygon": 3, "rectangle": 2, "oriented_rectangle": 4, "circle": 2, "line": 2, "linestrip": 2, "point": 1}
@@ -101,7 +102,7 @@ def _mask(mask: Any, points: list[list[float]], size: tuple[int, int] | None) ->
             if width < 1 or height < 1 or picture.width < width or picture.height < height:
                 raise ValueError(f"its image is {picture.width} x {picture.height}")
             check_mask_size(picture.width, picture.height, size)  # before the pixels are decoded
-            check_cost(picture)
+            load_whole(picture)
             inside = np.asarray(picture.convert("L"))[:height, :width] > 0
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Unfit) as error:
         raise ValueError(

@@ -11,7 +11,7 @@
 - `masks: ids` (the default): a mask file holds numbers. `ids` lists those of a class; without it, a class has its
   position. `color` is only for drawing.
 - `masks: palette`: a mask file holds colours. A class has a `color`, or several `colors` that are merged.
-- `masks: binary`: a mask file holds 0 and 255.
+- `masks: binary`: a mask file holds 0 and 255: two classes, or with `task=multilabel` one class of any number.
 - `masks: labels`: masks are labelled shapes of an annotation tool. A class has `labels`; without them, its own name is
   its label.
 - `ignore`: the `ids`, `colors` or `labels` that are ignored.
@@ -30,7 +30,7 @@ from dinoseg.data.classes.labels import as_color
 from dinoseg.data.classes.mask_advice import HIGHEST_ID
 from dinoseg.data.classes.masks import MaskFormat
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import check_regular
+from dinoseg.utils.files import Stamp, check_regular, stamp
 from dinoseg.utils.forms import SchemaError
 from dinoseg.utils.yaml_text import read_yaml
 
@@ -60,15 +60,14 @@ def read_class_file(path: Path, ignore_index: int) -> dict[str, Any]:
     """
     try:
         check_regular(path)
-        stat = path.stat()
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}. Check data.root.") from None
-    return _read(path, ignore_index, stat.st_mtime_ns, stat.st_size)
+    return _read(path, ignore_index, stamp(path))
 
 
 @lru_cache(maxsize=16)
-def _read(path: Path, ignore_index: int, changed: int, size: int) -> dict[str, Any]:
-    """Parse a file once per state (time and size), since the config interpolates each key separately."""
+def _read(path: Path, ignore_index: int, _stamp: Stamp | None) -> dict[str, Any]:
+    """Parse a file once per state, since the config interpolates each key separately."""
     try:
         return _parse_content(read_yaml(path, _LARGEST), ignore_index)
     except (OSError, SchemaError) as error:
@@ -166,8 +165,6 @@ def _refuse_idle(classes: Mapping[str, Mapping[str, Any]], ignored: Mapping[str,
         if idle_keys := [key for key in idle if key in entry]:
             remedy = f"remove it, or write `masks: {user[idle_keys[0]]}`"
             raise ValueError(f"{idle_keys[0]} of {where} has no effect with masks: {masks}: {remedy}")
-    if masks == "binary" and len(classes) != 2:
-        raise ValueError(f"masks: binary needs 2 classes, for 0 and 255; there are {len(classes)}: correct one of them")
 
 
 def _colors(entry: Mapping[str, Any], where: str) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dinoseg.report.palette import default_palette
+from dinoseg.report.palette import default_palette, layer_colours
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import format_value
 
@@ -22,8 +22,17 @@ class Labels:
     ignore_index: int
 
     @classmethod
-    def of(cls, classes: Sequence[str], palette: Iterable[Sequence[int]] | None, ignore_index: int) -> Labels:
+    def of(
+        cls,
+        classes: Sequence[str],
+        palette: Iterable[Sequence[int]] | None,
+        ignore_index: int,
+        *,
+        has_layers: bool = False,
+    ) -> Labels:
         """Validate and freeze the classes of a config.
+
+        Classes with layers get no black, which stands for pixels of no class.
 
         Raises:
             UserError: there is no class or over 255; a name is repeated, empty, long or not printable; colours and
@@ -50,12 +59,15 @@ class Labels:
             raise UserError(
                 f"data.palette={format_value(palette)}: give [[r, g, b], ...], one colour per class, or null."
             )
-        colors = tuple(default_palette(len(names)) if palette is None else map(as_color, palette))
+        if palette is None:
+            colors = tuple(default_palette(len(names) + has_layers)[has_layers:])
+        else:
+            colors = tuple(map(as_color, palette))
         if len(colors) != len(names):
             raise UserError(
                 f"data.palette has {len(colors)} colours for {len(names)} classes: give one per class, or null."
             )
-        return cls(names, colors, ignore_index)
+        return cls(names, tuple(layer_colours(colors)) if has_layers else colors, ignore_index)
 
 
 def as_color(values: Sequence[int]) -> Color:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from dinoseg.data.annotation.drawing import MaskSource
+from dinoseg.data.annotation.drawing import Drawing, Layers, MaskPage, MaskSource, mask_file
 from dinoseg.data.classes.labels import Labels, as_color
 from dinoseg.data.classes.mask_advice import HIGHEST_ID, for_binary, for_colors, for_ids
 from dinoseg.utils.errors import UserError
@@ -89,21 +89,30 @@ class MaskReader:
     Args:
         labels: the classes that a mask may hold.
         masks: how the files are encoded.
+        has_layers: whether each file holds a single class: 0, 1 and ignore_index, or 0 and 255 (`binary`).
 
     Raises:
         UserError: labels and masks are inconsistent.
     """
 
-    def __init__(self, labels: Labels, masks: Masks) -> None:
+    def __init__(self, labels: Labels, masks: Masks, *, has_layers: bool = False) -> None:
         self.labels = labels
         self.masks = masks
+        self.has_layers = has_layers
+        values = Labels.of(LAYER_VALUES, None, labels.ignore_index) if has_layers else labels
+        given = {"format=palette": masks.format == "palette", "reduce_zero_label": masks.reduce_zero_label}
+        if has_layers and (wrong := next((name for name, is_set in given.items() if is_set), None)):
+            raise UserError(f"data.reader.masks.{wrong} has no effect on masks of one class each. Leave it out.")
         if masks.format == "ids":
-            rest = -1 if masks.others is None else _position(masks.others, labels)
-            self._table = _id_table(labels, masks.ids or {}, first=int(masks.reduce_zero_label), rest=rest)
+            rest = -1 if masks.others is None else _position(masks.others, values, has_layers)
+            self._table = _id_table(values, masks.ids or {}, first=int(masks.reduce_zero_label), rest=rest)
         elif masks.format == "palette":
             self._codes, self._values = _color_table(labels, masks.colors or {}, masks.ignore_colors)
-        elif len(labels.classes) != 2:
-            raise UserError(f"data.reader.masks.format=binary needs 2 classes, data.classes has {len(labels.classes)}.")
+        elif len(values.classes) != 2:
+            raise UserError(
+                f"data.reader.masks.format=binary needs 2 classes, data.classes has {len(labels.classes)}. Name the "
+                "classes of 0 and 255; if each class has masks of its own, set task=multilabel."
+            )
 
     def read(self, path: MaskSource) -> np.ndarray:
         """Return class ids 0..K-1 and ignore_index as (H, W) uint8, which a drawing already holds; or layers (K, H, W).
@@ -111,11 +120,11 @@ class MaskReader:
         Raises:
             UserError: the file is unreadable, or holds a number or colour that has no class.
         """
-        if not isinstance(path, Path):
+        if isinstance(path, Drawing | Layers):
             return path.read()
-        if self.masks.format == "palette":
+        if self.masks.format == "palette" and isinstance(path, Path):
             return self._from_colors(read_image(path), path)
-        numbers = _one_channel(read_ids(path), path)
+        numbers = _one_channel(read_ids(path) if isinstance(path, Path) else path.read(), path)
         if self.masks.format == "binary":
             return _from_binary(numbers, path, described=self.masks.described is not None)
         return self._from_ids(numbers, path)
@@ -126,7 +135,7 @@ class MaskReader:
         options = {option.name: getattr(masks, option.name) or None for option in fields(masks) if option.compare}
         return json.dumps([labels.classes, labels.ignore_index, labels.palette, options], sort_keys=True)
 
-    def _from_ids(self, numbers: np.ndarray, path: Path) -> np.ndarray:
+    def _from_ids(self, numbers: np.ndarray, path: Path | MaskPage) -> np.ndarray:
         ids: np.ndarray | None = None  # (H, W) int16
         if numbers.dtype == np.uint8:
             ids = cv2.LUT(numbers, self._table[:256])  # less than half the time of indexing
@@ -136,14 +145,15 @@ class MaskReader:
             raise self._foreign_ids_error(numbers, path)
         return ids.astype(np.uint8)
 
-    def _foreign_ids_error(self, numbers: np.ndarray, path: Path) -> UserError:
+    def _foreign_ids_error(self, numbers: np.ndarray, path: Path | MaskPage) -> UserError:
         """Return the error for a mask with ids that no class has."""
-        last, ignore = len(self.labels.classes) - 1, self.labels.ignore_index
+        last = 1 if self.has_layers else len(self.labels.classes) - 1
+        ignore = self.labels.ignore_index
         foreign = [v for v in np.unique(numbers) if not 0 <= v <= HIGHEST_ID or self._table[v] < 0]
         known = np.flatnonzero((self._table >= 0) & (self._table != ignore))
         stand = "" if known.size == last + 1 == known[-1] + 1 else f", stored in files as {_some(known)}"
         described = self.masks.described is not None
-        if self.labels.classes == LAYER_VALUES:
+        if self.has_layers:
             return UserError(
                 f"{path} holds the ids {_some(foreign)}. A mask of one class has the id 0 where it is absent, 1 where "
                 f"it is present, and {ignore} is ignored{stand}. {for_ids(foreign, ignore, described=described)}"
@@ -166,18 +176,6 @@ class MaskReader:
                 f"{_some(colors)}, on {int(unknown.sum())} pixels. {for_colors(colors, described=described)}"
             )
         return self._values[nearest]
-
-
-def layer_reader(masks: Masks, ignore_index: int) -> MaskReader:
-    """Return the reader of files of one class each, which hold 0, 1 and ignore_index, or 0 and 255 (`binary`).
-
-    Raises:
-        UserError: the options are those of files with several classes.
-    """
-    given = {"format=palette": masks.format == "palette", "reduce_zero_label": masks.reduce_zero_label}
-    if wrong := next((name for name, is_set in given.items() if is_set), None):
-        raise UserError(f"data.reader.masks.{wrong} has no effect on masks of one class each. Leave it out.")
-    return MaskReader(Labels.of(LAYER_VALUES, None, ignore_index), masks)
 
 
 def fit_mask(mask: np.ndarray, size: tuple[int, int], rule: str, *, image: object, path: object) -> np.ndarray:
@@ -218,10 +216,10 @@ def check_fit(found: tuple[int, int], size: tuple[int, int], rule: str, *, image
         raise UserError(f"{sizes} Make them equal, or resize the mask: data.reader.masks.on_size_mismatch=resize_mask.")
 
 
-def _from_binary(numbers: np.ndarray, path: Path, *, described: bool) -> np.ndarray:
+def _from_binary(numbers: np.ndarray, path: Path | MaskPage, *, described: bool) -> np.ndarray:
     ids = (numbers == 255).astype(np.uint8)
     other = numbers[(numbers != 0) & (ids == 0)]
-    if other.size and numbers.max() == 1 and has_one_bit(path):
+    if other.size and numbers.max() == 1 and has_one_bit(mask_file(path)):
         return numbers.astype(np.uint8)
     if other.size:
         advice = for_binary(np.unique(numbers).tolist(), described=described)
@@ -229,7 +227,7 @@ def _from_binary(numbers: np.ndarray, path: Path, *, described: bool) -> np.ndar
     return ids
 
 
-def _one_channel(numbers: np.ndarray, path: Path) -> np.ndarray:
+def _one_channel(numbers: np.ndarray, path: Path | MaskPage) -> np.ndarray:
     if numbers.ndim == 2:
         return numbers
     first = numbers[..., 0]
@@ -241,10 +239,11 @@ def _one_channel(numbers: np.ndarray, path: Path) -> np.ndarray:
     return first
 
 
-def _position(name: str, labels: Labels) -> int:
+def _position(name: str, labels: Labels, has_layers: bool) -> int:
     if name not in labels.classes:
+        named = "the meanings of a mask of one class" if has_layers else "data.classes"
         raise UserError(
-            f"data.reader.masks.others={name} is not a class. Name one of data.classes: {', '.join(labels.classes)}."
+            f"data.reader.masks.others={name} is not a class. Name one of {named}: {', '.join(labels.classes)}."
         )
     return labels.classes.index(name)
 

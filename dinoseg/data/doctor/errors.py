@@ -8,6 +8,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from dinoseg.core.channels import ChannelFiles
 from dinoseg.core.shapes import SegmentationData
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
-from dinoseg.data.doctor.checks.files import check_files
+from dinoseg.data.doctor.checks.files import check_files, check_range
 from dinoseg.data.doctor.findings import Finding, Scanned, by_severity
 from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.scan.measure import Record
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.splits import regex_group
+from dinoseg.data.video.access import ImageSource, read_peak
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, join_names, one_line, printable
 
@@ -52,7 +55,7 @@ def find_errors(splits: Sequence[Scanned], *, data_name: str = "", group: str | 
         data_name: the option of `data=`.
         group: regular expression on the name that gives an image's group; None: the name's first folder.
     """
-    findings = [*check_files(splits), *check_labels(splits, data_name)]
+    findings = [*check_files(splits), *check_range(splits), *check_labels(splits, data_name)]
     return by_severity([*findings, *check_same_files(splits), *check_groups(splits, group)])
 
 
@@ -79,6 +82,8 @@ def check_for_errors(
         if not isinstance(data, PairDataset):
             return []
         records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
+        if records and not records[0].problems:  # the scan reads headers, which do not tell the range
+            records[0] = replace(records[0], peak=_read_peak(data.pairs[0].image))
         splits.append(describe_split(split, data, records))
     errors = []
     for finding in find_errors(splits, data_name=data_name, group=group):
@@ -94,6 +99,13 @@ def check_for_errors(
         if isinstance(data, PairDataset) and data.pairs and isinstance(data.pairs[0].image, ChannelFiles):
             data.pairs[0].image.read()  # the scan reads headers, which do not tell the number of channels
     return splits
+
+
+def _read_peak(image: ImageSource) -> int:
+    try:
+        return read_peak(image)
+    except UserError:  # raised again when the image is read
+        return 0
 
 
 def _each(finding: Finding) -> str:
@@ -202,7 +214,7 @@ def _no_labels(part: Scanned) -> Iterator[Finding]:
 def check_same_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
     """Yield a finding of the images of two splits that are one file, or a copy of it.
 
-    A copy has the same name, the same length and the same mask of several classes. Training stops if nearly all of a
+    A copy has the same name, the same mask of several classes and the same content. Training stops if nearly all of a
     split are the other's very files; copies only log a warning.
     """
     for first, second in combinations(splits, 2):
@@ -226,10 +238,14 @@ def check_same_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
 
 def same_files(first: Scanned, second: Scanned) -> list[tuple[Record, Record]]:
     """Return the pairs of the second split that are also in the first, each preceded by its twin there."""
-    twins = {key: record for record in reversed(first.records) for key in _identity(record)}
+    files = {os.path.realpath(record.image): record for record in reversed(first.records)}
+    suspects = {_copy_key(record): record for record in reversed(first.records)}
+    suspects.pop(None, None)  # images that cannot be compared
     both = []
     for record in second.records:
-        twin = next((twins[key] for key in _identity(record) if key in twins), None)
+        twin, suspect = files.get(os.path.realpath(record.image)), suspects.get(_copy_key(record))
+        if twin is None and suspect is not None and _have_same_content(suspect, record):
+            twin = suspect
         both += [] if twin is None else [(twin, record)]
     return both
 
@@ -238,10 +254,18 @@ def _is_one_file(pair: tuple[Record, Record]) -> bool:
     return os.path.realpath(pair[0].image) == os.path.realpath(pair[1].image)
 
 
-def _identity(record: Record) -> Iterator[tuple[str | int, ...]]:
-    yield (os.path.realpath(record.image),)
-    if record.mask_digest and len(record.pixels) > 1 and os.path.isfile(record.image):
-        yield record.name, record.mask_digest, os.path.getsize(record.image)
+def _copy_key(record: Record) -> tuple[str, str, int] | None:
+    """Return what copies have in common; the length alone says nothing for uncompressed files, such as .npy and BMP."""
+    if not record.mask_digest or len(record.pixels) < 2 or not os.path.isfile(record.image):
+        return None
+    return record.name, record.mask_digest, os.path.getsize(record.image)
+
+
+def _have_same_content(first: Record, second: Record) -> bool:
+    """Return whether two images have the same pixels, or the same bytes if one was not decoded."""
+    if first.image_digest and second.image_digest:
+        return first.image_digest == second.image_digest
+    return image_hash(Path(first.image)) == image_hash(Path(second.image))
 
 
 def check_groups(splits: Sequence[Scanned], group: str | None) -> Iterator[Finding]:

@@ -184,10 +184,10 @@ def annotated_dataset(
     """
     if kind not in KINDS:
         raise UserError(f"data.reader.kind={kind} is unknown. Choose one of {', '.join(KINDS)}.")
-    labels = Labels.of(classes, palette, ignore_index)
+    labels = Labels.of(classes, palette, ignore_index, has_layers=layers)
     maker = _Maker(KINDS[kind], Path(root).expanduser(), layout, shapes, labels, layers)
     pairs = divide(split, lambda side: maker.pairs(side, partition), partition)
-    return collect_pairs(pairs, split, labels, masks)
+    return collect_pairs(pairs, split, labels, masks, has_layers=layers)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dinoseg.data.annotation.coco import read_coco
 from dinoseg.data.annotation.entry import LARGEST_FILE, Annotations, Entry
 from dinoseg.data.annotation.labelme import read_labelme
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.files import check_regular, entries, visible_files
+from dinoseg.utils.files import Stamp, check_regular, entries, stamp, visible_files
 from dinoseg.utils.wording import join_names
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
@@ -167,10 +167,10 @@ def _has_json(folder: Path) -> bool:
 def _read(kind: Kind, path: Path) -> Annotations:
     try:
         check_regular(path)
-        status = path.stat()
-        if status.st_size > LARGEST_FILE:
-            raise ValueError(f"it has {status.st_size:,} bytes; the limit is {LARGEST_FILE:,}: divide it into several")
-        return _parse_file(kind, path, status.st_mtime_ns, status.st_size)
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise ValueError(f"it has {size:,} bytes; the limit is {LARGEST_FILE:,}: divide it into several")
+        return _parse_file(kind, path, stamp(path))
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}). Check the path and its permissions.") from None
     except UserError:
@@ -182,6 +182,6 @@ def _read(kind: Kind, path: Path) -> Annotations:
 
 
 @functools.lru_cache(maxsize=2**14)
-def _parse_file(kind: Kind, path: Path, changed: int, size: int) -> Annotations:
-    """Parse a file once per state (time and size), since the classes and every split request it."""
+def _parse_file(kind: Kind, path: Path, _stamp: Stamp | None) -> Annotations:
+    """Parse a file once per state, since the classes and every split request it."""
     return kind.read(path.read_bytes(), path)

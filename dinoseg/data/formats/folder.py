@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoseg.data.annotation.drawing import Drawing, Layers
+from dinoseg.data.annotation.drawing import Drawing, Layers, MaskPage, mask_file
 from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import Masks, layer_reader
+from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.pairs.pairing import Lacking, collect_pairs, pair_by_name
 from dinoseg.data.splits import Partition, divide, file_list, read_name_list
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import visible_files
-from dinoseg.utils.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from dinoseg.utils.images import IMAGE_SUFFIXES, TIFF_SUFFIXES, UNREAD_SUFFIXES
 from dinoseg.utils.mask_files import check_layer_names
 from dinoseg.utils.wording import count_of, join_names
 
@@ -92,13 +92,13 @@ def folder_dataset(
         UserError: a folder is missing or empty, no image has its mask, or two files have one name; when an item is
             read: an unreadable file, differing sizes, ids without class.
     """
-    labels = Labels.of(classes, palette, ignore_index)
+    labels = Labels.of(classes, palette, ignore_index, has_layers=layers)
     match_files = partial(_match_masks, labels)
     if layers:
-        match_files = partial(_match_layers, labels, layer_reader(masks, ignore_index).read)
+        match_files = partial(_match_layers, labels, MaskReader(labels, masks, has_layers=True).read)
     match = partial(match_files, suffixes)
     pairs = find_pairs(Path(root).expanduser(), split, layout, partition, match)
-    return collect_pairs(pairs, split, labels, masks)
+    return collect_pairs(pairs, split, labels, masks, has_layers=layers)
 
 
 def find_pairs(
@@ -141,8 +141,8 @@ def _match_masks(
             "that task, or remove {class}."
         )
     folders = _folder(root, split, layout.images, layout), _folder(root, split, layout.masks, layout)
-    images, unread = _find(folders[0], layout.image_suffix, layout, suffixes)
-    masks, unread_masks = _find(folders[1], layout.mask_suffix, layout)
+    images, unread, _ = _find(folders[0], layout.image_suffix, layout, suffixes)
+    masks, unread_masks, _ = _find(folders[1], layout.mask_suffix, layout)
     of_classes = sorted({name.partition("/")[0] for name in masks if "/" in name})
     if images and of_classes and set(of_classes) <= set(labels.classes) and not masks.keys() & images.keys():
         raise UserError(
@@ -159,7 +159,7 @@ def class_layouts(layout: FolderLayout, classes: Sequence[str]) -> list[FolderLa
     """Return the layout of each class's mask files.
 
     `{class}` in the mask folder or the mask suffix stands for the class's name. If neither has it, the mask folder has
-    a folder for each class.
+    a folder for each class, or TIFF files with a page for each class.
 
     Raises:
         UserError: see `check_layer_names`.
@@ -179,7 +179,7 @@ def class_layouts(layout: FolderLayout, classes: Sequence[str]) -> list[FolderLa
 
 def _match_layers(
     labels: Labels,
-    read_layer: Callable[[Path | Drawing], np.ndarray],
+    read_layer: Callable[[Path | MaskPage | Drawing], np.ndarray],
     suffixes: Sequence[str],
     root: Path,
     split: str,
@@ -190,49 +190,73 @@ def _match_layers(
     An image does not show a class that has no mask of its name, or no folder; it needs a mask of at least one class.
     """
     folder = _folder(root, split, layout.images, layout)
-    images, unread = _find(folder, layout.image_suffix, layout, suffixes)
-    by_class: list[dict[str, Path]] = []
+    images, unread, _ = _find(folder, layout.image_suffix, layout, suffixes)
+    by_class: list[dict[str, Path | MaskPage]] = []
+    by_name: dict[str, Pair | Lacking] = {}
     layouts = class_layouts(layout, labels.classes)
     folders = [_path(root, split, each.masks, each) for each in layouts]
-    if not any(place.is_dir() for place in folders):  # raises an error
+    if not any(place.is_dir() for place in folders):
+        by_class, unread_masks = _find_pages(root, split, layout, len(labels.classes))
+        unread |= unread_masks
+        folders = []
+    if not folders and not any(by_class):  # raises an error
         _folder(root, split, layouts[0].masks, layouts[0], "" if layout.mask_suffix else _FLAT)
-    for place, each in zip(folders, layouts, strict=True):
+    for place, each in zip(folders, layouts, strict=False):
         if not place.is_dir():
             others = sorted(path.name for path in place.parent.glob("*/") if path.name not in labels.classes)
             unused = f" Folders of no class: {join_names(others, 10)}." if others else ""
             log.warning("%s is missing: no image of split %s shows this class.%s", place, split, unused)
-        masks, unread_masks = _find(place, each.mask_suffix, each) if place.is_dir() else ({}, {})
-        by_class.append(masks)
+        masks, unread_masks, mask_folders = _find(place, each.mask_suffix, each) if place.is_dir() else ({}, {}, {})
+        by_class.append({**masks})
         unread |= unread_masks
-    files = {path for masks in by_class for path in masks.values()}
+        for name, path in mask_folders.items():
+            if name in images and name not in masks:
+                by_name[name] = Lacking(name, f"{path} is a folder, not a mask.", "Replace each folder by the mask.")
+    files = {mask_file(path) for masks in by_class for path in masks.values()}
     images = {name: path for name, path in images.items() if path not in files}
     shown = {name: [masks.get(name) for masks in by_class] for name in images}
     used = Counter(path for sources in shown.values() for path in sources if path is not None)
     if twice := next((path for path, count in used.items() if count > 1), None):
         raise UserError(f"{twice} is the mask of two images or classes by its name. Rename images or classes.")
-    by_name: dict[str, Pair | Lacking] = {}
     for name, path in images.items():
+        if name in by_name:
+            continue
         reason = f"{path} has no mask of any class. If it shows none, add an empty mask."
         pair = Pair(name, path, Layers(tuple(shown[name]), read_layer))
         by_name[name] = pair if any(shown[name]) else Lacking(name, reason, _REMEDY)
-    for name, path in (entry for masks in by_class for entry in masks.items()):
-        if path not in used:
-            by_name[name] = Lacking(name, f"{path} has no image in {folder}.", _REMEDY)
+    for name, mask in (entry for masks in by_class for entry in masks.items()):
+        if mask not in used:
+            by_name[name] = Lacking(name, f"{mask_file(mask)} has no image in {folder}.", _REMEDY)
     by_name |= {name: Lacking(name, f"{path} has an unsupported format.", _CONVERT) for name, path in unread.items()}
     return by_name
 
 
+def _find_pages(
+    root: Path, split: str, layout: FolderLayout, count: int
+) -> tuple[list[dict[str, Path | MaskPage]], dict[str, Path]]:
+    """Return name to page of each class, of TIFF masks with a page for each class, and name to unreadable file."""
+    folder = _path(root, split, layout.masks, layout)
+    if "{class}" in layout.masks + layout.mask_suffix or not folder.is_dir():
+        return [], {}
+    masks, unread, _ = _find(folder, layout.mask_suffix, layout)
+    tiffs = {name: path for name, path in masks.items() if path.suffix.lower() in TIFF_SUFFIXES}
+    return [{name: MaskPage(path, index, count) for name, path in tiffs.items()} for index in range(count)], unread
+
+
 def _find(
     folder: Path, suffix: str, layout: FolderLayout, suffixes: Sequence[str] | None = None
-) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Return name to file below a folder whose stem ends with `suffix`: readable and unreadable kinds.
+) -> tuple[dict[str, Path], dict[str, Path], dict[str, Path]]:
+    """Return name to path below a folder whose stem ends with `suffix`: readable files, unreadable ones, folders.
 
     `suffixes` are those of images; without them, the files are masks.
     """
     paths: dict[str, Path] = {}
     unread: dict[str, Path] = {}
+    folders: dict[str, Path] = {}  # named as files
     both_here = suffixes is not None and layout.mask_suffix and layout.images == layout.masks
     for parent, files in visible_files(folder):
+        if parent.suffix.lower() in IMAGE_SUFFIXES and parent.stem.endswith(suffix) and parent != folder:
+            folders[(parent.parent / parent.stem.removesuffix(suffix)).relative_to(folder).as_posix()] = parent
         for file in files:
             path = parent / file
             excluded = any(fnmatch(file, pattern) for pattern in layout.exclude)
@@ -249,7 +273,7 @@ def _find(
             if name in paths:
                 raise UserError(f"{paths[name]} and {path} have the same name ({name}): keep one of them.")
             paths[name] = path
-    return paths, unread
+    return paths, unread, folders
 
 
 def _path(root: Path, split: str, pattern: str, layout: FolderLayout) -> Path:

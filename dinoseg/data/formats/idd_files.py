@@ -1,5 +1,6 @@
 """File layout of IDD: its parts, file names and label encodings; imports no torch."""
 
+import shlex
 from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
@@ -37,7 +38,7 @@ def label_suffix(encoding: str) -> str:
 def prepare_command(root: Path, encoding: str) -> str:
     """Return the command that makes the label maps of an encoding from the polygons."""
     data = _DATA.get(encoding, f"idd data.reader.encoding={encoding}")
-    return f"python -m dinoseg mode=prepare data={data} data.root={root}"
+    return f"python -m dinoseg mode=prepare data={data} {shlex.quote(f'data.root={root}')}"
 
 
 def find_parts(root: Path) -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """Reader of SAR-RARP50: robot-assisted prostatectomies, from extracted frames or directly from the videos."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -108,7 +109,7 @@ def find_videos(root: Path, split: str) -> tuple[dict[str, Path], list[Lacking]]
 
 def prepare_command(root: Path) -> str:
     """Return the command that unpacks archives and extracts frames."""
-    return f"python -m dinoseg mode=prepare data=sarrarp data.root={root}"
+    return f"python -m dinoseg mode=prepare data=sarrarp {shlex.quote(f'data.root={root}')}"
 
 
 def _to_prepare(root: Path) -> str:

@@ -11,10 +11,10 @@ from torch import Tensor
 from dinoseg.core.channels import ChannelFiles, PixelFormat, check_rgb
 from dinoseg.core.sample_maps import MapKind, check_map_kinds, check_maps
 from dinoseg.core.shapes import Sample
-from dinoseg.data.annotation.drawing import Layers, drawn_size
+from dinoseg.data.annotation.drawing import drawn_size
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks, check_fit, fit_mask
-from dinoseg.data.pairs.pair import Pair, fingerprint, image_hash
+from dinoseg.data.pairs.pair import Pair, fingerprint, ignore_invalid, image_hash
 from dinoseg.data.video.access import VideoFrame, first_file, read_source
 
 ComputeMaps = Callable[[Sample], dict[str, Tensor]]
@@ -29,6 +29,7 @@ class PairDataset:
         masks: how mask files are encoded.
         lacking: name to reason, for entries that are no complete pair: they are not items, but are reported.
         remedy: how to fix them.
+        has_layers: whether a mask is (K, H, W), with a layer for each class.
 
     Raises:
         UserError: when an item is read: an unreadable file, differing sizes, or ids without class.
@@ -41,6 +42,8 @@ class PairDataset:
         masks: Masks,
         lacking: Mapping[str, str] | None = None,
         remedy: str = "",
+        *,
+        has_layers: bool = False,
     ) -> None:
         self.classes, self.palette, self.ignore_index = labels.classes, labels.palette, labels.ignore_index
         self.names = [pair.name for pair in pairs]
@@ -52,12 +55,12 @@ class PairDataset:
         self.compute_maps: ComputeMaps | None = None
         self.split_local_names = False  # equal names (of images or videos) in two splits are different data
         self.longest: int | None = None  # pixels that an image's longer side is reduced to; None: original size
-        self.reader = MaskReader(labels, masks)
+        self.reader = MaskReader(labels, masks, has_layers=has_layers)
 
     @property
     def has_layers(self) -> bool:
         """Whether a mask is (K, H, W), with a layer for each class."""
-        return any(isinstance(pair.mask, Layers) for pair in self.pairs)
+        return self.reader.has_layers
 
     @property
     def source(self) -> "PairDataset":
@@ -108,7 +111,8 @@ class PairDataset:
     def keep(self, names: Collection[str]) -> "PairDataset":
         """Return the dataset restricted to these names, in the same order; incomplete pairs are still reported."""
         pairs = [pair for pair in self.pairs if pair.name in names]
-        subset = PairDataset(pairs, self.reader.labels, self.reader.masks, self.lacking, self.remedy)
+        rules = self.reader.labels, self.reader.masks
+        subset = PairDataset(pairs, *rules, self.lacking, self.remedy, has_layers=self.has_layers)
         subset.skipped, subset.split_local_names = self.skipped, self.split_local_names
         subset.maps, subset.compute_maps = self.maps, self.compute_maps
         return subset
@@ -145,12 +149,17 @@ def read_pair(pair: Pair, reader: MaskReader) -> Sample:
     size, rule = (image.shape[0], image.shape[1]), reader.masks.on_size_mismatch
     check_fit(drawn_size(pair.mask) or size, size, rule, image=pair.image, path=pair.mask)
     mask = fit_mask(reader.read(pair.mask), size, rule, image=pair.image, path=pair.mask)
+    mask = ignore_invalid(mask, pair.image, reader.labels.ignore_index, rule=rule, path=pair.mask)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (C, H, W)
     return Sample(image=pixels, mask=torch.from_numpy(mask), name=pair.name)
 
 
 def read_mask(pair: Pair, reader: MaskReader) -> np.ndarray:
-    """Return the class ids (H, W) alone, equal to those of `read_pair`; open the image only if its size is needed."""
-    if reader.masks.on_size_mismatch == "resize_mask":
+    """Return the class ids (H, W) alone, equal to those of `read_pair`.
+
+    Only a TIFF image, which may have an internal mask, or one whose size is needed, is opened.
+    """
+    rule = reader.masks.on_size_mismatch
+    if rule == "resize_mask":
         return read_pair(pair, reader)["mask"].numpy()
-    return reader.read(pair.mask)
+    return ignore_invalid(reader.read(pair.mask), pair.image, reader.labels.ignore_index, rule=rule, path=pair.mask)

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from dinoseg.data.annotation.drawing import MaskSource, mask_file
-from dinoseg.data.classes.masks import MaskReader
-from dinoseg.data.video.access import ImageSource, reading_rule, source_files, source_origin
+from dinoseg.data.classes.masks import MaskReader, check_fit
+from dinoseg.data.video.access import ImageSource, read_valid_pixels, reading_rule, source_files, source_origin
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import Stamp, check_regular, stamp
 
@@ -26,6 +28,19 @@ class Pair:
     def origin(self) -> str:
         """Return the location of the image."""
         return source_origin(self.image)
+
+
+def ignore_invalid(mask: np.ndarray, image: ImageSource, ignore_index: int, *, rule: str, path: object) -> np.ndarray:
+    """Return class ids (H, W) or layers (K, H, W) that are ignored where the image's internal mask says so.
+
+    Raises:
+        UserError: the image cannot be read, or it has another size than the mask.
+    """
+    valid = read_valid_pixels(image)
+    if valid is None:
+        return mask
+    check_fit((mask.shape[-2], mask.shape[-1]), (valid.shape[0], valid.shape[1]), rule, image=image, path=path)
+    return np.where(valid, mask, np.uint8(ignore_index))
 
 
 def fingerprint(pairs: Iterable[Pair], reader: MaskReader) -> str:

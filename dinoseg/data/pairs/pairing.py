@@ -12,7 +12,7 @@ from dinoseg.data.classes.masks import Masks
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import open_image, read_image
+from dinoseg.utils.images import has_colors, read_image
 from dinoseg.utils.wording import count_of, reasons
 
 _MASK_COLORS = 32  # a mask has more colours only if objects have ids
@@ -75,7 +75,9 @@ def _explain_lacking(files: Mapping[str, Path], others: Mapping[str, Path], kind
     return reasons
 
 
-def collect_pairs(candidates: Iterable[Pair | Lacking], split: str, labels: Labels, masks: Masks) -> PairDataset:
+def collect_pairs(
+    candidates: Iterable[Pair | Lacking], split: str, labels: Labels, masks: Masks, *, has_layers: bool = False
+) -> PairDataset:
     """Return the dataset of the complete pairs; it records the incomplete ones.
 
     Raises:
@@ -90,7 +92,7 @@ def collect_pairs(candidates: Iterable[Pair | Lacking], split: str, labels: Labe
         else:
             lacking[candidate.title or candidate.name] = candidate.reason
             remedies[candidate.remedy] = None
-    dataset = PairDataset(whole, labels, masks, lacking, "\n".join(remedies))
+    dataset = PairDataset(whole, labels, masks, lacking, "\n".join(remedies), has_layers=has_layers)
     if not whole:
         raise incomplete_pairs_error(dataset, split)
     _refuse_swapped(dataset, split)
@@ -123,8 +125,7 @@ def _is_mask(dataset: PairDataset, path: Path) -> bool:
 def _has_colors(path: Path) -> bool:
     """Return whether an image file has several channels by its header; single-channel masks are not decoded here."""
     try:
-        with open_image(path) as image:
-            return len(image.getbands()) > 1
+        return has_colors(path)
     except Exception:  # a decoder may raise anything on a damaged file
         return False
 

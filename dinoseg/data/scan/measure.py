@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from dinoseg.core.channels import ChannelFiles
-from dinoseg.data.annotation.drawing import Layers, MaskSource, drawn_size
+from dinoseg.data.annotation.drawing import Layers, MaskPage, MaskSource, drawn_size
 from dinoseg.data.classes.masks import MaskReader, check_fit, fit_mask
-from dinoseg.data.pairs.pair import Pair
-from dinoseg.data.video.access import ImageSource, VideoFrame, read_source
+from dinoseg.data.pairs.pair import Pair, ignore_invalid
+from dinoseg.data.video.access import ImageSource, VideoFrame, read_peak, read_source
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, open_regular
 from dinoseg.utils.images import read_ids, read_image, read_size
@@ -42,6 +42,7 @@ class Record:
         mask_size: height and width in the file, None if unknown.
         pixels: class id or ignore_index to number of pixels, as used in training; empty for a rejected mask.
         raw: number or colour in the mask file to number of pixels; at most 256 entries. Of layers: class and value.
+        peak: highest level of an image of 16 bits whose range is not declared; 0 if unknown.
         problems: code to reason, of all problems that would stop a run.
         overlap: pixels of several classes; 0 unless the mask has layers.
         mask_digest: hash of the ids.
@@ -59,6 +60,7 @@ class Record:
     mask_size: tuple[int, int] | None = None
     pixels: Mapping[int, int] = field(default_factory=dict)
     raw: Mapping[str, int] = field(default_factory=dict)
+    peak: int = 0
     problems: Mapping[str, str] = field(default_factory=dict)
     overlap: int = 0
     mask_digest: str = ""
@@ -90,7 +92,11 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
     """
     record, image, mask = Record(pair.name, str(pair.image), str(pair.mask), decoded=images), pair.image, pair.mask
     try:
-        record = _with_pixels(record, read_source(image)) if images else replace(record, image_size=_header_size(image))
+        if images:
+            pixels = read_source(image)
+            record = replace(_with_pixels(record, pixels), peak=read_peak(image, pixels))
+        else:
+            record = replace(record, image_size=_header_size(image))
     except Exception as error:  # a decoder may raise anything on a damaged file
         record = record.with_problem("unreadable_image", _reason(image, error))
     try:
@@ -179,9 +185,14 @@ def _with_ids(record: Record, mask: MaskSource, image: ImageSource, reader: Mask
         record = record.with_problem("size_mismatch", str(error))
     ignored = reader.labels.ignore_index
     if isinstance(mask, Layers):
-        return _with_mask(record, ids, ignored, raw=_layer_values(ids, mask))
-    pixels = dict(_count_values(ids))
-    return _with_mask(replace(record, pixels=pixels), ids, ignored, raw=_raw_of(mask, reader, pixels))
+        raw = _layer_values(ids, mask)
+    else:
+        raw = _raw_of(mask, reader, dict(_count_values(ids)))
+    if not record.problems:
+        ids = ignore_invalid(ids, image, ignored, rule=rule, path=mask)
+    if ids.ndim == 2:
+        record = replace(record, pixels=dict(_count_values(ids)))
+    return _with_mask(record, ids, ignored, raw=raw)
 
 
 def _with_mask(record: Record, mask: np.ndarray, ignore_index: int, raw: Mapping[str, int]) -> Record:
@@ -204,7 +215,7 @@ def _layer_counts(layers: np.ndarray, ignore_index: int) -> dict[int, int]:
 
 def _layer_values(layers: np.ndarray, mask: Layers) -> dict[str, int]:
     """Return the pixels of each value in the files of layers (K, H, W), with keys such as `1: 255` for class 1."""
-    files = [index for index, source in enumerate(mask.sources) if isinstance(source, Path)]
+    files = [index for index, source in enumerate(mask.sources) if isinstance(source, Path | MaskPage)]
     return {f"{index}: {value}": count for index in files for value, count in _count_values(layers[index])}
 
 

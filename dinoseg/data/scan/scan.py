@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 StoredRecords = dict[str, tuple[list[int] | None, Record]]  # key of a pair to the stamps of its files, and its record
 _CHUNK = 16  # successive pairs that a thread measures: frames of a video are decoded in their order
-_VERSION = 7  # version of the record format
+_VERSION = 8  # version of the record format
 _UNREADABLE = {"unreadable_image", "unreadable_mask"}
 _SMALL_COPIES, _SIZES = ("edges", "borders"), ("image_size", "mask_size")
 
@@ -50,8 +50,9 @@ _FORM = forms.table(
             **dict.fromkeys(_SIZES, _SIZE_FORM),
             decoded=forms.flag,
             pixels=forms.table(forms.whole(), r"[0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5]"),
-            raw=forms.table(forms.whole(), r"([0-9]{1,3}: )?-?[0-9]{1,10}|\([0-9]{1,3}, [0-9]{1,3}, [0-9]{1,3}\)"),
+            raw=forms.table(forms.whole(), r"([0-9]{1,3}: )?-?[0-9]{1,20}|\([0-9]{1,3}, [0-9]{1,3}, [0-9]{1,3}\)"),
             overlap=forms.whole(),
+            peak=forms.whole(),
             problems=forms.table(forms.text),
             look=forms.maybe(forms.whole(0, 2**64 - 1)),
         ),

@@ -13,7 +13,8 @@ import numpy as np
 from dinoseg.core.channels import ChannelFiles
 from dinoseg.data.video.index import VideoIndex, checksum, file_key, find_index, open_decoder, time_of
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import read_image
+from dinoseg.utils.images import TIFF_SUFFIXES, is_deep, read_image, read_valid
+from dinoseg.utils.levels import find_peak, read_levels
 
 # torchcodec and OpenCV decode the same pixels, but like PyAV they seek to a wrong frame if timestamps are irregular, so
 # each would need the index; torchcodec also needs a system FFmpeg
@@ -91,6 +92,35 @@ def read_source(source: ImageSource) -> np.ndarray:
         UserError: see `read_image`, `read_frame` and `PixelFormat.read`.
     """
     return read_image(source) if isinstance(source, Path) else source.read()
+
+
+def read_peak(source: ImageSource, pixels: np.ndarray | None = None) -> int:
+    """Return the highest stored level of an image of 16 bits whose range is not declared; 0 for other images.
+
+    Args:
+        source: the image.
+        pixels: what `read_source` returns, if it was read.
+
+    Raises:
+        UserError: see `read_source`.
+    """
+    if isinstance(source, Path):  # `read_source` has reduced its depth
+        return find_peak(read_levels(source, None)) if is_deep(source) else 0
+    if isinstance(source, VideoFrame) or source.format.value_range is not None:
+        return 0
+    return find_peak(read_source(source) if pixels is None else pixels)
+
+
+def read_valid_pixels(source: ImageSource) -> np.ndarray | None:
+    """Return which pixels (H, W) the internal masks of an image's TIFF files mark as valid; None without masks.
+
+    Raises:
+        UserError: a file is missing, truncated or no image.
+    """
+    files = [] if isinstance(source, VideoFrame) else source_files(source)
+    found = [read_valid(file) for file in files if file.suffix.lower() in TIFF_SUFFIXES]
+    masks = [valid for valid in found if valid is not None]
+    return np.logical_and.reduce(masks) if masks else None
 
 
 def read_frame(frame: VideoFrame) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Scoring of prediction folders against references, in parallel processes, with sums by unit; no torch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -26,6 +26,7 @@ class ScoringResult:
 
     Args:
         units: names of the videos or images, in order.
+        groups: of the units, in their order: intervals are over groups.
         sums: (U, d) float64, the contribution of each unit.
         total: (d,) sum over all units; integers stay exact.
         rows: for each unit, a row of plain numbers in addition to its scores.
@@ -36,6 +37,7 @@ class ScoringResult:
     """
 
     units: list[str]
+    groups: list[str]
     sums: np.ndarray
     total: np.ndarray
     rows: list[dict[str, Any]]
@@ -63,6 +65,7 @@ def score_cases(
     listing: Cases,
     *,
     where: str,
+    groups: Mapping[str, str] | None = None,
     workers: int | None = None,
     on_error: OnError = "stop",
     remedy: str = "Lower mode.workers (1: no worker processes), and run again.",
@@ -73,6 +76,7 @@ def score_cases(
         protocol: measures a case.
         listing: the cases, and the problems of the folders.
         where: names both folders in messages.
+        groups: the group of each case by its name, for the intervals; others have their unit as a group.
         workers: number of processes; None for one per core, or only this process for few frames.
         on_error: `stop` once all files are measured, or `skip` files that cannot be scored.
         remedy: advice to the user if a process was killed.
@@ -95,14 +99,17 @@ def score_cases(
         first = f", such as {problems[0][0]}: {problems[0][1]}" if problems else "."
         raise UserError(f"Nothing is left to score in {where}: {count_of(problems, 'problem')}{first}")
     joined = sums_by_unit(protocol, cases)
+    by_unit = _by_unit(cases)
+    found, divided = _unit_groups(by_unit, groups or {}, protocol.unit)
     return ScoringResult(
         units=list(joined),
+        groups=found,
         sums=np.stack([unit.astype(np.float64) for unit in joined.values()]),
         total=np.sum(list(joined.values()), axis=0),
-        rows=[_row(unit) for unit in _by_unit(cases).values()],
+        rows=[_row(unit) for unit in by_unit.values()],
         cases=cases,
         problems=problems,
-        notes=[*listing.notes, *_unknown_notes(cases), *_bare_notes(protocol, cases)],
+        notes=[*listing.notes, *divided, *_unknown_notes(cases), *_bare_notes(protocol, cases)],
         files=_frames(case for case, _ in cases),
     )
 
@@ -117,6 +124,20 @@ def _by_unit(cases: Iterable[tuple[ScoringCase, Measured]]) -> dict[str, list[tu
 def sums_by_unit(protocol: ScoreProtocol, cases: Iterable[tuple[ScoringCase, Measured]]) -> dict[str, np.ndarray]:
     """Return the sums (d,) of each unit."""
     return {unit: protocol.join([measured for _, measured in parts]) for unit, parts in _by_unit(cases).items()}
+
+
+def _unit_groups(
+    by_unit: Mapping[str, Sequence[tuple[ScoringCase, Measured]]], groups: Mapping[str, str], kind: str
+) -> tuple[list[str], list[str]]:
+    """Return the group of each unit, and notes; each unit is its own group if some units lie in several groups."""
+    found = [{groups.get(case.name, unit) for case, _ in parts} for unit, parts in by_unit.items()]
+    divided = [unit for unit, held in zip(by_unit, found, strict=True) if len(held) > 1]
+    if not divided:
+        return [held.pop() for held in found], []
+    return [*by_unit], [
+        f"The groups (data.group) divide {len(divided)} of {count_of(by_unit, kind)}, such as {divided[0]}, but each "
+        f"{kind} is scored as a whole: intervals are over {kind}s. Give groups of whole {kind}s."
+    ]
 
 
 def _row(cases: Sequence[tuple[ScoringCase, Measured]]) -> dict[str, Any]:

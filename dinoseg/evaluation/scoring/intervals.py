@@ -146,9 +146,14 @@ def jackknife(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, Estimate]:
 
 
 def jackknife_error(left_out: np.ndarray) -> float:
-    """Return the standard error of a score from its values (U,) without each unit; nan for a single unit."""
+    """Return the standard error of a score from its values (U,) without each unit.
+
+    It is nan for a single unit, and if one of the values is not finite.
+    """
     count = len(left_out)
-    return sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum())) if count > 1 else nan
+    if count < 2 or not np.isfinite(left_out).all():
+        return nan
+    return sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))
 
 
 def leave_one_out(protocol: ScoreFunction, sums: np.ndarray) -> dict[str, np.ndarray]:

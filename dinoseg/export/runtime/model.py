@@ -276,8 +276,9 @@ class Model:
         return push(self.file, self.facts, repo_id, private=private, revision=revision, token=token, gated=gated)
 
     def _predict_batches(self, found: Iterator[Picture], batch_size: int) -> Iterator[Segmentation]:
+        runtime = self.runtime  # once: that of a model in training takes milliseconds
         for batch in _batches(found, batch_size):
-            ids = self.runtime.ids([image for _, image in batch])
+            ids = runtime.ids([image for _, image in batch])
             for (path, image), mask in zip(batch, ids, strict=True):
                 stable = image if path is not None else image.copy()  # a caller may reuse the memory of an array
                 mask = mask.astype(bool) if mask.ndim > 2 else mask

@@ -21,7 +21,7 @@ from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.inputs import check_levels
 from dinoseg.export.runtime.model import Model
 from dinoseg.export.runtime.runtime import FILES
-from dinoseg.export.runtime.torch_runtime import TorchRuntime, preserve_global_state
+from dinoseg.export.runtime.torch_runtime import TorchRuntime, preserve_global_state, replicate_in_eval_mode
 from dinoseg.inference.policy import Policy
 from dinoseg.inference.predictor import Predictor
 from dinoseg.inference.trained_sizes import TrainedSizes
@@ -162,12 +162,12 @@ class Segmenter(GuardedModule, Model):
 
     @property
     def runtime(self) -> TorchRuntime:
-        """Inference with this model on the device that it is on."""
+        """Inference with this model on the device that it is on, in eval mode; the model's own mode does not change."""
         self._check_values()
         device = self.device
         dtype = compute_dtype(self._precision, device)
         context = nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
-        return TorchRuntime(Predictor(self.model, device, context, self._policy))
+        return TorchRuntime(Predictor(replicate_in_eval_mode(self.model), device, context, self._policy))
 
     def trainable_parameters(self) -> list[dict[str, Any]]:
         """Return parameter groups for any torch optimizer, with the learning rates and weight decay of the config.
@@ -438,8 +438,8 @@ class Segmenter(GuardedModule, Model):
         """Refuse a model on the meta device, whose tensors hold no values."""
         if self.device.type == "meta":
             raise UserError(
-                "The model is on the meta device, which holds no values. Create it outside of torch.device('meta'), or "
-                "call model.to_empty(device=DEVICE) and model.load_state_dict(STATE)."
+                "The model is on the meta device, which holds no values. Call model.to_empty(device=DEVICE) and "
+                "model.load_state_dict(STATE)."
             )
 
     def _check_images(self, images: Tensor) -> None:

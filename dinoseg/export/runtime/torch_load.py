@@ -44,7 +44,7 @@ def load_torch(path: Path, options: Options) -> Segmenter:
         policy: Policy = instantiate(cfg.inference)
         sizes = TrainedSizes.from_info(info)
         build = ModelBuilder(cfg)
-        model, _ = restore(build, file)
+        model = restore(build, file)[0].to(device)
         facts = replace(facts, pixels=build.pixels.as_dict())
     if model.head.slots is not None:
         raise UserError(f"{file} is a slot model, which has no classes. mode=track tracks its segments.")
@@ -60,7 +60,7 @@ def load_torch(path: Path, options: Options) -> Segmenter:
         file=file if is_whole else None,
         checkpoint=origin,
     )
-    return loaded.to(device).eval()
+    return loaded.eval()
 
 
 def _config_folder(options: Options) -> Path | None:

@@ -1,7 +1,11 @@
 """Inference with torch: a predictor with numpy results, and isolation from the surrounding program."""
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -9,10 +13,19 @@ from torch import nn
 
 from dinoseg.config.resolvers import lent_resolvers
 from dinoseg.inference.predictor import Predictor
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.torch_defaults import default_precision_and_device, default_settings
+
+T = TypeVar("T", bound=nn.Module)
+_CONTAINERS = (list, tuple, dict, OrderedDict)  # of references to modules; hooks are in an OrderedDict
 
 
 class TorchRuntime:
-    """The `Runtime` of torch: a predictor with numpy results; the model is in eval mode while it predicts."""
+    """The `Runtime` of torch: a predictor with numpy results.
+
+    Args:
+        predictor: its model is in eval mode, and stays so.
+    """
 
     name = "torch"
 
@@ -26,30 +39,70 @@ class TorchRuntime:
 
     def ids(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class ids (B, H, W) uint8 of images (H, W, 3) uint8 RGB of one size; of layers, (B, K, H, W)."""
-        with _eval_mode(self.predictor.model):
+        with default_precision_and_device():
             return self.predictor.ids(images)
 
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the class probabilities (B, K, H, W) float32 of images (H, W, 3) uint8 RGB of one size."""
-        with _eval_mode(self.predictor.model):
+        with default_precision_and_device():
             return self.predictor.probabilities(images).cpu().numpy()
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set a model to eval mode within the block, and restore the mode of each of its modules after it."""
-    training = [part for part in model.modules() if part.training] if model.training else []
-    model.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
+def replicate_in_eval_mode(model: T) -> T:
+    """Return a model in eval mode with the parameters and buffers of `model`, whose own mode does not change.
+
+    A module has one mode for all threads. A prediction that switched it would change the forward passes of a training
+    loop in another thread. The replica has other module objects, and the same tensors, hooks and attributes. Where an
+    attribute refers to a module, in a bound method or a container too, the replica's refers to the replica.
+
+    Raises:
+        UserError: a module of TorchScript, which cannot be replicated, is in training mode.
+    """
+    replicas: dict[int, Any] = {}  # of modules, and of containers with modules, by the identity of the original
+    parts = [part for part in model.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    scripted = [part for part in model.modules() if isinstance(part, torch.jit.ScriptModule)]
+    if any(part.training for part in scripted):
+        raise UserError("The model holds a TorchScript module in training mode. Call model.eval() before predict.")
+    for part in parts:
+        plain = part._modules.get("_orig_mod", part)  # a module of `torch.compile` always calls the original
+        assert plain is not None
+        if id(plain) not in replicas:
+            # not the class's own `__new__`: that of torch.fx makes a class without a forward pass
+            replicas[id(plain)] = object.__new__(type(plain))
+        replicas[id(part)] = replicas[id(plain)]
+    for part in parts:
+        if "_orig_mod" not in part._modules:
+            # a copy, since another thread may set an attribute in its forward pass
+            state = {name: _replace_modules(value, replicas) for name, value in vars(part).copy().items()}
+            # what `module.compile()` sets also calls the original
+            vars(replicas[id(part)]).update(state, training=False, _compiled_call_impl=None)
+    return replicas[id(model)]
+
+
+def _replace_modules(value: Any, replicas: dict[int, Any]) -> Any:
+    """Return an attribute of the replica, which is the original's if that refers to no module."""
+    if isinstance(value, nn.Module):
+        return replicas.get(id(value), value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _replace_modules(value.__self__, replicas))
+    if isinstance(value, partial):
+        function = _replace_modules(value.func, replicas)
+        args = _replace_modules(value.args, replicas)
+        return partial(function, *args, **_replace_modules(value.keywords, replicas))
+    if type(value) not in _CONTAINERS or not value:
+        return value
+    if id(value) not in replicas:
+        replicas[id(value)] = value  # it may contain itself
+        old = list(value.copy().items() if isinstance(value, dict) else enumerate(value))
+        new = {key: _replace_modules(each, replicas) for key, each in old}
+        if any(new[key] is not each for key, each in old):
+            replicas[id(value)] = type(value)(new if isinstance(value, dict) else new.values())
+    return replicas[id(value)]
 
 
 @contextmanager
 def preserve_global_state() -> Iterator[None]:
-    """Restore OmegaConf's resolvers and torch's random state after the block, which may set them."""
+    """Restore OmegaConf's resolvers, torch's random state and settings after the block, which has default settings."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with lent_resolvers(), torch.random.fork_rng(devices):
+    with lent_resolvers(), torch.random.fork_rng(devices), default_settings():
         yield

@@ -28,6 +28,7 @@ from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import FOLDER
 from dinoseg.training.description import PRECISION
 from dinoseg.training.loading import CONSTANTS, frozen_fingerprint, misfits
+from dinoseg.training.progress import Progress
 from dinoseg.utils import forms
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, format_value
@@ -160,7 +161,7 @@ def write_model(
     description = {**config_description(ModelBuilder.of(stored), info), "folder": "."}
     made = {**description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}
     remaining = {key: value for key, value in info.items() if key != PRECISION}  # which the config states
-    checkpoint.write(path, tensors, {"progress": asdict(checkpoint.Progress()), **remaining, **made})
+    checkpoint.write(path, tensors, {"progress": asdict(Progress()), **remaining, **made})
     return len(tensors), facts.backbone
 
 
@@ -402,7 +403,7 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
         evaluation: folder of a mode=eval run; None: the evaluation at the end of the training.
 
     Raises:
-        UserError: if the folder holds no scores, or those of another checkpoint.
+        UserError: if the folder holds no scores, those of another checkpoint, or of an earlier state of it.
     """
     if evaluation is None:
         folder, split = path.parent.parent / "evaluation", "val"
@@ -415,6 +416,8 @@ def scores_of(path: Path, classes: Sequence[str], evaluation: str | None) -> dic
         split = _split_of(folder, path)
     where = f"export.scores={folder}"
     scores = _read(folder / "scores.json", _SCORES, where)
+    if (folder / "scores.json").stat().st_mtime < path.stat().st_mtime:
+        raise UserError(f"{where}: those scores are older than {path}, which was saved again. Run mode=eval again.")
     found = {
         "split": split,
         "protocol": COUNTED,

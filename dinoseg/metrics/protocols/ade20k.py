@@ -32,7 +32,7 @@ class Ade20k(DatasetProtocol):
             "absent_class": f"0, counted: the mean is over all {self.num_classes} classes",
             "resolution": "as stored; both sides must have the same size",
             "ignore": "pixels whose reference is 0",
-            "aggregation": "counts pooled over all images, then the mean over classes; intervals over images",
+            "aggregation": "counts pooled over all images, then the mean over classes",
             "version": "CSAILVision/sceneparsing, evaluationCode (its Python version)",
             "final": "the benchmark ranks by the mean of mIoU and pixel_accuracy",
             "differs": [

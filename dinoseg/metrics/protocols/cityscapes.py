@@ -42,6 +42,7 @@ class Cityscapes(DatasetProtocol):
 
     name = "cityscapes"
     unit = "image"
+    group = "^[^/]+"  # a city, as in data=cityscapes
     ending = ENDING
     keys = ("IoU_classes", "IoU_categories", "iIoU_classes", "iIoU_categories")
 
@@ -50,7 +51,7 @@ class Cityscapes(DatasetProtocol):
             "absent_class": "left out of the mean (no pixel in the reference and none predicted on scored pixels)",
             "resolution": "as stored; both sides must have the same size",
             "ignore": "pixels whose reference is an ignored label; predicting one elsewhere is a false negative",
-            "aggregation": "one matrix over all images, then the mean over classes; intervals over images",
+            "aggregation": "one matrix over all images, then the mean over classes",
             "iIoU": "hits and misses of an instance are weighted by its class's average size / its own; groups have no "
             "weight",
             "version": "mcordts/cityscapesScripts, evaluation/evalPixelLevelSemanticLabeling.py",

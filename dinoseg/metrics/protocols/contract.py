@@ -30,7 +30,7 @@ class ScoringCase:
 
     Args:
         name: relative path without suffix, unique among the cases.
-        unit: the video, drive or image of the case: units are resampled for the intervals.
+        unit: the video, drive or image of the case, whose sums the protocol joins.
         files: reference and prediction of each frame in order; None for a missing prediction.
     """
 
@@ -75,6 +75,7 @@ class ScoreProtocol(ABC):
 
     name: str
     unit: str  # video | sequence | drive | image
+    group: str | None = None  # regular expression of names whose units vary together; None: each unit varies alone
     keys: Sequence[str]  # names of the scores, in the order of the table
     unbounded: Collection[str] = ()  # names of scores that may lie outside 0..1
     highest: Mapping[str, float] = {}  # upper bounds of unbounded scores, where their intervals end

@@ -44,11 +44,17 @@ class DavisLayout:
     def find(self, reference: Path, prediction: Path) -> Cases:
         """Return a case for each sequence of the set, with all its annotated frames in order.
 
+        Masks of one video, in a folder or of a run of mode=track, are scored with the sequence of that name, or with
+        a folder of masks.
+
         Raises:
             UserError: the root is not that of DAVIS or lacks the set or the resolution, or there is no prediction.
         """
-        if (tracked := tracked_sequence(prediction)) is not None:
-            return self._find_tracked(reference, prediction, tracked)
+        tracked = tracked_sequence(prediction)
+        if tracked is not None:
+            return self._find_video(reference, prediction / MASKS, tracked)
+        if _is_video(prediction):
+            return self._find_video(reference, prediction, prediction.resolve().name)
         names = self._sequences(reference)
         masks = self._masks_folder(reference)
         predicted = set(_folders(prediction, "prediction", "<sequence>/<frame>.png"))
@@ -64,20 +70,25 @@ class DavisLayout:
             listing.notes.append(f"{prediction}: not in {self.split}, and not scored: {_list_names(extra)}")
         return listing
 
-    def _find_tracked(self, reference: Path, run: Path, name: str) -> Cases:
-        """Return the case of a mode=track run folder: one video, from the set or with its own folder of masks."""
-        listing, masks = Cases([]), reference
-        if (reference / "ImageSets").is_dir():
-            masks = self._masks_folder(reference) / name
-            if not masks.is_dir():
+    def _find_video(self, reference: Path, prediction: Path, name: str) -> Cases:
+        """Return the case of one video: a sequence of the set, or a folder of masks, whose name is then the case's."""
+        listing = Cases([])
+        if not (reference / "ImageSets").is_dir():
+            if not _pngs(reference):
                 raise UserError(
-                    f"prediction={run} is a run of mode=track on {name}, which is not a sequence in {masks.parent}. "
-                    "Give reference=FOLDER, with masks named as its frames, or the run of a sequence of DAVIS."
+                    f"reference={reference} holds no masks. Give a folder of PNG masks named as the frames."
                 )
-            listing.notes.append(f"{run}: the run of one sequence, {name}; others of {self.split} are not scored")
-        elif not _pngs(reference):
-            raise UserError(f"reference={reference} holds no masks. Give a folder of PNG masks named as the frames.")
-        self._add(listing, name, masks, run / MASKS)
+            self._add(listing, reference.resolve().name, reference, prediction)
+            return listing
+        masks = self._masks_folder(reference) / name
+        if not masks.is_dir():
+            raise UserError(
+                f"prediction={prediction} holds the masks of one video, {name}, which is not a sequence in "
+                f"{masks.parent}. Give reference=FOLDER, with masks named as its frames, or masks of a sequence of "
+                "DAVIS."
+            )
+        listing.notes.append(f"{prediction}: masks of one sequence, {name}; others of {self.split} are not scored")
+        self._add(listing, name, masks, prediction)
         return listing
 
     def _add(self, listing: Cases, name: str, masks: Path, prediction: Path) -> None:
@@ -166,6 +177,11 @@ def tracked_sequence(folder: Path) -> str | None:
     except forms.SchemaError as error:
         raise UserError(f"{record} is damaged ({error}). Track again, or give a folder of predictions.") from error
     return source.stem if source.suffix else source.name
+
+
+def _is_video(folder: Path) -> bool:
+    """Return whether a folder holds PNG files and no folders of sequences."""
+    return folder.is_dir() and bool(_pngs(folder)) and not any(path.is_dir() for path in entries(folder))
 
 
 def _sequence(line: str) -> str:

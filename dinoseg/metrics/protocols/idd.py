@@ -61,7 +61,7 @@ class Frames(DatasetProtocol):
         self.rules: dict[str, Any] = {
             "absent_class": "left out of the mean (neither in the reference nor in a prediction of its pixels)",
             "ignore": "void in the reference: every id without class; void in the prediction: false negative",
-            "aggregation": "one matrix over all frames, then the mean over classes; intervals over drives",
+            "aggregation": "one matrix over all frames, then the mean over classes",
             "resolution": f"reference and prediction are each resized to {self.size[0]} x {self.size[1]} by Pillow's "
             "nearest neighbour",
             "version": self.version,

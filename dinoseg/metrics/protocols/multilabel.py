@@ -70,8 +70,7 @@ class Multilabel(ScoreProtocol):
             "resolution": "as stored; both sides must have the same size",
             "ignore": "nothing" if binary else f"for a class, pixels whose reference is {ignore_index}",
             "accuracy": "share of correct decisions, present or absent, over the labelled pixels of all classes",
-            "aggregation": "counts of each class pooled over all images, then the mean over classes; intervals over "
-            "images",
+            "aggregation": "counts of each class pooled over all images, then the mean over classes",
             "NSD": "mean over the images of a class that either side holds, then over classes",
         }
 

@@ -35,6 +35,7 @@ class VideoFrames(DatasetProtocol):
     """Base class for frames `<video>/segmentation/<stem>.png` on both sides, where predictions may be missing."""
 
     unit = "video"
+    group = "^(video_[^_/]+)"  # an operation, as in data=sarrarp
 
     def find(self, reference: Path, prediction: Path) -> Cases:
         """Return a case for each reference frame."""

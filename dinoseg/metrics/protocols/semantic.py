@@ -97,7 +97,7 @@ class Semantic(DatasetProtocol):
             "ignore": f"{ignored}, or 0 or 255 as stored (reduce_zero_label)" if self.reduce_zero_label else ignored,
             "out_of_range": f"a predicted id above {self.num_classes - 1} is not a class: a false negative only; such "
             "pixels are counted as unknown_pixels_prediction",
-            "aggregation": "counts pooled over all images, then the mean over classes; intervals over images",
+            "aggregation": "counts pooled over all images, then the mean over classes",
             "version": "mmsegmentation 1.2.2 IoUMetric and Hugging Face evaluate mean_iou",
             "differs": [
                 "mmseg sums in float32, which loses pixels above 16,777,216 in a class; here in int64.",

@@ -18,14 +18,21 @@ _HELD = 2**22  # scores per chunk in `by_products`: fits into the CPU caches
 _FEWEST = 128  # tokens from which `by_products` pays off its call overhead
 
 
+def register_query_mask() -> None:
+    """Register the attention of `mask_queries_only` with transformers.
+
+    Call it where the backbone's class is defined: a pickled model looks the name up in a process that builds none.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attend)
+
+
 def mask_queries_only(model: Any) -> None:
     """Make a transformers model accept attention masks that cover its first tokens only.
 
     A mask (B, 1, Q, N), bool, True = attend, restricts the first Q of N tokens; all others attend to everything.
     """
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_NAME, _attend)
     model.config._attn_implementation = _NAME
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dinoseg.core.contracts import Backbone, BlockKwargs
 from dinoseg.core.geometry import resize
 from dinoseg.models.backbones.arch import configuration
-from dinoseg.models.backbones.attention import mask_queries_only
+from dinoseg.models.backbones.attention import mask_queries_only, register_query_mask
 from dinoseg.models.backbones.class_attention import class_maps, key_maps, watch_transformers
 from dinoseg.models.backbones.cut import run_blocks, run_frozen_blocks, run_trained_blocks
 from dinoseg.models.backbones.layers import resolve_layers
@@ -24,6 +24,7 @@ from dinoseg.utils.ranges import Channels, ChannelWeight, ColourMean, ColourStd,
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+register_query_mask()
 
 
 METHODS = {  # (offset, antialias) of Meta's published models, by transformers model type

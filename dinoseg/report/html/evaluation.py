@@ -11,7 +11,6 @@ from dinoseg.core.metric import Metric
 from dinoseg.report.html.charts import MAX, Axes, bar_chart, line_chart, range_around, thin
 from dinoseg.report.html.page import format_interval, render
 from dinoseg.report.html.pictures import EvaluatedImages, Shot, prediction_card
-from dinoseg.report.palette import layer_colours
 from dinoseg.report.scores import few_units
 from dinoseg.report.table import MEANS, metric_text
 from dinoseg.utils.wording import count_of
@@ -124,7 +123,7 @@ def evaluation_page(
         units=units,
         images=len(evaluated.images),
         classes=evaluated.classes,
-        palette=evaluated.palette if found["matrix"] else layer_colours(evaluated.palette),
+        palette=evaluated.palette,
         heat_map=found["matrix"] and heat_map(np.asarray(found["matrix"], dtype=np.int64), evaluated.classes),
         histogram=image_histogram(errors.mious),
         defined=[miou for miou in errors.mious if miou is not None],
@@ -134,7 +133,7 @@ def evaluation_page(
         },
         boundary=boundary_rows(errors.distances, errors.boundary),
         videos=[]
-        if units == len(evaluated.units)
+        if len({*evaluated.units}) == len(evaluated.units)
         else video_charts(_group_scores(evaluated.units, errors.mious), "mIoU %"),
         calibration=calibration and {**calibration, "charts": calibration_charts(calibration)},
         min_bin_pixels=_MIN_BIN_PIXELS,
@@ -154,16 +153,16 @@ def image_histogram(mious: Sequence[float | None]) -> dict[str, Any]:
 
 
 def boundary_rows(distances: Sequence[int], bands: np.ndarray) -> list[tuple[str, list[float | None]]]:
-    """Return the name of each band around boundaries, and its shares.
+    """Return the name of each distance from boundaries, and its shares; the last row holds all pixels farther away.
 
-    These are of all errors and of all pixels within the distance, and of wrong pixels in the band alone.
+    These are of all errors and of all pixels at the distance, and of wrong pixels in the band alone.
     """
     pixels, wrong = bands.sum(axis=0)
-    within = np.cumsum(bands, axis=0)
-    names = [f"within {end} px" for end in distances] + ["anywhere"]
+    shown = np.concatenate([np.cumsum(bands[:-1], axis=0), bands[-1:]])
+    names = [f"within {end} px" for end in distances] + [f"beyond {distances[-1]} px"]
     return [
         (name, [_divide(errors, wrong), _divide(near, pixels), _divide(band[1], band[0])])
-        for name, (near, errors), band in zip(names, within.tolist(), bands.tolist(), strict=True)
+        for name, (near, errors), band in zip(names, shown.tolist(), bands.tolist(), strict=True)
     ]
 
 

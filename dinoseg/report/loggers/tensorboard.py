@@ -1,5 +1,6 @@
 """Logger that writes files for TensorBoard."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ class TensorBoardLogger(Logger):
         from torch.utils.tensorboard import SummaryWriter
 
         folder = out_dir / "tensorboard"
-        self.view = f"TensorBoard:  tensorboard --logdir {folder}"
+        self.view = f"TensorBoard:  tensorboard --logdir {shlex.quote(str(folder))}"
         self._writer: Any = SummaryWriter(str(folder), purge_step=start_step + 1)
         self._settings: Mapping[str, Any] = {}
 

@@ -8,11 +8,9 @@ import numpy as np
 from dinoseg.data.clips.videos import VOID, picture_files
 from dinoseg.inference.inputs import FrameReader
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import IMAGE_SUFFIXES, open_image, read_ids
+from dinoseg.utils.images import IMAGE_SUFFIXES, lossy_format, read_ids
 from dinoseg.utils.wording import count_of, join_names
 
-_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")  # Pillow's names; lossless WebP is rare
-_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 _NAMES = "named like the frames of a folder, or by frame number, from 0 (000000040.png or 40.png)"
 
 
@@ -103,11 +101,10 @@ def _in_folder(folder: Path, frames: FrameReader) -> dict[int, Path]:
 
 def _ids(path: Path, size: tuple[int, int]) -> np.ndarray:
     ids = read_ids(path)
-    with open_image(path) as image:
-        lossy = image.format in _LOSSY or image.info.get("compression") in _LOSSY_TIFF
+    lossy = lossy_format(path)
     if lossy:
         raise UserError(
-            f"{path} has a lossy format ({image.format}): pixels at the edges of objects get wrong ids. Save the mask "
+            f"{path} has a lossy format ({lossy}): pixels at the edges of objects get wrong ids. Save the mask "
             "as a grey or palette PNG in the annotation tool; converting this file keeps the wrong ids."
         )
     if ids.ndim == 3:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dinoseg.core.shapes import Palette
-from dinoseg.report.indexed import voc_palette, write_indexed_png
+from dinoseg.report.indexed import write_indexed_png
+from dinoseg.report.palette import default_palette
 from dinoseg.report.progress import Bar
 from dinoseg.tracking.video.state import MASKS, TrackState, save_track_state
 
@@ -22,7 +23,7 @@ class MaskColours:
         background: ID of the background, which is no object; None: every ID is an object.
     """
 
-    palette: Palette = voc_palette()
+    palette: Palette = tuple(default_palette(256))
     background: int | None = 0
 
 

@@ -53,7 +53,9 @@ class _Masked(NamedTuple):
     mask: np.ndarray
 
 
-def write_results(job: TrackJob, passed: Throughput, source: str, opacity: float) -> dict[str, Any]:
+def write_results(
+    job: TrackJob, passed: Throughput, source: str, opacity: float, outline: int | None
+) -> dict[str, Any]:
     """Write the results of a run whose masks are complete, and delete its saved state.
 
     Args:
@@ -61,6 +63,7 @@ def write_results(job: TrackJob, passed: Throughput, source: str, opacity: float
         passed: number of frames tracked, and the time it took.
         source: path of the frames, which are read again.
         opacity: opacity of the masks in the overlay.
+        outline: width of their outlines in pixels; None: by the frame's size.
 
     Raises:
         UserError: see `write_track_report`.
@@ -73,7 +76,7 @@ def write_results(job: TrackJob, passed: Throughput, source: str, opacity: float
         frames_per_s,
     )
     with open_frames(source) as frames:
-        objects, report = write_track_report(frames, job.folder, opacity=opacity, colours=job.colours)
+        objects, report = write_track_report(frames, job.folder, opacity=opacity, outline=outline, colours=job.colours)
     flicker = job.tracker.flicker()
     if flicker is not None:
         before, after = 100 * flicker["before"], 100 * flicker["after"]
@@ -104,6 +107,7 @@ def write_track_report(
     folder: Path,
     *,
     opacity: float,
+    outline: int | None = None,
     colours: MaskColours = MaskColours(),  # noqa: B008 (frozen)
 ) -> tuple[list[int], Throughput]:
     """Write overlay.mp4 and objects.csv to a run folder; return all IDs in its masks, and the throughput.
@@ -120,7 +124,8 @@ def write_track_report(
 
     def infer(item: _Masked) -> tuple[np.ndarray, Fraction | None, list[ObjectRow]]:
         rows = object_rows(item.position, frames.frame_name(item.position), item.mask, colours.background)
-        return blend(item.frame, item.mask, colours.palette, opacity=opacity), item.time, rows
+        overlay = blend(item.frame, item.mask, colours.palette, opacity=opacity, outline=outline)
+        return overlay, item.time, rows
 
     def write(shown: tuple[np.ndarray, Fraction | None, list[ObjectRow]]) -> None:
         overlay, time, rows = shown

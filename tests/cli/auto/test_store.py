@@ -15,10 +15,10 @@ from dinoseg.cli.auto.recipe import (
     composed_with,
     read_choices,
     recipe_text,
-    search_path_override,
     typed_keys,
     write_choices,
 )
+from dinoseg.config.job import search_path_override
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.utils.forms import SchemaError
 

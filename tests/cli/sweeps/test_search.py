@@ -1,6 +1,7 @@
 """hydra/sweeper=optuna: values are searched for, and a search that was ended goes on."""
 
 import json
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from dinoseg.cli.sweeps.search import (  # noqa: E402
     Search,
     _values,  # noqa: E402
+    open_study,  # noqa: E402
 )
 
 WORDS = ["mode=train", "lr=tag(log,interval(1e-4,1e-1))", "head=linear,mlp"]
@@ -116,6 +118,15 @@ def test_three_jobs_without_a_score_end_the_search(tmp_path, fault, capsys):
     search(tmp_path / "c", later, trials=5)
     assert [*hopeless.done] == [0, 1, 2] and [*once.done] == [*later.done] == [0, 1, 2, 3, 4]
     assert "No job has a score after 3 jobs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_an_infinite_score_is_the_worst_of_a_search(tmp_path, direction):
+    jobs = Jobs(lambda number, rate: {"x": None, "x_infinite_images": 2.0} if number % 2 else {"x": rate})
+    search(tmp_path, jobs, score="x", direction=direction)
+    study = open_study(tmp_path / "search.log", direction, ["x", direction, *WORDS[1:]], ["mode=train"])
+    worst = math.inf if direction == "minimize" else -math.inf
+    assert [trial.value == worst for trial in study.trials] == [False, True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,9 @@ def test_damaged_row_does_not_prevent_the_table(table, tmp_path, capsys):
     assert capsys.readouterr().err.count("is damaged") == 3
 
 
+LOSSES = (("focal", 0.5), ("dice", 0.2))
+
+
 def end_sweep(folder, jobs):
     """End a sweep of jobs, each words and what it returned, and return the rows of its table."""
     for number, (words, value) in enumerate(jobs):
@@ -360,9 +363,30 @@ def test_chosen_metrics_have_a_column_of_the_table(tmp_path, capsys):
     assert "boundary_iou" not in row and "absent" not in row and "0.3750" in capsys.readouterr().out
 
 
+def test_mean_over_seeds_is_empty_if_one_is_infinite(tmp_path):
+    for number, (value, infinite) in enumerate(((2.0, 0.0), (None, 3.0), (4.0, 0.0))):
+        scores = {"miou": 0.5, "x": value, "x_infinite_images": infinite}
+        job = SimpleNamespace(_return_value=scores, overrides=["mode=train", f"seed={number}"])
+        SweepTable().on_job_end(of_job(tmp_path, number, metric={"x": {}}), job)
+    SweepTable().on_multirun_end(of_job(tmp_path))
+    (row,) = rows_of(tmp_path / "sweep.csv")
+    assert row["x"] == row["x deviation"] == "" and row["x_infinite_images"] == "1.0"
+
+
 def test_a_sweep_over_seeds_alone_is_one_row(tmp_path):
     (row,) = end_sweep(tmp_path, [([f"seed={seed}"], {"J&F-Mean": 0.1 * seed, "loss": 1.0}) for seed in range(4)])
-    assert row["seeds"] == "4" and row["J&F %"] == "15.00" and row["loss deviation"] == "0.0" and "seed" not in row
+    assert row["seeds"] == "4" and row["J&F %"] == "15.00" and row["val/loss deviation"] == "0.0" and "seed" not in row
+
+
+def test_swept_loss_has_a_column_beside_its_value(tmp_path):
+    jobs = [
+        ([f"loss={name}", f"seed={seed}"], {"loss": 0.1 * seed + shift}) for seed in (0, 1) for name, shift in LOSSES
+    ]
+    rows = end_sweep(tmp_path, jobs)
+    assert [(row["loss"], row["val/loss"]) for row in rows] == [("dice", "0.25"), ("focal", "0.55")]
+    for name in ("sweep.csv", "jobs.csv"):
+        heads = (tmp_path / name).read_text().splitlines()[0].split(",")
+        assert len(set(heads)) == len(heads)
 
 
 def test_intervals_of_shares_end_at_0_and_100_percent(tmp_path):

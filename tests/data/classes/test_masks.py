@@ -203,6 +203,15 @@ def test_invalid_mask_rules_are_refused(arguments, message):
         MaskReader(LABELS, Masks(**arguments))
 
 
+def test_overlapping_classes_have_no_black():
+    colours = Labels.of(["a", "b", "c"], None, 255, has_layers=True).palette
+    assert len(set(colours)) == 3 and (0, 0, 0) not in colours
+    assert Labels.of(["a", "b"], None, 255).palette[0] == (0, 0, 0)
+    given = Labels.of(["a", "b"], [[0, 0, 0], [9, 9, 9]], 255, has_layers=True)
+    assert given.palette == ((255, 255, 255), (9, 9, 9))
+    assert len(Labels.of(list(map(str, range(255))), None, 255, has_layers=True).palette) == 255
+
+
 @pytest.mark.parametrize(
     ("classes", "palette", "ignore", "message"),
     [

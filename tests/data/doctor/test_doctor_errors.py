@@ -90,7 +90,7 @@ def test_train_and_val_of_the_same_files(root, tmp_path, caplog, how):
         shutil.copytree(root / "train", root / "val")
     val = open_split(root, "train" if how == "same" else "val")
     message = "train and val are the same data: 12 files of 12 images of val(?s:.*)Give val separate images"
-    if how == "copied":  # the name, the mask and the length of the image tell so: likely, not certain
+    if how == "copied":
         check_for_errors(open_split(root, "train"), val, cache_dir=tmp_path / "cache")
         assert re.search(message, caplog.text)
         return
@@ -108,6 +108,19 @@ def test_some_files_on_both_sides_only_warn(root, tmp_path, caplog):
     # mode=doctor calls them errors, on which training does not stop
     assert errors.keys() == {"same_files", "group_on_both_sides"}
     assert not any(each.stops for each in errors.values())
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_equal_names_masks_and_lengths_are_no_copies(tmp_path, images):
+    for split, first in (("train", 0), ("val", 20)):
+        write(tmp_path, split, ["a", "b"], first)
+        for number, name in enumerate("ab", start=first):
+            save(tmp_path / split / "images" / f"{name}.bmp", scene(number)[0])
+            (tmp_path / split / "images" / f"{name}.png").unlink()
+            save(tmp_path / split / "masks" / f"{name}.png", scene(3)[1])
+    files = [*tmp_path.rglob("a.bmp")]
+    assert len(files) == 2 and len({path.stat().st_size for path in files}) == 1
+    assert "same_files" not in {each.code for each in find_errors(splits_of(tmp_path, images=images))}
 
 
 def test_equal_names_and_masks_are_no_copies(tmp_path):

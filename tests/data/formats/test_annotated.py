@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from dinoseg.config.resolvers import register_resolvers
 from dinoseg.data.annotation.rle import to_text
 from dinoseg.data.formats import annotated
 from dinoseg.data.formats.annotated import Shapes, annotated_dataset
-from dinoseg.data.formats.annotation_files import AnnotationLayout
+from dinoseg.data.formats.annotation_files import KINDS, AnnotationLayout, read_annotations
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.splits import Partition
@@ -279,6 +280,14 @@ def test_a_file_that_is_larger_than_any_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("dinoseg.data.formats.annotation_files.LARGEST_FILE", 100)
     with pytest.raises(UserError, match="bytes; the limit is 100: divide it into several"):
         open_annotated("coco", root)
+
+
+def test_replaced_file_of_equal_length_and_time_is_read_again(tmp_path):
+    path = tmp_path / "annotations.json"
+    for names in (("leaf", "stem"), ("leaf", "root")):
+        coco(path, categories=names)
+        os.utime(path, ns=(1, 1))
+        assert list(read_annotations(KINDS["coco"], path).labels) == [*names]
 
 
 def test_archives_are_named_and_not_read(tmp_path):

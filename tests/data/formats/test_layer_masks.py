@@ -7,8 +7,11 @@ import pytest
 import torch
 from making import save
 from overlapping_shapes import CLASSES, write_coco, write_overlaps
+from PIL import Image
 
 from dinoseg.data.annotation.drawing import Drawing
+from dinoseg.data.classes.file import read_class_file
+from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset, check_custom_dataset
 from dinoseg.data.doctor.errors import check_for_errors
@@ -18,6 +21,7 @@ from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.scan.measure import measure
 from dinoseg.data.transforms import Affine, Augment
+from dinoseg.inference.class_record import references
 from dinoseg.testing import check_dataset
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
@@ -54,6 +58,52 @@ def test_a_file_for_each_class_equals_folders_of_classes(tmp_path):
     assert one.names == other.names
     for ours, theirs in zip(one, other, strict=True):
         np.testing.assert_array_equal(ours["mask"], theirs["mask"])
+
+
+@pytest.mark.parametrize("classes", [["a"], ["a", "b", "c"], ["a", "b", "c", "d", "e"]])
+@pytest.mark.parametrize("rules", [{"format": "binary"}, {"ids": {128: 1, 255: 1}}, {"others": "present"}])
+def test_layers_of_0_and_255_suit_any_number_of_classes(classes, rules, tmp_path):
+    expected = np.arange(6 * len(classes)).reshape(-1, 2, 3) % 5 % 2
+    save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
+    for name, layer in zip(classes, expected, strict=True):
+        save(tmp_path / "train/masks" / name / "x.png", (255 if rules != {"others": "present"} else 7) * layer)
+    data = folder_dataset(tmp_path, "train", classes=classes, layers=True, masks=Masks(**rules))
+    assert data[0]["mask"].tolist() == data.keep({"x"})[0]["mask"].tolist() == expected.tolist()
+    assert len(data.keep(set())) == 0
+    record = measure(data.pairs[0], data.reader, images=False)
+    assert not record.problems
+    scored = references(Labels.of(classes, None, 255), rules, has_layers=True)
+    assert scored(tmp_path / "train/masks" / classes[0] / "x.png").tolist() == expected[0].tolist()
+
+
+def test_a_class_file_of_binary_masks_names_one_class(tmp_path):
+    (tmp_path / "classes.yaml").write_text("classes: [a]\nmasks: binary")
+    assert read_class_file(tmp_path / "classes.yaml", 255)["format"] == "binary"
+    save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
+    save(tmp_path / "train/masks/x.png", np.zeros((2, 3)))
+    with pytest.raises(UserError, match=r"format=binary needs 2 classes, data.classes has 1\..*task=multilabel"):
+        folder_dataset(tmp_path, "train", classes=["a"], masks=Masks(format="binary"))
+
+
+@pytest.mark.parametrize("form", ["ids", "binary"])
+def test_pages_of_tiff_masks_are_the_classes(form, tmp_path):
+    masks, folders = write_overlaps(tmp_path, train=3), folder(tmp_path)
+    factor = 255 if form == "binary" else 1
+    for name in folders.names:
+        pages = [Image.fromarray(factor * layer.astype(np.uint8)) for layer in masks[name]]
+        (tmp_path / "train/pages").mkdir(exist_ok=True)
+        pages[0].save(tmp_path / f"train/pages/{name}.tif", save_all=True, append_images=pages[1:])
+    data = folder(tmp_path, layout=FolderLayout(masks="{split}/pages"), masks=Masks(format=form))
+    assert data.names == folders.names and data.fingerprint() != folders.fingerprint()
+    for index, name in enumerate(data.names):
+        np.testing.assert_array_equal(data[index]["mask"], masks[name])
+    record = measure(data.pairs[0], data.reader, images=False)
+    assert not record.problems and record.pixels == measure(folders.pairs[0], folders.reader, images=False).pixels
+    pages[0].save(tmp_path / f"train/pages/{name}.tif", save_all=True, append_images=pages)
+    with pytest.raises(UserError, match="has 3 pages, and one for each of 2 classes"):
+        data[2]
+    with pytest.raises(UserError, match="has 3 pages.*task=multilabel"):
+        read_ids(tmp_path / f"train/pages/{name}.tif")
 
 
 def test_shapes_of_coco_keep_their_overlaps(tmp_path):
@@ -129,6 +179,19 @@ def test_a_missing_class_folder_names_folders_of_no_class(tmp_path, caplog):
     (tmp_path / "train/masks" / CLASSES[0]).rename(tmp_path / "train/masks/typo")
     assert len(folder(tmp_path)) == 2
     assert f"masks/{CLASSES[0]} is missing" in caplog.text and "Folders of no class: typo." in caplog.text
+
+
+@pytest.mark.parametrize("layout", [FolderLayout(), PER_FILE])
+def test_a_folder_instead_of_a_mask_is_no_absent_class(layout, tmp_path):
+    save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
+    for name in ("disc/x.png", "square/x.png") if layout != PER_FILE else ("x_disc.png", "x_square.png"):
+        place = tmp_path / layout.masks.format(split="train") / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir() if "square" in name else save(place, np.ones((2, 3)))
+    with pytest.raises(UserError, match=r"square\S*\.png is a folder, not a mask"):
+        folder(tmp_path, layout=layout)
+    place.rename(place.with_name("tiles.tif"))  # a folder of another name is one of a tree
+    assert folder(tmp_path, layout=layout)[0]["mask"].sum() == 6
 
 
 def test_a_class_of_0_and_255_alone_is_refused(tmp_path):

@@ -60,6 +60,68 @@ def cases(*words, frames=1):
     return found
 
 
+class Pooled(Share):
+    """Hits among tries, pooled over all files; a file without tries adds nothing."""
+
+    unit, keys, unbounded = "image", ("share",), ()
+    join = ScoreProtocol.join
+
+    def scores(self, sums):
+        with np.errstate(invalid="ignore"):
+            return {"share": sums[..., 0] / sums[..., 1]}
+
+
+def expected_interval(numbers, *, share):
+    """Return the interval of `share(rows)`, by leaving out each group of rows that has tries."""
+    groups = [rows for rows in numbers.values() if sum(row[1] for row in rows)]
+    if len(groups) < 2:
+        return None
+    whole = share([row for rows in groups for row in rows])
+    left = [share([row for rows in groups if rows is not one for row in rows]) for one in groups]
+    error = np.sqrt((len(groups) - 1) ** 2 / len(groups) * np.var(left, ddof=1))
+    return whole, error * stats.t.ppf(0.975, len(groups) - 1), len(groups)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_intervals_are_over_scored_groups(seed):
+    rng = np.random.default_rng(seed)
+    names = [f"{rng.integers(0, 1 + seed % 6)}/{index}" for index in range(rng.integers(1, 14))]
+    empty = str(rng.integers(0, 3)) if seed % 2 else ""  # a group without a scored file
+    tries = [0 if name[0] == empty else int(rng.integers(1, 30)) for name in names]
+    hits = [[int(rng.integers(0, count + 1)) for count in tries] for _ in range(2)]
+    groups = {name: name[0] for name in names}
+    scored, by_group = [], {}
+    for side in hits:
+        listing = Cases([])
+        for name, hit, count in zip(names, side, tries, strict=True):
+            listing.cases.append(ScoringCase(name, name, ((Path(f"{hit}-{count}"), None),)))
+        scored.append(score_cases(Pooled(), listing, where="P", groups=groups))
+    for name, first, second, count in zip(names, *hits, tries, strict=True):
+        by_group.setdefault(name[0], []).append((first, count, second))
+    result, gap = summary(Pooled(), scored[0]), difference(Pooled(), *scored)["share"]
+    one = expected_interval(by_group, share=lambda rows: sum(row[0] for row in rows) / sum(row[1] for row in rows))
+    two = expected_interval(
+        by_group, share=lambda rows: sum(row[2] - row[0] for row in rows) / sum(row[1] for row in rows)
+    )
+    if one is None:
+        assert result["ci95"]["share"] is gap["ci95"] is None and result["n"] == gap["n"] < 2
+        return
+    value, reach, count = one
+    assert result["n"] == gap["n"] == count and result["unit"] == (
+        "group" if len({*groups.values()}) < len(names) else "image"
+    )
+    odds = special.logit(value) + reach / (value * (1 - value)) * np.array([-1, 1]) if 0 < value < 1 else None
+    assert odds is None or result["ci95"]["share"] == pytest.approx(special.expit(odds).tolist())
+    assert gap["ci95"] == pytest.approx([two[0] - two[1], two[0] + two[1]])
+
+
+def test_groups_that_divide_a_unit_are_noted():
+    found = cases("a/1-2", "a/3-4", "b/1-2")
+    scored = score_cases(Share(), found, where="P", groups={"a/1-2": "x", "a/3-4": "y", "b/1-2": "y"})
+    (note,) = scored.notes
+    assert "data.group" in note and "1 of 2 videos, such as a" in note and summary(Share(), scored)["n"] == 2
+
+
 def test_sums_over_units_and_rows():
     scored = score_cases(Share(), cases("a/1-2", "a/3-8", "b/4-4"), where="P")
     result = summary(Share(), scored)
@@ -215,7 +277,8 @@ def test_paired_difference_takes_linear_time():
     many = cases(*(f"v{index}/a=1-2" for index in range(30_000)))
     measured = [(case, Share().measure(case)) for case in many.cases]
     sums = np.tile([1.0, 2, 0.5, 1], (len(measured), 1))
-    scored = ScoringResult([case.name for case in many.cases], sums, sums.sum(axis=0), [], measured)
+    units = [case.unit for case in many.cases]
+    scored = ScoringResult(units, units, sums, sums.sum(axis=0), [], measured)
     start = time.process_time()
     assert difference(Share(), scored, scored)["share"]["n"] == 30_000
     assert time.process_time() - start < 5  # looking up each in the others took a minute

@@ -60,6 +60,9 @@ def test_scores_of_another_checkpoint_are_refused(best, tmp_path, monkeypatch):
     other = write_evaluation(tmp_path / "other", best.with_stem("last"))
     with pytest.raises(UserError, match="those scores belong to .*last.safetensors, not to .*best.safetensors"):
         scores_of(best, (), other)
+    os.utime(tmp_path / "scored/scores.json", (0, 0))
+    with pytest.raises(UserError, match="scores are older than .*best.safetensors"):
+        scores_of(best, (), folder)
     (tmp_path / "scored/scores.json").write_text("{}")
     with pytest.raises(UserError, match="export.scores=.*scores.json is invalid .*Run mode=eval again"):
         scores_of(best, (), folder)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from docs_pages import ROOT, blocks
 from onnx import TensorProto, helper, numpy_helper
 
 import dinoseg
@@ -20,9 +22,10 @@ from dinoseg.core.shapes import MaskOutputs
 from dinoseg.export.runtime.onnx_check import read_metadata
 from dinoseg.export.runtime.onnx_model import load_onnx
 from dinoseg.export.runtime.onnx_pictures import GraphRuntime, bands, pixels
-from dinoseg.export.runtime.onnx_record import KEY, GraphRecord, Layout
+from dinoseg.export.runtime.onnx_record import KEY, OUTPUTS, GraphRecord, Layout
 from dinoseg.models.heads.semantic import semantic_map
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
 
 RECORD = GraphRecord(8, 1.0, None, None, None, None, None, (0.5, 0.25, 0.125), "scores", False, False, 18, "float32")
 LABELS = {"classes": ["dark", "bright"], "palette": [[0, 0, 0], [255, 255, 255]], "ignore_index": 255}
@@ -40,6 +43,38 @@ def test_layers_reach_their_threshold_at_equal_probability():
     )
     ids = runtime.ids([np.zeros((2, 2, 3), np.uint8)])
     assert ids[0].tolist() == [[[1, 1], [1, 1]], [[1, 1], [1, 1]], [[0, 0], [0, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        ({}, (40, 64)),
+        ({}, (37, 61)),
+        ({"scale": 0.7}, (37, 61)),
+        ({"longest": 30}, (37, 61)),
+        ({"typical": 24, "largest": 60}, (37, 61)),
+        ({"typical": 24, "largest": 61}, (37, 61)),
+        ({"thresholds": [0.3, 0.6]}, (37, 61)),
+    ],
+    ids=["whole", "padded", "scale", "longest", "larger", "largest", "layers"],
+)
+def test_documented_code_gives_the_same_mask(tmp_path, monkeypatch, changes, size):
+    path = write_model(tmp_path, model(replace(RECORD, **changes)))
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+    write_png(tmp_path / "image.png", image)
+    page = ROOT / "docs/predicting.md"
+    (code,) = [block for _, block in blocks(page) if "onnxruntime.InferenceSession" in block]
+    names = {}
+    code = code.replace("EXPORTED_ONNX/model.onnx", str(path)).replace("IMAGE", str(tmp_path / "image.png"))
+    exec(compile(code, page, "exec"), names)
+    wanted = load_onnx(path, device="cpu").runtime.ids([image])[0]
+    assert 0 < wanted.mean() < 1 and (names["mask"] == wanted).all()
+
+
+def test_documented_keys_are_those_of_the_metadata():
+    section = (ROOT / "docs/predicting.md").read_text().split("### ONNX without dinoseg")[1].split("\n### ")[0]
+    assert set(re.findall(r"`graph\.(\w+)`", section)) == set(RECORD.plain())
+    assert all(f"`{key}`" in section for key in [*LABELS, "facts", *OUTPUTS])
 
 
 def changed_record(**values):

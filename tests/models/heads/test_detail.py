@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from tiny_parts import tiny_vit
 
-from dinoseg.core.geometry import to_unit_range
+from dinoseg.core.geometry import pad_to_multiple, to_unit_range
 from dinoseg.core.shapes import Batch
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.adapters import Frozen
@@ -24,26 +24,33 @@ def small(in_dim=3, num_layers=1, patch_size=8, **options):
 
 
 def pass_through_head(patch_size, **options):
-    """Return a head that passes on: each score of class 0 is the sum of its 2 x 2 pixels' first colour and a token."""
+    """Return a head that averages the first colour over 2 x 2 px (class 0) or 4 x 4 px (class 1), and adds a token."""
     head = small(1, 1, patch_size, fine=12, width=49, blocks=0, **options).double().eval()
     for name, parameter in head.named_parameters():
         if parameter.ndim > 1 or name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
     for layer in (1, 2):
         head.stem[layer][0].weight.data[:, :, 1, 1] = torch.eye(12, dtype=torch.float64)
+    head.refine.weight.data[0, :4, 1, 1] = 0.25
     head.project.weight.data[48] = 1
     head.fuse[0][0].weight.data[:49, 49:, 0, 0] = torch.eye(49, dtype=torch.float64)
     head.fuse[0][0].weight.data[48, 48] = 1
+    head.classify.weight.data[:2, 48] = 1
     for place in range(4):  # 2 px apart in a cell of 4 px
         row, column = divmod(place, 2)
         for channel in range(12):
-            head.stem[3][0].weight.data[12 * place + channel, channel, 1 + row, 1 + column] = 1
-        head.classify.weight.data[place, 48] = 1
-        head.classify.weight.data[place, 12 * place : 12 * place + 4] = 0.25
+            head.merge[0][0].weight.data[12 * place + channel, channel, 1 + row, 1 + column] = 1
+        head.classify.weight.data[1, 12 * place : 12 * place + 4] = 1 / 16
     for part in head.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
             part.eps = 0.0
     return head
+
+
+def smooth_and_double(cells):
+    kernel = torch.tensor([1, 2, 1], dtype=torch.float64) / 4
+    smooth = F.conv2d(F.pad(cells, (1, 1, 1, 1), mode="replicate"), torch.outer(kernel, kernel)[None, None])
+    return F.interpolate(smooth, scale_factor=2, mode="bilinear")
 
 
 @pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
@@ -53,14 +60,18 @@ def test_scores_are_aligned_with_pixels_and_tokens(patch_size, grid):
     pixels = torch.rand(2, 3, *(patch_size * side for side in grid), dtype=torch.float64)
     nothing = torch.zeros(2, 1, *grid, dtype=torch.float64)
     of_pixels = head.compute_scores([nothing], pixels)
+    rows, columns = (patch_size * side // 2 for side in grid)
+    squares = F.avg_pool2d(pad_to_multiple(pixels[:, :1], 4), 4)
     torch.testing.assert_close(of_pixels[:, :1], F.avg_pool2d(pixels[:, :1], 2), atol=1e-12, rtol=0)
-    assert of_pixels.shape == (2, 3, *(patch_size * side // 2 for side in grid)) and not of_pixels[:, 1:].any()
+    torch.testing.assert_close(of_pixels[:, 1:2], smooth_and_double(squares)[..., :rows, :columns], atol=1e-12, rtol=0)
+    assert of_pixels.shape == (2, 3, rows, columns) and not of_pixels[:, 2].any()
     for axis, side in zip((-2, -1), grid, strict=True):
         ramp = torch.arange(side, dtype=torch.float64) + 0.5
         ramp = ramp.view(1, 1, *((-1, 1) if axis == -2 else (1, -1))).expand(2, 1, *grid)
         found = head.compute_scores([ramp], torch.zeros_like(pixels))[0, 0].movedim(axis, 0)[:, 0]
-        cells = (torch.arange(len(found)) // 2 + 0.5) * 4 / patch_size
-        torch.testing.assert_close(found, cells.double().clamp(0.5, side - 0.5), atol=1e-6, rtol=0)
+        cells = (torch.arange((len(found) + 1) // 2).double() + 0.5) * 4 / patch_size
+        expected = smooth_and_double(cells.clamp(0.5, side - 0.5)[None, None, :, None])[0, 0, :, 0]
+        torch.testing.assert_close(found, expected[: len(found)], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
@@ -94,6 +105,14 @@ def test_an_image_of_any_size_is_scored_as_it_is_when_padded(size, patch_size):
     torch.testing.assert_close(scores, whole, atol=1e-5, rtol=1e-5)
 
 
+def test_scores_of_a_uniform_image_have_no_grid():
+    """Whatever the weights are, so that training cannot learn one."""
+    head = small(patch_size=8).eval()
+    scores = head.compute_scores([torch.ones(1, 3, 24, 24)], torch.full((1, 3, 192, 192), 0.5))
+    inside = scores[..., 36:-36, 36:-36]  # out of reach of the padded border
+    torch.testing.assert_close(inside, inside[..., :1, :1].expand_as(inside))
+
+
 def test_maps_of_a_pyramid_meet_on_its_finest_grid():
     head = small([3, 4, 5], 3, 32).eval()
     maps = [torch.randn(2, 3 + level, *(side * 2 ** (2 - level) for side in (2, 3))) for level in range(3)]
@@ -105,7 +124,7 @@ def test_strips_along_rows_learn_as_a_convolution_does(size):
     """On a CPU they are turned where gradients are asked for."""
     torch.manual_seed(0)
     head = small(blocks=0).double()
-    strips = head.stem[4]
+    strips = head.merge[1]
     grid = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn_like(grid)
     found = strips(grid)

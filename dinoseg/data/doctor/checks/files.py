@@ -19,6 +19,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import IMAGE_SUFFIXES, is_turned, varies_in_alpha
 from dinoseg.utils.wording import join_names
 
+_FEWER_BITS = (8, 10, 12, 14)  # depths of sensors whose values are stored in 16 bits
 _SKIP = "Or leave the pairs out: data.on_error=skip."
 
 
@@ -32,6 +33,23 @@ def check_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
     yield from _saved_with_loss(records, splits)  # first: it explains foreign ids
     yield from _foreign_ids(splits)
     yield from _sizes(records, splits)
+
+
+def check_range(splits: Sequence[Scanned]) -> Iterator[Finding]:
+    """Yield a finding of 16-bit images whose highest level is that of fewer bits: they would be nearly black."""
+    deep = [record for part in splits for record in part.records if record.peak]
+    peak = max((record.peak for record in deep), default=0)
+    white = next((2**bits - 1 for bits in _FEWER_BITS if 0 < peak < 2**bits), None)
+    if white is not None:
+        yield Finding(
+            "warning",
+            "dark_images",
+            f"The highest level of the images of 16 bits that were read ({len(deep)}) is {peak}. They are scaled from "
+            "0..65535, and so they are nearly black.",
+            tuple(record.image for record in deep),
+            f"If their range is 0 to {white}, declare it: data/pixels=files data.pixels.value_range=[0,{white}], for "
+            "grey images with data.channels=1. If they are dark photos, nothing is wrong.",
+        )
 
 
 def check_resized(splits: Sequence[Scanned]) -> Iterator[Finding]:

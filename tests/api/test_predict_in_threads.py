@@ -1,0 +1,134 @@
+"""Predictions neither switch the mode of a model that other threads run, nor run in training mode."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tiny_parts import SMALL_HEADS
+from torch import nn
+
+import dinoseg
+from dinoseg.export.runtime.torch_runtime import replicate_in_eval_mode
+from dinoseg.utils.errors import UserError
+
+pytestmark = pytest.mark.slow
+ARCH = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
+IMAGE = np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8)
+BATCH = torch.randint(0, 256, (2, 3, 32, 48), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+
+
+def make_model(**options):
+    """Return a small model in train mode, with BatchNorm and dropout in its head."""
+    options = {"backbone.patch_size": 8, "backbone.arch": ARCH, "classes": ["dark", "bright"], **options}
+    return dinoseg.create_model("tiny", adapter="lora", **{"adapter.dropout": 0.5, **options})
+
+
+@contextmanager
+def paused_prediction(model, part):
+    """Predict in a second thread, which waits behind `part` until the block ends; yield its future result."""
+    reached, release, main = threading.Event(), threading.Event(), threading.current_thread()
+
+    def wait(*_):
+        if threading.current_thread() is not main:
+            reached.set()
+            assert release.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        hook = part.register_forward_hook(wait)
+        found = pool.submit(model.predict, IMAGE)
+        try:
+            assert reached.wait(60)
+            yield found
+        finally:
+            release.set()
+            hook.remove()
+
+
+def test_prediction_and_training_do_not_change_one_another():
+    model = make_model()
+    modes = [part.training for part in model.modules()]
+    counted = model.head.norm.num_batches_tracked
+    with paused_prediction(model, model.backbone) as found:
+        assert [part.training for part in model.modules()] == modes
+        model(BATCH)
+        assert counted == 1
+        model.eval()
+        model.train()  # the loop's own validation must not reach the prediction, either
+    assert counted == 1 and [part.training for part in model.modules()] == modes
+    assert np.array_equal(found.result().probabilities, model.eval().predict(IMAGE).probabilities)
+
+
+def test_threads_predict_alike_on_a_model_in_train_mode():
+    model = make_model()
+    expected = model.predict(IMAGE).probabilities
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: model.predict(IMAGE).probabilities, range(24)))
+    assert all(np.array_equal(each, expected) for each in found)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Referring(nn.Module):
+    """A module whose attributes refer to its parts in each way, and that stores values for another part."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.norm, self.compiled = nn.Dropout(0.9), nn.BatchNorm1d(3), nn.Dropout(0.9)
+        self.compiled.compile(backend="eager")
+        self.wrapped = torch.compile(nn.Sequential(nn.Dropout(0.9)), backend="eager")
+        self.listed, self.tabled, self.bound = [self.drop], {"norm": self.norm}, self.drop.forward
+        self.bound_later = partial(self.run_parts, [self.norm])
+        self.listed.append(self.listed)
+        self.drop.cache = self.norm.cache = {}
+        self.drop.register_forward_hook(self.store)
+
+    def store(self, module, _inputs, output):
+        self.output = output
+        module.cache["output"] = output
+
+    def run_parts(self, parts, inputs):
+        return parts[0](inputs)
+
+    def forward(self, inputs):
+        """Return the inputs, but for the eval mode of the norm."""
+        outputs = self.bound_later(self.bound(self.tabled["norm"](self.listed[0](inputs))))
+        outputs = self.wrapped(self.compiled(outputs))
+        assert self.output is self.norm.cache["output"]
+        return outputs
+
+
+def test_replica_refers_to_no_module_of_the_original():
+    model, inputs = Referring().train(), torch.randn(8, 3)
+    replica = replicate_in_eval_mode(model)
+    torch.testing.assert_close(replica(inputs), inputs, rtol=1e-4, atol=1e-4)
+    assert model.norm.num_batches_tracked == 0 and all(part.training for part in model.modules())
+    assert not hasattr(model, "output") and replica.tabled["norm"] is replica.norm
+    model.norm.weight = nn.Parameter(torch.full((3,), 2.0))  # replaced
+    with torch.no_grad():
+        model.norm.bias.add_(1)
+    torch.testing.assert_close(replica(inputs), (inputs * 2 + 1) * 2 + 1, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", [name for name in dinoseg.list_heads() if name not in ("slots", "mask2former_meta")])
+def test_replica_of_each_head_computes_as_eval_mode(head):
+    options = {f"head.{key}": value for key, value in SMALL_HEADS.get(head, {}).items()}
+    model = make_model(head=head, **options, **{"backbone.arch": {**ARCH, "num_hidden_layers": 4}})
+    images = torch.from_numpy(IMAGE).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        found = replicate_in_eval_mode(model.model)(images).scores()
+        assert torch.equal(found, model.eval().model(images).scores())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_traced_modules_are_replicated_and_scripted_ones_need_eval_mode():
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.9)).train())
+    replica = replicate_in_eval_mode(traced)
+    assert traced.training and torch.equal(replica(torch.ones(2, 3)), traced.eval()(torch.ones(2, 3)))
+    held = nn.Sequential(torch.jit.script(nn.Dropout(0.9)))
+    with pytest.raises(UserError, match="TorchScript module in training mode"):
+        replicate_in_eval_mode(held)
+    assert torch.equal(replicate_in_eval_mode(held.eval())(torch.ones(3)), torch.ones(3))

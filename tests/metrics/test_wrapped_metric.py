@@ -1,0 +1,190 @@
+"""Metrics of other libraries: what they see of ignored pixels, and images of infinite or undefined value."""
+
+import numpy as np
+import pytest
+import torch
+from docs_pages import ROOT, blocks
+from scipy.spatial.distance import cdist
+from test_metric_contract import CLASSES, MeanError, score, ugly_case
+from test_metric_rows import rows_of
+
+from dinoseg.core.metric import LabelledImage, PredictedImage
+from dinoseg.evaluation.class_scores import metric_intervals
+from dinoseg.metrics.layers import LayerMetric
+from dinoseg.metrics.wrapped import WrappedMetric
+from dinoseg.testing import check_metric
+from dinoseg.utils.errors import UserError
+
+
+class OneHotMetric:
+    """A metric in the form of torchmetrics, which refuses ids that are no class."""
+
+    def __init__(self, num_classes=CLASSES):
+        self.num_classes = num_classes
+
+    def reset(self):
+        self.sides = None
+
+    def update(self, ids, mask):
+        assert ids.dtype == mask.dtype == torch.int64
+        self.sides = [torch.nn.functional.one_hot(side, self.num_classes).bool() for side in (ids, mask)]
+
+
+class ClassIoU(OneHotMetric):
+    """Mean IoU over the classes present."""
+
+    def compute(self):
+        ids, mask = (side.flatten(0, -2) for side in self.sides)
+        both, either = (ids & mask).sum(0), (ids | mask).sum(0)
+        return (both / either)[either > 0].double().mean()
+
+
+class Hausdorff(OneHotMetric):
+    """Hausdorff distance of the last class: nan if both sides lack it, infinite if one does."""
+
+    def compute(self):
+        ids, mask = (np.argwhere(side[0, ..., -1].numpy()) for side in self.sides)
+        if not len(ids) or not len(mask):
+            return float("nan") if len(ids) == len(mask) else float("inf")
+        distances = cdist(ids, mask)
+        return max(distances.min(0).max(), distances.min(1).max())
+
+
+def hausdorff(num_classes=CLASSES):
+    return WrappedMetric("hausdorff", Hausdorff(num_classes), "min", is_share=False, ignored="match")
+
+
+def object_at(column, classes=CLASSES):
+    ids = np.zeros((6, 12), np.uint8)
+    if column is not None:
+        ids[2, column] = classes - 1
+    return ids
+
+
+def test_a_wrapped_metric_is_the_mean_over_images():
+    metric = WrappedMetric("error", MeanError(), "min", ignored="remove")
+    check_metric(metric)
+    assert metric.scores == {"error": "min"}
+    images = [pair for seed in range(20) for pair in ugly_case(seed) if (pair[1] != 255).sum() > 1]
+    expected = [(ids != mask)[mask != 255].mean() for ids, mask in images]
+    one = (np.zeros((1, 1), np.uint8), np.ones((1, 1), np.uint8))
+    assert score(metric, [*images, one])["error"] == pytest.approx(np.mean(expected), abs=1e-12)
+    assert score(metric, [one])["error"] is None
+
+
+def test_shape_metrics_keep_the_contract_with_matched_pixels():
+    check_metric(WrappedMetric("x", Hausdorff(), "min", is_share=False, ignored="match"), CLASSES)
+    check_metric(WrappedMetric("iou", ClassIoU(), ignored="remove"), CLASSES)
+    with pytest.raises(AssertionError, match="must not count"):
+        check_metric(WrappedMetric("iou", ClassIoU(), ignored="match"), CLASSES)
+
+
+def test_removed_pixels_are_seen_by_no_wrapped_metric():
+    metric = WrappedMetric("iou", ClassIoU(), ignored="remove")
+    for seed in range(30):
+        for ids, mask in ugly_case(seed):
+            counted, found = mask != 255, score(metric, [(np.where(mask == 255, 255, ids), mask)])["iou"]
+            classes = [(ids[counted] == each, mask[counted] == each) for each in range(CLASSES)]
+            ious = [(ours & theirs).sum() / (ours | theirs).sum() for ours, theirs in classes if (ours | theirs).any()]
+            assert found == (pytest.approx(np.mean(ious)) if ious else None)
+
+
+@pytest.mark.parametrize(("ignored_class", "matched"), [(255, 0), (0, 0), (1, 1)])
+def test_matched_pixels_have_one_class_on_both_sides(ignored_class, matched):
+    ids, mask = object_at(3), object_at(3)
+    ids[:, 8:], mask[:, 8:] = CLASSES - 1, ignored_class
+    seen = []
+
+    class Recorder(Hausdorff):
+        def update(self, ids, mask):
+            seen.extend([ids, mask])
+            super().update(ids, mask)
+
+    metric = WrappedMetric("hausdorff", Recorder(), "min", is_share=False, ignored="match")
+    assert score(metric, [(ids, mask)], ignored=ignored_class)["hausdorff"] == 0.0
+    assert all((side[0, :, 8:] == matched).all() and side.shape == (1, *ids.shape) for side in seen)
+
+
+def test_images_without_a_counted_pixel_are_undefined():
+    void = (np.zeros((4, 4), np.uint8), np.full((4, 4), 255, np.uint8))
+    for metric in (hausdorff(), WrappedMetric("iou", ClassIoU(), ignored="remove")):
+        assert not any(
+            value.any() for value in metric.count(PredictedImage(void[0]), LabelledImage(void[1], 2)).values()
+        )
+        assert set(score(metric, [void]).values()) <= {None, 0.0}
+
+
+def test_a_missed_object_makes_the_mean_infinite():
+    found, missed, absent = ((object_at(at), object_at(3)) for at in (5, None, 3))
+    images = [found, missed, missed, (object_at(None),) * 2]
+    expected = {"hausdorff": None, "hausdorff_infinite_images": 2.0, "hausdorff_finite_mean": 2.0}
+    assert score(hausdorff(), images) == expected
+    assert score(hausdorff(), [found, absent]) == {
+        **expected,
+        "hausdorff": 1.0,
+        **{"hausdorff_infinite_images": 0.0, "hausdorff_finite_mean": 1.0},
+    }
+    assert set(score(hausdorff(), images[3:]).values()) == {None, 0.0}
+    result = {"classes": []}
+    rows_of(hausdorff(), *missed).add_scores(result, list)
+    assert result["hausdorff"] is None and result["hausdorff_infinite_images"] == 1
+
+
+def test_infinite_layers_are_added_up_over_classes():
+    masks = np.stack([object_at(3, 2), object_at(None), object_at(3, 2)])
+    ids = np.stack([object_at(None), object_at(3, 2), object_at(5, 2)])
+    metric = LayerMetric(hausdorff(2))
+    counts = metric.count(PredictedImage(ids), LabelledImage(masks, 3))
+    expected = {"hausdorff": None, "hausdorff_infinite_images": 4.0, "hausdorff_finite_mean": 2.0}
+    assert metric.score([counts, counts]) == expected
+
+
+def test_an_infinite_score_has_no_interval():
+    images = [(object_at(at), object_at(3)) for at in (5, None, 3, 7)]
+    rows = [hausdorff().count(PredictedImage(ids), LabelledImage(mask, CLASSES)) for ids, mask in images]
+    intervals = metric_intervals(hausdorff(), rows, [*"abcd"])
+    assert intervals["hausdorff"] is None and "hausdorff_infinite_images" not in intervals
+    low, high = intervals["hausdorff_finite_mean"]
+    assert low < 2 < high
+
+
+@pytest.mark.heavy  # imports MONAI
+@pytest.mark.filterwarnings("ignore")
+def test_distance_of_the_docs_equals_the_reference():
+    pytest.importorskip("monai.metrics")
+    (text,) = (text for _, text in blocks(ROOT / "docs/extending.md", "text") if "class Hausdorff" in text)
+    names = {}
+    exec(text, names)
+    metric = WrappedMetric("hausdorff", names["Hausdorff"](2), "min", is_share=False, ignored="match")
+    for seed in range(20):
+        images = [((ids == 1).astype(np.uint8), np.where(mask == 255, 255, mask == 1)) for ids, mask in ugly_case(seed)]
+        assert score(metric, images) == pytest.approx(score(hausdorff(2), images)), seed
+
+
+def test_infinite_as_the_best_value_is_refused():
+    metric = WrappedMetric("hausdorff", Hausdorff(), is_share=False, ignored="match")
+    with pytest.raises(UserError, match="hausdorff is inf.*better=max.*set better=min"):
+        score(metric, [(object_at(None), object_at(3))])
+
+
+def test_an_infinite_share_is_refused():
+    metric = WrappedMetric("hausdorff", Hausdorff(), "min", ignored="match")
+    with pytest.raises(UserError, match="outside 0..1.*is_share=false"):
+        rows_of(metric, object_at(None), object_at(3)).add_scores({"classes": []}, list)
+
+
+def test_wrapped_metrics_name_both_ways_to_hide_ignored_pixels():
+    with pytest.raises(UserError, match=r"^ignored=None: .*iou.*ignored=remove.*ignored=match"):
+        WrappedMetric("iou", ClassIoU())
+
+
+def test_a_wrapped_metric_without_a_method_is_refused():
+    with pytest.raises(UserError, match="MeanPool has no update and no compute and no reset"):
+        WrappedMetric("iou", type("MeanPool", (), {})(), ignored="remove")
+
+
+def test_predictions_that_are_no_class_are_refused():
+    ids, mask = object_at(3), object_at(3)
+    ids[0, 0] = CLASSES
+    with pytest.raises(UserError, match=f"x: .* holds {CLASSES}.*0..{CLASSES - 1}"):
+        hausdorff().count(PredictedImage(ids), LabelledImage(mask, CLASSES, name="x"))
