@@ -150,6 +150,8 @@ def without_script(*needed: Any) -> Iterator[None]:
 
 
 def _answer(work: Callable[[Any], Any], item: Any, sending: Connection, ending: Connection) -> None:
+    if ending.poll():  # the caller was interrupted while this process started
+        return
     threading.Thread(target=end_with_parent, args=(ending,), daemon=True).start()
     try:
         sending.send(work(item))
