@@ -1,8 +1,10 @@
-.PHONY: demo test test-fast test-heavy docs check format clean
+.PHONY: demo test test-fast test-heavy durations docs check format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
+WORKERS := -n logical --maxprocesses 8  # each with one thread, whose sums are the same on any machine
+BY_FILE := $(WORKERS) --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 2
 export PYTHONDONTWRITEBYTECODE =  # tests start many processes, each of which would compile the package anew
 
@@ -22,13 +24,18 @@ demo: .venv/installed  ## render, prepare, train, evaluate, predict on a video
 	$(BIN)/python -m dinoseg mode=eval resume=$(DEMO)/train hydra.run.dir=$(DEMO)/eval
 
 test: .venv/installed  ## all tests but the heavy ones and those of a GPU
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not heavy"
+	$(BIN)/python -m pytest $(BY_FILE) -m "not heavy"
 
 test-heavy: .venv/installed  ## browsers (Debian: apt-get install chromium), exports, wheels, docs, what is long
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m heavy
+	$(BIN)/python -m pytest $(BY_FILE) -m heavy
 
 test-fast: .venv/installed  ## what takes no process and no second each: the loop while coding
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow and not heavy" --durations=20 --durations-min=1
+	$(BIN)/python -m pytest $(WORKERS) --dist worksteal -q -m "not slow and not heavy" --durations=20 --durations-min=1
+
+durations: .venv/installed  ## CPU seconds of each test of `make test`; the slowest fifty go into CONTRIBUTING.md
+	mkdir -p outputs
+	PYTHONPATH=tests $(BIN)/python -m pytest -p durations --cpu-durations outputs/durations.csv $(BY_FILE) -m "not heavy"
+	$(BIN)/python tests/durations.py outputs/durations.csv CONTRIBUTING.md
 
 docs: .venv/installed  ## the pages of docs/ as a site in outputs/site, which needs no network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
