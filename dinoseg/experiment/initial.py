@@ -185,7 +185,7 @@ def _check_frozen(init: str, model: SegmentationModel, saved: Checkpoint, config
 
 def _check_scale(init: str, saved: Checkpoint, adapter: Mapping[str, Any]) -> None:
     """Refuse LoRA updates at another scale than in their training: it is no tensor, and changes the features."""
-    if not any(_UPDATES in name for name in saved.part("model")):
+    if not any(name.startswith("backbone.") and _UPDATES in name for name in saved.part("model")):
         return
     theirs, ours = map(_scale_of, (saved.info["config"]["adapter"], adapter))
     for key, value in theirs.items():

@@ -227,7 +227,12 @@ def check_lora(model: nn.Module) -> None:
 
 def has_lora(model: nn.Module) -> bool:
     """Return whether a model has LoRA layers."""
-    return any(".lora_" in name for name, _ in model.named_parameters())
+    return bool(_lora_layers(model))
+
+
+def _lora_layers(model: nn.Module) -> list[Any]:
+    """Return peft's layers, by their attribute: a part of the user may be named like their tensors."""
+    return [part for part in model.modules() if "lora_alpha" in vars(part)]
 
 
 def write_adapter(model: SegmentationModel, folder: Path, prefix: str) -> None:
@@ -269,8 +274,7 @@ def check_active(model: nn.Module) -> None:
     Raises:
         UserError: a model loaded from its file would apply them, merged ones for the second time.
     """
-    layers: list[Any] = [part for part in model.modules() if "lora_alpha" in vars(part)]
-    if not all(map(_is_as_configured, layers)):
+    if not all(map(_is_as_configured, _lora_layers(model))):
         raise UserError(
             "LoRA layers of the model are merged, switched off or scaled by peft, so a file of it would give other "
             'results. Undo that before saving: call unmerge(), enable_adapters(True), set_adapter("default") and '

@@ -25,6 +25,14 @@ class MyHead(LinearHead):
     pass
 
 
+class GainHead(LinearHead):
+    """Head with a parameter that is named like those of LoRA."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.lora_gain = torch.nn.Parameter(torch.rand(()))
+
+
 class MyLoss(CrossEntropy):
     pass
 
@@ -73,6 +81,19 @@ def test_a_head_of_ones_own_is_loaded_in_the_same_process(mine):
         del sys.modules["__main__"].MyLater
     with pytest.raises(UserError, match="config_dir=nowhere is not a folder"):
         run.load_model(config_dir="nowhere")
+
+
+def test_a_head_may_name_parameters_like_those_of_lora(mine, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "MyHead", GainHead)
+    options = create_arguments() | {"config_dir": mine}
+    model = dinoseg.create_model(**options | {"adapter": "frozen"})
+    with pytest.raises(UserError, match="no LoRA layers"):
+        model.merge()
+    with torch.no_grad():
+        model.head.lora_gain.fill_(7)
+    model.save("model.safetensors")
+    tuned = dinoseg.create_model(**options | {"adapter": "lora", "init": "model.safetensors"})
+    assert tuned.head.lora_gain == 7
 
 
 def create_arguments():

@@ -35,6 +35,8 @@ def read_coco(content: bytes, path: Path) -> Annotations:
     for what, entries, known in (("images", whole["images"], images), ("categories", whole["categories"], categories)):
         if len(known) < len(entries):
             raise ValueError(f"{len(entries) - len(known)} ids of {what} occur more than once: make each unique")
+    for key in _find_groupings(whole):
+        del categories[key]
     names = Counter(categories.values())
     if twice := [name for name, count in names.items() if count > 1]:
         raise ValueError(f"{format_value(twice[0])} is the name of {names[twice[0]]} categories: make each unique")
@@ -58,9 +60,24 @@ def read_coco(content: bytes, path: Path) -> Annotations:
             entry.shapes.append(_shape(annotation, categories, entry.size))
         except ValueError as error:
             entry.wrong = f"annotation {format_value(annotation.get('id', position), 40)} of {entry.image}: {error}"
-    groups = {entry["name"]: entry.get("supercategory") for entry in whole["categories"]}
+    kept = [entry for entry in whole["categories"] if entry["id"] in categories]
+    groups = {entry["name"]: entry.get("supercategory") for entry in kept}
     given = {name: text(group, f"the supercategory of {format_value(name)}") for name, group in groups.items() if group}
     return Annotations([categories[key] for key in sorted(categories)], list(entries.values()), given)
+
+
+def _find_groupings(whole: Mapping[str, Any]) -> set[int]:
+    """Return the ids of categories that no annotation has, and that others name as their supercategory.
+
+    They are no classes: Roboflow lists the name of a project in this way, which may be the name of a class, too.
+    """
+    annotated = [entry.get("category_id") for entry in whole["annotations"] if isinstance(entry, dict)]
+    used = {category for category in annotated if type(category) is int}
+    groups = [entry.get("supercategory") for entry in whole["categories"]]
+    members = Counter(group for group in groups if isinstance(group, str))
+    free = [entry for entry in whole["categories"] if entry["id"] not in used]
+    # a category may name itself, such as COCO's person
+    return {entry["id"] for entry in free if members[entry["name"]] > (entry.get("supercategory") == entry["name"])}
 
 
 def _entry(image: Mapping[str, Any], path: Path) -> Entry:

@@ -153,10 +153,11 @@ def write_model(
     tensors, frozen = _tensors(stored, model if bits is None else source.in_float32(model), delta)
     # loading checked the checkpoint, but not the backbone's weights
     checkpoint.check_finite(tensors, where or f"resume={source.resume}")
-    base = any(name.startswith("model/backbone.") and ".lora_" not in name for name in tensors)
+    updates = {name for name in tensors if name.startswith("model/backbone.") and ".lora_" in name}
+    base = any(name.startswith("model/backbone.") for name in tensors.keys() - updates)
     facts = replace(facts, backbone={**facts.backbone, "in_file": base})
     if not gated:
-        weights = [name for name in tensors if name.startswith("model/") and ".lora_" not in name]
+        weights = [name for name in tensors if name.startswith("model/") and name not in updates]
         _check_licence(facts.backbone, source.config["head"].get("weights"), weights)
     description = {**config_description(ModelBuilder.of(stored), info), "folder": "."}
     made = {**description, **facts.description(), "frozen": frozen, "versions": dict(facts.versions)}

@@ -332,6 +332,20 @@ def test_supercategories_may_be_the_classes(tmp_path):
         open_annotated("coco", root, grouped=True)
 
 
+def test_unused_category_that_groups_others_is_no_class(tmp_path):
+    project = {"id": 0, "name": "leaf", "supercategory": "none"}  # as Roboflow writes the name of a project
+    classes = [{"id": 1, "name": "leaf", "supercategory": "leaf"}, {"id": 2, "name": "stem", "supercategory": "leaf"}]
+    person = {"id": 3, "name": "person", "supercategory": "person"}  # as in COCO
+    root = coco(tmp_path / "train.json", whole={"categories": [project, *classes, person]})
+    assert load("coco", root).classes == ["background", "leaf", "stem", "person"]
+    np.testing.assert_array_equal(open_annotated("coco", root).mask(0), mask_of_boxes((1, 1, 4, 1, 5)))
+    assert load("coco", root, "data.reader.shapes.grouped=true").classes == ["background", "leaf", "person"]
+    tree = {"id": 0, "name": "tree", "supercategory": "plant"}  # a class that groups others, if it has shapes
+    leaf = {"id": 1, "name": "leaf", "supercategory": "tree"}
+    root = coco(tmp_path / "2/train.json", annotations=[(1, 0, [CORNERS])], whole={"categories": [tree, leaf]})
+    assert load("coco", root).classes == ["background", "tree", "leaf"]
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-32"])
 def test_json_in_other_encodings(tmp_path, encoding):
     root = coco(tmp_path / "train.json")
