@@ -71,8 +71,8 @@ class Metric(ABC):
     Attributes:
         scores: names of the scores, the main one first, with "max" or "min": which value is the best.
         unbounded: names of the scores that may lie outside 0..1; tables show them as numbers, not in percent. Such a
-            score may be infinite in its worst direction if there are also NAME_infinite_images and NAME_finite_mean,
-            which then rank it.
+            score may be infinite in its worst direction if there are also NAME_infinite_images, one of the `totals`,
+            and NAME_finite_mean. Both then rank it.
         totals: names of the unbounded scores that are numbers of images: masks with layers add them up over the
             classes, and they have no interval.
         needs_logits: whether `count` needs `PredictedImage.logits`.
@@ -247,6 +247,33 @@ def sum_counts(rows: Iterable[Counts]) -> dict[str, np.ndarray]:
             counts = counts.astype(np.float64 if counts.dtype.kind == "f" else np.int64)
             total[name] = total[name] + counts if name in total else counts
     return total
+
+
+def explain_infinite_scores(name: str) -> str:
+    """Return what a metric declares if single images may have an infinite value of a score."""
+    both = f"{name}{INFINITE_IMAGES} and {name}{FINITE_MEAN}"
+    return f"add {both} to `scores` and `unbounded`, and {name}{INFINITE_IMAGES} to `totals`"
+
+
+def check_infinite_scores(metric: Metric) -> None:
+    """Refuse a number of infinite images that is none of the `totals`, or without the mean of the others.
+
+    Raises:
+        UserError: naming the scores.
+    """
+    for name in metric.scores:
+        number, mean = f"{name}{INFINITE_IMAGES}", f"{name}{FINITE_MEAN}"
+        if number in metric.scores and (mean not in metric.scores or number not in metric.totals):
+            raise UserError(
+                f"metric: {metric.class_name} has the score {number}. If {name} may be infinite, "
+                f"{explain_infinite_scores(name)}. Else rename it."
+            )
+
+
+def find_infinite_score(name: str, scores: Collection[str]) -> str | None:
+    """Return the score whose infinite images, or the mean of whose others, a score is; None if it is neither."""
+    score = name.removesuffix(INFINITE_IMAGES).removesuffix(FINITE_MEAN)
+    return score if score != name and {score, f"{score}{INFINITE_IMAGES}"} <= {*scores} else None
 
 
 def split_infinite(scores: Mapping[str, Any], name: str) -> tuple[int, float | None]:

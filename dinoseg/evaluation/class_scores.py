@@ -8,7 +8,7 @@ import numpy as np
 
 from dinoseg.core.metric import Counts, Metric
 from dinoseg.evaluation.scoring.intervals import jackknife
-from dinoseg.evaluation.scoring.units import unit_sums
+from dinoseg.evaluation.scoring.units import are_scored, unit_sums
 from dinoseg.metrics.counts import mean_defined
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
 from dinoseg.metrics.miou import MeanIoU
@@ -50,17 +50,14 @@ class ClassScores:
         return scores | {f"iou/{index}": ious[..., index] for index in range(self.num_classes)}
 
 
-def metric_intervals(
-    metric: Metric, counts: Sequence[Counts], units: Sequence[str], scored: np.ndarray
-) -> dict[str, list[float] | None]:
-    """Return the 95 % interval of each score of a metric but `totals`.
+def metric_intervals(metric: Metric, counts: Sequence[Counts], units: Sequence[str]) -> dict[str, list[float] | None]:
+    """Return the 95 % interval of each score of a metric but `totals`, over the units in which it counts something.
 
     Args:
         metric: the metric.
         counts: its counts of each image.
         units: the unit of each image.
-        scored: which units (U,) have labelled pixels.
     """
-    sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)[scored]
-    found = jackknife(FlatMetric.of(metric, counts[0]), sums)
+    sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
+    found = jackknife(FlatMetric.of(metric, counts[0]), sums[are_scored(sums)])
     return {key: estimate.ci95 for key, estimate in found.items() if key not in metric.totals}

@@ -252,10 +252,9 @@ def further_differences(sides: Sequence[Side]) -> list[dict[str, dict[str, Any]]
     """Return the differences of the scores of further metrics in the form of `differences`."""
     first, *others = [side.records for side in sides]
     scores = first[0].scores
-    scored = first[0].scored_units
     gaps = [
         {
-            name: further_difference([run.scores[name] for run in first], [run.scores[name] for run in other], scored)
+            name: further_difference([run.scores[name] for run in first], [run.scores[name] for run in other])
             for name in scores
         }
         for other in others

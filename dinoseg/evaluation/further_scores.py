@@ -7,7 +7,7 @@ import numpy as np
 
 from dinoseg.core.metric import Counts, Metric, plain_score
 from dinoseg.evaluation.scoring.intervals import Estimate, combine_errors, jackknife_error, leave_one_out, mean_of
-from dinoseg.evaluation.scoring.units import unit_sums
+from dinoseg.evaluation.scoring.units import are_scored, unit_sums
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
 
 
@@ -20,12 +20,14 @@ class FurtherScore:
         settings: the metric's class and plain options, as text.
         value: over all units; None where undefined.
         left_out: without each unit, in the order of the units' first images; None where undefined.
+        scored: whether the metric counts something in each unit.
     """
 
     better: str
     settings: str
     value: float | None
     left_out: Sequence[float | None]
+    scored: Sequence[bool]
 
 
 def further_scores(metric: Metric, counts: Sequence[Counts], units: Sequence[str]) -> dict[str, FurtherScore]:
@@ -33,8 +35,11 @@ def further_scores(metric: Metric, counts: Sequence[Counts], units: Sequence[str
     sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
     function = FlatMetric.of(metric, counts[0])
     whole, left_out = function.scores(sums.sum(axis=0)), leave_one_out(function, sums)
+    scored = are_scored(sums).tolist()
     return {
-        name: FurtherScore(better, metric.settings, plain_score(whole[name]), [*map(plain_score, left_out[name])])
+        name: FurtherScore(
+            better, metric.settings, plain_score(whole[name]), [*map(plain_score, left_out[name])], scored
+        )
         for name, better in metric.scores.items()
         if name not in metric.unbounded
     }
@@ -46,14 +51,14 @@ def shared_scores(runs: Sequence[Mapping[str, FurtherScore]]) -> list[str]:
     return [name for name, value in settings[0].items() if all(other.get(name) == value for other in settings)]
 
 
-def further_difference(first: Sequence[FurtherScore], second: Sequence[FurtherScore], scored: np.ndarray) -> Estimate:
+def further_difference(first: Sequence[FurtherScore], second: Sequence[FurtherScore]) -> Estimate:
     """Return the mean of a score over the runs of a second side minus that of a first side, paired by unit.
 
-    The error is that over the `scored` units (U,) and, for sides with several runs, over runs, as in
+    The error is that over the units that any run has `scored` and, for sides with several runs, over runs, as in
     `comparison.differences`.
     """
     scores = np.array([[run.value, *run.left_out] for run in (*first, *second)], dtype=np.float64)
-    scores = scores[:, [True, *scored]]
+    scores = scores[:, [True, *np.any([run.scored for run in (*first, *second)], axis=0)]]
     relative = scores - scores[:1]  # means of equal scores over different numbers of runs may differ in a digit
     gaps = relative[len(first) :].mean(axis=0) - relative[: len(first)].mean(axis=0)
     gap = Estimate(float(gaps[0]), jackknife_error(gaps[1:]), len(gaps) - 2)

@@ -45,6 +45,7 @@ _FORM = forms.record(
             settings=forms.text,
             value=forms.maybe(_SHARE),
             left_out=forms.list_of(forms.maybe(_SHARE)),
+            scored=forms.list_of(forms.flag),
         )
     ),
 )
@@ -178,10 +179,10 @@ def _check(content: dict[str, Any], counts: np.ndarray) -> None:
         raise forms.SchemaError(f"its further scores have the name {min(taken)}, which is that of another score")
     units = len(set(content["units"]))
     for name, score in content["scores"].items():
-        if score["better"] not in BETTER or len(score["left_out"]) != units:
+        if score["better"] not in BETTER or {len(score["left_out"]), len(score["scored"])} != {units}:
             raise forms.SchemaError(
-                f"{name:.60} has better={score['better']!r:.20} and the values of {len(score['left_out'])} units "
-                f"instead of {units}"
+                f"{name:.60} has better={score['better']!r:.20} and the values of {len(score['left_out'])} and "
+                f"{len(score['scored'])} units instead of {units}"
             )
     right, reference, predicted = np.moveaxis(counts[:, :3], 1, 0)
     if counts.size and (counts.min() < 0 or counts.max() > 2**40 or (right > np.minimum(reference, predicted)).any()):

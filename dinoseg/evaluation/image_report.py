@@ -90,7 +90,7 @@ def report_images(
     kind = ClassScores(len(data.classes), background)
     intervals = {key: estimate.ci95 for key, estimate in jackknife(kind, sums[scored]).items()}
     for metric, counts in zip(rows.metrics, rows.counts, strict=True):
-        intervals |= metric_intervals(metric, counts, groups, scored)
+        intervals |= metric_intervals(metric, counts, groups)
     mious = image_mious(collected.classes)
     _write_table(out_dir / TABLE, record, mious)
     page = evaluation_page(

@@ -217,7 +217,11 @@ def align_records(records: dict[Path, ImageRecord]) -> list[ImageRecord]:
                 places = {unit: index for index, unit in enumerate(dict.fromkeys(other.units))}
                 by_unit = [places[unit] for unit in dict.fromkeys(first.units)]
                 scores = {
-                    name: replace(score, left_out=[score.left_out[index] for index in by_unit])
+                    name: replace(
+                        score,
+                        left_out=[score.left_out[index] for index in by_unit],
+                        scored=[score.scored[index] for index in by_unit],
+                    )
                     for name, score in other.scores.items()
                 }
             other = replace(other, images=first.images, units=first.units, counts=other.counts[order], scores=scores)

@@ -8,14 +8,15 @@ from torch import Tensor
 
 from dinoseg.core.geometry import lattice
 from dinoseg.core.metric import (
-    FINITE_MEAN,
     INFINITE_IMAGES,
     Counts,
     LabelledImage,
     Metric,
     PredictedImage,
     check_forms,
+    check_infinite_scores,
     count_image,
+    explain_infinite_scores,
     plain_score,
     sum_counts,
 )
@@ -97,13 +98,14 @@ class MetricRows:
 
 
 def check_score_names(metrics: Iterable[Metric]) -> None:
-    """Refuse metrics with a score of the same name as another score of an evaluation.
+    """Refuse metrics with a score of the same name as another score of an evaluation, or with half of two scores.
 
     Raises:
         UserError: naming the score.
     """
     seen = {*SCORES, *_TAKEN}
     for metric in metrics:
+        check_infinite_scores(metric)
         for name in metric.scores:
             if name in seen:
                 raise UserError(
@@ -134,5 +136,5 @@ def _check_scores(metric: Metric, scores: Mapping[str, np.ndarray]) -> None:
         if np.isinf(score) and f"{name}{INFINITE_IMAGES}" not in scores:
             raise UserError(
                 f"metric: the score {name} of {metric.class_name} is {float(score)}. Return nan where it is undefined; "
-                f"if single images can be infinite, add the scores {name}{INFINITE_IMAGES} and {name}{FINITE_MEAN}."
+                f"if single images can be infinite, {explain_infinite_scores(name)}."
             )

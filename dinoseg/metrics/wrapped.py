@@ -65,8 +65,11 @@ class WrappedMetric(Metric):
         self.scores = {name: better}
         if not is_share:
             self.scores |= {f"{name}{INFINITE_IMAGES}": "min", f"{name}{FINITE_MEAN}": better}
-            self.unbounded, self.totals = tuple(self.scores), (f"{name}{INFINITE_IMAGES}",)
-        self._name, self._metric, self._ignored = name, metric, ignored
+            self.unbounded = tuple(self.scores)
+            self.totals = (f"{name}{INFINITE_IMAGES}",)
+        self._name = name
+        self._metric = metric
+        self._ignored = ignored
         self._worst = math.inf if better == "min" else -math.inf
         metric.reset()  # `settings` are those of a metric without a state
 

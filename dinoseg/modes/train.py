@@ -67,7 +67,7 @@ def train(
         with job.open_log() as log:
             parts = (model, loss, task.data_module, optimizer, schedule, engine, checkpoints, log)
             run = fit(Experiment(*parts, settings))
-            if run.best is None:
+            if not run.has_best:
                 raise UserError(
                     f"trainer.steps={length.steps}: this run has done {run.step}, without a validation by these "
                     "settings, and its checkpoints are unchanged. Raise trainer.steps, or score it by mode=eval."

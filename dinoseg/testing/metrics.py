@@ -8,14 +8,15 @@ import numpy as np
 
 from dinoseg.core.metric import (
     BETTER,
-    FINITE_MEAN,
     INFINITE_IMAGES,
     Counts,
     LabelledImage,
     Metric,
     PredictedImage,
     check_forms,
+    check_infinite_scores,
     count_image,
+    explain_infinite_scores,
     sum_counts,
 )
 from dinoseg.utils.errors import UserError
@@ -66,6 +67,11 @@ def _check_names(metric: Metric) -> None:
     wrong = {name: better for name, better in scores.items() if better not in BETTER}
     assert not wrong, f"scores={wrong} must hold for each score one of {BETTER}"
     assert set(metric.unbounded) <= set(scores), f"unbounded={metric.unbounded} must be names of scores"
+    assert set(metric.totals) <= set(metric.unbounded), f"totals={metric.totals} must be names of `unbounded` scores"
+    try:
+        check_infinite_scores(metric)
+    except UserError as error:
+        raise AssertionError(str(error)) from error
 
 
 def _check_counts(metric: Metric, images: list[tuple[PredictedImage, LabelledImage]], rows: list[Counts]) -> None:
@@ -114,8 +120,7 @@ def _check_scores(metric: Metric, rows: list[Counts], num_classes: int) -> None:
             defined = values[~np.isnan(values)]
             is_finite = not np.isinf(defined).any() or f"{name}{INFINITE_IMAGES}" in metric.scores
             assert is_finite, (
-                f"{name} is infinite: return nan where it is undefined, or add the scores {name}{INFINITE_IMAGES} and "
-                f"{name}{FINITE_MEAN}"
+                f"{name} is infinite: return nan where it is undefined, or {explain_infinite_scores(name)}"
             )
             is_share = name in metric.unbounded or ((defined >= -1e-9) & (defined <= 1 + 1e-9)).all()
             assert is_share, f"{name}={defined} must lie in 0..1; else name it in `unbounded`"

@@ -28,6 +28,7 @@ from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.loading import frozen_fingerprint
 from dinoseg.training.optim import clip_norm
 from dinoseg.training.progress import Progress
+from dinoseg.training.step import NonFiniteLoss
 from dinoseg.utils.devices import empty_cache
 from dinoseg.utils.errors import UserError
 
@@ -265,11 +266,16 @@ class MultiHeadDataModule(ImageDataModule):
         """Return `NAME/miou` and the other scores of each head that is still trained, and as `miou` the best of them.
 
         Heads that have left are reported once.
+
+        Raises:
+            NonFiniteLoss: all heads have left.
         """
         assert isinstance(model, MultiHeadSegmenter) and isinstance(loss, MultiHeadLoss)
         self._report_left(model)
         left = model.left_heads()
         models = {name: each for name, each in model.models.items() if name not in left}
+        if not models:
+            raise NonFiniteLoss("All heads have left the training, see above. Set a lower optim.optimizer.lr.")
         inputs = partial(model.inputs, [*models.values()], self.policy or Whole(), engine.autocast)
         scored = [self.wrap_for_validation(each, loss.loss, engine) for each in models.values()]
         found = dict(zip(models, self.validate_each(scored, engine, inputs=inputs), strict=True))

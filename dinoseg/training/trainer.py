@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dinoseg.core.contracts import Loss
-from dinoseg.core.metric import INFINITE_IMAGES, Metric, split_infinite
+from dinoseg.core.metric import FINITE_MEAN, INFINITE_IMAGES, Metric, find_infinite_score, split_infinite
 from dinoseg.models.model import SegmentationModel
 from dinoseg.report.log import RunLog
 from dinoseg.training.checkpoint import Checkpointer, EmergencyCheckpoint
@@ -211,7 +211,7 @@ def is_out_of_patience(progress: Progress, patience: int | None) -> bool:
 def check_score(
     score: str, names: Sequence[str], metrics: Sequence[str] = (), chosen: Mapping[str, Metric] | None = None
 ) -> None:
-    """Refuse a score that a validation does not compute.
+    """Refuse a score that a validation does not compute, or that counts only some of the images.
 
     Args:
         score: that selects the best checkpoint.
@@ -219,16 +219,22 @@ def check_score(
         metrics: options of the config group `metric`, which add scores.
         chosen: metrics of the chosen options.
     """
-    if score in names:
+    if whole := find_infinite_score(score, names):
+        raise UserError(
+            f"trainer.score={score} counts only some of the images. Set trainer.score={whole}: it selects the fewest "
+            f"infinite images, then the best {whole}{FINITE_MEAN}."
+        )
+    selecting = [name for name in names if find_infinite_score(name, names) is None]
+    if score in selecting:
         return
     if chosen and score in chosen:
-        found = ", ".join(chosen[score].scores)
+        found = ", ".join(name for name in chosen[score].scores if name in selecting)
         raise UserError(f"trainer.score={score} is not a score: metric={score} has {found}. Choose one of these.")
     if score in metrics:
         raise UserError(f"trainer.score={score} is the score of a metric that is not chosen. Add metric=[{score}].")
     further = [name for name in metrics if name not in names]
     remedy = f"; metric=[NAME] adds {', '.join(further)}" if further else ""
-    raise UserError(f"trainer.score={score} is not a score. Choose one of {', '.join(names)}{remedy}.")
+    raise UserError(f"trainer.score={score} is not a score. Choose one of {', '.join(selecting)}{remedy}.")
 
 
 def log_step(

@@ -11,6 +11,7 @@ from scipy import stats
 
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
 from dinoseg.evaluation import comparison
+from dinoseg.evaluation.class_scores import metric_intervals
 from dinoseg.evaluation.comparison import (
     SHOWN,
     _pair_shot,
@@ -239,7 +240,7 @@ def test_videos_without_a_labelled_pixel_are_no_units(tmp_path):
             kept = {"images": run.images[:count], "units": units[:count], "counts": run.counts[:count]}
             score = metric_scores(ClDice(), seed, run.images[:labelled], units[:labelled])[0]["cldice"]
             if count > labelled:  # without the last video, the score is the same
-                score = replace(score, left_out=[*score.left_out, score.value])
+                score = replace(score, left_out=[*score.left_out, score.value], scored=[*score.scored, False])
             given[tmp_path / f"{seed}"] = replace(run, **kept, scores={"cldice": score})
         two = sides([*given], align_records(given))
         return against(two, list)[0].differences, units_note(two)
@@ -249,26 +250,55 @@ def test_videos_without_a_labelled_pixel_are_no_units(tmp_path):
     assert all(found[0][key]["ci95"] for key in ("miou", "cldice"))
 
 
-ONE = np.array([True])  # the only unit is scored
+class RareRecall(ForegroundShare):
+    """Recall of a class that few images have."""
+
+    scores = {"rare": "max"}
+
+    def count(self, prediction, sample):
+        return {"pixels": np.array([((prediction.ids == 2) & (sample.mask == 2)).sum(), (sample.mask == 2).sum()])}
+
+    def compute(self, sums):
+        return {"rare": super().compute(sums)["share"]}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_images_without_a_rare_class_do_not_narrow_its_interval():
+    metric, units = RareRecall(), [f"{index}" for index in range(IMAGES)]
+
+    def count(seed, images):
+        rng = np.random.default_rng(seed)
+        masks = [np.full((9, 9), 2 if index < 3 else 1) for index in range(images)]
+        ids = [np.where(rng.random(mask.shape) < 0.3, 0, mask) for mask in masks]
+        pairs = zip(ids, masks, strict=True)
+        return [metric.count(PredictedImage(predicted), LabelledImage(mask, 3)) for predicted, mask in pairs]
+
+    def difference(images):
+        sides = [[further_scores(metric, count(seed, images), units[:images])["rare"]] for seed in (0, 1)]
+        return further_difference(*sides)
+
+    intervals = [metric_intervals(metric, count(0, images), units[:images]) for images in (3, IMAGES)]
+    assert intervals[0] == intervals[1] and intervals[0]["rare"]
+    assert difference(3) == difference(IMAGES) and difference(3).ci95
 
 
 def runs_of(*values):
     """Return runs of a score over a single unit."""
-    return [FurtherScore("max", "", value, [None]) for value in values]
+    return [FurtherScore("max", "", value, [None], [True]) for value in values]
 
 
 def test_equal_scores_of_more_runs_differ_by_nothing():
     first, second = runs_of(0.1, 0.1, 0.1), runs_of(0.1, 0.1)
     assert np.mean([0.1] * 3) != np.mean([0.1] * 2)  # in the last digit
-    assert further_difference(first, second, ONE).value == 0
+    assert further_difference(first, second).value == 0
 
 
 def test_a_single_unit_has_the_error_of_its_runs():
     first, second = (0.2, 0.3, 0.5), (0.6, 0.8)
-    gap = further_difference(runs_of(*first), runs_of(*second), ONE)
+    gap = further_difference(runs_of(*first), runs_of(*second))
     expected = stats.ttest_ind(second, first, equal_var=False)
     assert gap.value == pytest.approx(0.7 - 1 / 3) and gap.p == pytest.approx(expected.pvalue)
-    assert further_difference(runs_of(*first), runs_of(0.6), ONE).ci95 is None
+    assert further_difference(runs_of(*first), runs_of(0.6)).ci95 is None
 
 
 def test_unbounded_scores_are_not_compared():
@@ -288,7 +318,10 @@ def test_scores_of_too_few_units_are_damaged(tmp_path):
     base = record()
     scores, _ = metric_scores(ClDice(), 0, base.images, base.units)
     write_record(replace(base, scores={"cldice": replace(scores["cldice"], left_out=[0.5])}), tmp_path)
-    with pytest.raises(UserError, match="cldice has .* the values of 1 units"):
+    with pytest.raises(UserError, match="cldice has .* the values of 1 and 2 units"):
+        read_record(tmp_path)
+    write_record(replace(base, scores={"cldice": replace(scores["cldice"], scored=[True])}), tmp_path)
+    with pytest.raises(UserError, match="cldice has .* the values of 2 and 1 units"):
         read_record(tmp_path)
 
 

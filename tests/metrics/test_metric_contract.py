@@ -9,6 +9,7 @@ from scipy import ndimage, spatial
 
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
 from dinoseg.metrics import BoundaryIoU, CalibrationError, ClDice, ConfusionMatrix, LayerMetric, MeanIoU, SurfaceDice
+from dinoseg.metrics.rows import check_score_names
 from dinoseg.metrics.wrapped import WrappedMetric
 from dinoseg.testing import check_metric
 from dinoseg.utils.errors import UserError
@@ -320,8 +321,56 @@ def test_check_finds_an_infinite_score():
         def compute(self, sums):
             return {"area_error": np.where(sums["area"] > 0, super().compute(sums)["area_error"], np.inf)}
 
-    with pytest.raises(AssertionError, match="area_error is infinite.*area_error_infinite_images"):
+    with pytest.raises(AssertionError, match="area_error is infinite.*area_error_infinite_images.*`totals`"):
         check_metric(Infinite())
+
+
+class InfiniteAreaError(AreaError):
+    """An error of the area that is infinite where an image lacks the class, as messages advise."""
+
+    number, mean = "area_error_infinite_images", "area_error_finite_mean"
+    scores = {"area_error": "min", number: "min", mean: "min"}
+    unbounded = tuple(scores)
+    totals = (number,)
+
+    def count(self, prediction, sample):
+        counts = super().count(prediction, sample)
+        labelled = (sample.mask != sample.ignore_index).any()
+        return {**counts, "infinite": np.int64(labelled and counts["area"] == 0)}
+
+    def compute(self, sums):
+        mean = super().compute(sums)["area_error"]
+        infinite = sums["infinite"] > 0
+        found = {"area_error": np.where(infinite, np.inf, mean), self.number: sums["infinite"], self.mean: mean}
+        return {name: found[name] for name in self.scores}
+
+
+def test_check_accepts_infinite_images_among_the_totals():
+    check_metric(InfiniteAreaError())
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("totals", (), "area_error_infinite_images.*`totals`"),
+        ("scores", {"area_error": "min", InfiniteAreaError.number: "min"}, "area_error_finite_mean"),
+    ],
+)
+def test_half_of_the_scores_of_infinite_images_is_refused(attribute, value, message):
+    metric = InfiniteAreaError()
+    setattr(metric, attribute, value)
+    metric.unbounded = tuple(metric.scores)
+    with pytest.raises(AssertionError, match=message):
+        check_metric(metric)
+    with pytest.raises(UserError, match=message):
+        check_score_names([metric])
+
+
+def test_totals_must_be_unbounded_scores():
+    metric = AreaError()
+    metric.totals = ("area_error",)
+    with pytest.raises(AssertionError, match="totals=.*`unbounded`"):
+        check_metric(metric)
 
 
 def test_check_refuses_other_classes_and_directions():

@@ -332,7 +332,8 @@ def test_there_are_at_most_160_runs(tmp_path):
 
 def stored_score(record, name, *, value=0.5, left_out=0.5):
     units = len(set(record["units"]))
-    return {name: {"better": "max", "settings": "", "value": value, "left_out": [left_out] * units}}
+    score = {"better": "max", "settings": "", "value": value}
+    return {name: {**score, "left_out": [left_out] * units, "scored": [True] * units}}
 
 
 def test_damaged_record_is_refused(runs):

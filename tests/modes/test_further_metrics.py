@@ -82,6 +82,31 @@ def test_a_metric_file_with_another_key_is_explained(text, message, tmp_path):
     assert done.status == 1 and message in done.err
 
 
+class MissedObject:
+    """A distance of another library which is infinite for each image."""
+
+    def reset(self):
+        pass
+
+    def update(self, prediction, target):
+        pass
+
+    def compute(self):
+        return float("inf")
+
+
+def test_a_score_infinite_for_all_images_selects_a_checkpoint(tmp_path):
+    write_data(tmp_path / "data")
+    wrapped = {"_target_": "dinoseg.metrics.wrapped.WrappedMetric", "name": "hd", "better": "min", "is_share": False}
+    distance = {**wrapped, "ignored": "match", "metric": {"_target_": f"{__name__}.MissedObject"}}
+    write_text(tmp_path / "mine/metric/hd.yaml", json.dumps({"hd": distance}))
+    words = ("--config-dir", tmp_path / "mine", "mode=train", *SMALL, "metric=[hd]", "trainer.score=hd")
+    done = call(tmp_path, *words, "mode.metrics_only=true", "mode.report=false", "logger=[]", "hydra.run.dir=run")
+    assert done.status == 0, done.err
+    scores = json.loads((tmp_path / "run/evaluation/scores.json").read_text())
+    assert scores["hd"] is None and scores["hd_infinite_images"] > 0
+
+
 def test_resuming_by_another_score_or_option_discards_the_best(run, tmp_path):
     for number, words in enumerate(("trainer.score=ece", "metric.boundary_iou.ratio=0.2")):
         copy = tmp_path / str(number)

@@ -241,6 +241,14 @@ def test_a_head_without_random_draws_equals_its_own_run(train, tiny_backbone, tm
     assert all(row["val/miou"] == max(row["val/a/miou"], row["val/b/miou"]) for row in run.rows if "val/miou" in row)
 
 
+def test_a_validation_without_a_head_left_is_refused(shared_parts):
+    model = shared_parts.model(a=((1,), LinearHead))
+    model.head.remove(torch.tensor([True]))
+    data = MultiHeadDataModule(*[Stripes([(32, 40)])] * 2, Augment((24, 32)), 1, seed=0, workers=0)
+    with pytest.raises(NonFiniteLoss, match="All heads have left.*optim.optimizer.lr"):
+        data.validate(model, MultiHeadLoss(CrossEntropy(torch.ones(3))), Engine("cpu", "fp32", workers=0))
+
+
 def test_head_with_non_finite_loss_leaves_and_others_train(train, caplog):
     heads = {"a": ((1,), LinearHead), "b": ((0,), Failing)}
     run = train("both", heads=heads)

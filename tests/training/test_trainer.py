@@ -26,7 +26,7 @@ from dinoseg.training.meter import Meter
 from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.progress import Progress
 from dinoseg.training.time_limit import TimeLimit
-from dinoseg.training.trainer import Experiment, Settings, fit
+from dinoseg.training.trainer import Experiment, Settings, check_score, fit
 from dinoseg.training.validation import evaluate
 from dinoseg.utils.errors import UserError
 
@@ -222,6 +222,16 @@ def test_fewest_infinite_images_select_the_best_checkpoint(run, monkeypatch, cap
     best = "infinite for 1 image, 9.0000 for the others"
     assert lines[4].endswith(f"val/x infinite for 1 image, 9.5000 for the others (best {best} at step 4)")
     assert [(row["val/x"], row["val/x_infinite_images"]) for row in done.rows if "val/x" in row][-1] == (None, 1.0)
+
+
+@pytest.mark.parametrize("score", ["x_infinite_images", "x_finite_mean"])
+def test_half_of_an_infinite_score_selects_no_checkpoint(score):
+    names = ("miou", "x", "x_infinite_images", "x_finite_mean")
+    with pytest.raises(UserError, match=f"trainer.score={score} .*Set trainer.score=x:"):
+        check_score(score, names)
+    check_score("x", names)
+    with pytest.raises(UserError, match="Choose one of miou, x.$"):
+        check_score("y", names)
 
 
 def test_logged_rows_score_the_batches_of_their_step(run):

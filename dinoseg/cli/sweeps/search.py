@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from dinoseg.cli.sweeps.job_results import JobResults
 from dinoseg.config.checks import check_arguments
-from dinoseg.core.metric import INFINITE_IMAGES
+from dinoseg.core.metric import INFINITE_IMAGES, find_infinite_score
 from dinoseg.utils import locks
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.forms import SchemaError, read_regular
@@ -168,6 +168,10 @@ class Search(Sweeper):
         found = scores if isinstance(scores, dict) else {}
         if "error" in found:
             return None, found["error"]
+        if whole := find_infinite_score(self.score, found):
+            rule = f"hydra.sweeper.score={self.score} counts only some of the images. Set hydra.sweeper.score={whole}."
+            print(rule, file=sys.stderr)
+            return None, rule
         value = found.get(self.score)
         if value is None and found.get(f"{self.score}{INFINITE_IMAGES}"):
             return (math.inf if self.direction == "minimize" else -math.inf), ""

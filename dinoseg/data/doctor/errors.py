@@ -243,7 +243,8 @@ def same_files(first: Scanned, second: Scanned) -> list[tuple[Record, Record]]:
     suspects.pop(None, None)  # images that cannot be compared
     both = []
     for record in second.records:
-        twin, suspect = files.get(os.path.realpath(record.image)), suspects.get(_copy_key(record))
+        twin = files.get(os.path.realpath(record.image))
+        suspect = suspects.get(_copy_key(record))
         if twin is None and suspect is not None and _have_same_content(suspect, record):
             twin = suspect
         both += [] if twin is None else [(twin, record)]

@@ -129,6 +129,14 @@ def test_an_infinite_score_is_the_worst_of_a_search(tmp_path, direction):
     assert [trial.value == worst for trial in study.trials] == [False, True, False, True]
 
 
+def test_a_search_by_finite_images_alone_is_refused(tmp_path, capsys):
+    jobs = Jobs(lambda number, rate: {"x": None, "x_infinite_images": 2.0, "x_finite_mean": rate})
+    search(tmp_path, jobs, score="x_finite_mean")
+    study = open_study(tmp_path / "search.log", "maximize", ["x_finite_mean", "maximize", *WORDS[1:]], ["mode=train"])
+    assert [trial.value for trial in study.trials] == [None] * 3
+    assert "Set hydra.sweeper.score=x." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
