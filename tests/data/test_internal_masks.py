@@ -83,3 +83,10 @@ def test_internal_masks_and_masks_of_two_sizes_are_refused(root):
     for read in (lambda: data[0], lambda: data.mask(0)):
         with pytest.raises(UserError, match="34 x 21|21 x 34"):
             read()
+
+
+def test_a_damaged_image_is_no_fault_of_its_mask(root):
+    path = root / "train/images/a.tif"
+    data = open_split(root)
+    path.write_bytes(path.read_bytes()[:200])
+    assert measure(data.pairs[0], data.reader, images=True).problems.keys() == {"unreadable_image"}
