@@ -151,6 +151,14 @@ def test_more_or_fewer_strips_than_needed_are_refused(tmp_path):
                 read(tmp_path / "a.tif")
 
 
+def test_strips_without_a_length_are_refused(tmp_path):
+    data = strips_of(6, 4).replace(struct.pack("<HHI", 279, 4, 4), struct.pack("<HHI", 279, 4, 3))
+    (tmp_path / "a.tif").write_bytes(data)
+    for read in (read_image, read_ids):
+        with pytest.raises(UserError, match="has 3 lengths for its 4 TIFF blocks"):
+            read(tmp_path / "a.tif")
+
+
 @pytest.mark.parametrize("tile", [None, (16, 32)])
 def test_jpeg_blocks_of_another_size_or_cut_are_refused(tmp_path, tile):
     path = tmp_path / "a.tif"

@@ -105,6 +105,23 @@ def test_masks_and_rgb_images_of_several_pages_are_refused(tmp_path):
     assert read_size(tmp_path / "a.tif") == (4, 5)
 
 
+def test_volumes_and_incomplete_palettes_are_refused(tmp_path):
+    volume = np.arange(2 * 16 * 16, dtype=np.uint16).reshape(2, 16, 16)
+    options = {"photometric": "minisblack", "volumetric": True, "tile": (2, 16, 16)}
+    tifffile.imwrite(tmp_path / "a.tif", volume, **options)
+    colors = (320, "H", 3 * 4, tuple(range(0, 3 * 4 * 256, 256)), True)
+    tifffile.imwrite(tmp_path / "b.tif", np.uint8([[0, 3, 4]]), photometric="minisblack", extratags=[colors])
+    data = (tmp_path / "b.tif").read_bytes()
+    (tmp_path / "b.tif").write_bytes(
+        data.replace(struct.pack("<HHIH", 262, 3, 1, 1), struct.pack("<HHIH", 262, 3, 1, 3))
+    )
+    for read in (read_image, read_ids):
+        with pytest.raises(UserError, match="volume of 2 slices.*Save each slice"):
+            read(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"b\.tif.*index 4"):
+        read_image(tmp_path / "b.tif")
+
+
 def test_reduced_copies_in_tiff_files_are_left_out(tmp_path):
     pixels = np.arange(48, dtype=np.uint8).reshape(6, 8)
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:

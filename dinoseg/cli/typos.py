@@ -341,11 +341,14 @@ def _unknown_key(
         modes, options = modes_with(folders, root), options_with(folders, root)
         if cfg["mode"]["_target_"] == _HELP and (modes or options):
             return mode_needed(folders)
-        if modes:
+        if modes and choices["mode"] not in modes:
             return _absent_group(word, root, None, f"mode={choices['mode']}", folders)
-        if options:
+        if options and not modes:
             return f"{key} is a key of {' or '.join(options)}. Add it, or leave the key out."
     if options := options_with(folders, key):
+        if root in list_groups(folders):
+            remedy = f"Add one to the list, such as {root}=[{options[0].partition('=')[2]}], or leave the key out."
+            return f"{word}: no chosen option has this key. Options that have it: {join_names(options, 8)}. {remedy}"
         chosen = f"{root}={choices[root]}" if root in choices else f"the {root} of the checkpoint"
         remedy = "Choose one of them, or leave the key out." if root in choices else "Leave the key out."
         if len(options) == 1 and "/" in options[0]:  # a nested group, whose option stands beside those of the groups

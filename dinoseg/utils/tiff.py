@@ -118,7 +118,7 @@ class TiffPage:
             return values
         if self.photometric == WHITE_IS_ZERO and values.dtype.kind in "bu":
             return (255 if self.bits < 8 else values.dtype.type(self.white)) - values
-        if self.photometric == PALETTE and values.dtype.kind in "bu" and values.max() < len(self.palette):
+        if self.photometric == PALETTE and values.dtype.kind in "bu":
             return self.palette[values[..., 0].astype(np.intp)]
         if self.photometric in (CMYK, YCBCR) and values.dtype == np.uint8:
             bands = {CMYK: 4, YCBCR: 3}[self.photometric]
@@ -173,10 +173,14 @@ class TiffPage:
                 f"is compressed by {name}, which is not supported in TIFF. Save it with one of "
                 f"{', '.join(dict.fromkeys(_COMPRESSIONS.values()))}"
             )
-        if page.dtype is None or page.dtype.kind not in "buif" or page.imagedepth != 1 or not self.bits:
+        if page.dtype is None or page.dtype.kind not in "buif" or not self.bits:
             raise Unfit(
                 f"stores values of {page.bitspersample} bits and TIFF sample format {page.sampleformat}, which are not "
                 "supported. Save unsigned or signed integers, or floats"
+            )
+        if page.imagedepth != 1:
+            raise Unfit(
+                f"stores a volume of {page.imagedepth} slices, which is not supported. Save each slice as a file"
             )
         if page.is_subsampled and not self.is_lossy:
             raise Unfit("stores colours at a lower resolution without JPEG, which is not supported. Save it as RGB")
@@ -195,8 +199,10 @@ class TiffPage:
         offsets = page.tags.get(_OFFSETS[is_tiled])
         # tifffile cuts or guesses lists of another length
         found = 0 if offsets is None else offsets.count
-        if not found == needed == len(page.dataoffsets) == len(page.databytecounts):
+        if not found == needed == len(page.dataoffsets):
             raise Unfit(f"has {found} TIFF blocks, but its pixels need {needed}. Save it again")
+        if len(page.databytecounts) != needed:
+            raise Unfit(f"has {len(page.databytecounts)} lengths for its {needed} TIFF blocks. Save it again")
         return rows, columns
 
 

@@ -76,7 +76,7 @@ def check_png(file: IO[bytes], last_row: np.ndarray) -> None:
     needed = 0
     for left, top, across, down in _PASSES if interlaced else ((0, 0, 1, 1),):
         columns, rows = -((left - width) // across), -((top - height) // down)
-        needed += rows * (1 + -(-columns * per_pixel // 8)) if columns > 0 and rows > 0 else 0
+        needed += rows * (1 + -(-columns * per_pixel // 8)) if columns else 0
     found = _count_inflated(file, needed)
     if found < needed:
         raise Unfit(f"has {found} of the {needed} bytes of its pixels: it is truncated. Replace it")

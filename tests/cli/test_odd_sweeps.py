@@ -30,12 +30,31 @@ from dinoseg.config.composition import SHIPPED
             ("-m", "mode=train", "metric=[nsd],[]", "metric.nsd.tolerance=3"),
             "error: metric.nsd.tolerance is not a key of all",
         ),
+        (("-m", "mode=train", "metric=nsdd,[]"), "error: metric=nsdd is unknown. Did you mean metric=nsd?"),
+        (("mode=train", "metric.nsd.size=1"), "error: metric.nsd.size is not a key of the config."),
         (("~hparam",), "error: ~hparam removes a key that is read. Leave it out"),
     ],
 )
 def test_unknown_option_is_one_message(tmp_path, words, says):
     done = call(tmp_path, "mode=summary", *words)
     assert done.status == 1 and done.err.count("\n") == 1 and done.err.startswith(says), done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("metric.nsd.tolerance=1",), "nsd"),
+        (("metric=[cldice]", "metric.nsd.tolerance=1"), "nsd"),
+        (("logger.wandb.project=x",), "wandb"),
+        (("logger=[]", "logger.tensorboard._partial_=x"), "tensorboard"),
+    ],
+)
+def test_key_of_an_option_that_is_not_listed_names_it(tmp_path, words, option):
+    found, group = call(tmp_path, "mode=train", *words).err, words[-1].partition(".")[0]
+    assert found.startswith(
+        f"error: {words[-1]}: no chosen option has this key. Options that have it: {group}={option}."
+    )
+    assert f"such as {group}=[{option}]" in found
 
 
 @pytest.mark.parametrize("word", ["metric=[nsd],[boundary_iou,cldice]", "logger=[],[tensorboard]", "metric=nsd,[]"])

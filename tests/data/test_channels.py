@@ -629,6 +629,18 @@ def test_sixteen_bit_images_of_fewer_bits_get_a_warning(bits, channels, tmp_path
     assert [finding.severity for finding in findings] == ["warning"] * (bits < 16)
 
 
+def test_dark_images_are_listed_with_the_next_range(tmp_path):
+    for number, dtype in enumerate((np.uint8, np.uint16)):
+        image = np.full((*SIZE, 1), 255 if dtype == np.uint8 else 256, dtype)
+        (tmp_path / f"{number}.tif").write_bytes(tiff_with(image))
+        Image.fromarray((levels(1)[..., 0] > 100).astype(np.uint8)).save(tmp_path / f"{number}.png")
+    pairs = [Pair(name, tmp_path / f"{name}.tif", tmp_path / f"{name}.png") for name in "01"]
+    data = PairDataset(pairs, Labels.of(["a", "b"], None, 255), Masks())
+    records = [measure(pair, data.reader, images=True) for pair in data.pairs]
+    (finding,) = check_range([describe_split("train", data, records)])
+    assert finding.lines == (str(tmp_path / "1.tif"),) and "value_range=[0,1023]" in finding.remedy
+
+
 def test_declared_ranges_and_8_bits_get_no_warning(tmp_path):
     for number, folder in enumerate(("declared", "mixed", "flat")):
         (tmp_path / folder).mkdir()

@@ -75,3 +75,18 @@ def test_an_internal_mask_of_another_size_is_refused(root):
         file.write(VALID[::2], subfiletype=4, photometric="mask")
     with pytest.raises(UserError, match="internal mask of another size"):
         open_split(root)[0]
+
+
+def test_internal_masks_and_masks_of_two_sizes_are_refused(root):
+    save(root / "train/masks/a.png", IDS[1:])
+    data = open_split(root)
+    for read in (lambda: data[0], lambda: data.mask(0)):
+        with pytest.raises(UserError, match="34 x 21|21 x 34"):
+            read()
+
+
+def test_a_damaged_image_is_no_fault_of_its_mask(root):
+    path = root / "train/images/a.tif"
+    data = open_split(root)
+    path.write_bytes(path.read_bytes()[:200])
+    assert measure(data.pairs[0], data.reader, images=True).problems.keys() == {"unreadable_image"}

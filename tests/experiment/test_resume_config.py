@@ -379,6 +379,15 @@ def test_modes_that_score_or_train_name_a_missing_part(mode, part, compose, tmp_
         assert [*shared.metric] == ["nsd"] and shared.loss == merged.loss == info["config"]["loss"]
 
 
+def test_groups_that_a_mode_of_an_own_folder_reads_are_built(compose, tmp_path):
+    (tmp_path / "mode").mkdir()
+    (tmp_path / "mode/mine.yaml").write_text("defaults: [_model, {/loss@_global_.loss: ce}, _self_]")
+    own = {"config_dirs": [str(tmp_path)], "choices": {"mode": "mine"}}
+    cfg = OmegaConf.merge(compose("mode=predict", "resume=x"), own)
+    with pytest.raises(UserError, match="loss=mine is not an option on this machine"):
+        merge(cfg, [], tmp_path / "x", description_with_own_parts(compose))
+
+
 def description_with_own_parts(compose):
     """Return the description of a training whose loss and metric are options of another machine."""
     cfg = compose("mode=train", "head=cnn", "metric=[nsd]", "data.root=.", "data.classes=[a,b]")

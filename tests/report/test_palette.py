@@ -87,6 +87,11 @@ def test_impossible_palettes_are_refused(num_classes):
         default_palette(num_classes)
 
 
+def test_further_default_colours_differ_from_ignored_pixels():
+    colours, ignored = (cielab(each, "normal") for each in (default_palette(64), [IGNORE_COLOUR]))
+    assert ciede2000(colours, ignored).min() > 14.9
+
+
 @pytest.mark.parametrize("ignore_index", [255, 3])
 def test_lookup_table_has_a_colour_for_each_id(ignore_index):
     palette = [(1, 2, 3), (40, 50, 60), (250, 251, 252)]

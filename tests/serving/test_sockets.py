@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from nicegui import app as nicegui_app
 from nicegui import core
+from socketio.packet import ACK, CONNECT, DISCONNECT
 
 from dinoseg.serving.sockets import EventPacket, restrict_sockets
 
@@ -53,3 +54,8 @@ def test_packets_without_a_name_or_with_attachments_are_refused(text):
 def test_packet_of_a_page_is_parsed():
     packet = EventPacket(encoded_packet='27["event",{"id":3}]')
     assert packet.data == ["event", {"id": 3}] and packet.id == 7
+
+
+@pytest.mark.parametrize(("text", "kind"), [("0", CONNECT), ('0{"id":1}', CONNECT), ("1", DISCONNECT), ("35[1]", ACK)])
+def test_packets_that_are_no_events_are_parsed(text, kind):
+    assert EventPacket(encoded_packet=text).packet_type == kind

@@ -355,7 +355,8 @@ def test_a_best_score_of_another_selection_is_discarded(model, tmp_path, caplog,
 
 def test_changed_selection_restarts_patience_and_discards_best(caplog):
     before, now = ({"config": {"trainer": {"score": score}}} for score in ("miou", "loss"))
-    assert comparable(Progress(9, best=0.5, best_step=3, stale=2), before, now) == Progress(9)
+    progress = Progress(9, best=0.5, best_infinite=1, best_step=3, stale=2)
+    assert comparable(progress, before, now) == Progress(9)
     assert "the previous best score is discarded" in caplog.text
     caplog.clear()
     assert comparable(Progress(9), before, now) == Progress(9) and not caplog.messages

@@ -333,8 +333,24 @@ def test_head_with_fewest_infinite_images_is_the_best(shared_parts, tmp_path):
     heads = [head_scores(3.0, 1.0), head_scores(2.0, 9.0), head_scores(2.0, 8.0)]
     assert best_of(heads, "x", lowest=True) is heads[2]
     assert best_of([*heads, head_scores(0.0, 99.0)], "x", lowest=True)["x"] == 99.0
-    head = Checkpointer(tmp_path, dict(INFO))
-    checkpoints = MultiHeadCheckpointer(tmp_path, dict(INFO), heads={"a": head}, progress=Progress(4))
-    scores = heads[2] | {f"a/{key}": value for key, value in heads[2].items()}
-    found = checkpoints.save_if_best(shared_parts.model(a=((1,), LinearHead)), scores, "x", lowest=True)
-    assert found == head.progress == Progress(4, best=8.0, best_infinite=2, best_step=4) and head.best.exists()
+    for mean in (8.0, None):  # None: all images are infinite
+        head = Checkpointer(tmp_path / str(mean), dict(INFO))
+        checkpoints = MultiHeadCheckpointer(tmp_path, dict(INFO), heads={"a": head}, progress=Progress(4))
+        scores = head_scores(2.0, mean)
+        scores |= {f"a/{key}": value for key, value in scores.items()}
+        found = checkpoints.save_if_best(shared_parts.model(a=((1,), LinearHead)), scores, "x", lowest=True)
+        assert found == head.progress == Progress(4, best=mean, best_infinite=2, best_step=4) and head.best.exists()
+
+
+def test_logged_infinite_images_are_those_of_the_best_head(train):
+    class Scored(MultiHeadDataModule):
+        def __post_init__(self):
+            self.score_names = self.lowest = ("x", "x_infinite_images", "x_finite_mean")
+
+        def validate_each(self, *_, **__):
+            values = {"a": (2.0, 1.0), "b": (1.0, 9.0)}.values()
+            return [Validation(dict(zip(self.score_names, (None, *each), strict=True)), {}) for each in values]
+
+    run = train("infinite", data=Scored, score="x", steps=2, heads={"a": ((1,), LinearHead), "b": ((0,), LinearHead)})
+    (row,) = (row for row in run.rows if "val/x" in row)
+    assert (row["val/x"], row["val/x_infinite_images"], row["val/x_finite_mean"]) == (None, 1.0, 9.0)

@@ -58,9 +58,15 @@ def interlaced_png(pixels, passes=7):
     """Return a grey PNG file of Adam7's passes, of which only so many are there."""
     grids = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
     rows = [pixels[top::down, left::across] for left, top, across, down in grids[:passes]]
-    data = zlib.compress(b"".join(b"\0" + row.tobytes() for grid in rows for row in grid))
-    header = struct.pack(">IIBBBBB", *SIZE[::-1], 8, 0, 0, 0, 1)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for grid in rows for row in grid if row.size))
+    header = struct.pack(">IIBBBBB", *pixels.shape[::-1], 8, 0, 0, 0, 1)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (3, 4), (5, 2)])
+def test_interlaced_png_files_with_empty_passes_are_read(size, tmp_path):
+    (tmp_path / "a.png").write_bytes(interlaced_png(PIXELS[: size[0], : size[1], 0]))
+    assert np.array_equal(read_ids(tmp_path / "a.png"), PIXELS[: size[0], : size[1], 0])
 
 
 @pytest.mark.parametrize("passes", [1, 4, 6])

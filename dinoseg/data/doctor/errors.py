@@ -82,7 +82,7 @@ def check_for_errors(
         if not isinstance(data, PairDataset):
             return []
         records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
-        if records and not records[0].problems:  # the scan reads headers, which do not tell the range
+        if records:  # the scan reads headers, which do not tell the range
             records[0] = replace(records[0], peak=_read_peak(data.pairs[0].image))
         splits.append(describe_split(split, data, records))
     errors = []

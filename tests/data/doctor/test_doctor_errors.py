@@ -123,6 +123,22 @@ def test_equal_names_masks_and_lengths_are_no_copies(tmp_path, images):
     assert "same_files" not in {each.code for each in find_errors(splits_of(tmp_path, images=images))}
 
 
+def test_equal_images_with_masks_of_one_class_are_no_copies(tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path, split, ["a", "b"])
+        for name in "ab":
+            rewrite(tmp_path / split / "masks" / f"{name}.png", lambda mask: mask * 0 + 1)
+    assert "same_files" not in {each.code for each in find_errors(splits_of(tmp_path))}
+
+
+def test_copies_are_found_if_one_split_is_decoded(tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path, split, ["a", "b"])
+    for decoded in (True, False):
+        train, val = (splits_of(tmp_path, decoded == (split == "train"), [split])[0] for split in ("train", "val"))
+        assert "same_files" in {each.code for each in find_errors([train, val])}
+
+
 def test_equal_names_and_masks_are_no_copies(tmp_path):
     for split, first in (("train", 0), ("val", 20)):
         write(tmp_path, split, ["a", "b"], first)

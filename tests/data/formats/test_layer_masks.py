@@ -85,12 +85,11 @@ def test_a_class_file_of_binary_masks_names_one_class(tmp_path):
         folder_dataset(tmp_path, "train", classes=["a"], masks=Masks(format="binary"))
 
 
-@pytest.mark.parametrize("form", ["ids", "binary"])
-def test_pages_of_tiff_masks_are_the_classes(form, tmp_path):
+@pytest.mark.parametrize(("form", "one"), [("ids", np.uint8(1)), ("binary", np.uint8(255)), ("binary", np.True_)])
+def test_pages_of_tiff_masks_are_the_classes(form, one, tmp_path):
     masks, folders = write_overlaps(tmp_path, train=3), folder(tmp_path)
-    factor = 255 if form == "binary" else 1
     for name in folders.names:
-        pages = [Image.fromarray(factor * layer.astype(np.uint8)) for layer in masks[name]]
+        pages = [Image.fromarray(one * layer.astype(bool)) for layer in masks[name]]
         (tmp_path / "train/pages").mkdir(exist_ok=True)
         pages[0].save(tmp_path / f"train/pages/{name}.tif", save_all=True, append_images=pages[1:])
     data = folder(tmp_path, layout=FolderLayout(masks="{split}/pages"), masks=Masks(format=form))
