@@ -103,20 +103,20 @@ def predict(
         write_json(folder / _RECORD, settings)
         remove_parts(folder, "**/.*.[0-9]*.part", "**/.*.[0-9]*.old")  # left by a killed run
         targets = mask_names([path for path, _ in images], str(input)) if split is None else split.names
+        facts = (labels.classes, labels.palette, labels.ignore_index)
+        keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs
+        if run.masks is not None and images:  # before the masks: a killed run leaves none without a group
+            groups, _ = find_groups(build.value("data.group"), targets, "data.group")
+            write_class_record(run.masks, *facts, keys, has_layers=bool(layers), names=targets, groups=groups)
         totals = _segment_images(by, images, targets, run) | _segment_videos(by, videos, run, options)
         if split is not None and run.masks is not None:
             for index, name in enumerate(split.names):
                 write_masks(folder / REFERENCES, name, split.mask(index), layers)
-        facts = (labels.classes, labels.palette, labels.ignore_index)
-        keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs
         for video in videos:
             written = folder / f"{video.name}_masks"
             if options.masks and written.is_dir():
                 groups = {path.stem: video.name for path in written.rglob("*.png")}
                 write_class_record(written, *facts, keys, has_layers=bool(layers), groups=groups)
-        if run.masks is not None and run.count:
-            groups, _ = find_groups(build.value("data.group"), targets, "data.group")
-            write_class_record(run.masks, *facts, keys, has_layers=bool(layers), groups=groups)
     except OSError as error:
         raise UserError(
             f"Cannot write below {out_dir} ({error}). Free some disk space, or choose another hydra.run.dir."

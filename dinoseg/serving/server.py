@@ -3,6 +3,7 @@
 import logging
 import re
 import socket
+from asyncio import CancelledError
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -74,7 +75,7 @@ def serve_until_signal(app: ASGIApp, listener: socket.socket) -> None:
         limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
-    logging.getLogger("uvicorn.error").addFilter(_drop_traceback)
+    logging.getLogger("uvicorn.error").addFilter(_shorten_error)
     print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     try:
         uvicorn.Server(config).run([listener])
@@ -82,8 +83,11 @@ def serve_until_signal(app: ASGIApp, listener: socket.socket) -> None:
         print("stopped")  # uvicorn raises the signal again when it has finished
 
 
-def _drop_traceback(record: logging.LogRecord) -> bool:
-    """Log one line for invalid text on a web socket; only errors of the application have a traceback."""
+def _shorten_error(record: logging.LogRecord) -> bool:
+    """Log one line for invalid text on a web socket; only errors of the application have a traceback.
+
+    Requests that are cancelled at a stop signal, such as an upload that stalls, have no line: one states their number.
+    """
     if not record.getMessage().startswith("Exception in ASGI application"):
         record.exc_info = None
-    return True
+    return record.exc_info is None or not isinstance(record.exc_info[1], CancelledError)

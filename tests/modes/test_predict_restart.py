@@ -1,9 +1,13 @@
 """mode=predict given twice with one folder: it goes on there, alone, and only by the same settings."""
 
 import fcntl
+import json
 import shutil
+from unittest.mock import patch
 
 from command_line import call
+
+from dinoseg.modes import predict
 
 
 def test_repeated_command_resumes_in_its_folder(trained_once, tmp_path):
@@ -27,6 +31,20 @@ def test_repeated_command_resumes_in_its_folder(trained_once, tmp_path):
         busy = call(tmp_path, *words)
     assert busy.status == 1 and "Another process is writing to" in busy.err
     assert "Wait for it, or choose another hydra.run.dir." in busy.err and not (tmp_path / "out_2").exists()
+
+
+def test_groups_of_an_interrupted_run_are_those_of_its_command(trained_once, tmp_path):
+    words = ("mode=predict", f"resume={trained_once}/segmenter", "engine=cpu", "hydra.run.dir=out")
+
+    def groups():
+        return json.loads((tmp_path / "out/masks/classes.json").read_text())["groups"]
+
+    one, two = (f"input={trained_once}/clip/0000{number}.png" for number in (1, 2))
+    assert call(tmp_path, *words, one, "data.group=^0").status == 0 and groups() == {"00001": "0"}
+    with patch.object(predict, "_segment_videos", side_effect=KeyboardInterrupt):  # after the masks of images
+        assert call(tmp_path, *words, two, "data.group=.$").status != 0
+    assert (tmp_path / "out/masks/00002.png").is_file() and groups() == {"00001": "0", "00002": "2"}
+    assert call(tmp_path, *words, one).status == 0 and groups() == {"00002": "2"}
 
 
 def test_other_model_is_refused_in_one_sentence(trained_once, tmp_path):

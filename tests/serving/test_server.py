@@ -98,6 +98,23 @@ def test_long_headers_end_the_connection(running_app, start):
     connection.close()
 
 
+def test_a_stalled_upload_has_no_traceback_at_the_stop(caplog, monkeypatch):
+    async def upload(request):
+        servers[0].should_exit = True
+        return Response(await request.body())
+
+    servers = []
+    run = uvicorn.Server.run
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: (servers.append(self), run(self, sockets)))
+    monkeypatch.setattr(server_module, "_LAST_SECONDS", 0.1)
+    with bind_socket("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\nhalf")
+        serve_until_signal(Starlette(routes=[Route("/", upload, methods=["POST"])]), listener)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Cancel 1 running task(s), timeout graceful shutdown exceeded"
+    ]
+
+
 @pytest.fixture
 def server(trained_once, tmp_path):
     """A server in a process of its own, and its port."""
