@@ -68,7 +68,7 @@ def write_class_record(
     masks: Mapping[str, Any],
     *,
     has_layers: bool = False,
-    groups: Mapping[str, str] | None = None,
+    groups: Mapping[str, str | None] | None = None,
 ) -> None:
     """Write the classes of predicted IDs or layers.
 
@@ -79,19 +79,20 @@ def write_class_record(
         ignore_index: ID of ignored pixels.
         masks: arguments of `Masks` for the dataset's masks.
         has_layers: whether each class has masks of its own.
-        groups: the group of each image by its name. Groups of other images that the folder's record has stay in it.
+        groups: the group, or None, of each image by its name. The record keeps its groups of other images.
     """
     stored: dict[str, str] = {}
     with suppress(UserError):  # a damaged record is replaced
         earlier = read_class_record(folder, has_layers=has_layers)
         stored = {} if earlier is None else earlier.groups
+    merged = {**stored, **(groups or {})}
     record = {
         "classes": list(classes),
         "palette": [list(color) for color in palette],
         "ignore_index": ignore_index,
         "masks": dict(masks),
         "has_layers": has_layers,
-        "groups": {**stored, **(groups or {})},
+        "groups": {name: group for name, group in merged.items() if group is not None},
     }
     write_json(folder / NAME, record)
 

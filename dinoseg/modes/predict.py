@@ -116,7 +116,8 @@ def predict(
                 write_class_record(written, *facts, keys, has_layers=bool(layers), groups=groups)
         if run.masks is not None and run.count:
             groups, _ = find_groups(build.value("data.group"), targets, "data.group")
-            write_class_record(run.masks, *facts, keys, has_layers=bool(layers), groups=groups)
+            of_images = {name: groups.get(name) for name in targets}
+            write_class_record(run.masks, *facts, keys, has_layers=bool(layers), groups=of_images)
     except OSError as error:
         raise UserError(
             f"Cannot write below {out_dir} ({error}). Free some disk space, or choose another hydra.run.dir."
