@@ -46,7 +46,7 @@ def run(
     """
     folders = _folders(reference, prediction)
     protocol = score_protocol(cfg, folders[1:], out_dir)
-    warn_of_unread_data(out_dir, reads_classes="classes" in cfg.protocol)
+    warn_of_unread_data(out_dir, reads_classes=cfg.protocol.get("classes", ()) is None)
     find_groups = partial(score_groups, cfg.data.get("group"), protocol, folders[1:], out_dir)
     with name_parameters(argument_keys(cfg.protocol)):
         scored = _score_all(protocol, folders[0], folders[1:], out_dir, find_groups, workers=workers, on_error=on_error)
