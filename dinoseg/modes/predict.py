@@ -16,7 +16,8 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import find_groups
 from dinoseg.data.video.access import VideoFrame, first_file
 from dinoseg.experiment.builder import SPLITS, Builder
-from dinoseg.experiment.score_classes import FOLDER, mask_keys
+from dinoseg.experiment.folder import find_typed_keys
+from dinoseg.experiment.score_classes import FOLDER, GROUP, mask_keys
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trained import Trained, find_trained_sizes, load_trained, longest_is_typed
 from dinoseg.inference.annotations import PredictedShapes
@@ -115,7 +116,11 @@ def predict(
                 groups = {path.stem: video.name for path in written.rglob("*.png")}
                 write_class_record(written, *facts, keys, has_layers=bool(layers), groups=groups)
         if run.masks is not None and run.count:
-            groups, _ = find_groups(build.value("data.group"), targets, "data.group")
+            # a dataset's own pattern is for the names of its images, not for those of other files
+            has_groups = split is not None or GROUP in find_typed_keys(folder)
+            groups, notes = find_groups(build.value(GROUP) if has_groups else None, targets, GROUP)
+            for note in notes:
+                logger.warning("%s", note)
             of_images = {name: groups.get(name) for name in targets}
             write_class_record(run.masks, *facts, keys, has_layers=bool(layers), groups=of_images)
     except OSError as error:

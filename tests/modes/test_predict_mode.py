@@ -219,6 +219,21 @@ def test_groups_of_an_earlier_prediction_are_replaced(trained_model, tmp_path, c
         assert json.loads((tmp_path / "out/masks/classes.json").read_text())["groups"] == stored
 
 
+def test_images_of_other_files_have_only_typed_groups(trained_model, tmp_path, compose, caplog):
+    for name in ("IMG_1", "IMG_2"):
+        random_image(tmp_path / f"in/{name}.png")
+    (tmp_path / "out/config").mkdir(parents=True)
+    found = {}
+    for words in ((), ("data.group='_.$'",), ("data.group=_2",)):
+        cfg = compose("data=camvid", *words)
+        (tmp_path / "out/config/overrides.txt").write_text("\n".join(("data=camvid", *words)))
+        mode.predict(cfg, out_dir=tmp_path / "out", input=f"{tmp_path}/in", masks=None, opacity=0.5, batch_size=2)
+        found[words] = json.loads((tmp_path / "out/masks/classes.json").read_text())["groups"]
+    assert [*found.values()] == [{}, {"IMG_1": "_1", "IMG_2": "_2"}, {}]
+    (note,) = [record.message for record in caplog.records if "data.group" in record.message]
+    assert "data.group=_2 does not match the name IMG_1" in note
+
+
 def test_bad_files_are_named_and_the_rest_is_done(trained_model, tmp_path):
     folder = tmp_path / "in"
     for name in "aeg":
