@@ -250,6 +250,11 @@ def last_command_line(folder: Path) -> list[str]:
     return next(reversed(command_lines(folder)), [])
 
 
+def find_typed_keys(folder: Path) -> set[str]:
+    """Return the keys and groups that the newest command in a folder sets."""
+    return {word.partition("=")[0].lstrip("+") for word in last_command_line(folder)}
+
+
 def _words(path: Path) -> list[str]:
     if not path.is_file() or path.stat().st_size > _LONGEST:
         return []

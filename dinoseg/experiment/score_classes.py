@@ -13,7 +13,7 @@ from dinoseg.config.plain import to_container
 from dinoseg.data.classes.file import NAME as CLASS_FILE
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.splits import find_groups, group_names
-from dinoseg.experiment.folder import command_line
+from dinoseg.experiment.folder import find_typed_keys
 from dinoseg.inference.class_record import NAME, read_class_record, references
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol
 from dinoseg.metrics.protocols.davis_layout import tracked_sequence
@@ -23,7 +23,7 @@ from dinoseg.utils.wording import join_names
 FOLDER = "masks"  # in a run folder of mode=predict: id masks and their class record
 GROUP, _MASKS = "data.group", "data.reader.masks."
 _READ = (GROUP, "data.on_error")
-_CLASS_KEYS = ("data.classes", "data.palette", "data.ignore_index", "data.root", "data.reader")
+_CLASS_KEYS = ("data.classes", "data.palette", "data.ignore_index", "data.root", "data.reader.masks")
 logger = logging.getLogger(__name__)
 
 
@@ -55,7 +55,7 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
         _refuse_others(known)
         record = next(iter(records.values()))
         labels = record.labels
-        words = _typed_keys(out_dir)
+        words = find_typed_keys(out_dir)
         if "data.ignore_index" in words:
             labels = Labels.of(labels.classes, labels.palette, data.ignore_index)
         typed = {word.removeprefix(_MASKS).split(".")[0] for word in words if word.startswith(_MASKS)}
@@ -81,10 +81,11 @@ def warn_of_unread_data(out_dir: Path, *, reads_classes: bool) -> None:
     """Warn once of typed keys of `data` without effect; `reads_classes`: whether the protocol takes any classes."""
     read = (*_READ, *(_CLASS_KEYS if reads_classes else ()))
     below = tuple(f"{key}." for key in read)
-    typed = sorted(key for key in _typed_keys(out_dir) if key.startswith(("data.", "data/")))
+    typed = sorted(key for key in find_typed_keys(out_dir) if key.startswith(("data.", "data/")))
     unread = [key for key in typed if key not in read and not key.startswith(below)]
     if unread:
-        logger.warning("No effect here: %s. mode=score reads %s of data.", join_names(unread), join_names(list(read)))
+        shown, others = join_names(unread, len(unread)), join_names(read, len(read))
+        logger.warning("No effect here: %s. Of data, this command reads only %s.", shown, others)
 
 
 def score_groups(
@@ -106,7 +107,7 @@ def score_groups(
         UserError: the typed `data.group` does not match a name, or a record is damaged or of another task.
     """
     names = [case.name for case in cases.cases]
-    if GROUP in _typed_keys(out_dir):
+    if GROUP in find_typed_keys(out_dir):
         return group_names(pattern, names, GROUP)
     if pattern is None:
         found = [_stored_groups(folder, names, has_layers=protocol.has_layers) for folder in predictions]
@@ -131,10 +132,6 @@ def _stored_groups(folder: Path, names: Sequence[str], *, has_layers: bool) -> d
         return dict.fromkeys(names, video)
     record = read_class_record(folder, has_layers=has_layers)
     return {} if record is None else {name: record.groups[name] for name in names if name in record.groups}
-
-
-def _typed_keys(out_dir: Path) -> set[str]:
-    return {word.split("=")[0].lstrip("+") for word in command_line(out_dir)}
 
 
 def mask_keys(data: DictConfig) -> dict[str, Any]:

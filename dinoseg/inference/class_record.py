@@ -1,6 +1,6 @@
 """`classes.json` of a prediction folder: the classes of its IDs, the reference masks' encoding, images' groups."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +68,7 @@ def write_class_record(
     masks: Mapping[str, Any],
     *,
     has_layers: bool = False,
-    names: Iterable[str] = (),
-    groups: Mapping[str, str] | None = None,
+    groups: Mapping[str, str | None] | None = None,
 ) -> None:
     """Write the classes of predicted IDs or layers.
 
@@ -80,23 +79,20 @@ def write_class_record(
         ignore_index: ID of ignored pixels.
         masks: arguments of `Masks` for the dataset's masks.
         has_layers: whether each class has masks of its own.
-        names: images that have the given groups, or none. Groups of other images that the folder's record has stay in
-            it.
-        groups: the group of an image by its name.
+        groups: the group, or None, of each image by its name. The record keeps its groups of other images.
     """
-    others: dict[str, str] = {}
+    stored: dict[str, str] = {}
     with suppress(UserError):  # a damaged record is replaced
         earlier = read_class_record(folder, has_layers=has_layers)
-        others = {} if earlier is None else earlier.groups
-    for name in names:
-        others.pop(name, None)
+        stored = {} if earlier is None else earlier.groups
+    merged = {**stored, **(groups or {})}
     record = {
         "classes": list(classes),
         "palette": [list(color) for color in palette],
         "ignore_index": ignore_index,
         "masks": dict(masks),
         "has_layers": has_layers,
-        "groups": {**others, **(groups or {})},
+        "groups": {name: group for name, group in merged.items() if group is not None},
     }
     write_json(folder / NAME, record)
 

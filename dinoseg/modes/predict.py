@@ -16,7 +16,8 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.splits import find_groups
 from dinoseg.data.video.access import VideoFrame, first_file
 from dinoseg.experiment.builder import SPLITS, Builder
-from dinoseg.experiment.score_classes import FOLDER, mask_keys
+from dinoseg.experiment.folder import find_typed_keys
+from dinoseg.experiment.score_classes import FOLDER, GROUP, mask_keys
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.trained import Trained, find_trained_sizes, load_trained, longest_is_typed
 from dinoseg.inference.annotations import PredictedShapes
@@ -106,8 +107,13 @@ def predict(
         facts = (labels.classes, labels.palette, labels.ignore_index)
         keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs
         if run.masks is not None and images:  # before the masks: a killed run leaves none without a group
-            groups, _ = find_groups(build.value("data.group"), targets, "data.group")
-            write_class_record(run.masks, *facts, keys, has_layers=bool(layers), names=targets, groups=groups)
+            # a dataset's own pattern is for the names of its images, not for those of other files
+            has_groups = split is not None or GROUP in find_typed_keys(folder)
+            groups, notes = find_groups(build.value(GROUP) if has_groups else None, targets, GROUP)
+            for note in notes:
+                logger.warning("%s", note)
+            of_images = {name: groups.get(name) for name in targets}
+            write_class_record(run.masks, *facts, keys, has_layers=bool(layers), groups=of_images)
         totals = _segment_images(by, images, targets, run) | _segment_videos(by, videos, run, options)
         if split is not None and run.masks is not None:
             for index, name in enumerate(split.names):

@@ -14,8 +14,7 @@ from dinoseg.evaluation.scoring.summary import difference
 from dinoseg.experiment.score_classes import FOLDER, score_groups, score_protocol, warn_of_unread_data
 from dinoseg.inference.class_record import NAME
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol
-from dinoseg.metrics.protocols.davis import Sequences
-from dinoseg.metrics.protocols.davis_layout import MASKS, tracked_sequence
+from dinoseg.metrics.protocols.davis_layout import tracked_sequence
 from dinoseg.report.scores import difference_table, scores_table
 from dinoseg.utils.atomic import write_json
 from dinoseg.utils.errors import UserError, name_parameters
@@ -46,12 +45,9 @@ def run(
             folder lists all of them.
     """
     folders = _folders(reference, prediction)
-    runs = folders[1:]
-    protocol = score_protocol(cfg, runs, out_dir)
-    warn_of_unread_data(out_dir, reads_classes="classes" in cfg.protocol)
-    find_groups = partial(score_groups, cfg.data.get("group"), protocol, runs, out_dir)
-    if not isinstance(protocol, Sequences):  # these protocols read run folders of mode=track themselves
-        folders[1:] = [each / MASKS if tracked_sequence(each) else each for each in folders[1:]]
+    protocol = score_protocol(cfg, folders[1:], out_dir)
+    warn_of_unread_data(out_dir, reads_classes=cfg.protocol.get("classes", ()) is None)
+    find_groups = partial(score_groups, cfg.data.get("group"), protocol, folders[1:], out_dir)
     with name_parameters(argument_keys(cfg.protocol)):
         scored = _score_all(protocol, folders[0], folders[1:], out_dir, find_groups, workers=workers, on_error=on_error)
     results = [
@@ -120,5 +116,10 @@ def _folders(reference: str | None, prediction: str | Sequence[str] | None) -> l
     for key, folder in zip(("reference", "prediction", "prediction"), folders, strict=False):
         if not folder.is_dir():
             raise UserError(f"{key}={folder} is not a folder. Give the folder that holds the {key}s.")
-    # for a run folder of mode=predict, use the masks in it
-    return [folders[0], *(each / FOLDER if (each / FOLDER / NAME).is_file() else each for each in folders[1:])]
+    return [folders[0], *map(_find_masks, folders[1:])]
+
+
+def _find_masks(folder: Path) -> Path:
+    """Return the folder of the masks in a run folder of mode=predict or mode=track; else the folder itself."""
+    masks = folder / FOLDER
+    return masks if (masks / NAME).is_file() or tracked_sequence(masks) is not None else folder

@@ -66,9 +66,11 @@ def test_intervals_are_over_the_recorded_groups(folders):
 def test_frames_of_a_tracked_video_are_one_group(folders):
     (folders / "run/track.json").write_text('{"input": "films/one.mp4"}')
     (folders / "run/masks/classes.json").unlink()
-    done, found = score(folders, "reference=binary", "protocol.binary=true")
-    assert done.status == 0, done.err
-    assert found["n"] == 1 and {row["group"] for row in found["per_image"]} == {"one"}
+    (folders / "link").symlink_to(folders / "run/masks")
+    for prediction in ("run", "run/masks", "link"):
+        done, found = score(folders, "reference=binary", "protocol.binary=true", prediction=prediction)
+        assert done.status == 0, done.err
+        assert found["n"] == 1 and {row["group"] for row in found["per_image"]} == {"one"}, prediction
 
 
 def test_keys_of_masks_change_how_references_are_read(folders):

@@ -35,8 +35,8 @@ def test_a_record_of_classes_comes_back(tmp_path):
     assert read_class_record(tmp_path) == ClassRecord(labels, {"format": "ids"}, {"1": "a"})
     write_class_record(tmp_path, *facts, {"format": "ids"}, groups={"2": "b"})  # of more images in the same folder
     assert read_class_record(tmp_path).groups == {"1": "a", "2": "b"}
-    write_class_record(tmp_path, *facts, {"format": "ids"}, names=["2", "3"], groups={"3": "c"})
-    assert read_class_record(tmp_path).groups == {"1": "a", "3": "c"}
+    write_class_record(tmp_path, *facts, {"format": "ids"}, groups={"2": None})  # predicted again, without groups
+    assert read_class_record(tmp_path).groups == {"1": "a"}
     write_class_record(tmp_path, *facts, {}, has_layers=True)
     with pytest.raises(UserError, match="task=multilabel. Set protocol=multilabel"):
         read_class_record(tmp_path)

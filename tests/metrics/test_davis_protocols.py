@@ -552,17 +552,17 @@ def test_tracking_run_is_scored_as_one_sequence(tmp_path):
     run = write_tracking_run(tmp_path / "run", held["gone"][1], "DAVIS/JPEGImages/480p/gone")
     protocol = Davis2017()
     _, measured, _ = score(protocol, root, results)
-    found, alone, _ = score(protocol, root, run)
+    found, alone, _ = score(protocol, root, run / "masks")
     assert list(alone) == ["gone"] and np.array_equal(alone["gone"].sums, measured["gone"].sums)
-    (note,) = protocol.find(root, run).notes
+    (note,) = protocol.find(root, run / "masks").notes
     assert note == f"{run}/masks: masks of one sequence, gone; others of val are not scored"
     masks = root / "Annotations/480p/gone"  # a video of one's own, whose masks lie in a folder
-    other = write_tracking_run(tmp_path / "own", held["gone"][1], "clips/own.mp4")
+    other = write_tracking_run(tmp_path / "own", held["gone"][1], "clips/own.mp4") / "masks"
     assert score(protocol, masks, other)[0] == found and list(score(protocol, masks, other)[1]) == ["gone"]
     with pytest.raises(UserError, match="masks of one video, own, which is not a sequence in"):
         protocol.find(root, other)
     with pytest.raises(UserError, match="holds no masks. Give a folder of PNG masks"):
         protocol.find(tmp_path, other)
-    (other / "track.json").write_text("{}")
+    (other.parent / "track.json").write_text("{}")
     with pytest.raises(UserError, match=r"track.json is damaged \(.*input"):
         protocol.find(masks, other)

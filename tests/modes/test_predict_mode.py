@@ -209,6 +209,31 @@ def test_split_by_fraction_is_predicted_under_its_own_names(trained_model, tmp_p
     assert scores["mIoU"] == 1.0 and json.loads((tmp_path / "scores.json").read_text())["n"] == len({*groups.values()})
 
 
+def test_groups_of_an_earlier_prediction_are_replaced(trained_model, tmp_path, compose):
+    for name in ("a", "b"):
+        write_png(tmp_path / f"val/masks/{name}.png", random_image(tmp_path / f"val/images/{name}.png")[..., 0] % 3)
+    cfg = compose(f"data.root={tmp_path}", "data=folder", f"data.classes={CLASSES}")
+    for group, stored in (("^", {"a": "", "b": ""}), (None, {}), ("^b?", {"a": "", "b": "b"})):
+        cfg.data.group = group
+        mode.predict(cfg, out_dir=tmp_path / "out", input="val", masks=None, opacity=0.5, batch_size=2)
+        assert json.loads((tmp_path / "out/masks/classes.json").read_text())["groups"] == stored
+
+
+def test_images_of_other_files_have_only_typed_groups(trained_model, tmp_path, compose, caplog):
+    for name in ("IMG_1", "IMG_2"):
+        random_image(tmp_path / f"in/{name}.png")
+    (tmp_path / "out/config").mkdir(parents=True)
+    found = {}
+    for words in ((), ("data.group='_.$'",), ("data.group=_2",)):
+        cfg = compose("data=camvid", *words)
+        (tmp_path / "out/config/overrides.txt").write_text("\n".join(("data=camvid", *words)))
+        mode.predict(cfg, out_dir=tmp_path / "out", input=f"{tmp_path}/in", masks=None, opacity=0.5, batch_size=2)
+        found[words] = json.loads((tmp_path / "out/masks/classes.json").read_text())["groups"]
+    assert [*found.values()] == [{}, {"IMG_1": "_1", "IMG_2": "_2"}, {}]
+    (note,) = [record.message for record in caplog.records if "data.group" in record.message]
+    assert "data.group=_2 does not match the name IMG_1" in note
+
+
 def test_bad_files_are_named_and_the_rest_is_done(trained_model, tmp_path):
     folder = tmp_path / "in"
     for name in "aeg":

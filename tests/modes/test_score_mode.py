@@ -120,9 +120,15 @@ def test_typed_groups_are_the_units_of_intervals(folders, run):
 
 
 def test_typed_keys_of_data_without_effect_are_named(folders, run):
-    _, done, _ = run("data.fold=0", "data.on_error=skip", "data.reader.masks.format=ids", "data.group=null")
+    unread = [f"data.reader.layout.{key}={key}" for key in ("images", "masks", "image_suffix", "mask_suffix")]
+    unread += ["data.fold=0", "data.reader.partition.val_fraction=0.9"]
+    _, done, _ = run("data.on_error=skip", "data.reader.masks.format=ids", "data.group=null", *unread)
     (line,) = [line for line in done.err.splitlines() if "No effect here" in line]
-    assert "No effect here: data.fold. mode=score reads data.group" in line
+    named, read = line.split("reads only")
+    assert all(word.split("=")[0] in named for word in unread) and "data.reader.masks." not in named
+    assert all(key in read for key in ("data.group", "data.on_error", "data.ignore_index", "data.reader.masks"))
+    _, done, _ = run("protocol.classes=[a,b,c,d]", "protocol.num_classes=null", "data.reader.masks.format=ids")
+    assert "No effect here: data.reader.masks.format. " in done.err
 
 
 def test_groups_of_a_named_dataset_are_the_units(tmp_path, run):

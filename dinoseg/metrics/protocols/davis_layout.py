@@ -44,17 +44,14 @@ class DavisLayout:
     def find(self, reference: Path, prediction: Path) -> Cases:
         """Return a case for each sequence of the set, with all its annotated frames in order.
 
-        Masks of one video, in a folder or of a run of mode=track, are scored with the sequence of that name, or with
-        a folder of masks.
+        The masks of one video are scored with the sequence of its name, or with a folder of masks. The name is that of
+        the folder, or of the video that mode=track has tracked.
 
         Raises:
             UserError: the root is not that of DAVIS or lacks the set or the resolution, or there is no prediction.
         """
-        tracked = tracked_sequence(prediction)
-        if tracked is not None:
-            return self._find_video(reference, prediction / MASKS, tracked)
         if _is_video(prediction):
-            return self._find_video(reference, prediction, prediction.resolve().name)
+            return self._find_video(reference, prediction, tracked_sequence(prediction) or prediction.resolve().name)
         names = self._sequences(reference)
         masks = self._masks_folder(reference)
         predicted = set(_folders(prediction, "prediction", "<sequence>/<frame>.png"))
@@ -168,9 +165,11 @@ class DavisLayout:
 
 
 def tracked_sequence(folder: Path) -> str | None:
-    """Return the video name of a mode=track run folder; None for any other folder."""
-    record = folder / TRACKED
-    if not (record.is_file() and (folder / MASKS).is_dir()):
+    """Return the name of the video whose masks a folder of a mode=track run holds; None for any other folder."""
+    # the folder in the run may be a link, or a link may lead to it
+    places = [place for place in (folder.absolute(), folder.resolve()) if place.name == MASKS and place.is_dir()]
+    record = next((path for path in (place.parent / TRACKED for place in places) if path.is_file()), None)
+    if record is None:
         return None
     try:
         source = PurePosixPath(forms.read_json(record, _TRACKED_FORM)["input"])
