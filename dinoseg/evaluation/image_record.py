@@ -12,7 +12,7 @@ from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.class_scores import ClassScores
 from dinoseg.evaluation.further_scores import FurtherScore
 from dinoseg.evaluation.restart import RECORD as TRACKED
-from dinoseg.evaluation.scoring.units import are_scored, unit_sums
+from dinoseg.evaluation.scoring.units import has_labels, unit_sums
 from dinoseg.report.html.pictures import EvaluatedImages
 from dinoseg.training.checkpoint import HEADS
 from dinoseg.utils import forms
@@ -76,7 +76,7 @@ class ImageRecord(EvaluatedImages):
     @property
     def scored_units(self) -> np.ndarray:
         """Which units (U,) have labelled pixels, in the order of their first images."""
-        return are_scored(unit_sums(self.counts, self.units))
+        return has_labels(unit_sums(self.counts, self.units))
 
     def count_units(self) -> int:
         """Return the number of different units with labelled pixels, over which intervals are computed."""

@@ -17,7 +17,7 @@ from dinoseg.evaluation.further_scores import further_scores
 from dinoseg.evaluation.image_record import ImageRecord, write_record
 from dinoseg.evaluation.official import SCORES as OFFICIAL_SCORES
 from dinoseg.evaluation.scoring.intervals import jackknife
-from dinoseg.evaluation.scoring.units import are_scored, unit_sums
+from dinoseg.evaluation.scoring.units import has_labels, unit_sums
 from dinoseg.experiment.provenance import Provenance
 from dinoseg.metrics.boundary_errors import DISTANCES
 from dinoseg.metrics.calibration import fit_temperature, negative_log_likelihood, reliability
@@ -66,7 +66,7 @@ def report_images(
     names = list(data.names)
     groups = _group_images(provenance.group, names, official)
     sums = unit_sums(collected.classes, groups)
-    scored = are_scored(sums)
+    scored = has_labels(sums)
     record = ImageRecord(
         classes=list(data.classes),
         palette=data.palette,

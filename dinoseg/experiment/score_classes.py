@@ -1,7 +1,7 @@
 """Classes and groups for mode=score: from the data on the command line, or from a record stored with predictions."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,50 +88,61 @@ def warn_of_unread_data(out_dir: Path, *, reads_classes: bool) -> None:
         logger.warning("No effect here: %s. Of data, this command reads only %s.", shown, others)
 
 
-def score_groups(
-    pattern: str | None, protocol: ScoreProtocol, predictions: Sequence[Path], out_dir: Path, cases: Cases
-) -> dict[str, str]:
-    """Return the group of each case for the intervals, by its name; add a note to the cases if groups do not fit.
+def find_score_groups(
+    pattern: str | None, protocol: ScoreProtocol, predictions: Sequence[Path], out_dir: Path
+) -> Callable[[Cases], dict[str, str]]:
+    """Return a function that maps cases to their groups for the intervals; it adds a note if a pattern does not fit.
 
     Groups come from the first of these that exists: a typed `data.group`, that of `data=`, what a run of mode=predict
-    or mode=track stored, the protocol.
+    or mode=track stored, the protocol. The function raises a UserError if the typed `data.group` does not match a name.
 
     Args:
         pattern: `data.group` of the config, typed or that of `data=`.
         protocol: the protocol.
         predictions: folders of predictions.
         out_dir: the run folder.
-        cases: cases of one of the folders.
 
     Raises:
-        UserError: the typed `data.group` does not match a name, or a record is damaged or of another task.
+        UserError: a record is damaged or of another task.
     """
-    names = [case.name for case in cases.cases]
-    if GROUP in find_typed_keys(out_dir):
-        return group_names(pattern, names, GROUP)
-    if pattern is None:
-        found = [_stored_groups(folder, names, has_layers=protocol.has_layers) for folder in predictions]
-        stored = [groups for groups in found if groups]
-        if stored:
-            if any(groups != stored[0] for groups in stored):
-                cases.notes.append(
-                    f"The predictions group images differently ({NAME}): intervals use the groups of the first. Set "
-                    f"{GROUP} to choose others."
-                )
-            return stored[0]
+    is_typed = GROUP in find_typed_keys(out_dir)
+    stored: dict[str, str] = {}
+    if pattern is None and not is_typed:
+        stored = _stored_groups(predictions, has_layers=protocol.has_layers)
         pattern = protocol.group
-    groups, notes = find_groups(pattern, names, GROUP)
-    cases.notes += notes
-    return groups
+
+    def find(cases: Cases) -> dict[str, str]:
+        names = [case.name for case in cases.cases]
+        if is_typed:
+            return group_names(pattern, names, GROUP)
+        if not stored.keys().isdisjoint(names):
+            return stored
+        groups, notes = find_groups(pattern, names, GROUP)
+        cases.notes += notes
+        return groups
+
+    return find
 
 
-def _stored_groups(folder: Path, names: Sequence[str], *, has_layers: bool) -> dict[str, str]:
-    """Return the groups that a run of mode=predict stored; of mode=track, all frames are one video's."""
-    video = tracked_sequence(folder)
-    if video is not None:
-        return dict.fromkeys(names, video)
-    record = read_class_record(folder, has_layers=has_layers)
-    return {} if record is None else {name: record.groups[name] for name in names if name in record.groups}
+def _stored_groups(predictions: Sequence[Path], *, has_layers: bool) -> dict[str, str]:
+    """Return the groups that runs stored, by image name; those of the first folder take precedence."""
+    merged: dict[str, str] = {}
+    for folder in predictions:
+        video = tracked_sequence(folder)
+        if video is not None:  # all frames are of one video
+            groups = {path.stem: video for path in folder.glob("*.png")}
+        else:
+            record = read_class_record(folder, has_layers=has_layers)
+            groups = {} if record is None else record.groups
+        if any(groups[name] != merged[name] for name in groups.keys() & merged.keys()):
+            logger.warning(
+                "The predictions group images differently (%s): intervals use the groups of the first. Set %s to "
+                "choose others.",
+                NAME,
+                GROUP,
+            )
+        merged = {**groups, **merged}
+    return merged
 
 
 def mask_keys(data: DictConfig) -> dict[str, Any]:

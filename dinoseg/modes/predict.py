@@ -107,12 +107,7 @@ def predict(
         facts = (labels.classes, labels.palette, labels.ignore_index)
         keys = mask_keys(cfg.data) if split is None else {}  # references of a split are already class IDs
         if run.masks is not None and images:  # before the masks: a killed run leaves none without a group
-            # a dataset's own pattern is for the names of its images, not for those of other files
-            has_groups = split is not None or GROUP in find_typed_keys(folder)
-            groups, notes = find_groups(build.value(GROUP) if has_groups else None, targets, GROUP)
-            for note in notes:
-                logger.warning("%s", note)
-            of_images = {name: groups.get(name) for name in targets}
+            of_images = _group_images(build, targets, of_data=split is not None, folder=folder)
             write_class_record(run.masks, *facts, keys, has_layers=bool(layers), groups=of_images)
         totals = _segment_images(by, images, targets, run) | _segment_videos(by, videos, run, options)
         if split is not None and run.masks is not None:
@@ -161,6 +156,18 @@ def _images_of(data: PairDataset) -> list[tuple[Path, str]]:
     """Return the images of a split with the names of their results."""
     paths = [first_file(pair.image) for pair in data.pairs if not isinstance(pair.image, VideoFrame)]
     return list(zip(paths, result_names(paths), strict=True))
+
+
+def _group_images(build: Builder, names: Sequence[str], *, of_data: bool, folder: Path) -> dict[str, str | None]:
+    """Return the group of each image, None without one; warn if the pattern does not fit.
+
+    The dataset's pattern is for the names of its own images: others (`of_data` false) need a typed `data.group`.
+    """
+    pattern = build.value(GROUP) if of_data or GROUP in find_typed_keys(folder) else None
+    groups, notes = find_groups(pattern, names, GROUP)
+    for note in notes:
+        logger.warning("%s", note)
+    return {name: groups.get(name) for name in names}
 
 
 def _check_failures(run: ImageRun, count: int) -> None:

@@ -1,7 +1,6 @@
 """mode=score: official benchmark scores of prediction folders; needs no model and no torch."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from dinoseg.config.nodes import argument_keys
 from dinoseg.evaluation.score_report import result_of, write_problems
 from dinoseg.evaluation.scoring.folders import ScoringResult, Unscorable, score_cases
 from dinoseg.evaluation.scoring.summary import difference
-from dinoseg.experiment.score_classes import FOLDER, score_groups, score_protocol, warn_of_unread_data
+from dinoseg.experiment.score_classes import FOLDER, find_score_groups, score_protocol, warn_of_unread_data
 from dinoseg.inference.class_record import NAME
 from dinoseg.metrics.protocols.contract import Cases, ScoreProtocol
 from dinoseg.metrics.protocols.davis_layout import tracked_sequence
@@ -47,7 +46,7 @@ def run(
     folders = _folders(reference, prediction)
     protocol = score_protocol(cfg, folders[1:], out_dir)
     warn_of_unread_data(out_dir, reads_classes=cfg.protocol.get("classes", ()) is None)
-    find_groups = partial(score_groups, cfg.data.get("group"), protocol, folders[1:], out_dir)
+    find_groups = find_score_groups(cfg.data.get("group"), protocol, folders[1:], out_dir)
     with name_parameters(argument_keys(cfg.protocol)):
         scored = _score_all(protocol, folders[0], folders[1:], out_dir, find_groups, workers=workers, on_error=on_error)
     results = [
@@ -64,7 +63,7 @@ def run(
     if len(results) == 2:
         gap = difference(protocol, *scored)
         written = {**results[0], "second": results[1], "difference": gap}
-        print(f"\n{difference_table(gap, written['unit'])}")
+        print(f"\n{difference_table(gap, written['unit'], written['scored_unit'])}")
     write_json(out_dir / "scores.json", written)
     print(f"\nscores:       {out_dir}/scores.json")
     return {**written["scores"], "run": str(out_dir)}

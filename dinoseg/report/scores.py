@@ -42,8 +42,8 @@ def few_units(units: int, unit: str) -> str:
     )
 
 
-def difference_table(differences: Mapping[str, Mapping[str, Any]], unit: str) -> str:
-    """Return paired differences as text, in percentage points."""
+def difference_table(differences: Mapping[str, Mapping[str, Any]], unit: str, scored_unit: str) -> str:
+    """Return paired differences as text, in percentage points; intervals are over groups of scored units."""
     counts = next(iter(differences.values()))
     none = _no_interval(counts["n"], unit)
     rows = [
@@ -52,7 +52,7 @@ def difference_table(differences: Mapping[str, Mapping[str, Any]], unit: str) ->
     ]
     table = _interval_table(rows, ["second - first", "points"], f"shared {unit}s")
     if not counts["n"]:
-        return f"second - first: none. No {unit} could be scored in both folders."
+        return f"second - first: none. No {scored_unit} could be scored in both folders."
     left_out = (
         f"Left out of this difference: {count_of(counts['left_out'], 'file')} or sequences scored in only one folder."
     )

@@ -201,7 +201,7 @@ def test_disjoint_predictions_have_no_difference(folders, run):
     for side, lost in (("prediction", (0, 1, 2)), ("other", (3, 4, 5))):
         for number in lost:
             (folders / f"{side}/{number % 2}/{number}.png").unlink()
-    result, done, _ = run("data.on_error=skip", prediction="[prediction,other]")
+    result, done, _ = run("data.on_error=skip", "data.group='^./'", prediction="[prediction,other]")
     assert done.status == 0 and result["difference"]["mIoU"] == {
         **dict.fromkeys(("value", "ci95", "p")),
         **{"n": 0, "left_out": 6},

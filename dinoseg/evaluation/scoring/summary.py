@@ -7,7 +7,7 @@ import numpy as np
 
 from dinoseg.evaluation.scoring.folders import ScoringResult, sums_by_unit
 from dinoseg.evaluation.scoring.intervals import METHOD, Difference, jackknife
-from dinoseg.evaluation.scoring.units import are_scored, unit_sums
+from dinoseg.evaluation.scoring.units import has_labels, unit_sums
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 
 
@@ -70,7 +70,7 @@ def difference(protocol: ScoreProtocol, first: ScoringResult, second: ScoringRes
 def _scored_sums(sums: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     """Return the sums (G, d) of those groups in which something is scored, from sums (U, d) of the units."""
     by_group = unit_sums(sums, groups)
-    return by_group[are_scored(by_group)]
+    return by_group[has_labels(by_group)]
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ def unit_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
     return sums.reshape(len(places), -1)
 
 
-def are_scored(sums: np.ndarray) -> np.ndarray:
+def has_labels(sums: np.ndarray) -> np.ndarray:
     """Return which units (U,) have a count in their sums (U, d).
 
     The others, such as a video without a labelled pixel, say nothing about a score. Counted as units, they would make

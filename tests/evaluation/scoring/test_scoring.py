@@ -254,7 +254,7 @@ def test_the_paired_difference_is_of_the_cases_that_both_have():
     found = difference(Share(), *scored)
     assert found["share"] == found["mean"] == {"value": 0, "ci95": [0, 0], "p": 1, "n": 2, "left_out": 4}
     assert scored[0].total[0] / scored[0].total[1] != scored[1].total[0] / scored[1].total[1]
-    text = difference_table(found, "video")
+    text = difference_table(found, "video", "video")
     assert (
         "over shared videos" in text
         and text.splitlines()[2].split()[-1] == "2"
@@ -268,7 +268,7 @@ def test_runs_without_shared_units_have_no_difference():
         warnings.simplefilter("error")
         found = difference(Share(), *scored)
     assert found["share"] == {"value": None, "ci95": None, "p": None, "n": 0, "left_out": 4}
-    assert "No video could be scored in both folders" in difference_table(found, "video")
+    assert "No video could be scored in both folders" in difference_table(found, "video", "video")
     json.dumps(found, allow_nan=False)
 
 
@@ -364,7 +364,7 @@ def test_tables_show_scores_and_intervals():
     text = scores_table(summary(Share(), scored))
     assert "share" in text and "33.33" in text and re.search(r"-121\.33 \.\. 196\.33 +2$", text, flags=re.M)
     assert re.search(r"33\.33 +0\.\d\d \.\. 99\.\d\d +2$", text, flags=re.M)
-    text = difference_table(difference(Share(), scored, scored), "video")
+    text = difference_table(difference(Share(), scored, scored), "video", "video")
     assert re.search(r"\+0\.00 \.\. \+0\.00 +2$", text, flags=re.M)
 
 
@@ -372,7 +372,7 @@ def test_table_of_one_unit_explains_the_missing_interval():
     scored = score_cases(Share(), cases("a/1-2"), where="P")
     text = scores_table(summary(Share(), scored))
     assert "over videos\n" in text and len(re.findall(r"- \(needs two videos\) +1$", text, flags=re.M)) == 2
-    gap = difference_table(difference(Share(), scored, scored), "video")
+    gap = difference_table(difference(Share(), scored, scored), "video", "video")
     assert "over shared videos\n" in gap and "- (needs two videos)" in gap
     one_of_two = {**summary(Share(), scored), "n": 2}
     assert "needs two" not in scores_table(one_of_two)
