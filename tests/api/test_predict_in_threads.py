@@ -83,6 +83,7 @@ class Referring(nn.Module):
         self.listed, self.tabled, self.bound = [self.drop], {"norm": self.norm}, self.drop.forward
         self.bound_later = partial(self.run_parts, [self.norm])
         self.listed.append(self.listed)
+        self.outside = [nn.Identity()]
         self.drop.cache = self.norm.cache = {}
         self.drop.register_forward_hook(self.store)
 
@@ -107,6 +108,7 @@ def test_replica_refers_to_no_module_of_the_original():
     torch.testing.assert_close(replica(inputs), inputs, rtol=1e-4, atol=1e-4)
     assert model.norm.num_batches_tracked == 0 and all(part.training for part in model.modules())
     assert not hasattr(model, "output") and replica.tabled["norm"] is replica.norm
+    assert replica.outside is model.outside
     model.norm.weight = nn.Parameter(torch.full((3,), 2.0))  # replaced
     with torch.no_grad():
         model.norm.bias.add_(1)

@@ -388,6 +388,13 @@ def test_groups_that_a_mode_of_an_own_folder_reads_are_built(compose, tmp_path):
         merge(cfg, [], tmp_path / "x", description_with_own_parts(compose))
 
 
+def test_a_resumed_training_of_slots_builds_them(compose, tmp_path):
+    cfg = compose("mode=train", "hparam=slots_clips", "data.root=.", "resume=x")
+    info = json.loads(json.dumps(config_description(Builder(cfg))))
+    merged = merge(cfg, [], tmp_path / "x", info)
+    assert "values_only" not in merged and merged.slots == cfg.slots
+
+
 def description_with_own_parts(compose):
     """Return the description of a training whose loss and metric are options of another machine."""
     cfg = compose("mode=train", "head=cnn", "metric=[nsd]", "data.root=.", "data.classes=[a,b]")
