@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from multiprocessing import connection, resource_tracker, util
@@ -152,7 +152,7 @@ def without_script(*needed: Any) -> Iterator[None]:
 def _answer(work: Callable[[Any], Any], item: Any, sending: Connection, ending: Connection) -> None:
     if ending.poll():  # the caller was interrupted while this process started
         return
-    threading.Thread(target=end_with_parent, args=(ending,), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(ending,), kwargs={"ends_children": True}, daemon=True).start()
     try:
         sending.send(work(item))
     except UserError as error:
@@ -174,15 +174,26 @@ def _start_worker(work: Callable[[Any], Any], catch: ErrorTypes, start: Callable
         start()
 
 
-def end_with_parent(*endings: Connection) -> None:
+def end_with_parent(*endings: Connection, ends_children: bool = False) -> None:
     """End this process when its parent is killed, or closes the other end of one of the connections.
 
     Its semaphores, such as those of a data loader's queues, are removed first: they would be reported as leaked.
+
+    Args:
+        endings: the connections.
+        ends_children: whether its own processes are killed: one that is starting would print a traceback, since it
+            receives only a part of its work.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel, *endings])
         util._run_finalizers(0)  # type: ignore[attr-defined]  # those that wait for threads have lower priorities
+        if ends_children:
+            import psutil
+
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
         os._exit(1)
 
 

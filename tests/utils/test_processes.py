@@ -330,3 +330,31 @@ def test_process_at_its_time_limit_leaves_no_semaphore(tmp_path, monkeypatch):
         run_in_process(hold_semaphore, name, timeout=1)
     with pytest.raises(FileNotFoundError):
         sem_unlink(name.read_text())
+
+
+class SlowToLoad:
+    """An argument that a new process takes a second to load."""
+
+    def __reduce__(self):
+        return time.sleep, (1,)
+
+
+def start_slow_process(path):
+    """Start a process whose arguments do not fit into a pipe, and wait for it to load them."""
+    process = multiprocessing.get_context("spawn").Process(target=path.touch, args=(SlowToLoad(), b" " * 2**20))
+    threading.Timer(0.3, path.touch).start()
+    process.start()
+
+
+def test_process_that_starts_at_the_time_limit_ends_silently(tmp_path, monkeypatch, capfd):
+    name = tmp_path / "name"
+
+    def poll(connection, _timeout):
+        until(name.exists)
+        return False
+
+    monkeypatch.setattr("multiprocessing.connection.Connection.poll", poll)
+    with pytest.raises(TimeoutError):
+        run_in_process(start_slow_process, name, timeout=1)
+    time.sleep(1.2)
+    assert capfd.readouterr().err == ""
