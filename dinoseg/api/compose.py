@@ -165,7 +165,7 @@ def _as_word(key: str, value: Any) -> str:
             continue
         if repr(decode_keys(override.value())) == repr(value):
             return f"{key}={text}"
-    if parse_word(f"{key}=null") is None:
+    if set(key) & set("/+~"):
         raise UserError(f"{key} is not the name of a key. Write its words with dots, such as head.layers.")
     raise UserError(f"{key}={format_value(value)} cannot be written as an override. Set it in a YAML file of your own.")
 
