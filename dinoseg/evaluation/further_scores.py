@@ -7,7 +7,7 @@ import numpy as np
 
 from dinoseg.core.metric import Counts, Metric, plain_score
 from dinoseg.evaluation.scoring.intervals import Estimate, combine_errors, jackknife_error, leave_one_out, mean_of
-from dinoseg.evaluation.scoring.units import are_scored, unit_sums
+from dinoseg.evaluation.scoring.units import has_labels, unit_sums
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
 
 
@@ -35,7 +35,7 @@ def further_scores(metric: Metric, counts: Sequence[Counts], units: Sequence[str
     sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
     function = FlatMetric.of(metric, counts[0])
     whole, left_out = function.scores(sums.sum(axis=0)), leave_one_out(function, sums)
-    scored = are_scored(sums).tolist()
+    scored = has_labels(sums).tolist()
     return {
         name: FurtherScore(
             better, metric.settings, plain_score(whole[name]), [*map(plain_score, left_out[name])], scored
