@@ -451,12 +451,9 @@ def test_arrays_are_scaled_as_files_are(dtype, tmp_path):
     values = (levels(4, np.uint16) >> 4).astype(dtype)
     np.save(tmp_path / "a.npy", values)
     pixels = PixelFormat(4, value_range=(0, 4095))
-    channels_first = torch.from_numpy(values.astype(np.int32) if dtype == np.uint16 else values).permute(2, 0, 1)
-    of_file, of_array, of_tensor = (
-        image for _, image in pictures([tmp_path / "a.npy", values, channels_first], pixels=pixels)
-    )
+    of_file, of_array = (image for _, image in pictures([tmp_path / "a.npy", values], pixels=pixels))
     assert of_file.dtype == np.uint16 and of_file.max() > 60000
-    assert np.array_equal(of_file, of_array) and np.array_equal(of_file, of_tensor)
+    assert np.array_equal(of_file, of_array)
     with pytest.raises(UserError, match="image 0 holds values .* outside"):
         list(pictures([values + values.dtype.type(1)], pixels=pixels))
 
@@ -478,6 +475,20 @@ def test_arrays_are_read_only_for_extra_channels(tmp_path):
     assert [path.name for path in list_inputs(images)] == ["a.png"]
     assert [path.name for path in list_inputs(images, suffixes=suffixes)] == ["a.png", "b.npy"]
     assert [path.name for path, _ in pictures(images)] == ["a.png"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_levels_of_tensors_are_not_scaled_again(dtype):
+    image = torch.from_numpy(levels(4, np.uint8 if dtype == torch.uint8 else np.uint16))
+    given = (image / 65535 if dtype == torch.float32 else image).permute(2, 0, 1)
+    (found,) = (pixels for _, pixels in pictures(given, pixels=PixelFormat(4, value_range=(0, 4095))))
+    assert np.array_equal(found, image)
+
+
+@pytest.mark.parametrize(("dtype", "hint"), [(torch.int32, "NumPy array"), (torch.float32, "levels in 0..1")])
+def test_file_values_in_tensors_are_refused(dtype, hint):
+    with pytest.raises(UserError, match=hint):
+        list(pictures(torch.full((4, 5, 6), 4095, dtype=dtype), pixels=PixelFormat(4, value_range=(0, 4095))))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
