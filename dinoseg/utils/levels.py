@@ -112,14 +112,12 @@ def to_display(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(shown if shown.dtype == np.uint8 else np.round(shown / EXACT).astype(np.uint8))
 
 
-def find_peak(levels: np.ndarray) -> int:
-    """Return the highest of uint16 levels (H, W, C), apart from channels of 8 bits; 0 if there are no others."""
+def find_peaks(levels: np.ndarray) -> tuple[int, ...]:
+    """Return the highest level of each channel of uint16 levels (H, W, C), 0 of those of 8 bits; empty for uint8."""
     if levels.dtype == np.uint8:
-        return 0
-    peaks = levels.max(axis=(0, 1))
+        return ()
     # `to_16_bits` multiplies levels of 8 bits
-    deep = [channel for channel, peak in enumerate(peaks) if (levels[..., channel] % EXACT).any()]
-    return int(max(peaks[deep], default=0))
+    return tuple(int(plane.max()) if (plane % EXACT).any() else 0 for plane in levels.transpose(2, 0, 1))
 
 
 def _read_channels(image: Image.Image) -> np.ndarray:

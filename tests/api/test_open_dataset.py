@@ -90,6 +90,22 @@ def test_options_of_nested_groups_are_chosen_in_any_spelling(spelling, tmp_path)
     assert item["image"].dtype == torch.uint16 and item["image"].int().unique().tolist() == [65535]
 
 
+@pytest.mark.parametrize(("channels", "most"), [(1, 200), (3, 4095)])
+def test_items_predict_as_their_files_with_a_value_range(channels, most, tmp_path):
+    save(tmp_path / "train/masks/a.png", np.ones((32, 48)))
+    values = np.random.default_rng(0).integers(0, most, (32, 48, channels)).astype(np.uint16)
+    (tmp_path / "train/images").mkdir()
+    file = tmp_path / "train/images/a.npy"
+    np.save(file, values)
+    options = {"classes": ["ground", "leaf"], "data": {"channels": channels, "pixels": WIDE}}
+    item = dinoseg.open_dataset(root=tmp_path, **options)[0]
+    model = dinoseg.create_model("rgb", **options)
+    of_file, of_array, of_item, of_batch = model.predict([file, values, item["image"], *item["image"][None]])
+    assert of_file.image.max() == round((most - 1) / 4095 * 65535)
+    for found in (of_array, of_item, of_batch):
+        assert np.array_equal(found.probabilities, of_file.probabilities)
+
+
 def test_a_nested_option_that_is_missing_is_written_out(root):
     with pytest.raises(UserError) as caught:
         dinoseg.open_dataset(root=root, classes=["ground", "leaf"], pixels={"value_range": [0, 4095]})

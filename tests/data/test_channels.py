@@ -26,6 +26,7 @@ from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.data.scan.measure import measure
+from dinoseg.data.scan.scan import scan
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.export.runtime.inputs import pictures
 from dinoseg.inference.inputs import list_inputs
@@ -451,12 +452,9 @@ def test_arrays_are_scaled_as_files_are(dtype, tmp_path):
     values = (levels(4, np.uint16) >> 4).astype(dtype)
     np.save(tmp_path / "a.npy", values)
     pixels = PixelFormat(4, value_range=(0, 4095))
-    channels_first = torch.from_numpy(values.astype(np.int32) if dtype == np.uint16 else values).permute(2, 0, 1)
-    of_file, of_array, of_tensor = (
-        image for _, image in pictures([tmp_path / "a.npy", values, channels_first], pixels=pixels)
-    )
+    of_file, of_array = (image for _, image in pictures([tmp_path / "a.npy", values], pixels=pixels))
     assert of_file.dtype == np.uint16 and of_file.max() > 60000
-    assert np.array_equal(of_file, of_array) and np.array_equal(of_file, of_tensor)
+    assert np.array_equal(of_file, of_array)
     with pytest.raises(UserError, match="image 0 holds values .* outside"):
         list(pictures([values + values.dtype.type(1)], pixels=pixels))
 
@@ -478,6 +476,20 @@ def test_arrays_are_read_only_for_extra_channels(tmp_path):
     assert [path.name for path in list_inputs(images)] == ["a.png"]
     assert [path.name for path in list_inputs(images, suffixes=suffixes)] == ["a.png", "b.npy"]
     assert [path.name for path, _ in pictures(images)] == ["a.png"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_levels_of_tensors_are_not_scaled_again(dtype):
+    image = torch.from_numpy(levels(4, np.uint8 if dtype == torch.uint8 else np.uint16))
+    given = (image / 65535 if dtype == torch.float32 else image).permute(2, 0, 1)
+    (found,) = (pixels for _, pixels in pictures(given, pixels=PixelFormat(4, value_range=(0, 4095))))
+    assert np.array_equal(found, image)
+
+
+@pytest.mark.parametrize(("dtype", "hint"), [(torch.int32, "NumPy array"), (torch.float32, "levels in 0..1")])
+def test_file_values_in_tensors_are_refused(dtype, hint):
+    with pytest.raises(UserError, match=hint):
+        list(pictures(torch.full((4, 5, 6), 4095, dtype=dtype), pixels=PixelFormat(4, value_range=(0, 4095))))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -622,7 +634,7 @@ def test_sixteen_bit_images_of_fewer_bits_get_a_warning(bits, channels, tmp_path
     pairs = [Pair(name, tmp_path / f"{name}.tif", tmp_path / f"{name}.png") for name in "01"]
     train, val = (PairDataset([pair], Labels.of(["a", "b"], None, 255), Masks()).read_as(pixels) for pair in pairs)
     check_for_errors(train, val, cache_dir=tmp_path)
-    message = f"highest level of the images of 16 bits that were read (2) is {2**bits - 1}"
+    message = f"highest levels of the images of 16 bits that were read (2) are {2**bits - 1} (channel 0)"
     assert caplog.text.count(message) == caplog.text.count(f"data.pixels.value_range=[0,{2**bits - 1}]") == (bits < 16)
     record = measure(train.pairs[0], train.reader, images=True)
     findings = check_range([describe_split("train", train, [record])])
@@ -641,14 +653,35 @@ def test_dark_images_are_listed_with_the_next_range(tmp_path):
     assert finding.lines == (str(tmp_path / "1.tif"),) and "value_range=[0,1023]" in finding.remedy
 
 
+@pytest.mark.parametrize("most", [65535, 4095])
+def test_dark_channels_beside_a_bright_one_are_named(most, tmp_path, caplog):
+    for number in range(2):
+        image = np.minimum(levels(4, seed=number).astype(np.uint16), 247)
+        image[0, 0] = (247, 255, 255, most)
+        np.save(tmp_path / f"{number}.npy", image)
+        Image.fromarray((levels(1)[..., 0] > 100).astype(np.uint8)).save(tmp_path / f"{number}.png")
+    pairs = [Pair(name, tmp_path / f"{name}.npy", tmp_path / f"{name}.png") for name in "01"]
+    train, val = (
+        PairDataset([pair], Labels.of(["a", "b"], None, 255), Masks()).read_as(PixelFormat(4)) for pair in pairs
+    )
+    records = scan(train.pairs, train.reader, cache_dir=tmp_path)
+    assert scan(train.pairs, train.reader, cache_dir=tmp_path) == records  # as they are stored
+    (finding,) = check_range([describe_split("train", train, records)])
+    assert "247 (channel 0), 255 (channel 1), 255 (channel 2)" in finding.message
+    assert ("(channel 3)" in finding.message) == ("value_range=[0,4095]" in finding.remedy) == (most == 4095)
+    assert "images of 8 bits" in finding.remedy
+    check_for_errors(train, val, cache_dir=tmp_path)
+    assert caplog.text.count("247 (channel 0), 255 (channel 1), 255 (channel 2)") == 1
+
+
 def test_declared_ranges_and_8_bits_get_no_warning(tmp_path):
     for number, folder in enumerate(("declared", "mixed", "flat")):
         (tmp_path / folder).mkdir()
         data = dataset(tmp_path / folder, count=1, **({} if number else {"value_range": (0, 4095)}))
         infrared = levels(1)[..., 0] if folder == "flat" else levels(1, np.uint16)[..., 0] % 4096
         Image.fromarray(infrared).save(tmp_path / folder / "nir/0.png")
-        peak = measure(data.pairs[0], data.reader, images=True).peak
-        assert peak == (infrared.max() if folder == "mixed" else 0)  # colours of 8 bits are not counted
+        peaks = measure(data.pairs[0], data.reader, images=True).peaks
+        assert peaks == ((0, 0, 0, infrared.max()) if folder == "mixed" else ())  # colours of 8 bits are not counted
 
 
 def test_batches_of_16_bits_split_and_move(tmp_path):

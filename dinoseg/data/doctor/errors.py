@@ -23,7 +23,7 @@ from dinoseg.data.pairs.pair import image_hash
 from dinoseg.data.scan.measure import Record
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.splits import regex_group
-from dinoseg.data.video.access import ImageSource, read_peak
+from dinoseg.data.video.access import ImageSource, read_peaks
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.wording import count_of, join_names, one_line, printable
 
@@ -83,7 +83,7 @@ def check_for_errors(
             return []
         records = scan(data.pairs, data.reader, images=False, workers=workers, cache_dir=cache_dir)
         if records:  # the scan reads headers, which do not tell the range
-            records[0] = replace(records[0], peak=_read_peak(data.pairs[0].image))
+            records[0] = replace(records[0], peaks=_read_peaks(data.pairs[0].image))
         splits.append(describe_split(split, data, records))
     errors = []
     for finding in find_errors(splits, data_name=data_name, group=group):
@@ -101,11 +101,11 @@ def check_for_errors(
     return splits
 
 
-def _read_peak(image: ImageSource) -> int:
+def _read_peaks(image: ImageSource) -> tuple[int, ...]:
     try:
-        return read_peak(image)
+        return read_peaks(image)
     except UserError:  # raised again when the image is read
-        return 0
+        return ()
 
 
 def _each(finding: Finding) -> str:

@@ -15,7 +15,7 @@ from dinoseg.core.channels import ChannelFiles
 from dinoseg.data.annotation.drawing import Layers, MaskPage, MaskSource, drawn_size
 from dinoseg.data.classes.masks import MaskReader, check_fit, fit_mask
 from dinoseg.data.pairs.pair import Pair, ignore_invalid
-from dinoseg.data.video.access import ImageSource, VideoFrame, read_peak, read_source
+from dinoseg.data.video.access import ImageSource, VideoFrame, read_peaks, read_source
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular, open_regular
 from dinoseg.utils.images import read_ids, read_image, read_size
@@ -42,7 +42,8 @@ class Record:
         mask_size: height and width in the file, None if unknown.
         pixels: class id or ignore_index to number of pixels, as used in training; empty for a rejected mask.
         raw: number or colour in the mask file to number of pixels; at most 256 entries. Of layers: class and value.
-        peak: highest level of an image of 16 bits whose range is not declared; 0 if unknown.
+        peaks: highest level of each channel of an image of 16 bits whose range is not declared, 0 of channels of 8
+            bits; empty if unknown.
         problems: code to reason, of all problems that would stop a run.
         overlap: pixels of several classes; 0 unless the mask has layers.
         mask_digest: hash of the ids.
@@ -60,7 +61,7 @@ class Record:
     mask_size: tuple[int, int] | None = None
     pixels: Mapping[int, int] = field(default_factory=dict)
     raw: Mapping[str, int] = field(default_factory=dict)
-    peak: int = 0
+    peaks: tuple[int, ...] = ()
     problems: Mapping[str, str] = field(default_factory=dict)
     overlap: int = 0
     mask_digest: str = ""
@@ -94,7 +95,7 @@ def measure(pair: Pair, reader: MaskReader, *, images: bool) -> Record:
     try:
         if images:
             pixels = read_source(image)
-            record = replace(_with_pixels(record, pixels), peak=read_peak(image, pixels))
+            record = replace(_with_pixels(record, pixels), peaks=read_peaks(image, pixels))
         else:
             record = replace(record, image_size=_header_size(image))
     except Exception as error:  # a decoder may raise anything on a damaged file

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 StoredRecords = dict[str, tuple[list[int] | None, Record]]  # key of a pair to the stamps of its files, and its record
 _CHUNK = 16  # successive pairs that a thread measures: frames of a video are decoded in their order
-_VERSION = 8  # version of the record format
+_VERSION = 9  # version of the record format
 _UNREADABLE = {"unreadable_image", "unreadable_mask"}
 _SMALL_COPIES, _SIZES = ("edges", "borders"), ("image_size", "mask_size")
 
@@ -52,7 +52,7 @@ _FORM = forms.table(
             pixels=forms.table(forms.whole(), r"[0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5]"),
             raw=forms.table(forms.whole(), r"([0-9]{1,3}: )?-?[0-9]{1,20}|\([0-9]{1,3}, [0-9]{1,3}, [0-9]{1,3}\)"),
             overlap=forms.whole(),
-            peak=forms.whole(),
+            peaks=forms.list_of(forms.whole()),
             problems=forms.table(forms.text),
             look=forms.maybe(forms.whole(0, 2**64 - 1)),
         ),
@@ -155,7 +155,7 @@ def _from_json(row: Mapping[str, Any]) -> Record:
     pixels = {int(value): count for value, count in row["pixels"].items()}
     sizes = {name: row[name] and tuple(row[name]) for name in _SIZES}
     small_copies = {name: b64decode(row[name]) for name in _SMALL_COPIES}
-    return Record(**{**row, **sizes, **small_copies, "pixels": pixels})
+    return Record(**{**row, **sizes, **small_copies, "pixels": pixels, "peaks": tuple(row["peaks"])})
 
 
 def _key(pair: Pair) -> str:

@@ -14,7 +14,7 @@ from dinoseg.core.channels import ChannelFiles
 from dinoseg.data.video.index import VideoIndex, checksum, file_key, find_index, open_decoder, time_of
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import TIFF_SUFFIXES, is_deep, read_image, read_valid
-from dinoseg.utils.levels import find_peak, read_levels
+from dinoseg.utils.levels import find_peaks, read_levels
 
 # torchcodec and OpenCV decode the same pixels, but like PyAV they seek to a wrong frame if timestamps are irregular, so
 # each would need the index; torchcodec also needs a system FFmpeg
@@ -94,8 +94,10 @@ def read_source(source: ImageSource) -> np.ndarray:
     return read_image(source) if isinstance(source, Path) else source.read()
 
 
-def read_peak(source: ImageSource, pixels: np.ndarray | None = None) -> int:
-    """Return the highest stored level of an image of 16 bits whose range is not declared; 0 for other images.
+def read_peaks(source: ImageSource, pixels: np.ndarray | None = None) -> tuple[int, ...]:
+    """Return the highest stored level of each channel of an image of 16 bits whose range is not declared.
+
+    It is 0 for channels of 8 bits; empty for other images.
 
     Args:
         source: the image.
@@ -105,10 +107,10 @@ def read_peak(source: ImageSource, pixels: np.ndarray | None = None) -> int:
         UserError: see `read_source`.
     """
     if isinstance(source, Path):  # `read_source` has reduced its depth
-        return find_peak(read_levels(source, None)) if is_deep(source) else 0
+        return find_peaks(read_levels(source, None)[..., :3]) if is_deep(source) else ()
     if isinstance(source, VideoFrame) or source.format.value_range is not None:
-        return 0
-    return find_peak(read_source(source) if pixels is None else pixels)
+        return ()
+    return find_peaks(read_source(source) if pixels is None else pixels)
 
 
 def read_valid_pixels(source: ImageSource) -> np.ndarray | None:

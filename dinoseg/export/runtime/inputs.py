@@ -98,8 +98,13 @@ def as_pixels(array: np.ndarray, name: str, *, channels_first: bool = False) -> 
 
 
 def _as_channels(array: np.ndarray, name: str, pixels: PixelFormat, *, channels_first: bool) -> np.ndarray:
-    """Convert an array to (H, W, C), uint8 or uint16, as a file with its values; without a range, floats are 0..1."""
+    """Convert an array to (H, W, C), uint8 or uint16.
+
+    An array (H, W, C) has the values of a file; without a range, floats are 0..1. A tensor (C, H, W) has levels, as the
+    items of a dataset.
+    """
     channels = pixels.channels
+    value_range = None if channels_first else pixels.value_range
     if array.ndim == 2:
         array = array[..., None]
     elif channels_first and array.ndim == 3:
@@ -107,12 +112,13 @@ def _as_channels(array: np.ndarray, name: str, pixels: PixelFormat, *, channels_
     if array.ndim != 3 or array.shape[2] != channels or not array.size:
         wanted = f"({channels}, H, W)" if channels_first else f"(H, W, {channels})"
         raise UserError(f"{name} is of {list(array.shape)} (H, W, C): give {wanted}, the channels of this model.")
-    if pixels.value_range is None and np.issubdtype(array.dtype, np.floating):
+    if value_range is None and np.issubdtype(array.dtype, np.floating):
         check_levels(float(array.min()), float(array.max()), name)
         array = np.round(array.clip(0, 1) * WHITE).astype(np.uint16)
-    if array.dtype not in (np.uint8, np.uint16) and (pixels.value_range is None or array.dtype.kind not in "uif"):
-        raise UserError(f"{name} is an array of {array.dtype}: give uint8, uint16 or floats.")
-    return np.ascontiguousarray(to_levels(array, pixels.value_range, name))
+    if array.dtype not in (np.uint8, np.uint16) and (value_range is None or array.dtype.kind not in "uif"):
+        hint = " Give the values of a file as a NumPy array (H, W, C)." if channels_first else ""
+        raise UserError(f"{name} is of {array.dtype}: give uint8, uint16 or floats in 0..1.{hint}")
+    return np.ascontiguousarray(to_levels(array, value_range, name))
 
 
 def _levels(array: np.ndarray, name: str) -> np.ndarray:

@@ -171,7 +171,7 @@ class Model:
         Args:
             source: a path, an array (H, W, 3) uint8, uint16 or float in 0..1 (RGB), a torch tensor (3, H, W), a Pillow
                 image, or, for a model of other channels, C channels instead of 3; a list or a stack of them; a folder,
-                a pattern or any iterator.
+                a pattern or any iterator. `data.pixels.value_range` maps files and arrays; tensors hold levels.
             batch_size: largest number of consecutive images of one size in a batch.
             on_error: `stop` at an invalid image, or `skip` it with a warning.
 

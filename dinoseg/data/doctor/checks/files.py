@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from dinoseg.data.classes.mask_advice import (
@@ -17,6 +18,7 @@ from dinoseg.data.doctor.findings import Finding, Scanned
 from dinoseg.data.scan.measure import Record
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import IMAGE_SUFFIXES, is_turned, varies_in_alpha
+from dinoseg.utils.levels import WHITE
 from dinoseg.utils.wording import join_names
 
 _FEWER_BITS = (8, 10, 12, 14)  # depths of sensors whose values are stored in 16 bits
@@ -36,20 +38,38 @@ def check_files(splits: Sequence[Scanned]) -> Iterator[Finding]:
 
 
 def check_range(splits: Sequence[Scanned]) -> Iterator[Finding]:
-    """Yield a finding of 16-bit images whose highest level is that of fewer bits: they would be nearly black."""
-    deep = [record for part in splits for record in part.records if record.peak]
-    peak = max((record.peak for record in deep), default=0)
-    white = next((2**bits - 1 for bits in _FEWER_BITS if 0 < peak < 2**bits), None)
-    if white is not None:
-        yield Finding(
-            "warning",
-            "dark_images",
-            f"The highest level of the images of 16 bits that were read ({len(deep)}) is {peak}. They are scaled from "
-            "0..65535, and so they are nearly black.",
-            tuple(record.image for record in deep),
+    """Yield a finding of channels of 16 bits whose highest level is that of fewer bits: they would be nearly black."""
+    deep = [record for part in splits for record in part.records if any(record.peaks)]
+    peaks = [max(levels) for levels in zip_longest(*(record.peaks for record in deep), fillvalue=0)]
+    whites = {channel: _find_white(peak) for channel, peak in enumerate(peaks) if peak}
+    dark = [f"{peaks[channel]} (channel {channel})" for channel, white in whites.items() if white < WHITE]
+    if not dark:
+        return
+    white = max(whites.values())
+    remedies = []
+    if white < WHITE:
+        remedies.append(
             f"If their range is 0 to {white}, declare it: data/pixels=files data.pixels.value_range=[0,{white}], for "
-            "grey images with data.channels=1. If they are dark photos, nothing is wrong.",
+            "grey images with data.channels=1."
         )
+    if len(set(whites.values())) > 1:
+        remedies.append(
+            "If the channels differ in range, no value_range fits all: save those of 0 to 255 as images of 8 bits, in "
+            "files (data.pixels.files) or TIFF pages of their own, or scale the values of each channel to 0..65535."
+        )
+    yield Finding(
+        "warning",
+        "dark_images",
+        f"The highest levels of the images of 16 bits that were read ({len(deep)}) are {join_names(dark, 10)}. "
+        "They are scaled from 0..65535, and so these channels are nearly black.",
+        tuple(record.image for record in deep),
+        f"{' '.join(remedies)} If they are dark photos, nothing is wrong.",
+    )
+
+
+def _find_white(peak: int) -> int:
+    """Return the highest level of the least depth that holds a level."""
+    return next((2**bits - 1 for bits in _FEWER_BITS if peak < 2**bits), WHITE)
 
 
 def check_resized(splits: Sequence[Scanned]) -> Iterator[Finding]:
