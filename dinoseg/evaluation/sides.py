@@ -140,7 +140,11 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
     jobs = sorted(numbered, key=lambda job: int(job.name)) or inside
     found = [job for job in jobs if any((path / RECORD).is_file() for path in (job, job / EVALUATION))]
     if not found:
-        raise UserError(f"runs: {folder} is a sweep without an evaluation of images in any job.")
+        raise UserError(
+            f"runs: {folder} is a sweep without an evaluation of images in any job, as with mode.report=false. "
+            "Evaluate each: python -m dinoseg mode=eval resume=RUN, where RUN is the job's folder. Then compare the "
+            "new run folders."
+        )
     # such as 1_2, a job that was repeated in the same folder
     if left_out := [path.name for path in inside if path not in found]:
         logger.warning(

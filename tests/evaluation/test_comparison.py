@@ -403,7 +403,7 @@ def test_jobs_that_were_run_again_or_have_names_of_their_own(tmp_path, caplog):
     (tmp_path / "sweep.csv").touch()
     for name in ("lr=0.1,seed=0", "lr=0.1,seed=1", "lr=0.2,seed=0", ".hidden"):
         (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match="is a sweep without an evaluation"):
+    with pytest.raises(UserError, match="is a sweep without an evaluation.* mode=eval resume=RUN"):
         _jobs(tmp_path, ())
     for name in ("lr=0.1,seed=0", "lr=0.1,seed=1"):
         (tmp_path / name / RECORD).touch()
