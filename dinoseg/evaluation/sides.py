@@ -90,7 +90,10 @@ def units_note(sides: Sequence[Side]) -> str:
     if units > 1:
         return f"over {count_of(units, record.unit)}"
     if not _has_intervals(sides):
-        return f"none: they need two {record.unit}s, or several seeds of each side"
+        return (
+            f"none: they need two {record.unit}s, or several seeds of each side. For other groups, evaluate each run "
+            "again with mode=eval resume=RUN data.group=PATTERN"
+        )
     single = [side.name for side in sides if len(side.folders) == 1]
     note = f"over seeds only: there is one {record.unit}, so they do not generalise to others"
     return f"{note}; not for {join_names(single)}, one run each" if single else note
