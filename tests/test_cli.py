@@ -263,6 +263,10 @@ def test_an_unknown_option_lists_those_there_are(place, group):
             "tracker.short_side=9: mode=train does not read the group tracker. Leave it out, or",
         ),
         (
+            ["mode=compare", "data.group=null"],
+            "Evaluate each run again: mode=eval resume=RUN data.group=null.",
+        ),
+        (
             ["mode=train", "tracker=video"],
             "tracker=video: mode=train does not read the group tracker. Leave it out, or choose a mode",
         ),

@@ -207,8 +207,8 @@ def test_own_adapter_of_the_docs_has_a_learning_rate(documented_parts, tmp_path)
 
 
 def test_a_target_that_cannot_be_imported_is_named():
-    node = OmegaConf.create({"head": {"_target_": "my_parts.heads.BottleneckHead", "_partial_": True}}).head
-    with pytest.raises(UserError, match="head: its `_target_` cannot be imported .*'my_parts.* PYTHONPATH"):
+    node = OmegaConf.create({"head": {"_target_": "my_parts.heads.BottleneckHead", "_partial_": True, "head": 1}}).head
+    with pytest.raises(UserError, match="^head: its `_target_` cannot be imported .*'my_parts.* PYTHONPATH"):
         instantiate(node)
 
 

@@ -302,6 +302,10 @@ def _absent_group(word: str, group: str, recipe: str | None, mode: str, folders:
             f"hparam={recipe} sets {group}, which {mode} does not read. Leave hparam out: resume=RUN brings the "
             "settings of its training, and data=DATASET those of a dataset."
         )
+    if mode == "mode=compare" and word.startswith("data.group="):
+        return (
+            f"{word}: {mode} uses the groups of the evaluations. Evaluate each run again: mode=eval resume=RUN {word}."
+        )
     modes = ", ".join(modes_with(folders, group))
     return f"{word}: {mode} does not read the group {group}. Leave it out, or choose a mode that reads it: {modes}."
 

@@ -57,8 +57,7 @@ def instantiate(node: Any, *, without: Sequence[str] = (), instead: Mapping[str,
             arguments = {key: value for key, value in table.items() if not str(key).startswith("_")}
             names = {key: _full_key(node, (*steps, key)) for key in arguments}
             check_arguments(table["_target_"], arguments, names)
-    with name_parameters(keys):
-        part = _call_target(values, where, keys)
+    part = _call_target(values, where, keys)
     if not isinstance(part, partial):
         return part
     factory = Factory(part.func, *part.args, **part.keywords)
@@ -107,7 +106,8 @@ def _call_target(values: Mapping[str, Any], where: str, keys: Mapping[str, str])
                 f"{where}.{place[1]} cannot be built ({error.__cause__}). Set `_partial_: true` there if "
                 "dinoseg passes these arguments later, else set them."
             ) from error
-        with name_parameters({name.removeprefix(part): keys[name] for name in keys if name.startswith(part)}):
+        inner = {name.removeprefix(part): keys[name] for name in keys if name.startswith(part)}
+        with name_parameters({**keys, **inner}):
             raise (error.__cause__ or error) from None  # the target's own error, without hydra's wrapper
 
 

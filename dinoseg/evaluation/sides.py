@@ -90,7 +90,10 @@ def units_note(sides: Sequence[Side]) -> str:
     if units > 1:
         return f"over {count_of(units, record.unit)}"
     if not _has_intervals(sides):
-        return f"none: they need two {record.unit}s, or several seeds of each side"
+        return (
+            f"none: they need two {record.unit}s, or several seeds of each side. For other groups, evaluate each run "
+            "again with mode=eval resume=RUN data.group=PATTERN"
+        )
     single = [side.name for side in sides if len(side.folders) == 1]
     note = f"over seeds only: there is one {record.unit}, so they do not generalise to others"
     return f"{note}; not for {join_names(single)}, one run each" if single else note
@@ -140,7 +143,11 @@ def _jobs(name: Any, named: Collection[Path]) -> list[Path]:
     jobs = sorted(numbered, key=lambda job: int(job.name)) or inside
     found = [job for job in jobs if any((path / RECORD).is_file() for path in (job, job / EVALUATION))]
     if not found:
-        raise UserError(f"runs: {folder} is a sweep without an evaluation of images in any job.")
+        raise UserError(
+            f"runs: {folder} is a sweep without an evaluation of images in any job, as with mode.report=false. "
+            "Evaluate each: python -m dinoseg mode=eval resume=RUN, where RUN is the job's folder. Then compare the "
+            "new run folders."
+        )
     # such as 1_2, a job that was repeated in the same folder
     if left_out := [path.name for path in inside if path not in found]:
         logger.warning(

@@ -62,10 +62,13 @@ def score_protocol(cfg: DictConfig, predictions: Sequence[Path], out_dir: Path) 
         given = mask_keys(data) if typed else {}
         masks = {**record.masks, **{key: given[key] for key in typed}}
     elif rules.get("num_classes", 0) is None and not rules.binary:
+        tracked = any(tracked_sequence(folder) is not None for folder in predictions)
         raise UserError(
             f"protocol.num_classes=null: protocol={cfg.choices.protocol} needs the number of classes. Set their "
             "names, data.classes=[background,leaf], or protocol.num_classes=19, or protocol.binary=true for "
             "masks of 0 and 255; results of mode=predict store it."
+            + " Score masks of mode=track by protocol=davis2016, or several objects by davis2017."
+            * tracked
         )
     else:
         return make()

@@ -126,7 +126,7 @@ def test_replica_of_each_head_computes_as_eval_mode(head):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
-def test_traced_modules_are_replicated_and_scripted_ones_need_eval_mode():
+def test_traced_modules_are_replicated_scripted_ones_refused():
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.9)).train())
     replica = replicate_in_eval_mode(traced)
     assert traced.training and torch.equal(replica(torch.ones(2, 3)), traced.eval()(torch.ones(2, 3)))

@@ -654,7 +654,7 @@ def test_dark_images_are_listed_with_the_next_range(tmp_path):
 
 
 @pytest.mark.parametrize("most", [65535, 4095])
-def test_dark_channels_beside_a_bright_one_are_named(most, tmp_path, caplog):
+def test_dark_channels_next_to_a_bright_one_are_named(most, tmp_path, caplog):
     for number in range(2):
         image = np.minimum(levels(4, seed=number).astype(np.uint16), 247)
         image[0, 0] = (247, 255, 255, most)

@@ -340,7 +340,8 @@ def test_seeds_note_states_the_runs_per_side():
     assert note_of(1, 1).startswith("one trained model per side: ")
     assert note_of(3, 2) == "the variance over seeds is included in the intervals (3, 2 runs)"
     assert note_of(2, 1, 2).endswith("(2, 1, 2 runs), except for b, one trained model each")
-    assert units_note(of(1, 2, 2, units=["0"])) == "none: they need two videos, or several seeds of each side"
+    none = units_note(of(1, 2, 2, units=["0"]))
+    assert none.startswith("none: they need two videos, or several seeds") and "resume=RUN data.group=" in none
     assert units_note(of(2, 2, units=["0"])) == (
         "over seeds only: there is one video, so they do not generalise to others"
     )
@@ -403,7 +404,7 @@ def test_jobs_that_were_run_again_or_have_names_of_their_own(tmp_path, caplog):
     (tmp_path / "sweep.csv").touch()
     for name in ("lr=0.1,seed=0", "lr=0.1,seed=1", "lr=0.2,seed=0", ".hidden"):
         (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match="is a sweep without an evaluation"):
+    with pytest.raises(UserError, match="is a sweep without an evaluation.* mode=eval resume=RUN"):
         _jobs(tmp_path, ())
     for name in ("lr=0.1,seed=0", "lr=0.1,seed=1"):
         (tmp_path / name / RECORD).touch()

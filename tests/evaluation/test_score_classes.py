@@ -71,6 +71,7 @@ def test_frames_of_a_tracked_video_are_one_group(folders):
         done, found = score(folders, "reference=binary", "protocol.binary=true", prediction=prediction)
         assert done.status == 0, done.err
         assert found["n"] == 1 and {row["group"] for row in found["per_image"]} == {"one"}, prediction
+    assert "protocol=davis2016" in score(folders, "reference=binary")[0].err
 
 
 def test_keys_of_masks_change_how_references_are_read(folders):

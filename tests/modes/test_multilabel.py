@@ -64,7 +64,7 @@ def test_training_learns_classes_that_overlap(multilabel_run):
     where, _ = multilabel_run
     scores = scores_of(where / "run/evaluation")
     assert scores["miou"] > 0.75 and scores["matrix"] is None
-    assert (where / "run/evaluation/report.html").is_file()
+    assert "with task=multilabel classes may overlap" in (where / "run/evaluation/report.html").read_text()
 
 
 def test_evaluation_and_saved_predictions_equal_numpy(multilabel_run):

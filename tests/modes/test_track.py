@@ -137,7 +137,7 @@ def test_the_overlay_shows_the_masks_that_are_saved(track, monkeypatch, upsample
     assert all(np.array_equal(*pair) for pair in zip(shown, masks("out").values(), strict=True))
 
 
-def test_tracks_are_bright_and_outlined_in_the_colours_of_the_masks(track, monkeypatch):
+def test_tracks_are_outlined_in_the_bright_colours_of_masks(track, monkeypatch):
     overlays, blend = [], track_report.blend
 
     def keep_overlay(*given, **named):

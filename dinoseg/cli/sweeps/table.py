@@ -236,12 +236,10 @@ class SweepTable(Callback):
         print(f"\nwritten to {path}{f', each job to {path.with_name(JOBS)}' if averaged else ''}")
         if FOLD not in averaged and len(rows) > 1 and score == "miou":  # folds differ in images
             _print_significance(path.parent)
-            runs = shlex.quote(f"runs=[{path.parent}]")
-            print(f"test for differences from the first job: python -m dinoseg mode=compare {runs}")
 
 
 def _print_significance(sweep: Path) -> None:
-    """Print how many settings are significantly worse than the best one, if the jobs have records of their images."""
+    """Print how many settings are significantly worse than the best, and the test, if jobs have records of images."""
     from dinoseg.evaluation.comparison import count_worse  # imports torch
     from dinoseg.evaluation.sides import sides_of, units_note
 
@@ -254,6 +252,8 @@ def _print_significance(sweep: Path) -> None:
         f"significantly worse than the best setting: {worse} of {len(sides) - 1}; differences of the others are within "
         f"the 95 % interval ({units_note(sides)})"
     )
+    runs = shlex.quote(f"runs=[{sweep}]")
+    print(f"test for differences from the first job: python -m dinoseg mode=compare {runs}")
 
 
 def _rank_rows(rows: Sequence[Row], score: str, sign: int) -> list[Row]:
