@@ -173,7 +173,8 @@ def track(compose, tmp_path):
 
 def score_mode(folder, protocol, reference, prediction):
     """Return what mode=score writes."""
-    cfg = OmegaConf.create({"protocol": {"_target_": f"dinoseg.metrics.protocols.{PROTOCOLS[protocol]}"}})
+    target = f"dinoseg.metrics.protocols.{PROTOCOLS[protocol]}"
+    cfg = OmegaConf.create({"protocol": {"_target_": target}, "data": {"group": None}})
     score.run(cfg, out_dir=folder / "scored", reference=str(reference), prediction=str(prediction), workers=1)
     return json.loads((folder / "scored/scores.json").read_text())
 
