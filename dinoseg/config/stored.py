@@ -167,7 +167,8 @@ def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Co
     Args:
         description: `choices`, `config` and `targets`, as `describe` returns them; not trusted.
         source: of the description.
-        unused: root keys whose options are not composed; their values alone are returned.
+        unused: root keys whose options are not composed; their values alone are returned, without other root keys that
+            only these options have.
 
     Raises:
         UserError: an option does not exist here or is another class, or a value does not fit into its option or is out
@@ -177,6 +178,8 @@ def compose_stored(description: Mapping[str, Any], source: Source, *, unused: Co
     _check_values(stored, where)
     used = [key for key in stored if key not in unused]
     composed = _compose(description["choices"], used, source)
+    if unused:  # without the root keys of options that are not composed, such as `teacher` of trainer=distil
+        used = [key for key in used if key in composed or choices_of(description["choices"], [key])]
     _check_groups(description["choices"], used, source)
     _check_targets(description["targets"], composed, where)
     weights = at(composed, ("backbone", "weights"))
