@@ -96,7 +96,7 @@ def test_unprepared_data_names_the_command(add, tmp_path):
     (root / "train1/._video_01.zip").write_bytes(b"")  # macOS's companion of an archive that was there
     (root / "train1/._video_04.zip").write_bytes(b"")
     told = r"(?s:.*)video_02 has no extracted frames(?s:.*)video_03.zip is not unpacked(?s:.*)mode=prepare data=sarrarp"
-    with pytest.raises(UserError, match="Split train has no image with its mask:" + told + " data.root=.*my frames"):
+    with pytest.raises(UserError, match="Split train has no image with its mask:" + told + " 'data.root=.*my frames'"):
         load(root, "train", seed=0)  # video_01 is val there
     data = load(root, "train", seed=1), load(root, "train", seed=3)
     assert [list(each.lacking) for each in data] == [["video_02"], ["video_03"]]
