@@ -8,7 +8,7 @@ import numpy as np
 
 from dinoseg.core.metric import Counts, Metric
 from dinoseg.evaluation.scoring.intervals import jackknife
-from dinoseg.evaluation.scoring.units import has_labels, unit_sums
+from dinoseg.evaluation.scoring.units import scored_sums
 from dinoseg.metrics.counts import mean_defined
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
 from dinoseg.metrics.miou import MeanIoU
@@ -58,6 +58,6 @@ def metric_intervals(metric: Metric, counts: Sequence[Counts], units: Sequence[s
         counts: its counts of each image.
         units: the unit of each image.
     """
-    sums = unit_sums(np.stack([flatten_counts(row) for row in counts]), units)
-    found = jackknife(FlatMetric.of(metric, counts[0]), sums[has_labels(sums)])
+    sums = scored_sums(np.stack([flatten_counts(row) for row in counts]), units)
+    found = jackknife(FlatMetric.of(metric, counts[0]), sums)
     return {key: estimate.ci95 for key, estimate in found.items() if key not in metric.totals}

@@ -1,13 +1,12 @@
 """JSON summary of the scores of one folder of predictions, and the difference of two folders; no torch."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dinoseg.evaluation.scoring.folders import ScoringResult, sums_by_unit
 from dinoseg.evaluation.scoring.intervals import METHOD, Difference, jackknife
-from dinoseg.evaluation.scoring.units import has_labels, unit_sums
+from dinoseg.evaluation.scoring.units import scored_sums
 from dinoseg.metrics.protocols.contract import ScoreProtocol
 
 
@@ -25,7 +24,7 @@ def summary(protocol: ScoreProtocol, scored: ScoringResult) -> dict[str, Any]:
         for index, name in enumerate(scored.units)
     ]
     values = protocol.scores(scored.total)
-    sums = _scored_sums(scored.sums, scored.groups)
+    sums = scored_sums(scored.sums, scored.groups)
     return {
         "protocol": protocol.name,
         "scores": {key: _plain(values[key]) for key in protocol.keys},
@@ -61,16 +60,10 @@ def difference(protocol: ScoreProtocol, first: ScoringResult, second: ScoringRes
     ]
     pair = [np.stack([each[unit] for unit in by_unit[0]]).astype(np.float64) for each in by_unit]
     group = dict(zip(first.units, first.groups, strict=True))
-    sums = _scored_sums(np.concatenate(pair, axis=1), [group[unit] for unit in by_unit[0]])
+    sums = scored_sums(np.concatenate(pair, axis=1), [group[unit] for unit in by_unit[0]])
     found = jackknife(Difference(protocol), sums)
     counts = {"n": len(sums), "left_out": left_out}
     return {key: {"value": _plain(gap.value), "ci95": gap.ci95, "p": gap.p, **counts} for key, gap in found.items()}
-
-
-def _scored_sums(sums: np.ndarray, groups: Sequence[str]) -> np.ndarray:
-    """Return the sums (G, d) of those groups in which something is scored, from sums (U, d) of the units."""
-    by_group = unit_sums(sums, groups)
-    return by_group[has_labels(by_group)]
 
 
 def _plain(value: Any) -> Any:

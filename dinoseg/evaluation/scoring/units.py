@@ -13,6 +13,12 @@ def unit_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
     return sums.reshape(len(places), -1)
 
 
+def scored_sums(counts: np.ndarray, units: Sequence[str]) -> np.ndarray:
+    """Return the sums (U, d) of counts (N, ...) by unit, as `unit_sums` does, of those units that have a count."""
+    sums = unit_sums(counts, units)
+    return sums[has_labels(sums)]
+
+
 def has_labels(sums: np.ndarray) -> np.ndarray:
     """Return which units (U,) have a count in their sums (U, d).
 
