@@ -307,6 +307,16 @@ def test_a_process_of_its_own_is_killed_at_its_time_limit():
     assert not multiprocessing.active_children()
 
 
+def end_limit_when(condition, monkeypatch):
+    """Let the time limit of a process end as soon as a condition holds."""
+
+    def poll(connection, _timeout):
+        until(condition)
+        return False
+
+    monkeypatch.setattr("multiprocessing.connection.Connection.poll", poll)
+
+
 def hold_semaphore(path):
     """Create a semaphore that has a name, as a data loader's queues do, and write the name."""
     semaphore = multiprocessing.get_context("spawn").Semaphore()
@@ -320,12 +330,7 @@ def test_process_at_its_time_limit_leaves_no_semaphore(tmp_path, monkeypatch):
     from _multiprocessing import sem_unlink
 
     name = tmp_path / "name"
-
-    def poll(connection, _timeout):
-        until(name.exists)
-        return False
-
-    monkeypatch.setattr("multiprocessing.connection.Connection.poll", poll)
+    end_limit_when(name.exists, monkeypatch)
     with pytest.raises(TimeoutError):
         run_in_process(hold_semaphore, name, timeout=1)
     with pytest.raises(FileNotFoundError):
@@ -348,12 +353,7 @@ def start_slow_process(path):
 
 def test_process_that_starts_at_the_time_limit_ends_silently(tmp_path, monkeypatch, capfd):
     name = tmp_path / "name"
-
-    def poll(connection, _timeout):
-        until(name.exists)
-        return False
-
-    monkeypatch.setattr("multiprocessing.connection.Connection.poll", poll)
+    end_limit_when(name.exists, monkeypatch)
     with pytest.raises(TimeoutError):
         run_in_process(start_slow_process, name, timeout=1)
     time.sleep(1.2)
