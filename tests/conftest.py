@@ -11,7 +11,7 @@ from cached_composition import PATCHES
 from dinoseg.utils import cores
 
 ROOT = Path(__file__).parents[1]
-PROCESSES = {"subprocess", "multiprocessing", "ranks"}  # what a test file that starts processes imports
+PROCESSES = {"subprocess", "multiprocessing", "ranks", "command"}  # what a test file that starts processes imports
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: sums are then the same to the last bit
 # processes that tests start import this checkout, whichever one is installed
