@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from command_line import SMALL, call
+from mistakes import assert_refused, refusals
 
 from dinoseg.data.custom import REQUIRED, CustomDataset, check_custom_dataset
 from dinoseg.data.opened import prepare_dataset
-from dinoseg.utils.errors import UserError
 
 MODULE = '''
 import torch
@@ -84,78 +84,75 @@ def test_the_doctor_reads_its_samples(folder):
     report = json.loads((folder / "doctor/doctor.json").read_text())
     assert [report["splits"][split]["images"] for split in ("train", "val")] == [6, 2], done.err
     assert not any(finding["code"] in ("unreadable_image", "same_files") for finding in report["findings"])
-
-
-def test_a_bare_reader_is_named(folder):
     for mode in ("train", "doctor"):
         done = run(folder, "data=bare", f"mode={mode}")
         assert done.status == 1 and "data=bare: `reader` must name a class or function" in done.err, done.err
         assert "Traceback" not in done.err
 
 
-class Whole:
-    classes, palette, ignore_index, names = ["a", "b"], [(0, 0, 0), (9, 9, 9)], 255, ["x", "y"]
+IMAGE, MASK = torch.zeros(3, 4, 5, dtype=torch.uint8), torch.tensor([[0, 1, 255, 0, 1]] * 4)
+WHOLE = {
+    "classes": ["a", "b"],
+    "palette": [(0, 0, 0), (9, 9, 9)],
+    "ignore_index": 255,
+    "names": ["x", "y"],
+    "__len__": lambda self: 2,
+    "__getitem__": lambda self, index: {"image": IMAGE, "mask": MASK, "name": self.names[index]},
+}
 
-    def __len__(self):
-        return 2
 
-    def __getitem__(self, index):
-        return {"image": torch.zeros(3, 4, 5, dtype=torch.uint8), "mask": torch.ones(4, 5), "name": self.names[index]}
+def dataset(*without, **changes):
+    """Return a function that opens a data set with the members of the contract, some changed and some left out."""
+    members = {name: value for name, value in (WHOLE | changes).items() if name not in without}
+    return lambda: CustomDataset(type("Part", (), members)())
+
+
+def read(item):
+    return lambda: dataset(__getitem__=lambda self, index: item)()[0]
+
+
+def read_changed(**changes):
+    return read({"image": IMAGE, "mask": MASK, "name": "x"} | changes)
+
+
+def configured(classes=("a", "b"), ignore_index=255):
+    return lambda: check_custom_dataset(type("Part", (), WHOLE)(), list(classes), ignore_index)
+
+
+def prepared(**options):
+    return lambda: prepare_dataset(dataset()(), split="train", **options)
 
 
 @pytest.mark.parametrize("member", REQUIRED)
 def test_each_missing_member_is_named(member):
-    members = {name: getattr(Whole, name) for name in REQUIRED if name != member}
-    with pytest.raises(UserError, match=rf"data.reader: .*Part lacks `{member}` \(.*\). Add it."):
-        CustomDataset(type("Part", (), members)())
+    assert_refused(dataset(member), "data.reader: ", f"Part lacks `{member}` (", "). Add it.")
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"names": ["x", "x"]}, "has 2 samples and 1 name in `names`"),
-        ({"names": ["x"]}, "has 2 samples and 1 name in `names`"),
-        ({"palette": None}, "`palette` needs an RGB color"),
-        ({"palette": [(0, 0, 0)]}, "`palette` needs an RGB color for each of 2 classes"),
-        ({"ignore_index": 256}, "`ignore_index` is 256. Give an integer from 0 to 255"),
-        ({"names": [], "__len__": lambda self: 0}, "has no sample in this split"),
-    ],
+test_message_names_value_and_remedy = refusals(
+    {
+        "a name twice": (dataset(names=["x", "x"]), "has 2 samples and 1 name in `names`"),
+        "a name too few": (dataset(names=["x"]), "has 2 samples and 1 name in `names`"),
+        "no palette": (dataset(palette=None), "`palette` needs an RGB color"),
+        "one color": (dataset(palette=[(0, 0, 0)]), "`palette` needs an RGB color for each of 2 classes"),
+        "ignored": (dataset(ignore_index=256), "`ignore_index` is 256. Give an integer from 0 to 255"),
+        "empty": (dataset(names=[], __len__=lambda self: 0), "has no sample in this split"),
+        "tuple": (read((IMAGE, MASK)), "the sample x is tuple. Return a dict of image, mask and name"),
+        "no name": (read({"image": IMAGE, "mask": MASK}), "the sample x lacks name"),
+        "another name": (read_changed(name="y"), "the sample x has the name y"),
+        "floats": (read_changed(image=IMAGE.float()), "image of x is float32 (3, 4, 5). Return a tensor"),
+        "array": (read_changed(image=np.zeros((4, 5, 3))), "image of x is ndarray"),
+        "mask of floats": (read_changed(mask=MASK.float()), "mask of x is float32 (4, 5). Return an integer"),
+        "turned mask": (read_changed(mask=MASK.T), "mask of x is int64 (5, 4). Return an integer ", "(4, 5)"),
+        "ids": (read_changed(mask=MASK * 2), "mask of x holds 2, 510. Return ids from 0 to 1, or 255"),
+        "other classes": (configured(("a", "c")), "but the data set of data.reader has"),
+        "other ignored id": (configured(ignore_index=254), "but the data set of data.reader has"),
+        "skipped": (prepared(on_error="skip"), "on_error=", " needs a reader that returns a ", "PairDataset"),
+        "packed": (prepared(cache="packed"), "cache=", " needs a reader that returns a ", "PairDataset"),
+    }
 )
-def test_members_that_do_not_fit_are_named(changes, said):
-    with pytest.raises(UserError, match=said):
-        CustomDataset(type("Part", (Whole,), changes)())
 
 
-IMAGE, MASK = torch.zeros(3, 4, 5, dtype=torch.uint8), torch.tensor([[0, 1, 255, 0, 1]] * 4)
-
-
-@pytest.mark.parametrize(
-    ("item", "said"),
-    [
-        ((IMAGE, MASK), "the sample x is tuple. Return a dict of image, mask and name"),
-        ({"image": IMAGE, "mask": MASK}, "the sample x lacks name"),
-        ({"image": IMAGE, "mask": MASK, "name": "y"}, "the sample x has the name y"),
-        ({"image": IMAGE.float(), "mask": MASK, "name": "x"}, r"image of x is float32 \(3, 4, 5\). Return a tensor"),
-        ({"image": np.zeros((4, 5, 3)), "mask": MASK, "name": "x"}, "image of x is ndarray"),
-        ({"image": IMAGE, "mask": MASK.float(), "name": "x"}, r"mask of x is float32 \(4, 5\). Return an integer"),
-        ({"image": IMAGE, "mask": MASK.T, "name": "x"}, r"mask of x is int64 \(5, 4\). Return an integer .*\(4, 5\)"),
-        ({"image": IMAGE, "mask": MASK * 2, "name": "x"}, "mask of x holds 2, 510. Return ids from 0 to 1, or 255"),
-    ],
-)
-def test_items_that_do_not_fit_are_named(item, said):
-    with pytest.raises(UserError, match=said):
-        CustomDataset(type("Part", (Whole,), {"__getitem__": lambda self, index: item})())[0]
-
-
-def test_custom_dataset_must_agree_with_the_config():
-    items = {"__getitem__": lambda self, index: {"image": IMAGE, "mask": MASK, "name": self.names[index]}}
-    whole = type("Part", (Whole,), items)()
-    data = check_custom_dataset(whole, ["a", "b"], 255)
+def test_custom_dataset_that_agrees_with_the_config_is_read():
+    data = configured()()
     assert data[1]["mask"].dtype == torch.uint8 and torch.equal(data[1]["mask"].long(), MASK)
     assert prepare_dataset(data, split="train", labelled=0.5).names in (["x"], ["y"])
-    for classes, ignored in ((["a", "c"], 255), (["a", "b"], 254)):
-        with pytest.raises(UserError, match=r"but the data set of data.reader has"):
-            check_custom_dataset(whole, classes, ignored)
-    for options in ({"on_error": "skip"}, {"cache": "packed"}):
-        with pytest.raises(UserError, match=rf"^{[*options][0]}=.* needs a reader that returns a .*PairDataset"):
-            prepare_dataset(data, split="train", **options)

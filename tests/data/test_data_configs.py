@@ -5,6 +5,7 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from making import DATA, save, write_video
+from mistakes import assert_refused
 
 import dinoseg
 from dinoseg.config.nodes import instantiate
@@ -40,36 +41,6 @@ def test_every_config_is_whole(tmp_path, name):
 
 def test_every_config_is_tried():
     assert {"folder", "idd", "sarrarp", "videos"} <= {*NAMES} and len(NAMES) >= 21
-
-
-@pytest.mark.parametrize(
-    ("name", "image", "mask", "ids", "expected"),
-    [
-        (
-            "ade20k",
-            "images/validation/A.jpg",
-            "annotations/validation/A.png",
-            [[0, 1], [150, 12]],
-            [[255, 0], [149, 11]],
-        ),
-        (
-            "idd",
-            "leftImg8bit/val/7/frame_leftImg8bit.png",
-            "gtFine/val/7/frame_gtFine_labellevel3Ids.png",
-            [[0, 25], [255, 3]],
-            [[0, 25], [255, 3]],
-        ),
-    ],
-)
-def test_layouts_as_they_are_shipped(tmp_path, name, image, mask, ids, expected):
-    save(tmp_path / image, np.zeros((2, 2, 3)))
-    save(tmp_path / mask, ids)
-    save((tmp_path / mask).with_name("frame_gtFine_polygons.png"), ids)
-    if name == "ade20k":
-        (tmp_path / mask).with_name("frame_gtFine_polygons.png").unlink()
-    data = instantiate(load(name, tmp_path).data.reader)(split="val")
-    assert len(data) == 1 and data.ignore_index == 255
-    np.testing.assert_array_equal(data.mask(0), expected)
 
 
 def test_overrides_reach_the_objects(tmp_path):
@@ -124,10 +95,8 @@ def test_real_data_is_readable(name, folder, train, val, ids, tmp_path):
 def test_real_sizes_that_differ_are_no_silent_matter():
     if not (DATA / "person").is_dir():
         pytest.skip(f"no real data in {DATA}: set DINOSEG_DATA")
-    data = instantiate(load("person", DATA / "person", "data.reader.masks.on_size_mismatch=error").data.reader)(
-        split="val"
-    )
-    refused = 0
+    cfg = load("person", DATA / "person", "data.reader.masks.on_size_mismatch=error")
+    data, refused = instantiate(cfg.data.reader)(split="val"), 0
     for index in range(len(data)):
         try:
             data[index]
@@ -138,16 +107,15 @@ def test_real_sizes_that_differ_are_no_silent_matter():
 
 
 def test_prepare_mode_runs_for_each_dataset(tmp_path, caplog, compose):
-    def preparation(name, root, *words):
-        return compose("mode=prepare", f"data={name}", f"data.root='{root}'", *words)
+    def prepare_data(name, root, *words):
+        prepare(compose("mode=prepare", f"data={name}", f"data.root='{root}'", *words), out_dir=tmp_path)
 
     place = tmp_path / "sar/train1/video_01"
     write_video(place / "video_left.avi", 61)
     for index in (0, 60):
         save(place / f"segmentation/{index:09d}.png", np.zeros((32, 48)))
     with caplog.at_level("INFO"):
-        prepare(preparation("sarrarp", tmp_path / "sar", "prepare.workers=1"), out_dir=tmp_path)
+        prepare_data("sarrarp", tmp_path / "sar", "prepare.workers=1")
     assert "train1/video_01: rate 1, decoded 61" in caplog.text
     assert (tmp_path / "prepared.json").is_file() and len(list((place / "rgb").iterdir())) == 2
-    with pytest.raises(UserError, match="needs no preparation"):
-        prepare(preparation("camvid", tmp_path), out_dir=tmp_path)
+    assert_refused(lambda: prepare_data("camvid", tmp_path), "needs no preparation")

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from making import Pictures, train_batches
+from mistakes import assert_refused, refusals
 from pretended_cuda import is_pinned, pretended_cuda
 from signals import signal_in_thread
 from torch.utils.data._utils.pin_memory import pin_memory as pin_memory_of
@@ -22,6 +25,8 @@ from dinoseg.data import loader
 from dinoseg.data.clips.view import ClipView, clip_batches
 from dinoseg.data.loader import eval_samples, load_in_order, stack_equal
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
+from dinoseg.training.engine import Engine
+from dinoseg.utils import cores as cores_module
 from dinoseg.utils.errors import UserError
 
 AUGMENT = Augment((12, 10), scale=(0.7, 1.4), affine=Affine(15, 0.1, 5), flip=0.5, color=ColorJitter(0.2))
@@ -30,6 +35,11 @@ SIZES = [(20 + i, 30 - i) for i in range(11)]
 
 def take(batches, count):
     return list(itertools.islice(batches, count))
+
+
+def batches_of(workers=0, data=None, **options):
+    """Return training batches, of two of eleven images unless an option says otherwise."""
+    return train_batches(data or Pictures(SIZES), AUGMENT, workers=workers, **{"batch_size": 2, "seed": 0} | options)
 
 
 def assert_same(first, second):
@@ -41,11 +51,10 @@ def assert_same(first, second):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_the_batches(workers):
-    options = {"batch_size": 4, "seed": 5}
-    alone = take(train_batches(Pictures(SIZES), AUGMENT, **options), 8)
+    alone = take(batches_of(batch_size=4, seed=5), 8)
     assert alone[0].image.shape == (4, 3, 12, 10) and alone[0].mask.shape == (4, 12, 10)
     assert alone[0].image.dtype == alone[0].mask.dtype == torch.uint8
-    assert_same(alone, take(train_batches(Pictures(SIZES), AUGMENT, workers=workers, **options), 8))
+    assert_same(alone, take(batches_of(workers, batch_size=4, seed=5), 8))
 
 
 def test_more_workers_than_cores_do_not_warn(monkeypatch):
@@ -56,26 +65,22 @@ def test_more_workers_than_cores_do_not_warn(monkeypatch):
 @pytest.mark.parametrize(("start", "workers"), [(1, 0), (3, 2), (70, 0)])
 def test_start_is_the_same_as_skipping(start, workers):
     options = {"batch_size": 4, "seed": 5}
-    through = take(train_batches(Pictures(SIZES), AUGMENT, **options), start + 3)
-    resumed = train_batches(Pictures(SIZES), AUGMENT, start=start, workers=workers, **options)
-    assert_same(through[start:], take(resumed, 3))
+    through = take(batches_of(**options), start + 3)
+    assert_same(through[start:], take(batches_of(workers, start=start, **options), 3))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_a_batch(world_size):
     options = {"batch_size": 6, "seed": 1, "start": 2}
-    whole = take(train_batches(Pictures(SIZES), AUGMENT, **options), 4)
-    parts = [
-        take(train_batches(Pictures(SIZES), AUGMENT, rank=rank, world_size=world_size, **options), 4)
-        for rank in range(world_size)
-    ]
+    whole = take(batches_of(**options), 4)
+    parts = [take(batches_of(rank=rank, world_size=world_size, **options), 4) for rank in range(world_size)]
     for batch, shares in zip(whole, zip(*parts, strict=True), strict=True):
         assert batch.names == [name for share in shares for name in share.names]
         assert torch.equal(batch.image, torch.cat([share.image for share in shares]))
 
 
 def test_every_epoch_holds_each_sample_once_in_a_new_order():
-    batches = take(train_batches(Pictures(SIZES), AUGMENT, batch_size=4, seed=0), 22)
+    batches = take(batches_of(batch_size=4), 22)
     names = [name for batch in batches for name in batch.names]
     epochs = [names[i : i + 11] for i in range(0, 88, 11)]
     assert all(Counter(epoch) == Counter(Pictures(SIZES).names) for epoch in epochs)
@@ -83,9 +88,9 @@ def test_every_epoch_holds_each_sample_once_in_a_new_order():
 
 
 def test_seed_and_epoch_change_the_view():
-    one = Pictures([(30, 30)])
-    views = take(train_batches(one, AUGMENT, batch_size=1, seed=0), 5)
-    views += take(train_batches(one, AUGMENT, batch_size=1, seed=1), 5)
+    views = [
+        view for seed in (0, 1) for view in take(batches_of(data=Pictures([(30, 30)]), batch_size=1, seed=seed), 5)
+    ]
     assert len({view.image.numpy().tobytes() for view in views}) == 10
 
 
@@ -93,7 +98,7 @@ def test_seed_and_epoch_change_the_view():
 def test_global_random_state_is_unchanged(workers):
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    take(train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=workers), 3)
+    take(batches_of(workers), 3)
     list(eval_samples(Pictures(SIZES), workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -109,7 +114,7 @@ def children_after_a_moment(before):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_workers_ignore_signals_meant_for_the_main_process(number):
-    batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=2)
+    batches = batches_of(2)
     next(batches)  # of the first worker: the second may have just begun
     for worker in multiprocessing.active_children():
         subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
@@ -120,13 +125,12 @@ def test_workers_ignore_signals_meant_for_the_main_process(number):
         assert worker.exitcode == 0
 
 
-def reset_connection(_):
-    raise ConnectionResetError("reset by peer")
-
-
 def test_worker_killed_while_sending_raises_an_error():
-    with pytest.raises(UserError, match="(?s)A data-loading process was killed.*reset by peer"):
-        list(load_in_order(reset_connection, range(2), 1))
+    def reset_connection(_):
+        raise ConnectionResetError("reset by peer")
+
+    act = partial(list, load_in_order(reset_connection, range(2), 1))
+    assert_refused(act, "A data-loading process was killed", "reset by peer")
 
 
 def kill_worker(before):
@@ -136,44 +140,41 @@ def kill_worker(before):
     os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
 
 
+def act_before_prefetch(monkeypatch, act):
+    """Call a function when the loading processes have started, before the first items are due."""
+    prefetch = _MultiProcessingDataLoaderIter._reset
+
+    def act_and_prefetch(self, *arguments, **named):
+        act()
+        prefetch(self, *arguments, **named)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_reset", act_and_prefetch)
+
+
 @pytest.mark.slow
 def test_killed_worker_is_reported_where_its_batch_is_due():
     before = multiprocessing.active_children()  # of other tests
-    batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=1)
+    batches = batches_of(1)
     next(batches)
     kill_worker(before)
     signal.raise_signal(signal.SIGCHLD)  # a handler must not raise in the middle of whatever this process does
-    with pytest.raises(UserError, match="A data-loading process was killed.*engine.workers=1.*resume=auto"):
-        take(batches, 20)
+    words = ("A data-loading process was killed", "engine.workers=1", "resume=auto")
+    assert_refused(lambda: take(batches, 20), *words)
     assert children_after_a_moment(before) == 0
 
 
 @pytest.mark.slow
 def test_worker_killed_while_the_loader_is_built_is_reported(monkeypatch):
-    before = multiprocessing.active_children()
-    prefetch = _MultiProcessingDataLoaderIter._reset
-
-    def kill_and_prefetch(self, *arguments, **named):
-        kill_worker(before)
-        prefetch(self, *arguments, **named)
-
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_reset", kill_and_prefetch)
-    with pytest.raises(UserError, match="A data-loading process was killed"):
-        take(train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=1), 1)
+    act_before_prefetch(monkeypatch, partial(kill_worker, multiprocessing.active_children()))
+    assert_refused(lambda: take(batches_of(1), 1), "A data-loading process was killed")
 
 
 @pytest.mark.slow
 def test_signal_waits_until_loading_processes_have_started(monkeypatch):
     before = multiprocessing.active_children()
-    prefetch = _MultiProcessingDataLoaderIter._reset
-
-    def interrupt_and_prefetch(self, *arguments, **named):
-        signal_in_thread(signal.SIGINT)
-        prefetch(self, *arguments, **named)
-
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_reset", interrupt_and_prefetch)
+    act_before_prefetch(monkeypatch, partial(signal_in_thread, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        take(train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=2), 1)
+        take(batches_of(2), 1)
     assert children_after_a_moment(before) == 0
 
 
@@ -189,7 +190,7 @@ def test_process_that_cannot_start_is_the_only_error(monkeypatch):
 
     monkeypatch.setattr(multiprocessing.Process, "start", start_first_only)
     with pytest.raises(OSError, match="no more processes"):
-        take(train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=2), 1)
+        take(batches_of(2), 1)
     assert children_after_a_moment(before) == 0
 
 
@@ -213,7 +214,7 @@ def test_signal_waits_until_loading_processes_have_ended(monkeypatch):
 @pytest.mark.heavy
 def test_workers_end_with_the_iterator():
     before = multiprocessing.active_children()  # of other tests
-    batches = train_batches(Pictures(SIZES), AUGMENT, batch_size=2, seed=0, workers=2)
+    batches = batches_of(2)
     next(batches)
     assert len([each for each in multiprocessing.active_children() if each not in before]) == 2
     del batches
@@ -226,10 +227,7 @@ def test_workers_end_with_the_iterator():
 def test_user_errors_pass_through_workers(workers):
     before = multiprocessing.active_children()  # of other tests
     spoilt = Pictures(SIZES, error_at=4)
-    for items in (
-        train_batches(spoilt, AUGMENT, batch_size=3, seed=0, workers=workers),
-        eval_samples(spoilt, workers=workers),
-    ):
+    for items in (batches_of(workers, spoilt, batch_size=3), eval_samples(spoilt, workers=workers)):
         with pytest.raises(UserError) as caught:
             take(items, 20)
         assert str(caught.value) == "bad.png number 4 is spoilt: replace it."
@@ -255,17 +253,23 @@ def test_stack_equal_joins_neighbours_of_one_size():
     assert batches[2].image.shape == (1, 3, 4, 5)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 12}, "data.batch_size=12 with 11 training images.*1 to 11"),
-        ({"batch_size": 0}, "data.batch_size=0"),
-        ({"batch_size": 4, "world_size": 3}, "data.batch_size=4 cannot be shared by 3 devices"),
-    ],
+def wait_for(*slow, **options):
+    return loader.wait_for_item(Slow(*slow, **options), 0, 2)
+
+
+ENDED = SimpleNamespace(is_alive=lambda: False)
+KILLED = ("because memory ran out", " 7", "engine.workers=1", "resume=auto")
+test_message_names_value_and_remedy = refusals(
+    {
+        "more than all": (lambda: batches_of(batch_size=12), "data.batch_size=12 with 11 training images", "1 to 11"),
+        "none": (lambda: batches_of(batch_size=0), "data.batch_size=0"),
+        "shared": (lambda: batches_of(batch_size=4, world_size=3), "data.batch_size=4 cannot be shared by 3 devices"),
+        "clips": (lambda: clip_batches(Films(), ClipView((8, 8)), batch_size=40, seed=0), "data.batch_size=40 with 31"),
+        "killed": (lambda: wait_for(1, "DataLoader worker (pid 7) is killed by signal: Killed."), *KILLED),
+        "ended": (lambda: wait_for(1, "DataLoader worker (pid(s) 7) exited unexpectedly"), *KILLED),
+        "no pinning thread": (lambda: wait_for(10**9, pinning=ENDED), "the thread that pins batches has stopped"),
+    }
 )
-def test_mistakes_show_before_the_first_batch(options, message):
-    with pytest.raises(UserError, match=message):
-        train_batches(Pictures(SIZES), AUGMENT, **{"seed": 0, **options})
 
 
 class Films:
@@ -296,35 +300,109 @@ def test_clips_are_shuffled_over_all_videos_and_resumed():
         assert all(torch.equal(a.image, b.image) for a, b in zip(again, whole[7:], strict=True))
     shares = [next(clip_batches(Films(), view, rank=rank, world_size=3, **options)) for rank in range(3)]
     assert [name for share in shares for name in share.names] == whole[0].names
-    with pytest.raises(UserError, match=r"data\.batch_size=40 with 31"):
-        clip_batches(Films(), view, batch_size=40, seed=0)
 
 
 @pytest.mark.parametrize("cuda", [True, False])
 def test_training_batches_are_pinned_if_cuda_is_used(monkeypatch, cuda):
-    class Loader:
-        """A DataLoader without processes and threads."""
+    def read_here(data, *, sampler, pin_memory, **_):
+        """Stand for a DataLoader, without processes and threads."""
+        return (pin_memory_of(data[key]) if pin_memory else data[key] for key in sampler)
 
-        def __init__(self, data, *, sampler, pin_memory, **_):
-            self.items = (pin_memory_of(data[key]) if pin_memory else data[key] for key in sampler)
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            return next(self.items)
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(loader, "DataLoader", Loader)
+    monkeypatch.setattr(loader, "DataLoader", read_here)
     monkeypatch.setattr(loader, "WorkerIterator", iter)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
     with pretended_cuda() as waits:
-        batch = next(train_batches(Pictures(SIZES), AUGMENT, batch_size=4, seed=5, workers=2))
+        batch = next(batches_of(2, batch_size=4, seed=5))
         clips = ClipBatch(torch.zeros(1, 2, 3, 4, 4), ["a"]).pin_memory()
         assert is_pinned(batch.image) == is_pinned(batch.mask) == cuda and is_pinned(clips.image)
         there = batch.to(torch.device("cuda"))
         assert there.names == batch.names and not waits.take()
         (sample,) = take(eval_samples(Pictures(SIZES), workers=2), 1)
         assert not is_pinned(sample["image"])  # it is copied into a batch first
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "workers"),
+    [
+        ("cuda", {}, 8),
+        ("cuda", {"WORLD_SIZE": "3"}, 4),
+        ("cuda", {"WORLD_SIZE": "16"}, 2),
+        ("cuda", {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "16"}, 6),
+        ("mps", {}, 8),
+        ("cpu", {}, 2),
+    ],
+)
+def test_workers_follow_from_device_cores_and_ranks(device, environment, workers, monkeypatch):
+    monkeypatch.setattr(cores_module, "_usable", lambda: set(range(12)))
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert loader.count_workers(device) == workers
+
+
+def test_engine_resolves_auto_and_keeps_a_number():
+    assert Engine("cpu", "fp32", workers="auto").workers == 2
+    assert Engine("cpu", "fp32", workers=0).workers == 0
+
+
+@pytest.mark.parametrize(("workers", "cores", "told"), [(16, 1, 0), (17, 1, 1), (32, 8, 0), (33, 8, 1)])
+def test_too_many_loading_processes_are_reported(workers, cores, told, monkeypatch, caplog):
+    monkeypatch.setattr(loader, "cores_here", lambda: cores)
+    loader.warn_of_many(workers)
+    assert len(caplog.messages) == told
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    loader.warn_of_many(workers)
+    many = 4 * workers
+    assert f"engine.workers={workers} starts {many} loading processes on {cores} processor" in caplog.text
+
+
+class Slow:
+    """An iterator that comes to nothing for so many polls, before each of its items."""
+
+    _workers = (SimpleNamespace(pid=77), SimpleNamespace(pid=88))
+
+    def __init__(self, polls, error="DataLoader timed out after 5.0 seconds", pinning=None):
+        self.polls, self.left, self.error, self._pin_memory_thread = polls, polls, error, pinning
+
+    def __next__(self):
+        if not self.left:
+            self.left = self.polls
+            return "item"
+        self.left -= 1
+        raise RuntimeError(self.error)
+
+
+def test_missing_batch_is_reported_at_growing_intervals(monkeypatch, caplog):
+    seconds = iter(range(0, 10_000, 5))
+    monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    assert loader.wait_for_item(Slow(11), 0, 2) == "item" and not caplog.messages
+    assert loader.wait_for_item(Slow(400), 6, 2) == "item"
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        *("No batch for 60 s", "No batch for 300 s", "No batch for 1500 s")
+    ]
+    assert "item 7 of this epoch is due from loading process 1 of 2 (id 77)" in caplog.text
+    assert "py-spy dump --pid 77" in caplog.text and "engine.workers=0" in caplog.text
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="another"):
+        wait_for(1, "another")
+
+
+def test_late_batch_is_still_returned(monkeypatch, caplog, tmp_path):
+    def read(key):
+        while key == 2 and not (tmp_path / "told").exists():
+            time.sleep(0.01)
+        return key
+
+    def release(record):
+        if "item 3 " in record.getMessage():
+            (tmp_path / "told").touch()
+        return True
+
+    monkeypatch.setattr(loader, "POLL", 0.02)
+    monkeypatch.setattr(loader, "_PATIENCE", 0.05)
+    monkeypatch.setattr(loader.log, "filters", [release])
+    assert list(load_in_order(read, range(4), 2)) == [0, 1, 2, 3]
+    assert "item 3 of this epoch is due from loading process 1 of 2" in caplog.text

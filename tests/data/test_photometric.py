@@ -5,12 +5,9 @@ import colorsys
 import cv2
 import numpy as np
 import pytest
-from scipy.stats import ks_2samp
 
-from dinoseg.config.nodes import instantiate
 from dinoseg.data.photometric import ColorTransform, PhotometricDistortion
-from dinoseg.data.transforms import Augment, ColorJitter
-from dinoseg.utils.errors import UserError
+from dinoseg.data.transforms import Augment
 
 AMOUNTS = {"brightness": 32 / 255, "contrast": 0.5, "saturation": 0.5}
 MMSEG = PhotometricDistortion(**AMOUNTS, hue=0.1, additive=True, space="hsv")
@@ -34,22 +31,6 @@ def clip_to_uint8(values):
 
 def grey(image):
     return np.floor(image.astype(np.float64) @ [0.2989, 0.587, 0.114] + 1e-9)
-
-
-def brighter(image, number):
-    return image + np.float64(number)
-
-
-def multiply(image, factor):
-    return image * np.float64(factor)
-
-
-def change_contrast(image, factor):
-    return image * np.float64(factor) + (1 - factor) * grey(image).mean()
-
-
-def change_saturation(image, factor):
-    return image * np.float64(factor) + (1 - factor) * grey(image)[..., None]
 
 
 def rotate_hue(image, share):
@@ -83,112 +64,28 @@ def assert_truncated(ours, exact):
     assert np.abs(ours.astype(int) - clip_to_uint8(exact)).max() <= 1
 
 
-def distances(ours, theirs):
-    return np.abs(ours.astype(int) - theirs)
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_changes_equal_the_formulas(size):
     for seed in range(6):
         image, uniform = noise(size, seed), np.random.default_rng(100 + seed).random()
         around = 0.5 + uniform  # the factor of contrast and saturation
         for distortion in (MMSEG, DINOV3):
-            assert_truncated(one(distortion, 0, uniform, image), brighter(image, 64 * uniform - 32))
-            assert_truncated(one(distortion, 1, uniform, image), multiply(image, around))
-        assert_truncated(one(EOMT, 0, uniform, image), multiply(image, 1 + 32 / 255 * (2 * uniform - 1)))
-        assert_truncated(one(EOMT, 1, uniform, image), change_contrast(image, around))
+            assert_truncated(one(distortion, 0, uniform, image), image + np.float64(64 * uniform - 32))
+            assert_truncated(one(distortion, 1, uniform, image), image * np.float64(around))
+        assert_truncated(one(EOMT, 0, uniform, image), image * np.float64(1 + 32 / 255 * (2 * uniform - 1)))
+        assert_truncated(one(EOMT, 1, uniform, image), image * around + (1 - around) * grey(image).mean())
         for distortion in (DINOV3, EOMT):
-            assert_truncated(one(distortion, 2, uniform, image), change_saturation(image, around))
+            assert_truncated(one(distortion, 2, uniform, image), image * around + (1 - around) * grey(image)[..., None])
             hue = distortion.hue * (2 * uniform - 1)
             assert_truncated(one(distortion, 3, uniform, image), rotate_hue(image, hue))
         assert np.array_equal(one(MMSEG, 2, uniform, image), hsv_changed(image, saturation=around))
         assert np.array_equal(one(MMSEG, 3, uniform, image), hsv_changed(image, hue=int(36 * uniform) - 18))
 
 
-def test_hues_of_mmsegmentation_are_minus_18_to_17_steps():
+@pytest.mark.parametrize(("uniform", "steps"), [(0.0, -18), (0.5, 0), (1 - 1e-9, 17), (0.49, -1)])
+def test_hues_of_mmsegmentation_are_minus_18_to_17_steps(uniform, steps):
     image = np.array([[[200, 40, 90]]], np.uint8)
-    for uniform, steps in ((0.0, -18), (0.5, 0), (1 - 1e-9, 17), (0.49, -1)):
-        assert np.array_equal(one(MMSEG, 3, uniform, image), hsv_changed(image, hue=steps))
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_changes_equal_torchvision(size):
-    torch = pytest.importorskip("torch")
-    functional = pytest.importorskip("torchvision.transforms.v2.functional")
-    changes = (
-        functional.adjust_brightness,
-        functional.adjust_contrast,
-        functional.adjust_saturation,
-        functional.adjust_hue,
-    )
-    for seed, (step, change) in enumerate([*enumerate(changes)] * 4):
-        image, uniform = noise(size, seed), np.random.default_rng(seed).random()
-        largest = (EOMT.brightness, EOMT.contrast, EOMT.saturation, EOMT.hue)[step]
-        amount = largest * (2 * uniform - 1) + (step < 3)
-        expected = change(torch.from_numpy(image).permute(2, 0, 1), amount).permute(1, 2, 0).numpy()
-        distance = distances(one(EOMT, step, uniform, image), expected)
-        assert distance.max() <= 1 and (distance > 0).mean() < 0.01  # torchvision's v2 adds in another order
-    older = pytest.importorskip("torchvision.transforms.functional")  # which DINOv3 uses
-    for seed in range(6):
-        image, uniform = noise(size, seed), np.random.default_rng(seed).random()
-        planes = torch.from_numpy(image).permute(2, 0, 1)
-        expected = older.adjust_saturation(planes, 0.5 + uniform).permute(1, 2, 0).numpy()
-        assert np.array_equal(one(DINOV3, 2, uniform, image), expected)
-        expected = older.adjust_hue(planes, uniform - 0.5).permute(1, 2, 0).numpy()
-        distance = distances(one(DINOV3, 3, uniform, image), expected)
-        assert distance.max() <= 1 and (distance > 0).mean() < 0.01  # OpenCV divides by the range plus 1e-7
-
-
-def mmseg(image, rng):
-    return official(
-        rng,
-        image,
-        lambda each: brighter(each, rng.uniform(-32, 32)),
-        lambda each: multiply(each, rng.uniform(0.5, 1.5)),
-        lambda each: hsv_changed(each, saturation=rng.uniform(0.5, 1.5)),
-        lambda each: hsv_changed(each, hue=rng.integers(-18, 18)),
-    )
-
-
-def dinov3(image, rng):
-    return official(
-        rng,
-        image,
-        lambda each: brighter(each, rng.uniform(-32, 32)),
-        lambda each: multiply(each, rng.uniform(0.5, 1.5)),
-        lambda each: change_saturation(each, rng.uniform(0.5, 1.5)),
-        lambda each: rotate_hue(each, rng.uniform(-0.5, 0.5)),
-    )
-
-
-def eomt(image, rng):
-    return official(
-        rng,
-        image,
-        lambda each: multiply(each, rng.uniform(1 - 32 / 255, 1 + 32 / 255)),
-        lambda each: change_contrast(each, rng.uniform(0.5, 1.5)),
-        lambda each: change_saturation(each, rng.uniform(0.5, 1.5)),
-        lambda each: rotate_hue(each, rng.uniform(-18 / 360, 18 / 360)),
-    )
-
-
-def official(rng, image, brightness, contrast, saturation, hue):
-    """Apply each change with probability 0.5, contrast before saturation or after hue."""
-    first = rng.random() < 0.5
-    order = [brightness, contrast, saturation, hue] if first else [brightness, saturation, hue, contrast]
-    for change in order:
-        if rng.random() < 0.5:
-            image = clip_to_uint8(change(image))
-    return image
-
-
-@pytest.mark.parametrize(("distortion", "pipeline"), [(MMSEG, mmseg), (DINOV3, dinov3), (EOMT, eomt)])
-def test_colours_are_distributed_as_in_the_official_pipelines(distortion, pipeline):
-    image = np.array([[[190, 90, 40], [60, 120, 200]]], np.uint8)
-    ours = [distortion(image, np.random.default_rng(seed).random(9)) for seed in range(2000)]
-    theirs = [pipeline(image, np.random.default_rng(10_000 + seed)) for seed in range(2000)]
-    for mine, official_ones in zip(np.reshape(ours, (2000, 6)).T, np.reshape(theirs, (2000, 6)).T, strict=True):
-        assert len(set(mine)) > 50 and ks_2samp(mine, official_ones).pvalue > 0.01
+    assert np.array_equal(one(MMSEG, 3, uniform, image), hsv_changed(image, hue=steps))
 
 
 def test_random_numbers_decide_order_and_choice_of_distortions():
@@ -208,17 +105,12 @@ def test_random_numbers_decide_order_and_choice_of_distortions():
 def test_the_whole_image_is_changed_before_it_is_scaled():
     image = noise((40, 60), 1)
     image[:, :30] //= 4  # contrast depends on the mean grey
-    mask, seeds = np.zeros((40, 60), np.uint8), range(12)
-    options = {**AMOUNTS, "hue": 0.05, "probability": 1.0}
-    crop = {"crop": (20, 20), "scale": (0.4, 0.9)}
+    mask = np.zeros((40, 60), np.uint8)
+    options, crop = {**AMOUNTS, "hue": 0.05, "probability": 1.0}, {"crop": (20, 20), "scale": (0.4, 0.9)}
     different = 0
-    for seed in seeds:
-        whole, part = (
-            Augment(**crop, color=PhotometricDistortion(**options, before_scaling=each))(
-                image, mask, np.random.default_rng(seed)
-            )
-            for each in (True, False)
-        )
+    for seed in range(12):
+        colors = [PhotometricDistortion(**options, before_scaling=each) for each in (True, False)]
+        whole, part = (Augment(**crop, color=color)(image, mask, np.random.default_rng(seed)) for color in colors)
         rng = np.random.default_rng(seed)
         uniforms = np.concatenate([rng.random(12)[8:], rng.random(25)[:5]])
         changed = PhotometricDistortion(**options)(image, uniforms)
@@ -228,30 +120,6 @@ def test_the_whole_image_is_changed_before_it_is_scaled():
     assert different > 6
 
 
-def test_colour_distortion_does_not_move_the_view():
-    image, mask = noise((40, 60), 2), np.random.default_rng(0).integers(0, 9, (40, 60), dtype=np.uint8)
-    for seed in range(5):
-        views = [
-            Augment((20, 30), scale=(0.5, 2), flip=0.5, color=color)(image, mask, np.random.default_rng(seed))[1]
-            for color in (ColorJitter(0.2), MMSEG, EOMT)
-        ]
-        assert np.array_equal(views[0], views[1]) and np.array_equal(views[0], views[2])
-
-
 def test_the_contract_has_no_colours():
     with pytest.raises(NotImplementedError):
         ColorTransform()(noise((2, 2), 0), np.zeros(4))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"space": "lab"}, "space=lab is unknown. Choose one of rgb, hsv."),
-        ({"hue": 0.6}, "hue=0.6.*0 to 0.5"),
-        ({"brightness": 32}, "brightness=32 .*0 to 1"),
-        ({"probability": 1.5}, "probability=1.5"),
-    ],
-)
-def test_settings_out_of_range_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        instantiate({"_target_": "dinoseg.data.photometric.PhotometricDistortion", **AMOUNTS, "hue": 0.1, **options})

@@ -1,29 +1,23 @@
 import errno
 import json
-import multiprocessing
-import os
 import threading
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from mistakes import assert_refused
+from test_rendered_roots import MOVING, contents
 
 from dinoseg.data.clips.cut import Cut, open_clips
 from dinoseg.data.formats.movi import Movi
 from dinoseg.metrics.clustering import adjusted_rand_index, contingency
 from dinoseg.synthetic.moving import write as moving_objects
-from dinoseg.synthetic.moving import write as moving_write
 from dinoseg.synthetic.moving.write import OUTLINES, draw_video, render_moving_objects
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.locks import hold_lock
 
-SMALL = {"train_videos": 2, "val_videos": 1, "test_videos": 0, "seconds": 1, "size": (32, 40), "workers": 1}
+SMALL = MOVING
 SEEDS = [(0, 0, number) for number in range(1, 13)]
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def test_rendered_videos_are_read_back_exactly(tmp_path: Path) -> None:
@@ -37,15 +31,6 @@ def test_rendered_videos_are_read_back_exactly(tmp_path: Path) -> None:
             np.testing.assert_array_equal(clip["masks"], np.stack([mask for _, mask in drawn]))
             count = int(clip["masks"].max())
             assert clip["annotated"].all() and (clip["appears"][1 : count + 1] == 0).all()
-
-
-def test_same_seed_same_frames_any_other_seed_other_frames() -> None:
-    first, again = (list(draw_video((7, 0, 3), 3, (48, 64))) for _ in range(2))
-    for (rgb, mask), (rgb_again, mask_again) in zip(first, again, strict=True):
-        assert np.array_equal(rgb, rgb_again) and np.array_equal(mask, mask_again)
-    others = [(7, 1, 3), (3, 0, 7), (7, 0, 4), (8, 0, 3), (7 + 2**32, 0, 3), (0, 7, 3)]
-    frames = [first[0][0]] + [next(draw_video(seed, 1, (48, 64)))[0] for seed in others]
-    assert len({frame.tobytes() for frame in frames}) == len(frames)
 
 
 def test_every_object_is_visible_first_and_preserves_its_id() -> None:
@@ -72,30 +57,17 @@ def test_no_object_begins_hidden() -> None:
         assert (sizes[0] >= 0.3 * sizes.max(axis=0)).all()
 
 
-@pytest.mark.parametrize("size", [(32, 32), (32, 75), (61, 47), (160, 96)])
-def test_any_size_is_rendered(size: tuple[int, int]) -> None:
-    for seed in range(3):
-        rgb, mask = list(draw_video(seed, 2, size))[-1]
-        assert rgb.shape == (*size, 3) and mask.shape == size and rgb.dtype == mask.dtype == np.uint8
-        assert mask.any() and not mask.all() and rgb.std() > 5
-
-
 @pytest.mark.parametrize("seed", SEEDS[:4])
 def test_a_mask_is_where_its_object_is_seen(seed: tuple[int, ...]) -> None:
-    def scenes_with(label: int) -> list[moving_objects._Scene]:
-        """Return the scene with one object black and with it white."""
-        made = []
-        for white in (False, True):
-            scene = moving_objects._Scene(seed, (96, 96))
-            scene._light, scene._shadows = None, False
-            rgba = scene._movers[label - 1].body.rgba
-            rgba[..., :3] = rgba[..., 3:] if white else 0
-            made.append(scene)
-        return made
+    def scene_with(label: int, white: bool) -> moving_objects._Scene:
+        scene = moving_objects._Scene(seed, (96, 96))
+        scene._light, scene._shadows = None, False
+        rgba = scene._movers[label - 1].body.rgba
+        rgba[..., :3] = rgba[..., 3:] if white else 0
+        return scene
 
-    count = len(moving_objects._Scene(seed, (96, 96))._movers)
-    for label in range(1, count + 1):
-        black, white = scenes_with(label)
+    for label in range(1, len(moving_objects._Scene(seed, (96, 96))._movers) + 1):
+        black, white = (scene_with(label, is_white) for is_white in (False, True))
         for seconds in (0, 0.5, 1.75):
             (dark, mask), (light, same) = black.frame(seconds), white.frame(seconds)
             cover = (light.astype(float) - dark).mean(axis=-1) / 255
@@ -163,17 +135,9 @@ def test_some_scenes_have_moving_ground_new_light_or_shadows() -> None:
     assert np.array_equal(mask, same) and (dark <= bright).all() and (dark < bright)[mask == 0].any()
 
 
-def test_two_processes_write_the_same_as_one(tmp_path: Path) -> None:
-    for workers in (1, 2):
-        render_moving_objects(tmp_path / str(workers), **{**SMALL, "workers": workers})
-    one, two = contents(tmp_path / "1"), contents(tmp_path / "2")
-    assert one == two and len(one) == 3 * (2 * 12 + 1)
-    assert not multiprocessing.active_children()
-
-
-def test_finished_videos_are_reused_and_partial_ones_repeated(tmp_path: Path, monkeypatch) -> None:
+def test_finished_videos_are_reused_and_partial_ones_repeated(tmp_path: Path, monkeypatch, caplog) -> None:
     render_moving_objects(tmp_path / "whole", **SMALL)
-    write, written = moving_write.write_png, []
+    write, written = moving_objects.write_png, []
 
     def until_full(path: Path, pixels: np.ndarray) -> None:
         written.append(path)
@@ -181,83 +145,28 @@ def test_finished_videos_are_reused_and_partial_ones_repeated(tmp_path: Path, mo
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, pixels)
 
-    monkeypatch.setattr(moving_write, "write_png", until_full)
-    with pytest.raises(UserError, match="No space left on device.*running again renders the missing videos"):
-        render_moving_objects(tmp_path / "cut", **SMALL)
+    monkeypatch.setattr(moving_objects, "write_png", until_full)
+    words = ("No space left on device", "running again renders the missing videos")
+    assert_refused(lambda: render_moving_objects(tmp_path / "cut", **SMALL), *words)
     assert [path.name for path in (tmp_path / "cut/train").iterdir()] == ["train_0001"]
-    monkeypatch.setattr(moving_write, "write_png", write)
+    monkeypatch.setattr(moving_objects, "write_png", write)
     (tmp_path / "cut/train/.train_0002.part/frames").mkdir(parents=True)  # of a run that was killed
     (tmp_path / "cut/train/.train_0002.part/frames/00099.png").write_bytes(b"half")
     kept = (tmp_path / "cut/train/train_0001/frames/00000.png").stat().st_mtime_ns
     render_moving_objects(tmp_path / "cut", **SMALL)
     assert (tmp_path / "cut/train/train_0001/frames/00000.png").stat().st_mtime_ns == kept
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    (tmp_path / "cut/train/train_0002/segmentations/00003.png").unlink()  # as two renderings at once left it
+    render_moving_objects(tmp_path / "cut", **SMALL)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert "train_0002 lacks images: rendering it again" in caplog.text
 
 
 def test_video_records_its_rendering_settings(tmp_path: Path) -> None:
     render_moving_objects(tmp_path, **{**SMALL, "seed": 4})
     said = json.loads((tmp_path / "validation/validation_0001/rendering.json").read_text())
-    assert said == {
-        **{"dinoseg": "moving objects", "seed": 4, "folder": "validation", "number": 1},
-        **{"seconds": 1, "size": [32, 40]},
-    }
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"size": (0, 128)}, r"size=\[0, 128\]"),
-        ({"size": (128, 31)}, r"size=\[128, 31\].*at least 32"),
-        ({"train_videos": 0, "val_videos": 0}, "no videos"),
-        ({"val_videos": -1}, "val_videos=-1"),
-        ({"test_videos": -2}, "test_videos=-2"),
-    ],
-)
-def test_bad_settings_are_named(tmp_path: Path, change: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        render_moving_objects(tmp_path / "new", **{**SMALL, **change})
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("place", ["pictures/a.png", "train/bear/frames/a.png", "validation/notes.txt"])
-def test_other_data_is_neither_overwritten_nor_mixed(tmp_path: Path, place: str) -> None:
-    (tmp_path / place).parent.mkdir(parents=True)
-    (tmp_path / place).write_bytes(b"mine")
-    (tmp_path / ".DS_Store").write_bytes(b"")
-    with pytest.raises(UserError, match="pictures, which was not|(bear|notes.txt) was not rendered with"):
-        render_moving_objects(tmp_path, **SMALL)
-    assert set(contents(tmp_path)) == {place, ".DS_Store"}
-
-
-def test_other_settings_in_the_same_root_are_refused(tmp_path: Path) -> None:
-    render_moving_objects(tmp_path, **SMALL)
-    before = contents(tmp_path)
-    for change in ({"seed": 1}, {"train_videos": 1}, {"seconds": 2}, {"size": (40, 32)}):
-        with pytest.raises(UserError, match="not rendered with these settings"):
-            render_moving_objects(tmp_path, **{**SMALL, **change})
-    assert contents(tmp_path) == before
-
-
-def test_a_root_that_is_a_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot write the videos to .*file"):
-        render_moving_objects(tmp_path / "file", **SMALL)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_root_is_named(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="Cannot write the videos"):
-        render_moving_objects(tmp_path / "new", **SMALL)
-
-
-def test_video_with_missing_frames_is_rendered_again(tmp_path: Path, caplog) -> None:
-    render_moving_objects(tmp_path / "whole", **SMALL)
-    render_moving_objects(tmp_path / "cut", **SMALL)
-    (tmp_path / "cut/train/train_0002/segmentations/00003.png").unlink()  # as two renderings at once left it
-    render_moving_objects(tmp_path / "cut", **SMALL)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-    assert "train_0002 lacks images: rendering it again" in caplog.text
+    place = {"seed": 4, "folder": "validation", "number": 1}
+    assert said == {"dinoseg": "moving objects", **place, "seconds": 1, "size": [32, 40]}
 
 
 def test_two_renderings_of_one_root_work_one_after_the_other(tmp_path: Path, caplog) -> None:

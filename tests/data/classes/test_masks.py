@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from making import save
+from mistakes import assert_refused
 from PIL import Image
 
 from dinoseg.data.classes.labels import Labels
@@ -10,22 +11,23 @@ from dinoseg.utils.errors import UserError
 COLORS = ((0, 0, 0), (255, 0, 0), (0, 0, 255))
 LABELS = Labels.of(["a", "b", "c"], COLORS, 255)
 IDS = np.array([[0, 1], [2, 255], [1, 0]], np.uint8)
+TWO = Labels.of(["no", "yes"], None, 255)
+BINARY = Masks("binary")
+
+
+def read_ids_of(tmp_path, pixels, rules=Masks(), labels=LABELS, **options):  # noqa: B008 (frozen)
+    """Write a mask, and return what a reader makes of it."""
+    return MaskReader(labels, rules).read(save(tmp_path / "m.png", pixels, **options))
 
 
 def test_grey_palette_and_equal_channels_give_the_stored_ids(tmp_path):
-    reader = MaskReader(LABELS, Masks())
     indexed = Image.fromarray(IDS).convert("L")
     indexed.putpalette([9, 8, 7] * 256)  # the colours say nothing here
     indexed.save(tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as image:
         assert image.mode == "P"
-    for path in (
-        save(tmp_path / "g.png", IDS),
-        save(tmp_path / "three.png", np.dstack([IDS] * 3)),
-        save(tmp_path / "wide.png", IDS, dtype=np.uint16),
-        tmp_path / "p.png",
-    ):
-        ids = reader.read(path)
+    found = [MaskReader(LABELS, Masks()).read(tmp_path / "p.png"), read_ids_of(tmp_path, IDS, dtype=np.uint16)]
+    for ids in (*found, read_ids_of(tmp_path, IDS), read_ids_of(tmp_path, np.dstack([IDS] * 3))):
         assert ids.dtype == np.uint8
         np.testing.assert_array_equal(ids, IDS)
 
@@ -49,12 +51,9 @@ def test_wide_ids_are_looked_up_like_bytes(tmp_path, rules):
 
 
 def test_zero_can_be_ignored(tmp_path):
-    reader = MaskReader(LABELS, Masks(reduce_zero_label=True))
-    np.testing.assert_array_equal(reader.read(save(tmp_path / "z.png", [[0, 1, 3, 255]])), [[255, 0, 2, 255]])
-    with pytest.raises(UserError, match="holds the ids 4, which are not classes"):
-        reader.read(save(tmp_path / "high.png", [[4]]))
-    with pytest.raises(UserError, match="reduce_zero_label has no effect with format=binary"):
-        Masks("binary", reduce_zero_label=True)
+    rules = Masks(reduce_zero_label=True)
+    np.testing.assert_array_equal(read_ids_of(tmp_path, [[0, 1, 3, 255]], rules), [[255, 0, 2, 255]])
+    assert_refused(lambda: read_ids_of(tmp_path, [[4]], rules), "holds the ids 4, which are not classes")
 
 
 def test_colours_give_classes_also_from_an_indexed_file(tmp_path):
@@ -70,27 +69,27 @@ def test_colours_give_classes_also_from_an_indexed_file(tmp_path):
 def test_unknown_colours_are_listed(tmp_path):
     pixels = np.zeros((3, 4, 3), np.uint8)
     pixels[0, 0], pixels[1, :2] = (1, 2, 3), (255, 0, 1)
-    path = save(tmp_path / "c.png", pixels)
-    with pytest.raises(UserError, match=r"c\.png .*\(255, 0, 1\), \(1, 2, 3\), on 3 pixels.*ignore_colors"):
-        MaskReader(LABELS, Masks("palette")).read(path)
-    with pytest.raises(UserError, match=r"not in classes\.yaml.*`ignore: \{colors: \[\[255, 0, 1\], \[1, 2, 3\]\]\}`"):
-        MaskReader(LABELS, Masks("palette", described={"ids": None})).read(path)
+    words = ("m.png ", "(255, 0, 1), (1, 2, 3), on 3 pixels", "ignore_colors")
+    assert_refused(lambda: read_ids_of(tmp_path, pixels, Masks("palette")), *words)
+    described = Masks("palette", described={"ids": None})
+    words = ("not in classes.yaml", "`ignore: {colors: [[255, 0, 1], [1, 2, 3]]}`")
+    assert_refused(lambda: read_ids_of(tmp_path, pixels, described), *words)
 
 
 def test_binary_masks_are_read(tmp_path):
-    reader = MaskReader(Labels.of(["no", "yes"], None, 255), Masks("binary"))
-    np.testing.assert_array_equal(reader.read(save(tmp_path / "b.png", [[0, 255]])), [[0, 1]])
+    np.testing.assert_array_equal(read_ids_of(tmp_path, [[0, 255]], BINARY, TWO), [[0, 1]])
     one_bit = tmp_path / "one.png"
     for ids in ([[1, 0]], [[1, 1]], [[0, 0]]):
         Image.fromarray(np.array(ids, bool)).save(one_bit)
-        np.testing.assert_array_equal(reader.read(one_bit), ids)
-        np.testing.assert_array_equal(MaskReader(reader.labels, Masks()).read(one_bit), ids)  # no 255, ignored
-    with pytest.raises(UserError, match=r"j\.png .* 3, 250\. Values near 0 .* lossy .*threshold at 128"):
-        reader.read(save(tmp_path / "j.png", [[0, 3, 250, 255]]))
-    with pytest.raises(UserError, match=r"i\.png .* 1, 128\. .*format=ids"):
-        reader.read(save(tmp_path / "i.png", [[0, 1, 128]]))
-    with pytest.raises(UserError, match=r"i1\.png .* 1\. .*format=ids"):
-        reader.read(save(tmp_path / "i1.png", [[0, 1]]))
+        for rules in (BINARY, Masks()):  # no 255, ignored
+            np.testing.assert_array_equal(MaskReader(TWO, rules).read(one_bit), ids)
+    words = ("m.png ", " 3, 250. Values near 0 ", " lossy ", "threshold at 128")
+    assert_refused(lambda: read_ids_of(tmp_path, [[0, 3, 250, 255]], BINARY, TWO), *words)
+    assert_refused(lambda: read_ids_of(tmp_path, [[0, 1, 128]], BINARY, TWO), "m.png ", " 1, 128. ", "format=ids")
+    assert_refused(lambda: read_ids_of(tmp_path, [[0, 1]], BINARY, TWO), "m.png ", " 1. ", "format=ids")
+    disc = np.hypot(*np.mgrid[-40:40, -40:40]) < 25
+    jpeg = save(tmp_path / "m.jpg", disc * 255, quality=80)
+    assert_refused(lambda: MaskReader(TWO, BINARY).read(jpeg), "lossy compression: threshold at 128")
 
 
 @pytest.mark.parametrize(
@@ -105,75 +104,57 @@ def test_binary_masks_are_read(tmp_path):
     ],
 )
 def test_remedy_for_non_binary_masks_depends_on_compression(tmp_path, values, lossy):
-    labels, path = Labels.of(["no", "yes"], None, 255), save(tmp_path / "m.png", [values])
-    with pytest.raises(UserError, match="threshold at 128" if lossy else r"data\.reader\.masks\.format=ids"):
-        MaskReader(labels, Masks("binary")).read(path)
-    with pytest.raises(UserError, match="threshold at 128" if lossy else r"`masks: ids` in classes\.yaml"):
-        MaskReader(labels, Masks("binary", described={"ids": None})).read(path)
 
-
-def test_a_real_jpeg_of_a_binary_mask_is_lossy(tmp_path):
-    disc = np.hypot(*np.mgrid[-40:40, -40:40]) < 25
-    path = save(tmp_path / "m.jpg", disc * 255, quality=80)
-    with pytest.raises(UserError, match="lossy compression: threshold at 128"):
-        MaskReader(Labels.of(["no", "yes"], None, 255), Masks("binary")).read(path)
+    remedies = ("threshold at 128",) * 2 if lossy else ("data.reader.masks.format=ids", "`masks: ids` in classes.yaml")
+    described = Masks("binary", described={"ids": None})
+    assert_refused(lambda: read_ids_of(tmp_path, [values], BINARY, TWO), remedies[0])
+    assert_refused(lambda: read_ids_of(tmp_path, [values], described, TWO), remedies[1])
 
 
 def test_ids_outside_the_classes_name_ids_and_file(tmp_path):
-    path = save(tmp_path / "m.png", [[0, 3, 200], [254, 255, 1]])
-    table = r"'\+\+data\.reader\.masks\.ids=\{3: 255, 200: 255, 254: 255\}'"
-    with pytest.raises(UserError, match=rf"m\.png holds the ids 3, 200, 254, which .*0 to 2, and 255.*{table}"):
-        MaskReader(LABELS, Masks()).read(path)
-    with pytest.raises(UserError, match=r"`ignore: \{ids: \[3, 200, 254\]\}`") as caught:
-        MaskReader(LABELS, Masks(described={"ids": None})).read(path)
-    assert "data.reader.masks" not in str(caught.value)
-    noise = save(tmp_path / "n.png", np.arange(240).reshape(12, 20))
-    with pytest.raises(UserError, match="227 more, .*do not look like class ids"):
-        MaskReader(LABELS, Masks()).read(noise)
-    wide = save(tmp_path / "w.png", [[0, 40000]], dtype=np.uint16)
-    with pytest.raises(UserError, match=r"ids 40000,"):
-        MaskReader(LABELS, Masks()).read(wide)
+    ids = [[0, 3, 200], [254, 255, 1]]
+    table = "'++data.reader.masks.ids={3: 255, 200: 255, 254: 255}'"
+    assert_refused(lambda: read_ids_of(tmp_path, ids), "m.png holds the ids 3, 200, 254, ", "0 to 2, and 255", table)
+    described = Masks(described={"ids": None})
+    message = assert_refused(lambda: read_ids_of(tmp_path, ids, described), "`ignore: {ids: [3, 200, 254]}`")
+    assert "data.reader.masks" not in message
+    noise = np.arange(240).reshape(12, 20)
+    assert_refused(lambda: read_ids_of(tmp_path, noise), "227 more, ", "do not look like class ids")
+    assert_refused(lambda: read_ids_of(tmp_path, [[0, 40000]], dtype=np.uint16), "ids 40000,")
     huge = tmp_path / "h.tif"
     Image.fromarray(np.array([[-5, 70000]], np.int32)).save(huge)
-    with pytest.raises(UserError, match=r"ids -5, 70000,"):
-        MaskReader(LABELS, Masks()).read(huge)
+    assert_refused(lambda: MaskReader(LABELS, Masks()).read(huge), "ids -5, 70000,")
 
 
-def test_table_maps_ids(tmp_path):
-    reader = MaskReader(LABELS, Masks(ids={0: 255, 7: 2, 1000: 0}))
-    path = save(tmp_path / "m.png", [[0, 7, 2, 1, 1000]], dtype=np.uint16)
-    np.testing.assert_array_equal(reader.read(path), [[255, 2, 2, 1, 0]])
-
-
-def test_remapping_ids_excludes_ids_not_in_the_table(tmp_path):
-    reader = MaskReader(LABELS, Masks(ids={1: 0, 2: 1, 3: 255}))
-    np.testing.assert_array_equal(reader.read(save(tmp_path / "a.png", [[1, 2, 3]])), [[0, 1, 255]])
-    with pytest.raises(UserError, match="holds the ids 0, which are not classes"):
-        reader.read(save(tmp_path / "b.png", [[0, 1, 2, 3]]))
-    merged = MaskReader(LABELS, Masks(ids={1: 0}))
-    np.testing.assert_array_equal(merged.read(save(tmp_path / "m.png", [[0, 1]])), [[0, 0]])
-    kept = MaskReader(LABELS, Masks(ids={3: 255, 7: 2}))  # nothing is said of 0 and 1
-    np.testing.assert_array_equal(kept.read(save(tmp_path / "c.png", [[0, 1, 7, 3]])), [[0, 1, 2, 255]])
+@pytest.mark.parametrize(
+    ("table", "ids", "expected"),
+    [
+        ({0: 255, 7: 2, 1000: 0}, [0, 7, 2, 1, 1000], [255, 2, 2, 1, 0]),
+        ({1: 0, 2: 1, 3: 255}, [1, 2, 3], [0, 1, 255]),
+        ({1: 0}, [0, 1], [0, 0]),
+        ({3: 255, 7: 2}, [0, 1, 7, 3], [0, 1, 2, 255]),  # nothing is said of 0 and 1
+        ({0: -1, 10: 0}, [10, 1, 255], [0, 1, 255]),
+    ],
+)
+def test_table_maps_ids(tmp_path, table, ids, expected):
+    np.testing.assert_array_equal(read_ids_of(tmp_path, [ids], Masks(ids=table), dtype=np.uint16), [expected])
 
 
 def test_table_refuses_ids(tmp_path):
-    reader = MaskReader(LABELS, Masks(ids={0: -1, 10: 0}))
-    np.testing.assert_array_equal(reader.read(save(tmp_path / "m.png", [[10, 1, 255]])), [[0, 1, 255]])
-    with pytest.raises(UserError, match=r"m\.png holds the ids 0, which .* stored in files as 1, 2, 10, and 255 is"):
-        reader.read(save(tmp_path / "m.png", [[10, 0]]))
+    words = ("m.png holds the ids 0, which ", " stored in files as 1, 2, 10, and 255 is")
+    assert_refused(lambda: read_ids_of(tmp_path, [[10, 0]], Masks(ids={0: -1, 10: 0})), *words)
+    rules = Masks(ids={1: 0, 2: 1, 3: 255})  # 0 is not in the table
+    assert_refused(lambda: read_ids_of(tmp_path, [[0, 1, 2, 3]], rules), "holds the ids 0, which are not classes")
+    coloured = [[[0, 1, 0]]]
+    assert_refused(lambda: read_ids_of(tmp_path, coloured), "colour image", "format=palette")
 
 
 def test_several_colours_can_be_one_class(tmp_path):
     rules = Masks("palette", colors={"1": [[9, 9, 9], [250, 0, 0]]}, ignore_colors=[[1, 1, 1]])
     colors = np.array([*COLORS, (9, 9, 9), (250, 0, 0), (1, 1, 1)], np.uint8)
-    path = save(tmp_path / "c.png", colors[[[0, 1, 2], [3, 4, 5]]])
-    np.testing.assert_array_equal(MaskReader(LABELS, rules).read(path), [[0, 1, 2], [1, 1, 255]])
-
-
-def test_coloured_image_read_as_ids_is_refused(tmp_path):
-    path = save(tmp_path / "c.png", [[[0, 1, 0]]])
-    with pytest.raises(UserError, match="colour image.*format=palette"):
-        MaskReader(LABELS, Masks()).read(path)
+    np.testing.assert_array_equal(
+        read_ids_of(tmp_path, colors[[[0, 1, 2], [3, 4, 5]]], rules), [[0, 1, 2], [1, 1, 255]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,6 +167,7 @@ def test_coloured_image_read_as_ids_is_refused(tmp_path):
         ({"format": "palette", "colors": {"a": [[1, 1, 1]]}}, "colours for 'a'"),
         ({"format": "palette", "colors": {0: [[255, 0, 0]]}}, r"\(255, 0, 0\) is used twice"),
         ({"format": "palette", "colors": {0: [[1, 1]]}}, r"Colour \[1, 1\]"),
+        ({"format": "binary", "reduce_zero_label": True}, "reduce_zero_label has no effect with format=binary"),
         ({"format": "binary"}, "needs 2 classes, data.classes has 3"),
         ({"ids": {11: 3}}, "maps 11 to 3: .* 0 to 2, 255 to ignore it, or -1"),
         ({"ids": {11: -2}}, "maps 11 to -2"),

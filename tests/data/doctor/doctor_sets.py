@@ -56,5 +56,17 @@ def findings_by_code(root, *, options=None, **rules):
     return {finding.code: finding for finding in findings if finding.code not in expected}
 
 
+def only_finding(root, code, severity, *, options=None, **rules):
+    """Return the finding of a data set that has no other, and check its code and severity."""
+    (finding,) = findings_by_code(root, options=options, **rules).values()
+    assert (finding.code, finding.severity) == (code, severity)
+    return finding
+
+
 def rewrite(path, change):
     save(path, change(cv2.imread(str(path), cv2.IMREAD_UNCHANGED)))
+
+
+def rewrite_all(root, change, pattern="*/masks/*/*.png"):
+    for path in root.glob(pattern):
+        rewrite(path, change)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from making import save
+from mistakes import assert_refused
 
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
@@ -16,6 +17,15 @@ from dinoseg.utils.errors import UserError
 
 CLASSES = ["a", "b"]
 FLAT = FolderLayout("images", "masks")
+
+
+def refused(root, split, *words, **options):
+    """Check that a data set of folders is refused."""
+    assert_refused(lambda: folder_dataset(root, split, classes=CLASSES, **options), *words)
+
+
+def names_of(root, *splits, **options):
+    return [folder_dataset(root, split, classes=CLASSES, **options).names for split in splits]
 
 
 @pytest.fixture
@@ -65,10 +75,7 @@ def test_one_folder_for_images_and_masks(tmp_path):
     for name in ("p.q", "r"):  # a dot inside a name is no ending
         save(tmp_path / "train" / f"{name}.JPG", np.zeros((2, 2, 3)), format="JPEG")
         save(tmp_path / "train" / f"{name}_mask.png", np.ones((2, 2)))
-    data = folder_dataset(
-        tmp_path, "train", classes=CLASSES, layout=FolderLayout("{split}", "{split}", mask_suffix="_mask")
-    )
-    assert data.names == ["p.q", "r"]
+    assert names_of(tmp_path, "train", layout=FolderLayout("{split}", "{split}", mask_suffix="_mask")) == [["p.q", "r"]]
 
 
 def test_split_folder_names_are_mapped_and_desktop_files_skipped(fill):
@@ -77,72 +84,48 @@ def test_split_folder_names_are_mapped_and_desktop_files_skipped(fill):
     (root / "valid_images/._v.png").write_bytes(b"junk")
     (root / "valid_images/Thumbs.db").write_bytes(b"junk")
     layout = FolderLayout("{split}_images", "{split}_masks", splits={"val": "valid"})
-    assert folder_dataset(root, "val", classes=CLASSES, layout=layout).names == ["v"]
-    assert len(folder_dataset(root, "train", classes=CLASSES, layout=layout)) == 3
+    assert names_of(root, "val", "train", layout=layout) == [["v"], ["x", "y", "z"]]
 
 
-def test_linked_folders_are_followed(fill, tmp_path):
+def test_linked_folders_are_followed(fill):
     root = fill("elsewhere/images", "elsewhere/masks")
-    (tmp_path / "train").mkdir()
-    os.symlink(root / "elsewhere/images", tmp_path / "train/images")
-    (tmp_path / "train/masks").mkdir()
-    os.symlink(root / "elsewhere/masks", tmp_path / "train/masks/deep")
-    with pytest.raises(
-        UserError, match=r"(?s)no image with its mask:\n- deep/x: .*deep/x.png has no image in .*and 3 more: x, "
-    ):
-        folder_dataset(root, "train", classes=CLASSES)
+    (root / "train/masks").mkdir(parents=True)
+    os.symlink(root / "elsewhere/images", root / "train/images")
+    os.symlink(root / "elsewhere/masks", root / "train/masks/deep")
+    words = ("no image with its mask:\n- deep/x: ", "deep/x.png has no image in ", "and 3 more: x, ")
+    refused(root, "train", *words)
 
 
-def test_link_cycles_are_skipped(fill, tmp_path):
+def test_link_cycles_are_skipped(fill):
     root = fill()
     for folder in ("images", "masks"):
         (root / f"train/{folder}/again").symlink_to(root / f"train/{folder}")
-        (root / f"train/{folder}/up").symlink_to(tmp_path)
-    assert folder_dataset(root, "train", classes=CLASSES).names == ["x", "y", "z"]
+        (root / f"train/{folder}/up").symlink_to(root)
+    assert names_of(root, "train") == [["x", "y", "z"]]
 
 
 def test_fraction_splits_the_names(fill):
     root = fill("images", "masks", [f"v{i // 2}_{i}" for i in range(10)])
-    partition = Partition("fraction", val_fraction=0.4, seed=1, group=r"^v\d+")
-    train, val = (
-        folder_dataset(root, split, classes=CLASSES, layout=FLAT, partition=partition).names
-        for split in ("train", "val")
-    )
+    options = {"layout": FLAT, "partition": Partition("fraction", val_fraction=0.4, seed=1, group=r"^v\d+")}
+    train, val = names_of(root, "train", "val", **options)
     assert len(val) == 4 and sorted(train + val) == sorted(f"v{i // 2}_{i}" for i in range(10))
     assert not {n[:2] for n in train} & {n[:2] for n in val}
-    with pytest.raises(UserError, match="fraction has the splits train and val only, not test"):
-        folder_dataset(root, "test", classes=CLASSES, layout=FLAT, partition=partition)
+    refused(root, "test", "fraction has the splits train and val only, not test", **options)
 
 
 def test_name_lists_define_the_splits(fill):
     root = fill("images", "masks", ["a", "sub/b", "c"])
+    save(root / "images/more.jpg", np.zeros((4, 6, 3)))  # in no list
     (root / "masks/c.png").unlink()
     (root / "train.txt").write_text("sub/b.png\na\n")
     (root / "val.txt").write_text("c\n")
     (root / "test.txt").write_text("nix\nnada\na\n")
-    partition = Partition("lists", {"train": "train.txt", "val": "val.txt", "test": "test.txt"})
-
-    def load(split):
-        return folder_dataset(root, split, classes=CLASSES, layout=FLAT, partition=partition)
-
-    assert load("train").names == ["sub/b", "a"]
-    with pytest.raises(
-        UserError, match=r"Split val has no image with its mask:\n- c: .*c\.png has no mask in .*masks\."
-    ):
-        load("val")
-    with pytest.raises(UserError, match="2 names without image and mask.*: nix, nada"):
-        load("test")
-    with pytest.raises(UserError, match="No file list for split extra.*train, val, test"):
-        load("extra")
-
-
-def test_lists_pass_over_images_without_mask(fill):
-    root = fill("images", "masks")
-    (root / "masks/z.png").unlink()
-    save(root / "images/more.jpg", np.zeros((4, 6, 3)))
-    (root / "some.txt").write_text("y\nx\n")
-    partition = Partition("lists", {"train": "some.txt"})
-    assert folder_dataset(root, "train", classes=CLASSES, layout=FLAT, partition=partition).names == ["y", "x"]
+    lists = {"train": "train.txt", "val": "val.txt", "test": "test.txt"}
+    options = {"layout": FLAT, "partition": Partition("lists", lists)}
+    assert names_of(root, "train", **options) == [["sub/b", "a"]]
+    refused(root, "val", "Split val has no image with its mask:\n- c: ", "c.png has no mask in ", "masks.", **options)
+    refused(root, "test", "2 names without image and mask", ": nix, nada", **options)
+    refused(root, "extra", "No file list for split extra", "train, val, test", **options)
 
 
 def test_unpaired_files_are_listed_as_missing(fill):
@@ -159,17 +142,13 @@ def test_unpaired_files_are_listed_as_missing(fill):
 
 def test_a_missing_mask_moves_no_other_pair_to_the_other_side(fill):
     root = fill("images", "masks", [f"n{i}" for i in range(10)])
-    partition = Partition("fraction", val_fraction=0.4, seed=1)
-
-    def load():
-        return [folder_dataset(root, s, classes=CLASSES, layout=FLAT, partition=partition) for s in ("train", "val")]
-
-    whole = [data.names for data in load()]
-    for name in (whole[0][2], whole[1][0]):
-        (root / f"masks/{name}.png").unlink()
-    lame = load()
-    for before, data, lost in zip(whole, lame, (whole[0][2], whole[1][0]), strict=True):
-        assert list(data.lacking) == [lost] and data.names == [name for name in before if name != lost]
+    options = {"classes": CLASSES, "layout": FLAT, "partition": Partition("fraction", val_fraction=0.4, seed=1)}
+    whole = {split: folder_dataset(root, split, **options).names for split in ("train", "val")}
+    for names in whole.values():
+        (root / f"masks/{names[2]}.png").unlink()
+    for split, names in whole.items():
+        data = folder_dataset(root, split, **options)
+        assert list(data.lacking) == [names[2]] and data.names == [name for name in names if name != names[2]]
 
 
 def test_similar_names_are_distinguished(fill):
@@ -192,34 +171,13 @@ def test_undecodable_names_are_split_and_recorded(fill):
     assert json.loads((root / "split.json").read_text()) == {"train": data.names, "val": other.names}
 
 
-def test_two_files_of_one_name_are_refused(fill):
-    root = fill()
-    save(root / "train/images/x.jpg", np.zeros((4, 6, 3)))
-    with pytest.raises(UserError, match=r"x\.jpg and .*x\.png have the same name \(x\)"):
-        folder_dataset(root, "train", classes=CLASSES)
-
-
-def test_missing_folders_are_refused(fill, tmp_path):
-    root = fill()
-    with pytest.raises(UserError, match=r"data\.root=.*gone is not a folder"):
-        folder_dataset(tmp_path / "gone", "train", classes=CLASSES)
-    with pytest.raises(UserError, match=r"No folder .*val/images for split val .*holds the folders train\."):
-        folder_dataset(root, "val", classes=CLASSES)
-    with pytest.raises(UserError, match=r"No folder .*train/labels .*holds the folders images, masks"):
-        folder_dataset(root, "train", classes=CLASSES, layout=FolderLayout(masks="{split}/labels"))
-
-
 def test_unsplit_folder_error_suggests_a_partition(fill):
     root = fill("photos", "labels")
-    with pytest.raises(UserError) as raised:
-        folder_dataset(root, "train", classes=CLASSES)
-    words = dict(word.split("=") for word in str(raised.value).split("add ")[1].split())
+    message = assert_refused(lambda: folder_dataset(root, "train", classes=CLASSES), "add ")
+    words = dict(word.split("=") for word in message.split("add ")[1].split())
     layout = FolderLayout(words["data.reader.layout.images"], words["data.reader.layout.masks"])
-    partition = Partition(words["data.reader.partition.by"])
-    found = [
-        folder_dataset(root, split, classes=CLASSES, layout=layout, partition=partition) for split in ("train", "val")
-    ]
-    assert sorted(found[0].names + found[1].names) == ["x", "y", "z"]
+    train, val = names_of(root, "train", "val", layout=layout, partition=Partition(words["data.reader.partition.by"]))
+    assert sorted(train + val) == ["x", "y", "z"]
     fill("train/images", "train/masks")
     with pytest.raises(UserError, match=r"Check data.root and data.reader.layout\.$"):
         folder_dataset(root, "val", classes=CLASSES)
@@ -227,17 +185,14 @@ def test_unsplit_folder_error_suggests_a_partition(fill):
 
 @pytest.mark.parametrize("masks", [Masks(), Masks("palette")])
 def test_swapped_folders_are_named(fill, masks):
-    root = fill()
-    for path in (root / "train/images").iterdir():
-        save(path, np.random.default_rng(0).integers(0, 256, (9, 8, 3)))
-    if masks.format == "palette":
-        for path in (root / "train/masks").iterdir():
-            save(path, np.zeros((4, 6, 3)))
+    root = fill(size=(9, 8))
+    for name in "xyz":
+        save(root / f"train/images/{name}.png", np.random.default_rng(0).integers(0, 256, (9, 8, 3)))
+        if masks.format == "palette":
+            save(root / f"train/masks/{name}.png", np.zeros((9, 8, 3)))
     layout = FolderLayout("{split}/masks", "{split}/images")
-    with pytest.raises(
-        UserError, match=r"masks/x.png can be read as a mask, and .*images/x.png cannot: .* are swapped"
-    ):
-        folder_dataset(root, "train", classes=CLASSES, layout=layout, masks=masks)
+    words = ("masks/x.png can be read as a mask, and ", "images/x.png cannot: ", " are swapped")
+    refused(root, "train", *words, layout=layout, masks=masks)
     folder_dataset(root, "train", classes=CLASSES, masks=masks)
     save(root / "train/images/x.png", np.zeros((4, 6, 3)))
     save(root / "train/masks/x.png", np.full((4, 6), 7))  # only an id without class
@@ -258,52 +213,43 @@ def test_images_of_unsupported_formats_are_reported(fill, ending):
     assert data.remedy == "Convert such files to PNG, or move them away."
 
 
-@pytest.mark.parametrize("partition", [Partition(), Partition("fraction")])
-def test_empty_split_is_refused(tmp_path, partition):
-    layout = FolderLayout() if partition.by == "folder" else FLAT
+@pytest.mark.parametrize(("layout", "partition"), [(FolderLayout(), Partition()), (FLAT, Partition("fraction"))])
+def test_empty_split_is_refused(tmp_path, layout, partition):
     for folder in ("train/images", "train/masks", "images", "masks"):
         Path(tmp_path, folder).mkdir(parents=True)
-    with pytest.raises(UserError, match=r"Split train is empty: .*images holds no image"):
-        folder_dataset(tmp_path, "train", classes=CLASSES, layout=layout, partition=partition)
+    refused(tmp_path, "train", "Split train is empty: ", "images holds no image", layout=layout, partition=partition)
 
 
-def test_partition_and_layout_must_fit(fill):
+def test_wrong_folders_and_files_are_named(fill):
     root = fill()
-    with pytest.raises(
-        UserError, match=r"and data\.reader\.layout\.masks=masks must both contain \{split\}; otherwise"
-    ):
-        folder_dataset(root, "train", classes=CLASSES, layout=FLAT)
-    with pytest.raises(UserError, match="name it without {split}"):
-        folder_dataset(root, "train", classes=CLASSES, partition=Partition("fraction"))
+    refused(root / "gone", "train", "data.root=", "gone is not a folder")
+    refused(root, "val", "No folder ", "val/images for split val ", "holds the folders train.")
+    layout = FolderLayout(masks="{split}/labels")
+    refused(root, "train", "No folder ", "train/labels ", "holds the folders images, masks", layout=layout)
+    words = "and data.reader.layout.masks=masks must both contain {split}; otherwise"
+    refused(root, "train", words, layout=FLAT)
+    refused(root, "train", "name it without {split}", partition=Partition("fraction"))
+    data = folder_dataset(root, "train", classes=CLASSES)
+    os.truncate(root / "train/images/y.png", 40)
+    os.truncate(root / "train/masks/z.png", 0)
+    assert_refused(lambda: data[1], "images/y.png")
+    assert_refused(lambda: data[2], "masks/z.png")
+    save(root / "train/images/x.jpg", np.zeros((4, 6, 3)))
+    refused(root, "train", "x.jpg and ", "x.png have the same name (x)")
 
 
 def test_size_mismatches_are_refused(fill):
     root = fill(size=(40, 60))
-    mask = np.zeros((20, 30), np.uint8)
-    mask[:, 15:] = 1
+    mask = np.arange(30)[None].repeat(20, axis=0) >= 15
     save(root / "train/masks/x.png", mask)
-    with pytest.raises(UserError, match=r"x\.png is 60 x 40 .*x\.png is 30 x 20.*on_size_mismatch=resize_mask"):
-        folder_dataset(root, "train", classes=CLASSES)[0]
+    given = folder_dataset(root, "train", classes=CLASSES)
+    assert_refused(lambda: given[0], "x.png is 60 x 40 ", "x.png is 30 x 20", "on_size_mismatch=resize_mask")
     data = folder_dataset(root, "train", classes=CLASSES, masks=Masks(on_size_mismatch="resize_mask"))
-    expected = np.zeros((40, 60), np.uint8)
-    expected[:, 30:] = 1
+    expected = np.arange(60)[None].repeat(40, axis=0) >= 30
     np.testing.assert_array_equal(data[0]["mask"], expected)
     np.testing.assert_array_equal(data.mask(0), expected)
     save(root / "train/masks/x.png", mask.T)
-    with pytest.raises(UserError, match="aspect ratios differ by more than 5%"):
-        data[0]
-
-
-def test_unreadable_files_are_named(fill):
-    root = fill()
-    whole = (root / "train/images/y.png").read_bytes()
-    (root / "train/images/y.png").write_bytes(whole[: len(whole) // 2])
-    (root / "train/masks/z.png").write_bytes(b"")
-    data = folder_dataset(root, "train", classes=CLASSES)
-    with pytest.raises(UserError, match=r"images/y\.png"):
-        data[1]
-    with pytest.raises(UserError, match=r"masks/z\.png"):
-        data[2]
+    assert_refused(lambda: data[0], "aspect ratios differ by more than 5%")
 
 
 def test_fingerprint_follows_files_and_rules(fill):
@@ -312,20 +258,15 @@ def test_fingerprint_follows_files_and_rules(fill):
     def key(**options):
         return folder_dataset(root, "train", **{"classes": CLASSES, **options}).fingerprint()
 
-    first = key()
-    assert first == key()
-    others = [
-        key(classes=["a", "c"]),
-        key(ignore_index=254),
-        key(masks=Masks(ids={9: 0})),
-        key(masks=Masks(others="b")),
-    ]
+    keys = [key(), key(classes=["a", "c"]), key(ignore_index=254), key(masks=Masks(ids={9: 0}))]
+    keys.append(key(masks=Masks(others="b")))
+    assert key() == keys[0]
     os.utime(root / "train/masks/y.png", ns=(1, 1))
-    others.append(key())
-    (root / "train/images/z.png").rename(root / "train/images/zz.png")
-    (root / "train/masks/z.png").rename(root / "train/masks/zz.png")
-    others.append(key())
-    assert len({first, *others}) == 7
+    keys.append(key())
+    for kind in ("images", "masks"):
+        (root / f"train/{kind}/z.png").rename(root / f"train/{kind}/zz.png")
+    keys.append(key())
+    assert len(set(keys)) == 7
 
 
 def test_fingerprint_differs_for_roots_with_equal_file_stats(tmp_path):

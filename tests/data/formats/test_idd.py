@@ -1,41 +1,32 @@
 import logging
 import re
 import shutil
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
+from command_line import SMALL, call
+from composed_data import load
 from making import save
+from mistakes import assert_refused
 
-import dinoseg
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.resolvers import register_resolvers
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.idd import idd
 from dinoseg.data.label_tables.read import label_table
 from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.splits import Partition
-from dinoseg.utils.errors import UserError
 
-CONFIGS = Path(dinoseg.__file__).parent / "cfg"
-COLUMNS = {
-    "idd": "level3", "idd_level2": "level2", "idd_level1": "level1", "idd_cityscapes": "cs_train_id", "idd_ids": "id",
-    "idd_home_made": "level3",
-}  # fmt: skip
-FILES = {
-    "idd": "labellevel3Ids", "idd_level2": "labellevel2Ids", "idd_level1": "labellevel1Ids",
-    "idd_cityscapes": "labelcsTrainIds", "idd_ids": "labelids", "idd_home_made": "labelIds",
-}  # fmt: skip
+ENCODINGS = {  # data set: column of the label table, file name
+    "idd": ("level3", "labellevel3Ids"),
+    "idd_level2": ("level2", "labellevel2Ids"),
+    "idd_level1": ("level1", "labellevel1Ids"),
+    "idd_cityscapes": ("cs_train_id", "labelcsTrainIds"),
+    "idd_ids": ("id", "labelids"),
+    "idd_home_made": ("level3", "labelIds"),
+}
 CLASSES = {"classes": [f"c{i}" for i in range(26)]}
 PALETTE = [[i, i, i] for i in range(26)]
-
-
-def load(name, root, *overrides):
-    register_resolvers()
-    given = ["+resolution={crop: [64, 96], longest: 200}", "+cache_dir=unused", *overrides]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(f"data/{name}", [f"data.root='{root}'", *given]).data
 
 
 def add(part, split, name, mask=((0, 25), (255, 3)), kind="labellevel3Ids", suffix=".png", polygons=False):
@@ -49,6 +40,11 @@ def add(part, split, name, mask=((0, 25), (255, 3)), kind="labellevel3Ids", suff
         path.write_text("{}")
 
 
+def refused(root, split, *words, **options):
+    """Check that IDD of a folder is refused; return the message."""
+    return assert_refused(lambda: idd(root, split, **CLASSES | options), *words)
+
+
 def members(column):
     """Return id to rows of the label table, by a column."""
     found = {}
@@ -58,22 +54,19 @@ def members(column):
     return found
 
 
-@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("name", ENCODINGS)
 def test_names_and_colours_are_those_of_the_table(name, tmp_path):
-    data, table = load(name, tmp_path), members(COLUMNS[name])
+    data, table = load(name, tmp_path), members(ENCODINGS[name][0])
+    own_names = {("idd_cityscapes", 9): "terrain"} | dict.fromkeys(
+        [("idd", 12), ("idd_home_made", 12)], "vehicle fallback"
+    )
     assert sorted(table) == list(range(len(data.classes))) and data.num_classes == len(data.classes)
     for index, rows in table.items():
         colors = [[int(value) for value in row["color"].split()] for row in rows]
         typical = colors if name == "idd_level1" else colors[:1]
         assert list(data.palette[index]) in typical, (index, rows[0]["name"])
-        if name in ("idd_level2", "idd_level1") and len(rows) > 1:
-            continue  # groups have names of their own
-        expected = {
-            ("idd_cityscapes", 9): "terrain",
-            ("idd", 12): "vehicle fallback",
-            ("idd_home_made", 12): "vehicle fallback",
-        }.get((name, index), rows[0]["name"])
-        assert data.classes[index] == expected
+        if name not in ("idd_level2", "idd_level1") or len(rows) == 1:  # groups have names of their own
+            assert data.classes[index] == own_names.get((name, index), rows[0]["name"])
     assert data.ignore_index == 255
 
 
@@ -96,18 +89,17 @@ def test_groups_have_the_names_of_the_benchmark(tmp_path):
     assert level1.classes == lite.classes and level1.palette == lite.palette
 
 
-@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("name", ENCODINGS)
 def test_each_encoding_is_read_from_its_own_file(name, tmp_path, caplog):
-    ids = [[255, 1, 2, 4, 25], [0, 3, 26, 254, 9]]
-    expected = [[0, 1, 2, 4, 25], [255, 255, 255, 255, 9]]
-    if name != "idd_home_made":
-        last = len(members(COLUMNS[name])) - 1
-        ids, expected = [[0, last, 255]], [[0, last, 255]]
-    if name == "idd_ids":
-        ids, expected = [[0, 34, 35, 36], [37, 38, 39, 255]], [[0, 34, 255, 255], [255] * 4]
-    for other in FILES.values():  # all lie beside one another
+    column, kind = ENCODINGS[name]
+    last = len(members(column)) - 1
+    ids, expected = {
+        "idd_home_made": ([[255, 1, 2, 4, 25], [0, 3, 26, 254, 9]], [[0, 1, 2, 4, 25], [255, 255, 255, 255, 9]]),
+        "idd_ids": ([[0, 34, 35, 36], [37, 38, 39, 255]], [[0, 34, 255, 255], [255] * 4]),
+    }.get(name, ([[0, last, 255]], [[0, last, 255]]))
+    for _, other in ENCODINGS.values():  # all lie beside one another
         add(tmp_path, "val", "7/a", np.full((2, 2), 1), kind=other)
-    add(tmp_path, "val", "7/a", ids, kind=FILES[name])
+    add(tmp_path, "val", "7/a", ids, kind=kind)
     with caplog.at_level(logging.WARNING):
         data = instantiate(load(name, tmp_path).reader)(split="val")
     assert data.names == ["7/a"]
@@ -175,24 +167,24 @@ def test_folds_keep_drives_whole(tmp_path, shared):
 def test_missing_label_maps_name_the_preparation_command(tmp_path):
     add(tmp_path, "train", "0/a", polygons=True)
     add(tmp_path, "train", "0/b", None, polygons=True)
-    command = f"python -m dinoseg mode=prepare data=idd data.root={tmp_path}"
-    with pytest.raises(UserError) as caught:
-        prepare_dataset(idd(tmp_path, "train", **CLASSES), split="train")
-    assert "has no gtFine_labellevel3Ids.png in" in str(caught.value) and "\n- 0/b: " in str(caught.value)
-    assert command in str(caught.value) and " on_error=skip" in str(caught.value)
+    assert_refused(
+        lambda: prepare_dataset(idd(tmp_path, "train", **CLASSES), split="train"),
+        *("has no gtFine_labellevel3Ids.png in", "\n- 0/b: ", " on_error=skip"),
+        f"python -m dinoseg mode=prepare data=idd data.root={tmp_path}",
+    )
     for name in ("idd_level2", "idd_cityscapes", "idd_ids"):
-        with pytest.raises(UserError, match=f"mode=prepare data={name} data.root="):
-            instantiate(load(name, tmp_path).reader)(split="train")
-    with pytest.raises(UserError, match=r"data=idd data.reader.encoding=level4Id data.root="):
-        idd(tmp_path, "train", classes=[str(i) for i in range(30)], encoding="level4Id")
-    with pytest.raises(UserError, match="Create the official label maps from the polygons and use data=idd"):
-        idd(tmp_path, "train", **CLASSES, encoding="home_made")
+        reader = instantiate(load(name, tmp_path).reader)
+        assert_refused(partial(reader, split="train"), f"mode=prepare data={name} data.root=")
+    thirty = [str(i) for i in range(30)]
+    command = "data=idd data.reader.encoding=level4Id data.root="
+    refused(tmp_path, "train", command, classes=thirty, encoding="level4Id")
+    remedy = "Create the official label maps from the polygons and use data=idd"
+    refused(tmp_path, "train", remedy, encoding="home_made")
 
 
 def test_the_test_split_has_no_public_labels(tmp_path):
     add(tmp_path, "test", "0/a", None)
-    with pytest.raises(UserError, match=r"labels of IDD's test split are not public. Use split val"):
-        idd(tmp_path, "test", **CLASSES)
+    refused(tmp_path, "test", "labels of IDD's test split are not public. Use split val")
     add(tmp_path, "test", "0/b")  # somebody who has them, but not all
     partly = idd(tmp_path, "test", **CLASSES)
     assert partly.names == ["0/b"] and "and no polygons to create it from" in partly.lacking["0/a"]
@@ -209,38 +201,30 @@ def test_unpaired_idd_files_are_reported(tmp_path):
     save(tmp_path / "gtFine/train/3/c_gtFine_labellevel3Ids.png", [[0]])
     lone = idd(tmp_path, "train", **CLASSES)
     assert lone.names == ["0/a"] and "c_gtFine_labellevel3Ids.png has no image in" in lone.lacking["3/c"]
-    with pytest.raises(
-        UserError,
-        match=r"Split train has 1 image with a mask, and 1 incomplete pairs:\n- 3/c: (?s:.*)label maps\.\nTo",
-    ):
-        prepare_dataset(lone, split="train")
+    words = ("Split train has 1 image with a mask, and 1 incomplete pairs:\n- 3/c: ", "label maps.\nTo")
+    assert_refused(lambda: prepare_dataset(lone, split="train"), *words)
     shutil.rmtree(tmp_path / "gtFine/train/3")
     add(tmp_path, "train", "0/a", suffix=".jpg")
-    with pytest.raises(UserError, match=r"a_leftImg8bit.jpg and .*a_leftImg8bit.png have the same name \(0/a\)"):
-        idd(tmp_path, "train", **CLASSES)
+    refused(tmp_path, "train", "a_leftImg8bit.jpg and ", "a_leftImg8bit.png have the same name (0/a)")
 
 
 def test_missing_idd_folders_are_reported(tmp_path):
-    with pytest.raises(UserError, match=r"does not hold IDD: no leftImg8bit or gtFine in it.* It holds nothing\. Give"):
-        idd(tmp_path / "gone", "train", **CLASSES)
+    refused(tmp_path / "gone", "train", "does not hold IDD: no leftImg8bit or gtFine in it", "It holds nothing. Give")
     (tmp_path / "idd-20k-II.tar.gz").write_bytes(b"")
-    with pytest.raises(UserError, match=r"Unpack idd-20k-II.tar.gz there first.*filter='data'"):
-        idd(tmp_path, "train", **CLASSES)
+    refused(tmp_path, "train", "Unpack idd-20k-II.tar.gz there first", "filter='data'")
     (tmp_path / "leftImg8bit/train").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"leftImg8bit/train holds no image \{drive\}/\{id\}_leftImg8bit.png"):
-        idd(tmp_path, "train", **CLASSES)
-    with pytest.raises(UserError, match=r"No folder .*leftImg8bit/val: the splits there are train\. Check data.root"):
-        idd(tmp_path, "val", **CLASSES)
+    refused(tmp_path, "train", "leftImg8bit/train holds no image {drive}/{id}_leftImg8bit.png")
+    refused(tmp_path, "val", "No folder ", "leftImg8bit/val: the splits there are train. Check data.root")
 
 
 def test_incompatible_settings_are_refused(tmp_path):
     add(tmp_path, "train", "0/a")
-    with pytest.raises(UserError, match=r"encoding=level3 is unknown. Choose one of id, csId, .*, home_made"):
-        idd(tmp_path, "train", **CLASSES, encoding="level3")
-    with pytest.raises(UserError, match=r"has 26 names, but the ids of data.reader.encoding=level2Id go from 0 to 15"):
-        idd(tmp_path, "train", **CLASSES, encoding="level2Id")
-    with pytest.raises(UserError, match="partition.by=fraction: IDD has split folders"):
-        idd(tmp_path, "train", **CLASSES, partition=Partition(by="fraction"))
+    words = ("encoding=level3 is unknown. Choose one of id, csId, ", ", home_made")
+    refused(tmp_path, "train", *words, encoding="level3")
+    words = ("has 26 names", "the ids of data.reader.encoding=level2Id go from 0 to 15")
+    refused(tmp_path, "train", *words, encoding="level2Id")
+    by_fraction = Partition(by="fraction")
+    refused(tmp_path, "train", "partition.by=fraction: IDD has split folders", partition=by_fraction)
     merged = idd(tmp_path, "train", classes=["road", "other"], masks=Masks(ids={25: 1, 3: 255}))
     assert merged.mask(0).tolist() == [[0, 1], [255, 255]]
 
@@ -251,14 +235,11 @@ def test_invalid_items_are_refused(tmp_path):
     add(tmp_path, "train", "0/c")
     (tmp_path / "gtFine/train/0/c_gtFine_labellevel3Ids.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     data = idd(tmp_path, "train", **CLASSES)
-    for index, message in enumerate(
-        ("holds the ids 26, which are not classes", "aspect ratios differ", "Cannot read .*c_gtFine")
-    ):
-        with pytest.raises(UserError, match=message):
-            data[index]
+    assert_refused(lambda: data[0], "holds the ids 26, which are not classes")
+    assert_refused(lambda: data[2], "Cannot read ", "c_gtFine")
     resized = idd(tmp_path, "train", **CLASSES, masks=Masks(on_size_mismatch="resize_mask"))
-    with pytest.raises(UserError, match="aspect ratios differ"):
-        resized[1]
+    for each in (data, resized):
+        assert_refused(partial(each.__getitem__, 1), "aspect ratios differ")
 
 
 @pytest.mark.parametrize("image", ["_image", "_leftImg8bit"])
@@ -270,3 +251,25 @@ def test_idd_lite_of_another_release(tmp_path, image):
     cfg = load("idd_lite", tmp_path, f"{layout}.mask_suffix=_gtFine_labellevel1Ids", f"{layout}.image_suffix={image}")
     data = instantiate(cfg.reader)(split="val")
     assert data.names == ["7/a"] and data.mask(0).tolist() == [[0, 6], [255, 3]]
+
+
+@pytest.mark.parametrize("kind", ["labelIds", "labellevel3Ids"])
+def test_home_made_labels_train_with_a_warning_by_their_name_only(tmp_path, kind):
+    draw = np.random.default_rng(1)
+    for name in [*(f"train/{number}" for number in range(3)), *(f"val/{number}" for number in range(2))]:
+        save(tmp_path / f"idd/leftImg8bit/{name}/f_leftImg8bit.png", draw.integers(0, 256, (32, 48, 3)))
+        ids = draw.choice([1, 2, 4, 5, 9, 25, 26, 255], (32, 48))  # neither 0, road, nor 3, rail track
+        save(tmp_path / f"idd/gtFine/{name}/f_gtFine_{kind}.png", ids)
+    words = [word for word in SMALL if not word.startswith(("data=", "data.classes=", "data.root="))]
+    words += ["data.root=idd", "trainer.val_every=2", "hydra.run.dir=run"]
+    if kind == "labellevel3Ids":
+        done = call(tmp_path, "mode=train", *words, "data=idd", "data.reader.masks.ids={26: 255}")
+        assert done.status == 1 and "look home-made or remapped" in done.err
+        return
+    done = call(tmp_path, "mode=train", *words, "data=idd_home_made")
+    assert done.status == 0, done.err
+    assert "data=idd_home_made trains on a custom remap: 255 is void in IDD but road here, and" in done.err
+    assert "these labels look home-made or remapped" in done.err and list(tmp_path.rglob("run/**/scores.json"))
+    done = call(tmp_path, "mode=eval", "resume=run", "engine=cpu")
+    assert done.status == 0 and "official" not in done.out, done.err
+    assert not list(tmp_path.rglob("official_scores.json"))

@@ -1,11 +1,13 @@
 """Masks with a layer for each class, from folders of classes, from one PNG per class, and from COCO."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from making import save
+from mistakes import assert_refused
 from overlapping_shapes import CLASSES, write_coco, write_overlaps
 from PIL import Image
 
@@ -23,14 +25,30 @@ from dinoseg.data.scan.measure import measure
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.inference.class_record import references
 from dinoseg.testing import check_dataset
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
 
 PER_FILE = FolderLayout("{split}/images", "{split}/flat", mask_suffix="_{class}")
 
 
-def folder(root, **options):
-    return folder_dataset(root, "train", classes=CLASSES, layers=True, **options)
+def folder(root, split="train", classes=CLASSES, **options):
+    return folder_dataset(root, split, **{"classes": classes, "layers": True} | options)
+
+
+def refused(root, *words, **options):
+    assert_refused(lambda: folder(root, **options), *words)
+
+
+def check_masks(data, masks):
+    """Check that a dataset has the masks of some names."""
+    for index, name in enumerate(data.names):
+        np.testing.assert_array_equal(data[index]["mask"], masks[name])
+
+
+def rewrite_coco(root, change):
+    """Change the annotations of a COCO file."""
+    path = root / "annotations/instances_train.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"annotations": change(content["annotations"])}))
 
 
 def coco(root, shapes=Shapes(unlabelled=None)):  # noqa: B008 (frozen)
@@ -41,12 +59,10 @@ def test_folders_of_classes_become_layers(tmp_path):
     masks, data = write_overlaps(tmp_path), folder(tmp_path)
     assert data.has_layers and len(data) == 12
     assert any((layers.sum(axis=0) > 1).any() for layers in masks.values())  # classes overlap
-    for index, name in enumerate(data.names):
-        np.testing.assert_array_equal(data[index]["mask"], masks[name])
+    check_masks(data, masks)
     check_dataset(data, has_layers=True)
-    assert class_counts(data, tmp_path / "cache").tolist() == [
-        sum(int(masks[name][layer].sum()) for name in data.names) for layer in range(2)
-    ]
+    counts = sum(masks[name].sum(axis=(1, 2), dtype=int) for name in data.names)
+    assert class_counts(data, tmp_path / "cache").tolist() == counts.tolist()
 
 
 def test_a_file_for_each_class_equals_folders_of_classes(tmp_path):
@@ -54,25 +70,31 @@ def test_a_file_for_each_class_equals_folders_of_classes(tmp_path):
     for name in ("train_0", "train_1", "train_2"):
         for label, layer in zip(CLASSES, masks[name], strict=True):
             save(tmp_path / "train/flat" / f"{name}_{label}.png", 255 * layer.astype(np.uint8))
-    one, other = folder(tmp_path), folder(tmp_path, layout=PER_FILE, masks=Masks(format="binary"))
-    assert one.names == other.names
-    for ours, theirs in zip(one, other, strict=True):
-        np.testing.assert_array_equal(ours["mask"], theirs["mask"])
+    data = folder(tmp_path, layout=PER_FILE, masks=Masks(format="binary"))
+    assert data.names == folder(tmp_path).names and len(data) == 3
+    check_masks(data, masks)
 
 
-@pytest.mark.parametrize("classes", [["a"], ["a", "b", "c"], ["a", "b", "c", "d", "e"]])
-@pytest.mark.parametrize("rules", [{"format": "binary"}, {"ids": {128: 1, 255: 1}}, {"others": "present"}])
-def test_layers_of_0_and_255_suit_any_number_of_classes(classes, rules, tmp_path):
+@pytest.mark.parametrize(
+    ("classes", "rules", "value"),
+    [
+        ("a", {"format": "binary"}, 255),
+        ("a", {"others": "present"}, 7),
+        ("abc", {"ids": {128: 1, 255: 1}}, 255),
+        ("abcde", {"format": "binary"}, 255),
+        ("abcde", {"others": "present"}, 7),
+    ],
+)
+def test_layers_of_0_and_another_value_suit_any_number_of_classes(classes, rules, value, tmp_path):
     expected = np.arange(6 * len(classes)).reshape(-1, 2, 3) % 5 % 2
     save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
     for name, layer in zip(classes, expected, strict=True):
-        save(tmp_path / "train/masks" / name / "x.png", (255 if rules != {"others": "present"} else 7) * layer)
-    data = folder_dataset(tmp_path, "train", classes=classes, layers=True, masks=Masks(**rules))
+        save(tmp_path / "train/masks" / name / "x.png", value * layer)
+    data = folder(tmp_path, classes=list(classes), masks=Masks(**rules))
     assert data[0]["mask"].tolist() == data.keep({"x"})[0]["mask"].tolist() == expected.tolist()
     assert len(data.keep(set())) == 0
-    record = measure(data.pairs[0], data.reader, images=False)
-    assert not record.problems
-    scored = references(Labels.of(classes, None, 255), rules, has_layers=True)
+    assert not measure(data.pairs[0], data.reader, images=False).problems
+    scored = references(Labels.of(list(classes), None, 255), rules, has_layers=True)
     assert scored(tmp_path / "train/masks" / classes[0] / "x.png").tolist() == expected[0].tolist()
 
 
@@ -81,8 +103,8 @@ def test_a_class_file_of_binary_masks_names_one_class(tmp_path):
     assert read_class_file(tmp_path / "classes.yaml", 255)["format"] == "binary"
     save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
     save(tmp_path / "train/masks/x.png", np.zeros((2, 3)))
-    with pytest.raises(UserError, match=r"format=binary needs 2 classes, data.classes has 1\..*task=multilabel"):
-        folder_dataset(tmp_path, "train", classes=["a"], masks=Masks(format="binary"))
+    words = ("format=binary needs 2 classes, data.classes has 1.", "task=multilabel")
+    refused(tmp_path, *words, classes=["a"], layers=False, masks=Masks(format="binary"))
 
 
 @pytest.mark.parametrize(("form", "one"), [("ids", np.uint8(1)), ("binary", np.uint8(255)), ("binary", np.True_)])
@@ -94,34 +116,20 @@ def test_pages_of_tiff_masks_are_the_classes(form, one, tmp_path):
         pages[0].save(tmp_path / f"train/pages/{name}.tif", save_all=True, append_images=pages[1:])
     data = folder(tmp_path, layout=FolderLayout(masks="{split}/pages"), masks=Masks(format=form))
     assert data.names == folders.names and data.fingerprint() != folders.fingerprint()
-    for index, name in enumerate(data.names):
-        np.testing.assert_array_equal(data[index]["mask"], masks[name])
+    check_masks(data, masks)
     record = measure(data.pairs[0], data.reader, images=False)
     assert not record.problems and record.pixels == measure(folders.pairs[0], folders.reader, images=False).pixels
     pages[0].save(tmp_path / f"train/pages/{name}.tif", save_all=True, append_images=pages)
-    with pytest.raises(UserError, match="has 3 pages, and one for each of 2 classes"):
-        data[2]
-    with pytest.raises(UserError, match="has 3 pages.*task=multilabel"):
-        read_ids(tmp_path / f"train/pages/{name}.tif")
+    assert_refused(lambda: data[2], "has 3 pages, and one for each of 2 classes")
+    assert_refused(lambda: read_ids(tmp_path / f"train/pages/{name}.tif"), "has 3 pages", "task=multilabel")
 
 
-def test_shapes_of_coco_keep_their_overlaps(tmp_path):
-    masks, data = write_coco(tmp_path), coco(tmp_path)
-    for index, name in enumerate(data.names):
-        np.testing.assert_array_equal(data[index]["mask"], masks[name])
-
-
-def test_ignored_shapes_and_pixels_are_ignored(tmp_path):
+def test_shapes_of_coco_overlap_and_may_be_ignored(tmp_path):
     masks = write_coco(tmp_path)
-    path = tmp_path / "annotations/instances_train.json"
-    content = json.loads(path.read_text())
-    for annotation in content["annotations"]:
-        annotation["iscrowd"] = int(annotation["category_id"] == 2)
-    path.write_text(json.dumps(content))
-    data = coco(tmp_path, Shapes(unlabelled=None, crowds="ignore"))
-    for index, name in enumerate(data.names):
-        np.testing.assert_array_equal(data[index]["mask"][0], masks[name][0])
-        np.testing.assert_array_equal(data[index]["mask"][1], 255 * masks[name][1].astype(np.uint8))
+    check_masks(coco(tmp_path), masks)
+    rewrite_coco(tmp_path, lambda rows: [each | {"iscrowd": int(each["category_id"] == 2)} for each in rows])
+    ignored = {name: np.stack([disc, 255 * square.astype(int)]) for name, (disc, square) in masks.items()}
+    check_masks(coco(tmp_path, Shapes(unlabelled=None, crowds="ignore")), ignored)
     save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
     save(tmp_path / "train/masks/disc/x.png", [[0, 1, 255], [255, 1, 0]])
     layers = folder(tmp_path)[0]["mask"]
@@ -131,12 +139,8 @@ def test_ignored_shapes_and_pixels_are_ignored(tmp_path):
 
 def test_objects_cover_ignored_shapes_of_their_class(tmp_path):
     masks = write_coco(tmp_path)
-    path = tmp_path / "annotations/instances_train.json"
-    content = json.loads(path.read_text())
-    crowd = {"iscrowd": 1, "category_id": 1}
-    ignored = [{**each, **crowd, "id": each["id"] + 1000} for each in content["annotations"]]  # all objects of an image
-    content["annotations"] += ignored
-    path.write_text(json.dumps(content))
+    crowd = {"iscrowd": 1, "category_id": 1}  # all objects of an image
+    rewrite_coco(tmp_path, lambda rows: [*rows, *({**each, **crowd, "id": each["id"] + 1000} for each in rows)])
     data = coco(tmp_path, Shapes(unlabelled=None, crowds="ignore"))
     for index, name in enumerate(data.names):
         disc, square = masks[name]
@@ -151,26 +155,20 @@ def test_incomplete_and_unequal_masks_are_refused(tmp_path):
     data = folder(tmp_path)
     assert len(data) == 1 and len(data.lacking) == 2
     save(tmp_path / "train/masks/disc/train_0.png", np.zeros((2, 2)))
-    with pytest.raises(UserError, match="differ in size"):
-        data[0]
+    assert_refused(lambda: data[0], "differ in size")
     save(tmp_path / "train/masks/disc/train_0.png", np.full((32, 48), 7))
-    with pytest.raises(UserError, match=r"train_0\.png holds the ids 7\. A mask of one class has the id 0 where"):
-        data[0]
+    assert_refused(lambda: data[0], "train_0.png holds the ids 7. A mask of one class has the id 0 where")
 
 
-def test_missing_folders_of_all_classes_name_the_suffix(tmp_path):
+def test_missing_folders_of_classes_name_the_remedy(tmp_path):
     save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
     save(tmp_path / "train/masks/x_disc.png", np.zeros((2, 3)))
-    with pytest.raises(UserError, match=r"masks/disc.*mask_suffix=\"_\{class\}\""):
-        folder(tmp_path)
-    with pytest.raises(UserError, match=r"mask_suffix=_\{class\}.*task=multilabel"):
-        folder_dataset(tmp_path, "train", classes=CLASSES, layout=FolderLayout(mask_suffix="_{class}"))
-
-
-def test_folders_of_classes_name_the_task_that_reads_them(tmp_path):
-    write_overlaps(tmp_path, train=2)
-    with pytest.raises(UserError, match=f"in a folder: {', '.join(sorted(CLASSES))}.*Set task=multilabel"):
-        folder_dataset(tmp_path, "train", classes=CLASSES)
+    refused(tmp_path, "masks/disc", 'mask_suffix="_{class}"')
+    layout = FolderLayout(mask_suffix="_{class}")
+    refused(tmp_path, "mask_suffix=_{class}", "task=multilabel", layers=False, layout=layout)
+    write_overlaps(tmp_path / "folders", train=2)
+    words = (f"in a folder: {', '.join(sorted(CLASSES))}", "Set task=multilabel")
+    refused(tmp_path / "folders", *words, layers=False)
 
 
 def test_a_missing_class_folder_names_folders_of_no_class(tmp_path, caplog):
@@ -180,43 +178,36 @@ def test_a_missing_class_folder_names_folders_of_no_class(tmp_path, caplog):
     assert f"masks/{CLASSES[0]} is missing" in caplog.text and "Folders of no class: typo." in caplog.text
 
 
-@pytest.mark.parametrize("layout", [FolderLayout(), PER_FILE])
-def test_a_folder_instead_of_a_mask_is_no_absent_class(layout, tmp_path):
+@pytest.mark.parametrize(("layout", "name"), [(FolderLayout(), "{}/x.png"), (PER_FILE, "x_{}.png")])
+def test_a_folder_instead_of_a_mask_is_no_absent_class(layout, name, tmp_path):
     save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
-    for name in ("disc/x.png", "square/x.png") if layout != PER_FILE else ("x_disc.png", "x_square.png"):
-        place = tmp_path / layout.masks.format(split="train") / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.mkdir() if "square" in name else save(place, np.ones((2, 3)))
-    with pytest.raises(UserError, match=r"square\S*\.png is a folder, not a mask"):
-        folder(tmp_path, layout=layout)
+    masks = tmp_path / layout.masks.format(split="train")
+    save(masks / name.format("disc"), np.ones((2, 3)))
+    place = masks / name.format("square")
+    place.mkdir(parents=True)
+    refused(tmp_path, f"{name.format('square')} is a folder, not a mask", layout=layout)
     place.rename(place.with_name("tiles.tif"))  # a folder of another name is one of a tree
     assert folder(tmp_path, layout=layout)[0]["mask"].sum() == 6
 
 
 def test_a_class_of_0_and_255_alone_is_refused(tmp_path):
     write_overlaps(tmp_path)
-    splits = {split: folder_dataset(tmp_path, split, classes=CLASSES, layers=True) for split in ("train", "val")}
+    splits = {split: folder(tmp_path, split) for split in ("train", "val")}
     check_for_errors(**splits, cache_dir=tmp_path / "cache")
     for path in (tmp_path / "train/masks/square").iterdir():
         save(path, 255 * read_ids(path))
-    with pytest.raises(UserError, match="square in train hold only 0 and 255(?s:.*)masks.format=binary") as caught:
-        check_for_errors(**splits, cache_dir=tmp_path / "cache")
-    assert "disc in train" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["a/b", "..", "x?"])
-def test_class_names_unusable_as_file_names_are_refused(tmp_path, name):
-    write_overlaps(tmp_path, train=1)
-    with pytest.raises(UserError, match="Rename it"):
-        folder_dataset(tmp_path, "train", classes=[name], layers=True)
+    words = ("square in train hold only 0 and 255", "masks.format=binary")
+    assert "disc in train" not in assert_refused(
+        lambda: check_for_errors(**splits, cache_dir=tmp_path / "cache"), *words
+    )
 
 
 @pytest.mark.parametrize("is_own", [True, False])
 def test_class_names_of_any_layers_are_checked(is_own, tmp_path):
     write_coco(tmp_path)
-    data = Drawn([[[0, 1], [1, 255]], [[0, 0], [1, 0]]]) if is_own else coco(tmp_path)
-    with pytest.raises(UserError, match="The class a/b .* Rename it"):
-        check_custom_dataset(data, ["a/b", "c"], 255, has_layers=True)
+    data = drawn([[[0, 1], [1, 255]], [[0, 0], [1, 0]]]) if is_own else coco(tmp_path)
+    act = partial(check_custom_dataset, data, ["a/b", "c"], 255, has_layers=True)
+    assert_refused(act, "The class a/b ", "Rename it")
 
 
 @pytest.mark.parametrize(
@@ -227,111 +218,90 @@ def test_class_names_of_any_layers_are_checked(is_own, tmp_path):
         (["tool", "con"], "The class con "),
         (["tool", "Lpt1.png"], "The class Lpt1.png "),
         (["tool", "\u91dd" * 100], "cannot be that of a file"),
+        (["a/b"], "Rename it"),
+        ([".."], "Rename it"),
+        (["x?"], "Rename it"),
     ],
 )
-def test_names_that_share_a_file_somewhere_are_refused(names, message, tmp_path):
+def test_class_names_that_no_disk_can_have_are_refused(names, message, tmp_path):
     write_overlaps(tmp_path, train=1)
-    with pytest.raises(UserError, match=message):
-        folder_dataset(tmp_path, "train", classes=names, layers=True)
+    refused(tmp_path, message, classes=names)
 
 
 def write_claim(root, side, annotations):
     """Write a COCO file that states another size than the 8 x 8 pixels of its image, with many classes."""
     save(root / "train" / "a.png", np.zeros((8, 8), np.uint8))
-    image = {"id": 0, "file_name": "a.png", "height": side, "width": side}
-    names = [f"class {index}" for index in range(100)]
-    shapes = [
-        {"id": index, "image_id": 0, "category_id": index, "segmentation": [[0, 0, 9, 0, 9, 9]]}
-        for index in range(annotations)
-    ]
-    categories = [{"id": index, "name": name} for index, name in enumerate(names)]
-    content = {"images": [image], "categories": categories, "annotations": shapes}
+    names, shape = [f"class {index}" for index in range(100)], [[0, 0, 9, 0, 9, 9]]
+    content = {
+        "images": [{"id": 0, "file_name": "a.png", "height": side, "width": side}],
+        "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
+        "annotations": [{"id": n, "image_id": 0, "category_id": n, "segmentation": shape} for n in range(annotations)],
+    }
     (root / "annotations").mkdir()
     (root / "annotations/instances_train.json").write_text(json.dumps(content))
     return annotated_dataset(root, "train", kind="coco", classes=names, shapes=Shapes(unlabelled=None), layers=True)
 
 
 def test_masks_larger_than_their_image_are_refused(tmp_path, monkeypatch):
+    data = write_claim(tmp_path / "few", 8, 3)  # absent classes cost no mask
+    assert [index for index, source in enumerate(data.pairs[0].mask.sources) if source is not None] == [0, 1, 2]
+    assert data[0]["mask"].any(dim=(1, 2)).sum() == 3
     data = write_claim(tmp_path, 13_000, 100)
     monkeypatch.setattr(Drawing, "read", None)
-    with pytest.raises(UserError, match="its mask .* is 13000 x 13000. Make them equal"):
-        data[0]
+    assert_refused(lambda: data[0], "its mask ", " is 13000 x 13000. Make them equal")
     assert {*measure(data.pairs[0], data.reader, images=False).problems} == {"size_mismatch"}
     (tmp_path / "train/a.png").write_bytes(b"none")
     assert {*measure(data.pairs[0], data.reader, images=False).problems} == {"unreadable_image"}
-
-
-def test_absent_classes_cost_no_mask(tmp_path):
-    data = write_claim(tmp_path, 8, 3)
-    assert [index for index, source in enumerate(data.pairs[0].mask.sources) if source is not None] == [0, 1, 2]
-    assert data[0]["mask"].any(dim=(1, 2)).sum() == 3
 
 
 def test_a_mask_that_fits_two_classes_is_refused(tmp_path):
     for name in ("x", "x_black"):
         save(tmp_path / "train/images" / f"{name}.png", np.zeros((2, 2, 3)))
     save(tmp_path / "train/flat/x_black_cat.png", np.zeros((2, 2)))
-    with pytest.raises(UserError, match="two images or classes"):
-        folder_dataset(tmp_path, "train", classes=["cat", "black_cat"], layers=True, layout=PER_FILE)
+    refused(tmp_path, "two images or classes", classes=["cat", "black_cat"], layout=PER_FILE)
 
 
 def test_options_that_need_one_class_per_pixel_are_refused(tmp_path):
     write_overlaps(tmp_path, train=1)
     data = folder(tmp_path)
-    with pytest.raises(UserError, match="packed"):
-        prepare_dataset(data, split="train", cache="packed")
-    with pytest.raises(UserError, match="unlabelled"):
-        write_coco(tmp_path / "coco")
-        annotated_dataset(tmp_path / "coco", "train", kind="coco", classes=["background", *CLASSES], layers=True)
+    assert_refused(lambda: prepare_dataset(data, split="train", cache="packed"), "packed")
+    write_coco(tmp_path / "coco")
+    given = {"kind": "coco", "classes": ["background", *CLASSES], "layers": True}
+    assert_refused(lambda: annotated_dataset(tmp_path / "coco", "train", **given), "unlabelled")
     for unlabelled in ("ignore", "road"):
-        with pytest.raises(UserError, match=f"data.unlabelled={unlabelled}.*=null"):
-            coco(tmp_path / "coco", Shapes(unlabelled=unlabelled))
-    with pytest.raises(UserError, match="cat_max_ratio"):
-        Augment((8, 8), cat_max_ratio=0.5)(np.zeros((9, 9, 3), np.uint8), data[0]["mask"].numpy(), make_rng())
+        act = partial(coco, tmp_path / "coco", Shapes(unlabelled=unlabelled))
+        assert_refused(act, f"data.unlabelled={unlabelled}", "=null")
+    image, rng = np.zeros((9, 9, 3), np.uint8), np.random.default_rng(3)
+    augment = Augment((8, 8), cat_max_ratio=0.5)
+    assert_refused(lambda: augment(image, data[0]["mask"].numpy(), rng), "cat_max_ratio")
 
 
-class Drawn:
-    """A dataset of a class of its own, with two layers."""
-
-    classes, palette, ignore_index, names = ("a", "b"), ((0, 0, 0), (255, 0, 0)), 255, ["x"]
-
-    def __init__(self, mask):
-        self.mask = torch.tensor(mask)
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        return {"image": torch.zeros(3, 2, 2, dtype=torch.uint8), "mask": self.mask, "name": "x"}
-
-
-class Single(Drawn):
-    """A dataset of a single class."""
-
-    classes, palette = ("a",), ((0, 0, 0),)
+def drawn(mask):
+    """Return a dataset of a class of its own, with a mask (layers, H, W)."""
+    classes = "ab"[: len(mask)]
+    members = {"classes": tuple(classes), "palette": ((0, 0, 0), (255, 0, 0))[: len(mask)], "ignore_index": 255}
+    sample = {"image": torch.zeros(3, 2, 2, dtype=torch.uint8), "mask": torch.tensor(mask), "name": "x"}
+    members |= {"names": ["x"], "__len__": lambda self: 1, "__getitem__": lambda self, index: sample}
+    return type("Drawn", (), members)()
 
 
 def test_a_dataset_class_may_return_layers(tmp_path):
-    assert CustomDataset(Single([[[0, 1], [1, 255]]]), has_layers=True)[0]["mask"].tolist() == [[[0, 1], [1, 255]]]
-    data = CustomDataset(Drawn([[[0, 1], [1, 255]], [[0, 0], [1, 0]]]), has_layers=True)
+    assert CustomDataset(drawn([[[0, 1], [1, 255]]]), has_layers=True)[0]["mask"].tolist() == [[[0, 1], [1, 255]]]
+    data = CustomDataset(drawn([[[0, 1], [1, 255]], [[0, 0], [1, 0]]]), has_layers=True)
     assert data[0]["mask"].dtype == torch.uint8 and class_counts(data, tmp_path).tolist() == [2, 1]
     assert torch.equal(data.keep({"x"})[0]["mask"], data[0]["mask"])
     for mask in ([[0, 1], [1, 0]], [[[0, 2], [1, 0]], [[0, 0], [1, 0]]]):
-        with pytest.raises(UserError, match="the mask of x"):
-            CustomDataset(Drawn(mask), has_layers=True)[0]
+        wrong = CustomDataset(drawn(mask), has_layers=True)
+        assert_refused(partial(wrong.__getitem__, 0), "the mask of x")
 
 
 def test_the_ignored_id_is_no_class_of_layers(tmp_path):
     write_overlaps(tmp_path, train=1)
     classes = [*CLASSES, "ring"]
-    data = folder_dataset(tmp_path, "train", classes=classes, ignore_index=2, layers=True)
-    with pytest.raises(UserError, match=r"data.ignore_index=2.*ids 0 to 2"):
-        check_custom_dataset(data, classes, 2, has_layers=True)
+    data = folder(tmp_path, classes=classes, ignore_index=2)
+    act = partial(check_custom_dataset, data, classes, 2, has_layers=True)
+    assert_refused(act, "data.ignore_index=2", "ids 0 to 2")
     assert check_custom_dataset(folder(tmp_path, ignore_index=2), CLASSES, 2, has_layers=True).ignore_index == 2
-
-
-def make_rng():
-    return np.random.default_rng(3)
 
 
 def test_augmentation_moves_all_layers_alike():

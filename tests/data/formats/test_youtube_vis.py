@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from command_line import SLOTS, call
+from mistakes import assert_refused
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.annotation.rle import counts_of, to_text
@@ -16,6 +17,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids, write_png
 
 SIZE = (32, 40)
+SEGMENTS = ("annotations", 1, "segmentations")
 VIDEOS = {"0043f083b5": 5, "00ad5016a4": 4, "0b97736357": 6}  # frames
 
 
@@ -32,32 +34,31 @@ def masks_of(video):
 
 
 def segmentations(masks, compressed):
-    counts = [counts_of(mask.T.ravel()) for mask in masks]
-    texts = [to_text(each) if compressed else each.tolist() for each in counts]
-    return [
-        {"size": list(SIZE), "counts": text} if mask.any() else None for text, mask in zip(texts, masks, strict=True)
-    ]
+    size, texts = list(SIZE), [counts_of(mask.T.ravel()) for mask in masks]
+    texts = [to_text(each) if compressed else each.tolist() for each in texts]
+    return [{"size": size, "counts": text} if mask.any() else None for text, mask in zip(texts, masks, strict=True)]
 
 
 def annotations():
-    videos = [
-        {
-            **{"id": number + 7, "height": SIZE[0], "width": SIZE[1], "length": frames},
-            "file_names": [f"{name}/{5 * frame:05d}.jpg" for frame in range(frames)],
-        }
-        for number, (name, frames) in enumerate(VIDEOS.items())
-    ]
-    objects = [
-        {
-            **{"id": 10 * video["id"] + number, "video_id": video["id"], "category_id": 3 + number, "iscrowd": 0},
-            "segmentations": segmentations(masks, compressed=number == 0),
-        }
-        for video, name in zip(videos, VIDEOS, strict=True)
-        for number, masks in enumerate(masks_of(name))
-    ]
+    videos, objects = [], []
+    for number, (name, frames) in enumerate(VIDEOS.items(), 7):
+        names = [f"{name}/{5 * frame:05d}.jpg" for frame in range(frames)]
+        sides = {"height": SIZE[0], "width": SIZE[1], "length": frames}
+        videos.append({"id": number, "file_names": names, **sides})
+        for index, masks in enumerate(masks_of(name)):
+            ids = {"id": 10 * number + index, "video_id": number, "category_id": 3 + index, "iscrowd": 0}
+            objects.append({**ids, "segmentations": segmentations(masks, compressed=index == 0)})
     crowd = {"id": 1, "video_id": 7, "iscrowd": 1, "segmentations": [None] * VIDEOS["0043f083b5"]}
     categories = [{"id": 3, "name": "dog"}, {"id": 4, "name": "cat"}]
     return {"info": {}, "videos": videos, "annotations": [crowd, *objects], "categories": categories}
+
+
+def write_annotations(root, given):
+    (root / "train/instances.json").write_text(json.dumps(given))
+
+
+def refused(root, split, *words, **options):
+    assert_refused(lambda: YoutubeVis(str(root), **{"held_out": 1} | options).videos(split), *words)
 
 
 @pytest.fixture
@@ -67,10 +68,8 @@ def root(tmp_path):
         for frame in range(frames):
             pixels = np.random.default_rng([frame, frames]).integers(0, 100, (*SIZE, 3), np.uint8)
             pixels[masks_of(name)[:, frame].any(0)] += 120
-            path = folder / f"train/JPEGImages/{name}/{5 * frame:05d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_png(path, pixels)
-    (folder / "train/instances.json").write_text(json.dumps(annotations()))
+            write_png(folder / f"train/JPEGImages/{name}/{5 * frame:05d}.jpg", pixels)
+    write_annotations(folder, annotations())
     return folder
 
 
@@ -99,7 +98,7 @@ def test_polygons_and_videos_without_objects(root):
     given = annotations()
     given["annotations"] = [given["annotations"][1]]
     given["annotations"][0]["segmentations"][0] = [[2, 3, 12, 3, 12, 9, 2, 9]]
-    (root / "train/instances.json").write_text(json.dumps(given))
+    write_annotations(root, given)
     videos = [video for split in ("train", "val") for video in YoutubeVis(str(root), held_out=1).videos(split)]
     assert videos[0].mask(0).sum() == 60 and videos[0].mask(0)[3:9, 2:12].all()
     assert [len(video.masks) for video in videos] == [len(video.frames) for video in videos]
@@ -107,14 +106,15 @@ def test_polygons_and_videos_without_objects(root):
     assert videos[0].fps == 6
 
 
-def test_the_split_test_has_no_masks(root):
-    valid = annotations() | {"annotations": None}
+def test_other_folders_are_taken_whole_and_test_has_no_masks(root):
     (root / "valid").mkdir()
-    (root / "valid/instances.json").write_text(json.dumps(valid))
+    (root / "valid/instances.json").write_text(json.dumps(annotations() | {"annotations": None}))
     (root / "valid/JPEGImages").symlink_to(root / "train/JPEGImages")
     videos = YoutubeVis(str(root)).videos("test")
     assert [len(video.frames) for video in videos] == list(VIDEOS.values())
     assert not any(video.masks for video in videos)
+    layout = YoutubeVis(str(root), splits={"val": "valid"})
+    assert len(layout.videos("train")) == len(layout.videos("val")) == len(VIDEOS)
 
 
 def change(where, value):
@@ -139,11 +139,7 @@ def change(where, value):
         (("videos", 0, "file_names", 0), "other/a.jpg", r"several folders"),
         (("videos", 0, "file_names", 0), "0043f083b5/\udc80.jpg", r"give <video>/<frame>.jpg"),
         (("videos", 0, "height"), 0, r"videos\[0\] \(id 7\): height 0 and width 40 are not an image size"),
-        (
-            ("videos", 0, "height"),
-            "8",
-            r'videos\[0\] \(id 7\): height "8" and width 40 are not an .*give whole numbers',
-        ),
+        (("videos", 0, "height"), "8", r'\[0\] \(id 7\): height "8" and width 40 are not an .*give whole numbers'),
         (("videos", 0, "width"), None, r"height 32 and width null are not an image size"),
         (("videos", 0, "width"), True, r"height 32 and width true are not an image size"),
         (("videos", 0, "width"), 10**9, r"at most 178,956,970 pixels"),
@@ -154,69 +150,54 @@ def change(where, value):
         (("annotations", 1), 4, r"annotations\[1\] is not an object"),
         (("annotations", 1, "video_id"), 99, r"annotations\[1\] \(id 70\) belongs to video 99, which"),
         (("annotations", 1, "video_id"), "7", r'belongs to video "7", which is not in videos'),
-        (("annotations", 1, "segmentations"), [None], r"has 1 segmentation, its video 0043f083b5 5 frames: give one"),
-        (
-            ("annotations", 1, "segmentations"),
-            "xxxxx",
-            r'has the segmentations "xxxxx": give a list .* each of the 5 fr',
-        ),
-        (("annotations", 1, "segmentations"), None, r"has the segmentations null: give a list with run lengths"),
-        (
-            ("annotations", 1, "segmentations", 2),
-            "x",
-            r'\(id 70\), frame 2 of video 0043f083b5: its segmentation is "x"',
-        ),
-        (
-            ("annotations", 1, "segmentations", 0, "size"),
-            [40, 32],
-            r"has the size \[40, 32\], but its .*\[32, 40\]: both",
-        ),
-        (("annotations", 1, "segmentations", 0, "size"), ["32", "40"], r'has the size \["32", "40"\], but its video'),
+        (SEGMENTS, [None], r"has 1 segmentation, its video 0043f083b5 5 frames: give one"),
+        (SEGMENTS, "xxxxx", r'has the segmentations "xxxxx": give a list .* each of the 5 fr'),
+        (SEGMENTS, None, r"has the segmentations null: give a list with run lengths"),
+        ((*SEGMENTS, 2), "x", r'\(id 70\), frame 2 of video 0043f083b5: its segmentation is "x"'),
+        ((*SEGMENTS, 0, "size"), [40, 32], r"has the size \[40, 32\], but its .*\[32, 40\]: both"),
+        ((*SEGMENTS, 0, "size"), ["32", "40"], r'has the size \["32", "40"\], but its video'),
         (("annotations", 5, "segmentations", 3, "size"), [1, 2], r"annotations\[5\] \(id 90\), frame 3 of video 0b97"),
-        (("annotations", 1, "segmentations", 0, "counts"), [5, 10**12], r"its counts must be"),
-        (("annotations", 1, "segmentations", 0, "counts"), [5, 6], r"add up to 11 pixels; its mask has 1280"),
-        (("annotations", 1, "segmentations", 0, "counts"), "~~~~", r"invalid characters|truncated"),
+        ((*SEGMENTS, 0, "counts"), [5, 10**12], r"its counts must be"),
+        ((*SEGMENTS, 0, "counts"), [5, 6], r"add up to 11 pixels; its mask has 1280"),
+        ((*SEGMENTS, 0, "counts"), "~~~~", r"invalid characters|truncated"),
     ],
 )
 def test_damaged_annotations_are_named(root, where, value, message):
     given = annotations()
     change(where, value)(given)
-    path = root / "train/instances.json"
-    path.write_text(json.dumps(given))
+    write_annotations(root, given)
     with pytest.raises(UserError, match=message) as caught:
         YoutubeVis(str(root), held_out=1).videos("train")
-    assert str(path) in str(caught.value)
+    assert str(root / "train/instances.json") in str(caught.value)
 
 
 def test_missing_files_broken_json_and_too_many_held_out_videos(root, monkeypatch):
-    read = YoutubeVis(str(root), held_out=1).videos
-    with pytest.raises(UserError, match=r"lists 3 videos, and data\.held_out=3 of them are val: none"):
-        YoutubeVis(str(root), held_out=3).videos("val")
+    refused(root, "val", "lists 3 videos, and data.held_out=3 of them are val: none", held_out=3)
     (root / "train/JPEGImages/0043f083b5/00005.jpg").unlink()
-    with pytest.raises(UserError, match=r"0043f083b5 lacks 1 frame that .* lists: 00005.jpg"):
-        read("train")
+    refused(root, "train", "0043f083b5 lacks 1 frame that ", " lists: 00005.jpg")
     (root / "train/JPEGImages/0043f083b5").rename(root / "elsewhere")
-    with pytest.raises(UserError, match=r"No folder .*0043f083b5, which"):
-        read("train")
+    refused(root, "train", "No folder ", "0043f083b5, which")
     path = root / "train/instances.json"
     monkeypatch.setattr(youtube_vis, "_MOST_BYTES", 100)
     path.write_text(path.read_text() + " ")
-    with pytest.raises(UserError, match=r"Cannot read .*instances.json as annotations of YouTube-VIS"):
-        read("train")
+    refused(root, "train", "Cannot read ", "instances.json as annotations of YouTube-VIS")
     path.write_text("{")
-    with pytest.raises(UserError, match=r"Cannot read .*instances.json"):
-        read("train")
+    refused(root, "train", "Cannot read ", "instances.json")
     path.unlink()
-    with pytest.raises(UserError, match=r"No annotations in .*: train/instances.json, train.json"):
-        read("train")
+    refused(root, "train", "No annotations in ", ": train/instances.json, train.json")
 
 
 def test_frames_of_another_size_are_refused(compose, root):
-    write_png(root / "train/JPEGImages/0b97736357/00000.jpg", np.zeros((8, 8, 3), np.uint8))
-    write_png(root / "train/JPEGImages/0043f083b5/00000.jpg", np.zeros((8, 8, 3), np.uint8))
+    video = YoutubeVis(str(root), held_out=1).videos("train")[0]
+    square = replace(video, square=24)  # sizes are compared before
+    write_png(video.frames[0], np.zeros((40, 32, 3), np.uint8))
+    assert_refused(lambda: square.image(0), "00000.jpg is 32 x 40 (width x height), its mask ", "is 40 x 32")
+    assert square.image(1).shape == (24, 24, 3)
     data = compose("data=youtube_vis", f"data.root={root}", "data.held_out=1", "data.clips.cut.length=1").data
-    with pytest.raises(UserError, match=r"00000.jpg is 8 x 8 \(width x height\), its mask .*instances.json"):
-        instantiate(data.clips)(split="train")[0]
+    clips = instantiate(data.clips)
+    assert_refused(
+        lambda: clips(split="train")[0], "00000.jpg is 32 x 40 (width x height), its mask ", "instances.json"
+    )
 
 
 def test_sizes_are_compared_when_a_training_starts(root, monkeypatch):
@@ -228,39 +209,22 @@ def test_sizes_are_compared_when_a_training_starts(root, monkeypatch):
     for segmentation in itertools.chain.from_iterable(each["segmentations"] for each in objects):
         if segmentation is not None:
             segmentation["size"] = list(SIZE[::-1])
-    (root / "train/instances.json").write_text(json.dumps(given))
-    read = YoutubeVis(str(root), held_out=1).videos
-    assert len(read("train")) == 2
-    message = r"0b97736357/00000.jpg is 40 x 32 \(width x height\), its mask .*instances.json.* is 32 x 40. Replace"
-    with pytest.raises(UserError, match=message):
-        read("val")
+    write_annotations(root, given)
+    layout = YoutubeVis(str(root), held_out=1)
+    assert len(layout.videos("train")) == 2
+    words = ("0b97736357/00000.jpg is 40 x 32 (width x height), its mask ", "instances.json", " is 32 x 40. Replace")
+    refused(root, "val", *words)
     (root / "train/JPEGImages/0b97736357/00000.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="00000.jpg"):
-        read("val")
-    (root / "train/instances.json").write_text(json.dumps(given | {"annotations": None}))
-    assert len(read("val")) == 1  # without masks
-
-
-def test_with_squares_sizes_are_compared_before(root):
-    video = YoutubeVis(str(root), held_out=1).videos("train")[0]
-    write_png(video.frames[0], np.zeros((40, 32, 3), np.uint8))
-    with pytest.raises(UserError, match=r"00000.jpg is 32 x 40 \(width x height\), its mask .* is 40 x 32"):
-        replace(video, square=24).image(0)
-    assert replace(video, square=24).image(1).shape == (24, 24, 3)
-
-
-def test_another_folder_for_val_is_taken_whole(root):
-    (root / "valid").symlink_to(root / "train")
-    layout = YoutubeVis(str(root), splits={"val": "valid"})
-    assert len(layout.videos("train")) == len(layout.videos("val")) == len(VIDEOS)
+    refused(root, "val", "00000.jpg")
+    write_annotations(root, given | {"annotations": None})
+    assert len(layout.videos("val")) == 1  # without masks
 
 
 def test_names_that_no_folder_can_have_are_refused(root):
     given = annotations()
     given["videos"][0]["file_names"] = [name.replace("0", "\ud800", 1) for name in given["videos"][0]["file_names"]]
-    (root / "train/instances.json").write_text(json.dumps(given))
-    with pytest.raises(UserError, match="half of a surrogate pair"):
-        YoutubeVis(str(root), held_out=1).videos("train")
+    write_annotations(root, given)
+    refused(root, "train", "half of a surrogate pair")
 
 
 def test_videos_without_objects_do_not_count_in_fg_ari(compose):

@@ -7,7 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from making import save
+from making import Pictures, save
+from mistakes import assert_refused
 from overlapping_shapes import CLASSES as OVERLAPPING
 from overlapping_shapes import write_overlaps
 from PIL import Image
@@ -19,6 +20,7 @@ from dinoseg.data.formats.folder import FolderLayout, folder_dataset
 from dinoseg.data.pairs.dataset import PairDataset
 from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.scan import scan as scan_module
+from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.scan.measure import perceptual_hash
 from dinoseg.data.scan.scan import scan, unreadable
 from dinoseg.data.video.access import VideoFrame
@@ -52,10 +54,6 @@ def fill(tmp_path):
     return write
 
 
-def scan_by_name(data, **options):
-    return {record.name: record for record in scan(data.pairs, data.reader, **options)}
-
-
 def test_counts_and_sizes(fill):
     data = fill()
     records = scan(data.pairs, data.reader)
@@ -81,6 +79,9 @@ def test_resized_and_turned_masks_count_as_training_sees_them(fill, tmp_path):
         assert {record.image_size for record in records} == {(40, 56)} and not unreadable(records)
         for index, record in enumerate(records):
             np.testing.assert_array_equal(record.counts, np.bincount(data.mask(index).ravel(), minlength=256))
+    save(tmp_path / "train/masks/n0.png", ids(0, (56, 40)))  # of other proportions
+    assert_refused(lambda: data[0], "n0.png")
+    assert list(scan(data.pairs, data.reader)[0].problems) == ["size_mismatch"]
 
 
 def test_raw_counts_are_the_values_in_the_file(tmp_path):
@@ -101,10 +102,8 @@ def test_raw_counts_are_the_values_in_the_file(tmp_path):
 
 def spoil(root):
     """Make every pair but the first a bad one; return the code of each."""
-    whole = (root / "images/n1.png").read_bytes()
-    (root / "images/n1.png").write_bytes(whole[: len(whole) // 2])
-    whole = (root / "masks/n2.png").read_bytes()
-    (root / "masks/n2.png").write_bytes(whole[: len(whole) // 2])
+    for path in ("images/n1.png", "masks/n2.png"):
+        os.truncate(root / path, (root / path).stat().st_size // 2)
     (root / "masks/n3.png").write_bytes(b"")
     save(root / "masks/n4.png", np.full((40, 56), 77))
     save(root / "masks/n5.png", ids(5, (40, 55)))
@@ -112,17 +111,8 @@ def spoil(root):
     save(root / "masks/n7.png", picture(7))
     (root / "images/n8.png").write_text("no picture")
     save(root / "masks/n9.png", np.full((40, 56), 700), np.uint16)
-    return dict(
-        n1="unreadable_image",
-        n2="unreadable_mask",
-        n3="unreadable_mask",
-        n4="foreign_ids",
-        n5="size_mismatch",
-        n6="unreadable_mask",
-        n7="foreign_ids",
-        n8="unreadable_image",
-        n9="foreign_ids",
-    )
+    codes = {"unreadable_image": "18", "unreadable_mask": "236", "foreign_ids": "479", "size_mismatch": "5"}
+    return {f"n{number}": code for code, numbers in codes.items() for number in numbers}
 
 
 def test_a_pair_is_bad_exactly_where_reading_it_fails(fill, tmp_path):
@@ -137,20 +127,11 @@ def test_a_pair_is_bad_exactly_where_reading_it_fails(fill, tmp_path):
             failing.add(name)
     bad = unreadable(records)
     assert bad.keys() == failing == expected.keys()
-    assert {record.name: list(record.problems) for record in records if record.problems} == {
-        name: [code] for name, code in expected.items()
-    }
+    problems = {record.name: list(record.problems) for record in records if record.problems}
+    assert problems == {name: [code] for name, code in expected.items()}
     assert all(name in reason for name, reason in bad.items())
     assert "28 x 20" not in bad["n5"] and "55 x 40" in bad["n5"]
     assert len(data.keep(set(data.names) - bad.keys())) == 1
-
-
-def test_masks_of_other_proportions_are_a_size_mismatch(fill, tmp_path):
-    data = fill(1, on_size_mismatch="resize_mask")
-    save(tmp_path / "train/masks/n0.png", ids(0, (56, 40)))
-    with pytest.raises(UserError):
-        data[0]
-    assert list(scan(data.pairs, data.reader)[0].problems) == ["size_mismatch"]
 
 
 def test_reasons_list_twenty_and_count_all(fill, tmp_path):
@@ -182,34 +163,20 @@ def test_file_that_failed_by_a_machine_error_is_read_again(fill, tmp_path, monke
     assert list(unreadable(scan(data.pairs, data.reader, cache_dir=cache))) == ["n2"] and seen == ["n1", "n2"]
 
 
-def test_scan_reads_other_files_with_equal_names_and_times(fill, tmp_path, monkeypatch):
-    data, cache, link = fill(2), tmp_path / "cache", tmp_path / "link"
-    fill(2)
-    for place in ("one", "two"):
-        (tmp_path / place).mkdir()
+def test_scan_reads_other_files_with_equal_names_and_times(tmp_path):
+    link, counts, sizes = tmp_path / "link", [], []
+    for place, value in (("one", 0), ("two", 1)):
         for kind in ("images", "masks"):
-            for index in (0, 1):
-                path = tmp_path / f"{place}/train/{kind}/n{index}.png"
-                save(path, np.full((40, 56), int(place == "two")), compress_level=0)
-                os.utime(path, ns=(7, 7))
-    sizes = [(tmp_path / f"{place}/train/masks/n0.png").stat().st_size for place in ("one", "two")]
-    assert sizes[0] == sizes[1]
-    found = []
-    for place in ("one", "two"):
+            path = save(tmp_path / f"{place}/train/{kind}/n.png", np.full((40, 56), value), compress_level=0)
+            os.utime(path, ns=(7, 7))
+        sizes.append(path.stat().st_size)
         link.unlink(missing_ok=True)
         link.symlink_to(tmp_path / place)
         data = folder_dataset(link, "train", classes=CLASSES)
-        found.append([record.pixels for record in scan(data.pairs, data.reader, cache_dir=cache)])
-    assert found == [[{0: 2240}] * 2, [{1: 2240}] * 2]
-
-
-def test_equal_mask_rules_share_cached_scans(fill, tmp_path, monkeypatch):
-    data, cache = fill(2), tmp_path / "cache"
-    scan(data.pairs, data.reader, cache_dir=cache)
-    seen = count_reads(monkeypatch)
-    other = PairDataset(data.pairs, data.reader.labels, Masks(ids={}, ignore_colors=[], colors={}))
-    scan(other.pairs, other.reader, cache_dir=cache)
-    assert seen == [] and other.fingerprint() == data.fingerprint()
+        records = scan(data.pairs, data.reader, cache_dir=tmp_path / "cache")
+        counts.append([records[0].pixels, class_counts(data, tmp_path / "cache").tolist()])
+    assert sizes[0] == sizes[1]
+    assert counts == [[{0: 2240}, [2240, 0, 0]], [{1: 2240}, [0, 2240, 0]]]
 
 
 def test_jpeg_mask_is_a_problem_even_with_valid_ids(fill, tmp_path):
@@ -252,6 +219,9 @@ def test_masks_first_and_images_later(fill, tmp_path, monkeypatch):
     scan(data.pairs, data.reader, cache_dir=cache, images=False)
     seen = count_reads(monkeypatch)
     assert scan(data.pairs, data.reader, cache_dir=cache)[0].image_digest and seen == ["n0", "n1"]
+    other = PairDataset(data.pairs, data.reader.labels, Masks(ids={}, ignore_colors=[], colors={}))  # the same rules
+    scan(other.pairs, other.reader, cache_dir=cache)
+    assert len(seen) == 2 and other.fingerprint() == data.fingerprint()
 
 
 @pytest.mark.parametrize("damage", [b"", b"junk", b"PK\x03\x04 no more"])
@@ -274,16 +244,6 @@ def test_masks_with_layers_are_scanned_once(tmp_path, monkeypatch, caplog):
     seen = count_reads(monkeypatch)
     assert scan(data.pairs, data.reader, cache_dir=tmp_path / "cache") == first and not caplog.text
     assert not seen and "1: 1" in first[0].raw
-
-
-def test_a_full_disk_keeps_the_result(fill, tmp_path, monkeypatch, caplog):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(scan_module, "write_text", full)
-    data = fill(2)
-    assert len(scan(data.pairs, data.reader, cache_dir=tmp_path / "cache")) == 2
-    assert "Cannot store" in caplog.text and not (tmp_path / "cache").exists()
 
 
 def test_scan_resumes_after_an_interruption(fill, tmp_path, monkeypatch):
@@ -331,12 +291,8 @@ def test_frames_of_a_video_are_scanned(tmp_path):
     assert unreadable(records) == {"v/9": f"Frame 9 of {video} cannot be decoded."}
     assert scan(pairs, reader, cache_dir=tmp_path / "cache") == records
     assert [record.image_size for record in scan(pairs, reader, images=False)] == [None] * 3  # nothing is decoded
-
-
-def test_counting_masks_of_frames_decodes_no_video(tmp_path):
     drawing = Drawing(tmp_path / "a.json", "0", (40, 56), 1, ())
-    reader = MaskReader(Labels.of(CLASSES, None, 255), Masks())
-    (record,) = scan([Pair("0", Frame(save(tmp_path / "v.png", ids(0)), 0), drawing)], reader, images=False)
+    (record,) = scan([Pair("0", pairs[0].image, drawing)], reader, images=False)
     assert record.image_size is None and record.pixels == {1: 40 * 56}
 
 
@@ -357,18 +313,69 @@ def test_perceptual_hash_survives_compression_and_scaling():
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_truncated_image_is_found_without_decoding_the_others(tmp_path, monkeypatch, suffix):
-    pairs = []
+    pairs, decoded = [], []
     for index in range(4):
         image = save(tmp_path / f"n{index}.{suffix}", picture(index, (200, 300)))
         pairs.append(Pair(f"n{index}", image, save(tmp_path / f"m{index}.png", ids(index, (200, 300)))))
-    whole = pairs[2].image.read_bytes()
-    pairs[2].image.write_bytes(whole[: len(whole) // 2])
+    os.truncate(pairs[2].image, pairs[2].image.stat().st_size // 2)
     pairs[3].image.write_bytes(pairs[3].image.read_bytes() + b"a camera's own trailer")
-    decoded = []
-    monkeypatch.setattr(
-        "dinoseg.data.scan.measure.read_image", lambda path, read=read_image: decoded.append(path) or read(path)
-    )
-    reader = MaskReader(Labels.of(CLASSES, None, 255), Masks())
-    records = scan(pairs, reader, images=False)
+    monkeypatch.setattr("dinoseg.data.scan.measure.read_image", lambda path: decoded.append(path) or read_image(path))
+    records = scan(pairs, MaskReader(Labels.of(CLASSES, None, 255), Masks()), images=False)
     assert list(unreadable(records)) == ["n2"] and "truncated" in unreadable(records)["n2"]
     assert decoded == [pairs[2].image] and records[3].image_size == (200, 300)
+
+
+@pytest.fixture
+def counted(tmp_path):
+    for name, mask in {"x": [[0, 1, 1], [255, 255, 1]], "y": [[0, 0, 0], [0, 3, 3]]}.items():
+        save(tmp_path / f"train/images/{name}.png", np.zeros((2, 3, 3)))
+        save(tmp_path / f"train/masks/{name}.png", mask)
+
+    def build(**options):
+        return folder_dataset(tmp_path, "train", classes=["a", "b", "c", "d"], **options)
+
+    return build
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_class_counts_are_exact_and_cached(counted, tmp_path, monkeypatch, scanned):
+    data, cache = counted(), tmp_path / "new/cache"
+    if scanned:
+        scan(data.pairs, data.reader, images=False, cache_dir=cache)
+    else:
+        counts = class_counts(data, cache)
+        assert counts.dtype == np.int64 and counts.tolist() == [5, 3, 0, 2]
+    monkeypatch.setattr(MaskReader, "read", lambda *_: pytest.fail("read twice"))
+    assert class_counts(counted(), cache).tolist() == [5, 3, 0, 2]
+
+
+def test_changed_file_or_mask_rule_is_counted_again(counted, tmp_path):
+    cache = tmp_path / "c"
+    assert class_counts(counted(), cache).tolist() == [5, 3, 0, 2]
+    assert class_counts(counted(masks=Masks(ids={1: 2})), cache).tolist() == [5, 0, 3, 2]
+    save(tmp_path / "train/masks/x.png", [[2, 2, 2], [1, 1, 2]])
+    os.utime(tmp_path / "train/masks/x.png", ns=(5, 5))
+    assert class_counts(counted(), cache).tolist() == [4, 2, 4, 2]
+    assert class_counts(counted(ignore_index=0), cache).tolist() == [0, 2, 4, 2]  # an ignored class does not count
+    save(tmp_path / "train/masks/y.png", [[9, 0, 0], [0, 0, 0]])
+    assert_refused(lambda: class_counts(counted(), cache), "y.png holds the ids 9")
+
+
+def test_a_cache_that_cannot_be_written_only_warns(counted, tmp_path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "file").write_text("")
+    assert class_counts(counted(), tmp_path / "file").tolist() == [5, 3, 0, 2]
+    assert "Cannot store" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(scan_module, "write_text", full)
+    assert class_counts(counted(), tmp_path / "cache").tolist() == [5, 3, 0, 2]
+    assert "Cannot store" in caplog.text and not (tmp_path / "cache").exists()
+
+
+def test_data_without_files_is_counted_each_time(tmp_path):
+    data = Pictures([(5, 5), (6, 4)])
+    counts = class_counts(data, tmp_path / "c")
+    assert counts.shape == (3,) and counts.sum() == 49
+    assert not (tmp_path / "c").exists()
