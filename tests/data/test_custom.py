@@ -68,6 +68,7 @@ def run(folder, *words):
     return done
 
 
+@pytest.mark.heavy
 def test_custom_dataset_trains_evaluates_and_is_planned(folder):
     done = run(folder, "mode=train", "mode.report=false", "mode.pictures=0", "hydra.run.dir=run", "data.labelled=0.5")
     assert done.status == 0 and "3 of 6 images of split train" in done.err, done.err

@@ -80,11 +80,8 @@ def test_real_data_is_readable(name, folder, train, val, ids, tmp_path):
         sample = splits[1][index]
         assert sample["image"].shape[1:] == sample["mask"].shape
         found |= set(sample["mask"].unique().tolist())
-        seen, mask = augment(
-            np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy()),
-            sample["mask"].numpy(),
-            np.random.default_rng(index),
-        )
+        image = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())
+        seen, mask = augment(image, sample["mask"].numpy(), np.random.default_rng(index))
         assert seen.shape == (64, 96, 3) and mask.shape == (64, 96)
     assert found == ids
     counts = class_counts(splits[1], tmp_path)

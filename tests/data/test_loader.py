@@ -88,10 +88,8 @@ def test_every_epoch_holds_each_sample_once_in_a_new_order():
 
 
 def test_seed_and_epoch_change_the_view():
-    views = [
-        view for seed in (0, 1) for view in take(batches_of(data=Pictures([(30, 30)]), batch_size=1, seed=seed), 5)
-    ]
-    assert len({view.image.numpy().tobytes() for view in views}) == 10
+    views = [take(batches_of(data=Pictures([(30, 30)]), batch_size=1, seed=seed), 5) for seed in (0, 1)]
+    assert len({view.image.numpy().tobytes() for view in sum(views, [])}) == 10
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -236,11 +234,9 @@ def test_user_errors_pass_through_workers(workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_eval_samples_in_order_for_each_rank(workers):
-    names = [
-        [s["name"] for s in eval_samples(Pictures(SIZES), workers=workers, rank=rank, world_size=3)]
-        for rank in range(3)
-    ]
-    assert names == [[f"p{i}" for i in range(rank, 11, 3)] for rank in range(3)]
+    for rank in range(3):
+        samples = eval_samples(Pictures(SIZES), workers=workers, rank=rank, world_size=3)
+        assert [sample["name"] for sample in samples] == [f"p{i}" for i in range(rank, 11, 3)]
     assert list(eval_samples(Pictures([(4, 4)]), workers=workers, rank=1, world_size=2)) == []
 
 
@@ -378,9 +374,8 @@ def test_missing_batch_is_reported_at_growing_intervals(monkeypatch, caplog):
     monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     assert loader.wait_for_item(Slow(11), 0, 2) == "item" and not caplog.messages
     assert loader.wait_for_item(Slow(400), 6, 2) == "item"
-    assert [message.split(":")[0] for message in caplog.messages] == [
-        *("No batch for 60 s", "No batch for 300 s", "No batch for 1500 s")
-    ]
+    told = [message.split(":")[0] for message in caplog.messages]
+    assert told == ["No batch for 60 s", "No batch for 300 s", "No batch for 1500 s"]
     assert "item 7 of this epoch is due from loading process 1 of 2 (id 77)" in caplog.text
     assert "py-spy dump --pid 77" in caplog.text and "engine.workers=0" in caplog.text
 

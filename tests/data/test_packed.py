@@ -207,9 +207,7 @@ def test_too_little_disk_space_is_refused_before_packing(data, cache, monkeypatc
     monkeypatch.setattr(packed, "in_bytes", lambda size: f"{size} bytes")
     other = data(masks=Masks(ids={2: 1}))
     size = sum(4 * h * w for h, w in SIZES.values())
-    assert_refused(
-        lambda: make(other, cache), f"takes {size} bytes, and ", "cache has 5000 bytes free. Free some space"
-    )
+    assert_refused(lambda: make(other, cache), f"takes {size} bytes", "cache has 5000 bytes free. Free some space")
     assert len(list(cache.glob("packed_*"))) == 1
 
 

@@ -54,11 +54,11 @@ def test_a_mask_belongs_to_its_frame(tmp_path: Path) -> None:
 
 def test_every_class_is_seen_often_and_nothing_stands_still() -> None:
     seen, moved = np.zeros(10), []
-    for seed in range(6):
+    for seed in range(4):
         masks = [mask for _, mask in render_clip((seed,), 21, (192, 320))][::10]
         seen += sum(np.bincount(mask.ravel(), minlength=10) > 20 for mask in masks)
         moved.append(np.mean(masks[0] != masks[1]))
-    assert (seen / 18 > 0.5).all(), seen / 18
+    assert (seen / 12 > 0.5).all(), seen / 12
     assert min(moved) > 0.02
 
 

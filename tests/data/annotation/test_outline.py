@@ -145,9 +145,8 @@ def test_shapes_of_one_image_are_painted_in_order(tmp_path):
     hole = counts_of(np.array([1, 1, 1, 1, 0, 1, 1, 1, 1], bool)).tobytes()
     column = CompressedColumns(rle.to_text(np.array([4, 1, 25])))
     shapes = [(1, Polygons((ring,))), (2, Box((-1, 3, 3, 3), hole)), (3, column)]
-    drawing, *others = (
-        Drawing(tmp_path / "x.json", "x", (5, 6), *rest) for rest in ((9, shapes), (8, shapes), (9, shapes[:2]))
-    )
+    contents = ((9, shapes), (8, shapes), (9, shapes[:2]))
+    drawing, *others = (Drawing(tmp_path / "x.json", "x", (5, 6), *content) for content in contents)
     expected = [
         [9, 9, 9, 9, 9, 9],
         [9, 1, 1, 1, 1, 9],

@@ -185,9 +185,7 @@ def test_incomplete_davis_is_refused(davis):
     refused(Davis(str(davis), year=2016), "val", *words)
     words = ("No folder ", "Full-Resolution; its parent folder holds 480p. Check data.root")
     refused(Davis(str(davis), size="Full-Resolution"), "train", *words)
-    refused(
-        Davis(str(davis), annotations="Annotations_unsupervised"), "train", "No folder ", "Annotations_unsupervised"
-    )
+    refused(Davis(str(davis), annotations="Unsupervised"), "train", "No folder ", "Unsupervised")
     assert_refused(lambda: Davis(str(davis), year=2018).videos("train"), "data.year=2018")
     (davis / "ImageSets/2017/trainval.txt").write_text("bear\nlost\n")
     refused(layout, "trainval", "1 sequence of split trainval not in ", ": lost")

@@ -39,13 +39,8 @@ def add(tmp_path):
 
 def load(root, split, source="frames", **options):
     """Open a split, with videos' indices in a folder beside the root."""
-    return sar_rarp50(
-        *(root, split),
-        classes=CLASSES,
-        partition=replace(BY_OPERATION, **options),
-        source=source,
-        cache_dir=root.parent / "cache",
-    )
+    options = {"partition": replace(BY_OPERATION, **options), "cache_dir": root.parent / "cache"}
+    return sar_rarp50(root, split, classes=CLASSES, source=source, **options)
 
 
 def test_official_layout_takes_only_frames_with_masks(add):
@@ -77,9 +72,7 @@ def test_parts_of_an_operation_stay_together(add):
     for video in sorted(videos):
         root = add("train1", video)
     operation = regex_group(BY_OPERATION.group)
-    assert [operation(f"{video}/0") for video in ("video_11_1", "video_11", "video_1")] == [
-        *("video_11", "video_11", "video_1")
-    ]
+    assert operation("video_11_1/0") == operation("video_11/0") == "video_11" and operation("video_1/0") == "video_1"
     seen = set()
     for seed in range(12):
         train, val = ({n.split("/")[0] for n in load(root, split, seed=seed).names} for split in ("train", "val"))
@@ -94,12 +87,8 @@ def test_unprepared_data_names_the_command(add):
     (root / "train1/video_02").mkdir()
     for name in ("video_02/video_left.avi", "video_03.zip", "._video_01.zip", "._video_04.zip"):
         (root / "train1" / name).write_bytes(b"")  # macOS's companions of archives that were there begin with `._`
-    words = (
-        "Split train has no image with its mask:",
-        "video_02 has no extracted frames",
-        "video_03.zip is not unpacked",
-    )
-    words += ("mode=prepare data=sarrarp 'data.root=", "my frames'")
+    words = ("Split train has no image with its mask:", "video_02 has no extracted frames", "video_03.zip is not ")
+    words += ("unpacked", "mode=prepare data=sarrarp 'data.root=", "my frames'")
     assert_refused(lambda: load(root, "train", seed=0), *words)  # video_01 is val there
     data = load(root, "train", seed=1), load(root, "train", seed=3)
     assert [list(each.lacking) for each in data] == [["video_02"], ["video_03"]]
@@ -134,18 +123,6 @@ def test_missing_or_empty_folders_are_refused(add, tmp_path):
     assert_refused(lambda: load(root, "test"), "no folder video_* and no video_*.zip")
     add("train2", "video_01")
     assert_refused(lambda: load(root, "train"), "video_01 and", "video_01 are the same video")
-
-
-def test_pixels_are_checked_when_read(add):
-    root = add("test", "video_41", masks=(0, 60, 120))
-    save(root / "test/video_41/segmentation/000000000.png", np.full((4, 6), 10))
-    save(root / "test/video_41/segmentation/000000060.png", np.zeros((2, 3)))
-    path = root / "test/video_41/rgb/000000120.png"
-    path.write_bytes(path.read_bytes()[:40])
-    data = load(root, "test")
-    assert_refused(lambda: data[0], "000000000.png holds the ids 10,")
-    assert_refused(lambda: data[1], "is 6 x 4", "is 3 x 2")
-    assert_refused(lambda: data[2], "rgb/000000120.png")
 
 
 LENGTHS = {"train1/video_01": 61, "train2/video_02_1": 130, "train2/video_02_2": 60, "test/video_41": 181}
@@ -193,8 +170,12 @@ def test_frames_of_videos_are_checked_and_scanned(videos):
     assert_refused(lambda: data[2], "000000120.png holds the ids 11")
 
 
-def test_fingerprint_knows_video_and_frame(videos):
+def test_fingerprint_knows_video_and_frame(videos, monkeypatch):
     data = load(videos, "test", "video")
+    video_index._known.clear()
+    with monkeypatch.context() as patch:  # the second time nothing is decoded first
+        patch.setattr(video_index, "_scan", None)
+        assert load(videos, "test", "video")[0]["image"].shape == (3, 32, 48)
     before = data.fingerprint()
     assert before == load(videos, "test", "video").fingerprint() != data.keep(data.names[:2]).fingerprint()
     assert replace(data.pairs[0], name="other") != data.pairs[0]
@@ -202,13 +183,6 @@ def test_fingerprint_knows_video_and_frame(videos):
     assert data.fingerprint() != before
     write_video(videos / "test/video_41/video_left.avi", 181, size=(64, 32))
     assert load(videos, "test", "video").fingerprint() != before
-
-
-def test_the_second_run_decodes_nothing_first(videos, monkeypatch):
-    load(videos, "train", "video")
-    video_index._known.clear()
-    monkeypatch.setattr(video_index, "_scan", None)
-    assert load(videos, "train", "video")[0]["image"].shape == (3, 32, 48)
 
 
 def test_masks_and_video_must_match(videos):

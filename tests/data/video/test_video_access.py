@@ -111,23 +111,22 @@ def avi(tmp_path):
 
 
 def same(paths, cache_dir=None):
+    """Read frames of videos in any order, and compare them with decoding from the start."""
     rng = np.random.default_rng(0)
     truth = {path: sequential(path) for path in paths}
     jobs = [(path, index) for path in paths for index in [*range(len(truth[path])), *range(0, len(truth[path]), 5)]]
-    for number in rng.permutation(len(jobs)):
+    for number in rng.permutation(len(jobs))[:60]:
         path, index = jobs[number]
-        np.testing.assert_array_equal(
-            read_frame(VideoFrame(path, index, cache_dir)), truth[path][index], err_msg=f"{path} {index}"
-        )
+        found = read_frame(VideoFrame(path, index, cache_dir))
+        np.testing.assert_array_equal(found, truth[path][index], err_msg=f"{path} {index}")
     return truth
 
 
 def test_any_order_equals_decoding_from_the_start(tmp_path):
     paths = videos(tmp_path)
-    for path in paths:
-        truth = same([path])[path]
-        assert len(truth) == len(find_index(path, None)) == len(sequential(path))
-    missed = [path.name for path in paths[4:7] if not np.array_equal(plain_jump(path, 44), sequential(path)[44])]
+    frames = {path: same([path])[path] for path in paths}
+    assert all(len(find_index(path, None)) == len(frames[path]) for path in paths)
+    missed = [path.name for path in paths[4:7] if not np.array_equal(plain_jump(path, 44), frames[path][44])]
     assert missed, "the jumps of OpenCV are exact now: is this test still hard?"
 
 

@@ -1,5 +1,7 @@
 """Whole videos that hold fewer frames than their header counts are read; truncated ones are refused."""
 
+from functools import cache
+
 import av
 import numpy as np
 import pytest
@@ -46,10 +48,21 @@ WHOLE = {  # how to write a video, and its number of frames
 }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return a function that writes a video once, and returns its path."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def write(name):
+        return WHOLE[name][0](folder / name)
+
+    return write
+
+
 @pytest.mark.parametrize("name", WHOLE)
-def test_every_reader_accepts_a_whole_video(name, tmp_path):
-    write, frames = WHOLE[name]
-    path = write(tmp_path / name)
+def test_every_reader_accepts_a_whole_video(name, whole, tmp_path):
+    path, frames = whole(name), WHOLE[name][1]
     assert len(find_index(path, None)) == count_frames(path) == promised_frames(path) == frames
     assert extract_frames(path, tmp_path / "frames", step=60) == frames
     with VideoReader(path) as reader:
@@ -89,9 +102,8 @@ TRUNCATED = {  # shares of a file's bytes that do not hold the last frames shown
 
 
 @pytest.mark.parametrize(("name", "share"), [(name, share) for name in TRUNCATED for share in TRUNCATED[name]])
-def test_every_reader_refuses_a_truncated_video(tmp_path, name, share):
-    write, _ = WHOLE[name]
-    data = write(tmp_path / name).read_bytes()
+def test_every_reader_refuses_a_truncated_video(whole, tmp_path, name, share):
+    data = whole(name).read_bytes()
     (tmp_path / f"lost_{name}").write_bytes(data[: int(share * len(data))])
     refuse_everywhere(tmp_path / f"lost_{name}", tmp_path)
 
