@@ -13,7 +13,6 @@ from dinoseg.config.resolvers import register_resolvers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.modes.prepare import prepare
-from dinoseg.utils.errors import UserError
 
 CONFIGS = Path(dinoseg.__file__).parent / "cfg"
 NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("[!_]*.yaml"))
@@ -86,21 +85,6 @@ def test_real_data_is_readable(name, folder, train, val, ids, tmp_path):
     assert found == ids
     counts = class_counts(splits[1], tmp_path)
     assert (counts > 0).all() and (class_counts(splits[1], tmp_path) == counts).all()
-
-
-@pytest.mark.data
-def test_real_sizes_that_differ_are_no_silent_matter():
-    if not (DATA / "person").is_dir():
-        pytest.skip(f"no real data in {DATA}: set DINOSEG_DATA")
-    cfg = load("person", DATA / "person", "data.reader.masks.on_size_mismatch=error")
-    data, refused = instantiate(cfg.data.reader)(split="val"), 0
-    for index in range(len(data)):
-        try:
-            data[index]
-        except UserError as error:
-            assert "resize_mask" in str(error)
-            refused += 1
-    assert 0 < refused < len(data)
 
 
 def test_prepare_mode_runs_for_each_dataset(tmp_path, caplog, compose):

@@ -1,6 +1,8 @@
 """Whole videos that hold fewer frames than their header counts are read; truncated ones are refused."""
 
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import av
 import numpy as np
@@ -48,21 +50,16 @@ WHOLE = {  # how to write a video, and its number of frames
 }
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Return a function that writes a video once, and returns its path."""
-    folder = tmp_path_factory.mktemp("whole")
-
-    @cache
-    def write(name):
-        return WHOLE[name][0](folder / name)
-
-    return write
+@cache
+def whole_bytes(name):
+    with TemporaryDirectory() as folder:
+        return WHOLE[name][0](Path(folder) / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_every_reader_accepts_a_whole_video(name, whole, tmp_path):
-    path, frames = whole(name), WHOLE[name][1]
+def test_every_reader_accepts_a_whole_video(name, tmp_path):
+    path, frames = tmp_path / name, WHOLE[name][1]
+    path.write_bytes(whole_bytes(name))
     assert len(find_index(path, None)) == count_frames(path) == promised_frames(path) == frames
     assert extract_frames(path, tmp_path / "frames", step=60) == frames
     with VideoReader(path) as reader:
@@ -102,10 +99,9 @@ TRUNCATED = {  # shares of a file's bytes that do not hold the last frames shown
 
 
 @pytest.mark.parametrize(("name", "share"), [(name, share) for name in TRUNCATED for share in TRUNCATED[name]])
-def test_every_reader_refuses_a_truncated_video(whole, tmp_path, name, share):
-    data = whole(name).read_bytes()
-    (tmp_path / f"lost_{name}").write_bytes(data[: int(share * len(data))])
-    refuse_everywhere(tmp_path / f"lost_{name}", tmp_path)
+def test_every_reader_refuses_a_truncated_video(tmp_path, name, share):
+    (tmp_path / name).write_bytes(whole_bytes(name)[: int(share * len(whole_bytes(name)))])
+    refuse_everywhere(tmp_path / name, tmp_path)
 
 
 def test_damage_within_a_counted_video_is_refused(tmp_path):
