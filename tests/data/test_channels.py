@@ -472,14 +472,11 @@ def test_a_single_channel_is_augmented_as_grey(channels, changes):
     assert np.array_equal(seen, grey[..., :1] if changes else image)
 
 
-def test_views_of_16_bits_are_those_of_8():
+def test_views_of_16_bits_are_those_of_8_with_their_fill():
     image, mask = levels(4, size=(50, 40)), np.zeros((50, 40), np.uint8)
     augment = Augment((32, 48), scale=(0.5, 2), color=ColorJitter(0.2, 0.2, 0.2, 0.1))
     seen, deep = (augment(each, mask, np.random.default_rng(1))[0] for each in (image, image.astype(np.uint16) * 257))
     assert np.abs(deep / 257 - seen).max() < 1.01
-
-
-def test_padding_has_the_fill_of_each_channel():
     image, mask = levels(5, np.uint16, size=(4, 4)), np.zeros((4, 4), np.uint8)
     seen, _ = Augment((8, 8), padding="end", fill=(0, 30, 60))(image, mask, np.random.default_rng(0))
     assert (seen[-1, -1] == 257 * np.array([0, 30, 60, 30, 30])).all()
@@ -507,7 +504,7 @@ def datasets_of(root, images, pixels=PixelFormat()):  # noqa: B008 (frozen)
     return datasets
 
 
-def test_packed_items_keep_channels_and_depth(tmp_path):
+def test_datasets_are_packed_and_read_in_several_formats(tmp_path):
     data = dataset(tmp_path)
     packed = pack(data, cache_dir=tmp_path / "cache", workers=1)
     for first, second in zip(data, packed, strict=True):
@@ -515,6 +512,9 @@ def test_packed_items_keep_channels_and_depth(tmp_path):
         assert torch.equal(first["image"], second["image"]) and torch.equal(first["mask"], second["mask"])
     reduced = pack(data, cache_dir=tmp_path / "cache", longest=16, workers=1)
     assert reduced[0]["image"].shape == (4, 10, 16) and np.array_equal(reduced.mask(0), reduced[0]["mask"].numpy())
+    two, rgb = data.read_as(PixelFormat(2, ("rgb", "nir"), order=(3, 0))), data.read_as(PixelFormat())
+    assert torch.equal(two[0]["image"], data[0]["image"][[3, 0]]) and data[0]["image"].shape[0] == 4
+    assert rgb[0]["image"].dtype == torch.uint8 and rgb.read_as(PixelFormat()) is rgb
 
 
 def test_a_changed_file_or_format_is_other_data(tmp_path):
@@ -545,13 +545,6 @@ def test_the_status_of_an_image_is_that_of_its_newest_file(tmp_path):
     assert stamp(source) != before
     path.unlink()
     assert stamp(source) is None
-
-
-def test_a_dataset_is_read_in_several_formats(tmp_path):
-    data = dataset(tmp_path)
-    two, rgb = data.read_as(PixelFormat(2, ("rgb", "nir"), order=(3, 0))), data.read_as(PixelFormat())
-    assert torch.equal(two[0]["image"], data[0]["image"][[3, 0]]) and data[0]["image"].shape[0] == 4
-    assert rgb[0]["image"].dtype == torch.uint8 and rgb.read_as(PixelFormat()) is rgb
 
 
 @pytest.mark.parametrize("images", [True, False])

@@ -53,12 +53,9 @@ def test_masked_pixels_have_the_ignored_id(root):
         record = measure(data.pairs[0], data.reader, images=images)
         assert not record.problems and record.raw == {"0": int((IDS == 0).sum()), "1": int((IDS == 1).sum())}
     assert class_counts(data, root / "cache").tolist() == [int((expected == label).sum()) for label in (0, 1)]
-
-
-def test_masked_pixels_are_ignored_in_all_layers(root):
-    data = open_split(root, layout=FolderLayout(masks="{split}/layers"), layers=True)
+    layers = open_split(root, layout=FolderLayout(masks="{split}/layers"), layers=True)
     expected = np.where(VALID, np.stack([IDS == 0, IDS == 1]), 255)
-    assert np.array_equal(data[0]["mask"], expected) and np.array_equal(data.mask(0), expected)
+    assert np.array_equal(layers[0]["mask"], expected) and np.array_equal(layers.mask(0), expected)
 
 
 def test_masks_of_all_files_of_an_image_count(root):

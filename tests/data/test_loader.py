@@ -378,9 +378,6 @@ def test_missing_batch_is_reported_at_growing_intervals(monkeypatch, caplog):
     assert told == ["No batch for 60 s", "No batch for 300 s", "No batch for 1500 s"]
     assert "item 7 of this epoch is due from loading process 1 of 2 (id 77)" in caplog.text
     assert "py-spy dump --pid 77" in caplog.text and "engine.workers=0" in caplog.text
-
-
-def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="another"):
         wait_for(1, "another")
 

@@ -252,12 +252,9 @@ def test_packed_files_have_the_maps_of_files(pairs, tmp_path):
     assert small["maps"]["twin"].shape == small["mask"].shape and torch.equal(small["maps"]["twin"], small["mask"])
 
 
-def test_computed_maps_are_checked(pairs):
+def test_computed_maps_are_checked_and_filled_without_masks(pairs):
     wrong = pairs.with_maps({"d": DistanceMap()}, lambda sample: {"d": torch.zeros(2, 2)})
     assert_refused(lambda: wrong[1], "sample 1: the map d is ", "(2, 2)", "(20, 31)")
-
-
-def test_images_without_masks_have_maps_of_the_fill_value(pairs):
     data = Unmasked(["0"], [pairs.pairs[0].image], pairs)
     maps = data[0]["maps"]
     assert data.maps == KINDS and (maps["twin"] == 255).all() and (maps["ids"] == 0).all()

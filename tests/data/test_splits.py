@@ -2,7 +2,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from mistakes import assert_refused, refusals
 
 from dinoseg.data.splits import Partition, divide, fraction_split, labelled_names, read_name_list, regex_group
@@ -18,6 +17,8 @@ def test_parts_are_disjoint_complete_and_stable():
     assert fraction_split(NAMES[::-1], val_fraction=0.25, seed=3) == parts
     assert fraction_split(NAMES, val_fraction=0.25, seed=4) != parts
     assert fraction_split(list("abcdefgh"), val_fraction=0.25, seed=0)["val"] == ["f", "g"]
+    for fraction, held_out in ((0.001, 1), (0.999, 2)):  # neither side is empty
+        assert len(fraction_split(["a", "b", "c"], val_fraction=fraction, seed=0)["val"]) == held_out
 
 
 def test_labelled_subsets_are_nested_and_span_few_groups():
@@ -34,11 +35,6 @@ def test_labelled_subsets_are_nested_and_span_few_groups():
     assert len(set(map(video, labelled_names(NAMES, 0.25)))) > 3  # without groups, of anywhere
 
 
-def test_masks_are_named_by_a_list(tmp_path):
-    (tmp_path / "few.txt").write_text("v3/013\nv0/000.png\n")
-    assert labelled_names(NAMES, str(tmp_path / "few.txt")) == ["v3/013", "v0/000"]
-
-
 def test_groups_stay_together():
     parts = fraction_split(NAMES, val_fraction=0.3, seed=0, group=regex_group(r"^(v\d+)/"))
     groups = {side: {name.split("/")[0] for name in names} for side, names in parts.items()}
@@ -46,15 +42,12 @@ def test_groups_stay_together():
     assert regex_group(r"\d+")("ab12c3") == "12" and regex_group("^(x*)v")("v0") == ""
 
 
-@pytest.mark.parametrize(("fraction", "held_out"), [(0.001, 1), (0.999, 2)])
-def test_neither_side_is_empty(fraction, held_out):
-    assert len(fraction_split(["a", "b", "c"], val_fraction=fraction, seed=0)["val"]) == held_out
-
-
 def test_name_lists_are_read(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeffa/b.jpg\r\n\r\n  v1.5 \r\nc.PNG".encode())
     assert read_name_list(path) == ["a/b", "v1.5", "c"]
+    path.write_text("v3/013\nv0/000.png\n")
+    assert labelled_names(NAMES, str(path)) == ["v3/013", "v0/000"]
     begin = time.process_time()
     path.write_text("".join(f"{number}\n" for number in range(100_000)) + "7\n")
     assert_refused(lambda: read_name_list(path), "names 7 more than once")
@@ -66,8 +59,9 @@ def test_name_lists_are_read(tmp_path):
 
 def list_of(content):
     """Write a list of names, and return its path."""
-    Path("names.txt").write_bytes(content)
-    return "names.txt"
+    path = Path("names.txt")
+    path.write_bytes(content)
+    return path
 
 
 @dataclass(frozen=True)
@@ -103,6 +97,7 @@ def test_folds_are_of_like_size_and_repeatable():
     assert folds(0, 3) == folds(0, 3)
     alone = [folds(fold, 56, group=None)["val"] for fold in range(56)]
     assert sorted(map(len, alone)) == [1] * 56
+    assert len(fold_both("fraction")) == 1  # which divides train alone
 
 
 def test_folds_of_equal_groups_depend_on_the_seed():
@@ -120,10 +115,6 @@ def fold_both(by):
 
 def halve(names, **options):
     return fraction_split(names, val_fraction=0.5, seed=0, **options)
-
-
-def test_folds_by_fraction_divide_train_alone():
-    assert len(fold_both("fraction")) == 1
 
 
 test_message_names_value_and_remedy = refusals(
@@ -144,11 +135,11 @@ test_message_names_value_and_remedy = refusals(
             *("matches the name v0, but its first parenthesised group, ", ", does not: ", "(?:...)"),
         ),
         "unknown names": (
-            lambda: labelled_names(NAMES, list_of(b"v3/013\nv3/999\n")),
+            lambda: labelled_names(NAMES, str(list_of(b"v3/013\nv3/999\n"))),
             "1 of its names are not in the training split: v3/999. Names have the form",
         ),
         "no list of masks": (lambda: labelled_names(NAMES, "absent.txt"), "labelled=", "absent.txt: cannot read this"),
-        "no list": (lambda: read_name_list("none.txt"), "none.txt"),
+        "no list": (lambda: read_name_list(Path("none.txt")), "none.txt"),
         "a name twice": (lambda: read_name_list(list_of(b"a\nb\na\n")), "names a more than once"),
         "empty list": (lambda: read_name_list(list_of(b"\n \n")), "is empty"),
         "no text": (lambda: read_name_list(list_of(b"\xff\xfe\x00")), "cannot read this file list"),

@@ -31,6 +31,9 @@ def test_rendered_videos_are_read_back_exactly(tmp_path: Path) -> None:
             np.testing.assert_array_equal(clip["masks"], np.stack([mask for _, mask in drawn]))
             count = int(clip["masks"].max())
             assert clip["annotated"].all() and (clip["appears"][1 : count + 1] == 0).all()
+    said = json.loads((tmp_path / "validation/validation_0001/rendering.json").read_text())
+    place = {"seed": 5, "folder": "validation", "number": 1}
+    assert said == {"dinoseg": "moving objects", **place, "seconds": 2, "size": [32, 40]}
 
 
 def test_every_object_is_visible_first_and_preserves_its_id() -> None:
@@ -160,13 +163,6 @@ def test_finished_videos_are_reused_and_partial_ones_repeated(tmp_path: Path, mo
     render_moving_objects(tmp_path / "cut", **SMALL)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert "train_0002 lacks images: rendering it again" in caplog.text
-
-
-def test_video_records_its_rendering_settings(tmp_path: Path) -> None:
-    render_moving_objects(tmp_path, **{**SMALL, "seed": 4})
-    said = json.loads((tmp_path / "validation/validation_0001/rendering.json").read_text())
-    place = {"seed": 4, "folder": "validation", "number": 1}
-    assert said == {"dinoseg": "moving objects", **place, "seconds": 1, "size": [32, 40]}
 
 
 def test_two_renderings_of_one_root_work_one_after_the_other(tmp_path: Path, caplog) -> None:

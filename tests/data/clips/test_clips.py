@@ -352,14 +352,11 @@ def test_movi_may_call_its_validation_as_other_data_do(movi):
     shutil.rmtree(movi / "validation")
     (movi / "val").rename(movi / "valid")
     refused(Movi(str(movi)), "val", "validation for split val; its parent folder holds test, train, valid")
-
-
-def test_incomplete_movi_is_refused(movi):
-    layout = Movi(str(movi))
-    refused(layout, "other", "other for split other; its parent folder holds test, train, validation")
+    refused(Movi(str(movi)), "other", "other for split other; its parent folder holds test, train, valid")
     (movi / "train/00001/segmentations/007.png").unlink()
-    refused(layout, "train", "Video 00001 has 1 frame without mask: 007")
-    assert_refused(lambda: open_clips(layout, "test", cut=Cut(length=9)), "cut.short=pad", "or lower ", "cut.length=9")
+    refused(Movi(str(movi)), "train", "Video 00001 has 1 frame without mask: 007")
+    words = ("cut.short=pad", "or lower ", "cut.length=9")
+    assert_refused(lambda: open_clips(Movi(str(movi)), "test", cut=Cut(length=9)), *words)
 
 
 @pytest.fixture
@@ -402,7 +399,7 @@ def test_clips_are_cut_at_the_configured_frame_rate(compose, folder):
     assert_refused(lambda: read("data.clips.cut.fps=25"), *words)
 
 
-def test_unreadable_videos_are_refused(compose, folder, caplog):
+def test_unreadable_and_missing_videos_are_refused(compose, folder, tmp_path, caplog):
     (folder / "bad.mp4").write_text("no video")
     words = ("1 video of 4 cannot be read:\n- Cannot read ", "bad.mp4", "on_error=skip")
     assert_refused(lambda: clips_of(compose, "videos", folder, "train"), *words)
@@ -410,9 +407,6 @@ def test_unreadable_videos_are_refused(compose, folder, caplog):
         clips = clips_of(compose, "videos", folder, "train", "data.on_error=skip")
     assert [video.name for video in clips.videos] == ["two", "x/frames", "x/one"]
     assert "1 of 4 videos are left out" in caplog.text and "bad.mp4" in caplog.text
-
-
-def test_folders_without_videos_are_refused(folder, tmp_path):
     refused(VideoFolder(str(tmp_path), "gone"), "val", "No folder ", "gone for split val")
     (tmp_path / "empty/val").mkdir(parents=True)
     refused(VideoFolder(str(tmp_path / "empty"), "{split}"), "val", "empty/val holds no video")
@@ -538,17 +532,6 @@ def test_cuts_select_the_expected_frames(tmp_path, cut, starts):
             np.testing.assert_array_equal(clip["masks"][number], ids("v", index, [0, 1]))
 
 
-def test_frames_come_without_their_masks(tmp_path):
-    layout = Still(tmp_path, v=10)
-    clips = open_clips(layout, "train", cut=Cut(length=3, stride=2, step=1))
-    for path in clips.videos[0].masks.values():
-        path.unlink()
-    frames, name = clips.frames(4)
-    assert frames.shape == (3, 6, 9, 3) and name == "v/4"
-    for number, index in enumerate((4, 6, 8)):
-        np.testing.assert_array_equal(frames[number], pixels("v", index))
-
-
 def test_val_and_test_have_a_cut_and_squares_of_their_own(tmp_path):
     layout, options = Still(tmp_path, v=10), {"cut": Cut(length=3), "eval_cut": Cut(length=5)}
     assert [len(open_clips(layout, split, **options)) for split in ("train", "val", "test")] == [3, 2, 2]
@@ -602,8 +585,13 @@ def test_only_frames_of_the_requested_clip_are_read(tmp_path):
         (tmp_path / f"v/{index}.png").unlink()
     again = pickle.loads(pickle.dumps(clips))
     assert torch.equal(again[1]["frames"], clips[1]["frames"])
-    frames = DecodedFrames(tmp_path / "a.avi", 5, None)
-    assert len(frames) == 5 and frames[-1].index == 4 and [frame.index for frame in frames] == [0, 1, 2, 3, 4]
+    clips = open_clips(Still(tmp_path, v=10), "train", cut=Cut(length=3, stride=2, step=1))
+    shutil.rmtree(tmp_path / "v_masks")  # frames come without their masks
+    frames, name = clips.frames(4)
+    np.testing.assert_array_equal(frames, [pixels("v", index) for index in (4, 6, 8)])
+    assert name == "v/4"
+    decoded = DecodedFrames(tmp_path / "a.avi", 5, None)
+    assert len(decoded) == 5 and decoded[-1].index == 4 and [frame.index for frame in decoded] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.data

@@ -151,7 +151,7 @@ def test_masks_saved_with_loss(root):
     assert list(findings_by_code(root))[:2] == ["mask_is_jpeg", "foreign_ids"]
 
 
-def test_classes_missing_in_splits_are_findings(root):
+def test_missing_and_similar_classes_are_findings(root):
     rewrite_all(root, lambda mask: np.where(mask == 2, 1, mask), "val/masks/v/*")
     findings = findings_by_code(root, options={"classes": (*CLASSES, "moon"), "palette": None})
     assert findings.keys() == {"class_never_seen", "class_only_in_train"}
@@ -161,6 +161,8 @@ def test_classes_missing_in_splits_are_findings(root):
     findings = findings_by_code(root)
     assert findings["class_not_in_train"].severity == "warning"
     assert "In val but not in train: 1 left." in findings["class_not_in_train"].message
+    similar = findings_by_code(root, options={"classes": [CLASSES[0], "Cat ", "cat"]})["similar_class_names"]
+    assert similar.severity == "warning" and "'Cat ', 'cat'" in similar.message
 
 
 def test_void_masks_are_findings(root):
@@ -187,11 +189,6 @@ def test_binary_masks_read_as_ids(root):
     finding = findings_by_code(root, options={"classes": CLASSES[:1], "palette": None})["one_class"]
     assert finding.severity == "error" and finding.stops
     assert f"data.classes=[background,{CLASSES[0]}]" in finding.remedy and "format=binary" in finding.remedy
-
-
-def test_names_that_differ_in_blanks_or_case_are_similar(root):
-    finding = findings_by_code(root, options={"classes": [CLASSES[0], "Cat ", "cat"]})["similar_class_names"]
-    assert finding.severity == "warning" and "'Cat ', 'cat'" in finding.message
 
 
 IDD = [f"c{index}" for index in range(26)]

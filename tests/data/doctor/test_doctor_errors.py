@@ -42,12 +42,9 @@ def test_the_check_before_a_training_reads_no_image(root, caplog):
     assert "train and in val: d0" in told and "Put all frames of a video or drive into one split" in told
 
 
-def test_images_of_another_number_of_channels_stop_a_training(root):
+def test_the_check_before_a_training_stops_on_errors(root):
     train, val = (open_split(root, split).read_as(PixelFormat(channels=4)) for split in ("train", "val"))
     assert_refused(lambda: check(root, train, val), "has 3 channels, and data.channels=4. Set data.channels=3")
-
-
-def test_the_check_before_a_training_stops_on_errors(root):
     rewrite(root / "train/masks/d0/f0.png", lambda mask: mask + 7)
     (root / "val/masks/v/f1.png").write_bytes(b"")
     words = ("errors that stop a training", "cannot be read", "v/f1.png", ": 7 (in", "mode=doctor")
@@ -114,20 +111,14 @@ def test_equal_names_masks_and_lengths_are_no_copies(tmp_path, images, suffix):
     assert not copies_are_found(tmp_path, images=images)
 
 
-def test_equal_images_with_masks_of_one_class_are_no_copies(tmp_path):
+def test_copies_are_found_by_their_masks(tmp_path):
     for split in ("train", "val"):
         write(tmp_path, split, ["a", "b"])
-    assert copies_are_found(tmp_path)
-    rewrite_all(tmp_path, lambda mask: mask * 0 + 1, "*/masks/*.png")
-    assert not copies_are_found(tmp_path)
-
-
-def test_copies_are_found_if_one_split_is_decoded(tmp_path):
-    for split in ("train", "val"):
-        write(tmp_path, split, ["a", "b"])
-    for decoded in (True, False):
+    for decoded in (True, False):  # if one split is decoded
         train, val = (splits_of(tmp_path, decoded == (split == "train"), [split])[0] for split in ("train", "val"))
         assert "same_files" in {each.code for each in find_errors([train, val])}
+    rewrite_all(tmp_path, lambda mask: mask * 0 + 1, "*/masks/*.png")  # one class in all
+    assert not copies_are_found(tmp_path)
 
 
 def test_jpeg_masks_that_were_left_out_stop_nothing(root):

@@ -107,9 +107,6 @@ def test_colours_that_cannot_be_classes(tmp_path):
     ):
         findings = findings_by_code(write(tmp_path / name, masks), options={"palette": None})
         assert words in findings["foreign_ids"].remedy
-
-
-def test_grey_rgb_masks_are_reported_as_ids(tmp_path):
-    root = write(tmp_path / "data", [np.repeat(np.array([[0, 1, 5]])[..., None], 3, axis=2)] * 2)
+    root = write(tmp_path / "grey", [np.repeat(np.array([[0, 1, 5]])[..., None], 3, axis=2)] * 2)
     finding = findings_by_code(root, options={"classes": ["a", "b", "c"], "palette": None})["foreign_ids"]
     assert "5 (in 4)" in finding.message and "'++data.reader.masks.ids={5: 255}'" in finding.remedy

@@ -260,17 +260,14 @@ def test_names_that_no_disk_can_have_and_names_with_dots(tmp_path):
     assert open_annotated("coco", root).names == ["b"]
 
 
-def test_a_file_that_is_larger_than_any_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("dinoseg.data.formats.annotation_files.LARGEST_FILE", 100)
-    refused("coco", coco(tmp_path / "train.json"), "bytes; the limit is 100: divide it into several")
-
-
-def test_replaced_file_of_equal_length_and_time_is_read_again(tmp_path):
+def test_replaced_files_are_read_again_and_huge_ones_refused(tmp_path, monkeypatch):
     path = tmp_path / "annotations.json"
     for names in (("leaf", "stem"), ("leaf", "root")):
         coco(path, categories=names)
         os.utime(path, ns=(1, 1))
         assert list(read_annotations(KINDS["coco"], path).labels) == [*names]
+    monkeypatch.setattr("dinoseg.data.formats.annotation_files.LARGEST_FILE", 100)
+    refused("coco", coco(tmp_path / "train.json"), "bytes; the limit is 100: divide it into several")
 
 
 def test_crowds_may_be_ignored(tmp_path):
@@ -322,7 +319,7 @@ def test_json_in_other_encodings(tmp_path, encoding):
     assert open_annotated("coco", root).mask(0).sum() == 12
 
 
-def test_images_without_shapes_are_background_or_skipped(tmp_path, caplog):
+def test_images_without_or_with_too_many_shapes(tmp_path, caplog, monkeypatch):
     root = coco(tmp_path / "train.json", images=("a.png", "b.png"))
     with caplog.at_level(logging.WARNING):
         assert len(open_annotated("coco", root)) == 2
@@ -331,6 +328,11 @@ def test_images_without_shapes_are_background_or_skipped(tmp_path, caplog):
     coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=[(1, 1, [CORNERS]), (2, 1, [[1, 2, 3]])])
     # what is wrong is told, and not left out unsaid
     assert "b" in open_annotated("coco", root, without_shapes="skip").lacking
+    monkeypatch.setattr(annotated, "MAX_SHAPES", 2)
+    boxes = [(1, 1, [CORNERS])] * 2 + [(2, 1, [CORNERS])] * 3
+    coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=boxes)
+    data = open_annotated("coco", root)
+    assert data.names == ["a"] and "b.png has 3 shapes, over 2" in data.lacking["b"]
 
 
 def test_missing_images_are_reported_and_other_folders_read(tmp_path):
@@ -421,13 +423,6 @@ def test_old_and_foreign_files_in_a_labelme_folder_are_skipped(tmp_path):
     data = open_annotated("labelme", root)
     assert data.names == ["b"] and "not an image size:" in data.lacking["a"]
     assert "an object with shapes" in str(data.lacking)
-
-
-def test_images_of_too_many_shapes_are_left_out(monkeypatch, tmp_path):
-    monkeypatch.setattr(annotated, "MAX_SHAPES", 2)
-    boxes = [(1, 1, [CORNERS])] * 2 + [(2, 1, [CORNERS])] * 3
-    data = open_annotated("coco", coco(tmp_path / "train.json", images=("a.png", "b.png"), annotations=boxes))
-    assert data.names == ["a"] and "b.png has 3 shapes, over 2" in data.lacking["b"]
 
 
 @pytest.mark.parametrize("corners", [[[0, 0], [9, 8]], [[0, 0], [10, 7]], [[0.5, 0], [2, 2]], [[0, 0], [1, 1]]])

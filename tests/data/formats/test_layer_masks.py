@@ -160,7 +160,7 @@ def test_incomplete_and_unequal_masks_are_refused(tmp_path):
     assert_refused(lambda: data[0], "train_0.png holds the ids 7. A mask of one class has the id 0 where")
 
 
-def test_missing_folders_of_classes_name_the_remedy(tmp_path):
+def test_missing_and_doubtful_masks_of_classes_are_refused(tmp_path):
     save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
     save(tmp_path / "train/masks/x_disc.png", np.zeros((2, 3)))
     refused(tmp_path, "masks/disc", 'mask_suffix="_{class}"')
@@ -169,6 +169,10 @@ def test_missing_folders_of_classes_name_the_remedy(tmp_path):
     write_overlaps(tmp_path / "folders", train=2)
     words = (f"in a folder: {', '.join(sorted(CLASSES))}", "Set task=multilabel")
     refused(tmp_path / "folders", *words, layers=False)
+    for name in ("x", "x_black"):
+        save(tmp_path / "two/train/images" / f"{name}.png", np.zeros((2, 2, 3)))
+    save(tmp_path / "two/train/flat/x_black_cat.png", np.zeros((2, 2)))
+    refused(tmp_path / "two", "two images or classes", classes=["cat", "black_cat"], layout=PER_FILE)
 
 
 def test_a_missing_class_folder_names_folders_of_no_class(tmp_path, caplog):
@@ -251,13 +255,6 @@ def test_masks_larger_than_their_image_are_refused(tmp_path, monkeypatch):
     assert {*measure(data.pairs[0], data.reader, images=False).problems} == {"size_mismatch"}
     (tmp_path / "train/a.png").write_bytes(b"none")
     assert {*measure(data.pairs[0], data.reader, images=False).problems} == {"unreadable_image"}
-
-
-def test_a_mask_that_fits_two_classes_is_refused(tmp_path):
-    for name in ("x", "x_black"):
-        save(tmp_path / "train/images" / f"{name}.png", np.zeros((2, 2, 3)))
-    save(tmp_path / "train/flat/x_black_cat.png", np.zeros((2, 2)))
-    refused(tmp_path, "two images or classes", classes=["cat", "black_cat"], layout=PER_FILE)
 
 
 def test_options_that_need_one_class_per_pixel_are_refused(tmp_path):
