@@ -36,35 +36,33 @@ def write(path, fourcc, count, draw=picture):
     return path
 
 
+def packets(path):
+    """Yield each packet of a video, and whether it holds a key frame."""
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
+    good, packet = capture.read()
+    while good:
+        yield packet, capture.get(cv2.CAP_PROP_LRF_HAS_KEY_FRAME)
+        good, packet = capture.read()
+
+
 def remux(source, target, fourcc, time_of):
     """Copy a video's packets with other times."""
-    capture = cv2.VideoCapture(str(source), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
     raw = [cv2.VIDEOWRITER_PROP_RAW_VIDEO, 1]
     writer = cv2.VideoWriter(str(target), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*fourcc), 60, SIZE, raw)
     assert writer.isOpened()
-    index = 0
-    while True:
-        good, packet = capture.read()
-        if not good:
-            break
-        writer.set(cv2.VIDEOWRITER_PROP_KEY_FLAG, capture.get(cv2.CAP_PROP_LRF_HAS_KEY_FRAME))
+    for index, (packet, is_key) in enumerate(packets(source)):
+        writer.set(cv2.VIDEOWRITER_PROP_KEY_FLAG, is_key)
         writer.set(cv2.VIDEOWRITER_PROP_PTS, time_of(index))
         writer.set(cv2.VIDEOWRITER_PROP_DTS_DELAY, 0)
         writer.write(packet)
-        index += 1
     writer.release()
     return target
 
 
 def elementary(source, target):
     """Write a video's packets one after another: a stream without container, and so without times."""
-    capture = cv2.VideoCapture(str(source), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
-    with target.open("wb") as file:
-        while True:
-            good, packet = capture.read()
-            if not good:
-                return target
-            file.write(packet.tobytes())
+    target.write_bytes(b"".join(packet.tobytes() for packet, _ in packets(source)))
+    return target
 
 
 def gaps(index):
@@ -252,12 +250,10 @@ def test_truncated_or_missing_videos_are_refused(avi, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2, None])
 def test_many_videos_are_read_concurrently(tmp_path, workers):
     paths = [write(tmp_path / f"{number}.avi", "MJPG", number + 1) for number in range(4)]
-    (tmp_path / "bad.avi").write_text("no video")
-    found, wrong = index_videos(
-        [*paths[:2], tmp_path / "bad.avi", *paths[2:], tmp_path / "gone.avi"], tmp_path / "cache", workers=workers
-    )
+    bad, gone = tmp_path / "bad.avi", tmp_path / "gone.avi"
+    bad.write_text("no video")
+    found, wrong = index_videos([*paths[:2], bad, *paths[2:], gone], tmp_path / "cache", workers=workers)
     assert list(found) == paths and [len(found[path]) for path in paths] == [1, 2, 3, 4]
     assert all(index.fps == 60 for index in found.values())
-    assert [path.name for path in wrong] == ["bad.avi", "gone.avi"]
-    assert "Cannot read" in wrong[tmp_path / "bad.avi"] and "No such file" in wrong[tmp_path / "gone.avi"]
+    assert [*wrong] == [bad, gone] and "Cannot read" in wrong[bad] and "No such file" in wrong[gone]
     assert len(list((tmp_path / "cache/videos").iterdir())) == 4, "no lock and no part is left"
