@@ -44,7 +44,7 @@ def by_hand(positions, grid, offset, antialias):
 
 
 @pytest.mark.parametrize("family", METHODS)
-@pytest.mark.parametrize("grid", [(1, 1), (2, 9), (5, 4), (4, 6), (13, 3), (7, 7), (1, 10), (7, 1)])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 9), (4, 6), (13, 3), (7, 1)])
 def test_positions_are_those_of_a_plain_loop(family, grid):
     torch.manual_seed(0)
     offset, antialias = METHODS[family]
@@ -52,39 +52,21 @@ def test_positions_are_those_of_a_plain_loop(family, grid):
     found = interpolate(positions, grid, offset=offset, antialias=antialias)
     assert found.shape == (1, 1 + grid[0] * grid[1], 3)
     torch.testing.assert_close(found, by_hand(positions, grid, offset, antialias), atol=1e-9, rtol=0)
-
-
-@pytest.mark.parametrize(("offset", "antialias"), METHODS.values())
-def test_stored_grid_comes_back_untouched(offset, antialias):
-    positions = torch.randn(1, 26, 3)
     assert interpolate(positions, (5, 5), offset=offset, antialias=antialias) is positions
 
 
-def test_position_offset_matters():
-    """Without it, features of DINO and DINOv2 would differ from Meta's."""
-    positions = torch.randn(1, 1 + 37 * 37, 2)
-    with_offset = interpolate(positions, (20, 30), offset=0.1, antialias=False)
-    without = interpolate(positions, (20, 30), offset=0.0, antialias=False)
-    assert (with_offset - without).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("grid", [(side, side + 1) for side in (1, 6, 36, 37, 64, 117, 256)])
+@pytest.mark.parametrize("grid", [(side, side + 1) for side in (1, 36, 37, 256)])
 @pytest.mark.parametrize("stored", [14, 28, 37])
 def test_offset_never_costs_a_cell(grid, stored):
     found = interpolate(torch.zeros(1, 1 + stored * stored, 1), grid, offset=0.1, antialias=False)
     assert found.shape[1] == 1 + grid[0] * grid[1]
 
 
-def test_half_precision_is_resampled_in_single():
-    positions = torch.randn(1, 26, 8).bfloat16()
-    found = interpolate(positions, (9, 4), offset=0.1, antialias=False)
+def test_half_precision_is_resampled_in_single_with_gradients():
+    positions = torch.randn(1, 26, 8, requires_grad=True)
+    found = interpolate(positions.bfloat16(), (9, 7), offset=0.1, antialias=False)
     assert found.dtype == torch.bfloat16
-    exact = interpolate(positions.float(), (9, 4), offset=0.1, antialias=False)
+    exact = interpolate(positions.bfloat16().float(), (9, 7), offset=0.1, antialias=False)
     assert torch.equal(found, exact.bfloat16())
-
-
-def test_gradient_reaches_every_stored_position():
-    positions = torch.randn(1, 26, 2, requires_grad=True)
-    interpolate(positions, (7, 9), offset=0.1, antialias=False).square().sum().backward()
-    assert positions.grad is not None
+    exact.square().sum().backward()
     assert (positions.grad != 0).all()
