@@ -1,11 +1,15 @@
+import http.server
 import resource
+import threading
 from fractions import Fraction
+from functools import partial
 
 import av
 import cv2
 import numpy as np
 import pytest
 from av.stream import Disposition
+from chromium import opened_page
 from films import write_film
 from mistakes import assert_refused
 
@@ -271,12 +275,8 @@ def test_exception_leaves_the_folder_as_it_was(tmp_path, older):
     [
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"no video at all" * 99),
-        lambda path: path.write_bytes(
-            make_video(path, codec="mp4v").read_bytes()[:-400]
-        ),  # without the index at its end
-        lambda path: path.write_text(
-            f"ffconcat version 1.0\nfile {make_video(path.parent / 'secret.mp4', codec='mp4v')}\n"
-        ),
+        lambda path: path.write_bytes(make_video(path, codec="mp4v").read_bytes()[:-400]),  # its index, at the end
+        lambda path: path.write_text(f"ffconcat version 1.0\nfile {make_video(path.with_name('a.avi')).name}\n"),
     ],
 )
 def test_invalid_video_is_named_without_decoder_output(tmp_path, write, capfd):
@@ -284,3 +284,31 @@ def test_invalid_video_is_named_without_decoder_output(tmp_path, write, capfd):
     capfd.readouterr()
     assert_refused(lambda: VideoReader(tmp_path / "bad.mp4"), "bad.mp4 as a video: 0 frames read", "ffmpeg")
     assert capfd.readouterr().err == ""
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server_url(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.heavy
+def test_overlay_plays_in_a_browser(server_url, tmp_path):
+    copy_film(write_film(tmp_path / "in.mkv", frames=48), tmp_path / "out.mp4").close()
+    (tmp_path / "page.html").write_text("<link rel=icon href=data:,><video id=v src=out.mp4 muted></video>")
+    with opened_page(f"{server_url}/page.html") as page:
+        page.wait_for_function("document.getElementById('v').readyState >= 2", timeout=120_000)
+        page.evaluate("document.getElementById('v').play()")
+        page.wait_for_function("document.getElementById('v').currentTime > 0.5", timeout=120_000)
+        state = page.evaluate("(v => [v.videoWidth, v.videoHeight, v.error])(v)")
+        assert state == [64, 48, None] and page.complaints == []
