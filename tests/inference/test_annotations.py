@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from making import save
+from mistakes import refusals
 from pycocotools.coco import COCO
 
 from dinoseg.data.classes.file import read_class_file
@@ -15,7 +16,6 @@ from dinoseg.data.splits import Partition
 from dinoseg.inference.annotations import PredictedShapes
 from dinoseg.inference.image_writers import check_outputs, image_writers
 from dinoseg.inference.outputs import ImagePrediction
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_ids
 
 CLASSES = ["background", 'leaf <&> "stem"', "ähre"]
@@ -59,25 +59,17 @@ def read_back(tmp_path, tool, *, classes=CLASSES, unlabelled="background"):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("objects", ["component", "class"])
-@pytest.mark.parametrize("form", ["rle", "polygons"])
+@pytest.mark.parametrize(("form", "objects"), [("rle", "component"), ("polygons", "class"), ("polygons", "component")])
 def test_written_annotations_are_read_back_to_the_pixel(tmp_path, form, objects):
-    write(tmp_path, TOOLS, PredictedShapes(form, objects, tolerance=0))
+    out = write(tmp_path, TOOLS, PredictedShapes(form, objects, tolerance=0))
     for tool in TOOLS:
         data = read_back(tmp_path, tool)
         assert data.names == ["a", "b/c", "d"]
         for index in range(3):
             np.testing.assert_array_equal(data[index]["mask"], blobs(index), err_msg=tool)
-
-
-def test_classes_and_colours_are_read_back_with_annotations(tmp_path):
-    out = write(tmp_path, TOOLS, PredictedShapes("rle"))
-    for tool in TOOLS:
         said = read_class_file(out / tool / "classes.yaml", 255)
         assert said["classes"] == CLASSES and said["background"] == "background" and said["format"] == "labels"
         assert [list(color) for color in said["palette"]] == [list(color) for color in LABELS.palette]
-    write(tmp_path, ["labelme"], PredictedShapes(), background=None)
-    assert read_class_file(out / "labelme/classes.yaml", 255)["background"] is None
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
@@ -104,12 +96,6 @@ def test_simpler_polygons_differ_by_little(tmp_path):
         ids, again = blobs(2), read_back(tmp_path, tool).mask(2)
         overlaps = [((ids == k) & (again == k)).sum() / ((ids == k) | (again == k)).sum() for k in range(3)]
         assert 0.6 < min(overlaps) < 1, (tool, overlaps)  # thin blobs of a few pixels, the worst there is
-
-
-def test_without_a_background_every_class_is_written(tmp_path):
-    write(tmp_path, TOOLS, PredictedShapes("rle"), background=None)
-    for tool in TOOLS:
-        np.testing.assert_array_equal(read_back(tmp_path, tool, unlabelled="ignore").mask(0), blobs(0))
 
 
 def test_pieces_of_a_part_share_a_group(tmp_path):
@@ -154,15 +140,18 @@ def test_palette_probabilities_and_confidence(tmp_path):
     assert (read_ids(out / "confidence/a.png") == round(0.85 * 255)).all()
 
 
-@pytest.mark.parametrize(
-    ("make", "wrong"),
-    [
-        (lambda p: check_outputs(["coko"]), "mode.outputs names coko: choose some of"),
-        (lambda p: check_outputs(["coco", "coco"]), "coco more than once"),
-        (lambda p: check_outputs("coco"), r"give a list, such as mode\.outputs="),
-        (lambda p: PredictedShapes(tolerance=float("nan")), "give a tolerance from 0 pixels"),
-    ],
+def test_without_a_background_every_class_is_written(tmp_path):
+    out = write(tmp_path, TOOLS, PredictedShapes("rle"), background=None)
+    for tool in TOOLS:
+        np.testing.assert_array_equal(read_back(tmp_path, tool, unlabelled="ignore").mask(0), blobs(0))
+    assert read_class_file(out / "labelme/classes.yaml", 255)["background"] is None
+
+
+test_message_names_value_and_remedy = refusals(
+    {
+        "another tool": (lambda: check_outputs(["coko"]), "mode.outputs names coko: choose some of"),
+        "one tool twice": (lambda: check_outputs(["coco", "coco"]), "coco more than once"),
+        "no list": (lambda: check_outputs("coco"), "give a list, such as mode.outputs="),
+        "tolerance": (lambda: PredictedShapes(tolerance=float("nan")), "give a tolerance from 0 pixels"),
+    }
 )
-def test_invalid_annotation_options_are_refused(tmp_path, make, wrong):
-    with pytest.raises(UserError, match=wrong):
-        make(tmp_path)

@@ -4,10 +4,12 @@ import logging
 import re
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from mistakes import assert_refused
 from tiny_parts import tiny_vit
 
 from dinoseg.core.geometry import upsample
@@ -20,6 +22,7 @@ from dinoseg.inference.whole import Whole
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.utils import cores
+from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
 CPU = torch.device("cpu")
@@ -33,6 +36,17 @@ def make_model(**options):
 
 def picture(height, width):
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def watch(model):
+    """Return a list that collects the sizes that the model's backbone is given."""
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+    return seen
+
+
+def make_predictor(model, policy=None):
+    return Predictor(model, CPU, nullcontext, *([] if policy is None else [policy]))
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5}])
@@ -108,18 +122,19 @@ def free(monkeypatch):
 def test_images_that_fit_are_seen_whole_and_nothing_is_computed(free, monkeypatch, caplog):
     monkeypatch.setattr(auto, "measure", None)
     free(2**40)
-    model = make_model()
-    first, second = (
-        Predictor(model, CPU, nullcontext, *policy).ids([picture(100, 90)]) for policy in ([Auto((32, 32))], [])
-    )
-    assert (first == second).all() and not caplog.messages
+    for options in ({}, {"flips": "horizontal", "scales": (1.0, 2.0)}):
+        found, expected = (
+            make_predictor(make_model(), policy).probabilities([picture(100, 90)])
+            for policy in (Auto((32, 32), **options), Whole(**options))
+        )
+        assert torch.equal(found, expected) and not caplog.messages
+    assert not torch.equal(found, make_predictor(make_model()).probabilities([picture(100, 90)]))
 
 
 def test_large_images_use_windows_and_log_it_once(free, caplog):
-    model, policy, seen = make_model(), Auto((32, 48), memory=0.5), []
+    model = make_model()
     need = memory.measure(model, 32, nullcontext).of(1, (100, 90), (100, 90))
-    model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
-    predictor = Predictor(model, CPU, nullcontext, policy)
+    seen, predictor = watch(model), make_predictor(model, Auto((32, 48), memory=0.5))
     with caplog.at_level(logging.INFO):
         free(2 * need + 2)
         predictor.ids([picture(100, 90)])
@@ -139,22 +154,22 @@ def test_large_images_use_windows_and_log_it_once(free, caplog):
 
 
 def test_auto_windows_have_the_scale_of_whole_images(free):
-    model, seen = make_model(), []
+    model = make_model()
     limit_to_trained_size(model, TrainedSizes(typical=64, largest=80))
-    model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+    seen = watch(model)
     free(0)
-    probabilities = Predictor(model, CPU, nullcontext, Auto((64, 64))).probabilities([picture(200, 100)])
+    probabilities = make_predictor(model, Auto((64, 64))).probabilities([picture(200, 100)])
     assert seen[2:] == [(64, 32)] and probabilities.shape == (1, 5, 200, 100)
 
 
 def test_largest_scale_decides_if_an_image_fits(free):
-    model, seen = make_model(), []
+    model = make_model()
     cost = memory.measure(model, 32, nullcontext)
     free((cost.of(1, (100, 90), (100, 90)) + cost.of(1, (600, 540), (100, 90))) / 2)
-    model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+    seen = watch(model)
     for scales, first in (((1.0,), (100, 90)), ((1.0, 6.0), (32, 48))):
         seen.clear()
-        Predictor(model, CPU, nullcontext, Auto((32, 48), memory=1.0, scales=scales)).ids([picture(100, 90)])
+        make_predictor(model, Auto((32, 48), memory=1.0, scales=scales)).ids([picture(100, 90)])
         assert [size for size in seen if size[0] != size[1]][0] == first  # squares are those that are measured
 
 
@@ -163,9 +178,7 @@ def small_memory(model, pixels):
 
     def hook(_, given):
         if given[0].shape[-2:].numel() * len(given[0]) > pixels:
-            raise RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"
-            )
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
 
     model.backbone.register_forward_pre_hook(hook)
     return model
@@ -174,31 +187,30 @@ def small_memory(model, pixels):
 def test_auto_falls_back_to_windows_when_out_of_memory(free, caplog):
     free(2**40)
     policy = Auto((32, 48))
-    predictor = Predictor(small_memory(make_model(), 4 * 32 * 48), CPU, nullcontext, policy)
-    windows = Predictor(make_model(), CPU, nullcontext, policy.windows)
+    predictor = make_predictor(small_memory(make_model(), 4 * 32 * 48), policy)
+    windows, whole = make_predictor(make_model(), policy.windows), make_predictor(make_model())
     assert (predictor.ids([picture(100, 90)]) == windows.ids([picture(100, 90)])).all()
     (message,) = caplog.messages
-    assert message.startswith(
-        "inference=auto: not enough memory for an image of 90 x 100 (width x height) in one pass: "
-    )
+    words = "inference=auto: not enough memory for an image of 90 x 100 (width x height) in one pass: "
+    assert message.startswith(words)
     assert (predictor.ids([picture(120, 90)]) == windows.ids([picture(120, 90)])).all() and len(caplog.messages) == 1
-    whole = Predictor(make_model(), CPU, nullcontext)
     assert (predictor.ids([picture(40, 50)]) == whole.ids([picture(40, 50)])).all()
+    images = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None]
+    sizes = predictor.run_bands(images, lambda bands: [band.scores().shape[2:] for band in bands], size=(50, 45))
+    assert sum(rows for rows, _ in sizes) == 50 and {columns for _, columns in sizes} == {45}
 
 
 def test_insufficient_memory_is_one_message(free):
     free(2**40)
+    words = ("predict 2 images of 90 x 100 ", "can't alloc", "inference=windows")
     for policy in (Auto((32, 48)), Whole(), Auto((32, 48)).windows):
-        predictor = Predictor(small_memory(make_model(), 10), CPU, nullcontext, policy)
+        predictor = make_predictor(small_memory(make_model(), 10), policy)
         for ask in (predictor.ids, predictor.probabilities):
-            with pytest.raises(
-                memory.OutOfMemory, match=r"predict 2 images of 90 x 100 .*can't alloc.*inference=windows"
-            ):
-                ask([picture(100, 90)] * 2)
+            assert_refused(lambda ask=ask: ask([picture(100, 90)] * 2), *words, error=memory.OutOfMemory)
     broken = make_model()
-    broken.backbone.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    broken.backbone.register_forward_pre_hook(Mock(side_effect=RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
-        Predictor(broken, CPU, nullcontext, Auto((32, 48))).ids([picture(100, 90)])
+        make_predictor(broken, Auto((32, 48))).ids([picture(100, 90)])
 
 
 def test_address_space_limit_bounds_free_memory(tmp_path, monkeypatch):
@@ -212,37 +224,13 @@ def test_address_space_limit_bounds_free_memory(tmp_path, monkeypatch):
     assert memory.free_bytes(CPU) == 7 * resource.getpagesize()
 
 
-def test_auto_applies_scales_and_flips_to_whole_images(free):
-    free(2**40)
-    ours, theirs, plain = (
-        Predictor(make_model(), CPU, nullcontext, policy).probabilities([picture(40, 50)])
-        for policy in (
-            Auto((32, 48), flips="horizontal", scales=(1.0, 2.0)),
-            Whole(flips="horizontal", scales=(1.0, 2.0)),
-            Whole(flips="horizontal"),
-        )
-    )
-    assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
-
-
-def test_requested_size_is_used_after_running_out_of_memory(free):
-    free(2**40)
-    predictor = Predictor(small_memory(make_model(), 4 * 32 * 48), CPU, nullcontext, Auto((32, 48)))
-    images = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None]
-    scores = predictor.run_bands(
-        images, lambda bands: torch.cat([band.scores() for band in bands], dim=2), size=(50, 45)
-    )
-    assert scores.shape[-2:] == (50, 45)
-
-
 def test_batch_and_output_size_count_towards_memory(free):
-    model, seen = make_model(), []
-    model.backbone.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+    model = make_model()
     free(1.5 * memory.measure(model, 32, nullcontext).of(1, (100, 90), (100, 90)))
-    images = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None]
+    images, seen = torch.from_numpy(picture(100, 90)).permute(2, 0, 1)[None], watch(model)
     for count, size, whole in ((1, None, True), (2, None, False), (1, (1000, 900), False)):
         seen.clear()
-        predictor = Predictor(model, CPU, nullcontext, Auto((32, 48), memory=1.0))
+        predictor = make_predictor(model, Auto((32, 48), memory=1.0))
         predictor.run_bands(images.expand(count, -1, -1, -1), lambda bands: [band.size for band in bands], size=size)
         assert ((100, 90) in seen) == whole
 
@@ -256,16 +244,42 @@ def test_free_gpu_memory_includes_unused_memory_of_torch(monkeypatch):
 def test_memory_error_of_python_is_reported(tmp_path):
     write_png(tmp_path / "a.png", picture(100, 90))
     broken = make_model()
-    broken.backbone.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
-    with pytest.raises(memory.OutOfMemory, match=r"of 90 x 100 .*none left"):
-        Predictor(broken, CPU, nullcontext).write_ids(tmp_path / "a.png", tmp_path / "ids.png")
+    broken.backbone.register_forward_pre_hook(Mock(side_effect=MemoryError))
+    write = make_predictor(broken).write_ids
+    words = ("of 90 x 100 ", "none left")
+    assert_refused(lambda: write(tmp_path / "a.png", tmp_path / "ids.png"), *words, error=memory.OutOfMemory)
 
 
 def test_probabilities_are_float32_in_any_precision():
     predictor = Predictor(make_model(), CPU, lambda: torch.autocast("cpu", torch.bfloat16))
-    assert predictor.probabilities([picture(16, 16)]).dtype == torch.float32
+    probabilities, ids = predictor.probabilities([picture(19, 30)] * 2), predictor.ids([picture(19, 30)] * 2)
+    assert probabilities.dtype == torch.float32 and ids.shape == (2, 19, 30) and ids.dtype == np.uint8
 
 
 def test_windows_are_placed_as_stated():
     assert Auto(48, stride=[32, 20]).windows.starts(1, 100) == [0, 20, 40, 52]
     assert Auto(48, placement="even").windows.starts(0, 100) == [0, 26, 52]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "none left"),
+        (
+            RuntimeError("Caught RuntimeError in worker 0.\n  Traceback\n  out of memory: 7 GiB\n"),
+            "out of memory: 7 GiB",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"), "[enforce fail] DefaultCPUAllo"),
+    ],
+)
+def test_out_of_memory_error_quotes_the_relevant_line(error, reason):
+    found = memory.as_out_of_memory(error)
+    assert isinstance(found, memory.OutOfMemory) and str(found).startswith(f"Out of memory ({reason}")
+
+
+def test_reason_of_another_error_is_its_first_line():
+    assert memory.reason_of(UserError("a mask is missing\n- of 3.png")) == "a mask is missing"
+
+
+def test_other_errors_are_no_shortage():
+    assert memory.as_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

@@ -1,11 +1,20 @@
+"""Names and files of the results of images."""
+
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from dinoseg.inference import results
+from dinoseg.data.classes.labels import Labels
+from dinoseg.inference import image_run, results
+from dinoseg.inference.class_record import ClassRecord, read_class_record, write_class_record
+from dinoseg.inference.done import DoneInputs
+from dinoseg.inference.image_run import ImageInput, ImageRun, SegmentationSettings, segment_images
 from dinoseg.inference.results import mask_names, result_names, write_image_results
-from dinoseg.utils.images import read_ids, read_image
+from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import read_ids, read_image, write_png
 
 OPTIONS = {"classes": ["ground", "car"], "palette": [(0, 0, 0), (9, 200, 30)]}
 
@@ -56,25 +65,56 @@ def test_an_image_gives_five_files(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a_segmentation"]
 
 
-def test_an_older_result_is_replaced_whole(tmp_path):
-    folder = tmp_path / "a_segmentation"
-    folder.mkdir()
-    (folder / "stale.txt").write_text("old")
+def test_an_older_result_is_replaced_whole(older):
+    write_zeros(older)
+    assert not (older / "old.txt").exists() and (older / "original.png").exists()
+    assert list(older.parent.iterdir()) == [older]
+
+
+def test_a_failing_write_leaves_no_part_and_the_old_result(older, monkeypatch):
+    monkeypatch.setattr(results, "write_text", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_zeros(older)
+    assert list(older.parent.iterdir()) == [older] and list(older.iterdir()) == [older / "old.txt"]
+
+
+def write_zeros(folder):
     write_image_results(folder, np.zeros((3, 3, 3), np.uint8), np.zeros((3, 3), np.uint8), **OPTIONS)
-    assert not (folder / "stale.txt").exists() and (folder / "original.png").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["a_segmentation"]
 
 
-def test_a_failing_write_leaves_no_part_and_the_old_result(tmp_path, monkeypatch):
+@pytest.fixture
+def older(tmp_path):
+    """Return a folder that holds an older result."""
     folder = tmp_path / "a_segmentation"
     folder.mkdir()
     (folder / "old.txt").write_text("old")
+    return folder
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results, "write_text", full)
-    with pytest.raises(OSError, match="No space"):
-        write_image_results(folder, np.zeros((3, 3, 3), np.uint8), np.zeros((3, 3), np.uint8), **OPTIONS)
-    assert [path.name for path in tmp_path.iterdir()] == ["a_segmentation"]
-    assert [path.name for path in folder.iterdir()] == ["old.txt"]
+def test_run_renders_with_opacity_palette_and_ignore_index(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(image_run, "write_image_results", lambda *_, **named: drawn.append(named))
+    write_png(tmp_path / "a.png", np.zeros((4, 6, 3), np.uint8))
+    predictor = SimpleNamespace(
+        ids_and_probabilities=lambda images, probabilities: [(np.zeros((4, 6), np.uint8), None) for _ in images]
+    )
+    labels = Labels.of(["a", "b"], [[1, 2, 3], [4, 5, 6]], 250)
+    run = ImageRun(tmp_path, None, DoneInputs(tmp_path))
+    segment_images(SegmentationSettings(predictor, labels, 0.25), [ImageInput(tmp_path / "a.png", "a", "a")], run)
+    (named,) = drawn
+    assert named["opacity"] == 0.25 and named["ignore_index"] == 250 and named["palette"] == labels.palette
+
+
+def test_a_record_of_classes_comes_back(tmp_path):
+    facts = (["a", "b"], [(1, 2, 3), (4, 5, 6)], 250)
+    write_class_record(tmp_path, *facts, {"format": "ids"}, groups={"1": "a"})
+    labels = Labels.of(["a", "b"], [[1, 2, 3], [4, 5, 6]], 250)
+    assert read_class_record(tmp_path) == ClassRecord(labels, {"format": "ids"}, {"1": "a"})
+    write_class_record(tmp_path, *facts, {"format": "ids"}, groups={"2": "b"})  # of more images in the same folder
+    assert read_class_record(tmp_path).groups == {"1": "a", "2": "b"}
+    write_class_record(tmp_path, *facts, {"format": "ids"}, groups={"2": None})  # predicted again, without groups
+    assert read_class_record(tmp_path).groups == {"1": "a"}
+    write_class_record(tmp_path, *facts, {}, has_layers=True)
+    with pytest.raises(UserError, match="task=multilabel. Set protocol=multilabel"):
+        read_class_record(tmp_path)
+    assert read_class_record(tmp_path, has_layers=True) is not None

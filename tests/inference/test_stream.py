@@ -1,5 +1,7 @@
+import itertools
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,8 +15,7 @@ def no_thread_is_left():
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("depth", [1, 4])
-@pytest.mark.parametrize("count", [0, 1, 3, 200])
+@pytest.mark.parametrize(("count", "depth"), [(0, 1), (1, 4), (3, 1), (200, 4)])
 def test_everything_passes_in_order(count, depth):
     written = []
     done = run_pipeline(range(count), lambda item: item * 2, written.append, depth=depth)
@@ -60,7 +61,7 @@ class Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [0, 1, 7, 30])
+@pytest.mark.parametrize("at", [0, 1, 30])
 @pytest.mark.parametrize("stage", ["read", "infer", "write"])
 @pytest.mark.parametrize("depth", [1, 4])
 def test_a_failing_stage_stops_the_others_and_is_raised(stage, at, depth):
@@ -72,10 +73,10 @@ def test_a_failing_stage_stops_the_others_and_is_raised(stage, at, depth):
         seen[name].append(item)
         return item
 
-    endless = (step("read", item) for item in iter(range(10**9).__iter__().__next__, None))
+    endless = (step("read", item) for item in itertools.count())
     with pytest.raises(Broken, match=f"^{stage} {at}$") as error:
         run_pipeline(endless, lambda item: step("infer", item), lambda item: step("write", item), depth=depth)
-    assert error.value.__traceback__ is not None and "step" in [frame.name for frame in error.traceback]
+    assert "step" in [frame.name for frame in error.traceback]
     assert seen["write"] == list(range(len(seen["write"])))
     assert len(seen["write"]) <= at
     assert len(seen["read"]) <= at + 2 * depth + 4
@@ -114,11 +115,7 @@ def test_the_first_of_two_failures_is_raised():
 
 
 def test_an_interrupt_stops_everything():
-    def infer(item):
-        if item == 3:
-            raise KeyboardInterrupt
-        return item
-
+    infer = Mock(side_effect=[0, 1, 2, KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(range(1000), infer, lambda item: None, depth=1)
 

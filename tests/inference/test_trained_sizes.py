@@ -1,10 +1,12 @@
 """Pictures larger than any of the training: seen at its scale, and said."""
 
 import logging
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from mistakes import refusals
 from omegaconf import OmegaConf
 
 from dinoseg.data.transforms import Augment
@@ -14,10 +16,8 @@ from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.serving.source import model_of
 from dinoseg.tasks import images as images_task
-from dinoseg.utils.errors import UserError
 
 SIZES = TrainedSizes(typical=32, largest=64)
-UNREAD = {"train": None, "val": None, "policy": None}
 
 
 @pytest.fixture
@@ -35,6 +35,20 @@ def seen_sizes(model):
 
 def images(height, width):
     return torch.zeros(1, 3, height, width, dtype=torch.uint8)
+
+
+def check_data(monkeypatch, splits, scale, augment=None):
+    """Return the sizes that a training finds in splits: each a list of (image size, mask size)."""
+    found = [
+        SimpleNamespace(records=[SimpleNamespace(image_size=image, mask_size=mask) for image, mask in split])
+        for split in splits
+    ]
+    monkeypatch.setattr(images_task, "check_for_errors", lambda *_, **__: found)
+    data = {"group": None, "workers": 1, "augment": {"scale": scale}}
+    groups = {"data": data, "loss": {"weights": "none"}, "resolution": {"longest": None}}
+    parts = Builder(OmegaConf.create({**groups, "cache_dir": "", "choices": {"data": "folder"}}))
+    module = SimpleNamespace(train=None, val=None, policy=None, augment=augment)
+    return images_task.ImageTask.check_data(SimpleNamespace(parts=parts, data_module=module))
 
 
 def test_sizes_are_those_that_the_model_was_fed():
@@ -55,34 +69,19 @@ def test_images_of_training_and_validation_are_not_reduced(enlarged, model):
 
 
 def test_images_to_be_scored_count_as_they_are(monkeypatch):
-    records = [[SimpleNamespace(image_size=size, mask_size=(9, 9)) for size in sizes] for sizes in ([(6, 8)], [(5, 7)])]
-    data = {"group": None, "workers": 1, "augment": {"scale": [0.5, 0.75]}}
-    groups = {"data": data, "loss": {"weights": "none"}, "resolution": {"longest": None}}
-    cfg = OmegaConf.create({**groups, "cache_dir": "", "choices": {"data": "folder"}})
-    task = SimpleNamespace(parts=Builder(cfg), data_module=SimpleNamespace(**UNREAD, augment=None))
-    for (trained, scored), largest in ((records, 8), (records[::-1], 8), (([], []), None)):
-        splits = [SimpleNamespace(records=trained), SimpleNamespace(records=scored)]
-        monkeypatch.setattr(images_task, "check_for_errors", lambda *_, splits=splits, **__: splits)
-        found = images_task.ImageTask.check_data(task)
+    records = [[((6, 8), (9, 9))], [((5, 7), (9, 9))]]
+    for splits, largest in ((records, 8), (records[::-1], 8), (([], []), None)):
+        found = check_data(monkeypatch, splits, [0.5, 0.75])
         assert (found and found.largest) == largest
 
 
-def test_sizes_of_views_count_where_the_augmentation_gives_them(monkeypatch):
-    split = SimpleNamespace(records=[SimpleNamespace(image_size=(60, 100), mask_size=None)])
-    monkeypatch.setattr(images_task, "check_for_errors", lambda *_, **__: [split, SimpleNamespace(records=[])])
-    data = {"group": None, "workers": 1, "augment": {"scale": [0.5, 2.0]}}
-    groups = {"data": data, "loss": {"weights": "none"}, "resolution": {"longest": None}}
-    parts = Builder(OmegaConf.create({**groups, "cache_dir": "", "choices": {"data": "folder"}}))
-    for relative_to, expected in (("image", (100, 200)), ("short", (50, 100)), ("long", (40, 80)), ("fit", (40, 80))):
-        augment = Augment((30, 40), relative_to=relative_to)
-        task = SimpleNamespace(parts=parts, data_module=SimpleNamespace(**UNREAD, augment=augment))
-        assert images_task.ImageTask.check_data(task) == TrainedSizes(*expected)
-
-
-@pytest.mark.parametrize("found", [3, {}, {"typical": 3}, {"typical": "3", "largest": 9}, {"typical": 0, "largest": 1}])
-def test_a_damaged_description_is_refused(found):
-    with pytest.raises(UserError, match="description is damaged: sizes[. ]"):
-        TrainedSizes.from_info({"sizes": found})
+@pytest.mark.parametrize(
+    ("relative_to", "expected"), [("image", (100, 200)), ("short", (50, 100)), ("long", (40, 80)), ("fit", (40, 80))]
+)
+def test_sizes_of_views_count_where_the_augmentation_gives_them(monkeypatch, relative_to, expected):
+    augment = Augment((30, 40), relative_to=relative_to)
+    found = check_data(monkeypatch, ([((60, 100), None)], []), [0.5, 2.0], augment)
+    assert found == TrainedSizes(*expected)
 
 
 def test_only_larger_images_are_reduced_and_masks_keep_size(model, seen_sizes, caplog):
@@ -117,3 +116,11 @@ def test_a_model_that_is_served_keeps_the_scale(model):
     info = {"classes": ["a"], "palette": [[0, 0, 0]], "ignore_index": 255}
     model_of(SimpleNamespace(model=model, predictor=None, info=info), SIZES)
     assert model.limit((40, 80)) == 32
+
+
+test_a_damaged_description_is_refused = refusals(
+    {
+        str(sizes): (partial(TrainedSizes.from_info, {"sizes": sizes}), "description is damaged: sizes")
+        for sizes in (3, {}, {"typical": 3}, {"typical": "3", "largest": 9}, {"typical": 0, "largest": 1})
+    }
+)

@@ -4,12 +4,14 @@ import itertools
 import math
 from contextlib import nullcontext
 from fractions import Fraction
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mistakes import refusals
 from torch import nn
 
 from dinoseg.config.checks import check_arguments
@@ -22,9 +24,12 @@ from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import TURNS, Windows, apply_turn, profile, starts, sum_weights, undo_turn
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.model import SegmentationModel
-from dinoseg.utils.errors import UserError
 
-SIZES = [(1, 1), (1, 37), (30, 2), (17, 23), (24, 24), (25, 24), (61, 40)]
+
+def in_turn(*values):
+    """Return each of some sizes with one of the values."""
+    sizes = [(1, 1), (1, 37), (30, 2), (17, 23), (25, 24), (61, 40), (24, 24)]
+    return list(zip(sizes, itertools.cycle(values), strict=False))
 
 
 class PixelHead(Head):
@@ -45,9 +50,8 @@ class PixelHead(Head):
 
 def make_model(scale=1.0, longest=None, **options):
     torch.manual_seed(0)
-    return (
-        SegmentationModel(RgbBackbone(patch_size=1), PixelHead(**options), scale=scale, longest=longest).double().eval()
-    )
+    model = SegmentationModel(RgbBackbone(patch_size=1), PixelHead(**options), scale=scale, longest=longest)
+    return model.double().eval()
 
 
 def pictures(height, width, count=2, seed=0):
@@ -80,10 +84,10 @@ def slid(model, image, crop, stride):
     return total / counts
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("crop", "overlap", "stride"), [((24, 24), 0.334, (16, 16)), ((10, 13), 0.25, (8, 10))])
-def test_published_windows_are_those_of_mmsegmentation(size, crop, overlap, stride):
+@pytest.mark.parametrize(("size", "windows"), in_turn(((24, 24), 0.334, (16, 16)), ((10, 13), 0.25, (8, 10))))
+def test_published_windows_are_those_of_mmsegmentation(size, windows):
     model, images = make_model(kernel=3), pictures(*size)
+    crop, overlap, stride = windows
     policy = Windows(crop, overlap=overlap, weights="uniform", average="scores", batch_size=3)
     expected = np.stack([slid(model, image, crop, stride) for image in images])
     np.testing.assert_allclose(run_bands(model, images, policy).numpy(), expected, atol=1e-12)
@@ -121,45 +125,29 @@ def official_eomt(model, image, side):
     return F.interpolate((sums / counts)[None], (height, width), mode="bilinear")[0]
 
 
-ODD = [(37, 61), (61, 37), (33, 33), (17, 90), (31, 24), (101, 77), (20, 40)]
+ODD = [(37, 61), (61, 37), (33, 33), (17, 90), (31, 24)]
 
 
 @pytest.mark.parametrize("size", ODD)
-def test_a_linear_head_is_evaluated_as_by_dinov3(size):
+@pytest.mark.parametrize(("resample", "antialias"), [({}, True), ({"resample": "bilinear"}, False)])
+def test_a_linear_head_is_evaluated_as_by_dinov3_or_dinov2(size, resample, antialias):
     model, images = make_model(kernel=3), pictures(*size, count=1)
-    options = {"weights": "uniform", "average": "scores", "batch_size": 3}
-    found = run_bands(model, images, Windows(24, shortest=24, stride=16, **options))
-    torch.testing.assert_close(found[0], official_linear(model, images[0], 24, 16), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("size", ODD)
-def test_dinov2_evaluation_resizes_without_antialiasing(size):
-    model, images = make_model(kernel=3), pictures(*size, count=1)
-    options = {"weights": "uniform", "average": "scores", "resample": "bilinear"}
-    found = run_bands(model, images, Windows(24, shortest=24, stride=16, **options))
-    expected = official_linear(model, images[0], 24, 16, antialias=False)
-    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-6)
-    if min(size) > 24:
-        assert (found[0] - official_linear(model, images[0], 24, 16)).abs().max() > 1e-3
-
-
-def test_bilinear_resizing_is_that_of_opencv():
-    cv2 = pytest.importorskip("cv2")
-    image = np.random.default_rng(0).random((37, 61, 3), np.float32)
-    rows = ResizedRows(MemoryRows(torch.from_numpy(image).permute(2, 0, 1)[None]), (24, 40), antialias=False)
-    expected = cv2.resize(image, (40, 24), interpolation=cv2.INTER_LINEAR)
-    np.testing.assert_allclose(rows.read(0, 24)[0].permute(1, 2, 0), expected, rtol=0, atol=1e-5)
+    policy = Windows(24, shortest=24, stride=16, weights="uniform", average="scores", batch_size=3, **resample)
+    expected = official_linear(model, images[0], 24, 16, antialias=antialias)
+    torch.testing.assert_close(run_bands(model, images, policy)[0], expected, rtol=0, atol=1e-6)
+    other = official_linear(model, images[0], 24, 16, antialias=not antialias)
+    assert ((expected - other).abs().max() > 1e-3) == (min(size) > 24)
 
 
 @pytest.mark.parametrize("size", ODD)
 def test_eomt_is_evaluated_as_in_its_code(size):
     model, images = make_model(kernel=3, mixture=True), pictures(*size, count=1)
-    options = {"weights": "uniform", "average": "scores", "batch_size": 3}
-    found = run_bands(model, images, Windows(24, shortest=24, placement="even", **options))
-    torch.testing.assert_close(found[0], official_eomt(model, images[0], 24), rtol=0, atol=1e-6)
+    policy = Windows(24, shortest=24, placement="even", weights="uniform", average="scores", batch_size=3)
+    expected = official_eomt(model, images[0], 24)
+    torch.testing.assert_close(run_bands(model, images, policy)[0], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("window", [1, 7, 24, 512, 1024])
+@pytest.mark.parametrize("window", [1, 7, 24, 1024])
 def test_even_windows_start_where_those_of_eomt_do(window):
     for length in itertools.chain(range(1, 5 * window + 2, max(1, window // 40)), (window, 2 * window)):
         found = Windows(window, placement="even").starts(0, length)
@@ -229,35 +217,27 @@ def test_shortest_enlarges_an_image_to_at_most_64_megapixels():
     with pytest.raises(InterruptedError):
         run_bands(model, pictures(1, 2, count=1), policy)
     assert len(sizes) == 1
-    with pytest.raises(UserError, match="shortest=16385 is out of range. Give a whole number from 1"):
-        check_arguments("dinoseg.inference.windows.Windows", {"size": 8, "shortest": 16385})
 
 
-@pytest.mark.parametrize(("side", "overlap", "stride"), [(896, 0.3348, 596), (512, 0.334, 341), (512, 0.0, 512)])
-def test_windows_reproduce_published_strides(side, overlap, stride):
-    assert Windows(side, overlap=overlap).starts(0, 10 * side)[1] == stride
-    assert Windows(side, stride=stride).starts(0, 10 * side)[1] == stride
-
-
-@pytest.mark.parametrize("weights", ["cosine", "uniform"])
-@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.9])
-@pytest.mark.parametrize("size", SIZES)
-def test_windows_cover_all_pixels_and_weights_add_up(size, overlap, weights):
+@pytest.mark.parametrize(("size", "options"), in_turn((0.0, "cosine"), (0.3, "uniform"), (0.9, "cosine")))
+def test_windows_cover_all_pixels_and_weights_add_up(size, options):
+    overlap, weights = options
     for length, window in itertools.product(size, (1, 7, 24)):
         begins = Windows(window, overlap=overlap).starts(0, length)
         weight = profile(min(window, length), weights)
         assert (weight > 0).all() and begins == sorted(set(begins)) and begins[0] == 0
         seen = np.zeros(length)
         for begin in begins:
-            assert begin == 0 or begin + window <= length
+            assert begin + min(window, length) <= length
             seen[begin : begin + window] += weight.numpy()
         assert (seen > 0).all()
         np.testing.assert_allclose(sum_weights(length, begins, weight).numpy(), seen)
 
 
 @pytest.mark.parametrize("mixture", [False, True])
-@pytest.mark.parametrize("options", [{}, {"overlap": 0.0}, {"weights": "uniform"}, {"flips": "all"}, {"batch_size": 1}])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "options"), in_turn({}, {"overlap": 0.0}, {"weights": "uniform"}, {"flips": "all"}, {"batch_size": 1})
+)
 def test_tiled_and_whole_mask_agree_without_context(size, options, mixture):
     model, images = make_model(mixture=mixture), pictures(*size)
     tiled = run_bands(model, images, Windows((9, 12), **options))
@@ -294,37 +274,31 @@ def test_bands_are_at_most_a_stride_and_the_last_a_window():
         assert [band.scores().shape[2] for band in bands] == [8] * 5 + [5, 16]
 
 
-def test_turns_are_undone_and_all_eight_differ():
-    image = torch.arange(12).reshape(3, 4)
-    assert all(torch.equal(undo_turn(apply_turn(image, turn), turn), image) for turn in TURNS["all"])
-    assert len({str(apply_turn(image, turn).tolist()) for turn in TURNS["all"]}) == 8
-    assert torch.equal(apply_turn(image, TURNS["horizontal"][1]), image.flip(1))
-
-
 @pytest.mark.parametrize("flips", ["horizontal", "all"])
-@pytest.mark.parametrize("policy", [Whole, lambda **options: Windows((12, 9), **options)])
+@pytest.mark.parametrize("policy", [Whole, partial(Windows, (12, 9))])
 def test_flips_average_probabilities_of_the_turned_images(flips, policy):
     model, images = make_model(kernel=3), pictures(17, 23)
-    parts = []
+    parts, turned = [], []
     for turn in TURNS[flips]:
+        assert torch.equal(undo_turn(apply_turn(images, turn), turn), images)
+        turned.append(apply_turn(images, turn))
         with torch.no_grad():
-            parts.append(undo_turn(model(apply_turn(images, turn)).logits().softmax(dim=1), turn))
+            parts.append(undo_turn(model(turned[-1]).logits().softmax(dim=1), turn))
+    assert torch.equal(turned[1], images.flip(-1)) and len({str(part.tolist()) for part in turned}) == len(turned)
     averaged = run_bands(model, images, Whole(flips=flips))
     torch.testing.assert_close(averaged, torch.stack(parts).mean(dim=0))
     # a symmetric model sees no difference
     with torch.no_grad():
-        model.head.layer.weight.copy_(
-            model.head.layer.weight.mean(dim=(2, 3), keepdim=True).expand_as(model.head.layer.weight)
-        )
+        model.head.layer.weight.copy_(model.head.layer.weight.mean(dim=(2, 3), keepdim=True).expand(-1, -1, 3, 3))
     plain = run_bands(model, images, policy())
     plain = plain if policy is not Whole else plain.softmax(dim=1)
     torch.testing.assert_close(run_bands(model, images, policy(flips=flips)), plain)
 
 
 @pytest.mark.parametrize(
-    ("size", "to"), [((17, 23), (9, 30)), ((5, 1), (40, 3)), ((30, 8), (30, 16)), ((64, 3), (1, 1))]
+    ("size", "to", "antialias"),
+    [((17, 23), (9, 30), True), ((5, 1), (40, 3), False), ((30, 8), (30, 16), True), ((64, 3), (1, 1), False)],
 )
-@pytest.mark.parametrize("antialias", [True, False])
 def test_rows_are_resized_as_whole_images_are(size, to, antialias):
     images = pictures(*size)
     whole = F.interpolate(images, to, mode="bilinear", antialias=antialias)
@@ -343,20 +317,16 @@ def test_streams_of_other_bands_are_averaged_row_by_row():
     torch.testing.assert_close(torch.cat(list(mean(streams)), dim=2), (first + second) / 2)
 
 
-@pytest.mark.parametrize("policy", [Whole, lambda **options: Windows(500, **options)])
+@pytest.mark.parametrize("policy", [Whole, partial(Windows, 500)])
 def test_scales_average_probabilities_brought_to_the_same_size(policy):
-    model, images, scales = make_model(kernel=3, longest=30), pictures(17, 40), (1.0, 0.5, 1.7)
-    parts = []
-    for scale in scales:
-        small = F.interpolate(images, (13, 30), mode="bilinear", antialias=True) if scale == 1 else None
-        seen = small if scale == 1 else images
-        target = {1.0: (13, 30), 0.5: (6, 15), 1.7: (22, 51)}[scale]
-        if scale != 1:
-            seen = F.interpolate(images, target, mode="bilinear", antialias=True)
+    model, images = make_model(kernel=3, longest=30), pictures(17, 40)
+    sizes, parts = {1.0: (13, 30), 0.5: (6, 15), 1.7: (22, 51)}, []
+    for target in sizes.values():
+        seen = F.interpolate(images, target, mode="bilinear", antialias=True)
         with torch.no_grad():
             probabilities = model(seen, reduce=False).logits().softmax(dim=1)
         parts.append(F.interpolate(probabilities, (17, 40), mode="bilinear"))
-    averaged = run_bands(model, images, policy(scales=scales))
+    averaged = run_bands(model, images, policy(scales=tuple(sizes)))
     torch.testing.assert_close(averaged, torch.stack(parts).mean(dim=0), rtol=0, atol=1e-12)
 
 
@@ -378,30 +348,20 @@ def test_windows_predict_at_a_requested_size():
     torch.testing.assert_close(other, F.interpolate(own, (34, 40), mode="bilinear"))
 
 
-def test_ids_and_probabilities_agree_for_any_batch_size():
-    model = make_model(kernel=3)
-    model = model.float()
-    images = [(image.permute(1, 2, 0) * 255).to(torch.uint8).numpy() for image in pictures(40, 30, count=3)]
-    predictor = Predictor(model, torch.device("cpu"), nullcontext, Windows((16, 16), batch_size=5))
-    ids, probabilities = predictor.ids(images), predictor.probabilities(images)
-    assert (probabilities.argmax(dim=1).numpy() == ids).all() and ids.dtype == np.uint8
-    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(3, 40, 30))
-    alone = np.concatenate([predictor.ids([image]) for image in images])
-    assert (alone == ids).all()
-
-
 @pytest.mark.parametrize("average", ["probabilities", "scores"])
 @pytest.mark.parametrize("mixture", [False, True])
 def test_probabilities_of_windows_are_those_of_the_whole_image(mixture, average):
-    model, image = (
-        make_model(mixture=mixture).float(),
-        np.random.default_rng(0).integers(0, 256, (17, 23, 3), dtype=np.uint8),
-    )
+    model = make_model(mixture=mixture).float()
+    images = list(np.random.default_rng(0).integers(0, 256, (3, 40, 30, 3), dtype=np.uint8))
     whole, tiled = (
-        Predictor(model, torch.device("cpu"), nullcontext, policy).probabilities([image])
-        for policy in (Whole(), Windows(9, average=average))
+        Predictor(model, torch.device("cpu"), nullcontext, policy)
+        for policy in (Whole(), Windows(16, average=average, batch_size=5))
     )
-    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
+    probabilities, ids = tiled.probabilities(images), tiled.ids(images)
+    torch.testing.assert_close(probabilities, whole.probabilities(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(3, 40, 30))
+    assert (probabilities.argmax(dim=1).numpy() == ids).all() and ids.dtype == np.uint8
+    assert all((tiled.ids([image]) == own).all() for image, own in zip(images, ids, strict=True))
 
 
 def test_image_of_30_000_x_20_pixels_is_predicted():
@@ -437,21 +397,28 @@ class Rolling:
         return torch.zeros(1, 3, bottom - top, self.size[1], dtype=torch.uint8)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"scales": []}, r"inference.scales=\[\] has no scale"),
-        ({"placement": "even", "stride": 4}, r"inference\.stride has no effect with inference\.placement=even"),
-        ({"stride": [4, 9]}, r"inference\.stride=\[4, 9\] leaves pixels between windows of 8"),
-        ({"size": [8, 8, 3]}, r"size=\[8, 8, 3\]"),
-        ({"stride": [4]}, r"stride=\[4\]"),
-        ({"multiple": 32}, r"inference\.multiple=32 rounds the sides that inference\.shortest sets"),
-    ],
+def test_windows_reproduce_published_strides():
+    for side, overlap, stride in ((896, 0.3348, 596), (512, 0.334, 341), (512, 0.0, 512)):
+        assert Windows(side, overlap=overlap).starts(0, 10 * side)[1] == stride
+        assert Windows(np.int64(side), stride=np.int64(stride)).starts(0, 10 * side)[1] == stride
+
+
+test_message_names_value_and_remedy = refusals(
+    {
+        str(options): (partial(Windows, **{"size": 8, **options}), *words)
+        for options, *words in (
+            ({"scales": []}, "inference.scales=[] has no scale"),
+            ({"placement": "even", "stride": 4}, "inference.stride has no effect with inference.placement=even"),
+            ({"stride": [4, 9]}, "inference.stride=[4, 9] leaves pixels between windows of 8"),
+            ({"size": [8, 8, 3]}, "size=[8, 8, 3]"),
+            ({"stride": [4]}, "stride=[4]"),
+            ({"multiple": 32}, "inference.multiple=32 rounds the sides that inference.shortest sets"),
+        )
+    }
+    | {
+        "beyond the range": (
+            partial(check_arguments, "dinoseg.inference.windows.Windows", {"size": 8, "shortest": 16385}),
+            "shortest=16385 is out of range. Give a whole number from 1",
+        )
+    }
 )
-def test_invalid_option_is_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        Windows(**{"size": 8, **options})
-
-
-def test_size_may_be_a_number_of_numpy():
-    assert Windows(np.int64(8), stride=np.int64(4)).size == (8, 8)

@@ -1,5 +1,4 @@
 import copy
-import math
 
 import pytest
 import torch
@@ -42,46 +41,24 @@ def draw(rows, tokens, seed=0, batch=2):
     return *parts, mask
 
 
-@pytest.mark.parametrize(("rows", "tokens"), [(3, 11), (1, 2), (7, 7), (2, 40)])
+@pytest.mark.parametrize(("rows", "tokens"), [(3, 11), (1, 2), (7, 7), (None, 11)])
 def test_masked_attention_equals_attention_with_a_dense_mask(rows, tokens):
-    query, key, value, mask = draw(rows, tokens)
+    *parts, mask = draw(rows or 1, tokens)
     dense = torch.ones(2, tokens, tokens, dtype=torch.bool)
-    dense[:, :rows] = mask[:, 0]
-    for scale in (0.3, 1 / math.sqrt(5)):
-        found = attend(query, key, value, mask, dropout=0.0, scale=scale)
-        torch.testing.assert_close(found.double(), written_out(query, key, value, dense, scale), atol=1e-5, rtol=1e-5)
-
-
-def test_without_a_mask_every_row_sees_everything():
-    query, key, value, _ = draw(3, 11)
-    everything = torch.ones(2, 11, 11, dtype=torch.bool)
-    found = attend(query, key, value, None, dropout=0.0, scale=0.4)
-    torch.testing.assert_close(found.double(), written_out(query, key, value, everything, 0.4), atol=1e-5, rtol=1e-5)
-
-
-def test_true_means_attend():
-    query, key, value, _ = draw(1, 6)
-    mask = torch.zeros(2, 1, 1, 6, dtype=torch.bool)
-    mask[..., 4] = True
-    found = attend(query, key, value, mask, dropout=0.0, scale=1.0)
-    torch.testing.assert_close(found[:, :, 0], value[:, :, 4])
-
-
-def test_gradients_equal_those_of_a_dense_mask():
-    *parts, mask = draw(3, 9)
-    dense = torch.ones(2, 9, 9, dtype=torch.bool)
-    dense[:, :3] = mask[:, 0]
-    weight = torch.randn(2, 3, 9, 5, dtype=torch.float64)
-    gradients = []
+    if rows:
+        dense[:, :rows] = mask[:, 0]
+    weight = torch.randn(2, 3, tokens, 5, dtype=torch.float64)
+    found = []
     for function in (
-        lambda q, k, v: attend(q, k, v, mask, dropout=0.0, scale=0.5),
-        lambda q, k, v: written_out(q, k, v, dense, 0.5),
+        lambda q, k, v: attend(q, k, v, mask if rows else None, dropout=0.0, scale=0.3),
+        lambda q, k, v: written_out(q, k, v, dense, 0.3),
     ):
         leaves = [part.double().requires_grad_() for part in parts]
-        (function(*leaves) * weight).sum().backward()
-        gradients.append([leaf.grad for leaf in leaves])
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected)
+        attended = function(*leaves)
+        (attended * weight).sum().backward()
+        found.append([attended, *(leaf.grad for leaf in leaves)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_dropout_reaches_masked_and_free_rows():
@@ -111,23 +88,15 @@ def test_a_block_takes_a_mask_for_its_first_tokens_only(family, monkeypatch):
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
     found = backbone.blocks[0](tokens, attention_mask=mask, **beside)
     assert shapes == [(3, (2, 1, 3, count)), (count - 3, None)]
+    without = backbone.blocks[0](tokens, **beside)
     backbone.model.config._attn_implementation = "eager"  # transformers' own, written out, adds a dense mask
     dense = torch.zeros(2, 1, count, count, dtype=torch.float64)
     dense[:, :, :3].masked_fill_(~mask, float("-inf"))
     torch.testing.assert_close(found, backbone.blocks[0](tokens, attention_mask=dense, **beside))
+    torch.testing.assert_close(without, backbone.blocks[0](tokens, **beside))
 
 
-@pytest.mark.parametrize("family", ARCHS)
-def test_without_a_mask_a_block_is_transformers_own(family):
-    torch.manual_seed(0)
-    backbone = TransformersVit(family, ARCHS[family], "random", 8).eval()
-    tokens, beside = backbone.embed(backbone.pixels(torch.rand(1, 3, 24, 40)))
-    found = backbone.blocks[0](tokens, **beside)
-    backbone.model.config._attn_implementation = "eager"
-    torch.testing.assert_close(found, backbone.blocks[0](tokens, **beside), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("tokens", "held"), [(1, 2**22), (40, 2**22), (40, 3300), (40, 1700), (40, 500), (41, 1)])
+@pytest.mark.parametrize(("tokens", "held"), [(1, 2**22), (40, 3300), (40, 500), (41, 1)])
 def test_products_of_bfloat16_equal_attention_of_one_call(monkeypatch, tokens, held):
     monkeypatch.setattr(attention, "_HELD", held)
     parts = [part.bfloat16().requires_grad_() for part in draw(1, tokens)[:3]]
@@ -144,7 +113,7 @@ def test_products_of_bfloat16_equal_attention_of_one_call(monkeypatch, tokens, h
     assert torch.equal(found[1:], attention.by_products(*alone, 0.1))
 
 
-@pytest.mark.parametrize("scale", [0.02, 0.1, 0.4])
+@pytest.mark.parametrize("scale", [0.02, 0.4])
 def test_attention_by_products_rounds_like_bfloat16(scale):
     """Both against float64: values and gradients, from even attention to sharp one."""
 
@@ -173,17 +142,17 @@ def test_products_are_differentiated_once():
         torch.autograd.grad(attention.by_products(*leaves, 0.1).sum(), leaves[0], create_graph=True)
 
 
-@pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize(
-    ("faster", "dtype", "dropout", "taken"),
+    ("faster", "dtype", "dropout", "learns", "taken"),
     [
-        (True, torch.bfloat16, 0.0, True),
-        (True, torch.bfloat16, 0.5, False),
-        (True, torch.float32, 0.0, False),
-        (False, torch.bfloat16, 0.0, False),
+        (True, torch.bfloat16, 0.0, True, True),
+        (True, torch.bfloat16, 0.0, False, True),
+        (True, torch.bfloat16, 0.5, True, False),
+        (True, torch.float32, 0.0, False, False),
+        (False, torch.bfloat16, 0.0, False, False),
     ],
 )
-def test_products_are_used_where_they_are_faster(products, monkeypatch, faster, dtype, dropout, taken, learns):
+def test_products_are_used_where_they_are_faster(products, monkeypatch, faster, dtype, dropout, learns, taken):
     monkeypatch.setattr(attention, "_products_are_faster", lambda: faster)
     query, key, value, _ = (part.to(dtype) for part in draw(1, 130))
     for rows in (130, 5):  # those of many rows alone
@@ -265,34 +234,25 @@ def test_a_block_that_fails_leaves_torchs_attention_as_it_was(products, timm_bac
 
 
 @pytest.mark.parametrize(
-    ("options", "taken"),
+    ("mask", "options", "taken"),
     [
-        ({}, True),
-        ({"attn_mask": None, "is_causal": False, "dropout_p": 0.0, "scale": None}, True),
-        ({"scale": 0.3}, True),
-        ({"is_causal": True}, False),
-        ({"attn_mask": torch.ones(130, 130, dtype=torch.bool).tril()}, False),
-        ({"dropout_p": 0.5}, False),
+        ((), {}, True),
+        ((), {"attn_mask": None, "is_causal": False, "dropout_p": 0.0, "scale": None}, True),
+        ((), {"scale": 0.3}, True),
+        ((), {"is_causal": True}, False),
+        ((), {"attn_mask": torch.ones(130, 130, dtype=torch.bool).tril()}, False),
+        ((torch.ones(130, 130, dtype=torch.bool).tril(),), {}, False),
+        ((), {"dropout_p": 0.5}, False),
     ],
 )
-def test_intercepted_attention_preserves_timm_options(products, options, taken):
+def test_intercepted_attention_preserves_timm_options(products, mask, options, taken):
     parts = [(part / 3).bfloat16() for part in draw(1, 130)[:3]]
     torch.manual_seed(0)
     with attention._INTERCEPTED:
-        found = F.scaled_dot_product_attention(*parts, **options)
+        found = F.scaled_dot_product_attention(*parts, *mask, **options)
     assert bool(products) == taken
     torch.manual_seed(0)
-    torch.testing.assert_close(found, F.scaled_dot_product_attention(*parts, **options), atol=0.05, rtol=0.05)
-
-
-def test_a_mask_by_place_stays_torchs(products):
-    parts = [part.bfloat16() for part in draw(1, 130)[:3]]
-    mask = torch.ones(130, 130, dtype=torch.bool).tril()
-    with attention._INTERCEPTED:
-        found = F.scaled_dot_product_attention(*parts, mask)
-        F.scaled_dot_product_attention(*(part[0] for part in parts))  # of one image without its axis
-    assert not products
-    torch.testing.assert_close(found, F.scaled_dot_product_attention(*parts, attn_mask=mask))
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(*parts, *mask, **options), atol=0.05, rtol=0.05)
 
 
 def test_no_hook_is_installed_where_torch_is_as_fast(monkeypatch):
@@ -305,7 +265,6 @@ def test_no_hook_is_installed_where_torch_is_as_fast(monkeypatch):
     [
         ((2, 3, 130, 5), (2, 3, 130, 5), (2, 3, 130, 10)),  # differential attention
         ((2, 3, 130, 5), (2, 1, 130, 5), (2, 1, 130, 5)),  # heads that share keys and values
-        ((2, 1, 130, 5), (2, 3, 130, 5), (2, 3, 130, 5)),
         ((1, 3, 130, 5), (2, 3, 130, 5), (2, 3, 130, 5)),
         ((2, 3, 130, 5), (3, 130, 5), (3, 130, 5)),
         ((3, 130, 130),) * 3,
@@ -319,7 +278,7 @@ def test_unsupported_attention_shapes_use_torch(products, of_query, of_key, of_v
     assert torch.equal(found, F.scaled_dot_product_attention(*parts, scale=0.3))
 
 
-@pytest.mark.parametrize("keys", [7, 131, 400])
+@pytest.mark.parametrize("keys", [7, 131])
 def test_queries_see_any_number_of_keys_by_products(products, keys):
     query, leaves = draw(1, 130)[0].bfloat16(), [part.bfloat16() for part in draw(1, keys, seed=1)[:2]]
     upstream = torch.randn(2, 130, 3, 5).bfloat16().transpose(1, 2)
@@ -434,31 +393,17 @@ def test_products_are_chosen_by_cpu_features(monkeypatch, bf16, amx, faster):
 
 @pytest.mark.parametrize(
     ("heads", "rows", "tokens", "held", "pieces"),
-    [
-        (6, 40, 10, 2400, 1),
-        (6, 40, 10, 1200, 2),
-        (6, 40, 10, 1100, 3),
-        (6, 10, 40, 400, 6),
-        (2, 40, 10, 100, 8),
-        (2, 41, 10, 100, 10),
-    ],
+    [(6, 40, 10, 2400, 1), (6, 40, 10, 1100, 3), (6, 10, 40, 400, 6), (2, 41, 10, 100, 10)],
 )
 def test_a_piece_is_as_multi_head_or_rows_as_may_be_held(monkeypatch, heads, rows, tokens, held, pieces):
     monkeypatch.setattr(attention, "_HELD", held)
     query, key = torch.zeros(2, heads, rows, 4), torch.zeros(2, heads, tokens, 4)
     room = attention._Room(query, key)
+    memory = {room.weights(query[part], key[all_rows], 0.1).data_ptr() for part, all_rows in room.pieces}
     for part, _ in room.pieces:
         query[part] += 1
         assert query[part][..., 0].numel() * tokens <= held
-    assert len(room.pieces) == 2 * pieces and (query == 1).all()
-
-
-def test_pieces_share_their_memory(monkeypatch):
-    monkeypatch.setattr(attention, "_HELD", 1700)
-    query, key, *_ = draw(1, 41)
-    room = attention._Room(query, key)
-    kept = [room.weights(query[rows], key[all_rows], 0.1) for rows, all_rows in room.pieces]
-    assert len(kept) > 2 and len({part.data_ptr() for part in kept}) == 1
+    assert len(room.pieces) == 2 * pieces and (query == 1).all() and len(memory) == 1  # which all pieces share
 
 
 def test_gradients_of_many_pieces_are_added_in_float32(monkeypatch):

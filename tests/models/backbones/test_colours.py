@@ -1,11 +1,16 @@
+from functools import partial
+
 import pytest
 import torch
+from mistakes import refusals
+from safetensors.torch import save_file
 from timm import create_model
 from timm.models import get_pretrained_cfg, list_pretrained
 
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import config_description
 from dinoseg.models.backbones.normalisation import resolve_colours
+from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.backbones.timm_backbone import TimmBackbone
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.utils.ranges import DEVIATIONS, MEANS
@@ -29,14 +34,10 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 )
 def test_names_of_weights_decide_the_statistics(source, statistics, caplog):
     with caplog.at_level("INFO"):
+        given = resolve_colours(source, (0.1, 0.2, 0.3), (1, 1, 1))
+        assert (given, caplog.text) == (((0.1, 0.2, 0.3), (1, 1, 1)), "")
         assert tuple(map(list, resolve_colours(source, None, None))) == statistics
     assert ("0.296" in caplog.text and source in caplog.text) == (statistics is SATELLITE)
-
-
-def test_given_statistics_win_without_a_line(caplog):
-    with caplog.at_level("INFO"):
-        found = resolve_colours("x/sat493m", (0.1, 0.2, 0.3), (1, 1, 1))
-    assert (found, caplog.text) == (((0.1, 0.2, 0.3), (1, 1, 1)), "")
 
 
 def test_satellite_statistics_equal_timms():
@@ -57,13 +58,8 @@ PUBLISHED = [  # in 0..1
 
 
 @pytest.mark.parametrize(("mean", "std"), PUBLISHED)
-@pytest.mark.parametrize("backbone", ["rgb", "tiny"])
-def test_published_statistics_are_in_range(compose, backbone, mean, std):
-    added = ("+",) * 2 if backbone == "rgb" else ("",) * 2
-    words = (f"{added[0]}backbone.mean={mean}", f"{added[1]}backbone.std={std}")
-    cfg = compose("mode=train", f"backbone={backbone}", "data.root=x", "data.classes=[a,b]", *words)
-    config_description(Builder(cfg))
-    model = Builder(cfg).backbone()
+def test_published_statistics_are_in_range(mean, std):
+    model = RgbBackbone(mean=mean, std=std)
     image = torch.rand(1, 3, 16, 16)
     scaled = (image.double() - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     assert torch.allclose(model.pixels(image).double(), scaled, rtol=1e-4, atol=1e-5)
@@ -78,16 +74,41 @@ def test_timms_statistics_are_in_range():
 
 @pytest.mark.slow
 def test_backbones_use_the_statistics_of_their_weights(tmp_path):
-    from safetensors.torch import save_file
-
-    arch = {**SMALL, "num_register_tokens": 4}
-    save_file(TransformersVit("dinov3_vit", arch, "random", 16).export_state(), tmp_path / "sat493m.safetensors")
-    model = TransformersVit("dinov3_vit", arch, str(tmp_path / "sat493m.safetensors"), 16)
+    build = partial(TransformersVit, "dinov3_vit", SMALL | {"num_register_tokens": 4}, patch_size=16)
+    save_file(build(weights="random").export_state(), tmp_path / "sat493m.safetensors")
+    model = build(weights=str(tmp_path / "sat493m.safetensors"))
     assert (pytest.approx(model.mean.flatten().tolist()), pytest.approx(model.std.flatten().tolist())) == SATELLITE
-    given = TransformersVit("dinov3_vit", arch, str(tmp_path / "sat493m.safetensors"), 16, mean=[0.5, 0.5, 0.5])
+    given = build(weights=str(tmp_path / "sat493m.safetensors"), mean=[0.5, 0.5, 0.5])
     assert given.mean.flatten().tolist() == [0.5] * 3
-    name = "vit_tiny_patch16_224"
-    save_file(TimmBackbone(name, "random", None).export_state(), tmp_path / "vit_sat493m.safetensors")
-    timm = TimmBackbone(name, str(tmp_path / "vit_sat493m.safetensors"), None)
+    save_file(TimmBackbone("test_vit", "random", None).export_state(), tmp_path / "vit_sat493m.safetensors")
+    timm = TimmBackbone("test_vit", str(tmp_path / "vit_sat493m.safetensors"), None)
     assert pytest.approx(timm.mean.flatten().tolist()) == SATELLITE[0]
-    assert TimmBackbone(name, "random", None).mean.flatten().tolist() == [0.5] * 3
+    assert TimmBackbone("test_vit", "random", None).mean.flatten().tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize(("backbone", "added"), [("rgb", "+"), ("tiny", "")])
+def test_published_statistics_pass_the_config(compose, backbone, added):
+    words = (f"{added}backbone.mean=[-0.5,0.0,0.5]", f"{added}backbone.std=[2.0,{1 / 255},1.0]")
+    build = Builder(compose("mode=train", f"backbone={backbone}", "data.root=x", "data.classes=[a,b]", *words))
+    config_description(build)
+    assert build.backbone().std.flatten().tolist() == pytest.approx([2.0, 1 / 255, 1.0])
+
+
+MEAN, STD = "Give a number from -1 to 2 ", "Give a number from 0.001 to 10 "
+
+
+test_message_names_value_and_remedy = refusals(
+    {
+        f"{key}={values}": (partial(RgbBackbone, **{key: values}), f"{key}={values}", *words)
+        for key, values, *words in (
+            ("mean", [], "give 3 numbers"),
+            ("mean", [0.5, float("nan"), 0.5], MEAN, "divide statistics of 0..255 by 255", " for each"),
+            ("mean", [-1.5, 0, 0], MEAN),
+            ("mean", [2.1, 0, 0], MEAN),
+            ("std", [0.2, float("inf"), 0.2], STD, " for each"),
+            ("std", [-0.2, 0.2, 0.2], STD),
+            ("std", [1e-300, 1, 1], STD),
+            ("std", [10.5, 1, 1], STD),
+        )
+    }
+)

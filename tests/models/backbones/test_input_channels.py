@@ -1,8 +1,11 @@
 """Backbones of images with other channels than RGB."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
+from mistakes import assert_refused, refusals
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from timm.layers import Conv2dSame, StdConv2d, StdConv2dSame
@@ -16,7 +19,6 @@ from dinoseg.models.backbones.patch_projection import (
     adapt_input,
     adapt_input_kernel,
 )
-from dinoseg.utils.errors import UserError
 
 SIZE = (70, 45)
 
@@ -27,7 +29,7 @@ def build(name, **options):
     return instantiate(node).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6, 13])
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
 def test_kernels_are_those_of_timm(channels):
     kernel = torch.randn(8, 3, 4, 4)
     assert torch.equal(adapt_input_kernel(kernel, channels, None), adapt_input_conv(channels, kernel))
@@ -43,15 +45,14 @@ def test_weights_scale_the_kernels_of_colours(channels):
         assert torch.equal(found[:, channel], colour * weight)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("channels", [1, 4])
 def test_a_timm_model_is_that_of_timm(channels, tmp_path):
     torch.manual_seed(0)
-    state = timm.create_model("test_vit", num_classes=0).state_dict()
-    save_file(state, tmp_path / "weights.safetensors")
-    ours = build("timm_vit", weights=str(tmp_path / "weights.safetensors"), channels=channels)
-    overlay = {"file": str(tmp_path / "weights.safetensors"), "num_classes": 0}
-    options = {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": 0, "dynamic_img_size": True}
-    theirs = timm.create_model("test_vit", in_chans=channels, **options).eval()
+    path = str(tmp_path / "weights.safetensors")
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
+    ours = build("timm_vit", weights=path, channels=channels)
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": path, "num_classes": 0}, "num_classes": 0}
+    theirs = timm.create_model("test_vit", in_chans=channels, dynamic_img_size=True, **overlay).eval()
     images = torch.rand(2, channels, 64, 48)
     wanted = theirs.forward_intermediates(ours.pixels(images), indices=1, norm=True, intermediates_only=True)[-1]
     torch.testing.assert_close(ours(images)[0], wanted, rtol=0, atol=1e-5)
@@ -75,7 +76,7 @@ def test_further_channels_add_to_the_sum(convolution):
 
 
 @pytest.mark.parametrize("name", [*BACKBONES, "rgb"])
-@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("channels", [1, 6])
 def test_each_family_takes_other_channels(name, channels):
     backbone = build(name, channels=channels)
     assert backbone.channels == channels and backbone.mean.shape == backbone.std.shape == (channels, 1, 1)
@@ -97,36 +98,35 @@ def test_other_channels_have_the_mean_of_colours():
 @pytest.mark.parametrize("name", ["dinov2", "dinov3", "convnext", "timm_vit"])
 def test_exported_weights_keep_their_channels(name, tmp_path):
     backbone = build(name, channels=4, channel_weights=[1, 2, 3, 4])
-    path = tmp_path / "backbone.safetensors"
+    path = str(tmp_path / "backbone.safetensors")
     save_file({key: value.contiguous() for key, value in backbone.export_state().items()}, path)
-    again = build(name, channels=4, weights=str(path))
+    again = build(name, channels=4, weights=path)
     images = torch.rand(1, 4, *SIZE)
     assert torch.equal(backbone(images)[0], again(images)[0])
-    with pytest.raises(UserError, match="4 channels"):
-        build(name, weights=str(path))
+    assert_refused(lambda: build(name, weights=path), "4 channels")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"channels": 4, "channel_weights": [1, 1, 1]}, "3 numbers, and channels=4"),
-        ({"channels": 4, "mean": [0.5] * 3}, "give 4 numbers"),
-        ({"channels": 0}, "channels=0"),
-        ({"channels": 10**9}, "channels=1000000000 .*from 1 to 1024"),
-        ({"channels": 2, "channel_weights": [1, 99]}, "99"),
-        ({"channels": 4, "channel_weights": [0, 0.0, 0, 0]}, "images have no effect"),
-    ],
-)
-def test_wrong_channels_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        build("dinov3", **options)
-
-
-def test_standardised_kernels_are_not_adapted():
-    for kind in (StdConv2d, StdConv2dSame):
-        with pytest.raises(UserError, match=f"{kind.__name__}, standardises"):
-            adapt_input(kind(3, 8, 4), 4, [1, 1, 1, 0])
+def test_padded_convolutions_of_tensorflow_are_adapted():
     padded, images = Conv2dSame(3, 8, 3, 2), torch.rand(1, 4, 9, 9)
     wanted = padded(images[:, :3])
     adapt_input(padded, 4, [1, 1, 1, 0])
     torch.testing.assert_close(padded(images), wanted)
+
+
+test_message_names_value_and_remedy = refusals(
+    {
+        str(options): (partial(build, "dinov3", **options), *words)
+        for options, *words in (
+            ({"channels": 4, "channel_weights": [1, 1, 1]}, "3 numbers, and channels=4"),
+            ({"channels": 4, "mean": [0.5] * 3}, "give 4 numbers"),
+            ({"channels": 0}, "channels=0"),
+            ({"channels": 10**9}, "channels=1000000000 ", "from 1 to 1024"),
+            ({"channels": 2, "channel_weights": [1, 99]}, "99"),
+            ({"channels": 4, "channel_weights": [0, 0.0, 0, 0]}, "images have no effect"),
+        )
+    }
+    | {
+        kind.__name__: (lambda kind=kind: adapt_input(kind(3, 8, 4), 4, [1, 1, 1, 0]), f"{kind.__name__}, standardises")
+        for kind in (StdConv2d, StdConv2dSame)
+    }
+)

@@ -9,15 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from meta_files import DEPTH, HEADS, HIDDEN, PATCH, SIDE, WIDTH, meta_state
+from mistakes import assert_refused, refusals
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.layers import resample_patch_embed
 from timm.models import eva, vision_transformer
 from torch import nn
 
 import dinoseg
 from dinoseg.models.backbones.meta_weights import OPTIONS, VitLayout, config_layout, from_meta, unwrap
-from dinoseg.models.backbones.transformers_vit import METHODS, TransformersVit, _config, _resample_patches
+from dinoseg.models.backbones.transformers_vit import METHODS, TransformersVit, _config
 from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow  # large files of weights
@@ -52,6 +53,12 @@ def load(kind, path, layers=range(DEPTH), **changes):
     family, arch, _ = KINDS[kind]
     plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
     return TransformersVit(family, {**arch, **changes}, str(path), PATCH, list(layers), **plain).eval()
+
+
+def convert(kind, state):
+    """Return a state by the names of transformers."""
+    family, arch, _ = KINDS[kind]
+    return from_meta(state, _config(family, {**arch, "patch_size": PATCH}), "f.pth")
 
 
 @pytest.fixture(params=KINDS)
@@ -100,29 +107,24 @@ def timm_vit(state, kind, grid):
     return model
 
 
+def build_eva(**options):
+    """Return timm's DINOv3 of the sizes of the made-up weights."""
+    sizes = {"img_size": SIDE * PATCH, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
+    positions = {"rope_type": "dinov3", "rope_temperature": 100, "rope_rotate_half": True, "use_rot_pos_emb": True}
+    return eva.Eva(
+        **{"num_classes": 0, "mlp_ratio": HIDDEN / WIDTH, "init_values": 1.0, "use_abs_pos_emb": False},
+        **{"use_fc_norm": False, "dynamic_img_size": True, **sizes, **positions, **options},
+    )
+
+
 def timm_eva(state, kind, _grid):
     """Return timm's DINOv3 with the weights and the stored periods."""
     options = KINDS[kind][2]
-    model = eva.Eva(
-        img_size=SIDE * PATCH,
-        patch_size=PATCH,
-        num_classes=0,
-        embed_dim=WIDTH,
-        depth=DEPTH,
-        num_heads=HEADS,
-        mlp_ratio=HIDDEN / WIDTH,
+    model = build_eva(
         qkv_bias=options.get("qkv_bias", True),
         swiglu_mlp=bool(options.get("gated")),
         swiglu_align_to=8,
-        init_values=1.0,
-        rope_type="dinov3",
-        rope_temperature=100,
-        rope_rotate_half=True,
-        use_rot_pos_emb=True,
-        use_abs_pos_emb=False,
         num_reg_tokens=4,
-        use_fc_norm=False,
-        dynamic_img_size=True,
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
     )
     missing, extra = model.load_state_dict(eva.checkpoint_filter_fn(dict(state), model), strict=False)
@@ -168,31 +170,21 @@ def test_local_norm_goes_to_its_place_or_nowhere(save_state):
     assert TransformersVit(family, arch, path, PATCH).local_cls_norm is None
 
 
-def test_each_converted_tensor_has_memory_of_its_own(kind, save_state, tmp_path):
-    state = load(kind, save_state(state_of(kind))).model.state_dict()
-    save_file(state, tmp_path / "copy.safetensors")
-    assert sum(v.numel() for v in load_file(tmp_path / "copy.safetensors").values()) == sum(
-        v.numel() for v in state.values()
-    )
-
-
-@pytest.mark.parametrize("name", ["meta.pth", "meta.pt", "meta.bin", "meta.safetensors", "old.pth"])
-def test_same_names_in_any_file_format(name, tmp_path):
+@pytest.mark.parametrize("name", ["meta.pt", "meta.bin", "meta.safetensors", "old.pth"])
+def test_same_names_in_any_file_format(name, tmp_path, save_state):
     state = state_of("dinov2")
     if name.endswith(".safetensors"):
         save_file(state, tmp_path / name)
     else:
         torch.save(state, tmp_path / name, _use_new_zipfile_serialization=name != "old.pth")
-    torch.save(state, tmp_path / "reference.pth")
     images = torch.randn(1, 3, 20, 30)
-    assert torch.equal(
-        load("dinov2", tmp_path / name)(images)[-1], load("dinov2", tmp_path / "reference.pth")(images)[-1]
-    )
+    assert torch.equal(load("dinov2", tmp_path / name)(images)[-1], load("dinov2", save_state(state))(images)[-1])
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("prefix", ["backbone.", "module.backbone."])
-@pytest.mark.parametrize("kind", ["dino", "dinov2", "dinov3"])
+@pytest.mark.parametrize(
+    ("kind", "prefix", "chunked"),
+    [("dino", "backbone.", False), ("dino", "module.backbone.", True), ("dinov3", "backbone.", True)],
+)
 def test_checkpoints_of_the_pretraining_give_the_teacher(kind, prefix, chunked, save_state):
     state = state_of(kind)
     names = {name: name.replace("blocks.", "blocks.0.") if chunked else name for name in state}
@@ -203,77 +195,47 @@ def test_checkpoints_of_the_pretraining_give_the_teacher(kind, prefix, chunked, 
     images = torch.randn(1, 3, 20, 30)
     found = load(kind, save_state(whole, "checkpoint.pth"))(images)[-1]
     assert torch.equal(found, load(kind, save_state(state))(images)[-1])
-
-
-def test_checkpoint_of_a_student_alone_is_loaded():
-    state = state_of("dino")
-    assert (
-        unwrap({"student": {f"module.backbone.{name}": value for name, value in state.items()}}).keys() == state.keys()
-    )
+    assert unwrap({"student": {prefix + name: value for name, value in state.items()}}).keys() == state.keys()
 
 
 def test_every_missing_key_is_named(kind):
-    family, arch, _ = KINDS[kind]
-    config = _config(family, {**arch, "patch_size": PATCH})
     state = state_of(kind)
     told_apart = {"cls_token", "patch_embed.proj.weight", "pos_embed", "register_tokens", "storage_tokens"}
     for name in state.keys() - told_apart:
         if name.endswith(".bias_mask"):
             continue  # then the key bias is in effect, which has its own message
         rest = {other: value for other, value in state.items() if other != name}
-        with pytest.raises(UserError, match="lacks|another|the backbone is") as error:
-            from_meta(rest, config, "some.pth")
-        assert "some.pth" in str(error.value)
+        with pytest.raises(UserError, match=r"f\.pth.*(lacks|another|the backbone is)") as error:
+            convert(kind, rest)
         if not name.startswith("local_cls_norm"):
             assert name in str(error.value)
 
 
 def test_every_left_over_key_is_named(kind):
-    family, arch, _ = KINDS[kind]
-    config = _config(family, {**arch, "patch_size": PATCH})
     for extra in ("head.weight", "blocks.0.extra.weight", "cls_norm.bias", "fc_norm.weight"):
-        with pytest.raises(
-            UserError,
-            match=rf"f\.pth: .* but holds, in addition to a whole backbone, {extra} \(1 in "
-            r"total\)",
-        ):
-            from_meta({**state_of(kind), extra: torch.zeros(1)}, config, "f.pth")
-
-
-def test_input_is_left_as_it_was(kind):
-    family, arch, _ = KINDS[kind]
-    state = state_of(kind)
-    before = {name: value.clone() for name, value in state.items()}
-    from_meta(state, _config(family, {**arch, "patch_size": PATCH}), "f.pth")
-    assert state.keys() == before.keys()
-    assert all(torch.equal(state[name], value) for name, value in before.items())
+        words = f" but holds, in addition to a whole backbone, {extra} (1 in total)"
+        assert_refused(lambda extra=extra: convert(kind, {**state_of(kind), extra: torch.zeros(1)}), "f.pth: ", words)
 
 
 def published_state(layout, **options):
     sizes = {"width": layout.width, "depth": layout.depth, "patch": layout.patch_size, "heads": layout.width // 64}
-    extras = {
-        "registers": layout.registers,
-        "gated": layout.gated,
-        "side": 37,
-        "make": partial(torch.empty, device="meta"),
-    }
-    return meta_state(layout.family, **sizes, **extras, **options)
+    extras = {"registers": layout.registers, "gated": layout.gated, "side": 37}
+    return meta_state(layout.family, **sizes, **extras, make=partial(torch.empty, device="meta"), **options)
 
 
 @pytest.mark.parametrize("layout", OPTIONS, ids=OPTIONS.values())
 def test_another_published_size_is_named(layout):
-    family, arch, _ = KINDS["dinov3"]
-    message = (
-        rf"f\.pth: the file holds .*width {layout.width}, {layout.depth} blocks, patches of {layout.patch_size} px"
-    )
-    with pytest.raises(UserError, match=rf"{message}.*but the backbone is .*width 24.*backbone {OPTIONS[layout]}\b"):
-        from_meta(published_state(layout), _config(family, {**arch, "patch_size": PATCH}), "f.pth")
+    held = rf"holds .*width {layout.width}, {layout.depth} blocks, patches of {layout.patch_size} px"
+    message = rf"f\.pth: the file {held}.*but the backbone is .*width 24.*backbone {OPTIONS[layout]}\b"
+    with pytest.raises(UserError, match=message):
+        convert("dinov3", published_state(layout))
 
 
 def option_config(option):
     node = OmegaConf.load(CONFIGS / f"{option}.yaml")
     node = OmegaConf.merge(OmegaConf.load(CONFIGS / f"{node.defaults[0]}.yaml"), node)
-    return _config(node.family, {**node.arch, "patch_size": node.patch_size})
+    with torch.device("meta"):
+        return _config(node.family, {**node.arch, "patch_size": node.patch_size})
 
 
 @pytest.mark.parametrize("option", OPTIONS.values())
@@ -291,29 +253,7 @@ def test_largest_published_model_is_converted_completely():
     assert sum(value.numel() for name, value in converted.items() if "inv_freq" not in name) == 6_716_043_264
 
 
-@pytest.mark.parametrize(("given", "wanted"), [("dinov2", "dinov2_reg"), ("dino", "dinov2"), ("dinov3", "dino")])
-def test_another_family_is_refused(given, wanted, save_state):
-    with pytest.raises(UserError, match=r"meta\.pth: the file holds a DINO.* but the backbone is a DINO.*Set family"):
-        load(wanted, save_state(state_of(given)))
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "remedy"),
-    [
-        ("dinov2", {"image_size": 7 * PATCH}, rf"arch\.image_size={SIDE * PATCH}\."),
-        ("dinov3", {"num_attention_heads": 6}, r"num_attention_heads=3\."),
-        ("dinov3", {"num_hidden_layers": 4}, "3 blocks.*4 blocks"),
-        ("dinov3", {"num_register_tokens": 0}, r"4 registers.*Set arch\.num_register_tokens=4\b"),
-        ("dinov3_swiglu", {"use_gated_mlp": False}, "SwiGLU"),
-        ("dino", {"intermediate_size": 48}, "another shape"),
-    ],
-)
-def test_other_sizes_name_the_remedy(kind, changes, remedy, save_state):
-    with pytest.raises(UserError, match=remedy):
-        load(kind, save_state(state_of(kind)), layers=[-1], **changes)
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (7, 5), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(), (1, 2, 3, 4, 5)])
 def test_wrong_shapes_are_refused(kind, shape, monkeypatch, tmp_path):
     """Whatever a tensor's shape: a message, and not an error from the middle of the conversion."""
     state = state_of(kind)
@@ -323,17 +263,6 @@ def test_wrong_shapes_are_refused(kind, shape, monkeypatch, tmp_path):
         odd = {**state, name: torch.zeros(shape)}
         with pytest.raises(UserError, match=r"odd\.pth: "):
             load(kind, tmp_path / "odd.pth")
-
-
-@pytest.mark.parametrize("mask", [None, 1.0, math.nan])
-def test_a_key_bias_in_effect_is_refused(mask, save_state):
-    state = state_of("dinov3")
-    if mask is None:
-        del state["blocks.1.attn.qkv.bias_mask"]
-    else:
-        state["blocks.1.attn.qkv.bias_mask"].fill_(mask)
-    with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv\.bias(_mask)?\b"):
-        load("dinov3", save_state(state))
 
 
 def test_zero_key_bias_needs_no_mask(save_state):
@@ -359,43 +288,16 @@ def test_code_in_a_file_is_not_run(zipped, tmp_path, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.99, 0.9999])
-def test_truncated_files_are_refused(share, zipped, save_state, tmp_path):
+@pytest.mark.parametrize(
+    ("share", "zipped"),
+    [(0.0, True), (0.001, True), (0.001, False), (0.7, True), (0.7, False), (0.9999, True), (0.9999, False)],
+)
+def test_truncated_files_are_refused(share, zipped, tmp_path):
     torch.save(state_of("dinov2"), tmp_path / "whole.pth", _use_new_zipfile_serialization=zipped)
     content = (tmp_path / "whole.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[: int(len(content) * share)])
     with pytest.raises(UserError, match=r"weights=.*cut\.pth: not a readable PyTorch file.*Download it again"):
         load("dinov2", tmp_path / "cut.pth")
-
-
-@pytest.mark.parametrize("content", [b"<html>404</html>", b"\x80\x04N.", pickle.dumps([1, 2], 2), b"PK\x03\x04junk"])
-def test_file_that_is_no_checkpoint_is_refused(content, tmp_path):
-    (tmp_path / "page.pth").write_bytes(content)
-    with pytest.raises(UserError, match=r"page\.pth: (not a readable PyTorch file|holds no )"):
-        load("dino", tmp_path / "page.pth")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([torch.zeros(1)], "holds no named tensors"),
-        ({1: torch.zeros(1)}, "holds no named tensors"),
-        ({}, "holds nothing"),
-        ({"network": {"cls_token": torch.zeros(1)}, "epoch": 3}, "holds network, epoch, and no weights.*`teacher`"),
-        ({"conv.weight": torch.zeros(1)}, "tensors are missing"),
-        ({"downsample_layers.0.0.weight": torch.zeros(1)}, "holds a DINOv3 ConvNeXt.*dinov3_convnext_tiny"),
-    ],
-)
-def test_other_content_is_refused(content, message, save_state):
-    with pytest.raises(UserError, match=rf"meta\.pth: .*{message}"):
-        load("dino", save_state(content))
-
-
-def test_a_vit_is_refused_where_a_convnext_is_meant():
-    config = argparse.Namespace(model_type="dinov3_convnext")
-    with pytest.raises(UserError, match="holds a DINO vision transformer.*but the backbone is a dinov3_convnext"):
-        from_meta(state_of("dino"), config, "f.pth")
 
 
 def test_poolers_of_hub_files_are_no_left_overs(tmp_path):
@@ -410,12 +312,6 @@ def test_poolers_of_hub_files_are_no_left_overs(tmp_path):
     save_file(state | {"pooler.other.bias": torch.zeros(1)}, tmp_path / "odd.safetensors")
     with pytest.raises(UserError, match=r"pooler\.other\.bias"):
         load("dino", tmp_path / "odd.safetensors")
-
-
-def test_layouts_read_as_words():
-    assert str(VitLayout("dinov2_with_registers", 1536, 40, 14, 4, True)) == (
-        "a DINOv2 vision transformer (width 1536, 40 blocks, patches of 14 px, 4 registers, SwiGLU)"
-    )
 
 
 def surgenet_state(key_bias=True):
@@ -434,25 +330,7 @@ SURGENET = {"num_register_tokens": 0, "key_bias": True, "layer_norm_eps": 1e-6}
 
 def without_registers(state, images):
     """Return the normed last map of timm's DINOv3 with a key bias, computed with eps 1e-6."""
-    model = eva.Eva(
-        img_size=SIDE * PATCH,
-        patch_size=PATCH,
-        num_classes=0,
-        embed_dim=WIDTH,
-        depth=DEPTH,
-        num_heads=HEADS,
-        mlp_ratio=HIDDEN / WIDTH,
-        qkv_fused=False,
-        init_values=1.0,
-        rope_type="dinov3",
-        rope_temperature=100,
-        rope_rotate_half=True,
-        use_rot_pos_emb=True,
-        use_abs_pos_emb=False,
-        use_fc_norm=False,
-        dynamic_img_size=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-    )
+    model = build_eva(qkv_fused=False, norm_layer=partial(nn.LayerNorm, eps=1e-6))
     wanted = {name: value for name, value in state.items() if name not in ("mask_token", "rope_embed.periods")}
     for name in [name for name in wanted if ".attn.qkv." in name]:
         block, kind = name.split(".attn.qkv.")
@@ -467,8 +345,10 @@ def without_registers(state, images):
         return model.eval().forward_intermediates(images, norm=True, intermediates_only=True)[-1]
 
 
-@pytest.mark.parametrize("wrapper", [None, "teacher", "model", "state_dict"])
-@pytest.mark.parametrize("scales", ["ls{}.gamma", "gamma_{}"])
+@pytest.mark.parametrize(
+    ("wrapper", "scales"),
+    [(None, "ls{}.gamma"), ("teacher", "gamma_{}"), ("model", "ls{}.gamma"), ("state_dict", "gamma_{}")],
+)
 def test_surgenet_files_are_read(wrapper, scales, save_state):
     state = surgenet_state()
     stored = {re.sub(r"ls([12])\.gamma", lambda match: scales.format(match[1]), name): state[name] for name in state}
@@ -481,20 +361,9 @@ def test_surgenet_files_are_read(wrapper, scales, save_state):
     assert (silent - found).abs().max() > 1e-2  # keys are rotated after the bias, which therefore counts
 
 
-def test_a_key_bias_needs_the_setting(save_state):
-    with pytest.raises(UserError, match=r"key bias.*set arch\.key_bias=true"):
-        load("dinov3", save_state(surgenet_state()), **SURGENET | {"key_bias": False})
-    with pytest.raises(UserError, match=r"Set arch\.num_register_tokens=0\b"):
-        load("dinov3", save_state(surgenet_state()))
-
-
 @pytest.mark.parametrize("size", ["s", "b", "l"])
 def test_options_for_surgenet_have_its_sizes(size):
-    with torch.device("meta"):
-        node = OmegaConf.merge(
-            OmegaConf.load(CONFIGS / "_dinov3.yaml"), OmegaConf.load(CONFIGS / f"surgenet_dinov3_vit{size}16.yaml")
-        )
-        ours = _config(node.family, {**node.arch, "patch_size": node.patch_size})
+    ours = option_config(f"surgenet_dinov3_vit{size}16")
     published = option_config(f"dinov3_vit{size}16")
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "use_gated_mlp"):
         assert getattr(ours, key) == getattr(published, key)
@@ -519,15 +388,85 @@ def test_patch_kernels_are_resampled_as_in_timm(kind, save_state):
         TransformersVit(family, arch, str(save_state(state)), 10)
 
 
-def test_resampled_patches_see_enlarged_images_alike():
-    """On patches enlarged by the operator of the method, the resampled kernel gives the same products."""
-    kernel, patches = torch.randn(6, 3, 14, 14), torch.randn(5, 3, 14, 14)
-    enlarged = F.interpolate(patches, size=(16, 16), mode="bicubic", antialias=True)
-    conv = nn.Conv2d(3, 6, 14, 14, bias=False)
-    conv.weight = nn.Parameter(kernel)
-    holder = argparse.Namespace(
-        embeddings=argparse.Namespace(patch_embeddings=conv), config=argparse.Namespace(patch_size=14)
-    )
-    before = conv(patches).flatten(1)
-    _resample_patches(holder, 16)
-    torch.testing.assert_close(conv(enlarged).flatten(1), before, atol=1e-3, rtol=1e-3)
+def load_content(kind, content, **changes):
+    torch.save(content, "meta.pth")
+    load(kind, "meta.pth", **changes)
+
+
+def load_bytes(content):
+    Path("page.pth").write_bytes(content)
+    load("dino", "page.pth")
+
+
+def load_key_bias(mask):
+    state, name = state_of("dinov3"), "blocks.1.attn.qkv.bias_mask"
+    if mask is None:
+        del state[name]
+    else:
+        state[name].fill_(mask)
+    load_content("dinov3", state)
+
+
+NOT_READABLE = "page.pth: not a readable PyTorch file"
+
+
+CONVNEXT = argparse.Namespace(model_type="dinov3_convnext")
+
+
+test_message_names_value_and_remedy = refusals(
+    {
+        f"{kind} {changes}": (partial(load_content, kind, state_of(kind), layers=[-1], **changes), *words)
+        for kind, changes, *words in (
+            ("dinov2", {"image_size": 7 * PATCH}, f"arch.image_size={SIDE * PATCH}."),
+            ("dinov3", {"num_attention_heads": 6}, "num_attention_heads=3."),
+            ("dinov3", {"num_hidden_layers": 4}, "3 blocks", "4 blocks"),
+            ("dinov3", {"num_register_tokens": 0}, "4 registers", "Set arch.num_register_tokens=4"),
+            ("dinov3_swiglu", {"use_gated_mlp": False}, "SwiGLU"),
+            ("dino", {"intermediate_size": 48}, "another shape"),
+        )
+    }
+    | {
+        f"{given} for {wanted}": (
+            partial(load_content, wanted, state_of(given)),
+            *("meta.pth: the file holds a DINO", " but the backbone is a DINO", "Set family"),
+        )
+        for given, wanted in (("dinov2", "dinov2_reg"), ("dino", "dinov2"), ("dinov3", "dino"))
+    }
+    | {f"key bias {mask}": (partial(load_key_bias, mask), "blocks.1.attn.qkv.bias") for mask in (None, 1.0, math.nan)}
+    | {
+        "a page": (partial(load_bytes, b"<html>404</html>"), NOT_READABLE),
+        "a bare pickle": (partial(load_bytes, pickle.dumps([1, 2], 2)), NOT_READABLE),
+        "a broken archive": (partial(load_bytes, b"PK\x03\x04junk"), NOT_READABLE),
+        "a list": (partial(load_content, "dino", [torch.zeros(1)]), "meta.pth: holds no named tensors"),
+        "numbered": (partial(load_content, "dino", {1: torch.zeros(1)}), "meta.pth: holds no named tensors"),
+        "empty": (partial(load_content, "dino", {}), "meta.pth: ", "holds nothing"),
+        "nested": (
+            partial(load_content, "dino", {"network": {"cls_token": torch.zeros(1)}, "epoch": 3}),
+            *("holds network, epoch, and no weights", "`teacher`"),
+        ),
+        "a network": (partial(load_content, "dino", {"conv.weight": torch.zeros(1)}), "tensors are missing"),
+        "a ConvNeXt": (
+            partial(load_content, "dino", {"downsample_layers.0.0.weight": torch.zeros(1)}),
+            *("holds a DINOv3 ConvNeXt", "dinov3_convnext_tiny"),
+        ),
+        "for a ConvNeXt": (
+            lambda: from_meta(state_of("dino"), CONVNEXT, "f.pth"),
+            *("holds a DINO vision transformer", "but the backbone is a dinov3_convnext"),
+        ),
+        "a key bias": (
+            partial(load_content, "dinov3", surgenet_state(), num_register_tokens=0, layer_norm_eps=1e-6),
+            "key bias",
+            "set arch.key_bias=true",
+        ),
+        "no registers": (partial(load_content, "dinov3", surgenet_state()), "Set arch.num_register_tokens=0"),
+    }
+)
+
+
+def test_conversion_leaves_its_input_and_shares_no_memory(kind, save_state, tmp_path):
+    state, before = state_of(kind), state_of(kind)
+    convert(kind, state)
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+    converted = load(kind, save_state(state)).model.state_dict()
+    save_file(converted, tmp_path / "copy.safetensors")  # which refuses tensors that share memory

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from config_files import options
+from mistakes import assert_refused, refusals
 from omegaconf import OmegaConf
 from tiny_parts import load
 
@@ -13,7 +13,6 @@ from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel, trained_names
 from dinoseg.training.checkpoint import frozen_fingerprint
-from dinoseg.utils.errors import UserError
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -31,8 +30,7 @@ def cosine(first, second):
     return torch.cosine_similarity(*maps, dim=0).item()
 
 
-@pytest.mark.parametrize("size", [(16, 24), (17, 23), (1, 1), (5, 50)])
-@pytest.mark.parametrize("patch", [8, 3, 1])
+@pytest.mark.parametrize(("size", "patch"), [((16, 24), 8), ((17, 23), 3), ((17, 23), 8), ((1, 1), 1), ((5, 50), 8)])
 def test_each_patch_is_its_mean_colour(size, patch):
     backbone = RgbBackbone(patch, [-1, 0])
     maps = backbone(images(size))
@@ -71,18 +69,6 @@ def test_rgb_backbone_works_with_frozen_adapter():
     assert not RgbBackbone.has_class_attention
 
 
-def test_a_head_learns_on_colours():
-    model = SegmentationModel(Frozen()(RgbBackbone(1)), LinearHead(3, 1, 2)).train()
-    pictures = images((24, 30))
-    red = (pictures[:, 0] > 0.5).long()  # (B, H, W)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    for _ in range(60):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(pictures).logits(), red).backward()
-        optimizer.step()
-    assert (model.eval()(pictures).logits().argmax(1) == red).float().mean() > 0.95
-
-
 @pytest.mark.parametrize("untrained", [False, True])
 def test_rgb_backbone_is_built_from_its_config(untrained):
     cfg = OmegaConf.create(load("backbone=rgb", "adapter=frozen", "head=linear"))
@@ -91,33 +77,32 @@ def test_rgb_backbone_is_built_from_its_config(untrained):
     assert model(torch.zeros(1, 3, 20, 30, dtype=torch.uint8)).scores().shape == (1, 3, 20, 30)
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp", "multiscale", "dpt", "cnn"])
+@pytest.mark.parametrize("head", ["linear", "multiscale", "cnn"])
 def test_heads_take_its_map_or_say_why_not(head):
-    assert head in options("head")
-    nodes = load("backbone=rgb", f"head={head}", "resolution.crop=[32,32]")
-    backbone = OmegaConf.create(nodes).backbone
-    if head in ("multiscale", "dpt"):
-        with pytest.raises(UserError, match="layers=.*this backbone has 1"):
-            instantiate(backbone)
-        backbone.layers = [-1] * 4
-    rgb = instantiate(backbone)
-    made = instantiate(OmegaConf.create(nodes).head, without=("layers", "lr"))(
-        in_dim=rgb.dim, num_layers=rgb.num_layers
-    )
+    nodes = OmegaConf.create(load("backbone=rgb", f"head={head}", "resolution.crop=[32,32]"))
+    if head == "multiscale":
+        assert_refused(lambda: instantiate(nodes.backbone), "layers=", "this backbone has 1")
+        nodes.backbone.layers = [-1] * 4
+    rgb = instantiate(nodes.backbone)
+    made = instantiate(nodes.head, without=("layers", "lr"))(in_dim=rgb.dim, num_layers=rgb.num_layers)
     assert SegmentationModel(rgb, made).eval()(images((20, 30))).scores().shape == (2, 3, 20, 30)
 
 
-def test_rgb_backbone_refuses_unsupported_adapters_and_heads():
-    for adapter in ("full", "lora", "last_blocks"):
-        with pytest.raises(UserError, match="no parameters to train. Choose adapter=frozen"):
-            Builder(OmegaConf.create(load("backbone=rgb", f"adapter={adapter}"))).model()
-    with pytest.raises(UserError, match="blocks of this backbone have no linear layers"):
-        Lora(rank=1, alpha=1)(RgbBackbone())
-    with pytest.raises(UserError, match="blocks=1: this backbone reads 0 blocks"):
-        LastBlocks(1)(RgbBackbone())
-    with pytest.raises(UserError, match="EoMT needs a backbone whose blocks take queries"):
-        SegmentationModel(RgbBackbone(), EomtHead(3, 1, 2, patch_size=8, num_queries=2, blocks=1))
-    with pytest.raises(UserError, match="no weights to export"):
-        RgbBackbone().export_state()
-    with pytest.raises(UserError, match="patch_size=0 .*at least 1"):
-        RgbBackbone(0)
+test_message_names_value_and_remedy = refusals(
+    {
+        f"adapter={adapter}": (
+            lambda adapter=adapter: Builder(OmegaConf.create(load("backbone=rgb", f"adapter={adapter}"))).model(),
+            "no parameters to train. Choose adapter=frozen",
+        )
+        for adapter in ("full", "lora", "last_blocks")
+    }
+    | {
+        "LoRA": (lambda: Lora(rank=1, alpha=1)(RgbBackbone()), "blocks of this backbone have no linear layers"),
+        "last blocks": (lambda: LastBlocks(1)(RgbBackbone()), "blocks=1: this backbone reads 0 blocks"),
+        "EoMT": (
+            lambda: SegmentationModel(RgbBackbone(), EomtHead(3, 1, 2, patch_size=8, num_queries=2, blocks=1)),
+            "EoMT needs a backbone whose blocks take queries",
+        ),
+        "export": (lambda: RgbBackbone().export_state(), "no weights to export"),
+    }
+)

@@ -1,14 +1,18 @@
+import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
+from mistakes import refusals
 from safetensors.torch import load_file, save_file
 
 from dinoseg.core.geometry import pad_to_multiple
 from dinoseg.models.adapters import Full, LastBlocks, Lora
 from dinoseg.models.backbones import pretrained
-from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.models.backbones.transformers_vit import METHODS, TransformersVit, interpolate
 from dinoseg.utils.errors import UserError
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3}
@@ -19,7 +23,7 @@ FAMILIES = {
 }
 
 
-def build(family, layers=(-1,), weights="random", **kwargs):
+def build(family="dinov3_vit", layers=(-1,), weights="random", **kwargs):
     arch, patch, _ = FAMILIES[family]
     torch.manual_seed(0)
     return TransformersVit(family, arch, weights, patch, layers, **kwargs)
@@ -28,14 +32,6 @@ def build(family, layers=(-1,), weights="random", **kwargs):
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
-
-
-@pytest.mark.parametrize("size", [(56, 56), (45, 61), (1, 1), (15, 200)])
-def test_maps_cover_any_size(family, size):
-    backbone = build(family, (0, -1))
-    maps = backbone(torch.rand(2, 3, *size))
-    patch = backbone.patch_size
-    assert [tuple(part.shape) for part in maps] == [(2, 24, -(-size[0] // patch), -(-size[1] // patch))] * 2
 
 
 def test_last_map_is_the_model_output_without_prefix_tokens(family):
@@ -53,9 +49,9 @@ def test_maps_without_final_norm_are_the_outputs_of_blocks(family, adapter):
     backbone = build(family, (2, 0), final_norm=False).eval()
     backbone = backbone if adapter is None else adapter(backbone)
     assert not list(backbone.norm.parameters())
-    outputs = {}
-    for number, block in enumerate(backbone.blocks):
-        block.register_forward_hook(lambda _, __, out, number=number: outputs.update({number: out}))
+    outputs = []
+    for block in backbone.blocks:
+        block.register_forward_hook(lambda _, __, out: outputs.append(out))
     maps = backbone(torch.rand(2, 3, 33, 70))
     for part, number in zip(maps, (2, 0), strict=True):
         tokens = outputs[number] if isinstance(outputs[number], torch.Tensor) else outputs[number][0]
@@ -74,29 +70,6 @@ def test_weights_load_and_export_without_the_final_norm(tmp_path, family):
         build(family, weights=str(cut))
 
 
-def test_early_layer_is_the_same_without_the_later_blocks(family):
-    images = torch.rand(1, 3, 30, 30)
-    whole, cut = build(family, (0, 2)).eval(), build(family, (0,)).eval()
-    cut.load_state_dict({k: v for k, v in whole.state_dict().items() if k in cut.state_dict()})
-    torch.testing.assert_close(cut(images)[0], whole(images)[0])
-    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters())
-
-
-def test_images_of_a_batch_do_not_see_one_another(family):
-    backbone = build(family).eval()
-    images = torch.rand(2, 3, 40, 33)
-    torch.testing.assert_close(backbone(images)[0][1:], backbone(images[1:])[0], atol=1e-5, rtol=1e-4)
-
-
-def test_normalisation_is_inside():
-    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    plain = build("dinov3_vit", mean=(0, 0, 0), std=(1, 1, 1)).eval()
-    inside = build("dinov3_vit", mean=mean, std=std).eval()
-    images = torch.rand(1, 3, 16, 24)
-    by_hand = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    torch.testing.assert_close(inside(images)[0], plain(by_hand)[0])
-
-
 def test_weights_of_half_precision_give_maps_of_full(family):
     images = torch.rand(1, 3, 30, 45)
     exact = build(family).eval()(images)[0]
@@ -110,81 +83,19 @@ def test_weights_of_half_precision_give_maps_of_full(family):
 
 
 def test_a_norm_of_pre_training_is_counted_but_never_trained():
-    backbone = build("dinov3_vit", local_cls_norm=True)
-    assert (
-        sum(p.numel() for p in backbone.parameters()) == sum(p.numel() for p in build("dinov3_vit").parameters()) + 48
-    )
+    backbone = build(local_cls_norm=True)
+    assert sum(p.numel() for p in backbone.parameters()) == sum(p.numel() for p in build().parameters()) + 48
     Full()(backbone)(torch.rand(1, 3, 16, 16))[0].square().sum().backward()
     assert {name for name, p in backbone.named_parameters() if p.grad is None} == set(backbone.unused)
 
 
 def test_positions_are_rescaled_in_training_only_if_configured():
     images = torch.rand(1, 3, 32, 32)
-    still = build("dinov3_vit").train()
+    still = build().train()
     assert torch.equal(still(images)[0], still(images)[0])
     arch, patch, _ = FAMILIES["dinov3_vit"]
     noisy = TransformersVit("dinov3_vit", {**arch, "pos_embed_rescale": 2.0}, "random", patch).train()
     assert not torch.equal(noisy(images)[0], noisy(images)[0])
-
-
-def test_checkpointing_changes_no_gradient():
-    gradients = []
-    for checkpointing in (False, True):
-        backbone = build("dinov3_vit", checkpointing=checkpointing).train()
-        backbone(torch.ones(1, 3, 16, 16))[0].square().sum().backward()
-        gradients.append(backbone.model.embeddings.patch_embeddings.weight.grad)
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
-def test_weights_from_a_file_and_a_folder(tmp_path, family):
-    source = build(family)
-    with torch.no_grad():
-        for parameter in source.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
-    save_file(source.export_state(), tmp_path / "weights.safetensors")
-    source.model.save_pretrained(tmp_path / "folder")
-    images = torch.rand(1, 3, 20, 20)
-    for weights in (tmp_path / "weights.safetensors", tmp_path / "folder"):
-        loaded = build(family, weights=str(weights)).eval()
-        torch.testing.assert_close(loaded(images)[0], source.eval()(images)[0])
-
-
-def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
-    save_file({"embeddings.cls_token": torch.zeros(1, 1, 7)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"other\.safetensors: .*tensors are missing.*Choose the backbone"):
-        build("dinov3_vit", weights=str(tmp_path / "other.safetensors"))
-    arch, patch, _ = FAMILIES["dinov3_vit"]
-    TransformersVit("dinov3_vit", {**arch, "hidden_size": 48}, "random", patch).model.save_pretrained(tmp_path / "big")
-    with pytest.raises(UserError, match="Choose the backbone"):
-        build("dinov3_vit", weights=str(tmp_path / "big"))
-
-
-@pytest.mark.parametrize("weights", ["timm/vit_tiny_patch16_224.augreg_in21k", "vit_tiny_patch16_224.augreg_in21k"])
-def test_weights_of_timm_name_its_backbone(weights):
-    with pytest.raises(UserError, match="backbone=timm with name=vit_tiny_patch16_224.augreg_in21k"):
-        build("dinov3_vit", weights=weights)
-
-
-def test_broken_and_missing_files_are_named(tmp_path):
-    (tmp_path / "broken.safetensors").write_bytes(b"1234")
-    with pytest.raises(UserError, match="broken.safetensors: not a readable safetensors file"):
-        build("dinov3_vit", weights=str(tmp_path / "broken.safetensors"))
-    with pytest.raises(UserError, match="nowhere.safetensors: file or folder not found"):
-        build("dinov3_vit", weights=str(tmp_path / "nowhere.safetensors"))
-
-
-def test_pickled_weights_are_not_read(tmp_path):
-    source = build("dinov3_vit")
-    source.model.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(source.model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="safetensors"):
-        build("dinov3_vit", weights=str(tmp_path))
-
-
-def test_lora_updates_are_not_exported():
-    with pytest.raises(UserError, match="merge them first, merge=true"):
-        Lora(rank=1, alpha=1)(build("dinov3_vit")).export_state()
 
 
 def test_unreachable_hub_is_queried_once(monkeypatch, caplog):
@@ -197,7 +108,7 @@ def test_unreachable_hub_is_queried_once(monkeypatch, caplog):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse_connection)
     said = "the hub is unreachable \\(connection refused\\).*weights=PATH.*tiny_surgical"
     with pytest.raises(UserError, match=said) as caught:
-        build("dinov3_vit", weights="nobody/nothing@v1")
+        build(weights="nobody/nothing@v1")
     assert asked == [("nobody/nothing", "v1")] and not caplog.records and "\n" not in str(caught.value)
 
 
@@ -205,18 +116,18 @@ def test_adapter_repository_is_refused_before_fetching_its_base(monkeypatch, tmp
     listed = SimpleNamespace(siblings=[SimpleNamespace(rfilename="adapter_config.json")])
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *given, **options: listed)
     with pytest.raises(UserError, match="weights=some/body@main: holds adapter_config.json"):
-        build("dinov3_vit", weights="some/body")
+        build(weights="some/body")
     (tmp_path / "adapter_config.json").write_text("{}")
     monkeypatch.setattr(pretrained, "_why_silent", lambda *given: "no answer")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
     with pytest.raises(UserError, match="weights=some/body: holds adapter_config.json"):
-        build("dinov3_vit", weights="some/body")
+        build(weights="some/body")
 
 
 def test_without_a_hub_weights_fetched_before_are_read(monkeypatch, tmp_path):
-    save_file(build("dinov3_vit").export_state(), tmp_path / "model.safetensors")
+    save_file(build().export_state(), tmp_path / "model.safetensors")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
-    state = build("dinov3_vit", weights="some/body").export_state()  # tests are without a hub
+    state = build(weights="some/body").export_state()  # tests are without a hub
     kept = load_file(tmp_path / "model.safetensors")
     assert state.keys() == kept.keys() and all(torch.equal(state[name], kept[name]) for name in kept)
 
@@ -224,15 +135,109 @@ def test_without_a_hub_weights_fetched_before_are_read(monkeypatch, tmp_path):
 def test_gated_weights_explain_how_to_get_access(monkeypatch):
     monkeypatch.setattr(pretrained, "_why_silent", lambda name, revision: "")
     with pytest.raises(UserError, match="accept the licence.*log in.*weights=PATH"):
-        build("dinov3_vit", weights="nobody/nothing@v1")
+        build(weights="nobody/nothing@v1")
 
 
-@pytest.mark.parametrize("layers", [(3,), (-4,), (), (0, 9)])
-def test_layers_out_of_range_are_refused_with_the_range(layers):
-    with pytest.raises(UserError, match="this backbone has 3 blocks.*from -3 to 2"):
-        build("dinov3_vit", layers)
+def write_weights(kind):
+    """Write weights that a backbone of 24 numbers does not take, and return their path."""
+    path = Path(kind)
+    if kind == "other.safetensors":
+        save_file({"embeddings.cls_token": torch.zeros(1, 1, 7)}, path)
+    elif kind == "broken.safetensors":
+        path.write_bytes(b"1234")
+    else:
+        arch, patch, _ = FAMILIES["dinov3_vit"]
+        model = TransformersVit("dinov3_vit", arch | ({"hidden_size": 48} if kind == "wide" else {}), "random", patch)
+        model.model.save_pretrained(path)
+        if kind == "pickled":
+            (path / "model.safetensors").unlink()
+            torch.save(model.model.state_dict(), path / "pytorch_model.bin")
+    return kind
 
 
-def test_unknown_family_is_refused():
-    with pytest.raises(UserError, match="family=resnet is unknown"):
-        TransformersVit("resnet", {}, "random", 16)
+WRONG_FILES = {
+    "other.safetensors": ("other.safetensors: ", "tensors are missing", "Choose the backbone"),
+    "wide": ("wide: ", "Choose the backbone"),
+    "broken.safetensors": ("broken.safetensors: not a readable safetensors file",),
+    "pickled": ("safetensors",),
+}
+
+
+TIMMS = "vit_tiny_patch16_224.augreg_in21k"
+
+
+test_message_names_value_and_remedy = refusals(
+    {kind: (lambda kind=kind: build(weights=write_weights(kind)), *words) for kind, words in WRONG_FILES.items()}
+    | {
+        "no file": (lambda: build(weights="nowhere.safetensors"), "nowhere.safetensors: file or folder not found"),
+        "timm's repository": (lambda: build(weights=f"timm/{TIMMS}"), f"backbone=timm with name={TIMMS}"),
+        "timm's name": (lambda: build(weights=TIMMS), f"backbone=timm with name={TIMMS}"),
+        "LoRA exported": (lambda: Lora(rank=1, alpha=1)(build()).export_state(), "merge them first, merge=true"),
+        "unknown family": (lambda: TransformersVit("resnet", {}, "random", 16), "family=resnet is unknown"),
+    }
+)
+
+
+def cubic(x, a):
+    x = abs(x)
+    if x < 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+
+def plain_row(step, cell, side):
+    """Weights of the stored cells: four neighbours, the border repeated."""
+    row = np.zeros(side)
+    centre = (cell + 0.5) * step - 0.5
+    for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+        row[min(max(j, 0), side - 1)] += cubic(centre - j, -0.75)
+    return row
+
+
+def smooth_row(step, cell, side):
+    """Weights of the stored cells: a kernel as wide as a wanted cell, renormalised at the border."""
+    width = max(step, 1.0)
+    centre = (cell + 0.5) * step
+    row = np.array([cubic((j + 0.5 - centre) / width, -0.5) for j in range(side)])
+    first, last = int(centre - 2 * width + 0.5), int(centre + 2 * width + 0.5)
+    row[: max(first, 0)] = 0
+    row[last:] = 0
+    return row / row.sum()
+
+
+def by_hand(positions, grid, offset, antialias):
+    side = round((positions.shape[1] - 1) ** 0.5)
+    stored = positions[0, 1:].double().numpy().reshape(side, side, -1)
+    row = smooth_row if antialias else plain_row
+    rows, columns = (np.stack([row(side / (n + offset), cell, side) for cell in range(n)]) for n in grid)
+    wanted = np.einsum("yr,xc,rck->yxk", rows, columns, stored, optimize=True).reshape(1, grid[0] * grid[1], -1)
+    return torch.cat([positions[:, :1].double(), torch.from_numpy(wanted)], dim=1)
+
+
+@pytest.mark.parametrize("family", METHODS)
+@pytest.mark.parametrize("grid", [(1, 1), (2, 9), (4, 6), (13, 3), (7, 1)])
+def test_positions_are_those_of_a_plain_loop(family, grid):
+    torch.manual_seed(0)
+    offset, antialias = METHODS[family]
+    positions = torch.randn(1, 26, 3, dtype=torch.float64)
+    found = interpolate(positions, grid, offset=offset, antialias=antialias)
+    assert found.shape == (1, 1 + grid[0] * grid[1], 3)
+    torch.testing.assert_close(found, by_hand(positions, grid, offset, antialias), atol=1e-9, rtol=0)
+    assert interpolate(positions, (5, 5), offset=offset, antialias=antialias) is positions
+
+
+@pytest.mark.parametrize("grid", [(side, side + 1) for side in (1, 36, 37, 256)])
+@pytest.mark.parametrize("stored", [14, 28, 37])
+def test_offset_never_costs_a_cell(grid, stored):
+    found = interpolate(torch.zeros(1, 1 + stored * stored, 1), grid, offset=0.1, antialias=False)
+    assert found.shape[1] == 1 + grid[0] * grid[1]
+
+
+def test_half_precision_is_resampled_in_single_with_gradients():
+    positions = torch.randn(1, 26, 8, requires_grad=True)
+    found = interpolate(positions.bfloat16(), (9, 7), offset=0.1, antialias=False)
+    assert found.dtype == torch.bfloat16
+    exact = interpolate(positions.bfloat16().float(), (9, 7), offset=0.1, antialias=False)
+    assert torch.equal(found, exact.bfloat16())
+    exact.square().sum().backward()
+    assert (positions.grad != 0).all()

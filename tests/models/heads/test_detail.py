@@ -1,10 +1,6 @@
-import inspect
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from tiny_parts import tiny_vit
 
 from dinoseg.core.geometry import pad_to_multiple, to_unit_range
@@ -15,7 +11,6 @@ from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
-from dinoseg.utils.errors import UserError
 
 
 def small(in_dim=3, num_layers=1, patch_size=8, **options):
@@ -53,8 +48,7 @@ def smooth_and_double(cells):
     return F.interpolate(smooth, scale_factor=2, mode="bilinear")
 
 
-@pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
-@pytest.mark.parametrize("grid", [(1, 1), (3, 2), (5, 7)])
+@pytest.mark.parametrize(("patch_size", "grid"), [(2, (5, 7)), (6, (3, 2)), (8, (5, 7)), (14, (1, 1)), (16, (3, 2))])
 def test_scores_are_aligned_with_pixels_and_tokens(patch_size, grid):
     head = pass_through_head(patch_size)
     pixels = torch.rand(2, 3, *(patch_size * side for side in grid), dtype=torch.float64)
@@ -74,7 +68,7 @@ def test_scores_are_aligned_with_pixels_and_tokens(patch_size, grid):
         torch.testing.assert_close(found, expected[: len(found)], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("patch_size", [2, 6, 8, 14, 16])
+@pytest.mark.parametrize("patch_size", [2, 6, 14])
 def test_linear_skip_adds_token_scores_at_their_positions(patch_size):
     head, plain = pass_through_head(patch_size), pass_through_head(patch_size, linear_skip=False)
     head.linear_skip.weight.data[1] = 3
@@ -90,8 +84,7 @@ def test_linear_skip_adds_token_scores_at_their_positions(patch_size):
     assert "linear_skip.weight" in head.state_dict() and "linear_skip.weight" not in DetailHead(3, 1, 3, 8).state_dict()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 17), (37, 51)])
-@pytest.mark.parametrize("patch_size", [2, 6, 8])
+@pytest.mark.parametrize(("size", "patch_size"), [((1, 1), 6), ((3, 2), 8), ((2, 17), 8), ((37, 51), 2)])
 def test_an_image_of_any_size_is_scored_as_it_is_when_padded(size, patch_size):
     """Also one that is smaller than the stride."""
     backbone = RgbBackbone(patch_size, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
@@ -192,17 +185,16 @@ def test_cached_pixels_keep_all_levels(dtype, change):
     assert stored.dtype == dtype and torch.equal(to_unit_range(stored), images)
 
 
-def lines(count, seed):
-    """Return images of noise with a line of 3 px at a random column, and their masks: too thin for a patch of 16."""
-    draw = torch.Generator().manual_seed(seed)
-    columns = torch.randint(0, 32, (count,), generator=draw)
-    mask = ((torch.arange(32) - columns[:, None]).abs() <= 1)[:, None].expand(count, 32, 32).to(torch.uint8)
-    image = torch.randint(0, 120, (count, 3, 32, 32), generator=draw, dtype=torch.uint8) + 120 * mask[:, None]
-    return Batch(image, mask, [str(number) for number in range(count)])
-
-
 def test_detail_head_learns_lines_thinner_than_a_patch():
-    seen, other, found = lines(8, 0), lines(8, 1), {}
+    def lines(seed):
+        """Return noise with a line of 3 px at a random column, too thin for a patch of 16, and its masks."""
+        draw = torch.Generator().manual_seed(seed)
+        columns = torch.randint(0, 32, (8,), generator=draw)
+        mask = ((torch.arange(32) - columns[:, None]).abs() <= 1)[:, None].expand(8, 32, 32).to(torch.uint8)
+        image = torch.randint(0, 120, (8, 3, 32, 32), generator=draw, dtype=torch.uint8) + 120 * mask[:, None]
+        return Batch(image, mask, list("abcdefgh"))
+
+    seen, other, found = lines(0), lines(1), {}
     for name, head in (("detail", small(patch_size=16, jitter=0.0)), ("linear", LinearHead(3, 1, 3))):
         model, loss = SegmentationModel(RgbBackbone(16), head).train(), CrossEntropy(torch.ones(3))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -214,24 +206,3 @@ def test_detail_head_learns_lines_thinner_than_a_patch():
         ids, line = model.eval()(other.image).class_ids() == 1, other.mask == 1
         found[name] = ((ids & line).sum() / (ids | line).sum()).item()
     assert found["detail"] > 0.4 and found["linear"] < 0.3, found
-
-
-def test_its_own_defaults_are_those_of_its_config():
-    file = OmegaConf.load(Path(__file__).parents[3] / "dinoseg/cfg/head/detail.yaml")
-    known = inspect.signature(DetailHead).parameters
-    assert all(known[key].default == file[key] for key in ("fine", "width", "blocks", "jitter"))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"patch_size": 7}, "patch_size=7 .*even patch size"),
-        ({"fine": 0}, "fine=0 .* at least 1"),
-        ({"width": -1}, "width=-1 .* at least 1"),
-        ({"blocks": -1}, "blocks=-1 .* at least 0"),
-        ({"jitter": -0.1}, "jitter=-0.1 .* at least 0"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        small(**options)

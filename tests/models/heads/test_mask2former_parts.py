@@ -1,4 +1,4 @@
-"""The parts of the Mask2Former head against slow references: loops over points and cells, in float64."""
+"""The parts of the Mask2Former head against slow references in float64: loops over points, cells and queries."""
 
 import itertools
 import math
@@ -13,6 +13,7 @@ from dinoseg.models.heads.mask2former.adapter import Extractor, VitAdapter, drop
 from dinoseg.models.heads.mask2former.deformable import DeformableAttention, sample
 from dinoseg.models.heads.mask2former.levels import cell_centres, sine_positions, to_maps, to_tokens
 from dinoseg.models.heads.mask2former.pixel_decoder import PixelDecoder
+from dinoseg.models.heads.mask2former.predictor import Attention, MaskedAttentionDecoder
 
 
 @pytest.fixture(autouse=True)
@@ -148,29 +149,6 @@ def test_extractor_equals_loops():
     torch.testing.assert_close(module(tokens, centres, sizes, feature), expected)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 4), (3, 5)])
-def test_adapter_fits_its_pyramid_to_any_grid(rows, columns):
-    module = VitAdapter(16, 2, drop_path=0.0, checkpointing=False).eval()
-    features = [torch.randn(2, 16, rows, columns) for _ in range(4)]
-    maps = module(features, torch.randn(2, 3, 16 * rows, 16 * columns))
-    assert [tuple(level.shape[-2:]) for level in maps] == [
-        (4 * rows, 4 * columns),
-        (2 * rows, 2 * columns),
-        (rows, columns),
-        (math.ceil(rows / 2), math.ceil(columns / 2)),
-    ]
-
-
-def test_adapter_sees_16_pixels_a_token_whatever_the_patch():
-    module = VitAdapter(16, 2, drop_path=0.0, checkpointing=False).eval()
-    features = [torch.randn(1, 16, 3, 2) for _ in range(4)]
-    for patch in (8, 14):
-        pixels = torch.randn(1, 3, 3 * patch, 2 * patch)
-        resized = F.interpolate(pixels, (48, 32), mode="bilinear")
-        for found, expected in zip(module(features, pixels), module(features, resized), strict=True):
-            assert torch.equal(found, expected)
-
-
 def test_pixel_decoder_returns_coarse_levels_first_in_float32():
     module = PixelDecoder(8, 64, 4, 16, checkpointing=False)
     pyramid = [torch.randn(2, 8, *size) for size in ((12, 8), (6, 4), (3, 2), (2, 1))]
@@ -212,3 +190,91 @@ def test_dropped_samples_are_zero_and_the_others_scaled_up():
     assert dropped.mean().item() == pytest.approx(1, abs=0.05)
     assert (dropped.flatten(1).amax(1) == dropped.flatten(1).amin(1)).all()  # whole samples
     assert drop_samples(update, 0.0) is update
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_equals_torchs_with_the_same_parameters(masked):
+    module = shaken(Attention(12, 3))
+    reference = nn.MultiheadAttention(12, 3, batch_first=True).double()
+    reference.load_state_dict(module.state_dict())  # of the same names
+    queries, keys, values = (torch.randn(2, count, 12, dtype=torch.float64) for count in (4, 7, 7))
+    blocked = per_head = None
+    if masked:
+        blocked = torch.rand(2, 1, 4, 7) < 0.5
+        blocked[..., 0] = False
+        per_head = blocked.expand(-1, 3, -1, -1).flatten(0, 1)
+    expected = reference(queries, keys, values, attn_mask=per_head, need_weights=False)[0]
+    torch.testing.assert_close(module(queries, keys, values, blocked), expected)
+
+
+def decode_slowly(module, levels, mask_features):
+    """Return (class logits, mask logits) before each layer and after the last, one image and query at a time."""
+    rows = []
+    for image in range(len(mask_features)):
+        cells = [level[image].flatten(1).T + module.level_embed.weight[index] for index, level in enumerate(levels)]
+        positions = [sine_positions(tuple(level.shape[-2:]), level.shape[1], level) for level in levels]
+        queries, places, outputs = module.query_feat.weight, module.query_embed.weight, []
+        for index in range(10):
+            normed = module.post_norm(queries)
+            first, second, third = module.mask_embed["layers"]
+            masks = third(second(first(normed).relu()).relu()) @ mask_features[image].flatten(1)
+            masks = masks.view(-1, *mask_features.shape[-2:])
+            outputs.append((module.class_embed(normed), masks))
+            if index == 9:
+                break
+            number = index % 3
+            small = F.interpolate(masks[None], levels[number].shape[-2:], mode="bilinear")[0]
+            read = []
+            for query in range(len(queries)):
+                open_cells = (small[query].flatten() >= 0).nonzero().flatten()
+                if not len(open_cells):
+                    open_cells = torch.arange(small[query].numel())
+                keys = (cells[number] + positions[number])[open_cells]
+                attention = torch_attention(module.transformer_cross_attention_layers[index].multihead_attn)
+                asked = (queries + places)[query : query + 1]
+                read.append(attention(asked, keys, cells[number][open_cells])[0])
+            queries = module.transformer_cross_attention_layers[index].norm(queries + torch.cat(read))
+            layer = module.transformer_self_attention_layers[index]
+            placed = queries + places
+            queries = layer.norm(queries + torch_attention(layer.self_attn)(placed, placed, queries)[0])
+            layer = module.transformer_ffn_layers[index]
+            queries = layer.norm(queries + layer.linear2(layer.linear1(queries).relu()))
+        rows.append(outputs)
+    return rows
+
+
+def torch_attention(module):
+    reference = nn.MultiheadAttention(module.out_proj.out_features, module.num_heads).double()
+    reference.load_state_dict(module.state_dict())
+    return reference
+
+
+def test_masked_decoder_equals_one_query_at_a_time():
+    module = shaken(MaskedAttentionDecoder(16, 4, 24, num_queries=6, num_outputs=3))
+    levels = [torch.randn(3, 16, *size, dtype=torch.float64) for size in ((2, 1), (3, 2), (6, 4))]
+    mask_features = torch.randn(3, 16, 12, 8, dtype=torch.float64)
+    shift = 20 * torch.randn(16, 1, 1, dtype=torch.float64)
+    mask_features[0] += shift  # queries cover the whole of one of these images, and nothing of the other
+    mask_features[1] -= shift
+    outputs = module.train()(levels, mask_features, deep=True)
+    shares = torch.stack([(aux.mask_logits < 0).double().mean((-2, -1)) for aux in outputs.aux])
+    assert shares.min() == 0 and shares.max() == 1  # the case holds full and empty masks
+    for image, expected in enumerate(decode_slowly(module, levels, mask_features)):
+        for found, (classes, masks) in zip([*outputs.aux, outputs], expected, strict=True):
+            torch.testing.assert_close(found.class_logits[image], classes)
+            torch.testing.assert_close(found.mask_logits[image], masks)
+    evaluated = module.eval()(levels, mask_features, deep=False)
+    assert len(outputs.aux) == 9 and not evaluated.aux and not any(aux.aux for aux in outputs.aux)
+    assert torch.equal(outputs.class_logits, evaluated.class_logits)
+    assert torch.equal(outputs.mask_logits, evaluated.mask_logits)
+
+
+@pytest.mark.parametrize(("rows", "columns", "patch"), [(1, 1, 16), (3, 2, 8), (3, 5, 14)])
+def test_adapter_fits_its_pyramid_to_any_grid_and_patch(rows, columns, patch):
+    module = VitAdapter(16, 2, drop_path=0.0, checkpointing=False).eval()
+    features, pixels = [torch.randn(2, 16, rows, columns)] * 4, torch.randn(2, 3, patch * rows, patch * columns)
+    maps = module(features, pixels)
+    sides = [(4 * side, 2 * side, side, math.ceil(side / 2)) for side in (rows, columns)]
+    assert [tuple(level.shape[-2:]) for level in maps] == list(zip(*sides, strict=True))
+    resized = F.interpolate(pixels, (16 * rows, 16 * columns), mode="bilinear")  # 16 pixels a token, whatever the patch
+    assert all(map(torch.equal, maps, module(features, resized)))

@@ -1,7 +1,4 @@
-"""Training steps and evaluation of the official recipes, written out in float64: loss, gradients and class scores."""
-
-import math
-from contextlib import nullcontext
+"""Training steps of the official recipes, written out in float64: loss and gradients."""
 
 import numpy as np
 import pytest
@@ -12,8 +9,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from dinoseg.core.shapes import Batch
-from dinoseg.inference.rows import MemoryRows
-from dinoseg.inference.windows import Windows
 from dinoseg.losses import mask_classification, points
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.mask_classification import MaskClassification
@@ -75,7 +70,7 @@ def read(maps, places):
 
 def official_layer_loss(layer, mask, draws):
     """Return the summed loss of one layer's outputs: Mask2Former's criterion with the recorded draws."""
-    places, matches, logits, truths, targets = draws.pop(0).double(), [], [], [], []
+    places, pairs, targets = draws.pop(0).double(), [], []
     for image in range(len(mask)):
         classes = torch.tensor(sorted(set(mask[image].flatten().tolist()) - {255}))
         masks = torch.stack([(mask[image] == k).double() for k in classes])
@@ -85,23 +80,18 @@ def official_layer_loss(layer, mask, draws):
         dice = 1 - (2 * p @ t.T + 1) / (p.sum(1)[:, None] + t.sum(1) + 1)
         cost = 5 * entropy + 5 * dice - 2 * layer.class_logits[image].softmax(-1)[:, classes]
         queries, order = linear_sum_assignment(cost.detach().numpy())
-        matches.append((queries, classes[order]))
-        logits.append(layer.mask_logits[image, queries])
-        truths.append(masks[order])
         wanted = torch.full((layer.class_logits.shape[1],), K)
         wanted[queries] = classes[order]
         targets.append(wanted)
-    logits, truths = torch.cat(logits), torch.cat(truths)
+        # the draws are for matched masks in the order of their classes
+        pairs += [(layer.mask_logits[image, queries[n]], masks[order[n]]) for n in np.argsort(order)]
     candidates, fresh = draws.pop(0).double(), draws.pop(0).double()
     entropies, dices = [], []
-    # the order of matched masks is that of their classes, as in the draws
-    order = sorted(range(len(logits)), key=lambda n: (image_of(n, matches), int(torch.cat([c for _, c in matches])[n])))
-    for row, number in enumerate(order):
-        x, t = logits[number][None], truths[number][None]
+    for row, (logits, truth) in enumerate(pairs):
         with torch.no_grad():
-            chosen = read(x, candidates[row])[0].abs().topk(int(0.75 * POINTS), largest=False).indices
+            chosen = read(logits[None], candidates[row])[0].abs().topk(int(0.75 * POINTS), largest=False).indices
         at = torch.cat([candidates[row][chosen], fresh[row]])
-        a, b = read(x, at)[0], read(t, at)[0]
+        a, b = read(logits[None], at)[0], read(truth[None], at)[0]
         entropies.append((F.softplus(a) - a * b).mean())
         p = a.sigmoid()
         dices.append(1 - (2 * (p * b).sum() + 1) / (p.sum() + b.sum() + 1))
@@ -110,19 +100,10 @@ def official_layer_loss(layer, mask, draws):
     return 2 * of_class + 5 * torch.stack(entropies).mean() + 5 * torch.stack(dices).mean()
 
 
-def image_of(number, matches):
-    ends = np.cumsum([len(queries) for queries, _ in matches])
-    return int(np.searchsorted(ends, number, side="right"))
-
-
 @pytest.mark.parametrize(("size", "seed"), [((48, 48), 0), ((32, 80), 1), ((64, 48), 2)])
 def test_eomt_step_equals_the_official_code(size, seed, monkeypatch):
-    model, batch, draws = (
-        SegmentationModel(*pair(anneal=[[0, 50], [50, 90]])).double().train(),
-        make_batch(size, seed),
-        [],
-    )
-    draw = points.random_points
+    model, batch = SegmentationModel(*pair(anneal=[[0, 50], [50, 90]])).double().train(), make_batch(size, seed)
+    draws, draw = [], points.random_points
     for module in (points, mask_classification):
         monkeypatch.setattr(module, "random_points", lambda *given: draws.append(draw(*given)) or draws[-1])
     loss = MaskClassification(torch.ones(K), num_points=POINTS, ignored="background", interpolation="bilinear")
@@ -150,50 +131,3 @@ def test_eomt_step_equals_the_official_code(size, seed, monkeypatch):
     assert len(reached) > 40 and [a is None for a in slopes[0]] == [b is None for b in slopes[1]]
     for found, wanted in reached:
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9 * largest.item())
-
-
-def average_windows(images, side, starts, scores):
-    """Return the mean over windows along both axes, brought to the images' own size."""
-    (height, width), low = images.shape[-2:], min(images.shape[-2:])
-    size = [side if length == low else int(side * length / low + 0.5) for length in (height, width)]
-    resized = F.interpolate(images, size, mode="bilinear", antialias=True)
-    sums, counts = torch.zeros(len(images), K, *size, dtype=torch.float64), torch.zeros(size)
-    for top in starts(size[0]):
-        for left in starts(size[1]):
-            part = (..., slice(top, top + side), slice(left, left + side))
-            sums[part] += F.interpolate(scores(resized[part]), (side, side), mode="bilinear", align_corners=False)
-            counts[part] += 1
-    return F.interpolate(sums / counts, (height, width), mode="bilinear", align_corners=False)
-
-
-def slide(length, side=48, stride=32):
-    return [min(n * stride, length - side) for n in range(max(length - side + stride - 1, 0) // stride + 1)]
-
-
-def spread(length, side=48):
-    count = math.ceil(length / side)
-    overlap = (count * side - length) / (count - 1) if count > 1 else 0
-    return [int(n * (side - overlap)) for n in range(count)]
-
-
-@pytest.mark.parametrize("size", [(37, 61), (113, 57), (48, 97)])
-@torch.no_grad()
-def test_windowed_evaluation_equals_the_official_code(size):
-    images = torch.rand(1, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    linear, eomt = linear_model().eval(), SegmentationModel(*pair()).double().eval()
-
-    def of_queries(crops):
-        outputs = eomt.head.run(eomt.backbone, crops)
-        masks = F.interpolate(outputs.mask_logits, (48, 48), mode="bilinear").sigmoid()
-        return torch.einsum("bqk,bqhw->bkhw", outputs.class_logits.softmax(-1)[..., :-1], masks)
-
-    for model, starts, scores, placement in (
-        (linear, slide, lambda crops: linear.head(linear.backbone(crops)), {"stride": 32}),
-        (eomt, spread, of_queries, {"placement": "even"}),
-    ):
-        policy = Windows(48, shortest=48, weights="uniform", average="scores", **placement)
-        bands = policy.bands(model, MemoryRows(images), nullcontext)
-        found = torch.cat([band.scores().clone() for band in bands], dim=2)
-        expected = average_windows(images, 48, starts, scores)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
-        assert torch.equal(found.argmax(1), expected.argmax(1))

@@ -40,16 +40,15 @@ def written_out(outputs, size, valid, no_object):
     return torch.from_numpy(scores)
 
 
-@pytest.mark.parametrize("no_object", [True, False])
 @pytest.mark.parametrize(
-    ("grid", "size", "valid"),
+    ("grid", "size", "valid", "no_object"),
     [
-        ((3, 4), (12, 16), (1.0, 1.0)),
-        ((4, 6), (13, 9), (13 / 16, 9 / 24)),
-        ((1, 1), (1, 1), (1 / 8, 1 / 8)),
-        ((8, 8), (8, 8), (1.0, 1.0)),
-        ((6, 10), (4, 7), (0.9, 0.71)),
-        ((2, 4), (1, 16), (0.125, 1.0)),
+        ((3, 4), (12, 16), (1.0, 1.0), True),
+        ((4, 6), (13, 9), (13 / 16, 9 / 24), False),
+        ((1, 1), (1, 1), (1 / 8, 1 / 8), True),
+        ((8, 8), (8, 8), (1.0, 1.0), False),
+        ((6, 10), (4, 7), (0.9, 0.71), True),
+        ((2, 4), (1, 16), (0.125, 1.0), False),
     ],
 )
 def test_the_map_is_the_sum_over_queries_of_class_times_mask(monkeypatch, grid, size, valid, no_object):
@@ -61,26 +60,6 @@ def test_the_map_is_the_sum_over_queries_of_class_times_mask(monkeypatch, grid, 
             found = semantic_map(outputs, size, valid, no_object)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_the_no_object_column_weighs_but_gives_no_class():
-    outputs = MaskOutputs(torch.tensor([[[0.0, 0.0, 50.0]]]), torch.full((1, 1, 2, 2), 50.0))
-    assert semantic_map(outputs, (4, 4), (1.0, 1.0)).max() < 1e-6
-    torch.testing.assert_close(semantic_map(outputs, (4, 4), (1.0, 1.0), no_object=False)[0, 2], torch.ones(4, 4))
-
-
-def test_few_masks_are_in_memory_at_once(monkeypatch):
-    sizes, given = [], semantic.upsample
-
-    def spy(masks, size, valid):
-        sizes.append(tuple(masks.shape))
-        return given(masks, size, valid)
-
-    monkeypatch.setattr(semantic, "upsample", spy)
-    monkeypatch.setattr(semantic, "_AT_ONCE", 3 * 20 * 30)
-    with torch.no_grad():
-        semantic_map(draw(2, 7, 3, (4, 6)), (20, 30), (1.0, 1.0))
-    assert sizes == [(1, count, 4, 6) for count in (3, 3, 1, 3, 3, 1)]
 
 
 class Storages(TorchDispatchMode):

@@ -1,14 +1,26 @@
-"""Slot attention, its predictor and the class token's background, against loops over single numbers."""
+"""Slot attention, its predictor and the class token's background, against their formulas in float64."""
 
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from bicubic import cubic_matrix
+from mistakes import refusals
+from slot_formulas import gru, linear, norm, relu, softmax
 
-from dinoseg.models.heads.slots.attention import SlotAttention, distant_tokens, slot_weights
+from dinoseg.models.heads.slots.attention import (
+    SlotAttention,
+    distant_tokens,
+    make_time_decoders,
+    resolve_steps,
+    slot_weights,
+)
 from dinoseg.models.heads.slots.background import background_mask
+from dinoseg.models.heads.slots.decoder import SlotDecoder
+from dinoseg.models.heads.slots.positions import Positions
 from dinoseg.models.heads.slots.predictor import SaviPredictor, make_predictor
-from dinoseg.utils.errors import UserError
 
 EXACT = {"atol": 1e-12, "rtol": 1e-10}
 
@@ -23,103 +35,24 @@ def make_module(kind, *args, **kwargs):
     return module
 
 
-def norm_row(row, norm):
-    mean = sum(row) / len(row)
-    variance = sum((x - mean) ** 2 for x in row) / len(row)
-    parts = zip(row, norm.weight.tolist(), norm.bias.tolist(), strict=True)
-    return [(x - mean) / math.sqrt(variance + 1e-5) * scale + shift for x, scale, shift in parts]
+def weights_of(module):
+    return {name: part.detach().numpy() for name, part in module.state_dict().items()}
 
 
-def times(weight, row, bias=None):
-    rows = weight.tolist()
-    shifts = bias.tolist() if bias is not None else [0.0] * len(rows)
-    return [
-        sum(w * x for w, x in zip(line, row, strict=True)) + shift for line, shift in zip(rows, shifts, strict=True)
-    ]
-
-
-def softmax(row):
-    powers = [math.exp(x) for x in row]
-    return [power / sum(powers) for power in powers]
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-def gru(cell, seen, before):
-    """Reset and update gates, and the candidate, of Cho et al. (2014) in PyTorch's order of rows."""
-    given, kept = times(cell.weight_ih, seen, cell.bias_ih), times(cell.weight_hh, before, cell.bias_hh)
-    dim, after = len(before), []
-    for i in range(dim):
-        reset, update = sigmoid(given[i] + kept[i]), sigmoid(given[dim + i] + kept[dim + i])
-        candidate = math.tanh(given[2 * dim + i] + reset * kept[2 * dim + i])
-        after.append((1 - update) * candidate + update * before[i])
-    return after
-
-
-def attend_by_loops(module, tokens, slots, iterations, allowed=None):
-    """Slot attention of one clip: tokens and slots are lists of rows."""
-    tokens = [norm_row(token, module.norm_tokens) for token in tokens]
-    keys = [times(module.key.weight, token) for token in tokens]
-    values = [times(module.value.weight, token) for token in tokens]
-    dim = len(slots[0])
+def attend_by_formula(module, tokens, slots, iterations, allowed):
+    """Return slots (B, S, D) and weights (B, S, N) of slot attention; `allowed` (B, S, N)."""
+    w = weights_of(module)
+    tokens = norm(tokens, w, "norm_tokens")
+    keys, values = linear(tokens, w, "key"), linear(tokens, w, "value")
     for _ in range(iterations):
-        queries = [times(module.query.weight, norm_row(slot, module.norm_slots)) for slot in slots]
-        weights = [[0.0] * len(tokens) for _ in slots]
-        for n, key in enumerate(keys):
-            open_to = [s for s in range(len(slots)) if allowed is None or allowed[s][n]]
-            logits = [sum(q * k for q, k in zip(queries[s], key, strict=True)) / math.sqrt(dim) for s in open_to]
-            for s, weight in zip(open_to, softmax(logits), strict=True):
-                weights[s][n] = weight
-        after = []
-        for slot, row in zip(slots, weights, strict=True):
-            total = sum(row) + 1e-6
-            seen = [sum(w / total * value[i] for w, value in zip(row, values, strict=True)) for i in range(dim)]
-            updated = gru(module.gru, seen, slot)
-            first, _, second = module.mlp
-            inner = [max(0.0, x) for x in times(first.weight, norm_row(updated, module.norm_mlp), first.bias)]
-            after.append([x + y for x, y in zip(updated, times(second.weight, inner, second.bias), strict=True)])
-        slots = after
+        queries = linear(norm(slots, w, "norm_slots"), w, "query")
+        logits = queries @ np.swapaxes(keys, -1, -2) / np.sqrt(slots.shape[-1])
+        powers = np.where(allowed, np.exp(logits), 0)
+        weights = powers / np.maximum(powers.sum(1, keepdims=True), 1e-300)  # all zero where no slot may see
+        seen = weights / (weights.sum(-1, keepdims=True) + 1e-6) @ values
+        slots = gru(seen, slots, w, "gru")
+        slots = slots + linear(relu(linear(norm(slots, w, "norm_mlp"), w, "mlp.0")), w, "mlp.2")
     return slots, weights
-
-
-@pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.parametrize("masked", [False, True])
-def test_agrees_with_loops(iterations, masked):
-    module = make_module(SlotAttention, 5, 4, 7)
-    tokens, slots = torch.randn(2, 9, 5).double() * 3, torch.randn(2, 3, 4).double()
-    allowed = torch.rand(2, 3, 9) > 0.5 if masked else None
-    if masked:
-        allowed[0, :, 4] = False  # a token that no slot may see
-        allowed[1, 1] = False  # a slot that may see no token
-    found, weights = module(tokens, slots, iterations, allowed)
-    for clip in range(2):
-        own = allowed[clip].tolist() if masked else None
-        expected = attend_by_loops(module, tokens[clip].tolist(), slots[clip].tolist(), iterations, own)
-        torch.testing.assert_close(found[clip], torch.tensor(expected[0], dtype=torch.float64), **EXACT)
-        torch.testing.assert_close(weights[clip], torch.tensor(expected[1], dtype=torch.float64), **EXACT)
-
-
-def test_weights_sum_to_one_over_the_slots_where_any_may_see():
-    queries, keys = torch.randn(2, 4, 8) * 30, torch.randn(2, 6, 8) * 30  # most weights are 0 or 1
-    torch.testing.assert_close(slot_weights(queries, keys).sum(1), torch.ones(2, 6))
-    allowed = torch.rand(2, 4, 6) > 0.4
-    allowed[:, :, 2] = False
-    weights = slot_weights(queries, keys, allowed)
-    torch.testing.assert_close(weights.sum(1), allowed.any(1).float())
-    assert weights[~allowed].eq(0).all()
-
-
-def test_a_token_that_no_slot_may_see_changes_nothing():
-    module = make_module(SlotAttention, 5, 4, 7)
-    tokens, slots = torch.randn(1, 6, 5).double(), torch.randn(1, 3, 4).double()
-    allowed = torch.ones(1, 3, 6, dtype=torch.bool)
-    allowed[:, :, 5] = False
-    found, weights = module(tokens, slots, 2, allowed)
-    without, _ = module(tokens[:, :5], slots, 2)
-    torch.testing.assert_close(found, without, **EXACT)
-    assert weights[..., 5].eq(0).all()
 
 
 def test_attention_without_tokens_leaves_finite_slots():
@@ -218,14 +151,12 @@ def test_cluster_slots_add_the_tokens_to_the_initial_slots():
     module = make_module(SlotAttention, 5, 4, 3, slot_init="clusters").eval()
     tokens = torch.randn(2, 7, 5).double()
     places = distant_tokens(module.norm_tokens(tokens), 3)
-    found, seed = module.initial_slots(tokens, [3]), module.cluster_init
+    found, seed, w = module.initial_slots(tokens, [3]), module.cluster_init, weights_of(module)
     module.cluster_init = None
     drawn = module.initial_slots(tokens, [3])
-    for clip in range(2):
-        for slot in range(3):
-            row = norm_row(tokens[clip, places[clip, slot]].tolist(), module.norm_tokens)
-            told = torch.tensor(times(seed.weight, row, seed.bias), dtype=torch.float64)
-            torch.testing.assert_close(found[clip, slot], drawn[clip, slot] + told, **EXACT)
+    chosen = tokens.gather(1, places[..., None].expand(-1, -1, 5)).numpy()
+    added = linear(norm(chosen, w, "norm_tokens"), w, "cluster_init")
+    torch.testing.assert_close(found, drawn + torch.from_numpy(added), **EXACT)
     module.cluster_init = seed
     allowed = torch.zeros(2, 3, 7, dtype=torch.bool)
     allowed[:, :, 4] = True
@@ -275,68 +206,151 @@ def test_gaussian_starts_within_xaviers_bound():
         assert 0.97 * bound < parameter.abs().max() <= bound
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_predictor_agrees_with_loops(mode):
-    predictor = make_module(SaviPredictor, 8)
-    slots = torch.randn(2, 5, 8).double()
-    found = getattr(predictor, mode)()(slots).detach()
-    attention = predictor.attention
-    for clip in range(2):
-        rows = slots[clip].tolist()
-        projected = [times(attention.in_proj_weight, row, attention.in_proj_bias) for row in rows]
-        for number, row in enumerate(rows):
-            joined = []
-            for head in range(4):
-                own = slice(2 * head, 2 * head + 2)
-                query = projected[number][:8][own]
-                keys, values = [p[8:16][own] for p in projected], [p[16:][own] for p in projected]
-                logits = [sum(q * k for q, k in zip(query, key, strict=True)) / math.sqrt(2) for key in keys]
-                shares = softmax(logits)
-                joined += [sum(w * value[i] for w, value in zip(shares, values, strict=True)) for i in range(2)]
-            seen = times(attention.out_proj.weight, joined, attention.out_proj.bias)
-            middle = norm_row([x + y for x, y in zip(row, seen, strict=True)], predictor.norm_attention)
-            inner = [max(0.0, x) for x in times(predictor.mlp[0].weight, middle, predictor.mlp[0].bias)]
-            expected = norm_row([x + y for x, y in zip(middle, inner, strict=True)], predictor.norm_mlp)
-            torch.testing.assert_close(found[clip, number], torch.tensor(expected, dtype=torch.float64), **EXACT)
-
-
-def test_carry_and_none_predictors_and_bad_dimensions():
+def test_carry_and_none_are_no_predictors_of_slots():
     slots = torch.randn(1, 3, 6)
     assert torch.equal(make_predictor("carry", 6)(slots), slots)
     assert make_predictor("none", 6) is None
-    for dim, near in ((6, "4 or 8"), (3, "4 or 4"), (9, "8 or 12")):
-        with pytest.raises(UserError, match=rf"slot_dim={dim} is not a multiple of 4.*slot_dim={near}"):
-            make_predictor("savi", dim)
 
 
-def looped_background(maps):
-    """Background of one image by loops: maps[head][row][column]."""
-    flat = [[x for row in one for x in row] for one in maps]
-    mean = sum(map(sum, flat)) / sum(map(len, flat))
-    counts = [max(1, sum(x > mean for x in one)) for one in flat]
-    weights = [math.log(sum(counts) / count) for count in counts]
-    seen = [sum(w * one[n] for w, one in zip(weights, flat, strict=True)) / len(flat) for n in range(len(flat[0]))]
-    return [x < sum(seen) / len(seen) for x in seen]
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_slot_attention_agrees_with_the_formula(iterations, masked):
+    module = make_module(SlotAttention, 5, 4, 7)
+    tokens, slots = torch.randn(2, 9, 5).double() * 3, torch.randn(2, 3, 4).double()
+    allowed = torch.rand(2, 3, 9) > 0.5
+    allowed[0, :, 4] = False  # a token that no slot may see
+    allowed[1, 1] = False  # a slot that may see no token
+    found = module(tokens, slots, iterations, allowed if masked else None)
+    expected = attend_by_formula(module, tokens.numpy(), slots.numpy(), iterations, allowed.numpy() | (not masked))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, torch.from_numpy(theirs), **EXACT)
 
 
-def test_background_agrees_with_loops():
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_predictor_agrees_with_the_formula(mode):
+    predictor = make_module(SaviPredictor, 8)
+    slots, w = torch.randn(2, 5, 8).double(), weights_of(predictor)
+    found = getattr(predictor, mode)()(slots).detach()
+    projected = slots.numpy() @ w["attention.in_proj_weight"].T + w["attention.in_proj_bias"]
+    query, key, value = (part.reshape(2, 5, 4, 2).swapaxes(1, 2) for part in np.split(projected, 3, -1))  # (B, h, S, C)
+    seen = softmax(query @ key.swapaxes(-1, -2) / np.sqrt(2), -1) @ value
+    seen = linear(seen.swapaxes(1, 2).reshape(2, 5, 8), w, "attention.out_proj")
+    middle = norm(slots.numpy() + seen, w, "norm_attention")
+    expected = norm(middle + relu(linear(middle, w, "mlp.0")), w, "norm_mlp")
+    torch.testing.assert_close(found, torch.from_numpy(expected), **EXACT)
+
+
+def test_background_agrees_with_the_formula():
     torch.manual_seed(0)
     attention = torch.rand(5, 6, 4, 7).double() ** 4
     attention[1, 2] *= 20  # a head that looks at nearly all, so that others look at nothing
     attention[2, :, :2] = 0
     found = background_mask(attention)
     assert found.dtype == torch.bool and found.shape == (5, 4, 7)
-    for image in range(5):
-        assert found[image].flatten().tolist() == looped_background(attention[image].tolist())
+    for mask, maps in zip(found, attention.numpy(), strict=True):  # (heads, h, w)
+        counts = np.maximum(1, (maps > maps.mean()).sum((1, 2)))
+        seen = (np.log(counts.sum() / counts)[:, None, None] * maps).mean(0)
+        assert np.array_equal(mask, seen < seen.mean())
+    one, half = attention[:, :1], attention.bfloat16()
+    assert torch.equal(background_mask(one), one[:, 0] < one[:, 0].mean((1, 2), keepdim=True))
+    assert torch.equal(background_mask(half), background_mask(half.float()))
 
 
-def test_background_is_where_the_class_token_does_not_look():
-    attention = torch.full((1, 3, 6, 6), 0.01)
-    attention[0, :2, 2:4, 2:4] = 0.2  # two heads look at an object
-    attention[0, 2] = 0.03  # one looks everywhere
-    expected = torch.ones(6, 6, dtype=torch.bool)
-    expected[2:4, 2:4] = False
-    assert torch.equal(background_mask(attention)[0], expected)
-    assert torch.equal(background_mask(attention[:, :1])[0], expected)  # one head alone
-    assert torch.equal(background_mask(attention.bfloat16())[0], expected)
-    assert not background_mask(torch.full((1, 3, 6, 6), 1 / 64)).any()  # nothing stands back
+def decoder(kind="learned", grid=(3, 4), **kwargs):
+    torch.manual_seed(2)
+    return SlotDecoder(6, 5, 11, Positions(kind, grid), **kwargs).double()
+
+
+def decode_by_layers(module, slots, positions):
+    """Return outputs (B, N, C) and alphas (B, N, S): each slot and cell through all layers, then the mean by alpha."""
+    cells = [torch.cat([place.expand(*slots.shape[:2], -1), slots], -1) for place in positions.flatten(1).T]
+    values = torch.stack(cells, 1)  # (B, N, S, 4 + D), positions first
+    for layer in module.layers[:-1]:
+        values = (values @ layer.weight.T + layer.bias).clamp(min=0)
+    values = values @ module.layers[-1].weight.T + module.layers[-1].bias
+    alphas = values[..., -1].exp() / values[..., -1].exp().sum(-1, keepdim=True)
+    return (alphas[..., None] * values[..., :-1]).sum(2), alphas
+
+
+@pytest.mark.parametrize("similarity", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "grid"), [("learned", (3, 4)), ("sine", (1, 1)), ("sine", (5, 2)), ("linear", (5, 2))]
+)
+def test_decoder_and_its_gradients_agree_with_the_layers(kind, grid, similarity):
+    module = decoder(kind, num_cells=12 * similarity)
+    assert module.layers[-1].out_features == 5 + 12 * similarity + 1
+    slots = torch.randn(2, 3, 6).double().requires_grad_()
+    found = module(slots, grid, similarity=similarity)
+    assert found.features.shape == (2, 5, *grid) and found.alpha.shape == (2, 3, *grid)
+    parts = [found.features, found.similarity] if similarity else [found.features]
+    ours = torch.cat(parts, 1).flatten(2).mT  # (B, N, C)
+    expected, alphas = decode_by_layers(module, slots, module.positions(grid, slots))
+    torch.testing.assert_close(ours, expected, **EXACT)
+    torch.testing.assert_close(found.alpha.flatten(2).mT, alphas, **EXACT)
+    weights, parameters = torch.randn_like(ours), [slots, *module.parameters()]
+    gradients = [torch.autograd.grad((values * weights).sum(), parameters) for values in (ours, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
+    without = module(slots, grid)
+    torch.testing.assert_close(without.features, found.features)
+    assert without.similarity is None
+
+
+def test_positions_follow_their_definitions():
+    like = torch.zeros((), dtype=torch.float64)
+    linear = Positions("linear", (9, 9))((3, 5), like)
+    assert linear[0].tolist() == [[-1] * 5, [0] * 5, [1] * 5]  # channel 0 is the row
+    assert linear[1].tolist() == [[-1, -0.5, 0, 0.5, 1]] * 3
+    sine = Positions("sine", (3, 5))((3, 5), like)
+    for row in range(3):
+        for column in range(5):
+            expected = [math.sin(column), math.cos(column), math.sin(row), math.cos(row)]
+            assert sine[:, row, column].tolist() == pytest.approx(expected, abs=1e-12)
+    counts = [sum(p.numel() for p in Positions(kind, (3, 5)).parameters()) for kind in ("linear", "sine", "learned")]
+    assert counts == [0, 0, 60]
+
+
+@pytest.mark.parametrize("kind", ["learned", "sine"])
+def test_stored_positions_are_resampled_bicubically(kind):
+    positions = Positions(kind, (4, 6)).double()
+    like = torch.zeros((), dtype=torch.float64)
+    stored, found = positions((4, 6), like).detach(), positions((7, 5), like)
+    expected = cubic_matrix(4, 7 / 4, 7) @ stored @ cubic_matrix(6, 5 / 6, 5).T
+    torch.testing.assert_close(found.detach(), expected, atol=1e-9, rtol=1e-9)
+    if kind == "learned":
+        assert torch.equal(stored, positions.table)
+        found.sum().backward()
+        assert positions.table.grad.abs().sum() > 0
+
+
+def test_steps_are_a_number_or_a_list():
+    assert resolve_steps(0) == [0] and resolve_steps(3) == [0, 1, 2, 3]
+    assert resolve_steps([1]) == [1] and resolve_steps([2, 0]) == [2, 0]
+
+
+def test_time_decoders_change_slots_each_in_its_own_way():
+    slots = torch.randn(2, 3, 8)
+    for module in make_time_decoders("none", 8, 2):
+        assert torch.equal(module(slots), slots)
+    first, second = make_time_decoders("linear", 8, 2)
+    torch.testing.assert_close(first(slots), slots @ first.weight.T + first.bias)
+    assert not torch.equal(first(slots), second(slots))
+    (attention,) = make_time_decoders("attention", 8, 1)
+    mixed = attention(slots)
+    torch.testing.assert_close(mixed, attention.attention(slots, slots, slots)[0])
+    turned = attention(slots[:, [2, 0, 1]])
+    torch.testing.assert_close(turned, mixed[:, [2, 0, 1]])  # slots have no order
+
+
+test_message_names_value_and_remedy = refusals(
+    {f"steps={steps}": (partial(resolve_steps, steps), "steps=", "each once") for steps in (-1, [], [0, -2], [1, 1])}
+    | {
+        f"width {dim}": (
+            partial(make_predictor, "savi", dim),
+            f"slot_dim={dim} is not a multiple of 4",
+            f"slot_dim={near}",
+        )
+        for dim, near in ((6, "4 or 8"), (3, "4 or 4"), (9, "8 or 12"))
+    }
+    | {"attention": (partial(make_time_decoders, "attention", 6, 1), "slot_dim=6 is not", "time_decoder=attention")}
+)
