@@ -45,10 +45,7 @@ def shard_compiled():
 test_message_names_value_and_remedy = refusals(
     {
         "device": (lambda: Engine("tpu"), "engine.device=tpu is unknown"),
-        "precision": (
-            lambda: Engine("cpu", "tf32"),
-            "engine.precision=tf32 is unknown. Choose auto, bf16, fp16, fp32",
-        ),
+        "precision": (lambda: Engine("cpu", "tf32"), "engine.precision=tf32 is unknown. Choose auto, bf16, fp16, fp32"),
         "float16 on a CPU": (
             lambda: Engine("cpu", "fp16"),
             "engine.precision=fp16 is for GPUs, and this device is the CPU. Choose auto, bf16",
@@ -58,10 +55,7 @@ test_message_names_value_and_remedy = refusals(
             lambda: Engine("cpu", sharding="fsdp"),
             *("engine.sharding=fsdp: ", "but there is only one. Set engine.devices=N, or leave"),
         ),
-        "compiled shards": (
-            shard_compiled,
-            "engine.compile=true with engine.sharding=fsdp: leave one of them out",
-        ),
+        "compiled shards": (shard_compiled, "engine.compile=true with engine.sharding=fsdp: leave one of them out"),
         "sharded slots": (lambda: shard(segmenter(partial(SlotHead, 24, 1, 3))), "slot models"),
         "sharded 4-bit layers": (lambda: shard(segmenter(), ["a"]), "4-bit and 8-bit layers"),
     }

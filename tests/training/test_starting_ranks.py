@@ -2,20 +2,14 @@
 
 import math
 import os
-import signal
-import subprocess
 import sys
-import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from mistakes import assert_refused
-from test_resume import data, newest, train  # noqa: F401 - data is a fixture
 
 from dinoseg.cli.ranks import is_first_rank, join_slurm
-from dinoseg.training import checkpoint
 from dinoseg.training.engine import meet
 from dinoseg.utils import cores
 from dinoseg.utils.errors import UserError
@@ -203,59 +197,3 @@ def test_ranks_use_the_given_timeout_and_ignore_equal_strides(environment, monke
             with pytest.raises(UserWarning, match="strides"):
                 warnings.warn(said.format(other), stacklevel=1)
     assert told["timeout"].total_seconds() == 7.5 == told["store"].timeout.total_seconds()
-
-
-def light(words):
-    """Return the words of a training without what takes each process long to import, and without accumulation."""
-    return [*(word for word in words if not word.startswith("adapter")), "adapter=full", "trainer.accumulate=1"]
-
-
-@pytest.mark.heavy
-def test_tasks_of_slurm_train_together(data, tmp_path):  # noqa: F811
-    """As srun starts them, each with a name of its own for the folder; weights shared out, 3 images to validate."""
-    words = ("data.batch_size=4", "trainer.steps=2", "engine.sharding=fsdp", "hydra.run.dir=run_${oc.env:SLURM_PROCID}")
-    command = [sys.executable, "-m", "dinoseg", *light(train(data, *words))]
-    step = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
-    step["SLURM_JOB_ID"] = str(os.getpid())
-    tasks = []
-    for rank in ("0", "1"):
-        env = os.environ | step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
-        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-        tasks.append(subprocess.Popen(command, cwd=tmp_path, env=env, **pipes))
-    errors = [task.communicate(timeout=600)[1] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], errors
-    assert [path.name for path in tmp_path.iterdir() if path.name != "outputs"] == ["run_0"]
-    assert checkpoint.describe(tmp_path / "run_0/checkpoints/last.safetensors")["progress"]["step"] == 2
-
-
-def rank_processes(parent: int, number: int) -> list[int]:
-    """Return the processes below `parent` that are rank `number`."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            names = (path / "environ").read_text().split("\0")
-            below = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent
-        except (OSError, IndexError):
-            continue
-        found += [int(path.name)] * (below and f"RANK={number}" in names)
-    return found
-
-
-@pytest.mark.heavy
-def test_torchrun_restarts_killed_ranks_and_they_resume(data, tmp_path):  # noqa: F811
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
-    lengths = ("trainer.steps=60", "trainer.save_every=1", "trainer.val_every=60")
-    words = light(train(data, "data.batch_size=4", *lengths, "resume=auto"))
-    with subprocess.Popen(
-        [*launcher, "-m", "dinoseg", *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as agent:
-        deadline = time.monotonic() + 600
-        while time.monotonic() < deadline and not list(tmp_path.glob("outputs/base/train_*/checkpoints/last.*")):
-            time.sleep(0.01)
-        for process in rank_processes(agent.pid, 1):
-            os.kill(process, signal.SIGKILL)
-        errors = agent.communicate(timeout=600)[1]
-    assert agent.returncode == 0, errors
-    assert "resuming" in errors and len(list(tmp_path.glob("outputs/base/train_*"))) == 1, errors
-    last = newest(tmp_path) / "checkpoints/last.safetensors"
-    assert checkpoint.describe(last)["progress"]["step"] == 60

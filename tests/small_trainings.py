@@ -6,8 +6,13 @@ import numpy as np
 import torch
 from checkpoint_files import INFO
 from log_rows import Rows
+from making import save
 from tiny_parts import tiny_vit
 
+from dinoseg.data.classes.labels import Labels
+from dinoseg.data.classes.masks import Masks
+from dinoseg.data.pairs.dataset import PairDataset
+from dinoseg.data.pairs.pair import Pair
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
@@ -40,6 +45,17 @@ class Stripes:
         image = (mask[None] * 150 + draw.integers(0, 60, (3, height, width))).astype(np.uint8)
         mask[:, :2] = 255
         return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask), "name": self.names[index]}
+
+
+def write_pairs(folder, sizes):
+    """Write pictures of noise with masks of three classes, `0.png` and `0_mask.png`, and open them."""
+    pairs = []
+    for number, size in enumerate(sizes):
+        draw = np.random.default_rng(number)
+        image = save(folder / f"{number}.png", draw.integers(0, 256, (*size, 3)))
+        mask = save(folder / f"{number}_mask.png", draw.integers(0, 3, size))
+        pairs.append(Pair(str(number), image, mask))
+    return PairDataset(pairs, Labels(["a", "b", "c"], [(0, 0, 0)] * 3, 255), Masks())
 
 
 def segmenter(head=None, adapter=Full, **options):
