@@ -21,11 +21,11 @@ BASE = [*SMALL, "data.batch_size=8", "head=mlp"]  # no BatchNorm
 
 @pytest.fixture
 def search(compose, monkeypatch):
-    """Return a function that searches a fit on a CPU, where `take(samples, checkpointing, parts)` bytes are needed."""
+    """Return a function that searches a fit on a CPU, where a step needs `take(samples, checkpointing)` bytes."""
 
     def build(take, memory, *words, world_size=1):
         def step_bytes(parts, loss, *, samples, **_):
-            return StepBytes(*[0] * 7, peak=take(samples, parts.checkpointing["backbone"], parts))
+            return StepBytes(*[0] * 7, peak=take(samples, parts.checkpointing["backbone"]))
 
         monkeypatch.setattr(fitting, "step_bytes", step_bytes)
         monkeypatch.setattr(fitting, "LossBytes", lambda *_, **__: None)
@@ -36,10 +36,9 @@ def search(compose, monkeypatch):
     return build
 
 
-def take_units(samples, checkpointing, parts):
-    """Take 10 units for a sample, 4 if it is recomputed, and 40 for a trained backbone."""
-    is_frozen = parts.outline().backbone.first_trained is None
-    return samples * (4 if checkpointing else 10) + (0 if is_frozen else 40)
+def take_units(samples, checkpointing, trained=40):
+    """Take 10 units for a sample, 4 if it is recomputed, and some for a trained backbone."""
+    return samples * (4 if checkpointing else 10) + trained
 
 
 LORA = ("adapter=lora",)
@@ -66,8 +65,6 @@ AGAIN = "backbone.checkpointing=true"
         (120, (*NORM, *HALVES), 1, ""),
         (79, DICE, 1, AGAIN),
         (79, (*DICE, *HALVES), 1, ""),
-        # a frozen backbone has nothing to compute again
-        (9, ("adapter=frozen",), 1, None),
         # the batch is divided equally among devices
         (60, LORA, 4, ""),
         (59, LORA, 4, "data.batch_size=4 trainer.accumulate=2"),
@@ -80,6 +77,10 @@ def test_smallest_change_that_fits_is_found(search, memory, recipe, devices, wor
     assert (found and " ".join(map(str, found.changes))) == words
 
 
+def test_a_frozen_backbone_has_nothing_to_compute_again(search):
+    assert search(partial(take_units, trained=0), 9, "adapter=frozen").find_fit() is None
+
+
 def test_each_device_gets_the_minimum_batch_of_the_head(search, monkeypatch):
     monkeypatch.setattr(MlpHead, "min_batch_size", 2)
     found = search(take_units, 50, *LORA).find_fit()
@@ -90,7 +91,7 @@ def test_each_device_gets_the_minimum_batch_of_the_head(search, monkeypatch):
 def test_no_step_is_estimated_twice(search):
     tried = []
 
-    def take(samples, checkpointing, _):
+    def take(samples, checkpointing):
         tried.append((samples, checkpointing))
         return 10
 
@@ -128,7 +129,7 @@ def test_step_bytes_uses_precision_and_world_size_of_the_target(compose, monkeyp
 
 def test_smallest_fit_is_the_one_of_the_least_memory(search):
     # recomputing costs more here
-    fits = search(lambda samples, checkpointing, _: samples * (20 if checkpointing else 10), 1)
+    fits = search(lambda samples, checkpointing: samples * (20 if checkpointing else 10), 1)
     assert fits.find_fit() is None
     assert fits.smallest.need == 10 and not fits.smallest.parts.checkpointing["backbone"]
 
@@ -136,7 +137,7 @@ def test_smallest_fit_is_the_one_of_the_least_memory(search):
 def test_unsupported_changes_are_skipped_and_bad_recipes_raise(search):
     refused = []
 
-    def take(samples, checkpointing, _):
+    def take(samples, checkpointing):
         if checkpointing or refused:
             raise UserError("it cannot")
         return samples

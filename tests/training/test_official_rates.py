@@ -7,14 +7,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from finished_runs import rows, train_run
+from making import save
 from omegaconf import OmegaConf
-from small_trainings import segmenter
+from small_trainings import segmenter, values_of
 from test_freeze import Failing, alike, freeze_of, parts, train
 from tiny_parts import load
 from torch import nn
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.adapters import Frozen, Full
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.eomt import EomtHead
@@ -249,3 +253,58 @@ def test_resuming_in_the_second_warmup_equals_one_run(tmp_path):
     resumed, _ = train(tmp_path / "part", begin=0.0, steps=8, schedule=shape, start=last)
     assert all(alike(one, two) for one, two in zip(parts(whole), parts(resumed), strict=True))
     assert math.isclose(shape(7, 8, True), (1 / 3) ** 0.9)
+
+
+WORDS = [
+    *("mode=train", "hparam=linear_ade20k", "data=folder", "data.root=data", "data.classes=[a,b,c]", "seed=3"),
+    *("backbone=timm", "backbone.name=test_vit", "backbone.weights=random", "head.dropout=0", "engine=cpu"),
+    *("resolution.crop=[64,64]", "inference.size=64", "inference.stride=43", "inference.shortest=64"),
+    *("trainer.steps=24", "optim.schedule.warmup=4", "trainer.val_every=24", "trainer.log_every=1"),
+    *("data.batch_size=4", "optim.optimizer.weight_decay=0.5", "engine.workers=0"),
+]
+
+
+def test_a_training_of_the_linear_probe_equals_a_loop_in_pytorch(tmp_path, monkeypatch):
+    """With the recipe of DINOv3, on the same views."""
+    rng = np.random.default_rng(0)
+    for split, number in [("train", each) for each in range(6)] + [("val", each) for each in range(2)]:
+        mask = rng.integers(0, 3, (6, 9)).repeat(12, 0).repeat(12, 1).astype(np.uint8)
+        image = (60 * mask[..., None] + rng.integers(0, 90, (*mask.shape, 3))).astype(np.uint8)
+        mask[:5] = 255
+        save(tmp_path / f"data/{split}/images/{number}.png", image)
+        save(tmp_path / f"data/{split}/masks/{number}.png", mask)
+    heads, features, masks = [], [], []
+    forward, loss = LinearHead.forward, CrossEntropy.forward
+
+    def forward_and_record(head, maps):
+        if head.training:
+            heads.append({name: value.detach().double() for name, value in head.state_dict().items()})
+            features.append(torch.cat(maps, 1).detach().double())
+        return forward(head, maps)
+
+    def loss_and_record(criterion, prediction, batch):
+        masks.append(batch.mask.long())
+        return loss(criterion, prediction, batch)
+
+    monkeypatch.setattr(LinearHead, "forward", forward_and_record)
+    monkeypatch.setattr(CrossEntropy, "forward", loss_and_record)
+    tensors, _ = train_run(tmp_path, "run", *WORDS)
+
+    norm, classify = nn.BatchNorm2d(features[0].shape[1]).double(), nn.Conv2d(features[0].shape[1], 3, 1).double()
+    plain = nn.ModuleDict({"norm": norm, "classify": classify})
+    plain.load_state_dict(heads[0])
+    norm.reset_running_stats()  # the first forward pass has already updated them
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.5)
+    losses = []
+    for step in range(24):
+        optimizer.param_groups[0]["lr"] = dinov3_linear(step, 24, 4)
+        logits = F.interpolate(classify(norm(features[step])), (64, 64), mode="bilinear")
+        value = F.cross_entropy(logits, masks[step], ignore_index=255, reduction="sum") / masks[step].numel()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    np.testing.assert_allclose(values_of(rows(tmp_path, "run"), "train/loss"), losses, rtol=2e-6)
+    for name, value in plain.state_dict().items():
+        (found,) = [tensor for key, tensor in tensors.items() if key.endswith(f"head.{name}") and "optim" not in key]
+        torch.testing.assert_close(found.double(), value.double(), rtol=1e-4, atol=2e-6)

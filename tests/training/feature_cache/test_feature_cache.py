@@ -1,6 +1,7 @@
 """Views are known by all that draws them, and completed as they are kept; masks are read once."""
 
 import pickle
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -10,17 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from making import save
 from mistakes import assert_refused
+from small_trainings import write_pairs
 from torch import nn
 
 import dinoseg
 from dinoseg.core.shapes import FrozenFeatures
-from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import Masks
 from dinoseg.data.loader import TrainViews
-from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.transforms import Augment
 from dinoseg.training.feature_cache import cache
 from dinoseg.training.feature_cache.cache import CachedMasks, FeatureCache, View
@@ -33,12 +30,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def read(tmp_path):
     """Return a function that reads a view of one of three images, of which two are the same."""
-    paths = [(tmp_path / f"{number}.png", tmp_path / f"{number}_mask.png") for number in range(3)]
-    for number, (image, mask) in enumerate(paths):
-        save(image, np.full((6, 7, 3), 9 * (number // 2)))
-        save(mask, np.zeros((6, 7)))
-    pairs = [Pair(str(number), *each) for number, each in enumerate(paths)]
-    data = PairDataset(pairs, Labels(["a"], [(0, 0, 0)], 255), Masks())
+    data = write_pairs(tmp_path, [(6, 7)] * 3)
+    shutil.copy(tmp_path / "0.png", tmp_path / "1.png")
 
     def view(drawing="drawing", seed=5, views=2, epoch=0, index=0):
         drawn = TrainViews(data, Augment((4, 4)), seed, views)

@@ -5,20 +5,15 @@ import shutil
 import sys
 import types
 
-import numpy as np
 import pytest
 import torch
-from making import save
 from mistakes import assert_refused
+from small_trainings import write_pairs
 from tiny_parts import tiny_vit
 from torch import nn
 
-from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import Masks
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs import pair as pairs
-from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.heads.linear import LinearHead
@@ -197,14 +192,7 @@ def test_a_root_that_cannot_be_written_is_left_to_the_store(tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    rng = np.random.default_rng(0)
-    made = []
-    for number in range(3):
-        image, mask = tmp_path / f"{number}.png", tmp_path / f"{number}_mask.png"
-        save(image, rng.integers(0, 256, (5, 6 + number, 3)))
-        save(mask, rng.integers(0, 2, (5, 6 + number)))
-        made.append(Pair(str(number), image, mask))
-    return PairDataset(made, Labels(["a", "b"], [(0, 0, 0), (9, 9, 9)], 255), Masks())
+    return write_pairs(tmp_path, [(5, 6 + number) for number in range(3)])
 
 
 def test_image_hash_depends_on_bytes_not_on_name_or_place(data, tmp_path):
