@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 from command_line import SMALL, write_data
+from making import Pictures
 
 from dinoseg.autotune import facts
 from dinoseg.autotune.facts import ClassFacts, DatasetFacts, facts_of, median_width, parts_of
@@ -84,25 +84,14 @@ def test_facts_of_a_reduced_store_use_the_original_files(tmp_path, compose):
 
 
 def test_fewer_large_masks_are_measured(monkeypatch, tmp_path):
-    class Data:
-        classes, ignore_index = ("a", "b"), 255
-
-        def __init__(self, size, length):
-            self.size, self.length = size, length
-
-        def __len__(self):
-            return self.length
-
-        def __getitem__(self, place):
-            return {"mask": torch.zeros(self.size, dtype=torch.uint8)}
+    measured = []
+    monkeypatch.setattr(facts, "class_counts", lambda *_: np.array([1, 0, 0]))
+    monkeypatch.setattr(facts, "parts_of", lambda mask, _: measured.append(mask) or [])
 
     def count_measured(size, length):
-        seen = []
-        with monkeypatch.context() as patch:
-            patch.setattr(facts, "class_counts", lambda *_: np.array([1, 0]))
-            patch.setattr(facts, "parts_of", lambda mask, _: seen.append(mask.shape) or [])
-            facts_of(Data(size, length), Data(size, 1), tmp_path)
-        return len(seen)
+        measured.clear()
+        facts_of(Pictures([size] * length), Pictures([size]), tmp_path)
+        return len(measured)
 
     assert [count_measured((16, 16), length) for length in (1, 30, 200)] == [1, 30, 48]
     monkeypatch.setattr(facts, "_PIXELS", 16 * 16 * 24)

@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 import torch
 from mistakes import assert_refused
-from small_trainings import segmenter, train_model
+from small_trainings import segmenter, train_model, write_pairs
 from torch import nn
 
 from dinoseg.data import loader
-from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import Masks
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs import dataset as pairs
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Windows
@@ -54,16 +51,7 @@ class Inverted(PairDataset):
 
 @pytest.fixture
 def data(tmp_path):
-    """Write five pictures of differing sizes with their masks, and open them."""
-    found = []
-    for number, size in enumerate([(32, 40), (19, 23), (32, 40), (1, 9), (40, 8)]):
-        draw = np.random.default_rng(number)
-        paths = [tmp_path / "data" / f"{kind}_{number}.png" for kind in ("image", "mask")]
-        paths[0].parent.mkdir(exist_ok=True)
-        write_png(paths[0], draw.integers(0, 256, (*size, 3)).astype(np.uint8))
-        write_png(paths[1], draw.integers(0, 3, size).astype(np.uint8))
-        found.append(Pair(str(number), *paths))
-    return PairDataset(found, Labels(["a", "b", "c"], [(0, 0, 0)] * 3, 255), Masks())
+    return write_pairs(tmp_path / "data", [(32, 40), (19, 23), (32, 40), (1, 9), (40, 8)])
 
 
 @pytest.fixture

@@ -103,6 +103,7 @@ def test_a_run_in_float16_resumes_exactly(tmp_path):
     start = read(tmp_path / "cut" / "last.safetensors")
     assert start.part("loss_scale").keys() == {"value", "steady"}
     rest = train_in_fp16(tmp_path / "cut", tiny()[0], Overflowing(), steps=4, start=start, **options)
+    assert whole.error is None and whole.step == 4
     assert rest.error is None and all(value.equal(rest.state[name]) for name, value in whole.state.items())
     ends = [read(tmp_path / name / "last.safetensors").part("loss_scale") for name in ("whole", "cut")]
     assert ends[0] == ends[1]

@@ -45,73 +45,72 @@ class Clock:
         return self.now
 
 
-def meter(clock, done=0, steps=100, terminal=False, visible=True, limit=None):
-    return Meter(done, steps, 25, 8.0, CPU, visible, limit=limit, clock=clock, terminal=terminal)
+class Run:
+    """A training by a clock, with four images a step."""
 
+    def __init__(self, done=0, steps=100, terminal=False, visible=True, minutes=None):
+        self.clock = Clock()
+        limit = minutes and TimeLimit(minutes, None, clock=self.clock)
+        self.meter = Meter(done, steps, 25, 8.0, CPU, visible, limit=limit, clock=self.clock, terminal=terminal)
+        self.close, self.left, self.read = self.meter.close, self.meter.left, self.meter.read
 
-def train(running, clock, steps, seconds=1.0, waited=0.25, first=1):
-    """Take steps of four images, of which the first takes `first` times as long."""
+    def train(self, steps, seconds=1.0, waited=0.25, first=1):
+        """Take steps, of which the first takes `first` times as long."""
 
-    def batches():
-        while True:
-            clock.now += waited
-            yield None
+        def batches():
+            while True:
+                self.clock.now += waited
+                yield None
 
-    stream = running.measure_waits(batches(), lambda: "Read less.")
-    for number in range(steps):
-        next(stream)
-        clock.now += (seconds - waited) * (1 if number else first)
-        running.step(4, 0.5, 1e-4)
+        stream = self.meter.measure_waits(batches(), lambda: "Read less.")
+        for number in range(steps):
+            next(stream)
+            self.clock.now += (seconds - waited) * (1 if number else first)
+            self.meter.step(4, 0.5, 1e-4)
 
-
-def validate(running, clock, seconds):
-    with running.measure_validation():
-        clock.now += seconds
+    def validate(self, seconds):
+        with self.meter.measure_validation():
+            self.clock.now += seconds
 
 
 def test_time_left_holds_the_validations():
-    clock = Clock()
-    with closing(meter(clock)) as running:
-        train(running, clock, 20, first=10)
-        assert running.left() == "01:20 and 4 validations left"
-        train(running, clock, 5)
-        validate(running, clock, 30)
-        assert running.left() == "02:45 left"  # 75 steps and three times half a minute
-    with closing(meter(clock, done=25, steps=60)) as running:
-        train(running, clock, 11, first=10)
-        assert running.left() == "00:24 and 2 validations left"  # at steps 50 and 60
-        train(running, clock, 24)
-        assert running.left() == "00:00 left"
+    with closing(Run()) as run:
+        run.train(20, first=10)
+        assert run.left() == "01:20 and 4 validations left"
+        run.train(5)
+        run.validate(30)
+        assert run.left() == "02:45 left"  # 75 steps and three times half a minute
+    with closing(Run(done=25, steps=60)) as run:
+        run.train(11, first=10)
+        assert run.left() == "00:24 and 2 validations left"  # at steps 50 and 60
+        run.train(24)
+        assert run.left() == "00:00 left"
 
 
 def test_time_left_respects_the_time_limit():
-    clock = Clock()
-    limit = TimeLimit(1.0, None, clock=clock)
-    with closing(meter(clock, limit=limit)) as running:
-        train(running, clock, 20)
-        assert running.left() == "00:40 left"  # 80 steps and 4 validations do not fit
-        train(running, clock, 45)
-        assert running.left() == "00:00 left"
-    with closing(meter(clock, limit=TimeLimit(9.0, None, clock=clock))) as running:
-        train(running, clock, 20)
-        assert running.left() == "01:20 and 4 validations left"
+    with closing(Run(minutes=1.0)) as run:
+        run.train(20)
+        assert run.left() == "00:40 left"  # 80 steps and 4 validations do not fit
+        run.train(45)
+        assert run.left() == "00:00 left"
+    with closing(Run(minutes=9.0)) as run:
+        run.train(20)
+        assert run.left() == "01:20 and 4 validations left"
 
 
 def test_time_left_follows_the_newest_steps():
     """Those of a backbone that was frozen before take longer."""
-    clock = Clock()
-    with closing(meter(clock)) as running:
-        train(running, clock, 20, first=10)
-        train(running, clock, 40, seconds=3.0)
-        assert running.left() == "02:00 and 2 validations left"
+    with closing(Run()) as run:
+        run.train(20, first=10)
+        run.train(40, seconds=3.0)
+        assert run.left() == "02:00 and 2 validations left"
 
 
 def test_a_pipe_gets_a_line_every_ten_seconds(caplog, capsys):
-    clock = Clock()
-    with caplog.at_level(logging.INFO), closing(meter(clock)) as running:
-        train(running, clock, 41)
-        validate(running, clock, 5)
-        train(running, clock, 20)
+    with caplog.at_level(logging.INFO), closing(Run()) as run:
+        run.train(41)
+        run.validate(5)
+        run.train(20)
     lines = [line for line in caplog.messages if line.startswith("step ")]
     assert len(lines) == 6 and capsys.readouterr().err == ""
     first, last = lines[0], lines[-1]
@@ -121,18 +120,16 @@ def test_a_pipe_gets_a_line_every_ten_seconds(caplog, capsys):
 
 
 def test_slow_rates_are_logged_with_significant_digits(caplog):
-    clock = Clock()
-    with caplog.at_level(logging.INFO), closing(meter(clock)) as running:
-        train(running, clock, 3, seconds=100.0, waited=0.0)
-        running.read()
+    with caplog.at_level(logging.INFO), closing(Run()) as run:
+        run.train(3, seconds=100.0, waited=0.0)
+        run.read()
     assert caplog.messages and all("0.04 images/s" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(("terminal", "visible"), [(True, True), (True, False), (False, False)])
 def test_a_terminal_gets_a_bar_and_other_ranks_nothing(caplog, capsys, terminal, visible):
-    clock = Clock()
-    with caplog.at_level(logging.INFO), closing(meter(clock, terminal=terminal, visible=visible)) as running:
-        train(running, clock, 100)
+    with caplog.at_level(logging.INFO), closing(Run(terminal=terminal, visible=visible)) as run:
+        run.train(100)
     shown = capsys.readouterr().err
     assert not any(line.startswith("step ") for line in caplog.messages) and bool(shown) == visible
     if visible:
@@ -140,25 +137,23 @@ def test_a_terminal_gets_a_bar_and_other_ranks_nothing(caplog, capsys, terminal,
 
 
 def test_rows_measure_time_since_the_last_row_without_validation():
-    clock = Clock()
-    with closing(meter(clock)) as running:
-        train(running, clock, 5)
-        running.read()
-        train(running, clock, 2, waited=0.5)
-        validate(running, clock, 60)
-        train(running, clock, 2, seconds=0.5)
-        row = running.read()
+    with closing(Run()) as run:
+        run.train(5)
+        run.read()
+        run.train(2, waited=0.5)
+        run.validate(60)
+        run.train(2, seconds=0.5)
+        row = run.read()
     assert row["train/images_per_s"] == pytest.approx(8) and row["train/data_wait"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("waited", "warned"), [(0.02, False), (0.25, True)])
 def test_summary_has_the_waiting_share_and_a_remedy(caplog, waited, warned):
-    clock = Clock()
-    with caplog.at_level(logging.INFO), closing(meter(clock, terminal=True)) as running:
+    with caplog.at_level(logging.INFO), closing(Run(terminal=True)) as run:
         for steps, first in ((11, 50), (10, 1), (10, 1)):
-            train(running, clock, steps, waited=waited, first=first)
-            running.read()
-            validate(running, clock, 300)
+            run.train(steps, waited=waited, first=first)
+            run.read()
+            run.validate(300)
     assert caplog.messages[0] == f"trained 4.0 images/s (median), waiting for data {100 * waited:.1f}% of the time"
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == warned
@@ -168,10 +163,9 @@ def test_summary_has_the_waiting_share_and_a_remedy(caplog, waited, warned):
 
 @pytest.mark.parametrize(("visible", "steps"), [(False, 90), (True, 1), (True, 0), (True, 9)])
 def test_hidden_ranks_and_short_runs_have_no_summary(caplog, visible, steps):
-    clock = Clock()
     level = logging.WARNING if steps == 9 else logging.INFO  # nine steps are too short for a warning alone
-    with caplog.at_level(level), closing(meter(clock, terminal=True, visible=visible)) as running:
-        train(running, clock, steps)
+    with caplog.at_level(level), closing(Run(terminal=True, visible=visible)) as run:
+        run.train(steps)
     assert not caplog.records
 
 

@@ -160,14 +160,18 @@ def test_foreign_messages_are_refused(content):
     assert_refused(lambda: decode_message(content), "not a message of a rank")
 
 
-def test_rank_0_waits_until_its_text_is_read(monkeypatch):
+@pytest.mark.parametrize(("decide", "text"), [(lambda: "text", "text"), (refuse, "no such folder")])
+def test_rank_0_waits_until_its_text_or_error_is_read(monkeypatch, decide, text):
     store, received = torch.distributed.HashStore(), []
     ranks = iter([0, 1])
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, next(ranks), 2)]))
     monkeypatch.setattr(rendezvous, "_numbers", itertools.repeat(0))
 
     def share():
-        received.append(rendezvous.share_from_rank0(lambda: "text", connect=300, wait=300))
+        try:
+            received.append(rendezvous.share_from_rank0(decide, connect=300, wait=300))
+        except UserError as error:
+            received.append(str(error))
 
     first = Thread(target=share)
     first.start()
@@ -176,7 +180,7 @@ def test_rank_0_waits_until_its_text_is_read(monkeypatch):
     assert first.is_alive()
     share()
     first.join()
-    assert received == ["text", "text"]
+    assert received == [text, text]
 
 
 def test_rank_that_gets_no_text_names_address_and_remedy(monkeypatch):

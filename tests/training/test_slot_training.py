@@ -64,22 +64,19 @@ MEMBERS = {
     "attention": ("head.steps=[0,2]", "head.time_decoder=attention"),
     "videosaur": ("loss=video_similarity", "head.similarity=true"),
     "contrast": ("loss=slot_contrast", "head.standardise=true", "head.independent_until=0.5"),
-}
-OTHERS = {
     "groups": ("head.num_slots=[2,2]", "head.groups=always", "head.steps=[1]", "head.time_decoder=linear"),
     "dinosaur": ("head.predictor=none", "data.clips.cut.length=1", "head.iterations=2"),
     "rgb": ("backbone=rgb", "head.steps=[0,1]"),
 }
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        *(pytest.param(words, id=name) for name, words in MEMBERS.items()),
-        *(pytest.param(words, id=name, marks=pytest.mark.heavy) for name, words in OTHERS.items()),
-    ],
-)
-def test_each_member_of_the_family_learns(here, more):
+def mostly_heavy(names, *quick):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.heavy) for name in names]
+
+
+@pytest.mark.parametrize("name", mostly_heavy(MEMBERS, "attention", "videosaur"))
+def test_each_member_of_the_family_learns(here, name):
+    more = MEMBERS[name]
     tiny = [each for each in SLOTS if not ("backbone=rgb" in more and each.startswith("backbone"))]
     lengths = ("trainer.steps=16", "trainer.val_every=16", "trainer.log_every=1", "trainer.score=fg_ari")
     run(here, *tiny, *more, *lengths, "optim.optimizer.lr=1e-2", "hydra.run.dir=run", "mode.metrics_only=true")
@@ -93,7 +90,13 @@ def test_each_member_of_the_family_learns(here, more):
     assert len(validated) == 1 and {"val/loss", "val/ari", "val/mbo"} <= set(validated[0])
 
 
-@pytest.mark.parametrize("following", [(), ("slots.match=appearance", "slots.passes=2", "slots.appearance=3")])
+@pytest.mark.parametrize(
+    "following",
+    [
+        pytest.param((), marks=pytest.mark.heavy),
+        ("slots.match=appearance", "slots.passes=2", "slots.appearance=3"),
+    ],
+)
 def test_validation_has_the_score_of_the_protocol(here, following):
     lengths = ("trainer.steps=4", "trainer.val_every=2", "trainer.score=mbo")
     light = ("mode.metrics_only=true",) * bool(following)  # what is drawn is looked at once
@@ -359,9 +362,7 @@ OFFICIAL = {  # those of MOVi-E differ in their sizes alone
 }
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=[pytest.mark.heavy] * ("ytvis" in name)) for name in OFFICIAL]
-)
+@pytest.mark.parametrize("recipe", mostly_heavy(OFFICIAL, "slotcontrast_movi_c"))
 def test_official_recipes_train_and_are_evaluated(here, recipe):
     run(here, "mode=train", f"hparam={recipe}", *TINY, *OFFICIAL[recipe], "hydra.run.dir=run")
     losses = values_of(rows(here / "run"), "train/loss")

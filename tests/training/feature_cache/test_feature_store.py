@@ -236,15 +236,6 @@ def test_unwritable_cache_folder_is_a_warning(tmp_path, caplog):
     assert len([record for record in caplog.records if "Cannot write features" in record.getMessage()]) == 1
 
 
-def test_remains_of_a_killed_process_are_removed(tmp_path):
-    fill(DiskStore(tmp_path, "a", "float16"), [0])
-    part = tmp_path / "a" / f".{KEYS[1]}.features.999999999-{atomic._machine()}-00000000.part"
-    part.write_bytes(b"half")
-    atomic._checked.clear()
-    fill(DiskStore(tmp_path, "a", "float16"), [2])
-    assert not part.exists()
-
-
 def write_and_read(root, seed):
     store, wrong = DiskStore(root, "a", "float16", cap=12 * SIZE), 0
     order = torch.randperm(len(KEYS), generator=torch.Generator().manual_seed(seed)).tolist()
