@@ -160,7 +160,7 @@ def test_foreign_messages_are_refused(content):
     assert_refused(lambda: decode_message(content), "not a message of a rank")
 
 
-@pytest.mark.parametrize(("decide", "text"), [(lambda: "text", "text"), (refuse, "no such folder")])
+@pytest.mark.parametrize(("decide", "text"), [(lambda: "text", "text"), (refuse, "refused: no such folder")])
 def test_rank_0_waits_until_its_text_or_error_is_read(monkeypatch, decide, text):
     store, received = torch.distributed.HashStore(), []
     ranks = iter([0, 1])
@@ -171,7 +171,7 @@ def test_rank_0_waits_until_its_text_or_error_is_read(monkeypatch, decide, text)
         try:
             received.append(rendezvous.share_from_rank0(decide, connect=300, wait=300))
         except UserError as error:
-            received.append(str(error))
+            received.append(f"refused: {error}")
 
     first = Thread(target=share)
     first.start()
