@@ -18,10 +18,15 @@ THIN = replace(CASE, facts=replace(FACTS, classes=(WIDE, POLE)))
 TIMED = RecipeTimes(start=5, tuned=0.2, frozen=0.12, forward=0.0, val=0.1)
 
 
+def facts_with(*classes, **changes):
+    """Return the facts of a dataset with a wide class and these."""
+    return replace(FACTS, classes=(WIDE, *classes), **changes)
+
+
 def test_thin_classes_choose_a_head_that_sees_pixels():
     chosen = rules.head(THIN)
     assert chosen.words == {"head": "detail"} and "pole (3 of 16 px)" in chosen.reason
-    wide = replace(THIN, facts=replace(FACTS, classes=(WIDE, replace(POLE, width=8.0))))
+    wide = replace(THIN, facts=facts_with(replace(POLE, width=8.0)))
     for case in (CASE, wide):
         assert rules.head(case).words == {"head": "detail"} and "half a patch" not in rules.head(case).reason
     assert "half a patch is wider than pole" in rules.head(replace(wide, patch=18.0)).reason
@@ -56,31 +61,25 @@ def test_a_length_that_is_given_decides_the_crop():
 
 
 def test_reducing_makes_classes_thinner():
-    facts = replace(FACTS, size=(1080, 1920), classes=(WIDE, replace(POLE, width=15.0)))
-    case = replace(CASE, facts=facts)
+    case = replace(CASE, facts=facts_with(replace(POLE, width=15.0), size=(1080, 1920)))
     assert case.thin and "pole become thinner still" in rules.longest(case).reason
-    assert not replace(case, device="cuda", patch=16.0, facts=replace(facts, size=(480, 640))).thin
+    assert not replace(case, device="cuda", patch=16.0, facts=replace(case.facts, size=(480, 640))).thin
 
 
-def test_rare_classes_are_named_for_the_overlap():
-    rare = replace(CASE, facts=replace(FACTS, classes=(WIDE, replace(POLE, width=30.0))))
-    assert "with less than 2% of the pixels: pole" in rules.loss(rare).reason
-    assert rules.loss(rare).words["loss.weights"] == "none"
+def test_rare_and_thin_classes_are_named_and_weighted():
+    rare = rules.loss(replace(CASE, facts=facts_with(replace(POLE, width=30.0))))
+    assert "with less than 2% of the pixels: pole" in rare.reason and rare.words["loss.weights"] == "none"
     assert rules.loss(CASE).words == {"loss": "ce_dice", "loss.weights": "none"}
     assert rules.loss(CASE).reason.startswith("dice weighs all classes equally")
-
-
-def test_thin_and_rare_classes_get_a_higher_loss_weight():
     weighed = {"loss": "ce_dice", "loss.weights": {"pole": 3.0}, "loss.criterion.factors.dice": 2.0}
     assert rules.loss(THIN).words == weighed
     assert "thin, with less than 2% of the pixels: pole" in rules.loss(THIN).reason
-    common = replace(THIN, facts=replace(FACTS, classes=(WIDE, replace(POLE, share=0.02))))
+    common = replace(THIN, facts=facts_with(replace(POLE, share=0.02)))
     assert rules.loss(common).words["loss.weights"] == "none"
     assert rules.loss(replace(THIN, depth=3)).words["loss.weights"] == "none"
     assert rules.loss(replace(THIN, depth=4)).words == weighed
     for name in BUILDS:  # no table may have such a key
-        named = replace(THIN, facts=replace(FACTS, classes=(WIDE, POLE, replace(POLE, name=name))))
-        assert rules.loss(named).words == weighed
+        assert rules.loss(replace(THIN, facts=facts_with(POLE, replace(POLE, name=name)))).words == weighed
 
 
 def test_views_are_enlarged_only_for_trained_or_pixel_parts():
@@ -117,8 +116,10 @@ def test_phases_depend_on_how_many_images_fit_into_the_time(case, tuned, mixed, 
 
 @pytest.mark.parametrize(
     ("images", "there", "devices", "size"),
-    [(12_000, 184, 1, 8), (6_000, 184, 1, 4), (5_999, 184, 1, 2), (0, 184, 1, 2), (12_000, 5, 1, 5)]
-    + [(12_000, 5, 2, 4), (0, 184, 4, 4)],
+    [
+        *((12_000, 184, 1, 8), (6_000, 184, 1, 4), (5_999, 184, 1, 2), (0, 184, 1, 2), (12_000, 5, 1, 5)),
+        *((12_000, 5, 2, 4), (0, 184, 4, 4)),
+    ],
 )
 def test_batch_is_small_if_steps_are_few(images, there, devices, size):
     assert rules.batch(images, replace(FACTS, images=there), devices).words == {"data.batch_size": size}

@@ -1,17 +1,23 @@
-"""A step's bytes are those that a real training makes, and sums that can be done by hand."""
+"""A step's bytes and operations are those of a real training, and sums that can be done by hand; trials time it."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib import import_module
-from itertools import repeat
+from itertools import count, repeat
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from command_line import SMALL
+from mistakes import assert_refused
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from dinoseg.autotune import trial
 from dinoseg.autotune.random_batch import random_batch
-from dinoseg.autotune.step_bytes import LossBytes, cuda_operations, outline, step_bytes
+from dinoseg.autotune.step_bytes import LossBytes, cuda_operations, outline, step_bytes, step_flops
+from dinoseg.autotune.timing import _later_median
 from dinoseg.autotune.trial import try_steps
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import ClipBatch
@@ -20,9 +26,12 @@ from dinoseg.experiment.step import training_parts
 from dinoseg.inference.memory import PeakBytes
 from dinoseg.inference.walk import fake_tensor_mode
 from dinoseg.models.model import trained_names
-from dinoseg.utils.errors import UserError
+from dinoseg.modes import bench
+from dinoseg.modes.bench import matrix_peak
 
 BASE = [*SMALL, "engine.precision=fp32", "data.classes=[a,b,c]", "data.batch_size=3", "resolution.crop=[64,48]"]
+TINY = [*SMALL, "engine.precision=fp32", "resolution.crop=[16,16]"]
+TWO_CLASSES = ["data.classes=[dark,bright]"]
 FOUR = [*BASE, "adapter=frozen", "backbone.arch.num_hidden_layers=4"]
 MASKS = ["head=mask2former", "head.num_heads=1", "head.num_queries=5"]
 QUERIES = ["adapter=full", "head=eomt", "head.num_queries=4", "head.blocks=1", "head.layers=[-1]"]
@@ -33,33 +42,36 @@ SLOTS = [
 ]
 
 
+def parts_of(cfg):
+    return training_parts(Builder(cfg))
+
+
 def loss_of(cfg):
-    return LossBytes(training_parts(Builder(cfg)), bf16=False, accelerator=False)
+    return LossBytes(parts_of(cfg), bf16=False, accelerator=False)
 
 
 def foretold(cfg, loss=None, **given):
     given = {"samples": cfg.data.batch_size, "accumulate": cfg.trainer.accumulate, "bf16": False, **given}
-    return step_bytes(training_parts(Builder(cfg)), loss or loss_of(cfg), **given)
+    return step_bytes(parts_of(cfg), loss or loss_of(cfg), **given)
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     "words",
     [
-        [*BASE, "adapter=full", "trainer.ema=0.9"],
-        [*BASE, "adapter=full", "backbone.checkpointing=true", "loss=lovasz"],
+        [*BASE, "adapter=full", "backbone.checkpointing=true", "loss=lovasz", "trainer.ema=0.9"],
         [*BASE, "adapter=lora", "adapter.rank=2", "head=cnn", "head.channels=16", "trainer.accumulate=3"],
         [*FOUR, *MASKS, "loss=mask_classification"],
         [*BASE, *QUERIES, "loss=cross_entropy"],
         SLOTS,
     ],
-    ids=["full", "checkpointing", "accumulate", "masks", "mixture", "clips"],
+    ids=["checkpointing", "accumulate", "masks", "mixture", "clips"],
 )
 def test_the_peak_is_that_of_a_real_training(compose, words):
     cfg = compose(*words)
     step, engine = foretold(cfg), instantiate(cfg.engine)
     with PeakBytes() as peak:
-        parts = training_parts(Builder(cfg))
+        parts = parts_of(cfg)
         try_steps(parts, engine, repeat(random_batch(parts, parts.batch_size)), steps=2)
     assert step.peak == pytest.approx(peak.most, rel=0.06)
 
@@ -74,11 +86,8 @@ def test_step_bytes_equal_memory_of_the_model_and_its_graph(compose):
     assert (step.gradients, step.optimizer, step.ranks) == (trained, 2 * trained, trained)
     assert step.average == sum(t.nbytes for t in model.state_dict().values())  # a random backbone is held whole
     cfg.backbone.weights = "given"
-    assert not [
-        name
-        for name in trained_names(outline(training_parts(Builder(cfg)))[0])
-        if name.startswith("backbone.") and "lora" not in name
-    ]
+    names = trained_names(outline(parts_of(cfg))[0])
+    assert not [name for name in names if name.startswith("backbone.") and "lora" not in name]
     kept = {}
 
     def keep(tensor):
@@ -86,23 +95,30 @@ def test_step_bytes_equal_memory_of_the_model_and_its_graph(compose):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        prediction = model(random_batch(training_parts(Builder(cfg)), 3).image)
+        prediction = model(random_batch(parts_of(cfg), 3).image)
     keep(prediction.outputs)
     by_hand = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
     assert step.activations == pytest.approx(by_hand, rel=0.02)
 
 
-def test_memory_follows_batch_checkpointing_and_precision(compose):
+def test_memory_follows_batch_and_checkpointing(compose):
     cfg = compose(*BASE, "adapter=full")
     loss = loss_of(cfg)  # the outputs, of which it is, are those of each
     one, four = foretold(cfg, loss, samples=1), foretold(cfg, loss, samples=4)
     assert four.weights == one.weights and 3.8 < four.activations / one.activations < 4.05
     again = foretold(compose(*BASE, "adapter=full", "backbone.checkpointing=true"), loss, samples=4)
     assert again.activations < 0.6 * four.activations and again.weights == four.weights
+
+
+@pytest.mark.heavy
+def test_memory_follows_precision_and_trained_parts(compose):
+    cfg = compose(*BASE, "adapter=full")
+    loss = loss_of(cfg)
+    whole = foretold(cfg, loss, samples=4)
     frozen = foretold(compose(*BASE, "adapter=frozen"), loss, samples=4)
-    assert frozen.activations < 0.2 * four.activations and frozen.optimizer < 0.2 * four.optimizer
+    assert frozen.activations < 0.2 * whole.activations and frozen.optimizer < 0.2 * whole.optimizer
     half = foretold(cfg, loss, samples=4, bf16=True)
-    assert 0.5 < half.activations / four.activations < 0.9
+    assert 0.5 < half.activations / whole.activations < 0.9
 
 
 def test_quantised_weights_take_their_bits(compose):
@@ -118,7 +134,7 @@ def test_quantised_weights_take_their_bits(compose):
 def test_larger_tiles_of_an_accelerator_are_counted(compose, monkeypatch):
     cfg, threads = compose(*BASE, "adapter=frozen"), []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    here, there = (LossBytes(training_parts(Builder(cfg)), bf16=False, accelerator=there) for there in (False, True))
+    here, there = (LossBytes(parts_of(cfg), bf16=False, accelerator=there) for there in (False, True))
     assert there.of(1) - here.of(1) == 4 * 4 * 3 * 64 * 48
     assert threads == 4 * [1, torch.get_num_threads()]  # of two losses each, and given back
 
@@ -147,9 +163,10 @@ def test_operations_save_the_dtypes_of_cuda(operation):
     assert saved_dtypes(operation, "cpu", nullcontext()) != on_cuda
 
 
+@pytest.mark.heavy
 def test_dropout_of_lora_saves_a_byte_per_value_on_cuda(compose):
     words = [*BASE, "adapter=lora", "adapter.targets=all_linear"]
-    parts = training_parts(Builder(compose(*words)))
+    parts = parts_of(compose(*words))
     here, there = (LossBytes(parts, bf16=False, accelerator=accelerator) for accelerator in (False, True))
     steps = [step_bytes(parts, loss, samples=3, accumulate=1, bf16=False) for loss in (here, there)]
     model, dropped = Builder(compose(*words)).model(untrained=True).train(), 0
@@ -167,7 +184,7 @@ def test_dropout_of_lora_saves_a_byte_per_value_on_cuda(compose):
 
 def test_checkpointing_repeats_the_operations_of_cuda(compose):
     words = [*BASE, "adapter=lora", "backbone.checkpointing=true"]
-    parts = training_parts(Builder(compose(*words)))
+    parts = parts_of(compose(*words))
     loss = LossBytes(parts, bf16=True, accelerator=True)
     dropout = F.dropout
     assert step_bytes(parts, loss, samples=2, accumulate=1, bf16=True).peak > 0
@@ -179,28 +196,23 @@ def test_walking_leaves_no_meta_tensors_behind(compose):
     cfg = compose(*BASE, "adapter=frozen")
     foretold(cfg)
     model = Builder(cfg).model(untrained=True)
-    assert torch.isfinite(model(random_batch(training_parts(Builder(cfg)), 1).image).scores()).all()
+    assert torch.isfinite(model(random_batch(parts_of(cfg), 1).image).scores()).all()
 
 
-def test_caches_filled_while_walking_are_cleared(tmp_path, monkeypatch):
-    (tmp_path / "keeping.py").write_text("import functools\n\n\n@functools.cache\ndef kept():\n    return 1\n")
+def test_only_caches_filled_while_walking_are_cleared(tmp_path, monkeypatch):
+    for name in ("keeping", "elsewhere"):
+        text = "import functools\n\n\n@functools.cache\ndef kept():\n    return object()\n"
+        (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     with fake_tensor_mode():
         pass
+    elsewhere = import_module("elsewhere")
+    before = elsewhere.kept()
     with fake_tensor_mode():
         keeping = import_module("keeping")
         keeping.kept()
-    assert keeping.kept.cache_info().currsize == 0
-
-
-def test_caches_filled_before_walking_are_left_alone(tmp_path, monkeypatch):
-    (tmp_path / "elsewhere.py").write_text("import functools\n\n\n@functools.cache\ndef kept():\n    return object()\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    kept = import_module("elsewhere").kept
-    before = kept()
-    with fake_tensor_mode():
-        assert kept() is before
-    assert kept() is before
+        assert elsewhere.kept() is before
+    assert keeping.kept.cache_info().currsize == 0 and elsewhere.kept() is before
 
 
 def test_random_batches_have_the_sizes_and_classes_of_the_recipe(compose):
@@ -209,12 +221,97 @@ def test_random_batches_have_the_sizes_and_classes_of_the_recipe(compose):
     assert batch.image.shape == (5, 3, 33, 7) and batch.mask.shape == (5, 33, 7) and len(batch.names) == 5
     assert batch.image.dtype == batch.mask.dtype == torch.uint8 and set(batch.mask.unique().tolist()) <= {0, 1, 2}
     assert torch.equal(random_batch(parts, 5).image, batch.image) and batch.image.float().std() > 60
-    clips = random_batch(training_parts(Builder(compose(*SLOTS))), 2)
+    clips = random_batch(parts_of(compose(*SLOTS)), 2)
     assert isinstance(clips, ClipBatch) and clips.image.shape == (2, 3, 3, 64, 64)
 
 
 def test_clips_as_long_as_their_videos_have_no_size(compose):
-    with pytest.raises(UserError, match="data.clips.cut.length=None: the number of frames"):
-        training_parts(Builder(compose(*SLOTS, "data.clips.cut.length=null")))
-    with pytest.raises(UserError, match="data=camvid has no clips"):
-        training_parts(Builder(compose("data=camvid", "data.root=x", "loss=feature_reconstruction")))
+    endless = compose(*SLOTS, "data.clips.cut.length=null")
+    assert_refused(lambda: parts_of(endless), "data.clips.cut.length=None: the number of frames")
+    images = compose("data=camvid", "data.root=x", "loss=feature_reconstruction")
+    assert_refused(lambda: parts_of(images), "data=camvid has no clips")
+
+
+def test_step_flops_equal_a_count_by_hand(compose):
+    """Two blocks of width 24 and hidden width 48 on 8 x 6 cells and five tokens beside them."""
+    cells, width, hidden, samples = 48, 24, 48, 3
+    tokens = cells + 5
+    block = 2 * tokens * (4 * width**2 + 2 * width * hidden) + 2 * 2 * tokens**2 * width
+    patches, head = 2 * cells * 3 * 8 * 8 * width, 2 * cells * width * 2
+    last = (*BASE, *TWO_CLASSES, "head.layers=[-1]")
+    frozen = step_flops(parts_of(compose(*last, "adapter=frozen")), samples, bf16=False)
+    forward = samples * (patches + 2 * block + head)
+    assert frozen == pytest.approx(forward + 2 * samples * head, rel=0.02)
+    parts = parts_of(compose(*last, "adapter=full"))
+    whole = step_flops(parts, samples, bf16=False)
+    assert whole == pytest.approx(3 * forward, rel=0.1)  # attention goes backward in five products for two
+    assert step_flops(parts, 2 * samples, bf16=False) == 2 * whole
+
+
+@pytest.mark.heavy
+def test_step_flops_equal_a_count_over_a_real_step(compose):
+    words = ("adapter=lora", "head=eomt", "head.blocks=1", "loss=mask_classification")
+    parts = parts_of(compose(*BASE, *TWO_CLASSES, *words))
+    model, batch, loss = parts.model().train(), random_batch(parts, 2), parts.loss()
+    with FlopCounterMode(display=False) as forward:
+        prediction = model(batch.image)
+    value, _ = loss(prediction, batch)
+    with FlopCounterMode(display=False) as backward:
+        value.backward()
+    assert step_flops(parts, 2, bf16=False) == forward.get_total_flops() + backward.get_total_flops() > 1_000_000
+
+
+def test_matrix_peak_of_a_device_is_measured(monkeypatch):
+    assert 1e8 < matrix_peak(torch.device("cpu"), torch.float32) < 1e15
+    monkeypatch.setattr(bench, "_SIDES", {"cpu": 8})
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=count().__next__))  # a second for each product
+    assert matrix_peak(torch.device("cpu"), torch.bfloat16) == 2 * 8**3
+
+
+def test_steps_are_timed_with_their_batches_once_warm(compose, monkeypatch):
+    cfg = compose(*TINY, "trainer.accumulate=2", "trainer.save_every=1")
+    clock = SimpleNamespace(perf_counter=count().__next__, monotonic=lambda: 0.0)  # each reading takes a second
+    monkeypatch.setattr(trial, "time", clock)
+    monkeypatch.setattr(trial, "used_memory", lambda device: 30)
+    monkeypatch.setattr(trial, "peak_memory", lambda device: 70)
+    saved = []
+    monkeypatch.setattr(trial.Checkpointer, "save", lambda *_: saved.append(1))
+    parts = parts_of(cfg)
+    batches = repeat(random_batch(parts, 2))
+    found = try_steps(parts, instantiate(cfg.engine), batches, steps=2, warmup=1)
+    assert (found.seconds, found.waited) == ([5, 5], [2, 2]) and (found.before, found.peak) == (30, 40)
+    assert len(saved) == 1  # the end is that of a training that is stopped
+
+
+def test_trial_runs_for_at_least_the_given_seconds(compose, monkeypatch):
+    cfg = compose(*TINY)
+    clock = SimpleNamespace(perf_counter=count().__next__, monotonic=lambda: 0.0)  # a step takes 3 s
+    monkeypatch.setattr(trial, "time", clock)
+    monkeypatch.setattr(trial, "_MAX", 20)
+    parts = parts_of(cfg)
+    for lasting, timed in ((0, 2), (6, 2), (7, 3), (30, 10), (1e9, 19)):  # beside the one that warms up
+        batches = repeat(random_batch(parts, 2))
+        found = try_steps(parts, instantiate(cfg.engine), batches, steps=2, warmup=1, lasting=lasting)
+        assert (len(found.seconds), len(found.waited)) == (timed, timed), lasting
+
+
+def test_step_time_is_the_median_of_the_later_half():
+    assert _later_median([9.0]) == 9 and _later_median([9.0, 2.0]) == 2 and _later_median([9.0, 3.0, 1.0]) == 2
+    assert _later_median([9.0, 9.0, 9.0, 1.0, 5.0, 2.0]) == 2
+
+
+def test_backbone_frozen_at_first_is_timed_as_trained(compose, caplog, monkeypatch):
+    cfg = compose(*TINY, "optim.optimizer.freeze_backbone_until=0.9")
+    trained, parts = [], parts_of(cfg)
+
+    def build_model():
+        model = parts.model()
+        model.backbone.register_forward_hook(
+            lambda part, _, maps: trained.append((part.training, maps[0].requires_grad))
+        )
+        return model
+
+    parts_of_model = replace(parts, model=build_model)
+    try_steps(parts_of_model, instantiate(cfg.engine), repeat(random_batch(parts, 2)), steps=2, warmup=1)
+    assert trained == [(True, True)] * 3
+    assert not caplog.records

@@ -1,10 +1,12 @@
 import json
 import os
 import re
+from functools import partial
 
 import pytest
 import torch
 from checkpoint_files import INFO
+from mistakes import assert_refused
 from safetensors.torch import save_file
 from torch import nn
 
@@ -18,6 +20,8 @@ from dinoseg.training.progress import Progress
 from dinoseg.utils.errors import UserError
 
 ADAPTERS = {"frozen": Frozen(), "full": Full(), "lora": Lora(rank=2, alpha=2)}
+LAST, BEST = "last.safetensors", "best.safetensors"
+NAMED = f"checkpoints/{BEST} nor checkpoints/{LAST}"
 
 
 @pytest.fixture
@@ -31,6 +35,13 @@ def model(tiny_backbone):
     return build
 
 
+def begin(folder, source, *, info=INFO, start=None, average=None):
+    """Return the checkpoints and the optimizer of a run of a model, new or from a file."""
+    optimizer, checkpoints = adamw(source, lr=0.01), Checkpointer(folder, dict(info), start=start)
+    checkpoints.restore(source, optimizer, average)
+    return checkpoints, optimizer
+
+
 def train(model, optimizer, steps=2):
     for _ in range(steps):
         model(torch.rand(2, 3, 16, 16)).logits().square().mean().backward()
@@ -38,71 +49,49 @@ def train(model, optimizer, steps=2):
         optimizer.zero_grad()
 
 
+def equal(one, two):
+    return all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_save_and_restore_is_exact(model, tmp_path, adapter):
-    source = model(adapter).train()
-    optimizer, average = adamw(source, lr=0.01), None
-    checkpoints = Checkpointer(tmp_path, dict(INFO))
-    run = checkpoints.restore(source, optimizer, average)
+    source, other = model(adapter).train(), model(adapter, seed=1)
+    if adapter == "full":  # no gradient reaches it, so that the optimizer has no state of it
+        source.head.spare, other.head.spare = nn.Linear(2, 2), nn.Linear(2, 2)
+    checkpoints, optimizer = begin(tmp_path, source)
     train(source, optimizer)
-    run.step, run.stale = 2, 1
+    average = MovingAverage([("w", source.head.classify.weight)], 0.9)
+    train(source, optimizer)
+    average.update(step=1)
+    checkpoints.progress.step, checkpoints.progress.stale = 2, 1
     checkpoints.save(source, optimizer, average)
-    other = model(adapter, seed=1)
-    other_optimizer = adamw(other, lr=0.01)
-    again = Checkpointer(tmp_path, dict(INFO), start=read(tmp_path / "last.safetensors"))
-    assert again.restore(other, other_optimizer, None) == run
-    assert all(
-        torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values(), strict=True)
-    )
-    torch.manual_seed(5)
-    train(source, optimizer, 1)
-    torch.manual_seed(5)
-    train(other, other_optimizer, 1)
-    assert all(
-        torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values(), strict=True)
-    )
-
-
-def test_parameter_without_gradients_is_restored(model, tmp_path):
-    source = model("full").train()
-    source.head.spare = nn.Linear(2, 2)  # no gradient reaches it, so that the optimizer has no state of it
-    optimizer = adamw(source, lr=0.01)
-    checkpoints = Checkpointer(tmp_path, dict(INFO))
-    checkpoints.restore(source, optimizer, None)
-    train(source, optimizer)
-    checkpoints.save(source, optimizer, None)
-    again = Checkpointer(tmp_path, dict(INFO), start=read(tmp_path / "last.safetensors"))
-    restored = adamw(source, lr=0.01)
-    again.restore(source, restored, None)
-    assert len(restored.state) and not restored.state[source.head.spare.weight]
-
-
-def test_only_trained_parameters_are_saved(model, tmp_path):
-    source = model("lora")
-    checkpoints = Checkpointer(tmp_path, dict(INFO))
-    checkpoints.restore(source, adamw(source, lr=1.0), None)
-    checkpoints.save_if_best(source, {"miou": 0.5})
-    tensors = read(tmp_path / "best.safetensors").tensors
-    assert {name.split("/")[0] for name in tensors} == {"model"}
-    assert all(name.startswith("model/head.") or ".lora_" in name for name in tensors)
+    fresh = MovingAverage([("w", other.head.classify.weight)], 0.9)
+    again, other_optimizer = begin(tmp_path, other, start=read(tmp_path / LAST), average=fresh)
+    assert again.progress == checkpoints.progress and equal(source, other)
+    assert torch.equal(fresh.average["w"], average.average["w"])
+    assert len(other_optimizer.state)
+    assert adapter != "full" or not other_optimizer.state[other.head.spare.weight]
+    for each, own in ((source, optimizer), (other, other_optimizer)):
+        torch.manual_seed(5)
+        train(each, own, 1)
+    assert equal(source, other)
 
 
 def test_best_moves_only_when_beaten(model, tmp_path):
-    source = model("frozen")
-    checkpoints = Checkpointer(tmp_path, dict(INFO))
-    run = checkpoints.restore(source, adamw(source, lr=1.0), None)
+    source = model("lora")
+    checkpoints, _ = begin(tmp_path, source)
+    run, found = checkpoints.progress, []
     for step, score in enumerate([0.3, 0.5, 0.5, 0.4, 0.6], start=1):
         run.step, run.validation_pending = step, True
         checkpoints.commit(checkpoints.save_if_best(source, {"miou": score}))
         assert not run.validation_pending
-        assert (run.best, run.best_step, run.stale) == {
-            1: (0.3, 1, 0),
-            2: (0.5, 2, 0),
-            3: (0.5, 2, 1),
-            4: (0.5, 2, 2),
-            5: (0.6, 5, 0),
-        }[step]
-    assert read(tmp_path / "best.safetensors").info["progress"]["best_step"] == 5
+        found.append((run.best, run.best_step, run.stale))
+    assert found == [(0.3, 1, 0), (0.5, 2, 0), (0.5, 2, 1), (0.5, 2, 2), (0.6, 5, 0)]
+    best = read(tmp_path / BEST)
+    assert best.info["progress"]["best_step"] == 5
+    # only trained parameters are saved
+    assert all(name.startswith("model/head.") or ".lora_" in name for name in best.tensors)
+    assert {name.split("/")[0] for name in best.tensors} == {"model"}
 
 
 def test_evaluate_last_saves_weights_of_each_validation(model, tmp_path):
@@ -113,74 +102,56 @@ def test_evaluate_last_saves_weights_of_each_validation(model, tmp_path):
         run.step = step
         nn.init.constant_(source.head.classify.weight, step)
         checkpoints.commit(checkpoints.save_if_best(source, {"miou": score}, evaluate="last"))
-        saved = read(tmp_path / "best.safetensors")
+        saved = read(tmp_path / BEST)
         assert saved.info["progress"]["step"] == step and (run.best, run.best_step) == (0.5, 1)
         assert (saved.tensors["model/head.classify.weight"] == step).all()
     assert run.stale == 2
 
 
-def test_moving_average_is_saved_and_restored(model, tmp_path):
-    source = model("frozen")
-    optimizer = adamw(source, lr=0.1)
-    average = MovingAverage([("w", source.head.classify.weight)], 0.9)
-    checkpoints = Checkpointer(tmp_path, dict(INFO))
-    checkpoints.restore(source, optimizer, average)
-    train(source.train(), optimizer)
-    average.update(step=1)
-    checkpoints.save(source, optimizer, average)
-    other = model("frozen")
-    fresh = MovingAverage([("w", other.head.classify.weight)], 0.9)
-    again = Checkpointer(tmp_path, dict(INFO), start=read(tmp_path / "last.safetensors"))
-    again.restore(other, adamw(other, lr=0.1), fresh)
-    assert torch.equal(fresh.average["w"], average.average["w"])
-
-
-def test_another_architecture_is_refused_by_tensor(model, tmp_path):
+def test_checkpoint_of_another_model_is_refused(model, tmp_path):
     source = model("lora")
-    checkpoints = Checkpointer(tmp_path, dict(INFO))
-    checkpoints.restore(source, adamw(source, lr=1.0), None)
+    checkpoints, _ = begin(tmp_path, source)
     checkpoints.save_if_best(source, {"miou": 0.5})
-    best = read(tmp_path / "best.safetensors")
-    with pytest.raises(UserError, match="2 tensors of another shape .such as head.classify.bias"):
-        load_weights(model("lora", classes=4), best)
-    with pytest.raises(UserError, match="unexpected .such as backbone.*lora_"):
-        load_weights(model("frozen"), best)
+    best, other = read(tmp_path / BEST), model("lora")
+    with torch.no_grad():
+        other.backbone.model.embeddings.cls_token += 1
+    wider, frozen = model("lora", classes=4), model("frozen")
+    assert_refused(lambda: load_weights(wider, best), "2 tensors of another shape (such as head.classify.bias")
+    assert_refused(lambda: load_weights(frozen, best), "unexpected (such as backbone", "lora_")
+    assert_refused(lambda: load_weights(other, best), "trained on other frozen backbone weights")
+    assert_refused(
+        lambda: begin(tmp_path, source, start=best), "holds no optimizer state", "Resume from last.safetensors"
+    )
 
 
 def test_best_of_a_run_is_loaded_if_it_is_whole(model, tmp_path):
     source = model("lora")
-    checkpoints = Checkpointer(tmp_path, dict(INFO))
-    checkpoints.restore(source, adamw(source, lr=1.0), None)
-    with pytest.raises(UserError, match=r"best.safetensors is missing, .* mode=eval resume=.*last.safetensors"):
-        checkpoints.load_best(source)
+    checkpoints, _ = begin(tmp_path, source)
+    load = partial(checkpoints.load_best, source)
+    assert_refused(load, "best.safetensors is missing, ", f" mode=eval resume={tmp_path / LAST}")
     checkpoints.save_if_best(source, {"miou": 0.5})
     weight = source.head.classify.weight.detach().clone()
     with torch.no_grad():
         source.head.classify.weight += 1
-    checkpoints.load_best(source)
+    load()
     assert torch.equal(source.head.classify.weight, weight)
-    with pytest.raises(UserError, match="belongs to another model: .*unexpected .such as backbone.*lora_"):
-        checkpoints.load_best(model("frozen"))
+    words = ("belongs to another model: ", "unexpected (such as backbone", "lora_")
+    assert_refused(lambda: checkpoints.load_best(model("frozen")), *words)
     with torch.no_grad():
         source.head.classify.weight.fill_(torch.nan)
     Checkpointer(tmp_path, dict(INFO)).save_if_best(source, {"miou": 0.5})
-    with pytest.raises(UserError, match="1 of its tensors hold NaN or infinity"):
-        checkpoints.load_best(source)
+    assert_refused(load, "1 of its tensors hold NaN or infinity")
     checkpoints.best.write_bytes(b"no tensors")
-    with pytest.raises(UserError, match="not a readable safetensors file"):
-        checkpoints.load_best(source)
+    assert_refused(load, "not a readable safetensors file")
 
 
 def test_last_is_evaluated_if_the_best_is_in_another_folder(model, tmp_path):
     source = model("frozen")
-    checkpoints = Checkpointer(tmp_path / "old", dict(INFO))
-    optimizer = adamw(source, lr=1.0)
-    checkpoints.restore(source, optimizer, None)
+    checkpoints, optimizer = begin(tmp_path / "old", source)
     train(source, optimizer)
     checkpoints.commit(checkpoints.save_if_best(source, {"miou": 0.9}))
     checkpoints.save(source, optimizer, None)
-    moved = Checkpointer(tmp_path / "new", dict(INFO), start=read(tmp_path / "old/last.safetensors"))
-    moved.restore(source, optimizer, None)
+    moved, optimizer = begin(tmp_path / "new", source, start=read(tmp_path / "old" / LAST))
     train(source, optimizer)
     moved.progress.step = 4
     moved.commit(moved.save_if_best(source, {"miou": 0.1}))
@@ -188,46 +159,24 @@ def test_last_is_evaluated_if_the_best_is_in_another_folder(model, tmp_path):
     weight = source.head.classify.weight.detach().clone()
     train(source, optimizer)
     moved.load_best(source)
-    assert moved.best == tmp_path / "new/last.safetensors" and torch.equal(source.head.classify.weight, weight)
+    assert moved.best == tmp_path / "new" / LAST and torch.equal(source.head.classify.weight, weight)
     moved.commit(moved.save_if_best(source, {"miou": 0.95}))
-    assert moved.best == tmp_path / "new/best.safetensors"
+    assert moved.best == tmp_path / "new" / BEST
 
 
-def test_other_frozen_weights_are_refused(model, tmp_path):
-    source = model("lora")
-    checkpoints = Checkpointer(tmp_path, dict(INFO))
-    checkpoints.restore(source, adamw(source, lr=1.0), None)
-    checkpoints.save_if_best(source, {"miou": 0.5})
-    other = model("lora")
-    with torch.no_grad():
-        other.backbone.model.embeddings.cls_token += 1
-    with pytest.raises(UserError, match="trained on other frozen backbone weights"):
-        load_weights(other, read(tmp_path / "best.safetensors"))
-
-
-def test_training_cannot_resume_from_best(model, tmp_path):
-    source = model("frozen")
-    checkpoints = Checkpointer(tmp_path, dict(INFO))
-    checkpoints.restore(source, adamw(source, lr=1.0), None)
-    checkpoints.save_if_best(source, {"miou": 0.5})
-    start = read(tmp_path / "best.safetensors")
-    with pytest.raises(UserError, match="holds no optimizer state.*Resume from last.safetensors"):
-        Checkpointer(tmp_path, dict(INFO), start=start).restore(source, adamw(source, lr=1.0), None)
-
-
-def test_find_takes_run_folders_checkpoint_folders_and_files(tmp_path):
+def test_find_takes_run_folders_checkpoint_folders_files_and_links(tmp_path):
     folder = tmp_path / "run" / checkpoint.FOLDER
-    for name in ("last", "best"):
-        write(folder / f"{name}.safetensors", {"x": torch.zeros(1)}, INFO)
-    assert find(tmp_path / "run", "best") == folder / "best.safetensors"
-    assert find(folder, "last") == folder / "last.safetensors"
-    assert find(folder / "last.safetensors", "best") == folder / "last.safetensors"
-    (folder / "best.safetensors").unlink()
-    assert find(tmp_path / "run", "best") == folder / "last.safetensors"
-    with pytest.raises(
-        UserError, match="it holds neither checkpoints/best.safetensors nor checkpoints/last.safetensors"
-    ):
-        find(tmp_path, "last")
+    for name in (LAST, BEST):
+        write(folder / name, {"x": torch.zeros(1)}, INFO)
+    (tmp_path / "run_2").symlink_to("run")
+    (tmp_path / "file").symlink_to(folder / BEST)
+    assert find(tmp_path / "run", "best") == folder / BEST
+    assert find(folder, "last") == folder / LAST
+    assert find(folder / LAST, "best") == folder / LAST
+    assert find(tmp_path / "run_2", "best").samefile(folder / BEST)
+    assert find(tmp_path / "file", "last").samefile(folder / BEST)
+    (folder / BEST).unlink()
+    assert find(tmp_path / "run", "best") == folder / LAST
 
 
 @pytest.mark.parametrize(
@@ -240,10 +189,10 @@ def test_find_takes_run_folders_checkpoint_folders_and_files(tmp_path):
         ("broken", r": file or folder not found\."),
         ("loop", r": file or folder not found\."),
         ("pipe", r"^resume=pipe is a pipe or a device\. Give a run folder or a checkpoint in it\.$"),
-        ("runs", r"^resume=runs: it holds neither .* nor model\.safetensors\. Give a run folder"),
+        ("runs", f"^resume=runs: it holds neither {NAMED} nor model.safetensors. Give a run folder"),
         ("a" * 300, r"^resume=a{77}\.\.\.: File name too long\. Give a run folder or a checkpoint in it\.$"),
         ("~nobody_of_this_name/run", r"^resume=~nobody_of_this_name/run: Could not determine home directory\. Give"),
-        ("", "it holds neither checkpoints/best.safetensors"),
+        ("", f"it holds neither {NAMED}"),
     ],
 )
 def test_path_without_a_checkpoint_is_one_error(tmp_path, monkeypatch, target, said):
@@ -258,108 +207,85 @@ def test_path_without_a_checkpoint_is_one_error(tmp_path, monkeypatch, target, s
             find(target, prefer)
 
 
-def test_links_are_followed(tmp_path):
-    path = tmp_path / "run" / checkpoint.FOLDER / "best.safetensors"
-    write(path, {"x": torch.zeros(1)}, INFO)
-    (tmp_path / "run_2").symlink_to("run")
-    (tmp_path / "file").symlink_to(path)
-    assert find(tmp_path / "run_2", "last").samefile(path) and find(tmp_path / "file", "last").samefile(path)
-
-
-def test_invalid_checkpoint_files_are_refused(tmp_path):
-    (tmp_path / "text").write_text("hello")
-    save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
-    save_file({"x": torch.zeros(1)}, tmp_path / "newer", {"dinoseg": json.dumps({**INFO, "format": 99})})
-    write(tmp_path / "whole", {"x": torch.zeros(1000)}, INFO)
-    write(tmp_path / "bare", {"x": torch.zeros(1)}, {})
-    (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-100])
-    size = int.from_bytes((tmp_path / "whole").read_bytes()[:8], "little")
-    header = json.loads((tmp_path / "whole").read_bytes()[8 : 8 + size])
+@pytest.fixture(scope="module")
+def invalid_files(tmp_path_factory):
+    """Return a folder of files that are no checkpoints."""
+    folder = tmp_path_factory.mktemp("invalid")
+    (folder / "text").write_text("hello")
+    save_file({"x": torch.zeros(1)}, folder / "foreign")
+    save_file({"x": torch.zeros(1)}, folder / "newer", {"dinoseg": json.dumps({**INFO, "format": 99})})
+    write(folder / "whole", {"x": torch.zeros(1000)}, INFO)
+    write(folder / "bare", {"x": torch.zeros(1)}, {})
+    content = (folder / "whole").read_bytes()
+    (folder / "cut").write_bytes(content[:-100])
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     del header["x"]
     header["model/x"] = {"dtype": "F32", "shape": [0, 2**64 - 1], "data_offsets": [0, 0]}
     text = json.dumps(header).encode()
-    (tmp_path / "long").write_bytes(len(text).to_bytes(8, "little") + text)
-    torch.save(nn.Linear(1, 1), tmp_path / "pickle")
-    for name, message in (
-        ("text", "not a readable checkpoint"),
-        ("pickle", "not a readable checkpoint"),
-        ("cut", "not a readable checkpoint"),
-        ("foreign", "not a checkpoint of dinoseg"),
-        ("newer", "format 99.*Update dinoseg"),
-        ("bare", "its description lacks progress, frozen, config"),
-        ("absent", "file not found"),
-        ("long", "not a readable checkpoint"),
-    ):
-        for reader in (read, checkpoint.outline):
-            with pytest.raises(UserError, match=message):
-                reader(tmp_path / name)
+    (folder / "long").write_bytes(len(text).to_bytes(8, "little") + text)
+    torch.save(nn.Linear(1, 1), folder / "pickle")
+    os.mkfifo(folder / "pipe")
+    return folder
 
 
-def test_a_pipe_in_a_checkpoint_s_place_is_named_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "last.safetensors")
-    with pytest.raises(UserError, match="last.safetensors is a named pipe"):
-        checkpoint.describe(tmp_path / "last.safetensors")
-
-
-def test_the_best_of_another_score_is_no_best_any_more(model, tmp_path):
-    source = model("frozen")
-    optimizer = adamw(source, lr=0.01)
-
-    def chosen_by(score, start=None):
-        info = {**INFO, "config": {**INFO["config"], "trainer": {"score": score}}}
-        checkpoints = Checkpointer(tmp_path, info, start=start)
-        checkpoints.restore(source, optimizer, None)
-        return checkpoints
-
-    first = chosen_by("miou")
-    train(source, optimizer, 1)
-    first.progress.step = 1
-    first.commit(first.save_if_best(source, {"miou": 0.5}))
-    first.save(source, optimizer, None)
-    start = read(tmp_path / "last.safetensors")
-    assert chosen_by("miou", start).progress.best == 0.5
-    again = chosen_by("loss", start)
-    assert (again.progress.step, again.progress.best) == (1, None)
-    assert (
-        again.save_if_best(source, {"miou": 0.9}, lowest=True).best == 0.9
-    )  # a loss of 0.9 is not worse than a mIoU of 0.5
+@pytest.mark.parametrize("reader", [read, checkpoint.outline])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    {
+        "text": ["not a readable checkpoint"],
+        "pickle": ["not a readable checkpoint"],
+        "cut": ["not a readable checkpoint"],
+        "long": ["not a readable checkpoint"],
+        "foreign": ["not a checkpoint of dinoseg"],
+        "newer": ["format 99", "Update dinoseg"],
+        "bare": ["its description lacks progress, frozen, config"],
+        "absent": ["file not found"],
+        "pipe": ["pipe is a named pipe"],
+    }.items(),
+)
+def test_invalid_checkpoint_files_are_refused(invalid_files, name, words, reader):
+    assert_refused(lambda: reader(invalid_files / name), *words)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "change"),
     [
+        ({}, {"score": "loss"}, "to loss of all images from miou of all images"),
         ({"val_images": 5}, {}, "to miou of all images from miou of 5 images"),
         ({"evaluate": "last"}, {}, "to miou of all images from the last validation"),
         ({}, {"evaluate": "last"}, "to the last validation"),
         ({"evaluate": "last"}, {"evaluate": "last", "score": "loss"}, "loss of all images.* from .*miou of all images"),
     ],
 )
-def test_a_best_score_of_another_selection_is_discarded(model, tmp_path, caplog, before, after, change):
+def test_best_score_of_another_selection_is_discarded(model, tmp_path, caplog, before, after, change):
     def info(trainer):
-        return {**INFO, "config": {**INFO.get("config", {}), "trainer": {"score": "miou", **trainer}}}
+        return {**INFO, "config": {**INFO["config"], "trainer": {"score": "miou", **trainer}}}
 
     source = model("frozen")
-    optimizer = adamw(source, lr=1.0)
-    checkpoints = Checkpointer(tmp_path, info(before))
-    checkpoints.restore(source, optimizer, None)
+    checkpoints, optimizer = begin(tmp_path, source, info=info(before))
+    train(source, optimizer, 1)
+    checkpoints.progress.step = 1
     checkpoints.commit(checkpoints.save_if_best(source, {"miou": 0.91}))
-    for parameter in source.head.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
     checkpoints.save(source, optimizer, None)
-    start = read(tmp_path / "last.safetensors")
-    assert Checkpointer(tmp_path, info(before), start=start).restore(source, optimizer, None).best == 0.91
-    assert Checkpointer(tmp_path, info(after), start=start).restore(source, optimizer, None).best is None
+    start = read(tmp_path / LAST)
+    assert begin(tmp_path, source, info=info(before), start=start)[0].progress.best == 0.91
+    again, _ = begin(tmp_path, source, info=info(after), start=start)
+    assert (again.progress.step, again.progress.best) == (1, None)
     assert re.search(change, caplog.text)
+    # a loss of 0.95 is not worse than a mIoU of 0.91
+    assert again.save_if_best(source, {"miou": 0.95}, lowest=True).best == 0.95
 
 
 def test_changed_selection_restarts_patience_and_discards_best(caplog):
-    before, now = ({"config": {"trainer": {"score": score}}} for score in ("miou", "loss"))
     progress = Progress(9, best=0.5, best_infinite=1, best_step=3, stale=2)
+    before, now = ({"config": {"trainer": {"score": score}}} for score in ("miou", "loss"))
     assert comparable(progress, before, now) == Progress(9)
     assert "the previous best score is discarded" in caplog.text
     caplog.clear()
     assert comparable(Progress(9), before, now) == Progress(9) and not caplog.messages
+    windows = {**before, "choices": {"inference": "windows"}}
+    assert comparable(progress, {**before, "choices": {"inference": "whole"}}, windows) == Progress(9)
+    assert "to miou inference=windows of all images from miou inference=whole of all images" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -392,10 +318,3 @@ def test_settings_of_a_score_decide_whether_its_best_stays(score, metric, change
     before, progress = {"config": config}, Progress(9, best=0.5, best_step=3)
     found = comparable(progress, before, {"config": config | changed}, metric)
     assert found == (progress if is_same else Progress(9))
-
-
-def test_another_inference_option_discards_the_best(caplog):
-    config, progress = {"trainer": {"score": "miou"}}, Progress(9, best=0.5, best_step=3)
-    before, now = ({"config": config, "choices": {"inference": option}} for option in ("whole", "windows"))
-    assert comparable(progress, before, now) == Progress(9)
-    assert "to miou inference=windows of all images from miou inference=whole of all images" in caplog.text

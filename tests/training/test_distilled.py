@@ -1,11 +1,13 @@
 """Scores of whole images follow each view, are kept as they are used, and go with their samples."""
 
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from mistakes import assert_refused
 
 from dinoseg.core.shapes import Batch, FeatureBatch, FrozenFeatures, Prediction
 from dinoseg.data.loader import TrainViews
@@ -17,7 +19,6 @@ from dinoseg.tasks.distil import CachedScores, DistillationDataModule, Distilled
 from dinoseg.training.feature_cache.form import to_bytes
 from dinoseg.training.feature_cache.store import DiskStore, MemoryStore
 from dinoseg.training.image_data_module import ImageDataModule
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
 CPU = torch.device("cpu")
@@ -44,8 +45,8 @@ def where(image):
     return scores, (1.0, 1.0)
 
 
-def facts(values):
-    return torch.tensor(values, dtype=torch.float64).view(torch.uint8)
+def in_memory():
+    return MemoryStore("float32", 0)
 
 
 def views(cat_max_ratio=None, **changes):
@@ -55,7 +56,7 @@ def views(cat_max_ratio=None, **changes):
 
 @pytest.mark.parametrize("ratio", [None, 0.7])
 def test_scores_of_a_view_are_those_of_the_pixels_that_it_shows(ratio):
-    drawn, kept = views(ratio), CachedScores(where, MemoryStore("float32", 0), 2)
+    drawn, kept = views(ratio), CachedScores(where, in_memory(), 2)
     for epoch, sample in ((0, 0), (0, 1), (5, 1)):
         view, seen = drawn.read(epoch, sample), kept.look(drawn, epoch, sample).to(CPU)
         scores = seen.at(slice(0, 24), slice(0, 20))
@@ -73,7 +74,7 @@ def test_each_image_of_a_batch_comes_with_its_own_scores(tmp_path):
     for rank in range(2):
         own = {"augment": augment, "batch_size": 2, "seed": 4, "workers": 0, "rank": rank, "world_size": 2}
         without = ImageDataModule(others, Ramps(), **own)
-        scores = CachedScores(where, MemoryStore("float32", 0), 2)
+        scores = CachedScores(where, in_memory(), 2)
         data_module = DistillationDataModule(Ramps(), Ramps(), **own, scores=scores, others=without, views=3)
         for drawn in islice(data_module.train_batches(start=3), 4):
             batch = drawn.to(CPU)
@@ -99,17 +100,20 @@ def test_teacher_scores_are_computed_once_and_then_cached(tmp_path):
     assert torch.equal(first.scores, again.scores) and torch.equal(first.place, again.place)
     assert first.valid == again.valid == (1.0, 0.75)
     (path,) = (tmp_path / "o").glob("*.features")
-    for damaged in (
-        path.read_bytes()[:-3],
-        to_bytes(path.stem, [torch.zeros(3, 4, 4).half(), facts([60, 72, 1, 1])]),
-        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 0, 1, 1])]),
-        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 1, 1.5])]),
-        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 0, 1])]),
-        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 2.0**24 + 1, 1, 1])]),
-        to_bytes(path.stem, [torch.zeros(2, 4).half(), facts([60, 72, 1, 1])]),
-        to_bytes(path.stem, [torch.zeros(2, 4, 4).half(), facts([60, 72, 1])]),
-        to_bytes(path.stem, [torch.zeros(2, 4, 4).half()]),
+    half = torch.zeros(2, 4, 4).half()
+    for scores, facts in (  # of other shapes, or facts that are none
+        (torch.zeros(3, 4, 4).half(), [60, 72, 1, 1]),
+        (torch.zeros(2, 4).half(), [60, 72, 1, 1]),
+        (half, [60, 0, 1, 1]),
+        (half, [60, 72, 1, 1.5]),
+        (half, [60, 72, 0, 1]),
+        (half, [60, 2.0**24 + 1, 1, 1]),
+        (half, [60, 72, 1]),
+        (half, None),
+        (None, None),
     ):
+        parts = [] if facts is None else [torch.tensor(facts, dtype=torch.float64).view(torch.uint8)]
+        damaged = path.read_bytes()[:-3] if scores is None else to_bytes(path.stem, [scores, *parts])
         path.write_bytes(damaged)
         count = len(asked)
         anew = CachedScores(ask, DiskStore(tmp_path, "o", "float16"), 2).look(drawn, 0, 1)
@@ -117,11 +121,9 @@ def test_teacher_scores_are_computed_once_and_then_cached(tmp_path):
 
 
 def test_scores_above_the_memory_limit_are_refused_by_image_name():
-    kept = CachedScores(
-        lambda image: (torch.zeros(2, 1, 1).expand(2, 2**14, 2**14), (1.0, 1.0)), MemoryStore("float32", 0), 2
-    )
-    with pytest.raises(UserError, match="scores of 1 are 2 x 16384 x 16384 numbers, 2048 MiB, above the limit of 1024"):
-        kept.look(views(), 0, 1)
+    kept = CachedScores(lambda image: (torch.zeros(2, 1, 1).expand(2, 2**14, 2**14), (1.0, 1.0)), in_memory(), 2)
+    words = "scores of 1 are 2 x 16384 x 16384 numbers, 2048 MiB, above the limit of 1024"
+    assert_refused(lambda: kept.look(views(), 0, 1), words)
 
 
 def test_images_without_masks_are_ignored_and_hashed_by_file(tmp_path):
@@ -137,11 +139,10 @@ def batch_of(count, first, features=False):
     draw = torch.Generator().manual_seed(first)
     images = torch.randint(0, 256, (count, 3, 6, 5), generator=draw).to(torch.uint8)
     masks = torch.randint(0, 2, (count, 6, 5), generator=draw).to(torch.uint8)
-    names = [str(first + number) for number in range(count)]
-    looks = [
-        lambda number=number: TeacherView.of(torch.full((2, 1, 1), 1.0 * number), (1.0, 1.0), np.eye(3), (6, 5))
-        for number in range(first, first + count)
-    ]
+    numbers = range(first, first + count)
+    names = [str(number) for number in numbers]
+    scores = [torch.full((2, 1, 1), 1.0 * number) for number in numbers]
+    looks = [partial(TeacherView.of, each, (1.0, 1.0), np.eye(3), (6, 5)) for each in scores]
     if features:
         frozen = FrozenFeatures([images.float(), images.flatten(2)], (6, 5), (12, 10))
         ready = FeatureBatch(frozen, masks, names)
@@ -160,9 +161,8 @@ def test_each_sample_has_its_own_scores_in_any_split_of_a_batch(parts, counts):
         assert [int(seen.scores.max()) for seen in batch.seen] == [int(name) for name in batch.names]
         assert batch.with_masks.names == batch.names[: batch.labelled] and batch.count == len(batch.names)
         assert all((int(name) < 10) == (place < batch.labelled) for place, name in enumerate(batch.names))
-        assert (
-            len(batch.image) == len(batch.mask) == len(batch.with_masks.mask) + sum(int(n) >= 10 for n in batch.names)
-        )
+        without = sum(int(name) >= 10 for name in batch.names)
+        assert len(batch.image) == len(batch.mask) == len(batch.with_masks.mask) + without
         names += batch.names
     assert sorted(map(int, names)) == [*range(counts[0]), *range(10, 10 + counts[1])]
 
@@ -173,10 +173,16 @@ def test_frozen_features_are_joined_like_images():
     assert [len(part) for part in batch.with_masks.image.tensors] == [1, 1]
 
 
-def test_distilled_loss_adds_weighted_divergence_on_all_images():
+@pytest.fixture
+def predicted():
+    """Return a prediction for a batch with two labelled images and one without labels, and the batch."""
     batch = ScoredBatch([batch_of(2, 0), batch_of(1, 10)]).to(CPU)
     grid = torch.randn(3, 2, 6, 5, generator=torch.Generator().manual_seed(0))
-    prediction = Prediction(grid, (6, 5), (1.0, 1.0), lambda *_: grid, grid=grid)
+    return Prediction(grid, (6, 5), (1.0, 1.0), lambda *_: grid, grid=grid), batch
+
+
+def test_distilled_loss_adds_weighted_divergence_on_all_images(predicted):
+    prediction, batch = predicted
     criterion = CrossEntropy(torch.ones(2))
     value, parts = DistilledLoss(criterion, 0.5, 2.0)(prediction, batch)
     own, _ = criterion(prediction.of_images(slice(0, 2)), batch.with_masks)
@@ -186,10 +192,8 @@ def test_distilled_loss_adds_weighted_divergence_on_all_images():
     assert DistilledLoss(criterion)(prediction, plain)[0] == criterion(prediction, plain)[0]
 
 
-def test_fully_ignored_batch_still_learns_from_the_teacher():
-    batch = ScoredBatch([batch_of(2, 0), batch_of(1, 10)]).to(CPU)
-    grid = torch.randn(3, 2, 6, 5, generator=torch.Generator().manual_seed(0))
-    prediction = Prediction(grid, (6, 5), (1.0, 1.0), lambda *_: grid, grid=grid)
+def test_fully_ignored_batch_still_learns_from_the_teacher(predicted):
+    prediction, batch = predicted
     batch.mask[:] = 255
     loss = DistilledLoss(CrossEntropy(torch.ones(2)))
     value, parts = loss(prediction, batch)
@@ -212,8 +216,8 @@ def test_views_without_a_place_are_refused():
         def __call__(self, image, mask, rng):
             return image, mask
 
+    module = partial(DistillationDataModule, Ramps(), Ramps(), batch_size=1, seed=0, workers=0)
+    scores = CachedScores(where, in_memory(), 2)
     for augment in (Other((4, 4)), lambda image, mask, rng: (image, mask)):
-        with pytest.raises(UserError, match="does not return the position of a view in its image"):
-            DistillationDataModule(
-                Ramps(), Ramps(), augment, 1, 0, 0, scores=CachedScores(where, MemoryStore("float32", 0), 2)
-            )
+        refuse = partial(module, augment, scores=scores)
+        assert_refused(refuse, "does not return the position of a view in its image")

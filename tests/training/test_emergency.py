@@ -8,24 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoint_files import INFO
 from log_rows import Rows
-from test_trainer import Stripes
-from tiny_parts import tiny_vit
+from small_trainings import Stripes, segmenter, train_model, without_timings
 
 from dinoseg.data.transforms import Affine, Augment
-from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import SegmentationModel
 from dinoseg.training import checkpoint
-from dinoseg.training.checkpoint import Checkpointer, read
+from dinoseg.training.checkpoint import read
 from dinoseg.training.data_module import Validation
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
-from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.step import NonFiniteLoss
-from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Interrupted
 
@@ -60,34 +53,24 @@ class Dropping(LinearHead):
         return super().forward([F.dropout(part, 0.1, self.training) for part in features])
 
 
-@pytest.fixture(scope="module")
-def train():
+def train(folder, start=None, **options):
     """Train on stripes with a moving average and two batches a step; return the error, if any, and the rows."""
-
-    def run(folder, start=None, **options):
-        torch.manual_seed(0)
-        model = SegmentationModel(Full()(tiny_vit()), Dropping(24, 1, 3))
-        augment = Augment((24, 32), affine=Affine(degrees=20))
-        data_module = Failing(Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)]), augment, 3, seed=0, workers=0)
-        for name in ("batch", "validation", "fails"):
-            setattr(data_module, name, options.pop(name, getattr(data_module, name)))
-        found = read(folder / "last.safetensors") if start else None
-        checkpoints = Checkpointer(folder, dict(INFO), found, options.pop("writes", True))
-        settings = Settings(**{"steps": 6, "val_every": 3, "log_every": 1, "accumulate": 2, "ema": 0.5, **options})
-        log, error = Rows(), None
-        optimizer, engine = adamw(model, lr=3e-3), Engine("cpu", "fp32", workers=0)
-        parts = (model, CrossEntropy(torch.ones(3)), data_module, optimizer, schedule(), engine, checkpoints, log)
-        try:
-            fit(Experiment(*parts, settings))
-        except (Exception, Interrupted) as caught:
-            error = caught
-        return SimpleNamespace(error=error, rows=log.rows)
-
-    return run
+    augment = Augment((24, 32), affine=Affine(degrees=20))
+    data_module = Failing(Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)]), augment, 3, seed=0, workers=0)
+    for name in ("batch", "validation", "fails"):
+        setattr(data_module, name, options.pop(name, getattr(data_module, name)))
+    found = read(folder / "last.safetensors") if start else None
+    settings = {"steps": 6, "val_every": 3, "accumulate": 2, "ema": 0.5, **options}
+    log, error = Rows(), None
+    try:
+        train_model(segmenter(lambda: Dropping(24, 1, 3)), data_module, folder, start=found, log=log, **settings)
+    except (Exception, Interrupted) as caught:
+        error = caught
+    return SimpleNamespace(error=error, rows=log.rows)
 
 
 @pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
+def whole(tmp_path_factory):
     """Train without a stop; return the folder and the rows."""
     folder = tmp_path_factory.mktemp("whole")
     done = train(folder)
@@ -100,11 +83,6 @@ def same(first, second, names=("last", "best")):
         one, two = (read(folder / f"{name}.safetensors") for folder in (first, second))
         assert one.info["progress"] == two.info["progress"] and one.tensors.keys() == two.tensors.keys()
         assert [key for key in one.tensors if not one.tensors[key].equal(two.tensors[key])] == []
-
-
-def without_timings(rows):
-    timings = ("train/images_per_s", "train/data_wait", "train/memory_gib")
-    return [{key: value for key, value in row.items() if key not in timings} for row in rows]
 
 
 def truncated():
@@ -129,7 +107,7 @@ STOPS = [({"batch": 8}, 4), ({"batch": 9}, 4), ({"validation": 1}, 3), ({"valida
         *((crash, *STOPS[place]) for place in (1, 2)),
     ],
 )
-def test_interrupted_training_is_saved_and_resumes_exactly(train, whole, tmp_path, fails, where, step):
+def test_interrupted_training_is_saved_and_resumes_exactly(whole, tmp_path, fails, where, step):
     """Also in the middle of a step, between its two batches, and in the validation after the last step."""
     ended = train(tmp_path, fails=fails, **where)
     assert isinstance(ended.error, Interrupted if fails is terminate else (UserError, RuntimeError))
@@ -148,7 +126,7 @@ def failing_at(number, whole, fails):
 
 
 @pytest.mark.parametrize("at", [1, 2])
-def test_an_update_that_fails_half_way_is_not_saved(train, tmp_path, monkeypatch, at):
+def test_an_update_that_fails_half_way_is_not_saved(tmp_path, monkeypatch, at):
     assert train(tmp_path, steps=2).error is None
     before = (tmp_path / "last.safetensors").read_bytes()
     monkeypatch.setattr(torch.optim.AdamW, "step", failing_at(at, torch.optim.AdamW.step, crash))
@@ -156,20 +134,20 @@ def test_an_update_that_fails_half_way_is_not_saved(train, tmp_path, monkeypatch
     assert (tmp_path / "last.safetensors").read_bytes() == before
 
 
-def test_a_rank_that_is_lost_before_the_update_costs_no_step(train, tmp_path, monkeypatch):
+def test_a_rank_that_is_lost_before_the_update_costs_no_step(tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "total", failing_at(3, Engine.total, crash))
     assert isinstance(train(tmp_path).error, RuntimeError)
     assert read(tmp_path / "last.safetensors").info["progress"]["step"] == 2
 
 
 @pytest.mark.parametrize("at", [1, 2])
-def test_non_finite_loss_preserves_the_earlier_checkpoint(train, tmp_path, monkeypatch, at):
+def test_non_finite_loss_preserves_the_earlier_checkpoint(tmp_path, monkeypatch, at):
     """The steps that led to it are of no use: going on from them would end there again."""
     monkeypatch.setattr(Engine, "total", failing_at(at, Engine.total, lambda: torch.tensor([math.nan, 1.0, 0.0])))
     assert isinstance(train(tmp_path).error, NonFiniteLoss) and not list(tmp_path.iterdir())
 
 
-def test_unchanged_or_unwanted_state_is_not_saved(train, tmp_path):
+def test_unchanged_or_unwanted_state_is_not_saved(tmp_path):
     def again():
         raise Interrupted(signal.SIGTERM, again=True)
 
@@ -178,41 +156,38 @@ def test_unchanged_or_unwanted_state_is_not_saved(train, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_original_error_is_raised_if_saving_fails(train, tmp_path, monkeypatch, caplog):
+def test_original_error_is_raised_if_saving_fails(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint.Checkpointer, "save", lambda *_: crash())
     assert str(train(tmp_path, batch=4, fails=truncated).error) == "7.png is truncated"
     assert "Training stopped after step 2, which could not be saved: a worker has died" in caplog.text
 
 
-def test_a_best_that_cannot_be_written_is_not_remembered_as_such(train, tmp_path, monkeypatch):
-    write = checkpoint.write
+def refuse_best(path, *rest, write=checkpoint.write):
+    if path.name.startswith("best"):
+        raise UserError("the disk is full")
+    write(path, *rest)
 
-    def refuse(path, *rest):
-        if path.name.startswith("best"):
-            raise UserError("the disk is full")
-        write(path, *rest)
 
+@pytest.mark.parametrize(
+    ("owner", "name", "fails", "said"),
+    [(checkpoint, "write", refuse_best, "the disk is full"), (Rows, "images", lambda *_: crash(), "a worker has died")],
+    ids=["best is not written", "images are not logged"],
+)
+def test_a_validation_that_cannot_be_stored_is_pending(tmp_path, monkeypatch, owner, name, fails, said):
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "write", refuse)
-        assert str(train(tmp_path).error) == "the disk is full"
-    progress = read(tmp_path / "last.safetensors").info["progress"]
-    assert progress["best"] is None and progress["validation_pending"] and progress["step"] == 3
-
-
-def test_a_validation_that_cannot_be_logged_is_pending(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(Rows, "images", lambda *_: crash())
-    assert isinstance(train(tmp_path).error, RuntimeError)
+        patched.setattr(owner, name, fails)
+        assert str(train(tmp_path).error) == said
     progress = read(tmp_path / "last.safetensors").info["progress"]
     assert progress["validation_pending"] and progress["best"] is None and progress["step"] == 3
 
 
 @pytest.mark.parametrize("writes", [True, False])
-def test_only_the_writing_rank_reports_the_saved_step(train, tmp_path, caplog, writes):
+def test_only_the_writing_rank_reports_the_saved_step(tmp_path, caplog, writes):
     train(tmp_path, batch=4, fails=truncated, writes=writes)
     assert ("and that step is saved" in caplog.text) == writes == (tmp_path / "last.safetensors").exists()
 
 
-def test_nan_score_selects_no_best_checkpoint(train, tmp_path, monkeypatch):
+def test_nan_score_selects_no_best_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageDataModule, "validate", lambda *_: Validation({"miou": math.nan}, {}))
     error = train(tmp_path).error
     assert isinstance(error, NonFiniteLoss) and str(error).startswith("val/miou is nan at step 3")

@@ -3,6 +3,7 @@
 from copy import deepcopy
 from functools import partial
 from threading import Barrier, Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -52,28 +53,23 @@ CASES |= {
     "focal over all": ["loss=focal", "loss.criterion.average=all"],
     "ce, focal over all": mixture(ce=CE + ", average: all}", focal=FOCAL + ", average: all}"),
     "ce, ce over all": mixture(one=CE + "}", two=CE + ", average: all}"),
-    "masks, ignored pixels are background": [
-        "loss=mask_classification",
-        "loss.criterion.ignored=background",
-        "loss.criterion.interpolation=bilinear",
-    ],
+    "masks, background": ["loss=mask_classification", "loss.criterion.ignored=background"],
     "ce, focal": mixture(ce=CE + "}", focal=FOCAL + "}"),
     "ce, hardest": mixture(ce=CE + "}", hard=CE + ", hard_fraction: 0.1}"),
     "masks, ce, lovasz per image": mixture(masks=MASKS, ce=CE + "}", lovasz=LOVASZ + ", per_image: true}"),
     "ce twice": mixture(one=CE + ", label_smoothing: 0.2}", two=CE + "}"),
 }
+CASES["masks, background"].append("loss.criterion.interpolation=bilinear")
 BATCHWISE = {"bce_dice", "dice", "tversky", "lovasz", "ce_dice", "ce_dice_cldice", "ce_lovasz", "slot_contrast"}
 BATCHWISE |= {"ce, hardest"}
-SEVERAL = {
-    "mask_classification",
-    "bce_dice",
-    "ce_dice",
-    "ce_dice_cldice",
-    "ce_lovasz",
+SEVERAL = {"mask_classification", "bce_dice", "ce_dice", "ce_dice_cldice", "ce_lovasz"}  # divisors
+SEVERAL |= {
     "ce, lovasz per image",
     "ce, hardest",
+    "masks, ce, lovasz per image",
+    "masks, background",
+    "ce, ce over all",
 }
-SEVERAL |= {"masks, ce, lovasz per image", "masks, ignored pixels are background", "ce, ce over all"}  # divisors
 
 
 def criterion(option, *words, **weights):
@@ -147,24 +143,19 @@ class Ranks:
     def __init__(self, world_size):
         self.world_size, self.barrier, self.given = world_size, Barrier(world_size, timeout=600), [None] * world_size
 
-    def sum(self, rank, value):
-        self.given[rank] = value
-        self.barrier.wait()
-        total = torch.stack(self.given).sum(0)
-        self.barrier.wait()
-        return total
+    def engine(self, rank):
+        """Return the engine of a rank, as far as a step asks for it."""
 
+        def add_up(value):
+            self.given[rank] = value
+            self.barrier.wait()
+            total = torch.stack(self.given).sum(0)
+            self.barrier.wait()
+            return total
 
-class RankEngine:
-    """One of several ranks, as far as a step asks for them."""
-
-    device, total = torch.device("cpu"), Engine.total
-
-    def __init__(self, ranks, rank):
-        self.ranks, self.rank, self.world_size = ranks, rank, ranks.world_size
-
-    def sum(self, tensor):
-        return self.ranks.sum(self.rank, tensor)
+        engine = SimpleNamespace(device=torch.device("cpu"), world_size=self.world_size, sum=add_up)
+        engine.total = partial(Engine.total, engine)
+        return engine
 
 
 class Short(Loss):
@@ -187,9 +178,9 @@ class Short(Loss):
         return self.loss
 
 
-def of_rank(net, loss, batches, ranks, rank, done):
+def of_rank(net, batches, loss, ranks, rank, done):
     """Go through batches as training does, and keep the sum of the loss and the weight to divide it by."""
-    engine = RankEngine(ranks, rank)
+    engine = ranks.engine(rank)
     output = StepOutput(engine.device, None)
     undo = partial(net.zero_grad, set_to_none=True)
     micro = MicroBatches(engine, loss, 1, len(batches), undo=undo)
@@ -207,8 +198,8 @@ def of_rank(net, loss, batches, ranks, rank, done):
 def step(net, loss, shares):
     """Return loss and gradients of a step whose ranks have these batches."""
     ranks, done, nets = Ranks(len(shares)), [None] * len(shares), [deepcopy(net) for _ in shares]
-    given = zip(nets, shares, range(len(shares)), strict=True)
-    threads = [Thread(target=of_rank, args=(own, loss, batches, ranks, rank, done)) for own, batches, rank in given]
+    given = enumerate(zip(nets, shares, strict=True))
+    threads = [Thread(target=of_rank, args=(*each, loss, ranks, rank, done)) for rank, each in given]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -222,17 +213,12 @@ def gradients(net):
 
 
 @pytest.fixture(autouse=True)
-def one_set_of_points(monkeypatch):
+def one_set_of_points_and_no_garbage(monkeypatch):
     points = torch.rand(1, 9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     monkeypatch.setattr(mask_classification, "random_points", lambda count, *_: points.expand(count, -1, -1))
-    monkeypatch.setattr(
-        mask_classification, "uncertain_points", lambda masks, *_, **__: points.expand(len(masks), -1, -1)
-    )
-
-
-@pytest.fixture(autouse=True)
-def no_search_for_garbage(monkeypatch):
-    """Leave out what frees memory for smaller parts of a batch: it takes most of a test's time."""
+    uncertain = lambda masks, *_, **__: points.expand(len(masks), -1, -1)  # noqa: E731
+    monkeypatch.setattr(mask_classification, "uncertain_points", uncertain)
+    # freeing memory for smaller parts of a batch takes most of a test's time
     monkeypatch.setattr(micro_batches.gc, "collect", lambda *_: 0)
 
 

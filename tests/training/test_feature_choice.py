@@ -1,6 +1,5 @@
 """Training on features that are kept: as on the images themselves, without asking the frozen part again."""
 
-import errno
 import itertools
 import logging
 import re
@@ -9,49 +8,34 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import INFO
-from log_rows import Rows
-from making import train_batches
+from mistakes import assert_refused
+from small_trainings import segmenter, train_model, write_pairs
 from torch import nn
 
 from dinoseg.data import loader
-from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import Masks
 from dinoseg.data.packed.pack import pack
 from dinoseg.data.pairs import dataset as pairs
 from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.transforms import Affine, Augment, ColorJitter
 from dinoseg.inference.whole import Whole
 from dinoseg.inference.windows import Windows
-from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.adapters import Frozen, LastBlocks, Lora
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training import feature_choice as choice
-from dinoseg.training.checkpoint import Checkpointer, read
+from dinoseg.training.checkpoint import read
 from dinoseg.training.engine import Engine
-from dinoseg.training.feature_cache import store
 from dinoseg.training.feature_choice import CacheOptions, feature_cache, has_frozen_part, measure_features
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import adamw, schedule
-from dinoseg.training.trainer import Experiment, Settings, fit
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image, write_png
 
 AUGMENT = Augment((24, 33), scale=(0.5, 1.5), affine=Affine(20), flip=0.5, color=ColorJitter(0.2, 0.2))
 FROZEN = Frozen()
 MEASURED = 1  # forward passes before a training
-
-
-class Losses(Rows):
-    """Rows without what tells of the machine."""
-
-    def scalars(self, step, values):
-        told = {key: value for key, value in values.items() if key.startswith(("train/loss", "train/grad", "val/"))}
-        super().scalars(step, told)
+CPU = torch.device("cpu")
 
 
 class Upside(Augment):
@@ -67,51 +51,39 @@ class Inverted(PairDataset):
 
 @pytest.fixture
 def data(tmp_path):
-    """Write five pictures of differing sizes with their masks, and open them."""
-    found = []
-    for number, size in enumerate([(32, 40), (19, 23), (32, 40), (1, 9), (40, 8)]):
-        draw = np.random.default_rng(number)
-        paths = [tmp_path / "data" / f"{kind}_{number}.png" for kind in ("image", "mask")]
-        paths[0].parent.mkdir(exist_ok=True)
-        write_png(paths[0], draw.integers(0, 256, (*size, 3)).astype(np.uint8))
-        write_png(paths[1], draw.integers(0, 3, size).astype(np.uint8))
-        found.append(Pair(str(number), *paths))
-    return PairDataset(found, Labels(["a", "b", "c"], [(0, 0, 0)] * 3, 255), Masks())
+    return write_pairs(tmp_path / "data", [(32, 40), (19, 23), (32, 40), (1, 9), (40, 8)])
 
 
 @pytest.fixture
-def train(data, tiny_backbone, tmp_path):
-    """Return a function that trains for some steps and returns its rows, its feed and its model."""
+def train(data, tmp_path):
+    """Return a function that trains for some steps and returns its losses and scores, its feed and its model."""
 
-    def run(
-        cache="off", *, adapter=FROZEN, dtype="float32", views=2, steps=6, epochs=None, start=None, seed=0, **options
-    ):
+    def run(cache="off", *, adapter=FROZEN, head=None, seed=0, scale=1.0, steps=6, epochs=None, start=None, **options):
+        plain = segmenter(adapter=lambda: adapter)
         torch.manual_seed(seed)
-        scale, augment, data_set, head = (
-            options.pop(*each)
-            for each in (("scale", 1.0), ("augment", AUGMENT), ("data", data), ("head", LinearHead(24, 1, 3)))
-        )
-        model = SegmentationModel(adapter(tiny_backbone()), head, scale=scale)
+        model = SegmentationModel(plain.backbone, head or LinearHead(24, 1, 3), scale=scale)
         for parameter in model.head.parameters():
             nn.init.normal_(parameter, std=0.1)
         if seed:
             nn.init.normal_(next(model.backbone.parameters()))
         engine = Engine("cpu", "fp32", workers=0, cache=cache)
-        policy = options.pop("policy", None)
-        share = {"batch_size": 2, "seed": 5, "workers": options.pop("workers", 0), "policy": policy}
-        data_module = ImageDataModule(data_set, data_set, augment, pictures=1, views=views, **share)
-        plan = CacheOptions(tmp_path / "cache", epochs or steps * 2 / 5, "drawing", {}, dtype=dtype, **options)
-        loss = CrossEntropy(torch.ones(3))
+        share = {"batch_size": 2, "seed": 5, "workers": options.pop("workers", 0), "pictures": 1}
+        share |= {"views": options.pop("views", 2), "policy": options.pop("policy", None)}
+        data_set, augment = options.pop("data", data), options.pop("augment", AUGMENT)
+        data_module = ImageDataModule(data_set, data_set, augment, **share)
+        options = {"dtype": "float32", **options}
+        plan = CacheOptions(tmp_path / "cache", epochs or steps * 2 / 5, "drawing", {}, **options)
         if has_frozen_part(model, engine):
             data_module.cache = feature_cache(data_module, model, engine, plan)
         if epochs:
             return [], data_module, model
-        points = Checkpointer(tmp_path / f"run_{cache}_{steps}_{start}", INFO, start and read(start))
-        log = Losses()
-        optimizer = adamw(model, lr=0.05, weight_decay=0.0)
-        settings = Settings(steps=steps, val_every=3, log_every=1)
-        fit(Experiment(model, loss, data_module, optimizer, schedule("constant"), engine, points, log, settings))
-        return log.rows, data_module, model
+        parts = {"engine": engine, "optimizer": adamw(model, lr=0.05, weight_decay=0.0)}
+        parts |= {"schedule": schedule("constant"), "start": start and read(start)}
+        folder = tmp_path / f"run_{cache}_{steps}_{start}"
+        rows = train_model(model, data_module, folder, steps=steps, val_every=3, **parts).rows
+        kept = ("step", "train/loss", "train/grad", "val/")  # the others tell of the machine
+        rows = [{key: value for key, value in row.items() if key.startswith(kept)} for row in rows]
+        return rows, data_module, model
 
     return run
 
@@ -152,27 +124,18 @@ def test_checked_crops_are_cached_and_known_by_their_masks(train, data, counted_
     assert train("disk", augment=checked)[0] == live and MEASURED < sum(counted_images) < MEASURED + 10
 
 
-def test_cached_features_are_computed_once(train, counted_images):
+def test_views_are_computed_and_their_masks_decoded_once(train, counted_images, monkeypatch):
     train("disk", steps=9)
     assert sum(counted_images) == MEASURED + 10 + 5  # two views of each of five images, and these as they are
-    counted_images.clear()
-    train("disk", steps=9)
-    assert sum(counted_images) == MEASURED
+    decoded, mask = [], PairDataset.mask
+    with monkeypatch.context() as patch:
+        patch.setattr(PairDataset, "mask", lambda data, index: decoded.append(index) or mask(data, index))
+        counted_images.clear()
+        train("disk", steps=12)
+    assert sum(counted_images) == MEASURED and sorted(decoded) == sorted([*range(5)] * 3)
     counted_images.clear()
     train("disk", steps=9, views=3)
     assert sum(counted_images) == MEASURED + 5  # the third view of each
-
-
-def test_each_view_of_a_mask_is_decoded_once(train, monkeypatch):
-    train("disk", steps=9)  # two views of each of five, and these as they are
-    opened, mask = [], PairDataset.mask
-    monkeypatch.setattr(PairDataset, "mask", lambda data, index: opened.append(index) or mask(data, index))
-    train("disk", steps=12)
-    assert sorted(opened) == sorted([*range(5)] * 3)
-
-
-def test_features_in_other_processes_are_the_same(train):
-    assert train("disk", workers=2)[0] == train("disk", workers=1)[0] == train()[0]
 
 
 def test_cached_views_are_read_in_the_main_process(train, monkeypatch):
@@ -206,18 +169,16 @@ def test_features_of_other_weights_or_preprocessing_are_not_used(train, counted_
 
 
 @pytest.fixture
-def folder(tiny_backbone, tmp_path):
+def folder(tmp_path):
     """Return a function that gives the folder for the features of a model and its settings."""
 
     def folder_of(*, augment=AUGMENT, head=LinearHead, longest=None, blocks=0, parts=(), dtype="float16", **other):
-        torch.manual_seed(0)
-        backbone = (LastBlocks(blocks) if blocks else FROZEN)(tiny_backbone())
-        engine = SimpleNamespace(
-            **{"compile": False, "precision": "fp32", "tf32": False, "device": torch.device("cpu"), **other}
-        )
-        model = SegmentationModel(backbone, head(24, 1, 3), longest=longest)
+        plain = segmenter(adapter=lambda: LastBlocks(blocks) if blocks else FROZEN)
+        settings = {"compile": False, "precision": "fp32", "tf32": False, "device": CPU, **other}
+        model = SegmentationModel(plain.backbone, head(24, 1, 3), longest=longest)
         plan = CacheOptions(tmp_path, 1.0, "", {"backbone": "b", "head": "h", **dict(parts)}, dtype=dtype)
-        return choice._open_store(False, SimpleNamespace(augment=augment), model, engine, plan).folder
+        views = SimpleNamespace(augment=augment)
+        return choice._open_store(False, views, model, SimpleNamespace(**settings), plan).folder
 
     return folder_of
 
@@ -225,15 +186,9 @@ def folder(tiny_backbone, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        *(
-            {"compile": True},
-            {"precision": "bf16"},
-            {"tf32": True},
-            {"device": torch.device("meta")},
-            {"dtype": "int8"},
-            {"longest": 9},
-        ),
-        *({"augment": Upside((24, 33))}, {"blocks": 1}, {"parts": {"backbone": "other"}}),
+        *({"compile": True}, {"precision": "bf16"}, {"tf32": True}, {"device": torch.device("meta")}),
+        *({"dtype": "int8"}, {"longest": 9}, {"augment": Upside((24, 33))}, {"blocks": 1}),
+        {"parts": {"backbone": "other"}},
     ],
 )
 def test_features_of_other_settings_have_their_own_folder(change, folder):
@@ -244,6 +199,16 @@ def test_where_a_backbone_is_cut_counts(folder, monkeypatch):
     whole = folder()
     monkeypatch.setattr(TransformersVit, "first_trained", 1)
     assert folder() != whole
+
+
+def test_head_settings_count_only_for_features_of_the_head(folder):
+    class Cut(LinearHead):
+        def forward_frozen(self, backbone, images):
+            return super().forward_frozen(backbone, images)
+
+    other = {"parts": {"head": "other"}}
+    assert folder() == folder(**other)
+    assert len({folder(), folder(head=Cut), folder(head=Cut, **other)}) == 3
 
 
 def test_unused_views_are_not_counted_in_the_cache_size(train, caplog, monkeypatch, tmp_path):
@@ -268,9 +233,8 @@ def test_image_predicted_in_windows_is_read_by_its_own_index(data):
     share = {"batch_size": 2, "seed": 0, "workers": 0, "policy": policy, "rank": 1, "world_size": 2}
     views = [SimpleNamespace(size=size) for size in ((19, 23), (1, 9))]
     cache = SimpleNamespace(eval_batches=lambda *_, **__: iter(views))
-    whole, read = ImageDataModule(data, data, AUGMENT, **share)._cached_batches(
-        cache, None, SimpleNamespace(autocast=None)
-    )
+    data_module = ImageDataModule(data, data, AUGMENT, **share)
+    whole, read = data_module._cached_batches(cache, None, SimpleNamespace(autocast=None))
     assert whole is views[0] and read.names == ["3"]
 
 
@@ -278,16 +242,6 @@ def test_ranks_of_a_machine_share_its_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(choice, "free_bytes", lambda device: 1200)
     plan = CacheOptions(tmp_path, 1.0, "", {})
     assert [choice._memory_room(plan, SimpleNamespace(world_size=world_size)) for world_size in (1, 3)] == [600, 200]
-
-
-def test_head_settings_count_only_for_features_of_the_head(folder):
-    class Cut(LinearHead):
-        def forward_frozen(self, backbone, images):
-            return super().forward_frozen(backbone, images)
-
-    other = {"parts": {"head": "other"}}
-    assert folder() == folder(**other)
-    assert len({folder(), folder(head=Cut), folder(head=Cut, **other)}) == 3
 
 
 def test_masks_go_with_images_that_a_class_of_ones_own_changes(train, data):
@@ -298,48 +252,11 @@ def test_masks_go_with_images_that_a_class_of_ones_own_changes(train, data):
         assert train("disk", views=1, steps=5, **options)[0] == live
 
 
-def test_training_continues_on_a_full_disk_and_caches_later(train, counted_images, caplog, monkeypatch):
-    live, real, left = train(steps=3)[0], store.write_all, [4]
-
-    def write(file, data):
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(file, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "write_all", write)
-        assert train("disk", steps=3)[0] == live and "the disk is full" in caplog.text
-    counted_images.clear()
-    assert train("disk", steps=3)[0] == live and sum(counted_images) == MEASURED + (6 + 5 - 4)
-    counted_images.clear()
-    assert train("disk", steps=3)[0] == live and sum(counted_images) == MEASURED
-
-
-def test_image_beyond_float16_trains_with_the_others(train, monkeypatch):
-    frozen = SegmentationModel.frozen
-
-    def large(model, images):
-        found = frozen(model, images)
-        found.tensors = [1e5 * part if images.float().mean() > 127 else part for part in found.tensors]
-        return found
-
-    monkeypatch.setattr(SegmentationModel, "frozen", large)
-    _, data_module, _ = train("memory", epochs=20, dtype="float16")
-    batches, kinds = data_module.train_batches(0), set()
-    for views in itertools.islice(batches, 5):
-        tensors = views.to(torch.device("cpu")).image.tensors
-        assert all(part.dtype == torch.float32 and part.isfinite().all() for part in tensors)
-        kinds |= {data_module.cache.store.get(view.key)[0].dtype for view in views.views}
-    assert kinds == {torch.float16, torch.bfloat16}
-
-
 def test_concurrent_trainings_share_the_cache(train, counted_images):
     feeds = [train("disk", epochs=9)[1] for _ in range(2)]
     counted_images.clear()
     for ours, theirs in itertools.islice(zip(*(data_module.train_batches(0) for data_module in feeds), strict=True), 5):
-        pairs_of = [views.to(torch.device("cpu")).image.tensors[0] for views in (ours, theirs)]
-        assert torch.equal(*pairs_of)
+        assert torch.equal(ours.to(CPU).image.tensors[0], theirs.to(CPU).image.tensors[0])
     assert sum(counted_images) == 10  # by one of the two
     assert not any(view.features is None for view in next(feeds[0].train_batches(0)).views)
 
@@ -358,17 +275,16 @@ def test_remedy_for_slow_loading_depends_on_the_source(train, data, tmp_path):
 
 @pytest.mark.parametrize("adapter", [FROZEN, LastBlocks(1)])
 def test_detail_head_trains_from_cached_features_as_live(train, counted_images, adapter):
-    def rows(*cache, **options):
+    def rows(cache="off"):
         torch.manual_seed(1)
         head = DetailHead(24, 1, 3, patch_size=8, fine=4, width=8, jitter=0.3, linear_skip=True)
-        return train(*cache, head=head, adapter=adapter, steps=3, **options)[0]
+        return train(cache, head=head, adapter=adapter, steps=3)[0]
 
     live = rows()
     for _ in range(2):
         counted_images.clear()
         assert rows("disk") == live
     assert len(counted_images) == MEASURED, "the second one reads what the first has kept"
-    assert rows("memory", dtype="int8")[0]["train/loss"] == pytest.approx(live[0]["train/loss"], rel=2e-2)
 
 
 def test_rounded_features_train_nearly_the_same(train):
@@ -385,38 +301,19 @@ def test_images_in_windows_are_not_validated_by_features(train, counted_images):
     counted_images.clear()
     assert train("memory", **windows)[0] == live
     assert sum(counted_images) == 1 + 10
-    assert not Whole(flips="horizontal").is_single_pass(None, (1, 1), None) and Whole().is_single_pass(
-        None, (1, 1), None
-    )
+    assert not Whole(flips="horizontal").is_single_pass(None, (1, 1), None)
+    assert Whole().is_single_pass(None, (1, 1), None)
 
 
 def test_batches_are_halved_where_memory_is_short(train):
-    _, data_module, _ = train("memory")
+    _, data_module, _ = train("memory", epochs=2)
     views = next(data_module.train_batches(0))
     views.views.append(views.views[0])
     parts = [part.names for part in views.split(2)]
     assert [len(part) for part in parts] == [2, 1] and sum(parts, []) == views.names
 
 
-@pytest.mark.parametrize("views", [1, 3])
-def test_views_come_again(data, views):
-    options = {"batch_size": 5, "seed": 0, "views": views}
-    batches = train_batches(data, AUGMENT, **options)
-    epochs = [next(batches) for _ in range(views + 1)]
-    drawn = [dict(zip(batch.names, batch.image, strict=True)) for batch in epochs]
-    assert all(torch.equal(drawn[0][name], drawn[views][name]) for name in drawn[0])
-    assert views == 1 or not torch.equal(drawn[0]["0"], drawn[1]["0"])
-
-
-def test_the_view_of_a_mask_alone_is_that_with_its_image(data):
-    for index in range(len(data)):
-        sample = data[index]
-        image, mask = sample["image"].permute(1, 2, 0).numpy().copy(), sample["mask"].numpy()
-        _, seen = AUGMENT(image, mask, np.random.default_rng(index))
-        assert np.array_equal(seen, AUGMENT.mask(mask, np.random.default_rng(index)))
-
-
-def test_auto_explains_why_it_trains_on_images(train, caplog, monkeypatch):
+def test_auto_explains_why_it_trains_on_images(train, caplog):
     def explain(**options):
         caplog.clear()
         with caplog.at_level(logging.INFO):
@@ -426,19 +323,14 @@ def test_auto_explains_why_it_trains_on_images(train, caplog, monkeypatch):
     assert "data.views=4 to cache 4 fixed augmentations" in explain(views=None, epochs=9)
     assert "adapter.blocks=4" in explain(adapter=Lora(2, 4), epochs=9)
     assert "repeat no view" in explain(epochs=2.0)
-    monkeypatch.setattr(choice, "_memory_room", lambda *_: 10)
-    monkeypatch.setattr(choice, "_disk_room", lambda *_: 11)
-    assert "MiB are free in memory and 0.0 MiB in files" in explain(epochs=20)
 
 
 def test_resumed_run_preserves_its_cache_choice_unless_changed(train, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     for before in ("disk", "memory"):
         assert train("auto", epochs=20, before=before)[1].cache.place == before
-        assert (
-            "Feature cache: on (engine.cache=auto), in" in caplog.text
-            and ("as at the start of this run") in caplog.text
-        )
+        assert "Feature cache: on (engine.cache=auto), in" in caplog.text
+        assert "as at the start of this run" in caplog.text
         caplog.clear()
     assert train("disk", epochs=20, before="off")[1].cache.place == "disk" and "at the start" not in caplog.text
     for before in (None, "elsewhere"):  # unknown, or of a file that somebody has written: the rule decides
@@ -458,6 +350,7 @@ def test_auto_caches_in_memory_or_else_on_disk(train, monkeypatch, caplog, memor
     assert (data_module.cache and data_module.cache.place) == place
     (line,) = (line for line in caplog.messages if line.startswith("Feature cache: "))
     assert "engine.cache=auto" in line and "as float32" in line
+    assert place or "MiB are free in memory and 0.0 MiB in files" in line
 
 
 @pytest.mark.parametrize(
@@ -469,5 +362,4 @@ def test_auto_caches_in_memory_or_else_on_disk(train, monkeypatch, caplog, memor
     ],
 )
 def test_impossible_cache_is_refused(train, options, told):
-    with pytest.raises(UserError, match=told):
-        train(**options)
+    assert_refused(lambda: train(**options), told)

@@ -2,11 +2,11 @@ import math
 
 import pytest
 from command_line import SMALL, call, write_data
+from mistakes import refusals
 from omegaconf import OmegaConf
 
 from dinoseg.experiment.builder import Builder, in_steps
 from dinoseg.training import checkpoint
-from dinoseg.utils.errors import UserError
 
 GIVEN = {"batch_size": 4, "accumulate": 2, "steps": 70, "epochs": None, "val_every": 5}
 
@@ -28,24 +28,25 @@ def test_lengths_in_steps(given, steps, val_every):
     assert in_steps(100, **GIVEN | given) == (steps, val_every)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"epochs": 0}, "trainer.epochs=0 is out of range. Give a number above 0, or null"),
-        ({"epochs": math.nan}, "trainer.epochs=nan is out of range"),
-        ({"epochs": math.inf}, "trainer.epochs=inf is out of range"),
-        ({"steps": 0}, "trainer.steps=0 is out of range. Give a whole number of at least 1, or null"),
-        ({"steps": None}, "Neither trainer.steps nor trainer.epochs is set"),
-        ({"accumulate": 0}, "trainer.accumulate=0 is out of range. Give a whole number of at least 1"),
-        ({"val_every": 0}, "trainer.val_every=0 is out of range. Give a whole number of at least 1, or null"),
-        ({"batch_size": 0}, "data.batch_size=0 is out of range. Give a whole number of at least 1"),
-    ],
-)
-def test_invalid_length_is_refused(given, message):
+def lengths(**given):
     trainer = GIVEN | given
     cfg = OmegaConf.create({"data": {"batch_size": trainer.pop("batch_size")}, "trainer": trainer})
-    with pytest.raises(UserError, match=message):
-        Builder(cfg).lengths(100)
+    return Builder(cfg).lengths(100)
+
+
+WHOLE = "is out of range. Give a whole number of at least 1"
+test_invalid_length_is_refused = refusals(
+    {
+        "no epoch": (lambda: lengths(epochs=0), "trainer.epochs=0 is out of range. Give a number above 0, or null"),
+        "NaN": (lambda: lengths(epochs=math.nan), "trainer.epochs=nan is out of range"),
+        "infinite": (lambda: lengths(epochs=math.inf), "trainer.epochs=inf is out of range"),
+        "no step": (lambda: lengths(steps=0), f"trainer.steps=0 {WHOLE}, or null"),
+        "no length": (lambda: lengths(steps=None), "Neither trainer.steps nor trainer.epochs is set"),
+        "no batch": (lambda: lengths(accumulate=0), f"trainer.accumulate=0 {WHOLE}"),
+        "no validation": (lambda: lengths(val_every=0), f"trainer.val_every=0 {WHOLE}, or null"),
+        "empty batches": (lambda: lengths(batch_size=0), f"data.batch_size=0 {WHOLE}"),
+    }
+)
 
 
 @pytest.mark.heavy
@@ -74,8 +75,7 @@ def test_length_in_epochs_is_converted_and_changed_on_resume(tmp_path):
     assert found["progress"]["step"] == 5 and found["config"]["trainer"]["epochs"] == 2.5
 
 
-@pytest.mark.parametrize("word", ["trainer.clip=-1", "trainer.steps=2.5"])
-def test_invalid_trainer_option_is_refused_before_weights(tmp_path, word):
+def test_invalid_trainer_option_is_refused_before_weights(tmp_path):
     write_data(tmp_path / "data")
-    done = call(tmp_path, "mode=train", *SMALL, "backbone.weights=nowhere.safetensors", word)
-    assert done.status == 1 and f"error: {word} is " in done.err, done.err
+    done = call(tmp_path, "mode=train", *SMALL, "backbone.weights=nowhere.safetensors", "trainer.steps=2.5")
+    assert done.status == 1 and "error: trainer.steps=2.5 is " in done.err, done.err

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from mistakes import assert_refused
 from pretended_cuda import pretended_cuda
 from test_cuda_paths import LOGGED, VALIDATION, tiny, train
 from test_mps import train_on_mps
@@ -16,7 +17,6 @@ from dinoseg.training.engine import Engine
 from dinoseg.training.loss_scale import LossScale
 from dinoseg.training.optim import clip_gradients
 from dinoseg.training.step import NonFiniteLoss
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.precision import compute_dtype
 
 CPU = torch.device("cpu")
@@ -69,12 +69,10 @@ def test_float16_step_never_waits_and_trains_like_float32(tmp_path):
 
 
 def test_an_overflow_skips_the_step_and_halves_the_scale(tmp_path):
-    start, skipped, on_mps = (
-        run(tmp_path / str(number), tiny()[0], Overflowing(*calls), steps=1, val_every=9, log_every=1)
-        for number, (run, calls) in enumerate(
-            [(train_in_fp16, (1,)), (train_in_fp16, ()), (partial(train_on_mps, precision="fp16"), (1,))]
-        )
-    )
+    settings = {"steps": 1, "val_every": 9, "log_every": 1}
+    start = train_in_fp16(tmp_path / "0", tiny()[0], Overflowing(1), **settings)
+    skipped = train_in_fp16(tmp_path / "1", tiny()[0], Overflowing(), **settings)
+    on_mps = train_on_mps(tmp_path / "2", tiny()[0], Overflowing(1), precision="fp16", **settings)
     weights = {name: value for name, value in tiny()[0].state_dict().items() if "running" not in name}
     for run in (start, on_mps):
         assert run.error is None and run.step == 1
@@ -82,11 +80,6 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(tmp_path):
     assert not all(skipped.state[name].equal(value) for name, value in weights.items())
     scale, steady = (read(tmp_path / "0" / "last.safetensors").part("loss_scale")[name] for name in ("value", "steady"))
     assert (scale, steady) == (2.0**15 / 1024, -1.0)
-
-
-def test_accumulated_batches_have_one_scale(tmp_path):
-    done = train_in_fp16(tmp_path, tiny()[0], Overflowing(4), steps=2, val_every=9, log_every=9, accumulate=2)
-    assert done.error is None and done.step == 2
 
 
 def test_repeated_infinite_loss_or_gradient_ends_the_training(tmp_path, monkeypatch):
@@ -104,12 +97,13 @@ def test_repeated_infinite_loss_or_gradient_ends_the_training(tmp_path, monkeypa
 
 
 def test_a_run_in_float16_resumes_exactly(tmp_path):
-    options = {"val_every": 2, "log_every": 2}
-    whole = train_in_fp16(tmp_path / "whole", tiny()[0], Overflowing(2), steps=4, **options)
-    train_in_fp16(tmp_path / "cut", tiny()[0], Overflowing(2), steps=2, **options)
+    options = {"val_every": 2, "log_every": 2, "accumulate": 2}  # whose batches have one scale
+    whole = train_in_fp16(tmp_path / "whole", tiny()[0], Overflowing(4), steps=4, **options)
+    train_in_fp16(tmp_path / "cut", tiny()[0], Overflowing(4), steps=2, **options)
     start = read(tmp_path / "cut" / "last.safetensors")
     assert start.part("loss_scale").keys() == {"value", "steady"}
     rest = train_in_fp16(tmp_path / "cut", tiny()[0], Overflowing(), steps=4, start=start, **options)
+    assert whole.error is None and whole.step == 4
     assert rest.error is None and all(value.equal(rest.state[name]) for name, value in whole.state.items())
     ends = [read(tmp_path / name / "last.safetensors").part("loss_scale") for name in ("whole", "cut")]
     assert ends[0] == ends[1]
@@ -117,9 +111,13 @@ def test_a_run_in_float16_resumes_exactly(tmp_path):
     assert other.error is None and not read(tmp_path / "fp32" / "last.safetensors").part("loss_scale")
 
 
-def test_the_scale_grows_after_steady_steps():
+def test_the_scale_begins_with_a_labelled_batch_and_grows_if_steady():
     scale = LossScale()
+    scale.begin(0.0, CPU)
+    scale.update(torch.tensor(False))
+    assert not scale.started and not scale.state() and scale.value.isfinite()
     scale.begin(1000.0, CPU)
+    assert scale.started and (scale.value, scale.steady) == (64.0, 0)
     for overflow, value, steady in [(True, 32.0, -1), (True, 16.0, -2), (False, 16.0, 1), (True, 8.0, -1)]:
         scale.update(torch.tensor(overflow))
         assert (scale.value, scale.steady) == (value, steady)
@@ -128,21 +126,15 @@ def test_the_scale_grows_after_steady_steps():
     assert (scale.value, scale.steady) == (16.0, 0)
 
 
-def test_the_scale_begins_with_the_first_labelled_batch():
-    scale = LossScale()
-    scale.begin(0.0, CPU)
-    scale.update(torch.tensor(False))
-    assert not scale.started and not scale.state() and scale.value.isfinite()
-    scale.begin(1000.0, CPU)
-    assert scale.started and (scale.value, scale.steady) == (64.0, 0)
-
-
-@pytest.mark.parametrize("value", [math.nan, 0.0, -1.0, 2.0**61])
-def test_a_scale_from_a_file_is_checked(value):
-    state = {"value": torch.tensor(value), "steady": torch.tensor(0.0)}
-    for wrong in (state, {"value": torch.tensor(1.0)}, {**state, "value": torch.ones(2)}):
-        with pytest.raises(UserError, match="resume=x: its loss scale is invalid"):
-            LossScale().restore(wrong, CPU, "resume=x")
+@pytest.mark.parametrize(
+    "changes",
+    [{"value": torch.tensor(value)} for value in (math.nan, 0.0, -1.0, 2.0**61)]
+    + [{"value": torch.ones(2)}, {"steady": None}],
+)
+def test_a_scale_from_a_file_is_checked(changes):
+    state = {"value": torch.tensor(1.0), "steady": torch.tensor(0.0)} | changes
+    state = {name: value for name, value in state.items() if value is not None}
+    assert_refused(lambda: LossScale().restore(state, CPU, "resume=x"), "resume=x: its loss scale is invalid")
 
 
 def test_gradients_are_clipped_once_they_are_unscaled():

@@ -1,15 +1,25 @@
+"""What the log says of a training as it goes: time left, speed, scores of its own batches; and its time limit."""
+
 import logging
+import math
 import sys
 from contextlib import closing
 from mmap import PAGESIZE, mmap
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from mistakes import assert_refused
 
+from dinoseg.core.shapes import Batch, Prediction
+from dinoseg.metrics.confusion import ConfusionMatrix
+from dinoseg.training.engine import Engine
 from dinoseg.training.meter import Meter, peak_memory, reset_peak_memory
+from dinoseg.training.tally import Tally, _centres, _subsample
 from dinoseg.training.time_limit import TimeLimit
 
-CPU = torch.device("cpu")
+CPU, ENGINE = torch.device("cpu"), Engine("cpu", "fp32", workers=0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset a process's peak")
@@ -35,74 +45,72 @@ class Clock:
         return self.now
 
 
-def meter(clock, done=0, steps=100, terminal=False, visible=True, limit=None):
-    return Meter(done, steps, 25, 8.0, CPU, visible, limit=limit, clock=clock, terminal=terminal)
+class Run:
+    """A training by a clock, with four images a step."""
 
+    def __init__(self, done=0, steps=100, terminal=False, visible=True, minutes=None):
+        self.clock = Clock()
+        limit = minutes and TimeLimit(minutes, None, clock=self.clock)
+        self.meter = Meter(done, steps, 25, 8.0, CPU, visible, limit=limit, clock=self.clock, terminal=terminal)
+        self.close, self.left, self.read = self.meter.close, self.meter.left, self.meter.read
 
-def train(running, clock, steps, seconds=1.0, waited=0.25, first=1):
-    """Take steps of four images, of which the first takes `first` times as long."""
+    def train(self, steps, seconds=1.0, waited=0.25, first=1):
+        """Take steps, of which the first takes `first` times as long."""
 
-    def batches():
-        while True:
-            clock.now += waited
-            yield None
+        def batches():
+            while True:
+                self.clock.now += waited
+                yield None
 
-    stream = running.measure_waits(batches(), lambda: "Read less.")
-    for number in range(steps):
-        next(stream)
-        clock.now += (seconds - waited) * (1 if number else first)
-        running.step(4, 0.5, 1e-4)
+        stream = self.meter.measure_waits(batches(), lambda: "Read less.")
+        for number in range(steps):
+            next(stream)
+            self.clock.now += (seconds - waited) * (1 if number else first)
+            self.meter.step(4, 0.5, 1e-4)
 
-
-def validate(running, clock, seconds):
-    with running.measure_validation():
-        clock.now += seconds
+    def validate(self, seconds):
+        with self.meter.measure_validation():
+            self.clock.now += seconds
 
 
 def test_time_left_holds_the_validations():
-    clock = Clock()
-    with closing(meter(clock)) as running:
-        train(running, clock, 20, first=10)
-        assert running.left() == "01:20 and 4 validations left"
-        train(running, clock, 5)
-        validate(running, clock, 30)
-        assert running.left() == "02:45 left"  # 75 steps and three times half a minute
-    with closing(meter(clock, done=25, steps=60)) as running:
-        train(running, clock, 11, first=10)
-        assert running.left() == "00:24 and 2 validations left"  # at steps 50 and 60
-        train(running, clock, 24)
-        assert running.left() == "00:00 left"
+    with closing(Run()) as run:
+        run.train(20, first=10)
+        assert run.left() == "01:20 and 4 validations left"
+        run.train(5)
+        run.validate(30)
+        assert run.left() == "02:45 left"  # 75 steps and three times half a minute
+    with closing(Run(done=25, steps=60)) as run:
+        run.train(11, first=10)
+        assert run.left() == "00:24 and 2 validations left"  # at steps 50 and 60
+        run.train(24)
+        assert run.left() == "00:00 left"
 
 
 def test_time_left_respects_the_time_limit():
-    clock = Clock()
-    limit = TimeLimit(1.0, None, clock=clock)
-    with closing(meter(clock, limit=limit)) as running:
-        train(running, clock, 20)
-        assert running.left() == "00:40 left"  # 80 steps and 4 validations do not fit
-        train(running, clock, 45)
-        assert running.left() == "00:00 left"
-    with closing(meter(clock, limit=TimeLimit(9.0, None, clock=clock))) as running:
-        train(running, clock, 20)
-        assert running.left() == "01:20 and 4 validations left"
+    with closing(Run(minutes=1.0)) as run:
+        run.train(20)
+        assert run.left() == "00:40 left"  # 80 steps and 4 validations do not fit
+        run.train(45)
+        assert run.left() == "00:00 left"
+    with closing(Run(minutes=9.0)) as run:
+        run.train(20)
+        assert run.left() == "01:20 and 4 validations left"
 
 
 def test_time_left_follows_the_newest_steps():
     """Those of a backbone that was frozen before take longer."""
-    clock = Clock()
-    with closing(meter(clock, steps=100)) as running:
-        train(running, clock, 20, first=10)
-        assert running.left() == "01:20 and 4 validations left"
-        train(running, clock, 40, seconds=3.0)
-        assert running.left() == "02:00 and 2 validations left"
+    with closing(Run()) as run:
+        run.train(20, first=10)
+        run.train(40, seconds=3.0)
+        assert run.left() == "02:00 and 2 validations left"
 
 
 def test_a_pipe_gets_a_line_every_ten_seconds(caplog, capsys):
-    clock = Clock()
-    with caplog.at_level(logging.INFO), closing(meter(clock)) as running:
-        train(running, clock, 41)
-        validate(running, clock, 5)
-        train(running, clock, 20)
+    with caplog.at_level(logging.INFO), closing(Run()) as run:
+        run.train(41)
+        run.validate(5)
+        run.train(20)
     lines = [line for line in caplog.messages if line.startswith("step ")]
     assert len(lines) == 6 and capsys.readouterr().err == ""
     first, last = lines[0], lines[-1]
@@ -112,18 +120,16 @@ def test_a_pipe_gets_a_line_every_ten_seconds(caplog, capsys):
 
 
 def test_slow_rates_are_logged_with_significant_digits(caplog):
-    clock = Clock()
-    with caplog.at_level(logging.INFO), closing(meter(clock)) as running:
-        train(running, clock, 3, seconds=100.0, waited=0.0)
-        running.read()
+    with caplog.at_level(logging.INFO), closing(Run()) as run:
+        run.train(3, seconds=100.0, waited=0.0)
+        run.read()
     assert caplog.messages and all("0.04 images/s" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(("terminal", "visible"), [(True, True), (True, False), (False, False)])
 def test_a_terminal_gets_a_bar_and_other_ranks_nothing(caplog, capsys, terminal, visible):
-    clock = Clock()
-    with caplog.at_level(logging.INFO), closing(meter(clock, terminal=terminal, visible=visible)) as running:
-        train(running, clock, 100)
+    with caplog.at_level(logging.INFO), closing(Run(terminal=terminal, visible=visible)) as run:
+        run.train(100)
     shown = capsys.readouterr().err
     assert not any(line.startswith("step ") for line in caplog.messages) and bool(shown) == visible
     if visible:
@@ -131,25 +137,23 @@ def test_a_terminal_gets_a_bar_and_other_ranks_nothing(caplog, capsys, terminal,
 
 
 def test_rows_measure_time_since_the_last_row_without_validation():
-    clock = Clock()
-    with closing(meter(clock)) as running:
-        train(running, clock, 5)
-        running.read()
-        train(running, clock, 2, waited=0.5)
-        validate(running, clock, 60)
-        train(running, clock, 2, seconds=0.5)
-        row = running.read()
+    with closing(Run()) as run:
+        run.train(5)
+        run.read()
+        run.train(2, waited=0.5)
+        run.validate(60)
+        run.train(2, seconds=0.5)
+        row = run.read()
     assert row["train/images_per_s"] == pytest.approx(8) and row["train/data_wait"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("waited", "warned"), [(0.02, False), (0.25, True)])
 def test_summary_has_the_waiting_share_and_a_remedy(caplog, waited, warned):
-    clock = Clock()
-    with caplog.at_level(logging.INFO), closing(meter(clock, terminal=True)) as running:
+    with caplog.at_level(logging.INFO), closing(Run(terminal=True)) as run:
         for steps, first in ((11, 50), (10, 1), (10, 1)):
-            train(running, clock, steps, waited=waited, first=first)
-            running.read()
-            validate(running, clock, 300)
+            run.train(steps, waited=waited, first=first)
+            run.read()
+            run.validate(300)
     assert caplog.messages[0] == f"trained 4.0 images/s (median), waiting for data {100 * waited:.1f}% of the time"
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == warned
@@ -157,13 +161,151 @@ def test_summary_has_the_waiting_share_and_a_remedy(caplog, waited, warned):
         assert told == ["The training spent 25% of its time waiting for data. Read less."]
 
 
-def test_hidden_ranks_and_short_runs_have_no_summary(caplog):
-    for visible, steps in ((False, 90), (True, 1), (True, 0)):
-        clock = Clock()
-        with caplog.at_level(logging.INFO), closing(meter(clock, terminal=True, visible=visible)) as running:
-            train(running, clock, steps)
+@pytest.mark.parametrize(("visible", "steps"), [(False, 90), (True, 1), (True, 0), (True, 9)])
+def test_hidden_ranks_and_short_runs_have_no_summary(caplog, visible, steps):
+    level = logging.WARNING if steps == 9 else logging.INFO  # nine steps are too short for a warning alone
+    with caplog.at_level(level), closing(Run(terminal=True, visible=visible)) as run:
+        run.train(steps)
     assert not caplog.records
+
+
+class Data:
+    classes, ignore_index = ("a", "b", "c"), 255
+
+
+def prediction_and_batch(scores, mask):
+    def to_pixels(outputs, size, valid):
+        return torch.nn.functional.interpolate(outputs, size, mode="bilinear")
+
+    batch = Batch(torch.zeros(len(mask), 3, *mask.shape[1:], dtype=torch.uint8), mask, ["x"] * len(mask))
+    return Prediction(scores, tuple(mask.shape[1:]), (1.0, 1.0), to_pixels), batch
+
+
+def test_small_images_are_counted_whole():
+    draw = torch.Generator().manual_seed(0)
+    tally, whole = Tally(Data, ENGINE), ConfusionMatrix(3)
+    for _ in range(2):
+        scores = torch.randn(2, 3, 19, 23, generator=draw, requires_grad=True)
+        mask = torch.randint(0, 3, (2, 19, 23), generator=draw).to(torch.uint8)
+        mask[:, :3] = 255
+        tally.add(*prediction_and_batch(scores, mask))
+        whole.update(scores.argmax(dim=1), mask)
+    expected = whole.compute()
+    assert tally.read() == {"train/accuracy": expected["accuracy"], "train/miou": expected["miou"]}
+
+
+def test_large_images_are_counted_at_sampled_points():
+    mask = torch.zeros(1, 540, 957, dtype=torch.uint8)
+    mask[:, 200:, 300:] = 1
+    scores = torch.nn.functional.one_hot(mask.long(), 3).permute(0, 3, 1, 2).float()
+    tally = Tally(Data, ENGINE)
+    tally.add(*prediction_and_batch(scores, mask))
+    counted = tally._counts.compute()
+    assert 0.9 * 128**2 < counted["pixels"] <= 1.03 * 128**2
+    share = counted["classes"][1]["pixels"] / counted["pixels"]
+    assert counted["accuracy"] > 0.995 and np.isclose(share, mask.float().mean(), atol=0.01)
+    assert _subsample(mask).shape == (1, 97, 171)
+    assert _centres(10, 5, torch.device("cpu")).tolist() == [1, 3, 5, 7, 9]
+
+
+def test_ignored_pixels_have_no_scores_and_unknown_classes_are_refused():
+    tally, scores = Tally(Data, ENGINE), torch.zeros(1, 3, 4, 4)
+    tally.add(*prediction_and_batch(scores, torch.full((1, 4, 4), 255, dtype=torch.uint8)))
+    assert tally.read() == {"train/accuracy": None, "train/miou": None}
+    unknown = prediction_and_batch(scores, torch.full((1, 4, 4), 7, dtype=torch.uint8))
+    assert_refused(lambda: tally.add(*unknown), "found: [7]")
+
+
+def test_tally_sums_over_ranks_and_omits_the_ignored_id():
+    class Other(Data):
+        ignore_index = 2
+
+    wrong = ConfusionMatrix(3, ignore_index=2)
+    wrong.update(torch.ones(1, 1, 8, dtype=torch.uint8), torch.zeros(1, 1, 8, dtype=torch.uint8))
+    tally = Tally(Other, SimpleNamespace(device="cpu", sum=lambda counts: counts + wrong.counts))
+    mask = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    mask[:, 2:] = 2
+    scores = torch.zeros(1, 3, 4, 4)
+    scores[:, 0] = 1
+    tally.add(*prediction_and_batch(scores, mask))
+    assert tally.read() == {"train/accuracy": 0.5, "train/miou": 0.25}
+
+
+def run_limited(step, *, planned=100, val_every=50, validation=2.0, start=0.0, begin=0.0):
+    """Run a loop of a minute by a fake clock: `step(number)` and `validation` take so many seconds.
+
+    Return the seconds, and what was done: (number of steps, steps that fit) or "validated".
+    """
     clock = Clock()
-    with caplog.at_level(logging.WARNING), closing(meter(clock, terminal=True)) as running:
-        train(running, clock, 9)  # too short to tell
-    assert not caplog.records
+    limit, done = TimeLimit(1.0, ENGINE, frozen_until=begin, clock=clock), []
+    clock.now += start
+    for number in range(planned):
+        steps = limit.fit_steps(number, planned)
+        if number >= steps:
+            break
+        clock.now += step(number) if number >= math.ceil(begin * steps) else step(number) / 2  # frozen: faster
+        done.append((number + 1, steps))
+        if (number + 1) % val_every == 0 or number + 1 == steps:
+            with limit.measure_validation():
+                clock.now += validation
+            done.append("validated")
+    return clock.now - 100, done
+
+
+def lengths_of(done):
+    """Return how many steps fit, as known at each step."""
+    return [each[1] for each in done if each != "validated"]
+
+
+def test_a_training_that_keeps_up_is_not_changed():
+    seconds, done = run_limited(lambda number: 0.5)
+    assert seconds == 54 and done[-2:] == [(100, 100), "validated"] and len(done) == 102
+    # a long validation is no part of a step
+    _, done = run_limited(lambda number: 0.4, val_every=80, validation=8.0)
+    assert done[-2:] == [(100, 100), "validated"]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda number: 1.0,
+        lambda number: 0.5 if number < 60 else 3.0,  # the machine becomes busy late
+        lambda number: 3.0 if number < 12 else 0.2,  # cached features: the first steps are the slow ones
+    ],
+)
+def test_slow_training_ends_validated_within_its_limit(step):
+    seconds, done = run_limited(step)
+    assert 50 < seconds <= 62 and done[-1] == "validated", done
+    lengths = lengths_of(done)
+    assert lengths[0] == 100 and done[-2][0] == done[-2][1]
+
+
+def test_late_training_ends_with_exactly_one_validation(caplog):
+    with caplog.at_level(logging.WARNING):
+        seconds, done = run_limited(lambda number: 70.0)
+    assert done == [(1, 100), (2, 2), "validated"] and seconds == 142
+    (message,) = caplog.messages
+    assert message.startswith("The time limit is too short for all steps: about 2 instead of 100 fit into")
+    seconds, done = run_limited(lambda number: 1.0, val_every=57, validation=4.0)
+    assert seconds == 61 and done[-2:] == [(57, 60), "validated"]
+
+
+def test_start_time_does_not_count_as_step_duration():
+    seconds, done = run_limited(lambda number: 5.0, planned=20, validation=0.0, start=0.001)
+    assert done[-2:] == [(11, 11), "validated"] and seconds == pytest.approx(55.001)
+
+
+@pytest.mark.parametrize("busy", [0, 60])  # all steps take three times as long, or those after the freeze alone
+def test_a_late_training_still_trains_the_backbone_for_its_share(busy):
+    seconds, done = run_limited(lambda number: 3.0 if number >= busy else 1.0, begin=0.4, val_every=100)
+    lengths = lengths_of(done)
+    begins = [math.ceil(0.4 * steps) for steps in lengths]
+    first = next(number for number, begin in enumerate(begins) if number >= begin)
+    assert first == begins[first] and len(lengths) - first >= 12 and 50 < seconds <= 65
+    assert all(number >= begin for number, begin in list(enumerate(begins))[first:])
+
+
+def test_the_number_of_steps_never_rises():
+    _, done = run_limited(lambda number: 1.0 if number < 49 else 0.1)
+    lengths = lengths_of(done)
+    assert lengths[0] > lengths[-1] == len(lengths) and lengths == sorted(lengths, reverse=True)

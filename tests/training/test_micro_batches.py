@@ -1,56 +1,46 @@
 import logging
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import INFO
-from log_rows import Rows
+from making import Pictures
+from small_trainings import SHORT, segmenter, train_model
 
 from dinoseg.core.shapes import Batch, ClipBatch
 from dinoseg.data.transforms import Augment
 from dinoseg.inference.memory import OutOfMemory
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.overlap import Dice
-from dinoseg.models.adapters import Full
-from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
-from dinoseg.models.model import SegmentationModel
-from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.micro_batches import MicroBatches
-from dinoseg.training.optim import adamw, schedule
 from dinoseg.training.step import BatchLoss, StepOutput
-from dinoseg.training.trainer import Experiment, Settings, fit
 
+MLP = partial(MlpHead, 24, 1, 3, 8)
 TWO = Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4), ["a", "b"])
-SHORT = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 
 
-class Noise:
+class Noise(Pictures):
     """Images of noise, labelled by chance; of some only a few pixels are labelled, or none."""
 
-    classes, palette, ignore_index = ("a", "b", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), 255
-    names = [str(number) for number in range(7)]
-
-    def __len__(self):
-        return len(self.names)
+    def __init__(self):
+        super().__init__([(17, 23)] * 7)
 
     def __getitem__(self, index):
-        draw = np.random.default_rng(index)
-        mask = draw.integers(0, 3, (17, 23)).astype(np.uint8)
-        mask[draw.random(mask.shape) < index / 6] = 255
-        image = draw.integers(0, 256, (3, 17, 23)).astype(np.uint8)
-        return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask), "name": self.names[index]}
+        sample = super().__getitem__(index)
+        sample["mask"][torch.from_numpy(np.random.default_rng(index).random((17, 23)) < index / 6)] = 255
+        return sample
 
 
 class Small(CrossEntropy):
     """A machine that holds `most` images, and fails in the forward pass, or in the backward pass behind the head."""
 
-    def __init__(self, weights, most, late):
-        super().__init__(weights)
-        self.most, self.late, self.seen, self.each_alike = most, late, [], False
+    def __init__(self, most, late, each_alike):
+        super().__init__(torch.tensor([1.0, 0.3, 2.0]))
+        self.most, self.late, self.each_alike, self.seen = most, late, each_alike, []
 
     def forward(self, prediction, batch):
         self.seen.append(list(batch.names))
@@ -70,26 +60,23 @@ class Small(CrossEntropy):
 
 
 @pytest.fixture
-def train(tiny_backbone, tmp_path):
+def train(tmp_path):
     """Train; return the gradients of the last step, the log, the loss and the model."""
 
-    def run(most=99, late=0, head=None, batch_size=5, accumulate=2, each_alike=False, **options):
-        torch.manual_seed(0)
-        model = SegmentationModel(Full()(tiny_backbone()), head or MlpHead(24, 1, 3, 8))
-        loss, gradients = Small(torch.tensor([1.0, 0.3, 2.0]), most, late), {}
-        loss.each_alike = each_alike
-        data_module = ImageDataModule(Noise(), Noise(), Augment((16, 16)), batch_size=batch_size, seed=0, workers=0)
+    def run(most=99, late=0, head=MLP, batch_size=5, each_alike=False, **options):
+        model, gradients = segmenter(head), {}
 
         class Noting(Engine):
             def optimizer_step(self, optimizer, total, weight, **given):
                 gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
                 return super().optimizer_step(optimizer, total, weight, **given)
 
-        log, engine = Rows(), Noting("cpu", "fp32", workers=0)
-        settings = Settings(**{"steps": 1, "val_every": 9, "log_every": 1, "accumulate": accumulate, **options})
-        checkpoints, optimizer = Checkpointer(tmp_path, dict(INFO)), adamw(model, lr=1e-3)
-        fit(Experiment(model, loss, data_module, optimizer, schedule(), engine, checkpoints, log, settings))
-        return SimpleNamespace(gradients=gradients, rows=log.rows, loss=loss, model=model)
+        data_module = ImageDataModule(Noise(), Noise(), Augment((16, 16)), batch_size=batch_size, seed=0, workers=0)
+        parts = {"engine": Noting("cpu", "fp32", workers=0), "loss": Small(most, late, each_alike), "lr": 1e-3}
+        settings = {"steps": 1, "val_every": 9, "accumulate": 2, **options}
+        done = train_model(model, data_module, tmp_path, **parts, **settings)
+        done.gradients = gradients
+        return done
 
     return run
 
@@ -111,11 +98,8 @@ def test_a_step_is_over_the_same_images_in_parts_that_fit(train, most, late, cap
     assert [name for names in step[-{3: 4, 2: 8, 1: 10}[most] :] for name in names] == sum(whole.loss.seen[:2], [])
     for key in ("train/loss", "train/gradient_norm", "train/miou", "train/accuracy"):
         assert parted.rows[0][key] == pytest.approx(whole.rows[0][key], rel=1e-5), key
-    assert (
-        "a batch of 5 samples" in caplog.text
-        and "into 2 micro-batches" in caplog.text
-        and "\n" not in caplog.messages[0]
-    )
+    said = caplog.messages[0]
+    assert "a batch of 5 samples" in caplog.text and "into 2 micro-batches" in caplog.text and "\n" not in said
 
 
 def test_later_steps_reuse_the_found_split(train, caplog):
@@ -134,23 +118,20 @@ def test_split_batches_preserve_the_minimum_size_of_the_head(train):
     class Two(MlpHead):
         min_batch_size = 2
 
-    train(2, head=Two(24, 1, 3, 8), batch_size=4)
+    train(2, head=partial(Two, 24, 1, 3, 8), batch_size=4)
     with pytest.raises(OutOfMemory, match="on a batch of 3 samples"):
-        train(2, head=Two(24, 1, 3, 8), batch_size=5)
+        train(2, head=partial(Two, 24, 1, 3, 8), batch_size=5)
 
 
 def test_running_means_are_those_of_the_completed_step(train):
-    short = train(4, late=2, accumulate=1, head=LinearHead(24, 1, 3)).model.head.state_dict()
+    short = train(4, late=2, accumulate=1, head=None).model.head.state_dict()
     name = next(name for name in short if name.endswith("num_batches_tracked"))
     assert short[name] == 2
 
 
-def engine_of(world_size):
-    return SimpleNamespace(world_size=world_size, device=torch.device("cpu"))
-
-
-def micro_batches(engine=engine_of(1), loss=None, undo=lambda: None):  # noqa: B008
+def micro_batches(loss=None, undo=lambda: None, world_size=1):
     """Return the micro-batches of steps of one batch."""
+    engine = SimpleNamespace(world_size=world_size, device=torch.device("cpu"))
     return MicroBatches(engine, loss or CrossEntropy(torch.ones(2)), 1, 1, undo=undo)
 
 
@@ -177,7 +158,7 @@ def test_other_errors_pass_and_several_ranks_get_a_remedy():
 
         return work
 
-    micro, batch = micro_batches(engine_of(2)), ClipBatch(torch.zeros(4, 2, 3, 8, 8), list("abcd"))
+    micro, batch = micro_batches(world_size=2), ClipBatch(torch.zeros(4, 2, 3, 8, 8), list("abcd"))
     with pytest.raises(RuntimeError, match="size mismatch"):
         run(micro, fail(RuntimeError("size mismatch")), batch)
     with pytest.raises(OutOfMemory, match="Set a smaller data.batch_size with more trainer.accumulate"):
@@ -209,9 +190,8 @@ def test_random_draws_are_those_of_a_step_that_began_in_parts():
 @pytest.mark.parametrize("sums", [False, True])
 def test_split_warning_names_affected_statistics(sums, caplog):
     run(micro_batches(loss=Dice(torch.ones(2)) if sums else None), only_one_sample, TWO)
-    assert ("the loss its sums" in caplog.text) == sums and (
-        "BatchNorm computes its statistics per micro-batch"
-    ) in caplog.text
+    assert ("the loss its sums" in caplog.text) == sums
+    assert "BatchNorm computes its statistics per micro-batch" in caplog.text
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])

@@ -1,8 +1,11 @@
 import math
+import re
 
 import pytest
 import torch
+from mistakes import refusals
 from omegaconf import OmegaConf
+from small_trainings import segmenter
 from tiny_parts import BACKBONES, tiny_node
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,10 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dinoseg.config.nodes import instantiate
 from dinoseg.models.adapters import Full, Lora
 from dinoseg.models.backbones.rgb import RgbBackbone
+from dinoseg.models.backbones.timm_backbone import TimmBackbone
 from dinoseg.models.backbones.transformers_vit import TransformersVit
+from dinoseg.models.heads.cnn import CnnHead
+from dinoseg.models.heads.detail import DetailHead
+from dinoseg.models.heads.dpt import DptHead
 from dinoseg.models.heads.eomt import EomtHead
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mask2former.head import Mask2FormerHead
+from dinoseg.models.heads.mlp import MlpHead
+from dinoseg.models.heads.slots.head import SlotHead
+from dinoseg.models.heads.upernet import UperNetHead
 from dinoseg.models.model import SegmentationModel
 from dinoseg.training.optim import (
     MovingAverage,
@@ -24,7 +34,6 @@ from dinoseg.training.optim import (
     set_learning_rates,
     warn_of_long_warmup,
 )
-from dinoseg.utils.errors import UserError
 
 
 def smallest():
@@ -35,18 +44,15 @@ def rates(groups):
     return {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]}
 
 
-def test_each_trainable_parameter_is_in_exactly_one_group(tiny_backbone):
-    model = SegmentationModel(Full()(tiny_backbone()), LinearHead(24, 1, 3))
-    groups = parameter_groups(model, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+def test_rates_and_decay_by_place():
+    model = segmenter()
+    groups = parameter_groups(model, lr=1.0, weight_decay=0.1, backbone_lr_scale=0.2, layer_decay=0.5)
+    # each trainable parameter is in exactly one group
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
     parameters = [id(p) for group in groups for p in group["params"]]
     assert len(set(parameters)) == len(parameters) == len(names)
-
-
-def test_rates_and_decay_by_place(tiny_backbone):
-    model = SegmentationModel(Full()(tiny_backbone()), LinearHead(24, 1, 3))
-    found = rates(parameter_groups(model, lr=1.0, weight_decay=0.1, backbone_lr_scale=0.2, layer_decay=0.5))
+    found = rates(groups)
     assert found["head.classify.weight"] == (1.0, 0.1)
     assert found["head.classify.bias"] == found["head.norm.weight"] == (1.0, 0.0)
     last = next(name for name in found if ".layer.1." in name and name.endswith("q_proj.weight"))
@@ -77,75 +83,44 @@ def test_rates_rise_from_the_image_to_the_head(name):
     assert all(rate == lowest for rate in by_id.values() if rate != 1.0)
 
 
-def test_embeddings_are_not_decayed():
-    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 1, "image_size": 28}
-    backbone = TransformersVit("dinov2", small, "random", 14, layers=(0, 0, 1, 1))
-    for head in (
-        Mask2FormerHead(64, 4, 2, hidden_dim=64, num_queries=5, feedforward_dim=32),
-        EomtHead(64, 4, 2, patch_size=14, num_queries=5, blocks=1),
-    ):
-        found = rates(parameter_groups(SegmentationModel(Full()(backbone), head), lr=1.0, weight_decay=0.1))
-        decayed = {name for name, (_, decay) in found.items() if decay}
-        free = ("query_feat", "query_embed", "level_embed", "level_encoding", "queries", "position_embeddings", "token")
-        assert any("q_proj" in name for name in decayed) and any(name.startswith("head.") for name in decayed)
-        assert not [name for name in decayed if any(part in name for part in free)]
-        assert [name for name in found if "quer" in name]
-
-
-def test_lora_matrices_are_found(tiny_backbone):
-    model = SegmentationModel(Lora(rank=2, alpha=2)(tiny_backbone()), LinearHead(24, 1, 3))
+def test_lora_matrices_are_found():
+    model = segmenter(adapter=lambda: Lora(rank=2, alpha=2))
     found = rates(parameter_groups(model, lr=1.0, weight_decay=0.1, backbone_lr_scale=0.5))
     assert all(value == (0.5, 0.1) for name, value in found.items() if ".lora_" in name)
     assert sum(".lora_" in name for name in found) == 16
 
 
-@pytest.mark.parametrize("kind", ["constant", "cosine", "poly", "exponential"])
-@pytest.mark.parametrize("warmup", [0, 5])
-def test_schedules_rise_then_fall_to_their_floor(kind, warmup):
-    factor = schedule(kind, warmup=warmup, min_lr_ratio=0.1, power=0.9)
-    values = [factor(step, 50) for step in range(51)]
-    assert values[warmup] == pytest.approx(1.0)
-    assert values[:warmup] == sorted(values[:warmup]) and all(0 < value < 1 for value in values[:warmup])
-    assert values[warmup:] == sorted(values[warmup:], reverse=True)
-    assert values[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)
-
-
-def test_schedule_formulas_at_the_middle():
-    assert schedule("cosine")(25, 50) == pytest.approx(0.5)
-    assert schedule("poly", power=2.0)(25, 50) == pytest.approx(0.25)
-    assert schedule("exponential", min_lr_ratio=0.25)(25, 50) == pytest.approx(0.5)
-    assert schedule("cosine")(0, 1) == 1.0
-
-
-def test_warmup_is_a_share_of_the_length():
+def test_warmup_is_a_share_of_the_length_or_whole_steps():
     for steps, rise in ((50, 5), (2000, 200), (3, 0)):
         values = [schedule("constant", warmup=0.1)(step, steps) for step in range(steps)]
         assert values == pytest.approx([(step + 1) / (rise + 1) for step in range(rise)] + [1.0] * (steps - rise))
-
-
-def test_a_whole_warmup_is_a_number_of_steps():
     found = [schedule("constant", warmup=4)(step, 9) for step in range(6)]
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert schedule("cosine", warmup=4)(7, 20) == 0.5 * (1 + math.cos(math.pi * 3 / 16))
+    assert math.isfinite(schedule("cosine", warmup=10)(3, 5))
 
 
-@pytest.mark.parametrize("warmup", [1.0, 50.5])
-def test_warmup_that_is_neither_share_nor_steps_is_refused(warmup):
-    for key in ("warmup", "backbone_warmup"):
-        with pytest.raises(UserError, match=f"schedule.{key}={warmup}: give a share of the steps from 0 to below 1"):
-            schedule(**{key: warmup})
+SHARE = "give a share of the steps from 0 to below 1"
+test_message_names_value_and_remedy = refusals(
+    {
+        "a warm-up of all steps": (lambda: schedule(warmup=1.0), f"schedule.warmup=1.0: {SHARE}"),
+        "half a step": (lambda: schedule(backbone_warmup=50.5), f"schedule.backbone_warmup=50.5: {SHARE}"),
+        "no learning rate": (lambda: adamw(segmenter()), "lr is not set"),
+        "no trained part": (
+            lambda: parameter_groups(smallest().requires_grad_(False), lr=1.0, weight_decay=0.0),
+            "Nothing is trainable",
+        ),
+        "a decay to 0": (
+            lambda: schedule("exponential"),
+            "min_lr_ratio=0: kind=exponential never reaches 0. Give the final share",
+        ),
+    }
+)
 
 
 def test_a_warmup_that_leaves_less_than_a_fifth_is_reported(caplog):
-    for steps, warmup, backbone_warmup in (
-        (50, 0.1, 0),
-        (50, 0, 0),
-        (1, 0, 0),
-        (3, 0.05, 0),
-        (100, 80, 0),
-        (100, 5, 75),
-    ):
-        warn_of_long_warmup(steps, warmup, backbone_warmup)
+    for given in ((50, 0.1, 0), (50, 0, 0), (1, 0, 0), (3, 0.05, 0), (100, 80, 0), (100, 5, 75)):
+        warn_of_long_warmup(*given)
     assert not caplog.messages
     warn_of_long_warmup(50, 2000)
     assert "rises for 2000 steps of a training of 50" in caplog.text
@@ -158,8 +133,8 @@ def test_a_warmup_that_leaves_less_than_a_fifth_is_reported(caplog):
     assert "rises for 81 steps" in caplog.text and "Set optim.schedule.backbone_warmup to" in caplog.text
 
 
-def test_head_and_backbone_have_own_rates_unless_one_is_set(tiny_backbone):
-    model = SegmentationModel(Full()(tiny_backbone()), LinearHead(24, 1, 3))
+def test_head_and_backbone_have_own_rates_unless_one_is_set():
+    model = segmenter()
 
     def find_rates(**given):
         optimizer = adamw(model, weight_decay=0.0, **given)
@@ -169,8 +144,6 @@ def test_head_and_backbone_have_own_rates_unless_one_is_set(tiny_backbone):
     assert find_rates(head_lr=0.5, backbone_lr=0.25, backbone_lr_scale=0.5) == {("head", 0.5), ("backbone", 0.125)}
     assert find_rates(lr=1.0, head_lr=0.5, backbone_lr=0.25) == {("head", 1.0), ("backbone", 1.0)}
     assert find_rates(lr=1.0, backbone_lr_scale=0.5) == {("head", 1.0), ("backbone", 0.5)}
-    with pytest.raises(UserError, match="lr is not set"):
-        adamw(model)
 
 
 def test_set_learning_rates_scales_every_group():
@@ -194,28 +167,6 @@ def test_delayed_modules_start_at_zero_and_warm_up_linearly(monkeypatch):
         assert rate == pytest.approx(0.05 * risen)
         assert {group["lr"] for group in optimizer.param_groups if not group["start"]} == {0.05}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
-
-
-def test_moving_average_follows_its_formula_and_swaps_back():
-    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
-    average = MovingAverage([("w", weight)], decay=0.9)
-    with torch.no_grad():
-        weight += 1
-    average.update(step=1000)
-    torch.testing.assert_close(average.average["w"], torch.tensor([1.1, 2.1]))
-    with average.use_average():
-        torch.testing.assert_close(weight.data, torch.tensor([1.1, 2.1]))
-    torch.testing.assert_close(weight.data, torch.tensor([2.0, 3.0]))
-
-
-def test_moving_average_forgets_the_initial_weights_soon():
-    weight = nn.Parameter(torch.zeros(1))
-    average = MovingAverage([("w", weight)], decay=0.999)
-    with torch.no_grad():
-        weight += 1
-    for step in range(100):
-        average.update(step)
-    assert average.average["w"].item() > 0.999
 
 
 class Calls(TorchDispatchMode):
@@ -302,9 +253,83 @@ def test_fused_adamw_equals_single_operations(dtype):
         torch.testing.assert_close(one, two)
 
 
-def test_other_bad_input_is_refused():
-    with pytest.raises(UserError, match="Nothing is trainable"):
-        parameter_groups(smallest().requires_grad_(False), lr=1.0, weight_decay=0.0)
-    with pytest.raises(UserError, match="min_lr_ratio=0: kind=exponential never reaches 0. Give the final share"):
-        schedule("exponential")
-    assert math.isfinite(schedule("cosine", warmup=10)(3, 5))
+# by timm model: names of its own parameters that are neither weights nor biases, and of the linear layers and
+# convolutions that timm's `no_weight_decay` exempts
+EXEMPT = {
+    "swin_tiny_patch4_window7_224": ({"relative_position_bias_table"}, ""),
+    "swinv2_tiny_window8_256": ({"logit_scale", "q_bias", "v_bias"}, "cpb_mlp"),
+    "samvit_base_patch16": ({"pos_embed", "rel_pos_h", "rel_pos_w"}, ""),
+    "tiny_vit_5m_224": ({"attention_biases"}, ""),
+    "fastvit_t8": ({"gamma"}, ""),
+    "xcit_nano_12_p16_224": ({"gamma1", "gamma2", "gamma3", "temperature"}, "pos_embed"),
+}
+
+
+def decay_of(model):
+    return {name: decay for name, (_, decay) in rates(parameter_groups(model, lr=1.0, weight_decay=0.1)).items()}
+
+
+def leaf_names(model):
+    """Yield each trained parameter with its name, its module and its name within it."""
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        if parameter.requires_grad:
+            yield name, model.get_submodule(module), leaf, parameter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXEMPT)
+def test_weight_decay_of_timm_models_is_by_meaning(name):
+    """Weights of convolutions and linear layers are decayed; norms, positions, scales and temperatures are not."""
+    backbone = Full()(TimmBackbone(name, "random", None))
+    own, exempt = EXEMPT[name]
+    model = SegmentationModel(backbone, LinearHead(backbone.dim, 1, 2))
+    found = decay_of(model)
+    assert {leaf for _, _, leaf, _ in leaf_names(model)} - {"weight", "bias"} == own
+    for full, module, leaf, parameter in leaf_names(model):
+        is_norm = "Norm" in type(module).__name__
+        decays = leaf == "weight" and not is_norm and not (exempt and f".{exempt}." in full)
+        assert found[full] == (0.1 if decays else 0.0), (full, tuple(parameter.shape))
+    assert not exempt or any(f".{exempt}." in full and leaf == "weight" for full, _, leaf, _ in leaf_names(model))
+
+
+SLOTS = {"num_slots": 3, "slot_dim": 16, "hidden_dim": 32, "decoder_dim": 24, "positions_grid": [4, 4]}
+HEADS = {
+    "linear": lambda: LinearHead(64, 4, 2),
+    "mlp": lambda: MlpHead(64, 4, 2, 8),
+    "cnn": lambda: CnnHead(64, 4, 2, 14, channels=16),
+    "dpt": lambda: DptHead(64, 4, 2),
+    "upernet": lambda: UperNetHead(64, 4, 2, 16),
+    "detail": lambda: DetailHead(64, 4, 2, 14),
+    "eomt": lambda: EomtHead(64, 4, 2, patch_size=14, num_queries=5, blocks=1),
+    "mask2former": lambda: Mask2FormerHead(64, 4, 2, hidden_dim=64, num_queries=5, feedforward_dim=32),
+    "slots": lambda: SlotHead(64, 1, predictor="savi", decoder="mlp", **SLOTS),
+    "slot_contrast": lambda: SlotHead(64, 1, slot_init="learned", predictor="transformer", token_mlp=True, **SLOTS),
+    "videosaur": lambda: SlotHead(
+        64, 1, decoder="slot_mixer", positions="added", mixer_blocks=1, similarity=True, **SLOTS
+    ),
+}
+
+
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 1, "image_size": 28}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_weight_decay_of_heads_is_by_meaning(head):
+    vectors = (
+        r"queries|query_\w+|level_\w+|learned_slots|mean|log_variance|table|\w*tokens?|position_embeddings|lambda1"
+    )
+    backbone = TransformersVit("dinov2", TINY, "random", 14, layers=(0, 0, 1, 1))
+    model = SegmentationModel(Full()(backbone), HEADS[head]())
+    found = decay_of(model)
+    for name, module, leaf, _ in leaf_names(model):
+        is_exempt = "Norm" in type(module).__name__ or "bias" in leaf or re.search(rf"\.({vectors})(\.weight)?$", name)
+        assert found[name] == (0.0 if is_exempt else 0.1), name
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm((3, 4)), nn.RMSNorm((3, 4)), nn.Embedding(3, 4)])
+def test_norms_and_embeddings_of_two_axes_are_not_decayed(module):
+    model = smallest()
+    model.head.part = module
+    found = decay_of(model)
+    assert module.weight.ndim == 2 and found["head.part.weight"] == 0.0 and found["head.classify.weight"] == 0.1

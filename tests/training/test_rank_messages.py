@@ -1,5 +1,6 @@
-"""Exchange of values between ranks: plain data over loopback, never pickles."""
+"""Exchange of values between ranks: texts before they have a process group, then plain data over loopback."""
 
+import itertools
 import os
 import pickle
 import socket
@@ -7,15 +8,21 @@ import subprocess
 import sys
 from collections import namedtuple
 from contextlib import ExitStack
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import psutil
 import pytest
+import torch
+from mistakes import assert_refused
 from omegaconf import OmegaConf
 from safetensors.numpy import save
 
 from dinoseg.cli.ranks import listen_on_loopback, run_ranks
+from dinoseg.training import rendezvous
 from dinoseg.training.rank_messages import decode_message, encode_message
 from dinoseg.utils.errors import UserError
 
@@ -43,57 +50,68 @@ def meet_and_exchange(cfg, *, out_dir):
     return {"addresses": addresses, "rows": received, "chosen": chosen, "decided": decided, "rank": os.environ["RANK"]}
 
 
+def set_other_interface(patch):
+    """Let the machine's settings name another interface than loopback, if there is one."""
+    others = [name for name in psutil.net_if_addrs() if not name.startswith("lo")]
+    if others:
+        patch.setenv("GLOO_SOCKET_IFNAME", others[0])
+
+
 @pytest.fixture(scope="module")
 def exchanged_report(tmp_path_factory):
     """Return what rank 0 of two local ranks reports, on a machine whose settings name another interface."""
     node = {"_target_": "test_rank_messages.meet_and_exchange", "_partial_": True, "keeps_folder": False}
-    others = [name for name in psutil.net_if_addrs() if not name.startswith("lo")]
+    job = OmegaConf.create({"mode": node, "choices": {"mode": "test"}})
     with pytest.MonkeyPatch.context() as patch:
-        if others:
-            patch.setenv("GLOO_SOCKET_IFNAME", others[0])
-        return run_ranks(
-            OmegaConf.create({"mode": node, "choices": {"mode": "test"}}), tmp_path_factory.mktemp("run"), 2
-        )
+        set_other_interface(patch)
+        return run_ranks(job, tmp_path_factory.mktemp("run"), 2)
 
 
 def test_local_ranks_listen_on_loopback_only(exchanged_report):
     assert len(exchanged_report["addresses"]) >= 2 and {*exchanged_report["addresses"]} == {"127.0.0.1"}
 
 
-BY_HAND = """
-from dinoseg.cli.ranks import listen_on_loopback
-from test_rank_messages import meet_and_exchange
-listen_on_loopback()
-report = meet_and_exchange(None, out_dir=None)
-print(*report["addresses"])
-"""
+def test_ranks_exchange_values(exchanged_report):
+    assert exchanged_report["rows"] == [[0, {"0": [0]}], [1, {"1": [1] * 10}]]
+    assert (exchanged_report["chosen"], exchanged_report["decided"]) == ("first", [0, [0.5, None]])
 
 
-def test_ranks_started_by_hand_listen_on_loopback_only():
+def refuse():
+    raise UserError("no such folder")
+
+
+def share_and_exchange():
+    """Share two texts and an error of rank 0, then meet: print what this rank has received."""
+    rank = os.environ["RANK"]
+    listen_on_loopback()
+    for text in (lambda: f"first of {rank}", lambda: f"second of {rank}", refuse):
+        try:
+            print(rendezvous.share_from_rank0(text, connect=300, wait=300))
+        except UserError as error:
+            print(error)
+    print(*{*meet_and_exchange(None, out_dir=None)["addresses"]}, flush=True)
+
+
+@pytest.mark.heavy
+def test_ranks_started_by_hand_listen_on_loopback_only(monkeypatch):
+    """They also get the texts and the errors of rank 0 before they meet."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+    set_other_interface(monkeypatch)
     ours = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    others = [name for name in psutil.net_if_addrs() if not name.startswith("lo")]
-    if others:
-        ours["GLOO_SOCKET_IFNAME"] = others[0]
     ours["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, "-c", BY_HAND]
+    command = [sys.executable, "-c", "import test_rank_messages; test_rank_messages.share_and_exchange()"]
     with ExitStack() as stack:
-        ranks = [
-            stack.enter_context(
-                subprocess.Popen(
-                    command,
-                    env=os.environ | ours | {"RANK": rank, "LOCAL_RANK": rank},
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for rank in "01"
-        ]
-        printed = ranks[0].communicate()[0].split()
+        ranks = []
+        for rank in "01":
+            env = os.environ | ours | {"RANK": rank, "LOCAL_RANK": rank}
+            started = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+            ranks.append(stack.enter_context(started))
+        printed = [ranks[0].communicate()[0]]
         if ranks[0].returncode != 0:
             ranks[1].kill()  # which would wait for the store
-    assert {*printed} == {"127.0.0.1"} and len(printed) >= 2
+        printed.append(ranks[1].communicate()[0])
+    assert printed == ["first of 0\nsecond of 0\nno such folder\n127.0.0.1\n"] * 2
 
 
 def test_only_127_0_0_1_states_that_all_ranks_are_local(monkeypatch):
@@ -116,13 +134,7 @@ def test_taken_port_of_rank_0_is_an_error(monkeypatch):
             monkeypatch.delenv(name, raising=False)
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             monkeypatch.setenv(name, "")  # restored afterwards
-        with pytest.raises(UserError, match=f"MASTER_PORT={port}"):
-            listen_on_loopback()
-
-
-def test_ranks_exchange_values(exchanged_report):
-    assert exchanged_report["rows"] == [[0, {"0": [0]}], [1, {"1": [1] * 10}]]
-    assert (exchanged_report["chosen"], exchanged_report["decided"]) == ("first", [0, [0.5, None]])
+        assert_refused(listen_on_loopback, f"MASTER_PORT={port}")
 
 
 def test_messages_keep_types_and_arrays():
@@ -140,11 +152,54 @@ def test_messages_keep_types_and_arrays():
 
 @pytest.mark.parametrize("value", [{1}, b"", Pair(1, 2), object(), np.array([{}]), [Pair]])
 def test_messages_refuse_other_types(value):
-    with pytest.raises(TypeError, match="ranks exchange"):
-        encode_message(value)
+    assert_refused(lambda: encode_message(value), "ranks exchange", error=TypeError)
 
 
 @pytest.mark.parametrize("content", [pickle.dumps([1]), b"", b"\0" * 8, b"\xff" * 64, NESTED])
 def test_foreign_messages_are_refused(content):
-    with pytest.raises(UserError, match="not a message of a rank"):
-        decode_message(content)
+    assert_refused(lambda: decode_message(content), "not a message of a rank")
+
+
+@pytest.mark.parametrize(("decide", "text"), [(lambda: "text", "text"), (refuse, "refused: no such folder")])
+def test_rank_0_waits_until_its_text_or_error_is_read(monkeypatch, decide, text):
+    store, received = torch.distributed.HashStore(), []
+    ranks = iter([0, 1])
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, next(ranks), 2)]))
+    monkeypatch.setattr(rendezvous, "_numbers", itertools.repeat(0))
+
+    def share():
+        try:
+            received.append(rendezvous.share_from_rank0(decide, connect=300, wait=300))
+        except UserError as error:
+            received.append(f"refused: {error}")
+
+    first = Thread(target=share)
+    first.start()
+    store.get("start_None/text_0")  # waits for it
+    first.join(1)  # the store would end with the process of rank 0
+    assert first.is_alive()
+    share()
+    first.join()
+    assert received == [text, text]
+
+
+def test_rank_that_gets_no_text_names_address_and_remedy(monkeypatch):
+    store = torch.distributed.HashStore()
+    store.set_timeout(timedelta(seconds=0.1))
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host7", "MASTER_PORT": "29"}.items():
+        monkeypatch.setenv(name, value)
+    words = ("Rank 1 of 2 ", "host7:29", "engine.rendezvous_timeout")
+    decide = partial(pytest.fail, "only rank 0 decides")
+    assert_refused(lambda: rendezvous.share_from_rank0(decide, connect=1, wait=0.01), *words)
+    assert store.timeout == timedelta(seconds=0.01)
+
+
+def test_restarted_ranks_read_nothing_of_dead_ones(monkeypatch):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    rendezvous.open_store(1)[0].set("address", "of a dead rank")
+    assert rendezvous.open_store(1)[0].check(["address"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not rendezvous.open_store(1)[0].check(["address"])

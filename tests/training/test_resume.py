@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if nothing had happened: the same bytes."""
+"""A run that was killed goes on as if nothing had happened: the same bytes, also on ranks that others start."""
 
 import json
 import os
@@ -14,20 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import call
+from command_line import SMALL, call
+from small_trainings import values_of, without_timings
 
 from dinoseg.training import checkpoint
 from dinoseg.training.optim import schedule
 from dinoseg.utils.images import write_png
 
-SMALL = [
-    "backbone=tiny",
-    "backbone.patch_size=8",
-    "backbone.arch.hidden_size=24",
-    "backbone.arch.num_hidden_layers=2",
-    "backbone.arch.num_attention_heads=3",
-    "backbone.arch.intermediate_size=48",
-]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +29,9 @@ def data(tmp_path_factory):
     draw, folder = np.random.default_rng(0), tmp_path_factory.mktemp("pictures")
     for split, count in (("train", 7), ("val", 3)):
         for number in range(count):
-            for kind, pixels in (
-                ("images", draw.integers(0, 256, (30, 44, 3))),
-                ("masks", draw.integers(0, 3, (30, 44))),
-            ):
-                write_png(folder / split / kind / f"{number}.png", pixels.astype(np.uint8))
+            pixels = {"images": draw.integers(0, 256, (30, 44, 3)), "masks": draw.integers(0, 3, (30, 44))}
+            for kind, values in pixels.items():
+                write_png(folder / split / kind / f"{number}.png", values.astype(np.uint8))
     return folder
 
 
@@ -59,11 +51,10 @@ def copy(whole, tmp_path):
 
 def train(data, *overrides, workers=0):
     return [
-        *("mode=train", "data=folder", f"data.root={data}", "adapter=lora", "adapter.rank=2"),
-        *("data.classes=[a,b,c]", "data.batch_size=3", "resolution.crop=[24,32]", "engine=cpu"),
-        *("head=mlp", "loss.weights=inverse", f"engine.workers={workers}"),
+        *("mode=train", *SMALL, f"data.root={data}", "adapter=lora", "adapter.rank=2", "data.classes=[a,b,c]"),
+        *("data.batch_size=3", "resolution.crop=[24,32]", "head=mlp", "loss.weights=inverse"),
         *("trainer.steps=20", "trainer.val_every=8", "trainer.save_every=7", "trainer.log_every=1", "trainer.ema=0.9"),
-        *("trainer.accumulate=2", "mode.metrics_only=true", *SMALL, *overrides),
+        *("trainer.accumulate=2", "mode.metrics_only=true", f"engine.workers={workers}", *overrides),
     ]
 
 
@@ -80,11 +71,8 @@ def newest(where: Path, kind="train") -> Path:
     return max((where / "outputs/base").glob(f"{kind}_*"), key=lambda path: path.stat().st_mtime)
 
 
-def without_timings(path: Path) -> list[dict]:
-    """Return the rows without what tells of the machine."""
-    timed = {"train/images_per_s", "train/data_wait", "train/memory_gib"}
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+def rows_of(folder: Path) -> list[dict]:
+    return without_timings(map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
 
 
 def scores(folder: Path) -> str:
@@ -93,13 +81,8 @@ def scores(folder: Path) -> str:
 
 def kill_at(where: Path, step: int, *arguments) -> Path:
     """Start a run, and kill it with SIGKILL once `last` stands at `step`; return its folder."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dinoseg", *arguments],
-        cwd=where,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-m", "dinoseg", *arguments], cwd=where, **silent)
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         found = list((where / "outputs/base").glob("train_*/checkpoints/last.safetensors"))
@@ -120,7 +103,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(data, whole, tm
     assert 7 <= stood_at < 20
     run_checked(tmp_path, *train(data, "resume=auto"))
     assert len(list((tmp_path / "outputs/base").glob("train_*"))) == 1, "it goes on in its own folder"
-    first, second = (without_timings(path / "metrics.jsonl") for path in (whole, folder))
+    first, second = rows_of(whole), rows_of(folder)
     odd = next((pair for pair in zip(first, second, strict=True) if pair[0] != pair[1]), None)
     assert odd is None and sum("train/miou" in row for row in first) == 20
     for name in ("last", "best"):
@@ -143,19 +126,18 @@ def test_torchrun_ranks_resume_a_single_run_and_score_the_same(data, tmp_path):
     arguments = ("data.batch_size=4", "trainer.save_every=2", "optim.schedule.warmup=0")
     run_checked(tmp_path, *train(data, *arguments, "trainer.steps=2"))
     run = newest(tmp_path)
-    first = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    command = [*launcher, "-m", "dinoseg", *train(data, *arguments, "trainer.steps=6", f"resume={run}")]
+    first = rows_of(run)
+    command = [*TORCHRUN, "-m", "dinoseg", *train(data, *arguments, "trainer.steps=6", f"resume={run}")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "outputs/base").glob("train_*")) == [run]
     assert checkpoint.read(run / "checkpoints/last.safetensors").info["progress"]["step"] == 6
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines[: len(first)]] == first
-    rates = [row["train/lr"] for row in map(json.loads, lines[len(first) :]) if "train/lr" in row]
+    rows = rows_of(run)
+    assert rows[: len(first)] == first
+    rates = values_of(rows[len(first) :], "train/lr")
     expected = [1e-3 * schedule(warmup=0)(step, 6) for step in range(2, 6)]
     assert rates == pytest.approx(expected), "two ranks, one schedule"
-    done = subprocess.run([*launcher, "-m", "dinoseg", *evaluate(run)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*TORCHRUN, "-m", "dinoseg", *evaluate(run)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     written = list((tmp_path / "outputs/base").glob("eval_*/scores.json"))
     assert len(written) == 1 and written[0].read_text() == scores(run)
@@ -180,9 +162,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(data, copy, tmp_path):
     longer = train(data, "trainer.steps=23", "trainer.save_every=1", f"resume={copy}")
     with files_of_at_most(len(before) // 2):
         failed = call(tmp_path, *longer)
-    assert failed.status == 1
+    assert failed.status == 1 and "Traceback" not in failed.err
     assert "could not be written" in failed.err and "MiB are free" in failed.err
-    assert "Traceback" not in failed.err
     assert last.read_bytes() == before
     assert not list(copy.glob("checkpoints/.*"))
     run_checked(tmp_path, *longer)
@@ -192,8 +173,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(data, copy, tmp_path):
 def test_a_non_finite_loss_stops_and_names_step_and_samples(data, tmp_path):
     words = ("optim.optimizer.lr=100", "optim.optimizer.weight_decay=1e12", "optim.schedule.kind=constant")
     broken = call(tmp_path, *train(data, *words))
-    assert broken.status == 1
-    assert "Step " in broken.err and "The samples were " in broken.err and "Traceback" not in broken.err
+    assert broken.status == 1 and "Traceback" not in broken.err
+    assert "Step " in broken.err and "The samples were " in broken.err
 
 
 def test_resume_refuses_another_model(data, copy, tmp_path):
@@ -206,3 +187,58 @@ def test_resume_refuses_another_model(data, copy, tmp_path):
         assert refused.status == 1 and message in refused.err, (override, refused.err)
         assert "Traceback" not in refused.err
     assert len(list(copy.glob("checkpoints/*"))) == 2
+
+
+def light(words):
+    """Return the words of a training without what takes each process long to import, and without accumulation."""
+    return [*(word for word in words if not word.startswith("adapter")), "adapter=full", "trainer.accumulate=1"]
+
+
+@pytest.mark.heavy
+def test_tasks_of_slurm_train_together(data, tmp_path):
+    """As srun starts them, each with a name of its own for the folder; weights shared out, 3 images to validate."""
+    words = ("data.batch_size=4", "trainer.steps=2", "engine.sharding=fsdp", "hydra.run.dir=run_${oc.env:SLURM_PROCID}")
+    command = [sys.executable, "-m", "dinoseg", *light(train(data, *words))]
+    step = {"SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+    step["SLURM_JOB_ID"] = str(os.getpid())
+    tasks = []
+    for rank in ("0", "1"):
+        env = os.environ | step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+        tasks.append(subprocess.Popen(command, cwd=tmp_path, env=env, **pipes))
+    errors = [task.communicate(timeout=600)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], errors
+    assert [path.name for path in tmp_path.iterdir() if path.name != "outputs"] == ["run_0"]
+    assert checkpoint.describe(tmp_path / "run_0/checkpoints/last.safetensors")["progress"]["step"] == 2
+
+
+def rank_processes(parent: int, number: int) -> list[int]:
+    """Return the processes below `parent` that are rank `number`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            names = (path / "environ").read_text().split("\0")
+            below = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+        except (OSError, IndexError):
+            continue
+        found += [int(path.name)] * (below and f"RANK={number}" in names)
+    return found
+
+
+@pytest.mark.heavy
+def test_torchrun_restarts_killed_ranks_and_they_resume(data, tmp_path):
+    lengths = ("trainer.steps=60", "trainer.save_every=1", "trainer.val_every=60")
+    words = light(train(data, "data.batch_size=4", *lengths, "resume=auto"))
+    command = [*TORCHRUN, "--max-restarts=1", "-m", "dinoseg", *words]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as agent:
+        deadline = time.monotonic() + 600
+        while time.monotonic() < deadline and not list(tmp_path.glob("outputs/base/train_*/checkpoints/last.*")):
+            time.sleep(0.01)
+        for process in rank_processes(agent.pid, 1):
+            os.kill(process, signal.SIGKILL)
+        errors = agent.communicate(timeout=600)[1]
+    assert agent.returncode == 0, errors
+    assert "resuming" in errors and len(list(tmp_path.glob("outputs/base/train_*"))) == 1, errors
+    last = newest(tmp_path) / "checkpoints/last.safetensors"
+    assert checkpoint.describe(last)["progress"]["step"] == 60

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoint_files import INFO
-from log_rows import Rows
-from test_trainer import Stripes
+from mistakes import assert_refused
+from small_trainings import Stripes, train_model
 from torch import nn
 
 from dinoseg.core.shapes import Batch
@@ -32,15 +32,14 @@ from dinoseg.training.multi_head import (
     best_of,
     join_optimizers,
 )
-from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.optim import adamw
 from dinoseg.training.progress import Progress
 from dinoseg.training.step import NonFiniteLoss
-from dinoseg.training.trainer import Experiment, Settings, fit
-from dinoseg.utils.errors import UserError
 
 IMAGES = torch.randint(0, 256, (2, 3, 17, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 MASKS = torch.randint(0, 3, (2, 17, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 RATES = (1e-2, 3e-3)
+LENGTHS = {"steps": 6, "val_every": 2, "accumulate": 2, "clip": 0.5, "ema": 0.5}
 
 
 class Own(LinearHead):
@@ -66,6 +65,9 @@ class Failing(LinearHead):
     def forward(self, features):
         self.passes += self.training
         return super().forward(features) * (torch.nan if self.training and self.passes == self.fails_at else 1)
+
+
+TWO_HEADS = {"a": ((1,), LinearHead), "b": ((0,), LinearHead)}
 
 
 @pytest.fixture
@@ -101,21 +103,14 @@ def test_a_head_with_a_way_of_its_own_runs_the_backbone(shared_parts):
     model = shared_parts.model(a=((1,), Own)).eval()
     assert torch.equal(model(IMAGES).heads["a"].scores(), model.models["a"].eval()(IMAGES).scores())
     assert not shared_parts.passes
-
-
-def test_a_head_that_changes_its_features_is_named(shared_parts):
-    model = shared_parts.model(a=((1,), LinearHead), b=((1,), Rough))
-    with pytest.raises(UserError, match="b modified its input features in place"):
-        model.train()(IMAGES)
+    rough = shared_parts.model(a=((1,), LinearHead), b=((1,), Rough)).train()
+    assert_refused(lambda: rough(IMAGES), "b modified its input features in place")
 
 
 LOSSES = {
     "mean": lambda: CrossEntropy(torch.tensor([1.0, 2.0, 0.5])),
     "two divisors": lambda: WeightedSum(
-        {
-            "ce": partial(CrossEntropy, average="labelled"),
-            "all": partial(CrossEntropy, average="all"),
-        },
+        {"ce": partial(CrossEntropy, average="labelled"), "all": partial(CrossEntropy, average="all")},
         {"ce": 1.0, "all": 0.5},
         class_weights=torch.ones(3),
     ),
@@ -124,7 +119,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_the_loss_adds_up_those_of_the_heads(shared_parts, kind):
-    model, loss = shared_parts.model(a=((1,), LinearHead), b=((0,), LinearHead)).eval(), LOSSES[kind]()
+    model, loss = shared_parts.model(**TWO_HEADS).eval(), LOSSES[kind]()
     prediction, batch = model(IMAGES), Batch(IMAGES, MASKS, ["x", "y"])
     both, alone = MultiHeadLoss(loss), {name: loss(each, batch) for name, each in prediction.heads.items()}
     value, parts = both(prediction, batch)
@@ -137,7 +132,7 @@ def test_the_loss_adds_up_those_of_the_heads(shared_parts, kind):
 
 
 def test_non_finite_head_loss_counts_as_zero(shared_parts):
-    model = shared_parts.model(a=((1,), LinearHead), b=((0,), LinearHead)).eval()
+    model = shared_parts.model(**TWO_HEADS).eval()
     with torch.no_grad():
         model.models["b"].head.classify.bias[0] = torch.inf
     prediction, batch = model(IMAGES), Batch(IMAGES, MASKS, ["x", "y"])
@@ -183,103 +178,105 @@ def test_heads_are_clipped_apart_and_leave_with_their_step():
     assert heads.left_at.tolist() == [8, 7, 8]
 
 
+def striped(kind):
+    """Return batches of stripes in which odd sizes are validated."""
+    images = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)])
+    return kind(*images, Augment((24, 32)), 3, seed=0, workers=0)
+
+
 @pytest.fixture
 def train(shared_parts, tmp_path):
-    """Train heads by name; return the model, the rows of the log and the checkpoints."""
+    """Train heads by name, two with a linear head by default; return the parts of the training and its folder."""
 
-    def run(folder, start=False, data=MultiHeadDataModule, heads=None, info=INFO, **options):
-        folder, engine = tmp_path / folder, Engine("cpu", "fp32", workers=0)
-        model, loss = shared_parts.model(**heads), CrossEntropy(torch.ones(3))
-        images = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)])
-        module = data(*images, Augment((24, 32)), 3, seed=0, workers=0)
+    def run(folder, start=False, data=MultiHeadDataModule, heads=TWO_HEADS, info=INFO, **options):
+        folder, options = tmp_path / folder, LENGTHS | options
+        model = shared_parts.model(**heads)
         solo = {name: Checkpointer(folder / "heads" / name, dict(info)) for name in heads}
         found = read(folder / "last.safetensors") if start else None
-        checkpoints = MultiHeadCheckpointer(folder, dict(info), found, heads=solo)
-        optimizer = join_optimizers(
-            [adamw(each, lr=rate) for each, rate in zip(model.models.values(), RATES, strict=False)]
-        )
-        lengths = {"steps": 6, "val_every": 2, "log_every": 1, "accumulate": 2, "clip": 0.5, "ema": 0.5}
-        settings, log = Settings(**{**lengths, **options}), Rows()
-        parts = (optimizer, schedule(), engine, checkpoints, log, settings, HeadClipping(model.head, settings.clip))
-        fit(Experiment(model, MultiHeadLoss(loss), module, *parts))
-        return SimpleNamespace(model=model, rows=log.rows, checkpoints=checkpoints, folder=folder)
+        alone = [adamw(each, lr=rate) for each, rate in zip(model.models.values(), RATES, strict=False)]
+        parts = {
+            "optimizer": join_optimizers(alone),
+            "checkpoints": MultiHeadCheckpointer(folder, dict(info), found, heads=solo),
+            "clipping": HeadClipping(model.head, options["clip"]),
+            "loss": MultiHeadLoss(CrossEntropy(torch.ones(3))),
+        }
+        done = train_model(model, striped(data), folder, **parts, **options)
+        done.folder = folder
+        return done
 
     return run
+
+
+def bests_of(run):
+    """Return the best step of each head."""
+    return {name: head.progress.best_step for name, head in run.checkpoints.heads.items()}
 
 
 def best_of_head(run, name):
     return read(run.folder / f"heads/{name}/best.safetensors").tensors
 
 
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[key]) for key, value in one.items())
-
-
-def train_alone(tiny_backbone, folder):
-    """Train the first head by itself, as a plain model."""
+def test_a_head_without_random_draws_equals_its_own_run(train, tiny_backbone, tmp_path):
+    run = train("both", heads={"a": ((1,), LinearHead), "b": ((0, 1), LinearHead)})
     backbone = tiny_backbone((1,)).requires_grad_(False).eval()
     torch.manual_seed(1)
     model = SegmentationModel(backbone, LinearHead(24, 1, 3))
-    images = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23)])
-    data, log = ImageDataModule(*images, Augment((24, 32)), 3, seed=0, workers=0), Rows()
-    settings = Settings(steps=6, val_every=2, log_every=1, accumulate=2, clip=0.5, ema=0.5)
-    parts = (adamw(model, lr=RATES[0]), schedule(), Engine("cpu", "fp32", workers=0), Checkpointer(folder, dict(INFO)))
-    fit(Experiment(model, CrossEntropy(torch.ones(3)), data, *parts, log, settings))
-    return log.rows, read(folder / "best.safetensors").tensors
-
-
-def test_a_head_without_random_draws_equals_its_own_run(train, tiny_backbone, tmp_path):
-    run = train("both", heads={"a": ((1,), LinearHead), "b": ((0, 1), LinearHead)})
-    rows, best = train_alone(tiny_backbone, tmp_path / "alone")
+    rows = train_model(model, striped(ImageDataModule), tmp_path / "alone", lr=RATES[0], **LENGTHS).rows
     # to 1e-5: the backbone takes the images in other chunks
+    best = read(tmp_path / "alone/best.safetensors").tensors
     torch.testing.assert_close(best_of_head(run, "a"), best, rtol=1e-5, atol=1e-5)
     for mine, alone in zip(run.rows, rows, strict=True):
         for key in ("val/miou", "val/accuracy", "val/loss"):
             if key in alone:
                 assert mine[key.replace("/", "/a/")] == pytest.approx(alone[key], rel=1e-4)
-    assert all(row["val/miou"] == max(row["val/a/miou"], row["val/b/miou"]) for row in run.rows if "val/miou" in row)
+    validated = [row for row in run.rows if "val/miou" in row]
+    assert all(row["val/miou"] == max(row["val/a/miou"], row["val/b/miou"]) for row in validated)
+    for row in validated:  # the logged loss is the lowest of the heads
+        losses = row["val/a/loss"], row["val/b/loss"]
+        assert row["val/loss"] == min(losses) < max(losses)
 
 
 def test_a_validation_without_a_head_left_is_refused(shared_parts):
     model = shared_parts.model(a=((1,), LinearHead))
     model.head.remove(torch.tensor([True]))
-    data = MultiHeadDataModule(*[Stripes([(32, 40)])] * 2, Augment((24, 32)), 1, seed=0, workers=0)
+    validate = partial(striped(MultiHeadDataModule).validate, model, MultiHeadLoss(CrossEntropy(torch.ones(3))))
     with pytest.raises(NonFiniteLoss, match="All heads have left.*optim.optimizer.lr"):
-        data.validate(model, MultiHeadLoss(CrossEntropy(torch.ones(3))), Engine("cpu", "fp32", workers=0))
+        validate(Engine("cpu", "fp32", workers=0))
 
 
 def test_head_with_non_finite_loss_leaves_and_others_train(train, caplog):
     heads = {"a": ((1,), LinearHead), "b": ((0,), Failing)}
     run = train("both", heads=heads)
-    assert_equal(best_of_head(run, "a"), best_of_head(train("one", heads={"a": heads["a"]}), "a"))
+    both, alone = best_of_head(run, "a"), best_of_head(train("one", heads={"a": heads["a"]}), "a")
+    assert both.keys() == alone.keys() and all(torch.equal(value, alone[key]) for key, value in both.items())
     assert caplog.text.count("b: left the training at step 3, where its loss or gradient was not finite") == 1
     assert run.model.left_heads() == {"b": 2}
-    bests = {name: head.progress.best_step for name, head in run.checkpoints.heads.items()}
-    assert bests["b"] == 2 and [row["step"] for row in run.rows if "val/b/miou" in row] == [2]
+    assert bests_of(run)["b"] == 2 and [row["step"] for row in run.rows if "val/b/miou" in row] == [2]
     losses = [row["train/b/loss"] == row["train/b/loss"] for row in run.rows if "train/loss" in row]
     assert losses == [True, True, False, False, False, False]
+    with pytest.raises(NonFiniteLoss, match="Step 3: the loss is nan"):  # once no head is left
+        train("none", heads={"a": heads["b"]})
+    assert read(run.folder.parent / "none/last.safetensors").info["progress"]["step"] == 2
     again = train("both", start=True, steps=8, heads=heads)
-    assert again.model.left_heads() == {"b": 2} and again.checkpoints.heads["b"].progress.best_step == 2
+    assert again.model.left_heads() == {"b": 2} and bests_of(again)["b"] == 2
     assert not [row for row in again.rows if "val/b/miou" in row]
 
 
-def test_the_run_ends_once_no_head_is_left(train, tmp_path):
-    with pytest.raises(NonFiniteLoss, match="Step 3: the loss is nan"):
-        train("none", heads={"a": ((1,), Failing)})
-    assert read(tmp_path / "none/last.safetensors").info["progress"]["step"] == 2
-
-
-def test_each_head_has_a_best_step_and_patience_uses_the_best(train):
-    found = iter([(0.1, 0.3), (0.2, 0.2), (0.25, 0.1)])
+def validated(*scores):
+    """Return data whose validations have these scores of two heads."""
+    found = iter(scores)
 
     class Scored(MultiHeadDataModule):
         def validate(self, *_):
             first, second = next(found)
             return Validation({"a/miou": first, "b/miou": second, "miou": max(first, second)}, {})
 
-    run = train("scored", data=Scored, patience=1, heads={"a": ((1,), LinearHead), "b": ((0,), LinearHead)})
-    bests = {name: head.progress.best_step for name, head in run.checkpoints.heads.items()}
+    return Scored
+
+
+def test_each_head_has_a_best_step_and_patience_uses_the_best(train):
+    run = train("scored", data=validated((0.1, 0.3), (0.2, 0.2), (0.25, 0.1)), patience=1)
+    bests = bests_of(run)
     assert bests == {"a": 4, "b": 2}
     progress = read(run.folder / "last.safetensors").info
     assert progress["progress"]["best_step"] == 2 and progress["progress"]["step"] == 4
@@ -287,33 +284,12 @@ def test_each_head_has_a_best_step_and_patience_uses_the_best(train):
     assert not (run.folder / "best.safetensors").exists()
 
 
-def test_score_that_is_not_finite_is_no_best_of_a_head(shared_parts, tmp_path):
-    head = Checkpointer(tmp_path, dict(INFO))
-    checkpoints = MultiHeadCheckpointer(tmp_path, dict(INFO), heads={"a": head})
-    scores = {"a/loss": torch.nan, "loss": 0.5}
-    checkpoints.save_if_best(shared_parts.model(a=((1,), LinearHead)), scores, "loss", lowest=True)
-    assert head.progress.best is None and not head.best.exists()
-
-
 def test_resume_by_another_score_discards_best_of_each_head(train):
-    found = iter((0.4, 0.3, 0.2, 0.1))
-
-    class Falling(MultiHeadDataModule):
-        def validate(self, *_):
-            score = next(found)
-            return Validation({"a/miou": score, "b/miou": score, "miou": score}, {})
-
-    heads = {"a": ((1,), LinearHead), "b": ((0,), LinearHead)}
-    train("run", data=Falling, heads=heads)
+    falling = validated(*((score, score) for score in (0.4, 0.3, 0.2, 0.1)))
+    train("run", data=falling)
     info = {**INFO, "config": {**INFO["config"], "trainer": {"score": "dice"}}}
-    again = train("run", start=True, data=Falling, heads=heads, info=info, steps=8)
-    assert {name: head.progress.best_step for name, head in again.checkpoints.heads.items()} == {"a": 8, "b": 8}
-
-
-def test_logged_loss_is_the_lowest_of_the_heads(train):
-    run = train("loss", heads={"a": ((1,), LinearHead), "b": ((0,), LinearHead)}, steps=2)
-    (row,) = (row for row in run.rows if "val/loss" in row)
-    assert row["val/loss"] == min(row["val/a/loss"], row["val/b/loss"]) < max(row["val/a/loss"], row["val/b/loss"])
+    again = train("run", start=True, data=falling, info=info, steps=8)
+    assert bests_of(again) == {"a": 8, "b": 8}
 
 
 def test_the_best_of_the_heads_is_finite_where_any_is():
@@ -333,12 +309,17 @@ def test_head_with_fewest_infinite_images_is_the_best(shared_parts, tmp_path):
     heads = [head_scores(3.0, 1.0), head_scores(2.0, 9.0), head_scores(2.0, 8.0)]
     assert best_of(heads, "x", lowest=True) is heads[2]
     assert best_of([*heads, head_scores(0.0, 99.0)], "x", lowest=True)["x"] == 99.0
+    model = shared_parts.model(a=((1,), LinearHead))
+    none = Checkpointer(tmp_path / "none", dict(INFO))
+    checkpoints = MultiHeadCheckpointer(tmp_path, dict(INFO), heads={"a": none})
+    checkpoints.save_if_best(model, {"a/loss": torch.nan, "loss": 0.5}, "loss", lowest=True)
+    assert none.progress.best is None and not none.best.exists(), "a score that is not finite is no best"
     for mean in (8.0, None):  # None: all images are infinite
         head = Checkpointer(tmp_path / str(mean), dict(INFO))
         checkpoints = MultiHeadCheckpointer(tmp_path, dict(INFO), heads={"a": head}, progress=Progress(4))
         scores = head_scores(2.0, mean)
         scores |= {f"a/{key}": value for key, value in scores.items()}
-        found = checkpoints.save_if_best(shared_parts.model(a=((1,), LinearHead)), scores, "x", lowest=True)
+        found = checkpoints.save_if_best(model, scores, "x", lowest=True)
         assert found == head.progress == Progress(4, best=mean, best_infinite=2, best_step=4) and head.best.exists()
 
 
@@ -351,6 +332,6 @@ def test_logged_infinite_images_are_those_of_the_best_head(train):
             values = {"a": (2.0, 1.0), "b": (1.0, 9.0)}.values()
             return [Validation(dict(zip(self.score_names, (None, *each), strict=True)), {}) for each in values]
 
-    run = train("infinite", data=Scored, score="x", steps=2, heads={"a": ((1,), LinearHead), "b": ((0,), LinearHead)})
+    run = train("infinite", data=Scored, score="x", steps=2)
     (row,) = (row for row in run.rows if "val/x" in row)
     assert (row["val/x"], row["val/x_infinite_images"], row["val/x_finite_mean"]) == (None, 1.0, 9.0)

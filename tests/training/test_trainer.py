@@ -1,92 +1,58 @@
 import re
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import INFO
-from log_rows import Rows
+from mistakes import assert_refused, refusals
+from small_trainings import Stripes, segmenter, train_model, values_of
 from torch import nn
 
 from dinoseg.core.geometry import lattice
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.models.adapters import Full
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
-from dinoseg.models.model import SegmentationModel
 from dinoseg.training import image_data_module as feeding
 from dinoseg.training import trainer as training
-from dinoseg.training.checkpoint import Checkpointer, read
+from dinoseg.training.checkpoint import read
 from dinoseg.training.data_module import Validation, spread
 from dinoseg.training.engine import Engine
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.meter import Meter
-from dinoseg.training.optim import adamw, schedule
+from dinoseg.training.optim import schedule
 from dinoseg.training.progress import Progress
 from dinoseg.training.time_limit import TimeLimit
-from dinoseg.training.trainer import Experiment, Settings, check_score, fit
+from dinoseg.training.trainer import check_score
 from dinoseg.training.validation import evaluate
-from dinoseg.utils.errors import UserError
 
 
-class Stripes:
-    """Pictures whose upper half is dark and of class 0, the lower bright and of class 1; the border is ignored."""
-
-    classes, palette, ignore_index = ("dark", "bright", "never"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), 255
-
-    def __init__(self, sizes):
-        self.sizes = sizes
-        self.names = [str(number) for number in range(len(sizes))]
-
-    def __len__(self):
-        return len(self.sizes)
-
-    def __getitem__(self, index):
-        height, width = self.sizes[index]
-        draw = np.random.default_rng(index)
-        mask = np.zeros((height, width), np.uint8)
-        mask[height // 2 :] = 1
-        image = (mask[None] * 150 + draw.integers(0, 60, (3, height, width))).astype(np.uint8)
-        mask[:, :2] = 255
-        return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask), "name": self.names[index]}
+def train(folder, *, head=None, batch_size=3, **options):
+    """Train on stripes; return the progress, the rows of the log and the parts of the training."""
+    model = segmenter(head)
+    for parameter in model.head.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    images = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23), (19, 23), (40, 8)])
+    data_module = ImageDataModule(*images, Augment((24, 32), affine=Affine(degrees=20)), batch_size, seed=0, workers=0)
+    engine = Engine("cpu", "fp32", workers=0, eval_batch_size=2)
+    return train_model(model, data_module, folder, engine=engine, **{"steps": 12, "val_every": 4, **options})
 
 
 @pytest.fixture
-def run(tiny_backbone, tmp_path):
-    """Train on stripes; return the progress, the log and the model."""
+def run(tmp_path):
+    return partial(train, tmp_path)
 
-    def train(**options):
-        torch.manual_seed(0)
-        model = SegmentationModel(Full()(tiny_backbone()), options.pop("head", None) or LinearHead(24, 1, 3))
-        for parameter in model.head.parameters():
-            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
-        train_set, val_set = Stripes([(32, 40)] * 6), Stripes([(32, 40), (19, 23), (19, 23), (40, 8)])
-        data_module = ImageDataModule(
-            train_set,
-            val_set,
-            Augment((24, 32), affine=Affine(degrees=20)),
-            batch_size=options.pop("batch_size", 3),
-            seed=0,
-            workers=0,
-        )
-        log, engine = Rows(), Engine("cpu", "fp32", workers=0, eval_batch_size=2)
-        optimizer = adamw(model, lr=options.pop("lr", 3e-3))
-        loss = CrossEntropy(options.pop("weights", torch.ones(3)))
-        start = options.pop("start", None)
-        shape = options.pop("schedule", schedule())
-        settings = Settings(**{"steps": 12, "val_every": 4, "log_every": 1, **options})
-        checkpoints = Checkpointer(tmp_path, dict(INFO), start)
-        progress = fit(Experiment(model, loss, data_module, optimizer, shape, engine, checkpoints, log, settings))
-        return SimpleNamespace(progress=progress, rows=log.rows, model=model, data_module=data_module, engine=engine)
 
-    return train
+@pytest.fixture(scope="module")
+def trained_model(tmp_path_factory):
+    """Return a training of four steps, whose model the tests only evaluate."""
+    return train(tmp_path_factory.mktemp("trained"), steps=4)
 
 
 def test_training_learns_and_stores_the_best(run, tmp_path):
     done = run(steps=40, val_every=10, lr=1e-2)
-    losses = [row["train/loss"] for row in done.rows if "train/loss" in row]
+    losses = values_of(done.rows, "train/loss")
     assert len(losses) == 40 and losses[-1] < 0.3 * losses[0]
     assert not any("train/weight" in row for row in done.rows), "the divisor of the loss is no part of it"
     assert done.progress.step == 40 and done.progress.best > 0.9
@@ -94,14 +60,15 @@ def test_training_learns_and_stores_the_best(run, tmp_path):
     assert [row["step"] for row in done.rows if "val/miou" in row] == [10, 20, 30, 40]
 
 
-def test_scores_are_those_of_a_loop_over_whole_images(run):
-    done = run(steps=4)
-    scores = evaluate(done.model, done.data_module.val, done.engine, loss=CrossEntropy(torch.ones(3)))
+def test_scores_are_those_of_a_loop_over_whole_images(trained_model):
+    model, data, shown = trained_model.model, trained_model.data_module.val, []
+    loss = CrossEntropy(torch.ones(3))
+    scores = evaluate(model, data, trained_model.engine, loss=loss, on_batch=lambda *batch: shown.append(batch))
     matrix, losses = np.zeros((3, 3), int), []
-    done.model.eval()
+    model.eval()
     for index in range(4):
-        sample = done.data_module.val[index]
-        logits = done.model(sample["image"][None]).logits()[0].detach()
+        sample = data[index]
+        logits = model(sample["image"][None]).logits()[0].detach()
         for reference, predicted in zip(sample["mask"].flatten(), logits.argmax(0).flatten(), strict=True):
             if reference != 255:
                 matrix[reference, predicted] += 1
@@ -112,40 +79,60 @@ def test_scores_are_those_of_a_loop_over_whole_images(run):
     iou = [matrix[k, k] / (matrix[k].sum() + matrix[:, k].sum() - matrix[k, k]) for k in (0, 1)]
     assert [row["iou"] for row in scores["classes"]][:2] == pytest.approx(iou)
     assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-
-
-def test_on_batch_receives_class_ids_and_lattice_logits(run):
-    done, shown = run(steps=2), []
-    evaluate(done.model, done.data_module.val, done.engine, on_batch=lambda *batch: shown.append(batch))
+    (row,) = [row for row in trained_model.rows if "val/loss" in row]
+    shares = [row.get(f"val/iou/{name}") for name in Stripes.classes]
+    assert shares[:2] == pytest.approx(iou)
+    assert row["val/miou"] == pytest.approx(np.mean([share for share in shares if share is not None]))
+    # `on_batch` receives class ids, and the scores at the points of a lattice
     for batch, ids, logits in shown:
-        whole = done.model.eval()(batch.image).logits().detach()
+        whole = model(batch.image).logits().detach()
         assert torch.equal(whole.argmax(dim=1), ids.long())
         chosen = whole[..., *lattice(tuple(batch.mask.shape[-2:]))]
         torch.testing.assert_close(logits, chosen, rtol=1e-5, atol=1e-6)  # by matrix products
-    assert sum(len(batch.names) for batch, _, _ in shown) == len(done.data_module.val)
+    assert sum(len(batch.names) for batch, _, _ in shown) == len(data)
 
 
-def test_evaluation_leaves_the_model_in_the_mode_it_was(run):
-    done = run(steps=2, val_every=1)
-    assert done.model.training
-    evaluate(done.model.eval(), done.data_module.val, done.engine)
-    assert not done.model.training
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_the_model_in_the_mode_it_was(trained_model, training):
+    evaluate(trained_model.model.train(training), trained_model.data_module.val, trained_model.engine)
+    assert trained_model.model.training == training
 
 
-def test_the_learning_rate_follows_the_schedule(run):
-    done = run(steps=6, schedule=schedule("poly", warmup=2, power=1.0), lr=0.5e-3)
-    rates = [row["train/lr"] for row in done.rows if "train/lr" in row]
-    assert rates == pytest.approx([0.5e-3 * share for share in (1 / 3, 2 / 3, 1, 3 / 4, 1 / 2, 1 / 4)])
+def test_validation_images_match_their_prediction_and_mask(trained_model, monkeypatch):
+    model, data_module = trained_model.model.eval(), trained_model.data_module
+    monkeypatch.setattr(feeding, "compare", lambda *given, **_: given)
+    monkeypatch.setattr(data_module, "pictures", 4)
+    pictures = data_module.validate(model, CrossEntropy(torch.ones(3)), trained_model.engine).pictures
+    assert list(pictures) == data_module.val.names
+    for sample in map(data_module.val.__getitem__, range(4)):
+        frame, predicted, mask = pictures[sample["name"]]
+        expected = model(sample["image"][None]).logits()[0].argmax(0)
+        assert np.array_equal(frame, sample["image"].permute(1, 2, 0)) and np.array_equal(mask, sample["mask"])
+        assert np.array_equal(predicted, expected)
+
+
+class Annealed(LinearHead):
+    """A head that notes the progress it is given."""
+
+    def __init__(self, given):
+        super().__init__(24, 1, 3)
+        self.set_progress = lambda step, steps: given.append((step, steps))
+
+
+def test_learning_rate_follows_the_schedule_and_head_the_progress(run):
+    given = []
+    shape = schedule("poly", warmup=2, power=1.0)
+    rows = run(steps=6, val_every=6, schedule=shape, lr=0.5e-3, head=lambda: Annealed(given)).rows
+    expected = [0.5e-3 * share for share in (1 / 3, 2 / 3, 1, 3 / 4, 1 / 2, 1 / 4)]
+    assert values_of(rows, "train/lr") == pytest.approx(expected)
+    assert given == [(step, 6) for step in range(6)]
 
 
 def test_accumulated_batches_are_one_batch_to_the_label(run):
     """Weights and ignored pixels differ between the batches: the mean is over all labels, not over batches."""
-    options = {"steps": 3, "head": MlpHead(24, 1, 3, 8), "weights": torch.tensor([0.2, 1.0, 3.0])}
-    whole = run(batch_size=4, **options)
-    options["head"] = MlpHead(24, 1, 3, 8)
-    parts = run(batch_size=1, accumulate=4, **options)
-    losses = [[row["train/loss"] for row in done.rows if "train/loss" in row] for done in (whole, parts)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    options = {"steps": 3, "head": lambda: MlpHead(24, 1, 3, 8), "loss": CrossEntropy(torch.tensor([0.2, 1.0, 3.0]))}
+    whole, parts = run(batch_size=4, **options), run(batch_size=1, accumulate=4, **options)
+    assert values_of(whole.rows, "train/loss") == pytest.approx(values_of(parts.rows, "train/loss"), rel=1e-5)
     for first, second in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
 
@@ -159,50 +146,55 @@ def test_patience_counts_validations_without_better_score(run, patience):
 
 
 def test_each_validation_is_a_line(run, caplog):
-    with caplog.at_level("INFO"):
-        best = run(steps=4, val_every=4).progress.best
-    share = f"{100 * best:.2f} %"
+    caplog.set_level("INFO")
+    share = f"{100 * run(steps=4).progress.best:.2f} %"
     line = rf"step 4 of 4: val/miou {share} \(best {share} at step 4\), val/loss \d+\.\d{{4}}, in \d+\.\d s"
     assert any(re.fullmatch(line, message) for message in caplog.messages), caplog.messages
 
 
-def test_a_loss_that_is_the_score_is_stated_once(run, caplog):
-    with caplog.at_level("INFO"):
-        best = run(steps=4, val_every=4, score="loss").progress.best
-    line = rf"step 4 of 4: val/loss {best:.4f} \(best {best:.4f} at step 4\), in \d+\.\d s"
+def test_lowest_loss_can_select_the_best_checkpoint(run, caplog):
+    caplog.set_level("INFO")
+    done = run(steps=6, val_every=1, lr=0.1, score="loss")
+    losses = {row["step"]: row["val/loss"] for row in done.rows if "val/loss" in row}
+    best, step = done.progress.best, done.progress.best_step
+    assert best == min(losses.values()) == losses[step]
+    # a loss that is the score is stated once
+    line = rf"step 6 of 6: val/loss {losses[6]:.4f} \(best {best:.4f} at step {step}\), in \d+\.\d s"
     assert any(re.fullmatch(line, message) for message in caplog.messages), caplog.messages
 
 
 def test_moving_average_is_scored_and_saved(run, tmp_path):
     done = run(steps=3, val_every=3, ema=0.5)
-    best, last = (read(tmp_path / f"{name}.safetensors") for name in ("best", "last"))
-    assert best.tensors["model/head.classify.weight"].equal(last.tensors["ema/head.classify.weight"])
-    assert not best.tensors["model/head.classify.weight"].equal(last.tensors["model/head.classify.weight"])
-    assert last.tensors["model/head.classify.weight"].equal(done.model.head.classify.weight.detach())
-    run(steps=4, val_every=4, ema=0.5)
-    assert (
-        not read(tmp_path / "last.safetensors")
-        .tensors["ema/head.classify.weight"]
-        .equal(last.tensors["ema/head.classify.weight"])
-    )
+    best, last = (read(tmp_path / f"{name}.safetensors").tensors for name in ("best", "last"))
+    name = "head.classify.weight"
+    assert best[f"model/{name}"].equal(last[f"ema/{name}"])
+    assert not best[f"model/{name}"].equal(last[f"model/{name}"])
+    assert last[f"model/{name}"].equal(done.model.head.classify.weight.detach())
+    run(steps=4, ema=0.5)
+    assert not read(tmp_path / "last.safetensors").tensors[f"ema/{name}"].equal(last[f"ema/{name}"])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"score": "iou"}, "trainer.score=iou is not a score. Choose one of .*miou"),
-        ({"score": "matrix"}, "trainer.score=matrix is not a score"),
-    ],
+NAMES = ("miou", "x", "x_infinite_images", "x_finite_mean")
+test_score_that_selects_no_checkpoint_is_refused = refusals(
+    {
+        "unknown": (lambda: train(Path(), score="iou"), "trainer.score=iou is not a score. Choose one of", "miou"),
+        "a matrix": (lambda: train(Path(), score="matrix"), "trainer.score=matrix is not a score"),
+        "one of others": (lambda: check_score("y", NAMES), "trainer.score=y", "Choose one of miou, x."),
+        "infinite images": (
+            lambda: check_score("x_infinite_images", NAMES),
+            *("trainer.score=x_infinite_images ", "Set trainer.score=x:"),
+        ),
+        "mean of the others": (
+            lambda: check_score("x_finite_mean", NAMES),
+            *("trainer.score=x_finite_mean ", "Set trainer.score=x:"),
+        ),
+    }
 )
-def test_bad_settings_are_refused(run, options, message):
-    with pytest.raises(UserError, match=message):
-        run(**options)
 
 
 def test_an_undefined_score_is_refused_by_name(run, monkeypatch):
     monkeypatch.setattr(ImageDataModule, "validate", lambda *_: Validation({"miou": None}, {}))
-    with pytest.raises(UserError, match="trainer.score=miou is undefined"):
-        run(steps=1)
+    assert_refused(lambda: run(steps=1), "trainer.score=miou is undefined")
 
 
 def test_fewest_infinite_images_select_the_best_checkpoint(run, monkeypatch, caplog):
@@ -213,7 +205,7 @@ def test_fewest_infinite_images_select_the_best_checkpoint(run, monkeypatch, cap
         return Validation({"x": None, "x_infinite_images": float(infinite), "x_finite_mean": mean}, {})
 
     monkeypatch.setattr(ImageDataModule, "validate", validate)
-    monkeypatch.setattr(ImageDataModule, "__post_init__", lambda self: vars(self).update(score_names="x", lowest="x"))
+    monkeypatch.setattr(ImageDataModule, "__post_init__", lambda self: vars(self).update(score_names=NAMES, lowest="x"))
     with caplog.at_level("INFO"):
         done = run(steps=6, val_every=1, score="x", lr=0.0)
     assert done.progress == Progress(6, best=8.0, best_infinite=1, best_step=6)
@@ -224,81 +216,37 @@ def test_fewest_infinite_images_select_the_best_checkpoint(run, monkeypatch, cap
     assert [(row["val/x"], row["val/x_infinite_images"]) for row in done.rows if "val/x" in row][-1] == (None, 1.0)
 
 
-@pytest.mark.parametrize("score", ["x_infinite_images", "x_finite_mean"])
-def test_half_of_an_infinite_score_selects_no_checkpoint(score):
-    names = ("miou", "x", "x_infinite_images", "x_finite_mean")
-    with pytest.raises(UserError, match=f"trainer.score={score} .*Set trainer.score=x:"):
-        check_score(score, names)
-    check_score("x", names)
-    with pytest.raises(UserError, match="Choose one of miou, x.$"):
-        check_score("y", names)
-
-
 def test_logged_rows_score_the_batches_of_their_step(run):
-    options = {"steps": 8, "val_every": 8, "log_every": 4, "lr": 1e-2, "accumulate": 2}
-    rows = [row for row in run(**options).rows if "train/loss" in row]
-    assert [row["step"] for row in rows] == [4, 8]
+    options = {"steps": 4, "lr": 1e-2, "accumulate": 2}
+    rows = [row for row in run(**options, log_every=2).rows if "train/loss" in row]
+    assert [row["step"] for row in rows] == [2, 4]
     assert all(0 < row["train/miou"] <= row["train/accuracy"] <= 1 for row in rows)
-    every = {row["step"]: row for row in run(**{**options, "log_every": 1}).rows if "train/loss" in row}
+    every = {row["step"]: row for row in run(**options).rows if "train/loss" in row}
     for row in rows:  # a function of the step, not of the steps since the last row
         assert row["train/miou"] == every[row["step"]]["train/miou"]
 
 
-def test_head_receives_the_training_progress(run):
-    class Annealed(LinearHead):
-        def set_progress(self, step, steps):
-            given.append((step, steps))
+def slow_down(monkeypatch, owner, name, now, seconds):
+    """Let each call of a function take so many seconds of a fake clock."""
+    whole = getattr(owner, name)
 
-    given = []
-    run(steps=4, head=Annealed(24, 1, 3))
-    assert given == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    def slow(*given, **options):
+        now[0] += seconds
+        return whole(*given, **options)
+
+    monkeypatch.setattr(owner, name, slow)
 
 
 def test_the_speed_of_training_has_no_validation_in_it(run, monkeypatch):
-    def takes(seconds, whole):
-        def call(*given, **options):
-            now[0] += seconds
-            return whole(*given, **options)
-
-        return call
-
     def meter(done, steps, val_every, epoch, *rest, limit):
         assert epoch == 1  # six images in batches of three, two of them a step
         return Meter(done, steps, val_every, epoch, *rest, limit=limit, clock=lambda: now[0])
 
     now = [0.0]
     monkeypatch.setattr(training, "Meter", meter)
-    monkeypatch.setattr(training, "set_learning_rates", takes(1, training.set_learning_rates))
-    monkeypatch.setattr(ImageDataModule, "validate", takes(60, ImageDataModule.validate))
-    rows = run(steps=4, val_every=1, accumulate=2).rows
-    assert [row["train/images_per_s"] for row in rows if "train/images_per_s" in row] == [6, 6, 6, 6]
-
-
-def test_validation_rows_have_the_iou_of_each_class(run):
-    (row,) = [row for row in run(steps=2).rows if "val/loss" in row]
-    shares = [row.get(f"val/iou/{name}") for name in Stripes.classes]
-    assert row["val/miou"] == pytest.approx(np.mean([share for share in shares if share is not None]))
-    assert None not in shares[:2]
-
-
-def test_lowest_loss_can_select_the_best_checkpoint(run):
-    done = run(steps=6, val_every=1, lr=0.1, score="loss")
-    losses = {row["step"]: row["val/loss"] for row in done.rows if "val/loss" in row}
-    assert done.progress.best == min(losses.values())
-    assert losses[done.progress.best_step] == done.progress.best
-
-
-def test_validation_images_match_their_prediction_and_mask(run, monkeypatch):
-    done = run(steps=1)
-    monkeypatch.setattr(feeding, "compare", lambda *given, **_: given)
-    done.data_module.pictures = 4
-    pictures = done.data_module.validate(done.model.eval(), CrossEntropy(torch.ones(3)), done.engine).pictures
-    assert list(pictures) == done.data_module.val.names
-    for sample in map(done.data_module.val.__getitem__, range(4)):
-        frame, predicted, mask = pictures[sample["name"]]
-        expected = done.model(sample["image"][None]).logits()[0].argmax(0)
-        assert np.array_equal(frame, sample["image"].permute(1, 2, 0)) and np.array_equal(mask, sample["mask"])
-        assert np.array_equal(predicted, expected)
+    slow_down(monkeypatch, training, "set_learning_rates", now, 1)
+    slow_down(monkeypatch, ImageDataModule, "validate", now, 60)
+    assert values_of(run(steps=4, val_every=1, accumulate=2).rows, "train/images_per_s") == [6, 6, 6, 6]
 
 
 def test_validation_images_are_spread_over_the_first_rank():
@@ -309,46 +257,26 @@ def test_validation_images_are_spread_over_the_first_rank():
 @pytest.fixture
 def slow(monkeypatch):
     """Let each learning-rate update take 5 s of a fake clock, by which the time limit counts; return its seconds."""
-    now, update = [0.0], training.set_learning_rates
-
-    def slow_update(*given):
-        now[0] += 5
-        return update(*given)
-
-    monkeypatch.setattr(training, "set_learning_rates", slow_update)
+    now = [0.0]
+    slow_down(monkeypatch, training, "set_learning_rates", now, 5)
     monkeypatch.setattr(training, "TimeLimit", partial(TimeLimit, clock=lambda: now[0]))
     return now
 
 
 def test_training_ends_validated_and_saved_within_its_limit(run, tmp_path, slow):
-    start = None
+    start, given = None, []
     for step in (12, 24):  # the limit of a resumed run counts anew
-        done = run(steps=40, val_every=30, max_minutes=1, start=start)
+        done = run(steps=40, val_every=30, max_minutes=1, start=start, head=lambda: Annealed(given))
         assert done.progress.step == step and not done.progress.validation_pending and done.progress.best_step > 0
         assert [row["step"] for row in done.rows if "val/miou" in row] == [step]
         start = read(tmp_path / "last.safetensors")
         assert start.info["progress"]["step"] == step and not start.info["progress"]["validation_pending"]
         assert (tmp_path / "best.safetensors").exists()
-
-
-def test_learning_rate_and_head_follow_the_steps_that_fit(run, slow):
-    class Annealed(LinearHead):
-        def set_progress(self, step, steps):
-            given.append((step, steps))
-
-    given = []
-    done = run(steps=40, val_every=30, max_minutes=1, head=Annealed(24, 1, 3))
-    rates = [row["train/lr"] for row in done.rows if "train/lr" in row]
-    assert given[0] == (0, 40) and given[-1] == (11, 12)
-    assert rates[-1] < 0.1 * rates[0]
+        if step == 12:  # the learning rate and the head follow the steps that fit
+            rates = values_of(done.rows, "train/lr")
+            assert given[0] == (0, 40) and given[-1] == (11, 12) and rates[-1] < 0.1 * rates[0]
 
 
 def test_time_limit_leaves_time_for_the_last_validation(run, slow, monkeypatch):
-    validate = ImageDataModule.validate
-
-    def slow_validate(*given):
-        slow[0] += 15
-        return validate(*given)
-
-    monkeypatch.setattr(ImageDataModule, "validate", slow_validate)
+    slow_down(monkeypatch, ImageDataModule, "validate", slow, 15)
     assert run(steps=40, val_every=2, max_minutes=1).progress.step == 4 and slow[0] == 50

@@ -1,29 +1,21 @@
 """Maps of samples reach the loss in each way that a batch takes."""
 
-import os
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import INFO
-from log_rows import Rows
-from making import Pictures, save
+from making import Pictures
 from mapped import KINDS, MappedLoss, MappedPictures, check_twins, maps_of
-from omegaconf import OmegaConf
-from tiny_parts import tiny_vit
+from mistakes import assert_refused
+from small_trainings import SHORT, segmenter, train_model, write_pairs
 
 from dinoseg.autotune.random_batch import random_batch
-from dinoseg.cli import ranks
 from dinoseg.core.sample_maps import DistanceMap, LabelMap, check_needed_maps
 from dinoseg.core.shapes import Batch, join_batches
-from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.packed.pack import pack
-from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.photometric import PhotometricDistortion
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.inference.windows import Windows
@@ -32,19 +24,15 @@ from dinoseg.losses.distillation import TeacherView
 from dinoseg.losses.weighted_sum import WeightedSum
 from dinoseg.models.adapters import Frozen, Full
 from dinoseg.models.heads.mlp import MlpHead
-from dinoseg.models.model import SegmentationModel
 from dinoseg.tasks.distil import DistilledLoss, Part, ScoredBatch
-from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.engine import Engine
 from dinoseg.training.feature_choice import CacheOptions, feature_cache
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.optim import parameter_groups, schedule
-from dinoseg.training.trainer import Experiment, Settings, fit
 from dinoseg.training.validation import evaluate
-from dinoseg.utils.errors import UserError
 
 CPU = torch.device("cpu")
-SHORT = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+MLP = partial(MlpHead, 24, 1, 3, 8)
 
 
 def pictures(count=6, cls=MappedPictures):
@@ -62,24 +50,22 @@ class Cramped(MappedLoss):
 
 def train(folder, *, data=None, cache="off", adapter=Frozen, accumulate=1, loss=MappedLoss, steps=4):
     """Train with plain SGD; return losses, the gradient norms and the scores of validation."""
-    engine, log = Engine("cpu", "fp32", workers=0, cache=cache), Rows()
-    torch.manual_seed(0)
-    model = engine.place(SegmentationModel(adapter()(tiny_vit()), MlpHead(24, 1, 3, 8)))
+    engine = Engine("cpu", "fp32", workers=0, cache=cache)
+    model = engine.place(segmenter(MLP, adapter))
     augment = Augment((16, 24), scale=(0.5, 2), affine=Affine(30, 0.2), flip=0.5)
     order = {"batch_size": 4, "seed": 0, "workers": 0, "rank": engine.rank, "world_size": engine.world_size}
     train = data or pictures()
     data_module = ImageDataModule(train, train, augment, **order, views=2)
-    data_module.cache = feature_cache(
-        data_module, model, engine, CacheOptions(folder / "cache", 9.0, "", {}, dtype="float32")
-    )
+    plan = CacheOptions(folder / "cache", 9.0, "", {}, dtype="float32")
+    data_module.cache = feature_cache(data_module, model, engine, plan)
     assert (data_module.cache is None) == (cache == "off")
-    optimizer, criterion = torch.optim.SGD(parameter_groups(model, lr=0.01, weight_decay=0.0)), loss()
-    checkpoints = Checkpointer(folder, dict(INFO), None, writes=engine.is_main)
-    settings = Settings(steps=steps, val_every=steps, log_every=1, clip=None, score="loss", accumulate=accumulate)
-    fit(Experiment(model, criterion, data_module, optimizer, schedule("constant"), engine, checkpoints, log, settings))
-    assert criterion.batches >= steps
+    parts = {"engine": engine, "loss": loss(), "schedule": schedule("constant"), "writes": engine.is_main}
+    parts["optimizer"] = torch.optim.SGD(parameter_groups(model, lr=0.01, weight_decay=0.0))
+    settings = {"steps": steps, "val_every": steps, "clip": None, "score": "loss", "accumulate": accumulate}
+    done = train_model(model, data_module, folder, **parts, **settings)
+    assert done.loss.batches >= steps
     names = ("train/loss", "train/gradient_norm", "val/loss")
-    return [row[name] for row in log.rows for name in names if name in row]
+    return [row[name] for row in done.rows for name in names if name in row]
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
@@ -92,9 +78,7 @@ def test_cached_features_come_with_the_maps_of_their_views(tmp_path, place):
 def test_windows_of_a_validation_have_their_part_of_the_maps():
     for policy in (Windows((16, 24), overlap=0.5), Windows((16, 24), overlap=0.5, shortest=30)):
         loss, engine = MappedLoss(), Engine("cpu", "fp32", workers=0, eval_batch_size=2)
-        torch.manual_seed(0)
-        model = SegmentationModel(tiny_vit(), MlpHead(24, 1, 3, 8)).eval()
-        evaluate(model, pictures(3), engine, policy=policy, loss=loss)
+        evaluate(segmenter(MLP).eval(), pictures(3), engine, policy=policy, loss=loss)
         assert loss.batches > 6
 
 
@@ -108,8 +92,7 @@ class Distances(MappedLoss):
 
 def test_distances_in_windows_grow_with_the_resized_image():
     loss, engine = Distances(), Engine("cpu", "fp32", workers=0)
-    model = SegmentationModel(tiny_vit(), MlpHead(24, 1, 3, 8)).eval()
-    evaluate(model, pictures(1), engine, policy=Windows((32, 48), shortest=48, overlap=0.5), loss=loss)
+    evaluate(segmenter(MLP).eval(), pictures(1), engine, policy=Windows((32, 48), shortest=48, overlap=0.5), loss=loss)
     rows = torch.arange(16.0, 48.0)  # of the last window
     assert loss.batches == 4 and loss.seen.shape == (1, 32, 48)
     torch.testing.assert_close(loss.seen[0, :-1, 5], (2 * ((rows + 0.5) / 2 - 0.5 - 7.5))[:-1])
@@ -143,13 +126,7 @@ def test_distilled_batches_have_maps_of_both_kinds_of_images():
 
 @pytest.fixture
 def files(tmp_path):
-    draw = np.random.default_rng(0)
-    paths = [(tmp_path / f"{number}.png", tmp_path / f"{number}_mask.png") for number in range(6)]
-    for image, mask in paths:
-        save(image, draw.integers(0, 256, (24, 32, 3)))
-        save(mask, draw.integers(0, 3, (24, 32)))
-    pairs = [Pair(path.stem, path, mask) for path, mask in paths]
-    return PairDataset(pairs, Labels.of(["a", "b", "c"], None, 255), Masks()).with_maps(KINDS, maps_of)
+    return write_pairs(tmp_path, [(24, 32)] * 6).with_maps(KINDS, maps_of)
 
 
 def test_packed_files_train_as_files_do(files, tmp_path):
@@ -158,31 +135,11 @@ def test_packed_files_train_as_files_do(files, tmp_path):
     assert train(tmp_path / "c", data=packed, cache="disk") == train(tmp_path / "d", data=files, cache="memory")
 
 
-def in_rank(cfg, *, out_dir):
-    """Stand for a mode."""
-    found = {cache: train(out_dir / cache, cache=cache, accumulate=2) for cache in ("off", "disk")}
-    torch.save(found, out_dir / f"{os.environ['RANK']}.pt")
-
-
-@pytest.mark.heavy
-def test_two_ranks_train_with_maps_as_one_process_does(tmp_path):
-    mode = {"_target_": f"{__name__}.in_rank", "_partial_": True, "keeps_folder": False}
-    ranks.run_ranks(OmegaConf.create({"mode": mode, "choices": {"mode": "test"}}), tmp_path, 2)
-    for cache in ("off", "disk"):
-        alone = train(tmp_path / "alone" / cache, cache=cache, accumulate=2)
-        for rank in (0, 1):
-            assert torch.load(tmp_path / f"{rank}.pt")[cache] == pytest.approx(alone, rel=1e-4)
-
-
 def test_estimates_use_random_maps_of_the_loss():
-    parts = SimpleNamespace(
-        shape=(3, 8, 12), crop=(8, 12), has_masks=True, has_layers=False, num_classes=3, loss=MappedLoss
-    )
-    maps = random_batch(parts, 2).maps
-    assert {name: values.shape for name, values in maps.items()} == {
-        **dict.fromkeys(("twin", "ids", "distance"), (2, 8, 12)),
-        "values": (2, 2, 8, 12),
-    }
+    parts = {"shape": (3, 8, 12), "crop": (8, 12), "has_masks": True, "num_classes": 3, "loss": MappedLoss}
+    parts = SimpleNamespace(**parts, has_layers=False)
+    shapes = {name: values.shape for name, values in random_batch(parts, 2).maps.items()}
+    assert shapes == {**dict.fromkeys(("twin", "ids", "distance"), (2, 8, 12)), "values": (2, 2, 8, 12)}
     parts.has_layers = True
     layers = random_batch(parts, 2).mask
     assert layers.shape == (2, 3, 8, 12) and layers.max() == 1
@@ -200,17 +157,16 @@ def own_transform(image, mask, rng):
 
 
 def test_augmentations_that_cannot_move_maps_are_refused():
-    options = {"batch_size": 2, "seed": 0, "workers": 0}
+    module = partial(ImageDataModule, batch_size=2, seed=0, workers=0)
+    mapped, plain = pictures(), CustomDataset(Pictures([(24, 32)] * 2))
     for augment in (Turned((24, 32)), own_transform):
-        with pytest.raises(UserError, match=r"data.augment, a .*cannot move the maps.*override `maps`"):
-            ImageDataModule(pictures(), pictures(), augment, **options)
-        plain = CustomDataset(Pictures([(24, 32)] * 2))
-        batch = next(ImageDataModule(plain, plain, augment, **options).train_batches(0))
+        words = ("data.augment, a ", "cannot move the maps", "override `maps`")
+        assert_refused(lambda augment=augment: module(mapped, mapped, augment), *words)
+        batch = next(module(plain, plain, augment).train_batches(0))
         assert batch.maps == {} and batch.image.shape == (2, 3, 24, 32)
-    with pytest.raises(UserError, match=r"data.augment.affine.shear=3.*map distance"):
-        ImageDataModule(pictures(), pictures(), Augment((24, 32), affine=Affine(shear=3)), **options)
-    with pytest.raises(UserError, match="the same maps for each split"):
-        ImageDataModule(pictures(), pictures(cls=Pictures), Augment((24, 32)), **options)
+    sheared = Augment((24, 32), affine=Affine(shear=3))
+    assert_refused(lambda: module(mapped, mapped, sheared), "data.augment.affine.shear=3", "map distance")
+    assert_refused(lambda: module(mapped, plain, Augment((24, 32))), "the same maps for each split")
 
 
 def test_photometric_distortion_of_16_bits_is_refused_early():
@@ -223,17 +179,17 @@ def test_photometric_distortion_of_16_bits_is_refused_early():
     for cls in (Pictures, Deep):
         data = CustomDataset(cls([(24, 32)] * 2))
         ImageDataModule(data, data, Augment((24, 32)), 2, seed=0, workers=0)
-    with pytest.raises(UserError, match="data.augment.color, a PhotometricDistortion.* have 16"):
-        ImageDataModule(data, data, Augment((24, 32), color=color), 2, seed=0, workers=0)
+    distorted = Augment((24, 32), color=color)
+    refuse = partial(ImageDataModule, data, data, distorted, 2, seed=0, workers=0)
+    assert_refused(refuse, "data.augment.color, a PhotometricDistortion", " have 16")
 
 
 def test_a_dataset_without_the_maps_of_a_loss_is_refused():
-    needed = WeightedSum(
-        {"ce": partial(CrossEntropy, torch.ones(3)), "mapped": MappedLoss}, {"ce": 1.0, "mapped": 1.0}, torch.ones(3)
-    ).needs_maps
+    terms = {"ce": partial(CrossEntropy, torch.ones(3)), "mapped": MappedLoss}
+    needed = WeightedSum(terms, dict.fromkeys(terms, 1.0), torch.ones(3)).needs_maps
     assert needed == KINDS
     check_needed_maps(needed, KINDS, "loss=mapped", "data=own")
-    check_needed_maps({"d": DistanceMap()}, {"d": DistanceMap(fill=3.0)}, "loss=mapped", "data=own")
+    check = partial(check_needed_maps, {"d": DistanceMap()}, loss="loss=mapped", data="data=own")
+    check({"d": DistanceMap(fill=3.0)})
     for wrong in ({}, {"d": LabelMap()}, {"d": DistanceMap(layers=2)}):
-        with pytest.raises(UserError, match=r"loss=mapped reads the map d, DistanceMap.*data=own declares"):
-            check_needed_maps({"d": DistanceMap()}, wrong, "loss=mapped", "data=own")
+        assert_refused(partial(check, wrong), "loss=mapped reads the map d, DistanceMap", "data=own declares")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_parts import tiny_vit
+from making import Pictures
+from small_trainings import segmenter
 
 from dinoseg.core import shapes
 from dinoseg.core.geometry import upsample
@@ -13,53 +14,30 @@ from dinoseg.inference.auto import Auto
 from dinoseg.inference.windows import Windows, starts
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.overlap import Dice
-from dinoseg.models.heads.linear import LinearHead
-from dinoseg.models.model import SegmentationModel
 from dinoseg.training.engine import Engine
 from dinoseg.training.validation import evaluate
 
 SIZE = (24, 40)
 
 
-class Data:
-    """Two noise images whose masks are noise."""
-
-    classes, palette, ignore_index, names, skipped = ("a", "b", "c"), None, 255, ("0", "1"), {}
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        draw = torch.Generator().manual_seed(index)
-        image = torch.randint(0, 256, (3, *SIZE), generator=draw, dtype=torch.uint8)
-        mask = torch.randint(0, 3, SIZE, generator=draw, dtype=torch.uint8)
-        return {"image": image, "mask": mask, "name": self.names[index]}
-
-
 def make_model():
-    torch.manual_seed(0)
-    backbone = tiny_vit()
-    return SegmentationModel(backbone, LinearHead(backbone.dim, backbone.num_layers, 3)).eval()
+    return segmenter().eval()
+
+
+UNIFORM = Windows((16, 24), overlap=0.5, weights="uniform")
 
 
 def evaluate_all(model, policy):
     seen = []
     engine = Engine("cpu", precision="fp32", workers=0, eval_batch_size=2)
-    scores = evaluate(
-        model,
-        Data(),
-        engine,
-        policy=policy,
-        loss=CrossEntropy(torch.ones(3)),
-        on_batch=lambda *given: seen.append(given),
-    )
+    parts = {"policy": policy, "loss": CrossEntropy(torch.ones(3))}
+    scores = evaluate(model, Pictures([SIZE] * 2), engine, **parts, on_batch=lambda *given: seen.append(given))
     return scores, seen
 
 
 def test_the_loss_of_windows_is_the_mean_over_windows():
-    scores, [(batch, ids, logits)] = evaluate_all(
-        model := make_model(), Windows((16, 24), overlap=0.5, weights="uniform")
-    )
+    model = make_model()
+    scores, [(batch, ids, logits)] = evaluate_all(model, UNIFORM)
     losses = []
     for top in starts(24, 16, 8):
         for left in starts(40, 24, 12):
@@ -72,7 +50,7 @@ def test_the_loss_of_windows_is_the_mean_over_windows():
     assert sum(scores["matrix"][index][index] for index in range(3)) == (ids == batch.mask).sum().item()
 
 
-class Unlike(Data):
+class Unlike(Pictures):
     """Of the first image most is not labelled, and classes lie elsewhere than in the second."""
 
     def __getitem__(self, index):
@@ -82,14 +60,10 @@ class Unlike(Data):
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(torch.tensor([1.0, 0.1, 3.0])), Dice(torch.ones(3))], ids=["", "dice"])
-@pytest.mark.parametrize("policy", [None, Windows((16, 24), overlap=0.5, weights="uniform")], ids=["", "windows"])
+@pytest.mark.parametrize("policy", [None, UNIFORM], ids=["", "windows"])
 def test_the_loss_is_the_mean_over_images_in_batches_of_any_size(loss, policy):
-    found = [
-        evaluate(
-            make_model(), Unlike(), Engine("cpu", "fp32", workers=0, eval_batch_size=count), policy=policy, loss=loss
-        )
-        for count in (1, 2)
-    ]
+    engines = [Engine("cpu", "fp32", workers=0, eval_batch_size=count) for count in (1, 2)]
+    found = [evaluate(make_model(), Unlike([SIZE] * 2), engine, policy=policy, loss=loss) for engine in engines]
     assert found[0].pop("loss") == pytest.approx(found[1].pop("loss"), rel=1e-5)
     assert found[0] == found[1]
 

@@ -1,28 +1,28 @@
-"""Views are known by all that draws them, and completed as they are kept."""
+"""Views are known by all that draws them, and completed as they are kept; masks are read once."""
 
+import pickle
+import shutil
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from making import save
+from mistakes import assert_refused
+from small_trainings import write_pairs
 from torch import nn
 
 import dinoseg
 from dinoseg.core.shapes import FrozenFeatures
-from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import Masks
 from dinoseg.data.loader import TrainViews
-from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.transforms import Augment
 from dinoseg.training.feature_cache import cache
 from dinoseg.training.feature_cache.cache import CachedMasks, FeatureCache, View
 from dinoseg.training.feature_cache.form import to_bytes
 from dinoseg.training.feature_cache.store import DiskStore, MemoryStore
-from dinoseg.utils.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -30,12 +30,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def read(tmp_path):
     """Return a function that reads a view of one of three images, of which two are the same."""
-    paths = [(tmp_path / f"{number}.png", tmp_path / f"{number}_mask.png") for number in range(3)]
-    for number, (image, mask) in enumerate(paths):
-        save(image, np.full((6, 7, 3), 9 * (number // 2)))
-        save(mask, np.zeros((6, 7)))
-    pairs = [Pair(str(number), *each) for number, each in enumerate(paths)]
-    data = PairDataset(pairs, Labels(["a"], [(0, 0, 0)], 255), Masks())
+    data = write_pairs(tmp_path, [(6, 7)] * 3)
+    shutil.copy(tmp_path / "0.png", tmp_path / "1.png")
 
     def view(drawing="drawing", seed=5, views=2, epoch=0, index=0):
         drawn = TrainViews(data, Augment((4, 4)), seed, views)
@@ -79,12 +75,15 @@ def test_cached_features_equal_computed_features(cache_and_view):
     assert passed == [True]  # another batch, or rank, has put it there since the view was read
 
 
-def test_bytes_are_pixels_that_stay_bytes(cache_and_view):
+def test_bytes_stay_bytes_and_numbers_become_float32(cache_and_view):
+    """Also the numbers of an image that float16 does not hold, in a batch with another one."""
     kept, view, _ = cache_and_view
     view.features = [torch.arange(256, dtype=torch.uint8), torch.tensor([0.0, 4.0]).half()]
-    pixels, features = kept.complete_batch([view], CPU).image.tensors
-    assert torch.equal(pixels[0], view.features[0]) and pixels.dtype == torch.uint8
-    assert features.dtype == torch.float32 and torch.equal(features[0], view.features[1].float())
+    large = replace(view, features=[view.features[0], torch.tensor([0.0, 2.0**17]).bfloat16()])
+    for views, numbers in (([view], [[0.0, 4.0]]), ([view, large], [[0.0, 4.0], [0.0, 2.0**17]])):
+        pixels, features = kept.complete_batch(views, CPU).image.tensors
+        assert torch.equal(pixels[0], view.features[0]) and pixels.dtype == torch.uint8
+        assert features.dtype == torch.float32 and features.tolist() == numbers
 
 
 def test_cached_views_are_loaded_in_the_main_process(cache_and_view, monkeypatch):
@@ -124,5 +123,38 @@ def test_files_of_other_shapes_end_in_one_error(tmp_path, changed):
     model(stored.complete_batch(views, CPU).image)
     for number in changed:
         store.path(views[number].key).write_bytes(to_bytes(views[number].key, [torch.zeros(5, 7, 7)]))
-    with pytest.raises(UserError, match=r"folder: .*5 x 7 x 7 numbers.* Remove this folder"):
-        model(stored.complete_batch(views, CPU).image)
+    complete = partial(stored.complete_batch, views, CPU)
+    assert_refused(lambda: model(complete().image), "folder: ", "5 x 7 x 7 numbers", " Remove this folder")
+
+
+def mask(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width)).astype(np.uint8)
+
+
+def read_masks(kept, drawn, read):
+    """Ask for masks as one who reads them, and keep what comes."""
+    for key, expected in drawn.items():
+        found = kept.get(key, lambda key=key: read.append(key) or drawn[key].copy())
+        assert found.dtype == torch.uint8 and np.array_equal(found.numpy(), expected)
+        kept.keep(key, found)
+        found.zero_()  # who has it may change it
+
+
+def test_mask_is_read_once_and_returned_unchanged():
+    drawn = {(f"{view}", f"{index}"): mask(1 + 7 * index, 9 - view, index) for index in range(3) for view in range(2)}
+    drawn["", ""] = mask(6, 8).T
+    kept, read = CachedMasks(), []
+    for _ in range(3):
+        read_masks(kept, drawn, read)
+    assert read == list(drawn)
+
+
+def test_masks_beyond_the_cap_are_read_again():
+    drawn = {(f"{number}", ""): mask(20, 50, number) for number in range(3)}  # of some 1,000 bytes each
+    kept, read = CachedMasks(cap=1200), []
+    for _ in range(2):
+        read_masks(kept, drawn, read)
+    assert [key[0] for key in read] == ["0", "1", "2", "1", "2"]
+    kept = CachedMasks()
+    kept.keep(("a", "b"), torch.from_numpy(mask(500, 500)))
+    assert len(pickle.dumps(kept)) < 1000, "none are sent to another process"
