@@ -68,31 +68,26 @@ def test_training_resumes_with_changed_values(here):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("line", "message"),
     [
-        (["resume=slots", "head.num_slot=4"], "head.num_slot is not a key of the config. Did you mean head.num_slots?"),
-        (
-            ["resume=slots", "resolution.corp=[8,8]"],
-            "resolution.corp is not a key of the config. Did you mean resoluti",
-        ),
-        (["resume=slots", "head.num_slots=four"], "num_slots=four is of type str"),
-        (["resume=segmenter", "head.num_slots=3"], "the head of the checkpoint has no key num_slots. Options that"),
-        (["resume=slots", "data.reader.masks.format=ids"], "To add it anyway, give ++data.reader.masks.format="),
-        (["resume=nowhere", "head.num_slots=3"], "resume=nowhere: file or folder not found."),
-        (["resume=slots", "data=folder", "data.splits.val=val"], "data=folder has no key splits.val. Options that"),
+        ("resume=slots head.num_slot=4", "head.num_slot is not a key of the config. Did you mean head.num_slots?"),
+        ("resume=slots resolution.corp=[8,8]", "resolution.corp is not a key of the config. Did you mean resoluti"),
+        ("resume=slots head.num_slots=four", "num_slots=four is of type str"),
+        ("resume=segmenter head.num_slots=3", "the head of the checkpoint has no key num_slots. Options that"),
+        ("resume=slots data.reader.masks.format=ids", "To add it anyway, give ++data.reader.masks.format="),
+        ("resume=nowhere head.num_slots=3", "resume=nowhere: file or folder not found."),
+        ("resume=slots data=folder data.splits.val=val", "data=folder has no key splits.val. Options that"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_key_unknown_to_config_and_checkpoint_is_a_typo(here, arguments, message):
-    done = call(here, "mode=eval", "engine=cpu", *arguments)
+def test_key_unknown_to_config_and_checkpoint_is_a_typo(here, line, message):
+    done = call(here, "mode=eval", "engine=cpu", *line.split())
     assert done.status == 1 and message in done.err and done.err.count("error: ") == 1, done.err
     assert "Traceback" not in done.err and not list(here.glob("outputs/**/scores.json"))
 
 
 def test_a_sweep_goes_over_keys_of_the_checkpoint(here):
-    run(
-        here, "-m", "mode=eval", "resume=slots", "head.num_slots=2,3", "mode.metrics_only=true", "hydra.sweep.dir=sweep"
-    )
+    words = ("mode=eval", "resume=slots", "head.num_slots=2,3", "mode.metrics_only=true", "hydra.sweep.dir=sweep")
+    run(here, "-m", *words)
     with open(here / "sweep/sweep.csv", encoding="utf-8") as file:
         assert sorted((row["head.num_slots"], row["note"]) for row in csv.DictReader(file)) == [("2", ""), ("3", "")]
     assert [config(here, f"sweep/{job}").head.num_slots for job in range(2)] == [2, 3]
@@ -107,51 +102,39 @@ def test_only_keys_that_all_named_checkpoints_have_are_theirs(here):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "line",
     [
-        ["mode=eval", "head.num_slots=2"],
-        ["mode=train", "head.num_slots=2", "resume=auto"],
-        ["mode=train", "head.num_slots=2", "resume=null"],
-        ["mode=eval", "resume=slots", "head=slots", "+head.num_slots=2", "++head.num_slots=3", "~head.num_slots"],
-        ["mode=eval", "resume=slots", "data=videos", "data.view.flip=0"],
-        ["mode=eval", "resume=slots", "engine=cpu", "tracker.short_side=96", "mode.split=val", "resume", "a=[b"],
+        "mode=eval head.num_slots=2",
+        "mode=train head.num_slots=2 resume=auto",
+        "mode=train head.num_slots=2 resume=null",
+        "mode=eval resume=slots head=slots +head.num_slots=2 ++head.num_slots=3 ~head.num_slots",
+        "mode=eval resume=slots data=videos data.view.flip=0",
+        "mode=eval resume=slots engine=cpu tracker.short_side=96 mode.split=val resume a=[b",
+        "resume=segmenter slots.match=auto",
+        "resume=slots slots=lock_on slots.match=auto",
     ],
 )
-def test_other_overrides_are_unchanged(here, arguments):
-    assert with_checkpoint_keys(arguments) == arguments
+def test_other_overrides_are_unchanged(here, line):
+    assert with_checkpoint_keys(line.split()) == line.split()
 
 
-def test_slot_overrides_apply_to_the_checkpoint(here):
+def test_own_groups_and_slots_take_keys_of_the_checkpoint(here):
     assert with_checkpoint_keys(["resume=slots", "slots.match=auto"]) == ["resume=slots", "++slots.match=auto"]
-    assert with_checkpoint_keys(["resume=segmenter", "slots.match=auto"]) == ["resume=segmenter", "slots.match=auto"]
-    anew = ["resume=slots", "slots=lock_on", "slots.match=auto"]
-    assert with_checkpoint_keys(anew) == anew
+    words = ["resume=slots", "data=movi", "data.view.flip=0", "head=slots"]
+    assert with_checkpoint_keys(words) == ["resume=slots", "data=movi", "++data.view.flip=0", "head=slots"]
 
 
-@pytest.fixture
-def several(here):
+def test_root_keys_of_a_trainer_are_those_of_its_checkpoint(here):
     words = ("trainer=multi_head", "heads=[linear,{head: mlp, name: wide}]", "adapter=frozen", "trainer.steps=1")
     kept = [word for word in SMALL if not word.startswith(("head", "adapter", "trainer"))]
     run(here, "mode=train", *kept, *words, "trainer.save_every=1", "mode.metrics_only=true", "hydra.run.dir=several")
-    return here
-
-
-def test_root_keys_of_a_trainer_are_those_of_its_checkpoint(several):
     words = ["mode=train", "resume=several", "lrs=[1e-3]"]
     assert with_checkpoint_keys(words) == [*words[:2], "++lrs=[1e-3]"]
-    run(several, "mode=train", "resume=several", "trainer.steps=2", "mode.metrics_only=true")
-    done = call(several, "mode=train", "resume=several", "lrs=[1e-3]", "engine=cpu")
+    run(here, "mode=train", "resume=several", "trainer.steps=2", "mode.metrics_only=true")
+    done = call(here, *words, "engine=cpu")
     assert done.status == 1 and "this run has heads=" in done.err and "Leave both out" in done.err, done.err
-
-
-def test_an_evaluation_takes_no_keys_of_the_trainer(several):
-    done = call(several, "mode=eval", "resume=several/heads/wide", "heads=[linear]", "engine=cpu")
+    done = call(here, "mode=eval", "resume=several/heads/wide", "heads=[linear]", "engine=cpu")
     assert done.status == 1 and "heads is a key of trainer=multi_head" in done.err, done.err
-
-
-def test_repeating_the_checkpoint_s_own_group_changes_nothing(here):
-    words = ["resume=slots", "data=movi", "data.view.flip=0", "head=slots"]
-    assert with_checkpoint_keys(words) == ["resume=slots", "data=movi", "++data.view.flip=0", "head=slots"]
 
 
 def test_messages_show_keys_as_typed(here):

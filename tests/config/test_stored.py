@@ -3,11 +3,13 @@
 import copy
 import json
 import sys
+from functools import partial
 
 import pytest
 from config_files import FOLDER
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from mistakes import assert_refused
 from omegaconf import OmegaConf
 
 from dinoseg.config.composition import compose_options
@@ -26,108 +28,41 @@ CHOICES = {
 }
 KEYS = [key for key in SAVED if key in CHOICES or key in ("seed", "resolution")]
 SHELL = [  # names that reach, or seem to reach, any callable
-    "torch.nn.modules.module._WrappedHook.__call__",
-    "torch.nn.modules.module._WrappedHook",
-    "torch.nn.utils._deprecation_utils.lazy_deprecated_import",
-    "torch.nn.Sequential",
-    "torch.nn.Linear",
-    "torch.nn.Module.apply",
-    "torch.nn.functional.os.system",
-    "torch.nn.parallel.data_parallel.DataParallel",
-    "torch.nn.utils.stateless.functional_call",
-    "torch.nn.modules.lazy.LazyModuleMixin",
-    "torch.optim.SGD",
-    "torch.optim.optimizer.torch.load",
-    "torch.load",
-    "torch.hub.load",
-    "torch.serialization.load",
-    "torch.package.PackageImporter",
-    "torch.jit.load",
-    "torch.distributed.launch.main",
-    "torch.multiprocessing.spawn.spawn",
-    "torch.utils.cpp_extension.load_inline",
-    "torch.utils._config_module.install_config_module",
-    "torch._inductor.codecache.PyCodeCache.load",
-    "torch._dynamo.config_utils.exec",
-    "numpy.testing._private.utils.runstring",
-    "numpy.testing.rundocs",
-    "numpy.load",
-    "numpy.f2py.main",
-    "setuptools.sandbox.run_setup",
-    "setuptools._distutils.spawn.spawn",
-    "shutil.rmtree",
-    "shutil.move",
-    "os.system",
-    "posix.system",
-    "builtins.eval",
-    "builtins.exec",
-    "eval",
-    "subprocess.Popen",
-    "pty.spawn",
-    "timeit.timeit",
-    "cProfile.run",
-    "code.interact",
-    "runpy.run_path",
-    "webbrowser.open",
-    "pickle.loads",
-    "importlib.import_module",
-    "functools.partial",
-    "functools.reduce",
-    "operator.methodcaller",
-    "ctypes.CDLL",
-    "hydra.utils.instantiate",
-    "hydra.utils.call",
-    "hydra.utils.get_method",
-    "hydra._internal.utils._locate",
-    "hydra._internal.instantiate._instantiate2.instantiate",
-    "omegaconf.OmegaConf.register_new_resolver",
-    "omegaconf.OmegaConf.load",
-    "pydoc.locate",
-    "peft.PeftModel.from_pretrained",
-    "transformers.pipeline",
-    "transformers.AutoModel.from_pretrained",
-    "timm.create_model",
-    "accelerate.launchers.notebook_launcher",
-    "matplotlib.backends.backend_pgf.LatexManager",
-    "yaml.unsafe_load",
-    "dinoseg.config.nodes.instantiate",
-    "dinoseg.config.nodes.hydra_instantiate",
-    "dinoseg.experiment.builder.importlib.import_module",
-    "dinoseg.models.model.torch.hub.load",
-    "dinoseg.cli.launch.launch",
-    "dinoseg.modes.render.render",
-    "dinoseg.modes.export.export",
-    "dinoseg.training.checkpoint.write",
-    "dinoseg.tasks.preparation.sarrarp.prepare",
-    "dinoseg.tasks.preparation.idd.prepare",
-    "dinoseg.synthetic.surgery.write.render_dataset",
-    "dinoseg.tasks.preparation.sarrarp.shutil.rmtree",
-    "dinoseg.data.packed.pack.pack",
-    "dinoseg.utils.locks.hold_lock",
-    "dinoseg.data.packed.store.write_index",
-    "dinoseg.data.scan.scan.scan",
-    "dinoseg.data.doctor.errors.check_for_errors",
-    "dinoseg.data.video.index.index_videos",
-    "dinoseg.models.heads.linear",
-    "dinoseg.models.heads.linear.LinearHead.forward.__globals__",
-    "dinoseg.models.heads.linear.LinearHead.__init__.__globals__",
-    "dinoseg.models.heads.linear.LinearHead.__class__",
-    "dinoseg.models.heads.linear.nn.Linear",
-    "dinoseg.models.heads..linear.LinearHead",
-    "..dinoseg.models.heads.linear.LinearHead",
-    " dinoseg.models.heads.linear.LinearHead",
-    "dinoseg.models.heads.linear.LinearHead ",
+    *"""
+    torch.nn.modules.module._WrappedHook.__call__ torch.nn.modules.module._WrappedHook
+    torch.nn.utils._deprecation_utils.lazy_deprecated_import torch.nn.Sequential torch.nn.Linear
+    torch.nn.Module.apply torch.nn.functional.os.system torch.nn.parallel.data_parallel.DataParallel
+    torch.nn.utils.stateless.functional_call torch.nn.modules.lazy.LazyModuleMixin torch.optim.SGD
+    torch.optim.optimizer.torch.load torch.load torch.hub.load torch.serialization.load torch.package.PackageImporter
+    torch.jit.load torch.distributed.launch.main torch.multiprocessing.spawn.spawn
+    torch.utils.cpp_extension.load_inline torch.utils._config_module.install_config_module
+    torch._inductor.codecache.PyCodeCache.load torch._dynamo.config_utils.exec numpy.testing._private.utils.runstring
+    numpy.testing.rundocs numpy.load numpy.f2py.main setuptools.sandbox.run_setup setuptools._distutils.spawn.spawn
+    shutil.rmtree shutil.move os.system posix.system builtins.eval builtins.exec eval subprocess.Popen pty.spawn
+    timeit.timeit cProfile.run code.interact runpy.run_path webbrowser.open pickle.loads importlib.import_module
+    functools.partial functools.reduce operator.methodcaller ctypes.CDLL hydra.utils.instantiate hydra.utils.call
+    hydra.utils.get_method hydra._internal.utils._locate hydra._internal.instantiate._instantiate2.instantiate
+    omegaconf.OmegaConf.register_new_resolver omegaconf.OmegaConf.load pydoc.locate peft.PeftModel.from_pretrained
+    transformers.pipeline transformers.AutoModel.from_pretrained timm.create_model
+    accelerate.launchers.notebook_launcher matplotlib.backends.backend_pgf.LatexManager yaml.unsafe_load
+    dinoseg.config.nodes.instantiate dinoseg.config.nodes.hydra_instantiate
+    dinoseg.experiment.builder.importlib.import_module dinoseg.models.model.torch.hub.load dinoseg.cli.launch.launch
+    dinoseg.modes.render.render dinoseg.modes.export.export dinoseg.training.checkpoint.write
+    dinoseg.tasks.preparation.sarrarp.prepare dinoseg.tasks.preparation.idd.prepare
+    dinoseg.synthetic.surgery.write.render_dataset dinoseg.tasks.preparation.sarrarp.shutil.rmtree
+    dinoseg.data.packed.pack.pack dinoseg.utils.locks.hold_lock dinoseg.data.packed.store.write_index
+    dinoseg.data.scan.scan.scan dinoseg.data.doctor.errors.check_for_errors dinoseg.data.video.index.index_videos
+    dinoseg.models.heads.linear dinoseg.models.heads.linear.LinearHead.forward.__globals__
+    dinoseg.models.heads.linear.LinearHead.__init__.__globals__ dinoseg.models.heads.linear.LinearHead.__class__
+    dinoseg.models.heads.linear.nn.Linear dinoseg.models.heads..linear.LinearHead
+    ..dinoseg.models.heads.linear.LinearHead
+    """.split(),
+    *(" dinoseg.models.heads.linear.LinearHead", "dinoseg.models.heads.linear.LinearHead "),
     "dinoseg.models.heads.linear.LinearHead\n",
     "dinoseg.models.heads.linear.LinearHe\u0430d",  # a Cyrillic a
     "dinoseg.models.heads.linear.\uff2cinearHead",  # a wide L, which Python reads as an L
-    "\x1b[2J",
-    "",
-    "???",
-    "${data.root}",
-    "${head._target_}",
+    *("\x1b[2J", "", "???", "${data.root}", "${head._target_}"),
 ]
-
-
 register_resolvers()
 
 
@@ -164,6 +99,15 @@ def plant_value(sound, place, value):
 
 def load(description, **options):
     return compose_stored(description, Source("resume=file", **options))
+
+
+def choose(sound, group, option):
+    return {**sound, "choices": {**sound["choices"], group: option}}
+
+
+def by_hydra(folder, *words):
+    with initialize_config_dir(str(FOLDER), version_base="1.3"):
+        return hydra_compose("main", [*words, f"hydra.searchpath=[file://{folder}]"])
 
 
 def test_a_stored_config_is_the_config_of_the_run(sound):
@@ -216,39 +160,35 @@ def test_values_stay_when_a_config_file_changes(tmp_path, caplog):
 
 def test_component_that_the_options_here_lack_is_refused(sound):
     stored = {**sound, "targets": {**sound["targets"], "head.norm": "my.Norm"}}
-    with pytest.raises(UserError, match=r"its head.norm is my.Norm, and config files .* name no class there"):
-        load(stored)
+    assert_refused(lambda: load(stored), "its head.norm is my.Norm, and config files ", " name no class there")
 
 
-def test_a_missing_option_is_named(sound):
-    stored = {**sound, "choices": {**sound["choices"], "head": "mine"}}
-    with pytest.raises(
-        UserError, match="resume=file: head=mine is not an option on this machine.* --config-dir FOLDER"
-    ):
-        load(stored)
+NO_NAMES = ("../head/mlp", "/etc/x", "a/../../b", "", "a b", "${seed}", 3, None, ["mlp"])
 
 
-@pytest.mark.parametrize("group", ["nonsense", "head/nonsense", "nonsense@data.official", "head@nonsense.key"])
-def test_a_missing_group_is_named(sound, group):
-    stored = {**sound, "choices": {**sound["choices"], group: "mlp"}}
-    with pytest.raises(UserError, match=r"resume=file: .*nonsense, which is not a config group.* --config-dir FOLDER"):
-        load(stored)
+@pytest.mark.parametrize(
+    ("group", "option", "message"),
+    [
+        ("head", "mine", "head=mine is not an option on this machine"),
+        *(
+            (group, "mlp", "nonsense, which is not a config group")
+            for group in ("nonsense", "head/nonsense", "nonsense@data.official", "head@nonsense.key")
+        ),
+    ],
+)
+def test_missing_options_and_groups_are_named(sound, group, option, message):
+    assert_refused(lambda: load(choose(sound, group, option)), "resume=file: ", message, " --config-dir FOLDER")
 
 
 @pytest.mark.parametrize(
     ("group", "option"),
     [
-        *(
-            ("head", option)
-            for option in ("../head/mlp", "/etc/x", "a/../../b", "", "a b", "${seed}", 3, None, ["mlp"])
-        ),
+        *(("head", option) for option in NO_NAMES),
         *((group, "idd") for group in ("protocol@data.a b", "a/../b@data", "protocol@data.${seed}")),
     ],
 )
 def test_names_of_options_do_not_leave_the_groups(sound, group, option):
-    stored = {**sound, "choices": {**sound["choices"], group: option}}
-    with pytest.raises(UserError, match="resume=file: .*is not the name of an option"):
-        load(stored)
+    assert_refused(lambda: load(choose(sound, group, option)), "resume=file: ", "is not the name of an option")
 
 
 def test_options_of_nested_groups_are_stored():
@@ -275,15 +215,21 @@ def test_component_outside_the_options_is_refused(key, value):
         describe(compose_job(**{key: value}), KEYS)
 
 
-def test_config_that_cannot_be_stored_is_refused():
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer.more": 1}, "trainer.more is not a key of the chosen options"),
+        ({"data.classes": ["a", "\\${b}"]}, "holds ${"),
+    ],
+)
+def test_config_that_cannot_be_stored_is_refused(changes, message):
+    assert_refused(lambda: describe(compose_job(**changes), KEYS), message)
+
+
+def test_a_removed_key_cannot_be_stored():
     cfg = compose_job()
     del cfg.data.augment.affine
-    with pytest.raises(UserError, match="~data.augment.affine removes a key"):
-        describe(cfg, KEYS)
-    with pytest.raises(UserError, match="trainer.more is not a key of the chosen options"):
-        describe(compose_job(**{"trainer.more": 1}), KEYS)
-    with pytest.raises(UserError, match=r"data.classes=.* holds \$\{"):
-        describe(compose_job(**{"data.classes": ["a", "\\${b}"]}), KEYS)
+    assert_refused(lambda: describe(cfg, KEYS), "~data.augment.affine removes a key")
 
 
 def test_components_can_be_unset(sound):
@@ -361,9 +307,8 @@ ODD = {  # place, value, what the refusal says
 
 @pytest.mark.parametrize(("place", "value", "says"), ODD.values(), ids=ODD)
 def test_foreign_content_of_a_checkpoint_is_refused(sound, place, value, says):
-    with pytest.raises(UserError, match=says) as caught:
-        load(plant_value(sound, place, value))
-    assert str(caught.value).startswith("resume=file: ") and str(caught.value).isprintable()
+    message = assert_refused(lambda: load(plant_value(sound, place, value)), says)
+    assert message.startswith("resume=file: ") and message.isprintable()
 
 
 def test_weights_are_given_to_classes_of_any_name(sound):
@@ -375,29 +320,25 @@ def test_weights_are_given_to_classes_of_any_name(sound):
 
 
 def test_the_command_line_may_allow_a_source_of_weights(sound):
-    mine = plant_value(sound, "backbone/weights", "my-org/my-dino")
-    for options in ({"trust": ["my-org/my-dino"]}, {"typed": ["backbone.weights"]}):
-        assert load(mine, **options)["backbone"]["weights"] == "my-org/my-dino"
-    at_commit = f"facebook/dinov2-small@{'a1' * 20}"
-    assert load(plant_value(sound, "backbone/weights", at_commit))["backbone"]["weights"] == at_commit
-
-
-def test_trusted_source_of_weights_may_name_any_commit(sound):
-    weights = f"my-org/my-dino@{'a1' * 20}"
-    stored = plant_value(sound, "backbone/weights", weights)
-    assert load(stored, trust=["my-org/my-dino"])["backbone"]["weights"] == weights
-    with pytest.raises(UserError, match="its option does not name it"):
-        load(stored, trust=[f"my-org/my-dino@{'b2' * 20}"])
+    commit = f"@{'a1' * 20}"
+    for weights, options in (
+        ("my-org/my-dino", {"trust": ["my-org/my-dino"]}),
+        ("my-org/my-dino", {"typed": ["backbone.weights"]}),
+        (f"facebook/dinov2-small{commit}", {}),
+        (f"my-org/my-dino{commit}", {"trust": ["my-org/my-dino"]}),
+    ):
+        assert load(plant_value(sound, "backbone/weights", weights), **options)["backbone"]["weights"] == weights
+    stored = plant_value(sound, "backbone/weights", f"my-org/my-dino{commit}")
+    assert_refused(lambda: load(stored, trust=[f"my-org/my-dino@{'b2' * 20}"]), "its option does not name it")
 
 
 def test_unused_groups_of_a_checkpoint_provide_only_values(sound):
     stored = {**sound, "choices": {**sound["choices"], "data": "gone", "loss": "gone"}}
     found = compose_stored(stored, Source("resume=file"), unused=("data", "loss"))
     assert found["data"]["num_classes"] == 2 and "_target_" not in json.dumps([found["data"], found["loss"]])
-    with pytest.raises(UserError, match="stores no key _target_"):
-        compose_stored(
-            plant_value(stored, "loss/criterion", {"_target_": "x"}), Source("resume=file"), unused=("loss",)
-        )
+    planted = plant_value(stored, "loss/criterion", {"_target_": "x"})
+    refuse = partial(compose_stored, planted, Source("resume=file"), unused=("loss",))
+    assert_refused(refuse, "stores no key _target_")
 
 
 def test_a_config_file_of_a_run_is_read_as_a_checkpoint():
@@ -423,25 +364,20 @@ def test_resolved_values_are_not_resolved_again(tmp_path, monkeypatch):
         instantiate(cfg.node)
 
 
-def test_shipped_option_precedes_one_of_its_name_in_a_folder(tmp_path):
-    (tmp_path / "head").mkdir()
-    (tmp_path / "head/linear.yaml").write_text("_target_: my.Head\n")
-    found = compose_options({"head": "linear"}, [tmp_path])
-    with initialize_config_dir(str(FOLDER), version_base="1.3"):
-        cfg = hydra_compose("main", ["head=linear", f"hydra.searchpath=[file://{tmp_path}]"])
-    assert found.head._target_ == cfg.head._target_ == LINEAR
-
-
 @pytest.mark.parametrize(
-    ("defaults", "dropout"), [("[linear]", 0.5), ("[linear, _self_]", 0.5), ("[_self_, linear]", 0.0)]
+    ("name", "text", "key", "value"),
+    [
+        ("linear", "_target_: my.Head", "_target_", LINEAR),  # a shipped option comes before one in a folder
+        ("mine", "defaults: [linear]\ndropout: 0.5", "dropout", 0.5),
+        ("mine", "defaults: [linear, _self_]\ndropout: 0.5", "dropout", 0.5),
+        ("mine", "defaults: [_self_, linear]\ndropout: 0.5", "dropout", 0.0),
+    ],
 )
-def test_keys_of_an_option_follow_the_order_of_its_defaults(tmp_path, defaults, dropout):
+def test_keys_of_options_follow_the_order_of_hydra(tmp_path, name, text, key, value):
     (tmp_path / "head").mkdir()
-    (tmp_path / "head/mine.yaml").write_text(f"defaults: {defaults}\ndropout: 0.5\n")
-    found = compose_options({"head": "mine"}, [tmp_path])
-    with initialize_config_dir(str(FOLDER), version_base="1.3"):
-        cfg = hydra_compose("main", ["head=mine", f"hydra.searchpath=[file://{tmp_path}]"])
-    assert found.head.dropout == cfg.head.dropout == dropout
+    (tmp_path / f"head/{name}.yaml").write_text(f"{text}\n")
+    assert compose_options({"head": name}, [tmp_path]).head[key] == value
+    assert by_hydra(tmp_path, f"head={name}").head[key] == value
 
 
 def test_options_are_found_where_hydra_finds_them(tmp_path):
@@ -466,7 +402,5 @@ def test_options_are_found_where_hydra_finds_them(tmp_path):
         "y": {"deep": {"part": {"width": 4}}, "x": 2},
         "x": 1,
     }
-    with initialize_config_dir(str(FOLDER), version_base="1.3"):
-        words = [f"{group}={option}" for group, option in chosen.items()]
-        cfg = hydra_compose("main", [*words, f"hydra.searchpath=[file://{tmp_path}]"])
+    cfg = by_hydra(tmp_path, *(f"{group}={option}" for group, option in chosen.items()))
     assert to_container(cfg.data) == found["data"] and to_container(cfg.head) == head

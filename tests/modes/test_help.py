@@ -33,12 +33,9 @@ def test_every_group_and_option_is_listed_and_no_hidden_one():
     assert listed_options().keys() == expected.keys() and len(expected) >= 10
     for group, names in listed_options().items():
         assert len(names) == len({*names}) and {*names} == expected[group]
+    assert max(map(len, mode.overview().splitlines())) <= 120  # it fits a terminal
     hidden = [path.stem for path in FILES if path.stem.startswith("_")]
     assert hidden and not any(name in mode.overview().split() for name in hidden)
-
-
-def test_help_fits_a_terminal():
-    assert max(map(len, mode.overview().splitlines())) <= 120
 
 
 @pytest.mark.heavy
@@ -92,9 +89,12 @@ def test_own_options_have_help(tmp_path):
     assert text.startswith("Mine.\n") and keys_of(text) == ["head.layers", "head.lr", "head.width"]
 
 
-@pytest.mark.parametrize("word", ["head=nothing", "head=_mask2former", "nothing=mlp", "/=x", "head=../main", "seed=1"])
-def test_help_of_an_unknown_option_is_the_overview(word):
-    assert mode.help_for([word, "--help"]) == mode.overview()
+@pytest.mark.parametrize(
+    "words",
+    ["head=nothing", "head=_mask2former", "nothing=mlp", "/=x", "head=../main", "seed=1", "--config-dir nowhere"],
+)
+def test_help_of_an_unknown_option_is_the_overview(words):
+    assert mode.help_for([*words.split(), "--help"]) == mode.overview()
 
 
 def test_a_new_option_appears_by_itself(monkeypatch, tmp_path):
@@ -116,7 +116,3 @@ def test_each_shipped_option_has_help():
     assert len(options) > 150
     for option in options:
         assert "Keys of" in mode.help_for([option, "--help"]), option
-
-
-def test_a_missing_folder_of_configs_has_help(tmp_path):
-    assert "Groups and their options" in mode.help_for(["--config-dir", str(tmp_path / "missing"), "--help"])

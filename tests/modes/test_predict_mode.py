@@ -1,13 +1,15 @@
 import json
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from failing import fail_after
+from mistakes import assert_refused
 from omegaconf import OmegaConf
 
 from dinoseg.core.contracts import Head
@@ -62,14 +64,13 @@ def trained_model(monkeypatch):
     return fake
 
 
-CFG = OmegaConf.create(
-    {"data": {"reader": {"masks": {"_target_": "dinoseg.data.classes.masks.Masks", "format": "binary"}}}}
-)
+MASKS = {"_target_": "dinoseg.data.classes.masks.Masks", "format": "binary"}
+CFG = OmegaConf.create({"data": {"reader": {"masks": MASKS}}})
 
 
-def predict(source, out_dir, **changes):
+def predict(source, out_dir, cfg=CFG, **changes):
     options = {"masks": False, "opacity": 0.5, "batch_size": 3} | changes
-    return mode.predict(CFG, out_dir=out_dir, input=str(source) if isinstance(source, Path) else source, **options)
+    return mode.predict(cfg, out_dir=out_dir, input=source and str(source), **options)
 
 
 def random_image(path, size=(20, 30), seed=0):
@@ -88,36 +89,29 @@ def random_video(path, frames=10, size=(32, 48)):
     return path
 
 
+def groups_of(out):
+    return json.loads((out / "masks/classes.json").read_text())["groups"]
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir() if path.name not in ("predict.json", "predicted"))
 
 
-def test_an_image_is_segmented_at_its_own_size(trained_model, tmp_path, caplog):
-    pixels = random_image(tmp_path / "in" / "a.png", (21, 33))
-    with caplog.at_level("INFO"):
-        totals = predict(tmp_path / "in" / "a.png", tmp_path / "out")
-    assert "images: 1 image in" in caplog.text and "the slowest stage is" in caplog.text
-    raw = np.load(tmp_path / "out" / "a_segmentation" / "segmentation_raw.npy")
-    assert raw.dtype == np.uint8 and np.array_equal(raw, expected_ids(pixels))
-    assert totals["images"] == 1 and totals["images_per_s"] > 0
-    assert names(tmp_path / "out") == ["a_segmentation"]
-
-
-def test_a_folder_of_several_sizes_and_equal_stems(trained_model, tmp_path):
+def test_a_folder_of_several_sizes_and_equal_stems(trained_model, tmp_path, caplog):
     folder = tmp_path / "in"
-    images = {}
-    for index in range(5):
-        images[f"same{index}"] = random_image(folder / f"same{index}.png", (8, 9), seed=index)
-    images["x_png"] = random_image(folder / "x.png", (5, 6), seed=9)
-    images["x_bmp"] = random_image(tmp_path / "x.png", (4, 6), seed=10)
+    sizes = {**{f"same{index}": (8, 9) for index in range(5)}, "x": (5, 6), "large": (21, 33)}
+    images = {name: random_image(folder / f"{name}.png", size, seed) for seed, (name, size) in enumerate(sizes.items())}
+    images["x_png"], images["x_bmp"] = images.pop("x"), random_image(tmp_path / "x.png", (4, 6), seed=10)
     cv2.imwrite(str(folder / "x.bmp"), images["x_bmp"][..., ::-1])
     (folder / "notes.txt").write_text("not a picture")
-    totals = predict(folder, tmp_path / "out")
-    assert totals["images"] == 7
+    with caplog.at_level("INFO"):
+        totals = predict(folder, tmp_path / "out")
+    assert "images: 8 images in" in caplog.text and "the slowest stage is" in caplog.text
+    assert totals["images"] == 8 and totals["images_per_s"] > 0
     assert names(tmp_path / "out") == sorted(f"{name}_segmentation" for name in images)
     for name, pixels in images.items():
         raw = np.load(tmp_path / "out" / f"{name}_segmentation" / "segmentation_raw.npy")
-        assert np.array_equal(raw, expected_ids(pixels)), name
+        assert raw.dtype == np.uint8 and np.array_equal(raw, expected_ids(pixels)), name
     assert max(batch[0] for batch in trained_model.model.batches) == 3  # batched by size, never above the limit
 
 
@@ -144,13 +138,10 @@ def test_a_video_gives_an_overlay_and_masks(trained_model, tmp_path, masks, capl
         ids = read_ids(tmp_path / "out" / "v_masks" / "000000004.png")
         assert ids.shape == (32, 48) and (ids[:, :18] == 2).all() and (ids[:, 24:] == 0).all()
     assert {batch[0] for batch in trained_model.model.batches} == {3, 1}
-
-
-def test_an_opaque_overlay_shows_the_classes_colours(trained_model, tmp_path):
-    predict(random_video(tmp_path / "v.avi"), tmp_path / "out", opacity=1.0)
-    with VideoReader(tmp_path / "out/v_overlay.mp4") as reader:
+    predict(video, tmp_path / "opaque", opacity=1.0)
+    with VideoReader(tmp_path / "opaque/v_overlay.mp4") as reader:
         last = list(reader)[-1]
-    assert np.abs(last[10:20, 4:30].reshape(-1, 3).mean(axis=0) - (0, 90, 255)).max() < 12
+    assert np.abs(last[10:20, 4:30].reshape(-1, 3).mean(axis=0) - (0, 90, 255)).max() < 12  # the class's colour
 
 
 def test_class_ids_have_the_layout_of_mode_score(trained_model, tmp_path, capsys):
@@ -168,17 +159,12 @@ def test_class_ids_have_the_layout_of_mode_score(trained_model, tmp_path, capsys
         record = json.loads((found / "classes.json").read_text())
         colours = [list(colour) for colour in trained_model.palette]
         assert record == {
-            "classes": CLASSES,
-            "palette": colours,
-            "ignore_index": 250,
-            "masks": {"format": "binary"},
-            "has_layers": False,
-            "groups": {},
+            **{"classes": CLASSES, "palette": colours, "ignore_index": 250},
+            **{"masks": {"format": "binary"}, "has_layers": False, "groups": {}},
         }
         printed = capsys.readouterr().out
-        assert (
-            f"masks:        {found}, 3 PNGs of class ids" in printed and "# FOLDER: masks of the same names" in printed
-        )
+        assert f"masks:        {found}, 3 PNGs of class ids" in printed
+        assert "# FOLDER: masks of the same names" in printed
         assert f"python -m dinoseg mode=score prediction={tmp_path}/out{masks} reference=FOLDER  #" in printed
 
 
@@ -186,26 +172,19 @@ def test_split_by_fraction_is_predicted_under_its_own_names(trained_model, tmp_p
     for name in ("a", "deep/a", "deep/b", "c"):
         pixels = random_image(tmp_path / f"images/{name}.png", seed=len(name))
         write_png(tmp_path / f"masks/{name}.png", expected_ids(pixels).astype(np.uint8) + 1)
-    words = (f"data.root={tmp_path}", "data=folder", "data.reader.layout.images=images", f"data.classes={CLASSES}")
-    words += (
-        "data.reader.layout.masks=masks",
-        "data.reader.partition.by=fraction",
-        "data.reader.partition.val_fraction=0.5",
-    )
-    words += ("++data.reader.masks.ids={1: 0, 2: 1, 3: 2}",)
-    words += ("data.group='^.*/|$'",)
+    reader = ("layout.images=images", "layout.masks=masks", "partition.by=fraction", "partition.val_fraction=0.5")
+    words = (f"data.root={tmp_path}", "data=folder", f"data.classes={CLASSES}", "data.group='^.*/|$'")
+    words += ("++data.reader.masks.ids={1: 0, 2: 1, 3: 2}", *(f"data.reader.{word}" for word in reader))
     cfg, out = compose(*words), tmp_path / "out"
-    mode.predict(cfg, out_dir=out, input="val", masks=None, opacity=0.5, batch_size=2)
-    names = Builder(cfg).dataset("val").names
-    groups = json.loads((out / "masks/classes.json").read_text())["groups"]
+    predict("val", out, cfg, masks=None)
+    names, groups = Builder(cfg).dataset("val").names, groups_of(out)
     assert groups == {name: name.rpartition("/")[0] and "deep/" for name in names}
     for folder in ("masks", "references"):
         found = (out / folder).rglob("*.png")
         assert sorted(path.relative_to(out / folder).with_suffix("").as_posix() for path in found) == names
     assert f"reference={out}/references" in capsys.readouterr().out
-    scores = score.run(
-        compose("mode=score"), out_dir=tmp_path, reference=str(out / "references"), prediction=str(out), workers=1
-    )
+    sides = {"reference": str(out / "references"), "prediction": str(out)}
+    scores = score.run(compose("mode=score"), out_dir=tmp_path, workers=1, **sides)
     assert scores["mIoU"] == 1.0 and json.loads((tmp_path / "scores.json").read_text())["n"] == len({*groups.values()})
 
 
@@ -215,21 +194,18 @@ def test_groups_of_an_earlier_prediction_are_replaced(trained_model, tmp_path, c
     cfg = compose(f"data.root={tmp_path}", "data=folder", f"data.classes={CLASSES}")
     for group, stored in (("^", {"a": "", "b": ""}), (None, {}), ("^b?", {"a": "", "b": "b"})):
         cfg.data.group = group
-        mode.predict(cfg, out_dir=tmp_path / "out", input="val", masks=None, opacity=0.5, batch_size=2)
-        assert json.loads((tmp_path / "out/masks/classes.json").read_text())["groups"] == stored
+        predict("val", tmp_path / "out", cfg, masks=None)
+        assert groups_of(tmp_path / "out") == stored
 
 
 def test_images_of_other_files_have_only_typed_groups(trained_model, tmp_path, compose, caplog):
     for name in ("IMG_1", "IMG_2"):
         random_image(tmp_path / f"in/{name}.png")
     (tmp_path / "out/config").mkdir(parents=True)
-    found = {}
-    for words in ((), ("data.group='_.$'",), ("data.group=_2",)):
-        cfg = compose("data=camvid", *words)
+    for words, groups in (((), {}), (("data.group='_.$'",), {"IMG_1": "_1", "IMG_2": "_2"}), (("data.group=_2",), {})):
         (tmp_path / "out/config/overrides.txt").write_text("\n".join(("data=camvid", *words)))
-        mode.predict(cfg, out_dir=tmp_path / "out", input=f"{tmp_path}/in", masks=None, opacity=0.5, batch_size=2)
-        found[words] = json.loads((tmp_path / "out/masks/classes.json").read_text())["groups"]
-    assert [*found.values()] == [{}, {"IMG_1": "_1", "IMG_2": "_2"}, {}]
+        predict(tmp_path / "in", tmp_path / "out", compose("data=camvid", *words), masks=None)
+        assert groups_of(tmp_path / "out") == groups
     (note,) = [record.message for record in caplog.records if "data.group" in record.message]
     assert "data.group=_2 does not match the name IMG_1" in note
 
@@ -244,33 +220,16 @@ def test_bad_files_are_named_and_the_rest_is_done(trained_model, tmp_path):
     whole = random_video(folder / "w.avi", frames=40).read_bytes()
     (folder / "w.avi").write_bytes(whole[: len(whole) // 2])
     (folder / "z.mp4").write_bytes(b"")
-    with pytest.raises(UserError, match="4 of 8 inputs failed; the others are in") as error:
-        predict(folder, tmp_path / "out", masks=True)
-    for name in ("b.png", "c.jpg", "w.avi ends early", "z.mp4 as a video: 0 frames"):
-        assert name in str(error.value)
-    assert names(tmp_path / "out") == [
-        "a_segmentation",
-        "e_segmentation",
-        "g_segmentation",
-        "masks",
-        "v_masks",
-        "v_overlay.mp4",
-    ]
+    failed = ("4 of 8 inputs failed; the others are in", "b.png", "c.jpg", "w.avi ends early")
+    assert_refused(lambda: predict(folder, tmp_path / "out", masks=True), *failed, "z.mp4 as a video: 0 frames")
+    images = [f"{name}_segmentation" for name in "aeg"]
+    assert names(tmp_path / "out") == [*images, "masks", "v_masks", "v_overlay.mp4"]
 
 
-def test_a_model_that_fails_leaves_nothing_half_written(trained_model, tmp_path):
-    video = random_video(tmp_path / "v.avi")
-    batches = iter([True, True, False])
-    real = trained_model.model.forward
-
-    def forward(images):
-        if not next(batches):
-            raise RuntimeError("broken")
-        return real(images)
-
-    trained_model.model.forward = forward
+def test_a_model_that_fails_leaves_nothing_half_written(trained_model, tmp_path, monkeypatch):
+    fail_after(monkeypatch, trained_model.model, "forward", 2, RuntimeError("broken"))
     with pytest.raises(RuntimeError, match="broken"):
-        predict(video, tmp_path / "out", masks=True)
+        predict(random_video(tmp_path / "v.avi"), tmp_path / "out", masks=True)
     assert names(tmp_path / "out") == []
 
 
@@ -292,20 +251,15 @@ def test_image_out_of_memory_is_named_and_others_are_predicted(trained_model, tm
 
     trained_model.model.forward = forward
     monkeypatch.setattr(image_run, "write_image_results", write_or_fail)
-    with pytest.raises(UserError, match="2 of 3 inputs failed") as error:
-        predict(tmp_path / "in", tmp_path / "out")
-    assert "in/b.png: Not enough memory to predict an image of 30 x 20 (width x height) (CUDA" in str(error.value)
-    assert "in/c.png: there is not enough memory to draw" in str(error.value)
+    drawn = "in/c.png: there is not enough memory to draw"
+    predicted = "in/b.png: Not enough memory to predict an image of 30 x 20 (width x height) (CUDA"
+    assert_refused(lambda: predict(tmp_path / "in", tmp_path / "out"), "2 of 3 inputs failed", predicted, drawn)
     assert names(tmp_path / "out") == ["a_segmentation"] and [*(tmp_path / "out/predicted").iterdir()][0].stem == "a"
 
 
 def test_a_full_disk_is_one_message(trained_model, tmp_path, monkeypatch):
     random_image(tmp_path / "a.png")
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(image_run, "write_image_results", full)
+    fail_after(monkeypatch, image_run, "write_image_results", 0, OSError(28, "No space left on device"))
     with pytest.raises(UserError, match=r"Cannot write below .*No space left.*hydra\.run\.dir"):
         predict(tmp_path / "a.png", tmp_path / "out")
 
@@ -315,16 +269,8 @@ def test_repeated_command_resumes_where_it_stopped(trained_model, tmp_path, monk
     for number in range(5):
         random_image(folder / f"{number}.png", seed=number)
     random_video(folder / "v.avi")
-    write, written = image_run.write_image_results, []
-
-    def write_then_interrupt(where, *given, **named):
-        if len(written) == 3:
-            raise KeyboardInterrupt
-        written.append(where)
-        write(where, *given, **named)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(image_run, "write_image_results", write_then_interrupt)
+        fail_after(patch, image_run, "write_image_results", 3, KeyboardInterrupt())
         predict(folder, out, batch_size=1)
     assert len(list(out.glob("*_segmentation"))) == 3
     trained_model.model.batches.clear()
@@ -344,10 +290,8 @@ def test_repeated_command_resumes_where_it_stopped(trained_model, tmp_path, monk
     (out / "v_overlay.mp4").unlink()
     predict(folder, out, batch_size=1)
     assert len(trained_model.model.batches) == 1 + 10 and "2.png is predicted again" in caplog.text
-    with pytest.raises(
-        UserError, match=r"settings differ.*frames was null and is 2.*start over without hydra\.run\.dir"
-    ):
-        predict(folder, out, frames=2)
+    said = ("settings differ", "frames was null and is 2", "start over without hydra.run.dir")
+    assert_refused(lambda: predict(folder, out, frames=2), *said)
 
 
 @pytest.mark.parametrize(
@@ -368,13 +312,11 @@ def test_results_of_other_settings_are_not_mixed(trained_model, tmp_path, change
     parts = {"resolution": {"scale": 1.0}, "inference": {"flip": False}, "backbone": {"dtype": "float32"}}
     cfg = OmegaConf.merge(CFG, parts, {"adapter": {"alpha": 1}, "head": {"layers": [0]}})
     random_image(tmp_path / "in/a.png")
-    words = {"out_dir": tmp_path / "out", "input": str(tmp_path / "in"), "masks": None, "opacity": 0.5, "batch_size": 1}
-    assert mode.predict(cfg, **words)["images_per_s"] > 0
-    again = mode.predict(cfg, **words)
+    assert predict(tmp_path / "in", tmp_path / "out", cfg)["images_per_s"] > 0
+    again = predict(tmp_path / "in", tmp_path / "out", cfg)
     assert again["images"] == 1 and again["images_per_s"] == 0  # a rate of what this run did
     changed = OmegaConf.merge(cfg, changes.pop("cfg", {}))
-    with pytest.raises(UserError, match=message):
-        mode.predict(changed, **words | changes)
+    assert_refused(lambda: predict(tmp_path / "in", tmp_path / "out", changed, **changes), message)
 
 
 def test_input_replaced_while_reading_is_predicted_again(trained_model, tmp_path, caplog):
@@ -421,54 +363,34 @@ def test_further_outputs_of_a_video_are_of_each_frame(trained_model, tmp_path, c
     assert len(names(out / "v_palette")) == 10
 
 
-def test_annotations_of_videos_are_refused_before_loading(monkeypatch, tmp_path):
+def test_inputs_that_fit_no_option_are_refused_before_loading(monkeypatch, tmp_path):
     monkeypatch.setattr(mode, "load_trained", lambda cfg: pytest.fail("the model was loaded"))
+    for name in ("a.mp4", "b.mkv"):
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        (tmp_path / "bad" / name).write_bytes(b"nothing")
     random_image(tmp_path / "in/a.png")
     random_video(tmp_path / "in/v.avi")
-    with pytest.raises(
-        UserError, match=r"outputs names coco, labelme, which need image files.*in/v.avi is a video: .*palette, prob"
-    ):
-        predict(tmp_path / "in", tmp_path / "out", outputs=["palette", "coco", "labelme"])
-
-
-def test_unreadable_videos_are_named_before_loading_the_model(monkeypatch, tmp_path):
-    monkeypatch.setattr(mode, "load_trained", lambda cfg: pytest.fail("the model was loaded"))
-    (tmp_path / "in").mkdir()
-    for name in ("a.mp4", "b.mkv"):
-        (tmp_path / "in" / name).write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"(?s)Cannot read .*a\.mp4 as a video.*\n.*Cannot read .*b\.mkv"):
-        predict(tmp_path / "in", tmp_path / "out")
-    random_video(tmp_path / "in/c.avi")
     monkeypatch.setattr(memory, "free_bytes", lambda device: 7 * 3 * 4 * 32 * 48 - 1)
-    with pytest.raises(UserError, match=r"c\.avi has frames of 48 x 32 pixels; up to 21 .*Lower mode\.batch_size"):
-        predict(tmp_path / "in/c.avi", tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"source": None}, "give input=<image, folder, glob or video>"),
-        ({"source": ""}, "give input=<image, folder, glob or video>"),
-        ({"source": "nowhere.png"}, "File or folder not found: input=nowhere.png"),
-    ],
-)
-def test_mistakes_are_named_before_the_model_is_loaded(monkeypatch, tmp_path, changes, message):
-    monkeypatch.setattr(mode, "load_trained", lambda cfg: pytest.fail("the model was loaded"))
-    random_image(tmp_path / "a.png")
-    options = {"source": tmp_path / "a.png"} | changes
-    with pytest.raises(UserError, match=message):
-        predict(options.pop("source"), tmp_path / "out", **options)
+    annotations = ("outputs names coco, labelme, which need image files", "in/v.avi is a video: ", "palette, prob")
+    for source, outputs, words in (
+        (None, [], ("give input=<image, folder, glob or video>",)),
+        ("", [], ("give input=<image, folder, glob or video>",)),
+        ("nowhere.png", [], ("File or folder not found: input=nowhere.png",)),
+        (tmp_path / "in", ["palette", "coco", "labelme"], annotations),
+        (tmp_path / "bad", [], ("Cannot read ", "a.mp4 as a video", "b.mkv")),
+        (tmp_path / "in/v.avi", [], ("v.avi has frames of 48 x 32 pixels; up to 21 ", "Lower mode.batch_size")),
+    ):
+        assert_refused(partial(predict, source, tmp_path / "out", outputs=outputs), *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_annotation_outputs_are_complete_after_resuming(trained_model, tmp_path):
     cfg = OmegaConf.merge(CFG, {"data": {"background": "dark", "classes": CLASSES}})
-    options = {"masks": True, "opacity": 0.5, "batch_size": 3, "outputs": ["coco", "confidence"]}
-    drawn = PredictedShapes("rle")
+    options = {"masks": True, "outputs": ["coco", "confidence"], "shapes": PredictedShapes("rle")}
     pixels = {name: random_image(tmp_path / f"in/{name}.png", seed=seed) for seed, name in enumerate("abc")}
     (tmp_path / "in/c.png").rename(tmp_path / "c.png")
     for names_then in ("ab", "abc"):
-        mode.predict(cfg, out_dir=tmp_path / "out", input=str(tmp_path / "in"), shapes=drawn, **options)
+        predict(tmp_path / "in", tmp_path / "out", cfg, **options)
         content = json.loads((tmp_path / "out/coco/annotations.json").read_text())
         assert [image["file_name"] for image in content["images"]] == [f"{name}.png" for name in names_then]
         if names_then == "ab":
@@ -481,5 +403,5 @@ def test_annotation_outputs_are_complete_after_resuming(trained_model, tmp_path)
     for index, name in enumerate(data.names):
         np.testing.assert_array_equal(data.mask(index), expected_ids(pixels[name]))
         assert np.load(tmp_path / f"out/confidence/{name}.npy").max() <= 1
-    with pytest.raises(UserError, match="mode.outputs names koko"):
-        mode.predict(cfg, out_dir=tmp_path / "x", input=str(tmp_path / "in"), **{**options, "outputs": ["koko"]})
+    options["outputs"] = ["koko"]
+    assert_refused(lambda: predict(tmp_path / "in", tmp_path / "x", cfg, **options), "mode.outputs names koko")

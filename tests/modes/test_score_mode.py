@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -39,16 +40,32 @@ def folders(tmp_path):
 def run(tmp_path):
     """Return a function that scores in the test's own process, and returns what it wrote and printed."""
 
-    def score(*words, reference="reference", prediction="prediction"):
+    def score(*words, reference="reference", prediction="prediction", status=0):
         folder = Path(f"run_{len(list(tmp_path.glob('run_*')))}")
         words = ("mode=score", f"reference={reference}", f"prediction={prediction}", *words)
         if not any(word.startswith("protocol=") for word in words):
             words = (*words[:3], "protocol.num_classes=4", *words[3:])
         done = call(tmp_path, *words, "mode.workers=1", f"hydra.run.dir={folder}")
         written = tmp_path / folder / "scores.json"
-        return json.loads(written.read_text()) if written.exists() else None, done, tmp_path / folder
+        assert (done.status, written.exists()) == (status, not status), done.err
+        return None if status else json.loads(written.read_text()), done, tmp_path / folder
 
     return score
+
+
+BETTER = "[prediction,better/prediction]"
+
+
+@pytest.fixture
+def better(folders):
+    """Write predictions of a second model, of which fewer pixels are wrong."""
+    masks(folders / "better", np.random.default_rng(0), wrong=0.1)
+
+
+def change_masks(folder, side, change, numbers=range(6)):
+    for number in numbers:
+        path = folder / f"{side}/{number % 2}/{number}.png"
+        write_png(path, change(np.array(Image.open(path))))
 
 
 def expected_miou(folder, count=6):
@@ -66,20 +83,11 @@ def expected_miou(folder, count=6):
 
 
 def test_a_folder_is_scored_without_torch(folders):
-    words = [
-        "mode=score",
-        "protocol=semantic",
-        "reference=reference",
-        "prediction=prediction",
-        "protocol.num_classes=4",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *words, "mode.workers=1", "hydra.run.dir=run"],
-        cwd=folders,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    words = ["mode=score", "protocol=semantic", "reference=reference", "prediction=prediction"]
+    words += ["protocol.num_classes=4", "mode.workers=1", "hydra.run.dir=run"]
+    command = [sys.executable, "-c", WITHOUT_TORCH, *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folders, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((folders / "run/scores.json").read_text())
     assert result["scores"]["mIoU"] == pytest.approx(expected_miou(folders), abs=1e-12)
@@ -105,18 +113,16 @@ def test_each_interval_shows_its_number_of_units(folders, run):
     assert row.split()[-1] == "10" and "over shared images" in done.out
 
 
-def test_typed_groups_are_the_units_of_intervals(folders, run):
-    masks(folders / "better", np.random.default_rng(0), wrong=0.1)
-    both = {"prediction": "[prediction,better/prediction]"}
-    result, done, _ = run("data.group='^./'", **both)
+def test_typed_groups_are_the_units_of_intervals(better, run):
+    result, done, _ = run("data.group='^./'", prediction=BETTER)
     assert (result["n"], result["unit"], result["difference"]["mIoU"]["n"]) == (2, "group", 2)
     assert [row["group"] for row in result["per_image"]] == ["0/"] * 3 + ["1/"] * 3
     assert "over groups" in done.out and "over shared groups" in done.out and "over 2 groups: with fewer" in done.err
-    result, done, _ = run("data.group='^'", **both)  # all images are one group, as the frames of one drive
+    result, done, _ = run("data.group='^'", prediction=BETTER)  # one group, as the frames of one drive
     assert result["n"] == 1 and {*result["ci95"].values()} == {None} and "needs two groups" in done.out
     assert {row["ci95"] for row in result["difference"].values()} == {None}
-    nothing, done, _ = run("data.group=drive")
-    assert done.status == 1 and nothing is None and "data.group=drive does not match the name 0/0" in done.err
+    _, done, _ = run("data.group=drive", status=1)
+    assert "data.group=drive does not match the name 0/0" in done.err
 
 
 def test_typed_keys_of_data_without_effect_are_named(folders, run):
@@ -152,21 +158,18 @@ def test_more_processes_give_the_same(folders, run):
     assert two["per_image"] == one["per_image"] and two["ci95"] == one["ci95"] and one["n"] == 20
 
 
-def test_two_folders_give_their_paired_difference(folders, run):
-    masks(folders / "better", np.random.default_rng(0), wrong=0.1)
-    result, done, _ = run(prediction="[prediction,better/prediction]")
+def test_two_folders_give_their_paired_difference(better, run):
+    result, done, _ = run(prediction=BETTER)
     row = result["difference"]["mIoU"]
     assert row["value"] == pytest.approx(result["second"]["scores"]["mIoU"] - result["scores"]["mIoU"])
-    assert 0 < row["ci95"][0] < row["value"] < row["ci95"][1]
-    assert "second - first" in done.out
+    assert 0 < row["ci95"][0] < row["value"] < row["ci95"][1] and "second - first" in done.out
 
 
 def test_every_bad_file_is_named_then_skipped_on_request(folders, run):
     write_png(folders / "prediction/0/2.png", np.zeros((3, 3), np.uint8))
     (folders / "prediction/1/3.png").write_bytes(b"no picture")
     (folders / "prediction/1/5.png").unlink()
-    nothing, done, folder = run()
-    assert done.status == 1 and nothing is None
+    _, done, folder = run(status=1)
     assert "3 files of reference=reference and prediction=prediction cannot be scored" in done.err
     assert all(name in done.err for name in ("2.png", "3.png", "5.png", "data.on_error=skip"))
     problems = json.loads((folder / "problems.json").read_text())["problems"]
@@ -176,22 +179,19 @@ def test_every_bad_file_is_named_then_skipped_on_request(folders, run):
     assert f"3 files could not be scored and are left out; see `problems` in {folder}/scores.json" in done.err
 
 
-def test_both_prediction_folders_are_checked_before_stopping(folders, run):
-    masks(folders / "second", np.random.default_rng(1))
+def test_both_prediction_folders_are_checked_before_stopping(folders, better, run):
     (folders / "prediction/1/5.png").unlink()
-    (folders / "second/prediction/0/2.png").write_bytes(b"no picture")
-    nothing, done, folder = run(prediction="[prediction,second/prediction]")
-    assert done.status == 1 and nothing is None and "5.png" in done.err and "2.png" in done.err
+    (folders / "better/prediction/0/2.png").write_bytes(b"no picture")
+    _, done, folder = run(prediction=BETTER, status=1)
+    assert "5.png" in done.err and "2.png" in done.err
     rows = json.loads((folder / "problems.json").read_text())["problems"]
-    assert [(row["prediction"], Path(row["file"]).name) for row in rows] == [
-        ("prediction", "5.png"),
-        ("second/prediction", "2.png"),
-    ]
+    found = [(row["prediction"], Path(row["file"]).name) for row in rows]
+    assert found == [("prediction", "5.png"), ("better/prediction", "2.png")]
     (folders / "empty").mkdir()
-    _, done, folder = run(prediction="[empty,prediction]")
-    assert done.status == 1 and "prediction=empty does not hold" in done.err and "5.png" in done.err
+    _, done, folder = run(prediction="[empty,prediction]", status=1)
+    assert "prediction=empty does not hold" in done.err and "5.png" in done.err
     assert len(json.loads((folder / "problems.json").read_text())["problems"]) == 1
-    result, done, _ = run("data.on_error=skip", prediction="[prediction,second/prediction]")
+    result, done, _ = run("data.on_error=skip", prediction=BETTER)
     assert result["difference"]["mIoU"]["n"] == 4 and result["difference"]["mIoU"]["left_out"] == 2
     assert "Left out of this difference: 2 files" in done.out
 
@@ -202,17 +202,14 @@ def test_disjoint_predictions_have_no_difference(folders, run):
         for number in lost:
             (folders / f"{side}/{number % 2}/{number}.png").unlink()
     result, done, _ = run("data.on_error=skip", "data.group='^./'", prediction="[prediction,other]")
-    assert done.status == 0 and result["difference"]["mIoU"] == {
-        **dict.fromkeys(("value", "ci95", "p")),
-        **{"n": 0, "left_out": 6},
-    }
+    assert result["difference"]["mIoU"] == {"value": None, "ci95": None, "p": None, "n": 0, "left_out": 6}
     assert "No image could be scored in both folders" in done.out and "RuntimeWarning" not in done.err
 
 
 def test_predictions_in_the_folder_of_references(folders, run):
     (folders / "prediction").rename(folders / "reference/mine")
-    nothing, done, _ = run(prediction="reference/mine")
-    assert done.status == 1 and nothing is None and "prediction=reference/mine lies inside reference" in done.err
+    _, done, _ = run(prediction="reference/mine", status=1)
+    assert "prediction=reference/mine lies inside reference" in done.err
     (folders / "link").symlink_to(folders / "reference")
     result, done, _ = run(prediction="link")
     assert result["scores"]["mIoU"] == 1 and "prediction=link is the reference itself" in result["notes"][0]
@@ -235,11 +232,11 @@ def test_masks_of_0_and_255_give_a_warning_unless_binary(tmp_path, run):
 
 
 def test_predicted_ids_outside_the_classes_are_reported(folders, run):
-    for number in (2, 5):
-        path = folders / f"prediction/{number % 2}/{number}.png"
-        ids = np.array(Image.open(path))
+    def plant(ids):
         ids[:4, :7] = 77  # on two rows that count and two that are ignored
-        write_png(path, ids)
+        return ids
+
+    change_masks(folders, "prediction", plant, (2, 5))
     result, done, _ = run()
     (note,) = result["notes"]
     assert "2 of 6 predictions hold ids that are not classes, in 28 pixels, such as prediction/0/2.png" in note
@@ -248,51 +245,38 @@ def test_predicted_ids_outside_the_classes_are_reported(folders, run):
 
 
 def test_one_foreign_id_may_be_one_to_ignore(folders, run):
-    for number in range(6):
-        path = folders / f"reference/{number % 2}/{number}.png"
-        ids = np.array(Image.open(path))
-        write_png(path, np.where(ids == 255, 4, ids).astype(np.uint8))
-    nothing, done, _ = run()
-    assert nothing is None and "set num_classes, protocol.ignore_index=4 to ignore these pixels" in done.err
-    result, _, _ = run("protocol.ignore_index=4")
-    assert result["n"] == 6
+    change_masks(folders, "reference", lambda ids: np.where(ids == 255, 4, ids).astype(np.uint8))
+    _, done, _ = run(status=1)
+    assert "set num_classes, protocol.ignore_index=4 to ignore these pixels" in done.err
+    assert run("protocol.ignore_index=4")[0]["n"] == 6
 
 
 def test_root_instead_of_a_split_is_refused_with_a_suggestion(tmp_path, run):
-    rng = np.random.default_rng(0)
     for split, drives in (("test", "9"), ("train", "123"), ("val", "45")):
-        for drive in drives:
-            for frame in "abc":
-                ids = rng.integers(0, 7, (8, 12)).astype(np.uint8)
-                write_png(tmp_path / f"reference/gtFine/{split}/{drive}/{frame}_label.png", ids)
-                if split == "val":
-                    write_png(tmp_path / f"prediction/{drive}/{frame}_label.png", ids)
+        for drive, frame in product(drives, "abc"):
+            ids = np.random.default_rng(ord(drive)).integers(0, 7, (8, 12)).astype(np.uint8)
+            for folder in (f"reference/gtFine/{split}", *["prediction"] * (split == "val")):
+                write_png(tmp_path / f"{folder}/{drive}/{frame}_label.png", ids)
     lite = "protocol=idd_lite"
-    _, done, _ = run(lite)
+    _, done, _ = run(lite, status=1)
     assert "Try reference=reference/gtFine/val." in done.err
     result, _, _ = run(lite, reference="reference/gtFine/val")
     assert result["scores"]["mIoU"] == 1 and result["n"] == 2
     for words in ((lite,), (lite, "data.on_error=skip")):
-        _, done, folder = run(*words, reference="reference/gtFine/train")
-        assert (
-            "reference=reference/gtFine/train holds 9 files, but prediction=prediction has no prediction for any"
-            in done.err
-        )
+        _, done, _ = run(*words, reference="reference/gtFine/train", status=1)
+        nothing = "holds 9 files, but prediction=prediction has no prediction for any"
+        assert f"reference=reference/gtFine/train {nothing}" in done.err
         assert "Check that split and names match" in done.err and done.err.count("_label.png") == 2
 
 
 def test_overlays_are_not_scored_as_predictions(tmp_path, run):
-    ids = np.eye(6, dtype=np.uint8)
-    write_png(tmp_path / "reference/1/a_label.png", ids)
-    for kind in ("pred", "vis"):
-        write_png(tmp_path / f"run/predictions/1/a_{kind}.png", ids)
-    for words in (("protocol=idd_lite",), ()):
-        _, done, _ = run(*words, prediction="run/predictions")
-        assert done.status == 1 and "Files *_pred.png are overlays of mode=eval" in done.err
-    (tmp_path / "run/official").mkdir()
-    for words in (("protocol=idd_lite",), ()):
-        _, done, _ = run(*words, prediction="run/predictions")
-        assert done.status == 1 and "use its official/, prediction=run/official." in done.err
+    for path in ("reference/1/a_label", "run/predictions/1/a_pred", "run/predictions/1/a_vis"):
+        write_png(tmp_path / f"{path}.png", np.eye(6, dtype=np.uint8))
+    for message in ("Files *_pred.png are overlays of mode=eval", "use its official/, prediction=run/official."):
+        for words in (("protocol=idd_lite",), ()):
+            _, done, _ = run(*words, prediction="run/predictions", status=1)
+            assert message in done.err
+        (tmp_path / "run/official").mkdir(exist_ok=True)
 
 
 def test_many_notes_are_counted(folders, run):
@@ -302,23 +286,3 @@ def test_many_notes_are_counted(folders, run):
     assert len(result["notes"]) == 14 and "4 more notes in" in done.err + done.out
     assert "1 prediction in prediction/more0 has no reference" in result["notes"][0]
     assert (done.err + done.out).count("has no reference and is not scored") == 10
-
-
-@pytest.mark.parametrize(
-    ("folders_given", "words", "message"),
-    [
-        ({"reference": "nowhere"}, (), "reference=nowhere is not a folder"),
-        ({"prediction": "nowhere"}, (), "prediction=nowhere is not a folder"),
-        ({"prediction": "[a,b,c]"}, (), "set reference=DIR and prediction=DIR, or prediction=[DIR,DIR]"),
-        ({"prediction": "null"}, (), "mode=score needs two folders of masks: set reference=DIR"),
-        (
-            {},
-            ("protocol.num_classes=null",),
-            "protocol.num_classes=null: protocol=semantic needs the number of classes",
-        ),
-        ({}, ("protocol.num_classes=0",), "protocol.num_classes=0 is out of range. Give a whole number of at least 1"),
-    ],
-)
-def test_missing_arguments_of_score_are_refused(folders, run, folders_given, words, message):
-    nothing, done, _ = run(*words, **folders_given)
-    assert done.status == 1 and nothing is None and message in done.err and "None" not in done.err

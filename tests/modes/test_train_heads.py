@@ -3,12 +3,15 @@
 import csv
 import json
 import re
-from pathlib import Path
+import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from command_line import SMALL, call, write_data
+from failing import fail_after
+from mistakes import assert_refused
 
 from dinoseg.api.runs import Run
 from dinoseg.evaluation.image_report import _training
@@ -22,7 +25,6 @@ from dinoseg.training import checkpoint
 from dinoseg.training.checkpoint import Checkpointer
 from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.training.multi_head import MultiHeadDataModule, MultiHeadSegmenter
-from dinoseg.utils.errors import UserError
 
 WORDS = (
     *("mode=train", *(word for word in SMALL if not word.startswith(("adapter=", "trainer.steps="))), "adapter=frozen"),
@@ -33,6 +35,7 @@ WORDS = (
 WIDE = "{head: cnn, channels: 16, dropout: 0.0, name: wide, lr: 3e-2}"  # nothing random: it equals its own run
 HEADS = f"heads=[linear,{WIDE},{{head: linear, layers: [0], name: early}}]"
 MANY = (*WORDS, "trainer=multi_head", HEADS)
+REPORTED = [word for word in MANY if not word.startswith(("mode.report", "trainer.steps"))]
 NAMES = ("linear", "wide", "early")
 
 
@@ -45,7 +48,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """Train three heads at once; return the command's end, its folder, and the images of each pass of the backbone."""
+    """Train three heads at once; return the command's end, its folder, and the images of each pass of the backbone.
+
+    It writes reports, too.
+    """
     passes, frozen = [], MultiHeadSegmenter.frozen
 
     def count_images(model, images, **options):
@@ -54,7 +60,7 @@ def run(folder):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(MultiHeadSegmenter, "frozen", count_images)
-        done = call(folder, *MANY, "hydra.run.dir=many")
+        done = call(folder, *REPORTED, "trainer.steps=7", "hydra.run.dir=many")
     assert done.status == 0, done.err
     return SimpleNamespace(done=done, path=folder / "many", passes=passes)
 
@@ -98,18 +104,13 @@ def test_each_head_is_its_own_run(folder, run, name):
             assert mine[key.replace("val/", f"val/{name}/")] == pytest.approx(its[key], rel=1e-4, abs=1e-5)
 
 
-def test_shared_backbone_is_computed_once_for_all_heads(run):
-    assert step_of(run.path) == 7
+def test_one_pass_of_the_backbone_logs_the_values_of_each_head(run):
     validations = 4
-    assert len(run.passes) == 2 * 7 + 3 * validations
-
-
-def test_the_log_has_the_values_of_each_head(run):
+    assert step_of(run.path) == 7 and len(run.passes) == 2 * 7 + 3 * validations
     trained = next(row for row in rows(run.path) if "train/loss" in row)
     scored = next(row for row in rows(run.path) if "val/miou" in row)
     for name in NAMES:
-        assert f"train/{name}/loss" in trained
-        assert {f"val/{name}/miou", f"val/{name}/loss"} <= scored.keys()
+        assert f"train/{name}/loss" in trained and {f"val/{name}/miou", f"val/{name}/loss"} <= scored.keys()
     assert scored["val/miou"] == max(scored[f"val/{name}/miou"] for name in NAMES)
     assert [path.name for path in (run.path / "validation/step_00002").iterdir()]
 
@@ -117,20 +118,17 @@ def test_the_log_has_the_values_of_each_head(run):
 def test_best_head_is_listed_first(run):
     with open(run.path / "leaderboard.csv", encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
-    assert {row["head"] for row in table} == {*NAMES}
     best = [float(row["val_miou"]) for row in table]
-    assert best == sorted(best, reverse=True)
+    assert {row["head"] for row in table} == {*NAMES} and best == sorted(best, reverse=True)
     for row in table:
-        scores = json.loads((Path(run.path) / "heads" / row["head"] / "evaluation/scores.json").read_text())
+        scores = json.loads((run.path / "heads" / row["head"] / "evaluation/scores.json").read_text())
         assert float(row["miou"]) == scores["miou"] and int(row["parameters"]) > 0
     assert all(f"\nhead {name}, best checkpoint (step " in run.done.out for name in NAMES)
     rates = {row["head"]: float(row["learning_rate"]) for row in table}
     assert rates == {"linear": 1e-2, "wide": 3e-2, "early": 1e-2}
     assert " adapter=frozen 3 heads\n" in run.done.err and "batch of 2 images, 2 batches per step\n" in run.done.err
-    assert (
-        f"\n{table[0]['head']} " in run.done.out
-        and f"mode=eval resume={run.path}/heads/{table[0]['head']}" in run.done.out
-    )
+    first = table[0]["head"]
+    assert f"\n{first} " in run.done.out and f"mode=eval resume={run.path}/heads/{first}" in run.done.out
 
 
 def test_a_head_is_used_as_any_run_and_the_whole_is_not(folder, run):
@@ -143,30 +141,15 @@ def test_a_head_is_used_as_any_run_and_the_whole_is_not(folder, run):
     assert done.status == 1 and f"early, linear, wide). Give one of them: resume={run.path}/heads/early" in done.err
 
 
-def fail_at_call(what, number, ends):
-    """Return `what` as it is, but that call `number` ends all as `ends` does."""
-    calls = []
-
-    def call_or_raise(*given, **options):
-        calls.append(1)
-        if len(calls) == number:
-            raise ends
-        return what(*given, **options)
-
-    return call_or_raise
-
-
-def test_reports_are_those_of_each_head(folder):
+def test_reports_are_those_of_each_head(folder, run):
     where = folder / "reported"
-    words = [word for word in MANY if not word.startswith(("mode.report", "trainer.steps"))]
-    for steps in (2, 3):
-        done = call(folder, *words, "resume=auto", f"trainer.steps={steps}", f"hydra.run.dir={where}")
-        assert done.status == 0, done.err
+    shutil.copytree(run.path, where)
+    done = call(folder, *REPORTED, "resume=auto", "trainer.steps=8", f"hydra.run.dir={where}")
+    assert done.status == 0, done.err
     page = (where / "heads/wide/evaluation/report.html").read_text(encoding="utf-8")
     assert "adapter=frozen head=cnn" in page and "dinoseg.models.heads.cnn.CnnHead" in page
     assert "has no metrics.jsonl" not in page and "train/loss" not in page
-    commands = re.findall(r"python -m dinoseg .*trainer.steps=(\d)", page)
-    assert commands == ["2", "3"]
+    assert re.findall(r"python -m dinoseg .*trainer.steps=(\d)", page) == ["7", "8"]
     whole = read_rows(where / "metrics.jsonl")
     for rows in (_training(where / "heads/wide"), Run(where).heads["wide"]._rows):
         assert [row.get("val/miou") for row in rows] == [row.get("val/wide/miou") for row in whole]
@@ -179,11 +162,10 @@ def test_run_resumes_with_all_heads_at_one_step(folder, run, monkeypatch, kind, 
     where = f"{kind}_{number}"
     with monkeypatch.context() as patched:
         if kind == "killed":  # by what no handler sees, before a save
-            patched.setattr(Checkpointer, "save", fail_at_call(Checkpointer.save, number, SystemExit(9)))
+            fail_after(patched, Checkpointer, "save", number - 1, SystemExit(9))
         else:
-            failing = fail_at_call(MultiHeadDataModule.tally, number, OSError("truncated"))
-            patched.setattr(MultiHeadDataModule, "tally", failing)
-        with pytest.raises(OSError) if kind == "fails" else pytest.MonkeyPatch.context():
+            fail_after(patched, MultiHeadDataModule, "tally", number - 1, OSError("truncated"))
+        with pytest.raises(OSError) if kind == "fails" else nullcontext():
             assert call(folder, *MANY, f"hydra.run.dir={where}/base/train_x").status == 9
     path = folder / where / "base/train_x"
     if number == 1:
@@ -220,8 +202,8 @@ def test_head_folder_cannot_be_resumed_and_is_unchanged(folder, run):
 )
 def test_engines_for_one_head_train_no_several(options, message):
     engine = SimpleNamespace(**{"sharded": False, "cache": "off", "loss_scale": lambda: None, **options})
-    with pytest.raises(UserError, match=message):
-        train_heads._check_task(None, SimpleNamespace(data_module=object.__new__(ImageDataModule)), engine)
+    task = SimpleNamespace(data_module=object.__new__(ImageDataModule))
+    assert_refused(lambda: train_heads._check_task(None, task, engine), message)
 
 
 def test_backbones_of_heads_update_no_statistics(compose):
@@ -270,54 +252,17 @@ def test_the_run_fails_once_all_heads_have_left(folder, monkeypatch):
     assert done.status == 1 and "Step 1: the loss is nan" in done.err
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("trainer=multi_head",), "heads=None: give a list of at least one head"),
-        (("heads=[linear]",), "heads is a key of trainer=multi_head"),
-        (("lrs=[1e-3]",), "lrs is a key of trainer=multi_head"),
-        (("trainer=multi_head", "heads=[linaer]"), "linaer is unknown. Did you mean linear?"),
-        (("trainer=multi_head", "heads=[linear]", "head=cnn"), "head=cnn and heads both set the heads to train"),
-        (("trainer=multi_head", "heads=[{head: cnn, depth: 2}]"), "depth is not a key of head=cnn. It has layers, "),
-        (("trainer=multi_head", "heads=[linear,mlp]", "adapter=full"), "adapter=full: trainer=multi_head trains heads"),
-        (("trainer=multi_head", "heads=[linear,slots]"), "head=slots is trained on clips"),
-        (("trainer=multi_head", "heads=[linear]", f"lrs=[1{400 * '0'},1]"), "give a list of learning rates above 0"),
-        (("trainer=multi_head", "heads=[linear,dpt]"), "quarters"),
-    ],
-)
-def test_impossible_heads_are_refused_and_leave_no_folder(folder, words, message):
-    done = call(folder, *WORDS, *words, "hydra.run.dir=refused")
-    assert done.status == 1 and message in done.err.replace("\n", " "), done.err
-    assert not (folder / "refused").exists()
-
-
-@pytest.mark.parametrize(
-    ("heads", "rates", "message"),
-    [
-        ([], None, "heads=[]: give a list of at least one head"),
-        ("linear", None, "heads=linear: give a list"),
-        (["linear"], 0.1, "lrs=0.1: give a list"),
-        (["linear"], [0.1, 1e-1], "linear_0.1 occurs more than once"),
-        (["cnn", {"head": "mlp", "name": "cnn"}], None, "[{head:cnn,name:first},{head:mlp,name:second}]"),
-    ],
-)
-def test_lists_that_name_no_heads_are_refused(heads, rates, message):
-    with pytest.raises(UserError) as raised:
-        named_heads(heads, rates)
-    assert message in str(raised.value)
+def test_heads_of_equal_names_are_refused_with_a_remedy():
+    heads = ["cnn", {"head": "mlp", "name": "cnn"}]
+    remedy = "[{head:cnn,name:first},{head:mlp,name:second}]"
+    assert_refused(lambda: named_heads(heads, None), "cnn occurs more than once", remedy)
 
 
 def test_shared_backbone_is_compiled_if_configured(folder, monkeypatch):
     compiled = []
     monkeypatch.setattr("dinoseg.training.engine.compile_blocks", compiled.append)
-    words = (
-        "trainer=multi_head",
-        "heads=[linear]",
-        "engine.compile=true",
-        "trainer.steps=1",
-        "trainer.save_every=null",
-    )
-    done = call(folder, *WORDS, *words, "hydra.run.dir=compiled")
+    words = ("trainer=multi_head", "heads=[linear]", "engine.compile=true", "trainer.steps=1")
+    done = call(folder, *WORDS, *words, "trainer.save_every=null", "hydra.run.dir=compiled")
     assert done.status == 0 and len(compiled) == 1, done.err
 
 

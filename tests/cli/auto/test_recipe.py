@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,12 +21,12 @@ from dinoseg.cli.auto.recipe import drop_typed
 from dinoseg.config.nodes import instantiate
 from dinoseg.config.plain import to_container
 from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.recipe import config_description
 from dinoseg.experiment.step import training_parts
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 from dinoseg.utils.locks import acquire, release
-from dinoseg.utils.workers import run_in_process
 
 CHOSEN = ("trainer.steps", "adapter", "data.batch_size", "resolution.crop")
 AUTO = ("mode=train", "hparam=auto", *(word for word in SMALL if word.split("=")[0] not in CHOSEN))
@@ -37,67 +38,52 @@ TIMED = RecipeTimes(start=0.1, tuned=0.02, frozen=0.02, forward=0.0, val=0.01)
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     write_data(tmp_path / "data", train=5)
-    monkeypatch.setattr("dinoseg.cli.auto.choose.run_in_process", lambda work, values, **_: TIMED)
-    monkeypatch.setattr("dinoseg.cli.auto.choose.monotonic", lambda: 0.0)
+    monkeypatch.setattr(choose, "run_in_process", lambda work, values, **_: TIMED)
+    monkeypatch.setattr(choose, "monotonic", lambda: 0.0)
     return tmp_path
 
 
 @pytest.fixture
-def choice_alone(folder, monkeypatch):
-    """Leave out the mode that follows the choice; its config is written all the same."""
+def choose_recipe(folder, monkeypatch):
+    """Return a function that chooses for a command, without the mode that follows: its config is written all the same.
+
+    It returns the config and the command's end.
+    """
     monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda *_: None)
 
+    def run(*words, folder_of_run="R", start=AUTO):
+        done = call(folder, *start, "mode=plan", *words, f"hydra.run.dir={folder_of_run}")
+        assert done.status == 0, done.err
+        return OmegaConf.load(folder / folder_of_run / "config/config.yaml"), done
 
-def config_of(run):
-    return OmegaConf.load(run / "config/config.yaml")
-
-
-def test_recorded_recipe_reproduces_the_chosen_run(folder):
-    done = call(folder, *AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")
-    assert done.status == 0, done.err
-    cfg, first = config_of(folder / "R"), checkpoint.describe(folder / "R/checkpoints/last.safetensors")
-    assert (cfg.choices.hparam, cfg.choices.adapter, cfg.choices.loss, cfg.trainer.steps) == (
-        *("auto", "frozen", "ce_dice"),
-        2,
-    )
-    assert cfg.data.batch_size == 2 and cfg.resolution.crop == [32, 48]
-    assert first["choices"]["head"] == "linear"
-    assert "; set on the command line: trainer.steps; chosen now:" in done.out
-    assert "adapter=frozen: the backbone is frozen" in done.out
-    command = next(line for line in done.out.splitlines() if "hparam=chosen" in line).split()[3:]
-    assert FEW in command and "budget.minutes=1" not in command
-    again = call(folder, *[word.strip("'") for word in command], "hydra.run.dir=S")
-    assert again.status == 0, again.err
-    second = checkpoint.describe(folder / "S/checkpoints/last.safetensors")
-    assert second["config"] == first["config"]
+    return run
 
 
-@pytest.mark.heavy
-def test_recipe_command_includes_the_config_folder(folder):
+def test_recorded_recipe_reproduces_the_chosen_run(folder, choose_recipe):
     part = folder / "my, own/head/mine.yaml"
     part.parent.mkdir(parents=True)
     part.write_text("defaults: [linear]\nlr: 0.5\n")
-    words = (*AUTO, "head=mine", "budget.minutes=1", "mode=plan", "--config-dir=my, own")
-    done = call(folder, *words, "hydra.run.dir=R")
-    assert done.status == 0, done.err
-    command = shlex.split(next(line for line in done.out.splitlines() if "hparam=chosen" in line))[3:]
-    again = call(folder, *command, "hydra.run.dir=S")
-    assert again.status == 0 and config_of(folder / "S").head.lr == 0.5, again.err
+    cfg, done = choose_recipe(FEW, "budget.minutes=1", "head=mine", "--config-dir=my, own", "resume=auto")
+    choices = (cfg.choices.hparam, cfg.choices.adapter, cfg.choices.loss, cfg.trainer.steps)
+    assert choices == ("auto", "frozen", "ce_dice", 2)
+    assert cfg.data.batch_size == 2 and cfg.resolution.crop == [32, 48]
+    assert "; set on the command line: head, trainer.steps; chosen now:" in done.out
+    assert "adapter=frozen: the backbone is frozen" in done.out
+    (command,) = (shlex.split(line)[3:] for line in done.out.splitlines() if "hparam=chosen" in line)
+    assert FEW in command and "budget.minutes=1" not in command
+    assert not [word for word in command if word.startswith("resume=")]  # it starts a new run
+    again, _ = choose_recipe(start=command, folder_of_run="S")
+    configs = [config_description(Builder(each))["config"] for each in (cfg, again)]
+    assert configs[0] == configs[1] and again.head.lr == 0.5
 
 
-def test_typed_values_override_the_chosen_ones(folder):
+def test_typed_values_override_the_chosen_ones(folder, choose_recipe):
     words = ("head=mlp", "optim.optimizer.lr=1e-3", "data.batch_size=3", "resolution.crop=[24,24]", "loss=focal")
     taken = "data.batch_size, head, loss, resolution.crop, trainer.steps"
-    done = call(folder, *AUTO, FEW, *words, "budget.minutes=1", "hydra.run.dir=R")
-    assert done.status == 0, done.err
-    cfg = config_of(folder / "R")
-    assert (cfg.choices.head, cfg.choices.loss, cfg.data.batch_size, cfg.optim.optimizer.lr) == (
-        "mlp",
-        "focal",
-        3,
-        1e-3,
-    )
-    assert cfg.resolution.crop == [24, 24] and f"; set on the command line: {taken}" in done.out
+    cfg, done = choose_recipe(FEW, *words, "budget.minutes=1")
+    assert (cfg.choices.head, cfg.choices.loss, cfg.data.batch_size) == ("mlp", "focal", 3)
+    assert cfg.optim.optimizer.lr == 1e-3 and cfg.resolution.crop == [24, 24]
+    assert f"; set on the command line: {taken}" in done.out
     text = re.sub("#.*", "", (folder / "R/config/hparam/chosen.yaml").read_text())
     assert not re.search("crop|head|loss|batch|trainer", text) and "override /adapter: frozen" in text
 
@@ -113,49 +99,35 @@ def test_choices_that_belong_to_a_typed_loss_are_dropped(typed):
 
 
 @pytest.mark.heavy
-def test_same_command_reuses_its_choices_on_any_machine_speed(folder, monkeypatch):
-    words = (*AUTO, "trainer.epochs=1", "budget.minutes=1")
-    first = call(folder, *words, "hydra.run.dir=R")
-    assert first.status == 0 and "; chosen now:" in first.out, first.err
-    monkeypatch.setattr("dinoseg.cli.auto.choose.run_in_process", pytest.fail)
-    again = call(folder, *words, "seed=1", "mode.pictures=0", "hydra.run.dir=S")
-    assert again.status == 0 and "reused from" in again.out, again.err
-    one, other = (OmegaConf.to_container(config_of(folder / run)) for run in "RS")
-    assert one["seed"] != other["seed"]
+def test_same_command_reuses_its_choices_on_any_machine_speed(folder, choose_recipe, monkeypatch):
+    words = ("trainer.epochs=1", "budget.minutes=1")
+    one, first = choose_recipe(*words)
+    with monkeypatch.context() as patched:
+        patched.setattr(choose, "run_in_process", pytest.fail)
+        other, again = choose_recipe(*words, "seed=1", "mode.pictures=0", folder_of_run="S")
+    assert "; chosen now:" in first.out and "reused from" in again.out and one.seed != other.seed
     assert [one[key] for key in ("head", "data", "optim", "trainer")] == [
         other[key] for key in ("head", "data", "optim", "trainer")
     ]
-    monkeypatch.setattr("dinoseg.cli.auto.choose.run_in_process", lambda work, values, **_: TIMED)
-    call(folder, *AUTO, "trainer.epochs=1", "budget.minutes=2", "hydra.run.dir=T")
+    choose_recipe("trainer.epochs=1", "budget.minutes=2", folder_of_run="T")
     assert len([*(folder / "outputs/.cache").glob("choices_*.json")]) == 2
 
 
 @pytest.mark.heavy
-@pytest.mark.usefixtures("choice_alone")
-def test_length_is_chosen_if_it_is_not_typed_again(folder, monkeypatch):
-    words = (*AUTO, "budget.minutes=1", "mode=plan")
-    assert (
-        "; set on the command line: trainer.steps; chosen now:"
-        in call(folder, *words, "trainer.steps=2", "hydra.run.dir=R").out
-    )
-    monkeypatch.setattr("dinoseg.cli.auto.choose.run_in_process", pytest.fail)
-    done = call(folder, *words, "hydra.run.dir=S")
-    assert done.status == 0 and "as given" not in done.out, done.err
-    cfg = config_of(folder / "S")
-    assert (
-        f"trainer.steps={cfg.trainer.steps} trainer.val_every={cfg.trainer.val_every} trainer.max_minutes=" in done.out
-    )
+def test_length_is_chosen_if_it_is_not_typed_again(choose_recipe, monkeypatch):
+    _, done = choose_recipe("budget.minutes=1", "trainer.steps=2")
+    assert "; set on the command line: trainer.steps; chosen now:" in done.out
+    monkeypatch.setattr(choose, "run_in_process", pytest.fail)
+    cfg, done = choose_recipe("budget.minutes=1", folder_of_run="S")
+    words = f"trainer.steps={cfg.trainer.steps} trainer.val_every={cfg.trainer.val_every} trainer.max_minutes="
+    assert "as given" not in done.out and words in done.out
     assert 10 < cfg.trainer.steps * cfg.data.batch_size * TIMED.frozen < 60
 
 
 @pytest.mark.heavy
-@pytest.mark.usefixtures("choice_alone")
-def test_images_of_a_step_in_parts_count_against_the_time(folder):
-    words = (*AUTO, "budget.minutes=3", "data.views=null", "trainer.accumulate=3", "mode=plan")
-    done = call(folder, *words, "hydra.run.dir=R")
-    cfg = config_of(folder / "R")
-    assert done.status == 0 and cfg.trainer.accumulate == 3, done.err
-    assert 100 < cfg.trainer.steps * 3 * cfg.data.batch_size * TIMED.frozen < 180
+def test_images_of_a_step_in_parts_count_against_the_time(choose_recipe):
+    cfg, _ = choose_recipe("budget.minutes=3", "data.views=null", "trainer.accumulate=3")
+    assert cfg.trainer.accumulate == 3 and 100 < cfg.trainer.steps * 3 * cfg.data.batch_size * TIMED.frozen < 180
 
 
 @pytest.mark.heavy
@@ -163,16 +135,15 @@ def test_resumed_run_uses_its_recorded_choices(folder, monkeypatch):
     words = (*AUTO, "budget.minutes=1")
     first = call(folder, *words, FEW)
     assert first.status == 0, first.err
-    monkeypatch.setattr("dinoseg.cli.auto.choose.run_in_process", pytest.fail)
+    monkeypatch.setattr(choose, "run_in_process", pytest.fail)
     (run,) = (folder / "outputs/auto").iterdir()
     again = call(folder, *words, "trainer.steps=4", "resume=auto", f"hydra.run.dir={run}")
     assert again.status == 0 and "resuming" in again.err and "at step 2 of 4" in again.err, again.err
     assert checkpoint.describe(run / "checkpoints/last.safetensors")["progress"]["step"] == 4
     for path in (folder / "outputs/.cache").glob("choices_*.json"):
         path.unlink()  # by name nothing is chosen anew in any case
-    third = call(
-        folder, "mode=train", "hparam=auto", f"resume={run}", "trainer.steps=6", "engine=cpu", "engine.workers=0"
-    )
+    machine = ("engine=cpu", "engine.workers=0")
+    third = call(folder, "mode=train", "hparam=auto", f"resume={run}", "trainer.steps=6", *machine)
     assert third.status == 0 and "hparam=auto:" not in third.out, third.err
     assert checkpoint.describe(run / "checkpoints/last.safetensors")["config"]["data"]["batch_size"] == 2
 
@@ -180,9 +151,8 @@ def test_resumed_run_uses_its_recorded_choices(folder, monkeypatch):
 def test_run_resumes_with_weights_for_unusual_class_names(folder):
     part = folder / "own/hparam/mine.yaml"
     part.parent.mkdir(parents=True)
-    part.write_text(
-        "# @package _global_\ndata: {classes: [\"it's, a.b\", '1e3']}\nloss: {weights: {\"it's, a.b\": 2}}\n"
-    )
+    classes, weights = "data: {classes: [\"it's, a.b\", '1e3']}", 'loss: {weights: {"it\'s, a.b": 2}}'
+    part.write_text(f"# @package _global_\n{classes}\n{weights}\n")
     small = [word for word in SMALL if not word.startswith("data.classes")]
     done = call(folder, "mode=train", *small, "--config-dir=own", "hparam=mine", "hydra.run.dir=R")
     assert done.status == 0, done.err
@@ -193,34 +163,34 @@ def test_run_resumes_with_weights_for_unusual_class_names(folder):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("line", "said"),
     [
-        (["budget.minutes=0.1"], "budget.minutes=0.1 is out of range. Give a number of minutes from 1 to 1000000"),
-        (["budget.minutes=1e308"], "budget.minutes=1e+308 is out of range. Give a number of minutes from 1 to 1000000"),
-        (["data.batch_size=some"], "data.batch_size=some is of type str"),
-        (["data.batch_size=0"], "data.batch_size=0 is out of range"),
-        (["data.views=some"], "data.views=some is of type str"),
-        (["trainer.accumulate=0"], "trainer.accumulate=0 is out of range"),
-        (["resolution.crop=[x,y]"], "resolution.crop=['x', 'y'] is of type list of str"),
-        (["budget.minutes=null"], "budget.minutes=null"),
-        (["budget.minutes=soon"], "budget.minutes=soon"),
-        (["hparam=base", "budget.minutes=3"], "budget.minutes is a key of hparam=auto"),
-        (["trainer=multi_head", "heads=[linear]"], "trainer=multi_head trains several heads"),
-        (["trainer=distil", "teacher=x"], "images and their masks, not for trainer=distil. Choose a recipe:"),
-        (["trainer=slots"], "not for trainer=slots"),
-        (["data.root=nowhere"], "nowhere"),
+        ("budget.minutes=0.1", "budget.minutes=0.1 is out of range. Give a number of minutes from 1 to 1000000"),
+        ("budget.minutes=1e308", "budget.minutes=1e+308 is out of range. Give a number of minutes from 1 to 1000000"),
+        ("data.batch_size=some", "data.batch_size=some is of type str"),
+        ("data.batch_size=0", "data.batch_size=0 is out of range"),
+        ("data.views=some", "data.views=some is of type str"),
+        ("trainer.accumulate=0", "trainer.accumulate=0 is out of range"),
+        ("resolution.crop=[x,y]", "resolution.crop=['x', 'y'] is of type list of str"),
+        ("budget.minutes=null", "budget.minutes=null"),
+        ("budget.minutes=soon", "budget.minutes=soon"),
+        ("hparam=base budget.minutes=3", "budget.minutes is a key of hparam=auto"),
+        ("trainer=multi_head heads=[linear]", "trainer=multi_head trains several heads"),
+        ("trainer=distil teacher=x", "images and their masks, not for trainer=distil. Choose a recipe:"),
+        ("trainer=slots", "not for trainer=slots"),
+        ("data.root=nowhere", "nowhere"),
     ],
 )
-def test_impossible_choice_is_refused_and_leaves_no_folder(folder, words, said):
-    done = call(folder, *AUTO, *words, "hydra.run.dir=R")
+def test_impossible_choice_is_refused_and_leaves_no_folder(folder, line, said):
+    done = call(folder, *AUTO, *line.split(), "hydra.run.dir=R")
     assert done.status == 1 and said in done.err, done.err
     assert not (folder / "R").exists()
 
 
 @pytest.mark.heavy
-def test_class_without_pixels_is_reported_before_training(folder):
-    done = call(folder, *AUTO, FEW, "data.classes=[dark,bright,lamp]", "budget.minutes=1", "hydra.run.dir=R")
-    assert done.status == 0 and "3 classes; without a pixel in train: lamp; 1 min" in done.out, done.out + done.err
+def test_class_without_pixels_is_reported_before_training(choose_recipe):
+    _, done = choose_recipe(FEW, "data.classes=[dark,bright,lamp]", "budget.minutes=1")
+    assert "3 classes; without a pixel in train: lamp; 1 min" in done.out, done.out + done.err
 
 
 def write_halves(folder):
@@ -240,24 +210,25 @@ def test_launcher_ranks_do_not_choose(folder, monkeypatch):
     assert "engine.devices=N" in done.err
 
 
-def choose_by_clock(folder, monkeypatch, seconds, *words, timed=TIMED):
-    """Choose by a fake clock, with a timing that takes so many seconds or its time limit; return config and output."""
+@pytest.fixture
+def choose_by_clock(choose_recipe, monkeypatch):
+    """Return a function that chooses by a fake clock, with a timing that takes so many seconds or its time limit."""
     clock = [0.0]
+    monkeypatch.setattr(choose, "monotonic", lambda: clock[0])
 
-    def time_it(work, values, *, timeout):
-        clock[0] += min(seconds, timeout)
-        if seconds > timeout:
-            raise TimeoutError
-        return timed
+    def run(seconds, *words, timed=TIMED):
+        def time_it(work, values, *, timeout):
+            clock[0] += min(seconds, timeout)
+            if seconds > timeout:
+                raise TimeoutError
+            return timed
 
-    monkeypatch.setattr("dinoseg.cli.auto.choose.run_in_process", time_it)
-    monkeypatch.setattr("dinoseg.cli.auto.choose.monotonic", lambda: clock[0])
-    monkeypatch.setattr("dinoseg.cli.launch.run_mode", lambda *_: None)
-    done = call(folder, *AUTO, "mode=plan", "hydra.run.dir=R", *words)
-    assert done.status == 0, done.err
-    cfg = config_of(folder / "R")
-    assert 60 * cfg.trainer.max_minutes + clock[0] <= 60 * cfg.budget.minutes
-    return cfg, done
+        monkeypatch.setattr(choose, "run_in_process", time_it)
+        cfg, done = choose_recipe(*words)
+        assert 60 * cfg.trainer.max_minutes + clock[0] <= 60 * cfg.budget.minutes
+        return cfg, done
+
+    return run
 
 
 @pytest.mark.heavy
@@ -274,11 +245,10 @@ def choose_by_clock(folder, monkeypatch, seconds, *words, timed=TIMED):
         ([*DETAIL, "budget.minutes=8"], "full", 0.0),  # 2,843 without freezing
     ],
 )
-def test_backbone_phases_depend_on_head_and_time(folder, monkeypatch, words, adapter, share):
+def test_backbone_phases_depend_on_head_and_time(folder, choose_by_clock, words, adapter, share):
     write_halves(folder)
     timed = replace(TIMED, start=0.5, tuned=0.15, frozen=0.05, val=0.1)
-    more = ("budget.minutes=3", "backbone.arch.num_hidden_layers=4", *words)
-    cfg, done = choose_by_clock(folder, monkeypatch, 1, *more, timed=timed)
+    cfg, done = choose_by_clock(1, "budget.minutes=3", "backbone.arch.num_hidden_layers=4", *words, timed=timed)
     assert (cfg.choices.adapter, cfg.optim.optimizer.freeze_backbone_until) == (adapter, share), done.out
     image = 0.05 if adapter == "frozen" else 0.15 - share * 0.1
     seconds = 60 * cfg.budget.minutes
@@ -287,38 +257,26 @@ def test_backbone_phases_depend_on_head_and_time(folder, monkeypatch, words, ada
     assert ("there is time to train it on only" in done.out) == (adapter == "frozen")
 
 
+SLOW = replace(TIMED, frozen=100.0, val=50.0)
+
+
 @pytest.mark.parametrize(
-    ("seconds", "timed", "head", "init"),
+    ("seconds", "timed", "words", "head", "init"),
     [
-        (1, TIMED, "linear", None),
-        (1, replace(TIMED, frozen=100.0, val=50.0), "linear", "probe"),
-        (99, TIMED, "linear", None),  # timing is stopped: a cautious estimate
+        (1, TIMED, (), "linear", None),
+        (1, SLOW, (), "linear", "probe"),
+        (1, SLOW, ("head=mlp",), "mlp", None),
+        (99, TIMED, (), "linear", None),  # timing is stopped: a cautious estimate
     ],
 )
-def test_any_budget_gives_a_recipe(folder, monkeypatch, seconds, timed, head, init):
-    words = ["budget.minutes=1"]
-    cfg, done = choose_by_clock(folder, monkeypatch, seconds, *words, timed=timed)
-    assert (cfg.choices.adapter, cfg.choices.head, cfg.head.init) == ("frozen", head, init), done.out
-    assert (cfg.trainer.steps >= 10) == (init is None)
-    if init:
-        assert cfg.trainer.steps == 1 and "solved in closed form" in done.out
+def test_any_budget_gives_a_recipe(choose_by_clock, seconds, timed, words, head, init):
+    cfg, done = choose_by_clock(seconds, "budget.minutes=1", *words, timed=timed)
+    assert (cfg.choices.adapter, cfg.choices.head, cfg.head.get("init")) == ("frozen", head, init), done.out
+    assert (cfg.trainer.steps >= 10) == (init is None and timed is TIMED)
+    assert ("solved in closed form" in done.out) == (init is not None) and (cfg.trainer.steps == 1 or not init)
 
 
-def test_a_typed_head_is_not_solved_in_closed_form(folder, monkeypatch):
-    timed = replace(TIMED, frozen=100.0, val=50.0)
-    cfg, done = choose_by_clock(folder, monkeypatch, 1, "budget.minutes=1", "head=mlp", timed=timed)
-    assert cfg.choices.head == "mlp" and "closed form" not in done.out, done.out
-
-
-@pytest.mark.usefixtures("choice_alone")
-def test_the_command_of_a_recipe_starts_a_new_run(folder):
-    done = call(folder, *AUTO, "budget.minutes=1", "mode=plan", "resume=auto", "hydra.run.dir=R")
-    assert done.status == 0, done.err
-    (command,) = (line for line in done.out.splitlines() if "hparam=chosen" in line)
-    assert "resume=" not in command, command
-
-
-def test_reading_the_data_may_use_up_the_time_for_timing(folder, monkeypatch):
+def test_reading_the_data_may_use_up_the_time_for_timing(choose_recipe, monkeypatch):
     clock = [0.0]
     facts_of = choose.facts_of
 
@@ -329,9 +287,8 @@ def test_reading_the_data_may_use_up_the_time_for_timing(folder, monkeypatch):
     monkeypatch.setattr(choose, "monotonic", lambda: clock[0])
     monkeypatch.setattr(choose, "run_in_process", pytest.fail)
     monkeypatch.setattr(choose, "facts_of", slow)
-    done = call(folder, *AUTO, "budget.minutes=1", "mode=plan", "hydra.run.dir=R")
-    assert done.status == 0, done.err
-    assert 15 < 60 * config_of(folder / "R").trainer.max_minutes <= 30
+    cfg, _ = choose_recipe("budget.minutes=1")
+    assert 15 < 60 * cfg.trainer.max_minutes <= 30
 
 
 @pytest.mark.parametrize(
@@ -385,89 +342,73 @@ def test_a_rank_is_timed_with_its_share_of_a_batch(tmp_path, compose, monkeypatc
 
 
 @pytest.mark.heavy
-def test_concurrent_starts_share_one_choice(folder, monkeypatch):
-    words = (*AUTO, FEW, "budget.minutes=1", "mode=plan")
-    assert call(folder, *words, "hydra.run.dir=R").status == 0
+def test_concurrent_starts_share_one_choice(folder, choose_recipe, monkeypatch):
+    choose_recipe(FEW, "budget.minutes=1")
     (path,) = (folder / "outputs/.cache").glob("choices_*")
     content = path.read_text()
     path.unlink()
-    monkeypatch.setattr("dinoseg.cli.auto.recipe.choose", pytest.fail)
+    monkeypatch.setattr(recipe, "choose", pytest.fail)
     first, said = acquire(path.with_suffix(".lock")), []
 
-    def choose(message, *_):
+    def choose_first(message, *_):
         said.append(message)
         path.write_text(content)
         release(first)
 
-    monkeypatch.setattr("dinoseg.utils.locks.log.warning", choose)
-    done = call(folder, *words, "seed=1", "hydra.run.dir=S")
-    assert done.status == 0 and "reused from" in done.out, done.err
-    assert len(said) == 1 and "waiting for it" in said[0]
+    monkeypatch.setattr("dinoseg.utils.locks.log.warning", choose_first)
+    _, done = choose_recipe(FEW, "budget.minutes=1", "seed=1", folder_of_run="S")
+    assert "reused from" in done.out and len(said) == 1 and "waiting for it" in said[0]
     assert [*(folder / "outputs/.cache").glob("choices_*")] == [path]
 
 
 @pytest.mark.heavy
-@pytest.mark.usefixtures("choice_alone")
-def test_choices_are_used_even_if_they_cannot_be_stored(folder, monkeypatch):
+def test_choices_are_used_even_if_they_cannot_be_stored(folder, choose_recipe, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("dinoseg.cli.auto.recipe.write_choices", full)
-    done = call(folder, *AUTO, FEW, "budget.minutes=1", "hydra.run.dir=R")
-    assert done.status == 0 and (folder / "R/config/hparam/chosen.yaml").is_file(), done.err
+    monkeypatch.setattr(recipe, "write_choices", full)
+    _, done = choose_recipe(FEW, "budget.minutes=1")
+    assert (folder / "R/config/hparam/chosen.yaml").is_file()
     assert "(No space left on device): the next run chooses again." in done.err
 
 
-@pytest.mark.usefixtures("choice_alone")
 @pytest.mark.parametrize(
-    ("words", "minutes"), [((), 30), pytest.param(("budget.minutes=9",), 9, marks=pytest.mark.heavy)]
+    ("words", "minutes"),
+    [(("engine.devices=3",), 30), pytest.param(("budget.minutes=9", "engine.devices=3"), 9, marks=pytest.mark.heavy)],
 )
-def test_timing_gets_the_given_or_default_minutes(folder, monkeypatch, words, minutes):
+def test_timing_gets_its_minutes_and_an_image_for_each_device(choose_recipe, monkeypatch, words, minutes):
     asked = []
-    monkeypatch.setattr(
-        "dinoseg.cli.auto.choose.run_in_process",
-        lambda work, _, timeout: asked.append((work.keywords["minutes"], timeout)) or TIMED,
-    )
-    done = call(folder, *AUTO, "mode=plan", *words, "hydra.run.dir=R")
-    assert done.status == 0, done.err
+
+    def time_it(work, values, *, timeout):
+        asked.append((work.keywords["minutes"], timeout, values["data"]["batch_size"]))
+        return TIMED
+
+    monkeypatch.setattr(choose, "run_in_process", time_it)
+    _, done = choose_recipe(*words)
     seconds = 15 * minutes  # a quarter of the budget
-    assert [each for each, _ in asked] == [minutes] and seconds / 2 < asked[0][1] <= seconds
+    ((given, timeout, images),) = asked
+    assert (given, images) == (minutes, 3) and seconds / 2 < timeout <= seconds
     told = [f"inspects data and machine: budget.minutes={minutes} starts now"]
     told += [f"times adapter=frozen head=linear on crops of 32 x 48 (height x width), for at most {seconds} s"]
     assert [line for line in done.err.splitlines() if "hparam=auto" in line] == [f"hparam=auto {each}" for each in told]
 
 
-@pytest.mark.usefixtures("choice_alone")
-def test_timing_batch_has_an_image_for_each_device(folder, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "dinoseg.cli.auto.choose.run_in_process",
-        lambda work, values, **_: asked.append(values["data"]["batch_size"]) or TIMED,
-    )
-    done = call(folder, *AUTO, "engine.devices=3", "mode=plan", "hydra.run.dir=R")
-    assert done.status == 0 and asked == [3], done.err
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("words", [(), ("budget.minutes=9",)])
-def test_a_recipe_is_timed_on_its_own_data(tmp_path, monkeypatch, words):
-    write_data(tmp_path / "data", train=5)
-    monkeypatch.setattr("dinoseg.autotune.timing._MAX", 0.1)
-    monkeypatch.setattr("dinoseg.cli.auto.choose.run_in_process", in_this_process)
-    done = call(tmp_path, *AUTO, "mode=plan", *words, "hydra.run.dir=R")
-    assert done.status == 0 and "A training step of" in done.out, done.err
-    cfg = config_of(tmp_path / "R")
+def test_a_recipe_is_timed_on_its_own_data(choose_recipe, monkeypatch, words):
+    monkeypatch.setattr(timing, "_MAX", 0.1)
+    monkeypatch.setattr(choose, "run_in_process", in_this_process)
+    monkeypatch.setattr(choose, "monotonic", time.monotonic)
+    cfg, done = choose_recipe(*words)
+    assert "A training step of" in done.out
     assert cfg.trainer.steps > 10 and f"trainer.steps={cfg.trainer.steps} trainer.val_every=" in done.out
-    assert run_in_process is not in_this_process
 
 
-@pytest.mark.usefixtures("choice_alone")
 @pytest.mark.parametrize(("patch", "head"), [(8, "detail"), (7, "multiscale")])
-def test_odd_patch_sizes_choose_another_head(folder, patch, head):
-    words = [word for word in AUTO if "patch_size" not in word and "num_hidden_layers" not in word]
-    words += [f"backbone.patch_size={patch}", "backbone.arch.num_hidden_layers=4", "budget.minutes=1", "mode=plan"]
-    done = call(folder, *words, "hydra.run.dir=R")
-    assert done.status == 0 and config_of(folder / "R").choices.head == head, done.err
+def test_odd_patch_sizes_choose_another_head(choose_recipe, patch, head):
+    start = [word for word in AUTO if "patch_size" not in word and "num_hidden_layers" not in word]
+    words = (f"backbone.patch_size={patch}", "backbone.arch.num_hidden_layers=4", "budget.minutes=1")
+    assert choose_recipe(*words, start=start)[0].choices.head == head
 
 
 def test_a_validation_of_few_images_is_timed_with_their_reading(tmp_path, compose, monkeypatch):

@@ -1,6 +1,7 @@
 """Choices as files: kept, and as a recipe."""
 
 import json
+import os
 
 import pytest
 import yaml
@@ -9,15 +10,8 @@ from omegaconf import OmegaConf
 
 from dinoseg.__main__ import CONFIGS
 from dinoseg.autotune.rules import RecipeChoice
-from dinoseg.cli.auto.recipe import (
-    NAME,
-    choice_lines,
-    composed_with,
-    read_choices,
-    recipe_text,
-    typed_keys,
-    write_choices,
-)
+from dinoseg.cli.auto import recipe
+from dinoseg.cli.auto.recipe import choice_lines, read_choices, recipe_text, typed_keys, write_choices
 from dinoseg.config.job import search_path_override
 from dinoseg.config.resolvers import register_resolvers
 from dinoseg.utils.forms import SchemaError
@@ -74,8 +68,7 @@ def test_damaged_choices_file_is_ignored_with_a_warning(tmp_path, caplog, words)
 def test_a_file_of_choices_is_small(tmp_path, caplog):
     path = tmp_path / "choices.json"
     write_choices(path, "few images", CHOICES)
-    with path.open("r+b") as file:
-        file.truncate(2**34)  # sparse: it takes no space
+    os.truncate(path, 2**34)  # sparse: it takes no space
     assert read_choices(path) is None and "the limit is 1048576" in caplog.text
 
 
@@ -87,28 +80,25 @@ def test_each_choice_is_a_line_with_its_reason():
 
 
 @pytest.fixture
-def config_context():
+def compose_recipe():
     register_resolvers()
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        yield
+        yield lambda words, text: recipe.composed_with(words, recipe.NAME, text, known_as="auto")
 
 
-def test_recipe_has_lower_priority_than_typed_values(config_context):
+def test_recipe_has_lower_priority_than_typed_values(compose_recipe):
     text = recipe_text("few images", CHOICES)
     assert text.startswith("# @package _global_\n") and "# head: poles are thin\n" in text
     words = ["mode=train", "hparam=auto", "head=mlp", "data.batch_size=3", "data.classes=[a,b]"]
-    cfg = composed_with(words, NAME, text, known_as="auto")
-    assert (cfg.choices.head, cfg.choices.adapter, cfg.choices.loss, cfg.choices.hparam) == (
-        *("mlp", "full", "ce_dice"),
-        "auto",
-    )
-    assert cfg.data.batch_size == 3 and cfg.resolution.crop == [352, 480]
-    assert cfg.data.labelled == 1e-5
+    cfg = compose_recipe(words, text)
+    choices = (cfg.choices.head, cfg.choices.adapter, cfg.choices.loss, cfg.choices.hparam)
+    assert choices == ("mlp", "full", "ce_dice", "auto")
+    assert cfg.data.batch_size == 3 and cfg.resolution.crop == [352, 480] and cfg.data.labelled == 1e-5
     assert typed_keys(words) == {"mode", "hparam", "head", "data.batch_size", "data.classes"}
 
 
-def test_a_recipe_without_groups_composes(config_context):
-    cfg = composed_with([], NAME, recipe_text("x", CHOICES[4:5]), known_as="auto")
+def test_a_recipe_without_groups_composes(compose_recipe):
+    cfg = compose_recipe([], recipe_text("x", CHOICES[4:5]))
     assert cfg.data.batch_size == 2 and cfg.choices.head == "linear"
 
 
@@ -121,33 +111,22 @@ def test_line_break_in_a_class_name_adds_no_key_to_the_recipe(end):
 
 
 @pytest.mark.parametrize("name", ["more", "more of them", "a,b", "it's", "a=b", "[x]"])
-def test_config_folder_with_any_name_is_searched(config_context, tmp_path, name):
+def test_config_folder_with_any_name_is_searched(compose_recipe, tmp_path, name):
     part = tmp_path / name / "head" / "mine.yaml"
     part.parent.mkdir(parents=True)
     part.write_text("defaults: [linear]\nlr: 0.5\n")
     words = [search_path_override([f"file://{tmp_path / name}"]), "head=mine"]
-    assert composed_with(words, NAME, recipe_text("x", CHOICES[4:5]), known_as="auto").head.lr == 0.5
+    assert compose_recipe(words, recipe_text("x", CHOICES[4:5])).head.lr == 0.5
 
 
-def test_classes_have_their_names_in_a_recipe(config_context, tmp_path):
-    names = [
-        "höhe",
-        "\U0001f6b2",
-        'a"b: {',
-        "no",
-        "1e3",
-        "null",
-        "~",
-        "_background_",
-        "it's, a.b",
-        "lead ",
-        "2024-01-01",
-    ]
+def test_classes_have_their_names_in_a_recipe(compose_recipe, tmp_path):
+    names = ["höhe", "\U0001f6b2", 'a"b: {', "no", "1e3", "null", "~", "_background_", "it's, a.b", "lead "]
+    names += ["2024-01-01"]
     words = {"loss": "ce_dice", "loss.weights": dict.fromkeys(names, 3.0), "loss.criterion.factors.dice": 2.0}
     choices = [RecipeChoice(words, "")]
     write_choices(tmp_path / "choices.json", "x", choices)
     assert read_choices(tmp_path / "choices.json") == ("x", choices)
-    cfg = composed_with([], NAME, recipe_text("x", choices), known_as="auto")
+    cfg = compose_recipe([], recipe_text("x", choices))
     saved = OmegaConf.create(OmegaConf.to_yaml(cfg.loss))
     assert cfg.loss.weights == saved.weights == dict.fromkeys(names, 3.0)
     assert cfg.loss.criterion.factors.dice == 2.0

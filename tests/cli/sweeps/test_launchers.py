@@ -14,6 +14,8 @@ import pytest
 from command_line import SMALL, write_data
 
 PLUGINS = {"joblib": "hydra_plugins.hydra_joblib_launcher", "submitit_local": "hydra_plugins.hydra_submitit_launcher"}
+SWEEP = (sys.executable, "-m", "dinoseg", "-m", "mode=train")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
 SEARCH = ("hydra/sweeper=optuna", "hydra.sweeper.trials=2", "hydra.sweeper.at_once=2")
 
 
@@ -26,20 +28,9 @@ def test_jobs_in_other_processes_are_in_the_table(tmp_path, launcher):
         pytest.importorskip("optuna")
     write_data(tmp_path / "data")
     words = [word for word in SMALL if not word.startswith(("data.root", "engine.workers"))]
-    words += [
-        "engine.workers=1",
-        "mode.metrics_only=true",
-        "mode.report=false",
-        "hydra.sweep.dir=sweep",
-        f"hydra/launcher={launcher}",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "dinoseg", "-m", "mode=train", *words, "data.root=data,nowhere", *SEARCH * searches],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True,
-        text=True,
-    )
+    words += ["engine.workers=1", "mode.metrics_only=true", "mode.report=false", "hydra.sweep.dir=sweep"]
+    words += [f"hydra/launcher={launcher}", "data.root=data,nowhere", *SEARCH * searches]
+    done = subprocess.run([*SWEEP, *words], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1 and "ConfigStore" not in done.stderr, done.stderr
     if launcher == "joblib":  # both write here
         assert re.search(r"^job \d: checkpoint: ", done.stdout, re.MULTILINE)
@@ -62,15 +53,12 @@ def test_jobs_save_and_end_when_their_sweep_is_killed(tmp_path, launcher, number
     words = [word for word in SMALL if not word.startswith("trainer.steps")]
     words += ["trainer.steps=1000000", "trainer.save_every=1000000", "trainer.val_every=1000000"]
     words += ["trainer.log_every=1", "seed=0,1,2", "hydra.sweep.dir=sweep", f"hydra/launcher={launcher}"]
-    command = [sys.executable, "-m", "dinoseg", "-m", "mode=train", *words]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     with open(tmp_path / "log.txt", "w", encoding="utf-8") as log:
-        sweep = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+        sweep = subprocess.Popen([*SWEEP, *words], cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log)
     try:
         wait_until(lambda: len(started_runs(tmp_path)) == at_once)
-        jobs = [
-            job for job in psutil.Process(sweep.pid).children(recursive=True) if "tracker" not in str(job.cmdline())
-        ]
+        children = psutil.Process(sweep.pid).children(recursive=True)
+        jobs = [job for job in children if "tracker" not in str(job.cmdline())]
     finally:
         sweep.send_signal(signal.Signals[number])
     sweep.wait()

@@ -38,21 +38,15 @@ def cluster(tmp_path_factory, environment):
         node = [*RAY, f"--address={address.read_text()}", "--node-ip-address=127.0.0.3"]
         with run_daemon(node, folder / "node.log", environment) as second:
             check = [sys.executable, "-c", ALIVE, address.read_text()]
-            wait_until(
-                lambda: not subprocess.run(check, env=environment, capture_output=True).returncode, [first, second]
-            )
+            both = [first, second]
+            wait_until(lambda: not subprocess.run(check, env=environment, capture_output=True).returncode, both)
             yield address.read_text()
 
 
 def sweep(folder, environment, *words):
     write_data(folder / "data")
-    return subprocess.run(
-        [sys.executable, "-m", "dinoseg", "-m", "mode=train", *SMALL, "head=linear,mlp", "hydra/launcher=ray", *words],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "dinoseg", "-m", "mode=train", *SMALL, "head=linear,mlp", "hydra/launcher=ray"]
+    return subprocess.run([*command, *words], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_a_sweep_on_two_nodes_has_a_complete_table(tmp_path, environment, cluster):

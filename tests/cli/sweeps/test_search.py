@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 from hydra.core.plugins import Plugins
+from mistakes import assert_refused
 from omegaconf import OmegaConf
 
 from dinoseg.cli.sweeps.job_results import JobResults
@@ -19,15 +20,9 @@ pytest.importorskip("optuna")
 from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
 
-from dinoseg.cli.sweeps.search import (  # noqa: E402
-    Search,
-    _values,  # noqa: E402
-    open_study,  # noqa: E402
-)
+from dinoseg.cli.sweeps.search import Search, _values, open_study  # noqa: E402
 
 WORDS = ["mode=train", "lr=tag(log,interval(1e-4,1e-1))", "head=linear,mlp"]
-SPACE = {"lr": FloatDistribution(1e-4, 1e-1, log=True), "head": CategoricalDistribution(["linear", "mlp"])}
-SAID = ["miou", "maximize", *WORDS[1:]]
 
 
 class Jobs:
@@ -45,28 +40,28 @@ class Jobs:
         return returned
 
 
-def search(folder, jobs, words=WORDS, **options):
+def search(folder, jobs=None, words=WORDS, **options):
+    """Search by jobs, and return these."""
+    jobs = jobs or Jobs()
     defaults = dict(trials=4, at_once=1, score="miou", direction="maximize", sampler="tpe", seed=0)
     made = Search(**{"storage": str(folder / "search.log"), **defaults, **options})
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
     with patch.object(Plugins, "instantiate_launcher", lambda *_, **__: jobs):
         made.setup(hydra_context=SimpleNamespace(config_loader=None), task_function=None, config=config)
     made.sweep(list(words))
+    return jobs
 
 
 def test_search_exploits_good_values_and_is_reproducible(tmp_path):
-    first, second, other = Jobs(), Jobs(), Jobs()
-    search(tmp_path / "a", first, trials=40)
-    search(tmp_path / "b", second, trials=40)
-    search(tmp_path / "c", other, trials=4, seed=1)
+    first, second = (search(tmp_path / name, trials=40) for name in "ab")
+    other = search(tmp_path / "c", trials=4, seed=1)
     rates = [float(job["lr"]) for job in first.done.values()]
     assert first.done == second.done and [*first.done] == list(range(40))
     assert all(1e-4 <= rate <= 1e-1 for rate in rates)
     assert {job["head"] for job in first.done.values()} == {"linear", "mlp"}
     later, sooner = (sum(rate > 0.02 for rate in part) / len(part) for part in (rates[20:], rates[:10]))
     assert later > 2 * sooner and other.done[0] != first.done[0]
-    lowest = Jobs()
-    search(tmp_path / "d", lowest, trials=40, score="loss", direction="maximize")
+    lowest = search(tmp_path / "d", trials=40, score="loss", direction="maximize")
     assert sum(float(job["lr"]) < 1e-3 for job in [*lowest.done.values()][20:]) > 10
 
 
@@ -76,19 +71,17 @@ def test_killed_search_repeats_its_running_job_and_finishes(tmp_path):
             raise KeyboardInterrupt
         return {"miou": rate}
 
-    whole, begun, rest = Jobs(), Jobs(interrupt_fourth), Jobs()
-    search(tmp_path / "whole", whole, trials=6)
+    whole, begun = search(tmp_path / "whole", trials=6), Jobs(interrupt_fourth)
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path / "cut", begun, trials=6)
     with open(tmp_path / "cut/search.log", "a", encoding="utf-8") as file:
         file.write('{"op_code":6,"worker')  # cut off by the kill
-    search(tmp_path / "cut", rest, trials=6)
+    rest = search(tmp_path / "cut", trials=6)
     assert [*begun.done] == [0, 1, 2, 3] and [*rest.done] == [4, 5, 6]
     assert rest.done[4] == begun.done[3] == whole.done[3]
-    none, more = Jobs(), Jobs()
-    search(tmp_path / "cut", none, trials=6)
-    search(tmp_path / "cut", more, trials=7)
-    assert not none.done and [*more.done] == [7] and more.done[7]["lr"] != begun.done[3]["lr"]
+    assert not search(tmp_path / "cut", trials=6).done
+    more = search(tmp_path / "cut", trials=7)
+    assert [*more.done] == [7] and more.done[7]["lr"] != begun.done[3]["lr"]
 
 
 def test_concurrent_jobs_never_exceed_the_limit(tmp_path):
@@ -111,11 +104,9 @@ def test_concurrent_jobs_are_sampled_apart(tmp_path, monkeypatch, at_once, apart
 
 @pytest.mark.parametrize("fault", [{"error": "no"}, {"loss": 1.0}, {"miou": float("nan")}, {"miou": None}, None])
 def test_three_jobs_without_a_score_end_the_search(tmp_path, fault, capsys):
-    hopeless, once = Jobs(lambda number, rate: fault), Jobs(lambda number, rate: {"miou": 0.5} if number else fault)
-    later = Jobs(lambda number, rate: fault if number else {"miou": 0.5})
-    search(tmp_path / "a", hopeless, trials=9)
-    search(tmp_path / "b", once, trials=5)
-    search(tmp_path / "c", later, trials=5)
+    hopeless = search(tmp_path / "a", Jobs(lambda number, rate: fault), trials=9)
+    once = search(tmp_path / "b", Jobs(lambda number, rate: {"miou": 0.5} if number else fault), trials=5)
+    later = search(tmp_path / "c", Jobs(lambda number, rate: fault if number else {"miou": 0.5}), trials=5)
     assert [*hopeless.done] == [0, 1, 2] and [*once.done] == [*later.done] == [0, 1, 2, 3, 4]
     assert "No job has a score after 3 jobs" in capsys.readouterr().err
 
@@ -156,21 +147,17 @@ def test_a_search_by_finite_images_alone_is_refused(tmp_path, capsys):
 )
 def test_invalid_search_is_refused(tmp_path, options, said):
     jobs = Jobs()
-    with pytest.raises(UserError, match=said):
-        search(tmp_path, jobs, **options)
+    assert_refused(lambda: search(tmp_path, jobs, **options), said)
     assert not jobs.done
 
 
 def test_search_storage_belongs_to_one_search_and_process(tmp_path):
-    search(tmp_path, Jobs(), trials=1)
-    with pytest.raises(UserError, match="holds another search"):
-        search(tmp_path, Jobs(), words=[*WORDS[:2], "head=linear"])
-    with pytest.raises(UserError, match="holds another search"):
-        search(tmp_path, Jobs(), score="loss")
+    search(tmp_path, trials=1)
+    assert_refused(lambda: search(tmp_path, words=[*WORDS[:2], "head=linear"]), "holds another search")
+    assert_refused(lambda: search(tmp_path, score="loss"), "holds another search")
     held = locks.acquire(tmp_path / "search.log.own")
     try:
-        with pytest.raises(UserError, match="Another process searches with"):
-            search(tmp_path, Jobs())
+        assert_refused(lambda: search(tmp_path), "Another process searches with")
     finally:
         locks.release(held)
 
@@ -179,29 +166,20 @@ def interrupt(number, rate):
     raise KeyboardInterrupt
 
 
-def start_search(folder, words=WORDS):
-    """Leave a search whose first job is at work, and return that job's rate."""
-    jobs = Jobs(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        search(folder, jobs, words)
-    return jobs.done[0]["lr"]
-
-
 @pytest.mark.parametrize(("note", "numbers"), [("", {"miou": 0.5}), ("broken", {})])
 def test_a_job_that_outlived_its_search_is_not_run_again(tmp_path, capsys, note, numbers):
-    start_search(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path, Jobs(interrupt))
     row = {"words": {}, "job": 0, "process": 1, "note": note, "returned": numbers, "further": []}
     JobResults(tmp_path).store(0, row)
-    rest = Jobs()
-    search(tmp_path, rest)
+    rest = search(tmp_path)
     assert [*rest.done] == [1, 2, 3] and not capsys.readouterr().err  # that failed: it says itself why
 
 
 @pytest.mark.parametrize("text", [b"notes", b"\x80weights\n\n", b"[]\n", b'{"op_code":6,"w":1}\n'])
 def test_foreign_file_at_the_search_log_is_unchanged(tmp_path, text):
     (tmp_path / "search.log").write_bytes(text)
-    with pytest.raises(UserError, match="search.log does not hold a search"):
-        search(tmp_path, Jobs())
+    assert_refused(lambda: search(tmp_path), "search.log does not hold a search")
     assert (tmp_path / "search.log").read_bytes() == text
 
 
@@ -225,7 +203,7 @@ def change(entry):
     ],
 )
 def test_a_damaged_storage_is_refused(tmp_path, damage):
-    search(tmp_path, Jobs(), trials=1)
+    search(tmp_path, trials=1)
     path = tmp_path / "search.log"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in damage(lines)))
@@ -239,27 +217,20 @@ def test_a_damaged_storage_is_refused(tmp_path, damage):
 def test_storage_that_is_not_a_file_is_refused(tmp_path, make):
     make(tmp_path / "search.log")
     with pytest.raises(UserError, match="search.log is a (folder|named pipe). Put a file there"):
-        search(tmp_path, Jobs())
+        search(tmp_path)
 
 
 @pytest.mark.parametrize("left", [b"", b'{"op_co', b'{"op_code":0,"worker'])
 def test_truncated_first_line_of_the_log_restarts_the_search(tmp_path, left):
     (tmp_path / "search.log").write_bytes(left)
-    search(tmp_path, jobs := Jobs(), trials=1)
-    assert [*jobs.done] == [0]
-
-
-def test_lock_of_a_killed_process_is_not_awaited(tmp_path):
-    (tmp_path / "search.log.lock").symlink_to("somewhere/search.log")
-    search(tmp_path, jobs := Jobs(), trials=1)
-    assert [*jobs.done] == [0]
+    (tmp_path / "search.log.lock").symlink_to("somewhere/search.log")  # of a killed process
+    assert [*search(tmp_path, trials=1).done] == [0]
 
 
 def test_search_resumes_with_other_fixed_overrides(tmp_path, capsys):
-    with pytest.raises(UserError, match="from the lower"):
-        search(tmp_path, Jobs(), words=["mode=train", "lr=interval(2,1)"])
-    search(tmp_path, Jobs(), words=["mode=train", "lr=interval(1,2)"], trials=1)
-    search(tmp_path, jobs := Jobs(), words=["mode=train", "lr=interval(1,2)", "a=1"], trials=2)
+    assert_refused(lambda: search(tmp_path, words=["mode=train", "lr=interval(2,1)"]), "from the lower")
+    search(tmp_path, words=["mode=train", "lr=interval(1,2)"], trials=1)
+    jobs = search(tmp_path, words=["mode=train", "lr=interval(1,2)", "a=1"], trials=2)
     assert [*jobs.done] == [1] and "differ in a=1: are scores comparable?" in capsys.readouterr().err
 
 

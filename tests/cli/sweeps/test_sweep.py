@@ -15,20 +15,42 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from dinoseg.cli.sweeps import table as sweep_table
-from dinoseg.cli.sweeps.table import SweepTable
+from dinoseg.cli.sweeps.table import FOLD, SweepTable, over_folds
 from dinoseg.config.nodes import instantiate
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.utils.errors import UserError
 
 HOLDS = "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1], 'a'), 2); print(flush=True); time.sleep(1800)"
-
-
 QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0")
 
 
 def rows_of(path):
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def of_job(folder, number=0, sweeper=None, metric=None):
+    """Return what Hydra's config says to a job of a sweep."""
+    hydra = {"sweep": {"dir": str(folder)}, "sweeper": sweeper or {}, "mode": RunMode.MULTIRUN, "job": {"num": number}}
+    return OmegaConf.create({"hydra": hydra, "metric": metric or {}})
+
+
+def end_job(folder, number, words, value, **config):
+    job = SimpleNamespace(_return_value=value, overrides=["mode=train", *words.split()])
+    SweepTable().on_job_end(of_job(folder, number, **config), job)
+
+
+def end_sweep(folder, jobs, **config):
+    """End a sweep of jobs, each words and what it returned, and return the rows of its table if it has one."""
+    for number, (words, value) in enumerate(jobs):
+        end_job(folder, number, words, value, **config)
+    SweepTable().on_multirun_end(of_job(folder))  # jobs may have run elsewhere
+    path = folder / "sweep.csv"
+    return rows_of(path) if path.exists() else None
+
+
+def of_heads(*values):
+    return [(f"head=h{number}", value) for number, value in enumerate(values)]
 
 
 def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
@@ -90,14 +112,28 @@ def test_failed_job_is_reported_and_other_jobs_run(tmp_path, monkeypatch):
         call(tmp_path, "mode=train", *SMALL)
 
 
-def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path):
+@pytest.mark.parametrize(
+    ("words", "count", "cell"),
+    [
+        # a key that is known once a job begins, and not where its cells are looked at
+        (("loss=cross_entropy,mask_classification", "seed=0,1", "cache_dir=${hydra:runtime.cwd}/cache"), "2 of 4 cells",
+         "- loss=mask_classification seed=1: loss=mask_classification needs a head"),
+        (("loss=glob(*ss*)",), "cells", "loss=mask_classification"),
+        (("loss=mask_classification",), "1 of 1 cell", "- each: loss=mask_classification needs a head"),
+        (("trainer.score=miou,iou", "data.root=absent"), "1 of 2 cells", "- trainer.score=iou: trainer.score=iou is"),
+    ],
+)  # fmt: skip
+def test_cells_that_cannot_work_are_refused_before_the_first_job(tmp_path, words, count, cell):
     write_data(tmp_path / "data")
-    unswept = "cache_dir=${hydra:runtime.cwd}/cache"  # known once a job begins, and not where its cells are looked at
-    done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=cross_entropy,mask_classification", "seed=0,1", unswept)
-    assert done.status == 1 and "Traceback" not in done.err
-    assert "2 of 4 cells of this sweep cannot run, so no job is started:" in done.err
-    assert "- loss=mask_classification seed=1: loss=mask_classification needs a head" in done.err
-    assert not (tmp_path / "outputs").exists()
+    done = call(tmp_path, "-m", "mode=train", *SMALL, *words)
+    assert done.status == 1 and f"{count} of this sweep cannot run, so no job is started:" in done.err
+    assert cell in done.err and "Traceback" not in done.err and not (tmp_path / "outputs").exists()
+
+
+def test_an_unknown_score_is_refused_before_data_and_model(tmp_path):
+    done = call(tmp_path, "mode=train", *SMALL, "data.root=absent", "trainer.score=iou")
+    assert "trainer.score=iou is not a score. Choose one of accuracy, dice, loss" in done.err
+    assert "listing the files" not in done.err
 
 
 @pytest.mark.parametrize(
@@ -120,43 +156,25 @@ def test_check_of_a_cell_refuses_wrong_values_without_data(compose, words, reaso
         instantiate(cfg.mode.check)(cfg)
 
 
-def test_an_unknown_score_is_refused_before_data_and_model(tmp_path):
-    words = ("mode=train", *(word for word in SMALL if not word.startswith("data.root")), "data.root=absent")
-    done = call(tmp_path, *words, "trainer.score=iou")
-    assert "trainer.score=iou is not a score. Choose one of accuracy, dice, loss" in done.err
-    assert "listing the files" not in done.err
-    done = call(tmp_path, "-m", *words, "trainer.score=miou,iou")
-    assert done.status == 1 and "1 of 2 cells" in done.err and "- trainer.score=iou: trainer.score=iou is" in done.err
-
-
-def test_glob_in_a_sweep_is_expanded_and_checked(tmp_path):
-    done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=glob(*ss*)")
-    assert done.status == 1 and "cells of this sweep cannot run" in done.err and "loss=mask_classification" in done.err
-    assert not (tmp_path / "outputs").exists()
-
-
-def test_single_impossible_cell_is_listed(tmp_path):
-    done = call(tmp_path, "-m", "mode=train", *SMALL, "loss=mask_classification")
-    assert done.status == 1 and "1 of 1 cell of this sweep cannot run" in done.err
-    assert "- each: loss=mask_classification needs a head" in done.err and not (tmp_path / "outputs").exists()
+def sweep_config(mode, resume=None, head="linear"):
+    hydra = {"runtime": {"choices": {"head": head}, "config_sources": []}, "overrides": {"task": []}}
+    return OmegaConf.create({"mode": mode, "resume": resume, "hydra": hydra})
 
 
 @pytest.mark.parametrize(
     ("keys", "error", "reason"),
     [
-        ({"mode": {"check": {}}, "resume": None}, UserError("no"), "no"),
-        ({"mode": {"check": {}}, "resume": None}, ValueError("no"), ""),  # left to the job
+        ({"mode": {"check": {}}}, UserError("no"), "no"),
+        ({"mode": {"check": {}}}, ValueError("no"), ""),  # left to the job
         ({"mode": {"check": {}}, "resume": "run"}, UserError("no"), ""),  # its config is merged later
-        ({"mode": {}, "resume": None}, UserError("no"), ""),  # no mode that trains
+        ({"mode": {}}, UserError("no"), ""),  # no mode that trains
     ],
 )
 def test_sweep_checks_only_new_trainings(monkeypatch, keys, error, reason):
     def fail(*_):
         raise error
 
-    composed = OmegaConf.create(
-        {**keys, "hydra": {"runtime": {"choices": {}, "config_sources": []}, "overrides": {"task": []}}}
-    )
+    composed = sweep_config(**keys)
     monkeypatch.setattr("dinoseg.experiment.heads.solo_runs", fail)
     assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: composed), composed, []) == reason
 
@@ -165,16 +183,7 @@ def test_sweep_cell_is_checked_with_its_own_choices(monkeypatch):
     def tell(cfg, *_):
         raise UserError(cfg.choices.head)
 
-    sweep, cell = (
-        OmegaConf.create(
-            {
-                "mode": {"check": {}},
-                "resume": None,
-                "hydra": {"runtime": {"choices": {"head": head}, "config_sources": []}, "overrides": {"task": []}},
-            }
-        )
-        for head in ("linear", "mlp")
-    )
+    sweep, cell = (sweep_config({"check": {}}, head=head) for head in ("linear", "mlp"))
     monkeypatch.setattr("dinoseg.experiment.heads.solo_runs", tell)
     assert sweep_table._fault(SimpleNamespace(load_sweep_config=lambda *_: cell), sweep, ["head=mlp"]) == "mlp"
 
@@ -200,35 +209,10 @@ def test_folds_are_summed_up_and_not_ranked(tmp_path):
     assert row["folds"] == "2" and "mIoU % low" not in row and row["mIoU %"] in done.out
 
 
-def of_job(folder, number=0, sweeper=None, metric=None):
-    """Return what Hydra's config says to a job of a sweep."""
-    hydra = {"sweep": {"dir": str(folder)}, "sweeper": sweeper or {}, "mode": RunMode.MULTIRUN, "job": {"num": number}}
-    return OmegaConf.create({"hydra": hydra, "metric": metric or {}})
-
-
-@pytest.fixture
-def table(tmp_path):
-    callback = SweepTable()
-
-    def end(*values):
-        for number, value in enumerate(values):
-            job = SimpleNamespace(_return_value=value, overrides=["mode=train", f"head=h{number}"])
-            callback.on_job_end(of_job(tmp_path, number), job)
-        SweepTable().on_multirun_end(of_job(tmp_path))  # jobs may have run elsewhere
-        return tmp_path / "sweep.csv"
-
-    return end
-
-
-def test_the_best_job_comes_first_and_failures_last(table, capsys):
-    scores = [
-        {"miou": 0.25},
-        {"error": "no"},
-        {"miou": 0.75, "accuracy": 0.5, "run": "r"},
-        {"error": "ValueError: broken"},
-        {"miou": 0},
-    ]
-    rows = rows_of(table(*scores))
+def test_the_best_job_comes_first_and_failures_last(tmp_path, capsys):
+    failures = ({"error": "no"}, {"error": "ValueError: broken"})
+    best = {"miou": 0.75, "accuracy": 0.5, "run": "r"}
+    rows = end_sweep(tmp_path, of_heads({"miou": 0.25}, failures[0], best, failures[1], {"miou": 0}))
     assert "mIoU without background %" not in rows[0]  # which no job has
     assert [row["job"] for row in rows] == ["2", "0", "4", "1", "3"]
     assert [row["note"] for row in rows] == ["", "", "", "no", "ValueError: broken"]
@@ -237,16 +221,16 @@ def test_the_best_job_comes_first_and_failures_last(table, capsys):
     assert shown.index("75.00") < shown.index("25.00") < shown.index("ValueError: broken")
 
 
-def test_job_failing_in_another_process_sets_exit_status_1(table, tmp_path, monkeypatch):
+def test_job_failing_in_another_process_sets_exit_status_1(tmp_path, monkeypatch):
     monkeypatch.setattr("dinoseg.cli.sweeps.table.os.getpid", iter(range(9)).__next__)
     with pytest.raises(SystemExit) as ended:
-        table({"miou": 0.5}, {"error": "no"})
+        end_sweep(tmp_path, of_heads({"miou": 0.5}, {"error": "no"}))
     assert ended.value.code == 1 and len(rows_of(tmp_path / "sweep.csv")) == 2
 
 
 @pytest.mark.parametrize("values", [[], [None, None], [{"frames": 3}]])
-def test_jobs_without_scores_make_no_table(table, values, capsys):
-    assert not table(*values).exists() and capsys.readouterr().out == ""
+def test_jobs_without_scores_make_no_table(tmp_path, values, capsys):
+    assert end_sweep(tmp_path, of_heads(*values)) is None and capsys.readouterr().out == ""
 
 
 def test_a_sweep_without_the_result_of_a_job_fails(tmp_path, monkeypatch, capsys):
@@ -254,7 +238,7 @@ def test_a_sweep_without_the_result_of_a_job_fails(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("dinoseg.cli.sweeps.table.impossible_cells", lambda _: ([], 2))
     callback = SweepTable()
     callback.on_multirun_start(of_job(tmp_path))
-    callback.on_job_end(of_job(tmp_path, 1), SimpleNamespace(_return_value={"miou": 0.5}, overrides=["head=b"]))
+    end_job(tmp_path, 1, "head=b", {"miou": 0.5})
     with pytest.raises(SystemExit) as ended:
         callback.on_multirun_end(of_job(tmp_path))
     assert ended.value.code == 1 and [row["job"] for row in rows_of(tmp_path / "sweep.csv")] == ["1"]
@@ -264,28 +248,43 @@ def test_a_sweep_without_the_result_of_a_job_fails(tmp_path, monkeypatch, capsys
 def test_rows_of_a_resumed_search_are_preserved(tmp_path):
     for number in (0, 2):  # the second after a kill, or with more trials
         SweepTable().on_multirun_start(search := of_job(tmp_path, number, {"storage": "search.log"}))
-        job = SimpleNamespace(_return_value={"miou": 0.5}, overrides=["mode=train", f"seed={number}"])
-        SweepTable().on_job_end(search, job)
+        end_job(tmp_path, number, f"seed={number}", {"miou": 0.5}, sweeper={"storage": "search.log"})
         SweepTable().on_multirun_end(search)
     assert [row["job"] for row in rows_of(tmp_path / "sweep.csv")] == ["0", "2"]
 
 
 def test_settings_of_folds_are_ranked_by_their_pooled_score(tmp_path):
     matrices = {"a": [[[1, 1], [1, 1]], [[9, 1], [0, 0]]], "b": [[[5, 0], [0, 5]], [[4, 1], [0, 5]]]}
-    callback = SweepTable()
-    for fold in (0, 1):
-        for number, (head, counts) in enumerate(matrices.items()):
-            words = ["mode=train", f"head={head}", f"data.fold={fold}"]
-            shares = dict.fromkeys(("miou", "miou_no_background", "accuracy"), 0.5)
-            value = {**shares, "matrix": counts[fold], "background": 1}
-            job = SimpleNamespace(_return_value=value, overrides=words)
-            callback.on_job_end(of_job(tmp_path, 2 * fold + number), job)
-    callback.on_multirun_end(of_job(tmp_path))
-    rows = rows_of(tmp_path / "sweep.csv")
+    shares = dict.fromkeys(("miou", "miou_no_background", "accuracy"), 0.5)
+    jobs = [
+        (f"head={head} data.fold={fold}", {**shares, "matrix": counts[fold], "background": 1})
+        for fold in (0, 1)
+        for head, counts in matrices.items()
+    ]
+    rows = end_sweep(tmp_path, jobs)
     assert [(row["head"], row["folds"], row["job"]) for row in rows] == [("b", "2", "1,3"), ("a", "2", "0,2")]
     assert rows[0]["pixel accuracy %"] == "95.00" and rows[0]["mIoU % deviation"] == "0.00"
     assert rows[0]["mIoU without background %"] == "90.00"  # 9 of 10: class 0 alone
     assert [row["data.fold"] for row in rows_of(tmp_path / "jobs.csv")] == ["0", "0", "1", "1"]
+
+
+@pytest.mark.parametrize(("ignored", "miou"), [(None, 1.5 / 3), (0, 1.5 / 2)])
+def test_pooled_means_leave_out_the_ignored_class(ignored, miou):
+    matrix = [[0, 0, 0], [1, 1, 0], [0, 0, 4]]
+    fold = {"job": 0, "note": "", "miou": None, "matrix": matrix, "ignored_class": ignored}
+    (row,) = over_folds([fold | {FOLD: "0"}, fold | {FOLD: "1"}], [], ["miou"])
+    assert row["folds"] == 2 and row["miou"] == pytest.approx(miou)
+
+
+def test_long_number_is_rounded_on_screen_but_not_in_the_file(tmp_path, capsys):
+    jobs = [
+        (f"lr={lr} data.root={root}", {"miou": 0.5, "run": "r"})
+        for lr, root in (("0.0012345678901234567", "1.2.3.4"), ("1", "x"))
+    ]
+    end_sweep(tmp_path, jobs)
+    shown = capsys.readouterr().out
+    assert " 0.00123457 " in shown and " 1.2.3.4 " in shown
+    assert "0.0012345678901234567" in (tmp_path / "sweep.csv").read_text()
 
 
 def test_folder_belongs_to_one_sweep(tmp_path, monkeypatch, capsys):
@@ -304,32 +303,20 @@ def test_folder_belongs_to_one_sweep(tmp_path, monkeypatch, capsys):
         other.kill()
 
 
-def test_damaged_row_does_not_prevent_the_table(table, tmp_path, capsys):
+def test_damaged_row_does_not_prevent_the_table(tmp_path, capsys):
     (tmp_path / ".jobs").mkdir()
     for number, text in enumerate(("", "[]", '{"job": 1}')):
         (tmp_path / f".jobs/{90 + number}.json").write_text(text)
-    rows = rows_of(table({"miou": 0.5}, {"miou": 0.25, "loss": float("nan")}))
+    rows = end_sweep(tmp_path, of_heads({"miou": 0.5}, {"miou": 0.25, "loss": float("nan")}))
     assert [row["mIoU %"] for row in rows] == ["50.00", "25.00"]
     assert capsys.readouterr().err.count("is damaged") == 3
-
-
-LOSSES = (("focal", 0.5), ("dice", 0.2))
-
-
-def end_sweep(folder, jobs):
-    """End a sweep of jobs, each words and what it returned, and return the rows of its table."""
-    for number, (words, value) in enumerate(jobs):
-        job = SimpleNamespace(_return_value=value, overrides=["mode=train", *words])
-        SweepTable().on_job_end(of_job(folder, number), job)
-    SweepTable().on_multirun_end(of_job(folder))
-    return rows_of(folder / "sweep.csv")
 
 
 def test_seeds_are_summed_up_with_an_interval(tmp_path, capsys):
     mious = {"a": (0.5, 0.52, 0.57), "b": (0.7, 0.6, 0.62), "c": (0.4, None, None)}
     costs = {"parameters": 30, "trainable": 10, "images_per_s": 2.0, "run": "r"}
     jobs = [
-        ([f"seed={seed}", f"head={head}"], {"error": "it broke"} if miou is None else {"miou": miou, **costs})
+        (f"seed={seed} head={head}", {"error": "it broke"} if miou is None else {"miou": miou, **costs})
         for seed in range(3)
         for head, miou in ((head, mious[head][seed]) for head in mious)
     ]
@@ -353,36 +340,29 @@ def test_seeds_are_summed_up_with_an_interval(tmp_path, capsys):
 
 
 def test_chosen_metrics_have_a_column_of_the_table(tmp_path, capsys):
-    for number, value in enumerate((0.25, 0.5)):
-        scores = {"miou": 0.5, "cldice": value, "boundary_iou": 0.75, "loss": 0.5}
-        job = SimpleNamespace(_return_value=scores, overrides=["mode=train", f"seed={number}"])
-        SweepTable().on_job_end(of_job(tmp_path, number, metric={"cldice": {}, "absent": {}, "miou": {}}), job)
-    SweepTable().on_multirun_end(of_job(tmp_path))
-    (row,) = rows_of(tmp_path / "sweep.csv")
+    scores = {"miou": 0.5, "boundary_iou": 0.75, "loss": 0.5}
+    jobs = [(f"seed={seed}", {**scores, "cldice": value}) for seed, value in enumerate((0.25, 0.5))]
+    (row,) = end_sweep(tmp_path, jobs, metric={"cldice": {}, "absent": {}, "miou": {}})
     assert row["cldice"] == "0.375" and float(row["cldice deviation"]) == pytest.approx(0.125 * 2**0.5)
     assert (tmp_path / "sweep.csv").read_text().count("mIoU %,") == 1
     assert "boundary_iou" not in row and "absent" not in row and "0.3750" in capsys.readouterr().out
 
 
 def test_mean_over_seeds_is_empty_if_one_is_infinite(tmp_path):
-    for number, (value, infinite) in enumerate(((2.0, 0.0), (None, 3.0), (4.0, 0.0))):
-        scores = {"miou": 0.5, "x": value, "x_infinite_images": infinite}
-        job = SimpleNamespace(_return_value=scores, overrides=["mode=train", f"seed={number}"])
-        SweepTable().on_job_end(of_job(tmp_path, number, metric={"x": {}}), job)
-    SweepTable().on_multirun_end(of_job(tmp_path))
-    (row,) = rows_of(tmp_path / "sweep.csv")
+    values = enumerate(((2.0, 0.0), (None, 3.0), (4.0, 0.0)))
+    jobs = [(f"seed={seed}", {"miou": 0.5, "x": x, "x_infinite_images": count}) for seed, (x, count) in values]
+    (row,) = end_sweep(tmp_path, jobs, metric={"x": {}})
     assert row["x"] == row["x deviation"] == "" and row["x_infinite_images"] == "1.0"
 
 
 def test_a_sweep_over_seeds_alone_is_one_row(tmp_path):
-    (row,) = end_sweep(tmp_path, [([f"seed={seed}"], {"J&F-Mean": 0.1 * seed, "loss": 1.0}) for seed in range(4)])
+    (row,) = end_sweep(tmp_path, [(f"seed={seed}", {"J&F-Mean": 0.1 * seed, "loss": 1.0}) for seed in range(4)])
     assert row["seeds"] == "4" and row["J&F %"] == "15.00" and row["val/loss deviation"] == "0.0" and "seed" not in row
 
 
 def test_swept_loss_and_its_value_have_columns(tmp_path):
-    jobs = [
-        ([f"loss={name}", f"seed={seed}"], {"loss": 0.1 * seed + shift}) for seed in (0, 1) for name, shift in LOSSES
-    ]
+    losses = (("focal", 0.5), ("dice", 0.2))
+    jobs = [(f"loss={name} seed={seed}", {"loss": 0.1 * seed + shift}) for seed in (0, 1) for name, shift in losses]
     rows = end_sweep(tmp_path, jobs)
     assert [(row["loss"], row["val/loss"]) for row in rows] == [("dice", "0.25"), ("focal", "0.55")]
     for name in ("sweep.csv", "jobs.csv"):
@@ -391,23 +371,21 @@ def test_swept_loss_and_its_value_have_columns(tmp_path):
 
 
 def test_intervals_of_shares_end_at_0_and_100_percent(tmp_path):
-    jobs = [([f"seed={seed}"], {"miou": 0.9 + 0.09 * seed, "accuracy": 0.01 + 0.1 * seed}) for seed in range(2)]
+    jobs = [(f"seed={seed}", {"miou": 0.9 + 0.09 * seed, "accuracy": 0.01 + 0.1 * seed}) for seed in range(2)]
     (row,) = end_sweep(tmp_path, jobs)
     ends = [float(row[f"{key} {end}"]) for key in ("mIoU %", "pixel accuracy %") for end in ("low", "high")]
     assert ends[0] > 0 and ends[1] == 100 and ends[2] == 0 and ends[3] < 100
 
 
 def test_row_of_failed_seeds_reports_the_failure(tmp_path, capsys):
-    (row,) = end_sweep(tmp_path, [([f"seed={seed}"], {"error": "no"}) for seed in range(2)])
+    (row,) = end_sweep(tmp_path, [(f"seed={seed}", {"error": "no"}) for seed in range(2)])
     assert row["note"] == "0 of 2 seeds: no" and row["seeds"] == "0" and "0 of 2 seeds: no" in capsys.readouterr().out
 
 
 def test_folds_of_a_seed_are_one_score_of_it(tmp_path):
     counts = {(0, 0): [[1, 1], [1, 1]], (0, 1): [[9, 1], [0, 0]], (1, 0): [[5, 0], [0, 5]], (1, 1): [[4, 1], [0, 5]]}
-    jobs = [
-        ([f"seed={seed}", f"data.fold={fold}"], {"miou": 0.5, "accuracy": 0.5, "matrix": matrix})
-        for (seed, fold), matrix in counts.items()
-    ]
+    shares = {"miou": 0.5, "accuracy": 0.5}
+    jobs = [(f"seed={seed} data.fold={fold}", {**shares, "matrix": each}) for (seed, fold), each in counts.items()]
     (row,) = end_sweep(tmp_path, jobs)
     accuracies = np.array([11 / 14, 19 / 20])  # of all pixels of a seed's folds
     assert float(row["pixel accuracy %"]) == pytest.approx(100 * accuracies.mean(), abs=0.01)
@@ -417,6 +395,6 @@ def test_folds_of_a_seed_are_one_score_of_it(tmp_path):
 
 def test_folds_are_not_sent_to_be_compared(tmp_path, capsys):
     scores = {"miou": 0.5, "accuracy": 0.5, "matrix": [[1, 1], [1, 1]]}
-    words = [[f"seed={seed}", f"data.fold={fold}", f"head={head}"] for seed in "01" for fold in "01" for head in "ab"]
+    words = [f"seed={seed} data.fold={fold} head={head}" for seed in "01" for fold in "01" for head in "ab"]
     rows = end_sweep(tmp_path, [(each, scores) for each in words])
     assert len(rows) == 2 and "mode=compare" not in capsys.readouterr().out
