@@ -54,7 +54,7 @@ def test_pooled_scores_equal_their_definition(tmp_path, seed):
     assert found == pytest.approx(pooled_scores(pairs, 8), abs=1e-12)
 
 
-def test_classes_that_are_only_predicted_count_and_absent_ones_do_not(tmp_path):
+def test_only_predicted_classes_count_and_absent_ones_do_not(tmp_path):
     folders = tree(tmp_path, ugly(np.random.default_rng(4)), path)
     protocol = Semantic(num_classes=8)
     total = sum(unit_sums(protocol, *folders).values())
