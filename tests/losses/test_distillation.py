@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_full_resolution import all_logits, refuse_scores
 
 from dinoseg.core.geometry import valid_share
 from dinoseg.core.shapes import Prediction, WeightedMasks
@@ -12,17 +13,6 @@ from dinoseg.losses import full_resolution
 from dinoseg.losses.distillation import TeacherView, divergence
 
 K = 4
-
-
-def upsample_by_loops(grid, size, valid):
-    """Return (K, H, W) of a grid (K, h, w) of which the share `valid` lies on the image: pixel centres aligned."""
-    out = torch.zeros(len(grid), *size, dtype=torch.float64)
-    for y in range(size[0]):
-        for x in range(size[1]):
-            down, along = ((at + 0.5) * cells * share / length - 0.5 for at, cells, share, length in zip(
-                (y, x), grid.shape[1:], valid, size, strict=True))  # fmt: skip
-            out[:, y, x] = bilinear(grid, down, along)
-    return out
 
 
 def bilinear(grid, down, along):
@@ -47,8 +37,8 @@ def expected_divergence(scores, seen, matrices, image, size, temperature, covere
                 at_x, at_y, _ = back @ (x, y, 1.0)
                 if not (-0.5 <= at_x <= image[1] - 0.5 and -0.5 <= at_y <= image[0] - 0.5):
                     continue
-                down, along = ((at + 0.5) * cells * share / length - 0.5 for at, cells, length, share in zip(
-                    (at_y, at_x), teacher.shape[1:], image, covered, strict=True))  # fmt: skip
+                down = (at_y + 0.5) * teacher.shape[1] * covered[0] / image[0] - 0.5
+                along = (at_x + 0.5) * teacher.shape[2] * covered[1] / image[1] - 0.5
                 log_p = (bilinear(teacher, down, along) / temperature).log_softmax(0)
                 log_q = (own[:, y, x] / temperature).log_softmax(0)
                 total, count = total + temperature**2 * (log_p.exp() * (log_p - log_q)).sum(), count + 1
@@ -78,12 +68,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(full_resolution, "CACHED", 4 * K * 5)
 
 
-def refuse_scores(outputs, size, valid):
-    raise AssertionError("scores were asked for at full size")
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[2]}")
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize(("case", "temperature"), list(zip(CASES, [1.0, 4.0] * 3, strict=True)))
 def test_value_and_gradient_are_those_of_all_pixels_at_once(case, temperature):
     image, cells, size, patch, matrices = case
     draw = torch.Generator().manual_seed(hash(case[:4]) % 2**31)
@@ -102,7 +87,7 @@ def test_value_and_gradient_are_those_of_all_pixels_at_once(case, temperature):
     value = divergence(Prediction(grid, size, valid, refuse_scores, grid=grid), seen, size, temperature)
     found = torch.autograd.grad(value, grid)[0]
     whole = grid.detach().requires_grad_()
-    scores = torch.stack([upsample_by_loops(own, size, valid) for own in whole])
+    scores = all_logits(whole, size, valid)
     reference = expected_divergence(scores, teacher, matrices, image, size, temperature, covered)
     assert value.item() == pytest.approx(reference.item(), rel=1e-9, abs=1e-12)
     assert torch.allclose(found, torch.autograd.grad(reference, whole)[0], atol=1e-12)
@@ -117,7 +102,7 @@ def test_divergence_of_mixture_compares_its_logarithm():
     prediction = Prediction(None, (6, 5), (1.0, 1.0), refuse_scores, mixture=True, masks=mixture)
     value = divergence(prediction, [TeacherView.of(teacher[0].float(), (1.0, 1.0), matrix(), (6, 5))], (6, 5), 2.0)
     found = torch.autograd.grad(value, [masks, shares])
-    scores = torch.einsum("qk,qhw->khw", shares[0], upsample_by_loops(masks[0], (6, 5), (1.0, 1.0)).sigmoid()).log()
+    scores = torch.einsum("qk,qhw->khw", shares[0], all_logits(masks, (6, 5), (1.0, 1.0))[0].sigmoid()).log()
     reference = expected_divergence(scores[None], teacher, [matrix()], (6, 5), (6, 5), 2.0)
     assert value.item() == pytest.approx(reference.item(), rel=1e-5)
     for own, wanted in zip(found, torch.autograd.grad(reference, [masks, shares]), strict=True):
@@ -127,8 +112,7 @@ def test_divergence_of_mixture_compares_its_logarithm():
 def test_student_equal_to_its_teacher_has_no_loss():
     grid = torch.randn(1, K, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     prediction = Prediction(grid, (12, 20), (1.0, 1.0), refuse_scores, grid=grid)
-    own = TeacherView.of(
-        grid.detach()[0] - 7, (1.0, 1.0), matrix(), (12, 20)
-    )  # a number on all scores of a pixel says nothing
+    # a number on all scores of a pixel says nothing
+    own = TeacherView.of(grid.detach()[0] - 7, (1.0, 1.0), matrix(), (12, 20))
     value = divergence(prediction, [own], (12, 20), 3.0)
     assert abs(value.item()) < 1e-6 and torch.autograd.grad(value, grid)[0].abs().max() < 1e-7

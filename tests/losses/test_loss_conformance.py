@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from config_files import options
+from config_files import options, read_whole
 from omegaconf import OmegaConf
+from test_mask_classification import fix_points
 from tiny_parts import load
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.losses import mask_classification
 from dinoseg.testing import check_loss
 
 pytestmark = pytest.mark.slow
@@ -24,15 +24,12 @@ VARIANTS = [
 @pytest.fixture
 def fixed_points(monkeypatch):
     """Sample the same points of every mask, so that the loss of a batch is known."""
-    points = torch.rand(1, 64, 2, generator=torch.Generator().manual_seed(5))
-    monkeypatch.setattr(mask_classification, "random_points", lambda count, *_: points.expand(count, -1, -1))
-    monkeypatch.setattr(
-        mask_classification, "uncertain_points", lambda masks, *_, **__: points.expand(len(masks), -1, -1)
-    )
+    fix_points(monkeypatch, torch.rand(1, 64, 2, generator=torch.Generator().manual_seed(5)))
 
 
-def make_loss(option, changes):
-    node = OmegaConf.create({"data": {"ignore_index": 255}, "loss": load(f"loss={option}")["loss"]["criterion"]}).loss
+def make_loss(option, changes, ignore_index=255):
+    loss = load(f"loss={option}")["loss"]
+    node = OmegaConf.create({"data": {"ignore_index": ignore_index}, "loss": loss["criterion"]}).loss
     return instantiate(OmegaConf.merge(node, changes))
 
 
@@ -43,3 +40,13 @@ def test_a_loss_keeps_the_contract(option, changes, fixed_points):
 
 def test_a_loss_that_samples_points_keeps_the_contract():
     check_loss(make_loss("mask_classification", {"num_points": 64}))
+
+
+@pytest.mark.parametrize("option", [option for option in options("loss") if read_whole("loss", option)["counts"]])
+def test_class_weights_and_ignore_index_reach_all_terms(option):
+    node = load(f"loss={option}")["loss"]["class_weights"]
+    assert node["_target_"].endswith(".class_weights") and node["scheme"] == "${..weights}"
+    weights = torch.tensor([0.5, 1.0, 2.0])
+    loss = make_loss(option, {}, ignore_index=9)(class_weights=weights)
+    for term in getattr(loss, "losses", [loss]):
+        assert term.ignore_index == 9 and torch.equal(term.weight, weights)

@@ -5,30 +5,29 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("words", "given", "remedy"),
+    ("loss", "keys", "given", "remedy"),
     [
         (
-            ["loss=temporal_similarity", "head.similarity=true"],
-            "head.reconstruct=true does not fit loss=temporal_similarity",
-            "Set head.reconstruct=false head.output_norm=false, or choose loss=video_similarity.",
+            *("temporal_similarity", ["similarity=true"], "reconstruct=true"),
+            "head.reconstruct=false head.output_norm=false, or choose loss=video_similarity",
         ),
         (
-            ["loss=video_similarity", "head.similarity=true", "head.reconstruct=false", "head.output_norm=false"],
-            "head.reconstruct=false does not fit loss=video_similarity",
-            "Set head.reconstruct=true, or choose loss=temporal_similarity.",
+            *("feature_reconstruction", ["similarity=true"], "similarity=true"),
+            "head.similarity=false, or choose loss=video_similarity",
         ),
-        (
-            ["loss=feature_reconstruction", "head.similarity=true"],
-            "head.similarity=true does not fit loss=feature_reconstruction",
-            "Set head.similarity=false, or choose loss=video_similarity.",
+        pytest.param(
+            *("video_similarity", ["similarity=true", "reconstruct=false", "output_norm=false"], "reconstruct=false"),
+            "head.reconstruct=true, or choose loss=temporal_similarity",
+            marks=pytest.mark.heavy,
         ),
-        (
-            ["loss=video_similarity"],
-            "head.similarity=false does not fit loss=video_similarity",
-            "Set head.similarity=true, or choose loss=feature_reconstruction or slot_contrast.",
+        pytest.param(
+            *("video_similarity", [], "similarity=false"),
+            "head.similarity=true, or choose loss=feature_reconstruction or slot_contrast",
+            marks=pytest.mark.heavy,
         ),
     ],
 )
-def test_outputs_of_the_head_fit_the_loss(tmp_path, words, given, remedy):
-    done = call(tmp_path, "mode=plan", *SLOTS[1:], *words)
-    assert done.status == 1 and f"{given}. {remedy}" in " ".join(done.err.split())
+def test_outputs_of_the_head_fit_the_loss(tmp_path, loss, keys, given, remedy):
+    done = call(tmp_path, "mode=plan", *SLOTS[1:], f"loss={loss}", *(f"head.{key}" for key in keys))
+    said = " ".join(done.err.split())
+    assert done.status == 1 and f"head.{given} does not fit loss={loss}. Set {remedy}." in said

@@ -1,18 +1,18 @@
-"""What the tests of official scores make their trees with."""
+"""What the tests of official scores share: their trees of masks, and plain references."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
+import pytest
+from making import save
 from PIL import Image
+from scipy import ndimage, spatial
 
-from dinoseg.metrics.protocols.contract import ScoringCase
+from dinoseg.metrics.protocols.contract import BadFile, ScoringCase
 
-
-def save(path, ids, dtype=np.uint8):
-    """Write ids as a grey PNG, its folders too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(ids, dtype=dtype)).save(path)
-    return path
+PALETTE = [value for index in range(256) for value in (index, 255 - index, 7)]
+RULES = {"absent_class", "resolution", "ignore", "aggregation", "version", "differs"}
 
 
 def maps(rng, ids, shape=(37, 53)):
@@ -48,13 +48,37 @@ def tree(root, pairs, target):
     return root / "reference", root / "prediction"
 
 
+def write_frames(folder, frames, palette=True):
+    """Write id maps as FOLDER/00000.png and so on, bytes with a palette; no file where a map is None."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, ids in enumerate(frames):
+        if ids is not None:
+            image = Image.fromarray(np.asarray(ids))
+            if palette and image.mode == "L":
+                image.putpalette(PALETTE)
+            image.save(folder / f"{index:05d}.png")
+
+
+def measure_pair(protocol, reference, prediction):
+    """Measure two files as a case of their own."""
+    return protocol.measure(ScoringCase("d/a", "d", ((reference, prediction),)))
+
+
+def assert_bad_file(measure, path, *words):
+    """Check that a call refuses a file, and that its message holds the words."""
+    with pytest.raises(BadFile) as error:
+        measure()
+    assert error.value.path == path and not [word for word in words if word not in str(error.value)], error.value
+
+
 def unit_sums(protocol, reference, prediction):
     """Find, measure and join; return the sums of each unit, which must be all that was found."""
     found = protocol.find(reference, prediction)
     assert not found.problems and found.cases
     by_unit = {}
     for case in found.cases:
-        assert isinstance(case, ScoringCase) and all(isinstance(path, Path) for pair in case.files for path in pair)
+        # a prediction may be missing
+        assert all(isinstance(path, Path | None) for pair in case.files for path in pair)
         by_unit.setdefault(case.unit, []).append(protocol.measure(case))
     return {unit: protocol.join(measured) for unit, measured in by_unit.items()}
 
@@ -71,3 +95,29 @@ def scores(protocol, reference, prediction):
         singly = [protocol.scores(one)[key] for one in each]
         np.testing.assert_allclose(stacked[key], [singly, singly], rtol=1e-12)
     return {key: float(value) for key, value in values.items()}
+
+
+def video_scores(protocol, reference, prediction):
+    """Return the scores of two folders of videos, and what a copy of the protocol measures of each: (row, sums)."""
+    found = protocol.find(reference, prediction)
+    assert not found.problems
+    measured = {case.name: pickle.loads(pickle.dumps(protocol)).measure(case) for case in found.cases}
+    sums = np.stack([protocol.join([one]) for one in measured.values()])
+    return {key: float(value) for key, value in protocol.scores(sums.sum(axis=0)).items()}, measured, sums
+
+
+def band_sizes(reference, prediction, ratio=0.02):
+    """Return intersection and union of the masks less d erosions by a 3 x 3 square, outside of the image empty."""
+    depth = max(1, round(ratio * float(np.hypot(*reference.shape))))
+    bands = [mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), depth) for mask in (reference, prediction)]
+    return (bands[0] & bands[1]).sum(), (bands[0] | bands[1]).sum()
+
+
+def surface_dice(reference, prediction, tolerance=2):
+    """Return the share of outline pixels near the other outline by all distances; None without any outline."""
+    ours, theirs = (np.argwhere(mask & ~ndimage.binary_erosion(mask)) for mask in (reference, prediction))
+    if not len(ours) or not len(theirs):
+        return 0.0 if len(ours) or len(theirs) else None
+    squares = spatial.distance.cdist(ours, theirs, "sqeuclidean")
+    near = (squares.min(axis=0) <= tolerance**2).sum() + (squares.min(axis=1) <= tolerance**2).sum()
+    return near / (len(ours) + len(theirs))

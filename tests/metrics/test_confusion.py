@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from mistakes import assert_refused
 
 from dinoseg.metrics.confusion import SCORES, ConfusionMatrix, commonest_class
-from dinoseg.utils.errors import UserError
 
 
 def loop_matrix(prediction, mask, num_classes, ignore_index):
@@ -17,13 +17,7 @@ def loop_matrix(prediction, mask, num_classes, ignore_index):
 
 
 def loop_class(prediction, mask, index, ignore_index):
-    """Return a class's scores, none for an ignored class."""
-    scores = loop_counts(prediction, mask, index, ignore_index)
-    return scores | ({"iou": None, "dice": None, "precision": None} if index == ignore_index else {})
-
-
-def loop_counts(prediction, mask, index, ignore_index):
-    """Set arithmetic on pixel positions, independent of any matrix."""
+    """Return a class's scores by sets of pixel positions, without any matrix; none for an ignored class."""
     counted = {i for i, value in enumerate(np.ravel(mask)) if value != ignore_index}
     ours = {i for i, value in enumerate(np.ravel(prediction)) if value == index} & counted
     theirs = {i for i, value in enumerate(np.ravel(mask)) if value == index} & counted
@@ -32,7 +26,7 @@ def loop_counts(prediction, mask, index, ignore_index):
     def share(part, whole):
         return None if whole == 0 else part / whole
 
-    return {
+    scores = {
         "iou": share(both, len(ours | theirs)),
         "dice": share(2 * both, len(ours) + len(theirs)),
         "precision": share(both, len(ours)),
@@ -40,6 +34,7 @@ def loop_counts(prediction, mask, index, ignore_index):
         "pixels": len(theirs),
         "predicted_pixels": len(ours),
     }
+    return scores | ({"iou": None, "dice": None, "precision": None} if index == ignore_index else {})
 
 
 def mean(values):
@@ -62,8 +57,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, torch.uint8) for case in CASES), ("plain", torch.int32), ("plain", torch.int64)]
+)
 def test_equals_a_loop_over_pixels(case, dtype):
     shape, num_classes, ignore, predicted_ids, mask_ids = CASES[case]
     rng = np.random.default_rng(7)
@@ -93,26 +89,6 @@ def test_equals_a_loop_over_pixels(case, dtype):
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
 
 
-def test_predicted_ignored_class_is_only_a_miss():
-    confusion = ConfusionMatrix(3, ignore_index=0, background=0)
-    confusion.update(torch.tensor([[[1] * 9 + [0], [2] * 10]]), torch.tensor([[[1] * 10, [2] * 10]]))
-    scores = confusion.compute()
-    assert scores["miou"] == scores["miou_no_background"] == pytest.approx((0.9 + 1) / 2)
-    assert scores["dice"] == pytest.approx((18 / 19 + 1) / 2)
-    assert scores["accuracy"] == 0.95 and scores["present_classes"] == 2
-    assert scores["classes"][0]["predicted_pixels"] == 1
-
-
-def test_absent_is_none_and_never_zero_or_one():
-    confusion = ConfusionMatrix(4)
-    confusion.update(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 0, 2]]]))
-    rows = confusion.compute()["classes"]
-    assert rows[3]["iou"] is None and rows[3]["dice"] is None and rows[3]["precision"] is None
-    assert rows[1]["iou"] == 0 and rows[1]["recall"] is None  # predicted only
-    assert rows[2]["iou"] == 0 and rows[2]["precision"] is None  # reference only
-    assert confusion.compute()["present_classes"] == 3
-
-
 def test_only_a_background_is_left_out():
     counted = {background: ConfusionMatrix(3, background=background) for background in (None, 0, 2)}
     for confusion in counted.values():
@@ -130,12 +106,6 @@ def test_commonest_class_baseline_has_its_own_score():
     confusion.update(torch.ones_like(mask), mask)
     assert commonest_class(confusion.matrix.tolist()) == (1, confusion.compute()["miou"])
     assert commonest_class(ConfusionMatrix(2).matrix.tolist()) == (0, 0.0)
-
-
-def test_rows_are_the_reference():
-    confusion = ConfusionMatrix(3)
-    confusion.update(torch.tensor([[[2]]]), torch.tensor([[[1]]]))
-    assert confusion.matrix[1, 2] == 1 and confusion.matrix.sum() == 1
 
 
 def test_sums_over_merges_equal_the_whole():
@@ -164,23 +134,16 @@ def test_counts_beyond_float_precision_stay_exact():
     assert confusion.matrix[0, 0] == 2**53 + 1
 
 
-@pytest.mark.parametrize("ids", [[3, 7], [-1], [256]])
-def test_mask_ids_outside_the_classes_are_named(ids):
-    confusion = ConfusionMatrix(3)
-    mask = torch.tensor([[[0, *ids]]])
-    with pytest.raises(UserError, match=rf"{len(ids)} mask pixels .*0\.\.2.*found: \[{ids[0]}.*255"):
-        confusion.update(torch.zeros_like(mask), mask)
-    assert not confusion.counts.any()
+def test_refused_pixels_are_not_counted():
+    confusion, ids = ConfusionMatrix(3), torch.zeros(1, 4, 4, dtype=torch.uint8)
+    for prediction, mask in ((ids, ids + 7), (ids + 5, ids)):
+        with pytest.raises(ValueError, match="16 "):
+            confusion.update(prediction, mask)
+        assert not confusion.counts.any()
+    confusion.update(ids, ids.to(torch.uint16))
+    assert confusion.compute()["accuracy"] == 1 and confusion.compute()["pixels"] == 16
     confusion.counts[-2] = 1  # as on another device, where `update` cannot tell
-    with pytest.raises(UserError, match="Correct the masks"):
-        confusion.compute()
-
-
-def test_predicted_ids_outside_are_not_counted_as_another_class():
-    confusion = ConfusionMatrix(3)
-    with pytest.raises(ValueError, match="1 predicted ids"):
-        confusion.update(torch.tensor([[[5, 0]]]), torch.tensor([[[0, 0]]]))
-    assert not confusion.counts.any()
+    assert_refused(confusion.compute, "Correct the masks")
 
 
 def test_an_accelerator_is_never_read_back_in_update():
@@ -207,49 +170,11 @@ def test_cuda_counts_the_same_and_is_not_waited_for():
     assert torch.equal(here.counts, there.counts.cpu())
 
 
-@pytest.mark.parametrize(
-    ("prediction", "mask", "message"),
-    [
-        (
-            torch.zeros(1, 2, 2, dtype=torch.int64),
-            torch.zeros(1, 2, 3, dtype=torch.int64),
-            r"mask \(1, 2, 3\) differ",
-        ),
-        (torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), "prediction is torch.float32"),
-        (
-            torch.zeros(1, 2, 2, dtype=torch.int64),
-            torch.zeros(1, 2, 2, dtype=torch.bool),
-            "mask is torch.bool",
-        ),
-    ],
-)
-def test_wrong_tensors_are_refused(prediction, mask, message):
-    with pytest.raises(ValueError, match=message):
-        ConfusionMatrix(2).update(prediction, mask)
-
-
-def test_other_classes_do_not_merge():
-    with pytest.raises(ValueError, match="Cannot merge 3 classes"):
-        ConfusionMatrix(2).merge(ConfusionMatrix(3))
-    with pytest.raises(UserError, match="^num_classes=0: give a whole number of at least 1"):
-        ConfusionMatrix(0)
-
-
 @pytest.mark.parametrize("background", [None, 0])
 def test_names_of_scores_are_those_of_an_empty_matrix(background):
     scores = ConfusionMatrix(2, background=background).compute()
     own = [] if background is None else ["miou_no_background"]
     assert sorted(name for name, value in scores.items() if value is None) == sorted([*SCORES, *own])
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [(key, value) for key in ("ignore_index", "background") for value in (1.0, True, "1")]
-    + [("background", -1), ("background", 2), ("ignore_index", None)],
-)
-def test_arguments_that_name_no_class_are_refused(key, value):
-    with pytest.raises(UserError, match=f"^{key}="):
-        ConfusionMatrix(2, **{key: value})
 
 
 def test_numbers_of_numpy_are_whole_numbers():

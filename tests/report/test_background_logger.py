@@ -13,28 +13,38 @@ from dinoseg.report.loggers.background import BackgroundLogger
 from dinoseg.report.loggers.logger import Logger
 
 
-class SlowLogger(Logger):
-    """Records calls, and waits in one of them for a gate that is closed or for ever."""
+class RecordingLogger(Logger):
+    """Records calls; may wait in one of them for a gate that is closed, or raise an error in it."""
 
     error = OSError
 
-    def __init__(self, out_dir=None, *, start_step=0, waits_in="", fails_in=""):
-        self.timeout = 0.2 if waits_in else 600.0
-        self.calls, self.gate, self.waits_in, self.fails_in = [], threading.Event(), waits_in, fails_in
+    def __init__(self, out_dir=None, *, start_step=0, timeout=None, waits_in="", fails_in="", calls=None):
+        self.timeout, self.waits_in, self.fails_in = timeout, waits_in, fails_in
+        self.calls, self.gate = [] if calls is None else calls, threading.Event()
+        self.note("open", out_dir, start_step)
 
     def __getattribute__(self, name):
         if name in ("config", "scalars", "images", "scores", "checkpoint", "close"):
-            return lambda *given, **named: self.note(name, *given, **named)
+            return lambda *given, **named: self.note(name, *given, *named.values())
         return super().__getattribute__(name)
 
-    def note(self, name, *given, status=None):
-        self.calls.append(name)
-        self.status = status
+    def note(self, name, *given):
+        self.calls.append((name, *given))
         self.view = f"seen by {threading.current_thread().name}"
         if name == self.waits_in:
             self.gate.wait()
         if name == self.fails_in:
             raise self.error("no connection to http://me:secret@host/api")
+
+    @property
+    def methods(self):
+        """Return the names of the methods that were called after the constructor."""
+        return [name for name, *_ in self.calls[1:]]
+
+
+def slow_logger(waits_in="", fails_in=""):
+    """Return a logger that runs in a thread, with little time to wait in."""
+    return RecordingLogger(timeout=0.2 if waits_in else 600.0, waits_in=waits_in, fails_in=fails_in)
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +54,12 @@ def short_grace(monkeypatch):
 
 def wait_for_thread():
     for each in threading.enumerate():
-        if each.name == "dinoseg SlowLogger":
+        if each.name == "dinoseg RecordingLogger":
             each.join(60)
+
+
+def start_log(folder, slow):
+    return RunLog(folder, {"slow": lambda *_, **__: slow})
 
 
 def use(log, path):
@@ -57,33 +71,28 @@ def use(log, path):
 
 
 def test_all_calls_arrive_in_order_in_another_thread(tmp_path):
-    slow = SlowLogger()
-    log = RunLog(tmp_path, {"slow": lambda *_, **__: slow})
+    slow = slow_logger()
+    log = start_log(tmp_path, slow)
     use(log, tmp_path)
     log.close()
-    assert slow.calls == ["config", "scalars", "images", "scores", "checkpoint", "close"]
-    assert slow.view == "seen by dinoseg SlowLogger"
-    assert not [each for each in threading.enumerate() if each.name == "dinoseg SlowLogger"]
-
-
-def test_the_view_is_that_of_the_logger():
-    wrapped = BackgroundLogger(SlowLogger())
-    wrapped.config({})
-    wrapped.close()
-    assert wrapped.view == "seen by dinoseg SlowLogger"
+    assert slow.methods == ["config", "scalars", "images", "scores", "checkpoint", "close"]
+    assert slow.view == "seen by dinoseg RecordingLogger"
+    assert not [each for each in threading.enumerate() if each.name == "dinoseg RecordingLogger"]
 
 
 @pytest.mark.parametrize("status", ["finished", "failed", "killed"])
 def test_the_end_of_a_training_reaches_the_logger(status):
-    slow = SlowLogger()
-    BackgroundLogger(slow).close(status=status)
-    assert slow.status == status
+    slow = slow_logger()
+    wrapped = BackgroundLogger(slow)
+    wrapped.config({})
+    wrapped.close(status=status)
+    assert slow.calls[-1] == ("close", status) and wrapped.view == "seen by dinoseg RecordingLogger"
 
 
 @pytest.mark.parametrize("where", ["config", "scalars", "close"])
 def test_hanging_logger_is_dropped_in_bounded_time(tmp_path, caplog, where):
-    slow = SlowLogger(waits_in=where)
-    log = RunLog(tmp_path, {"slow": lambda *_, **__: slow})
+    slow = slow_logger(waits_in=where)
+    log = start_log(tmp_path, slow)
     use(log, tmp_path)
     log.close()
     (warning,) = [record.getMessage() for record in caplog.records]
@@ -92,8 +101,8 @@ def test_hanging_logger_is_dropped_in_bounded_time(tmp_path, caplog, where):
 
 
 def test_a_stalled_logger_is_dropped_in_mid_training(tmp_path, caplog):
-    slow = SlowLogger(waits_in="config")
-    with RunLog(tmp_path, {"slow": lambda *_, **__: slow}) as log:
+    slow = slow_logger(waits_in="config")
+    with start_log(tmp_path, slow) as log:
         log.config({})
         for step in itertools.count():
             log.scalars(step, {"a": 1.0})
@@ -101,15 +110,15 @@ def test_a_stalled_logger_is_dropped_in_mid_training(tmp_path, caplog):
                 break
             time.sleep(0.05)
         log.scalars(step + 1, {"a": 1.0})
-    assert len(caplog.records) == 1 and slow.calls == ["config"]
+    assert len(caplog.records) == 1 and slow.methods == ["config"]
     slow.gate.set()
 
 
 def test_a_logger_slower_than_the_training_is_dropped(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(background, "_MAX_CALLS", 3)
-    slow = SlowLogger(waits_in="config")
+    slow = slow_logger(waits_in="config")
     slow.timeout = 60
-    with RunLog(tmp_path, {"slow": lambda *_, **__: slow}) as log:
+    with start_log(tmp_path, slow) as log:
         log.config({})
         for step in range(9):
             log.scalars(step, {"a": 1.0})
@@ -117,33 +126,26 @@ def test_a_logger_slower_than_the_training_is_dropped(tmp_path, caplog, monkeypa
     slow.gate.set()
 
 
-@pytest.mark.parametrize("where", ["config", "images", "checkpoint", "close"])
-def test_an_exception_is_one_warning_without_credentials(tmp_path, caplog, where):
-    slow = SlowLogger(fails_in=where)
-    with RunLog(tmp_path, {"slow": lambda *_, **__: slow}) as log:
+@pytest.mark.parametrize(
+    ("where", "error"), [("config", OSError), ("checkpoint", OSError), ("close", OSError), ("images", SystemExit)]
+)
+def test_an_exception_is_one_warning_without_credentials(tmp_path, caplog, where, error):
+    slow = slow_logger(fails_in=where)
+    slow.error = error
+    with start_log(tmp_path, slow) as log:
         use(log, tmp_path)
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert "(OSError: no connection to http://host/api)" in warning
+    shown = "(RuntimeError: SystemExit: no connection" if error is SystemExit else "(OSError: no connection"
+    assert f"{shown} to http://host/api)" in warning
     wait_for_thread()
-    assert slow.calls[-2:] == ([where, "close"] if where != "close" else ["checkpoint", "close"])
-    assert slow.status == ("finished" if where == "close" else "failed")
-
-
-def test_an_exit_of_a_client_is_a_warning_and_ends_no_training(tmp_path, caplog):
-    slow = SlowLogger(fails_in="config")
-    slow.error = SystemExit
-    with RunLog(tmp_path, {"slow": lambda *_, **__: slow}) as log:
-        use(log, tmp_path)
-    (warning,) = [record.getMessage() for record in caplog.records]
-    assert "(RuntimeError: SystemExit: no connection" in warning
-    wait_for_thread()
-    assert slow.calls == ["config", "close"] and slow.status == "failed"
+    assert slow.methods[-2:] == ([where, "close"] if where != "close" else ["checkpoint", "close"])
+    assert slow.calls[-1] == ("close", "finished" if where == "close" else "failed")
 
 
 def test_a_stalled_logger_is_closed_when_its_call_returns(tmp_path):
-    slow = SlowLogger(waits_in="config")
-    with RunLog(tmp_path, {"slow": lambda *_, **__: slow}) as log:
+    slow = slow_logger(waits_in="config")
+    with start_log(tmp_path, slow) as log:
         log.config({})
     slow.gate.set()
     wait_for_thread()
-    assert slow.calls == ["config", "close"] and slow.status == "failed"
+    assert slow.methods == ["config", "close"] and slow.calls[-1] == ("close", "failed")

@@ -43,13 +43,7 @@ def test_scores_with_values_have_a_panel(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rows",
-    [
-        [],
-        [{"step": 1}],
-        [{"step": 1, "train/loss": None, "val/miou": float("nan")}],
-        [{"step": 3, "train/loss": float("inf")}],
-    ],
+    "rows", [[], [{"step": 1, "train/loss": None, "val/miou": math.nan}], [{"step": 3, "train/loss": math.inf}]]
 )
 def test_empty_curves_show_a_note_and_no_line(rows, tmp_path):
     path = draw(rows, tmp_path)
@@ -87,25 +81,16 @@ def test_legends_cover_neither_curves_nor_labels(steps):
     figure.draw(renderer)
     for axes in figure.axes:
         legend = axes.get_legend().get_window_extent(renderer)
-        others = [
-            axes.bbox,
-            *(label.get_window_extent(renderer) for label in (axes.xaxis.label, *axes.get_xticklabels())),
-        ]
-        assert not any(legend.overlaps(box) for box in others)
+        labels = [label.get_window_extent(renderer) for label in (axes.xaxis.label, *axes.get_xticklabels())]
+        assert not any(legend.overlaps(box) for box in (axes.bbox, *labels))
         assert legend.x0 >= 0 and legend.y0 >= 0 and legend.x1 <= figure.bbox.x1
     for left, right in itertools.pairwise(axes.get_legend().get_window_extent(renderer) for axes in figure.axes):
         assert left.x1 <= right.x0
 
 
 def test_points_are_finite_sorted_and_the_last_of_a_step():
-    rows = [
-        {"step": 9, "x": 3.0},
-        {"step": 1, "x": 1.0},
-        {"step": 9, "x": 4.0},
-        {"step": 5, "x": math.nan},
-        {"step": 6},
-        {"step": 7, "x": None},
-    ]
+    rows = [{"step": step, "x": value} for step, value in ((9, 3.0), (1, 1.0), (9, 4.0), (5, math.nan), (7, None))]
+    rows.append({"step": 6})
     assert curves._points(rows, "x").tolist() == [[1, 1], [9, 4]]
 
 

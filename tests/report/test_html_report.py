@@ -1,12 +1,15 @@
-"""Reports in a real headless Chromium: they load by themselves, sort, fit a phone, and run nothing that data says."""
+"""Reports stand alone, escape what data says, and hold the right numbers; in Chromium they sort and fit a phone."""
 
+import base64
 import re
 from dataclasses import fields, replace
+from functools import cache, partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from zipfile import ZipFile
 
+import cv2
 import numpy as np
 import pytest
 from chromium import opened_page
@@ -90,12 +93,12 @@ def report(classes=3, images=12, *, labelled=True, groups=None, training=True, n
 
 
 ODD = {
-    "hostile": report(name=HOSTILE, groups=[HOSTILE] * 6 + ["b"] * 6),
-    "one class": report(1),
-    "one image": report(images=1),
-    "all ignored": report(labelled=False, training=False),
-    "150 classes": report(150, name="a rather long name of a class, as it happens"),
-    "over 150 classes": report(160),
+    "hostile": partial(report, name=HOSTILE, groups=[HOSTILE] * 6 + ["b"] * 6),
+    "one class": partial(report, 1),
+    "one image": partial(report, images=1),
+    "all ignored": partial(report, labelled=False, training=False),
+    "150 classes": partial(report, 150, name="a rather long name of a class, as it happens"),
+    "over 150 classes": partial(report, 160),
 }
 
 
@@ -110,12 +113,10 @@ def make_comparison(name="run"):
     gaps = {key: {"value": value and 0.1 - value / 2, "ci95": limits[key], **verdict} for key, value in scores.items()}
     images = [0.3] * 11 + [None]
     others = [OtherRun(f"{name} {n}", scores, images, gaps, images, [shot], "" if n else "none") for n in (0, 1)]
+    shared = ("classes", "palette", "ignore_index", "unit", "images", "units", "mious", "about")
     return dict(
         subtitle=HOSTILE,
-        **{
-            key: base[key]
-            for key in ("classes", "palette", "ignore_index", "unit", "images", "units", "mious", "about")
-        },
+        **{key: base[key] for key in shared},
         intervals="over 12 images",
         seeds="none",
         name=name,
@@ -141,19 +142,21 @@ def comparison_html(given):
     return comparison_page(*parts, **given)
 
 
-PAGES = {name: evaluation_html(each) for name, each in ODD.items()}
-PAGES["compared"] = comparison_html(make_comparison(HOSTILE))
+@cache
+def page_of(name):
+    return comparison_html(make_comparison(HOSTILE)) if name == "compared" else evaluation_html(ODD[name]())
 
 
 class Tags(HTMLParser):
-    """Collects the elements of a page, and refuses one that closes what is not open."""
+    """Collects the elements and the text of a page, and refuses a tag that closes what is not open."""
 
     VOID = ("meta", "link", "img", "path", "rect", "circle", "image")
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.found = [], []
+        self.open, self.found, self.text = [], [], ""
         self.feed(page)
+        self.close()
         assert not self.open
 
     def handle_starttag(self, tag, attributes):
@@ -168,10 +171,14 @@ class Tags(HTMLParser):
         if tag not in self.VOID:
             assert self.open.pop() == tag
 
+    def handle_data(self, data):
+        self.text += data
 
-@pytest.mark.parametrize("name", PAGES)
+
+@pytest.mark.parametrize("name", [*ODD, "compared"])
 def test_a_page_is_whole_and_names_nothing_outside_itself(name):
-    tags = Tags(PAGES[name])
+    page = page_of(name)
+    tags = Tags(page)
     ids = [attributes["id"] for _, attributes in tags.found if "id" in attributes]
     assert len(ids) == len(set(ids)) > 5
     for tag, attributes in tags.found:
@@ -179,8 +186,8 @@ def test_a_page_is_whole_and_names_nothing_outside_itself(name):
         for key in ("src", "href"):
             assert attributes.get(key, "#").startswith(("#", "data:")), attributes
         assert tag != "img" or attributes["alt"]
-    assert "\x1b" not in PAGES[name] and "\u202e" not in PAGES[name] and "nan" not in re.sub(r"<pre.*", "", PAGES[name])
-    assert len(PAGES[name]) < 2_000_000
+    assert "\x1b" not in page and "\u202e" not in page and "nan" not in re.sub(r"<pre.*", "", page)
+    assert len(page) < 2_000_000
 
 
 def cells(page, section):
@@ -223,7 +230,7 @@ def test_matrix_shows_the_commonest_classes_as_row_shares():
     matrix = np.diag(np.arange(1, 161))
     shown = heat_map(matrix, [f"class {index}" for index in range(160)])
     assert shown["names"] == [f"class {index}" for index in range(10, 160)] and shown["left_out"] == 10
-    assert "The 150 of 160 classes with the most" in PAGES["over 150 classes"]
+    assert "The 150 of 160 classes with the most" in page_of("over 150 classes")
     drawn = heat_map(np.array([[3, 1], [0, 8]]), ["a", "b"])
     assert [number["shown"] for number in drawn["numbers"]] == ["75", "25", "100"]
 
@@ -241,16 +248,11 @@ def test_errors_are_where_a_labelled_pixel_differs():
 def test_significant_differences_are_marked_beyond_colour():
     base = make_comparison()
     limits = dict.fromkeys(base["scores"]) | {"miou": [0.1, 0.2], "dice": [-0.3, -0.2], "accuracy": [-0.1, 0.1]}
-    verdicts = {"miou": "significantly better", "dice": "significantly worse"}
-    gaps = {
-        key: {
-            "value": sum(ends) / 2 if ends else None,
-            "ci95": ends,
-            "p": None,
-            "verdict": verdicts.get(key, "no significant difference"),
-        }
-        for key, ends in limits.items()
-    }
+    usual = {"value": None, "p": None, "verdict": "no significant difference"}
+    gaps = {key: {**usual, "ci95": ends} for key, ends in limits.items()}
+    for key, value, verdict in (("miou", 0.15, "better"), ("dice", -0.25, "worse")):
+        gaps[key] |= {"value": value, "verdict": f"significantly {verdict}"}
+    gaps["accuracy"]["value"] = 0.0
     mious = [0.9] * 3 + [0.0] * 2 + [None] + list(base["mious"][6:])
     page = comparison_html(base | {"others": [replace(base["others"][1], differences=gaps, mious=mious)]})
     rows = {row[0]: row[4] for row in cells(page, "means")[1:]}
@@ -367,6 +369,66 @@ def test_axes_always_have_a_length(given, low, high):
     assert "nan" not in str(chart)
 
 
+def make_split(images, counts, **other):
+    rows = [
+        {"id": i, "class": name, "pixels": n, "share": n / sum(counts), "images": i}
+        for i, (name, n) in enumerate(zip(("road", "a<b&c"), counts, strict=True))
+    ]
+    sizes = {"smallest": {"width": 30, "height": 20}, "largest": {"width": 50, "height": 40}}
+    constant = {"class": 0, "accuracy": 0.75, "miou": 0.375}
+    shared = {"images": images, "void_share": 0.125, **sizes, "constant_class": constant, "classes": rows}
+    return shared | other
+
+
+def make_finding(severity="error", files=(), message="m", remedy="r", reasons=(), stops=True):
+    texts = {"severity": severity, "code": "some_code", "message": message, "remedy": remedy}
+    return {**texts, "files": list(files), "reasons": list(reasons), "stops_training": stops}
+
+
+def doctor_page(findings, splits=(), palette=(), cards=()):
+    context = {"findings": findings, "splits": splits or {}, "palette": palette, "cards": cards}
+    return render("doctor.html.jinja", title='"t" <1>', subtitle="1 error", warnings=[], **context)
+
+
+def test_doctor_page_shows_findings_counts_names_and_images():
+    findings = [
+        make_finding(message="<script>alert(1)</script>", files=[f"f&{i}" for i in range(450)]),
+        make_finding("note", remedy="", stops=False),
+        make_finding("note", files=["f"], reasons=["f: damaged"]),
+    ]
+    frame = np.zeros((30, 41, 3), np.uint8)
+    frame[:, :20] = (250, 10, 5)
+    empty = make_split(0, (1, 1), smallest=None, constant_class=None)
+    card = {"title": "a 'quoted\" <title>", "summary": "s", "panels": [("image", frame)]}
+    card["legend"] = [("a<b", (1, 2, 3))]
+    splits = {"train": make_split(1234, (300, 100)), "v<al": empty}
+    page = doctor_page(findings, splits, ((0, 0, 0), (1, 2, 3)), [card])
+    tags = Tags(page)
+    assert page.startswith("<!doctype html>") and "prefers-color-scheme: dark" in page
+    assert [tag for tag, _ in tags.found].count("script") == 1 and not re.search(r"https?:|url\(|@import", page)
+    sources = [value for _, attributes in tags.found for key, value in attributes.items() if key in ("src", "href")]
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    for shown in (
+        *('"t" <1>', "1 error", "<script>alert(1)</script>", "a 'quoted\" <title>", "a<b", "450 listed", "f&199"),
+        *("and 250 more", "f: damaged", "width x height", "1,234", "30 x 20", "50 x 40", "12.50", "37.50"),
+        *("1 a<b&c", "75.00", "v<al: pixels"),
+    ):
+        assert shown in tags.text
+    assert "f&200" not in tags.text and "does not stop" not in tags.text
+    data = next(each for each in sources if each.startswith("data:image/webp;base64,")).partition(",")[2]
+    image = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert image.shape == (30, 41, 3)
+    np.testing.assert_allclose(image[5, 5], (250, 10, 5), atol=9)
+    np.testing.assert_allclose(image[5, 35], (0, 0, 0), atol=9)
+
+
+def test_doctor_page_of_few_findings_shows_no_more():
+    warned = Tags(doctor_page([make_finding(stops=False)])).text
+    assert "some_code: training does not stop on it" in warned
+    nothing = Tags(doctor_page([])).text
+    assert "None." in nothing and "Pictures" not in nothing and "Splits" not in nothing
+
+
 @pytest.mark.heavy
 def test_the_wheel_holds_every_template():
     folder = Path(page_module.__file__).parent
@@ -376,62 +438,79 @@ def test_the_wheel_holds_every_template():
     assert names == expected and len(names) == 10
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (375, True)])
-@pytest.mark.parametrize("name", ["hostile", "all ignored", "150 classes", "compared"])
-def test_a_page_in_a_browser(tmp_path, name, width, dark):
-    path = tmp_path / "report.html"
-    path.write_text(PAGES[name])
-    with opened_page(path.as_uri(), width=width, dark=dark) as page:
-        requested = page.evaluate("performance.getEntriesByType('resource').map(each => each.name)")
-        assert all(address.startswith("data:") for address in requested)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.evaluate("[...document.images].every(each => each.complete && each.naturalWidth > 0)")
-        assert page.evaluate("window.ran") is None
-        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (paper == "rgb(20, 23, 27)") is dark
-        page.click("#theme")
-        assert page.evaluate("getComputedStyle(document.body).backgroundColor") != paper
-        assert not page.complaints
+@pytest.fixture(scope="module")
+def browser():
+    with opened_page("about:blank") as page:
+        yield page
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """Return a function that shows a page at a width, in light or dark; at the end the browser has no complaints."""
+
+    def open_file(content, width=1280, dark=False):
+        path = tmp_path / "report.html"
+        path.write_text(content)
+        browser.complaints.clear()
+        browser.set_viewport_size({"width": width, "height": 900})
+        browser.emulate_media(media="screen", color_scheme="dark" if dark else "light")
+        browser.goto(path.as_uri())
+        return browser
+
+    yield open_file
+    assert not browser.complaints
 
 
 @pytest.mark.heavy
-def test_tables_sort_by_mouse_and_keys_and_matrix_shows_counts(tmp_path):
-    path = tmp_path / "report.html"
-    path.write_text(evaluation_html(report()))
+@pytest.mark.parametrize(
+    ("name", "width", "dark"),
+    [("hostile", 1280, False), ("hostile", 375, True), ("all ignored", 375, False), ("150 classes", 375, True)]
+    + [("compared", 1280, True), ("compared", 375, False)],
+)
+def test_a_page_in_a_browser(show, name, width, dark):
+    page = show(page_of(name), width, dark)
+    requested = page.evaluate("performance.getEntriesByType('resource').map(each => each.name)")
+    assert all(address.startswith("data:") for address in requested)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.images].every(each => each.complete && each.naturalWidth > 0)")
+    assert page.evaluate("window.ran") is None
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(20, 23, 27)") is dark
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != paper
+
+
+@pytest.mark.heavy
+def test_tables_sort_by_mouse_and_keys_and_matrix_shows_counts(show):
+    page = show(evaluation_html(report()))
     column = "[...document.querySelectorAll('#classes tbody tr')].map(row => row.cells[1].dataset.value)"
-    with opened_page(path.as_uri()) as page:
-        given = page.evaluate(column)
-        head = page.locator("#classes thead button").nth(1)
-        head.click()
-        down = [float(value) for value in page.evaluate(column)]
-        assert down == sorted(map(float, given), reverse=True)
-        head.focus()
-        page.keyboard.press("Enter")
-        assert [float(value) for value in page.evaluate(column)] == down[::-1]
-        assert page.locator("#classes th[aria-sort=ascending]").count() == 1
-        page.locator("svg.heat").scroll_into_view_if_needed()
-        cells = page.locator("svg.heat image").bounding_box()
-        page.mouse.move(cells["x"] + cells["width"] / 2, cells["y"] + cells["height"] / 6)
-        assert re.match(r"reference class 0, predicted class 1: [\d,]+ pixels", page.inner_text("output"))
-        page.locator("svg.heat").focus()
-        page.keyboard.press("ArrowLeft")
-        assert page.inner_text("output").startswith("reference class 0, predicted class 0: ")
-        assert not page.complaints
+    given = page.evaluate(column)
+    head = page.locator("#classes thead button").nth(1)
+    head.click()
+    down = [float(value) for value in page.evaluate(column)]
+    assert down == sorted(map(float, given), reverse=True)
+    head.focus()
+    page.keyboard.press("Enter")
+    assert [float(value) for value in page.evaluate(column)] == down[::-1]
+    assert page.locator("#classes th[aria-sort=ascending]").count() == 1
+    page.locator("svg.heat").scroll_into_view_if_needed()
+    image = page.locator("svg.heat image").bounding_box()
+    page.mouse.move(image["x"] + image["width"] / 2, image["y"] + image["height"] / 6)
+    assert re.match(r"reference class 0, predicted class 1: [\d,]+ pixels", page.inner_text("output"))
+    page.locator("svg.heat").focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.inner_text("output").startswith("reference class 0, predicted class 0: ")
 
 
 @pytest.mark.heavy
-def test_class_table_fits_desktop_paper_and_phone(tmp_path):
-    path = tmp_path / "report.html"
-    path.write_text(PAGES["150 classes"])
+def test_class_table_fits_desktop_paper_and_phone(show):
     cut = "[...document.querySelectorAll('.wide')].filter(each => each.scrollWidth > each.clientWidth).length"
-    with opened_page(path.as_uri(), width=880, dark=True) as page:
-        assert page.evaluate(cut) == 0
-        page.set_viewport_size({"width": 360, "height": 700})
-        page.evaluate("document.querySelector('#classes .wide').scrollLeft = 200")
-        assert page.locator("#classes tbody th").first.bounding_box()["x"] >= 0
-        page.emulate_media(media="print")
-        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-        page.evaluate("dispatchEvent(new Event('beforeprint'))")
-        assert page.evaluate("[...document.querySelectorAll('details')].every(each => each.open)")
-        assert not page.complaints
+    page = show(page_of("150 classes"), 880, dark=True)
+    assert page.evaluate(cut) == 0
+    page.set_viewport_size({"width": 360, "height": 700})
+    page.evaluate("document.querySelector('#classes .wide').scrollLeft = 200")
+    assert page.locator("#classes tbody th").first.bounding_box()["x"] >= 0
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("[...document.querySelectorAll('details')].every(each => each.open)")

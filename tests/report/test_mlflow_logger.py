@@ -68,19 +68,16 @@ def test_mlflow_run_equals_metrics_jsonl_and_is_resumed(folder, server):
 
 
 def test_sweep_jobs_share_a_group_and_upload_checkpoints(folder, server):
-    train(
-        *(folder, server, "sweep", "-m", "seed=0,1", "trainer.steps=1", "logger.mlflow.artifacts=true"),
-        "hydra.sweep.dir=swept",
-    )
+    words = ("-m", "seed=0,1", "trainer.steps=1", "logger.mlflow.artifacts=true", "hydra.sweep.dir=swept")
+    train(folder, server, "sweep", *words)
     runs = server.runs("sweep")
     tags = [{each["key"]: each["value"] for each in run["data"]["tags"]} for run in runs]
     assert [each["group"] for each in tags] == ["swept"] * 2
     assert {run["info"]["run_name"] for run in runs} == {"swept/0", "swept/1"}
     for run in runs:
-        files = server.ask(f"artifacts/list?run_id={run['info']['run_id']}&path=checkpoints")["files"]
-        assert [each["path"] for each in files] == ["checkpoints/best.safetensors"]
-        size = (folder / run["info"]["run_name"] / "checkpoints/best.safetensors").stat().st_size
-        assert int(files[0]["file_size"]) == size
+        (file,) = server.ask(f"artifacts/list?run_id={run['info']['run_id']}&path=checkpoints")["files"]
+        uploaded = folder / run["info"]["run_name"] / file["path"]
+        assert uploaded.name == "best.safetensors" and int(file["file_size"]) == uploaded.stat().st_size
 
 
 def test_several_heads_are_one_run(folder, server):
@@ -90,41 +87,19 @@ def test_several_heads_are_one_run(folder, server):
     assert run["info"]["run_name"] == "run" and values_of(server, run) == json_lines(folder / "run")
 
 
-def test_a_deleted_run_is_replaced_by_a_new_one(folder, server):
-    def log(step):
-        with RunLog(folder / "run", {"mlflow": make}, start_step=step - 1) as run:
-            run.config({"seed": 0})
-            run.scalars(step, {"train/loss": 0.5})
-
-    def make(out_dir, *, start_step):
-        return MlflowLogger(out_dir, start_step=start_step, tracking_uri=server.url, experiment="deleted")
-
-    log(1)
-    (first,) = server.runs("deleted")
-    server.ask("runs/delete", run_id=first["info"]["run_id"])
-    log(2)
-    (second,) = server.runs("deleted")
-    assert second["info"]["run_id"] != first["info"]["run_id"] and server.history(second, "train/loss") == [(2, 0.5)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_is_killed_and_finished_after_resuming(folder, server, number):
-    name = f"stopped_{number}"
-    names = (f"logger.mlflow.tracking_uri={server.url}", f"logger.mlflow.experiment={name}")
+def test_interrupted_run_is_killed_and_finished_after_resuming(folder, server):
+    names = (f"logger.mlflow.tracking_uri={server.url}", "logger.mlflow.experiment=stopped")
     words = [*TRAIN, "logger=mlflow", *names, "trainer.steps=4000", "trainer.val_every=4000", "hydra.run.dir=run"]
     training = subprocess.Popen([sys.executable, "-m", "dinoseg", *words], cwd=folder)
     log = folder / "run/metrics.jsonl"
     while training.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
         time.sleep(0.05)
-    training.send_signal(number)
-    assert training.wait(600) == 128 + number
-    (run,) = server.runs(name)
-    assert run["info"]["status"] == "KILLED"
+    training.send_signal(signal.SIGTERM)
+    assert training.wait(600) == 128 + signal.SIGTERM
+    assert [run["info"]["status"] for run in server.runs("stopped")] == ["KILLED"]
     steps = max(step for _, step in json_lines(folder / "run")) + 1
-    done = call(folder, *TRAIN, "logger=mlflow", *names, "resume=run", f"trainer.steps={steps}")
-    assert done.status == 0, done.err
-    (run,) = server.runs(name)
-    assert run["info"]["status"] == "FINISHED"
+    train(folder, server, "stopped", "resume=run", f"trainer.steps={steps}")
+    assert [run["info"]["status"] for run in server.runs("stopped")] == ["FINISHED"]
 
 
 def received_values(server):
@@ -145,7 +120,7 @@ def test_a_server_that_is_killed_in_mid_run_costs_one_warning(folder, tmp_path, 
     try:
         with RunLog(folder / "run", {"mlflow": make}) as log:
             log.config({"seed": 0})
-            for step in range(1, 101):
+            for step in range(1, 51):
                 log.scalars(step, {"train/loss": 1 / step})
                 time.sleep(0.1)
                 if step == 20:
@@ -158,7 +133,7 @@ def test_a_server_that_is_killed_in_mid_run_costs_one_warning(folder, tmp_path, 
         server.kill()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and "logger.mlflow failed and is dropped" in warnings[0], warnings
-    assert len(json_lines(folder / "run")) == 100
+    assert len(json_lines(folder / "run")) == 50
 
 
 def test_a_server_that_never_answers_does_not_hold_up_a_training(folder):
@@ -167,12 +142,3 @@ def test_a_server_that_never_answers_does_not_hold_up_a_training(folder):
         done = call(folder, *TRAIN, *words, "hydra.run.dir=run")
     assert done.status == 0 and done.err.count("logger.mlflow failed and is dropped") == 1, done.err
     assert "Retrying" not in done.err
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_database_is_shown_by_a_command(tmp_path):
-    pytest.importorskip("sqlalchemy")
-    uri = f"sqlite:///{tmp_path}/runs.db"
-    logger = MlflowLogger(tmp_path, tracking_uri=uri)
-    run_id = logger.open_run(None, {})
-    assert f"mlflow ui --backend-store-uri {uri}" in logger.view and run_id in logger.view

@@ -63,9 +63,8 @@ def test_outline_is_inside_the_region_and_in_its_full_colour(width):
     mask[5:25, 5:20], mask[5:25, 20:35] = 1, 2
     drawn, plain = (blend(frame, mask, PALETTE, opacity=0.4, outline=each) for each in (width, 0))
     inner = np.zeros((30, 40), bool)
-    inner[5 + width : 25 - width, 5 + width : 20 - width] = inner[5 + width : 25 - width, 20 + width : 35 - width] = (
-        True
-    )
+    for left in (5, 20):
+        inner[5 + width : 25 - width, left + width : left + 15 - width] = True
     edge = (mask > 0) & ~inner
     assert np.array_equal(drawn[~edge], plain[~edge]) and np.array_equal(drawn[edge], np.array(PALETTE)[mask[edge]])
 
@@ -82,7 +81,7 @@ def test_a_blend_by_numpy_alone_is_the_same(monkeypatch):
     levels = np.arange(256, dtype=np.uint8)
     frame = np.repeat(levels, 256).reshape(256, 256)[..., None].repeat(3, axis=2)
     mask, palette = np.tile(levels, (256, 1)), [(level, (255 - level) // 2, 0) for level in range(255)]
-    for opacity in np.linspace(0, 1, 21):
+    for opacity in np.linspace(0, 1, 5):
         monkeypatch.undo()
         usual = blend(frame, mask, palette, opacity=opacity)
         layered = blend(frame, np.stack([mask > 100, mask < 200]), LAYER_COLOURS[:2])
@@ -98,11 +97,8 @@ def test_a_blend_by_numpy_alone_is_the_same(monkeypatch):
 def test_legend_lists_only_present_classes():
     masks = [np.array([[0, 2]], np.uint8), np.array([[255, 2]], np.uint8)]
     classes = ["ground", "car", "tree"]
-    assert legend_of(masks, classes, PALETTE) == [
-        ("ground", (0, 0, 0)),
-        ("tree", (0, 100, 250)),
-        ("ignored", IGNORE_COLOUR),
-    ]
+    expected = [("ground", (0, 0, 0)), ("tree", (0, 100, 250)), ("ignored", IGNORE_COLOUR)]
+    assert legend_of(masks, classes, PALETTE) == expected
     assert legend_of([], classes, PALETTE) == []
 
 
@@ -121,8 +117,10 @@ def ink_columns(picture):
     return np.flatnonzero((picture != 255).any(axis=(0, 2)))
 
 
-@pytest.mark.parametrize("size", [(192, 320), (1080, 1920), (40, 64), (1, 1), (400, 90), (3, 700)])
-@pytest.mark.parametrize("with_reference", [True, False])
+@pytest.mark.parametrize(
+    ("size", "with_reference"),
+    [((192, 320), True), ((40, 64), False), ((1, 1), True), ((400, 90), False), ((3, 700), True)],
+)
 def test_compare_shows_the_frames_whole_and_cuts_no_label(size, with_reference):
     height, width = size
     frame = random_frame(height, width)
@@ -138,13 +136,9 @@ def test_compare_shows_the_frames_whole_and_cuts_no_label(size, with_reference):
     assert inked[0] >= 5 and inked[-1] <= picture.shape[1] - 6  # a margin on both sides: nothing runs out
     # the frame stands in the picture pixel by pixel
     enlarged = frame.repeat(factor, axis=0).repeat(factor, axis=1)
-    top = next(
-        row
-        for row in range(picture.shape[0])
-        if np.array_equal(picture[row, inked[0] : inked[0] + width * factor], enlarged[0])
-    )
-    shown = picture[top : top + height * factor, inked[0] : inked[0] + width * factor]
-    assert np.array_equal(shown, enlarged)
+    columns = picture[:, inked[0] : inked[0] + width * factor]
+    top = next(row for row in range(len(columns)) if np.array_equal(columns[row], enlarged[0]))
+    assert np.array_equal(columns[top : top + height * factor], enlarged)
 
 
 def test_name_wider_than_the_image_widens_it():
@@ -157,10 +151,11 @@ def test_name_wider_than_the_image_widens_it():
 
 
 def test_letters_grow_with_the_frames():
-    small = compare(random_frame(192, 320), np.zeros((192, 320), np.uint8), classes=["x"], palette=PALETTE)
-    large = compare(random_frame(1080, 1920), np.zeros((1080, 1920), np.uint8), classes=["x"], palette=PALETTE)
-    small_text, large_text = small.shape[0] - 192, large.shape[0] - 1080
-    assert large_text > 3 * small_text
+    heights = []
+    for height, width in ((192, 320), (1080, 1920)):
+        mask = np.zeros((height, width), np.uint8)
+        heights.append(compare(random_frame(height, width), mask, classes=["x"], palette=PALETTE).shape[0] - height)
+    assert heights[1] > 3 * heights[0]
 
 
 def test_letters_are_at_most_a_tenth_of_a_wide_frame():

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from mistakes import assert_refused
 
 from dinoseg.modes.help import help_for
 from dinoseg.report.log import RunLog
@@ -12,7 +13,6 @@ from dinoseg.report.loggers import remote
 from dinoseg.report.loggers.mlflow import MlflowLogger, _image_name, _name
 from dinoseg.report.loggers.remote import RemoteLogger
 from dinoseg.report.loggers.wandb import WandbLogger
-from dinoseg.utils.errors import UserError
 
 
 class ListLogger(RemoteLogger):
@@ -73,10 +73,8 @@ def test_resumed_run_sends_each_value_once(tmp_path):
         {"final/miou": 0.5},
         tmp_path / "best",
     ]
-    assert json.loads((tmp_path / "list.json").read_text()) == {
-        "id": "run1",
-        "logged": {"train/loss": 4, "validation/a": 4},
-    }
+    record = json.loads((tmp_path / "list.json").read_text())
+    assert record == {"id": "run1", "logged": {"train/loss": 4, "validation/a": 4}}
 
 
 def test_validation_after_the_last_row_is_sent(tmp_path):
@@ -95,7 +93,7 @@ def test_a_run_that_the_tracker_does_not_know_gets_all_values(tmp_path):
     assert [step for step, *_ in sent[1:4]] == [2, 3, 3] and sent[0][:2] == ("open", "run1")
 
 
-@pytest.mark.parametrize("run_id", [3, "", "../a", "a b", "a" * 65, "é", "a\n"])
+@pytest.mark.parametrize("run_id", [3, "", "../a", "a" * 65, "é", "a\n"])
 def test_a_damaged_record_drops_the_logger(tmp_path, caplog, run_id):
     (tmp_path / "list.json").write_text(json.dumps({"id": run_id, "logged": {}}))
     log(tmp_path, [], [1])
@@ -105,11 +103,7 @@ def test_a_damaged_record_drops_the_logger(tmp_path, caplog, run_id):
 
 @pytest.mark.parametrize(
     ("folder", "name", "group"),
-    [
-        ("outputs/base/train_1", "train_1", None),
-        ("swept/3", "swept/3", "swept"),
-        ("swept/a/b", "swept/a/b", "swept"),
-    ],
+    [("outputs/base/train_1", "train_1", None), ("swept/3", "swept/3", "swept"), ("swept/a/b", "swept/a/b", "swept")],
 )
 def test_runs_of_a_sweep_have_a_group(tmp_path, folder, name, group):
     (tmp_path / "swept").mkdir()
@@ -123,18 +117,15 @@ def test_runs_of_a_sweep_have_a_group(tmp_path, folder, name, group):
 def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch, logger):
     logger.check_installed()
     monkeypatch.setattr(remote, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=rf"logger={logger.package} needs {logger.package}, .* in your clone of dinoseg"
-    ):
-        logger.check_installed()
+    words = (f"logger={logger.package} needs {logger.package}, ", " in your clone of dinoseg")
+    assert_refused(logger.check_installed, *words)
 
 
 def test_a_folder_that_wandb_writes_is_no_package(monkeypatch, tmp_path):
     (tmp_path / "nothing_but_runs").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(WandbLogger, "package", "nothing_but_runs")
-    with pytest.raises(UserError, match="is not installed"):
-        WandbLogger.check_installed()
+    assert_refused(WandbLogger.check_installed, "is not installed")
 
 
 @pytest.mark.parametrize(
@@ -167,8 +158,8 @@ def test_different_names_stay_different_in_mlflow():
 
 @pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf])
 def test_a_timeout_is_positive_and_finite(tmp_path, timeout):
-    with pytest.raises(UserError, match=r"logger\.list\.timeout=.*: give seconds above 0"):
-        ListLogger(tmp_path, sent=[], timeout=timeout)
+    words = ("logger.list.timeout=", ": give seconds above 0")
+    assert_refused(lambda: ListLogger(tmp_path, sent=[], timeout=timeout), *words)
 
 
 @pytest.mark.parametrize("word", ["logger=wandb", "logger=[tensorboard,mlflow,wandb]"])

@@ -1,3 +1,5 @@
+"""Tables of scores, costs and heads, on a terminal and as files."""
+
 import csv
 import json
 from types import SimpleNamespace
@@ -5,10 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from dinoseg.metrics.confusion import ConfusionMatrix
 from dinoseg.metrics.layer_counts import LayerCounts
+from dinoseg.modes.compare import costs_table
+from dinoseg.modes.train_heads import head_rows, write_leaderboard
 from dinoseg.report.table import class_statistics, class_table, write_scores_csv
+from dinoseg.training.progress import Progress
 from dinoseg.utils.atomic import write_json
 
 NAMES = ["background", "tool, long", "thread", "clamp"]
@@ -31,10 +37,7 @@ def test_class_table_lists_each_class_and_marks_absent_ones(scores):
     assert means["mIoU"] == f"{100 * (2 / 4 + 1 / 2 + 0) / 3:.1f}"
     assert means["mIoU without background"] == "25.0"
     assert "without class 0, background" in lines[-4]
-
-
-def test_table_without_background_has_no_row_without_it(scores):
-    assert "background" not in class_table(scores, ["sky", "tool", "thread", "clamp"])
+    assert "background" not in class_table(scores, ["sky", *NAMES[1:]])
 
 
 def test_metrics_are_in_percent_or_numbers(scores):
@@ -85,3 +88,48 @@ def test_statistics_follow_the_format_line_by_line():
         " 3: clamp                     -        1 px ( 0.05%)",
         "",
     ]
+
+
+ROWS = [
+    dict(run="a", miou=0.75, accuracy=0.9, parameters=22_000_000, trainable=10_000, seconds=0.5, memory_gib=2.0),
+    dict(run="b", miou=0.5, accuracy=0.8, parameters=300_000_000, trainable=None, seconds=0.0125, memory_gib=None),
+    dict(run="c", miou=None, accuracy=None, parameters=None, trainable=None, seconds=None, memory_gib=None),
+]
+
+
+def test_costs_table_shows_known_values():
+    said = costs_table(ROWS)
+    assert "75.00" in said and "300,000,000" in said and "0.0125" in said and said.splitlines()[-1].count("-") == 6
+    assert "GiB" not in costs_table(ROWS[1:]) and "mIoU" in costs_table(ROWS[1:])
+
+
+def head(rate, size, best=None, best_step=0):
+    return SimpleNamespace(
+        run=SimpleNamespace(out_dir=f"runs/{size}"),
+        model=SimpleNamespace(head=nn.Linear(size, 1, bias=False)),
+        checkpoints=SimpleNamespace(progress=Progress(best=best, best_step=best_step)),
+        rate=rate,
+    )
+
+
+HEADS = {"slow": head(0.001, 1000, 0.25, 10), "lost": head(0.01, 10), "good": head(1e-5, 2000, 0.75, 20)}
+SCORES = {"slow": {"miou": 0.2501, "accuracy": 0.5}, "good": {"miou": 0.7499, "accuracy": 0.9}}
+
+
+def test_the_best_head_is_first_and_those_without_a_score_last(tmp_path, capsys):
+    write_leaderboard(head_rows(HEADS, SCORES, {"lost": 3}, "miou", ["loss"]), tmp_path)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()]
+    assert lines[2] == ["good", "1e-05", "75", "20", "74.99", "90", "2,000"]
+    assert " ".join(lines[0]).startswith("head learning rate val mIoU % best step mIoU % pixel accuracy % parameters")
+    assert [line[0] for line in lines[2:5]] == ["good", "slow", "lost"]
+    with open(tmp_path / "leaderboard.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["head"] for row in table] == ["good", "slow", "lost"]
+    assert table[0]["val_miou"] == "0.75" and table[1]["parameters"] == "1000" and table[2]["miou"] == ""
+    assert table[2]["best_step"] == table[2]["val_miou"] == ""
+    assert table[2]["note"].startswith("left the training at step 4") and not table[0]["note"]
+
+
+def test_the_lowest_loss_is_first():
+    rows = head_rows(HEADS, SCORES, {}, "loss", ["loss"])
+    assert [row["head"] for row in rows] == ["slow", "good", "lost"] and rows[0]["val_loss"] == 0.25

@@ -2,15 +2,17 @@
 
 import logging
 import os
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from mistakes import assert_refused, refusals
 
 from dinoseg.report.log import RunLog
 from dinoseg.report.loggers.mlflow import MlflowLogger, _name
 from dinoseg.report.loggers.wandb import WandbLogger
-from dinoseg.utils.errors import UserError
 
 
 class StubClient:
@@ -60,19 +62,31 @@ def test_tags_of_mlflow_have_names_that_it_accepts(mlflow_logger):
     assert tags_sent == [{_name("a:b"): "1", "plain": "x", "group": "sweep"}]
 
 
-def test_mlflow_continues_the_run_that_the_server_has(mlflow_logger):
+@pytest.mark.parametrize(("stage", "run_id"), [("active", "run1"), ("deleted", "new")])
+def test_mlflow_continues_a_run_unless_it_is_deleted(mlflow_logger, stage, run_id):
+    found = SimpleNamespace(run_id="run1", experiment_id="1", lifecycle_stage=stage)
+    made = SimpleNamespace(run_id="new", experiment_id="1")
+    mlflow_logger._client.get_run = lambda _: SimpleNamespace(info=found)
+    mlflow_logger._client.get_experiment_by_name = lambda _: made
+    mlflow_logger._client.create_run = lambda *_, **__: SimpleNamespace(info=made)
+    assert mlflow_logger.open_run("run1", {"seed": 0}) == run_id
+    continued = ("update_run", ("run1",), {"status": "RUNNING"})
+    assert (continued in mlflow_logger._client.calls) == (stage == "active")
+
+
+def test_a_database_is_shown_by_a_command(mlflow_logger):
     info = SimpleNamespace(run_id="run1", experiment_id="1", lifecycle_stage="active")
-    mlflow_logger._client.get_run = lambda run_id: SimpleNamespace(info=info) if run_id == "run1" else None
-    assert mlflow_logger.open_run("run1", {"seed": 0}) == "run1"
-    assert mlflow_logger._client.calls == [("update_run", ("run1",), {"status": "RUNNING"})]
+    mlflow_logger._client.get_run = lambda _: SimpleNamespace(info=info)
+    mlflow_logger._uri = "sqlite:///runs.db"
+    mlflow_logger.open_run("run1", {})
+    assert "mlflow ui --backend-store-uri sqlite:///runs.db" in mlflow_logger.view and "run1" in mlflow_logger.view
 
 
 def test_mlflow_receives_the_images_of_a_validation(mlflow_logger):
     rgb = np.zeros((2, 3, 3), np.uint8)
     mlflow_logger.send_images(4, {"validation/a": rgb})
-    assert mlflow_logger._client.calls == [
-        ("log_image", ("run1", rgb), {"key": "validation/a", "step": 4, "synchronous": True})
-    ]
+    named = {"key": "validation/a", "step": 4, "synchronous": True}
+    assert mlflow_logger._client.calls == [("log_image", ("run1", rgb), named)]
 
 
 def test_wandb_receives_the_images_of_a_validation(tmp_path):
@@ -104,8 +118,8 @@ def init_options(monkeypatch, logger):
 
 
 def test_wandb_reads_project_tags_and_name_from_the_environment(tmp_path, monkeypatch):
-    for key, value in {"PROJECT": "leaves", "NAME": "first"}.items():
-        monkeypatch.setenv(f"WANDB_{key}", value)
+    monkeypatch.setenv("WANDB_PROJECT", "leaves")
+    monkeypatch.setenv("WANDB_NAME", "first")
     passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline"))
     assert (passed["project"], passed["tags"], passed["name"]) == ("leaves", None, "first")  # None: WANDB_TAGS
     passed = init_options(monkeypatch, WandbLogger(tmp_path / "run", mode="offline", project="mine", tags=["a", 1]))
@@ -126,25 +140,24 @@ def test_without_environment_the_project_of_wandb_is_dinoseg(tmp_path, monkeypat
     assert (passed["project"], passed["name"]) == ("dinoseg", "run")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        *(({"project": f"a{each}b"}, "is not a name of a W&B project") for each in "/\\#?%:"),
-        ({"project": "a" * 129}, "at most 128 characters"),
-        ({"tags": ["a" * 65]}, "of 65 characters: use 1 to 64"),
-        ({"tags": [""]}, "of 0 characters"),
-        ({"mode": "of"}, "must be online, offline or disabled"),
-    ],
+def open_wandb(**options):
+    return partial(WandbLogger, Path(), **{"mode": "offline", **options})
+
+
+test_wandb_names_settings_that_it_refuses = refusals(
+    {
+        **{f"{each} in a name": (open_wandb(project=f"a{each}b"), "not a name of a W&B project") for each in "/\\#?%:"},
+        "long name": (open_wandb(project="a" * 129), "at most 128 characters"),
+        "long tag": (open_wandb(tags=["a" * 65]), "of 65 characters: use 1 to 64"),
+        "empty tag": (open_wandb(tags=[""]), "of 0 characters"),
+        "unknown mode": (open_wandb(mode="of"), "must be online, offline or disabled"),
+    }
 )
-def test_wandb_names_settings_that_it_refuses(tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
-        WandbLogger(tmp_path, **{"mode": "offline", **options})
 
 
 def test_wandb_names_a_variable_that_it_refuses(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "a/b")
-    with pytest.raises(UserError, match="WANDB_ variable.*a/b"):
-        WandbLogger(tmp_path, mode="offline")
+    assert_refused(lambda: WandbLogger(tmp_path, mode="offline"), "WANDB_ variable", "a/b")
 
 
 def test_disabled_wandb_is_one_log_line_and_logs_nothing(tmp_path, monkeypatch, caplog):

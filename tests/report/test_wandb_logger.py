@@ -5,7 +5,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 
+import numpy as np
 import psutil
 import pytest
 from command_line import SMALL, call, write_data
@@ -19,6 +21,7 @@ from tracker_servers import (
     wandb_run,
 )
 
+from dinoseg.report.log import RunLog
 from dinoseg.report.loggers.wandb import WandbLogger
 
 TRAIN = ("mode=train", *SMALL, "trainer.log_every=1", "trainer.val_every=2", "mode.metrics_only=true")
@@ -54,6 +57,33 @@ def values_of(rows):
     return dict(found)
 
 
+def check_images(folder, rows, count):
+    assert [row[key] for row in rows for key in row if key.endswith("._type")] == ["image-file"] * count
+    files = [path.suffix for path in folder.glob("run/wandb/offline-run-*/files/media/images/**/*") if path.is_file()]
+    assert files == [".png"] * count
+
+
+def test_offline_files_hold_values_images_and_the_checkpoint(folder):
+    make = partial(WandbLogger, mode="offline", project="trial", tags=["a", "b"], artifacts=True)
+    best = folder / "best.safetensors"
+    best.write_bytes(b"weights")
+    with RunLog(folder / "run", {"wandb": make}) as log:
+        log.config({"seed": 0})
+        log.scalars(1, {"train/loss": 0.5})
+        log.images(1, {"a": np.zeros((2, 3, 3), np.uint8)})
+        log.scores({"miou": 0.25})
+        log.checkpoint(best)
+    (run,), rows, summary = wandb_run(folder / "run")
+    assert (run.project, run.display_name, list(run.tags), run.run_group) == ("trial", "run", ["a", "b"], "")
+    assert values_of(rows) == {("train/loss", 1): 0.5} and summary["final/miou"] == 0.25
+    check_images(folder, rows, 1)
+    (path,) = folder.glob("run/wandb/offline-run-*/run-*.wandb")
+    (artifact,) = [each.artifact for each in wandb_records(path) if each.WhichOneof("record_type") == "artifact"]
+    assert artifact.type == "model" and artifact.name == f"{run.run_id}-best"
+    assert [entry.path for entry in artifact.manifest.contents] == ["best.safetensors"]
+
+
+@pytest.mark.heavy
 def test_wandb_run_equals_metrics_jsonl_and_is_resumed(folder):
     done = call(folder, *TRAIN, *WANDB, "logger.wandb.tags=[a,b]", "trainer.steps=2", "hydra.run.dir=run")
     assert done.status == 0 and "wandb sync " in done.out and "TensorBoard:" in done.out, done.err
@@ -61,10 +91,7 @@ def test_wandb_run_equals_metrics_jsonl_and_is_resumed(folder):
     assert values_of(rows) == json_lines(folder / "run") and len(json_lines(folder / "run")) > 15
     assert (runs[0].project, runs[0].display_name, list(runs[0].tags)) == ("trial", "run", ["a", "b"])
     assert runs[0].run_group == "" and summary["final/miou"] > 0
-    images = [row[key] for row in rows for key in row if key.endswith("._type")]
-    assert images == ["image-file"] * 2
-    files = [path.suffix for path in folder.glob("run/wandb/offline-run-*/files/media/images/**/*") if path.is_file()]
-    assert files == [".png"] * 2
+    check_images(folder, rows, 2)
 
     crash_and_resume(folder, *TRAIN, *WANDB)
     (logger := WandbLogger(folder / "run", mode="offline")).config({})
@@ -74,19 +101,6 @@ def test_wandb_run_equals_metrics_jsonl_and_is_resumed(folder):
     runs, rows, _ = wandb_run(folder / "run")
     assert len({run.run_id for run in runs}) == 1
     check_same(values_of(rows), json_lines(folder / "run"))
-
-
-def test_sweep_jobs_share_a_group_and_upload_checkpoints(folder):
-    words = ("seed=0,1", "trainer.steps=1", "logger.wandb.artifacts=true", "hydra.sweep.dir=swept")
-    done = call(folder, "-m", *TRAIN, *WANDB, *words)
-    assert done.status == 0, done.err
-    runs = [wandb_run(folder / f"swept/{job}")[0][0] for job in (0, 1)]
-    assert [run.run_group for run in runs] == ["swept"] * 2 and runs[0].run_id != runs[1].run_id
-    assert [run.display_name for run in runs] == ["swept/0", "swept/1"]
-    (path,) = folder.glob("swept/0/wandb/offline-run-*/run-*.wandb")
-    (artifact,) = [each.artifact for each in wandb_records(path) if each.WhichOneof("record_type") == "artifact"]
-    assert artifact.type == "model" and artifact.name == f"{runs[0].run_id}-best"
-    assert [entry.path for entry in artifact.manifest.contents] == ["best.safetensors"]
 
 
 def train_elsewhere(folder, url, *words):
@@ -106,9 +120,8 @@ def check_no_key(folder):
 def test_server_receives_metrics_and_no_key_is_stored(folder):
     server = WandbServer()
     try:
-        out, err = (
-            training := train_elsewhere(folder, server.url, "trainer.steps=4", "logger.wandb.timeout=100")
-        ).communicate(timeout=600)
+        training = train_elsewhere(folder, server.url, "trainer.steps=4", "logger.wandb.timeout=100")
+        out, err = training.communicate(timeout=600)
     finally:
         server.kill()
     assert training.returncode == 0 and "dropped" not in err and f"W&B:          {server.url}/me/dinoseg" in out, err

@@ -1,0 +1,239 @@
+"""Settings, outputs and labels that losses refuse, and what the message of each names."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from mistakes import assert_refused, refusals
+from omegaconf import OmegaConf
+from test_slot_losses import outputs_of, run
+from tiny_parts import load
+
+from dinoseg import losses
+from dinoseg.config.nodes import instantiate
+from dinoseg.core.geometry import upsample
+from dinoseg.core.sample_maps import DistanceMap, LabelMap
+from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, WeightedMasks
+from dinoseg.losses.class_weights import class_weights
+from dinoseg.losses.cldice import SoftClDice
+from dinoseg.losses.cross_entropy import CrossEntropy
+from dinoseg.losses.feature_reconstruction import FeatureReconstruction
+from dinoseg.losses.focal import Focal
+from dinoseg.losses.mask_classification import FACTORS, MaskClassification
+from dinoseg.losses.multilabel import BinaryCrossEntropy
+from dinoseg.losses.overlap import Dice, Tversky
+from dinoseg.losses.temporal_similarity import TemporalSimilarity
+from dinoseg.losses.weighted_sum import WeightedSum
+
+WEIGHTS = torch.ones(3)
+NAMES = ["road", "car", "pole", "cat"]
+bce = partial(losses.bce_loss, torch.zeros(2, 3, 4, 4))
+find_masks = partial(MaskClassification, WEIGHTS)
+TERMS = {"ce": CrossEntropy, "dice": Dice}
+SCORES = torch.zeros(2, 3, 4, 4)
+IDS = torch.zeros(1, 4, 4, dtype=torch.int64)
+LAYERS = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+
+
+def weigh(scheme, counts=(70, 20, 10, 0)):
+    return class_weights(counts, NAMES[: len(counts)], scheme)
+
+
+def lose(logits=(1, 3, 4, 4), targets=(1, 4, 4), *, loss="cross_entropy_loss", dtype=torch.int64, **options):
+    """Call a loss with logits and targets of these shapes."""
+    return getattr(losses, loss)(torch.zeros(logits), torch.zeros(targets, dtype=dtype), **options)
+
+
+def query_prediction(count):
+    outputs = MaskOutputs(torch.zeros(count, 5, 4), torch.zeros(count, 5, 4, 4))
+    masks = WeightedMasks(outputs.mask_logits, torch.full((count, 5, 3), 0.2))
+    return Prediction(outputs, (4, 4), (1.0, 1.0), None, mixture=True, masks=masks)
+
+
+def classify_pixels():
+    prediction = Prediction(torch.zeros(1, 3, 4, 4), (4, 4), (1.0, 1.0), upsample)
+    return MaskClassification(WEIGHTS)(prediction, Batch(IDS, IDS, [""]))
+
+
+def add(terms, **factors):
+    return WeightedSum(terms, factors, WEIGHTS)
+
+
+def read_twins(*kinds):
+    """Add two terms that read a map of one name, of these kinds."""
+
+    def make_reader(kind):
+        loss = BinaryCrossEntropy(WEIGHTS)
+        loss.needs_maps = {"twin": kind}
+        return loss
+
+    return WeightedSum(
+        {name: partial(make_reader, kind) for name, kind in zip("ab", kinds, strict=True)}, dict.fromkeys("ab", 1.0)
+    )
+
+
+def make_from_config(*words, **options):
+    """Return the loss that a command line makes."""
+    return instantiate(OmegaConf.create(load(*words)).loss.criterion)(**options)
+
+
+test_message_names_key_value_and_remedy = refusals(
+    {
+        "weight of no class": (lambda: weigh({"dog": 2.0}), "scheme: dog is not a class", "road, car, pole, cat"),
+        "unknown scheme": (lambda: weigh("best"), "scheme=best is unknown. Choose one of none, one_minus_frequency"),
+        "no labelled pixel": (lambda: weigh("inverse", [0, 0]), "no labelled pixel"),
+        "scheme of counts": (lambda: losses.compute_class_weights([1, 2], "most"), "scheme=most is unknown"),
+        "negative weight": (lambda: lose(class_weights=[1.0, -1.0, 1.0]), "class_weights=", "numbers of at least 0"),
+        "weight of NaN": (lambda: lose(class_weights=[1.0, math.nan, 1.0]), "class_weights=", "give finite numbers"),
+        "weights of 0": (lambda: lose(class_weights=[0, 0, 0]), "class_weights=", "one of them above 0"),
+        "one weight": (lambda: lose(class_weights=[1.0]), "class_weights has the shape [1]. Give one", ": 3"),
+        "smoothing of 1": (lambda: lose(label_smoothing=1.0), "label_smoothing=1.0 is out of range. Give", "below 1"),
+        "no hard pixel": (lambda: lose(hard_fraction=0), "hard_fraction=0 is out of range", "above 0 and at most 1"),
+        "more than all pixels": (
+            lambda: lose(loss="focal_loss", hard_fraction=1.5),
+            "hard_fraction=1.5 is out of range",
+        ),
+        "hard fraction of NaN": (lambda: lose(hard_fraction=math.nan), "hard_fraction=nan is out of range"),
+        "unknown average": (lambda: lose(average="known"), "average=known is unknown. Choose one of labelled, all"),
+        "hard pixels of all": (lambda: lose(average="all", hard_fraction=0.5), "average=all and hard_fraction=0.5"),
+        "list of averages": (lambda: lose(average=["all"]), "average=['all'] is of type list"),
+        "negative gamma": (lambda: Focal(WEIGHTS, gamma=-0.1), "gamma=-0.1 is out of range. Give a number of at least"),
+        "gamma of NaN": (lambda: Focal(WEIGHTS, gamma=math.nan), "gamma=nan is out of range"),
+        "negative alpha": (lambda: Tversky(WEIGHTS, alpha=-1.0), "alpha=-1.0", "at least 0"),
+        "beta of 0": (lambda: Tversky(WEIGHTS, beta=0.0), "beta=0.0", "above 0"),
+        "per_image as a word": (lambda: lose(loss="lovasz_loss", per_image="no"), "per_image="),
+        "per_image as a number": (lambda: lose(loss="lovasz_loss", per_image=1), "per_image="),
+        "per_image of None": (lambda: lose(loss="lovasz_loss", per_image=None), "per_image="),
+        "no class of clDice": (lambda: SoftClDice(WEIGHTS, classes=[]), "from 0 to 2"),
+        "unknown class of clDice": (lambda: SoftClDice(WEIGHTS, classes=[9, 1]), "from 0 to 2"),
+        "class K of clDice": (lambda: lose(loss="cldice_loss", classes=[3]), "classes=", "3", "from 0 to 2"),
+        "classes as a number": (
+            lambda: lose(loss="cldice_loss", classes=1),
+            "classes=1",
+            "Give a list of whole numbers",
+        ),
+        "classes as a text": (
+            lambda: lose(loss="cldice_loss", classes="12"),
+            "classes=",
+            "Give a list of whole numbers",
+        ),
+        "classes as booleans": (lambda: lose(loss="cldice_loss", classes=[True]), "Give a list of whole numbers"),
+        "classes as an array ()": (
+            lambda: lose(loss="cldice_loss", classes=np.array(1)),
+            "Give a list of whole numbers",
+        ),
+        "no erosion": (lambda: SoftClDice(WEIGHTS, iterations=0), "iterations=0", "from 1 to 64"),
+        "many erosions": (lambda: SoftClDice(WEIGHTS, iterations=65), "iterations=65", "from 1 to 64"),
+        "flat logits": (lambda: lose((2, 3, 4)), "The logits are torch.float32 [2, 3, 4]. Give floats"),
+        "layers as ids": (lambda: lose(targets=(1, 1, 4, 4)), "int64 [1, 1, 4, 4]. Give class ids", "bce_loss take"),
+        "floats as ids": (lambda: lose(dtype=torch.float32), "Give class ids"),
+        "too few targets": (lambda: lose((2, 3, 4, 4)), "There are 2 logits and 1 targets"),
+        "too few targets of queries": (
+            lambda: losses.cross_entropy_loss(query_prediction(2), IDS),
+            "2 logits and 1 targets",
+        ),
+        "targets as an array": (
+            lambda: losses.dice_loss(torch.zeros(1, 3, 4, 4), IDS.numpy()),
+            "are ndarray. Give a tensor",
+        ),
+        "empty batch": (lambda: lose((0, 3, 4, 4), (0, 4, 4)), "[0, 4, 4]: an empty batch. Give at least one image"),
+        "ignore_index of None": (lambda: lose(ignore_index=None), "ignore_index=None: give a whole number"),
+        "one layer of three": (lambda: bce(LAYERS[:, 0]), "[2, 4, 4]. Give a layer for each class (B, K"),
+        "layers of floats": (lambda: bce(LAYERS.float()), "Give a layer for each class"),
+        "two layers of three": (lambda: bce(LAYERS[:, :2]), "have 2 layers, and the logits 3"),
+        "layers of 2": (lambda: bce(LAYERS + 2), "hold the ids [2], which are neither"),
+        "layers of one image": (lambda: bce(LAYERS[:1]), "There are 2 logits and 1 targets"),
+        # would leave out all pixels of a class, or all others
+        "ignored 0": (lambda: bce(LAYERS, ignore_index=0), "ignore_index=0: layers hold 0 and 1"),
+        "ignored 1": (lambda: bce(LAYERS, ignore_index=1), "ignore_index=1: layers hold 0 and 1"),
+        "logits for a loss of masks": (lambda: lose(loss="mask_classification_loss"), "as_prediction=True"),
+        "a head without masks": (classify_pixels, "needs a head that predicts masks: mask2former or eomt"),
+        "negative no_object": (lambda: find_masks(no_object=-0.1), "no_object=-0.1 is out of range", "at least 0"),
+        "no points": (lambda: find_masks(num_points=0), "num_points=0 is out of range", "whole number of at least 1"),
+        "few candidates": (lambda: find_masks(oversample=0.5), "oversample=0.5 is out of range", "at least 1"),
+        "importance above 1": (lambda: find_masks(importance=1.5), "importance=1.5 is out of range", "from 0 to 1"),
+        "unknown ignored": (lambda: find_masks(ignored="void"), "ignored=void is unknown", "excluded, background"),
+        "cubic": (lambda: find_masks(interpolation="cubic"), "interpolation=cubic is unknown", "nearest, bilinear"),
+        "a factor is missing": (lambda: find_masks(factors={"class": 2.0, "mask": 5.0}), "factors.dice is not set"),
+        "factor of no part": (lambda: find_masks(factors={**FACTORS, "box": 1.0}), "factors.box=1.0", "class, mask"),
+        "reconstruction without slots": (
+            lambda: run(SCORES, FeatureReconstruction()),
+            "feature_reconstruction, ",
+            "outputs of a slot head",
+            "cross_entropy",
+        ),
+        "similarity without slots": (lambda: run(SCORES, TemporalSimilarity()), "need the outputs of a slot head"),
+        "no similarity": (
+            lambda: run(outputs_of(similarity=None), TemporalSimilarity()),
+            "Give the head similarity=true",
+        ),
+        "one frame": (lambda: run(outputs_of(length=1), TemporalSimilarity()), "1 frame. Give clips of 2 frames"),
+        "temperature of 0": (lambda: TemporalSimilarity(temperature=0), "temperature=0 is out of range", "above 0"),
+        "temperature of NaN": (lambda: TemporalSimilarity(temperature=math.nan), "temperature=nan"),
+        "infinite temperature": (lambda: TemporalSimilarity(temperature=math.inf), "temperature=inf"),
+        "threshold of 1": (lambda: TemporalSimilarity(threshold=1.0), "threshold=1.0 is out of range. Give a cosine"),
+        "threshold below -1": (lambda: TemporalSimilarity(threshold=-1.1), "threshold=-1.1"),
+        "threshold of NaN": (lambda: TemporalSimilarity(threshold=math.nan), "threshold=nan"),
+        "factor of no term": (lambda: add(TERMS, ce=1.0, dise=1.0), "factors.dise=1.0: unknown term", "are ce, dice"),
+        "a term without a factor": (lambda: add(TERMS, ce=1.0), "factors.dice is not set"),
+        "negative factor": (lambda: add(TERMS, ce=1.0, dice=-1.0), "factors.dice=-1.0: give a number of at least 0"),
+        "factor as a text": (lambda: add(TERMS, ce="much", dice=1.0), "factors.ce=much: give a number"),
+        "factor as a boolean": (lambda: add(TERMS, ce=True, dice=1.0), "factors.ce=True: give a number"),
+        "factor of NaN": (lambda: add(TERMS, ce=math.nan, dice=1.0), "factors.ce=nan: give a number"),
+        "no terms": (lambda: add({}), "terms=[]: give at least one term"),
+        "a term named weight": (lambda: add({"weight": Dice}, weight=1.0), "terms=['weight']: ", "any name but weight"),
+        "key of a term": (lambda: add({"hard": partial(Focal, gamma=-1.0)}, hard=1.0), "terms.hard.gamma=-1.0 is out"),
+        "terms of layers and of ids": (
+            lambda: add({"ce": CrossEntropy, "bce": BinaryCrossEntropy}, ce=1.0, bce=1.0),
+            "bce of task=multilabel cannot be added",
+        ),
+        "one map of two kinds": (lambda: read_twins(LabelMap(), DistanceMap()), "Two terms read the map twin"),
+        "class weights of slots": (
+            lambda: WeightedSum({"similarity": TemporalSimilarity, "dice": Dice}, {"similarity": 1.0, "dice": 1.0}),
+            "terms.dice weights classes, but this loss has none. Remove the",
+        ),
+        "a value of a term on the command line": (
+            lambda: make_from_config("loss=video_similarity", "loss.criterion.terms.similarity.temperature=0"),
+            "loss.criterion.terms.similarity.temperature=0 is out of range. Give",
+        ),
+        "an unknown key of a term": (
+            lambda: make_from_config("loss=ce_dice", "+loss.criterion.terms.dice.gamma=1", class_weights=WEIGHTS),
+            "does not take gamma",
+        ),
+    }
+)
+
+
+@pytest.mark.parametrize("target", ["focal.Focal", "temporal_similarity.TemporalSimilarity"])
+def test_a_term_that_is_not_partial_is_named(target):
+    own = (f"+loss.criterion.terms.own={{_target_: dinoseg.losses.{target}}}", "+loss.criterion.factors.own=1.0")
+    make = partial(make_from_config, "loss=ce_dice", *own, class_weights=WEIGHTS)
+    assert_refused(make, "loss.criterion.terms.own ", "Set `_partial_: true` there")
+
+
+@pytest.mark.parametrize("gamma", [[1.5], (1, 2), torch.ones(2), np.ones(1)], ids=lambda gamma: type(gamma).__name__)
+def test_options_are_single_values(gamma):
+    given = f"is of type {type(gamma).__name__}. Give a single value."
+    assert_refused(lambda: lose(loss="focal_loss", gamma=gamma), "gamma=", given)
+
+
+@pytest.mark.parametrize(
+    "weight", [0, -1, math.nan, math.inf, True, "3", None, 1e39, 1e-46, 10**400, {"a": 1}, [3]], ids=repr
+)
+def test_a_weight_by_name_is_a_number_above_0_that_float32_has(weight):
+    given = "is not a weight. Give a number from 1e-06 to 1e+06"
+    assert_refused(lambda: weigh({"pole": weight}), "scheme: pole=", given)
+
+
+@pytest.mark.parametrize("counts", [[10.9, 1.9], [-1, 5], [1, math.nan], {0: 900, 1: 100}, torch.tensor([0.5, 3])])
+def test_counts_of_classes_are_whole_numbers(counts):
+    assert_refused(lambda: losses.compute_class_weights(counts), "counts: give a whole number")
+
+
+def test_names_of_strangers_are_shown_in_one_short_line():
+    names = [f"class {number}" for number in range(200)]
+    scheme = {"a\n\x1b" + "b" * 10**6: 2}
+    said = assert_refused(lambda: class_weights([5] * 200, names, scheme), "class 29 and 170 more")
+    assert "\n" not in said and "\x1b" not in said and len(said) < 700
