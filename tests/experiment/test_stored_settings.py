@@ -26,7 +26,7 @@ QUICK = ("mode.metrics_only=true", "mode.report=false")
 ARCH = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
 
 
-def test_resumed_and_evaluated_run_keeps_its_precision_and_options(tmp_path):
+def test_later_uses_of_a_run_keep_its_precision_and_options(tmp_path):
     write_data(tmp_path / "data")
     run, last = tmp_path / "run", tmp_path / "run/checkpoints/last.safetensors"
     train_run(tmp_path, "run", "mode=train", *SMALL, "engine.precision=fp32", *QUICK)

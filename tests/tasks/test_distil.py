@@ -93,9 +93,7 @@ def test_frozen_student_resumes_from_cached_features(folder, cached_run):
 
 def test_packed_images_and_frames_of_a_video_are_distilled(folder, monkeypatch):
     sizes, ask = set(), Teacher.__call__
-    monkeypatch.setattr(
-        Teacher, "__call__", lambda teacher, image: sizes.add(tuple(image.shape)) or ask(teacher, image)
-    )
+    monkeypatch.setattr(Teacher, "__call__", lambda self, image: sizes.add(tuple(image.shape)) or ask(self, image))
     write_film(folder / "film.mp4", frames=24)
     film = ("trainer.unlabelled=film.mp4", "trainer.unlabelled_every=0.25", "trainer.unlabelled_batch_size=4")
     packed = ("data.cache=packed", "resolution.longest=24", "resolution.crop=[16,24]", "cache_dir=packed")

@@ -103,10 +103,7 @@ test_message_names_archive_and_remedy = refusals(
         **{f"path {name}": (refuse(pack, {**CONTENT, name: b"x"}), "v.zip names a path outside") for name in OUTSIDE},
         "link": (refuse(write_link), "holds a link (segmentation)"),
         "a file twice": (refuse(write_twice), "a.txt twice"),
-        "damaged video": (
-            refuse(write_damaged, flip_video),
-            *("v.zip is damaged ", "video_left.avi", "download it again"),
-        ),
+        "damage": (refuse(write_damaged, flip_video), "v.zip is damaged ", "video_left.avi", "download it again"),
         "cut": (refuse(write_damaged, lambda data: data[:500]), "v.zip is damaged"),
         "empty": (refuse(lambda path: path.touch()), "v.zip is damaged"),
         "undecodable name": (refuse(write_undecodable), "v.zip is damaged"),
@@ -118,7 +115,7 @@ test_message_names_archive_and_remedy = refusals(
 )
 
 
-def test_bombs_and_archives_larger_than_the_free_disk_are_refused(tmp_path, monkeypatch):
+def test_bombs_and_archives_beyond_the_free_disk_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sarrarp, "_RATIO_MATTERS", 2**19)
     assert_refused(refuse(pack, {"video_left.avi": bytes(2**20)}), "would unpack to ", " times its size")
