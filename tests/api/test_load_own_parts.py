@@ -1,10 +1,13 @@
-"""Models with parts of one's own are loaded by naming their config folder, and parts that only train are not needed."""
+"""Models with parts or weights of one's own are loaded from any folder, and without what only trained them."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
 from command_line import SMALL, write_data
+from finished_runs import train_run
+from mistakes import assert_refused
 
 import dinoseg
 from dinoseg.data.formats.folder import folder_dataset
@@ -22,6 +25,10 @@ MINE = {
 
 
 class MyHead(LinearHead):
+    pass
+
+
+class LaterHead(LinearHead):
     pass
 
 
@@ -46,7 +53,7 @@ def mine(tmp_path, monkeypatch):
     """Define the parts in __main__, as a notebook does, and return the folder of their options."""
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path / "data")
-    for part in (MyHead, MyLoss, read_mine):
+    for part in (MyHead, LaterHead, MyLoss, read_mine):
         monkeypatch.setattr(sys.modules["__main__"], part.__name__, part, raising=False)
     for name, text in MINE.items():
         (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,66 +61,56 @@ def mine(tmp_path, monkeypatch):
     return tmp_path / "mine"
 
 
+def create(config_dir, **options):
+    arch = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
+    own = {"backbone.patch_size": 8, "backbone.arch": arch, "classes": ["dark", "bright"]}
+    return dinoseg.create_model(
+        "tiny", **{"head": "mine", "adapter": "full", "config_dir": config_dir, **own, **options}
+    )
+
+
 def train(config_dir, **options):
     words = [word for word in SMALL if not word.startswith("data=")]
     mode = {"report": False, "metrics_only": True}
-    return dinoseg.train(None, *words, mode=mode, config_dir=config_dir, **options)
+    return dinoseg.train(None, *words, mode=mode, config_dir=config_dir, out_dir="run", **options)
 
 
 def test_a_head_of_ones_own_is_loaded_in_the_same_process(mine):
-    run = train(mine, head="mine", data="folder", out_dir="run")
-    with pytest.raises(UserError, match="head=mine is not an option on this machine.*config_dir"):
-        run.load_model(device="cpu")
+    run = train("mine", head="mine", data="folder")
+    assert_refused(lambda: run.load_model(device="cpu"), "head=mine is not an option on this machine", "config_dir")
     model = run.load_model(device="cpu", config_dir=mine)
     assert type(model.head) is MyHead
     model.save("model.safetensors")
-    for again in (
-        dinoseg.load("model.safetensors", device="cpu", config_dir=str(mine)),
-        dinoseg.create_model(init="model.safetensors", config_dir=mine, **create_arguments()),
-    ):
+    loaded = dinoseg.load("model.safetensors", device="cpu", config_dir=str(mine))
+    for again in (loaded, create(mine, init="model.safetensors")):
         assert torch.equal(again.eval()(IMAGES), model(IMAGES)) and type(again.head) is MyHead
-    (mine / "head/later.yaml").write_text(MINE["head/mine"].replace("MyHead", "MyLater"))
-    sys.modules["__main__"].MyLater = type("MyLater", (LinearHead,), {})
-    try:
-        later = train(mine, head="later", data="folder", out_dir="later")
-        assert type(later.load_model(device="cpu", config_dir=mine).head).__name__ == "MyLater"
-    finally:
-        del sys.modules["__main__"].MyLater
-    with pytest.raises(UserError, match="config_dir=nowhere is not a folder"):
-        run.load_model(config_dir="nowhere")
+    (mine / "head/later.yaml").write_text(MINE["head/mine"].replace("MyHead", "LaterHead"))
+    create(mine, head="later").save("later.safetensors")
+    assert type(dinoseg.load("later.safetensors", device="cpu", config_dir=mine).head) is LaterHead
+    assert_refused(lambda: run.load_model(config_dir="nowhere"), "config_dir=nowhere is not a folder")
 
 
 def test_a_head_may_name_parameters_like_those_of_lora(mine, monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "MyHead", GainHead)
-    options = create_arguments() | {"config_dir": mine}
-    model = dinoseg.create_model(**options | {"adapter": "frozen"})
-    with pytest.raises(UserError, match="no LoRA layers"):
-        model.merge()
+    model = create(mine, adapter="frozen")
+    assert_refused(model.merge, "no LoRA layers")
     with torch.no_grad():
         model.head.lora_gain.fill_(7)
     model.save("model.safetensors")
-    tuned = dinoseg.create_model(**options | {"adapter": "lora", "init": "model.safetensors"})
-    assert tuned.head.lora_gain == 7
-
-
-def create_arguments():
-    arch = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
-    own = {"backbone.patch_size": 8, "backbone.arch": arch, "classes": ["dark", "bright"]}
-    return {"backbone": "tiny", "head": "mine", "adapter": "full", **own}
+    assert create(mine, adapter="lora", init="model.safetensors").head.lora_gain == 7
 
 
 def test_parts_that_only_train_are_not_needed_to_predict(mine, monkeypatch):
-    run = train(mine, loss="mine", data="mine", out_dir="run")
-    for name in ("MyLoss", "read_mine"):
-        monkeypatch.delattr(sys.modules["__main__"], name)
-    model = run.load_model(device="cpu")
-    assert model.predict("data/val/images/0.png").mask.shape == (32, 48) and model.trainable_parameters()
-    model.save("model.safetensors")
-    again = dinoseg.load("model.safetensors", device="cpu")
-    again.save("again.safetensors")
-    assert torch.equal(again(IMAGES), model(IMAGES))
-    for name, part in (("MyLoss", MyLoss), ("read_mine", read_mine)):
-        monkeypatch.setattr(sys.modules["__main__"], name, part, raising=False)
+    run = train(mine, loss="mine", data="mine")
+    with monkeypatch.context() as patch:
+        for name in ("MyLoss", "read_mine"):
+            patch.delattr(sys.modules["__main__"], name)
+        model = run.load_model(device="cpu")
+        assert model.predict("data/val/images/0.png").mask.shape == (32, 48) and model.trainable_parameters()
+        model.save("model.safetensors")
+        again = dinoseg.load("model.safetensors", device="cpu")
+        again.save("again.safetensors")
+        assert torch.equal(again(IMAGES), model(IMAGES))
     scores = dinoseg.evaluate("again.safetensors", data={"root": "data"}, config_dir=mine, mode={"metrics_only": True})
     assert scores["miou"] == run.scores["miou"]
 
@@ -134,3 +131,46 @@ def test_loading_never_instantiates_targets_from_a_file(place, tmp_path):
         with pytest.raises(UserError, match="stores no key _target_|interpolation is refused"):
             dinoseg.load(file, device="cpu")
     assert not ran.exists()
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Return a folder with weights/backbone.pth, which is the current one, and another folder."""
+    folder, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "weights").mkdir(parents=True)
+    model = dinoseg.create_model("tiny_surgical", num_classes=2)
+    torch.save(model.backbone.export_state(), folder / "weights/backbone.pth")
+    monkeypatch.chdir(folder)
+    return folder, elsewhere
+
+
+def test_a_delta_finds_its_backbone_from_another_folder(project, monkeypatch):
+    folder, elsewhere = project
+    model = dinoseg.create_model("tiny_surgical", num_classes=2, adapter="lora", weights="weights/backbone.pth").eval()
+    model.save("out/delta.safetensors", delta=True, gated=True)
+    monkeypatch.chdir(elsewhere)
+    model.save("later.safetensors", delta=True, gated=True)
+    for file in (folder / "out/delta.safetensors", elsewhere / "later.safetensors"):
+        assert str(folder).encode() not in file.read_bytes()
+        loaded = dinoseg.load(file, device="cpu")
+        loaded.save("again/delta.safetensors", delta=True, gated=True)
+        for each in (loaded, dinoseg.load("again/delta.safetensors", device="cpu")):
+            assert torch.equal(each(IMAGES), model(IMAGES))
+    (folder / "weights").rename(elsewhere / "moved")
+    load = partial(dinoseg.load, folder / "out/delta.safetensors", device="cpu")
+    assert_refused(load, "weights/backbone.pth", "backbone=PATH")
+    assert torch.equal(load(backbone="moved/backbone.pth")(IMAGES), model(IMAGES))
+
+
+def test_a_run_finds_its_backbone_from_another_folder(project, monkeypatch):
+    folder, elsewhere = project
+    write_data(folder / "data")
+    words = [word for word in SMALL if not word.startswith(("backbone", "adapter"))]
+    words = ["mode=train", "backbone=tiny_surgical", "backbone.weights=weights/backbone.pth", *words]
+    train_run(folder, "run", *words, "mode.report=false", "mode.metrics_only=true")
+    expected = dinoseg.load("run", device="cpu")(IMAGES)
+    monkeypatch.chdir(elsewhere)
+    assert torch.equal(dinoseg.load(folder / "run", device="cpu")(IMAGES), expected)
+    train_run(folder, "run", *words, "resume=auto")
+    assert not (folder / "run_2").exists()

@@ -5,13 +5,13 @@ import logging
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import threading
 import time
 import warnings
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,14 +19,15 @@ import torch
 from caller_settings import foreign_settings
 from command_line import SMALL, call, write_data
 from hydra.core.global_hydra import GlobalHydra
+from mistakes import assert_refused
+from torch import nn
 
 import dinoseg
-from dinoseg.__main__ import CONFIGS
 from dinoseg.api import modes
 from dinoseg.api.results import Comparison, Results, Scores
 from dinoseg.modes import train as train_mode
 from dinoseg.training import checkpoint
-from dinoseg.utils.images import write_png
+from dinoseg.utils.images import read_image, write_png
 
 KEYS = {  # SMALL in the forms of Python
     "data": {"classes": ["dark", "bright"], "root": "data", "batch_size": np.int64(2)},
@@ -92,7 +93,7 @@ def test_a_training_equals_that_of_the_command_line(place):
     assert "step 2 of 2" in (called / "run.log").read_text()
 
 
-def test_a_run_shows_its_files(place):
+def test_a_run_shows_its_files(place, tmp_path):
     run = dinoseg.Run(place / "called")
     assert run.step == 2 and run.best_checkpoint.is_file() and run.last_checkpoint.name == "last.safetensors"
     assert run.config["data"]["batch_size"] == 2 and "trainer.steps=2" in run.overrides and not run.heads
@@ -101,12 +102,8 @@ def test_a_run_shows_its_files(place):
     assert run.scores["miou"] == json.loads((run.folder / "evaluation/scores.json").read_text())["miou"]
     assert len(run.plot().axes) == 3 and "step 2, mIoU" in repr(run) and len(repr(run)) < 300
     assert os.fspath(run) == str(run.folder)
-
-
-def test_a_run_as_html_is_escaped(place, tmp_path):
-    folder = tmp_path / "<script>&'"
-    shutil.copytree(place / "called", folder)
-    html = dinoseg.Run(folder)._repr_html_()
+    (tmp_path / "<script>&'").symlink_to(place / "called")
+    html = dinoseg.Run(tmp_path / "<script>&'")._repr_html_()
     assert "&lt;script&gt;&amp;" in html and "<script>" not in html and "data:image/png;base64," in html
     assert "mIoU" in html and "best.safetensors" in html
 
@@ -123,8 +120,7 @@ def test_a_model_is_loaded_and_evaluated(here):
     assert repr(of_model).startswith("Scores(mIoU") and "<td>bright</td>" in of_model._repr_html_()
     on_train = dinoseg.evaluate("called", split="train", data={"root": "data"}, out_dir="on train, 1")
     assert on_train["pixels"] == 4 * 32 * 48 and on_train.folder == here / "on train, 1"
-    with pytest.raises(dinoseg.UserError, match="Choose best or last"):
-        run.load_model("newest")
+    assert_refused(lambda: run.load_model("newest"), "Choose best or last")
 
 
 def test_runs_are_compared(here):
@@ -163,17 +159,6 @@ def test_a_run_of_several_heads_lists_them(here):
     assert run.heads["linear"].scores["pixels"] == 2 * 32 * 48 and "step 1" in repr(run)
 
 
-def test_parts_of_the_caller_are_found(here):
-    (here / "mine/head").mkdir(parents=True)
-    shutil.copy(f"{CONFIGS}/head/linear.yaml", here / "mine/head/plain.yaml")
-    keys = KEYS | {"head": "plain", "mode": SHORT, "config_dir": "mine"}
-    run = dinoseg.train(None, "data=folder", **keys, out_dir="of_mine")
-    scores = dinoseg.evaluate(run, mode={"metrics_only": True}, config_dir="mine")
-    assert run.config["choices"]["head"] == "plain" and scores["miou"] == run.scores["miou"]
-    with pytest.raises(dinoseg.UserError, match="head=plain is unknown"):
-        dinoseg.train(None, "data=folder", head="plain")
-
-
 @pytest.mark.heavy
 def test_a_run_is_exported_and_the_file_evaluated(here):
     exported = dinoseg.Run("called").export("safetensors", out_dir="exported")
@@ -187,20 +172,13 @@ def test_a_run_is_exported_and_the_file_evaluated(here):
     [
         (["demoo"], {}, "Did you mean hparam=demo"),
         ([None, "trainer.stpes=3"], {}, "Did you mean trainer.steps"),
-        ([], {"hed": "mlp"}, "hed is not a key of the config. Did you mean head"),
-        ([], {"head": "mpl"}, "head=mpl is unknown"),
-        ([], {"trainer": {"stpes": 3}}, "Did you mean trainer.steps"),
         ([], {"trainer": {"steps": "many"}}, 'trainer={"steps": "many"} is of type str'),
-        ([], {"trainer": 3}, "trainer"),
         ([], {"head": "linear,mlp"}, "head=linear,mlp"),
         (["head=linear,mlp"], {}, "several values"),
         (["demo", "-m"], {}, "-m is for the command line"),
-        ([], {"seed": object()}, "seed is of type object"),
         ([], {"data.reader._target_": "os.system"}, "can be set in config files only"),
         ([], {"engine.devices": 0}, 'engine={"devices": 0}'),
         ([], {"resume": "missing"}, "resume=missing"),
-        ([], {"config_dir": "missing"}, "config_dir=missing is not a folder"),
-        ([], {"data.root": "missing", "data.classes": ["a", "b"]}, "missing"),
         (["~data"], {}, "data"),
         ([None, "trainer.clip=${nowhere}"], KEYS, 'trainer={"clip": "${nowhere}"} refers to a key'),
         ([None, "~trainer.clip"], KEYS, "~trainer.clip removes a key that is read. Leave it out"),
@@ -213,13 +191,9 @@ def test_a_run_is_exported_and_the_file_evaluated(here):
         ([], {"out_dir": 3}, "out_dir=3 is of type int. Give text or a path or None"),
         ([], {"config_dir": ["a"]}, "config_dir=['a'] is of type list of str"),
         ([], {"exist_ok": "yes"}, "exist_ok=yes is of type str. Give True or False"),
-        (
-            [],
-            {"trainer": {"steps": [1, 2]}, **{key: KEYS[key] for key in ("data", "engine")}},
-            "is of type list of int",
-        ),
+        ([None, "data=folder"], KEYS | {"trainer": {"steps": [1, 2]}}, "is of type list of int"),
         ([], {"data": "data"}, 'For a path, set data={"root": "data"}'),
-        ([], {"backbone": torch.nn.Linear}, "backbone is an object"),
+        ([], {"backbone": nn.Linear}, "backbone is an object"),
     ],
 )
 def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
@@ -231,11 +205,25 @@ def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
     assert snapshot() == before and {*here.iterdir()} - left <= {here / "outputs"}
 
 
-def test_export_compares_all_given_images(monkeypatch):
-    calls = []
-    monkeypatch.setattr(modes, "run_mode", lambda *_, given: calls.append(given) or {"run": "RUN"})
-    dinoseg.export_onnx("called", [np.zeros((8, 8, 3), np.uint8)] * 17, export={"precision": "int8"})
-    assert calls[0]["export.count"] == 17 and calls[0]["export"] == "onnx"
+GREYS = torch.arange(17, dtype=torch.uint8)[:, None, None, None].expand(17, 3, 8, 8)
+
+
+@pytest.mark.parametrize("images", [GREYS, [*GREYS.movedim(1, -1).numpy()]], ids=["tensor", "arrays"])
+def test_export_gets_all_given_images_and_the_weights_in_memory(monkeypatch, images):
+    given_to_mode = {}
+
+    def record(*_, given):
+        given_to_mode.update(given)
+        levels = [read_image(path).mean() for path in sorted(Path(given["export.images"]).iterdir())]
+        assert sorted(levels) == [*range(17)]
+        assert torch.equal(dinoseg.load(given["resume"], device="cpu").head.classify.weight, model.head.classify.weight)
+        return {"run": "RUN"}
+
+    model = dinoseg.create_model("rgb", num_classes=2)
+    nn.init.normal_(model.head.classify.weight)
+    monkeypatch.setattr(modes, "run_mode", record)
+    dinoseg.export_onnx(model, images, export={"precision": "int8"})
+    assert given_to_mode["export.count"] == 17 and given_to_mode["export"] == "onnx" and model.training
 
 
 @pytest.mark.parametrize(
@@ -268,8 +256,7 @@ def test_export_compares_all_given_images(monkeypatch):
     ],
 )
 def test_mistakes_of_other_modes_are_user_errors(here, call_mode, message):
-    with pytest.raises(dinoseg.UserError, match=re.escape(message)):
-        call_mode()
+    assert_refused(call_mode, message)
 
 
 def test_an_interrupted_training_is_saved_and_resumed(here):
@@ -292,60 +279,45 @@ def test_an_interrupted_training_is_saved_and_resumed(here):
     assert done >= 1 and resumed.step == done + 1 and resumed.folder == run.folder and resumed.scores["pixels"] > 0
 
 
-def test_any_other_error_passes_and_restores(here, monkeypatch):
-    def fail(*_):
-        raise ZeroDivisionError
+@pytest.mark.parametrize("error", [ZeroDivisionError(), dinoseg.UserError("of the loop")], ids=type)
+def test_errors_pass_restore_and_hold_no_model(here, monkeypatch, error):
+    models = []
+
+    def fail(experiment):
+        models.append(weakref.ref(experiment.model))
+        raise error
 
     monkeypatch.setattr(train_mode, "fit", fail)
     before = snapshot()
-    with pytest.raises(ZeroDivisionError):
-        dinoseg.train(None, "data=folder", **KEYS)
-    assert snapshot() == before
+    with pytest.raises(type(error)) as raised:
+        dinoseg.train(None, "data=folder", **KEYS | {"mode": SHORT})
+    assert snapshot() == before and len(models) == 1
+    if isinstance(error, dinoseg.UserError):
+        assert models[0]() is None and str(raised.value) == "of the loop"
 
 
-def test_models_are_freed(here, monkeypatch):
-    models, fit = [], train_mode.fit
+def test_threads_take_turns_and_give_the_same_weights(here, monkeypatch):
+    runs, models, fit = {}, [], train_mode.fit
 
     def fit_and_remember(experiment):
         models.append(weakref.ref(experiment.model))
         return fit(experiment)
 
-    monkeypatch.setattr(train_mode, "fit", fit_and_remember)
-    keys = KEYS | {"mode": SHORT, "trainer": {"steps": 1}}
-    run = dinoseg.train(None, "data=folder", **keys, out_dir="freed")
-    assert models[0]() is None and run.step == 1
-
-
-def test_errors_hold_no_model(here, monkeypatch):
-    models = []
-
-    def fail(experiment):
-        models.append(weakref.ref(experiment.model))
-        raise dinoseg.UserError("of the loop")
-
-    monkeypatch.setattr(train_mode, "fit", fail)
-    with pytest.raises(dinoseg.UserError, match="of the loop") as raised:
-        dinoseg.train(None, "data=folder", **KEYS | {"mode": SHORT})
-    assert models[0]() is None and raised.value is not None
-
-
-def test_threads_take_turns_and_give_the_same_weights(here):
-    runs = {}
-
     def work(name):
         runs[name] = dinoseg.train(None, "data=folder", **KEYS | {"mode": SHORT}, out_dir=name)
 
+    monkeypatch.setattr(train_mode, "fit", fit_and_remember)
     before, threads = snapshot(), [threading.Thread(target=work, args=(f"thread_{number}",)) for number in (1, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert snapshot() == before and len(runs) == 2
+    assert snapshot() == before and len(runs) == 2 and [model() for model in models] == [None, None]
     for run in runs.values():
         ours, theirs = tensors(run.folder, "last"), tensors(here / "typed", "last")
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_a_parallel_model_is_refused_with_the_model_inside():
-    with pytest.raises(dinoseg.UserError, match="type DataParallel.*model.module"):
-        dinoseg.evaluate(torch.nn.DataParallel(torch.nn.Linear(1, 1)))
+    parallel = nn.DataParallel(nn.Linear(1, 1))
+    assert_refused(lambda: dinoseg.evaluate(parallel), "type DataParallel", "model.module")

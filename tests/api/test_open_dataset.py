@@ -2,19 +2,21 @@
 
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_line import link_all, write_data
 from making import save
+from mistakes import refusals
 from overlapping_shapes import write_overlaps
-from PIL import Image
 from torch.utils.data import DataLoader
 
 import dinoseg
-from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
+CLASSES = ["ground", "leaf"]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +34,9 @@ def crop(item):
     return {**item, "image": item["image"][:, :8, :8], "mask": item["mask"][:8, :8], "seen": True}
 
 
-def test_items_are_images_masks_and_names(root):
-    data = dinoseg.open_dataset(root=root, classes=["ground", "leaf"])
+def test_items_are_images_masks_and_names(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = dinoseg.open_dataset(root=root, classes=CLASSES)
     assert (len(data), data.num_classes, data.classes, data.ignore_index) == (5, 2, ("ground", "leaf"), 255)
     assert len(data.palette) == 2 and data.names == tuple("abcde") and "5 items, 2 classes" in repr(data)
     item = data[0]
@@ -42,20 +45,20 @@ def test_items_are_images_masks_and_names(root):
     assert data[-1]["name"] == "e" and [each["name"] for each in data] == [*"abcde"]
     with pytest.raises(IndexError):
         data[5]
-    assert len(dinoseg.open_dataset(root=root, classes=["ground", "leaf"], split="val")) == 1
+    assert len(dinoseg.open_dataset(root=root, classes=CLASSES, split="val")) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_transform_and_config_keys_are_accepted(root):
     options = {"palette": [[0, 0, 0], [9, 9, 9]], "reader": {"masks": {"ids": {0: 1, 1: 0}}}}
     data = dinoseg.open_dataset(root=root, classes=["leaf", "ground"], transform=crop, **options)
     assert data[0]["seen"] and data[0]["image"].shape == (3, 8, 8) and data.palette[1] == (9, 9, 9)
-    plain = dinoseg.open_dataset(root=root, classes=["ground", "leaf"], transform=crop)
+    plain = dinoseg.open_dataset(root=root, classes=CLASSES, transform=crop)
     assert torch.equal(data[0]["mask"] == 0, plain[0]["mask"] == 1)
 
 
 def test_a_class_file_in_the_folder_names_the_classes(root, tmp_path):
-    for split in ("train", "val"):
-        (tmp_path / split).symlink_to(root / split)
+    link_all(root, tmp_path)
     (tmp_path / "classes.yaml").write_text("classes: [soil, plant]\n")
     assert dinoseg.open_dataset(root=tmp_path).classes == ("soil", "plant")
 
@@ -84,9 +87,8 @@ WIDE = {"name": "files", "value_range": [0, 4095]}
 )
 def test_options_of_nested_groups_are_chosen_in_any_spelling(spelling, tmp_path):
     save(tmp_path / "train/masks/a.png", np.ones((4, 6)))
-    (tmp_path / "train/images").mkdir()
-    Image.fromarray(np.full((4, 6), 4095, np.uint16)).save(tmp_path / "train/images/a.png")
-    item = dinoseg.open_dataset(root=tmp_path, classes=["ground", "leaf"], channels=1, **spelling)[0]
+    save(tmp_path / "train/images/a.png", np.full((4, 6), 4095), np.uint16)
+    item = dinoseg.open_dataset(root=tmp_path, classes=CLASSES, channels=1, **spelling)[0]
     assert item["image"].dtype == torch.uint16 and item["image"].int().unique().tolist() == [65535]
 
 
@@ -97,30 +99,17 @@ def test_items_predict_as_their_files_with_a_value_range(channels, most, tmp_pat
     (tmp_path / "train/images").mkdir()
     file = tmp_path / "train/images/a.npy"
     np.save(file, values)
-    options = {"classes": ["ground", "leaf"], "data": {"channels": channels, "pixels": WIDE}}
+    options = {"classes": CLASSES, "data": {"channels": channels, "pixels": WIDE}}
     item = dinoseg.open_dataset(root=tmp_path, **options)[0]
     model = dinoseg.create_model("rgb", **options)
-    of_file, of_array, of_item, of_batch = model.predict([file, values, item["image"], *item["image"][None]])
-    assert of_file.image.max() == round((most - 1) / 4095 * 65535)
-    for found in (of_array, of_item, of_batch):
-        assert np.array_equal(found.probabilities, of_file.probabilities)
-
-
-def test_a_nested_option_that_is_missing_is_written_out(root):
-    with pytest.raises(UserError) as caught:
-        dinoseg.open_dataset(root=root, classes=["ground", "leaf"], pixels={"value_range": [0, 4095]})
-    assert 'Write data={"pixels": {"name": "files", "value_range": [0, 4095]}}, or' in str(caught.value)
-
-
-def test_opening_a_dataset_writes_nothing(root, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    dinoseg.open_dataset(root=root, classes=["ground", "leaf"])[0]
-    assert not list(tmp_path.iterdir())
+    of_file, *others = model.predict([file, values, item["image"], *item["image"][None]])
+    assert of_file.image.max() == round((most - 1) / 4095 * 65535) and len(others) == 3
+    assert all(np.array_equal(found.probabilities, of_file.probabilities) for found in others)
 
 
 @pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.heavy), "fork"])
 def test_workers_of_a_loader_read_it(root, method):
-    data = dinoseg.open_dataset(root=root, classes=["ground", "leaf"], transform=crop)
+    data = dinoseg.open_dataset(root=root, classes=CLASSES, transform=crop)
     again = pickle.loads(pickle.dumps(data))
     assert torch.equal(again[2]["image"], data[2]["image"]) and again.classes == data.classes
     with warnings.catch_warnings():
@@ -130,24 +119,40 @@ def test_workers_of_a_loader_read_it(root, method):
     assert [name for batch in batches for name in batch["name"]] == [*"abcde"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"root": "nowhere"}, "nowhere"),
-        ({"name": "foldr"}, "data=foldr is unknown. Did you mean data=folder"),
-        ({"split": "training"}, "split=training is unknown. Choose one of train, val, test"),
-        ({"classes": None}, "classes is not set|classes are not set"),
-        ({"classes": ["only"]}, "1"),
-        ({"nonsense": 1}, "data.nonsense is not a key"),
-        ({"batch_size": 2}, "^batch_size has no effect"),
-        ({"labelled": 0.5}, "^labelled has no effect"),
-        ({"augment": {"flip": 0}}, "^augment has no effect"),
-        ({"data": {"augment": {"color": "photometric"}}}, "^augment has no effect"),
-        ({"value_range": [0, 1]}, r'data.pixels.value_range is one, with data={"pixels": "files"}'),
-        ({"pixels": "file"}, r'data={"pixels": "file"} is unknown. Did you mean data={"pixels": "files"}'),
-        ({"a/b": 1}, "data.a/b is not the name of a key"),
-    ],
+def open_with(**arguments):
+    """Return a function that reads a folder with an image and its mask."""
+
+    def act():
+        write_data(Path(), train=1, val=0)
+        [*dinoseg.open_dataset(**{"root": ".", "classes": CLASSES, **arguments})]
+
+    return act
+
+
+test_message_names_value_and_remedy = refusals(
+    {
+        "root": (open_with(root="nowhere"), "nowhere"),
+        "name": (open_with(name="foldr"), "data=foldr is unknown. Did you mean data=folder"),
+        "split": (open_with(split="training"), "split=training is unknown. Choose one of train, val, test"),
+        "no classes": (open_with(classes=None), "classes ", "not set"),
+        "one class": (open_with(classes=["only"]), "1"),
+        "key": (open_with(nonsense=1), "data.nonsense is not a key"),
+        "batch size": (open_with(batch_size=2), "batch_size has no effect"),
+        "labelled": (open_with(labelled=0.5), "labelled has no effect"),
+        "augmentation": (open_with(augment={"flip": 0}), "augment has no effect"),
+        "nested augmentation": (open_with(data={"augment": {"color": "photometric"}}), "augment has no effect"),
+        "place of a key": (
+            open_with(value_range=[0, 1]),
+            'data.pixels.value_range is one, with data={"pixels": "files"}',
+        ),
+        "option": (
+            open_with(pixels="file"),
+            'data={"pixels": "file"} is unknown. Did you mean data={"pixels": "files"}',
+        ),
+        "missing option": (
+            open_with(pixels={"value_range": [0, 4095]}),
+            'Write data={"pixels": {"name": "files", "value_range": [0, 4095]}}, or',
+        ),
+        "slash": (open_with(**{"a/b": 1}), "data.a/b is not the name of a key"),
+    }
 )
-def test_mistakes_are_refused(root, arguments, message):
-    with pytest.raises(UserError, match=message):
-        [*dinoseg.open_dataset(**{"root": root, "classes": ["ground", "leaf"], **arguments})]

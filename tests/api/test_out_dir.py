@@ -1,49 +1,42 @@
 """A used out_dir is refused, unless its run may stay beside the new one."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
-from command_line import SMALL, call, write_data
+from command_line import SMALL, link_all
+from mistakes import assert_refused
 
 import dinoseg
-from dinoseg.utils.errors import UserError
 
+pytestmark = pytest.mark.slow
 QUICK = {"mode": {"report": False, "metrics_only": True}}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    write_data(folder / "data")
-    done = call(folder, "mode=train", *SMALL, "mode.report=false", "mode.metrics_only=true", "hydra.run.dir=trained")
-    assert done.status == 0, done.err
-    return folder
-
-
 @pytest.fixture
-def here(place, tmp_path, monkeypatch):
-    """Enter a copy of the folder, with a run in `used`."""
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree("trained", "used")
+def here(trained_once, tmp_path, monkeypatch):
+    """Enter a folder with a run, `segmenter`, its data, and a copy of the run in `used`."""
+    monkeypatch.chdir(link_all(trained_once, tmp_path))
+    shutil.copytree("segmenter", "used")
     return tmp_path
 
 
-def train(**options):
-    return dinoseg.train(None, *SMALL, **QUICK, **options)
-
-
+train = partial(dinoseg.train, None, *SMALL, **QUICK)
+evaluate = partial(dinoseg.evaluate, "segmenter", **QUICK)
+predict = partial(dinoseg.predict, "segmenter", "data/val/images")
+MASKS = "data/val/masks"
 CALLS = {
-    "train": train,
-    "evaluate": lambda **options: dinoseg.evaluate("trained", **QUICK, **options),
-    "predict": lambda **options: dinoseg.predict("trained", "data/val/images", **options),
-    "track": lambda **options: dinoseg.track("trained", "data/val/images", **options),
-    "score": lambda **options: dinoseg.score(
-        "data/val/masks", "data/val/masks", **{"protocol.num_classes": 2}, **options
-    ),
-    "compare": lambda **options: dinoseg.compare(["trained", "trained"], **options),
-    "export": lambda **options: dinoseg.Run("trained").export(**options),
+    "train": partial(train, out_dir="used"),
+    "evaluate": partial(evaluate, out_dir="used"),
+    "evaluate, by a word": partial(evaluate, "hydra.run.dir=used"),
+    "evaluate, by a key": partial(evaluate, **{"hydra.run.dir": "used"}),
+    "evaluate, by nested keys": partial(evaluate, hydra={"run": {"dir": "used"}}),
+    "predict": partial(predict, out_dir="used"),
+    "track": partial(dinoseg.track, "segmenter", "data/val/images", out_dir="used"),
+    "score": partial(dinoseg.score, MASKS, MASKS, out_dir="used", **{"protocol.num_classes": 2}),
+    "compare": partial(dinoseg.compare, ["segmenter", "segmenter"], out_dir="used"),
+    "export": lambda: dinoseg.Run("segmenter").export(out_dir="used"),
 }
 
 
@@ -54,57 +47,37 @@ def contents():
 @pytest.mark.parametrize("name", CALLS)
 def test_used_folder_is_refused_and_unchanged(here, name):
     before = contents()
-    with pytest.raises(UserError, match=r"out_dir=.*used holds files.*exist_ok=True"):
-        CALLS[name](out_dir="used")
+    assert_refused(CALLS[name], "out_dir=", "used holds files", "exist_ok=True")
     assert contents() == before
 
 
-@pytest.mark.parametrize(
-    "given", [["hydra.run.dir=used"], {"hydra.run.dir": "used"}, {"hydra": {"run": {"dir": "used"}}}]
-)
-def test_used_folder_of_an_override_is_refused(here, given):
-    words, options = (given, {}) if isinstance(given, list) else ([], given)
-    with pytest.raises(UserError, match="used holds files"):
-        dinoseg.evaluate("trained", *words, **QUICK, **options)
-    assert not Path("used_2").exists()
-    assert dinoseg.evaluate("trained", *words, **QUICK, **options, exist_ok=True).folder.name == "used_2"
-
-
 def test_existing_out_dir_is_not_overwritten(here):
-    scores = dinoseg.evaluate("trained", **QUICK, out_dir="used", exist_ok=True)
-    assert scores.folder == here / "used_2" and (here / "used/checkpoints").is_dir()
+    assert evaluate(out_dir="used", exist_ok=True).folder == here / "used_2" and Path("used/checkpoints").is_dir()
+    assert evaluate("hydra.run.dir=used", exist_ok=True).folder == here / "used_3"
 
 
-def test_predictions_with_exist_ok_are_written_next_to_the_first(here):
-    runs = ("trained", "trained", "used")
-    found = [dinoseg.predict(name, "data/val/images", out_dir="predicted", exist_ok=True) for name in runs]
-    assert [each.folder.name for each in found] == ["predicted", "predicted_2", "predicted_3"]
+def test_prediction_resumes_in_its_folder_or_next_to_it(here):
+    assert [predict(out_dir="predicted").folder for _ in range(2)] == 2 * [here / "predicted"]
+    found = [dinoseg.predict(name, MASKS, out_dir="predicted", exist_ok=True) for name in ("segmenter", "used")]
+    assert [each.folder.name for each in found] == ["predicted_2", "predicted_3"]
 
 
 def test_runs_resume_in_their_own_folder(here):
-    run = dinoseg.Run("used").resume(trainer={"steps": 3})
-    assert run.folder == here / "used" and run.step == 3
-    again = train(resume="used", out_dir="used", trainer={"steps": 4})
-    assert again.folder == here / "used" and again.step == 4
-
-
-def test_a_prediction_resumes_in_its_folder(here):
-    for _ in range(2):
-        found = dinoseg.predict("trained", "data/val/images", out_dir="predicted")
-        assert found.folder == here / "predicted"
+    run = dinoseg.Run("used").resume(trainer={"steps": 5})
+    assert run.folder == here / "used" and run.step == 5
+    again = dinoseg.train(None, resume="used", out_dir="used", trainer={"steps": 6}, engine="cpu", **QUICK)
+    assert again.folder == here / "used" and again.step == 6
 
 
 def test_files_that_no_run_has_written_are_not_mixed_with_a_run(here):
     (here / "mine").mkdir()
     (here / "mine/notes.txt").write_text("of the user")
     before = contents()
-    with pytest.raises(UserError, match="mine holds files already"):
-        dinoseg.evaluate("trained", **QUICK, out_dir="mine")
+    assert_refused(partial(evaluate, out_dir="mine"), "mine holds files already")
     assert contents() == before
-    assert dinoseg.evaluate("trained", **QUICK, out_dir="mine", exist_ok=True).folder == here / "mine"
+    assert evaluate(out_dir="mine", exist_ok=True).folder == here / "mine"
 
 
-@pytest.mark.parametrize("folder", ["~nosuchuser/x", "a\ud800"])
-def test_a_folder_that_cannot_exist_is_an_error(here, folder):
-    with pytest.raises(UserError, match="nosuchuser|ud800"):
-        dinoseg.evaluate("trained", **QUICK, out_dir=folder)
+@pytest.mark.parametrize(("folder", "named"), [("~nosuchuser/x", "nosuchuser"), ("a\ud800", "ud800")])
+def test_a_folder_that_cannot_exist_is_an_error(here, folder, named):
+    assert_refused(partial(evaluate, out_dir=folder), named)

@@ -1,40 +1,41 @@
 """Files of a model from a loop of one's own that other libraries read: merged LoRA, peft's adapters and ONNX."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from mistakes import assert_refused, refusals
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import dinoseg
-from dinoseg.utils.errors import UserError
 
 IMAGES = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 
 
-def make_trained(**options):
+def make_trained(std=0.05, **options):
     """Return a model whose trainable parameters have other values than at its start."""
     model = dinoseg.create_model("tiny_surgical", num_classes=2, **{"adapter": "lora", **options}).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(std * torch.randn(parameter.shape, generator=generator))
     return model
 
 
-@pytest.mark.parametrize("delta", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("delta", "dtype"), [(False, "float32"), (True, "bfloat16")])
 def test_merged_model_predicts_the_same_and_is_loaded_again(delta, dtype, tmp_path):
-    model = make_trained(**{"backbone.dtype": dtype})
+    model, file = make_trained(**{"backbone.dtype": dtype}), tmp_path / "model.safetensors"
     before = model(IMAGES)
     merged = model.merge()
     assert merged is model and not merged.training
     assert not any(".lora_" in name for name, _ in model.named_parameters())
     assert torch.allclose(model(IMAGES), before, atol=1e-4 if dtype == "float32" else 0.1)
-    model.save(tmp_path / "model.safetensors", delta=delta)
-    loaded = dinoseg.load(tmp_path / "model.safetensors", device="cpu", precision="fp32")
-    assert torch.equal(loaded(IMAGES), model(IMAGES))
-    assert "adapter=frozen" in repr(loaded)
+    model.save(file, delta=delta)
+    loaded = dinoseg.load(file, device="cpu", precision="fp32")
+    assert torch.equal(loaded(IMAGES), model(IMAGES)) and "adapter=frozen" in repr(loaded)
     assert loaded.facts.backbone["weights"] == "dinoseg:tiny_surgical"
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
 
@@ -46,11 +47,8 @@ def test_merge_of_half_precision_keeps_train_mode_and_size_limit():
     assert model.training and model.head.training and model.model.limit is limit
 
 
-def test_merge_states_from_how_many_bits_weights_come():
+def test_merge_states_the_bits_and_the_source_of_weights(tmp_path):
     assert make_trained(adapter="qlora").merge().facts.dequantised == 4
-
-
-def test_merge_keeps_the_source_of_a_loaded_backbone(tmp_path):
     make_trained().save(tmp_path / "model.safetensors")
     model = dinoseg.load(tmp_path / "model.safetensors", device="cpu")
     source = model.facts.backbone
@@ -67,25 +65,33 @@ def test_peft_reads_the_saved_adapter_with_equal_logits(options, tmp_path):
     assert torch.equal(read(IMAGES), model(IMAGES))
 
 
-@pytest.mark.parametrize("call", ["merge", "save_adapter"])
-def test_models_without_lora_layers_are_refused(call, tmp_path):
-    model = dinoseg.create_model("tiny_surgical", num_classes=2)
-    with pytest.raises(UserError, match="no LoRA layers.*adapter=lora"):
-        getattr(model, call)(*[tmp_path / "adapter"] * (call == "save_adapter"))
-    assert not any(tmp_path.iterdir())
-
-
-def test_adapter_refuses_further_trained_weights_of_the_backbone(tmp_path):
+def save_with_trained_norm():
     model = make_trained()
     model.backbone.norm.requires_grad_(True)
-    with pytest.raises(UserError, match=r"norm.* is trained.*Use save"):
-        model.save_adapter(tmp_path / "adapter")
+    model.save_adapter("adapter")
 
 
-@pytest.mark.parametrize("kind", ["tensor", "arrays"])
-def test_model_of_an_own_loop_is_exported_with_given_images(kind, tmp_path):
+def without_lora():
+    return dinoseg.create_model("tiny_surgical", num_classes=2)
+
+
+test_message_names_value_and_remedy = refusals(
+    {
+        "merge without LoRA": (lambda: without_lora().merge(), "no LoRA layers", "adapter=lora"),
+        "adapter without LoRA": (lambda: without_lora().save_adapter("adapter"), "no LoRA layers", "adapter=lora"),
+        "further weights of the backbone": (save_with_trained_norm, "norm", " is trained", "Use save"),
+        "precision of a graph": (
+            lambda: dinoseg.export_onnx(without_lora(), IMAGES, out_dir="onnx", **{"export.precision": "int3"}),
+            *("int3", " is unknown. Choose one of float32, float16, int8"),
+        ),
+    }
+)
+
+
+@pytest.mark.heavy
+def test_model_of_an_own_loop_is_exported_with_given_images(tmp_path):
     model = make_trained().train()
-    images = IMAGES if kind == "tensor" else [np.zeros((32, 48, 3), np.uint8), np.full((40, 40, 3), 9, np.uint8)]
+    images = [np.zeros((32, 48, 3), np.uint8), np.full((40, 40, 3), 9, np.uint8)]
     found = dinoseg.export_onnx(model, images, out_dir=tmp_path / "onnx")
     assert found["agreement"] >= 0.999 and model.training
     exported = dinoseg.load(tmp_path / "onnx")
@@ -94,6 +100,30 @@ def test_model_of_an_own_loop_is_exported_with_given_images(kind, tmp_path):
     assert found["path"] == str(tmp_path / "onnx/model.onnx")
 
 
-def test_onnx_export_names_a_wrong_option(tmp_path):
-    with pytest.raises(UserError, match="int3.* is unknown. Choose one of float32, float16, int8"):
-        dinoseg.export_onnx(make_trained(), IMAGES, out_dir=tmp_path / "onnx", **{"export.precision": "int3"})
+CHANGES = {
+    "merged": (lambda layer: layer.merge(), lambda layer: layer.unmerge()),
+    "scaled": (lambda layer: layer.scale_layer(2), lambda layer: layer.unscale_layer()),
+    "no adapter": (lambda layer: layer.set_adapter([]), lambda layer: layer.set_adapter("default")),
+    "off": (lambda layer: layer.enable_adapters(False), lambda layer: layer.enable_adapters(True)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_peft_layers_that_are_merged_or_off_are_not_saved(change, tmp_path):
+    """A file of such a model would give other logits."""
+    model, file, adapter = make_trained(std=0.1), tmp_path / "model.safetensors", tmp_path / "adapter"
+    layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    apply, undo = CHANGES[change]
+    before = model(IMAGES)
+    for layer in layers:
+        apply(layer)
+    saves = [partial(model.save, file, delta=delta) for delta in (False, True)]
+    for refused in (*saves, partial(model.save_adapter, adapter), model.merge):
+        assert_refused(refused, "peft", "unmerge", "enable_adapters")
+    assert not file.exists() and not adapter.exists()
+    for layer in layers:
+        undo(layer)
+    # a merge and its reverse round, and a delta needs the very weights of its source
+    for save in saves[: 1 if change == "merged" else 2]:
+        save()
+        assert torch.allclose(dinoseg.load(file, device="cpu")(IMAGES), before, atol=1e-4)

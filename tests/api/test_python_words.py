@@ -1,24 +1,213 @@
-"""Arguments and errors of calls in the words of Python: options with keys, devices, numbers, and no command line."""
+"""Arguments and errors of calls in the words of Python: values, options with keys, no trace in the caller's Hydra."""
 
+import enum
+import math
+import random
 import re
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from command_line import write_data
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.version import getbase
+from mistakes import assert_refused, refusals
+from omegaconf import OmegaConf
 
 import dinoseg
-from dinoseg.api.compose import find_tables, split_options, words_of
+from dinoseg.api.compose import compose as compose_words
+from dinoseg.api.compose import find_tables, lent_hydra, split_options, words_of
 from dinoseg.api.wording import python_terms
+from dinoseg.config.grammar import write_value
+from dinoseg.config.plain import to_container
 from dinoseg.metrics import ConfusionMatrix
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.images import write_png
 
+pytestmark = pytest.mark.slow
+LETTERS = "abnul1_-. ,=:;'\"\\()[]{}<>|&!?*+~#%@^`/$éßö中İſ\u212a\U0001f33f\t\n"
+TEXTS = ["", " ", "null", "None", "true", "1", "1e3", "-1", "inf", "nan", "a b", "a,b", "a=b", "[a]", "{a:b}", "it's"]
+TEXTS += [*("\"'\\$~"), "\\'", 'a\\"', "${", "}{", "+a", "a:b", "C:\\data\\x", "range(1,2)", "glob(*)", "a #b"]
+TEXTS += ["Döhe", "\\u00f6"]
 OF_COMMAND_LINES = re.compile(r"--cfg job|--help|command line|hydra\.run\.dir|add -m")
 
 
-def words(**overrides):
-    split = split_options(overrides, None)
-    return words_of(split, find_tables(("mode=train",), split, None))
+class Split(str, enum.Enum):  # noqa: UP042 - as of older programs
+    VAL = "val"
+
+
+def text(rng):
+    drawn = "".join(rng.choices(LETTERS, k=rng.randrange(8)))
+    return rng.choice([rng.choice(TEXTS), drawn]).replace("${", "$")
+
+
+def value(rng, depth=0):
+    kind = rng.randrange(8 if depth < 3 else 5)
+    if kind < 5:
+        number = rng.choice([0, 1, -7, 2**70, 0.5, -1e-9, 1e300, math.inf, -math.inf, 3.0])
+        return [None, rng.random() < 0.5, number, text(rng), text(rng)][kind]
+    if kind < 7:
+        return [value(rng, depth + 1) for _ in range(rng.randrange(3))]
+    return {rng.choice([text(rng), f"k{number}", number]): value(rng, depth + 1) for number in range(rng.randrange(3))}
+
+
+def test_composed_values_equal_the_given_values():
+    rng = random.Random(0)
+    given = {f"k{number}": value(rng) for number in range(600)}
+    words = words_of({f"++probe.{key}": each for key, each in given.items()}, lambda key: False)
+    found = to_container(compose_words(words).probe)
+    assert [key for key in given if repr(found[key]) != repr(given[key])] == []
+    assert len({repr(each) for each in given.values()}) > 200
+
+
+def test_values_of_python_reach_the_config_unchanged(tmp_path):
+    words = {
+        "head": "mlp",
+        "data": {"classes": ["a", "b c", "1", "true", "Höhe"], "palette": None},
+        "data.root": tmp_path / 'it\'s a, [1] \\ "Döhe"',
+        "seed": 3,
+        "optim": {"optimizer": {"lr": 1e-7}},
+        "loss": {"weights": {"a": 3, "Höhe": 2.0}},
+        "data.reader": {"masks": {"ids": {11: 255}}, "layout": {"exclude": ()}},
+        "shared_cache": True,
+    }
+    cfg = compose_words(words_of(words))
+    assert list(cfg.data.classes) == ["a", "b c", "1", "true", "Höhe"] and cfg.data.palette is None and cfg.seed == 3
+    assert cfg.data.root == str(words["data.root"]) and cfg.optim.optimizer.lr == 1e-7
+    assert cfg.loss.weights == {"a": 3, "Höhe": 2.0} and cfg.data.reader.masks.ids == {11: 255}
+    assert cfg.data.reader.layout.exclude == [] and cfg.shared_cache is True
+    assert cfg.choices.head == "mlp" and cfg.data.reader.layout.images == "{split}/images"
+
+
+@pytest.mark.parametrize(
+    ("given", "composed"),
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.bool_(True), True),
+        (Path("a folder/it's.png"), "a folder/it's.png"),
+        ((1, 2), [1, 2]),
+        (Split.VAL, "val"),
+        (np.str_("x, y"), "x, y"),
+        (math.nan, math.nan),
+        ({"a key: (1)": 1}, {"a key: (1)": 1}),
+        ({"1": 1, 1: 2, "null": 3}, {"1": 1, 1: 2, "null": 3}),
+        ({"\uffff \U00010000": 1}, {"\uffff \U00010000": 1}),
+    ],
+)
+def test_other_types_become_plain_values(given, composed):
+    found = compose_words(words_of({"++probe": {"x": given}}, lambda key: key == "++probe")).probe
+    assert repr(to_container(found)["x"]) == repr(composed)
+
+
+def test_words_are_as_typed_where_hydra_reads_them_as_text():
+    given = {"head": "mlp", "data.root": "my data/x", "trainer": {"steps": 20}, "data.classes": ["a", "b c"]}
+    typed = ["head=mlp", "data.root=my data/x", "trainer.steps=20", 'data.classes=[a,"b c"]', "seed=null"]
+    assert words_of(given | {"seed": None}) == typed
+
+
+@pytest.mark.parametrize("path", ["a,b", "[x]", "a b=c", "'q'", "x{y}"])
+def test_paths_with_any_characters_are_paths(path):
+    assert compose_words(words_of({"mode": "predict", "input": Path(path), "data.root": path})).input == path
+
+
+@pytest.mark.parametrize("value", [np.zeros(2), object(), object, {1, 2}, b"x", 1j, [np.zeros(2)]])
+def test_other_values_are_refused(value):
+    with pytest.raises(UserError, match=r"seed is of type \w+\. Give text"):
+        words_of({"seed": value})
+
+
+def test_entries_of_heads_are_parsed_back_by_hydra():
+    keys = {"weights": "Döhe.pth", "note": "null", "channels": 16, "drop": 0.5, "norm": None, "on": True}
+    words = [f"++probe.{key}={write_value(value)}" for key, value in keys.items()]
+    assert to_container(compose_words(words).probe) == keys
+
+
+def test_the_config_is_that_of_the_command_line(compose):
+    words = ("mode=train", "hparam=camvid", "head=mlp", "data.root=x", "trainer.steps=9")
+    assert to_container(compose_words(words)) == to_container(compose(*words))
+
+
+test_message_names_value_and_remedy = refusals(
+    {
+        "option": (lambda: compose_words(words_of({"head": "mlq"})), "head=mlq is unknown"),
+        "group": (lambda: compose_words(words_of({"heda": "mlp"})), "heda is not a key of the", "Did you mean head?"),
+        "key": (lambda: compose_words(words_of({"optim": {"optimiser": 3}})), "optim.optimiser is not a key of the"),
+        "no name": (lambda: compose_words(words_of({"trainer": 3})), "trainer=3 is unknown"),
+        "name that YAML alone can hold": (lambda: words_of({"labels.ä": 1}), "Set it in a YAML file"),
+        "config folder": (lambda: compose_words([], config_dir="nowhere"), "config_dir=nowhere is not a folder"),
+        "resolver, not an override": (
+            lambda: compose_words(["data=folder", "data.classes=3", "hydra.run.dir=runs/${len:${data.classes}}"]),
+            "data.classes=3 is not a list. Write it in brackets",
+        ),
+    }
+)
+
+
+def test_own_config_folder_provides_options(tmp_path):
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head/mine.yaml").write_text("defaults: [mlp, _self_]\nlr: 5.0\n")
+    assert compose_words(["head=mine"], config_dir=tmp_path).head.lr == 5
+    assert dinoseg.list_heads("m*", config_dir=tmp_path)[-3:] == ["mine", "mlp", "multiscale"]
+    assert_refused(lambda: compose_words(["head=mine"]), "head=mine is unknown")
+
+
+def test_hydra_state_of_the_caller_is_neither_changed_nor_read(tmp_path):
+    (tmp_path / "main.yaml").write_text("x: 1\n")
+    OmegaConf.register_new_resolver("len", lambda value: "mine", replace=True)
+    try:
+        with initialize_config_dir(str(tmp_path), version_base="1.2"):
+            HydraConfig.instance().set_config(hydra_compose("main", return_hydra_config=True))
+            before, hydra = HydraConfig.get(), GlobalHydra.instance().hydra
+            compose_words(["head=mlp"])
+            with pytest.raises(UserError):
+                compose_words(["head=mlq"])
+            assert HydraConfig.get() is before and GlobalHydra.instance().hydra is hydra
+            assert hydra_compose("main").x == 1 and str(getbase()) == "1.2"
+        assert OmegaConf.create({"x": "${len:1}"}).x == "mine"
+    finally:
+        HydraConfig.instance().cfg = None
+        OmegaConf.clear_resolver("len")
+    assert not GlobalHydra.instance().is_initialized()
+    compose_words(["head=mlp"])
+    assert not GlobalHydra.instance().is_initialized() and not OmegaConf.has_resolver("len")
+
+
+def test_options_are_sorted_names_of_files():
+    assert dinoseg.list_backbones("dinov3*") == sorted(dinoseg.list_backbones("dinov3*")) != []
+    assert dinoseg.list_adapters() == ["frozen", "full", "last_blocks", "lora", "lora_8bit", "lora_all", "qlora"]
+    assert "folder" in dinoseg.list_datasets() and "sarrarp_lora" in dinoseg.list_recipes("sarrarp_*")
+    assert not [name for name in dinoseg.list_datasets() if name.startswith("_")] and dinoseg.list_heads("x*") == []
+
+
+def test_concurrent_composing_is_serialised():
+    GlobalHydra.instance().clear()
+    inside, end = threading.Event(), threading.Event()
+
+    def hold():
+        with lent_hydra():
+            inside.set()
+            end.wait(20)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert inside.wait(20)
+    composer = threading.Thread(target=compose_words, args=(["data.classes=[a,b]"],))
+    composer.start()
+    composer.join(0.3)
+    assert composer.is_alive()
+    end.set()
+    holder.join(20)
+    composer.join(20)
+    assert not composer.is_alive() and not GlobalHydra.instance().is_initialized()
+
+
+AUGMENT = {"color": {"name": "photometric", "space": "hsv"}}
 
 
 @pytest.mark.parametrize(
@@ -26,90 +215,72 @@ def words(**overrides):
     [
         ({"adapter": {"name": "lora", "rank": 4}}, ["adapter=lora", "adapter.rank=4"]),
         ({"data": {"name": "camvid", "root": "R"}}, ["data=camvid", "data.root=R"]),
-        (
-            {"loss": {"name": "ce_dice"}, "optim": {"optimizer": {"lr": 1.0}}},
-            ["loss=ce_dice", "optim.optimizer.lr=1.0"],
-        ),
-        (
-            {"backbone": {"name": "timm", "patch_size": 8}, "backbone.name": "x"},
-            ["backbone=timm", "backbone.patch_size=8", "backbone.name=x"],
-        ),
+        ({"loss": {"name": "dice"}, "optim": {"optimizer": {"lr": 1.0}}}, ["loss=dice", "optim.optimizer.lr=1.0"]),
+        ({"backbone": {"name": "timm"}, "backbone.name": "x"}, ["backbone=timm", "backbone.name=x"]),
         ({"data": {"pixels": "files"}}, ["data/pixels=files"]),
         ({"data/pixels": {"name": "files", "order": [0]}}, ["data/pixels=files", "data.pixels.order=[0]"]),
         ({"data.pixels": "files", "data": {"pixels": {"order": [0]}}}, ["data/pixels=files", "data.pixels.order=[0]"]),
-        (
-            {"data": {"name": "camvid", "root": "R", "augment": {"color": {"name": "photometric", "space": "hsv"}}}},
-            ["data=camvid", "data.root=R", "data/augment/color=photometric", "data.augment.color.space=hsv"],
-        ),
+        ({"data": {"augment": AUGMENT}}, ["data/augment/color=photometric", "data.augment.color.space=hsv"]),
         ({"engine": {"device": torch.device("cpu")}}, ["engine.device=cpu"]),
         ({"backbone": {"dtype": torch.bfloat16}}, ["backbone.dtype=bfloat16"]),
         ({"seed": np.int64(3)}, ["seed=3"]),
         ({"data.reader.masks.ids": {3: 4}}, ["data.reader.masks.ids={3:4}"]),
+        ({"backbone": {"name": "vit_tiny_patch16_224"}}, ["backbone.name=vit_tiny_patch16_224"]),  # of timm, no option
     ],
 )
 def test_one_argument_holds_an_option_and_its_keys(given, expected):
-    assert words(**given) == expected
-
-
-def test_unknown_option_name_becomes_a_key():
-    assert words(backbone={"name": "vit_tiny_patch16_224"}) == ["backbone.name=vit_tiny_patch16_224"]
-    assert words_of({"backbone": {"name": "test_vit"}}) == ["backbone.name=test_vit"]
-
-
-def test_a_user_error_is_a_value_error():
-    with pytest.raises(ValueError, match="^config_dir=nowhere is not a folder"):
-        dinoseg.list_heads(config_dir="nowhere")
+    split = split_options(given, None)
+    assert words_of(split, find_tables(("mode=train",), split, None)) == expected
 
 
 def test_create_model_takes_options_with_keys():
-    model = dinoseg.create_model(
-        {"name": "tiny", "patch_size": 8}, adapter={"name": "lora", "rank": 2}, head={"name": "mlp"}, num_classes=2
-    )
+    lora = {"name": "lora", "rank": 2}
+    model = dinoseg.create_model({"name": "tiny", "patch_size": 8}, adapter=lora, head={"name": "mlp"}, num_classes=2)
     lora = [parameter for name, parameter in model.named_parameters() if "lora_A" in name]
     assert model.backbone.patch_size == 8 and {len(each) for each in lora} == {2}
 
 
-@pytest.mark.parametrize("weights", [None, False])
-def test_no_weights_are_random_ones(weights):
+@pytest.mark.parametrize(("weights", "used"), [(None, "random"), (False, "random"), (True, "dinoseg:tiny_surgical")])
+def test_no_weights_are_random_ones(weights, used, tmp_path):
     model = dinoseg.create_model("tiny_surgical", num_classes=2, weights=weights)
-    assert model.backbone.weights == "random"
-    assert (
-        dinoseg.create_model("tiny_surgical", num_classes=2, weights=True).backbone.weights == "dinoseg:tiny_surgical"
-    )
-
-
-def test_load_takes_a_torch_device(tmp_path):
-    dinoseg.create_model("tiny", num_classes=2).save(tmp_path / "model.safetensors")
+    assert model.backbone.weights == used
+    model.save(tmp_path / "model.safetensors")
     assert dinoseg.load(tmp_path / "model.safetensors", device=torch.device("cpu")).device.type == "cpu"
 
 
-CALLS = {
+CLASSES = ["a", "b"]
+RANK_0 = {"name": "lora", "rank": 0}
+CALLS = {  # how a message begins
     "head.layrs": lambda: dinoseg.create_model("tiny", num_classes=2, **{"head.layrs": [1]}),
     "tracker.size": lambda: dinoseg.create_model("tiny", num_classes=2, **{"tracker.size": 1}),
     "trainer.stepz": lambda: dinoseg.train("demo", trainer={"stepz": 3}),
-    "clases": lambda: dinoseg.open_dataset(root=".", clases=["a", "b"]),
+    "data.clases": lambda: dinoseg.open_dataset(root=".", clases=CLASSES),
     "root": lambda: dinoseg.open_dataset("camvid"),
+    "root=nowhere is not a folder": lambda: dinoseg.open_dataset(root="nowhere", classes=CLASSES),
+    "root and classes are not set": dinoseg.open_dataset,
     "backbone.name": lambda: dinoseg.create_model("timm", num_classes=2),
-    "linear,mlp": lambda: dinoseg.train("demo", "head=linear,mlp"),
+    "weights=nowhere.pt: file": lambda: dinoseg.create_model("tiny", num_classes=2, weights="nowhere.pt"),
+    'adapter={"rank": 0} is out of': lambda: dinoseg.create_model("tiny", num_classes=2, adapter=RANK_0),
+    "head=linear,mlp": lambda: dinoseg.train("demo", "head=linear,mlp"),
     "head=other": lambda: dinoseg.create_model("tiny", head="other", num_classes=2),
+    'data={"root": "nowhere"} is not': lambda: dinoseg.train(data={"root": "nowhere", "classes": CLASSES}),
+    "config_dir=nowhere is not a folder": lambda: dinoseg.list_heads(config_dir="nowhere"),
 }
 
 
-@pytest.mark.parametrize("key", CALLS)
-def test_errors_of_calls_name_no_command_line(key):
-    with pytest.raises(UserError, match=re.escape(key)) as caught:
-        CALLS[key]()
-    assert not OF_COMMAND_LINES.search(str(caught.value)), str(caught.value)
+@pytest.mark.parametrize("start", CALLS)
+def test_errors_name_arguments_and_no_command_line(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = assert_refused(CALLS[start], start, error=ValueError)  # which a UserError is
+    assert message.startswith(start) and not OF_COMMAND_LINES.search(message)
 
 
 def test_errors_of_items_name_no_command_line(tmp_path):
     write_data(tmp_path)
     for mask in (tmp_path / "train/masks").iterdir():
-        dinoseg.utils.images.write_png(mask, np.full((32, 48), 7, np.uint8))
+        write_png(mask, np.full((32, 48), 7, np.uint8))
     data = dinoseg.open_dataset(root=tmp_path, classes=["dark", "bright"])
-    with pytest.raises(UserError, match="7") as caught:
-        data[0]
-    assert not OF_COMMAND_LINES.search(str(caught.value)), str(caught.value)
+    assert not OF_COMMAND_LINES.search(assert_refused(lambda: data[0], "7"))
 
 
 def test_scores_are_found_in_any_spelling():
@@ -127,24 +298,20 @@ def test_confusion_matrices_add_move_and_print():
     first.update(torch.tensor([[0, 1]]), torch.tensor([[0, 255]]))
     second.update(torch.tensor([[1, 1]]), torch.tensor([[1, 0]]))
     total = first + second
-    assert total.compute()["pixels"] == 3 and first.compute()["pixels"] == 1 and second.compute()["pixels"] == 2
+    assert [each.compute()["pixels"] for each in (first, second, total)] == [1, 2, 3]
     assert total.to("cpu") is total and first.to(torch.device("meta")).counts.is_meta
     assert repr(total) == "dinoseg.metrics.ConfusionMatrix(2 classes, 3 pixels, 1 ignored)"
-    with pytest.raises(ValueError, match="Cannot merge 3 classes"):
-        second + ConfusionMatrix(3)
 
 
 def test_one_patch_in_train_mode_is_refused():
     model = dinoseg.create_model("tiny", num_classes=2).train()
-    with pytest.raises(UserError, match="1 image of 16 x 16 is one patch.*model.eval"):
-        model(torch.rand(1, 3, 16, 16))
+    assert_refused(lambda: model(torch.rand(1, 3, 16, 16)), "1 image of 16 x 16 is one patch", "model.eval")
     assert model.eval()(torch.rand(1, 3, 16, 16)).shape == (1, 2, 16, 16)
 
 
 def test_partial_backbone_names_its_line(tmp_path):
     (tmp_path / "backbone").mkdir()
-    text = "defaults: [rgb]\n_partial_: true\n"
-    (tmp_path / "backbone/part.yaml").write_text(text)
+    (tmp_path / "backbone/part.yaml").write_text("defaults: [rgb]\n_partial_: true\n")
     with pytest.raises(UserError, match="backbone: its YAML file sets `_partial_: true`.*Remove"):
         dinoseg.create_model("part", num_classes=2, config_dir=tmp_path)
 
@@ -162,10 +329,7 @@ def test_partial_backbone_names_its_line(tmp_path):
         ("Choose heads=[linear,mlp].", 'Choose heads=["linear", "mlp"].'),
         ("head=lin is unknown.", "head=lin is unknown."),
         ("Did you mean data/pixels=files?", 'Did you mean data={"pixels": "files"}?'),
-        (
-            "Write data/pixels=files data.pixels.order=[0], or none.",
-            'Write data={"pixels": {"name": "files", "order": [0]}}, or none.',
-        ),
+        ("Write data/pixels=files data.pixels.order=[0].", 'Write data={"pixels": {"name": "files", "order": [0]}}.'),
         ("outputs/lr=3 holds files.", "outputs/lr=3 holds files."),
         ("resume=/a/b.c/d.pt: damaged", "resume=/a/b.c/d.pt: damaged"),
         ("++trainer.stepz=3 is unknown.", "++trainer.stepz=3 is unknown."),
@@ -175,23 +339,3 @@ def test_errors_write_keys_as_keyword_arguments(message, expected):
     with pytest.raises(UserError) as caught, python_terms():
         raise UserError(message)
     assert str(caught.value) == expected
-
-
-def test_errors_name_arguments_of_the_call(tmp_path):
-    write_data(tmp_path)
-    calls = {
-        r"^root=\S*nowhere is not a folder": lambda: dinoseg.open_dataset(
-            root=tmp_path / "nowhere", classes=["a", "b"]
-        ),
-        r"^root and classes are not set": lambda: dinoseg.open_dataset(),
-        r"^weights=nowhere.pt: file": lambda: dinoseg.create_model("tiny", num_classes=2, weights="nowhere.pt"),
-        r'^adapter=\{"rank": 0\} is out of': lambda: dinoseg.create_model(
-            "tiny", adapter={"name": "lora", "rank": 0}, num_classes=2
-        ),
-        r'^data=\{"root": ".*nowhere"\} is not': lambda: dinoseg.train(
-            data={"root": tmp_path / "nowhere", "classes": ["a", "b"]}, out_dir=tmp_path / "run"
-        ),
-    }
-    for message, call in calls.items():
-        with pytest.raises(UserError, match=message):
-            call()

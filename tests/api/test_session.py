@@ -1,11 +1,9 @@
 """What a mode changes in the caller's process is restored, also after an error."""
 
-import faulthandler
 import logging
 import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from caller_settings import foreign_settings
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -31,104 +30,95 @@ from dinoseg.experiment.log_file import configure_log
 from dinoseg.utils.errors import UserError
 
 
-def logged(change):
+def change_log():
+    configure_log(None)
+    logging.getLogger("matplotlib").setLevel(logging.DEBUG)
+    logging.getLogger("of_a_caller").setLevel(logging.DEBUG)
+
+
+def log():
     """Return the log's handlers and levels."""
-    if change:
-        configure_log(None)
-        logging.getLogger("matplotlib").setLevel(logging.DEBUG)
-        logging.getLogger("of_a_caller").setLevel(logging.DEBUG)
     names = ("", "matplotlib", "of_a_caller")
     return [logging.getLogger(name).level for name in names], logging.getLogger().handlers[:], threading.excepthook
 
 
-def filtered(change):
-    if change:
-        warnings.simplefilter("ignore")
-    return warnings.filters[:]
+def change_environment():
+    os.environ |= {"OMP_NUM_THREADS": "7", "OF_A_MODE": "1"}
+    os.environ.pop("PATH")
 
 
-def environment(change):
-    if change:
-        os.environ |= {"OMP_NUM_THREADS": "7", "OF_A_MODE": "1"}
-        os.environ.pop("PATH")
-    return dict(os.environ)
+def change_streams():
+    sys.stdout, sys.stderr = sys.stderr, sys.stdout
 
 
-def folder(change):
-    if change:
-        os.chdir("/")
-    return os.getcwd()
+def change_random_states():
+    random.seed(9), np.random.seed(9), torch.manual_seed(9)
 
 
-def arguments(change):
-    if change:
-        sys.argv[1:] = ["changed"]
-    return sys.argv[:]
-
-
-def streams(change):
-    if change:
-        sys.stdout, sys.stderr = sys.stderr, sys.stdout
-    return sys.stdout, sys.stderr
-
-
-def states(change):
-    if change:
-        random.seed(9), np.random.seed(9), torch.manual_seed(9)
+def random_states():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
-def settings(change):
-    if change:
-        torch.set_num_threads(torch.get_num_threads() + 1)
-        torch.set_float32_matmul_precision("medium")
-        torch.set_default_dtype(torch.float64)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.set_grad_enabled(False)
-        torch.backends.cudnn.benchmark = True
+def change_torch():
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.set_float32_matmul_precision("medium")
+    torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_grad_enabled(False)
+    torch.backends.cudnn.benchmark = True
+
+
+def torch_settings():
     flags = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     return torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype(), *flags
 
 
-def start_method(change):
-    if change:
-        multiprocessing.set_start_method("spawn", force=True)
-    return multiprocessing.get_start_method(allow_none=True)
+def change_hydra():
+    HydraConfig.instance().cfg = OmegaConf.create({"hydra": {"job": {}}})
+    ConfigStore.instance().store("of_a_mode", {})
+    OmegaConf.register_new_resolver("of_a_mode", str)
 
 
-def hydra(change):
-    if change:
-        HydraConfig.instance().cfg = OmegaConf.create({"hydra": {"job": {}}})
-        ConfigStore.instance().store("of_a_mode", {})
-        OmegaConf.register_new_resolver("of_a_mode", str)
+def hydra():
     names = [name for name in ("of_a_mode", "len", "class_file") if OmegaConf.has_resolver(name)]
     return HydraConfig.instance().cfg, GlobalHydra.instance().hydra, [*ConfigStore.instance().repo], names
 
 
-def accelerate(change):
-    from accelerate.state import AcceleratorState, PartialState
-
-    if change:
-        AcceleratorState._shared_state["x"] = PartialState._shared_state["x"] = 1
-    return dict(AcceleratorState._shared_state), dict(PartialState._shared_state)
+def change_accelerate():
+    AcceleratorState._shared_state["x"] = PartialState._shared_state["x"] = 1
 
 
-def handlers(change):
-    return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), faulthandler.is_enabled()
-
-
-PARTS = (logged, filtered, environment, folder, arguments, streams, states, settings, start_method, hydra, accelerate)
+PARTS = {  # how a mode changes a part of the state, and what reads that
+    "log": (change_log, log),
+    "warnings": (lambda: warnings.simplefilter("ignore"), lambda: warnings.filters[:]),
+    "environment": (change_environment, lambda: dict(os.environ)),
+    "folder": (lambda: os.chdir("/"), os.getcwd),
+    "arguments": (lambda: sys.argv.__setitem__(slice(1, None), ["changed"]), lambda: sys.argv[:]),
+    "streams": (change_streams, lambda: (sys.stdout, sys.stderr)),
+    "random states": (change_random_states, random_states),
+    "torch": (change_torch, torch_settings),
+    "start method": (
+        lambda: multiprocessing.set_start_method("spawn", force=True),
+        lambda: multiprocessing.get_start_method(allow_none=True),
+    ),
+    "hydra": (change_hydra, hydra),
+    "accelerate": (
+        change_accelerate,
+        lambda: (dict(AcceleratorState._shared_state), dict(PartialState._shared_state)),
+    ),
+}
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
+@pytest.mark.parametrize("part", PARTS)
 def test_state_is_restored(part, fails):
-    before = part(change=False)
+    change, read = PARTS[part]
+    before = read()
     with suppress(ZeroDivisionError), preserve_process_state():
-        part(change=True)
-        assert part(change=False) != before
+        change()
+        assert read() != before
         1 / (0 if fails else 1)
-    assert part(change=False) == before
+    assert read() == before
 
 
 def test_settings_of_the_caller_do_not_reach_the_mode():
@@ -153,20 +143,9 @@ def test_autocast_around_a_mode_caches_no_old_weights():
                 assert torch.nn.functional.linear(torch.ones(1, 1), weight) == value
 
 
-def test_open_log_files_stay_open(tmp_path):
+def test_open_log_files_and_disabled_loggers_stay_as_they_are(tmp_path):
     handler = logging.FileHandler(tmp_path / "log", "w")
     logging.getLogger().addHandler(handler)
-    try:
-        with preserve_process_state():
-            configure_log(None)
-        logging.getLogger("of_a_caller").error("after")
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
-    assert "after" in (tmp_path / "log").read_text()
-
-
-def test_disabled_loggers_still_write_the_run_log():
     ours = logging.getLogger("dinoseg.training.trainer")
     ours.disabled = True
     logging.disable(logging.CRITICAL)
@@ -175,9 +154,14 @@ def test_disabled_loggers_still_write_the_run_log():
             configure_log(None)
             assert ours.isEnabledFor(logging.ERROR)
         assert ours.disabled and logging.root.manager.disable == logging.CRITICAL
+        logging.disable(logging.NOTSET)
+        logging.getLogger("of_a_caller").error("after")
     finally:
         ours.disabled = False
         logging.disable(logging.NOTSET)
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    assert "after" in (tmp_path / "log").read_text()
 
 
 @dataclass
@@ -186,10 +170,8 @@ class CallersOptimizer:
 
 
 def test_a_hydra_program_can_call_modes():
-    store, options = (
-        ConfigStore.instance(),
-        ["mode=help", "head=cnn", "adapter=lora", "loss=dice"],
-    )  # which no other test composes
+    store = ConfigStore.instance()
+    options = ["mode=help", "head=cnn", "adapter=lora", "loss=dice"]  # which no other test composes
     store.store(group="optim", name="adamw", node=CallersOptimizer)
     try:
         with initialize_config_dir(CONFIGS, version_base="1.3"):
@@ -205,24 +187,6 @@ def test_a_hydra_program_can_call_modes():
         store.repo.pop("optim")
 
 
-def test_second_thread_waits():
-    order, entered = [], threading.Event()
-
-    def second():
-        entered.set()
-        with preserve_process_state():
-            order.append("second")
-
-    with preserve_process_state():
-        thread = threading.Thread(target=second)
-        thread.start()
-        entered.wait()
-        thread.join(0.2)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
-
-
 def test_a_process_group_of_the_caller_is_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -232,13 +196,25 @@ def test_a_process_group_of_the_caller_is_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_a_worker_that_imports_the_script_is_refused(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import multiprocessing\nfrom dinoseg.api.session import preserve_process_state\n"
-        "with preserve_process_state():\n    pass\n"
-        "process = multiprocessing.get_context('spawn').Process(target=print)\nprocess.start()\nprocess.join()\n"
-        "print('status', process.exitcode)\n"
-    )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+SPAWNS = """import multiprocessing
+from dinoseg.api.session import preserve_process_state
+with preserve_process_state():
+    pass
+process = multiprocessing.get_context("spawn").Process(target=print)
+process.start()
+process.join()
+print("status", process.exitcode)
+"""
+
+
+def test_a_worker_that_imports_the_script_is_refused(monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(UserError, match='`if __name__ == "__main__":`'), preserve_process_state():
+        pass
+
+
+@pytest.mark.heavy
+def test_a_spawned_worker_that_imports_the_script_is_refused(tmp_path):
+    (tmp_path / "script.py").write_text(SPAWNS)
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, check=False)
     assert "status 1" in done.stdout and '`if __name__ == "__main__":`' in done.stderr

@@ -65,48 +65,44 @@ def test_counts_are_those_of_the_confusion_matrix(ignored):
     found, whole = collect(images, ignore_index=ignored), ConfusionMatrix(CLASSES, ignored, background=1)
     for _, mask, prediction, _ in images:
         whole.update(prediction, mask)
-    scores, expected = ClassScores(CLASSES, background=1).scores(found.classes.sum(axis=0).reshape(-1)), whole.compute()
+    counts, expected = found.classes.sum(axis=0), whole.compute()
+    scores = ClassScores(CLASSES, background=1).scores(counts.reshape(-1))
     means = ("miou", "miou_no_background", "dice", "accuracy")
     assert [scores[key] for key in means] == pytest.approx([expected[key] for key in means], rel=1e-12)
     for place, key in ((1, "pixels"), (2, "predicted_pixels")):
-        wanted = [0 if row["id"] == ignored else row[key] for row in expected["classes"]]
-        assert found.classes.sum(axis=0)[place].tolist() == wanted
+        assert counts[place].tolist() == [0 if row["id"] == ignored else row[key] for row in expected["classes"]]
     ious = [np.nan if row["iou"] is None else row["iou"] for row in expected["classes"]]
     assert [scores[f"iou/{index}"] for index in range(CLASSES)] == pytest.approx(ious, rel=1e-12, nan_ok=True)
     assert found.boundary[..., 0].sum() == expected["pixels"]
     assert found.boundary[..., 1].sum() == round((1 - expected["accuracy"]) * expected["pixels"])
 
 
-def test_collected_logits_are_those_of_labelled_pixels():
+def test_collected_logits_are_those_of_labelled_pixels(monkeypatch):
     images = list(samples(3))
     found = collect(images)
     masks = [mask[lattice(SIZE)].numpy() for _, mask, _, _ in images]
     logits = [each.numpy()[:, mask != 255].T for (_, _, _, each), mask in zip(images, masks, strict=True)]
     assert np.array_equal(found.labels, np.concatenate([mask[mask != 255] for mask in masks]))
     assert np.array_equal(found.logits, np.concatenate(logits))
+    monkeypatch.setattr(collected_module, "_LOGITS", 6 * CLASSES * 3)  # those of many images take no more memory
+    found = collect(images)
+    assert len(found.labels) == 18 and found.logits.shape == (18, CLASSES)
 
 
 def test_few_images_stand_once_and_those_without_labels_nowhere():
-    bare, one = list(samples(2, ignored=1.1)), list(samples(1))
-    found = collect([*bare, *one])
+    bare = list(samples(2, ignored=1.1))
+    found = collect([*bare, *samples(1)])
     assert [shot.index for shot in found.best] == [2] and not found.worst
-    assert image_mious(found.classes)[:2] == [None, None]
-    assert len(collect(bare).labels) == 0
+    assert image_mious(found.classes)[:2] == [None, None] and len(collect(bare).labels) == 0
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_images_that_score_the_same_stand_once_the_earlier_ones(world_size):
-    found = collect(list(samples(1)) * 17, world_size)
+    image, mask, prediction, logits = next(samples(1))
+    found = collect([(image, mask, prediction, logits)] * 17, world_size)
     assert [shot.index for shot in found.best] == [0, 1, 2] and [shot.index for shot in found.worst] == [3, 4, 5]
-    image, mask, _, logits = next(samples(1))
     found = collect([*samples(8), *[(image, mask, mask, logits)] * 8], world_size)
     assert [shot.index for shot in found.best] == [8, 9, 10, 11, 12, 13]
-
-
-def test_logits_of_many_images_take_no_more_memory(monkeypatch):
-    monkeypatch.setattr(collected_module, "_LOGITS", 6 * CLASSES * 3)
-    found = collect(list(samples(3)))
-    assert len(found.labels) == 18 and found.logits.shape == (18, CLASSES)
 
 
 def test_paired_intervals_leave_the_same_units_out_of_both():
@@ -136,9 +132,5 @@ def test_intervals_are_of_whole_units():
     assert all(estimate.ci95 is None for estimate in jackknife(kind, unit_sums(counts, ["one"] * 12)).values())
     sums = unit_sums(counts, [str(n % 4) for n in range(12)])
     assert np.array_equal(sums[1].reshape(3, CLASSES), counts[1::4].sum(axis=0))
-
-
-def test_a_run_against_itself_differs_by_nothing():
-    sums, kind = unit_sums(collect(list(samples(6))).classes, list("abcdef")), ClassScores(CLASSES)
-    gaps = jackknife(Difference(kind), np.concatenate([sums, sums], axis=1))
+    gaps = jackknife(Difference(kind), np.concatenate([sums, sums], axis=1))  # a run against itself
     assert all((gap.value, gap.ci95, gap.p) == (0.0, [0.0, 0.0], 1.0) for gap in gaps.values())

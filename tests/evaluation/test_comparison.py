@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mistakes import assert_refused, refusals
 from omegaconf import OmegaConf
 from scipy import stats
 
@@ -30,7 +31,6 @@ from dinoseg.experiment.run_config import open_saved_data
 from dinoseg.metrics import BoundaryIoU, ClDice
 from dinoseg.modes.compare import COLUMNS, costs_table
 from dinoseg.report.html.comparison import OtherRun
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import write_png
 
 IMAGES, CLASSES = 12, 3
@@ -68,11 +68,20 @@ def as_layers(found):
     return replace(found, counts=np.concatenate([found.counts, np.full((IMAGES, 1, CLASSES), 400)], axis=1))
 
 
-def test_runs_of_two_tasks_are_refused_by_name(tmp_path):
-    folders = (tmp_path / "a", tmp_path / "b")
-    with pytest.raises(UserError, match="task: semantic in the first; multilabel in the second"):
-        align_records(dict(zip(folders, (record(), as_layers(record(1))), strict=True)))
-    layers = align_records(dict(zip(folders, (as_layers(record()), as_layers(record(1))), strict=True)))
+@pytest.fixture
+def two(tmp_path):
+    """Return the folders of two runs."""
+    return [tmp_path / "a", tmp_path / "b"]
+
+
+def align(folders, *records):
+    return align_records(dict(zip(folders, records, strict=True)))
+
+
+def test_runs_of_two_tasks_are_refused_by_name(two, tmp_path):
+    mixed = record(), as_layers(record(1))
+    assert_refused(lambda: align(two, *mixed), "task: semantic in the first; multilabel in the second")
+    layers = align(two, as_layers(record()), as_layers(record(1)))
     assert [found.task for found in layers] == ["multilabel"] * 2
     write_record(layers[0], tmp_path)
     assert read_record(tmp_path).task == "multilabel"
@@ -83,15 +92,12 @@ def sides(folders, records):
     return [Side(at.name, [at], [at.name], [at], [found]) for at, found in zip(folders, records, strict=True)]
 
 
-def test_images_in_another_order_are_the_same_images(tmp_path, caplog):
+def test_images_in_another_order_are_the_same_images(two, caplog):
     first, second, order = record(), record(1), np.random.default_rng(0).permutation(IMAGES)
-    names = [second.images[index] for index in order]
-    units = [second.units[index] for index in order]
-    mixed = replace(second, images=names, units=units, counts=second.counts[order])
-    folders = [tmp_path / "a", tmp_path / "b"]
-    given = align_records(dict(zip(folders, (first, mixed), strict=True)))
+    names, units = ([each[index] for index in order] for each in (second.images, second.units))
+    given = align(two, first, replace(second, images=names, units=units, counts=second.counts[order]))
     assert np.array_equal(given[1].counts, second.counts) and "belong to" not in caplog.text
-    other = against(sides(folders, given), pytest.fail)[0]
+    other = against(sides(two, given), pytest.fail)[0]
     assert other.scores == scores_of([second]) and other.mious[0] != pytest.approx(scores_of([first])["miou"])
     right, held, predicted = second.counts[0].astype(float)
     assert other.mious[0] == pytest.approx((right / (held + predicted - right)).mean())
@@ -106,25 +112,33 @@ def test_images_in_another_order_are_the_same_images(tmp_path, caplog):
         ({"images": [*record().images[1:], "x"]}, "1 image only in the first (data=x, x): 00"),
     ],
 )
-def test_incomparable_records_are_refused_with_the_difference(tmp_path, change, told):
-    with pytest.raises(UserError, match="were not evaluated on the same images") as refused:
-        align_records({tmp_path / "a": record(), tmp_path / "b": record(1, **change)})
-    assert f"- {told}\n" in str(refused.value)
+def test_incomparable_records_are_refused_with_the_difference(two, change, told):
+    said = "were not evaluated on the same images", f"- {told}\n"
+    assert_refused(lambda: align(two, record(), record(1, **change)), *said)
+
+
+def cldice(**changes):
+    """Return a record's scores of a metric, with other values."""
+    score = metric_scores(ClDice(), 0, record().images, record().units)[0]["cldice"]
+    return {"cldice": replace(score, **changes)}
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"background": 3}, "background 3 is not one of its 3 classes"),
-        ({"images": ["00"] * IMAGES}, "12 images of 3 classes have counts"),
-        ({"counts": record().counts[:, ::-1]}, "its counts are inconsistent"),
-        ({"counts": -record().counts}, "its counts are inconsistent"),
+        ({"background": 3}, ["background 3 is not one of its 3 classes"]),
+        ({"images": ["00"] * IMAGES}, ["12 images of 3 classes have counts"]),
+        ({"counts": record().counts[:, ::-1]}, ["its counts are inconsistent"]),
+        ({"counts": -record().counts}, ["its counts are inconsistent"]),
+        ({"scores": {"left_out": [0.5]}}, ["cldice has ", "the values of 1 and 2 units"]),
+        ({"scores": {"scored": [True]}}, ["cldice has ", "the values of 2 and 1 units"]),
     ],
 )
 def test_a_record_that_contradicts_itself_is_damaged(tmp_path, change, told):
+    if "scores" in change:
+        change = {"scores": cldice(**change["scores"])}
     write_record(record(**change), tmp_path)
-    with pytest.raises(UserError, match=f"damaged .*{told}"):
-        read_record(tmp_path)
+    assert_refused(lambda: read_record(tmp_path), "damaged ", *told)
 
 
 def test_images_with_the_largest_differences_are_shown(tmp_path, monkeypatch):
@@ -147,45 +161,47 @@ def test_images_with_the_largest_differences_are_shown(tmp_path, monkeypatch):
 
 def test_images_show_the_first_run_and_the_other(tmp_path, monkeypatch):
     asked, folders = [], [tmp_path / name for name in "abc"]
-    monkeypatch.setattr(
-        comparison,
-        "largest_differences",
-        lambda load, folders, *_: asked.append(folders) or ([], ""),
-    )
-    against(sides(folders, [record(), record(1), record(2)]), pytest.fail)
+    monkeypatch.setattr(comparison, "largest_differences", lambda load, folders, *_: asked.append(folders) or ([], ""))
+    against(sides(folders, [record(seed) for seed in range(3)]), pytest.fail)
     assert asked == [(folders[0], folders[1]), (folders[0], folders[2])]
 
 
-def test_unreadable_data_is_reported_once(tmp_path, monkeypatch, caplog):
-    folders, asked = [tmp_path / name for name in "abcd"], []
+def test_unreadable_data_is_opened_and_reported_once(tmp_path, caplog):
+    folders, opened = [tmp_path / name for name in "abcd"], []
     for folder in folders:
         (folder / "predictions").mkdir(parents=True)
     (tmp_path / "a/config").mkdir()
     (tmp_path / "a/config/config.yaml").touch()
-    monkeypatch.setattr(run_config, "config_text", lambda path: asked.append(path) or path.read_text())
-    cfg = OmegaConf.create({"trust": []})
-    others = against(
-        sides(folders, [record(seed) for seed in range(4)]),
-        lambda: open_saved_data(Builder(cfg), folders[0], root="", split="val"),
-    )
-    assert asked and caplog.text.count("The report has no images: ") == 1
+
+    def load():
+        opened.append(1)
+        return open_saved_data(Builder(OmegaConf.create({"trust": []})), folders[0], root="", split="val")
+
+    others = against(sides(folders, [record(seed) for seed in range(4)]), load)
+    assert len(opened) == 1 and caplog.text.count("The report has no images: ") == 1
     assert all("config.yaml does not define the dataset" in other.no_pictures for other in others)
 
 
-def test_a_config_larger_than_any_is_not_read(tmp_path):
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config/config.yaml").write_bytes(b"#" * (2**20 + 1))
-    with pytest.raises(UserError, match="has 1048577 bytes; the limit is 131072"):
-        open_saved_data(None, tmp_path, root="", split="val")
+def open_large_config():
+    Path("config").mkdir()
+    Path("config/config.yaml").write_bytes(b"#" * (2**20 + 1))
+    open_saved_data(None, Path(), root="", split="val")
 
 
-def test_no_name_leads_out_of_a_run_folder(tmp_path):
-    write_png(tmp_path / "outside_pred.png", np.zeros((4, 6), np.uint8))
-    (tmp_path / "a/predictions").mkdir(parents=True)
+def show_image_outside():
+    write_png("outside_pred.png", np.zeros((4, 6), np.uint8))
+    Path("a/predictions").mkdir(parents=True)
     data = Data([{"mask": torch.zeros(4, 6)}])
     data.names, data.classes = ["../../outside"], ["a", "b"]
-    with pytest.raises(UserError, match="names an image outside its own folder"):
-        _pair_shot(data, 0, (tmp_path / "a", tmp_path / "a"), (0.0, 1.0))
+    _pair_shot(data, 0, (Path("a"), Path("a")), (0.0, 1.0))
+
+
+test_message_names_value_and_remedy = refusals(
+    {
+        "a config larger than any": (open_large_config, "has 1048577 bytes; the limit is 131072"),
+        "a name that leads out": (show_image_outside, "names an image outside its own folder"),
+    }
+)
 
 
 def metric_scores(metric, seed, names, units):
@@ -200,16 +216,15 @@ def metric_scores(metric, seed, names, units):
 
 
 @pytest.mark.parametrize("metric", [ClDice(), ForegroundShare()])
-def test_further_scores_are_paired_by_unit(tmp_path, metric):
+def test_further_scores_are_paired_by_unit(two, tmp_path, metric):
     base = record(units=[f"{index // 3}" for index in range(IMAGES)])
     order = np.random.default_rng(1).permutation(IMAGES)
-    names, units = [base.images[index] for index in order], [base.units[index] for index in order]
+    names, units = ([each[index] for index in order] for each in (base.images, base.units))
     first, rows = metric_scores(metric, 0, base.images, base.units)
     second, _ = metric_scores(metric, 3, names, units)
-    moved = replace(base, images=names, units=units, counts=base.counts[order], scores=second)
-    write_record(moved, tmp_path)
-    given = align_records({tmp_path / "a": replace(base, scores=first), tmp_path / "b": read_record(tmp_path)})
-    (other,) = against(sides([tmp_path / "a", tmp_path / "b"], given), list)
+    write_record(replace(base, images=names, units=units, counts=base.counts[order], scores=second), tmp_path)
+    given = align(two, replace(base, scores=first), read_record(tmp_path))
+    (other,) = against(sides(two, given), list)
     name = next(iter(metric.scores))
     gap = other.differences[name]
     others = metric_scores(metric, 3, base.images, base.units)[1]
@@ -287,65 +302,41 @@ def runs_of(*values):
     return [FurtherScore("max", "", value, [None], [True]) for value in values]
 
 
-def test_equal_scores_of_more_runs_differ_by_nothing():
-    first, second = runs_of(0.1, 0.1, 0.1), runs_of(0.1, 0.1)
-    assert np.mean([0.1] * 3) != np.mean([0.1] * 2)  # in the last digit
-    assert further_difference(first, second).value == 0
-
-
 def test_a_single_unit_has_the_error_of_its_runs():
     first, second = (0.2, 0.3, 0.5), (0.6, 0.8)
     gap = further_difference(runs_of(*first), runs_of(*second))
     expected = stats.ttest_ind(second, first, equal_var=False)
     assert gap.value == pytest.approx(0.7 - 1 / 3) and gap.p == pytest.approx(expected.pvalue)
     assert further_difference(runs_of(*first), runs_of(0.6)).ci95 is None
+    assert np.mean([0.1] * 3) != np.mean([0.1] * 2)  # in the last digit
+    assert further_difference(runs_of(0.1, 0.1, 0.1), runs_of(0.1, 0.1)).value == 0
 
 
-def test_unbounded_scores_are_not_compared():
+def test_scores_unbounded_or_of_other_settings_are_no_rivals(two, caplog):
     metric, base = ForegroundShare(), record()
     metric.unbounded = ("share",)
     assert metric_scores(metric, 0, base.images, base.units)[0] == {}
-
-
-def test_scores_of_other_settings_are_not_compared(tmp_path, caplog):
-    base = record()
     wide, narrow = (metric_scores(BoundaryIoU(ratio), 0, base.images, base.units)[0] for ratio in (0.2, 0.02))
-    runs = {tmp_path / "a": replace(base, scores=wide), tmp_path / "b": replace(base, scores=narrow)}
-    assert [dict(run.scores) for run in align_records(runs)] == [{}, {}] and "boundary_iou" in caplog.text
-
-
-def test_scores_of_too_few_units_are_damaged(tmp_path):
-    base = record()
-    scores, _ = metric_scores(ClDice(), 0, base.images, base.units)
-    write_record(replace(base, scores={"cldice": replace(scores["cldice"], left_out=[0.5])}), tmp_path)
-    with pytest.raises(UserError, match="cldice has .* the values of 1 and 2 units"):
-        read_record(tmp_path)
-    write_record(replace(base, scores={"cldice": replace(scores["cldice"], scored=[True])}), tmp_path)
-    with pytest.raises(UserError, match="cldice has .* the values of 2 and 1 units"):
-        read_record(tmp_path)
+    found = align(two, replace(base, scores=wide), replace(base, scores=narrow))
+    assert [dict(run.scores) for run in found] == [{}, {}] and "boundary_iou" in caplog.text
 
 
 def test_runs_are_ranked_best_first_and_unscored_last():
     assert best_first([0.2, None, 0.5, 0.0, 0.5, None]) == [2, 4, 0, 3, 1, 5]
 
 
-def test_seeds_note_states_the_runs_per_side():
+def test_notes_state_the_runs_and_units_per_side():
     def of(*counts, units=("0", "1")):
         found = [record(units=[units[index % len(units)] for index in range(IMAGES)])]
         return [Side(name, [Path()] * runs, [], [], found) for name, runs in zip("abc", counts, strict=False)]
 
-    def note_of(*counts, **more):
-        return seeds_note(of(*counts, **more))
-
-    assert note_of(1, 1).startswith("one trained model per side: ")
-    assert note_of(3, 2) == "the variance over seeds is included in the intervals (3, 2 runs)"
-    assert note_of(2, 1, 2).endswith("(2, 1, 2 runs), except for b, one trained model each")
+    assert seeds_note(of(1, 1)).startswith("one trained model per side: ")
+    assert seeds_note(of(3, 2)) == "the variance over seeds is included in the intervals (3, 2 runs)"
+    assert seeds_note(of(2, 1, 2)).endswith("(2, 1, 2 runs), except for b, one trained model each")
     none = units_note(of(1, 2, 2, units=["0"]))
     assert none.startswith("none: they need two videos, or several seeds") and "resume=RUN data.group=" in none
-    assert units_note(of(2, 2, units=["0"])) == (
-        "over seeds only: there is one video, so they do not generalise to others"
-    )
-    assert units_note(of(2, 1, 2)) == "over 2 videos"
+    of_seeds = "over seeds only: there is one video, so they do not generalise to others"
+    assert units_note(of(2, 2, units=["0"])) == of_seeds and units_note(of(2, 1, 2)) == "over 2 videos"
 
 
 def test_each_side_has_a_line_and_the_best_is_first(tmp_path):
@@ -384,17 +375,15 @@ def test_tables_fit_a_terminal_of_120_columns(tmp_path):
     assert max(map(len, costs_table([row]).splitlines())) <= 120
 
 
-def test_runs_of_unknown_config_are_not_grouped():
-    known = [({"head.lr": 1}, seed) for seed in (0, 1)]
-    assert _by_seed([None, None, *known]) == [[0], [1], [2, 3]]
-    assert _by_seed([known[0], None, known[1]]) == [[0, 2], [1]]
+def add_jobs(folder, *names):
+    for name in names:
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / RECORD).touch()
 
 
 def test_jobs_of_a_sweep_come_by_their_numbers(tmp_path):
     (tmp_path / "multirun.yaml").touch()
-    for number in (10, 9, 0):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / RECORD).touch()
+    add_jobs(tmp_path, "10", "9", "0")
     assert [job.name for job in _jobs(tmp_path, ())] == ["0", "9", "10"]
     assert [job.name for job in _jobs(tmp_path, {tmp_path / "9"})] == ["0", "10"]
 
@@ -404,15 +393,11 @@ def test_jobs_that_were_run_again_or_have_names_of_their_own(tmp_path, caplog):
     (tmp_path / "sweep.csv").touch()
     for name in ("lr=0.1,seed=0", "lr=0.1,seed=1", "lr=0.2,seed=0", ".hidden"):
         (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match="is a sweep without an evaluation.* mode=eval resume=RUN"):
-        _jobs(tmp_path, ())
-    for name in ("lr=0.1,seed=0", "lr=0.1,seed=1"):
-        (tmp_path / name / RECORD).touch()
+    assert_refused(lambda: _jobs(tmp_path, ()), "is a sweep without an evaluation", " mode=eval resume=RUN")
+    add_jobs(tmp_path, "lr=0.1,seed=0", "lr=0.1,seed=1")
     assert [job.name for job in _jobs(tmp_path, ())] == ["lr=0.1,seed=0", "lr=0.1,seed=1"]
     assert "left out: lr=0.2,seed=0." in caplog.text
-    for name in ("0", "1_2"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / RECORD).touch()
+    add_jobs(tmp_path, "0", "1_2")
     assert [job.name for job in _jobs(tmp_path, ())] == ["0"]
     assert "left out: 1_2, lr=0.1,seed=0, lr=0.1,seed=1, lr=0.2,seed=0." in caplog.text
 
@@ -426,13 +411,17 @@ def with_config(folder, seed=0, **data):
 
 def test_groups_that_only_train_do_not_separate_recipes(tmp_path):
     loss = {"criterion": {"_target_": "a.Loss", "factor": 1, "ignore_index": "${data.ignore_index}"}}
-    folders = [with_config(tmp_path / str(seed), seed) for seed in range(3)]
     stored = {"criterion": {"factor": 1}}
-    for folder, option, values in zip(folders, ("mine", "mine", "ours"), (loss, stored, stored), strict=True):
-        path = folder / "config/config.yaml"
-        more = {"loss": values, "choices": {"loss": option, "mode": folder.name}}
+    folders = []
+    for seed, (option, values) in enumerate((("mine", loss), ("mine", stored), ("ours", stored))):
+        folders.append(with_config(tmp_path / str(seed), seed))
+        path = folders[-1] / "config/config.yaml"
+        more = {"loss": values, "choices": {"loss": option, "mode": str(seed)}}
         path.write_text(OmegaConf.to_yaml({**OmegaConf.load(path), **more}))
     assert _by_seed(run_config.recipes(folders)) == [[0, 1], [2]]
+    known = [({"head.lr": 1}, seed) for seed in (0, 1)]
+    assert _by_seed([None, None, *known]) == [[0], [1], [2, 3]]  # runs of unknown config are not grouped
+    assert _by_seed([known[0], None, known[1]]) == [[0, 2], [1]]
 
 
 def test_class_file_values_do_not_separate_recipes(tmp_path):
@@ -440,23 +429,8 @@ def test_class_file_values_do_not_separate_recipes(tmp_path):
     trained = with_config(tmp_path / "trained", **left)
     evaluated = with_config(tmp_path / "evaluated", 1, background=None, reader={"ids": {11: 255, 12: 0}})
     other = with_config(tmp_path / "other", 2, background=None, reader={"ids": {11: 255}, "idsof": 1})
+    more = with_config(tmp_path / "more", 1, reader={"ids": {11: 255}})
     lacking = tmp_path / "lacking"
     assert _by_seed(run_config.recipes([evaluated, other, trained, lacking])) == [[0, 2], [1], [3]]
-    assert _by_seed(run_config.recipes([evaluated, with_config(tmp_path / "more", 1, reader={"ids": {11: 255}})])) == [
-        [0],
-        [1],
-    ]
+    assert _by_seed(run_config.recipes([evaluated, more])) == [[0], [1]]
     assert run_config.recipes([evaluated, lacking])[0][0]["data.reader.ids.11"] == 255
-
-
-def test_a_data_set_that_fails_is_opened_once(tmp_path, monkeypatch):
-    opened, folders = [], [tmp_path / name for name in "abc"]
-
-    def fail():
-        opened.append(1)
-        raise UserError("data.root=x does not exist.")
-
-    monkeypatch.setattr(comparison, "largest_differences", lambda load, *_: load())
-    others = against(sides(folders, [record(), record(1), record(2)]), fail)
-    assert len(opened) == 1
-    assert [other.no_pictures for other in others] == 2 * ["No images: data.root=x does not exist."]

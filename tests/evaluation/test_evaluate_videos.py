@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from command_line import call
 from failing import fail_after
+from mistakes import assert_refused
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -43,18 +45,11 @@ class Engine:
 
     def __init__(self, batch=1, rank=0, world_size=1):
         self._batch, self.rank, self.world_size, self.is_main = batch, rank, world_size, rank == 0
+        self.broadcast = self.gather = lambda value: value
+        self.close = lambda: None
 
     def images_at_once(self):
         return self._batch
-
-    def broadcast(self, value):
-        return value
-
-    def gather(self, values):
-        return values
-
-    def close(self):
-        pass
 
     def autocast(self):
         raise AssertionError("fakes compute nothing")
@@ -131,10 +126,6 @@ def write_davis(root, sequences, *, year="2017", split="val", annotations="Annot
     return root
 
 
-def write_unsupervised(root):
-    return write_davis(write_davis(root, SEQUENCES), SEQUENCES, annotations="Annotations_unsupervised")
-
-
 PROTOCOLS = {
     "davis2016": "davis.Davis2016",
     "davis2017": "davis.Davis2017",
@@ -157,18 +148,22 @@ def track(compose, tmp_path):
         words = (f"data={data}", *more)
         if words not in COMPOSED:
             COMPOSED[words] = compose(*words)
-        cfg = OmegaConf.merge(COMPOSED[words], {"data": {"root": str(root)}})
+        build = Builder(OmegaConf.merge(COMPOSED[words], {"data": {"root": str(root)}}))
         folder, log = tmp_path / f"run_{len(list(tmp_path.glob('run_*')))}", []
-        videos, source = benchmark_videos(Builder(cfg), split, supervision), provenance_of(Builder(cfg), folder)
+        chosen, options = benchmark_videos(build, split, supervision), TrackingOptions(**options)
         result = evaluate_videos(
-            videos, lambda: Fake(kind, log), engine or Engine(), folder, TrackingOptions(**options), source
+            chosen, lambda: Fake(kind, log), engine or Engine(), folder, options, provenance_of(build, folder)
         )
         path = folder / "scores.json"
-        return SimpleNamespace(
-            result=result, folder=folder, log=log, scores=json.loads(path.read_text()) if path.exists() else None
-        )
+        scores = json.loads(path.read_text()) if path.exists() else None
+        return SimpleNamespace(result=result, folder=folder, log=log, scores=scores)
 
     return run
+
+
+@pytest.fixture
+def davis(tmp_path):
+    return write_davis(tmp_path / "DAVIS", SEQUENCES)
 
 
 def score_mode(folder, protocol, reference, prediction):
@@ -184,11 +179,10 @@ def check_same(ours, theirs):
         assert ours[key] == theirs[key], key
 
 
-@pytest.mark.parametrize(("kind", "batch"), [("perfect", 1), ("copy", 1), ("copy", 4), (1, 1), (0, 4)])
-def test_davis_2017_scores_as_mode_score_does(track, tmp_path, kind, batch):
-    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
-    done = track(kind, "davis2017", root, engine=Engine(batch))
-    check_same(done.scores, score_mode(tmp_path, "davis2017", root, done.folder / "masks"))
+@pytest.mark.parametrize(("kind", "batch"), [("perfect", 1), ("copy", 4), (0, 4)])
+def test_davis_2017_scores_as_mode_score_does(track, davis, tmp_path, kind, batch):
+    done = track(kind, "davis2017", davis, engine=Engine(batch))
+    check_same(done.scores, score_mode(tmp_path, "davis2017", davis, done.folder / "masks"))
     assert done.result == {"videos": 3, **done.scores["scores"], "run": str(done.folder)}
     assert (done.scores["scores"]["J&F-Mean"] == 1) == (kind == "perfect")
     shown = [int(label is not None) for label in done.log]
@@ -196,19 +190,17 @@ def test_davis_2017_scores_as_mode_score_does(track, tmp_path, kind, batch):
     np.testing.assert_array_equal(done.log[0], SEQUENCES["bear"][0])
 
 
-def test_masks_use_the_davis_palette_and_blends_bright_colours(track, tmp_path):
-    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
-    folder = track("perfect", "davis2017", root).folder
+def test_masks_use_the_davis_palette_and_blends_bright_colours(track, davis):
+    folder = track("perfect", "davis2017", davis).folder
     for name, masks in SEQUENCES.items():
-        files = sorted((folder / "masks" / name).iterdir())
+        files, blends = (sorted((folder / kind / name).iterdir()) for kind in ("masks", "blends"))
         assert [path.name for path in files] == [f"{index:05d}.png" for index in range(len(masks))]
+        assert [path.name for path in blends] == [f"{index:05d}.jpg" for index in range(len(masks))]
         for path, mask in zip(files, masks, strict=True):
             with Image.open(path) as image:
                 assert image.mode == "P" and np.array(image.getpalette()).reshape(-1, 3)[1].tolist() == [128, 0, 0]
                 np.testing.assert_array_equal(np.asarray(image), mask)
-        blends = sorted((folder / "blends" / name).iterdir())
-        assert [path.name for path in blends] == [f"{index:05d}.jpg" for index in range(len(masks))]
-    frame = np.asarray(Image.open(root / "JPEGImages/480p/bear/00000.png")).astype(float)
+    frame = np.asarray(Image.open(davis / "JPEGImages/480p/bear/00000.png")).astype(float)
     blend = np.asarray(Image.open(folder / "blends/bear/00000.jpg")).astype(float)
     mask = SEQUENCES["bear"][0]
     half = np.where(mask[..., None] > 0, (frame + np.array(default_palette(256))[mask]) / 2, frame)
@@ -217,33 +209,31 @@ def test_masks_use_the_davis_palette_and_blends_bright_colours(track, tmp_path):
     assert blend[mask == 1].mean(axis=0)[2] > 150  # the frame has 90, and the colour of object 1 has 255
 
 
-def test_metrics_only_and_no_official_scores(track, tmp_path, capsys):
-    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
-    done = track("copy", "davis2017", root, metrics_only=True)
+def test_metrics_only_and_no_official_scores(track, davis, capsys):
     written = {"masks", "scores.json", "tracking.json"}
-    assert {path.name for path in done.folder.iterdir()} == {*written, "report.html"}
-    done = track("copy", "davis2017", root, metrics_only=True, report=False)
-    assert {path.name for path in done.folder.iterdir()} == written
+    for report, files in ((True, {*written, "report.html"}), (False, written)):
+        done = track("copy", "davis2017", davis, metrics_only=True, report=report)
+        assert {path.name for path in done.folder.iterdir()} == files
     capsys.readouterr()
-    done = track("copy", "davis2017", root, official=False)
+    done = track("copy", "davis2017", davis, official=False)
     assert done.scores is None and len(list(done.folder.rglob("*.jpg"))) == 13
     assert "mode.official=false" in capsys.readouterr().out
 
 
-def test_report_has_objects_curves_and_worst_sequences(track, tmp_path):
-    done = track("copy", "davis2017", write_davis(tmp_path / "DAVIS", SEQUENCES))
+def test_report_has_objects_curves_and_worst_sequences(track, davis):
+    done = track("copy", "davis2017", davis)
     page = (done.folder / "report.html").read_text()
     assert f"{100 * done.scores['scores']['J&F-Mean']:.1f} %" in page and "fewer than 10" in page
     assert "bear: 2" in page and "ape: 3" in page and "cow: 1" not in page  # of two frames none is scored
     assert "J&amp;F % of each frame" in page and page.count("<img") == 4 + 4
     per_frame = {row["name"]: row.get("J&F_per_frame", []) for row in done.scores["per_video"]}
     assert {name: len(values) for name, values in per_frame.items()} == {"bear": 3, "ape": 4, "cow": 0}
-    means = [np.mean([one["J-Mean"] + one["F-Mean"] for one in row["objects"].values()]) / 2 for row in objects(done)]
-    assert means == pytest.approx([np.mean(per_frame[row["name"]]) for row in objects(done)])
-
-
-def objects(done):
-    return [row for row in done.scores["per_video"] if row["objects"]]
+    of_objects = {
+        row["name"]: np.mean([(each["J-Mean"] + each["F-Mean"]) / 2 for each in row["objects"].values()])
+        for row in done.scores["per_video"]
+        if row["objects"]
+    }
+    assert of_objects == pytest.approx({name: np.mean(values) for name, values in per_frame.items() if values})
 
 
 def test_davis_2016_scores_one_foreground(track, tmp_path):
@@ -267,8 +257,7 @@ def test_unsupervised_davis_uses_its_own_annotations(track, tmp_path):
     root = write_davis(tmp_path / "DAVIS", {name: masks.clip(max=1) for name, masks in SEQUENCES.items()})
     write_davis(root, SEQUENCES, annotations="Annotations_unsupervised")
     done = track("perfect", "davis2017", root, supervision="none")
-    protocol = "davis2017_unsupervised"
-    check_same(done.scores, score_mode(tmp_path, protocol, root, done.folder / "masks"))
+    check_same(done.scores, score_mode(tmp_path, "davis2017_unsupervised", root, done.folder / "masks"))
     assert done.scores["scores"]["J&F-Mean"] == 1 and set(map(type, done.log)) == {type(None)}
 
 
@@ -351,70 +340,50 @@ def test_movi_is_scored_as_clusters(track, tmp_path, kind):
     assert track("copy", "movi", root).scores["scores"]["ARI"] < 1  # first masks may be given here, too
 
 
-def test_ranks_share_the_videos(track, tmp_path):
-    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
-    second = track("perfect", "davis2017", root, engine=Engine(rank=1, world_size=2))
+def test_ranks_share_the_videos(track, davis):
+    second = track("perfect", "davis2017", davis, engine=Engine(rank=1, world_size=2))
     assert [path.name for path in (second.folder / "masks").iterdir()] == ["ape"] and second.scores is None
 
 
-def test_stopped_evaluation_resumes(track, tmp_path, monkeypatch, caplog):
+def test_stopped_evaluation_resumes(track, davis, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
-    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
-    whole = track("copy", "davis2017", root)
-    written = []
-
-    def full(path, ids):
-        written.append(path)
-        if len(written) > 7:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write_indexed_png(path, ids)
-
+    whole = track("copy", "davis2017", davis)
     with monkeypatch.context() as patch:
-        patch.setattr(videos, "write_indexed_png", full)
-        with pytest.raises(UserError, match=r"No space left.*mode\.restart="):
-            track("copy", "davis2017", root)
+        fail_after(patch, videos, "write_indexed_png", 7, OSError(errno.ENOSPC, "No space left on device"))
+        assert_refused(lambda: track("copy", "davis2017", davis), "No space left", "mode.restart=")
     stopped = sorted(tmp_path.glob("run_*"))[-1]
     assert [path.name for path in stopped.rglob("*") if path.parent.name == "masks"] == ["bear"]  # whole or not at all
-    on = track("copy", "davis2017", root, restart=str(stopped))
+    on = track("copy", "davis2017", davis, restart=str(stopped))
     assert len(on.log) == 8 and on.scores == whole.scores  # ape and cow
     assert f"mode.restart={stopped}: 1 video reused: bear" in caplog.text
     files = [sorted(path.relative_to(run.folder) for path in run.folder.rglob("*.*")) for run in (on, whole)]
     assert files[0] == files[1]
     stray = stopped / "masks/bear/00009.png"  # of no frame: it would be scored with the rest
     shutil.copy(stopped / "masks/bear/00001.png", stray)
-    assert len(track("copy", "davis2017", root, restart=str(stopped)).log) == 13
+    assert len(track("copy", "davis2017", davis, restart=str(stopped)).log) == 13
     stray.unlink()
     (stopped / "masks/bear/00001.png").unlink()
-    assert len(track("copy", "davis2017", root, restart=str(stopped)).log) == 13
-    with pytest.raises(UserError, match=r"settings differ from that run: kind was copy and is perfect\. Use"):
-        track("perfect", "davis2017", root, restart=str(stopped))
-    with pytest.raises(UserError, match="holds no readable tracking.json"):
-        track("copy", "davis2017", root, restart=str(root))
-    again = track("copy", "davis2017", root, restart=str(on.folder))
+    assert len(track("copy", "davis2017", davis, restart=str(stopped)).log) == 13
+    again = track("copy", "davis2017", davis, restart=str(on.folder))
     assert not again.log and f"mode.restart={on.folder}: 3 videos reused: ape, bear, cow" in caplog.text
+
+    def refuse(kind, folder, *words):
+        assert_refused(lambda: track(kind, "davis2017", davis, restart=str(folder)), *words)
+
+    refuse("perfect", stopped, "settings differ from that run: kind was copy and is perfect. Use")
+    refuse("copy", davis, "holds no readable tracking.json")
     for torn in ("[]", '{"tracker": 1}', "{}"):
         (stopped / "tracking.json").write_text(torn)
-        with pytest.raises(UserError, match="holds no readable tracking.json"):
-            track("copy", "davis2017", root, restart=str(stopped))
+        refuse("copy", stopped, "holds no readable tracking.json")
 
 
-def test_interrupt_names_the_folder_to_resume_from(track, tmp_path, caplog):
-    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
-    with pytest.MonkeyPatch.context() as patch:
+def test_interrupt_names_the_folder_to_resume_from(track, davis, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         fail_after(patch, videos, "write_indexed_png", 8, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            track("copy", "davis2017", root)
+        track("copy", "davis2017", davis)
     (stopped,) = tmp_path.glob("run_*")
     assert f"Stopped: the same command with mode.restart={stopped} reuses the finished videos." in caplog.text
-    assert len(track("copy", "davis2017", root, restart=str(stopped)).log) == 8
-
-
-def test_a_video_that_lacks_a_mask_is_tracked_again(track, tmp_path):
-    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
-    first = track("copy", "davis2017", root)
-    next((first.folder / "masks/ape").iterdir()).unlink()
-    on = track("copy", "davis2017", root, restart=str(first.folder))
-    assert len(on.log) == 6 and on.scores == first.scores
+    assert len(track("copy", "davis2017", davis, restart=str(stopped)).log) == 8
 
 
 def test_another_folder_of_the_same_name_is_other_data(track, tmp_path, monkeypatch):
@@ -430,115 +399,97 @@ def test_another_folder_of_the_same_name_is_other_data(track, tmp_path, monkeypa
     assert not track("copy", "davis2017", "../a/DAVIS", restart=str(first.folder)).log  # the same, typed in another way
 
 
+NO_MASKS = "first_frame: the videos of split test have no masks to start from"
+
+
 def test_the_unsupervised_test_sets_need_no_masks(track, tmp_path, capsys):
     root = write_davis(tmp_path / "DAVIS", SEQUENCES, year="2019", split="test-dev")
     shutil.rmtree(root / "Annotations")
+    track_test = partial(track, "copy", "davis2017", root, "data.year=2019", split="test")
     done = track(1, "davis2017", root, "data.year=2019", split="test", supervision="none")
     assert done.scores is None and len(list((done.folder / "masks").rglob("*.png"))) == 13
     assert "submit the predicted masks to the benchmark's server" in capsys.readouterr().out
-    for bare in ((), ("bear", "ape", "cow")):  # none, and empty ones
-        for name in bare:
-            (root / f"Annotations/480p/{name}").mkdir(parents=True)
-        with pytest.raises(UserError, match="first_frame: the videos of split test have no masks to start from"):
-            track("copy", "davis2017", root, "data.year=2019", split="test")
+    assert_refused(track_test, NO_MASKS)
+    for name in ("bear", "ape", "cow"):
+        (root / f"Annotations/480p/{name}").mkdir(parents=True)
+    assert_refused(track_test, NO_MASKS)
     write_indexed_png(root / "Annotations/480p/bear/00000.png", SEQUENCES["bear"][0])
-    with pytest.raises(UserError, match=r"Video ape has no mask of its first frame, .*ape.*00000.png"):
-        track("copy", "davis2017", root, "data.year=2019", split="test")
-
-
-def break_first_mask(root):
-    (root / "Annotations/480p/ape/00000.png").unlink()
-
-
-def break_size(root):
-    write_frame(root / "JPEGImages/480p/ape/00002.png", np.zeros((30, 39), np.uint8))
-
-
-def break_mask_size(root):
-    write_png(root / "Annotations/480p/ape/00000.png", np.ones((29, 41), np.uint8))
-
-
-def break_ids(root):
-    numbers = np.full((30, 41), 300, np.uint16)
-    Image.fromarray(numbers).save(root / "Annotations/480p/ape/00000.png")
+    assert_refused(track_test, "Video ape has no mask of its first frame, ", "ape", "00000.png")
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("path", "pixels", "message"),
     [
-        (break_size, r"00000.png is 41 x 30 \(width x height\), .*00002.png is 39 x 30. Make them equal"),
-        (break_mask_size, r"00000.png is 41 x 30 .*its mask .*Annotations.*00000.png is 41 x 29. Replace"),
-        (break_ids, "holds the object id 300: ids go from 0 to 254"),
+        (
+            "JPEGImages/480p/ape/00002.png",
+            np.zeros((30, 39, 3), np.uint8),
+            r"00000.png is 41 x 30 \(width x height\), .*00002.png is 39 x 30. Make them equal",
+        ),
+        (
+            "Annotations/480p/ape/00000.png",
+            np.ones((29, 41), np.uint8),
+            r"00000.png is 41 x 30 .*its mask .*Annotations.*00000.png is 41 x 29. Replace",
+        ),
+        (
+            "Annotations/480p/ape/00000.png",
+            np.full((30, 41), 300, np.uint16),
+            "holds the object id 300: ids go from 0 to",
+        ),
     ],
 )
-def test_a_video_that_cannot_be_tracked_is_named_or_left_out(track, tmp_path, spoil, message):
-    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
-    spoil(root)
+def test_a_video_that_cannot_be_tracked_is_named_or_left_out(track, davis, path, pixels, message):
+    Image.fromarray(pixels).save(davis / path)
     with pytest.raises(UserError, match=message):
-        track("copy", "davis2017", root)
-    done = track("copy", "davis2017", root, "data.on_error=skip")
+        track("copy", "davis2017", davis)
+    done = track("copy", "davis2017", davis, "data.on_error=skip")
     assert [row["name"] for row in done.scores["per_video"]] == ["bear", "cow"] and done.result["videos"] == 2
     (problem,) = done.scores["problems"]
     assert problem["file"].endswith("masks/ape") and not list(done.folder.glob("*/ape"))
-    done = track("copy", "davis2017", root, "data.on_error=skip", official=False)
+    done = track("copy", "davis2017", davis, "data.on_error=skip", official=False)
     assert json.loads((done.folder / "problems.json").read_text())["problems"][0]["reason"] == problem["reason"]
 
 
-def test_missing_masks_are_reported(track, tmp_path):
-    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
-    break_first_mask(root)
-    with pytest.raises(UserError, match="Video ape has 1 frame without mask: 00000"):
-        track("copy", "davis2017", root)
-    masks = SEQUENCES["ape"]
-    root = write_youtube(tmp_path / "YT", "valid", {"a": masks}, {"a": [2]})
-    with pytest.raises(UserError, match=r"Video a has no mask of its first frame, .*00000.png, which defines"):
-        track("copy", "youtube_vos", root, "data.tracking.later=false")
-
-
-def test_unscorable_masks_are_saved_and_named(track, tmp_path):
-    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
+def test_missing_and_unscorable_masks_are_reported(track, davis, tmp_path):
     with pytest.raises(UserError, match="(?s)ape/00001.png: holds the ids 9 .*The masks are saved: mode.restart="):
-        track(9, "davis2017", root)
+        track(9, "davis2017", davis)
     (folder,) = tmp_path.glob("run_*")
     assert len(json.loads((folder / "problems.json").read_text())["problems"]) == 2
     assert len(list((folder / "masks").rglob("*.png"))) == 13
+    (davis / "Annotations/480p/ape/00000.png").unlink()
+    assert_refused(lambda: track("copy", "davis2017", davis), "Video ape has 1 frame without mask: 00000")
+    root = write_youtube(tmp_path / "YT", "valid", {"a": SEQUENCES["ape"]}, {"a": [2]})
+    early = partial(track, "copy", "youtube_vos", root, "data.tracking.later=false")
+    assert_refused(early, "Video a has no mask of its first frame, ", "00000.png, which defines")
 
 
-def test_invalid_tracking_options_are_refused(compose, track, tmp_path):
-    root = write_davis(tmp_path / "DAVIS", SEQUENCES)
-    for words, options, message in (
-        (("data=davis2017",), {"supervision": "all"}, "mode.supervision=all is unknown. Choose one of none, first"),
-        (("data=davis2017",), {"supervision": "none"}, "mode.supervision=none needs a model that finds objects"),
-        (("data=videos",), {}, "data=videos has no masks of objects"),
-    ):
-        with pytest.raises(UserError, match=message):
-            evaluate(compose(*words, f"data.root={root}"), out_dir=tmp_path, **options)
-    with pytest.raises(UserError, match="split=vla is unknown"):
-        track("copy", "davis2017", root, split="vla")
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("davis2017", {"supervision": "all"}, "mode.supervision=all is unknown. Choose one of none, first"),
+        ("davis2017", {"supervision": "none"}, "mode.supervision=none needs a model that finds objects"),
+        ("davis2017", {"split": "vla"}, "split=vla is unknown"),
+        ("videos", {}, "data=videos has no masks of objects"),
+    ],
+)
+def test_invalid_tracking_options_are_refused(compose, davis, tmp_path, data, options, message):
+    cfg = compose(f"data={data}", f"data.root={davis}")
+    assert_refused(lambda: evaluate(cfg, out_dir=tmp_path, **options), message)
 
 
-def test_more_slots_than_proposals_are_refused_before_tracking(compose, tmp_path):
-    cfg = compose("mode=eval", "data=davis2017", f"data.root={write_unsupervised(tmp_path)}")
-    trained = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=24))))
-    with pytest.raises(UserError, match=r"24 slots.* allows 20 segments. Set head.num_slots=20 or fewer"):
-        track_split(Builder(cfg), trained, tmp_path, "val", "none", TrackingOptions())
-    trained.engine, slots = None, trained.model.head.slots
-    for slots.num_slots, options in ((24, TrackingOptions(official=False)), (20, TrackingOptions())):
-        with pytest.raises(AttributeError, match="NoneType"):  # on to the engine, of which there is none
-            track_split(Builder(cfg), trained, tmp_path, "val", "none", options)
+def test_slots_that_fit_no_benchmark_are_refused_before_tracking(compose, tmp_path):
+    root = write_davis(write_davis(tmp_path, SEQUENCES), SEQUENCES, annotations="Annotations_unsupervised")
 
+    def track_slots(number, *words, **options):
+        slots = SimpleNamespace(slots=SimpleNamespace(num_slots=number))
+        trained = SimpleNamespace(model=SimpleNamespace(head=slots), engine=None)
+        cfg = compose("mode=eval", "data=davis2017", f"data.root={root}", *words)
+        return lambda: track_split(Builder(cfg), trained, tmp_path, "val", "none", TrackingOptions(**options))
 
-def test_slots_without_given_masks_are_refused_before_tracking(compose, tmp_path):
-    cfg = compose("mode=eval", "data=davis2017", f"data.root={write_unsupervised(tmp_path)}", "slots=lock_on")
-    trained = SimpleNamespace(
-        model=SimpleNamespace(head=SimpleNamespace(slots=SimpleNamespace(num_slots=5))), engine=None
-    )
-    told = (
-        r"slots.lock_on=true .*mode.supervision=none does not provide\. Set mode.supervision=first_frame, or "
-        "slots=free"
-    )
-    with pytest.raises(UserError, match=told):
-        track_split(Builder(cfg), trained, tmp_path, "val", "none", TrackingOptions())
+    assert_refused(track_slots(24), "24 slots", " allows 20 segments. Set head.num_slots=20 or fewer")
+    for allowed in (track_slots(24, official=False), track_slots(20)):
+        assert_refused(allowed, "NoneType", error=AttributeError)  # on to the engine, of which there is none
+    given = "mode.supervision=none does not provide. Set mode.supervision=first_frame, or slots=free"
+    assert_refused(track_slots(5, "slots=lock_on"), "slots.lock_on=true ", given)
 
 
 @pytest.mark.parametrize(
@@ -565,9 +516,8 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
             write_frame(root / f"validation/{name}/frames/{index:05d}.png", mask)
             write_png(root / f"validation/{name}/segmentations/{index:05d}.png", mask)
     cfg = compose("mode=eval", f"data={data}", f"data.root={root}")
-    result = track_split(
-        Builder(cfg), trained, tmp_path / "run", "val", supervision, TrackingOptions(metrics_only=True)
-    )
+    options = TrackingOptions(metrics_only=True)
+    result = track_split(Builder(cfg), trained, tmp_path / "run", "val", supervision, options)
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["protocol"] == protocol and scores["scores"].items() <= result.items()
     files = [tmp_path / f"run/masks/{name}/{index:05d}.png" for name in sequences for index in range(5)]
@@ -577,26 +527,31 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
     assert json.loads((tmp_path / "run/tracking.json").read_text())["tracker"]["kind"] == "slots"
 
 
-def test_evaluation_tracks_only_untrained_models_on_videos(compose, tmp_path, monkeypatch):
-    cfg = compose("mode=eval", "data=davis2016", "data.root=none")
-    assert tracks_untrained(Builder(cfg))
-    for changes, tracks in (
+@pytest.mark.parametrize(
+    ("changes", "tracks"),
+    [
+        ({}, True),
         ({"resume": "run"}, False),
         ({"data": {"clips": None}}, False),  # images
         ({"head": {"weights": "file"}}, False),  # released trained
         ({"head": {"weights": "file", "class_layer": "new"}}, True),
         ({"head": {"weights": None}}, True),
-    ):
-        assert tracks_untrained(Builder(OmegaConf.merge(cfg, changes))) == tracks, changes
+    ],
+)
+def test_evaluation_tracks_only_untrained_models_on_videos(compose, changes, tracks):
+    cfg = compose("mode=eval", "data=davis2016", "data.root=none")
+    assert tracks_untrained(Builder(OmegaConf.merge(cfg, changes))) == tracks
+
+
+@pytest.mark.parametrize("key", ["restart", "supervision"])
+def test_keys_of_tracking_are_refused_for_images(compose, tmp_path, monkeypatch, key):
     images = SimpleNamespace(model=SimpleNamespace(head=SimpleNamespace(slots=None)))
     monkeypatch.setattr(mode, "load_trained", lambda _: images)
-    for key in ("restart", "supervision"):
-        with pytest.raises(UserError, match=f"mode.{key}=run is for tracking in videos"):
-            evaluate(OmegaConf.merge(cfg, {"resume": "run"}), out_dir=tmp_path, **{key: "run"})
+    cfg = compose("mode=eval", "data=davis2016", "data.root=none", "resume=run")
+    assert_refused(lambda: evaluate(cfg, out_dir=tmp_path, **{key: "run"}), f"mode.{key}=run is for tracking in videos")
 
 
-def test_propagation_from_the_command_line(tmp_path, monkeypatch):
-    write_davis(tmp_path / "DAVIS", SEQUENCES)
+def test_propagation_from_the_command_line(davis, tmp_path, monkeypatch):
     passes = []
     monkeypatch.setattr(engine.Engine, "autocast", lambda _: nullcontext(passes.append(1)))
     words = ["data=davis2017", "data.root=DAVIS", "backbone=rgb", "engine=cpu", "tracker.short_side=null"]
@@ -606,11 +561,7 @@ def test_propagation_from_the_command_line(tmp_path, monkeypatch):
     assert len(passes) == 1 + len(SEQUENCES)  # provenance, and each video at once, as the engine says
     assert done.err.count("No effect here: slots.match=overlap. Label propagation has no slots") == 1
     ours = json.loads((tmp_path / "run/scores.json").read_text())
-    again = call(
-        tmp_path, "mode=score", "protocol=davis2017", "reference=DAVIS", "prediction=run/masks", "hydra.run.dir=again"
-    )
-    assert again.status == 0, again.err
-    check_same(ours, json.loads((tmp_path / "again/scores.json").read_text()))
+    check_same(ours, score_mode(tmp_path, "davis2017", davis, tmp_path / "run/masks"))
     assert ours["scores"]["J-Mean"] > 0.3  # patches of 8 pixels
     recorded = json.loads((tmp_path / "run/tracking.json").read_text())
     assert recorded["tracker"]["kind"] == "propagation" and recorded["given"] == "first"
@@ -627,7 +578,7 @@ def test_intervals_are_over_groups_of_videos(tmp_path):
         masks = {number: tmp_path / f"{name}/{number}.png" for number in range(2)}
         for number, path in masks.items():
             for file in (path, tmp_path / f"out/masks/{name}/{number}.png"):
-                write_png(make_parent(file), np.eye(8, dtype=np.uint8))
+                write_png(file, np.eye(8, dtype=np.uint8))
         clips.append(Video(name, [tmp_path / f"{name}/frames/{number}.png" for number in masks], 12, masks))
     videos.score_masks(VideoClustering(), clips, tmp_path / "out/masks", tmp_path / "out", group="^[0-9]")
     result = json.loads((tmp_path / "out/scores.json").read_text())
@@ -639,21 +590,14 @@ def test_intervals_are_over_groups_of_videos(tmp_path):
 def test_a_broken_reference_is_left_out_or_named(tmp_path, square):
     clips, shown = [], np.pad(np.ones((3, 8), np.uint8), ((2, 3), (0, 0)))
     for name in "ab":
-        frames, masks = [], {}
-        for number in range(2):
-            frames.append(tmp_path / f"{name}/frames/{number}.png")
-            masks[number] = tmp_path / f"{name}/masks/{number}.png"
-            write_png(make_parent(frames[-1]), np.zeros((8, 8, 3), np.uint8))
+        frames = [tmp_path / f"{name}/frames/{number}.png" for number in range(2)]
+        masks = {number: tmp_path / f"{name}/masks/{number}.png" for number in range(2)}
+        for number, frame in enumerate(frames):
+            write_png(frame, np.zeros((8, 8, 3), np.uint8))
             for path in (masks[number], tmp_path / f"out/masks/{name}/{number}.png"):
-                write_png(make_parent(path), shown)
+                write_png(path, shown)
         clips.append(Video(name, frames, 12, masks, square=square))
     (tmp_path / "a/masks/1.png").write_bytes(b"broken")
-    scored = videos.score_masks(VideoClustering(), clips, tmp_path / "out/masks", tmp_path / "out", skip=True)
-    assert scored["FG-ARI"] == 1
-    with pytest.raises(UserError, match=r"1\.png.*[\s\S]*mode\.restart="):
-        videos.score_masks(VideoClustering(), clips, tmp_path / "out/masks", tmp_path / "out", skip=False)
-
-
-def make_parent(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    score_them = partial(videos.score_masks, VideoClustering(), clips, tmp_path / "out/masks", tmp_path / "out")
+    assert score_them(skip=True)["FG-ARI"] == 1
+    assert_refused(lambda: score_them(skip=False), "1.png", "mode.restart=")

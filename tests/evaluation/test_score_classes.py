@@ -33,21 +33,26 @@ def record(folder, masks, classes=CLASSES, ignore_index=255, run="run", **more):
 
 
 def score(where, *words, prediction="run"):
-    words = ("mode=score", f"prediction={prediction}", "mode.workers=1", "hydra.run.dir=scored", *words)
-    done = call(where, *words)
-    paths = list(where.glob("scored/scores.json"))
-    found = json.loads(paths[0].read_text()) if paths else None
-    shutil.rmtree(where / "scored", ignore_errors=True)
+    """Return what a command that must succeed wrote to its streams and as scores."""
+    done = call(where, "mode=score", f"prediction={prediction}", "mode.workers=1", "hydra.run.dir=scored", *words)
+    assert done.status == 0, done.err
+    found = json.loads((where / "scored/scores.json").read_text())
+    shutil.rmtree(where / "scored")
     return done, found
 
 
-def test_run_folder_alone_gives_the_classes_for_scoring(folders):
-    for prediction in ("run", "run/masks"):
-        done, found = score(folders, "reference=binary", prediction=prediction)
-        assert done.status == 0, done.err
-        rows = {row["name"]: row["IoU"] for row in found["per_class"]}
-        assert rows == {"background": pytest.approx(4 / 6), "leaf": pytest.approx(2 / 4)}
-        assert "leaf" in done.out and "50.00" in done.out
+def refuse(where, *words, prediction="run"):
+    done = call(where, "mode=score", f"prediction={prediction}", "mode.workers=1", "hydra.run.dir=refused", *words)
+    assert done.status == 1 and "Traceback" not in done.err and not (where / "refused/scores.json").exists()
+    return done.err
+
+
+@pytest.mark.parametrize("prediction", ["run", "run/masks"])
+def test_run_folder_alone_gives_the_classes_for_scoring(folders, prediction):
+    done, found = score(folders, "reference=binary", prediction=prediction)
+    rows = {row["name"]: row["IoU"] for row in found["per_class"]}
+    assert rows == {"background": pytest.approx(4 / 6), "leaf": pytest.approx(2 / 4)}
+    assert "leaf" in done.out and "50.00" in done.out
 
 
 def test_intervals_are_over_the_recorded_groups(folders):
@@ -68,23 +73,21 @@ def test_frames_of_a_tracked_video_are_one_group(folders):
     (folders / "run/masks/classes.json").unlink()
     (folders / "link").symlink_to(folders / "run/masks")
     for prediction in ("run", "run/masks", "link"):
-        done, found = score(folders, "reference=binary", "protocol.binary=true", prediction=prediction)
-        assert done.status == 0, done.err
+        _, found = score(folders, "reference=binary", "protocol.binary=true", prediction=prediction)
         assert found["n"] == 1 and {row["group"] for row in found["per_image"]} == {"one"}, prediction
-    assert "protocol=davis2016" in score(folders, "reference=binary")[0].err
+    assert "protocol=davis2016" in refuse(folders, "reference=binary")
 
 
 def test_keys_of_masks_change_how_references_are_read(folders):
-    done, found = score(folders, "reference=other")
-    assert done.status == 1 and "is not a binary mask" in done.err and found is None
-    ids = ("data.reader.masks.format=ids", "data.reader.masks.ids={0:-1,1:-1,3:0,7:1}")
-    done, found = score(folders, "reference=other", *ids)
-    assert done.status == 0, done.err
-    assert found["per_class"][1]["IoU"] == pytest.approx(0.5)
-    done, found = score(folders, "reference=other", ids[0], "data.reader.masks.ids={0:-1,1:-1,3:255,7:1}")
-    assert [row["IoU"] for row in found["per_class"]] == [0, pytest.approx(0.5)]  # 3 is ignored
-    words = ("reference=other", ids[0], "data.reader.masks.ids={0:-1,1:-1,3:250,7:1}", "data.ignore_index=250")
-    assert score(folders, *words)[1]["per_class"][1]["IoU"] == pytest.approx(0.5)
+    assert "is not a binary mask" in refuse(folders, "reference=other")
+    ids = ("reference=other", "data.reader.masks.format=ids")
+    for table, background, more in (
+        ("{0:-1,1:-1,3:0,7:1}", pytest.approx(4 / 6), ()),
+        ("{0:-1,1:-1,3:255,7:1}", 0, ()),  # 3 is ignored
+        ("{0:-1,1:-1,3:250,7:1}", 0, ("data.ignore_index=250",)),
+    ):
+        _, found = score(folders, *ids, f"data.reader.masks.ids={table}", *more)
+        assert [row["IoU"] for row in found["per_class"]] == [background, pytest.approx(0.5)], table
 
 
 def test_protocol_reads_references_as_recorded_in_the_run(folders):
@@ -94,15 +97,13 @@ def test_protocol_reads_references_as_recorded_in_the_run(folders):
         stored[:4], stored[4:6] = 2, 1  # leaf, background; the rest is 0, which is ignored
         write_png(folders / f"stored/{number}.png", stored)
     for words in ((), ("protocol.reduce_zero_label=true",)):  # once in either case
-        done, found = score(folders, "reference=stored", *words)
-        assert done.status == 0, done.err
+        _, found = score(folders, "reference=stored", *words)
         assert [row["IoU"] for row in found["per_class"]] == [pytest.approx(2 / 4), pytest.approx(2 / 4)]
         assert found["per_class"][1]["name"] == "leaf"
-    (folders / "run/masks/classes.json").rename(folders / "classes.json")  # as in a folder that no run wrote
-    alone = [score(folders, "reference=stored", "protocol=ade20k", "protocol.num_classes=2", prediction="run/masks")[1]]
-    (folders / "classes.json").rename(folders / "run/masks/classes.json")
-    alone.append(score(folders, "reference=stored", "protocol=ade20k", "protocol.num_classes=2")[1])
-    assert alone[0] is not None and alone[0]["scores"] == alone[1]["scores"]
+    words = ("reference=stored", "protocol=ade20k", "protocol.num_classes=2")
+    of_run = score(folders, *words)[1]["scores"]
+    (folders / "run/masks/classes.json").unlink()  # as in a folder that no run wrote
+    assert score(folders, *words, prediction="run/masks")[1]["scores"] == of_run
 
 
 def test_pixels_of_the_models_ignored_id_do_not_count(folders):
@@ -111,30 +112,30 @@ def test_pixels_of_the_models_ignored_id_do_not_count(folders):
         truth = np.full((8, 12), 250, np.uint8)
         truth[2:4], truth[7] = 1, 0
         write_png(folders / f"void/{number}.png", truth)
-    done, found = score(folders, "reference=void")
-    assert done.status == 0, done.err
-    assert found["scores"]["accuracy"] == 1  # what is wrong, rows 0 and 1, is void
+    assert score(folders, "reference=void")[1]["scores"]["accuracy"] == 1  # what is wrong, rows 0 and 1, is void
 
 
 def test_the_command_lines_data_is_read_too(folders):
     (folders / "run/masks/classes.json").unlink()
-    done, found = score(
-        folders, "reference=binary", "data=binary", "data.classes=[ground,leaf]", prediction="run/masks"
-    )
-    assert done.status == 0, done.err
-    assert [row["name"] for row in found["per_class"]] == ["ground", "leaf"]
-    done, found = score(folders, "reference=binary", "data.classes=[ground,leaf]", prediction="run/masks")
-    assert "THE SCORE IS OF CLASS 0 ALONE" in done.err
+
+    def score_classes(*words):
+        done, found = score(folders, *words, prediction="run/masks")
+        return [row["name"] for row in found["per_class"]], done.err
+
+    assert score_classes("reference=binary", "data=binary", "data.classes=[ground,leaf]")[0] == ["ground", "leaf"]
+    alone = "THE SCORE IS OF CLASS 0 ALONE"
+    assert alone in score_classes("reference=binary", "data.classes=[ground,leaf]")[1]
     (folders / "set").mkdir()
     (folders / "set/classes.yaml").write_text("classes: {soil: {ids: [3]}, leaf: {ids: [7]}}")
-    done, found = score(folders, "reference=other", "data.root=set", prediction="run/masks")
-    assert [row["name"] for row in found["per_class"]] == ["soil", "leaf"] and done.status == 0
+    assert score_classes("reference=other", "data.root=set")[0] == ["soil", "leaf"]
 
 
-def test_other_classes_are_refused(folders):
-    done, found = score(folders, "reference=binary", "data=binary")
-    assert done.status == 1 and found is None
-    assert "data=binary has the classes background, object, and run/masks/classes.json has background, leaf" in done.err
+def test_other_classes_and_overlays_are_refused_with_a_remedy(folders):
+    told = "data=binary has the classes background, object, and run/masks/classes.json has background, leaf"
+    assert told in refuse(folders, "reference=binary", "data=binary")
+    write_png(folders / "eval/predictions/0_pred.png", np.zeros((8, 12), np.uint8))
+    said = refuse(folders, "reference=binary", "protocol.num_classes=2", prediction="eval/predictions")
+    assert "mode=predict resume=RUN input=IMAGES" in said
 
 
 def test_size_mismatch_names_the_key_that_fixes_it(folders):
@@ -142,10 +143,9 @@ def test_size_mismatch_names_the_key_that_fixes_it(folders):
         truth = np.zeros((4, 6), np.uint8)
         truth[:2] = 255
         write_png(folders / f"binary/{number}.png", truth)
-    done, _ = score(folders, "reference=binary")
-    assert done.status == 1 and "data.reader.masks.on_size_mismatch=resize_mask" in done.err
-    _, found = score(folders, "reference=binary", "data.reader.masks.on_size_mismatch=resize_mask")
-    assert found["per_class"][1]["IoU"] == pytest.approx(0.5)
+    remedy = "data.reader.masks.on_size_mismatch=resize_mask"
+    assert remedy in refuse(folders, "reference=binary")
+    assert score(folders, "reference=binary", remedy)[1]["per_class"][1]["IoU"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,4 @@ def test_size_mismatch_names_the_key_that_fixes_it(folders):
 )
 def test_invalid_class_record_is_one_message(folders, content):
     (folders / "run/masks/classes.json").write_text(content)
-    done, _ = score(folders, "reference=binary")
-    assert done.status == 1 and "classes.json is not a valid class record" in done.err and "Traceback" not in done.err
-
-
-def test_overlays_of_an_evaluation_are_refused_with_a_remedy(folders):
-    write_png(folders / "eval/predictions/0_pred.png", np.zeros((8, 12), np.uint8))
-    done, _ = score(folders, "reference=binary", "protocol.num_classes=2", prediction="eval/predictions")
-    assert done.status == 1 and "mode=predict resume=RUN input=IMAGES" in done.err
+    assert "classes.json is not a valid class record" in refuse(folders, "reference=binary")

@@ -1,54 +1,54 @@
 import pytest
+from mistakes import refusals
 
 from dinoseg.experiment.heads import named_heads
-from dinoseg.utils.errors import UserError
-
-
-def of(heads, rates=None):
-    return [(run.name, run.option, dict(run.keys), run.rate) for run in named_heads(heads, rates)]
-
-
-def test_without_rates_each_has_its_own():
-    assert of(["linear", {"head": "cnn", "channels": 128, "name": "small"}, {"head": "mlp", "lr": 1e-4}]) == [
-        ("linear", "linear", {}, None),
-        ("small", "cnn", {"channels": 128}, None),
-        ("mlp", "mlp", {}, 1e-4),
-    ]
-
-
-def test_each_is_trained_at_each_rate_but_those_with_one():
-    found = of(["linear", {"head": "mlp", "lr": 0.5}, {"head": "cnn", "name": "deep"}], [1e-3, 1])
-    assert [(name, rate) for name, _, _, rate in found] == [
-        *(("linear_0.001", 1e-3), ("linear_1", 1)),
-        ("mlp", 0.5),
-        *(("deep_0.001", 1e-3), ("deep_1", 1)),
-    ]
-    assert [name for name, *_ in of(["linear"], [1e-3])] == ["linear"]
 
 
 @pytest.mark.parametrize(
-    ("heads", "rates", "message"),
+    ("heads", "rates", "named"),
     [
-        ("linear", None, r"heads=linear: give a list"),
-        ([], None, "at least one head"),
-        ([3], None, "3 is neither a head nor a head with settings"),
-        ([{"channels": 3}], None, "is neither a head nor"),
-        (["linear", "linear"], None, "linear occurs more than once. Give each a name"),
-        (["linear"], [1e-3, 1e-3], "linear_0.001 occurs more than once"),
-        ([{"head": "linear", "name": "../up"}], None, "the name ../up is not a valid folder name"),
-        ([{"head": "linear", "name": ".hidden"}], None, "not a valid folder name"),
-        ([{"head": "linear", "name": "n" * 101}], None, "not a valid folder name"),
-        ([{"head": "linear", "lr": 0}], None, "lr=0 of linear is not a learning rate"),
-        ([{"head": "linear", "lr": "fast"}], None, "lr=fast of linear is not a learning rate"),
-        ([{"head": "linear", "lr": 1e20}], None, r"lr=1e\+20 of linear .* Give a number above 0 and at most 100"),
-        (["linear"], [0.1, 1e20], r"lrs=\[0.1, 1e\+20\]: give a list of learning rates above 0 and at most 100"),
-        (["linear"], [0.1, -1], r"lrs=\[0.1, -1\]: give a list of learning rates above 0"),
-        (["linear"], [float("nan")], "give a list of learning rates above 0"),
-        (["linear"], [True], "give a list of learning rates above 0"),
-        (["linear"], [], "give a list of learning rates above 0"),
-        (["linear"], 0.1, "give a list of learning rates above 0"),
+        (
+            ["linear", {"head": "cnn", "channels": 128, "name": "small"}, {"head": "mlp", "lr": 1e-4}],
+            None,
+            [("linear", "linear", {}, None), ("small", "cnn", {"channels": 128}, None), ("mlp", "mlp", {}, 1e-4)],
+        ),
+        (["linear"], [1e-3], [("linear", "linear", {}, 1e-3)]),
+        (
+            [{"head": "mlp", "lr": 0.5}, {"head": "cnn", "name": "deep"}],
+            [1e-3, 1],
+            [("mlp", "mlp", {}, 0.5), ("deep_0.001", "cnn", {}, 1e-3), ("deep_1", "cnn", {}, 1)],
+        ),
     ],
 )
-def test_invalid_heads_are_refused(heads, rates, message):
-    with pytest.raises(UserError, match=message):
-        named_heads(heads, rates)
+def test_heads_are_trained_at_their_own_rate_or_at_each(heads, rates, named):
+    assert [(run.name, run.option, dict(run.keys), run.rate) for run in named_heads(heads, rates)] == named
+
+
+def parse(heads, rates=None):
+    return lambda: named_heads(heads, rates)
+
+
+def parse_linear(**keys):
+    return parse([{"head": "linear", **keys}])
+
+
+LIST = "give a list of learning rates above 0"
+test_message_names_value_and_remedy = refusals(
+    {
+        "no list": (parse("linear"), "heads=linear: give a list"),
+        "empty list": (parse([]), "at least one head"),
+        "a number": (parse([3]), "3 is neither a head nor a head with settings"),
+        "settings alone": (parse([{"channels": 3}]), "is neither a head nor"),
+        "a head twice": (parse(["linear", "linear"]), "linear occurs more than once. Give each a name"),
+        "a rate twice": (parse(["linear"], [1e-3, 1e-3]), "linear_0.001 occurs more than once"),
+        "a name that leads out": (parse_linear(name="../up"), "the name ../up is not a valid folder name"),
+        "a hidden name": (parse_linear(name=".hidden"), "not a valid folder name"),
+        "a long name": (parse_linear(name="n" * 101), "not a valid folder name"),
+        "rate 0": (parse_linear(lr=0), "lr=0 of linear is not a learning rate"),
+        "rate of text": (parse_linear(lr="fast"), "lr=fast of linear is not a learning rate"),
+        "large rate": (parse_linear(lr=1e20), "lr=1e+20 of linear ", "Give a number above 0 and at most 100"),
+        "large rates": (parse(["linear"], [0.1, 1e20]), f"lrs=[0.1, 1e+20]: {LIST} and at most 100"),
+        "rate below 0": (parse(["linear"], [0.1, -1]), f"lrs=[0.1, -1]: {LIST}"),
+        **{f"rates {rates}": (parse(["linear"], rates), LIST) for rates in ([float("nan")], [True], [], 0.1)},
+    }
+)

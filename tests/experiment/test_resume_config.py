@@ -3,22 +3,23 @@
 import fcntl
 import json
 import logging
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import INFO
 from command_line import SMALL, call, write_data
+from finished_runs import train_run
 from omegaconf import OmegaConf
 
 from dinoseg import __main__
 from dinoseg.cli.own_keys import with_checkpoint_keys
 from dinoseg.cli.words import parse_word
 from dinoseg.config.composition import SHIPPED
+from dinoseg.data.classes.masks import Masks
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.folder import drop_parts, lock, lock_within, release, write_origin
+from dinoseg.experiment.folder import lock, lock_within, release, write_origin
 from dinoseg.experiment.past_runs import find_runs, plan_of
 from dinoseg.experiment.recipe import config_description, data_root, recipe_of
 from dinoseg.experiment.resume import _same_path, merge
@@ -38,8 +39,7 @@ def place(tmp_path_factory):
     where = tmp_path_factory.mktemp("place")
     write_data(where / "data")
     for name, words in (("mlp", ()), ("windows", ("inference=windows", "inference.size=16"))):
-        done = call(where, "mode=train", *MLP, *words, "trainer.steps=1", f"hydra.run.dir=kept/{name}")
-        assert done.status == 0, done.err
+        train_run(where, f"kept/{name}", "mode=train", *MLP, *words, "trainer.steps=1")
     return where
 
 
@@ -55,15 +55,10 @@ def where(place, monkeypatch):
     return place
 
 
-def copy_run(where, name):
-    """Copy a kept run to where a run of this recipe lies, and return its folder."""
-    return Path(shutil.copytree(where / "kept" / name, where / "outputs/base/train_0"))
-
-
 @pytest.fixture
 def run(where):
-    """Return a copy of the run with head=mlp."""
-    return copy_run(where, "mlp")
+    """Copy the run with head=mlp to where a run of this recipe lies, and return its folder."""
+    return Path(shutil.copytree(where / "kept/mlp", where / "outputs/base/train_0"))
 
 
 def train(where, *arguments):
@@ -92,30 +87,16 @@ def find_run(where, compose):
     return look
 
 
-def test_resumed_run_needs_no_groups_and_preserves_them(where, run):
-    first = last(run)
-    assert call(where, "mode=train", f"resume={run}", "trainer.steps=2", "engine=cpu").status == 0
-    second = last(run)
-    assert second["progress"]["step"] == 2 and second["choices"] == first["choices"] and runs(where) == [run]
-    assert first["choices"]["head"] == "mlp" and first["choices"]["backbone"] == "tiny"
-
-
 @pytest.mark.parametrize(
     ("words", "limit"),
     [([], 9.5), (["steps=2"], None), (["epochs=2"], None), (["patience=3"], 9.5), (["steps=2", "max_minutes=3"], 3)],
 )
 def test_a_typed_length_lifts_the_time_limit_of_a_run(compose, tmp_path, caplog, words, limit):
     caplog.set_level(logging.INFO)
-    words = tuple(f"trainer.{word}" for word in words)
-    saved = compose(*SMALL, "trainer.max_minutes=9.5", f"data.root={tmp_path}")
-    info = config_description(Builder(saved))
-    merged = merge(
-        compose(*words, "mode=train"),
-        [parse_word(word) for word in words],
-        tmp_path / "last.safetensors",
-        info,
-        tell=True,
-    )
+    words = [f"trainer.{word}" for word in words]
+    info = config_description(Builder(compose(*SMALL, "trainer.max_minutes=9.5", f"data.root={tmp_path}")))
+    typed = [parse_word(word) for word in words]
+    merged = merge(compose(*words, "mode=train"), typed, tmp_path / "last.safetensors", info, tell=True)
     assert merged.trainer.max_minutes == limit
     assert ("trainer.max_minutes=null instead of 9.5" in caplog.text) == (limit is None)
 
@@ -136,28 +117,13 @@ def test_run_with_a_head_from_an_own_file_can_be_evaluated(where):
 
 def test_evaluation_uses_the_windows_of_validation_by_default(where, compose):
     run = where / "kept/windows"
-    scored = {}
-    for name, words in {"own": [], "wider": ["inference.size=[16,48]"], "whole": ["inference=whole"]}.items():
-        done = call(where, "mode=eval", f"resume={run}", "engine=cpu", *QUIET[:2], f"hydra.run.dir={name}", *words)
-        assert done.status == 0, done.err
-        scored[name] = json.loads((where / name / "scores.json").read_text())
-    assert scored["own"] == json.loads((run / "evaluation/scores.json").read_text())
-    assert len({json.dumps(scores["matrix"]) for scores in scored.values()}) == 3
-
-
-def test_inference_keys_do_not_make_another_run(where, find_run):
-    run = copy_run(where, "windows")
-    assert train(where, "trainer.steps=2", "inference.overlap=0.5", "resume=auto", f"hydra.run.dir={run}").status == 0
-    assert runs(where) == [run] and last(run)["choices"]["inference"] == "windows"
-    assert last(run)["config"]["inference"]["overlap"] == 0.5
-    best = run / "checkpoints/best.safetensors"
-    assert find_run("inference=whole", prefer="best") == best
-    done = call(where, "mode=eval", "resume=auto")
-    assert "resume=auto resumes trainings. For mode=eval, name the run: resume=RUN." in done.err
-
-
-def test_a_run_of_images_does_not_say_how_slots_are_followed(run):
-    assert "slots" not in last(run)["config"].keys() | last(run)["choices"].keys()
+    done = call(where, "mode=eval", f"resume={run}", "engine=cpu", *QUIET[:2], "hydra.run.dir=evaluated")
+    assert done.status == 0, done.err
+    assert (where / "evaluated/scores.json").read_bytes() == (run / "evaluation/scores.json").read_bytes()
+    for word, size in (("inference.size=[16,48]", [16, 48]), ("inference=whole", None)):
+        cfg = compose("mode=eval", "inference=windows", word) if size else compose("mode=eval", word)
+        merged = merge(cfg, [parse_word(word)], run / "checkpoints/best.safetensors", last(run))
+        assert merged.inference.get("size") == size and merged.choices.inference == ("windows" if size else "whole")
 
 
 @pytest.mark.heavy
@@ -178,17 +144,14 @@ def test_resuming_old_rates_and_warmup_equals_one_whole_run(where):
     assert all(torch.equal(went_on.tensors[name], value) for name, value in at_once.tensors.items())
 
 
-@pytest.mark.parametrize(
-    ("override", "same"),
-    [("trainer.steps=2", True), ("trainer.val_every=1", True), ("trainer.clip=7", False), ("seed=5", False)],
-)
-def test_auto_resumes_only_the_same_recipe(run, find_run, override, same):
-    assert find_run(override) == (run / "checkpoints/last.safetensors" if same else None)
+SAME = ("trainer.steps=2", "trainer.val_every=1", "inference=whole")
 
 
-def test_auto_does_not_resume_a_job_of_a_sweep(run, find_run):
+@pytest.mark.parametrize("override", [*SAME, "trainer.clip=7", "seed=5", "data.root=kept"])
+def test_auto_resumes_only_the_same_recipe(run, find_run, override):
+    assert find_run(override) == (run / "checkpoints/last.safetensors" if override in SAME else None)
     write_origin(run / "config", None, None, in_sweep=True)
-    assert find_run() is None
+    assert find_run(override) is None  # jobs of sweeps are not resumed
 
 
 def test_recipe_holds_only_what_affects_training(compose):
@@ -204,11 +167,6 @@ def test_recipe_holds_only_what_affects_training(compose):
     cases = [(), masks, of_masks, (*of_masks, alone), ("head=detail",), ("head=detail", "head.linear_skip=false")]
     found = [repr(recipe(*words)) for words in (*cases, *((other,) for other in others))]
     assert len({*found}) == len(found)
-
-
-def test_auto_does_not_resume_with_other_data(where, run, find_run):
-    write_data(where / "other")
-    assert find_run("data.root=data") and find_run("data.root=other") is None
 
 
 def test_a_relative_root_is_that_of_the_run(where, run, compose, monkeypatch, capsys):
@@ -241,9 +199,21 @@ def test_a_root_that_is_with_the_run_alone_needs_no_word(tmp_path, monkeypatch):
     assert data_root({"data": {"root": "data"}}, tmp_path / "run") == (str(tmp_path / "run/data"), "")
 
 
-def test_key_missing_in_the_checkpoint_is_added_only_with_plus(compose, tmp_path):
+@pytest.mark.parametrize("root", ["~nobody-here/x", "a\0b", "\ud800", "a" * 4000, None, 3, "???"], ids=ascii)
+def test_a_root_that_can_be_none_is_none_given(root):
+    assert data_root({"data": {"root": root}}, Path("/")) == ("???", "")
+    assert data_root({"data": {}}, Path("~nobody-here/\ud800")) == ("???", "")
+
+
+@pytest.fixture
+def base(compose):
+    """Return the config of a command line that resumes, and the description of a run of the same recipe."""
     cfg = compose("mode=train", "resume=x", "data.root=.", "data.classes=[a,b]")
-    info = json.loads(json.dumps(config_description(Builder(cfg))))
+    return cfg, json.loads(json.dumps(config_description(Builder(cfg))))
+
+
+def test_key_missing_in_the_checkpoint_is_added_only_with_plus(base, tmp_path):
+    cfg, info = base
     assert merge(cfg, [parse_word("++head.more=1")], tmp_path / "x", info).head.more == 1
     with pytest.raises(UserError, match=r"head.more is not a key of .* To add it anyway, give \+\+head.more=VALUE"):
         merge(cfg, [parse_word("head.more=1")], tmp_path / "x", info)
@@ -280,40 +250,26 @@ def test_auto_waits_for_a_lock_and_removes_partial_files(where, run, monkeypatch
         return None if path == run / "run.log" and calls.count(path) < 3 else acquire(path, **options)
 
     monkeypatch.setattr(locks, "acquire", acquire_third)
-    done = train(where, "trainer.steps=2", "resume=auto", f"hydra.run.dir={run}")
+    done = train(where, "trainer.steps=2", "inference.overlap=0.5", "resume=auto", f"hydra.run.dir={run}")
     assert done.status == 0 and runs(where) == [run] and last(run)["progress"]["step"] == 2, done.err
+    assert last(run)["config"]["inference"]["overlap"] == 0.5  # keys of inference do not make another run
     assert not half.parent.exists() and not older.exists() and not rows.exists() and mine.exists()
 
 
 def test_auto_skips_unreadable_checkpoints_with_a_reason(where, run, find_run, capsys):
     path = run / "checkpoints/last.safetensors"
     saved = checkpoint.read(path)
-    beside = {
-        name: where / f"outputs/base/train_{name}/checkpoints/last.safetensors" for name in ("cut", "new", "other")
-    }
+    reasons = {"cut": "not a readable", "new": "written in format 99", "other": "not a checkpoint of"}
+    beside = {name: where / f"outputs/base/train_{name}/checkpoints/last.safetensors" for name in reasons}
     checkpoint.write(beside["new"], saved.tensors, {**saved.info, "format": 99})
     write_tensors(beside["other"], saved.tensors, {})
     beside["cut"].parent.mkdir(parents=True)
     beside["cut"].write_bytes(path.read_bytes()[:1000])
     assert find_run("trainer.steps=2") == path
     told = capsys.readouterr().err.splitlines()
-    for name, reason in (("cut", "not a readable"), ("new", "written in format 99"), ("other", "not a checkpoint of")):
+    for name, reason in reasons.items():
         (line,) = [line for line in told if str(beside[name]) in line]
         assert line.startswith("resume=auto: skipped: ") and reason in line
-
-
-def test_a_kill_in_the_middle_of_a_save_leaves_a_name_of_ours(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoints/last.safetensors"
-    checkpoint.write(path, {"model/a": torch.zeros(4)}, {})
-    before = path.read_bytes()
-    child = os.fork()
-    if child == 0:
-        monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGKILL))
-        checkpoint.write(path, {"model/a": torch.ones(4)}, {})
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert [found.name.split(".")[1:3] for found in path.parent.glob(".*.part")] == [["last", "safetensors"]]
-    drop_parts(tmp_path)
-    assert list(path.parent.iterdir()) == [path] and path.read_bytes() == before
 
 
 def test_a_folder_locked_here_is_locked_once(tmp_path):
@@ -332,18 +288,21 @@ def test_resuming_a_foreign_checkpoint_writes_to_a_new_folder(where, run):
     assert len(runs(where)) == 2
 
 
-def test_other_classes_or_another_order_are_refused(where, run):
-    classes = ",".join(reversed(last(run)["classes"]))
-    for mode in ("mode=eval", "mode=train"):
-        swapped = call(where, mode, f"resume={run}", f"data.classes=[{classes}]", "engine=cpu")
-        assert swapped.status == 1 and "in the same order" in swapped.err
-    done = call(where, "mode=eval", f"resume={run}", "data.classes=[a,b,c]", "engine=cpu")
-    assert done.status == 1 and "the data has the classes a, b, c" in done.err and "trained on dark, bright" in done.err
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        ("bright,dark", ["in the same order"]),
+        ("a,b,c", ["the data has the classes a, b, c", "trained on dark, bright"]),
+    ],
+)
+def test_other_classes_or_another_order_are_refused(where, run, mode, classes, said):
+    done = call(where, f"mode={mode}", f"resume={run}", f"data.classes=[{classes}]", "engine=cpu")
+    assert done.status == 1 and all(words in done.err for words in said), done.err
 
 
-def test_checkpoint_provides_only_model_data_and_training(compose, tmp_path):
-    cfg = compose("mode=train", "resume=x", "data.root=.", "data.classes=[a,b]")
-    sound = json.loads(json.dumps(config_description(Builder(cfg))))
+def test_checkpoint_provides_only_model_data_and_training(base, tmp_path):
+    cfg, sound = base
     kept = sound["config"]
     merged = merge(cfg, [], tmp_path / "x", {**sound, "config": {**kept, "mode": {"a": 1}, "engine": {"device": "x"}}})
     assert merged.mode == cfg.mode and merged.engine == cfg.engine
@@ -415,20 +374,15 @@ def test_a_fused_optimizer_counts_its_steps_on_its_device(tmp_path):
     assert {value.device.type for value in optimizer.state[model.weight].values()} == {"meta"}
 
 
-def test_a_table_of_ids_survives_the_checkpoint(where):
-    table = ["data.reader.masks.ids={1: 0, 0: 1}", "trainer.val_every=2"]
-    assert train(where, *table, "hydra.run.dir=outputs/base/one").status == 0
-    done = train(where, *table, "trainer.steps=4", "resume=auto", "hydra.run.dir=outputs/base/one")
-    assert done.status == 0, done.err
-    assert json.loads((where / "outputs/base/one/metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
-    done = call(where, "mode=eval", "resume=outputs/base/one", *QUIET[:2], "engine=cpu")
-    assert done.status == 0, done.err
-
-
-@pytest.mark.parametrize("root", ["~nobody-here/x", "a\0b", "\ud800", "a" * 4000, None, 3, "???"], ids=ascii)
-def test_a_root_that_can_be_none_is_none_given(root):
-    assert data_root({"data": {"root": root}}, Path("/")) == ("???", "")
-    assert data_root({"data": {}}, Path("~nobody-here/\ud800")) == ("???", "")
+def test_a_table_of_ids_survives_the_checkpoint(compose, tmp_path):
+    words = ("data.root=.", "data.classes=[a,b]", "data.reader.masks.ids={1: 0, 0: 1}")
+    info = config_description(Builder(compose("mode=train", *words)))
+    path = tmp_path / "last.safetensors"
+    checkpoint.write(path, {"model/a": torch.zeros(1)}, INFO | info)
+    stored = checkpoint.describe(path)
+    merged = merge(compose("mode=eval", "resume=x"), [], path, stored)
+    assert Masks(ids=merged.data.reader.masks.ids) == Masks(ids={1: 0, 0: 1})
+    assert recipe_of(stored) == recipe_of(info)
 
 
 @pytest.mark.parametrize(
@@ -436,12 +390,13 @@ def test_a_root_that_can_be_none_is_none_given(root):
     [
         ("/a/data", "/a/./data/", True),
         ("~/data", str(Path.home() / "data"), True),
-        ("a\0b", "a", False),
-        ("~nobody-at-all/x", "x", False),
-        ("a" * 5000, "a", False),
-        (None, "a", False),
-        (["a"], "a", False),
+        *((old, "a", False) for old in ("a\0b", "~nobody-at-all/x", "a" * 5000, None, ["a"])),
     ],
 )
 def test_one_place_may_be_written_in_several_ways(old, new, same):
     assert _same_path(old, new) == same == _same_path(new, old)
+
+
+def test_auto_is_for_trainings_alone(where):
+    done = call(where, "mode=eval", "resume=auto")
+    assert "resume=auto resumes trainings. For mode=eval, name the run: resume=RUN." in done.err

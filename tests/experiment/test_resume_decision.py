@@ -96,19 +96,16 @@ def test_near_misses_name_differing_keys_of_newest_runs():
 
 def test_a_near_miss_differs_in_three_keys_at_most():
     here = Plan(dict.fromkeys("abcd", 1), {"steps": 10}, {})
-    runs = [
-        run(str(count), replace(here, settings={**here.settings, **dict.fromkeys("abcd"[:count], 2)}))
-        for count in (3, 4)
-    ]
+    others = [here.settings | dict.fromkeys("abcd"[:count], 2) for count in (3, 4)]
+    runs = [run(str(count), replace(here, settings=other)) for count, other in zip((3, 4), others, strict=True)]
     (near,) = find_near_misses(Request(here, {}), runs)
     assert "3 differs in a (2 there, 1 here); b " in near
 
 
 def test_near_misses_of_a_sweep_name_differing_words():
     runs = [run("0", words={"a=1", "b"}), run("1", LONGER, words={"b"})]
-    assert find_near_misses(replace(REQUEST, in_sweep=True, words={"a=2", "b"}), runs) == [
-        "not resumed: 0 differs in a=1 a=2"
-    ]
+    request = replace(REQUEST, in_sweep=True, words={"a=2", "b"})
+    assert find_near_misses(request, runs) == ["not resumed: 0 differs in a=1 a=2"]
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,21 @@
 """What a run makes it may remove, and nothing else; what the system says of files and disks is a message."""
 
 import errno
-import logging
 import os
 from pathlib import Path
 
 import pytest
 from command_line import call
+from mistakes import assert_refused, command, refusals
 from omegaconf import OmegaConf
 
 from dinoseg.experiment import folder as run_folder
 from dinoseg.experiment.folder import claim, drop_bare, drop_empty, has_results, release, write_config
-from dinoseg.experiment.log_file import LogFile
+from dinoseg.experiment.settings import check_same_settings
 from dinoseg.experiment.unread import warn_unread
 from dinoseg.modes import score
-from dinoseg.report.log import RunLog
-from dinoseg.report.loggers.logger import Logger
 from dinoseg.utils.atomic import _machine
-from dinoseg.utils.errors import UserError, file_errors_as_user_errors
+from dinoseg.utils.errors import file_errors_as_user_errors
 
 WRONG = ("mode=score", "protocol=davis2017")  # ends before it does anything: no folders are named
 
@@ -32,28 +30,22 @@ def full(*_, **__):
         ("outputs", ()),
         ("outputs/base", ()),
         ("mine", ("hydra.run.dir=mine",)),
+        ("mine/config/notes", ("hydra.run.dir=mine",)),
         ("outputs", ("hydra.run.dir=mine",)),
         ("mine", ("-m", "seed=0,1", "hydra.sweep.dir=mine")),
     ],
 )
 def test_folders_of_the_user_stay_and_those_of_the_run_go(tmp_path, made, options):
     (tmp_path / made).mkdir(parents=True)
-    before = sorted(tmp_path.rglob("*"))
+    before = {*tmp_path.rglob("*")}
     done = call(tmp_path, *options, *WRONG)
     assert done.status == 1 and "Traceback" not in done.err
-    if "-m" not in options:
-        assert sorted(tmp_path.rglob("*")) == before
+    if "-m" not in options and made != "mine/config/notes":
+        assert {*tmp_path.rglob("*")} == before
     assert (tmp_path / made).is_dir()
 
 
-def test_a_config_folder_of_the_user_stays(tmp_path):
-    (tmp_path / "mine/config").mkdir(parents=True)
-    (tmp_path / "mine/config/notes.txt").touch()
-    assert call(tmp_path, *WRONG, "hydra.run.dir=mine").status == 1
-    assert (tmp_path / "mine/config/notes.txt").exists()
-
-
-def test_dropping_never_fails(tmp_path):
+def test_dropping_never_fails_and_leaves_files_with_content(tmp_path):
     drop_empty(tmp_path / "gone")
     drop_bare(tmp_path / "gone")
     folder = claim(tmp_path / "outputs/base/run")
@@ -62,6 +54,11 @@ def test_dropping_never_fails(tmp_path):
     drop_bare(folder)
     assert (folder / "run.log").exists() and (folder / "config").exists()
     (folder / "some.png").unlink()
+    (folder / "run.log").write_text("what was left out, and why")
+    assert not has_results(folder)
+    drop_bare(folder)
+    assert (folder / "run.log").exists() and (folder / "config").exists()
+    (folder / "run.log").write_text("")
     drop_bare(folder)
     release(folder)
     assert tmp_path.is_dir() and not list(tmp_path.iterdir())
@@ -75,16 +72,6 @@ def test_new_run_removes_remains_of_a_killed_export(tmp_path):
     folder = claim(tmp_path / "run")
     release(folder)
     assert folder == tmp_path / "run_2" and [path.name for path in (tmp_path / "run").iterdir()] == ["run.log"]
-
-
-def test_nonempty_log_is_preserved_and_is_no_result(tmp_path):
-    folder = claim(tmp_path / "run")
-    write_config({}, folder, [])
-    (folder / "run.log").write_text("what was left out, and why")
-    assert not has_results(folder)
-    drop_bare(folder)
-    release(folder)
-    assert (folder / "run.log").exists() and (folder / "config").exists()
 
 
 def test_configs_of_continuations_take_the_next_free_name(tmp_path):
@@ -103,21 +90,17 @@ def test_undecodable_overrides_are_stored_as_typed(tmp_path):
     assert run_folder.command_line(tmp_path) == ["data.root=caf\ufffd"]
 
 
+def open_gone(where):
+    return lambda *_, **__: open(where / "gone/a.png", encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda where, _: (where / "outputs").touch(), "outputs"),
         (lambda where, patch: patch.setattr(run_folder.OmegaConf, "save", full), "No space left on device; "),
-        (
-            lambda where, patch: patch.setattr(score, "run", full),
-            "MiB are free there. Free some space and run it again",
-        ),
-        (
-            lambda where, patch: patch.setattr(
-                score, "run", lambda *_, **__: open(where / "gone/a.png", encoding="utf-8")
-            ),
-            "gone/a.png: No",
-        ),
+        (lambda where, patch: patch.setattr(score, "run", full), "MiB are free there. Free some space and run it"),
+        (lambda where, patch: patch.setattr(score, "run", open_gone(where)), "gone/a.png: No"),
     ],
 )
 def test_system_errors_become_messages(tmp_path, monkeypatch, make, said):
@@ -127,55 +110,48 @@ def test_system_errors_become_messages(tmp_path, monkeypatch, make, said):
     assert "Traceback" not in done.err and not (tmp_path / "outputs/base").exists()
 
 
-def test_a_run_folder_with_too_long_a_name(tmp_path):
-    done = call(tmp_path, "mode=score", f"hydra.run.dir={'a' * 300}")
-    assert done.status == 1 and "no file name has 300 characters. Give a shorter one." in done.err
-
-
 def test_errors_unrelated_to_files_preserve_their_traceback():
     for error in (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), OSError("a hub does not answer")):
         with pytest.raises(OSError) as raised, file_errors_as_user_errors(Path()):
             raise error
         assert raised.value is error
-    with (
-        pytest.raises(UserError, match="Cannot read or write b.png: Permission denied. Give your user"),
-        file_errors_as_user_errors(Path()),
-    ):
-        raise PermissionError(errno.EACCES, "Permission denied", "a.png", None, "b.png")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
-def test_log_on_a_full_disk_reports_once_and_stops(tmp_path, capsys, caplog):
-    handler = LogFile("/dev/full")
-    root = logging.getLogger()
-    root.addHandler(handler)
-    for _ in range(3):
-        logging.getLogger("dinoseg").warning("going on")
-    assert handler not in root.handlers and "Traceback" not in capsys.readouterr().err
-    assert [record.getMessage() for record in caplog.records if "ends here" in record.getMessage()] == [
-        "/dev/full ends here (No space left on device)."
-    ]
+@pytest.mark.parametrize(
+    ("words", "unread", "named"),
+    [
+        (b"mode=track slots=lock_on tracker.short_side=4", ["slots"], "slots=lock_on"),
+        (b"slots.match=auto slots.extra_slots=0", ["slots"], "slots.match=auto, slots.extra_slots=0"),
+        (b"+slots.match=auto tracker.dtype=x", ["tracker.dtype", "slots"], "+slots.match=auto, tracker.dtype=x"),
+        (b"tracker=crw tracker.context=3", ["tracker.short_side", "tracker.first"], None),
+        (b"slotsize=3 head.slots=2 tracker.shorter=1", ["slots", "tracker.short_side"], None),
+        (b"tracker.\x1b[2J=3 tracker.\xff=1", ["tracker"], "tracker.\\x1b[2J=3, tracker.\ufffd=1"),
+        (b"", ["slots"], None),
+        (None, ["slots"], None),
+    ],
+)
+def test_overrides_without_effect_are_named(tmp_path, caplog, words, unread, named):
+    if words is not None:
+        (tmp_path / "config").mkdir()
+        (tmp_path / "config/overrides.txt").write_bytes(words.replace(b" ", b"\n") + b"\n")
+    warn_unread(tmp_path, unread, "Because.")
+    assert [record.getMessage() for record in caplog.records] == [f"No effect here: {named}. Because."] * bool(named)
+    assert "\x1b" not in caplog.text
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
-def test_rows_on_a_full_disk_are_an_error_and_close_the_rest(tmp_path):
-    closed = []
-    with pytest.raises(UserError, match="No space left"), file_errors_as_user_errors(tmp_path):
-        board = type("Board", (Logger,), {"close": lambda self, *, status: closed.append(True)})
-        log = RunLog(tmp_path, {"board": board})
-        log._file.close()
-        log._file = Path("/dev/full").open("w", encoding="utf-8")
-        with log:
-            log.scalars(1, {"train/loss": 1.0})
-    assert closed
-
-
-def test_stored_overrides_are_shown_without_control_codes(tmp_path, caplog):
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config/overrides.txt").write_bytes(b"tracker.\x1b[2J=3\nslots.\xff=1\n")
-    warn_unread(tmp_path, ("tracker", "slots"), "Because.")
-    said = caplog.text
-    assert "No effect here: tracker.\\x1b[2J=3, slots." in said and "\x1b" not in said
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"mode": {"skip": 2, "size": [2, 3]}, "stamp": 3}, "differ from that run: mode.skip was 1 and is 2. Use"),
+        ({"mode": {"skip": 1, "size": None}, "stamp": True}, "size was [2,3] and is null; stamp was 3 and is true"),
+        ({"mode": {"skip": 1, "size": [2, 3]}}, "stamp was 3 and is not set"),
+    ],
+)
+def test_each_changed_setting_is_named(tmp_path, now, said):
+    before = {"mode": {"skip": 1, "size": [2, 3]}, "stamp": 3}
+    check_same_settings(tmp_path, before, {"mode": {"skip": 1, "size": (2, 3)}, "stamp": 3})
+    message = assert_refused(lambda: check_same_settings(tmp_path, before, now, key="hydra.run.dir"), said)
+    assert message.endswith("or start over without hydra.run.dir.")
 
 
 def test_invalid_overrides_file_yields_no_command_line(tmp_path):
@@ -201,7 +177,20 @@ def test_damaged_line_hides_no_remembered_folder(tmp_path, monkeypatch):
     assert [*run_folder.remembered_folders(tmp_path / "cache")] == [tmp_path / "first", tmp_path / "second"]
 
 
-def test_a_pipe_in_place_of_a_log_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "run.log")
-    with pytest.raises(UserError, match="is a named pipe"):
-        run_folder.lock(tmp_path)
+def use_denied_file():
+    with file_errors_as_user_errors(Path()):
+        raise PermissionError(errno.EACCES, "Permission denied", "a.png", None, "b.png")
+
+
+def lock_pipe():
+    os.mkfifo("run.log")
+    run_folder.lock(Path())
+
+
+test_message_names_value_and_remedy = refusals(
+    {
+        "denied file": (use_denied_file, "Cannot read or write b.png: Permission denied. Give your user"),
+        "pipe for a log": (lock_pipe, "is a named pipe"),
+        "long name": (command("mode=score", f"hydra.run.dir={'a' * 300}"), "name has 300 characters. Give a shorter"),
+    }
+)

@@ -2,13 +2,17 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from command_line import SMALL, call, write_data
+from command_line import SMALL, write_data
+from finished_runs import train_run
+from mistakes import assert_refused
 from omegaconf import OmegaConf
 
 import dinoseg
@@ -22,14 +26,12 @@ from dinoseg.training.engine import Engine
 from dinoseg.utils.errors import UserError
 
 LABELS = Labels.of(["dark", "bright"], [[0, 0, 0], [255, 255, 255]], 255)
-SIZES = ((40, 56), (33, 50), (9, 17), (150, 210))  # the last is reduced
+SIZES = ((33, 50), (9, 17), (150, 210))  # the last is reduced
 SHORT = (
-    "mode=train",
-    "trainer.steps=1",
-    "mode.metrics_only=true",
-    "mode.report=false",
-    "mode.pictures=0",
+    *("mode=train", *(word for word in SMALL if word != "trainer.steps=2"), "trainer.steps=1"),
+    *("mode.metrics_only=true", "mode.report=false", "mode.pictures=0"),
 )
+BLACK = torch.zeros(3, 9, 9, dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -37,35 +39,37 @@ def folder(tmp_path_factory):
     """Teachers: cells of 8 px; masks; 2 px, seen at half the size; these in windows, and of 1 px."""
     where = tmp_path_factory.mktemp("teachers")
     write_data(where / "data", train=2, val=1, size=(40, 56))
-    small = tuple(word for word in SMALL if word != "trainer.steps=2")
     kinds = {
         "linear": ("head=linear", "resolution.longest=50"),
         "eomt": ("head=eomt", "head.num_queries=4", "head.blocks=1", "head.layers=[-1]", "loss=mask_classification"),
         "detail": ("head=detail", "head.fine=4", "head.width=8", "head.layers=[-1]", "resolution.scale=0.5"),
     }
-    kinds["direct"] = (*kinds["detail"], "inference=windows", "inference.size=24")
-    kinds["windows"] = (*kinds["direct"], "head.linear_skip=false")
-    kinds["pixels"] = (*kinds["direct"], "resolution.scale=2")
+    kinds["windows"] = (*kinds["detail"], "inference=windows", "inference.size=24", "head.linear_skip=false")
+    kinds["pixels"] = (*kinds["windows"], "resolution.scale=2", "head.linear_skip=true")
     for name, words in kinds.items():
-        done = call(where, *SHORT, *small, *words, f"hydra.run.dir={name}")
-        assert done.status == 0, done.err
+        train_run(where, name, *SHORT, *words)
     return where
+
+
+@pytest.fixture
+def linear(folder):
+    """Return the checkpoint of the teacher with a linear head."""
+    return folder / "linear/checkpoints/best.safetensors"
 
 
 def picture(size):
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size)).astype(np.uint8))
 
 
-def teacher(compose, path, labels=LABELS, precision="fp32", **changes):
-    cfg = OmegaConf.merge(
-        compose("trainer=distil", "data.classes=[dark,bright]", "data.root=none", "backbone=tiny"), {"teacher": path}
-    )
-    return Teacher(Builder(OmegaConf.merge(cfg, changes)), Engine(device="cpu", precision=precision, workers=0), labels)
+def teacher(compose, path, labels=LABELS, precision="fp32"):
+    cfg = compose("trainer=distil", "data.classes=[dark,bright]", "data.root=none", "backbone=tiny")
+    cfg = OmegaConf.merge(cfg, {"teacher": str(path) if isinstance(path, Path) else path})
+    return Teacher(Builder(cfg), Engine(device="cpu", precision=precision, workers=0), labels)
 
 
 @pytest.mark.parametrize(("kind", "within"), [("linear", 1e-5), ("detail", 1e-5), ("eomt", 0.02), ("windows", 0.08)])
 def test_scores_are_of_the_probabilities_that_the_model_predicts(folder, compose, caplog, kind, within):
-    asked, drawn = teacher(compose, str(folder / kind)), torch.get_rng_state()
+    asked, drawn = teacher(compose, folder / kind), torch.get_rng_state()
     model = dinoseg.load(folder / kind, device="cpu", precision="fp32")
     for size in SIZES:
         image = picture(size)
@@ -83,13 +87,13 @@ def test_scores_are_of_the_probabilities_that_the_model_predicts(folder, compose
         assert (found - wanted).abs().mean() < 0.5 * wanted.std(dim=(1, 2)).mean(), size
 
 
-@pytest.mark.parametrize(("kind", "cell"), [("windows", 4), ("direct", 4), ("pixels", 1)])
+@pytest.mark.parametrize(("kind", "cell"), [("windows", 4), ("pixels", 1)])
 def test_teacher_scores_of_windows_equal_predictions_at_cells(folder, compose, kind, cell):
     """Exactly; between cells of 4 px no grid holds what windows predict, and the more the scores say the less it does.
 
-    The nearest grid in the least squares differs by 0.081 where this one does by 0.100 (`direct`, 150 x 210).
+    The nearest grid in the least squares differs by 0.081 where this one does by 0.100 (150 x 210).
     """
-    asked, model = teacher(compose, str(folder / kind)), dinoseg.load(folder / kind, device="cpu", precision="fp32")
+    asked, model = teacher(compose, folder / kind), dinoseg.load(folder / kind, device="cpu", precision="fp32")
     for size in SIZES:
         image = picture(size)
         scores, valid = asked(image)
@@ -99,46 +103,37 @@ def test_teacher_scores_of_windows_equal_predictions_at_cells(folder, compose, k
         torch.testing.assert_close(scores.softmax(0), wanted, atol=1e-5, rtol=0)
 
 
-def test_teacher_cache_key_depends_on_file_and_inference(folder, compose):
-    first = teacher(compose, str(folder / "linear"))
-    same = teacher(compose, str(folder / "linear/checkpoints/best.safetensors"))
-    assert first.parts == same.parts
-    others = {part: teacher(compose, str(folder / kind)).parts[part] for kind, part in (
-        ("detail", "teacher"), ("eomt", "code"), ("windows", "inference"))}  # fmt: skip
-    assert all(first.parts[part] != other for part, other in others.items())
-    coarse = teacher(compose, str(folder / "linear"), precision="bf16").parts
-    assert [part for part in coarse if coarse[part] != first.parts[part]] == ["precision"]
+def test_teacher_cache_key_depends_on_file_and_inference(folder, linear, compose):
+    first = teacher(compose, folder / "linear").parts
+    assert first == teacher(compose, linear).parts
+    for kind, part in (("detail", "teacher"), ("eomt", "code"), ("windows", "inference")):
+        assert teacher(compose, folder / kind).parts[part] != first[part], kind
+    coarse = teacher(compose, linear, precision="bf16").parts
+    assert [part for part in coarse if coarse[part] != first[part]] == ["precision"]
 
 
-def test_a_file_that_changes_before_it_is_read_is_not_used(folder, compose, tmp_path):
-    path = tmp_path / "best.safetensors"
-    path.write_bytes((folder / "linear/checkpoints/best.safetensors").read_bytes())
-    asked = teacher(compose, str(path))
-    path.write_bytes((folder / "detail/checkpoints/best.safetensors").read_bytes())
-    with pytest.raises(UserError, match="teacher=.*best.safetensors has changed since this run started"):
-        asked(torch.zeros(3, 9, 9, dtype=torch.uint8))
+def test_a_file_that_changes_before_it_is_read_is_not_used(folder, linear, compose, tmp_path):
+    path = Path(shutil.copy(linear, tmp_path))
+    asked = teacher(compose, path)
+    shutil.copy(folder / "detail/checkpoints/best.safetensors", path)
+    message = assert_refused(lambda: asked(BLACK), "best.safetensors has changed since this run started")
     path.unlink()
-    with pytest.raises(UserError, match=r"^teacher=.*best.safetensors: No such file or directory. Check that file"):
-        asked(torch.zeros(3, 9, 9, dtype=torch.uint8))
+    gone = assert_refused(lambda: asked(BLACK), "best.safetensors: No such file or directory. Check that file")
+    assert message.startswith("teacher=") and gone.startswith("teacher=")
 
 
-def test_refused_teacher_file_is_read_only_up_to_its_header(folder, compose, tmp_path, monkeypatch):
+def test_refused_teacher_file_is_read_only_up_to_its_header(linear, compose, tmp_path, monkeypatch):
     monkeypatch.setattr(Teacher, "_hash_file", lambda self: pytest.fail("it was read whole"))
     path = tmp_path / "best.safetensors"
-    source = folder / "linear/checkpoints/best.safetensors"
     os.mkfifo(path)
-    with pytest.raises(UserError, match=r"teacher=.* is a pipe or a device"):
-        teacher(compose, str(path))
+    assert_refused(lambda: teacher(compose, path), "teacher=", " is a pipe or a device")
     path.unlink()
     path.touch()
     os.truncate(path, 2**40)  # sparse
-    with pytest.raises(UserError, match=r"teacher=.*best\.safetensors: not a readable checkpoint"):
-        teacher(compose, str(path))
-    write_enlarged(source, path, "model/extra", 2**30)
-    with pytest.raises(UserError, match=r"teacher=.*1 tensors unexpected \(such as extra\)"):
-        teacher(compose, str(path))
-    with pytest.raises(UserError, match="other classes"):
-        teacher(compose, str(source), Labels.of(["dark"], [[0, 0, 0]], 255))
+    assert_refused(lambda: teacher(compose, path), "teacher=", "best.safetensors: not a readable checkpoint")
+    write_enlarged(linear, path, "model/extra", 2**30)
+    assert_refused(lambda: teacher(compose, path), "teacher=", "1 tensors unexpected (such as extra)")
+    assert_refused(lambda: teacher(compose, linear, Labels.of(["dark"], [[0, 0, 0]], 255)), "other classes")
 
 
 def write_enlarged(source, path, name, size):
@@ -163,85 +158,76 @@ def write_enlarged(source, path, name, size):
         (["bright", "dark"], "other classes than the data: their order is dark, bright"),
     ],
 )
-def test_other_classes_are_refused(folder, compose, names, said):
+def test_other_classes_are_refused(linear, compose, names, said):
     labels = Labels.of(names, [[number] * 3 for number in range(len(names))], 255)
-    with pytest.raises(UserError, match=said):
-        teacher(compose, str(folder / "linear"), labels)
+    assert_refused(lambda: teacher(compose, linear, labels), said)
 
 
-def test_slot_model_is_refused_as_teacher(folder, compose, monkeypatch):
+def test_slot_model_is_refused_as_teacher(linear, compose, monkeypatch):
     slots = SimpleNamespace(head=SimpleNamespace(slots=True))
     monkeypatch.setattr(ModelBuilder, "check_fits", lambda *_: slots)
-    with pytest.raises(UserError, match="is a slot model, which has no classes. Give a segmenter"):
-        teacher(compose, str(folder / "linear"))
+    assert_refused(lambda: teacher(compose, linear), "is a slot model, which has no classes. Give a segmenter")
 
 
-def test_invalid_teacher_is_refused_by_name(folder, compose, tmp_path):
+def test_invalid_teacher_is_refused_by_name(folder, linear, compose, tmp_path):
     text, cut = tmp_path / "text.safetensors", tmp_path / "cut.safetensors"
     text.write_text("no model")
-    cut.write_bytes((folder / "linear/checkpoints/best.safetensors").read_bytes()[:-9])
+    cut.write_bytes(linear.read_bytes()[:-9])
     for path in (folder / "nowhere", text, cut, tmp_path):
-        with pytest.raises(UserError) as refused:
-            teacher(compose, str(path))
-        assert f"teacher={path}" in str(refused.value) and "resume=" not in str(refused.value)
+        assert "resume=" not in assert_refused(lambda path=path: teacher(compose, path), f"teacher={path}")
     for path in (None, 3, ["a"]):
-        with pytest.raises(UserError, match="but teacher=.*Set teacher=RUN"):
-            teacher(compose, path)
+        assert_refused(lambda path=path: teacher(compose, path), "but teacher=", "Set teacher=RUN")
 
 
-def test_foreign_config_is_checked_against_config_files(folder, compose, tmp_path):
-    info = checkpoint.describe(folder / "linear/checkpoints/best.safetensors")
-    saved = checkpoint.read(folder / "linear/checkpoints/best.safetensors")
-    hostile = json.loads(json.dumps({key: value for key, value in info.items() if key != "format"}))
-    hostile["config"]["head"]["_target_"] = "os.system"
-    checkpoint.write(tmp_path / "best.safetensors", saved.tensors, hostile)
-    with pytest.raises(UserError, match="teacher=.*a checkpoint stores no key _target_"):
-        teacher(compose, str(tmp_path / "best.safetensors"))
-
-
-def write_changed(folder, path, *keys, value):
-    """Write the linear teacher's checkpoint with another value in its description."""
-    source = folder / "linear/checkpoints/best.safetensors"
-    info = {key: part for key, part in checkpoint.describe(source).items() if key != "format"}
-    node = info = json.loads(json.dumps(info))
+def write_changed(source, path, *keys, value):
+    """Write a checkpoint with another value in its description."""
+    info = json.loads(json.dumps(checkpoint.describe(source)))
+    node = info
     for key in keys[:-1]:
         node = node[key]
     node[keys[-1]] = value
+    del info["format"]
     checkpoint.write(path, checkpoint.read(source).tensors, info)
-    return str(path)
+    return path
+
+
+def test_foreign_config_is_checked_against_config_files(linear, compose, tmp_path):
+    path = write_changed(linear, tmp_path / "best.safetensors", "config", "head", "_target_", value="os.system")
+    assert_refused(lambda: teacher(compose, path), "teacher=", "a checkpoint stores no key _target_")
+
+
+CROP = r"resolution.crop=.* must be \[height, width\]"
 
 
 @pytest.mark.parametrize(
-    ("keys", "value", "said"),
+    ("key", "value", "said"),
     [
-        (("sizes",), {"typical": -1, "largest": 5}, "sizes.typical is -1; it must be"),
-        (("config", "resolution", "longest"), -3, "resolution.longest=-3 is out of range"),
-        (("config", "resolution", "crop"), [0, 0], r"resolution.crop=\[0, 0\] with"),
-        (("config", "resolution", "crop"), "wide", "resolution.crop=wide"),
-        *(
-            (("config", "resolution", "crop"), crop, r"resolution.crop=.* must be \[height, width\]")
-            for crop in (None, [16, 16, 16], [512.0, 512.0])
-        ),
-        (("config", "inference", "size"), -5, "inference.size=-5 is out of range"),
+        ("sizes", {"typical": -1, "largest": 5}, "sizes.typical is -1; it must be"),
+        ("config.resolution.longest", -3, "resolution.longest=-3 is out of range"),
+        ("config.resolution.crop", [0, 0], r"resolution.crop=\[0, 0\] with"),
+        ("config.resolution.crop", "wide", "resolution.crop=wide"),
+        ("config.resolution.crop", None, CROP),
+        ("config.resolution.crop", [16, 16, 16], CROP),
+        ("config.resolution.crop", [512.0, 512.0], CROP),
+        ("config.inference.size", -5, "inference.size=-5 is out of range"),
     ],
 )
-def test_error_in_the_teacher_file_names_the_teacher(folder, compose, tmp_path, keys, value, said):
+def test_error_in_the_teacher_file_names_the_teacher(linear, compose, tmp_path, key, value, said):
+    path = write_changed(linear, tmp_path / "best.safetensors", *key.split("."), value=value)
     with pytest.raises(UserError, match=f"^teacher={tmp_path}.*: .*{said}"):
-        teacher(compose, write_changed(folder, tmp_path / "best.safetensors", *keys, value=value))(
-            torch.zeros(3, 9, 9, dtype=torch.uint8)
-        )
+        teacher(compose, path)(BLACK)
 
 
 @pytest.mark.parametrize("crop", [[16384, 16384], [20, 29]])  # the latter no multiple of patches
-def test_huge_crop_in_a_file_allocates_no_memory(folder, compose, tmp_path, crop):
+def test_huge_crop_in_a_file_allocates_no_memory(linear, compose, tmp_path, crop):
     """Cells for each pixel are counted on an image of any size, which is how the crop is used."""
-    path = write_changed(folder, tmp_path / "best.safetensors", "config", "resolution", "crop", value=crop)
-    asked, plain = teacher(compose, path), teacher(compose, str(folder / "linear"))
-    assert asked._read()[1] == pytest.approx(plain._read()[1]) == (1 / 8, 1 / 8)
+    path = write_changed(linear, tmp_path / "best.safetensors", "config", "resolution", "crop", value=crop)
+    for each in (path, linear):
+        assert teacher(compose, each)._read()[1] == pytest.approx((1 / 8, 1 / 8))
 
 
-def test_teacher_scores_are_clamped_and_nan_is_refused(folder, compose, monkeypatch):
-    asked = teacher(compose, str(folder / "linear"))
+def test_teacher_scores_are_clamped_and_nan_is_refused(linear, compose):
+    asked = teacher(compose, linear)
     predictor, cells = asked._read()
     with torch.no_grad():
         predictor.model.head.classify.weight *= 1e9
@@ -250,5 +236,4 @@ def test_teacher_scores_are_clamped_and_nan_is_refused(folder, compose, monkeypa
     assert scores.min() == -3e4 and scores.half().isfinite().all()  # as it is kept
     with torch.no_grad():
         predictor.model.head.classify.weight[0] = float("nan")
-    with pytest.raises(UserError, match="returns scores that are not finite"):
-        asked(torch.zeros(3, 9, 9, dtype=torch.uint8))
+    assert_refused(lambda: asked(BLACK), "returns scores that are not finite")

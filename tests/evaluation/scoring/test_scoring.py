@@ -1,20 +1,20 @@
 """From cases to scores: sums over units, intervals, paired differences, and files that cannot be scored."""
 
 import json
-import os
 import re
 import time
-import warnings
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mistakes import assert_refused
 from scipy import special, stats
 
 from dinoseg.evaluation.scoring import folders, intervals
-from dinoseg.evaluation.scoring.folders import ScoringResult, Unscorable, score_cases
+from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
 from dinoseg.evaluation.scoring.intervals import Difference, Estimate, combine_errors, holm, jackknife, mean_of
 from dinoseg.evaluation.scoring.summary import difference, summary
 from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
@@ -60,6 +60,10 @@ def cases(*words, frames=1):
     return found
 
 
+def scored_cases(*words, **options):
+    return score_cases(Share(), cases(*words), where="P", **options)
+
+
 class Pooled(Share):
     """Hits among tries, pooled over all files; a file without tries adds nothing."""
 
@@ -97,33 +101,34 @@ def test_intervals_are_over_scored_groups(seed):
             listing.cases.append(ScoringCase(name, name, ((Path(f"{hit}-{count}"), None),)))
         scored.append(score_cases(Pooled(), listing, where="P", groups=groups))
     for name, first, second, count in zip(names, *hits, tries, strict=True):
-        by_group.setdefault(name[0], []).append((first, count, second))
+        by_group.setdefault(name[0], []).append((first, count, second - first))
     result, gap = summary(Pooled(), scored[0]), difference(Pooled(), *scored)["share"]
-    one = expected_interval(by_group, share=lambda rows: sum(row[0] for row in rows) / sum(row[1] for row in rows))
-    two = expected_interval(
-        by_group, share=lambda rows: sum(row[2] - row[0] for row in rows) / sum(row[1] for row in rows)
+    one, two = (
+        expected_interval(
+            by_group, share=lambda rows, at=at: sum(row[at] for row in rows) / sum(row[1] for row in rows)
+        )
+        for at in (0, 2)
     )
     if one is None:
         assert result["ci95"]["share"] is gap["ci95"] is None and result["n"] == gap["n"] < 2
         return
     value, reach, count = one
-    assert result["n"] == gap["n"] == count and result["unit"] == (
-        "group" if len({*groups.values()}) < len(names) else "image"
-    )
-    odds = special.logit(value) + reach / (value * (1 - value)) * np.array([-1, 1]) if 0 < value < 1 else None
-    assert odds is None or result["ci95"]["share"] == pytest.approx(special.expit(odds).tolist())
+    unit = "group" if len({*groups.values()}) < len(names) else "image"
+    assert result["n"] == gap["n"] == count and result["unit"] == unit
+    if 0 < value < 1:
+        odds = special.logit(value) + reach / (value * (1 - value)) * np.array([-1, 1])
+        assert result["ci95"]["share"] == pytest.approx(special.expit(odds).tolist())
     assert gap["ci95"] == pytest.approx([two[0] - two[1], two[0] + two[1]])
 
 
 def test_groups_that_divide_a_unit_are_noted():
-    found = cases("a/1-2", "a/3-4", "b/1-2")
-    scored = score_cases(Share(), found, where="P", groups={"a/1-2": "x", "a/3-4": "y", "b/1-2": "y"})
+    scored = scored_cases("a/1-2", "a/3-4", "b/1-2", groups={"a/1-2": "x", "a/3-4": "y", "b/1-2": "y"})
     (note,) = scored.notes
     assert "data.group" in note and "1 of 2 videos, such as a" in note and summary(Share(), scored)["n"] == 2
 
 
 def test_sums_over_units_and_rows():
-    scored = score_cases(Share(), cases("a/1-2", "a/3-8", "b/4-4"), where="P")
+    scored = scored_cases("a/1-2", "a/3-8", "b/4-4")
     result = summary(Share(), scored)
     assert result["scores"] == {"share": 8 / 14, "mean": (0.4 + 1) / 2}
     rows = result["per_video"]
@@ -131,31 +136,19 @@ def test_sums_over_units_and_rows():
     assert rows[0]["files"] == 2 and rows[0]["tries"] == 10 and "word" not in rows[0]
     assert (result["n"], result["unit"], result["files"]) == (2, "video", 3)
     assert result["per_class"] == [{"id": 0, "name": "hit", "hits": 8.0}] and result["protocol"] == "share"
-
-
-def test_intervals_are_of_the_units_left_out_one_at_a_time():
-    rng = np.random.default_rng(1)
-    found = cases(*(f"v{index}/{rng.integers(1, 9)}-{rng.integers(9, 20)}" for index in range(12)))
-    scored = score_cases(Share(), found, where="P")
-    result = summary(Share(), scored)
-    means = stats.ttest_1samp([row["mean"] for row in result["per_video"]], 0).confidence_interval()
-    assert result["ci95"]["mean"] == pytest.approx([means.low, means.high], abs=1e-12)
-    hits, tries = scored.sums[:, :2].T.tolist()
-    without = [(sum(hits) - hit) / (sum(tries) - tried) for hit, tried in zip(hits, tries, strict=True)]
-    error = (11 / 12 * sum((each - sum(without) / 12) ** 2 for each in without)) ** 0.5
-    share = sum(hits) / sum(tries)
-    ends = stats.t.interval(0.95, 11, loc=special.logit(share), scale=error / (share * (1 - share)))
-    assert result["ci95"]["share"] == pytest.approx(special.expit(ends), abs=1e-12)
+    scored.total[:] = 0
+    assert summary(Share(), scored)["scores"] == {"share": None, "mean": None}  # undefined
 
 
 def test_units_left_out_in_parts_are_those_of_one_go(monkeypatch):
-    found = cases(*(f"v{index}/{index + 1}-{30 - index}" for index in range(9)))
-    scored = score_cases(Share(), found, where="P")
-    whole = summary(Share(), scored)["ci95"]
+    scored = scored_cases(*(f"v{index}/{index + 1}-{30 - index}" for index in range(9)))
+    whole = summary(Share(), scored)
+    means = stats.ttest_1samp([row["mean"] for row in whole["per_video"]], 0).confidence_interval()
+    assert whole["ci95"]["mean"] == pytest.approx([means.low, means.high], abs=1e-12)
     sizes, scores = [], Share.scores
     monkeypatch.setattr(intervals, "_AT_ONCE", 10)
     monkeypatch.setattr(Share, "scores", lambda self, sums: (sizes.append(sums.shape), scores(self, sums))[1])
-    assert summary(Share(), scored)["ci95"] == whole
+    assert summary(Share(), scored)["ci95"] == whole["ci95"]
     assert sizes.count((2, 4)) == 4 and (1, 4) in sizes and sizes.count((9, 4)) == 1  # the rows by themselves
 
 
@@ -181,18 +174,13 @@ def test_interval_is_clipped_for_scores_but_not_for_differences(monkeypatch):
     assert VideoClustering.highest == {key: 1.0 for key in VideoClustering.keys if "ARI" in key}
 
 
-def test_score_of_one_unit_has_no_interval():
-    scored = score_cases(Share(), cases("a/1-2"), where="P")
-    assert summary(Share(), scored)["ci95"] == {"share": None, "mean": None}
-    sums = np.array([[0.3, 0.7, 1, 1], [0.0, 0.0, 1, 1], [0.0, 0.0, 0, 1]])
-    found = jackknife(Share(), sums)
+def test_one_unit_has_no_interval_and_units_alike_a_point():
+    assert summary(Share(), scored_cases("a/1-2"))["ci95"] == {"share": None, "mean": None}
+    found = jackknife(Share(), np.array([[0.3, 0.7, 1, 1], [0.0, 0.0, 1, 1], [0.0, 0.0, 0, 1]]))
     assert found["share"].value == pytest.approx(3 / 7) and found["share"].ci95 is found["share"].p is None
     assert found["mean"].ci95 is not None
-
-
-def test_units_that_are_alike_have_an_interval_of_no_width():
-    found = jackknife(Share(), np.tile([1.0, 2, 0.5, 1], (7, 1)))
-    assert found["share"].ci95 == [0.5, 0.5] and found["share"].p == 0
+    alike = jackknife(Share(), np.tile([1.0, 2, 0.5, 1], (7, 1)))["share"]
+    assert alike.ci95 == [0.5, 0.5] and alike.p == 0
     assert jackknife(Difference(Share()), np.tile([1.0, 2, 0.5, 1], (7, 2)))["share"].p == 1
 
 
@@ -205,15 +193,13 @@ def test_equal_scores_do_not_differ_for_any_number_of_runs(runs):
 
 
 def test_the_paired_difference_leaves_the_same_units_out_of_both():
-    names = [f"v{index}/a={index + 1}-40" for index in range(20)]
     better = [f"v{index}/a={index + 5}-40" for index in range(20)]
-    first, second = (score_cases(Share(), cases(*each), where="P") for each in (names, better))
+    first, second = scored_cases(*(f"v{index}/a={index + 1}-40" for index in range(20))), scored_cases(*better)
     row = difference(Share(), first, second)["share"]
     assert row["value"] == pytest.approx(0.1) and row["ci95"] == pytest.approx([0.1, 0.1]) and row["n"] == 20
     alone = summary(Share(), first)["ci95"]["share"]
     assert alone[1] - alone[0] > 0.05  # while each by itself varies much
-    fewer = score_cases(Share(), cases(*better[::-1][:5], "new/a=1-1"), where="P")
-    row = difference(Share(), first, fewer)["mean"]
+    row = difference(Share(), first, scored_cases(*better[::-1][:5], "new/a=1-1"))["mean"]
     assert row["n"] == 5 and row["value"] == pytest.approx(0.1) and row["left_out"] == 16
 
 
@@ -247,26 +233,20 @@ def test_holms_values_are_those_of_closed_testing():
 
 
 def test_the_paired_difference_is_of_the_cases_that_both_have():
-    hard, easy = "{}/hard={}-10", "{}/easy={}-10"
-    first = [hard.format("a", 1), easy.format("a", 9), hard.format("b", 2), easy.format("b", 8), easy.format("c", 5)]
-    second = [easy.format("a", 9), hard.format("b", 2), easy.format("b", "bad"), hard.format("c", 1)]
-    scored = [score_cases(Share(), cases(*each), where="P", on_error="skip") for each in (first, second)]
+    first = ["a/hard=1-10", "a/easy=9-10", "b/hard=2-10", "b/easy=8-10", "c/easy=5-10"]
+    second = ["a/easy=9-10", "b/hard=2-10", "b/easy=bad-10", "c/hard=1-10"]
+    scored = [scored_cases(*each, on_error="skip") for each in (first, second)]
     found = difference(Share(), *scored)
     assert found["share"] == found["mean"] == {"value": 0, "ci95": [0, 0], "p": 1, "n": 2, "left_out": 4}
     assert scored[0].total[0] / scored[0].total[1] != scored[1].total[0] / scored[1].total[1]
     text = difference_table(found, "video", "video")
-    assert (
-        "over shared videos" in text
-        and text.splitlines()[2].split()[-1] == "2"
-        and "Left out of this difference: 4 files or sequences" in text
-    )
+    assert "over shared videos" in text and text.splitlines()[2].split()[-1] == "2"
+    assert "Left out of this difference: 4 files or sequences" in text
 
 
+@pytest.mark.filterwarnings("error")
 def test_runs_without_shared_units_have_no_difference():
-    scored = [score_cases(Share(), cases(*each), where="P") for each in (["a/1-2", "b/1-2"], ["c/1-2", "a/1-3"])]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = difference(Share(), *scored)
+    found = difference(Share(), scored_cases("a/1-2", "b/1-2"), scored_cases("c/1-2", "a/1-3"))
     assert found["share"] == {"value": None, "ci95": None, "p": None, "n": 0, "left_out": 4}
     assert "No video could be scored in both folders" in difference_table(found, "video", "video")
     json.dumps(found, allow_nan=False)
@@ -274,14 +254,10 @@ def test_runs_without_shared_units_have_no_difference():
 
 @pytest.mark.slow
 def test_paired_difference_takes_linear_time():
-    many = cases(*(f"v{index}/a=1-2" for index in range(30_000)))
-    measured = [(case, Share().measure(case)) for case in many.cases]
-    sums = np.tile([1.0, 2, 0.5, 1], (len(measured), 1))
-    units = [case.unit for case in many.cases]
-    scored = ScoringResult(units, units, sums, sums.sum(axis=0), [], measured)
+    scored = scored_cases(*(f"v{index}/a=1-2" for index in range(10_000)), workers=1)
     start = time.process_time()
-    assert difference(Share(), scored, scored)["share"]["n"] == 30_000
-    assert time.process_time() - start < 5  # looking up each in the others took a minute
+    assert difference(Share(), scored, scored)["share"]["n"] == 10_000
+    assert time.process_time() - start < 3  # looking up each in the others took several times as long
 
 
 @pytest.mark.parametrize(
@@ -302,65 +278,34 @@ def test_process_count_follows_the_frames_or_the_argument(monkeypatch, frames, w
     assert given == [processes] and summary(Share(), scored)["files"] == 4 * frames
 
 
-def test_undefined_scores_are_null():
-    scored = score_cases(Share(), cases("a/0-1", "b/1-1"), where="P")
-    scored.total[:] = 0
-    assert summary(Share(), scored)["scores"] == {"share": None, "mean": None}
-
-
 def test_files_that_cannot_be_scored_are_all_named():
     found = cases("a/1-2", "b/bad-1", "c/bad-2", "d/1-1")
     found.problems.append((Path("lost.png"), "it is missing"))
-    with pytest.raises(Unscorable, match="^3 files of P cannot be scored") as caught:
-        score_cases(Share(), found, where="P")
-    message = str(caught.value)
-    assert all(word in message for word in ("lost.png: it is missing", "b/bad-1: it is bad", "data.on_error=skip"))
+    said = "lost.png: it is missing", "b/bad-1: it is bad", "data.on_error=skip"
+    message = assert_refused(lambda: score_cases(Share(), found, where="P"), *said, error=Unscorable)
+    assert message.startswith("3 files of P cannot be scored")
     scored = score_cases(Share(), found, where="P", on_error="skip")
     assert scored.units == ["a", "d"]
     assert [row["file"] for row in summary(Share(), scored)["problems"]] == ["lost.png", "b/bad-1", "c/bad-2"]
+    nothing = "Nothing is left to score in P: 1 problem, such as a/bad-1: it is bad"
+    assert_refused(lambda: scored_cases("a/bad-1", on_error="skip"), nothing)
     many = Unscorable([(Path(f"{number}.png"), "bad") for number in range(30)], "P")
-    assert (
-        "19.png" in str(many) and "20.png" not in str(many) and "and 10 more" in str(many) and len(many.problems) == 30
-    )
+    assert "19.png" in str(many) and "20.png" not in str(many) and "and 10 more" in str(many)
+    assert len(many.problems) == 30
 
 
-def test_several_processes_equal_one():
-    names = [f"v{index % 5}/{'bad' if index % 7 == 3 else index}={index}-{index + 9}" for index in range(30)]
-    alone, many = (
-        summary(Share(), score_cases(Share(), cases(*names), where="P", workers=workers, on_error="skip"))
-        for workers in (1, 3)
-    )
-    assert many == alone and len(many["problems"]) == 4 and many["files"] == 26
+def test_killed_scoring_process_names_the_remedy(monkeypatch):
+    def kill(*_, remedy, **__):
+        raise UserError(f"A process was killed. {remedy}")
 
-
-class Deadly(Share):
-    """Measuring kills the process."""
-
-    def measure(self, case):
-        os._exit(9)
-
-
-def test_killed_scoring_process_raises_an_error():
-    with pytest.raises(UserError, match=r"was killed.*Lower mode\.workers"):
-        score_cases(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2)
-    with pytest.raises(UserError, match="was killed.* Do another thing") as error:
-        score_cases(Deadly(), cases(*["a/1-2"] * 30), where="P", workers=2, remedy="Do another thing.")
-    assert "mode.workers" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"on_error": "skip"}, "Nothing is left to score in P: 1 problem, such as a/bad-1: it is bad"),
-    ],
-)
-def test_bad_options_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        score_cases(Share(), cases("a/bad-1"), where="P", **options)
+    monkeypatch.setattr(folders, "in_processes", kill)
+    assert_refused(lambda: scored_cases("a/1-2", workers=2), "was killed. ", "Lower mode.workers")
+    other = partial(scored_cases, "a/1-2", workers=2, remedy="Do another thing.")
+    assert "mode.workers" not in assert_refused(other, "was killed. Do another thing")
 
 
 def test_tables_show_scores_and_intervals():
-    scored = score_cases(Share(), cases("a/1-2", "b/1-4"), where="P")
+    scored = scored_cases("a/1-2", "b/1-4")
     text = scores_table(summary(Share(), scored))
     assert "share" in text and "33.33" in text and re.search(r"-121\.33 \.\. 196\.33 +2$", text, flags=re.M)
     assert re.search(r"33\.33 +0\.\d\d \.\. 99\.\d\d +2$", text, flags=re.M)
@@ -369,19 +314,17 @@ def test_tables_show_scores_and_intervals():
 
 
 def test_table_of_one_unit_explains_the_missing_interval():
-    scored = score_cases(Share(), cases("a/1-2"), where="P")
+    scored = scored_cases("a/1-2")
     text = scores_table(summary(Share(), scored))
     assert "over videos\n" in text and len(re.findall(r"- \(needs two videos\) +1$", text, flags=re.M)) == 2
     gap = difference_table(difference(Share(), scored, scored), "video", "video")
     assert "over shared videos\n" in gap and "- (needs two videos)" in gap
-    one_of_two = {**summary(Share(), scored), "n": 2}
-    assert "needs two" not in scores_table(one_of_two)
+    assert "needs two" not in scores_table({**summary(Share(), scored), "n": 2})
 
 
 def test_only_shares_are_in_percent():
     rows = [{"id": 1, "name": "a", "iou": 0.5, "images": 3}, {"id": 2, "name": "b", "iou": None, "images": 0}]
-    scored = score_cases(Share(), cases("a/1-2", "b/1-2"), where="P")
-    text = scores_table({**summary(Share(), scored), "per_class": rows})
+    text = scores_table({**summary(Share(), scored_cases("a/1-2", "b/1-2")), "per_class": rows})
     first, _, row, none = text.splitlines()[:4]
     assert first.split() == ["id", "name", "iou", "%", "images"]
     assert row.split() == ["1", "a", "50.00", "3"] and none.split() == ["2", "b", "-", "0"]

@@ -1,5 +1,8 @@
-"""Predictions neither switch the mode of a model that other threads run, nor run in training mode."""
+"""Models and predictions neither depend on settings, threads and train mode of a program, nor change them."""
 
+import pickle
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -8,23 +11,25 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from caller_settings import foreign_settings
+from mistakes import assert_refused
 from tiny_parts import SMALL_HEADS
 from torch import nn
 
 import dinoseg
 from dinoseg.export.runtime.torch_runtime import replicate_in_eval_mode
-from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
-ARCH = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
+ARCH = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 48}
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8)
 BATCH = torch.randint(0, 256, (2, 3, 32, 48), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
 
 
-def make_model(**options):
-    """Return a small model in train mode, with BatchNorm and dropout in its head."""
-    options = {"backbone.patch_size": 8, "backbone.arch": ARCH, "classes": ["dark", "bright"], **options}
-    return dinoseg.create_model("tiny", adapter="lora", **{"adapter.dropout": 0.5, **options})
+def make_model(head="linear", **options):
+    """Return a small model in train mode, with BatchNorm and dropout."""
+    small = {f"head.{key}": value for key, value in SMALL_HEADS.get(head, {}).items()}
+    options = {"backbone.patch_size": 8, "backbone.arch": ARCH, "num_classes": 2, "adapter.dropout": 0.5, **options}
+    return dinoseg.create_model("tiny", head=head, adapter="lora", **small, **options)
 
 
 @contextmanager
@@ -67,7 +72,7 @@ def test_threads_predict_alike_on_a_model_in_train_mode():
     expected = model.predict(IMAGE).probabilities
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: model.predict(IMAGE).probabilities, range(24)))
+        found = list(pool.map(lambda _: model.predict(IMAGE).probabilities, range(12)))
     assert all(np.array_equal(each, expected) for each in found)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -117,8 +122,7 @@ def test_replica_refers_to_no_module_of_the_original():
 
 @pytest.mark.parametrize("head", [name for name in dinoseg.list_heads() if name not in ("slots", "mask2former_meta")])
 def test_replica_of_each_head_computes_as_eval_mode(head):
-    options = {f"head.{key}": value for key, value in SMALL_HEADS.get(head, {}).items()}
-    model = make_model(head=head, **options, **{"backbone.arch": {**ARCH, "num_hidden_layers": 4}})
+    model = make_model(head)
     images = torch.from_numpy(IMAGE).permute(2, 0, 1)[None]
     with torch.inference_mode():
         found = replicate_in_eval_mode(model.model)(images).scores()
@@ -131,6 +135,48 @@ def test_traced_modules_are_replicated_scripted_ones_refused():
     replica = replicate_in_eval_mode(traced)
     assert traced.training and torch.equal(replica(torch.ones(2, 3)), traced.eval()(torch.ones(2, 3)))
     held = nn.Sequential(torch.jit.script(nn.Dropout(0.9)))
-    with pytest.raises(UserError, match="TorchScript module in training mode"):
-        replicate_in_eval_mode(held)
+    assert_refused(lambda: replicate_in_eval_mode(held), "TorchScript module in training mode")
     assert torch.equal(replicate_in_eval_mode(held.eval())(torch.ones(3)), torch.ones(3))
+
+
+def test_new_and_loaded_models_do_not_depend_on_settings(tmp_path):
+    expected = make_model()
+    expected.save(tmp_path / "expected.safetensors")
+    with foreign_settings():
+        model = make_model()
+        model.save(tmp_path / "model.safetensors")
+        loaded = dinoseg.load(tmp_path / "expected.safetensors", device="cpu")
+        groups = model.trainable_parameters()
+    for found in (model, loaded, dinoseg.load(tmp_path / "model.safetensors", device="cpu")):
+        tensors, others = ([*each.state_dict().items(), *each.named_buffers()] for each in (found, expected))
+        for (name, value), (_, other) in zip(tensors, others, strict=True):
+            assert value.dtype == other.dtype and torch.equal(value, other), name
+            assert value.device.type == "cpu" and not value.is_inference(), name
+    sizes = [[len(group["params"]) for group in each] for each in (groups, expected.trainable_parameters())]
+    assert sizes[0] == sizes[1]
+    model(BATCH).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("head", "inference"), [("linear", "whole"), ("linear", "windows"), ("mask2former", "windows"), ("eomt", "whole")]
+)
+def test_predictions_do_not_depend_on_settings(head, inference):
+    model = make_model(head, inference=inference)
+    model._precision = "fp32"
+    expected = model.predict(IMAGE)
+    with foreign_settings():
+        found = model.predict(IMAGE)
+        assert np.array_equal(found.mask, expected.mask)
+        assert np.array_equal(found.probabilities, expected.probabilities)
+
+
+@pytest.mark.heavy
+def test_a_pickled_model_predicts_in_a_new_process(tmp_path):
+    model = make_model()
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps((model, IMAGE, model.predict(IMAGE).mask)))
+    code = (
+        "import pickle; model, image, mask = pickle.load(open('model.pkl', 'rb')); "
+        "assert (model.predict(image).mask == mask).all()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

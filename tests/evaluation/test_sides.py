@@ -1,12 +1,16 @@
-"""What runs and sides of a comparison are called, by what stands in their folders."""
+"""What runs and sides of a comparison are called and cost, by what stands in their folders."""
 
+import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
-from dinoseg.evaluation.sides import side_names
+from dinoseg.evaluation.sides import Side, side_names
 from dinoseg.experiment import folder as run_folder
 from dinoseg.experiment.folder import write_config
+from dinoseg.modes import compare
+from dinoseg.training.cost import COST
 
 
 def run_names(folders):
@@ -56,15 +60,10 @@ def test_side_names_omit_seeds_if_unique_without_them(swept):
     assert side_names(folders, [[0, 2], [1], [3]]) == ["seed=0", "head=a seed=1", "head=b seed=1"]
 
 
-def test_side_names_omit_the_resuming_of_a_sweep(swept):
+def test_links_and_resumed_jobs_are_named_as_the_job(swept, tmp_path):
     folders = swept(["head=a"], ["head=b", "resume=auto"])
-    assert run_names(folders) == ["head=a", "head=b"]
-
-
-def test_link_to_a_job_is_named_as_the_job(swept, tmp_path):
-    folders = swept(["head=a"], ["head=b"])
     (tmp_path / "linked").symlink_to(folders[0])
-    assert run_names([tmp_path / "linked", folders[1]]) == ["head=a", "head=b"]
+    assert run_names(folders) == run_names([tmp_path / "linked", folders[1]]) == ["head=a", "head=b"]
 
 
 def test_single_run_is_named_by_its_folder(swept, tmp_path):
@@ -105,9 +104,49 @@ def test_names_of_several_folders_are_joined_and_stay_apart(tmp_path):
     others = [tmp_path / name for name in ("a/0", "a/1", "b/0", "b/1")]
     assert side_names(others, [[0, 1], [2, 3]]) == ["a/0+1", "b/0+1"]
     assert side_names(others, [[0, 3], [1], [2]]) == ["a/0+b/1", "a/1", "b/0"]
+    same = [tmp_path / name for name in ("a/eval_1", "b/eval_1", "b/eval_2")]  # by their shortest different paths
+    assert run_names(same) == ["a/eval_1", "b/eval_1", "b/eval_2"] and run_names(same[1:]) == ["eval_1", "eval_2"]
 
 
-def test_folders_are_named_by_their_shortest_different_paths(tmp_path):
-    folders = [tmp_path / name for name in ("a/eval_1", "b/eval_1", "b/eval_2")]
-    assert run_names(folders) == ["a/eval_1", "b/eval_1", "b/eval_2"]
-    assert run_names(folders[1:]) == ["eval_1", "eval_2"]
+GOOD = {"parameters": 5, "trainable": 1, "images_per_s": 4.0, "memory_gib": 0.5}
+
+
+@pytest.fixture
+def row(tmp_path, monkeypatch):
+    """Return a function that makes the row of a run whose record of costs is some text."""
+    monkeypatch.setattr(compare, "scores_of", lambda records: {"miou": 0.5, "accuracy": 0.6})
+
+    def row_of(text):
+        (tmp_path / COST).write_text(text)
+        record = SimpleNamespace(source=str(tmp_path / "checkpoints/best.safetensors"))
+        return compare.run_rows([Side("a", [tmp_path], ["a"], [tmp_path], [record])])[0]
+
+    return row_of
+
+
+def test_row_has_costs_and_scores(row, caplog):
+    costs = {"parameters": 5, "trainable": 1, "memory_gib": 0.5, "seconds": 0.25}
+    assert row(json.dumps(GOOD)) == {"run": "a", "miou": 0.5, "accuracy": 0.6, **costs} and not caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "[" * 100_000,
+        '{"parameters": 1',
+        {"more": 1},
+        {"images_per_s": 1e-320},  # its inverse is inf
+        {"images_per_s": float("inf")},
+        {"memory_gib": 10**400},
+        {"memory_gib": float("nan")},
+        {"memory_gib": "much"},
+        {"parameters": 1.5},
+        {"parameters": 10**30},
+    ],
+    ids=lambda changes: str(changes)[:20],
+)
+def test_damaged_costs_are_dropped_with_a_warning(row, caplog, changes):
+    found = row(changes if isinstance(changes, str) else json.dumps(GOOD | changes))
+    assert found["miou"] == 0.5
+    assert [found[key] for key in ("parameters", "trainable", "memory_gib", "seconds")] == [None] * 4
+    assert "cost.json is damaged" in caplog.text and "costs are left out" in caplog.text

@@ -1,0 +1,141 @@
+"""What of a training applies to all later uses of its model: an explicit float32, and statistics of its weights."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import SMALL, call, write_data
+from finished_runs import train_run
+from mistakes import assert_refused
+from omegaconf import OmegaConf
+from portable_parts import TINY, export_file, write_untrained
+
+import dinoseg
+from dinoseg.api.results import read_json
+from dinoseg.cli.words import parse_word
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.resume import merge, standalone_config
+from dinoseg.experiment.source import ModelSource
+from dinoseg.export.backbone import _settings
+from dinoseg.export.runtime.write import export_model, source_of
+from dinoseg.models.backbones.normalisation import SATELLITE
+from dinoseg.training import checkpoint
+
+QUICK = ("mode.metrics_only=true", "mode.report=false")
+ARCH = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
+
+
+def test_later_uses_of_a_run_keep_its_precision_and_options(tmp_path):
+    write_data(tmp_path / "data")
+    run, last = tmp_path / "run", tmp_path / "run/checkpoints/last.safetensors"
+    train_run(tmp_path, "run", "mode=train", *SMALL, "engine.precision=fp32", *QUICK)
+    scores, first = (run / "evaluation/scores.json").read_bytes(), checkpoint.describe(last)
+    done = call(tmp_path, "mode=eval", "resume=run", "engine.device=cpu", "hydra.run.dir=scored", *QUICK)
+    assert done.status == 0, done.err
+    assert (tmp_path / "scored/scores.json").read_bytes() == scores
+    train_run(tmp_path, "run", "mode=train", "resume=run", "trainer.steps=3", "engine.device=cpu", *QUICK)
+    second = checkpoint.describe(last)
+    assert (
+        second["progress"]["step"] == 3 and second["choices"] == first["choices"] and not (tmp_path / "run_2").exists()
+    )
+    assert first["choices"]["head"] == "linear" and first["choices"]["backbone"] == "tiny"
+    assert "slots" not in first["config"].keys() | first["choices"].keys()  # a run of images has none
+    for folder in ("scored", "run"):
+        assert OmegaConf.load(tmp_path / folder / "config/config.yaml").engine.precision == "fp32", folder
+    assert first["precision"] == second["precision"] == "fp32"
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(
+    ("stored", "typed", "expected"),
+    [
+        ("fp32", [], "fp32"),
+        ("fp32", ["engine.precision=bf16"], "bf16"),
+        ("fp32", ["engine.precision=auto"], "auto"),
+        ("fp32", ["~engine.precision"], "fp32"),  # a machine's engine may lack it
+        ("auto", [], "auto"),
+        ("auto", ["engine.precision=bf16"], "bf16"),
+    ],
+)
+def test_typed_precision_counts_before_the_stored_one(compose, tmp_path, mode, stored, typed, expected):
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", f"engine.precision={stored}")
+    info = checkpoint.describe(path)
+    assert info.get("precision") == (stored if stored == "fp32" else None)
+    cfg = compose(f"mode={mode}", "data=folder", "data.root=x", "data.classes=[dark,bright]", *typed)
+    words = [parse_word(word) for word in typed if "=" in word]
+    assert merge(cfg, words, path, info).engine.precision == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
+def test_loaded_or_exported_model_has_the_precision_of_training(compose, tmp_path, precision):
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", f"engine.precision={precision}")
+    expected = "fp32" if precision == "fp32" else "auto"
+    whole = export_file(path, tmp_path / "out")
+    dinoseg.load(whole, device="cpu").save(tmp_path / "again.safetensors")
+    for file in (path, whole, tmp_path / "again.safetensors"):
+        assert dinoseg.load(file, device="cpu")._precision == expected
+        assert dinoseg.load(file, device="cpu", precision="bf16")._precision == "bf16"
+
+
+def test_a_typed_precision_of_an_export_counts(compose, tmp_path):
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", "engine.precision=fp32")
+    for number, (typed, stored) in enumerate({"bf16": None, "auto": None, "fp32": "fp32"}.items()):
+        cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu", "engine.precision": typed})
+        export_model(ModelSource(cfg), out_dir=(folder := tmp_path / str(number)))
+        assert checkpoint.describe(folder / "model.safetensors").get("precision") == stored
+
+
+def test_another_stored_precision_is_refused(compose, tmp_path):
+    path = write_untrained(compose, tmp_path, *TINY, "head=linear", precision="fp8")
+    assert_refused(lambda: dinoseg.load(path), "its precision is fp8; it must be fp32. Choose another checkpoint")
+
+
+def mean_of(model):
+    return pytest.approx(model.backbone.mean.flatten().tolist())
+
+
+def test_renamed_file_of_weights_changes_no_statistics(tmp_path, monkeypatch, compose):
+    """Statistics of satellite weights follow a model into its checkpoints and files."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data")
+    model = dinoseg.create_model("tiny", num_classes=2, **{"backbone.patch_size": 8, "backbone.arch": ARCH})
+    torch.save(model.backbone.export_state(), "tiny_sat493m.pth")
+    words = ["mode=train", *SMALL, "adapter=frozen", f"backbone.weights={tmp_path}/tiny_sat493m.pth", *QUICK]
+    trained = train_run(tmp_path, "run", *words)[1]
+    assert "satellite images" in trained.err + trained.out
+    exported = call(tmp_path, "mode=export", "resume=run", "hydra.run.dir=again")
+    use = shlex.split(exported.out.split("Use: ")[1].splitlines()[0])
+    assert "backbone.mean=[0.43,0.411,0.296]" in use and "backbone.std=[0.213,0.156,0.143]" in use
+    assert mean_of(Builder(compose(*SMALL, *use)).model()) == list(SATELLITE[0])
+    moved = str(Path("tiny_sat493m.pth").rename(tmp_path / "renamed.pth"))
+    assert call(tmp_path, "mode=eval", "resume=run", f"backbone.weights={moved}", "hydra.run.dir=scores").status == 0
+    first, second = (read_json(tmp_path / name / "scores.json") for name in ("run/evaluation", "scores"))
+    assert second["miou"] == pytest.approx(first["miou"], abs=1e-9)
+    model = dinoseg.load("run", backbone=moved)
+    model.save("model.safetensors")
+    for each in (model, dinoseg.load("model.safetensors")):
+        assert mean_of(each) == list(SATELLITE[0])
+    assert torch.isfinite(model.eval()(torch.rand(1, 3, 32, 48))).all()
+
+
+def test_overrides_for_resampled_patches_are_printed():
+    arch = {"image_size": 518}
+    words = _settings({"patch_size": 16, "weights_patch_size": 14, "arch": arch, "mean": None, "final_norm": False})
+    assert " ".join(words) == (
+        "backbone.final_norm=false backbone.patch_size=16 backbone.weights_patch_size=null backbone.arch.image_size=592"
+    )
+    assert list(_settings({"patch_size": 14, "weights_patch_size": None, "arch": arch})) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "file"),
+    [
+        ("surgenet_dinov3_vitb16", "DINOv3_ViTb16_size336_SurgeNetXL.pth"),
+        ("dino_vits16", "DINOv1_ViTs16_size224_SurgeNetXL.pth"),
+    ],
+)
+def test_surgenet_weights_have_their_licence(option, file):
+    config = {"backbone": {"weights": f"/weights/{file}", "family": "dinov3_vit"}, "choices": {"backbone": option}}
+    found = source_of(config, "0" * 64)
+    assert found["licence"] == "CC BY-NC-SA 4.0" and found["gated"]
