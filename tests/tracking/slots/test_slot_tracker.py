@@ -5,7 +5,7 @@ import pytest
 import torch
 from mistakes import refusals
 from safetensors.torch import load, save
-from slot_scene import BLUE, GREEN, GREY, RED, Colours, at_cells, crossing_squares, model_of, paint
+from slot_scene import BLUE, GREEN, GREY, RED, Colours, assert_cells, at_cells, crossing_squares, model_of, paint
 
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
@@ -66,8 +66,7 @@ class TestWithoutLabels:
         tracker.track(frames[:1], [None])
         state = tracker.state()
         assert begun == 7 and state["whole"].tolist() == [1] and state["cells"].sum() == 6 * 8 * 12
-        for mask, own in zip(tracker.track(frames[1:], [None] * 5), ids[1:], strict=True):
-            assert np.array_equal(at_cells(mask), at_cells(own) + 1)
+        assert_cells(tracker.track(frames[1:], [None] * 5), np.add(ids[1:], 1))
         assert torch.equal(tracker.state()["won"], state["won"])
 
     def test_one_pass_does_not_look_ahead(self):
@@ -124,8 +123,7 @@ class TestWithLabels:
         table = np.array([0, 7, 3], np.uint8)
         model = model_of(predictor=predictor, scramble=True)
         masks = follow(model, frames, first(table[ids[0]], len(frames)), match=match)
-        for mask, own in zip(masks, ids, strict=True):
-            assert np.array_equal(at_cells(mask), table[at_cells(own)])
+        assert_cells(masks, table[np.stack(ids)])
 
     def test_second_pass_follows_appearance_in_any_slot_order(self):
         frames, ids = crossing_squares(6)
@@ -136,8 +134,7 @@ class TestWithLabels:
         masks = tracker.track(frames[:1], [table[ids[0]]])
         assert not torch.equal(tracker.state()["successors"], torch.arange(4))
         masks += tracker.track(frames[1:], [None] * 5)
-        for mask, own in zip(masks, ids, strict=True):
-            assert np.array_equal(at_cells(mask), table[at_cells(own)])
+        assert_cells(masks, table[np.stack(ids)])
 
     def test_given_mask_overrides_earlier_appearance(self):
         frame, ids = paint({RED: (8, 4), BLUE: (20, 24)})
@@ -161,8 +158,7 @@ class TestWithLabels:
         frame, ids = paint({RED: (8, 4), BLUE: (8, 12), GREEN: (20, 24)})
         labels = np.where(ids == 2, 1, ids)
         masks = follow(model_of(), [frame, frame], [labels, None])
-        for mask in masks:
-            assert np.array_equal(at_cells(mask), at_cells(labels))
+        assert_cells(masks, [labels] * 2)
 
     def test_255_counts_as_background(self):
         frame, ids = paint({RED: (8, 4), BLUE: (20, 24)})
@@ -207,8 +203,7 @@ class TestLaterObjects:
         nothing = np.zeros_like(self.ids[0])
         masks = follow(model_of(), self.frames, [nothing, self.ids[1], None, None, None, None])
         assert not masks[0].any()
-        for mask, own in zip(masks[1:], self.ids[1:], strict=True):
-            assert np.array_equal(at_cells(mask), at_cells(own))
+        assert_cells(masks[1:], self.ids[1:])
 
     def test_later_mask_of_known_objects_changes_nothing(self):
         wrong = np.where(self.ids[2] == 0, 0, 3 - self.ids[2])
@@ -246,8 +241,7 @@ class TestLockOn:
         assert not np.array_equal(at_cells(follow(model_of([GREY]), frames, None)[0]) - 1, at_cells(ids[0]))
         for settings in ({}, {"slots_per_object": 3, "background_slots": 1}):
             masks = follow(model_of([GREY]), frames, labels, lock_on=True, **settings)
-            for mask, own in zip(masks, ids, strict=True):
-                assert np.array_equal(at_cells(mask), at_cells(own))
+            assert_cells(masks, ids)
 
     @pytest.mark.parametrize("hold", ["background", "none"])
     def test_makes_the_required_number_of_slots(self, hold):
@@ -295,8 +289,7 @@ def test_the_class_attention_splits_the_slots(groups, forced, lock_on):
             background = at_cells(IDS[time]) == 0
             for slot, cells in enumerate(allowed[0].numpy()):
                 assert np.array_equal(cells, background if slot < sizes[0] else background | True)
-    for mask, own in zip(masks, IDS, strict=True):
-        assert np.array_equal(at_cells(mask), at_cells(own))
+    assert_cells(masks, IDS)
 
 
 STORIES = {

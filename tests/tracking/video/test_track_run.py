@@ -266,12 +266,9 @@ def test_video_that_ended_early_resumes_once_fixed(clip):
     whole = video(clip / "v.avi").read_bytes()
     run(clip, clip / "of_video", "v.avi")
     (clip / "v.avi").write_bytes(whole[: int(0.7 * len(whole))])
-    with pytest.raises(
-        UserError, match=r"ends early: 1\d of 23 frames.*1\d masks so far are in .*mode\.restart="
-    ) as error:
-        run(clip, clip / "cut", "v.avi", save_every=100)
+    told = assert_refused(lambda: run(clip, clip / "cut", "v.avi", save_every=100), "ends early: 1", "mode.restart=")
     count = len(masks(clip / "cut"))
-    assert f"{count} of 23 frames" in str(error.value) and f"{count} masks so far" in str(error.value)
+    assert f"{count} of 23 frames" in told and f"{count} masks so far" in told
     assert read_track_state(clip / "cut").progress.done == count - count % 4 - 4 >= 4
     (clip / "v.avi").write_bytes(whole)
     assert run(clip, clip / "cut", "v.avi", restart=True).items == 23 - (count - count % 4 - 4)
@@ -293,11 +290,10 @@ class CutShort:
         raise UserError(f"in ends early: {self.end} of 23 frames read.")
 
 
+@pytest.mark.parametrize("save_every", [1, 100])
 @pytest.mark.parametrize(
-    ("batch", "count", "done", "save_every"),
-    [(4, 12, 8, 1), (4, 12, 8, 100), (4, 13, 8, 1), (4, 15, 8, 100), (4, 4, 0, 1), (4, 3, 0, 100), (1, 9, 8, 1),
-     (1, 9, 8, 100), (3, 12, 9, 1)],
-)  # fmt: skip
+    ("batch", "count", "done"), [(4, 12, 8), (4, 13, 8), (4, 15, 8), (4, 4, 0), (4, 3, 0), (1, 9, 8), (3, 12, 9)]
+)
 def test_last_frames_before_an_early_end_are_tracked_again(clip, batch, count, done, save_every):
     if batch != 4:
         shutil.rmtree(clip / "whole")
