@@ -58,14 +58,6 @@ def out(tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
-def change_weight(model, part):
-    """Change a weight of a model by a tenth of its largest."""
-    tensor = next(entry for entry in model.graph.initializer if part in entry.name)
-    values = numpy_helper.to_array(tensor).copy()
-    values.flat[: values.size // 2] += 0.5 * np.abs(values).max()
-    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-
-
 @pytest.mark.heavy
 def test_an_export_is_proven_and_used_without_torch(cfg, out):
     OnnxExport()(ModelSource(cfg), out_dir=out)
@@ -83,7 +75,11 @@ def test_a_broken_export_is_refused(cfg, out, monkeypatch):
     finish = onnx_file.finish
 
     def break_and_finish(model, *words):
-        change_weight(model, "classify.weight")
+        """Change half of the head's weights by half of the largest."""
+        tensor = next(entry for entry in model.graph.initializer if "classify.weight" in entry.name)
+        values = numpy_helper.to_array(tensor).copy()
+        values.flat[: values.size // 2] += 0.5 * np.abs(values).max()
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
         finish(model, *words)
 
     monkeypatch.setattr(onnx_file, "finish", break_and_finish)
@@ -96,13 +92,14 @@ def test_a_broken_export_is_refused(cfg, out, monkeypatch):
 @pytest.mark.heavy
 def test_a_file_that_does_not_run_is_refused_with_its_words(cfg, out, monkeypatch):
     finish = onnx_file.finish
-    monkeypatch.setattr(onnx_file, "finish", lambda model, *words: (finish(model, *words), drop_weights(model)))
+
+    def finish_without_weights(model, *words):
+        finish(model, *words)
+        del model.graph.initializer[:]
+
+    monkeypatch.setattr(onnx_file, "finish", finish_without_weights)
     assert_refused(partial(OnnxExport(), ModelSource(cfg), out_dir=out), "onnxruntime ", " cannot run it")
     assert not list(out.iterdir())
-
-
-def drop_weights(model):
-    del model.graph.initializer[:]
 
 
 @pytest.mark.parametrize(

@@ -269,18 +269,13 @@ def test_seeded_cells_take_the_given_labels():
     assert torch.equal(seed(soft, given[:1]), soft)
 
 
-def id_mask(size, count=4, seed=3):
-    draw = np.random.default_rng(seed)
-    blocks = draw.integers(0, count, (7, 9)).astype(np.uint8)
-    return cv2.resize(blocks, size[::-1], interpolation=cv2.INTER_NEAREST)
-
-
 @pytest.mark.parametrize(
     ("size", "grid"),
     [((480, 854), (60, 106)), ((97, 61), (13, 8)), ((480, 480), (58, 43)), ((5, 7), (9, 11)), ((1, 3), (1, 1))],
 )
 def test_first_labels_are_those_of_each_papers_library(size, grid):
-    mask = torch.from_numpy(id_mask(size))
+    blocks = np.random.default_rng(3).integers(0, 4, (7, 9)).astype(np.uint8)
+    mask = torch.from_numpy(cv2.resize(blocks, size[::-1], interpolation=cv2.INTER_NEAREST))
     full = F.one_hot(mask.long(), 4).permute(2, 0, 1).float()
     dino, dinov3, crw = (first_labels(mask, grid, settings, num_labels=4) for settings in (DINO, DINOV3, CRW))
     assert np.array_equal(dino.argmax(0), Image.fromarray(mask.numpy()).resize(grid[::-1], Image.Resampling.NEAREST))
