@@ -15,7 +15,6 @@ import pytest
 from mistakes import assert_refused
 
 from dinoseg.utils import workers as workers_module
-from dinoseg.utils.cores import count_cores
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.workers import in_processes, run_in_process
 
@@ -188,10 +187,6 @@ def test_each_process_starts_once_and_gets_its_work_once():
     told = [result for _, result in run(Heavy(), range(30), 2, start=note_start)]
     assert all(starts == [process] for process, starts in told)
     assert len(dict(told)) <= 2 and os.getpid() not in dict(told) and 1 <= Heavy.sent <= 2
-
-
-def test_cores_are_counted():
-    assert 1 <= count_cores() <= os.cpu_count()
 
 
 SCRIPT = """

@@ -191,6 +191,7 @@ def foreign_file(compose, folder):
     return path
 
 
+@pytest.mark.heavy
 def test_gated_weights_are_not_exported_by_default(compose, tmp_path, capsys):
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=lora", "head=linear")
@@ -268,7 +269,9 @@ def test_delta_with_trained_gated_weights_is_gated(compose, tmp_path):
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "head=linear")
     path = write_untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1")
-    assert_refused(lambda: export_file(path, tmp_path / "out", delta=True), "export.gated=true")
+    gated = ("DINOv3 License", "export.gated=true")
+    assert_refused(lambda: export_file(path, tmp_path / "out", delta=True), *gated)
+    assert not (tmp_path / "out/model.safetensors").exists()
     delta, image = export_file(path, tmp_path / "out", delta=True, gated=True), picture()
     theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
     moved = weights.rename(tmp_path / "moved.safetensors")
