@@ -19,12 +19,10 @@ class Fixed:
     """A model that gives the same class ids and probabilities for each picture."""
 
     def __init__(self, ids, probabilities, size=None, predicted=None):
-        self.record, self._ids, self._probabilities, self._predict_batches = (
-            SimpleNamespace(size=size),
-            ids,
-            probabilities,
-            predicted,
-        )
+        self.record = SimpleNamespace(size=size)
+        self._ids = ids
+        self._probabilities = probabilities
+        self._predicted = predicted
 
     def ids(self, images):
         return self._ids[None]
@@ -33,7 +31,7 @@ class Fixed:
         return self._probabilities[None]
 
     def predict_ids(self, image):
-        return self._predict_batches
+        return self._predicted
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from command_line import call, write_data
 from making import save
-from portable_parts import PROGRESS, TINY, export_file, write_untrained
+from portable_parts import PROGRESS, TINY, write_untrained
 
-import dinoseg
 from dinoseg.core.sizes import backbone_size
 from dinoseg.experiment.resume import standalone_config
 from dinoseg.experiment.source import ModelSource
@@ -19,7 +18,6 @@ from dinoseg.export.options import GraphOptions
 from dinoseg.export.strategy import Strategy, missing_strategy, warn_of_strategy
 from dinoseg.inference.windows import Windows
 from dinoseg.training import checkpoint
-from dinoseg.utils.images import read_image
 
 WINDOWS = ("inference=windows", "inference.size=[16,24]")
 
@@ -39,22 +37,17 @@ def find_missing(compose, tmp_path):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (WINDOWS, "inference=windows inference.size=[16,24]"),
         (("inference=windows", "resolution.crop=[16,24]"), "inference=windows inference.size=[16,24]"),
         (
-            (*WINDOWS, "inference.shortest=64", "inference.multiple=32", "inference.scales=[0.5,1]"),
+            (*WINDOWS, "inference.multiple=32", "inference.shortest=64", "inference.scales=[0.5,1]"),
             "inference=windows inference.size=[16,24] inference.scales=[0.5,1] inference.shortest=64 "
             "inference.multiple=32",
         ),
         (
-            ("inference=windows", "inference.size=64", "inference.shortest=40", "inference.average=scores"),
-            "inference=windows inference.size=64 inference.average=scores inference.shortest=40",
+            (*WINDOWS, "inference.shortest=40", "inference.average=scores"),
+            "inference=windows inference.size=[16,24] inference.average=scores inference.shortest=40",
         ),
         (("inference=whole", "inference.flips=horizontal"), "inference=whole inference.flips=horizontal"),
-        (
-            ("inference=windows", "inference.size=64", "inference.flips=horizontal"),
-            "inference=windows inference.size=64 inference.flips=horizontal",
-        ),
         (("inference.scales=[0.5,1.0]",), "inference=auto inference.size=[518,518] inference.scales=[0.5,1.0]"),
     ],
 )
@@ -96,7 +89,6 @@ def test_all_images_of_the_verification_are_considered(compose, tmp_path):
 
 def test_only_scores_of_the_exported_step_are_stated(find_missing):
     assert find_missing(*WINDOWS, "trainer.score=dice").miou is None
-    assert find_missing(*WINDOWS, "trainer.score=miou").miou == PROGRESS["best"]
     assert find_missing(*WINDOWS, "trainer.score=miou", facts={}).miou is None  # a file, whose strategy may be another
     assert find_missing(*WINDOWS, "trainer.score=miou", progress=PROGRESS | {"step": 4}).miou is None
 
@@ -116,45 +108,22 @@ def test_the_warning_states_scores_and_remedy(caplog):
     assert "model.pt2 does not apply this" in neither and "mIoU" not in neither
 
 
-@pytest.mark.parametrize("words", [(), WINDOWS])
-def test_a_file_with_its_strategy_applies_it_without_a_warning(compose, tmp_path, caplog, words):
-    path = write_untrained(compose, tmp_path, *TINY, "head=linear", *words)
-    file = export_file(path, tmp_path / "out")
-    assert not [message for message in caplog.messages if "does not apply" in message]
-    write_data(tmp_path / "data")
-    image = read_image(tmp_path / "data/val/images/0.png")
-    loaded, run = dinoseg.load(file, device="cpu"), dinoseg.load(path, device="cpu")
-    whole = dinoseg.load(file, device="cpu", inference="whole")
-    np.testing.assert_array_equal(loaded.predict(image).probabilities, run.predict(image).probabilities)
-    assert np.array_equal(loaded.predict(image).probabilities, whole.predict(image).probabilities) == (not words)
-
-
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["onnx", "program"])
-def test_exporting_a_windowed_run_warns_once_with_both_scores(compose, tmp_path, kind):
+def test_exporting_a_windowed_run_warns_once_with_both_scores(compose, tmp_path):
     write_data(tmp_path / "data")
-    windowed = ("inference=windows", "inference.size=[8,8]", "inference.shortest=64")
-    for name, words in (("windowed", windowed), ("plain", ())):
-        write_untrained(compose, tmp_path / name, *TINY, "head=linear", *words)
-        given = ["mode=export", f"export={kind}", f"resume={name}/run", "engine=cpu", "data.root=data"]
-        done = call(tmp_path, *given, f"hydra.run.dir={name}/out")
-        assert done.status == 0, done.err
-        report = json.loads((tmp_path / name / "out/export_report.json").read_text())
-        assert report["images"] == ["0", "1"] and (report["missing_strategy"] is None) == (not words)
-        stated = re.findall(r"mode=eval and mode=predict use .*", done.err)
-        if not words:
-            assert not stated
-            continue
-        (message,) = stated
-        assert report["missing_strategy"] == {
-            "words": ["inference=windows", "inference.size=[8,8]", "inference.shortest=64"],
-            "miou": 0.5,
-        }
-        assert "inference=windows inference.size=[8,8] inference.shortest=64 for this model. model." in message
-        assert "the model scored mIoU 50.00. On the 2 images of the verification" in message
-        given = ["mode=eval", f"resume={name}/run", "engine=cpu", "data.root=data", "hydra.run.dir=e"]
-        scored = call(tmp_path, *given, *message.split(" add ")[1].removesuffix(" to mode=eval.").split())
-        assert scored.status == 0, scored.err
-        of_file = float(re.search(r"the file scored mIoU (\d+\.\d+)", message)[1])
-        of_mode_eval = json.loads((tmp_path / "e/scores.json").read_text())["miou"]
-        assert of_file == pytest.approx(100 * of_mode_eval, abs=GraphOptions.max_miou_drop)
+    words = ("inference=windows", "inference.size=[8,8]", "inference.shortest=64")
+    write_untrained(compose, tmp_path, *TINY, "head=linear", *words)
+    given = ["resume=run", "engine=cpu", "data.root=data"]
+    done = call(tmp_path, "mode=export", "export=program", *given, "hydra.run.dir=out")
+    assert done.status == 0, done.err
+    report = json.loads((tmp_path / "out/export_report.json").read_text())
+    assert report["images"] == ["0", "1"] and report["missing_strategy"] == {"words": [*words], "miou": 0.5}
+    (message,) = re.findall(r"mode=eval and mode=predict use .*", done.err)
+    assert f"{' '.join(words)} for this model. model." in message
+    assert "the model scored mIoU 50.00. On the 2 images of the verification" in message
+    single_pass = message.split(" add ")[1].removesuffix(" to mode=eval.").split()
+    scored = call(tmp_path, "mode=eval", *given, "hydra.run.dir=e", *single_pass)
+    assert scored.status == 0, scored.err
+    of_file = float(re.search(r"the file scored mIoU (\d+\.\d+)", message)[1])
+    of_mode_eval = json.loads((tmp_path / "e/scores.json").read_text())["miou"]
+    assert of_file == pytest.approx(100 * of_mode_eval, abs=GraphOptions.max_miou_drop)

@@ -1,22 +1,28 @@
-"""Hostile uploads end in the process that decodes them: by time, memory or cancelling."""
+"""Hostile uploads end in the process that decodes them; a labelled video has a mask for each frame, or no file."""
 
 import os
 import sys
 import threading
+import zipfile
 from contextlib import closing
+from functools import partial
 
 import av
 import numpy as np
 import pytest
 from child_functions import stuck
+from mistakes import assert_refused
 from PIL import Image
-from serving_stand_ins import InThread, encode_image, picture
+from serving_stand_ins import FACTS, InThread, encode_image, picture
 
+from dinoseg.data.classes.labels import Labels
 from dinoseg.data.video.length import count_frames
 from dinoseg.inference.video_file import VideoReader
 from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.serving import decoding
 from dinoseg.serving.decoding import ImageDecoder, VideoDecoder, is_video
+from dinoseg.serving.mask_editor import MaskEditor
+from dinoseg.serving.video import write_labelled_video
 from dinoseg.utils.errors import UserError
 
 LIMITS = {"max_pixels": 2000, "max_seconds": 1.0}
@@ -45,8 +51,7 @@ def test_a_slow_image_is_killed_and_the_next_one_is_decoded(image, monkeypatch):
         monkeypatch.setattr(decoding, "SECONDS", 60.0)
         decoder._request({"path": "", "max_pixels": 0})  # the answer of `stuck`, which is ready then
         monkeypatch.setattr(decoding, "SECONDS", 0.1)
-        with pytest.raises(UserError, match=r"The file is not decoded within 0.1 s"):
-            decoder.decode(image)
+        assert_refused(lambda: decoder.decode(image), "The file is not decoded within 0.1 s")
         monkeypatch.setattr(decoding, "SECONDS", 60.0)
         decoder._function = decoding.decode_images
         assert (decoder.decode(image) == picture()).all()
@@ -84,15 +89,13 @@ def test_memory_depends_on_the_pixels(tmp_path, monkeypatch):
 
     monkeypatch.setattr(decoding, "Child", Recorded)
     ImageDecoder(1000).close()
-    with pytest.raises(UserError, match="crashed its decoder"):
-        VideoDecoder(tmp_path / "a", max_pixels=1000, max_seconds=1)
+    assert_refused(lambda: VideoDecoder(tmp_path / "a", max_pixels=1000, max_seconds=1), "crashed its decoder")
     assert given == [40 * 1000 + 2**28, 64 * 1000 + 2**29]  # as docs/security.md says
 
 
 def test_large_images_are_not_decoded(image, monkeypatch):
     monkeypatch.setattr(decoding, "read_image", lambda path: pytest.fail("decoded"))
-    with pytest.raises(UserError, match="6 x 4 pixels, more than mode.max_pixels=23"):
-        decoding.read_bounded_image(image, 23)
+    assert_refused(lambda: decoding.read_bounded_image(image, 23), "6 x 4 pixels, more than mode.max_pixels=23")
 
 
 def test_a_video_is_known_by_its_content(tmp_path, image):
@@ -124,24 +127,24 @@ def write_packets_without_frames(path, count):
 def test_packets_without_frames_are_bounded(tmp_path, monkeypatch):
     path = write_packets_without_frames(tmp_path / "a.mkv", 60)
     monkeypatch.setattr("dinoseg.data.video.decoder._MAX_SILENT", 50)
-    with pytest.raises(UserError, match="a.mkv has 50 packets in a row without a frame"):
-        VideoReader(path)
+    assert_refused(lambda: VideoReader(path), "a.mkv has 50 packets in a row without a frame")
     assert count_frames(path) == 0
     monkeypatch.setattr(decoding, "Child", InThread)
     with pytest.raises(UserError, match="^The file has more than 20 packets"):
         VideoDecoder(path, max_pixels=10**6, max_seconds=0.01)
 
 
-@pytest.mark.parametrize("share", [None, 0.02, 0.7])
-def test_long_large_and_broken_videos_are_refused(tmp_path, monkeypatch, share):
+def test_long_and_large_videos_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "Child", InThread)
     path = write_video(tmp_path / "a.mp4", frames=12, size=(64, 64))
-    if share is None:
-        with pytest.raises(UserError, match="has 12 frames or more.* limit is 1 s"):
-            VideoDecoder(path, max_pixels=5000, max_seconds=1.0)
-        with pytest.raises(UserError, match="64 x 64"):
-            VideoDecoder(path, max_pixels=4000, max_seconds=2.0)
-        return
+    for pixels, seconds, *words in ((5000, 1.0, "has 12 frames or more", " limit is 1 s"), (4000, 2.0, "64 x 64")):
+        assert_refused(partial(VideoDecoder, path, max_pixels=pixels, max_seconds=seconds), *words)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.7])
+def test_broken_videos_are_refused_without_their_path(tmp_path, monkeypatch, share):
+    monkeypatch.setattr(decoding, "Child", InThread)
+    path = write_video(tmp_path / "a.mp4", frames=12, size=(64, 64))
     os.truncate(path, int(share * path.stat().st_size))
     with pytest.raises(UserError) as error, closing(VideoDecoder(path, max_pixels=5000, max_seconds=2)) as video:
         list(video.frames())
@@ -152,8 +155,7 @@ def test_video_longer_than_its_header_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "Child", InThread)
     with closing(VideoDecoder(write_video(tmp_path / "a.mp4"), **LIMITS)) as video:
         video._max_seconds = 0.2
-        with pytest.raises(UserError, match="has 3 frames or more"):
-            list(video.frames())
+        assert_refused(lambda: list(video.frames()), "has 3 frames or more")
 
 
 def test_killing_wakes_who_waits_for_a_frame(tmp_path, monkeypatch):
@@ -162,8 +164,7 @@ def test_killing_wakes_who_waits_for_a_frame(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "read_bounded_image", lambda *_: released.wait() and picture())
     with closing(ImageDecoder(1)) as decoder:
         threading.Timer(0.05, decoder.kill).start()
-        with pytest.raises(UserError, match="crashed its decoder process"):
-            decoder.decode(tmp_path / "a")
+        assert_refused(lambda: decoder.decode(tmp_path / "a"), "crashed its decoder process")
         released.set()
 
 
@@ -179,5 +180,51 @@ def test_a_frame_that_takes_too_long_is_an_error(tmp_path, monkeypatch):
     with closing(VideoDecoder(tmp_path / "a", **LIMITS)) as video:
         monkeypatch.setattr(decoding, "SECONDS", 0.1)
         monkeypatch.setattr(video._child, "_kill_at_deadline", lambda: InThread._kill_at_deadline(video._child))
-        with pytest.raises(UserError, match=r"is not decoded within 0.1 s"):
-            next(video.frames())
+        assert_refused(lambda: next(video.frames()), "is not decoded within 0.1 s")
+
+
+FRAMES = 9
+
+
+@pytest.fixture
+def video(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "Child", InThread)
+    with VideoWriter(tmp_path / "in.mp4", 10.0, (32, 48)) as writer:
+        for number in range(FRAMES):  # a bright bar that grows
+            frame = np.full((32, 48, 3), 20, np.uint8)
+            frame[:, : 5 * number] = 250
+            writer.write(frame)
+    with closing(VideoDecoder(tmp_path / "in.mp4", max_pixels=2000, max_seconds=2.0)) as opened:
+        yield opened
+
+
+def segment(frames):
+    return [(frame.mean(axis=-1) > 127).astype(np.uint8) for frame in frames]
+
+
+def draw(image, mask):
+    labels = Labels(FACTS.classes, FACTS.palette, FACTS.ignore_index)
+    return MaskEditor(mask, labels).draw(image, mask, 1.0)
+
+
+def test_overlay_and_masks_hold_every_frame(video, tmp_path):
+    seen = []
+    counts = write_labelled_video(video, tmp_path, FACTS.palette, segment, draw, seen.append)
+    with zipfile.ZipFile(tmp_path / "masks.zip") as archive:
+        assert archive.namelist() == [f"{number:09d}.png" for number in range(FRAMES)]
+        masks = [np.asarray(Image.open(archive.open(name))) for name in archive.namelist()]
+    for number, mask in enumerate(masks):
+        assert mask.shape == (32, 48) and abs(int(mask.sum()) - 32 * 5 * number) <= 64
+    assert counts[1] == sum(int(mask.sum()) for mask in masks) and counts.sum() == FRAMES * 32 * 48
+    with VideoReader(tmp_path / "overlay.mp4") as overlay:
+        last = list(overlay)[-1].astype(int)
+    assert overlay.frames_read == FRAMES and (last[:, :30, 0] > last[:, :30, 1] + 100).all()
+    assert seen == [4, 8, 9]
+
+
+def test_stopping_leaves_no_files(video, tmp_path):
+    def stop(done):
+        raise UserError("Cancelled.")
+
+    assert_refused(lambda: write_labelled_video(video, tmp_path, FACTS.palette, segment, draw, stop), "Cancelled")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]

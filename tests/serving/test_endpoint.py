@@ -25,13 +25,24 @@ def read_refusal(response):
     return response.status_code, detail
 
 
-def test_an_image_gives_its_mask_with_the_palette(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("endpoint")
+
+
+@pytest.fixture(scope="module")
+def ask(folder):
+    """A client of one endpoint, which stores nothing in its folder."""
+    with client(folder) as asked:
+        yield asked
+    assert not list(folder.iterdir())
+
+
+def test_an_image_gives_its_mask_with_the_palette(ask):
     image = picture()
-    with client(tmp_path) as ask:
-        mask = read_mask(ask.post("/segment", content=encode_image(image)))
+    mask = read_mask(ask.post("/segment", content=encode_image(image)))
     assert mask.mode == "P" and mask.getpalette()[:6] == [0, 0, 0, 255, 0, 0]
     assert (np.asarray(mask) == (image.mean(axis=-1) > 127)).all()
-    assert not list(tmp_path.iterdir())
 
 
 def test_image_in_a_form_gives_the_same_mask(tmp_path):
@@ -44,32 +55,29 @@ def test_image_in_a_form_gives_the_same_mask(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_forms_are_bounded(tmp_path):
+def test_forms_are_bounded(ask, folder):
     image = encode_image(picture())
-    with client(tmp_path, max_mib=1.0) as ask:
-        two = ask.post("/segment", files=[("a", ("a.png", image)), ("b", ("b.png", image))])
-        assert read_refusal(two)[0] == 400 and "one file" in two.text.lower() or "number of files is 1" in two.text
-        none = ask.post("/segment", files={"a": (None, "text")})
-        assert read_refusal(none)[0] == 400 and "curl -F" in none.text
-        assert ask.post("/segment", files={"a": ("a.png", bytes(2**20))}).status_code == 413
-        many = ask.post("/segment", files=[("a", (None, "text"))] * 20)
-        assert read_refusal(many)[0] == 400 and "fields is 16" in many.text
-        large = ask.post("/segment", files=[("a", (None, "t" * 70_000))])
-        assert read_refusal(large)[0] == 400 and "64KB" in large.text
-        for content_type in ("multipart/form-data", "multipart/form-data; boundary=x"):
-            broken = ask.post("/segment", content=b"--y\r\nno form", headers={"content-type": content_type})
-            assert read_refusal(broken)[0] == 400
-        assert 'code="500"' not in ask.get("/metrics").text
-    assert not list(tmp_path.iterdir())
+    two = ask.post("/segment", files=[("a", ("a.png", image)), ("b", ("b.png", image))])
+    assert read_refusal(two)[0] == 400 and "number of files is 1" in two.text
+    none = ask.post("/segment", files={"a": (None, "text")})
+    assert read_refusal(none)[0] == 400 and "curl -F" in none.text
+    assert ask.post("/segment", files={"a": ("a.png", bytes(2**20))}).status_code == 413
+    many = ask.post("/segment", files=[("a", (None, "text"))] * 20)
+    assert read_refusal(many)[0] == 400 and "fields is 16" in many.text
+    large = ask.post("/segment", files=[("a", (None, "t" * 70_000))])
+    assert read_refusal(large)[0] == 400 and "64KB" in large.text
+    for content_type in ("multipart/form-data", "multipart/form-data; boundary=x"):
+        broken = ask.post("/segment", content=b"--y\r\nno form", headers={"content-type": content_type})
+        assert read_refusal(broken)[0] == 400
+    assert 'code="500"' not in ask.get("/metrics").text and not list(folder.iterdir())
 
 
-def test_images_are_read_as_in_prediction(tmp_path):
+def test_images_are_read_as_in_prediction(ask, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a phone held upright
     image = tmp_path / "a.jpg"
     image.write_bytes(encode_image(picture(8, 12), "JPEG", exif=exif))
-    with client(tmp_path) as ask:
-        mask = read_mask(ask.post("/segment", content=image.read_bytes()))
+    mask = read_mask(ask.post("/segment", content=image.read_bytes()))
     assert (np.asarray(mask) == (read_image(image).mean(axis=-1) > 127)).all() and mask.size == (8, 12)
 
 
@@ -94,16 +102,15 @@ FAKE_SIZE = encode_image(Image.new("1", (8, 8))).replace((8).to_bytes(4, "big") 
     ],
     ids="empty text form gif png jpeg large bomb header fractions playlist video".split(),
 )
-def test_hostile_uploads_are_refused_in_one_sentence(tmp_path, data, reason):
-    with client(tmp_path) as ask:
-        status, detail = read_refusal(ask.post("/segment", content=data))
-        assert status == 400 and reason in detail and str(tmp_path) not in detail
-        assert ask.post("/segment", content=encode_image(picture())).status_code == 200
-    assert not list(tmp_path.iterdir())
+def test_hostile_uploads_are_refused_in_one_sentence(ask, folder, data, reason):
+    status, detail = read_refusal(ask.post("/segment", content=data))
+    assert status == 400 and reason in detail and str(folder) not in detail
+    assert ask.post("/segment", content=encode_image(picture())).status_code == 200
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_too_many_bytes_are_refused(tmp_path, announced):
+def test_too_many_bytes_are_refused(ask, folder, announced):
     sent = []
 
     def stream():
@@ -112,43 +119,37 @@ def test_too_many_bytes_are_refused(tmp_path, announced):
             yield bytes(2**16)
 
     content = bytes(2**20 + 1) if announced else stream()
-    with client(tmp_path, max_mib=1.0) as ask:
-        status, detail = read_refusal(ask.post("/segment", content=content))
-        assert ask.post("/segment", content=encode_image(picture()) + bytes(2**19)).status_code == 200
+    status, detail = read_refusal(ask.post("/segment", content=content))
     assert status == 413 and "larger than 1 MiB" in detail
-    assert not list(tmp_path.iterdir())
+    assert ask.post("/segment", content=encode_image(picture()) + bytes(2**19)).status_code == 200
+    assert not list(folder.iterdir())
 
 
-def test_other_host_names_and_other_sites_are_refused(tmp_path):
+def test_other_host_names_and_other_sites_are_refused(ask):
     image = encode_image(picture())
-    with client(tmp_path) as ask:
-        assert ask.get("/health", headers={"host": "evil.example"}).status_code == 400
-        assert ask.post("/segment", content=image, headers={"host": "[::1]:80"}).status_code == 200
-        for origin in (
-            "http://evil.example",
-            "null",
-            "http://localhost.evil.example",
-            "http://localhost:81",
-            "http://[",
-        ):
-            assert ask.post("/segment", content=image, headers={"origin": origin}).status_code == 403
-        assert ask.post("/segment", content=image, headers={"origin": "http://localhost"}).status_code == 200
+    assert ask.get("/health", headers={"host": "evil.example"}).status_code == 400
+    assert ask.post("/segment", content=image, headers={"host": "[::1]:80"}).status_code == 200
+    near = ("http://localhost.evil.example", "http://localhost:81", "http://[")
+    for origin in ("http://evil.example", "null", *near):
+        assert ask.post("/segment", content=image, headers={"origin": origin}).status_code == 403
+    assert ask.post("/segment", content=image, headers={"origin": "http://localhost"}).status_code == 200
 
 
-def test_responses_forbid_other_sites(tmp_path):
-    with client(tmp_path) as ask:
-        headers = ask.get("/health").headers
-        for page in ("/docs", "/redoc", "/unknown"):
-            assert ask.get(page).status_code == 404
+def test_responses_forbid_other_sites(ask):
+    headers = ask.get("/health").headers
+    for page in ("/docs", "/redoc", "/unknown"):
+        assert ask.get(page).status_code == 404
     policy = headers["content-security-policy"]
     assert policy.startswith("default-src 'self'") and "http" not in policy and "frame-ancestors 'none'" in policy
     assert headers["x-content-type-options"] == "nosniff"
 
 
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, caplog):
-    with client(tmp_path) as ask:
-        monkeypatch.setattr("dinoseg.serving.endpoint.save_body", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-        assert read_refusal(ask.post("/segment", content=b"x"))[0] == 507
+def test_a_full_disk_is_one_sentence(ask, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError(28, "full")
+
+    monkeypatch.setattr("dinoseg.serving.endpoint.save_body", fail)
+    assert read_refusal(ask.post("/segment", content=b"x"))[0] == 507
     assert "full" in caplog.text
 
 

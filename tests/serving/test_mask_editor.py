@@ -8,7 +8,7 @@ from PIL import Image
 
 from dinoseg.data.classes.labels import Labels
 from dinoseg.serving import mask_editor
-from dinoseg.serving.mask_editor import MaskEditor, count_pixels, encode_mask
+from dinoseg.serving.mask_editor import MaskEditor, count_pixels
 
 LABELS = Labels(("dark", "red", "green"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), 255)
 
@@ -101,8 +101,3 @@ def test_black_and_hidden_classes_are_transparent():
     image = np.full((1, 4, 3), 100, np.uint8)
     drawn = editor.draw(image, editor.mask, 0.5)[0]
     assert drawn[[0, 2]].tolist() == [[100] * 3] * 2 and drawn[1].tolist() == [178, 50, 50]
-
-
-def test_the_download_holds_the_ids():
-    mask = np.arange(3, dtype=np.uint8)[None]
-    assert (np.asarray(Image.open(io.BytesIO(encode_mask(mask, LABELS.palette)))) == mask).all()

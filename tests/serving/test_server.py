@@ -1,4 +1,4 @@
-"""The server binds its port first, warns of the network, and finishes its requests when it is stopped."""
+"""The server binds its port first, warns of the network, and finishes its requests; files are served as they say."""
 
 import itertools
 import os
@@ -15,15 +15,18 @@ from http.client import HTTPConnection
 import pytest
 import uvicorn
 from command_line import call
+from portable_parts import export_file, write_untrained
 from serving_stand_ins import encode_image, picture
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
+from dinoseg.experiment.builder import Builder
 from dinoseg.serving import guard
 from dinoseg.serving import server as server_module
 from dinoseg.serving.server import bind_socket, list_hosts, serve_until_signal
 from dinoseg.utils.errors import UserError
+from dinoseg.utils.tensor_files import write_tensors
 
 
 def test_a_taken_port_or_foreign_host_is_one_message():
@@ -59,11 +62,17 @@ def test_connections_are_bounded(monkeypatch, capsys):
 
 
 @pytest.fixture
-def running_app(monkeypatch):
-    """The port of a small application that is served in a thread."""
-    servers = []
+def servers(monkeypatch):
+    """The servers that a test starts, as soon as they run."""
+    started = []
     run = uvicorn.Server.run
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: (servers.append(self), run(self, sockets)))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: (started.append(self), run(self, sockets)))
+    return started
+
+
+@pytest.fixture
+def running_app(servers):
+    """The port of a small application that is served in a thread."""
     with bind_socket("127.0.0.1", 0) as listener:
         application = Starlette(routes=[Route("/", lambda request: Response("answer"))])
         thread = threading.Thread(target=serve_until_signal, args=(application, listener))
@@ -98,21 +107,16 @@ def test_long_headers_end_the_connection(running_app, start):
     connection.close()
 
 
-def test_a_stalled_upload_has_no_traceback_at_the_stop(caplog, monkeypatch):
+def test_a_stalled_upload_has_no_traceback_at_the_stop(caplog, monkeypatch, servers):
     async def upload(request):
         servers[0].should_exit = True
         return Response(await request.body())
 
-    servers = []
-    run = uvicorn.Server.run
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: (servers.append(self), run(self, sockets)))
     monkeypatch.setattr(server_module, "_LAST_SECONDS", 0.1)
     with bind_socket("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
         client.sendall(b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\nhalf")
         serve_until_signal(Starlette(routes=[Route("/", upload, methods=["POST"])]), listener)
-    assert [record.getMessage() for record in caplog.records] == [
-        "Cancel 1 running task(s), timeout graceful shutdown exceeded"
-    ]
+    assert caplog.messages == ["Cancel 1 running task(s), timeout graceful shutdown exceeded"]
 
 
 @pytest.fixture
@@ -180,10 +184,51 @@ def test_requests_in_progress_are_answered_when_it_is_stopped(server, tmp_path):
     assert not list(tmp_path.glob(".uploads*"))
 
 
-def test_server_without_a_model_reports_the_missing_keys(tmp_path):
-    done = call(tmp_path, "mode=serve", "engine=cpu", "mode.port=0")
-    assert done.status == 1 and "resume is not set" in done.err and not list(tmp_path.glob("outputs/*/*"))
-    both = call(tmp_path, "mode=serve", "engine=cpu", "mode.port=0", "mode.model=a.onnx", "mode.max_mib=0")
-    assert both.status == 1 and "mode.max_mib=0 is out of range" in both.err
-    wrong = call(tmp_path, "mode=app", "engine=cpu", "mode.port=0", "tracker.short_side=0", "mode.hosts=[]")
-    assert wrong.status == 1 and "short_side=0 is out of range" in wrong.err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("mode=serve",), "resume is not set"),
+        (("mode=serve", "mode.model=a.onnx", "mode.max_mib=0"), "mode.max_mib=0 is out of range"),
+        (("mode=app", "tracker.short_side=0", "mode.hosts=[]"), "short_side=0 is out of range"),
+    ],
+)
+def test_server_reports_missing_and_invalid_keys(tmp_path, words, message):
+    done = call(tmp_path, *words, "engine=cpu", "mode.port=0")
+    assert done.status == 1 and message in done.err and not list(tmp_path.glob("outputs/*/*"))
+
+
+@pytest.fixture
+def start_mode(monkeypatch):
+    """Return a function that starts and stops a mode, and says what it wrote."""
+    for mode in ("serve", "app"):
+        monkeypatch.setattr(f"dinoseg.modes.{mode}.serve_until_signal", lambda *_, **__: None)
+    return lambda where, mode, *words: call(where, f"mode={mode}", "engine=cpu", "mode.port=0", *words)
+
+
+@pytest.mark.heavy
+def test_a_delta_is_given_its_backbone_from_the_command_line(compose, tmp_path, start_mode):
+    weights, moved = tmp_path / "backbone.safetensors", tmp_path / "moved.safetensors"
+    backbone = Builder(compose("backbone=tiny_surgical", "data.classes=[a]")).backbone()
+    write_tensors(weights, backbone.export_state(), {})
+    words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=frozen", "head=linear")
+    delta = export_file(write_untrained(compose, tmp_path, *words), tmp_path / "out", delta=True, gated=True)
+    weights.rename(moved)
+    for mode in ("serve", "app"):
+        done = start_mode(tmp_path, mode, f"mode.model={delta}")
+        assert done.status == 1 and "resume=" not in done.err
+        assert f"mode.model={delta}: " in done.err and "Set its current path: backbone.weights=PATH." in done.err
+        done = start_mode(tmp_path, mode, f"mode.model={delta}", f"backbone.weights={moved}")
+        assert done.status == 0, done.err
+    done = start_mode(tmp_path, "serve", f"resume={delta}", f"backbone.weights={moved}")
+    assert done.status == 0, done.err
+    done = start_mode(tmp_path, "serve", f"mode.model={delta}", f"backbone.weights={moved}", "inference=windows")
+    assert (
+        done.status == 0 and ("No effect here: inference=windows. mode.model uses its stored settings") in done.err
+    ), done.err
+
+
+def test_unsupported_option_of_an_onnx_file_is_refused_unread(tmp_path, start_mode):
+    (tmp_path / "model.onnx").touch()
+    for word in ("engine.precision=bf16", "backbone.weights=x"):
+        done = start_mode(tmp_path, "serve", "mode.model=model.onnx", word)
+        assert done.status == 1 and f"{word}: model.onnx is an ONNX file" in done.err, done.err

@@ -1,14 +1,19 @@
 """A backbone that keeps its contract passes, and one broken rule each is refused by the sentence of that rule."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import dropout
 
 from dinoseg.core.contracts import Backbone
 from dinoseg.core.geometry import pad_to_multiple
 from dinoseg.models.backbones.layers import resolve_layers
 from dinoseg.models.backbones.normalisation import register_colours
 from dinoseg.testing import check_backbone
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 
 
 class Patches(Backbone):
@@ -20,7 +25,7 @@ class Patches(Backbone):
         self.num_layers = len(self.layers)
         self.embedding = nn.Conv2d(3, self.dim, 8, 8)
         self.blocks = nn.ModuleList(nn.Conv2d(self.dim, self.dim, 3, padding=1) for _ in range(self.depth))
-        register_colours(self, [0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
+        register_colours(self, MEAN, STD)
 
     def forward(self, images):
         return self.blocks_of(self.embedding(self.pixels(images)))
@@ -37,61 +42,10 @@ class NoContract(nn.Module):
         super().__init__()
 
 
-class NoDepth(Patches):
-    def __init__(self, layers):
-        super().__init__(layers)
-        self.depth = None
-
-
-class UnresolvedLayers(Patches):
-    def __init__(self, layers):
-        super().__init__(layers)
-        self.layers = layers
-
-
-class UndeclaredPyramid(Patches):
-    dim = 6
-
-    def __init__(self, layers):
-        super().__init__(layers)
-        self.dim = [6, 6]
-
-
-class FlooredGrid(Patches):
-    def pixels(self, images):
-        return nn.functional.pad(super().pixels(images)[..., 8:, :], (0, 0, 0, 8))[..., 8:, :]
-
-
 class TwoGrids(Patches):
     def forward(self, images):
         first, last = super().forward(images)
         return [first.repeat_interleave(2, 2), last]
-
-
-class HalfMaps(Patches):
-    def forward(self, images):
-        return [part.half() for part in super().forward(images)]
-
-
-class DivisionByZero(Patches):
-    def forward(self, images):
-        return [part / (part - part).abs() for part in super().forward(images)]
-
-
-class InPlace(Patches):
-    def pixels(self, images):
-        return pad_to_multiple(images.sub_(self.mean).div_(self.std), 8)
-
-
-class FixedColours(Patches):
-    def pixels(self, images):
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.4, 0.5, 0.6], [0.2, 0.3, 0.25]))
-        return pad_to_multiple((images - mean) / std, 8)
-
-
-class BlackPadding(Patches):
-    def pixels(self, images):
-        return (pad_to_multiple(images, 8) - self.mean) / self.std
 
 
 class OtherSplit(Patches):
@@ -103,16 +57,6 @@ class NoTrain(Patches):
     def train(self, mode=True):
         self.training = mode
         return self
-
-
-class ConstantDropout(Patches):
-    def forward(self, images):
-        return [nn.functional.dropout(part, 0.1) for part in super().forward(images)]
-
-
-class BatchMean(Patches):
-    def forward(self, images):
-        return [part - part.mean(0) for part in super().forward(images)]
 
 
 class PlainTensor(Patches):
@@ -140,24 +84,32 @@ class KeptFunction(Patches):
         return self.blocks_of(self.embed_pixels(self.pixels(images)))
 
 
-class UnusedWeight(Patches):
-    def __init__(self, layers):
-        super().__init__(layers)
-        self.left = nn.Linear(2, 2)
+def with_members(**members):
+    return type("Changed", (Patches,), members)
 
 
-class WronglyUnused(Patches):
-    unused = ("embedding.weight",)
+def with_maps(change):
+    """Return a backbone of which each map is changed."""
+    return with_members(forward=lambda self, images: [change(part) for part in Patches.forward(self, images)])
 
 
-class InfiniteSlope(Patches):
-    def forward(self, images):
-        return [part + (part * 0).abs().sqrt() for part in super().forward(images)]
+def with_attribute(name, make):
+    """Return a backbone that gets an attribute once it is made: a function of its argument `layers`."""
+
+    def init(self, layers):
+        Patches.__init__(self, layers)
+        setattr(self, name, make(layers))
+
+    return with_members(__init__=init)
 
 
-class RoundedSum(Patches):
-    def forward(self, images):
-        return [(part + 1000) - 1000 for part in super().forward(images)]
+def with_pixels(prepare):
+    """Return a backbone that prepares images otherwise: a function of them, the mean and the standard deviation."""
+    return with_members(pixels=lambda self, images: prepare(images, self.mean, self.std))
+
+
+COLOURS = [torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD)]
+pad = partial(pad_to_multiple, multiple=8)
 
 
 def test_a_backbone_that_keeps_its_contract_passes():
@@ -170,27 +122,36 @@ def test_a_backbone_that_keeps_its_contract_passes():
     ("backbone", "message"),
     [
         (NoContract, "it must inherit dinoseg.core.contracts.Backbone, .* derive the class"),
-        (NoDepth, "must set its members .* but depth is missing; set it"),
-        (UnresolvedLayers, r"`layers` must be \[0, 1\] .* but they are \[0, -1\] and 2; use .*resolve_layers"),
-        (UndeclaredPyramid, r"`dim` must be a list for a pyramid .* is_pyramid=False and dim=\[6, 6\]"),
-        (FlooredGrid, r"on a grid of \(8, 12\), but it gave \[\(1, 6, 7, 12\)"),
+        (with_attribute("depth", lambda _: None), "must set its members .* but depth is missing; set it"),
+        (with_attribute("layers", list), r"`layers` must be \[0, 1\] .* are \[0, -1\] and 2; use .*resolve_layers"),
+        (with_attribute("dim", lambda _: [6, 6]), r"must be a list for a pyramid .* is_pyramid=False and dim=\[6, 6\]"),
+        (
+            with_pixels(lambda images, mean, std: pad(images[..., 8:, :])),
+            r"grid of \(8, 12\), but it gave \[\(1, 6, 7, 12",
+        ),
         (TwoGrids, r"all maps must have one grid .*\(1, 6, 16, 12\).* set is_pyramid"),
-        (HalfMaps, "maps must be finite and float32"),
-        (DivisionByZero, "maps must be finite and float32"),
-        (InPlace, "must not change its input"),
-        (FixedColours, "must be normalised by the buffers `mean` and `std`"),
-        (BlackPadding, "padded with `mean` at the bottom and on the right"),
+        (with_maps(lambda part: part.half()), "maps must be finite and float32"),
+        (with_maps(lambda part: part / (part - part).abs()), "maps must be finite and float32"),
+        (with_pixels(lambda images, mean, std: pad(images.sub_(mean).div_(std))), "must not change its input"),
+        (with_pixels(lambda images, *_: pad((images - COLOURS[0]) / COLOURS[1])), "by the buffers `mean` and `std`"),
+        (
+            with_pixels(lambda images, mean, std: (pad(images) - mean) / std),
+            "with `mean` at the bottom and on the right",
+        ),
         (OtherSplit, r"forward_trainable\(forward_frozen\(images\)\) must give the maps"),
         (NoTrain, r"after train\(False\) .* but embedding, blocks.* did not change; call super"),
-        (ConstantDropout, "must be equal in eval mode, but they differ; .*self.training"),
-        (BatchMean, "the same results alone and in a batch, but they differ; compute no statistics"),
+        (with_maps(lambda part: dropout(part, 0.1)), "equal in eval mode, but they differ; .*self.training"),
+        (with_maps(lambda part: part - part.mean(0)), "alone and in a batch, but they differ; compute no statistics"),
         (PlainTensor, "a new instance with the same state dict .*`register_buffer`"),
         (LazyWeight, "load_state_dict failed; create all parameters in `__init__`"),
         (KeptFunction, "must use its own weights, but it uses those of the original; .*lambda"),
-        (UnusedWeight, "but left.weight, left.bias got no gradient; use them"),
-        (WronglyUnused, "parameters in `unused` must get no gradient, but embedding.weight did"),
-        (InfiniteSlope, "gradients must be finite in float32, but those of embedding.weight.* are not"),
-        (RoundedSum, "under torch.autocast in bfloat16 must be finite and near"),
+        (with_attribute("left", lambda _: nn.Linear(2, 2)), "but left.weight, left.bias got no gradient; use them"),
+        (with_members(unused=("embedding.weight",)), "`unused` must get no gradient, but embedding.weight did"),
+        (
+            with_maps(lambda part: part + (part * 0).abs().sqrt()),
+            "finite in float32, but those of embedding.weight.* are not",
+        ),
+        (with_maps(lambda part: (part + 1000) - 1000), "under torch.autocast in bfloat16 must be finite and near"),
     ],
 )
 def test_a_backbone_that_breaks_a_rule_is_refused(backbone, message):

@@ -39,48 +39,33 @@ class NoContract(nn.Module):
         super().__init__()
 
 
-class InPlace(Cells):
-    def forward(self, features):
-        return super().forward([part.mul_(2) for part in features])
+def with_members(base=Cells, **members):
+    return type("Changed", (base,), members)
+
+
+def with_features(change):
+    """Return a head that gets changed feature maps."""
+    return with_members(forward=lambda self, features: Cells.forward(self, [change(part) for part in features]))
+
+
+def with_predict(predict):
+    """Return a head with another `predict`: a function of its outputs, the size and the valid part."""
+    return with_members(Pixels, predict=lambda self, *given: predict(*given))
+
+
+def mask_each_class(_, outputs):
+    return WeightedMasks(outputs, torch.eye(3).expand(len(outputs), 3, 3))
+
+
+AGREE = "`grid_scores` and `weighted_masks` must give the scores of `predict`"
+ImageSizeOnly = with_predict(lambda outputs, _, valid: upsample(outputs, (37, 50), valid))
+Stretched = with_predict(lambda outputs, size, _: nn.functional.interpolate(outputs, size, mode="bilinear"))
+HalfScores = with_predict(lambda outputs, *given: upsample(outputs, *given).to(outputs.dtype))
 
 
 class OneClassMore(Cells):
     def __init__(self, in_dim, num_layers, num_classes):
         super().__init__(in_dim, num_layers, num_classes + 1)
-
-
-class ImageSizeOnly(Pixels):
-    def predict(self, outputs, size, valid):
-        return upsample(outputs, (37, 50), valid)
-
-
-class DoubleScores(Pixels):
-    def predict(self, outputs, size, valid):
-        return super().predict(outputs, size, valid).double()
-
-
-class NegativeMixture(Cells):
-    mixture = True
-
-
-class DivisionByZero(Cells):
-    def forward(self, features):
-        return super().forward(features) / 0
-
-
-class Stretched(Pixels):
-    def predict(self, outputs, size, valid):
-        return nn.functional.interpolate(outputs, size, mode="bilinear")
-
-
-class OtherGrid(Pixels):
-    def grid_scores(self, outputs):
-        return 2 * outputs
-
-
-class OtherMasks(Pixels):
-    def weighted_masks(self, outputs):
-        return WeightedMasks(outputs, torch.eye(3).expand(len(outputs), 3, 3))
 
 
 class ClassesFirst(Pixels):
@@ -89,16 +74,6 @@ class ClassesFirst(Pixels):
 
     def predict(self, outputs, size, valid):
         return super().predict(outputs.transpose(0, 1), size, valid)
-
-
-class HalfScores(Pixels):
-    def predict(self, outputs, size, valid):
-        return super().predict(outputs, size, valid).to(outputs.dtype)
-
-
-class BatchMean(Cells):
-    def forward(self, features):
-        return super().forward([part - part.mean(0) for part in features])
 
 
 class UnusedOutput(Pixels):
@@ -129,31 +104,30 @@ class TwoImages(Cells):
         return super().forward([features[0] + pooled[:, :, None, None]])
 
 
-@pytest.mark.parametrize("head", [Cells, Pixels, EdgeOutput, TwoImages])
-def test_a_head_that_keeps_its_contract_passes(head):
-    check_head(head)
-
-
-def test_several_maps_and_another_number_of_classes():
-    check_head(Cells, num_layers=3, num_classes=5)
+@pytest.mark.parametrize(
+    ("head", "sizes"),
+    [(Cells, {}), (Cells, {"num_layers": 3, "num_classes": 5}), (Pixels, {}), (EdgeOutput, {}), (TwoImages, {})],
+)
+def test_a_head_that_keeps_its_contract_passes(head, sizes):
+    check_head(head, **sizes)
 
 
 @pytest.mark.parametrize(
     ("head", "message"),
     [
         (NoContract, "it must inherit dinoseg.core.contracts.Head, .* derive the class"),
-        (InPlace, "must not change its feature maps"),
+        (with_features(lambda part: part.mul_(2)), "must not change its feature maps"),
         (OneClassMore, r"must return float32 scores of shape \(1, 3, 37, 50\) .* but .*\(1, 4, 37, 50\); resize"),
         (ImageSizeOnly, r"size=\(23, 61\).*scores of shape \(1, 3, 23, 61\) .* but .*\(1, 3, 37, 50\)"),
-        (DoubleScores, "must return float32 .* returned torch.float64"),
-        (NegativeMixture, r"finite, and at least 0 with `mixture`, but for size=\(37, 50\) they are not"),
-        (DivisionByZero, "class scores must be finite"),
+        (with_predict(lambda *given: upsample(*given).double()), "must return float32 .* returned torch.float64"),
+        (with_members(mixture=True), r"and at least 0 with `mixture`, but for size=\(37, 50\) they are not"),
+        (with_features(lambda part: part / 0), "class scores must be finite"),
         (Stretched, r"`predict` must crop the padding, .* for \(37, 50\) are not the top left of those for \(40, 56\)"),
-        (OtherGrid, "`grid_scores` and `weighted_masks` must give the scores of `predict`"),
-        (OtherMasks, "`grid_scores` and `weighted_masks` must give the scores of `predict`"),
+        (with_members(Pixels, grid_scores=lambda _, outputs: 2 * outputs), AGREE),
+        (with_members(Pixels, weighted_masks=mask_each_class), AGREE),
         (ClassesFirst, r"outputs must be tensors \(B, ...\).* put the batch first"),
         (HalfScores, "must return float32 scores .* in any precision, but it returned torch.bfloat16"),
-        (BatchMean, "the same results alone and in a batch"),
+        (with_features(lambda part: part - part.mean(0)), "the same results alone and in a batch"),
         (UnusedOutput, "edges.weight, edges.bias got no gradient"),
     ],
 )

@@ -57,56 +57,43 @@ class PlainWeights(Entropy):
         self.class_weights = class_weights
 
 
-class NoParts(Entropy):
-    def forward(self, prediction, batch):
-        return super().forward(prediction, batch)[0]
+def with_members(**members):
+    return type("Changed", (Entropy,), members)
 
 
-class PixelCosts(Entropy):
-    def forward(self, prediction, batch):
-        return self.costs(prediction.logits(batch.mask.shape[-2:]), batch.mask.long() % 3), {}
+def with_result(change):
+    """Return a loss that returns something else of its prediction, mean and parts."""
+    return with_members(forward=lambda self, *given: change(given[0], *Entropy.forward(self, *given)))
 
 
-class PartWithGraph(Entropy):
-    def forward(self, prediction, batch):
-        value, parts = super().forward(prediction, batch)
-        return value, {**parts, "entropy": value}
+def with_forward(mean):
+    """Return a loss whose mean is a function of the logits at full size and the mask."""
+    return with_members(
+        forward=lambda _, given, batch: (mean(given.logits(batch.mask.shape[-2:]), batch.mask.long()), {})
+    )
+
+
+def pixel_costs(logits, mask):
+    return cross_entropy(logits, mask % 3, reduction="none")
+
+
+def mean_of_labelled(logits, mask):
+    return cross_entropy(logits, mask, ignore_index=255)
+
+
+def log_of_softmax(_, logits, labels):
+    return -logits.softmax(1).gather(1, labels[:, None])[:, 0].log()
+
+
+NoWeight = with_result(lambda _, mean, parts: (mean, {}))
+HalfPrecision = with_result(lambda prediction, mean, parts: (mean.to(prediction.outputs.dtype), parts))
+SinglePrecision = with_members(logits=lambda _, prediction, size: prediction.logits(size).float())
 
 
 class InPlace(Entropy):
     def forward(self, prediction, batch):
         batch.mask[batch.mask == self.ignore_index] = 0
         return super().forward(prediction, batch)
-
-
-class LogOfSoftmax(Entropy):
-    def costs(self, logits, labels):
-        return -logits.softmax(1).gather(1, labels[:, None])[:, 0].log()
-
-
-class HalfPrecision(Entropy):
-    def forward(self, prediction, batch):
-        value, parts = super().forward(prediction, batch)
-        return value.to(prediction.outputs.dtype), parts
-
-
-class CountsIgnored(Entropy):
-    def forward(self, prediction, batch):
-        logits = self.logits(prediction, batch.mask.shape[-2:])
-        return cross_entropy(logits, batch.mask.long() % 3), {}
-
-
-class NoGradient(Entropy):
-    def forward(self, prediction, batch):
-        value, parts = super().forward(prediction, batch)
-        return 0 * value, parts
-
-
-class NanWithoutLabels(Entropy):
-    def forward(self, prediction, batch):
-        logits = self.logits(prediction, batch.mask.shape[-2:])
-        weight = (batch.mask != self.ignore_index).sum()
-        return cross_entropy(logits, batch.mask.long(), ignore_index=self.ignore_index), {"weight": weight}
 
 
 class FirstImage(Entropy):
@@ -117,26 +104,12 @@ class FirstImage(Entropy):
         return value + super().forward(prediction.of_images(slice(1)), batch.split(len(batch.names))[0])[0], parts
 
 
-class NoWeight(Entropy):
-    def forward(self, prediction, batch):
-        return super().forward(prediction, batch)[0], {}
-
-
-class OtherDivisor(Entropy):
-    divisor = "pixels"
-
-
 class DetachedWeight(Entropy):
     """Focal costs whose factor has no gradient."""
 
     def costs(self, logits, labels):
         costs = super().costs(logits, labels)
         return costs * (1 - (-costs.detach()).exp())
-
-
-class SinglePrecision(Entropy):
-    def logits(self, prediction, size):
-        return prediction.logits(size).float()
 
 
 @pytest.mark.parametrize(
@@ -158,18 +131,24 @@ def test_a_loss_that_keeps_its_contract_passes(loss):
     [
         (NoContract, "it must inherit dinoseg.core.contracts.Loss"),
         (PlainWeights, "but PlainWeights.class_weights would stay; use self.register_buffer"),
-        (NoParts, "a dict of named parts, but it returned a Tensor"),
-        (PixelCosts, "the mean must be a finite scalar"),
-        (PartWithGraph, "parts must be scalar tensors without a gradient, but entropy is not"),
+        (with_result(lambda _, mean, parts: mean), "a dict of named parts, but it returned a Tensor"),
+        (with_forward(pixel_costs), "the mean must be a finite scalar"),
+        (
+            with_result(lambda _, mean, parts: (mean, {**parts, "entropy": mean})),
+            "parts must be scalar tensors without a gradient, but entropy is not",
+        ),
         (InPlace, "must not change its inputs"),
-        (LogOfSoftmax, "must be finite for scores of 1000, .* log_softmax"),
+        (with_members(costs=log_of_softmax), "must be finite for scores of 1000, .* log_softmax"),
         (HalfPrecision, "must be finite and float32, but it is .* in torch.bfloat16"),
-        (CountsIgnored, "ignored pixels must get no gradient, but they do"),
-        (NoGradient, "labelled pixels must get a gradient, but none does; .* `ignore_index` of the loss is 255"),
-        (NanWithoutLabels, "a batch of ignored pixels must give .* 0, but the loss is nan"),
+        (with_forward(lambda *given: pixel_costs(*given).mean()), "ignored pixels must get no gradient, but they do"),
+        (
+            with_result(lambda _, mean, parts: (0 * mean, parts)),
+            "labelled pixels must get a gradient, but none does; .* `ignore_index` of the loss is 255",
+        ),
+        (with_forward(mean_of_labelled), "a batch of ignored pixels must give .* 0, but the loss is nan"),
         (FirstImage, "the order of the images must not change the loss"),
         (NoWeight, r"two batches must add up .*; return the divisor of the mean as parts\['weight'\]"),
-        (OtherDivisor, r"divisors\(batch\) must return parts\['weight'\] .*, but it is \[4.0\]"),
+        (with_members(divisor="pixels"), r"divisors\(batch\) must return parts\['weight'\] .*, but it is \[4.0\]"),
         (DetachedWeight, "must agree with finite differences in float64"),
         (SinglePrecision, "the mean of float64 outputs must be float64, but it is torch.float32"),
     ],

@@ -9,14 +9,7 @@ import sys
 import pytest
 
 from dinoseg.utils import locks
-from dinoseg.utils.atomic import (
-    _machine,
-    atomic_file,
-    atomic_folder,
-    remove_parts,
-    write_json,
-    write_text,
-)
+from dinoseg.utils.atomic import _machine, atomic_file, atomic_folder, remove_parts, write_json, write_text
 
 
 def test_a_file_takes_its_name_at_the_end_or_vanishes(tmp_path):
@@ -73,17 +66,14 @@ def test_invalid_json_is_refused_and_preserves_the_old_file(tmp_path):
 
 
 def test_a_failing_write_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-    write_text(path, "old")
-
-    def full(*_):
+    def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
+    write_text(tmp_path / "a.txt", "old")
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="No space"):
-        write_text(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+        write_text(tmp_path / "a.txt", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_name_that_cannot_be_taken_leaves_the_old_result(tmp_path, monkeypatch):
@@ -102,20 +92,16 @@ def test_a_name_that_cannot_be_taken_leaves_the_old_result(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.rglob("*")] == ["a_segmentation", "old.txt"]
 
 
-def test_a_temporary_folder_is_private_until_the_end(tmp_path):
-    with atomic_folder(tmp_path / "deep" / "masks") as part:
-        (part / "1.png").write_bytes(b"x")
-        assert not (tmp_path / "deep" / "masks").exists()
-    assert (tmp_path / "deep" / "masks" / "1.png").exists()
-
-
-def test_atomic_folder_replaces_another_and_cleans_up(tmp_path):
+def test_atomic_folder_appears_at_the_end_and_replaces_another(tmp_path):
     for name in ("a", f".a.999999999-{_machine()}-00000000.part"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old.txt").touch()
-    with atomic_folder(tmp_path / "a") as part:
-        (part / "new.txt").touch()
-    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "new.txt"]
+    for place in ("a", "deep/b"):
+        with atomic_folder(tmp_path / place) as part:
+            (part / "new.txt").touch()
+            assert not (tmp_path / place / "new.txt").exists()
+    found = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))]
+    assert found == ["a", "a/new.txt", "deep", "deep/b", "deep/b/new.txt"]
 
 
 def test_partial_files_are_removed_but_not_targets_of_links(tmp_path):
@@ -158,12 +144,8 @@ def test_next_process_removes_only_files_of_killed_processes(tmp_path):
     assert done.returncode == -9 and left == [".a.bin.MARK.part", ".b.MARK.old", ".b.MARK.part", ".export.MARK.part"]
     machine = _machine()
     elsewhere = ("0" if machine[0] != "0" else "1") + machine[1:]
-    theirs = (
-        f".c.{os.getppid()}-{machine}-{'0' * 8}.part",
-        f".d.999999999-{elsewhere}-{'0' * 8}.part",
-        ".e.999999999.part",
-        ".f.part",
-    )
+    theirs = [f".c.{os.getppid()}-{machine}-00000000.part", f".d.999999999-{elsewhere}-00000000.part"]
+    theirs += [".e.999999999.part", ".f.part"]
     for name in theirs:
         (tmp_path / name).touch()
     write_text(tmp_path / "new.txt", "")

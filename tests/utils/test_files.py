@@ -5,6 +5,7 @@ import os
 import socket
 
 import pytest
+from mistakes import assert_refused
 
 from dinoseg.data.clips.videos import picture_files, video_folders
 from dinoseg.data.formats.sarrarp_files import png_files
@@ -80,8 +81,7 @@ def refuse(folder):
 
 def test_a_folder_that_may_not_be_read_is_an_error(top, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse(top / "in/deep")(os.scandir))
-    with pytest.raises(UserError, match=r"Cannot read the folder .*in/deep \(Permission denied\).*Give your user read"):
-        names(top)
+    assert_refused(lambda: names(top), "Cannot read the folder ", "in/deep (Permission denied)", "Give your user read")
     assert [path.name for path in entries(top)] == ["a.png", "b.png", "in"]
     assert entries(top / "nowhere") == entries(top / "a.png") == []
     for listing in ("listdir", "scandir"):  # pathlib lists folders by the second since Python 3.14
@@ -98,16 +98,12 @@ def test_irregular_files_are_refused_without_waiting(tmp_path):
     loop.symlink_to(loop)
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(str(tmp_path / ".s"))
-        with pytest.raises(UserError, match="is a socket"):
-            check_regular(tmp_path / ".s")
+        assert_refused(lambda: check_regular(tmp_path / ".s"), "is a socket")
     for read in (read_image, read_ids, read_size, read_name_list, VideoReader, open_decoder, has_one_bit):
         with pytest.raises(UserError, match=r"pipe\.png is a named pipe\. Put a file there, or remove it"):
             read(pipe)
-    with pytest.raises(UserError, match=r"is a device\. Put a file there"):
-        read_image("/dev/zero")
-    with pytest.raises(UserError, match=r"folder\.png is a folder"):
-        read_image(folder)
-    with pytest.raises(UserError, match=r"loop\.png \(Too many levels of symbolic links\)"):
-        read_image(loop)
+    assert_refused(lambda: read_image("/dev/zero"), "is a device. Put a file there")
+    assert_refused(lambda: read_image(folder), "folder.png is a folder")
+    assert_refused(lambda: read_image(loop), "loop.png (Too many levels of symbolic links)")
     assert names(tmp_path) == ["loop.png", "pipe.png"]
     assert [path.name for path in list_inputs(str(tmp_path))] == ["loop.png", "pipe.png"]  # reading tells of them

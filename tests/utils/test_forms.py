@@ -1,13 +1,13 @@
 """What is read back from disk: hostile JSON and arrays are told apart from what was written, wherever they are read."""
 
 import json
-import logging
 import os
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from mistakes import assert_refused, refusals
 from safetensors.torch import save_file
 
 from dinoseg.data.classes.labels import Labels
@@ -62,8 +62,7 @@ def test_no_reader_takes_hostile_json_or_breaks_on_it(tmp_path, caplog, text):
     with pytest.raises(UserError, match=r"Cannot read .*meta\.json as YouTube-VOS's.*Unpack it again"):
         YoutubeVos(str(tmp_path)).videos("train")
     save_file({"a": torch.zeros(1)}, tmp_path / STATE, {"track": text.decode("utf-8", "replace")})
-    with pytest.raises(UserError, match=r"state\.safetensors is not readable \(.*Leave mode\.restart out"):
-        read_track_state(tmp_path)
+    assert_refused(lambda: read_track_state(tmp_path), "state.safetensors is not readable (", "Leave mode.restart out")
     reader = MaskReader(Labels.of(["a"], None, 255), Masks())
     path = scan._find_file(tmp_path, [], reader)
     path.write_bytes(text)
@@ -112,18 +111,9 @@ def test_tampered_scan_cache_is_rebuilt(tmp_path, caplog):
     assert scan._read_records(path) == {"m": ([1, 2], record)}
     rows = json.loads(path.read_text())
     for change in (
-        {"pixels": {"256": 1}},
-        {"pixels": {"-1": 1}},
-        {"pixels": {"0": -1}},
-        {"pixels": {"0": 2**64}},
-        {"raw": {"(1": 1}},
-        {"image_size": [0, 3]},
-        {"image_size": [2]},
-        {"problems": {"unreadable_image": 3}},
-        {"look": 2**64},
-        {"mask_size": ["1", 2]},
-        {"unknown": 1},
-        {"decoded": 0},
+        *({"pixels": counts} for counts in ({"256": 1}, {"-1": 1}, {"0": -1}, {"0": 2**64})),
+        *({"image_size": [0, 3]}, {"image_size": [2]}, {"mask_size": ["1", 2]}, {"raw": {"(1": 1}}),
+        *({"problems": {"unreadable_image": 3}}, {"look": 2**64}, {"unknown": 1}, {"decoded": 0}),
         {"edges": "no base64!"},
     ):
         changed = {"m": {**rows["m"], "record": {**rows["m"]["record"], **change}}}
@@ -183,33 +173,35 @@ def test_unreadable_array_archives_are_refused(tmp_path, caplog):
     with pytest.raises(FileNotFoundError):
         read_arrays(path, form)
     os.mkfifo(path)
-    with pytest.raises(UserError, match="is a named pipe"):
-        read_arrays(path, form)
+    assert_refused(lambda: read_arrays(path, form), "is a named pipe")
 
 
-def test_forms_say_where_and_what(caplog):
-    caplog.set_level(logging.INFO)
-    form = forms.record(rows=forms.list_of(forms.row(forms.whole(0, 9), forms.maybe(forms.text)), length=2))
-    parse_json('{"rows": [[0, null], [9, "a"]]}', form)
-    for text, message in (
-        ('{"rows": [[0, null], [10, "a"]]}', r"it\.rows\[1\]\[0\] is 10; it must be a whole number from 0 to 9"),
-        ('{"rows": [[0, null], [9, 1]]}', r"it\.rows\[1\]\[1\] is 1; it must be text"),
-        ('{"rows": [[0, null]]}', r"it\.rows is .*; it must be a list of 2"),
-        ('{"rows": [[0, null], [9]]}', r"it\.rows\[1\] is \[9\]; it must be a list of 2"),
-        ('{"row": []}', "must be an object of rows"),
-        ('{"rows": [[0, null], [9, "a"]], "more": 1}', "must be an object of rows"),
-        ('{"rows": 1e999}', "1e999 is not a number"),
-        ('{"rows": [], "rows": []}', "a name occurs twice"),
-        ('{"rows": -Infinity}', "-Infinity is not a number"),
-    ):
-        with pytest.raises(SchemaError, match=message):
-            parse_json(text, form)
-    with pytest.raises(SchemaError, match="is 2; it must be a number from 0 to 1"):
-        parse_json("[0, 0.5, 2]", forms.list_of(forms.number(0, 1)))
-    with pytest.raises(SchemaError, match="must be a number"):
-        parse_json("1" + "0" * 400, forms.number())  # no float holds it
-    with pytest.raises(SchemaError, match="must be true or false"):
-        parse_json("1", forms.flag)
+ROWS = forms.record(rows=forms.list_of(forms.row(forms.whole(0, 9), forms.maybe(forms.text)), length=2))
+test_forms_say_where_and_what = refusals(
+    {
+        "a number above": (
+            lambda: parse_json('{"rows": [[0, null], [10, "a"]]}', ROWS),
+            "it.rows[1][0] is 10; it must be a whole number from 0 to 9",
+        ),
+        "no text": (lambda: parse_json('{"rows": [[0, null], [9, 1]]}', ROWS), "it.rows[1][1] is 1; it must be text"),
+        "a row too few": (lambda: parse_json('{"rows": [[0, null]]}', ROWS), "it.rows is ", "; it must be a list of 2"),
+        "a short row": (lambda: parse_json('{"rows": [[0, null], [9]]}', ROWS), "it.rows[1] is [9]; it must be a list"),
+        "another key": (lambda: parse_json('{"row": []}', ROWS), "must be an object of rows"),
+        "a key more": (lambda: parse_json('{"rows": [[0, null], [9, "a"]], "more": 1}', ROWS), "an object of rows"),
+        "a number too large": (lambda: parse_json('{"rows": 1e999}', ROWS), "1e999 is not a number"),
+        "a name twice": (lambda: parse_json('{"rows": [], "rows": []}', ROWS), "a name occurs twice"),
+        "infinity": (lambda: parse_json('{"rows": -Infinity}', ROWS), "-Infinity is not a number"),
+        "a number above 1": (lambda: parse_json("2", forms.number(0, 1)), "is 2; it must be a number from 0 to 1"),
+        "no float": (lambda: parse_json("1" + "0" * 400, forms.number()), "must be a number"),
+        "no flag": (lambda: parse_json("1", forms.flag), "must be true or false"),
+    },
+    error=SchemaError,
+)
+
+
+def test_values_of_a_form_are_accepted():
+    parse_json('{"rows": [[0, null], [9, "a"]]}', ROWS)
+    parse_json("[0, 0.5, 1]", forms.list_of(forms.number(0, 1)))
 
 
 def test_a_long_name_is_not_repeated_for_each_entry_below_it():
@@ -266,8 +258,7 @@ def test_pipe_swapped_in_after_the_check_is_refused(read, tmp_path, monkeypatch)
 
     (tmp_path / "a").write_text("{}")
     monkeypatch.setattr("dinoseg.utils.files.check_regular", check_then_swap)
-    with pytest.raises(UserError, match="is a named pipe"):
-        read(tmp_path / "a")
+    assert_refused(lambda: read(tmp_path / "a"), "is a named pipe")
 
 
 def test_file_larger_than_memory_is_refused(tmp_path):
@@ -291,8 +282,10 @@ def test_arrays_that_claim_more_than_memory_are_not_read(tmp_path, monkeypatch):
             read(path)
 
 
-def sizes_read(monkeypatch):
-    """Return a list that collects the number of bytes of each read from an archive."""
+def test_an_array_of_more_bytes_than_its_form_allows_is_not_read(tmp_path, monkeypatch):
+    """A sparse archive may be consistent: its zeros take no space on the disk, but memory once they are read."""
+    npz(tmp_path / "a.npz", a=npy("|u1", (2**20,), bytes(2**20)), b=npy("|u1", (5,), bytes(2**20)))
+    assert len(read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**20)})["a"]) == 2**20
     sizes, read = [], zipfile.ZipExtFile.read
 
     def read_and_count(self, size=-1):
@@ -301,22 +294,10 @@ def sizes_read(monkeypatch):
         return content
 
     monkeypatch.setattr(zipfile.ZipExtFile, "read", read_and_count)
-    return sizes
-
-
-def test_the_content_of_an_array_of_another_size_is_not_read(tmp_path, monkeypatch):
-    npz(tmp_path / "a.npz", a=npy("|u1", (5,), bytes(2**20)))
-    sizes = sizes_read(monkeypatch)
-    with pytest.raises(SchemaError, match=r"a is \|u1\[5\] in 1048576 bytes"):
-        read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**30)})
-    assert max(sizes) < 1000
-
-
-def test_an_array_of_more_bytes_than_its_form_allows_is_not_read(tmp_path, monkeypatch):
-    """A sparse archive may be consistent: its zeros take no space on the disk, but memory once they are read."""
-    npz(tmp_path / "a.npz", a=npy("|u1", (2**20,), bytes(2**20)))
-    assert len(read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**20)})["a"]) == 2**20
-    sizes = sizes_read(monkeypatch)
-    with pytest.raises(SchemaError, match=r"a is \|u1\[1048576\] in 1048576 bytes; .* in at most 1048575"):
-        read_arrays(tmp_path / "a.npz", {"a": ArrayForm("|u1", 1, 2**20 - 1)})
+    for name, message in (
+        ("a", r"a is \|u1\[1048576\] in 1048576 bytes; .* in at most 1048575"),
+        ("b", r"b is \|u1\[5\] in 1048576 bytes"),  # its header states another size
+    ):
+        with pytest.raises(SchemaError, match=message):
+            read_arrays(tmp_path / "a.npz", {name: ArrayForm("|u1", 1, 2**20 - 1)})
     assert max(sizes) < 1000

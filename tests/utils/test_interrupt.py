@@ -2,12 +2,14 @@
 
 import os
 import signal
+from functools import partial
 
 import pytest
 from command_line import SMALL, call, write_data
 from signals import signal_in_thread
 
 from dinoseg.cli import own_keys
+from dinoseg.modes import score
 from dinoseg.report.log import RunLog
 from dinoseg.training import checkpoint
 from dinoseg.training.image_data_module import ImageDataModule
@@ -73,18 +75,16 @@ def test_signal_before_the_first_step_reports_nothing_saved(tmp_path, monkeypatc
 
 
 @SIGNALS
-def test_interrupted_modes_report_finished_results(tmp_path, monkeypatch, number, status):
-    from dinoseg.modes import score
-
+@pytest.mark.parametrize(("name", "said"), [("none", "\n"), ("some", ": finished results are in ")])
+def test_interrupted_modes_report_finished_results(tmp_path, monkeypatch, number, status, name, said):
     def stop(cfg, *, out_dir, **_):
-        if out_dir.name == "some":
+        if name == "some":
             (out_dir / "some.png").touch()
         signal.raise_signal(number)
 
     monkeypatch.setattr(score, "run", stop)
-    for name, said in (("none", "\n"), ("some", ": finished results are in ")):
-        done = call(tmp_path, "mode=score", f"hydra.run.dir={name}")
-        assert done.status == status and done.err.startswith(f"\ninterrupted{said}"), done.err
+    done = call(tmp_path, "mode=score", f"hydra.run.dir={name}")
+    assert done.status == status and done.err.startswith(f"\ninterrupted{said}"), done.err
 
 
 def test_a_command_that_is_stopped_before_it_begins_is_a_line(tmp_path, monkeypatch):
@@ -119,13 +119,17 @@ def test_deferred_signal_is_raised_last_and_hides_its_effects():
         raise ValueError("a file")
 
 
-def test_ignored_signal_stays_ignored(monkeypatch):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize(
+    ("block", "number"), [(raise_on_signal, signal.SIGINT), (partial(block_signals, signal.SIGTERM), signal.SIGTERM)]
+)
+def test_ignored_signal_stays_ignored(block, number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        with raise_on_signal():
-            signal.raise_signal(signal.SIGINT)
+        with block():
+            signal.raise_signal(number)
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def test_signals_are_passed_on_once(monkeypatch):
@@ -173,13 +177,3 @@ def test_blocked_signal_follows_the_error_of_the_block():
     assert isinstance(stop.value.__context__, ValueError)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-
-
-def test_blocked_signals_without_handler_stay_ignored():
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        with block_signals(signal.SIGTERM):
-            signal.raise_signal(signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -9,6 +9,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from mistakes import assert_refused
 
 from dinoseg.utils import tensor_files
 from dinoseg.utils.errors import UserError
@@ -78,16 +79,14 @@ def test_the_steps_of_a_pickle_are_limited(zipped, tmp_path, monkeypatch):
 
 def test_an_archive_holds_no_more_than_its_file_has_bytes(tmp_path):
     path = write(tmp_path / "x.pth", text("a" * 10**6), zipped=True, compress=zipfile.ZIP_DEFLATED)
-    with pytest.raises(UserError, match=r"x\.pth: .*larger than the file"):
-        read_tensor_file(path, "w")
+    assert_refused(lambda: read_tensor_file(path, "w"), "x.pth: ", "larger than the file")
     write(path, text(bytes(range(32, 127)).decode()), zipped=True, compress=zipfile.ZIP_DEFLATED)
     with pytest.raises(UserError, match=r"x\.pth: .*(larger than the file|are compressed)"):
         read_tensor_file(path, "w")
     write(path, text("a"), zipped=True)
     with zipfile.ZipFile(path, "a") as archive:  # torch ignores case, and reads one of the two
         archive.writestr("a/DATA.pkl", b"\x80\x02}" + text("x") + ASKING["bytearray"] + b"s.")
-    with pytest.raises(UserError, match=r"x\.pth: .*same name"):
-        read_tensor_file(path, "w")
+    assert_refused(lambda: read_tensor_file(path, "w"), "x.pth: ", "same name")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -5,6 +5,7 @@ import os
 
 import pytest
 from command_line import call
+from mistakes import assert_refused
 
 from dinoseg.utils import private
 from dinoseg.utils.atomic import atomic_file
@@ -62,8 +63,7 @@ def test_a_folder_of_another_user_is_refused(cache, monkeypatch):
         os.chown(cache, 4321, -1)
     else:
         monkeypatch.setattr(private, "_trusted_owners", lambda folder: {0})
-    with pytest.raises(UserError, match="user .*, who owns it, may write there"):
-        check_private(cache, "cache_dir")
+    assert_refused(lambda: check_private(cache, "cache_dir"), "user ", ", who owns it, may write there")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root gives folders away")
@@ -90,8 +90,7 @@ def test_own_folder_may_be_writable_by_a_private_group(cache, monkeypatch, membe
     if is_taken:
         check_private(cache, "cache_dir")
     else:
-        with pytest.raises(UserError, match=f"the group {NAME} may write there"):
-            check_private(cache, "cache_dir")
+        assert_refused(lambda: check_private(cache, "cache_dir"), f"the group {NAME} may write there")
 
 
 def test_a_folder_with_an_access_control_list_is_refused(cache, monkeypatch):
@@ -99,8 +98,7 @@ def test_a_folder_with_an_access_control_list_is_refused(cache, monkeypatch):
     monkeypatch.setattr(os, "listxattr", lambda path: ["system.posix_acl_access"], raising=False)
     monkeypatch.setattr("sys.platform", "linux")
     cache.chmod(0o775)
-    with pytest.raises(UserError, match="in its access control list"):
-        check_private(cache, "cache_dir")
+    assert_refused(lambda: check_private(cache, "cache_dir"), "in its access control list")
 
 
 @pytest.mark.parametrize(("umask", "made"), [(0o002, True), (0o000, True), (0o022, False)])

@@ -3,11 +3,14 @@
 import re
 import shutil
 import sys
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
+from mistakes import assert_refused
 from portable_parts import TINY, export_file, graph_with_weights, write_untrained
 
 import dinoseg
@@ -45,9 +48,10 @@ def hub(tmp_path, monkeypatch):
     return SimpleNamespace(folder=tmp_path / "hub", asked=asked)
 
 
-@pytest.fixture
-def file(compose, tmp_path):
-    return export_file(write_untrained(compose, tmp_path, *TINY, "adapter=full", "head=linear"), tmp_path / "out")
+@pytest.fixture(scope="module")
+def file(compose, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("file")
+    return export_file(write_untrained(compose, folder, *TINY, "adapter=full", "head=linear"), folder / "out")
 
 
 def test_a_model_comes_back_from_the_hub(hub, file):
@@ -67,11 +71,8 @@ def test_a_model_comes_back_from_the_hub(hub, file):
 def test_gated_weights_are_not_uploaded_by_default(hub, file):
     model = dinoseg.load(file, device="cpu")
     of_meta = {**model.facts.backbone, "licence": "DINOv3 License", "gated": True}
-    model.facts = ModelFacts(
-        *([getattr(model.facts, key) for key in ("classes", "palette", "ignore_index")]), backbone=of_meta
-    )
-    with pytest.raises(UserError, match="DINOv3 License.*delta=True.*gated=True"):
-        model.push_to_hub("me/mine")
+    model.facts = replace(model.facts, backbone=of_meta)
+    assert_refused(lambda: model.push_to_hub("me/mine"), "DINOv3 License", "delta=True", "gated=True")
     assert not hub.asked
     model.push_to_hub("me/mine", gated=True)
 
@@ -81,53 +82,33 @@ def test_hub_failure_is_one_message_without_the_token(file, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
 
-    class Telling:
-        def __init__(self, token):
-            raise RuntimeError(f"{token} is not valid")
+    def fail(token):
+        raise RuntimeError(f"{token} is not valid")
 
-    for ask in (
-        lambda: model.push_to_hub("me/mine", token=TOKEN),
-        lambda: Model.from_pretrained("me/mine", token=TOKEN),
-    ):
-        with pytest.raises(UserError, match="me/mine: the hub request failed.*hf auth login") as refused:
-            ask()
-        assert TOKEN not in str(refused.value)
-    monkeypatch.setattr(huggingface_hub, "HfApi", Telling)
+    for ask in (model.push_to_hub, Model.from_pretrained):
+        told = assert_refused(partial(ask, "me/mine", token=TOKEN), "me/mine: the hub request failed", "hf auth login")
+        assert TOKEN not in told
+    monkeypatch.setattr(huggingface_hub, "HfApi", fail)
     with pytest.raises(UserError, match="RuntimeError: ... is not valid") as refused:
         model.push_to_hub("me/mine", token=TOKEN)
     assert TOKEN not in str(refused.value) and refused.value.__cause__ is None
 
 
 def test_a_place_without_a_model_is_refused(tmp_path, file):
-    for source, message in ((tmp_path, "holds no model.safetensors"), (file, "dinoseg.load reads it")):
-        with pytest.raises(UserError, match=message):
-            Model.from_pretrained(source)
+    assert_refused(lambda: Model.from_pretrained(tmp_path), "holds no model.safetensors")
+    assert_refused(lambda: Model.from_pretrained(file), "dinoseg.load reads it")
 
 
 def test_model_card_has_scores_and_licence_and_escapes_markup():
     official = {"protocol": "IDD", "scores": {"miou": 0.5}, "ci95": {"miou": [0.4, 0.6]}, "n": 12, "unit": "image"}
-    scores = {
-        "split": "val",
-        "protocol": "counted",
-        "values": {"miou": 0.25},
-        "per_class": {"a|b": 0.125},
-        "official": official,
-    }
+    scores = {"split": "val", "protocol": "counted", "values": {"miou": 0.25}, "per_class": {"a|b": 0.125}}
     evil = "x</script><b>|y\n# head"
-    facts = ModelFacts(
-        ("a|b", evil),
-        ((1, 2, 3), (4, 5, 6)),
-        255,
-        scores=scores,
-        backbone={"name": "dinov3_vits16", "licence": "DINOv3 License\nmodel: evil", "weights": evil},
-        delta=True,
-    )
+    backbone = {"name": "dinov3_vits16", "licence": "DINOv3 License\nmodel: evil", "weights": evil}
+    scores |= {"official": official}
+    facts = ModelFacts(("a|b", evil), ((1, 2, 3), (4, 5, 6)), 255, scores=scores, backbone=backbone, delta=True)
     card = model_card(facts, "me/mine")
-    assert (
-        "| `miou` | 25.00 | - |" in card
-        and "| `miou` | 50.00 | 40.00 .. 60.00 |" in card
-        and "over 12 units (`image`)" in card
-    )
+    assert "| `miou` | 25.00 | - |" in card and "| `miou` | 50.00 | 40.00 .. 60.00 |" in card
+    assert "over 12 units (`image`)" in card
     assert "| 0 | `a\\x7cb` | (1, 2, 3) | 12.50 |" in card and "only the trained weights" in card
     assert "<" not in card and "\n# head" not in card and "\nmodel:" not in card
     assert card.startswith('---\nlicense: other\nlicense_name: "DINOv3 License\\nmodel: evil"\n')
@@ -138,24 +119,22 @@ def test_model_card_has_scores_and_licence_and_escapes_markup():
     "name", ["http://evil.example", "www.evil.example", "a_b_ ~~c~~ **d**", "[a](b)", "`a` me@b.c", ""]
 )
 def test_names_in_the_card_are_spans_of_code(name):
-    line = next(
-        line for line in model_card(ModelFacts((name,), ((0, 0, 0),), 255), "me/mine").splitlines() if "| 0 |" in line
-    )
+    card = model_card(ModelFacts((name,), ((0, 0, 0),), 255), "me/mine")
+    (line,) = [line for line in card.splitlines() if "| 0 |" in line]
     assert re.fullmatch(r"\| 0 \| `[^`|]+` \| \(0, 0, 0\) \| - \|", line)
+
+
+def upload(path, name="me/mine", **facts):
+    facts = ModelFacts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255, **facts)
+    push(path, facts, name, private=None, revision=None, token=None, gated=False)
 
 
 def test_missing_hub_client_names_the_package_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    facts = ModelFacts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
     (tmp_path / "model.safetensors").touch()
-    for ask in (
-        lambda: Model.from_pretrained("org/name"),
-        lambda: push(
-            tmp_path / "model.safetensors", facts, "org/name", private=None, revision=None, token=None, gated=False
-        ),
-    ):
-        with pytest.raises(UserError, match="org/name: a hub needs huggingface_hub, .* pip install huggingface_hub"):
-            ask()
+    words = ("me/mine: a hub needs huggingface_hub, ", " pip install huggingface_hub")
+    assert_refused(lambda: Model.from_pretrained("me/mine"), *words)
+    assert_refused(lambda: upload(tmp_path / "model.safetensors"), *words)
 
 
 def test_model_card_omits_invalid_numbers_and_control_codes():
@@ -167,32 +146,22 @@ def test_model_card_omits_invalid_numbers_and_control_codes():
 
 
 def test_external_weights_are_uploaded_with_their_graph(hub, tmp_path):
-    facts = ModelFacts(("a", "b"), ((0, 0, 0), (1, 2, 3)), 255)
     graph_with_weights(tmp_path, "mine.onnx.data").rename(tmp_path / "mine.onnx")
     graph_with_weights(tmp_path, "model.onnx.data")
     for file, source in (("bare.onnx", None), ("renamed.onnx", "model.onnx.data")):
         graph_with_weights(tmp_path, source, name=file)
     (tmp_path / "model.onnx.txt").touch()
-    with pytest.raises(UserError, match="refers to its weights as mine.onnx.data"):
-        push(tmp_path / "mine.onnx", facts, "me/mine", private=None, revision=None, token=None, gated=False)
+    assert_refused(lambda: upload(tmp_path / "mine.onnx"), "refers to its weights as mine.onnx.data")
     assert not hub.asked
     for file, there in (
         ("model.onnx", {"model.onnx", "model.onnx.data", "README.md"}),
         ("renamed.onnx", {"model.onnx", "model.onnx.data", "README.md"}),
         ("bare.onnx", {"model.onnx", "README.md"}),
     ):
-        push(tmp_path / file, facts, f"me/{file}", private=None, revision=None, token=None, gated=False)
+        upload(tmp_path / file, f"me/{file}")
         assert {path.name for path in (hub.folder / "me" / file).iterdir()} == there
         assert (hub.folder / "me" / file / "model.onnx").read_bytes() == (tmp_path / file).read_bytes()
-    assert fetch_model_file("me/model.onnx", runtime="onnx").name == "model.onnx" and hub.asked[-1]["patterns"] == [
-        "model.onnx*"
-    ]
-
-
-def test_gated_weights_count_as_in_the_file_unless_stated(hub, tmp_path):
-    facts = ModelFacts(("a",), ((0, 0, 0),), 255, backbone={"gated": True})
-    graph_with_weights(tmp_path, None)
-    with pytest.raises(UserError, match="gated=True"):
-        push(tmp_path / "model.onnx", facts, "me/mine", private=None, revision=None, token=None, gated=False)
-    held = ModelFacts(("a",), ((0, 0, 0),), 255, backbone={"gated": True, "in_file": False})
-    push(tmp_path / "model.onnx", held, "me/mine", private=None, revision=None, token=None, gated=False)
+    assert fetch_model_file("me/model.onnx", runtime="onnx").name == "model.onnx"
+    assert hub.asked[-1]["patterns"] == ["model.onnx*"]
+    assert_refused(lambda: upload(tmp_path / "bare.onnx", backbone={"gated": True}), "gated=True")
+    upload(tmp_path / "bare.onnx", backbone={"gated": True, "in_file": False})

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import struct
+from functools import partial
 
 import huggingface_hub.constants
 import numpy as np
@@ -14,6 +15,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from mistakes import assert_refused
 from omegaconf import OmegaConf
 from portable_parts import TINY, export_file, write_untrained
 from safetensors.torch import load_file
@@ -38,9 +40,8 @@ def picture(height=30, width=41):
 @pytest.fixture(scope="module")
 def file(trained, tmp_path_factory):
     """The one-file model of a training, written by mode=export in another folder than it is used from."""
-    done = call(
-        trained, "mode=export", "export=safetensors", "resume=segmenter", "engine=cpu", "hydra.run.dir=exported"
-    )
+    words = ("export=safetensors", "resume=segmenter", "engine=cpu", "hydra.run.dir=exported")
+    done = call(trained, "mode=export", *words)
     assert done.status == 0, done.err
     path = tmp_path_factory.mktemp("elsewhere") / "model.safetensors"
     return shutil.copyfile(trained / "exported/model.safetensors", path)
@@ -61,26 +62,22 @@ def test_file_predicts_the_same_as_mode_predict(trained, file, tmp_path, monkeyp
 
 
 @pytest.mark.heavy
-def test_a_file_goes_through_every_mode_as_a_checkpoint(trained, file):
-    words = ("engine=cpu", "data.root=data", f"resume={file}", "mode.metrics_only=true")
-    done = call(trained, "mode=eval", *words, "hydra.run.dir=scored")
+@pytest.mark.parametrize("part", ["file", "folder"])
+def test_a_file_is_evaluated_as_a_checkpoint(trained, file, part):
+    source = file if part == "file" else file.parent
+    words = ("engine=cpu", "data.root=data", f"resume={source}", "mode.metrics_only=true")
+    done = call(trained, "mode=eval", *words, f"hydra.run.dir=scored_{part}")
     assert done.status == 0, done.err
-    ours, theirs = (
-        json.loads((trained / name / "scores.json").read_text()) for name in ("scored", "segmenter/evaluation")
-    )
-    assert ours == theirs
+    ours, theirs = (trained / name / "scores.json" for name in (f"scored_{part}", "segmenter/evaluation"))
+    assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
 
 
-def test_export_folder_loads_the_file_of_the_requested_runtime(trained, file, tmp_path):
+def test_export_folder_loads_the_file_of_the_requested_runtime(file, tmp_path):
     folder = shutil.copyfile(file, tmp_path / "model.safetensors").parent
     (folder / "model.onnx").touch()
-    assert dinoseg.load(folder, device="cpu").file == dinoseg.Model.from_pretrained(folder).file == folder / file.name
     for load in (dinoseg.load, dinoseg.Model.from_pretrained):
-        with pytest.raises(UserError, match="model.onnx: not an ONNX file"):
-            load(folder, runtime="onnx")
-    words = ("engine=cpu", f"resume={folder}", "input=clip/00000.png", "hydra.run.dir=of_a_folder")
-    done = call(trained, "mode=predict", *words)
-    assert done.status == 0, done.err
+        assert load(folder, device="cpu").file == folder / file.name
+        assert_refused(lambda load=load: load(folder, runtime="onnx"), "model.onnx: not an ONNX file")
 
 
 def test_file_describes_its_classes_scores_data_and_versions(trained, file, tmp_path):
@@ -106,27 +103,20 @@ def test_loading_leaves_hydra_and_random_state_unchanged(file):
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_garbage_collector_is_paused_while_a_file_is_loaded(file, tmp_path, monkeypatch, enabled):
+def test_a_file_is_built_once_with_garbage_collection_paused(file, tmp_path, monkeypatch, enabled):
     paused = []
-    kept = ModelBuilder.check_fits
-    monkeypatch.setattr(ModelBuilder, "check_fits", lambda *given: paused.append(not gc.isenabled()) or kept(*given))
+    build = ModelBuilder.model
+    record = lambda *given, **named: paused.append(not gc.isenabled()) or build(*given, **named)  # noqa: E731
+    monkeypatch.setattr(ModelBuilder, "model", record)
     try:
         (gc.enable if enabled else gc.disable)()
-        dinoseg.load(file, device="cpu")
+        model = dinoseg.load(file, device="cpu")
         assert paused == [True] and gc.isenabled() == enabled
-        with pytest.raises(UserError):
-            dinoseg.load(tmp_path / "missing", device="cpu")
+        assert_refused(lambda: dinoseg.load(tmp_path / "missing", device="cpu"), "missing")
         assert gc.isenabled() == enabled
     finally:
         gc.enable()
-
-
-def test_a_file_of_a_whole_model_builds_it_once(file, monkeypatch):
-    built = []
-    kept = ModelBuilder.model
-    monkeypatch.setattr(ModelBuilder, "model", lambda *given, **more: built.append(given) or kept(*given, **more))
-    model = dinoseg.load(file, device="cpu")
-    assert len(built) == 1 and model.predict(picture()).mask.shape == (30, 41)
+    assert model.predict(picture()).mask.shape == (30, 41)
 
 
 def test_a_program_of_hydras_own_is_neither_changed_nor_read(file, tmp_path):
@@ -143,15 +133,13 @@ def test_a_program_of_hydras_own_is_neither_changed_nor_read(file, tmp_path):
             before = HydraConfig.get()
             dinoseg.load(file, device="cpu")
             assert HydraConfig.get() is before and GlobalHydra.instance().is_initialized()
-            with pytest.raises(UserError, match="head=mine is not an option on this machine"):
-                dinoseg.load(evil)
+            assert_refused(lambda: dinoseg.load(evil), "head=mine is not an option on this machine")
     finally:
         HydraConfig.instance().cfg = None
 
 
 FAMILIES = {
-    "packaged, frozen": ("backbone=tiny_surgical", "adapter=frozen", "head=linear"),
-    "packaged, LoRA": ("backbone=tiny_surgical", "adapter=lora", "head=mlp"),
+    "packaged": ("backbone=tiny_surgical", "adapter=frozen", "head=mlp"),
     "random": (*TINY, "adapter=frozen", "head=linear"),
     "timm": ("backbone=timm", "backbone.name=resnet10t", "backbone.weights=random", "adapter=frozen", "head=linear"),
     "no network": ("backbone=rgb", "adapter=frozen", "head=linear"),
@@ -159,13 +147,10 @@ FAMILIES = {
 }
 
 
-QUICK = ("packaged, LoRA",)
-
-
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(words, id=name, marks=() if name in QUICK else pytest.mark.heavy)
+        pytest.param(words, id=name, marks=() if name == "packaged" else pytest.mark.heavy)
         for name, words in FAMILIES.items()
     ],
 )
@@ -175,26 +160,25 @@ def test_each_kind_of_model_is_the_same_from_its_file(compose, tmp_path, words):
     assert len(theirs.probabilities.std(axis=(1, 2)).nonzero()[0])
     for delta in (False, True):
         if delta and words[0] != "backbone=tiny_surgical":
-            with pytest.raises(UserError, match="export.delta=true: this backbone cannot be downloaded"):
-                export_file(path, tmp_path / "delta", delta=True)
+            refused = "export.delta=true: this backbone cannot be downloaded"
+            assert_refused(lambda: export_file(path, tmp_path / "delta", delta=True), refused)
             continue
-        file = export_file(path, tmp_path / ("delta" if delta else "whole"), delta=delta)
+        file = export_file(path, tmp_path / f"out_{delta}", delta=delta)
         ours = dinoseg.load(file, device="cpu").predict(image)
         assert (ours.probabilities == theirs.probabilities).all() and (ours.mask == theirs.mask).all()
 
 
-def test_file_uses_the_inference_of_its_training_by_default(compose, tmp_path):
+def test_file_uses_the_inference_of_its_training_by_default(compose, tmp_path, caplog):
     words = (*TINY, "adapter=frozen", "head=linear", "inference=windows", "inference.size=16")
     path = write_untrained(compose, tmp_path, *words)
     file, image = export_file(path, tmp_path / "out"), picture(40, 56)
-    model, whole = dinoseg.load(file, device="cpu"), dinoseg.load(file, device="cpu", inference="whole")
+    assert "does not apply" not in caplog.text  # as it does of files that lack the strategy
+    model, run, whole = (dinoseg.load(file), dinoseg.load(path), dinoseg.load(file, inference="whole"))
     assert model.facts.sizes["inference"]["option"] == "windows" and model.facts.sizes["inference"]["size"] == 16
-    ours, theirs, other = (
-        each.predict(image).probabilities for each in (model, dinoseg.load(path, device="cpu"), whole)
-    )
+    ours, theirs, other = (each.predict(image).probabilities for each in (model, run, whole))
     assert (ours == theirs).all() and np.abs(ours - other).max() > 1e-3
-    with pytest.raises(UserError, match="^inference=half is unknown. Choose one of auto, whole, windows"):
-        dinoseg.load(file, inference="half")
+    words = ("inference=half is unknown. Choose one of auto, whole, windows",)
+    assert_refused(lambda: dinoseg.load(file, inference="half"), *words)
 
 
 def foreign_file(compose, folder):
@@ -207,37 +191,37 @@ def foreign_file(compose, folder):
     return path
 
 
+@pytest.mark.heavy
 def test_gated_weights_are_not_exported_by_default(compose, tmp_path, capsys):
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=lora", "head=linear")
     path = write_untrained(compose, tmp_path, *words)
-    with pytest.raises(UserError, match="DINOv3 License.*export.delta=true.*export.gated=true"):
-        export_file(path, tmp_path / "out")
+    gated = ("DINOv3 License", "export.delta=true", "export.gated=true")
+    assert_refused(lambda: export_file(path, tmp_path / "out"), *gated)
     assert not (tmp_path / "out/model.safetensors").exists()
     image = picture()
     theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
     whole = export_file(path, tmp_path / "out", gated=True)
     assert dinoseg.load(whole.parent, device="cpu").file == whole
-    with pytest.raises(UserError, match="^backbone=.* holds its own backbone. Leave it out"):
-        dinoseg.load(whole, backbone=weights)
-    weights_elsewhere = weights.rename(tmp_path / "moved.safetensors")
-    assert (dinoseg.load(whole, device="cpu").predict(image).probabilities == theirs).all()
-    weights_elsewhere.rename(weights)
+    assert_refused(lambda: dinoseg.load(whole, backbone=weights), "backbone=", " holds its own backbone. Leave it out")
+    assert_refused(lambda: export_file(whole, tmp_path / "again"), "DINOv3 License")
+    again = export_file(whole, tmp_path / "again", gated=True)
+    moved = weights.rename(tmp_path / "moved.safetensors")
+    model = dinoseg.load(again, device="cpu")
+    assert (model.predict(image).probabilities == theirs).all() and model.facts.backbone["weights"] == weights.name
+    moved.rename(weights)
     delta = export_file(path, tmp_path / "delta", delta=True)
     printed = capsys.readouterr().out
     assert 'backbone="FILE"' in printed and "it holds no scores" in printed
     assert delta.stat().st_size < whole.stat().st_size / 4
     assert not any("lora" not in name for name in load_file(delta) if "model/backbone" in name)
-    weights.rename(weights_elsewhere)
-    with pytest.raises(
-        UserError,
-        match="backbone=../dinov3_file.safetensors, which is neither a file.*Set its current path: backbone=PATH",
-    ):
-        dinoseg.load(delta)
-    model = dinoseg.load(delta, device="cpu", backbone=weights_elsewhere)
+    weights.rename(moved)
+    remedy = "Set its current path: backbone=PATH"
+    assert_refused(lambda: dinoseg.load(delta), "backbone=../dinov3_file.safetensors, which is neither a file", remedy)
+    model = dinoseg.load(delta, device="cpu", backbone=moved)
     assert (model.predict(image).probabilities == theirs).all() and not model.facts.backbone["in_file"]
-    with pytest.raises(UserError, match="other frozen backbone weights"):
-        dinoseg.load(delta, device="cpu", backbone="dinoseg:tiny_surgical")
+    other = lambda: dinoseg.load(delta, device="cpu", backbone="dinoseg:tiny_surgical")  # noqa: E731
+    assert_refused(other, "other frozen backbone weights")
 
 
 def test_non_finite_weights_are_not_exported(compose, tmp_path):
@@ -246,8 +230,7 @@ def test_non_finite_weights_are_not_exported(compose, tmp_path):
     path = write_untrained(compose, tmp_path, *words)  # the checkpoint itself is sound: it holds the head alone
     sound = load_file(weights)
     write_tensors(weights, sound | {"norm.weight": sound["norm.weight"] / 0}, {})
-    with pytest.raises(UserError, match="norm.weight holds NaN or infinity"):
-        export_file(path, tmp_path / "out", gated=True)
+    assert_refused(lambda: export_file(path, tmp_path / "out", gated=True), "norm.weight holds NaN or infinity")
     assert not list((tmp_path / "out").iterdir())
     write_tensors(weights, sound, {})
     held = checkpoint.read(path)
@@ -279,33 +262,22 @@ def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch
     assert (source["weights"], source["revision"], source["licence"]) == ("facebook/dinov2-small", commit, "Apache-2.0")
     assert checkpoint.describe(file)["config"]["backbone"]["weights"] == f"facebook/dinov2-small@{commit}"
     shutil.rmtree(fetched)
-    with pytest.raises(UserError, match="model.safetensors: .*the hub is unreachable.*backbone=PATH"):
-        dinoseg.load(file)
+    assert_refused(lambda: dinoseg.load(file), "model.safetensors: ", "the hub is unreachable", "backbone=PATH")
 
 
 def test_delta_with_trained_gated_weights_is_gated(compose, tmp_path):
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "head=linear")
     path = write_untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1")
-    with pytest.raises(UserError, match="export.gated=true"):
-        export_file(path, tmp_path / "out", delta=True)
+    gated = ("DINOv3 License", "export.gated=true")
+    assert_refused(lambda: export_file(path, tmp_path / "out", delta=True), *gated)
+    assert not (tmp_path / "out/model.safetensors").exists()
     delta, image = export_file(path, tmp_path / "out", delta=True, gated=True), picture()
     theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
     moved = weights.rename(tmp_path / "moved.safetensors")
     assert (dinoseg.load(delta, device="cpu", backbone=moved).predict(image).probabilities == theirs).all()
-    with pytest.raises(UserError, match=f"^head={moved}: .* holds its own head. Leave it out."):
-        dinoseg.load(delta, device="cpu", backbone=moved, head=moved)
-
-
-@pytest.mark.heavy
-def test_a_file_of_a_file_keeps_its_sources(compose, tmp_path):
-    weights = foreign_file(compose, tmp_path)
-    words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "adapter=frozen", "head=linear")
-    first = export_file(write_untrained(compose, tmp_path, *words), tmp_path / "out", gated=True)
-    with pytest.raises(UserError, match="DINOv3 License"):
-        export_file(first, tmp_path / "again")
-    again = export_file(first, tmp_path / "again", gated=True)
-    assert dinoseg.load(again).facts.backbone["weights"] == weights.name
+    both = partial(dinoseg.load, delta, device="cpu", backbone=moved, head=moved)
+    assert_refused(both, f"head={moved}: ", " holds its own head. Leave it out.")
 
 
 MORE = {  # of those that a fuzzer of the description has found
@@ -322,7 +294,9 @@ def sound(file):
     return checkpoint.read(file)
 
 
-TAMPERED = CASES | MORE
+# of those that tests/test_hostile_checkpoints.py gives to all modes, one of each kind
+KINDS = ("a hook in the head", "an interpolation", "a list without end", "a huge depth", "remote code", "a null group")
+TAMPERED = MORE | {kind: CASES[kind] for kind in KINDS}
 
 
 @pytest.mark.parametrize("case", TAMPERED.values(), ids=TAMPERED)
@@ -334,22 +308,22 @@ def test_a_tampered_file_is_refused(tmp_path, sound, case):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def change(name, value):
+def changed(value, name="model/head.classify.weight"):
     return lambda sound: {name: value(sound.tensors[name])}
 
 
-CHANGED = {
-    "NaN": (change("model/head.classify.weight", lambda one: one * float("nan")), "hold NaN or infinity"),
-    "another shape": (change("model/head.classify.weight", lambda one: one[:1].clone()), "of another shape"),
-    "another type": (change("model/head.classify.weight", lambda one: one.to(torch.complex64)), "has the type C64"),
-    "one more": (lambda sound: {"model/head.more": torch.zeros(1)}, "unexpected"),
-    "one of no part": (lambda sound: {"x": torch.zeros(1)}, "a tensor x, which dinoseg does not write"),
-    "one more constant": (lambda sound: {"constants/backbone.more": torch.zeros(1)}, "unexpected"),
-    "a long constant": (lambda sound: {"constants/backbone.mean": torch.zeros(9, 9)}, "of another shape"),
-}
-
-
-@pytest.mark.parametrize(("tensors", "message"), CHANGED.values(), ids=CHANGED)
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (changed(lambda one: one * float("nan")), "hold NaN or infinity"),
+        (changed(lambda one: one[:1].clone()), "of another shape"),
+        (changed(lambda one: one.to(torch.complex64)), "has the type C64"),
+        (lambda sound: {"model/head.more": torch.zeros(1)}, "unexpected"),
+        (lambda sound: {"x": torch.zeros(1)}, "a tensor x, which dinoseg does not write"),
+        (lambda sound: {"constants/backbone.more": torch.zeros(1)}, "unexpected"),
+        (lambda sound: {"constants/backbone.mean": torch.zeros(9, 9)}, "of another shape"),
+    ],
+)
 def test_foreign_tensors_are_refused(tmp_path, sound, tensors, message):
     with pytest.raises(UserError, match=message):
         dinoseg.load(write_tampered(tmp_path, sound, {}, tensors(sound)), device="cpu")
@@ -357,8 +331,7 @@ def test_foreign_tensors_are_refused(tmp_path, sound, tensors, message):
 
 def test_a_file_of_more_tensors_than_any_model_has_is_refused(file, monkeypatch):
     monkeypatch.setattr(checkpoint, "_MAX_TENSORS", 20)
-    with pytest.raises(UserError, match="tensors, above the limit of 20, which dinoseg does not write"):
-        dinoseg.load(file, device="cpu")
+    assert_refused(lambda: dinoseg.load(file), "tensors, above the limit of 20, which dinoseg does not write")
 
 
 def test_large_images_are_reduced_to_the_training_scale(tmp_path, sound):
@@ -373,18 +346,18 @@ def test_large_images_are_reduced_to_the_training_scale(tmp_path, sound):
 
 def test_weights_from_a_trusted_source_are_loaded(tmp_path, sound):
     path = write_tampered(tmp_path, sound, {"config/backbone/weights": "evil/weights"})
-    with pytest.raises(UserError, match="trust=.evil/weights."):
-        dinoseg.load(path, device="cpu")
-    with pytest.raises(
-        UserError, match="belongs to another model"
-    ):  # it is believed that the backbone comes from there
-        dinoseg.load(path, device="cpu", trust=["evil/weights"])
+    assert_refused(lambda: dinoseg.load(path, device="cpu"), "trust=", "evil/weights")
+    # it is believed that the backbone comes from there
+    assert_refused(lambda: dinoseg.load(path, device="cpu", trust=["evil/weights"]), "belongs to another model")
 
 
-def test_invalid_facts_are_refused(tmp_path, sound):
-    for place, value in (("facts", 3), ("facts/scores", [1]), ("facts/delta", "no"), ("facts/versions", {"torch": 2})):
-        with pytest.raises(UserError, match="evil.safetensors: .*facts"):
-            dinoseg.load(write_tampered(tmp_path, sound, {place: value}), device="cpu")
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("facts", 3), ("facts/scores", [1]), ("facts/delta", "no"), ("facts/versions", {"torch": 2})],
+)
+def test_invalid_facts_are_refused(tmp_path, sound, place, value):
+    path = write_tampered(tmp_path, sound, {place: value})
+    assert_refused(lambda: dinoseg.load(path, device="cpu"), "evil.safetensors: ", "facts")
 
 
 def test_foreign_damaged_or_newer_file_is_refused(tmp_path, trained, file, sound):
@@ -404,29 +377,23 @@ def test_foreign_damaged_or_newer_file_is_refused(tmp_path, trained, file, sound
             path.stem == "newer"
         )
     (tmp_path / "model.pt2").write_bytes(b"PK")
-    for path, message in (
-        (tmp_path / "none", "File not found"),
-        (tmp_path / "model.pt2", "is a torch.export program, .* Give the model.safetensors"),
-        (tmp_path, "it holds neither checkpoints/best.safetensors"),
-        (trained / "slots", "slots/checkpoints/.*is a slot model"),
+    for path, options, *words in (
+        (tmp_path / "none", {}, "File not found"),
+        (tmp_path / "model.pt2", {}, "is a torch.export program, ", " Give the model.safetensors"),
+        (tmp_path, {}, "it holds neither checkpoints/best.safetensors"),
+        (trained / "slots", {}, "slots/checkpoints/", "is a slot model"),
+        (file, {"runtime": "tpu"}, "runtime=tpu"),
+        (file, {"device": "tpu"}, "device=tpu"),
+        (file, {"precision": "8"}, "precision=8"),
     ):
-        with pytest.raises(UserError, match=message):
-            dinoseg.load(path)
-    for options, message in (
-        ({"runtime": "tpu"}, "runtime=tpu"),
-        ({"device": "tpu"}, "^device=tpu"),
-        ({"precision": "8"}, "precision=8"),
-    ):
-        with pytest.raises(UserError, match=message):
-            dinoseg.load(file, **options)
+        assert_refused(partial(dinoseg.load, path, **options), *words)
 
 
 def test_a_model_is_saved_whole_or_not_at_all(file, trained, tmp_path):
     model = dinoseg.load(file, device="cpu")
     model.save(tmp_path / "deeper/copy.safetensors")
     assert (tmp_path / "deeper/copy.safetensors").read_bytes() == file.read_bytes()
-    with pytest.raises(UserError, match="Cannot read or write"):
-        model.save(file / "x")
+    assert_refused(lambda: model.save(file / "x"), "Cannot read or write")
     run = dinoseg.load(trained / "segmenter", device="cpu")
     run.save(tmp_path / "of_a_run.safetensors")
     again, image = dinoseg.load(tmp_path / "of_a_run.safetensors", device="cpu"), picture()
@@ -442,12 +409,9 @@ def test_scores_of_an_evaluation_come_with_the_file(trained, tmp_path):
     assert done.status == 0, done.err
     assert call(trained, *words, "export.scores=on_train", "hydra.run.dir=with").status == 0
     assert dinoseg.load(trained / "with/model.safetensors").facts.scores["split"] == "train"
-    for folder, message in (
-        ("clip", "is not a run folder of mode=eval"),
-        ("slots", "is not a run folder|belong to None"),
-    ):
+    for folder, message in (("clip", "is not a run folder of mode=eval"), ("slots", "is not a run folder")):
         refused = call(trained, *words, f"export.scores={folder}")
-        assert refused.status == 1 and any(part in refused.err for part in message.split("|")), refused.err
+        assert refused.status == 1 and message in refused.err, refused.err
     of_slots = call(trained, "mode=export", "export=safetensors", "resume=slots", "engine=cpu")
     assert of_slots.status == 1 and "slot model" in of_slots.err
 
@@ -460,9 +424,9 @@ def test_run_folder_loads_its_best_checkpoint_despite_a_file(compose, tmp_path):
 
 def test_class_names_that_look_like_paths_are_unchanged(compose, tmp_path):
     path = write_untrained(compose, tmp_path, *TINY, "data.classes=['/road',b]", "data.group='/video'")
-    file = export_file(path, tmp_path / "out")
-    said = checkpoint.describe(file)["config"]["data"]
-    assert dinoseg.load(file).classes == ("/road", "b") and said["group"] == "/video" and said["root"] == "???"
+    said = checkpoint.describe(export_file(path, tmp_path / "out"))
+    assert said["classes"] == ["/road", "b"]
+    assert said["config"]["data"]["group"] == "/video" and said["config"]["data"]["root"] == "???"
 
 
 def test_a_config_alone_needs_no_command_line(file):

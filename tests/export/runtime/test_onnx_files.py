@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from docs_pages import ROOT, blocks
+from mistakes import assert_refused, refusals
 from onnx import TensorProto, helper, numpy_helper
 
 import dinoseg
@@ -31,16 +32,9 @@ RECORD = GraphRecord(8, 1.0, None, None, None, None, None, (0.5, 0.25, 0.125), "
 LABELS = {"classes": ["dark", "bright"], "palette": [[0, 0, 0], [255, 255, 255]], "ignore_index": 255}
 
 
-@pytest.mark.parametrize("thresholds", [[0.5], [0.5, 0.5, 0.5], [0.5, 1.5]])
-def test_thresholds_that_do_not_fit_are_refused(tmp_path, thresholds):
-    with pytest.raises(UserError, match=r"threshold(?s:.*)Export the model again"):
-        load_onnx(write_model(tmp_path, model(replace(RECORD, thresholds=thresholds))), device="cpu")
-
-
 def test_layers_reach_their_threshold_at_equal_probability():
-    runtime = GraphRuntime(
-        lambda images: [np.zeros((1, 3, 1, 1), np.float32)], replace(RECORD, thresholds=[0.4, 0.5, 0.6])
-    )
+    scores = [np.zeros((1, 3, 1, 1), np.float32)]
+    runtime = GraphRuntime(lambda images: scores, replace(RECORD, thresholds=[0.4, 0.5, 0.6]))
     ids = runtime.ids([np.zeros((2, 2, 3), np.uint8)])
     assert ids[0].tolist() == [[[1, 1], [1, 1]], [[1, 1], [1, 1]], [[0, 0], [0, 0]]]
 
@@ -81,18 +75,21 @@ def changed_record(**values):
     return GraphRecord.of(json.loads(json.dumps({**RECORD.plain(), **values})), "model.onnx")
 
 
+CONV = helper.make_node("Conv", ["grid", "weight", "bias"], ["scores"])
+
+
+def pool(name):
+    return helper.make_node("AveragePool", [name], ["grid"], kernel_shape=[8, 8], strides=[8, 8])
+
+
 def model(record=RECORD, labels=LABELS, nodes=None, initializers=(), opsets=("",)):
     """Return an ONNX model whose two scores are minus and plus the red channel, on a grid of 8 px."""
     side = ["batch", 3, "height", "width"]
     weight = np.zeros((2, 3, 1, 1), np.float32)
     weight[:, 0, 0, 0] = -1, 1
     weights = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(np.float32([0.5, -0.5]), "bias")]
-    plain = [
-        helper.make_node("AveragePool", ["image"], ["grid"], kernel_shape=[8, 8], strides=[8, 8]),
-        helper.make_node("Conv", ["grid", "weight", "bias"], ["scores"]),
-    ]
     graph = helper.make_graph(
-        plain if nodes is None else nodes,
+        [pool("image"), CONV] if nodes is None else nodes,
         "graph",
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, side)],
         [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", 2, "h", "w"])],
@@ -150,11 +147,8 @@ def test_layouts_follow_the_size_policy_or_fit_one_size():
 def test_onnx_file_is_a_usable_model(tmp_path):
     image = np.zeros((20, 30, 3), np.uint8)
     image[:, 16:] = 255
-    for record in (
-        RECORD,
-        changed_record(size=[24, 32], batch=1),
-        changed_record(kind="pixels", size=[24, 32], batch=2),
-    ):
+    pixels_of_two = changed_record(kind="pixels", size=[24, 32], batch=2)
+    for record in (RECORD, changed_record(size=[24, 32], batch=1), pixels_of_two):
         path = write_model(tmp_path, model(record))
         out = dinoseg.load(path).predict([image, image, 255 - image])
         assert (out[1].mask == (image[..., 0] > 0)).all() and (out[2].mask == (image[..., 0] == 0)).all()
@@ -187,20 +181,14 @@ def test_numpy_pillow_and_onnxruntime_are_enough(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given", [{"inference": "windows"}, {"precision": "bf16"}, {"backbone": "b.pth"}, {"head": "h.pth"}]
+    ("key", "value"), [("inference", "windows"), ("precision", "bf16"), ("backbone", "b.pth"), ("head", "h.pth")]
 )
-def test_unsupported_option_of_an_onnx_file_is_refused(tmp_path, given):
-    (key, value), path = *given.items(), write_model(tmp_path, model())
-    with pytest.raises(UserError, match=f"^{key}={value}: .*model.onnx is an ONNX file, which processes whole images"):
-        dinoseg.load(path, **given)
-    assert (
-        dinoseg.load(path, inference="whole", precision="fp32").predict(np.zeros((9, 9, 3), np.uint8)).mask.any() == 0
-    )
-
-
-def test_a_device_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match="engine.device=cuda: this onnxruntime computes on cpu"):
-        load_onnx(write_model(tmp_path, model()), device="cuda")
+def test_unsupported_option_of_an_onnx_file_is_refused(tmp_path, key, value):
+    path = write_model(tmp_path, model())
+    refused = (f"{key}={value}: ", "model.onnx is an ONNX file, which processes whole images")
+    assert_refused(lambda: dinoseg.load(path, **{key: value}), *refused)
+    out = dinoseg.load(path, inference="whole", precision="fp32").predict(np.zeros((9, 9, 3), np.uint8))
+    assert out.mask.any() == 0
 
 
 def external(location, length=4096, more=()):
@@ -213,6 +201,11 @@ def external(location, length=4096, more=()):
 
 def huge():
     return TensorProto(name="huge", data_type=TensorProto.FLOAT, dims=[2**20, 2**20], raw_data=b"1234")
+
+
+def with_function(made):
+    made.functions.append(onnx.FunctionProto(name="Mine"))
+    return made
 
 
 def branch_nodes():
@@ -234,6 +227,7 @@ HOSTILE = {
     "operators of 'evil'": lambda: model(nodes=[helper.make_node("Run", ["image"], ["scores"], domain="evil")]),
     "operators of 'evil' ": lambda: model(opsets=("", "evil")),
     "graphs inside graphs": lambda: model(nodes=branch_nodes()),
+    "functions or training code": lambda: with_function(model()),
 }
 
 
@@ -247,19 +241,11 @@ def test_hostile_files_are_refused_before_onnxruntime_sees_them(tmp_path, monkey
         dinoseg.load(write_model(tmp_path, HOSTILE[reason]()))
 
 
-def test_functions_of_the_files_own_are_refused(tmp_path):
-    made = model()
-    made.functions.append(onnx.FunctionProto(name="Mine"))
-    with pytest.raises(UserError, match="functions or training code"):
-        read_metadata(write_model(tmp_path, made), KEY)
-
-
 @pytest.mark.parametrize("content", [b"", b"\x00", b"no model at all", b"\x3a\xff\xff\xff\xff\x7f", b"\x80" * 40])
 def test_foreign_onnx_file_is_refused(tmp_path, content):
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="not an ONNX file of dinoseg"):
-        dinoseg.load(path)
+    assert_refused(lambda: dinoseg.load(path), "not an ONNX file of dinoseg")
 
 
 def test_every_cut_and_changed_byte_ends_in_an_error_or_a_model(tmp_path):
@@ -275,19 +261,40 @@ def test_every_cut_and_changed_byte_ends_in_an_error_or_a_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
-    [({"version": 2}, "version"), ({"kind": "code"}, "kind"), ({"scale": 0}, "scale"), ({"size": [0, 8]}, "size")],
+    ("graph", "labels", "reason"),
+    [
+        ({"version": 2}, {}, "version"),
+        ({"kind": "code"}, {}, "kind"),
+        ({"scale": 0}, {}, "scale"),
+        ({"size": [0, 8]}, {}, "size"),
+        ({}, {"classes": ["x" * 2**20]}, "its description is damaged"),
+    ],
 )
-def test_invalid_metadata_of_an_onnx_file_is_refused(tmp_path, change, reason):
+def test_invalid_metadata_of_an_onnx_file_is_refused(tmp_path, graph, labels, reason):
     made = model()
-    made.metadata_props[0].value = json.dumps({"graph": {**RECORD.plain(), **change}, **LABELS})
-    with pytest.raises(UserError, match=reason):
-        dinoseg.load(write_model(tmp_path, made))
+    made.metadata_props[0].value = json.dumps({"graph": {**RECORD.plain(), **graph}, **LABELS, **labels})
+    assert_refused(lambda: dinoseg.load(write_model(tmp_path, made)), reason)
 
 
-def test_a_description_of_no_end_is_refused(tmp_path):
-    with pytest.raises(UserError, match="its description is damaged"):
-        dinoseg.load(write_model(tmp_path, model(labels={**LABELS, "classes": ["x" * 2**20]})))
+def load(made, **options):
+    return lambda: dinoseg.load(write_model(Path.cwd(), made), **options)
+
+
+def run_newer_version():
+    newer = model(opsets=("", "ai.onnx"))
+    newer.ir_version = 99
+    load(newer)()
+
+
+test_message_names_value_and_remedy = refusals(
+    {
+        "a threshold too few": (load(model(replace(RECORD, thresholds=[0.5]))), "threshold", "Export the model again"),
+        "a threshold too many": (load(model(replace(RECORD, thresholds=[0.5] * 3))), "threshold", "Export the model"),
+        "a threshold above 1": (load(model(replace(RECORD, thresholds=[0.5, 1.5]))), "threshold", "Export the model"),
+        "no such device": (load(model(), device="cuda"), "device=cuda: this onnxruntime computes on cpu"),
+        "a newer format": (run_newer_version, " cannot run it ", "Install a newer one, or export the model"),
+    }
+)
 
 
 def lying_model(nodes=None, **changes):
@@ -300,28 +307,24 @@ def lying_model(nodes=None, **changes):
     return made
 
 
-SCORES = [helper.make_node("AveragePool", ["image"], ["grid"], kernel_shape=[8, 8], strides=[8, 8])]
 WHOLE = helper.make_tensor_value_info("scores", TensorProto.INT64, ["batch", 3, "h", "w"])
 LIES = {
     "its inputs or outputs differ from": lambda: lying_model(record={"kind": "masks", "mixture": True}),
     "its inputs or outputs differ from ": lambda: lying_model(
         input=helper.make_tensor_value_info("picture", TensorProto.FLOAT, ["batch", 3, "height", "width"]),
-        nodes=[
-            helper.make_node("AveragePool", ["picture"], ["grid"], kernel_shape=[8, 8], strides=[8, 8]),
-            helper.make_node("Conv", ["grid", "weight", "bias"], ["scores"]),
-        ],
+        nodes=[pool("picture"), CONV],
     ),
     r"returns float32 \[1, 2, 3, 4\] for 1 images, which are not scores of its 3 classes": lambda: lying_model(
         labels={"classes": ["a", "b", "c"], "palette": [[0, 0, 0]] * 3}
     ),
     r"returns int64 \[1, 3, 3, 4\] for 1 images": lambda: lying_model(
         labels={"classes": ["a", "b", "c"], "palette": [[0, 0, 0]] * 3},
-        nodes=[*SCORES, helper.make_node("Cast", ["grid"], ["scores"], to=TensorProto.INT64)],
+        nodes=[pool("image"), helper.make_node("Cast", ["grid"], ["scores"], to=TensorProto.INT64)],
         output=WHOLE,
     ),
     r"returns float32 \[1, 2, 1, 1, 3, 4\] for 1 images": lambda: lying_model(
         nodes=[
-            *SCORES,
+            pool("image"),
             helper.make_node("Conv", ["grid", "weight", "bias"], ["flat"]),
             helper.make_node("Constant", [], ["axes"], value_ints=[2, 3]),
             helper.make_node("Unsqueeze", ["flat", "axes"], ["scores"]),
@@ -369,36 +372,22 @@ def test_mask_outputs_are_read_as_the_metadata_states(tmp_path, no_object):
     image = np.zeros((16, 24, 3), np.uint8)
     image[:, 12:] = 255
     assert (dinoseg.load(write_model(tmp_path, made)).predict(image).mask == (image[..., 0] > 0)).all()
-    wrong = json.loads(json.dumps({"graph": {**record.plain(), "no_object": not no_object}, **LABELS}))
-    made.metadata_props[0].value = json.dumps(wrong)
-    with pytest.raises(UserError, match="which are not scores of its 2 classes"):
-        dinoseg.load(write_model(tmp_path, made)).predict(image)
+    made.metadata_props[0].value = json.dumps({"graph": {**record.plain(), "no_object": not no_object}, **LABELS})
+    wrong = dinoseg.load(write_model(tmp_path, made))
+    assert_refused(lambda: wrong.predict(image), "which are not scores of its 2 classes")
 
 
 def test_onnx_file_is_run_as_onnx_whatever_its_suffix(tmp_path):
-    path = write_model(tmp_path, model()).rename(
-        tmp_path / "model.ort"
-    )  # which onnxruntime has a format of its own for
+    path = write_model(tmp_path, model()).rename(tmp_path / "model.ort")  # onnxruntime has a format of that name
     assert dinoseg.load(path, runtime="onnx").predict(np.zeros((20, 30, 3), np.uint8)).mask.sum() == 0
 
 
 def test_onnx_read_errors_are_one_message(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
     path = write_model(tmp_path, model())
     path.chmod(0o400)  # to read is enough
     assert dinoseg.load(path).classes == ("dark", "bright")
-    newer = model(opsets=("", "ai.onnx"))
-    newer.ir_version = 99
-    with pytest.raises(UserError, match=r"onnxruntime \d.* cannot run it .*Install a newer one, or export the model"):
-        load_onnx(written_new(tmp_path, newer))
-    monkeypatch.setattr("dinoseg.export.runtime.onnx_check.mmap.mmap", _no_disk)
-    with pytest.raises(UserError, match="Cannot read .*model.onnx .Input/output error.. Check the path"):
-        load_onnx(path)
-
-
-def written_new(folder, made):
-    (folder / "newer").mkdir()
-    return write_model(folder / "newer", made)
-
-
-def _no_disk(*_, **__):
-    raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr("dinoseg.export.runtime.onnx_check.mmap.mmap", fail)
+    assert_refused(lambda: load_onnx(path), "Cannot read ", "model.onnx (Input/output error)", "Check the path")

@@ -10,13 +10,13 @@ import onnx
 import pytest
 from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
+from mistakes import assert_refused
 from onnx import TensorProto, helper, numpy_helper
 from test_onnx_files import model, write_model
 
 import dinoseg
 from dinoseg.export.runtime import onnx_model
 from dinoseg.export.runtime.onnx_check import SCHEMA, Damaged, WireReader
-from dinoseg.utils.errors import UserError
 
 
 def varint(number):
@@ -52,8 +52,7 @@ def test_fields_that_parsers_may_read_otherwise_are_refused(tmp_path, monkeypatc
     monkeypatch.setattr("dinoseg.export.runtime.onnx_model.open_session", lambda *_, **__: pytest.fail("it was opened"))
     path = write_model(tmp_path, model())
     path.write_bytes(path.read_bytes() + HIDDEN[what]())
-    with pytest.raises(UserError, match="not an ONNX file of dinoseg"):
-        dinoseg.load(path)
+    assert_refused(lambda: dinoseg.load(path), "not an ONNX file of dinoseg")
 
 
 def tree(view, kind, reader):
@@ -107,7 +106,7 @@ def test_accepted_bytes_are_parsed_as_protobuf_does():
     whole, rng, accepted = rich(), np.random.default_rng(0), 0
     assert same(tree(memoryview(whole), "ModelProto", WireReader()), plain_fields(onnx.ModelProto.FromString(whole)))
     pieces = [varint(1 << bits | tag) for bits in (0, 31, 32, 35, 63, 64, 69) for tag in (2, 8, 10, 58, 0x7FFFFFFF)]
-    for _ in range(4000):
+    for _ in range(2000):
         changed = bytearray(whole)
         for _ in range(rng.integers(1, 4)):
             at = int(rng.integers(len(changed)))
@@ -123,7 +122,7 @@ def test_accepted_bytes_are_parsed_as_protobuf_does():
         except DecodeError:  # then no runtime runs it
             continue
         assert same(found, known), bytes(changed)
-    assert accepted > 100
+    assert accepted > 50
 
 
 @pytest.mark.parametrize(("number", "size"), [(4, 4), (10, 8)])
@@ -157,27 +156,20 @@ GROWING = """if True:
 def test_memory_of_a_graph_is_bounded(tmp_path, operator):
     sizes = numpy_helper.from_array(np.int64([2**28]), "sizes")
     times = numpy_helper.from_array(np.int64([1, 1, 2**10, 2**8]), "times")
+    concat = [
+        helper.make_node(
+            "Concat", [f"x{step}" if step else "image"] * 4, [f"x{step + 1}" if step < 9 else "big"], axis=0
+        )
+        for step in range(10)
+    ]
     nodes = {
         "ConstantOfShape": [helper.make_node("ConstantOfShape", ["sizes"], ["big"])],
         "Tile": [helper.make_node("Tile", ["image", "times"], ["big"])],
-        "Concat": [
-            helper.make_node(
-                "Concat", [f"x{step}" if step else "image"] * 4, [f"x{step + 1}" if step < 9 else "big"], axis=0
-            )
-            for step in range(10)
-        ],
+        "Concat": concat,
     }[operator]
-    path = write_model(
-        tmp_path,
-        model(
-            nodes=[
-                *nodes,
-                helper.make_node("ReduceMax", ["big"], ["most"], keepdims=0),
-                helper.make_node("Add", ["image", "most"], ["scores"]),
-            ],
-            initializers=[sizes, times],
-        ),
-    )
+    nodes.append(helper.make_node("ReduceMax", ["big"], ["most"], keepdims=0))
+    nodes.append(helper.make_node("Add", ["image", "most"], ["scores"]))
+    path = write_model(tmp_path, model(nodes=nodes, initializers=[sizes, times]))
     where = {**os.environ, "PYTHONPATH": str(Path(dinoseg.__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", GROWING, path], env=where, capture_output=True, text=True)
     assert done.stdout == "refused\n", done.stdout + done.stderr

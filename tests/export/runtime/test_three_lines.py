@@ -1,11 +1,16 @@
-"""The README's three lines, from the built wheel, where nothing knows of a checkout."""
+"""The README's three lines, from the built wheel where nothing knows of a checkout; what loading a file imports."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from command_line import call
 from installed_wheel import install, run
+from portable_parts import TINY, export_file, write_untrained
 
 import dinoseg
 from dinoseg.utils.images import read_ids
@@ -76,3 +81,45 @@ def test_onnx_file_needs_only_numpy_pillow_and_onnxruntime(trained, tmp_path_fac
         for out in dinoseg.load(trained / "segmenter", device="cpu", precision="fp32").predict(trained / "clip")
     ]
     assert len(agreeing) == 7 and np.mean(agreeing) > 0.999
+
+
+HEAVY = (
+    *("timm", "transformers", "peft", "accelerate", "bitsandbytes", "torchvision", "scipy", "sklearn", "matplotlib"),
+    *("onnx", "onnxruntime", "pandas", "tensorboard", "torch._dynamo", "torch.distributed.tensor", "av"),
+)
+KINDS = {
+    "timm": (("backbone=timm", "backbone.name=test_vit", "backbone.weights=random"), "import timm"),
+    "transformers": (
+        TINY,
+        "from transformers import AutoModel; "
+        "from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel",
+    ),
+}
+CODE = """
+import json, os, sys, torch
+heavy, works, found = json.loads(sys.argv[1]), json.loads(sys.argv[2]), []
+for work in works:
+    reader, writer = os.pipe()
+    if not os.fork():
+        exec(work)
+        os.write(writer, json.dumps([name for name in heavy if name in sys.modules]).encode())
+        os._exit(0)
+    os.close(writer)
+    found.append(json.loads(os.read(reader, 65536)))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process that has imported torch")
+def test_loading_imports_only_dependencies_of_the_model(compose, tmp_path):
+    works = []
+    for kind, (words, imports) in KINDS.items():
+        path = write_untrained(compose, tmp_path / kind, *words, "head=linear")
+        file = export_file(path, tmp_path / kind / "out")
+        works += [imports, f"import dinoseg; dinoseg.load({str(file)!r}, device='cpu')"]
+    words = [sys.executable, "-c", CODE, json.dumps(HEAVY), json.dumps(works)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    needed_by_timm, timm, needed_by_transformers, transformers = map(set, json.loads(done.stdout))
+    assert timm == needed_by_timm and not timm & {"transformers", "peft", "accelerate", "bitsandbytes", "scipy"}
+    assert transformers == needed_by_transformers and not transformers & {"timm", "peft", "bitsandbytes"}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mistakes import refusals
 from PIL import Image
 from torch import nn
 
@@ -17,7 +18,6 @@ from dinoseg.tracking.propagation.masks import first_labels, to_mask
 from dinoseg.tracking.propagation.settings import CRW, DINO, DINOV3
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.provenance import weights_of
-from dinoseg.utils.errors import UserError
 
 TINY = {
     "dinov3": replace(DINOV3, short_side=32, radius=3),
@@ -41,8 +41,13 @@ class Patches(Backbone):
         assert images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
         assert not images.shape[2] % 4 and not images.shape[3] % 4 and not torch.is_grad_enabled()
         self.seen.append(tuple(images.shape))
+        self.half = torch.is_autocast_enabled("cpu")
         colours = F.avg_pool2d(images - 0.45, 4)
         return [colours * 0, torch.einsum("kc,bchw->bkhw", self.mix, colours)]
+
+
+def in_bfloat16():
+    return torch.autocast("cpu", torch.bfloat16)
 
 
 def clip(count=9, size=(26, 37), seed=0):
@@ -93,12 +98,10 @@ def test_masks_are_those_of_propagate(name):
 
 def test_void_is_background_and_comes_back_as_such():
     frames, masks = clip()
-    with_void = masks[0].copy()
-    with_void[masks[0] == 0] = 255
+    with_void = np.where(masks[0] == 0, 255, masks[0])
     with_void[:2] = 0
-    plain = follow(TINY["dinov3"], frames, [masks[0], *[None] * 8])
-    found = follow(TINY["dinov3"], frames, [with_void, *[None] * 8])
-    assert all(np.array_equal(a, b) for a, b in zip(plain, found, strict=True))
+    plain, found = (follow(TINY["dinov3"], frames, [first, *[None] * 8]) for first in (masks[0], with_void))
+    assert np.array_equal(plain, found)
 
 
 def test_objects_that_come_later_keep_their_ids():
@@ -131,44 +134,46 @@ def test_an_object_below_the_grid_is_warned_of(caplog):
     assert "tracker.short_side" in caplog.text and "smooth edges" in caplog.text and 3 not in found[1]
 
 
-def test_tracking_from_a_restored_state_changes_nothing():
+@pytest.mark.parametrize("stop", [0, 3, 6])
+@pytest.mark.parametrize("name", TINY)
+def test_tracking_from_a_restored_state_changes_nothing(name, stop):
     frames, masks = clip()
-    later = np.where(masks[2] == 7, 30, 0).astype(np.uint8)
-    for name, settings in TINY.items():
-        labels = [masks[0], None, None, later, *[None] * 5]
-        whole = follow(settings, frames, labels)
-        for stop in (0, 3, 6):
-            first = PropagationTracker(Patches(), settings, batch_size=3)
-            begun = follow(settings, frames[:stop], labels[:stop], tracker=first)
-            second = PropagationTracker(Patches(), settings, batch_size=3)
-            second.load({key: value.clone() for key, value in first.state().items()})
-            done = begun + follow(settings, frames[stop:], labels[stop:], tracker=second)
-            assert all(np.array_equal(a, b) for a, b in zip(whole, done, strict=True)), (name, stop)
-
-
-def test_a_clip_shorter_than_the_context_and_one_frame():
-    frames, masks = clip(3)
-    for settings in (TINY["dinov3"], TINY["dino"], replace(CRW, radius=3)):
-        assert settings.context >= 3
-        assert len(follow(settings, frames, [masks[0], None, None])) == 3
-        assert np.array_equal(follow(settings, frames[:1], masks[:1])[0], masks[0])
+    labels = [masks[0], None, None, np.where(masks[2] == 7, 30, 0).astype(np.uint8), *[None] * 5]
+    first, second = (PropagationTracker(Patches(), TINY[name], batch_size=3) for _ in range(2))
+    begun = follow(TINY[name], frames[:stop], labels[:stop], tracker=first)
+    second.load({key: value.clone() for key, value in first.state().items()})
+    done = begun + follow(TINY[name], frames[stop:], labels[stop:], tracker=second)
+    assert np.array_equal(done, follow(TINY[name], frames, labels))
 
 
 def test_frames_pass_the_backbone_in_batches():
     frames, masks = clip(7)
     backbone = Patches()
     PropagationTracker(backbone, TINY["dinov3"], batch_size=3).track(frames, [masks[0], *[None] * 6])
-    assert backbone.seen == [(3, 3, 32, 48), (3, 3, 32, 48), (1, 3, 32, 48)]
+    assert backbone.seen == [(3, 3, 32, 48), (3, 3, 32, 48), (1, 3, 32, 48)] and not backbone.half
+    PropagationTracker(backbone, TINY["crw"], autocast=in_bfloat16).track(frames[:1], masks[:1])
+    assert backbone.half
 
 
-def test_missing_first_mask_and_size_mismatches_are_refused():
-    frames, masks = clip(3)
-    with pytest.raises(UserError, match="first frame has no mask. Give it"):
-        follow(DINOV3, frames, [None, masks[1], None])
-    with pytest.raises(UserError, match=r"A mask is 26 x 36 pixels, but the first frame 26 x 37 \(H x W\)"):
-        follow(TINY["dino"], frames, [masks[0][:, 1:], None, None])
-    with pytest.raises(UserError, match="A frame is 25 x 37 pixels, but the first frame 26 x 37"):
-        follow(TINY["dino"], [frames[0], frames[1], frames[2][1:]], [masks[0], None, None], batch=1)
+FRAMES, MASKS = clip(3)
+test_message_names_value_and_remedy = refusals(
+    {
+        "no first mask": (lambda: follow(DINOV3, FRAMES, [None, MASKS[1], None]), "first frame has no mask. Give it"),
+        "a mask of another size": (
+            lambda: follow(TINY["dino"], FRAMES, [MASKS[0][:, 1:], None, None]),
+            "A mask is 26 x 36 pixels, but the first frame 26 x 37 (H x W)",
+        ),
+        "a mask of colours": (lambda: follow(TINY["dino"], FRAMES[:1], FRAMES[:1]), "A mask is 26 x 37 x 3 pixels"),
+        "a frame of another size": (
+            lambda: follow(TINY["dino"], [*FRAMES[:2], FRAMES[2][1:]], [MASKS[0], None, None], batch=1),
+            "A frame is 25 x 37 pixels, but the first frame 26 x 37",
+        ),
+        "another size in a batch": (
+            lambda: follow(TINY["dino"], [FRAMES[0], FRAMES[1][1:]], [MASKS[0], None]),
+            "A frame is 25 x 37 pixels, but the first frame 26 x 37",
+        ),
+    }
+)
 
 
 def test_tracker_settings_cover_all_influences_on_masks():
@@ -190,7 +195,7 @@ def test_tracker_settings_cover_all_influences_on_masks():
         settings(mix=1e-3),
         settings(layers=(1,)),
         settings(patch_size=8),
-        settings(autocast=lambda: torch.autocast("cpu", torch.bfloat16)),
+        settings(autocast=in_bfloat16),
     ]
     assert settings() == told[0] and len(set(told)) == len(told)
     assert '"precision": "bfloat16"' in told[-1] and '"precision": "float32"' in told[0]

@@ -34,6 +34,11 @@ def at_cells(mask):
     return mask[1::PATCH, 1::PATCH]
 
 
+def assert_cells(masks, expected):
+    """Check masks beside the centres of the cells, where they are exact."""
+    np.testing.assert_array_equal([at_cells(mask) for mask in masks], [at_cells(mask) for mask in expected])
+
+
 class Colours(Backbone):
     """The mean colour of each patch."""
 

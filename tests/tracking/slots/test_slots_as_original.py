@@ -1,4 +1,4 @@
-"""What slots see and how they are followed is DINOSAVi's, by its formulas written out in double precision."""
+"""The tracker with the real slot head; what slots see and how they are followed is DINOSAVi's, by its formulas."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,10 +16,11 @@ from dinoseg.tracking.slots.propagation import SlotPropagator
 from dinoseg.tracking.slots.settings import SlotTracking
 from dinoseg.tracking.slots.tracker import SlotTracker
 
-FRAMES, _ = crossing_squares(4)
+FRAMES, SQUARES = crossing_squares(5)
 IDS = np.zeros((32, 48), np.uint8)  # of whole cells of 8 px
 IDS[8:24, 8:24], IDS[0:8, 32:48] = 1, 2
 GROUPED = {"groups": "always", "num_slots": (2, 3)}
+FIRST = [np.where(SQUARES[0] == 1, 1, 0), None, np.where(SQUARES[2] == 2, 8, 0), None, None]  # blue is told of later
 
 
 @pytest.fixture
@@ -144,3 +145,60 @@ def test_overlap_is_the_original_s_and_soft_iou_another():
 def test_class_attention_is_requested_only_where_needed(groups, settings, first, later):
     propagator = SlotPropagator(SimpleNamespace(groups=groups), SlotTracking(**settings))
     assert (propagator.needs_background(first=True), propagator.needs_background(first=False)) == (first, later)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "batch_size"),
+    [
+        ({}, 1),
+        ({"predictor": "carry", "first_iterations": 3}, 3),
+        ({"mask_source": "alpha"}, 1),
+        ({"groups": "initial", "num_slots": (2, 3)}, 3),
+        (GROUPED, 1),
+        (GROUPED, 3),
+    ],
+)
+def test_without_labels_masks_are_those_of_the_head_on_the_clip(make, kwargs, batch_size):
+    model = make(**kwargs)
+    clip = torch.from_numpy(np.stack(FRAMES)).permute(0, 3, 1, 2)[None]  # (1, T, 3, H, W)
+    with torch.no_grad():
+        expected = model(clip).scores().argmax(1).numpy() + 1
+    trained = SlotTracking(hold="both")  # as the head does with groups
+    masks = np.stack(SlotTracker(model, trained, batch_size=batch_size).track(FRAMES, [None] * 5))
+    assert (masks == expected).mean() > 0.999 and len(np.unique(masks)) > 1
+
+
+@pytest.mark.parametrize("kwargs", [{}, GROUPED, {"predictor": "none"}, {"mask_source": "alpha"}])
+@pytest.mark.parametrize("lock_on", [False, True])
+def test_labels_are_followed_and_a_restart_changes_nothing(make, kwargs, lock_on):
+    settings = SlotTracking(lock_on=lock_on, background_slots=3, extra_slots=2 * lock_on, match="overlap")
+    model = make(**kwargs)
+    whole = SlotTracker(model, settings, batch_size=5).track(FRAMES, FIRST)
+    assert set(np.unique(whole)) <= {0, 1, 8} and not any((mask == 8).any() for mask in whole[:2])
+    before, after = SlotTracker(model, settings), SlotTracker(model, settings)
+    masks = before.track(FRAMES[:3], FIRST[:3])
+    after.load(before.state())
+    masks += after.track(FRAMES[3:], FIRST[3:])
+    assert (np.stack(masks) == np.stack(whole)).mean() > 0.999
+
+
+def test_half_precision_follows_too(make):
+    tracker = SlotTracker(make(), autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert tracker.settings["precision"] == "bfloat16"
+    masks = tracker.track(FRAMES, FIRST)
+    exact = SlotTracker(make()).track(FRAMES, FIRST)
+    assert tracker.state()["masks"].dtype == torch.float32
+    assert (np.stack(masks) == np.stack(exact)).mean() > 0.8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kwargs", [{}, GROUPED, {"predictor": "none"}])
+@pytest.mark.parametrize("lock_on", [False, True])
+def test_masks_on_a_gpu_are_those_on_the_cpu(make, kwargs, lock_on):
+    settings = SlotTracking(lock_on=lock_on, extra_slots=2 * lock_on, match="overlap")
+    expected = SlotTracker(make(**kwargs), settings).track(FRAMES, FIRST)
+    tracker = SlotTracker(make(**kwargs).cuda(), settings)
+    masks = tracker.track(FRAMES[:3], FIRST[:3])
+    tracker.load({name: value.cpu() for name, value in tracker.state().items()})
+    masks += tracker.track(FRAMES[3:], FIRST[3:])
+    assert (np.stack(masks) == np.stack(expected)).mean() > 0.99

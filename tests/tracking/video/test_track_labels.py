@@ -1,6 +1,10 @@
+from functools import partial
+
 import cv2
 import numpy as np
 import pytest
+from making import save
+from mistakes import assert_refused
 from PIL import Image
 
 from dinoseg.inference.inputs import FolderReader, open_frames
@@ -9,12 +13,6 @@ from dinoseg.tracking.video.labels import find_labels
 from dinoseg.utils.errors import UserError
 
 SIZE = (12, 18)
-
-
-def picture(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(pixels)).save(path)
-    return path
 
 
 def ids(value=1, size=SIZE, dtype=np.uint8):
@@ -28,9 +26,9 @@ def folder(tmp_path):
     """Write frames whose order by name is not that by number, the third of another kind."""
     for number in (1, 2, 9, 10, 100):
         frame = np.full((*SIZE, 3), number, np.uint8)
-        picture(tmp_path / "in" / f"frame{number}.{'bmp' if number == 9 else 'png'}", frame)
+        save(tmp_path / "in" / f"frame{number}.{'bmp' if number == 9 else 'png'}", frame)
     (tmp_path / "in/notes.txt").write_text("none")
-    picture(tmp_path / "in/.hidden.png", frame)
+    save(tmp_path / "in/.hidden.png", frame)
     return tmp_path / "in"
 
 
@@ -62,19 +60,19 @@ def test_a_video_knows_its_frames_by_number(video):
 
 
 def test_a_file_is_of_the_first_frame(folder, tmp_path):
-    found = find_labels(str(picture(tmp_path / "first.png", ids(9))), open_frames(str(folder)))
+    found = find_labels(str(save(tmp_path / "first.png", ids(9))), open_frames(str(folder)))
     assert np.array_equal(found.read(0), ids(9)) and found.read(0).dtype == np.uint8 and found.read(1) is None
     assert find_labels(None, open_frames(str(folder))).read(0) is None
 
 
 def test_a_folder_of_masks_goes_by_names(folder, video, tmp_path):
     for number, name in enumerate(("frame1", "frame10")):
-        picture(tmp_path / "masks" / f"{name}.png", ids(number + 1))
+        save(tmp_path / "masks" / f"{name}.png", ids(number + 1))
     found = find_labels(str(tmp_path / "masks"), open_frames(str(folder)))
     assert [found.read(at) is not None for at in range(5)] == [True, False, False, True, False]
     assert found.read(3).max() == 2
     for name in ("0000", "5"):
-        picture(tmp_path / "numbers" / f"{name}.png", ids())
+        save(tmp_path / "numbers" / f"{name}.png", ids())
     assert find_labels(str(tmp_path / "numbers"), open_frames(str(video))).files.keys() == {0, 5}
 
 
@@ -105,7 +103,7 @@ def test_first_nonempty_mask_decides_the_meaning_of_255(folder, tmp_path):
     def read(*given, order=(0, 1, 2)):
         place = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         for name, mask in zip(("frame1", "frame2", "frame10"), given, strict=True):
-            picture(place / f"{name}.png", mask)
+            save(place / f"{name}.png", mask)
         found = find_labels(str(place), open_frames(str(folder)))
         masks = {at: found.read((0, 1, 3)[at]) for at in order}
         assert all(mask.dtype == np.uint8 for mask in masks.values())
@@ -153,12 +151,6 @@ def test_masks_compressed_with_loss_are_refused(folder, tmp_path, name, options,
         assert np.array_equal(find_labels(str(tmp_path / "kept.tif"), open_frames(str(folder))).read(0), ids(9))
 
 
-def test_a_broken_mask_is_named(folder, tmp_path):
-    (tmp_path / "m.png").write_bytes(b"\x89PNG no")
-    with pytest.raises(UserError, match=r"Cannot read .*m\.png as an image"):
-        find_labels(str(tmp_path / "m.png"), open_frames(str(folder))).read(0)
-
-
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -170,48 +162,51 @@ def test_a_broken_mask_is_named(folder, tmp_path):
 def test_unusable_folders_are_refused(folder, tmp_path, names, message):
     (tmp_path / "masks").mkdir()
     for name in names:
-        picture(tmp_path / "masks" / f"{name}.png", ids())
+        save(tmp_path / "masks" / f"{name}.png", ids())
     with pytest.raises(UserError, match=message):
         find_labels(str(tmp_path / "masks"), open_frames(str(folder)))
 
 
-def test_labels_that_do_not_fit_a_video_are_refused(video, tmp_path):
-    frames = open_frames(str(video))
-    for name in ("0", "9"):
-        picture(tmp_path / "late" / f"{name}.png", ids())
-    with pytest.raises(UserError, match=r"has 1 mask without frame in .*v\.avi: 9\.png"):
-        find_labels(str(tmp_path / "late"), frames)
-    for name in ("0", "00"):
-        picture(tmp_path / "twice" / f"{name}.png", ids())
-    with pytest.raises(UserError, match=r"00?\.png and .*00?\.png are masks of the same frame: keep one"):
-        find_labels(str(tmp_path / "twice"), frames)
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("0", "9"), r"has 1 mask without frame in .*v\.avi: 9\.png"),
+        (("0", "00"), r"00?\.png and .*00?\.png are masks of the same frame: keep one"),
+    ],
+)
+def test_labels_that_do_not_fit_a_video_are_refused(video, tmp_path, names, message):
+    for name in names:
+        save(tmp_path / f"masks/{name}.png", ids())
+    with pytest.raises(UserError, match=message):
+        find_labels(str(tmp_path / "masks"), open_frames(str(video)))
 
 
 def test_unusable_files_are_refused(folder, tmp_path):
     frames = open_frames(str(folder))
-    with pytest.raises(UserError, match="File or folder not found: labels=nowhere. Give the mask of the first frame"):
-        find_labels("nowhere", frames)
-    later = picture(tmp_path / "frame9.png", ids())
-    with pytest.raises(
-        UserError, match="is named like frame 2, but the first frame is frame1. Give a mask of the first"
-    ):
-        find_labels(str(later), frames)
+    later = save(tmp_path / "frame9.png", ids())
+    assert_refused(
+        lambda: find_labels("nowhere", frames), "not found: labels=nowhere. Give the mask of the first frame"
+    )
+    assert_refused(
+        lambda: find_labels(str(later), frames), "is named like frame 2, but the first frame is frame1. Give"
+    )
+    (tmp_path / "m.png").write_bytes(b"\x89PNG no")
+    assert_refused(lambda: find_labels(str(tmp_path / "m.png"), frames).read(0), "Cannot read ", "m.png as an image")
 
 
 def test_unusable_inputs_are_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="File or folder not found: nowhere. Give a video .* or a folder of its frames"):
-        open_frames("nowhere")
-    with pytest.raises(UserError, match=r"input=.*frame1\.png is neither a video nor a folder"):
-        open_frames(str(folder / "frame1.png"))
-    with pytest.raises(UserError, match="File or folder not found"):
-        open_frames(str(folder / "*.png"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no frame directly. Give a folder of images"):
-        open_frames(str(tmp_path / "empty"))
-    picture(folder / "frame11.png", np.zeros((12, 20, 3), np.uint8))
-    with pytest.raises(UserError, match=r"frame11\.png is 12 x 20 pixels, and frame1\.png 12 x 18.*one size"):
-        open_frames(str(folder))
-    (folder / "frame11.png").unlink()
-    picture(folder / "frame9.png", np.zeros((*SIZE, 3), np.uint8))
-    with pytest.raises(UserError, match="are one frame: keep one of them"):
-        open_frames(str(folder))
+    for path, *words in (
+        ("nowhere", "File or folder not found: nowhere. Give a video ", " or a folder of its frames"),
+        (folder / "frame1.png", "input=", "frame1.png is neither a video nor a folder"),
+        (folder / "*.png", "File or folder not found"),
+        (tmp_path / "empty", "empty holds no frame directly. Give a folder of images"),
+    ):
+        assert_refused(partial(open_frames, str(path)), *words)
+    larger = save(folder / "frame11.png", np.zeros((12, 20, 3), np.uint8))
+    assert_refused(
+        partial(open_frames, str(folder)), "frame11.png is 12 x 20 pixels, and frame1.png 12 x 18", "one size"
+    )
+    larger.unlink()
+    save(folder / "frame9.png", np.zeros((*SIZE, 3), np.uint8))
+    assert_refused(partial(open_frames, str(folder)), "are one frame: keep one of them")

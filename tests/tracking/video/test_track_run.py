@@ -3,6 +3,7 @@ import os
 import shutil
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from failing import fail_after
-from PIL import Image
+from mistakes import assert_refused
 
 from dinoseg.core.contracts import Backbone
 from dinoseg.experiment.settings import check_same_settings
 from dinoseg.inference.inputs import open_frames
-from dinoseg.tracking.propagation.settings import PropagationSettings
+from dinoseg.tracking.propagation.settings import CRW, DINOV3, PropagationSettings
 from dinoseg.tracking.propagation.tracker import PropagationTracker
 from dinoseg.tracking.video import mask_folder
 from dinoseg.tracking.video import state as track_state
@@ -24,7 +25,7 @@ from dinoseg.tracking.video.labels import find_labels
 from dinoseg.tracking.video.run import TrackJob, track_video
 from dinoseg.tracking.video.state import STATE, read_track_state
 from dinoseg.utils.errors import UserError
-from dinoseg.utils.images import read_ids
+from dinoseg.utils.images import read_ids, write_png
 
 pytestmark = pytest.mark.slow  # whole videos
 
@@ -53,16 +54,22 @@ def given_mask(value=1):
     return mask
 
 
-@pytest.fixture
-def clip(tmp_path):
-    """Write 23 frames, the first one's mask and that of an object which appears in frame 10."""
-    (tmp_path / "in").mkdir()
-    (tmp_path / "labels").mkdir()
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    """Write 23 frames, the first one's mask and that of an object which appears in frame 10, and track them once."""
+    folder = tmp_path_factory.mktemp("source")
     for number in range(23):
-        Image.fromarray(pixels(number)).save(tmp_path / f"in/{number}.png")
-    Image.fromarray(given_mask(3)).save(tmp_path / "labels/0.png")
-    Image.fromarray(given_mask(2)[:, ::-1]).save(tmp_path / "labels/10.png")
-    return tmp_path
+        write_png(folder / f"in/{number}.png", pixels(number))
+    write_png(folder / "labels/0.png", given_mask(3))
+    write_png(folder / "labels/10.png", given_mask(2)[:, ::-1])
+    run(folder, folder / "whole")
+    return folder
+
+
+@pytest.fixture
+def clip(tracked, tmp_path):
+    """Copy the frames, the masks and the whole run, which a test may change."""
+    return shutil.copytree(tracked, tmp_path, dirs_exist_ok=True)
 
 
 def video(path, count=23):
@@ -82,19 +89,17 @@ class Ahead(PropagationTracker):
         ]
 
 
-def run(clip, folder, source="in", *, restart=False, tracker=None, **changes):
+def run(clip, folder, source="in", *, restart=False, settings=SETTINGS, backbone=Patches, tracker=None, **changes):
     """Track, as the mode does."""
-    tracker = tracker or PropagationTracker(Patches(), SETTINGS, batch_size=4)
+    tracker = tracker or PropagationTracker(backbone(), settings, batch_size=4)
     standing = read_track_state(folder) if restart else None
     if standing:
         check_same_settings(folder, standing.settings, tracker.settings)
         tracker.load(standing.tensors)
+    options = {"batch_size": 4, "save_every": 5} | changes
     with open_frames(str(clip / source)) as frames:
         labels = find_labels(str(clip / "labels"), frames)
-        start = standing.progress if standing else None
-        return track_video(
-            TrackJob(tracker, frames, labels, folder, start, **{"batch_size": 4, "save_every": 5} | changes)
-        )
+        return track_video(TrackJob(tracker, frames, labels, folder, standing and standing.progress, **options))
 
 
 def run_until(clip, folder, count, **changes):
@@ -110,27 +115,41 @@ def masks(folder):
 
 
 def test_masks_are_named_as_frames(clip):
-    passed = run(clip, clip / "out")
-    assert passed.items == 23 and passed.seconds > 0
-    assert masks(clip / "out").keys() == {f"{number}.png" for number in range(23)}
-    assert np.array_equal(read_ids(clip / "out/masks/0.png"), given_mask(3))
-    assert 2 not in read_ids(clip / "out/masks/9.png") and 2 in read_ids(clip / "out/masks/10.png")
+    assert masks(clip / "whole").keys() == {f"{number}.png" for number in range(23)}
+    assert np.array_equal(read_ids(clip / "whole/masks/0.png"), given_mask(3))
+    assert 2 not in read_ids(clip / "whole/masks/9.png") and 2 in read_ids(clip / "whole/masks/10.png")
     video(clip / "v.avi", 11)
-    assert run(clip, clip / "out2", "v.avi").items == 11
-    assert masks(clip / "out2").keys() == {f"{number:09d}.png" for number in range(11)}
+    passed = run(clip, clip / "out", "v.avi")
+    assert passed.items == 11 and passed.seconds > 0
+    assert masks(clip / "out").keys() == {f"{number:09d}.png" for number in range(11)}
 
 
 @pytest.mark.parametrize(("stop", "done"), [(0, 0), (3, 0), (7, 0), (8, 8), (15, 8), (16, 16), (19, 16), (22, 20)])
 def test_restart_after_a_stop_gives_the_same_masks(clip, stop, done):
-    run(clip, clip / "whole")
     run_until(clip, clip / "cut", stop)
     assert read_track_state(clip / "cut").progress.done == done
     assert run(clip, clip / "cut", restart=True).items == 23 - done
-    assert masks(clip / "cut") == masks(clip / "whole")
-    whole, cut = (read_track_state(clip / name) for name in ("whole", "cut"))
+    assert_same_run(clip / "whole", clip / "cut")
+
+
+def assert_same_run(one, other):
+    assert masks(one) == masks(other)
+    whole, cut = map(read_track_state, (one, other))
     assert whole.progress == cut.progress and whole.progress.done == 20
     assert whole.tensors.keys() == cut.tensors.keys() >= {"features", "labels", "ids"}
     assert all(torch.equal(whole.tensors[key], cut.tensors[key]) for key in whole.tensors)
+
+
+@pytest.mark.parametrize("stop", [1, 6, 13, 22])
+def test_a_stop_anywhere_in_a_long_context(clip, stop):
+    how = {"settings": replace(CRW, radius=4), "save_every": 4}
+    run(clip, clip / "long", **how)
+    run_until(clip, clip / "cut", stop, **how)
+    standing = read_track_state(clip / "cut")
+    assert standing.progress.done == stop - stop % 4
+    assert not standing.tensors or len(standing.tensors["features"]) == 21  # frame 0, and 20 that it fills at first
+    run(clip, clip / "cut", restart=True, **how)
+    assert_same_run(clip / "long", clip / "cut")
 
 
 @pytest.mark.parametrize("source", ["in", "v.mkv"])
@@ -167,7 +186,6 @@ def test_unreadable_frame_fails_while_looking_ahead(clip, broken, more):
 
 
 def test_failed_tracker_leaves_a_resumable_run(clip, monkeypatch):
-    run(clip, clip / "whole")
     real = PropagationTracker.track
     batches = iter([True, True, True, True, False])
 
@@ -186,7 +204,6 @@ def test_failed_tracker_leaves_a_resumable_run(clip, monkeypatch):
 
 
 def test_several_stops_and_masks_that_were_lost(clip):
-    run(clip, clip / "whole")
     run_until(clip, clip / "cut", 14)
     run_until(clip, clip / "cut", 9, restart=True)
     assert read_track_state(clip / "cut").progress.done == 16
@@ -211,7 +228,6 @@ def test_lost_masks_of_finished_frames_are_reported_first(clip, harm):
     for number, file in kept.items():
         (clip / f"cut/masks/{number}.png").write_bytes(file)
     run(clip, clip / "cut", restart=True)
-    run(clip, clip / "whole")
     assert masks(clip / "cut") == masks(clip / "whole")
 
 
@@ -236,31 +252,27 @@ def test_masks_are_on_the_disk_before_they_count_as_done(clip, monkeypatch):
 
 
 def test_another_batch_size_is_warned_of(clip, caplog):
-    run(clip, clip / "whole")
     run_until(clip, clip / "cut", 17)
     run_until(clip, clip / "cut", 2, restart=True)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     run(clip, clip / "cut", restart=True, batch_size=3)
-    told = [message for message in caplog.messages if "batch_size" in message]
-    assert len(told) == 1 and "mode.batch_size was 4 and is 3" in told[0] and "by rounding" in told[0]
+    (told,) = [message for message in caplog.messages if "batch_size" in message]
+    assert "mode.batch_size was 4 and is 3" in told and "by rounding" in told
     assert masks(clip / "cut").keys() == masks(clip / "whole").keys()
     assert read_track_state(clip / "cut").progress.batch_size == 3
 
 
 def test_video_that_ended_early_resumes_once_fixed(clip):
     whole = video(clip / "v.avi").read_bytes()
-    run(clip, clip / "whole", "v.avi")
+    run(clip, clip / "of_video", "v.avi")
     (clip / "v.avi").write_bytes(whole[: int(0.7 * len(whole))])
-    with pytest.raises(
-        UserError, match=r"ends early: 1\d of 23 frames.*1\d masks so far are in .*mode\.restart="
-    ) as error:
-        run(clip, clip / "cut", "v.avi", save_every=100)
+    told = assert_refused(lambda: run(clip, clip / "cut", "v.avi", save_every=100), "ends early: 1", "mode.restart=")
     count = len(masks(clip / "cut"))
-    assert f"{count} of 23 frames" in str(error.value) and f"{count} masks so far" in str(error.value)
+    assert f"{count} of 23 frames" in told and f"{count} masks so far" in told
     assert read_track_state(clip / "cut").progress.done == count - count % 4 - 4 >= 4
     (clip / "v.avi").write_bytes(whole)
     assert run(clip, clip / "cut", "v.avi", restart=True).items == 23 - (count - count % 4 - 4)
-    assert masks(clip / "cut") == masks(clip / "whole")
+    assert masks(clip / "cut") == masks(clip / "of_video")
 
 
 class CutShort:
@@ -282,56 +294,54 @@ class CutShort:
 @pytest.mark.parametrize(
     ("batch", "count", "done"), [(4, 12, 8), (4, 13, 8), (4, 15, 8), (4, 4, 0), (4, 3, 0), (1, 9, 8), (3, 12, 9)]
 )
-def test_last_frames_before_an_early_end_are_tracked_again(clip, monkeypatch, batch, count, done, save_every):
-    run(clip, clip / "whole", batch_size=batch)
-    frames = CutShort(open_frames(str(clip / "in")), count)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "open_frames", lambda _: nullcontext(frames))
-        with pytest.raises(UserError, match=rf"ends early.* {count} masks so far are in"):
-            run(clip, clip / "cut", batch_size=batch, save_every=save_every)
+def test_last_frames_before_an_early_end_are_tracked_again(clip, batch, count, done, save_every):
+    if batch != 4:
+        shutil.rmtree(clip / "whole")
+        run(clip, clip / "whole", batch_size=batch)
+    run_cut_short(clip, count, batch_size=batch, save_every=save_every)
     assert len(masks(clip / "cut")) == count and read_track_state(clip / "cut").progress.done == done
     assert run(clip, clip / "cut", restart=True, batch_size=batch).items == 23 - done
     assert masks(clip / "cut") == masks(clip / "whole")
 
 
-def test_repeated_restart_with_a_short_input_preserves_progress(clip, monkeypatch):
-    run(clip, clip / "whole")
+def run_cut_short(clip, count, **changes):
+    frames = CutShort(open_frames(str(clip / "in")), count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "open_frames", lambda _: nullcontext(frames))
+        with pytest.raises(UserError, match=rf"ends early: {count} of 23.* {count} masks so far are in"):
+            run(clip, clip / "cut", **changes)
+
+
+def test_repeated_restart_with_a_short_input_preserves_progress(clip):
     for restart, count in ((False, 12), (True, 12), (True, 10), (True, 16)):
-        with monkeypatch.context() as patch:
-            frames = CutShort(open_frames(str(clip / "in")), count)
-            patch.setattr(sys.modules[__name__], "open_frames", lambda _, frames=frames: nullcontext(frames))
-            with pytest.raises(UserError, match=rf"ends early: {count}"):
-                run(clip, clip / "cut", restart=restart, save_every=1)
+        run_cut_short(clip, count, restart=restart, save_every=1)
         assert read_track_state(clip / "cut").progress.done == (12 if count == 16 else 8)
     run(clip, clip / "cut", restart=True)
     assert masks(clip / "cut") == masks(clip / "whole")
 
 
 def test_a_broken_frame_and_a_broken_mask_stop_at_their_place(clip):
-    run(clip, clip / "whole")
     good = (clip / "in/17.png").read_bytes()
     (clip / "in/17.png").write_bytes(good[:60])
-    with pytest.raises(UserError, match=r"Cannot read .*17\.png as an image.* 17 masks so far are in"):
-        run(clip, clip / "cut")
+    assert_refused(lambda: run(clip, clip / "cut"), "Cannot read ", "17.png as an image", " 17 masks so far are in")
     assert masks(clip / "cut").keys() == {f"{number}.png" for number in range(17)}
     (clip / "in/17.png").write_bytes(good)
     run(clip, clip / "cut", restart=True)
     assert masks(clip / "cut") == masks(clip / "whole")
-    Image.fromarray(given_mask(2)[:-1]).save(clip / "labels/10.png")
-    with pytest.raises(UserError, match=r"10\.png is 19 x 28 pixels.* 10 masks so far"):
-        run(clip, clip / "other")
+    write_png(clip / "labels/10.png", given_mask(2)[:-1])
+    assert_refused(lambda: run(clip, clip / "other"), "10.png is 19 x 28 pixels", " 10 masks so far")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
-            lambda clip: Image.fromarray(pixels(99)).save(clip / "in/3.png"),
+            lambda clip: write_png(clip / "in/3.png", pixels(99)),
             r"input=.*in has changed .*Use its unchanged .*cut/config/overrides\.txt",
         ),
         (lambda clip: (clip / "in/3.png").rename(clip / "in/3a.png"), r"input=.*in has changed in"),
         (
-            lambda clip: Image.fromarray(given_mask(4)).save(clip / "labels/0.png"),
+            lambda clip: write_png(clip / "labels/0.png", given_mask(4)),
             r"labels=.*/labels has changed in the first 16 frames",
         ),
         (lambda clip: shutil.copy(clip / "labels/0.png", clip / "labels/2.png"), "labels=.*/labels has changed in"),
@@ -353,11 +363,11 @@ def test_another_input_or_other_labels_are_refused(clip, change, message):
 
 def test_frames_and_labels_that_were_not_reached_may_change(clip):
     run_until(clip, clip / "cut", 14)
-    Image.fromarray(pixels(23)).save(clip / "in/23.png")
-    Image.fromarray(given_mask(8)).save(clip / "labels/21.png")
+    write_png(clip / "in/23.png", pixels(23))
+    write_png(clip / "labels/21.png", given_mask(8))
     run(clip, clip / "cut", restart=True)
-    run(clip, clip / "whole")
-    assert masks(clip / "cut") == masks(clip / "whole") and len(masks(clip / "cut")) == 24
+    run(clip, clip / "changed")
+    assert masks(clip / "cut") == masks(clip / "changed") and len(masks(clip / "cut")) == 24
 
 
 def test_a_mask_beyond_a_videos_end_is_refused_at_the_end(clip):
@@ -366,3 +376,30 @@ def test_a_mask_beyond_a_videos_end_is_refused_at_the_end(clip):
         run(clip, clip / "out", "v.avi")
     (clip / "labels/10.png").unlink()
     assert run(clip, clip / "out", "v.avi", restart=True).items == 2
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4096
+
+
+class Wide(Patches):
+    """Many channels of each patch of 4 x 4 pixels: 40 of every pixel in it."""
+
+    def forward(self, images):
+        return [F.pixel_unshuffle(images - 0.45, 4).repeat(1, 40, 1, 1)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read as Linux shows it")
+def test_features_of_past_frames_are_freed(clip, monkeypatch):
+    video(clip / "v.avi", 200)
+    real, used = mask_folder.write_indexed_png, []
+
+    def write(*given):
+        used.append(resident_bytes())
+        real(*given)
+
+    monkeypatch.setattr(mask_folder, "write_indexed_png", write)
+    settings = replace(DINOV3, short_side=None, radius=2, context=3)
+    run(clip, clip / "out", "v.avi", settings=settings, backbone=Wide)
+    growth = used[-1] - used[60]
+    assert len(used) == 200 and growth < 10e6, f"{growth / 1e6:.1f} MB"  # features of 140 frames would be 38 MB

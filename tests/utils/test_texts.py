@@ -1,12 +1,14 @@
-"""YAML of strangers: plain values, or one error, in bounded time and memory."""
+"""Text of strangers: YAML is plain values or one error, in bounded time; CSV cells are no formulas."""
 
+import csv
 import os
 import time
 
 import pytest
+from mistakes import assert_refused
 from omegaconf import OmegaConf
 
-from dinoseg.utils.errors import UserError
+from dinoseg.utils.csv_text import write_csv
 from dinoseg.utils.forms import SchemaError
 from dinoseg.utils.yaml_text import parse_yaml, read_yaml
 
@@ -70,8 +72,40 @@ def test_file_is_checked_before_reading(tmp_path):
     with pytest.raises(SchemaError, match="101 bytes; the limit is 100"):
         read_yaml(tmp_path / "large.yaml", 100)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="is a named pipe"):
-        read_yaml(tmp_path / "pipe", 100)
+    assert_refused(lambda: read_yaml(tmp_path / "pipe", 100), "is a named pipe")
     (tmp_path / "bytes.yaml").write_bytes(b"a: \xff")
     with pytest.raises(SchemaError, match="byte 3 is not valid"):
         read_yaml(tmp_path / "bytes.yaml", 100)
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [
+        ("=HYPERLINK(1)", "'=HYPERLINK(1)"),
+        ("+1+1", "'+1+1"),
+        ("-cmd|'/C calc'!A0", "'-cmd|'/C calc'!A0"),
+        ("@SUM(1)", "'@SUM(1)"),
+        ("  =1", "'  =1"),
+        ("\uff1d1+1", "'\uff1d1+1"),
+        ("a;=1+1", "a;'=1+1"),
+        ('x;"=1+1', "x;'\"=1+1"),
+        ('x; "" =1', 'x;\' "" =1'),
+        ('x;"a=1', 'x;"a=1'),
+        ("\t=1", "\\t=1"),
+        ("\r=1", "\\r=1"),
+        ("a\n=1", "a\\n=1"),
+        ("a\x1b[2J\u202egnp.exe", "a\\x1b[2J\\u202egnp.exe"),
+        ("\udcff", "\\xff"),
+        ("a-b, c = d", "a-b, c = d"),
+        ("-0.5", "-0.5"),
+        ("+1e-3", "+1e-3"),
+        (-0.5, "-0.5"),
+        (-3, "-3"),
+        (None, ""),
+        ("", ""),
+    ],
+)
+def test_a_name_is_text_and_a_number_a_number(value, cell, tmp_path):
+    write_csv(tmp_path / "a.csv", [[value, 1]])
+    with open(tmp_path / "a.csv", encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [[cell, "1"]]
