@@ -87,11 +87,8 @@ def test_every_page_is_once_in_the_navigation_and_the_contents():
     assert sorted(re.findall(r"[\w/]+\.md", navigation)) == sorted(pages) and len(pages) > 10
     links = [link for link in LINK.findall((ROOT / "docs/index.md").read_text()) if link.endswith(".md")]
     assert sorted(["index.md", *links]) == sorted(pages)
-
-
-def test_index_of_log_names_each_log_page():
-    links = LINK.findall((ROOT / "docs/log/index.md").read_text().split("## ")[0])
-    assert sorted([link for link in links if "/" not in link]) == [path.name for path in LOG if path.stem != "index"]
+    of_log = LINK.findall((ROOT / "docs/log/index.md").read_text().split("## ")[0])
+    assert sorted(link for link in of_log if "/" not in link) == [path.name for path in LOG if path.stem != "index"]
 
 
 @pytest.mark.parametrize("page", [path for path in LOG if path.stem != "index"], ids=lambda page: page.stem)
@@ -102,21 +99,15 @@ def test_log_entries_with_commands_name_date_and_version(page):
     assert any(stamp.search(entry) for entry in entries)
 
 
-def test_pages_of_results_are_short():
+def test_pages_of_results_are_short_and_name_existing_scripts():
     for name in ("results", "performance"):
         text = FENCE.sub("", (ROOT / f"docs/{name}.md").read_text())
         assert len(re.findall(r"[^\s|]*\w[^\s|]*", text)) <= 900, f"{name}.md: move measurements to docs/log"
-
-
-def test_page_of_performance_names_scripts_that_exist():
     scripts = set(re.findall(r"`(\w+\.py)", (ROOT / "docs/performance.md").read_text()))
     missing = [name for name in scripts if not (ROOT / "benchmarks" / name).is_file()]
     assert missing == [] and len(scripts) > 10
-
-
-def test_the_readme_is_short_and_leads_to_the_contents():
-    text = FENCE.sub("", (ROOT / "README.md").read_text())
-    assert len(text.split()) <= 500 and "docs/index.md" in LINK.findall(text)
+    readme = FENCE.sub("", (ROOT / "README.md").read_text())
+    assert len(readme.split()) <= 500 and "docs/index.md" in LINK.findall(readme)
 
 
 def test_config_page_names_all_groups_and_existing_options():
