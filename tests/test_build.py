@@ -31,29 +31,30 @@ def test_building_without_initialisation_uses_no_random_numbers():
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("by_outline", [False, True])
 @pytest.mark.parametrize(("backbone", "head"), CELLS)
-def test_a_model_without_values_becomes_that_of_a_file(backbone, head, by_outline):
-    """On the meta device no buffer has a value; otherwise parameters alone are not initialised."""
+def test_a_model_without_values_becomes_that_of_a_file(backbone, head):
     cfg = config(backbone, head)
     whole = Builder(cfg).model().eval()
-    bare = (Builder(cfg).outline() if by_outline else Builder(cfg).model(initialised=False)).eval()
-    if by_outline:
-        assert allocate(bare)
-        own = non_persistent_buffers(bare)
-        for name, value in non_persistent_buffers(whole).items():
-            own[name].copy_(value)
-    else:
-        buffers = dict(bare.named_buffers())
-        assert not [name for name, value in whole.named_buffers() if not torch.equal(buffers[name], value)]
-    assert non_persistent_buffers(bare).keys() == non_persistent_buffers(whole).keys()
-    trained, wanted = ({name: part.requires_grad for name, part in each.named_parameters()} for each in (bare, whole))
-    assert trained == wanted
-    bare.load_state_dict(whole.state_dict())
-    assert not any(part.is_meta for part in (*bare.parameters(), *bare.buffers()))
+    own = non_persistent_buffers(whole)
     images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
-    with torch.no_grad():
-        assert torch.equal(bare(images).logits(), whole(images).logits())
+    expected = whole(images).logits()
+
+    uninitialised = Builder(cfg).model(initialised=False).eval()  # of parameters alone
+    buffers = dict(uninitialised.named_buffers())
+    assert not [name for name, value in whole.named_buffers() if not torch.equal(buffers[name], value)]
+    outline = Builder(cfg).outline().eval()  # on the meta device, where no buffer has a value
+    assert allocate(outline)
+    for name, value in own.items():
+        non_persistent_buffers(outline)[name].copy_(value)
+
+    trained = {name: part.requires_grad for name, part in whole.named_parameters()}
+    for bare in (uninitialised, outline):
+        assert {name: part.requires_grad for name, part in bare.named_parameters()} == trained
+        assert non_persistent_buffers(bare).keys() == own.keys()
+        bare.load_state_dict(whole.state_dict())
+        assert not any(part.is_meta for part in (*bare.parameters(), *bare.buffers()))
+        with torch.no_grad():
+            assert torch.equal(bare(images).logits(), expected)
 
 
 def test_shared_tensors_of_an_outline_stay_shared():

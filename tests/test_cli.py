@@ -284,7 +284,7 @@ NO_FILE = "mine.yaml is not a config file"
         ("head", "3", f"{NO_FILE} (Invalid loaded object type: int)"),
         ("head", "layers: ${", f"{NO_FILE} (no viable alternative at input '${{')"),
         ("head", "null: 1", f"{NO_FILE} (Incompatible key type"),
-        ("head", "layers: " + "[" * 2000, f"{NO_FILE} (maximum recursion depth"),
+        ("head", "layers: " + "[" * 600, f"{NO_FILE} (maximum recursion depth"),
         ("head", "defaults: [mine]", "The defaults list of a config file includes that file again"),
         ("head", "defaults: {}", "Invalid defaults list in 'head/mine', defaults must be a list (got mapping)"),
         ("head", "defaults: [mlp, /loss: null, _self_]", "a config file sets loss@head.loss to null"),
