@@ -143,9 +143,8 @@ def test_traceback_is_that_of_the_failing_rank(tmp_path, capfd):
 def test_hanging_rank_is_named_with_its_position(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(ranks, "_GRACE", 0.1)
     monkeypatch.setattr(ranks, "_LAST_WORDS", 10.0)
-    with pytest.raises(
-        UserError, match="Rank 1 hung: the other ranks waited.*engine.rank_timeout.*resume=auto resumes"
-    ):
+    expected = "Rank 1 hung: the other ranks waited.*engine.rank_timeout.*resume=auto resumes"
+    with pytest.raises(UserError, match=expected):
         run(tmp_path, "rank 1 hangs")
     said = capfd.readouterr().err
     assert "error (rank 0): Timed out waiting for another rank" in said

@@ -194,7 +194,7 @@ def test_annealing_of_eomt_is_even_as_in_its_configurations():
             assert all(abs(share * steps - step) <= 2 for share, step in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("hparam", ["linear_ade20k", "linear_voc_dinov2", "eomt_cityscapes", "eomt_ade20k_dinov3"])
 def test_official_recipes_train_and_validate(tmp_path, hparam):
     """Two steps and two validations on small images, with a small backbone: one recipe of each kind."""
