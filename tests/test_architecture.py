@@ -183,9 +183,8 @@ def file_of(files):
     def find(name):
         parts = name.split(".")[1:] if name.startswith("dinoseg.") else []
         paths = ["/".join(parts[:length]) for length in range(len(parts), 0, -1)]
-        return next(
-            (f"{path}{end}" for path in paths for end in (".py", "/__init__.py") if f"{path}{end}" in files), None
-        )
+        places = [f"{path}{end}" for path in paths for end in (".py", "/__init__.py")]
+        return next((place for place in places if place in files), None)
 
     return find
 
@@ -233,9 +232,7 @@ def test_imports_go_down_and_through_their_doors():
 
 
 def test_every_package_has_its_level():
-    packages = {
-        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or list(path.glob("*.py"))
-    }
+    packages = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or list(path.glob("*.py"))}
     assert packages == LEVEL.keys()
     assert all(
         any((PACKAGE / f"{place}{end}").exists() for end in ("", ".py"))

@@ -114,9 +114,8 @@ def test_tokens_enter_the_first_trained_block_of_timm(layers):
 @pytest.mark.parametrize("trained", ["all", "class_embed"])
 def test_mask2former_resumes_from_maps_or_from_queries_and_masks(trained, deep):
     torch.manual_seed(1)
-    head = Mask2FormerHead(
-        24, 4, 3, num_heads=4, hidden_dim=64, feedforward_dim=8, num_queries=3, drop_path=0.3, deep_supervision=deep
-    )
+    small = {"num_heads": 4, "hidden_dim": 64, "feedforward_dim": 8, "num_queries": 3}
+    head = Mask2FormerHead(24, 4, 3, **small, drop_path=0.3, deep_supervision=deep)
     if trained == "class_embed":  # which the head itself does with a file of weights
         head.requires_grad_(False).predictor.class_embed.requires_grad_(True)
     model = SegmentationModel(Frozen()(deep_vit([0, 1, 2, 3])), head).train()

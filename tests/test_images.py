@@ -170,9 +170,8 @@ def test_file_without_read_permission_is_refused(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(Image, "open", refuse)
-    text = assert_refused(
-        lambda: read_ids(tmp_path / "a.png"), "a.png: permission denied. Give your user read permission"
-    )
+    remedy = "Give your user read permission"
+    text = assert_refused(lambda: read_ids(tmp_path / "a.png"), "a.png: permission denied. ", remedy)
     assert "truncated" not in text
 
 
