@@ -26,14 +26,9 @@ class Code:
             tree = ast.parse(path.read_text(encoding="utf-8"))
             own = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
             imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-            self.names[module] = {
-                **{
-                    alias.asname or alias.name: f"{node.module}.{alias.name}"
-                    for node in imports
-                    for alias in node.names
-                },
-                **{node.name: f"{module}.{node.name}" for node in own},
-            }
+            aliases = [(node.module, alias) for node in imports for alias in node.names]
+            self.names[module] = {each.asname or each.name: f"{source}.{each.name}" for source, each in aliases}
+            self.names[module] |= {node.name: f"{module}.{node.name}" for node in own}
             constants = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value]
             for node in own:
                 self.parts[f"{module}.{node.name}"] = module, node
@@ -94,9 +89,7 @@ class Code:
         if piece not in self.seen:
             names = [name for name in self.names_in(module, piece) if name]
             found = [each for each in ast.walk(piece) if isinstance(each, ast.Attribute)]
-            inside = any(
-                name in BUILDERS and self.names[module][name].startswith(module) for name in self.names[module]
-            )
+            inside = any(self.names[module].get(name, "").startswith(module) for name in BUILDERS)
             attributes = {each.attr for each in found}
             attributes |= {f"builder.{each.attr}" for each in found if is_builder(each.value, inside=inside)}
             self.seen[piece] = names, attributes, set(keys_in(piece))

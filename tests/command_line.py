@@ -16,22 +16,20 @@ from dinoseg import __main__
 from dinoseg.synthetic.moving.write import render_moving_objects
 from dinoseg.utils.images import read_ids, read_image, write_png
 
+TINY = (  # a transformer of 2 blocks
+    *("backbone=tiny", "backbone.patch_size=8", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2"),
+    *("backbone.arch.num_attention_heads=3", "backbone.arch.intermediate_size=48"),
+)
 SMALL = (  # overrides of a run that takes a second
     *("data=folder", "data.classes=[dark,bright]", "data.root=data", "data.batch_size=2", "resolution.crop=[32,48]"),
-    *("backbone=tiny", "backbone.patch_size=8", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2"),
-    *("backbone.arch.num_attention_heads=3", "backbone.arch.intermediate_size=48", "adapter=full"),
-    *("engine=cpu", "engine.workers=0", "trainer.steps=2"),
+    *(*TINY, "adapter=full", "engine=cpu", "engine.workers=0", "trainer.steps=2"),
 )
-
 SLOTS = (  # the same of slots, on clips of 32 x 32 pixels
-    *("mode=train", "hparam=dinosavi_control", "data=movi", "data.root=movi"),
-    *("backbone=tiny", "backbone.patch_size=8", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2"),
-    *("backbone.arch.num_attention_heads=3", "backbone.arch.intermediate_size=48", "engine=cpu", "engine.workers=0"),
+    *("mode=train", "hparam=dinosavi_control", "data=movi", "data.root=movi", *TINY, "engine=cpu", "engine.workers=0"),
     *("resolution.crop=[32,32]", "head.slot_dim=16", "head.hidden_dim=16"),
     *("head.decoder_dim=16", "head.num_slots=3", "data.batch_size=3", "data.clips.cut.length=4"),
     *("data.clips.cut.fps=null", "optim.optimizer.lr=3e-3", "optim.schedule.warmup=0", "engine.precision=fp32"),
 )
-
 _DRAWN = ("dinoseg.report.curves._picture",)
 _GREY = np.full((8, 8, 3), 128, np.uint8)
 

@@ -43,9 +43,8 @@ def read_whole(group, option):
 @cache
 def written_targets(group, option):
     """Count the `_target_` lines of an option's file and of those it starts from; its own first replaces theirs."""
-    bases = [
-        base for entry in read(group, option).get("defaults", []) if entry != "_self_" for base in _bases(group, entry)
-    ]
+    entries = [entry for entry in read(group, option).get("defaults", []) if entry != "_self_"]
+    bases = [base for entry in entries for base in _bases(group, entry)]
     own = len(re.findall(r"^\s*_target_:", (FOLDER / group / f"{option}.yaml").read_text(), re.MULTILINE))
     places = {path for path, _ in nodes(read_node(group, option))}
     replaced = sum(path in places for base in bases for path, _ in nodes(read_node(*base)))

@@ -1,12 +1,13 @@
 """What a word in capitals means in the commands of the docs: small data, models and files, each made when asked for.
 
-A new word is a function here, below `@stand_in("WORD")`, of all stand-ins and a folder of its own; it returns what
-stands in for the word. What a mode needs to be quick is a line of `SMALLER` in tests/test_docs.py.
+A new word is a line of `PATHS` or `RUNS`, or a function below `@stand_in("WORD")`, of all stand-ins and a folder of its
+own; it returns what stands in for the word. What a mode needs to be quick is a line of `SMALLER` in tests/test_docs.py.
 """
 
 import json
 import shutil
-from pathlib import Path
+from functools import partial
+from itertools import product
 
 import numpy as np
 from command_line import SLOTS, call
@@ -22,6 +23,35 @@ SMALL += ("backbone.arch.num_attention_heads=3", "backbone.layers=[-1]")
 VIT = ("backbone=timm", "backbone.name=test_vit", "backbone.weights=random")
 SHORT = ("trainer.steps=2", "trainer.val_every=2", "resolution.crop=[48,64]", "data.batch_size=2")
 CPU = ("engine=cpu", "engine.workers=0")
+LEAVES = ("data=folder", "data.root={FOLDER}", "data.classes=[background,leaf]")
+LAYERS = ("data=folder", "data.root={OVERLAPS}", "data.classes=[smoke,tool]", "task=multilabel", "loss=bce_dice")
+SMALL_SLOTS = ("hparam=slots_rendered", "data.root={MOVI}", "head.slot_dim=16", "head.decoder_dim=16")
+VIT_SLOTS = (*VIT, "backbone.final_norm=false", "backbone.layers=[1]", "resolution.scale=2")
+PATHS = {  # what lies in another stand-in
+    "PHOTOS": "{FOLDER}/val/images",
+    "IMAGE": "{FOLDER}/val/images/a.png",
+    "PERSON": "{DATA}/person",
+    "VIDEO": "{SARRARP}/test/video_41/video_left.avi",
+    "MASK": "{MASKS}/00000.png",
+    "BACKBONE": "{RELEASED}/backbone.pth",
+    "WEIGHTS": "{RELEASED}/backbone.pth",
+    "SEGMENTOR": "{RELEASED}/head.pth",
+}
+RUNS = {  # run folders, and the words of the commands that write them
+    "RUN": ("mode=train", "hparam=demo", "data.root={SARRARP}", *SMALL, *SHORT),
+    "LARGE": ("mode=train", *LEAVES, *SMALL, *SHORT),
+    "LAYERS": ("mode=train", *LAYERS, "mode.metrics_only=true", *SMALL, *SHORT),
+    "FROZEN": ("mode=train", "hparam=detail_camvid", *VIT, "data.root={DATA}/camvid", *SHORT),
+    "SLOTS": (*SLOTS, *SHORT, "data.root={MOVI}"),
+    "FRAME_SLOTS": ("mode=train", *SMALL, *SMALL_SLOTS, *SHORT),
+    "VIT_SLOTS": ("mode=train", *VIT_SLOTS, *SMALL_SLOTS, *SHORT),
+    "EXPORTED": ("mode=export", "export=safetensors", "resume={RUN}"),
+    "EXPORTED_ONNX": ("mode=export", "export=onnx", "resume={RUN}"),
+    "EVALUATED": ("mode=eval", "resume={RUN}", "mode.metrics_only=true"),
+    "EVALUATED_AT_HALF": ("mode=eval", "resume={RUN}", "resolution.scale=0.5", "mode.metrics_only=true"),
+    "PREDICTED": ("mode=predict", "resume={RUN}", "input={FOLDER}/val/images"),
+    "PREDICTED_SPLIT": ("mode=predict", "resume={RUN}", "input=val"),
+}
 _MAKERS = {}
 
 
@@ -37,59 +67,49 @@ class StandIns:
         self.root, self.made = root, {}
 
     def __contains__(self, word):
-        return word in _MAKERS
+        return word in _MAKERS or word in RUNS or word in PATHS
 
     def __getitem__(self, word):
+        if word in PATHS:
+            return PATHS[word].format_map(self)
         if word not in self.made:
             folder = self.root / word.lower()
             shutil.rmtree(folder, ignore_errors=True)  # of one that could not be made nothing is left to go on with
             folder.mkdir()
-            self.made[word] = _MAKERS[word](self, folder)
+            self.made[word] = self.run(folder, RUNS[word]) if word in RUNS else _MAKERS[word](self, folder)
         return self.made[word]
 
+    def run(self, folder, words):
+        """Run a command in a folder and return its run folder, `run` below it."""
+        done = call(folder, *(word.format_map(self) for word in words), "hydra.run.dir=run", *CPU)
+        assert done.status == 0, done.err
+        return folder / "run"
 
-def ran(folder, *words):
-    """Run a command in a folder and return its run folder, `run` below it."""
-    done = call(folder, *words, "hydra.run.dir=run", *CPU)
-    assert done.status == 0, done.err
-    return folder / "run"
 
-
-def pictures(folder, names, image, mask, ids):
-    """Write `names` as image and mask files by two patterns."""
+def write_images(folder, image, mask, ids, names="ab", splits=("train", "val")):
+    """Write images and masks of noise by two patterns, which may have a `split` and a `name`."""
     draw = np.random.default_rng(0)
-    for name in names:
+    for split, name in product(splits, names):
         for pattern, pixels in ((image, draw.integers(0, 255, (50, 66, 3))), (mask, draw.choice(ids, (50, 66)))):
-            path = folder / pattern.format(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.astype(np.uint8)).save(path)
+            if pattern:
+                path = folder / pattern.format(split=split, name=name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
 @stand_in("FOLDER")
-def folder_of_masks(stand_ins, folder):
-    for split in ("train", "val"):
-        pictures(folder, "ab", f"{split}/images/{{}}.png", f"{split}/masks/{{}}.png", [0, 1, 255])
+def folder_of_masks(stand_ins, folder, ids=(0, 1, 255)):
+    write_images(folder, "{split}/images/{name}.png", "{split}/masks/{name}.png", ids)
     return folder
+
+
+stand_in("BINARY")(partial(folder_of_masks, ids=(0, 255)))
 
 
 @stand_in("OVERLAPS")
 def folder_of_a_mask_for_each_class(stand_ins, folder):
-    for split in ("train", "val"):
-        for label in ("smoke", "tool"):
-            pictures(folder, "ab", f"{split}/images/{{}}.png", f"{split}/masks/{label}/{{}}.png", [0, 1, 255])
-    return folder
-
-
-@stand_in("LAYERS")
-def run_of_layers(stand_ins, folder):
-    words = ("data=folder", f"data.root={stand_ins['OVERLAPS']}", "data.classes=[smoke,tool]", "task=multilabel")
-    return ran(folder, "mode=train", *words, "loss=bce_dice", "mode.metrics_only=true", *SMALL, *SHORT)
-
-
-@stand_in("BINARY")
-def folder_of_black_and_white_masks(stand_ins, folder):
-    for split in ("train", "val"):
-        pictures(folder, "ab", f"{split}/images/{{}}.png", f"{split}/masks/{{}}.png", [0, 255])
+    for label in ("smoke", "tool"):
+        write_images(folder, "{split}/images/{name}.png", f"{{split}}/masks/{label}/{{name}}.png", (0, 1, 255))
     return folder
 
 
@@ -104,28 +124,21 @@ def folder_of_colour_and_infrared(stand_ins, folder):
     return folder
 
 
-@stand_in("PHOTOS")
-def photos(stand_ins, folder):
-    return stand_ins["FOLDER"] / "val/images"
-
-
 @stand_in("COCO")
 def drawn_for_coco(stand_ins, folder):
+    write_images(folder, "{split}/{name}.jpg", None, (0,), splits=("train", "valid"))
+    images = [{"id": number, "file_name": f"{'ab'[number]}.jpg", "height": 50, "width": 66} for number in (0, 1)]
+    drawn = {"category_id": 1, "segmentation": [[5, 5, 40, 5, 40, 40, 5, 40]], "iscrowd": 0}
+    shapes = [{"id": number, "image_id": number, **drawn} for number in (0, 1)]
+    content = {"images": images, "annotations": shapes, "categories": [{"id": 1, "name": "leaf"}]}
     for split in ("train", "valid"):
-        pictures(folder, "ab", f"{split}/{{}}.jpg", "unused/{}.png", [0])
-        rows = [
-            {"id": number, "file_name": f"{name}.jpg", "height": 50, "width": 66} for number, name in enumerate("ab")
-        ]
-        drawn = [[5, 5, 40, 5, 40, 40, 5, 40]]
-        shapes = [{"id": n, "image_id": n, "category_id": 1, "segmentation": drawn, "iscrowd": 0} for n in (0, 1)]
-        content = {"images": rows, "annotations": shapes, "categories": [{"id": 1, "name": "leaf"}]}
         (folder / split / "_annotations.coco.json").write_text(json.dumps(content))
     return folder
 
 
 @stand_in("LABELME")
 def drawn_for_labelme(stand_ins, folder):
-    pictures(folder, "abcd", "{}.jpg", "unused/{}.png", [0])
+    write_images(folder, "{name}.jpg", None, (0,), names="abcd", splits=("",))
     shape = {"label": "leaf", "points": [[5, 5], [40, 40]], "shape_type": "rectangle"}
     for name in "abcd":
         content = {"imagePath": f"{name}.jpg", "imageHeight": 50, "imageWidth": 66, "shapes": [shape]}
@@ -133,63 +146,30 @@ def drawn_for_labelme(stand_ins, folder):
     return folder
 
 
-@stand_in("IMAGE")
-def image(stand_ins, folder):
-    return stand_ins["FOLDER"] / "val/images/a.png"
-
-
 @stand_in("DATA")
 def small_sets(stand_ins, folder):
-    for split in ("train", "val"):
-        pictures(folder / "camvid", "ab", f"{split}/images/{{}}.jpg", f"{split}/masks/{{}}.png", range(12))
-        shown = {"train": "train", "val": "valid"}[split]
-        pictures(folder / "person", "ab", f"{shown}_images/{{}}.jpg", f"{shown}_masks/{{}}.png", [0, 255])
-        image, mask = f"leftImg8bit/{split}/{split}1/{{}}_image.jpg", f"gtFine/{split}/{split}1/{{}}_label.png"
-        pictures(folder / "idd20k_lite", "ab", image, mask, [0, 1, 2, 3, 4, 5, 6, 255])
-        long = {"train": "training", "val": "validation"}[split]
-        pictures(folder / "ade20k", "ab", f"images/{long}/{{}}.jpg", f"annotations/{long}/{{}}.png", [0, 1, 4, 150])
+    write_images(folder / "camvid", "{split}/images/{name}.jpg", "{split}/masks/{name}.png", range(12))
+    image, mask = "{split}_images/{name}.jpg", "{split}_masks/{name}.png"
+    write_images(folder / "person", image, mask, (0, 255), splits=("train", "valid"))
+    image, mask = "leftImg8bit/{split}/{split}1/{name}_image.jpg", "gtFine/{split}/{split}1/{name}_label.png"
+    write_images(folder / "idd20k_lite", image, mask, (*range(7), 255))
+    image, mask = "images/{split}/{name}.jpg", "annotations/{split}/{name}.png"
+    write_images(folder / "ade20k", image, mask, (0, 1, 4, 150), splits=("training", "validation"))
     return folder
-
-
-@stand_in("PERSON")
-def person(stand_ins, folder):
-    return stand_ins["DATA"] / "person"
 
 
 @stand_in("IDD")
 def idd_with_polygons(stand_ins, folder):
-    for split in ("train", "val"):
-        write_polygons(folder / f"IDD_Segmentation/{{}}/{split}/{split}_1/")
+    root = folder / "IDD_Segmentation"
+    write_images(root, "leftImg8bit/{split}/{split}_1/{name}_leftImg8bit.png", None, (0,))
+    road = {"label": "road", "polygon": [[0, 25], [66, 25], [66, 50], [0, 50]]}
+    sky = {"label": "sky", "polygon": [[0, 0], [66, 0], [66, 20], [0, 20]]}
+    for split, name in product(("train", "val"), "ab"):
+        path = root / f"gtFine/{split}/{split}_1/{name}_gtFine_polygons.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"imgHeight": 50, "imgWidth": 66, "objects": [road, sky]}))
     idd.prepare(folder, workers=1)
     return folder
-
-
-def write_polygons(pattern):
-    """Write two images of IDD with polygons instead of label maps."""
-    for name in "ab":
-        image = Path(str(pattern).format("leftImg8bit")) / f"{name}_leftImg8bit.png"
-        drawn = Path(str(pattern).format("gtFine")) / f"{name}_gtFine_polygons.json"
-        for path in (image, drawn):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 66, 3)).astype(np.uint8)).save(image)
-        road = {"label": "road", "polygon": [[0, 25], [66, 25], [66, 50], [0, 50]]}
-        sky = {"label": "sky", "polygon": [[0, 0], [66, 0], [66, 20], [0, 20]]}
-        drawn.write_text(json.dumps({"imgHeight": 50, "imgWidth": 66, "objects": [road, sky]}))
-
-
-@stand_in("EXPORTED")
-def export_run(stand_ins, folder):
-    return ran(folder, "mode=export", "export=safetensors", f"resume={stand_ins['RUN']}")
-
-
-@stand_in("EXPORTED_ONNX")
-def export_graph(stand_ins, folder):
-    return ran(folder, "mode=export", "export=onnx", f"resume={stand_ins['RUN']}")
-
-
-@stand_in("EVALUATED")
-def evaluate_run(stand_ins, folder):
-    return ran(folder, "mode=eval", f"resume={stand_ins['RUN']}", "mode.metrics_only=true")
 
 
 @stand_in("SARRARP")
@@ -197,11 +177,6 @@ def operations(stand_ins, folder):
     render_dataset(folder, train_videos=3, test_videos=1, seconds=1, size=(48, 64), workers=1)
     sarrarp.prepare(folder, workers=1)
     return folder
-
-
-@stand_in("VIDEO")
-def video(stand_ins, folder):
-    return stand_ins["SARRARP"] / "test/video_41/video_left.avi"
 
 
 @stand_in("VIDEOS")
@@ -227,11 +202,6 @@ def masks(stand_ins, folder):
     return folder
 
 
-@stand_in("MASK")
-def mask(stand_ins, folder):
-    return stand_ins["MASKS"] / "00000.png"
-
-
 @stand_in("MOVI")
 def moving_objects(stand_ins, folder):
     render_moving_objects(folder, train_videos=2, val_videos=1, seconds=1, size=(48, 64), workers=1)
@@ -255,10 +225,8 @@ def davis(stand_ins, folder):
 @stand_in("PREDICTION")
 @stand_in("SECOND")
 def scored_masks(stand_ins, folder):
-    for number in (1, 2):
-        mask = f"video_{number}/segmentation/{{}}.png"
-        pictures(folder, ["000000000", "000000060"], "unused/{}.png", mask, range(10))
-    shutil.rmtree(folder / "unused")
+    names = ["000000000", "000000060"]
+    write_images(folder, None, "video_{split}/segmentation/{name}.png", range(10), names, splits=(1, 2))
     return folder
 
 
@@ -270,67 +238,7 @@ def masks_to_hand_in(stand_ins, folder):
     return shutil.copytree(stand_ins["IDD"] / "IDD_Segmentation/gtFine/val", folder, dirs_exist_ok=True)
 
 
-@stand_in("BACKBONE")
-def backbone_file(stand_ins, folder):
+@stand_in("RELEASED")
+def released_files(stand_ins, folder):
     write_released(folder)
-    return folder / "backbone.pth"
-
-
-@stand_in("WEIGHTS")
-def weights(stand_ins, folder):
-    return stand_ins["BACKBONE"]
-
-
-@stand_in("SEGMENTOR")
-def segmentor_file(stand_ins, folder):
-    return stand_ins["BACKBONE"].with_name("head.pth")
-
-
-@stand_in("EVALUATED_AT_HALF")
-def evaluated_at_half(stand_ins, folder):
-    return ran(folder, "mode=eval", f"resume={stand_ins['RUN']}", "resolution.scale=0.5", "mode.metrics_only=true")
-
-
-@stand_in("RUN")
-def trained_segmenter(stand_ins, folder):
-    return ran(folder, "mode=train", "hparam=demo", f"data.root={stand_ins['SARRARP']}", *SMALL, *SHORT)
-
-
-@stand_in("LARGE")
-def trained_on_leaves(stand_ins, folder):
-    data = f"data.root={stand_ins['FOLDER']}", "data.classes=[background,leaf]"
-    return ran(folder, "mode=train", "data=folder", *data, *SMALL, *SHORT)
-
-
-@stand_in("PREDICTED")
-def predicted_masks(stand_ins, folder):
-    return ran(folder, "mode=predict", f"resume={stand_ins['RUN']}", f"input={stand_ins['FOLDER']}/val/images")
-
-
-@stand_in("PREDICTED_SPLIT")
-def predicted_split(stand_ins, folder):
-    return ran(folder, "mode=predict", f"resume={stand_ins['RUN']}", "input=val")
-
-
-@stand_in("FRAME_SLOTS")
-def trained_on_frames(stand_ins, folder):
-    small = (*SMALL, "head.slot_dim=16", "head.decoder_dim=16")  # as the documents' commands are made small
-    return ran(folder, "mode=train", "hparam=slots_rendered", *small, *SHORT, f"data.root={stand_ins['MOVI']}")
-
-
-@stand_in("VIT_SLOTS")
-def trained_on_frames_of_a_vit(stand_ins, folder):
-    words = (*VIT, "backbone.final_norm=false", "head.slot_dim=16", "head.decoder_dim=16", "backbone.layers=[1]")
-    words += ("resolution.scale=2", f"data.root={stand_ins['MOVI']}")
-    return ran(folder, "mode=train", "hparam=slots_rendered", *words, *SHORT)
-
-
-@stand_in("FROZEN")
-def trained_on_a_frozen_backbone(stand_ins, folder):
-    words = (*VIT, f"data.root={stand_ins['DATA']}/camvid")
-    return ran(folder, "mode=train", "hparam=detail_camvid", *words, *SHORT)
-
-
-@stand_in("SLOTS")
-def trained_slots(stand_ins, folder):
-    return ran(folder, *SLOTS, *SHORT, f"data.root={stand_ins['MOVI']}")
+    return folder

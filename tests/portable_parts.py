@@ -2,6 +2,7 @@
 
 import onnx
 import torch
+from command_line import TINY as TINY
 
 from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.recipe import run_description
@@ -12,10 +13,6 @@ from dinoseg.export.runtime.write import export_model
 from dinoseg.training import checkpoint
 from dinoseg.training.loading import frozen_fingerprint
 
-TINY = (  # a transformer of 2 blocks
-    *("backbone=tiny", "backbone.patch_size=8", "backbone.arch.hidden_size=24", "backbone.arch.num_hidden_layers=2"),
-    *("backbone.arch.num_attention_heads=3", "backbone.arch.intermediate_size=48"),
-)
 PROGRESS = {"step": 3, "best": 0.5, "best_step": 3, "stale": 0, "validation_pending": False}
 
 
@@ -55,6 +52,5 @@ def graph_with_weights(folder, data, *, name="model.onnx"):
         (folder / data).write_bytes(b"weights.")
     model = onnx.helper.make_model(onnx.helper.make_graph([], "graph", [], [], [tensor]))
     model.metadata_props.add(key=KEY, value="{}")
-    path = folder / name
-    path.write_bytes(model.SerializeToString())
-    return path
+    (folder / name).write_bytes(model.SerializeToString())
+    return folder / name

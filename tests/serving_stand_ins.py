@@ -1,13 +1,12 @@
 """A stand-in for a trained model that many clients share: class 1 where a pixel is bright."""
 
-import io
 import socket
 import threading
 from contextlib import closing, contextmanager, suppress
 
 import numpy as np
 from fastapi.testclient import TestClient
-from PIL import Image
+from image_files import encode_image  # noqa: F401
 
 from dinoseg.export.runtime.facts import ModelFacts
 from dinoseg.export.runtime.model import Model
@@ -34,12 +33,6 @@ class Bright:
 
 def picture(height=4, width=6, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
-
-
-def encode_image(pixels, kind="PNG", **options):
-    file = io.BytesIO()
-    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(file, kind, **options)
-    return file.getvalue()
 
 
 class InThread(Child):

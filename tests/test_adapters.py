@@ -3,13 +3,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from mistakes import assert_refused, refusals
+from tiny_parts import tiny_vit
 from torch import nn
 
 from dinoseg.core.contracts import Backbone, Head
 from dinoseg.models import adapters
 from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora, merge
 from dinoseg.models.model import SegmentationModel, quantised_names
-from dinoseg.utils.errors import UserError
 
 IMAGES = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(1))
 
@@ -51,6 +52,13 @@ def train_updates(backbone, amount=0.1):
     return backbone
 
 
+def builds_graph(backbone, below):
+    """Return whether the features of images need gradients, and whether the output of a module below them does."""
+    seen = []
+    below.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    return backbone(IMAGES)[0].requires_grad, seen
+
+
 def test_frozen_trains_nothing_and_builds_no_graph(tiny_backbone):
     backbone = Frozen()(tiny_backbone())
     assert not trainable(backbone)
@@ -75,18 +83,10 @@ def test_lora_starts_as_the_backbone_and_trains_only_its_updates(tiny_backbone, 
 
 def test_lora_builds_no_graph_below_its_first_layer(tiny_backbone):
     backbone = Lora(rank=2, alpha=2)(tiny_backbone())
-    seen = []
-    backbone.model.embeddings.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
-    assert backbone(IMAGES)[0].requires_grad
-    assert seen == [False]
-
-
-def test_lora_can_be_limited_to_the_last_blocks(tiny_backbone):
+    assert builds_graph(backbone, backbone.model.embeddings) == (True, [False])
     backbone = Lora(rank=2, alpha=2, blocks=1)(tiny_backbone())
     assert trainable(backbone) and all(".layer.1." in name for name in trainable(backbone))
-    seen = []
-    backbone.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
-    assert backbone(IMAGES)[0].requires_grad and seen == [False]
+    assert builds_graph(backbone, backbone.blocks[0]) == (True, [False])
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,8 @@ def test_dora_trains_direction_and_magnitude():
 
 
 def test_a_fused_projection_is_adapted_too():
-    adapted = Lora(rank=2, alpha=2)(FusedVit())
-    assert {name.split(".lora_")[0] for name in trainable(adapted)} == {
-        f"blocks.{block}.attn.{part}" for block in (0, 1) for part in ("qkv", "proj")
-    }
+    adapted = {name.split(".lora_")[0] for name in trainable(Lora(rank=2, alpha=2)(FusedVit()))}
+    assert adapted == {f"blocks.{block}.attn.{part}" for block in (0, 1) for part in ("qkv", "proj")}
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"rslora": True, "targets": "all_linear"}])
@@ -134,18 +132,9 @@ def test_last_blocks_trains_blocks_and_norm_without_other_graph(tiny_backbone):
     backbone = LastBlocks(1)(tiny_backbone())
     last = {name for name, _ in backbone.named_parameters() if ".layer.1." in name or name.startswith("model.norm.")}
     assert trainable(backbone) == last
-    seen = []
-    backbone.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    assert builds_graph(backbone, backbone.blocks[0]) == (True, [False])
     backbone(IMAGES)[0].square().sum().backward()
-    assert seen == [False]
     assert {name for name, p in backbone.named_parameters() if p.grad is not None} == last
-
-
-@pytest.mark.parametrize("blocks", [0, 3, -1])
-@pytest.mark.parametrize("adapter", [LastBlocks, lambda blocks: Lora(rank=1, alpha=1, blocks=blocks)])
-def test_more_blocks_than_exist_are_refused(tiny_backbone, adapter, blocks):
-    with pytest.raises(UserError, match=f"^blocks={blocks}(:| is).* 1"):
-        adapter(blocks)(tiny_backbone())
 
 
 @pytest.mark.parametrize(("bits", "error"), [(4, 0.15), (8, 0.02)])
@@ -161,18 +150,17 @@ def test_quantised_weights_are_small_close_and_stay(tiny_backbone, bits, error, 
     features = backbone(IMAGES)[0]
     assert (features - exact).norm() < error * exact.norm()
     assert not torch.equal(features, exact)
+    if bits == 4:
+        layer = backbone.blocks[0].attention.q_proj
+        layer = layer.base_layer if trained else layer
+        state = layer.weight.quant_state
+        assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, torch.bfloat16)
     if trained:
         features.square().sum().backward()
         assert {name for name, p in backbone.named_parameters() if p.grad is not None} == trainable(backbone)
         assert trainable(backbone) and all(".lora_" in name for name in trainable(backbone))
     for name, value in backbone.state_dict().items():
         assert name not in kept or torch.equal(value, kept[name])
-
-
-def test_four_bits_are_nf4_with_double_quantisation_and_bfloat16(tiny_backbone):
-    layer = Lora(rank=2, alpha=2, bits=4, device="cpu")(tiny_backbone()).to("cpu").blocks[0].attention.q_proj.base_layer
-    state = layer.weight.quant_state
-    assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, torch.bfloat16)
 
 
 @pytest.mark.parametrize("bits", [4, 8, None])
@@ -197,49 +185,56 @@ def test_checkpointing_with_lora_changes_no_gradient(tiny_backbone):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-@pytest.mark.parametrize("rank", [0, -1])
-def test_lora_rank_must_be_positive(rank):
-    with pytest.raises(UserError, match=f"^rank={rank} .*at least 1"):
-        Lora(rank=rank, alpha=1)
+def lora(backbone=None, **options):
+    """Return a function that makes an adapter, and adapts a backbone with it."""
+
+    def act():
+        adapter = Lora(**{"rank": 1, "alpha": 1, **options})
+        return adapter if backbone is None else adapter(backbone())
+
+    return act
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: Lora(rank=1, alpha=1, dropout=1.0), "^dropout=1.0"),
-        (lambda: Lora(rank=1, alpha=1, targets="(q"), "^targets=.q is not a regular expression"),
-        (lambda: Lora(rank=1, alpha=1, bits=3), "^bits=3: give 4, 8, or null"),
-        (lambda: Frozen(bits=4, device="mps"), "bitsandbytes does not work on the device mps.*device=cpu"),
-        (lambda: Full(bits=4), "^bits=4 with the adapter full.*cannot be trained.*qlora"),
-        (lambda: Lora(rank=1, alpha=1, dora=True, bits=4, device="cpu"), "^dora=true with bits=4"),
-        (lambda: LastBlocks(1, bits=8), "^bits=8 with the adapter last_blocks"),
-    ],
+def backbone_of_convolutions():
+    module = nn.Module()
+    module.blocks = nn.ModuleList([nn.Conv2d(1, 1, 1)])
+    return module
+
+
+@pytest.mark.parametrize("blocks", [0, 3, -1])
+@pytest.mark.parametrize("adapter", [LastBlocks, lambda blocks: Lora(rank=1, alpha=1, blocks=blocks)])
+def test_more_blocks_than_exist_are_refused(tiny_backbone, adapter, blocks):
+    assert_refused(lambda: adapter(blocks)(tiny_backbone()), f"blocks={blocks}", " 1")
+
+
+test_invalid_adapter_is_refused = refusals(
+    {
+        "rank of 0": (lora(rank=0), "rank=0 ", "at least 1"),
+        "rank below 0": (lora(rank=-1), "rank=-1 ", "at least 1"),
+        "dropout of all": (lora(dropout=1.0), "dropout=1.0"),
+        "no regular expression": (lora(targets="(q"), "targets=(q is not a regular expression"),
+        "3 bits": (lora(bits=3), "bits=3: give 4, 8, or null"),
+        "another device": (lambda: Frozen(bits=4, device="mps"), "does not work on the device mps", "device=cpu"),
+        "trained bits": (lambda: Full(bits=4), "bits=4 with the adapter full", "cannot be trained", "qlora"),
+        "dora of bits": (lora(dora=True, bits=4, device="cpu"), "dora=true with bits=4"),
+        "bits of trained blocks": (lambda: LastBlocks(1, bits=8), "bits=8 with the adapter last_blocks"),
+        "no matching layer": (
+            lora(tiny_vit, targets="mixer"),
+            *("targets=mixer matches no linear", "attention, all_linear", "k_proj, o_proj"),
+        ),
+        "no linear layer": (lora(backbone_of_convolutions), "no linear layers", "last_blocks or full"),
+    }
 )
-def test_invalid_adapter_is_refused_before_the_backbone_is_built(build, message):
-    with pytest.raises(UserError, match=message):
-        build()
-
-
-def test_targets_that_match_nothing_name_the_layers_there_are(tiny_backbone):
-    with pytest.raises(UserError, match="^targets=mixer matches no linear.*attention, all_linear.*k_proj, o_proj"):
-        Lora(rank=1, alpha=1, targets="mixer")(tiny_backbone())
 
 
 def test_layers_used_only_by_weight_are_refused_or_unquantised():
     module = FusedVit()
     module.uncalled_linears = frozenset({"blocks.0.attn.qkv", "blocks.1.attn.qkv"})
-    with pytest.raises(UserError, match="targets=attention: .*blocks.0.attn.qkv directly .2 such layers.*=proj"):
-        Lora(rank=1, alpha=1)(module)
+    words = ("targets=attention: ", "blocks.0.attn.qkv directly (2 such layers", "=proj")
+    assert_refused(lora(lambda: module), *words)
     module = Lora(rank=1, alpha=1, targets="proj", bits=4, device="cpu")(module).to("cpu")
     assert type(module.blocks[0]["attn"]["qkv"]) is nn.Linear and module(torch.rand(1, 3, 8)).isfinite().all()
     assert quantised_names(module)
-
-
-def test_blocks_without_linear_layers_are_refused():
-    module = nn.Module()
-    module.blocks = nn.ModuleList([nn.Conv2d(1, 1, 1)])
-    with pytest.raises(UserError, match="no linear layers.*last_blocks or full"):
-        Lora(rank=1, alpha=1)(module)
 
 
 def test_last_blocks_does_not_train_unused_parameters():
@@ -249,8 +244,5 @@ def test_last_blocks_does_not_train_unused_parameters():
 
 
 def test_bits_without_bitsandbytes_are_refused():
-    with (
-        patch.object(adapters, "find_spec", return_value=None),
-        pytest.raises(UserError, match=r"pip install '\.\[quant"),
-    ):
-        Frozen(bits=8, device="cpu")
+    with patch.object(adapters, "find_spec", return_value=None):
+        assert_refused(lambda: Frozen(bits=8, device="cpu"), "pip install '.[quant")

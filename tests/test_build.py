@@ -32,37 +32,29 @@ def test_building_without_initialisation_uses_no_random_numbers():
 
 
 @pytest.mark.parametrize(("backbone", "head"), CELLS)
-def test_parameters_alone_are_not_initialised(monkeypatch, backbone, head):
+def test_a_model_without_values_becomes_that_of_a_file(backbone, head):
     cfg = config(backbone, head)
     whole = Builder(cfg).model().eval()
-    bare = Builder(cfg).model(initialised=False).eval()
-    buffers = dict(bare.named_buffers())
-    for name, value in whole.named_buffers():
-        assert torch.equal(buffers[name], value), name
-    assert non_persistent_buffers(bare).keys() == non_persistent_buffers(whole).keys()
-    bare.load_state_dict(whole.state_dict())
+    own = non_persistent_buffers(whole)
     images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
-    with torch.no_grad():
-        assert torch.equal(bare(images).logits(), whole(images).logits())
+    expected = whole(images).logits()
 
+    uninitialised = Builder(cfg).model(initialised=False).eval()  # of parameters alone
+    buffers = dict(uninitialised.named_buffers())
+    assert not [name for name, value in whole.named_buffers() if not torch.equal(buffers[name], value)]
+    outline = Builder(cfg).outline().eval()  # on the meta device, where no buffer has a value
+    assert allocate(outline)
+    for name, value in own.items():
+        non_persistent_buffers(outline)[name].copy_(value)
 
-@pytest.mark.parametrize(("backbone", "head"), CELLS)
-def test_an_outline_becomes_the_model_of_a_file_with_all_values(backbone, head):
-    cfg = config(backbone, head)
-    whole = Builder(cfg).model().eval()
-    bare = Builder(cfg).outline().eval()
-    assert allocate(bare)
-    assert {name: part.requires_grad for name, part in bare.named_parameters()} == {
-        name: part.requires_grad for name, part in whole.named_parameters()
-    }
-    bare.load_state_dict(whole.state_dict())
-    own = non_persistent_buffers(bare)
-    for name, value in non_persistent_buffers(whole).items():
-        own[name].copy_(value)
-    assert not any(part.is_meta for part in (*bare.parameters(), *bare.buffers()))
-    images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
-    with torch.no_grad():
-        assert torch.equal(bare(images).logits(), whole(images).logits())
+    trained = {name: part.requires_grad for name, part in whole.named_parameters()}
+    for bare in (uninitialised, outline):
+        assert {name: part.requires_grad for name, part in bare.named_parameters()} == trained
+        assert non_persistent_buffers(bare).keys() == own.keys()
+        bare.load_state_dict(whole.state_dict())
+        assert not any(part.is_meta for part in (*bare.parameters(), *bare.buffers()))
+        with torch.no_grad():
+            assert torch.equal(bare(images).logits(), expected)
 
 
 def test_shared_tensors_of_an_outline_stay_shared():
@@ -86,9 +78,8 @@ def test_outline_with_unregistered_tensors_is_not_allocated(odd):
         head.own = Own()
     else:
         first = next(bare.parameters())
-        head.held = {"tensor": torch.empty(2, device="meta"), "listed": {"x": [(first.data,)]}, "parameter": [first]}[
-            odd
-        ]
+        held = {"listed": {"x": [(first.data,)]}, "parameter": [first], "tensor": torch.empty(2, device="meta")}
+        head.held = held[odd]
     assert not allocate(bare)
     assert all(part.is_meta for part in bare.parameters())
 
@@ -100,13 +91,13 @@ def test_an_outline_has_the_unused_parameters_of_the_model(name):
     assert Builder(cfg).outline().backbone.unused == Builder(cfg).model().backbone.unused
 
 
+@pytest.mark.heavy
 def test_resnet_with_weights_from_a_file_can_be_resumed(tmp_path):
     write_data(tmp_path / "data")
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
     words = [word for word in SMALL if not word.startswith(("backbone", "adapter"))]
     words += ["backbone=timm", "backbone.name=test_resnet", "backbone.weights=weights.safetensors", "adapter=full"]
-    quick = ("mode.metrics_only=true", "mode.report=false", "hydra.run.dir=run")
-    assert call(tmp_path, "mode=train", *words, *quick).status == 0
-    for command in (("mode=eval", "resume=run", "engine=cpu"), ("mode=train", "resume=run", "trainer.steps=3")):
-        done = call(tmp_path, *command, "mode.metrics_only=true")
+    train = ("mode=train", *words, "hydra.run.dir=run")
+    for command in (train, ("mode=eval", "resume=run", "engine=cpu"), ("mode=train", "resume=run", "trainer.steps=3")):
+        done = call(tmp_path, *command, "mode.metrics_only=true", "mode.report=false")
         assert done.status == 0, done.err

@@ -1,7 +1,10 @@
 """A backbone, a head and a loss that say no more than they must; and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from mistakes import assert_refused
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -11,7 +14,6 @@ from dinoseg.experiment.benchmark_videos import benchmark_videos
 from dinoseg.experiment.builder import Builder
 from dinoseg.models.adapters import Frozen, LastBlocks, Lora
 from dinoseg.models.model import SegmentationModel, trained_names
-from dinoseg.utils.errors import UserError
 
 
 class Least(Backbone):
@@ -46,8 +48,7 @@ def test_parts_that_say_the_least_work():
     assert model.head.slots is None and not model.head.mixture and model.head.min_batch_size == 1
     assert all(parameter.requires_grad for parameter in model.parameters())  # the norm's too, which the contract finds
     assert trained_names(model) == set(model.state_dict())
-    with pytest.raises(UserError, match="Least has no weights to export"):
-        model.backbone.export_state()
+    assert_refused(model.backbone.export_state, "Least has no weights to export")
 
 
 class GridScores(Head):
@@ -106,8 +107,7 @@ def test_blocks_are_those_that_a_backbone_keeps():
     model = Backbone()
     model.blocks = nn.Sequential(nn.Identity())  # as timm keeps them
     assert isinstance(model.blocks, nn.Sequential) and len(model.blocks) == 1
-    with pytest.raises(UserError, match="no linear layers"):
-        Lora(1, 1)(Frozen()(Backbone()))
+    assert_refused(lambda: Lora(1, 1)(Frozen()(Backbone())), "no linear layers")
 
 
 def test_loss_requirements_default_to_none():
@@ -115,29 +115,38 @@ def test_loss_requirements_default_to_none():
 
 
 def test_a_part_that_keeps_no_contract_is_refused(compose):
-    plain = {"_target_": "torch.nn.Identity"}
-    remedy = "Inherit from that class, which defines the interface and its defaults."
-    for key in ("backbone", "head"):
-        cfg = OmegaConf.merge(compose("backbone=tiny", "data=camvid", "data.root=x"), {key: plain})
-        with pytest.raises(
-            UserError, match=rf"{key}: Identity is not a dinoseg\.core\.contracts\.{key.title()}\. {remedy}"
-        ):
-            Builder(cfg).model(untrained=True)
-        if key == "backbone":  # alone, as label propagation takes it
-            with pytest.raises(UserError, match=r"backbone: Identity is no"):
-                Builder(cfg).backbone()
-    cfg = OmegaConf.merge(compose("data=camvid", "data.root=x"), {"loss": {"criterion": plain}})
-    with pytest.raises(
-        UserError, match=rf"loss\.criterion: Identity is not a dinoseg\.core\.contracts\.Loss\. {remedy}"
-    ):
-        Builder(cfg).criterion(class_weights=torch.ones(2))
+    def refused(build, key, contract):
+        remedy = "Inherit from that class, which defines the interface and its defaults."
+        assert_refused(build, f"{key}: Identity is not a dinoseg.core.contracts.{contract}. {remedy}")
+
+    base, plain = compose("backbone=tiny", "data=camvid", "data.root=x"), {"_target_": "torch.nn.Identity"}
+    builders = {key: Builder(OmegaConf.merge(base, {key: plain})) for key in ("backbone", "head")}
+    refused(lambda: builders["backbone"].model(untrained=True), "backbone", "Backbone")
+    refused(lambda: builders["backbone"].backbone(), "backbone", "Backbone")  # as label propagation takes it
+    refused(lambda: builders["head"].model(untrained=True), "head", "Head")
+    of_loss = Builder(OmegaConf.merge(base, {"loss": {"criterion": plain}}))
+    refused(lambda: of_loss.criterion(class_weights=torch.ones(2)), "loss.criterion", "Loss")
+    tracking = {"supervision": "none", "protocols": {"none": plain}}
+    build = Builder(OmegaConf.create({"data": {"tracking": tracking}, "choices": {}}))
+    words = "data.tracking.protocols.none: Identity is not a dinoseg.metrics.protocols.contract.ScoreProtocol."
+    assert_refused(lambda: benchmark_videos(build, "val", None), words)
 
 
-def test_video_protocol_without_the_contract_is_refused():
-    tracking = {"supervision": "none", "protocols": {"none": {"_target_": "torch.nn.Identity"}}}
-    cfg = OmegaConf.create({"data": {"tracking": tracking}, "choices": {}})
-    expected = (
-        r"data\.tracking\.protocols\.none: Identity is not a dinoseg\.metrics\.protocols\.contract\.ScoreProtocol\."
-    )
-    with pytest.raises(UserError, match=expected):
-        benchmark_videos(Builder(cfg), "val", None)
+CAMVID = ("data=camvid", "data.root=x", "loss=cross_entropy")
+SLOTS = ("trainer=slots", "head=slots", "loss=feature_reconstruction", "data=movi", "data.root=x")
+
+
+def test_each_class_weighs_the_same_where_no_labels_are_counted(compose):
+    plain, by_rarity = (compose(*CAMVID, f"loss.weights={weights}") for weights in ("none", "median"))
+    names = [str(name) for name in plain.data.classes]
+    unread = SimpleNamespace(classes=names)  # masks that nobody may read
+    for loss in (Builder(plain).unweighted_loss(), Builder(by_rarity).unweighted_loss(), Builder(plain).loss(unread)):
+        assert torch.equal(loss.weight, torch.ones(len(names)))
+    with pytest.raises(TypeError, match="has no len"):  # it counts them
+        Builder(by_rarity).loss(unread)
+
+
+def test_a_loss_that_knows_no_classes_gets_no_weights(compose):
+    cfg = compose(*SLOTS)
+    assert Builder(cfg).unweighted_loss().needs_slots and Builder(cfg).loss(None).needs_slots
+    assert_refused(lambda: Builder(compose(*CAMVID)).loss(None), "which clips do not have")

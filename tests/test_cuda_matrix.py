@@ -1,5 +1,7 @@
 """Every head, loss and adapter in training and validation on a pretended CUDA device: what each of them waits for."""
 
+from itertools import cycle, islice
+
 import pytest
 import torch
 from config_files import options, read_whole
@@ -25,6 +27,7 @@ LOVASZ = {  # of one that takes the batch as one image: which classes there are 
 WAITS = {"mask_classification": MATCHING, "lovasz": LOVASZ, "ce_lovasz": LOVASZ}
 BACKBONES = ("dino", "dinov2", "dinov2_registers", "convnext", "timm_vit", "timm_pyramid")
 QUANTISED = ("qlora", "lora_8bit")  # whose kernels bitsandbytes calls by addresses of the device's memory
+ADAPTERS = [each for each in FILES["adapter"] if each not in QUANTISED]
 
 
 def cell(head="linear", adapter="frozen", loss="cross_entropy", backbone="dinov3"):
@@ -43,6 +46,19 @@ def losses():
     return [option for option in weighted if "multilabel" not in str(found[option])]
 
 
+def combine_parts():
+    """Return (head, loss, adapter) of cells that train each of them, in few cells."""
+    mask_heads = [head for head in HEADS if "num_queries" in SMALL_HEADS.get(head, {})]
+    heads = [head for head in HEADS if head not in mask_heads]
+    pixel_losses = [loss for loss in losses() if loss != "mask_classification"]
+    count = max(len(heads), len(pixel_losses), len(ADAPTERS))
+    cells = [*islice(zip(cycle(heads), cycle(pixel_losses), cycle(ADAPTERS), strict=False), count)]
+    return cells + [(head, "mask_classification", "frozen") for head in mask_heads]
+
+
+PARTS = combine_parts()
+
+
 def check(folder, model, loss, waits, **given):
     done = train(folder, model, loss, steps=3, val_every=3, log_every=3, **given)
     assert done.error is None
@@ -54,21 +70,11 @@ def check(folder, model, loss, waits, **given):
     assert done.data_module.validations == [VALIDATION | in_validation]
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_each_head_trains_on_pretended_cuda(tmp_path, head):
-    """With bf16; the tests below of losses and adapters train in fp32."""
-    loss = "mask_classification" if "num_queries" in SMALL_HEADS.get(head, {}) else "cross_entropy"
-    check(tmp_path, *cell(head, loss=loss), WAITS.get(loss, {}), precision="bf16")
-
-
-@pytest.mark.parametrize("loss", losses())
-def test_each_loss_trains_on_pretended_cuda(tmp_path, loss):
-    check(tmp_path, *cell("mask2former" if loss == "mask_classification" else "linear", loss=loss), WAITS.get(loss, {}))
-
-
-@pytest.mark.parametrize("adapter", [each for each in FILES["adapter"] if each not in QUANTISED])
-def test_each_adapter_trains_on_pretended_cuda(tmp_path, adapter):
-    check(tmp_path, *cell(adapter=adapter), {}, ema=0.5)
+@pytest.mark.parametrize("number", range(len(PARTS)), ids=["-".join(parts) for parts in PARTS])
+def test_each_part_trains_on_pretended_cuda(tmp_path, number):
+    head, loss, adapter = PARTS[number]
+    precision = ("bf16", "fp32")[number % 2]
+    check(tmp_path, *cell(head, adapter, loss), WAITS.get(loss, {}), precision=precision, ema=0.5)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -90,17 +96,19 @@ def test_training_resumes_from_its_checkpoint_on_cuda(tmp_path, first, then):
 
 def test_every_trained_parameter_has_a_gradient():
     """DDP, which is told of no unused ones, would wait for it."""
-    cells = [{"head": head} for head in HEADS]
-    cells += [{"adapter": each} for each in FILES["adapter"] if each not in QUANTISED]
+    cells = [{"head": head, "loss": loss, "adapter": adapter} for head, loss, adapter in PARTS]
     cells += [{"adapter": "full", "backbone": each} for each in BACKBONES]
     for given in cells:
-        masks = "num_queries" in SMALL_HEADS.get(given.get("head"), {})
-        model, loss = cell(**given, loss="mask_classification" if masks else "cross_entropy")
-        model.train()
+        model, loss = cell(**given)
         batch = make_batch()
-        loss(model(batch.image), batch)[0].backward()
+        loss(model.train()(batch.image), batch)[0].backward()
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert trained and not [name for name, parameter in trained.items() if parameter.grad is None], given
+
+
+def test_every_part_is_in_a_cell():
+    heads, tried, adapters = ({*column} for column in zip(*PARTS, strict=True))
+    assert heads == {*HEADS} and tried == {*losses()} and adapters == {*ADAPTERS}
 
 
 def test_a_loss_that_waits_is_seen(tmp_path):

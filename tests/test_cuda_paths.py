@@ -104,9 +104,8 @@ def train(folder, model, loss, *, cuda=True, precision="fp32", plain=False, devi
         except UserError as caught:
             error = caught
     state = {name: getattr(value, "memory", value) for name, value in model.state_dict().items()}
-    return SimpleNamespace(
-        data_module=data_module, rows=log.rows, state=state, error=error, step=checkpoints.progress.step
-    )
+    step = checkpoints.progress.step
+    return SimpleNamespace(data_module=data_module, rows=log.rows, state=state, error=error, step=step)
 
 
 def tiny():
@@ -146,30 +145,21 @@ def test_non_finite_loss_updates_nothing_and_names_its_step(tmp_path, logged):
     assert not (tmp_path / "cut").exists() or not list((tmp_path / "cut").iterdir())
 
 
-@pytest.mark.parametrize(("at", "saved"), [(2, True), (3, False)])
-def test_failure_between_step_and_reading_saves_only_whole_steps(tmp_path, at, saved, caplog):
+class NanAtStep3(CrossEntropy):
+    steps = 0
+
+    def forward(self, prediction, batch):
+        self.steps += 1
+        value, parts = super().forward(prediction, batch)
+        return (value * math.nan if self.steps == 3 else value), parts
+
+
+@pytest.mark.parametrize(("loss", "at", "saved"), [(CrossEntropy, 2, True), (NanAtStep3, 3, False)])
+def test_failure_between_step_and_reading_saves_only_whole_steps(tmp_path, loss, at, saved, caplog):
     """The file is gone in the step after the one that nobody has read."""
-
-    def fails(batch):
-        spoil(batch) if feed_at == 2 and not seen else drop(batch)
-
-    seen: list[int] = []
-    feed_at = at
-    model, loss = tiny()
-    bad = at == 3
-    if bad:  # the loss of step 3 is no number, and step 4 has no file
-
-        class Spoiling(CrossEntropy):
-            def forward(self, prediction, batch):
-                value, parts = super().forward(prediction, batch)
-                seen.append(1)
-                return (value * math.nan if len(seen) == 3 else value), parts
-
-        loss = Spoiling(torch.ones(3))
-    else:
-        seen.append(1)
+    given = {"steps": 9, "val_every": 9, "log_every": 9, "at": at, "fails": drop}
     with caplog.at_level(logging.WARNING):
-        ended = train(tmp_path, model, loss, steps=9, val_every=9, log_every=9, at=at, fails=fails)
+        ended = train(tmp_path, tiny()[0], loss(torch.ones(3)), **given)
     assert str(ended.error) == "a file is gone"
     assert bool(list(tmp_path.glob("last*"))) == saved
     assert ("Training stopped after step 2, and that step is saved." in caplog.text) == saved

@@ -23,38 +23,26 @@ from dinoseg.api.compose import words_of
 from dinoseg.api.jobs import run_mode
 from dinoseg.api.objects import split_datasets
 from dinoseg.cli.own_keys import with_checkpoint_keys
+from dinoseg.cli.typos import check_words
 from dinoseg.config.composition import SHIPPED
 from dinoseg.config.nodes import instantiate
 from dinoseg.modes import bench as benching
 
+SMALL_RENDER = ("render.train_videos=1", "render.test_videos=1", "render.seconds=1", "render.size=[32,48]")
 SMALLER = {  # what a mode is given beside the words of its command
-    "train": (*SHORT, *CPU),
-    "eval": CPU,
+    "train": (*SHORT, *CPU, "mode.metrics_only=true"),
+    "eval": (*CPU, "mode.metrics_only=true"),
     "probe": CPU,
     "bench": (*SHORT, *CPU, "mode.steps=2", "mode.images=2", "mode.warmup=0", "mode.synthetic=true"),
     "plan": (*SHORT, *CPU),
     "predict": CPU,
     "track": CPU,
-    "render": (
-        "render.train_videos=1",
-        "render.test_videos=1",
-        "render.seconds=1",
-        "render.size=[32,48]",
-        "render.workers=1",
-    ),
+    "render": (*SMALL_RENDER, "render.workers=1"),
 }
 WRITES = {  # what a mode leaves in its run folder, or "run.log"
-    "train": "scores.json",
-    "eval": "scores.json",
-    "summary": "summary.json",
-    "probe": "probe.csv",
-    "plan": "plan.json",
-    "bench": "bench.json",
-    "score": "scores.json",
-    "doctor": "doctor.html",
-    "export": "backbone.safetensors",
-    "compare": "compare.csv",
-    "track": "track.json",
+    **{"train": "scores.json", "eval": "scores.json", "score": "scores.json", "summary": "summary.json"},
+    **{"probe": "probe.csv", "plan": "plan.json", "bench": "bench.json", "doctor": "doctor.html"},
+    **{"export": "backbone.safetensors", "compare": "compare.csv", "track": "track.json"},
 }
 EXPORTED = {"safetensors": "model.safetensors", "onnx": "model.onnx"}  # what an export writes that is not the usual one
 SERVERS = ("app", "serve")  # run until they say where they listen, asked for their start page, and stopped
@@ -71,8 +59,13 @@ ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)
 RUN = [command for command in ALL if command.startswith(OURS) and not NOT_RUN.match(command)]
 RANKS = [command for command in ALL if command.startswith("torchrun ")]
 WALK = [command for command in commands(ROOT / "docs/first_training.md") if command.startswith(f"{OURS}mode=")]
+READ_FIRST = ("README.md", "first_training.md")  # the commands and the Python of other pages are heavy
+QUICK = [command for page in PAGES if page.name in READ_FIRST for command in commands(page)]
 PYTHON = [  # that of test_own_parts.py aside, which imports files of the same page
-    (page.name, text) for page in PAGES for _, text in blocks(page, "python") if "from my_parts" not in text
+    pytest.param(page.name, text, marks=[] if page.name in READ_FIRST else [pytest.mark.heavy])
+    for page in PAGES
+    for _, text in blocks(page, "python")
+    if "from my_parts" not in text
 ]
 FIRST = {kind_of(command): command for command in reversed(RUN) if "mode=train" in command}
 ALIKE = [one for one in RUN if "mode=train" in one and one not in WALK and FIRST[kind_of(one)] != one]
@@ -114,13 +107,16 @@ def with_stand_ins(words, stand_ins):
     return [word if word.startswith(made) else pattern.sub(place, word) for word in words]
 
 
+def first_job(command):
+    """Return the words of a command, and of a sweep those of its first job."""
+    words = shlex.split(command.removeprefix(OURS))
+    return [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in words if word != "-m"] if "-m" in words else words
+
+
 def as_run(command, stand_ins):
     """Return the words of a command that is small, and of a sweep one job."""
-    words = shlex.split(command.removeprefix(OURS))
-    if "-m" in words:
-        words = [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in words if word != "-m"]
     mode = mode_of(command)
-    words = with_stand_ins(words, stand_ins)
+    words = with_stand_ins(first_job(command), stand_ins)
     if mode in ("train", "probe", "plan", "bench", "predict", "track") or (
         mode in ("eval", "summary") and "resume=" not in command
     ):
@@ -141,14 +137,17 @@ def test_the_docs_hold_commands_that_are_run():
     assert [command for command in ALL if command not in [*RUN, *RANKS] and not NOT_RUN.match(command)] == []
 
 
-ALONE = [one for one in RUN if mode_of(one) not in SERVERS and one not in [*ALIKE, *WALK]]
-LONG = ("export=onnx", "mode=plan")
-QUICK = {one for one in ALONE[::4] if not any(word in one for word in LONG)}  # the others are heavy
+def test_words_of_documented_commands_are_keys_and_options():
+    for command in RUN:
+        check_words(shlex.split(command.removeprefix(OURS)), [SHIPPED])
 
 
-@pytest.mark.parametrize(
-    "command", [pytest.param(one, marks=[] if one in QUICK else [pytest.mark.heavy]) for one in ALONE]
-)
+def parametrize_commands(tried):
+    params = [pytest.param(one, marks=[] if one in QUICK else [pytest.mark.heavy]) for one in tried]
+    return pytest.mark.parametrize("command", params)
+
+
+@parametrize_commands(one for one in RUN if mode_of(one) not in SERVERS and one not in [*ALIKE, *WALK])
 def test_documented_command_runs(command, stand_ins, tmp_path, monkeypatch):
     monkeypatch.setattr(benching, "run_in_process", in_this_process)
     done = call(tmp_path, *as_run(command, stand_ins))
@@ -165,11 +164,10 @@ def test_documented_command_runs(command, stand_ins, tmp_path, monkeypatch):
     assert "No effect here" not in done.err
 
 
-@pytest.mark.parametrize("command", ALIKE)
+@parametrize_commands(ALIKE)
 def test_a_training_like_another_is_put_together(command, compose, stand_ins):
-    words = with_stand_ins(shlex.split(command.removeprefix(OURS)), stand_ins)
-    values = [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in words if word != "-m"]
-    cfg = compose(*with_checkpoint_keys([*values, *small_model(values), *CPU], [SHIPPED]))
+    words = with_stand_ins(first_job(command), stand_ins)
+    cfg = compose(*with_checkpoint_keys([*words, *small_model(words), *CPU], [SHIPPED]))
     instantiate(cfg.mode.check)(cfg)
 
 
@@ -177,13 +175,8 @@ def test_a_training_like_another_is_put_together(command, compose, stand_ins):
 @pytest.mark.parametrize("command", [one for one in RUN if mode_of(one) in SERVERS])
 def test_a_server_answers_and_stops(command, stand_ins, tmp_path):
     words = [*with_stand_ins(shlex.split(command.removeprefix(OURS)), stand_ins), *CPU, "mode.port=0"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "dinoseg", *words],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    server = subprocess.Popen([sys.executable, "-m", "dinoseg", *words], cwd=tmp_path, **streams)
     try:
         said = next(found[0] for line in server.stdout if (found := re.search(r"http://[\w.:\[\]]+", line)))
         with urllib.request.urlopen(f"{said}/health", timeout=300) as answer:
@@ -199,9 +192,7 @@ def test_a_server_answers_and_stops(command, stand_ins, tmp_path):
 def test_documented_ranks_run(command, stand_ins, tmp_path):
     launcher, _, words = command.partition(" -m dinoseg ")
     program = [str(Path(sys.executable).with_name("torchrun")), *shlex.split(launcher)[1:], "-m", "dinoseg"]
-    done = subprocess.run(
-        [*program, *as_run(words, stand_ins)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*program, *as_run(words, stand_ins)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "pixel accuracy" in done.stdout, done.stderr
 
 
@@ -269,7 +260,7 @@ class LightningTrainer:
 
 
 def test_lightning_example_trains_by_its_hooks(stand_ins, tmp_path, monkeypatch):
-    code = next(code for _, code in PYTHON if "import lightning" in code)
+    code = next(each.values[1] for each in PYTHON if "import lightning" in each.values[1])
     names = {"LightningModule": torch.nn.Module, "Trainer": LightningTrainer}
     monkeypatch.setitem(sys.modules, "lightning", SimpleNamespace(**names))
     monkeypatch.chdir(tmp_path)

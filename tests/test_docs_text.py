@@ -37,15 +37,13 @@ def test_each_promise_names_a_test():
 
 def test_each_promise_of_the_servers_has_a_state_and_a_test():
     text = (ROOT / "docs/security.md").read_text()
-    rows = [
-        line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ") and "| test |" not in line
-    ]
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "| test |" not in line]
+    rows = [line.strip("|").split("|") for line in lines]
     assert len(rows) >= 25
     for promise, state, tests in rows:
         named = re.findall(r"`(tests/[^`:]+)::(\w+)`", tests)
         assert re.match(" (kept|new|proxy|withdrawn)", state) and (named or "proxy" in state or "withdrawn" in state)
-        for file, name in named:
-            assert f"def {name}(" in (ROOT / file).read_text(), promise
+        assert all(f"def {name}(" in (ROOT / file).read_text() for file, name in named), promise
 
 
 def test_make_targets_exist():
@@ -55,15 +53,16 @@ def test_make_targets_exist():
     assert named and named <= targets
 
 
+FENCE = re.compile(r"^ *```.*?^ *```", flags=re.S | re.M)
+
+
 def without_code(page):
-    return re.sub(r"^ *```.*?^ *```|`[^`\n]*`", "", page.read_text(), flags=re.S | re.M)
+    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text()))
 
 
 def anchors(page):
     """Return the anchors of a page's headings, where GitHub's and those of the site's are the same."""
-    headings = re.findall(
-        r"^#+ +(.+)$", re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.S | re.M), flags=re.M
-    )
+    headings = re.findall(r"^#+ +(.+)$", FENCE.sub("", page.read_text()), flags=re.M)
     plain = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
     return {re.sub(r"\s", "-", text) for text in plain} & {re.sub(r"[-\s]+", "-", text) for text in plain}
 
@@ -88,11 +87,8 @@ def test_every_page_is_once_in_the_navigation_and_the_contents():
     assert sorted(re.findall(r"[\w/]+\.md", navigation)) == sorted(pages) and len(pages) > 10
     links = [link for link in LINK.findall((ROOT / "docs/index.md").read_text()) if link.endswith(".md")]
     assert sorted(["index.md", *links]) == sorted(pages)
-
-
-def test_index_of_log_names_each_log_page():
-    links = LINK.findall((ROOT / "docs/log/index.md").read_text().split("## ")[0])
-    assert sorted([link for link in links if "/" not in link]) == [path.name for path in LOG if path.stem != "index"]
+    of_log = LINK.findall((ROOT / "docs/log/index.md").read_text().split("## ")[0])
+    assert sorted(link for link in of_log if "/" not in link) == [path.name for path in LOG if path.stem != "index"]
 
 
 @pytest.mark.parametrize("page", [path for path in LOG if path.stem != "index"], ids=lambda page: page.stem)
@@ -103,21 +99,15 @@ def test_log_entries_with_commands_name_date_and_version(page):
     assert any(stamp.search(entry) for entry in entries)
 
 
-def test_pages_of_results_are_short():
+def test_pages_of_results_are_short_and_name_existing_scripts():
     for name in ("results", "performance"):
-        text = re.sub(r"^```.*?^```", "", (ROOT / f"docs/{name}.md").read_text(), flags=re.S | re.M)
+        text = FENCE.sub("", (ROOT / f"docs/{name}.md").read_text())
         assert len(re.findall(r"[^\s|]*\w[^\s|]*", text)) <= 900, f"{name}.md: move measurements to docs/log"
-
-
-def test_page_of_performance_names_scripts_that_exist():
     scripts = set(re.findall(r"`(\w+\.py)", (ROOT / "docs/performance.md").read_text()))
     missing = [name for name in scripts if not (ROOT / "benchmarks" / name).is_file()]
     assert missing == [] and len(scripts) > 10
-
-
-def test_the_readme_is_short_and_leads_to_the_contents():
-    text = re.sub(r"^```.*?^```", "", (ROOT / "README.md").read_text(), flags=re.S | re.M)
-    assert len(text.split()) <= 500 and "docs/index.md" in LINK.findall(text)
+    readme = FENCE.sub("", (ROOT / "README.md").read_text())
+    assert len(readme.split()) <= 500 and "docs/index.md" in LINK.findall(readme)
 
 
 def test_config_page_names_all_groups_and_existing_options():

@@ -15,6 +15,7 @@ from dinoseg.core.geometry import (
     upsample_tile,
     valid_share,
 )
+from dinoseg.core.sizes import evenly_spaced
 
 
 def reference(grid, size, valid):
@@ -36,7 +37,7 @@ def reference(grid, size, valid):
 
 def test_upsample_agrees_with_the_explicit_formula_at_any_size():
     draw = random.Random(0)
-    for _ in range(1500):
+    for _ in range(500):
         patch = draw.choice([8, 14, 16])
         image = (draw.randint(1, 120), draw.randint(1, 120))
         longest = draw.choice([20, 200])  # the short ones are often as long as the grid
@@ -50,7 +51,7 @@ def test_upsample_agrees_with_the_explicit_formula_at_any_size():
 
 def test_spans_are_the_rows_of_upsample_in_runs():
     draw = random.Random(1)
-    for _ in range(300):
+    for _ in range(150):
         image, length, at_once = draw.randint(1, 60), draw.randint(1, 90), draw.randint(1, 40)
         cells, (share, _) = -(-image // 8), valid_share((image, 1), 8)
         grid = torch.randn(1, 1, cells, 1, dtype=torch.float64)
@@ -104,14 +105,10 @@ def test_tile_aligned_with_cells_has_its_own_memory(size):
     assert read.any()
 
 
-def test_a_run_that_reads_few_cells_is_one_product():
-    grid = torch.empty(1)
-    assert not spans(480, 30, 1.0, 480, grid)[0].pieces
-    assert [piece.weights.shape[1] for piece in spans(480, 240, 1.0, 480, grid)[0].pieces] == [49, 50, 50, 50, 49]
-
-
 def test_resizing_is_split_into_pieces_only_on_a_cpu():
     grid = torch.empty(1)
+    assert not spans(480, 30, 1.0, 480, grid)[0].pieces  # few cells are read: one product
+    assert [piece.weights.shape[1] for piece in spans(480, 240, 1.0, 480, grid)[0].pieces] == [49, 50, 50, 50, 49]
     assert [len(piece.weights) for piece in spans(150, 140, 1.0, 150, grid)[0].pieces] == [64, 64, 22]
     assert not spans(64, 60, 1.0, 64, grid)[0].pieces
     half = spans(480, 480, 0.5, 480, grid)[0].pieces  # the pixels lie on half of the cells
@@ -124,6 +121,8 @@ def test_upsample_of_an_unpadded_grid_is_interpolate():
     grid = torch.randn(2, 3, 7, 9)
     expected = F.interpolate(grid, (56, 72), mode="bilinear")
     torch.testing.assert_close(upsample(grid, (56, 72), (1.0, 1.0)), expected)
+    pixels = torch.randn(1, 2, 48, 64)  # cropped, and otherwise untouched
+    assert torch.equal(upsample(pixels, (45, 61), valid_share((45, 61), 16)), pixels[..., :45, :61])
 
 
 def test_maps_are_joined_on_the_finest_grid():
@@ -131,11 +130,6 @@ def test_maps_are_joined_on_the_finest_grid():
     joined = concatenate([coarse, fine])
     assert torch.equal(joined[:, 5:], fine)
     torch.testing.assert_close(joined[:, :5], upsample(coarse, (8, 12), (1.0, 1.0)))
-
-
-def test_upsample_crops_pixel_outputs_without_touching_them():
-    pixels = torch.randn(1, 2, 48, 64)
-    assert torch.equal(upsample(pixels, (45, 61), valid_share((45, 61), 16)), pixels[..., :45, :61])
 
 
 @pytest.mark.parametrize("size", [(56, 72), (61, 90), (7, 90)], ids=["whole", "scaled", "one axis"])
@@ -180,3 +174,19 @@ def rows_of(length, wanted):
     centres = (torch.arange(wanted, dtype=torch.float64) + 0.5) * length / wanted
     weights = (1 - (torch.arange(length) + 0.5 - centres[:, None]).abs() / scale).clamp(min=0)
     return weights / weights.sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "indices"),
+    [(0, 3, []), (1, 3, [0]), (5, 1, [0]), (5, 2, [0, 4]), (5, 3, [0, 2, 4]), (101, 5, [0, 25, 50, 75, 100])],
+)
+def test_evenly_spaced_indices(length, count, indices):
+    assert evenly_spaced(length, count) == indices
+
+
+def test_evenly_spaced_indices_differ_and_reach_both_ends():
+    for length in range(2, 40):
+        for count in range(2, 50):
+            found = evenly_spaced(length, count)
+            assert found == sorted({*found}) and len(found) == min(count, length)
+            assert (found[0], found[-1]) == (0, length - 1)

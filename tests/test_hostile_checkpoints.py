@@ -98,8 +98,7 @@ def test_every_mode_refuses_targets_in_a_checkpoint(where, sound, mode):
 def test_non_finite_weights_are_refused(where, sound):
     name = "model/head.classify.weight"
     path = write_tampered(where, sound, {}, {name: torch.full_like(sound.tensors[name], float("nan"))})
-    export = ("mode=export", f"resume={path}", "engine=cpu")
-    refused = call(where, *export)
+    refused = call(where, "mode=export", f"resume={path}", "engine=cpu")
     assert refused.status == 1 and "hold NaN or infinity" in refused.err
 
 
@@ -110,7 +109,6 @@ def test_a_sound_file_is_accepted(where, sound):
 
 def test_dangling_interpolation_with_a_checkpoint_is_one_message(where):
     done = call(where, "mode=export", "resume=outputs/base/one", "engine=cpu", "head.layers=${.x}")
-    assert done.status == 1 and done.err.startswith("error: resume=") and "backbone.layers" in done.err, (
-        done.err
-    )  # which points to it
+    assert done.status == 1 and done.err.startswith("error: resume="), done.err
+    assert "backbone.layers" in done.err  # which points to it
     assert "Interpolation" not in done.err and "has no usable value" in done.err

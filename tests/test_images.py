@@ -3,31 +3,29 @@
 import os
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
 import tifffile
 import torch
+from image_files import png_chunk, tiff_file
+from mistakes import assert_refused
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dinoseg.inference.large import open_rows
 from dinoseg.utils import images
-from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import as_rgb, is_turned, read_ids, read_image, read_size
 
 
 def write_png(path, bits, kind, row):
     """Write a PNG of one row of packed bytes; kind is IHDR's colour type."""
-
-    def chunk(tag, data):
-        return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
-
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
     header = struct.pack(">IIBBBBB", 8 * len(row) // bits // channels, 1, bits, kind, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"PLTE", bytes(range(200, 248)) if kind == 3 else b"")]
-    chunks += [(b"IDAT", zlib.compress(b"\0" + bytes(row))), (b"IEND", b"")]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks if each[1] or each[0] == b"IEND"))
+    palette = png_chunk(b"PLTE", bytes(range(200, 248))) if kind == 3 else b""
+    pixels = png_chunk(b"IDAT", zlib.compress(b"\0" + bytes(row)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + palette + pixels + png_chunk(b"IEND", b""))
     return path
 
 
@@ -35,73 +33,76 @@ def write_tiff(path, bits, sample, data, *, order="<", photometric=1):
     """Write a TIFF of one row; sample is 1 unsigned, 2 signed, 3 float, photometric 0 for white is zero."""
     tags = [(256, 3, 8 * len(data) // bits), (257, 3, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric)]
     tags += [(273, 4, 8), (277, 3, 1), (278, 3, 1), (279, 4, len(data)), (339, 3, sample)]
-    start = b"II*\0" if order == "<" else b"MM\0*"
-    held = start + struct.pack(f"{order}I", 8 + len(data)) + data + struct.pack(f"{order}H", len(tags))
-    for tag, kind, value in tags:
-        number = struct.pack(f"{order}HH", value, 0) if kind == 3 else struct.pack(f"{order}I", value)
-        held += struct.pack(f"{order}HHI", tag, kind, 1) + number
-    path.write_bytes(held + bytes(4))
+    path.write_bytes(tiff_file([(tag, kind, 1, value) for tag, kind, value in tags], data, order))
     return path
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_tiff_numbers_are_as_stored_in_either_byte_order(tmp_path, order):
-    for bits, sample, code, numbers in (
+@pytest.mark.parametrize(
+    ("bits", "sample", "code", "numbers"),
+    [
         (16, 1, "H", [1, 2, 300, 65535]),
         (16, 2, "h", [1, -1, 300, 4]),
         (32, 2, "i", [1, 2, 70000, -4]),
         (32, 1, "I", [1, 2, 2**31 + 5, 2**32 - 1]),
         (8, 1, "B", [0, 3, 254, 255]),
         (8, 2, "b", [1, -1, 3, 4]),
-    ):
-        data = struct.pack(f"{order}4{code}", *numbers)
-        ids = read_ids(write_tiff(tmp_path / "a.tif", bits, sample, data, order=order))
-        assert ids.tolist() == [numbers] and ids.dtype.isnative and ids.dtype.kind in "iu"
+    ],
+)
+def test_tiff_numbers_are_as_stored_in_either_byte_order(tmp_path, order, bits, sample, code, numbers):
+    data = struct.pack(f"{order}4{code}", *numbers)
+    ids = read_ids(write_tiff(tmp_path / "a.tif", bits, sample, data, order=order))
+    assert ids.tolist() == [numbers] and ids.dtype.isnative and ids.dtype.kind in "iu"
 
 
-def test_grey_files_of_few_bits_are_not_stretched(tmp_path):
-    assert read_ids(write_png(tmp_path / "a.png", 4, 0, [0x12, 0x34])).tolist() == [[1, 2, 3, 4]]
-    assert read_ids(write_png(tmp_path / "b.png", 4, 0, [0x0F])).tolist() == [[0, 15]]
-    assert read_ids(write_png(tmp_path / "c.png", 2, 0, [0b00011011])).tolist() == [[0, 1, 2, 3]]
-    assert read_ids(write_png(tmp_path / "d.png", 1, 0, [0b00011011])).tolist() == [[0, 0, 0, 1, 1, 0, 1, 1]]
-    assert read_ids(write_png(tmp_path / "e.png", 4, 3, [0x12, 0x34])).tolist() == [[1, 2, 3, 4]]
-    assert read_ids(write_tiff(tmp_path / "f.tif", 4, 1, bytes([0x12, 0x34]))).tolist() == [[1, 2, 3, 4]]
-    assert read_image(tmp_path / "a.png")[0, :, 0].tolist() == [17, 34, 51, 68]  # of a picture it is the shade
+@pytest.mark.parametrize(
+    ("bits", "kind", "row", "ids"),
+    [
+        (4, 0, [0x12, 0x34], [1, 2, 3, 4]),
+        (4, 0, [0x0F], [0, 15]),
+        (2, 0, [0b00011011], [0, 1, 2, 3]),
+        (1, 0, [0b00011011], [0, 0, 0, 1, 1, 0, 1, 1]),
+        (4, 3, [0x12, 0x34], [1, 2, 3, 4]),
+        (16, 0, [1, 44, 0, 7], [300, 7]),
+        (8, 4, [3, 255], [3]),  # alpha is dropped
+    ],
+)
+def test_grey_png_files_are_not_stretched(tmp_path, bits, kind, row, ids):
+    assert read_ids(write_png(tmp_path / "a.png", bits, kind, row)).tolist() == [ids]
 
 
-def test_16_bit_grey_keeps_its_numbers_and_alpha_is_dropped(tmp_path):
-    assert read_ids(write_png(tmp_path / "a.png", 16, 0, [1, 44, 0, 7])).tolist() == [[300, 7]]
+def test_grey_tiff_files_of_few_bits_and_shades_of_images(tmp_path):
+    assert read_ids(write_tiff(tmp_path / "a.tif", 4, 1, bytes([0x12, 0x34]))).tolist() == [[1, 2, 3, 4]]
+    assert read_image(write_png(tmp_path / "a.png", 4, 0, [0x12, 0x34]))[0, :, 0].tolist() == [17, 34, 51, 68]
     Image.fromarray(np.array([[[5, 6, 7, 9]]], np.uint8)).save(tmp_path / "b.png")
     assert read_ids(tmp_path / "b.png").tolist() == [[[5, 6, 7]]]
-    assert read_ids(write_png(tmp_path / "c.png", 8, 4, [3, 255])).tolist() == [[3]]
 
 
-def test_files_that_do_not_preserve_ids_are_refused_by_kind(tmp_path):
-    Image.new("CMYK", (4, 4)).save(tmp_path / "cmyk.jpg")
-    for path, kind in (
-        (write_tiff(tmp_path / "float.tif", 32, 3, struct.pack("<4f", 1, 2, 300, 4)), "floating-point numbers"),
-        (write_tiff(tmp_path / "white.tif", 8, 1, bytes([1, 2, 3]), photometric=0), "0 as white"),
-        (write_png(tmp_path / "deep.png", 16, 2, [0, 1, 0, 1, 0, 1]), "RGB;16B"),
-        (write_png(tmp_path / "alpha.png", 16, 4, [0, 1, 255, 255]), "LA;16B"),
-        (tmp_path / "cmyk.jpg", "CMYK"),
-    ):
-        with pytest.raises(UserError) as error:
-            read_ids(path)
-        text = str(error.value)
-        assert text.startswith(f"{path} has a format that does not preserve ids") and kind in text
-        assert "Save it as a grey PNG" in text and "truncated" not in text
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (lambda path: write_tiff(path, 32, 3, struct.pack("<4f", 1, 2, 300, 4)), "floating-point numbers"),
+        (lambda path: write_tiff(path, 8, 1, bytes([1, 2, 3]), photometric=0), "0 as white"),
+        (lambda path: write_png(path, 16, 2, [0, 1, 0, 1, 0, 1]), "RGB;16B"),
+        (lambda path: write_png(path, 16, 4, [0, 1, 255, 255]), "LA;16B"),
+        (lambda path: Image.new("CMYK", (4, 4)).save(path, "JPEG"), "CMYK"),
+    ],
+)
+def test_files_that_do_not_preserve_ids_are_refused_by_kind(tmp_path, write, kind):
+    path = tmp_path / "a"
+    write(path)
+    remedy = "Save it as a grey PNG"
+    text = assert_refused(lambda: read_ids(path), f"{path} has a format that does not preserve ids", kind, remedy)
+    assert "truncated" not in text
 
 
 def test_masks_and_rgb_images_of_several_pages_are_refused(tmp_path):
     pages = [Image.new("L", (5, 4), level) for level in (0, 1, 1)]
     for name in ("a.tif", "a.png"):
         pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
-    with pytest.raises(UserError, match=r"a.tif has 3 pages.*data.pixels.order=\[0,1,2\]"):
-        read_image(tmp_path / "a.tif")
-    with pytest.raises(UserError, match="a.tif has 3 pages.*task=multilabel"):
-        read_ids(tmp_path / "a.tif")
-    with pytest.raises(UserError, match="a.png has 3 frames"):
-        read_ids(tmp_path / "a.png")
+    assert_refused(lambda: read_image(tmp_path / "a.tif"), "a.tif has 3 pages", "data.pixels.order=[0,1,2]")
+    assert_refused(lambda: read_ids(tmp_path / "a.tif"), "a.tif has 3 pages", "task=multilabel")
+    assert_refused(lambda: read_ids(tmp_path / "a.png"), "a.png has 3 frames")
     assert read_size(tmp_path / "a.tif") == (4, 5)
 
 
@@ -111,15 +112,11 @@ def test_volumes_and_incomplete_palettes_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", volume, **options)
     colors = (320, "H", 3 * 4, tuple(range(0, 3 * 4 * 256, 256)), True)
     tifffile.imwrite(tmp_path / "b.tif", np.uint8([[0, 3, 4]]), photometric="minisblack", extratags=[colors])
-    data = (tmp_path / "b.tif").read_bytes()
-    (tmp_path / "b.tif").write_bytes(
-        data.replace(struct.pack("<HHIH", 262, 3, 1, 1), struct.pack("<HHIH", 262, 3, 1, 3))
-    )
+    grey, palette = (struct.pack("<HHIH", 262, 3, 1, photometric) for photometric in (1, 3))
+    (tmp_path / "b.tif").write_bytes((tmp_path / "b.tif").read_bytes().replace(grey, palette))
     for read in (read_image, read_ids):
-        with pytest.raises(UserError, match="volume of 2 slices.*Save each slice"):
-            read(tmp_path / "a.tif")
-    with pytest.raises(UserError, match=r"b\.tif.*index 4"):
-        read_image(tmp_path / "b.tif")
+        assert_refused(partial(read, tmp_path / "a.tif"), "volume of 2 slices", "Save each slice")
+    assert_refused(lambda: read_image(tmp_path / "b.tif"), "b.tif", "index 4")
 
 
 def test_reduced_copies_in_tiff_files_are_left_out(tmp_path):
@@ -136,17 +133,13 @@ def test_unreadable_file_is_refused_with_its_reason(tmp_path, monkeypatch):
     Image.fromarray(np.random.default_rng(0).integers(0, 99, (40, 40), np.uint8)).save(tmp_path / "part.png")
     (tmp_path / "part.png").write_bytes((tmp_path / "part.png").read_bytes()[:900])
     for read in (read_ids, read_image, read_size):
-        with pytest.raises(UserError, match="File not found: .*none.png. Check the path"):
-            read(tmp_path / "none.png")
-        with pytest.raises(UserError, match=r"\S+ is a folder\. Put a file there"):
-            read(tmp_path)
+        assert_refused(partial(read, tmp_path / "none.png"), "File not found: ", "none.png. Check the path")
+        assert_refused(partial(read, tmp_path), " is a folder. Put a file there")
         with monkeypatch.context() as patch:
             patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-            with pytest.raises(UserError, match="it is too large .*Reduce or split it") as error:
-                read(tmp_path / "a.png")
-            assert "truncated" not in str(error.value)
-    with pytest.raises(UserError, match="It is truncated or not an image: replace or remove it"):
-        read_ids(tmp_path / "part.png")
+            text = assert_refused(partial(read, tmp_path / "a.png"), "it is too large ", "Reduce or split it")
+            assert "truncated" not in text
+    assert_refused(lambda: read_ids(tmp_path / "part.png"), "It is truncated or not an image: replace or remove it")
 
 
 def test_sixteen_bit_grey_images_are_scaled_with_one_warning(tmp_path, caplog):
@@ -161,13 +154,11 @@ def test_sixteen_bit_grey_images_are_scaled_with_one_warning(tmp_path, caplog):
     said = f"16-bit images, such as {tmp_path / 'deep.png'}, are scaled from 0..65535 to 0..255"
     assert caplog.text.count("16-bit images") == caplog.text.count(said) == 1
     Image.fromarray(levels.astype(np.int32) - 1).save(tmp_path / "odd.tif")
-    with pytest.raises(UserError, match=r"odd\.tif holds values from -1 to 65534, .*data.pixels.value_range"):
-        read_image(tmp_path / "odd.tif")
+    remedy = "data.pixels.value_range"
+    assert_refused(lambda: read_image(tmp_path / "odd.tif"), "odd.tif holds values from -1 to 65534, ", remedy)
     Image.fromarray(levels.astype(np.float32)).save(tmp_path / "real.tif")
-    with pytest.raises(
-        UserError, match=r"real\.tif holds floating-point values.*data.channels=1.*data.pixels.value_range"
-    ):
-        read_image(tmp_path / "real.tif")
+    words = ("real.tif holds floating-point values", "data.channels=1", remedy)
+    assert_refused(lambda: read_image(tmp_path / "real.tif"), *words)
 
 
 def test_file_without_read_permission_is_refused(tmp_path, monkeypatch):
@@ -179,9 +170,9 @@ def test_file_without_read_permission_is_refused(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(UserError, match="a.png: permission denied. Give your user read permission") as error:
-        read_ids(tmp_path / "a.png")
-    assert "truncated" not in str(error.value)
+    remedy = "Give your user read permission"
+    text = assert_refused(lambda: read_ids(tmp_path / "a.png"), "a.png: permission denied. ", remedy)
+    assert "truncated" not in text
 
 
 def test_twelve_bit_grey_images_are_scaled_by_their_white_level(tmp_path, caplog):
@@ -194,8 +185,7 @@ def test_twelve_bit_grey_images_are_scaled_by_their_white_level(tmp_path, caplog
 
 def test_fractions_that_pillow_does_not_know_are_no_damage(tmp_path):
     write_tiff(tmp_path / "a.tif", 64, 3, np.ones(4).tobytes())
-    with pytest.raises(UserError, match="holds floating-point values of unknown range"):
-        read_image(tmp_path / "a.tif")
+    assert_refused(lambda: read_image(tmp_path / "a.tif"), "holds floating-point values of unknown range")
 
 
 def test_a_palette_with_shades_of_transparency_gives_its_colours(tmp_path):
@@ -239,9 +229,8 @@ def save_with_orientation(path, image, orientation, carrier):
     if orientation and carrier in BEHIND:
         text = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp.encode()
         name, data = (b"eXIf", exif.tobytes()[6:]) if carrier.startswith("exif") else (b"iTXt", text)
-        chunk = struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         whole = path.read_bytes()
-        path.write_bytes(whole[:-12] + chunk + whole[-12:])
+        path.write_bytes(whole[:-12] + png_chunk(name, data) + whole[-12:])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from command_line import SMALL, call, write_data
@@ -20,64 +21,60 @@ from dinoseg.utils.interrupt import Interrupted
 NAMED = Path("outputs/base/eval_2026-01-02_03-04-05")
 
 
+QUIET = ("mode.metrics_only=true", "mode.report=false")
+MACHINE = ("engine=cpu", "engine.workers=0", *QUIET)
+
+
+def succeed(folder, *words):
+    """Run a command, which must succeed, and return its log."""
+    done = call(folder, *words)
+    assert done.status == 0, done.err
+    return done.err
+
+
 def test_evaluation_folder_is_below_its_recipe(tmp_path):
     write_data(tmp_path / "data")
-    words = ("mode=train", "hparam=camvid", *SMALL, "mode.metrics_only=true", "mode.report=false")
-    done = call(tmp_path, *words, "hydra.run.dir=run")
-    assert done.status == 0, done.err
-    words = ("mode=eval", "resume=run", "engine=cpu", "engine.workers=0", "mode.metrics_only=true", "mode.report=false")
-    done = call(tmp_path, *words)
-    assert done.status == 0, done.err
+    succeed(tmp_path, "mode=train", "hparam=camvid", *SMALL, *QUIET, "hydra.run.dir=run")
+    words = ("mode=eval", "resume=run", "seed=3", *MACHINE)
+    assert "resumes with" not in succeed(tmp_path, *words)
     assert len(list(tmp_path.glob("outputs/camvid/eval_*"))) == 1
     assert [path.name for path in (tmp_path / "outputs").iterdir() if path.name[0] != "."] == ["camvid"]
-    named = "outputs/camvid/eval_2026-01-02_03-04-05"  # as two are that begin in one second
-    for folder in (named, f"{named}_2"):
-        done = call(tmp_path, *words, f"hydra.run.dir={named}")
-        assert done.status == 0 and "another run" not in done.err and (tmp_path / folder).is_dir(), done.err
-    mine = tmp_path / f"{named}_mine"
-    mine.mkdir()
-    (mine / "run.log").touch()
-    (mine / "metrics.csv").touch()  # of a run that has done something
-    done = call(tmp_path, *words, f"hydra.run.dir={named}_mine")
-    assert done.status == 0, done.err
-    assert re.search(r"_mine holds another run: this one is written to \S*_mine_2\n", done.err), done.err
-
-
-LISTED = "resume=.*last.safetensors: resumes with (.*)"
+    named = "outputs/camvid/eval_2026-01-02_03-04-05"  # as of two that begin in one second
+    for folder, is_reported in ((named, False), (f"{named}_mine", True)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "run.log").touch()
+        (tmp_path / folder / "metrics.csv").touch()  # of a run that has done something
+        log = succeed(tmp_path, *words, f"hydra.run.dir={folder}")
+        message = rf"{folder} holds another run: this one is written to \S*{folder}_2\n"
+        assert bool(re.search(message, log)) == ("another run" in log) == is_reported, log
+        assert (tmp_path / f"{folder}_2/scores.json").is_file()
 
 
 def test_occupied_folder_and_resumed_checkpoint_are_logged(tmp_path):
     write_data(tmp_path / "data")
-    quiet = ("mode.metrics_only=true", "mode.report=false")
-    words = ("mode=train", *SMALL, *quiet, "resolution.crop=32", "data.on_error=stop")
-    first, taken = (call(tmp_path, *words, "hydra.run.dir=run") for _ in range(2))
-    assert first.status == taken.status == 0 and "another run" not in first.err, first.err
-    assert re.search(r"\S*run holds another run: this one is written to \S*run_2\n", taken.err)
-    small = ("engine=cpu", "engine.workers=0", *quiet)
-    logged = []
+    words = ("mode=train", *SMALL, *QUIET, "resolution.crop=32", "data.on_error=stop", "trainer.steps=1")
+    assert "another run" not in succeed(tmp_path, *words, "hydra.run.dir=run")
+    log = succeed(tmp_path, *words, "hydra.run.dir=run")
+    assert re.search(r"\S*run holds another run: this one is written to \S*run_2\n", log)
+    logged, listed = [], "resume=.*last.safetensors: resumes with (.*)"
 
     def resumes_with(*words):
-        done = call(tmp_path, "mode=train", *words)
-        assert done.status == 0, done.err
-        found = re.findall(rf"\d\d:\d\d:\d\d INFO {LISTED}", done.err)
+        found = re.findall(rf"\d\d:\d\d:\d\d INFO {listed}", succeed(tmp_path, "mode=train", "resume=run", *words))
         logged.extend(found)
-        assert re.findall(LISTED, (tmp_path / "run/run.log").read_text()) == logged
+        assert re.findall(listed, (tmp_path / "run/run.log").read_text()) == logged
         return found
 
-    assert resumes_with(*words, "resume=run") == []  # all that is typed is as it was
-    assert resumes_with(
-        "resume=run", "optim.optimizer.lr=0.5", "trainer.steps=3", "seed=0", "data.root=./data", *small
-    ) == ["optim.optimizer.lr=0.5 instead of null, trainer.steps=3 instead of 2"]
-    betas = "optim.optimizer.betas=[0.5,0.9]"
-    assert resumes_with("resume=run", betas, "data.on_error=skip", "inference=windows", "trainer.steps=4", *small) == [
-        f"{betas} instead of [0.9,0.999], data.on_error=skip instead of stop, inference=windows instead of auto, "
-        "trainer.steps=4 instead of 3"
+    assert resumes_with(*words) == []  # all that is typed is as it was
+    assert resumes_with("optim.optimizer.lr=0.5", "trainer.steps=2", "seed=0", "data.root=./data", *MACHINE) == [
+        "optim.optimizer.lr=0.5 instead of null, trainer.steps=2 instead of 1"
     ]
-    used = call(tmp_path, "mode=eval", "resume=run", "seed=3", *small)
-    assert used.status == 0 and "resumes with" not in used.err, used.err
+    betas = "optim.optimizer.betas=[0.5,0.9]"
+    assert resumes_with(betas, "data.on_error=skip", "inference=windows", "trainer.steps=3", *MACHINE) == [
+        f"{betas} instead of [0.9,0.999], data.on_error=skip instead of stop, inference=windows instead of auto, "
+        "trainer.steps=3 instead of 2"
+    ]
     (tmp_path / "run").rename(tmp_path / "gone")
-    said = call(tmp_path, "mode=eval", "resume=run", *small).err
-    assert "your runs are below outputs/." in said
+    assert "your runs are below outputs/." in call(tmp_path, "mode=eval", "resume=run", *MACHINE).err
 
 
 @pytest.mark.parametrize("recipe", ["../../elsewhere", "/tmp", "a/b", "..", "", 3, None])
@@ -85,9 +82,9 @@ def test_invalid_recipe_name_does_not_change_the_folder(recipe):
     assert _below_recipe(NAMED, "base", recipe) == NAMED
 
 
-def test_folder_named_by_the_user_is_unchanged():
-    for folder in (Path("mine"), Path("outputs/base/mine"), NAMED / "0", NAMED.with_name(f"{NAMED.name}_mine")):
-        assert _below_recipe(folder, "base", "person") == folder
+@pytest.mark.parametrize("folder", [Path("mine"), Path("outputs/base/mine"), NAMED / "0", Path(f"{NAMED}_mine")])
+def test_folder_named_by_the_user_is_unchanged(folder):
+    assert _below_recipe(folder, "base", "person") == folder
     assert _below_recipe(NAMED, "base", "person") == Path("outputs/person") / NAMED.name
 
 
@@ -125,11 +122,8 @@ def test_other_ranks_use_config_and_folder_of_the_first(second_rank, tmp_path, m
     monkeypatch.setattr(launch, "_share_job", lambda *_: launch.JobStart(merged, first))
     launch.will_make(mine)
     mine.mkdir()  # Hydra has
-    assert launch.launch(second_rank, mine, []) == ({"ids": {1: 0}}, first) and not list(tmp_path.iterdir())
-
-
-def test_other_ranks_write_no_files(second_rank, tmp_path):
-    assert launch.launch(second_rank, tmp_path / "run", []) == tmp_path / "run" and not list(tmp_path.iterdir())
+    assert launch.launch(second_rank, mine, []) == ({"ids": {1: 0}}, first)
+    assert not list(tmp_path.iterdir())  # other ranks write no files
 
 
 def test_a_rank_of_torchrun_keeps_to_its_share_of_the_processors(second_rank, tmp_path, monkeypatch):
@@ -149,10 +143,7 @@ def test_single_process_uses_the_default_threads_of_torch(second_rank, tmp_path,
 
 
 def test_only_the_first_rank_reports_saved_results(second_rank, tmp_path, monkeypatch):
-    def stop(cfg, folder):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(launch, "run_mode", stop)
+    monkeypatch.setattr(launch, "run_mode", Mock(side_effect=KeyboardInterrupt))
     for rank, said in (("1", ""), ("0", "this run has saved nothing")):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(Interrupted) as stopped:
@@ -169,15 +160,11 @@ def test_worker_process_can_resolve_the_config_of_a_job():
 
 def test_out_of_memory_error_preserves_its_cause(second_rank, tmp_path, monkeypatch):
     error = MemoryError()
-
-    def short(cfg, folder):
-        raise error
-
-    monkeypatch.setattr(launch, "run_mode", short)
+    monkeypatch.setattr(launch, "run_mode", Mock(side_effect=error))
     with pytest.raises(UserError, match="Out of memory") as raised:
         launch.launch(second_rank, tmp_path / "run", [])
     assert raised.value.__cause__ is error
-    error = RuntimeError("shapes cannot be multiplied")
+    monkeypatch.setattr(launch, "run_mode", Mock(side_effect=RuntimeError("shapes cannot be multiplied")))
     with pytest.raises(RuntimeError, match="shapes"):
         launch.launch(second_rank, tmp_path / "run", [])
 

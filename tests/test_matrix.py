@@ -1,12 +1,12 @@
 """Every backbone family with every adapter and every head: trains, saves, loads and predicts, or is refused.
 
-Every test run tries each of them in two cells or more, the heavy ones each pair of them and all other cells.
+Every test run tries each of them in two cells or more, the heavy ones each pair of them in two cells or more.
 """
 
 import re
 import traceback
 from collections import Counter
-from itertools import zip_longest
+from itertools import combinations, product, zip_longest
 
 import pytest
 import torch
@@ -38,11 +38,13 @@ HEADS = [option for option, file in FILES["head"].items() if "num_classes" in fi
 KNOWN_HEADS = {*SMALL_HEADS, "linear", "multiscale", "mlp"}  # those of which `refusal` knows all, and the backbones
 KNOWN_BACKBONES = {"dino", "dinov2", "dinov2_registers", "dinov3", "convnext", "timm_vit", "timm_pyramid"}
 SIZE = (37, 50)
-CELLS = [(b, a, h) for b in BACKBONES for a in FILES["adapter"] for h in HEADS]
-PLACES = [list(BACKBONES).index(b) + list(FILES["adapter"]).index(a) + HEADS.index(h) for b, a, h in CELLS]
 FEWEST = min(len(BACKBONES), len(FILES["adapter"]), len(HEADS))
-PAIRS = [cell for cell, place in zip(CELLS, PLACES, strict=True) if place % FEWEST == 0]  # any two parts once together
-QUICK = {(b, a, h) for b, a, h in PAIRS if (list(BACKBONES).index(b) + 2 * HEADS.index(h)) % 3 == 0}  # others are heavy
+CELLS, QUICK = [], set()  # others than the quick ones are heavy
+for b, a, h in product(range(len(BACKBONES)), range(len(FILES["adapter"])), range(len(HEADS))):
+    if (b + a + h) % FEWEST in (0, 3):  # each value alone gives any two parts together once
+        CELLS.append(([*BACKBONES][b], [*FILES["adapter"]][a], HEADS[h]))
+    if (b + a + h) % FEWEST == 0 and (b + 2 * h) % 3 == 0:
+        QUICK.add(CELLS[-1])
 
 
 def refusal(backbone, adapter, head):
@@ -170,9 +172,11 @@ def expected_backbone(model, adapter):
 
 def test_the_matrix_is_whole():
     assert set(HEADS) >= KNOWN_HEADS and set(FILES["adapter"]) >= {*SMALL_ADAPTERS, "frozen", "full"}
-    assert sum(refusal(*cell) is None for cell in CELLS) > 300
-    for left, right in ((0, 1), (0, 2), (1, 2)):
-        assert {(cell[left], cell[right]) for cell in PAIRS} == {(cell[left], cell[right]) for cell in CELLS}
+    assert sum(refusal(*cell) is None for cell in CELLS) > 90
+    for left, right in combinations(range(3), 2):
+        parts = (BACKBONES, FILES["adapter"], HEADS)
+        times = Counter((cell[left], cell[right]) for cell in CELLS)
+        assert times.keys() == {*product(parts[left], parts[right])} and min(times.values()) >= 2
     times = Counter(part for cell in QUICK for part in cell)
     assert all(times[part] >= 2 for part in (*BACKBONES, *FILES["adapter"], *HEADS))
 
@@ -181,8 +185,10 @@ def test_the_matrix_is_whole():
 @pytest.mark.parametrize(
     ("adapter", "backbone"),
     [
-        *((adapter, backbone) for adapter in ("frozen", "qlora", "last_blocks") for backbone in BACKBONES),
-        *(("lora_all", backbone) for backbone in ("dinov3", "convnext", "timm_vit")),
+        *(("frozen", backbone) for backbone in BACKBONES),
+        *(("qlora", backbone) for backbone in ("dinov2_registers", "timm_vit", "timm_pyramid")),
+        *(("last_blocks", backbone) for backbone in ("dinov2", "dinov3", "convnext")),
+        *(("lora_all", backbone) for backbone in ("dino", "convnext")),
     ],
 )
 def test_checkpoint_omits_untrained_weights_of_a_file(configs, tmp_path, backbone, adapter):

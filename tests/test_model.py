@@ -1,5 +1,8 @@
+from functools import partial
+
 import pytest
 import torch
+from mistakes import assert_refused
 from torch import nn
 
 from dinoseg.core.geometry import upsample
@@ -8,14 +11,12 @@ from dinoseg.models.adapters import Frozen, Full, Lora
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.heads.mlp import MlpHead
 from dinoseg.models.model import SegmentationModel, backbone_size, fingerprint, trained_names
-from dinoseg.utils.errors import UserError
-
-HEADS = {"linear": lambda k: LinearHead(24, 1, k), "mlp": lambda k: MlpHead(24, 1, k, 8)}
 
 
-@pytest.fixture(params=HEADS)
+@pytest.fixture(params=["linear", "mlp"])
 def head(request):
-    return HEADS[request.param]
+    """Return a function from a number of classes to a head."""
+    return {"linear": partial(LinearHead, 24, 1), "mlp": partial(MlpHead, 24, 1, patch_size=8)}[request.param]
 
 
 @pytest.mark.parametrize("size", [(32, 40), (33, 41), (1, 1), (7, 100)])
@@ -27,7 +28,7 @@ def test_scores_have_the_size_of_the_images(tiny_backbone, head, size, scale):
     assert prediction.logits((11, 13)).shape == (2, 5, 11, 13)
 
 
-def test_a_pixel_block_lands_on_its_patch(tiny_backbone):
+def test_a_pixel_block_lands_on_its_patch():
     head = MlpHead(24, 1, 3, 8)
     features = [torch.zeros(1, 24, 3, 4)]
     with torch.no_grad():
@@ -80,11 +81,9 @@ def test_model_resizes_images_and_passes_the_valid_grid_share(tiny_backbone, hea
     assert prediction.valid == tuple(side / (8 * -(-side // 8)) for side in seen)
 
 
-def test_resolution_out_of_range_is_refused(tiny_backbone, head):
-    with pytest.raises(UserError, match="^scale=0 "):
-        SegmentationModel(tiny_backbone(), head(2), scale=0)
-    with pytest.raises(UserError, match="^longest=0 "):
-        SegmentationModel(tiny_backbone(), head(2), longest=0)
+@pytest.mark.parametrize("key", ["scale", "longest"])
+def test_resolution_out_of_range_is_refused(tiny_backbone, head, key):
+    assert_refused(lambda: SegmentationModel(tiny_backbone(), head(2), **{key: 0}), f"{key}=0 ")
 
 
 def test_checkpoint_stores_only_trained_tensors(tiny_backbone):
@@ -103,15 +102,15 @@ def test_checkpoint_stores_only_trained_tensors(tiny_backbone):
     assert "backbone.model.embeddings.cls_token" in whole
 
 
-def test_a_checkpoint_holds_running_means_of_trained_parts_alone(tiny_backbone):
-    for adapter, kept in ((Frozen(), False), (Full(), True)):
-        backbone = tiny_backbone()
-        backbone.extra = nn.BatchNorm2d(3)
-        backbone.register_buffer("constant", torch.ones(1))  # of a part with no parameter of its own
-        backbone.weights = "some/hub-id"
-        names = trained_names(SegmentationModel(adapter(backbone), LinearHead(24, 1, 2)))
-        assert {"backbone.extra.running_mean" in names, "backbone.extra.weight" in names} == {kept}
-        assert "backbone.constant" not in names
+@pytest.mark.parametrize(("adapter", "kept"), [(Frozen(), False), (Full(), True)])
+def test_a_checkpoint_holds_running_means_of_trained_parts_alone(tiny_backbone, adapter, kept):
+    backbone = tiny_backbone()
+    backbone.extra = nn.BatchNorm2d(3)
+    backbone.register_buffer("constant", torch.ones(1))  # of a part with no parameter of its own
+    backbone.weights = "some/hub-id"
+    names = trained_names(SegmentationModel(adapter(backbone), LinearHead(24, 1, 2)))
+    assert {"backbone.extra.running_mean" in names, "backbone.extra.weight" in names} == {kept}
+    assert "backbone.constant" not in names
 
 
 def test_fingerprint_depends_on_names_shapes_and_values():
@@ -147,5 +146,5 @@ def test_scores_of_unnamed_classes_are_refused(tiny_backbone, kind, outputs):
     images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     SegmentationModel(tiny_backbone(), kind(24, 1, outputs), num_classes=outputs)(images).class_ids()
     model = SegmentationModel(tiny_backbone(), kind(24, 1, outputs), num_classes=3)
-    with pytest.raises(UserError, match=f"{kind.__name__} scores {outputs} classes, and the model has 3"):
-        model(images).class_ids()
+    words = (f"{kind.__name__} scores {outputs} classes, and the model has 3",)
+    assert_refused(lambda: model(images).class_ids(), *words)

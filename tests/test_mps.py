@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mistakes import assert_refused
 from pretended_cuda import Pretended, on_cuda, pretended_engine
 from pretended_mps import RefusedByMps, pretended_mps
-from test_cuda_matrix import QUANTISED, cell, losses
+from test_cuda_matrix import PARTS, cell
 from test_cuda_paths import tiny, train
-from test_matrix import FILES, HEADS, SMALL_HEADS, make_batch
+from test_matrix import make_batch
 from tiny_parts import tiny_vit
 
 from dinoseg.losses.cross_entropy import CrossEntropy
@@ -22,16 +23,9 @@ from dinoseg.training.meter import peak_memory, used_memory
 from dinoseg.training.micro_batches import MicroBatches
 from dinoseg.training.step import StepOutput
 from dinoseg.utils.devices import synchronize
-from dinoseg.utils.errors import UserError
 
 MPS = torch.device("mps")
 train_on_mps = partial(train, device=pretended_mps)
-
-
-def check(folder, model, loss, **options):
-    """Train a cell on MPS for two steps with a validation; a checkpoint and finite losses are there at the end."""
-    done = train_on_mps(folder, model, loss, steps=2, val_every=2, log_every=1, **options)
-    assert done.error is None and done.step == 2 and (folder / "last.safetensors").exists()
 
 
 def test_training_on_mps_equals_training_on_a_cpu(tmp_path):
@@ -43,22 +37,11 @@ def test_training_on_mps_equals_training_on_a_cpu(tmp_path):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("head", HEADS)
-def test_each_head_trains_on_pretended_mps(tmp_path, head):
-    loss = "mask_classification" if "num_queries" in SMALL_HEADS.get(head, {}) else "cross_entropy"
-    check(tmp_path, *cell(head, loss=loss))
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("loss", sorted({*losses()} - {"cross_entropy", "mask_classification"}))  # those of the heads
-def test_each_loss_trains_on_pretended_mps(tmp_path, loss):
-    check(tmp_path, *cell(loss=loss))
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("adapter", [each for each in FILES["adapter"] if each not in QUANTISED])
-def test_each_adapter_trains_on_pretended_mps(tmp_path, adapter):
-    check(tmp_path, *cell(adapter=adapter), ema=0.5)
+@pytest.mark.parametrize(("head", "loss", "adapter"), PARTS)
+def test_each_part_trains_on_pretended_mps(tmp_path, head, loss, adapter):
+    """With a validation; a checkpoint is there at the end, and losses were finite."""
+    done = train_on_mps(tmp_path, *cell(head, adapter, loss), steps=2, val_every=2, log_every=1, ema=0.5)
+    assert done.error is None and done.step == 2 and (tmp_path / "last.safetensors").exists()
 
 
 def test_propagation_of_masks():
@@ -103,15 +86,14 @@ def test_clocks_and_memory_are_those_of_mps():
 
 def test_several_ranks_on_mps_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        UserError, match="engine.devices=2: .* a single process only. Set engine.devices=1, or engine.device=cpu"
-    ):
-        meet(MPS, 1.0, 1.0)
+    remedy = "Set engine.devices=1, or engine.device=cpu"
+    assert_refused(lambda: meet(MPS, 1.0, 1.0), "engine.devices=2: ", " a single process only", remedy)
 
 
 def test_the_pretended_device_refuses():
     with pretended_mps() as mps:
         one = torch.ones(3, device="mps", requires_grad=True)
+        places = one.new_zeros(1, 1, 1, 2)
         for refused in (
             lambda: one.double(),
             lambda: one.to("cpu", torch.float64),
@@ -120,13 +102,11 @@ def test_the_pretended_device_refuses():
             lambda: torch.ones(3).to("mps", non_blocking=True),
             lambda: one.detach().to("cpu", non_blocking=True),
             lambda: torch.ones(3).copy_(one.detach(), non_blocking=True),
-            lambda: F.grid_sample(
-                one.view(1, 1, 1, 3), one.new_zeros(1, 1, 1, 2), padding_mode="border", align_corners=False
-            ),
+            lambda: F.grid_sample(one.view(1, 1, 1, 3), places, padding_mode="border", align_corners=False),
         ):
             with pytest.raises(RefusedByMps):
                 refused()
         torch.ones(3, dtype=torch.float64).to("mps", torch.float32)
         one.detach().cpu().double()
-        F.grid_sample(one.view(1, 1, 1, 3), one.new_zeros(1, 1, 1, 2), align_corners=False).sum().backward()
+        F.grid_sample(one.view(1, 1, 1, 3), places, align_corners=False).sum().backward()
         assert mps.fallbacks == {"grid_sampler_2d_backward": 1}

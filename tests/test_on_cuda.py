@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoint_files import INFO
-from test_cuda_matrix import BACKBONES, QUANTISED, WAITS, cell, losses
+from test_cuda_matrix import ADAPTERS, BACKBONES, QUANTISED, WAITS, cell, losses
 from test_cuda_paths import Noise, Rows, Watched, tiny
-from test_matrix import FILES, HEADS, SMALL_HEADS
+from test_matrix import HEADS, SMALL_HEADS
 
 from dinoseg.autotune.fitting import FitSearch
 from dinoseg.autotune.random_batch import random_batch
@@ -89,8 +89,26 @@ def agree(there, here, close=1e-3, turned=0.05):
     assert (there.moved - here.moved).norm() <= turned * here.moved.norm()
 
 
-def beside_a_cpu(folder, close=1e-3, turned=0.05, **given):
-    """Train a cell on either device, without what each draws by itself."""
+def loss_of(head):
+    return "mask_classification" if "num_queries" in SMALL_HEADS.get(head, {}) else "cross_entropy"
+
+
+CELLS = {  # parts, and how far losses and movements of weights may be from a CPU's
+    **{head: ({"head": head, "loss": loss_of(head)}, 1e-3, 0.05) for head in HEADS},
+    # points are drawn on the device, by a generator of its own
+    **{head: ({"head": head, "loss": loss_of(head)}, 0.2, 1.0) for head in HEADS if "mask" in loss_of(head)},
+    **{loss: ({"loss": loss}, 1e-3, 0.05) for loss in losses() if loss != "mask_classification"},
+    **{adapter: ({"adapter": adapter}, 1e-3, 0.05) for adapter in ADAPTERS},
+    # of ConvNeXt a CPU's own ways are 0.14 apart
+    **{backbone: ({"adapter": "full", "backbone": backbone}, 5e-3, 0.5) for backbone in BACKBONES},
+    # with kernels of their own, which round otherwise
+    **{adapter: ({"adapter": adapter}, 0.05, 0.3) for adapter in QUANTISED},
+}
+
+
+@pytest.mark.parametrize(("given", "close", "turned"), CELLS.values(), ids=CELLS)
+def test_each_part_trains_as_on_a_cpu(tmp_path, given, close, turned):
+    """Without what each device draws by itself."""
     done = {}
     for device in ("cuda", "cpu"):
         model, loss = cell(**given)
@@ -99,43 +117,14 @@ def beside_a_cpu(folder, close=1e-3, turned=0.05, **given):
                 part.p = 0.0
             if hasattr(part, "jitter"):
                 part.jitter = 0.0
-        done[device] = train(folder / device, model, loss, device=device)
+        done[device] = train(tmp_path / device, model, loss, device=device)
     agree(done["cuda"], done["cpu"], close, turned)
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_each_head_trains_as_on_a_cpu(tmp_path, head):
-    masks = "num_queries" in SMALL_HEADS.get(head, {})
-    # points are drawn on the device, by a generator of its own
-    close, loss = ((0.2, 1.0), "mask_classification") if masks else ((1e-3, 0.05), "cross_entropy")
-    beside_a_cpu(tmp_path, *close, head=head, loss=loss)
-
-
-@pytest.mark.parametrize("loss", [each for each in losses() if each != "mask_classification"])
-def test_each_loss_is_that_of_a_cpu(tmp_path, loss):
-    beside_a_cpu(tmp_path, loss=loss)
-
-
-@pytest.mark.parametrize("adapter", [each for each in FILES["adapter"] if each not in QUANTISED])
-def test_each_adapter_trains_as_on_a_cpu(tmp_path, adapter):
-    beside_a_cpu(tmp_path, adapter=adapter)
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_each_backbone_trains_as_on_a_cpu(tmp_path, backbone):
-    beside_a_cpu(tmp_path, 5e-3, 0.5, adapter="full", backbone=backbone)  # of ConvNeXt a CPU's own ways are 0.14 apart
-
-
-@pytest.mark.parametrize("adapter", QUANTISED)
-def test_quantised_blocks_train_as_on_a_cpu(tmp_path, adapter):
-    """With kernels of their own, which round otherwise."""
-    beside_a_cpu(tmp_path, 0.05, 0.3, adapter=adapter)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("head", HEADS)
 def test_step_synchronises_only_where_expected(tmp_path, head, precision):
-    loss = "mask_classification" if "num_queries" in SMALL_HEADS.get(head, {}) else "cross_entropy"
+    loss = loss_of(head)
     done = train(tmp_path, *cell(head, loss=loss), precision=precision, watch=True, steps=4, val_every=4, log_every=4)
     waits = sum(WAITS.get(loss, {}).values())
     assert done.data_module.steps[1:3] == [waits, waits]  # the first one is that of kernels that are made

@@ -39,51 +39,12 @@ SPELLED_OUT = {  # constructors of the repository name their arguments, so that 
     "model, **options": "model, *, device, autocast, batch_size",
     "(**options": "(device=device, autocast=autocast, batch_size=batch_size",
 }
-OUTSIDE = (
-    "mine/my_parts/backbones.py",
-    "mine/config/backbone/patches.yaml",
-    "mine/test_my_parts.py",
+OUTSIDE = (  # `grey` is the backbone of the copy
+    *("mine/my_parts/backbones.py", "mine/config/backbone/patches.yaml", "mine/test_my_parts.py"),
     *("mine/my_parts/boundary.py", "mine/config/loss/boundary.yaml"),
     *("mine/my_parts/distance.py", "mine/config/data/distance_discs.yaml", "mine/config/data/distance_folder.yaml"),
-)  # `grey` is the backbone of the copy
+)
 OTHERS = {
-    "dinoseg/losses/distance.py": '''
-"""Cross-entropy that weighs pixels by their distance to the outline of their class."""
-
-import torch
-from scipy import ndimage
-from torch import Tensor, nn
-
-from dinoseg.core.contracts import Loss
-
-
-class DistanceCrossEntropy(Loss):
-    """Cross-entropy with a weight per pixel: 1 plus its distance to the outline."""
-
-    def __init__(self, class_weights: Tensor, ignore_index: int = 255) -> None:
-        super().__init__()
-        self.cost = nn.CrossEntropyLoss(class_weights, ignore_index=ignore_index, reduction="none")
-
-    def forward(self, prediction, batch):
-        """Return the mean cost, and the weights that it is divided by."""
-        labels = batch.mask.long()
-        weights = torch.stack([torch.tensor(ndimage.distance_transform_edt(mask)) for mask in labels.cpu()]).to(labels)
-        costs = self.cost(prediction.logits(labels.shape[-2:]), labels) * (1 + weights)
-        return costs.sum() / (1 + weights).sum(), {"weight": (1 + weights).sum()}
-''',
-    "dinoseg/cfg/loss/distance.yaml": """
-defaults: [_pixel, _self_]
-criterion:
-  _target_: dinoseg.losses.weighted_sum.WeightedSum
-  _partial_: true
-  terms:
-    distance:
-      _target_: dinoseg.losses.distance.DistanceCrossEntropy
-      _partial_: true
-      ignore_index: ${data.ignore_index}
-  factors:
-    distance: 1.0
-""",
     "dinoseg/models/backbones/grey.py": '''
 """Backbone that returns brightness."""
 
@@ -140,9 +101,8 @@ def additions():
         for old, new in {**{f"{own}.": f"{place}." for own, place in PLACES.items()}, **SPELLED_OUT}.items():
             text = text.replace(old, new)
         module = path.removeprefix("mine/").removesuffix(".py").replace("/", ".")
-        path = (
-            f"{PLACES[module].replace('.', '/')}.py" if module in PLACES else path.replace("mine/config", "dinoseg/cfg")
-        )
+        own = f"{PLACES[module].replace('.', '/')}.py" if module in PLACES else None
+        path = own or path.replace("mine/config", "dinoseg/cfg")
         found[path] = text.partition("\n")[2]
     return found
 

@@ -54,7 +54,7 @@ def mode(cfg, *, out_dir, does):
     left.itself, seen = left, weakref.ref(left)
     atexit.register(lambda: (out_dir / f"left{rank}").write_text(str(seen() is not None)))
     method = multiprocessing.get_start_method()
-    return {"matrix": [[0] * 150] * 150, "world_size": os.environ["WORLD_SIZE"], "method": method}
+    return {"matrix": [[0] * 150] * 150, "world_size": os.environ["WORLD_SIZE"], "method": method, **threads}
 
 
 def run(where, does):
@@ -66,11 +66,15 @@ def run(where, does):
 def finished_ranks(tmp_path_factory):
     """Return the folder and the result of ranks that end well, and leave a cycle of references."""
     folder = tmp_path_factory.mktemp("ended")
-    return folder, run(folder, "ends well")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        return folder, run(folder, "ends well")
 
 
-def test_a_result_larger_than_a_pipe_comes_back(finished_ranks):
-    assert (finished_ranks[1]["matrix"], finished_ranks[1]["world_size"]) == ([[0] * 150] * 150, "2")
+def test_ranks_return_a_result_larger_than_a_pipe(finished_ranks):
+    result = finished_ranks[1]
+    assert (result["matrix"], result["world_size"]) == ([[0] * 150] * 150, "2")
+    assert result["method"] == multiprocessing.get_context().get_start_method()  # as any process starts others
 
 
 def test_cyclic_references_are_freed_at_exit(finished_ranks):
@@ -78,19 +82,21 @@ def test_cyclic_references_are_freed_at_exit(finished_ranks):
     assert [(finished_ranks[0] / f"left{rank}").read_text() for rank in range(2)] == ["False", "False"]
 
 
-def test_a_rank_starts_processes_as_any_process_does(finished_ranks):
-    assert finished_ranks[1]["method"] == multiprocessing.get_context().get_start_method()
+def test_ranks_share_the_processors(finished_ranks, tmp_path, monkeypatch):
+    threads = str(max(1, count_cores() // 2))
+    assert (finished_ranks[1]["said"], finished_ranks[1]["here"]) == (threads, "2")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "1")  # of a step: what this process may use of it
+    assert run(tmp_path, "says its threads") == {"said": "1", "here": "2"}
 
 
-def test_ranks_share_the_processors(tmp_path, monkeypatch):
+@pytest.mark.heavy
+def test_torch_has_the_threads_of_a_rank(tmp_path, monkeypatch):
     """Before torch is there, and accelerate, which divides the machine's cores, however few of them may be used."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    result = run(tmp_path, "asks torch for its threads")
-    assert 1 <= result["threads"] <= max(1, count_cores() // 2)
-    assert result == {"threads": result["threads"], "said": str(result["threads"]), "here": "2"}
-    for of_slurm, threads in (("6400", result["said"]), ("1", "1")):  # of a step: what this process may use of it
-        monkeypatch.setenv("SLURM_CPUS_ON_NODE", of_slurm)
-        assert run(tmp_path, "says its threads") == {"said": threads, "here": "2"}
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "6400")
+    threads = max(1, count_cores() // 2)
+    assert run(tmp_path, "asks torch for its threads") == {"threads": threads, "said": str(threads), "here": "2"}
 
 
 def test_process_group_is_closed_however_a_mode_ends(tmp_path, monkeypatch):
@@ -137,9 +143,8 @@ def test_traceback_is_that_of_the_failing_rank(tmp_path, capfd):
 def test_hanging_rank_is_named_with_its_position(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(ranks, "_GRACE", 0.1)
     monkeypatch.setattr(ranks, "_LAST_WORDS", 10.0)
-    with pytest.raises(
-        UserError, match="Rank 1 hung: the other ranks waited.*engine.rank_timeout.*resume=auto resumes"
-    ):
+    expected = "Rank 1 hung: the other ranks waited.*engine.rank_timeout.*resume=auto resumes"
+    with pytest.raises(UserError, match=expected):
         run(tmp_path, "rank 1 hangs")
     said = capfd.readouterr().err
     assert "error (rank 0): Timed out waiting for another rank" in said

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from mistakes import assert_refused
 
 import dinoseg
 from dinoseg.core.geometry import upsample
 from dinoseg.core.shapes import Prediction
 from dinoseg.core.task import SEMANTIC, MultilabelTask
-from dinoseg.utils.errors import UserError
 
 TASKS = [SEMANTIC, MultilabelTask(3)]
 
@@ -37,8 +37,7 @@ def test_layers_are_decided_by_a_threshold_for_each_class():
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0, [0.5], [0.5, 0.5, 2.0], "half"])
 def test_wrong_thresholds_are_refused(threshold):
-    with pytest.raises(UserError, match="threshold"):
-        MultilabelTask(3, threshold)
+    assert_refused(lambda: MultilabelTask(3, threshold), "threshold")
 
 
 def test_predictions_of_layers_agree_at_any_size():
@@ -65,5 +64,4 @@ def test_a_new_model_may_predict_a_single_class():
     found = model.eval().predict(np.zeros((16, 24, 3), np.uint8))
     assert found.mask.shape == (1, 16, 24) and found.mask.dtype == bool
     np.testing.assert_array_equal(found.mask, found.probabilities >= 0.3)
-    with pytest.raises(UserError, match="give 2 to 255"):
-        dinoseg.create_model("rgb", classes=["leaf"])
+    assert_refused(lambda: dinoseg.create_model("rgb", classes=["leaf"]), "give 2 to 255")

@@ -100,13 +100,11 @@ def run_case(name, folder):
         return train(folder, "run", *SLOTS, *CLIPS[name], *LENGTHS, steps)
     write_data(folder / "data")
     if name == "resumed":
-        train(folder, "run", *SMALL, *IMAGES, "head=cnn", "head.channels=16", "trainer.steps=7")
-        words = ("mode=train", "resume=run", steps)
-        return train(folder, "run", *words)
+        train(folder, "run", *SMALL, *IMAGES, *PLAIN["cnn"], "trainer.steps=7")
+        return train(folder, "run", "mode=train", "resume=run", steps)
     if name == "distilled":
         train(folder, "teacher", *SMALL, *IMAGES, "trainer.steps=2")
-        words = ("trainer=distil", "teacher=teacher")
-        return train(folder, "run", *SMALL, *IMAGES, *words, steps)
+        return train(folder, "run", *SMALL, *IMAGES, "trainer=distil", "teacher=teacher", steps)
     return train(folder, "run", *SMALL, *IMAGES, *PLAIN[name], steps)
 
 

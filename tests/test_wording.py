@@ -31,10 +31,6 @@ def test_terminal_control_codes_are_escaped(text, escaped):
     assert printable(text) == str(UserError(text)) == escaped
 
 
-def test_a_line_break_in_a_name_is_shown_in_a_list():
-    assert join_names(["a\nb", "c"]) == r"a\nb, c"
-
-
 def test_logs_prints_and_bars_show_no_control_characters(tmp_path, monkeypatch):
     out, err = StringIO(), StringIO()
     monkeypatch.setattr(sys, "stdout", out)
@@ -72,7 +68,8 @@ def test_the_command_line_prints_names_escaped(tmp_path):
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & {*done.out, *done.err}
 
 
-def test_a_value_is_shown_short():
+def test_lists_show_line_breaks_and_long_values_are_cut():
+    assert join_names(["a\nb", "c"]) == r"a\nb, c"
     assert format_value("a" * 81) == "a" * 77 + "..." and format_value("a" * 80) == "a" * 80
 
 

@@ -16,10 +16,8 @@ from pathlib import Path
 
 from command_line import call
 
-BLOCK, HEADER = (
-    2**15,
-    7,
-)  # bytes of a block of a .wandb file, and of the header of the file and of each part of a record
+BLOCK = 2**15  # bytes of a block of a .wandb file
+HEADER = 7  # of the file, and of each part of a record
 SERVER = """
 import os, sys
 folder, descriptor = sys.argv[1:]
@@ -104,9 +102,8 @@ class MlflowServer:
     def ask(self, path, **body):
         """Return the answer of the REST API to a POST, or to a GET without a body."""
         data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(
-            f"{self.url}/api/2.0/mlflow/{path}", data, {"Content-Type": "application/json"}
-        )
+        address, headers = f"{self.url}/api/2.0/mlflow/{path}", {"Content-Type": "application/json"}
+        request = urllib.request.Request(address, data, headers)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
@@ -144,9 +141,8 @@ class _WandbHandler(BaseHTTPRequestHandler):
         answer = {}
         if self.path == "/graphql":
             asked = json.loads(body)
-            answer = {
-                "data": self.data(re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])[1], asked["variables"])
-            }
+            name = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])[1]
+            answer = {"data": self.data(name, asked["variables"])}
         elif self.path.endswith("/file_stream"):
             lines = json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
             self.rows += [json.loads(line) for line in lines]
@@ -188,9 +184,8 @@ def silent_server():
 def json_lines(folder: Path):
     """Return the values of metrics.jsonl as {(key, step): value}, without nulls."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {
-        (key, row["step"]): value for row in rows for key, value in row.items() if key != "step" and value is not None
-    }
+    values = {(key, row["step"]): value for row in rows for key, value in row.items()}
+    return {key: value for key, value in values.items() if key[0] != "step" and value is not None}
 
 
 def crash_and_resume(folder, *words):
