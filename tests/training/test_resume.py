@@ -211,7 +211,7 @@ def kill_rank(agent, last: Path, step: int):
 
 
 @pytest.mark.heavy
-def test_torchrun_restarts_killed_ranks_which_resume_a_single_run(data, tmp_path):
+def test_torchrun_restarts_killed_ranks_which_resume_a_run(data, tmp_path):
     words = ("data.batch_size=4", "trainer.save_every=1", "trainer.val_every=60", "optim.schedule.warmup=0")
     words = light(train(data, *words, "resume=auto", "hydra.run.dir=run"))
     run_checked(tmp_path, *words, "trainer.steps=2")
