@@ -164,7 +164,7 @@ def test_last_is_evaluated_if_the_best_is_in_another_folder(model, tmp_path):
     assert moved.best == tmp_path / "new" / BEST
 
 
-def test_find_takes_run_folders_checkpoint_folders_files_and_links(tmp_path):
+def test_find_takes_runs_checkpoint_folders_files_and_links(tmp_path):
     folder = tmp_path / "run" / checkpoint.FOLDER
     for name in (LAST, BEST):
         write(folder / name, {"x": torch.zeros(1)}, INFO)

@@ -111,7 +111,7 @@ def test_a_run_in_float16_resumes_exactly(tmp_path):
     assert other.error is None and not read(tmp_path / "fp32" / "last.safetensors").part("loss_scale")
 
 
-def test_the_scale_begins_with_a_labelled_batch_and_grows_if_steady():
+def test_scale_begins_with_a_labelled_batch_and_grows_if_steady():
     scale = LossScale()
     scale.begin(0.0, CPU)
     scale.update(torch.tensor(False))

@@ -119,7 +119,7 @@ class Annealed(LinearHead):
         self.set_progress = lambda step, steps: given.append((step, steps))
 
 
-def test_learning_rate_follows_the_schedule_and_head_the_progress(run):
+def test_learning_rate_follows_the_schedule_and_head_progress(run):
     given = []
     shape = schedule("poly", warmup=2, power=1.0)
     rows = run(steps=6, val_every=6, schedule=shape, lr=0.5e-3, head=lambda: Annealed(given)).rows

@@ -95,7 +95,7 @@ def test_any_byte_that_is_another_is_seen(stored):
     from_file(KEY, BytesIO(content), verify=True)
 
 
-def test_truncated_longer_or_other_file_is_detected_without_checksum():
+def test_truncated_longer_or_other_file_is_seen_without_checksum():
     content = encode_features(tensors([(40, 3, 7)]), "float16")
     for wrong in (b"", content[:10], content[:40], content[:-64], content[:-1], content + bytes(64)):
         with pytest.raises(SchemaError):
