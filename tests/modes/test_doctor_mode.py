@@ -1,4 +1,4 @@
-"""mode=doctor on the command line: what it prints and writes, and its exit status."""
+"""mode=doctor: what it prints and writes, its exit status, and data with whatever a disk may hold."""
 
 import json
 import os
@@ -6,8 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-from command_line import call, write_data
+from command_line import SMALL, call, write_data
 
+from dinoseg.data.formats.folder import folder_dataset
+from dinoseg.data.opened import prepare_dataset
 from dinoseg.utils.images import write_png
 
 FOLDER = ("mode=doctor", "data=folder", "data.classes=[dark,bright]", "data.root=data", "mode.workers=1")
@@ -34,19 +36,11 @@ def test_clean_dataset_has_no_errors(where):
     done, report, page = doctor(where, *FOLDER, "mode.samples=4")
     assert done.status == 0 and "error" not in done.err
     assert report["errors"] == report["warnings"] == 0 and report["notes"] == len(codes(report, "note"))
-    assert codes(report, "note") == [
-        "split_left_out",
-        "constant_class_baseline",
-        "constant_class_baseline",
-        "class_imbalance",
-    ]
-    assert report["splits"]["train"]["images"] == 6 and report["splits"]["val"]["images"] == 3
-    assert (
-        report["splits"]["train"]["smallest"] == {"width": 48, "height": 32}
-        and report["splits"]["train"]["void_share"] == 0
-    )
-    shares = [row["share"] for row in report["splits"]["train"]["classes"]]
-    assert sum(shares) == pytest.approx(1)
+    assert codes(report, "note") == ["split_left_out", *["constant_class_baseline"] * 2, "class_imbalance"]
+    train = report["splits"]["train"]
+    assert train["images"] == 6 and report["splits"]["val"]["images"] == 3
+    assert train["smallest"] == {"width": 48, "height": 32} and train["void_share"] == 0
+    assert sum(row["share"] for row in train["classes"]) == pytest.approx(1)
     assert page.count('<div class="shot">') == 4 and "http:" not in page and "https:" not in page
     assert "smallest (width x height)" in done.out and "48 x 32" in done.out
     assert "findings:     0 errors, 0 warnings, 4 notes" in done.out and "doctor.html" in done.out
@@ -71,12 +65,16 @@ def test_errors_give_status_1_and_keep_the_report(where):
     assert "foreign_ids" in page and "Traceback" not in done.err
 
 
-def test_reader_error_is_a_finding(where):
+def test_missing_folder_is_a_finding(where):
     shutil.rmtree(where / "data/train/masks")
     done, report, page = doctor(where, *FOLDER)
     assert done.status == 1 and codes(report, "error") == ["split_unreadable"]
     assert "No folder data/train/masks" in report["findings"][0]["message"] and "No folder" in page
     assert list(report["splits"]) == ["val"]
+    shutil.rmtree(where / "outputs")
+    done, report, _ = doctor(where, *FOLDER, "data.root=nowhere")
+    assert done.status == 1 and codes(report, "error") == ["split_unreadable"] * 2
+    assert report["splits"] == {} and "data.root=nowhere is not a folder" in done.out
 
 
 def test_unpaired_files_are_findings_and_the_rest_is_examined(where):
@@ -116,12 +114,6 @@ def test_an_error_that_training_only_warns_of(where):
     assert "ERROR group_on_both_sides (training does not stop on it)" in done.out
 
 
-def test_missing_folder_is_a_finding(tmp_path):
-    done, report, _ = doctor(tmp_path, *FOLDER)
-    assert done.status == 1 and codes(report, "error") == ["split_unreadable"] * 2
-    assert report["splits"] == {} and "data.root=data is not a folder" in done.out
-
-
 def test_home_made_idd_labels_under_another_name(tmp_path):
     for split in ("train", "val"):
         stem = tmp_path / "data/{}" / split / "7/a"
@@ -133,14 +125,10 @@ def test_home_made_idd_labels_under_another_name(tmp_path):
 
 
 def test_a_test_split_that_is_the_val_split_is_left_out(where):
-    done, report, _ = doctor(where, *FOLDER, "+data.reader.layout.splits.test=val")
+    done, report, _ = doctor(where, *FOLDER, "+data.reader.layout.splits.test=val", "mode.images=false")
     assert done.status == 0 and list(report["splits"]) == ["train", "val"]
     assert "Split test is left out: it is val, file by file." in done.out
-
-
-def test_doctor_can_skip_reading_images(where):
-    done, report, _ = doctor(where, *FOLDER, "mode.images=false")
-    assert done.status == 0 and "class_imbalance" in codes(report, "note")
+    assert "class_imbalance" in codes(report, "note")  # without reading images
 
 
 def test_long_file_lists_are_shortened(where):
@@ -152,15 +140,49 @@ def test_long_file_lists_are_shortened(where):
     assert foreign["count"] == len(foreign["files"]) == 12 and "    and 2 more" in done.out
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("mode.near_distance=65", "mode.near_distance=65 is out of range. Give a whole number from 0 to 64"),
-        ("mode.samples=-1", "mode.samples=-1 is out of range. Give a whole number of at least 0"),
-        ("mode.workers=0", "mode.workers=0 is out of range. Give a whole number of at least 1"),
-        ("data.classes=???", "data.classes is not set"),
-    ],
-)
-def test_options_out_of_range_are_refused(where, option, message):
-    done = call(where, *FOLDER, option)
-    assert done.status == 1 and message in done.err
+NAMES = ("a,b=c", "-dash", "new\nline", "[br]ack{et}", "é 猫", "esc\x1b[31m", "${x}", "a'b\"c", "%s %d")
+NAMES += ("tab\there", " x")
+
+
+def write(root, split, name, size=(32, 48)):
+    image = np.random.default_rng([ord(letter) for letter in name]).integers(0, 256, (*size, 3)).astype(np.uint8)
+    write_png(root / split / "images" / f"{name}.png", image)
+    write_png(root / split / "masks" / f"{name}.png", (image.mean(axis=-1) > 127).astype(np.uint8))
+
+
+def test_names_in_any_script_train_and_are_reported(tmp_path):
+    for name in NAMES:
+        write(tmp_path / "data", "train", name)
+    for name in NAMES[:3]:
+        write(tmp_path / "data", "val", f"{name} val")
+    (tmp_path / "data/val/masks/new\nline val.png").write_bytes(b"cut")
+    done = call(tmp_path, "mode=train", *SMALL, "hydra.run.dir=run", "data.on_error=skip", "trainer.steps=1")
+    assert done.status == 0 and "\x1b[31m" not in done.out + done.err, done.err
+    assert r"Cannot read data/val/masks/new\nline val.png as an image" in done.out
+
+
+def test_unreadable_files_are_reported_and_can_be_skipped(tmp_path):
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            write(root, split, f"{name} {split}")
+        write(root, split, f"one pixel {split}", (1, 1))
+    for kind in ("images", "masks"):
+        folder = root / "train" / kind
+        os.mkfifo(folder / "pipe.png")
+        (folder / "zero.png").touch()
+        (folder / "gone.png").symlink_to("nowhere.png")
+        (folder / "loop.png").symlink_to("loop.png")
+        (folder / "folder.png").mkdir()  # is searched as any other
+    out = call(tmp_path, "mode=doctor", *SMALL, "hydra.run.dir=doctor").out
+    for kind in ("images", "masks"):
+        folder = f"data/train/{kind}"
+        assert f"    {folder}/pipe.png is a named pipe. Put a file there, or remove it.\n" in out
+        assert f"    Cannot read {folder}/zero.png as an image" in out
+        assert f"    Cannot read {folder}/loop.png (Too many levels of symbolic links)" in out
+    assert "File not found: data/train/images/gone.png." in out
+    assert "Cannot read data/train/masks/gone.png (No such file or directory)." in out
+    data = folder_dataset(root, "train", classes=["dark", "bright"])
+    left = prepare_dataset(data, split="train", on_error="skip", cache_dir=tmp_path / "cache")
+    assert left.names == ["a train", "b train", "one pixel train"] and len(left.skipped) == 4
+    assert left[2]["image"].shape == (3, 1, 1)

@@ -1,12 +1,15 @@
-"""Further metrics by the command line: best checkpoint, evaluation, report, resuming, and what is refused."""
+"""Scores of a training: further metrics, the background, the best checkpoint, resuming, and what is refused."""
 
 import csv
 import json
 import shutil
 
 import pytest
-from command_line import SLOTS, SMALL, call, write_data
+from command_line import SMALL, call, write_data
+from mistakes import assert_refused
+from omegaconf import OmegaConf
 
+from dinoseg.experiment.builder import Builder
 from dinoseg.report.log import read_rows
 from dinoseg.training import checkpoint
 from dinoseg.utils.atomic import write_text
@@ -85,11 +88,9 @@ def test_a_metric_file_with_another_key_is_explained(text, message, tmp_path):
 class MissedObject:
     """A distance of another library which is infinite for each image."""
 
-    def reset(self):
-        pass
+    def reset(self): ...
 
-    def update(self, prediction, target):
-        pass
+    def update(self, prediction, target): ...
 
     def compute(self):
         return float("inf")
@@ -134,17 +135,48 @@ def test_auto_resume_takes_a_run_of_other_scores(tmp_path):
     assert checkpoint.describe(tmp_path / "run/checkpoints/last.safetensors")["choices"]["metric"] == ["nsd"]
 
 
-def test_scores_and_classes_that_do_not_fit_are_refused(tmp_path):
+WITH = ("sarrarp", "person", "binary", "pascal_voc", "davis2016", "davis2017", "movi", "youtube_vos", "videos")
+WITHOUT = ("camvid", "camvid_segnet", "cityscapes", "idd", "idd_lite", "idd_level1", "idd_cityscapes", "ade20k")
+
+
+@pytest.mark.parametrize(("names", "expected"), [(WITH, 0), (WITHOUT, None)])
+def test_shipped_data_sets(compose, names, expected):
+    for name in names:
+        assert Builder(compose(f"data={name}", "data.root=X")).background == expected, name
+
+
+def test_background_of_own_data_is_a_name_an_id_or_none(compose, tmp_path):
+    folder = ("data=folder", f"data.root='{tmp_path}'")
+    assert Builder(compose(*folder, "data.classes=[background,leaf]")).background is None
+    assert Builder(compose(*folder, "data.classes=[leaf,soil]", "data.background=soil")).background == 1
+    (tmp_path / "classes.yaml").write_text("classes: [leaf, soil]\nbackground: soil\n")
+    assert Builder(compose(*folder)).background == 1
+    (tmp_path / "classes.yaml").write_text("classes: [leaf, soil]\nbackground: sol\n")
+    message = "classes.yaml: background: sol is not a class: name one of leaf, soil"
+    assert_refused(lambda: Builder(compose(*folder)).background, message)
+
+
+@pytest.mark.parametrize("value", [2, -1, True, "sky"])
+def test_background_that_is_no_class_is_refused(value):
+    build = Builder(OmegaConf.create({"data": {"background": value, "classes": ["dark", "bright"]}, "choices": {}}))
+    assert_refused(lambda: build.background, f"data.background={value} is not a class", "0 to 1: dark, bright")
+
+
+@pytest.mark.parametrize("words", [(), ("data.background=bright", "trainer.score=miou_no_background")])
+def test_scores_leave_out_the_background_if_there_is_one(tmp_path, words):
     write_data(tmp_path / "data")
-    absent = call(tmp_path, "mode=train", *SMALL, "trainer.score=nsd")
-    assert absent.status == 1 and "Add metric=[nsd]" in absent.err
-    wrong = call(tmp_path, "mode=train", *SMALL, "metric=nsd", "trainer.score=nds")
-    assert wrong.status == 1 and "mean_accuracy" in wrong.err
-    assert "metric=[NAME] adds boundary_iou, cldice, ece" in wrong.err
-    classes = call(tmp_path, "mode=train", *SMALL, "metric=cldice", "metric.cldice.classes=[5]", "hydra.run.dir=run")
-    assert classes.status == 1 and "metric.cldice.classes=[5]: give ids of classes, from 0 to 1" in classes.err
-    assert not (tmp_path / "run/metrics.jsonl").exists()  # before the first step
-    foreign = call(tmp_path, "mode=train", *SMALL, "metric=[../loss/bce]")
-    assert foreign.status == 1 and "is not a metric. Choose options of the group metric" in foreign.err
-    clips = call(tmp_path, *SLOTS, "metric=[nsd]")
-    assert clips.status == 1 and "metric=[nsd] scores images with masks" in clips.err
+    done = call(tmp_path, "mode=train", *SMALL, "mode.metrics_only=true", "hydra.run.dir=run", *words)
+    scores = json.loads((tmp_path / "run/evaluation/scores.json").read_text())
+    assert done.status == 0 and ("without class 1, bright" in done.out) == bool(words), done.err
+    assert ("mIoU without" in done.out) == ("miou_no_background" in scores) == bool(words)
+    logged = [row for row in read_rows(tmp_path / "run/metrics.jsonl") if "val/miou_no_background" in row]
+    assert bool(logged) == bool(words)
+    if words:
+        best = checkpoint.describe(tmp_path / "run/checkpoints/best.safetensors")["progress"]["best"]
+        assert scores["miou_no_background"] == scores["classes"][0]["iou"] == pytest.approx(best)
+
+
+def test_surgical_recipes_follow_the_original(compose):
+    for name in ("sarrarp_lora", "sarrarp_frozen", "sarrarp_full", "sarrarp_lora_lowres", "dpt_sarrarp"):
+        trainer = compose(f"hparam={name}", "data.root=X").trainer
+        assert trainer.score == "miou_no_background" and trainer.clip is None, name

@@ -106,16 +106,10 @@ def test_new_class_layer_can_be_trained(files, tmp_path, recipe, columns):
         write_png(tmp_path / f"idd/leftImg8bit/{split}/1/a_leftImg8bit.png", picture())
         mask = np.random.default_rng(1).choice([0, 3, 25, 255], SIZE).astype(np.uint8)
         write_png(tmp_path / f"idd/gtFine/{split}/1/a_gtFine_labellevel3Ids.png", mask)
-    steps = [
-        "trainer.steps=1",
-        "resolution.crop=[64,96]",
-        "data.batch_size=1",
-        "mode.pictures=0",
-    ]
-    given = [*SMALL, *QUIET, *weights(files), *steps, "data.root=idd", "backbone.dtype=float32", "hydra.run.dir=run"]
-    if recipe == "idd_m2f_no_object":
-        given.append("loss.criterion.num_points=64")
-    done = call(tmp_path, "mode=train", f"hparam={recipe}", *given)
+    steps = ["trainer.steps=1", "resolution.crop=[64,96]", "data.batch_size=1", "mode.pictures=0"]
+    steps += ["data.root=idd", "backbone.dtype=float32", "hydra.run.dir=run"]
+    steps += ["loss.criterion.num_points=64"] if recipe == "idd_m2f_no_object" else []
+    done = call(tmp_path, "mode=train", f"hparam={recipe}", *SMALL, *QUIET, *weights(files), *steps)
     assert done.status == 0, done.err
     with safe_open(tmp_path / "run/checkpoints/best.safetensors", "pt") as file:
         held = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
@@ -131,19 +125,15 @@ def test_new_class_layer_can_be_trained(files, tmp_path, recipe, columns):
     assert read_ids(next(tmp_path.rglob("segmentation_colored.png"))).shape[:2] == SIZE
 
 
-def test_untrained_segmentor_is_refused(files, tmp_path):
+def test_untrained_or_missing_parts_of_a_segmentor_are_refused(files, tmp_path):
     write_png(tmp_path / "a.png", picture())
-    done = call(tmp_path, "mode=predict", "hparam=idd_m2f", *SMALL, *weights(files), "input=a.png")
-    assert done.status == 1 and "this mode needs a trained model" in done.err
-    wrong = [f"backbone.weights={files[0]}", f"head.weights={files[0]}"]
-    done = call(tmp_path, "mode=predict", "hparam=ade20k_m2f", *SMALL, *wrong, "input=a.png")
-    assert done.status == 1 and f"head.weights={files[0]}" in done.err
-
-
-def test_missing_head_file_is_named_before_fetching_the_backbone(tmp_path):
-    write_png(tmp_path / "a.png", picture())
-    hub = ["mode=predict", "hparam=ade20k_m2f", "backbone.weights=nobody/nothing", "input=a.png", "engine=cpu"]
-    done = call(tmp_path, *hub)
-    assert done.status == 1 and "head.weights is not set" in done.err
-    done = call(tmp_path, *hub, "head.weights=typo.pth")
-    assert done.status == 1 and "head.weights=typo.pth: file not found" in done.err
+    recipe = ["hparam=ade20k_m2f", *SMALL]
+    hub = ["hparam=ade20k_m2f", "backbone.weights=nobody/nothing", "engine=cpu"]  # named before it is fetched
+    for words, message in (
+        (["hparam=idd_m2f", *SMALL, *weights(files)], "this mode needs a trained model"),
+        ([*recipe, weights(files)[0], f"head.weights={files[0]}"], f"head.weights={files[0]}"),
+        (hub, "head.weights is not set"),
+        ([*hub, "head.weights=typo.pth"], "head.weights=typo.pth: file not found"),
+    ):
+        done = call(tmp_path, "mode=predict", "input=a.png", *words)
+        assert done.status == 1 and message in done.err, done.err
