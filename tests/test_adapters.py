@@ -216,6 +216,8 @@ test_invalid_adapter_is_refused = refusals(
         "3 bits": (lora(bits=3), "bits=3: give 4, 8, or null"),
         "another device": (lambda: Frozen(bits=4, device="mps"), "does not work on the device mps", "device=cpu"),
         "trained bits": (lambda: Full(bits=4), "bits=4 with the adapter full", "cannot be trained", "qlora"),
+        "full in half": (lambda: Full()(tiny_vit(dtype="bfloat16")), "adapter full", "dtype=float32", "lora"),
+        "blocks in half": (lambda: LastBlocks(1)(tiny_vit(dtype="bfloat16")), "adapter last_blocks", "dtype=float32"),
         "dora of bits": (lora(dora=True, bits=4, device="cpu"), "dora=true with bits=4"),
         "bits of trained blocks": (lambda: LastBlocks(1, bits=8), "bits=8 with the adapter last_blocks"),
         "no matching layer": (

@@ -3,7 +3,9 @@
 import fcntl
 import json
 import logging
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from dinoseg.cli.words import parse_word
 from dinoseg.config.composition import SHIPPED
 from dinoseg.data.classes.masks import Masks
 from dinoseg.experiment.builder import Builder
-from dinoseg.experiment.folder import lock, lock_within, release, write_origin
+from dinoseg.experiment.folder import drop_parts, lock, lock_within, release, write_origin
 from dinoseg.experiment.past_runs import find_runs, plan_of
 from dinoseg.experiment.recipe import config_description, data_root, recipe_of
 from dinoseg.experiment.resume import _same_path, merge
@@ -270,6 +272,20 @@ def test_auto_skips_unreadable_checkpoints_with_a_reason(where, run, find_run, c
     for name, reason in reasons.items():
         (line,) = [line for line in told if str(beside[name]) in line]
         assert line.startswith("resume=auto: skipped: ") and reason in line
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_a_name_of_ours(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoints/last.safetensors"
+    checkpoint.write(path, {"model/a": torch.zeros(4)}, {})
+    before = path.read_bytes()
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        checkpoint.write(path, {"model/a": torch.ones(4)}, {})
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [found.name.split(".")[1:3] for found in path.parent.glob(".*.part")] == [["last", "safetensors"]]
+    drop_parts(tmp_path)
+    assert list(path.parent.iterdir()) == [path] and path.read_bytes() == before
 
 
 def test_a_folder_locked_here_is_locked_once(tmp_path):
