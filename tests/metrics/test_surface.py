@@ -104,6 +104,19 @@ def test_every_class_of_a_map_equals_its_own_mask(shape):
     assert together[4] == 1 and together[5] == 0
 
 
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore")  # of the reference's own
+@pytest.mark.parametrize("tolerance", [1.0, 3.0, 10.0])
+def test_surface_dices_equal_monai(tolerance):
+    metrics, torch = pytest.importorskip("monai.metrics"), pytest.importorskip("torch")
+    for seed in range(3):
+        maps = [id_map(seed, (64, 71), 6), id_map(seed + 10, (64, 71), 6)]
+        one_hot = [torch.nn.functional.one_hot(torch.from_numpy(ids).long(), 6).permute(2, 0, 1)[None] for ids in maps]
+        theirs = metrics.compute_surface_dice(one_hot[1], one_hot[0], [tolerance] * 6, include_background=True)
+        ours = surface_dices(*maps, range(6), tolerance)
+        np.testing.assert_allclose(ours, theirs[0].numpy(), atol=1e-6, rtol=0)
+
+
 def test_counts_pool_over_images():
     pairs = [(id_map(seed, (20, 30), 3), id_map(seed + 5, (20, 30), 3)) for seed in range(3)]
     counts = [surface_counts(*pair, [0, 1, 2, 9], 1.0) for pair in pairs]
