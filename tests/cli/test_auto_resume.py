@@ -7,13 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from command_line import SMALL, call, write_data
 
+import dinoseg
 from dinoseg.cli import resuming
+from dinoseg.experiment.builder import Builder
 from dinoseg.experiment.past_runs import write_end
+from dinoseg.experiment.recipe import run_description
 from dinoseg.tasks.images import ImageTask
 from dinoseg.training import checkpoint
 from dinoseg.training.image_data_module import ImageDataModule
@@ -22,6 +26,23 @@ QUIET = ("mode.metrics_only=true", "mode.report=false", "mode.pictures=0", "logg
 TRAIN = ("mode=train", *SMALL, *QUIET, "trainer.save_every=1", "trainer.steps=3")
 AUTO = (*TRAIN, "resume=auto")
 SCHEDULERS = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_CLUSTER_NAME", "TORCHELASTIC_RUN_ID")
+LIMIT = "# @package _global_\ntrainer: {max_minutes: 30}\n"
+FOLDER = "# @package _global_\nhydra: {run: {dir: mine}}\n"
+
+
+def train_without_a_model(cfg, *, out_dir, metrics_only, pictures, report):
+    """Write what a training leaves: the checkpoint of each step, and its end."""
+    path, build = out_dir / "checkpoints/last.safetensors", Builder(cfg)
+    done = checkpoint.describe(Path(cfg.resume))["progress"]["step"] if cfg.resume else 0
+    for step in range(done + 1, cfg.trainer.steps + 1):
+        progress = {"step": step, "best": 0.5, "best_step": step, "stale": 0, "validation_pending": False}
+        checkpoint.write(path, {}, run_description(build, build.labels) | {"progress": progress, "frozen": {}})
+    write_end(out_dir, cfg.trainer.steps, {"miou": 0.5})
+    return {"miou": 0.5}
+
+
+def end(*_, **__):
+    raise SystemExit(9)
 
 
 @pytest.fixture
@@ -33,20 +54,26 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def quick(monkeypatch):
+    """Leave out of trainings all but their checkpoints: what is tested is the choice of a run."""
+    monkeypatch.setattr("dinoseg.modes.train.train", train_without_a_model)
+
+
+@pytest.fixture
 def interrupt(here, monkeypatch):
-    """Return a function that trains until a signal stops the run after one step."""
+    """Return a function that trains until a signal stops the run after two steps; real ones end a step first."""
 
-    def stop_training(*words):
-        whole = ImageDataModule.train_batches
+    def stop_training(*words, saves=2):
+        write, written = checkpoint.write, []
 
-        def batches(self, start):
-            for index, batch in enumerate(whole(self, start), start=start):
-                if index == start + 1:
-                    signal.raise_signal(signal.SIGTERM)
-                yield batch
+        def write_twice(path, *given):
+            write(path, *given)
+            written.extend(["last"] * (path.stem == "last"))
+            if len(written) == saves:
+                signal.raise_signal(signal.SIGTERM)
 
         with monkeypatch.context() as patched:
-            patched.setattr(ImageDataModule, "train_batches", batches)
+            patched.setattr(checkpoint, "write", write_twice)
             done = call(here, *words)
         assert done.status == 143, done.err
         return done
@@ -60,27 +87,12 @@ def run_checked(here, *words):
     return done
 
 
-def test_auto_finds_a_named_run_of_the_job_without_a_checkpoint(here, interrupt, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    run = here / "mine/run"
-    interrupt(*AUTO, "hydra.run.dir=mine/run")
-    shutil.rmtree(run / "checkpoints")
-    (run / ".split.json.7.part").write_text("of a killed process")
-    run_checked(here, *AUTO)  # the named folder is remembered, and origin.json has recipe and job
-    assert checkpoint.describe(run / "checkpoints/last.safetensors")["progress"]["step"] == 3
-    assert not (run / ".split.json.7.part").exists() and not (here / "outputs/base").exists()
-
-
-def test_resume_removes_partial_files(here):
-    run_checked(here, *TRAIN, "hydra.run.dir=run")
-    part = here / "run/.split.json.7.part"
-    part.write_text("of a killed process")
-    run_checked(here, *TRAIN[:-1], "trainer.steps=4", "resume=run")
-    assert not part.exists()
+def info_of(run):
+    return checkpoint.describe(run / "checkpoints/last.safetensors")
 
 
 def step_of(run):
-    return checkpoint.describe(run / "checkpoints/last.safetensors")["progress"]["step"]
+    return info_of(run)["progress"]["step"]
 
 
 def runs(here):
@@ -91,39 +103,53 @@ def files_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_given_folder_is_used_despite_earlier_runs(here):
+def write_local(here, text):
+    """Write a local config, and return the words that use it."""
+    (here / "own/local").mkdir(parents=True)
+    (here / "own/local/default.yaml").write_text(text)
+    return "--config-dir", "own"
+
+
+def test_auto_finds_a_named_run_of_the_job_without_a_checkpoint(quick, here, interrupt, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    run = here / "mine/run"
+    interrupt(*AUTO, "hydra.run.dir=mine/run")
+    shutil.rmtree(run / "checkpoints")
+    (run / ".split.json.7.part").write_text("of a killed process")
+    run_checked(here, *AUTO)  # the named folder is remembered, and origin.json has recipe and job
+    assert step_of(run) == 3
+    assert not (run / ".split.json.7.part").exists() and not (here / "outputs/base").exists()
+
+
+def test_given_folder_resumes_its_checkpoint(here, interrupt):
+    interrupt(*AUTO, "hydra.run.dir=mine", saves=1)
+    assert step_of(here / "mine") == 2
+    part = here / "mine/.split.json.7.part"
+    part.write_text("of a killed process")
+    run_checked(here, *AUTO, "hydra.run.dir=mine", "trainer.steps=4")
+    assert step_of(here / "mine") == 4 and not (here / "mine_2").exists() and not part.exists()
+
+
+def test_given_folder_is_used_despite_earlier_runs(quick, here):
     run_checked(here, "-m", *TRAIN, "hydra.sweep.dir=outputs/base/sweep", "head=linear")
     before = files_of(here / "outputs/base/sweep")
     run_checked(here, *AUTO, "trainer.steps=4", "hydra.run.dir=outputs/base/new")
     assert step_of(here / "outputs/base/new") == 4 and files_of(here / "outputs/base/sweep") == before
 
 
-def test_given_folder_resumes_its_checkpoint(here, interrupt):
-    interrupt(*AUTO, "hydra.run.dir=mine")
-    assert step_of(here / "mine") == 2
-    run_checked(here, *AUTO, "hydra.run.dir=mine", "trainer.steps=4")
-    assert step_of(here / "mine") == 4 and not (here / "mine_2").exists()
-
-
-def test_given_folder_without_checkpoint_is_started_in(here):
+def test_given_folder_without_checkpoint_is_started_in(quick, here):
     (here / "mine").mkdir()
     (here / "mine/run.log").write_text("killed before its first save\n")
     run_checked(here, *AUTO, "hydra.run.dir=mine")
     assert step_of(here / "mine") == 3 and not (here / "mine_2").exists()
 
 
-def test_given_folder_of_another_recipe_is_an_error(here):
+def test_given_folder_of_another_recipe_or_of_a_finished_run(quick, here):
     run_checked(here, *TRAIN, "hydra.run.dir=mine")
     before = files_of(here / "mine")
     done = call(here, *AUTO, "hydra.run.dir=mine", "head=mlp", "trainer.clip=7")
     assert done.status == 1 and "head" in done.err and "trainer.clip" in done.err and "data.root" not in done.err
     assert "target" not in done.err  # options are named, not their classes
-    assert files_of(here / "mine") == before
-
-
-def test_finished_run_in_given_folder_exits_with_one_line(here):
-    run_checked(here, *TRAIN, "hydra.run.dir=mine")
-    before = files_of(here / "mine")
     done = run_checked(here, *AUTO, "hydra.run.dir=mine")
     (line,) = done.err.splitlines()
     assert "resume=mine" in line.replace(f"{here}/", "") and "trainer.steps" in line and not done.out
@@ -131,21 +157,20 @@ def test_finished_run_in_given_folder_exits_with_one_line(here):
 
 
 def test_locked_given_folder_is_an_error(here, monkeypatch):
-    monkeypatch.setattr("dinoseg.cli.resuming.PATIENCE", 0)
+    monkeypatch.setattr(resuming, "PATIENCE", 0)
     monkeypatch.setattr("dinoseg.experiment.folder.locks.acquire", lambda path: None)
     done = call(here, *AUTO, "hydra.run.dir=mine")
     assert done.status == 1 and "mine" in done.err and "another process" in done.err.lower()
 
 
-def test_local_config_gives_a_folder(here):
-    (here / "own/local").mkdir(parents=True)
-    (here / "own/local/default.yaml").write_text("# @package _global_\nhydra: {run: {dir: mine}}\n")
-    run_checked(here, "--config-dir", "own", *AUTO)
-    done = run_checked(here, "--config-dir", "own", *AUTO)
+def test_local_config_gives_a_folder(quick, here):
+    words = (*write_local(here, FOLDER), *AUTO)
+    run_checked(here, *words)
+    done = run_checked(here, *words)
     assert step_of(here / "mine") == 3 and "finished" in done.err and not (here / "mine_2").exists()
 
 
-def test_folder_named_by_the_time_is_not_given(here, interrupt):
+def test_folder_named_by_the_time_is_not_given(quick, here, interrupt):
     dated = "hydra.run.dir=elsewhere/train_${now:%f}"
     interrupt(*AUTO, dated)
     run_checked(here, *AUTO, dated)
@@ -154,13 +179,13 @@ def test_folder_named_by_the_time_is_not_given(here, interrupt):
 
 
 @pytest.mark.parametrize("folder", ["outputs/mine", "elsewhere/mine"])
-def test_interrupted_run_is_found_without_its_folder(here, interrupt, folder):
+def test_interrupted_run_is_found_without_its_folder(quick, here, interrupt, folder):
     interrupt(*TRAIN, f"hydra.run.dir={folder}")
     run_checked(here, *AUTO)
     assert step_of(here / folder) == 3 and not runs(here)
 
 
-def test_newest_unfinished_run_of_equal_length_is_resumed(here, interrupt):
+def test_newest_unfinished_run_of_equal_length_is_resumed(quick, here, interrupt):
     interrupt(*TRAIN)
     (run,) = runs(here)
     done = run_checked(here, *AUTO, "trainer.steps=4")
@@ -168,51 +193,35 @@ def test_newest_unfinished_run_of_equal_length_is_resumed(here, interrupt):
     assert "trainer.steps" in done.err and str(run) in done.err and f"{here / 'outputs'}:" in done.err
     run_checked(here, *AUTO, "trainer.val_every=2", "trainer.patience=9")
     assert step_of(run) == 3 and len(runs(here)) == 2
-
-
-def test_time_limit_of_a_config_file_outlives_resumes(here, interrupt):
-    (here / "own/local").mkdir(parents=True)
-    (here / "own/local/default.yaml").write_text("# @package _global_\ntrainer: {max_minutes: 30}\n")
-    for _ in range(3):
-        interrupt("--config-dir", "own", *AUTO, "trainer.steps=9")
-    (run,) = runs(here)
-    trainer = checkpoint.describe(run / "checkpoints/last.safetensors")["config"]["trainer"]
-    assert step_of(run) == 6 and trainer["max_minutes"] == 30
-
-
-def test_finished_run_is_left_alone(here):
-    run_checked(here, *AUTO)
-    (run,) = runs(here)
     before = files_of(run)
     done = run_checked(here, *AUTO)
-    assert len(runs(here)) == 2 and files_of(run) == before and f"{run} is finished" in done.err
+    assert len(runs(here)) == 3 and files_of(run) == before and f"{run} is finished" in done.err
 
 
-def test_jobs_of_a_sweep_are_no_single_runs(here, interrupt):
-    interrupt("-m", *TRAIN, "hydra.sweep.dir=outputs/base/sweep")
-    run_checked(here, *AUTO)
-    assert step_of(here / "outputs/base/sweep/0") == 2 and len(runs(here)) == 1
+def test_time_limit_of_a_config_file_outlives_resumes(quick, here, interrupt):
+    words = (*write_local(here, LIMIT), *AUTO, "trainer.steps=9")
+    for _ in range(3):
+        interrupt(*words)
+    (run,) = runs(here)
+    assert step_of(run) == 6 and info_of(run)["config"]["trainer"]["max_minutes"] == 30
 
 
 def test_missing_evaluation_is_written_without_training(here, monkeypatch):
-    def end(*_, **__):
-        raise SystemExit(9)
-
-    words = [word for word in AUTO if "steps" not in word]
+    # patience ends the training early: the checkpoint alone does not tell that it has ended
+    words = ("trainer.steps=99", "trainer.val_every=1", "trainer.patience=1", "optim.optimizer.lr=1e-30")
+    words = (*(word for word in AUTO if "steps" not in word), *words)
     with monkeypatch.context() as patched:
         patched.setattr(ImageTask, "evaluate", end)
-        # patience ends the training early: the checkpoint alone does not tell that it has ended
-        early = ("trainer.steps=99", "trainer.val_every=1", "trainer.patience=1", "optim.optimizer.lr=1e-30")
-        assert call(here, *words, *early).status == 9
+        assert call(here, *words).status == 9
     (run,) = runs(here)
     trained = step_of(run)
     assert trained < 99 and not (run / "evaluation").exists()
     monkeypatch.setattr(ImageDataModule, "train_batches", lambda *_, **__: iter(()))
-    run_checked(here, *words, *early)
+    run_checked(here, *words)
     assert (run / "evaluation/scores.json").exists() and step_of(run) == trained and runs(here) == [run]
 
 
-def test_requeued_slurm_job_resumes_its_run(here, interrupt, monkeypatch):
+def test_requeued_slurm_job_resumes_its_run(quick, here, interrupt, monkeypatch):
     interrupt(*AUTO)
     (other,) = runs(here)
     monkeypatch.setenv("SLURM_JOB_ID", "71")
@@ -226,32 +235,23 @@ def test_requeued_slurm_job_resumes_its_run(here, interrupt, monkeypatch):
     assert step_of(mine) == 4
 
 
-def test_job_without_checkpoint_starts_again_in_its_folder(here, monkeypatch):
-    def end(*_, **__):
-        raise SystemExit(9)
-
+def test_job_without_checkpoint_starts_again_in_its_folder(quick, here, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "71")
     with monkeypatch.context() as patched:
-        patched.setattr(ImageDataModule, "train_batches", end)
+        patched.setattr(checkpoint, "write", end)
         assert call(here, *AUTO).status == 9
     run_checked(here, *AUTO, "head=mlp")  # the next line of the same script
     run_checked(here, *AUTO)
-    assert sorted(
-        checkpoint.describe(run / "checkpoints/last.safetensors")["choices"]["head"] for run in runs(here)
-    ) == [
-        "linear",
-        "mlp",
-    ]
+    assert sorted(info_of(run)["choices"]["head"] for run in runs(here)) == ["linear", "mlp"]
 
 
-def test_array_tasks_resume_their_own_runs(here, interrupt, monkeypatch):
+def test_array_tasks_resume_their_own_runs(quick, here, interrupt, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "71")
-    mine = {}
-    for task in "01":
+    mine = {task: here / f"outputs/base/train_{task}" for task in "01"}
+    for task, run in mine.items():
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
         monkeypatch.setenv("SLURM_JOB_ID", f"7{task}")
-        interrupt(*AUTO, f"hydra.run.dir=outputs/base/train_{task}")
-        mine[task] = here / f"outputs/base/train_{task}"
+        interrupt(*AUTO, f"hydra.run.dir={run}")
     for task, steps in (("0", {"0": 3, "1": 2}), ("1", {"0": 3, "1": 3})):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
         run_checked(here, *AUTO)
@@ -259,7 +259,7 @@ def test_array_tasks_resume_their_own_runs(here, interrupt, monkeypatch):
     assert len(runs(here)) == 2
 
 
-def test_restarted_torchrun_resumes_its_run(here, interrupt, monkeypatch):
+def test_restarted_torchrun_resumes_its_run(quick, here, interrupt, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a1b2")
     interrupt(*AUTO, "hydra.run.dir=outputs/base/train_mine")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
@@ -286,16 +286,12 @@ def test_full_disk_of_rank_0_is_an_error_of_all_ranks(here, monkeypatch):
     assert text.startswith("error ") and "No space left" in text
 
 
-def test_sweep_resumes_by_recipe_and_seed(here, interrupt):
+def test_sweep_resumes_by_recipe_and_seed(quick, here, interrupt):
     sweep, folder = ("-m", *AUTO, "hydra.sweep.dir=sweep"), here / "sweep"
     stopped = interrupt(*sweep, "seed=0,1")
     assert step_of(folder / "0") == 2 and f"resume=auto hydra.sweep.dir={folder}" in stopped.err
     done = run_checked(here, *sweep, "seed=2,0,1")
-    seeds = {
-        path.name: checkpoint.describe(path / "checkpoints/last.safetensors")["config"]["seed"]
-        for path in folder.iterdir()
-        if (path / "checkpoints").exists()
-    }
+    seeds = {path.parent.name: info_of(path.parent)["config"]["seed"] for path in folder.glob("*/checkpoints")}
     assert sorted(seeds.values()) == [0, 1, 2] and seeds["0"] == 0 and step_of(folder / "0") == 3, done.err
     before = files_of(folder / "0")
     again = run_checked(here, *sweep, "seed=0,1,2")
@@ -305,7 +301,7 @@ def test_sweep_resumes_by_recipe_and_seed(here, interrupt):
 
 
 @pytest.mark.parametrize("swept", ["trainer.patience=2,5", "inference=whole,windows", "engine.precision=fp32,bf16"])
-def test_cells_of_one_recipe_share_no_run(here, interrupt, swept):
+def test_cells_of_one_recipe_share_no_run(quick, here, interrupt, swept):
     sweep = ("-m", *AUTO, "hydra.sweep.dir=sweep", swept)
     interrupt(*sweep)
     run_checked(here, *sweep)
@@ -316,16 +312,18 @@ def test_cells_of_one_recipe_share_no_run(here, interrupt, swept):
     assert len(list(here.glob("sweep/*/checkpoints"))) == 4
 
 
-def test_sweep_without_folder_is_new_with_one_warning(here, interrupt):
+def test_sweeps_without_a_folder_and_single_runs_are_new(quick, here, interrupt):
     interrupt("-m", *AUTO, "hydra.sweep.dir=outputs/base/sweep")
     done = run_checked(here, "-m", *AUTO, "seed=0,1")
     assert done.err.count("hydra.sweep.dir") == 1 and step_of(here / "outputs/base/sweep/0") == 2
+    run_checked(here, *AUTO)
+    assert step_of(here / "outputs/base/sweep/0") == 2 and len(runs(here)) == 2  # one of them the second sweep
 
 
-def test_loser_of_a_race_starts_a_new_run(here, interrupt, monkeypatch):
+def test_loser_of_a_race_starts_a_new_run(quick, here, interrupt, monkeypatch):
     interrupt(*AUTO)
     (run,) = runs(here)
-    monkeypatch.setattr("dinoseg.cli.resuming.PATIENCE", 0)
+    monkeypatch.setattr(resuming, "PATIENCE", 0)
     with open(run / "run.log", "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         done = run_checked(here, *AUTO)
@@ -334,7 +332,7 @@ def test_loser_of_a_race_starts_a_new_run(here, interrupt, monkeypatch):
 
 @pytest.mark.heavy
 def test_two_racing_processes_share_no_run(here, interrupt):
-    interrupt(*AUTO)
+    interrupt(*AUTO, saves=1)
     (run,) = runs(here)
     command = [sys.executable, "-m", "dinoseg", *AUTO]
     racers = [subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -345,29 +343,27 @@ def test_two_racing_processes_share_no_run(here, interrupt):
     assert len([error for error in errors if "resuming" in error]) == 1 and len(list(run.glob("config*"))) == 2
 
 
-def test_run_finished_before_its_lock_is_free_is_left_alone(here, interrupt, monkeypatch):
+def test_run_finished_before_its_lock_is_free_is_left_alone(quick, here, interrupt, monkeypatch):
     interrupt(*AUTO)
     (run,) = runs(here)
-    wait = resuming.lock_within
+    wait, write = resuming.lock_within, checkpoint.write
 
     def finish_first(folder, seconds):
         write_end(folder, 2, {"miou": 0.5})
         return wait(folder, seconds)
 
-    whole = ImageDataModule.train_batches
-
-    def check_free(self, start):
+    def check_free(*given):
         with open(run / "run.log", "a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the training of the new run holds it
-        return whole(self, start)
+        write(*given)
 
     monkeypatch.setattr(resuming, "lock_within", finish_first)
-    monkeypatch.setattr(ImageDataModule, "train_batches", check_free)
+    monkeypatch.setattr(checkpoint, "write", check_free)
     run_checked(here, *AUTO)
     assert step_of(run) == 2 and len(runs(here)) == 2
 
 
-def test_unreadable_checkpoint_is_named_and_skipped(here, interrupt):
+def test_unreadable_checkpoint_is_named_and_skipped(quick, here, interrupt):
     interrupt(*AUTO)
     (run,) = runs(here)
     (run / "checkpoints/last.safetensors").write_bytes(b"cut")
@@ -376,11 +372,8 @@ def test_unreadable_checkpoint_is_named_and_skipped(here, interrupt):
 
 
 def test_result_of_a_finished_run_is_returned(here):
-    import dinoseg
-
-    words = [word for word in TRAIN if not word.startswith("mode=")]
-    words = [word.replace("data.root=data", f"data.root={here / 'data'}") for word in words]
-    words.append(f"cache_dir={here / 'cache'}")
+    words = [word for word in TRAIN if not word.startswith(("mode=", "data.root"))]
+    words += [f"data.root={here / 'data'}", f"cache_dir={here / 'cache'}"]
     first = dinoseg.train(None, *words, out_dir=here / "mine")
     second = dinoseg.train(None, *words, out_dir=here / "mine", resume="auto")
     assert second.folder == first.folder and second.scores.to_dict() == first.scores.to_dict()

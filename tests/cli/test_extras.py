@@ -76,7 +76,6 @@ def test_a_launcher_without_its_cluster_is_one_message(tmp_path):
 
 @pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed here")
 def test_a_launcher_that_is_not_installed_is_named(tmp_path):
-    write_data(tmp_path / "data")
     done = call(tmp_path, "-m", "mode=train", *SMALL, "head=linear,mlp", "hydra/launcher=ray")
     assert done.status == 1 and "Traceback" not in done.err
     assert done.err.startswith("error: hydra/launcher=ray needs a package that is not installed (")

@@ -121,11 +121,17 @@ def last_steps(folder):
     return [describe(path)["progress"]["step"] for path in sorted(folder.glob("outputs/*/*/checkpoints/last.*"))]
 
 
-def test_tasks_of_srun_are_ranks(environment, folder):
-    command = ["srun", "--ntasks=2", sys.executable, "-m", "dinoseg", "mode=train", *SMALL, "hydra.run.dir=run"]
+def run_dinoseg(environment, folder, *words, start=()):
+    command = [*start, sys.executable, "-m", "dinoseg", *words]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     print(done.stdout)
+    return done
+
+
+def test_tasks_of_srun_are_ranks(environment, folder):
+    words = ("mode=train", *SMALL, "hydra.run.dir=run")
+    done = run_dinoseg(environment, folder, *words, start=("srun", "--ntasks=2"))
+    assert done.returncode == 0, done.stderr
     assert describe(folder / "run/checkpoints/last.safetensors")["progress"]["step"] == 2
     assert re.search(r"2 (ranks|devices|processes)|devices: +2", done.stderr + done.stdout), done.stderr
 
@@ -133,11 +139,9 @@ def test_tasks_of_srun_are_ranks(environment, folder):
 def test_a_sweep_of_slurm_jobs_has_a_complete_table(environment, folder):
     launcher = {"gpus_per_node": "null", "cpus_per_task": 1, "timeout_min": 600}
     words = [f"hydra.launcher.{key}={value}" for key, value in launcher.items()]
-    sweep = [*SMALL, "head=linear,mlp", "hydra/launcher=submitit_slurm", *words, "hydra.sweep.dir=sweep"]
-    command = [sys.executable, "-m", "dinoseg", "-m", "mode=train", *sweep]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    words += ["head=linear,mlp", "hydra/launcher=submitit_slurm", "hydra.sweep.dir=sweep"]
+    done = run_dinoseg(environment, folder, "-m", "mode=train", *SMALL, *words)
     assert done.returncode == 0, done.stderr
-    print(done.stdout)
     with open(folder / "sweep/sweep.csv", encoding="utf-8", newline="") as file:
         rows = {row["head"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {"linear", "mlp"} and all(float(row["mIoU %"]) > 0 for row in rows.values())
@@ -145,8 +149,7 @@ def test_a_sweep_of_slurm_jobs_has_a_complete_table(environment, folder):
 
 def test_a_refused_submission_is_one_message(environment, folder):
     words = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=nowhere", "hydra.launcher.gpus_per_node=null"]
-    command = [sys.executable, "-m", "dinoseg", "-m", "mode=train", *SMALL, "head=linear,mlp", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = run_dinoseg(environment, folder, "-m", "mode=train", *SMALL, "head=linear,mlp", *words)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "error: hydra/launcher=submitit_slurm failed (" in done.stderr and "invalid partition" in done.stderr
 

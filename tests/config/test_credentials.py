@@ -52,21 +52,21 @@ def test_a_password_in_a_variable_is_read_and_not_stored(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("line", "message"),
     [
-        (["logger=[tensorboard,wandbb]"], "wandb"),
-        (["logger=mlflow"], "logger=mlflow needs a server"),
-        (["logger=wandb", "logger.wandb.proyect=a"], "project"),
-        (["logger=wandb", "logger.wandb.mode=of"], "must be online, offline or disabled"),
-        (["logger=wandb", "logger.wandb.mode=offline", "logger.wandb.timeout=0"], "logger.wandb.timeout=0"),
-        (["logger=wandb"], "needs an API key"),
+        ("logger=[tensorboard,wandbb]", "wandb"),
+        ("logger=mlflow", "logger=mlflow needs a server"),
+        ("logger=wandb logger.wandb.proyect=a", "project"),
+        ("logger=wandb logger.wandb.mode=of", "must be online, offline or disabled"),
+        ("logger=wandb logger.wandb.mode=offline logger.wandb.timeout=0", "logger.wandb.timeout=0"),
+        ("logger=wandb", "needs an API key"),
     ],
 )
-def test_mistakes_are_one_message(tmp_path, monkeypatch, words, message):
+def test_mistakes_are_one_message(tmp_path, monkeypatch, line, message):
     for name in ("MLFLOW_TRACKING_URI", "WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_SILENT", "true")
     write_data(tmp_path / "data")
-    done = call(tmp_path, "mode=train", *SMALL, *words)
+    done = call(tmp_path, "mode=train", *SMALL, *line.split())
     assert done.status == 1 and message in done.err.split("error: ")[1] and "Traceback" not in done.err, done.err

@@ -1,13 +1,19 @@
-"""mode=predict given twice with one folder: it goes on there, alone, and only by the same settings."""
+"""mode=predict given twice with one folder: it resumes alone, by the same settings; and at the trained sizes."""
 
 import fcntl
 import json
 import shutil
 from unittest.mock import patch
 
+import numpy as np
+import pytest
+import torch
 from command_line import call
 
 from dinoseg.modes import predict
+from dinoseg.training import checkpoint
+from dinoseg.utils.images import read_ids, write_png
+from dinoseg.utils.precision import bfloat16_is_faster
 
 
 def test_repeated_command_resumes_in_its_folder(trained_once, tmp_path):
@@ -58,3 +64,33 @@ def test_other_model_is_refused_in_one_sentence(trained_once, tmp_path):
     assert other.status == 1 and "/out holds predictions of another model: it was /" in other.err
     assert "best.safetensors, and is two/checkpoints/best.safetensors. Use that model again to resume" in other.err
     assert other.err.count("error: ") == 1 and "stamp" not in other.err
+
+
+def test_checkpoint_knows_sizes_and_precision_of_its_training(trained_once):
+    info = checkpoint.describe(trained_once / "segmenter/checkpoints/best.safetensors")
+    assert info["sizes"] == {"typical": 48, "largest": 72}  # 48 pixels, enlarged by up to 1.5
+    precision = {"engine.precision": "bf16" if bfloat16_is_faster(torch.device("cpu")) else "fp32"}
+    assert info["engine"] == {**precision, "engine.cache": "off", "features.dtype": None}
+
+
+@pytest.mark.parametrize(
+    ("size", "words", "warns"),
+    [
+        ((100, 160), (), True),
+        ((64, 70), (), False),
+        ((100, 160), ("resolution.longest=null",), False),
+        ((100, 160), ("resolution.longest=64",), False),
+    ],
+)
+def test_larger_images_are_reduced_unless_a_size_is_set(trained_once, tmp_path, size, words, warns):
+    write_png(tmp_path / "a.png", np.zeros((*size, 3), np.uint8))
+    start = ("mode=predict", f"resume={trained_once}/segmenter", "input=a.png", "engine=cpu", "hydra.run.dir=out")
+    done = call(tmp_path, *start, *words)
+    assert done.status == 0 and ("are larger than those of the training" in done.err) == warns
+    assert read_ids(tmp_path / "out/masks/a.png").shape == size
+    if warns:
+        typed = call(tmp_path, *start, "resolution.longest=null")
+        said = "settings differ from that run: resolution.longest on the command line was not set and is true."
+        assert typed.status == 1 and said in typed.err
+        again = call(tmp_path, *start)
+        assert again.status == 0 and "1 image of an earlier run reused" in again.err

@@ -1,10 +1,10 @@
 import csv
 import json
+from copy import deepcopy
 
+import numpy as np
 import pytest
-import torch
 from command_line import SMALL, call, write_data
-from omegaconf import OmegaConf
 
 from dinoseg.experiment.recipe import recipe_of
 from dinoseg.training import checkpoint
@@ -37,45 +37,28 @@ def test_every_block_and_the_layers_of_the_head_are_probed(folder):
 
 
 def test_head_starts_from_the_probe_but_resumes_without_it(folder, monkeypatch):
-    shown = {}
+    means, restore = [], checkpoint.Checkpointer.restore
 
     def watch(checkpoints, model, *others):
-        shown["before"] = {name: value.clone() for name, value in model.head.state_dict().items()}
+        means.append(float(model.head.norm.running_mean.abs().max()))
         return restore(checkpoints, model, *others)
 
-    restore = checkpoint.Checkpointer.restore
     monkeypatch.setattr(checkpoint.Checkpointer, "restore", watch)
     words = ("mode=train", "mode.report=false", "mode.metrics_only=true", "head=linear", "hydra.run.dir=T")
     done = call(folder, *SMALL, *words, "head.init=probe")
     assert done.status == 0 and "head.init=probe: mIoU" in done.err, done.err
-    assert shown["before"]["norm.running_mean"].abs().max() > 0
+    assert means[0] > 0
     again = call(folder, *SMALL, *words, "head.init=probe", "resume=T", "trainer.steps=3")
     assert again.status == 0 and "head.init" not in again.err, again.err
     info = checkpoint.describe(folder / "T/checkpoints/last.safetensors")
-    other = OmegaConf.to_container(OmegaConf.create(info))
+    other = deepcopy(info)
     other["config"]["head"]["init"] = None
     assert recipe_of(other) != recipe_of(info)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("mode=train", "head.init=zeros"), "head.init=zeros is unknown. Choose one of probe, normal or null"),
-        (("mode=train", "head=mlp", "+head.init=probe"), "does not take init"),
-        (("mode=probe", "mode.layers=[5]"), "this backbone has 2 blocks"),
-        (("mode=probe", "mode.strengths=[]"), "the list is empty"),
-        (("mode=probe", "mode.strengths=[0]"), "out of range. Give a number above 0"),
-        (("mode=probe", "mode.held_out=1"), "out of range"),
-    ],
-)
-def test_impossible_probe_is_refused_with_the_reason(folder, words, message):
-    done = call(folder, *SMALL, *words)
-    assert done.status == 1 and message in done.err.replace("\n", " "), done.err
 
 
 def test_masks_without_a_label_are_refused(tmp_path):
     write_data(tmp_path / "data")
     for path in (tmp_path / "data/train/masks").iterdir():
-        write_png(path, torch.full((32, 48), 255, dtype=torch.uint8).numpy())
+        write_png(path, np.full((32, 48), 255, np.uint8))
     done = call(tmp_path, *SMALL, "mode=probe")
     assert done.status == 1 and "No pixel of the training masks is labelled" in done.err
