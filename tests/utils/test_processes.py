@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from child_functions import echo, stuck
-from mistakes import assert_refused
 
 from dinoseg.utils import child as child_module
 from dinoseg.utils import workers as workers_module
@@ -279,7 +278,8 @@ def test_single_process_returns_its_answer_or_failure(capfd):
         run_in_process(Struck(), "never")
     assert nobody_is_left() and not is_sigint_blocked() and not capfd.readouterr().err
     assert run_in_process(answers, "killed") is None
-    assert_refused(lambda: run_in_process(answers, "refused"), "no such item")
+    with pytest.raises(UserError, match="no such item"):
+        run_in_process(answers, "refused")
     with pytest.raises(RuntimeError, match="see its traceback above"):
         run_in_process(answers, "broken")
     assert "ValueError: not foreseen" in capfd.readouterr().err
