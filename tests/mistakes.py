@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from command_line import call
 
 from dinoseg.utils.errors import UserError
 
@@ -36,6 +35,8 @@ def command(*words):
     """Return a function that runs a command line in the current folder, and raises what it prints as its error."""
 
     def act():
+        from command_line import call  # with Hydra and OpenCV, which tests of child processes do not need
+
         done = call(Path.cwd(), *words)
         if done.status:
             raise UserError(done.err)
