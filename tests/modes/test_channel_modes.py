@@ -17,6 +17,7 @@ from dinoseg.utils.images import read_ids
 SMALL_MODEL = [word for word in SMALL if not word.startswith(("trainer.steps", "data.batch_size"))]
 TRAIN = (*SMALL_MODEL, "mode=train", "data.batch_size=4", "mode.report=false", "mode.pictures=1", "head=linear")
 NIR = ("data.channels=4", "data/pixels=files", "data.pixels.files=[images,nir]")
+MASK2FORMER = ("head=mask2former", "head.num_heads=4", "loss=mask_classification", "backbone.arch.num_hidden_layers=4")
 FEW = ("trainer.steps=4", "trainer.val_every=2", "trainer.save_every=2", "mode.metrics_only=true")
 pytestmark = pytest.mark.heavy
 
@@ -121,22 +122,18 @@ def test_exports_keep_the_channels(here):
         dinoseg.export_onnx(source, [np.zeros((40, 56, 4), np.uint8)], out_dir=here / "never")
 
 
-def test_a_resumed_training_is_that_of_one_run(place):
+def test_a_resumed_training_caches_and_workers_change_no_bit(place):
     constant = ("optim.schedule.warmup=0", "optim.schedule.kind=constant")
     run(place, *TRAIN, *NIR, *FEW, *constant, "hydra.run.dir=whole")
     run(place, *TRAIN, *NIR, *FEW, *constant, "trainer.steps=2", "hydra.run.dir=half")
     run(place, "mode=train", "resume=half", "trainer.steps=4", "engine=cpu", "engine.workers=0")
-    wanted, found = tensors(place, "whole"), tensors(place, "half")
-    assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
+    run(place, *TRAIN, *NIR, *FEW, *constant, "data.cache=packed", "hydra.run.dir=packed")
+    run(place, *TRAIN, *NIR, *FEW, *constant, "engine.workers=1", "hydra.run.dir=of_a_worker")
+    wanted = tensors(place, "whole")
+    for name in ("half", "packed", "of_a_worker"):
+        found = tensors(place, name)
+        assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted), name
     assert wanted["model/backbone.model.embeddings.patch_embeddings.weight"].shape[1] == 4
-
-
-@pytest.mark.parametrize("words", [("data.cache=packed",), ("engine.workers=1",)])
-def test_caches_and_workers_change_no_bit(words, place):
-    run(place, *TRAIN, *NIR, *FEW, "hydra.run.dir=plain")
-    run(place, *TRAIN, *NIR, *FEW, *words, "hydra.run.dir=other")
-    wanted, found = tensors(place, "plain"), tensors(place, "other")
-    assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
 def test_cached_features_have_their_channels(place):
@@ -174,17 +171,7 @@ def test_16_bits_enter_own_loops():
         (("mode=app", "resume=nir", "mode.port=0"), "upload has 3 channels"),
         ((*TRAIN, "trainer=distil", "teacher=nir", "trainer.steps=1"), "takes images of 4 channels"),
         ((*TRAIN, "data.channels=4"), "has 3 channels"),
-        (
-            (
-                *TRAIN,
-                *NIR,
-                "backbone.arch.num_hidden_layers=4",
-                "head=mask2former",
-                "head.num_heads=4",
-                "loss=mask_classification",
-            ),
-            "reads the pixels as RGB",
-        ),
+        ((*TRAIN, *NIR, *MASK2FORMER), "reads the pixels as RGB"),
     ],
 )
 def test_another_number_of_channels_is_refused(words, message, place):
