@@ -413,7 +413,7 @@ def _plain(name: str, value: Any) -> Any:
     raise UserError(f"{name}={format_value(str(value))} is of type {type(value).__name__}. Give a single value.")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64, typed=True)  # 1 is not taken for True, whose loss is there already
 def _unweighted_loss(
     kind: Callable[..., Loss], num_classes: int, device: torch.device, ignore_index: int, **options: Any
 ) -> Loss:

@@ -103,9 +103,11 @@ test_message_names_key_value_and_remedy = refusals(
         "gamma of NaN": (lambda: Focal(WEIGHTS, gamma=math.nan), "gamma=nan is out of range"),
         "negative alpha": (lambda: Tversky(WEIGHTS, alpha=-1.0), "alpha=-1.0", "at least 0"),
         "beta of 0": (lambda: Tversky(WEIGHTS, beta=0.0), "beta=0.0", "above 0"),
-        # of two classes: a loss of three may be cached with per_image=True, which equals 1
         "per_image as a word": (lambda: lose((1, 2, 4, 4), loss="lovasz_loss", per_image="no"), "per_image="),
-        "per_image as a number": (lambda: lose((1, 2, 4, 4), loss="lovasz_loss", per_image=1), "per_image="),
+        "per_image as a number": (
+            lambda: [lose((1, 2, 4, 4), loss="lovasz_loss", per_image=each) for each in (True, 1)],
+            "per_image=1",
+        ),
         "per_image of None": (lambda: lose((1, 2, 4, 4), loss="lovasz_loss", per_image=None), "per_image="),
         "no class of clDice": (lambda: SoftClDice(WEIGHTS, classes=[]), "from 0 to 2"),
         "unknown class of clDice": (lambda: SoftClDice(WEIGHTS, classes=[9, 1]), "from 0 to 2"),
