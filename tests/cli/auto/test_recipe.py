@@ -104,7 +104,7 @@ def test_same_command_reuses_its_choices_on_any_machine_speed(folder, choose_rec
     one, first = choose_recipe(*words)
     with monkeypatch.context() as patched:
         patched.setattr(choose, "run_in_process", pytest.fail)
-        other, again = choose_recipe(*words, "seed=1", "mode.pictures=0", folder_of_run="S")
+        other, again = choose_recipe(*words, "seed=1", "mode.tflops=1", folder_of_run="S")
     assert "; chosen now:" in first.out and "reused from" in again.out and one.seed != other.seed
     assert [one[key] for key in ("head", "data", "optim", "trainer")] == [
         other[key] for key in ("head", "data", "optim", "trainer")
@@ -400,7 +400,6 @@ def test_a_recipe_is_timed_on_its_own_data(choose_recipe, monkeypatch, words):
     monkeypatch.setattr(choose, "run_in_process", in_this_process)
     monkeypatch.setattr(choose, "monotonic", time.monotonic)
     cfg, done = choose_recipe(*words)
-    assert "A training step of" in done.out
     assert cfg.trainer.steps > 10 and f"trainer.steps={cfg.trainer.steps} trainer.val_every=" in done.out
 
 
