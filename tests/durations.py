@@ -34,6 +34,9 @@ class CpuDurations:
         self.before = _cpu_seconds()
         self.seconds = defaultdict(float)
 
+    def pytest_collection_finish(self):
+        self.before = _cpu_seconds()
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self):
         report = yield
