@@ -102,7 +102,7 @@ def test_help_of_a_mode_is_of_its_own_keys(mode, tmp_path):
     assert "mode.mode=" not in done.out and "hparam:" not in done.out
 
 
-@pytest.mark.parametrize("arguments", [("--help",), SCORE])
+@pytest.mark.parametrize("arguments", [("--help",), pytest.param(SCORE, marks=pytest.mark.heavy)])
 def test_a_reader_that_goes_away_gets_no_traceback(arguments, tmp_path):
     for folder in ("masks", "made"):
         write_png(tmp_path / folder / "a.png", np.eye(8, dtype=np.uint8))
@@ -139,7 +139,11 @@ def test_python_without_docstrings_is_refused_in_a_message(tmp_path):
         (["trainer.steps=0"], "error: trainer.steps=0 is out of range. Give a whole number of at least 1"),
         (["trainer.clip=off"], "error: trainer.clip=off is of type str. Give a number"),
         (["mode.report=maybe"], "error: mode.report=maybe is of type str. Give true or false"),
-        (["adapter=lora", "adapter.rank=high"], "error: adapter.rank=high is of type str. Give a whole number"),
+        pytest.param(
+            ["adapter=lora", "adapter.rank=high"],
+            "error: adapter.rank=high is of type str. Give a whole number",
+            marks=pytest.mark.heavy,
+        ),
     ],
 )
 def test_wrong_values_are_refused_before_data_are_listed(site, arguments, message):
@@ -148,7 +152,14 @@ def test_wrong_values_are_refused_before_data_are_listed(site, arguments, messag
     assert {*site.rglob("*")} == before
 
 
-@pytest.mark.parametrize("word", ["data.reader.layout.splits={}", "data.background=dark", "adapter.rank='${seed}'"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data.reader.layout.splits={}",
+        "data.background=dark",
+        pytest.param("adapter.rank='${seed}'", marks=pytest.mark.heavy),
+    ],
+)
 def test_values_without_a_constraint_are_checked_by_signatures(place, word):
     assert not call(place, "mode=summary", *SMALL, "adapter=lora", word).err.startswith("error: data")
 
@@ -212,7 +223,11 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         (["data.root=", "data"], "data.root= data has a space next to the equals sign. Write data.root=data."),
         (["resolution.crop=[64,96", "seed=1"], "a bracket or brace is not closed. Write 'resolution.crop=[64,96]'."),
         (["resolution.crop=[64,", "96]"], "split it at a space. Quote the whole word: 'resolution.crop=[64, 96]'."),
-        (["adapter=frozen", "adapter.lr=8"], "adapter.lr=8: adapter=frozen has no key lr. Options that have it"),
+        pytest.param(
+            ["adapter=frozen", "adapter.lr=8"],
+            "adapter.lr=8: adapter=frozen has no key lr. Options that have it",
+            marks=pytest.mark.heavy,
+        ),
         (
             ["adapter=frozen", "adapter.rank=8"],
             "adapter.rank=8: adapter=frozen has no key rank. Options that have it: adapter=lora, adapter=lora_8bit, "
@@ -237,7 +252,11 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         ),
         (["mode=train", "tracker.short_side=9"], "mode=train does not read the group tracker. Leave it out, or"),
         (["mode=compare", "data.group=null"], "Evaluate each run again: mode=eval resume=RUN data.group=null."),
-        (["mode=train", "tracker=video"], "tracker=video: mode=train does not read the group tracker. Leave it out"),
+        pytest.param(
+            ["mode=train", "tracker=video"],
+            "tracker=video: mode=train does not read the group tracker. Leave it out",
+            marks=pytest.mark.heavy,
+        ),
         (["--steps=3"], "--steps=3 is not a flag. The flags are --help"),
         *(
             ([f"hydra.searchpath=[{source}]"], f"{source} is not found")
@@ -249,7 +268,15 @@ def test_an_unknown_option_lists_those_there_are(site, group):
         ),
         *(
             (["mode=train", word], f"error: {word.partition('=')[0]} adds a key that nothing reads")
-            for word in ("+head@extra=mlp", "+head@resolution.x=mlp", "+tracker=dinov3", "+prepare=idd", "+nonsense=3")
+            for word in ("+head@extra=mlp", "+nonsense=3")
+        ),
+        *(
+            pytest.param(
+                ["mode=train", word],
+                f"error: {word.partition('=')[0]} adds a key that nothing reads",
+                marks=pytest.mark.heavy,
+            )
+            for word in ("+head@resolution.x=mlp", "+tracker=dinov3", "+prepare=idd")
         ),
         (["mode=train", "+trainer.stpes=3"], "error: +trainer.stpes adds a key that nothing reads. Check its spelling"),
         (["mode=train", "+resolution.corp=[3,3]"], "error: +resolution.corp adds a key that nothing reads"),
@@ -267,7 +294,11 @@ def test_a_command_line_that_cannot_be_composed_is_one_message(site, arguments, 
         (["nonsense"], "error: nonsense"),
         (["input=x.png"], "error: No mode is given. Add mode=NAME. Modes: app, bench,"),
         (["hparam=demo", "trainer.steps=3"], "error: No mode is given. Add mode=NAME. Modes: app, bench,"),
-        (["-m", "head=linear,mlp"], "error: No mode is given. Add mode=NAME. Modes: app, bench,"),
+        pytest.param(
+            ["-m", "head=linear,mlp"],
+            "error: No mode is given. Add mode=NAME. Modes: app, bench,",
+            marks=pytest.mark.heavy,
+        ),
     ],
 )
 def test_a_command_line_without_a_mode_is_refused(site, arguments, message):
@@ -283,8 +314,8 @@ NO_FILE = "mine.yaml is not a config file"
         ("head", "name: \xe9", f"{NO_FILE} ('utf-8' codec can't decode"),
         ("head", "3", f"{NO_FILE} (Invalid loaded object type: int)"),
         ("head", "layers: ${", f"{NO_FILE} (no viable alternative at input '${{')"),
-        ("head", "null: 1", f"{NO_FILE} (Incompatible key type"),
-        ("head", "layers: " + "[" * 600, f"{NO_FILE} (maximum recursion depth"),
+        pytest.param("head", "null: 1", f"{NO_FILE} (Incompatible key type", marks=pytest.mark.heavy),
+        pytest.param("head", "layers: " + "[" * 600, f"{NO_FILE} (maximum recursion depth", marks=pytest.mark.heavy),
         ("head", "defaults: [mine]", "The defaults list of a config file includes that file again"),
         ("head", "defaults: {}", "Invalid defaults list in 'head/mine', defaults must be a list (got mapping)"),
         ("head", "defaults: [mlp, /loss: null, _self_]", "a config file sets loss@head.loss to null"),
@@ -294,8 +325,12 @@ NO_FILE = "mine.yaml is not a config file"
         ("mode", "{_target_: a.b, _partial_: true, keeps_folder: maybe}", "mode=mine: keeps_folder=maybe is of type"),
         ("mode", "{defaults: data, _target_: a.b, _partial_: true}", "defaults"),
         ("hparam", "# @package _global_\nmode:\n  # steps: 3\n", "error: mode is null, "),
-        ("hparam", "# @package _global_\nloss:\n  # steps: 3\n", "error: loss is null, "),
-        ("hparam", "# @package _global_\nhead:\n  # steps: 3\n", "error: head is null, "),
+        pytest.param(
+            "hparam", "# @package _global_\nloss:\n  # steps: 3\n", "error: loss is null, ", marks=pytest.mark.heavy
+        ),
+        pytest.param(
+            "hparam", "# @package _global_\nhead:\n  # steps: 3\n", "error: head is null, ", marks=pytest.mark.heavy
+        ),
     ],
 )
 def test_faulty_config_file_is_one_message(site, tmp_path, option, content, message):
@@ -333,10 +368,14 @@ def test_refused_resume_of_heads_leaves_no_config(place):
         (["seed=null"], ["seed=null is of type NoneType. Give a whole number."]),
         (["trainer.clip=inf"], ["trainer.clip=inf is out of range"]),
         (["optim.optimizer.lr=1e20"], ["optim.optimizer.lr=1e+20 is out of range", "at most 100"]),
-        (["head.lr=1e20"], ["head.lr=1e+20 is out of range", "at most 100"]),
-        (["adapter.lr=1e20"], ["adapter.lr=1e+20 is out of range", "at most 100"]),
+        pytest.param(["head.lr=1e20"], ["head.lr=1e+20 is out of range", "at most 100"], marks=pytest.mark.heavy),
+        pytest.param(["adapter.lr=1e20"], ["adapter.lr=1e+20 is out of range", "at most 100"], marks=pytest.mark.heavy),
         (["trainer=multi_head", "heads=[{head:linear,lr:1e20}]"], ["lr=1e+20 of linear is not", "at most 100"]),
-        (["trainer=multi_head", "heads=[{head:cnn,channels:100000}]"], ["head.channels=100000 is out of range"]),
+        pytest.param(
+            ["trainer=multi_head", "heads=[{head:cnn,channels:100000}]"],
+            ["head.channels=100000 is out of range"],
+            marks=pytest.mark.heavy,
+        ),
         (["data.root=nowhere"], ["data.root=nowhere is not a folder"]),
         (["engine.devices=0"], ["engine.devices=0", "at least 1"]),
         (["data.classes=[dark]"], ["With 1 class every probability is 1", "the background and the object"]),
@@ -368,7 +407,7 @@ def test_a_mistake_while_training_is_one_message(site, arguments, parts):
         (["adapter=lora", "adapter.rank=0"], ["adapter.rank=0", "at least 1"]),
         (["engine.device=tpu"], ["engine.device=tpu is unknown", "auto, cuda, mps or cpu"]),
         (["data.batch_size=5"], ["data.batch_size=5 with 4 training images", "from 1 to 4"]),
-        (["backbone.layers=[2]"], ["backbone.layers=[2]", "2 blocks"]),
+        pytest.param(["backbone.layers=[2]"], ["backbone.layers=[2]", "2 blocks"], marks=pytest.mark.heavy),
         (["backbone.weights=gone.safetensors"], ["backbone.weights=gone.safetensors", "Check the path"]),
         (["loss.weights=heavy"], ["loss.weights=heavy is unknown", "median"]),
         (["loss.weights={cat: 2}"], ["loss.weights: cat is not a class", "The classes are"]),
@@ -387,10 +426,14 @@ def test_a_training_of_other_values_is_refused(site, compose, arguments, parts):
     [
         (["mode=train"], "data.root and data.classes are not set. Give both, with the class names in id order:"),
         (["mode=train", "data.classes=[a,b]"], "command line: data.root=VALUE.\nExpected files:\n- VALUE/t"),
-        (["mode=train", "data=ade20k"], "- VALUE/images/training/NAME.jpg\n- VALUE/annotations/training/NAME.png\n- "),
+        pytest.param(
+            ["mode=train", "data=ade20k"],
+            "- VALUE/images/training/NAME.jpg\n- VALUE/annotations/training/NAME.png\n- ",
+            marks=pytest.mark.heavy,
+        ),
         (["mode=train", "data=coco"], "data.root is not set. Set it on the command line: data.root=VALUE."),
         (["mode=train", "data.root=data"], "Give the class names in id order: data.classes=[back"),
-        (["mode=train", "hparam=sarrarp_lora"], "data.root is not set"),
+        pytest.param(["mode=train", "hparam=sarrarp_lora"], "data.root is not set", marks=pytest.mark.heavy),
         (["mode=summary"], "data.root and data.classes are not set"),
         (["mode=prepare", "data=camvid", "data.root=data"], "needs no preparation"),
         (["mode=eval"], "Give resume="),
@@ -521,6 +564,7 @@ def test_composed_config_is_shown(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.heavy
 def test_a_model_that_no_memory_holds_is_one_message(site, monkeypatch):
     monkeypatch.setattr("dinoseg.config.stored.check_numbers", lambda values: None)  # it would refuse this head
     huge = ("head=detail", "head.layers=[-1]", f"head.fine={10**9}", "hydra.run.dir=R")

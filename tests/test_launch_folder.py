@@ -14,6 +14,8 @@ from dinoseg.cli import launch
 from dinoseg.cli.launch import _below_recipe
 from dinoseg.data.formats import sarrarp
 from dinoseg.data.formats.idd_files import prepare_command
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.recipe import run_description
 from dinoseg.training import checkpoint
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.interrupt import Interrupted
@@ -32,6 +34,7 @@ def succeed(folder, *words):
     return done.err
 
 
+@pytest.mark.heavy
 def test_evaluation_folder_is_below_its_recipe(tmp_path):
     write_data(tmp_path / "data")
     succeed(tmp_path, "mode=train", "hparam=camvid", *SMALL, *QUIET, "hydra.run.dir=run")
@@ -50,7 +53,16 @@ def test_evaluation_folder_is_below_its_recipe(tmp_path):
         assert (tmp_path / f"{folder}_2/scores.json").is_file()
 
 
-def test_occupied_folder_and_resumed_checkpoint_are_logged(tmp_path):
+def save_last_step(cfg, *, out_dir, **_):
+    """Leave of a training what a resume reads: the checkpoint of its last step."""
+    build, steps = Builder(cfg), cfg.trainer.steps
+    progress = {"step": steps, "best": 0.5, "best_step": steps, "stale": 0, "validation_pending": False}
+    description = run_description(build, build.labels) | {"progress": progress, "frozen": {}}
+    checkpoint.write(out_dir / "checkpoints/last.safetensors", {}, description)
+
+
+def test_occupied_folder_and_resumed_checkpoint_are_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr("dinoseg.modes.train.train", save_last_step)
     write_data(tmp_path / "data")
     words = ("mode=train", *SMALL, *QUIET, "resolution.crop=32", "data.on_error=stop", "trainer.steps=1")
     assert "another run" not in succeed(tmp_path, *words, "hydra.run.dir=run")

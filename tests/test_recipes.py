@@ -160,14 +160,27 @@ OFFICIAL = {  # recipe: its numbers, and its warm-ups in steps
 }
 
 
-@pytest.mark.parametrize("hparam", ORIGINALS)
+# the recipes of a family have most of their numbers in common
+FAMILY = (
+    *("slotcontrast_movi_c", "slotcontrast_ytvis2021", "videosaur_movi_c", "videosaur_movi_e", "idd_m2f_no_object"),
+    *("linear_cityscapes", "linear_voc", "linear_cityscapes_dinov2", "linear_voc_dinov2"),
+    *("eomt_cityscapes", "eomt_cityscapes_dinov3"),
+)
+
+
+def mark_families(recipes):
+    """Return the names of recipes, all but one of each family marked as heavy."""
+    return [pytest.param(name, marks=pytest.mark.heavy if name in FAMILY else ()) for name in recipes]
+
+
+@pytest.mark.parametrize("hparam", mark_families(ORIGINALS))
 def test_a_recipe_carries_the_numbers_of_its_original(compose, hparam):
     cfg = compose(f"hparam={hparam}", *required_overrides(written_choices(hparam)))
     wanted = ORIGINALS[hparam]
     assert {key: OmegaConf.select(cfg, key) for key in wanted} == wanted
 
 
-@pytest.mark.parametrize("hparam", OFFICIAL)
+@pytest.mark.parametrize("hparam", mark_families(OFFICIAL))
 def test_a_recipe_has_the_numbers_of_an_official_one(compose, hparam):
     cfg = compose(f"hparam={hparam}", *required_overrides(written_choices(hparam)))
     wanted, warmups = OFFICIAL[hparam]
@@ -195,7 +208,15 @@ def test_annealing_of_eomt_is_even_as_in_its_configurations():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hparam", ["linear_ade20k", "linear_voc_dinov2", "eomt_cityscapes", "eomt_ade20k_dinov3"])
+@pytest.mark.parametrize(
+    "hparam",
+    [
+        "linear_ade20k",
+        pytest.param("linear_voc_dinov2", marks=pytest.mark.heavy),
+        pytest.param("eomt_cityscapes", marks=pytest.mark.heavy),
+        "eomt_ade20k_dinov3",
+    ],
+)
 def test_official_recipes_train_and_validate(tmp_path, hparam):
     """Two steps and two validations on small images, with a small backbone: one recipe of each kind."""
     write_data(tmp_path / "data")

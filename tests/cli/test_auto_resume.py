@@ -33,10 +33,11 @@ FOLDER = "# @package _global_\nhydra: {run: {dir: mine}}\n"
 def train_without_a_model(cfg, *, out_dir, metrics_only, pictures, report):
     """Write what a training leaves: the checkpoint of each step, and its end."""
     path, build = out_dir / "checkpoints/last.safetensors", Builder(cfg)
+    described = run_description(build, build.labels) | {"frozen": {}}
     done = checkpoint.describe(Path(cfg.resume))["progress"]["step"] if cfg.resume else 0
     for step in range(done + 1, cfg.trainer.steps + 1):
         progress = {"step": step, "best": 0.5, "best_step": step, "stale": 0, "validation_pending": False}
-        checkpoint.write(path, {}, run_description(build, build.labels) | {"progress": progress, "frozen": {}})
+        checkpoint.write(path, {}, described | {"progress": progress})
     write_end(out_dir, cfg.trainer.steps, {"miou": 0.5})
     return {"miou": 0.5}
 
@@ -121,8 +122,8 @@ def test_auto_finds_a_named_run_of_the_job_without_a_checkpoint(quick, here, int
     assert not (run / ".split.json.7.part").exists() and not (here / "outputs/base").exists()
 
 
-def test_given_folder_resumes_its_checkpoint(here, interrupt):
-    interrupt(*AUTO, "hydra.run.dir=mine", saves=1)
+def test_given_folder_resumes_its_checkpoint(quick, here, interrupt):
+    interrupt(*AUTO, "hydra.run.dir=mine")
     assert step_of(here / "mine") == 2
     part = here / "mine/.split.json.7.part"
     part.write_text("of a killed process")
@@ -245,6 +246,7 @@ def test_job_without_checkpoint_starts_again_in_its_folder(quick, here, monkeypa
     assert sorted(info_of(run)["choices"]["head"] for run in runs(here)) == ["linear", "mlp"]
 
 
+@pytest.mark.heavy
 def test_array_tasks_resume_their_own_runs(quick, here, interrupt, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "71")
     mine = {task: here / f"outputs/base/train_{task}" for task in "01"}
@@ -259,6 +261,7 @@ def test_array_tasks_resume_their_own_runs(quick, here, interrupt, monkeypatch):
     assert len(runs(here)) == 2
 
 
+@pytest.mark.heavy
 def test_restarted_torchrun_resumes_its_run(quick, here, interrupt, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a1b2")
     interrupt(*AUTO, "hydra.run.dir=outputs/base/train_mine")
@@ -290,17 +293,24 @@ def test_sweep_resumes_by_recipe_and_seed(quick, here, interrupt):
     sweep, folder = ("-m", *AUTO, "hydra.sweep.dir=sweep"), here / "sweep"
     stopped = interrupt(*sweep, "seed=0,1")
     assert step_of(folder / "0") == 2 and f"resume=auto hydra.sweep.dir={folder}" in stopped.err
-    done = run_checked(here, *sweep, "seed=2,0,1")
+    done = run_checked(here, *sweep, "seed=1,0")
     seeds = {path.parent.name: info_of(path.parent)["config"]["seed"] for path in folder.glob("*/checkpoints")}
-    assert sorted(seeds.values()) == [0, 1, 2] and seeds["0"] == 0 and step_of(folder / "0") == 3, done.err
+    assert sorted(seeds.values()) == [0, 1] and seeds["0"] == 0 and step_of(folder / "0") == 3, done.err
     before = files_of(folder / "0")
-    again = run_checked(here, *sweep, "seed=0,1,2")
-    assert files_of(folder / "0") == before and len(list(folder.glob("*/checkpoints"))) == 3
+    again = run_checked(here, *sweep, "seed=0,1")
+    assert files_of(folder / "0") == before and len(list(folder.glob("*/checkpoints"))) == 2
     rows = (folder / "jobs.csv").read_text().splitlines()
-    assert len(rows) == 4 and str(folder / "0") in rows[1] + rows[2] + rows[3], again.err
+    assert len(rows) == 3 and str(folder / "0") in rows[1] + rows[2], again.err
 
 
-@pytest.mark.parametrize("swept", ["trainer.patience=2,5", "inference=whole,windows", "engine.precision=fp32,bf16"])
+@pytest.mark.parametrize(
+    "swept",
+    [
+        "trainer.patience=2,5",
+        pytest.param("inference=whole,windows", marks=pytest.mark.heavy),
+        pytest.param("engine.precision=fp32,bf16", marks=pytest.mark.heavy),
+    ],
+)
 def test_cells_of_one_recipe_share_no_run(quick, here, interrupt, swept):
     sweep = ("-m", *AUTO, "hydra.sweep.dir=sweep", swept)
     interrupt(*sweep)

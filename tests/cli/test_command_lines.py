@@ -62,7 +62,7 @@ def test_mistake_is_one_message_and_starts_no_sweep(tmp_path, line):
         ("metric.nsd.tolerance=1", "nsd"),
         ("metric=[cldice] metric.nsd.tolerance=1", "nsd"),
         ("logger.wandb.project=x", "wandb"),
-        ("logger=[] logger.tensorboard._partial_=x", "tensorboard"),
+        pytest.param("logger=[] logger.tensorboard._partial_=x", "tensorboard", marks=pytest.mark.heavy),
     ],
 )
 def test_key_of_an_option_that_is_not_listed_names_it(tmp_path, line, option):

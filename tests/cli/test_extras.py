@@ -48,7 +48,10 @@ def test_an_interval_that_nothing_searches_is_refused(tmp_path, sweep):
 
 @pytest.mark.parametrize(
     ("commands", "cause"),
-    [((), 'RuntimeError: Could not detect "srun"'), (("srun", "sbatch"), "sbatch: error: no such partition: gpu")],
+    [
+        pytest.param((), 'RuntimeError: Could not detect "srun"', marks=pytest.mark.heavy),
+        (("srun", "sbatch"), "sbatch: error: no such partition: gpu"),
+    ],
 )
 def test_a_launcher_that_fails_is_one_message(tmp_path, monkeypatch, commands, cause):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
@@ -65,6 +68,7 @@ def test_a_launcher_that_fails_is_one_message(tmp_path, monkeypatch, commands, c
     assert "hydra/launcher=submitit_slurm failed" in message and cause in message
 
 
+@pytest.mark.heavy
 def test_a_launcher_without_its_cluster_is_one_message(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     write_data(tmp_path / "data")
@@ -74,6 +78,7 @@ def test_a_launcher_without_its_cluster_is_one_message(tmp_path):
     assert "hydra/launcher=submitit_local failed (ConnectionError: no cluster ... at 10.0.0.7)" in done.err
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed here")
 def test_a_launcher_that_is_not_installed_is_named(tmp_path):
     done = call(tmp_path, "-m", "mode=train", *SMALL, "head=linear,mlp", "hydra/launcher=ray")

@@ -2,15 +2,18 @@
 
 import csv
 import json
+import shutil
 
 import pytest
-from command_line import SLOTS, SMALL, call, link_all
+from command_line import SMALL, call, link_all
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from dinoseg.cli import own_keys
 from dinoseg.cli.typos import find_mistake
 from dinoseg.config.composition import SHIPPED
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.recipe import run_description
 from dinoseg.training import checkpoint
 
 
@@ -50,7 +53,9 @@ def test_slots_take_another_number_and_source(here, mode):
 
 
 @pytest.mark.parametrize(
-    "mode", [("mode=predict", "input=data/val/images/0.png"), ("mode=export",)], ids=lambda mode: mode[0]
+    "mode",
+    [("mode=predict", "input=data/val/images/0.png"), pytest.param(("mode=export",), marks=pytest.mark.heavy)],
+    ids=lambda mode: mode[0],
 )
 def test_every_mode_of_a_checkpoint_takes_its_keys(here, mode):
     run(here, *mode, "resume=segmenter", "head.dropout=0.5", "data.augment.scale.0=0.8", "hydra.run.dir=out")
@@ -59,11 +64,11 @@ def test_every_mode_of_a_checkpoint_takes_its_keys(here, mode):
 
 
 def test_training_resumes_with_changed_values(here):
-    run(here, *SLOTS, "trainer.steps=1", "trainer.val_every=1", "mode.metrics_only=true", "hydra.run.dir=own")
-    words = ("trainer.steps=2", "head.iterations=2", "data.clips.cut.length=3")
+    shutil.copytree(here / "slots", here / "own")
+    words = ("trainer.steps=5", "head.iterations=2", "data.clips.cut.length=3")
     run(here, "mode=train", "resume=own", *words, "mode.metrics_only=true", "engine.precision=fp32")
     made = checkpoint.describe(here / "own/checkpoints/last.safetensors")
-    assert made["progress"]["step"] == 2 and made["choices"]["head"] == "slots"
+    assert made["progress"]["step"] == 5 and made["choices"]["head"] == "slots"
     assert made["config"]["head"]["iterations"] == 2 and made["config"]["data"]["clips"]["cut"]["length"] == 3
 
 
@@ -85,6 +90,7 @@ def test_key_unknown_to_config_and_checkpoint_is_a_typo(here, line, message):
     assert "Traceback" not in done.err and not list(here.glob("outputs/**/scores.json"))
 
 
+@pytest.mark.heavy
 def test_a_sweep_goes_over_keys_of_the_checkpoint(here):
     words = ("mode=eval", "resume=slots", "head.num_slots=2,3", "mode.metrics_only=true", "hydra.sweep.dir=sweep")
     run(here, "-m", *words)
@@ -124,10 +130,22 @@ def test_own_groups_and_slots_take_keys_of_the_checkpoint(here):
     assert with_checkpoint_keys(words) == ["resume=slots", "data=movi", "++data.view.flip=0", "head=slots"]
 
 
-def test_root_keys_of_a_trainer_are_those_of_its_checkpoint(here):
-    words = ("trainer=multi_head", "heads=[linear,{head: mlp, name: wide}]", "adapter=frozen", "trainer.steps=1")
+HEADS = ("trainer=multi_head", "heads=[linear,{head: mlp, name: wide}]", "adapter=frozen", "trainer.steps=1")
+
+
+def test_root_keys_of_a_trainer_are_those_of_its_checkpoint(here, compose):
+    build = Builder(compose("mode=train", *(word for word in SMALL if not word.startswith("adapter")), *HEADS))
+    progress = {"step": 1, "best": 0.5, "best_step": 1, "stale": 0, "validation_pending": False}
+    description = run_description(build, build.labels) | {"progress": progress, "frozen": {}}
+    checkpoint.write(here / "several.safetensors", {}, description)
+    words = ["mode=train", "resume=several.safetensors", "lrs=[1e-3]"]
+    assert with_checkpoint_keys(words) == [*words[:2], "++lrs=[1e-3]"]
+
+
+@pytest.mark.heavy
+def test_root_keys_of_a_trainer_are_refused_if_they_do_not_suit(here):
     kept = [word for word in SMALL if not word.startswith(("head", "adapter", "trainer"))]
-    run(here, "mode=train", *kept, *words, "trainer.save_every=1", "mode.metrics_only=true", "hydra.run.dir=several")
+    run(here, "mode=train", *kept, *HEADS, "trainer.save_every=1", "mode.metrics_only=true", "hydra.run.dir=several")
     words = ["mode=train", "resume=several", "lrs=[1e-3]"]
     assert with_checkpoint_keys(words) == [*words[:2], "++lrs=[1e-3]"]
     run(here, "mode=train", "resume=several", "trainer.steps=2", "mode.metrics_only=true")

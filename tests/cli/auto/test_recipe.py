@@ -77,6 +77,7 @@ def test_recorded_recipe_reproduces_the_chosen_run(folder, choose_recipe):
     assert configs[0] == configs[1] and again.head.lr == 0.5
 
 
+@pytest.mark.heavy
 def test_typed_values_override_the_chosen_ones(folder, choose_recipe):
     words = ("head=mlp", "optim.optimizer.lr=1e-3", "data.batch_size=3", "resolution.crop=[24,24]", "loss=focal")
     taken = "data.batch_size, head, loss, resolution.crop, trainer.steps"
@@ -148,6 +149,7 @@ def test_resumed_run_uses_its_recorded_choices(folder, monkeypatch):
     assert checkpoint.describe(run / "checkpoints/last.safetensors")["config"]["data"]["batch_size"] == 2
 
 
+@pytest.mark.heavy
 def test_run_resumes_with_weights_for_unusual_class_names(folder):
     part = folder / "own/hparam/mine.yaml"
     part.parent.mkdir(parents=True)
@@ -176,7 +178,11 @@ def test_run_resumes_with_weights_for_unusual_class_names(folder):
         ("budget.minutes=soon", "budget.minutes=soon"),
         ("hparam=base budget.minutes=3", "budget.minutes is a key of hparam=auto"),
         ("trainer=multi_head heads=[linear]", "trainer=multi_head trains several heads"),
-        ("trainer=distil teacher=x", "images and their masks, not for trainer=distil. Choose a recipe:"),
+        pytest.param(
+            "trainer=distil teacher=x",
+            "images and their masks, not for trainer=distil. Choose a recipe:",
+            marks=pytest.mark.heavy,
+        ),
         ("trainer=slots", "not for trainer=slots"),
         ("data.root=nowhere", "nowhere"),
     ],
@@ -263,10 +269,11 @@ SLOW = replace(TIMED, frozen=100.0, val=50.0)
 @pytest.mark.parametrize(
     ("seconds", "timed", "words", "head", "init"),
     [
-        (1, TIMED, (), "linear", None),
+        pytest.param(1, TIMED, (), "linear", None, marks=pytest.mark.heavy),
         (1, SLOW, (), "linear", "probe"),
-        (1, SLOW, ("head=mlp",), "mlp", None),
-        (99, TIMED, (), "linear", None),  # timing is stopped: a cautious estimate
+        pytest.param(1, SLOW, ("head=mlp",), "mlp", None, marks=pytest.mark.heavy),
+        # timing is stopped: a cautious estimate
+        pytest.param(99, TIMED, (), "linear", None, marks=pytest.mark.heavy),
     ],
 )
 def test_any_budget_gives_a_recipe(choose_by_clock, seconds, timed, words, head, init):
@@ -294,7 +301,7 @@ def test_reading_the_data_may_use_up_the_time_for_timing(choose_recipe, monkeypa
 @pytest.mark.parametrize(
     ("kind", "words", "ranks"),
     [
-        ("cpu", (), 1),
+        pytest.param("cpu", (), 1, marks=pytest.mark.heavy),
         ("cpu", ("engine.devices=3",), 1),  # which share the threads that one is timed with
         ("cuda", ("engine.devices=3",), 3),
     ],
@@ -403,7 +410,7 @@ def test_a_recipe_is_timed_on_its_own_data(choose_recipe, monkeypatch, words):
     assert cfg.trainer.steps > 10 and f"trainer.steps={cfg.trainer.steps} trainer.val_every=" in done.out
 
 
-@pytest.mark.parametrize(("patch", "head"), [(8, "detail"), (7, "multiscale")])
+@pytest.mark.parametrize(("patch", "head"), [(7, "multiscale"), pytest.param(8, "detail", marks=pytest.mark.heavy)])
 def test_odd_patch_sizes_choose_another_head(choose_recipe, patch, head):
     start = [word for word in AUTO if "patch_size" not in word and "num_hidden_layers" not in word]
     words = (f"backbone.patch_size={patch}", "backbone.arch.num_hidden_layers=4", "budget.minutes=1")

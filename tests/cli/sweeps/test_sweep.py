@@ -84,6 +84,7 @@ def test_a_real_sweep_has_a_folder_per_job_and_a_table(tmp_path):
     assert all(row["mIoU %"] in table for row in rows)
 
 
+@pytest.mark.heavy
 def test_failed_job_is_reported_and_other_jobs_run(tmp_path, monkeypatch):
     """Jobs whose data are missing are told in a message, one that crashes with its traceback."""
     write_data(tmp_path / "data")
