@@ -174,7 +174,8 @@ def test_options_of_a_search_path_can_be_chosen(tmp_path):
     part.parent.mkdir(parents=True)
     part.write_text("defaults: [linear]\nlr: 0.5\n")
     words = (f"hydra.searchpath=[file://{tmp_path}/mine]", "mode=summary", "backbone=tiny", "data.classes=[a,b]")
-    assert call(tmp_path, *words, "head=mine").status == 0
+    done = call(tmp_path, *words, "head=mine", "--cfg", "job")
+    assert done.status == 0 and "lr: 0.5" in done.out, done.err
     done = call(tmp_path, *words, "head=other")
     assert done.status == 1 and "head/other" in done.err
 

@@ -179,7 +179,7 @@ def test_folder_named_by_the_time_is_not_given(quick, here, interrupt):
     assert step_of(run) == 3
 
 
-@pytest.mark.parametrize("folder", ["outputs/mine", "elsewhere/mine"])
+@pytest.mark.parametrize("folder", [pytest.param("outputs/mine", marks=pytest.mark.heavy), "elsewhere/mine"])
 def test_interrupted_run_is_found_without_its_folder(quick, here, interrupt, folder):
     interrupt(*TRAIN, f"hydra.run.dir={folder}")
     run_checked(here, *AUTO)

@@ -40,7 +40,11 @@ def config(where, folder):
 CLIP = "input=movi/validation/validation_0001/frames"
 
 
-@pytest.mark.parametrize("mode", [("mode=eval", "mode.metrics_only=true"), ("mode=track", CLIP)], ids=lambda m: m[0])
+@pytest.mark.parametrize(
+    "mode",
+    [("mode=eval", "mode.metrics_only=true"), pytest.param(("mode=track", CLIP), marks=pytest.mark.heavy)],
+    ids=lambda mode: mode[0],
+)
 def test_slots_take_another_number_and_source(here, mode):
     words = ("head.num_slots=2", "head.mask_source=alpha", "data.view.scale.1=1.5", "resolution.scale=0.5")
     run(here, *mode, "resume=slots", *words, "hydra.run.dir=out")
