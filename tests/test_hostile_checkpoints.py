@@ -61,7 +61,7 @@ CASES = {
     "an interpolation": lambda where: {"config/data/root": "${oc.env:HOME}"},
     "half an interpolation": lambda where: {"config/data/root": "${"},
     "a list without end": lambda where: {"config/data/augment/scale": [0] * 200_000},
-    "a long list": lambda where: {"config/backbone/arch/hidden_size": [0] * 4000},
+    "a long list": lambda where: {"config/backbone/arch/hidden_size": [0] * 600},
     "a huge width": lambda where: {"config/backbone/arch/hidden_size": 65520},
     "a huge depth": lambda where: {"config/backbone/arch/num_hidden_layers": 10**6},
     "remote code": lambda where: {"config/backbone/arch/auto_map": {"AutoModel": "evil--x.y"}},
