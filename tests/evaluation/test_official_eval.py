@@ -77,8 +77,8 @@ def train_model(folder, data):
 @pytest.mark.parametrize(
     ("data", "split", "reference", "unit"),
     [
-        ("sarrarp", "test", "test", 2),  # operations, of three videos
-        ("idd_lite", "val", "gtFine/val", 2),
+        pytest.param("sarrarp", "test", "test", 2, marks=pytest.mark.heavy),  # operations, of three videos
+        pytest.param("idd_lite", "val", "gtFine/val", 2, marks=pytest.mark.heavy),
         ("cityscapes", "val", "gtFine/val", 1),  # a city
     ],
 )
