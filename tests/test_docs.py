@@ -67,13 +67,8 @@ PYTHON = [  # that of test_own_parts.py aside, which imports files of the same p
 ]
 FIRST = {kind_of(command): command for command in reversed(RUN) if "mode=train" in command}
 ALIKE = [one for one in RUN if "mode=train" in one and one not in WALK and FIRST[kind_of(one)] != one]
-QUICK = [  # of the pages to read first; the commands of `WALK` train
-    one
-    for page in PAGES
-    if page.name in ("README.md", "first_training.md")
-    for one in commands(page)
-    if one in ALIKE or "mode=train" not in one
-]
+READ_FIRST = [one for page in PAGES if page.name in ("README.md", "first_training.md") for one in commands(page)]
+QUICK = [one for one in READ_FIRST if one in ALIKE]  # the commands of `WALK` run most modes
 
 
 def mode_of(command):

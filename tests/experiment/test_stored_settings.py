@@ -59,16 +59,16 @@ def test_later_uses_of_a_run_keep_its_precision_and_options(tmp_path):
     assert first["precision"] == second["precision"] == "fp32"
 
 
-@pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize(
-    ("stored", "typed", "expected"),
+    ("mode", "stored", "typed", "expected"),
     [
-        ("fp32", [], "fp32"),
-        ("fp32", ["engine.precision=bf16"], "bf16"),
-        ("fp32", ["engine.precision=auto"], "auto"),
-        ("fp32", ["~engine.precision"], "fp32"),  # a machine's engine may lack it
-        ("auto", [], "auto"),
-        ("auto", ["engine.precision=bf16"], "bf16"),
+        ("eval", "fp32", [], "fp32"),
+        ("train", "fp32", [], "fp32"),
+        ("eval", "fp32", ["engine.precision=bf16"], "bf16"),
+        ("train", "fp32", ["engine.precision=auto"], "auto"),
+        ("eval", "fp32", ["~engine.precision"], "fp32"),  # a machine's engine may lack it
+        ("train", "auto", [], "auto"),
+        ("eval", "auto", ["engine.precision=bf16"], "bf16"),
     ],
 )
 def test_typed_precision_counts_before_the_stored_one(compose, untrained, mode, stored, typed, expected):
