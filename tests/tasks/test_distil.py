@@ -114,7 +114,8 @@ STUDENTS = {
 )
 def test_students_of_any_kind_are_distilled(folder, student):
     """A step of so large a weight lets it say nearly what its teacher says."""
-    words = (*STUDENTS[student], "trainer.steps=12", "trainer.teacher_weight=20", "optim.optimizer.lr=3e-3")
+    steps = 12 if student == "lora" else 6  # lora learns more slowly
+    words = (*STUDENTS[student], f"trainer.steps={steps}", "trainer.teacher_weight=20", "optim.optimizer.lr=3e-3")
     train_run(folder, student, *HALF, *words)
     found = [row["train/teacher"] for row in rows(folder, student) if "train/loss" in row]
     assert sum(found[-3:]) < 0.8 * sum(found[:3]), found
