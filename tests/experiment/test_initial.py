@@ -32,8 +32,8 @@ from dinoseg.utils.errors import UserError
 QUIET = ("mode.report=false", "mode.pictures=0")
 SHORT = ("mode=train", *SMALL, *QUIET)
 _OTHERS = (word for word in SMALL if not word.startswith(("backbone", "adapter")))
-_KNOWN = ("backbone=tiny_surgical", "backbone.layers=[0]", "resolution.crop=[32,48]")
-KNOWN = ("mode=train", *_OTHERS, *QUIET, *_KNOWN, "adapter=frozen")
+SURGICAL = ("backbone=tiny_surgical", "backbone.layers=[0]", "resolution.crop=[32,48]")
+KNOWN = ("mode=train", *_OTHERS, *QUIET, *SURGICAL, "adapter=frozen")
 CLASSES = ["dark", "bright"]
 METRICS = ("mode.metrics_only=true",)
 OTHER_BACKBONE = {"backbone": "0" * 16}
@@ -47,7 +47,7 @@ def folder(compose, tmp_path_factory):
     write_data(where / "data", val=2)
     train_run(where, "first", *SHORT, "seed=5", *METRICS)
     for run, adapter in (("tuned", "full"), ("frozen", "frozen"), ("lora", "lora")):
-        path = write_untrained(compose, where, *_KNOWN, f"adapter={adapter}", progress={**PROGRESS, "step": 2})
+        path = write_untrained(compose, where, *SURGICAL, f"adapter={adapter}", progress={**PROGRESS, "step": 2})
         path = path.parents[1].rename(where / run) / "checkpoints/best.safetensors"
         if adapter != "full":
             export_file(path, where / f"exported_{run}")
