@@ -1,6 +1,7 @@
 """Who may import whom, which door leads to which heavy dependency, and how large files and functions get."""
 
 import ast
+import gc
 import re
 from collections import Counter
 from functools import cache
@@ -90,6 +91,17 @@ PICKLE_COLLECTIVES = {  # of torch and accelerate: a rank runs whatever code ano
 }
 LONGEST_FILE, LONGEST_FUNCTION = 500, 80
 LARGEST_PACKAGE = 0.18  # of the lines: above it a package is two
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parsed_files():
+    """Parse each file once; garbage collection would visit the half a million nodes again and again."""
+    gc.disable()
+    for source in FILES.values():
+        nodes(source)
+    gc.enable()
+    yield
+    nodes.cache_clear()
 
 
 @cache

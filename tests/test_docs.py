@@ -59,16 +59,16 @@ ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)
 RUN = [command for command in ALL if command.startswith(OURS) and not NOT_RUN.match(command)]
 RANKS = [command for command in ALL if command.startswith("torchrun ")]
 WALK = [command for command in commands(ROOT / "docs/first_training.md") if command.startswith(f"{OURS}mode=")]
-READ_FIRST = ("README.md", "first_training.md")  # the commands and the Python of other pages are heavy
-QUICK = [command for page in PAGES if page.name in READ_FIRST for command in commands(page)]
 PYTHON = [  # that of test_own_parts.py aside, which imports files of the same page
-    pytest.param(page.name, text, marks=[] if page.name in READ_FIRST else [pytest.mark.heavy])
+    pytest.param(page.name, text, marks=[] if page.name == "README.md" else [pytest.mark.heavy])
     for page in PAGES
     for _, text in blocks(page, "python")
     if "from my_parts" not in text
 ]
 FIRST = {kind_of(command): command for command in reversed(RUN) if "mode=train" in command}
 ALIKE = [one for one in RUN if "mode=train" in one and one not in WALK and FIRST[kind_of(one)] != one]
+READ_FIRST = [one for page in PAGES if page.name in ("README.md", "first_training.md") for one in commands(page)]
+QUICK = [one for one in READ_FIRST if one in ALIKE]  # the commands of `WALK` run most modes
 
 
 def mode_of(command):

@@ -61,7 +61,7 @@ CASES = {
     "an interpolation": lambda where: {"config/data/root": "${oc.env:HOME}"},
     "half an interpolation": lambda where: {"config/data/root": "${"},
     "a list without end": lambda where: {"config/data/augment/scale": [0] * 200_000},
-    "a long list": lambda where: {"config/backbone/arch/hidden_size": [0] * 4000},
+    "a long list": lambda where: {"config/backbone/arch/hidden_size": [0] * 600},
     "a huge width": lambda where: {"config/backbone/arch/hidden_size": 65520},
     "a huge depth": lambda where: {"config/backbone/arch/num_hidden_layers": 10**6},
     "remote code": lambda where: {"config/backbone/arch/auto_map": {"AutoModel": "evil--x.y"}},
@@ -78,7 +78,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+ALIKE = {  # each has a quick sibling of the same check
+    *("an import in the head", "a hook in the loss", "a shell in the data", "half an interpolation", "a huge depth"),
+    *("kernels of a stranger", "labels without end", "a number for the palette"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=[pytest.mark.heavy] * (name in ALIKE)) for name, case in CASES.items()],
+)
 def test_a_tampered_file_is_refused(where, sound, case):
     path, before = write_tampered(where, sound, case(where)), files(where)
     done = call(where, "mode=export", f"resume={path}", "engine=cpu")
@@ -86,7 +95,9 @@ def test_a_tampered_file_is_refused(where, sound, case):
     assert files(where) == before and len(done.err) < 1500
 
 
-@pytest.mark.parametrize("mode", ["predict", "eval", "export", "track", "train"])
+@pytest.mark.parametrize(
+    "mode", ["predict", "export", "train", *(pytest.param(mode, marks=pytest.mark.heavy) for mode in ("eval", "track"))]
+)
 def test_every_mode_refuses_targets_in_a_checkpoint(where, sound, mode):
     path, before = write_tampered(where, sound, CASES["a hook in the head"](where)), files(where)
     source = ("input=data/val/images",) if mode in ("predict", "track") else ()

@@ -4,6 +4,7 @@ import importlib
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +170,10 @@ def test_boundary_loss_of_the_docs_resumes_exactly(trained, tmp_path, documented
     assert run("PACKED", 2, *options, "data.cache=packed") == files and len(files) == 2
 
 
-@pytest.mark.parametrize("adapter", ["frozen", "last_blocks", "full"])
+@pytest.mark.parametrize(
+    "adapter",
+    [pytest.param("frozen", marks=pytest.mark.heavy), "last_blocks", pytest.param("full", marks=pytest.mark.heavy)],
+)
 def test_own_backbone_of_the_docs_takes_adapters_and_any_size(adapter, documented_parts, tmp_path):
     config_dir = documented_parts[1]
     model = create_model("patches", adapter=adapter, head="dpt", num_classes=2, config_dir=config_dir).eval()
@@ -182,20 +186,39 @@ def test_own_backbone_of_the_docs_takes_adapters_and_any_size(adapter, documente
     assert_refused(lambda: create_model("patches", **refused), "no linear layers", "last_blocks")
 
 
-def test_own_adapter_of_the_docs_has_a_learning_rate(documented_parts, tmp_path):
+def trains_biases_alone(model):
+    trained = [name for name, each in model.named_parameters() if each.requires_grad and "backbone" in name]
+    return bool(trained) and all(name.endswith("bias") for name in trained)
+
+
+@pytest.fixture
+def train_biases(documented_parts, tmp_path):
+    """Return a function that trains with adapter=biases for one step."""
     write_data(tmp_path / "data")
     words = [*documented_parts, *SMALL, "mode=train", "adapter=biases", "mode.metrics_only=true", "adapter.blocks=1"]
-    words += ["trainer.steps=1", "mode.report=false"]
-    done = call(tmp_path, *words, "adapter.lr=0.5", "hydra.run.dir=RUN")
-    assert done.status == 0, done.err
-    model = load(tmp_path / "RUN", device="cpu", config_dir=documented_parts[1])
-    trained = [name for name, each in model.named_parameters() if each.requires_grad and "backbone" in name]
-    assert trained and all(name.endswith("bias") for name in trained)
-    file = tmp_path / "mine/config/adapter/biases.yaml"
+    return partial(call, tmp_path, *words, "trainer.steps=1", "mode.report=false")
+
+
+def remove_learning_rate(folder):
+    file = folder / "mine/config/adapter/biases.yaml"
     file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("lr:")))
-    refused = call(tmp_path, *words, "hydra.run.dir=REFUSED")
+
+
+def test_own_adapter_of_the_docs_needs_a_learning_rate(documented_parts, train_biases, tmp_path):
+    adapter = {"adapter": "biases", "adapter.blocks": 1}
+    assert trains_biases_alone(create_model("tiny", num_classes=2, config_dir=documented_parts[1], **adapter))
+    remove_learning_rate(tmp_path)
+    refused = train_biases("hydra.run.dir=REFUSED")
     assert refused.status == 1 and "adapter=biases trains the backbone and has no learning rate" in refused.err
-    assert call(tmp_path, *words, "optim.optimizer.lr=0.1", "hydra.run.dir=ONE").status == 0
+
+
+@pytest.mark.heavy
+def test_own_adapter_of_the_docs_trains(documented_parts, train_biases, tmp_path):
+    done = train_biases("adapter.lr=0.5", "hydra.run.dir=RUN")
+    assert done.status == 0, done.err
+    assert trains_biases_alone(load(tmp_path / "RUN", device="cpu", config_dir=documented_parts[1]))
+    remove_learning_rate(tmp_path)
+    assert train_biases("optim.optimizer.lr=0.1", "hydra.run.dir=ONE").status == 0
 
 
 class NoLogger:
@@ -235,7 +258,7 @@ TRACK = ("mode=track", "input=clip", "engine=cpu", "mode.batch_size=3")
     ("words", "kind"),
     [
         (("tracker=mine", "labels=first.png", "backbone=rgb"), "RgbBackbone"),
-        (("tracker=mine", "resume=segmenter"), "SegmentationModel"),
+        pytest.param(("tracker=mine", "resume=segmenter"), "SegmentationModel", marks=pytest.mark.heavy),
         (("slots=mine", "resume=slots", "labels=first.png"), "SegmentationModel"),
     ],
 )
@@ -261,6 +284,7 @@ def test_an_own_tracker_is_evaluated(trained, own, tmp_path):
     assert (tmp_path / "out/scores.json").is_file()
 
 
+@pytest.mark.heavy
 def test_an_own_tracker_of_slots_validates_a_training(trained, own, tmp_path):
     words = ("slots=mine", "trainer.steps=1", "trainer.val_every=1", "mode.metrics_only=true")
     done = call(trained, *own, *SLOTS, *words, f"hydra.run.dir={tmp_path}/out")

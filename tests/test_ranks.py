@@ -124,6 +124,7 @@ def test_failing_rank_ends_all(tmp_path, monkeypatch, does, message):
         run(tmp_path, does)
 
 
+@pytest.mark.heavy
 def test_a_shortage_of_memory_in_a_rank_is_a_message(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(ranks, "_GRACE", 0.1)
     with pytest.raises(UserError, match="Rank 1 ended with status 1: see its message above"):

@@ -38,9 +38,9 @@ def test_cells_equal_the_grid_of_the_feature_maps():
     ("words", "grid"),
     [
         (["hparam=dinosavi_control"], [28, 28]),
-        (["hparam=dinosavi_control", "backbone=dinov2_vits14"], [16, 16]),
+        pytest.param(["hparam=dinosavi_control", "backbone=dinov2_vits14"], [16, 16], marks=pytest.mark.heavy),
         (["hparam=videosaur", "backbone=dinov3_vits16", "resolution.crop=[320,480]", "resolution.scale=0.5"], [10, 15]),
-        (["hparam=slots_rendered"], [16, 16]),
+        pytest.param(["hparam=slots_rendered"], [16, 16], marks=pytest.mark.heavy),
         (["head=slots", "head.positions_grid=[3,5]"], [3, 5]),
     ],
     ids=str,

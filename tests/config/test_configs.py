@@ -212,7 +212,7 @@ def rows(compose):
 
 def test_some_options_compose_and_are_restored(compose):
     """The next three tests look at all."""
-    for each in choices()[::8]:
+    for each in choices()[::16]:
         chosen, whole, cfg = row(compose, *each)
         check_row(chosen, whole, cfg)
         if whole["mode"] == "train":
@@ -303,13 +303,13 @@ def test_every_other_key_is_read(compose, data):
     configs = "\n".join(path.read_text() for path in FOLDER.rglob("*.yaml"))
     keys = list(leaves({key: value for key, value in cfg.items() if key != "choices"}))
     assert {"seed", "cache_dir", "resolution.crop", "data.batch_size", "loss.weights", "data.num_classes"} <= set(keys)
-    unread = [
-        key
-        for key in keys
-        if not re.search(rf"\bcfg\.{re.escape(key)}\b|\"{re.escape(key)}\"", python)  # or as `Builder` reads it
-        and not re.search(rf"\${{({re.escape(key)}|\.+{re.escape(key.split('.')[-1])})}}", configs)
-    ]
-    assert not unread
+    read = set(re.findall(r'"([\w.]+)"', python))  # as `Builder` reads it
+    for path in re.findall(r"\bcfg\.([\w.]+)", python):
+        names = path.split(".")
+        read |= {".".join(names[:length]) for length in range(1, len(names) + 1)}
+    pointed = set(re.findall(r"\$\{(\.*[\w.]+)\}", configs))
+    relative = {path.lstrip(".") for path in pointed if path.startswith(".")}
+    assert not [key for key in keys if key not in read | pointed and key.split(".")[-1] not in relative]
 
 
 def test_shared_facts_are_set_once(compose):

@@ -2,7 +2,11 @@
 
 import pytest
 from command_line import SMALL, call, write_data
+from mistakes import assert_refused
 
+from dinoseg.experiment.builder import Builder
+from dinoseg.experiment.loggers import logger_factories
+from dinoseg.report.log import RunLog
 from dinoseg.utils.urls import has_credentials, without_credentials
 
 
@@ -51,22 +55,37 @@ def test_a_password_in_a_variable_is_read_and_not_stored(tmp_path, monkeypatch):
     assert "secret" not in done.err + done.out and not [path for path in files if b"secret" in path.read_bytes()]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("logger=[tensorboard,wandbb]", "wandb"),
-        ("logger=mlflow", "logger=mlflow needs a server"),
-        ("logger=wandb logger.wandb.proyect=a", "project"),
-        ("logger=wandb logger.wandb.mode=of", "must be online, offline or disabled"),
-        ("logger=wandb logger.wandb.mode=offline logger.wandb.timeout=0", "logger.wandb.timeout=0"),
-        ("logger=wandb", "needs an API key"),
-    ],
-)
-def test_mistakes_are_one_message(tmp_path, monkeypatch, line, message):
+@pytest.fixture
+def no_account(tmp_path, monkeypatch):
     for name in ("MLFLOW_TRACKING_URI", "WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+@pytest.mark.usefixtures("no_account")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("logger=mlflow", "logger=mlflow needs a server"),
+        ("logger=wandb logger.wandb.mode=of", "must be online, offline or disabled"),
+        ("logger=wandb logger.wandb.mode=offline logger.wandb.timeout=0", "logger.wandb.timeout=0"),
+    ],
+)
+def test_wrong_loggers_are_refused(compose, tmp_path, line, message):
+    cfg = compose("mode=train", *SMALL, *line.split())
+    assert_refused(lambda: RunLog(tmp_path, logger_factories(Builder(cfg))), message)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("logger=[tensorboard,wandbb]", "wandb"),
+        ("logger=wandb logger.wandb.proyect=a", "project"),
+        ("logger=wandb", "needs an API key"),
+    ],
+)
+def test_mistakes_are_one_message(no_account, tmp_path, line, message):
     write_data(tmp_path / "data")
     done = call(tmp_path, "mode=train", *SMALL, *line.split())
     assert done.status == 1 and message in done.err.split("error: ")[1] and "Traceback" not in done.err, done.err

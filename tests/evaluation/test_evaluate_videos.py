@@ -179,7 +179,7 @@ def check_same(ours, theirs):
         assert ours[key] == theirs[key], key
 
 
-@pytest.mark.parametrize(("kind", "batch"), [("perfect", 1), ("copy", 4), (0, 4)])
+@pytest.mark.parametrize(("kind", "batch"), [("perfect", 1), ("copy", 4), pytest.param(0, 4, marks=pytest.mark.heavy)])
 def test_davis_2017_scores_as_mode_score_does(track, davis, tmp_path, kind, batch):
     done = track(kind, "davis2017", davis, engine=Engine(batch))
     check_same(done.scores, score_mode(tmp_path, "davis2017", davis, done.folder / "masks"))
@@ -325,7 +325,7 @@ def test_youtube_vos_train_prompts_later_objects_once(track, tmp_path):
     check_same(done.scores, score_mode(tmp_path, "video_clustering", reference, prediction))
 
 
-@pytest.mark.parametrize("kind", ["perfect", 3])
+@pytest.mark.parametrize("kind", ["perfect", pytest.param(3, marks=pytest.mark.heavy)])
 def test_movi_is_scored_as_clusters(track, tmp_path, kind):
     root, reference = tmp_path / "movi", tmp_path / "reference"
     for name in ("0", "10", "9"):
@@ -497,7 +497,7 @@ def test_slots_that_fit_no_benchmark_are_refused_before_tracking(compose, tmp_pa
     [
         ("davis2017", None, "davis2017", {0, 1, 2, 3}),
         ("davis2017", "none", "davis2017_unsupervised", {1, 2, 3, 4, 5}),
-        ("movi", None, "video_clustering", {1, 2, 3, 4, 5}),
+        pytest.param("movi", None, "video_clustering", {1, 2, 3, 4, 5}, marks=pytest.mark.heavy),
     ],
 )
 def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, supervision, protocol, ids):
@@ -527,20 +527,17 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
     assert json.loads((tmp_path / "run/tracking.json").read_text())["tracker"]["kind"] == "slots"
 
 
-@pytest.mark.parametrize(
-    ("changes", "tracks"),
-    [
+def test_evaluation_tracks_only_untrained_models_on_videos(compose):
+    cfg = compose("mode=eval", "data=davis2016", "data.root=none")
+    for changes, tracks in (
         ({}, True),
         ({"resume": "run"}, False),
         ({"data": {"clips": None}}, False),  # images
         ({"head": {"weights": "file"}}, False),  # released trained
         ({"head": {"weights": "file", "class_layer": "new"}}, True),
         ({"head": {"weights": None}}, True),
-    ],
-)
-def test_evaluation_tracks_only_untrained_models_on_videos(compose, changes, tracks):
-    cfg = compose("mode=eval", "data=davis2016", "data.root=none")
-    assert tracks_untrained(Builder(OmegaConf.merge(cfg, changes))) == tracks
+    ):
+        assert tracks_untrained(Builder(OmegaConf.merge(cfg, changes))) == tracks, changes
 
 
 @pytest.mark.parametrize("key", ["restart", "supervision"])

@@ -77,8 +77,8 @@ def train_model(folder, data):
 @pytest.mark.parametrize(
     ("data", "split", "reference", "unit"),
     [
-        ("sarrarp", "test", "test", 2),  # operations, of three videos
-        ("idd_lite", "val", "gtFine/val", 2),
+        pytest.param("sarrarp", "test", "test", 2, marks=pytest.mark.heavy),  # operations, of three videos
+        pytest.param("idd_lite", "val", "gtFine/val", 2, marks=pytest.mark.heavy),
         ("cityscapes", "val", "gtFine/val", 1),  # a city
     ],
 )
@@ -137,7 +137,12 @@ def test_missing_instances_skip_only_the_official_scores(evaluate, tmp_path):
     text, written, folder = evaluate("data.on_error=skip")
     assert "No official scores" not in text and "problems.json" not in written
     assert written["official_scores.json"]["n"] == 1 and len(written["official_scores.json"]["problems"]) == 1
-    (tmp_path / "data/gtFine/val/bonn/bonn_000000_000019_gtFine_instanceIds.png").unlink()
+
+
+@pytest.mark.heavy
+def test_without_any_instances_there_are_no_official_scores(evaluate, tmp_path):
+    for path in (tmp_path / "data/gtFine/val/bonn").glob("*_instanceIds.png"):
+        path.unlink()
     _, written, _ = evaluate("data.on_error=skip")
     assert "official_scores.json" not in written and len(written["problems.json"]["problems"]) == 2
 

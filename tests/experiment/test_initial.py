@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from command_line import SMALL, call, write_data
 from finished_runs import rows, train_run
 from mistakes import assert_refused
 from omegaconf import OmegaConf
+from portable_parts import PROGRESS, export_file, write_untrained
 from safetensors.torch import save_file
 
 from dinoseg.cli.words import parse_word
@@ -22,14 +24,16 @@ from dinoseg.experiment.resume import merge
 from dinoseg.models.adapters import Frozen
 from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel, trained_names
-from dinoseg.modes import train
+from dinoseg.modes import train, train_heads
 from dinoseg.training import checkpoint
+from dinoseg.training.image_data_module import ImageDataModule
 from dinoseg.utils.errors import UserError
 
 QUIET = ("mode.report=false", "mode.pictures=0")
 SHORT = ("mode=train", *SMALL, *QUIET)
 _OTHERS = (word for word in SMALL if not word.startswith(("backbone", "adapter")))
-KNOWN = ("mode=train", *_OTHERS, *QUIET, "backbone=tiny_surgical", "backbone.layers=[0]", "adapter=frozen")
+SURGICAL = ("backbone=tiny_surgical", "backbone.layers=[0]", "resolution.crop=[32,48]")
+KNOWN = ("mode=train", *_OTHERS, *QUIET, *SURGICAL, "adapter=frozen")
 CLASSES = ["dark", "bright"]
 METRICS = ("mode.metrics_only=true",)
 OTHER_BACKBONE = {"backbone": "0" * 16}
@@ -37,15 +41,16 @@ KEEP = ("trainer.steps=1", "optim.optimizer.lr=1e-30")  # a step that changes no
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(compose, tmp_path_factory):
+    """Train `first`, and write models with random weights beside it, two of them in one file, too."""
     where = tmp_path_factory.mktemp("runs")
     write_data(where / "data", val=2)
     train_run(where, "first", *SHORT, "seed=5", *METRICS)
-    train_run(where, "tuned", *KNOWN, "adapter=full", "trainer.steps=1", *METRICS)
-    for run in ("frozen", "lora"):
-        train_run(where, run, *KNOWN, f"adapter={run}", *METRICS)
-        done = call(where, "mode=export", "export=safetensors", f"resume={run}", f"hydra.run.dir=exported_{run}")
-        assert done.status == 0, done.err
+    for run, adapter in (("tuned", "full"), ("frozen", "frozen"), ("lora", "lora")):
+        path = write_untrained(compose, where, *SURGICAL, f"adapter={adapter}", progress={**PROGRESS, "step": 2})
+        path = path.parents[1].rename(where / run) / "checkpoints/best.safetensors"
+        if adapter != "full":
+            export_file(path, where / f"exported_{run}")
     return where
 
 
@@ -131,11 +136,9 @@ def test_resumed_run_ignores_its_init_and_refuses_another(folder, initialised_ru
     done = call(folder, *SHORT, "resume=begun", "init=tuned", "trainer.steps=3")
     told = f"and started with init={folder / 'gone'}. Leave init out, or, for a new run, resume."
     assert done.status == 1 and told in done.err, done.err
-    done = call(folder, "mode=train", "resume=begun", "trainer.steps=3", *METRICS)
-    assert done.status == 0 and "init=" not in done.err, done.err
     path = initialised_run[0] / "checkpoints/last.safetensors"
     info = checkpoint.describe(path)
-    assert info["config"]["init"] == str(folder / "gone") and info["progress"]["step"] == 3
+    assert info["config"]["init"] == str(folder / "gone")
     monkeypatch.chdir(folder)
     for words in (("mode=train", "init=./gone"), ("mode=eval",)):  # of the other modes none begins with anything
         merged = merge(compose(*words), [parse_word(word) for word in words[1:]], path, info)
@@ -148,11 +151,26 @@ def test_resumed_run_ignores_its_init_and_refuses_another(folder, initialised_ru
     )
 
 
+@pytest.mark.heavy
+def test_resumed_run_reads_no_init(folder, initialised_run):
+    shutil.copytree(initialised_run[0], folder / "resumed")
+    done = call(folder, "mode=train", "resume=resumed", "trainer.steps=3", *METRICS)
+    assert done.status == 0 and "init=" not in done.err, done.err
+    info = checkpoint.describe(folder / "resumed/checkpoints/last.safetensors")
+    assert info["config"]["init"] == str(folder / "gone") and info["progress"]["step"] == 3
+
+
+def test_init_is_for_one_head_at_a_time(compose):
+    build = Builder(compose(*SHORT, "init=first", "trainer=multi_head", "heads=[linear]"))
+    engine = SimpleNamespace(sharded=False, cache="off", loss_scale=lambda: None)
+    task = SimpleNamespace(data_module=object.__new__(ImageDataModule))
+    assert_refused(lambda: train_heads._check_task(build, task, engine), "init=first is for one head at a time")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ((*SHORT, "init=gone", "-m", "seed=0,1", "hydra.sweep.dir=refused"), "init=gone: file or folder not found"),
-        ((*SHORT, "init=first", "trainer=multi_head", "heads=[linear]"), "init=first is for one head at a time"),
         ((*KNOWN, "init=frozen", "head.init=probe"), "init=frozen and head.init=probe both set the initial weights"),
         ((*KNOWN, "init=other.safetensors"), "frozen backbone weights differ from"),
     ],
@@ -204,7 +222,7 @@ def test_a_file_that_holds_the_frozen_part_too_is_as_good(folder, begin):
     [
         ("frozen", "lora", "7 tensors loaded from step 2; randomly initialised: backbone.model"),
         ("frozen", "full", "7 tensors loaded from step 2; 23 tensors of the backbone from backbone.weights."),
-        ("lora", "lora", "15 tensors loaded from step 2."),
+        pytest.param("lora", "lora", "15 tensors loaded from step 2.", marks=pytest.mark.heavy),
         ("lora", "qlora", "15 tensors loaded from step 2."),
     ],
 )
@@ -249,6 +267,7 @@ def test_frozen_weights_of_another_backbone_are_refused(folder, begin):
     assert_refused(lambda: begin(*KNOWN, "init=other.safetensors"), "frozen backbone weights differ from")
 
 
+@pytest.mark.heavy
 def test_init_accepts_equally_rounded_weights_only(folder, begin):
     """A hash is of what is not rounded, on both sides."""
     words = (*KNOWN, "adapter=lora_8bit")
@@ -269,10 +288,13 @@ def test_the_run_that_it_begins_with_is_part_of_a_recipe(folder, initialised_run
     assert without != others != same != without
 
 
-FIRST = {"slots_clips": "slots_rendered", "detail_camvid_full": "detail_camvid"}
-
-
-@pytest.mark.parametrize(("recipe", "first"), FIRST.items())
+@pytest.mark.parametrize(
+    ("recipe", "first"),
+    [
+        pytest.param("slots_clips", "slots_rendered", marks=pytest.mark.heavy),
+        ("detail_camvid_full", "detail_camvid"),
+    ],
+)
 def test_recipe_that_continues_another_needs_its_run(compose, recipe, first):
     words = (f"hparam={recipe}", "mode=train", "data.root=movi")
     cfg = compose(*words)

@@ -1,7 +1,7 @@
 """What of a training applies to all later uses of its model: an explicit float32, and statistics of its weights."""
 
 import shlex
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
@@ -26,6 +26,19 @@ QUICK = ("mode.metrics_only=true", "mode.report=false")
 ARCH = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
 
 
+@pytest.fixture(scope="module")
+def untrained(compose, tmp_path_factory):
+    """Return a function that writes the checkpoint of a model with a precision, once."""
+
+    @cache
+    def write(precision):
+        folder = tmp_path_factory.mktemp(precision)
+        return write_untrained(compose, folder, *TINY, "head=linear", f"engine.precision={precision}")
+
+    return write
+
+
+@pytest.mark.heavy
 def test_later_uses_of_a_run_keep_its_precision_and_options(tmp_path):
     write_data(tmp_path / "data")
     run, last = tmp_path / "run", tmp_path / "run/checkpoints/last.safetensors"
@@ -46,20 +59,20 @@ def test_later_uses_of_a_run_keep_its_precision_and_options(tmp_path):
     assert first["precision"] == second["precision"] == "fp32"
 
 
-@pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize(
-    ("stored", "typed", "expected"),
+    ("mode", "stored", "typed", "expected"),
     [
-        ("fp32", [], "fp32"),
-        ("fp32", ["engine.precision=bf16"], "bf16"),
-        ("fp32", ["engine.precision=auto"], "auto"),
-        ("fp32", ["~engine.precision"], "fp32"),  # a machine's engine may lack it
-        ("auto", [], "auto"),
-        ("auto", ["engine.precision=bf16"], "bf16"),
+        ("eval", "fp32", [], "fp32"),
+        ("train", "fp32", [], "fp32"),
+        ("eval", "fp32", ["engine.precision=bf16"], "bf16"),
+        ("train", "fp32", ["engine.precision=auto"], "auto"),
+        ("eval", "fp32", ["~engine.precision"], "fp32"),  # a machine's engine may lack it
+        ("train", "auto", [], "auto"),
+        ("eval", "auto", ["engine.precision=bf16"], "bf16"),
     ],
 )
-def test_typed_precision_counts_before_the_stored_one(compose, tmp_path, mode, stored, typed, expected):
-    path = write_untrained(compose, tmp_path, *TINY, "head=linear", f"engine.precision={stored}")
+def test_typed_precision_counts_before_the_stored_one(compose, untrained, mode, stored, typed, expected):
+    path = untrained(stored)
     info = checkpoint.describe(path)
     assert info.get("precision") == (stored if stored == "fp32" else None)
     cfg = compose(f"mode={mode}", "data=folder", "data.root=x", "data.classes=[dark,bright]", *typed)
@@ -67,19 +80,19 @@ def test_typed_precision_counts_before_the_stored_one(compose, tmp_path, mode, s
     assert merge(cfg, words, path, info).engine.precision == expected
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
-def test_loaded_or_exported_model_has_the_precision_of_training(compose, tmp_path, precision):
-    path = write_untrained(compose, tmp_path, *TINY, "head=linear", f"engine.precision={precision}")
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.heavy), "auto"])
+def test_loaded_or_exported_model_has_the_precision_of_training(untrained, tmp_path, precision):
+    path = untrained(precision)
     expected = "fp32" if precision == "fp32" else "auto"
     whole = export_file(path, tmp_path / "out")
     dinoseg.load(whole, device="cpu").save(tmp_path / "again.safetensors")
     for file in (path, whole, tmp_path / "again.safetensors"):
         assert dinoseg.load(file, device="cpu")._precision == expected
-        assert dinoseg.load(file, device="cpu", precision="bf16")._precision == "bf16"
+    assert dinoseg.load(path, device="cpu", precision="bf16")._precision == "bf16"
 
 
-def test_a_typed_precision_of_an_export_counts(compose, tmp_path):
-    path = write_untrained(compose, tmp_path, *TINY, "head=linear", "engine.precision=fp32")
+def test_a_typed_precision_of_an_export_counts(untrained, tmp_path):
+    path = untrained("fp32")
     for number, (typed, stored) in enumerate({"bf16": None, "auto": None, "fp32": "fp32"}.items()):
         cfg = standalone_config(path, checkpoint.describe(path), {"engine.device": "cpu", "engine.precision": typed})
         export_model(ModelSource(cfg), out_dir=(folder := tmp_path / str(number)))
@@ -95,20 +108,36 @@ def mean_of(model):
     return pytest.approx(model.backbone.mean.flatten().tolist())
 
 
-def test_renamed_file_of_weights_changes_no_statistics(tmp_path, monkeypatch, compose):
+@pytest.fixture
+def satellite_weights(tmp_path):
+    """Write a backbone to a file with a name of satellite weights."""
+    model = dinoseg.create_model("tiny", num_classes=2, **{"backbone.patch_size": 8, "backbone.arch": ARCH})
+    torch.save(model.backbone.export_state(), tmp_path / "tiny_sat493m.pth")
+    return tmp_path / "tiny_sat493m.pth"
+
+
+def test_a_saved_model_has_the_statistics_of_its_weights(satellite_weights, tmp_path):
+    keys = {"backbone.patch_size": 8, "backbone.arch": ARCH, "backbone.weights": str(satellite_weights)}
+    model = dinoseg.create_model("tiny", num_classes=2, **keys)
+    model.save(tmp_path / "model.safetensors")
+    satellite_weights.unlink()
+    for each in (model, dinoseg.load(tmp_path / "model.safetensors", device="cpu")):
+        assert mean_of(each) == list(SATELLITE[0])
+
+
+@pytest.mark.heavy
+def test_renamed_file_of_weights_changes_no_statistics(satellite_weights, tmp_path, monkeypatch, compose):
     """Statistics of satellite weights follow a model into its checkpoints and files."""
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path / "data")
-    model = dinoseg.create_model("tiny", num_classes=2, **{"backbone.patch_size": 8, "backbone.arch": ARCH})
-    torch.save(model.backbone.export_state(), "tiny_sat493m.pth")
-    words = ["mode=train", *SMALL, "adapter=frozen", f"backbone.weights={tmp_path}/tiny_sat493m.pth", *QUICK]
+    words = ["mode=train", *SMALL, "adapter=frozen", f"backbone.weights={satellite_weights}", *QUICK]
     trained = train_run(tmp_path, "run", *words)[1]
     assert "satellite images" in trained.err + trained.out
     exported = call(tmp_path, "mode=export", "resume=run", "hydra.run.dir=again")
     use = shlex.split(exported.out.split("Use: ")[1].splitlines()[0])
     assert "backbone.mean=[0.43,0.411,0.296]" in use and "backbone.std=[0.213,0.156,0.143]" in use
     assert mean_of(Builder(compose(*SMALL, *use)).model()) == list(SATELLITE[0])
-    moved = str(Path("tiny_sat493m.pth").rename(tmp_path / "renamed.pth"))
+    moved = str(satellite_weights.rename(tmp_path / "renamed.pth"))
     assert call(tmp_path, "mode=eval", "resume=run", f"backbone.weights={moved}", "hydra.run.dir=scores").status == 0
     first, second = (read_json(tmp_path / name / "scores.json") for name in ("run/evaluation", "scores"))
     assert second["miou"] == pytest.approx(first["miou"], abs=1e-9)

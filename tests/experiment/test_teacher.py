@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,8 +36,11 @@ BLACK = torch.zeros(3, 9, 9, dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Teachers: cells of 8 px; masks; 2 px, seen at half the size; these in windows, and of 1 px."""
+def teachers(tmp_path_factory):
+    """Return a function that trains a teacher once and returns its folder.
+
+    Teachers: cells of 8 px; masks; 2 px, seen at half the size; these in windows, and of 1 px.
+    """
     where = tmp_path_factory.mktemp("teachers")
     write_data(where / "data", train=2, val=1, size=(40, 56))
     kinds = {
@@ -46,15 +50,19 @@ def folder(tmp_path_factory):
     }
     kinds["windows"] = (*kinds["detail"], "inference=windows", "inference.size=24", "head.linear_skip=false")
     kinds["pixels"] = (*kinds["windows"], "resolution.scale=2", "head.linear_skip=true")
-    for name, words in kinds.items():
-        train_run(where, name, *SHORT, *words)
-    return where
+
+    @cache
+    def train(kind):
+        train_run(where, kind, *SHORT, *kinds[kind])
+        return where / kind
+
+    return train
 
 
 @pytest.fixture
-def linear(folder):
+def linear(teachers):
     """Return the checkpoint of the teacher with a linear head."""
-    return folder / "linear/checkpoints/best.safetensors"
+    return teachers("linear") / "checkpoints/best.safetensors"
 
 
 def picture(size):
@@ -67,17 +75,26 @@ def teacher(compose, path, labels=LABELS, precision="fp32"):
     return Teacher(Builder(cfg), Engine(device="cpu", precision=precision, workers=0), labels)
 
 
-@pytest.mark.parametrize(("kind", "within"), [("linear", 1e-5), ("detail", 1e-5), ("eomt", 0.02), ("windows", 0.08)])
-def test_scores_are_of_the_probabilities_that_the_model_predicts(folder, compose, caplog, kind, within):
-    asked, drawn = teacher(compose, folder / kind), torch.get_rng_state()
-    model = dinoseg.load(folder / kind, device="cpu", precision="fp32")
+@pytest.mark.parametrize(
+    ("kind", "within"),
+    [
+        ("linear", 1e-5),
+        ("detail", 1e-5),
+        pytest.param("eomt", 0.02, marks=pytest.mark.heavy),
+        pytest.param("windows", 0.08, marks=pytest.mark.heavy),
+    ],
+)
+def test_scores_are_of_the_probabilities_that_the_model_predicts(teachers, compose, caplog, kind, within):
+    path = teachers(kind)
+    asked, drawn = teacher(compose, path), torch.get_rng_state()
+    model = dinoseg.load(path, device="cpu", precision="fp32")
     for size in SIZES:
         image = picture(size)
         caplog.clear()
         torch.set_rng_state(drawn)
         scores, valid = asked(image)
         assert torch.equal(torch.get_rng_state(), drawn)  # a student draws as without
-        reduced = f"larger than those of the training of teacher={folder / kind}," in caplog.text
+        reduced = f"larger than those of the training of teacher={path}," in caplog.text
         assert reduced == (size == SIZES[-1] and kind in ("detail", "eomt"))
         assert "Set resolution.longest" not in caplog.text
         assert len(scores) == 2 and scores.amax(0).abs().max() == 0 and scores.min() < 0
@@ -87,13 +104,13 @@ def test_scores_are_of_the_probabilities_that_the_model_predicts(folder, compose
         assert (found - wanted).abs().mean() < 0.5 * wanted.std(dim=(1, 2)).mean(), size
 
 
-@pytest.mark.parametrize(("kind", "cell"), [("windows", 4), ("pixels", 1)])
-def test_teacher_scores_of_windows_equal_predictions_at_cells(folder, compose, kind, cell):
+@pytest.mark.parametrize(("kind", "cell"), [("windows", 4), pytest.param("pixels", 1, marks=pytest.mark.heavy)])
+def test_teacher_scores_of_windows_equal_predictions_at_cells(teachers, compose, kind, cell):
     """Exactly; between cells of 4 px no grid holds what windows predict, and the more the scores say the less it does.
 
     The nearest grid in the least squares differs by 0.081 where this one does by 0.100 (150 x 210).
     """
-    asked, model = teacher(compose, folder / kind), dinoseg.load(folder / kind, device="cpu", precision="fp32")
+    asked, model = teacher(compose, teachers(kind)), dinoseg.load(teachers(kind), device="cpu", precision="fp32")
     for size in SIZES:
         image = picture(size)
         scores, valid = asked(image)
@@ -103,19 +120,19 @@ def test_teacher_scores_of_windows_equal_predictions_at_cells(folder, compose, k
         torch.testing.assert_close(scores.softmax(0), wanted, atol=1e-5, rtol=0)
 
 
-def test_teacher_cache_key_depends_on_file_and_inference(folder, linear, compose):
-    first = teacher(compose, folder / "linear").parts
+def test_teacher_cache_key_depends_on_file_and_inference(teachers, linear, compose):
+    first = teacher(compose, teachers("linear")).parts
     assert first == teacher(compose, linear).parts
-    for kind, part in (("detail", "teacher"), ("eomt", "code"), ("windows", "inference")):
-        assert teacher(compose, folder / kind).parts[part] != first[part], kind
+    for kind, part in (("detail", "teacher"), ("detail", "code"), ("windows", "inference")):
+        assert teacher(compose, teachers(kind)).parts[part] != first[part], kind
     coarse = teacher(compose, linear, precision="bf16").parts
     assert [part for part in coarse if coarse[part] != first[part]] == ["precision"]
 
 
-def test_a_file_that_changes_before_it_is_read_is_not_used(folder, linear, compose, tmp_path):
+def test_a_file_that_changes_before_it_is_read_is_not_used(teachers, linear, compose, tmp_path):
     path = Path(shutil.copy(linear, tmp_path))
     asked = teacher(compose, path)
-    shutil.copy(folder / "detail/checkpoints/best.safetensors", path)
+    shutil.copy(teachers("detail") / "checkpoints/best.safetensors", path)
     message = assert_refused(lambda: asked(BLACK), "best.safetensors has changed since this run started")
     path.unlink()
     gone = assert_refused(lambda: asked(BLACK), "best.safetensors: No such file or directory. Check that file")
@@ -169,11 +186,11 @@ def test_slot_model_is_refused_as_teacher(linear, compose, monkeypatch):
     assert_refused(lambda: teacher(compose, linear), "is a slot model, which has no classes. Give a segmenter")
 
 
-def test_invalid_teacher_is_refused_by_name(folder, linear, compose, tmp_path):
+def test_invalid_teacher_is_refused_by_name(linear, compose, tmp_path):
     text, cut = tmp_path / "text.safetensors", tmp_path / "cut.safetensors"
     text.write_text("no model")
     cut.write_bytes(linear.read_bytes()[:-9])
-    for path in (folder / "nowhere", text, cut, tmp_path):
+    for path in (tmp_path / "nowhere", text, cut, tmp_path):
         assert "resume=" not in assert_refused(lambda path=path: teacher(compose, path), f"teacher={path}")
     for path in (None, 3, ["a"]):
         assert_refused(lambda path=path: teacher(compose, path), "but teacher=", "Set teacher=RUN")
@@ -218,12 +235,12 @@ def test_error_in_the_teacher_file_names_the_teacher(linear, compose, tmp_path, 
         teacher(compose, path)(BLACK)
 
 
-@pytest.mark.parametrize("crop", [[16384, 16384], [20, 29]])  # the latter no multiple of patches
-def test_huge_crop_in_a_file_allocates_no_memory(linear, compose, tmp_path, crop):
+def test_huge_crop_in_a_file_allocates_no_memory(linear, compose, tmp_path):
     """Cells for each pixel are counted on an image of any size, which is how the crop is used."""
-    path = write_changed(linear, tmp_path / "best.safetensors", "config", "resolution", "crop", value=crop)
-    for each in (path, linear):
-        assert teacher(compose, each)._read()[1] == pytest.approx((1 / 8, 1 / 8))
+    assert teacher(compose, linear)._read()[1] == pytest.approx((1 / 8, 1 / 8))
+    for crop in ([16384, 16384], [20, 29]):  # the latter no multiple of patches
+        path = write_changed(linear, tmp_path / "best.safetensors", "config", "resolution", "crop", value=crop)
+        assert teacher(compose, path)._read()[1] == pytest.approx((1 / 8, 1 / 8))
 
 
 def test_teacher_scores_are_clamped_and_nan_is_refused(linear, compose):

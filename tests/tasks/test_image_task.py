@@ -100,7 +100,7 @@ def test_frames_without_valid_times_are_evenly_spaced(fps, step):
     assert _seconds(Index()) == pytest.approx([0, step, 2 * step])
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_stopped_run_resumes_exactly_on_the_hardest_pixels(tmp_path):
     write_data(tmp_path / "data")
     whole, _ = train_run(tmp_path, "whole", *HARD, "trainer.steps=3")

@@ -113,7 +113,7 @@ def test_frames_of_another_tool_are_left_alone(add, tmp_path):
     assert prepare(root, workers=1, rate=10)["train/video_1"]["frames"] == 22  # into rgb/, from the video
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.heavy)])
 def test_a_truncated_video_fails_alone(add, workers):
     root = add("train1", "video_01", zipped=False, frames=400)
     add("train1", "video_02")
