@@ -17,6 +17,13 @@ from dinoseg.testing import check_backbone
 from dinoseg.utils.errors import UserError
 
 WITH_CLASS_TOKEN = {"dino", "dinov2", "dinov2_registers", "dinov3", "timm_vit"}
+RELATIVES = ("dino", "dinov2", "timm_pyramid")  # each like another family that is tried each time
+with_relatives_heavy = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.heavy] if name in RELATIVES else []) for name in BACKBONES | WEIGHTLESS],
+    indirect=True,
+    scope="module",
+)
 with_weights = pytest.mark.parametrize("name", BACKBONES, indirect=True, scope="module")
 
 
@@ -41,6 +48,7 @@ def noise(batch, size):
 
 
 @pytest.mark.slow
+@with_relatives_heavy
 def test_backbone_fulfils_the_contract(name):
     node = tiny_node(name)
     check_backbone(lambda layers: instantiate(OmegaConf.to_container(OmegaConf.merge(node, {"layers": layers}))))
@@ -88,7 +96,9 @@ def test_frozen_backbone_stays_in_eval_mode_while_a_head_trains(build):
 
 
 @with_weights
-@pytest.mark.parametrize("adapter", [Full(), Lora(rank=2, alpha=2, targets="all_linear")])
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(Full(), marks=pytest.mark.heavy), Lora(rank=2, alpha=2, targets="all_linear")]
+)
 def test_checkpointing_recomputes_and_changes_no_gradient(name, build, adapter):
     gradients, calls = [], []
     for checkpointing in (False, True):

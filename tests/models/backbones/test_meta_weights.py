@@ -253,7 +253,7 @@ def test_largest_published_model_is_converted_completely():
     assert sum(value.numel() for name, value in converted.items() if "inv_freq" not in name) == 6_716_043_264
 
 
-@pytest.mark.parametrize("shape", [(), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(), pytest.param((1, 2, 3, 4, 5), marks=pytest.mark.heavy)])
 def test_wrong_shapes_are_refused(kind, shape, monkeypatch, tmp_path):
     """Whatever a tensor's shape: a message, and not an error from the middle of the conversion."""
     state = state_of(kind)

@@ -26,7 +26,11 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize("option", HEADS)
+# the trainings of the matrix have quick ones of mask2former, too
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(option, marks=[pytest.mark.heavy] if option == "mask2former" else []) for option in HEADS],
+)
 def test_a_head_keeps_the_contract(option):
     node = load(f"head={option}")["head"] | SMALL_HEADS.get(option, {})
     num_layers = 4 if node["layers"] == "quarters" else len(node["layers"])
