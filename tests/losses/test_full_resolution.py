@@ -204,7 +204,13 @@ def test_another_gradient_of_the_value_scales_that_of_the_grid():
         assert torch.equal(gradient(value, prediction.grid), once)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+QUICK_ON_THREADS = ("cross-entropy", "focal", "hardest", "dice")  # one for each kind of sum
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK_ON_THREADS else [pytest.mark.heavy]) for name in LOSSES],
+)
 def test_any_number_of_threads_gives_the_same_bits(name):
     loss, found, threads = LOSSES[name][0], [], torch.get_num_threads()
     try:

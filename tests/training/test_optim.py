@@ -278,7 +278,10 @@ def leaf_names(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXEMPT)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.heavy] if name.startswith(("swin_", "samvit")) else []) for name in EXEMPT],
+)
 def test_weight_decay_of_timm_models_is_by_meaning(name):
     """Weights of convolutions and linear layers are decayed; norms, positions, scales and temperatures are not."""
     backbone = Full()(TimmBackbone(name, "random", None))

@@ -170,7 +170,7 @@ def test_an_interrupted_loop_leaves_no_process(tmp_path):
     assert nobody_is_left() and len(list(tmp_path.iterdir())) < 20
 
 
-@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("in_order", [True, pytest.param(False, marks=pytest.mark.heavy)])
 def test_killed_process_is_reported(in_order):
     with pytest.raises(UserError, match=r"^A process was killed, .* because memory ran out. Do less. \(In a script"):
         list(run(die, range(50), 2, in_order=in_order))

@@ -150,7 +150,12 @@ test_message_names_value_and_remedy = refusals(
 
 @pytest.mark.parametrize(
     ("size", "parameters"),
-    [("tiny", 27_820_128), ("small", 49_454_688), ("base", 87_566_464), ("large", 196_230_336)],
+    [
+        ("tiny", 27_820_128),
+        pytest.param("small", 49_454_688, marks=pytest.mark.heavy),
+        pytest.param("base", 87_566_464, marks=pytest.mark.heavy),
+        ("large", 196_230_336),
+    ],
 )
 def test_published_sizes(size, parameters):
     node = load(f"backbone=dinov3_convnext_{size}", "head=linear")["backbone"]

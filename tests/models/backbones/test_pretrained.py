@@ -111,7 +111,11 @@ def spoilt(value, fault):
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("int8", "is int8"), ("nan", "holds NaN or infinity"), ("-inf", "holds NaN or infinity")],
+    [
+        ("int8", "is int8"),
+        ("nan", "holds NaN or infinity"),
+        pytest.param("-inf", "holds NaN or infinity", marks=pytest.mark.heavy),
+    ],
 )
 def test_weights_that_are_not_finite_floats_are_refused_by_name(tmp_path, monkeypatch, kind, fault, said):
     state = shaken(kind, 1).export_state()

@@ -81,7 +81,9 @@ def test_trained_blocks_resume_from_the_cut_without_final_norm(adapter):
     assert not any(name.startswith("model.norm.") for name in trained)
 
 
-@pytest.mark.parametrize("name", PYRAMIDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.heavy] if name.startswith("swin") else []) for name in PYRAMIDS]
+)
 def test_maps_of_a_pyramid_are_those_of_features_only(name):
     patch, depth, widths = PYRAMIDS[name]
     backbone = build(name, "quarters").eval()

@@ -140,7 +140,7 @@ def assert_same_run(one, other):
     assert all(torch.equal(whole.tensors[key], cut.tensors[key]) for key in whole.tensors)
 
 
-@pytest.mark.parametrize("stop", [1, 6, 13, 22])
+@pytest.mark.parametrize("stop", [1, *(pytest.param(stop, marks=pytest.mark.heavy) for stop in (6, 13)), 22])
 def test_a_stop_anywhere_in_a_long_context(clip, stop):
     how = {"settings": replace(CRW, radius=4), "save_every": 4}
     run(clip, clip / "long", **how)
@@ -290,7 +290,7 @@ class CutShort:
         raise UserError(f"in ends early: {self.end} of 23 frames read.")
 
 
-@pytest.mark.parametrize("save_every", [1, 100])
+@pytest.mark.parametrize("save_every", [1, pytest.param(100, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize(
     ("batch", "count", "done"), [(4, 12, 8), (4, 13, 8), (4, 15, 8), (4, 4, 0), (4, 3, 0), (1, 9, 8), (3, 12, 9)]
 )
