@@ -50,6 +50,10 @@ def loss_of(cfg):
     return LossBytes(parts_of(cfg), bf16=False, accelerator=False)
 
 
+# of a head with one output: it takes no memory
+NO_LOSS = SimpleNamespace(accelerator=False, learns=[0], of=lambda samples: 0)
+
+
 def foretold(cfg, loss=None, **given):
     given = {"samples": cfg.data.batch_size, "accumulate": cfg.trainer.accumulate, "bf16": False, **given}
     return step_bytes(parts_of(cfg), loss or loss_of(cfg), **given)
@@ -79,7 +83,7 @@ def test_the_peak_is_that_of_a_real_training(compose, words):
 def test_step_bytes_equal_memory_of_the_model_and_its_graph(compose):
     """By hooks on what autograd keeps, which know nothing of how storages are counted."""
     cfg = compose(*BASE, "adapter=lora", "adapter.rank=2", "adapter.dropout=0.0", "head=mlp", "trainer.ema=0.9")
-    step, model = foretold(cfg, world_size=2), Builder(cfg).model(untrained=True).train()
+    step, model = foretold(cfg, NO_LOSS, world_size=2), Builder(cfg).model(untrained=True).train()
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     own = {t.untyped_storage().data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     assert step.weights == sum(own.values())
@@ -124,9 +128,8 @@ def test_memory_follows_precision_and_trained_parts(compose):
 
 def test_quantised_weights_take_their_bits(compose):
     words = [*BASE, "adapter=lora", "adapter.rank=2"]
-    cfg = compose(*words)
-    loss = loss_of(cfg)
-    whole, four = foretold(cfg, loss), foretold(compose(*words, "adapter.bits=4"), loss)
+    cfg, quantised = compose(*words), compose(*words, "adapter.bits=4")
+    whole, four = foretold(cfg, NO_LOSS), foretold(quantised, NO_LOSS)
     linear = 2 * (4 * 24 * 24 + 2 * 24 * 48)  # of two blocks
     assert whole.weights - four.weights == pytest.approx((4 - 0.516) * linear, abs=8)
     assert four.optimizer == whole.optimizer

@@ -26,7 +26,10 @@ def load(name, root, *overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",  # other labels of IDD: their classes are compared in test_idd.py
+    [pytest.param(name, marks=[pytest.mark.heavy] if name.startswith("idd_") else []) for name in NAMES],
+)
 def test_every_config_is_whole(tmp_path, name):
     text = (CONFIGS / f"data/{name}.yaml").read_text()
     described = "${class_file:classes" in text or "[_annotated," in text  # by files of the data's own

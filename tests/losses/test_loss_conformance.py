@@ -33,7 +33,13 @@ def make_loss(option, changes, ignore_index=255):
     return instantiate(OmegaConf.merge(node, changes))
 
 
-@pytest.mark.parametrize(("option", "changes"), [*((option, {}) for option in options("loss")), *VARIANTS])
+@pytest.mark.parametrize(
+    ("option", "changes"),
+    [
+        *((option, {}) for option in options("loss")),
+        *(pytest.param(*variant, marks=pytest.mark.heavy) for variant in VARIANTS),
+    ],
+)
 def test_a_loss_keeps_the_contract(option, changes, fixed_points):
     check_loss(make_loss(option, changes))
 

@@ -160,7 +160,9 @@ def test_resumed_run_equals_an_uninterrupted_one(train, tmp_path):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("other", "told"), [({"seed": 1}, "weights"), ({"scale": 2.0}, "sizes")])
+@pytest.mark.parametrize(
+    ("other", "told"), [({"seed": 1}, "weights"), pytest.param({"scale": 2.0}, "sizes", marks=pytest.mark.heavy)]
+)
 def test_features_of_other_weights_or_preprocessing_are_not_used(train, counted_images, caplog, other, told):
     train("disk", steps=3)
     counted_images.clear()

@@ -250,7 +250,15 @@ def test_the_stages_of_an_efficientnet_leave_no_block_out():
     assert all(name.startswith(("conv_head", "bn2")) for name in outside) and len(found) == 5
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_convnext", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_vit",
+        "test_vit2",
+        "test_convnext",
+        pytest.param("deit_tiny_distilled_patch16_224", marks=pytest.mark.heavy),
+    ],
+)
 def test_a_classifiers_file_loads_whole_and_cut(tmp_path, name):
     torch.manual_seed(1)
     classifier = timm.create_model(name, num_classes=7).state_dict()

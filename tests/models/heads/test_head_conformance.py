@@ -40,14 +40,23 @@ def test_a_head_keeps_the_contract(option):
     check_head(make, num_layers=num_layers)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=[] if family == "dinov3_vit" else [pytest.mark.heavy]) for family in FAMILIES],
+)
 def test_a_head_on_blocks_keeps_the_contract(family):
     arch, patch_size = FAMILIES[family]
     backbone = TransformersVit(family, arch, "random", patch_size)
     check_head(partial(EomtHead, patch_size=patch_size, blocks=2, num_queries=5), backbone)
 
 
-@pytest.mark.parametrize("make", [partial(DptHead, features=8, batch_norm=False), partial(UperNetHead, channels=8)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(DptHead, features=8, batch_norm=False),
+        pytest.param(partial(UperNetHead, channels=8), marks=pytest.mark.heavy),
+    ],
+)
 def test_a_head_on_a_pyramid_keeps_the_contract(make):
     node = OmegaConf.merge(tiny_node("convnext"), {"layers": "quarters"})
     check_head(make, instantiate(OmegaConf.to_container(node)))
