@@ -222,7 +222,7 @@ def test_crops_are_checked_ten_times(ratio):
     """The 11th crop is taken unchecked, as in mmsegmentation's and DINOv3's loop."""
     augment, size = Augment(CROP, relative_to="short", base=120, padding="end", cat_max_ratio=ratio), (120, 170)
     used = set()
-    for seed in range(30):
+    for seed in range(60):
         mask, rng = blobs(size, seed), np.random.default_rng(seed)
         positions = rng.random((11, 2))
         given = (positions[0, 0], positions[0, 1])

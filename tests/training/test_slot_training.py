@@ -222,7 +222,7 @@ def test_videos_without_masks_have_a_loss_alone(here):
     assert "no other score: data=videos has no masks" in done.out
     assert (here / "run/evaluation/segments.png").is_file() and (here / "run/curves.png").is_file()
     shown = sorted(path.relative_to(here / "run/validation").as_posix() for path in here.rglob("run/validation/*/*"))
-    assert [name.split("_000")[1] for name in shown] == ["01/0", "01/1", "02/0", "02/1"]
+    assert [name.split("_000")[1] for name in shown] == ["01/0", "01/0", "01/1", "01/1", "02/0", "02/0", "02/1", "02/1"]
     progress = read(here / "run/checkpoints/last.safetensors").info["progress"]
     values = values_of(rows(here / "run"), "val/loss")
     assert progress["best"] == min(values) and len(values) == 2
@@ -247,7 +247,7 @@ def test_videos_without_masks_have_a_loss_alone(here):
         (("data.clips.cut.length=1",), "Give clips of 2 frames or more; or, for single frames, set predictor=none"),
         (
             ("head.similarity=true",),
-            "similarity=true does not fit loss=feature_reconstruction. Set head.similarity=false, or choose loss=video_",
+            "similarity=true does not fit loss=feature_reconstruction. Set head.similarity=false, or choose loss=video",
         ),
         (("loss=slot_contrast", "head.predictor=none"), "loss=slot_contrast compares slots across frames"),
         (("head.independent_until=1",), "head.independent_until=1"),
