@@ -225,7 +225,7 @@ def test_any_number_of_threads_gives_the_same_bits(name):
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.heavy)], ids=str)
 def test_half_precision_is_left_before_upsampling(dtype):
     for loss, _ in LOSSES.values():
         prediction, batch = random_case(*CASES[1], 0, dtype)

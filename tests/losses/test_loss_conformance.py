@@ -12,6 +12,7 @@ from dinoseg.testing import check_loss
 
 pytestmark = pytest.mark.slow
 
+RELATIVES = ("bce_dice", "ce_dice", "ce_lovasz", "tversky")  # sums of losses that are tried alone, and one like dice
 VARIANTS = [
     ("lovasz", {"per_image": True}),
     ("cross_entropy", {"label_smoothing": 0.1, "hard_fraction": 0.5}),
@@ -36,7 +37,10 @@ def make_loss(option, changes, ignore_index=255):
 @pytest.mark.parametrize(
     ("option", "changes"),
     [
-        *((option, {}) for option in options("loss")),
+        *(
+            pytest.param(option, {}, marks=[pytest.mark.heavy] if option in RELATIVES else [])
+            for option in options("loss")
+        ),
         *(pytest.param(*variant, marks=pytest.mark.heavy) for variant in VARIANTS),
     ],
 )

@@ -149,7 +149,7 @@ def test_how_slots_are_followed_makes_no_other_run(here):
     ("node", "message"),
     [
         ({"_target_": "os.system", "command": "true"}, "slots is refused: a checkpoint stores no key _target_"),
-        ({"match": "nearest"}, "slots.match=nearest is unk"),
+        pytest.param({"match": "nearest"}, "slots.match=nearest is unk", marks=pytest.mark.heavy),
         ("appearance", "slots"),
     ],
 )

@@ -98,7 +98,7 @@ def test_few_items_or_no_processes(items, workers, in_order):
     assert list(run(square, items, workers, in_order=in_order)) == [(item, item * item) for item in items]
 
 
-@pytest.mark.parametrize(("in_order", "workers"), [(True, 3), (False, 2)])
+@pytest.mark.parametrize(("in_order", "workers"), [(True, 2), (False, 2)])
 def test_each_item_comes_with_its_result_in_the_order_asked_for(tmp_path, in_order, workers):
     work = functools.partial(square_first_late, folder=tmp_path)
     pairs = list(run(work, range(23), workers, in_order=in_order))

@@ -18,16 +18,13 @@ from dinoseg.utils.errors import UserError
 
 WITH_CLASS_TOKEN = {"dino", "dinov2", "dinov2_registers", "dinov3", "timm_vit"}
 RELATIVES = ("dino", "dinov2", "timm_pyramid")  # each like another family that is tried each time
-with_relatives_heavy = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.heavy] if name in RELATIVES else []) for name in BACKBONES | WEIGHTLESS],
-    indirect=True,
-    scope="module",
-)
-with_weights = pytest.mark.parametrize("name", BACKBONES, indirect=True, scope="module")
+NAMES = {
+    name: pytest.param(name, marks=[pytest.mark.heavy] if name in RELATIVES else []) for name in BACKBONES | WEIGHTLESS
+}
+with_weights = pytest.mark.parametrize("name", [NAMES[name] for name in BACKBONES], indirect=True, scope="module")
 
 
-@pytest.fixture(scope="module", params=BACKBONES | WEIGHTLESS)
+@pytest.fixture(scope="module", params=NAMES.values())
 def name(request):
     return request.param
 
@@ -48,7 +45,6 @@ def noise(batch, size):
 
 
 @pytest.mark.slow
-@with_relatives_heavy
 def test_backbone_fulfils_the_contract(name):
     node = tiny_node(name)
     check_backbone(lambda layers: instantiate(OmegaConf.to_container(OmegaConf.merge(node, {"layers": layers}))))

@@ -61,7 +61,10 @@ def convert(kind, state):
     return from_meta(state, _config(family, {**arch, "patch_size": PATCH}), "f.pth")
 
 
-@pytest.fixture(params=KINDS)
+COMBINED = ("dinov2_reg", "dinov3_swiglu")  # registers and gates, each of which another kind has as well
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.heavy] if kind in COMBINED else []) for kind in KINDS])
 def kind(request):
     return request.param
 

@@ -46,7 +46,9 @@ def by_hand(backbone, images):
     return padded
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.heavy] if name.startswith("eva02") else []) for name in PLAIN]
+)
 def test_last_map_equals_timm(name):
     patch, depth, dim = PLAIN[name]
     backbone = build(name).eval()

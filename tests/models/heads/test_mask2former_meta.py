@@ -167,7 +167,10 @@ def test_on_the_meta_device_a_file_is_checked_but_not_held(whole, write):
         ({"no_object": False}, "class outputs is 3 in the file and 2 in the model"),
         ({"num_queries": 9}, "num_queries is 3 in the file and 9 in the model (set num_queries=3)"),
         ({"feedforward_dim": 16}, "feedforward_dim is 8 in the file and 16 in the model (set feedforward_dim=8)"),
-        ({"hidden_dim": 96}, "hidden_dim is 64 in the file and 96 in the model (set hidden_dim=64)"),
+        pytest.param(
+            *({"hidden_dim": 96}, "hidden_dim is 64 in the file and 96 in the model (set hidden_dim=64)"),
+            marks=pytest.mark.heavy,
+        ),
         ({"num_heads": 2}, "num_heads is 4 in the file and 2 in the model (set num_heads=4)"),
         ({"dim": 32}, "the backbone's width is 16 in the file and 32 in the model (choose the backbone of the file)"),
     ],

@@ -64,7 +64,7 @@ def test_trained_parameters_of_recipes(outline, overrides, backbone, head):
     [
         ("dinov2_vits14", 22_056_576),
         pytest.param("dinov2_vitg14", 1_136_480_768, marks=pytest.mark.heavy),
-        ("dinov3_vits16plus", 28_692_864),
+        pytest.param("dinov3_vits16plus", 28_692_864, marks=pytest.mark.heavy),
         pytest.param("dinov3_vith16plus", 840_592_640, marks=pytest.mark.heavy),
         ("dinov3_vit7b16", 6_716_043_264),
     ],

@@ -124,7 +124,13 @@ def test_masks_are_named_as_frames(clip):
     assert masks(clip / "out").keys() == {f"{number:09d}.png" for number in range(11)}
 
 
-@pytest.mark.parametrize(("stop", "done"), [(0, 0), (3, 0), (7, 0), (8, 8), (15, 8), (16, 16), (19, 16), (22, 20)])
+@pytest.mark.parametrize(
+    ("stop", "done"),
+    [
+        *((0, 0), (7, 0), (8, 8), (16, 16), (22, 20)),
+        *(pytest.param(*stop, marks=pytest.mark.heavy) for stop in ((3, 0), (15, 8), (19, 16))),
+    ],
+)
 def test_restart_after_a_stop_gives_the_same_masks(clip, stop, done):
     run_until(clip, clip / "cut", stop)
     assert read_track_state(clip / "cut").progress.done == done
