@@ -5,7 +5,7 @@ import torch
 from config_files import options, read_whole
 from omegaconf import OmegaConf
 from test_mask_classification import fix_points
-from tiny_parts import load
+from tiny_parts import load_option
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.testing import check_loss
@@ -29,7 +29,7 @@ def fixed_points(monkeypatch):
 
 
 def make_loss(option, changes, ignore_index=255):
-    loss = load(f"loss={option}")["loss"]
+    loss = load_option("loss", option)
     node = OmegaConf.create({"data": {"ignore_index": ignore_index}, "loss": loss["criterion"]}).loss
     return instantiate(OmegaConf.merge(node, changes))
 
@@ -54,7 +54,7 @@ def test_a_loss_that_samples_points_keeps_the_contract():
 
 @pytest.mark.parametrize("option", [option for option in options("loss") if read_whole("loss", option)["counts"]])
 def test_class_weights_and_ignore_index_reach_all_terms(option):
-    node = load(f"loss={option}")["loss"]["class_weights"]
+    node = load_option("loss", option)["class_weights"]
     assert node["_target_"].endswith(".class_weights") and node["scheme"] == "${..weights}"
     weights = torch.tensor([0.5, 1.0, 2.0])
     loss = make_loss(option, {}, ignore_index=9)(class_weights=weights)

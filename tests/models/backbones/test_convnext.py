@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from mistakes import refusals
 from safetensors.torch import save_file
 from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
-from tiny_parts import load
+from tiny_parts import load_option
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.models.adapters import LastBlocks, Lora
@@ -158,7 +158,7 @@ test_message_names_value_and_remedy = refusals(
     ],
 )
 def test_published_sizes(size, parameters):
-    node = load(f"backbone=dinov3_convnext_{size}", "head=linear")["backbone"]
+    node = load_option("backbone", f"dinov3_convnext_{size}")
     assert node["weights"] == f"facebook/dinov3-convnext-{size}-pretrain-lvd1689m"
     with torch.device("meta"):
         backbone = instantiate(node | {"weights": "random", "layers": [-1], "channels": 3})

@@ -6,7 +6,7 @@ import pytest
 from config_files import options, read_whole
 from eomt_making import FAMILIES
 from omegaconf import OmegaConf
-from tiny_parts import SMALL_HEADS, load, tiny_node
+from tiny_parts import SMALL_HEADS, load_option, tiny_node
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.models.backbones.transformers_vit import TransformersVit
@@ -32,7 +32,7 @@ HEADS = [
     [pytest.param(option, marks=[pytest.mark.heavy] if option == "mask2former" else []) for option in HEADS],
 )
 def test_a_head_keeps_the_contract(option):
-    node = load(f"head={option}")["head"] | SMALL_HEADS.get(option, {})
+    node = load_option("head", option) | SMALL_HEADS.get(option, {})
     num_layers = 4 if node["layers"] == "quarters" else len(node["layers"])
     if "patch_size" in node:
         node["patch_size"] = 8
