@@ -6,7 +6,7 @@ Every test run tries each of them in two cells or more, the heavy ones each pair
 import re
 import traceback
 from collections import Counter
-from itertools import combinations, product, zip_longest
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from checkpoint_files import INFO
 from config_files import options, read_whole
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from tiny_parts import BACKBONES, PYRAMIDS, SMALL_HEADS, load, tiny_node
+from tiny_parts import BACKBONES, PYRAMIDS, SMALL_HEADS, load, load_option, tiny_node
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.shapes import Batch
@@ -62,14 +62,10 @@ def refusal(backbone, adapter, head):
 
 @pytest.fixture(scope="module")
 def configs():
-    """Compose each option once, one of every group together; a cell's config is put together from their nodes."""
-    tried = {"adapter": list(FILES["adapter"]), "head": HEADS, "loss": ["cross_entropy", "mask_classification"]}
-    nodes = {group: {} for group in tried}
-    for row in zip_longest(*tried.values()):
-        chosen = {group: name for group, name in zip(tried, row, strict=True) if name is not None}
-        composed = load(*(f"{group}={name}" for group, name in chosen.items()))
-        for group, name in chosen.items():
-            nodes[group][name] = composed[group]
+    """Compose each option once; a cell's config is put together from their nodes."""
+    tried = {"head": HEADS, "loss": ["cross_entropy", "mask_classification"]}
+    nodes = {group: {name: load_option(group, name) for name in names} for group, names in tried.items()}
+    nodes["adapter"] = {name: load(f"adapter={name}")["adapter"] for name in FILES["adapter"]}
     return {"base": load(), "backbone": {name: tiny_node(name) for name in BACKBONES}, **nodes}
 
 

@@ -110,7 +110,7 @@ LATE = ("~loss.criterion.terms.dice", "~loss.criterion.factors.dice")
 LATE += (f"+loss.criterion.terms.hard={HARD}", "+loss.criterion.factors.hard=1.0")
 
 
-@pytest.mark.parametrize("late", [(), LATE], ids=["sums", "late divisors"])
+@pytest.mark.parametrize("late", [(), pytest.param(LATE, marks=pytest.mark.heavy)], ids=["sums", "late divisors"])
 def test_loss_that_sums_over_a_batch_is_named_in_the_reason(search, late):
     (_, parts) = search(take_units, 60, *DICE, "head=linear", *late).find_fit().changes
     named = "BatchNorm computes its statistics and loss=ce_dice computes its sums per micro-batch, so results differ"

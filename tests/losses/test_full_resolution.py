@@ -204,7 +204,13 @@ def test_another_gradient_of_the_value_scales_that_of_the_grid():
         assert torch.equal(gradient(value, prediction.grid), once)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+QUICK_ON_THREADS = ("cross-entropy", "focal", "hardest", "dice")  # one for each kind of sum
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK_ON_THREADS else [pytest.mark.heavy]) for name in LOSSES],
+)
 def test_any_number_of_threads_gives_the_same_bits(name):
     loss, found, threads = LOSSES[name][0], [], torch.get_num_threads()
     try:
@@ -219,7 +225,7 @@ def test_any_number_of_threads_gives_the_same_bits(name):
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.heavy)], ids=str)
 def test_half_precision_is_left_before_upsampling(dtype):
     for loss, _ in LOSSES.values():
         prediction, batch = random_case(*CASES[1], 0, dtype)

@@ -11,9 +11,10 @@ pytestmark = pytest.mark.slow
             *("temporal_similarity", ["similarity=true"], "reconstruct=true"),
             "head.reconstruct=false head.output_norm=false, or choose loss=video_similarity",
         ),
-        (
+        pytest.param(
             *("feature_reconstruction", ["similarity=true"], "similarity=true"),
             "head.similarity=false, or choose loss=video_similarity",
+            marks=pytest.mark.heavy,
         ),
         pytest.param(
             *("video_similarity", ["similarity=true", "reconstruct=false", "output_norm=false"], "reconstruct=false"),

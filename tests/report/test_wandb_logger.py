@@ -63,6 +63,7 @@ def check_images(folder, rows, count):
     assert files == [".png"] * count
 
 
+@pytest.mark.heavy
 def test_offline_files_hold_values_images_and_the_checkpoint(folder):
     make = partial(WandbLogger, mode="offline", project="trial", tags=["a", "b"], artifacts=True)
     best = folder / "best.safetensors"

@@ -49,7 +49,8 @@ def test_same_seed_same_frames_any_other_seed_other_frames(draw):
 @pytest.mark.parametrize(
     ("draw", "size"),
     [
-        *((render_clip, size) for size in ((16, 16), (16, 200), (130, 34), (360, 640))),
+        *((render_clip, size) for size in ((16, 16), (16, 200), (130, 34))),
+        pytest.param(render_clip, (360, 640), marks=pytest.mark.heavy),
         *((draw_video, size) for size in ((32, 32), (32, 75), (61, 47), (160, 96))),
     ],
 )
@@ -62,7 +63,9 @@ def test_any_size_is_rendered(draw, size):
             assert not mask.all()
 
 
-@each_renderer
+@pytest.mark.parametrize(
+    ("render", "small"), [RENDERERS[0], pytest.param(*RENDERERS[1].values, id="moving", marks=pytest.mark.heavy)]
+)
 def test_two_processes_write_the_same_as_one(tmp_path, render, small):
     for workers in (1, 2):
         render(tmp_path / str(workers), **{**small, "workers": workers})

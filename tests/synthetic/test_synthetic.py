@@ -54,17 +54,17 @@ def test_a_mask_belongs_to_its_frame(tmp_path: Path) -> None:
 
 def test_every_class_is_seen_often_and_nothing_stands_still() -> None:
     seen, moved = np.zeros(10), []
-    for seed in range(4):
+    for seed in range(3):
         masks = [mask for _, mask in render_clip((seed,), 21, (192, 320))][::10]
         seen += sum(np.bincount(mask.ravel(), minlength=10) > 20 for mask in masks)
         moved.append(np.mean(masks[0] != masks[1]))
-    assert (seen / 12 > 0.5).all(), seen / 12
+    assert (seen / 9 > 0.5).all(), seen / 9
     assert min(moved) > 0.02
 
 
 def test_no_class_is_one_flat_colour() -> None:
     colours: dict[int, list[np.ndarray]] = {label: [] for label in range(1, 10)}
-    for seed in range(6):
+    for seed in range(4):
         rgb, mask = next(render_clip((seed, 5), 1, (192, 320)))
         for label in colours:
             if (mask == label).sum() > 20:
@@ -77,7 +77,7 @@ def test_no_class_is_one_flat_colour() -> None:
 
 def test_the_thread_is_about_three_pixels_thick() -> None:
     widths = []
-    for seed in range(4):
+    for seed in range(3):
         _, mask = next(render_clip((seed, 9), 1, (192, 320)))
         thread = (mask == 5).astype(np.uint8)
         widths.append(2 * cv2.distanceTransform(thread, cv2.DIST_L2, 5)[thread > 0].max() - 1)

@@ -144,13 +144,20 @@ def reference(model, frames, settings, share):
 
 
 @pytest.mark.parametrize(
-    ("size", "options"), [((40, 48), {}), ((37, 50), {}), ((37, 50), {"scale": 0.7}), ((40, 48), {"longest": 41})]
+    ("size", "options"),
+    [
+        ((40, 48), {}),
+        pytest.param((37, 50), {}, marks=pytest.mark.heavy),
+        ((37, 50), {"scale": 0.7}),
+        ((40, 48), {"longest": 41}),
+    ],
 )
 def test_masks_are_those_of_the_definition(segmenter, size, options):
     model, frames = segmenter(**options), video(7, size)
     tracker = SmoothingTracker(model, NEAR, smoothing=0.6)
     found = np.stack(run(tracker, frames))
     assert found.dtype == np.uint8 and found.shape == (7, *size)
+    assert tracker.state()["features"].shape[0] == NEAR.context + 1
     expected = reference(model, frames, NEAR, 0.6)
     assert (found == expected).mean() > 0.999
     own = alone(model, frames)
@@ -255,6 +262,7 @@ def tensor_bytes():
     return sum(part.numel() * part.element_size() for part in tensors)
 
 
+@pytest.mark.heavy
 def test_memory_does_not_grow_with_the_video(segmenter):
     model, frames = segmenter(), video(4, (24, 32))
     tracker = SmoothingTracker(model, NEAR)

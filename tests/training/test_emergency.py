@@ -103,8 +103,11 @@ STOPS = [({"batch": 8}, 4), ({"batch": 9}, 4), ({"validation": 1}, 3), ({"valida
 @pytest.mark.parametrize(
     ("fails", "where", "step"),
     [
-        *((fails, *stop) for fails in (truncated, terminate) for stop in STOPS),
-        *((crash, *STOPS[place]) for place in (1, 2)),
+        *((truncated, *stop) for stop in STOPS),
+        *(pytest.param(terminate, *stop, marks=pytest.mark.heavy) for stop in (STOPS[0], STOPS[2])),
+        *((terminate, *stop) for stop in (STOPS[1], STOPS[3])),
+        (crash, *STOPS[1]),
+        pytest.param(crash, *STOPS[2], marks=pytest.mark.heavy),
     ],
 )
 def test_interrupted_training_is_saved_and_resumes_exactly(whole, tmp_path, fails, where, step):

@@ -98,7 +98,9 @@ def counted_images(monkeypatch):
     return passed
 
 
-@pytest.mark.parametrize("adapter", [Frozen(), LastBlocks(1), Lora(2, 4, blocks=1, dropout=0.3)])
+@pytest.mark.parametrize(
+    "adapter", [Frozen(), pytest.param(LastBlocks(1), marks=pytest.mark.heavy), Lora(2, 4, blocks=1, dropout=0.3)]
+)
 def test_training_on_features_is_training_on_images(train, adapter, monkeypatch, tmp_path):
     live = train(adapter=adapter)[0]
     assert train("disk", adapter=adapter)[0] == live
@@ -158,7 +160,9 @@ def test_resumed_run_equals_an_uninterrupted_one(train, tmp_path):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("other", "told"), [({"seed": 1}, "weights"), ({"scale": 2.0}, "sizes")])
+@pytest.mark.parametrize(
+    ("other", "told"), [({"seed": 1}, "weights"), pytest.param({"scale": 2.0}, "sizes", marks=pytest.mark.heavy)]
+)
 def test_features_of_other_weights_or_preprocessing_are_not_used(train, counted_images, caplog, other, told):
     train("disk", steps=3)
     counted_images.clear()
@@ -273,7 +277,7 @@ def test_remedy_for_slow_loading_depends_on_the_source(train, data, tmp_path):
     assert "Images are packed: " in live.remedy and "resolution.longest" in live.remedy
 
 
-@pytest.mark.parametrize("adapter", [FROZEN, LastBlocks(1)])
+@pytest.mark.parametrize("adapter", [FROZEN, pytest.param(LastBlocks(1), marks=pytest.mark.heavy)])
 def test_detail_head_trains_from_cached_features_as_live(train, counted_images, adapter):
     def rows(cache="off"):
         torch.manual_seed(1)

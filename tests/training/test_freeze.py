@@ -77,7 +77,9 @@ def alike(one, two):
     return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("adapter", [Full, partial(Lora, rank=2, alpha=2), LAST_BLOCK])
+@pytest.mark.parametrize(
+    "adapter", [Full, partial(Lora, rank=2, alpha=2), pytest.param(LAST_BLOCK, marks=pytest.mark.heavy)]
+)
 def test_head_trains_as_on_a_frozen_backbone_until_unfreezing(tmp_path, adapter):
     seen = []
     before, _ = parts(segmenter(adapter=adapter))

@@ -103,7 +103,7 @@ def test_a_step_is_over_the_same_images_in_parts_that_fit(train, most, late, cap
 
 
 def test_later_steps_reuse_the_found_split(train, caplog):
-    whole, parted = train(steps=3), train(2, steps=3)
+    whole, parted = train(steps=2), train(2, steps=2)
     assert distance(whole.gradients, parted.gradients) < 1e-4  # Adam divides by small numbers
     assert sum(record.levelno == logging.WARNING for record in caplog.records) == 2
     assert [len(names) for names in parted.loss.seen if len(names) > 2] == [5, 3]
@@ -187,7 +187,7 @@ def test_random_draws_are_those_of_a_step_that_began_in_parts():
     assert torch.equal(drawn[1], torch.rand(3)) and undone == [1]
 
 
-@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("sums", [pytest.param(False, marks=pytest.mark.heavy), True])
 def test_split_warning_names_affected_statistics(sums, caplog):
     run(micro_batches(loss=Dice(torch.ones(2)) if sums else None), only_one_sample, TWO)
     assert ("the loss its sums" in caplog.text) == sums

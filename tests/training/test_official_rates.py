@@ -259,7 +259,7 @@ WORDS = [
     *("mode=train", "hparam=linear_ade20k", "data=folder", "data.root=data", "data.classes=[a,b,c]", "seed=3"),
     *("backbone=timm", "backbone.name=test_vit", "backbone.weights=random", "head.dropout=0", "engine=cpu"),
     *("resolution.crop=[64,64]", "inference.size=64", "inference.stride=43", "inference.shortest=64"),
-    *("trainer.steps=24", "optim.schedule.warmup=4", "trainer.val_every=24", "trainer.log_every=1"),
+    *("trainer.steps=9", "optim.schedule.warmup=3", "trainer.val_every=9", "trainer.log_every=1"),
     *("data.batch_size=4", "optim.optimizer.weight_decay=0.5", "engine.workers=0"),
 ]
 
@@ -296,8 +296,8 @@ def test_a_training_of_the_linear_probe_equals_a_loop_in_pytorch(tmp_path, monke
     norm.reset_running_stats()  # the first forward pass has already updated them
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.5)
     losses = []
-    for step in range(24):
-        optimizer.param_groups[0]["lr"] = dinov3_linear(step, 24, 4)
+    for step in range(9):
+        optimizer.param_groups[0]["lr"] = dinov3_linear(step, 9, 3)
         logits = F.interpolate(classify(norm(features[step])), (64, 64), mode="bilinear")
         value = F.cross_entropy(logits, masks[step], ignore_index=255, reduction="sum") / masks[step].numel()
         optimizer.zero_grad()

@@ -63,7 +63,12 @@ def test_rates_and_decay_by_place():
     assert found["backbone.model.norm.weight"] == (0.2, 0.0)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+QUICK = ("dinov3", "convnext", "timm_vit")  # one of each class
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.heavy]) for name in BACKBONES]
+)
 def test_rates_rise_from_the_image_to_the_head(name):
     small = {"arch": {"depths": [1, 2, 6, 1]}} if name == "convnext" else {}  # more blocks in a stage than stages
     backbone = instantiate(OmegaConf.to_container(OmegaConf.merge(tiny_node(name), {"layers": [-1]}, small)))
@@ -278,7 +283,10 @@ def leaf_names(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXEMPT)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.heavy] if name.startswith(("swin_", "samvit")) else []) for name in EXEMPT],
+)
 def test_weight_decay_of_timm_models_is_by_meaning(name):
     """Weights of convolutions and linear layers are decayed; norms, positions, scales and temperatures are not."""
     backbone = Full()(TimmBackbone(name, "random", None))

@@ -67,10 +67,12 @@ def exchanged_report(tmp_path_factory):
         return run_ranks(job, tmp_path_factory.mktemp("run"), 2)
 
 
+@pytest.mark.heavy
 def test_local_ranks_listen_on_loopback_only(exchanged_report):
     assert len(exchanged_report["addresses"]) >= 2 and {*exchanged_report["addresses"]} == {"127.0.0.1"}
 
 
+@pytest.mark.heavy
 def test_ranks_exchange_values(exchanged_report):
     assert exchanged_report["rows"] == [[0, {"0": [0]}], [1, {"1": [1] * 10}]]
     assert (exchanged_report["chosen"], exchanged_report["decided"]) == ("first", [0, [0.5, None]])

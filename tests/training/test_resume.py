@@ -132,6 +132,7 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@pytest.mark.heavy
 def test_a_full_disk_keeps_the_old_checkpoint(data, copy, tmp_path):
     last = copy / "checkpoints/last.safetensors"
     before = last.read_bytes()
@@ -153,15 +154,17 @@ def test_a_non_finite_loss_stops_and_names_step_and_samples(data, tmp_path):
     assert "Step " in broken.err and "The samples were " in broken.err
 
 
-def test_resume_refuses_another_model(data, copy, tmp_path):
-    for override, message in (
-        ("head=linear", "was trained with head=mlp"),
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        pytest.param("head=linear", "was trained with head=mlp", marks=pytest.mark.heavy),
         ("backbone.arch.hidden_size=48", "belongs to another model"),
-        ("trainer.ema=null", "Set it to the saved value"),
-    ):
-        refused = call(tmp_path, *train(data, override, "trainer.steps=23", f"resume={copy}"))
-        assert refused.status == 1 and message in refused.err, (override, refused.err)
-        assert "Traceback" not in refused.err
+        pytest.param("trainer.ema=null", "Set it to the saved value", marks=pytest.mark.heavy),
+    ],
+)
+def test_resume_refuses_another_model(data, copy, tmp_path, override, message):
+    refused = call(tmp_path, *train(data, override, "trainer.steps=23", f"resume={copy}"))
+    assert refused.status == 1 and message in refused.err and "Traceback" not in refused.err, refused.err
     assert len(list(copy.glob("checkpoints/*"))) == 2
 
 

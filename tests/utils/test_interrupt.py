@@ -36,7 +36,9 @@ def train(where, *options):
     return call(where, "mode=train", *SMALL, "mode.metrics_only=true", *options)
 
 
-@SIGNALS
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.heavy), (signal.SIGTERM, 143)]
+)
 def test_signal_saves_the_current_step_and_reports_it(tmp_path, monkeypatch, number, status):
     write_data(tmp_path / "data")
     strike(monkeypatch, 2, number)

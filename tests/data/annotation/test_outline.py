@@ -22,7 +22,7 @@ def pictures():
     for size in ((1, 1), (1, 9), (8, 1), (7, 9), (40, 31)):
         yield draw.integers(0, 3, size).astype(np.uint8)
     for sigma in (1, 2, 4):
-        blobs = cv2.GaussianBlur(draw.standard_normal((90, 120)), (0, 0), sigma) * sigma * 4 + 1
+        blobs = cv2.GaussianBlur(draw.standard_normal((60, 80)), (0, 0), sigma) * sigma * 4 + 1
         yield blobs.clip(0, 2).astype(np.uint8)
     rings = np.zeros((41, 41), np.uint8)
     for radius in (18, 15, 11, 8, 4, 2):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from composed_data import load as load_data
 from making import save
 from mistakes import assert_refused
 from omegaconf import OmegaConf
@@ -62,8 +63,13 @@ def put(root, pixels, name="x", **options):
         save(root / f"{split}/masks/{name}.png", pixels, **options)
 
 
-def mask_of(cfg, split="val", number=0):
-    return instantiate(cfg.data.reader)(split=split).mask(number)
+def data_of(root, *overrides):
+    """Compose the data alone."""
+    return load_data("folder", root, *overrides)
+
+
+def mask_of(data, split="val", number=0):
+    return instantiate(data.reader)(split=split).mask(number)
 
 
 def test_ids_are_merged_and_ignored(load, tmp_path):
@@ -79,7 +85,7 @@ def test_ids_are_merged_and_ignored(load, tmp_path):
         assert_refused(lambda: data.mask(0), f"ids {foreign}, ", "stored in files as 0, 1, 2, 9, ", "classes.yaml")
 
 
-def test_any_id_can_be_a_class(load, tmp_path):
+def test_any_id_can_be_a_class(tmp_path):
     put(tmp_path, [[0, 1, 2, 3, 255, 40000]], dtype=np.uint16)
     for text, expected in (
         ("classes: [ground, person]\nothers: person", [0, 1, 1, 1, 255, 1]),
@@ -88,16 +94,16 @@ def test_any_id_can_be_a_class(load, tmp_path):
         ("classes: {ground: {ids: [0]}, dog: {ids: [2]}, person: {ids: [9]}}\nothers: person", [0, 2, 1, 2, 255, 2]),
     ):
         describe(tmp_path, text)
-        assert mask_of(load(tmp_path)).tolist() == [expected], text
-    assert mask_of(load(tmp_path, "data.classes=[a,b]", OTHERS + "b")).tolist() == [[0, 1, 1, 1, 255, 1]]
+        assert mask_of(data_of(tmp_path)).tolist() == [expected], text
+    assert mask_of(data_of(tmp_path, "data.classes=[a,b]", OTHERS + "b")).tolist() == [[0, 1, 1, 1, 255, 1]]
     words = f"{OTHERS}c is not a class. Name one of data.classes: a, b"
-    assert_refused(lambda: mask_of(load(tmp_path, "data.classes=[a,b]", OTHERS + "c")), words)
+    assert_refused(lambda: mask_of(data_of(tmp_path, "data.classes=[a,b]", OTHERS + "c")), words)
 
 
-def test_positions_are_no_classes_if_ids_are_given(load, tmp_path):
+def test_positions_are_no_classes_if_ids_are_given(tmp_path):
     describe(tmp_path, "classes: {a: {ids: [10]}, b: {ids: [20, 255]}}")
     put(tmp_path, [[10, 20], [255, 10]])
-    data = instantiate(load(tmp_path, "data.ignore_index=254").data.reader)(split="train")
+    data = instantiate(data_of(tmp_path, "data.ignore_index=254").reader)(split="train")
     np.testing.assert_array_equal(data.mask(0), [[0, 1], [1, 0]])
     put(tmp_path, [[10, 1]])
     assert_refused(lambda: data.mask(0), "holds the ids 1, which are not classes")
@@ -105,7 +111,7 @@ def test_positions_are_no_classes_if_ids_are_given(load, tmp_path):
 
 
 @pytest.mark.parametrize("indexed", [False, True])
-def test_colours_are_merged_and_ignored(load, tmp_path, indexed):
+def test_colours_are_merged_and_ignored(tmp_path, indexed):
     describe(tmp_path, COLOURED)
     colours = [(0, 0, 0), (90, 60, 30), (0, 255, 0), (0, 128, 0), (0, 100, 0), (0, 90, 0), (255, 255, 255), (1, 2, 3)]
     pick = np.random.default_rng(3).permutation(np.arange(48) % 8).reshape(6, 8)
@@ -114,54 +120,54 @@ def test_colours_are_merged_and_ignored(load, tmp_path, indexed):
         file = tmp_path / "val/masks/x.png"
         Image.fromarray(read_ids(file)).quantize(16).save(file)
         assert read_ids(file).ndim == 2
-    data = instantiate(load(tmp_path).data.reader)(split="val")
+    data = instantiate(data_of(tmp_path).reader)(split="val")
     assert data.classes == ("ground", "leaf", "stem") and data.palette == ((0, 0, 0), (0, 255, 0), (0, 128, 0))
     np.testing.assert_array_equal(data.mask(0), np.array([0, 0, 1, 2, 2, 2, 255, 255])[pick])
     put(tmp_path, [[[0, 100, 1]]])
     assert_refused(lambda: data.mask(0), "colours that are not in classes.yaml: (0, 100, 1)")
 
 
-def test_class_file_supports_plain_names_and_binary_masks(load, tmp_path):
+def test_class_file_supports_plain_names_and_binary_masks(tmp_path):
     describe(tmp_path, "\ufeffclasses: [sea, land]\nignore: {ids: [3]}\n")
     put(tmp_path, [[0, 1, 3, 255]])
-    data = instantiate(load(tmp_path).data.reader)(split="train")
+    data = instantiate(data_of(tmp_path).reader)(split="train")
     np.testing.assert_array_equal(data.mask(0), [[0, 1, 255, 255]])
     assert data.classes == ("sea", "land")
     describe(tmp_path, "classes: {sea: , land: {color: [9, 9, 9]}}\nmasks: binary")
     words = "classes.yaml: no color for sea: give one to every class or to none."
-    assert assert_refused(lambda: mask_of(load(tmp_path)), words).endswith(words)
+    assert assert_refused(lambda: mask_of(data_of(tmp_path)), words).endswith(words)
     describe(tmp_path, "classes: [sea, land]\nmasks: binary")
     put(tmp_path, [[0, 255]])
-    np.testing.assert_array_equal(mask_of(load(tmp_path)), [[0, 1]])
+    np.testing.assert_array_equal(mask_of(data_of(tmp_path)), [[0, 1]])
 
 
-def test_command_line_overrides_the_class_file(load, tmp_path):
+def test_command_line_overrides_the_class_file(tmp_path):
     describe(tmp_path, "my own: {format: [of, classes]}")
     put(tmp_path, [[0, 1, 255]])
-    cfg = load(tmp_path, "data.classes=[a,b]")
-    assert cfg.data.num_classes == 2 and cfg.data.palette is None
-    np.testing.assert_array_equal(mask_of(cfg), [[0, 1, 255]])
+    data = data_of(tmp_path, "data.classes=[a,b]")
+    assert data.num_classes == 2 and data.palette is None
+    np.testing.assert_array_equal(mask_of(data), [[0, 1, 255]])
     describe(tmp_path, LEAVES)
-    reader = instantiate(load(tmp_path, "data.palette=[[1,1,1],[2,2,2],[3,3,3]]").data.reader)(split="train").reader
+    reader = instantiate(data_of(tmp_path, "data.palette=[[1,1,1],[2,2,2],[3,3,3]]").reader)(split="train").reader
     assert reader.labels.palette[2] == (3, 3, 3) and reader.masks.ids[2] == 1
 
 
-def test_ids_of_the_command_line_never_replace_those_of_the_file(load, tmp_path):
+def test_ids_of_the_command_line_never_replace_those_of_the_file(tmp_path):
     put(tmp_path, [[0, 1, 255]])
     ids = "data.reader.masks.ids={3: 255}"
     for text in ("classes: {land: {ids: [1]}, sea: {ids: [0]}}", "classes: [land, sea]"):
         describe(tmp_path, text)
-        assert_refused(lambda: mask_of(load(tmp_path, ids)), "masks.ids={3: 255} would replace ", "`ignore: {ids: ")
-    both = load(tmp_path, ids, "data.classes=[a,b]").data.reader
+        assert_refused(lambda: mask_of(data_of(tmp_path, ids)), "masks.ids={3: 255} would replace ", "`ignore: {ids: ")
+    both = data_of(tmp_path, ids, "data.classes=[a,b]").reader
     assert instantiate(both)(split="train").reader.masks.ids == {3: 255}
 
 
-def test_built_in_datasets_ignore_a_class_file(load, tmp_path):
+def test_built_in_datasets_ignore_a_class_file(tmp_path):
     describe(tmp_path, "not: {ours: 1}")
     for name, masks in (("camvid", {"ids": {11: 255}}), ("ade20k", {"reduce_zero_label": True})):
-        found = to_container(load(tmp_path, data=name).data.reader.masks, resolve=True)
+        found = to_container(load_data(name, tmp_path).reader.masks, resolve=True)
         assert found == {**found, **masks, "format": "ids", "colors": None, "ignore_colors": []}
-    assert load(None, data="person").data.palette == [[0, 0, 0], [0, 255, 0]]
+    assert load_data("person", tmp_path).palette == [[0, 0, 0], [0, 255, 0]]
 
 
 def test_missing_classes_and_file_are_reported(load, tmp_path):

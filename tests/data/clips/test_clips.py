@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from composed_data import load
 from making import DATA, save, write_video
 from mistakes import assert_refused, refusals
 from PIL import Image
@@ -68,16 +69,16 @@ def davis(tmp_path):
     return root
 
 
-def config(compose, name, root, *more):
-    return compose(f"data={name}", f"data.root={root}", f"cache_dir={root.parent / 'cache'}", *more).data
+def config(name, root, *more):
+    return load(name, root, f"cache_dir={root.parent / 'cache'}", *more)
 
 
-def clips_of(compose, name, root, split, *more):
-    return instantiate(config(compose, name, root, *more).clips)(split=split)
+def clips_of(name, root, split, *more):
+    return instantiate(config(name, root, *more).clips)(split=split)
 
 
-def reader_of(compose, name, root, *more):
-    return instantiate(config(compose, name, root, *more).reader)
+def reader_of(name, root, *more):
+    return instantiate(config(name, root, *more).reader)
 
 
 def names_of(layout, split):
@@ -94,8 +95,8 @@ def appears(clip):
     return {number: frame for number, frame in enumerate(clip["appears"].tolist()) if frame >= 0}
 
 
-def test_davis_is_read_back_equal(compose, davis):
-    clips = clips_of(compose, "davis2017", davis, "train")
+def test_davis_is_read_back_equal(davis):
+    clips = clips_of("davis2017", davis, "train")
     assert [clip["name"] for clip in clips] == ["bear", "dogs"] and len(clips) == 2
     for clip, frames, values in zip(clips, (7, 5), ([0, 1], [0, 1, 2, 255]), strict=True):
         name = clip["name"]
@@ -107,13 +108,13 @@ def test_davis_is_read_back_equal(compose, davis):
             np.testing.assert_array_equal(clip["frames"][index].permute(1, 2, 0), stored)
             np.testing.assert_array_equal(clip["masks"][index], ids(name, index, values))
     assert clips.videos[0].fps == 24 and appears(clips[1]) == {1: 0, 2: 0}
-    assert appears(clips_of(compose, "davis2017", davis, "val")[0]) == {2: 0, 3: 0}
-    (clip,) = clips_of(compose, "davis2017", davis, "test")  # whose first mask alone is there
+    assert appears(clips_of("davis2017", davis, "val")[0]) == {2: 0, 3: 0}
+    (clip,) = clips_of("davis2017", davis, "test")  # whose first mask alone is there
     assert clip["annotated"].tolist() == [True, False, False, False]
     assert (clip["masks"][1:] == 255).all() and set(clip["masks"][0].unique().tolist()) <= {0, 1}
 
 
-def test_davis_2016_of_both_releases(compose, tmp_path):
+def test_davis_2016_of_both_releases(tmp_path):
     root = tmp_path / "DAVIS"
     for size in ("480p", "Full-Resolution", "1080p"):
         for index in range(3):
@@ -124,16 +125,16 @@ def test_davis_2016_of_both_releases(compose, tmp_path):
     lines = [f"/JPEGImages/1080p/cows/{index:05d}.jpg /Annotations/1080p/cows/{index:05d}.png" for index in range(3)]
     write_text(root / "ImageSets/1080p/train.txt", "\n".join(lines))
     for split, size in (("val", "480p"), ("val", "Full-Resolution"), ("train", "1080p")):
-        (clip,) = clips_of(compose, "davis2016", root, split, f"data.size={size}")
+        (clip,) = clips_of("davis2016", root, split, f"data.size={size}")
         for index in range(3):
             np.testing.assert_array_equal(clip["masks"][index], ids("cows", index, [0, 255]) // 255)
-        data = reader_of(compose, "davis2016", root, f"data.size={size}")(split=split)
+        data = reader_of("davis2016", root, f"data.size={size}")(split=split)
         np.testing.assert_array_equal(np.stack([data.mask(index) for index in range(3)]), clip["masks"])
         assert data.names == [f"cows/{index:05d}" for index in range(3)]
 
 
-def test_davis_frames_form_a_foreground_dataset(compose, davis):
-    reader = reader_of(compose, "davis2017", davis, "data.ignore_index=9")
+def test_davis_frames_form_a_foreground_dataset(davis):
+    reader = reader_of("davis2017", davis, "data.ignore_index=9")
     data = reader(split="train")
     assert len(data) == 12 and data.names[7:9] == ["dogs/00000", "dogs/00001"] and data.classes == tuple(CLASSES)
     for index, sample in enumerate(data):
@@ -145,16 +146,16 @@ def test_davis_frames_form_a_foreground_dataset(compose, davis):
     assert_refused(three, "data.classes has 3 names: give two")
 
 
-def test_a_share_of_the_sequences_is_held_out_whole(compose, davis):
+def test_a_share_of_the_sequences_is_held_out_whole(davis):
     keys = ("data.reader.partition.by=fraction", "data.reader.partition.val_fraction=0.5")
-    cfg = config(compose, "davis2017", davis, *keys)
+    cfg = config("davis2017", davis, *keys)
     sides = {}
     for split in SIDES:
         data, clips = instantiate(cfg.reader)(split=split), instantiate(cfg.clips)(split=split)
         sides[split] = {name.split("/")[0] for name in data.names}
         assert sides[split] == {video.name for video in clips.videos}
     assert sorted(map(len, sides.values())) == [1, 1] and sides["train"] | sides["val"] == {"bear", "dogs"}
-    folds = [clips_of(compose, "davis2017", davis, "val", f"data.fold={fold}", "data.folds=3") for fold in range(3)]
+    folds = [clips_of("davis2017", davis, "val", f"data.fold={fold}", "data.folds=3") for fold in range(3)]
     assert sorted(video.name for fold in folds for video in fold.videos) == ["bear", "dogs", "tennis"]
     by_lists = partial(select_split, Davis(str(davis)), "val", Partition(by="lists"))
     assert_refused(by_lists, "partition.by=lists: video datasets have their own lists")
@@ -225,39 +226,39 @@ def youtube(tmp_path):
     return root
 
 
-def test_youtube_vos_is_read_back_equal(compose, youtube):
-    clips = clips_of(compose, "youtube_vos", youtube, "train")
+def test_youtube_vos_is_read_back_equal(youtube):
+    clips = clips_of("youtube_vos", youtube, "train")
     a, b = clips
     assert a["frame_names"] == ["00000", "00005", "00010", "00015"] and a["annotated"].all() and b["annotated"].all()
     for number, stem in enumerate(range(10, 41, 5)):
         np.testing.assert_array_equal(b["masks"][number], ids("b", stem, [0, 2, 4] if stem >= 25 else [0, 2]))
     assert clips.videos[0].fps == 6 and appears(b) == {2: 0, 4: 3}
-    reader = reader_of(compose, "youtube_vos", youtube)
+    reader = reader_of("youtube_vos", youtube)
     assert len(reader(split="train")) == 4 + 7
     assert reader(split="val").names == ["a/00000", "b/00010"], "a later mask need not show the earlier objects"
 
 
-def test_youtube_vos_objects_that_appear_late(compose, youtube):
-    clips = clips_of(compose, "youtube_vos", youtube, "val")
+def test_youtube_vos_objects_that_appear_late(youtube):
+    clips = clips_of("youtube_vos", youtube, "val")
     assert clips[1]["annotated"].tolist() == [True, False, False, True, False, False, False]
     assert (clips[1]["masks"][[1, 2, 4, 5, 6]] == 255).all() and 4 in clips[1]["masks"][3]
     assert appears(clips[1]) == {2: 0, 4: 3}
     cut = ("data.clips.eval_cut.length=3", "data.clips.eval_cut.step=2")
-    late = clips_of(compose, "youtube_vos", youtube, "val", *cut)
+    late = clips_of("youtube_vos", youtube, "val", *cut)
     assert [(clip["name"], clip["start"]) for clip in late] == [("a", 0), ("b", 0), ("b", 2), ("b", 4)]
     assert [appears(late[0]), appears(late[1]), appears(late[3])] == [{1: 0}, {2: 0}, {}] and appears(late[2])[4] == 1
     (youtube / "valid/meta.json").unlink()
-    assert appears(clips_of(compose, "youtube_vos", youtube, "val")[1]) == {2: 0, 4: 3}
+    assert appears(clips_of("youtube_vos", youtube, "val")[1]) == {2: 0, 4: 3}
 
 
-def test_youtube_vos_can_use_all_frames(compose, youtube):
-    clips = clips_of(compose, "youtube_vos", youtube, "train", "data.all_frames=true", "data.clips.cut.length=6")
+def test_youtube_vos_can_use_all_frames(youtube):
+    clips = clips_of("youtube_vos", youtube, "train", "data.all_frames=true", "data.clips.cut.length=6")
     assert clips.videos[0].fps == 30 and len(clips.videos[1].frames) == 31
     assert [span.start for span in clips.spans] == [0, 6, 0, 6, 12, 18, 24]
     assert clips[0]["annotated"].tolist() == [True, False, False, False, False, True]
-    whole = clips_of(compose, "youtube_vos", youtube, "train", "data.all_frames=true")
+    whole = clips_of("youtube_vos", youtube, "train", "data.all_frames=true")
     assert appears(whole[1]) == {2: 0, 4: 15}
-    assert clips_of(compose, "youtube_vos", youtube, "test", "data.all_frames=true").videos[1].masks.keys() == {0, 15}
+    assert clips_of("youtube_vos", youtube, "test", "data.all_frames=true").videos[1].masks.keys() == {0, 15}
 
 
 def test_incomplete_youtube_vos_is_refused(youtube):
@@ -297,43 +298,43 @@ def movi(tmp_path):
     return root
 
 
-def test_movi_is_read_back_equal(compose, movi):
-    clips = clips_of(compose, "movi", movi, "val")
+def test_movi_is_read_back_equal(movi):
+    clips = clips_of("movi", movi, "val")
     assert len(clips) == 2 and clips.videos[0].fps == 12
     for index in range(8):
         np.testing.assert_array_equal(clips[1]["frames"][index].permute(1, 2, 0), pixels("validation", index))
         np.testing.assert_array_equal(clips[1]["masks"][index], ids("validation", index, [0, 1, 2, 10, 23]))
     assert appears(clips[0]) == dict.fromkeys((1, 2, 10, 23), 0)
-    assert len(clips_of(compose, "movi", movi, "train", "data.clips.cut.length=2")) == 12
-    assert len(reader_of(compose, "movi", movi)(split="test")) == 8
+    assert len(clips_of("movi", movi, "train", "data.clips.cut.length=2")) == 12
+    assert len(reader_of("movi", movi)(split="test")) == 8
 
 
-def test_movi_videos_are_numbered_within_each_split(compose, movi):
-    reader = reader_of(compose, "movi", movi)
+def test_movi_videos_are_numbered_within_each_split(movi):
+    reader = reader_of("movi", movi)
     records = {split: [SimpleNamespace(name=name, image="") for name in reader(split=split).names] for split in SIDES}
     splits = [describe_split(split, reader(split=split), records[split]) for split in SIDES]
     assert splits[1].records[0] == splits[0].records[0]  # 00000 is in both, as two videos
     assert not list(check_groups(splits, "^[^/]+"))
     by_share = "data.reader.partition.by=fraction"
     for words, videos in (((by_share,), 3), (("data.fold=0", "data.folds=2"), 5)):
-        reader = reader_of(compose, "movi", movi, *words)
+        reader = reader_of("movi", movi, *words)
         parts = {split: reader(split=split) for split in SIDES}
         assert not any(part.split_local_names for part in parts.values())
         found = {split: {name.partition("/")[0] for name in part.names} for split, part in parts.items()}
         assert not found["train"] & found["val"] and len(found["train"] | found["val"]) == videos
     assert found["train"] | found["val"] == {f"0000{n}-train" for n in range(3)} | {f"0000{n}-val" for n in range(2)}
-    folds = clips_of(compose, "movi", movi, "val", "data.fold=0", "data.folds=2")
+    folds = clips_of("movi", movi, "val", "data.fold=0", "data.folds=2")
     assert {clip["name"] for clip in folds} == found["val"]
 
 
-def test_movi_s_other_layout_is_the_same(compose, movi):
+def test_movi_s_other_layout_is_the_same(movi):
     (movi / "train/00000").rename(movi / "train/rgb")  # a video may have any name
     other_root = movi.parent / "movi_c"
     for place in [*movi.glob("train/*"), *movi.glob("validation/*")]:
         for was, now in (("frames", "rgb"), ("segmentations", "seg")):
             shutil.copytree(place / was, other_root / place.parent.name / now / place.name)
     for split, names in (("train", ["00001", "00002", "rgb"]), ("val", ["00000", "00001"])):
-        one, other = (clips_of(compose, "movi", root, split) for root in (movi, other_root))
+        one, other = (clips_of("movi", root, split) for root in (movi, other_root))
         assert [clip["name"] for clip in other] == [clip["name"] for clip in one] == names
         for index in range(len(one)):
             assert torch.equal(one[index]["frames"], other[index]["frames"])
@@ -372,9 +373,9 @@ def folder(tmp_path):
     return root
 
 
-def test_videos_and_folders_of_frames_are_read(compose, folder):
+def test_videos_and_folders_of_frames_are_read(folder):
     keys = ("data.clips.cut.length=4", "data.clips.cut.stride=2")
-    clips = clips_of(compose, "videos", folder, "train", *keys)
+    clips = clips_of("videos", folder, "train", *keys)
     assert [video.name for video in clips.videos] == ["two", "x/frames", "x/one"]
     assert [(place.video, place.start) for place in clips.spans] == [(0, 0), (1, 0), (2, 0), (2, 8), (2, 16)]
     clip = clips[3]
@@ -384,13 +385,13 @@ def test_videos_and_folders_of_frames_are_read(compose, folder):
         np.testing.assert_array_equal(clip["frames"][number].permute(1, 2, 0), shown)
     assert not clip["annotated"].any() and (clip["masks"] == 255).all() and clip["masks"].shape == (4, 32, 48)
     assert clips[1]["frame_names"] == ["img000", "img002", "img004", "img006"]
-    reader = reader_of(compose, "videos", folder)
+    reader = reader_of("videos", folder)
     assert_refused(lambda: reader(split="train"), "data=videos has no masks")
     assert_refused(lambda: no_masks("val"), "has no masks")
 
 
-def test_clips_are_cut_at_the_configured_frame_rate(compose, folder):
-    read = partial(clips_of, compose, "videos", folder, "train")
+def test_clips_are_cut_at_the_configured_frame_rate(folder):
+    read = partial(clips_of, "videos", folder, "train")
     keys = ("data.clips.cut.fps=20", "data.clips.cut.length=3", "data.clips.cut.step=5")
     assert_refused(lambda: read(*keys), "frame rate of video x/frames is unknown. Set data.folder_fps=NUMBER")
     places = [(place.video, place.start, place.stride) for place in read(*keys, "data.folder_fps=20.4").spans[:6]]
@@ -399,12 +400,12 @@ def test_clips_are_cut_at_the_configured_frame_rate(compose, folder):
     assert_refused(lambda: read("data.clips.cut.fps=25"), *words)
 
 
-def test_unreadable_and_missing_videos_are_refused(compose, folder, tmp_path, caplog):
+def test_unreadable_and_missing_videos_are_refused(folder, tmp_path, caplog):
     (folder / "bad.mp4").write_text("no video")
     words = ("1 video of 4 cannot be read:\n- Cannot read ", "bad.mp4", "on_error=skip")
-    assert_refused(lambda: clips_of(compose, "videos", folder, "train"), *words)
+    assert_refused(lambda: clips_of("videos", folder, "train"), *words)
     with caplog.at_level(logging.WARNING):
-        clips = clips_of(compose, "videos", folder, "train", "data.on_error=skip")
+        clips = clips_of("videos", folder, "train", "data.on_error=skip")
     assert [video.name for video in clips.videos] == ["two", "x/frames", "x/one"]
     assert "1 of 4 videos are left out" in caplog.text and "bad.mp4" in caplog.text
     refused(VideoFolder(str(tmp_path), "gone"), "val", "No folder ", "gone for split val")
@@ -449,7 +450,7 @@ def test_numbered_names_are_sorted_numerically(tmp_path):
     assert len(names) == 11 and names == sorted(names, key=lambda name: int(name[1:]))
 
 
-def test_unpadded_names_of_videos_and_frames(compose, tmp_path):
+def test_unpadded_names_of_videos_and_frames(tmp_path):
     for video in ("v2", "v10"):
         for index, frame in enumerate(NUMBERED):
             save(tmp_path / f"movi/train/{video}/frames/{frame}.png", pixels(video, index))
@@ -461,13 +462,13 @@ def test_unpadded_names_of_videos_and_frames(compose, tmp_path):
     (tmp_path / "youtube_vos/train/meta.json").write_text(json.dumps({"videos": {"v2": entries, "v10": entries}}))
     write_video(tmp_path / "videos/v9.avi", 3)
     for name, between in (("youtube_vos", []), ("videos", ["v9"]), ("movi", [])):
-        clips = clips_of(compose, name, tmp_path / name, "train", "data.clips.cut.length=null")
+        clips = clips_of(name, tmp_path / name, "train", "data.clips.cut.length=null")
         assert [clip["name"] for clip in clips] == ["v2", *between, "v10"]
         assert clips[0]["frame_names"] == clips[-1]["frame_names"] == list(NUMBERED)
     for index in range(len(NUMBERED)):
         np.testing.assert_array_equal(clips[1]["masks"][index], ids("v10", index, [0, 1]))
         np.testing.assert_array_equal(clips[1]["frames"][index].permute(1, 2, 0), pixels("v10", index))
-    data = reader_of(compose, "movi", tmp_path / "movi")(split="train")
+    data = reader_of("movi", tmp_path / "movi")(split="train")
     assert data.names == [f"{video}/{frame}" for video in ("v2", "v10") for frame in NUMBERED]
 
 
@@ -489,14 +490,14 @@ def test_link_cycles_are_skipped_and_linked_videos_read(folder, tmp_path):
     assert names_of(layout, "train") == ["far", "two", "x/frames", "x/one"]
 
 
-def test_same_image_set_for_train_and_val_is_refused(compose, davis):
+def test_same_image_set_for_train_and_val_is_refused(davis):
     (davis / "ImageSets/2017/train.txt").unlink()
     (davis / "ImageSets/2017/test-dev.txt").unlink()
     (davis / "ImageSets/2017/val.txt").write_text("bear\ndogs\ntennis")
-    read = partial(clips_of, compose, "davis2017", davis)
+    read = partial(clips_of, "davis2017", davis)
     message = assert_refused(lambda: read("train"), "data.sets.train=val data.reader.partition.by=fraction")
     remedy = [word.rstrip(".") for word in message.split() if word.startswith("data.")]
-    reader = reader_of(compose, "davis2017", davis, *remedy)
+    reader = reader_of("davis2017", davis, *remedy)
     train, val = ({*reader(split=split).names} for split in SIDES)
     assert train and val and not train & val
     assert_refused(lambda: read("test"), "Set the image set of test, such as data.sets.test=val.")

@@ -5,6 +5,7 @@ import shlex
 
 import numpy as np
 import pytest
+from composed_data import load
 from doctor_sets import findings_by_code
 from making import save
 
@@ -31,35 +32,35 @@ def remedy_and_line(root, classes, masks=Masks()):  # noqa: B008 (frozen)
     return finding.remedy, re.search("`(.*?)`", finding.remedy, re.DOTALL)[1]
 
 
-def read(compose, root, *words):
-    cfg = compose("data=folder", f"data.root={root}", *words)
-    return [instantiate(cfg.data.reader)(split="train").mask(number).tolist() for number in (0, 1)]
+def read(root, *words):
+    data = load("folder", root, *words)
+    return [instantiate(data.reader)(split="train").mask(number).tolist() for number in (0, 1)]
 
 
 INSTANCES = [[[0, 1, 2, 255]], [[0, 1, 2, 7], [3, 4, 5, 6]]]
 
 
-def test_instance_masks_get_a_remedy_that_merges_them(compose, tmp_path):
+def test_instance_masks_get_a_remedy_that_merges_them(tmp_path):
     root = write(tmp_path / "data", INSTANCES)
     remedy, line = remedy_and_line(root, ["background", "person"])
     assert remedy.startswith("These look like instances. If each number is one person, add this to the command line:")
     assert "If each is a class, name it in data.classes." in remedy
     expected = [[[0, 1, 1, 255]], [[0, 1, 1, 1], [1, 1, 1, 1]]]
-    assert read(compose, root, "data.classes=[background,person]", *shlex.split(line)) == expected
+    assert read(root, "data.classes=[background,person]", *shlex.split(line)) == expected
     remedy, line = remedy_and_line(root, ["background", "person"], DESCRIBED)
     assert "add this line to classes.yaml: `others:" in remedy and "name it in classes.yaml" in remedy
     (root / "classes.yaml").write_text(f"classes: [background, person]\n{line}\n")
-    assert read(compose, root) == expected
+    assert read(root) == expected
     options = {"classes": ["background", "person"], "palette": None, "masks": Masks(others="person")}
     assert "foreign_ids" not in findings_by_code(root, options=options)
 
 
 @pytest.mark.parametrize("name", ["null", "a person's", 'say "x"', "Käfer, rot", "x=[1]", "back\\slash"])
-def test_suggested_line_works_for_any_class_name(compose, tmp_path, name):
+def test_suggested_line_works_for_any_class_name(tmp_path, name):
     root = write(tmp_path / "data", INSTANCES)
     _, line = remedy_and_line(root, ["background", name])
     (word,) = shlex.split(line)
-    assert compose("data=folder", f"data.root={root}", "data.classes=[a,b]", word).data.reader.masks.others == name
+    assert load("folder", root, "data.classes=[a,b]", word).reader.masks.others == name
 
 
 @pytest.mark.parametrize(
@@ -75,18 +76,18 @@ def test_scattered_ids_are_not_reported_as_instances(tmp_path, classes, mask):
     assert "instances" not in remedy and "++data.reader.masks.ids" in remedy
 
 
-def test_many_numbers_with_gaps_may_be_instances_too(compose, tmp_path):
+def test_many_numbers_with_gaps_may_be_instances_too(tmp_path):
     numbers = [0, *range(3, 50, 2)]
     root = write(tmp_path / "data", [[numbers], [numbers]])
     remedy, line = remedy_and_line(root, ["background", "person"])
     assert "do not look like class ids" in remedy and "If each number is one person" in remedy
     assert "name it in" not in remedy
     expected = [[0] + [1] * 24]
-    assert read(compose, root, "data.classes=[background,person]", *shlex.split(line)) == [expected, expected]
+    assert read(root, "data.classes=[background,person]", *shlex.split(line)) == [expected, expected]
 
 
 @pytest.mark.parametrize(("number", "described"), [(2, False), (3, True), (3, False)])
-def test_colour_masks_get_a_remedy_that_maps_them_to_classes(compose, tmp_path, number, described):
+def test_colour_masks_get_a_remedy_that_maps_them_to_classes(tmp_path, number, described):
     ids = np.array([[0, 0, 0, 1, 1, number - 1]])
     root = write(tmp_path / "data", [COLORS[ids], COLORS[ids[:, ::-1]]])
     remedy, line = remedy_and_line(root, ["background", "person"], DESCRIBED if described else Masks())
@@ -94,7 +95,7 @@ def test_colour_masks_get_a_remedy_that_maps_them_to_classes(compose, tmp_path, 
     if described:
         (root / "classes.yaml").write_text(line)
         words = []
-    assert read(compose, root, *words)[0] == np.where(ids == 2, 255, ids).tolist()
+    assert read(root, *words)[0] == np.where(ids == 2, 255, ids).tolist()
     assert "(0, 0, 0) background, (255, 0, 0) person" in remedy
     assert ("(0, 128, 0) ignored" in remedy) == (number == 3)
 

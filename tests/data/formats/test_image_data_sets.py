@@ -122,7 +122,7 @@ def test_ade20k_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "images", "masks"),
-    [("camvid", "{}/images", "{}/masks"), ("camvid_segnet", "{}", "{}annot")],
+    [("camvid", "{}/images", "{}/masks"), pytest.param("camvid_segnet", "{}", "{}annot", marks=pytest.mark.heavy)],
 )
 def test_camvid_is_read(tmp_path, name, images, masks):
     splits = {
@@ -149,7 +149,11 @@ def test_camvid_is_read(tmp_path, name, images, masks):
 
 
 @pytest.mark.parametrize(
-    ("name", "folders"), [("binary", {"train": "train/{}", "val": "val/{}"}), ("person", {"val": "valid_{}"})]
+    ("name", "folders"),
+    [
+        ("binary", {"train": "train/{}", "val": "val/{}"}),
+        pytest.param("person", {"val": "valid_{}"}, marks=pytest.mark.heavy),
+    ],
 )
 def test_black_and_white_masks_are_read(tmp_path, name, folders):
     expected = scatter_values([0, 1], (5, 6))

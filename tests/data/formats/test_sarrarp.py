@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from composed_data import load as load_config
 from making import save, write_video
 from mistakes import assert_refused
 
@@ -237,9 +238,9 @@ def test_videos_that_are_missing_damaged_or_packed(videos):
     assert_refused(sides, "has no image with its mask:", "Cannot read ", " as a video")
 
 
-def test_config_selects_the_video_reader(compose, videos):
-    keys = ("data=sarrarp", f"data.root={videos}", f"cache_dir={videos.parent / 'kept'}", "data.fold=1", "data.folds=2")
-    data = instantiate(compose(*keys, "data.source=video").data.reader)(split="train")
+def test_config_selects_the_video_reader(videos):
+    keys = ("sarrarp", videos, f"cache_dir={videos.parent / 'kept'}", "data.fold=1", "data.folds=2")
+    data = instantiate(load_config(*keys, "data.source=video").reader)(split="train")
     assert isinstance(data.pairs[0].image, VideoFrame) and list((videos.parent / "kept/videos").glob("*.npz"))
-    reader = instantiate(compose(*keys).data.reader)
+    reader = instantiate(load_config(*keys).reader)
     assert_refused(lambda: reader(split="train"), "has no extracted frames")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from command_line import SLOTS, call
+from composed_data import load
 from mistakes import assert_refused
 
 from dinoseg.config.nodes import instantiate
@@ -79,9 +80,9 @@ def expected_mask(video, frame):
 
 
 @pytest.mark.parametrize("place", ["train/instances.json", "train.json", "instances_train.json"])
-def test_clips_are_read_back_equal(compose, root, place):
+def test_clips_are_read_back_equal(root, place):
     (root / "train/instances.json").rename(root / place)
-    data = compose("data=youtube_vis", f"data.root={root}", "data.held_out=1").data
+    data = load("youtube_vis", root, "data.held_out=1")
     train, val = (instantiate(data.clips)(split=split) for split in ("train", "val"))
     assert [clip["name"] for clip in train] == list(VIDEOS)[:2] and [clip["name"] for clip in val] == list(VIDEOS)[2:]
     for clips in (train, val):
@@ -188,13 +189,13 @@ def test_missing_files_broken_json_and_too_many_held_out_videos(root, monkeypatc
     refused(root, "train", "No annotations in ", ": train/instances.json, train.json")
 
 
-def test_frames_of_another_size_are_refused(compose, root):
+def test_frames_of_another_size_are_refused(root):
     video = YoutubeVis(str(root), held_out=1).videos("train")[0]
     square = replace(video, square=24)  # sizes are compared before
     write_png(video.frames[0], np.zeros((40, 32, 3), np.uint8))
     assert_refused(lambda: square.image(0), "00000.jpg is 32 x 40 (width x height), its mask ", "is 40 x 32")
     assert square.image(1).shape == (24, 24, 3)
-    data = compose("data=youtube_vis", f"data.root={root}", "data.held_out=1", "data.clips.cut.length=1").data
+    data = load("youtube_vis", root, "data.held_out=1", "data.clips.cut.length=1")
     clips = instantiate(data.clips)
     assert_refused(lambda: clips(split="train")[0], "00000.jpg is 32 x 40 ", "its mask ", "instances.json")
 

@@ -208,7 +208,7 @@ def checksums(path, indices):
 
 
 @pytest.mark.filterwarnings("ignore:.* use of fork:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.heavy)])
 def test_processes_and_threads_do_not_disturb_one_another(avi, method):
     indices = [60, 3, 41, 7, 20]
     wanted = [zlib.crc32(np.ascontiguousarray(sequential(avi)[index])) for index in indices]

@@ -17,10 +17,14 @@ from dinoseg.testing import check_backbone
 from dinoseg.utils.errors import UserError
 
 WITH_CLASS_TOKEN = {"dino", "dinov2", "dinov2_registers", "dinov3", "timm_vit"}
-with_weights = pytest.mark.parametrize("name", BACKBONES, indirect=True, scope="module")
+RELATIVES = ("dino", "dinov2", "timm_pyramid")  # each like another family that is tried each time
+NAMES = {
+    name: pytest.param(name, marks=[pytest.mark.heavy] if name in RELATIVES else []) for name in BACKBONES | WEIGHTLESS
+}
+with_weights = pytest.mark.parametrize("name", [NAMES[name] for name in BACKBONES], indirect=True, scope="module")
 
 
-@pytest.fixture(scope="module", params=BACKBONES | WEIGHTLESS)
+@pytest.fixture(scope="module", params=NAMES.values())
 def name(request):
     return request.param
 
@@ -88,7 +92,9 @@ def test_frozen_backbone_stays_in_eval_mode_while_a_head_trains(build):
 
 
 @with_weights
-@pytest.mark.parametrize("adapter", [Full(), Lora(rank=2, alpha=2, targets="all_linear")])
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(Full(), marks=pytest.mark.heavy), Lora(rank=2, alpha=2, targets="all_linear")]
+)
 def test_checkpointing_recomputes_and_changes_no_gradient(name, build, adapter):
     gradients, calls = [], []
     for checkpointing in (False, True):

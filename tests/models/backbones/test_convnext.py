@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from mistakes import refusals
 from safetensors.torch import save_file
 from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
-from tiny_parts import load
+from tiny_parts import load_option
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.models.adapters import LastBlocks, Lora
@@ -150,10 +150,15 @@ test_message_names_value_and_remedy = refusals(
 
 @pytest.mark.parametrize(
     ("size", "parameters"),
-    [("tiny", 27_820_128), ("small", 49_454_688), ("base", 87_566_464), ("large", 196_230_336)],
+    [
+        ("tiny", 27_820_128),
+        pytest.param("small", 49_454_688, marks=pytest.mark.heavy),
+        pytest.param("base", 87_566_464, marks=pytest.mark.heavy),
+        ("large", 196_230_336),
+    ],
 )
 def test_published_sizes(size, parameters):
-    node = load(f"backbone=dinov3_convnext_{size}", "head=linear")["backbone"]
+    node = load_option("backbone", f"dinov3_convnext_{size}")
     assert node["weights"] == f"facebook/dinov3-convnext-{size}-pretrain-lvd1689m"
     with torch.device("meta"):
         backbone = instantiate(node | {"weights": "random", "layers": [-1], "channels": 3})

@@ -61,7 +61,10 @@ def convert(kind, state):
     return from_meta(state, _config(family, {**arch, "patch_size": PATCH}), "f.pth")
 
 
-@pytest.fixture(params=KINDS)
+COMBINED = ("dinov2_reg", "dinov3_swiglu")  # registers and gates, each of which another kind has as well
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.heavy] if kind in COMBINED else []) for kind in KINDS])
 def kind(request):
     return request.param
 
@@ -253,7 +256,7 @@ def test_largest_published_model_is_converted_completely():
     assert sum(value.numel() for name, value in converted.items() if "inv_freq" not in name) == 6_716_043_264
 
 
-@pytest.mark.parametrize("shape", [(), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(), pytest.param((1, 2, 3, 4, 5), marks=pytest.mark.heavy)])
 def test_wrong_shapes_are_refused(kind, shape, monkeypatch, tmp_path):
     """Whatever a tensor's shape: a message, and not an error from the middle of the conversion."""
     state = state_of(kind)

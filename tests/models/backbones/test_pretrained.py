@@ -20,6 +20,7 @@ from dinoseg.utils.errors import UserError
 SMALL = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 16}
 STAGES = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 12, 16, 24], "drop_path_rate": 0.2}
 KINDS = [*FAMILIES, "convnext"]
+QUICK = ("dinov3_vit", "convnext")  # one of each class
 
 
 def build(kind, last, weights="random"):
@@ -43,7 +44,7 @@ def in_block(kind, number, state):
     return sorted((key for key in state if part in key), key=lambda key: not key.endswith("weight"))
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[pytest.param(kind, marks=[] if kind in QUICK else [pytest.mark.heavy]) for kind in KINDS])
 def kind(request):
     return request.param
 
@@ -111,7 +112,11 @@ def spoilt(value, fault):
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("int8", "is int8"), ("nan", "holds NaN or infinity"), ("-inf", "holds NaN or infinity")],
+    [
+        ("int8", "is int8"),
+        ("nan", "holds NaN or infinity"),
+        pytest.param("-inf", "holds NaN or infinity", marks=pytest.mark.heavy),
+    ],
 )
 def test_weights_that_are_not_finite_floats_are_refused_by_name(tmp_path, monkeypatch, kind, fault, said):
     state = shaken(kind, 1).export_state()

@@ -46,7 +46,9 @@ def by_hand(backbone, images):
     return padded
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.heavy] if name.startswith("eva02") else []) for name in PLAIN]
+)
 def test_last_map_equals_timm(name):
     patch, depth, dim = PLAIN[name]
     backbone = build(name).eval()
@@ -81,7 +83,9 @@ def test_trained_blocks_resume_from_the_cut_without_final_norm(adapter):
     assert not any(name.startswith("model.norm.") for name in trained)
 
 
-@pytest.mark.parametrize("name", PYRAMIDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.heavy] if name.startswith("swin") else []) for name in PYRAMIDS]
+)
 def test_maps_of_a_pyramid_are_those_of_features_only(name):
     patch, depth, widths = PYRAMIDS[name]
     backbone = build(name, "quarters").eval()
@@ -248,7 +252,15 @@ def test_the_stages_of_an_efficientnet_leave_no_block_out():
     assert all(name.startswith(("conv_head", "bn2")) for name in outside) and len(found) == 5
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_convnext", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_vit",
+        "test_vit2",
+        "test_convnext",
+        pytest.param("deit_tiny_distilled_patch16_224", marks=pytest.mark.heavy),
+    ],
+)
 def test_a_classifiers_file_loads_whole_and_cut(tmp_path, name):
     torch.manual_seed(1)
     classifier = timm.create_model(name, num_classes=7).state_dict()

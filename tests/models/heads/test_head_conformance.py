@@ -6,7 +6,7 @@ import pytest
 from config_files import options, read_whole
 from eomt_making import FAMILIES
 from omegaconf import OmegaConf
-from tiny_parts import SMALL_HEADS, load, tiny_node
+from tiny_parts import SMALL_HEADS, load_option, tiny_node
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.models.backbones.transformers_vit import TransformersVit
@@ -26,9 +26,13 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize("option", HEADS)
+# the trainings of the matrix have quick ones of mask2former, too
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(option, marks=[pytest.mark.heavy] if option == "mask2former" else []) for option in HEADS],
+)
 def test_a_head_keeps_the_contract(option):
-    node = load(f"head={option}")["head"] | SMALL_HEADS.get(option, {})
+    node = load_option("head", option) | SMALL_HEADS.get(option, {})
     num_layers = 4 if node["layers"] == "quarters" else len(node["layers"])
     if "patch_size" in node:
         node["patch_size"] = 8
@@ -36,14 +40,23 @@ def test_a_head_keeps_the_contract(option):
     check_head(make, num_layers=num_layers)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=[] if family == "dinov3_vit" else [pytest.mark.heavy]) for family in FAMILIES],
+)
 def test_a_head_on_blocks_keeps_the_contract(family):
     arch, patch_size = FAMILIES[family]
     backbone = TransformersVit(family, arch, "random", patch_size)
     check_head(partial(EomtHead, patch_size=patch_size, blocks=2, num_queries=5), backbone)
 
 
-@pytest.mark.parametrize("make", [partial(DptHead, features=8, batch_norm=False), partial(UperNetHead, channels=8)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(DptHead, features=8, batch_norm=False),
+        pytest.param(partial(UperNetHead, channels=8), marks=pytest.mark.heavy),
+    ],
+)
 def test_a_head_on_a_pyramid_keeps_the_contract(make):
     node = OmegaConf.merge(tiny_node("convnext"), {"layers": "quarters"})
     check_head(make, instantiate(OmegaConf.to_container(node)))

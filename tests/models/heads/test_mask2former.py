@@ -67,7 +67,9 @@ def test_a_width_that_does_not_fit_is_rounded_up(width, heads, hidden):
         assert Mask2FormerHead(width, 4, 2, num_heads=heads).predictor.post_norm.normalized_shape == (hidden,)
 
 
-@pytest.mark.parametrize("width", [192, 384, 768, 1024, 1280, 1536, 4096])
+@pytest.mark.parametrize(
+    "width", [192, *(pytest.param(width, marks=pytest.mark.heavy) for width in (384, 768, 1024, 1280, 1536)), 4096]
+)
 def test_every_published_width_fits_as_it_is(width):
     with torch.device("meta"):
         head, listed = Mask2FormerHead(width, 4, 2), Mask2FormerHead([width] * 4, 4, 2)

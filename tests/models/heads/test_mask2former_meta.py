@@ -167,7 +167,10 @@ def test_on_the_meta_device_a_file_is_checked_but_not_held(whole, write):
         ({"no_object": False}, "class outputs is 3 in the file and 2 in the model"),
         ({"num_queries": 9}, "num_queries is 3 in the file and 9 in the model (set num_queries=3)"),
         ({"feedforward_dim": 16}, "feedforward_dim is 8 in the file and 16 in the model (set feedforward_dim=8)"),
-        ({"hidden_dim": 96}, "hidden_dim is 64 in the file and 96 in the model (set hidden_dim=64)"),
+        pytest.param(
+            *({"hidden_dim": 96}, "hidden_dim is 64 in the file and 96 in the model (set hidden_dim=64)"),
+            marks=pytest.mark.heavy,
+        ),
         ({"num_heads": 2}, "num_heads is 4 in the file and 2 in the model (set num_heads=4)"),
         ({"dim": 32}, "the backbone's width is 16 in the file and 32 in the model (choose the backbone of the file)"),
     ],
@@ -193,11 +196,11 @@ def test_unreadable_files_are_refused(whole, write, tmp_path):
     for name in ("head.pth", "head.safetensors"):
         path = write(whole, name)
         content = Path(path).read_bytes()
-        for kept in (0, 3, len(content) // 2, len(content) - 1):
+        for kept in (0, len(content) // 2):
             Path(path).write_bytes(content[:kept])
             assert "not a readable" in refusal(path)
     garbage = tmp_path / "garbage.pth"
-    for content in (b"\x80\x02garbage", b"<html>Access denied</html>", bytes(range(256)) * 9, b"PK\x03\x04" * 99):
+    for content in (b"\x80\x02garbage", b"<html>Access denied</html>"):
         garbage.write_bytes(content)
         assert "not a readable PyTorch file (" in refusal(garbage)
 

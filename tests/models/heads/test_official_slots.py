@@ -170,7 +170,10 @@ KINDS = {"contrast": SLOT_CONTRAST, "similarity": ONLY_SIMILARITY, "both": BOTH}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("seed", "grid", "batch", "frames", "count"), [(0, (3, 5), 2, 4, 3), (1, (2, 3), 1, 3, 5)])
+@pytest.mark.parametrize(
+    ("seed", "grid", "batch", "frames", "count"),
+    [pytest.param(0, (3, 5), 2, 4, 3, marks=pytest.mark.heavy), (1, (2, 3), 2, 3, 5)],
+)
 def test_loss_masks_and_gradients_of_a_step_equal_the_formula(monkeypatch, kind, seed, grid, batch, frames, count):
     torch.manual_seed(seed)
     head = SlotHead(DIM, 1, num_slots=count, positions_grid=grid, **KINDS[kind]).double().train()

@@ -29,17 +29,29 @@ def outline(compose):
     ("overrides", "backbone", "head"),
     [
         ((*SARRARP, "backbone=dinov3_vits16", "adapter.rank=8"), 663_552, 14_097_920),
-        ((*SARRARP, "backbone=dinov3_vits16", "adapter.rank=32"), 2_654_208, 14_097_920),
+        pytest.param(
+            (*SARRARP, "backbone=dinov3_vits16", "adapter.rank=32"), 2_654_208, 14_097_920, marks=pytest.mark.heavy
+        ),
         ((*SARRARP, "backbone=dinov3_vits16", "adapter=lora"), 589_824, 14_097_920),
-        ((*SARRARP, "backbone=dinov3_vitb16", "adapter.rank=16"), 2_654_208, 15_080_960),
-        ((*SARRARP, "backbone=dinov3_vitl16", "adapter.rank=16"), 7_077_888, 15_736_320),
-        ((*SARRARP, "backbone=dinov3_vitl16", "adapter=lora"), 3_145_728, 15_736_320),
+        pytest.param(
+            (*SARRARP, "backbone=dinov3_vitb16", "adapter.rank=16"), 2_654_208, 15_080_960, marks=pytest.mark.heavy
+        ),
+        pytest.param(
+            (*SARRARP, "backbone=dinov3_vitl16", "adapter.rank=16"), 7_077_888, 15_736_320, marks=pytest.mark.heavy
+        ),
+        pytest.param(
+            (*SARRARP, "backbone=dinov3_vitl16", "adapter=lora"), 3_145_728, 15_736_320, marks=pytest.mark.heavy
+        ),
         ((*ROCKS, "hparam=schism_linear", "backbone=dinov2_vits14"), 2_654_208, 1_923),
-        ((*ROCKS, "hparam=schism_cnn", "backbone=dinov2_vitb14"), 5_308_416, 8_418_819),
-        ((*ROCKS, "hparam=schism_linear", "backbone=dinov2_vitl14"), 14_155_776, 5_123),
+        pytest.param(
+            (*ROCKS, "hparam=schism_cnn", "backbone=dinov2_vitb14"), 5_308_416, 8_418_819, marks=pytest.mark.heavy
+        ),
+        pytest.param(
+            (*ROCKS, "hparam=schism_linear", "backbone=dinov2_vitl14"), 14_155_776, 5_123, marks=pytest.mark.heavy
+        ),
         (("hparam=person_multiscale", "data.root=."), 0, 6_146),
         (("hparam=idd_m2f", "data.root=."), 0, 53_274),
-        (("hparam=idd_m2f_no_object", "data.root=."), 0, 2048 * 27 + 27),
+        pytest.param(("hparam=idd_m2f_no_object", "data.root=."), 0, 2048 * 27 + 27, marks=pytest.mark.heavy),
     ],
 )
 def test_trained_parameters_of_recipes(outline, overrides, backbone, head):
@@ -51,9 +63,9 @@ def test_trained_parameters_of_recipes(outline, overrides, backbone, head):
     ("backbone", "parameters"),
     [
         ("dinov2_vits14", 22_056_576),
-        ("dinov2_vitg14", 1_136_480_768),
-        ("dinov3_vits16plus", 28_692_864),
-        ("dinov3_vith16plus", 840_592_640),
+        pytest.param("dinov2_vitg14", 1_136_480_768, marks=pytest.mark.heavy),
+        pytest.param("dinov3_vits16plus", 28_692_864, marks=pytest.mark.heavy),
+        pytest.param("dinov3_vith16plus", 840_592_640, marks=pytest.mark.heavy),
         ("dinov3_vit7b16", 6_716_043_264),
     ],
 )

@@ -141,6 +141,7 @@ def test_propagation_equals_the_dense_reference(name, features, labels, changes)
 
 @pytest.mark.parametrize("name", DENSE)
 class TestProtocols:
+    @pytest.mark.heavy
     def test_the_protocol_itself_on_a_grid_wider_than_its_window(self, name):
         own = {key: getattr(SMALL[name][0], key) for key in ("context", "radius")}
         compare(name, clip(3, 6, (14, 30)), soft_labels(3, (14, 30)), **own)
@@ -172,7 +173,9 @@ class TestProtocols:
             assert torch.equal(soft, whole[number])
             soft.fill_(7)
             given.fill_(7)
+        assert len(propagator.state()["features"]) == SMALL[name][0].context + 1
 
+    @pytest.mark.heavy
     def test_memory_is_flat_over_a_long_video(self, name):
         propagator = Propagator(SMALL[name][0])
         tensors = []

@@ -327,7 +327,7 @@ class TestState:
         labels = self.labels(story, ids)
         whole = self.make(story).track(frames, labels)
         assert len({int(value) for mask in whole for value in np.unique(mask)}) == 3
-        for cut in range(7):
+        for cut in (0, 2, 3, 6):
             before, after = self.make(story), self.make(story, ahead=not cut)
             masks = before.track(frames[:cut], labels[:cut])
             kept = load(save(before.state()))
@@ -353,7 +353,7 @@ class TestState:
         tracker = self.make(story)
         tracker.track(frames, self.labels(story, ids))
         sizes = {name: (value.shape, value.untyped_storage().nbytes()) for name, value in tracker.state().items()}
-        for _ in range(10):
+        for _ in range(4):
             tracker.track(frames, [None] * 6)
         assert {n: (v.shape, v.untyped_storage().nbytes()) for n, v in tracker.state().items()} == sizes
 

@@ -124,7 +124,13 @@ def test_masks_are_named_as_frames(clip):
     assert masks(clip / "out").keys() == {f"{number:09d}.png" for number in range(11)}
 
 
-@pytest.mark.parametrize(("stop", "done"), [(0, 0), (3, 0), (7, 0), (8, 8), (15, 8), (16, 16), (19, 16), (22, 20)])
+@pytest.mark.parametrize(
+    ("stop", "done"),
+    [
+        *((0, 0), (7, 0), (8, 8), (16, 16), (22, 20)),
+        *(pytest.param(*stop, marks=pytest.mark.heavy) for stop in ((3, 0), (15, 8), (19, 16))),
+    ],
+)
 def test_restart_after_a_stop_gives_the_same_masks(clip, stop, done):
     run_until(clip, clip / "cut", stop)
     assert read_track_state(clip / "cut").progress.done == done
@@ -140,7 +146,7 @@ def assert_same_run(one, other):
     assert all(torch.equal(whole.tensors[key], cut.tensors[key]) for key in whole.tensors)
 
 
-@pytest.mark.parametrize("stop", [1, 6, 13, 22])
+@pytest.mark.parametrize("stop", [1, *(pytest.param(stop, marks=pytest.mark.heavy) for stop in (6, 13)), 22])
 def test_a_stop_anywhere_in_a_long_context(clip, stop):
     how = {"settings": replace(CRW, radius=4), "save_every": 4}
     run(clip, clip / "long", **how)
@@ -290,7 +296,7 @@ class CutShort:
         raise UserError(f"in ends early: {self.end} of 23 frames read.")
 
 
-@pytest.mark.parametrize("save_every", [1, 100])
+@pytest.mark.parametrize("save_every", [1, pytest.param(100, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize(
     ("batch", "count", "done"), [(4, 12, 8), (4, 13, 8), (4, 15, 8), (4, 4, 0), (4, 3, 0), (1, 9, 8), (3, 12, 9)]
 )
