@@ -59,9 +59,20 @@ def test_hours_follow_from_operations_and_steps(tmp_path, mebibytes, monkeypatch
     assert run_plan(tmp_path)[0]["duration"] is None
 
 
-def test_plan_prints_a_training_command_that_fits_in_memory(tmp_path):
-    words = ("data.batch_size=8", "resolution.crop=[320,320]", "mode.device=cuda", "mode.memory=1.03GiB")
-    found, out = run_plan(tmp_path, *words, "backbone.checkpointing=true")
+@pytest.mark.parametrize(
+    ("estimate", "words"),
+    [
+        ("mebibytes", ("mode.memory=392MiB",)),
+        pytest.param(
+            *("tmp_path", ("resolution.crop=[320,320]", "mode.device=cuda", "mode.memory=1.03GiB")),
+            marks=pytest.mark.heavy,
+        ),
+    ],
+    ids=["stub", "model"],
+)
+def test_plan_prints_a_training_command_that_fits_in_memory(tmp_path, request, estimate, words):
+    request.getfixturevalue(estimate)
+    found, out = run_plan(tmp_path, "data.batch_size=8", *words, "backbone.checkpointing=true")
     (change,) = found["changes"]
     size, times = change["words"]["data.batch_size"], change["words"]["trainer.accumulate"]
     assert size * times == 8 and size < 8
@@ -71,6 +82,11 @@ def test_plan_prints_a_training_command_that_fits_in_memory(tmp_path):
     assert not [word for word in typed if word.startswith(("mode.", "hydra."))] and typed.count("mode=train") == 0
     assert f"micro-batches of {size} sample" in out and "the effective batch size stays 8" in out
     assert "BatchNorm computes its statistics per micro-batch" in out
+
+
+def test_recipe_larger_than_memory_is_refused(tmp_path, mebibytes):
+    done = call(tmp_path, "mode=plan", *WORDS, "mode.memory=1MiB", "data.batch_size=1", "hydra.run.dir=run")
+    assert done.status == 1 and "fits into 0.001 GiB: the smallest, " in done.err and not (tmp_path / "run").exists()
 
 
 def losses(where, *words):
