@@ -125,6 +125,7 @@ def test_doctor_reports_layers(multilabel_run):
     assert "several classes" in (where / "doctor/doctor.html").read_text()
 
 
+@pytest.mark.heavy
 def test_windows_flips_and_thresholds_change_the_layers(multilabel_run):
     where, _ = multilabel_run
     averaged = ("inference=windows", "inference.size=24", "inference.flips=all", "inference.scales=[1.0,1.5]")
@@ -169,6 +170,7 @@ def test_exported_file_equals_the_model(multilabel_run, words, file, thresholds)
     np.testing.assert_array_equal(read_ids(where / "saved/square/x.png"), found.mask[1])
 
 
+@pytest.mark.heavy
 def test_a_resumed_run_equals_an_uninterrupted_one(multilabel_run):
     where, _ = multilabel_run
     words = ("mode=train", *TASK, *RATES, "loss=bce", "trainer.val_every=2", "mode.metrics_only=true")
@@ -181,6 +183,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(multilabel_run):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.heavy
 def test_a_single_class_from_coco_is_trained(tmp_path):
     write_coco(tmp_path / "data")
     words = ("data=coco", "data.unlabelled=null", "data.classes=[disc]", "+data.reader.shapes.labels={square: ignore}")
