@@ -21,7 +21,7 @@ TASK = (
     *(*SMALL, "data.classes=[disc,square]", "task=multilabel", "loss=bce_dice"),
     *("backbone.patch_size=4", "engine.precision=fp32"),
 )
-RATES = ("optim.optimizer.lr=3e-3", "head.lr=3e-3", "data.batch_size=4")
+RATES = ("optim.optimizer.lr=1e-2", "head.lr=1e-2", "data.batch_size=4")
 
 
 def run(where, *words):
@@ -35,7 +35,7 @@ def multilabel_run(tmp_path_factory):
     """Return the folder of a run that has learnt two overlapping shapes, and their masks."""
     where = tmp_path_factory.mktemp("multilabel")
     masks = write_overlaps(where / "data", train=16)
-    run(where, "mode=train", *TASK, *RATES, "trainer.steps=150", "trainer.val_every=75", "hydra.run.dir=run")
+    run(where, "mode=train", *TASK, *RATES, "trainer.steps=60", "trainer.val_every=30", "hydra.run.dir=run")
     return where, masks
 
 

@@ -33,7 +33,8 @@ def where(tmp_path):
 
 
 def train(where, *arguments):
-    done = call(where, "mode=train", *SMALL, "mode.metrics_only=true", f"hydra.run.dir={where}/run", *arguments)
+    quiet = ("mode.metrics_only=true", "mode.report=false", f"hydra.run.dir={where}/run")
+    done = call(where, "mode=train", *SMALL, *quiet, *arguments)
     assert done.status == 0, done.err
     return done
 
@@ -182,7 +183,7 @@ def test_finished_run_stays_with_another_inference(finished):
 def test_score_no_better_than_a_constant_is_reported(where, monkeypatch, matrix, told):
     known = {"matrix": matrix, "miou": 0.45 if told else 0.9, "accuracy": 0.9}
     monkeypatch.setattr(images, "evaluate_images", lambda *_, **__: known)
-    done = train(where, "trainer.steps=1", "mode.report=false")
+    done = train(where, "trainer.steps=1")
     warned = "mIoU 0.4500 is not better than the 0.4500 of always predicting dark, the most frequent class" in done.err
     assert warned == told and done.err.count("not better than") == told
 
