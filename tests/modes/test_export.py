@@ -6,7 +6,8 @@ from command_line import SMALL, call, write_data
 from safetensors.torch import load_file
 
 LORA = [word for word in SMALL if word != "adapter=full"]
-RUN = "mode=train hydra.run.dir=run mode.metrics_only=true trainer.val_every=2 optim.optimizer.lr=0.05".split()
+QUIET = ("mode=train", "mode.metrics_only=true", "mode.report=false", "logger=[]")
+RUN = (*QUIET, "hydra.run.dir=run", "trainer.val_every=2", "optim.optimizer.lr=0.05")
 
 
 def train(where, *words):
@@ -51,7 +52,9 @@ def test_export_without_final_norm_prints_the_keys_to_load_it(tmp_path):
     assert done.status == 1 and "backbone.final_norm" in done.err
 
 
-@pytest.mark.parametrize("adapter", ["qlora", "lora_8bit", "frozen"])
+@pytest.mark.parametrize(
+    "adapter", ["qlora", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("lora_8bit", "frozen"))]
+)
 def test_quantised_backbones_are_exported_whole(tmp_path, adapter):
     words = ["adapter.bits=4"] if adapter == "frozen" else ["adapter.rank=2"]
     train(tmp_path, f"adapter={adapter}", *words)
@@ -60,5 +63,5 @@ def test_quantised_backbones_are_exported_whole(tmp_path, adapter):
     exported = load_file(tmp_path / "out/backbone.safetensors")
     assert {value.dtype for value in exported.values()} == {torch.float32}
     assert not any("absmax" in name or "SCB" in name for name in exported)
-    again = call(tmp_path, "mode=train", *SMALL, "backbone.weights=out/backbone.safetensors", "mode.metrics_only=true")
+    again = call(tmp_path, *QUIET, *SMALL, "backbone.weights=out/backbone.safetensors", "trainer.steps=1")
     assert again.status == 0, again.err

@@ -6,15 +6,18 @@ import shutil
 
 import pytest
 from command_line import SMALL, call, write_data
+from config_files import read_whole
 from mistakes import assert_refused
 from omegaconf import OmegaConf
 
+from dinoseg.config.resolvers import register_resolvers
 from dinoseg.experiment.builder import Builder
 from dinoseg.report.log import read_rows
 from dinoseg.training import checkpoint
 from dinoseg.utils.atomic import write_text
 
 METRICS = ("metric=[boundary_iou,nsd,ece]", "metric.nsd.tolerance=1", "trainer.score=boundary_iou")
+BARE = ("mode.metrics_only=true", "mode.report=false", "logger=[]")
 MACHINE = ("engine=cpu", "engine.workers=0", "logger=[]")
 
 
@@ -44,6 +47,7 @@ def test_best_checkpoint_and_scores_are_those_of_the_metric(run):
     assert f"validation: 6, {values[-1]:.4g}" in page  # in the curve of trainer.score
 
 
+@pytest.mark.heavy
 def test_evaluation_takes_metrics_of_the_run_or_of_the_command(run):
     found = {}
     for name, words in (("own", ()), ("none", ("metric=[]",)), ("other", ("metric=nsd", "metric.nsd.tolerance=0"))):
@@ -102,12 +106,13 @@ def test_a_score_infinite_for_all_images_selects_a_checkpoint(tmp_path):
     distance = {**wrapped, "ignored": "match", "metric": {"_target_": f"{__name__}.MissedObject"}}
     write_text(tmp_path / "mine/metric/hd.yaml", json.dumps({"hd": distance}))
     words = ("--config-dir", tmp_path / "mine", "mode=train", *SMALL, "metric=[hd]", "trainer.score=hd")
-    done = call(tmp_path, *words, "mode.metrics_only=true", "mode.report=false", "logger=[]", "hydra.run.dir=run")
+    done = call(tmp_path, *words, *BARE, "hydra.run.dir=run")
     assert done.status == 0, done.err
     scores = json.loads((tmp_path / "run/evaluation/scores.json").read_text())
     assert scores["hd"] is None and scores["hd_infinite_images"] > 0
 
 
+@pytest.mark.heavy
 def test_resuming_by_another_score_or_option_discards_the_best(run, tmp_path):
     for number, words in enumerate(("trainer.score=ece", "metric.boundary_iou.ratio=0.2")):
         copy = tmp_path / str(number)
@@ -116,6 +121,7 @@ def test_resuming_by_another_score_or_option_discards_the_best(run, tmp_path):
         assert done.status == 0 and "Checkpoint selection changed to" in done.err, done.err
 
 
+@pytest.mark.heavy
 def test_other_classes_of_a_second_score_discard_the_best(tmp_path):
     write_data(tmp_path / "data")
     words = ("trainer.score=skeleton_recall", "metric=[cldice]", "mode.metrics_only=true", "hydra.run.dir=run")
@@ -126,6 +132,7 @@ def test_other_classes_of_a_second_score_discard_the_best(tmp_path):
     assert done.status == 0 and "to skeleton_recall classes=[0] of all images" in done.err, done.err
 
 
+@pytest.mark.heavy
 def test_auto_resume_takes_a_run_of_other_scores(tmp_path):
     write_data(tmp_path / "data")
     words = ("mode=train", *SMALL, "resume=auto", "logger=[]", "hydra.run.dir=run", "mode.metrics_only=true")
@@ -140,9 +147,11 @@ WITHOUT = ("camvid", "camvid_segnet", "cityscapes", "idd", "idd_lite", "idd_leve
 
 
 @pytest.mark.parametrize(("names", "expected"), [(WITH, 0), (WITHOUT, None)])
-def test_shipped_data_sets(compose, names, expected):
+def test_shipped_data_sets(names, expected):
+    register_resolvers()
     for name in names:
-        assert Builder(compose(f"data={name}", "data.root=X")).background == expected, name
+        build = Builder(OmegaConf.create({"data": {**read_whole("data", name), "root": "X"}, "choices": {}}))
+        assert build.background == expected, name
 
 
 def test_background_of_own_data_is_a_name_an_id_or_none(compose, tmp_path):
@@ -165,7 +174,7 @@ def test_background_that_is_no_class_is_refused(value):
 @pytest.mark.parametrize("words", [(), ("data.background=bright", "trainer.score=miou_no_background")])
 def test_scores_leave_out_the_background_if_there_is_one(tmp_path, words):
     write_data(tmp_path / "data")
-    done = call(tmp_path, "mode=train", *SMALL, "mode.metrics_only=true", "hydra.run.dir=run", *words)
+    done = call(tmp_path, "mode=train", *SMALL, *BARE, "hydra.run.dir=run", *words)
     scores = json.loads((tmp_path / "run/evaluation/scores.json").read_text())
     assert done.status == 0 and ("without class 1, bright" in done.out) == bool(words), done.err
     assert ("mIoU without" in done.out) == ("miou_no_background" in scores) == bool(words)
@@ -176,7 +185,10 @@ def test_scores_leave_out_the_background_if_there_is_one(tmp_path, words):
         assert scores["miou_no_background"] == scores["classes"][0]["iou"] == pytest.approx(best)
 
 
-def test_surgical_recipes_follow_the_original(compose):
-    for name in ("sarrarp_lora", "sarrarp_frozen", "sarrarp_full", "sarrarp_lora_lowres", "dpt_sarrarp"):
-        trainer = compose(f"hparam={name}", "data.root=X").trainer
-        assert trainer.score == "miou_no_background" and trainer.clip is None, name
+SURGICAL = ("sarrarp_frozen", "sarrarp_full", "sarrarp_lora_lowres", "dpt_sarrarp")
+
+
+@pytest.mark.parametrize("name", ["sarrarp_lora", *(pytest.param(name, marks=pytest.mark.heavy) for name in SURGICAL)])
+def test_surgical_recipes_follow_the_original(compose, name):
+    trainer = compose(f"hparam={name}", "data.root=X").trainer
+    assert trainer.score == "miou_no_background" and trainer.clip is None

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+import pytest
 from command_line import SLOTS, SMALL, call, write_data
 from mistakes import refusals
 from overlapping_shapes import write_overlaps
@@ -32,27 +33,22 @@ def refused(start, lines, write=write_data):
 
 TRAIN = {
     "mode=train head.init=zeros": "head.init=zeros is unknown. Choose one of probe, normal or null",
-    "mode=train head=mlp +head.init=probe": "does not take init",
     "mode=train trainer.evaluate=newest": "trainer.evaluate=newest is unknown. Choose one of best, last",
     "mode=train trainer.val_images=0": "trainer.val_images=0 is out of range",
     "mode=train mode.pictures=-1": "mode.pictures=-1 is out of range. Give a whole number of at least 0.",
     "mode=train logger=[tensorboard,board]": "logger=board is unknown. Choose from mlflow, tensorboard, wandb.",
     "mode=train trainer.score=miou_no_background": "has no background. Set its class (data.background=NAME)",
     "mode=train trainer.score=nsd": "Add metric=[nsd]",
-    "mode=train metric=nsd trainer.score=nds": "mean_accuracy...metric=[NAME] adds boundary_iou, cldice, ece",
     "mode=train metric=cldice metric.cldice.classes=[5]": "metric.cldice.classes=[5]: give ids...from 0 to 1",
     "mode=train metric=[../loss/bce]": "is not a metric. Choose options of the group metric",
     "mode=train heads=[linear]": "heads is a key of trainer=multi_head",
-    "mode=train lrs=[1e-3]": "lrs is a key of trainer=multi_head",
     HEADS: "heads=None: give a list of at least one head",
     f"{HEADS} heads=[linaer]": "linaer is unknown. Did you mean linear?",
     f"{HEADS} heads=[linear] head=cnn": "head=cnn and heads both set the heads to train",
     f"{HEADS} heads=[{{head:cnn,depth:2}}]": "depth is not a key of head=cnn. It has layers, ",
-    f"{HEADS} heads=[linear,mlp] adapter=full": "adapter=full: trainer=multi_head trains heads",
-    f"{HEADS} heads=[linear,mlp] trainer.evaluate=last": "one head at a time",
-    f"{HEADS} heads=[linear,slots]": "head=slots is trained on clips",
+    f"{HEADS} heads=[linear] adapter=full": "adapter=full: trainer=multi_head trains heads",
+    f"{HEADS} heads=[linear] trainer.evaluate=last": "one head at a time",
     f"{HEADS} heads=[linear] lrs=[1{400 * '0'},1]": "give a list of learning rates above 0",
-    f"{HEADS} heads=[linear,dpt]": "quarters",
 }
 PROBE_AND_PLAN = {
     "mode=probe mode.layers=[5]": "this backbone has 2 blocks",
@@ -60,36 +56,23 @@ PROBE_AND_PLAN = {
     "mode=probe mode.strengths=[0]": "out of range. Give a number above 0",
     "mode=probe mode.held_out=1": "mode.held_out=1 is out of range",
     "mode=plan mode.memory=24": "mode.memory=24: give an amount with its unit, such as 24GiB",
-    "mode=plan mode.memory=0": "mode.memory=0: give an amount",
-    "mode=plan mode.memory=-1GiB": "mode.memory=-1GiB: give an amount",
-    "mode=plan mode.memory=1MiB data.batch_size=1 head=mlp": "fits into 0.001 GiB: the smallest, ...needs about ",
     "mode=plan mode.device=tpu": "mode.device=tpu is unknown. Choose cpu or cuda",
     "mode=plan mode.device=cuda": "mode.device=cuda is not the device here. Set its memory, such as mode.memory",
-    "mode=plan mode.tflops=0": "mode.tflops=0 is out of range. Give a number from 0.001 to 10000000, or null.",
-    "mode=plan mode.tflops=1e+300": "mode.tflops=1e+300 is out of range. Give a number from 0.001 to 10000000",
     "mode=plan mode.tflops=nan": "mode.tflops=nan is out of range",
     "mode=plan data.batch_size=0": "data.batch_size=0",
-    "mode=plan data.batch_size=some": "data.batch_size=some is of type str",
     "mode=plan data.batch_size=3 engine.devices=2": "data.batch_size=3 cannot be shared by 2 devices",
     "mode=plan engine.sharding=fsdp engine.devices=2": "engine.sharding=fsdp: mode=plan counts all weights",
     "mode=plan resolution.crop=[0,8]": "resolution.crop",
-    "mode=plan resolution.crop=[x,y]": "resolution.crop=['x', 'y'] is of type list of str",
     "mode=plan trainer.accumulate=0": "trainer.accumulate=0",
-    "mode=plan trainer.accumulate=~": "trainer.accumulate=~",
     "mode=plan loss.weights={nobody:3}": "loss.weights: nobody is not a class. The classes are dark, bright",
-    "mode=plan loss.weights=invers": "loss.weights=invers is unknown. Choose one of none",
 }
 OF_LAYERS = {
     "mode=train loss=cross_entropy": "loss=cross_entropy does not fit task=multilabel. Choose loss=bce",
-    "mode=train task=semantic": "loss=bce_dice does not fit task=semantic",
     "mode=train head=eomt head.blocks=1": "task=multilabel: a head of masks or slots",
-    "mode=train trainer=distil teacher=run": "task=multilabel: trainer=distil",
     "mode=train data.ignore_index=1": "layers hold 0 and 1",
     "mode=train data.cache=packed": "task=multilabel: data.cache=packed",
-    "mode=train data.augment.cat_max_ratio=0.75": "task=multilabel: data.augment.cat_max_ratio=0.75",
     "mode=train task.threshold=[0.5]": "one for each of the 2 classes",
     "mode=train metric=cldice metric.cldice.classes=[1]": "metric.cldice.classes=[1]: each class has its own mask",
-    "mode=probe": "task=multilabel: mode=probe",
 }
 SCORE = {
     "reference=nowhere prediction=data/val/masks": "reference=nowhere is not a folder",
@@ -117,9 +100,33 @@ RENDERED = {
     "mode=render data=sarrarp data.root=new render.val_videos=3": "has no key val_videos...have it: render=movi.",
     " ".join((*SLOTS, "metric=[nsd]")): "metric=[nsd] scores images with masks",
 }
+FURTHER = {  # of keys and messages like those above
+    "mode=train head=mlp +head.init=probe": "does not take init",
+    "mode=train metric=nsd trainer.score=nds": "mean_accuracy...metric=[NAME] adds boundary_iou, cldice, ece",
+    "mode=train lrs=[1e-3]": "lrs is a key of trainer=multi_head",
+    f"{HEADS} heads=[linear,slots]": "head=slots is trained on clips",
+    f"{HEADS} heads=[linear,dpt]": "quarters",
+    "mode=plan mode.memory=0": "mode.memory=0: give an amount",
+    "mode=plan mode.memory=-1GiB": "mode.memory=-1GiB: give an amount",
+    "mode=plan mode.memory=1MiB data.batch_size=1 head=mlp": "fits into 0.001 GiB: the smallest, ...needs about ",
+    "mode=plan mode.tflops=0": "mode.tflops=0 is out of range. Give a number from 0.001 to 10000000, or null.",
+    "mode=plan mode.tflops=1e+300": "mode.tflops=1e+300 is out of range. Give a number from 0.001 to 10000000",
+    "mode=plan data.batch_size=some": "data.batch_size=some is of type str",
+    "mode=plan resolution.crop=[x,y]": "resolution.crop=['x', 'y'] is of type list of str",
+    "mode=plan trainer.accumulate=~": "trainer.accumulate=~",
+    "mode=plan loss.weights=invers": "loss.weights=invers is unknown. Choose one of none",
+}
+FURTHER_OF_LAYERS = {
+    "mode=train task=semantic": "loss=bce_dice does not fit task=semantic",
+    "mode=train trainer=distil teacher=run": "task=multilabel: trainer=distil",
+    "mode=train data.augment.cat_max_ratio=0.75": "task=multilabel: data.augment.cat_max_ratio=0.75",
+    "mode=probe": "task=multilabel: mode=probe",
+}
 test_training_that_cannot_work = refused(SMALL, TRAIN)
 test_probe_and_plan_out_of_range = refused(SMALL, PROBE_AND_PLAN)
 test_parts_of_one_class_per_pixel = refused(LAYERS, OF_LAYERS, partial(write_overlaps, train=4, val=2))
+test_further_training_and_plan = pytest.mark.heavy(refused(SMALL, FURTHER))
+test_further_parts = pytest.mark.heavy(refused(LAYERS, FURTHER_OF_LAYERS, partial(write_overlaps, train=4, val=2)))
 test_scores_of_no_folders = refused(("mode=score",), SCORE)
 test_doctor_out_of_range = refused(DOCTOR, EXAMINED)
 test_rendering_and_clips_that_cannot_be = refused((), RENDERED)

@@ -21,7 +21,7 @@ TASK = (
     *(*SMALL, "data.classes=[disc,square]", "task=multilabel", "loss=bce_dice"),
     *("backbone.patch_size=4", "engine.precision=fp32"),
 )
-RATES = ("optim.optimizer.lr=3e-3", "head.lr=3e-3", "data.batch_size=4")
+RATES = ("optim.optimizer.lr=1e-2", "head.lr=1e-2", "data.batch_size=4")
 
 
 def run(where, *words):
@@ -35,7 +35,7 @@ def multilabel_run(tmp_path_factory):
     """Return the folder of a run that has learnt two overlapping shapes, and their masks."""
     where = tmp_path_factory.mktemp("multilabel")
     masks = write_overlaps(where / "data", train=16)
-    run(where, "mode=train", *TASK, *RATES, "trainer.steps=150", "trainer.val_every=75", "hydra.run.dir=run")
+    run(where, "mode=train", *TASK, *RATES, "trainer.steps=60", "trainer.val_every=30", "hydra.run.dir=run")
     return where, masks
 
 
@@ -125,6 +125,7 @@ def test_doctor_reports_layers(multilabel_run):
     assert "several classes" in (where / "doctor/doctor.html").read_text()
 
 
+@pytest.mark.heavy
 def test_windows_flips_and_thresholds_change_the_layers(multilabel_run):
     where, _ = multilabel_run
     averaged = ("inference=windows", "inference.size=24", "inference.flips=all", "inference.scales=[1.0,1.5]")
@@ -169,6 +170,7 @@ def test_exported_file_equals_the_model(multilabel_run, words, file, thresholds)
     np.testing.assert_array_equal(read_ids(where / "saved/square/x.png"), found.mask[1])
 
 
+@pytest.mark.heavy
 def test_a_resumed_run_equals_an_uninterrupted_one(multilabel_run):
     where, _ = multilabel_run
     words = ("mode=train", *TASK, *RATES, "loss=bce", "trainer.val_every=2", "mode.metrics_only=true")
@@ -181,6 +183,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(multilabel_run):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.heavy
 def test_a_single_class_from_coco_is_trained(tmp_path):
     write_coco(tmp_path / "data")
     words = ("data=coco", "data.unlabelled=null", "data.classes=[disc]", "+data.reader.shapes.labels={square: ignore}")

@@ -72,9 +72,15 @@ def keys_of(mode):
 
 
 def cells():
-    """Yield modes and keys; of heavy modes that infer each has half of the keys, two neighbours together all."""
-    for mode in ("predict", "summary", *(f"export {option}" for option in options("export"))):
-        yield from keys_of(mode)
+    """Yield modes and keys; of heavy modes that infer each has half of the keys, two neighbours together all.
+
+    An export has a share of its keys quick, its others heavy; all exports together have all keys quick.
+    """
+    yield from (*keys_of("predict"), *keys_of("summary"))
+    exports = options("export")
+    for number, option in enumerate(exports):
+        for place, cell in enumerate(keys_of(f"export {option}")):
+            yield cell if place % len(exports) == number else pytest.param(*cell, marks=pytest.mark.heavy)
     for number, mode in enumerate(HEAVY):
         chosen = keys_of(mode)[number % 2 :: 2] if mode in INFERRING else keys_of(mode)
         yield from (pytest.param(*cell, marks=pytest.mark.heavy) for cell in chosen)

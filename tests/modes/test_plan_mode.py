@@ -35,7 +35,8 @@ def mebibytes(monkeypatch):
 
 @pytest.mark.heavy
 def test_fitting_config_is_planned_unchanged(tmp_path):
-    found, out = run_plan(tmp_path)
+    found, out = run_plan(tmp_path, "mode.tflops=0.002")
+    assert found["duration"]["flops"] > 1e6
     step = found["planned"]["step"]
     assert found["changes"] == [] and found["device"] == "cpu"
     assert found["as_it_is"]["need"] == found["planned"]["need"] >= step["peak"] > step["weights"] > 10_000
@@ -46,11 +47,12 @@ def test_fitting_config_is_planned_unchanged(tmp_path):
 
 
 def test_hours_follow_from_operations_and_steps(tmp_path, mebibytes, monkeypatch):
-    found, out = run_plan(tmp_path, "mode.tflops=0.002", "trainer.steps=900")
-    flops, hours = found["duration"]["flops"], found["duration"]["hours"]
-    assert hours == pytest.approx(900 * flops / 2e9 / 3600) and flops > 1e6
-    assert f"{hours:.3g} h for 900 steps" in out and "0.002 TFLOP/s" in out
+    flops = 4_000_000
     monkeypatch.setattr(planning, "step_flops", lambda *_, **__: flops)
+    found, out = run_plan(tmp_path, "mode.tflops=0.002", "trainer.steps=900")
+    hours = found["duration"]["hours"]
+    assert hours == pytest.approx(900 * flops / 2e9 / 3600) and found["duration"]["flops"] == flops
+    assert f"{hours:.3g} h for 900 steps" in out and "0.002 TFLOP/s" in out
     found, _ = run_plan(tmp_path, "mode.tflops=0.002", "trainer.accumulate=3")
     assert found["duration"]["flops"] == 3 * flops
     by_epochs = ["trainer.epochs=2" if word.startswith("trainer.steps") else word for word in WORDS]
@@ -59,9 +61,20 @@ def test_hours_follow_from_operations_and_steps(tmp_path, mebibytes, monkeypatch
     assert run_plan(tmp_path)[0]["duration"] is None
 
 
-def test_plan_prints_a_training_command_that_fits_in_memory(tmp_path):
-    words = ("data.batch_size=8", "resolution.crop=[320,320]", "mode.device=cuda", "mode.memory=1.03GiB")
-    found, out = run_plan(tmp_path, *words, "backbone.checkpointing=true")
+@pytest.mark.parametrize(
+    ("estimate", "words"),
+    [
+        ("mebibytes", ("mode.memory=392MiB",)),
+        pytest.param(
+            *("tmp_path", ("resolution.crop=[320,320]", "mode.device=cuda", "mode.memory=1.03GiB")),
+            marks=pytest.mark.heavy,
+        ),
+    ],
+    ids=["stub", "model"],
+)
+def test_plan_prints_a_training_command_that_fits_in_memory(tmp_path, request, estimate, words):
+    request.getfixturevalue(estimate)
+    found, out = run_plan(tmp_path, "data.batch_size=8", *words, "backbone.checkpointing=true")
     (change,) = found["changes"]
     size, times = change["words"]["data.batch_size"], change["words"]["trainer.accumulate"]
     assert size * times == 8 and size < 8
@@ -71,6 +84,11 @@ def test_plan_prints_a_training_command_that_fits_in_memory(tmp_path):
     assert not [word for word in typed if word.startswith(("mode.", "hydra."))] and typed.count("mode=train") == 0
     assert f"micro-batches of {size} sample" in out and "the effective batch size stays 8" in out
     assert "BatchNorm computes its statistics per micro-batch" in out
+
+
+def test_recipe_larger_than_memory_is_refused(tmp_path, mebibytes):
+    done = call(tmp_path, "mode=plan", *WORDS, "mode.memory=1MiB", "data.batch_size=1", "hydra.run.dir=run")
+    assert done.status == 1 and "fits into 0.001 GiB: the smallest, " in done.err and not (tmp_path / "run").exists()
 
 
 def losses(where, *words):

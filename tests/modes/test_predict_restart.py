@@ -39,6 +39,7 @@ def test_repeated_command_resumes_in_its_folder(trained_once, tmp_path):
     assert "Wait for it, or choose another hydra.run.dir." in busy.err and not (tmp_path / "out_2").exists()
 
 
+@pytest.mark.heavy
 def test_groups_of_an_interrupted_run_are_those_of_its_command(trained_once, tmp_path):
     words = ("mode=predict", f"resume={trained_once}/segmenter", "engine=cpu", "hydra.run.dir=out")
 
@@ -79,7 +80,7 @@ def test_checkpoint_knows_sizes_and_precision_of_its_training(trained_once):
         ((100, 160), (), True),
         ((64, 70), (), False),
         ((100, 160), ("resolution.longest=null",), False),
-        ((100, 160), ("resolution.longest=64",), False),
+        pytest.param((100, 160), ("resolution.longest=64",), False, marks=pytest.mark.heavy),
     ],
 )
 def test_larger_images_are_reduced_unless_a_size_is_set(trained_once, tmp_path, size, words, warns):

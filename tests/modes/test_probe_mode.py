@@ -36,6 +36,7 @@ def test_every_block_and_the_layers_of_the_head_are_probed(folder):
     assert [float(row["val_miou"]) for row in rows] == [row["val_miou"] for row in found["readings"]]
 
 
+@pytest.mark.heavy
 def test_head_starts_from_the_probe_but_resumes_without_it(folder, monkeypatch):
     means, restore = [], checkpoint.Checkpointer.restore
 

@@ -88,6 +88,7 @@ def test_the_recipe_has_the_published_windows(compose):
     assert policy.starts(0, 1500) == [0, 596, 604]
 
 
+@pytest.mark.heavy
 def test_scores_equal_the_released_segmentor(files, expected_scores, tmp_path):
     root, mask = tmp_path / "ade", (expected_scores.argmax(dim=0).numpy() + 1).astype(np.uint8)
     for name in ("training", "validation"):
@@ -100,7 +101,9 @@ def test_scores_equal_the_released_segmentor(files, expected_scores, tmp_path):
     assert scores["accuracy"] > 0.99 and len(scores["classes"]) == 150
 
 
-@pytest.mark.parametrize(("recipe", "columns"), [("idd_m2f", 26), ("idd_m2f_no_object", 27)])
+@pytest.mark.parametrize(
+    ("recipe", "columns"), [pytest.param("idd_m2f", 26, marks=pytest.mark.heavy), ("idd_m2f_no_object", 27)]
+)
 def test_new_class_layer_can_be_trained(files, tmp_path, recipe, columns):
     for split in ("train", "val"):
         write_png(tmp_path / f"idd/leftImg8bit/{split}/1/a_leftImg8bit.png", picture())

@@ -148,7 +148,7 @@ def read_state(path):
         return json.loads(file.metadata()["track"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["segmenter", pytest.param("slots", marks=pytest.mark.heavy), "backbone"])
 def test_track_state_without_a_tensor_is_refused(trained, cut, way):
     part = cut(way)
     path = part / "state.safetensors"
@@ -182,7 +182,10 @@ def test_track_state_with_an_invalid_frame_count_is_refused(cut):
         ("slots", ("slots.temperature=0",), "slots.temperature=0"),
         ("slots", ("mode.smoothing=0.5",), "mode.smoothing=0.5 is for the classes of a trained segmenter"),
         ("slots", ("labels=null",), "slots.lock_on=true creates slots from the first frame's mask, but none is given."),
-        ("backbone", ("mode.smoothing=0",), "mode.smoothing=0 is for the classes of a trained segmenter"),
+        pytest.param(
+            *("backbone", ("mode.smoothing=0",), "mode.smoothing=0 is for the classes of a trained segmenter"),
+            marks=pytest.mark.heavy,
+        ),
     ],
 )
 def test_refused_tracking_leaves_no_folder(trained, way, more, message):
@@ -213,6 +216,7 @@ def test_overrides_without_effect_are_named_once(trained, monkeypatch, way, more
     assert idle is None or f"No effect here: {idle}" in done.err
 
 
+@pytest.mark.heavy
 def test_a_released_segmentor_is_smoothed(trained, tmp_path):
     backbone, head = write_released(tmp_path)
     words = [*RELEASED, *CPU, "hparam=ade20k_m2f", f"backbone.weights={backbone}", "engine.workers=0"]

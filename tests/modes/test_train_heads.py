@@ -48,10 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """Train three heads at once; return the command's end, its folder, and the images of each pass of the backbone.
-
-    It writes reports, too.
-    """
+    """Train three heads at once; return the command's end, its folder, and the images of each pass of the backbone."""
     passes, frozen = [], MultiHeadSegmenter.frozen
 
     def count_images(model, images, **options):
@@ -60,7 +57,7 @@ def run(folder):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(MultiHeadSegmenter, "frozen", count_images)
-        done = call(folder, *REPORTED, "trainer.steps=7", "hydra.run.dir=many")
+        done = call(folder, *MANY, "hydra.run.dir=many")
     assert done.status == 0, done.err
     return SimpleNamespace(done=done, path=folder / "many", passes=passes)
 
@@ -88,7 +85,7 @@ def step_of(path):
     return checkpoint.describe(path / "checkpoints/last.safetensors")["progress"]["step"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["early", *(pytest.param(name, marks=pytest.mark.heavy) for name in NAMES[:2])])
 def test_each_head_is_its_own_run(folder, run, name):
     words = (run.path / "heads" / name / "config/overrides.txt").read_text().split("\n")
     assert "engine.cache=off" in words, "cached features are rounded"
@@ -141,6 +138,7 @@ def test_a_head_is_used_as_any_run_and_the_whole_is_not(folder, run):
     assert done.status == 1 and f"early, linear, wide). Give one of them: resume={run.path}/heads/early" in done.err
 
 
+@pytest.mark.heavy
 def test_reports_are_those_of_each_head(folder, run):
     where = folder / "reported"
     shutil.copytree(run.path, where)
@@ -271,6 +269,7 @@ def test_other_heads_are_a_run_of_their_own(folder, run):
     assert done.status == 1 and "Leave both out, or train other heads in a new run" in done.err
 
 
+@pytest.mark.heavy
 def test_sweep_cells_of_many_heads_are_checked_before_training(folder):
-    done = call(folder, *WORDS, "trainer=multi_head", "heads=[linear,dpt],[linear]", "hydra.sweep.dir=swept", "-m")
+    done = call(folder, *WORDS, "trainer=multi_head", "heads=[dpt],[linear]", "hydra.sweep.dir=swept", "-m")
     assert done.status == 1 and "1 of 2 cells of this sweep cannot run" in done.err and "quarters" in done.err

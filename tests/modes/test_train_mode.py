@@ -33,7 +33,8 @@ def where(tmp_path):
 
 
 def train(where, *arguments):
-    done = call(where, "mode=train", *SMALL, "mode.metrics_only=true", f"hydra.run.dir={where}/run", *arguments)
+    quiet = ("mode.metrics_only=true", "mode.report=false", f"hydra.run.dir={where}/run")
+    done = call(where, "mode=train", *SMALL, *quiet, *arguments)
     assert done.status == 0, done.err
     return done
 
@@ -100,7 +101,12 @@ def test_wrong_values_are_refused_before_data_are_read(where, word, message, lat
 
 
 @pytest.mark.parametrize(
-    ("adapter", "heads"), [("frozen", ()), ("full", ()), ("frozen", ("trainer=multi_head", "heads=[linear,cnn]"))]
+    ("adapter", "heads"),
+    [
+        ("frozen", ()),
+        ("full", ()),
+        pytest.param("frozen", ("trainer=multi_head", "heads=[linear,cnn]"), marks=pytest.mark.heavy),
+    ],
 )
 def test_warmup_of_a_frozen_backbone_has_no_effect(start, adapter, heads):
     output = start(f"adapter={adapter}", *heads, "optim.schedule.backbone_warmup=500")
@@ -170,11 +176,14 @@ def test_finished_run_stays_with_another_inference(finished):
     assert (where / "run/checkpoints/best.safetensors").read_bytes() == best
 
 
-@pytest.mark.parametrize(("matrix", "told"), [([[90, 0], [10, 0]], True), ([[89, 1], [1, 9]], False)])
+@pytest.mark.parametrize(
+    ("matrix", "told"),
+    [([[90, 0], [10, 0]], True), pytest.param([[89, 1], [1, 9]], False, marks=pytest.mark.heavy)],
+)
 def test_score_no_better_than_a_constant_is_reported(where, monkeypatch, matrix, told):
     known = {"matrix": matrix, "miou": 0.45 if told else 0.9, "accuracy": 0.9}
     monkeypatch.setattr(images, "evaluate_images", lambda *_, **__: known)
-    done = train(where, "trainer.steps=1", "mode.report=false")
+    done = train(where, "trainer.steps=1")
     warned = "mIoU 0.4500 is not better than the 0.4500 of always predicting dark, the most frequent class" in done.err
     assert warned == told and done.err.count("not better than") == told
 
@@ -191,6 +200,7 @@ def test_a_start_reads_each_mask_once_and_builds_no_outline(where, start, monkey
     assert not outlined and sorted(where / path for path in read) == sorted(where.glob("data/*/masks/*.png"))
 
 
+@pytest.mark.heavy
 def test_evaluate_last_uses_the_last_weights_everywhere(where):
     """Without progress, the first validation stays the best one; `last` evaluates the third."""
     words = ("head=mlp", "optim.optimizer.lr=1e-12", "trainer.steps=3", "trainer.val_every=1", "trainer.evaluate=last")
