@@ -54,7 +54,6 @@ def keys(compose):
     return {**found, "prepare": found["prepare"] | {"prepare"}, "render": found["render"] | {"render"}}  # by dataset
 
 
-@pytest.mark.heavy  # three seconds to parse the package
 @pytest.mark.parametrize("mode", sorted(set(options("mode")) - {"help"}))
 def test_mode_composes_exactly_the_keys_its_code_reads(mode, keys):
     found = read_by_code(mode) & (set().union(*keys.values()) | {*GROUPS})
