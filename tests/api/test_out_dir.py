@@ -51,17 +51,26 @@ def test_used_folder_is_refused_and_unchanged(here, name):
     assert contents() == before
 
 
-def test_existing_out_dir_is_not_overwritten(here):
-    assert evaluate(out_dir="used", exist_ok=True).folder == here / "used_2" and Path("used/checkpoints").is_dir()
-    assert evaluate("hydra.run.dir=used", exist_ok=True).folder == here / "used_3"
+SPELLINGS = [((), {"out_dir": "used"}), pytest.param(("hydra.run.dir=used",), {}, marks=pytest.mark.heavy)]
 
 
-def test_prediction_resumes_in_its_folder_or_next_to_it(here):
+@pytest.mark.parametrize(("words", "named"), SPELLINGS)
+def test_existing_out_dir_is_not_overwritten(here, words, named):
+    assert evaluate(*words, **named, exist_ok=True).folder == here / "used_2" and Path("used/checkpoints").is_dir()
+
+
+def test_prediction_resumes_in_its_folder(here):
     assert [predict(out_dir="predicted").folder for _ in range(2)] == 2 * [here / "predicted"]
+
+
+@pytest.mark.heavy
+def test_other_predictions_are_written_next_to_the_first(here):
+    predict(out_dir="predicted")
     found = [dinoseg.predict(name, MASKS, out_dir="predicted", exist_ok=True) for name in ("segmenter", "used")]
     assert [each.folder.name for each in found] == ["predicted_2", "predicted_3"]
 
 
+@pytest.mark.heavy
 def test_runs_resume_in_their_own_folder(here):
     run = dinoseg.Run("used").resume(trainer={"steps": 5})
     assert run.folder == here / "used" and run.step == 5

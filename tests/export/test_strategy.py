@@ -43,11 +43,16 @@ def find_missing(compose, tmp_path):
             "inference=windows inference.size=[16,24] inference.scales=[0.5,1] inference.shortest=64 "
             "inference.multiple=32",
         ),
-        (
+        pytest.param(
             (*WINDOWS, "inference.shortest=40", "inference.average=scores"),
             "inference=windows inference.size=[16,24] inference.average=scores inference.shortest=40",
+            marks=pytest.mark.heavy,
         ),
-        (("inference=whole", "inference.flips=horizontal"), "inference=whole inference.flips=horizontal"),
+        pytest.param(
+            ("inference=whole", "inference.flips=horizontal"),
+            "inference=whole inference.flips=horizontal",
+            marks=pytest.mark.heavy,
+        ),
         (("inference.scales=[0.5,1.0]",), "inference=auto inference.size=[518,518] inference.scales=[0.5,1.0]"),
     ],
 )
