@@ -81,10 +81,10 @@ def change_colours(model, file):
     model.backbone.mean.add_(0.1)
 
 
-CHANGES = [delete, change_one_value, change_colours, pytest.param(overwrite, marks=pytest.mark.heavy)]
+OF_FILES = [pytest.param(change, marks=pytest.mark.heavy) for change in (overwrite, delete)]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [change_one_value, change_colours, *OF_FILES])
 def test_changed_model_or_file_is_read_from_a_copy(model_file, change, tmp_path):
     model, saved = dinoseg.load(model_file, device="cpu"), tmp_path / "new.safetensors"
     model.save(saved)

@@ -199,7 +199,10 @@ def test_floats_that_round_to_0_to_1_are_levels(dtype):
     assert (model.predict(image.to(dtype)).image[0, :2, 0] == [255, 0]).all()
 
 
-@pytest.mark.parametrize(("head", "size"), [("linear", (33, 50)), ("linear", (1, 7)), ("eomt", (33, 50))])
+LARGE = pytest.param("linear", (33, 50), marks=pytest.mark.heavy)
+
+
+@pytest.mark.parametrize(("head", "size"), [("linear", (1, 7)), ("eomt", (33, 50)), LARGE])
 def test_logits_are_contiguous(head, size):
     model = dinoseg.create_model("tiny_surgical", head=head, num_classes=3).eval()
     logits = model(torch.zeros(2, 3, *size))
@@ -208,9 +211,10 @@ def test_logits_are_contiguous(head, size):
 
 
 def test_the_text_of_a_model_is_one_line():
-    text = repr(tiny(adapter="lora", head="mlp"))
+    model = tiny(adapter="lora", head="mlp")
+    text = repr(model)
     assert text.startswith("dinoseg.Segmenter(tiny, adapter=lora, head=mlp; 3 classes: dark, bright, red; ")
-    assert text == str(tiny(adapter="lora", head="mlp")) and "\n" not in text and "trainable" in text
+    assert text == str(model) and "\n" not in text and "trainable" in text
 
 
 def test_weights_come_from_the_option_unless_they_are_random(tmp_path, monkeypatch):

@@ -218,7 +218,10 @@ def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
 GREYS = torch.arange(17, dtype=torch.uint8)[:, None, None, None].expand(17, 3, 8, 8)
 
 
-@pytest.mark.parametrize("images", [GREYS, [*GREYS.movedim(1, -1).numpy()]], ids=["tensor", "arrays"])
+ARRAYS = pytest.param([*GREYS.movedim(1, -1).numpy()], marks=pytest.mark.heavy, id="arrays")
+
+
+@pytest.mark.parametrize("images", [pytest.param(GREYS, id="tensor"), ARRAYS])
 def test_export_gets_all_given_images_and_the_weights_in_memory(monkeypatch, images):
     given_to_mode = {}
 
@@ -289,7 +292,10 @@ def test_an_interrupted_training_is_saved_and_resumed(here):
     assert done >= 1 and resumed.step == done + 1 and resumed.folder == run.folder and resumed.scores["pixels"] > 0
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), dinoseg.UserError("of the loop")], ids=type)
+OTHER_ERROR = pytest.param(ZeroDivisionError(), marks=pytest.mark.heavy, id="ZeroDivisionError")
+
+
+@pytest.mark.parametrize("error", [pytest.param(dinoseg.UserError("of the loop"), id="UserError"), OTHER_ERROR])
 def test_errors_pass_restore_and_hold_no_model(here, monkeypatch, error):
     models = []
 

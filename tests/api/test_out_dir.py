@@ -26,6 +26,7 @@ train = partial(dinoseg.train, None, *SMALL, **QUICK)
 evaluate = partial(dinoseg.evaluate, "segmenter", **QUICK)
 predict = partial(dinoseg.predict, "segmenter", "data/val/images")
 MASKS = "data/val/masks"
+score = partial(dinoseg.score, MASKS, MASKS, **{"protocol.num_classes": 2})
 CALLS = {
     "train": partial(train, out_dir="used"),
     "evaluate": partial(evaluate, out_dir="used"),
@@ -34,7 +35,7 @@ CALLS = {
     "evaluate, by nested keys": partial(evaluate, hydra={"run": {"dir": "used"}}),
     "predict": partial(predict, out_dir="used"),
     "track": partial(dinoseg.track, "segmenter", "data/val/images", out_dir="used"),
-    "score": partial(dinoseg.score, MASKS, MASKS, out_dir="used", **{"protocol.num_classes": 2}),
+    "score": partial(score, out_dir="used"),
     "compare": partial(dinoseg.compare, ["segmenter", "segmenter"], out_dir="used"),
     "export": lambda: dinoseg.Run("segmenter").export(out_dir="used"),
 }
@@ -82,9 +83,9 @@ def test_files_that_no_run_has_written_are_not_mixed_with_a_run(here):
     (here / "mine").mkdir()
     (here / "mine/notes.txt").write_text("of the user")
     before = contents()
-    assert_refused(partial(evaluate, out_dir="mine"), "mine holds files already")
+    assert_refused(partial(score, out_dir="mine"), "mine holds files already")
     assert contents() == before
-    assert evaluate(out_dir="mine", exist_ok=True).folder == here / "mine"
+    assert score(out_dir="mine", exist_ok=True).folder == here / "mine"
 
 
 @pytest.mark.parametrize(("folder", "named"), [("~nosuchuser/x", "nosuchuser"), ("a\ud800", "ud800")])

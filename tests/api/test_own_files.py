@@ -25,7 +25,10 @@ def make_trained(std=0.05, **options):
     return model
 
 
-@pytest.mark.parametrize(("delta", "dtype"), [(False, "float32"), (True, "bfloat16")])
+WHOLE = pytest.param(False, "float32", marks=pytest.mark.heavy)
+
+
+@pytest.mark.parametrize(("delta", "dtype"), [(True, "bfloat16"), WHOLE])
 def test_merged_model_predicts_the_same_and_is_loaded_again(delta, dtype, tmp_path):
     model, file = make_trained(**{"backbone.dtype": dtype}), tmp_path / "model.safetensors"
     before = model(IMAGES)

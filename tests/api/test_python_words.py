@@ -241,7 +241,10 @@ def test_create_model_takes_options_with_keys():
     assert model.backbone.patch_size == 8 and {len(each) for each in lora} == {2}
 
 
-@pytest.mark.parametrize(("weights", "used"), [(None, "random"), (False, "random"), (True, "dinoseg:tiny_surgical")])
+NO_WEIGHTS = pytest.param(None, "random", marks=pytest.mark.heavy)
+
+
+@pytest.mark.parametrize(("weights", "used"), [(False, "random"), (True, "dinoseg:tiny_surgical"), NO_WEIGHTS])
 def test_no_weights_are_random_ones(weights, used, tmp_path):
     model = dinoseg.create_model("tiny_surgical", num_classes=2, weights=weights)
     assert model.backbone.weights == used

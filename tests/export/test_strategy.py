@@ -61,7 +61,10 @@ def test_strategy_missing_in_the_graph_is_named_with_its_values(find_missing, wo
     assert " ".join(found.words) == named and found.miou == PROGRESS["best"]
 
 
-@pytest.mark.parametrize("words", [(), ("inference=whole",), ("inference=windows", "inference.size=[32,48]")])
+WHOLE = pytest.param(("inference=whole",), marks=pytest.mark.heavy)
+
+
+@pytest.mark.parametrize("words", [(), ("inference=windows", "inference.size=[32,48]"), WHOLE])
 def test_whole_image_strategy_is_not_missing_in_a_graph(find_missing, words):
     assert find_missing(*words) is None
 
