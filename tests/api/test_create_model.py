@@ -155,11 +155,11 @@ def test_maps_are_those_that_the_head_reads():
 def test_classes_and_pixels_are_chosen_as_for_a_dataset():
     assert dinoseg.create_model("rgb", num_classes=2).classes == ("class_0", "class_1")
     assert dinoseg.create_model("rgb", data="camvid").num_classes == 11
-    red = dinoseg.create_model("rgb", classes=["a", "b"], num_classes=2, **{"data.palette": [[0, 0, 0], [255, 0, 0]]})
-    assert red.palette == ((0, 0, 0), (255, 0, 0)) and red.ignore_index == 255
     assert dinoseg.create_model("rgb", task="multilabel", classes=["a"]).classes == ("a",)  # one is enough
     pixels = {"name": "files", "value_range": [0, 4095]}
-    model = dinoseg.create_model("rgb", num_classes=2, data={"channels": 1, "pixels": pixels})
+    data = {"channels": 1, "pixels": pixels, "palette": [[0, 0, 0], [255, 0, 0]]}
+    model = dinoseg.create_model("rgb", classes=["a", "b"], num_classes=2, data=data)
+    assert model.palette == ((0, 0, 0), (255, 0, 0)) and model.ignore_index == 255
     assert model.facts.pixels == {"channels": 1, "files": [], "order": None, "value_range": [0, 4095]}
 
 
