@@ -216,8 +216,6 @@ def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
 
 
 GREYS = torch.arange(17, dtype=torch.uint8)[:, None, None, None].expand(17, 3, 8, 8)
-
-
 ARRAYS = pytest.param([*GREYS.movedim(1, -1).numpy()], marks=pytest.mark.heavy, id="arrays")
 
 
