@@ -36,7 +36,10 @@ def of_batch_norm(model):
     return [part.running_mean for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
 
 
-@pytest.mark.parametrize("changed", [of_the_head, of_a_frozen_backbone, of_batch_norm])
+LONG = [pytest.param(changed, marks=pytest.mark.heavy) for changed in (of_the_head, of_batch_norm)]
+
+
+@pytest.mark.parametrize("changed", [of_a_frozen_backbone, *LONG])
 def test_changed_weights_are_scored_as_their_saved_file(trained_once, run, changed, tmp_path):
     model, file = run.load_model(device="cpu"), tmp_path / "changed.safetensors"
     with torch.no_grad():
@@ -78,7 +81,10 @@ def change_colours(model, file):
     model.backbone.mean.add_(0.1)
 
 
-@pytest.mark.parametrize("change", [overwrite, delete, change_one_value, change_colours])
+OF_FILES = [pytest.param(change, marks=pytest.mark.heavy) for change in (overwrite, delete)]
+
+
+@pytest.mark.parametrize("change", [change_one_value, change_colours, *OF_FILES])
 def test_changed_model_or_file_is_read_from_a_copy(model_file, change, tmp_path):
     model, saved = dinoseg.load(model_file, device="cpu"), tmp_path / "new.safetensors"
     model.save(saved)

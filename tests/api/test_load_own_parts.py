@@ -76,17 +76,24 @@ def train(config_dir, **options):
 
 
 def test_a_head_of_ones_own_is_loaded_in_the_same_process(mine):
-    run = train("mine", head="mine", data="folder")
-    assert_refused(lambda: run.load_model(device="cpu"), "head=mine is not an option on this machine", "config_dir")
-    model = run.load_model(device="cpu", config_dir=mine)
-    assert type(model.head) is MyHead
+    model = create(mine).eval()
     model.save("model.safetensors")
-    loaded = dinoseg.load("model.safetensors", device="cpu", config_dir=str(mine))
+    load = partial(dinoseg.load, "model.safetensors", device="cpu")
+    assert_refused(load, "head=mine is not an option on this machine", "config_dir")
+    assert_refused(lambda: load(config_dir="nowhere"), "config_dir=nowhere is not a folder")
+    loaded = load(config_dir=str(mine))
     for again in (loaded, create(mine, init="model.safetensors")):
         assert torch.equal(again.eval()(IMAGES), model(IMAGES)) and type(again.head) is MyHead
     (mine / "head/later.yaml").write_text(MINE["head/mine"].replace("MyHead", "LaterHead"))
     create(mine, head="later").save("later.safetensors")
     assert type(dinoseg.load("later.safetensors", device="cpu", config_dir=mine).head) is LaterHead
+
+
+@pytest.mark.heavy
+def test_a_run_with_a_head_of_ones_own_is_loaded(mine):
+    run = train("mine", head="mine", data="folder")
+    assert_refused(lambda: run.load_model(device="cpu"), "head=mine is not an option on this machine", "config_dir")
+    assert type(run.load_model(device="cpu", config_dir=mine).head) is MyHead
     assert_refused(lambda: run.load_model(config_dir="nowhere"), "config_dir=nowhere is not a folder")
 
 
@@ -100,6 +107,19 @@ def test_a_head_may_name_parameters_like_those_of_lora(mine, monkeypatch):
     assert create(mine, adapter="lora", init="model.safetensors").head.lora_gain == 7
 
 
+def test_options_of_parts_that_only_train_are_not_needed(tmp_path):
+    file = tmp_path / "model.safetensors"
+    dinoseg.create_model("rgb", num_classes=2).save(file)
+    held = checkpoint.read(file)
+    for group in ("loss", "data"):
+        held.info["choices"][group] = "mine"
+    checkpoint.write(file, held.tensors, {name: value for name, value in held.info.items() if name != "format"})
+    model = dinoseg.load(file, device="cpu")
+    model.save(file)
+    assert torch.equal(dinoseg.load(file, device="cpu")(IMAGES), model(IMAGES)) and model.trainable_parameters()
+
+
+@pytest.mark.heavy
 def test_parts_that_only_train_are_not_needed_to_predict(mine, monkeypatch):
     run = train(mine, loss="mine", data="mine")
     with monkeypatch.context() as patch:
@@ -151,18 +171,19 @@ def test_a_delta_finds_its_backbone_from_another_folder(project, monkeypatch):
     model.save("out/delta.safetensors", delta=True, gated=True)
     monkeypatch.chdir(elsewhere)
     model.save("later.safetensors", delta=True, gated=True)
-    for file in (folder / "out/delta.safetensors", elsewhere / "later.safetensors"):
-        assert str(folder).encode() not in file.read_bytes()
-        loaded = dinoseg.load(file, device="cpu")
-        loaded.save("again/delta.safetensors", delta=True, gated=True)
-        for each in (loaded, dinoseg.load("again/delta.safetensors", device="cpu")):
-            assert torch.equal(each(IMAGES), model(IMAGES))
+    loaded = dinoseg.load(folder / "out/delta.safetensors", device="cpu")
+    loaded.save("again.safetensors", delta=True, gated=True)
+    later, again = (dinoseg.load(f"{name}.safetensors", device="cpu") for name in ("later", "again"))
+    for each in (loaded, later, again):
+        assert str(folder).encode() not in each.file.read_bytes()
+        assert torch.equal(each(IMAGES), model(IMAGES))
     (folder / "weights").rename(elsewhere / "moved")
     load = partial(dinoseg.load, folder / "out/delta.safetensors", device="cpu")
     assert_refused(load, "weights/backbone.pth", "backbone=PATH")
     assert torch.equal(load(backbone="moved/backbone.pth")(IMAGES), model(IMAGES))
 
 
+@pytest.mark.heavy
 def test_a_run_finds_its_backbone_from_another_folder(project, monkeypatch):
     folder, elsewhere = project
     write_data(folder / "data")

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -112,13 +113,13 @@ def test_a_model_is_loaded_and_evaluated(here):
     run = dinoseg.Run("called")
     model = run.load_model(device="cpu")
     assert model.predict("data/val/images/0.png").mask.shape == (32, 48)
-    of_model, of_file = dinoseg.evaluate(model, mode={"metrics_only": True}), dinoseg.evaluate(run.best_checkpoint)
+    of_model, of_file = (dinoseg.evaluate(each, mode=SHORT) for each in (model, run.best_checkpoint))
     assert of_model.to_dict() == of_file.to_dict() == run.scores.to_dict()
     assert of_model.folder.parent == here / "outputs/base" and of_model["miou"] == run.scores["miou"]
     assert dict(of_model)["pixels"] == 2 * 32 * 48 and of_model.confusion.sum() == of_model["pixels"]
     assert [row["class"] for row in of_model.per_class] == ["dark", "bright"] and of_model.official is None
     assert repr(of_model).startswith("Scores(mIoU") and "<td>bright</td>" in of_model._repr_html_()
-    on_train = dinoseg.evaluate("called", split="train", data={"root": "data"}, out_dir="on train, 1")
+    on_train = dinoseg.evaluate("called", split="train", data={"root": "data"}, out_dir="on train, 1", mode=SHORT)
     assert on_train["pixels"] == 4 * 32 * 48 and on_train.folder == here / "on train, 1"
     assert_refused(lambda: run.load_model("newest"), "Choose best or last")
 
@@ -151,6 +152,15 @@ def test_objects_are_tracked(here):
     assert "backbone=tiny" in (found.folder / "config/overrides.txt").read_text()
 
 
+def test_heads_of_a_run_are_runs(place, tmp_path):
+    shutil.copytree(place / "called/config", tmp_path / "config")
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads/linear").symlink_to(place / "called")
+    run = dinoseg.Run(tmp_path)
+    assert run.scores is None and {*run.heads} == {"linear"} and run.heads["linear"].scores["pixels"] == 2 * 32 * 48
+
+
+@pytest.mark.heavy
 def test_a_run_of_several_heads_lists_them(here):
     keys = KEYS | {"adapter": "frozen", "mode": SHORT, "trainer.steps": 1}
     keys |= {"trainer": "multi_head", "heads": ["linear", {"head": "mlp", "name": "small_1"}]}
@@ -206,9 +216,10 @@ def test_mistakes_are_user_errors(here, capsys, words, overrides, message):
 
 
 GREYS = torch.arange(17, dtype=torch.uint8)[:, None, None, None].expand(17, 3, 8, 8)
+ARRAYS = pytest.param([*GREYS.movedim(1, -1).numpy()], marks=pytest.mark.heavy, id="arrays")
 
 
-@pytest.mark.parametrize("images", [GREYS, [*GREYS.movedim(1, -1).numpy()]], ids=["tensor", "arrays"])
+@pytest.mark.parametrize("images", [pytest.param(GREYS, id="tensor"), ARRAYS])
 def test_export_gets_all_given_images_and_the_weights_in_memory(monkeypatch, images):
     given_to_mode = {}
 
@@ -279,7 +290,10 @@ def test_an_interrupted_training_is_saved_and_resumed(here):
     assert done >= 1 and resumed.step == done + 1 and resumed.folder == run.folder and resumed.scores["pixels"] > 0
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), dinoseg.UserError("of the loop")], ids=type)
+OTHER_ERROR = pytest.param(ZeroDivisionError(), marks=pytest.mark.heavy, id="ZeroDivisionError")
+
+
+@pytest.mark.parametrize("error", [pytest.param(dinoseg.UserError("of the loop"), id="UserError"), OTHER_ERROR])
 def test_errors_pass_restore_and_hold_no_model(here, monkeypatch, error):
     models = []
 
@@ -296,6 +310,7 @@ def test_errors_pass_restore_and_hold_no_model(here, monkeypatch, error):
         assert models[0]() is None and str(raised.value) == "of the loop"
 
 
+@pytest.mark.heavy
 def test_threads_take_turns_and_give_the_same_weights(here, monkeypatch):
     runs, models, fit = {}, [], train_mode.fit
 

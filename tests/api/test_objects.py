@@ -89,7 +89,10 @@ def train(folder, **overrides):
     return dinoseg.train(None, *WORDS, out_dir=folder, **{**QUIET, **overrides})
 
 
-@pytest.mark.parametrize("parts", [("head",), ("backbone",), ("head", "backbone")])
+ALONE = [pytest.param(parts, marks=pytest.mark.heavy) for parts in (("head",), ("backbone",))]
+
+
+@pytest.mark.parametrize("parts", [("head", "backbone"), *ALONE])
 def test_a_model_of_objects_trains_predicts_and_is_scored(parts, tmp_path):
     given = {"backbone": "rgb", "adapter": "frozen", "classes": CLASSES}
     if "backbone" in parts:
@@ -139,7 +142,7 @@ def test_saving_a_model_with_objects_is_refused_with_a_remedy(tmp_path):
 
 def test_lora_of_a_backbone_object_is_merged_before_modes(tmp_path):
     model = dinoseg.create_model(PatchBackbone(), adapter={"name": "lora", "targets": "all_linear"}, classes=CLASSES)
-    score = partial(dinoseg.evaluate, model, data=Discs(["a"]), out_dir=tmp_path / "scores")
+    score = partial(dinoseg.evaluate, model, data=Discs(["a"]), out_dir=tmp_path / "scores", mode=QUICK)
     assert_refused(score, "model.merge()")
     model.merge()
     assert 0 <= score()["miou"] <= 1
@@ -175,6 +178,7 @@ def test_lent_object_is_not_moved_by_the_device_of_a_build():
     assert not part.weight.is_meta
 
 
+@pytest.mark.heavy
 def test_datasets_and_a_loss_train_resume_and_are_scored(tmp_path):
     loss = CountedLoss()
     run = train(tmp_path / "run", data=data(), loss=loss)
@@ -182,30 +186,43 @@ def test_datasets_and_a_loss_train_resume_and_are_scored(tmp_path):
     assert run.load_model().classes == tuple(CLASSES)
     scores = dinoseg.evaluate(run, data=data()["val"], out_dir=tmp_path / "scores", mode={"metrics_only": True})
     assert np.array_equal(scores.confusion, run.scores.confusion)
-    assert_refused(lambda: dinoseg.evaluate(run, out_dir=tmp_path / "none"), 'lacks data={"val": DATASET}')
-    resume = partial(run.resume, trainer={"steps": 3})
-    assert_refused(lambda: resume(loss=loss), 'lacks data={"train": DATASET}')
-    assert_refused(lambda: resume(data=data()), "lacks loss=MODULE")
-    assert resume(data=data(), loss=loss).step == 3
+    assert run.resume(data=data(), loss=loss, trainer={"steps": 3}).step == 3
 
 
-def test_datasets_train_the_weights_of_the_same_files(tmp_path):
+@pytest.fixture
+def files(tmp_path):
+    """Write the datasets as files, and return the arguments that open them."""
     for split, dataset in data().items():
         for item in dataset:
             for kind, pixels in (("images", item["image"].movedim(0, -1)), ("masks", item["mask"])):
                 save(tmp_path / "data" / split / kind / f"{item['name']}.png", pixels)
-    files = {"root": tmp_path / "data", "classes": CLASSES}
+    return {"root": tmp_path / "data", "classes": CLASSES}
+
+
+def assert_same_weights(runs):
+    weights = [run.load_model("last").state_dict() for run in runs]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_datasets_train_the_weights_of_the_same_files(files, tmp_path):
+    loss = CountedLoss()
+    of_files = train(tmp_path / "of_files", data=files, loss=loss, mode=QUICK)
+    calls = loss.calls
+    of_objects = train(tmp_path / "of_objects", data=data(), loss=loss, mode=QUICK)
+    assert_same_weights([of_files, of_objects])
+    assert calls >= 2 and loss.calls == 2 * calls
+    assert_refused(lambda: dinoseg.evaluate(of_objects, out_dir=tmp_path / "none"), 'lacks data={"val": DATASET}')
+    assert_refused(lambda: of_objects.resume(loss=loss), 'lacks data={"train": DATASET}')
+    assert_refused(lambda: of_objects.resume(data=data()), "lacks loss=MODULE")
+
+
+@pytest.mark.heavy
+def test_transformed_parts_train_the_weights_of_their_files(files, tmp_path):
     val = dinoseg.open_dataset(**files, split="val")
     shown = dinoseg.open_dataset(**files, transform=dict)
-    kinds = {
-        "files": files,
-        "objects": data(),
-        "transformed parts": {"train": torch.utils.data.Subset(shown, [0, 1, 2]), "val": val},
-    }
-    runs = {name: train(tmp_path / name, data=kind, mode=QUICK) for name, kind in kinds.items()}
-    weights = {name: run.load_model("last").state_dict() for name, run in runs.items()}
-    for other in ("objects", "transformed parts"):
-        assert all(torch.equal(value, weights[other][name]) for name, value in weights["files"].items()), other
+    parts = {"train": torch.utils.data.Subset(shown, [0, 1, 2]), "val": val}
+    kinds = {"files": files, "parts": parts}
+    assert_same_weights([train(tmp_path / name, data=kind, mode=QUICK) for name, kind in kinds.items()])
 
 
 class LayeredDiscs(Discs):
@@ -214,14 +231,15 @@ class LayeredDiscs(Discs):
         return {**item, "mask": torch.stack([item["mask"] == 0, item["mask"] == 1]).long()}
 
 
+MULTILABEL = {"task": "multilabel", "loss": "bce"}
+
+
+@pytest.mark.heavy
 def test_datasets_of_layers_train_a_multilabel_model(tmp_path):
-    options = {"task": "multilabel", "loss": "bce", "mode": QUICK}
     layered = {split: LayeredDiscs(dataset.names) for split, dataset in data().items()}
-    run = train(tmp_path / "run", data=layered, **options)
+    run = train(tmp_path / "run", data=layered, mode=QUICK, **MULTILABEL)
     assert run.step == 2 and 0 <= run.scores["accuracy"] <= 1
     assert run.load_model("last").palette[0] == (255, 255, 255)  # instead of black
-    wrong = partial(train, tmp_path / "other", data=data(), **options)
-    assert_refused(wrong, "data, ", "the mask of ", " int64 (", "Return an integer tensor (2, ")
 
 
 class OtherClasses(Discs):
@@ -249,6 +267,7 @@ test_wrong_objects_of_a_training_are_refused = refusals(
         "classes": (fit(data=data() | {"val": OtherClasses(["d"])}), "of train is ", "'disc'", " of val ", "'leaf'"),
         "names": (fit(data=data() | {"val": TENSORS}), "data, val: ", " lacks `names`"),
         "type": (fit(data=data() | {"val": FloatDiscs(["d"])}), "data, val: ", "FloatDiscs: the image of d is float32"),
+        "layers": (fit(**MULTILABEL), "data, ", "the mask of ", " int64 (", "Return an integer tensor (2, "),
         "loss": (fit(loss=lambda logits, masks: 0), "function is not a dinoseg.core.contracts.Loss"),
         "weights": (fit(loss=CountedLoss(), **{"loss.weights": {"disc": 2}}), "loss.weights has no effect"),
         "head": (fit(head=BottleneckHead(3, 1, 2)), "head is an object", "extending.md#head", "create_model"),

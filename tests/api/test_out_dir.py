@@ -26,6 +26,7 @@ train = partial(dinoseg.train, None, *SMALL, **QUICK)
 evaluate = partial(dinoseg.evaluate, "segmenter", **QUICK)
 predict = partial(dinoseg.predict, "segmenter", "data/val/images")
 MASKS = "data/val/masks"
+score = partial(dinoseg.score, MASKS, MASKS, **{"protocol.num_classes": 2})
 CALLS = {
     "train": partial(train, out_dir="used"),
     "evaluate": partial(evaluate, out_dir="used"),
@@ -34,7 +35,7 @@ CALLS = {
     "evaluate, by nested keys": partial(evaluate, hydra={"run": {"dir": "used"}}),
     "predict": partial(predict, out_dir="used"),
     "track": partial(dinoseg.track, "segmenter", "data/val/images", out_dir="used"),
-    "score": partial(dinoseg.score, MASKS, MASKS, out_dir="used", **{"protocol.num_classes": 2}),
+    "score": partial(score, out_dir="used"),
     "compare": partial(dinoseg.compare, ["segmenter", "segmenter"], out_dir="used"),
     "export": lambda: dinoseg.Run("segmenter").export(out_dir="used"),
 }
@@ -51,17 +52,26 @@ def test_used_folder_is_refused_and_unchanged(here, name):
     assert contents() == before
 
 
-def test_existing_out_dir_is_not_overwritten(here):
-    assert evaluate(out_dir="used", exist_ok=True).folder == here / "used_2" and Path("used/checkpoints").is_dir()
-    assert evaluate("hydra.run.dir=used", exist_ok=True).folder == here / "used_3"
+SPELLINGS = [((), {"out_dir": "used"}), pytest.param(("hydra.run.dir=used",), {}, marks=pytest.mark.heavy)]
 
 
-def test_prediction_resumes_in_its_folder_or_next_to_it(here):
+@pytest.mark.parametrize(("words", "named"), SPELLINGS)
+def test_existing_out_dir_is_not_overwritten(here, words, named):
+    assert evaluate(*words, **named, exist_ok=True).folder == here / "used_2" and Path("used/checkpoints").is_dir()
+
+
+def test_prediction_resumes_in_its_folder(here):
     assert [predict(out_dir="predicted").folder for _ in range(2)] == 2 * [here / "predicted"]
+
+
+@pytest.mark.heavy
+def test_other_predictions_are_written_next_to_the_first(here):
+    predict(out_dir="predicted")
     found = [dinoseg.predict(name, MASKS, out_dir="predicted", exist_ok=True) for name in ("segmenter", "used")]
     assert [each.folder.name for each in found] == ["predicted_2", "predicted_3"]
 
 
+@pytest.mark.heavy
 def test_runs_resume_in_their_own_folder(here):
     run = dinoseg.Run("used").resume(trainer={"steps": 5})
     assert run.folder == here / "used" and run.step == 5
@@ -73,9 +83,9 @@ def test_files_that_no_run_has_written_are_not_mixed_with_a_run(here):
     (here / "mine").mkdir()
     (here / "mine/notes.txt").write_text("of the user")
     before = contents()
-    assert_refused(partial(evaluate, out_dir="mine"), "mine holds files already")
+    assert_refused(partial(score, out_dir="mine"), "mine holds files already")
     assert contents() == before
-    assert evaluate(out_dir="mine", exist_ok=True).folder == here / "mine"
+    assert score(out_dir="mine", exist_ok=True).folder == here / "mine"
 
 
 @pytest.mark.parametrize(("folder", "named"), [("~nosuchuser/x", "nosuchuser"), ("a\ud800", "ud800")])

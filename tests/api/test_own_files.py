@@ -25,7 +25,10 @@ def make_trained(std=0.05, **options):
     return model
 
 
-@pytest.mark.parametrize(("delta", "dtype"), [(False, "float32"), (True, "bfloat16")])
+WHOLE = pytest.param(False, "float32", marks=pytest.mark.heavy)
+
+
+@pytest.mark.parametrize(("delta", "dtype"), [(True, "bfloat16"), WHOLE])
 def test_merged_model_predicts_the_same_and_is_loaded_again(delta, dtype, tmp_path):
     model, file = make_trained(**{"backbone.dtype": dtype}), tmp_path / "model.safetensors"
     before = model(IMAGES)
@@ -55,7 +58,10 @@ def test_merge_states_the_bits_and_the_source_of_weights(tmp_path):
     assert source["in_file"] and model.merge().facts.backbone == source
 
 
-@pytest.mark.parametrize("options", [{}, {"adapter.dora": True}, {"adapter": "lora_all", "head": "mlp"}])
+ALL_LAYERS = pytest.param({"adapter": "lora_all", "head": "mlp"}, marks=pytest.mark.heavy)
+
+
+@pytest.mark.parametrize("options", [{}, {"adapter.dora": True}, ALL_LAYERS])
 def test_peft_reads_the_saved_adapter_with_equal_logits(options, tmp_path):
     model = make_trained(**options)
     model.save_adapter(tmp_path / "adapter")
@@ -108,7 +114,11 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+QUICK = ("merged", "off")
+PARAMS = [pytest.param(change, marks=() if change in QUICK else pytest.mark.heavy) for change in CHANGES]
+
+
+@pytest.mark.parametrize("change", PARAMS)
 def test_peft_layers_that_are_merged_or_off_are_not_saved(change, tmp_path):
     """A file of such a model would give other logits."""
     model, file, adapter = make_trained(std=0.1), tmp_path / "model.safetensors", tmp_path / "adapter"

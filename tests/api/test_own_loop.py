@@ -13,7 +13,7 @@ from dinoseg.api.compose import compose
 from dinoseg.experiment.builder import Builder
 
 pytestmark = pytest.mark.slow
-STEPS = 8
+STEPS = 5
 TINY = {
     "backbone.patch_size": 8,
     "backbone.arch": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48},
@@ -30,7 +30,7 @@ def tiny(**overrides):
 
 def test_a_plain_loop_has_the_loss_curve_of_a_training(tmp_path):
     write_data(tmp_path / "data")
-    train_run(tmp_path, "run", "mode=train", *WORDS)
+    train_run(tmp_path, "run", "mode=train", "mode.report=false", "mode.metrics_only=true", *WORDS)
     expected = [row["train/loss"] for row in rows(tmp_path, "run") if "train/loss" in row]
 
     data = dinoseg.open_dataset(root=tmp_path / "data", classes=["dark", "bright"])

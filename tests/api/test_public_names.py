@@ -23,7 +23,7 @@ from dinoseg.api.jobs import run_mode
 from dinoseg.synthetic.surgery.write import render_dataset
 from dinoseg.tasks.preparation import sarrarp
 
-HEAVY = ("export_onnx",)
+OF_RUNS = ("Comparison", "Run", "Scores", "compare", "evaluate", "export_onnx", "predict", "score", "train")
 UNDOCUMENTED = ("__version__", "losses", "metrics", "testing")  # a text, and packages whose names are documented
 PUBLIC = [
     *((dinoseg, name) for name in dinoseg.__all__ if name not in UNDOCUMENTED),
@@ -89,7 +89,7 @@ def failures(package, name):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """Enter a folder with what `make demo` writes, smaller, and with the results that examples leave for others."""
+    """Enter a folder with the dataset that `make demo` writes, smaller."""
     folder = tmp_path_factory.mktemp("demo")
     data = folder / "outputs/demo/data"
     render_dataset(data, train_videos=3, test_videos=0, seconds=4, size=(48, 64), workers=1)
@@ -99,12 +99,23 @@ def demo(tmp_path_factory):
         patch.setenv("TMPDIR", str(folder))
         for module in (modes, runs):
             patch.setattr(module, "run_mode", run_small)
-        for name in ("train", "evaluate", "predict"):
-            failures(dinoseg, name)
         yield
 
 
-EXAMPLES = [pytest.param(*each, id=each[1], marks=[pytest.mark.heavy] * (each[1] in HEAVY)) for each in PUBLIC]
+@pytest.fixture(scope="module")
+def demo_runs(demo):
+    """Write the results that examples leave for others."""
+    for name in ("train", "evaluate", "predict"):
+        failures(dinoseg, name)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", OF_RUNS)
+def test_examples_of_runs_run(name, demo_runs):
+    assert not failures(dinoseg, name)
+
+
+EXAMPLES = [pytest.param(*each, id=each[1]) for each in PUBLIC if each[1] not in OF_RUNS]
 
 
 @pytest.mark.slow

@@ -56,13 +56,14 @@ def value(rng, depth=0):
     return {rng.choice([text(rng), f"k{number}", number]): value(rng, depth + 1) for number in range(rng.randrange(3))}
 
 
-def test_composed_values_equal_the_given_values():
+@pytest.mark.parametrize("count", [200, pytest.param(600, marks=pytest.mark.heavy)])
+def test_composed_values_equal_the_given_values(count):
     rng = random.Random(0)
-    given = {f"k{number}": value(rng) for number in range(600)}
+    given = {f"k{number}": value(rng) for number in range(count)}
     words = words_of({f"++probe.{key}": each for key, each in given.items()}, lambda key: False)
     found = to_container(compose_words(words).probe)
     assert [key for key in given if repr(found[key]) != repr(given[key])] == []
-    assert len({repr(each) for each in given.values()}) > 200
+    assert len({repr(each) for each in given.values()}) > count // 3
 
 
 def test_values_of_python_reach_the_config_unchanged(tmp_path):
@@ -240,7 +241,10 @@ def test_create_model_takes_options_with_keys():
     assert model.backbone.patch_size == 8 and {len(each) for each in lora} == {2}
 
 
-@pytest.mark.parametrize(("weights", "used"), [(None, "random"), (False, "random"), (True, "dinoseg:tiny_surgical")])
+NO_WEIGHTS = pytest.param(None, "random", marks=pytest.mark.heavy)
+
+
+@pytest.mark.parametrize(("weights", "used"), [(False, "random"), (True, "dinoseg:tiny_surgical"), NO_WEIGHTS])
 def test_no_weights_are_random_ones(weights, used, tmp_path):
     model = dinoseg.create_model("tiny_surgical", num_classes=2, weights=weights)
     assert model.backbone.weights == used

@@ -19,7 +19,7 @@ def model():
     return dinoseg.create_model("tiny_surgical", head="mlp", num_classes=2).eval()
 
 
-@pytest.mark.parametrize("name", ["head", "backbone"])
+@pytest.mark.parametrize("name", ["backbone", pytest.param("head", marks=pytest.mark.heavy)])
 def test_assigning_a_part_of_a_model_is_refused(model, name, tmp_path):
     part = copy.deepcopy(getattr(model, name))
     before, names = model(IMAGES), list(model.state_dict())

@@ -120,7 +120,12 @@ def test_replica_refers_to_no_module_of_the_original():
     torch.testing.assert_close(replica(inputs), (inputs * 2 + 1) * 2 + 1, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("head", [name for name in dinoseg.list_heads() if name not in ("slots", "mask2former_meta")])
+QUICK = ("upernet", "eomt")  # of convolutions and of attention
+HEADS = [name for name in dinoseg.list_heads() if name not in ("slots", "mask2former_meta")]
+PARAMS = [pytest.param(head, marks=() if head in QUICK else pytest.mark.heavy) for head in HEADS]
+
+
+@pytest.mark.parametrize("head", PARAMS)
 def test_replica_of_each_head_computes_as_eval_mode(head):
     model = make_model(head)
     images = torch.from_numpy(IMAGE).permute(2, 0, 1)[None]
@@ -157,9 +162,10 @@ def test_new_and_loaded_models_do_not_depend_on_settings(tmp_path):
     model(BATCH).sum().backward()
 
 
-@pytest.mark.parametrize(
-    ("head", "inference"), [("linear", "whole"), ("linear", "windows"), ("mask2former", "windows"), ("eomt", "whole")]
-)
+MORE = [pytest.param(*each, marks=pytest.mark.heavy) for each in (("linear", "whole"), ("mask2former", "windows"))]
+
+
+@pytest.mark.parametrize(("head", "inference"), [("linear", "windows"), ("eomt", "whole"), *MORE])
 def test_predictions_do_not_depend_on_settings(head, inference):
     model = make_model(head, inference=inference)
     model._precision = "fp32"

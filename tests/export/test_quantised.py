@@ -26,7 +26,11 @@ FORMS = {
 }
 
 
-@pytest.fixture(params=FORMS)
+QUICK = "backbone.dtype=bfloat16"
+PARAMS = [pytest.param(form, marks=() if form == QUICK else pytest.mark.heavy) for form in FORMS]
+
+
+@pytest.fixture(params=PARAMS)
 def quantised_checkpoint(request, compose, tmp_path):
     """Return the key that a tiny model computes with, its checkpoint and the config to use it."""
     write_data(tmp_path / "data")

@@ -43,11 +43,16 @@ def find_missing(compose, tmp_path):
             "inference=windows inference.size=[16,24] inference.scales=[0.5,1] inference.shortest=64 "
             "inference.multiple=32",
         ),
-        (
+        pytest.param(
             (*WINDOWS, "inference.shortest=40", "inference.average=scores"),
             "inference=windows inference.size=[16,24] inference.average=scores inference.shortest=40",
+            marks=pytest.mark.heavy,
         ),
-        (("inference=whole", "inference.flips=horizontal"), "inference=whole inference.flips=horizontal"),
+        pytest.param(
+            ("inference=whole", "inference.flips=horizontal"),
+            "inference=whole inference.flips=horizontal",
+            marks=pytest.mark.heavy,
+        ),
         (("inference.scales=[0.5,1.0]",), "inference=auto inference.size=[518,518] inference.scales=[0.5,1.0]"),
     ],
 )
@@ -56,7 +61,10 @@ def test_strategy_missing_in_the_graph_is_named_with_its_values(find_missing, wo
     assert " ".join(found.words) == named and found.miou == PROGRESS["best"]
 
 
-@pytest.mark.parametrize("words", [(), ("inference=whole",), ("inference=windows", "inference.size=[32,48]")])
+WHOLE = pytest.param(("inference=whole",), marks=pytest.mark.heavy)
+
+
+@pytest.mark.parametrize("words", [(), ("inference=windows", "inference.size=[32,48]"), WHOLE])
 def test_whole_image_strategy_is_not_missing_in_a_graph(find_missing, words):
     assert find_missing(*words) is None
 

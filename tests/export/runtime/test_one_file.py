@@ -265,13 +265,24 @@ def test_a_delta_names_the_commit_of_its_backbone(compose, tmp_path, monkeypatch
     assert_refused(lambda: dinoseg.load(file), "model.safetensors: ", "the hub is unreachable", "backbone=PATH")
 
 
-def test_delta_with_trained_gated_weights_is_gated(compose, tmp_path):
+@pytest.fixture
+def trained_gated(compose, tmp_path):
+    """Return a checkpoint with a trained block of gated weights, and their file."""
     weights = foreign_file(compose, tmp_path)
     words = ("backbone=tiny_surgical", f"backbone.weights={weights}", "head=linear")
-    path = write_untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1")
+    return write_untrained(compose, tmp_path, *words, "adapter=last_blocks", "adapter.blocks=1"), weights
+
+
+def test_delta_with_trained_gated_weights_is_gated(trained_gated, tmp_path):
+    path, _ = trained_gated
     gated = ("DINOv3 License", "export.gated=true")
     assert_refused(lambda: export_file(path, tmp_path / "out", delta=True), *gated)
     assert not (tmp_path / "out/model.safetensors").exists()
+
+
+@pytest.mark.heavy
+def test_delta_with_trained_gated_weights_is_loaded(trained_gated, tmp_path):
+    path, weights = trained_gated
     delta, image = export_file(path, tmp_path / "out", delta=True, gated=True), picture()
     theirs = dinoseg.load(path, device="cpu").predict(image).probabilities
     moved = weights.rename(tmp_path / "moved.safetensors")
