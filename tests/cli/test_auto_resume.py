@@ -327,7 +327,8 @@ def test_sweeps_without_a_folder_and_single_runs_are_new(quick, here, interrupt)
     done = run_checked(here, "-m", *AUTO, "seed=0,1")
     assert done.err.count("hydra.sweep.dir") == 1 and step_of(here / "outputs/base/sweep/0") == 2
     run_checked(here, *AUTO)
-    assert step_of(here / "outputs/base/sweep/0") == 2 and len(runs(here)) == 2  # one of them the second sweep
+    assert step_of(here / "outputs/base/sweep/0") == 2
+    assert len(list(here.glob("outputs/**/checkpoints"))) == 4  # of the stopped job, two of the second sweep, one alone
 
 
 def test_loser_of_a_race_starts_a_new_run(quick, here, interrupt, monkeypatch):
