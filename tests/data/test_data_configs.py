@@ -1,29 +1,16 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
+from composed_data import CONFIGS, load
 from making import DATA, save, write_video
 from mistakes import assert_refused
 
-import dinoseg
 from dinoseg.config.nodes import instantiate
-from dinoseg.config.resolvers import register_resolvers
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.modes.prepare import prepare
 
-CONFIGS = Path(dinoseg.__file__).parent / "cfg"
 RELATIVES = ("ade20k", "camvid_", "davis2016", "idd_", "youtube_vos")
 NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("[!_]*.yaml"))
-
-
-def load(name, root, *overrides):
-    register_resolvers()
-    resolution = "+resolution={crop: [64, 96], longest: 200}"
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra_compose(f"data/{name}", [f"data.root='{root}'", resolution, "+cache_dir=cache", *overrides])
 
 
 @pytest.mark.slow
@@ -34,7 +21,7 @@ def load(name, root, *overrides):
 def test_every_config_is_whole(tmp_path, name):
     text = (CONFIGS / f"data/{name}.yaml").read_text()
     described = "${class_file:classes" in text or "[_annotated," in text  # by files of the data's own
-    data = load(name, tmp_path, *(["data.classes=[a,b]"] if described else [])).data
+    data = load(name, tmp_path, *(["data.classes=[a,b]"] if described else []))
     labels = Labels.of(list(data.classes), data.palette, data.ignore_index)
     assert data.num_classes == len(labels.classes) and data.batch_size == 8
     augment = instantiate(data.augment)
@@ -55,7 +42,7 @@ def test_overrides_reach_the_objects(tmp_path):
         "+data.reader.masks.ids={7: 1}", "data.reader.masks.on_size_mismatch=resize_mask",
         "+data.reader.layout.splits.train=training", "+data.reader.layout.splits.val=held",
     )  # fmt: skip
-    data = instantiate(cfg.data.reader)(split="val")
+    data = instantiate(cfg.reader)(split="val")
     assert data.palette == ((0, 0, 0), (1, 2, 3))
     np.testing.assert_array_equal(data.mask(0)[::2, ::2], [[0, 1], [1, 255]])
 
@@ -74,7 +61,7 @@ def test_real_data_is_readable(name, folder, train, val, ids, tmp_path):
     if not root.is_dir():
         pytest.skip(f"no real data in {root}: set DINOSEG_DATA")
     cfg = load(name, root)
-    source, augment = instantiate(cfg.data.reader), instantiate(cfg.data.augment)
+    source, augment = instantiate(cfg.reader), instantiate(cfg.augment)
     splits = [source(split=split) for split in ("train", "val")]
     assert [len(data) for data in splits] == [train, val]
     assert not set(splits[0].names) & set(splits[1].names)
