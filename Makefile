@@ -1,4 +1,4 @@
-.PHONY: demo test test-fast test-heavy durations docs check format clean
+.PHONY: demo test test-fast test-heavy durations docs check types types-of-windows format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -43,7 +43,12 @@ docs: .venv/installed  ## the pages of docs/ as a site in outputs/site, which ne
 check: .venv/installed  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) --no-print-directory --jobs 2 types types-of-windows
+
+types:
 	$(BIN)/mypy
+
+types-of-windows:
 	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32  # what Windows lacks
 
 format: .venv/installed

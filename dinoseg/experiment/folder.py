@@ -20,6 +20,7 @@ from dinoseg.utils.errors import UserError
 from dinoseg.utils.files import check_regular
 
 LOG = "run.log"
+SWEEP = "multirun.yaml"  # in the folder of a sweep
 _TYPED = "overrides.txt"
 ORIGIN = "origin.json"  # in a config folder: what the command was part of
 _SHIPPED = Path(__file__).parents[1] / "cfg/hydra/run.yaml"
@@ -73,9 +74,11 @@ def will_make(folder: Path) -> None:
 
 
 def claim(out_dir: Path) -> Path:
-    """Create and lock a new run folder; if another run has claimed it, try `_2`, `_3`, ... instead."""
+    """Create and lock a new run folder; if another run or a sweep has claimed it, try `_2`, `_3`, ... instead."""
     for number in range(1, 1000):
         folder = out_dir if number == 1 else out_dir.with_name(f"{out_dir.name}_{number}")
+        if (folder / SWEEP).exists():
+            continue
         will_make(folder)
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -74,6 +74,14 @@ def test_new_run_removes_remains_of_a_killed_export(tmp_path):
     assert folder == tmp_path / "run_2" and [path.name for path in (tmp_path / "run").iterdir()] == ["run.log"]
 
 
+def test_a_run_does_not_write_into_the_folder_of_a_sweep(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/multirun.yaml").touch()
+    folder = claim(tmp_path / "train")  # as of a run that begins in the same second
+    release(folder)
+    assert folder == tmp_path / "train_2" and len([*(tmp_path / "train").iterdir()]) == 1
+
+
 def test_configs_of_continuations_take_the_next_free_name(tmp_path):
     for _ in range(3):
         write_config({}, tmp_path, [])

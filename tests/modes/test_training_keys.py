@@ -40,7 +40,7 @@ ALONE = """
     data.reader.layout.mask_suffix=x data.reader.layout.exclude=['0'] data.reader.masks.reduce_zero_label=true
     data.reader.partition.by=fraction data.reader.partition.lists={train:nowhere}
     inference.flips=horizontal inference.scales=[0.5,1.0]
-    engine.device=mps engine.precision=bf16 engine.workers=40 engine.devices=0 engine.sharding=fsdp
+    engine.device=mps engine.precision=bf16 engine.devices=0 engine.sharding=fsdp
     loss.weights={bright:3} loss.criterion.label_smoothing=0.1 loss.criterion.hard_fraction=0.5
     optim.optimizer.lr=0.1 optim.optimizer.weight_decay=0.5 optim.optimizer.weight_decay_on=all
     optim.optimizer.betas=[0.5,0.9] optim.schedule.warmup=0.5
@@ -89,6 +89,7 @@ ELSEWHERE = {  # keys whose effect other tests see
     "backbone.checkpointing": "memory",
     "data.workers": "number of threads",
     "engine.eval_batch_size": "number of images in a pass",
+    "engine.workers": "number of loading processes",
     "engine.rendezvous_timeout": "several ranks",
     "engine.rank_timeout": "several ranks",
     "engine.tf32": "GPUs",
