@@ -17,7 +17,6 @@ from dinoseg.evaluation.comparison import (
     SHOWN,
     _pair_shot,
     against,
-    best_first,
     largest_differences,
     scores_of,
     verdicts,
@@ -319,10 +318,6 @@ def test_scores_unbounded_or_of_other_settings_are_no_rivals(two, caplog):
     wide, narrow = (metric_scores(BoundaryIoU(ratio), 0, base.images, base.units)[0] for ratio in (0.2, 0.02))
     found = align(two, replace(base, scores=wide), replace(base, scores=narrow))
     assert [dict(run.scores) for run in found] == [{}, {}] and "boundary_iou" in caplog.text
-
-
-def test_runs_are_ranked_best_first_and_unscored_last():
-    assert best_first([0.2, None, 0.5, 0.0, 0.5, None]) == [2, 4, 0, 3, 1, 5]
 
 
 def test_notes_state_the_runs_and_units_per_side():

@@ -135,15 +135,6 @@ def test_only_classes_without_weight_give_zero(loss):
     assert value.item() == 0 and bool((prediction.outputs.grad == 0).all())
 
 
-@pytest.mark.parametrize("loss", [Dice, Tversky, Lovasz])
-def test_absent_class_counts_only_where_it_is_predicted(loss):
-    mask = torch.zeros(1, 4, 4, dtype=torch.uint8)
-    sure = torch.full((1, 4, 4, 4), -50.0)
-    sure[:, 0] = 50.0
-    value, _ = loss(torch.ones(4))(Prediction(sure, (4, 4), (1.0, 1.0), upsample), Batch(mask, mask, [""]))
-    assert value.item() == pytest.approx(0, abs=1e-7)
-
-
 @pytest.mark.parametrize("loss", EVERY)
 def test_overlap_losses_work_with_mask_heads(loss):
     """A mixture's scores enter as log-probabilities, so the shares are the scores divided by their sum."""

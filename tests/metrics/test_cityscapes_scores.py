@@ -100,17 +100,6 @@ def test_equals_the_official_evaluation_on_varied_maps(tmp_path, ids):
     assert scores(Cityscapes(), *write_triples(tmp_path, triples)) == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
-def test_iiou_weighs_instances_by_class_and_ignores_groups(tmp_path):
-    reference = np.full((10, 20), 26)
-    instances = np.full((10, 20), 26)  # a group
-    instances[:5, :10], instances[:1, 10:12] = 26000, 26001
-    guess = np.full((10, 20), 23)
-    guess[:5, :10] = 26
-    found = scores(Cityscapes(), *write_triples(tmp_path, [(reference, guess, instances)]))
-    assert found["iIoU_classes"] == found["iIoU_categories"] == 0.5
-    assert found["IoU_classes"] == 50 / 200 / 2  # sky is only predicted, and counts as 0
-
-
 def test_per_class_rows_follow_the_scored_ids(tmp_path, triples):
     protocol = Cityscapes()
     total = sum(unit_sums(protocol, *write_triples(tmp_path, triples)).values())

@@ -88,15 +88,6 @@ def test_every_resolution_is_pillows_nearest(tmp_path, resolution, shape):
     np.testing.assert_array_equal(measure_pair(Idd(resolution), *files).sums, expected)
 
 
-def test_void_pixels_count_as_in_the_official_script(tmp_path):
-    reference = np.zeros((240, 426), int)
-    prediction = reference.copy()
-    reference[:60], prediction[:60] = 255, 0  # never a false positive
-    reference[120:], prediction[120:] = 1, 255  # missed at level 3, unseen at level 2
-    found = scores(Idd(240), *tree(tmp_path, [(reference, prediction)], path))
-    assert found["mIoU_level3"] == 0.5 and found["mIoU_level2"] == found["mIoU_level1"] == 1
-
-
 def test_palette_masks_are_read_as_ids_and_resized(tmp_path):
     ids = np.random.default_rng(3).integers(0, 26, (54, 96), dtype=np.uint8)
     picture = Image.fromarray(ids)

@@ -108,12 +108,6 @@ def test_an_ignored_class_has_no_outline_of_its_own():
         assert score(metric, [(ids, ids)], ignored=0)[name] is None
 
 
-def test_counts_may_come_one_by_one():
-    images = [(PredictedImage(ids), LabelledImage(mask, CLASSES)) for ids, mask in ugly_case(1)]
-    rows = [SurfaceDice().count(*image) for image in images]
-    assert SurfaceDice().score(rows) == SurfaceDice().score(iter(rows))
-
-
 class MeanError:
     """A metric in the form of torchmetrics: the share of wrong pixels over all updates; nan for one pixel."""
 

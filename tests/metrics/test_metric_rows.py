@@ -9,7 +9,7 @@ from mistakes import assert_refused
 from test_metric_contract import CLASSES, METRICS, OUTLINES, AreaError, Share, score, ugly_case
 
 from dinoseg.core.geometry import lattice
-from dinoseg.core.metric import LabelledImage, PredictedImage, plain_score, sum_counts
+from dinoseg.core.metric import LabelledImage, PredictedImage, sum_counts
 from dinoseg.core.shapes import Batch
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
 from dinoseg.metrics.layers import LayerMetric
@@ -88,10 +88,6 @@ def test_a_score_outside_its_bounds_is_refused():
     layers[:, 0, 0] = 1
     # errors of layers name the metric of a layer
     assert_refused(lambda: add_scores(rows_of(LayerMetric(AreaError()), BLANK + 1, layers)), words)
-
-
-def test_infinite_scores_are_undefined():
-    assert [plain_score(value) for value in (0.5, np.nan, np.inf)] == [0.5, None, None]
 
 
 @pytest.mark.parametrize("excess", [-1e-6, -1e-12, 1e-12, 1e-6])

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from official_davis import official_pairs, official_statistics
 
-from dinoseg.metrics.assignment import best_assignment
 from dinoseg.metrics.region_boundary import boundary_radius, match_proposals, object_scores, pair_scores, statistics
 
 
@@ -113,13 +112,9 @@ def test_large_radii(size):
     assert np.array_equal(pair_scores(*maps, 3, 3), official_pairs(*maps, 3, 3))
 
 
-def test_the_tolerance_is_rounded_up_and_inclusive():
+def test_the_tolerance_is_rounded_up():
     sizes = {(480, 854): 8, (90, 124): 2, (60, 80): 1, (75, 100): 1, (76, 100): 2, (150, 200): 2, (1, 1): 1}
     assert {size: boundary_radius(size) for size in sizes} == sizes
-    for step, expected in ((1, 1.0), (2, 1.0), (3, 0.0)):
-        lines = np.zeros((2, 150, 200), np.uint8)  # radius 2
-        lines[0, :, :100] = lines[1, :, : 100 + step] = 1
-        assert pair_scores(*lines, 1, 1)[1] == expected
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int64])
@@ -167,11 +162,9 @@ def test_the_decay_of_long_sequences_is_the_defined_one(length):
         assert not statistics(values)[2] == pytest.approx(official_statistics(values, np.uint8)[2], abs=1e-3)
 
 
-def test_recall_is_above_a_half_and_no_frames_are_nan():
-    assert statistics(np.array([0.5, 0.5, 0.5000001, 1.0]))[1] == 0.5
+def test_statistics_of_no_frames_are_nan():
     assert np.isnan(statistics(np.zeros((2, 0)))).all()
     assert statistics(np.zeros((0, 5))).shape == (0, 3)
-    assert statistics(np.array([0.7])).tolist() == [0.7, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(("proposals", "objects"), [(1, 1), (3, 3), (5, 3), (6, 1), (4, 0)])
@@ -185,13 +178,3 @@ def test_proposals_are_matched_where_the_total_is_greatest(proposals, objects):
         for chosen in permutations(range(proposals), objects)
     }
     assert tuple(match.tolist()) == max(totals, key=totals.get)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 3), (2, 5), (4, 6), (0, 3)])
-def test_no_other_assignment_has_a_greater_sum(shape):
-    scores = np.random.default_rng(sum(shape)).normal(size=shape)
-    columns = best_assignment(scores)
-    assert len(set(columns.tolist())) == len(columns) == shape[0]
-    orders = permutations(range(shape[1]), shape[0])
-    sums = [sum(scores[row, column] for row, column in enumerate(order)) for order in orders]
-    assert scores[np.arange(shape[0]), columns].sum() == pytest.approx(max(sums))
