@@ -7,7 +7,7 @@ from docs_pages import ROOT, blocks
 from mistakes import refusals
 from scipy.spatial.distance import cdist
 from test_metric_contract import CLASSES, MeanError, score, ugly_case
-from test_metric_rows import add_scores, rows_of
+from test_metric_rows import add_scores
 
 from dinoseg.core.metric import LabelledImage, PredictedImage
 from dinoseg.evaluation.class_scores import metric_intervals
@@ -112,8 +112,7 @@ def test_a_missed_object_makes_the_mean_infinite():
     assert score(hausdorff(), images) == expected
     assert [*score(hausdorff(), [found, absent]).values()] == [1.0, 0.0, 1.0]
     assert set(score(hausdorff(), images[3:]).values()) == {None, 0.0}
-    result = {"classes": []}
-    rows_of(hausdorff(), *missed).add_scores(result, list)
+    result = add_scores(hausdorff(), *missed)
     assert result["hausdorff"] is None and result["hausdorff_infinite_images"] == 1
 
 
@@ -168,7 +167,7 @@ test_message_names_the_setting_to_change = refusals(
             "better=max",
             "set better=min",
         ),
-        "an infinite share": (lambda: add_scores(rows_of(wrap("min"), *MISSED)), "outside 0..1", "is_share=false"),
+        "an infinite share": (lambda: add_scores(wrap("min"), *MISSED), "outside 0..1", "is_share=false"),
         "no ignored": (lambda: WrappedMetric("iou", ClassIoU()), "ignored=None: ", "ignored=remove", "ignored=match"),
         "a metric without its methods": (
             lambda: WrappedMetric("iou", type("MeanPool", (), {})(), ignored="remove"),
