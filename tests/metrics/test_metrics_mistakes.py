@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mistakes import assert_refused, refusals
+from test_metric_contract import NO_MEAN
 
 from dinoseg import metrics
 from dinoseg.core.metric import LabelledImage, PredictedImage
@@ -87,6 +88,7 @@ test_message_names_value_and_remedy = refusals(
         "counts of one image": (lambda: MeanIoU().score(count(PAIRS, PAIRS)), "rows: these", "Give a list"),
         "one score twice": (lambda: check_score_names([SurfaceDice(), SurfaceDice(0)]), "the score nsd of SurfaceDice"),
         "a score of every evaluation": (lambda: check_score_names([MeanIoU()]), "the score miou of MeanIoU"),
+        "infinite images without a mean": (lambda: check_score_names([NO_MEAN]), "area_error_finite_mean"),
     }
 )
 
