@@ -12,7 +12,6 @@ from scipy import ndimage, spatial
 from dinoseg.metrics.protocols.contract import BadFile, ScoringCase
 
 PALETTE = [value for index in range(256) for value in (index, 255 - index, 7)]
-RULES = {"absent_class", "resolution", "ignore", "aggregation", "version", "differs"}
 
 
 def maps(rng, ids, shape=(37, 53)):

@@ -2,19 +2,15 @@ import json
 import pickle
 import shutil
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra.utils import instantiate
 from making import DATA, save
 from mistakes import assert_refused, refusals
 from official_davis import official_boundary, official_region, official_sequence, official_statistics
-from omegaconf import OmegaConf
 from PIL import Image
-from score_making import RULES, assert_bad_file, video_scores, write_frames
+from score_making import assert_bad_file, video_scores, write_frames
 
-import dinoseg
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
 from dinoseg.evaluation.scoring.summary import difference, summary
 from dinoseg.metrics.protocols.contract import BadFile
@@ -378,17 +374,6 @@ test_options_are_refused_with_their_rule = refusals(
         ),
     }
 )
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_config_makes_the_protocol(task):
-    node = OmegaConf.load(Path(dinoseg.__file__).parent / "cfg" / "protocol" / f"{task}.yaml")
-    protocol = instantiate(node)
-    assert type(protocol) is TASKS[task]
-    assert (protocol.name, protocol.unit, protocol.keys) == (task, "sequence", KEYS)
-    assert protocol.rules.keys() >= RULES
-    assert any(rule.startswith("from 256 evaluated frames on") for rule in protocol.rules["differs"])
-    assert vars(protocol)["layout"] == TASKS[task]().layout
 
 
 @pytest.mark.data

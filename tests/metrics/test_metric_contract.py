@@ -163,7 +163,7 @@ class Share(Metric):
     scores = {"share": "max"}
 
     def __init__(self, **faults):
-        usual = {"dtype": np.int64, "factor": 1, "name": "share", "void": 0, "undefined": np.nan}
+        usual = {"dtype": np.int64, "name": "share", "void": 0, "undefined": np.nan}
         self.fault = SimpleNamespace(**usual | faults)
         self.calls = 0
 
@@ -179,7 +179,7 @@ class Share(Metric):
 
     def compute(self, sums):
         pixels = np.maximum(sums["pixels"], 1)
-        shares = np.where(sums["pixels"] > 0, self.fault.factor * sums["correct"] / pixels, self.fault.undefined)
+        shares = np.where(sums["pixels"] > 0, sums["correct"] / pixels, self.fault.undefined)
         return {self.fault.name: shares.mean() if hasattr(self.fault, "scalar") else shares}
 
 
