@@ -216,19 +216,6 @@ def test_agrees_with_transformers(monkeypatch, ignored, points, options):
         torch.testing.assert_close(parts[ours], found[name], rtol=1e-5, atol=0)
 
 
-def test_gradients_equal_finite_differences(fixed_points):
-    mask = MASKS["one image without labels"]
-    prediction, batch = make(mask, columns=K, aux=1, queries=3, grid=(2, 2))
-    criterion = MaskClassification(WEIGHTS.double())
-
-    def value(*parts):
-        layers = [MaskOutputs(*parts[start : start + 2]) for start in range(0, len(parts), 2)]
-        outputs = MaskOutputs(layers[0].class_logits, layers[0].mask_logits, layers[1:])
-        return criterion(Prediction(outputs, prediction.size, prediction.valid, semantic, True), batch)[0]
-
-    assert torch.autograd.gradcheck(value, tensors(prediction.outputs))
-
-
 @pytest.mark.parametrize(("images", "columns"), [(2, K), (0, K + 1)])
 def test_a_batch_without_labels_gives_zero_and_finite_gradients(images, columns):
     prediction, batch = make(torch.full((images, 6, 5), 255, dtype=torch.uint8), columns=columns, dtype=torch.bfloat16)
@@ -236,14 +223,6 @@ def test_a_batch_without_labels_gives_zero_and_finite_gradients(images, columns)
     value.backward()
     assert value.dtype == torch.float32 and value.item() == 0 and set(parts) == {"class", "mask", "dice"}
     assert all(bool((tensor.grad == 0).all()) for tensor in tensors(prediction.outputs))
-
-
-def test_padding_of_the_grid_moves_nothing():
-    mask = random_mask((1, 16, 24), 8, ignored=0.0)
-    prediction, batch = make(mask, image=(16, 17), grid=(8, 12))  # the image covers 8 x 8.5 cells
-    MaskClassification(WEIGHTS, num_points=500)(prediction, batch)[0].backward()
-    for tensor in tensors(prediction.outputs)[1::2]:
-        assert not tensor.grad[..., 10:].any() and tensor.grad[..., 7].any()
 
 
 def test_parts_of_a_batch_add_up_to_its_loss(fixed_points):

@@ -87,17 +87,6 @@ def test_lovasz_equals_its_formula(name, dtype):
         assert value.item() == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 1e-10)
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_the_weight_of_a_mean_is_that_of_its_pixels_or_images(name):
-    prediction, batch = make(MASKS[name])
-    labels = MASKS[name][MASKS[name] != 255].long()
-    images = sum(bool((mask != 255).any()) for mask in MASKS[name])
-    for loss in (CrossEntropy, Focal):
-        assert loss(WEIGHTS)(prediction, batch)[1]["weight"].item() == pytest.approx(WEIGHTS[labels].sum().item())
-    for loss in (Dice, Tversky):
-        assert loss(WEIGHTS)(prediction, batch)[1]["weight"] == images
-
-
 @pytest.mark.parametrize("loss", [CrossEntropy, Focal])
 def test_weights_of_another_number_of_classes_are_refused(loss):
     with pytest.raises(RuntimeError, match="weights for 2 classes, but the head scores 4. Give both"):
