@@ -325,14 +325,20 @@ def test_youtube_vos_train_prompts_later_objects_once(track, tmp_path):
     check_same(done.scores, score_mode(tmp_path, "video_clustering", reference, prediction))
 
 
-@pytest.mark.parametrize("kind", ["perfect", pytest.param(3, marks=pytest.mark.heavy)])
-def test_movi_is_scored_as_clusters(track, tmp_path, kind):
-    root, reference = tmp_path / "movi", tmp_path / "reference"
-    for name in ("0", "10", "9"):
-        for index, mask in enumerate(moving_squares(int(name), 4, (32, 32), [1, 2, 3])):
+def write_movi(root, videos):
+    for name, masks in videos.items():
+        for index, mask in enumerate(masks):
             write_frame(root / f"validation/{name}/frames/{index:05d}.png", mask)
             write_png(root / f"validation/{name}/segmentations/{index:05d}.png", mask)
-            write_png(reference / f"{name}/{index:05d}.png", mask)
+    return root
+
+
+@pytest.mark.parametrize("kind", ["perfect", pytest.param(3, marks=pytest.mark.heavy)])
+def test_movi_is_scored_as_clusters(track, tmp_path, kind):
+    videos = {name: moving_squares(int(name), 4, (32, 32), [1, 2, 3]) for name in ("0", "10", "9")}
+    root, reference = write_movi(tmp_path / "movi", videos), tmp_path / "reference"
+    for name in videos:
+        shutil.copytree(root / f"validation/{name}/segmentations", reference / name)
     done = track(kind, "movi", root, supervision="none")
     theirs = score_mode(tmp_path, "video_clustering", reference, done.folder / "masks")
     check_same(done.scores, theirs)
@@ -508,13 +514,9 @@ def test_slots_of_a_trained_model(compose, tiny_backbone, tmp_path, data, superv
     engine.autocast = lambda: nullcontext(passes.append(1))
     trained = SimpleNamespace(model=SegmentationModel(backbone, head).eval(), engine=engine)
     sequences = {name: SEQUENCES[name] for name in ("bear", "ape")}
-    root = tmp_path / data
+    root = write_movi(tmp_path / data, sequences)
     for kind in ("Annotations", "Annotations_unsupervised"):
         write_davis(root, sequences, annotations=kind)
-    for name, masks in sequences.items():
-        for index, mask in enumerate(masks):
-            write_frame(root / f"validation/{name}/frames/{index:05d}.png", mask)
-            write_png(root / f"validation/{name}/segmentations/{index:05d}.png", mask)
     cfg = compose("mode=eval", f"data={data}", f"data.root={root}")
     options = TrackingOptions(metrics_only=True)
     result = track_split(Builder(cfg), trained, tmp_path / "run", "val", supervision, options)
@@ -569,15 +571,22 @@ def test_propagation_from_the_command_line(davis, tmp_path, monkeypatch):
     assert other.status == 1 and "settings differ from that run: tracker.radius was 12 and is 6. Use" in other.err
 
 
-def test_intervals_are_over_groups_of_videos(tmp_path):
+def write_clips(folder, names, mask, square=None):
+    """Write videos of two frames, and of predictions equal to their masks; return a function that scores them."""
     clips = []
-    for name in ("1_a", "1_b", "2_a"):
-        masks = {number: tmp_path / f"{name}/{number}.png" for number in range(2)}
-        for number, path in masks.items():
-            for file in (path, tmp_path / f"out/masks/{name}/{number}.png"):
-                write_png(file, np.eye(8, dtype=np.uint8))
-        clips.append(Video(name, [tmp_path / f"{name}/frames/{number}.png" for number in masks], 12, masks))
-    videos.score_masks(VideoClustering(), clips, tmp_path / "out/masks", tmp_path / "out", group="^[0-9]")
+    for name in names:
+        frames = [folder / f"{name}/frames/{number}.png" for number in range(2)]
+        masks = {number: folder / f"{name}/masks/{number}.png" for number in range(2)}
+        for number, frame in enumerate(frames):
+            write_png(frame, np.zeros((8, 8, 3), np.uint8))
+            for path in (masks[number], folder / f"out/masks/{name}/{number}.png"):
+                write_png(path, mask)
+        clips.append(Video(name, frames, 12, masks, square=square))
+    return partial(videos.score_masks, VideoClustering(), clips, folder / "out/masks", folder / "out")
+
+
+def test_intervals_are_over_groups_of_videos(tmp_path):
+    write_clips(tmp_path, ("1_a", "1_b", "2_a"), np.eye(8, dtype=np.uint8))(group="^[0-9]")
     result = json.loads((tmp_path / "out/scores.json").read_text())
     assert (result["n"], result["unit"], result["scored_unit"]) == (2, "group", "video")
     assert [row["group"] for row in result["per_video"]] == ["1", "1", "2"]
@@ -585,16 +594,7 @@ def test_intervals_are_over_groups_of_videos(tmp_path):
 
 @pytest.mark.parametrize("square", [None, 8])
 def test_a_broken_reference_is_left_out_or_named(tmp_path, square):
-    clips, shown = [], np.pad(np.ones((3, 8), np.uint8), ((2, 3), (0, 0)))
-    for name in "ab":
-        frames = [tmp_path / f"{name}/frames/{number}.png" for number in range(2)]
-        masks = {number: tmp_path / f"{name}/masks/{number}.png" for number in range(2)}
-        for number, frame in enumerate(frames):
-            write_png(frame, np.zeros((8, 8, 3), np.uint8))
-            for path in (masks[number], tmp_path / f"out/masks/{name}/{number}.png"):
-                write_png(path, shown)
-        clips.append(Video(name, frames, 12, masks, square=square))
+    score_clips = write_clips(tmp_path, "ab", np.pad(np.ones((3, 8), np.uint8), ((2, 3), (0, 0))), square)
     (tmp_path / "a/masks/1.png").write_bytes(b"broken")
-    score_them = partial(videos.score_masks, VideoClustering(), clips, tmp_path / "out/masks", tmp_path / "out")
-    assert score_them(skip=True)["FG-ARI"] == 1
-    assert_refused(lambda: score_them(skip=False), "1.png", "mode.restart=")
+    assert score_clips(skip=True)["FG-ARI"] == 1
+    assert_refused(lambda: score_clips(skip=False), "1.png", "mode.restart=")

@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 from score_making import band_sizes, surface_dice
 
-from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
+from dinoseg.core.metric import LabelledImage, PredictedImage
 from dinoseg.metrics import BoundaryIoU, CalibrationError, ClDice, LayerMetric, SurfaceDice
 from dinoseg.metrics.layer_counts import LayerCounts
 from dinoseg.metrics.miou import MeanIoU
@@ -119,6 +119,7 @@ def test_scores_of_layers_equal_references(name):
 
 
 def test_skeletons_of_layers_are_those_of_binary_masks():
+    ClDice().check_classes(CLASSES, has_layers=True)
     for seed in range(8):
         images = draw_images(seed)
         _, found = score(LayerMetric(ClDice()), images)
@@ -142,29 +143,6 @@ def test_scores_of_sums_are_vectorised():
 def test_settings_name_the_options_of_the_metric():
     one, other = (LayerMetric(BoundaryIoU(ratio)).settings for ratio in (0.02, 0.05))
     assert one != other and "BoundaryIoU" in one and "0.02" in one and one != BoundaryIoU(0.02).settings
-
-
-def test_a_metric_without_values_by_class_counts_layers():
-    class Correct(Metric):
-        scores = {"correct": "max"}
-
-        def count(self, prediction, sample):
-            labelled = sample.mask != sample.ignore_index
-            return {"hits": (labelled & (prediction.ids == sample.mask)).sum(), "labelled": labelled.sum()}
-
-        def compute(self, sums):
-            with np.errstate(invalid="ignore"):
-                return {"correct": sums["hits"] / sums["labelled"]}
-
-    for seed in range(8):
-        images = draw_images(seed)
-        found, _ = score(LayerMetric(Correct()), images)
-        shares = []
-        for layer in range(CLASSES):
-            known = [mask[layer] != 255 for _, mask, _ in images]
-            hits = [(ids[layer] == mask[layer])[each] for (ids, mask, _), each in zip(images, known, strict=True)]
-            shares += [np.concatenate(hits).mean()] if np.concatenate(hits).size else []
-        assert found["correct"] == pytest.approx(np.mean(shares))
 
 
 def overlap(images, layer):

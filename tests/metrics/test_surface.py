@@ -8,7 +8,7 @@ from score_making import band_sizes
 
 from dinoseg.metrics import boundary_errors as module
 from dinoseg.metrics.boundary_errors import DISTANCES, boundary_errors
-from dinoseg.metrics.surface import boundary_ious, neighbour_edges, surface_counts, surface_dices
+from dinoseg.metrics.surface import boundary_ious, surface_counts, surface_dices
 
 
 def surface_dice(reference, prediction, tolerance):
@@ -64,16 +64,6 @@ MASKS = {
 def all_pairs_dice(reference, prediction, tolerance):
     value = score_making.surface_dice(reference, prediction, tolerance)
     return 1.0 if value is None else value
-
-
-@pytest.mark.parametrize("case", MASKS)
-def test_edges_of_a_mask_are_its_inner_and_outer_outline(case):
-    for mask in MASKS[case]:
-        padded = np.pad(mask, 1, mode="edge")  # the image border is no outline
-        outline = (ndimage.binary_dilation(padded) ^ ndimage.binary_erosion(padded, border_value=1))[1:-1, 1:-1]
-        np.testing.assert_array_equal(neighbour_edges(mask), outline)
-        nothing = neighbour_edges(mask, np.zeros(mask.shape, bool))
-        assert not nothing.any()
 
 
 @pytest.mark.parametrize("tolerance", [0, math.sqrt(2), 1.5, 9.999999999, 10.0, 1e9])
