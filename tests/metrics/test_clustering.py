@@ -201,40 +201,31 @@ def test_videos_score_as_defined(tmp_path, ignore, matching):
     assert measured["void"].details == {"frames": 2, "objects": void, "segments": void}
 
 
-def test_video_without_foreground_counts_for_fg_ari_only(tmp_path):
-    protocol = VideoClustering()
-    held = videos()
-    only = {"empty": held["empty"]}
-    scores, measured, sums = video_scores(protocol, *write_videos(tmp_path / "one", only))
-    assert scores["FG-ARI"] == scores["FG-ARI_per_frame"] == 1.0
-    assert np.isnan(scores["mBO"]) and np.isnan(scores["mBO_per_frame"])
-    assert measured["empty"].details["objects"] == 0
-    both = {"empty": held["empty"], "a": held["a"]}
-    folders = write_videos(tmp_path / "two", both)
-    scores, _, _ = video_scores(protocol, *folders)
-    alone, _, _ = video_scores(protocol, *write_videos(tmp_path / "three", {"a": held["a"]}))
-    assert scores["mBO"] == alone["mBO"]
-    assert scores["FG-ARI"] == pytest.approx((1 + alone["FG-ARI"]) / 2, abs=1e-15)
+@pytest.mark.parametrize(
+    ("labelled", "foreground", "rule"),
+    [(True, 1.0, "a video (or frame) without fore"), (False, np.nan, "FG-ARI and mBO leave out a video")],
+)
+def test_videos_without_objects_are_noted(tmp_path, labelled, foreground, rule):
+    protocol, held = VideoClustering(labelled_background=labelled), videos()
+    scores, _, _ = video_scores(protocol, *write_videos(tmp_path / "one", {"empty": held["empty"]}))
+    np.testing.assert_array_equal([scores["FG-ARI"], scores["FG-ARI_per_frame"]], foreground)
+    assert np.isnan(scores["mBO"]) and np.isnan(scores["mBO_per_frame"]) and scores["ARI"] <= 1
+    folders = write_videos(tmp_path / "two", {name: held[name] for name in ("a", "empty")})
     (note,) = score_cases(protocol, protocol.find(*folders), where="W", workers=1).notes
-    assert note.startswith("1 of 2 references without any object: empty. The rule: a video (or frame) without fore")
+    assert note.startswith(f"1 of 2 references without any object: empty. The rule: {rule}")
 
 
 def test_without_background_labels_fg_ari_skips_empty_videos(tmp_path):
     """As in SlotContrast and VideoSAUR on YouTube-VIS, per video and per frame."""
-    protocol = VideoClustering(labelled_background=False)
     held = videos()
-    scores, _, _ = video_scores(protocol, *write_videos(tmp_path / "one", {"empty": held["empty"]}))
-    assert np.isnan(scores["FG-ARI"]) and np.isnan(scores["FG-ARI_per_frame"]) and scores["ARI"] <= 1
     true, predicted = held["a"]
     partly = (np.where(np.arange(len(true))[:, None, None] == 0, 0, true), predicted)  # no object in frame 0
     folders = write_videos(tmp_path / "two", {"empty": held["empty"], "partly": partly})
-    scores, _, _ = video_scores(protocol, *folders)
-    alone, _, _ = video_scores(VideoClustering(), *write_videos(tmp_path / "three", {"partly": partly}))
+    scores, _, _ = video_scores(VideoClustering(labelled_background=False), *folders)
+    alone, _, _ = video_scores(VideoClustering(), *write_videos(tmp_path / "one", {"partly": partly}))
     assert scores["FG-ARI"] == alone["FG-ARI"]
     frames = len(true)
     assert scores["FG-ARI_per_frame"] == pytest.approx((frames * alone["FG-ARI_per_frame"] - 1) / (frames - 1))
-    (note,) = score_cases(protocol, protocol.find(*folders), where="W", workers=1).notes
-    assert note.startswith("1 of 2 references without any object: empty. The rule: FG-ARI and mBO leave out a video")
 
 
 def test_resampled_videos_weigh_their_frames(tmp_path):
