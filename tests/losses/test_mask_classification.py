@@ -39,17 +39,6 @@ def semantic(outputs, size, valid):
     return torch.einsum("bqk,bqhw->bkhw", classes, upsample(outputs.mask_logits, size, valid).sigmoid())
 
 
-def take(prediction, batch, at):
-    """Return some images of a prediction and a batch."""
-    layers = [
-        MaskOutputs(layer.class_logits[at], layer.mask_logits[at])
-        for layer in (prediction.outputs, *prediction.outputs.aux)
-    ]
-    outputs = MaskOutputs(layers[0].class_logits, layers[0].mask_logits, layers[1:])
-    some = Prediction(outputs, prediction.size, prediction.valid, semantic, True)
-    return some, Batch(batch.image[at], batch.mask[at], batch.names[at])
-
-
 def tensors(outputs):
     return [tensor for layer in (outputs, *outputs.aux) for tensor in (layer.class_logits, layer.mask_logits)]
 
@@ -232,7 +221,7 @@ def test_parts_of_a_batch_add_up_to_its_loss(fixed_points):
     whole, _ = criterion(prediction, batch)
     divisors, total = criterion.divisors(batch), 0.0
     for at in (slice(0, 1), slice(1, 3)):
-        own = take(prediction, batch, at)
+        own = prediction.of_images(at), Batch(batch.image[at], batch.mask[at], batch.names[at])
         part, value, _ = criterion.step_loss(*own, divisors)
         assert value == criterion(*own)[0] and not value.requires_grad
         total = total + part
