@@ -1,5 +1,7 @@
-"""Configs of protocols have the defaults of their classes, whose rules are complete."""
+"""Configs of protocols have the defaults of their classes, whose rules are complete, and which import little."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,10 @@ def test_config_makes_the_protocol_with_its_defaults(name):
 
 def test_classes_of_sar_rarp50_are_those_of_its_data():
     assert tuple(OmegaConf.load(CFG / "data/sarrarp.yaml").classes[1:]) == sar_rarp50.CLASSES
+
+
+def test_protocols_import_no_heavy_dependency():
+    protocols = ("idd_lite", "cityscapes", "ade20k", "semantic", "davis")
+    names = ", ".join(f"dinoseg.metrics.protocols.{name}" for name in protocols)
+    code = f"import sys, {names}; sys.exit(not sys.modules.keys().isdisjoint(['torch', 'hydra', 'scipy']))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -95,15 +95,6 @@ def test_the_same_ids_equal_the_official_way_to_the_last_bit(case, voids):
     assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("width", [56, 57, 62, 63, 64, 65, 120, 126, 127, 128, 129])
-def test_rows_end_anywhere_in_a_word(width):
-    rng, share = np.random.default_rng(width), (0.01, 0.2)[width % 2]
-    size = 37, width
-    maps = (rng.random((2, *size)) < share) * rng.integers(1, 4, (2, *size))
-    maps[0, ::3, 0] = maps[1, 1::3, -1] = 1  # the end of a row is near the beginning of the next one in memory
-    assert np.array_equal(pair_scores(*maps, 3, 3), official_pairs(*maps, 3, 3))
-
-
 @pytest.mark.parametrize("size", [(60, 350), (60, 600), (60, 980), (30, 2500), (2500, 30), (9, 8190), (3, 9000)])
 def test_large_radii(size):
     rng = np.random.default_rng(size[0])
