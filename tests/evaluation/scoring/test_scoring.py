@@ -3,7 +3,6 @@
 import pickle
 import re
 import time
-from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +14,7 @@ from scipy import special, stats
 
 from dinoseg.evaluation.scoring import folders, intervals
 from dinoseg.evaluation.scoring.folders import Unscorable, score_cases
-from dinoseg.evaluation.scoring.intervals import Difference, Estimate, combine_errors, holm, jackknife, mean_of
+from dinoseg.evaluation.scoring.intervals import Difference, Estimate, holm, jackknife
 from dinoseg.evaluation.scoring.summary import difference, summary
 from dinoseg.metrics.protocols.contract import BadFile, Cases, Measured, ScoreProtocol, ScoringCase
 from dinoseg.metrics.protocols.video_clustering import VideoClustering
@@ -201,23 +200,6 @@ def test_the_paired_difference_leaves_the_same_units_out_of_both():
     assert alone[1] - alone[0] > 0.05  # while each by itself varies much
     row = difference(Share(), first, scored_cases(*better[::-1][:5], "new/a=1-1"))["mean"]
     assert row["n"] == 5 and row["value"] == pytest.approx(0.1) and row["left_out"] == 16
-
-
-def test_paired_difference_equals_the_paired_t_test():
-    sides = np.random.default_rng(2).uniform(0, 1, (2, 13))
-    sums = np.concatenate([np.stack([side, side, side, np.ones(13)], axis=1) for side in sides], axis=1)
-    found, expected = jackknife(Difference(Share()), sums)["mean"], stats.ttest_rel(sides[1], sides[0])
-    assert found.p == pytest.approx(expected.pvalue)
-    assert found.ci95 == pytest.approx([*expected.confidence_interval()])
-
-
-def test_errors_of_independent_parts_are_added_as_welch_does():
-    first, second = np.random.default_rng(3).normal(0.5, 0.1, 4), np.random.default_rng(4).normal(0.3, 0.3, 6)
-    expected = stats.ttest_ind(first, second, equal_var=False)
-    found = combine_errors(replace(mean_of(first), value=first.mean() - second.mean()), [mean_of(second)])
-    assert found.p == pytest.approx(expected.pvalue)
-    assert found.ci95 == pytest.approx([*expected.confidence_interval()])
-    assert mean_of([0.4]).ci95 is None and mean_of([]).ci95 is None
 
 
 def test_holms_values_are_those_of_closed_testing():
