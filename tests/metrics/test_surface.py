@@ -75,17 +75,6 @@ def test_surface_dice_equals_all_pairs_of_boundary_pixels(case, tolerance):
     assert value == surface_dice(prediction, reference, tolerance)
 
 
-@pytest.mark.parametrize("shape", [(24, 33), (41, 18), (1, 30), (5, 5)])
-def test_every_class_of_a_map_equals_its_own_mask(shape):
-    reference, prediction = id_map(0, shape), id_map(1, shape)
-    prediction[prediction == 2] = 7  # one only in the reference, one only in the prediction, 5 in neither
-    classes = [0, 1, 2, 3, 5, 7]
-    together = surface_dices(reference, prediction, classes, 2.5)
-    alone = [all_pairs_dice(reference == label, prediction == label, 2.5) for label in classes]
-    np.testing.assert_array_equal(together, alone)
-    assert together[4] == 1 and together[5] == 0
-
-
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")  # of the reference's own
 @pytest.mark.parametrize("tolerance", [1.0, 3.0, 10.0])
@@ -97,19 +86,6 @@ def test_surface_dices_equal_monai(tolerance):
         theirs = metrics.compute_surface_dice(one_hot[1], one_hot[0], [tolerance] * 6, include_background=True)
         ours = surface_dices(*maps, range(6), tolerance)
         np.testing.assert_allclose(ours, theirs[0].numpy(), atol=1e-6, rtol=0)
-
-
-def test_counts_pool_over_images():
-    pairs = [(id_map(seed, (20, 30), 3), id_map(seed + 5, (20, 30), 3)) for seed in range(3)]
-    counts = [surface_counts(*pair, [0, 1, 2, 9], 1.0) for pair in pairs]
-    assert all(each.dtype == np.int64 and each.shape == (4, 2) for each in counts)
-    for (reference, prediction), each in zip(pairs, counts, strict=True):
-        for label in range(3):
-            masks = reference == label, prediction == label
-            outlines = sum((mask & ~ndimage.binary_erosion(mask)).sum() for mask in masks)
-            assert each[label, 1] == outlines
-            assert each[label, 0] / outlines == all_pairs_dice(*masks, 1.0)
-    assert sum(counts)[3].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int64])
