@@ -24,7 +24,7 @@ def count(pairs, size, void):
     matrix = np.zeros((void + 1, void + 1), int)
     for pair in pairs:
         images = [Image.fromarray(ids.astype(np.uint8)).resize(size, Image.Resampling.NEAREST) for ids in pair]
-        np.add.at(matrix, tuple(np.minimum(image, void) for image in images), 1)
+        np.add.at(matrix, tuple(np.minimum(np.asarray(image), void) for image in images), 1)
     return matrix
 
 

@@ -7,7 +7,7 @@ from scipy import ndimage
 from score_making import band_sizes, surface_dice
 
 from dinoseg.core.metric import LabelledImage, PredictedImage
-from dinoseg.metrics import BoundaryIoU, CalibrationError, ClDice, LayerMetric, SurfaceDice
+from dinoseg.metrics import BoundaryIoU, CalibrationError, LayerMetric, SurfaceDice
 from dinoseg.metrics.layer_counts import LayerCounts
 from dinoseg.metrics.miou import MeanIoU
 from dinoseg.metrics.wrapped import WrappedMetric
@@ -116,20 +116,6 @@ def test_scores_of_layers_equal_references(name):
         assert found[name] == (pytest.approx(np.mean(defined), abs=1e-12) if defined else None), seed
         values = [np.nan if value is None else value for value in expected]
         np.testing.assert_allclose(by_class[name], values, atol=1e-12, err_msg=str(seed))
-
-
-def test_skeletons_of_layers_are_those_of_binary_masks():
-    ClDice().check_classes(CLASSES, has_layers=True)
-    for seed in range(8):
-        images = draw_images(seed)
-        _, found = score(LayerMetric(ClDice()), images)
-        for layer in range(CLASSES):
-            rows = [
-                ClDice().count(PredictedImage(ids[layer]), LabelledImage(mask[layer], 2)) for ids, mask, _ in images
-            ]
-            expected = ClDice().score(rows)
-            for name, value in expected.items():
-                assert np.isnan(found[name][layer]) if value is None else found[name][layer] == pytest.approx(value)
 
 
 def test_scores_of_sums_are_vectorised():

@@ -96,13 +96,6 @@ def test_any_integer_type_counts_the_same(dtype):
     assert (boundary_ious(*ours, range(4)) == boundary_ious(reference, prediction, range(4))).all()
 
 
-def test_maps_that_are_slices_are_read_as_they_are():
-    whole = np.stack((id_map(4, (30, 34)), id_map(5, (30, 34))), axis=-1)
-    slices, copies = (whole[::2, 3:, 0], whole[::2, 3:, 1]), (whole[::2, 3:, 0].copy(), whole[::2, 3:, 1].copy())
-    assert (surface_dices(*slices, range(4), 1) == surface_dices(*copies, range(4), 1)).all()
-    assert (boundary_ious(*slices, range(4)) == boundary_ious(*copies, range(4))).all()
-
-
 @pytest.mark.parametrize("ratio", [0.001, 0.02, 0.3])
 @pytest.mark.parametrize("case", MASKS)
 def test_boundary_iou_equals_repeated_erosion(case, ratio):
