@@ -5,7 +5,6 @@ import torch
 from test_losses_mistakes import read_twins
 
 from dinoseg.config.nodes import instantiate
-from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample, valid_share
 from dinoseg.core.sample_maps import LabelMap
 from dinoseg.core.shapes import Batch, Prediction
@@ -81,18 +80,6 @@ def test_single_term_and_zero_factor_are_valid():
     dice = Dice(WEIGHTS)(*make())[0]
     assert WeightedSum({"d": Dice}, {"d": 1}, WEIGHTS)(*make())[0] == dice
     assert WeightedSum(TERMS, {"ce": 0, "dice": 1}, WEIGHTS)(*make())[0] == dice
-
-
-def test_parts_of_a_term_come_under_its_name():
-    class Inner(Loss):
-        def __init__(self, class_weights):
-            super().__init__()
-
-        def forward(self, prediction, batch):
-            return torch.tensor(1.0), {"weight": torch.tensor(9.0), "mask": torch.tensor(3.0)}
-
-    _, parts = WeightedSum({"m": Inner, "dice": Dice}, {"m": 1.0, "dice": 1.0}, WEIGHTS)(*make())
-    assert parts["m_mask"] == 3 and set(parts) == {"m", "m_mask", "dice"}
 
 
 def test_scores_are_brought_to_the_masks_size_once():

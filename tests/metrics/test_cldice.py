@@ -69,7 +69,7 @@ def test_cldice_equals_plain_loops_on_ugly_cases():
 
 def test_predictions_of_the_ignored_class_count_nowhere():
     mask, ids = np.zeros((2, 8, 12), np.uint8)
-    ids[5] = 1
+    ids[5] = mask[7] = 1
     ClDice().check_classes(3, has_layers=True)
     assert score(ClDice(), [(ids, mask)], ignored=1) == {"cldice": None, "skeleton_recall": None}
     mask[2], ids[2] = 2, 2

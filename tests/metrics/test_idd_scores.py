@@ -9,7 +9,6 @@ from mistakes import assert_refused
 from PIL import Image
 from score_making import assert_bad_file, maps, measure_pair, scores, tree, unit_sums
 
-from dinoseg.metrics.counts import group_counts
 from dinoseg.metrics.protocols.idd import ENDING, NAMES, Idd
 from dinoseg.metrics.protocols.idd_lite import IddLite
 
@@ -72,12 +71,6 @@ def test_every_resolution_has_the_official_size(tmp_path, resolution, shape):
     files = save(tmp_path / "a.png", reference), save(tmp_path / "b.png", prediction)
     expected = count([(reference, prediction)], SIZES[resolution], 26).ravel()
     np.testing.assert_array_equal(measure_pair(Idd(resolution), *files).sums, expected)
-
-
-def test_counts_of_groups_are_exact_beyond_float64():
-    matrix = np.array([[2**60, 1, 2], [3, 2**60 + 1, 5], [7, 11, 13]])
-    coarse = group_counts(np.stack([matrix, matrix * 0]), np.array([0, 0, 1]))
-    assert coarse[0].tolist() == [[2**60 + 1 + 3 + 2**60 + 1, 7], [18, 13]] and not coarse[1].any()
 
 
 def test_palette_masks_are_read_as_ids_and_resized(tmp_path):

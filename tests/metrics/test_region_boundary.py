@@ -103,11 +103,6 @@ def test_large_radii(size):
     assert np.array_equal(pair_scores(*maps, 3, 3), official_pairs(*maps, 3, 3))
 
 
-def test_the_tolerance_is_rounded_up():
-    sizes = {(480, 854): 8, (90, 124): 2, (60, 80): 1, (75, 100): 1, (76, 100): 2, (150, 200): 2, (1, 1): 1}
-    assert {size: boundary_radius(size) for size in sizes} == sizes
-
-
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int64])
 def test_any_integer_type_holds_ids(dtype):
     rng = np.random.default_rng(0)
