@@ -105,6 +105,12 @@ def video_scores(protocol, reference, prediction):
     return {key: float(value) for key, value in protocol.scores(sums.sum(axis=0)).items()}, measured, sums
 
 
+def mean(values):
+    """Return the mean of the values that are not None; None if there are none."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
+
+
 def band_sizes(reference, prediction, ratio=0.02):
     """Return intersection and union of the masks less d erosions by a 3 x 3 square, outside of the image empty."""
     depth = max(1, round(ratio * float(np.hypot(*reference.shape))))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from mistakes import assert_refused
+from score_making import mean
 
 from dinoseg.metrics.confusion import SCORES, ConfusionMatrix, commonest_class
 
@@ -35,11 +36,6 @@ def loop_class(prediction, mask, index, ignore_index):
         "predicted_pixels": len(ours),
     }
     return scores | ({"iou": None, "dice": None, "precision": None} if index == ignore_index else {})
-
-
-def mean(values):
-    values = [value for value in values if value is not None]
-    return float(np.mean(np.array(values, dtype=np.float64))) if values else None
 
 
 CASES = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from score_making import band_sizes, surface_dice
+from score_making import band_sizes, mean, surface_dice
 
 from dinoseg.core.metric import LabelledImage, PredictedImage
 from dinoseg.metrics import BoundaryIoU, CalibrationError, LayerMetric, SurfaceDice
@@ -57,8 +57,7 @@ def boundary_iou(pairs):
 
 
 def mean_surface_dice(pairs):
-    found = [share for pair in pairs if (share := surface_dice(*pair)) is not None]
-    return np.mean(found) if found else None
+    return mean(surface_dice(*pair) for pair in pairs)
 
 
 def calibration_error(images, layer):
@@ -112,8 +111,7 @@ def test_scores_of_layers_equal_references(name):
         images = draw_images(seed)
         found, by_class = score(LayerMetric(metric), images)
         expected = [reference(images, layer) for layer in range(CLASSES)]
-        defined = [value for value in expected if value is not None]
-        assert found[name] == (pytest.approx(np.mean(defined), abs=1e-12) if defined else None), seed
+        assert found[name] == pytest.approx(mean(expected), abs=1e-12), seed
         values = [np.nan if value is None else value for value in expected]
         np.testing.assert_allclose(by_class[name], values, atol=1e-12, err_msg=str(seed))
 
@@ -146,10 +144,9 @@ def test_counts_of_layers_equal_those_of_their_pixels(seed):
     scores, expected = counts.compute(), [overlap(images, layer) for layer in range(CLASSES)]
     for row, (iou, dice) in zip(scores["classes"], expected, strict=True):
         assert [row["iou"], row["dice"]] == pytest.approx([iou, dice])
-    defined = [iou for iou, _ in expected if iou is not None]
-    assert scores["miou"] == pytest.approx(np.mean(defined)) and scores["present_classes"] == len(defined)
-    others = [iou for iou, _ in expected[1:] if iou is not None]
-    assert scores["miou_no_background"] == pytest.approx(np.mean(others))
+    ious = [iou for iou, _ in expected]
+    assert scores["miou"] == pytest.approx(mean(ious)) and scores["present_classes"] == CLASSES - ious.count(None)
+    assert scores["miou_no_background"] == pytest.approx(mean(ious[1:]))
     right = np.concatenate([((ids == 1) == (mask == 1))[mask != 255] for ids, mask, _ in images])
     assert scores["accuracy"] == pytest.approx(right.mean())
     assert scores["ignored_pixels"] == sum((mask == 255).sum() for _, mask, _ in images)

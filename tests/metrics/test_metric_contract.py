@@ -7,7 +7,7 @@ import pytest
 import torch
 from mistakes import refusals
 from scipy import ndimage
-from score_making import band_sizes, surface_dice
+from score_making import band_sizes, mean, surface_dice
 
 from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
 from dinoseg.metrics import BoundaryIoU, CalibrationError, ClDice, ConfusionMatrix, MeanIoU, SurfaceDice
@@ -52,10 +52,6 @@ def score(metric, images, ignored=255):
     return metric.score(rows)
 
 
-def mean(values):
-    return sum(values) / len(values) if values else None
-
-
 def masks_of(images, label):
     return [[(side == label) & (mask != 255) for side in (mask, ids)] for ids, mask in images]
 
@@ -68,7 +64,7 @@ def reference_scores(images):
         both, either = sum((a & b).sum() for a, b in pairs), sum((a | b).sum() for a, b in pairs)
         band, bands = np.sum([band_sizes(*pair) for pair in pairs], axis=0)
         rows += [(both / either, 2 * both / (both + either), band / bands)] if either else []
-        shares += [share for pair in pairs if (share := surface_dice(*pair)) is not None]
+        shares += [surface_dice(*pair) for pair in pairs]
     return [*(mean(column) for column in zip(*rows, strict=True)), mean(shares)] if rows else [None] * 4
 
 
