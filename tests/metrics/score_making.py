@@ -118,6 +118,18 @@ def band_sizes(reference, prediction, ratio=0.02):
     return (bands[0] & bands[1]).sum(), (bands[0] | bands[1]).sum()
 
 
+def overlap(pairs):
+    """Return IoU and Dice of the masks of a class, (reference, prediction) of each image; None where it is nowhere."""
+    both, either = sum((a & b).sum() for a, b in pairs), sum((a | b).sum() for a, b in pairs)
+    return (both / either, 2 * both / (both + either)) if either else (None, None)
+
+
+def boundary_iou(pairs):
+    """Return the Boundary IoU of the masks of a class; None where it is nowhere."""
+    both, either = np.sum([band_sizes(*pair) for pair in pairs], axis=0)
+    return both / either if either else None
+
+
 def surface_dice(reference, prediction, tolerance=2):
     """Return the share of outline pixels near the other outline by all distances; None without any outline."""
     ours, theirs = (np.argwhere(mask & ~ndimage.binary_erosion(mask)) for mask in (reference, prediction))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from score_making import band_sizes, mean, surface_dice
+from score_making import boundary_iou, mean, overlap, surface_dice
 
 from dinoseg.core.metric import LabelledImage, PredictedImage
 from dinoseg.metrics import BoundaryIoU, CalibrationError, LayerMetric, SurfaceDice
@@ -51,11 +51,6 @@ def sides_of(images, layer):
     return [[(side[layer] == 1) & (mask[layer] != 255) for side in (mask, ids)] for ids, mask, _ in images]
 
 
-def boundary_iou(pairs):
-    both, either = np.sum([band_sizes(*pair) for pair in pairs], axis=0)
-    return both / either if either else None
-
-
 def mean_surface_dice(pairs):
     return mean(surface_dice(*pair) for pair in pairs)
 
@@ -90,10 +85,9 @@ class Share:
 
 
 def mean_share(images, layer):
-    shares = [
+    return mean(
         (np.where(mask[layer] == 255, 0, ids[layer]) == 1).mean() for ids, mask, _ in images if (mask[layer] == 1).any()
-    ]
-    return np.mean(shares) if shares else None
+    )
 
 
 REFERENCES = {
@@ -129,19 +123,12 @@ def test_settings_name_the_options_of_the_metric():
     assert one != other and "BoundaryIoU" in one and "0.02" in one and one != BoundaryIoU(0.02).settings
 
 
-def overlap(images, layer):
-    """Return IoU and Dice of a layer; None if neither side shows it."""
-    pairs = sides_of(images, layer)
-    both, either = sum((a & b).sum() for a, b in pairs), sum((a | b).sum() for a, b in pairs)
-    return (both / either, 2 * both / (both + either)) if either else (None, None)
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_counts_of_layers_equal_those_of_their_pixels(seed):
     images, counts = draw_images(seed), LayerCounts(CLASSES, background=0)
     for ids, mask, _ in images:
         counts.update(torch.from_numpy(ids), torch.from_numpy(mask))
-    scores, expected = counts.compute(), [overlap(images, layer) for layer in range(CLASSES)]
+    scores, expected = counts.compute(), [overlap(sides_of(images, layer)) for layer in range(CLASSES)]
     for row, (iou, dice) in zip(scores["classes"], expected, strict=True):
         assert [row["iou"], row["dice"]] == pytest.approx([iou, dice])
     ious = [iou for iou, _ in expected]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from making import save
 from mistakes import assert_refused, refusals
-from score_making import assert_bad_file, band_sizes, maps, measure_pair, scores, surface_dice, tree, unit_sums
+from score_making import assert_bad_file, boundary_iou, maps, mean, measure_pair, scores, surface_dice, tree, unit_sums
 
 from dinoseg.metrics.protocols.ade20k import Ade20k
 from dinoseg.metrics.protocols.semantic import Semantic
@@ -21,20 +21,17 @@ def pooled_scores(pairs, num_classes, ignore=255):
     reference = np.concatenate([pair[0].ravel() for pair in pairs])
     guess = np.concatenate([pair[1].ravel() for pair in pairs])[reference != ignore]
     reference = reference[reference != ignore]
+
+    def share(part, whole):
+        return part / whole if whole else None
+
     rows = []
     for label in range(num_classes):
         ours, theirs = (set(np.flatnonzero(ids == label).tolist()) for ids in (reference, guess))
-        both, either = len(ours & theirs), len(ours | theirs)
-        rows.append(
-            {
-                "mIoU": both / either if either else None,
-                "mean_accuracy": both / len(ours) if ours else None,
-                "dice": 2 * both / (len(ours) + len(theirs)) if either else None,
-            }
-        )
-    means = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
-    means = {key: sum(values) / len(values) if values else np.nan for key, values in means.items()}
-    return means | {"accuracy": float(np.mean(reference == guess)) if len(reference) else np.nan}
+        both, areas = len(ours & theirs), len(ours) + len(theirs)
+        rows.append((share(both, areas - both), share(both, len(ours)), share(2 * both, areas)))
+    means = map(mean, zip(*rows, strict=True))
+    return dict(zip(("mIoU", "mean_accuracy", "dice"), means, strict=True)) | {"accuracy": np.mean(reference == guess)}
 
 
 def ugly(rng):
@@ -70,14 +67,12 @@ def test_outlines_are_compared_class_by_class(tmp_path, tolerance):
     pairs = ugly(np.random.default_rng(6))
     protocol = Semantic(num_classes=8, boundary=True, nsd=True, tolerance=tolerance)
     found = scores(protocol, *tree(tmp_path, pairs, path))
-    masks = [
-        [((ids == label) & (reference != 255)) for ids in (reference, guess)]
+    classes = [
+        [(reference == label, (guess == label) & (reference != 255)) for reference, guess in pairs]
         for label in range(8)
-        for reference, guess in pairs
     ]
-    both, either = np.array([band_sizes(*pair) for pair in masks]).reshape(8, -1, 2).sum(axis=1).T
-    shares = [share for pair in masks if (share := surface_dice(*pair, tolerance)) is not None]
-    expected = pooled_scores(pairs, 8) | {"boundary_IoU": np.mean(both[:7] / either[:7]), "NSD": np.mean(shares)}
+    shares = [surface_dice(*pair, tolerance) for masks in classes for pair in masks]
+    expected = pooled_scores(pairs, 8) | {"boundary_IoU": mean(map(boundary_iou, classes)), "NSD": mean(shares)}
     assert found == pytest.approx(expected, abs=1e-12)
     total = sum(unit_sums(protocol, tmp_path / "reference", tmp_path / "prediction").values())
     rows = protocol.per_class(total)
