@@ -321,8 +321,8 @@ def test_youtube_vos_train_prompts_later_objects_once(track, tmp_path):
     check_same(done.scores, score_mode(tmp_path, "video_clustering", reference, prediction))
 
 
-def write_movi(root, videos):
-    for name, masks in videos.items():
+def write_movi(root, sequences):
+    for name, masks in sequences.items():
         for index, mask in enumerate(masks):
             write_frame(root / f"validation/{name}/frames/{index:05d}.png", mask)
             write_png(root / f"validation/{name}/segmentations/{index:05d}.png", mask)
@@ -331,9 +331,9 @@ def write_movi(root, videos):
 
 @pytest.mark.parametrize("kind", ["perfect", pytest.param(3, marks=pytest.mark.heavy)])
 def test_movi_is_scored_as_clusters(track, tmp_path, kind):
-    videos = {name: moving_squares(int(name), 4, (32, 32), [1, 2, 3]) for name in ("0", "10", "9")}
-    root, reference = write_movi(tmp_path / "movi", videos), tmp_path / "reference"
-    for name in videos:
+    sequences = {name: moving_squares(int(name), 4, (32, 32), [1, 2, 3]) for name in ("0", "10", "9")}
+    root, reference = write_movi(tmp_path / "movi", sequences), tmp_path / "reference"
+    for name in sequences:
         shutil.copytree(root / f"validation/{name}/segmentations", reference / name)
     done = track(kind, "movi", root, supervision="none")
     theirs = score_mode(tmp_path, "video_clustering", reference, done.folder / "masks")

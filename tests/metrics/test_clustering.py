@@ -44,13 +44,9 @@ def loop_mbo(true, predicted, matching="overlap"):
         return None
     if matching == "overlap":
         return sum(max(row) for row in ious) / len(ious)
-    if len(ious) > len(ious[0]):
-        orders = permutations(range(len(ious)), len(ious[0]))
-        total = max(sum(ious[i][j] for j, i in enumerate(order)) for order in orders)
-    else:
-        orders = permutations(range(len(ious[0])), len(ious))
-        total = max(sum(ious[i][j] for i, j in enumerate(order)) for order in orders)
-    return total / len(ious)
+    rows = ious if len(ious) <= len(ious[0]) else list(zip(*ious, strict=True))
+    orders = permutations(range(len(rows[0])), len(rows))
+    return max(sum(rows[i][j] for i, j in enumerate(order)) for order in orders) / len(ious)
 
 
 def ari(true, predicted):
