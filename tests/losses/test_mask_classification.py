@@ -228,7 +228,7 @@ def test_parts_of_a_batch_add_up_to_its_loss(fixed_points):
     torch.testing.assert_close(total, whole, rtol=1e-6, atol=0)
 
 
-def test_images_without_labels_count_if_ignored_pixels_are_background():
+def test_images_without_labels_count_with_ignored_background():
     mask = random_mask((2, 10, 13), 0)
     mask[1] = 255
     _, batch = make(mask)
