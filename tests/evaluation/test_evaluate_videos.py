@@ -15,6 +15,7 @@ from failing import fail_after
 from mistakes import assert_refused
 from omegaconf import OmegaConf
 from PIL import Image
+from tiny_parts import load_option
 
 from dinoseg.data.clips.videos import Video
 from dinoseg.evaluation import videos
@@ -125,12 +126,6 @@ def write_davis(root, sequences, *, year="2017", split="val", annotations="Annot
     return root
 
 
-PROTOCOLS = {
-    "davis2016": "davis.Davis2016",
-    "davis2017": "davis.Davis2017",
-    "davis2017_unsupervised": "davis.Davis2017Unsupervised",
-    "video_clustering": "video_clustering.VideoClustering",
-}
 COMPOSED = {}  # by command line, since composing takes longer than a test
 SEQUENCES = {
     "bear": moving_squares(1, 5, (33, 40), [1, 2]),
@@ -167,8 +162,7 @@ def davis(tmp_path):
 
 def score_mode(folder, protocol, reference, prediction):
     """Return what mode=score writes."""
-    target = f"dinoseg.metrics.protocols.{PROTOCOLS[protocol]}"
-    cfg = OmegaConf.create({"protocol": {"_target_": target}, "data": {"group": None}})
+    cfg = OmegaConf.create({"protocol": load_option("protocol", protocol), "data": {"group": None}})
     score.run(cfg, out_dir=folder / "scored", reference=str(reference), prediction=str(prediction), workers=1)
     return json.loads((folder / "scored/scores.json").read_text())
 
