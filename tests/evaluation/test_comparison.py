@@ -374,13 +374,6 @@ def add_jobs(folder, *names):
         (folder / name / RECORD).touch()
 
 
-def test_jobs_of_a_sweep_come_by_their_numbers(tmp_path):
-    (tmp_path / "multirun.yaml").touch()
-    add_jobs(tmp_path, "10", "9", "0")
-    assert [job.name for job in _jobs(tmp_path, ())] == ["0", "9", "10"]
-    assert [job.name for job in _jobs(tmp_path, {tmp_path / "9"})] == ["0", "10"]
-
-
 def test_jobs_that_were_run_again_or_have_names_of_their_own(tmp_path, caplog):
     (tmp_path / "multirun.yaml").touch()
     (tmp_path / "sweep.csv").touch()
@@ -390,8 +383,9 @@ def test_jobs_that_were_run_again_or_have_names_of_their_own(tmp_path, caplog):
     add_jobs(tmp_path, "lr=0.1,seed=0", "lr=0.1,seed=1")
     assert [job.name for job in _jobs(tmp_path, ())] == ["lr=0.1,seed=0", "lr=0.1,seed=1"]
     assert "left out: lr=0.2,seed=0." in caplog.text
-    add_jobs(tmp_path, "0", "1_2")
-    assert [job.name for job in _jobs(tmp_path, ())] == ["0"]
+    add_jobs(tmp_path, "10", "9", "0", "1_2")
+    assert [job.name for job in _jobs(tmp_path, ())] == ["0", "9", "10"]
+    assert [job.name for job in _jobs(tmp_path, {tmp_path / "9"})] == ["0", "10"]
     assert "left out: 1_2, lr=0.1,seed=0, lr=0.1,seed=1, lr=0.2,seed=0." in caplog.text
 
 

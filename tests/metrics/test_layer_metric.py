@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 from score_making import boundary_iou, mean, overlap, surface_dice
+from test_metric_contract import MeanError
 
 from dinoseg.core.metric import LabelledImage, PredictedImage
 from dinoseg.metrics import BoundaryIoU, CalibrationError, LayerMetric, SurfaceDice
@@ -71,30 +72,17 @@ def calibration_error(images, layer):
     return sum(gaps) / len(confidence)
 
 
-class Share:
-    """Share of the pixels that a mask covers, as a metric of another library."""
-
-    def reset(self):
-        self.value = None
-
-    def update(self, ids, mask):
-        self.value = (ids == 1).double().mean() if (mask == 1).any() else np.nan
-
-    def compute(self):
-        return self.value
-
-
-def mean_share(images, layer):
-    return mean(
-        (np.where(mask[layer] == 255, 0, ids[layer]) == 1).mean() for ids, mask, _ in images if (mask[layer] == 1).any()
-    )
+def mean_error(images, layer):
+    """Return the share of wrong pixels, a mean over the images in which the layer has several labelled pixels."""
+    sides = [(ids[layer], mask[layer], mask[layer] != 255) for ids, mask, _ in images]
+    return mean((ids != mask)[known].mean() for ids, mask, known in sides if known.sum() > 1)
 
 
 REFERENCES = {
     "boundary_iou": (BoundaryIoU(), lambda images, layer: boundary_iou(sides_of(images, layer))),
     "nsd": (SurfaceDice(), lambda images, layer: mean_surface_dice(sides_of(images, layer))),
     "ece": (CalibrationError(), calibration_error),
-    "share": (WrappedMetric("share", Share(), ignored="match"), mean_share),
+    "error": (WrappedMetric("error", MeanError(), "min", ignored="remove"), mean_error),
 }
 
 
