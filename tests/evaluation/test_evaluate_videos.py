@@ -362,12 +362,10 @@ def test_stopped_evaluation_resumes(track, davis, tmp_path, monkeypatch, caplog)
     assert len(track("copy", "davis2017", davis, restart=str(stopped)).log) == 13
     again = track("copy", "davis2017", davis, restart=str(on.folder))
     assert not again.log and f"mode.restart={on.folder}: 3 videos reused: ape, bear, cow" in caplog.text
-
-    def refuse(kind, folder, *words):
-        assert_refused(lambda: track(kind, "davis2017", davis, restart=str(folder)), *words)
-
-    refuse("perfect", stopped, "settings differ from that run: kind was copy and is perfect. Use")
-    refuse("copy", davis, "holds no readable tracking.json")
+    other = partial(track, "perfect", "davis2017", davis, restart=str(stopped))
+    assert_refused(other, "settings differ from that run: kind was copy and is perfect. Use")
+    nowhere = partial(track, "copy", "davis2017", davis, restart=str(davis))
+    assert_refused(nowhere, "holds no readable tracking.json")
 
 
 def test_interrupt_names_the_folder_to_resume_from(track, davis, tmp_path, monkeypatch, caplog):

@@ -8,14 +8,13 @@ import pytest
 import torch
 from mistakes import assert_refused, refusals
 from omegaconf import OmegaConf
-from test_slot_losses import compare, outputs_of, reconstruct
+from test_slot_losses import compare, outputs_of, reconstruct, run
 from tiny_parts import load
 
 from dinoseg import losses
 from dinoseg.config.nodes import instantiate
-from dinoseg.core.geometry import upsample
 from dinoseg.core.sample_maps import DistanceMap, LabelMap
-from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, WeightedMasks
+from dinoseg.core.shapes import MaskOutputs, Prediction, WeightedMasks
 from dinoseg.losses.class_weights import class_weights
 from dinoseg.losses.cldice import SoftClDice
 from dinoseg.losses.cross_entropy import CrossEntropy
@@ -28,12 +27,12 @@ from dinoseg.losses.weighted_sum import WeightedSum
 
 WEIGHTS = torch.ones(3)
 NAMES = ["road", "car", "pole", "cat"]
-bce = partial(losses.bce_loss, torch.zeros(2, 3, 4, 4))
 find_masks = partial(MaskClassification, WEIGHTS)
 TERMS = {"ce": CrossEntropy, "dice": Dice}
 SCORES = torch.zeros(2, 3, 4, 4)
 IDS = torch.zeros(1, 4, 4, dtype=torch.int64)
 LAYERS = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+bce = partial(losses.bce_loss, SCORES)
 lovasz = partial(losses.lovasz_loss, SCORES[:1], IDS)
 cldice = partial(losses.cldice_loss, SCORES[:1], IDS)
 NO_SLOTS = ("feature_reconstruction, ", "outputs of a slot head", "cross_entropy")
@@ -52,11 +51,6 @@ def query_prediction(count):
     outputs = MaskOutputs(torch.zeros(count, 5, 4), torch.zeros(count, 5, 4, 4))
     masks = WeightedMasks(outputs.mask_logits, torch.full((count, 5, 3), 0.2))
     return Prediction(outputs, (4, 4), (1.0, 1.0), None, mixture=True, masks=masks)
-
-
-def classify_pixels():
-    prediction = Prediction(torch.zeros(1, 3, 4, 4), (4, 4), (1.0, 1.0), upsample)
-    return MaskClassification(WEIGHTS)(prediction, Batch(IDS, IDS, [""]))
 
 
 def add(terms, **factors):
@@ -122,7 +116,7 @@ test_message_names_key_value_and_remedy = refusals(
         "ignored 0": (lambda: bce(LAYERS, ignore_index=0), "ignore_index=0: layers hold 0 and 1"),
         "ignored 1": (lambda: bce(LAYERS, ignore_index=1), "ignore_index=1: layers hold 0 and 1"),
         "logits for a loss of masks": (lambda: lose(loss="mask_classification_loss"), "as_prediction=True"),
-        "a head without masks": (classify_pixels, "needs a head that predicts masks: mask2former or eomt"),
+        "a head without masks": (lambda: run(SCORES, find_masks()), "a head that predicts masks: mask2former or eomt"),
         "negative no_object": (lambda: find_masks(no_object=-0.1), "no_object=-0.1 is out of range", "at least 0"),
         "no points": (lambda: find_masks(num_points=0), "num_points=0 is out of range", "whole number of at least 1"),
         "few candidates": (lambda: find_masks(oversample=0.5), "oversample=0.5 is out of range", "at least 1"),
