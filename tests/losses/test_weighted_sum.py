@@ -91,14 +91,10 @@ def test_scores_are_brought_to_the_masks_size_once():
     assert sizes == [(20, 30), (20, 30)]  # once for each call
 
 
-def test_it_needs_masks_when_a_term_does():
+def test_a_sum_needs_what_a_term_needs():
     assert not WeightedSum(TERMS, {"ce": 1.0, "dice": 1.0}, WEIGHTS).needs_masks
-    terms = {"masks": MaskClassification, "dice": Dice}
-    assert WeightedSum(terms, {"masks": 1.0, "dice": 1.0}, WEIGHTS).needs_masks
-
-
-def test_terms_may_read_one_map_of_one_kind():
-    assert read_twins(LabelMap(), LabelMap()).needs_maps == {"twin": LabelMap()}
+    assert WeightedSum({"masks": MaskClassification, "dice": Dice}, {"masks": 1.0, "dice": 1.0}, WEIGHTS).needs_masks
+    assert read_twins(LabelMap(), LabelMap()).needs_maps == {"twin": LabelMap()}  # one map of one kind
 
 
 def test_a_sum_written_on_the_command_line():
