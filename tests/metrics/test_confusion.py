@@ -101,10 +101,9 @@ def test_sums_over_merges_equal_the_whole():
     whole = ConfusionMatrix(6)
     whole.update(prediction, mask)
     merged = ConfusionMatrix(6)
-    for rank in range(3):
+    for images in zip(prediction.split(3), mask.split(3), strict=True):
         part = ConfusionMatrix(6)
-        for index in range(rank, 7, 3):
-            part.update(prediction[index : index + 1], mask[index : index + 1])
+        part.update(*images)
         merged.merge(part)
     assert torch.equal(merged.counts, whole.counts)
     assert merged.compute() == whole.compute()
