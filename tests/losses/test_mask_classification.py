@@ -8,7 +8,7 @@ import torch
 from mistakes import assert_refused
 
 from dinoseg.core.geometry import upsample, valid_share
-from dinoseg.core.shapes import Batch, MaskOutputs, Prediction
+from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, collect_tensors
 from dinoseg.losses import mask_classification
 from dinoseg.losses.mask_classification import FACTORS, MaskClassification
 
@@ -37,10 +37,6 @@ def make(mask, image=(20, 29), **options):
 def semantic(outputs, size, valid):
     classes = outputs.class_logits.softmax(-1)[..., :K]
     return torch.einsum("bqk,bqhw->bkhw", classes, upsample(outputs.mask_logits, size, valid).sigmoid())
-
-
-def tensors(outputs):
-    return [tensor for layer in (outputs, *outputs.aux) for tensor in (layer.class_logits, layer.mask_logits)]
 
 
 def random_mask(shape, seed, classes=(0, 1, 2), ignored=0.3):
@@ -211,7 +207,7 @@ def test_a_batch_without_labels_gives_zero_and_finite_gradients(images, columns)
     value, parts = MaskClassification(WEIGHTS)(prediction, batch)
     value.backward()
     assert value.dtype == torch.float32 and value.item() == 0 and set(parts) == {"class", "mask", "dice"}
-    assert all(bool((tensor.grad == 0).all()) for tensor in tensors(prediction.outputs))
+    assert all(bool((tensor.grad == 0).all()) for tensor in collect_tensors(prediction.outputs))
 
 
 def test_parts_of_a_batch_add_up_to_its_loss(fixed_points):
