@@ -181,12 +181,6 @@ def test_layers_of_one_class_are_enough_and_any_id_is_ignored(loss):
     assert loss(logits, targets + 2, ignore_index=2) == 0
 
 
-def test_classes_of_cldice_may_be_any_collection(batch):
-    expected = cldice_loss(*batch, classes=[0, 2])
-    for classes in ((2, 0), {0, 2}, range(0, 3, 2), np.array([0, 2]), torch.tensor([0, 2])):
-        assert cldice_loss(*batch, classes=classes) == expected
-
-
 def test_weights_from_counts_have_a_mean_of_one():
     assert compute_class_weights(torch.tensor([100, 300]), "inverse").tolist() == [1.5, 0.5]
     assert compute_class_weights([5, 0], "none").tolist() == [1, 1]
@@ -221,10 +215,11 @@ def test_a_loss_trains_after_it_was_used_in_inference_mode(loss):
     assert logits.grad.abs().sum() > 0
 
 
-def test_options_may_be_tensors_and_arrays():
-    logits, targets = torch.randn(1, 3, 4, 5), torch.randint(0, 3, (1, 4, 5))
-    expected = focal_loss(logits, targets, gamma=1.5)
+def test_options_may_be_tensors_arrays_and_collections(batch):
+    expected = focal_loss(*batch, gamma=1.5)
     for gamma in (torch.tensor(1.5), np.array(1.5), np.float32(1.5)):
-        assert focal_loss(logits, targets, gamma=gamma) == expected
-    labels = torch.full((1, 4, 5), 254)
-    assert dice_loss(logits, labels, ignore_index=np.int64(254)) == 0
+        assert focal_loss(*batch, gamma=gamma) == expected
+    expected = cldice_loss(*batch, classes=[0, 2])
+    for classes in ((2, 0), {0, 2}, range(0, 3, 2), np.array([0, 2]), torch.tensor([0, 2])):
+        assert cldice_loss(*batch, classes=classes) == expected
+    assert dice_loss(batch[0], torch.full_like(batch[1], 254), ignore_index=np.int64(254)) == 0
