@@ -82,18 +82,22 @@ def unit_sums(protocol, reference, prediction):
     return {unit: protocol.join(measured) for unit, measured in by_unit.items()}
 
 
-def scores(protocol, reference, prediction):
-    """Return the scores of two trees as plain numbers, checked to be the same over leading axes."""
-    sums = unit_sums(protocol, reference, prediction)
-    total = np.sum(list(sums.values()), axis=0)
+def total_scores(protocol, sums):
+    """Return the scores of the sums (U, d) of units as plain numbers, checked to be the same over leading axes."""
+    total = np.sum(sums, axis=0)
     values = protocol.scores(total)
     assert tuple(values) == tuple(protocol.keys)
-    each = np.stack([*sums.values(), total]).astype(np.float64)
+    each = np.stack([*sums, total]).astype(np.float64)
     stacked = protocol.scores(np.stack([each, each]))
     for key in protocol.keys:
         singly = [protocol.scores(one)[key] for one in each]
         np.testing.assert_allclose(stacked[key], [singly, singly], rtol=1e-12)
     return {key: float(value) for key, value in values.items()}
+
+
+def scores(protocol, reference, prediction):
+    """Return the scores of two trees."""
+    return total_scores(protocol, list(unit_sums(protocol, reference, prediction).values()))
 
 
 def video_scores(protocol, reference, prediction):
@@ -102,7 +106,7 @@ def video_scores(protocol, reference, prediction):
     assert not found.problems
     measured = {case.name: pickle.loads(pickle.dumps(protocol)).measure(case) for case in found.cases}
     sums = np.stack([protocol.join([one]) for one in measured.values()])
-    return {key: float(value) for key, value in protocol.scores(sums.sum(axis=0)).items()}, measured, sums
+    return total_scores(protocol, sums), measured, sums
 
 
 def mean(values):

@@ -224,19 +224,6 @@ def test_without_background_labels_fg_ari_skips_empty_videos(tmp_path):
     assert scores["FG-ARI_per_frame"] == pytest.approx((frames * alone["FG-ARI_per_frame"] - 1) / (frames - 1))
 
 
-def test_resampled_videos_weigh_their_frames(tmp_path):
-    protocol = VideoClustering()
-    _, _, sums = video_scores(protocol, *write_videos(tmp_path, videos()))
-    weights = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), 5)
-    scores = protocol.scores(weights @ sums)
-    for index, row in enumerate(weights):
-        one = protocol.scores(np.repeat(sums, row, axis=0).sum(axis=0))
-        for key in KEYS:
-            assert scores[key][index] == pytest.approx(one[key], abs=1e-14)
-    assert np.isnan(protocol.scores(np.zeros(10))["ARI"])
-    assert protocol.per_class(sums[0]) == []
-
-
 def test_maps_of_too_many_segments_are_refused(tmp_path):
     depth = np.arange(3600, dtype=np.uint16).reshape(1, 60, 60)
     write_frames(tmp_path / "flat/a", depth * 0)

@@ -131,9 +131,7 @@ def test_settings_of_a_wrapped_metric_name_its_own_options():
 @pytest.mark.parametrize("convert", [np.array, torch.tensor, lambda weights: {"of classes": [np.array(weights)]}])
 def test_settings_differ_by_arrays_and_tensors(convert):
     def weighted(*weights):
-        metric = MeanIoU()
-        metric.weights = convert(weights * 400)
-        return metric.settings
+        return changed(MeanIoU(), weights=convert(weights * 400)).settings
 
     assert weighted(0.5, 1.0) == weighted(0.5, 1.0)
     assert weighted(0.5, 1.0, 1.0, 1.0) != weighted(0.5, 1.0, 0.9, 1.0)  # printed arrays of 1600 values are equal

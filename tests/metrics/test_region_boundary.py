@@ -117,13 +117,14 @@ def test_statistics_equal_the_official_ones(length):
         assert found[index] == pytest.approx(official_statistics(values[index], np.uint8), abs=1e-15, nan_ok=True)
 
 
-def test_statistics_of_nan_frames():
+def test_statistics_of_nan_frames_and_of_none():
     rng = np.random.default_rng(1)
     values = np.where(rng.random((40, 11)) < 0.4, np.nan, rng.random((40, 11)))
     values[0], values[1, :5] = np.nan, np.nan
     for row, found in zip(values, statistics(values), strict=True):
         assert found == pytest.approx(official_statistics(row), abs=1e-15, nan_ok=True)
     assert statistics(np.array([np.nan, np.nan])) == pytest.approx([np.nan, 0.0, np.nan], nan_ok=True)
+    assert np.isnan(statistics(np.zeros((2, 0)))).all() and statistics(np.zeros((0, 5))).shape == (0, 3)
 
 
 @pytest.mark.parametrize("length", [256, 257, 700])
@@ -134,11 +135,6 @@ def test_the_decay_of_long_sequences_is_the_defined_one(length):
     assert statistics(values) == pytest.approx(official_statistics(values), abs=1e-15)
     if length > 256:  # there numpy 1, which promotes by value, still gets it right
         assert not statistics(values)[2] == pytest.approx(official_statistics(values, np.uint8)[2], abs=1e-3)
-
-
-def test_statistics_of_no_frames_are_nan():
-    assert np.isnan(statistics(np.zeros((2, 0)))).all()
-    assert statistics(np.zeros((0, 5))).shape == (0, 3)
 
 
 @pytest.mark.parametrize(("proposals", "objects"), [(1, 1), (3, 3), (5, 3), (6, 1), (4, 0)])

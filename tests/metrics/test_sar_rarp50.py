@@ -249,7 +249,6 @@ SPOILT = {
     "16 bit": (lambda path: save(path, np.full(SHAPE, 300), np.uint16), "not classes, 300"),
     "colours": (lambda path: save(path, np.full((*SHAPE, 3), (0, 255, 255))), "holds colours, not class ids"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:60]), "truncated or not an image"),
-    "text": (lambda path: path.write_text("0 0 0"), "truncated or not an image"),
 }
 
 
