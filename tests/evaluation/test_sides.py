@@ -108,16 +108,14 @@ def test_names_of_several_folders_are_joined_and_stay_apart(tmp_path):
     assert run_names(same) == ["a/eval_1", "b/eval_1", "b/eval_2"] and run_names(same[1:]) == ["eval_1", "eval_2"]
 
 
-GOOD = {"parameters": 5, "trainable": 1, "images_per_s": 4.0, "memory_gib": 0.5}
-
-
 @pytest.mark.parametrize("damaged", [{"images_per_s": 1e-320}, {"parameters": 10**30}])  # the inverse is infinite
 def test_damaged_costs_are_dropped_with_a_warning(tmp_path, monkeypatch, caplog, damaged):
     monkeypatch.setattr(compare, "scores_of", lambda records: {"miou": 0.5, "accuracy": 0.6})
     record = SimpleNamespace(source=str(tmp_path / "checkpoints/best.safetensors"))
+    whole = {"parameters": 5, "trainable": 1, "images_per_s": 4.0, "memory_gib": 0.5}
     for changes, expected in ((damaged, [None] * 4), ({}, [5, 1, 0.5, 0.25])):
         caplog.clear()
-        (tmp_path / COST).write_text(json.dumps(GOOD | changes))
+        (tmp_path / COST).write_text(json.dumps(whole | changes))
         (row,) = compare.run_rows([Side("a", [tmp_path], ["a"], [tmp_path], [record])])
         assert (row["run"], row["miou"], row["accuracy"]) == ("a", 0.5, 0.6)
         assert [row[key] for key in ("parameters", "trainable", "memory_gib", "seconds")] == expected

@@ -8,7 +8,7 @@ from making import save
 from mistakes import assert_refused
 from PIL import Image
 from scipy import ndimage
-from score_making import assert_bad_file, surface_dice, unit_sums
+from score_making import assert_bad_file, overlap, surface_dice, unit_sums
 
 from dinoseg.metrics.protocols.sar_rarp50 import CLASSES, SarRarp50
 from dinoseg.metrics.protocols.sar_rarp50_seed import SarRarp50Seed
@@ -58,11 +58,6 @@ def case_of(folders, frame, make=SarRarp50):
     return next(case for case in make().find(*folders).cases if case.name == f"video_41/{frame:09d}")
 
 
-def plain_iou(reference, prediction, label):
-    ours, theirs = reference == label, prediction == label
-    return (ours & theirs).sum() / (ours | theirs).sum() if (ours | theirs).any() else None
-
-
 def official(tolerance=10.0):
     """The definition frame by frame in float64: (videos, 9) of IoU and of NSD."""
     means = []
@@ -72,8 +67,9 @@ def official(tolerance=10.0):
             if prediction is None:
                 rows.append(np.zeros((2, 9)))
                 continue
-            ious = [plain_iou(reference, prediction, label) for label in range(1, 10)]
-            nsds = [surface_dice(reference == label, prediction == label, tolerance) for label in range(1, 10)]
+            masks = [(reference == label, prediction == label) for label in range(1, 10)]
+            ious = [overlap([pair])[0] for pair in masks]
+            nsds = [surface_dice(*pair, tolerance) for pair in masks]
             rows.append([[1.0 if value is None else value for value in values] for values in (ious, nsds)])
         means.append(np.mean(np.array(rows, np.float64), axis=0))
     return np.array(means)
