@@ -121,19 +121,13 @@ def similarity_loss(outputs, temperature=0.075, threshold=0.0):
 @pytest.mark.parametrize(
     ("steps", "grid"), [([0], (2, 3)), ([0, 1], (1, 1)), ([1], (1, 4)), ([2], (3, 1)), ([0, 3], (2, 3))]
 )
-def test_similarity_equals_plain_loops(steps, grid):
+@pytest.mark.parametrize("options", [(0.075, 0.0), (1.0, -1), (0.25, 0.5), (0.01, 0.0), (0.15, -0.3)], ids=str)
+def test_similarity_equals_plain_loops(steps, grid, options):
     outputs = outputs_of(steps, grid=grid)
-    value, parts = compare(outputs)
-    expected, weight = similarity_loss(outputs)
+    value, parts = run(outputs, TemporalSimilarity(*options))
+    expected, weight = similarity_loss(outputs, *options)
     assert value.item() == pytest.approx(expected, rel=1e-12) and parts == {"weight": weight}
     assert weight == 2 * {0: 3, 1: 3, 2: 2, 3: 1}[max(steps)]
-
-
-@pytest.mark.parametrize("temperature, threshold", [(1.0, -1), (0.25, 0.5), (0.01, 0.0), (0.15, -0.3)])
-def test_similarity_equals_plain_loops_at_any_temperature(temperature, threshold):
-    outputs = outputs_of()
-    value, _ = run(outputs, TemporalSimilarity(temperature, threshold))
-    assert value.item() == pytest.approx(similarity_loss(outputs, temperature, threshold)[0], rel=1e-11)
 
 
 def test_cells_like_none_of_the_next_frame_cost_nothing():
