@@ -122,6 +122,8 @@ def cldice(**changes):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        ({"background": 3}, ["background 3 is not one of its 3 classes"]),
+        ({"images": ["00"] * IMAGES}, ["12 images of 3 classes have counts"]),
         ({"counts": record().counts[:, ::-1]}, ["its counts are inconsistent"]),
         ({"counts": -record().counts}, ["its counts are inconsistent"]),
         ({"scores": {"left_out": [0.5]}}, ["cldice has ", "the values of 1 and 2 units"]),

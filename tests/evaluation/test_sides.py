@@ -108,16 +108,28 @@ def test_names_of_several_folders_are_joined_and_stay_apart(tmp_path):
     assert run_names(same) == ["a/eval_1", "b/eval_1", "b/eval_2"] and run_names(same[1:]) == ["eval_1", "eval_2"]
 
 
-@pytest.mark.parametrize("damaged", [{"images_per_s": 1e-320}, {"parameters": 10**30}])  # the inverse is infinite
-def test_damaged_costs_are_dropped_with_a_warning(tmp_path, monkeypatch, caplog, damaged):
+@pytest.fixture
+def make_row(tmp_path, monkeypatch):
+    """Return a function that makes the row of a run whose record of costs has some other values."""
     monkeypatch.setattr(compare, "scores_of", lambda records: {"miou": 0.5, "accuracy": 0.6})
-    record = SimpleNamespace(source=str(tmp_path / "checkpoints/best.safetensors"))
-    whole = {"parameters": 5, "trainable": 1, "images_per_s": 4.0, "memory_gib": 0.5}
-    for changes, expected in ((damaged, [None] * 4), ({}, [5, 1, 0.5, 0.25])):
-        caplog.clear()
-        (tmp_path / COST).write_text(json.dumps(whole | changes))
-        (row,) = compare.run_rows([Side("a", [tmp_path], ["a"], [tmp_path], [record])])
-        assert (row["run"], row["miou"], row["accuracy"]) == ("a", 0.5, 0.6)
-        assert [row[key] for key in ("parameters", "trainable", "memory_gib", "seconds")] == expected
-        said = "cost.json is damaged" in caplog.text and "costs are left out" in caplog.text
-        assert said == bool(changes)
+
+    def make_row(**changes):
+        costs = {"parameters": 5, "trainable": 1, "images_per_s": 4.0, "memory_gib": 0.5}
+        (tmp_path / COST).write_text(json.dumps(costs | changes))
+        record = SimpleNamespace(source=str(tmp_path / "checkpoints/best.safetensors"))
+        return compare.run_rows([Side("a", [tmp_path], ["a"], [tmp_path], [record])])[0]
+
+    return make_row
+
+
+def test_row_has_costs_and_scores(make_row, caplog):
+    costs = {"parameters": 5, "trainable": 1, "memory_gib": 0.5, "seconds": 0.25}
+    assert make_row() == {"run": "a", "miou": 0.5, "accuracy": 0.6, **costs} and not caplog.text
+
+
+@pytest.mark.parametrize("damaged", [{"images_per_s": 1e-320}, {"parameters": 10**30}])
+def test_damaged_costs_are_dropped_with_a_warning(make_row, caplog, damaged):
+    row = make_row(**damaged)
+    assert row["miou"] == 0.5
+    assert [row[key] for key in ("parameters", "trainable", "memory_gib", "seconds")] == [None] * 4
+    assert "cost.json is damaged" in caplog.text and "costs are left out" in caplog.text

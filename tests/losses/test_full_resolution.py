@@ -268,6 +268,14 @@ def test_weighted_sum_needs_no_full_resolution_scores():
     torch.testing.assert_close(value, sum(LOSSES[name][0](prediction, batch)[0] for name in ("cross-entropy", "dice")))
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_label_outside_the_classes_is_an_error(name):
+    prediction, batch = random_case(*CASES[0], 0)
+    batch.mask[0, 0, 0] = 5
+    with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
+        LOSSES[name][0](prediction, batch)
+
+
 @pytest.mark.parametrize(("device", "tiles"), [("cpu", (1, 9)), ("meta", (7, 1))])
 def test_a_tile_is_a_pixel_wide_or_high_at_least(device, tiles, monkeypatch):
     monkeypatch.setattr(full_resolution, "CACHED", 1)

@@ -224,12 +224,16 @@ def test_parts_of_a_batch_add_up_to_its_loss(fixed_points):
     torch.testing.assert_close(total, whole, rtol=1e-6, atol=0)
 
 
-def test_images_without_labels_count_with_ignored_background():
+def test_images_without_labels_count_with_ignored_background(fixed_points):
     mask = random_mask((2, 10, 13), 0)
     mask[1] = 255
-    _, batch = make(mask)
-    losses = [MaskClassification(WEIGHTS, ignored=ignored) for ignored in ("excluded", "background")]
-    assert [loss.divisors(batch)[-1] for loss in losses] == [1, 2]
+    prediction, batch = make(mask)
+    excluded, background = (MaskClassification(WEIGHTS, ignored=ignored) for ignored in ("excluded", "background"))
+    assert [loss.divisors(batch)[-1] for loss in (excluded, background)] == [1, 2]
+    outputs = prediction.outputs
+    classes, masks = torch.autograd.grad(background(prediction, batch)[0], [outputs.class_logits, outputs.mask_logits])
+    assert classes[1].any()  # queries of an image without labels predict no object
+    assert not masks[1].any()
 
 
 def test_more_classes_than_queries_are_refused():

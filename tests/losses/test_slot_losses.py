@@ -73,8 +73,13 @@ def test_reconstruction_equals_plain_loops(steps, grid):
         assert parts[f"step_{step}"].item() == pytest.approx(error, rel=1e-12)
         assert not parts[f"step_{step}"].requires_grad
     assert parts["weight"] == 2 * (4 - max(steps))
-    value.backward()
-    assert outputs.features.grad is None and all(each.grad.any() for each in outputs.reconstructions)
+
+
+def test_only_predicted_features_get_a_gradient():
+    outputs = outputs_of([0, 2], length=5)
+    reconstruct(outputs)[0].backward()
+    assert outputs.features.grad is None
+    assert all(predicted.grad.any() for predicted in outputs.reconstructions)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

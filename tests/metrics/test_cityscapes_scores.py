@@ -194,8 +194,11 @@ def test_instances_in_8_bits(tmp_path):
 def test_the_label_table_is_complete():
     rows = label_table("cityscapes")
     assert [int(row["id"]) for row in rows] == [*range(34), -1] and rows[-1]["name"] == "license plate"
+    assert [int(row["train_id"]) for row in rows if row["train_id"] not in ("255", "-1")] == list(range(19))
     assert {int(row["id"]) for row in rows if row["ignored"] == "1"} == IGNORED | {-1}
     assert {int(row["id"]) for row in rows if row["instances"] == "1"} == {*SIZES, 29, 30}
+    for index, labels in enumerate(CATEGORIES):
+        assert {int(row["category_id"]) for row in rows if int(row["id"]) in labels} == {index}
     assert len({row["name"] for row in rows}) == 35 and len({row["category"] for row in rows}) == 8
     assert all(len(row["color"].split()) == 3 for row in rows)
 

@@ -67,10 +67,14 @@ def test_cldice_equals_plain_loops_on_ugly_cases():
         assert [*chosen.values()] == pytest.approx(reference_scores(images, (0, 2)), abs=1e-12), seed
 
 
+def test_check_accepts_classes_of_the_data_and_layers():
+    ClDice(classes=[1, 3]).check_classes(CLASSES)
+    ClDice().check_classes(1, has_layers=True)
+
+
 def test_predictions_of_the_ignored_class_count_nowhere():
     mask, ids = np.zeros((2, 8, 12), np.uint8)
     ids[5] = mask[7] = 1
-    ClDice().check_classes(3, has_layers=True)
     assert score(ClDice(), [(ids, mask)], ignored=1) == {"cldice": None, "skeleton_recall": None}
     mask[2], ids[2] = 2, 2
     assert score(ClDice(), [(ids, mask)], ignored=1) == {"cldice": 1.0, "skeleton_recall": 1.0}

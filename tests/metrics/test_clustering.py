@@ -201,8 +201,9 @@ def test_videos_score_as_defined(tmp_path, ignore, matching):
     ("labelled", "foreground", "rule"),
     [(True, 1.0, "a video (or frame) without fore"), (False, np.nan, "FG-ARI and mBO leave out a video")],
 )
-def test_videos_without_objects_are_noted(tmp_path, labelled, foreground, rule):
-    protocol, held = VideoClustering(labelled_background=labelled), videos()
+def test_videos_without_objects_follow_the_noted_rule(tmp_path, labelled, foreground, rule):
+    protocol = VideoClustering(labelled_background=labelled)
+    held = videos()
     scores, _, _ = video_scores(protocol, *write_videos(tmp_path / "one", {"empty": held["empty"]}))
     np.testing.assert_array_equal([scores["FG-ARI"], scores["FG-ARI_per_frame"]], foreground)
     assert np.isnan(scores["mBO"]) and np.isnan(scores["mBO_per_frame"]) and scores["ARI"] <= 1

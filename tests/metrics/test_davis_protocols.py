@@ -327,6 +327,7 @@ def test_folders_without_davis_are_refused(tmp_path):
 test_options_are_refused_with_their_rule = refusals(
     {
         "no proposals": (lambda: Davis2017Unsupervised(max_proposals=0), "max_proposals=0 is ", "from 1 to 255"),
+        "256 proposals": (lambda: Davis2017Unsupervised(max_proposals=256), "max_proposals=256 is ", "from 1 to 255"),
         "no split": (lambda: Davis2017(split=""), "split=", " is not a valid name"),
         "a path as split": (lambda: Davis2016(split="a/b"), "split=a/b is not a valid name"),
         "a parent as resolution": (lambda: Davis2017Unsupervised(resolution=".."), "resolution=.. is not a valid name"),

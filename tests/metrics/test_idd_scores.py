@@ -9,6 +9,7 @@ from mistakes import assert_refused
 from PIL import Image
 from score_making import assert_bad_file, maps, measure_pair, scores, tree, unit_sums
 
+from dinoseg.metrics.counts import group_counts
 from dinoseg.metrics.protocols.idd import ENDING, NAMES, Idd
 from dinoseg.metrics.protocols.idd_lite import IddLite
 
@@ -62,6 +63,11 @@ def test_equals_the_official_script_on_varied_maps(tmp_path, ids):
     pairs = maps(np.random.default_rng(len(ids)), ids)
     found = scores(Idd(resolution=240), *tree(tmp_path, pairs, path))
     assert found == pytest.approx(official(count(pairs, SIZES[240], 26)), abs=1e-12, nan_ok=True)
+
+
+def test_groups_of_large_counts_stay_exact():
+    matrix = np.array([[2**60, 1, 2], [3, 2**60 + 1, 5], [7, 11, 13]])
+    assert group_counts(matrix, np.array([0, 0, 1])).tolist() == [[2**61 + 5, 7], [18, 13]]
 
 
 @pytest.mark.parametrize(("resolution", "shape"), [(1080, (227, 320)), (720, (719, 1283)), (480, (1080, 1920))])

@@ -68,6 +68,7 @@ test_message_names_value_and_remedy = refusals(
             for key in ("ignore_index", "background")
             for value in (1.0, True, "1")
         },
+        "background below 0": (lambda: ConfusionMatrix(2, background=-1), "background=-1"),
         "background of K": (lambda: ConfusionMatrix(2, background=2), "background=2"),
         "ignore_index of None": (lambda: ConfusionMatrix(2, ignore_index=None), "ignore_index=None"),
         "ids of another size": (lambda: count(PAIRS[:1], PAIRS), "x: ", "[1, 4]", "[4, 4]"),
@@ -79,6 +80,7 @@ test_message_names_value_and_remedy = refusals(
         "more classes than layers": (lambda: count(LAYERS, LAYERS, 2), "1 layers", "2"),
         "layers of a metric": (lambda: count(LAYERS * 255, LAYERS, 1, LayerMetric(BoundaryIoU())), "holds 255"),
         "ratio above 1": (lambda: BoundaryIoU(2), "=2 is"),
+        "no ratio": (lambda: BoundaryIoU(0), "=0 is"),
         "negative tolerance": (lambda: SurfaceDice(-1), "=-1 is"),
         "classes of clDice": (lambda: ClDice(classes=[1, 4]).check_classes(4), "classes=[1, 4]", "from 0 to 3"),
         "an unknown class": (lambda: count(PAIRS, PAIRS, metric=ClDice([1, 2])), "classes=[1, 2]", "from 0 to 1"),

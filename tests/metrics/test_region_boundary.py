@@ -59,6 +59,7 @@ def cases():
         yield f"pixel in {size}", pixel(0, 0, size), pixel(-1, -1, size), 1, 1
     yield "no objects", noise((9, 9), 2), noise((9, 9), 2), 0, 2
     yield "no proposals", noise((9, 9), 2), noise((9, 9), 2), 2, 0
+    yield "tolerance of 1 pixel exactly", blobs(rng, (75, 100), 3), blobs(rng, (75, 100), 3), 3, 3
 
 
 CASES = {name: rest for name, *rest in cases()}

@@ -184,6 +184,15 @@ def test_missing_files_are_counted_and_noted(folders, protocol):
     assert [row.tolist() for row in counts.values()] == [[1, 5], [0, 4], [0, 1], [1, 2]]
 
 
+def test_folders_named_like_masks_are_passed_over(folders):
+    reference, prediction = folders
+    expected = SarRarp50().find(reference, prediction)
+    (reference / "video_42/segmentation/000000999.png").mkdir()
+    (prediction / "video_42/segmentation/000000998.png").mkdir()
+    found = SarRarp50().find(reference, prediction)
+    assert found.cases == expected.cases and found.notes == expected.notes and not found.problems
+
+
 def test_an_ending_that_is_not_png_is_given_as_the_reason(folders):
     place = folders[1] / "video_42/segmentation"
     (place / "000000060.png").rename(place / "000000060.PNG")

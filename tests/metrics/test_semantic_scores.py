@@ -28,7 +28,8 @@ def pooled_scores(pairs, num_classes, ignore=255):
     rows = []
     for label in range(num_classes):
         ours, theirs = (set(np.flatnonzero(ids == label).tolist()) for ids in (reference, guess))
-        both, areas = len(ours & theirs), len(ours) + len(theirs)
+        both = len(ours & theirs)
+        areas = len(ours) + len(theirs)
         rows.append((share(both, areas - both), share(both, len(ours)), share(2 * both, areas)))
     means = map(mean, zip(*rows, strict=True))
     return dict(zip(("mIoU", "mean_accuracy", "dice"), means, strict=True)) | {"accuracy": np.mean(reference == guess)}

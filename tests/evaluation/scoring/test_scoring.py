@@ -260,12 +260,15 @@ def test_files_that_cannot_be_scored_are_all_named():
     assert [row["file"] for row in summary(Share(), scored)["problems"]] == ["lost.png", "b/bad-1", "c/bad-2"]
     nothing = "Nothing is left to score in P: 1 problem, such as a/bad-1: it is bad"
     assert_refused(lambda: scored_cases("a/bad-1", on_error="skip"), nothing)
-    bad = BadFile(Path("a.png"), "it is bad")
-    copy = pickle.loads(pickle.dumps(bad))  # as of another process
-    assert (copy.path, copy.reason, str(copy)) == (bad.path, bad.reason, str(bad))
     many = Unscorable([(Path(f"{number}.png"), "bad") for number in range(30)], "P")
     assert "19.png" in str(many) and "20.png" not in str(many) and "and 10 more" in str(many)
     assert len(many.problems) == 30
+
+
+def test_a_bad_file_of_another_process_keeps_path_and_reason():
+    bad = BadFile(Path("a.png"), "it is bad")
+    copy = pickle.loads(pickle.dumps(bad))
+    assert (copy.path, copy.reason, str(copy)) == (bad.path, bad.reason, str(bad))
 
 
 def test_killed_scoring_process_names_the_remedy(monkeypatch):
