@@ -17,7 +17,6 @@ from dinoseg.evaluation.comparison import (
     SHOWN,
     _pair_shot,
     against,
-    best_first,
     largest_differences,
     scores_of,
     verdicts,
@@ -68,20 +67,17 @@ def as_layers(found):
     return replace(found, counts=np.concatenate([found.counts, np.full((IMAGES, 1, CLASSES), 400)], axis=1))
 
 
-@pytest.fixture
-def two(tmp_path):
-    """Return the folders of two runs."""
-    return [tmp_path / "a", tmp_path / "b"]
+TWO = (Path("a"), Path("b"))  # folders of runs
 
 
 def align(folders, *records):
     return align_records(dict(zip(folders, records, strict=True)))
 
 
-def test_runs_of_two_tasks_are_refused_by_name(two, tmp_path):
+def test_runs_of_two_tasks_are_refused_by_name(tmp_path):
     mixed = record(), as_layers(record(1))
-    assert_refused(lambda: align(two, *mixed), "task: semantic in the first; multilabel in the second")
-    layers = align(two, as_layers(record()), as_layers(record(1)))
+    assert_refused(lambda: align(TWO, *mixed), "task: semantic in the first; multilabel in the second")
+    layers = align(TWO, as_layers(record()), as_layers(record(1)))
     assert [found.task for found in layers] == ["multilabel"] * 2
     write_record(layers[0], tmp_path)
     assert read_record(tmp_path).task == "multilabel"
@@ -92,12 +88,12 @@ def sides(folders, records):
     return [Side(at.name, [at], [at.name], [at], [found]) for at, found in zip(folders, records, strict=True)]
 
 
-def test_images_in_another_order_are_the_same_images(two, caplog):
+def test_images_in_another_order_are_the_same_images(caplog):
     first, second, order = record(), record(1), np.random.default_rng(0).permutation(IMAGES)
     names, units = ([each[index] for index in order] for each in (second.images, second.units))
-    given = align(two, first, replace(second, images=names, units=units, counts=second.counts[order]))
+    given = align(TWO, first, replace(second, images=names, units=units, counts=second.counts[order]))
     assert np.array_equal(given[1].counts, second.counts) and "belong to" not in caplog.text
-    other = against(sides(two, given), pytest.fail)[0]
+    other = against(sides(TWO, given), pytest.fail)[0]
     assert other.scores == scores_of([second]) and other.mious[0] != pytest.approx(scores_of([first])["miou"])
     right, held, predicted = second.counts[0].astype(float)
     assert other.mious[0] == pytest.approx((right / (held + predicted - right)).mean())
@@ -112,9 +108,9 @@ def test_images_in_another_order_are_the_same_images(two, caplog):
         ({"images": [*record().images[1:], "x"]}, "1 image only in the first (data=x, x): 00"),
     ],
 )
-def test_incomparable_records_are_refused_with_the_difference(two, change, told):
+def test_incomparable_records_are_refused_with_the_difference(change, told):
     said = "were not evaluated on the same images", f"- {told}\n"
-    assert_refused(lambda: align(two, record(), record(1, **change)), *said)
+    assert_refused(lambda: align(TWO, record(), record(1, **change)), *said)
 
 
 def cldice(**changes):
@@ -216,15 +212,15 @@ def metric_scores(metric, seed, names, units):
 
 
 @pytest.mark.parametrize("metric", [ClDice(), ForegroundShare()])
-def test_further_scores_are_paired_by_unit(two, tmp_path, metric):
+def test_further_scores_are_paired_by_unit(tmp_path, metric):
     base = record(units=[f"{index // 3}" for index in range(IMAGES)])
     order = np.random.default_rng(1).permutation(IMAGES)
     names, units = ([each[index] for index in order] for each in (base.images, base.units))
     first, rows = metric_scores(metric, 0, base.images, base.units)
     second, _ = metric_scores(metric, 3, names, units)
     write_record(replace(base, images=names, units=units, counts=base.counts[order], scores=second), tmp_path)
-    given = align(two, replace(base, scores=first), read_record(tmp_path))
-    (other,) = against(sides(two, given), list)
+    given = align(TWO, replace(base, scores=first), read_record(tmp_path))
+    (other,) = against(sides(TWO, given), list)
     name = next(iter(metric.scores))
     gap = other.differences[name]
     others = metric_scores(metric, 3, base.images, base.units)[1]
@@ -312,17 +308,13 @@ def test_a_single_unit_has_the_error_of_its_runs():
     assert further_difference(runs_of(0.1, 0.1, 0.1), runs_of(0.1, 0.1)).value == 0
 
 
-def test_scores_unbounded_or_of_other_settings_are_no_rivals(two, caplog):
+def test_scores_unbounded_or_of_other_settings_are_no_rivals(caplog):
     metric, base = ForegroundShare(), record()
     metric.unbounded = ("share",)
     assert metric_scores(metric, 0, base.images, base.units)[0] == {}
     wide, narrow = (metric_scores(BoundaryIoU(ratio), 0, base.images, base.units)[0] for ratio in (0.2, 0.02))
-    found = align(two, replace(base, scores=wide), replace(base, scores=narrow))
+    found = align(TWO, replace(base, scores=wide), replace(base, scores=narrow))
     assert [dict(run.scores) for run in found] == [{}, {}] and "boundary_iou" in caplog.text
-
-
-def test_runs_are_ranked_best_first_and_unscored_last():
-    assert best_first([0.2, None, 0.5, 0.0, 0.5, None]) == [2, 4, 0, 3, 1, 5]
 
 
 def test_notes_state_the_runs_and_units_per_side():
@@ -381,13 +373,6 @@ def add_jobs(folder, *names):
         (folder / name / RECORD).touch()
 
 
-def test_jobs_of_a_sweep_come_by_their_numbers(tmp_path):
-    (tmp_path / "multirun.yaml").touch()
-    add_jobs(tmp_path, "10", "9", "0")
-    assert [job.name for job in _jobs(tmp_path, ())] == ["0", "9", "10"]
-    assert [job.name for job in _jobs(tmp_path, {tmp_path / "9"})] == ["0", "10"]
-
-
 def test_jobs_that_were_run_again_or_have_names_of_their_own(tmp_path, caplog):
     (tmp_path / "multirun.yaml").touch()
     (tmp_path / "sweep.csv").touch()
@@ -397,8 +382,9 @@ def test_jobs_that_were_run_again_or_have_names_of_their_own(tmp_path, caplog):
     add_jobs(tmp_path, "lr=0.1,seed=0", "lr=0.1,seed=1")
     assert [job.name for job in _jobs(tmp_path, ())] == ["lr=0.1,seed=0", "lr=0.1,seed=1"]
     assert "left out: lr=0.2,seed=0." in caplog.text
-    add_jobs(tmp_path, "0", "1_2")
-    assert [job.name for job in _jobs(tmp_path, ())] == ["0"]
+    add_jobs(tmp_path, "10", "9", "0", "1_2")
+    assert [job.name for job in _jobs(tmp_path, ())] == ["0", "9", "10"]
+    assert [job.name for job in _jobs(tmp_path, {tmp_path / "9"})] == ["0", "10"]
     assert "left out: 1_2, lr=0.1,seed=0, lr=0.1,seed=1, lr=0.2,seed=0." in caplog.text
 
 

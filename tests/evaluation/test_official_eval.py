@@ -139,14 +139,6 @@ def test_missing_instances_skip_only_the_official_scores(evaluate, tmp_path):
     assert written["official_scores.json"]["n"] == 1 and len(written["official_scores.json"]["problems"]) == 1
 
 
-@pytest.mark.heavy
-def test_without_any_instances_there_are_no_official_scores(evaluate, tmp_path):
-    for path in (tmp_path / "data/gtFine/val/bonn").glob("*_instanceIds.png"):
-        path.unlink()
-    _, written, _ = evaluate("data.on_error=skip")
-    assert "official_scores.json" not in written and len(written["problems.json"]["problems"]) == 2
-
-
 def test_unreadable_reference_skips_only_the_official_scores(evaluate, tmp_path):
     bad = tmp_path / "data/gtFine/val/bonn/bonn_000000_000019_gtFine_instanceIds.png"
     bad.write_bytes(b"no picture")

@@ -107,12 +107,3 @@ def test_divergence_of_mixture_compares_its_logarithm():
     assert value.item() == pytest.approx(reference.item(), rel=1e-5)
     for own, wanted in zip(found, torch.autograd.grad(reference, [masks, shares]), strict=True):
         assert torch.allclose(own, wanted, atol=1e-6)
-
-
-def test_student_equal_to_its_teacher_has_no_loss():
-    grid = torch.randn(1, K, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    prediction = Prediction(grid, (12, 20), (1.0, 1.0), refuse_scores, grid=grid)
-    # a number on all scores of a pixel says nothing
-    own = TeacherView.of(grid.detach()[0] - 7, (1.0, 1.0), matrix(), (12, 20))
-    value = divergence(prediction, [own], (12, 20), 3.0)
-    assert abs(value.item()) < 1e-6 and torch.autograd.grad(value, grid)[0].abs().max() < 1e-7

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dinoseg.losses import full_resolution
 from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.losses.focal import Focal
 from dinoseg.losses.overlap import Dice, Tversky
+from dinoseg.losses.pixel_mean import Hardest
 from dinoseg.losses.weighted_sum import WeightedSum
 
 WEIGHTS = torch.tensor([0.25, 1.0, 3.0, 0.0, 0.5])
@@ -128,20 +130,24 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(full_resolution, "CACHED", 8 * 5 * 17)
 
 
+def assert_equals_reference(loss, reference, prediction, batch, within):
+    """Compare value and gradient with those of a reference on all logits at once; return the parts of the loss."""
+    value, parts = loss(prediction, batch)
+    found = gradient(value, prediction.grid)
+    assert value.dtype == found.dtype == prediction.grid.dtype
+    exact = prediction.grid.detach().double().requires_grad_()
+    expected = reference(all_logits(exact, batch.mask.shape[1:], prediction.valid), batch.mask.long())
+    wanted = gradient(expected, exact)
+    assert value.item() == pytest.approx(expected.item(), rel=within, abs=within)
+    assert (found - wanted).abs().max() <= within * max(wanted.abs().max(), 1e-3)
+    return parts
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value_and_gradient_are_those_of_all_logits_at_once(name, case):
-    loss, reference = LOSSES[name]
     for dtype, within in PRECISIONS if case in CASES[:4] else PRECISIONS[:1]:
-        prediction, batch = random_case(*case, 0, dtype)
-        value, _ = loss(prediction, batch)
-        found = gradient(value, prediction.grid)
-        assert value.dtype == found.dtype == dtype
-        exact = prediction.grid.detach().double().requires_grad_()
-        expected = reference(all_logits(exact, case[2], prediction.valid), batch.mask.long())
-        wanted = gradient(expected, exact)
-        assert value.item() == pytest.approx(expected.item(), rel=within, abs=within)
-        assert (found - wanted).abs().max() <= within * max(wanted.abs().max(), 1e-3)
+        assert_equals_reference(*LOSSES[name], *random_case(*case, 0, dtype), within)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -262,12 +268,12 @@ def test_weighted_sum_needs_no_full_resolution_scores():
     torch.testing.assert_close(value, sum(LOSSES[name][0](prediction, batch)[0] for name in ("cross-entropy", "dice")))
 
 
-def test_label_outside_the_classes_is_an_error():
-    for loss, _ in LOSSES.values():
-        prediction, batch = random_case(*CASES[0], 0)
-        batch.mask[0, 0, 0] = 5
-        with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
-            loss(prediction, batch)
+@pytest.mark.parametrize("name", LOSSES)
+def test_label_outside_the_classes_is_an_error(name):
+    prediction, batch = random_case(*CASES[0], 0)
+    batch.mask[0, 0, 0] = 5
+    with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
+        LOSSES[name][0](prediction, batch)
 
 
 @pytest.mark.parametrize(("device", "tiles"), [("cpu", (1, 9)), ("meta", (7, 1))])
@@ -277,3 +283,59 @@ def test_a_tile_is_a_pixel_wide_or_high_at_least(device, tiles, monkeypatch):
     grid, mask = torch.zeros(1, 5, 2, 3, device=device), torch.zeros(1, 7, 9, device=device)
     way = full_resolution._Tiles.over([grid], mask, (1.0, 1.0), 255)
     assert (len(way.bands), len(way.columns)) == tiles
+
+
+BLOCKS = [(21, 34), (40, 7), (1, 1), (1, 60), (33, 33)]
+
+
+def random_blocks(size, seed, dtype=torch.float64):
+    """Return a prediction, and masks of blocks: void between some, an image of one class, one all void."""
+    draw = torch.Generator().manual_seed(seed)
+    blocks = torch.tensor([0, 1, 3, 4])[torch.randint(0, 4, (4, -(-size[0] // 9), -(-size[1] // 9)), generator=draw)]
+    mask = blocks.repeat_interleave(9, 1).repeat_interleave(9, 2)[:, : size[0], : size[1]].contiguous()
+    mask[0, :, 4:6] = 255
+    mask[0][torch.rand(size, generator=draw) < 0.1] = 255
+    mask[2], mask[3] = 1, 255
+    grid = 3 * torch.randn(4, 5, -(-size[0] // 8), -(-size[1] // 8), dtype=torch.float64, generator=draw)
+    grid = grid.to(dtype).requires_grad_()
+    batch = Batch(torch.zeros(4, 3, 1, 1), mask.to(torch.uint8), [""] * 4)
+    return Prediction(grid, size, valid_share(size, 8), refuse_scores, grid=grid), batch
+
+
+HARDEST = {
+    "hardest": (CrossEntropy(WEIGHTS, hard_fraction=0.4), partial(hardest, share=0.4)),
+    "smoothed": (
+        CrossEntropy(WEIGHTS, label_smoothing=0.2, hard_fraction=0.1),
+        partial(hardest, share=0.1, costs_of=partial(entropies, smoothing=0.2)),
+    ),
+    "focal": (Focal(WEIGHTS, hard_fraction=0.25), partial(hardest, share=0.25, costs_of=focal_costs)),
+}
+
+
+@pytest.mark.parametrize("name", HARDEST)
+@pytest.mark.parametrize("seed", range(2))
+def test_hardest_pixels_of_blocks_equal_all_pixels_at_once(name, seed):
+    for size in BLOCKS[seed::2]:
+        for dtype, within in ((torch.float64, 1e-11), (torch.float32, 2e-6)):
+            parts = assert_equals_reference(*HARDEST[name], *random_blocks(size, seed, dtype), within)
+            assert not parts["weight"].requires_grad
+
+
+def test_the_hardest_are_chosen_in_each_image_by_itself():
+    costs = torch.tensor([[[0.0, 5.0, 1.0, 9.0, 3.0]], [[7.0, 7.0, 7.0, 1.0, 8.0]], [[1.0, 2.0, 3.0, 4.0, 5.0]]])
+    labelled = torch.tensor([[[1, 1, 1, 0, 1]], [[1, 1, 1, 1, 1]], [[0, 0, 0, 0, 0]]]).bool()
+
+    def select_hardest(share):
+        return [row.nonzero()[:, 1].tolist() for row in Hardest(share).select_pixels(costs, labelled)]
+
+    assert select_hardest(0.5) == [[1, 4], [0, 1, 2, 4], []]  # three cost as much as the third
+    assert select_hardest(0.01) == [[1], [4], []]  # one at least
+    assert select_hardest(0.51) == [[1, 2, 4], [0, 1, 2, 4], []]
+    costs[0, 0, 2] = torch.nan
+    assert Hardest(0.01).select_pixels(costs, labelled)[0, 0, 2]  # so that the loss is no number, and training stops
+
+
+def test_over_all_pixels_the_weight_counts_ignored_ones_too():
+    prediction, batch = random_blocks(BLOCKS[0], 4)
+    loss = CrossEntropy(WEIGHTS, average="all")
+    assert loss(prediction, batch)[1]["weight"] == batch.mask.numel() and loss.divisors(batch) == batch.mask.numel()

@@ -122,10 +122,8 @@ class Way:
 def better(monkeypatch):
     """Give the choice with nothing chosen before, and seconds that a kernel and tiles take."""
     monkeypatch.setattr(fused, "_chosen", {})
-    clock = iter(())
 
     def choose_twice(kernel, seconds=(2.0, 1.0, 1.0)):  # tiles, the kernel compiled, the kernel
-        nonlocal clock
         clock = iter([moment for took in seconds for moment in (0.0, took)])
         monkeypatch.setattr(fused.time, "perf_counter", lambda: next(clock))
         tiles = Way()

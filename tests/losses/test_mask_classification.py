@@ -8,7 +8,7 @@ import torch
 from mistakes import assert_refused
 
 from dinoseg.core.geometry import upsample, valid_share
-from dinoseg.core.shapes import Batch, MaskOutputs, Prediction
+from dinoseg.core.shapes import Batch, MaskOutputs, Prediction, collect_tensors
 from dinoseg.losses import mask_classification
 from dinoseg.losses.mask_classification import FACTORS, MaskClassification
 
@@ -37,21 +37,6 @@ def make(mask, image=(20, 29), **options):
 def semantic(outputs, size, valid):
     classes = outputs.class_logits.softmax(-1)[..., :K]
     return torch.einsum("bqk,bqhw->bkhw", classes, upsample(outputs.mask_logits, size, valid).sigmoid())
-
-
-def take(prediction, batch, at):
-    """Return some images of a prediction and a batch."""
-    layers = [
-        MaskOutputs(layer.class_logits[at], layer.mask_logits[at])
-        for layer in (prediction.outputs, *prediction.outputs.aux)
-    ]
-    outputs = MaskOutputs(layers[0].class_logits, layers[0].mask_logits, layers[1:])
-    some = Prediction(outputs, prediction.size, prediction.valid, semantic, True)
-    return some, Batch(batch.image[at], batch.mask[at], batch.names[at])
-
-
-def tensors(outputs):
-    return [tensor for layer in (outputs, *outputs.aux) for tensor in (layer.class_logits, layer.mask_logits)]
 
 
 def random_mask(shape, seed, classes=(0, 1, 2), ignored=0.3):
@@ -216,34 +201,13 @@ def test_agrees_with_transformers(monkeypatch, ignored, points, options):
         torch.testing.assert_close(parts[ours], found[name], rtol=1e-5, atol=0)
 
 
-def test_gradients_equal_finite_differences(fixed_points):
-    mask = MASKS["one image without labels"]
-    prediction, batch = make(mask, columns=K, aux=1, queries=3, grid=(2, 2))
-    criterion = MaskClassification(WEIGHTS.double())
-
-    def value(*parts):
-        layers = [MaskOutputs(*parts[start : start + 2]) for start in range(0, len(parts), 2)]
-        outputs = MaskOutputs(layers[0].class_logits, layers[0].mask_logits, layers[1:])
-        return criterion(Prediction(outputs, prediction.size, prediction.valid, semantic, True), batch)[0]
-
-    assert torch.autograd.gradcheck(value, tensors(prediction.outputs))
-
-
 @pytest.mark.parametrize(("images", "columns"), [(2, K), (0, K + 1)])
 def test_a_batch_without_labels_gives_zero_and_finite_gradients(images, columns):
     prediction, batch = make(torch.full((images, 6, 5), 255, dtype=torch.uint8), columns=columns, dtype=torch.bfloat16)
     value, parts = MaskClassification(WEIGHTS)(prediction, batch)
     value.backward()
     assert value.dtype == torch.float32 and value.item() == 0 and set(parts) == {"class", "mask", "dice"}
-    assert all(bool((tensor.grad == 0).all()) for tensor in tensors(prediction.outputs))
-
-
-def test_padding_of_the_grid_moves_nothing():
-    mask = random_mask((1, 16, 24), 8, ignored=0.0)
-    prediction, batch = make(mask, image=(16, 17), grid=(8, 12))  # the image covers 8 x 8.5 cells
-    MaskClassification(WEIGHTS, num_points=500)(prediction, batch)[0].backward()
-    for tensor in tensors(prediction.outputs)[1::2]:
-        assert not tensor.grad[..., 10:].any() and tensor.grad[..., 7].any()
+    assert all(bool((tensor.grad == 0).all()) for tensor in collect_tensors(prediction.outputs))
 
 
 def test_parts_of_a_batch_add_up_to_its_loss(fixed_points):
@@ -253,25 +217,23 @@ def test_parts_of_a_batch_add_up_to_its_loss(fixed_points):
     whole, _ = criterion(prediction, batch)
     divisors, total = criterion.divisors(batch), 0.0
     for at in (slice(0, 1), slice(1, 3)):
-        own = take(prediction, batch, at)
+        own = prediction.of_images(at), Batch(batch.image[at], batch.mask[at], batch.names[at])
         part, value, _ = criterion.step_loss(*own, divisors)
         assert value == criterion(*own)[0] and not value.requires_grad
         total = total + part
     torch.testing.assert_close(total, whole, rtol=1e-6, atol=0)
 
 
-def test_ignored_pixels_of_the_background_pull_masks_down(fixed_points):
+def test_images_without_labels_count_with_ignored_background(fixed_points):
     mask = random_mask((2, 10, 13), 0)
     mask[1] = 255
     prediction, batch = make(mask)
-    values = {}
-    for ignored in ("excluded", "background"):
-        values[ignored] = MaskClassification(WEIGHTS, ignored=ignored)(prediction, batch)[0]
-    classes, masks = torch.autograd.grad(values["background"], tensors(prediction.outputs)[:2])
+    excluded, background = (MaskClassification(WEIGHTS, ignored=ignored) for ignored in ("excluded", "background"))
+    assert [loss.divisors(batch)[-1] for loss in (excluded, background)] == [1, 2]
+    outputs = prediction.outputs
+    classes, masks = torch.autograd.grad(background(prediction, batch)[0], [outputs.class_logits, outputs.mask_logits])
     assert classes[1].any()  # queries of an image without labels predict no object
-    assert values["background"] != values["excluded"] and not masks[1].any()
-    divisors = [MaskClassification(WEIGHTS, ignored=ignored).divisors(batch).tolist() for ignored in values]
-    assert [images for *_, images in divisors] == [1, 2]
+    assert not masks[1].any()
 
 
 def test_more_classes_than_queries_are_refused():

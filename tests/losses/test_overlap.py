@@ -87,17 +87,6 @@ def test_lovasz_equals_its_formula(name, dtype):
         assert value.item() == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 1e-10)
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_the_weight_of_a_mean_is_that_of_its_pixels_or_images(name):
-    prediction, batch = make(MASKS[name])
-    labels = MASKS[name][MASKS[name] != 255].long()
-    images = sum(bool((mask != 255).any()) for mask in MASKS[name])
-    for loss in (CrossEntropy, Focal):
-        assert loss(WEIGHTS)(prediction, batch)[1]["weight"].item() == pytest.approx(WEIGHTS[labels].sum().item())
-    for loss in (Dice, Tversky):
-        assert loss(WEIGHTS)(prediction, batch)[1]["weight"] == images
-
-
 @pytest.mark.parametrize("loss", [CrossEntropy, Focal])
 def test_weights_of_another_number_of_classes_are_refused(loss):
     with pytest.raises(RuntimeError, match="weights for 2 classes, but the head scores 4. Give both"):
@@ -133,15 +122,6 @@ def test_only_classes_without_weight_give_zero(loss):
     value, _ = loss(torch.tensor([1.0, 1.0, 0.0, 1.0]))(prediction, batch)
     value.backward()
     assert value.item() == 0 and bool((prediction.outputs.grad == 0).all())
-
-
-@pytest.mark.parametrize("loss", [Dice, Tversky, Lovasz])
-def test_absent_class_counts_only_where_it_is_predicted(loss):
-    mask = torch.zeros(1, 4, 4, dtype=torch.uint8)
-    sure = torch.full((1, 4, 4, 4), -50.0)
-    sure[:, 0] = 50.0
-    value, _ = loss(torch.ones(4))(Prediction(sure, (4, 4), (1.0, 1.0), upsample), Batch(mask, mask, [""]))
-    assert value.item() == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize("loss", EVERY)

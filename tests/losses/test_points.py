@@ -36,13 +36,11 @@ def test_labels_are_those_of_the_pixel_around_the_point():
     assert sample_labels(target, torch.tensor([1]), corners)[0].tolist() == expected
 
 
-def test_random_points_fill_the_image_and_follow_the_seed():
+def test_random_points_fill_the_image():
     torch.manual_seed(3)
     drawn = random_points(2, 4000, torch.device("cpu"))
     assert drawn.shape == (2, 4000, 2) and drawn.min() >= 0 and drawn.max() < 1
     torch.testing.assert_close(drawn.mean((0, 1)), torch.tensor([0.5, 0.5]), atol=0.02, rtol=0)
-    torch.manual_seed(3)
-    assert torch.equal(drawn, random_points(2, 4000, torch.device("cpu")))
 
 
 def choose(masks, target, *, valid=(1.0, 1.0), num_points=40, oversample=3.0, importance=0.75):

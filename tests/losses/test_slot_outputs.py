@@ -12,11 +12,6 @@ pytestmark = pytest.mark.slow
             "head.reconstruct=false head.output_norm=false, or choose loss=video_similarity",
         ),
         pytest.param(
-            *("feature_reconstruction", ["similarity=true"], "similarity=true"),
-            "head.similarity=false, or choose loss=video_similarity",
-            marks=pytest.mark.heavy,
-        ),
-        pytest.param(
             *("video_similarity", ["similarity=true", "reconstruct=false", "output_norm=false"], "reconstruct=false"),
             "head.reconstruct=true, or choose loss=temporal_similarity",
             marks=pytest.mark.heavy,

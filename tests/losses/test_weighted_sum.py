@@ -2,10 +2,8 @@ from functools import partial
 
 import pytest
 import torch
-from test_losses_mistakes import read_twins
+from test_losses_mistakes import make_from_config, read_twins
 
-from dinoseg.config.nodes import instantiate
-from dinoseg.core.contracts import Loss
 from dinoseg.core.geometry import upsample, valid_share
 from dinoseg.core.sample_maps import LabelMap
 from dinoseg.core.shapes import Batch, Prediction
@@ -58,16 +56,10 @@ def test_terms_give_a_weight_only_if_they_share_it():
     assert part.item() == pytest.approx(alone.item() / 4) and value == alone and parts == named
 
 
-class Unweighted(CrossEntropy):
-    """A term of one's own that weighs no classes."""
-
-    def __init__(self):
-        super().__init__(torch.ones(3))
-
-
 def test_terms_with_other_class_weights_have_own_divisors():
     _, batch = make()
-    loss = WeightedSum({"ce": CrossEntropy, "own": Unweighted}, {"ce": 1.0, "own": 1.0}, WEIGHTS)
+    unweighted = partial(CrossEntropy, torch.ones(3))
+    loss = WeightedSum({"ce": CrossEntropy, "own": unweighted}, {"ce": 1.0, "own": 1.0}, WEIGHTS)
     assert loss.num_divisors == 2 and len(set(loss.divisors(batch).tolist())) == 2
     same = WeightedSum({"ce": CrossEntropy, "focal": Focal}, {"ce": 1.0, "focal": 1.0}, WEIGHTS)
     assert same.num_divisors == 1
@@ -83,18 +75,6 @@ def test_single_term_and_zero_factor_are_valid():
     assert WeightedSum(TERMS, {"ce": 0, "dice": 1}, WEIGHTS)(*make())[0] == dice
 
 
-def test_parts_of_a_term_come_under_its_name():
-    class Inner(Loss):
-        def __init__(self, class_weights):
-            super().__init__()
-
-        def forward(self, prediction, batch):
-            return torch.tensor(1.0), {"weight": torch.tensor(9.0), "mask": torch.tensor(3.0)}
-
-    _, parts = WeightedSum({"m": Inner, "dice": Dice}, {"m": 1.0, "dice": 1.0}, WEIGHTS)(*make())
-    assert parts["m_mask"] == 3 and set(parts) == {"m", "m_mask", "dice"}
-
-
 def test_scores_are_brought_to_the_masks_size_once():
     prediction, batch = make()
     sizes = []
@@ -105,31 +85,21 @@ def test_scores_are_brought_to_the_masks_size_once():
     assert sizes == [(20, 30), (20, 30)]  # once for each call
 
 
-def test_it_needs_masks_when_a_term_does():
+def test_a_sum_needs_what_a_term_needs():
     assert not WeightedSum(TERMS, {"ce": 1.0, "dice": 1.0}, WEIGHTS).needs_masks
-    terms = {"masks": MaskClassification, "dice": Dice}
-    assert WeightedSum(terms, {"masks": 1.0, "dice": 1.0}, WEIGHTS).needs_masks
+    assert WeightedSum({"masks": MaskClassification, "dice": Dice}, {"masks": 1.0, "dice": 1.0}, WEIGHTS).needs_masks
+    assert read_twins(LabelMap(), LabelMap()).needs_maps == {"twin": LabelMap()}  # one map of one kind
 
 
-def test_terms_may_read_one_map_of_one_kind():
-    assert read_twins(LabelMap(), LabelMap()).needs_maps == {"twin": LabelMap()}
-
-
-def test_a_sum_written_on_the_command_line(compose):
-    cfg = compose(
+def test_a_sum_written_on_the_command_line():
+    criterion = make_from_config(
         "loss=ce_dice",
-        "data.root=.",
-        "data.classes=[a,b,c]",
-        "loss.weights=median",
         "loss.criterion.terms.ce.label_smoothing=0.1",
         "loss.criterion.factors.dice=0.5",
         "+loss.criterion.terms.focal={_target_: dinoseg.losses.focal.Focal, _partial_: true, gamma: 3.0}",
         "+loss.criterion.factors.focal=2.0",
+        class_weights=WEIGHTS,
     )
-    assert instantiate(cfg.loss.class_weights)([4, 2, 1], cfg.data.classes).tolist() == pytest.approx(
-        [3 / 7, 6 / 7, 12 / 7]
-    )
-    criterion = instantiate(cfg.loss.criterion)(class_weights=WEIGHTS)
     assert criterion.factors == {"ce": 1.0, "dice": 0.5, "focal": 2.0}
     prediction, batch = make()
     expected = (

@@ -12,7 +12,6 @@ from scipy import ndimage, spatial
 from dinoseg.metrics.protocols.contract import BadFile, ScoringCase
 
 PALETTE = [value for index in range(256) for value in (index, 255 - index, 7)]
-RULES = {"absent_class", "resolution", "ignore", "aggregation", "version", "differs"}
 
 
 def maps(rng, ids, shape=(37, 53)):
@@ -83,18 +82,22 @@ def unit_sums(protocol, reference, prediction):
     return {unit: protocol.join(measured) for unit, measured in by_unit.items()}
 
 
-def scores(protocol, reference, prediction):
-    """Return the scores of two trees as plain numbers, checked to be the same over leading axes."""
-    sums = unit_sums(protocol, reference, prediction)
-    total = np.sum(list(sums.values()), axis=0)
+def total_scores(protocol, sums):
+    """Return the scores of the sums (U, d) of units as plain numbers, checked to be the same over leading axes."""
+    total = np.sum(sums, axis=0)
     values = protocol.scores(total)
     assert tuple(values) == tuple(protocol.keys)
-    each = np.stack([*sums.values(), total]).astype(np.float64)
+    each = np.stack([*sums, total]).astype(np.float64)
     stacked = protocol.scores(np.stack([each, each]))
     for key in protocol.keys:
         singly = [protocol.scores(one)[key] for one in each]
         np.testing.assert_allclose(stacked[key], [singly, singly], rtol=1e-12)
     return {key: float(value) for key, value in values.items()}
+
+
+def scores(protocol, reference, prediction):
+    """Return the scores of two trees."""
+    return total_scores(protocol, list(unit_sums(protocol, reference, prediction).values()))
 
 
 def video_scores(protocol, reference, prediction):
@@ -103,7 +106,13 @@ def video_scores(protocol, reference, prediction):
     assert not found.problems
     measured = {case.name: pickle.loads(pickle.dumps(protocol)).measure(case) for case in found.cases}
     sums = np.stack([protocol.join([one]) for one in measured.values()])
-    return {key: float(value) for key, value in protocol.scores(sums.sum(axis=0)).items()}, measured, sums
+    return total_scores(protocol, sums), measured, sums
+
+
+def mean(values):
+    """Return the mean of the values that are not None; None if there are none."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
 
 
 def band_sizes(reference, prediction, ratio=0.02):
@@ -111,6 +120,18 @@ def band_sizes(reference, prediction, ratio=0.02):
     depth = max(1, round(ratio * float(np.hypot(*reference.shape))))
     bands = [mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), depth) for mask in (reference, prediction)]
     return (bands[0] & bands[1]).sum(), (bands[0] | bands[1]).sum()
+
+
+def overlap(pairs):
+    """Return IoU and Dice of the masks of a class, (reference, prediction) of each image; None where it is nowhere."""
+    both, either = sum((a & b).sum() for a, b in pairs), sum((a | b).sum() for a, b in pairs)
+    return (both / either, 2 * both / (both + either)) if either else (None, None)
+
+
+def boundary_iou(pairs):
+    """Return the Boundary IoU of the masks of a class; None where it is nowhere."""
+    both, either = np.sum([band_sizes(*pair) for pair in pairs], axis=0)
+    return both / either if either else None
 
 
 def surface_dice(reference, prediction, tolerance=2):

@@ -100,17 +100,6 @@ def test_equals_the_official_evaluation_on_varied_maps(tmp_path, ids):
     assert scores(Cityscapes(), *write_triples(tmp_path, triples)) == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
-def test_iiou_weighs_instances_by_class_and_ignores_groups(tmp_path):
-    reference = np.full((10, 20), 26)
-    instances = np.full((10, 20), 26)  # a group
-    instances[:5, :10], instances[:1, 10:12] = 26000, 26001
-    guess = np.full((10, 20), 23)
-    guess[:5, :10] = 26
-    found = scores(Cityscapes(), *write_triples(tmp_path, [(reference, guess, instances)]))
-    assert found["iIoU_classes"] == found["iIoU_categories"] == 0.5
-    assert found["IoU_classes"] == 50 / 200 / 2  # sky is only predicted, and counts as 0
-
-
 def test_per_class_rows_follow_the_scored_ids(tmp_path, triples):
     protocol = Cityscapes()
     total = sum(unit_sums(protocol, *write_triples(tmp_path, triples)).values())
@@ -160,46 +149,46 @@ def test_train_ids_are_refused_with_the_remedy(tmp_path):
         assert_refused(partial(Cityscapes().find, *folders), "holds train ids (0..18)", "takes label ids")
 
 
-def test_bad_files_are_named(tmp_path):
-    reference = np.full((4, 5), 26)
-    files = {
-        "reference_gtFine_labelIds": reference,
-        "reference_gtFine_instanceIds": reference * 1000 + 1,
-        "wide": np.full((4, 6), 26),
-        "void": np.full((4, 5), 255),
-        "high_gtFine_labelIds": np.full((4, 5), 34),
-        "odd_gtFine_labelIds": reference,
-        "odd_gtFine_instanceIds": np.full((4, 5), 7001),
-        "small_gtFine_labelIds": reference,
-        "small_gtFine_instanceIds": np.full((3, 5), 26001),
-        "lone_gtFine_labelIds": reference,
-    }
-    paths = {name: save(tmp_path / f"{name}.png", ids, np.uint16) for name, ids in files.items()}
-    good = paths["reference_gtFine_labelIds"]
-    train_ids = ("holds the ids 255 in 20 pixels. Label ids are 0..33; map train ids",)
-    for label, guess, bad, words in (
-        (good, paths["wide"], paths["wide"], ("is 6 x 4 (width x height), its reference 5 x 4",)),
-        (good, paths["void"], paths["void"], train_ids),
-        (paths["high_gtFine_labelIds"], good, paths["high_gtFine_labelIds"], ("holds the ids 34 in 20",)),
-        (paths["odd_gtFine_labelIds"], good, paths["odd_gtFine_instanceIds"], ("holds the ids 7001 ", " 1000")),
-        (paths["small_gtFine_labelIds"], good, paths["small_gtFine_instanceIds"], ("differs in size from",)),
-        (paths["lone_gtFine_labelIds"], good, tmp_path / "lone_gtFine_instanceIds.png", ("File not found",)),
-    ):
-        assert_bad_file(partial(measure_pair, Cityscapes(), label, guess), bad, *words)
+SINGLE = {  # the files of a case
+    "labels": ("a_gtFine_labelIds.png", [[7, 23, 26, 26]]),
+    "instances": ("a_gtFine_instanceIds.png", [[7, 23, 26001, 26]]),
+    "prediction": ("prediction.png", [[7, 23, 26, 11]]),
+}
+
+
+def write_single(folder, **changes):
+    """Write the files of a case, some with other ids, or without any (None); return a call that measures it."""
+    for side, (name, usual) in SINGLE.items():
+        ids = changes.get(side, usual)
+        if ids is not None:
+            save(folder / name, ids, np.uint16)
+    return partial(measure_pair, Cityscapes(), folder / SINGLE["labels"][0], folder / SINGLE["prediction"][0])
+
+
+@pytest.mark.parametrize(
+    ("side", "ids", "words"),
+    [
+        ("prediction", [[26] * 6], "is 6 x 1 (width x height), its reference 4 x 1"),
+        ("prediction", [[255] * 4], "holds the ids 255 in 4 pixels. Label ids are 0..33; map train ids"),
+        ("labels", [[34] * 4], "holds the ids 34 in 4"),
+        ("instances", [[7001] * 4], "holds the ids 7001 in 4 pixels. An instance's id is 1000"),
+        ("instances", [[7, 23, 1000, 999]], "in 2 pixels. An instance's id is 1000"),
+        ("instances", [[26001]], "differs in size from"),
+        ("instances", None, "File not found"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, side, ids, words):
+    assert_bad_file(write_single(tmp_path, **{side: ids}), tmp_path / SINGLE[side][0], words)
 
 
 def test_instances_in_8_bits(tmp_path):
-    reference = np.array([[7, 23, 11, 11]])
-    good = save(tmp_path / "a_gtFine_labelIds.png", reference)
-    path_ = save(tmp_path / "a_gtFine_instanceIds.png", reference)
-    found = measure_pair(Cityscapes(), good, good).sums
-    assert found[: 34 * 34].sum() == 4
-    save(path_, reference, np.uint16)
-    np.testing.assert_array_equal(measure_pair(Cityscapes(), good, good).sums, found)
-    for wrong in ([[7, 23, 26001 % 256, 255]], [[7, 23, 1000, 999]]):
-        save(path_, wrong, np.uint16 if max(wrong[0]) > 255 else np.uint8)
-        words = "in 2 pixels. An instance's id is 1000"
-        assert_bad_file(lambda: measure_pair(Cityscapes(), good, good), path_, words)
+    groups = [[7, 23, 26, 26]]
+    measure = write_single(tmp_path, instances=groups)
+    expected = measure().sums
+    path_ = save(tmp_path / "a_gtFine_instanceIds.png", groups)
+    np.testing.assert_array_equal(measure().sums, expected)
+    save(path_, [[7, 23, 26001 % 256, 255]])  # cut to a byte
+    assert_bad_file(measure, path_, "in 2 pixels. An instance's id is 1000")
 
 
 def test_the_label_table_is_complete():

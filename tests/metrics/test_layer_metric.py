@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from score_making import band_sizes, surface_dice
+from score_making import boundary_iou, mean, overlap, surface_dice
+from test_metric_contract import MeanError
 
-from dinoseg.core.metric import LabelledImage, Metric, PredictedImage
-from dinoseg.metrics import BoundaryIoU, CalibrationError, ClDice, LayerMetric, SurfaceDice
+from dinoseg.core.metric import LabelledImage, PredictedImage
+from dinoseg.metrics import BoundaryIoU, CalibrationError, LayerMetric, SurfaceDice
 from dinoseg.metrics.layer_counts import LayerCounts
 from dinoseg.metrics.miou import MeanIoU
 from dinoseg.metrics.wrapped import WrappedMetric
@@ -51,14 +52,8 @@ def sides_of(images, layer):
     return [[(side[layer] == 1) & (mask[layer] != 255) for side in (mask, ids)] for ids, mask, _ in images]
 
 
-def boundary_iou(pairs):
-    both, either = np.sum([band_sizes(*pair) for pair in pairs], axis=0)
-    return both / either if either else None
-
-
 def mean_surface_dice(pairs):
-    found = [share for pair in pairs if (share := surface_dice(*pair)) is not None]
-    return np.mean(found) if found else None
+    return mean(surface_dice(*pair) for pair in pairs)
 
 
 def calibration_error(images, layer):
@@ -77,31 +72,17 @@ def calibration_error(images, layer):
     return sum(gaps) / len(confidence)
 
 
-class Share:
-    """Share of the pixels that a mask covers, as a metric of another library."""
-
-    def reset(self):
-        self.value = None
-
-    def update(self, ids, mask):
-        self.value = (ids == 1).double().mean() if (mask == 1).any() else np.nan
-
-    def compute(self):
-        return self.value
-
-
-def mean_share(images, layer):
-    shares = [
-        (np.where(mask[layer] == 255, 0, ids[layer]) == 1).mean() for ids, mask, _ in images if (mask[layer] == 1).any()
-    ]
-    return np.mean(shares) if shares else None
+def mean_error(images, layer):
+    """Return the share of wrong pixels, a mean over the images in which the layer has several labelled pixels."""
+    sides = [(ids[layer], mask[layer], mask[layer] != 255) for ids, mask, _ in images]
+    return mean((ids != mask)[known].mean() for ids, mask, known in sides if known.sum() > 1)
 
 
 REFERENCES = {
     "boundary_iou": (BoundaryIoU(), lambda images, layer: boundary_iou(sides_of(images, layer))),
     "nsd": (SurfaceDice(), lambda images, layer: mean_surface_dice(sides_of(images, layer))),
     "ece": (CalibrationError(), calibration_error),
-    "share": (WrappedMetric("share", Share(), ignored="match"), mean_share),
+    "error": (WrappedMetric("error", MeanError(), "min", ignored="remove"), mean_error),
 }
 
 
@@ -112,23 +93,9 @@ def test_scores_of_layers_equal_references(name):
         images = draw_images(seed)
         found, by_class = score(LayerMetric(metric), images)
         expected = [reference(images, layer) for layer in range(CLASSES)]
-        defined = [value for value in expected if value is not None]
-        assert found[name] == (pytest.approx(np.mean(defined), abs=1e-12) if defined else None), seed
+        assert found[name] == pytest.approx(mean(expected), abs=1e-12), seed
         values = [np.nan if value is None else value for value in expected]
         np.testing.assert_allclose(by_class[name], values, atol=1e-12, err_msg=str(seed))
-
-
-def test_skeletons_of_layers_are_those_of_binary_masks():
-    for seed in range(8):
-        images = draw_images(seed)
-        _, found = score(LayerMetric(ClDice()), images)
-        for layer in range(CLASSES):
-            rows = [
-                ClDice().count(PredictedImage(ids[layer]), LabelledImage(mask[layer], 2)) for ids, mask, _ in images
-            ]
-            expected = ClDice().score(rows)
-            for name, value in expected.items():
-                assert np.isnan(found[name][layer]) if value is None else found[name][layer] == pytest.approx(value)
 
 
 def test_scores_of_sums_are_vectorised():
@@ -144,48 +111,17 @@ def test_settings_name_the_options_of_the_metric():
     assert one != other and "BoundaryIoU" in one and "0.02" in one and one != BoundaryIoU(0.02).settings
 
 
-def test_a_metric_without_values_by_class_counts_layers():
-    class Correct(Metric):
-        scores = {"correct": "max"}
-
-        def count(self, prediction, sample):
-            labelled = sample.mask != sample.ignore_index
-            return {"hits": (labelled & (prediction.ids == sample.mask)).sum(), "labelled": labelled.sum()}
-
-        def compute(self, sums):
-            with np.errstate(invalid="ignore"):
-                return {"correct": sums["hits"] / sums["labelled"]}
-
-    for seed in range(8):
-        images = draw_images(seed)
-        found, _ = score(LayerMetric(Correct()), images)
-        shares = []
-        for layer in range(CLASSES):
-            known = [mask[layer] != 255 for _, mask, _ in images]
-            hits = [(ids[layer] == mask[layer])[each] for (ids, mask, _), each in zip(images, known, strict=True)]
-            shares += [np.concatenate(hits).mean()] if np.concatenate(hits).size else []
-        assert found["correct"] == pytest.approx(np.mean(shares))
-
-
-def overlap(images, layer):
-    """Return IoU and Dice of a layer; None if neither side shows it."""
-    pairs = sides_of(images, layer)
-    both, either = sum((a & b).sum() for a, b in pairs), sum((a | b).sum() for a, b in pairs)
-    return (both / either, 2 * both / (both + either)) if either else (None, None)
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_counts_of_layers_equal_those_of_their_pixels(seed):
     images, counts = draw_images(seed), LayerCounts(CLASSES, background=0)
     for ids, mask, _ in images:
         counts.update(torch.from_numpy(ids), torch.from_numpy(mask))
-    scores, expected = counts.compute(), [overlap(images, layer) for layer in range(CLASSES)]
+    scores, expected = counts.compute(), [overlap(sides_of(images, layer)) for layer in range(CLASSES)]
     for row, (iou, dice) in zip(scores["classes"], expected, strict=True):
         assert [row["iou"], row["dice"]] == pytest.approx([iou, dice])
-    defined = [iou for iou, _ in expected if iou is not None]
-    assert scores["miou"] == pytest.approx(np.mean(defined)) and scores["present_classes"] == len(defined)
-    others = [iou for iou, _ in expected[1:] if iou is not None]
-    assert scores["miou_no_background"] == pytest.approx(np.mean(others))
+    ious = [iou for iou, _ in expected]
+    assert scores["miou"] == pytest.approx(mean(ious)) and scores["present_classes"] == CLASSES - ious.count(None)
+    assert scores["miou_no_background"] == pytest.approx(mean(ious[1:]))
     right = np.concatenate([((ids == 1) == (mask == 1))[mask != 255] for ids, mask, _ in images])
     assert scores["accuracy"] == pytest.approx(right.mean())
     assert scores["ignored_pixels"] == sum((mask == 255).sum() for _, mask, _ in images)

@@ -1,15 +1,15 @@
 """Counts of metrics over ranks and images, and what intervals are made of."""
 
-from functools import partial
+from itertools import cycle
 
 import numpy as np
 import pytest
 import torch
-from mistakes import assert_refused
-from test_metric_contract import CLASSES, METRICS, OUTLINES, AreaError, Share, score, ugly_case
+from mistakes import assert_refused, refusals
+from test_metric_contract import CLASSES, METRICS, OUTLINES, Share, score, ugly_case
 
 from dinoseg.core.geometry import lattice
-from dinoseg.core.metric import LabelledImage, PredictedImage, plain_score, sum_counts
+from dinoseg.core.metric import LabelledImage, PredictedImage, sum_counts
 from dinoseg.core.shapes import Batch
 from dinoseg.metrics.flat import FlatMetric, flatten_counts
 from dinoseg.metrics.layers import LayerMetric
@@ -17,6 +17,7 @@ from dinoseg.metrics.miou import MeanIoU
 from dinoseg.metrics.rows import MetricRows
 from dinoseg.testing import check_metric
 from dinoseg.training.rank_messages import decode_message, encode_message
+from dinoseg.utils.errors import UserError
 
 
 class Data:
@@ -62,86 +63,75 @@ def test_flat_sums_give_the_scores_of_counts():
 
 
 BLANK = np.zeros((CLASSES, 2, 4), np.uint8)
+COUNTS = {"correct": 1}
 
 
-def rows_of(metric, ids=BLANK[0], mask=BLANK[0]):
+class Given(Share):
+    """A metric of given counts, of an image or a layer after the other in turn, and of given scores."""
+
+    def __init__(self, *counts, unbounded=(), **scores):
+        super().__init__()
+        self.rows = cycle(counts or [COUNTS])
+        self.unbounded = unbounded
+        self.found = scores
+
+    def count(self, prediction, sample):
+        return next(self.rows)
+
+    def compute(self, sums):
+        return self.found
+
+
+def rows_of(metric, ids=BLANK[0], mask=BLANK[0], images=1):
+    """Return the counts of the same image, once or several times."""
     rows = MetricRows([metric], Data())
     batch = Batch(torch.zeros(1, 3, *mask.shape), torch.from_numpy(mask)[None], ["04"])
-    rows.add(batch, torch.from_numpy(ids)[None], torch.zeros(1, CLASSES, 1, 1))
+    for _ in range(images):
+        rows.add(batch, torch.from_numpy(ids)[None], torch.zeros(1, CLASSES, 1, 1))
     return rows
 
 
-def add_scores(rows):
-    rows.add_scores({"classes": []}, list)
+def add_scores(metric, *sides, images=1):
+    """Return the scores of a metric in an evaluation."""
+    result = {"classes": []}
+    rows_of(metric, *sides, images=images).add_scores(result, list)
+    return result
 
 
-def test_a_score_outside_its_bounds_is_refused():
-    ids, mask = np.full((2, 4), CLASSES - 1, np.uint8), np.zeros((2, 4), np.uint8)
-    mask[0, 0] = CLASSES - 1
-    words = "area_error of AreaError is 7, outside 0..1. Name it in `unbounded`"
-    assert_refused(lambda: add_scores(rows_of(AreaError(), ids, mask)), words)
-    metric, result = AreaError(), {"classes": []}
-    metric.unbounded = ("area_error",)
-    rows_of(metric, ids, mask).add_scores(result, list)
-    assert result["area_error"] == 7
-    layers = BLANK.copy()
-    layers[:, 0, 0] = 1
-    # errors of layers name the metric of a layer
-    assert_refused(lambda: add_scores(rows_of(LayerMetric(AreaError()), BLANK + 1, layers)), words)
+def add_layer_scores(metric):
+    return add_scores(LayerMetric(metric), BLANK, BLANK)
 
 
-def test_infinite_scores_are_undefined():
-    assert [plain_score(value) for value in (0.5, np.nan, np.inf)] == [0.5, None, None]
+OUTSIDE = "share of Given is 7, outside 0..1. Name it in `unbounded`"
+INFINITE = ("share of Given is inf", "share_infinite_images", "`totals`")
+OTHER_COUNTS = ("of Given returns counts of ", " for the image 01, and of ", " for 00")
+OTHER_LAYERS = ("of Given returns counts of ", " for the image 04 (layer 1)")
+OTHER_SCORES = "`compute` of Given returns"
+
+test_message_names_metric_and_image = refusals(
+    {
+        "a score above 1": (lambda: add_scores(Given(share=7.0)), OUTSIDE),
+        # errors of layers name the metric of a layer
+        "a score of layers above 1": (lambda: add_layer_scores(Given(share=np.full(CLASSES, 7.0))), OUTSIDE),
+        "more below 0 than rounding": (lambda: add_scores(Given(share=-1e-6)), "outside 0..1"),
+        "more above 1 than rounding": (lambda: add_scores(Given(share=1 + 1e-6)), "outside 0..1"),
+        "an infinite score": (lambda: add_scores(Given(share=np.inf, unbounded=("share",))), *INFINITE),
+        "counts of NaN": (lambda: rows_of(Given({"correct": np.nan})), "of Given returns correct=nan for the image 04"),
+        "infinite counts": (lambda: rows_of(Given({"correct": np.inf})), "correct=inf for", "Return 0 in all counts"),
+        "counts of other names": (lambda: add_scores(Given(COUNTS, {"right": 1}), images=2), *OTHER_COUNTS),
+        "counts of other shapes": (lambda: add_scores(Given(COUNTS, {"correct": [1]}), images=2), *OTHER_COUNTS),
+        "layers of other counts": (lambda: add_layer_scores(Given(COUNTS, {"right": 1})), *OTHER_LAYERS),
+        "no scores": (lambda: add_scores(Given()), OTHER_SCORES),
+        "no scores of layers": (lambda: add_layer_scores(Given()), OTHER_SCORES),
+        "more scores": (lambda: add_scores(Given(share=1.0, miou=1.0)), OTHER_SCORES),
+        "scores of classes": (lambda: add_scores(Given(share=[0.5, 0.5])), OTHER_SCORES),
+    }
+)
 
 
-@pytest.mark.parametrize("excess", [-1e-6, -1e-12, 1e-12, 1e-6])
-def test_shares_may_exceed_their_bounds_by_rounding(excess):
-    rows = rows_of(OtherScores({"share": np.float64(excess + (excess > 0))}))
-    if abs(excess) < 1e-9:
-        add_scores(rows)
-    else:
-        assert_refused(lambda: add_scores(rows), "outside 0..1")
-
-
-def test_an_infinite_score_without_its_images_is_refused():
-    metric = AreaError()
-    metric.unbounded, metric.compute = ("area_error",), lambda sums: {"area_error": np.array(np.inf)}
-    words = ("area_error of AreaError is inf", "area_error_infinite_images", "`totals`")
-    assert_refused(lambda: add_scores(rows_of(metric)), *words)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_non_finite_counts_name_image_and_metric(value):
-    words = f"of Share returns correct={value} for the image 04. Return 0 in all counts"
-    assert_refused(lambda: rows_of(Share(dtype=np.float64, state=value)), words)
-
-
-class Filled(Share):
-    """Counts of a form that depends on the image."""
-
-    forms = ({"correct": 1, "labelled": 1},)
-
-    def count(self, prediction, sample):
-        return {name: np.asarray(value) for name, value in self.forms[int(prediction.ids.max())].items()}
-
-
-@pytest.mark.parametrize("other", [{"right": 1, "labelled": 1}, {"correct": [1, 1], "labelled": 1}])
-def test_counts_of_different_names_or_shapes_are_refused(other):
-    metric = Filled()
-    metric.forms = (*metric.forms, other)
-    rows = rows_of(metric)
-    second = torch.ones(1, 2, 4, dtype=torch.uint8)
-    rows.add(Batch(torch.zeros(1, 3, 2, 4), second, ["b"]), second, torch.zeros(1, CLASSES, 1, 1))
-    words = ("of Filled returns counts of ", " for the image 01, and of ", " for 00")
-    assert_refused(lambda: add_scores(rows), *words)
-
-
-class Returned(Share):
-    def __init__(self, counts):
-        self.counts = counts
-
-    def count(self, prediction, sample):
-        return self.counts
+def test_unbounded_scores_and_rounding_are_accepted():
+    assert add_scores(Given(share=7.0, unbounded=("share",)))["share"] == 7
+    assert [add_scores(Given(share=share))["share"] for share in (-1e-12, 1 + 1e-12)] == [-1e-12, 1 + 1e-12]
 
 
 @pytest.mark.parametrize(
@@ -150,36 +140,12 @@ class Returned(Share):
     ids=["text", "object", "complex", "time", "tuple"],
 )
 def test_counts_that_are_no_numbers_are_refused(counts):
-    metric, words = Returned(counts), "`count` of Returned returns"
-    for wrapped in (metric, LayerMetric(metric)):
-        assert_refused(partial(rows_of, wrapped, BLANK, BLANK), words)
-    assert_refused(lambda: check_metric(metric), words, error=AssertionError)
-
-
-def test_layers_of_different_counts_are_refused():
-    metric = Filled()
-    metric.forms = (*metric.forms, {"correct": 1, "labelled": 1, "other": 1})
-    layers = BLANK.copy()
-    layers[1] = 1
-    words = ("of Filled returns counts of ", " for the image 04 (layer 1)")
-    assert_refused(lambda: rows_of(LayerMetric(metric), layers, layers), *words)
-
-
-class OtherScores(Share):
-    def __init__(self, scores):
-        super().__init__()
-        self.found = scores
-
-    def compute(self, sums):
-        return self.found
-
-
-@pytest.mark.parametrize("scores", [{}, {"share": 1.0, "miou": 1.0}, {"share": [0.5, 0.5]}])
-def test_scores_that_do_not_fit_the_class_are_refused(scores):
-    words = "`compute` of OtherScores returns"
-    assert_refused(lambda: add_scores(rows_of(OtherScores(scores))), words)
-    if not scores:
-        assert_refused(lambda: add_scores(rows_of(LayerMetric(OtherScores({})), BLANK, BLANK)), words)
+    for act, error in (
+        (lambda: rows_of(Given(counts)), UserError),
+        (lambda: add_layer_scores(Given(counts)), UserError),
+        (lambda: check_metric(Given(counts)), AssertionError),
+    ):
+        assert_refused(act, "`count` of Given returns", error=error)
 
 
 @pytest.mark.parametrize(("value", "total"), [(np.uint8(200), 800), (np.True_, 4), (np.float16(60000), 240000.0)])

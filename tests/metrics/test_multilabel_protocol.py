@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from making import save
 from mistakes import assert_refused, refusals
-from score_making import scores
-from test_layer_metric import CLASSES, boundary_iou, draw_images, mean_surface_dice, overlap, sides_of
+from score_making import boundary_iou, overlap, scores
+from test_layer_metric import CLASSES, draw_images, mean_surface_dice, sides_of
 
 from dinoseg.metrics.protocols.contract import BadFile
 from dinoseg.metrics.protocols.multilabel import Multilabel
@@ -30,7 +30,7 @@ def expected(images):
     for layer in range(CLASSES):
         pairs = sides_of(images, layer)
         both, held = sum((mask & ids).sum() for mask, ids in pairs), sum(mask.sum() for mask, _ in pairs)
-        iou, dice = overlap(images, layer)
+        iou, dice = overlap(pairs)
         recall = both / held if held else None
         shapes = {"boundary_IoU": boundary_iou(pairs), "NSD": mean_surface_dice(pairs)}
         rows.append({"mIoU": iou, "dice": dice, "mean_accuracy": recall, **shapes})

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from making import save
 from mistakes import assert_refused, refusals
-from PIL import Image
-from score_making import assert_bad_file, band_sizes, maps, measure_pair, scores, surface_dice, tree, unit_sums
+from score_making import assert_bad_file, boundary_iou, maps, mean, measure_pair, scores, surface_dice, tree, unit_sums
 
 from dinoseg.metrics.protocols.ade20k import Ade20k
 from dinoseg.metrics.protocols.semantic import Semantic
@@ -22,20 +21,18 @@ def pooled_scores(pairs, num_classes, ignore=255):
     reference = np.concatenate([pair[0].ravel() for pair in pairs])
     guess = np.concatenate([pair[1].ravel() for pair in pairs])[reference != ignore]
     reference = reference[reference != ignore]
+
+    def share(part, whole):
+        return part / whole if whole else None
+
     rows = []
     for label in range(num_classes):
         ours, theirs = (set(np.flatnonzero(ids == label).tolist()) for ids in (reference, guess))
-        both, either = len(ours & theirs), len(ours | theirs)
-        rows.append(
-            {
-                "mIoU": both / either if either else None,
-                "mean_accuracy": both / len(ours) if ours else None,
-                "dice": 2 * both / (len(ours) + len(theirs)) if either else None,
-            }
-        )
-    means = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
-    means = {key: sum(values) / len(values) if values else np.nan for key, values in means.items()}
-    return means | {"accuracy": float(np.mean(reference == guess)) if len(reference) else np.nan}
+        both = len(ours & theirs)
+        areas = len(ours) + len(theirs)
+        rows.append((share(both, areas - both), share(both, len(ours)), share(2 * both, areas)))
+    means = map(mean, zip(*rows, strict=True))
+    return dict(zip(("mIoU", "mean_accuracy", "dice"), means, strict=True)) | {"accuracy": np.mean(reference == guess)}
 
 
 def ugly(rng):
@@ -52,15 +49,6 @@ def test_pooled_scores_equal_their_definition(tmp_path, seed):
     pairs = ugly(np.random.default_rng(seed))
     found = scores(Semantic(num_classes=8), *tree(tmp_path, pairs, path))
     assert found == pytest.approx(pooled_scores(pairs, 8), abs=1e-12)
-
-
-def test_only_predicted_classes_count_and_absent_ones_do_not(tmp_path):
-    folders = tree(tmp_path, ugly(np.random.default_rng(4)), path)
-    protocol = Semantic(num_classes=8)
-    total = sum(unit_sums(protocol, *folders).values())
-    rows = protocol.per_class(total)
-    assert rows[6]["IoU"] == rows[6]["dice"] == 0 and np.isnan(rows[6]["accuracy"]) and np.isnan(rows[7]["IoU"])
-    assert float(protocol.scores(total)["mIoU"]) == pytest.approx(sum(row["IoU"] for row in rows[:7]) / 7)
 
 
 def test_reduced_zero_labels_are_the_ade20k_files(tmp_path):
@@ -80,24 +68,17 @@ def test_outlines_are_compared_class_by_class(tmp_path, tolerance):
     pairs = ugly(np.random.default_rng(6))
     protocol = Semantic(num_classes=8, boundary=True, nsd=True, tolerance=tolerance)
     found = scores(protocol, *tree(tmp_path, pairs, path))
-    masks = [
-        [((ids == label) & (reference != 255)) for ids in (reference, guess)]
+    classes = [
+        [(reference == label, (guess == label) & (reference != 255)) for reference, guess in pairs]
         for label in range(8)
-        for reference, guess in pairs
     ]
-    both, either = np.array([band_sizes(*pair) for pair in masks]).reshape(8, -1, 2).sum(axis=1).T
-    shares = [share for pair in masks if (share := surface_dice(*pair, tolerance)) is not None]
-    expected = pooled_scores(pairs, 8) | {"boundary_IoU": np.mean(both[:7] / either[:7]), "NSD": np.mean(shares)}
+    shares = [surface_dice(*pair, tolerance) for masks in classes for pair in masks]
+    expected = pooled_scores(pairs, 8) | {"boundary_IoU": mean(map(boundary_iou, classes)), "NSD": mean(shares)}
     assert found == pytest.approx(expected, abs=1e-12)
     total = sum(unit_sums(protocol, tmp_path / "reference", tmp_path / "prediction").values())
     rows = protocol.per_class(total)
     assert np.isnan(rows[7]["NSD"]) and rows[6]["NSD"] == 0 and 0 < rows[0]["boundary_IoU"] < 1
-
-
-def test_counts_stay_exact_where_float32_does_not():
-    protocol = Semantic(num_classes=2)
-    sums = np.array([2**24 + 1, 1, 2**24 + 2, 1, 2**24 + 1, 2], np.int64)
-    assert float(protocol.scores(sums)["accuracy"]) == (2**24 + 2) / (2**24 + 3)
+    assert rows[6]["IoU"] == rows[6]["dice"] == 0 and np.isnan(rows[6]["accuracy"]) and np.isnan(rows[7]["IoU"])
 
 
 @pytest.mark.parametrize("classes", [5, 150])
@@ -141,33 +122,23 @@ test_options_are_refused_with_their_rule = refusals(
     {
         "no classes": (Semantic, "needs the number of classes. Give num_classes=19, ", "or binary=true"),
         "0 classes": (partial(Semantic, 0), "num_classes=0 is out of range. Give a whole number of at least 1"),
-        "-1 classes": (partial(Semantic, -1), "num_classes=-1 is out of range"),
         "3 binary classes": (partial(Semantic, 3, binary=True), "binary=true with num_classes=3", "have 2 classes"),
         "reduced binary masks": (
             partial(Semantic, binary=True, reduce_zero_label=True),
             " reduce_zero_label=true: masks of 0 and 255",
         ),
         "tolerance below 0": (partial(Semantic, 3, tolerance=-1), "tolerance=-1 is out of range"),
-        "tolerance of NaN": (partial(Semantic, 3, tolerance=float("nan")), "tolerance=nan is out of range"),
-        **{
-            f"ADE20K of {number}": (
-                partial(Ade20k, num_classes=number),
-                f"num_classes={number} is out of range",
-                "from 1 to 255, or None",
-            )
-            for number in (0, -1, 256)
-        },
+        "no class of ADE20K": (partial(Ade20k, num_classes=0), "num_classes=0 is out of range", "from 1 to 255"),
+        "256 classes of ADE20K": (partial(Ade20k, num_classes=256), "num_classes=256 is out of range", "or None"),
     }
 )
 
 
-def test_ade20k_scores_only_labelled_pixels(tmp_path):
+def test_ade20k_reads_no_prediction_of_unlabelled_pixels(tmp_path):
     reference = save(tmp_path / "reference.png", [[0, 0, 1, 2]])
     prediction = save(tmp_path / "prediction.png", [[255, 9, 1, 1]])
     sums = measure_pair(Ade20k(num_classes=2), reference, prediction).sums
     assert sums.tolist() == [1, 0, 1, 0, 0, 1]
-    wrong = save(tmp_path / "wrong.png", [[255, 9, 9, 1]])
-    assert_bad_file(partial(measure_pair, Ade20k(num_classes=2), reference, wrong), wrong, "the ids 9 in 1 pixels")
 
 
 def test_stored_zero_and_255_are_ignored_where_zero_is_reduced(tmp_path):
@@ -182,24 +153,6 @@ def test_stored_zero_and_255_are_ignored_where_zero_is_reduced(tmp_path):
     high = measure_pair(Semantic(num_classes=255, reduce_zero_label=True), reference, prediction)
     correct, held, _ = high.sums.reshape(3, 255)
     assert held.sum() - correct.sum() == 2 and held[254] == 0  # 255 is not class 254
-
-
-def test_one_bit_masks_hold_0_and_1(tmp_path):
-    truth, guess = np.array([[0, 1, 1, 0]], bool), np.array([[0, 1, 0, 0]], bool)
-    for side, ids in (("reference", truth), ("prediction", guess)):
-        (tmp_path / side).mkdir()
-        Image.fromarray(ids).save(tmp_path / side / "a.png")
-    found = scores(Semantic(num_classes=2), tmp_path / "reference", tmp_path / "prediction")
-    assert found["accuracy"] == 0.75 and found["mIoU"] == pytest.approx((2 / 3 + 1 / 2) / 2)
-
-
-def test_links_in_circles_are_left(tmp_path):
-    reference, prediction = tree(tmp_path, maps(np.random.default_rng(9), range(3)), path)
-    for folder in (reference, prediction):
-        (folder / "part0/up").symlink_to(folder)
-        (folder / "above").symlink_to(tmp_path)
-    found = Semantic(num_classes=3).find(reference, prediction)
-    assert len(found.cases) == 10 and not found.problems and not found.notes
 
 
 def test_predictions_inside_the_references_are_refused(tmp_path):
