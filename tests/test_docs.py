@@ -29,6 +29,8 @@ from dinoseg.config.nodes import instantiate
 from dinoseg.modes import bench as benching
 
 SMALL_RENDER = ("render.train_videos=1", "render.test_videos=1", "render.seconds=1", "render.size=[32,48]")
+SMALL_WINDOWS = ("inference.size=64", "inference.shortest=64")
+SMALL_SLOTS = ("head.slot_dim=16", "head.decoder_dim=16")
 SMALLER = {  # what a mode is given beside the words of its command
     "train": (*SHORT, *CPU, "mode.metrics_only=true"),
     "eval": (*CPU, "mode.metrics_only=true"),
@@ -80,18 +82,22 @@ def small_model(words):
     if any(word.startswith("resume=") and word != "resume=auto" for word in words):
         return ()
     if "hparam=ade20k_m2f" in words:
-        return (*RELEASED, "inference.size=64", "inference.stride=43", "inference.shortest=64")
+        return (*RELEASED, *SMALL_WINDOWS, "inference.stride=43")
     if "backbone=timm" in words:
-        slots = ("head.slot_dim=16", "head.decoder_dim=16") if any("slots_" in word for word in words) else ()
-        return (*VIT, *slots)
+        return (*VIT, *SMALL_SLOTS) if any("slots_" in word for word in words) else VIT
     if any(word.startswith(("hparam=slots", "hparam=dinosavi")) for word in words):
-        return (*SMALL, "head.slot_dim=16", "head.decoder_dim=16")
+        return (*SMALL, *SMALL_SLOTS)
+    if "hparam=slotcontrast_movi_c" in words:
+        return (*SMALL, *SMALL_SLOTS, "data.clips.eval_square=56")
+    if any(word.startswith("hparam=linear_ade20k") for word in words):
+        return (*SMALL, *SMALL_WINDOWS, "inference.stride=43")
     if "hparam=idd_m2f" in words:  # whose parts have the sizes of Meta's files, and no weights here
         return ()
     if {"hparam=idd_lora", "head=dpt"} & set(words):  # whose head reads four maps
         return (*SMALL, "backbone.layers=[0,0,1,1]")
     if any("=eomt" in word for word in words):
-        return (*SMALL, "head.blocks=1", "head.anneal=even")
+        windows = SMALL_WINDOWS if "hparam=eomt_ade20k_dinov3" in words else ()
+        return (*SMALL, *windows, "head.blocks=1", "head.anneal=even")
     return SMALL
 
 

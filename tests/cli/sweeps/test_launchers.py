@@ -28,7 +28,7 @@ def test_jobs_in_other_processes_are_in_the_table(tmp_path, launcher):
         pytest.importorskip("optuna")
     write_data(tmp_path / "data")
     words = [word for word in SMALL if not word.startswith(("data.root", "engine.workers"))]
-    words += ["engine.workers=1", "mode.metrics_only=true", "mode.report=false", "hydra.sweep.dir=sweep"]
+    words += [f"engine.workers={int(searches)}", "mode.metrics_only=true", "mode.report=false", "hydra.sweep.dir=sweep"]
     words += [f"hydra/launcher={launcher}", "data.root=data,nowhere", *SEARCH * searches]
     done = subprocess.run([*SWEEP, *words], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1 and "ConfigStore" not in done.stderr, done.stderr
