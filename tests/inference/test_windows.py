@@ -177,16 +177,6 @@ def test_sides_of_scales_are_those_of_the_released_segmentor():
     assert Windows(896, shortest=896)._size_at_scale((480, 640), 0.9)[0] == 806
 
 
-def test_strides_of_two_axes_turn_with_the_image():
-    model, images = make_model(kernel=3), pictures(37, 61, count=1)
-    policy = Windows((13, 24), stride=[9, 20], weights="uniform", average="scores", flips="all")
-    views = [
-        undo_turn(torch.from_numpy(slid(model, apply_turn(images, turn)[0], (13, 24), (9, 20)))[None], turn).softmax(1)
-        for turn in TURNS["all"]
-    ]
-    torch.testing.assert_close(run_bands(model, images, policy), torch.stack(views).mean(0), rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize(("flips", "scales"), [("horizontal", (1.0, 0.7)), ("all", (1.0,))])
 def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture):
@@ -217,21 +207,6 @@ def test_shortest_enlarges_an_image_to_at_most_64_megapixels():
     with pytest.raises(InterruptedError):
         run_bands(model, pictures(1, 2, count=1), policy)
     assert len(sizes) == 1
-
-
-@pytest.mark.parametrize(("size", "options"), in_turn((0.0, "cosine"), (0.3, "uniform"), (0.9, "cosine")))
-def test_windows_cover_all_pixels_and_weights_add_up(size, options):
-    overlap, weights = options
-    for length, window in itertools.product(size, (1, 7, 24)):
-        begins = Windows(window, overlap=overlap).starts(0, length)
-        weight = profile(min(window, length), weights)
-        assert (weight > 0).all() and begins == sorted(set(begins)) and begins[0] == 0
-        seen = np.zeros(length)
-        for begin in begins:
-            assert begin + min(window, length) <= length
-            seen[begin : begin + window] += weight.numpy()
-        assert (seen > 0).all()
-        np.testing.assert_allclose(sum_weights(length, begins, weight).numpy(), seen)
 
 
 @pytest.mark.parametrize("mixture", [False, True])
@@ -362,13 +337,6 @@ def test_probabilities_of_windows_are_those_of_the_whole_image(mixture, average)
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(3, 40, 30))
     assert (probabilities.argmax(dim=1).numpy() == ids).all() and ids.dtype == np.uint8
     assert all((tiled.ids([image]) == own).all() for image, own in zip(images, ids, strict=True))
-
-
-def test_image_of_30_000_x_20_pixels_is_predicted():
-    model = make_model().float()
-    picture = np.zeros((20, 30_000, 3), np.uint8)
-    whole = Predictor(model, torch.device("cpu"), nullcontext).ids([picture])
-    assert (Predictor(model, torch.device("cpu"), nullcontext, Windows(512)).ids([picture]) == whole).all()
 
 
 def test_memory_of_windows_is_independent_of_image_height():

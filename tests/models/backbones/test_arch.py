@@ -9,7 +9,7 @@ from mistakes import assert_refused, refusals
 from dinoseg.models.backbones.arch import configuration
 from dinoseg.models.backbones.convnext import ConvNext
 from dinoseg.models.backbones.layers import resolve_layers
-from dinoseg.models.backbones.transformers_vit import FAMILIES, TransformersVit
+from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.utils.errors import UserError
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -58,19 +58,6 @@ def build(family, *, patch_size=8, **arch):
 def test_wrong_values_are_refused(family, key, value, rule):
     with pytest.raises(UserError, match=rf"^arch\.{key}={re.escape(str(value))}(?!\w).*{rule}.*\.$"):
         build(family, **{key: value})
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("patch_size", [0, -8])
-def test_a_patch_has_a_size(family, patch_size):
-    with pytest.raises(UserError, match=rf"^patch_size={patch_size} is too small. Give at least 1"):
-        build(family, patch_size=patch_size)
-
-
-def test_valid_values_reach_the_model():
-    config = configuration("dinov3_vit", SMALL | {"patch_size": 8, "hidden_act": "silu", "pos_embed_rescale": None})
-    assert (config.hidden_size, config.patch_size, config.hidden_act, config.pos_embed_rescale) == (24, 8, "silu", None)
-    assert build("dinov2", num_attention_heads=12).dim == build("dinov3_vit", num_attention_heads=6).dim == 24
 
 
 def test_other_refusals_name_the_value():

@@ -216,13 +216,6 @@ def test_timm_blocks_use_products_with_equal_gradients(products, timm_backbone, 
             assert (found[name] - part.grad).norm() <= 0.05 * part.grad.norm() + 1e-6, name
 
 
-def test_recomputed_blocks_of_timm_attend_by_products_both_times(products):
-    backbone = TimmBackbone("test_vit", "random", 16, checkpointing=True).train()
-    products.clear()
-    in_bfloat16(backbone).sum().backward()
-    assert len(products) == 2 * len(backbone.blocks)
-
-
 def test_a_block_that_fails_leaves_torchs_attention_as_it_was(products, timm_backbone):
     module = timm_backbone.blocks[0].attn
     with pytest.raises(RuntimeError):
@@ -253,11 +246,6 @@ def test_intercepted_attention_preserves_timm_options(products, mask, options, t
     assert bool(products) == taken
     torch.manual_seed(0)
     torch.testing.assert_close(found, F.scaled_dot_product_attention(*parts, *mask, **options), atol=0.05, rtol=0.05)
-
-
-def test_no_hook_is_installed_where_torch_is_as_fast(monkeypatch):
-    monkeypatch.setattr(attention, "_products_are_faster", lambda: False)
-    assert not any(module._forward_pre_hooks for module in TimmBackbone("test_vit", "random", 16).modules())
 
 
 @pytest.mark.parametrize(
@@ -389,21 +377,6 @@ def test_products_are_chosen_by_cpu_features(monkeypatch, bf16, amx, faster):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert attention._products_are_faster.__wrapped__() == faster
-
-
-@pytest.mark.parametrize(
-    ("heads", "rows", "tokens", "held", "pieces"),
-    [(6, 40, 10, 2400, 1), (6, 40, 10, 1100, 3), (6, 10, 40, 400, 6), (2, 41, 10, 100, 10)],
-)
-def test_a_piece_is_as_multi_head_or_rows_as_may_be_held(monkeypatch, heads, rows, tokens, held, pieces):
-    monkeypatch.setattr(attention, "_HELD", held)
-    query, key = torch.zeros(2, heads, rows, 4), torch.zeros(2, heads, tokens, 4)
-    room = attention._Room(query, key)
-    memory = {room.weights(query[part], key[all_rows], 0.1).data_ptr() for part, all_rows in room.pieces}
-    for part, _ in room.pieces:
-        query[part] += 1
-        assert query[part][..., 0].numel() * tokens <= held
-    assert len(room.pieces) == 2 * pieces and (query == 1).all() and len(memory) == 1  # which all pieces share
 
 
 def test_gradients_of_many_pieces_are_added_in_float32(monkeypatch):

@@ -107,14 +107,6 @@ def test_a_key_too_much_or_too_few_in_metas_file_is_named(tmp_path):
             build(weights=str(file))
 
 
-def test_stochastic_depth_acts_only_if_configured():
-    images = torch.rand(4, 3, 32, 32)
-    still = build().train()
-    assert torch.equal(still(images)[0], still(images)[0])
-    noisy = build(arch=ARCH | {"drop_path_rate": 0.9}).train()
-    assert not torch.equal(noisy(images)[0], noisy(images)[0])
-
-
 def test_lora_finds_its_linear_layers_and_last_blocks_its_stages():
     lora = Lora(rank=2, alpha=2, targets="all_linear")(build())
     trained = [name for name, parameter in lora.named_parameters() if parameter.requires_grad]

@@ -21,15 +21,6 @@ def images(size, batch=2):
     return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(2))
 
 
-def plain(colour, size=(8, 8)):
-    return torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, *size)
-
-
-def cosine(first, second):
-    maps = [RgbBackbone()(plain(colour))[0].flatten() for colour in (first, second)]
-    return torch.cosine_similarity(*maps, dim=0).item()
-
-
 @pytest.mark.parametrize(("size", "patch"), [((16, 24), 8), ((17, 23), 3), ((17, 23), 8), ((1, 1), 1), ((5, 50), 8)])
 def test_each_patch_is_its_mean_colour(size, patch):
     backbone = RgbBackbone(patch, [-1, 0])
@@ -43,18 +34,6 @@ def test_each_patch_is_its_mean_colour(size, patch):
     assert len(maps) == 2
     for found in maps:
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
-
-
-def test_cosine_separates_colours():
-    assert cosine([0.9, 0.2, 0.2], [0.7, 0.3, 0.3]) > 0.8
-    assert cosine([0.9, 0.2, 0.2], [0.2, 0.2, 0.9]) < 0
-    assert cosine([0.9, 0.9, 0.9], [0.1, 0.1, 0.1]) < -0.9  # of raw colours, all positive, it is 1
-
-
-def test_padding_leaves_the_direction_of_a_colour():
-    inside, border = RgbBackbone()(plain([0.9, 0.2, 0.3], (8, 11)))[0].unbind(-1)
-    assert border.norm() < 0.5 * inside.norm()
-    torch.testing.assert_close(torch.cosine_similarity(inside, border, dim=1), torch.ones(1, 1))
 
 
 def test_rgb_backbone_works_with_frozen_adapter():

@@ -11,7 +11,7 @@ from torch import nn
 
 from dinoseg.models.adapters import Full, LastBlocks, Lora
 from dinoseg.models.backbones import timm_backbone
-from dinoseg.models.backbones.timm_backbone import TimmBackbone, find_unused_parameters, stages
+from dinoseg.models.backbones.timm_backbone import TimmBackbone, stages
 from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow  # makes timm's own models
@@ -113,20 +113,6 @@ def test_parameters_of_the_classifier_alone_are_unused():
     backbone.train()(torch.rand(2, 3, 64, 128))[0].square().sum().backward()
     without = [key for key, parameter in backbone.named_parameters() if parameter.grad is None]
     assert without == list(backbone.unused) == ["model.weights"]
-
-
-def test_unused_parameters_are_found():
-    class Part(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.idle = nn.Linear(2, 2), nn.Linear(2, 2)
-            self.token = nn.Parameter(torch.zeros(2))
-
-        def forward(self, x):
-            return self.used(x) + self.idle(x).detach()
-
-    part = Part()
-    assert find_unused_parameters(part, [part(torch.ones(1, 2))]) == ["token", "idle.weight", "idle.bias"]
 
 
 @pytest.mark.parametrize(

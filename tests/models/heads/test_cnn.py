@@ -4,7 +4,6 @@ import math
 import pytest
 import torch
 from bicubic import cubic_matrix
-from mirrored import check_mirrored, mirror_weights
 
 from dinoseg.models.heads.cnn import CnnHead
 
@@ -119,27 +118,6 @@ def test_forward_equals_the_documented_reference(patch_size, grid, num_layers, o
     )
     with torch.no_grad():
         torch.testing.assert_close(head(maps), expected, atol=1e-9, rtol=1e-9)
-
-
-@pytest.mark.parametrize(("patch_size", "grids"), [(16, [(3, 4), (1, 1), (5, 2)]), (14, [(4, 8)]), (8, [(3, 5)])])
-def test_a_mirrored_map_gives_a_mirrored_output(patch_size, grids):
-    check_mirrored(mirror_weights(small(patch_size, kernel_size=5), equal_channels=True), grids, [5])
-
-
-@pytest.mark.parametrize(("patch_size", "grid"), [(8, (5, 6)), (14, (7, 9)), (16, (8, 5))])
-def test_a_bright_token_stays_where_it_is(patch_size, grid):
-    head = small(patch_size, activation="relu").eval()
-    for name, parameter in head.named_parameters():
-        torch.nn.init.zeros_(parameter)
-        if name in ("enter.weight", "classify.weight"):
-            parameter.data[:, :, 1, 1] = 1.0
-    for row, column in itertools.product((2, grid[0] - 3), (2, grid[1] - 3)):
-        token = torch.zeros(1, 5, *grid)
-        token[..., row, column] = 1
-        light = head([token])[0, 0]
-        light = light / light.sum()
-        center = [(light.sum(axis) * (torch.arange(light.shape[1 - axis]) + 0.5)).sum().item() for axis in (1, 0)]
-        assert center == pytest.approx([(row + 0.5) * patch_size, (column + 0.5) * patch_size], abs=patch_size / 14)
 
 
 def test_dropout_is_silent_at_inference_and_active_in_training():

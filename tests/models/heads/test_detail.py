@@ -6,7 +6,6 @@ from tiny_parts import tiny_vit
 from dinoseg.core.geometry import pad_to_multiple, to_unit_range
 from dinoseg.core.shapes import Batch
 from dinoseg.losses.cross_entropy import CrossEntropy
-from dinoseg.models.adapters import Frozen
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.heads.detail import DetailHead
 from dinoseg.models.heads.linear import LinearHead
@@ -161,13 +160,6 @@ def test_colours_are_jittered_in_training_alone():
     assert len(seen[0].unique()) == 6  # a shift for each channel of each image
     steady = small(jitter=0.0).train()
     assert torch.equal(steady.compute_scores(maps, pixels), steady.compute_scores(maps, pixels))
-
-
-def test_the_colours_are_those_of_bytes():
-    model = SegmentationModel(Frozen()(tiny_vit((0, 1))), small(24, 2)).eval()
-    image = torch.randint(0, 256, (1, 3, 20, 20), dtype=torch.uint8)
-    seen = [model.frozen(given).tensors[-1] for given in (image, image / 255)]
-    assert all(torch.equal(pixels, image) for pixels in seen)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from config_files import read
 from hydra.utils import get_object
 from torch import nn
 
-from dinoseg.config.nodes import instantiate
 from dinoseg.core.geometry import valid_share
 from dinoseg.models.heads.cnn import CnnHead
 from dinoseg.models.heads.dpt import DptHead
@@ -136,12 +135,3 @@ def test_several_maps_are_normed_and_scored_as_one(in_dim):
     weight = head.classify.weight[:, :, 0, 0].double()
     expected = torch.einsum("kc,bcyx->bkyx", weight, normed) + head.classify.bias.view(1, -1, 1, 1)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_the_config_draws_one_convolution_from_all_maps():
-    config = {key: value for key, value in read("head", "multiscale").items() if key not in ("layers", "lr")}
-    torch.manual_seed(3)
-    head = instantiate(config | {"num_classes": 2})(in_dim=5, num_layers=2).state_dict()
-    torch.manual_seed(3)
-    expected = torch.nn.Conv2d(10, 2, 1).state_dict()
-    assert all(torch.equal(value, head[f"classify.{name}"]) for name, value in expected.items())

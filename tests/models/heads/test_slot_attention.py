@@ -125,14 +125,6 @@ def test_distant_tokens_are_each_the_farthest_from_all_before(some):
         assert found[2, 3] == 0
 
 
-def test_distant_tokens_of_training_begin_anywhere():
-    tokens = torch.randn(1, 9, 4).expand(400, -1, -1)
-    torch.manual_seed(1)
-    found = distant_tokens(tokens, 3, random_first=True)
-    assert len(found[:, 0].unique()) == 9
-    assert all(len(set(row)) == 3 for row in found.tolist())
-
-
 def test_half_precision_chooses_as_float32_does():
     torch.manual_seed(2)
     tokens = torch.randn(2, 9, 4).half()
@@ -321,11 +313,6 @@ def test_stored_positions_are_resampled_bicubically(kind):
         assert torch.equal(stored, positions.table)
         found.sum().backward()
         assert positions.table.grad.abs().sum() > 0
-
-
-def test_steps_are_a_number_or_a_list():
-    assert resolve_steps(0) == [0] and resolve_steps(3) == [0, 1, 2, 3]
-    assert resolve_steps([1]) == [1] and resolve_steps([2, 0]) == [2, 0]
 
 
 def test_time_decoders_change_slots_each_in_its_own_way():
