@@ -9,6 +9,7 @@ from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
 from tiny_parts import load_option
 
 from dinoseg.config.nodes import instantiate
+from dinoseg.core.geometry import pad_to_multiple
 from dinoseg.models.adapters import LastBlocks, Lora
 from dinoseg.models.backbones.convnext import ConvNext
 from dinoseg.utils.errors import UserError
@@ -63,11 +64,7 @@ def meta_state():
 def pad_by_hand(images):
     """Normalise and pad without the backbone's help."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    pixels = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    height, width = (-(-side // 32) * 32 for side in images.shape[-2:])
-    whole = torch.zeros(*images.shape[:2], height, width)
-    whole[..., : images.shape[-2], : images.shape[-1]] = pixels
-    return whole
+    return pad_to_multiple((images - mean.view(3, 1, 1)) / std.view(3, 1, 1), 32)
 
 
 def test_the_last_map_is_the_models_own_output():

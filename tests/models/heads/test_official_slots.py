@@ -263,9 +263,6 @@ test_message_names_value_and_remedy = refusals(
     {
         str(options): (partial(build, **options), *words)
         for options, *words in (
-            ({"slot_init": "none"}, "slot_init=none is unknown"),
-            ({"decoder": "cnn"}, "decoder=cnn is unknown. Choose one of mlp, slot_mixer"),
-            ({"decoder_depth": 1}, "decoder_depth=1 ", "from 2 to 16"),
             ({"positions": "sine"}, "positions=sine with decoder=slot_mixer"),
             ({"slot_dim": 6}, "slot_dim=6 is not a multiple of 4"),
             ({"reconstruct": False, "similarity": False}, "leaves nothing to learn"),
@@ -276,7 +273,6 @@ test_message_names_value_and_remedy = refusals(
                 {**DEVIATION, "groups": "initial", "num_slots": [2, 2], "similarity_of": "features"},
                 "initial_std=0.5 has no effect with slot_init=clusters",
             ),
-            ({"similarity_of": "values"}, "similarity_of=values is unknown"),
             ({"groups": "always", "num_slots": [2, 2]}, "Set groups=off"),
         )
     }

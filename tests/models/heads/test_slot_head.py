@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mirrored import count
+from counts import count
 from mistakes import assert_refused
 
 from dinoseg.config.nodes import instantiate
