@@ -80,6 +80,8 @@ test_message_names_value_and_remedy = refusals(
             ("mask2former", {"in_dim": 192, "num_heads": 12, "hidden_dim": 64}, "Choose hidden_dim=96 or 192."),
             ("mask2former", {"num_heads": 0}, "num_heads=0 "),
             ("mask2former", {"class_layer": "old"}, "class_layer=old is unknown. Choose one of loaded, new."),
+            ("mask2former", {"class_layer": "new"}, "class_layer=new without weights: ", " Leave class_layer out"),
+            ("mask2former", {"trainable": "class_embed"}, "class_embed without weights: ", "or set trainable=all"),
             ("mlp", {"in_dim": [4, 8], "num_layers": 2}, "head mlp ", *ONE_GRID),
             ("slots", {"in_dim": 384, "num_layers": 4}, "num_layers=4. Set layers=[-1]"),
             ("slots", {"num_slots": 0}, "num_slots=0: give at least 1 slot"),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mistakes import refusals
 from safetensors.torch import save_file
 
 from dinoseg.models.heads.mask2former.head import Mask2FormerHead, meta_name
@@ -192,17 +191,10 @@ def test_missing_and_left_over_keys_are_named(whole, write, class_layer):
 
 def test_unreadable_files_are_refused(whole, write, tmp_path):
     assert refusal(tmp_path / "absent.pth") == "file not found. Check the path."
-    assert refusal(tmp_path) == "file not found. Check the path."
     for name in ("head.pth", "head.safetensors"):
-        path = write(whole, name)
-        content = Path(path).read_bytes()
-        for kept in (0, len(content) // 2):
-            Path(path).write_bytes(content[:kept])
-            assert "not a readable" in refusal(path)
-    garbage = tmp_path / "garbage.pth"
-    for content in (b"\x80\x02garbage", b"<html>Access denied</html>"):
-        garbage.write_bytes(content)
-        assert "not a readable PyTorch file (" in refusal(garbage)
+        path = Path(write(whole, name))
+        path.write_bytes(path.read_bytes()[:1000])
+        assert "not a readable" in refusal(path)
 
 
 class Harmful:
@@ -213,14 +205,10 @@ class Harmful:
 LEVELS, STEM = "segmentation_model.0.level_embed", "segmentation_model.0.spm.stem.0.weight"
 
 
-NO_DICT = "not a plain dict of tensors"
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda whole: {"model": whole}, NO_DICT),
-        (lambda whole: {"model": [torch.ones(2)]}, NO_DICT),
+        (lambda whole: {"model": whole}, "not a plain dict of tensors"),
         (lambda whole: {}, "479 missing"),
         (lambda whole: {LEVELS: Harmful()}, "reading those could run code"),
         (lambda whole: whole | {LEVELS: whole[LEVELS].char()}, f"{LEVELS} is int8"),
@@ -235,17 +223,6 @@ def test_other_contents_are_refused(whole, write, tmp_path, monkeypatch, change,
     monkeypatch.chdir(tmp_path)
     assert said in refusal(write(change(whole)))
     assert not (tmp_path / "harm.txt").exists()
-
-
-test_message_names_value_and_remedy = refusals(
-    {
-        "new": (lambda: tiny(class_layer="new"), "class_layer=new without weights: ", " Leave class_layer out"),
-        "class layer": (
-            lambda: tiny(trainable="class_embed"),
-            *("trainable=class_embed without weights: ", "or set trainable=all"),
-        ),
-    }
-)
 
 
 # What Meta's file holds for ViT-7B/16 and 150 classes: name with {choices}, and shape
