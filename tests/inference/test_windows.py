@@ -250,24 +250,17 @@ def test_bands_are_at_most_a_stride_and_the_last_a_window():
 
 
 @pytest.mark.parametrize("flips", ["horizontal", "all"])
-@pytest.mark.parametrize("policy", [Whole, partial(Windows, (12, 9))])
-def test_flips_average_probabilities_of_the_turned_images(flips, policy):
+def test_flips_average_probabilities_of_the_turned_images(flips):
     model, images = make_model(kernel=3), pictures(17, 23)
     parts, turned = [], []
     for turn in TURNS[flips]:
-        assert torch.equal(undo_turn(apply_turn(images, turn), turn), images)
         turned.append(apply_turn(images, turn))
+        assert torch.equal(undo_turn(turned[-1], turn), images)
         with torch.no_grad():
             parts.append(undo_turn(model(turned[-1]).logits().softmax(dim=1), turn))
     assert torch.equal(turned[1], images.flip(-1)) and len({str(part.tolist()) for part in turned}) == len(turned)
     averaged = run_bands(model, images, Whole(flips=flips))
     torch.testing.assert_close(averaged, torch.stack(parts).mean(dim=0))
-    # a symmetric model sees no difference
-    with torch.no_grad():
-        model.head.layer.weight.copy_(model.head.layer.weight.mean(dim=(2, 3), keepdim=True).expand(-1, -1, 3, 3))
-    plain = run_bands(model, images, policy())
-    plain = plain if policy is not Whole else plain.softmax(dim=1)
-    torch.testing.assert_close(run_bands(model, images, policy(flips=flips)), plain)
 
 
 @pytest.mark.parametrize(

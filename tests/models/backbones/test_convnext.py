@@ -104,10 +104,7 @@ def test_a_key_too_much_or_too_few_in_metas_file_is_named(tmp_path):
             build(weights=str(file))
 
 
-def test_lora_finds_its_linear_layers_and_last_blocks_its_stages():
-    lora = Lora(rank=2, alpha=2, targets="all_linear")(build())
-    trained = [name for name, parameter in lora.named_parameters() if parameter.requires_grad]
-    assert len(trained) == 2 * 2 * sum(DEPTHS) and all("pointwise_conv" in name for name in trained)
+def test_last_blocks_trains_the_last_stage_and_the_norm():
     last = LastBlocks(1)(build())
     trained = {name for name, parameter in last.named_parameters() if parameter.requires_grad}
     assert trained and all(name.startswith(("model.model.stages.3.", "model.layer_norm.")) for name in trained)

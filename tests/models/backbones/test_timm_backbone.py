@@ -131,10 +131,7 @@ def test_linear_layers_used_only_by_weight_are_listed(name, patch, own, monkeypa
     assert not any(part._forward_hooks for part in linears.values())
 
 
-def test_lora_finds_fused_projections_and_last_blocks_its_blocks():
-    lora = Lora(rank=2, alpha=2)(build())
-    trained = {name for name, parameter in lora.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 6 * 2 * 2 and all("attn.qkv" in name or "attn.proj" in name for name in trained)
+def test_last_blocks_trains_the_last_stage_of_a_pyramid():
     last = LastBlocks(1)(build("test_resnet"))
     trained = {name for name, parameter in last.named_parameters() if parameter.requires_grad}
     assert trained and all(name.startswith("model.layer4.") for name in trained)
