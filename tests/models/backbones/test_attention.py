@@ -8,15 +8,6 @@ from dinoseg.inference.walk import fake_tensor_mode
 from dinoseg.models.backbones import attention
 from dinoseg.models.backbones.attention import attend
 from dinoseg.models.backbones.timm_backbone import TimmBackbone
-from dinoseg.models.backbones.transformers_vit import TransformersVit
-
-SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
-ARCHS = {
-    "vit": {**SMALL, "intermediate_size": 48, "image_size": 32},
-    "dinov2": {**SMALL, "mlp_ratio": 2, "image_size": 32},
-    "dinov2_with_registers": {**SMALL, "mlp_ratio": 2, "image_size": 32, "num_register_tokens": 4},
-    "dinov3_vit": {**SMALL, "intermediate_size": 48, "num_register_tokens": 4},
-}
 
 
 def written_out(query, key, value, allowed, scale):
@@ -68,32 +59,6 @@ def test_dropout_reaches_masked_and_free_rows():
     dropped = attend(query, key, value, mask, dropout=0.5, scale=0.4)
     changed = (dropped != still).flatten(3).any(-1).all(1)  # (B, N)
     assert changed[:, :3].any() and changed[:, 3:].any()
-
-
-@pytest.mark.parametrize("family", ARCHS)
-def test_a_block_takes_a_mask_for_its_first_tokens_only(family, monkeypatch):
-    torch.manual_seed(0)
-    backbone = TransformersVit(family, ARCHS[family], "random", 8).double().eval()
-    tokens, beside = backbone.embed(backbone.pixels(torch.rand(2, 3, 24, 40, dtype=torch.float64)))
-    tokens = torch.cat([torch.randn(2, 3, 24, dtype=torch.float64), tokens], dim=1)
-    count = tokens.shape[1]
-    mask = torch.rand(2, 1, 3, count) > 0.5
-    mask[..., :4] = True
-    shapes, given = [], F.scaled_dot_product_attention
-
-    def spy(query, key, value, attn_mask=None, **kwargs):
-        shapes.append((query.shape[-2], None if attn_mask is None else tuple(attn_mask.shape)))
-        return given(query, key, value, attn_mask=attn_mask, **kwargs)
-
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
-    found = backbone.blocks[0](tokens, attention_mask=mask, **beside)
-    assert shapes == [(3, (2, 1, 3, count)), (count - 3, None)]
-    without = backbone.blocks[0](tokens, **beside)
-    backbone.model.config._attn_implementation = "eager"  # transformers' own, written out, adds a dense mask
-    dense = torch.zeros(2, 1, count, count, dtype=torch.float64)
-    dense[:, :, :3].masked_fill_(~mask, float("-inf"))
-    torch.testing.assert_close(found, backbone.blocks[0](tokens, attention_mask=dense, **beside))
-    torch.testing.assert_close(without, backbone.blocks[0](tokens, **beside))
 
 
 @pytest.mark.parametrize(

@@ -97,23 +97,6 @@ def test_blocks_are_in_order_and_end_with_the_last_one_read(build, name):
     torch.testing.assert_close(cut(images)[0], maps[whole.layers.index(1)])
 
 
-@with_weights
-@pytest.mark.parametrize("layers", [(-1,), [0, 1]])
-def test_exported_weights_are_read_again(build, name, tmp_path, layers):
-    from safetensors.torch import save_file
-
-    strides = {"patch_size": 8} if name in PYRAMIDS and layers == [0, 1] else {}
-    source = build(layers, **strides)
-    with torch.no_grad():
-        for parameter in source.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    save_file(source.export_state(), tmp_path / "weights.safetensors")
-    images = noise(1, (64, 96))
-    again = build(layers, weights=str(tmp_path / "weights.safetensors"), **strides)
-    for ours, expected in zip(again(images), source(images), strict=True):
-        torch.testing.assert_close(ours, expected)
-
-
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [  # all layers: test_arch.py, all colours: test_colours.py

@@ -105,6 +105,10 @@ test_message_names_value_and_remedy = refusals(
         )
     }
     | {
+        "groups without a class token": (
+            lambda: HEADS["slots"](num_slots=[2, 3], **ALWAYS).check_backbone(Backbone()),
+            *("groups=always needs a backbone with a class token", "groups=off"),
+        ),
         "EoMT of too many blocks": (
             lambda: SegmentationModel(*pair(blocks=4)),
             "blocks=4: this backbone reads 3 blocks; give 1 to 3",
