@@ -1,9 +1,6 @@
-import http.server
 import os
 import resource
-import threading
 from fractions import Fraction
-from functools import partial
 
 import av
 import numpy as np
@@ -279,27 +276,11 @@ def test_invalid_video_is_named_without_decoder_output(tmp_path, write, capfd):
     assert capfd.readouterr().err == ""
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server_url(tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 @pytest.mark.heavy
-def test_overlay_plays_in_a_browser(server_url, tmp_path):
+def test_overlay_plays_in_a_browser(tmp_path):
     copy_film(write_film(tmp_path / "in.mkv", frames=48), tmp_path / "out.mp4").close()
     (tmp_path / "page.html").write_text("<link rel=icon href=data:,><video id=v src=out.mp4 muted></video>")
-    with opened_page(f"{server_url}/page.html") as page:
+    with opened_page(f"file://{tmp_path}/page.html") as page:
         page.wait_for_function("document.getElementById('v').readyState >= 2", timeout=120_000)
         page.evaluate("document.getElementById('v').play()")
         page.wait_for_function("document.getElementById('v').currentTime > 0.5", timeout=120_000)

@@ -30,10 +30,6 @@ HEADS = {
 }
 
 
-def four_levels(name, count):
-    return f"head {name} reads four feature maps, but num_layers={count}. ", "quarters", "linear, mlp or cnn"
-
-
 ONE_GRID = ("gets 2 maps of a pyramid", "layers=[-1]", "dpt or upernet")
 MULTIPLE = "must be a multiple of 32 (groups of channels) and of nu"
 SHARES = "0 <= start <= end <= 1"
@@ -50,7 +46,7 @@ test_message_names_value_and_remedy = refusals(
             ("cnn", {"activation": "gelu"}, "activation=gelu is unknown. Choose one of relu, leakyrelu, sigmoid, tanh"),
             ("detail", {"patch_size": 7}, "patch_size=7 ", "even patch size"),
             ("detail", {"fine": 0}, "fine=0 ", " at least 1"),
-            ("dpt", {"in_dim": 6, "num_layers": 5}, *four_levels("dpt", 5)),
+            ("dpt", {"in_dim": 6, "num_layers": 5}, "head dpt reads four feature maps, but num_layers=5. ", "quarters"),
             ("dpt", {"features": 0}, "features=0 ", "at least 1"),
             ("dpt", {"out_channels": [8, 8, 8]}, "out_channels=[8, 8, 8]: give four whole numbers of at least 1"),
             ("dpt", {"out_channels": [8, 8, 8.5, 8]}, "out_channels=[8, 8, 8.5, 8] ", "list of whole numbers"),
@@ -100,7 +96,11 @@ test_message_names_value_and_remedy = refusals(
                 {"positions_grid": None, "positions": "linear", "similarity": True},
                 "similarity=true needs the grid",
             ),
-            ("upernet", {"in_dim": [4, 8], "num_layers": 2}, *four_levels("upernet", 2)),
+            (
+                "upernet",
+                {"in_dim": [4, 8], "num_layers": 2},
+                "head upernet reads four feature maps, but num_layers=2. ",
+            ),
             ("upernet", {"channels": 0}, "channels=0 ", "at least 1"),
         )
     }
