@@ -77,9 +77,6 @@ def test_weights_of_half_precision_give_maps_of_full(family):
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     rounded = half(images)[0]
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).norm() < 0.05 * exact.norm()
-    for adapter in (Full(), LastBlocks(1)):
-        with pytest.raises(UserError, match="small updates would be rounded away.*dtype=float32"):
-            adapter(half)
 
 
 def test_a_norm_of_pre_training_is_counted_but_never_trained():
