@@ -10,7 +10,6 @@ from dinoseg.core.contracts import Backbone
 from dinoseg.models.heads.slots.attention import Standardiser, allowed_cells
 from dinoseg.models.heads.slots.background import background_mask
 from dinoseg.models.heads.slots.head import SlotHead
-from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
 
 SMALL = {"slot_dim": 8, "hidden_dim": 12, "decoder_dim": 10, "num_slots": 3, "positions_grid": [3, 4]}
@@ -147,11 +146,8 @@ def test_slots_see_and_give_back_standardised_channels():
     torch.manual_seed(2)
     scale, shift = torch.rand(DIM, 1, 1).double() * 9 + 0.1, torch.randn(DIM, 1, 1).double() * 5
     seen, features = clip(), clip() * scale + shift
-    head, plain = make_head(standardise=True).train(), make_head().eval()
-    expected = torch.nn.BatchNorm2d(DIM, affine=False).double()(features.flatten(0, 1))
-    torch.testing.assert_close(head.follow(features).features.flatten(0, 1), expected)
+    head, plain = make_head(standardise=True).eval(), make_head().eval()
     plain.load_state_dict(head.state_dict(), strict=False)
-    head.eval()
     with torch.no_grad():
         head.standardiser.running_mean.copy_(shift.flatten())
         head.standardiser.running_var.copy_(scale.flatten().square() - head.standardiser.eps)
@@ -283,17 +279,6 @@ def test_it_runs_on_clips_and_on_images():
         if keys:
             background = background_mask(pixels[:, 0, :, ::8, ::8])
             torch.testing.assert_close(outputs.attention[:, 0, :2].sum(1), background.float())
-
-
-def test_a_segmenter_gives_soft_masks_of_images(tiny_backbone):
-    torch.manual_seed(0)
-    head = SlotHead(24, 1, **SMALL | {"steps": [0, 1], "mask_source": "alpha"})
-    model = SegmentationModel(tiny_backbone().requires_grad_(False), head).eval()
-    prediction = model(torch.randint(0, 255, (2, 3, 30, 45), dtype=torch.uint8))
-    scores = prediction.scores()
-    assert scores.shape == (2, 3, 30, 45) and prediction.mixture
-    torch.testing.assert_close(scores.sum(1), torch.ones(2, 30, 45))
-    assert torch.isfinite(prediction.logits()).all()
 
 
 def test_half_precision_stays_close_to_float32():
