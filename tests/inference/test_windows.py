@@ -309,13 +309,6 @@ def test_shorter_side_is_resized_and_windows_stay_inside():
     assert set(seen) == {(8, 8)} and len(seen) == 3  # 9 windows, 4 at a time
 
 
-def test_windows_predict_at_a_requested_size():
-    model, images = make_model(kernel=3), pictures(17, 23)
-    own = run_bands(model, images, Windows((9, 9)))
-    other = run_bands(model, images, Windows((9, 9)), size=(34, 40))
-    torch.testing.assert_close(other, F.interpolate(own, (34, 40), mode="bilinear"))
-
-
 @pytest.mark.parametrize("average", ["probabilities", "scores"])
 @pytest.mark.parametrize("mixture", [False, True])
 def test_probabilities_of_windows_are_those_of_the_whole_image(mixture, average):

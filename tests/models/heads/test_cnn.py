@@ -1,8 +1,8 @@
-import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bicubic import cubic_matrix
 
 from dinoseg.models.heads.cnn import CnnHead
@@ -22,22 +22,6 @@ def test_output_has_the_pixels_of_the_padded_image(patch_size):
             assert output.shape[-2:] == (grid[0] * patch_size, grid[1] * patch_size), (blocks, grid)
 
 
-# The forward pass written out in float64, from the description of the original
-
-
-def convolve(grid, weight, bias):
-    out, _, side, _ = weight.shape
-    rows, columns = grid.shape[-2:]
-    margin = side // 2
-    framed = torch.zeros(*grid.shape[:2], rows + 2 * margin, columns + 2 * margin, dtype=torch.float64)
-    framed[..., margin : margin + rows, margin : margin + columns] = grid
-    result = bias.view(1, out, 1, 1).repeat(len(grid), 1, rows, columns)
-    for down, along in itertools.product(range(side), repeat=2):
-        tap = framed[..., down : down + rows, along : along + columns]
-        result += torch.einsum("oc,bcyx->boyx", weight[:, :, down, along], tap)
-    return result
-
-
 def enlarge(grid, scale):
     rows, columns = grid.shape[-2:]
     if scale == 1:
@@ -47,43 +31,32 @@ def enlarge(grid, scale):
     return torch.einsum("yr,bcrs,xs->bcyx", down, grid, along)
 
 
-def shuffle(grid):
-    batch, channels, rows, columns = grid.shape
-    result = torch.zeros(batch, channels // 4, rows * 2, columns * 2, dtype=torch.float64)
-    for channel in range(channels):
-        target, place = divmod(channel, 4)
-        result[:, target, place // 2 :: 2, place % 2 :: 2] = grid[:, channel]
-    return result
-
-
-ACTIVATIONS = {
-    "relu": lambda x: x.where(x > 0, 0),
-    "leakyrelu": lambda x: x.where(x > 0, 0.01 * x),
-    "sigmoid": lambda x: 1 / (1 + (-x).exp()),
-    "tanh": lambda x: (x.exp() - (-x).exp()) / (x.exp() + (-x).exp()),
-}
+ACTIVATIONS = {"relu": F.relu, "leakyrelu": F.leaky_relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
 
 
 def reference(state, maps, patch_size, num_blocks, pixel_shuffle, activation):
-    grid = convolve(torch.cat(maps, 1), state["enter.weight"], state["enter.bias"])
+    """Return the forward pass in float64, from the description of the original."""
+
+    def convolve(grid, name):
+        weight = state[f"{name}.weight"]
+        return F.conv2d(grid, weight, state[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+    grid = convolve(torch.cat(maps, 1), "enter")
     for number in range(1, num_blocks + 1):
         if number == 1:
             grid = enlarge(grid, patch_size / 2 ** (num_blocks - 1))
         else:
-            grid = shuffle(grid) if number > num_blocks - pixel_shuffle else enlarge(grid, 2)
-        prefix, inner = f"blocks.{number - 1}", grid
+            grid = F.pixel_shuffle(grid, 2) if number > num_blocks - pixel_shuffle else enlarge(grid, 2)
+        block = f"blocks.{number - 1}"
         if number <= num_blocks - pixel_shuffle:
-            mean, var, scale, shift = (
-                state[f"{prefix}.0.{name}"].view(1, -1, 1, 1)
-                for name in ("running_mean", "running_var", "weight", "bias")
-            )
-            inner = (grid - mean) / (var + 1e-5).sqrt() * scale + shift
-            prefix += ".1"
-        grid = grid + convolve(inner, state[f"{prefix}.weight"], state[f"{prefix}.bias"])
+            parts = (state[f"{block}.0.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+            grid = grid + convolve(F.batch_norm(grid, *parts), f"{block}.1")
+        else:
+            grid = grid + convolve(grid, block)
         if number in range(num_blocks, 0, -2):
             grid = ACTIVATIONS[activation](grid)
     rows, columns = (side * patch_size for side in maps[0].shape[-2:])
-    return convolve(grid, state["classify.weight"], state["classify.bias"])[..., :rows, :columns]
+    return convolve(grid, "classify")[..., :rows, :columns]
 
 
 @pytest.mark.parametrize(

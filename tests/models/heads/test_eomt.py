@@ -205,18 +205,10 @@ def read_slowly(head, tokens, grid):
     count = len(head.queries)
     features = tokens[:, -grid[0] * grid[1] :].reshape(len(tokens), *grid, -1).permute(0, 3, 1, 2)
     for step in head.upscale:
-        features = F.conv_transpose2d(features, step.grow.weight, step.grow.bias, stride=2)
-        features = 0.5 * features * (1 + torch.erf(features / math.sqrt(2)))
-        padded = F.pad(features, (1, 1, 1, 1))
-        height, width = features.shape[-2:]
-        features = sum(
-            step.mix.weight[:, 0, y, x].view(-1, 1, 1) * padded[..., y : y + height, x : x + width]
-            for y in range(3)
-            for x in range(3)
-        )
-        centred = features - features.mean(1, keepdim=True)
-        features = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
-        features = features * step.norm.weight.view(-1, 1, 1) + step.norm.bias.view(-1, 1, 1)
+        features = F.gelu(F.conv_transpose2d(features, step.grow.weight, step.grow.bias, stride=2))
+        mixed = F.conv2d(features, step.mix.weight, padding=1, groups=features.shape[1]).permute(0, 2, 3, 1)
+        normed = F.layer_norm(mixed, mixed.shape[-1:], step.norm.weight, step.norm.bias, eps=1e-6)
+        features = normed.permute(0, 3, 1, 2)
     classes = tokens[:, :count] @ head.classify.weight.T + head.classify.bias
     embedding = head.mask_embed(tokens[:, :count])
     masks = [[(embedding[b, q].view(-1, 1, 1) * features[b]).sum(0) for q in range(count)] for b in range(len(tokens))]
