@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mistakes import refusals
-from safetensors.torch import save_file
 from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
 from tiny_parts import load_option
 
@@ -110,23 +109,11 @@ def test_last_blocks_trains_the_last_stage_and_the_norm():
     assert trained and all(name.startswith(("model.model.stages.3.", "model.layer_norm.")) for name in trained)
 
 
-def load_other(**arch):
-    save_file(build().export_state(), "other.safetensors")
-    build(weights="other.safetensors", arch=ARCH | arch)
-
-
 test_message_names_value_and_remedy = refusals(
     {
-        "other depths": (partial(load_other, depths=[1, 2, 3, 1]), "other.safetensors: ", "Choose the backbone"),
-        "other widths": (
-            partial(load_other, hidden_sizes=[8, 12, 16, 32]),
-            "other.safetensors: ",
-            "Choose the backbone",
-        ),
         "stride of the last stage": (partial(build, patch_size=16), "patch_size=16: ", "32 px: set patch_size=32"),
         "stride of two stages": (partial(build, (0, 2)), "patch_size=32: ", "stride of 16 px: set patch_size=16"),
         "stride of the first stage": (partial(build, (0,)), "patch_size=32: ", "stride of 4 px: set patch_size=4"),
-        "layer 4": (partial(build, (4,)), "this backbone has 4 blocks", "from -4 to 3"),
         "unknown keys": (partial(build, arch={"width": 3, "depth": 3}), "arch: dinov3_convnext has no depth, width"),
         "LoRA exported": (lambda: Lora(2, 2, targets="all_linear")(build()).export_state(), "LoRA updates"),
         "LoRA of attention": (lambda: Lora(2, 2)(build()), "targets=attention matches no linear", "pointwise_conv1"),

@@ -437,7 +437,6 @@ test_message_names_value_and_remedy = refusals(
             partial(load_content, "dino", {"network": {"cls_token": torch.zeros(1)}, "epoch": 3}),
             *("holds network, epoch, and no weights", "`teacher`"),
         ),
-        "a network": (partial(load_content, "dino", {"conv.weight": torch.zeros(1)}), "tensors are missing"),
         "a ConvNeXt": (
             partial(load_content, "dino", {"downsample_layers.0.0.weight": torch.zeros(1)}),
             *("holds a DINOv3 ConvNeXt", "dinov3_convnext_tiny"),

@@ -176,7 +176,6 @@ test_message_names_value_and_remedy = refusals(
             ("test_vit.nothing", {}, "does not have this tag. It has test_vit.r160_in1k"),
             ("mixer_s32_224", {}, f"name=mixer_s32_224: {FIXED}", "Choose"),
             ("test_vit_relpos", {}, f"name=test_vit_relpos: {FIXED}", "Choose"),
-            ("test_vit", {"layers": (6,)}, "this backbone has 6 blocks", "from -6 to 5"),
             ("dla46_c", {"checkpointing": True}, "checkpointing=true: dla46_c does not support", "Set it to false"),
         )
     }

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from eomt_making import FAMILIES, pair, spy_on_attention
 
-from dinoseg.experiment.builder import Builder
 from dinoseg.models.adapters import Frozen, Full, LastBlocks, Lora
 from dinoseg.models.backbones.transformers_vit import TransformersVit
 from dinoseg.models.heads import eomt
@@ -190,14 +189,6 @@ def test_half_precision_backbone_works_with_float32_head(family, adapter, checkp
     with torch.autocast("cpu", torch.bfloat16):
         scores = exact(images).scores()
     torch.testing.assert_close(scores, expected, atol=0.1, rtol=0.1)
-
-
-def test_config_builds_the_head(compose):
-    anneal = "head.anneal=[[0,0.5],[0.1,0.6],[0.2,1]]"
-    cfg = compose("data=camvid", "data.root=.", "backbone=tiny", "head=eomt", "head.blocks=3", anneal)
-    model = Builder(cfg).model()
-    assert model.head.windows == [(0, 0.5), (0.1, 0.6), (0.2, 1)]
-    assert model.eval()(torch.rand(1, 3, 20, 30)).scores().shape[2:] == (20, 30)
 
 
 def read_slowly(head, tokens, grid):

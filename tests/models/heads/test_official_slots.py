@@ -256,9 +256,6 @@ def compute_feature_loss():
     FeatureReconstruction()(Prediction(outputs, (2, 3), (1.0, 1.0), head.predict), None)
 
 
-DEVIATION = {"slot_init": "clusters", "initial_std": 0.5}
-
-
 test_message_names_value_and_remedy = refusals(
     {
         str(options): (partial(build, **options), *words)
@@ -268,11 +265,7 @@ test_message_names_value_and_remedy = refusals(
             ({"reconstruct": False, "similarity": False}, "leaves nothing to learn"),
             ({"reconstruct": False, "output_norm": True}, "Set output_norm=false"),
             ({"similarity": False}, "similarity_of=keys has no effect with similarity=false. Set similarity=true, or "),
-            (DEVIATION, "initial_std=0.5 has no effect with slot_init=clusters"),
-            (
-                {**DEVIATION, "groups": "initial", "num_slots": [2, 2], "similarity_of": "features"},
-                "initial_std=0.5 has no effect with slot_init=clusters",
-            ),
+            ({"slot_init": "clusters", "initial_std": 0.5}, "initial_std=0.5 has no effect with slot_init=clusters"),
             ({"groups": "always", "num_slots": [2, 2]}, "Set groups=off"),
         )
     }
