@@ -29,12 +29,9 @@ def build(family, *, patch_size=8, **arch):
         ("dinov2", "num_attention_heads", 0, "is too small. Give at least 1"),
         ("dinov3_vit", "num_attention_heads", 12, "hidden_size=24: .*a multiple of 48"),  # rotated by four channels
         ("dinov2_with_registers", "hidden_act", "gelo", "is unknown. Choose one of .*gelu"),
-        ("vit", "hidden_size", "64a", "expected int, got str"),
-        ("dinov2_with_registers", "num_hidden_layers", 0, "is too small. Give at least 1"),
         ("dinov2", "layer_norm_eps", "tiny", "expected float, got str"),
         ("dinov3_vit", "initializer_range", -0.1, "is too small. Give at least 0"),
         ("dinov2_with_registers", "num_channels", 4, "images are RGB"),
-        ("dinov2", "mlp_ratio", 0, "is too small. Give at least 1"),
         ("dinov2_with_registers", "num_register_tokens", -1, "is too small. Give at least 0"),
         ("vit", "hidden_dropout_prob", 3, "is not a probability"),
         ("dinov3_vit", "attention_dropout", 1.0, "is not a probability"),

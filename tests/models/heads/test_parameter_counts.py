@@ -56,6 +56,10 @@ def test_trained_parameters_of_recipes(outline, overrides, backbone, head):
         pytest.param("dinov3_vits16plus", 28_692_864, marks=pytest.mark.heavy),
         pytest.param("dinov3_vith16plus", 840_592_640, marks=pytest.mark.heavy),
         ("dinov3_vit7b16", 6_716_043_264),
+        ("dinov3_convnext_tiny", 27_820_128),
+        pytest.param("dinov3_convnext_small", 49_454_688, marks=pytest.mark.heavy),
+        pytest.param("dinov3_convnext_base", 87_566_464, marks=pytest.mark.heavy),
+        ("dinov3_convnext_large", 196_230_336),
     ],
 )
 def test_parameters_of_backbones(outline, backbone, parameters):
