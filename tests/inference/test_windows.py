@@ -241,13 +241,6 @@ def test_freeing_rows_equals_keeping_all_rows(average):
     assert torch.equal(freed, kept)
 
 
-def test_bands_are_at_most_a_stride_and_the_last_a_window():
-    model, images = make_model(), pictures(61, 40)
-    bands = Windows((16, 16), overlap=0.5).bands(model, MemoryRows(images), nullcontext)
-    with torch.no_grad():
-        assert [band.scores().shape[2] for band in bands] == [8] * 5 + [5, 16]
-
-
 @pytest.mark.parametrize("flips", ["horizontal", "all"])
 def test_flips_average_probabilities_of_the_turned_images(flips):
     model, images = make_model(kernel=3), pictures(17, 23)

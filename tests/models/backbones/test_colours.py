@@ -95,8 +95,6 @@ def test_published_statistics_pass_the_config(compose, backbone, added):
 
 
 MEAN, STD = "Give a number from -1 to 2 ", "Give a number from 0.001 to 10 "
-
-
 test_message_names_value_and_remedy = refusals(
     {
         f"{key}={values}": (partial(RgbBackbone, **{key: values}), f"{key}={values}", *words)

@@ -111,7 +111,6 @@ test_message_names_value_and_remedy = refusals(
     {
         "stride of the last stage": (partial(build, patch_size=16), "patch_size=16: ", "32 px: set patch_size=32"),
         "stride of two stages": (partial(build, (0, 2)), "patch_size=32: ", "stride of 16 px: set patch_size=16"),
-        "stride of the first stage": (partial(build, (0,)), "patch_size=32: ", "stride of 4 px: set patch_size=4"),
         "unknown keys": (partial(build, arch={"width": 3, "depth": 3}), "arch: dinov3_convnext has no depth, width"),
         "LoRA exported": (lambda: Lora(2, 2, targets="all_linear")(build()).export_state(), "LoRA updates"),
         "LoRA of attention": (lambda: Lora(2, 2)(build()), "targets=attention matches no linear", "pointwise_conv1"),

@@ -405,9 +405,6 @@ def load_key_bias(mask):
     load_content("dinov3", state)
 
 
-CONVNEXT = argparse.Namespace(model_type="dinov3_convnext")
-
-
 test_message_names_value_and_remedy = refusals(
     {
         f"{kind} {changes}": (partial(load_content, kind, state_of(kind), layers=[-1], **changes), *words)
@@ -442,7 +439,7 @@ test_message_names_value_and_remedy = refusals(
             *("holds a DINOv3 ConvNeXt", "dinov3_convnext_tiny"),
         ),
         "for a ConvNeXt": (
-            lambda: from_meta(state_of("dino"), CONVNEXT, "f.pth"),
+            lambda: from_meta(state_of("dino"), argparse.Namespace(model_type="dinov3_convnext"), "f.pth"),
             *("holds a DINO vision transformer", "but the backbone is a dinov3_convnext"),
         ),
         "a key bias": (

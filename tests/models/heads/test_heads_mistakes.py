@@ -82,7 +82,6 @@ test_message_names_value_and_remedy = refusals(
             ("slots", {"num_slots": [5, 0], **ALWAYS}, "num_slots=[5,0]: give at least 1"),
             ("slots", {"num_slots": [5, 5]}, "num_slots=[5,5] with groups=off", "num_slots=10, or set groups"),
             ("slots", {"num_slots": 10, "groups": "initial"}, "num_slots=10 with groups=initial", "num_slots=[5,5]"),
-            ("slots", {"num_slots": [1, 2, 3], **ALWAYS}, "num_slots=[1,2,3] with groups=always", "[5,5]"),
             ("slots", {"groups": "sometimes"}, "groups=sometimes is unknown", "off, initial, always"),
             ("slots", {"iterations": 0}, "iterations=0 ", "at least 1"),
             ("slots", {"positions_grid": [28]}, "positions_grid=[28]: give rows and columns"),
