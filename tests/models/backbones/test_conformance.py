@@ -58,6 +58,18 @@ def test_four_maps_have_the_strides_of_their_family(build, name):
     assert [tuple(part.shape[2:]) for part in maps] == [(rows * s, columns * s) for s in strides]
 
 
+def test_prefix_tokens_are_dropped_and_positions_preserved(build):
+    """What changes in the image's corner changes the map there the most: no token is out of place."""
+    backbone = build()
+    images = noise(1, (4 * backbone.patch_size, 6 * backbone.patch_size))
+    for row, column in ((0, 0), (3, 5), (1, 4)):
+        changed = images.clone()
+        p = backbone.patch_size
+        changed[..., row * p : (row + 1) * p, column * p : (column + 1) * p] = torch.rand(3, p, p)
+        difference = (backbone(changed)[0] - backbone(images)[0]).norm(dim=1)[0]  # (4, 6)
+        assert divmod(int(difference.argmax()), 6) == (row, column)
+
+
 @with_weights
 @pytest.mark.parametrize(
     "adapter", [pytest.param(Full(), marks=pytest.mark.heavy), Lora(rank=2, alpha=2, targets="all_linear")]
@@ -90,6 +102,23 @@ def test_blocks_are_in_order_and_end_with_the_last_one_read(build, name):
     assert counts[0] > 0.3 * counts[1] and counts[2] < counts[1]
     cut.load_state_dict({key: value for key, value in whole.state_dict().items() if key in cut.state_dict()})
     torch.testing.assert_close(cut(images)[0], maps[whole.layers.index(1)])
+
+
+@with_weights
+@pytest.mark.parametrize("layers", [(-1,), [0, 1]])
+def test_exported_weights_are_read_again(build, name, tmp_path, layers):
+    from safetensors.torch import save_file
+
+    strides = {"patch_size": 8} if name in PYRAMIDS and layers == [0, 1] else {}
+    source = build(layers, **strides)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    save_file(source.export_state(), tmp_path / "weights.safetensors")
+    images = noise(1, (64, 96))
+    again = build(layers, weights=str(tmp_path / "weights.safetensors"), **strides)
+    for ours, expected in zip(again(images), source(images), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize(
