@@ -128,9 +128,9 @@ def timm_backbone(products):
 IMAGES = torch.rand(2, 3, 192, 192)  # 144 patches
 
 
-def in_bfloat16(backbone, images=IMAGES):
+def in_bfloat16(backbone):
     with torch.autocast("cpu", torch.bfloat16):
-        return backbone(images)[0]
+        return backbone(IMAGES)[0]
 
 
 def test_timm_blocks_use_products_with_equal_gradients(products, timm_backbone, monkeypatch):

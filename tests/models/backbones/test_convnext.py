@@ -49,12 +49,6 @@ def meta_state():
     return state | {"norms.3.weight": state["norm.weight"].clone(), "norms.3.bias": state["norm.bias"].clone()}
 
 
-def pad_by_hand(images):
-    """Normalise and pad without the backbone's help."""
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return pad_to_multiple((images - mean.view(3, 1, 1)) / std.view(3, 1, 1), 32)
-
-
 def test_only_the_last_stage_has_the_final_norm():
     assert build().dim == 24 and build([0, 1], patch_size=8).dim == [8, 12]
     cut = build((1,), patch_size=8)
@@ -68,7 +62,8 @@ def test_metas_file_gives_the_maps_of_timms_convnext(tmp_path):
     theirs = ConvNeXt(depths=DEPTHS, dims=WIDTHS, num_classes=0, ls_init_value=0.5).eval()
     theirs.load_state_dict(checkpoint_filter_fn(dict(state), theirs))
     images = torch.rand(2, 3, 50, 90)
-    maps = theirs.forward_intermediates(pad_by_hand(images), intermediates_only=True)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    maps = theirs.forward_intermediates(pad_to_multiple((images - mean) / std, 32), intermediates_only=True)
     last = F.layer_norm(maps[3].permute(0, 2, 3, 1), (24,), state["norm.weight"], state["norm.bias"], 1e-6)
     for ours, expected in zip(backbone(images), [last.permute(0, 3, 1, 2), maps[0], maps[2]], strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
