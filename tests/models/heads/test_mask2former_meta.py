@@ -190,11 +190,6 @@ def test_unreadable_files_are_refused(whole, write, tmp_path):
         assert "not a readable" in refusal(path)
 
 
-class Harmful:
-    def __reduce__(self):
-        return open, ("harm.txt", "w")
-
-
 LEVELS, STEM = "segmentation_model.0.level_embed", "segmentation_model.0.spm.stem.0.weight"
 
 
@@ -202,8 +197,6 @@ LEVELS, STEM = "segmentation_model.0.level_embed", "segmentation_model.0.spm.ste
     ("change", "said"),
     [
         (lambda whole: {"model": whole}, "not a plain dict of tensors"),
-        (lambda whole: {}, "479 missing"),
-        (lambda whole: {LEVELS: Harmful()}, "reading those could run code"),
         (lambda whole: whole | {LEVELS: whole[LEVELS].char()}, f"{LEVELS} is int8"),
         (lambda whole: whole | {LEVELS: whole[LEVELS] / 0}, f"{LEVELS} holds NaN"),
         (
@@ -212,10 +205,8 @@ LEVELS, STEM = "segmentation_model.0.level_embed", "segmentation_model.0.spm.ste
         ),
     ],
 )
-def test_other_contents_are_refused(whole, write, tmp_path, monkeypatch, change, said):
-    monkeypatch.chdir(tmp_path)
+def test_other_contents_are_refused(whole, write, change, said):
     assert said in refusal(write(change(whole)))
-    assert not (tmp_path / "harm.txt").exists()
 
 
 # What Meta's file holds for ViT-7B/16 and 150 classes: a name with {choices} and its shape, or a layer with the shapes
