@@ -17,10 +17,10 @@ from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.utils.errors import UserError
 
 
-def encode(path, frames, *, codec="libx264", rate=10, layout="yuv444p", matrix=None, aspect=None, turned=0, **options):
+def encode(path, frames, *, codec="libx264", layout="yuv444p", matrix=None, aspect=None, turned=0, **options):
     """Write images (H, W, 3) with a codec's options, tags of colours, and a matrix or degrees to turn them."""
     with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, rate=rate, options=options)
+        stream = file.add_stream(codec, rate=10, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], layout
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect

@@ -47,20 +47,19 @@ class PixelHead(Head):
         return upsample(outputs, size, valid)
 
 
-def make_model(scale=1.0, longest=None, **options):
+def make_model(longest=None, **options):
     torch.manual_seed(0)
-    model = SegmentationModel(RgbBackbone(patch_size=1), PixelHead(**options), scale=scale, longest=longest)
-    return model.double().eval()
+    return SegmentationModel(RgbBackbone(patch_size=1), PixelHead(**options), longest=longest).double().eval()
 
 
 def pictures(height, width, count=2, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).random((count, 3, height, width)))
 
 
-def run_bands(model, images, policy, **options):
+def run_bands(model, images, policy):
     """Return what is averaged (B, K, H, W), in as few numbers as the policy holds at a time."""
     with torch.no_grad():
-        bands = policy.bands(model, MemoryRows(images), nullcontext, **options)
+        bands = policy.bands(model, MemoryRows(images), nullcontext)
         return torch.cat([band.scores().clone() for band in bands], dim=2)
 
 

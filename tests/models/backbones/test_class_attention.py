@@ -44,8 +44,8 @@ def build_timm(name, layers=(-1,), **kwargs):
     return shake(backbone, 0.05).requires_grad_(False)
 
 
-def images(size, batch=2):
-    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(2))
+def images(size):
+    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(params=FAMILIES)

@@ -16,9 +16,9 @@ DEPTHS = [1, 2, 2, 1]
 ARCH = {"depths": DEPTHS, "hidden_sizes": WIDTHS, "layer_scale_init_value": 0.5}
 
 
-def build(layers=(-1,), weights="random", patch_size=32, arch=ARCH, **kwargs):
+def build(layers=(-1,), weights="random", patch_size=32, arch=ARCH):
     torch.manual_seed(0)
-    return ConvNext(arch, weights, patch_size, layers, **kwargs)
+    return ConvNext(arch, weights, patch_size, layers)
 
 
 def meta_state():

@@ -16,8 +16,8 @@ from dinoseg.training.checkpoint import frozen_fingerprint
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
-def images(size, batch=2):
-    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(2))
+def images(size):
+    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize(("size", "patch"), [((16, 24), 8), ((17, 23), 3), ((17, 23), 8), ((1, 1), 1), ((5, 50), 8)])

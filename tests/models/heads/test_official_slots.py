@@ -33,7 +33,7 @@ BOTH = VIDEOSAUR | {"mixer_blocks": 3, "decoder_depth": 4}  # on YouTube-VIS
 TEMPERATURES = {"similarity": 0.075, "both": 0.25}
 
 
-def block(x, memory, w, name, heads=4):
+def block(x, memory, w, name):
     """Pre-norm attention and MLP; the logits are multiplied by the root of a head's width."""
     normed = norm(x, w, f"{name}.norm_attention")
     memory = normed if memory is None else memory
@@ -41,6 +41,7 @@ def block(x, memory, w, name, heads=4):
         linear(part, w, f"{name}.attention.{which}")
         for part, which in ((normed, "query"), (memory, "key"), (memory, "value"))
     )
+    heads = 4
     width = q.shape[-1] // heads
     seen = [
         softmax(q[..., part] @ np.swapaxes(k[..., part], -1, -2) * np.sqrt(width), -1) @ v[..., part]
@@ -103,11 +104,11 @@ def run(features, w, start, decode):
     return [np.stack(part, 1) for part in zip(*found, strict=True)]
 
 
-def contrast(slots, temperature=0.1):
+def contrast(slots):
     """For each slot of the next frame, softmax over the slots of this frame in all videos."""
     slots = slots / np.linalg.norm(slots, axis=-1, keepdims=True)
     flat = np.concatenate(list(slots), axis=1)  # (T, B S, D)
-    logits = flat[:-1] @ np.swapaxes(flat[1:], 1, 2) / temperature
+    logits = flat[:-1] @ np.swapaxes(flat[1:], 1, 2) / 0.1
     return -np.log(np.diagonal(softmax(logits, 1), axis1=1, axis2=2)).mean()
 
 

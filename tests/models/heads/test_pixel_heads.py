@@ -64,12 +64,6 @@ def test_heads_of_one_grid_take_one_map_of_a_pyramid(name):
     assert HEADS[name]([8], 1).eval()([torch.randn(1, 8, 2, 3)]).shape == (1, 3, 28, 42)
 
 
-def official(features, dropped, head):
-    """Return the scores in training: dropout, then BatchNorm with batch statistics, then the 1x1 convolution."""
-    normal = F.batch_norm(features * dropped, None, None, head.norm.weight, head.norm.bias, training=True, eps=1e-5)
-    return F.conv2d(normal, head.classify.weight, head.classify.bias)
-
-
 @pytest.mark.parametrize(("size", "dropout"), [((3, 5), 0.1), ((1, 4), 0.6), ((7, 7), 0.6)])
 def test_channels_are_dropped_before_the_norm(size, dropout):
     torch.manual_seed(0)
@@ -79,8 +73,10 @@ def test_channels_are_dropped_before_the_norm(size, dropout):
     features = torch.randn(3, 16, *size, dtype=torch.float64)
     torch.manual_seed(1)
     dropped = nn.Dropout2d(dropout)(torch.ones_like(features))
+    normal = F.batch_norm(features * dropped, None, None, head.norm.weight, head.norm.bias, training=True, eps=1e-5)
+    expected = F.conv2d(normal, head.classify.weight, head.classify.bias)
     torch.manual_seed(1)
-    torch.testing.assert_close(head.train()([features]), official(features, dropped, head), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(head.train()([features]), expected, rtol=1e-9, atol=1e-12)
     plain = LinearHead(16, 1, 4).double().eval()
     plain.load_state_dict(head.state_dict())
     assert torch.equal(head.eval()([features]), plain([features]))  # evaluation drops nothing

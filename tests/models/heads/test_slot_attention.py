@@ -243,11 +243,6 @@ def test_background_agrees_with_the_formula():
     assert torch.equal(background_mask(half), background_mask(half.float()))
 
 
-def decoder(kind="learned", grid=(3, 4), **kwargs):
-    torch.manual_seed(2)
-    return SlotDecoder(6, 5, 11, Positions(kind, grid), **kwargs).double()
-
-
 def decode_by_layers(module, slots, positions):
     """Return outputs (B, N, C) and alphas (B, N, S): each slot and cell through all layers, then the mean by alpha."""
     cells = [torch.cat([place.expand(*slots.shape[:2], -1), slots], -1) for place in positions.flatten(1).T]
@@ -264,7 +259,8 @@ def decode_by_layers(module, slots, positions):
     ("kind", "grid"), [("learned", (3, 4)), ("sine", (1, 1)), ("sine", (5, 2)), ("linear", (5, 2))]
 )
 def test_decoder_and_its_gradients_agree_with_the_layers(kind, grid, similarity):
-    module = decoder(kind, num_cells=12 * similarity)
+    torch.manual_seed(2)
+    module = SlotDecoder(6, 5, 11, Positions(kind, (3, 4)), num_cells=12 * similarity).double()
     assert module.layers[-1].out_features == 5 + 12 * similarity + 1
     slots = torch.randn(2, 3, 6).double().requires_grad_()
     found = module(slots, grid, similarity=similarity)
