@@ -42,7 +42,7 @@ def grey(index):
     return np.full((48, 64, 3), 10 * index, np.uint8)
 
 
-@pytest.mark.parametrize(("suffix", "codec"), [("avi", "mjpeg"), ("mp4", "mpeg4"), ("mkv", "mpeg4")])
+@pytest.mark.parametrize(("suffix", "codec"), [("avi", "mjpeg"), ("mp4", "libx264"), ("mkv", "libx264")])
 def test_frames_come_in_order_as_rgb(tmp_path, suffix, codec):
     path = write_plain(tmp_path / f"v.{suffix}", 12, codec=codec, rate=20, pixels=grey)
     with VideoReader(path) as reader:
