@@ -56,10 +56,10 @@ def pictures(height, width, count=2, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).random((count, 3, height, width)))
 
 
-def run_bands(model, images, policy):
+def run_bands(model, images, policy, **options):
     """Return what is averaged (B, K, H, W), in as few numbers as the policy holds at a time."""
     with torch.no_grad():
-        bands = policy.bands(model, MemoryRows(images), nullcontext)
+        bands = policy.bands(model, MemoryRows(images), nullcontext, **options)
         return torch.cat([band.scores().clone() for band in bands], dim=2)
 
 
@@ -179,7 +179,7 @@ def test_sides_of_scales_are_those_of_the_released_segmentor():
 @pytest.mark.parametrize(("flips", "scales"), [("horizontal", (1.0, 0.7)), ("all", (1.0,))])
 def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture):
     model, images = make_model(kernel=3, mixture=mixture), pictures(37, 29, count=1)
-    policy = Windows((13, 10), overlap=0.3, weights="uniform", average="scores", flips=flips, scales=scales)
+    policy = Windows((13, 10), stride=(9, 7), weights="uniform", average="scores", flips=flips, scales=scales)
     views = []
     for scale, turn in itertools.product(scales, TURNS[flips]):
         size = [max(1, round(side * scale)) for side in (37, 29)]
@@ -205,6 +205,21 @@ def test_shortest_enlarges_an_image_to_at_most_64_megapixels():
     with pytest.raises(InterruptedError):
         run_bands(model, pictures(1, 2, count=1), policy)
     assert len(sizes) == 1
+
+
+@pytest.mark.parametrize(("size", "options"), in_turn((0.0, "cosine"), (0.3, "uniform"), (0.9, "cosine")))
+def test_windows_cover_all_pixels_and_weights_add_up(size, options):
+    overlap, weights = options
+    for length, window in itertools.product(size, (1, 7, 24)):
+        begins = Windows(window, overlap=overlap).starts(0, length)
+        weight = profile(min(window, length), weights)
+        assert (weight > 0).all() and begins == sorted(set(begins)) and begins[0] == 0
+        seen = np.zeros(length)
+        for begin in begins:
+            assert begin + min(window, length) <= length
+            seen[begin : begin + window] += weight.numpy()
+        assert (seen > 0).all()
+        np.testing.assert_allclose(sum_weights(length, begins, weight).numpy(), seen)
 
 
 @pytest.mark.parametrize("mixture", [False, True])
@@ -238,6 +253,13 @@ def test_freeing_rows_equals_keeping_all_rows(average):
     kept /= sum_weights(61, rows, down)[:, None]
     kept /= sum_weights(40, columns, across)
     assert torch.equal(freed, kept)
+
+
+def test_bands_are_at_most_a_stride_and_the_last_a_window():
+    model, images = make_model(), pictures(61, 40)
+    bands = Windows((16, 16), overlap=0.5).bands(model, MemoryRows(images), nullcontext)
+    with torch.no_grad():
+        assert [band.scores().shape[2] for band in bands] == [8] * 5 + [5, 16]
 
 
 @pytest.mark.parametrize("flips", ["horizontal", "all"])
@@ -300,6 +322,13 @@ def test_shorter_side_is_resized_and_windows_stay_inside():
     assert set(seen) == {(8, 8)} and len(seen) == 3  # 9 windows, 4 at a time
 
 
+def test_windows_predict_at_a_requested_size():
+    model, images = make_model(kernel=3), pictures(17, 23)
+    own = run_bands(model, images, Windows((9, 9)))
+    other = run_bands(model, images, Windows((9, 9)), size=(34, 40))
+    torch.testing.assert_close(other, F.interpolate(own, (34, 40), mode="bilinear"))
+
+
 @pytest.mark.parametrize("average", ["probabilities", "scores"])
 @pytest.mark.parametrize("mixture", [False, True])
 def test_probabilities_of_windows_are_those_of_the_whole_image(mixture, average):
@@ -355,6 +384,8 @@ test_message_names_value_and_remedy = refusals(
             ({"scales": []}, "inference.scales=[] has no scale"),
             ({"placement": "even", "stride": 4}, "inference.stride has no effect with inference.placement=even"),
             ({"stride": [4, 9]}, "inference.stride=[4, 9] leaves pixels between windows of 8"),
+            ({"size": [8, 8, 3]}, "size=[8, 8, 3]"),
+            ({"stride": [4]}, "stride=[4]"),
             ({"multiple": 32}, "inference.multiple=32 rounds the sides that inference.shortest sets"),
         )
     }

@@ -10,6 +10,20 @@ from dinoseg.models.backbones.attention import attend
 from dinoseg.models.backbones.timm_backbone import TimmBackbone
 
 
+def written_out(query, key, value, allowed, scale):
+    """Softmax attention, row by row in float64; `allowed` (B, N, N), True = attend."""
+    query, key, value = query.double(), key.double(), value.double()
+    out = torch.zeros_like(query)
+    for image in range(query.shape[0]):
+        for head in range(query.shape[1]):
+            for row in range(query.shape[2]):
+                seen = allowed[image, row].nonzero()[:, 0]
+                scores = scale * key[image, head, seen] @ query[image, head, row]
+                weights = (scores - scores.max()).exp()
+                out[image, head, row] = (weights / weights.sum()) @ value[image, head, seen]
+    return out
+
+
 def draw(rows, tokens, seed=0):
     generator = torch.Generator().manual_seed(seed)
     parts = [3 * torch.randn(2, 3, tokens, 5, generator=generator) for _ in range(3)]
@@ -21,14 +35,14 @@ def draw(rows, tokens, seed=0):
 @pytest.mark.parametrize(("rows", "tokens"), [(3, 11), (1, 2), (7, 7), (None, 11)])
 def test_masked_attention_equals_attention_with_a_dense_mask(rows, tokens):
     *parts, mask = draw(rows or 1, tokens)
-    dense = torch.ones(2, 1, tokens, tokens, dtype=torch.bool)
+    dense = torch.ones(2, tokens, tokens, dtype=torch.bool)
     if rows:
-        dense[:, :, :rows] = mask
+        dense[:, :rows] = mask[:, 0]
     weight = torch.randn(2, 3, tokens, 5, dtype=torch.float64)
     found = []
     for function in (
         lambda q, k, v: attend(q, k, v, mask if rows else None, dropout=0.0, scale=0.3),
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense, scale=0.3),
+        lambda q, k, v: written_out(q, k, v, dense, 0.3),
     ):
         leaves = [part.double().requires_grad_() for part in parts]
         attended = function(*leaves)
@@ -92,7 +106,8 @@ def test_products_are_differentiated_once():
 def test_products_are_used_where_they_are_faster(products, monkeypatch, faster, dtype, dropout, learns, taken):
     monkeypatch.setattr(attention, "_products_are_faster", lambda: faster)
     query, key, value, _ = (part.to(dtype) for part in draw(1, 130))
-    attend(query, key.requires_grad_(learns), value, None, dropout=dropout, scale=1.0)
+    for rows in (130, 5):  # those of many rows alone
+        attend(query[:, :, :rows], key.requires_grad_(learns), value, None, dropout=dropout, scale=1.0)
     assert len(products) == taken
     with torch.autocast("cpu", torch.bfloat16):  # in which torch casts what is still float32, as rotated queries are
         attend(query.float(), key, value, None, dropout=dropout, scale=1.0)
@@ -178,6 +193,11 @@ def test_intercepted_attention_preserves_timm_options(products, mask, options, t
     assert bool(products) == taken
     torch.manual_seed(0)
     torch.testing.assert_close(found, F.scaled_dot_product_attention(*parts, *mask, **options), atol=0.05, rtol=0.05)
+
+
+def test_no_hook_is_installed_where_torch_is_as_fast(monkeypatch):
+    monkeypatch.setattr(attention, "_products_are_faster", lambda: False)
+    assert not any(module._forward_pre_hooks for module in TimmBackbone("test_vit", "random", 16).modules())
 
 
 @pytest.mark.parametrize(
@@ -306,3 +326,18 @@ def test_products_are_chosen_by_cpu_features(monkeypatch, bf16, amx, faster):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert attention._products_are_faster.__wrapped__() == faster
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "tokens", "held", "pieces"),
+    [(6, 40, 10, 2400, 1), (6, 40, 10, 1100, 3), (6, 10, 40, 400, 6), (2, 41, 10, 100, 10)],
+)
+def test_pieces_hold_as_many_heads_or_rows_as_fit_and_share_memory(monkeypatch, heads, rows, tokens, held, pieces):
+    monkeypatch.setattr(attention, "_HELD", held)
+    query, key = torch.zeros(2, heads, rows, 4), torch.zeros(2, heads, tokens, 4)
+    room = attention._Room(query, key)
+    memory = {room.weights(query[part], key[all_rows], 0.1).data_ptr() for part, all_rows in room.pieces}
+    for part, _ in room.pieces:
+        query[part] += 1
+        assert query[part][..., 0].numel() * tokens <= held
+    assert len(room.pieces) == 2 * pieces and (query == 1).all() and len(memory) == 1  # which all pieces share

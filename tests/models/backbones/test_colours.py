@@ -101,6 +101,7 @@ test_message_names_value_and_remedy = refusals(
         for key, values, *words in (
             ("mean", [], "give 3 numbers"),
             ("mean", [0.5, float("nan"), 0.5], MEAN, "divide statistics of 0..255 by 255", " for each"),
+            ("mean", [-1.5, 0, 0], MEAN),
             ("std", [0.2, float("inf"), 0.2], STD, " for each"),
             ("std", [10.5, 1, 1], STD),
         )

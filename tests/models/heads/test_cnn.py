@@ -31,7 +31,22 @@ def enlarge(grid, scale):
     return torch.einsum("yr,bcrs,xs->bcyx", down, grid, along)
 
 
-ACTIVATIONS = {"relu": F.relu, "leakyrelu": F.leaky_relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
+def shuffle(grid):
+    """Spread each four channels over squares of 2 x 2 cells, row by row."""
+    batch, channels, rows, columns = grid.shape
+    result = torch.zeros(batch, channels // 4, rows * 2, columns * 2, dtype=torch.float64)
+    for channel in range(channels):
+        target, place = divmod(channel, 4)
+        result[:, target, place // 2 :: 2, place % 2 :: 2] = grid[:, channel]
+    return result
+
+
+ACTIVATIONS = {
+    "relu": lambda x: x.where(x > 0, 0),
+    "leakyrelu": lambda x: x.where(x > 0, 0.01 * x),
+    "sigmoid": lambda x: 1 / (1 + (-x).exp()),
+    "tanh": lambda x: (x.exp() - (-x).exp()) / (x.exp() + (-x).exp()),
+}
 
 
 def reference(state, maps, patch_size, num_blocks, pixel_shuffle, activation):
@@ -46,11 +61,15 @@ def reference(state, maps, patch_size, num_blocks, pixel_shuffle, activation):
         if number == 1:
             grid = enlarge(grid, patch_size / 2 ** (num_blocks - 1))
         else:
-            grid = F.pixel_shuffle(grid, 2) if number > num_blocks - pixel_shuffle else enlarge(grid, 2)
+            grid = shuffle(grid) if number > num_blocks - pixel_shuffle else enlarge(grid, 2)
         block = f"blocks.{number - 1}"
         if number <= num_blocks - pixel_shuffle:
-            parts = (state[f"{block}.0.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
-            grid = grid + convolve(F.batch_norm(grid, *parts), f"{block}.1")
+            mean, variance, scale, shift = (
+                state[f"{block}.0.{name}"].view(1, -1, 1, 1)
+                for name in ("running_mean", "running_var", "weight", "bias")
+            )
+            normed = (grid - mean) / (variance + 1e-5).sqrt() * scale + shift
+            grid = grid + convolve(normed, f"{block}.1")
         else:
             grid = grid + convolve(grid, block)
         if number in range(num_blocks, 0, -2):

@@ -4,8 +4,11 @@ import torch.nn.functional as F
 from tiny_parts import tiny_vit
 
 from dinoseg.core.geometry import pad_to_multiple, to_unit_range
+from dinoseg.core.shapes import Batch
+from dinoseg.losses.cross_entropy import CrossEntropy
 from dinoseg.models.backbones.rgb import RgbBackbone
 from dinoseg.models.heads.detail import DetailHead
+from dinoseg.models.heads.linear import LinearHead
 from dinoseg.models.model import SegmentationModel
 
 
@@ -172,3 +175,29 @@ def test_cached_pixels_keep_all_levels(dtype, change):
     images = to_unit_range(change(torch.arange(3 * 20 * 20).reshape(1, 3, 20, 20)).to(dtype))
     stored = head.forward_frozen(backbone, images)[-1]
     assert stored.dtype == dtype and torch.equal(to_unit_range(stored), images)
+
+
+def test_detail_head_learns_lines_thinner_than_a_patch():
+    def lines(seed):
+        """Return noise with a line of 3 px at a random column, too thin for a patch of 16, and its masks."""
+        draw = torch.Generator().manual_seed(seed)
+        columns = torch.randint(0, 32, (8,), generator=draw)
+        mask = ((torch.arange(32) - columns[:, None]).abs() <= 1)[:, None].expand(8, 32, 32).to(torch.uint8)
+        image = torch.randint(0, 120, (8, 3, 32, 32), generator=draw, dtype=torch.uint8) + 120 * mask[:, None]
+        return Batch(image, mask, list("abcdefgh"))
+
+    seen, other = lines(0), lines(1)
+    loss = CrossEntropy(torch.ones(3))
+    found = {}
+    for name, head in (("detail", small(patch_size=16, jitter=0.0)), ("linear", LinearHead(3, 1, 3))):
+        model = SegmentationModel(RgbBackbone(16), head).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(40):
+            value, _ = loss(model(seen.image), seen)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        ids = model.eval()(other.image).class_ids() == 1
+        line = other.mask == 1
+        found[name] = ((ids & line).sum() / (ids | line).sum()).item()
+    assert found["detail"] > 0.4 and found["linear"] < 0.3, found

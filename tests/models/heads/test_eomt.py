@@ -1,5 +1,6 @@
 import math
 from itertools import cycle
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,15 +21,19 @@ ADAPTERS = [Full(), LastBlocks(1), Lora(2, 2, dropout=0.1, blocks=2), Lora(2, 2)
 def test_attention_masks_cover_only_queries_and_stop_annealed(monkeypatch):
     backbone, head = pair(anneal=[[0.2, 0.5], [0.4, 0.8]])
     calls = spy_on_attention(monkeypatch)
+    resize = Mock(side_effect=F.interpolate)
+    monkeypatch.setattr(eomt.F, "interpolate", resize)
     tokens = 5 + 5 + 12
     for progress, masked in ((0.0, 2), (0.49, 2), (0.5, 1), (0.79, 1), (0.8, 0), (0.999, 0)):
         calls.clear()
+        resize.reset_mock()
         head.set_progress(round(1000 * progress), 1000)
         outputs = head.run(backbone, torch.rand(2, 3, 48, 64))
         assert len(outputs.aux) == 2  # deep supervision goes on
         masks = [mask for *_, mask in calls if mask is not None]
         assert [tuple(mask.shape) for mask in masks] == [(2, 1, 5, tokens)] * masked
         assert [rows for rows, *_ in calls] == [17, *[tokens] * (2 - masked), *[5, 17] * masked]
+        assert resize.call_count == masked  # no mask is made and left unused
 
 
 def test_query_with_an_empty_mask_attends_to_queries_and_prefix():
@@ -188,15 +193,31 @@ def test_half_precision_backbone_works_with_float32_head(family, adapter, checkp
     torch.testing.assert_close(scores, expected, atol=0.1, rtol=0.1)
 
 
+def test_parameters_are_those_of_the_published_head():
+    with torch.device("meta"):
+        head = EomtHead(1024, 1, 150, patch_size=16, num_queries=100)
+    dim, doubling = 1024, 4 * 1024**2 + 1024 + 9 * 1024 + 2 * 1024
+    expected = 100 * dim + (dim + 1) * 151 + 3 * (dim + 1) * dim + 2 * doubling
+    assert sum(parameter.numel() for parameter in head.parameters()) == expected
+
+
 def read_slowly(head, tokens, grid):
     """Class logits (B, Q, K + 1) and mask logits (B, Q, h', w'), a query and a patch at a time."""
     count = len(head.queries)
     features = tokens[:, -grid[0] * grid[1] :].reshape(len(tokens), *grid, -1).permute(0, 3, 1, 2)
     for step in head.upscale:
-        features = F.gelu(F.conv_transpose2d(features, step.grow.weight, step.grow.bias, stride=2))
-        mixed = F.conv2d(features, step.mix.weight, padding=1, groups=features.shape[1]).permute(0, 2, 3, 1)
-        normed = F.layer_norm(mixed, mixed.shape[-1:], step.norm.weight, step.norm.bias, eps=1e-6)
-        features = normed.permute(0, 3, 1, 2)
+        features = F.conv_transpose2d(features, step.grow.weight, step.grow.bias, stride=2)
+        features = 0.5 * features * (1 + torch.erf(features / math.sqrt(2)))
+        padded = F.pad(features, (1, 1, 1, 1))
+        height, width = features.shape[-2:]
+        features = sum(
+            step.mix.weight[:, 0, y, x].view(-1, 1, 1) * padded[..., y : y + height, x : x + width]
+            for y in range(3)
+            for x in range(3)
+        )
+        centred = features - features.mean(1, keepdim=True)
+        features = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        features = features * step.norm.weight.view(-1, 1, 1) + step.norm.bias.view(-1, 1, 1)
     classes = tokens[:, :count] @ head.classify.weight.T + head.classify.bias
     embedding = head.mask_embed(tokens[:, :count])
     masks = [[(embedding[b, q].view(-1, 1, 1) * features[b]).sum(0) for q in range(count)] for b in range(len(tokens))]

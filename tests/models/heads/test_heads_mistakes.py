@@ -34,6 +34,16 @@ ONE_GRID = ("gets 2 maps of a pyramid", "layers=[-1]", "dpt or upernet")
 MULTIPLE = "must be a multiple of 32 (groups of channels) and of nu"
 SHARES = "0 <= start <= end <= 1"
 ALWAYS = {"groups": "always"}
+CHOICES = {
+    "groups": "off, initial, always",
+    "mask_source": "attention, alpha",
+    "slot_init": "gaussian, clusters, learned",
+    "predictor": "savi, transformer, carry, none",
+    "time_decoder": "none, linear, attention",
+    "decoder": "mlp, slot_mixer",
+    "positions": "learned, sine, linear, added",
+    "similarity_of": "features, keys",
+}
 test_message_names_value_and_remedy = refusals(
     {
         f"{head} {options}": (partial(HEADS[head], **options), *words)
@@ -44,12 +54,15 @@ test_message_names_value_and_remedy = refusals(
             ("cnn", {"channels": 24}, "channels=24: ", "pixel_shuffle=2 ", "multiple of 16"),
             ("cnn", {"kernel_size": 4}, "kernel_size=4: only an odd kernel preserves"),
             ("cnn", {"activation": "gelu"}, "activation=gelu is unknown. Choose one of relu, leakyrelu, sigmoid, tanh"),
+            ("cnn", {"dropout": 1.0}, "dropout=1.0 ", "below 1"),
             ("detail", {"patch_size": 7}, "patch_size=7 ", "even patch size"),
             ("detail", {"fine": 0}, "fine=0 ", " at least 1"),
+            ("detail", {"blocks": -1}, "blocks=-1 ", " at least 0"),
             ("dpt", {"in_dim": 6, "num_layers": 5}, "head dpt reads four feature maps, but num_layers=5. ", "quarters"),
             ("dpt", {"features": 0}, "features=0 ", "at least 1"),
             ("dpt", {"out_channels": [8, 8, 8]}, "out_channels=[8, 8, 8]: give four whole numbers of at least 1"),
             ("dpt", {"out_channels": [8, 8, 8.5, 8]}, "out_channels=[8, 8, 8.5, 8] ", "list of whole numbers"),
+            ("dpt", {"dropout": 1.5}, "dropout=1.5 ", "below 1"),
             ("eomt", {"blocks": 0}, "blocks=0 ", "at least 1"),
             ("eomt", {"anneal": "never"}, "anneal=never: give even"),
             ("eomt", {"anneal": [[0, 1]]}, "anneal=[[0, 1]]: ", "each of blocks=2 blocks"),
@@ -61,6 +74,7 @@ test_message_names_value_and_remedy = refusals(
             ("eomt", {"anneal": [[0, 400], [0.5, 1.0]]}, "anneal=", " mixes optimizer steps"),
             ("eomt", {"anneal": [[0, 1], [0.1, 0.2, 0.3]]}, SHARES),
             ("linear", {"init": "zeros"}, "init=zeros is unknown. Choose one of probe, normal or None"),
+            ("linear", {"dropout": 1.0}, "dropout=1.0 ", "at least 0 and below 1"),
             ("mask2former", {"num_layers": 1}, "exactly 4 feature maps, but num_layers=1. Set layers=quarters"),
             (
                 "mask2former",
@@ -74,6 +88,8 @@ test_message_names_value_and_remedy = refusals(
             ("mask2former", {"in_dim": 192, "num_heads": 12, "hidden_dim": 64}, "Choose hidden_dim=96 or 192."),
             ("mask2former", {"num_heads": 0}, "num_heads=0 "),
             ("mask2former", {"class_layer": "old"}, "class_layer=old is unknown. Choose one of loaded, new."),
+            ("mask2former", {"drop_path": 1.0}, "drop_path=1.0 "),
+            ("mask2former", {"trainable": "head"}, "trainable=head is unknown. Choose one of all, class_embed."),
             ("mask2former", {"class_layer": "new"}, "class_layer=new without weights: ", " Leave class_layer out"),
             ("mask2former", {"trainable": "class_embed"}, "class_embed without weights: ", "or set trainable=all"),
             ("mlp", {"in_dim": [4, 8], "num_layers": 2}, "head mlp ", *ONE_GRID),
@@ -82,7 +98,7 @@ test_message_names_value_and_remedy = refusals(
             ("slots", {"num_slots": [5, 0], **ALWAYS}, "num_slots=[5,0]: give at least 1"),
             ("slots", {"num_slots": [5, 5]}, "num_slots=[5,5] with groups=off", "num_slots=10, or set groups"),
             ("slots", {"num_slots": 10, "groups": "initial"}, "num_slots=10 with groups=initial", "num_slots=[5,5]"),
-            ("slots", {"groups": "sometimes"}, "groups=sometimes is unknown", "off, initial, always"),
+            *(("slots", {key: "gru"}, f"{key}=gru is unknown. Choose one of {CHOICES[key]}") for key in CHOICES),
             ("slots", {"iterations": 0}, "iterations=0 ", "at least 1"),
             ("slots", {"positions_grid": [28]}, "positions_grid=[28]: give rows and columns"),
             ("slots", {"positions_grid": None}, "positions=learned needs the grid ", "positions_grid=null"),

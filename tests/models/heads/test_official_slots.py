@@ -261,7 +261,9 @@ test_message_names_value_and_remedy = refusals(
     {
         str(options): (partial(build, **options), *words)
         for options, *words in (
+            ({"decoder_depth": 1}, "decoder_depth=1 ", "from 2 to 16"),
             ({"positions": "sine"}, "positions=sine with decoder=slot_mixer"),
+            ({"slot_dim": 6}, "slot_dim=6 is not a multiple of 4"),
             ({"reconstruct": False, "similarity": False}, "leaves nothing to learn"),
             ({"reconstruct": False, "output_norm": True}, "Set output_norm=false"),
             ({"similarity": False}, "similarity_of=keys has no effect with similarity=false. Set similarity=true, or "),

@@ -46,10 +46,17 @@ def test_scores_are_aligned_with_the_pixels(name):
 OTHERS = {"detail": {"linear_skip": True, "channels": "${data.channels}"}}
 
 
-@pytest.mark.parametrize("name", ["linear", "multiscale", "mlp", "cnn", "dpt", "upernet", "detail"])
-def test_config_names_the_constructor_s_own_defaults(name):
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        *((name, [-1]) for name in ("linear", "mlp", "cnn")),
+        ("multiscale", [-4, -3, -2, -1]),
+        *((name, "quarters") for name in ("dpt", "upernet", "detail")),
+    ],
+)
+def test_config_names_the_constructor_s_own_defaults(name, layers):
     node = read("head", name)
-    assert next(iter(node)) == "layers" and node.pop("layers") and node.pop("lr") > 0
+    assert next(iter(node)) == "layers" and node.pop("layers") == layers and node.pop("lr") > 0
     target = get_object(node.pop("_target_"))
     assert node.pop("_partial_") is True and node.pop("num_classes") == "${data.num_classes}"
     parameters = inspect.signature(target).parameters
@@ -72,9 +79,14 @@ def test_channels_are_dropped_before_the_norm(size, dropout):
     nn.init.normal_(head.norm.bias)
     features = torch.randn(3, 16, *size, dtype=torch.float64)
     torch.manual_seed(1)
-    dropped = nn.Dropout2d(dropout)(torch.ones_like(features))
-    normal = F.batch_norm(features * dropped, None, None, head.norm.weight, head.norm.bias, training=True, eps=1e-5)
-    expected = F.conv2d(normal, head.classify.weight, head.classify.bias)
+    kept = nn.Dropout2d(dropout)(torch.ones_like(features))
+    assert set(kept.flatten().tolist()) == {0, 1 / (1 - dropout)} and (kept == kept[:, :, :1, :1]).all()
+    dropped = features * kept
+    variance, mean = torch.var_mean(dropped, (0, 2, 3), correction=0, keepdim=True)
+    gain, shift = (part.view(1, -1, 1, 1) for part in (head.norm.weight, head.norm.bias))
+    normal = (dropped - mean) / (variance + 1e-5).sqrt() * gain + shift
+    expected = torch.einsum("kc,bchw->bkhw", head.classify.weight[:, :, 0, 0], normal)
+    expected = expected + head.classify.bias.view(1, -1, 1, 1)
     torch.manual_seed(1)
     torch.testing.assert_close(head.train()([features]), expected, rtol=1e-9, atol=1e-12)
     plain = LinearHead(16, 1, 4).double().eval()

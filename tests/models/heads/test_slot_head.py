@@ -10,6 +10,7 @@ from dinoseg.core.contracts import Backbone
 from dinoseg.models.heads.slots.attention import Standardiser, allowed_cells
 from dinoseg.models.heads.slots.background import background_mask
 from dinoseg.models.heads.slots.head import SlotHead
+from dinoseg.models.model import SegmentationModel
 from dinoseg.utils.errors import UserError
 
 SMALL = {"slot_dim": 8, "hidden_dim": 12, "decoder_dim": 10, "num_slots": 3, "positions_grid": [3, 4]}
@@ -262,6 +263,14 @@ def test_masks_come_from_the_configured_source():
         torch.testing.assert_close(pixels.sum(1), torch.ones_like(pixels[:, 0]))
 
 
+def test_slots_are_random_in_training_and_else_independent_of_the_batch():
+    head, features = make_head().train(), clip()
+    assert not torch.equal(head.follow(features).slots, head.follow(features).slots)
+    first = head.eval().follow(features).slots
+    assert torch.equal(head.follow(features).slots, first)
+    torch.testing.assert_close(head.follow(features[1:]).slots, first[1:])
+
+
 def test_it_runs_on_clips_and_on_images():
     backbone = PixelMaps()
     for keys, kind in (({}, "maps"), (GROUPED, "attention")):
@@ -279,6 +288,17 @@ def test_it_runs_on_clips_and_on_images():
         if keys:
             background = background_mask(pixels[:, 0, :, ::8, ::8])
             torch.testing.assert_close(outputs.attention[:, 0, :2].sum(1), background.float())
+
+
+def test_a_segmenter_gives_soft_masks_of_images(tiny_backbone):
+    torch.manual_seed(0)
+    head = SlotHead(24, 1, **SMALL | {"steps": [0, 1], "mask_source": "alpha"})
+    model = SegmentationModel(tiny_backbone().requires_grad_(False), head).eval()
+    prediction = model(torch.randint(0, 255, (2, 3, 30, 45), dtype=torch.uint8))
+    scores = prediction.scores()
+    assert scores.shape == (2, 3, 30, 45) and prediction.mixture
+    torch.testing.assert_close(scores.sum(1), torch.ones(2, 30, 45))
+    assert torch.isfinite(prediction.logits()).all()
 
 
 def test_half_precision_stays_close_to_float32():
