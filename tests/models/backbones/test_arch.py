@@ -29,6 +29,9 @@ def build(family, *, patch_size=8, **arch):
         ("dinov2", "num_attention_heads", 0, "is too small. Give at least 1"),
         ("dinov3_vit", "num_attention_heads", 12, "hidden_size=24: .*a multiple of 48"),  # rotated by four channels
         ("dinov2_with_registers", "hidden_act", "gelo", "is unknown. Choose one of .*gelu"),
+        ("dinov2_with_registers", "num_hidden_layers", 0, "is too small. Give at least 1"),
+        ("vit", "intermediate_size", 0, "is too small. Give at least 1"),
+        ("dinov2", "mlp_ratio", 0, "is too small. Give at least 1"),
         ("dinov2", "layer_norm_eps", "tiny", "expected float, got str"),
         ("dinov3_vit", "initializer_range", -0.1, "is too small. Give at least 0"),
         ("dinov2_with_registers", "num_channels", 4, "images are RGB"),
@@ -39,6 +42,7 @@ def build(family, *, patch_size=8, **arch):
         ("convnext", "depths", [1, 1, 1], r"has 3 numbers, arch\.hidden_sizes=\[8, 8, 16, 24\] has 4"),
         ("convnext", "depths", [1, -1, 1, 1], "is too small. Give at least 1"),
         ("convnext", "depths", 3, "expected a list, got int"),
+        ("convnext", "hidden_sizes", [8, 8, 8, 0], "is too small. Give at least 1"),
         ("convnext", "drop_path_rate", -0.1, "is not a probability"),
     ],
 )

@@ -36,6 +36,16 @@ def test_attention_masks_cover_only_queries_and_stop_annealed(monkeypatch):
         assert resize.call_count == masked  # no mask is made and left unused
 
 
+def test_attention_mask_is_open_for_positive_logits():
+    logits = torch.full((1, 2, 4, 6), -1.0)
+    logits[0, 0, :2, 2:4] = 1.0  # one cell of the 2 x 3 grid: row 0, column 1
+    mask = attention_mask(logits, (2, 3), num_tokens=2 + 5 + 6, share=1.0)
+    assert mask.shape == (1, 1, 2, 13)
+    assert mask[..., :7].all()
+    assert mask[0, 0, 0, 7:].tolist() == [False, True, False, False, False, False]
+    assert not mask[0, 0, 1, 7:].any()
+
+
 def test_query_with_an_empty_mask_attends_to_queries_and_prefix():
     backbone, head = pair()
     with torch.no_grad():

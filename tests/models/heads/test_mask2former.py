@@ -45,6 +45,24 @@ def test_hidden_width_is_half_of_the_backbone_or_rounded_up(width, heads, hidden
         assert Mask2FormerHead(width, 4, 2, num_heads=heads).predictor.post_norm.normalized_shape == (hidden,)
 
 
+def objective(outputs):
+    layers = [outputs, *outputs.aux]
+    return sum(part.square().sum() for layer in layers for part in (layer.class_logits, layer.mask_logits))
+
+
+def test_every_parameter_gets_a_gradient():
+    head = tiny().eval()  # in train mode the batch norms take away what two of the biases add
+    for name, parameter in head.named_parameters():
+        if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):  # these start at zero
+            torch.nn.init.normal_(parameter, std=0.1)
+    features, pixels = random_inputs()
+    features = [feature.requires_grad_() for feature in features]
+    objective(head.decode(features, pixels)).backward()
+    for name, parameter in head.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+    assert all(feature.grad.abs().sum() > 0 for feature in features)
+
+
 def test_maps_and_pixels_in_half_precision_are_taken_to_float32():
     features, pixels = random_inputs()
     halved = [part.bfloat16() for part in (*features, pixels)]
@@ -60,9 +78,7 @@ def test_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         head = tiny(drop_path=0.5, checkpointing=checkpointing).train()
         torch.manual_seed(4)  # the same paths are dropped, in the recomputation too
-        outputs = head.decode(*random_inputs())
-        layers = [outputs, *outputs.aux]
-        sum(part.square().sum() for layer in layers for part in (layer.class_logits, layer.mask_logits)).backward()
+        objective(head.decode(*random_inputs())).backward()
         gradients.append({name: parameter.grad for name, parameter in head.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-3, msg=name)
