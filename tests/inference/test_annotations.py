@@ -23,9 +23,9 @@ TOOLS = ("coco", "labelme")
 LABELS = Labels.of(CLASSES, [[0, 0, 0], [10, 200, 30], [200, 5, 5]], 255)
 
 
-def blobs(seed, size=(50, 70)):
+def blobs(seed):
     draw = np.random.default_rng(seed)
-    smooth = np.add.reduce([np.roll(draw.standard_normal(size), s, a) for s in range(4) for a in (0, 1)])
+    smooth = np.add.reduce([np.roll(draw.standard_normal((50, 70)), s, a) for s in range(4) for a in (0, 1)])
     return (smooth + 1).clip(0, 2).astype(np.uint8)
 
 
@@ -49,12 +49,12 @@ def write(tmp_path, outputs, shapes, *, finish=True, **kept):
     return tmp_path / "out"
 
 
-def read_back(tmp_path, tool, *, classes=CLASSES, unlabelled="background"):
+def read_back(tmp_path, tool, *, unlabelled="background"):
     images = None if tool == "labelme" else str(tmp_path / "photos")
     lists = tmp_path / "out" / tool / "all.txt"
     lists.write_text("a\nb/c\nd")
     return annotated_dataset(
-        tmp_path / "out" / tool, "train", kind=tool, classes=classes, layout=AnnotationLayout(images=images),
+        tmp_path / "out" / tool, "train", kind=tool, classes=CLASSES, layout=AnnotationLayout(images=images),
         shapes=Shapes(unlabelled=unlabelled), partition=Partition("lists", {"train": "all.txt"}),
     )  # fmt: skip
 

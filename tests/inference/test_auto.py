@@ -277,9 +277,9 @@ def test_out_of_memory_error_quotes_the_relevant_line(error, reason):
     assert isinstance(found, memory.OutOfMemory) and str(found).startswith(f"Out of memory ({reason}")
 
 
-def test_reason_of_another_error_is_its_first_line():
-    assert memory.reason_of(UserError("a mask is missing\n- of 3.png")) == "a mask is missing"
-
-
 def test_other_errors_are_no_shortage():
     assert memory.as_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_reason_of_another_error_is_its_first_line():
+    assert memory.reason_of(UserError("a mask is missing\n- of 3.png")) == "a mask is missing"

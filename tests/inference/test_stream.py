@@ -38,25 +38,6 @@ def test_the_stages_overlap():
     assert done.items == 12 and not at_work.broken
 
 
-def test_the_queues_are_bounded():
-    ahead = []
-    written = []
-    gate = threading.Event()
-
-    def read():
-        for item in range(50):
-            ahead.append(item - len(written))
-            yield item
-
-    def write(item):
-        gate.wait(0.002)
-        written.append(item)
-
-    run_pipeline(read(), lambda item: item, write, depth=2)
-    assert len(written) == 50
-    assert max(ahead) <= 2 + 2 + 3  # both queues, and one in each stage's hands
-
-
 class Broken(Exception):
     pass
 

@@ -1,16 +1,13 @@
-import http.server
+import os
 import resource
-import threading
 from fractions import Fraction
-from functools import partial
 
 import av
-import cv2
 import numpy as np
 import pytest
 from av.stream import Disposition
 from chromium import opened_page
-from films import write_film
+from films import write_film, write_plain
 from mistakes import assert_refused
 
 from dinoseg.data.video.access import VideoFrame, read_frame
@@ -20,21 +17,10 @@ from dinoseg.inference.video_writer import VideoWriter
 from dinoseg.utils.errors import UserError
 
 
-def make_video(path, frames=12, size=(48, 64), codec="MJPG", fps=20.0):
-    """Each frame is one grey level, brighter to the right, so that order and turning can be seen."""
-    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), fps, size[::-1])
-    assert writer.isOpened()
-    for index in range(frames):
-        ramp = np.linspace(0, 60, size[1]).astype(np.uint8) + np.uint8(10 * index)
-        writer.write(np.broadcast_to(ramp[None, :, None], (*size, 3)).copy())
-    writer.release()
-    return path
-
-
-def encode(path, frames, *, codec="libx264", rate=10, layout="yuv444p", matrix=None, aspect=None, turned=0, **options):
+def encode(path, frames, *, codec="libx264", layout="yuv444p", matrix=None, aspect=None, turned=0, **options):
     """Write images (H, W, 3) with a codec's options, tags of colours, and a matrix or degrees to turn them."""
     with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, rate=rate, options=options)
+        stream = file.add_stream(codec, rate=10, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], layout
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
@@ -48,13 +34,18 @@ def encode(path, frames, *, codec="libx264", rate=10, layout="yuv444p", matrix=N
     return path
 
 
-def noise(size=(48, 64)):
-    return np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+def noise(size=(48, 64), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("suffix", "codec"), [("avi", "MJPG"), ("mp4", "mp4v"), ("mkv", "mp4v")])
+def grey(index):
+    return np.full((48, 64, 3), 10 * index, np.uint8)
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("avi", "mjpeg"), ("mp4", "libx264"), ("mkv", "libx264")])
 def test_frames_come_in_order_as_rgb(tmp_path, suffix, codec):
-    with VideoReader(make_video(tmp_path / f"v.{suffix}", codec=codec)) as reader:
+    path = write_plain(tmp_path / f"v.{suffix}", 12, codec=codec, rate=20, pixels=grey)
+    with VideoReader(path) as reader:
         assert reader.size == (48, 64) and reader.fps == pytest.approx(20)
         # names up to the announced length are known
         assert reader.position("12") == reader.count == 12 and reader.position("99") is None
@@ -109,11 +100,10 @@ def test_the_cover_of_a_song_is_no_video(tmp_path, disposition):
         assert_refused(lambda: VideoReader(path), "a.mp4 has no video stream")
 
 
-@pytest.mark.parametrize(("suffix", "codec"), [("avi", "MJPG"), ("mkv", "mp4v")])
+@pytest.mark.parametrize(("suffix", "codec"), [("avi", "mjpeg"), ("mkv", "mpeg4")])
 def test_a_truncated_video_is_named_with_its_frames(tmp_path, suffix, codec):
-    whole = make_video(tmp_path / f"whole.{suffix}", frames=25, codec=codec).read_bytes()
-    path = tmp_path / f"cut.{suffix}"
-    path.write_bytes(whole[: len(whole) // 2])
+    path = write_plain(tmp_path / f"cut.{suffix}", 25, codec=codec, pixels=lambda index: noise(seed=index))
+    os.truncate(path, path.stat().st_size // 2)
     with VideoReader(path) as reader, pytest.raises(UserError) as error:
         list(reader)
     assert 0 < reader.frames_read < 25
@@ -121,7 +111,7 @@ def test_a_truncated_video_is_named_with_its_frames(tmp_path, suffix, codec):
 
 
 def test_a_frame_rate_that_is_nonsense_becomes_25(tmp_path, monkeypatch):
-    path, rate = make_video(tmp_path / "v.avi"), property(lambda _: Fraction(90000), lambda *_: None)
+    path, rate = write_plain(tmp_path / "v.mp4", 3), property(lambda _: Fraction(90000), lambda *_: None)
     monkeypatch.setattr(video_file.Decoder, "rate", rate, raising=False)
     with VideoReader(path) as reader:
         assert reader.fps == 25
@@ -275,8 +265,8 @@ def test_exception_leaves_the_folder_as_it_was(tmp_path, older):
     [
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"no video at all" * 99),
-        lambda path: path.write_bytes(make_video(path, codec="mp4v").read_bytes()[:-400]),  # its index, at the end
-        lambda path: path.write_text(f"ffconcat version 1.0\nfile {make_video(path.with_name('a.avi')).name}\n"),
+        lambda path: path.write_bytes(write_plain(path, 12).read_bytes()[:-400]),  # its index, at the end
+        lambda path: path.write_text(f"ffconcat version 1.0\nfile {write_plain(path.with_name('a.mp4'), 3).name}\n"),
     ],
 )
 def test_invalid_video_is_named_without_decoder_output(tmp_path, write, capfd):
@@ -286,27 +276,11 @@ def test_invalid_video_is_named_without_decoder_output(tmp_path, write, capfd):
     assert capfd.readouterr().err == ""
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server_url(tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 @pytest.mark.heavy
-def test_overlay_plays_in_a_browser(server_url, tmp_path):
+def test_overlay_plays_in_a_browser(tmp_path):
     copy_film(write_film(tmp_path / "in.mkv", frames=48), tmp_path / "out.mp4").close()
     (tmp_path / "page.html").write_text("<link rel=icon href=data:,><video id=v src=out.mp4 muted></video>")
-    with opened_page(f"{server_url}/page.html") as page:
+    with opened_page(f"file://{tmp_path}/page.html") as page:
         page.wait_for_function("document.getElementById('v').readyState >= 2", timeout=120_000)
         page.evaluate("document.getElementById('v').play()")
         page.wait_for_function("document.getElementById('v').currentTime > 0.5", timeout=120_000)

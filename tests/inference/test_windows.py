@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from mistakes import refusals
 from torch import nn
 
-from dinoseg.config.checks import check_arguments
 from dinoseg.core.contracts import Head
 from dinoseg.core.geometry import upsample
 from dinoseg.core.sizes import with_shorter_side
@@ -48,10 +47,9 @@ class PixelHead(Head):
         return upsample(outputs, size, valid)
 
 
-def make_model(scale=1.0, longest=None, **options):
+def make_model(longest=None, **options):
     torch.manual_seed(0)
-    model = SegmentationModel(RgbBackbone(patch_size=1), PixelHead(**options), scale=scale, longest=longest)
-    return model.double().eval()
+    return SegmentationModel(RgbBackbone(patch_size=1), PixelHead(**options), longest=longest).double().eval()
 
 
 def pictures(height, width, count=2, seed=0):
@@ -177,21 +175,11 @@ def test_sides_of_scales_are_those_of_the_released_segmentor():
     assert Windows(896, shortest=896)._size_at_scale((480, 640), 0.9)[0] == 806
 
 
-def test_strides_of_two_axes_turn_with_the_image():
-    model, images = make_model(kernel=3), pictures(37, 61, count=1)
-    policy = Windows((13, 24), stride=[9, 20], weights="uniform", average="scores", flips="all")
-    views = [
-        undo_turn(torch.from_numpy(slid(model, apply_turn(images, turn)[0], (13, 24), (9, 20)))[None], turn).softmax(1)
-        for turn in TURNS["all"]
-    ]
-    torch.testing.assert_close(run_bands(model, images, policy), torch.stack(views).mean(0), rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize(("flips", "scales"), [("horizontal", (1.0, 0.7)), ("all", (1.0,))])
 def test_views_are_averaged_as_mmsegmentation_and_meta_do(flips, scales, mixture):
     model, images = make_model(kernel=3, mixture=mixture), pictures(37, 29, count=1)
-    policy = Windows((13, 10), overlap=0.3, weights="uniform", average="scores", flips=flips, scales=scales)
+    policy = Windows((13, 10), stride=(9, 7), weights="uniform", average="scores", flips=flips, scales=scales)
     views = []
     for scale, turn in itertools.product(scales, TURNS[flips]):
         size = [max(1, round(side * scale)) for side in (37, 29)]
@@ -275,24 +263,17 @@ def test_bands_are_at_most_a_stride_and_the_last_a_window():
 
 
 @pytest.mark.parametrize("flips", ["horizontal", "all"])
-@pytest.mark.parametrize("policy", [Whole, partial(Windows, (12, 9))])
-def test_flips_average_probabilities_of_the_turned_images(flips, policy):
+def test_flips_average_probabilities_of_the_turned_images(flips):
     model, images = make_model(kernel=3), pictures(17, 23)
     parts, turned = [], []
     for turn in TURNS[flips]:
-        assert torch.equal(undo_turn(apply_turn(images, turn), turn), images)
         turned.append(apply_turn(images, turn))
+        assert torch.equal(undo_turn(turned[-1], turn), images)
         with torch.no_grad():
             parts.append(undo_turn(model(turned[-1]).logits().softmax(dim=1), turn))
     assert torch.equal(turned[1], images.flip(-1)) and len({str(part.tolist()) for part in turned}) == len(turned)
     averaged = run_bands(model, images, Whole(flips=flips))
     torch.testing.assert_close(averaged, torch.stack(parts).mean(dim=0))
-    # a symmetric model sees no difference
-    with torch.no_grad():
-        model.head.layer.weight.copy_(model.head.layer.weight.mean(dim=(2, 3), keepdim=True).expand(-1, -1, 3, 3))
-    plain = run_bands(model, images, policy())
-    plain = plain if policy is not Whole else plain.softmax(dim=1)
-    torch.testing.assert_close(run_bands(model, images, policy(flips=flips)), plain)
 
 
 @pytest.mark.parametrize(
@@ -364,13 +345,6 @@ def test_probabilities_of_windows_are_those_of_the_whole_image(mixture, average)
     assert all((tiled.ids([image]) == own).all() for image, own in zip(images, ids, strict=True))
 
 
-def test_image_of_30_000_x_20_pixels_is_predicted():
-    model = make_model().float()
-    picture = np.zeros((20, 30_000, 3), np.uint8)
-    whole = Predictor(model, torch.device("cpu"), nullcontext).ids([picture])
-    assert (Predictor(model, torch.device("cpu"), nullcontext, Windows(512)).ids([picture]) == whole).all()
-
-
 def test_memory_of_windows_is_independent_of_image_height():
     def peak(height):
         model = make_model(classes=30).float()
@@ -413,12 +387,6 @@ test_message_names_value_and_remedy = refusals(
             ({"size": [8, 8, 3]}, "size=[8, 8, 3]"),
             ({"stride": [4]}, "stride=[4]"),
             ({"multiple": 32}, "inference.multiple=32 rounds the sides that inference.shortest sets"),
-        )
-    }
-    | {
-        "beyond the range": (
-            partial(check_arguments, "dinoseg.inference.windows.Windows", {"size": 8, "shortest": 16385}),
-            "shortest=16385 is out of range. Give a whole number from 1",
         )
     }
 )

@@ -95,8 +95,6 @@ def test_published_statistics_pass_the_config(compose, backbone, added):
 
 
 MEAN, STD = "Give a number from -1 to 2 ", "Give a number from 0.001 to 10 "
-
-
 test_message_names_value_and_remedy = refusals(
     {
         f"{key}={values}": (partial(RgbBackbone, **{key: values}), f"{key}={values}", *words)
@@ -104,10 +102,7 @@ test_message_names_value_and_remedy = refusals(
             ("mean", [], "give 3 numbers"),
             ("mean", [0.5, float("nan"), 0.5], MEAN, "divide statistics of 0..255 by 255", " for each"),
             ("mean", [-1.5, 0, 0], MEAN),
-            ("mean", [2.1, 0, 0], MEAN),
             ("std", [0.2, float("inf"), 0.2], STD, " for each"),
-            ("std", [-0.2, 0.2, 0.2], STD),
-            ("std", [1e-300, 1, 1], STD),
             ("std", [10.5, 1, 1], STD),
         )
     }

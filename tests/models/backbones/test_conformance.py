@@ -11,12 +11,11 @@ from torch import nn
 from dinoseg.config.nodes import instantiate
 from dinoseg.core.contracts import Head
 from dinoseg.core.geometry import widths
-from dinoseg.models.adapters import Frozen, Full, Lora
+from dinoseg.models.adapters import Full, Lora
 from dinoseg.models.model import SegmentationModel
 from dinoseg.testing import check_backbone
 from dinoseg.utils.errors import UserError
 
-WITH_CLASS_TOKEN = {"dino", "dinov2", "dinov2_registers", "dinov3", "timm_vit"}
 RELATIVES = ("dino", "dinov2", "timm_pyramid")  # each like another family that is tried each time
 NAMES = {
     name: pytest.param(name, marks=[pytest.mark.heavy] if name in RELATIVES else []) for name in BACKBONES | WEIGHTLESS
@@ -59,14 +58,6 @@ def test_four_maps_have_the_strides_of_their_family(build, name):
     assert [tuple(part.shape[2:]) for part in maps] == [(rows * s, columns * s) for s in strides]
 
 
-def test_normalisation_is_inside(build):
-    images = noise(1, (64, 64))
-    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    by_hand = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    plain, inside = build(mean=[0, 0, 0], std=[1, 1, 1]), build(mean=mean, std=std)
-    torch.testing.assert_close(inside(images)[0], plain(by_hand)[0])
-
-
 def test_prefix_tokens_are_dropped_and_positions_preserved(build):
     """What changes in the image's corner changes the map there the most: no token is out of place."""
     backbone = build()
@@ -77,18 +68,6 @@ def test_prefix_tokens_are_dropped_and_positions_preserved(build):
         changed[..., row * p : (row + 1) * p, column * p : (column + 1) * p] = torch.rand(3, p, p)
         difference = (backbone(changed)[0] - backbone(images)[0]).norm(dim=1)[0]  # (4, 6)
         assert divmod(int(difference.argmax()), 6) == (row, column)
-
-
-def test_class_attention_is_offered_with_a_class_token(build, name):
-    assert getattr(build(), "has_class_attention", False) == (name in WITH_CLASS_TOKEN)
-
-
-def test_frozen_backbone_stays_in_eval_mode_while_a_head_trains(build):
-    model = SegmentationModel(Frozen()(build()), Head()).train()
-    assert not any(part.training for part in model.backbone.modules() if list(part.parameters()))
-    images = noise(1, (64, 96))
-    first, second = (model.backbone(images)[0] for _ in range(2))
-    assert torch.equal(first, second) and not first.requires_grad
 
 
 @with_weights
@@ -149,7 +128,6 @@ def test_exported_weights_are_read_again(build, name, tmp_path, layers):
         ("patch_size", 0, "(Give|set) "),
         ("mean", [0.5, 0.5], "give 3 numbers"),
         ("mean", [123.675, 116.28, 103.53], "Give a number from -1 to 2 "),
-        ("std", [0.2] * 4, "give 3 numbers"),
         ("std", [0.2, 0.0, 0.2], "Give a number from 0.001 to 10 "),
     ],
 )

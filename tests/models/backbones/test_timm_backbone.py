@@ -1,6 +1,5 @@
 from collections import OrderedDict
 from functools import partial
-from pathlib import Path
 
 import pytest
 import timm
@@ -9,9 +8,10 @@ from mistakes import assert_refused, refusals
 from safetensors.torch import save_file
 from torch import nn
 
+from dinoseg.core.geometry import pad_to_multiple
 from dinoseg.models.adapters import Full, LastBlocks, Lora
 from dinoseg.models.backbones import timm_backbone
-from dinoseg.models.backbones.timm_backbone import TimmBackbone, find_unused_parameters, stages
+from dinoseg.models.backbones.timm_backbone import TimmBackbone, stages
 from dinoseg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow  # makes timm's own models
@@ -38,12 +38,8 @@ def build(name="test_vit", layers=(-1,), weights="random", patch_size=None, **kw
 
 def by_hand(backbone, images):
     """Normalise and pad without the backbone's help."""
-    mean, std = (backbone.model.pretrained_cfg[key] for key in ("mean", "std"))
-    pixels = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    height, width = (-(-side // backbone.patch_size) * backbone.patch_size for side in images.shape[-2:])
-    padded = torch.zeros(*images.shape[:2], height, width)
-    padded[..., : images.shape[-2], : images.shape[-1]] = pixels
-    return padded
+    mean, std = (torch.tensor(backbone.model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return pad_to_multiple((images - mean) / std, backbone.patch_size)
 
 
 @pytest.mark.parametrize(
@@ -102,10 +98,8 @@ def test_maps_of_a_pyramid_are_those_of_features_only(name):
 
 
 def test_normalisation_is_timms_unless_given():
-    images = torch.rand(1, 3, 17, 32)
     assert build("test_vit.r160_in1k").mean.flatten().tolist() == [0.5, 0.5, 0.5]  # a tag may follow the name
     assert build("test_efficientnet").std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
-    torch.testing.assert_close(build().pixels(images), by_hand(build(), images))
 
 
 def test_parameters_of_the_classifier_alone_are_unused():
@@ -113,20 +107,6 @@ def test_parameters_of_the_classifier_alone_are_unused():
     backbone.train()(torch.rand(2, 3, 64, 128))[0].square().sum().backward()
     without = [key for key, parameter in backbone.named_parameters() if parameter.grad is None]
     assert without == list(backbone.unused) == ["model.weights"]
-
-
-def test_unused_parameters_are_found():
-    class Part(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.idle = nn.Linear(2, 2), nn.Linear(2, 2)
-            self.token = nn.Parameter(torch.zeros(2))
-
-        def forward(self, x):
-            return self.used(x) + self.idle(x).detach()
-
-    part = Part()
-    assert find_unused_parameters(part, [part(torch.ones(1, 2))]) == ["token", "idle.weight", "idle.bias"]
 
 
 @pytest.mark.parametrize(
@@ -150,10 +130,7 @@ def test_linear_layers_used_only_by_weight_are_listed(name, patch, own, monkeypa
     assert not any(part._forward_hooks for part in linears.values())
 
 
-def test_lora_finds_fused_projections_and_last_blocks_its_blocks():
-    lora = Lora(rank=2, alpha=2)(build())
-    trained = {name for name, parameter in lora.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 6 * 2 * 2 and all("attn.qkv" in name or "attn.proj" in name for name in trained)
+def test_last_blocks_trains_the_last_stage_of_a_pyramid():
     last = LastBlocks(1)(build("test_resnet"))
     trained = {name for name, parameter in last.named_parameters() if parameter.requires_grad}
     assert trained and all(name.startswith("model.layer4.") for name in trained)
@@ -195,13 +172,10 @@ test_message_names_value_and_remedy = refusals(
         name: (partial(TimmBackbone, name, "random", None, **options), *words)
         for name, options, *words in (
             ("vit_tini_patch16_224", {}, "name=vit_tini_patch16_224 is not a model", "vit_tiny_patch16_224"),
-            ("vit_tini_patch16_224.augreg", {}, "is not a model", "Did you mean ", "vit_tiny_patch16_224"),
             ("qqqq", {}, "is not a model of timm ", "list_models"),
             ("test_vit.nothing", {}, "does not have this tag. It has test_vit.r160_in1k"),
             ("mixer_s32_224", {}, f"name=mixer_s32_224: {FIXED}", "Choose"),
             ("test_vit_relpos", {}, f"name=test_vit_relpos: {FIXED}", "Choose"),
-            ("test_maxvit", {}, f"name=test_maxvit: {FIXED}", "Choose"),
-            ("test_vit", {"layers": (6,)}, "this backbone has 6 blocks", "from -6 to 5"),
             ("dla46_c", {"checkpointing": True}, "checkpointing=true: dla46_c does not support", "Set it to false"),
         )
     }
@@ -300,10 +274,10 @@ def test_weights_that_are_not_finite_floats_are_refused_by_file(tmp_path, monkey
         build("test_resnet", weights="timm")
 
 
-def load_changed(**tensors):
+def load_changed(tensors):
     """Load a model's tensors with others added, or left out where None."""
-    state = {name.replace(".", "__"): value for name, value in build().export_state().items()} | tensors
-    load_saved({name.replace("__", "."): value for name, value in state.items() if value is not None})
+    state = build().export_state() | tensors
+    load_saved({name: value for name, value in state.items() if value is not None})
 
 
 def load_saved(content):
@@ -311,21 +285,14 @@ def load_saved(content):
     build(weights="w.pth")
 
 
-def load_broken():
-    Path("broken.pth").write_bytes(b"1234")
-    build(weights="broken.pth")
-
-
 ONE = torch.zeros(1)
 test_message_names_file_and_tensors = refusals(
     {
-        "one missing": (partial(load_changed, norm__bias=None), "w.pth: tensors are 1 missing (norm.bias)"),
-        "one more": (partial(load_changed, extra=ONE), "1 unexpected (extra). Choose the name"),
-        "a second head": (partial(load_changed, head2__weight=ONE), "1 unexpected (head2.weight)"),
-        "one more block": (partial(load_changed, blocks__6__norm1=ONE), "1 unexpected (blocks.6.norm1)"),
-        "other shape": (partial(load_changed, pos_embed=ONE), "1 of another shape (pos_embed)"),
+        "one missing": (partial(load_changed, {"norm.bias": None}), "w.pth: tensors are 1 missing (norm.bias)"),
+        "one more": (partial(load_changed, {"extra": ONE}), "1 unexpected (extra). Choose the name"),
+        "a second head": (partial(load_changed, {"head2.weight": ONE}), "1 unexpected (head2.weight)"),
+        "other shape": (partial(load_changed, {"pos_embed": ONE}), "1 of another shape (pos_embed)"),
         "few": (partial(load_saved, {"norm.bias": ONE}), " missing (", ", ...); 1 of another shape (norm.bias)"),
-        "not readable": (load_broken, "broken.pth: not a readable PyTorch file"),
         "no file": (partial(build, weights="nowhere.pth"), "nowhere.pth: file not found"),
         "no tensors": (partial(load_saved, {"step": 3}), "w.pth: it holds objects other than tensors"),
     }

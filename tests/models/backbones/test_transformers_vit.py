@@ -1,4 +1,3 @@
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -6,6 +5,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from bicubic import cubic, cubic_matrix
 from mistakes import refusals
 from safetensors.torch import load_file, save_file
 
@@ -77,9 +77,6 @@ def test_weights_of_half_precision_give_maps_of_full(family):
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     rounded = half(images)[0]
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).norm() < 0.05 * exact.norm()
-    for adapter in (Full(), LastBlocks(1)):
-        with pytest.raises(UserError, match="small updates would be rounded away.*dtype=float32"):
-            adapter(half)
 
 
 def test_a_norm_of_pre_training_is_counted_but_never_trained():
@@ -138,37 +135,24 @@ def test_gated_weights_explain_how_to_get_access(monkeypatch):
         build(weights="nobody/nothing@v1")
 
 
-def write_weights(kind):
-    """Write weights that a backbone of 24 numbers does not take, and return their path."""
-    path = Path(kind)
-    if kind == "other.safetensors":
-        save_file({"embeddings.cls_token": torch.zeros(1, 1, 7)}, path)
-    elif kind == "broken.safetensors":
-        path.write_bytes(b"1234")
-    else:
-        arch, patch, _ = FAMILIES["dinov3_vit"]
-        model = TransformersVit("dinov3_vit", arch | ({"hidden_size": 48} if kind == "wide" else {}), "random", patch)
-        model.model.save_pretrained(path)
-        if kind == "pickled":
-            (path / "model.safetensors").unlink()
-            torch.save(model.model.state_dict(), path / "pytorch_model.bin")
+def write_folder(kind):
+    """Write a model that a backbone of 24 numbers does not take, and return its folder."""
+    arch, patch, _ = FAMILIES["dinov3_vit"]
+    model = TransformersVit("dinov3_vit", arch | ({"hidden_size": 48} if kind == "wide" else {}), "random", patch).model
+    model.save_pretrained(kind)
+    if kind == "pickled":
+        Path(kind, "model.safetensors").unlink()
+        torch.save(model.state_dict(), Path(kind, "pytorch_model.bin"))
     return kind
-
-
-WRONG_FILES = {
-    "other.safetensors": ("other.safetensors: ", "tensors are missing", "Choose the backbone"),
-    "wide": ("wide: ", "Choose the backbone"),
-    "broken.safetensors": ("broken.safetensors: not a readable safetensors file",),
-    "pickled": ("safetensors",),
-}
 
 
 TIMMS = "vit_tiny_patch16_224.augreg_in21k"
 
 
 test_message_names_value_and_remedy = refusals(
-    {kind: (lambda kind=kind: build(weights=write_weights(kind)), *words) for kind, words in WRONG_FILES.items()}
-    | {
+    {
+        "wide": (lambda: build(weights=write_folder("wide")), "wide: ", "Choose the backbone"),
+        "pickled": (lambda: build(weights=write_folder("pickled")), "safetensors"),
         "no file": (lambda: build(weights="nowhere.safetensors"), "nowhere.safetensors: file or folder not found"),
         "timm's repository": (lambda: build(weights=f"timm/{TIMMS}"), f"backbone=timm with name={TIMMS}"),
         "timm's name": (lambda: build(weights=TIMMS), f"backbone=timm with name={TIMMS}"),
@@ -178,27 +162,11 @@ test_message_names_value_and_remedy = refusals(
 )
 
 
-def cubic(x, a):
-    x = abs(x)
-    if x < 1:
-        return (a + 2) * x**3 - (a + 3) * x**2 + 1
-    return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
-
-
-def plain_row(step, cell, side):
-    """Weights of the stored cells: four neighbours, the border repeated."""
-    row = np.zeros(side)
-    centre = (cell + 0.5) * step - 0.5
-    for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
-        row[min(max(j, 0), side - 1)] += cubic(centre - j, -0.75)
-    return row
-
-
 def smooth_row(step, cell, side):
     """Weights of the stored cells: a kernel as wide as a wanted cell, renormalised at the border."""
     width = max(step, 1.0)
     centre = (cell + 0.5) * step
-    row = np.array([cubic((j + 0.5 - centre) / width, -0.5) for j in range(side)])
+    row = np.array([cubic((j + 0.5 - centre) / width, a=-0.5) for j in range(side)])
     first, last = int(centre - 2 * width + 0.5), int(centre + 2 * width + 0.5)
     row[: max(first, 0)] = 0
     row[last:] = 0
@@ -207,11 +175,13 @@ def smooth_row(step, cell, side):
 
 def by_hand(positions, grid, offset, antialias):
     side = round((positions.shape[1] - 1) ** 0.5)
-    stored = positions[0, 1:].double().numpy().reshape(side, side, -1)
-    row = smooth_row if antialias else plain_row
-    rows, columns = (np.stack([row(side / (n + offset), cell, side) for cell in range(n)]) for n in grid)
-    wanted = np.einsum("yr,xc,rck->yxk", rows, columns, stored, optimize=True).reshape(1, grid[0] * grid[1], -1)
-    return torch.cat([positions[:, :1].double(), torch.from_numpy(wanted)], dim=1)
+    stored = positions[0, 1:].reshape(side, side, -1)
+    if antialias:
+        matrices = [torch.from_numpy(np.stack([smooth_row(side / n, cell, side) for cell in range(n)])) for n in grid]
+    else:
+        matrices = [cubic_matrix(side, (n + offset) / side, n) for n in grid]
+    wanted = torch.einsum("yr,xc,rck->yxk", *matrices, stored).flatten(0, 1)
+    return torch.cat([positions[:, :1], wanted[None]], dim=1)
 
 
 @pytest.mark.parametrize("family", METHODS)
@@ -221,7 +191,6 @@ def test_positions_are_those_of_a_plain_loop(family, grid):
     offset, antialias = METHODS[family]
     positions = torch.randn(1, 26, 3, dtype=torch.float64)
     found = interpolate(positions, grid, offset=offset, antialias=antialias)
-    assert found.shape == (1, 1 + grid[0] * grid[1], 3)
     torch.testing.assert_close(found, by_hand(positions, grid, offset, antialias), atol=1e-9, rtol=0)
     assert interpolate(positions, (5, 5), offset=offset, antialias=antialias) is positions
 

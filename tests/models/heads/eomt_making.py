@@ -16,11 +16,11 @@ FAMILIES = {
 }
 
 
-def pair(family="dinov3_vit", blocks=2, queries=5, adapter=None, held=None, **options):
+def pair(family="dinov3_vit", blocks=2, adapter=None, held=None, **options):
     arch, patch = FAMILIES[family]
     torch.manual_seed(0)
     backbone = (adapter or Full())(TransformersVit(family, arch, "random", patch, **(held or {})))
-    return backbone, EomtHead(24, 1, 4, patch_size=patch, blocks=blocks, num_queries=queries, **options)
+    return backbone, EomtHead(24, 1, 4, patch_size=patch, blocks=blocks, num_queries=5, **options)
 
 
 def spy_on_attention(monkeypatch):

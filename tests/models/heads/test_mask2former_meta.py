@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mistakes import refusals
 from safetensors.torch import save_file
 
 from dinoseg.models.heads.mask2former.head import Mask2FormerHead, meta_name
@@ -160,17 +159,10 @@ def test_on_the_meta_device_a_file_is_checked_but_not_held(whole, write):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (
-            {"num_classes": 5},
-            "class outputs is 3 in the file and 6 in the model (for other classes than the file's set class",
-        ),
+        ({"num_classes": 5}, "class outputs is 3 in the file and 6 in the model (for other classes than the file's"),
         ({"no_object": False}, "class outputs is 3 in the file and 2 in the model"),
         ({"num_queries": 9}, "num_queries is 3 in the file and 9 in the model (set num_queries=3)"),
         ({"feedforward_dim": 16}, "feedforward_dim is 8 in the file and 16 in the model (set feedforward_dim=8)"),
-        pytest.param(
-            *({"hidden_dim": 96}, "hidden_dim is 64 in the file and 96 in the model (set hidden_dim=64)"),
-            marks=pytest.mark.heavy,
-        ),
         ({"num_heads": 2}, "num_heads is 4 in the file and 2 in the model (set num_heads=4)"),
         ({"dim": 32}, "the backbone's width is 16 in the file and 32 in the model (choose the backbone of the file)"),
     ],
@@ -192,37 +184,19 @@ def test_missing_and_left_over_keys_are_named(whole, write, class_layer):
 
 def test_unreadable_files_are_refused(whole, write, tmp_path):
     assert refusal(tmp_path / "absent.pth") == "file not found. Check the path."
-    assert refusal(tmp_path) == "file not found. Check the path."
     for name in ("head.pth", "head.safetensors"):
-        path = write(whole, name)
-        content = Path(path).read_bytes()
-        for kept in (0, len(content) // 2):
-            Path(path).write_bytes(content[:kept])
-            assert "not a readable" in refusal(path)
-    garbage = tmp_path / "garbage.pth"
-    for content in (b"\x80\x02garbage", b"<html>Access denied</html>"):
-        garbage.write_bytes(content)
-        assert "not a readable PyTorch file (" in refusal(garbage)
-
-
-class Harmful:
-    def __reduce__(self):
-        return open, ("harm.txt", "w")
+        path = Path(write(whole, name))
+        path.write_bytes(path.read_bytes()[:1000])
+        assert "not a readable" in refusal(path)
 
 
 LEVELS, STEM = "segmentation_model.0.level_embed", "segmentation_model.0.spm.stem.0.weight"
 
 
-NO_DICT = "not a plain dict of tensors"
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda whole: {"model": whole}, NO_DICT),
-        (lambda whole: {"model": [torch.ones(2)]}, NO_DICT),
-        (lambda whole: {}, "479 missing"),
-        (lambda whole: {LEVELS: Harmful()}, "reading those could run code"),
+        (lambda whole: {"model": whole}, "not a plain dict of tensors"),
         (lambda whole: whole | {LEVELS: whole[LEVELS].char()}, f"{LEVELS} is int8"),
         (lambda whole: whole | {LEVELS: whole[LEVELS] / 0}, f"{LEVELS} holds NaN"),
         (
@@ -231,24 +205,12 @@ NO_DICT = "not a plain dict of tensors"
         ),
     ],
 )
-def test_other_contents_are_refused(whole, write, tmp_path, monkeypatch, change, said):
-    monkeypatch.chdir(tmp_path)
+def test_other_contents_are_refused(whole, write, change, said):
     assert said in refusal(write(change(whole)))
-    assert not (tmp_path / "harm.txt").exists()
 
 
-test_message_names_value_and_remedy = refusals(
-    {
-        "new": (lambda: tiny(class_layer="new"), "class_layer=new without weights: ", " Leave class_layer out"),
-        "class layer": (
-            lambda: tiny(trainable="class_embed"),
-            *("trainable=class_embed without weights: ", "or set trainable=all"),
-        ),
-    }
-)
-
-
-# What Meta's file holds for ViT-7B/16 and 150 classes: name with {choices}, and shape
+# What Meta's file holds for ViT-7B/16 and 150 classes: a name with {choices} and its shape, or a layer with the shapes
+# of its weight and bias
 FILE = (
     ("0.level_embed", "3x4096"),
     ("0.spm.stem.0.weight", "64x3x3x3"),
@@ -261,64 +223,44 @@ FILE = (
     ("0.spm.conv4.0.weight", "256x256x3x3"),
     ("0.spm.conv{3,4}.1.{BATCH_NORM}", "256"),
     ("0.spm.conv{2,3,4}.1.num_batches_tracked", ""),
-    ("0.spm.fc1.weight", "4096x64x1x1"),
-    ("0.spm.fc2.weight", "4096x128x1x1"),
-    ("0.spm.fc{3,4}.weight", "4096x256x1x1"),
-    ("0.spm.fc{1,2,3,4}.bias", "4096"),
+    ("0.spm.fc1", "4096x64x1x1", "4096"),
+    ("0.spm.fc2", "4096x128x1x1", "4096"),
+    ("0.spm.fc{3,4}", "4096x256x1x1", "4096"),
     ("0.{EXTRACTOR}.{query_norm,feat_norm,ffn_norm}.{weight,bias}", "4096"),
-    ("0.{EXTRACTOR}.attn.sampling_offsets.weight", "128x4096"),
-    ("0.{EXTRACTOR}.attn.sampling_offsets.bias", "128"),
-    ("0.{EXTRACTOR}.attn.attention_weights.weight", "64x4096"),
-    ("0.{EXTRACTOR}.attn.attention_weights.bias", "64"),
-    ("0.{EXTRACTOR}.attn.value_proj.weight", "2048x4096"),
-    ("0.{EXTRACTOR}.attn.value_proj.bias", "2048"),
-    ("0.{EXTRACTOR}.attn.output_proj.weight", "4096x2048"),
-    ("0.{EXTRACTOR}.attn.output_proj.bias", "4096"),
-    ("0.{EXTRACTOR}.ffn.fc1.weight", "1024x4096"),
-    ("0.{EXTRACTOR}.ffn.{fc1,dwconv.dwconv}.bias", "1024"),
-    ("0.{EXTRACTOR}.ffn.dwconv.dwconv.weight", "1024x1x3x3"),
-    ("0.{EXTRACTOR}.ffn.fc2.weight", "4096x1024"),
-    ("0.{EXTRACTOR}.ffn.fc2.bias", "4096"),
-    ("0.up.weight", "4096x4096x2x2"),
-    ("0.up.bias", "4096"),
+    ("0.{EXTRACTOR}.attn.sampling_offsets", "128x4096", "128"),
+    ("0.{EXTRACTOR}.attn.attention_weights", "64x4096", "64"),
+    ("0.{EXTRACTOR}.attn.value_proj", "2048x4096", "2048"),
+    ("0.{EXTRACTOR}.attn.output_proj", "4096x2048", "4096"),
+    ("0.{EXTRACTOR}.ffn.fc1", "1024x4096", "1024"),
+    ("0.{EXTRACTOR}.ffn.dwconv.dwconv", "1024x1x3x3", "1024"),
+    ("0.{EXTRACTOR}.ffn.fc2", "4096x1024", "4096"),
+    ("0.up", "4096x4096x2x2", "4096"),
     ("0.norm{1,2,3,4}.{BATCH_NORM}", "4096"),
     ("0.norm{1,2,3,4}.num_batches_tracked", ""),
-    ("1.pixel_decoder.input_convs.{0,1,2}.0.weight", "2048x4096x1x1"),
-    ("1.pixel_decoder.input_convs.{0,1,2}.0.bias", "2048"),
+    ("1.pixel_decoder.input_convs.{0,1,2}.0", "2048x4096x1x1", "2048"),
     ("1.pixel_decoder.input_convs.{0,1,2}.1.{weight,bias}", "2048"),
     ("1.pixel_decoder.encoder.level_encoding", "3x2048"),
-    ("1.{ENCODER}.self_attn.sampling_offsets.weight", "384x2048"),
-    ("1.{ENCODER}.self_attn.sampling_offsets.bias", "384"),
-    ("1.{ENCODER}.self_attn.attention_weights.weight", "192x2048"),
-    ("1.{ENCODER}.self_attn.attention_weights.bias", "192"),
-    ("1.{ENCODER}.self_attn.{value_proj,output_proj}.weight", "2048x2048"),
-    ("1.{ENCODER}.self_attn.{value_proj,output_proj}.bias", "2048"),
+    ("1.{ENCODER}.self_attn.sampling_offsets", "384x2048", "384"),
+    ("1.{ENCODER}.self_attn.attention_weights", "192x2048", "192"),
+    ("1.{ENCODER}.self_attn.{value_proj,output_proj}", "2048x2048", "2048"),
     ("1.{ENCODER}.norm{1,2}.{weight,bias}", "2048"),
-    ("1.{ENCODER}.linear1.weight", "4096x2048"),
-    ("1.{ENCODER}.linear1.bias", "4096"),
-    ("1.{ENCODER}.linear2.weight", "2048x4096"),
-    ("1.{ENCODER}.linear2.bias", "2048"),
-    ("1.pixel_decoder.mask_feature.weight", "2048x2048x1x1"),
-    ("1.pixel_decoder.mask_feature.bias", "2048"),
+    ("1.{ENCODER}.linear1", "4096x2048", "4096"),
+    ("1.{ENCODER}.linear2", "2048x4096", "2048"),
+    ("1.pixel_decoder.mask_feature", "2048x2048x1x1", "2048"),
     ("1.pixel_decoder.lateral_convs.0.weight", "2048x4096x1x1"),
     ("1.pixel_decoder.output_convs.0.weight", "2048x2048x3x3"),
     ("1.pixel_decoder.{lateral,output}_convs.0.norm.{weight,bias}", "2048"),
     ("1.predictor.{ATTENTION}.in_proj_weight", "6144x2048"),
     ("1.predictor.{ATTENTION}.in_proj_bias", "6144"),
-    ("1.predictor.{ATTENTION}.out_proj.weight", "2048x2048"),
-    ("1.predictor.{ATTENTION}.out_proj.bias", "2048"),
+    ("1.predictor.{ATTENTION}.out_proj", "2048x2048", "2048"),
     ("1.predictor.transformer_{self_attention,cross_attention,ffn}_layers.{NINE}.norm.{weight,bias}", "2048"),
-    ("1.predictor.transformer_ffn_layers.{NINE}.linear1.weight", "4096x2048"),
-    ("1.predictor.transformer_ffn_layers.{NINE}.linear1.bias", "4096"),
-    ("1.predictor.transformer_ffn_layers.{NINE}.linear2.weight", "2048x4096"),
-    ("1.predictor.transformer_ffn_layers.{NINE}.linear2.bias", "2048"),
+    ("1.predictor.transformer_ffn_layers.{NINE}.linear1", "4096x2048", "4096"),
+    ("1.predictor.transformer_ffn_layers.{NINE}.linear2", "2048x4096", "2048"),
     ("1.predictor.post_norm.{weight,bias}", "2048"),
     ("1.predictor.query_{feat,embed}.weight", "100x2048"),
     ("1.predictor.level_embed.weight", "3x2048"),
-    ("1.predictor.class_embed.weight", "151x2048"),
-    ("1.predictor.class_embed.bias", "151"),
-    ("1.predictor.mask_embed.layers.{0,1,2}.weight", "2048x2048"),
-    ("1.predictor.mask_embed.layers.{0,1,2}.bias", "2048"),
+    ("1.predictor.class_embed", "151x2048", "151"),
+    ("1.predictor.mask_embed.layers.{0,1,2}", "2048x2048", "2048"),
 )
 LISTS = {
     "BATCH_NORM": ["weight", "bias", "running_mean", "running_var"],
@@ -342,7 +284,11 @@ def names_in_file(pattern):
 def test_names_and_shapes_are_those_of_the_released_file():
     with torch.device("meta"):
         state = Mask2FormerHead(4096, 4, 150, hidden_dim=2048, feedforward_dim=4096).state_dict()
-    expected = {name: shape for pattern, shape in FILE for name in names_in_file(pattern)}
+    expected = {}
+    for pattern, *shapes in FILE:
+        for name in names_in_file(pattern):
+            parts = [name] if len(shapes) == 1 else [f"{name}.weight", f"{name}.bias"]
+            expected |= dict(zip(parts, shapes, strict=True))
     found = {meta_name(name): "x".join(map(str, value.shape)) for name, value in state.items()}
     assert len(expected) == 479
     assert found == expected

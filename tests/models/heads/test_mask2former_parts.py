@@ -13,7 +13,7 @@ from dinoseg.models.heads.mask2former.adapter import Extractor, VitAdapter, drop
 from dinoseg.models.heads.mask2former.deformable import DeformableAttention, sample
 from dinoseg.models.heads.mask2former.levels import cell_centres, sine_positions, to_maps, to_tokens
 from dinoseg.models.heads.mask2former.pixel_decoder import PixelDecoder
-from dinoseg.models.heads.mask2former.predictor import Attention, MaskedAttentionDecoder
+from dinoseg.models.heads.mask2former.predictor import MaskedAttentionDecoder
 
 
 @pytest.fixture(autouse=True)
@@ -79,15 +79,6 @@ def test_sampling_in_bands_of_queries_changes_nothing(monkeypatch):
     for most in (1, 2 * 2 * 3 * 4 * 3):  # one query at a time; three
         monkeypatch.setattr(deformable, "AT_ONCE", most)
         assert torch.equal(sample(values, [(2, 3)], points, weights), whole)
-
-
-@pytest.mark.parametrize(("sizes", "ratio"), [([(2, 3)], 0.5), ([(1, 1), (2, 1), (3, 4)], 1.0)])
-def test_deformable_attention_equals_loops(sizes, ratio):
-    module = shaken(DeformableAttention(8, 2, len(sizes), ratio))
-    cells = torch.randn(2, sum(rows * columns for rows, columns in sizes), 8, dtype=torch.float64)
-    queries, centres = torch.randn(2, 5, 8, dtype=torch.float64), torch.rand(5, 2, dtype=torch.float64)
-    expected = attend_in_loops(module, queries, centres, cells, sizes)
-    torch.testing.assert_close(module(queries, centres, cells, sizes), expected)
 
 
 def test_sampling_stays_in_float32_under_autocast(monkeypatch):
@@ -190,21 +181,6 @@ def test_dropped_samples_are_zero_and_the_others_scaled_up():
     assert dropped.mean().item() == pytest.approx(1, abs=0.05)
     assert (dropped.flatten(1).amax(1) == dropped.flatten(1).amin(1)).all()  # whole samples
     assert drop_samples(update, 0.0) is update
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_equals_torchs_with_the_same_parameters(masked):
-    module = shaken(Attention(12, 3))
-    reference = nn.MultiheadAttention(12, 3, batch_first=True).double()
-    reference.load_state_dict(module.state_dict())  # of the same names
-    queries, keys, values = (torch.randn(2, count, 12, dtype=torch.float64) for count in (4, 7, 7))
-    blocked = per_head = None
-    if masked:
-        blocked = torch.rand(2, 1, 4, 7) < 0.5
-        blocked[..., 0] = False
-        per_head = blocked.expand(-1, 3, -1, -1).flatten(0, 1)
-    expected = reference(queries, keys, values, attn_mask=per_head, need_weights=False)[0]
-    torch.testing.assert_close(module(queries, keys, values, blocked), expected)
 
 
 def decode_slowly(module, levels, mask_features):

@@ -11,8 +11,8 @@ from dinoseg.models.heads import semantic
 from dinoseg.models.heads.semantic import semantic_map
 
 
-def draw(batch, queries, columns, grid, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def draw(batch, queries, columns, grid):
+    generator = torch.Generator().manual_seed(0)
     classes = 4 * torch.randn(batch, queries, columns, generator=generator)
     return MaskOutputs(classes, 5 * torch.randn(batch, queries, *grid, generator=generator))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mirrored import count
+from counts import count
 from mistakes import assert_refused
 
 from dinoseg.config.nodes import instantiate
@@ -76,18 +76,13 @@ def test_the_config_gives_the_published_head(compose):
     assert type(head) is SlotHead and count(head) == 4_279_745 and list(cfg.backbone.layers) == [-1]
 
 
-@pytest.mark.parametrize(("steps", "num_sources"), [(0, 4), (1, 3), ([1], 3), ([0, 3], 1), ([2, 0], 2)])
-def test_outputs_have_their_shapes(steps, num_sources):
-    head, features = make_head(steps=steps, time_decoder="linear").train(num_sources > 1), clip()
+@pytest.mark.parametrize(("steps", "ahead"), [(0, [0]), (1, [0, 1]), ([1], [1]), ([0, 3], [0, 3]), ([2, 0], [2, 0])])
+def test_frames_without_a_target_have_no_slots(steps, ahead):
+    head, features = make_head(steps=steps, time_decoder="linear").train(steps != [0, 3]), clip()
     outputs = head.follow(features)
-    assert outputs.features is features and outputs.steps == head.steps
-    assert outputs.slots.shape == (2, num_sources, 3, 8) and outputs.attention.shape == (2, num_sources, 3, 3, 4)
-    assert len(outputs.reconstructions) == len(outputs.alphas) == len(head.steps)
-    assert all(part.shape == (2, num_sources, DIM, 3, 4) for part in outputs.reconstructions)
-    assert all(part.shape == (2, num_sources, 3, 3, 4) for part in outputs.alphas)
-    for shares in (outputs.attention, *outputs.alphas):
-        torch.testing.assert_close(shares.sum(2), torch.ones(2, num_sources, 3, 4).double())
-    assert outputs.similarity is None
+    assert outputs.steps == ahead and outputs.features is features and outputs.similarity is None
+    assert outputs.slots.shape == (2, 4 - max(ahead), 3, 8)
+    assert len(outputs.reconstructions) == len(outputs.alphas) == len(ahead)
 
 
 def test_a_predictor_that_no_frame_would_train_is_refused():
@@ -152,11 +147,8 @@ def test_slots_see_and_give_back_standardised_channels():
     torch.manual_seed(2)
     scale, shift = torch.rand(DIM, 1, 1).double() * 9 + 0.1, torch.randn(DIM, 1, 1).double() * 5
     seen, features = clip(), clip() * scale + shift
-    head, plain = make_head(standardise=True).train(), make_head().eval()
-    expected = torch.nn.BatchNorm2d(DIM, affine=False).double()(features.flatten(0, 1))
-    torch.testing.assert_close(head.follow(features).features.flatten(0, 1), expected)
+    head, plain = make_head(standardise=True).eval(), make_head().eval()
     plain.load_state_dict(head.state_dict(), strict=False)
-    head.eval()
     with torch.no_grad():
         head.standardiser.running_mean.copy_(shift.flatten())
         head.standardiser.running_var.copy_(scale.flatten().square() - head.standardiser.eps)
@@ -271,17 +263,12 @@ def test_masks_come_from_the_configured_source():
         torch.testing.assert_close(pixels.sum(1), torch.ones_like(pixels[:, 0]))
 
 
-def test_eval_mode_is_deterministic_and_independent_of_the_batch():
-    head, features = make_head(**GROUPED).eval(), clip()
-    background = torch.rand(2, 4, 3, 4) > 0.5
-    torch.manual_seed(1)
-    first = head.follow(features, background)
-    second = head.follow(features, background)
-    alone = head.follow(features[1:], background[1:])
-    assert torch.equal(first.attention, second.attention)
-    torch.testing.assert_close(first.attention[1:], alone.attention)
-    head.train()
-    assert not torch.equal(head.follow(features, background).slots, head.follow(features, background).slots)
+def test_slots_are_random_in_training_and_else_independent_of_the_batch():
+    head, features = make_head().train(), clip()
+    assert not torch.equal(head.follow(features).slots, head.follow(features).slots)
+    first = head.eval().follow(features).slots
+    assert torch.equal(head.follow(features).slots, first)
+    torch.testing.assert_close(head.follow(features[1:]).slots, first[1:])
 
 
 def test_it_runs_on_clips_and_on_images():
@@ -328,24 +315,6 @@ def test_half_precision_stays_close_to_float32():
     torch.testing.assert_close(coarse.reconstructions[1].float(), exact.reconstructions[1], atol=0.2, rtol=0.2)
 
 
-def test_short_training_separates_two_halves():
-    torch.manual_seed(0)
-    head = SlotHead(DIM, 1, **SMALL | {"num_slots": 2, "decoder_dim": 32, "positions_grid": [4, 4]}).train()
-    sides = torch.eye(DIM)[:2] * 4
-    features = torch.stack([sides[0], sides[1]]).T.repeat_interleave(2, 1)[None, None, :, None].expand(4, 3, -1, 4, -1)
-    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
-    losses = []
-    for _ in range(100):
-        loss = (head.follow(features).reconstructions[0] - features).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.05 * losses[0]
-    segments = head.follow(features).attention[:, 0].argmax(1)  # (4, 4, 4)
-    assert segments.eq(segments[..., :1]).sum() == segments.numel() / 2  # the left half is one, the right the other
-
-
 def test_more_slots_than_cells_are_refused():
     head, words = make_head(num_slots=13), ("num_slots=13 ", " 3 x 4 = 12 cells", "num_slots=12 or fewer")
     assert_refused(lambda: head.follow(clip()), *words)
@@ -360,16 +329,6 @@ def test_short_clip_is_refused_but_an_image_is_segmented():
     head.eval()
     assert head.follow(clip(1)).attention.shape == (2, 1, 3, 3, 4)
     assert_refused(lambda: head.follow(clip(2)), "clips have 2")
-
-
-def test_groups_need_a_class_token():
-    plain, without = Backbone(), PixelMaps()
-    without.has_class_attention = False
-    make_head().check_backbone(plain)
-    make_head(**GROUPED).check_backbone(PixelMaps())
-    for backbone in (plain, without):
-        words = ("groups=always needs a backbone with a class token", "groups=off")
-        assert_refused(lambda backbone=backbone: make_head(**GROUPED).check_backbone(backbone), *words)
 
 
 def test_other_numbers_of_slots_than_trained_are_accepted():
@@ -389,11 +348,7 @@ def test_other_numbers_of_slots_than_trained_are_accepted():
 
 
 def test_token_positions_are_added_to_the_attention_input_only():
-    flat = torch.ones(1, 1, DIM, 3, 4).double()
-    assert make_head().eval().follow(flat).attention.flatten(3).std(dim=3).max() < 1e-12
     head = make_head(token_positions=True).eval()
-    assert head.follow(flat).attention.flatten(3).std(dim=3).max() > 1e-4
-    assert count(head) == count(make_head()) + 3 * DIM
     rows, columns = torch.meshgrid(torch.linspace(-1, 1, 3), torch.linspace(-1, 1, 4), indexing="ij")
     code = torch.einsum("ck,khw->chw", head.token_positions.weight, torch.stack([rows, columns]).double())
     code = code + head.token_positions.bias[:, None, None]

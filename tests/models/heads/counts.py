@@ -1,0 +1,5 @@
+"""Numbers of parameters."""
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
