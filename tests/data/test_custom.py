@@ -106,10 +106,10 @@ WHOLE = {
 }
 
 
-def dataset(*without, **changes):
+def dataset(*without, channels=3, **changes):
     """Return a function that opens a data set with the members of the contract, some changed and some left out."""
     members = {name: value for name, value in (WHOLE | changes).items() if name not in without}
-    return lambda: CustomDataset(type("Part", (), members)())
+    return lambda: CustomDataset(type("Part", (), members)(), channels=channels)
 
 
 def read(item):
@@ -161,3 +161,11 @@ def test_custom_dataset_that_agrees_with_the_config_is_read():
     data = configured()()
     assert data[1]["mask"].dtype == torch.uint8 and torch.equal(data[1]["mask"].long(), MASK)
     assert prepare_dataset(data, split="train", labelled=0.5).names in (["x"], ["y"])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_images_have_the_declared_channels(dtype):
+    item = {"image": torch.zeros(4, 4, 5, dtype=dtype), "mask": MASK, "name": "x"}
+    data = dataset(channels=4, __getitem__=lambda self, index: item)()
+    assert data[0]["image"] is item["image"] and data.keep({"x"})[0]["image"] is item["image"]
+    assert_refused(read(item), "Return a tensor (3, H, W) of uint8, or of uint16")

@@ -173,8 +173,6 @@ def test_the_unsupervised_test_sets_may_have_no_masks(davis):
         (davis / "Annotations_unsupervised/480p/t").mkdir(parents=True, exist_ok=True)
     supervised = Davis(str(davis), year=2019)
     assert [len(video.masks) for video in supervised.videos("test-dev")] == [1, 7]
-    (davis / "Annotations/480p/bear/00003.png").unlink()
-    refused(supervised, "test-dev", "Video bear has 1 frame without mask: 00003")
     for path in (davis / "JPEGImages/480p/t").iterdir():
         path.unlink()
     refused(unsupervised, "test-dev", "480p/t holds no frame. Unpack DAVIS again")
@@ -279,8 +277,6 @@ def test_incomplete_youtube_vos_is_refused(youtube):
     for path in (youtube / "train/Annotations/a").iterdir():
         path.unlink()
     refused(layout, "train", "Video a has no mask in")
-    (youtube / "train/Annotations/a").rmdir()
-    refused(layout, "train", "No folder ", "Annotations/a.")
     (youtube / "valid/Annotations/b/00025.png").unlink()
     refused(layout, "val", "appear in frames of video b without mask: 00025")
 
@@ -289,12 +285,12 @@ def test_incomplete_youtube_vos_is_refused(youtube):
 def movi(tmp_path):
     root = tmp_path / "movi"
     for split, count in (("train", 3), ("validation", 2), ("test", 1)):
-        for place, ending, quality in [
-            (f"{split}/{n:05d}", "png" if n else "jpg", {"quality": 95}) for n in range(count)
-        ]:
+        for video in range(count):
+            place = root / split / f"{video:05d}"
+            ending = "png" if video else "jpg"
             for index in range(8):
-                save(root / place / f"frames/{index:03d}.{ending}", pixels(split, index), **quality)
-                save(root / place / f"segmentations/{index:03d}.png", ids(split, index, [0, 1, 2, 10, 23]))
+                save(place / f"frames/{index:03d}.{ending}", pixels(split, index))
+                save(place / f"segmentations/{index:03d}.png", ids(split, index, [0, 1, 2, 10, 23]))
     return root
 
 
@@ -353,11 +349,8 @@ def test_movi_may_call_its_validation_as_other_data_do(movi):
     shutil.rmtree(movi / "validation")
     (movi / "val").rename(movi / "valid")
     refused(Movi(str(movi)), "val", "validation for split val; its parent folder holds test, train, valid")
-    refused(Movi(str(movi)), "other", "other for split other; its parent folder holds test, train, valid")
     (movi / "train/00001/segmentations/007.png").unlink()
     refused(Movi(str(movi)), "train", "Video 00001 has 1 frame without mask: 007")
-    words = ("cut.short=pad", "or lower ", "cut.length=9")
-    assert_refused(lambda: open_clips(Movi(str(movi)), "test", cut=Cut(length=9)), *words)
 
 
 @pytest.fixture
@@ -472,24 +465,6 @@ def test_unpadded_names_of_videos_and_frames(tmp_path):
     assert data.names == [f"{video}/{frame}" for video in ("v2", "v10") for frame in NUMBERED]
 
 
-def test_hidden_folders_are_no_videos(movi, youtube):
-    (movi / "val_").mkdir()
-    (movi / "train/.ipynb_checkpoints").mkdir()
-    (youtube / "train/JPEGImages/.ipynb_checkpoints").mkdir()
-    (youtube / "train/JPEGImages/.DS_Store").write_text("")
-    assert names_of(Movi(str(movi)), "train") == ["00000", "00001", "00002"]
-    assert names_of(YoutubeVos(str(youtube)), "train") == ["a", "b"]
-
-
-def test_link_cycles_are_skipped_and_linked_videos_read(folder, tmp_path):
-    (folder / "x/round").symlink_to(folder)
-    (folder / "x/frames/again").symlink_to(folder / "x")
-    save(tmp_path / "elsewhere/0.png", np.zeros((4, 4, 3)))
-    (folder / "far").symlink_to(tmp_path / "elsewhere")
-    layout = VideoFolder(str(folder), cache_dir=str(tmp_path / "cache"))
-    assert names_of(layout, "train") == ["far", "two", "x/frames", "x/one"]
-
-
 def test_same_image_set_for_train_and_val_is_refused(davis):
     (davis / "ImageSets/2017/train.txt").unlink()
     (davis / "ImageSets/2017/test-dev.txt").unlink()
@@ -545,7 +520,7 @@ def test_val_and_test_have_a_cut_and_squares_of_their_own(tmp_path):
 
 def test_short_videos_are_skipped_or_padded(tmp_path):
     layout = Still(tmp_path, short=5, long=9, tiny=1)
-    words = ("Video short has 5 frames; 4 at stride 2 need 7. Set ", "short=pad or skip")
+    words = ("Video short has 5 frames; 4 at stride 2 need 7. Set ", "short=pad or skip, or lower cut.length=4")
     assert_refused(lambda: open_clips(layout, "train", cut=Cut(length=4, stride=2)), *words)
     skipping = open_clips(layout, "train", cut=Cut(length=4, stride=2, short="skip"))
     assert [clip["name"] for clip in skipping] == ["long"] and skipping.skipped == ["short", "tiny"]
@@ -591,8 +566,6 @@ def test_only_frames_of_the_requested_clip_are_read(tmp_path):
     frames, name = clips.frames(4)
     np.testing.assert_array_equal(frames, [pixels("v", index) for index in (4, 6, 8)])
     assert name == "v/4"
-    decoded = DecodedFrames(tmp_path / "a.avi", 5, None)
-    assert len(decoded) == 5 and decoded[-1].index == 4 and [frame.index for frame in decoded] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.data
@@ -624,25 +597,13 @@ def test_one_random_clip_per_video_and_epoch(tmp_path):
     counts = [sum(f"v/{start}" in batch for batch in seen) for start in (0, 4, 8)]
     assert min(counts) > 8
     assert len(open_clips(layout, "val", cut=Cut(length=4, sample=True, short="skip"))) == 5
-    assert_refused(lambda: Cut(sample=True), "sample=true has no effect with length=null")
-
-
-def cut(**keys):
-    return lambda: instantiate({"_target_": "dinoseg.data.clips.cut.Cut", **keys})
 
 
 test_message_names_value_and_remedy = refusals(
     {
-        "no frame": (cut(length=0), "length=0 is out of range"),
-        "no stride": (cut(stride=0), "stride=0 is out of range"),
-        "backwards": (cut(length=3, step=-1), "step=-1 is out of range"),
-        "no rate": (cut(fps=0.0), "fps=0.0 is out of range"),
-        "two rates": (cut(fps=5, stride=2), "both set the frame rate"),
-        "steps of whole videos": (cut(step=4), "no effect with length=null"),
-        "samples of whole videos": (cut(sample=True), "sample=true has no effect with length=null"),
-        "short videos": (cut(short="crop"), "short=crop is unknown"),
-        "no clip": (cut(per_video=0), "per_video=0 is out of range"),
-        "two numbers of clips": (cut(length=2, per_video=2, step=1), "step=1 and per_video=2 both set"),
-        "negative tolerance": (cut(fps=8, fps_tolerance=-1), "fps_tolerance=-1 is out of range"),
+        "two rates": (lambda: Cut(fps=5, stride=2), "both set the frame rate"),
+        "steps of whole videos": (lambda: Cut(step=4), "no effect with length=null"),
+        "samples of whole videos": (lambda: Cut(sample=True), "sample=true has no effect with length=null"),
+        "two numbers of clips": (lambda: Cut(length=2, per_video=2, step=1), "step=1 and per_video=2 both set"),
     }
 )
