@@ -16,7 +16,6 @@ from making import save, train_batches, write_video
 from mistakes import assert_refused
 from PIL import Image
 
-from dinoseg.core.channels import PixelFormat
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import Masks
 from dinoseg.data.formats.folder import folder_dataset
@@ -162,17 +161,6 @@ def test_a_scaled_view_shows_the_same_place(tmp_path, cache):
         assert apart.mean() < 2 and (ours.mask != theirs.mask)[both].float().mean() < 0.05
 
 
-def test_verified_mask_is_read_without_its_image(data, cache, monkeypatch):
-    dataset, plain, read = make(data(), cache), data(), []
-    fromfile = np.fromfile
-    monkeypatch.setattr(np, "fromfile", lambda *args, **at: read.append(at["count"]) or fromfile(*args, **at))
-    for _ in range(2):
-        for index in range(len(plain)):
-            assert np.array_equal(dataset.mask(index), plain.mask(index))
-    areas = [SIZES[name][0] * SIZES[name][1] for name in NAMES]
-    assert read == [4 * area for area in areas] + areas
-
-
 def test_packed_dataset_pickles_small_and_is_reopened(data, cache):
     dataset = make(data(), cache)
     unread = len(pickle.dumps(dataset))
@@ -242,16 +230,11 @@ def test_a_damaged_item_is_noticed(data, cache, place, damaged):
 
 DAMAGES = {
     "no index": lambda folder: (folder / "index.json").unlink(),
-    "empty index": lambda folder: (folder / "index.json").write_text("{}"),
-    "no JSON": lambda folder: (folder / "index.json").write_text("[" * 10),
-    "cut index": lambda folder: (folder / "index.json").write_bytes((folder / "index.json").read_bytes()[:-9]),
     "cut pixels": lambda folder: os.truncate(folder / "pixels.bin", 3000),
     "no pixels": lambda folder: (folder / "pixels.bin").unlink(),
-    "version": lambda folder: change_index(folder, lambda index: index["key"].update(version=0)),
     "fingerprint": lambda folder: change_index(folder, lambda index: index["key"].update(fingerprint="0" * 64)),
     "order": lambda folder: change_index(folder, lambda index: index["names"].reverse()),
     "places": lambda folder: change_index(folder, lambda index: index["places"].pop()),
-    "offset": lambda folder: change_index(folder, lambda index: index["places"][0].__setitem__(0, 10**9)),
 }
 
 
@@ -269,19 +252,12 @@ def change_index(folder, change):
     (folder / "index.json").write_text(json.dumps(index))
 
 
-def test_an_index_of_another_shape_is_noticed(data, cache, tmp_path):
+def test_an_index_of_another_shape_is_noticed(data, cache):
     make(data(), cache)
     row = NAMES.index("odd")
     change_index(store_of(cache), lambda index: index["places"][row].__setitem__(slice(1, 3), [23, 37]))
     turned = make(data(), cache)
     assert_refused(lambda: turned[row], "item odd does not match its checksum")
-    values = np.random.default_rng(0).integers(0, 2**16, (8, 6, 2)).astype(np.uint16)
-    np.save(tmp_path / "a.npy", values)
-    pair = Pair("a", PixelFormat(2).source(tmp_path / "a.npy"), save(tmp_path / "mask.png", values[..., 0] % 2))
-    deep = PairDataset([pair], Labels.of(["a", "b"], None, 255), Masks())
-    assert make(deep, cache / "2")[0]["image"].shape == (2, 8, 6)
-    change_index(store_of(cache / "2"), lambda index: index["places"][0].__setitem__(slice(4, 6), [4, 1]))
-    assert_refused(lambda: make(deep, cache / "2")[0], "item a does not match its checksum")
 
 
 def test_changed_files_and_rules_are_packed_again(data, cache, tmp_path):
@@ -321,24 +297,6 @@ def test_bad_files_are_all_named_by_any_number_of_processes(data, cache, tmp_pat
     assert messages[0].count("\n- ") == 20 and messages[1] == messages[0] and not list(cache.glob("*/*"))
     good = data().keep([name for name in NAMES if name != "one"])
     assert_same(make(good, cache, workers=2), good)
-
-
-class Deadly:
-    """A data set whose reading kills the process."""
-
-    def __init__(self, source):
-        self.names, self.pairs, self.fingerprint = source.names, source.pairs, source.fingerprint
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, _):
-        os._exit(9)
-
-
-@pytest.mark.heavy
-def test_killed_packing_process_raises_an_error(data, cache):
-    assert_refused(lambda: make(Deadly(data()), cache, workers=2), "was killed", "fewer than workers=2 and run again")
 
 
 def test_a_second_build_waits_for_the_first(data, cache, monkeypatch, caplog):
@@ -393,21 +351,14 @@ def test_processes_are_used_where_they_pay(monkeypatch, cores, items, expected):
     assert paying_workers(items) == expected
 
 
-@pytest.mark.parametrize("spoil", [shutil.rmtree, lambda folder: (folder / "pixels.bin").write_bytes(b"")])
+# a mapped file that is cut would be a bus error
+@pytest.mark.parametrize("spoil", [shutil.rmtree, lambda folder: os.truncate(folder / "pixels.bin", 100)])
 def test_store_removed_during_use_raises_an_error(data, cache, spoil):
     dataset = make(data(), cache)
     again = pickle.loads(pickle.dumps(dataset))  # as a loading process has it
     spoil(dataset.store.folder)
     assert_refused(lambda: again[0], "Cannot read ", "pixels.bin ", "removed or truncated during ", "resume=auto")
     assert_same(make(data(), cache), data())
-
-
-def test_a_store_that_is_cut_while_it_is_read_ends_no_process(data, cache):
-    dataset = make(data(), cache)
-    first, *_, last = sorted(range(len(dataset)), key=lambda row: dataset.store.extents[row].offset)
-    size = dataset[first]["mask"].numel() * 4
-    os.truncate(dataset.store.folder / "pixels.bin", size)  # a mapped file would be a bus error
-    assert_refused(lambda: dataset[last], "Cannot read ", "pixels.bin (it is truncated)", "resume=auto")
 
 
 def test_undecodable_names_are_packed_and_unpaired_files_listed(cache, tmp_path):

@@ -1,5 +1,4 @@
 import base64
-import io
 import json
 import logging
 import os
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from composed_data import load
+from image_files import encode_image
 from making import save
 from mistakes import assert_refused
 from PIL import Image
@@ -46,9 +46,7 @@ def check_mask(expected, kind, root, **options):
 
 def png_text(pixels):
     """Return a PNG file as LabelMe stores it."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    return base64.b64encode(encode_image(pixels)).decode()
 
 
 def coco(path, images=("a.png",), annotations=None, categories=("leaf", "stem"), size=SIZE, whole=()):
@@ -312,13 +310,6 @@ def test_unused_category_that_groups_others_is_no_class(tmp_path):
     assert load("coco", root).classes == ["background", "tree", "leaf"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-32"])
-def test_json_in_other_encodings(tmp_path, encoding):
-    root = coco(tmp_path / "train.json")
-    (root / "train.json").write_text((root / "train.json").read_text(), encoding=encoding)
-    assert open_annotated("coco", root).mask(0).sum() == 12
-
-
 def test_images_without_or_with_too_many_shapes(tmp_path, caplog, monkeypatch):
     root = coco(tmp_path / "train.json", images=("a.png", "b.png"))
     with caplog.at_level(logging.WARNING):
@@ -358,15 +349,11 @@ def test_missing_images_are_reported_and_other_folders_read(tmp_path):
         ({"annotations": [("1", 1, [CORNERS])]}, "ids must be whole numbers"),
         ({"annotations": [(1, 1, [])]}, "no segmentation, only a box"),
         ({"annotations": [(1, 1, [[1, 2, 3, 4]])]}, "2 points and needs at least 3"),
-        ({"annotations": [(1, 1, [[1, 2, 3]])]}, "not a list of numbers"),
         ({"annotations": [(1, 1, [[1, 2, 3, 4, 5, "6"]])]}, "not a list of numbers"),
-        ({"annotations": [(1, 1, [[1, 2, 3, 4, 1e30, 6]])]}, "more than 1000000 pixels away"),
         ({"annotations": [(1, 1, [[1, 2, 3, 4, 10**400, 6]])]}, "larger than any image"),
         ({"annotations": [(1, 1, {"size": [9, 9], "counts": [81]})]}, "size [9, 9], its image [8, 10]"),
         ({"annotations": [(1, 1, {"size": [8, 10], "counts": [81]})]}, "whole numbers from 0 to 80"),
-        ({"annotations": [(1, 1, {"size": [8, 10], "counts": "oooooooo"})]}, "are truncated"),
         ({"size": (10**5, 10**5)}, "not an image size:"),
-        ({"size": (0, 3)}, "not an image size:"),
         ({"size": (1.5, 3)}, "not an image size:"),
         ({"categories": ("a", "a")}, "name of 2 categories"),
         ({"images": ["a.png", "a.png"]}, "names 1 image more than once"),
@@ -376,22 +363,13 @@ def test_missing_images_are_reported_and_other_folders_read(tmp_path):
     ],
 )
 def test_invalid_coco_files_are_refused(tmp_path, changes, wrong):
-    (tmp_path / "train.json").parent.mkdir(exist_ok=True)
     refused("coco", coco(tmp_path / "train.json", **changes), wrong)
 
 
-@pytest.mark.parametrize(
-    ("text", "wrong"),
-    [
-        (b"", "not a readable COCO"), (b"[" * 10**5, "nested too deep|recursion"), (b'{"\xe4": 3}', "save it as UTF-8"),
-        (b'{"images": NaN}', "NaN is not a number"), (b"\xff\xfe\x00", "not a readable COCO"),
-        (b'{"images": [], "images": []}', "twice"), (b"[]", "an object with"),
-    ],
-)  # fmt: skip
-def test_invalid_json_is_refused(tmp_path, text, wrong):
+@pytest.mark.parametrize("text", [b"", b"[" * 10**5, b'{"\xe4": 3}', b'{"images": NaN}', b"\xff\xfe\x00", b"[]"])
+def test_invalid_json_is_refused(tmp_path, text):
     (tmp_path / "train.json").write_bytes(text)
-    with pytest.raises(UserError, match=wrong):
-        open_annotated("coco", tmp_path)
+    refused("coco", tmp_path, "train.json is not a readable COCO file: ", "Export it again")
 
 
 @pytest.mark.parametrize(

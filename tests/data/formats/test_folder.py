@@ -87,23 +87,6 @@ def test_split_folder_names_are_mapped_and_desktop_files_skipped(fill):
     assert names_of(root, "val", "train", layout=layout) == [["v"], ["x", "y", "z"]]
 
 
-def test_linked_folders_are_followed(fill):
-    root = fill("elsewhere/images", "elsewhere/masks")
-    (root / "train/masks").mkdir(parents=True)
-    os.symlink(root / "elsewhere/images", root / "train/images")
-    os.symlink(root / "elsewhere/masks", root / "train/masks/deep")
-    words = ("no image with its mask:\n- deep/x: ", "deep/x.png has no image in ", "and 3 more: x, ")
-    refused(root, "train", *words)
-
-
-def test_link_cycles_are_skipped(fill):
-    root = fill()
-    for folder in ("images", "masks"):
-        (root / f"train/{folder}/again").symlink_to(root / f"train/{folder}")
-        (root / f"train/{folder}/up").symlink_to(root)
-    assert names_of(root, "train") == [["x", "y", "z"]]
-
-
 def test_fraction_splits_the_names(fill):
     root = fill("images", "masks", [f"v{i // 2}_{i}" for i in range(10)])
     options = {"layout": FLAT, "partition": Partition("fraction", val_fraction=0.4, seed=1, group=r"^v\d+")}

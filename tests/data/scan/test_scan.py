@@ -134,13 +134,9 @@ def test_a_pair_is_bad_exactly_where_reading_it_fails(fill, tmp_path):
     assert len(data.keep(set(data.names) - bad.keys())) == 1
 
 
-def test_reasons_list_twenty_and_count_all(fill, tmp_path):
-    data = fill(25)
-    for index in range(23):
-        (tmp_path / f"train/masks/n{index}.png").write_bytes(b"")
-    text = reasons(unreadable(scan(data.pairs, data.reader, images=False)))
-    assert text.count("\n- ") == 20 and text.endswith("\nand 3 more: n7, n8, n9")
-    assert reasons({}) == ""
+def test_reasons_list_twenty_and_count_all():
+    text = reasons({f"n{index}": "It is empty." for index in range(23)})
+    assert text.count("\n- ") == 20 and text.endswith("\nand 3 more: n20, n21, n22") and reasons({}) == ""
 
 
 @pytest.mark.parametrize("side", ["images", "masks"])
@@ -349,16 +345,11 @@ def test_class_counts_are_exact_and_cached(counted, tmp_path, monkeypatch, scann
     assert class_counts(counted(), cache).tolist() == [5, 3, 0, 2]
 
 
-def test_changed_file_or_mask_rule_is_counted_again(counted, tmp_path):
-    cache = tmp_path / "c"
-    assert class_counts(counted(), cache).tolist() == [5, 3, 0, 2]
-    assert class_counts(counted(masks=Masks(ids={1: 2})), cache).tolist() == [5, 0, 3, 2]
+def test_class_counts_leave_out_ignored_and_refuse_foreign_ids(counted, tmp_path):
     save(tmp_path / "train/masks/x.png", [[2, 2, 2], [1, 1, 2]])
-    os.utime(tmp_path / "train/masks/x.png", ns=(5, 5))
-    assert class_counts(counted(), cache).tolist() == [4, 2, 4, 2]
-    assert class_counts(counted(ignore_index=0), cache).tolist() == [0, 2, 4, 2]  # an ignored class does not count
+    assert class_counts(counted(ignore_index=0), tmp_path / "cache").tolist() == [0, 2, 4, 2]
     save(tmp_path / "train/masks/y.png", [[9, 0, 0], [0, 0, 0]])
-    assert_refused(lambda: class_counts(counted(), cache), "y.png holds the ids 9")
+    assert_refused(lambda: class_counts(counted(), tmp_path / "cache"), "y.png holds the ids 9")
 
 
 def test_a_cache_that_cannot_be_written_only_warns(counted, tmp_path, monkeypatch, caplog):
