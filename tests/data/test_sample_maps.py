@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from making import Pictures, save, train_batches
+from making import Pictures, train_batches
 from mapped import FAR, KINDS, MappedPictures, maps_of
 from mistakes import assert_refused, refusals
+from small_trainings import write_pairs
 
 from dinoseg import SegmentationDataset
 from dinoseg.core.sample_maps import (
@@ -18,12 +19,8 @@ from dinoseg.core.sample_maps import (
     resize_map,
     resize_nearest,
 )
-from dinoseg.data.classes.labels import Labels
-from dinoseg.data.classes.masks import Masks
 from dinoseg.data.custom import CustomDataset
 from dinoseg.data.packed.pack import pack
-from dinoseg.data.pairs.dataset import PairDataset
-from dinoseg.data.pairs.pair import Pair
 from dinoseg.data.transforms import Affine, Augment
 from dinoseg.data.unlabelled import Unmasked
 from dinoseg.testing import check_dataset
@@ -233,13 +230,7 @@ def test_wrapped_datasets_keep_their_maps():
 @pytest.fixture
 def pairs(tmp_path):
     """Return a dataset of three files, with maps."""
-    draw, pairs = rng(0), []
-    for number in range(3):
-        image = save(tmp_path / f"{number}.png", draw.integers(0, 256, (20, 30 + number, 3)))
-        mask = save(tmp_path / f"{number}_mask.png", draw.integers(0, 3, (20, 30 + number)))
-        pairs.append(Pair(f"{number}", image, mask))
-    data = PairDataset(pairs, Labels.of(["a", "b", "c"], None, 255), Masks())
-    return data.with_maps(KINDS, maps_of)
+    return write_pairs(tmp_path, [(20, 30), (20, 31), (20, 32)]).with_maps(KINDS, maps_of)
 
 
 def test_packed_files_have_the_maps_of_files(pairs, tmp_path):

@@ -126,10 +126,13 @@ test_message_names_value_and_remedy = refusals(
         "negative fold": (lambda: Partition(fold=-1, folds=3), "fold=-1"),
         "more folds than groups": (lambda: folds(0, 9), "partition.folds=9: there are only 7 groups"),
         "no group": (lambda: folds(0, 2, "^w"), "partition.group=", "does not match the name v0/train_0"),
+        "a split of no share": (
+            lambda: divide("test", find_things, Partition("fraction")),
+            "train and val only, not test",
+        ),
         "one file twice": (lambda: fold_both("folder"), "2 names in train and in val (a, b) with the same file"),
         "one group": (lambda: halve(NAMES[:4], group=regex_group("^v.")), "1 group(s)", "v0", "two are needed"),
         "no expression": (lambda: regex_group("("), "group=( is not a regular expression"),
-        "no match": (lambda: regex_group("x+")("v0"), "group=x+ does not match the name v0"),
         "a group without match": (
             lambda: regex_group(r"^(w\d+_)?v\d")("v0"),
             *("matches the name v0, but its first parenthesised group, ", ", does not: ", "(?:...)"),
@@ -139,8 +142,6 @@ test_message_names_value_and_remedy = refusals(
             "1 of its names are not in the training split: v3/999. Names have the form",
         ),
         "no list of masks": (lambda: labelled_names(NAMES, "absent.txt"), "labelled=", "absent.txt: cannot read this"),
-        "no list": (lambda: read_name_list(Path("none.txt")), "none.txt"),
-        "a name twice": (lambda: read_name_list(list_of(b"a\nb\na\n")), "names a more than once"),
         "empty list": (lambda: read_name_list(list_of(b"\n \n")), "is empty"),
         "no text": (lambda: read_name_list(list_of(b"\xff\xfe\x00")), "cannot read this file list"),
     }

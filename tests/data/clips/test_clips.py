@@ -1,5 +1,4 @@
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -17,7 +16,7 @@ from PIL import Image
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.clips.cut import Clips, Cut, open_clips
 from dinoseg.data.clips.foreground import foreground, no_masks
-from dinoseg.data.clips.videos import DecodedFrames, Video, select_split
+from dinoseg.data.clips.videos import Video, select_split
 from dinoseg.data.clips.view import ClipView, clip_batches
 from dinoseg.data.doctor.errors import check_groups, describe_split
 from dinoseg.data.formats.davis import Davis
@@ -397,8 +396,7 @@ def test_unreadable_and_missing_videos_are_refused(folder, tmp_path, caplog):
     (folder / "bad.mp4").write_text("no video")
     words = ("1 video of 4 cannot be read:\n- Cannot read ", "bad.mp4", "on_error=skip")
     assert_refused(lambda: clips_of("videos", folder, "train"), *words)
-    with caplog.at_level(logging.WARNING):
-        clips = clips_of("videos", folder, "train", "data.on_error=skip")
+    clips = clips_of("videos", folder, "train", "data.on_error=skip")
     assert [video.name for video in clips.videos] == ["two", "x/frames", "x/one"]
     assert "1 of 4 videos are left out" in caplog.text and "bad.mp4" in caplog.text
     refused(VideoFolder(str(tmp_path), "gone"), "val", "No folder ", "gone for split val")
@@ -424,12 +422,10 @@ class Still:
         return found
 
 
-def test_sizes_of_files_are_compared_without_decoding_a_video(tmp_path):
-    mask, frame = save(tmp_path / "mask.png", np.zeros((6, 9))), save(tmp_path / "frame.png", np.zeros((9, 6, 3)))
-    Video("v", DecodedFrames(tmp_path / "absent.mp4", 2, None), masks={1: mask}).check_size(1)
-    video = Video("v", [frame, frame], masks={1: mask})
-    video.check_size(0)  # without a mask
-    assert_refused(lambda: video.check_size(1), "frame.png is 6 x 9 ", " its mask ", "mask.png is 9 x 6")
+def test_a_frame_of_another_size_than_its_mask_file_is_refused(tmp_path):
+    frame = save(tmp_path / "frame.png", np.zeros((9, 6, 3)))
+    video = Video("v", [frame], masks={0: save(tmp_path / "mask.png", np.zeros((6, 9)))}, square=4)
+    assert_refused(lambda: video.image(0), "frame.png is 6 x 9 ", " its mask ", "mask.png is 9 x 6")
 
 
 NUMBERED = ("frame1", "frame2", "frame10", "frame11", "frame100")
@@ -484,11 +480,8 @@ def test_same_image_set_for_train_and_val_is_refused(davis):
         (Cut(), [0]),
         (Cut(stride=3), [0]),
         (Cut(length=4), [0, 4]),
-        (Cut(length=5), [0, 5]),
         (Cut(length=4, stride=3), [0]),
-        (Cut(length=3, stride=2), [0]),
         (Cut(length=3, stride=2, step=1), [0, 1, 2, 3, 4, 5]),
-        (Cut(length=10, step=3), [0]),
         (Cut(length=1, step=4), [0, 4, 8]),
         (Cut(length=2, per_video=1), [4]),
         (Cut(length=2, per_video=3), [0, 4, 8]),

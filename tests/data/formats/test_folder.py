@@ -87,15 +87,6 @@ def test_split_folder_names_are_mapped_and_desktop_files_skipped(fill):
     assert names_of(root, "val", "train", layout=layout) == [["v"], ["x", "y", "z"]]
 
 
-def test_fraction_splits_the_names(fill):
-    root = fill("images", "masks", [f"v{i // 2}_{i}" for i in range(10)])
-    options = {"layout": FLAT, "partition": Partition("fraction", val_fraction=0.4, seed=1, group=r"^v\d+")}
-    train, val = names_of(root, "train", "val", **options)
-    assert len(val) == 4 and sorted(train + val) == sorted(f"v{i // 2}_{i}" for i in range(10))
-    assert not {n[:2] for n in train} & {n[:2] for n in val}
-    refused(root, "test", "fraction has the splits train and val only, not test", **options)
-
-
 def test_name_lists_define_the_splits(fill):
     root = fill("images", "masks", ["a", "sub/b", "c"])
     save(root / "images/more.jpg", np.zeros((4, 6, 3)))  # in no list
