@@ -100,6 +100,7 @@ def test_factor_1_is_the_crop_s_side_or_the_base(size):
     assert min(scaled((64, 96), "short", base=70)) == 70
     assert min(scaled((64, 96), "short", longest=50)) == 64  # a size that is given is not limited
     assert Augment((8, 8), longest=100).scaled_size((50, 200), 1.5) == (37.5, 150)
+    assert Augment((8, 8), longest=200).scaled_size((50, 120), 1.0) == (50, 120)  # never enlarged
 
 
 @pytest.mark.parametrize("size", [(30, 50), (50, 30), (9, 12)])

@@ -99,12 +99,6 @@ def test_shrinking_does_not_alias():
     assert abs(float(seen.mean()) - 85) < 3 and seen.std() < 35  # plain bilinear: 120
 
 
-@pytest.mark.parametrize(("size", "expected"), [((100, 400), (50, 200)), ((50, 120), (50, 120))])
-def test_longest_only_shrinks_and_keeps_the_aspect(size, expected):
-    ids = Augment((200, 200), longest=200).mask(np.zeros(size, np.uint8), rng())
-    assert ((ids == 0).any(axis=1).sum(), (ids == 0).any(axis=0).sum()) == expected
-
-
 def test_colour_leaves_the_mask_and_stays_near_its_range():
     image, mask = np.full((20, 20, 3), (100, 120, 140), np.uint8), noise(20, 20)[1]
     levels = []
@@ -134,23 +128,3 @@ test_message_names_value_and_remedy = refusals(
         "base of a fit": (lambda: Augment((5, 5), base=9, relative_to="fit"), "no effect with relative_to=fit"),
     }
 )
-
-
-@pytest.mark.parametrize("longest", [None, 50])
-def test_place_of_a_view_matches_its_augmentation(longest):
-    """The pixels of a ramp say where they were."""
-    across, down = np.meshgrid(np.arange(80), np.arange(60))
-    image = np.stack([3 * across, 4 * down, np.zeros_like(down)], axis=-1).astype(np.uint8)
-    mask = ((across // 9 + down // 7) % 5 == 0).astype(np.uint8)
-    turned = Affine(degrees=20, translate=0.2, shear=8)
-    augment = Augment((40, 36), scale=(0.5, 2), longest=longest, affine=turned, flip=0.5)
-    for seed in range(6):
-        view, seen = augment(image, mask, np.random.default_rng(seed))
-        place = augment.place(mask, np.random.default_rng(seed))
-        rows, columns = np.nonzero(seen != 255)
-        at_x, at_y, _ = np.linalg.inv(place) @ np.stack([columns, rows, np.ones(len(rows))])
-        within = (at_x > 3) & (at_x < 76) & (at_y > 3) & (at_y < 56)
-        assert within.sum() > 50
-        found = view[rows, columns].astype(float)
-        assert np.abs(found[within, 0] / 3 - at_x[within]).max() < 0.6
-        assert np.abs(found[within, 1] / 4 - at_y[within]).max() < 0.6

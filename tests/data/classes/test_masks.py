@@ -170,7 +170,7 @@ test_message_names_value_and_remedy = refusals(
         "a colour twice": (rules(format="palette", colors={0: [[255, 0, 0]]}), "(255, 0, 0) is used twice"),
         "two numbers": (rules(format="palette", colors={0: [[1, 1]]}), "Colour [1, 1]"),
         "binary with 0": (rules(format="binary", reduce_zero_label=True), "reduce_zero_label has no effect"),
-        "binary of 3": (rules(format="binary"), "needs 2 classes, data.classes has 3"),
+        "binary of 3": (rules(format="binary"), "needs 2 classes, data.classes has 3", "set task=multilabel"),
         "to 3": (rules(ids={11: 3}), "maps 11 to 3: ", " 0 to 2, 255 to ignore it, or -1"),
         "to -2": (rules(ids={11: -2}), "maps 11 to -2"),
         "of -1": (rules(ids={-1: 0}), "maps -1"),

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dinoseg.config.nodes import instantiate
 from dinoseg.data.clips.cut import Clips, Cut, open_clips
-from dinoseg.data.clips.foreground import foreground, no_masks
+from dinoseg.data.clips.foreground import foreground
 from dinoseg.data.clips.videos import Video, select_split
 from dinoseg.data.clips.view import ClipView, clip_batches
 from dinoseg.data.doctor.errors import check_groups, describe_split
@@ -183,7 +183,6 @@ def test_incomplete_davis_is_refused(davis):
     refused(Davis(str(davis), year=2016), "val", *words)
     words = ("No folder ", "Full-Resolution; its parent folder holds 480p. Check data.root")
     refused(Davis(str(davis), size="Full-Resolution"), "train", *words)
-    refused(Davis(str(davis), annotations="Unsupervised"), "train", "No folder ", "Unsupervised")
     assert_refused(lambda: Davis(str(davis), year=2018).videos("train"), "data.year=2018")
     (davis / "ImageSets/2017/trainval.txt").write_text("bear\nlost\n")
     refused(layout, "trainval", "1 sequence of split trainval not in ", ": lost")
@@ -379,7 +378,6 @@ def test_videos_and_folders_of_frames_are_read(folder):
     assert clips[1]["frame_names"] == ["img000", "img002", "img004", "img006"]
     reader = reader_of("videos", folder)
     assert_refused(lambda: reader(split="train"), "data=videos has no masks")
-    assert_refused(lambda: no_masks("val"), "has no masks")
 
 
 def test_clips_are_cut_at_the_configured_frame_rate(folder):

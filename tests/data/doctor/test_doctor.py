@@ -93,10 +93,6 @@ def test_foreign_ids_in_binary_masks_get_a_fitting_remedy(root):
     rewrite(root / "train/masks/d0/f0.png", lambda mask: np.where(mask == 0, 3, mask))
     rewrite(root / "train/masks/d0/f1.png", lambda mask: np.where(mask == 255, 250, mask))
     assert "threshold at 128" in findings_by_code(root, options=two)["foreign_ids"].remedy
-    rewrite_all(root, lambda mask: np.where(mask > 128, 7, mask % 4))
-    assert "format=ids" in findings_by_code(root, options=two)["foreign_ids"].remedy
-    named = two | {"masks": Masks("binary", described={"ids": None})}
-    assert "`masks: ids` in classes.yaml" in findings_by_code(root, options=named)["foreign_ids"].remedy
 
 
 TURNED = {1: [], 3: ["turned_by_exif"], 6: ["size_mismatch", "turned_by_exif"]}  # a quarter turn shows in the size

@@ -236,19 +236,15 @@ def test_idd_lite_of_another_release(tmp_path, image):
     assert data.names == ["7/a"] and data.mask(0).tolist() == [[0, 6], [255, 3]]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("labelIds", marks=pytest.mark.heavy), "labellevel3Ids"])
-def test_home_made_labels_train_with_a_warning_by_their_name_only(tmp_path, kind):
+@pytest.mark.heavy
+def test_home_made_labels_train_with_a_warning_by_their_name(tmp_path):
     draw = np.random.default_rng(1)
     for name in [*(f"train/{number}" for number in range(3)), *(f"val/{number}" for number in range(2))]:
         save(tmp_path / f"idd/leftImg8bit/{name}/f_leftImg8bit.png", draw.integers(0, 256, (32, 48, 3)))
         ids = draw.choice([1, 2, 4, 5, 9, 25, 26, 255], (32, 48))  # neither 0, road, nor 3, rail track
-        save(tmp_path / f"idd/gtFine/{name}/f_gtFine_{kind}.png", ids)
+        save(tmp_path / f"idd/gtFine/{name}/f_gtFine_labelIds.png", ids)
     words = [word for word in SMALL if not word.startswith(("data=", "data.classes=", "data.root="))]
     words += ["data.root=idd", "trainer.val_every=2", "mode.metrics_only=true", "hydra.run.dir=run"]
-    if kind == "labellevel3Ids":
-        done = call(tmp_path, "mode=train", *words, "data=idd", "data.reader.masks.ids={26: 255}")
-        assert done.status == 1 and "look home-made or remapped" in done.err
-        return
     done = call(tmp_path, "mode=train", *words, "data=idd_home_made")
     assert done.status == 0, done.err
     assert "data=idd_home_made trains on a custom remap: 255 is void in IDD but road here, and" in done.err

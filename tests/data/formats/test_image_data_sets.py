@@ -95,11 +95,6 @@ def test_pascal_voc_is_read(tmp_path):
         for index, name in enumerate(names):
             np.testing.assert_array_equal(found[index]["mask"], np.roll(ids, lists["trainval"].index(name)))
     check_dataset(found)
-    reader = instantiate(data.reader)
-    assert_refused(lambda: reader(split="test"), "No file list for split test: ", " train, val, trainval")
-    (root / "SegmentationClass/2007_000033.png").unlink()
-    words = ("Split val has no image with its mask:\n- 2007_000033: ", "JPEGImages", " has no mask in")
-    assert_refused(lambda: reader(split="val"), *words)
 
 
 def test_ade20k_is_read(tmp_path):
@@ -166,5 +161,3 @@ def test_black_and_white_masks_are_read(tmp_path, name, folders):
     assert len(found.classes) == 2
     mine = instantiate(load(name, tmp_path, "data.classes=[wood, crack]").reader)(split="val")
     assert mine.classes == ("wood", "crack") and mine.mask(0).max() == 1
-    save(tmp_path / folders["val"].format("masks") / "7.png", expected)
-    assert_refused(lambda: found.mask(0), "7.png is not a binary mask", "format=ids")

@@ -101,10 +101,6 @@ def test_layers_of_0_and_another_value_suit_any_number_of_classes(classes, rules
 def test_a_class_file_of_binary_masks_names_one_class(tmp_path):
     (tmp_path / "classes.yaml").write_text("classes: [a]\nmasks: binary")
     assert read_class_file(tmp_path / "classes.yaml", 255)["format"] == "binary"
-    save(tmp_path / "train/images/x.png", np.zeros((2, 3, 3)))
-    save(tmp_path / "train/masks/x.png", np.zeros((2, 3)))
-    words = ("format=binary needs 2 classes, data.classes has 1.", "task=multilabel")
-    refused(tmp_path, *words, classes=["a"], layers=False, masks=Masks(format="binary"))
 
 
 @pytest.mark.parametrize(("form", "one"), [("ids", np.uint8(1)), ("binary", np.uint8(255)), ("binary", np.True_)])

@@ -12,7 +12,6 @@ from dinoseg.data.formats.sarrarp import BY_OPERATION, sar_rarp50
 from dinoseg.data.opened import prepare_dataset
 from dinoseg.data.scan.scan import scan
 from dinoseg.data.splits import regex_group
-from dinoseg.data.video import index as video_index
 from dinoseg.data.video.access import VideoFrame
 from dinoseg.tasks.preparation.sarrarp import prepare
 from dinoseg.testing import check_dataset
@@ -94,8 +93,6 @@ def test_unprepared_data_names_the_command(add):
     data = load(root, "train", seed=1), load(root, "train", seed=3)
     assert [list(each.lacking) for each in data] == [["video_02"], ["video_03"]]
     assert all(each.names == ["video_01/000000000", "video_01/000000060"] for each in data)
-    words = ("video_02: ", "no extracted frames", "Prepare the data set first", "on_error=skip")
-    assert_refused(lambda: prepare_dataset(data[0], split="train"), *words)
 
 
 def test_masks_and_frames_must_match(add):
@@ -171,12 +168,8 @@ def test_frames_of_videos_are_checked_and_scanned(videos):
     assert_refused(lambda: data[2], "000000120.png holds the ids 11")
 
 
-def test_fingerprint_knows_video_and_frame(videos, monkeypatch):
+def test_fingerprint_knows_video_and_frame(videos):
     data = load(videos, "test", "video")
-    video_index._known.clear()
-    with monkeypatch.context() as patch:  # the second time nothing is decoded first
-        patch.setattr(video_index, "_scan", None)
-        assert load(videos, "test", "video")[0]["image"].shape == (3, 32, 48)
     before = data.fingerprint()
     assert before == load(videos, "test", "video").fingerprint() != data.keep(data.names[:2]).fingerprint()
     assert replace(data.pairs[0], name="other") != data.pairs[0]
