@@ -67,8 +67,6 @@ def test_ids_without_class_are_findings(root):
     assert [file.rsplit("/", 1)[1] for file in finding.files] == ["f0.png", "f3.png"]
     assert finding.reasons[1] == f"{root}/val/masks/v/f3.png: 9, 12"
     assert "'++data.reader.masks.ids={9: 255, 12: 255}'" in finding.remedy  # all of them, as a shell takes them
-    described = findings_by_code(root, options={"masks": Masks(described={"ids": None})})["foreign_ids"]
-    assert "`ignore: {ids: [9, 12]}`" in described.remedy and "data.reader.masks" not in described.remedy
     assert findings_by_code(root, options={"masks": Masks(ids={9: 2, 12: 255})}) == {}
 
 
@@ -82,8 +80,6 @@ def test_colors_without_class_are_findings(root):
     finding = only_finding(root, "foreign_ids", "error", options={"masks": Masks("palette")})
     assert "(1, 2, 3) (in 1)" in finding.message
     assert "'data.reader.masks.ignore_colors=[[1, 2, 3]]'" in finding.remedy
-    described = findings_by_code(root, options={"masks": Masks("palette", described={"ids": None})})["foreign_ids"]
-    assert "`ignore: {colors: [[1, 2, 3]]}`" in described.remedy and "data.palette" not in described.remedy
     assert findings_by_code(root, options={"masks": Masks("palette", ignore_colors=[(1, 2, 3)])}) == {}
 
 

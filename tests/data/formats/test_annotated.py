@@ -111,14 +111,9 @@ def test_coco_export_of_cvat_is_read(tmp_path):
         {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [CORNERS], "area": 12.0, "iscrowd": 0},
         {"id": 2, "image_id": 2, "category_id": 2, "area": 8.0, **brush},
     ]
-    sides = {"height": 8, "width": 10, "license": 0}
-    whole = {
-        "licenses": [{"name": "", "id": 0, "url": ""}],
-        "info": {"contributor": "", "year": ""},
-        "images": [{"id": n, "file_name": name, **sides} for n, name in enumerate(names, 1)],
-    }
     rows = [row | {"attributes": {"occluded": False}} for row in rows]
-    coco(tmp_path / "annotations/instances_default.json", images=(), annotations=rows, whole=whole)
+    whole = {"licenses": [{"name": "", "id": 0, "url": ""}], "info": {"contributor": "", "year": ""}}
+    coco(tmp_path / "annotations/instances_default.json", images=names, annotations=rows, whole=whole)
     for name in names:
         save(tmp_path / "images/default" / name, np.zeros((*SIZE, 3)))
     (tmp_path / "all.txt").write_text("\n".join(names))

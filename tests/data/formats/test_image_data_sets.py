@@ -20,13 +20,6 @@ CITYSCAPES = {  # label id to train id of the 19 evaluated classes, as the data 
 RNG = np.random.default_rng(11)
 
 
-def picture(path, shape):
-    """Write an image of noise and return what a lossless file gives back."""
-    pixels = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
-    save(path, pixels)
-    return pixels
-
-
 def scatter_values(values, shape):
     """Return a mask in which every value occurs."""
     return RNG.permutation(np.resize(np.array(values), shape[0] * shape[1])).reshape(shape)
@@ -37,7 +30,8 @@ def test_cityscapes_is_read(tmp_path):
     for split, city in (("train", "aachen"), ("train", "ulm"), ("val", "lindau"), ("test", "bonn")):
         for frame in range(2):
             stem = f"{city}/{city}_{frame:06d}_000019"
-            images[stem] = picture(tmp_path / f"leftImg8bit/{split}/{stem}_leftImg8bit.png", (7, 9))
+            images[stem] = RNG.integers(0, 256, (7, 9, 3), dtype=np.uint8)
+            save(tmp_path / f"leftImg8bit/{split}/{stem}_leftImg8bit.png", images[stem])
             raw[stem] = scatter_values([*range(34), 255], (7, 9))
             for kind in ("labelIds", "instanceIds", "labelTrainIds", "color"):
                 pixels = raw[stem] if kind == "labelIds" else np.full((7, 9), 30)

@@ -118,15 +118,6 @@ def test_other_folders_are_taken_whole_and_test_has_no_masks(root):
     assert len(layout.videos("train")) == len(layout.videos("val")) == len(VIDEOS)
 
 
-def change(where, value):
-    def apply(given):
-        for key in where[:-1]:
-            given = given[key]
-        given[where[-1]] = value
-
-    return apply
-
-
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
@@ -157,7 +148,10 @@ def change(where, value):
 )
 def test_damaged_annotations_are_named(root, where, value, message):
     given = annotations()
-    change(where, value)(given)
+    holder = given
+    for key in where[:-1]:
+        holder = holder[key]
+    holder[where[-1]] = value
     write_annotations(root, given)
     with pytest.raises(UserError, match=message) as caught:
         YoutubeVis(str(root), held_out=1).videos("train")

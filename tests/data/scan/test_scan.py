@@ -175,14 +175,6 @@ def test_scan_reads_other_files_with_equal_names_and_times(tmp_path):
     assert counts == [[{0: 2240}, [2240, 0, 0]], [{1: 2240}, [0, 2240, 0]]]
 
 
-def test_jpeg_mask_is_a_problem_even_with_valid_ids(fill, tmp_path):
-    data = fill(2)
-    save(tmp_path / "train/masks/n1.png", np.zeros((40, 56)), format="JPEG")
-    assert (data.mask(1) == 0).all()
-    record = scan(data.pairs, data.reader)[1]
-    assert list(record.problems) == ["mask_is_jpeg"] and record.pixels == {0: 2240} and "n1.png" in str(record.problems)
-
-
 def count_reads(monkeypatch):
     seen, measure = [], scan_module.measure
 
@@ -218,18 +210,6 @@ def test_masks_first_and_images_later(fill, tmp_path, monkeypatch):
     other = PairDataset(data.pairs, data.reader.labels, Masks(ids={}, ignore_colors=[], colors={}))  # the same rules
     scan(other.pairs, other.reader, cache_dir=cache)
     assert len(seen) == 2 and other.fingerprint() == data.fingerprint()
-
-
-@pytest.mark.parametrize("damage", [b"", b"junk", b"PK\x03\x04 no more"])
-def test_a_damaged_cache_costs_a_scan(fill, tmp_path, caplog, damage):
-    data, cache = fill(2), tmp_path / "cache"
-    first = scan(data.pairs, data.reader, cache_dir=cache)
-    (kept,) = cache.iterdir()
-    kept.write_bytes(damage)
-    assert scan(data.pairs, data.reader, cache_dir=cache) == first
-    assert "scanning again" in caplog.text
-    caplog.clear()
-    assert scan(data.pairs, data.reader, cache_dir=cache) == first and not caplog.text
 
 
 def test_masks_with_layers_are_scanned_once(tmp_path, monkeypatch, caplog):
