@@ -42,8 +42,7 @@ def ids(video, index, values, size=(6, 9)):
 def save_palette(path, numbers):
     """Write indexed, with the colours of PASCAL VOC for the first ids."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    numbers = np.asarray(numbers, np.uint8)
-    indexed = Image.frombytes("P", numbers.shape[::-1], numbers.tobytes())
+    indexed = Image.fromarray(numbers)
     indexed.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0] + [7] * (252 * 3))
     indexed.save(path)
 

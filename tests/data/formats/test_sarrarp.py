@@ -159,7 +159,10 @@ def test_video_frames_equal_the_extracted_ones(videos):
 def test_frames_of_videos_are_checked_and_scanned(videos):
     data = load(videos, "test", "video")
     check_dataset(data)
-    records = scan(data.pairs, data.reader, workers=1)
+    cache_dir = videos.parent / "scans"
+    records = scan(data.pairs, data.reader, cache_dir=cache_dir)
+    assert scan(data.pairs, data.reader, cache_dir=cache_dir) == records  # as stored
+    assert [record.image_size for record in scan(data.pairs, data.reader, images=False)] == [None] * 4
     assert [record.image_size for record in records] == [(32, 48)] * 4 and not any(r.problems for r in records)
     assert records[2].image == f"frame 120 of {videos / 'test/video_41/video_left.avi'}"
     save(videos / "test/video_41/segmentation/000000060.png", np.zeros((30, 48)))

@@ -2,7 +2,6 @@
 
 import errno
 import os
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,7 +12,6 @@ from overlapping_shapes import CLASSES as OVERLAPPING
 from overlapping_shapes import write_overlaps
 from PIL import Image
 
-from dinoseg.data.annotation.drawing import Drawing
 from dinoseg.data.classes.labels import Labels
 from dinoseg.data.classes.masks import MaskReader, Masks
 from dinoseg.data.formats.folder import FolderLayout, folder_dataset
@@ -23,7 +21,6 @@ from dinoseg.data.scan import scan as scan_module
 from dinoseg.data.scan.class_counts import class_counts
 from dinoseg.data.scan.measure import perceptual_hash
 from dinoseg.data.scan.scan import scan, unreadable
-from dinoseg.data.video.access import VideoFrame
 from dinoseg.utils.errors import UserError
 from dinoseg.utils.images import read_image
 from dinoseg.utils.wording import reasons
@@ -246,30 +243,6 @@ def test_threads_return_the_same_records(fill, tmp_path, monkeypatch):
     spoil(tmp_path / "train")
     monkeypatch.setattr(scan_module, "_CHUNK", 3)
     assert scan(data.pairs, data.reader, workers=2) == scan(data.pairs, data.reader, workers=1)
-
-
-class Frame(VideoFrame):
-    """A frame that is drawn, of a video that is none."""
-
-    def read(self):
-        if self.index == 9:
-            raise UserError(f"Frame 9 of {self.path} cannot be decoded.")
-        return picture(self.index)
-
-
-def test_frames_of_a_video_are_scanned(tmp_path):
-    video = Path(tmp_path / "v.avi")
-    video.write_bytes(b"frames")
-    pairs = [Pair(f"v/{seed}", Frame(video, seed), save(tmp_path / f"{seed}.png", ids(seed))) for seed in (0, 1, 9)]
-    reader = MaskReader(Labels.of(CLASSES, None, 255), Masks())
-    records = scan(pairs, reader, cache_dir=tmp_path / "cache")
-    assert records[1].image == f"frame 1 of {video}" and records[1].image_size == (40, 56)
-    assert unreadable(records) == {"v/9": f"Frame 9 of {video} cannot be decoded."}
-    assert scan(pairs, reader, cache_dir=tmp_path / "cache") == records
-    assert [record.image_size for record in scan(pairs, reader, images=False)] == [None] * 3  # nothing is decoded
-    drawing = Drawing(tmp_path / "a.json", "0", (40, 56), 1, ())
-    (record,) = scan([Pair("0", pairs[0].image, drawing)], reader, images=False)
-    assert record.image_size is None and record.pixels == {1: 40 * 56}
 
 
 def test_perceptual_hash_survives_compression_and_scaling():
